@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 
-from cluster.endpoint.endpoint import Endpoint, raise_for
+from cluster.endpoint.endpoint import Endpoint, message_of, raise_for
 from cluster.output.progress import say
 from cluster.storage.registry import LATEST
 from cluster.storage.uris import absolute_uri
@@ -90,9 +90,9 @@ class Operator:
         except httpx.TransportError as error:
             raise AwayError(f"no endpoint answers at {url} ({error}): start one with `raymill serve`") from None
         if response.status_code in (400, 409):
-            raise RefusedError(response.json()["error"]["message"])
+            raise RefusedError(message_of(response))
         if response.status_code >= 500:
-            raise AwayError(f"{response.url} answered {response.status_code}: {response.text[:300]}")
+            raise AwayError(f"{response.url} answered {response.status_code}: {message_of(response)}")
         raise_for(response)
         return dict(response.json())
 

@@ -155,8 +155,12 @@ def _what_fits(client: httpx.Client, model: str, prompt: str) -> int:
 def raise_for(response: httpx.Response) -> None:
     """Raises `UserError` with the endpoint's own words."""
     if response.is_error:
-        try:
-            message = response.json()["error"]["message"]
-        except (ValueError, KeyError):  # not raymill's endpoint
-            message = " ".join(response.text[:200].split())
-        raise UserError(f"{response.url} answered {response.status_code}: {message}")
+        raise UserError(f"{response.url} answered {response.status_code}: {message_of(response)}")
+
+
+def message_of(response: httpx.Response) -> str:
+    """Returns the message of an error, or the front of an answer that is not in OpenAI's shape."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return " ".join(response.text[:200].split())

@@ -1,6 +1,7 @@
 """The endpoint as `raymill complete` and `raymill promote` see it, in front of a server that answers as one does."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ from cluster.commands import delivery_commands
 from cluster.endpoint import delivery
 from cluster.endpoint.delivery import Operator, RefusedError, progress_of
 from cluster.endpoint.endpoint import Endpoint, stream_completion
+from model.errors import UserError
 
 CONTEXT = 64
 
@@ -165,3 +167,17 @@ def test_no_proxy_stands_before_this_machine(tmp_path: Path, monkeypatch: pytest
         request = {"prompt": "x", "max_tokens": 8}
         assert stream_completion(endpoint, request, on_text=lambda _: None)["text"] == "hi"
         assert Operator(endpoint).wait_until_steady()["phase"] == "steady"
+
+
+@pytest.mark.parametrize(
+    "content", ['{"error": "no such thing"}', "[1]", "<html>no such thing</html>", '{"error": []}']
+)
+@pytest.mark.parametrize("status", [400, 404, 502])
+def test_what_another_kind_of_server_answers_is_quoted(content: str, status: int, tmp_path: Path) -> None:
+    (key := tmp_path / "key").write_text("k\n")
+    with served(lambda path, body: (status, content)) as url:
+        endpoint = Endpoint(url, "second", None, str(key))
+        with pytest.raises(UserError, match=re.escape(content)):
+            stream_completion(endpoint, {"prompt": "x", "max_tokens": 8}, on_text=lambda _: None)
+        with pytest.raises(UserError, match=re.escape(content)):
+            Operator(endpoint).require_access()
