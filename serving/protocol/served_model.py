@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,15 @@ class ServedModel:
             return self.tokenizer.token_bytes(token_id)
         except TokenizerError:
             return b""
+
+    def text_bytes(self, token_id: int, *, stop: Sequence[str] = ()) -> bytes:
+        """Returns what a drawn token adds to a text: nothing if it is a special one, unless it is a stop string."""
+        token = self.token_bytes(token_id)
+        return b"" if token_id in self._special_ids and token.decode() not in stop else token
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset() if self.tokenizer is None else frozenset(self.tokenizer.special_ids.values())
 
     def token_name(self, token_id: int) -> str:
         """Returns a token's name in log-probabilities: its text, its bytes if they are not whole characters, or its
