@@ -159,7 +159,9 @@ async def start_completion(
         raise error_of("unsupported_by_backend")
     # In the event loop other streams' tokens would wait for the milliseconds that a long prompt takes.
     room = max(request.token_limit, engine.facts.least_tokens)
-    read = partial(model.prompt_ids, max_tokens=room, param=answer.PROMPT_FIELD)
+    read = partial(
+        model.prompt_ids, max_tokens=room, param=answer.PROMPT_FIELD, add_special_tokens=request.add_special_tokens
+    )
     prompts = await asyncio.to_thread(lambda: [read(prompt) for prompt in request.prompt])
     refuse_when_full(engine, at_once, config, key=key)
     echoed = request.logprobs if request.echo else None

@@ -67,7 +67,11 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
         shape = partial(EmbeddingAnswer, encoding=parsed.encoding_format)
         # The completion that reads the texts and draws no token.
         reading = CompletionRequest.model_construct(
-            model=parsed.model, prompt=parsed.input, max_tokens=0, temperature=0.0
+            model=parsed.model,
+            prompt=parsed.input,
+            max_tokens=0,
+            temperature=0.0,
+            add_special_tokens=parsed.add_special_tokens,
         )
         return await answer(reading, shape, request, version=version)
 

@@ -36,12 +36,16 @@ class ServedModel:
         """Whether it has a chat template of its own."""
         return self.tokenizer is not None and self.tokenizer.chat is not None
 
-    def prompt_ids(self, prompt: str | list[int], *, max_tokens: int, param: str = "prompt") -> list[int]:
+    def prompt_ids(
+        self, prompt: str | list[int], *, max_tokens: int, param: str = "prompt", add_special_tokens: bool = True
+    ) -> list[int]:
         """Returns the tokens of a prompt, the request's field `param`. A text begins with the tokenizer's BOS, if it
-        has one; an empty one without has the end-of-text token. Raises `ApiError` (400) for ids outside the vocabulary
-        and for a prompt that leaves no room for `max_tokens`."""
+        has one and `add_special_tokens` does not forbid it; an empty one without has the end-of-text token. Raises
+        `ApiError` (400) for ids outside the vocabulary and for a prompt that leaves no room for `max_tokens`."""
         if isinstance(prompt, str):
-            token_ids = self.require_tokenizer().encode_whole(prompt) or [self.require_tokenizer().eot_id]
+            tokenizer = self.require_tokenizer()
+            token_ids = (tokenizer.encode_whole if add_special_tokens else tokenizer.encode)(prompt)
+            token_ids = token_ids or [tokenizer.eot_id]
         else:
             token_ids = self.checked_ids(prompt, param=param)
         if len(token_ids) + max_tokens > self.config.n_positions:
