@@ -20,7 +20,7 @@ from serving.engine.messages import SequenceRequest
 from serving.engine_process.client import EngineClient, Generation
 from serving.protocol import harmless_fields
 from serving.protocol.protocol import CompletionRequest
-from tests.serving.endpoint_parts import Run, replica_client, shared_replica
+from tests.serving.endpoint_parts import Run, loopback_server, replica_app, replica_client, shared_replica
 from tests.serving.harmless_values import values
 from tests.waiting import wait_in_loop_until
 
@@ -103,6 +103,23 @@ def test_no_large_body_holds_up_the_event_loop(run: Run, name: str) -> None:
         assert await longest_stretch_s(ask()) < 0.03
 
     run(check)
+
+
+def test_a_monitor_may_ask_with_head(checkpoint: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            replica_app(checkpoint, name=MODEL) as (app, _),
+            loopback_server(app) as url,
+            httpx.AsyncClient(base_url=url) as http,
+        ):
+            for path in ("/health", "/ready", "/v1/models"):
+                whole, head = await http.get(path), await http.head(path)
+                assert whole.content and (head.status_code, head.content) == (200, b"")
+                same = ("content-type", "content-length", "x-model-version")
+                assert [head.headers[name] for name in same] == [whole.headers[name] for name in same]
+            assert (await http.head("/v1/completions")).status_code == 405
+
+    asyncio.run(scenario())
 
 
 def test_tokens_and_back(run: Run, tokenizer: Tokenizer) -> None:
