@@ -15,7 +15,7 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 
-from cluster.endpoint.endpoint import is_loopback, require_ray_proxies
+from cluster.endpoint.endpoint import is_loopback, require_ray_proxies, url_of
 from cluster.local.local_cluster import require_free_port
 from cluster.output.progress import say
 from cluster.settings.serve import ServeConfig
@@ -129,7 +129,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
         ray.get(start.remote(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port}))
     say(f"starting replicas of {name}, which load {checkpoint}")
     serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)
-    url = f"http://{config.host}:{config.port}"
+    url = url_of(config.host, config.port)
     _wait_until_ready(url)
     return {"url": url, "model": name}
 

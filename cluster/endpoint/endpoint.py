@@ -62,6 +62,10 @@ class Endpoint:
         return _bearer(Path(self.admin_key_file), flag="--admin-key-file")
 
 
+def url_of(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback

@@ -9,13 +9,14 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import httpx
 import pytest
 
 from cluster.cli import main
 from cluster.commands import delivery_commands
 from cluster.endpoint import delivery
 from cluster.endpoint.delivery import Operator, RefusedError, progress_of
-from cluster.endpoint.endpoint import Endpoint, stream_completion
+from cluster.endpoint.endpoint import Endpoint, stream_completion, url_of
 from model.errors import UserError
 
 CONTEXT = 64
@@ -181,3 +182,10 @@ def test_what_another_kind_of_server_answers_is_quoted(content: str, status: int
             stream_completion(endpoint, {"prompt": "x", "max_tokens": 8}, on_text=lambda _: None)
         with pytest.raises(UserError, match=re.escape(content)):
             Operator(endpoint).require_access()
+
+
+@pytest.mark.parametrize(
+    ("host", "url"), [("127.0.0.1", "http://127.0.0.1:8000"), ("::1", "http://[::1]:8000"), ("gpu", "http://gpu:8000")]
+)
+def test_an_address_with_colons_stands_in_brackets(host: str, url: str) -> None:
+    assert url_of(host, 8000) == url and httpx.URL(url).host == host
