@@ -4,7 +4,6 @@ Never write `from __future__ import annotations` here: Ray Serve would pass `bui
 """
 
 import contextlib
-import ipaddress
 import sys
 import time
 import uuid
@@ -16,7 +15,7 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 
-from cluster.endpoint.endpoint import require_ray_proxies
+from cluster.endpoint.endpoint import is_loopback, require_ray_proxies, url_of
 from cluster.local.local_cluster import require_free_port
 from cluster.output.progress import say
 from cluster.settings.serve import ServeConfig
@@ -47,7 +46,7 @@ def build_app(config: ServeConfig) -> serve.Application:
 
 def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
     require_ray_proxies()
-    if not _is_loopback(config.host) and config.api_key_file is None:
+    if not is_loopback(config.host) and config.api_key_file is None:
         raise UserError(
             f"host is {config.host}, which others can reach, and api_key_file is unset: name a key file, "
             "or listen on 127.0.0.1"
@@ -130,16 +129,9 @@ def run(config: ServeConfig) -> dict[str, Any]:
         ray.get(start.remote(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port}))
     say(f"starting replicas of {name}, which load {checkpoint}")
     serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)
-    url = f"http://{config.host}:{config.port}"
+    url = url_of(config.host, config.port)
     _wait_until_ready(url)
     return {"url": url, "model": name}
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, which may be any address
-        return False
 
 
 def _wait_until_ready(url: str) -> None:
@@ -147,7 +139,7 @@ def _wait_until_ready(url: str) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/ready", timeout=READY_TIMEOUT_S).status_code == 200:
+            if httpx.get(f"{url}/ready", timeout=READY_TIMEOUT_S, trust_env=False).status_code == 200:
                 return
         time.sleep(0.1)
     raise UserError(

@@ -238,7 +238,7 @@ def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serves until a signal. On a cluster at an address it deploys and returns."""
-    from cluster.endpoint.endpoint import deploy, require_ray_proxies
+    from cluster.endpoint.endpoint import deploy, require_ray_proxies, url_of
     from cluster.local.local_cluster import require_free_port
     from cluster.settings.flags import config_from_arguments
     from cluster.settings.serve import ServeConfig
@@ -248,7 +248,7 @@ def serve(arguments: argparse.Namespace) -> None:
     checkpoint = _named_by(config)
     if config.cluster.address is None:
         require_free_port(config.host, config.port)
-    say(f"serve: {checkpoint} at http://{config.host}:{config.port}")
+    say(f"serve: {checkpoint} at {url_of(config.host, config.port)}")
 
     from cluster.stages.stage import connected  # imports Ray, which takes a second
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 
-from cluster.endpoint.endpoint import Endpoint, raise_for
+from cluster.endpoint.endpoint import Endpoint, message_of, raise_for
 from cluster.output.progress import say
 from cluster.storage.registry import LATEST
 from cluster.storage.uris import absolute_uri
@@ -84,14 +84,15 @@ class Operator:
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         url, headers = self._endpoint.url, self._endpoint.admin_headers
+        settings: dict[str, Any] = {"timeout": ANSWER_TIMEOUT_S, "trust_env": self._endpoint.asks_proxies}
         try:
-            response = httpx.request(method, url + path, json=body, headers=headers, timeout=ANSWER_TIMEOUT_S)
+            response = httpx.request(method, url + path, json=body, headers=headers, **settings)
         except httpx.TransportError as error:
             raise AwayError(f"no endpoint answers at {url} ({error}): start one with `raymill serve`") from None
         if response.status_code in (400, 409):
-            raise RefusedError(response.json()["error"]["message"])
+            raise RefusedError(message_of(response))
         if response.status_code >= 500:
-            raise AwayError(f"{response.url} answered {response.status_code}: {response.text[:300]}")
+            raise AwayError(f"{response.url} answered {response.status_code}: {message_of(response)}")
         raise_for(response)
         return dict(response.json())
 

@@ -1,9 +1,10 @@
 """The endpoint as clients on this machine see it: deployed, remembered, asked for a completion."""
 
+import ipaddress
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 _FILE = "endpoint.json"
 _HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
-_DONE = "[DONE]"
+_DONE = b"[DONE]"
+_ALL_ADDRESSES = ("0.0.0.0", "::")  # noqa: S104 - asked here, of a server that listens on all
 _MAX_TOKENS = 64  # of a completion without `max_tokens`
 
 
@@ -44,6 +46,12 @@ class Endpoint:
         return cls(**json.loads(content))
 
     @property
+    def asks_proxies(self) -> bool:
+        """Whether a proxy that the environment names is asked for it: never for an endpoint on this machine."""
+        host = httpx.URL(self.url).host
+        return not is_loopback(host) and host not in _ALL_ADDRESSES
+
+    @property
     def headers(self) -> dict[str, str]:
         return {} if self.api_key_file is None else _bearer(Path(self.api_key_file), flag="--api-key-file")
 
@@ -54,8 +62,19 @@ class Endpoint:
         return _bearer(Path(self.admin_key_file), flag="--admin-key-file")
 
 
+def url_of(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may be any address
+        return False
+
+
 def _bearer(path: Path, *, flag: str) -> dict[str, str]:
-    keys = path.read_text(encoding="utf-8").split() if path.is_file() else []
+    keys = path.read_text(encoding="utf-8-sig").split()  # a BOM is no part of a key if path.is_file() else []
     if not keys:
         raise UserError(f"no API key is in {path}: name the key file of `raymill serve` with {flag}")
     return {"Authorization": f"Bearer {keys[0]}"}
@@ -87,7 +106,9 @@ def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: C
     texts: list[str] = []
     result: dict[str, Any] = {"model": endpoint.model, "prompt": request["prompt"], "ttft_s": None}
     try:
-        with httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=120) as client:
+        with httpx.Client(
+            base_url=endpoint.url, headers=endpoint.headers, timeout=120, trust_env=endpoint.asks_proxies
+        ) as client:
             if not endpoint.model:
                 models = client.get("/v1/models")
                 raise_for(models)
@@ -99,8 +120,8 @@ def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: C
                 if response.is_error:
                     response.read()
                 raise_for(response)
-                for line in response.iter_lines():
-                    data = line.removeprefix("data: ")
+                for line in _lines(response):
+                    data = line.removeprefix(b"data: ")
                     if not data or data == _DONE:
                         continue
                     chunk = json.loads(data)
@@ -117,6 +138,15 @@ def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: C
     return result | {"text": "".join(texts), "total_s": round(time.perf_counter() - start, 4)}
 
 
+def _lines(response: httpx.Response) -> Iterator[bytes]:
+    """Yields the lines of a stream. httpx ends them at U+2028 and the like too, which JSON may hold as they are."""
+    rest = b""
+    for data in response.iter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        yield from (line.removesuffix(b"\r") for line in lines)
+    yield rest
+
+
 def _what_fits(client: httpx.Client, model: str, prompt: str) -> int:
     response = client.post("/tokenize", json={"model": model, "prompt": prompt})
     if response.status_code == httpx.codes.NOT_FOUND:  # not raymill's, with OpenAI's routes alone
@@ -129,8 +159,12 @@ def _what_fits(client: httpx.Client, model: str, prompt: str) -> int:
 def raise_for(response: httpx.Response) -> None:
     """Raises `UserError` with the endpoint's own words."""
     if response.is_error:
-        try:
-            message = response.json()["error"]["message"]
-        except (ValueError, KeyError):  # not raymill's endpoint
-            message = " ".join(response.text[:200].split())
-        raise UserError(f"{response.url} answered {response.status_code}: {message}")
+        raise UserError(f"{response.url} answered {response.status_code}: {message_of(response)}")
+
+
+def message_of(response: httpx.Response) -> str:
+    """Returns the message of an error, or the front of an answer that is not in OpenAI's shape."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return " ".join(response.text[:200].split())

@@ -65,7 +65,7 @@ def free_port(promised: Collection[int] = ()) -> int:
 def require_free_port(host: str, port: int) -> None:
     """Raises `UserError` if another process listens already: Ray Serve's proxy would share the port with it
     (SO_REUSEPORT), and each get some of the requests."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not count
         try:
             probe.bind((host, port))

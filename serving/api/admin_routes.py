@@ -14,6 +14,7 @@ from cluster.storage.uris import StorageError
 from model.errors import UserError
 from serving.delivery.audit_log import AuditLog
 from serving.delivery.follower import CoordinatorAwayError, Follower, answer_of
+from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.promotion import Delivery, DeliveryError, Terms, Version, version_of
 from serving.delivery.routed_request import RoutedRequest
 from serving.protocol.errors import ApiError, error_of
@@ -75,9 +76,9 @@ def admin_router(follower: Follower) -> APIRouter:
         asked = await read_request(request, PromoteRequest)
 
         async def begin() -> Delivery:
-            live = follower.versions.live.model
-            candidate = await asyncio.to_thread(_read_candidate, asked.checkpoint, live, config.storage.uri)
-            gate_rows = await asyncio.to_thread(_gate_rows, asked, live)
+            live = follower.versions.live
+            candidate = await asyncio.to_thread(_read_candidate, asked.checkpoint, live.model, config.storage.uri)
+            gate_rows = await asyncio.to_thread(rows_of_gate, asked, live)
             given = asked.model_dump(include={"canary_percent", "watch_s", "max_loss_increase"}, exclude_none=True)
             rules = config.delivery.model_dump(exclude={"endpoint", "weights"})
             terms = Terms(**rules | given | {"gate_rows": gate_rows})
@@ -130,9 +131,11 @@ def _read_candidate(reference: str, live: ServedModel, storage_uri: str) -> Vers
     raise ApiError(message, param="checkpoint", code="checkpoint_refused")
 
 
-def _gate_rows(asked: PromoteRequest, live: ServedModel) -> tuple[tuple[int, ...], ...]:
-    """Returns the token rows of the gate. Raises `ApiError` (400) for what the model cannot read."""
-    longest = live.config.n_positions
+def rows_of_gate(asked: PromoteRequest, version: LoadedVersion) -> tuple[tuple[int, ...], ...]:
+    """Returns the token rows of the gate, none longer than the live version's engine reads. Raises `ApiError` (400) for
+    what the model cannot read."""
+    live = version.model
+    longest = live.config.n_positions - version.engine.facts.least_tokens
     rows = asked.gate_rows
     if asked.gate_text:
         token_ids = live.require_tokenizer().encode_whole(asked.gate_text)[:MAX_GATE_TOKENS]

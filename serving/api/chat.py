@@ -30,7 +30,9 @@ def _content(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, list):
         return value
     for part in value:
-        if not isinstance(part, dict) or set(part) != {"type", "text"} or part["type"] != "text":
+        # It says up to where OpenAI would cache the prompt.
+        names = set(part) - {"prompt_cache_breakpoint"} if isinstance(part, dict) else set()
+        if names != {"type", "text"} or part["type"] != "text":
             raise ValueError('this model reads text only: expected parts {"type": "text", "text": ...}')
         if not isinstance(part["text"], str):
             raise ValueError("the text of a part is a string")

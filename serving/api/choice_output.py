@@ -56,7 +56,7 @@ class ChoiceOutput:
             self._entries.append(TokenEntry(event.token_id, event.logprobs, offset))
             # The end-of-text token is not text but has an entry: lm-eval takes the last one for the new token's.
             if event.finish_reason is not FinishReason.STOP:
-                text += self._detokenizer.push(self._model.token_bytes(event.token_id))
+                text += self._detokenizer.push(self._model.text_bytes(event.token_id, stop=self._request.stop))
         if event.finish_reason is not None:
             text += self._detokenizer.finish()
         finish_reason = FinishReason.STOP if self._detokenizer.stopped else event.finish_reason

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
+from typing import Any
 
 import orjson
 
@@ -24,6 +25,7 @@ from serving.protocol.served_model import ServedModel
 
 MAX_SCORES = 600_000  # log-probabilities in an answer, 200 MB while it is written; lm-eval's 256 prompts have fewer
 SCORES_AT_ONCE = 5_000  # written in the event loop; more would hold up other streams for milliseconds
+LINE_ENDS = ("\u2028", "\u2029", "\x85")  # in JSON as they are, and the end of a line to some clients, such as httpx
 EXPECTED_SHARE = 0.8  # of the longest wait: a refusal at once is better than one after a wait that was misjudged
 
 
@@ -79,13 +81,13 @@ class Completion:
         is_counted = options.include_usage and options.continuous_usage_stats
         try:
             async for part in self._all_parts():
-                yield b"data: %b\n\n" % orjson.dumps(self.answer.event([part], self._usage() if is_counted else None))
+                yield server_sent(self.answer.event([part], self._usage() if is_counted else None))
         except ApiError as error:
             self.facts.reason = error.code
             yield error.event().encode()
             return
         if options.include_usage:
-            yield b"data: %b\n\n" % orjson.dumps(self.answer.event([], self._usage()))
+            yield server_sent(self.answer.event([], self._usage()))
         yield b"data: [DONE]\n\n"
 
     async def _all_parts(self) -> AsyncIterator[Part]:
@@ -128,6 +130,14 @@ class Completion:
         }
 
 
+def server_sent(content: dict[str, Any]) -> bytes:
+    """Returns a server-sent event, on one line for every client."""
+    data = orjson.dumps(content)
+    for end in LINE_ENDS:
+        data = data.replace(end.encode(), b"\\u%04x" % ord(end))
+    return b"data: %b\n\n" % data
+
+
 async def start_completion(
     request: CompletionRequest,
     *,
@@ -148,7 +158,10 @@ async def start_completion(
     if answer.EMBEDS and not engine.facts.embeds:
         raise error_of("unsupported_by_backend")
     # In the event loop other streams' tokens would wait for the milliseconds that a long prompt takes.
-    read = partial(model.prompt_ids, max_tokens=request.token_limit, param=answer.PROMPT_FIELD)
+    room = max(request.token_limit, engine.facts.least_tokens)
+    read = partial(
+        model.prompt_ids, max_tokens=room, param=answer.PROMPT_FIELD, add_special_tokens=request.add_special_tokens
+    )
     prompts = await asyncio.to_thread(lambda: [read(prompt) for prompt in request.prompt])
     refuse_when_full(engine, at_once, config, key=key)
     echoed = request.logprobs if request.echo else None

@@ -32,6 +32,7 @@ from serving.xray.page_routes import page_router
 
 # These count against a key's limit, and are refused while the endpoint drains.
 METERED_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/xray", "/tokenize", "/detokenize")
+STATE_METHODS = ["GET", "HEAD"]  # monitors ask with HEAD, to which uvicorn sends no body
 
 
 def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: CurrentAccess, admin: APIRouter) -> ASGIApp:
@@ -67,7 +68,11 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
         shape = partial(EmbeddingAnswer, encoding=parsed.encoding_format)
         # The completion that reads the texts and draws no token.
         reading = CompletionRequest.model_construct(
-            model=parsed.model, prompt=parsed.input, max_tokens=0, temperature=0.0
+            model=parsed.model,
+            prompt=parsed.input,
+            max_tokens=0,
+            temperature=0.0,
+            add_special_tokens=parsed.add_special_tokens,
         )
         return await answer(reading, shape, request, version=version)
 
@@ -102,7 +107,7 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
             return await answer(parsed, shape, request, version=other, headers=headers)
         return Response(body, media_type="application/json", headers=headers)
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=STATE_METHODS)
     async def list_models(request: Request) -> dict[str, Any]:
         return {"object": "list", "data": [RoutedRequest.of(request).card()]}
 
@@ -117,12 +122,12 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
 def add_state_routes(app: FastAPI, *, versions: Versions, metrics: ReplicaMetrics) -> None:
     """Adds the routes that show the replica's state."""
 
-    @app.get("/health")
+    @app.api_route("/health", methods=STATE_METHODS)
     async def health() -> dict[str, str]:
         """Answers if the replica's process does."""
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.api_route("/ready", methods=STATE_METHODS)
     async def ready() -> dict[str, str]:
         """Answers 200 if the engine runs, has passed its self-test, and takes requests."""
         live = versions.live

@@ -1,5 +1,6 @@
 """Key files: a key on each line, which may have a name, an expiry and a limit of its own."""
 
+import codecs
 import hashlib
 import os
 import re
@@ -29,6 +30,8 @@ class ApiKey:
         """Reads a line, such as `sk-… name=alice expires=2027-01-01 max_requests=8`. A key without a name has one made
         from its hash. Raises `ValueError`."""
         key, *words = line.split()
+        if key.startswith("#"):
+            raise ValueError("a comment would be a key that is easily guessed")
         fields = dict(word.split("=", 1) for word in words)
         digest = hashlib.sha256(key.encode()).hexdigest()
         name, limit = fields.get("name", f"key-{digest[:8]}"), fields.get("max_requests", "1")
@@ -55,7 +58,7 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     """Returns the file's keys as hashes; replicas get nothing else, so that no key is in the cluster's state or logs.
     Raises `UserError`, which names the line and quotes none of it."""
     keys = []
-    for number, encoded in enumerate(path.read_bytes().splitlines(), 1):
+    for number, encoded in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), 1):
         try:
             line = encoded.decode("utf-8")
             keys += [ApiKey.read(line)] if line.strip() else []

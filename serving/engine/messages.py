@@ -13,7 +13,7 @@ from model.sampling_params import SamplingParams
 class FinishReason(StrEnum):
     STOP = "stop"  # the end-of-text token, or a stop string
     LENGTH = "length"  # max_tokens were generated
-    ERROR = "error"  # the model gave logits that are not finite numbers
+    ERROR = "error"  # the model gave logits that are not finite numbers, or the engine refused the sequence
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class EngineFacts(NamedTuple):
     max_num_seqs: int  # sequences that are decoded together
     tokens_per_step: int  # of prompts, that a step may read
     embeds: bool = False  # it computes embeddings
+    least_tokens: int = 0  # for which a sequence needs room in the context, also if it draws none
 
 
 class Admission(NamedTuple):

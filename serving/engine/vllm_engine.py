@@ -7,6 +7,7 @@ room in the cache, and may put a running one back.
 """
 
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -40,6 +41,7 @@ os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork would i
 
 import vllm
 import vllm.envs
+from vllm.exceptions import VLLMClientError
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
@@ -48,6 +50,9 @@ from vllm.v1.engine.llm_engine import LLMEngine
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
 SPARE_BLOCKS = 8  # vLLM keeps one for itself and cuts off the last
 BLOCK_TOKENS = 128  # vLLM's largest, on CPUs
+LEAST_TOKENS = 1  # vLLM has no sequence that only reads; see `_events`
+
+_log = logging.getLogger(__name__)
 
 
 class VllmEngine:
@@ -62,6 +67,7 @@ class VllmEngine:
         self._eos_id = eos_id
         self._requests: dict[int, SequenceRequest] = {}
         self._started: set[int] = set()  # those that have a token
+        self._refused: set[int] = set()  # by vLLM, since the latest step
         self._not_finite: set[int] = set()  # those whose logits had NaN in the latest step
         self._plans: list[Any] = []  # what vLLM's scheduler has decided in the latest step
         self._on_admission: Callable[[Admission], None] | None = None
@@ -76,20 +82,29 @@ class VllmEngine:
         core.get_output = partial(self._noticing_nan, core.get_output)
         self._scheduler.schedule = partial(self._noticing_plans, self._scheduler.schedule)
         sizes = settings.scheduler_config
-        self.facts = EngineFacts(config.dtype, sizes.max_num_seqs, sizes.max_num_batched_tokens)
+        self.facts = EngineFacts(
+            config.dtype, sizes.max_num_seqs, sizes.max_num_batched_tokens, least_tokens=LEAST_TOKENS
+        )
         self._shapes = stored_shapes(checkpoint)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests)
+        return bool(self._requests or self._refused)
 
     def submit(self, request: SequenceRequest) -> None:
-        self._requests[request.seq_id] = request
+        """Adds a sequence. What vLLM refuses in it, by bounds of its own, ends it alone, in the next step."""
         prompt: Any = {"prompt_token_ids": request.prompt_ids}
-        self._engine.add_request(str(request.seq_id), prompt, self._params(request))
+        try:
+            self._engine.add_request(str(request.seq_id), prompt, self._params(request))
+        except (ValueError, VLLMClientError) as error:
+            _log.error("vLLM refuses a sequence: %s", error)
+            self._refused.add(request.seq_id)
+        else:
+            self._requests[request.seq_id] = request
 
     def cancel(self, seq_id: int) -> None:
         """Ends a sequence. It is no error if the sequence has finished meanwhile."""
+        self._refused.discard(seq_id)
         if self._requests.pop(seq_id, None) is not None:
             self._started.discard(seq_id)
             self._engine.abort_request([str(seq_id)])
@@ -99,7 +114,8 @@ class VllmEngine:
         began_s = time.perf_counter()
         self._on_admission, self._plans = on_admission, []
         outputs = self._engine.step() if self._requests else []
-        events: list[TokenEvent] = []
+        events = [TokenEvent(seq_id, None, FinishReason.ERROR, None, None) for seq_id in sorted(self._refused)]
+        self._refused.clear()
         num_prompt_tokens = 0
         for output in outputs:
             request = self._requests.get(int(output.request_id))
@@ -164,7 +180,7 @@ class VllmEngine:
         of_text = [] if request.ignore_eos or self._eos_id is None else [self._eos_id]
         return vllm.SamplingParams(
             **vars(sampling) | own,
-            max_tokens=max(request.max_tokens, 1),  # 0 is not allowed; see `_events`
+            max_tokens=max(request.max_tokens, LEAST_TOKENS),
             ignore_eos=request.ignore_eos,
             stop_token_ids=[*request.stop_token_ids, *of_text],
             min_tokens=request.min_tokens,

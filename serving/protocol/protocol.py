@@ -143,6 +143,7 @@ class CompletionRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=0, le=2**31)  # counts before max_tokens; guidellm sends both
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
+    add_special_tokens: bool = True  # BOS, where the tokenizer has one
 
     @property
     def token_limit(self) -> int:
@@ -162,6 +163,7 @@ class EmbeddingRequest(Request):
     model: str
     input: Annotated[Prompts, PlainValidator(_prompts)]
     encoding_format: Literal["float", "base64"] = "float"
+    add_special_tokens: bool = True
     user: str | None = Field(None, max_length=256)
 
 

@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,16 @@ class ServedModel:
         """Whether it has a chat template of its own."""
         return self.tokenizer is not None and self.tokenizer.chat is not None
 
-    def prompt_ids(self, prompt: str | list[int], *, max_tokens: int, param: str = "prompt") -> list[int]:
+    def prompt_ids(
+        self, prompt: str | list[int], *, max_tokens: int, param: str = "prompt", add_special_tokens: bool = True
+    ) -> list[int]:
         """Returns the tokens of a prompt, the request's field `param`. A text begins with the tokenizer's BOS, if it
-        has one; an empty one without has the end-of-text token. Raises `ApiError` (400) for ids outside the vocabulary
-        and for a prompt that leaves no room for `max_tokens`."""
+        has one and `add_special_tokens` does not forbid it; an empty one without has the end-of-text token. Raises
+        `ApiError` (400) for ids outside the vocabulary and for a prompt that leaves no room for `max_tokens`."""
         if isinstance(prompt, str):
-            token_ids = self.require_tokenizer().encode_whole(prompt) or [self.require_tokenizer().eot_id]
+            tokenizer = self.require_tokenizer()
+            token_ids = (tokenizer.encode_whole if add_special_tokens else tokenizer.encode)(prompt)
+            token_ids = token_ids or [tokenizer.eot_id]
         else:
             token_ids = self.checked_ids(prompt, param=param)
         if len(token_ids) + max_tokens > self.config.n_positions:
@@ -78,6 +84,15 @@ class ServedModel:
             return self.tokenizer.token_bytes(token_id)
         except TokenizerError:
             return b""
+
+    def text_bytes(self, token_id: int, *, stop: Sequence[str] = ()) -> bytes:
+        """Returns what a drawn token adds to a text: nothing if it is a special one, unless it is a stop string."""
+        token = self.token_bytes(token_id)
+        return b"" if token_id in self._special_ids and token.decode() not in stop else token
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset() if self.tokenizer is None else frozenset(self.tokenizer.special_ids.values())
 
     def token_name(self, token_id: int) -> str:
         """Returns a token's name in log-probabilities: its text, its bytes if they are not whole characters, or its

@@ -171,7 +171,8 @@ class FrontDoor:
         try:
             num_hosts = sum(name == b"host" for name, _ in scope["headers"])
             if num_hosts > 1 or (num_hosts == 0 and scope["http_version"] != "1.0"):
-                raise ApiError(f"The request has {num_hosts} Host headers; expected one", code="invalid_host")
+                message = f"The request has {num_hosts} Host headers; expected one"
+                raise ApiError(message, code="invalid_host", headers={"Connection": "close"})  # its body is not read
             if scope["path"] in HIDDEN_PATHS:
                 raise error_of("not_found", path=scope["path"][:64])
             body = await self._read_body(scope, receive)

@@ -53,10 +53,12 @@ class Ask:
 
 def greedy_asks(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], *, max_tokens: int) -> list[Ask]:
     greedy = SamplingParams(temperature=0.0)
-    return [
-        Ask(prompt, tokenizer.decode(generate(model, prompt, max_tokens=max_tokens, params=greedy, eos_id=None)), max_tokens)
-        for prompt in prompts
-    ]  # fmt: skip
+
+    def text_of(prompt: list[int]) -> str:
+        ids = generate(model, prompt, max_tokens=max_tokens, params=greedy, eos_id=None)
+        return tokenizer.decode([token_id for token_id in ids if token_id != tokenizer.eot_id])
+
+    return [Ask(prompt, text_of(prompt), max_tokens) for prompt in prompts]
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The endpoint as `raymill complete` and `raymill promote` see it, in front of a server that answers as one does."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,13 +9,15 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import httpx
 import pytest
 
 from cluster.cli import main
 from cluster.commands import delivery_commands
 from cluster.endpoint import delivery
 from cluster.endpoint.delivery import Operator, RefusedError, progress_of
-from cluster.endpoint.endpoint import Endpoint, stream_completion
+from cluster.endpoint.endpoint import Endpoint, stream_completion, url_of
+from model.errors import UserError
 
 CONTEXT = 64
 
@@ -28,7 +31,7 @@ def served(answer: Any) -> Iterator[str]:
             size = int(self.headers.get("content-length", 0))
             status, text = answer(self.path, json.loads(self.rfile.read(size) or b"{}"))
             self.send_response(status)
-            self.send_header("content-length", str(len(text)))
+            self.send_header("content-length", str(len(text.encode())))
             self.end_headers()
             self.wfile.write(text.encode())
 
@@ -123,3 +126,66 @@ def test_a_refused_promotion_says_why(tmp_path: Any) -> None:
         pytest.raises(RefusedError, match="/new was refused: its loss"),
     ):
         Operator(Endpoint(url, "", None, str(key))).wait()
+
+
+def test_a_text_may_hold_what_ends_lines_elsewhere() -> None:
+    """JSON has U+2028, U+2029 and U+0085 as they are, and httpx would end lines at them."""
+    text = "one\u2028two\u2029three\x85four"
+    chunk = json.dumps({"choices": [{"text": text, "finish_reason": "stop"}]}, ensure_ascii=False)
+    with served(lambda path, body: (200, f"data: {chunk}\n\ndata: [DONE]\n\n")) as url:
+        request = {"prompt": "x", "max_tokens": 8}
+        assert stream_completion(Endpoint(url, "second", None), request, on_text=lambda _: None)["text"] == text
+
+
+@pytest.mark.parametrize(
+    ("url", "asks"),
+    [
+        ("http://127.0.0.1:8000", False),
+        ("http://localhost:8000", False),
+        ("http://[::1]:8000", False),
+        ("http://0.0.0.0:8000", False),
+        ("http://192.0.2.1:8000", True),
+        ("https://models.example.com", True),
+    ],
+)
+def test_only_for_another_machine_a_proxy_is_asked(url: str, asks: bool) -> None:
+    assert Endpoint(url, "", None).asks_proxies is asks
+
+
+def test_no_proxy_stands_before_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # where nothing listens
+    (key := tmp_path / "key").write_text("k\n")
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, str]:
+        if path == "/admin/status":
+            return 200, json.dumps({"delivery": state("steady")})
+        return 200, 'data: {"choices": [{"text": "hi", "finish_reason": "length"}]}\n\n'
+
+    with served(answer) as url:
+        endpoint = Endpoint(url, "second", None, str(key))
+        request = {"prompt": "x", "max_tokens": 8}
+        assert stream_completion(endpoint, request, on_text=lambda _: None)["text"] == "hi"
+        assert Operator(endpoint).wait_until_steady()["phase"] == "steady"
+
+
+@pytest.mark.parametrize(
+    "content", ['{"error": "no such thing"}', "[1]", "<html>no such thing</html>", '{"error": []}']
+)
+@pytest.mark.parametrize("status", [400, 404, 502])
+def test_what_another_kind_of_server_answers_is_quoted(content: str, status: int, tmp_path: Path) -> None:
+    (key := tmp_path / "key").write_text("k\n")
+    with served(lambda path, body: (status, content)) as url:
+        endpoint = Endpoint(url, "second", None, str(key))
+        with pytest.raises(UserError, match=re.escape(content)):
+            stream_completion(endpoint, {"prompt": "x", "max_tokens": 8}, on_text=lambda _: None)
+        with pytest.raises(UserError, match=re.escape(content)):
+            Operator(endpoint).require_access()
+
+
+@pytest.mark.parametrize(
+    ("host", "url"), [("127.0.0.1", "http://127.0.0.1:8000"), ("::1", "http://[::1]:8000"), ("gpu", "http://gpu:8000")]
+)
+def test_an_address_with_colons_stands_in_brackets(host: str, url: str) -> None:
+    assert url_of(host, 8000) == url and httpx.URL(url).host == host

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -22,8 +23,9 @@ import psutil
 import pytest
 
 from cluster.local.jobs_api import ClusterError
-from cluster.local.local_cluster import NODE_NAME_VARIABLE, LocalCluster, free_port
+from cluster.local.local_cluster import NODE_NAME_VARIABLE, LocalCluster, free_port, require_free_port
 from cluster.storage.process_identity import kill
+from model.errors import UserError
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
@@ -254,3 +256,14 @@ def test_no_free_port_is_one_that_was_promised() -> None:
     spare = free_port()
     promised = set(range(1 << 16)) - {spare, *(free_port() for _ in range(1000))}
     assert free_port(promised) not in promised
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_port_that_is_taken_is_seen(host: str) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.bind((host, 0))
+        listener.listen()
+        port = int(listener.getsockname()[1])
+        with pytest.raises(UserError, match=f"port {port} on {host} is in use"):
+            require_free_port(host, port)
+    require_free_port(host, port)

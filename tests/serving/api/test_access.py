@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.endpoint.endpoint import Endpoint
 from cluster.settings.serve import ServeConfig
 from model.errors import UserError
 from serving.api.access import AccessRules, CurrentAccess, RequestsInFlight, authorize, presented_key, read_rules
@@ -37,6 +38,19 @@ def test_a_missing_key_file_is_made_with_one_private_key(tmp_path: Path) -> None
 def test_an_empty_key_file_lets_nobody_in_by_mistake(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("\n \n")
     with pytest.raises(UserError, match="empty"):
+        read_keys(tmp_path / "keys")
+
+
+def test_what_an_editor_writes_before_the_first_key_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("one\ntwo\n", encoding="utf-8-sig")
+    assert [key.hash for key in read_keys(tmp_path / "keys")] == [hashed("one"), hashed("two")]
+    assert Endpoint("http://x", "", str(tmp_path / "keys")).headers == {"Authorization": "Bearer one"}
+
+
+@pytest.mark.parametrize("line", ["#alice", "# alice", "  # name=alice"])
+def test_a_comment_is_no_key(tmp_path: Path, line: str) -> None:
+    (tmp_path / "keys").write_text(f"one\n{line}\n")
+    with pytest.raises(UserError, match="line 2: expected a key"):
         read_keys(tmp_path / "keys")
 
 

@@ -1,4 +1,4 @@
-"""Each choice of a prompt has the prompt's log-probabilities."""
+"""Each choice of a prompt has the prompt's log-probabilities; special tokens have them too, but are no text."""
 
 import asyncio
 from pathlib import Path
@@ -8,6 +8,13 @@ import httpx
 import pytest
 
 from cluster.settings.serve import EngineConfig, ServeConfig
+from model.config import GPTConfig
+from model.sampling_params import SamplingParams
+from model.tokenizer import Tokenizer
+from serving.api.choice_output import ChoiceOutput, Part, join_parts
+from serving.engine.messages import Candidates, FinishReason, SequenceRequest, TokenEvent
+from serving.protocol.protocol import CompletionRequest
+from serving.protocol.served_model import ServedModel
 from tests.serving.endpoint_parts import loopback_server, replica_app
 
 
@@ -45,3 +52,38 @@ def test_each_choice_has_the_log_probabilities_of_the_prompt(
             assert len(stopped) == 6 and all(choice["finish_reason"] in ("stop", "length") for choice in stopped)
 
     asyncio.run(scenario())
+
+
+def answered(tokenizer: Tokenizer, token_ids: list[int], **fields: Any) -> list[Part]:
+    """The parts of a choice for which the engine draws these tokens."""
+    model = ServedModel("m", 1, GPTConfig(vocab_size=tokenizer.vocab_size), tokenizer, None, "v")
+    request = CompletionRequest(model="m", prompt=[[1]], ignore_eos=True, **fields)
+    sequence = SequenceRequest(0, [1], len(token_ids), SamplingParams(), ignore_eos=True)
+    output, parts = ChoiceOutput(0, sequence, request, model), []
+    for place, token_id in enumerate(token_ids, start=1):
+        reason = FinishReason.LENGTH if place == len(token_ids) else None
+        parts.append(output.push(TokenEvent(0, token_id, reason, Candidates(-1.0, [], 1), None)))
+        if parts[-1].finish_reason is not None:
+            break
+    return parts
+
+
+def test_a_special_token_is_no_text_but_has_an_entry(tokenizer: Tokenizer) -> None:
+    """As with `skip_special_tokens`, vLLM's default. The letters of its name are text."""
+    the, fox, letters = (tokenizer.encode(text) for text in ("the", " fox", tokenizer.end_of_text))
+    token_ids = [*the, tokenizer.eot_id, *fox, *letters, tokenizer.eot_id]
+    parts = answered(tokenizer, token_ids, logprobs=0, return_token_ids=True)
+    assert [len(part.tokens or []) for part in parts] == [1] * len(token_ids)  # nothing is held back in a stream
+    whole = join_parts(parts)
+    assert whole.text == f"the fox{tokenizer.end_of_text}" and whole.token_ids == token_ids
+    entries = [(entry.token_id, entry.text_offset) for entry in whole.tokens or []]
+    assert entries[len(the)] == (tokenizer.eot_id, 3) and entries[len(the) + 1] == (fox[0], 3)
+    assert entries[-1] == (tokenizer.eot_id, len(whole.text))
+
+
+def test_a_special_token_that_is_a_stop_string_stops(tokenizer: Tokenizer) -> None:
+    the, fox = tokenizer.encode("the"), tokenizer.encode(" fox")
+    for stop in (tokenizer.end_of_text, "e f"):
+        parts = answered(tokenizer, [*the, tokenizer.eot_id, *fox], stop=stop)
+        expected = "the" if stop == tokenizer.end_of_text else "th"
+        assert (join_parts(parts).text, parts[-1].finish_reason) == (expected, FinishReason.STOP)

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import tokenizers
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -21,6 +22,7 @@ from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.delivery.versions import Versions
 from tests.serving.endpoint_parts import Run, replica_client, shared_replica
+from tests.serving.tiny_models import lively_model, write_model
 
 GREEDY = SamplingParams(temperature=0.0)
 TEXT = "the quick naïve fox"
@@ -280,3 +282,26 @@ def test_a_text_without_numbers_for_logits_has_no_embedding(fragile_checkpoint: 
             assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
 
     asyncio.run(check())
+
+
+def test_a_text_may_go_without_the_token_before_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_str(tokenizer.to_json().decode())
+    backend.add_special_tokens(["<s>"])
+    bos = "<s>", backend.token_to_id("<s>")
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    with_bos = Tokenizer(json.loads(backend.to_str()))
+    folder = write_model(tmp_path / "step-1", lively_model(with_bos), with_bos)
+
+    async def scenario() -> None:
+        async with replica_client(folder) as (http, _):
+            for fields, expected in (
+                ({}, with_bos.encode_whole(TEXT)),
+                ({"add_special_tokens": None}, with_bos.encode_whole(TEXT)),
+                ({"add_special_tokens": False}, with_bos.encode(TEXT)),
+            ):
+                [choice] = await choices(http, return_token_ids=True, **fields)
+                assert choice["prompt_token_ids"] == expected
+                embedded = await post(http, "/v1/embeddings", {"model": "tiny", "input": TEXT}, **fields)
+                assert embedded["usage"]["prompt_tokens"] == len(expected)
+
+    asyncio.run(scenario())

@@ -13,14 +13,14 @@ import pytest
 from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
 from model.tokenizer import Tokenizer
 from serving.api.access import AccessRules
-from serving.api.completions import choice_seed
+from serving.api.completions import choice_seed, server_sent
 from serving.api.keys import ApiKey
 from serving.delivery.versions import Versions
 from serving.engine.messages import SequenceRequest
 from serving.engine_process.client import EngineClient, Generation
 from serving.protocol import harmless_fields
 from serving.protocol.protocol import CompletionRequest
-from tests.serving.endpoint_parts import Run, replica_client, shared_replica
+from tests.serving.endpoint_parts import Run, loopback_server, replica_app, replica_client, shared_replica
 from tests.serving.harmless_values import values
 from tests.waiting import wait_in_loop_until
 
@@ -103,6 +103,23 @@ def test_no_large_body_holds_up_the_event_loop(run: Run, name: str) -> None:
         assert await longest_stretch_s(ask()) < 0.03
 
     run(check)
+
+
+def test_a_monitor_may_ask_with_head(checkpoint: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            replica_app(checkpoint, name=MODEL) as (app, _),
+            loopback_server(app) as url,
+            httpx.AsyncClient(base_url=url) as http,
+        ):
+            for path in ("/health", "/ready", "/v1/models"):
+                whole, head = await http.get(path), await http.head(path)
+                assert whole.content and (head.status_code, head.content) == (200, b"")
+                same = ("content-type", "content-length", "x-model-version")
+                assert [head.headers[name] for name in same] == [whole.headers[name] for name in same]
+            assert (await http.head("/v1/completions")).status_code == 405
+
+    asyncio.run(scenario())
 
 
 def test_tokens_and_back(run: Run, tokenizer: Tokenizer) -> None:
@@ -204,6 +221,13 @@ def test_usage_so_far_in_every_part(run: Run, path: str, asked: dict[str, Any], 
         assert all(u is None or u["total_tokens"] == u["prompt_tokens"] + u["completion_tokens"] for u in usages)
 
     run(check)
+
+
+def test_an_event_is_one_line_for_every_client() -> None:
+    """httpx and Python's splitlines end lines at more than the newline."""
+    text = "one\u2028two\u2029three\x85four \\u2028"
+    line, empty = server_sent({"text": text}).decode().splitlines()
+    assert json.loads(line.removeprefix("data: ")) == {"text": text} and not empty
 
 
 def test_a_body_that_is_not_declared_as_json_is_told_the_header(run: Run) -> None:

@@ -18,13 +18,13 @@ for number, question in enumerate(questions):
     answer = functools.reduce(operator.add, chat.stream(history)) if number == 1 else chat.invoke(history)
     # An answer as it came, with all that the library adds to it, and one that an application has kept as text.
     history.append(answer if number == 0 else AIMessage(answer.content))
-embeddings = OpenAIEmbeddings(**to, check_embedding_ctx_length=False)
+embeddings = OpenAIEmbeddings(**to, check_embedding_ctx_length=False, chunk_size=256)
 print(
     json.dumps(
         {
             "replies": [message.content for message in history if isinstance(message, AIMessage)],
             "text": OpenAI(**to, temperature=0, max_tokens=12).invoke("the quick"),
-            "embeddings": embeddings.embed_documents(["fox", "lazy dog"]),
+            "embeddings": embeddings.embed_documents(["fox", "lazy dog"] * 129)[-2:],
         }
     )
 )

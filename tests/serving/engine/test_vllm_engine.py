@@ -19,6 +19,7 @@ from model.generate import generate
 from model.gpt import GPT
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
+from serving.api.admin_routes import PromoteRequest, rows_of_gate
 from serving.engine.messages import FinishReason, SequenceRequest, StepReport, TokenEvent
 from serving.engine_process.client import EngineClient, EngineDiedError
 from serving.engine_process.health import HealthCheck
@@ -311,3 +312,32 @@ def assert_alike(found: Any, expected: Any) -> None:
             assert_alike(each, other)
     else:
         assert found == expected
+
+
+@installed
+@pytest.mark.slow
+def test_a_prompt_that_fills_the_context_ends_no_engine(
+    folder: Path, model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM draws a token even where none is asked for."""
+    full = [7 * k % model.config.vocab_size for k in range(model.config.n_positions)]
+    asked = {"model": "tiny", "max_tokens": 0, "prompt_logprobs": 0}
+
+    async def check() -> None:
+        async with replica_client(folder, config=ServeConfig(engine=vllm_config())) as (http, versions):
+            refused = await http.post("/v1/completions", json=asked | {"prompt": full})
+            assert refused.json()["error"]["code"] == "context_length_exceeded"
+            assert (await http.post("/v1/completions", json=asked | {"prompt": full[:-1]})).status_code == 200
+
+            live = versions.live
+            [row] = rows_of_gate(PromoteRequest(checkpoint="latest", gate_rows=[full]), live)
+            expected = logprobs(model, full)[range(len(row) - 1), list(row[1:])]
+            assert await live.loss([row], at_once=True) == pytest.approx(-expected.mean().item(), abs=1e-4)
+
+            monkeypatch.setattr(live.engine, "facts", live.engine.facts._replace(least_tokens=0))  # vLLM sees it
+            failed = await http.post("/v1/completions", json=asked | {"prompt": full})
+            assert failed.status_code == 500, failed.text
+            assert (await http.post("/v1/completions", json=asked | {"prompt": full[:-1]})).status_code == 200
+            assert live.engine.alive and not live.engine.num_open_sequences
+
+    asyncio.run(check())

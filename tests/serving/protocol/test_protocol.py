@@ -225,6 +225,48 @@ def test_an_answer_can_be_sent_back_with_what_came_beside_its_text(name: str) ->
         assert chat(**{name: value}) == chat()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "moderation",
+        "prompt_cache_options",
+        "session_id",
+        "request_id",
+        "kv_transfer_params",
+        "ec_transfer_params",
+        "vllm_xargs",
+        "logprob_token_ids",
+        "stream_interval",
+        "return_token_offsets",
+        "repetition_detection",
+        "thinking_token_budget",
+        "truncation_side",
+        "watermarking",
+        "return_mm_kwargs",
+        "mm_payload",
+        "routed_experts_prompt_start",
+        "include_reasoning",
+        "media_io_kwargs",
+        "return_prompt_text",
+    ],
+)
+def test_the_newest_fields_of_openai_and_vllm_are_known(name: str) -> None:
+    assert parse_completion(body(**{name: None})) == parse_completion(body())
+    with pytest.raises(ApiError) as caught:
+        parse_completion(body(**{name: 2}))
+    assert caught.value.code == "unsupported_parameter"
+
+
+def test_a_part_of_a_text_may_say_where_a_cache_ends() -> None:
+    def chat(**more: Any) -> ChatRequest:
+        part = {"type": "text", "text": "ho"}
+        return parse_chat(chat_body(messages=[{"role": "user", "content": [part | more, part]}]))
+
+    assert chat(prompt_cache_breakpoint={"mode": "explicit"}) == chat()
+    with pytest.raises(ApiError, match="reads text only"):
+        chat(cache_control={})
+
+
 def test_what_other_libraries_write_is_understood() -> None:
     silent = parse_chat(chat_body(messages=[{"role": "assistant", "content": None, "name": None}])).messages
     assert plain_text([message.model_dump(exclude_none=True) for message in silent]) == "Assistant:\n\n"

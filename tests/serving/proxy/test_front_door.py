@@ -97,6 +97,13 @@ def test_a_body_that_stops_is_refused_and_reaches_nobody() -> None:
     assert sent[0]["status"] == 408 and dict(sent[0]["headers"])[b"connection"] == b"close"
 
 
+def test_a_refusal_before_the_body_is_read_ends_the_connection() -> None:
+    """Or the body would be taken for the next request, with an answer of its own."""
+    sent = ask(dies(0, whole), headers=((b"host", b"y"),))
+    assert sent[0]["status"] == 400 and error(sent)["code"] == "invalid_host"
+    assert dict(sent[0]["headers"])[b"connection"] == b"close"
+
+
 def test_headers_that_ray_serve_would_obey_are_kept_from_it() -> None:
     seen: list[tuple[bytes, bytes]] = []
 
