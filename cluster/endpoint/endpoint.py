@@ -74,7 +74,8 @@ def is_loopback(host: str) -> bool:
 
 
 def _bearer(path: Path, *, flag: str) -> dict[str, str]:
-    keys = path.read_text(encoding="utf-8-sig").split()  # a BOM is no part of a key if path.is_file() else []
+    # A byte order mark is no part of a key.
+    keys = path.read_text(encoding="utf-8-sig").split() if path.is_file() else []
     if not keys:
         raise UserError(f"no API key is in {path}: name the key file of `raymill serve` with {flag}")
     return {"Authorization": f"Bearer {keys[0]}"}

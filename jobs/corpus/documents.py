@@ -34,9 +34,7 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _LINE_FACTOR = {"jsonl": 6, "csv": 2}  # bytes in which a byte of text may be written: \\u0041, a doubled quote
 _LINE_MARGIN_BYTES = 1 << 20  # room for the other fields of a line
 _STRINGS = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
-_MAX_MESSAGES = (
-    1000  # a template writes the whole again for each answer: ten times as many take a hundred times as long
-)
+_MAX_MESSAGES = 1000  # a template writes all again for each answer: of ten times as many in a hundred times as long
 _PREVIEW_BYTES = 200
 
 
