@@ -20,7 +20,7 @@ import jobs.training.attempt
 from jobs.exact.host_copies import HostCopies
 from jobs.exact.train_state import TrainState
 from jobs.run.ledger import Ledger
-from jobs.snapshots.choice import COPIES, Holding, Snapshot, choose, num_slots
+from jobs.snapshots.choice import COPIES, Holding, Snapshot, choose, num_slots, sharded_area
 from jobs.snapshots.keepers import ANSWER_S, AS_ACTOR, Keeper, NoRoom, copy_to_second_nodes
 from jobs.snapshots.slots import Bytes, Header, Slots
 from jobs.snapshots.snapshots import Snapshots
@@ -164,7 +164,7 @@ def test_shares_that_are_written_all_the_time_are_copied_of_one_step(ray_workers
     is left of one step after the loss of any node is whole."""
     nodes = ["a", "b"]
     keepers = {node: ray.remote(**AS_ACTOR)(Keeper).remote(node=node, max_bytes=1 << 30) for node in nodes}
-    areas = {node: f"rank-{rank}-of-2" for rank, node in enumerate(nodes)}
+    areas = {node: sharded_area(rank, 2, nodes) for rank, node in enumerate(nodes)}
     slots = {node: Slots.at(ray.get(keepers[node].open.remote(areas[node], SIZE)), 3) for node in nodes}
     assert {num_slots(area) for area in areas.values()} == {3}
     ended = threading.Event()
@@ -189,7 +189,10 @@ def test_shares_that_are_written_all_the_time_are_copied_of_one_step(ray_workers
                 kept = copy_to_second_nodes(keepers, listed(), nodes, before)
             time.sleep(0.2)  # ten steps
             copied = [held for held in listed() if held.area.startswith(COPIES)]
-            assert {(held.node, held.area) for held in copied} == {("a", "copy-rank-1-of-2"), ("b", "copy-rank-0-of-2")}
+            assert {(held.node, held.area) for held in copied} == {
+                ("a", COPIES + areas["b"]),
+                ("b", COPIES + areas["a"]),
+            }
             assert all(ray.get(keepers[held.node].is_whole.remote(held)) for held in copied)
             for lost in nodes:  # whichever node is lost, the other has a whole state
                 left = [held for held in listed() if held.node != lost]
