@@ -30,7 +30,8 @@ def like_its_source(config: RunConfig) -> RunConfig:
     run = run_storage(config)
     if run.exists(CONFIG_FILE):
         before = recorded_config(run)
-        tokenizer, shape, train = before.data.tokenizer, before.model, config.train
+        tokenizer = run.child(f"checkpoints/{checkpoint_name(0)}").uri  # what it began from may be gone by now
+        shape, train = before.model, config.train
     else:
         tokenizer, folder = find_checkpoint(config.train.init_from, config.storage.uri)
         shape, train = read_config(folder), config.train.model_copy(update={"init_from": tokenizer})
