@@ -140,10 +140,11 @@ class Attempt:
             cooldown_tokens=cooldown_tokens(self.plan.config),
         )
 
-    def validate(self, step: int) -> dict[str, Any]:
-        """Returns the figures of the held-out split, and records them with samples and the figures of other sets."""
+    def validate(self, step: int, *, moves: Callable[[], None]) -> dict[str, Any]:
+        """Returns the figures of the held-out split, and records them with samples and the figures of other sets.
+        `moves` is called before each batch."""
         config = self.plan.config
-        measure = partial(measured, config=config, state=self.state, group=self.group, eot_id=self.eot_id)
+        measure = partial(measured, config=config, state=self.state, group=self.group, eot_id=self.eot_id, moves=moves)
         figures, sets = measure(self.val_rows), {name: measure(rows) for name, rows in self.val_sets.items()}
         completed = []
         if self.ledger or self.state.gathered:
