@@ -228,6 +228,7 @@ class Attempt:
             last = max((line["step"] for line in read.lines if line.get("event") in (None, "skip")), default=0)
             snapshot = self._newest_snapshot(last, at_least=saved_step, is_left_out=left_out)
             if snapshot is not None:
+                patiently(self.writer.checkpoints.clear_spool, "checkpoints")  # what is due is saved from the snapshot
                 return _Beginning(rollbacks, snapshot=snapshot, generation=generation, saved_step=saved_step)
             newest = patiently(partial(self.writer.newest_checkpoint, left_out=left_out), "checkpoints")
             return _Beginning(rollbacks, checkpoint=newest, generation=generation)

@@ -19,6 +19,7 @@ import jobs.snapshots.snapshots
 import jobs.training.attempt
 from jobs.exact.host_copies import HostCopies
 from jobs.exact.train_state import TrainState
+from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.ledger import Ledger
 from jobs.snapshots.choice import COPIES, Holding, Snapshot, choose, num_slots, sharded_area
 from jobs.snapshots.keepers import ANSWER_S, AS_ACTOR, Keeper, NoRoom, copy_to_second_nodes
@@ -329,6 +330,25 @@ def test_the_workers_of_a_node_write_a_state_together_and_in_a_rescue_each_what_
     assert parameter_hash(other.model.state_dict()) == parameter_hash(state.model.state_dict())
     ranks[1].rescue(state)
     assert len(whole(memory)) == 6, "both steps are still there"
+
+
+def test_a_run_that_continues_from_memory_clears_what_the_lost_attempt_left_in_the_spool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of 1.3B parameters takes 16 GB there."""
+    monkeypatch.setattr(OwnMemory, "memory", make_memory(), raising=False)
+    monkeypatch.setattr(OwnMemory, "raise_after", {7: KilledError()}, raising=False)
+    monkeypatch.setattr(jobs.training.attempt, "Snapshots", OwnMemory)
+    plan = tiny_plan(str(tmp_path))
+    with pytest.raises(KilledError):
+        train(plan, rank=0, world_size=1)
+    checkpoints = RunCheckpoints(plan.run)
+    left = checkpoints.spool / checkpoint_name(6, 1)
+    left.mkdir(parents=True, exist_ok=True)
+    (left / "model.safetensors").write_bytes(b"half of it")
+    train(plan, rank=0, world_size=1)
+    assert [start["from_memory"] for start in Ledger.read(plan.run).events("start")] == [False, True]
+    assert list(checkpoints.spool.glob("*step-*")) == []
 
 
 @pytest.mark.parametrize(("dropout", "beside"), [(0.0, False), (0.1, True)])
