@@ -150,3 +150,16 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     config = plan.config.model_copy(update={"train": plan.config.train.model_copy(update={"init_from": str(source)})})
     with pytest.raises(ConfigError, match="architecture is gpt2, there llama"):
         begin(open_storage(str(tmp_path / "other")), like_its_source(config), Tokenizer.from_json(plan.tokenizer_json))
+
+
+def test_a_padded_vocabulary_is_refused_with_what_to_do_about_it(tmp_path: Path) -> None:
+    plan = tiny_plan(str(tmp_path / "storage"))
+    num_ids = Tokenizer.from_json(plan.tokenizer_json).vocab_size
+    source = source_folder(tmp_path / "source", plan.tokenizer_json, vocab_size=num_ids + 7)
+    expected = rf"{num_ids} ids and the embedding {num_ids + 7} rows.* model\.resize_token_embeddings\({num_ids}\)"
+    with pytest.raises(ConfigError, match=expected):
+        begun(tmp_path, "padded", source)
+    model = LlamaForCausalLM.from_pretrained(source)
+    model.resize_token_embeddings(num_ids)
+    model.save_pretrained(source)
+    begun(tmp_path, "cut", source)
