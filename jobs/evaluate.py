@@ -94,10 +94,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "tokens": num_tokens,
         "bytes": round(num_read * bytes_per_token),
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": perplexity(loss),
         "bits_per_byte": total / num_read / math.log(2) / bytes_per_token,
         "tokens_per_s": round(num_read / seconds, 1),
     }
+
+
+def perplexity(loss: float) -> float | None:
+    """Returns that of a loss in nats; None where it is no number, or one beyond what a float and JSON have."""
+    return math.exp(loss) if loss <= math.log(sys.float_info.max) else None
 
 
 def _rows(folder: Path, model: GPT, config: EvaluateConfig) -> Rows:

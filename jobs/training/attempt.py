@@ -1,5 +1,6 @@
 """One worker's part of an attempt at a run: begins, records and saves."""
 
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -141,8 +142,8 @@ class Attempt:
         )
 
     def validate(self, step: int, *, moves: Callable[[], None]) -> dict[str, Any]:
-        """Returns the figures of the held-out split, and records them with samples and the figures of other sets.
-        `moves` is called before each batch."""
+        """Returns the figures of the held-out split, None for what is not finite, and records them with samples and the
+        figures of other sets. `moves` is called before each batch."""
         config = self.plan.config
         measure = partial(measured, config=config, state=self.state, group=self.group, eot_id=self.eot_id, moves=moves)
         figures, sets = measure(self.val_rows), {name: measure(rows) for name, rows in self.val_sets.items()}
@@ -152,7 +153,7 @@ class Attempt:
                 completed = samples(self.state.model, self.tokenizer, config.train)
         if self.ledger:
             self.ledger.event("validation", step=step, **figures, **({"sets": sets} if sets else {}), samples=completed)
-        return figures
+        return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
     def save(self, step: int, validation: dict[str, Any], *, must: bool = False) -> None:
         """Copies the state; the copy is stored while training continues, in shards by those that hold them, else by

@@ -10,7 +10,7 @@ from cluster.settings.parser import ConfigError
 from cluster.settings.run import EvaluateConfig
 from cluster.storage.registry import publish
 from cluster.storage.uris import open_storage
-from jobs.evaluate import evaluate, storage_of
+from jobs.evaluate import evaluate, perplexity, storage_of
 from jobs.run.history import CONFIG_FILE
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
@@ -110,6 +110,11 @@ def test_latest_is_found_and_tokens_are_bounded(plan: RunPlan, ray_workers: int)
     config = EvaluateConfig(storage=plan.config.storage, max_tokens=100)
     found = evaluate(config)
     assert (found["tokens"], found["checkpoint"]) == (96, str(newest_checkpoint(plan))), "the one that was measured"
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(0.0, 1.0), (710.0, None), (math.inf, None), (math.nan, None)])
+def test_a_perplexity_that_no_float_holds_is_none(loss: float, expected: float | None) -> None:
+    assert perplexity(loss) == expected
 
 
 def test_the_checkpoints_place_names_the_storage() -> None:
