@@ -38,7 +38,7 @@ from model.hf_config import read_config
 from model.processor import Device, fast_precision
 from model.tokenizer import load_tokenizer
 
-_CHECKPOINT_PLACE = re.compile(r"(?P<storage>.+)/runs/[^/]+(/checkpoints/[^/]+)?")
+_CHECKPOINT_PLACE = re.compile(r"(?P<storage>.+)/runs/[^/]+/checkpoints/step-[^/]+")
 
 GATE_ROWS, GATE_TOKENS = 8, 8192
 """The most rows, and the most tokens in all, that a promotion is judged by."""
@@ -143,7 +143,8 @@ def _as_trained(trained: RunConfig | None, model: GPT, config: EvaluateConfig) -
 
 
 def storage_of(config: EvaluateConfig) -> Storage:
-    """Returns the storage that holds the checkpoint's run, or else the configured one."""
+    """Returns the storage that holds the run of a checkpoint, named by its own place, or else the configured one, as
+    for weights that others wrote, which may lie in a folder of a folder `runs` too."""
     place = _CHECKPOINT_PLACE.fullmatch(absolute_uri(config.checkpoint))
     return open_storage(place["storage"] if place else config.storage.uri)
 
