@@ -67,7 +67,7 @@ def copies(holdings: Iterable[Holding], nodes: Sequence[str]) -> list[tuple[Hold
     attempt = max((share.header.attempt for share in held), default=0)
     written = [share for share in held if share.header.attempt == attempt and not share.area.startswith(COPIES)]
     newest = choose(written, explained_step=sys.maxsize, at_least=0, is_left_out=lambda step: False)
-    shares = [holders[0] for holders in newest.shares] if newest else []
+    shares = [min(holders, key=lambda share: share.area) for holders in newest.shares] if newest else []
     writers = [{other.node for other in written if other.header.rank == share.header.rank} for share in shares]
     if len(nodes) < 2 or all(len(of) > 1 for of in writers):
         return []

@@ -129,6 +129,7 @@ def test_whichever_node_is_lost_a_whole_state_of_the_copied_step_is_left(node_of
 
     wanted = copies(written(9, 10), nodes)
     assert {share.header.step for share, _ in wanted} == {10}
+    assert copies(written(10, 9)[::-1], nodes) == wanted, "in whichever order the nodes answer: each copy takes memory"
     copied = [replace(share, node=target, area=COPIES + share.area) for share, target in wanted]
     pinned = [share for share, _ in wanted if num_slots(share.area) > NUM_SLOTS]
     for lost in nodes:
