@@ -38,7 +38,7 @@ from model.hf_config import read_config
 from model.processor import Device, fast_precision
 from model.tokenizer import load_tokenizer
 
-_CHECKPOINT_PLACE = re.compile(r"(?P<storage>.+)/runs/[^/]+(/checkpoints/[^/]+)?")
+_CHECKPOINT_PLACE = re.compile(r"(?P<storage>.+)/runs/[^/]+/checkpoints/step-[^/]+")
 
 GATE_ROWS, GATE_TOKENS = 8, 8192
 """The most rows, and the most tokens in all, that a promotion is judged by."""
@@ -94,10 +94,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "tokens": num_tokens,
         "bytes": round(num_read * bytes_per_token),
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": perplexity(loss),
         "bits_per_byte": total / num_read / math.log(2) / bytes_per_token,
         "tokens_per_s": round(num_read / seconds, 1),
     }
+
+
+def perplexity(loss: float) -> float | None:
+    """Returns that of a loss in nats; None where it is no number, or one beyond what a float and JSON have."""
+    return math.exp(loss) if loss <= math.log(sys.float_info.max) else None
 
 
 def _rows(folder: Path, model: GPT, config: EvaluateConfig) -> Rows:
@@ -138,7 +143,8 @@ def _as_trained(trained: RunConfig | None, model: GPT, config: EvaluateConfig) -
 
 
 def storage_of(config: EvaluateConfig) -> Storage:
-    """Returns the storage that holds the checkpoint's run, or else the configured one."""
+    """Returns the storage that holds the run of a checkpoint, named by its own place, or else the configured one, as
+    for weights that others wrote, which may lie in a folder of a folder `runs` too."""
     place = _CHECKPOINT_PLACE.fullmatch(absolute_uri(config.checkpoint))
     return open_storage(place["storage"] if place else config.storage.uri)
 

@@ -94,7 +94,7 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
         ledger = Ledger.read(run)
         lease.check()
         if not ledger.events("finish"):
-            raise StageFailedError(_why_unfinished(plan, ledger))
+            raise StageFailedError(why_unfinished(plan, ledger))
         checkpoint = RunCheckpoints(run).uri(ledger.events("checkpoint")[-1]["checkpoint"].rsplit("/", 1)[1])
         if checkpoint not in [published.checkpoint for published in publications(storage)]:
             publish(storage, checkpoint)
@@ -155,7 +155,8 @@ def _train(plan: RunPlan) -> None:
                 say(f"Ray Train's controller failed after step {step}; it is being restarted: {one_line(str(error))}")
 
 
-def _why_unfinished(plan: RunPlan, ledger: Ledger) -> str:
+def why_unfinished(plan: RunPlan, ledger: Ledger) -> str:
+    """Returns what the user is told of a run that stopped before its end."""
     run_id, last = plan.config.run_id, ledger.events("gave_up", "preempted")[-1]
     if last["event"] == "gave_up":
         return f"run {run_id} gave up: {last['reason']}; more is in {plan.run.uri}"

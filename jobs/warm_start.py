@@ -30,7 +30,8 @@ def like_its_source(config: RunConfig) -> RunConfig:
     run = run_storage(config)
     if run.exists(CONFIG_FILE):
         before = recorded_config(run)
-        tokenizer, shape, train = before.data.tokenizer, before.model, config.train
+        tokenizer = run.child(f"checkpoints/{checkpoint_name(0)}").uri  # what it began from may be gone by now
+        shape, train = before.model, config.train
     else:
         tokenizer, folder = find_checkpoint(config.train.init_from, config.storage.uri)
         shape, train = read_config(folder), config.train.model_copy(update={"init_from": tokenizer})
@@ -44,6 +45,13 @@ def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
     with the moments of an optimizer that has not begun. Raises `ConfigError` for another shape or vocabulary."""
     uri, folder = find_checkpoint(str(config.train.init_from), config.storage.uri)
     model, own = load_model(folder, verify=False), load_tokenizer(folder)
+    num_ids, num_rows = tokenizer.vocab_size, model.config.vocab_size
+    if num_ids != num_rows and (own is None or own.hash == tokenizer.hash):  # padded: no setting helps
+        raise ConfigError(
+            f"train.init_from={uri}: the tokenizer has {num_ids} ids and the embedding {num_rows} rows, expected equal "
+            f"numbers. Store these weights with an embedding of {num_ids} rows first (in transformers, "
+            f"model.resize_token_embeddings({num_ids}))"
+        )
     wanted, found = asdict(config.model), asdict(model.config)
     problems = [
         f"model.{name} is {wanted[name]}, there {found[name]}"

@@ -143,14 +143,16 @@ class RunCheckpoints:
         failpoint("after_manifest")
 
     def recover(self) -> None:
-        """Publishes the checkpoints of a killed attempt's spool that are newer than everything published.
-
-        Removes the rest of the spool and unfinished uploads.
-        """
+        """Publishes the checkpoints of a killed attempt's spool that are newer than everything published, and clears
+        the rest."""
         newest = max(self.names, default="")
         for folder in sorted(path.parent for path in self.spool.glob(f"step-*/{MANIFEST}")):
             if folder.name > newest and not verify_checkpoint(folder):
                 self.publish(folder)
+        self.clear_spool()
+
+    def clear_spool(self) -> None:
+        """Removes what earlier attempts left in the spool, and unfinished uploads."""
         self.check_fence()
         replaced = [] if self._local is None else self._local.glob(".step-*")
         for folder in [*self.spool.glob("*step-*"), *replaced]:

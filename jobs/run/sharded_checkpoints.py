@@ -56,13 +56,16 @@ class ShardedCheckpoint:
     def reports(self) -> Reports | None:
         """Returns the workers' reports; None while one is missing."""
         wanted = [self.file(_REPORT, index) for index in range(self._count)]
-        sizes = {entry.key: entry.size for entry in self._folder.list()}
-        if not {*wanted} <= sizes.keys():
+        if not {*wanted} <= self._sizes().keys():
             return None
+        sizes = self._sizes()  # that listing's first pages may be older than the last report
         reports = [json.loads(self._folder.read_bytes(file)) for file in wanted]
         files = [item for report in reports if "refused" not in report for item in report.items()]
         wrong = [file for file, entry in files if sizes.get(file) != entry["size"]]
         return [{"refused": f"{', '.join(wrong)} did not arrive whole"}] if wrong else reports
+
+    def _sizes(self) -> dict[str, int]:
+        return {entry.key: entry.size for entry in self._folder.list()}
 
     def parameter_hash(self, shapes: Mapping[str, Sequence[int]]) -> str:
         files = [self.file(layout.WEIGHTS, index) for index in range(self._count)]

@@ -9,7 +9,7 @@ from jobs.snapshots.slots import NUM_SLOTS, Header
 
 MAX_SHARE = 0.01  # of a step's time that snapshots may cost
 COPIES = "copy-"  # begins the name of an area with copies of a share, before the name of the share's own
-ONLY = "rank-"  # begins that of a share of a sharded state which no other group of workers has
+ONLY = "only-"  # begins that of a share of a state of which a node has a part alone
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,34 @@ def reader_of(holders: Container[str], node_of_rank: Sequence[str]) -> int | Non
 
 def copies(holdings: Iterable[Holding], nodes: Sequence[str]) -> list[tuple[Holding, str]]:
     """Returns what to copy to which node, so that each share of the newest complete state of the newest attempt is also
-    on the node with the fewest; one that two nodes write is left."""
+    on the node with the fewest; nothing where two nodes write each share. One share alone would be of no use: the nodes
+    that write the others are steps ahead when its node is lost."""
     held = list(holdings)
     attempt = max((share.header.attempt for share in held), default=0)
     written = [share for share in held if share.header.attempt == attempt and not share.area.startswith(COPIES)]
     newest = choose(written, explained_step=sys.maxsize, at_least=0, is_left_out=lambda step: False)
+    shares = [min(holders, key=lambda share: share.area) for holders in newest.shares] if newest else []
+    writers = [{other.node for other in written if other.header.rank == share.header.rank} for share in shares]
+    if len(nodes) < 2 or all(len(of) > 1 for of in writers):
+        return []
     load = {node: sum(share.node == node for share in held) for node in nodes}
     wanted = []
-    for share in [holders[0] for holders in newest.shares] if newest else []:
-        others = [node for node in nodes if node != share.node]
-        if not others or len({other.node for other in written if other.header.rank == share.header.rank}) > 1:
-            continue
+    for share in shares:
         having = {copy.node for copy in held if copy.area == COPIES + share.area}
+        others = [node for node in nodes if node != share.node]
         target = min(others, key=lambda node: (node not in having, load[node], node))
         wanted.append((share, target))
         load[target] += 1
     return wanted
+
+
+def sharded_area(rank: int, group_size: int, node_of_rank: Sequence[str]) -> str:
+    """Returns the name of the area for a rank's share of a state that each group of `group_size` ranks has in shards;
+    a node may have several groups."""
+    group, member = divmod(rank, group_size)
+    num_nodes = [len({*node_of_rank[place::group_size]}) for place in range(group_size)]
+    is_only = min(num_nodes) == 1 < len({*node_of_rank})
+    return f"{ONLY * is_only}group-{group}-rank-{member}-of-{group_size}"
 
 
 def num_slots(area: str) -> int:

@@ -21,7 +21,7 @@ from cluster.output.progress import say
 from jobs.exact.flat_layout import within
 from jobs.exact.host_copies import HostCopy
 from jobs.exact.train_state import StatePiece, TrainState
-from jobs.snapshots.choice import Holding, Snapshot, choose, interval, num_slots, reader_of
+from jobs.snapshots.choice import Holding, Snapshot, choose, interval, num_slots, reader_of, sharded_area
 from jobs.snapshots.keepers import CHUNK_BYTES, NoRoom, ask, fetch, find_keepers, read_s
 from jobs.snapshots.slots import Bytes, Header, Slots
 from jobs.workers.worker_group import WorkerGroup
@@ -149,15 +149,16 @@ class Snapshots:
         self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any], is_rescue: bool = False
     ) -> list[HostCopy]:
         """Begins the copies of this worker's shares, and after them of the other ones on its node in a rescue."""
-        ranks, count, name = [state.peers.index], len(state.peers), "rank"
-        if state.num_copies > 1:
-            name = f"group-{state.mesh.number}-rank"  # a node may have several groups; else see `choice.ONLY`
-        if not state.is_sharded:
+        ranks, count = [state.peers.index], len(state.peers)
+        if state.is_sharded:
+            areas = [sharded_area(self._group.rank, count, self._node_of_rank)]
+        else:
             neighbors = [rank for rank, node in enumerate(self._node_of_rank) if node == self._node]
-            first, count, name = neighbors.index(self._group.rank), NUM_SHARES[state.device.type], "share"
+            first, count = neighbors.index(self._group.rank), NUM_SHARES[state.device.type]
             turns = [range((first + turn) % len(neighbors), count, len(neighbors)) for turn in range(len(neighbors))]
             ranks = list(itertools.chain(*(turns if is_rescue else turns[:1])))
-        shares = {f"{name}-{rank}-of-{count}": (rank, state.share(rank, world_size=count)) for rank in ranks}
+            areas = [f"share-{rank}-of-{count}" for rank in ranks]
+        shares = {area: (rank, state.share(rank, world_size=count)) for area, rank in zip(areas, ranks, strict=True)}
         sizes = {area: sum(view.nbytes for views in of.values() for view in views) for area, (_, of) in shares.items()}
         if not self._opened(sizes):
             return []

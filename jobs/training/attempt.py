@@ -1,5 +1,6 @@
 """One worker's part of an attempt at a run: begins, records and saves."""
 
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -140,10 +141,11 @@ class Attempt:
             cooldown_tokens=cooldown_tokens(self.plan.config),
         )
 
-    def validate(self, step: int) -> dict[str, Any]:
-        """Returns the figures of the held-out split, and records them with samples and the figures of other sets."""
+    def validate(self, step: int, *, moves: Callable[[], None]) -> dict[str, Any]:
+        """Returns the figures of the held-out split, None for what is not finite, and records them with samples and the
+        figures of other sets. `moves` is called before each batch."""
         config = self.plan.config
-        measure = partial(measured, config=config, state=self.state, group=self.group, eot_id=self.eot_id)
+        measure = partial(measured, config=config, state=self.state, group=self.group, eot_id=self.eot_id, moves=moves)
         figures, sets = measure(self.val_rows), {name: measure(rows) for name, rows in self.val_sets.items()}
         completed = []
         if self.ledger or self.state.gathered:
@@ -151,7 +153,7 @@ class Attempt:
                 completed = samples(self.state.model, self.tokenizer, config.train)
         if self.ledger:
             self.ledger.event("validation", step=step, **figures, **({"sets": sets} if sets else {}), samples=completed)
-        return figures
+        return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
     def save(self, step: int, validation: dict[str, Any], *, must: bool = False) -> None:
         """Copies the state; the copy is stored while training continues, in shards by those that hold them, else by
@@ -227,6 +229,7 @@ class Attempt:
             last = max((line["step"] for line in read.lines if line.get("event") in (None, "skip")), default=0)
             snapshot = self._newest_snapshot(last, at_least=saved_step, is_left_out=left_out)
             if snapshot is not None:
+                patiently(self.writer.checkpoints.clear_spool, "checkpoints")  # what is due is saved from the snapshot
                 return _Beginning(rollbacks, snapshot=snapshot, generation=generation, saved_step=saved_step)
             newest = patiently(partial(self.writer.newest_checkpoint, left_out=left_out), "checkpoints")
             return _Beginning(rollbacks, checkpoint=newest, generation=generation)

@@ -83,9 +83,15 @@ class RunWriter:
             )
 
     def finish(self, *, step: int | None) -> None:
-        """Returns once the storage has everything; `step` is the run's last one, if that is done."""
+        """Returns once the storage has everything; `step` is the run's last one, if that is done. The run has not
+        finished where the last checkpoint was refused: a resume repeats the steps since the one before."""
         self.saving.finish()
-        if step is not None:
+        saves = self.ledger.read().events("checkpoint", "checkpoint_refused") if step is not None else []
+        if saves and saves[-1]["event"] == "checkpoint_refused":
+            reason = f"the checkpoint of step {saves[-1]['step']} was not stored: {saves[-1]['reason']}"
+            reason += ". The same --run-id repeats the steps since the one before"
+            self.ledger.event("gave_up", step=step, reason=reason)
+        elif step is not None:
             self.ledger.event("finish", step=step)
         self.ledger.close()
 

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from cluster.settings.run import max_steps
@@ -80,7 +81,7 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
         if is_last or step % config.train.eval_every_steps == 0:
             pulse.at(Place.VALIDATION)
             with timer.phase("validation"):
-                validation = attempt.validate(step)
+                validation = attempt.validate(step, moves=partial(pulse.at, Place.VALIDATION))
         attempt.record.write(step, loss=measured.loss, lr=rate, grad_norm=measured.norm, skipped=decision.reason)
         notice = attempt.notices.answer()
         if saves or notice:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -23,9 +24,16 @@ SAMPLE_TOKENS = 64
 
 @torch.no_grad()
 def measured(
-    rows: TokenStream, *, config: RunConfig, state: TrainState, group: WorkerGroup, eot_id: int | None
+    rows: TokenStream,
+    *,
+    config: RunConfig,
+    state: TrainState,
+    group: WorkerGroup,
+    eot_id: int | None,
+    moves: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Returns `val_loss` (nats per counted token) and `val_bits_per_byte` of held-out rows."""
+    """Returns `val_loss` (nats per counted token) and `val_bits_per_byte` of held-out rows; calls `moves` before each
+    batch."""
     size, most_rows = config.train.micro_batch_size, max(1, config.train.eval_max_tokens // seq_len(config))
     num_rows = rows.count_rows(at_most=most_rows)
     batches = [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
@@ -37,6 +45,7 @@ def measured(
             index = first + group.rank
             if index >= len(batches) and not state.gathered:
                 break
+            moves()
             batch = batches[min(index, len(batches) - 1)]  # a rank without one helps the others to gather the weights
             read = patiently(lambda: rows.rows(batch), "tokens")  # noqa: B023 (called at once)
             with autocast(config, state.device):

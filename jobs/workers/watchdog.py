@@ -25,7 +25,7 @@ HANGS = "hangs"
 _POLL_S = 0.5
 _STEP_FACTOR = 20  # a straggler that gets a tenth of its time stays below it
 _STUCK_FACTOR = 1.25  # later than silence is noticed, so that a worker that waits for a silent one is never blamed
-_UNKNOWN_FACTOR = 10  # the first step may compile, a validation may be long
+_UNKNOWN_FACTOR = 10  # the first step may compile, a batch of a validation or a save be long
 _FORSAKEN_FACTOR = 20  # by then the worker that it waits for has been killed, or has a reason to wait itself
 
 
@@ -72,10 +72,9 @@ def health(beat: Beat, *, silent_s: float, unmoved_s: float, hang_timeout_s: flo
         return Health.SILENT
     if beat.place is Place.AROUND or Waits.STORAGE in beat.waits_for:
         return Health.WELL
-    if beat.place is Place.STEP and beat.usual_step_s is not None:
-        deadline_s = max(_STUCK_FACTOR * hang_timeout_s, _STEP_FACTOR * beat.usual_step_s)
-    else:
-        deadline_s = _UNKNOWN_FACTOR * hang_timeout_s
+    is_usual = beat.place is Place.STEP and beat.usual_step_s is not None
+    factor = _STUCK_FACTOR if is_usual else _UNKNOWN_FACTOR
+    deadline_s = max(factor * hang_timeout_s, _STEP_FACTOR * (beat.usual_step_s or 0.0))
     is_waiting = Waits.WORKERS in beat.waits_for
     if unmoved_s < (_FORSAKEN_FACTOR if is_waiting else 1) * deadline_s:
         return Health.WELL

@@ -10,7 +10,7 @@ from cluster.settings.parser import ConfigError
 from cluster.settings.run import EvaluateConfig
 from cluster.storage.registry import publish
 from cluster.storage.uris import open_storage
-from jobs.evaluate import evaluate, storage_of
+from jobs.evaluate import evaluate, perplexity, storage_of
 from jobs.run.history import CONFIG_FILE
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
@@ -112,13 +112,19 @@ def test_latest_is_found_and_tokens_are_bounded(plan: RunPlan, ray_workers: int)
     assert (found["tokens"], found["checkpoint"]) == (96, str(newest_checkpoint(plan))), "the one that was measured"
 
 
+@pytest.mark.parametrize(("loss", "expected"), [(0.0, 1.0), (710.0, None), (math.inf, None), (math.nan, None)])
+def test_a_perplexity_that_no_float_holds_is_none(loss: float, expected: float | None) -> None:
+    assert perplexity(loss) == expected
+
+
 def test_the_checkpoints_place_names_the_storage() -> None:
     def place(checkpoint: str) -> str:
         return storage_of(EvaluateConfig.model_validate({"checkpoint": checkpoint, "storage": {"uri": "/other"}})).uri
 
     assert place("/mill/runs/r1/checkpoints/step-000000008") == "/mill"
     assert place("s3://bucket/a/runs/r1/checkpoints/step-000000008") == "s3://bucket/a"
-    assert place("/mill/runs/r1") == "/mill"
+    assert place("/mill/runs/r1/checkpoints/step-000000008-0002") == "/mill"
+    assert place("/work/runs/gpt2-ft") == place("/work/runs/gpt2-ft/checkpoint-500") == "/other"
     assert place("/mill/exported") == "/other"
 
 

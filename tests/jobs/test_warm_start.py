@@ -1,5 +1,6 @@
 """A run that begins from weights that transformers wrote: they are its step 0, and a resume has the same bits."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from jobs.training.train_loop import train
 from jobs.warm_start import begin, like_its_source
 from model.checkpoint import load_model, parameter_hash
 from model.checkpoint_folder import CheckpointError, read_metadata
+from model.config import GPTConfig
 from model.tokenizer import Tokenizer
 from tests.cluster.hub_stub import running_hub
 from tests.jobs.runs import tiny_plan
@@ -111,6 +113,25 @@ def test_a_model_on_the_hub_is_recorded_by_its_commit_and_its_branch_may_move(
             assert changed(other) == [f"train.init_from was {pinned}, now {other}"]
 
 
+def test_a_run_whose_source_is_gone_resumes_with_the_tokenizer_of_its_step_0(tmp_path: Path) -> None:
+    plan = tiny_plan(str(tmp_path / "storage"))
+    source = source_folder(tmp_path / "source", plan.tokenizer_json)
+    (source / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    train_config = plan.config.train.model_copy(update={"init_from": str(source)})
+    asked = plan.config.model_copy(update={"run_id": "alone", "model": GPTConfig(), "train": train_config})
+    config, run = like_its_source(asked), run_storage(asked)
+    before, _ = load_tokenizer(str(config.data.tokenizer))
+    begin(run, config, before)
+    run.write_bytes("config.yaml", to_yaml(config).encode())
+    shutil.rmtree(source)
+    resumed = like_its_source(asked)
+    after, _ = load_tokenizer(str(resumed.data.tokenizer))
+    assert before.chat is not None
+    assert (after.to_json(), after.hash, after.chat) == (before.to_json(), before.hash, before.chat), "the store's key"
+    assert (resumed.model, resumed.train) == (config.model, config.train)
+    assert changed_settings(run, resumed) == []
+
+
 def test_a_run_without_its_first_checkpoint_never_begins_with_random_weights(tmp_path: Path) -> None:
     plan = tiny_plan(str(tmp_path / "storage"))
     source = source_folder(tmp_path / "source", plan.tokenizer_json)
@@ -129,3 +150,16 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     config = plan.config.model_copy(update={"train": plan.config.train.model_copy(update={"init_from": str(source)})})
     with pytest.raises(ConfigError, match="architecture is gpt2, there llama"):
         begin(open_storage(str(tmp_path / "other")), like_its_source(config), Tokenizer.from_json(plan.tokenizer_json))
+
+
+def test_a_padded_vocabulary_is_refused_with_what_to_do_about_it(tmp_path: Path) -> None:
+    plan = tiny_plan(str(tmp_path / "storage"))
+    num_ids = Tokenizer.from_json(plan.tokenizer_json).vocab_size
+    source = source_folder(tmp_path / "source", plan.tokenizer_json, vocab_size=num_ids + 7)
+    expected = rf"{num_ids} ids and the embedding {num_ids + 7} rows.* model\.resize_token_embeddings\({num_ids}\)"
+    with pytest.raises(ConfigError, match=expected):
+        begun(tmp_path, "padded", source)
+    model = LlamaForCausalLM.from_pretrained(source)
+    model.resize_token_embeddings(num_ids)
+    model.save_pretrained(source)
+    begun(tmp_path, "cut", source)

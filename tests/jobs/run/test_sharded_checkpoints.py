@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from cluster.storage.uris import open_storage
+from cluster.storage.folder import LocalStorage
+from cluster.storage.uris import Entry, open_storage
 from jobs.export import export
 from jobs.proof.verify_run import verify
 from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.ledger import Ledger
-from jobs.run.sharded_checkpoints import stored_state
+from jobs.run.sharded_checkpoints import ShardedCheckpoint, stored_state
 from model.checkpoint import load_model, parameter_hash
 from model.checkpoint_folder import MANIFEST, CheckpointError, read_metadata
 from tests.checkpoints import write_tiny
@@ -105,6 +106,29 @@ def test_a_crash_of_one_worker(tmp_path: Path) -> None:
 def test_twenty_seeds_of_crashes(s3_bucket: str, tmp_path: Path, is_remote: bool) -> None:
     uri = f"s3://{s3_bucket}/storage" if is_remote else str(tmp_path / "storage")
     check_crashes(uri, tmp_path, num_seeds=20, places=PLACES)
+
+
+def test_a_listing_whose_first_page_is_older_than_the_last_report_refuses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = ShardedCheckpoint(RunCheckpoints(open_storage(str(tmp_path))), "step-000000001-0001", 1)
+    spooled = tmp_path / "spooled"
+    spooled.mkdir()
+    file = checkpoint.file("model.safetensors", 0)
+    (spooled / file).write_bytes(b"weights")
+    report = {file: {"size": 7}}
+    list_all, pages_behind = LocalStorage.list, 1
+
+    def listed(self: LocalStorage, prefix: str = "") -> list[Entry]:
+        nonlocal pages_behind
+        is_behind, pages_behind = pages_behind > 0, pages_behind - 1
+        return [entry for entry in list_all(self, prefix) if not is_behind or entry.key != file]
+
+    checkpoint.store(0, spooled, report)
+    monkeypatch.setattr(LocalStorage, "list", listed)
+    assert checkpoint.reports() == [report]
+    pages_behind = 2
+    assert checkpoint.reports() == [{"refused": f"{file} did not arrive whole"}], "it is gone"
 
 
 def test_a_copy_that_only_computes_trains_nothing(tmp_path: Path) -> None:

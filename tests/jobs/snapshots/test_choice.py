@@ -1,10 +1,23 @@
 """The choice of a snapshot, of its readers, of second copies and of the interval: plain values in and out."""
 
+from dataclasses import replace
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.snapshots.choice import COPIES, MAX_SHARE, Holding, choose, copies, interval, reader_of
-from jobs.snapshots.slots import Header
+from jobs.snapshots.choice import (
+    COPIES,
+    MAX_SHARE,
+    Holding,
+    choose,
+    copies,
+    interval,
+    num_slots,
+    reader_of,
+    sharded_area,
+)
+from jobs.snapshots.slots import NUM_SLOTS, Header
 
 
 def held(node: str, step: int, *, rank: int = 0, world_size: int = 1, attempt: int = 1, area: str = "state") -> Holding:
@@ -99,6 +112,45 @@ def test_a_state_that_two_nodes_train_is_not_copied_nor_what_an_older_attempt_le
 def test_shares_are_spread_over_the_other_nodes() -> None:
     shares = [held("a", 8, rank=rank, world_size=2, area=f"rank-{rank}") for rank in range(2)]
     assert [node for _, node in copies(shares, ["a", "b", "c"])] == ["b", "c"]
+
+
+@pytest.mark.parametrize(("node_of_rank", "group_size"), [("AB", 2), ("AAAB", 2), ("AAAABB", 3), ("ABBB", 2)])
+def test_whichever_node_is_lost_a_whole_state_of_the_copied_step_is_left(node_of_rank: str, group_size: int) -> None:
+    """The shares of which two nodes write one move on too: a step is whole only if it was copied of all."""
+    nodes = sorted({*node_of_rank})
+
+    def written(*steps: int) -> list[Holding]:
+        areas = [sharded_area(rank, group_size, node_of_rank) for rank in range(len(node_of_rank))]
+        return [
+            held(node, step, rank=rank % group_size, world_size=group_size, area=areas[rank])
+            for rank, node in enumerate(node_of_rank)
+            for step in steps
+        ]
+
+    wanted = copies(written(9, 10), nodes)
+    assert {share.header.step for share, _ in wanted} == {10}
+    assert copies(written(10, 9)[::-1], nodes) == wanted, "in whichever order the nodes answer: each copy takes memory"
+    copied = [replace(share, node=target, area=COPIES + share.area) for share, target in wanted]
+    pinned = [share for share, _ in wanted if num_slots(share.area) > NUM_SLOTS]
+    for lost in nodes:
+        left = [share for share in [*written(37, 38), *pinned, *copied] if share.node != lost]
+        found = choice_of(*left)
+        assert found is not None and found.header.step in (10, 38)
+
+
+@pytest.mark.parametrize("node_of_rank", ["AABB", "AABBAA"])
+def test_groups_that_have_each_share_on_two_nodes_copy_and_pin_nothing(node_of_rank: str) -> None:
+    areas = [sharded_area(rank, 2, node_of_rank) for rank in range(len(node_of_rank))]
+    assert len({*areas}) == len(areas) and {*map(num_slots, areas)} == {NUM_SLOTS}
+    shares = [held(node, 8, rank=rank % 2, world_size=2, area=areas[rank]) for rank, node in enumerate(node_of_rank)]
+    assert copies(shares, ["A", "B"]) == []
+
+
+def test_a_state_whose_shares_are_all_on_one_node_is_copied_and_pins_nothing() -> None:
+    areas = [sharded_area(rank, 2, "AA") for rank in range(2)]
+    assert {*map(num_slots, areas)} == {NUM_SLOTS}
+    shares = [held("A", 8, rank=rank, world_size=2, area=area) for rank, area in enumerate(areas)]
+    assert copies(shares, ["A", "B"]) == [(share, "B") for share in shares]
 
 
 @given(copy_s=st.floats(1e-6, 10), step_s=st.floats(1e-4, 1000))

@@ -19,8 +19,9 @@ import jobs.snapshots.snapshots
 import jobs.training.attempt
 from jobs.exact.host_copies import HostCopies
 from jobs.exact.train_state import TrainState
+from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.ledger import Ledger
-from jobs.snapshots.choice import COPIES, Holding, Snapshot, choose, num_slots
+from jobs.snapshots.choice import COPIES, Holding, Snapshot, choose, num_slots, sharded_area
 from jobs.snapshots.keepers import ANSWER_S, AS_ACTOR, Keeper, NoRoom, copy_to_second_nodes
 from jobs.snapshots.slots import Bytes, Header, Slots
 from jobs.snapshots.snapshots import Snapshots
@@ -164,7 +165,7 @@ def test_shares_that_are_written_all_the_time_are_copied_of_one_step(ray_workers
     is left of one step after the loss of any node is whole."""
     nodes = ["a", "b"]
     keepers = {node: ray.remote(**AS_ACTOR)(Keeper).remote(node=node, max_bytes=1 << 30) for node in nodes}
-    areas = {node: f"rank-{rank}-of-2" for rank, node in enumerate(nodes)}
+    areas = {node: sharded_area(rank, 2, nodes) for rank, node in enumerate(nodes)}
     slots = {node: Slots.at(ray.get(keepers[node].open.remote(areas[node], SIZE)), 3) for node in nodes}
     assert {num_slots(area) for area in areas.values()} == {3}
     ended = threading.Event()
@@ -189,7 +190,10 @@ def test_shares_that_are_written_all_the_time_are_copied_of_one_step(ray_workers
                 kept = copy_to_second_nodes(keepers, listed(), nodes, before)
             time.sleep(0.2)  # ten steps
             copied = [held for held in listed() if held.area.startswith(COPIES)]
-            assert {(held.node, held.area) for held in copied} == {("a", "copy-rank-1-of-2"), ("b", "copy-rank-0-of-2")}
+            assert {(held.node, held.area) for held in copied} == {
+                ("a", COPIES + areas["b"]),
+                ("b", COPIES + areas["a"]),
+            }
             assert all(ray.get(keepers[held.node].is_whole.remote(held)) for held in copied)
             for lost in nodes:  # whichever node is lost, the other has a whole state
                 left = [held for held in listed() if held.node != lost]
@@ -326,6 +330,25 @@ def test_the_workers_of_a_node_write_a_state_together_and_in_a_rescue_each_what_
     assert parameter_hash(other.model.state_dict()) == parameter_hash(state.model.state_dict())
     ranks[1].rescue(state)
     assert len(whole(memory)) == 6, "both steps are still there"
+
+
+def test_a_run_that_continues_from_memory_clears_what_the_lost_attempt_left_in_the_spool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of 1.3B parameters takes 16 GB there."""
+    monkeypatch.setattr(OwnMemory, "memory", make_memory(), raising=False)
+    monkeypatch.setattr(OwnMemory, "raise_after", {7: KilledError()}, raising=False)
+    monkeypatch.setattr(jobs.training.attempt, "Snapshots", OwnMemory)
+    plan = tiny_plan(str(tmp_path))
+    with pytest.raises(KilledError):
+        train(plan, rank=0, world_size=1)
+    checkpoints = RunCheckpoints(plan.run)
+    left = checkpoints.spool / checkpoint_name(6, 1)
+    left.mkdir(parents=True, exist_ok=True)
+    (left / "model.safetensors").write_bytes(b"half of it")
+    train(plan, rank=0, world_size=1)
+    assert [start["from_memory"] for start in Ledger.read(plan.run).events("start")] == [False, True]
+    assert list(checkpoints.spool.glob("*step-*")) == []
 
 
 @pytest.mark.parametrize(("dropout", "beside"), [(0.0, False), (0.1, True)])

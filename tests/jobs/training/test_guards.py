@@ -199,6 +199,17 @@ def test_a_spike_is_skipped_alike_by_all(tmp_path: Path) -> None:
     assert (skip["step"], "spike" in skip["reason"]) == (step, True)
 
 
+def test_a_validation_loss_that_is_not_finite_is_none_in_the_checkpoint(tmp_path: Path) -> None:
+    """The weights are finite, and the logits are not: the save of step 2 raised what ended the attempt."""
+    plan = plan_in(tmp_path, learning_rate=1e30, max_tokens=2 * 4 * 32, eval_every_steps=1)
+    run_world(plan)
+    ledger = Ledger.read(plan.run)
+    assert not math.isfinite(ledger.events("validation")[-1]["val_loss"])
+    saved = ledger.events("checkpoint")[-1]
+    assert (saved["step"], saved["val_loss"]) == (2, None)
+    assert ledger.events("finish")
+
+
 def test_weights_that_overflow_reach_no_checkpoint_and_stop_the_run_with_a_reason(tmp_path: Path) -> None:
     plan = plan_in(tmp_path, learning_rate=1e38, max_rollbacks=1)
     run_world(plan)

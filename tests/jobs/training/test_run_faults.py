@@ -15,11 +15,14 @@ import pytest
 
 from cluster.storage.lease import Lease, LeaseHeldError
 from cluster.storage.uris import Storage, open_storage
+from jobs.pretrain import why_unfinished
 from jobs.run.checkpoints import QUARANTINED, RunCheckpoints, step_of
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.run.writer_generation import Fence
+from jobs.training import checkpoint_writer
 from jobs.training.train_loop import train
+from model.checkpoint_folder import verify_checkpoint
 from tests.checkpoints import damage
 from tests.cluster.fault_proxy import FaultProxy, running_proxy
 from tests.jobs.runs import tiny_plan
@@ -178,6 +181,33 @@ def test_a_corrupt_newest_is_marked_told_of_and_passed_over(tmp_path: Path, how:
     assert (folder / QUARANTINED).read_text() == "\n".join(event["problems"])
     assert final_hash(plan) == expected
     assert step_of(RunCheckpoints(run).names[-1]) == 8
+
+
+def test_a_run_whose_last_checkpoint_is_refused_has_not_finished_and_a_resume_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk alters a bit of the checkpoint of step 8 in the spool."""
+    whole, plan = eight_steps(tmp_path / "whole"), eight_steps(tmp_path / "refused")
+    train(whole, rank=0, world_size=1)
+
+    def altering(folder: Path) -> list[str]:
+        if step_of(folder.name) == 8:
+            damage(folder, "model.safetensors", "flip")
+        return verify_checkpoint(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer, "verify_checkpoint", altering)
+        train(plan, rank=0, world_size=1)
+    ledger = Ledger.read(plan.run)
+    assert not ledger.events("finish")
+    said = why_unfinished(plan, ledger)
+    assert "gave up: the checkpoint of step 8 was not stored: model.safetensors" in said
+    assert "The same --run-id repeats" in said
+    train(plan, rank=0, world_size=1)
+    ledger = Ledger.read(plan.run)
+    assert [line["step"] for line in ledger.events("start")] == [0, 4]
+    assert [line["step"] for line in ledger.events("finish")] == [8]
+    assert final_hash(plan) == final_hash(whole)
 
 
 @pytest.mark.chaos

@@ -19,6 +19,8 @@ from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.tokens.token_store import MANIFEST, TokenStoreError
 from jobs.training.train_loop import train
+from jobs.workers.heartbeat import Pulse
+from jobs.workers.watchdog import Place
 from model.checkpoint import load_model
 from model.tokenizer import Tokenizer
 from tests.jobs.poisoned_runs import run_world
@@ -73,6 +75,18 @@ def test_two_workers_measure_the_same_bits(trained: RunPlan, tmp_path: Path) -> 
     run_world(plan, world_size=2)
     assert [step for step, _ in validations(plan)] == [4, 8]
     assert validations(plan) == validations(trained)
+
+
+def test_each_batch_is_a_sign_of_life(tmp_path: Path) -> None:
+    places = []
+
+    class Seen(Pulse):
+        def at(self, place: Place) -> None:
+            places.append(place)
+            super().at(place)
+
+    train(plan_with_sets(tmp_path), rank=0, world_size=1, pulse=Seen({}))
+    assert places.count(Place.VALIDATION) > 2 * 20 / 2, "two validations of 20 rows of a set, two rows in a batch"
 
 
 def test_sets_change_nothing_else(trained: RunPlan, tmp_path: Path) -> None:

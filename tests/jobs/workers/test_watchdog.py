@@ -49,6 +49,9 @@ READING = [Waits.STORAGE]
         (Place.AROUND, None, [], 31, 31, Health.SILENT),
         (Place.FIRST_STEP, None, [], 1, 200, Health.WELL),
         (Place.VALIDATION, 0.1, [], 1, 301, Health.STUCK),
+        (Place.VALIDATION, 60.0, [], 1, 1199, Health.WELL),  # a model with long steps has long validations and saves
+        (Place.VALIDATION, 60.0, [], 1, 1201, Health.STUCK),
+        (Place.SAVE, 60.0, [], 1, 1199, Health.WELL),
     ],
 )
 def test_who_hangs(
