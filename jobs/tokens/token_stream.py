@@ -99,7 +99,7 @@ class TokenStream:
             num_tokens = self._sources[source].num_tokens
             raise TokenStoreError(
                 f"the {split} split of {f'source {source}' if weights else storage.uri} has {num_tokens} tokens, "
-                f"a row needs {seq_len + 1} (train.seq_len + 1); add text, "
+                f"a row needs {seq_len + 1} (train.seq_len + 1); add documents, each whole in one split, "
                 f"{'raise data.val_fraction, ' if split == 'val' else ''}or lower train.seq_len"
             )
         self.order = SampleOrder(seed, window_rows, num_rows, weights)
