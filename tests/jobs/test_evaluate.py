@@ -124,7 +124,7 @@ def test_the_checkpoints_place_names_the_storage() -> None:
     assert place("/mill/runs/r1/checkpoints/step-000000008") == "/mill"
     assert place("s3://bucket/a/runs/r1/checkpoints/step-000000008") == "s3://bucket/a"
     assert place("/mill/runs/r1/checkpoints/step-000000008-0002") == "/mill"
-    assert place("/work/runs/gpt2-ft") == place("/work/runs/gpt2-ft/checkpoint-500") == "/other"
+    assert place("/models/runs/gpt2-ft") == place("/models/runs/gpt2-ft/checkpoint-500") == "/other"
     assert place("/mill/exported") == "/other"
 
 

@@ -218,9 +218,9 @@ def test_odd_names_on_disk_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / name).write_text("text")
     assert [entry.key for entry in glob_uris(f"{tmp_path}/**/a.txt")] == [f"{tmp_path}/two\nlines/a.txt"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/root/of/homes")
+    monkeypatch.setenv("HOME", "/homes/reader")
     assert absolute_uri("~t.txt") == f"{tmp_path}/~t.txt"
-    assert absolute_uri("~/t.txt") == "/root/of/homes/t.txt"
+    assert absolute_uri("~/t.txt") == "/homes/reader/t.txt"
 
 
 def test_keys_stay_below_their_root(storage: Storage) -> None:
