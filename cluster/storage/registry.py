@@ -1,7 +1,7 @@
 """The registry of published checkpoints: what `latest` means, and how a checkpoint reference becomes a folder.
 
 A publication is a small numbered file under `registry/`; the highest number is the latest. Two publishers cannot take
-the same number, and none is ever rewritten.
+the same number, and none is ever rewritten. One whose checkpoint was deleted while it was written is withdrawn.
 """
 
 import json
@@ -15,7 +15,15 @@ from itertools import islice
 from pathlib import Path
 
 from cluster.storage.checkpoint_cache import discard, fetch
-from cluster.storage.uris import AlreadyExistsError, NotFoundError, Storage, StorageError, open_storage, pinned
+from cluster.storage.uris import (
+    AlreadyExistsError,
+    ConflictError,
+    NotFoundError,
+    Storage,
+    StorageError,
+    open_storage,
+    pinned,
+)
 from model.checkpoint_folder import MANIFEST, CheckpointError, Metadata, is_hf_folder, read_metadata, verify_checkpoint
 
 LATEST = "latest"
@@ -25,6 +33,7 @@ LAST_GOOD = f"{ENDPOINTS}last-good/"
 """Folder with a copy of each of these files, in case one is damaged."""
 AUDIT = f"{ENDPOINTS}audit/"
 """Folder with the orders that each endpoint was given."""
+_PUBLISH_TRIES = 2  # a second one finds the checkpoint that took the place of a deleted one
 _PUBLICATION = re.compile(r"registry/\d+\.json")
 
 _log = logging.getLogger(__name__)
@@ -42,8 +51,30 @@ class Publication:
 
 
 def publish(storage: Storage, reference: str) -> Publication:
-    """Makes the checkpoint of a reference (see `find_checkpoint`) the latest. Raises `CheckpointError` if invalid."""
-    checkpoint, folder = find_checkpoint(reference, storage.uri)
+    """Makes the checkpoint of a reference (see `find_checkpoint`) the latest. Raises `CheckpointError` if invalid, or
+    if its run deletes it meanwhile and the reference names no other one."""
+    deleted: str | None = None
+    for _ in range(_PUBLISH_TRIES):
+        try:
+            publication = _verified(reference, storage.uri)
+        except CheckpointError as error:
+            if deleted is None:
+                raise
+            raise CheckpointError(_deleted_meanwhile(deleted)) from error
+        key, version = _recorded(storage, publication)
+        # Verifying takes seconds to minutes. Until the publication is written the run's retention may delete the
+        # checkpoint, afterwards it does not.
+        if open_storage(publication.checkpoint).exists(MANIFEST):
+            return publication
+        with suppress(ConflictError):
+            storage.delete(key, if_version=version)
+        deleted = publication.checkpoint
+    raise CheckpointError(_deleted_meanwhile(str(deleted)))
+
+
+def _verified(reference: str, storage_uri: str) -> Publication:
+    """Returns the publication of the checkpoint that the reference names, after it was verified."""
+    checkpoint, folder = find_checkpoint(reference, storage_uri)
     if is_hf_folder(folder):
         raise CheckpointError(
             f"{checkpoint} was saved by transformers and has no {MANIFEST}: only raymill's own checkpoints are "
@@ -51,13 +82,24 @@ def publish(storage: Storage, reference: str) -> Publication:
         )
     metadata = read_metadata(folder)
     now_s, parameter_hash = round(time.time(), 3), str(metadata.parameter_hash)
-    publication = Publication(checkpoint, parameter_hash, metadata.run_id, metadata.step, now_s)
+    return Publication(checkpoint, parameter_hash, metadata.run_id, metadata.step, now_s)
+
+
+def _recorded(storage: Storage, publication: Publication) -> tuple[str, str]:
+    """Writes the publication under the next number; returns its key and the version of that file."""
+    content = json.dumps(asdict(publication)).encode()
     while True:
         numbers = [int(Path(key).stem) for key in _publication_keys(storage)]
         key = f"registry/{max(numbers, default=0) + 1:06d}.json"
         with suppress(AlreadyExistsError):  # another publisher took the number
-            storage.write_bytes(key, json.dumps(asdict(publication)).encode(), if_absent=True)
-            return publication
+            return key, storage.write_bytes(key, content, if_absent=True)
+
+
+def _deleted_meanwhile(checkpoint: str) -> str:
+    return (
+        f"{checkpoint} was deleted while it was being published: its run keeps its newest checkpoints only. Publish "
+        "the run itself, which means its newest one, or have it keep more (checkpoint.num_to_keep)"
+    )
 
 
 def publications(storage: Storage) -> list[Publication]:

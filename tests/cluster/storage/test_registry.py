@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cluster.storage.registry import (
     what_latest_became,
 )
 from cluster.storage.uris import open_storage
+from jobs.run.checkpoints import RunCheckpoints
 from model.checkpoint import load_model as load
 from model.checkpoint import parameter_hash
 from model.checkpoint_folder import MANIFEST, TRAIN_STATE, CheckpointError
@@ -214,6 +216,35 @@ def test_publishers_never_share_a_number(root: Path, place: str, request: pytest
         published = list(threads.map(lambda _: publish(storage, str(folder)), range(16)))
     assert [entry.key for entry in storage.list("registry/")] == [f"registry/{n:06d}.json" for n in range(1, 17)]
     assert sorted(entry.time for entry in publications(storage)) == sorted(entry.time for entry in published)
+
+
+@dataclass(frozen=True)
+class RetentionBeforeWrite(LocalStorage):
+    """A folder whose run deletes a checkpoint just before a publication is written, as retention may."""
+
+    superseded: tuple[str, ...] = ()
+
+    def write_bytes(self, key: str, data: bytes, **conditions: Any) -> str:
+        checkpoints = RunCheckpoints(self.child("runs/r"))
+        checkpoints.delete(name for name in self.superseded if name in checkpoints.names and name in data.decode())
+        return super().write_bytes(key, data, **conditions)
+
+
+def test_publish__takes_the_newest_one_when_retention_deleted_the_verified_one(root: Path) -> None:
+    older, newer = steps(root, 1, 2)
+    storage = RetentionBeforeWrite(root, superseded=(newer.name,))
+    assert publish(storage, str(root / "runs/r")).checkpoint == str(older)
+    assert [entry.checkpoint for entry in publications(storage)] == [str(older)]
+    assert find_checkpoint("latest", str(root)) == (str(older), older)
+
+
+def test_publish__refuses_a_checkpoint_that_retention_deleted_meanwhile(root: Path) -> None:
+    kept, doomed = steps(root, 1, 2)
+    storage = RetentionBeforeWrite(root, superseded=(doomed.name,))
+    earlier = publish(storage, str(kept))
+    with pytest.raises(CheckpointError, match=r"was deleted while it was being published.*checkpoint.num_to_keep"):
+        publish(storage, str(doomed))
+    assert publications(storage) == [earlier]
 
 
 def test_what_endpoints_serve_is_known(root: Path) -> None:
