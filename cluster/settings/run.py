@@ -175,6 +175,7 @@ class ScalingConfig(Settings):
     use_gpu: bool = False
     shard: Shard = "none"
     shard_group: PositiveInt | None = None
+    mixed_hardware: Literal["refuse", "allow"] = "refuse"
     shard_cache_bytes: NonNegativeInt = 8 << 30  # half of the scratch space that the manifests give a pod
     resize_check_s: PositiveFloat = 10.0
     max_fruitless_attempts: PositiveInt = 6

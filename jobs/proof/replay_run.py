@@ -55,8 +55,13 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
         raise ConfigError(f"--workers {num_workers}: the run has {num_lanes} lanes, and each worker needs one")
     tokens = find_tokens(run, data_identity(ledger))
     with tempfile.TemporaryDirectory(prefix="raymill-replay-") as folder:
+        branches = {
+            "storage": config.storage.model_copy(update={"uri": folder}),
+            # Whether this hardware computes the same bits is what is asked.
+            "scaling": config.scaling.model_copy(update={"mixed_hardware": "allow"}),
+        }
         plan = RunPlan(
-            config=config.model_copy(update={"storage": config.storage.model_copy(update={"uri": folder})}),
+            config=config.model_copy(update=branches),
             tokens_uri=tokens.uri,
             tokenizer_json=tokens.read_bytes(TOKENIZER),
             code_version=code_version(),

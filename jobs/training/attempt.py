@@ -27,7 +27,7 @@ from jobs.snapshots.choice import Snapshot
 from jobs.snapshots.snapshots import Snapshots
 from jobs.training.guards import Decision, GuardState, Verdict, Windows
 from jobs.training.kernels import prepared
-from jobs.training.mixed_hardware import differences, settle_rounding
+from jobs.training.mixed_hardware import Hardware, changes, differences, hardware, settle_rounding, why_refused
 from jobs.training.run_writer import RunWriter
 from jobs.training.shard_writer import ShardWriter
 from jobs.training.step_record import StepRecord
@@ -71,17 +71,22 @@ class Attempt:
         keep_freed_memory()
         self.schedule = batch_schedule(config)
         self.checkpoints = RunCheckpoints(plan.run)
+        device = torch.device("cuda", torch.cuda.current_device()) if config.scaling.use_gpu else torch.device("cpu")
+        kinds = group.gather(hardware(device))
+        workers = group.gather({"pid": os.getpid(), "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname())})
+        nodes = [worker["node"] for worker in workers]
+        unlike = differences(kinds, nodes=nodes)
         self.writer: RunWriter | None = None
         # Rank 0 chooses the checkpoint for all: another rank might see a newer or a damaged one.
         self.snapshots = Snapshots(plan.launch, group)
-        begun = group.broadcast(self._begin(opened) if group.rank == 0 else None)
+        begun = group.broadcast(self._begin(opened, unlike, kinds[0]) if group.rank == 0 else None)
         self.ledger = self.writer.ledger if self.writer else None
         self.is_hopeless = begun.stop_reason is not None
         if begun.stop_reason is not None:
             if self.writer:
                 self.writer.give_up(begun.stop_reason)
             return
-        restored_step = self._restore(begun)
+        restored_step = self._restore(begun, device)
         self.generation = begun.generation
         self.train_rows, self.val_rows = open_stream(plan, "train"), open_stream(plan, "val")
         # A checkpoint has the template that its conversations were written with.
@@ -103,11 +108,8 @@ class Attempt:
         opened.callback(self.gradient.close)
         before = self.writer.before if self.writer else Ledger([])
         self.attempt = group.broadcast(1 + len(before.world_sizes))
-        workers = group.gather({"pid": os.getpid(), "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname())})
         self.notices = Notices(plan.run, group, signals)
         opened.callback(self.notices.close)
-        kinds = group.gather(own_kind)
-        nodes = [worker["node"] for worker in workers]
         self.record = StepRecord(plan, self.state, group, ledger=self.ledger, attempt=self.attempt, nodes=nodes)
         if self.ledger:
             self.ledger.event(
@@ -122,10 +124,11 @@ class Attempt:
                 code_version=plan.code_version,
                 precision=config.train.precision,
                 compute=way_to_compute(config),
+                hardware=kinds[0],
                 **{"kernels": own_kind["kernels"]} if "kernels" in own_kind else {},
             )
             self._record_precision(before)
-            if reasons := differences(kinds):
+            if reasons := unlike + changes(before, kinds[0]):
                 self.ledger.event("tolerance_mode", attempt=self.attempt, reasons=reasons)
         if begun.snapshot and restored_step - begun.saved_step >= config.checkpoint.save_every_steps:
             self.save(restored_step, {})  # the checkpoint that was due had not been stored yet
@@ -215,7 +218,7 @@ class Attempt:
         if found and found["fast"] != last.get("fast"):
             self.ledger.event("precision", attempt=self.attempt, **found)
 
-    def _begin(self, opened: ExitStack) -> _Beginning:
+    def _begin(self, opened: ExitStack, unlike: list[str], kind: Hardware) -> _Beginning:
         try:
             self.writer = RunWriter(self.plan)
             opened.callback(self.writer.abandon)
@@ -224,6 +227,8 @@ class Attempt:
             read, scaling = ledger.read(), self.plan.config.scaling
             rollbacks, left_out = read.rollbacks, GuardState(rollbacks=read.rollbacks).leaves_out
             if reason := why_give_up(read.lines, max_fruitless_attempts=scaling.max_fruitless_attempts):
+                return _Beginning(stop_reason=reason)
+            if reason := why_refused(self.plan.config, read, unlike + changes(read, kind)):
                 return _Beginning(stop_reason=reason)
             saved_step = self.writer.newest_step(left_out=left_out)
             last = max((line["step"] for line in read.lines if line.get("event") in (None, "skip")), default=0)
@@ -251,10 +256,9 @@ class Attempt:
                 return snapshot
         return self.snapshots.newest(explained_step=recorded, **limits)
 
-    def _restore(self, begun: _Beginning) -> int:
+    def _restore(self, begun: _Beginning, device: torch.device) -> int:
         """Restores the snapshot or the checkpoint, or makes fresh weights; returns the step of that state."""
         config, name = self.plan.config, begun.checkpoint
-        device = torch.device("cuda", torch.cuda.current_device()) if config.scaling.use_gpu else torch.device("cpu")
         with torch.device("meta"):
             model = GPT(config.model)
         if device.type == "cuda":

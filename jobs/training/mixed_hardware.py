@@ -1,14 +1,16 @@
-"""Settles how a worker rounds, and compares the workers of an attempt.
+"""Settles how a worker rounds, and compares the workers of an attempt with one another and with earlier ones.
 
 Bits are promised on one kind of hardware, library versions and thread count.
 """
 
 import os
 import platform
+from collections.abc import Sequence
 
 import torch
 
 from cluster.settings.run import RunConfig
+from jobs.run.ledger import Ledger
 from model.processor import cpu_features, cpu_field
 
 Hardware = dict[str, str]
@@ -60,14 +62,48 @@ def hardware(device: torch.device) -> Hardware:
     return found
 
 
-def differences(workers: list[Hardware]) -> list[str]:
-    """Returns a line for each respect in which the workers, by rank, differ; empty where bits are promised."""
+def differences(workers: Sequence[Hardware], *, nodes: Sequence[str]) -> list[str]:
+    """Returns a line for each respect in which the workers, by rank, differ; empty where bits are promised. `nodes` has
+    the name of each rank's node."""
     lines = []
     for name in sorted({name for worker in workers for name in worker}):
-        ranks: dict[str, list[str]] = {}
+        ranks: dict[str, list[int]] = {}
         for rank, worker in enumerate(workers):
-            ranks.setdefault(worker.get(name, "none"), []).append(str(rank))
+            ranks.setdefault(worker.get(name, "none"), []).append(rank)
         if len(ranks) > 1:
-            values = ", ".join(f"{value} (rank {' '.join(of)})" for value, of in sorted(ranks.items()))
+            values = ", ".join(f"{value} ({_places(having, nodes)})" for value, having in sorted(ranks.items()))
             lines.append(f"{name}: {values}")
     return lines
+
+
+def _places(ranks: Sequence[int], nodes: Sequence[str]) -> str:
+    names = dict.fromkeys(nodes[rank] for rank in ranks)
+    return f"rank {' '.join(map(str, ranks))} on {' '.join(names)}"
+
+
+def changes(before: Ledger, now: Hardware) -> list[str]:
+    """Returns a line for each respect in which rank 0 differs from that of the last attempt. Respects that were not
+    recorded then, by an earlier version, are left out."""
+    starts = [start for start in before.events("start") if "hardware" in start]
+    if not starts:
+        return []
+    recorded: Hardware = starts[-1]["hardware"]
+    lines = []
+    for name in sorted({*recorded, "gpu"}):
+        earlier, later = recorded.get(name, "none"), now.get(name, "none")
+        if earlier != later:
+            lines.append(f"{name}: {earlier} until now, {later} from here on")
+    return lines
+
+
+def why_refused(config: RunConfig, before: Ledger, reasons: Sequence[str]) -> str | None:
+    """Returns why the run must not go on, where the `reasons` would end its promise and nobody has agreed to that; else
+    None. A run that trained so before has no promise left."""
+    is_promised = config.train.exact and not before.events("tolerance_mode")
+    if not reasons or not is_promised or config.scaling.mixed_hardware == "allow":
+        return None
+    return (
+        f"the same bits are promised on one kind of hardware, and the workers' differs: {'; '.join(reasons)}. Give "
+        "the run workers that are alike, or set scaling.mixed_hardware=allow to train without that promise; the same "
+        "--run-id continues the run"
+    )
