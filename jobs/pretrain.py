@@ -4,8 +4,10 @@ import dataclasses
 import os
 import secrets
 import sys
+from collections.abc import Mapping
 from typing import Any
 
+import ray
 import ray.train
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, FailureConfig, ScalingConfig
@@ -21,6 +23,7 @@ from cluster.stages.stage_module import StageFailedError
 from cluster.storage.lease import Lease
 from cluster.storage.registry import publications, publish, what_latest_became
 from cluster.storage.uris import Storage, open_storage, split_uri
+from jobs.plan.worker_counts import StepTimes, counts_to_run, hardware_of, uneven_groups
 from jobs.ray_train.callbacks import FailureRecorder, SignalListener
 from jobs.ray_train.worker_backend import Drains, NodeLosses, Trainer, WorkerBackend
 from jobs.run.checkpoints import RunCheckpoints
@@ -135,6 +138,11 @@ def _train(plan: RunPlan) -> None:
     the same snapshots, as long as the run makes progress."""
     if Ledger.read(plan.run).events("finish"):
         return
+    hardware = hardware_of([node["Resources"] for node in ray.nodes() if node["Alive"]])
+    times = StepTimes(plan.config, hardware) if hardware and plan.config.scaling.use_gpu else None
+    if warning := uneven_groups(plan.config, times, plan.config.scaling.max_workers):
+        say(warning)
+    counts = counts_to_run(plan.config, times)
     furthest = -1
     with (
         stopping_on_sigterm(plan.run),
@@ -144,7 +152,7 @@ def _train(plan: RunPlan) -> None:
     ):
         while True:
             try:
-                _trainer(plan, address).fit()
+                _trainer(plan, address, counts).fit()
                 return
             except (ControllerError, RayActorError) as error:
                 steps = patiently(lambda: Ledger.read(plan.run), "ledger").steps
@@ -166,7 +174,8 @@ def why_unfinished(plan: RunPlan, ledger: Ledger) -> str:
     )
 
 
-def _trainer(plan: RunPlan, address: str) -> Trainer:
+def _trainer(plan: RunPlan, address: str, counts: Mapping[int, int]) -> Trainer:
+    """Returns what trains the run; `counts` has the number of workers to run by the number that could."""
     scaling = plan.config.scaling
     is_elastic = scaling.min_workers < scaling.max_workers
     settings = read_table(__file__, "pretrain")
@@ -174,7 +183,8 @@ def _trainer(plan: RunPlan, address: str) -> Trainer:
     callbacks = [FailureRecorder(plan), SignalListener(), Drains(), NodeLosses(is_elastic=is_elastic)]
     return Trainer(
         train_worker,
-        run_uri=plan.run.uri,
+        run=plan.run,
+        counts=counts,
         train_loop_config={"plan": plan, "address": address},
         torch_config=WorkerBackend(),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]  # typed as its old API

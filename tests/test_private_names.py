@@ -152,7 +152,13 @@ CANARIES = [
         TRAINER,
         "scaling_policy=",
     ),
-    # jobs/ray_train/worker_backend.py
+    # jobs/ray_train/lending_policy.py
+    Canary(
+        f"{TRAIN}.execution.scaling_policy.ResizeDecision",
+        None,
+        f"{TRAIN}.execution.controller.controller",
+        "isinstance(scaling_decision, ResizeDecision)",
+    ),
     Canary(
         f"{POLICY}.__init__",
         "self scaling_config",

@@ -23,7 +23,7 @@ from jobs.plan.formulas import (
     writers_of,
 )
 from jobs.plan.memory import gpu_memory, host_memory, layout_of
-from jobs.plan.plan_warnings import FULL_MEMORY, warnings
+from jobs.plan.plan_warnings import FULL_MEMORY, TOLERATED_EXPOSURE, warnings
 from jobs.plan.table import table
 from jobs.tokens.token_store import token_dtype
 from model.config import flops_per_token, num_parameters
@@ -79,6 +79,7 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
         "messages_s": moved.traffic.messages_s,
         "step_s": moved.step_s,
         "days": moved.step_s * schedule.max_steps / DAY_S,
+        "advice": _faster(config, options, layout, count, step_s),
     }
     plan["checkpoint"] = _checkpoint(config, options, size, count, step_s)
     id_bytes = token_dtype(config.model.vocab_size).itemsize
@@ -103,10 +104,7 @@ def _advice(
     least of the exchange exposed, if need be with `_LEAST`. None where it fits as set, or never."""
     if _fits(_memory(config, layout, count), options):
         return None
-    near = options.gpus_per_node
-    sizes = [n for n in range(2, count + 1) if count % n == 0 and (n == count or n % near == 0 or near % n == 0)]
-    shards: list[tuple[str, int | None]] = [(shard, n) for shard in ("gradients", "parameters") for n in sizes]
-    ways_to_shard = [{"shard": shard, "shard_group": group} for shard, group in [("optimizer", None), *shards]]
+    ways_to_shard = _ways_to_shard(options, count)
     for train in ({}, {"recompute": True}, _LEAST):
         ways = [(each, _changed(config, train=train, scaling=each)) for each in ways_to_shard]
         fitting = [(each, way) for each, way in ways if _fits(_memory(way, layout, count), options)]
@@ -115,6 +113,34 @@ def _advice(
             changed = {name: value for name, value in train.items() if value != getattr(config.train, name)}
             return {"scaling": scaling, "train": changed, "memory_bytes": _memory(way, layout, count)}
     return None
+
+
+def _ways_to_shard(options: PlanConfig, count: int) -> list[dict[str, Any]]:
+    """Returns the settings by which so many GPUs can divide the state, in groups that fill nodes or parts of one."""
+    near = options.gpus_per_node
+    sizes = [n for n in range(2, count + 1) if count % n == 0 and (n == count or n % near == 0 or near % n == 0)]
+    ways: list[dict[str, Any]] = [{"shard": "optimizer", "shard_group": None}]
+    for shard in ("gradients", "parameters"):
+        ways += [{"shard": shard, "shard_group": size} for size in sizes]
+    return ways
+
+
+def _faster(
+    config: RunConfig, options: PlanConfig, layout: FlatLayout, count: int, step_s: float
+) -> dict[str, Any] | None:
+    """Returns the sharding that fits and leaves least of the exchange exposed, with the seconds of its step, where the
+    exchange now adds more than `TOLERATED_EXPOSURE` to computing; None where it does not, or where nothing helps."""
+    moved = _exchange(config, options, layout, count, step_s)
+    if moved.exposed_s <= TOLERATED_EXPOSURE * moved.compute_s:
+        return None
+    fastest, least_s = None, moved.step_s
+    for scaling in _ways_to_shard(options, count):
+        way = _changed(config, train={}, scaling=scaling)
+        if _fits(_memory(way, layout, count), options):
+            way_s = _exchange(way, options, layout, count, step_s).step_s
+            if way_s < least_s:
+                fastest, least_s = {"scaling": scaling, "step_s": way_s}, way_s
+    return fastest
 
 
 def _changed(config: RunConfig, *, train: dict[str, Any], scaling: dict[str, Any]) -> RunConfig:

@@ -1,16 +1,20 @@
 """Warns where the inputs of a plan disagree with each other, or with what raymill can do: a sentence each."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, batch_schedule, seq_len, warmup_tokens
+from jobs.plan.worker_counts import StepTimes, uneven_groups
 
 _ASK_FOR_GPUS = {"gpu", "count", "mfu", "sustained_tflops"}
 """Options that ask for a plan on GPUs, whatever the run itself is set to use."""
 
 FULL_MEMORY = 0.9
 """Share of a GPU's memory that a plan may fill: allocator and libraries take the rest."""
+
+TOLERATED_EXPOSURE = 0.2
+"""Seconds of exchange that nothing hides, for each second of computing, from which on a plan warns."""
 
 
 def warnings(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> list[str]:
@@ -22,7 +26,7 @@ def warnings(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> li
             "plan does not know. Times and cost below are what GPUs would take "
             f"({options.gpu}; --gpu and --count choose others)."
         ]
-    return [*_memory(options, plan), *hardware, *_schedule(config)]
+    return [*_memory(options, plan), *hardware, *_sharding(config, options, plan), *_schedule(config)]
 
 
 def _memory(options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
@@ -31,13 +35,17 @@ def _memory(options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
         return
     way_out = f"No sharding makes it fit {plan['count']:,} of them. What follows is arithmetic."
     if advice is not None:
-        settings = [(branch, name, value) for branch in ("scaling", "train") for name, value in advice[branch].items()]
-        flags = " ".join(f"--{branch}.{name.replace('_', '-')} {value}" for branch, name, value in settings if value)
-        way_out = f"{flags.replace('True', 'true')} makes it {advice['memory_bytes']['total'] / 1e9:,.1f} GB."
+        flags = " ".join([_flags("scaling", advice["scaling"]), _flags("train", advice["train"])]).strip()
+        way_out = f"{flags} makes it {advice['memory_bytes']['total'] / 1e9:,.1f} GB."
     yield (
         f"The run does not fit its GPUs: each needs {needed / 1e9:,.1f} GB, and the {options.gpu} has "
         f"{has / 1e9:,.0f} GB, a tenth of it for allocator and libraries. {way_out}"
     )
+
+
+def _flags(branch: str, settings: Mapping[str, Any]) -> str:
+    flags = [f"--{branch}.{name.replace('_', '-')} {value}" for name, value in settings.items() if value]
+    return " ".join(flags).replace("True", "true")
 
 
 def _on_gpus(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
@@ -95,6 +103,23 @@ def _on_gpus(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> It
             f"takes {store_s:,.3g} s: those that come meanwhile are passed over "
             "(checkpoint.save_every_steps)."
         )
+
+
+def _sharding(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
+    if uneven := uneven_groups(config, StepTimes(config, options), plan["count"]):
+        yield uneven
+        return
+    moved, advice = plan["exchange"], plan["exchange"]["advice"]
+    exposed = moved["exposed_s"] / moved["compute_s"]
+    if exposed <= TOLERATED_EXPOSURE:
+        return
+    way_out = "No other sharding that fits makes it shorter."
+    if advice is not None:
+        way_out = f"{_flags('scaling', advice['scaling'])} makes it {advice['step_s']:,.3g} s, with the same bits."
+    yield (
+        f"Computing does not hide the exchange: a step computes for {moved['compute_s']:,.3g} s and waits another "
+        f"{moved['exposed_s']:,.3g} s, {exposed:.0%} more, so it takes {moved['step_s']:,.3g} s. {way_out}"
+    )
 
 
 def _schedule(config: RunConfig) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Makes Ray Train replace a lost worker alone, while the others live on, and run fewer while some are lent.
+"""Makes Ray Train replace a lost worker alone, while the others live on.
 
 The workers connect by themselves (`rendezvous`), at the start and after each loss. Ray Train's public way restarts the
 whole group, which costs every worker its process and all that it has loaded: measured here, two thirds of a restart.
@@ -9,22 +9,21 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
-import ray
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.execution.callback import ReplicaGroupCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
-from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util import placement_group_table, remove_placement_group
 
-from cluster.storage.lending import Lender
-from cluster.storage.uris import open_storage
+from cluster.storage.uris import Storage
 from jobs.ray_train.cluster_view import gone_nodes, renew_view, wait_until_known
+from jobs.ray_train.lending_policy import LendingPolicy
 from jobs.workers.failures import is_lost_node
 
 _NO_PLACE_S = 6.0
@@ -120,62 +119,19 @@ class Drains(PreemptionCallback, ReplicaGroupCallback):
 
 class Trainer(TorchTrainer):
     """A trainer without Ray Train's datasets, which would start a process with each worker: rows come from shards. An
-    elastic group may lend some of its workers."""
+    elastic group may lend some of its workers, and keep some spare: `counts` has the number to run by the number that
+    could, where they differ."""
 
-    def __init__(self, *args: Any, run_uri: str, **settings: Any) -> None:
+    def __init__(self, *args: Any, run: Storage, counts: Mapping[int, int], **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._run_uri = run_uri
+        self._run, self._counts = run, counts
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         stock = parts["scaling_policy"]
         if isinstance(stock, ElasticScalingPolicy):
-            parts["scaling_policy"] = LendingPolicy(stock.scaling_config, self._run_uri)
+            parts["scaling_policy"] = LendingPolicy(stock.scaling_config, self._run, self._counts)
         return super()._initialize_and_run_controller(**parts)
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
         return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
-
-
-def workers_to_run(
-    possible: int, *, num_lent: int, min_workers: int, max_workers: int, num_running: int, num_free: int
-) -> int:
-    """Returns the number of workers to run. A group grows only into free room: lent resources may still be in use when
-    their loan is over, and a group that is started without room waits and starts over."""
-    wanted = min(possible, max(max_workers - num_lent, min_workers))
-    return min(wanted, num_running + num_free) if wanted > num_running > 0 else wanted
-
-
-class LendingPolicy(ElasticScalingPolicy):
-    """Ray Train's own elastic policy, in its controller, with fewer workers while some are lent. A resize works as when
-    a node comes or goes: the group starts again from the newest snapshot in memory, with the same bits at any size."""
-
-    def __init__(self, scaling_config: ScalingConfig, run_uri: str) -> None:
-        super().__init__(scaling_config)
-        self._run_uri = run_uri
-        self._num_running = 0
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        self._lender = Lender(open_storage(self._run_uri))
-        threading.Thread(target=self._lender.look_forever, name="lender", daemon=True).start()
-        super().after_controller_start(train_run_context)
-
-    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
-        self._num_running = worker_group_state.num_workers
-        return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
-
-    def make_decision_for_non_running_worker_group(self) -> Any:
-        self._num_running = 0
-        return super().make_decision_for_non_running_worker_group()
-
-    def _count_possible_workers(self, reserved_resources: Any) -> int:
-        config = self.scaling_config
-        free, needs = ray.available_resources(), config._resources_per_worker_not_none
-        return workers_to_run(
-            super()._count_possible_workers(reserved_resources),
-            num_lent=self._lender.num_lent(),
-            min_workers=config.min_workers,
-            max_workers=config.max_workers,
-            num_running=self._num_running,
-            num_free=min(int(free.get(name, 0.0) // count) for name, count in needs.items() if count > 0),
-        )

@@ -252,6 +252,26 @@ def test_inputs_that_disagree(train: dict[str, Any], options: dict[str, Any], sa
         assert any(said in text for text in warnings), warnings
 
 
+def test_an_exchange_that_computing_does_not_hide_is_said_with_a_sharding_that_helps() -> None:
+    """1.3B on eight nodes: half of a step would be exchange."""
+    run = {"model": {"preset": "gpt3-1.3b"}, "train": {"precision": "bf16", "global_batch_size": 512}}
+    run["train"] |= {"max_tokens": 10**11, "micro_batch_size": 4}  # type: ignore[operator]
+    hardware = {"gpu": "h100", "count": 64}
+    plan = planned(run, **hardware)
+    advised = plan["exchange"]["advice"]
+    assert advised["scaling"]["shard_group"] <= 8, "within a node"
+    (warning,) = [text for text in plan["warnings"] if "Computing does not hide the exchange" in text]
+    flags = f"--scaling.shard {advised['scaling']['shard']} --scaling.shard-group {advised['scaling']['shard_group']}"
+    assert "0.191 s, 51% more, so it takes 0.567 s" in warning
+    assert f"{flags} makes it {advised['step_s']:.3g} s" in warning
+    followed = planned(run | {"scaling": advised["scaling"]}, **hardware)
+    assert followed["exchange"]["step_s"] == pytest.approx(advised["step_s"])
+    assert followed["exchange"]["step_s"] < 0.7 * plan["exchange"]["step_s"]
+    assert followed["exchange"]["advice"] is None
+    assert not any("exchange" in text for text in followed["warnings"])
+    assert planned(run, gpu="h100", count=8)["exchange"]["advice"] is None
+
+
 def test_a_run_on_cpus_is_not_measured_by_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nobody asked for a GPU: of what one would say, only the size of the model is left."""
     run = {"model": {"preset": "tiny"}, "train": {"max_tokens": 60_000, "precision": "fp32"}}

@@ -1,0 +1,51 @@
+"""The number of workers that an elastic run keeps: fewer while some are lent, and spares where all would be slower."""
+
+import pytest
+
+from jobs.ray_train.worker_count import WorkerCount, workers_to_run
+
+
+@pytest.mark.parametrize(
+    ("possible", "num_lent", "num_running", "num_free", "to_run"),
+    [
+        (4, 0, 4, 0, 4),
+        (4, 1, 4, 0, 3),  # lent
+        (3, 1, 3, 0, 3),  # a lost node was one less already
+        (4, 9, 4, 0, 2),  # never below min_workers
+        (4, 0, 3, 0, 3),  # the loan is over, and its place is not free yet
+        (4, 0, 3, 1, 4),
+        (4, 0, 0, 0, 4),  # no group: what ends makes room
+        (1, 0, 2, 0, 1),  # Ray Train itself refuses fewer than min_workers
+    ],
+)
+def test_workers_to_run(possible: int, num_lent: int, num_running: int, num_free: int, to_run: int) -> None:
+    found = workers_to_run(
+        possible, num_lent=num_lent, min_workers=2, max_workers=4, num_running=num_running, num_free=num_free, counts={}
+    )
+    assert found == WorkerCount(to_run, spares=0)
+
+
+WHOLE_NODES = dict.fromkeys(range(57, 64), 56)
+"""Of 64 workers in groups of eight, where fewer would be slower in larger groups."""
+
+
+@pytest.mark.parametrize(
+    ("possible", "num_lent", "num_running", "num_free", "found"),
+    [
+        (64, 0, 64, 0, WorkerCount(64)),
+        (63, 0, 0, 0, WorkerCount(56, spares=7)),  # a GPU is lost
+        (63, 0, 56, 7, WorkerCount(56, spares=7)),  # and nothing changes while it is
+        (62, 0, 0, 0, WorkerCount(56, spares=6)),  # nor with the next one
+        (56, 0, 0, 0, WorkerCount(56)),
+        (64, 0, 56, 7, WorkerCount(56, spares=7)),  # it is back, and not free yet
+        (64, 0, 56, 8, WorkerCount(64)),
+        (64, 3, 64, 0, WorkerCount(56, spares=5)),  # lent
+        (64, 3, 56, 5, WorkerCount(56, spares=5)),
+        (5, 0, 0, 0, WorkerCount(5)),
+    ],
+)
+def test_workers_to_run__keeps_spares_where_the_plan_says_so(
+    possible: int, num_lent: int, num_running: int, num_free: int, found: WorkerCount
+) -> None:
+    sizes = {"num_lent": num_lent, "num_running": num_running, "num_free": num_free}
+    assert workers_to_run(possible, min_workers=1, max_workers=64, **sizes, counts=WHOLE_NODES) == found
