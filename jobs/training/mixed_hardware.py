@@ -40,15 +40,16 @@ def settle_rounding(config: RunConfig) -> None:
 
 def hardware(device: torch.device) -> Hardware:
     """Returns what decides how this worker rounds."""
-    # The name of an x86 processor leaves its matrix units open.
-    units = sorted(feature for feature in cpu_features() if feature.startswith(("amx_", "avx512_bf16", "avx_vnni")))
     found = {
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
-        "cpu": " ".join([cpu_field("model name") or platform.machine(), *units]),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "deterministic": str(torch.are_deterministic_algorithms_enabled()),
     }
+    if device.type == "cpu":  # beside a GPU, a processor only draws the first weights, by its capability
+        # The name of an x86 processor leaves its matrix units open.
+        units = sorted(feature for feature in cpu_features() if feature.startswith(("amx_", "avx512_bf16", "avx_vnni")))
+        found["cpu"] = " ".join([cpu_field("model name") or platform.machine(), *units])
     if device.type == "cuda":
         found |= {name: os.environ.get(name, "none") for name in _READ_BY_CUDA}
         found |= {
