@@ -81,7 +81,7 @@ class Attempt:
             if self.writer:
                 self.writer.give_up(begun.stop_reason)
             return
-        restored_step = self._restore(begun)
+        restored_step = self._restore(begun, opened)
         self.generation = begun.generation
         self.train_rows, self.val_rows = open_stream(plan, "train"), open_stream(plan, "val")
         # A checkpoint has the template that its conversations were written with.
@@ -89,12 +89,11 @@ class Attempt:
         self.shards: ShardWriter | None = None
         if self.state.gathered:
             complete = self.writer.saving.complete if self.writer else None
-            publish = partial(complete, state=self.state, tokenizer=self.tokenizer) if complete else None
+            publish = partial(complete, config=config.model, tokenizer=self.tokenizer) if complete else None
             checkpoints = self.writer.checkpoints if self.writer else self.checkpoints  # rank 0's are fenced
-            self.shards = ShardWriter(checkpoints, self.state, group, self.ledger, publish)
+            self.shards = ShardWriter(checkpoints, self.state.peers, group, self.ledger, publish)
             opened.callback(self.shards.abandon)
         own_kind = prepared(plan, group, self.state.device)
-        opened.callback(self.state.close)
         self.guard = replace(self.guard, rollbacks=begun.rollbacks)
         self.first_step, self.guard = self.guard.entering(restored_step + 1)
         self.val_sets = open_validation_sets(plan)
@@ -172,7 +171,7 @@ class Attempt:
             **validation,
         )
         if self.shards:
-            self.shards.save(metadata, must=must)
+            self.shards.save(metadata, self.state, must=must)
         elif self.writer:
             self.writer.saving.save(metadata, self.state, self.tokenizer)
         elif self.state.is_sharded:  # rank 0 needs the part that each rank holds
@@ -251,7 +250,7 @@ class Attempt:
                 return snapshot
         return self.snapshots.newest(explained_step=recorded, **limits)
 
-    def _restore(self, begun: _Beginning) -> int:
+    def _restore(self, begun: _Beginning, opened: ExitStack) -> int:
         """Restores the snapshot or the checkpoint, or makes fresh weights; returns the step of that state."""
         config, name = self.plan.config, begun.checkpoint
         device = torch.device("cuda", torch.cuda.current_device()) if config.scaling.use_gpu else torch.device("cpu")
@@ -262,6 +261,7 @@ class Attempt:
         size = config.scaling.group_size(self.group.world_size)
         shard = config.scaling.shard
         self.state = TrainState(model, config.train, device=device, group=self.group, shard=shard, group_size=size)
+        opened.callback(self.state.close)
         if begun.snapshot:
             self.guard = GuardState.from_json(self.snapshots.restore(begun.snapshot, self.state)["guard"])
             self.group.prove(begun.snapshot.header.step, device)  # a checkpoint of it may be due
