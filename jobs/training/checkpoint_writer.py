@@ -83,7 +83,7 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
         if state.is_sharded:
             state.gather(buffers, step=metadata.step)
         gathered_s = time.monotonic() - start_s
-        tensors = [flat for flat in state.parts.values() if len(flat) == state.layout.size]
+        tensors = [flat for name, flat in state.parts.items() if not state.is_divided(name)]
         copy = state.copies.start("checkpoint", tensors, partial(fill, flat.flatten()))
         write = partial(
             write_checkpoint,
