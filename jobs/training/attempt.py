@@ -19,7 +19,6 @@ from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.compute import autocast
 from jobs.exact.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints
-from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan, open_stream, open_validation_sets
 from jobs.run.sharded_checkpoints import stored_state
 from jobs.run.storage_retry import patiently
@@ -49,6 +48,7 @@ from model.training_memory import keep_freed_memory
 class _Beginning:
     """The state from which rank 0 lets all ranks continue: fresh weights, without snapshot and checkpoint."""
 
+    num_attempts: int = 0  # before this one
     rollbacks: Windows = ()  # the steps to leave out
     checkpoint: str | None = None
     snapshot: Snapshot | None = None
@@ -100,8 +100,7 @@ class Attempt:
         self.eot_id = self.tokenizer.start_id if config.train.document_mask else None
         self.gradient = BatchGradient(config, self.state, self.train_rows, group, eot_id=self.eot_id)
         opened.callback(self.gradient.close)
-        before = self.writer.before if self.writer else Ledger([])
-        self.attempt = group.broadcast(1 + len(before.world_sizes))
+        self.attempt = 1 + begun.num_attempts
         workers = group.gather({"pid": os.getpid(), "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname())})
         self.notices = Notices(plan.run, group, signals)
         opened.callback(self.notices.close)
@@ -123,7 +122,7 @@ class Attempt:
                 compute=way_to_compute(config),
                 **{"kernels": own_kind["kernels"]} if "kernels" in own_kind else {},
             )
-            self._record_precision(before)
+            self._record_precision()
             if reasons := differences(kinds):
                 self.ledger.event("tolerance_mode", attempt=self.attempt, reasons=reasons)
         if begun.snapshot and restored_step - begun.saved_step >= config.checkpoint.save_every_steps:
@@ -205,12 +204,12 @@ class Attempt:
         self.finish(None)
         return continues
 
-    def _record_precision(self, before: Ledger) -> None:
+    def _record_precision(self) -> None:
         """Records, once for each kind, a processor that is not made for the run's precision."""
         precision = self.plan.config.train.precision
-        assert self.ledger is not None and precision != "auto", "rank 0 writes, once the precision is settled"
+        assert self.writer and self.ledger and precision != "auto", "rank 0 writes, once the precision is settled"
         found = at_odds(precision, "cuda" if self.state.device.type == "cuda" else "cpu")
-        last = (before.events("precision") or [{}])[-1]
+        last = (self.writer.outline().events("precision") or [{}])[-1]
         if found and found["fast"] != last.get("fast"):
             self.ledger.event("precision", attempt=self.attempt, **found)
 
@@ -220,7 +219,8 @@ class Attempt:
             opened.callback(self.writer.abandon)
             ledger, generation = self.writer.ledger, self.writer.fence.generation
             patiently(lambda: write_down(self.plan.run, ledger), "incidents")
-            read, scaling = ledger.read(), self.plan.config.scaling
+            read, scaling = self.writer.outline(), self.plan.config.scaling
+            num_attempts = len(read.world_sizes)
             rollbacks, left_out = read.rollbacks, GuardState(rollbacks=read.rollbacks).leaves_out
             if reason := why_give_up(read.lines, max_fruitless_attempts=scaling.max_fruitless_attempts):
                 return _Beginning(stop_reason=reason)
@@ -229,9 +229,11 @@ class Attempt:
             snapshot = self._newest_snapshot(last, at_least=saved_step, is_left_out=left_out)
             if snapshot is not None:
                 patiently(self.writer.checkpoints.clear_spool, "checkpoints")  # what is due is saved from the snapshot
-                return _Beginning(rollbacks, snapshot=snapshot, generation=generation, saved_step=saved_step)
+                return _Beginning(
+                    num_attempts, rollbacks, snapshot=snapshot, generation=generation, saved_step=saved_step
+                )
             newest = patiently(partial(self.writer.newest_checkpoint, left_out=left_out), "checkpoints")
-            return _Beginning(rollbacks, checkpoint=newest, generation=generation)
+            return _Beginning(num_attempts, rollbacks, checkpoint=newest, generation=generation)
         except (LeaseLostError, CheckpointError) as error:
             return _Beginning(stop_reason=str(error))
 
