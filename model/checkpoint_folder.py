@@ -7,7 +7,8 @@ import hashlib
 import json
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,22 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    return Metadata(**read_json(folder / "raymill.json"))
+    """Raises `CheckpointError` where raymill.json is missing or has no metadata."""
+    return metadata_from(read_json(folder / "raymill.json"), place=str(folder))
+
+
+def metadata_from(fields: Any, *, place: str) -> Metadata:
+    """Returns the metadata that raymill.json has in a place, without the fields that only a newer raymill knows: one
+    that every reader has to know comes with another format_version. Raises `CheckpointError`."""
+    known = {field.name: field.default is MISSING for field in dataclass_fields(Metadata)}
+    given = fields if isinstance(fields, dict) else {}
+    if missing := [name for name, is_needed in known.items() if is_needed and name not in given]:
+        writer = f", written by raymill {given['code_version']}," if "code_version" in given else ""
+        raise CheckpointError(
+            f"raymill.json in {place}{writer} lacks {', '.join(missing)}: restore the file from a copy, or use another "
+            "checkpoint"
+        )
+    return Metadata(**{name: given[name] for name in known if name in given})
 
 
 def is_hf_folder(folder: Path) -> bool:

@@ -1,4 +1,5 @@
-"""Makes the READMEs' pictures: the processes, a finished run, the endpoint that serves it, the dashboard of a canary.
+"""Makes the READMEs' pictures: the processes, a finished run, the endpoint that serves it, the dashboard of a canary, a
+worker's memory.
 `make pictures` runs it.
 
     python -m tests.pictures [RUN_FOLDER]
@@ -18,6 +19,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from cluster.settings.serve import ServeConfig
 from serving.app import run
+from tests.benchmarks.bench_attempt_memory import picture_of_memory
 from tests.canary_picture import picture_of_canary
 from tests.processes_picture import PICTURE, draw
 from tests.repository import REPOSITORY
@@ -44,6 +46,7 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory() as scratch:
         save(picture_of_canary(Path(scratch)), REPOSITORY / "serving" / "canary.png")
+    save(picture_of_memory(), REPOSITORY / "jobs" / "memory.png")
     for name in FIGURES:
         save((folder / "report" / f"{name}.png").read_bytes(), REPOSITORY / "jobs" / f"{name}.png")
     checkpoint = max((folder / "checkpoints").glob("step-*"))

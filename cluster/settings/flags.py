@@ -5,7 +5,7 @@ import dataclasses
 import secrets
 import time
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -23,10 +23,11 @@ Config = TypeVar("Config", bound=Settings)
 
 def add_config_arguments(parser: argparse.ArgumentParser, root: type[BaseModel]) -> None:
     """Adds one flag for each setting of `root`; the caller adds `config`, the YAML file that the flags override."""
-    for path, help_text, is_list in _leaves(root):
-        flag = f"--{path}"
+    for leaf in _leaves(root):
+        flag = f"--{leaf.path}"
         names = [flag.replace("_", "-")] + ([flag] if "_" in flag else [])
-        parser.add_argument(*names, dest=path, nargs="+" if is_list else None, metavar="VALUE", help=help_text)
+        count = "+" if leaf.is_list else None
+        parser.add_argument(*names, dest=leaf.path, nargs=count, metavar="VALUE", help=leaf.help.replace("%", "%%"))
 
 
 def config_from_arguments(arguments: argparse.Namespace, root: type[Config], *, needs_source: bool = True) -> Config:
@@ -43,8 +44,8 @@ def settings_from_flags(
 ) -> dict[str, Any]:
     """Returns the settings that the flags give, laid over others."""
     values = over or {}
-    for path, _, is_list in _leaves(root):
-        value = getattr(arguments, path)
+    for leaf in _leaves(root):
+        path, value = leaf.path, getattr(arguments, leaf.path)
         if value is None:
             continue
         branch = values
@@ -53,7 +54,7 @@ def settings_from_flags(
             branch = branch.setdefault(parent, {})
             if not isinstance(branch, dict):
                 raise ConfigError(f"{parent} holds {branch!r} in {arguments.config}; expected `name: value` lines")
-        branch[name] = value if is_list else None if value in ("null", "none") else value
+        branch[name] = None if leaf.is_unset_by(value) else value
         if path == "data.validation":
             if wrong := [item for item in value if "=" not in item]:
                 raise ConfigError(f"--{path} {wrong[0]}: expected NAME=SOURCE")
@@ -133,21 +134,41 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _leaves(root: type[BaseModel], prefix: str = "") -> list[tuple[str, str, bool]]:
-    """Returns (dotted path, help, whether it takes several values) of each setting."""
-    leaves = []
+class _Leaf(NamedTuple):
+    """A setting that a flag gives."""
+
+    path: str  # dotted
+    help: str
+    kind: Any  # its type
+
+    @property
+    def is_list(self) -> bool:
+        kinds = [self.kind, *get_args(self.kind)]
+        return get_origin(self.kind) is dict or any(get_origin(kind) is list for kind in kinds)
+
+    def is_unset_by(self, value: object) -> bool:
+        """Reports whether a flag's value means None, which not every setting may be: `none` may be a value's name."""
+        parts = get_args(self.kind)
+        names = [name for part in parts if get_origin(part) is Literal for name in get_args(part)]
+        return type(None) in parts and value in ("null", "none") and value not in names
+
+
+def _leaves(root: type[BaseModel], prefix: str = "") -> list[_Leaf]:
+    """Returns each setting."""
+    leaves: list[_Leaf] = []
     for name, info in root.model_fields.items():
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             leaves += _leaves(kind, f"{prefix}{name}.")
         elif kind is GPTConfig:
-            leaves.append((f"{prefix}{name}.preset", f"shape by name, one of {', '.join(PRESETS)}", False))
+            leaves.append(_Leaf(f"{prefix}{name}.preset", f"shape by name, one of {', '.join(PRESETS)}", str | None))
+            kinds = get_type_hints(GPTConfig)
             for field in dataclasses.fields(GPTConfig):
-                leaves.append((f"{prefix}{name}.{field.name}", f"{field.metadata['help']} ({field.default})", False))
+                help_text = f"{field.metadata['help']} ({field.default})"
+                leaves.append(_Leaf(f"{prefix}{name}.{field.name}", help_text, kinds[field.name]))
         else:
-            holds_list = get_origin(kind) in (list, dict) or any(get_origin(part) is list for part in get_args(kind))
-            leaves.append((f"{prefix}{name}", _help(root, name, info), holds_list))
-    return [(path, text.replace("%", "%%"), is_list) for path, text, is_list in leaves] if not prefix else leaves
+            leaves.append(_Leaf(f"{prefix}{name}", _help(root, name, info), kind))
+    return leaves
 
 
 def _help(branch: type[BaseModel], name: str, info: FieldInfo) -> str:
@@ -166,7 +187,7 @@ def _explained(problem: Any, root: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden" and root is RunConfig and name in FORMER_SETTINGS:
         return f"{name} is no setting any more, its value is a constant; leave it out"
     if problem["type"] == "extra_forbidden":
-        siblings = [".".join(leaf.split(".")[: len(path)]) for leaf, _, _ in _leaves(root)]
+        siblings = [".".join(leaf.path.split(".")[: len(path)]) for leaf in _leaves(root)]
         return f"unknown setting {name}{suggestion(name, sorted(set(siblings)))}"
     message = problem["msg"].removeprefix("Value error, ")
     shown = "" if problem["type"] == "value_error" else f", not {problem['input']!r}"

@@ -24,7 +24,15 @@ from cluster.storage.uris import (
     open_storage,
     pinned,
 )
-from model.checkpoint_folder import MANIFEST, CheckpointError, Metadata, is_hf_folder, read_metadata, verify_checkpoint
+from model.checkpoint_folder import (
+    MANIFEST,
+    CheckpointError,
+    Metadata,
+    is_hf_folder,
+    metadata_from,
+    read_metadata,
+    verify_checkpoint,
+)
 
 LATEST = "latest"
 ENDPOINTS = "endpoints/"
@@ -213,9 +221,10 @@ def _candidates(reference: str, storage_uri: str) -> tuple[Iterable[str], str]:
 
 
 def metadata_of(checkpoint: str) -> Metadata | None:
-    """Returns where the checkpoint's weights come from; None if it is gone, such as with its run's folder."""
+    """Returns where the checkpoint's weights come from; None if it is gone, such as with its run's folder. Raises
+    `CheckpointError`."""
     content = open_storage(checkpoint).find_bytes("raymill.json")
-    return None if content is None else Metadata(**json.loads(content))
+    return None if content is None else metadata_from(json.loads(content), place=checkpoint)
 
 
 def _loss(metadata: Metadata | None) -> str:

@@ -5,9 +5,10 @@ written it there itself: nothing is zeroed or cloned between lanes. A lane of se
 order first. In the last lane, a bucket whose parameters are all done is final.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from weakref import WeakMethod
 
 from torch import Tensor, nn
 
@@ -43,6 +44,24 @@ class FinalBuckets:
             self._next += 1
 
 
+def hand_over_gradients(parameters: Mapping[str, nn.Parameter], take: Callable[[str, nn.Parameter], None]) -> None:
+    """Lets backward call `take`, a method, with the name and the parameter whenever it has finished a gradient, for as
+    long as the method's object lives.
+
+    The hooks hold that object weakly. PyTorch keeps them in C++, where Python's garbage collector does not see a cycle:
+    held strongly, the object would keep the parameters, and all that they are views of, for the life of the process.
+    """
+    taker = WeakMethod(take)
+
+    def hook(name: str, parameter: nn.Parameter) -> None:
+        living_take = taker()
+        if living_take is not None:
+            living_take(name, parameter)
+
+    for name, parameter in parameters.items():
+        parameter.register_post_accumulate_grad_hook(partial(hook, name))
+
+
 class LaneSums:
     """Sums into `buffers`, flat buffers (P,) each; calls `on_final` with each bucket, in order, when it is final.
 
@@ -61,8 +80,7 @@ class LaneSums:
         self._largest = max(self._parameters.values(), key=nn.Parameter.numel)
         self._second: Tensor | None = None
         self._scratch = Scratch()
-        for name, parameter in self._parameters.items():
-            parameter.register_post_accumulate_grad_hook(partial(self._take, name))
+        hand_over_gradients(self._parameters, self._take)
 
     @contextmanager
     def turn(self, plan: StepPlan, turn: int) -> Iterator[None]:

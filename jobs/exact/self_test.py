@@ -63,6 +63,8 @@ def self_test(config: RunConfig, device: torch.device) -> None:
         block = _with(config, shape, micro_batch_size=config.train.micro_batch_size, seq_len=seq_len(config))
         plain = block.model_copy(update={"train": block.train.model_copy(update={"compute": "plain"})})
         _check(block, device, exact=_gradients(plain, device))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the run lays out differently
 
 
 def _check(config: RunConfig, device: torch.device, *, exact: dict[str, Tensor]) -> None:
@@ -93,9 +95,12 @@ def _gradients(config: RunConfig, device: torch.device) -> dict[str, Tensor]:
     """Returns the gradient of a step by parameter, on the CPU, as training computes it."""
     state = TrainState(_model(config), config.train, device=device)
     gradient = BatchGradient(config, state, _Rows(config), ALONE, eot_id=_eot_id(config))  # type: ignore[arg-type]
-    gradient.of_step(1, StepTimer())
-    gradient.close()
-    return {name: view.cpu() for name, view in state.by_parameter(state.gradient).items()}
+    try:
+        gradient.of_step(1, StepTimer())
+        return {name: view.cpu() for name, view in state.by_parameter(state.gradient).items()}
+    finally:
+        gradient.close()
+        state.close()
 
 
 def _in_float64(config: RunConfig) -> dict[str, Tensor]:

@@ -7,13 +7,12 @@ that is computed in bf16 is a bf16 number, and travels as one: no bit is lost. S
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from jobs.exact.flat_layout import FlatLayout, at, end_to_end, moved, part_of, shared
-from jobs.exact.lane_sums import FinalBuckets, add_up
+from jobs.exact.lane_sums import FinalBuckets, add_up, hand_over_gradients
 from jobs.exact.side_thread import SideStream, SideThread
 from jobs.exact.step_plan import StepPlan
 from jobs.exact.train_state import TrainState
@@ -49,8 +48,7 @@ class ShardSums:
         self._plan: StepPlan | None = None
         self._scratch = Scratch()
         self._largest = max(self._parameters.values(), key=nn.Parameter.numel)
-        for name, parameter in self._parameters.items():
-            parameter.register_post_accumulate_grad_hook(partial(self._take, name))
+        hand_over_gradients(self._parameters, self._take)
 
     @contextmanager
     def turn(self, plan: StepPlan, turn: int) -> Iterator[None]:

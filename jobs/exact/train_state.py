@@ -101,6 +101,16 @@ class TrainState:
     def is_sharded(self) -> bool:
         return self.shard != "none"
 
+    def is_divided(self, name: str) -> bool:
+        """Reports whether each rank holds its own parts alone of "values", "gradient" or one of MOMENTS. The lengths do
+        not tell: all blocks of a very small model may be one rank's."""
+        match name:
+            case "values":
+                return self.shard == "parameters"
+            case "gradient":
+                return self.sums_shards
+        return self.is_sharded
+
     @property
     def num_copies(self) -> int:
         """How many groups hold a copy each of what is sharded."""
@@ -131,8 +141,8 @@ class TrainState:
                     own = moved(stretch, place.start, own_place.start)
                     count = torch.zeros((), device=self.device)  # of updates, which AdamW's kernel counts up
                     lists = self._updates.setdefault(weight_decay, ([], [], [], [], []))
-                    flats = (self.values, self.gradient, *self.moments.values())
-                    views = [at(flat, stretch if len(flat) == self.layout.size else own) for flat in flats]
+                    flats = {"values": self.values, "gradient": self.gradient, **self.moments}
+                    views = [at(flat, own if self.is_divided(name) else stretch) for name, flat in flats.items()]
                     for tensors, view in zip(lists, (*views, count), strict=True):
                         tensors.append(view)
 
@@ -170,7 +180,7 @@ class TrainState:
     def gather(self, flat: Mapping[str, Tensor], *, step: int) -> None:
         """Brings what is sharded of the values and moments after a step together in rank 0's `flat`, on its host (P,),
         bucket by bucket: no GPU has to hold more. All ranks call together; those of the others are left as they are."""
-        sharded = {name: own for name, own in self.parts.items() if len(own) < self.layout.size}
+        sharded = {name: own for name, own in self.parts.items() if self.is_divided(name)}
         for number, bucket in enumerate(self.layout.buckets) if sharded else []:
             for name, own in sharded.items():
                 received = self.brought(own, bucket, bucket=number)
@@ -217,7 +227,7 @@ class TrainState:
         world make the whole state."""
         parts = self.layout.parts(rank, world_size=world_size)
         return {
-            name: [at(flat, part) for part in (parts if len(flat) == self.layout.size else end_to_end(parts))]
+            name: [at(flat, part) for part in (end_to_end(parts) if self.is_divided(name) else parts)]
             for name, flat in self.parts.items()
         }
 
@@ -234,7 +244,7 @@ class TrainState:
 
     def _load(self, piece: StatePiece) -> None:
         target = self.parts[piece.name]
-        places = [range(self.layout.size)] if len(target) == self.layout.size else self.owned
+        places = self.owned if self.is_divided(piece.name) else [range(self.layout.size)]
         for source, own in stretches(piece.places, places):
             at(target, own).copy_(at(piece.values, source))
 

@@ -9,6 +9,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ LEDGER = "ledger.jsonl"
 
 _MIRROR_INTERVAL_S = 1.0
 _MIRROR_BYTES_PER_S = 1e6  # so a ledger of 30 MB is copied each half minute
+_BLOCK_BYTES = 1 << 24
 
 Line = dict[str, Any]
 
@@ -44,10 +46,9 @@ class LedgerWriter:
             self._version = _version(run)
             path = _spooled(run, generation=fence.generation if fence else 0)
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = path.read_bytes() if path.exists() else b""
         self._path = path
         self._file = path.open("a+b", buffering=0)
-        self._size = data.rfind(b"\n") + 1
+        self._size = self._end_of_lines(os.fstat(self._file.fileno()).st_size)
         self._file.truncate(self._size)  # a crash's unfinished line
         self._waiting = b""  # lines that the disk has not accepted yet
         self._num_mirrored = 0
@@ -67,9 +68,17 @@ class LedgerWriter:
         """Raises `LeaseLostError` when this is no longer the run's writer."""
         self._append({"time": round(time.time(), 3), **fields})
 
-    def read(self) -> "Ledger":
-        """Returns all lines, including those that the storage does not have yet."""
-        return Ledger.parse(self._content(), str(self._path))
+    def blocks(self, *, start: int) -> Iterator[bytes]:
+        """Yields the lines from a byte on, some megabytes of whole lines at once, with those that the storage does not
+        have yet."""
+        size, length = self._size, _BLOCK_BYTES
+        while start < size:
+            piece = os.pread(self._file.fileno(), min(length, size - start), start)
+            end = piece.rfind(b"\n") + 1
+            length = _BLOCK_BYTES if end else 2 * length
+            if end:
+                yield piece[:end]
+            start += end
 
     def mirror(self) -> None:
         """Returns once the run's storage has every line. Raises `StorageError`, or `OSError` when a disk is full."""
@@ -107,6 +116,16 @@ class LedgerWriter:
     def abandon(self) -> None:
         """Ends the mirroring; the next writer on this node finds the lines that were not copied."""
         self._closing.set()
+
+    def _end_of_lines(self, size: int) -> int:
+        """Returns where the last whole line ends in the file's first `size` bytes."""
+        while size:
+            start = max(0, size - _BLOCK_BYTES)
+            piece = os.pread(self._file.fileno(), size - start, start)
+            if end := piece.rfind(b"\n") + 1:
+                return start + end
+            size = start
+        return 0
 
     def _content(self) -> bytes:
         return os.pread(self._file.fileno(), self._size, 0)  # a newer writer may have removed its name
@@ -192,14 +211,8 @@ class Ledger:
     @classmethod
     def parse(cls, content: bytes, uri: str, *, num_before: int = 0) -> "Ledger":
         """Returns the whole lines of what follows the first `num_before`. Raises `UserError` for a damaged one."""
-        lines = []
-        for number, line in enumerate(content.rpartition(b"\n")[0].splitlines(), start=num_before + 1):
-            try:
-                lines.append({**json.loads(line)})
-            except (ValueError, TypeError):
-                damage = f"expected an object of JSON, not {line[:40]!r}; restore the file, or remove that line"
-                raise UserError(f"{uri}, line {number} is damaged: {damage}") from None
-        return cls(lines)
+        lines = content.rpartition(b"\n")[0].splitlines()
+        return cls([parsed_line(line, uri, number) for number, line in enumerate(lines, start=num_before + 1)])
 
     @property
     def steps(self) -> list[Line]:
@@ -262,6 +275,15 @@ class Ledger:
     def recoveries(self) -> list[Interruption]:
         """Returns the interruptions between two steps of a run that had not been asked to stop."""
         return [stop for stop in self.interruptions() if stop.seconds is not None]
+
+
+def parsed_line(line: bytes, uri: str, number: int) -> Line:
+    """Returns a line of the ledger at the URI. Raises `UserError`, which names its number, where it is damaged."""
+    try:
+        return {**json.loads(line)}
+    except (ValueError, TypeError):
+        damage = f"expected an object of JSON, not {line[:40]!r}; restore the file, or remove that line"
+        raise UserError(f"{uri}, line {number} is damaged: {damage}") from None
 
 
 def is_stop(line: Line) -> bool:

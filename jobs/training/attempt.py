@@ -3,7 +3,7 @@
 import math
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,7 +19,6 @@ from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.compute import autocast
 from jobs.exact.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints
-from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan, open_stream, open_validation_sets
 from jobs.run.sharded_checkpoints import stored_state
 from jobs.run.storage_retry import patiently
@@ -49,6 +48,8 @@ from model.training_memory import keep_freed_memory
 class _Beginning:
     """The state from which rank 0 lets all ranks continue: fresh weights, without snapshot and checkpoint."""
 
+    num_attempts: int = 0  # before this one
+    unlike: Sequence[str] = ()  # why the same bits are not promised: how the hardware differs
     rollbacks: Windows = ()  # the steps to leave out
     checkpoint: str | None = None
     snapshot: Snapshot | None = None
@@ -86,7 +87,7 @@ class Attempt:
             if self.writer:
                 self.writer.give_up(begun.stop_reason)
             return
-        restored_step = self._restore(begun, device)
+        restored_step = self._restore(begun, device, opened)
         self.generation = begun.generation
         self.train_rows, self.val_rows = open_stream(plan, "train"), open_stream(plan, "val")
         # A checkpoint has the template that its conversations were written with.
@@ -94,20 +95,18 @@ class Attempt:
         self.shards: ShardWriter | None = None
         if self.state.gathered:
             complete = self.writer.saving.complete if self.writer else None
-            publish = partial(complete, state=self.state, tokenizer=self.tokenizer) if complete else None
+            publish = partial(complete, config=config.model, tokenizer=self.tokenizer) if complete else None
             checkpoints = self.writer.checkpoints if self.writer else self.checkpoints  # rank 0's are fenced
-            self.shards = ShardWriter(checkpoints, self.state, group, self.ledger, publish)
+            self.shards = ShardWriter(checkpoints, self.state.peers, group, self.ledger, publish)
             opened.callback(self.shards.abandon)
         own_kind = prepared(plan, group, self.state.device)
-        opened.callback(self.state.close)
         self.guard = replace(self.guard, rollbacks=begun.rollbacks)
         self.first_step, self.guard = self.guard.entering(restored_step + 1)
         self.val_sets = open_validation_sets(plan)
         self.eot_id = self.tokenizer.start_id if config.train.document_mask else None
         self.gradient = BatchGradient(config, self.state, self.train_rows, group, eot_id=self.eot_id)
         opened.callback(self.gradient.close)
-        before = self.writer.before if self.writer else Ledger([])
-        self.attempt = group.broadcast(1 + len(before.world_sizes))
+        self.attempt = 1 + begun.num_attempts
         self.notices = Notices(plan.run, group, signals)
         opened.callback(self.notices.close)
         self.record = StepRecord(plan, self.state, group, ledger=self.ledger, attempt=self.attempt, nodes=nodes)
@@ -127,9 +126,9 @@ class Attempt:
                 hardware=kinds[0],
                 **{"kernels": own_kind["kernels"]} if "kernels" in own_kind else {},
             )
-            self._record_precision(before)
-            if reasons := unlike + changes(before, kinds[0]):
-                self.ledger.event("tolerance_mode", attempt=self.attempt, reasons=reasons)
+            self._record_precision()
+            if begun.unlike:
+                self.ledger.event("tolerance_mode", attempt=self.attempt, reasons=begun.unlike)
         if begun.snapshot and restored_step - begun.saved_step >= config.checkpoint.save_every_steps:
             self.save(restored_step, {})  # the checkpoint that was due had not been stored yet
 
@@ -175,7 +174,7 @@ class Attempt:
             **validation,
         )
         if self.shards:
-            self.shards.save(metadata, must=must)
+            self.shards.save(metadata, self.state, must=must)
         elif self.writer:
             self.writer.saving.save(metadata, self.state, self.tokenizer)
         elif self.state.is_sharded:  # rank 0 needs the part that each rank holds
@@ -209,12 +208,12 @@ class Attempt:
         self.finish(None)
         return continues
 
-    def _record_precision(self, before: Ledger) -> None:
+    def _record_precision(self) -> None:
         """Records, once for each kind, a processor that is not made for the run's precision."""
         precision = self.plan.config.train.precision
-        assert self.ledger is not None and precision != "auto", "rank 0 writes, once the precision is settled"
+        assert self.writer and self.ledger and precision != "auto", "rank 0 writes, once the precision is settled"
         found = at_odds(precision, "cuda" if self.state.device.type == "cuda" else "cpu")
-        last = (before.events("precision") or [{}])[-1]
+        last = (self.writer.outline().events("precision") or [{}])[-1]
         if found and found["fast"] != last.get("fast"):
             self.ledger.event("precision", attempt=self.attempt, **found)
 
@@ -224,20 +223,23 @@ class Attempt:
             opened.callback(self.writer.abandon)
             ledger, generation = self.writer.ledger, self.writer.fence.generation
             patiently(lambda: write_down(self.plan.run, ledger), "incidents")
-            read, scaling = ledger.read(), self.plan.config.scaling
+            read, scaling = self.writer.outline(), self.plan.config.scaling
+            num_attempts = len(read.world_sizes)
             rollbacks, left_out = read.rollbacks, GuardState(rollbacks=read.rollbacks).leaves_out
             if reason := why_give_up(read.lines, max_fruitless_attempts=scaling.max_fruitless_attempts):
                 return _Beginning(stop_reason=reason)
-            if reason := why_refused(self.plan.config, read, unlike + changes(read, kind)):
+            unlike = unlike + changes(read, kind)
+            if reason := why_refused(self.plan.config, read, unlike):
                 return _Beginning(stop_reason=reason)
+            begun = _Beginning(num_attempts, unlike, rollbacks, generation=generation)
             saved_step = self.writer.newest_step(left_out=left_out)
             last = max((line["step"] for line in read.lines if line.get("event") in (None, "skip")), default=0)
             snapshot = self._newest_snapshot(last, at_least=saved_step, is_left_out=left_out)
             if snapshot is not None:
                 patiently(self.writer.checkpoints.clear_spool, "checkpoints")  # what is due is saved from the snapshot
-                return _Beginning(rollbacks, snapshot=snapshot, generation=generation, saved_step=saved_step)
+                return replace(begun, snapshot=snapshot, saved_step=saved_step)
             newest = patiently(partial(self.writer.newest_checkpoint, left_out=left_out), "checkpoints")
-            return _Beginning(rollbacks, checkpoint=newest, generation=generation)
+            return replace(begun, checkpoint=newest)
         except (LeaseLostError, CheckpointError) as error:
             return _Beginning(stop_reason=str(error))
 
@@ -256,7 +258,7 @@ class Attempt:
                 return snapshot
         return self.snapshots.newest(explained_step=recorded, **limits)
 
-    def _restore(self, begun: _Beginning, device: torch.device) -> int:
+    def _restore(self, begun: _Beginning, device: torch.device, opened: ExitStack) -> int:
         """Restores the snapshot or the checkpoint, or makes fresh weights; returns the step of that state."""
         config, name = self.plan.config, begun.checkpoint
         with torch.device("meta"):
@@ -266,6 +268,7 @@ class Attempt:
         size = config.scaling.group_size(self.group.world_size)
         shard = config.scaling.shard
         self.state = TrainState(model, config.train, device=device, group=self.group, shard=shard, group_size=size)
+        opened.callback(self.state.close)
         if begun.snapshot:
             self.guard = GuardState.from_json(self.snapshots.restore(begun.snapshot, self.state)["guard"])
             self.group.prove(begun.snapshot.header.step, device)  # a checkpoint of it may be due

@@ -31,6 +31,8 @@ from jobs.training.shard_writer import Shard
 from jobs.training.stored_state import fill, moments_by_name
 from model.checkpoint import NotFiniteError, descriptions, write_checkpoint
 from model.checkpoint_folder import Metadata, verify_checkpoint
+from model.config import GPTConfig
+from model.shapes import parameter_shapes
 from model.tokenizer import Tokenizer
 
 
@@ -81,7 +83,7 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
         if state.is_sharded:
             state.gather(buffers, step=metadata.step)
         gathered_s = time.monotonic() - start_s
-        tensors = [flat for flat in state.parts.values() if len(flat) == state.layout.size]
+        tensors = [flat for name, flat in state.parts.items() if not state.is_divided(name)]
         copy = state.copies.start("checkpoint", tensors, partial(fill, flat.flatten()))
         write = partial(
             write_checkpoint,
@@ -95,16 +97,16 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
             self._pending = Copy(metadata, flat, write, start_s, gathered_s, copy)
             self._changed.notify_all()
 
-    def complete(self, shard: Shard, reports: Reports, *, state: TrainState, tokenizer: Tokenizer) -> None:
+    def complete(self, shard: Shard, reports: Reports, *, config: GPTConfig, tokenizer: Tokenizer) -> None:
         """Publishes a checkpoint in shards that are all stored; `shard` is this worker's. Raises `StorageError`."""
         metadata = shard.metadata
         if refusals := [report["refused"] for report in reports if "refused" in report]:
             self._ledger.event("checkpoint_refused", step=metadata.step, reason=refusals[0])
             shard.is_over = True
             return
-        metadata = replace(metadata, parameter_hash=shard.checkpoint.parameter_hash(state.shapes))
+        metadata = replace(metadata, parameter_hash=shard.checkpoint.parameter_hash(parameter_shapes(config)))
         self._ledger.mirror()
-        shard.checkpoint.complete(descriptions(state.model.config, tokenizer, metadata), reports)
+        shard.checkpoint.complete(descriptions(config, tokenizer, metadata), reports)
         shard.is_over = True
         self._record(metadata, shard.taken_at_s, exposed_s=shard.from_device.exposed_s)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from cluster.storage.registry import publications, served_checkpoints
 from cluster.storage.uris import open_storage
 from jobs.run.checkpoints import RunCheckpoints, step_of
-from jobs.run.ledger import Ledger, LedgerWriter
+from jobs.run.ledger import LEDGER, Ledger, LedgerWriter
+from jobs.run.ledger_outline import LedgerOutline, last_step
 from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
 from jobs.run.writer_generation import Fence
@@ -26,11 +27,16 @@ class RunWriter:
         self.fence = patiently(lambda: Fence(plan.run, launcher=plan.launcher), "the run")
         self.ledger = patiently(lambda: LedgerWriter(plan.run, self.fence), "ledger")
         self.checkpoints = RunCheckpoints(plan.run, self.fence)
-        self.before: Ledger = self.ledger.read()
-        self._published = {line["checkpoint"].rsplit("/", 1)[1]: line for line in self.before.events("checkpoint")}
+        self._outline = LedgerOutline(f"{plan.run.uri}/{LEDGER}")
+        checkpoints = self.outline().events("checkpoint")
+        self._published = {line["checkpoint"].rsplit("/", 1)[1]: line for line in checkpoints}
         losses = {name: line["val_loss"] for name, line in self._published.items() if line.get("val_loss") is not None}
         keep = plan.config.checkpoint
         self.saving = CheckpointWriter(self.checkpoints, self.ledger, keep, pinned=self._pinned, val_losses=losses)
+
+    def outline(self) -> Ledger:
+        """Returns the outline of the ledger so far; what it had at an earlier call is not read again."""
+        return self._outline.add(self.ledger.blocks(start=self._outline.num_bytes))
 
     def newest_step(self, *, left_out: Callable[[int], bool]) -> int:
         """Returns the step of the newest checkpoint that no rollback left out, whole or not; 0 where there is none."""
@@ -86,7 +92,7 @@ class RunWriter:
         """Returns once the storage has everything; `step` is the run's last one, if that is done. The run has not
         finished where the last checkpoint was refused: a resume repeats the steps since the one before."""
         self.saving.finish()
-        saves = self.ledger.read().events("checkpoint", "checkpoint_refused") if step is not None else []
+        saves = self.outline().events("checkpoint", "checkpoint_refused") if step is not None else []
         if saves and saves[-1]["event"] == "checkpoint_refused":
             reason = f"the checkpoint of step {saves[-1]['step']} was not stored: {saves[-1]['reason']}"
             reason += ". The same --run-id repeats the steps since the one before"
@@ -97,8 +103,7 @@ class RunWriter:
 
     def give_up(self, reason: str) -> None:
         """Records that the run ends before it is done, and why."""
-        steps = self.before.steps
-        self.ledger.event("gave_up", reason=reason, step=steps[-1]["step"] if steps else 0)
+        self.ledger.event("gave_up", reason=reason, step=last_step(self.outline()))
         self.ledger.close()
 
     def abandon(self) -> None:

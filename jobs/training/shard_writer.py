@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from jobs.exact.host_copies import HostCopy
+from jobs.exact.peers import Peers
 from jobs.exact.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.ledger import LedgerWriter
@@ -47,24 +48,28 @@ class Shard:
 
 
 class ShardWriter(SavingThread[Shard, Shard]):
-    """Stores one worker's shards, in a thread which `finish` ends."""
+    """Stores one worker's shards, in a thread which `finish` ends.
+
+    It holds copies alone: a thread that still stores one of a lost attempt keeps none of that attempt's state.
+    """
 
     def __init__(
         self,
         checkpoints: RunCheckpoints,
-        state: TrainState,
+        peers: Peers,
         group: WorkerGroup,
         ledger: LedgerWriter | None,
         publish: Callable[[Shard, Reports], None] | None,
     ) -> None:
-        """Rank 0 has the ledger and `publish`, which gets its shard and the reports of all."""
-        self._checkpoints, self._state, self._group, self._publish = checkpoints, state, group, publish
+        """`peers` hold one copy of the weights. Rank 0 has the ledger and `publish`, which gets its shard and the
+        reports of all."""
+        self._checkpoints, self._peers, self._group, self._publish = checkpoints, peers, group, publish
         self._free: list[Tensor] = []
         for left in checkpoints.spool.glob(".step-*"):  # by an earlier attempt; no worker of this one has saved yet
             shutil.rmtree(left, ignore_errors=True)
         super().__init__("shards", Outage("checkpoints", ledger.event if ledger else lambda name, **fields: None))
 
-    def save(self, metadata: Metadata, *, must: bool) -> bool:
+    def save(self, metadata: Metadata, state: TrainState, *, must: bool) -> bool:
         """Begins a copy of this worker's shard of a checkpoint; all ranks call together. Returns whether they save this
         one, as an earlier one may still be on its way; with `must` it waits for that."""
         self._raise_failure()
@@ -73,7 +78,6 @@ class ShardWriter(SavingThread[Shard, Shard]):
                 return False
             self._raise_failure()
             time.sleep(_POLL_S)
-        state = self._state
         if state.mesh.number == 0:  # the other groups have the same
             name, start_s = checkpoint_name(metadata.step, metadata.generation), time.monotonic()
             flat = self._free.pop() if self._free else torch.empty(len(state.parts), len(state.values))
@@ -98,7 +102,7 @@ class ShardWriter(SavingThread[Shard, Shard]):
         """Drops the copy that waits, if that is so on all ranks. Returns whether none waits."""
         with self._changed:
             waiting, self._pending = self._pending, None
-        of_ranks = self._group.gather(waiting is not None)[: len(self._state.peers)]
+        of_ranks = self._group.gather(waiting is not None)[: len(self._peers)]
         if any(of_ranks) and not all(of_ranks):
             with self._changed:
                 self._pending = waiting
@@ -133,7 +137,7 @@ class ShardWriter(SavingThread[Shard, Shard]):
         self._begun = None
 
     def _store_own(self, shard: Shard) -> None:
-        index = self._state.peers.index
+        index = self._peers.index
         spool = self._checkpoints.spool / f".{shard.checkpoint.name}-{index}"
         if shard.report is None:
             shard.from_device.taken.result()

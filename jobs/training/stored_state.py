@@ -20,7 +20,7 @@ def restore(state: TrainState, stored: StoredTensors) -> None:
     stored.load([("step", range(1), num_updates)])
     state.set_num_updates(int(num_updates))
     for part, flat in state.parts.items():
-        places = [range(state.layout.size)] if len(flat) == state.layout.size else state.owned
+        places = state.owned if state.is_divided(part) else [range(state.layout.size)]
         pieces = state.layout.pieces(places)
         stored.load((stored_name(part, name), place, at(flat, own)) for name, place, own in pieces)
 

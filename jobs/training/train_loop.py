@@ -33,18 +33,21 @@ def train(
     """
     group, pulse = WorkerGroup(rank, world_size, meeting or Meeting()), pulse or Pulse({})
     pulse.is_device_waiting = group.is_device_waiting
-    continues = True
-    while continues:  # a rollback is a restart without Ray Train
-        with ExitStack() as opened:
-            attempt = Attempt(plan, group, opened, signals=signals)
-            try:
-                continues = take_steps(attempt, pulse)
-            except RuntimeError as error:
-                if is_lost_peer(error):
-                    attempt.snapshots.rescue(attempt.state)
-                raise
-        del attempt
-        gc.collect()  # its state, which refers to itself, before the next one takes as much memory
+    while _attempt_continues(plan, group, pulse, signals):  # a rollback is a restart without Ray Train
+        pass
+
+
+def _attempt_continues(plan: RunPlan, group: WorkerGroup, pulse: Pulse, signals: Callable[[], object]) -> bool:
+    """Makes one attempt. Returns whether another one is to continue from an earlier state."""
+    gc.collect()  # what refers to itself of the attempt before, which takes as much memory
+    with ExitStack() as opened:
+        attempt = Attempt(plan, group, opened, signals=signals)
+        try:
+            return take_steps(attempt, pulse)
+        except RuntimeError as error:
+            if is_lost_peer(error):
+                attempt.snapshots.rescue(attempt.state)
+            raise
 
 
 def take_steps(attempt: Attempt, pulse: Pulse) -> bool:

@@ -1,8 +1,10 @@
 """Real training in processes that meet by a store, one of whose gathers ends as an abort of NCCL's leaves it.
 
-Writes into a rank's log what it kept and what it rescued: the step, and the hash of the weights then.
+Writes into a rank's log what it kept and what it rescued: the step, and the hash of the weights then; and as an attempt
+begins, after how many watched ones, and what of these is alive.
 """
 
+import json
 import os
 import signal
 from collections.abc import Sequence
@@ -18,12 +20,14 @@ from torch import Tensor
 from jobs.exact.train_state import TrainState
 from jobs.run.run_plan import RunPlan
 from jobs.snapshots.snapshots import Snapshots
+from jobs.training.attempt import Attempt
 from jobs.training.train_loop import train
 from jobs.workers.heartbeat import Pulse
 from jobs.workers.rendezvous import Rendezvous, meeting_place
 from jobs.workers.worker_group import Meeting
 from model.checkpoint import parameter_hash
 from model.failpoints import VARIABLE
+from tests.jobs.attempt_witness import AttemptWitness
 from tests.jobs.worker_processes import exit_code, into_log, worker_process
 
 
@@ -109,6 +113,13 @@ def _train_in_rounds(
     def rescue(self: Snapshots, state: TrainState) -> None:
         told("rescued", getattr(self, "last", 0), state)
 
+    witness, begin = AttemptWitness(), Attempt.__init__
+
+    def watched(self: Attempt, *arguments: Any, **options: Any) -> None:
+        os.write(1, f"alive {witness.num_watched} {json.dumps(witness.alive())}\n".encode())
+        begin(self, *arguments, **options)
+
+    Attempt.__init__ = watched  # type: ignore[method-assign]
     dist.all_gather_single = cut_off
     Snapshots.after_step, Snapshots.rescue = after_step, rescue  # type: ignore[method-assign, assignment]
 

@@ -57,6 +57,7 @@ class Case:
     documents: bool = False  # see nothing of each other
     llama: bool = False
     chat: bool = False  # rows of conversations, of which some targets do not count
+    one_block: bool = False  # a model of so few values that one rank owns all parts
 
     @property
     def numbers(self) -> "Case":
@@ -76,6 +77,8 @@ class Case:
         }
         if self.llama:
             model |= {"architecture": "llama", "activation_function": "swiglu", "n_kv_head": 2, "n_embd": 80}
+        if self.one_block:
+            model |= {"n_layer": 1, "n_embd": 1, "n_head": 1}
         train = {
             "global_batch_size": 2 * self.micro_batches * self.num_lanes,
             "micro_batch_size": 2,
@@ -117,6 +120,7 @@ CASES = [
     Case("bf16", documents=True, llama=True, shard="parameters", group=2),
     Case(chat=True, documents=True, micro_batches=2, num_lanes=5, shard="gradients"),
     Case("bf16", chat=True, compute="plain", shard="parameters", group=2),
+    *(Case(one_block=True, shard=shard) for shard in get_args(Shard)),
     Case(exact=False),
     Case(exact=False, chat=True),
 ]

@@ -44,6 +44,34 @@ def checkpoint(tmp_path: Path, model: GPT, tokenizer: Tokenizer) -> Path:
     return tmp_path / "step-7"
 
 
+def test_metadata_of_a_newer_raymill_is_read_as_far_as_it_is_known(checkpoint: Path) -> None:
+    path = checkpoint / "raymill.json"
+    fields = json.loads(path.read_bytes())
+    path.write_text(json.dumps(fields | {"optimizer": "a later one", "code_version": "9.0"}))
+    expected = replace(Metadata(**fields), code_version="9.0")
+    assert read_metadata(checkpoint) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            {"run_id": "r", "code_version": "9.0", "steps": 3},
+            "written by raymill 9.0, lacks step, tokens_seen, data_man",
+        ),
+        ([], "lacks run_id, step"),
+        (None, "lacks run_id, step"),
+    ],
+    ids=str,
+)
+def test_metadata_without_what_it_must_have_is_named(checkpoint: Path, content: object, words: str) -> None:
+    (checkpoint / "raymill.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=f"raymill.json in {checkpoint}") as refused:
+        read_metadata(checkpoint)
+    assert words in str(refused.value)
+    assert "use another checkpoint" in str(refused.value)
+
+
 def test_everything_comes_back_with_the_same_bits(checkpoint: Path, model: GPT, tokenizer: Tokenizer) -> None:
     assert verify_checkpoint(checkpoint) == []
     loaded = load_model(checkpoint)

@@ -2,12 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
 from cluster.settings import flags, plan, run, serve
-from cluster.settings.flags import add_config_arguments, config_from_arguments, new_run_id
+from cluster.settings.flags import add_config_arguments, config_from_arguments, new_run_id, settings_from_flags
 from cluster.settings.parser import ConfigError, Parser
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import EvaluateConfig, RunConfig, Settings
@@ -86,6 +86,39 @@ def test_validation_sets_are_named_by_a_flag(file: str) -> None:
 def test_null_unsets(file: str, word: str) -> None:
     assert parsed(file).train.seq_len == 32
     assert parsed(file, "--train.seq-len", word, "--model.n-inner", word).train.seq_len is None
+
+
+def literal_values(root: type, prefix: str = "") -> dict[str, tuple[Any, ...]]:
+    """Returns the values of each setting that has a few names for values, by its dotted name."""
+    values = {}
+    for name, kind in get_type_hints(root).items():
+        if (isinstance(kind, type) and issubclass(kind, Settings)) or kind is GPTConfig:
+            values |= literal_values(kind, f"{prefix}{name}.")
+        else:
+            parts = [kind, *get_args(kind)]
+            names = [value for part in parts if get_origin(part) is Literal for value in get_args(part)]
+            values |= {f"{prefix}{name}": tuple(names)} if names else {}
+    return values
+
+
+@pytest.mark.parametrize("root", [RunConfig, ServeConfig, EvaluateConfig, PlanConfig])
+def test_each_value_of_each_setting_can_be_given(root: type[Settings]) -> None:
+    parser = Parser(prog="tool")
+    add_config_arguments(parser, root)
+    for path, values in literal_values(root).items():
+        for value in values:
+            given: Any = settings_from_flags(parser.parse_args([f"--{path}", f"{value}"]), root)
+            for part in path.split("."):
+                given = given[part]
+            assert given in (value, [value]), path
+    expected = {"scaling.shard", "train.precision", "train.schedule", "model.architecture"}
+    assert root is not RunConfig or expected <= literal_values(root).keys()
+    assert root is not RunConfig or "none" in literal_values(root)["scaling.shard"]
+
+
+def test_none_is_a_value_where_it_is_ones_name(file: str) -> None:
+    assert parsed(file, "--scaling.shard", "none").scaling.shard == "none"
+    assert "scaling.shard: Input should be 'none', 'optimizer'" in refusal(file, "--scaling.shard", "null")
 
 
 def test_a_corpus_is_enough_without_a_file() -> None:

@@ -13,6 +13,7 @@ import pytest
 from cluster.storage.folder import LocalStorage
 from cluster.storage.registry import (
     find_checkpoint,
+    metadata_of,
     named_checkpoint,
     publications,
     publish,
@@ -66,6 +67,19 @@ def test_what_is_published_is_the_checkpoint_that_the_reference_names(root: Path
     assert find_checkpoint("latest", str(root)) == (str(second), second)
     assert publish(storage, f"file://{first}").checkpoint == str(first)
     assert find_checkpoint("latest", str(root)) == (str(first), first)
+
+
+def test_metadata_of_a_newer_raymill_is_read_as_far_as_it_is_known(root: Path) -> None:
+    (folder,) = steps(root, 1)
+    uri, path = str(folder), folder / "raymill.json"
+    known = metadata_of(uri)
+    fields = json.loads(path.read_bytes())
+    path.write_text(json.dumps(fields | {"optimizer": "a later one"}))
+    assert known is not None
+    assert metadata_of(uri) == known
+    path.write_text("{}")
+    with pytest.raises(CheckpointError, match=f"raymill.json in {uri} lacks run_id, step"):
+        metadata_of(uri)
 
 
 def test_other_files_beside_the_publications_are_left_alone(root: Path) -> None:

@@ -83,9 +83,9 @@ class Saving:
         self.checkpoints = RunCheckpoints(self.run, self.fence)
         keep: dict[str, Any] = {"keep": CheckpointConfig(), "pinned": set, "val_losses": {}}
         self.publisher = CheckpointWriter(self.checkpoints, self.ledger, **keep)
-        complete = partial(self.publisher.complete, state=states[0], tokenizer=TOKENIZER)
+        complete = partial(self.publisher.complete, config=states[0].model.config, tokenizer=TOKENIZER)
         self.writers = [
-            ShardWriter(self.checkpoints, state, state._group, ledger, publish)
+            ShardWriter(self.checkpoints, state.peers, state._group, ledger, publish)
             for state, ledger, publish in zip(states, [self.ledger, None], [complete, None], strict=True)
         ]
 
@@ -104,7 +104,7 @@ class Saving:
             code_version="c",
             generation=self.fence.generation,
         )
-        (saved,) = {*self.on_all(lambda rank: self.writers[rank].save(metadata, must=must))}
+        (saved,) = {*self.on_all(lambda rank: self.writers[rank].save(metadata, self.states[rank], must=must))}
         return saved
 
     def finish(self) -> Ledger:

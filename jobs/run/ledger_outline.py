@@ -1,0 +1,83 @@
+"""Takes from a run's ledger what a new attempt asks, fast and in little memory: it may have a line for a million steps.
+
+Events say how the run went. Of the steps between two of them the last line is enough, as steps follow one another until
+an event, a `start`, begins some of them again.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from jobs.run.ledger import Ledger, Line, parsed_line
+
+MEASUREMENTS = ("phases", "layers", "validation")
+"""Events of which a run has thousands, and which decide nothing."""
+
+_KEY = b'"event"'  # of every event's line, and of no step's
+_SKIPPED = tuple(f'{{"event": "{name}"'.encode() for name in MEASUREMENTS)  # as `LedgerWriter` begins their lines
+
+
+class LedgerOutline:
+    """A ledger's events but its measurements, and the last line of each stretch of steps between two of them.
+
+    A damaged line is found where it is one of these, and else by whoever reads the whole ledger, as each launch does.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self.num_bytes = self._num_lines = 0  # so far
+        self._lines: list[Line] = []
+
+    def add(self, blocks: Iterable[bytes]) -> Ledger:
+        """Takes what follows, in blocks of whole lines; returns the outline of all so far.
+
+        Raises `UserError` for a damaged line.
+        """
+        waiting: tuple[bytes, int] | None = None  # the last line of a stretch of steps so far, and its number
+        for block in blocks:
+            counted = 0  # bytes of the block whose lines are counted
+            for start, line in _outlined(block):
+                self._num_lines += block.count(b"\n", counted, start)
+                counted = start
+                if _KEY not in line:
+                    waiting = line, self._num_lines + 1
+                    continue
+                if waiting:
+                    self._keep(*waiting)
+                    waiting = None
+                self._keep(line, self._num_lines + 1)
+            self._num_lines += block.count(b"\n", counted)
+            self.num_bytes += len(block)
+        if waiting:
+            self._keep(*waiting)
+        return Ledger(list(self._lines))
+
+    def _keep(self, line: bytes, number: int) -> None:
+        kept = parsed_line(line, self._uri, number)
+        if "event" not in kept and self._lines and "event" not in self._lines[-1]:
+            self._lines.pop()
+        self._lines.append(kept)
+
+
+def last_step(outline: Ledger) -> int:
+    """Returns the last step that counts, 0 without one: where a rollback left it out, the one before its window."""
+    step = max((line["step"] for line in outline.lines if "event" not in line), default=0)
+    for first, last in sorted(outline.rollbacks, reverse=True):
+        if first <= step <= last:
+            step = first - 1
+    return int(step)
+
+
+def _outlined(block: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yields each line to keep of a block, with the place where it begins; found without looking at the others."""
+    start = 0
+    while start < len(block):
+        key = block.find(_KEY, start)
+        event = len(block) if key < 0 else max(start, block.rfind(b"\n", start, key) + 1)
+        if event > start:
+            last = max(start, block.rfind(b"\n", start, event - 1) + 1)
+            yield last, block[last : event - 1]
+        if key < 0:
+            return
+        end = block.index(b"\n", key)
+        if not block.startswith(_SKIPPED, event):
+            yield event, block[event:end]
+        start = end + 1
