@@ -25,6 +25,7 @@ from jobs.workers.worker_group import Meeting
 from model.tables import read_table
 
 _POLL_S = 0.02
+_LOOK_UPS_PER_S = 20_000  # of all waiting ranks together, which a TCPStore's one thread answers beside all else
 _WATCH_S = 0.5
 _GRACE_S = 1.0
 _ABORT_S = 15.0  # the longest that an abort of 512 GPUs' connections may take
@@ -136,13 +137,19 @@ class Rendezvous:
                     return meeting, left
 
     def _all(self, number: int, what: str) -> bool:
-        """Waits until every rank has said so; returns False when the round is over before that."""
-        self._store.set(f"{number}/{self._rank}/{what}", self._id)
-        places = [f"{number}/{rank}/{what}" for rank in range(self._world_size)]
-        while not self._store.check(places):
+        """Waits until every rank has said so; returns False when the round is over before that.
+
+        A rank says so once in a round, as a replacement of one that came ends the round instead: so the ranks are
+        counted, and the last one tells all. Thus a look costs two keys, for any number of ranks.
+        """
+        is_said = f"{number}/{what} by all"
+        if self._store.add(f"{number}/{what}", 1) == self._world_size:
+            self._store.set(is_said, "")
+        pause_s = max(_POLL_S, 2 * self._world_size / _LOOK_UPS_PER_S)
+        while not self._store.check([is_said]):
             if int(self._store.get("round")) != number:
                 return False
-            time.sleep(_POLL_S)
+            time.sleep(pause_s)
         return True
 
     def _connect(self, meeting: Meeting, left: threading.Event) -> bool:
