@@ -257,8 +257,6 @@ class Attempt:
         device = torch.device("cuda", torch.cuda.current_device()) if config.scaling.use_gpu else torch.device("cpu")
         with torch.device("meta"):
             model = GPT(config.model)
-        if device.type == "cuda":
-            self.group.streams[:] = [torch.cuda.current_stream(device)]
         size = config.scaling.group_size(self.group.world_size)
         shard = config.scaling.shard
         self.state = TrainState(model, config.train, device=device, group=self.group, shard=shard, group_size=size)

@@ -31,8 +31,8 @@ _EVENTS: dict[str, dict[str, str]] = read_table(__file__, "run_events")
 
 def message_of(event: Line) -> str:
     """Returns the line that is logged for the event; empty where none is."""
-    team = counted(event.get("world_size", 0), "worker")
-    return _EVENTS.get(event.get("event", ""), {}).get("message", "").format(**event, team=team)
+    fields = {"reason": "unknown", **event, "team": counted(event.get("world_size", 0), "worker")}
+    return _EVENTS.get(event.get("event", ""), {}).get("message", "").format(**fields)
 
 
 @contextmanager
