@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jobs.exact.flat_layout import at, part_of
 from jobs.workers.failures import LostPeerError, OpenGroupError
-from jobs.workers.progress import CPU
+from jobs.workers.progress import CPU, range_of
 from jobs.workers.worker_group import WorkerGroup
 
 
@@ -24,6 +24,7 @@ class Peers:
     def __init__(self, ranks: Sequence[int], group: WorkerGroup) -> None:
         self._ranks, self.index, self._is_world = ranks, ranks.index(group.rank), len(ranks) == group.world_size
         self._aborted, self._progress = group.meeting.aborted, group.meeting.progress
+        self._range = range_of(ranks)
 
     def __len__(self) -> int:
         return len(self._ranks)
@@ -76,4 +77,4 @@ class Peers:
                 work.wait()
 
     def _message(self, device: torch.device) -> AbstractContextManager[None]:
-        return self._progress.message(self._ranks, device)
+        return self._progress.message(self._range, device)

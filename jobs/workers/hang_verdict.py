@@ -8,6 +8,7 @@ less far, as the ends of a stopped link are.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jobs.workers.progress import ranks_of
 from jobs.workers.watchdog import Hang, Health, Place, own_work_deadline_s
 
 _STEP_FACTOR = 5  # one that gets a tenth of its time marks a pass or a bucket sooner
@@ -51,8 +52,8 @@ def verdict(standings: Sequence[Standing], *, hang_timeout_s: float, last: Hang 
     else:
         health = Health.BLOCKED
         ended = [] if times == 1 else [suspects[-(times - 1) % len(suspects)]]
-        reason = f"the messages between {_named(suspects)} stood still, and nothing tells which of them is at fault"
-        reason += f": {_named(ended)} is ended, as it is the {times}. time" if ended else ": all meet again"
+        reason = f"{_named(suspects)} stood still, none behind the others, as the ends of a stopped link do: "
+        reason += f"{_named(ended)} is ended, as this came {times} times in a row" if ended else "all meet again"
     return Hang(
         round=standings[0].round,
         health=health,
@@ -82,14 +83,10 @@ def _is_held_up(rank: int, standings: Sequence[Standing]) -> bool:
     for name, (begun, finished) in standings[rank].messages.items():
         if begun == finished:
             continue
-        for other in _ranks_of(name):
+        for other in ranks_of(name):
             if sum(standings[other].messages.get(name, (0, 0))) < begun + finished:
                 return True
     return False
-
-
-def _ranks_of(name: str) -> range:
-    return range(*map(int, name.split(":")))
 
 
 def _named(ranks: Sequence[int]) -> str:

@@ -41,7 +41,7 @@ class Progress:
         self._mark(device, self._count_mark)
 
     @contextmanager
-    def message(self, ranks: Sequence[int], device: torch.device = CPU) -> Iterator[None]:
+    def message(self, ranks: range, device: torch.device = CPU) -> Iterator[None]:
         """Lasts while this worker sends to the ranks and receives from them, from and into the device's memory. It is
         one of them, and all of them send as often."""
         failpoint("before_message")
@@ -102,11 +102,22 @@ class Progress:
         self._num_marks += 1
 
 
-def name_of(ranks: Sequence[int]) -> str:
-    """Returns a short name of ranks that follow each other at equal distances, from which `ranks_of` finds them."""
+def range_of(ranks: Sequence[int]) -> range:
+    """Returns ranks that follow each other at equal distances, as those of a mesh do."""
     stride = ranks[1] - ranks[0] if len(ranks) > 1 else 1
-    assert list(ranks) == [*range(ranks[0], ranks[-1] + 1, stride)], f"{ranks} are not at equal distances"
-    return f"{ranks[0]}:{ranks[-1] + 1}:{stride}"
+    as_range = range(ranks[0], ranks[-1] + 1, stride)
+    assert list(ranks) == list(as_range), f"{ranks} are not at equal distances"
+    return as_range
+
+
+def name_of(ranks: range) -> str:
+    """Returns the name under which messages between the ranks are counted."""
+    return f"{ranks.start}:{ranks.stop}:{ranks.step}"
+
+
+def ranks_of(name: str) -> range:
+    """Returns the ranks whose messages are counted under the name."""
+    return range(*map(int, name.split(":")))
 
 
 def _is_reached(event: torch.cuda.Event) -> bool:

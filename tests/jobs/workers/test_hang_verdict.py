@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from jobs.workers.hang_verdict import Standing, verdict
-from jobs.workers.progress import name_of
+from jobs.workers.progress import name_of, range_of
 from jobs.workers.watchdog import Hang, Health, Place
 
 TIMEOUT_S = 30.0
@@ -15,7 +15,10 @@ TIMEOUT_S = 30.0
 
 def standing(stood_s: float = 40.0, *, step: int = 7, is_waiting: bool = True, **messages: tuple[int, int]) -> Standing:
     """`messages` has the begun and finished ones by the ranks that exchange: `all`, or their digits."""
-    names = {name_of(range(4)) if name == "all" else name_of([*map(int, name[1:])]): n for name, n in messages.items()}
+    names = {
+        name_of(range(4) if name == "all" else range_of([*map(int, name[1:])])): counts
+        for name, counts in messages.items()
+    }
     return Standing(3, Place.STEP, step, stood_s, 0.5, is_waiting, names)
 
 
@@ -50,7 +53,8 @@ def test_two_in_the_same_message_are_named_and_end_the_round_alone() -> None:
     hang = judged(IN_FIFTH, IN_SIXTH, IN_SIXTH, IN_FIFTH)
     assert hang is not None
     assert (hang.health, hang.ranks, hang.ended) == (Health.BLOCKED, [0, 3], [])
-    assert "between ranks 0, 3 stood still" in hang.reason
+    assert hang.reason.startswith("ranks 0, 3 stood still, none behind the others")
+    assert hang.reason.endswith("all meet again")
 
 
 def test_who_is_blocked_again_at_the_same_step_loses_one_suspect_after_the_other() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from jobs.workers.progress import Progress, name_of
+from jobs.workers.progress import Progress, name_of, range_of, ranks_of
 
 CUDA = torch.device("cuda", 0)
 
@@ -45,7 +45,7 @@ def test_a_message_of_the_host_is_open_while_a_thread_is_in_it() -> None:
     progress, inside, leave = Progress(), threading.Event(), threading.Event()
 
     def send() -> None:
-        with progress.message([0, 2, 4]):
+        with progress.message(range_of([0, 2, 4])):
             inside.set()
             leave.wait()
 
@@ -103,7 +103,8 @@ def test_marks_that_nobody_looks_at_do_not_pile_up(stream: Stream) -> None:
     assert sum(map(len, progress._coming.values())) <= 2
 
 
-def test_ranks_at_unequal_distances_have_no_name() -> None:
-    assert name_of([5]) == "5:6:1"
+def test_ranks_at_equal_distances_have_a_name_and_others_have_none() -> None:
+    assert range_of([5]) == range(5, 6)
+    assert ranks_of(name_of(range_of([1, 4, 7]))) == range(1, 8, 3)
     with pytest.raises(AssertionError):
-        name_of([0, 1, 3])
+        range_of([0, 1, 3])
