@@ -5,6 +5,7 @@ of one micro-batch or of a few in order; its loss is the mean over all counted t
 """
 
 import hashlib
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -72,7 +73,6 @@ class BatchGradient:
             sharded=state.shard == "optimizer",
         )
         self._side_work = side_work(state.device, max_waiting=_MAX_WAITING if state.sums_shards else 0)
-        group.streams.extend(self._side_work.streams)
         self._sums: LaneSums | ShardSums
         if state.sums_shards:
             on_final = self._exchange.exchange
@@ -131,13 +131,18 @@ class BatchGradient:
         figures, world_size = torch.zeros(2, device=self._state.device), self._group.world_size
         numbers = [number for turn in self._plan(step).turns for number in turn]
         for number in numbers:
+            message: AbstractContextManager[None] = nullcontext()
             if isinstance(self._stock, DistributedDataParallel):
                 self._stock.require_backward_grad_sync = number == numbers[-1]
+                if number == numbers[-1]:  # DDP's own messages lie within it
+                    message = self._group.message(self._state.device)
             # DDP takes the mean over ranks; the scale makes it their sum.
-            figures += self._backward(self._stock, step, number, timer, scale=float(world_size))
+            with message:
+                figures += self._backward(self._stock, step, number, timer, scale=float(world_size))
         with timer.phase("sync"):
             if world_size > 1:
-                dist.all_reduce(figures)
+                with self._group.message(self._state.device):
+                    dist.all_reduce(figures)
             loss, count = figures.tolist()
             return Measured(loss / world_size, norm_of(block_square_sums(self._state.gradient)), int(count))
 
@@ -154,8 +159,11 @@ class BatchGradient:
         _seed(dropout_seed(config.train.seed, step=step, micro_batch=number), device)
         with timer.phase("forward"), autocast(config, device):
             loss: Tensor = loss_of(batch, timer, scale=scale / self._schedule.step_tokens(step))
+        progress = self._group.meeting.progress
+        progress.end_pass(device)
         with timer.phase("backward"):
             loss.backward()
+        progress.end_pass(device)
         return torch.stack([loss.detach(), loss.new_full((), num_counted(rows[1]))])
 
     def _plan(self, step: int) -> StepPlan:

@@ -31,7 +31,6 @@ class GatheredWeights:
         self._layout, self._own_values, self._peers = layout, own_values, peers
         self._blocks = {id(block): number for number, block in enumerate(model.blocks)}
         self._side_work = side_work(own_values.device)
-        self.streams = self._side_work.streams
         self._parts = [layout.parts(n, world_size=len(peers)) for n in range(len(peers))]
         self._held: list[int | None] = [None] * _NUM_SLOTS
         spans = layout.decoder_blocks

@@ -6,12 +6,15 @@ seconds in a step of 1.3B parameters. Ranks that are not all of them are few, an
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from jobs.exact.flat_layout import at, part_of
 from jobs.workers.failures import LostPeerError, OpenGroupError
+from jobs.workers.progress import CPU, range_of
 from jobs.workers.worker_group import WorkerGroup
 
 
@@ -20,7 +23,8 @@ class Peers:
 
     def __init__(self, ranks: Sequence[int], group: WorkerGroup) -> None:
         self._ranks, self.index, self._is_world = ranks, ranks.index(group.rank), len(ranks) == group.world_size
-        self._aborted = group.meeting.aborted
+        self._aborted, self._progress = group.meeting.aborted, group.meeting.progress
+        self._range = range_of(ranks)
 
     def __len__(self) -> int:
         return len(self._ranks)
@@ -28,7 +32,8 @@ class Peers:
     def exchange(self, received: Tensor, sent: Tensor, num_received: list[int], num_sent: list[int]) -> None:
         """Sends each peer its `num_sent` values of `sent`, and receives `num_received` from each into `received`."""
         if self._is_world:
-            dist.all_to_all_single(received, sent, num_received, num_sent)
+            with self._message(received.device):
+                dist.all_to_all_single(received, sent, num_received, num_sent)
             return
         targets, sources = received.split(num_received), sent.split(num_sent)
         self.pass_on([(n, [values]) for n, values in enumerate(sources)], [(n, [v]) for n, v in enumerate(targets)])
@@ -38,7 +43,8 @@ class Peers:
         parts = [part_of(bucket, peer, world_size=len(self)) for peer in range(len(self))]
         own = at(flat, parts[self.index])
         if self._is_world and flat.is_cuda and len(bucket) == len(self) * len(own):
-            dist.all_gather_single(at(flat, bucket), own)  # NCCL passes equal parts on from rank to rank
+            with self._message(flat.device):
+                dist.all_gather_single(at(flat, bucket), own)  # NCCL passes equal parts on from rank to rank
             return
         others = [n for n in range(len(self)) if n != self.index]
         self.pass_on([(n, [own]) for n in others], [(n, [at(flat, parts[n])]) for n in others])
@@ -59,11 +65,16 @@ class Peers:
             for values in tensors
             if peer != self.index and len(values)
         ]
-        try:
-            works = dist.batch_isend_irecv(messages) if messages else []
-        except RuntimeError as error:
-            if messages[0].tensor.is_cuda:
-                raise OpenGroupError(f"a message could not begin: {error}") from error
-            raise
-        for work in works:
-            work.wait()
+        device = messages[0].tensor.device if messages else CPU
+        with self._message(device):  # also without any, as the others count one
+            try:
+                works = dist.batch_isend_irecv(messages) if messages else []
+            except RuntimeError as error:
+                if device.type == "cuda":
+                    raise OpenGroupError(f"a message could not begin: {error}") from error
+                raise
+            for work in works:
+                work.wait()
+
+    def _message(self, device: torch.device) -> AbstractContextManager[None]:
+        return self._progress.message(self._range, device)

@@ -88,7 +88,6 @@ class TrainState:
         if self.shard == "parameters":
             bf16 = config.precision == "bf16"
             self.gathered = GatheredWeights(model, layout, self.values, self.peers, bf16=bf16)
-            group.streams.extend(self.gathered.streams)
         else:
             views = self.by_parameter(self.values)
             model.load_state_dict({name: view.data for name, view in views.items()}, assign=True)

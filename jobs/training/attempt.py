@@ -263,8 +263,6 @@ class Attempt:
         config, name = self.plan.config, begun.checkpoint
         with torch.device("meta"):
             model = GPT(config.model)
-        if device.type == "cuda":
-            self.group.streams[:] = [torch.cuda.current_stream(device)]
         size = config.scaling.group_size(self.group.world_size)
         shard = config.scaling.shard
         self.state = TrainState(model, config.train, device=device, group=self.group, shard=shard, group_size=size)

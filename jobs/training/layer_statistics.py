@@ -67,7 +67,8 @@ class LayerStatistics:
         if is_divided:
             if state.mesh.number and state.sums_shards:  # the first group has all of it
                 sums.zero_()
-            dist.all_reduce(sums)
+            with self._group.message():
+                dist.all_reduce(sums)
         return sums
 
 

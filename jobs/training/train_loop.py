@@ -32,7 +32,7 @@ def train(
     what changes when its process is warned of its end.
     """
     group, pulse = WorkerGroup(rank, world_size, meeting or Meeting()), pulse or Pulse({})
-    pulse.is_device_waiting = group.is_device_waiting
+    pulse.meeting = group.meeting
     while _attempt_continues(plan, group, pulse, signals):  # a rollback is a restart without Ray Train
         pass
 
@@ -59,6 +59,7 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
     step = attempt.first_step
     while step <= attempt.plan.last_step:
         pulse.at(Place.STEP if step > attempt.first_step else Place.FIRST_STEP)
+        attempt.group.meeting.progress.step = step
         attempt.notices.ask()
         measured = attempt.gradient.of_step(step, timer)
         if not config.train.exact:

@@ -11,7 +11,6 @@ import torch.distributed
 from ray.util import get_current_placement_group
 
 import cluster
-from jobs.exact import peers, side_thread
 from jobs.ray_train.callbacks import signals
 from jobs.run import saving_thread, storage_retry
 from jobs.run.run_plan import RunPlan
@@ -20,17 +19,17 @@ from jobs.tokens import token_stream
 from jobs.training import shard_writer
 from jobs.training.run_writer import RunWriter
 from jobs.training.train_loop import train
-from jobs.workers import worker_group
 from jobs.workers.heartbeat import WaitingPlaces, watched
 from jobs.workers.incident_notes import noting_user_errors, write_down
 from jobs.workers.rendezvous import FruitlessError, Rendezvous
 from jobs.workers.watchdog import Place, Waits
 
 WAITING_PLACES: WaitingPlaces = {
-    Waits.WORKERS: (torch.distributed, worker_group, peers, side_thread),
+    Waits.WORKERS: (torch.distributed,),
     Waits.STORAGE: (token_stream, storage_retry, saving_thread, shard_writer, cluster),
 }
-"""The modules in which a healthy worker may wait for as long as other workers, or storage, take."""
+"""The modules in which a healthy worker may wait for as long as other workers, or storage, take. It waits for others
+too while it is in a message (`workers/progress`)."""
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -53,6 +52,8 @@ def train_worker(settings: dict[str, Any]) -> None:
             is_waiting=lambda: Waits.WORKERS in pulse.beat().waits_for,
             progress=lambda: pulse.num_steps,
             max_fruitless=scaling.max_fruitless_attempts,
+            pulse=pulse,
+            hang_timeout_s=scaling.hang_timeout_s,
         )
         training = partial(train, plan, rank=rank, world_size=world_size, pulse=pulse, signals=signals)
         try:

@@ -55,7 +55,8 @@ def measured(
     state.model.train()
     figures = figures.cpu()  # over gloo, which fails where a worker is lost
     if group.world_size > 1:
-        dist.all_reduce(figures)
+        with group.message():
+            dist.all_reduce(figures)
     total, num_tokens = (float(row.sum()) for row in figures)
     bits = total / (num_rows * seq_len(config)) / math.log(2)  # of a token, counted or not, as the bytes are
     return {"val_loss": total / max(1.0, num_tokens), "val_bits_per_byte": bits / rows.bytes_per_token(num_rows)}

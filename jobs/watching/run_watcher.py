@@ -31,10 +31,13 @@ _EVENTS: dict[str, dict[str, str]] = read_table(__file__, "run_events")
 
 def message_of(event: Line) -> str:
     """Returns the line that is logged for the event; empty where none is."""
-    team, reasons = counted(event.get("world_size", 0), "worker"), "; ".join(event.get("reasons", []))
-    return (
-        _EVENTS.get(event.get("event", ""), {}).get("message", "").format(**event | {"team": team, "reasons": reasons})
-    )
+    fields = {
+        "reason": "unknown",
+        **event,
+        "reasons": "; ".join(event.get("reasons", [])),
+        "team": counted(event.get("world_size", 0), "worker"),
+    }
+    return _EVENTS.get(event.get("event", ""), {}).get("message", "").format(**fields)
 
 
 @contextmanager

@@ -23,7 +23,9 @@ _NODE_DIED = re.compile(r"node (is dead|has died|was terminated)", re.IGNORECASE
 _DIED = re.compile(
     rf"actor (is dead|died|\w+ is unavailable)|worker process has died|{_NODE_DIED.pattern}", re.IGNORECASE
 )
-_LOST = re.compile(r"gloo|NCCL|Connection (closed|reset)|DistBackendError|DistNetworkError|LostPeerError")
+_LOST = re.compile(
+    r"gloo|NCCL|Connection (closed|reset)|caused pair closure|DistBackendError|DistNetworkError|LostPeerError"
+)
 
 
 class LostPeerError(RuntimeError):

@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,8 @@ from statistics import median
 from types import ModuleType
 
 from cluster.settings.code_folders import CODE_ROOT
-from jobs.workers.watchdog import Beat, Place, Waits
+from jobs.workers.watchdog import Beat, Hang, Place, Waits
+from jobs.workers.worker_group import Meeting
 
 BEAT_S = 1.0
 
@@ -33,7 +34,8 @@ class Pulse:
         self._waiting_places = waiting_places
         self._place, self._num_moves = Place.AROUND, 0
         self.num_steps = 0  # completed, but for those that an attempt ended with
-        self.is_device_waiting: Callable[[], bool] = lambda: False  # for other workers, wherever that holds its host up
+        self.meeting = Meeting()  # in which this worker takes part
+        self.hang: Hang | None = None  # on which this worker's watchdog has to act
         self._step_s: deque[float] = deque(maxlen=_NUM_STEPS)
         self._step_start: float | None = None
         self._thread_id = threading.get_ident()
@@ -54,9 +56,10 @@ class Pulse:
         files, places = [Path(frame.filename) for frame in stack], self._waiting_places.items()
         waits_for = [waits for waits, modules in places if any(_is_in(file, modules) for file in files)]
         usual = median(list(self._step_s)) if self._step_s else None
-        if Waits.WORKERS not in waits_for and self.is_device_waiting():
+        if Waits.WORKERS not in waits_for and self.meeting.is_waiting():
             waits_for.append(Waits.WORKERS)
-        return Beat(self._place, self._num_moves, usual, waits_for, traceback.format_list(stack))
+        num_moves = self._num_moves + self.meeting.progress.num_marks()
+        return Beat(self._place, num_moves, usual, waits_for, traceback.format_list(stack), self.hang)
 
 
 def _is_in(file: Path, modules: Sequence[ModuleType]) -> bool:

@@ -55,7 +55,8 @@ class Notices:
     def answer(self) -> Notice:
         """Returns the largest notice that any rank had at the start of the step."""
         if self._work is not None:
-            self._work.wait()
+            with self._group.message():
+                self._work.wait()
         return Notice(int(self._level))
 
     def close(self) -> None:

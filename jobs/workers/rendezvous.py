@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NoReturn
 
@@ -21,13 +21,18 @@ import torch
 import torch.distributed as dist
 
 from jobs.workers.failures import OpenGroupError, is_lost_peer, one_line
+from jobs.workers.hang_watch import HangWatch
+from jobs.workers.heartbeat import Pulse
+from jobs.workers.watchdog import Hang
 from jobs.workers.worker_group import Meeting
 from model.tables import read_table
 
 _POLL_S = 0.02
+_LOOK_UPS_PER_S = 20_000  # of all waiting ranks together, which a TCPStore's one thread answers beside all else
 _WATCH_S = 0.5
 _GRACE_S = 1.0
 _ABORT_S = 15.0  # the longest that an abort of 512 GPUs' connections may take
+_CLOSING_TAG = 1 << 20  # of a message that nobody sends
 _FRUITLESS = "fruitless"  # the number of fruitless rounds in a row, the last round, and why it ended
 _TIMEOUT = timedelta(hours=6)  # of a message: all wait for one that waits for storage, or reads a large checkpoint
 
@@ -67,17 +72,22 @@ class Rendezvous:
         is_waiting: Callable[[], bool] = lambda: True,
         progress: Callable[[], int] = lambda: 0,
         max_fruitless: int = 6,
+        pulse: Pulse | None = None,
+        hang_timeout_s: float = 0.0,
     ) -> None:
         """`group` names the workers that Ray Train starts together, and a lost worker's replacement gets the same name.
         `is_waiting` reports whether the training thread waits for other workers. After `max_fruitless` rounds in a row
-        without growth of the number `progress`, they meet no more."""
+        without growth of the number `progress`, they meet no more. With `pulse` and a `hang_timeout_s` that is not 0
+        they judge together when all of them stand still, and whom they blame is ended through its pulse."""
         self._address, self._group = address, group
         self._store = self._open_store()
         self._rank, self._world_size, self._use_gpu = rank, world_size, use_gpu
         self._is_waiting, self._progress, self._max_fruitless = is_waiting, progress, max_fruitless
+        self._pulse, self._hang_timeout_s = pulse, hang_timeout_s
         self._id = secrets.token_hex(8)
         self._store.compare_set("round", "", "0")
         self._store.compare_set(_FRUITLESS, "", json.dumps({"round": -1, "count": 0, "reason": ""}))
+        HangWatch.enter(self._store, rank)
 
     def _open_store(self) -> dist.Store:
         host, _, port = self._address.rpartition(":")
@@ -136,29 +146,39 @@ class Rendezvous:
                     return meeting, left
 
     def _all(self, number: int, what: str) -> bool:
-        """Waits until every rank has said so; returns False when the round is over before that."""
-        self._store.set(f"{number}/{self._rank}/{what}", self._id)
-        places = [f"{number}/{rank}/{what}" for rank in range(self._world_size)]
-        while not self._store.check(places):
+        """Waits until every rank has said so; returns False when the round is over before that.
+
+        A rank says so once in a round, as a replacement of one that came ends the round instead: so the ranks are
+        counted, and the last one tells all. Thus a look costs two keys, for any number of ranks.
+        """
+        is_said = f"{number}/{what} by all"
+        if self._store.add(f"{number}/{what}", 1) == self._world_size:
+            self._store.set(is_said, "")
+        pause_s = max(_POLL_S, 2 * self._world_size / _LOOK_UPS_PER_S)
+        while not self._store.check([is_said]):
             if int(self._store.get("round")) != number:
                 return False
-            time.sleep(_POLL_S)
+            time.sleep(pause_s)
         return True
 
     def _connect(self, meeting: Meeting, left: threading.Event) -> bool:
+        if self._pulse:
+            self._pulse.meeting = meeting
         threading.Thread(target=self._watch, args=(meeting, left), name="rendezvous", daemon=True).start()
         os.environ |= read_table(__file__, "rendezvous")
+        ranks = range(self._world_size)
         try:
-            dist.init_process_group(
-                backend(use_gpu=self._use_gpu),
-                store=dist.PrefixStore(str(meeting.number), self._store),
-                rank=self._rank,
-                world_size=self._world_size,
-                timeout=_TIMEOUT,
-                # With it NCCL connects here, and what keeps it from starting is found before anything is loaded.
-                device_id=torch.device("cuda", torch.cuda.current_device()) if self._use_gpu else None,
-                _ranks=[*range(self._world_size)],  # else the name of a group counts those that did not connect
-            )
+            with meeting.progress.message(ranks):
+                dist.init_process_group(
+                    backend(use_gpu=self._use_gpu),
+                    store=dist.PrefixStore(str(meeting.number), self._store),
+                    rank=self._rank,
+                    world_size=self._world_size,
+                    timeout=_TIMEOUT,
+                    # With it NCCL connects here, and what keeps it from starting is found before anything is loaded.
+                    device_id=torch.device("cuda", torch.cuda.current_device()) if self._use_gpu else None,
+                    _ranks=[*ranks],  # else the name of a group counts those that did not connect
+                )
         except RuntimeError as error:  # one of the workers is already gone, or NCCL cannot start
             left.set()
             self._count(meeting.number, is_fruitless=True, reason=one_line(str(error)))
@@ -169,11 +189,20 @@ class Rendezvous:
     def _watch(self, meeting: Meeting, left: threading.Event) -> None:
         """Gets this worker out of a round that is over, where it still waits: for a worker that died while they
         connected, for a message of NCCL's, which never ends by itself, or for one whose end gloo did not notice (a send
-        to a killed worker, seen once in some tens of kills)."""
+        to a killed worker, seen once in some tens of kills). Ends the round where all workers hang."""
         try:
             store, waits_since = self._open_store(), None  # its own, because a store serves one caller at a time
+            hang_watch = self._hang_watch(store, meeting)
             while not left.wait(_WATCH_S):
-                if int(store.get("round")) == meeting.number or not self._is_waiting():
+                if int(store.get("round")) == meeting.number:
+                    waits_since = None
+                    if hang_watch and hang_watch.look():
+                        self._end(meeting.number, store)
+                    continue
+                if hang_watch:
+                    self._obey(hang_watch.verdict(), left)
+                    hang_watch = None
+                if not self._is_waiting():
                     waits_since = None
                     continue
                 waits_since = waits_since or time.monotonic()
@@ -187,11 +216,44 @@ class Rendezvous:
             if not left.is_set():
                 self._say(f"no longer notices lost workers, as the launcher's meeting place is gone: {error}")
 
+    def _hang_watch(self, store: dist.Store, meeting: Meeting) -> HangWatch | None:
+        if self._pulse is None or not self._hang_timeout_s or self._world_size == 1:
+            return None
+        return HangWatch(
+            store,
+            meeting,
+            rank=self._rank,
+            world_size=self._world_size,
+            beat=self._pulse.beat,
+            hang_timeout_s=self._hang_timeout_s,
+        )
+
+    def _obey(self, hang: Hang | None, left: threading.Event) -> None:
+        """Has this worker's watchdog end it where the verdict says so, and record the verdict where that ends none."""
+        if hang is None or self._pulse is None or self._rank not in (hang.ended or hang.ranks[:1]):
+            return
+        self._pulse.hang = hang
+        if self._rank in hang.ended and not left.wait(_ABORT_S):
+            self._end_process(hang.reason)  # its watchdog is gone
+
     def _abort(self, meeting: Meeting) -> None:
         """Ends this worker's messages."""
         meeting.aborted.set()
-        if dist.group.WORLD is not None:
-            self._within_bounds(dist.group.WORLD.abort)
+        group = dist.group.WORLD
+        if group is not None:
+            self._within_bounds(group.abort)
+            self._within_bounds(lambda: self._close_connections(group))
+
+    def _close_connections(self, group: dist.ProcessGroup) -> None:
+        """Ends the messages of this worker's host, which waits for others that live. Gloo's abort does nothing, but a
+        receive that takes too long closes all of its connections: one from any rank whose connection is still open."""
+        for rank in range(self._world_size):
+            if rank == self._rank:
+                continue
+            with suppress(RuntimeError, ValueError):  # what that raises, or that the group is already gone
+                message = dist.irecv(torch.zeros(1), group=group, group_src=rank, tag=_CLOSING_TAG)
+                if message is not None:
+                    message.wait(timedelta(milliseconds=1))
 
     def _within_bounds(self, call: Callable[[], None]) -> None:
         """Calls what may hang, as NCCL's abort does at times (NVIDIA/nccl#1013): then this process ends."""
@@ -218,5 +280,5 @@ class Rendezvous:
             count = last["count"] + 1 if is_fruitless else 0
             self._store.compare_set(_FRUITLESS, before, json.dumps({"round": number, "count": count, "reason": reason}))
 
-    def _end(self, number: int) -> None:
-        self._store.compare_set("round", str(number), str(number + 1))
+    def _end(self, number: int, store: dist.Store | None = None) -> None:
+        (store or self._store).compare_set("round", str(number), str(number + 1))

@@ -6,6 +6,7 @@ for good before every rank has shown that all of its messages of the step have a
 """
 
 import threading
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jobs.workers.failures import LostPeerError
+from jobs.workers.progress import CPU, Progress
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,13 @@ class Meeting:
     number: int = 0
     aborted: threading.Event = field(default_factory=threading.Event)
     """Set before this worker's messages are aborted."""
+    progress: Progress = field(default_factory=Progress)
+    """Of this worker, in this round."""
+
+    def is_waiting(self) -> bool:
+        """Reports whether this worker is in a message that was not aborted on its GPU, or in one on its host."""
+        on_device = self.progress.is_in_message(on_gpu=True) and not self.aborted.is_set()
+        return on_device or self.progress.is_in_message(on_gpu=False)
 
 
 @dataclass(frozen=True)
@@ -30,26 +39,26 @@ class WorkerGroup:
     rank: int
     world_size: int
     meeting: Meeting = field(default_factory=Meeting, compare=False)
-    streams: list[torch.cuda.Stream] = field(default_factory=list, compare=False)
-    """This worker's GPU runs its messages, or what waits for them, on these."""
+
+    def message(self, device: torch.device = CPU) -> AbstractContextManager[None]:
+        """Lasts while this worker exchanges with all others, from and into the device's memory."""
+        return self.meeting.progress.message(range(self.world_size), device)
 
     def broadcast(self, value: Any) -> Any:
         """Returns rank 0's value on every rank."""
         values = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(values, src=0)
+            with self.message():
+                dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Returns every rank's value, in the order of ranks."""
         values: list[Any] = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            with self.message():
+                dist.all_gather_object(values, value)
         return values
-
-    def is_device_waiting(self) -> bool:
-        """Reports whether the GPU has work of this group left, which waits for another worker if it lasts."""
-        return not self.meeting.aborted.is_set() and any(not stream.query() for stream in self.streams)
 
     def prove(self, step: int, device: torch.device) -> None:
         """Returns once every rank has all that it was sent so far. Raises `LostPeerError`."""
@@ -68,7 +77,8 @@ class WorkerGroup:
         stamp = own.new_tensor([self.meeting.number, step])
         padded = torch.cat([own, own.new_zeros(width - len(own)), stamp])
         flat = own.new_zeros(self.world_size * len(padded))
-        dist.all_gather_single(flat, padded)
+        with self.message(own.device):
+            dist.all_gather_single(flat, padded)
         table = flat.view(self.world_size, -1)
         stamps = table[:, width:].tolist()
         self._settle(own.device, step)

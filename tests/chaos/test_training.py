@@ -15,6 +15,7 @@ from tests.benchmarks.bench_recovery import kill_workers, stock_record, stock_tr
 from tests.chaos.arena import NUM_LONG_STEPS, NUM_STEPS, Arena, Watch, kill, processes_of_node
 from tests.chaos.conftest import NUM_NODES
 from tests.cluster.fault_proxy import running_proxy
+from tests.jobs.stopped_links import stop_between
 from tests.time_limits import limit_s, slowness
 
 ELASTIC = {"min_workers": 1, "max_workers": 3, "resize_check_s": 2}
@@ -90,6 +91,29 @@ def test_a_worker_that_stops_for_ever(arena: Arena, seed: int) -> None:
     _, ledger = arena.run(arena.config(f"hang-{seed}", min_workers=2, max_workers=2), inject)
     assert ledger.events("hang")
     assert stopped[1] - stopped[0] <= 45 * slowness()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_link_that_stops_while_both_workers_live(arena: Arena, seed: int) -> None:
+    """Whatever either sends the other is lost, and no connection ends."""
+    rng = random.Random(seed)
+    times_s, pids = [], []
+
+    def inject(watch: Watch) -> None:
+        start = watch.wait_for_step(rng.randrange(10, NUM_STEPS // 2))
+        first, second = (worker["pid"] for worker in start["workers"])
+        assert stop_between(first, second)
+        times_s.append(time.monotonic())
+        after = watch.wait_for_step(0, after_attempt=start["attempt"])
+        times_s.append(time.monotonic())
+        pids.extend([[first, second], [worker["pid"] for worker in after["workers"]]])
+
+    _, ledger = arena.run(arena.config(f"link-{seed}", min_workers=2, max_workers=2), inject)
+    hang = ledger.events("hang")[0]
+    assert hang["health"] in ("blocked", "behind")
+    assert times_s[1] - times_s[0] <= 45 * slowness()
+    num_replaced = [pid in pids[1] for pid in pids[0]].count(False)
+    assert num_replaced == (hang["health"] == "behind")
 
 
 def test_a_straggler_is_named_and_nothing_restarts(arena: Arena) -> None:

@@ -9,7 +9,12 @@ from typing import Any
 
 from tests.time_limits import limit_s
 
-_PRELOADED = ["tests.jobs.meeting_worker", "tests.jobs.poisoned_runs", "tests.jobs.runs_in_rounds"]
+_PRELOADED = [
+    "tests.jobs.meeting_worker",
+    "tests.jobs.poisoned_runs",
+    "tests.jobs.runs_in_rounds",
+    "tests.jobs.hanging_runs",
+]
 
 
 def worker_process(target: Callable[..., object], *arguments: Any) -> BaseProcess:

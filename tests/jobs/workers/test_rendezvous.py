@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -161,6 +162,52 @@ def test_one_that_is_held_up_elsewhere_is_freed_and_lives(tmp_path: Path) -> Non
         assert group.exit_codes() == [0] * WORLD_SIZE
     assert group.num_started == WORLD_SIZE + 1
     assert [len(group.lines(rank, "met")) for rank in (0, 2)] == [2, 2]
+
+
+class CountedStore:
+    """Counts the keys that are looked up in a store, and how often."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store, self.num_looks, self.num_keys = store, 0, 0
+
+    def check(self, keys: list[str]) -> bool:
+        self.num_looks += 1
+        self.num_keys += len(keys)
+        return self._store.check(keys)
+
+    def get(self, key: str) -> bytes:
+        self.num_keys += 1
+        return self._store.get(key)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+@pytest.mark.parametrize("world_size", [2, 32])
+def test_a_look_for_the_others_costs_as_many_keys_for_any_number_of_them(world_size: int) -> None:
+    """A thread stands for a rank, as the store cannot tell."""
+    with meeting_place("127.0.0.1") as address:
+        ranks = [Rendezvous(address, group="g", rank=rank, world_size=world_size) for rank in range(world_size)]
+        stores = [CountedStore(rendezvous._store) for rendezvous in ranks]
+        for rendezvous, store in zip(ranks, stores, strict=True):
+            rendezvous._store = store  # type: ignore[assignment]
+        with ThreadPoolExecutor(world_size) as threads:
+            early = [threads.submit(rendezvous._all, 0, "came") for rendezvous in ranks[1:]]
+            wait_until(lambda: all(store.num_looks > 5 for store in stores[1:]))
+            assert not any(answer.done() for answer in early)
+            assert ranks[0]._all(0, "came")
+            assert all(answer.result() for answer in early)
+        num_looks, num_keys = (sum(getattr(store, name) for store in stores) for name in ("num_looks", "num_keys"))
+        print(f"{world_size} ranks: {num_keys} keys in {num_looks} looks")
+        assert num_keys <= 2 * num_looks
+
+
+def test_a_round_that_ends_while_some_have_not_come_lets_the_others_go() -> None:
+    with meeting_place("127.0.0.1") as address, ThreadPoolExecutor(1) as threads:
+        ranks = [Rendezvous(address, group="g", rank=rank, world_size=2) for rank in range(2)]
+        answer = threads.submit(ranks[0]._all, 0, "came")
+        ranks[1]._end(0)
+        assert not answer.result(limit_s(10))
 
 
 def alone(address: str, **settings: Any) -> Rendezvous:

@@ -71,9 +71,9 @@ def test_who_hangs(
     ("module", "expected"),
     [
         (distributed_c10d, [Waits.WORKERS]),
-        (worker_group, [Waits.WORKERS]),
-        (peers, [Waits.WORKERS]),
-        (background, [Waits.WORKERS]),
+        (worker_group, []),  # a worker that stands there and is in no message holds the others up
+        (peers, []),
+        (background, []),
         (token_stream, [Waits.STORAGE]),
         (outage, [Waits.STORAGE]),
         (saving_thread, [Waits.STORAGE]),
@@ -92,11 +92,16 @@ def test_the_modules_in_a_stack_show_what_a_worker_waits_for(module: ModuleType,
     assert Beat.from_json(json.loads(json.dumps(asdict(beat)))) == beat
 
 
-def test_a_gpu_that_waits_for_others_makes_its_worker_wait_wherever_its_host_is_held_up() -> None:
+def test_a_worker_waits_for_others_while_it_is_in_a_message_wherever_its_training_thread_is() -> None:
+    """On a GPU a message holds up whatever the host asks of the device next."""
     pulse = Pulse({})
-    assert pulse.beat().waits_for == []
-    pulse.is_device_waiting = lambda: True
-    assert pulse.beat().waits_for == [Waits.WORKERS]
+    before = pulse.beat()
+    assert before.waits_for == []
+    with pulse.meeting.progress.message(range(2)):
+        assert pulse.beat().waits_for == [Waits.WORKERS]
+    after = pulse.beat()
+    assert after.waits_for == []
+    assert after.num_moves > before.num_moves, "each message is a move"
 
 
 WORKER = """

@@ -63,4 +63,14 @@ def test_a_single_worker_has_nothing_to_prove() -> None:
     alone = WorkerGroup(0, 1)
     alone.meeting.aborted.set()
     alone.prove(STEP, torch.device("cpu"))
-    assert not alone.is_device_waiting()
+    assert not alone.meeting.is_waiting()
+
+
+def test_a_worker_waits_while_it_is_in_a_message_of_its_group(
+    group: WorkerGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = []
+    gathered(monkeypatch, [ROUND, STEP], then=lambda: waits.append(group.meeting.is_waiting()))
+    group.prove(STEP, torch.device("cpu"))
+    assert waits == [True]
+    assert not group.meeting.is_waiting()
