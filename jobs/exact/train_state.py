@@ -87,7 +87,9 @@ class TrainState:
         self.gathered: GatheredWeights | None = None
         if self.shard == "parameters":
             bf16 = config.precision == "bf16"
-            self.gathered = GatheredWeights(model, layout, self.values, self.peers, bf16=bf16)
+            has_flat_copy = device.type == "cpu" and config.compute in ("auto", "cpu")  # for its own operations
+            apart = bf16 and not has_flat_copy
+            self.gathered = GatheredWeights(model, layout, self.values, self.peers, bf16=bf16, apart=apart)
             group.streams.extend(self.gathered.streams)
         else:
             views = self.by_parameter(self.values)
