@@ -20,12 +20,14 @@ class Documents(NamedTuple):
     longest: int  # tokens, at most
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Returns what each token sees of its own document, up to itself; all are (B, T, H, D). CUDA, fp16 or bf16."""
+        """Returns what each token sees of its own document, up to itself, (B, T, H, D), from q (B, T, H, D), k and v
+        (B, T, G, D). CUDA, fp16 or bf16."""
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (takes seconds, which a CPU need not wait)
 
-        q_flat, k_flat, v_flat = (part.flatten(0, 1) for part in (q, k, v))  # (B x T, H, D)
+        q_flat, k_flat, v_flat = (part.flatten(0, 1) for part in (q, k, v))  # (B x T, H or G, D)
         lengths = (self.starts, self.starts, self.longest, self.longest)
-        y = varlen_attn(q_flat, k_flat, v_flat, *lengths, window_size=(-1, 0))  # causal
+        are_shared = k.shape[2] != q.shape[2]
+        y = varlen_attn(q_flat, k_flat, v_flat, *lengths, window_size=(-1, 0), enable_gqa=are_shared)  # causal
         assert isinstance(y, Tensor)
         return y.view(q.shape)
 
@@ -76,9 +78,23 @@ def attention(
     1 / sqrt(D)."""
     if window is not None:
         return window.attend(layer, *(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
-    k, v = (for_each_head(part, q.shape[2], dim=2) for part in (k, v))
     if isinstance(mask, Documents):
         return mask.attend(q, k, v)
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+    if not _shares_heads(q, mask):
+        k, v = (for_each_head(part, q.shape[2], dim=2) for part in (k, v))
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H or G, T, D)
+    are_shared = k.shape[1] != q.shape[1]
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=are_shared
+    )
     return y.transpose(1, 2)
+
+
+def _shares_heads(q: Tensor, mask: Tensor | None) -> bool:
+    """Reports whether a head of keys and values stays one in memory for all heads that share it: FlashAttention can.
+
+    PyTorch's other kernels on GPUs, for fp32 or with a mask, cannot: they would leave the product to operations that
+    keep all scores. On CPUs, gradients of keys and values would be summed in another order, and earlier runs' bits
+    change.
+    """
+    return q.is_cuda and q.dtype is torch.bfloat16 and mask is None

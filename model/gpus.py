@@ -20,6 +20,7 @@ class Gpu:
     device_name: str  # whole words of `torch.cuda.get_device_name()`
     peak_flops_per_s: float
     memory_bytes: float
+    memory_bytes_per_s: float  # to its own memory
     link_bytes_per_s: float  # between the GPUs of a node: NVLink, or PCIe where there is none
     host_bytes_per_s: float  # to the memory of its node, by PCIe
     network_bytes_per_s: float

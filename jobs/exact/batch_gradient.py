@@ -6,7 +6,7 @@ of one micro-batch or of a few in order; its loss is the mean over all counted t
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from model.cpu_ops.loans import Places, lent, weight_copies
 from model.gpt import GPT
 from model.training_memory import large_zeros
 
+_MAX_PLANS = 4  # kept: a step needs its own and the next one's
 _MAX_WAITING = 3  # buckets on their way to the owners of their parts, beside the one that is being sent
 
 
@@ -51,7 +52,8 @@ class BatchGradient:
             self._rounded = large_zeros(state.layout.boundary, dtype=torch.bfloat16, device=state.device)
         self._is_exact = config.train.exact
         k = config.train.micro_batches_per_lane
-        self._plans = {count: StepPlan(state.mesh, count, k) for count in self._schedule.lane_counts}
+        self._new_plan = partial(StepPlan, state.mesh, num_micro_batches=k)
+        self._plan_of_count = lru_cache(maxsize=_MAX_PLANS)(self._new_plan)
         if self._is_exact:
             self._sum_up(lends)
         else:
@@ -60,8 +62,12 @@ class BatchGradient:
     def _sum_up(self, lends: bool) -> None:
         """Makes what the exact sum needs: its buffers, the sums of a turn, and the exchange between the groups."""
         state, group = self._state, self._group
-        mesh, plans = state.mesh, self._plans.values()
-        num_buffers = max(plan.num_buffers for plan in plans)
+        mesh = state.mesh
+        num_buffers = most_subtrees = 0
+        for num_lanes in self._schedule.lane_counts:  # a batch that grows may have thousands
+            plan = self._new_plan(num_lanes)
+            num_buffers = max(num_buffers, plan.num_buffers)
+            most_subtrees = max(most_subtrees, plan.num_subtrees)
         more = (large_zeros(len(state.gradient), device=state.device) for _ in range(1, num_buffers))
         buffers = [state.gradient, *more]
         self._totals = StepTotals(state.layout, mesh, group, device=state.device)
@@ -69,7 +75,7 @@ class BatchGradient:
             end_to_end(state.owned) if state.sums_shards else state.layout.buckets,
             buffers,
             Peers(mesh.counterparts, group),
-            most_subtrees=max(sum(map(len, plan.subtrees)) for plan in plans),
+            most_subtrees=most_subtrees,
             sharded=state.shard == "optimizer",
         )
         self._side_work = side_work(state.device, max_waiting=_MAX_WAITING if state.sums_shards else 0)
@@ -167,7 +173,7 @@ class BatchGradient:
         return torch.stack([loss.detach(), loss.new_full((), num_counted(rows[1]))])
 
     def _plan(self, step: int) -> StepPlan:
-        return self._plans[self._schedule.num_lanes(step)]
+        return self._plan_of_count(self._schedule.num_lanes(step))
 
     def _samples_of(self, step: int, number: int) -> range:
         """Returns the global indices of a micro-batch's samples: those of a step follow each other."""

@@ -8,8 +8,8 @@ parts (`bucket_exchange`). With a power-of-two world each rank has exactly one s
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from heapq import heappop, heappush
+from functools import lru_cache
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def halves(node: range) -> tuple[range, range]:
     return range(node.start, middle), range(middle, node.stop)
 
 
-@cache
+@lru_cache(maxsize=16)
 def subtrees_of_ranks(num_lanes: int, world_size: int) -> Sequence[Sequence[range]]:
     """Returns the subtrees that each rank has, which hold each lane once: as few as a greedy choice finds where no rank
     has more than ceil(num_lanes / world_size) lanes, and each has one.
@@ -32,20 +32,29 @@ def subtrees_of_ranks(num_lanes: int, world_size: int) -> Sequence[Sequence[rang
     if not 1 <= world_size <= num_lanes:
         raise ValueError(f"{world_size} ranks do not each have a lane of {num_lanes}")
     free = [-(-num_lanes // world_size)] * world_size
-    found: list[list[range]] = [[] for _ in range(world_size)]
+    subtrees: list[list[range]] = [[] for _ in range(world_size)]
+    num_without = world_size
     waiting = [(-num_lanes, 0, 0)]  # subtrees without a rank, the largest first: size, depth, start
+    size = 0
+    fitting: list[tuple[int, int]] = []  # the ranks with room for `size` lanes, those with fewest subtrees first
     while waiting:
-        size, depth, start = heappop(waiting)
-        node = range(start, start - size)
-        fitting = [rank for rank in range(world_size) if free[rank] >= len(node)]
-        if fitting and len(waiting) >= sum(not nodes for nodes in found) - 1:
-            rank = min(fitting, key=lambda rank: len(found[rank]))
-            found[rank].append(node)
-            free[rank] -= len(node)
-        else:
+        negative_size, depth, start = heappop(waiting)
+        if -negative_size != size:  # few sizes differ: there are two at each depth of the tree
+            size = -negative_size
+            fitting = [(len(nodes), rank) for rank, nodes in enumerate(subtrees) if free[rank] >= size]
+            heapify(fitting)
+        node = range(start, start + size)
+        if not fitting or len(waiting) < num_without - 1:
             for half in halves(node):
                 heappush(waiting, (-len(half), depth + 1, half.start))
-    return sorted(found, key=lambda nodes: nodes[0].start)
+            continue
+        num_subtrees, rank = heappop(fitting)
+        num_without -= num_subtrees == 0
+        subtrees[rank].append(node)
+        free[rank] -= size
+        if free[rank] >= size:
+            heappush(fitting, (num_subtrees + 1, rank))
+    return sorted(subtrees, key=lambda nodes: nodes[0].start)
 
 
 def tree_sum(root: range, value_of: "Callable[[range], Tensor | None]") -> "Tensor":
@@ -73,6 +82,13 @@ def lane_steps(subtrees: Sequence[range], *, num_pieces: int = 1) -> list[LaneSt
     """Returns a step for each piece of each lane of some subtrees, where a lane is the sum of its pieces in order;
     after the last, buffer k holds the sum of the k-th subtree."""
     return [step for buffer, subtree in enumerate(subtrees) for step in _steps_under(subtree, buffer, num_pieces)]
+
+
+def num_buffers(subtrees: Sequence[range], *, num_pieces: int = 1) -> int:
+    """Returns how many buffers the steps of some subtrees sum in: a subtree needs one for each level that it has above
+    its lanes, and those before it hold one each."""
+    levels = [(len(subtree) - 1).bit_length() for subtree in subtrees]
+    return max(k + (max(level, 1) if num_pieces == 1 else level + 1) for k, level in enumerate(levels))
 
 
 def _steps_under(node: range, buffer: int, num_pieces: int) -> list[LaneStep]:

@@ -21,6 +21,8 @@ BLOCK = 1024  # values in a block
 
 PIECE_VALUES = 16 << 20  # copied at a time from a GPU: 64 MiB of fp32, twice in pinned memory
 
+NUM_SENDINGS = 8  # stretches of an update that is sent: one is on its way while the next is computed
+
 # Parameters start at multiples of 64 bytes, as torch's own allocations do: vector kernels may round differently on
 # other alignments.
 _ALIGNMENT = 16

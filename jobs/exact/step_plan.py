@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from jobs.exact.exact_reduce import LaneStep, lane_steps, subtrees_of_ranks
+from jobs.exact.exact_reduce import LaneStep, lane_steps, num_buffers, subtrees_of_ranks
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class StepPlan:
     num_lanes: int
     num_micro_batches: int  # of a lane: k
 
-    @property
+    @cached_property
     def subtrees(self) -> Sequence[Sequence[range]]:
         """Those of each group."""
         return subtrees_of_ranks(self.num_lanes, self.mesh.num_groups)
@@ -62,12 +62,16 @@ class StepPlan:
     @cached_property
     def steps(self) -> list[LaneStep]:
         """The steps of the sums: one for each lane, or with members that share one out, for each micro-batch."""
-        num_pieces = self.num_micro_batches if self.mesh.group_size > 1 else 1
-        return lane_steps(self.subtrees[self.mesh.number], num_pieces=num_pieces)
+        return lane_steps(self.subtrees[self.mesh.number], num_pieces=self._num_pieces)
 
     @property
     def num_buffers(self) -> int:
-        return 1 + max(step.buffer for step in self.steps)
+        return num_buffers(self.subtrees[self.mesh.number], num_pieces=self._num_pieces)
+
+    @property
+    def num_subtrees(self) -> int:
+        """Of all groups."""
+        return sum(map(len, self.subtrees))
 
     @cached_property
     def turns(self) -> list[list[int]]:
@@ -89,6 +93,10 @@ class StepPlan:
         """The numbers of each rank's micro-batches, without what is computed again."""
         size = self.mesh.group_size
         return [self._numbers(rank // size)[rank % size :: size] for rank in range(self.mesh.world_size)]
+
+    @property
+    def _num_pieces(self) -> int:
+        return self.num_micro_batches if self.mesh.group_size > 1 else 1
 
     def _numbers(self, group: int) -> list[int]:
         k = self.num_micro_batches

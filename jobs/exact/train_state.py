@@ -8,8 +8,9 @@ AdamW works value by value.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,10 +18,11 @@ from torch import Tensor
 from torch.optim.adamw import adamw  # the optimizer's class imports torch._dynamo, which takes a second
 
 from cluster.settings.run import Shard, TrainConfig
-from jobs.exact.flat_layout import FlatLayout, at, end_to_end, moved, part_of, shared, stretches
+from jobs.exact.flat_layout import NUM_SENDINGS, FlatLayout, at, end_to_end, moved, part_of, shared, stretches
 from jobs.exact.gathered_weights import GatheredWeights
 from jobs.exact.host_copies import HostCopies
 from jobs.exact.peers import Peers
+from jobs.exact.side_thread import side_work
 from jobs.exact.step_plan import Mesh
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
@@ -42,6 +44,13 @@ class StatePiece(NamedTuple):
     name: str  # "values" or one of MOMENTS
     places: list[range]  # in the flat buffer
     values: Tensor
+
+
+class _Update(NamedTuple):
+    """The values that are updated by one call for each weight decay."""
+
+    buckets: Sequence[range]  # the parts of which they are, if they are sent
+    lists: dict[float, tuple[list[Tensor], ...]]  # AdamW's lists of tensors, by weight decay
 
 
 class TrainState:
@@ -87,14 +96,20 @@ class TrainState:
         self.gathered: GatheredWeights | None = None
         if self.shard == "parameters":
             bf16 = config.precision == "bf16"
-            self.gathered = GatheredWeights(model, layout, self.values, self.peers, bf16=bf16)
+            has_flat_copy = device.type == "cpu" and config.compute in ("auto", "cpu")  # for its own operations
+            apart = bf16 and not has_flat_copy
+            self.gathered = GatheredWeights(model, layout, self.values, self.peers, bf16=bf16, apart=apart)
         else:
             views = self.by_parameter(self.values)
             model.load_state_dict({name: view.data for name, view in views.items()}, assign=True)
             for name, parameter in model.named_parameters():
                 parameter.grad = None if self.sums_shards else layout.view(self.gradient, name, parameter)
-        self._updates: dict[float, tuple[list[Tensor], ...]] = {}  # AdamW's lists of tensors, by weight decay
-        self._list_updates()
+        self._side_work = side_work(device) if self.sends_weights else None
+        num_places = len(self.owned)
+        starts = [n * num_places // NUM_SENDINGS for n in range(NUM_SENDINGS)] if self.sends_weights else [0]
+        self._updates = [
+            self._update_of(range(start, stop)) for start, stop in pairwise([*starts, num_places]) if start < stop
+        ]
 
     @property
     def is_sharded(self) -> bool:
@@ -130,34 +145,51 @@ class TrainState:
         self.copies.close()
         if self.gathered:
             self.gathered.close()
+        if self._side_work:
+            self._side_work.close()
 
-    def _list_updates(self) -> None:
-        """Lists the stretches of this rank's places that AdamW treats alike, as views of the flat buffers."""
+    def _update_of(self, numbers: range) -> "_Update":
+        """Lists the stretches of some of this rank's places, as views of the flat buffers."""
+        update = _Update(self.layout.buckets[numbers.start : numbers.stop], {})
+        places, own_places = self.owned[numbers.start : numbers.stop], self._own_places[numbers.start : numbers.stop]
         decayed, undecayed = range(self.layout.boundary), range(self.layout.boundary, self.layout.size)
-        for place, own_place in zip(self.owned, self._own_places, strict=True):
+        for place, own_place in zip(places, own_places, strict=True):
             for half, weight_decay in ((decayed, self.config.weight_decay), (undecayed, 0.0)):
                 if stretch := shared(place, half):
                     own = moved(stretch, place.start, own_place.start)
                     count = torch.zeros((), device=self.device)  # of updates, which AdamW's kernel counts up
-                    lists = self._updates.setdefault(weight_decay, ([], [], [], [], []))
+                    lists = update.lists.setdefault(weight_decay, ([], [], [], [], []))
                     flats = {"values": self.values, "gradient": self.gradient, **self.moments}
                     views = [at(flat, own if self.is_divided(name) else stretch) for name, flat in flats.items()]
                     for tensors, view in zip(lists, (*views, count), strict=True):
                         tensors.append(view)
+        return update
 
     def apply(self, *, norm: float, learning_rate: float, timer: StepTimer | None = None) -> None:
         """Takes one AdamW step, on every rank, with the gradient of the whole batch and its norm, once the copies of
         the state before it are taken.
 
-        With a sharded optimizer, the exchange of the weights is phase `sync` of the timer.
+        With a sharded optimizer, the updated weights of some buckets go round while those of the next ones are
+        computed; what is left of that in the end is phase `sync` of the timer.
         """
         self.copies.wait(timer)
+        self.num_updates += 1  # from here on this is not the state of the step before, whatever fails
         grad_clip = self.config.grad_clip
-        if grad_clip and norm > grad_clip:
-            for _, gradients, *_ in self._updates.values():
+        scale = grad_clip / norm if grad_clip and norm > grad_clip else 1.0
+        for update in self._updates:
+            self._take(update, scale=scale, learning_rate=learning_rate)
+            if self._side_work:
+                self._side_work.submit(self._send, update.buckets)
+        if self._side_work:
+            with timer.phase("sync") if timer else nullcontext():
+                self._side_work.wait()
+
+    def _take(self, update: "_Update", *, scale: float, learning_rate: float) -> None:
+        """Takes the step of some of this rank's places, with their gradients times `scale`."""
+        for weight_decay, (values, gradients, exp_avgs, exp_avg_sqs, counts) in update.lists.items():
+            if scale != 1.0:
                 for gradient in gradients:
-                    gradient.mul_(grad_clip / norm)
-        for weight_decay, (values, gradients, exp_avgs, exp_avg_sqs, counts) in self._updates.items():
+                    gradient.mul_(scale)
             adamw(
                 *(values, gradients, exp_avgs, exp_avg_sqs, [], counts),
                 fused=True,
@@ -169,12 +201,11 @@ class TrainState:
                 beta2=self.config.beta2,
                 eps=_EPSILON,
             )
-        self.num_updates += 1
-        if not self.sends_weights:
-            return
-        with timer.phase("sync") if timer else nullcontext():
-            for bucket in self.layout.buckets:
-                self.peers.gather(self.values, bucket)
+
+    def _send(self, buckets: Sequence[range]) -> None:
+        """Brings the weights of some buckets together, each part from the rank that has updated it."""
+        for bucket in buckets:
+            self.peers.gather(self.values, bucket)
 
     def gather(self, flat: Mapping[str, Tensor], *, step: int) -> None:
         """Brings what is sharded of the values and moments after a step together in rank 0's `flat`, on its host (P,),
@@ -249,6 +280,7 @@ class TrainState:
 
     def set_num_updates(self, number: int) -> None:
         self.num_updates = number
-        for *_, counts in self._updates.values():
-            for count in counts:
-                count.fill_(number)
+        for update in self._updates:
+            for *_, counts in update.lists.values():
+                for count in counts:
+                    count.fill_(number)

@@ -11,8 +11,8 @@ from functools import partial
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
 from jobs.exact.exact_reduce import subtrees_of_ranks
-from jobs.exact.flat_layout import FlatLayout
-from jobs.plan.formulas import BF16_BYTES, FP32_BYTES, group_of
+from jobs.exact.flat_layout import NUM_SENDINGS, FlatLayout
+from jobs.plan.formulas import BF16_BYTES, FP32_BYTES, group_of, holders_of
 
 MESSAGE_S = 5e-6
 """Seconds that a message between two GPUs takes besides its bytes: an assumption, of the order of InfiniBand's."""
@@ -73,7 +73,8 @@ def exchange(
 
     The gradients of a micro-batch go to their owners during its own backward pass, and weights come during the pass
     that needs them. Groups send 4 (K + 1) (P - P/W) bytes where each is one GPU, which the last backward pass alone
-    hides: to the owners of parts, and what these have summed to all. What follows an update, nothing hides.
+    hides: to the owners of parts, and what these have summed to all. Updated weights go round while later ones are
+    updated, which hides little; where the weights are sharded, nothing hides what is sent for the next step.
     """
     train, shard, group = config.train, config.scaling.shard, group_of(config.scaling, world_size)
     num_groups, near = world_size // group, min(world_size, options.gpus_per_node)
@@ -99,12 +100,14 @@ def exchange(
 
     micro_batch_s, forward_share = lane_s / train.micro_batches_per_lane, 1 / 4 if train.recompute else 1 / 3
     forward_s, backward_s = forward_share * micro_batch_s, (1 - forward_share) * micro_batch_s
+    num_parts = holders_of(config.scaling, world_size)
+    beside_update_s = 0.0 if shard == "parameters" else _update_s(layout, options, num_parts=num_parts)
     parts = [  # what is sent, the seconds that hide it, and how many times
         (first, forward_s, 1),
         (again, forward_s, passes - 1),
         (backward, backward_s, passes - 1),
         (backward + last, backward_s, 1),
-        (updated, 0.0, 1),
+        (updated, beside_update_s, 1),
     ]
     seconds = [(traffic.seconds(options), hiding_s, times) for traffic, hiding_s, times in parts]
     total_s = sum(each_s * times for each_s, _, times in seconds)
@@ -117,6 +120,13 @@ def exchange(
         least_sequences=math.ceil(total_s / sequence_s),
         counted_in="train.micro_batch_size" if group > 1 else "train.global_batch_size for each GPU",
     )
+
+
+def _update_s(layout: FlatLayout, options: PlanConfig, *, num_parts: int) -> float:
+    """Returns the seconds of AdamW's update of a rank's own part beside which another stretch of it is sent. It reads
+    the values, the gradient and the moments, and writes all but the gradient."""
+    num_bytes = 7 * FP32_BYTES * layout.size / num_parts
+    return num_bytes / options.hardware.memory_bytes_per_s * (1 - 1 / NUM_SENDINGS)
 
 
 def product_bytes(config: RunConfig) -> int:

@@ -77,9 +77,18 @@ def block_bytes(config: RunConfig) -> int:
     model, small = config.model, BF16_BYTES if config.train.precision == "bf16" else FP32_BYTES
     c, f = model.n_embd, model.ffn_width
     if model.architecture == "llama":  # norms keep a second value, and in bf16 each of five projections its own input
-        values = (9 if small == BF16_BYTES else 6) * c + 4 * f
+        values = (7 if small == BF16_BYTES else 4) * c + 2 * _kept_key_width(config) + 4 * f
         return 4 * c * FP32_BYTES + values * small + FP32_BYTES * (model.n_head + 2) + 2 * c * bool(model.dropout)
     return 2 * c * FP32_BYTES + (6 * c + 2 * f) * small + FP32_BYTES * (model.n_head + 4) + 2 * c * bool(model.dropout)
+
+
+def _kept_key_width(config: RunConfig) -> int:
+    """Returns the width of the keys, and of the values, that attention keeps: FlashAttention on GPUs keeps those heads
+    once that several heads share (`model.attention`)."""
+    train, model = config.train, config.model
+    has_mask = train.document_mask and bool(model.dropout)
+    is_flash = config.scaling.use_gpu and train.precision == "bf16" and not has_mask
+    return model.kv_width if is_flash else model.n_embd
 
 
 def logits_chunk_bytes(config: RunConfig) -> float:

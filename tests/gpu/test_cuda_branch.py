@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from jobs.plan.memory import activation_bytes, block_bytes, gpu_memory, layout_of
-from tests.gpu.trace_lane import BATCH_SIZE, CASES, SEQ_LEN, run_config
+from tests.gpu.trace_lane import BATCH_SIZE, CASES, LLAMA, LLAMA_CASES, SEQ_LEN, run_config
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
@@ -124,3 +124,18 @@ def test_a_plans_memory_is_what_the_lane_takes(traces: dict[str, Any], case: str
     assert traces[case]["kept_bytes"] == pytest.approx(activation_bytes(config) + head + matrices, rel=1e-3)
     parts = gpu_memory(config, layout_of(model), world_size=1)
     assert 1 <= sum(parts.values()) / traces[case]["peak_bytes"] < 1.1
+
+
+def test_heads_that_share_keys_and_values__keep_them_once(traces: dict[str, Any]) -> None:
+    configs = {case: run_config(LLAMA | LLAMA_CASES[case], document_mask=True) for case in LLAMA_CASES}
+    all_heads, few_heads = configs.values()
+    width, kv_width = all_heads.model.n_embd, few_heads.model.kv_width
+    assert width == 4 * kv_width
+    num_tokens = BATCH_SIZE * SEQ_LEN
+    kept = [traces[case]["kept_bytes"] for case in LLAMA_CASES]
+    spared_matrices = 2 * 2 * width * (width - kv_width)  # in bf16, those that make the keys and values
+    spared_values = 2 * 2 * num_tokens * (width - kv_width)
+    num_layers = all_heads.model.n_layer
+    assert kept[0] - kept[1] == pytest.approx(num_layers * (spared_values + spared_matrices), rel=0.01)
+    planned = [activation_bytes(config) for config in configs.values()]
+    assert planned[0] - planned[1] == num_layers * spared_values

@@ -37,14 +37,20 @@ CASES: dict[str, dict[str, Any]] = {
     "documents, recomputed": {"document_mask": True, "recompute": True},
     "documents, fp32": {"document_mask": True, "precision": "fp32"},
 }
+LLAMA: dict[str, Any] = {"architecture": "llama", "activation_function": "swiglu", "tie_word_embeddings": False}
+LLAMA_CASES: dict[str, dict[str, Any]] = {
+    "llama, 32 heads": {"n_kv_head": 32},
+    "llama, 8 of 32 heads": {"n_kv_head": 8},
+}
+"""Of documents; the keys and values of so many heads."""
 
 
-def run_config(**train: Any) -> RunConfig:
+def run_config(model: dict[str, Any] | None = None, **train: Any) -> RunConfig:
     """Returns a run with the width of 1.3B parameters, and four of its layers."""
     sizes = {"micro_batch_size": BATCH_SIZE, "global_batch_size": BATCH_SIZE, "seq_len": SEQ_LEN}
     return RunConfig.model_validate(
         {
-            "model": {"preset": "gpt3-1.3b", "n_layer": 4},
+            "model": {"preset": "gpt3-1.3b", "n_layer": 4} | (model or {}),
             # Compiled kernels compute the same operations, which the compiler is given.
             "train": {"precision": "bf16", "compute": "plain"} | sizes | train,
             "scaling": {"max_workers": 1, "use_gpu": True},
@@ -149,4 +155,6 @@ if __name__ == "__main__":
     torch.cuda.is_available = torch.cuda.is_bf16_supported = lambda *_: True  # autocast asks
     torch.cuda.Stream = lambda *_: None  # for copies to the host, of which a lane takes none
     found = {name: traced(run_config(**changes)) for name, changes in CASES.items()}
+    for name, heads in LLAMA_CASES.items():
+        found[name] = traced(run_config(LLAMA | heads, document_mask=True))
     print(json.dumps(found | {"planted": planted()}))

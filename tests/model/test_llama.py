@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from model.attention import document_mask, document_positions
+from model.attention import attention, document_mask, document_positions
 from model.checkpoint import load_model
 from model.checkpoint_folder import Metadata
 from model.config import GPTConfig, flops_per_token, num_parameters
@@ -170,3 +172,26 @@ def test_an_xray_draws_the_tokens_of_generate_and_shows_each_heads_weights() -> 
         for length, row in enumerate(query.attention_rows(layer=1, head=head), start=1):
             assert len(row) == length
             assert float(row.sum()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_shared_heads_on_a_cpu__have_the_bits_of_repeated_ones(dtype: torch.dtype, masked: bool) -> None:
+    """PyTorch's own way to share heads sums the gradients of keys and values in another order there."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, w = (torch.randn(2, 33, heads, 9, generator=generator).to(dtype) for heads in (6, 1, 1, 6))
+    mask = document_mask(torch.arange(33).remainder(10).expand(2, 33)) if masked else None
+
+    def shared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, layer=0, window=None, mask=mask, dropout=0.0)
+
+    def repeated(*values: Tensor) -> Tensor:
+        parts = (part.repeat_interleave(6 // part.shape[2], 2).transpose(1, 2) for part in values)
+        return F.scaled_dot_product_attention(*parts, attn_mask=mask, is_causal=not masked).transpose(1, 2)
+
+    results = []
+    for attend in (shared, repeated):
+        leaves = [part.clone().requires_grad_() for part in (q, k, v)]
+        y = attend(*leaves)
+        results.append([y, *torch.autograd.grad((y * w).sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -1,15 +1,21 @@
 """A step's gradient as training computes it: that of autograd; dropout that every process draws alike."""
 
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
+from types import FrameType
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from cluster.settings.run import RunConfig, batch_schedule
 from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.step_plan import StepPlan
 from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
@@ -76,6 +82,43 @@ def test_of_conversations_is_that_of_the_mean_over_counted_tokens(compute: str, 
     for (name, parameter), whole in zip(model.named_parameters(), expected, strict=True):
         assert parameter.grad is not None
         assert (parameter.grad - whole).norm() / whole.norm() < 1e-5, name
+
+
+def test_a_batch_that_grows_through_250_lane_counts__of_512_ranks__begins_at_once() -> None:
+    """Counts calls of Python's and C's functions: asking each rank for each subtree of each count made fifty times as many."""
+    config = RunConfig.model_validate(
+        {
+            "model": {"preset": "tiny", "n_positions": 8, "n_embd": 8, "n_head": 1, "n_layer": 1, "vocab_size": 300},
+            "train": {
+                "global_batch_size": 761,
+                "micro_batch_size": 1,
+                "batch_ramp_start": 512,
+                "batch_ramp_tokens": 10**7,
+                "max_tokens": 2 * 10**8,
+            },
+            "scaling": {"max_workers": 512},
+        }
+    )
+    assert len(batch_schedule(config).lane_counts) == 250
+    num_calls = 0
+
+    def count(frame: FrameType, event: str, function: object) -> None:
+        nonlocal num_calls
+        num_calls += event in ("call", "c_call")
+        assert num_calls < 40 * 250 * 512
+
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=512)
+    try:
+        group = WorkerGroup(3, 512)
+        state = TrainState(GPT(config.model), config.train, device=CPU, group=group)
+        sys.setprofile(count)
+        gradient = BatchGradient(config, state, MadeRows(), group, eot_id=None)  # type: ignore[arg-type]
+    finally:
+        sys.setprofile(None)
+        dist.destroy_process_group()
+    plans = [thing for thing in gc.get_objects() if isinstance(thing, StepPlan)]
+    assert len(plans) < 10, "those of the steps to come are made when they come"
+    gradient.close()
 
 
 def test_dropout_is_the_same_in_every_process() -> None:

@@ -1,7 +1,9 @@
 """The order of the exact sum: its tree, and the steps that sum a rank's lanes along it in few buffers."""
 
+import sys
 from collections.abc import Sequence
 from functools import reduce
+from types import FrameType
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jobs.exact.exact_reduce import halves, lane_steps, subtrees_of_ranks, tree_sum
+from jobs.exact.exact_reduce import halves, lane_steps, num_buffers, subtrees_of_ranks, tree_sum
 from tests.jobs.reference_reduce import reduce_lanes, reduce_worlds
 
 
@@ -31,6 +33,50 @@ def test_ranks_have_few_subtrees_that_hold_each_lane_once(num_lanes: int, world_
     if world_size.bit_count() == 1:
         assert [len(nodes) for nodes in ranks] == [1] * world_size
         assert [nodes[0].start for nodes in ranks] == sorted(nodes[0].start for nodes in ranks)
+
+
+def greedy_subtrees(num_lanes: int, world_size: int) -> list[list[range]]:
+    """The choice as it reads: each subtree, the largest first, goes to the rank that has fewest of those with room for
+    it, and is cut where there is none, or where too few subtrees would be left."""
+    free = [-(-num_lanes // world_size)] * world_size
+    ranks: list[list[range]] = [[] for _ in free]
+    waiting = [(-num_lanes, 0, 0)]
+    while waiting:
+        waiting.sort()
+        size, depth, start = waiting.pop(0)
+        node = range(start, start - size)
+        fitting = [rank for rank in range(world_size) if free[rank] >= len(node)]
+        if fitting and len(waiting) >= ranks.count([]) - 1:
+            rank = min(fitting, key=lambda rank: len(ranks[rank]))
+            ranks[rank].append(node)
+            free[rank] -= len(node)
+        else:
+            waiting += [(-len(half), depth + 1, half.start) for half in halves(node)]
+    return sorted(ranks, key=lambda nodes: nodes[0].start)
+
+
+@given(st.integers(1, 300), st.integers(1, 40))
+def test_subtrees_are_those_of_the_greedy_choice(num_lanes: int, world_size: int) -> None:
+    world_size = min(world_size, num_lanes)
+    assert subtrees_of_ranks(num_lanes, world_size) == greedy_subtrees(num_lanes, world_size)
+
+
+@pytest.mark.parametrize("world_size", [511, 512])
+def test_subtrees_of_512_ranks__take_few_operations_a_rank(world_size: int) -> None:
+    """Counts calls of Python's and C's functions, which `len`, a heap's step and a comparison's key are."""
+    num_calls = 0
+
+    def count(frame: FrameType, event: str, function: object) -> None:
+        nonlocal num_calls
+        num_calls += event in ("call", "c_call")
+
+    subtrees_of_ranks.cache_clear()
+    sys.setprofile(count)
+    try:
+        subtrees_of_ranks(3000, world_size)
+    finally:
+        sys.setprofile(None)
+    assert num_calls < 40 * world_size, "one rank after another was asked for each subtree"
 
 
 @pytest.mark.parametrize(
@@ -95,6 +141,13 @@ def test_ranks_together_make_the_whole_tree(num_lanes: int, world_size: int, num
         by_node |= dict(zip(subtrees, buffers, strict=False))
     alone = reduce_worlds(1, num_lanes=num_lanes, lane_value=of_lane)
     assert torch.equal(tree_sum(range(num_lanes), by_node.get), alone)
+
+
+@given(st.integers(1, 300), st.integers(1, 20), st.integers(1, 3))
+def test_num_buffers_are_those_of_the_steps(num_lanes: int, world_size: int, num_pieces: int) -> None:
+    for subtrees in subtrees_of_ranks(num_lanes, min(world_size, num_lanes)):
+        steps = lane_steps(subtrees, num_pieces=num_pieces)
+        assert num_buffers(subtrees, num_pieces=num_pieces) == 1 + max(step.buffer for step in steps)
 
 
 def test_buffers_are_as_few_as_the_tree_is_high() -> None:

@@ -2,20 +2,31 @@
 
 import itertools
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.settings.run import TrainConfig
-from jobs.exact.flat_layout import BLOCK
+from jobs.exact.flat_layout import BLOCK, at, part_of
+from jobs.exact.peers import Peers
 from jobs.exact.step_totals import block_square_sums, norm_of
 from jobs.exact.train_state import TrainState
 from jobs.training.stored_state import restore
+from jobs.workers.failures import LostPeerError
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
 from tests.jobs.train_states import RATE, apply, gradients, make_model, make_state, moments, pieces_of, stored
+from tests.time_limits import limit_s
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -123,6 +134,70 @@ def test_nothing_that_is_not_a_number_passes_unseen() -> None:
 def test_the_norm_is_the_euclidean_one(size: int, seed: int) -> None:
     vector = torch.randn(size, generator=torch.Generator().manual_seed(seed))
     assert norm_of(block_square_sums(vector)) == pytest.approx(float(vector.double().norm()), rel=1e-6)
+
+
+@contextmanager
+def sending_state() -> Iterator[TrainState]:
+    """Yields rank 0's state of two ranks with half of the moments each."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        config = TrainConfig(grad_clip=0.0)
+        model = make_model(n_embd=96, n_inner=384)
+        state = TrainState(model, config, device=torch.device("cpu"), group=WorkerGroup(0, 2), shard="optimizer")
+        assert len(state.layout.buckets) > 2
+        yield state
+        state.close()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_updated_weights_go_round_while_the_next_are_updated(monkeypatch: pytest.MonkeyPatch) -> None:
+    with sending_state() as state:
+        state.gradient.fill_(1.0)
+        before = state.values.clone()
+        begun, ended = threading.Event(), threading.Event()
+        sent: list[range] = []
+
+        def gather(peers: Peers, flat: Tensor, bucket: range) -> None:
+            own = part_of(bucket, 0, world_size=2)
+            assert not (at(flat, own) == at(before, own)).all(), "sent before it was updated"
+            begun.set()
+            assert ended.wait(limit_s(10))
+            sent.append(bucket)
+
+        num_updated = num_calls = 0
+
+        def update(values: list[Tensor], *lists: Any, **settings: Any) -> None:
+            nonlocal num_updated, num_calls
+            assert not num_updated or begun.wait(limit_s(10)), "nothing is sent while the second stretch is updated"
+            assert not sent
+            adamw(values, *lists, **settings)
+            num_calls += 1
+            num_updated += sum(map(len, values))
+            if num_updated == sum(map(len, state.owned)):
+                ended.set()
+
+        monkeypatch.setattr(Peers, "gather", gather)
+        monkeypatch.setattr("jobs.exact.train_state.adamw", update)
+        state.apply(norm=1.0, learning_rate=RATE)
+        assert sent == state.layout.buckets, "none is missing once the step is taken"
+        assert num_calls > 2
+
+
+def test_a_step_whose_weights_do_not_come_back__fails_and_is_not_taken_for_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`Snapshots.rescue` keeps a state whose number of updates is still that of the last whole step."""
+    with sending_state() as state:
+
+        def gather(peers: Peers, flat: Tensor, bucket: range) -> None:
+            if bucket != state.layout.buckets[0]:
+                raise LostPeerError("the connection was closed")
+
+        monkeypatch.setattr(Peers, "gather", gather)
+        with pytest.raises(LostPeerError, match="the connection was closed"):
+            state.apply(norm=1.0, learning_rate=RATE)
+        assert state.num_updates == 1
 
 
 @pytest.mark.parametrize("num_before", [0, 1, 3])

@@ -53,7 +53,7 @@ def test_zero_1_lightens_snapshots() -> None:
     assert shares["snapshot_s"] == pytest.approx(whole["snapshot_s"] / 4096 * 8), "the 8 GPUs of a node divide it"
     assert shares["snapshot_wait_s"] == 0 < whole["snapshot_wait_s"] < whole["snapshot_s"]
     assert shares["snapshot_every"] < whole["snapshot_every"]
-    assert shares["exposed_s"] >= whole["exposed_s"], "the weights go round after the update"
+    assert shares["exposed_s"] == pytest.approx(whole["exposed_s"], rel=1e-5), "an update of a 4,096th hides little"
 
 
 def test_groups_of_a_node_spare_the_network_and_the_storage() -> None:
