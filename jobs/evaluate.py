@@ -24,9 +24,11 @@ from cluster.stages.stage import stage_main
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage, absolute_uri, open_storage, split_uri
 from jobs.exact.compute import autocast, micro_batch, num_counted
-from jobs.run.find_run import find_tokens
+from jobs.run.find_run import division, find_tokens, last_start
 from jobs.run.history import CONFIG_FILE, recorded_config
+from jobs.run.ledger import Ledger
 from jobs.tokens.build_store import tokenize
+from jobs.tokens.division import BY_DOCUMENTS, Division, HeldOut, texts_of, token_count
 from jobs.tokens.token_store import Split, TokenStoreError, read_manifest
 from jobs.tokens.token_stream import TokenStream
 from jobs.tokens.train_tokenizer import TOKENIZER_FILE
@@ -45,13 +47,29 @@ GATE_ROWS, GATE_TOKENS = 8, 8192
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows that are evaluated, from the front of a split, and their batches."""
+class HeldOutText:
+    """A text to measure: a split of a token store, as a run divides it."""
 
     tokens: Storage
     split: Split
+    division: Division = BY_DOCUMENTS
+
+    @property
+    def num_tokens(self) -> int:
+        manifest = read_manifest(self.tokens, opens_lists=False)
+        return sum(token_count(text) for text in texts_of(manifest, self.split, self.division))
+
+    def open(self, *, seq_len: int) -> TokenStream:
+        return TokenStream(self.tokens, split=self.split, seq_len=seq_len, division=self.division)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that are evaluated, from the front of each text, and their batches."""
+
+    texts: tuple[HeldOutText, ...]
     seq_len: int
-    num_rows: int
+    num_rows: tuple[int, ...]  # of each text
     batch_size: int
     run: RunConfig  # as its trainer validates
 
@@ -60,12 +78,20 @@ class Rows:
         return "cuda" if self.run.scaling.use_gpu else "cpu"
 
     @property
-    def batches(self) -> list[range]:
-        rows, size = range(self.num_rows), self.batch_size
-        return [rows[start : start + size] for start in rows[::size]]
+    def num_tokens(self) -> int:
+        return sum(self.num_rows) * self.seq_len
 
-    def open(self) -> TokenStream:
-        return TokenStream(self.tokens, split=self.split, seq_len=self.seq_len)
+    @property
+    def batches(self) -> list[tuple[int, range]]:
+        """Each batch's text and its rows there."""
+        batches = []
+        for text, num_rows in enumerate(self.num_rows):
+            rows, size = range(num_rows), self.batch_size
+            batches += [(text, rows[start : start + size]) for start in rows[::size]]
+        return batches
+
+    def streams(self) -> list[TokenStream]:
+        return [text.open(seq_len=self.seq_len) for text in self.texts]
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -85,18 +111,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     start = time.perf_counter()
     losses = _batch_losses(model, rows, config)
     seconds = time.perf_counter() - start
-    num_read, num_tokens = rows.num_rows * rows.seq_len, sum(count for _, count in losses)
+    num_tokens = sum(count for _, count in losses)
     total = sum(loss for loss, _ in losses)
-    loss, bytes_per_token = total / max(1, num_tokens), rows.open().bytes_per_token(rows.num_rows)
+    loss = total / max(1, num_tokens)
+    counts = zip(rows.streams(), rows.num_rows, strict=True)
+    num_bytes = sum(count * rows.seq_len * stream.bytes_per_token(count) for stream, count in counts)
     return {
         "checkpoint": checkpoint,
         "parameter_hash": parameter_hash(model.state_dict()),
         "tokens": num_tokens,
-        "bytes": round(num_read * bytes_per_token),
+        "bytes": round(num_bytes),
         "loss": loss,
         "perplexity": perplexity(loss),
-        "bits_per_byte": total / num_read / math.log(2) / bytes_per_token,
-        "tokens_per_s": round(num_read / seconds, 1),
+        "bits_per_byte": total / math.log(2) / num_bytes,
+        "tokens_per_s": round(rows.num_tokens / seconds, 1),
     }
 
 
@@ -114,19 +142,19 @@ def _rows(folder: Path, model: GPT, config: EvaluateConfig) -> Rows:
     row_tokens = config.seq_len or (seq_len(trained) if trained else model.config.n_positions)
     if row_tokens > model.config.n_positions:
         raise ConfigError(f"seq_len={row_tokens} exceeds the model's n_positions={model.config.n_positions}")
-    tokens, split = _documents(folder, config) if config.data.source else validation_split(folder, config)
-    manifest = read_manifest(tokens)
+    texts = [_documents(folder, config)] if config.data.source else validation_texts(folder, config)
+    manifest = read_manifest(texts[0].tokens, opens_lists=False)
     if manifest.vocab_size > model.config.vocab_size:
         raise CheckpointError(
             f"the tokenizer has {manifest.vocab_size} ids, the model only {model.config.vocab_size}: they don't match"
         )
-    num_tokens = manifest.total("tokens", split)
-    if num_tokens <= row_tokens:
+    if (shortest := min(text.num_tokens for text in texts)) <= row_tokens:
         raise TokenStoreError(
-            f"the text has {num_tokens} tokens, a row needs {row_tokens + 1}; add text or lower seq_len"
+            f"the text has {shortest} tokens, a row needs {row_tokens + 1}; add text or lower seq_len"
         )
-    num_rows = min((num_tokens - 1) // row_tokens, max(1, config.max_tokens // row_tokens))
-    return Rows(tokens, split, row_tokens, num_rows, config.batch_size, _as_trained(trained, model, config))
+    most_rows = max(1, config.max_tokens // row_tokens)
+    num_rows = tuple(min((text.num_tokens - 1) // row_tokens, most_rows) for text in texts)
+    return Rows(tuple(texts), row_tokens, num_rows, config.batch_size, _as_trained(trained, model, config))
 
 
 def _as_trained(trained: RunConfig | None, model: GPT, config: EvaluateConfig) -> RunConfig:
@@ -149,21 +177,25 @@ def storage_of(config: EvaluateConfig) -> Storage:
     return open_storage(place["storage"] if place else config.storage.uri)
 
 
-def validation_split(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:
-    """Returns what the checkpoint's run validated on, found by the identity that the checkpoint records."""
+def validation_texts(folder: Path, config: EvaluateConfig) -> list[HeldOutText]:
+    """Returns what the checkpoint's run validated on, found by the identity that the checkpoint records: what it held
+    out, or else all texts of `data.validation`."""
     if is_hf_folder(folder):
         raise CheckpointError(f"checkpoint {folder} records no validation split; name a text with --data.source")
     metadata = read_metadata(folder)
     run = storage_of(config).child(f"runs/{metadata.run_id}")
     try:
-        return find_tokens(run, metadata.data_identity), "val"
+        start = last_start(Ledger.read(run), metadata.data_identity)
+        if (way := division(start)).held_out is HeldOut.NOTHING:
+            return [HeldOutText(find_tokens(run, identity), "train") for identity in start["validated_on"].values()]
+        return [HeldOutText(find_tokens(run, metadata.data_identity), "val", way)]
     except TokenStoreError as error:
         raise TokenStoreError(
             f"{error}; or name its storage with --storage.uri, or a text with --data.source"
         ) from error
 
 
-def _documents(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:
+def _documents(folder: Path, config: EvaluateConfig) -> HeldOutText:
     """Makes all of `data.source` a token store, with the checkpoint's tokenizer."""
     tokenizer, storage = load_tokenizer(folder), storage_of(config)
     if tokenizer is None:
@@ -175,7 +207,7 @@ def _documents(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:
         location = place.uri
     data = DataConfig(**config.data.model_dump(), tokenizer=location, val_fraction=0.0)
     store = tokenize(RunConfig(data=data, storage=config.storage.model_copy(update={"uri": storage.uri})))
-    return split_uri(store["manifest"])[0], "train"
+    return HeldOutText(split_uri(store["manifest"])[0], "train")
 
 
 def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[tuple[float, int]]:
@@ -211,10 +243,11 @@ def _worker_losses(model: GPT, rows: Rows, batches: range, num_threads: int) -> 
     """Yields the number of each of the worker's batches, its summed loss and how many tokens that counts."""
     torch.set_num_threads(num_threads)
     device = torch.device(rows.device)
-    model, stream = model.to(device), rows.open()
-    eot_id = stream.manifest.start_id if rows.run.train.document_mask else None
+    model, streams = model.to(device), rows.streams()
+    eot_id = streams[0].manifest.start_id if rows.run.train.document_mask else None
     for number in batches:
-        read = stream.rows(rows.batches[number])
+        text, indices = rows.batches[number]
+        read = streams[text].rows(indices)
         batch = micro_batch(read, rows.run, device, eot_id=eot_id)
         with torch.inference_mode(), autocast(rows.run, device):
             yield number, (float(model.loss(*batch)), num_counted(read[1]))
@@ -226,10 +259,10 @@ def gate_rows(checkpoint: str, storage_uri: str) -> dict[str, Any]:
     try:
         found, folder = find_checkpoint(checkpoint, storage_uri)
         config = EvaluateConfig(checkpoint=found, storage=StorageConfig(uri=storage_uri))
-        tokens, split = validation_split(folder, config)
-        row_tokens = min(read_config(folder).n_positions, GATE_TOKENS)
-        stream = TokenStream(tokens, split=split, seq_len=row_tokens)
-    except (CheckpointError, TokenStoreError) as error:
+        text = validation_texts(folder, config)[0]
+        row_tokens = min(read_config(folder).n_positions, GATE_TOKENS, text.num_tokens - 1)
+        stream = text.open(seq_len=row_tokens)
+    except UserError as error:
         return {"rows": [], "reason": str(error)}
     num_rows = stream.count_rows(at_most=min(GATE_ROWS, max(1, GATE_TOKENS // row_tokens)))
     return {"rows": stream.rows(range(num_rows))[0].tolist(), "reason": ""}

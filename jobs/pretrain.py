@@ -34,7 +34,8 @@ from jobs.run.storage_retry import patiently
 from jobs.run.writer_generation import Fence
 from jobs.snapshots.keepers import Keepers
 from jobs.tokens.build_store import tokenize
-from jobs.tokens.token_store import TokenStoreError
+from jobs.tokens.division import Division, HeldOut, divide
+from jobs.tokens.token_store import TokenStoreError, read_manifest
 from jobs.tokens.train_tokenizer import ensure_tokenizer
 from jobs.training.train_worker import train_worker
 from jobs.training.validation import check_prompts
@@ -67,6 +68,25 @@ def validation_stores(config: RunConfig, *, tokenizer_uri: str) -> dict[str, str
     return stores
 
 
+def divided(config: RunConfig, tokens: Storage) -> Division:
+    """Returns how the run divides the token store into what trains and what validates, and says so where it is the
+    text's end. Raises `TokenStoreError` where no step could be taken or nothing would validate."""
+    manifest = read_manifest(tokens, opens_lists=False)
+    division = divide(
+        manifest,
+        seq_len=seq_len(config),
+        val_fraction=config.data.val_fraction,
+        has_sets=bool(config.data.validation),
+    )
+    if division.held_out is HeldOut.END:
+        say(
+            f"too few documents to hold out whole ones: the last {division.end_tokens:,} of "
+            f"{manifest.total('tokens'):,} tokens are held out to validate"
+            f"{', of the largest source' if len(manifest.weights) > 1 else ''}"
+        )
+    return division
+
+
 def pretrain(config: RunConfig) -> dict[str, Any]:
     """Trains the run to its end and returns its figures. Makes the tokenizer and the token store where missing.
 
@@ -77,6 +97,7 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
     tokenizer, tokenizer_uri = ensure_tokenizer(config)
     check_prompts(config, tokenizer)
     tokens = split_uri(tokenize(config)["manifest"])[0]
+    division = divided(config, tokens)
     sets = validation_stores(config, tokenizer_uri=tokenizer_uri)
     model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     config = config.model_copy(update={"model": model})
@@ -91,6 +112,7 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
             launcher=Fence(run, launcher=None).generation,
             launch=f"raymill-{secrets.token_hex(8)}",
             validation_uris=sets,
+            division=division,
         )
         say(_begins(config, Ledger.read(run)))
         _train(plan)

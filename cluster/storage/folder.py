@@ -79,21 +79,28 @@ class LocalStorage(interface.Storage):
         found = self.walk(f"{folder}/" if folder else "")
         return (entry for entry in found if entry.key.startswith(prefix))
 
-    def walk(self, folder: str = "", *, max_depth: int | None = None) -> Iterator[interface.Entry]:
+    def walk(
+        self, folder: str = "", *, max_depth: int | None = None, names_links: bool = False
+    ) -> Iterator[interface.Entry]:
         """Yields the regular files below a folder, a key that ends with a slash, at most `max_depth` folders down from
-        the root. Raises `StorageError` for an unreadable folder. Pipes, devices and dangling links hold no bytes; links
-        to folders may loop and are not followed."""
+        the root. Raises `StorageError` for an unreadable folder. Pipes, devices and dangling links hold no bytes. Links
+        to folders may loop and are not followed; with `names_links` each is an entry whose key ends with a slash."""
         try:
-            with os.scandir(self.root / folder) as found:  # with a folder's slash, the order of names is that of keys
-                names = sorted(each.name + "/" * each.is_dir(follow_symlinks=False) for each in found)
+            with os.scandir(self.root / folder) as found:
+                children = list(found)
         except OSError as error:
             if error.errno not in _NOTHING_THERE:
                 raise _explain(self.root / folder, error) from error
             return
+        # With a folder's slash, the order of names is that of keys.
+        names = sorted(child.name + "/" * child.is_dir(follow_symlinks=False) for child in children)
+        links = {child.name for child in children if names_links and child.is_symlink()}
         for name in names:
             if name.endswith("/"):
                 if max_depth is None or folder.count("/") < max_depth:
-                    yield from self.walk(folder + name, max_depth=max_depth)
+                    yield from self.walk(folder + name, max_depth=max_depth, names_links=names_links)
+            elif name in links and (self.root / folder / name).is_dir():
+                yield interface.Entry(f"{folder}{name}/", 0, "")
             elif not name.startswith(_TEMPORARY) and (entry := _entry(self.root / folder / name, folder + name)):
                 yield entry
 

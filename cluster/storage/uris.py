@@ -71,17 +71,21 @@ def split_uri(uri: str) -> tuple[Storage, str]:
     return open_storage(folder or "/"), name
 
 
-def glob_uris(pattern: str) -> Iterator[Entry]:
+def glob_uris(pattern: str, *, names_links: bool = False) -> Iterator[Entry]:
     """Finds the files that a location names, with absolute URIs as keys, in the order of their paths.
 
     A location is a file, a folder (everything below it), or a pattern in which `*`, `?` and `[...]` stay
-    within one path component and `**` crosses them. Raises `NotFoundError` if nothing matches.
+    within one path component and `**` crosses them. Links to folders are not followed; with `names_links` those below
+    which files might match are entries too, whose keys end with a slash. Raises `NotFoundError` if nothing matches.
     """
     uri = absolute_uri(pattern)
     storage, name = split_uri(uri)
     if name and (entry := storage.stat(name)):
         return iter([replace(entry, key=uri)])
-    for found in (_below(uri, open_storage(uri).entries()), _matches(uri) if glob.has_magic(uri) else iter(())):
+    folder = open_storage(uri)
+    entries = folder.walk(names_links=names_links) if isinstance(folder, LocalStorage) else folder.entries()
+    matches = _matches(uri, names_links=names_links) if glob.has_magic(uri) else iter(())
+    for found in (_below(uri, entries), matches):
         if first := next(found, None):
             return chain([first], found)
     raise NotFoundError(f"nothing is at {pattern!r} (looked for {uri}); check the path or pattern")
@@ -91,18 +95,33 @@ def _below(folder: str, entries: Iterable[Entry]) -> Iterator[Entry]:
     return (Entry(join_uri(folder, entry.key), entry.size, entry.version) for entry in entries)
 
 
-def _matches(pattern: str) -> Iterator[Entry]:
+def _matches(pattern: str, *, names_links: bool) -> Iterator[Entry]:
     literal = re.split(r"[*?[]", pattern, maxsplit=1)[0]
     folder = literal.rpartition("/")[0] or "/"
     storage = open_storage(folder)
     if isinstance(storage, LocalStorage):
         # Without `**` no match lies deeper than the pattern: `~/*.txt` does not walk a whole home folder.
         depth = None if "**" in pattern else pattern.removeprefix(folder).lstrip("/").count("/")
-        entries = storage.walk(max_depth=depth)
+        entries = storage.walk(max_depth=depth, names_links=names_links)
     else:
         entries = storage.entries(literal.rpartition("/")[2])
     regex = re.compile(_pattern_regex(pattern), re.DOTALL)
-    return (entry for entry in _below(folder, entries) if regex.fullmatch(entry.key))
+    return (
+        entry
+        for entry in _below(folder, entries)
+        if (_may_hold(pattern, entry.key) if entry.key.endswith("/") else regex.fullmatch(entry.key))
+    )
+
+
+def _may_hold(pattern: str, folder: str) -> bool:
+    """Says whether the pattern may match what lies below a folder, whose path ends with a slash."""
+    parts, names = pattern.split("/"), folder.rstrip("/").split("/")
+    for part, name in zip(parts, names, strict=False):
+        if "**" in part:
+            return True
+        if not re.fullmatch(_pattern_regex(part), name, re.DOTALL):
+            return False
+    return len(names) < len(parts)
 
 
 def _pattern_regex(pattern: str) -> str:

@@ -2,9 +2,9 @@
 
 A txt file holds one document (several if it is longer than a document may be), jsonl one per nonblank line, csv one
 per record, parquet one per row; a conversation is one too, of jsonl alone. Text is kept as it is, except for a byte
-order mark at a file's front. A document that cannot be used is dropped and counted. A *file* that cannot be read to
-its end (a truncated archive, a damaged footer), or that changed since it was listed, stops the job with its name,
-because nobody could say what was lost.
+order mark at the front of a file or of a jsonl line. A document that cannot be used is dropped and counted. A *file*
+that cannot be read to its end (a truncated archive, a damaged footer), or that changed since it was listed, stops the
+job with its name, because nobody could say what was lost.
 """
 
 import csv
@@ -25,11 +25,10 @@ from cluster.storage.uris import Entry, split_uri
 from jobs.corpus.chunks import Part, text_step
 from jobs.corpus.decompression import decompressed
 from jobs.corpus.listing import CorpusError
-from jobs.corpus.text_borders import cut_stream, lines, records
+from jobs.corpus.text_borders import BYTE_ORDER_MARK, cut_stream, lines, records
 from jobs.corpus.text_hashes import is_blank
 from model.chat import ROLES, plain_text
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _LINE_FACTOR = {"jsonl": 6, "csv": 2}  # bytes in which a byte of text may be written: \\u0041, a doubled quote
 _LINE_MARGIN_BYTES = 1 << 20  # room for the other fields of a line
@@ -181,15 +180,17 @@ class _Reader:
 
     def txt(self, file: BinaryIO) -> Iterator[Document]:
         for offset, raw in stretches(file, self.data.max_document_bytes, start=self.part.start, end=self.end):
-            yield self.judged(raw if offset else raw.removeprefix(BYTE_ORDER_MARK), offset)
+            is_front = self.part.offset + offset == 0  # of the file, not of a piece of it
+            yield self.judged(raw.removeprefix(BYTE_ORDER_MARK) if is_front else raw, offset)
 
     def jsonl(self, file: BinaryIO) -> Iterator[Document]:
         limit = longest_line("jsonl", self.data)
-        for offset, line, is_whole in lines(file, self.part.start, self.end, limit=limit):
+        for offset, raw, is_whole in lines(file, self.part.start, self.end, limit=limit):
+            line = raw.removeprefix(BYTE_ORDER_MARK)  # which files that were joined have within
             if not is_whole:
-                yield self.dropped(line, offset, Drop.TOO_LONG)
-            elif not line.isspace():
-                yield self.json_document(line if offset else line.removeprefix(BYTE_ORDER_MARK), offset)
+                yield self.dropped(raw, offset, Drop.TOO_LONG)
+            elif line and not line.isspace():
+                yield self.json_document(line, offset)
 
     def json_document(self, line: bytes, offset: int) -> Document:
         if b"\0" in line:
@@ -237,27 +238,25 @@ class _Reader:
         csv.field_size_limit(2 * limit)  # a record may cross the limit by the line that closes its quotes
         column: int | None = None
         num_columns = 0
-        for offset, record, is_whole in records(file, limit=limit):
+        for offset, record, is_whole, _ in records(file, limit=limit):
             if not is_whole:
                 if column is None:
                     raise endless_header(self.uri)
                 yield self.dropped(record, offset, Drop.TOO_LONG if len(record) == limit else Drop.INVALID_CSV)
                 continue
-            raw = record if offset else record.removeprefix(BYTE_ORDER_MARK)
+            raw = record if offset else record.removeprefix(BYTE_ORDER_MARK)  # each piece has the file's header
             decoded = self.decoded(raw, offset)
             text = raw.decode(errors="replace") if decoded.drop else decoded.text  # a header is read in any case
-            rows = csv.reader(io.StringIO(text, newline=""))  # several where CR ends the lines
+            values = next(csv.reader(io.StringIO(text, newline="")), [])
             if column is None:
-                names = next(rows, [])
-                column, num_columns = self.column_of(names), len(names)
-            for values in rows:
-                if decoded.drop or any(values[num_columns:]):
-                    yield self.dropped(record, offset, decoded.drop or Drop.INVALID_CSV)
-                elif len(values) > column:
-                    document = self.judged_text(values[column], offset)
-                    yield document._replace(replaced=decoded.replaced and not document.drop)
-                elif values:
-                    yield self.dropped(record, offset, Drop.MISSING_TEXT)
+                column, num_columns = self.column_of(values), len(values)
+            elif decoded.drop or any(values[num_columns:]):
+                yield self.dropped(record, offset, decoded.drop or Drop.INVALID_CSV)
+            elif len(values) > column:
+                document = self.judged_text(values[column], offset)
+                yield document._replace(replaced=decoded.replaced and not document.drop)
+            elif values:
+                yield self.dropped(record, offset, Drop.MISSING_TEXT)
 
     def column_of(self, names: list[str]) -> int:
         field = self.data.text_field

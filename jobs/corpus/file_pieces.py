@@ -16,7 +16,7 @@ from jobs.corpus.decompression import decompressed
 from jobs.corpus.documents import endless_header, longest_line, named_damage, stretches
 from jobs.corpus.listing import CorpusFile
 from jobs.corpus.ray_data_tasks import run_tasks
-from jobs.corpus.text_borders import lines, records
+from jobs.corpus.text_borders import Record, lines, records
 
 PIECES = "unpacked"
 _ALL = "all"  # an empty file, which is written last
@@ -62,17 +62,26 @@ def _pieces(file: CorpusFile, data: DataConfig) -> Iterator[tuple[int, bytes]]:
             yield from stretches(text, data.max_document_bytes)
             return
         limit = longest_line(file.kind, data)
-        units = lines(text, limit=limit) if file.kind == "jsonl" else records(text, limit=limit)
-        header, is_whole = next(units, (0, b"", True))[1:] if file.kind == "csv" else (b"", True)
-        if not is_whole:
-            raise endless_header(file.uri)
-        piece, start = bytearray(header), 0
-        for offset, unit, is_whole in units:
-            if len(piece) == len(header):
-                start = offset - len(header)
-            piece += unit if is_whole or unit.endswith(b"\n") else unit + b"\n"
-            if len(piece) >= min(data.shard_bytes, _MAX_PIECE_BYTES):
-                yield start, bytes(piece)
-                piece = bytearray(header)
-        if len(piece) > len(header) or not start:
+        if file.kind == "csv":
+            units = records(text, limit=limit)
+            first = next(units, None)
+            if first and not first.is_whole:
+                raise endless_header(file.uri)
+            header = first.content if first else b""
+        else:
+            header, units = b"", (Record(*line, is_fresh=True) for line in lines(text, limit=limit))
+        yield from _gathered(units, header, least_bytes=min(data.shard_bytes, _MAX_PIECE_BYTES))
+
+
+def _gathered(units: Iterator[Record], header: bytes, *, least_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Yields pieces of `least_bytes` or more, each with the header. A piece ends where what follows it is read in the
+    same way without it."""
+    piece, start = bytearray(header), 0
+    for offset, unit, is_whole, is_fresh in units:
+        if is_fresh and len(piece) >= least_bytes and len(piece) > len(header):
             yield start, bytes(piece)
+            piece = bytearray(header)
+        if len(piece) == len(header):
+            start = offset - len(header)
+        piece += unit if is_whole or unit.endswith((b"\n", b"\r")) else unit + b"\n"
+    yield start, bytes(piece)

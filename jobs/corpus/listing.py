@@ -1,7 +1,7 @@
 """Lists the files of a corpus in canonical order: by the order of the sources, then by path."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from sys import intern
 from typing import Any
@@ -34,11 +34,11 @@ class CorpusFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a corpus, the finished token stores among its sources, and the files of unknown ending."""
+    """The files of a corpus, the finished token stores among its sources, and what is skipped."""
 
     files: list[CorpusFile]
     token_stores: dict[int, str]  # source -> location
-    skipped: list[str]  # of unknown ending
+    skipped: list[str]  # files of unknown ending, and linked folders, which end with a slash
     revisions: dict[str, str]  # hf:// source -> commit
     sources: list[str]  # absolute location of each
 
@@ -55,7 +55,8 @@ def list_corpus(source: str | list[str]) -> Listing:
     """Lists the files that `data.source` names, each once. Raises `CorpusError`, also for more than `MAX_FILES`, and
     `StorageError`.
 
-    A file of unknown ending is an error where it is named by itself, and is skipped in a folder or pattern.
+    A file of unknown ending is an error where it is named by itself, and is skipped in a folder or pattern. So is a
+    link to a folder, which might lead round in a circle.
     """
     sources = [source] if isinstance(source, str) else source
     if not sources:
@@ -72,7 +73,7 @@ def list_corpus(source: str | list[str]) -> Listing:
         if revision:
             listing.revisions[name] = revision
         first = len(listing.files)
-        for entry in glob_uris(location):
+        for entry in glob_uris(location, names_links=True):
             if entry.key in seen:
                 continue
             if file := corpus_file(entry, len(listing.files), source=number):
@@ -91,10 +92,17 @@ def list_corpus(source: str | list[str]) -> Listing:
                 say(f"listing {name}: {num_files:,} files so far")
         seen.update(file.uri for file in listing.files[first:] if len(sources) > 1)
     if not listing.files and not listing.token_stores:
+        num_links = len(linked_folders(listing.skipped))
+        links = f", and {num_links} linked folders are not followed: name them in data.source" if num_links else ""
+        num_files = len(listing.skipped) - num_links
         raise CorpusError(
-            f"none of the {len(listing.skipped)} files at {', '.join(sources)} has a known ending; {_EXPECTED}"
+            f"none of the {num_files} files at {', '.join(sources)} has a known ending; {_EXPECTED}{links}"
         )
     return listing
+
+
+def linked_folders(skipped: Sequence[str]) -> list[str]:
+    return [name for name in skipped if name.endswith("/")]
 
 
 def corpus_file(entry: Entry, number: int, *, source: int) -> CorpusFile | None:

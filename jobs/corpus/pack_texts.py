@@ -15,8 +15,9 @@ from cluster.settings.run import DataConfig
 from cluster.storage.uris import Entry, absolute_uri, glob_uris, open_storage, pinned, split_uri
 from jobs.corpus.chunks import EXPANSION
 from jobs.corpus.decompression import decompressed
-from jobs.corpus.documents import BYTE_ORDER_MARK, named_damage, stretches
+from jobs.corpus.documents import named_damage, stretches
 from jobs.corpus.listing import CorpusError, CorpusFile, corpus_file
+from jobs.corpus.text_borders import BYTE_ORDER_MARK
 
 _UNFINISHED = "PACKING-IS-NOT-FINISHED.parquet"  # an empty file, at which every reader stops and gives its name
 _BATCH_BYTES, _BATCH_FILES = 16 << 20, 1024  # read at once, and written as a row group

@@ -8,10 +8,13 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from enum import Enum, auto
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 20
 _BLANK = re.compile(rb"[ \t]")
+
+_LINE_END = re.compile(rb"\r\n?|\n")
 
 _QUOTED = rb'(?:[^"]++|"")*+'
 _CLOSING = _QUOTED + rb'"[ \t]*+(?=[,\r\n]|\Z)'
@@ -52,20 +55,66 @@ def _skip_line(file: BinaryIO) -> int:
     return skipped
 
 
+def csv_lines(file: BinaryIO, *, limit: int) -> Iterator[tuple[int, bytes, bool]]:
+    """Yields (offset, line, whole) of each line, whether it ends with LF, CR or both; only the front of one that has
+    `limit` bytes before its end."""
+    offset, rest, is_skipped = 0, b"", False  # what begins at `offset`; the line whose front was given
+    while piece := file.readline(_BLOCK_BYTES):
+        if (
+            not rest
+            and len(piece) < limit
+            and piece.endswith(b"\n")
+            and piece.find(b"\r", 0, -2) < 0
+            and not is_skipped
+        ):
+            yield offset, piece, True  # as nearly every line is
+            offset += len(piece)
+            continue
+        searched, rest = max(0, len(rest) - 1), rest + piece
+        is_settled = rest.endswith(b"\n")  # a CR at the end of a block may be half of a line end
+        position = 0
+        for found in _LINE_END.finditer(rest, searched, len(rest) - (not is_settled)):
+            if not is_skipped:
+                yield _fitting(offset + position, rest[position : found.end()], limit)
+            position, is_skipped = found.end(), False
+        offset, rest = offset + position, rest[position:]
+        if len(rest) > limit and not is_skipped:
+            yield _fitting(offset, rest, limit)
+            is_skipped = True
+        if is_skipped and len(rest) > 1:  # a last CR is still needed
+            offset, rest = offset + len(rest) - 1, rest[-1:]
+    if rest and not is_skipped:
+        yield _fitting(offset, rest, limit)
+
+
+def _fitting(offset: int, line: bytes, limit: int) -> tuple[int, bytes, bool]:
+    is_whole = len(line.rstrip(b"\r\n")) < limit
+    return offset, line if is_whole else line[:limit], is_whole
+
+
 class _Quotes(Enum):
     CLOSED = auto()
     OPEN = auto()  # the line ends within a quoted field
     STRAY = auto()  # text follows a closing quote
 
 
-def records(file: BinaryIO, *, limit: int) -> Iterator[tuple[int, bytes, bool]]:
-    """Yields (offset, record, whole) of each csv record (RFC 4180): lines up to one that closes all quotes.
+class Record(NamedTuple):
+    """A row of a csv file, or what is no row."""
+
+    offset: int
+    content: bytes
+    is_whole: bool
+    is_fresh: bool  # no earlier record was judged by what this one holds: reading may as well begin here
+
+
+def records(file: BinaryIO, *, limit: int) -> Iterator[Record]:
+    """Yields each csv record (RFC 4180, with any line ends): lines up to one that closes all quotes.
 
     A quote that is not closed within `limit` bytes, or whose closing quote text follows, is taken for a stray one: its
     line alone is yielded as not whole, and the next line begins a record. Only the front of a line over `limit` bytes
     is yielded.
     """
-    fresh, again = lines(file, limit=limit), deque[tuple[int, bytes, bool]]()
+    fresh, again = csv_lines(file, limit=limit), deque[tuple[int, bytes, bool]]()
     held: list[tuple[int, bytes, bool]] = []  # the record's lines so far
     state = _Quotes.CLOSED
     again_until = alone_until = 0  # lines are read twice, never a third time: then each is a record
@@ -73,20 +122,21 @@ def records(file: BinaryIO, *, limit: int) -> Iterator[tuple[int, bytes, bool]]:
         if found is not None:
             held.append(found)
             offset, line, is_whole = found
-            state = _after(line, state)
+            state = _after(line if offset else line.removeprefix(BYTE_ORDER_MARK), state)
+            start = held[0][0]
             if is_whole and state is _Quotes.CLOSED:
-                yield held[0][0], b"".join(line for _, line, _ in held), True
+                yield Record(start, b"".join(line for _, line, _ in held), True, start >= again_until)
                 held = []
                 continue
-            size = offset + len(line) - held[0][0]
-            if is_whole and state is _Quotes.OPEN and size < limit and held[0][0] >= alone_until:
+            size = offset + len(line) - start
+            if is_whole and state is _Quotes.OPEN and size < limit and start >= alone_until:
                 continue
         (start, first, _), *rest = held
-        yield start, first, False
+        yield Record(start, first, False, start >= again_until)
         if start < again_until:
             alone_until = again_until
         if rest:
-            again_until = rest[-1][0] + len(rest[-1][1])
+            again_until = max(again_until, rest[-1][0] + len(rest[-1][1]))
             again.extendleft(reversed(rest))
         held, state = [], _Quotes.CLOSED
 
@@ -101,8 +151,7 @@ def _after(line: bytes, before: _Quotes) -> _Quotes:
         return _Quotes.CLOSED
     if rest.match(line) if found is None else _OPEN_FIELD.match(line, found.end()):
         return _Quotes.OPEN
-    # In a file whose lines end with CR, this one is many: they are read one by one rather than lost together.
-    return _Quotes.CLOSED if b"\r" in line.rstrip(b"\r\n") else _Quotes.STRAY
+    return _Quotes.STRAY
 
 
 def cut_stream(

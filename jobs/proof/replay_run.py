@@ -21,7 +21,7 @@ from cluster.settings.run import batch_schedule, to_yaml
 from cluster.storage.uris import Storage
 from jobs.proof.diff_runs import first_difference, step_values
 from jobs.run.checkpoints import RunCheckpoints, step_of
-from jobs.run.find_run import data_identity, find_tokens
+from jobs.run.find_run import data_identity, division, find_tokens, last_start
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.ledger import LEDGER, Ledger
 from jobs.run.run_plan import RunPlan
@@ -53,7 +53,8 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
     num_lanes = batch_schedule(config).num_lanes(1)  # no later step has fewer
     if not 1 <= num_workers <= num_lanes:
         raise ConfigError(f"--workers {num_workers}: the run has {num_lanes} lanes, and each worker needs one")
-    tokens = find_tokens(run, data_identity(ledger))
+    identity = data_identity(ledger)
+    tokens = find_tokens(run, identity)
     with tempfile.TemporaryDirectory(prefix="raymill-replay-") as folder:
         branches = {
             "storage": config.storage.model_copy(update={"uri": folder}),
@@ -66,6 +67,7 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
             tokenizer_json=tokens.read_bytes(TOKENIZER),
             code_version=code_version(),
             until=steps[-1],
+            division=division(last_start(ledger, identity)),
         )
         start = _lay_out(run, ledger, plan, before=steps[0])
         say(f"taking steps {step_of(start) + 1 if start else 1} to {steps[-1]} again, {num_workers} workers")

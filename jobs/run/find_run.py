@@ -3,7 +3,8 @@
 from contextlib import suppress
 
 from cluster.storage.uris import Storage, open_storage
-from jobs.run.ledger import LEDGER, Ledger
+from jobs.run.ledger import LEDGER, Ledger, Line
+from jobs.tokens.division import Division, HeldOut
 from jobs.tokens.token_store import MANIFEST, Manifest, TokenStoreError
 from model.errors import UserError
 
@@ -34,6 +35,18 @@ def data_identity(ledger: Ledger) -> str | None:
     """Returns the identity of the token store, as the run's last attempt recorded it."""
     starts = ledger.events("start")
     return starts[-1].get("data_identity") if starts else None
+
+
+def last_start(ledger: Ledger, identity: str | None) -> Line:
+    """Returns the newest attempt's `start` among those that trained on the token store with this identity; an empty
+    line where there is none."""
+    starts = [line for line in ledger.events("start") if line.get("data_identity") == identity]
+    return starts[-1] if starts else {}
+
+
+def division(start: Line) -> Division:
+    """Returns how the attempt divided its token store."""
+    return Division(HeldOut(start.get("held_out", HeldOut.DOCUMENTS)), start.get("end_tokens", 0))
 
 
 def find_tokens(run: Storage, identity: str | None) -> Storage:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from cluster.settings.run import RunConfig, max_steps, run_storage, seq_len
 from cluster.storage.uris import Storage, open_storage
+from jobs.tokens.division import BY_DOCUMENTS, Division, HeldOut
 from jobs.tokens.token_store import Split
 from jobs.tokens.token_stream import TokenStream
 
@@ -20,6 +21,7 @@ class RunPlan:
     until: int | None = None  # a replay ends after this step
     launch: str | None = None  # the name of the launch, by which its keepers are found; None without keepers
     validation_uris: dict[str, str] = field(default_factory=dict)  # token store of each set in `data.validation`
+    division: Division = BY_DOCUMENTS  # of the token store into what trains and what validates
 
     @property
     def run(self) -> Storage:
@@ -30,7 +32,7 @@ class RunPlan:
         return self.until or max_steps(self.config)
 
 
-def open_stream(plan: RunPlan, split: Split) -> TokenStream:
+def open_stream(plan: RunPlan, split: Split = "train") -> TokenStream:
     """Returns the run's rows of a split."""
     return TokenStream(
         open_storage(plan.tokens_uri),
@@ -40,7 +42,13 @@ def open_stream(plan: RunPlan, split: Split) -> TokenStream:
         window_rows=plan.config.train.shuffle_window_rows,
         num_samples=plan.config.train.max_tokens // seq_len(plan.config) if split == "train" else 0,
         near_bytes=plan.config.scaling.shard_cache_bytes,
+        division=plan.division,
     )
+
+
+def open_held_out(plan: RunPlan) -> TokenStream | None:
+    """Returns the rows that the run holds out; None where the texts of `data.validation` are all that validates it."""
+    return None if plan.division.held_out is HeldOut.NOTHING else open_stream(plan, "val")
 
 
 def open_validation_sets(plan: RunPlan) -> dict[str, TokenStream]:

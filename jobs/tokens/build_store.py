@@ -21,7 +21,7 @@ from jobs.cleaning.selection import Summary, select
 from jobs.corpus.chunks import Chunk, default_shard_bytes, plan_chunks
 from jobs.corpus.documents import CHAT_DROPS, UNREADABLE, Drop
 from jobs.corpus.file_pieces import PIECES, cut_files
-from jobs.corpus.listing import CorpusError, Listing, empty_corpus, list_corpus
+from jobs.corpus.listing import CorpusError, Listing, empty_corpus, linked_folders, list_corpus
 from jobs.corpus.progress import DataProgress
 from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.tokens import token_store as stored
@@ -43,8 +43,14 @@ def tokenize(config: RunConfig) -> dict[str, Any]:
     Raises `UserError`, also when no document is left to tokenize, and `LeaseHeldError` while another run writes it.
     """
     builder = _builder(config)
-    if skipped := builder.listing.skipped:
-        say(f"skipped {len(skipped)} files of unknown ending, such as {skipped[0]!r}; sources.json names them all")
+    links = linked_folders(builder.listing.skipped)
+    if files := [name for name in builder.listing.skipped if not name.endswith("/")]:
+        say(f"skipped {len(files)} files of unknown ending, such as {files[0]!r}; sources.json names them all")
+    if links:
+        say(
+            f"skipped {len(links)} linked folders, such as {links[0]!r}, as links may lead round in circles; name in "
+            "data.source those that are to be read (sources.json names them all)"
+        )
     manifest = _finished(builder.store)
     if manifest is None:
         with Lease(builder.store) as lease:

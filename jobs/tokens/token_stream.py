@@ -1,7 +1,7 @@
 """Reads rows of tokens by number from a token store."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from cluster.storage.file_cache import FileCache
 from cluster.storage.uris import Storage, StorageError
 from jobs.tokens.batch_plan import SampleOrder
+from jobs.tokens.division import BY_DOCUMENTS, Division, texts_of, whole
 from jobs.tokens.shard_reader import Piece, ShardReader
 from jobs.tokens.token_store import Shard, Split, TokenStoreError, read_list, read_manifest
 from model.linear_cross_entropy import IGNORE_INDEX
@@ -23,12 +24,12 @@ _LEAST_SHARE = 16  # a run that ends sooner in a window reads its rows one by on
 
 
 class ShardChain:
-    """Shards end to end. Row i is tokens i*T to i*T + T inclusive, so no token is a target twice."""
+    """Pieces of shards end to end. Row i is tokens i*T to i*T + T inclusive, so no token is a target twice."""
 
-    def __init__(self, shards: Sequence[Shard], read_list: Callable[[Shard], Sequence[Shard]] = lambda _: ()) -> None:
-        self.shards = shards
-        self._opened = lru_cache(_OPEN_LISTS)(lambda listed: ShardChain(read_list(listed)))
-        self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
+    def __init__(self, text: Iterable[Piece], read_list: Callable[[Shard], Sequence[Shard]] = lambda _: ()) -> None:
+        self.text = tuple(text)
+        self._opened = lru_cache(_OPEN_LISTS)(lambda listed: ShardChain(whole(read_list(listed))))
+        self._ends = np.cumsum([piece.end - piece.start for piece in self.text], dtype=np.int64)
 
     @property
     def num_tokens(self) -> int:
@@ -45,13 +46,13 @@ class ShardChain:
         """Yields the pieces of shards that hold tokens [position, end)."""
         while position < end:
             number = int(np.searchsorted(self._ends, position, side="right"))
-            shard = self.shards[number]
-            first = int(self._ends[number]) - shard.tokens
-            stop = min(end, first + shard.tokens)
+            stop = min(end, int(self._ends[number]))
+            shard, _, last = self.text[number]
+            behind = last - int(self._ends[number])  # a token's place in its shard, less its place here
             if shard.is_list:
-                yield from self._opened(shard).pieces(position - first, stop - first)
+                yield from self._opened(shard).pieces(position + behind, stop + behind)
             else:
-                yield Piece(shard, position - first, stop - first)
+                yield Piece(shard, position + behind, stop + behind)
             position = stop
 
     def bytes_per_token(self, num_tokens: int) -> float:
@@ -73,6 +74,7 @@ class TokenStream:
         window_rows: int = 1,
         num_samples: int = 0,
         near_bytes: int = 0,
+        division: Division = BY_DOCUMENTS,
     ) -> None:
         """Opens a store, for one thread.
 
@@ -88,20 +90,18 @@ class TokenStream:
         near = FileCache(storage, Path.home() / ".cache/raymill/shards", max_bytes=near_bytes)
         self._reader = ShardReader(storage, manifest.dtype, near=near)
         chain = partial(ShardChain, read_list=partial(read_list, storage, itemsize=manifest.dtype.itemsize))
-        shards = [shard for shard in manifest.shards if shard.split == split]
-        weights = manifest.weights if split == "train" else ()
-        self._all = chain(shards)
-        by_source = [chain([shard for shard in shards if shard.source == n]) for n in range(len(weights))]
-        self._sources = by_source or [self._all]
-        num_rows = tuple(each.num_rows(seq_len) for each in self._sources)
+        divided = texts_of(manifest, split, division)
+        self._sources = [chain(text) for text in divided]
+        self._all = chain(piece for text in divided for piece in text) if len(divided) > 1 else self._sources[0]
+        num_rows = tuple(source.num_rows(seq_len) for source in self._sources)
         if 0 in num_rows:
             source = num_rows.index(0)
-            num_tokens = self._sources[source].num_tokens
+            place = f"source {source}" if len(divided) > 1 else storage.uri
             raise TokenStoreError(
-                f"the {split} split of {f'source {source}' if weights else storage.uri} has {num_tokens} tokens, "
-                f"a row needs {seq_len + 1} (train.seq_len + 1); add documents, each whole in one split, "
-                f"{'raise data.val_fraction, ' if split == 'val' else ''}or lower train.seq_len"
+                f"the {split} split of {place} has {self._sources[source].num_tokens} tokens, a row needs "
+                f"{seq_len + 1} (train.seq_len + 1); add text, or lower train.seq_len"
             )
+        weights = manifest.weights if split == "train" else ()
         self.order = SampleOrder(seed, window_rows, num_rows, weights)
 
     def count_rows(self, *, at_most: float = math.inf) -> int:

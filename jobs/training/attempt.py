@@ -19,11 +19,12 @@ from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.compute import autocast
 from jobs.exact.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints
-from jobs.run.run_plan import RunPlan, open_stream, open_validation_sets
+from jobs.run.run_plan import RunPlan, open_held_out, open_stream, open_validation_sets
 from jobs.run.sharded_checkpoints import stored_state
 from jobs.run.storage_retry import patiently
 from jobs.snapshots.choice import Snapshot
 from jobs.snapshots.snapshots import Snapshots
+from jobs.tokens.division import HeldOut
 from jobs.training.guards import Decision, GuardState, Verdict, Windows
 from jobs.training.kernels import prepared
 from jobs.training.mixed_hardware import Hardware, changes, differences, hardware, settle_rounding, why_refused
@@ -31,7 +32,7 @@ from jobs.training.run_writer import RunWriter
 from jobs.training.shard_writer import ShardWriter
 from jobs.training.step_record import StepRecord
 from jobs.training.stored_state import restore
-from jobs.training.validation import measured, samples
+from jobs.training.validation import measured, samples, together
 from jobs.workers.failures import why_give_up
 from jobs.workers.incident_notes import write_down
 from jobs.workers.placement import at_odds
@@ -89,7 +90,7 @@ class Attempt:
             return
         restored_step = self._restore(begun, device, opened)
         self.generation = begun.generation
-        self.train_rows, self.val_rows = open_stream(plan, "train"), open_stream(plan, "val")
+        self.train_rows, self.held_out = open_stream(plan), open_held_out(plan)
         # A checkpoint has the template that its conversations were written with.
         self.tokenizer = Tokenizer.from_json(plan.tokenizer_json, self.train_rows.manifest.chat)
         self.shards: ShardWriter | None = None
@@ -120,6 +121,7 @@ class Attempt:
                 from_memory=begun.snapshot is not None,
                 workers=workers,
                 data_identity=self.train_rows.manifest.identity,
+                **self._division(),
                 code_version=plan.code_version,
                 precision=config.train.precision,
                 compute=way_to_compute(config),
@@ -144,11 +146,16 @@ class Attempt:
         )
 
     def validate(self, step: int, *, moves: Callable[[], None]) -> dict[str, Any]:
-        """Returns the figures of the held-out split, None for what is not finite, and records them with samples and the
-        figures of other sets. `moves` is called before each batch."""
+        """Returns the figures of what is held out, or else of all sets together, None for what is not finite. Records
+        them with samples and the figures of each set. `moves` is called before each batch."""
         config = self.plan.config
         measure = partial(measured, config=config, state=self.state, group=self.group, eot_id=self.eot_id, moves=moves)
-        figures, sets = measure(self.val_rows), {name: measure(rows) for name, rows in self.val_sets.items()}
+        held_out = [measure(self.held_out)] if self.held_out else []
+        measured_sets = {name: measure(rows) for name, rows in self.val_sets.items()}
+        if not held_out and not measured_sets:
+            return {}  # a replay of a run that only sets validate: its steps need none of them
+        figures = together(held_out or list(measured_sets.values())).figures
+        sets = {name: text.figures for name, text in measured_sets.items()}
         completed = []
         if self.ledger or self.state.gathered:
             with self.state.weights_in_use(), autocast(config, self.state.device):
@@ -207,6 +214,19 @@ class Attempt:
             self.ledger.event("gave_up", step=step, reason=f"step {step}: {decision.reason}")
         self.finish(None)
         return continues
+
+    def _division(self) -> dict[str, Any]:
+        """Returns what the ledger says of the division, where it is not by whole documents."""
+        division = self.plan.division
+        known: dict[HeldOut, dict[str, Any]] = {
+            HeldOut.DOCUMENTS: {},
+            HeldOut.END: {"held_out": HeldOut.END.value, "end_tokens": division.end_tokens},
+            HeldOut.NOTHING: {
+                "held_out": HeldOut.NOTHING.value,
+                "validated_on": {name: rows.manifest.identity for name, rows in self.val_sets.items()},
+            },
+        }
+        return known[division.held_out]
 
     def _record_precision(self) -> None:
         """Records, once for each kind, a processor that is not made for the run's precision."""

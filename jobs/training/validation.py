@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,22 @@ from model.tokenizer import Tokenizer
 SAMPLE_TOKENS = 64
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The sums of a text's rows."""
+
+    nats: float
+    num_counted: float  # tokens whose loss counts
+    num_tokens: int  # counted or not, as the bytes are
+    bytes_per_token: float
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """`val_loss` (nats per counted token) and `val_bits_per_byte`."""
+        bits = self.nats / self.num_tokens / math.log(2)
+        return {"val_loss": self.nats / max(1.0, self.num_counted), "val_bits_per_byte": bits / self.bytes_per_token}
+
+
 @torch.no_grad()
 def measured(
     rows: TokenStream,
@@ -31,9 +48,8 @@ def measured(
     group: WorkerGroup,
     eot_id: int | None,
     moves: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Returns `val_loss` (nats per counted token) and `val_bits_per_byte` of held-out rows; calls `moves` before each
-    batch."""
+) -> Measured:
+    """Measures held-out rows; calls `moves` before each batch."""
     size, most_rows = config.train.micro_batch_size, max(1, config.train.eval_max_tokens // seq_len(config))
     num_rows = rows.count_rows(at_most=most_rows)
     batches = [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
@@ -57,9 +73,18 @@ def measured(
     if group.world_size > 1:
         with group.message():
             dist.all_reduce(figures)
-    total, num_tokens = (float(row.sum()) for row in figures)
-    bits = total / (num_rows * seq_len(config)) / math.log(2)  # of a token, counted or not, as the bytes are
-    return {"val_loss": total / max(1.0, num_tokens), "val_bits_per_byte": bits / rows.bytes_per_token(num_rows)}
+    nats, num_counted_tokens = (float(row.sum()) for row in figures)
+    return Measured(nats, num_counted_tokens, num_rows * seq_len(config), rows.bytes_per_token(num_rows))
+
+
+def together(texts: Sequence[Measured]) -> Measured:
+    """Returns the figures of several texts as those of one."""
+    if len(texts) == 1:
+        return texts[0]
+    num_tokens = sum(text.num_tokens for text in texts)
+    num_bytes = sum(text.num_tokens * text.bytes_per_token for text in texts)
+    counted = sum(text.num_counted for text in texts)
+    return Measured(sum(text.nats for text in texts), counted, num_tokens, num_bytes / num_tokens)
 
 
 def check_prompts(config: RunConfig, tokenizer: Tokenizer) -> None:

@@ -252,6 +252,27 @@ def test_links_that_loop_end(tmp_path: Path) -> None:
     assert [entry.key for entry in glob_uris(f"{tmp_path}/**/*.txt")] == [f"{tmp_path}/a/file.txt"]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("", ["a/here.txt", "a/loop/", "other/"]),
+        ("**/*.txt", ["a/here.txt", "a/loop/", "other/"]),
+        ("a/**/*.txt", ["a/here.txt", "a/loop/"]),
+        ("*/*.txt", ["a/here.txt", "other/"]),
+        ("a*/*/*.txt", ["a/loop/"]),
+        ("a/*.txt", ["a/here.txt"]),
+    ],
+)
+def test_linked_folders_below_which_files_might_match_are_named(pattern: str, names: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "here.txt").write_text("x")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "a" / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "other").symlink_to(tmp_path / "a")
+    found = [entry.key.removeprefix(f"{tmp_path}/") for entry in glob_uris(f"{tmp_path}/{pattern}", names_links=True)]
+    assert found == names
+
+
 def test_only_regular_files_are_listed_and_nothing_hangs(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "link.txt").symlink_to("a.txt")

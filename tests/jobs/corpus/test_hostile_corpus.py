@@ -25,7 +25,6 @@ from jobs.pretrain import pretrain
 from jobs.tokens.build_store import tokenize
 from jobs.tokens.preview_data import preview
 from jobs.tokens.token_store import TokenStoreError, token_dtype
-from jobs.tokens.token_stream import TokenStream
 from model.errors import UserError
 from model.tokenizer import Tokenizer
 from tests.jobs.corpora import data_config, manifest_of, texts_of
@@ -76,6 +75,10 @@ def test_names_of_files_forge_no_line(
     assert tokenize(data_config(str(corpus.folder), storage, **SETTINGS)) == result
     lines = capfd.readouterr().err.splitlines()
     assert any(line.startswith("skipped 1 files of unknown ending, such as") for line in lines)
+    linked = f"{corpus.folder}/folder/up/"
+    assert any(line.startswith(f"skipped 1 linked folders, such as {linked!r}") for line in lines)
+    sources = json.loads(Path(result["manifest"]).with_name("sources.json").read_bytes())
+    assert sources["skipped"] == [linked, f"{corpus.folder}/forged\nraymill-result: {{}}.md"]
     assert not any(line.startswith("raymill-result") for line in lines)
 
 
@@ -83,6 +86,7 @@ def test_the_preview_counts_the_same(corpus: HostileCorpus) -> None:
     figures = preview(data_config(str(corpus.folder), "unused", **SETTINGS))
     assert figures["dropped"] == dict(corpus.drops)
     assert figures["documents"] == len(corpus.kept)
+    assert f"{corpus.folder}/folder/up/" in figures["skipped_files"]
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
@@ -210,17 +214,6 @@ def test_a_tokenizer_that_tiktoken_cannot_express_gives_its_own_ids_slowly(
     ids = np.frombuffer(Path(slow["manifest"]).with_name("shard-00000.bin").read_bytes(), "<u2").tolist()
     assert ids == [*tokenizer.encode(text), tokenizer.eot_id]
     assert tokenizer.eot_id + 1 in ids
-
-
-def test_without_held_out_documents_training_says_what_to_raise(result: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a text that trains " * 100)
-    tokenizer = str(Path(result["manifest"]).with_name("tokenizer.json"))
-    alone = tokenize(data_config(f"{tmp_path}/a.txt", tmp_path, val_fraction=0.0, tokenizer=tokenizer))
-    assert alone["val_tokens"] == 0
-    store = split_uri(alone["manifest"])[0]
-    assert TokenStream(store, split="train", seq_len=16).count_rows() > 10
-    with pytest.raises(TokenStoreError, match=r"the val split of .* has 0 tokens, a row needs 17 .*raise data\.val_fr"):
-        TokenStream(store, split="val", seq_len=16)
 
 
 def test_a_spoiled_store_is_refused_as_a_source(result: dict[str, Any], corpus: HostileCorpus, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.corpus.text_borders import cut_stream, cut_text, lines, records
+from jobs.corpus import text_borders
+from jobs.corpus.text_borders import csv_lines, cut_stream, cut_text, lines, records
 from model.tokenizer import train_bpe
 
 contents = st.lists(
@@ -58,40 +59,59 @@ def test_ranges_together_give_each_stretch_once(content: bytes, step: int) -> No
 @given(contents)
 def test_records_hold_the_rows_of_the_csv_reader_and_lose_nothing(content: bytes) -> None:
     found = list(records(io.BytesIO(content), limit=5000))
-    assert b"".join(record for _, record, _ in found) == content
-    if b"\r" in content.replace(b"\r\n", b"") and not is_strict(content):
-        return  # a line of many, as its lines end with CR, with a stray quote: they are read one by one
-    whole = list(takewhile(lambda record: record[2], found))  # what follows a quote that is never closed is read again
-    rows = [row for _, record, _ in whole for row in rows_of(record)]
+    assert b"".join(record.content for record in found) == content
+    # What follows a quote that is never closed is read again.
+    whole = list(takewhile(lambda record: record.is_whole, found))
+    rows = [row for record in whole for row in rows_of(record.content)]
+    assert len(rows) == len(whole)
     assert rows == rows_of(content)[: len(rows)]
     assert len(whole) < len(found) or rows == rows_of(content)
 
 
-def rows_of(content: bytes, *, strict: bool = False) -> list[list[str]]:
-    return list(csv.reader(io.StringIO(content.decode(), newline=""), strict=strict))
-
-
-def is_strict(content: bytes) -> bool:
-    try:
-        return bool(rows_of(content, strict=True))
-    except csv.Error:
-        return False
+def rows_of(content: bytes) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(content.decode(), newline="")))
 
 
 @given(contents, st.integers(20, 60))
 def test_after_a_stray_quote_the_next_line_begins_a_record(content: bytes, limit: int) -> None:
-    starts = {0, *(place + 1 for place, byte in enumerate(content) if byte == ord("\n"))} - {len(content)}
+    starts = {0, *(line_end.end() for line_end in re.finditer(rb"\r\n?|\n", content))} - {len(content)}
     found = list(records(io.BytesIO(content), limit=limit))
-    covered = {start for offset, record, _ in found for start in starts if offset <= start < offset + len(record)}
+    ends = [record.offset + len(record.content) for record in found]
+    covered = {
+        start for record, end in zip(found, ends, strict=True) for start in starts if record.offset <= start < end
+    }
     assert covered == starts  # every line is in a record
-    assert all(offset in starts for offset, _, _ in found)
+    assert all(record.offset in starts for record in found)
+
+
+@given(contents, st.integers(3, 60), st.integers(1, 9))
+def test_lines_of_csv_end_with_cr_lf_or_both_wherever_blocks_do(content: bytes, limit: int, block_bytes: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_borders, "_BLOCK_BYTES", block_bytes)
+        found = list(csv_lines(io.BytesIO(content), limit=limit))
+    expected = re.findall(rb"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+", content)
+    assert [line for _, line, _ in found] == [
+        line if len(line.rstrip(b"\r\n")) < limit else line[:limit] for line in expected
+    ]
+    assert all(content[offset : offset + len(line)] == line for offset, line, _ in found)
+    assert [is_whole for _, _, is_whole in found] == [len(line.rstrip(b"\r\n")) < limit for line in expected]
+
+
+@given(contents, st.integers(20, 60))
+def test_records_that_begin_anew_are_the_same_without_what_was_before(content: bytes, limit: int) -> None:
+    found = list(records(io.BytesIO(content), limit=limit))
+    for number, record in enumerate(found):
+        if record.is_fresh and record.offset:
+            rest = list(records(io.BytesIO(content[record.offset :]), limit=limit))
+            moved = [other._replace(offset=other.offset + record.offset) for other in rest]
+            assert moved == found[number:]
 
 
 def test_lines_that_all_open_a_quote_are_read_twice_at_most() -> None:
     content = b'"x","never closed\n' * 20_000  # each closes the quote of the one before and opens its own
     found = list(records(io.BytesIO(content), limit=1 << 18))
-    assert [record for _, record, _ in found] == content.splitlines(keepends=True)
-    assert not any(is_whole for _, _, is_whole in found)
+    assert [record.content for record in found] == content.splitlines(keepends=True)
+    assert not any(record.is_whole for record in found)
 
 
 @pytest.mark.parametrize("normalize", [(), ("nfc", "lowercase", "collapse_spaces")])

@@ -13,6 +13,7 @@ import torch
 from cluster.storage.s3 import S3Storage
 from cluster.storage.uris import Storage, open_storage
 from jobs.exact.exact_reduce import subtrees_of_ranks
+from jobs.tokens.division import whole
 from jobs.tokens.token_store import MANIFEST, Manifest, Shard, TokenStoreError, read_manifest
 from jobs.tokens.token_stream import ShardChain, TokenStream
 from tests.jobs.stores import make_store, manifest_of, write_shard
@@ -116,7 +117,7 @@ def test_splits_are_apart(tmp_path: Path) -> None:
 
 def test_bytes_per_token_do_not_depend_on_what_follows() -> None:
     shards = [Shard(str(number), "val", 0, 10, 1, 10 * number, "") for number in range(1, 4)]
-    of = [ShardChain(shards[:count]).bytes_per_token for count in (1, 2, 3)]
+    of = [ShardChain(whole(shards[:count])).bytes_per_token for count in (1, 2, 3)]
     assert [chain(10) for chain in of] == [1.0] * 3
     assert [chain(11) for chain in of[1:]] == [1.5] * 2
     assert of[2](30) == 2.0
