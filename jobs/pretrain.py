@@ -171,7 +171,7 @@ def _trainer(plan: RunPlan, address: str) -> Trainer:
     is_elastic = scaling.min_workers < scaling.max_workers
     settings = read_table(__file__, "pretrain")
     os.environ |= settings["all"] | (settings["elastic"] if is_elastic else {})
-    callbacks = [FailureRecorder(plan), SignalListener(), Drains(), NodeLosses(is_elastic=is_elastic)]
+    callbacks = [FailureRecorder(plan), SignalListener(), Drains(), NodeLosses(is_elastic=is_elastic, address=address)]
     return Trainer(
         train_worker,
         run_uri=plan.run.uri,

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from jobs.workers.failures import OpenGroupError, is_lost_peer, one_line
+from jobs.workers.gloo_connections import Connection, cut, open_connections
 from jobs.workers.worker_group import Meeting
 from model.tables import read_table
 
@@ -75,6 +76,7 @@ class Rendezvous:
         self._store = self._open_store()
         self._rank, self._world_size, self._use_gpu = rank, world_size, use_gpu
         self._is_waiting, self._progress, self._max_fruitless = is_waiting, progress, max_fruitless
+        self._connections: set[Connection] = set()  # that the workers of the round opened to each other
         self._id = secrets.token_hex(8)
         self._store.compare_set("round", "", "0")
         self._store.compare_set(_FRUITLESS, "", json.dumps({"round": -1, "count": 0, "reason": ""}))
@@ -148,6 +150,7 @@ class Rendezvous:
     def _connect(self, meeting: Meeting, left: threading.Event) -> bool:
         threading.Thread(target=self._watch, args=(meeting, left), name="rendezvous", daemon=True).start()
         os.environ |= read_table(__file__, "rendezvous")
+        before = open_connections()
         try:
             dist.init_process_group(
                 backend(use_gpu=self._use_gpu),
@@ -164,6 +167,7 @@ class Rendezvous:
             self._count(meeting.number, is_fruitless=True, reason=one_line(str(error)))
             self._end(meeting.number)
             return False
+        self._connections = open_connections() - before
         return True
 
     def _watch(self, meeting: Meeting, left: threading.Event) -> None:
@@ -190,6 +194,7 @@ class Rendezvous:
     def _abort(self, meeting: Meeting) -> None:
         """Ends this worker's messages."""
         meeting.aborted.set()
+        cut(self._connections)
         if dist.group.WORLD is not None:
             self._within_bounds(dist.group.WORLD.abort)
 
