@@ -150,7 +150,8 @@ class Rendezvous:
     def _connect(self, meeting: Meeting, left: threading.Event) -> bool:
         threading.Thread(target=self._watch, args=(meeting, left), name="rendezvous", daemon=True).start()
         os.environ |= read_table(__file__, "rendezvous")
-        before = open_connections()
+        port = int(self._address.rpartition(":")[2])
+        before = open_connections(but_with=port)
         try:
             dist.init_process_group(
                 backend(use_gpu=self._use_gpu),
@@ -167,7 +168,7 @@ class Rendezvous:
             self._count(meeting.number, is_fruitless=True, reason=one_line(str(error)))
             self._end(meeting.number)
             return False
-        self._connections = open_connections() - before
+        self._connections = open_connections(but_with=port) - before
         return True
 
     def _watch(self, meeting: Meeting, left: threading.Event) -> None:
