@@ -202,7 +202,7 @@ def _trainer(plan: RunPlan, address: str, counts: Mapping[int, int]) -> Trainer:
     is_elastic = scaling.min_workers < scaling.max_workers
     settings = read_table(__file__, "pretrain")
     os.environ |= settings["all"] | (settings["elastic"] if is_elastic else {})
-    callbacks = [FailureRecorder(plan), SignalListener(), Drains(), NodeLosses(is_elastic=is_elastic)]
+    callbacks = [FailureRecorder(plan), SignalListener(), Drains(), NodeLosses(is_elastic=is_elastic, address=address)]
     return Trainer(
         train_worker,
         run=plan.run,

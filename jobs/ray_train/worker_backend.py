@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ray.train.torch import TorchConfig
@@ -25,10 +25,12 @@ from cluster.storage.uris import Storage
 from jobs.ray_train.cluster_view import gone_nodes, renew_view, wait_until_known
 from jobs.ray_train.lending_policy import LendingPolicy
 from jobs.workers.failures import is_lost_node
+from jobs.workers.round_end import RoundEnd
 
 _NO_PLACE_S = 6.0
 _STUCK_S = 15.0
 _DEATH_KNOWN_S = 20.0
+_RESCUE_S = 30.0  # at most: the others leave a step within two seconds, and then copy what no snapshot has
 _POLL_S = 0.5
 _SETTLED_S = 8.0
 
@@ -55,8 +57,9 @@ class WorkerBackend(TorchConfig):
 class NodeLosses(WorkerGroupCallback):
     """Makes Ray Train plan again, with the living nodes, when a node died or a worker's place is gone."""
 
-    def __init__(self, *, is_elastic: bool) -> None:
-        self._is_elastic = is_elastic
+    def __init__(self, *, is_elastic: bool, address: str) -> None:
+        """The workers meet at the address."""
+        self._is_elastic, self._address = is_elastic, address
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Ends the whole group with a node. While Ray Train replaces one worker, it fails for good if another one that
@@ -68,10 +71,31 @@ class NodeLosses(WorkerGroupCallback):
         gone = gone_nodes({workers[rank].metadata.node_id for rank in errors})
         if not gone and not any(is_lost_node(error) for error in errors.values()):
             return
+        self._let_survivors_rescue(lost=errors.keys())
         wait_until_known(gone, timeout_s=_DEATH_KNOWN_S)
         renew_view()
         for status in worker_group_status.worker_statuses.values():
             status.error = status.error or RuntimeError("Connection closed: the node of another worker has died")
+
+    def _let_survivors_rescue(self, *, lost: Collection[int]) -> None:
+        """Returns once each worker on a living node has left its step and put the state of the last completed one into
+        its node's memory: it is about to end with the group, and may have the only copy."""
+        workers = self._worker_group.get_workers()
+        group = self._worker_group.get_worker_group_state().placement_group_handle.placement_group.id.hex()
+        node_of_rank = {rank: worker.metadata.node_id for rank, worker in enumerate(workers) if rank not in lost}
+        deadline_s = time.monotonic() + _RESCUE_S
+        try:
+            round_end = RoundEnd(self._address, group=group, lost=lost)
+            while time.monotonic() < deadline_s:
+                staying = {rank: node for rank, node in node_of_rank.items() if not round_end.is_left_by(rank)}
+                if not set(staying.values()) - gone_nodes(staying.values()):
+                    return
+                time.sleep(_POLL_S)
+        except RuntimeError as error:
+            sys.stderr.write(f"the workers' meeting place does not answer, so they end without a rescue: {error}\n")
+            return
+        ranks = ", ".join(map(str, staying))
+        sys.stderr.write(f"rank {ranks} did not leave its step within {_RESCUE_S:g} s after a node was lost\n")
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Watches the placement group: Ray Train would wait forever for a replacement's place, though a smaller group

@@ -25,6 +25,7 @@ from jobs.snapshots.slots import Bytes, Checksum, Slots
 CHUNK_BYTES = 16 << 20  # of one message of a transfer between nodes
 _POLL_S = 0.5
 ANSWER_S = 2.0  # a keeper whose node is gone never answers
+_PATIENCE_S = 20.0  # more, for one whose node is alive
 READ_BYTES_PER_S = 0.4e9  # a tenth of what a keeper reads on two busy cores
 _COPY_S = 60.0  # at most
 _COPY_SHARE = 0.05  # of the time
@@ -46,34 +47,64 @@ class Keeper:
     def __init__(self, *, node: str, max_bytes: int) -> None:
         self._node, self._max_bytes = node, max_bytes
         self._areas: dict[str, Slots] = {}
+        self._openers: dict[str, int] = {}  # the newest attempt that asked for each area
+        self._changing = threading.Lock()  # `copy` opens areas in its own thread
 
-    def open(self, area: str, num_bytes: int) -> str | NoRoom:
-        """Returns the path of an area for shares of so many bytes; one that has this size is left as it is."""
+    def open(self, area: str, num_bytes: int, attempt: int) -> str | NoRoom:
+        """Returns the path of an area for an attempt's shares of so many bytes; one of this size is left as it is.
+
+        Where there is no room, areas of older attempts are freed, the oldest first, as many as it takes; none where all
+        of them would not make room. So what the attempt continues from goes last, when the next state is about to be
+        written in its place.
+        """
         needed = Slots.bytes_needed(num_bytes, num_slots(area))
-        if area in self._areas and self._areas[area].size != needed:
-            del self._areas[area]
-        if area not in self._areas:
-            used = sum(slots.size for slots in list(self._areas.values()))
-            if used + needed > self._max_bytes:
-                return NoRoom(
-                    f"node {self._node} allows {self._max_bytes / 1e9:.1f} GB for them (checkpoint.snapshot_bytes, or "
-                    f"half of its memory), of which {used / 1e9:.1f} GB are used, and one more share takes "
-                    f"{needed / 1e9:.1f} GB"
-                )
-            descriptor = os.memfd_create(f"raymill-{area}")
-            os.ftruncate(descriptor, needed)
-            self._areas[area] = Slots(descriptor, num_slots(area))
-        return self.path(area)
+        with self._changing:
+            if area in self._areas and self._areas[area].size != needed:
+                del self._areas[area]
+            if area not in self._areas:
+                if not self._made_room(needed, attempt):
+                    return NoRoom(
+                        f"node {self._node} allows {self._max_bytes / 1e9:.1f} GB for them (checkpoint.snapshot_bytes, "
+                        f"or half of its memory), of which {self._used_bytes() / 1e9:.1f} GB are used, and one more "
+                        f"share takes {needed / 1e9:.1f} GB"
+                    )
+                descriptor = os.memfd_create(f"raymill-{area}")
+                os.ftruncate(descriptor, needed)
+                self._areas[area] = Slots(descriptor, num_slots(area))
+            self._openers[area] = max(attempt, self._openers.get(area, 0))
+            return self.path(area)
 
     def path(self, area: str) -> str:
         return f"/proc/{os.getpid()}/fd/{self._areas[area].file.fileno()}"
 
+    def _used_bytes(self) -> int:
+        return sum(slots.size for slots in self._areas.values())
+
+    def _made_room(self, needed_bytes: int, newest: int) -> bool:
+        missing_bytes = self._used_bytes() + needed_bytes - self._max_bytes
+        to_free = []
+        for attempt, area in sorted((self._attempt(area), area) for area in self._areas):
+            if missing_bytes > 0 and attempt < newest:
+                missing_bytes -= self._areas[area].size
+                to_free.append(area)
+        if missing_bytes > 0:
+            return False
+        for area in to_free:
+            del self._areas[area]
+        return True
+
+    def _attempt(self, area: str) -> int:
+        """Returns the newest attempt that wrote into an area or asked for it."""
+        slots = self._areas[area]
+        headers = [slots.header(slot) for slot in slots.numbers]
+        return max([self._openers[area], *(header.attempt for header in headers if header)])
+
     def close_older(self, attempt: int) -> None:
-        """Frees the areas that hold nothing as new as the attempt."""
-        for area, slots in list(self._areas.items()):
-            found = [header for slot in slots.numbers if (header := slots.header(slot))]
-            if found and max(header.attempt for header in found) < attempt:
-                del self._areas[area]
+        """Frees the areas that no attempt as new as this one wrote into or asked for."""
+        with self._changing:
+            for area in list(self._areas):
+                if self._attempt(area) < attempt:
+                    del self._areas[area]
 
     def holdings(self) -> list[Holding]:
         """Returns the sealed slots."""
@@ -107,12 +138,14 @@ class Keeper:
     def copy(self, held: Holding, other: Any) -> bool:
         """Copies a slot of another node's keeper. Returns False where that is gone or there is no room here."""
         area, num_bytes = COPIES + held.area, held.header.num_bytes
-        if isinstance(self.open(area, num_bytes), NoRoom):
+        if isinstance(self.open(area, num_bytes, held.header.attempt), NoRoom):
             return False
         spans = [range(start, min(start + CHUNK_BYTES, num_bytes)) for start in range(0, num_bytes, CHUNK_BYTES)]
         with suppress(RayError, LostError):  # the other keeper ended, most likely with its node; the older copy is left
-            self._areas[area].write(held.header, fetch(held, other, spans))
-            return True
+            slots = self._areas.get(area)
+            if slots is not None:
+                slots.write(held.header, fetch(held, other, spans))
+                return True
         return False
 
 
@@ -163,6 +196,19 @@ def ask(references: Mapping[Key, Any], *, timeout_s: float = ANSWER_S) -> dict[K
     for reference in ready:
         with suppress(RayError):  # a dead actor raises one of several kinds
             answers[keys[reference]] = ray.get(reference)
+    return answers
+
+
+def ask_patiently(
+    references: Mapping[Key, Any], nodes: Mapping[Key, str], *, timeout_s: float = ANSWER_S
+) -> dict[Key, Any]:
+    """Returns the answers of the keepers that are alive. Those on living nodes have longer: where other processes want
+    the processors, what would be missing is the newest state."""
+    answers = ask(references, timeout_s=timeout_s)
+    late = references.keys() - answers.keys()
+    if late:
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        answers |= ask({key: references[key] for key in late if nodes[key] in alive}, timeout_s=_PATIENCE_S)
     return answers
 
 

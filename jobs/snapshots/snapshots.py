@@ -22,7 +22,7 @@ from jobs.exact.flat_layout import within
 from jobs.exact.host_copies import HostCopy
 from jobs.exact.train_state import StatePiece, TrainState
 from jobs.snapshots.choice import Holding, Snapshot, choose, interval, num_slots, reader_of, sharded_area
-from jobs.snapshots.keepers import CHUNK_BYTES, NoRoom, ask, fetch, find_keepers, read_s
+from jobs.snapshots.keepers import CHUNK_BYTES, NoRoom, ask_patiently, fetch, find_keepers, read_s
 from jobs.snapshots.slots import Bytes, Header, Slots
 from jobs.workers.worker_group import WorkerGroup
 
@@ -46,7 +46,7 @@ class Snapshots:
         self._why_none = self._known_reason = ""  # of this worker; of any at the last agreement
         self._retry_at = 0.0
         self._interval, self._num_written, self._last_written = 1, 0, 0
-        self._copies: list[list[HostCopy]] = []  # of each snapshot since the last agreement
+        self._copies: list[list[HostCopy] | None] = []  # of each snapshot since the last agreement
         self._step_s: list[float] = []
         self._last: tuple[int, float] | None = None
         self._whole: tuple[int, int, dict[str, Any], int] | None = None  # the last whole step, due or not
@@ -56,14 +56,16 @@ class Snapshots:
         if self._launch is None:
             return None
         keepers = find_keepers(self._launch)
-        answers = ask({node: keeper.holdings.remote() for node, keeper in keepers.items()})
+        asked = {node: keeper.holdings.remote() for node, keeper in keepers.items()}
+        answers = ask_patiently(asked, {node: node for node in asked})
         holdings: list[Holding] = [held for found in answers.values() for held in found]
         while snapshot := choose(holdings, explained_step=explained_step, at_least=at_least, is_left_out=is_left_out):
             chosen = [held for holders in snapshot.shares for held in holders]
             # Only what is chosen is read: both slots of 1.3B parameters take a keeper 4 to 8 s.
-            asked = {n: keepers[held.node].is_whole.remote(held) for n, held in enumerate(chosen)}
+            checks = {n: keepers[held.node].is_whole.remote(held) for n, held in enumerate(chosen)}
+            nodes = {n: held.node for n, held in enumerate(chosen)}
             num_bytes = sum(held.header.num_bytes for held in chosen)
-            are_whole = ask(asked, timeout_s=read_s(num_bytes))
+            are_whole = ask_patiently(checks, nodes, timeout_s=read_s(num_bytes))
             damaged = [held for n, held in enumerate(chosen) if not are_whole.get(n)]
             if not damaged:
                 return snapshot
@@ -109,25 +111,29 @@ class Snapshots:
         assert slots.holds(held.header, held.slot), "nobody writes during a restore"
         return (slots.data(held.slot)[span.start : span.stop] for span in spans)
 
-    def after_step(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> str:
-        """Begins a snapshot if one is due; every rank calls this after every step, once the ledger has the step.
+    def after_step(
+        self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any], is_due: bool = False
+    ) -> str | None:
+        """Begins a snapshot if `is_due` or the interval is over; every rank calls this alike after every step, once the
+        ledger has the step.
 
-        Returns why some node keeps none, when that was just found out, else an empty string.
+        Returns why some node keeps none, when that has just begun; an empty string when it is just over; else None.
         """
         if self._launch is None:
-            return ""
+            return None
         self._whole = (step, attempt, carried, state.num_updates)
         if self._last is not None and step == self._last[0] + 1:
             self._step_s.append(time.perf_counter() - self._last[1])
-        found = ""
-        if step >= self._last_written + self._interval:
+        news = None
+        if is_due or step >= self._last_written + self._interval:
             self._copies.append(self._write(step, state, attempt=attempt, carried=carried))
             self._last_written = step
             self._num_written += 1
-            if self._num_written == _FIRST_AGREEMENT or self._num_written % _AGREEMENT_EVERY == 0:
-                found = self._agree(attempt)
+            agree_every = _FIRST_AGREEMENT if self._known_reason else _AGREEMENT_EVERY
+            if self._num_written in (1, _FIRST_AGREEMENT) or self._num_written % agree_every == 0:
+                news = self._agree(attempt)
         self._last = (step, time.perf_counter())
-        return found
+        return news
 
     def rescue(self, state: TrainState) -> None:
         """Completes the snapshot of the last whole step, due or not, after another worker was lost: this one may hold
@@ -147,8 +153,9 @@ class Snapshots:
 
     def _write(
         self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any], is_rescue: bool = False
-    ) -> list[HostCopy]:
-        """Begins the copies of this worker's shares, and after them of the other ones on its node in a rescue."""
+    ) -> list[HostCopy] | None:
+        """Begins the copies of this worker's shares, and after them of the other ones on its node in a rescue. Returns
+        None where its node has no room for them."""
         ranks, count = [state.peers.index], len(state.peers)
         if state.is_sharded:
             areas = [sharded_area(self._group.rank, count, self._node_of_rank)]
@@ -160,8 +167,8 @@ class Snapshots:
             areas = [f"share-{rank}-of-{count}" for rank in ranks]
         shares = {area: (rank, state.share(rank, world_size=count)) for area, rank in zip(areas, ranks, strict=True)}
         sizes = {area: sum(view.nbytes for views in of.values() for view in views) for area, (_, of) in shares.items()}
-        if not self._opened(sizes):
-            return []
+        if not self._opened(sizes, attempt):
+            return None
         copies = []
         for area, (rank, tensors) in shares.items():
             header = Header(attempt, step, rank, count, state.num_updates, list(tensors), carried)
@@ -169,35 +176,39 @@ class Snapshots:
             copies.append(state.copies.start("snapshot", list(itertools.chain(*tensors.values())), write))
         return copies
 
-    def _opened(self, sizes: dict[str, int]) -> bool:
+    def _opened(self, sizes: dict[str, int], attempt: int) -> bool:
         """Maps this worker's memory on its node. Returns False while the node has no living keeper with room."""
         self._memory = {area: (path, slots) for area, (path, slots) in self._memory.items() if slots.is_at(path)}
         missing = sizes.keys() - self._memory.keys()
         if missing and time.monotonic() >= self._retry_at:
             self._retry_at = time.monotonic() + _RETRY_S
             keeper = find_keepers(str(self._launch)).get(self._node)
-            answers = ask({area: keeper.open.remote(area, sizes[area]) for area in missing}) if keeper else {}
+            asked = {area: keeper.open.remote(area, sizes[area], attempt) for area in missing} if keeper else {}
+            answers = ask_patiently(asked, dict.fromkeys(asked, self._node))
             refusals = [answer.reason for answer in answers.values() if isinstance(answer, NoRoom)]
             self._why_none = refusals[0] if refusals else f"node {self._node} has no keeper that answers"
             self._memory |= {a: (at, Slots.at(at, num_slots(a))) for a, at in answers.items() if isinstance(at, str)}
         return sizes.keys() <= self._memory.keys()
 
-    def _agree(self, attempt: int) -> str:
+    def _agree(self, attempt: int) -> str | None:
         """Agrees on one interval for all ranks, because the shares of a state must be of one step. Returns what
         `after_step` does."""
-        done = self._copies[:-1]  # the last may be in flight
+        written = [copies for copies in self._copies if copies is not None]
+        done = written[:-1]  # the last may be in flight
         exposed_s = [sum(copy.exposed_s for copy in copies) for copies in done]
         step_s = median(self._step_s) if self._step_s else float("inf")
-        own = (min(exposed_s, default=0.0), step_s, "" if self._copies[-1] else self._why_none)
-        copy_s, steps_s, reasons = zip(*self._group.gather(own), strict=True)
+        wrote_all = len(written) == len(self._copies) > 1
+        reason = self._why_none if self._copies[-1] is None else ""
+        own = (min(exposed_s, default=0.0), step_s, wrote_all, reason)
+        copy_s, steps_s, wrote, reasons = zip(*self._group.gather(own), strict=True)
         self._interval = interval(copy_s=max(copy_s), step_s=min(steps_s))
         self._copies.clear()
         self._step_s.clear()
-        if self._group.rank == 0:  # each rank has written since this attempt began
+        if self._group.rank == 0 and all(wrote):
             for keeper in find_keepers(str(self._launch)).values():
                 keeper.close_older.remote(attempt)
         before, self._known_reason = self._known_reason, max(reasons)
-        return self._known_reason if self._known_reason != before else ""
+        return self._known_reason if bool(self._known_reason) != bool(before) else None
 
 
 def _write_pieces(slots: Slots, header: Header, pieces: Iterator[Tensor]) -> None:

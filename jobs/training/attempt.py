@@ -132,7 +132,8 @@ class Attempt:
             if begun.unlike:
                 self.ledger.event("tolerance_mode", attempt=self.attempt, reasons=begun.unlike)
         if begun.snapshot and restored_step - begun.saved_step >= config.checkpoint.save_every_steps:
-            self.save(restored_step, {})  # the checkpoint that was due had not been stored yet
+            # The checkpoint that was due had not been stored yet.
+            self.save(restored_step, begun.snapshot.header.carried["validation"])
 
     def rate(self, step: int) -> float:
         train = self.plan.config.train
@@ -187,12 +188,25 @@ class Attempt:
         elif self.state.is_sharded:  # rank 0 needs the part that each rank holds
             self.state.gather({}, step=step)
 
-    def keep(self, step: int) -> None:
-        """Begins a snapshot of the state after a step whose line the ledger has."""
-        carried = {"guard": asdict(self.guard), "line": self.record.line}
-        why_none = self.snapshots.after_step(step, self.state, attempt=self.attempt, carried=carried)
-        if self.ledger and why_none:
-            self.ledger.event("snapshots_off", step=step, attempt=self.attempt, reason=why_none)
+    def keep(self, step: int, validation: dict[str, Any]) -> None:
+        """Begins a snapshot of the state after a step whose line the ledger has, if one is due.
+
+        One is due before each step that does more than train: that step's update takes this state away, and another
+        worker may be lost before the step has a line.
+        """
+        carried = {"guard": asdict(self.guard), "line": self.record.line, "validation": validation}
+        is_due = not self._only_trains(step + 1)
+        news = self.snapshots.after_step(step, self.state, attempt=self.attempt, carried=carried, is_due=is_due)
+        if self.ledger and news:
+            self.ledger.event("snapshots_off", step=step, attempt=self.attempt, reason=news)
+        elif self.ledger and news is not None:
+            self.ledger.event("snapshots_on", step=step, attempt=self.attempt)
+
+    def _only_trains(self, step: int) -> bool:
+        """Reports whether a line is all that a step leaves: it neither evaluates nor saves."""
+        config = self.plan.config
+        does_more = step % config.train.eval_every_steps == 0 or step % config.checkpoint.save_every_steps == 0
+        return not does_more and step != self.schedule.max_steps
 
     def finish(self, step: int | None) -> None:
         """Returns once the storage has the attempt's last checkpoint and all of its ledger; `step` was its last one, if
@@ -267,8 +281,8 @@ class Attempt:
         """Returns the newest snapshot of a step that the ledger has, or of the step after it, whose line a lost rank 0
         had no time to write."""
         limits: dict[str, Any] = {"at_least": at_least, "is_left_out": is_left_out}
-        config, owed = self.plan.config, recorded + 1
-        if owed % config.train.eval_every_steps and owed % config.checkpoint.save_every_steps:  # the line is all it has
+        owed = recorded + 1
+        if self._only_trains(owed):
             snapshot = self.snapshots.newest(explained_step=owed, **limits)
             if snapshot is None or snapshot.header.step <= recorded:
                 return snapshot

@@ -50,11 +50,12 @@ class RankPhases:
         self._named: set[int] = set()
         self._window: list[StepTime] = []
 
-    def add(self, time: StepTime, *, closes_window: bool) -> list[RankTime]:
-        """Returns the window's ranks where this step closes it, which all ranks must do at once; else an empty list."""
+    def add(self, time: StepTime) -> None:
+        """Adds a step of this rank."""
         self._window.append(time)
-        if not closes_window:
-            return []
+
+    def close_window(self) -> list[RankTime]:
+        """Returns the ranks in the window that ends with the last step; all ranks call this together."""
         window, self._window = self._window, []
         seconds = [statistics.fmean(step.seconds.get(name, 0.0) for step in window) for name in _NAMES]
         rows = self._group.gather([*seconds, statistics.fmean(step.num_lanes for step in window)])

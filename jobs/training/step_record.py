@@ -54,7 +54,7 @@ class StepRecord:
             with self.timer.phase("statistics"):
                 fields["parameter_hash"] = hash_of_weights(self._state, self._group, step=step) or None
         took = self.timer.take()
-        ranks = self._phases.add(took, closes_window=step % WINDOW_STEPS == 0 or step == self._last_step)
+        self._phases.add(took)
         schedule, batch = self._schedule, self._schedule.samples(step)
         samples = [batch.start, batch.stop]
         if skipped:
@@ -85,7 +85,14 @@ class StepRecord:
         self._ledger.step(**self.line)
         if self.layers.fields:
             self._ledger.event("layers", step=step, **self.layers.fields)
-        if ranks:
+
+    def compare_ranks(self, step: int) -> None:
+        """Records every few steps how long each rank takes. All ranks call this after every step, once its state is
+        kept: where one is lost meanwhile, the others have that state."""
+        if step % WINDOW_STEPS and step != self._last_step:
+            return
+        ranks = self._phases.close_window()
+        if self._ledger:
             self._ledger.event("phases", step=step, attempt=self._attempt, **as_fields(ranks))
             for rank, ratio in self._phases.new_stragglers(ranks).items():
                 self._ledger.event("straggler", step=step, rank=rank, node=self._nodes[rank], ratio=round(ratio, 3))

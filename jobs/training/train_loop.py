@@ -87,6 +87,11 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
             with timer.phase("validation"):
                 validation = attempt.validate(step, moves=partial(pulse.at, Place.VALIDATION))
         attempt.record.write(step, loss=measured.loss, lr=rate, grad_norm=measured.norm, skipped=decision.reason)
+        if not is_last:  # a run is not done before its last checkpoint is
+            with timer.phase("snapshot"):
+                attempt.keep(step, validation)
+        # From here on the state has a line: whatever other worker is lost, the next attempt continues after this step.
+        attempt.record.compare_ranks(step)
         notice = attempt.notices.answer()
         if saves or notice:
             pulse.at(Place.SAVE)
@@ -96,9 +101,6 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
             attempt.ledger.event("preempted", step=step, notice=notice.name.lower())
         if notice is Notice.STOP:
             break
-        if not is_last:  # a run is not done before its last checkpoint is
-            with timer.phase("snapshot"):
-                attempt.keep(step)
         step, attempt.guard = attempt.guard.entering(step + 1)
     pulse.at(Place.AROUND)
     attempt.finish(min(step, attempt.plan.last_step))

@@ -214,7 +214,7 @@ class FileSnapshots(Snapshots):
         self._launch, self._folder, self._node = "files", folder, f"node-{group.rank // 2}"
         self._node_of_rank = group.gather(self._node)
 
-    def _opened(self, sizes: dict[str, int]) -> bool:
+    def _opened(self, sizes: dict[str, int], attempt: int) -> bool:
         for area, num_bytes in sizes.items():
             path = self._folder / self._node / area
             path.parent.mkdir(parents=True, exist_ok=True)

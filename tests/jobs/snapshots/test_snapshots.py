@@ -25,7 +25,11 @@ from jobs.snapshots.choice import COPIES, Holding, Snapshot, choose, num_slots, 
 from jobs.snapshots.keepers import ANSWER_S, AS_ACTOR, Keeper, NoRoom, copy_to_second_nodes
 from jobs.snapshots.slots import Bytes, Header, Slots
 from jobs.snapshots.snapshots import Snapshots
+from jobs.training.attempt import Attempt
+from jobs.training.checkpoint_writer import CheckpointWriter
+from jobs.training.rank_phases import RankPhases
 from jobs.training.train_loop import train
+from jobs.workers.preemption import Notices
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
 from tests.jobs.runs import tiny_plan
@@ -46,9 +50,9 @@ def whole(memory: Keeper) -> list[Holding]:
     return [held for held in memory.holdings() if memory.is_whole(held)]
 
 
-def opened(memory: Keeper, area: str, num_bytes: int = SIZE) -> Slots:
+def opened(memory: Keeper, area: str, num_bytes: int = SIZE, *, attempt: int = 1) -> Slots:
     """Maps the memory as a worker in another process would."""
-    path = memory.open(area, num_bytes)
+    path = memory.open(area, num_bytes, attempt)
     assert isinstance(path, str)
     return Slots.at(path)
 
@@ -82,7 +86,7 @@ def test_a_large_state_has_the_time_to_be_read_and_a_damaged_one_is_named(
 ) -> None:
     """Both slots were read within 2 s or the keeper was left out, so a large run silently had no snapshots."""
     keeper = ray.remote(**AS_ACTOR)(LargeKeeper).remote(node="a", max_bytes=1 << 30)
-    slots = Slots.at(ray.get(keeper.open.remote("state", SIZE)))
+    slots = Slots.at(ray.get(keeper.open.remote("state", SIZE, 1)))
     write(slots, header_of(step=6))
     write(slots, header_of(step=7))
     slots.data(1)[17] ^= 1
@@ -137,15 +141,14 @@ def test_a_share_is_copied_from_keeper_to_keeper_and_a_lack_of_room_is_reported(
     keepers = {node: ray.remote(**AS_ACTOR)(Keeper).remote(node=node, max_bytes=room[node]) for node in room}
     ray.get([keeper.holdings.remote() for keeper in keepers.values()])  # they are there
     monkeypatch.setattr(jobs.snapshots.snapshots, "find_keepers", lambda launch: keepers)
-    monkeypatch.setattr(jobs.snapshots.snapshots, "_FIRST_AGREEMENT", 2)
     reasons = {}
     for node in "ab":
         snapshots = Snapshots(None, WorkerGroup(0, 1))
         snapshots._launch, snapshots._node, snapshots._node_of_rank = "this process", node, [node]
         reasons[node] = [snapshots.after_step(step, state, attempt=1, carried={}) for step in (1, 2, 3)]
-    assert reasons["a"] == ["", "", ""]
-    assert reasons["b"][0] == reasons["b"][2] == ""
-    assert "node b allows 0.0 GB for them (checkpoint.snapshot_bytes" in reasons["b"][1]
+    assert reasons["a"] == [None, None, None]
+    assert reasons["b"][1:] == [None, None]
+    assert "node b allows 0.0 GB for them (checkpoint.snapshot_bytes" in reasons["b"][0]
     newest = max(ray.get(keepers["a"].holdings.remote()), key=lambda held: held.header.step)
     for node in "bc":
         ray.get(keepers[node].copy.remote(newest, keepers["a"]))
@@ -166,7 +169,7 @@ def test_shares_that_are_written_all_the_time_are_copied_of_one_step(ray_workers
     nodes = ["a", "b"]
     keepers = {node: ray.remote(**AS_ACTOR)(Keeper).remote(node=node, max_bytes=1 << 30) for node in nodes}
     areas = {node: sharded_area(rank, 2, nodes) for rank, node in enumerate(nodes)}
-    slots = {node: Slots.at(ray.get(keepers[node].open.remote(areas[node], SIZE)), 3) for node in nodes}
+    slots = {node: Slots.at(ray.get(keepers[node].open.remote(areas[node], SIZE, 1)), 3) for node in nodes}
     assert {num_slots(area) for area in areas.values()} == {3}
     ended = threading.Event()
 
@@ -211,7 +214,7 @@ def test_memory_is_bounded_kept_and_given_back() -> None:
     memory = make_memory(max_bytes=3 * Slots.bytes_needed(SIZE) - 1)
     write(opened(memory, "state"), header_of(step=4, attempt=1))
     write(opened(memory, "copy-state"), header_of(step=4, attempt=2))
-    assert isinstance(memory.open("third", SIZE), NoRoom)
+    assert isinstance(memory.open("third", SIZE, 1), NoRoom)
     assert [held.header.step for held in whole(memory)] == [4, 4]
     write(opened(memory, "state"), header_of(step=5, attempt=2))  # the next group takes the same memory
     assert sorted(held.header.step for held in whole(memory) if held.area == "state") == [4, 5]
@@ -219,7 +222,106 @@ def test_memory_is_bounded_kept_and_given_back() -> None:
     assert len(whole(memory)) == 3
     memory.close_older(3)
     assert whole(memory) == []
-    assert isinstance(memory.open("third", SIZE), str)
+    assert isinstance(memory.open("third", SIZE, 3), str)
+
+
+def test_areas_of_older_attempts_are_freed_for_want_of_room_alone_the_oldest_first() -> None:
+    memory = make_memory(max_bytes=4 * Slots.bytes_needed(SIZE))
+    for attempt in (1, 2, 3):
+        write(opened(memory, f"of-{attempt}", attempt=attempt), header_of(attempt=attempt))
+    opened(memory, "never-written", attempt=1)
+
+    def areas() -> list[str]:
+        return sorted(memory._areas)
+
+    assert isinstance(memory.open("too-large", 50 * SIZE, 9), NoRoom)
+    assert areas() == ["never-written", "of-1", "of-2", "of-3"], "what would make no room is not freed"
+    opened(memory, "next", attempt=3)
+    assert areas() == ["next", "of-1", "of-2", "of-3"]
+    opened(memory, "another", attempt=3)
+    opened(memory, "a-third", attempt=3)
+    assert areas() == ["a-third", "another", "next", "of-3"]
+    assert isinstance(memory.open("a-fourth", SIZE, 3), NoRoom), "an attempt frees nothing of its own"
+
+
+class OneKeeper(Snapshots):
+    """Snapshots with a keeper that has an actor of its own, and belongs to no launch."""
+
+    keeper: ClassVar[Any]
+
+    def __init__(self, launch: str | None, group: WorkerGroup) -> None:
+        super().__init__(None, group)
+        self._launch, self._node, self._node_of_rank = "this process", "a", ["a"]
+
+
+@pytest.fixture
+def keeper_with_room(
+    ray_workers: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Callable[[int], Any]:
+    """Starts the keeper of `OneKeeper`, with so many bytes."""
+
+    def started(max_bytes: int) -> Any:
+        keeper = ray.remote(**AS_ACTOR)(Keeper).remote(node="a", max_bytes=max_bytes)
+        ray.get(keeper.holdings.remote())  # it is there
+        request.addfinalizer(lambda: ray.kill(keeper))
+        monkeypatch.setattr(jobs.snapshots.snapshots, "find_keepers", lambda launch: {"a": keeper})
+        return keeper
+
+    return started
+
+
+def steps_held(keeper: Any) -> list[tuple[int, int]]:
+    """Returns the attempt and the step of all that is held."""
+    return sorted((held.header.attempt, held.header.step) for held in ray.get(keeper.holdings.remote()))
+
+
+@pytest.mark.cluster
+def test_where_one_set_has_room_the_first_step_after_a_resize_takes_the_place_of_what_it_began_from(
+    keeper_with_room: Callable[[int], Any],
+) -> None:
+    """Two of four workers had their shares on this node; a worker of the new group has another share, of the same size."""
+    state = make_state()
+    num_bytes = 12 * state.layout.size
+    quarter = np.zeros(num_bytes // 4 // 8 * 8, np.uint8)
+    keeper = keeper_with_room(max(Slots.bytes_needed(num_bytes), 2 * Slots.bytes_needed(quarter.nbytes)))
+    for rank in range(2):
+        path = ray.get(keeper.open.remote(f"group-0-rank-{rank}-of-4", quarter.nbytes, 1))
+        Slots.at(path).write(replace(header_of(step=100), rank=rank, world_size=4), [quarter])
+    snapshots = OneKeeper(None, WorkerGroup(0, 1))
+    news = []
+    for step in range(101, 105):
+        news.append(snapshots.after_step(step, state, attempt=2, carried={}))
+        assert (2, step) in steps_held(keeper)
+    assert news == [None] * 4
+
+
+@pytest.mark.cluster
+def test_the_ledger_has_when_snapshots_end_and_begin_and_until_then_the_older_set_stays(
+    keeper_with_room: Callable[[int], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share of the run takes 1.2 MB. Another user's area leaves 0.7 MB of the memory, until step 6."""
+    keeper = keeper_with_room(4_000_000)
+    path = ray.get(keeper.open.remote("older", SIZE, 0))
+    write(Slots.at(path), replace(header_of(attempt=0), carried={"line": None}))
+    assert isinstance(ray.get(keeper.open.remote("another user's", 1_500_000, 99)), str)
+    held_before = {}
+
+    class Freed(OneKeeper):
+        def after_step(self, step: int, state: TrainState, **more: Any) -> str | None:
+            held_before[step] = steps_held(keeper)
+            if step == 6:
+                ray.get(keeper.close_older.remote(100))
+            return super().after_step(step, state, **more)
+
+    monkeypatch.setattr(jobs.training.attempt, "Snapshots", Freed)
+    monkeypatch.setattr(jobs.snapshots.snapshots, "_RETRY_S", 0.0)
+    plan = tiny_plan(str(tmp_path), num_steps=10)
+    train(plan, rank=0, world_size=1)
+    events = Ledger.read(plan.run).events("snapshots_off", "snapshots_on")
+    assert [(event["event"], event["step"]) for event in events] == [("snapshots_off", 1), ("snapshots_on", 8)]
+    assert "one more share takes 0.0 GB" in events[0]["reason"]
+    assert held_before[6] == [(0, 1)]
+    assert held_before[8] == [(1, 6), (1, 7)]
 
 
 def test_the_memory_has_no_name_in_a_file_system() -> None:
@@ -254,15 +356,15 @@ class OwnMemory(Snapshots):
         self._interval = self.every_steps
         self.memory = memory or self.memory
 
-    def _opened(self, sizes: dict[str, int]) -> bool:
+    def _opened(self, sizes: dict[str, int], attempt: int) -> bool:
         for area in sizes.keys() - self._memory.keys():
-            path = self.memory.open(area, sizes[area])
+            path = self.memory.open(area, sizes[area], attempt)
             assert isinstance(path, str)
             self._memory[area] = (path, Slots.at(path))
         return True
 
-    def _agree(self, attempt: int) -> str:
-        return ""
+    def _agree(self, attempt: int) -> None:
+        return None
 
     def newest(
         self, *, explained_step: int = 100, at_least: int = 0, is_left_out: Callable[[int], bool] = lambda step: False
@@ -276,11 +378,10 @@ class OwnMemory(Snapshots):
             assert data is not None
             yield data
 
-    def after_step(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> str:
-        super().after_step(step, state, attempt=attempt, carried=carried)
+    def after_step(self, step: int, state: TrainState, **more: Any) -> None:
+        super().after_step(step, state, **more)
         if step in self.raise_after:
             raise self.raise_after.pop(step)
-        return ""
 
 
 @pytest.mark.parametrize("beside", [False, True])
@@ -330,6 +431,42 @@ def test_the_workers_of_a_node_write_a_state_together_and_in_a_rescue_each_what_
     assert parameter_hash(other.model.state_dict()) == parameter_hash(state.model.state_dict())
     ranks[1].rescue(state)
     assert len(whole(memory)) == 6, "both steps are still there"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "step"),
+    [(Notices, "answer", 6), (RankPhases, "close_window", 10), (CheckpointWriter, "save", 9), (Attempt, "validate", 8)],
+)
+def test_a_step_with_a_line_is_kept_wherever_another_worker_is_lost(
+    owner: type, name: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls are those in which a worker waits for others, or takes long, between an update and the next exchange.
+    Snapshots are due every fourth step."""
+    monkeypatch.setattr(OwnMemory, "memory", make_memory(), raising=False)
+    monkeypatch.setattr(OwnMemory, "every_steps", 4)
+    monkeypatch.setattr(jobs.training.attempt, "Snapshots", OwnMemory)
+    plan = tiny_plan(str(tmp_path), num_steps=12)
+    call = getattr(owner, name)
+
+    def lost(self: Any, *arguments: Any, **settings: Any) -> Any:
+        lines = Ledger.read(plan.run).steps
+        reached = lines[-1]["step"] if lines else 0
+        if reached + (name == "validate") == step and not lost_at:
+            lost_at.append(reached)
+            raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+        return call(self, *arguments, **settings)
+
+    lost_at: list[int] = []
+    monkeypatch.setattr(owner, name, lost)
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        train(plan, rank=0, world_size=1)
+    train(plan, rank=0, world_size=1)
+    ledger = Ledger.read(plan.run)
+    assert [(start["step"], start["from_memory"]) for start in ledger.events("start")] == [
+        (0, False),
+        (lost_at[0], True),
+    ]
+    assert [recovery.lost_steps for recovery in ledger.recoveries()] == [0]
 
 
 def test_a_run_that_continues_from_memory_clears_what_the_lost_attempt_left_in_the_spool(

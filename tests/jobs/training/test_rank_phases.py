@@ -38,12 +38,14 @@ def test_a_straggler_is_named_in_its_second_window_and_once() -> None:
 
 def test_a_window_holds_the_mean_of_its_steps() -> None:
     phases = RankPhases(WorkerGroup(0, 1))
-    assert phases.add(StepTime(1.0, {"load": 0.2, "backward": 0.8}, 4), closes_window=False) == []
-    (found,) = phases.add(StepTime(1.0, {"load": 0.4, "stall": 0.6}, 2), closes_window=True)
+    phases.add(StepTime(1.0, {"load": 0.2, "backward": 0.8}, 4))
+    phases.add(StepTime(1.0, {"load": 0.4, "stall": 0.6}, 2))
+    (found,) = phases.close_window()
     assert found.num_lanes == 3
     assert {name: value for name, value in found.seconds.items() if value} == pytest.approx(
         {"load": 0.3, "backward": 0.4, "stall": 0.3}
     )
-    (alone,) = phases.add(StepTime(1.0, {"load": 1.0}, 1), closes_window=True)
+    phases.add(StepTime(1.0, {"load": 1.0}, 1))
+    (alone,) = phases.close_window()
     assert alone.seconds["load"] == 1.0, "a window begins anew"
     assert from_fields(as_fields([alone])) == [RankTime({"load": 1.0}, 1.0)]

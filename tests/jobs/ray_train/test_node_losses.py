@@ -1,0 +1,135 @@
+"""A node is lost right after a step has its line, on a real cluster: the workers that are left hand that step's state on.
+
+A node that is killed closes its connections within a second; one that is cut off, as by a loss of power, closes none.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+
+from cluster.local.local_cluster import LocalCluster
+from cluster.settings.run import ClusterConfig, RunConfig, run_storage
+from cluster.stages.stage import Connection, connected, run_stage
+from cluster.stages.stage_module import StageFailedError
+from cluster.storage.uris import StorageError
+from jobs.run.ledger import Ledger, LedgerTail, Line
+from jobs.workers.preemption import STOP_REQUESTED
+from tests.e2e.tiny_runs import ledger_of, tiny_run
+from tests.jobs.corpora import number_texts
+from tests.time_limits import limit_s
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+NUM_NODES = 4  # that carry a worker each
+SETTLED_STEPS = 12  # of an attempt, after which snapshots have their interval
+
+
+class Loss(NamedTuple):
+    delay_s: float  # after the line of a step
+    is_cut_off: bool
+
+
+@pytest.fixture(scope="module")
+def connection() -> Iterator[Connection]:
+    with connected(ClusterConfig(num_nodes=NUM_NODES + 1), cpus_per_node=1) as connection:
+        yield connection
+
+
+class Losses(threading.Thread):
+    """Loses the node of rank 1 in each of some attempts, and in the end asks the run to stop."""
+
+    def __init__(self, config: RunConfig, cluster: LocalCluster, losses: list[Loss]) -> None:
+        super().__init__(daemon=True)
+        self._run, self._cluster, self._losses = run_storage(config), cluster, losses
+        self._tail = LedgerTail(self._run)
+        self._deadline_s = time.monotonic() + limit_s(180)
+
+    def run(self) -> None:
+        attempt = 0
+        for loss in self._losses:
+            start = self._settled(after=attempt)
+            attempt = start["attempt"]
+            time.sleep(loss.delay_s)
+            name = start["workers"][1]["node"]
+            process = psutil.Process(self._cluster._nodes[name].pid)
+            processes = [process, *process.children(recursive=True)]
+            if loss.is_cut_off:
+                for process in processes:
+                    process.suspend()
+                self._settled(after=attempt)
+            self._cluster.kill_node(name)
+            for process in processes:
+                if process.is_running():
+                    process.kill()
+        self._settled(after=attempt)
+        self._run.write_bytes(STOP_REQUESTED, b"")
+
+    def _settled(self, *, after: int) -> Line:
+        """Returns the start of a later attempt, right after the line of one of its steps."""
+        while time.monotonic() < self._deadline_s:
+            new = self._new_lines()
+            starts = self._tail.ledger.events("start")
+            steps = [line["step"] for line in new if "event" not in line]
+            is_later = bool(starts) and starts[-1]["attempt"] > after
+            if is_later and steps and steps[-1] >= starts[-1]["step"] + SETTLED_STEPS:
+                return starts[-1]
+            time.sleep(0.002)
+        raise TimeoutError("the run never got there")
+
+    def _new_lines(self) -> list[Line]:
+        try:
+            return self._tail.read()
+        except StorageError:
+            return []
+
+
+def lost_steps(ledger: Ledger) -> list[int]:
+    """Returns how many steps each attempt but the first repeats."""
+    reached: dict[int, int] = {}
+    for line in ledger.lines:
+        if "event" not in line:
+            reached[line["attempt"]] = line["step"]
+    return [reached[start["attempt"] - 1] - start["step"] for start in ledger.events("start")[1:]]
+
+
+@pytest.mark.parametrize(
+    ("losses", "sharding"),
+    [
+        ([Loss(0.0, True), Loss(0.033, False), Loss(0.1, True)], {}),
+        ([Loss(0.05, True)], {"shard": "parameters", "shard_group": 2}),
+        ([Loss(0.0, False)], {"shard": "gradients", "shard_group": 2}),
+    ],
+    ids=["whole states", "two groups that share weights", "two groups that share gradients"],
+)
+def test_a_lost_node_costs_no_completed_step(
+    connection: Connection, tmp_path: Path, losses: list[Loss], sharding: dict[str, Any]
+) -> None:
+    cluster = connection.local
+    assert cluster is not None
+    while len(cluster.node_names) < NUM_NODES + 1:
+        cluster.add_node()
+    number_texts(tmp_path / "corpus")
+    config = tiny_run(
+        tmp_path,
+        "losses",
+        num_steps=100_000,
+        eval_every_steps=1_000,
+        save_every_steps=1_000,
+        model={"n_embd": 256, "n_head": 8},
+        min_workers=1,
+        max_workers=NUM_NODES,
+        **sharding,
+    )
+    thread = Losses(config, cluster, losses)
+    thread.start()
+    with pytest.raises(StageFailedError, match="has stopped, as requested"):
+        run_stage(connection, "jobs.pretrain", config)
+    thread.join()
+    ledger = ledger_of(config)
+    assert [start["from_memory"] for start in ledger.events("start")] == [False] + [True] * len(losses)
+    assert lost_steps(ledger) == [0] * len(losses)
