@@ -35,6 +35,13 @@ def test_a_healthy_processor_passes(train: dict[str, Any]) -> None:
     self_test(config(**train), CPU)
 
 
+@pytest.mark.parametrize("preset", ["gpt2-124m", "gpt3-6.7b", "llama3.2-1b", "seed"])
+def test_a_healthy_processor_passes_in_bf16_however_wide_the_heads_are(preset: str) -> None:
+    """64, 128, 64 and 768 values: with logits that grow with the width, rounding would look like a fault."""
+    train = {"precision": "bf16", "compute": "plain"}
+    self_test(RunConfig.model_validate({"model": {"preset": preset}, "train": train}), CPU)
+
+
 def wrong(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Has the value of a projection, and a gradient that is 1 % too long where it is C wide."""
     y = PLAIN.affine(x, weight, bias)
