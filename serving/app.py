@@ -3,6 +3,7 @@
 Never write `from __future__ import annotations` here: Ray Serve would pass `build_app` a plain dict.
 """
 
+import asyncio
 import contextlib
 import sys
 import time
@@ -31,6 +32,7 @@ from serving.delivery.promotion import version_of
 from serving.protocol.served_model import read_served_model
 from serving.proxy.front_door import proxy_environment
 from serving.replica import Replica
+from serving.text.reader import require_bounded_text
 
 APP_NAME = "raymill"
 READY_TIMEOUT_S = 60.0
@@ -115,6 +117,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
     directory. Raises `UserError` for a port in use, an unusable checkpoint, or a damaged state of this endpoint, with
     which its coordinator would wait for a repair."""
     checkpoint, folder = find_checkpoint(config.checkpoint, storage_uri=config.storage.uri)
+    asyncio.run(require_bounded_text(folder))
     model = read_served_model(folder, name=config.model_name)
     name = config.model_name or version_of(model, checkpoint=checkpoint).name
     deployment = f"started {uuid.uuid4().hex}"  # a new one, which begins with this checkpoint

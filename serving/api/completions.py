@@ -22,6 +22,7 @@ from serving.protocol.errors import ApiError, error_of, overloaded
 from serving.protocol.protocol import CompletionRequest, StreamOptions, sampling_of
 from serving.protocol.request_facts import RequestFacts
 from serving.protocol.served_model import ServedModel
+from serving.text.reader import TextError
 
 MAX_SCORES = 600_000  # log-probabilities in an answer, 200 MB while it is written; lm-eval's 256 prompts have fewer
 SCORES_AT_ONCE = 5_000  # written in the event loop; more would hold up other streams for milliseconds
@@ -162,7 +163,11 @@ async def start_completion(
     read = partial(
         model.prompt_ids, max_tokens=room, param=answer.PROMPT_FIELD, add_special_tokens=request.add_special_tokens
     )
-    prompts = await asyncio.to_thread(lambda: [read(prompt) for prompt in request.prompt])
+    try:
+        texts = await version.texts.encoded(request.prompt, add_special_tokens=request.add_special_tokens)
+    except TextError as error:
+        raise ApiError(str(error), param=answer.PROMPT_FIELD, code="invalid_value") from None
+    prompts = await asyncio.to_thread(lambda: [read(prompt) for prompt in texts])
     refuse_when_full(engine, at_once, config, key=key)
     echoed = request.logprobs if request.echo else None
     scored = [each for each in (echoed, request.prompt_logprobs) if each is not None]

@@ -1,6 +1,5 @@
 """The HTTP routes of a replica. Each reads its request strictly and answers in OpenAI's shape, errors too."""
 
-import asyncio
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.settings.code_folders import code_version
+from model.chat import ChatError
 from serving.api.access import CurrentAccess, RequestsInFlight, authorize
 from serving.api.answers import Answer, EmbeddingAnswer, TextAnswer
 from serving.api.chat import NOTE_HEADER, ChatAnswer, ChatRequest, as_completion
@@ -28,6 +28,7 @@ from serving.protocol.request_facts import FACTS
 from serving.protocol.served_model import ServedModel
 from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
 from serving.proxy.token_relay import YES_HEADER, RelayClient
+from serving.text.reader import TextError
 from serving.xray.page_routes import page_router
 
 # These count against a key's limit, and are refused while the endpoint drains.
@@ -57,7 +58,7 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
     async def chat(request: Request) -> Response:
         parsed = await read_request(request, ChatRequest)
         version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
-        completion = await asyncio.to_thread(as_completion, parsed, version.model)  # tokenizes
+        completion, version = await written_chat(parsed, version, RoutedRequest.of(request), metrics=metrics)
         note = None if version.model.is_chat_tuned else NOTE_HEADER
         return await answer(completion, ChatAnswer, request, version=version, headers=note)
 
@@ -165,6 +166,27 @@ def add_error_handlers(app: FastAPI) -> None:
         """Answers for a bug. The traceback is in the replica's log, not in the answer."""
         RoutedRequest.of(request).facts.reason = "internal_error"
         return error_of("internal_error").response()
+
+
+async def written_chat(
+    request: ChatRequest, version: LoadedVersion, routed: RoutedRequest, *, metrics: ReplicaMetrics
+) -> tuple[CompletionRequest, LoadedVersion]:
+    """Returns the completion that answers a chat, and the version that does. What a new version's template cannot write
+    and the version before can is the new one's failure. Raises `ApiError` (400) for what no template writes."""
+    try:
+        return await as_completion(request, version), version
+    except (ChatError, TextError) as error:
+        metrics.of(version.model.version).chats_refused.inc()
+        refusal = ApiError(str(error), param=ChatAnswer.PROMPT_FIELD, code="invalid_value")
+    if (other := routed.take_other()) is None:
+        raise refusal
+    try:
+        completion = await as_completion(request, other)
+    except (ChatError, TextError):
+        raise refusal from None
+    version.stats.sequences += 1
+    version.stats.errors += 1
+    return completion, other
 
 
 class Gate:

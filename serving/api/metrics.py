@@ -63,6 +63,7 @@ class VersionMetrics:
             reason: exported.of("vllm:request_success", version=version, finished_reason=reason)
             for reason in (*FinishReason, ABORTED)
         }
+        self.chats_refused = exported.of("raymill:chats_refused", version=version)
         self.prompt_tokens = exported.of("vllm:prompt_tokens", version=version)
         self.generation_tokens = exported.of("vllm:generation_tokens", version=version)
         self.ttft_s = exported.of("vllm:time_to_first_token_seconds", version=version)

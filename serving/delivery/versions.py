@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 
 from cluster.settings.serve import ServeConfig
 from cluster.storage.checkpoint_cache import Holds
+from model.errors import UserError
 from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.promotion import Delivery, Phase, Route, SlotReport, SlotStatus, Version, VersionStats
 from serving.engine_process.client import EngineClient
+from serving.text.chat_probe import chat_misfit, chat_notice
 
 TELL_S = 1.0  # before new weights get the only engine: two reports, as they may end it and the replica with it
 
@@ -183,6 +185,7 @@ class Versions:
                 if loaded.weights:
                     await asyncio.sleep(TELL_S)
                 if slot.version == self.delivery.candidate:
+                    _require_like_chats(self.live, loaded)
                     await self._measure(slot, loaded, before=self.live)
                 else:
                     await loaded.health.self_test()
@@ -218,3 +221,12 @@ class Versions:
         await slot.loading
         if slot.loaded is not None:
             await slot.loaded.retire()
+
+
+def _require_like_chats(live: LoadedVersion, candidate: LoadedVersion) -> None:
+    """Raises `UserError` if the candidate's chat template fails where the live version's does not."""
+    before, after = live.texts.probe, candidate.texts.probe
+    if problem := chat_misfit(before, after):
+        raise UserError(f"the checkpoint {problem}")
+    if notice := chat_notice(before, after):
+        _log.warning("%s is promoted although %s", candidate.model.version, notice)

@@ -7,14 +7,20 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.settings.code_folders import CODE_ROOT
 from model.errors import UserError
 
 MAX_LINE_BYTES = 1 << 30  # of what it sends; the log-probabilities of a prompt are some megabytes
 
-Child = tuple[subprocess.Popen[bytes], asyncio.StreamReader, asyncio.StreamWriter]
+
+class Child(NamedTuple):
+    """A process, and our end of its socket."""
+
+    process: subprocess.Popen[bytes]
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
 
 
 async def start_child(
@@ -36,4 +42,11 @@ async def start_child(
         except OSError as error:
             ours.close()
             raise UserError(f"cannot run {python}: {error.strerror}") from None
-    return process, *await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES)
+    return Child(process, *await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES))
+
+
+def kill_child(child: Child) -> None:
+    """Kills a process that holds nothing that could be lost. Waiting for it takes too little time for a thread."""
+    child.writer.close()
+    child.process.kill()
+    child.process.wait()

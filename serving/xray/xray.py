@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator
 
 from model.checkpoint_folder import MANIFEST, read_metadata
-from serving.engine_process.child_process import Child, start_child
+from serving.engine_process.child_process import Child, kill_child, start_child
 from serving.protocol.errors import error_of, overloaded
 from serving.protocol.protocol import Request, Temperature, TopP
 
@@ -111,7 +111,7 @@ class Xray:
             writer.write(f"{message}\n".encode())
             status, _, body = (await reader.readuntil()).partition(b" ")
         except BaseException:  # the rest of a half-read answer must not become the answer to the next request
-            _kill(child)
+            kill_child(child)
             raise
         self._child = child
         self._idle = asyncio.get_running_loop().call_later(IDLE_S, self.close)
@@ -119,13 +119,5 @@ class Xray:
 
     def close(self) -> None:
         if self._child is not None:
-            _kill(self._child)
+            kill_child(self._child)
             self._child = None
-
-
-def _kill(child: Child) -> None:
-    """Kills the process, which holds nothing that could be lost. Waiting for it takes too little time for a thread."""
-    process, _, writer = child
-    writer.close()
-    process.kill()
-    process.wait()
