@@ -31,11 +31,13 @@ from serving.protocol.errors import DRAINING_HEADER, ApiError, error_of
 from serving.protocol.request_facts import FACTS, timestamp
 from serving.protocol.strict_json import MAX_BODY_BYTES
 from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
+from serving.proxy.doorkeeper import Doorkeeper
 from serving.proxy.http_bounds import install_bounds
 from serving.proxy.request_log import LogRequest, RequestLog, no_log
 from serving.proxy.token_relay import ASK_HEADER, YES_HEADER, Relay, RelayedAnswer
 
 SETTINGS_VARIABLE = "RAYMILL_HTTP"
+DOOR_VARIABLE = "RAYMILL_DOOR"  # where it takes the order to end; unset where a cluster ends its pods
 HIDDEN_PATHS = ("/-/routes",)  # Ray Serve's own; it keeps /-/healthz, which Kubernetes asks for
 # Ray Serve acts on these: one keeps a request running for a client that has gone, the others choose a replica.
 DROPPED_HEADERS = (b"x-request-disconnect-disabled", b"serve_multiplexed_model_id", b"serve-multiplexed-model-id")
@@ -103,8 +105,11 @@ def middlewares() -> list[Middleware]:
         if version:
             of_version(version)[outcome].inc()
 
+    doorkeeper = Doorkeeper()
+    if door := os.environ.get(DOOR_VARIABLE):
+        doorkeeper.listen(door.replace("@", "\0", 1))
     tracer = tracer_from_environment("raymill-proxy")
-    front_door = Middleware(FrontDoor, config=config, count=count, log=log, tracer=tracer)
+    front_door = Middleware(FrontDoor, config=config, count=count, log=log, tracer=tracer, doorkeeper=doorkeeper)
     # Lets the pages of other origins read all answers, refusals too, and answers what their browsers ask beforehand,
     # which has no key.
     cors = Middleware(
@@ -126,6 +131,7 @@ class FrontDoor:
     count: Callable[[Outcome, str], None]  # with each completion's outcome, and the version that answered or nothing
     log: LogRequest
     tracer: Tracer
+    doorkeeper: Doorkeeper = field(default_factory=Doorkeeper)
 
     def __post_init__(self) -> None:
         self._relay, self._routes = Relay(), NewestRoutes()
@@ -175,14 +181,21 @@ class FrontDoor:
                 raise ApiError(message, code="invalid_host", headers={"Connection": "close"})  # its body is not read
             if scope["path"] in HIDDEN_PATHS:
                 raise error_of("not_found", path=scope["path"][:64])
+            if self.doorkeeper.is_ending and (scope["method"] == "POST" or scope["path"] == "/ready"):
+                raise error_of("ending")
             body = await self._read_body(scope, receive)
         except ApiError as error:
             await error.response(request_id=request_id)(scope, receive, send)
-            return Ending(outcome_of(error.status), error.status, error.code)
+            outcome = Outcome.DRAINED if DRAINING_HEADER in error.headers else outcome_of(error.status)
+            return Ending(outcome, error.status, error.code)
         if body is None:
             return Ending(Outcome.LEFT, reason=CLIENT_LEFT)
         exchange = Exchange(self.app, scope, body, receive, send, request_id, span, self._routes)
-        return await exchange.run(self._relay)
+        self.doorkeeper.enter(exchange)
+        try:
+            return await exchange.run(self._relay)
+        finally:
+            self.doorkeeper.leave(exchange)
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
         """Returns the whole body, or None if the client has left. Raises `ApiError` (408, 413)."""
@@ -229,6 +242,14 @@ class Exchange:
     _facts: dict[str, Any] = field(default_factory=dict)
     _num_attempts = 0
     _num_events = 0  # of a stream that have gone out
+    _is_cut = False
+    _bound: asyncio.Timeout | None = None  # of the attempt that runs
+
+    def cut(self) -> None:
+        """Ends the answer now, with an error."""
+        self._is_cut = True
+        if self._bound is not None:
+            self._bound.reschedule(0.0)
 
     async def run(self, relay: Relay) -> Ending:
         outcome, reason = await self._run(relay)
@@ -246,12 +267,17 @@ class Exchange:
             headers = span.forward([*self.scope["headers"], self._relayed.header, *retry])
             scope = {**self.scope, "headers": headers}  # a copy: Ray Serve writes into the scope
             try:
-                await self.app(scope, self._next_message, self._pass_on)
-                await self._finish_relayed()
+                async with asyncio.timeout(0.0 if self._is_cut else None) as self._bound:
+                    await self.app(scope, self._next_message, self._pass_on)
+                    await self._finish_relayed()
+            except TimeoutError:
+                if not self._is_cut:
+                    raise
             finally:
+                self._bound = None
                 span.end({}, error=None if self._status or self._client_gone else "the replica ended")
                 await self._relayed.close()
-            if self._status or self._client_gone:
+            if self._status or self._client_gone or self._is_cut:
                 break
         if self._finished:
             is_drained = DRAINING_HEADER.encode() in self._headers
@@ -260,7 +286,7 @@ class Exchange:
         if self._client_gone:
             return Outcome.LEFT, CLIENT_LEFT
         if not self._status:
-            error = error_of("replicas_ended", count=MAX_ATTEMPTS)
+            error = error_of("ending") if self._is_cut else error_of("replicas_ended", count=MAX_ATTEMPTS)
             self._status = error.status
             await self._refuse(error)
             return Outcome.FAILED, str(error.code)
