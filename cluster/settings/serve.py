@@ -62,6 +62,7 @@ class EngineConfig(Settings):
     tensor_parallel_size: PositiveInt = 1
     batch_invariant: bool = False
     kernels: Literal["auto", "native", "torch"] = "auto"
+    max_context: int | None = Field(default=None, ge=16)
     kv_cache_tokens: int | None = Field(default=None, ge=16)
     prefix_cache: bool = True
     prefill_tokens_per_step: PositiveInt | None = None
@@ -81,6 +82,8 @@ class EngineConfig(Settings):
             raise ValueError("backend=raymill computes on CPUs; with device=cuda expected backend auto or vllm")
         if not self.runs_vllm and (self.vllm_args or self.tensor_parallel_size > 1):
             raise ValueError("vllm_args and tensor_parallel_size are vLLM's; expected backend=vllm or device=cuda")
+        if self.runs_vllm and self.kernels != "auto":
+            raise ValueError(f"kernels={self.kernels} is of raymill's own engine, and vLLM has others; leave it out")
         if self.batch_invariant and self.device == "cpu":
             raise ValueError(
                 "batch_invariant needs device=cuda; on CPUs a sequence has the same bits in any batch by raymill's own "

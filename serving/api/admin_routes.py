@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from pydantic import Field
 
+from cluster.settings.serve import ServeConfig
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import StorageError
 from model.errors import UserError
@@ -79,7 +80,7 @@ def admin_router(follower: Follower) -> APIRouter:
 
         async def begin() -> Delivery:
             live = follower.versions.live
-            candidate = await _read_candidate(asked.checkpoint, live, config.storage.uri)
+            candidate = await _read_candidate(asked.checkpoint, live, config)
             gate_rows = await rows_of_gate(asked, live)
             given = asked.model_dump(include={"canary_percent", "watch_s", "max_loss_increase"}, exclude_none=True)
             rules = config.delivery.model_dump(exclude={"endpoint", "weights"})
@@ -119,14 +120,15 @@ def admin_router(follower: Follower) -> APIRouter:
     return router
 
 
-async def _read_candidate(reference: str, live: LoadedVersion, storage_uri: str) -> Version:
+async def _read_candidate(reference: str, live: LoadedVersion, config: ServeConfig) -> Version:
     """Reads the candidate, and writes a few conversations by its chat template. Raises `ApiError` (400) for what cannot
     replace the live version."""
     try:
-        uri, folder = await asyncio.to_thread(find_checkpoint, reference, storage_uri)
+        uri, folder = await asyncio.to_thread(find_checkpoint, reference, config.storage.uri)
         texts = await open_reader(folder)  # first: it bounds what a stranger's tokenizer does
         texts.close()
-        model = await asyncio.to_thread(read_served_model, folder, name=live.model.name)
+        limit = config.engine.max_context
+        model = await asyncio.to_thread(read_served_model, folder, name=live.model.name, max_context=limit)
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:  # the last ones from a foreign config.json
         message = str(error) if isinstance(error, UserError) else f"{reference} is not a checkpoint: {error!r}"
     else:

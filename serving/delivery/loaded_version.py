@@ -62,7 +62,7 @@ class LoadedVersion:
         config: ServeConfig,
         others: Sequence["LoadedVersion"],
     ) -> "LoadedVersion":
-        model = await asyncio.to_thread(read_served_model, folder, name=name)
+        model = await asyncio.to_thread(read_served_model, folder, name=name, max_context=config.engine.max_context)
         if model.version != version.version:
             raise UserError(f"{version.checkpoint} holds {model.version} now, but {version.version} was promoted")
         alive = [other for other in others if other.engine.alive]

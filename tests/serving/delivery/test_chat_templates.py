@@ -49,7 +49,7 @@ def test_a_candidate_whose_template_is_broken_gets_no_request(tokenizer: Tokeniz
         versions = Versions(ServeConfig(engine=EngineConfig(max_num_seqs=2)), state, on_live_death=print)
         await versions.wait_until_live()
         with pytest.raises(ApiError, match="cannot write a user's message") as refused:
-            await _read_candidate(str(broken), versions.live, "none")
+            await _read_candidate(str(broken), versions.live, ServeConfig())
         assert refused.value.code == "checkpoint_refused"
         versions.adopt(state.having(**loading), asked_at_s=0)
         await wait_in_loop_until(lambda: versions.report()[2].status != "loading")
