@@ -4,9 +4,10 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,9 @@ from serving.xray.page_routes import PAGE_PATHS
 OPEN_PATHS = ("/health", "/ready", *PAGE_PATHS)  # for probes and navigation, which have no key
 ADMIN_PATH = "/admin"
 RELOAD_S = 2.0
+MAX_INVALID_BYTES = 32 << 20  # held against a key before its requests are refused
+INVALID_BASE_BYTES = 1 << 10  # of a request whose body is empty
+FORGIVEN_BYTES_PER_S = 1 << 20
 _log = logging.getLogger(__name__)
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -122,6 +126,33 @@ def authorize(path: str, headers: Headers, rules: AccessRules) -> ApiKey | None:
         since = datetime.fromtimestamp(key.expires_s, UTC).isoformat(timespec="seconds")
         raise error_of("expired_api_key", name=key.name, since=since)
     return key
+
+
+class InvalidBodies:
+    """Counts the bytes of each key's bodies that were read in vain. Who sends many waits: reading them takes time from
+    others' streams, and a refusal would cost its sender nothing."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._charged: dict[str, tuple[float, float]] = {}  # bytes that are still held against a key, and since when
+
+    def charge(self, key: str, num_bytes: int) -> None:
+        now_s = self._clock()
+        self._charged[key] = self._held(key, now_s) + num_bytes + INVALID_BASE_BYTES, now_s
+        self._charged = {name: entry for name, entry in self._charged.items() if self._held(name, now_s) > 0}
+
+    def require_room(self, key: str) -> None:
+        """Raises `ApiError` (429) while too much is held against the key."""
+        excess = self._held(key, self._clock()) - MAX_INVALID_BYTES
+        if excess > 0:
+            wait_s = math.ceil(excess / FORGIVEN_BYTES_PER_S)
+            error = error_of("too_many_invalid", wait_s=wait_s)
+            error.headers["Retry-After"] = str(wait_s)
+            raise error
+
+    def _held(self, key: str, now_s: float) -> float:
+        num_bytes, since_s = self._charged.get(key, (0.0, now_s))
+        return max(0.0, num_bytes - (now_s - since_s) * FORGIVEN_BYTES_PER_S)
 
 
 class RequestsInFlight:

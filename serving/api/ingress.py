@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -13,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.settings.code_folders import code_version
 from model.chat import ChatError
-from serving.api.access import CurrentAccess, RequestsInFlight, authorize
+from serving.api.access import CurrentAccess, InvalidBodies, RequestsInFlight, authorize
 from serving.api.answers import Answer, EmbeddingAnswer, TextAnswer
 from serving.api.chat import NOTE_HEADER, ChatAnswer, ChatRequest, as_completion
 from serving.api.completions import Completion, start_completion
@@ -26,6 +27,7 @@ from serving.protocol.errors import ApiError, error_of
 from serving.protocol.protocol import CompletionRequest, EmbeddingRequest, read_request
 from serving.protocol.request_facts import FACTS
 from serving.protocol.served_model import ServedModel
+from serving.protocol.strict_json import MAX_BODY_BYTES
 from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
 from serving.proxy.token_relay import YES_HEADER, RelayClient
 from serving.text.reader import TextError
@@ -45,7 +47,8 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
     app.include_router(admin)
     app.include_router(tool_router(max_waiting=config.max_ongoing_requests))
     add_state_routes(app, versions=versions, metrics=metrics)
-    add_error_handlers(app)
+    invalid = InvalidBodies()
+    add_error_handlers(app, invalid)
     relay = RelayClient()
 
     @app.post("/v1/completions")
@@ -117,7 +120,7 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
         RoutedRequest.of(request).take(name)
         return RoutedRequest.of(request).card()
 
-    return Gate(app, access=access, versions=versions)
+    return Gate(app, access=access, versions=versions, invalid=invalid)
 
 
 def add_state_routes(app: FastAPI, *, versions: Versions, metrics: ReplicaMetrics) -> None:
@@ -148,12 +151,16 @@ def add_state_routes(app: FastAPI, *, versions: Versions, metrics: ReplicaMetric
         return Response(generate_latest(metrics.exported.collectors), media_type="text/plain; version=0.0.4")
 
 
-def add_error_handlers(app: FastAPI) -> None:
-    """Gives every error OpenAI's shape."""
+def add_error_handlers(app: FastAPI, invalid: InvalidBodies) -> None:
+    """Gives every error OpenAI's shape, and counts what was read in vain."""
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
-        RoutedRequest.of(request).facts.reason = error.code
+        routed = RoutedRequest.of(request)
+        routed.facts.reason = error.code
+        if error.status == HTTPStatus.BAD_REQUEST:
+            length = request.headers.get("content-length", "0")
+            invalid.charge(routed.facts.key or "", int(length) if length.isdecimal() else MAX_BODY_BYTES)
         return error.response()
 
     @app.exception_handler(HTTPException)
@@ -193,8 +200,9 @@ class Gate:
     """Wraps all routes: requires a key, keeps the version that answers a request loaded until the answer has ended, and
     names it in the answer."""
 
-    def __init__(self, app: ASGIApp, *, access: CurrentAccess, versions: Versions) -> None:
+    def __init__(self, app: ASGIApp, *, access: CurrentAccess, versions: Versions, invalid: InvalidBodies) -> None:
         self._app = app
+        self._invalid = invalid
         self._access = access
         self._in_flight = RequestsInFlight(versions.config.replicas.max_requests_per_key)
         self._versions = versions
@@ -223,6 +231,8 @@ class Gate:
                 routed.key, facts.key = key.hash, key.name
             if is_metered and self._versions.delivery.draining:
                 raise error_of("draining")
+            if is_metered:
+                self._invalid.require_room(facts.key or "")
             with self._in_flight.of(key if is_metered else None):
                 await self._app(scope, receive, send_with_version)
         except ApiError as error:

@@ -11,7 +11,17 @@ import pytest
 from cluster.endpoint.endpoint import Endpoint
 from cluster.settings.serve import ServeConfig
 from model.errors import UserError
-from serving.api.access import AccessRules, CurrentAccess, RequestsInFlight, authorize, presented_key, read_rules
+from serving.api.access import (
+    FORGIVEN_BYTES_PER_S,
+    MAX_INVALID_BYTES,
+    AccessRules,
+    CurrentAccess,
+    InvalidBodies,
+    RequestsInFlight,
+    authorize,
+    presented_key,
+    read_rules,
+)
 from serving.api.keys import ApiKey, make_key_file, read_keys
 from serving.protocol.errors import ApiError
 
@@ -252,3 +262,18 @@ def test_without_key_files_nothing_is_read(tmp_path: Path) -> None:
     access = CurrentAccess(AccessRules())
     access.reload()
     assert access.rules == AccessRules()
+
+
+def test_who_sends_many_invalid_bodies_waits_and_nobody_else_does() -> None:
+    now_s = 0.0
+    invalid = InvalidBodies(clock=lambda: now_s)
+    for _ in range(MAX_INVALID_BYTES >> 20):
+        invalid.require_room("mallory")
+        invalid.charge("mallory", 1 << 20)
+    invalid.charge("mallory", 2 * FORGIVEN_BYTES_PER_S)
+    with pytest.raises(ApiError) as refused:
+        invalid.require_room("mallory")
+    assert refused.value.status == 429 and refused.value.code == "rate_limit_exceeded"
+    invalid.require_room("alice")
+    now_s = float(refused.value.headers["Retry-After"])
+    invalid.require_room("mallory")

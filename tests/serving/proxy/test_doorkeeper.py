@@ -12,6 +12,7 @@ from cluster.settings.serve import HttpConfig
 from serving.protocol.tracing import NO_TRACER
 from serving.proxy.doorkeeper import Doorkeeper
 from serving.proxy.front_door import FrontDoor, Outcome
+from serving.proxy.key_check import ASKED_PATH
 from tests.serving.front_door_parts import OK, scope
 from tests.waiting import wait_in_loop_until
 
@@ -36,8 +37,10 @@ class Door:
         self.name = door_name("test", secrets.randbits(60))
         self.doorkeeper.listen(self.name)
 
-    async def _stream(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+    async def _stream(self, scope: Scope, _receive: Receive, send: Send) -> None:
         await send(OK)
+        if scope["path"] == ASKED_PATH:  # it lets everybody in
+            return
         await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
         await self.finish.wait()
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
