@@ -14,7 +14,7 @@ import orjson
 from cluster.settings.serve import ServeConfig
 from serving.api.answers import Answer, Usage
 from serving.api.choice_output import ChoiceOutput, Part, join_parts
-from serving.api.metrics import ReplicaMetrics, RequestTimer
+from serving.api.metrics import ReplicaMetrics, RequestTimer, WatchedSteps
 from serving.delivery.loaded_version import LoadedVersion
 from serving.engine.messages import FinishReason, SequenceRequest
 from serving.engine_process.client import EngineClient, EngineDiedError, Generation
@@ -197,7 +197,7 @@ async def start_completion(
         )
     counted = metrics.of(model.version)
     try:
-        generation = engine.submit(sequences, at_once=at_once, key=key, observer=counted)
+        generation = engine.submit(sequences, at_once=at_once, key=key, observer=WatchedSteps(counted, version.stats))
     except EngineDiedError:
         raise error_of("engine_unavailable") from None
     facts.queued_s = time.monotonic()

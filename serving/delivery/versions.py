@@ -1,10 +1,11 @@
 """The versions on one replica: loads and ends engines as the state demands, and picks one for each request."""
 
 import asyncio
+import copy
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from cluster.settings.serve import ServeConfig
 from cluster.storage.checkpoint_cache import Holds
@@ -40,7 +41,7 @@ class Slot:
         problem = self.problem or ("" if loaded is None else loaded.engine.death_notice)
         status = SlotStatus.FAILED if problem else SlotStatus.READY if self.is_measured else SlotStatus.LOADING
         in_place = loaded is not None and loaded.weights > 0
-        stats = VersionStats() if loaded is None else replace(loaded.stats)
+        stats = VersionStats() if loaded is None else copy.deepcopy(loaded.stats)
         return SlotReport(status, problem, self.loss, self.live_loss, in_place=in_place, stats=stats)
 
 
