@@ -65,6 +65,7 @@ class EngineConfig(Settings):
     max_context: int | None = Field(default=None, ge=16)
     kv_cache_tokens: int | None = Field(default=None, ge=16)
     prefix_cache: bool = True
+    prefix_cache_scope: Literal["endpoint", "key"] = "endpoint"
     prefill_tokens_per_step: PositiveInt | None = None
 
     @property
@@ -125,6 +126,7 @@ class ServeConfig(Settings):
     port: int = Field(default=8000, ge=1, le=65535)
     api_key_file: str | None = None
     admin_key_file: str | None = None
+    xray: Literal["auto", "off", "admin", "user"] = "auto"
     http: HttpConfig = HttpConfig()
     delivery: DeliveryConfig = DeliveryConfig()
     replicas: ReplicaConfig = ReplicaConfig()

@@ -184,6 +184,7 @@ async def start_completion(
             num_logprobs=request.logprobs,
             num_prompt_logprobs=max(scored, default=None),
             embed=answer.EMBEDS,
+            cache_scope=key if config.engine.prefix_cache_scope == "key" else "",
             weights=version.weights,
         )
         for prompt_ids in prompts

@@ -7,7 +7,12 @@ from itertools import takewhile
 
 BLOCK_TOKENS = 16
 
-_ROOT = b""  # the prefix before the first block
+_ROOT = b""  # the prefix before the first block, of those without a scope
+
+
+def root_of(scope: str) -> bytes:
+    """Returns the prefix before the first block of a scope's prompts, which no other scope's prompts have."""
+    return hashlib.blake2b(scope.encode(), digest_size=16, person=b"scope").digest() if scope else _ROOT
 
 
 class BlockPool:
@@ -31,15 +36,17 @@ class BlockPool:
         """The share of the blocks that are held, 0 to 1."""
         return 1 - self._num_free / self.num_blocks
 
-    def missing(self, prompt_ids: Sequence[int]) -> list[bytes]:
+    def missing(self, prompt_ids: Sequence[int], *, root: bytes = _ROOT) -> list[bytes]:
         """Returns the prefixes to the end of each full block of the prompt that is not in the pool yet."""
-        prefixes = _prefixes(prompt_ids) if self._keep_prefixes else []
-        return prefixes[len(self._find(prompt_ids)) :]
+        prefixes = _prefixes(prompt_ids, root) if self._keep_prefixes else []
+        return prefixes[len(self._find(prompt_ids, root)) :]
 
-    def allocate(self, num_tokens: int, *, prompt_ids: Sequence[int]) -> tuple[list[int], int] | None:
+    def allocate(
+        self, num_tokens: int, *, prompt_ids: Sequence[int], root: bytes = _ROOT
+    ) -> tuple[list[int], int] | None:
         """Returns blocks for `num_tokens` and how many of the prompt's tokens they contain already: at most all but the
         last, whose logits are needed. Returns None if there is no room."""
-        found = self._find(prompt_ids)
+        found = self._find(prompt_ids, root)
         num_new = num_blocks_for(num_tokens) - len(found)
         if num_new > self._num_free - sum(block in self._free for block in found):
             return None
@@ -76,8 +83,9 @@ class BlockPool:
             if (prefix := self._prefix_of.pop(block, None)) is not None:
                 del self._block_of[prefix]
 
-    def _find(self, prompt_ids: Sequence[int]) -> list[int]:
-        return [self._block_of[prefix] for prefix in takewhile(self._block_of.__contains__, _prefixes(prompt_ids))]
+    def _find(self, prompt_ids: Sequence[int], root: bytes) -> list[int]:
+        known = takewhile(self._block_of.__contains__, _prefixes(prompt_ids, root))
+        return [self._block_of[prefix] for prefix in known]
 
     @property
     def _num_free(self) -> int:
@@ -96,9 +104,9 @@ def num_blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_TOKENS)
 
 
-def _prefixes(prompt_ids: Sequence[int]) -> list[bytes]:
+def _prefixes(prompt_ids: Sequence[int], root: bytes) -> list[bytes]:
     """Returns the prefix to the end of each full block, except one that ends with the prompt."""
-    prefixes = [_ROOT]
+    prefixes = [root]
     for start in range(0, len(prompt_ids) - BLOCK_TOKENS, BLOCK_TOKENS):
         prefixes.append(_prefix(prefixes[-1], prompt_ids[start : start + BLOCK_TOKENS]))
     return prefixes[1:]

@@ -30,6 +30,7 @@ class SequenceRequest:
     num_logprobs: int | None = None  # candidates reported for each token; 0: only the chosen token's logprob
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens
     embed: bool = False  # reports the mean of the prompt's hidden states
+    cache_scope: str = ""  # whose prompts may share blocks of the cache with it; empty for all without one
     weights: int = 0  # the version that computes it, if several share the engine (weight_turns.py)
 
     @property

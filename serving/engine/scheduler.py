@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from serving.engine.block_pool import BLOCK_TOKENS, BlockPool
+from serving.engine.block_pool import BLOCK_TOKENS, BlockPool, root_of
 from serving.engine.messages import Candidates, FinishReason, SequenceRequest
 
 UNWATCHED = 4  # factor for the prompt tokens of a step that no running sequence waits for
@@ -139,15 +139,17 @@ class Scheduler:
             return None
         sequence, request = self._waiting[0], self._waiting[0].request
         known = [] if request.reads_whole_prompt else request.prompt_ids
-        missing = self.pool.missing(request.prompt_ids)
+        root = root_of(request.cache_scope)
+        missing = self.pool.missing(request.prompt_ids, root=root)
         if known and missing and missing[0] in self._promised:
             return None
-        allocation = self.pool.allocate(len(request.prompt_ids) + request.max_tokens, prompt_ids=known)
+        num_tokens = len(request.prompt_ids) + request.max_tokens
+        allocation = self.pool.allocate(num_tokens, prompt_ids=known, root=root)
         if allocation is None:
             return None
         self._waiting.popleft()
         sequence.blocks, sequence.num_read = allocation
-        sequence.promised = missing
+        sequence.promised, sequence.sealed_prefix = missing, root
         self._promised.update(missing)
         self._seal(sequence, first=0)
         self._running[request.seq_id] = sequence

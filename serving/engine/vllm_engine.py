@@ -95,6 +95,8 @@ class VllmEngine:
     def submit(self, request: SequenceRequest) -> None:
         """Adds a sequence. What vLLM refuses in it, by bounds of its own, ends it alone, in the next step."""
         prompt: Any = {"prompt_token_ids": request.prompt_ids}
+        if request.cache_scope:
+            prompt["cache_salt"] = request.cache_scope
         try:
             self._engine.add_request(str(request.seq_id), prompt, self._params(request))
         except (ValueError, VLLMClientError) as error:

@@ -18,6 +18,7 @@ from serving.api.access import (
     CurrentAccess,
     InvalidBodies,
     RequestsInFlight,
+    XrayAccess,
     authorize,
     presented_key,
     read_rules,
@@ -277,3 +278,43 @@ def test_who_sends_many_invalid_bodies_waits_and_nobody_else_does() -> None:
     invalid.require_room("alice")
     now_s = float(refused.value.headers["Retry-After"])
     invalid.require_room("mallory")
+
+
+@pytest.mark.parametrize(
+    ("xray", "path", "key", "status"),
+    [
+        ("user", "/v1/xray", "user", 200),
+        ("user", "/v1/xray", "root", 401),
+        ("admin", "/v1/xray", "root", 200),
+        ("admin", "/v1/models", "root", 200),
+        ("admin", "/v1/xray", "user", 403),
+        ("admin", "/v1/xray", "wrong", 401),
+        ("admin", "/v1/chat/completions", "root", 401),
+        ("admin", "/", None, 200),
+        ("off", "/v1/xray", "user", 404),
+        ("off", "/", None, 404),
+        ("off", "/v1/completions", "user", 200),
+    ],
+)
+def test_who_may_look_inside_a_query(xray: XrayAccess, path: str, key: str | None, status: int) -> None:
+    rules = AccessRules(keys("user"), keys("root"), xray)
+    headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
+    try:
+        authorize(path, headers, rules)
+    except ApiError as error:
+        assert error.status == status
+    else:
+        assert status == 200
+
+
+@pytest.mark.parametrize(("host", "expected"), [("127.0.0.1", "user"), ("0.0.0.0", "admin")])
+def test_users_look_inside_by_themselves_on_loopback_only(host: str, expected: str, tmp_path: Path) -> None:
+    settings = {"host": host, "api_key_file": str(tmp_path / "keys")}
+    assert read_rules(ServeConfig.model_validate(settings)).xray == expected
+    assert read_rules(ServeConfig.model_validate(settings | {"xray": "off"})).xray == "off"
+
+
+def test_without_admin_keys_only_the_setting_opens_the_x_ray() -> None:
+    with pytest.raises(ApiError, match="xray to user") as refused:
+        authorize("/v1/xray", [(b"authorization", b"Bearer user")], AccessRules(keys("user"), (), "admin"))
+    assert refused.value.status == 403
