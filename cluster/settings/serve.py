@@ -111,6 +111,7 @@ class DeliveryConfig(Settings):
 
     endpoint: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._-]+$")
     weights: Literal["auto", "beside", "in_place"] = "auto"
+    allowed_checkpoints: list[str] = Field(default=[])
     watch_s: NonNegativeFloat = 60.0
     max_loss_increase: NonNegativeFloat = 0.05
     max_error_rate: float = Field(default=0.01, ge=0, le=1)

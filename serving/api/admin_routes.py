@@ -3,15 +3,15 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field
 
 from cluster.settings.serve import ServeConfig
-from cluster.storage.registry import find_checkpoint
-from cluster.storage.uris import StorageError
+from cluster.storage.registry import LATEST, find_checkpoint
+from cluster.storage.uris import StorageError, absolute_uri
 from model.errors import UserError
 from serving.delivery.audit_log import AuditLog
 from serving.delivery.follower import CoordinatorAwayError, Follower, answer_of
@@ -83,7 +83,7 @@ def admin_router(follower: Follower) -> APIRouter:
             candidate = await _read_candidate(asked.checkpoint, live, config)
             gate_rows = await rows_of_gate(asked, live)
             given = asked.model_dump(include={"canary_percent", "watch_s", "max_loss_increase"}, exclude_none=True)
-            rules = config.delivery.model_dump(exclude={"endpoint", "weights"})
+            rules = config.delivery.model_dump(exclude={"endpoint", "weights", "allowed_checkpoints"})
             terms = Terms(**rules | given | {"gate_rows": gate_rows})
             return await _asked(coordinator.promote.remote(candidate, terms))
 
@@ -123,6 +123,9 @@ def admin_router(follower: Follower) -> APIRouter:
 async def _read_candidate(reference: str, live: LoadedVersion, config: ServeConfig) -> Version:
     """Reads the candidate, and writes a few conversations by its chat template. Raises `ApiError` (400) for what cannot
     replace the live version."""
+    if not is_allowed(reference, config.delivery.allowed_checkpoints):
+        message = f"{reference[:200]!a} is not under any of delivery.allowed_checkpoints of this endpoint"
+        raise ApiError(message, param="checkpoint", code="checkpoint_refused")
     try:
         uri, folder = await asyncio.to_thread(find_checkpoint, reference, config.storage.uri)
         texts = await open_reader(folder)  # first: it bounds what a stranger's tokenizer does
@@ -136,6 +139,21 @@ async def _read_candidate(reference: str, live: LoadedVersion, config: ServeConf
             return version_of(model, checkpoint=uri)
         message = f"checkpoint {uri} {problem}"
     raise ApiError(message, param="checkpoint", code="checkpoint_refused")
+
+
+def is_allowed(reference: str, allowed: Sequence[str]) -> bool:
+    """Tells whether a checkpoint lies under one of these places; any does without them. Nothing is looked up for it: an
+    order must not make the server read what it may not promote."""
+    if not allowed or reference == LATEST:
+        return True
+    if ".." in reference.split("/"):
+        return False
+    place = _place(reference)
+    return any(place.startswith(_place(prefix)) for prefix in allowed)
+
+
+def _place(uri: str) -> str:
+    return (uri if "://" in uri else absolute_uri(uri)).rstrip("/") + "/"
 
 
 async def rows_of_gate(asked: PromoteRequest, version: LoadedVersion) -> tuple[tuple[int, ...], ...]:

@@ -65,6 +65,11 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
         note = None if version.model.is_chat_tuned else NOTE_HEADER
         return await answer(completion, ChatAnswer, request, version=version, headers=note)
 
+    @app.post("/v1/responses")
+    async def responses() -> Response:
+        """Tells clients that ask here by default where to ask instead."""
+        raise error_of("no_responses")
+
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
         parsed = await read_request(request, EmbeddingRequest)

@@ -24,11 +24,17 @@ class Child(NamedTuple):
 
 
 async def start_child(
-    module: str, arguments: Mapping[str, Any], *, pass_fds: Sequence[int] = (), python: str = sys.executable
+    module: str,
+    arguments: Mapping[str, Any],
+    *,
+    private: Mapping[str, Any] | None = None,
+    pass_fds: Sequence[int] = (),
+    python: str = sys.executable,
 ) -> Child:
-    """Returns the process and our end of its socket. Its argument is a JSON object: `arguments`, with the
-    `threads` it computes with, and the other end as `socket`. The process must end when the socket closes, as when the
-    replica dies. Raises `UserError` if `python` cannot be run."""
+    """Returns the process and our end of its socket. Its argument is a JSON object: `arguments`, with the `threads` it
+    computes with, and the other end as `socket`. `private`, which may hold secrets, is the first line on the socket
+    instead, since every user of the machine sees command lines. The process must end when the socket closes, as when
+    the replica dies. Raises `UserError` if `python` cannot be run."""
     ours, theirs = socket.socketpair()
     # Neither fork nor multiprocessing: both break inside a Ray worker.
     with theirs:
@@ -42,7 +48,10 @@ async def start_child(
         except OSError as error:
             ours.close()
             raise UserError(f"cannot run {python}: {error.strerror}") from None
-    return Child(process, *await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES))
+    child = Child(process, *await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES))
+    if private is not None:
+        child.writer.write(json.dumps(private).encode() + b"\n")
+    return child
 
 
 def kill_child(child: Child) -> None:

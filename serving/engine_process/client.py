@@ -131,13 +131,18 @@ class EngineClient:
         fds = [their_line.fileno()]
         arguments = {
             "checkpoint": str(checkpoint.absolute()),
-            "config": config.model_dump(),
             "threads": threads,
             "eos_id": eos_id,  # None without a tokenizer
             "watchdog": fds[0],
         }
         with their_line:
-            child = await start_child(MODULE, arguments, pass_fds=fds, python=python or sys.executable)
+            child = await start_child(
+                MODULE,
+                arguments,
+                private={"config": config.model_dump()},  # `vllm_args` may hold tokens
+                pass_fds=fds,
+                python=python or sys.executable,
+            )
         client = cls(child)
         messages = client._messages()
         first = await anext(messages, None)

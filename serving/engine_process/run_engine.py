@@ -65,6 +65,12 @@ class Channel:
             self._held.clear()
             self._sent_s = now_s
 
+    def first(self) -> dict[str, Any]:
+        """Returns the message before all commands. Raises `EOFError` if the replica has died meanwhile."""
+        while True:
+            for message in self.receive(wait=True):
+                return dict(message)
+
     def receive(self, *, wait: bool) -> Iterator[Any]:
         """Yields the messages that have arrived; with `wait`, blocks until some bytes have. Raises `EOFError` once the
         replica has closed its end or died, which is how this process learns that it is no longer needed."""
@@ -211,7 +217,7 @@ def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads:
 def main() -> int:
     args = json.loads(sys.argv[1])  # see `EngineClient.start`
     channel = Channel(socket.socket(fileno=args["socket"]))
-    config = EngineConfig.model_validate(args["config"])
+    config = EngineConfig.model_validate(channel.first()["config"])
     try:
         engine, facts = _load_engine(Path(args["checkpoint"]), config, eos_id=args["eos_id"], threads=args["threads"])
     except UserError as error:

@@ -33,6 +33,7 @@ from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
 from serving.proxy.doorkeeper import Doorkeeper
 from serving.proxy.http_bounds import PROBED_PATHS, install_bounds
 from serving.proxy.key_check import KeyCheck, Refusal
+from serving.proxy.quarantine import Quarantine
 from serving.proxy.request_body import Bodies
 from serving.proxy.request_log import LogRequest, RequestLog, no_log
 from serving.proxy.token_relay import ASK_HEADER, YES_HEADER, Relay, RelayedAnswer
@@ -45,7 +46,7 @@ DROPPED_HEADERS = (b"x-request-disconnect-disabled", b"serve_multiplexed_model_i
 REQUEST_ID = re.compile(rb"[A-Za-z0-9-]{1,64}")
 MAX_ATTEMPTS = 2  # a request may be what ends its replicas: one that ended a third would end them all
 COUNTED_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
-CLIENT_LEFT = "client_left"  # a reason in the request log
+CLIENT_LEFT, REPLICAS_ENDED = "client_left", "replicas_ended"  # reasons in the request log
 MAX_LOGGED_PATH = 128  # characters
 
 
@@ -134,7 +135,7 @@ class FrontDoor:
 
     def __post_init__(self) -> None:
         self._relay, self._routes = Relay(), NewestRoutes()
-        self._keys, self._bodies = KeyCheck(self.app), Bodies()
+        self._keys, self._bodies, self._quarantine = KeyCheck(self.app), Bodies(), Quarantine()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -194,10 +195,17 @@ class FrontDoor:
             return Ending(outcome, error.status, error.code)
         if body is None:
             return Ending(Outcome.LEFT, reason=CLIENT_LEFT)
+        if (scope["path"], body) in self._quarantine:
+            quarantined = error_of("quarantined", count=MAX_ATTEMPTS)
+            await quarantined.response(request_id=request_id)(scope, receive, send)
+            return Ending(Outcome.FAILED, quarantined.status, quarantined.code)
         exchange = Exchange(self.app, scope, body, receive, send, request_id, span, self._routes)
         self.doorkeeper.enter(exchange)
         try:
-            return await exchange.run(self._relay)
+            ending = await exchange.run(self._relay)
+            if ending.reason == REPLICAS_ENDED:
+                self._quarantine.add(scope["path"], body)
+            return ending
         finally:
             self.doorkeeper.leave(exchange)
 

@@ -68,6 +68,15 @@ async def longest_stretch_s(work: Coroutine[Any, Any, None]) -> float:
     return longest
 
 
+def test_a_client_of_responses_is_told_where_to_ask(run: Run) -> None:
+    async def check(http: httpx.AsyncClient, _versions: Versions) -> None:
+        answer = await http.post("/v1/responses", json={"model": MODEL, "input": "hi"})
+        assert answer.status_code == 404 and answer.json()["error"]["code"] == "not_found"
+        assert "/v1/chat/completions" in answer.json()["error"]["message"]
+
+    run(check)
+
+
 def test_only_a_clients_seed_goes_to_the_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a seed vLLM draws row by row. The engine of raymill adds one where there is none."""
     seeds: list[list[int | None]] = []

@@ -269,3 +269,14 @@ def test_without_memory_for_the_cache_an_error_names_its_bytes(kernels: str) -> 
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=limit_s(60), check=False)
     assert done.returncode == 0, done.stderr
     assert "no memory for the weights and a KV cache of 262144 tokens, 2.00 GiB" in done.stdout
+
+
+def test_no_setting_of_vllm_is_in_a_command_line(checkpoint: Path) -> None:
+    """They may hold tokens, and every user of the machine sees command lines."""
+
+    async def check() -> None:
+        async with engine(checkpoint) as client:
+            words = " ".join(psutil.Process(client.pid).cmdline())
+            assert "vllm_args" not in words and str(checkpoint) in words
+
+    asyncio.run(check())

@@ -19,6 +19,7 @@ from serving.protocol.errors import DRAINING_HEADER
 from serving.protocol.request_facts import FACTS
 from serving.protocol.tracing import NO_TRACER
 from serving.proxy.front_door import FrontDoor, Outcome, clean_request_id
+from serving.proxy.quarantine import QUARANTINE_S, Quarantine
 from serving.proxy.request_log import no_log
 from serving.proxy.token_relay import ASK_HEADER
 from tests.serving.front_door_parts import OK, ask, half, open_to_all, scope, whole
@@ -59,6 +60,26 @@ def test_a_request_that_ends_its_replicas_ends_two_and_its_client_is_told_so() -
     assert len(sent) == 2 and sent[0]["status"] == 500
     assert dict(sent[0]["headers"])[b"x-should-retry"] == b"false"  # OpenAI's clients heed it
     assert error(sent)["code"] == "replicas_ended" and "2 replicas ended" in error(sent)["message"]
+
+
+def test_a_request_that_ended_its_replicas_is_not_tried_again() -> None:
+    """A client in a loop would end two of them each time."""
+    now_s, calls = 0.0, 0
+
+    async def end(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal calls
+        calls += 1
+        if (await receive())["body"] != b"poison":
+            await whole(send)
+
+    door = FrontDoor(open_to_all(end), config=HttpConfig(), count=lambda *_: None, log=no_log, tracer=NO_TRACER)
+    door._quarantine = Quarantine(clock=lambda: now_s)
+    poison = {"type": "http.request", "body": b"poison", "more_body": False}
+    assert error(ask(door, dict(poison)))["code"] == "replicas_ended" and calls == 2
+    assert error(ask(door, dict(poison)))["code"] == "quarantined" and calls == 2
+    assert ask(door)[0]["status"] == 200
+    now_s += QUARANTINE_S
+    assert error(ask(door, dict(poison)))["code"] == "replicas_ended" and calls == 5
 
 
 def test_an_order_is_given_once_and_its_sender_is_told_what_to_look_at() -> None:
