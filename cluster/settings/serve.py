@@ -63,6 +63,7 @@ class EngineConfig(Settings):
     batch_invariant: bool = False
     kernels: Literal["auto", "native", "torch"] = "auto"
     max_context: int | None = Field(default=None, ge=16)
+    clip_max_tokens: bool = False
     kv_cache_tokens: int | None = Field(default=None, ge=16)
     prefix_cache: bool = True
     prefix_cache_scope: Literal["endpoint", "key"] = "endpoint"

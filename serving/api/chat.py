@@ -78,14 +78,16 @@ class ChatRequest(GenerationRequest):
         return self
 
 
-async def as_completion(request: ChatRequest, version: LoadedVersion) -> CompletionRequest:
-    """Returns the completion that answers a chat. Without a limit it may fill the context. Raises `ApiError` (400) if
-    there is no room for a token, and `ChatError` or `TextError` if the template refuses the messages."""
+async def as_completion(request: ChatRequest, version: LoadedVersion, *, clips: bool) -> CompletionRequest:
+    """Returns the completion that answers a chat. Without a limit it may fill the context, and where the endpoint
+    `clips`, with a larger one too. Raises `ApiError` (400) if there is no room for a token, and `ChatError` or
+    `TextError` if the template refuses the messages."""
     model, end_of_turn = version.model, version.texts.probe.end_of_turn
     max_tokens = request.max_completion_tokens or request.max_tokens
     model.require_tokenizer()
     rendered_ids = await version.texts.chat_ids([message.model_dump(exclude_none=True) for message in request.messages])
-    check = partial(model.prompt_ids, rendered_ids, max_tokens=max_tokens or 1, param=ChatAnswer.PROMPT_FIELD)
+    room = 1 if clips or max_tokens is None else max_tokens
+    check = partial(model.prompt_ids, rendered_ids, max_tokens=room, param=ChatAnswer.PROMPT_FIELD)
     prompt_ids = await asyncio.to_thread(check)
     shared = {name: getattr(request, name) for name in GenerationRequest.model_fields}
     if not model.is_chat_tuned:

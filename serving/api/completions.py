@@ -42,6 +42,7 @@ class Completion:
     generation: Generation
     timer: RequestTimer
     facts: RequestFacts
+    shows_cache: bool  # in the usage; to a key it would show what others have sent, where they share the cache
 
     def __post_init__(self) -> None:
         request, sequences = self.request, self.sequences
@@ -124,11 +125,17 @@ class Completion:
 
     def _usage(self) -> Usage:
         num_output_tokens = self._num_output_tokens
-        return {
+        usage: Usage = {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": num_output_tokens,
             "total_tokens": self._num_prompt_tokens + num_output_tokens,
         }
+        if self.shows_cache:
+            # As the prompt's tokens, which count once.
+            of_prompts = self.sequences[:: self.request.n]
+            found = [self.generation.num_found.get(sequence.seq_id, 0) for sequence in of_prompts]
+            usage["prompt_tokens_details"] = {"cached_tokens": sum(found)}
+        return usage
 
 
 def server_sent(content: dict[str, Any]) -> bytes:
@@ -159,7 +166,8 @@ async def start_completion(
     if answer.EMBEDS and not engine.facts.embeds:
         raise error_of("unsupported_by_backend")
     # In the event loop other streams' tokens would wait for the milliseconds that a long prompt takes.
-    room = max(request.token_limit, engine.facts.least_tokens)
+    least_tokens, asked_tokens = engine.facts.least_tokens, request.token_limit
+    room = max(min(asked_tokens, 1) if config.engine.clip_max_tokens else asked_tokens, least_tokens)
     read = partial(
         model.prompt_ids, max_tokens=room, param=answer.PROMPT_FIELD, add_special_tokens=request.add_special_tokens
     )
@@ -176,11 +184,11 @@ async def start_completion(
         SequenceRequest(
             seq_id=engine.next_seq_id(),
             prompt_ids=prompt_ids,
-            max_tokens=request.token_limit,
+            max_tokens=min(asked_tokens, model.config.n_positions - len(prompt_ids)),
             sampling=replace(sampling, seed=choice_seed(sampling.seed, index)),
             ignore_eos=request.ignore_eos,
             stop_token_ids=tuple(request.stop_token_ids),
-            min_tokens=request.min_tokens,
+            min_tokens=min(request.min_tokens, model.config.n_positions - len(prompt_ids)),
             num_logprobs=request.logprobs,
             num_prompt_logprobs=max(scored, default=None),
             embed=answer.EMBEDS,
@@ -206,7 +214,14 @@ async def start_completion(
     unfinished: dict[int, float | None] = dict.fromkeys(sequence.seq_id for sequence in sequences)
     timer = RequestTimer(counted, version.stats, generation.entered_s, unfinished)
     completion = Completion(
-        request, answer=answer, model=model, sequences=sequences, generation=generation, timer=timer, facts=facts
+        request,
+        answer=answer,
+        model=model,
+        sequences=sequences,
+        generation=generation,
+        timer=timer,
+        facts=facts,
+        shows_cache=not key or config.engine.prefix_cache_scope == "key",
     )
     max_queue_s = config.engine.max_queue_s
     try:

@@ -41,6 +41,7 @@ STATE_METHODS = ["GET", "HEAD"]  # monitors ask with HEAD, to which uvicorn send
 def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: CurrentAccess, admin: APIRouter) -> ASGIApp:
     """Builds the application of all routes, behind `access`."""
     config = versions.config
+    clips = config.engine.clip_max_tokens
     # Interactive documentation and a schema would show strangers what this endpoint can do.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.include_router(page_router())
@@ -60,8 +61,9 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         parsed = await read_request(request, ChatRequest)
-        version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
-        completion, version = await written_chat(parsed, version, RoutedRequest.of(request), metrics=metrics)
+        routed = RoutedRequest.of(request)
+        version = routed.take(parsed.model, user=parsed.user)
+        completion, version = await written_chat(parsed, version, routed, metrics=metrics, clips=clips)
         note = None if version.model.is_chat_tuned else NOTE_HEADER
         return await answer(completion, ChatAnswer, request, version=version, headers=note)
 
@@ -181,19 +183,19 @@ def add_error_handlers(app: FastAPI, invalid: InvalidBodies) -> None:
 
 
 async def written_chat(
-    request: ChatRequest, version: LoadedVersion, routed: RoutedRequest, *, metrics: ReplicaMetrics
+    request: ChatRequest, version: LoadedVersion, routed: RoutedRequest, *, metrics: ReplicaMetrics, clips: bool
 ) -> tuple[CompletionRequest, LoadedVersion]:
     """Returns the completion that answers a chat, and the version that does. What a new version's template cannot write
     and the version before can is the new one's failure. Raises `ApiError` (400) for what no template writes."""
     try:
-        return await as_completion(request, version), version
+        return await as_completion(request, version, clips=clips), version
     except (ChatError, TextError) as error:
         metrics.of(version.model.version).chats_refused.inc()
         refusal = ApiError(str(error), param=ChatAnswer.PROMPT_FIELD, code="invalid_value")
     if (other := routed.take_other()) is None:
         raise refusal
     try:
-        completion = await as_completion(request, other)
+        completion = await as_completion(request, other, clips=clips)
     except (ChatError, TextError):
         raise refusal from None
     version.stats.sequences += 1

@@ -1,6 +1,7 @@
 """The messages between a replica and its engine process: lines of JSON over one socket."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -82,6 +83,7 @@ class Admission(NamedTuple):
     admitted: list[int]  # sequences
     num_running: int
     num_waiting: int
+    num_found: Sequence[int] = ()  # of each, tokens of its prompt that the cache had
 
 
 class MetricFamily(NamedTuple):

@@ -178,10 +178,11 @@ class VllmEngine:
         begun = {_seq_id(new.req_id): new for new in plan.scheduled_new_reqs}
         admitted = self._starts.fresh(begun)
         self._looked_up += sum(len(begun[seq_id].prompt_token_ids) for seq_id in admitted)
-        self._found += sum(begun[seq_id].num_computed_tokens for seq_id in admitted)
+        found = [begun[seq_id].num_computed_tokens for seq_id in admitted]
+        self._found += sum(found)
         if admitted and self._on_admission is not None:
             scheduler = self._scheduler
-            self._on_admission(Admission(admitted, len(scheduler.running), len(scheduler.waiting)))
+            self._on_admission(Admission(admitted, len(scheduler.running), len(scheduler.waiting), found))
         return plan
 
     def _forget_all_blocks(self) -> None:

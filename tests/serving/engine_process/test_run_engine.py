@@ -227,7 +227,7 @@ def test_what_a_step_begins_with_is_told_before_it_computes(model: GPT) -> None:
             ours.sendall(encode_message({"submit": asdict(SequenceRequest(seq_id, [seq_id, 2, 3], 1, GREEDY))}))
         threading.Thread(target=run, daemon=True).start()
         lines = ours.makefile("rb")
-        assert json.loads(lines.readline()) == {"admission": [[0, 1], 2, 1]}
+        assert json.loads(lines.readline()) == {"admission": [[0, 1], 2, 1, [0, 0]]}
         runner.may_compute.set()
         report = json.loads(lines.readline())
         assert [event.seq_id for event in parse_report(report).events] == [0, 1]
