@@ -217,7 +217,8 @@ class FrontDoor:
         headers += [(b"x-request-id", request_id), (b"connection", b"close")]
         await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
         await send({"type": "http.response.body", "body": refusal.body})
-        return Ending(outcome_of(refusal.status), refusal.status, HTTPStatus(refusal.status).name.lower())
+        reason = refusal.facts.get("reason") or HTTPStatus(refusal.status).name.lower()
+        return Ending(outcome_of(refusal.status), refusal.status, reason, facts=dict(refusal.facts))
 
 
 @dataclass(eq=False)

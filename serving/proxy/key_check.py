@@ -11,8 +11,11 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Scope
+
+from serving.protocol.request_facts import FACTS
 
 KNOWN_S = 300.0  # for which a key that opened something is not asked about again
 UNKNOWN_S = 2.0  # as replicas reread their files
@@ -29,6 +32,7 @@ class Refusal:
     status: int
     headers: Mapping[bytes, bytes] = field(default_factory=dict)
     body: bytes = b""
+    facts: dict[str, Any] = field(default_factory=dict)  # for the request log
 
 
 class KeyCheck:
@@ -78,6 +82,7 @@ class KeyCheck:
                 answer.status = message["status"]
                 answer.headers = dict(message["headers"])
             answer.body += message.get("body", b"")
+            answer.facts = message.get(FACTS, answer.facts)
 
         kept = [(name, value) for name, value in scope["headers"] if name in (b"host", b"authorization")]
         about = {"method": "GET", "path": ASKED_PATH, "raw_path": ASKED_PATH.encode(), "query_string": b""}
