@@ -9,10 +9,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from model.checkpoint_folder import ChatFormat
 from model.errors import UserError
@@ -31,6 +32,8 @@ PLAIN_TEMPLATE = """\
 Message = Mapping[str, str]  # role, content and perhaps a name
 _Encode = Callable[[str], Iterable[int]]
 _MARK = "\ufdd0"  # stands in a special token's text that a message has; no text has this character (Unicode, 23.7)
+_MAX_FACTOR = 1e12
+_MAX_REPEATED = 100_000  # characters of a text, or items of a list, that a template repeats
 _PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 
 
@@ -128,11 +131,26 @@ class Chat:
         return ids
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which no arithmetic takes long or makes much: one operation would hold Python's lock."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Raises `SecurityError` for powers, and for products of more than a number or a few repetitions."""
+        is_number = isinstance(left, int | float) and isinstance(right, int | float)
+        repeated, times = (right, left) if isinstance(left, int) else (left, right)
+        is_repetition = isinstance(repeated, str | list | tuple) and isinstance(times, int)
+        is_small = is_number and abs(left) < _MAX_FACTOR and abs(right) < _MAX_FACTOR
+        is_short = is_repetition and len(repeated) * times <= _MAX_REPEATED
+        if operator == "**" or not (is_small or is_short):
+            raise SecurityError("it computes a power, or a product that is too large")
+        return super().call_binop(context, operator, left, right)
+
+
 @lru_cache(32)
 def _compiled(template: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.globals["raise_exception"] = _refuse
     return environment.from_string(template)
 

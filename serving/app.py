@@ -3,6 +3,7 @@
 Never write `from __future__ import annotations` here: Ray Serve would pass `build_app` a plain dict.
 """
 
+import asyncio
 import contextlib
 import sys
 import time
@@ -16,6 +17,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 
 from cluster.endpoint.endpoint import is_loopback, require_ray_proxies, url_of
+from cluster.endpoint.local_end import LONGEST_STREAM_S, door_name
 from cluster.local.local_cluster import require_free_port
 from cluster.output.progress import say
 from cluster.settings.serve import ServeConfig
@@ -29,13 +31,13 @@ from serving.delivery.coordinator import Coordinator
 from serving.delivery.delivery_file import DeliveryFile, endpoint_name
 from serving.delivery.promotion import version_of
 from serving.protocol.served_model import read_served_model
-from serving.proxy.front_door import proxy_environment
+from serving.proxy.front_door import DOOR_VARIABLE, proxy_environment
 from serving.replica import Replica
+from serving.text.reader import require_bounded_text
 
 APP_NAME = "raymill"
 READY_TIMEOUT_S = 60.0
 CONTROL_LOOP_S = "0.5"  # Ray's 0.1 would take 3% of a core from the engine, all day
-LONGEST_STREAM_S = 120.0  # for a replica that leaves to finish its streams
 
 
 def build_app(config: ServeConfig) -> serve.Application:
@@ -115,6 +117,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
     directory. Raises `UserError` for a port in use, an unusable checkpoint, or a damaged state of this endpoint, with
     which its coordinator would wait for a repair."""
     checkpoint, folder = find_checkpoint(config.checkpoint, storage_uri=config.storage.uri)
+    asyncio.run(require_bounded_text(folder))
     model = read_served_model(folder, name=config.model_name)
     name = config.model_name or version_of(model, checkpoint=checkpoint).name
     deployment = f"started {uuid.uuid4().hex}"  # a new one, which begins with this checkpoint
@@ -124,7 +127,9 @@ def run(config: ServeConfig) -> dict[str, Any]:
         require_free_port(config.host, config.port)
         say("starting the endpoint's proxy")
         # Started from a task whose environment the proxies inherit; there is no other way to give them settings.
+        door = door_name(config.host, config.port).replace("\0", "@")  # as no variable has a zero byte
         variables = proxy_environment(config.http) | {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": CONTROL_LOOP_S}
+        variables[DOOR_VARIABLE] = door
         start = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(serve.start)
         ray.get(start.remote(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port}))
     say(f"starting replicas of {name}, which load {checkpoint}")

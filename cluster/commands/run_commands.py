@@ -237,7 +237,9 @@ def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Serves until a signal. On a cluster at an address it deploys and returns."""
+    """Serves until a signal, and then until all answers are whole. On a cluster at an address it deploys and
+    returns."""
+    from cluster.commands.local_endpoint import keep_up
     from cluster.endpoint.endpoint import deploy, require_ray_proxies, url_of
     from cluster.local.local_cluster import require_free_port
     from cluster.settings.flags import config_from_arguments
@@ -263,10 +265,7 @@ def serve(arguments: argparse.Namespace) -> None:
         say(f"serving {endpoint.model} at {endpoint.url}; Ctrl-C ends it")
         completing = _commands(config.storage.uri, 'raymill complete "Once upon a time"')
         say(f"next: {completing}")
-        while True:
-            if connection.local.lost_head():
-                say("the head of the local cluster was lost: it is restarted, and the endpoint comes back with it")
-                connection.local.restart_head()
+        arguments.is_bad = not keep_up(connection.local, host=config.host, port=config.port)
 
 
 def complete(arguments: argparse.Namespace) -> dict[str, Any]:

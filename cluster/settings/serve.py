@@ -62,8 +62,11 @@ class EngineConfig(Settings):
     tensor_parallel_size: PositiveInt = 1
     batch_invariant: bool = False
     kernels: Literal["auto", "native", "torch"] = "auto"
+    max_context: int | None = Field(default=None, ge=16)
+    clip_max_tokens: bool = False
     kv_cache_tokens: int | None = Field(default=None, ge=16)
     prefix_cache: bool = True
+    prefix_cache_scope: Literal["endpoint", "key"] = "endpoint"
     prefill_tokens_per_step: PositiveInt | None = None
 
     @property
@@ -81,6 +84,8 @@ class EngineConfig(Settings):
             raise ValueError("backend=raymill computes on CPUs; with device=cuda expected backend auto or vllm")
         if not self.runs_vllm and (self.vllm_args or self.tensor_parallel_size > 1):
             raise ValueError("vllm_args and tensor_parallel_size are vLLM's; expected backend=vllm or device=cuda")
+        if self.runs_vllm and self.kernels != "auto":
+            raise ValueError(f"kernels={self.kernels} is of raymill's own engine, and vLLM has others; leave it out")
         if self.batch_invariant and self.device == "cpu":
             raise ValueError(
                 "batch_invariant needs device=cuda; on CPUs a sequence has the same bits in any batch by raymill's own "
@@ -107,6 +112,7 @@ class DeliveryConfig(Settings):
 
     endpoint: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._-]+$")
     weights: Literal["auto", "beside", "in_place"] = "auto"
+    allowed_checkpoints: list[str] = Field(default=[])
     watch_s: NonNegativeFloat = 60.0
     max_loss_increase: NonNegativeFloat = 0.05
     max_error_rate: float = Field(default=0.01, ge=0, le=1)
@@ -122,6 +128,7 @@ class ServeConfig(Settings):
     port: int = Field(default=8000, ge=1, le=65535)
     api_key_file: str | None = None
     admin_key_file: str | None = None
+    xray: Literal["auto", "off", "admin", "user"] = "auto"
     http: HttpConfig = HttpConfig()
     delivery: DeliveryConfig = DeliveryConfig()
     replicas: ReplicaConfig = ReplicaConfig()

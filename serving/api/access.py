@@ -4,15 +4,17 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
+from cluster.endpoint.endpoint import is_loopback
 from cluster.settings.serve import ServeConfig
 from model.errors import UserError
 from serving.api.keys import ApiKey, make_key_file, read_keys
@@ -21,10 +23,19 @@ from serving.xray.page_routes import PAGE_PATHS
 
 OPEN_PATHS = ("/health", "/ready", *PAGE_PATHS)  # for probes and navigation, which have no key
 ADMIN_PATH = "/admin"
+XRAY_PATH = "/v1/xray"
+XRAY_PATHS = (XRAY_PATH, *PAGE_PATHS)
+READ_BY_PAGE = ("/v1/models", "/v1/completions")  # which the page of an operator asks with its one key
 RELOAD_S = 2.0
+MAX_INVALID_BYTES = 32 << 20  # held against a key before its requests are refused
+INVALID_BASE_BYTES = 1 << 10  # of a request whose body is empty
+FORGIVEN_BYTES_PER_S = 1 << 20
 _log = logging.getLogger(__name__)
 
 Headers = Sequence[tuple[bytes, bytes]]
+
+
+XrayAccess = Literal["off", "admin", "user"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class AccessRules:
 
     user_keys: tuple[ApiKey, ...] = ()  # if empty, everybody may come in
     admin_keys: tuple[ApiKey, ...] = ()  # if empty, there is no /admin
+    xray: XrayAccess = "user"
 
 
 def read_rules(config: ServeConfig) -> AccessRules:
@@ -46,7 +58,14 @@ def read_rules(config: ServeConfig) -> AccessRules:
         raise UserError(
             f"{len(both)} of the keys in {config.admin_key_file} are API keys too; an admin key opens /admin only"
         )
-    return AccessRules(user, admin)
+    return AccessRules(user, admin, xray_access(config))
+
+
+def xray_access(config: ServeConfig) -> XrayAccess:
+    """Returns who may look inside a query."""
+    if config.xray == "auto":
+        return "user" if is_loopback(config.host) else "admin"
+    return config.xray
 
 
 class CurrentAccess:
@@ -64,7 +83,7 @@ class CurrentAccess:
         coarse."""
         user = self._reread(self._user_file, self.rules.user_keys, excluded=self.rules.admin_keys)
         admin = self._reread(self._admin_file, self.rules.admin_keys, excluded=user)
-        rules = AccessRules(user, admin)
+        rules = AccessRules(user, admin, self.rules.xray)
         if rules != self.rules:
             _log.warning("the API keys have changed: %d for users and %d for admins now", len(user), len(admin))
             self.rules = rules
@@ -106,14 +125,21 @@ def presented_key(headers: Headers, keys: Sequence[ApiKey]) -> ApiKey | None:
 
 def authorize(path: str, headers: Headers, rules: AccessRules) -> ApiKey | None:
     """Returns a request's key, or None if it needs none. Everything under /admin, also routes that are
-    added later, needs an admin key, which opens nothing else. Raises `ApiError` (401, 403, 404)."""
+    added later, needs an admin key, which opens nothing else but the x-ray where only operators may use it. Raises
+    `ApiError` (401, 403, 404)."""
+    key: ApiKey | None
     if path == ADMIN_PATH or path.startswith(f"{ADMIN_PATH}/"):
         if not rules.admin_keys:
             raise error_of("not_found", path=path[:64])
-        if (key := presented_key(headers, rules.admin_keys)) is None:
-            if presented_key(headers, rules.user_keys) is None:
-                raise error_of("invalid_api_key")
-            raise error_of("admin_key_required")
+        key = _admin_key(headers, rules)
+    elif path in XRAY_PATHS and rules.xray == "off":
+        raise error_of("not_found", path=path[:64])
+    elif path == XRAY_PATH and rules.xray == "admin":
+        if not rules.admin_keys:
+            raise error_of("xray_closed")
+        key = _admin_key(headers, rules)
+    elif path in READ_BY_PAGE and rules.xray == "admin" and presented_key(headers, rules.admin_keys) is not None:
+        key = _admin_key(headers, rules)
     elif path in OPEN_PATHS or not rules.user_keys:
         return None
     elif (key := presented_key(headers, rules.user_keys)) is None:
@@ -122,6 +148,41 @@ def authorize(path: str, headers: Headers, rules: AccessRules) -> ApiKey | None:
         since = datetime.fromtimestamp(key.expires_s, UTC).isoformat(timespec="seconds")
         raise error_of("expired_api_key", name=key.name, since=since)
     return key
+
+
+def _admin_key(headers: Headers, rules: AccessRules) -> ApiKey:
+    """Returns a request's admin key. Raises `ApiError` (401, 403)."""
+    if (key := presented_key(headers, rules.admin_keys)) is not None:
+        return key
+    is_user = presented_key(headers, rules.user_keys) is not None
+    raise error_of("admin_key_required") if is_user else error_of("invalid_api_key")
+
+
+class InvalidBodies:
+    """Counts the bytes of each key's bodies that were read in vain. Who sends many waits: reading them takes time from
+    others' streams, and a refusal would cost its sender nothing."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._charged: dict[str, tuple[float, float]] = {}  # bytes that are still held against a key, and since when
+
+    def charge(self, key: str, num_bytes: int) -> None:
+        now_s = self._clock()
+        self._charged[key] = self._held(key, now_s) + num_bytes + INVALID_BASE_BYTES, now_s
+        self._charged = {name: entry for name, entry in self._charged.items() if self._held(name, now_s) > 0}
+
+    def require_room(self, key: str) -> None:
+        """Raises `ApiError` (429) while too much is held against the key."""
+        excess = self._held(key, self._clock()) - MAX_INVALID_BYTES
+        if excess > 0:
+            wait_s = math.ceil(excess / FORGIVEN_BYTES_PER_S)
+            error = error_of("too_many_invalid", wait_s=wait_s)
+            error.headers["Retry-After"] = str(wait_s)
+            raise error
+
+    def _held(self, key: str, now_s: float) -> float:
+        num_bytes, since_s = self._charged.get(key, (0.0, now_s))
+        return max(0.0, num_bytes - (now_s - since_s) * FORGIVEN_BYTES_PER_S)
 
 
 class RequestsInFlight:

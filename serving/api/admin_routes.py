@@ -3,14 +3,15 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field
 
-from cluster.storage.registry import find_checkpoint
-from cluster.storage.uris import StorageError
+from cluster.settings.serve import ServeConfig
+from cluster.storage.registry import LATEST, find_checkpoint
+from cluster.storage.uris import StorageError, absolute_uri
 from model.errors import UserError
 from serving.delivery.audit_log import AuditLog
 from serving.delivery.follower import CoordinatorAwayError, Follower, answer_of
@@ -21,7 +22,9 @@ from serving.protocol.errors import ApiError, error_of
 from serving.protocol.protocol import Request as Body
 from serving.protocol.protocol import read_request
 from serving.protocol.request_facts import timestamp
-from serving.protocol.served_model import ServedModel, misfit, read_served_model
+from serving.protocol.served_model import misfit, read_served_model
+from serving.text.chat_probe import chat_misfit
+from serving.text.reader import open_reader
 
 SHOWN = {"version", "checkpoint"}  # of a version, in the audit log
 MAX_GATE_TOKENS = 16_384  # every replica measures them on both versions, beside its clients' requests
@@ -77,10 +80,10 @@ def admin_router(follower: Follower) -> APIRouter:
 
         async def begin() -> Delivery:
             live = follower.versions.live
-            candidate = await asyncio.to_thread(_read_candidate, asked.checkpoint, live.model, config.storage.uri)
-            gate_rows = await asyncio.to_thread(rows_of_gate, asked, live)
+            candidate = await _read_candidate(asked.checkpoint, live, config)
+            gate_rows = await rows_of_gate(asked, live)
             given = asked.model_dump(include={"canary_percent", "watch_s", "max_loss_increase"}, exclude_none=True)
-            rules = config.delivery.model_dump(exclude={"endpoint", "weights"})
+            rules = config.delivery.model_dump(exclude={"endpoint", "weights", "allowed_checkpoints"})
             terms = Terms(**rules | given | {"gate_rows": gate_rows})
             return await _asked(coordinator.promote.remote(candidate, terms))
 
@@ -117,28 +120,53 @@ def admin_router(follower: Follower) -> APIRouter:
     return router
 
 
-def _read_candidate(reference: str, live: ServedModel, storage_uri: str) -> Version:
-    """Reads the candidate. Raises `ApiError` (400) for a checkpoint that cannot replace the live one."""
+async def _read_candidate(reference: str, live: LoadedVersion, config: ServeConfig) -> Version:
+    """Reads the candidate, and writes a few conversations by its chat template. Raises `ApiError` (400) for what cannot
+    replace the live version."""
+    if not is_allowed(reference, config.delivery.allowed_checkpoints):
+        message = f"{reference[:200]!a} is not under any of delivery.allowed_checkpoints of this endpoint"
+        raise ApiError(message, param="checkpoint", code="checkpoint_refused")
     try:
-        uri, folder = find_checkpoint(reference, storage_uri)
-        model = read_served_model(folder, name=live.name)
+        uri, folder = await asyncio.to_thread(find_checkpoint, reference, config.storage.uri)
+        texts = await open_reader(folder)  # first: it bounds what a stranger's tokenizer does
+        texts.close()
+        limit = config.engine.max_context
+        model = await asyncio.to_thread(read_served_model, folder, name=live.model.name, max_context=limit)
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:  # the last ones from a foreign config.json
         message = str(error) if isinstance(error, UserError) else f"{reference} is not a checkpoint: {error!r}"
     else:
-        if not (problem := misfit(live, model)):
+        if not (problem := misfit(live.model, model) or chat_misfit(live.texts.probe, texts.probe)):
             return version_of(model, checkpoint=uri)
         message = f"checkpoint {uri} {problem}"
     raise ApiError(message, param="checkpoint", code="checkpoint_refused")
 
 
-def rows_of_gate(asked: PromoteRequest, version: LoadedVersion) -> tuple[tuple[int, ...], ...]:
+def is_allowed(reference: str, allowed: Sequence[str]) -> bool:
+    """Tells whether a checkpoint lies under one of these places; any does without them. Nothing is looked up for it: an
+    order must not make the server read what it may not promote."""
+    if not allowed or reference == LATEST:
+        return True
+    if ".." in reference.split("/"):
+        return False
+    place = _place(reference)
+    return any(place.startswith(_place(prefix)) for prefix in allowed)
+
+
+def _place(uri: str) -> str:
+    return (uri if "://" in uri else absolute_uri(uri)).rstrip("/") + "/"
+
+
+async def rows_of_gate(asked: PromoteRequest, version: LoadedVersion) -> tuple[tuple[int, ...], ...]:
     """Returns the token rows of the gate, none longer than the live version's engine reads. Raises `ApiError` (400) for
     what the model cannot read."""
     live = version.model
     longest = live.config.n_positions - version.engine.facts.least_tokens
     rows = asked.gate_rows
     if asked.gate_text:
-        token_ids = live.require_tokenizer().encode_whole(asked.gate_text)[:MAX_GATE_TOKENS]
+        live.require_tokenizer()
+        [text] = await version.texts.encoded([asked.gate_text], add_special_tokens=True)
+        whole = live.require_tokenizer().encode_whole(text) if isinstance(text, str) else text
+        token_ids = whole[:MAX_GATE_TOKENS]
         rows = [*rows, *(token_ids[start : start + longest] for start in range(0, len(token_ids) - 1, longest))]
     if (num_tokens := sum(map(len, rows))) > MAX_GATE_TOKENS:
         raise ApiError(f"gate_rows: {num_tokens} tokens, at most {MAX_GATE_TOKENS} are measured", param="gate_rows")

@@ -12,7 +12,7 @@ from serving.api.choice_output import Part, TokenEntry
 from serving.engine.messages import Candidates
 from serving.protocol.served_model import ServedModel
 
-Usage = dict[str, int]
+Usage = dict[str, Any]
 
 
 class Answer(ABC):

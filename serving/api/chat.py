@@ -4,15 +4,16 @@ A base model has no template, as it was never taught to chat; it continues text.
 and every answer says so in the header `x-model-note`.
 """
 
+import asyncio
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
-from model.chat import Chat, ChatError
 from serving.api.answers import Answer, Usage
 from serving.api.choice_output import Part, TokenEntry
+from serving.delivery.loaded_version import LoadedVersion
 from serving.protocol import harmless_fields
 from serving.protocol.errors import ApiError
 from serving.protocol.protocol import MAX_LOGPROBS, CompletionRequest, GenerationRequest, Request
@@ -77,24 +78,22 @@ class ChatRequest(GenerationRequest):
         return self
 
 
-_chat_of = lru_cache(8)(Chat)  # of the tokenizers of the versions that a delivery knows
-
-
-def as_completion(request: ChatRequest, model: ServedModel) -> CompletionRequest:
-    """Returns the completion that answers a chat. Without a limit it may fill the context. Raises `ApiError` (400) if
-    there is no room for a token, or the template refuses the messages."""
+async def as_completion(request: ChatRequest, version: LoadedVersion, *, clips: bool) -> CompletionRequest:
+    """Returns the completion that answers a chat. Without a limit it may fill the context, and where the endpoint
+    `clips`, with a larger one too. Raises `ApiError` (400) if there is no room for a token, and `ChatError` or
+    `TextError` if the template refuses the messages."""
+    model, end_of_turn = version.model, version.texts.probe.end_of_turn
     max_tokens = request.max_completion_tokens or request.max_tokens
-    chat, field = _chat_of(model.require_tokenizer()), ChatAnswer.PROMPT_FIELD
-    try:
-        rendered_ids = chat.prompt_ids([message.model_dump(exclude_none=True) for message in request.messages])
-    except ChatError as error:
-        raise ApiError(str(error), param=field, code="invalid_value") from None
-    prompt_ids = model.prompt_ids(rendered_ids, max_tokens=max_tokens or 1, param=field)
+    model.require_tokenizer()
+    rendered_ids = await version.texts.chat_ids([message.model_dump(exclude_none=True) for message in request.messages])
+    room = 1 if clips or max_tokens is None else max_tokens
+    check = partial(model.prompt_ids, rendered_ids, max_tokens=room, param=ChatAnswer.PROMPT_FIELD)
+    prompt_ids = await asyncio.to_thread(check)
     shared = {name: getattr(request, name) for name in GenerationRequest.model_fields}
     if not model.is_chat_tuned:
         shared["stop"] = (*request.stop, _STOP)
-    elif chat.end_of_turn is not None and not request.ignore_eos:
-        shared["stop_token_ids"] = [*request.stop_token_ids, chat.end_of_turn]
+    elif end_of_turn is not None and not request.ignore_eos:
+        shared["stop_token_ids"] = [*request.stop_token_ids, end_of_turn]
     return CompletionRequest.model_construct(
         **shared,
         prompt=[prompt_ids],

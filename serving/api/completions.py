@@ -14,7 +14,7 @@ import orjson
 from cluster.settings.serve import ServeConfig
 from serving.api.answers import Answer, Usage
 from serving.api.choice_output import ChoiceOutput, Part, join_parts
-from serving.api.metrics import ReplicaMetrics, RequestTimer
+from serving.api.metrics import ReplicaMetrics, RequestTimer, WatchedSteps
 from serving.delivery.loaded_version import LoadedVersion
 from serving.engine.messages import FinishReason, SequenceRequest
 from serving.engine_process.client import EngineClient, EngineDiedError, Generation
@@ -22,6 +22,7 @@ from serving.protocol.errors import ApiError, error_of, overloaded
 from serving.protocol.protocol import CompletionRequest, StreamOptions, sampling_of
 from serving.protocol.request_facts import RequestFacts
 from serving.protocol.served_model import ServedModel
+from serving.text.reader import TextError
 
 MAX_SCORES = 600_000  # log-probabilities in an answer, 200 MB while it is written; lm-eval's 256 prompts have fewer
 SCORES_AT_ONCE = 5_000  # written in the event loop; more would hold up other streams for milliseconds
@@ -41,6 +42,7 @@ class Completion:
     generation: Generation
     timer: RequestTimer
     facts: RequestFacts
+    shows_cache: bool  # in the usage; to a key it would show what others have sent, where they share the cache
 
     def __post_init__(self) -> None:
         request, sequences = self.request, self.sequences
@@ -123,11 +125,17 @@ class Completion:
 
     def _usage(self) -> Usage:
         num_output_tokens = self._num_output_tokens
-        return {
+        usage: Usage = {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": num_output_tokens,
             "total_tokens": self._num_prompt_tokens + num_output_tokens,
         }
+        if self.shows_cache:
+            # As the prompt's tokens, which count once.
+            of_prompts = self.sequences[:: self.request.n]
+            found = [self.generation.num_found.get(sequence.seq_id, 0) for sequence in of_prompts]
+            usage["prompt_tokens_details"] = {"cached_tokens": sum(found)}
+        return usage
 
 
 def server_sent(content: dict[str, Any]) -> bytes:
@@ -158,11 +166,16 @@ async def start_completion(
     if answer.EMBEDS and not engine.facts.embeds:
         raise error_of("unsupported_by_backend")
     # In the event loop other streams' tokens would wait for the milliseconds that a long prompt takes.
-    room = max(request.token_limit, engine.facts.least_tokens)
+    least_tokens, asked_tokens = engine.facts.least_tokens, request.token_limit
+    room = max(min(asked_tokens, 1) if config.engine.clip_max_tokens else asked_tokens, least_tokens)
     read = partial(
         model.prompt_ids, max_tokens=room, param=answer.PROMPT_FIELD, add_special_tokens=request.add_special_tokens
     )
-    prompts = await asyncio.to_thread(lambda: [read(prompt) for prompt in request.prompt])
+    try:
+        texts = await version.texts.encoded(request.prompt, add_special_tokens=request.add_special_tokens)
+    except TextError as error:
+        raise ApiError(str(error), param=answer.PROMPT_FIELD, code="invalid_value") from None
+    prompts = await asyncio.to_thread(lambda: [read(prompt) for prompt in texts])
     refuse_when_full(engine, at_once, config, key=key)
     echoed = request.logprobs if request.echo else None
     scored = [each for each in (echoed, request.prompt_logprobs) if each is not None]
@@ -171,14 +184,15 @@ async def start_completion(
         SequenceRequest(
             seq_id=engine.next_seq_id(),
             prompt_ids=prompt_ids,
-            max_tokens=request.token_limit,
+            max_tokens=min(asked_tokens, model.config.n_positions - len(prompt_ids)),
             sampling=replace(sampling, seed=choice_seed(sampling.seed, index)),
             ignore_eos=request.ignore_eos,
             stop_token_ids=tuple(request.stop_token_ids),
-            min_tokens=request.min_tokens,
+            min_tokens=min(request.min_tokens, model.config.n_positions - len(prompt_ids)),
             num_logprobs=request.logprobs,
             num_prompt_logprobs=max(scored, default=None),
             embed=answer.EMBEDS,
+            cache_scope=key if config.engine.prefix_cache_scope == "key" else "",
             weights=version.weights,
         )
         for prompt_ids in prompts
@@ -192,7 +206,7 @@ async def start_completion(
         )
     counted = metrics.of(model.version)
     try:
-        generation = engine.submit(sequences, at_once=at_once, key=key, observer=counted)
+        generation = engine.submit(sequences, at_once=at_once, key=key, observer=WatchedSteps(counted, version.stats))
     except EngineDiedError:
         raise error_of("engine_unavailable") from None
     facts.queued_s = time.monotonic()
@@ -200,7 +214,14 @@ async def start_completion(
     unfinished: dict[int, float | None] = dict.fromkeys(sequence.seq_id for sequence in sequences)
     timer = RequestTimer(counted, version.stats, generation.entered_s, unfinished)
     completion = Completion(
-        request, answer=answer, model=model, sequences=sequences, generation=generation, timer=timer, facts=facts
+        request,
+        answer=answer,
+        model=model,
+        sequences=sequences,
+        generation=generation,
+        timer=timer,
+        facts=facts,
+        shows_cache=not key or config.engine.prefix_cache_scope == "key",
     )
     max_queue_s = config.engine.max_queue_s
     try:

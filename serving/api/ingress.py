@@ -1,8 +1,8 @@
 """The HTTP routes of a replica. Each reads its request strictly and answers in OpenAI's shape, errors too."""
 
-import asyncio
 from collections.abc import Callable, Mapping
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -13,7 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.settings.code_folders import code_version
-from serving.api.access import CurrentAccess, RequestsInFlight, authorize
+from model.chat import ChatError
+from serving.api.access import CurrentAccess, InvalidBodies, RequestsInFlight, authorize
 from serving.api.answers import Answer, EmbeddingAnswer, TextAnswer
 from serving.api.chat import NOTE_HEADER, ChatAnswer, ChatRequest, as_completion
 from serving.api.completions import Completion, start_completion
@@ -26,8 +27,10 @@ from serving.protocol.errors import ApiError, error_of
 from serving.protocol.protocol import CompletionRequest, EmbeddingRequest, read_request
 from serving.protocol.request_facts import FACTS
 from serving.protocol.served_model import ServedModel
+from serving.protocol.strict_json import MAX_BODY_BYTES
 from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
 from serving.proxy.token_relay import YES_HEADER, RelayClient
+from serving.text.reader import TextError
 from serving.xray.page_routes import page_router
 
 # These count against a key's limit, and are refused while the endpoint drains.
@@ -38,13 +41,15 @@ STATE_METHODS = ["GET", "HEAD"]  # monitors ask with HEAD, to which uvicorn send
 def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: CurrentAccess, admin: APIRouter) -> ASGIApp:
     """Builds the application of all routes, behind `access`."""
     config = versions.config
+    clips = config.engine.clip_max_tokens
     # Interactive documentation and a schema would show strangers what this endpoint can do.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.include_router(page_router())
     app.include_router(admin)
     app.include_router(tool_router(max_waiting=config.max_ongoing_requests))
     add_state_routes(app, versions=versions, metrics=metrics)
-    add_error_handlers(app)
+    invalid = InvalidBodies()
+    add_error_handlers(app, invalid)
     relay = RelayClient()
 
     @app.post("/v1/completions")
@@ -56,10 +61,16 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         parsed = await read_request(request, ChatRequest)
-        version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
-        completion = await asyncio.to_thread(as_completion, parsed, version.model)  # tokenizes
+        routed = RoutedRequest.of(request)
+        version = routed.take(parsed.model, user=parsed.user)
+        completion, version = await written_chat(parsed, version, routed, metrics=metrics, clips=clips)
         note = None if version.model.is_chat_tuned else NOTE_HEADER
         return await answer(completion, ChatAnswer, request, version=version, headers=note)
+
+    @app.post("/v1/responses")
+    async def responses() -> Response:
+        """Tells clients that ask here by default where to ask instead."""
+        raise error_of("no_responses")
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
@@ -116,7 +127,7 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
         RoutedRequest.of(request).take(name)
         return RoutedRequest.of(request).card()
 
-    return Gate(app, access=access, versions=versions)
+    return Gate(app, access=access, versions=versions, invalid=invalid)
 
 
 def add_state_routes(app: FastAPI, *, versions: Versions, metrics: ReplicaMetrics) -> None:
@@ -147,12 +158,16 @@ def add_state_routes(app: FastAPI, *, versions: Versions, metrics: ReplicaMetric
         return Response(generate_latest(metrics.exported.collectors), media_type="text/plain; version=0.0.4")
 
 
-def add_error_handlers(app: FastAPI) -> None:
-    """Gives every error OpenAI's shape."""
+def add_error_handlers(app: FastAPI, invalid: InvalidBodies) -> None:
+    """Gives every error OpenAI's shape, and counts what was read in vain."""
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
-        RoutedRequest.of(request).facts.reason = error.code
+        routed = RoutedRequest.of(request)
+        routed.facts.reason = error.code
+        if error.status == HTTPStatus.BAD_REQUEST:
+            length = request.headers.get("content-length", "0")
+            invalid.charge(routed.facts.key or "", int(length) if length.isdecimal() else MAX_BODY_BYTES)
         return error.response()
 
     @app.exception_handler(HTTPException)
@@ -167,12 +182,34 @@ def add_error_handlers(app: FastAPI) -> None:
         return error_of("internal_error").response()
 
 
+async def written_chat(
+    request: ChatRequest, version: LoadedVersion, routed: RoutedRequest, *, metrics: ReplicaMetrics, clips: bool
+) -> tuple[CompletionRequest, LoadedVersion]:
+    """Returns the completion that answers a chat, and the version that does. What a new version's template cannot write
+    and the version before can is the new one's failure. Raises `ApiError` (400) for what no template writes."""
+    try:
+        return await as_completion(request, version, clips=clips), version
+    except (ChatError, TextError) as error:
+        metrics.of(version.model.version).chats_refused.inc()
+        refusal = ApiError(str(error), param=ChatAnswer.PROMPT_FIELD, code="invalid_value")
+    if (other := routed.take_other()) is None:
+        raise refusal
+    try:
+        completion = await as_completion(request, other, clips=clips)
+    except (ChatError, TextError):
+        raise refusal from None
+    version.stats.sequences += 1
+    version.stats.errors += 1
+    return completion, other
+
+
 class Gate:
     """Wraps all routes: requires a key, keeps the version that answers a request loaded until the answer has ended, and
     names it in the answer."""
 
-    def __init__(self, app: ASGIApp, *, access: CurrentAccess, versions: Versions) -> None:
+    def __init__(self, app: ASGIApp, *, access: CurrentAccess, versions: Versions, invalid: InvalidBodies) -> None:
         self._app = app
+        self._invalid = invalid
         self._access = access
         self._in_flight = RequestsInFlight(versions.config.replicas.max_requests_per_key)
         self._versions = versions
@@ -201,6 +238,8 @@ class Gate:
                 routed.key, facts.key = key.hash, key.name
             if is_metered and self._versions.delivery.draining:
                 raise error_of("draining")
+            if is_metered:
+                self._invalid.require_room(facts.key or "")
             with self._in_flight.of(key if is_metered else None):
                 await self._app(scope, receive, send_with_version)
         except ApiError as error:

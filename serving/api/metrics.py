@@ -63,6 +63,7 @@ class VersionMetrics:
             reason: exported.of("vllm:request_success", version=version, finished_reason=reason)
             for reason in (*FinishReason, ABORTED)
         }
+        self.chats_refused = exported.of("raymill:chats_refused", version=version)
         self.prompt_tokens = exported.of("vllm:prompt_tokens", version=version)
         self.generation_tokens = exported.of("vllm:generation_tokens", version=version)
         self.ttft_s = exported.of("vllm:time_to_first_token_seconds", version=version)
@@ -116,6 +117,23 @@ class EngineMetrics(Collector):
                 yield family
 
 
+@dataclass(frozen=True)
+class WatchedSteps:
+    """Observes the engine's steps for the metrics of a version, and for what its promotion is judged by."""
+
+    metrics: VersionMetrics
+    stats: VersionStats
+
+    def admitted(self, waited_s: float) -> None:
+        self.metrics.admitted(waited_s)
+
+    def stepped(self, report: StepReport) -> None:
+        self.metrics.stepped(report)
+        num_drawn = sum(event.token_id is not None for event in report.events)
+        if num_drawn and num_drawn == report.num_tokens:  # it read no prompt
+            self.stats.stepped(num_drawn, report.step_s)
+
+
 @dataclass(eq=False)
 class RequestTimer:
     """Times one request's sequences, each since it got in line, for the metrics and for the version that answers: the
@@ -132,8 +150,6 @@ class RequestTimer:
             self.metrics.ttft_s.observe(now_s - self.entered_s[seq_id])
         else:
             self.metrics.itl_s.observe(now_s - last_s)
-            self.stats.tokens += 1
-            self.stats.busy_s += now_s - last_s
         self.metrics.generation_tokens.inc()
         self.last_token_s[seq_id] = now_s
 

@@ -10,9 +10,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serving.delivery.routed_request import RoutedRequest
-from serving.protocol.errors import overloaded
+from serving.protocol.errors import ApiError, overloaded
 from serving.protocol.protocol import DetokenizeRequest, TokenizeRequest, read_request
 from serving.protocol.served_model import ServedModel
+from serving.text.reader import TextError
 from serving.xray.xray import XrayRequest
 
 
@@ -36,8 +37,13 @@ def tool_router(*, max_waiting: int) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         parsed = await read_request(request, TokenizeRequest)
-        model = RoutedRequest.of(request).take(parsed.model).model
-        return await in_turn(lambda: _tokenized(parsed, model))
+        version = RoutedRequest.of(request).take(parsed.model)
+        version.model.require_tokenizer()
+        try:
+            [text] = await version.texts.encoded([parsed.prompt], add_special_tokens=parsed.add_special_tokens)
+        except TextError as error:
+            raise ApiError(str(error), param="prompt", code="invalid_value") from None
+        return await in_turn(lambda: _tokenized(parsed, text, version.model))
 
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
@@ -58,9 +64,11 @@ def tool_router(*, max_waiting: int) -> APIRouter:
     return router
 
 
-def _tokenized(request: TokenizeRequest, model: ServedModel) -> dict[str, Any]:
+def _tokenized(request: TokenizeRequest, text: str | list[int], model: ServedModel) -> dict[str, Any]:
+    """Returns the answer, of a text that may be tokens already."""
     tokenizer = model.require_tokenizer()
-    tokens = (tokenizer.encode_whole if request.add_special_tokens else tokenizer.encode)(request.prompt)
+    encode = tokenizer.encode_whole if request.add_special_tokens else tokenizer.encode
+    tokens = encode(text) if isinstance(text, str) else text
     names = [model.token_name(token_id) for token_id in tokens] if request.return_token_strs else None
     return {"count": len(tokens), "max_model_len": model.config.n_positions, "tokens": tokens, "token_strs": names}
 

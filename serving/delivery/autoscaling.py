@@ -43,7 +43,7 @@ class ScalingPolicy:
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         history = context.policy_state.get("history", ())
         wanted = self.wanted_replicas(context)
-        target, history = self.decide(wanted, context.target_num_replicas, history, now_s=time.time())
+        target, history = self.decide(wanted, context.target_num_replicas, history, now_s=time.monotonic())
         return target, {"history": history}
 
     def wanted_replicas(self, context: AutoscalingContext) -> int:
@@ -60,6 +60,8 @@ class ScalingPolicy:
         needed more for `scale_up_after_s`, to what was needed all that time. It shrinks once the load has needed fewer
         for `scale_down_after_s`, to the most that was needed in that time: a burst that returns soon finds its
         replicas."""
+        if history and history[-1].since_s > now_s:  # of another controller's clock
+            history = ()
         if not history or history[-1].num_replicas != wanted:
             history = (*history, Wanted(now_s, wanted))
         up = min(_in_the_last(self.scale_up_after_s, history, now_s), default=num_replicas)

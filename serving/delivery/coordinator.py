@@ -8,8 +8,9 @@ import dataclasses
 import logging
 import secrets
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 from cluster.monitoring.grafana import Annotation, Annotator
 from cluster.settings.serve import ServeConfig
@@ -21,8 +22,10 @@ from serving.delivery.promotion import Delivery, DeliveryError, ReplicaReport, T
 REPLICA_LOST_S = 10.0  # without a report; a replica on a busy machine may be late
 FORGET_S = 3600.0  # how long the reports of a replica that is gone count
 RETRY_STORING_S = 10.0
+STORING_S = 2.0  # for which a decision waits for the storage; a replica waits 5 s for an answer
 
 _log = logging.getLogger(__name__)
+Decided = TypeVar("Decided")
 
 
 class Reply(NamedTuple):
@@ -47,6 +50,10 @@ class Coordinator:
         self._phase_began_s = time.monotonic()
         self._reports: dict[str, tuple[float, ReplicaReport]] = {}
         self._lock = asyncio.Lock()  # one change at a time
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="delivery-file")  # its methods run one at a time
+        self._writing: asyncio.Task[None] | None = None
+        self._newer: Delivery | None = None  # of another coordinator, which a late write has found
+        self._deciding: set[asyncio.Task[Any]] = set()
         self._annotator = Annotator.from_environment()
         self._restore()
 
@@ -55,17 +62,49 @@ class Coordinator:
         if deployment != self._deployment:
             return Reply(is_ours=False, delivery=None)
         self._reports[report.replica] = (time.monotonic(), report)
+        if not self._lock.locked():  # otherwise somebody decides already; no replica waits for that
+            await self._whole(self._advance())
+        elif self._damage is not None:
+            raise DeliveryError(str(self._damage))
+        return Reply(is_ours=True, delivery=self._delivery, is_stored=self._stored is self._delivery)
+
+    async def begin(self, model_name: str, live: Version) -> Delivery:
+        """Sets what a new endpoint serves; the first replica decides for all."""
+        return await self._whole(self._begin(model_name, live))
+
+    async def promote(self, candidate: Version, terms: Terms) -> Delivery:
+        """Starts a promotion. Raises `DeliveryError` during another one, and if the storage does not take the state."""
+        return await self._whole(self._promote(candidate, terms))
+
+    async def finish(self) -> Delivery:
+        return await self._whole(self._obey_alone(promotion.finish))
+
+    async def roll_back(self, reason: str) -> Delivery:
+        return await self._whole(self._obey_alone(lambda state: promotion.roll_back(state, reason)))
+
+    async def drain(self, draining: bool) -> Delivery:
+        return await self._whole(self._drain(draining))
+
+    async def _whole(self, decision: Coroutine[Any, Any, Decided]) -> Decided:
+        """Returns a decision's result. A caller that gives up does not undo half of it."""
+        task = asyncio.create_task(decision)
+        self._deciding.add(task)
+        task.add_done_callback(self._deciding.discard)
+        return await asyncio.shield(task)
+
+    async def _advance(self) -> None:
         async with self._lock:
             await self._require_known()
+            if self._newer is not None:
+                self._adopt(self._newer)
+                self._newer = None
             if self._delivery is not None:
                 present, gone = self._by_presence()
                 elapsed_s = time.monotonic() - self._phase_began_s
                 advanced = promotion.advance(self._delivery, present, gone=gone, elapsed_s=elapsed_s)
                 await self._change(advanced)
-        return Reply(is_ours=True, delivery=self._delivery, is_stored=self._stored is self._delivery)
 
-    async def begin(self, model_name: str, live: Version) -> Delivery:
-        """Sets what a new endpoint serves; the first replica decides for all."""
+    async def _begin(self, model_name: str, live: Version) -> Delivery:
         async with self._lock:
             await self._require_known()
             if self._delivery is None:
@@ -75,8 +114,7 @@ class Coordinator:
             assert self._delivery is not None
             return self._delivery
 
-    async def promote(self, candidate: Version, terms: Terms) -> Delivery:
-        """Starts a promotion. Raises `DeliveryError` during another one, and if the storage does not take the state."""
+    async def _promote(self, candidate: Version, terms: Terms) -> Delivery:
         async with self._lock:
             before = self._begun()
             promoted = await self._obey(lambda state: promotion.start(state, candidate, terms))
@@ -88,15 +126,11 @@ class Coordinator:
                 )
             return promoted
 
-    async def finish(self) -> Delivery:
+    async def _obey_alone(self, order: Callable[[Delivery], Delivery]) -> Delivery:
         async with self._lock:
-            return await self._obey(promotion.finish)
+            return await self._obey(order)
 
-    async def roll_back(self, reason: str) -> Delivery:
-        async with self._lock:
-            return await self._obey(lambda state: promotion.roll_back(state, reason))
-
-    async def drain(self, draining: bool) -> Delivery:
+    async def _drain(self, draining: bool) -> Delivery:
         async with self._lock:
             for _ in range(2):  # the order applies to a newer state of another coordinator too
                 if await self._change(self._begun().having(draining=draining)):
@@ -161,19 +195,21 @@ class Coordinator:
     async def _require_known(self) -> None:
         """Raises `DeliveryError` if the state is damaged and nobody has restored it meanwhile."""
         if self._damage is not None and time.monotonic() > self._retry_at_s:
-            await asyncio.to_thread(self._restore)
+            await asyncio.get_running_loop().run_in_executor(self._writer, self._restore)
         if self._damage is not None:
             raise DeliveryError(str(self._damage))
 
     async def _change(self, state: Delivery) -> bool:
-        """Stores the state, then acts on it. A storage that is down delays no decision; writing is tried again later.
-        Returns False if another coordinator has stored a newer state, which then counts."""
+        """Stores the state, then acts on it; on a rollback it acts first. A storage that is down, or hangs, delays no
+        decision by more than `STORING_S`; writing is tried again later. Returns False if another coordinator has stored
+        a newer state, which then counts."""
         before, is_ours = self._delivery, True
         is_due = state is not before or time.monotonic() > self._retry_at_s
-        if state is not self._stored and is_due:
+        if _is_retreat(before, state):
+            self._adopt(state)
+        if state is not self._stored and is_due and self._writing is None:
             try:
-                await asyncio.to_thread(self._file.write, state)
-                self._stored = state
+                await self._store(state)
             except NewerStateError as error:
                 _log.warning("%s", error)
                 state = self._stored = error.state
@@ -182,6 +218,37 @@ class Coordinator:
                 if state is not before:
                     _log.warning("the state of this endpoint is not stored: %s", error)
                 self._retry_at_s = time.monotonic() + RETRY_STORING_S
+        self._adopt(state)
+        return is_ours
+
+    async def _store(self, state: Delivery) -> None:
+        """Returns once the state is stored. Raises `StorageError`, also if the storage takes longer than `STORING_S`;
+        then the write goes on, no other begins before it has ended, and what it finds counts then."""
+        writing = self._writing = asyncio.create_task(self._write(state))
+        done, _ = await asyncio.wait({writing}, timeout=STORING_S)
+        if done:
+            self._writing = None
+            writing.result()
+        else:
+            writing.add_done_callback(self._written_late)
+            raise StorageError(f"the storage has not answered within {STORING_S:g} s")
+
+    async def _write(self, state: Delivery) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._writer, self._file.write, state)
+        self._stored = state
+
+    def _written_late(self, writing: asyncio.Task[None]) -> None:
+        self._writing = None
+        error = None if writing.cancelled() else writing.exception()
+        if isinstance(error, NewerStateError):
+            _log.warning("%s", error)
+            self._newer = self._stored = error.state
+        elif error is None:
+            self._retry_at_s = 0.0  # what was decided meanwhile is stored now
+
+    def _adopt(self, state: Delivery) -> None:
+        """Acts on a state: replicas hear of it with their next report."""
+        before = self._delivery
         self._delivery = state
         if before is None or state.phase is not before.phase or state.live != before.live:
             self._phase_began_s = time.monotonic()
@@ -190,4 +257,9 @@ class Coordinator:
             _log.warning("%s", text)
             if self._annotator is not None:
                 self._annotator.add(Annotation(time.time(), "promotion", f"endpoint:{self._name}", text))
-        return is_ours
+
+
+def _is_retreat(before: Delivery | None, after: Delivery) -> bool:
+    """Tells whether a promotion ends without its version. What served before it is safe to serve, stored or not."""
+    is_new = before is not None and after.outcome is not None and after.outcome is not before.outcome
+    return is_new and after.outcome is not None and after.outcome.result != "promoted"

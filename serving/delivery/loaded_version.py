@@ -1,4 +1,5 @@
-"""One version on one replica: its model, its engine process or its turn in another version's, and what it has done."""
+"""One version on one replica: its model, its text reader, its engine process or its turn in another version's, and what
+it has done."""
 
 import asyncio
 import math
@@ -14,6 +15,7 @@ from serving.engine.messages import FinishReason
 from serving.engine_process.client import EngineClient
 from serving.engine_process.health import HealthCheck
 from serving.protocol.served_model import ServedModel, is_of_one_kind, read_served_model
+from serving.text.reader import TextReader, open_reader
 from serving.xray.xray import Xray
 
 DRAIN_POLL_S = 0.1
@@ -23,8 +25,11 @@ LONGEST_REQUEST_S = 600.0  # after this an unneeded engine ends, whatever still 
 class LoadedVersion:
     """A version that can serve. `open_requests` counts the requests that may still use its engine."""
 
-    def __init__(self, folder: Path, *, model: ServedModel, engine: EngineClient, weights: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *, model: ServedModel, texts: TextReader, engine: EngineClient, weights: int = 0
+    ) -> None:
         self.model = model
+        self.texts = texts
         self.engine = engine
         self.weights = weights  # for sequences to name; 0 if the engine was started with this version
         self.xray = Xray(folder, name=model.name, dtype=engine.facts.dtype)
@@ -39,14 +44,33 @@ class LoadedVersion:
         """Returns once the version can be tested. It shares the engine of one of the `others` if the settings say so
         and it is of the same kind. Raises `UserError` for an unusable checkpoint."""
         folder = await asyncio.to_thread(resolve_checkpoint, version.checkpoint, config.storage.uri)
-        model = await asyncio.to_thread(read_served_model, folder, name=name)
+        texts = await open_reader(folder)  # first: it bounds what a stranger's tokenizer does
+        try:
+            return await cls._load(folder, texts, version, name=name, config=config, others=others)
+        except BaseException:
+            texts.close()
+            raise
+
+    @classmethod
+    async def _load(
+        cls,
+        folder: Path,
+        texts: TextReader,
+        version: Version,
+        *,
+        name: str,
+        config: ServeConfig,
+        others: Sequence["LoadedVersion"],
+    ) -> "LoadedVersion":
+        model = await asyncio.to_thread(read_served_model, folder, name=name, max_context=config.engine.max_context)
         if model.version != version.version:
             raise UserError(f"{version.checkpoint} holds {model.version} now, but {version.version} was promoted")
         alive = [other for other in others if other.engine.alive]
         if alive and config.engine.runs_vllm and config.delivery.weights != "beside":
             for other in alive:
                 if is_of_one_kind(model, other.model):
-                    return cls(folder, model=model, engine=other.engine, weights=other.engine.share(folder))
+                    weights = other.engine.share(folder)
+                    return cls(folder, model=model, texts=texts, engine=other.engine, weights=weights)
             if config.delivery.weights == "in_place" or config.engine.device == "cuda":
                 raise UserError(
                     f"{version.checkpoint} has another shape or precision than what is served, so its weights cannot "
@@ -55,7 +79,7 @@ class LoadedVersion:
                 )
         threads = config.replicas.threads_per_replica
         engine = await EngineClient.start(folder, config=config.engine, eos_id=model.eos_id, threads=threads)
-        return cls(folder, model=model, engine=engine)
+        return cls(folder, model=model, texts=texts, engine=engine)
 
     async def loss(self, rows: Sequence[Sequence[int]], *, at_once: bool) -> float:
         """Returns the nats per token over the rows, NaN if the logits are not finite. The rows are read `at_once`,
@@ -78,4 +102,5 @@ class LoadedVersion:
 
     async def close(self) -> None:
         self.xray.close()
+        self.texts.close()
         await self.engine.close()

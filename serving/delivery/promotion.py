@@ -4,7 +4,7 @@ import hashlib
 import math
 import random
 from collections.abc import Collection, Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Self
 
@@ -15,6 +15,7 @@ from serving.protocol.served_model import ServedModel
 ROUTE_HEADER = "x-route"
 MIN_ERRORS = 3  # fewer may be chance
 MIN_JUDGED_SEQUENCES = 20  # after which a version's speed is judged
+MIN_JUDGED_STEPS = 20  # of a size, of both versions
 HISTORY = 20  # promotions that are remembered
 
 
@@ -65,7 +66,7 @@ class Terms(Record):
     gate_rows: tuple[tuple[int, ...], ...] = ()  # token rows whose loss is measured; without any, only a self-test
     max_loss_increase: float = 0.0  # nats per token above the live version's loss
     max_error_rate: float = 0.01  # of its sequences, once `MIN_ERRORS` have failed
-    max_latency_ratio: float | None = None  # of the seconds for a token, compared with the version before
+    max_latency_ratio: float | None = None  # of the seconds for a step of like size, compared with the version before
     load_timeout_s: float = 600.0
 
 
@@ -172,13 +173,43 @@ class Route:
 
 
 @dataclass
+class StepTimes:
+    """Steps of about the same size that read no prompt."""
+
+    count: int = 0
+    busy_s: float = 0.0
+
+    @property
+    def mean_s(self) -> float:
+        return self.busy_s / self.count
+
+
+@dataclass
 class VersionStats:
     """Counts what a version has done on one replica, without the sequences of clients that left."""
 
     sequences: int = 0
     errors: int = 0
-    tokens: int = 0  # without each sequence's first one, for which it may have waited
-    busy_s: float = 0.0  # before those tokens, summed over the sequences
+    steps: dict[int, StepTimes] = field(default_factory=dict)  # by `step_size` of the sequences that got a token
+
+    def stepped(self, num_sequences: int, step_s: float) -> None:
+        """Counts a step that gave each of so many sequences a token, and did nothing else."""
+        times = self.steps.setdefault(step_size(num_sequences), StepTimes())
+        times.count += 1
+        times.busy_s += step_s
+
+    def add(self, other: "VersionStats") -> None:
+        self.sequences += other.sequences
+        self.errors += other.errors
+        for size, times in other.steps.items():
+            total = self.steps.setdefault(size, StepTimes())
+            total.count += times.count
+            total.busy_s += times.busy_s
+
+
+def step_size(num_sequences: int) -> int:
+    """Returns the class of steps with about as many sequences: 1, 2, 3 to 4, 5 to 8 and so on."""
+    return (num_sequences - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -303,19 +334,39 @@ def _service_problem(state: Delivery, terms: Terms, everyone: Collection[Replica
         return f"{stats.errors} of its {stats.sequences} sequences failed, more than {terms.max_error_rate:.1%}"
     if terms.max_latency_ratio is None or min(stats.sequences, before.sequences) < MIN_JUDGED_SEQUENCES:
         return ""
-    took_s, took_before_s = stats.busy_s / max(1, stats.tokens), before.busy_s / max(1, before.tokens)
+    if (compared := step_times_at_like_load(stats, before)) is None:
+        return ""
+    took_s, took_before_s = compared
     if took_s > terms.max_latency_ratio * took_before_s:
         return (
-            f"it takes {1000 * took_s:.1f} ms a token, the version before {1000 * took_before_s:.1f} ms: "
-            f"more than {terms.max_latency_ratio:g} times as long"
+            f"it takes {1000 * took_s:.1f} ms a token, the version before {1000 * took_before_s:.1f} ms in steps of "
+            f"like size: more than {terms.max_latency_ratio:g} times as long"
         )
     return ""
 
 
 def total(reports: Collection[ReplicaReport], serial: int) -> VersionStats:
     """Adds up what all replicas report of a version."""
-    found = [astuple(report.slots[serial].stats) for report in reports if serial in report.slots]
-    return VersionStats(*(sum(counts) for counts in zip(*found, strict=True)))
+    stats = VersionStats()
+    for report in reports:
+        if serial in report.slots:
+            stats.add(report.slots[serial].stats)
+    return stats
+
+
+def step_times_at_like_load(new: VersionStats, old: VersionStats) -> tuple[float, float] | None:
+    """Returns the seconds of the new version's mean step, and those that the old one takes for the same mixture of
+    sizes. Prompts that are read, and more sequences at a time, make any version slower. Returns None before each has
+    made enough steps of sizes that the other has made too."""
+    num_steps, new_s, old_s = 0, 0.0, 0.0
+    for size, times in new.steps.items():
+        before = old.steps.get(size)
+        if before is None or min(times.count, before.count) < MIN_JUDGED_STEPS:
+            continue
+        num_steps += times.count
+        new_s += times.busy_s
+        old_s += times.count * before.mean_s
+    return (new_s / num_steps, old_s / num_steps) if num_steps else None
 
 
 def _switched(state: Delivery) -> Delivery:

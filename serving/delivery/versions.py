@@ -1,16 +1,19 @@
 """The versions on one replica: loads and ends engines as the state demands, and picks one for each request."""
 
 import asyncio
+import copy
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from cluster.settings.serve import ServeConfig
 from cluster.storage.checkpoint_cache import Holds
+from model.errors import UserError
 from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.promotion import Delivery, Phase, Route, SlotReport, SlotStatus, Version, VersionStats
 from serving.engine_process.client import EngineClient
+from serving.text.chat_probe import chat_misfit, chat_notice
 
 TELL_S = 1.0  # before new weights get the only engine: two reports, as they may end it and the replica with it
 
@@ -38,7 +41,7 @@ class Slot:
         problem = self.problem or ("" if loaded is None else loaded.engine.death_notice)
         status = SlotStatus.FAILED if problem else SlotStatus.READY if self.is_measured else SlotStatus.LOADING
         in_place = loaded is not None and loaded.weights > 0
-        stats = VersionStats() if loaded is None else replace(loaded.stats)
+        stats = VersionStats() if loaded is None else copy.deepcopy(loaded.stats)
         return SlotReport(status, problem, self.loss, self.live_loss, in_place=in_place, stats=stats)
 
 
@@ -183,6 +186,7 @@ class Versions:
                 if loaded.weights:
                     await asyncio.sleep(TELL_S)
                 if slot.version == self.delivery.candidate:
+                    _require_like_chats(self.live, loaded)
                     await self._measure(slot, loaded, before=self.live)
                 else:
                     await loaded.health.self_test()
@@ -218,3 +222,12 @@ class Versions:
         await slot.loading
         if slot.loaded is not None:
             await slot.loaded.retire()
+
+
+def _require_like_chats(live: LoadedVersion, candidate: LoadedVersion) -> None:
+    """Raises `UserError` if the candidate's chat template fails where the live version's does not."""
+    before, after = live.texts.probe, candidate.texts.probe
+    if problem := chat_misfit(before, after):
+        raise UserError(f"the checkpoint {problem}")
+    if notice := chat_notice(before, after):
+        _log.warning("%s is promoted although %s", candidate.model.version, notice)

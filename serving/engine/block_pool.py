@@ -7,38 +7,48 @@ from itertools import takewhile
 
 BLOCK_TOKENS = 16
 
-_ROOT = b""  # the prefix before the first block
+_ROOT = b""  # the prefix before the first block, of those without a scope
+
+
+def root_of(scope: str) -> bytes:
+    """Returns the prefix before the first block of a scope's prompts, which no other scope's prompts have."""
+    return hashlib.blake2b(scope.encode(), digest_size=16, person=b"scope").digest() if scope else _ROOT
 
 
 class BlockPool:
     """A block is free, or held by one or more sequences. A full block can be found again by all tokens up to its end,
-    even after it was freed, until another sequence gets it. The block that has been free for longest is reused
-    first."""
+    even after it was freed, until another sequence gets it.
+
+    A block that holds nothing to be found is reused first, the latest one: its memory is in use already. Only then come
+    blocks that nobody has had yet, and at last the one that could be found and has been free for longest."""
 
     def __init__(self, num_blocks: int, *, keep_prefixes: bool) -> None:
         self.num_blocks = num_blocks
         self._keep_prefixes = keep_prefixes
         self._num_holders = [0] * num_blocks
-        self._free = dict.fromkeys(range(num_blocks))  # in the order in which they became free
+        self._free = dict.fromkeys(range(num_blocks))  # in the order in which they became free, the untouched first
+        self._spare: list[int] = []  # free too, and without anything that could be found
         self._block_of: dict[bytes, int] = {}  # by prefix
         self._prefix_of: dict[int, bytes] = {}  # by block
 
     @property
     def usage(self) -> float:
         """The share of the blocks that are held, 0 to 1."""
-        return 1 - len(self._free) / self.num_blocks
+        return 1 - self._num_free / self.num_blocks
 
-    def missing(self, prompt_ids: Sequence[int]) -> list[bytes]:
+    def missing(self, prompt_ids: Sequence[int], *, root: bytes = _ROOT) -> list[bytes]:
         """Returns the prefixes to the end of each full block of the prompt that is not in the pool yet."""
-        prefixes = _prefixes(prompt_ids) if self._keep_prefixes else []
-        return prefixes[len(self._find(prompt_ids)) :]
+        prefixes = _prefixes(prompt_ids, root) if self._keep_prefixes else []
+        return prefixes[len(self._find(prompt_ids, root)) :]
 
-    def allocate(self, num_tokens: int, *, prompt_ids: Sequence[int]) -> tuple[list[int], int] | None:
+    def allocate(
+        self, num_tokens: int, *, prompt_ids: Sequence[int], root: bytes = _ROOT
+    ) -> tuple[list[int], int] | None:
         """Returns blocks for `num_tokens` and how many of the prompt's tokens they contain already: at most all but the
         last, whose logits are needed. Returns None if there is no room."""
-        found = self._find(prompt_ids)
+        found = self._find(prompt_ids, root)
         num_new = num_blocks_for(num_tokens) - len(found)
-        if num_new > len(self._free) - sum(block in self._free for block in found):
+        if num_new > self._num_free - sum(block in self._free for block in found):
             return None
         for block in found:
             self._free.pop(block, None)
@@ -52,8 +62,12 @@ class BlockPool:
         prompts."""
         for block in reversed(blocks):
             self._num_holders[block] -= 1
-            if self._num_holders[block] == 0:
+            if self._num_holders[block] > 0:
+                continue
+            if block in self._prefix_of:
                 self._free[block] = None
+            else:
+                self._spare.append(block)
 
     def seal(self, block: int, token_ids: Sequence[int], *, before: bytes = _ROOT) -> bytes:
         """Marks a block as full with `token_ids` after the prefix `before`. Returns the prefix to its end."""
@@ -69,10 +83,17 @@ class BlockPool:
             if (prefix := self._prefix_of.pop(block, None)) is not None:
                 del self._block_of[prefix]
 
-    def _find(self, prompt_ids: Sequence[int]) -> list[int]:
-        return [self._block_of[prefix] for prefix in takewhile(self._block_of.__contains__, _prefixes(prompt_ids))]
+    def _find(self, prompt_ids: Sequence[int], root: bytes) -> list[int]:
+        known = takewhile(self._block_of.__contains__, _prefixes(prompt_ids, root))
+        return [self._block_of[prefix] for prefix in known]
+
+    @property
+    def _num_free(self) -> int:
+        return len(self._free) + len(self._spare)
 
     def _take(self) -> int:
+        if self._spare:
+            return self._spare.pop()
         block = next(iter(self._free))
         del self._free[block]
         self.forget([block])
@@ -83,9 +104,9 @@ def num_blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_TOKENS)
 
 
-def _prefixes(prompt_ids: Sequence[int]) -> list[bytes]:
+def _prefixes(prompt_ids: Sequence[int], root: bytes) -> list[bytes]:
     """Returns the prefix to the end of each full block, except one that ends with the prompt."""
-    prefixes = [_ROOT]
+    prefixes = [root]
     for start in range(0, len(prompt_ids) - BLOCK_TOKENS, BLOCK_TOKENS):
         prefixes.append(_prefix(prefixes[-1], prompt_ids[start : start + BLOCK_TOKENS]))
     return prefixes[1:]

@@ -44,7 +44,8 @@ class Engine:
         scheduler = self._scheduler
         chunks = scheduler.plan()
         if on_admission is not None and scheduler.admitted:
-            on_admission(Admission(scheduler.admitted, scheduler.num_running, scheduler.num_waiting))
+            figures = (scheduler.num_running, scheduler.num_waiting, scheduler.found)
+            on_admission(Admission(scheduler.admitted, *figures))
         events: list[TokenEvent] = []
         if chunks:
             hidden = self._runner.forward([_reading(chunk) for chunk in chunks])  # (N, C)

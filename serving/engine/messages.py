@@ -1,6 +1,7 @@
 """The messages between a replica and its engine process: lines of JSON over one socket."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ class SequenceRequest:
     num_logprobs: int | None = None  # candidates reported for each token; 0: only the chosen token's logprob
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens
     embed: bool = False  # reports the mean of the prompt's hidden states
+    cache_scope: str = ""  # whose prompts may share blocks of the cache with it; empty for all without one
     weights: int = 0  # the version that computes it, if several share the engine (weight_turns.py)
 
     @property
@@ -81,6 +83,7 @@ class Admission(NamedTuple):
     admitted: list[int]  # sequences
     num_running: int
     num_waiting: int
+    num_found: Sequence[int] = ()  # of each, tokens of its prompt that the cache had
 
 
 class MetricFamily(NamedTuple):

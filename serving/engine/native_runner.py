@@ -54,12 +54,14 @@ class NativeRunner:
     """
 
     def __init__(self, model: GPT, *, dtype: str, num_blocks: int, threads: int) -> None:
-        """Raises `NoNativeLibraryError` if the kernels are not available."""
+        """Raises `NoNativeLibraryError` if the kernels are not available, and `MemoryError` without the memory for
+        weights and cache."""
         self._library = load_library()
         kinds = {"pointer": ctypes.c_void_p, "number": ctypes.c_int}
         for name, arguments in read_table(__file__, "native_runner").items():
             getattr(self._library, name).argtypes = [kinds[kind] for kind in arguments]
         self._library.raymill_create.restype = ctypes.c_void_p
+        self._library.raymill_set_matrix.restype = ctypes.c_bool
         self._config = config = model.config
         shape = Shape(
             layers=config.n_layer,
@@ -78,6 +80,8 @@ class NativeRunner:
         self._decoder = ctypes.c_void_p(
             self._library.raymill_create(ctypes.byref(shape), KINDS[dtype], threads, positions.data_ptr())
         )
+        if self._decoder.value is None:
+            raise MemoryError("the KV cache")
         for layer, block in enumerate(model.blocks):
             for which, name in enumerate(NORMS[config.architecture]):
                 self._set_norm(layer, which, block.get_submodule(name))
@@ -93,7 +97,7 @@ class NativeRunner:
             self._set_matrix(config.n_layer, TOKENS, model.token_embedding.weight.T)
 
     def __del__(self) -> None:
-        if hasattr(self, "_decoder"):
+        if hasattr(self, "_decoder") and self._decoder.value is not None:
             self._library.raymill_destroy(self._decoder)
 
     def forward(self, readings: Sequence[Reading]) -> Tensor:
@@ -131,7 +135,8 @@ class NativeRunner:
         weight = weight.detach().float()
         bias = None if bias is None else _as_float(bias)
         data = (weight.data_ptr(), *weight.stride(), None if bias is None else bias.data_ptr())
-        self._library.raymill_set_matrix(self._decoder, layer, which, *weight.shape, *data)
+        if not self._library.raymill_set_matrix(self._decoder, layer, which, *weight.shape, *data):
+            raise MemoryError("the weights")
 
 
 def _as_float(values: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from serving.engine.block_pool import BLOCK_TOKENS, BlockPool
+from serving.engine.block_pool import BLOCK_TOKENS, BlockPool, root_of
 from serving.engine.messages import Candidates, FinishReason, SequenceRequest
 
 UNWATCHED = 4  # factor for the prompt tokens of a step that no running sequence waits for
@@ -64,6 +64,7 @@ class Scheduler:
         self._running: dict[int, Sequence] = {}  # in order of admission
         self._promised: set[bytes] = set()
         self.admitted: list[int] = []  # sequences, by the latest plan
+        self.found: list[int] = []  # of each of them, tokens that the cache had
         self.num_prompt_tokens = 0  # read by the latest plan, or found in the cache
         self.num_looked_up = self.num_found = 0  # prompt tokens that it looked for in the cache, and found there
 
@@ -87,7 +88,8 @@ class Scheduler:
         if not any(sequence.output_ids for sequence in self._running.values()):
             budget *= UNWATCHED
         chunks = []
-        self.admitted, self.num_prompt_tokens, self.num_looked_up, self.num_found = [], 0, 0, 0
+        self.admitted, self.found = [], []
+        self.num_prompt_tokens = self.num_looked_up = self.num_found = 0
         for sequence in self._running.values():
             if sequence.output_ids:
                 chunks.append(Chunk(sequence, sequence.num_read, sequence.num_tokens))
@@ -101,6 +103,7 @@ class Scheduler:
             self.admitted.append(admitted.request.seq_id)
             self.num_prompt_tokens += chunks[-1].last
             self.num_looked_up += 0 if admitted.request.reads_whole_prompt else len(admitted.request.prompt_ids)
+            self.found.append(chunks[-1].first)
             self.num_found += chunks[-1].first
         return chunks
 
@@ -139,15 +142,17 @@ class Scheduler:
             return None
         sequence, request = self._waiting[0], self._waiting[0].request
         known = [] if request.reads_whole_prompt else request.prompt_ids
-        missing = self.pool.missing(request.prompt_ids)
+        root = root_of(request.cache_scope)
+        missing = self.pool.missing(request.prompt_ids, root=root)
         if known and missing and missing[0] in self._promised:
             return None
-        allocation = self.pool.allocate(len(request.prompt_ids) + request.max_tokens, prompt_ids=known)
+        num_tokens = len(request.prompt_ids) + request.max_tokens
+        allocation = self.pool.allocate(num_tokens, prompt_ids=known, root=root)
         if allocation is None:
             return None
         self._waiting.popleft()
         sequence.blocks, sequence.num_read = allocation
-        sequence.promised = missing
+        sequence.promised, sequence.sealed_prefix = missing, root
         self._promised.update(missing)
         self._seal(sequence, first=0)
         self._running[request.seq_id] = sequence

@@ -17,10 +17,10 @@ from typing import Any
 
 from cluster.settings.parser import suggestion
 from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, EngineConfig
-from model.config import GPTConfig
 from model.errors import UserError
 from model.hf_config import read_config
 from model.sampling_params import SamplingParams
+from serving.engine.kv_cache_size import served_context
 from serving.engine.messages import (
     Admission,
     Candidates,
@@ -31,7 +31,8 @@ from serving.engine.messages import (
     TokenEvent,
 )
 from serving.engine.runner import with_dtype
-from serving.engine.vllm_weights import replace_weights, stored_shapes, weights_alone
+from serving.engine.vllm_sizes import NUMBER_BYTES, Starts, batched_tokens, cache_bytes
+from serving.engine.vllm_weights import clear_cache, replace_weights, stored_shapes, weights_alone
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process already belongs to the engine
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # otherwise all replicas take the same cores
@@ -47,9 +48,6 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
 
-NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
-SPARE_BLOCKS = 8  # vLLM keeps one for itself and cuts off the last
-BLOCK_TOKENS = 128  # vLLM's largest, on CPUs
 LEAST_TOKENS = 1  # vLLM has no sequence that only reads; see `_events`
 
 _log = logging.getLogger(__name__)
@@ -69,6 +67,9 @@ class VllmEngine:
         self._started: set[int] = set()  # those that have a token
         self._refused: set[int] = set()  # by vLLM, since the latest step
         self._not_finite: set[int] = set()  # those whose logits had NaN in the latest step
+        self._has_nan_blocks = False  # in vLLM's cache, since the latest step
+        self._starts = Starts()
+        self._looked_up = self._found = 0  # prompt tokens of the sequences that the latest step started
         self._plans: list[Any] = []  # what vLLM's scheduler has decided in the latest step
         self._on_admission: Callable[[Admission], None] | None = None
         with weights_alone(checkpoint) as folder:
@@ -94,6 +95,8 @@ class VllmEngine:
     def submit(self, request: SequenceRequest) -> None:
         """Adds a sequence. What vLLM refuses in it, by bounds of its own, ends it alone, in the next step."""
         prompt: Any = {"prompt_token_ids": request.prompt_ids}
+        if request.cache_scope:
+            prompt["cache_salt"] = request.cache_scope
         try:
             self._engine.add_request(str(request.seq_id), prompt, self._params(request))
         except (ValueError, VLLMClientError) as error:
@@ -107,12 +110,16 @@ class VllmEngine:
         self._refused.discard(seq_id)
         if self._requests.pop(seq_id, None) is not None:
             self._started.discard(seq_id)
+            self._starts.forget(seq_id)
             self._engine.abort_request([str(seq_id)])
 
     def step(self, on_admission: Callable[[Admission], None] | None = None) -> StepReport:
         """Runs a step. Calls `on_admission` with the sequences that it starts before it computes."""
         began_s = time.perf_counter()
         self._on_admission, self._plans = on_admission, []
+        self._looked_up = self._found = 0
+        if self._has_nan_blocks:
+            self._forget_all_blocks()
         outputs = self._engine.step() if self._requests else []
         events = [TokenEvent(seq_id, None, FinishReason.ERROR, None, None) for seq_id in sorted(self._refused)]
         self._refused.clear()
@@ -125,7 +132,6 @@ class VllmEngine:
                 self._started.add(request.seq_id)
                 num_prompt_tokens += len(request.prompt_ids)
             events += self._events(request, output)
-        started = [new for plan in self._plans for new in plan.scheduled_new_reqs]
         return StepReport(
             events,
             num_running=len(self._scheduler.running),
@@ -133,8 +139,8 @@ class VllmEngine:
             kv_cache_usage=round(self._scheduler.kv_cache_manager.usage, 4),
             num_prompt_tokens=num_prompt_tokens,
             num_tokens=sum(plan.total_num_scheduled_tokens for plan in self._plans),
-            num_looked_up=sum(len(new.prompt_token_ids) for new in started),
-            num_found=sum(new.num_computed_tokens for new in started),
+            num_looked_up=self._looked_up,
+            num_found=self._found,
             step_s=round(time.perf_counter() - began_s, 6),
         )
 
@@ -169,10 +175,24 @@ class VllmEngine:
         """Wraps vLLM's decision what a step reads, of which its outputs say nothing."""
         plan = schedule(*arguments)
         self._plans.append(plan)
-        if plan.scheduled_new_reqs and self._on_admission is not None:
-            scheduler, admitted = self._scheduler, [_seq_id(new.req_id) for new in plan.scheduled_new_reqs]
-            self._on_admission(Admission(admitted, len(scheduler.running), len(scheduler.waiting)))
+        begun = {_seq_id(new.req_id): new for new in plan.scheduled_new_reqs}
+        admitted = self._starts.fresh(begun)
+        self._looked_up += sum(len(begun[seq_id].prompt_token_ids) for seq_id in admitted)
+        found = [begun[seq_id].num_computed_tokens for seq_id in admitted]
+        self._found += sum(found)
+        if admitted and self._on_admission is not None:
+            scheduler = self._scheduler
+            self._on_admission(Admission(admitted, len(scheduler.running), len(scheduler.waiting), found))
         return plan
+
+    def _forget_all_blocks(self) -> None:
+        """Empties vLLM's cache after logits that were no numbers: a block that holds NaN would end the next sequence
+        that gets it. Those that run read their tokens again, and so lose time and nothing else."""
+        self._has_nan_blocks = False
+        if not self._engine.reset_prefix_cache(reset_running_requests=True):
+            _log.error("vLLM still holds blocks with NaN, which may end the next sequence that gets one")
+            return
+        self._engine.collective_rpc(clear_cache)
 
     def _params(self, request: SequenceRequest) -> Any:
         sampling: SamplingParams = request.sampling
@@ -193,6 +213,7 @@ class VllmEngine:
     def _events(self, request: SequenceRequest, output: Any) -> list[TokenEvent]:
         """Returns a sequence's new tokens; the first comes with the prompt's log-probabilities, if asked for."""
         if request.seq_id in self._not_finite:
+            self._has_nan_blocks = True
             self.cancel(request.seq_id)
             return [TokenEvent(request.seq_id, None, FinishReason.ERROR, None, None)]
         [choice] = output.outputs
@@ -220,6 +241,7 @@ class VllmEngine:
         if events and events[-1].finish_reason is not None:
             self._requests.pop(request.seq_id)
             self._started.discard(request.seq_id)
+            self._starts.forget(request.seq_id)
         return events
 
 
@@ -259,26 +281,14 @@ def _arguments(checkpoint: Path, config: EngineConfig) -> Any:
         model=str(checkpoint),
         skip_tokenizer_init=True,
         dtype=config.dtype,
-        max_model_len=shape.n_positions,
+        max_model_len=served_context(shape, config.max_context),
         max_num_seqs=num_seqs,
-        max_num_batched_tokens=num_tokens and max(num_tokens + (num_seqs or 0), shape.n_positions),
+        max_num_batched_tokens=batched_tokens(num_tokens, num_seqs, config.vllm_args),
         max_logprobs=-1,
         enable_prefix_caching=config.prefix_cache,
-        kv_cache_memory_bytes=_cache_bytes(shape, config, num_seqs),
+        kv_cache_memory_bytes=cache_bytes(shape, config, num_seqs),
         tensor_parallel_size=config.tensor_parallel_size,
         generation_config="vllm",  # no defaults from the checkpoint's folder
         seed=0,
         **config.vllm_args,
     )
-
-
-def _cache_bytes(shape: GPTConfig, config: EngineConfig, num_seqs: int | None) -> int | None:
-    """Returns the bytes on each device for as many tokens as our engine has room for. None, on a GPU without a setting,
-    lets vLLM decide."""
-    on_cpu = num_seqs * shape.n_positions if num_seqs and config.device == "cpu" else None
-    num_tokens = config.kv_cache_tokens or on_cpu
-    if num_tokens is None:
-        return None
-    num_blocks = -(-num_tokens // BLOCK_TOKENS) + SPARE_BLOCKS
-    all_heads = num_blocks * BLOCK_TOKENS * 2 * shape.n_layer * shape.n_embd * NUMBER_BYTES[config.dtype]
-    return all_heads // config.tensor_parallel_size

@@ -64,6 +64,12 @@ def replace_weights(worker: Any, checkpoint: str) -> None:
             layer.quant_method.process_weights_after_loading(layer)
 
 
+def clear_cache(worker: Any) -> None:
+    """Runs in each worker: makes its blocks of keys and values zeros, as they were at its start."""
+    for blocks in worker.model_runner.kv_caches:
+        blocks.zero_()
+
+
 def _tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     """Yields one tensor after the other. A file that stayed open would stay in memory as far as it has been read."""
     if shards := shards_in(checkpoint):

@@ -66,6 +66,7 @@ class Generation:
         self.unsent = deque(requests)  # these are not in line yet
         self._events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
         self.entered_s: dict[int, float] = {}  # when each sequence got in line
+        self.num_found: dict[int, int] = {}  # by sequence that has begun, tokens of its prompt that the cache had
         self.has_begun = asyncio.Event()  # the engine has admitted one of its sequences, or has died
 
     def close(self) -> None:
@@ -131,13 +132,18 @@ class EngineClient:
         fds = [their_line.fileno()]
         arguments = {
             "checkpoint": str(checkpoint.absolute()),
-            "config": config.model_dump(),
             "threads": threads,
             "eos_id": eos_id,  # None without a tokenizer
             "watchdog": fds[0],
         }
         with their_line:
-            child = await start_child(MODULE, arguments, pass_fds=fds, python=python or sys.executable)
+            child = await start_child(
+                MODULE,
+                arguments,
+                private={"config": config.model_dump()},  # `vllm_args` may hold tokens
+                pass_fds=fds,
+                python=python or sys.executable,
+            )
         client = cls(child)
         messages = client._messages()
         first = await anext(messages, None)
@@ -275,9 +281,11 @@ class EngineClient:
             if isinstance(message, dict):
                 admission = Admission(*message["admission"])
                 self.num_running, self._num_waiting_there = admission.num_running, admission.num_waiting
+                found = dict(zip(admission.admitted, admission.num_found, strict=False))  # none in turns
                 for seq_id in admission.admitted:
                     if (begun := self._generations.get(seq_id)) is not None:  # not cancelled meanwhile
                         begun.has_begun.set()
+                        begun.num_found[seq_id] = found.get(seq_id, 0)
                         self._observer = begun.observer
                         if begun.observer is not None:
                             begun.observer.admitted(self.last_progress_s - begun.entered_s[seq_id])

@@ -10,30 +10,41 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from prometheus_client import REGISTRY
 
 from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, EngineConfig
 from model.checkpoint import load_model
+from model.config import num_parameters
 from model.errors import UserError
 from model.gpt import GPT
+from model.sampling_params import SamplingParams
 from serving.engine.block_pool import BlockPool, num_blocks_for
 from serving.engine.engine import Engine
-from serving.engine.messages import EngineFacts, MetricFamily, encode_message, parse_request
+from serving.engine.kv_cache_size import GIB, bytes_per_token, kv_cache_tokens, served_context
+from serving.engine.messages import EngineFacts, MetricFamily, SequenceRequest, encode_message, parse_request
 from serving.engine.native_library import NoNativeLibraryError
 from serving.engine.native_runner import NativeRunner
 from serving.engine.runner import LOADED_IN, Runner, with_dtype
 from serving.engine.scheduler import Scheduler
 from serving.engine.torch_runner import TorchRunner
+from serving.engine_process.machine_memory import memory
 from serving.engine_process.peer_watchdog import watch_peer
 from serving.engine_process.weight_turns import WeightTurns
+
+if TYPE_CHECKING:
+    from serving.engine.vllm_engine import VllmEngine  # usually in another environment
 
 RECEIVE_BYTES = 1 << 16
 HELD_S = 0.016
 """For how long reports of steps may wait for later ones: a frame of a screen. Where steps take less, the replica, the
 proxy and the client wake once for several."""
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+_WARM_UP_ID = 1 << 40  # of the first sequence before any client's, whose numbers begin at 0
+
+_log = logging.getLogger(__name__)
 
 
 class Channel:
@@ -53,6 +64,12 @@ class Channel:
             self._connection.sendall(self._held)
             self._held.clear()
             self._sent_s = now_s
+
+    def first(self) -> dict[str, Any]:
+        """Returns the message before all commands. Raises `EOFError` if the replica has died meanwhile."""
+        while True:
+            for message in self.receive(wait=True):
+                return dict(message)
 
     def receive(self, *, wait: bool) -> Iterator[Any]:
         """Yields the messages that have arrived; with `wait`, blocks until some bytes have. Raises `EOFError` once the
@@ -111,12 +128,28 @@ def _load_engine(
                 "environment in engine.vllm_python"
             ) from None
         vllm_engine = VllmEngine(checkpoint, config, eos_id=eos_id)
+        warm_up(vllm_engine)
         return WeightTurns(vllm_engine, checkpoint), vllm_engine.facts
     config = with_dtype(config, checkpoint)
     # The replica got the folder from `resolve_checkpoint`, which verified it.
     model = load_model(checkpoint, dtype=LOADED_IN[config.dtype], verify=False)
     engine = build_engine(model, config, eos_id=eos_id, threads=threads)
     return engine, EngineFacts(config.dtype, *_sizes(config), embeds=True)
+
+
+def warm_up(engine: "Engine | WeightTurns | VllmEngine") -> None:
+    """Runs a sequence of each kind, so that what is compiled at its first use is compiled before this engine takes
+    requests: a health check would end an engine whose step takes that long."""
+    drawn = SamplingParams(temperature=0.9, top_p=0.9, top_k=5, min_p=0.01, seed=1, repetition_penalty=1.1)
+    for number, sampling in enumerate((SamplingParams(temperature=0.0), SamplingParams(temperature=1.0), drawn)):
+        for num_logprobs in (None, 1):
+            seq_id = _WARM_UP_ID + 2 * number + (num_logprobs or 0)
+            request = SequenceRequest(
+                seq_id, [0, 0, 0], 2, sampling, True, num_logprobs=num_logprobs, num_prompt_logprobs=num_logprobs
+            )
+            engine.submit(request)
+    while engine.has_work:
+        engine.step()
 
 
 def _sizes(config: EngineConfig) -> tuple[int, int]:
@@ -127,18 +160,39 @@ def _sizes(config: EngineConfig) -> tuple[int, int]:
 def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, threads: int) -> Engine:
     """Builds the engine. Raises `UserError` for a cache that is too small for the model, and if kernels that must be
     native are missing."""
-    n_positions = model.config.n_positions
     max_num_seqs, prefill_tokens_per_step = _sizes(config)
-    kv_cache_tokens = config.kv_cache_tokens or max_num_seqs * n_positions
-    if kv_cache_tokens < n_positions:
-        raise UserError(
-            f"engine.kv_cache_tokens={kv_cache_tokens} is less than one context of this model, {n_positions} tokens"
-        )
-    pool = BlockPool(num_blocks_for(kv_cache_tokens), keep_prefixes=config.prefix_cache)
+    dtype = str(model.head_weight.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
+    num_tokens = kv_cache_tokens(
+        model.config,
+        config,
+        dtype=dtype,
+        num_seqs=max_num_seqs,
+        weight_bytes=num_parameters(model.config) * WEIGHT_BYTES[dtype],  # as packed by the kernels
+        memory=memory(),
+    )
+    cache_gib = num_tokens * bytes_per_token(model.config, dtype) / GIB
+    is_small = num_tokens < max_num_seqs * served_context(model.config, config.max_context)
+    _log.log(
+        logging.WARNING if is_small and config.kv_cache_tokens is None else logging.INFO,
+        "the KV cache holds %d tokens, as memory is free for no more; they take %.2f GiB once all have been used",
+        num_tokens,
+        cache_gib,
+    )
+    pool = BlockPool(num_blocks_for(num_tokens), keep_prefixes=config.prefix_cache)
     scheduler = Scheduler(
         pool, max_num_seqs=max_num_seqs, prefill_tokens_per_step=prefill_tokens_per_step, eos_id=eos_id
     )
-    return Engine(_build_runner(model, config, num_blocks=pool.num_blocks, threads=threads), scheduler)
+    try:
+        runner = _build_runner(model, config, num_blocks=pool.num_blocks, threads=threads)
+    except (MemoryError, RuntimeError) as error:  # the kernels', and PyTorch's
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"there is no memory for the weights and a KV cache of {num_tokens} tokens, "
+            f"{cache_gib:.2f} GiB: set engine.kv_cache_tokens or "
+            "engine.max_context to less, or give the replica more"
+        ) from error
+    return Engine(runner, scheduler)
 
 
 def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads: int) -> Runner:
@@ -151,7 +205,7 @@ def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads:
             if config.kernels == "native" or config.dtype == "int8":
                 wanted = "kernels=native" if config.kernels == "native" else "dtype=int8 needs the native kernels"
                 raise UserError(f"engine.{wanted}, but {error}") from None
-            logging.getLogger(__name__).warning("PyTorch computes, which is slower than the native kernels: %s", error)
+            _log.warning("PyTorch computes, which is slower than the native kernels: %s", error)
         else:
             torch.set_num_threads(1)  # only for sampling; two pools of threads would disturb each other
             return runner
@@ -163,7 +217,7 @@ def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads:
 def main() -> int:
     args = json.loads(sys.argv[1])  # see `EngineClient.start`
     channel = Channel(socket.socket(fileno=args["socket"]))
-    config = EngineConfig.model_validate(args["config"])
+    config = EngineConfig.model_validate(channel.first()["config"])
     try:
         engine, facts = _load_engine(Path(args["checkpoint"]), config, eos_id=args["eos_id"], threads=args["threads"])
     except UserError as error:

@@ -126,11 +126,13 @@ class ServedModel:
         return dataclasses.asdict(self.metadata) | {"tokenizer_hash": tokenizer_hash}
 
 
-def read_served_model(folder: Path, *, name: str | None) -> ServedModel:
-    """Reads a folder. Raises `CheckpointError` if it cannot be served, and `UnsupportedModelError` for another
-    model."""
+def read_served_model(folder: Path, *, name: str | None, max_context: int | None = None) -> ServedModel:
+    """Reads a folder. With `max_context` the model is known by this shorter context. Raises `CheckpointError` if it
+    cannot be served, and `UnsupportedModelError` for another model."""
     config_file = folder / "config.json"
     config = config_from_hf(json.loads(config_file.read_bytes()))
+    if max_context is not None:
+        config = dataclasses.replace(config, n_positions=min(max_context, config.n_positions))
     tokenizer = load_tokenizer(folder)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(

@@ -29,22 +29,24 @@ from serving.delivery.promotion import ROUTE_HEADER
 from serving.delivery.routed_request import RETRY_HEADER, NewestRoutes
 from serving.protocol.errors import DRAINING_HEADER, ApiError, error_of
 from serving.protocol.request_facts import FACTS, timestamp
-from serving.protocol.strict_json import MAX_BODY_BYTES
 from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
-from serving.proxy.http_bounds import install_bounds
+from serving.proxy.doorkeeper import Doorkeeper
+from serving.proxy.http_bounds import PROBED_PATHS, install_bounds
+from serving.proxy.key_check import KeyCheck, Refusal
+from serving.proxy.quarantine import Quarantine
+from serving.proxy.request_body import Bodies
 from serving.proxy.request_log import LogRequest, RequestLog, no_log
 from serving.proxy.token_relay import ASK_HEADER, YES_HEADER, Relay, RelayedAnswer
 
 SETTINGS_VARIABLE = "RAYMILL_HTTP"
+DOOR_VARIABLE = "RAYMILL_DOOR"  # where it takes the order to end; unset where a cluster ends its pods
 HIDDEN_PATHS = ("/-/routes",)  # Ray Serve's own; it keeps /-/healthz, which Kubernetes asks for
 # Ray Serve acts on these: one keeps a request running for a client that has gone, the others choose a replica.
 DROPPED_HEADERS = (b"x-request-disconnect-disabled", b"serve_multiplexed_model_id", b"serve-multiplexed-model-id")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9-]{1,64}")
-MAX_DISCARDED_BYTES = 64 << 20  # read of a body that is too large, so that its sender reads our answer
 MAX_ATTEMPTS = 2  # a request may be what ends its replicas: one that ended a third would end them all
 COUNTED_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
-CLIENT_LEFT = "client_left"  # a reason in the request log
-PROBED_PATHS = ("/health", "/ready", "/-/healthz")  # not in that log, whatever they answer
+CLIENT_LEFT, REPLICAS_ENDED = "client_left", "replicas_ended"  # reasons in the request log
 MAX_LOGGED_PATH = 128  # characters
 
 
@@ -103,8 +105,11 @@ def middlewares() -> list[Middleware]:
         if version:
             of_version(version)[outcome].inc()
 
+    doorkeeper = Doorkeeper()
+    if door := os.environ.get(DOOR_VARIABLE):
+        doorkeeper.listen(door.replace("@", "\0", 1))
     tracer = tracer_from_environment("raymill-proxy")
-    front_door = Middleware(FrontDoor, config=config, count=count, log=log, tracer=tracer)
+    front_door = Middleware(FrontDoor, config=config, count=count, log=log, tracer=tracer, doorkeeper=doorkeeper)
     # Lets the pages of other origins read all answers, refusals too, and answers what their browsers ask beforehand,
     # which has no key.
     cors = Middleware(
@@ -126,9 +131,11 @@ class FrontDoor:
     count: Callable[[Outcome, str], None]  # with each completion's outcome, and the version that answered or nothing
     log: LogRequest
     tracer: Tracer
+    doorkeeper: Doorkeeper = field(default_factory=Doorkeeper)
 
     def __post_init__(self) -> None:
         self._relay, self._routes = Relay(), NewestRoutes()
+        self._keys, self._bodies, self._quarantine = KeyCheck(self.app), Bodies(), Quarantine()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -175,44 +182,49 @@ class FrontDoor:
                 raise ApiError(message, code="invalid_host", headers={"Connection": "close"})  # its body is not read
             if scope["path"] in HIDDEN_PATHS:
                 raise error_of("not_found", path=scope["path"][:64])
-            body = await self._read_body(scope, receive)
+            if self.doorkeeper.is_ending and (scope["method"] == "POST" or scope["path"] == "/ready"):
+                raise error_of("ending")
+            if scope["method"] == "POST" and not scope["path"].startswith("/admin"):
+                refusal = await self._keys.refusal(scope)
+                if refusal is not None:
+                    return await self._send_refusal(refusal, receive, send, request_id)
+            body = await self._bodies.read(scope, receive, timeout_s=self.config.body_timeout_s)
         except ApiError as error:
             await error.response(request_id=request_id)(scope, receive, send)
-            return Ending(outcome_of(error.status), error.status, error.code)
+            outcome = Outcome.DRAINED if DRAINING_HEADER in error.headers else outcome_of(error.status)
+            return Ending(outcome, error.status, error.code)
         if body is None:
             return Ending(Outcome.LEFT, reason=CLIENT_LEFT)
+        if (scope["path"], body) in self._quarantine:
+            quarantined = error_of("quarantined", count=MAX_ATTEMPTS)
+            await quarantined.response(request_id=request_id)(scope, receive, send)
+            return Ending(Outcome.FAILED, quarantined.status, quarantined.code)
         exchange = Exchange(self.app, scope, body, receive, send, request_id, span, self._routes)
-        return await exchange.run(self._relay)
-
-    async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """Returns the whole body, or None if the client has left. Raises `ApiError` (408, 413)."""
-        expects_continue = any(name == b"expect" for name, _ in scope["headers"])
-        declared = max((int(v) for n, v in scope["headers"] if n == b"content-length"), default=0)
-        if declared > (MAX_BODY_BYTES if expects_continue else MAX_DISCARDED_BYTES):
-            raise error_of("body_too_large", most_bytes=MAX_BODY_BYTES)
-        body, num_bytes = bytearray(), 0
+        self.doorkeeper.enter(exchange)
         try:
-            async with asyncio.timeout(self.config.body_timeout_s):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return None
-                    num_bytes += len(message["body"])
-                    if num_bytes <= MAX_BODY_BYTES:
-                        body += message["body"]
-                    if not message["more_body"] or num_bytes > MAX_DISCARDED_BYTES:
-                        break
-        except TimeoutError:
-            raise error_of("request_timeout", most_s=self.config.body_timeout_s) from None
-        if num_bytes > MAX_BODY_BYTES:
-            raise error_of("body_too_large", most_bytes=MAX_BODY_BYTES)
-        return bytes(body)
+            ending = await exchange.run(self._relay)
+            if ending.reason == REPLICAS_ENDED:
+                self._quarantine.add(scope["path"], body)
+            return ending
+        finally:
+            self.doorkeeper.leave(exchange)
+
+    async def _send_refusal(self, refusal: Refusal, receive: Receive, send: Send, request_id: bytes) -> Ending:
+        """Passes on a replica's refusal of a key, without the request's body."""
+        await self._bodies.discard(receive)
+        own = (b"x-request-id", b"connection")
+        headers = [(name, value) for name, value in refusal.headers.items() if name not in own]
+        headers += [(b"x-request-id", request_id), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+        await send({"type": "http.response.body", "body": refusal.body})
+        reason = refusal.facts.get("reason") or HTTPStatus(refusal.status).name.lower()
+        return Ending(outcome_of(refusal.status), refusal.status, reason, facts=dict(refusal.facts))
 
 
 @dataclass(eq=False)
 class Exchange:
     """One request and its answer. If a replica dies before the first byte has gone out, another one gets the request,
-    once."""
+    once, unless it is an operator's order."""
 
     app: ASGIApp
     scope: Scope
@@ -229,6 +241,26 @@ class Exchange:
     _facts: dict[str, Any] = field(default_factory=dict)
     _num_attempts = 0
     _num_events = 0  # of a stream that have gone out
+    _is_cut = False
+    _bound: asyncio.Timeout | None = None  # of the attempt that runs
+
+    @property
+    def _is_order(self) -> bool:
+        """Whether it changes the endpoint. An order is given once: carried out twice, a rollback would undo itself."""
+        is_admin = self.scope["path"].startswith("/admin/")
+        return bool(is_admin and self.scope["method"] not in ("GET", "HEAD"))
+
+    def _no_answer(self) -> ApiError:
+        """Returns what a client hears whose request no replica has answered."""
+        if self._is_cut:
+            return error_of("ending")
+        return error_of("order_interrupted") if self._is_order else error_of("replicas_ended", count=MAX_ATTEMPTS)
+
+    def cut(self) -> None:
+        """Ends the answer now, with an error."""
+        self._is_cut = True
+        if self._bound is not None:
+            self._bound.reschedule(0.0)
 
     async def run(self, relay: Relay) -> Ending:
         outcome, reason = await self._run(relay)
@@ -238,7 +270,8 @@ class Exchange:
         return Ending(outcome, self._status or None, reason, self._num_attempts, facts)
 
     async def _run(self, relay: Relay) -> tuple[Outcome, str]:
-        for attempt in range(MAX_ATTEMPTS):
+        most = 1 if self._is_order else MAX_ATTEMPTS
+        for attempt in range(most):
             self._body_given, self._num_attempts = False, attempt + 1
             self._relayed = await relay.open()
             retry = [(RETRY_HEADER, b"1")] if attempt else []
@@ -246,12 +279,17 @@ class Exchange:
             headers = span.forward([*self.scope["headers"], self._relayed.header, *retry])
             scope = {**self.scope, "headers": headers}  # a copy: Ray Serve writes into the scope
             try:
-                await self.app(scope, self._next_message, self._pass_on)
-                await self._finish_relayed()
+                async with asyncio.timeout(0.0 if self._is_cut else None) as self._bound:
+                    await self.app(scope, self._next_message, self._pass_on)
+                    await self._finish_relayed()
+            except TimeoutError:
+                if not self._is_cut:
+                    raise
             finally:
+                self._bound = None
                 span.end({}, error=None if self._status or self._client_gone else "the replica ended")
                 await self._relayed.close()
-            if self._status or self._client_gone:
+            if self._status or self._client_gone or self._is_cut:
                 break
         if self._finished:
             is_drained = DRAINING_HEADER.encode() in self._headers
@@ -260,7 +298,7 @@ class Exchange:
         if self._client_gone:
             return Outcome.LEFT, CLIENT_LEFT
         if not self._status:
-            error = error_of("replicas_ended", count=MAX_ATTEMPTS)
+            error = self._no_answer()
             self._status = error.status
             await self._refuse(error)
             return Outcome.FAILED, str(error.code)

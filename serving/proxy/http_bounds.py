@@ -1,8 +1,8 @@
 """Bounds that uvicorn does not have: on the time and size of headers and trailers, on pipelined requests, idle
 connections and stalled readers. The only file that uses uvicorn's private names.
 
-An offer to speak another protocol (`Upgrade`) is ignored here, as HTTP allows. uvicorn's parser believes such a request
-to have no body and takes the body for the next request, so it gets the same head again without the offer.
+An offer to speak another protocol (`Upgrade`) is refused with a word: uvicorn's parser would believe such a request to
+have no body, and take the body for the next request. A gateway speaks other protocols.
 """
 
 import asyncio
@@ -29,6 +29,9 @@ MAX_HEADERS = 100
 SEND_BUFFER_BYTES = 256 << 10
 # Parsed at a time. A block of 256 KiB can be 10,000 whole requests, each of which uvicorn makes 3 KB of objects from.
 PIECE_BYTES = 4 << 10
+PROBED_PATHS = ("/health", "/ready", "/-/healthz")
+PROBE_CONNECTIONS = 16  # more than the most, on which only these are answered
+SLOW_BODY_S = 1.0  # after which a body that has not arrived is its client's doing
 
 
 def install_bounds(config: HttpConfig, log: LogRequest) -> None:
@@ -52,13 +55,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._refusal = error_of("invalid_http")
         self._unread = bytearray()
         self._in_headers = False
-        self._head_without_offer = b""
+        self._answers_probes_only = False
         self._num_header_bytes = 0  # of headers, trailers and chunk ends since the last byte of a body
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
-        self._idle_since_s = self.loop.time()
+        self._waits_since_s = self.loop.time()
         self._expect_headers()
-        self._close_longest_idle()
+        self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._header_timer, self._write_timer):
@@ -69,6 +72,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     @property
     def is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def waits_for_client(self) -> bool:
+        """Whether nothing happens on it before its client sends more."""
+        return self.is_idle or bool(self.cycle.more_body)
+
+    @property
+    def _is_slow(self) -> bool:
+        """Whether its client takes too long for the body of a request."""
+        return not self.is_idle and self.loop.time() - self._waits_since_s > SLOW_BODY_S
 
     def data_received(self, data: bytes) -> None:
         self._unread += data
@@ -90,8 +103,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if self._head_without_offer:  # of the request that is parsed again
-            return
         self._num_header_bytes = 0
         super().on_message_complete()
 
@@ -108,8 +119,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.parser.get_method() == b"CONNECT":
             raise ValueError("this is not a forward proxy")
         if self.parser.should_upgrade():
-            self._head_without_offer = self._rebuilt_head()
-            return
+            self._refusal = error_of("upgrade_offered")
+            raise ValueError("an offer of another protocol")
+        encodings = [value.lower() for name, value in self.headers if name == b"transfer-encoding"]
+        if encodings not in ([], [b"chunked"]):
+            self._refusal = error_of("transfer_encoding")
+            raise ValueError("a transfer encoding besides chunked")
+        if self._answers_probes_only and self.url.decode("ascii", errors="replace") not in PROBED_PATHS:
+            self._refusal = error_of("too_many_connections", most=self.bounds.max_connections)
+            raise ValueError("too many connections")
+        self._waits_since_s = self.loop.time()
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -130,7 +149,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def on_response_complete(self) -> None:
-        self._idle_since_s = self.loop.time()
+        self._waits_since_s = self.loop.time()
         super().on_response_complete()
         if self._unread:
             self.loop.call_soon(self._read)
@@ -166,18 +185,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         try:
             self.parser.feed_data(piece)
-        except httptools.HttpParserUpgrade as offer:
-            self._unread[:0] = self._head_without_offer + piece[offer.args[0] :]
-            self._head_without_offer, self._num_header_bytes = b"", 0
-            self.parser = httptools.HttpRequestParser(self)
-            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
         except httptools.HttpParserError:
             self.send_400_response("")
-
-    def _rebuilt_head(self) -> bytes:
-        line = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
-        kept = (b"%b: %b" % header for header in self.headers if header[0] != b"upgrade")
-        return b"\r\n".join([line, *kept, b"\r\n"])
 
     def _expect_headers(self) -> None:
         if self._header_timer is None:
@@ -190,10 +199,24 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         else:
             self.transport.abort()
 
-    def _close_longest_idle(self) -> None:
-        if len(self.connections) > self.bounds.max_connections:
-            idle = (c for c in self.connections if isinstance(c, BoundedHttpProtocol) and c.is_idle)
-            min(idle, key=lambda connection: connection._idle_since_s).transport.abort()
+    def _make_room(self) -> None:
+        """Beyond the most connections, ends the one that has waited longest for its client, one with an unfinished body
+        before others. Where all are being answered, or were opened just now, a few more are for probes alone."""
+        if len(self.connections) <= self.bounds.max_connections:
+            return
+        bounded = [connection for connection in self.connections if isinstance(connection, BoundedHttpProtocol)]
+        open_ones = [connection for connection in bounded if not connection.transport.is_closing()]
+        excess = len(open_ones) - self.bounds.max_connections
+        if excess <= 0:
+            return
+        waiting = [connection for connection in open_ones if connection.waits_for_client and connection is not self]
+        if waiting:
+            first = min(waiting, key=lambda connection: (not connection._is_slow, connection._waits_since_s))
+            first.transport.abort()
+        elif excess <= PROBE_CONNECTIONS:
+            self._answers_probes_only = True
+        else:
+            self.transport.abort()
 
 
 class PipelineFlow(FlowControl):

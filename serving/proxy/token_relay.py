@@ -10,7 +10,6 @@ name and the answer's number in a header. A replica on another machine cannot re
 
 import asyncio
 import itertools
-import os
 import secrets
 import socket
 import struct
@@ -21,12 +20,13 @@ from dataclasses import dataclass, field
 
 from starlette.types import Send
 
+from cluster.endpoint.local_end import is_of_this_user
+
 ASK_HEADER, YES_HEADER = b"x-raymill-relay", b"x-raymill-relayed"
 PASSED_BYTES = 1 << 20
 END_TIMEOUT_S = 5.0  # for an end that Ray Serve has already reported
 _NAME_PREFIX = "\0raymill-relay-"
 _FRAME = struct.Struct(">QI")
-_PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 @dataclass(eq=False)
@@ -114,7 +114,7 @@ class _Incoming(asyncio.Protocol):
         self._unread = b""  # of a frame that has not arrived whole
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if not _is_our_own(transport.get_extra_info("socket")):
+        if not is_of_this_user(transport.get_extra_info("socket")):
             transport.close()
 
     def data_received(self, data: bytes) -> None:
@@ -175,7 +175,7 @@ class RelayClient:
         end.setblocking(False)
         with suppress(OSError):  # not on this machine
             end.connect(_NAME_PREFIX + name)
-            if _is_our_own(end):
+            if is_of_this_user(end):
                 return (await asyncio.get_running_loop().create_unix_connection(_Outgoing, sock=end))[1]
         end.close()
         return None
@@ -203,9 +203,3 @@ class _Outgoing(asyncio.Protocol):
         if self._waiting:
             self._transport.write(bytes(self._waiting))
             self._waiting.clear()
-
-
-def _is_our_own(end: socket.socket) -> bool:
-    """Returns whether the other end belongs to the same user; the abstract namespace has no permissions of its own."""
-    raw = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-    return _PEER_CREDENTIALS.unpack(raw)[1] == os.getuid()

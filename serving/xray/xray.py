@@ -15,7 +15,10 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator
 
 from model.checkpoint_folder import MANIFEST, read_metadata
-from serving.engine_process.child_process import Child, start_child
+from model.config import num_parameters
+from model.hf_config import config_from_hf
+from serving.engine_process.child_process import Child, kill_child, start_child
+from serving.engine_process.machine_memory import memory
 from serving.protocol.errors import error_of, overloaded
 from serving.protocol.protocol import Request, Temperature, TopP
 
@@ -25,6 +28,10 @@ MAX_WEIGHTS = 500_000  # numbers of attention in an answer: 5 MB
 MAX_TOP = 20
 TIMEOUT_S = 60.0
 IDLE_S = 300.0
+MEMORY_SHARE = 0.25  # of what is free: a kernel without memory ends the largest process, which is the engine
+NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "int8": 4}  # by the engine's type; see `LOADED_IN`
+MAPPED_WITHIN = 0.05  # of the weights' size: a file of about this size has their type
+GIB = 1 << 30
 
 
 def _prompt(value: Any) -> str | list[int]:
@@ -88,6 +95,9 @@ class Xray:
         """Returns the status and JSON body. Raises `ApiError`: 429 during another request, 503 without an answer."""
         if self._is_busy:
             raise overloaded("The replica looks into one query at a time; try again in a moment")
+        num_models = 1 if request.step is None else 2  # the process keeps the served one too
+        if self._child is None or request.step is not None:
+            await asyncio.to_thread(self._require_memory, num_models)
         self._is_busy = True
         asked = {"request": request.model_dump(), "arrived_s": time.monotonic()}
         try:
@@ -98,6 +108,17 @@ class Xray:
             raise error_of("xray_unavailable", reason=reason) from None
         finally:
             self._is_busy = False
+
+    def _require_memory(self, num_models: int) -> None:
+        """Raises `ApiError` (503) if the weights take too much of the free memory. In the type that is stored they are
+        the file's pages, which the engine's process has in memory too."""
+        config = config_from_hf(json.loads((self._folder / "config.json").read_bytes()))
+        needed = num_parameters(config) * NUMBER_BYTES[self._dtype]
+        stored = sum(file.stat().st_size for file in self._folder.glob("model*.safetensors"))
+        is_mapped = abs(stored - needed) < MAPPED_WITHIN * needed
+        free = MEMORY_SHARE * memory().free_bytes
+        if not is_mapped and num_models * needed > free:
+            raise error_of("xray_too_large", needed_gib=num_models * needed / GIB, free_gib=free / GIB)
 
     async def _ask(self, message: str) -> tuple[int, bytes]:
         if self._idle is not None:
@@ -111,7 +132,7 @@ class Xray:
             writer.write(f"{message}\n".encode())
             status, _, body = (await reader.readuntil()).partition(b" ")
         except BaseException:  # the rest of a half-read answer must not become the answer to the next request
-            _kill(child)
+            kill_child(child)
             raise
         self._child = child
         self._idle = asyncio.get_running_loop().call_later(IDLE_S, self.close)
@@ -119,13 +140,5 @@ class Xray:
 
     def close(self) -> None:
         if self._child is not None:
-            _kill(self._child)
+            kill_child(self._child)
             self._child = None
-
-
-def _kill(child: Child) -> None:
-    """Kills the process, which holds nothing that could be lost. Waiting for it takes too little time for a thread."""
-    process, _, writer = child
-    writer.close()
-    process.kill()
-    process.wait()

@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import Callable
 
-from starlette.types import ASGIApp, Message, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.settings.serve import HttpConfig
 from serving.protocol.tracing import NO_TRACER
 from serving.proxy.front_door import FrontDoor, Outcome
+from serving.proxy.key_check import ASKED_PATH
 from serving.proxy.request_log import LogRequest, no_log
 from tests.time_limits import limit_s
 
@@ -19,10 +20,23 @@ def scope(*headers: tuple[bytes, bytes], path: str = "/v1/completions") -> Scope
     return about | {"headers": [(b"host", b"x"), *headers]}
 
 
+def open_to_all(app: ASGIApp) -> ASGIApp:
+    """An application that knows every key."""
+
+    async def known(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == ASKED_PATH:
+            await whole(send)
+        else:
+            await app(scope, receive, send)
+
+    return known
+
+
 def ask(
     app: ASGIApp,
     *messages: Message,
     headers: tuple[tuple[bytes, bytes], ...] = (),
+    path: str = "/v1/completions",
     count: Callable[[Outcome, str], None] = lambda outcome, version: None,
     log: LogRequest = no_log,
 ) -> list[Message]:
@@ -40,8 +54,12 @@ def ask(
         sent.append(message)
 
     config = HttpConfig(body_timeout_s=limit_s(0.05))
-    door = app if isinstance(app, FrontDoor) else FrontDoor(app, config=config, count=count, log=log, tracer=NO_TRACER)
-    asyncio.run(door(scope(*headers), receive, send))
+    door = (
+        app
+        if isinstance(app, FrontDoor)
+        else FrontDoor(open_to_all(app), config=config, count=count, log=log, tracer=NO_TRACER)
+    )
+    asyncio.run(door(scope(*headers, path=path), receive, send))
     return sent
 
 

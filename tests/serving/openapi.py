@@ -37,10 +37,15 @@ class ErrorAnswer(Answer):
     error: Error
 
 
+class PromptTokensDetails(Answer):
+    cached_tokens: int = Field(ge=0)
+
+
 class Usage(Answer):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails  # of an endpoint without keys
 
 
 class Logprobs(Answer):

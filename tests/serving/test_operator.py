@@ -138,6 +138,7 @@ def test_what_no_replica_has_seen_has_a_line_too(operator: Operator) -> None:
     before = len(operator.lines)
     address = ("127.0.0.1", int(operator.url.rpartition(":")[2]))
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n"
+    head += b"authorization: Bearer %b\r\n" % ALICE.encode()  # a stranger would not be waited for
     for status, rest in ((b" 408 ", b"\r\n{"), (b" 431 ", b"a: b\r\n" * 101 + b"\r\n")):
         with socket.create_connection(address, timeout=limit_s(30)) as connection:
             connection.sendall(head + rest)

@@ -388,20 +388,31 @@ private:
 extern "C" {
 
 // `kind`: 0 is fp32, 1 bf16, 2 int8.
+// Null without the memory for its cache.
 void* raymill_create(const Shape* shape, int kind, int num_threads, const float* positions) {
-    switch (kind) {
-        case 0: return static_cast<Decoder*>(new DecoderOf<Fp32>(*shape, num_threads, positions));
-        case 1: return static_cast<Decoder*>(new DecoderOf<Bf16>(*shape, num_threads, positions));
-        case 2: return static_cast<Decoder*>(new DecoderOf<Int8>(*shape, num_threads, positions));
-        default: return nullptr;
+    try {
+        switch (kind) {
+            case 0: return static_cast<Decoder*>(new DecoderOf<Fp32>(*shape, num_threads, positions));
+            case 1: return static_cast<Decoder*>(new DecoderOf<Bf16>(*shape, num_threads, positions));
+            case 2: return static_cast<Decoder*>(new DecoderOf<Int8>(*shape, num_threads, positions));
+            default: return nullptr;
+        }
+    } catch (const std::bad_alloc&) {
+        return nullptr;
     }
 }
 void raymill_set_norm(void* d, int layer, int which, const float* weight, const float* bias) {
     static_cast<Decoder*>(d)->set_norm(layer, which, weight, bias);
 }
-void raymill_set_matrix(void* d, int layer, int which, int num_in, int num_out, const float* weight, int in_stride,
+// False without the memory for it.
+bool raymill_set_matrix(void* d, int layer, int which, int num_in, int num_out, const float* weight, int in_stride,
                         int out_stride, const float* bias) {
-    static_cast<Decoder*>(d)->set_matrix(layer, which, num_in, num_out, weight, in_stride, out_stride, bias);
+    try {
+        static_cast<Decoder*>(d)->set_matrix(layer, which, num_in, num_out, weight, in_stride, out_stride, bias);
+        return true;
+    } catch (const std::bad_alloc&) {
+        return false;
+    }
 }
 void raymill_forward(void* d, const Pass* pass) { static_cast<Decoder*>(d)->forward(*pass); }
 void raymill_logits(void* d, int num_rows, const float* hidden, float* logits) {

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include <sys/mman.h>
@@ -30,7 +31,7 @@ template <class T>
 Buffer<T> allocate(size_t count, bool zeroed = false) {
     const size_t num_bytes = (count * sizeof(T) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
     void* memory = std::aligned_alloc(HUGE_PAGE, num_bytes);
-    if (memory == nullptr) std::abort();
+    if (memory == nullptr) throw std::bad_alloc();  // see raymill_create
     madvise(memory, num_bytes, MADV_HUGEPAGE);  // weights are read end to end for each token
     if (zeroed) std::memset(memory, 0, num_bytes);
     return Buffer<T>(static_cast<T*>(memory));

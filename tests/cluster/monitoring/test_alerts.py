@@ -38,6 +38,10 @@ def answers(outcome: str) -> str:
     return f'ray_raymill_http_answers_total{{outcome="{outcome}"}}'
 
 
+def of_version(version: str, outcome: str) -> str:
+    return f'ray_raymill_version_answers_total{{version="{version}",outcome="{outcome}"}}'
+
+
 def ended(reason: str) -> str:
     return f'ray_vllm_request_success_total{OF_VERSION},finished_reason="{reason}"}}'
 
@@ -86,6 +90,17 @@ SERVES = {
     node("head"): "1x600",
     node("worker"): "1x600",
 }
+OLD = {of_version("v", "ok"): "0+100x600", of_version("v", "invalid"): "0+1x600"}
+
+
+def new_version(*, invalid: int) -> dict[str, str]:
+    """The answers of a version that was promoted after 200 minutes, of which so many in a hundred are invalid."""
+    return {
+        of_version("w", "ok"): f"_x200 0+{100 - invalid}x400",
+        of_version("w", "invalid"): f"_x200 0+{invalid}x400",
+    }
+
+
 FINE = TRAINS | SERVES
 FAILED = answers("failed")
 LAST_STEP = f"ray_raymill_train_last_step_timestamp_seconds{RUN}"
@@ -143,6 +158,10 @@ CASES: list[tuple[str, dict[str, str | None], int, set[str]]] = [
     ("a promotion was refused", {ended_promotion("refused"): "0x10 1x600"}, 11, {"RaymillPromotionFailed"}),
     ("a promotion was rolled back", {ended_promotion("rolled_back"): "0x10 1x600"}, 11, {"RaymillPromotionFailed"}),
     ("and the next one went well", {ended_promotion("refused"): "0x10 1x10 0x600"}, 25, set()),
+    ("a new version refuses", OLD | new_version(invalid=40), 210, {"RaymillRefusalsAfterPromotion"}),
+    ("a new version refuses a little", OLD | new_version(invalid=5), 210, set()),
+    ("as the version before did", OLD | {of_version("v", "invalid"): "0+60x600"} | new_version(invalid=40), 210, set()),
+    ("a version that has long been there", OLD | {of_version("v", "invalid"): "0x200 0+90x400"}, 210, set()),
     ("the storage takes no state", {STORED: "1x10 0x600"}, 20, {"RaymillStateNotStored"}),
     ("the storage took none for a moment", {STORED: "1x10 0x3 1x600"}, 20, set()),
     ("a node does not answer", {node("worker"): "1x10 0x600"}, 20, {"RaymillTargetDown"}),

@@ -11,7 +11,18 @@ import pytest
 from cluster.endpoint.endpoint import Endpoint
 from cluster.settings.serve import ServeConfig
 from model.errors import UserError
-from serving.api.access import AccessRules, CurrentAccess, RequestsInFlight, authorize, presented_key, read_rules
+from serving.api.access import (
+    FORGIVEN_BYTES_PER_S,
+    MAX_INVALID_BYTES,
+    AccessRules,
+    CurrentAccess,
+    InvalidBodies,
+    RequestsInFlight,
+    XrayAccess,
+    authorize,
+    presented_key,
+    read_rules,
+)
 from serving.api.keys import ApiKey, make_key_file, read_keys
 from serving.protocol.errors import ApiError
 
@@ -252,3 +263,58 @@ def test_without_key_files_nothing_is_read(tmp_path: Path) -> None:
     access = CurrentAccess(AccessRules())
     access.reload()
     assert access.rules == AccessRules()
+
+
+def test_who_sends_many_invalid_bodies_waits_and_nobody_else_does() -> None:
+    now_s = 0.0
+    invalid = InvalidBodies(clock=lambda: now_s)
+    for _ in range(MAX_INVALID_BYTES >> 20):
+        invalid.require_room("mallory")
+        invalid.charge("mallory", 1 << 20)
+    invalid.charge("mallory", 2 * FORGIVEN_BYTES_PER_S)
+    with pytest.raises(ApiError) as refused:
+        invalid.require_room("mallory")
+    assert refused.value.status == 429 and refused.value.code == "rate_limit_exceeded"
+    invalid.require_room("alice")
+    now_s = float(refused.value.headers["Retry-After"])
+    invalid.require_room("mallory")
+
+
+@pytest.mark.parametrize(
+    ("xray", "path", "key", "status"),
+    [
+        ("user", "/v1/xray", "user", 200),
+        ("user", "/v1/xray", "root", 401),
+        ("admin", "/v1/xray", "root", 200),
+        ("admin", "/v1/models", "root", 200),
+        ("admin", "/v1/xray", "user", 403),
+        ("admin", "/v1/xray", "wrong", 401),
+        ("admin", "/v1/chat/completions", "root", 401),
+        ("admin", "/", None, 200),
+        ("off", "/v1/xray", "user", 404),
+        ("off", "/", None, 404),
+        ("off", "/v1/completions", "user", 200),
+    ],
+)
+def test_who_may_look_inside_a_query(xray: XrayAccess, path: str, key: str | None, status: int) -> None:
+    rules = AccessRules(keys("user"), keys("root"), xray)
+    headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
+    try:
+        authorize(path, headers, rules)
+    except ApiError as error:
+        assert error.status == status
+    else:
+        assert status == 200
+
+
+@pytest.mark.parametrize(("host", "expected"), [("127.0.0.1", "user"), ("0.0.0.0", "admin")])
+def test_users_look_inside_by_themselves_on_loopback_only(host: str, expected: str, tmp_path: Path) -> None:
+    settings = {"host": host, "api_key_file": str(tmp_path / "keys")}
+    assert read_rules(ServeConfig.model_validate(settings)).xray == expected
+    assert read_rules(ServeConfig.model_validate(settings | {"xray": "off"})).xray == "off"
+
+
+def test_without_admin_keys_only_the_setting_opens_the_x_ray() -> None:
+    with pytest.raises(ApiError, match="xray to user") as refused:
+        authorize("/v1/xray", [(b"authorization", b"Bearer user")], AccessRules(keys("user"), (), "admin"))
+    assert refused.value.status == 403

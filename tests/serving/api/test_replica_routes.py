@@ -68,6 +68,15 @@ async def longest_stretch_s(work: Coroutine[Any, Any, None]) -> float:
     return longest
 
 
+def test_a_client_of_responses_is_told_where_to_ask(run: Run) -> None:
+    async def check(http: httpx.AsyncClient, _versions: Versions) -> None:
+        answer = await http.post("/v1/responses", json={"model": MODEL, "input": "hi"})
+        assert answer.status_code == 404 and answer.json()["error"]["code"] == "not_found"
+        assert "/v1/chat/completions" in answer.json()["error"]["message"]
+
+    run(check)
+
+
 def test_only_a_clients_seed_goes_to_the_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a seed vLLM draws row by row. The engine of raymill adds one where there is none."""
     seeds: list[list[int | None]] = []
@@ -221,6 +230,52 @@ def test_usage_so_far_in_every_part(run: Run, path: str, asked: dict[str, Any], 
         assert all(u is None or u["total_tokens"] == u["prompt_tokens"] + u["completion_tokens"] for u in usages)
 
     run(check)
+
+
+@pytest.mark.parametrize("scope", ["endpoint", "key"])
+def test_usage_says_what_the_cache_had_but_not_of_other_keys(checkpoint: Path, scope: str) -> None:
+    """Of a request without a key too, and a prompt counts once."""
+    engine = EngineConfig.model_validate({"prefix_cache_scope": scope})
+    asked = ASKED | {"prompt": list(range(40, 90)), "max_tokens": 2}
+
+    async def cached(keys: tuple[str, ...], fields: list[dict[str, int]]) -> list[int | None]:
+        access = AccessRules(tuple(map(ApiKey.read, keys)))
+        seen: list[int | None] = []
+        async with replica_client(checkpoint, config=ServeConfig(engine=engine), access=access) as (http, _):
+            for key in keys or ("none",):
+                for more in fields:
+                    headers = {"Authorization": f"Bearer {key}"}
+                    answer = await http.post("/v1/completions", json=asked | more, headers=headers)
+                    usage = answer.json()["usage"]
+                    assert usage["prompt_tokens"] == 50
+                    details = usage.get("prompt_tokens_details")
+                    seen.append(None if details is None else details["cached_tokens"])
+        return seen
+
+    assert asyncio.run(cached((), [{}, {}, {"n": 3}])) == [0, 48, 48]
+    of_keys = asyncio.run(cached(KEYS[:2], [{}, {}]))
+    assert of_keys == ([0, 48, 0, 48] if scope == "key" else [None] * 4)
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_a_limit_that_does_not_fit_is_clipped_where_the_endpoint_says_so(checkpoint: Path, *, clips: bool) -> None:
+    config = ServeConfig(engine=EngineConfig(clip_max_tokens=clips))
+    prompts = [[5] * 120, [6] * 100]
+
+    async def scenario() -> None:
+        async with replica_client(checkpoint, config=config) as (http, _):
+            asked = ASKED | {"max_tokens": 4096}
+            whole = await http.post("/v1/completions", json=asked | {"prompt": prompts})
+            chat = await http.post("/v1/chat/completions", json=CHAT | {"max_tokens": 4096, "ignore_eos": True})
+            assert [whole.status_code, chat.status_code] == ([200, 200] if clips else [400, 400])
+            if clips:
+                assert whole.json()["usage"]["completion_tokens"] == 8 + 28
+                assert chat.json()["usage"]["total_tokens"] == 128
+                assert chat.json()["choices"][0]["finish_reason"] == "length"
+            full = await http.post("/v1/completions", json=asked | {"prompt": [7] * 128})
+            assert full.status_code == 400 and full.json()["error"]["code"] == "context_length_exceeded"
+
+    asyncio.run(scenario())
 
 
 def test_an_event_is_one_line_for_every_client() -> None:

@@ -2,6 +2,7 @@
 
 import heapq
 import inspect
+import time
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -187,3 +188,14 @@ def test_the_policy_survives_the_way_to_the_controller() -> None:
     policy = AutoscalingPolicy(policy_function=ScalingPolicy, policy_kwargs=asdict(POLICY))
     policy.serialize_policy()
     assert policy.get_policy()(**asdict(POLICY)).target_ongoing_requests == 14
+
+
+def test_a_clock_that_steps_back_delays_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the old code nothing changed for as long as the step was: the wall clock counted, and entries lay ahead."""
+    busy = 100 * POLICY.target_ongoing_requests
+    history: History = ()
+    for now_s in (5000.0, 5001.0, 1000.0, 1000.0 + POLICY.scale_up_after_s + 1):
+        target, history = POLICY.decide(int(busy), 1, history, now_s=now_s)
+    assert target == busy
+    monkeypatch.setattr(time, "time", lambda: pytest.fail("the wall clock was asked"))
+    POLICY(context())

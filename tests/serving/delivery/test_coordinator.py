@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,21 @@ from cluster.storage.registry import served_checkpoints
 from cluster.storage.uris import Storage, StorageError, open_storage
 from model.errors import UserError
 from serving.app import run
+from serving.delivery import coordinator as coordinator_module
 from serving.delivery.coordinator import Coordinator
-from serving.delivery.promotion import DeliveryError, Phase, ReplicaReport, SlotReport, SlotStatus, Terms, Version
+from serving.delivery.promotion import (
+    Delivery,
+    DeliveryError,
+    Phase,
+    ReplicaReport,
+    SlotReport,
+    SlotStatus,
+    Terms,
+    Version,
+    VersionStats,
+)
+from tests.time_limits import limit_s
+from tests.waiting import wait_in_loop_until
 
 OLD, NEW = (Version(checkpoint=f"/{name}", version=name) for name in ("old", "new"))
 READY = SlotReport(SlotStatus.READY)
@@ -321,3 +335,71 @@ def test_an_endpoint_that_starts_drained_says_so(tmp_path: Path, caplog: pytest.
 
     asyncio.run(check())
     assert "was drained before this start" in caplog.text and '{"drain": false}' in caplog.text
+
+
+class HangingWrites:
+    """A storage that swallows writes until it is let go."""
+
+    def __init__(self, one: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may_end = threading.Event()
+        self.num_at_once = self.most_at_once = 0
+        self._write = one._file.write
+        monkeypatch.setattr(one._file, "write", self.write)
+
+    def write(self, state: Delivery) -> None:
+        self.num_at_once += 1
+        self.most_at_once = max(self.most_at_once, self.num_at_once)
+        assert self.may_end.wait(limit_s(60))
+        self._write(state)
+        self.num_at_once -= 1
+
+
+def failing(num_sequences: int) -> ReplicaReport:
+    bad = SlotReport(SlotStatus.READY, stats=VersionStats(num_sequences, num_sequences))
+    return ReplicaReport("r", 2, {1: READY, 2: bad})
+
+
+def test_a_storage_that_hangs_holds_up_no_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the old code no replica heard anything before the storage had answered, and one that gave up undid it."""
+    monkeypatch.setattr(coordinator_module, "STORING_S", 0.2)
+
+    async def check() -> None:
+        one = coordinator(Root(str(tmp_path), lambda: None))
+        await promoted(one)
+        storage = HangingWrites(one, monkeypatch)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):  # a replica that gives up
+                await one.exchange("one", failing(100))
+        for _ in range(3):
+            async with asyncio.timeout(limit_s(5)):
+                reply = await one.exchange("one", failing(100))
+            assert reply.delivery is not None and reply.delivery.live.version == "old"
+            assert not reply.is_stored
+        assert (await one.drain(True)).draining
+        storage.may_end.set()
+        await wait_in_loop_until(lambda: one._writing is None)
+        await wait_in_loop_until(lambda: storage.num_at_once == 0)
+        reply = await one.exchange("one", failing(100))
+        assert reply.is_stored and storage.most_at_once == 1
+        state = (await coordinator(Root(str(tmp_path), lambda: None)).status())["delivery"]
+        assert state["live"]["version"] == "old" and state["draining"]
+
+    asyncio.run(check())
+
+
+def test_reports_are_answered_while_an_order_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinator_module, "STORING_S", limit_s(30))
+
+    async def check() -> None:
+        one = coordinator(Root(str(tmp_path), lambda: None))
+        await promoted(one)
+        storage = HangingWrites(one, monkeypatch)
+        draining = asyncio.create_task(one.drain(True))
+        await wait_in_loop_until(lambda: storage.num_at_once == 1)
+        async with asyncio.timeout(limit_s(5)):
+            reply = await one.exchange("one", ReplicaReport("r", 2, {1: READY, 2: READY}))
+        assert reply.delivery is not None and not reply.delivery.draining and not draining.done()
+        storage.may_end.set()
+        assert (await draining).draining
+
+    asyncio.run(check())

@@ -26,6 +26,7 @@ from serving.delivery.promotion import (
     finish,
     roll_back,
     start,
+    step_times_at_like_load,
 )
 
 OLD = Version(serial=1, checkpoint="/old", version="aa")
@@ -114,8 +115,11 @@ def test_loading_has_a_limit() -> None:
     assert step(loading(), {1: READY}, elapsed_s=101).phase is Phase.STEADY
 
 
-def stats(sequences: int, *, errors: int = 0, s_per_token: float = 0.01) -> SlotReport:
-    counted = VersionStats(sequences, errors, tokens=10 * sequences, busy_s=10 * sequences * s_per_token)
+def stats(sequences: int, *, errors: int = 0, s_per_token: float = 0.01, streams: int = 4) -> SlotReport:
+    """A replica's report on a version that has answered so many sequences, `streams` at a time."""
+    counted = VersionStats(sequences, errors)
+    for _ in range(10 * sequences // streams):
+        counted.stepped(streams, s_per_token)
     return SlotReport(SlotStatus.READY, stats=counted)
 
 
@@ -144,6 +148,33 @@ def test_errors_and_slowness_roll_back(new: SlotReport, *, stays: bool, canary: 
     assert (after.phase, after.live, after.epoch) == (Phase.STEADY, OLD, state.epoch + 1)
     assert after.outcome is not None and after.outcome.result == "rolled_back"
     assert after.outcome.version.checkpoint == "/new"
+
+
+@pytest.mark.parametrize(
+    ("new", "stays"),
+    [
+        (stats(100, streams=16, s_per_token=0.04), True),  # steps of this size were not seen before
+        (stats(100, streams=16, s_per_token=0.04, errors=50), False),
+        (stats(100, streams=1, s_per_token=0.021), False),
+        (stats(100, streams=1, s_per_token=0.019), True),
+    ],
+)
+def test_a_version_is_compared_in_steps_of_like_size(new: SlotReport, *, stays: bool) -> None:
+    """On the old code an equal model that was promoted at the start of a busy hour was rolled back."""
+    after = step(watching(), {1: stats(500, streams=1), 2: new}, elapsed_s=5)
+    assert (after.phase is Phase.WATCHING) is stays
+
+
+def test_a_mixture_of_sizes_is_compared_with_the_same_mixture() -> None:
+    old, new = VersionStats(), VersionStats()
+    for streams, count_before, count_after in [(1, 900, 100), (16, 100, 900), (2, 5, 5)]:
+        for counted, count in ((old, count_before), (new, count_after)):
+            for _ in range(count):
+                counted.stepped(streams, 0.01 if streams == 1 else 0.03)
+    compared = step_times_at_like_load(new, old)
+    assert compared is not None
+    assert compared[0] == pytest.approx(compared[1])
+    assert step_times_at_like_load(VersionStats(), old) is None
 
 
 def test_what_a_dead_replica_saw_counts() -> None:

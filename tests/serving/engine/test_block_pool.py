@@ -104,3 +104,27 @@ def test_a_held_block_holds_what_its_holders_think(actions: list[tuple[bool, int
     for blocks, _ in held:
         pool.release(blocks)
     assert pool.usage == 0
+
+
+def test_one_request_at_a_time_touches_few_blocks() -> None:
+    """What nobody could find is reused first, so that a cache in memory grows with what is held and what is kept."""
+    pool = BlockPool(100, keep_prefixes=False)
+    touched: set[int] = set()
+    for number in range(20):
+        allocation = pool.allocate(60, prompt_ids=[number] * 50)
+        assert allocation is not None
+        touched.update(allocation[0])
+        pool.release(allocation[0])
+    assert len(touched) == 4
+
+
+def test_what_is_kept_goes_only_when_nothing_else_is_left() -> None:
+    pool = BlockPool(4, keep_prefixes=True)
+    kept = sealed(pool, PROMPT[:20])  # one full block, and one that nobody could find
+    pool.release(kept)
+    for _ in range(10):
+        allocation = pool.allocate(48, prompt_ids=[])
+        assert allocation is not None and kept[0] not in allocation[0] and kept[1] in allocation[0]
+        pool.release(allocation[0])
+    allocation = pool.allocate(64, prompt_ids=[])
+    assert allocation is not None and kept[0] in allocation[0]

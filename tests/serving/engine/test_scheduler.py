@@ -1,5 +1,7 @@
 """Admission, order, chunks of prompts and release of blocks, without a model."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -225,3 +227,18 @@ def test_prompts_are_read_in_larger_steps_while_no_sequence_waits_for_its_next_t
     target.add(request(1, num_prompt=50, max_tokens=9))
     assert step(target) == [(0, 40, 50), (1, 0, 30)]
     assert step(target) == [(0, 50, 51), (1, 30, 40)]
+
+
+def test_a_scope_finds_its_own_prompts_only() -> None:
+    """Or a key could tell by the time to its first token whether another one has sent a prompt."""
+    target = scheduler(num_blocks=30, keep_prefixes=True)
+
+    def found_by(seq_id: int, scope: str) -> int:
+        target.add(replace(request(seq_id, num_prompt=50, max_tokens=1), cache_scope=scope))
+        step(target)
+        return target.num_found
+
+    assert [found_by(1, "alice"), found_by(2, "bob"), found_by(3, ""), found_by(4, "alice"), found_by(5, "bob")] == [
+        0, 0, 0, 48, 48,
+    ]  # fmt: skip
+    assert found_by(6, "") == 48

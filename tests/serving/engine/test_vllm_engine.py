@@ -330,7 +330,7 @@ def test_a_prompt_that_fills_the_context_ends_no_engine(
             assert (await http.post("/v1/completions", json=asked | {"prompt": full[:-1]})).status_code == 200
 
             live = versions.live
-            [row] = rows_of_gate(PromoteRequest(checkpoint="latest", gate_rows=[full]), live)
+            [row] = await rows_of_gate(PromoteRequest(checkpoint="latest", gate_rows=[full]), live)
             expected = logprobs(model, full)[range(len(row) - 1), list(row[1:])]
             assert await live.loss([row], at_once=True) == pytest.approx(-expected.mean().item(), abs=1e-4)
 

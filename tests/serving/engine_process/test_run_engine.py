@@ -39,7 +39,8 @@ from serving.engine.runner import Reading
 from serving.engine.scheduler import Scheduler
 from serving.engine.torch_runner import TorchRunner
 from serving.engine_process.client import EngineClient, EngineDiedError, Generation
-from serving.engine_process.run_engine import Channel, run_engine
+from serving.engine_process.run_engine import Channel, build_engine, run_engine, warm_up
+from tests.repository import REPOSITORY
 from tests.serving.engine_processes import START, engine
 from tests.time_limits import limit_s
 from tests.waiting import wait_in_loop_until
@@ -226,7 +227,56 @@ def test_what_a_step_begins_with_is_told_before_it_computes(model: GPT) -> None:
             ours.sendall(encode_message({"submit": asdict(SequenceRequest(seq_id, [seq_id, 2, 3], 1, GREEDY))}))
         threading.Thread(target=run, daemon=True).start()
         lines = ours.makefile("rb")
-        assert json.loads(lines.readline()) == {"admission": [[0, 1], 2, 1]}
+        assert json.loads(lines.readline()) == {"admission": [[0, 1], 2, 1, [0, 0]]}
         runner.may_compute.set()
         report = json.loads(lines.readline())
         assert [event.seq_id for event in parse_report(report).events] == [0, 1]
+
+
+def test_a_warm_up_leaves_nothing_behind(model: GPT) -> None:
+    engine = build_engine(model, EngineConfig(max_num_seqs=2), eos_id=None, threads=1)
+    warm_up(engine)
+    assert not engine.has_work
+    engine.submit(SequenceRequest(0, [1, 2, 3], 4, GREEDY))
+    drawn = [event.token_id for _ in range(5) for event in engine.step().events]
+    assert drawn == generate(model, [1, 2, 3], max_tokens=4, params=GREEDY)
+
+
+WITHOUT_MEMORY = """
+import resource, sys
+import psutil
+from cluster.settings.serve import EngineConfig
+from model.config import GPTConfig
+from model.errors import UserError
+from model.gpt import GPT
+from serving.engine_process.run_engine import build_engine
+
+gpt = GPT(GPTConfig(vocab_size=64, n_positions=64, n_layer=4, n_head=4, n_embd=256))
+gpt.init_weights(1)
+limit = psutil.Process().memory_info().vms + (600 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    build_engine(gpt, EngineConfig(kernels=sys.argv[1], kv_cache_tokens=1 << 18), eos_id=None, threads=1)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_without_memory_for_the_cache_an_error_names_its_bytes(kernels: str) -> None:
+    """On the old code the native kernels ended the process without a word."""
+    command = [sys.executable, "-c", WITHOUT_MEMORY, kernels]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=limit_s(60), check=False)
+    assert done.returncode == 0, done.stderr
+    assert "no memory for the weights and a KV cache of 262144 tokens, 2.00 GiB" in done.stdout
+
+
+def test_no_setting_of_vllm_is_in_a_command_line(checkpoint: Path) -> None:
+    """They may hold tokens, and every user of the machine sees command lines."""
+
+    async def check() -> None:
+        async with engine(checkpoint) as client:
+            words = " ".join(psutil.Process(client.pid).cmdline())
+            assert "vllm_args" not in words and str(checkpoint) in words
+
+    asyncio.run(check())

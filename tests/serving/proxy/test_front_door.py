@@ -19,9 +19,10 @@ from serving.protocol.errors import DRAINING_HEADER
 from serving.protocol.request_facts import FACTS
 from serving.protocol.tracing import NO_TRACER
 from serving.proxy.front_door import FrontDoor, Outcome, clean_request_id
+from serving.proxy.quarantine import QUARANTINE_S, Quarantine
 from serving.proxy.request_log import no_log
 from serving.proxy.token_relay import ASK_HEADER
-from tests.serving.front_door_parts import OK, ask, half, scope, whole
+from tests.serving.front_door_parts import OK, ask, half, open_to_all, scope, whole
 
 
 def error(sent: list[Message]) -> dict[str, Any]:
@@ -59,6 +60,39 @@ def test_a_request_that_ends_its_replicas_ends_two_and_its_client_is_told_so() -
     assert len(sent) == 2 and sent[0]["status"] == 500
     assert dict(sent[0]["headers"])[b"x-should-retry"] == b"false"  # OpenAI's clients heed it
     assert error(sent)["code"] == "replicas_ended" and "2 replicas ended" in error(sent)["message"]
+
+
+def test_a_request_that_ended_its_replicas_is_not_tried_again() -> None:
+    """A client in a loop would end two of them each time."""
+    now_s, calls = 0.0, 0
+
+    async def end(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal calls
+        calls += 1
+        if (await receive())["body"] != b"poison":
+            await whole(send)
+
+    door = FrontDoor(open_to_all(end), config=HttpConfig(), count=lambda *_: None, log=no_log, tracer=NO_TRACER)
+    door._quarantine = Quarantine(clock=lambda: now_s)
+    poison = {"type": "http.request", "body": b"poison", "more_body": False}
+    assert error(ask(door, dict(poison)))["code"] == "replicas_ended" and calls == 2
+    assert error(ask(door, dict(poison)))["code"] == "quarantined" and calls == 2
+    assert ask(door)[0]["status"] == 200
+    now_s += QUARANTINE_S
+    assert error(ask(door, dict(poison)))["code"] == "replicas_ended" and calls == 5
+
+
+def test_an_order_is_given_once_and_its_sender_is_told_what_to_look_at() -> None:
+    """On the old code a rollback was carried out twice, and so undid itself."""
+    orders: list[str] = []
+
+    async def end(scope: Scope, receive: Receive, send: Send) -> None:
+        orders.append(scope["path"])
+
+    sent = ask(end, path="/admin/rollback")
+    assert orders == ["/admin/rollback"]
+    assert sent[0]["status"] == 500 and error(sent)["code"] == "order_interrupted"
+    assert dict(sent[0]["headers"])[b"x-should-retry"] == b"false"
 
 
 def test_a_stream_that_breaks_off_ends_in_an_error_event() -> None:
@@ -137,7 +171,7 @@ def test_a_redeployed_endpoint_has_the_newest_route_of_its_own() -> None:
         await send({**OK, "headers": [(b"x-route", answered[len(seen) - 1].encode())]})
         await send({"type": "http.response.body", "body": b""})
 
-    door = FrontDoor(replica, config=HttpConfig(), count=lambda *_: None, log=no_log, tracer=NO_TRACER)
+    door = FrontDoor(open_to_all(replica), config=HttpConfig(), count=lambda *_: None, log=no_log, tracer=NO_TRACER)
     for _ in answered:
         ask(door, headers=((b"x-route", b"9:9:0:0.0:new"),))  # a client may not choose
     assert seen[0] == set() and seen[1] == {answered[0]}
@@ -240,7 +274,7 @@ def test_probes_and_what_is_only_read_are_not_logged() -> None:
     statuses = [503, 200, 404, 200, 404]
     logged: list[tuple[str, int]] = []
     door = FrontDoor(
-        dies(0, answer),
+        open_to_all(dies(0, answer)),
         config=HttpConfig(),
         count=lambda *_: None,
         log=lambda **fields: logged.append((fields["route"], fields["status"])),

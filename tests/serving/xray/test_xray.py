@@ -25,6 +25,8 @@ from model.tokenizer import Tokenizer
 from serving.api.access import AccessRules
 from serving.api.keys import ApiKey
 from serving.delivery.versions import Versions
+from serving.engine.kv_cache_size import Memory
+from serving.xray import xray as xray_module
 from serving.xray.page_routes import PAGE_PATHS
 from serving.xray.xray import run_checkpoints
 from tests.checkpoints import save_model
@@ -304,5 +306,23 @@ def test_an_int8_endpoint_is_looked_into_as_well(folder: Path) -> None:
             fields = {"model": "tiny", "prompt": PROMPT, "max_tokens": 3, "temperature": 0}
             assert (await http.post("/v1/completions", json=fields)).json()["usage"]["completion_tokens"] == 3
             assert len((await look(http))["tokens"]) > 4
+
+    asyncio.run(main())
+
+
+def test_weights_of_its_own_are_refused_where_memory_is_scarce(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy in another type than the file's is private memory, beside the engine's, in the same pod."""
+    monkeypatch.setattr(xray_module, "memory", lambda: Memory(free_bytes=1 << 10, total_bytes=1 << 20))
+    before = processes()
+
+    async def main() -> None:
+        fields = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1}
+        config = ServeConfig(engine=EngineConfig(dtype="bfloat16", kv_cache_tokens=512))
+        async with replica_client(folder, config=config) as (http, _):
+            answer = await http.post("/v1/xray", json=fields)
+            assert answer.status_code == 503 and "GiB are free for it" in answer.text
+            assert processes() == before
+        async with replica_client(folder) as (http, _):  # the file's own type
+            assert (await http.post("/v1/xray", json=fields)).status_code == 200
 
     asyncio.run(main())

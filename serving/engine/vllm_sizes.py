@@ -1,0 +1,49 @@
+"""What vLLM is told of sizes, and whom its scheduler starts: plain figures, which need no vLLM."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cluster.settings.serve import EngineConfig
+from model.config import GPTConfig
+from serving.engine.kv_cache_size import served_context
+
+NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
+SPARE_BLOCKS = 8  # vLLM keeps one for itself and cuts off the last
+BLOCK_TOKENS = 128  # vLLM's largest, on CPUs
+
+
+def cache_bytes(shape: GPTConfig, config: EngineConfig, num_seqs: int | None) -> int | None:
+    """Returns the bytes on each device for as many tokens as our engine has room for. None, on a GPU without a setting,
+    lets vLLM decide. Heads of keys and values are split over the devices; each has one at least."""
+    on_cpu = num_seqs * served_context(shape, config.max_context) if num_seqs and config.device == "cpu" else None
+    num_tokens = config.kv_cache_tokens or on_cpu
+    if num_tokens is None:
+        return None
+    num_blocks = -(-num_tokens // BLOCK_TOKENS) + SPARE_BLOCKS
+    num_heads = -(-shape.num_kv_heads // config.tensor_parallel_size)
+    return num_blocks * BLOCK_TOKENS * 2 * shape.n_layer * num_heads * shape.head_dim * NUMBER_BYTES[config.dtype]
+
+
+def batched_tokens(num_prompt_tokens: int | None, num_seqs: int | None, extra: Mapping[str, Any]) -> int | None:
+    """Returns the tokens that a step may compute: of prompts as asked, and one for each sequence. None lets vLLM
+    decide. vLLM reads a longer prompt in chunks, unless `extra`, its further arguments, forbids it."""
+    if num_prompt_tokens is None or extra.get("enable_chunked_prefill") is False:
+        return None
+    return num_prompt_tokens + (num_seqs or 0)
+
+
+class Starts:
+    """Which sequences have been started. vLLM's plans name one again that was preempted and goes on."""
+
+    def __init__(self) -> None:
+        self._known: set[int] = set()
+
+    def fresh(self, seq_ids: Iterable[int]) -> list[int]:
+        """Returns those that start for the first time."""
+        fresh = [seq_id for seq_id in seq_ids if seq_id not in self._known]
+        self._known.update(fresh)
+        return fresh
+
+    def forget(self, seq_id: int) -> None:
+        """Forgets a sequence that has ended."""
+        self._known.discard(seq_id)

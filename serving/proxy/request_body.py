@@ -1,0 +1,104 @@
+"""Reads a request's body within bounds of time and size, of its own and of all that are unfinished in one proxy."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.types import Receive, Scope
+
+from serving.protocol.errors import ApiError, error_of, overloaded
+from serving.protocol.strict_json import MAX_BODY_BYTES
+
+MAX_DISCARDED_BYTES = 64 << 20  # read of a body that is too large, so that its sender reads our answer
+MAX_UNFINISHED_BYTES = 64 << 20  # of all bodies that have not arrived whole
+REFUSED_BODY_S = 1.0  # in which the sender of a body that nobody wants may finish it, and then reads our answer
+
+
+class _Unfinished:
+    """One body that is being read."""
+
+    def __init__(self, timeout: asyncio.Timeout) -> None:
+        self.timeout = timeout
+        self.body = bytearray()
+        self.has_to_go = False
+
+
+class Bodies:
+    """The unfinished bodies of a proxy. Where they take too much, the oldest goes: it waits for its client."""
+
+    def __init__(self, *, most_bytes: int = MAX_UNFINISHED_BYTES) -> None:
+        self._most_bytes = most_bytes
+        self._num_bytes = 0
+        self._unfinished: dict[_Unfinished, None] = {}  # the oldest first
+
+    async def read(self, scope: Scope, receive: Receive, *, timeout_s: float) -> bytes | None:
+        """Returns the whole body, or None if the client has left. Raises `ApiError` (408, 413, 429)."""
+        expects_continue = any(name == b"expect" for name, _ in scope["headers"])
+        declared = max((int(v) for n, v in scope["headers"] if n == b"content-length"), default=0)
+        if declared > (MAX_BODY_BYTES if expects_continue else MAX_DISCARDED_BYTES):
+            raise error_of("body_too_large", most_bytes=MAX_BODY_BYTES)
+        with self._reading(asyncio.timeout(timeout_s)) as unfinished:
+            try:
+                async with unfinished.timeout:
+                    return await self._read(receive, unfinished)
+            except TimeoutError:
+                if unfinished.has_to_go:
+                    raise _too_many() from None
+                raise error_of("request_timeout", most_s=timeout_s) from None
+
+    async def discard(self, receive: Receive) -> None:
+        """Reads what a client sends whose request is refused, for a moment."""
+        num_bytes = 0
+        try:
+            async with asyncio.timeout(REFUSED_BODY_S):
+                while num_bytes <= MAX_BODY_BYTES:
+                    message = await receive()
+                    if message["type"] == "http.disconnect" or not message["more_body"]:
+                        return
+                    num_bytes += len(message["body"])
+        except TimeoutError:
+            return
+
+    async def _read(self, receive: Receive, unfinished: _Unfinished) -> bytes | None:
+        num_bytes = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            part = message["body"]
+            num_bytes += len(part)
+            if num_bytes <= MAX_BODY_BYTES:
+                unfinished.body += part
+                self._num_bytes += len(part)
+            if not message["more_body"] or num_bytes > MAX_DISCARDED_BYTES:
+                break
+            self._make_room()
+        if num_bytes > MAX_BODY_BYTES:
+            raise error_of("body_too_large", most_bytes=MAX_BODY_BYTES)
+        return bytes(unfinished.body)
+
+    @contextmanager
+    def _reading(self, timeout: asyncio.Timeout) -> Iterator[_Unfinished]:
+        unfinished = _Unfinished(timeout)
+        self._unfinished[unfinished] = None
+        try:
+            yield unfinished
+        finally:
+            self._unfinished.pop(unfinished, None)
+            self._num_bytes -= len(unfinished.body)
+
+    def _make_room(self) -> None:
+        excess = self._num_bytes - self._most_bytes
+        for unfinished in list(self._unfinished):
+            if excess <= 0:
+                return
+            if not unfinished.has_to_go:
+                unfinished.has_to_go = True
+                unfinished.timeout.reschedule(0.0)
+            excess -= len(unfinished.body)
+
+
+def _too_many() -> ApiError:
+    error = overloaded("Too many bodies are being sent at the same time; try again later")
+    error.headers["Connection"] = "close"
+    return error

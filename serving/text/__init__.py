@@ -1,0 +1,1 @@
+"""Turns conversations and texts into tokens; the programs of strangers in a bounded process."""

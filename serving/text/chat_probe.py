@@ -1,0 +1,64 @@
+"""What a checkpoint's chat template makes of a few conversations, so that two versions can be compared."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from model.chat import Chat, ChatError, Message, rendered
+
+_USER = {"role": "user", "content": "question"}
+_ASSISTANT = {"role": "assistant", "content": "answer"}
+_SYSTEM = {"role": "system", "content": "rules"}
+PROBES: dict[str, Sequence[Message]] = {
+    "a user's message": (_USER,),
+    "a second turn": (_USER, _ASSISTANT, _USER),
+    "a system's message": (_SYSTEM, _USER),
+    "a second turn after a system's message": (_SYSTEM, _USER, _ASSISTANT, _USER),
+}
+"""By what they are called in messages. Some templates refuse a system's message."""
+
+
+@dataclass(frozen=True)
+class ChatProbe:
+    """The results, which are small enough to send between processes."""
+
+    is_chat_tuned: bool  # whether the template is the checkpoint's own
+    hashes: dict[str, str]  # of the text of each conversation that the template writes
+    refusals: dict[str, str]  # the template's words, for the others
+    end_of_turn: int | None  # the token that ends an answer
+
+
+def probe_of(chat: Chat, *, is_chat_tuned: bool) -> ChatProbe:
+    """Renders all conversations. A template that does not compile refuses all of them."""
+    hashes: dict[str, str] = {}
+    refusals: dict[str, str] = {}
+    for name, messages in PROBES.items():
+        try:
+            text = rendered(chat.format, messages, asks=True)
+        except ChatError as error:
+            refusals[name] = str(error)
+        else:
+            hashes[name] = hashlib.sha256(text.encode()).hexdigest()
+    return ChatProbe(is_chat_tuned, hashes, refusals, chat.end_of_turn)
+
+
+def chat_misfit(live: ChatProbe, candidate: ChatProbe) -> str:
+    """Returns why clients' chats would suffer if the candidate replaced the live version; empty if they would not."""
+    if live.is_chat_tuned != candidate.is_chat_tuned:
+        has, had = ("a", "none") if candidate.is_chat_tuned else ("no", "one")
+        return f"has {has} chat template, and the live version has {had}: chats would be written in another way"
+    for name in live.hashes:
+        if name in candidate.refusals:
+            return f"cannot write {name}, which the live version can: {candidate.refusals[name]}"
+    if candidate.end_of_turn != live.end_of_turn:
+        return (
+            f"ends an answer with another token (id {candidate.end_of_turn}) than the live version "
+            f"(id {live.end_of_turn}), by its chat template"
+        )
+    return ""
+
+
+def chat_notice(live: ChatProbe, candidate: ChatProbe) -> str:
+    """Returns in what the candidate writes chats otherwise than the live version; empty if in nothing."""
+    changed = [name for name, text_hash in live.hashes.items() if candidate.hashes.get(name) != text_hash]
+    return f"its chat template writes {', '.join(changed)} otherwise than the live version's" if changed else ""

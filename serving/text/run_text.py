@@ -1,0 +1,71 @@
+"""The bounded process that runs a checkpoint's chat template and tokenizer: each line is a request and gets a line.
+
+The kernel ends it at its bounds of processor time and memory, whatever holds Python's lock meanwhile.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from model.chat import Chat, ChatError
+from model.errors import UserError
+from model.tokenizer import Tokenizer, load_tokenizer
+from serving.text.chat_probe import probe_of
+
+
+def allow(cpu_s: float) -> None:
+    """Ends this process once it has used so much more processor time, also in the middle of one C function."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+
+
+def answer_to(request: dict[str, Any], tokenizer: Tokenizer, chat: Chat) -> dict[str, Any]:
+    try:
+        if "messages" in request:
+            return {"ids": chat.prompt_ids(request["messages"])}
+        encode = tokenizer.encode_whole if request["add_special_tokens"] else tokenizer.encode
+        return {"ids": [encode(text) or [tokenizer.eot_id] for text in request["texts"]]}
+    except ChatError as error:
+        return {"error": str(error)}
+    except UserError as error:
+        return {"error": f"the tokenizer refuses the text: {error}"}
+    except MemoryError:
+        return {"error": "the text takes more memory than a chat template or tokenizer may have"}
+
+
+def main() -> int:
+    args = json.loads(sys.argv[1])  # see `BoundedReader`
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would take the engine's processors
+    resource.setrlimit(resource.RLIMIT_AS, (args["memory_bytes"], args["memory_bytes"]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no dump of a client's text
+    connection = socket.socket(fileno=args["socket"])
+
+    def send(answer: dict[str, Any]) -> None:
+        connection.sendall(json.dumps(answer, separators=(",", ":")).encode() + b"\n")
+
+    allow(args["load_cpu_s"])
+    try:
+        tokenizer = load_tokenizer(Path(args["folder"]))
+        assert tokenizer is not None, "a folder without a tokenizer has no programs"
+        chat = Chat(tokenizer)
+        first = {"probe": asdict(probe_of(chat, is_chat_tuned=tokenizer.chat is not None))}
+        tokenizer.encode_whole("a text")  # once, so that the first request finds its tables ready
+    except (UserError, ValueError, KeyError, TypeError, MemoryError) as error:  # foreign files may raise anything
+        send({"error": f"the tokenizer or chat template cannot be read: {str(error) or repr(error)}"})
+        return 1
+    send(first)
+    with contextlib.suppress(ConnectionError), connection.makefile("rb") as lines:
+        for line in lines:
+            allow(args["request_cpu_s"])
+            send(answer_to(json.loads(line), tokenizer, chat))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

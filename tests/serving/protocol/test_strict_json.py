@@ -1,0 +1,34 @@
+"""Bodies that would take long to parse are refused before they are parsed."""
+
+import json
+
+import pytest
+
+from serving.protocol import strict_json
+from serving.protocol.errors import ApiError
+from serving.protocol.strict_json import MAX_CONTAINERS, parse_json_object
+
+
+@pytest.mark.parametrize("part", ["[]", "{}", '{"":[]}', '[["]"]]'])
+def test_a_broad_body_is_refused_before_it_is_parsed(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the old code a megabyte of it held Python's lock for half a second."""
+    body = ('{"x":[' + ",".join([part] * MAX_CONTAINERS) + "]}").encode()
+
+    def parse(_: bytes) -> None:
+        raise AssertionError("it was parsed")
+
+    monkeypatch.setattr(strict_json.orjson, "loads", parse)
+    with pytest.raises(ApiError, match="lists and objects") as refused:
+        parse_json_object(body)
+    assert refused.value.code == "invalid_json"
+
+
+@pytest.mark.parametrize("text", ["[{" * MAX_CONTAINERS, '\\"[\\' * MAX_CONTAINERS, "[\n]" * MAX_CONTAINERS])
+def test_brackets_in_a_text_do_not_count(text: str) -> None:
+    body = json.dumps({"prompt": text, "stop": ["[", '"{']}).encode()
+    assert parse_json_object(body)["prompt"] == text
+
+
+def test_as_many_as_are_allowed_are_read() -> None:
+    body = {"x": [[]] * (MAX_CONTAINERS - 2)}
+    assert parse_json_object(json.dumps(body).encode()) == body
