@@ -8,6 +8,7 @@ import yaml
 
 from cluster.kube import status as kube
 from cluster.kube.kustomize import rendered_overlay
+from cluster.kube.leftovers import PART_OF_RAYMILL, kinds_of, leftovers, removal
 from cluster.kube.pending import reasons
 from cluster.kube.scale import Patch, most_replicas, scale_group, suspend
 from cluster.settings.code_folders import CODE_ROOT
@@ -18,10 +19,13 @@ if TYPE_CHECKING:
     from cluster.kube.client import KubeApi
 
 _OVERLAYS = CODE_ROOT / "cluster" / "k8s" / "overlays"  # a link, so that a wheel has them too
+_PLATFORM = "platform"
+"""The component with the namespace, rights and policies, which only an administrator can apply."""
 
 
 def render(arguments: argparse.Namespace) -> dict[str, Any]:
-    return shown_objects(_objects(arguments), arguments)
+    everything = rendered_overlay(overlay_folder(arguments.overlay), arguments.namespace)
+    return shown_objects(_of_component(everything, arguments.component), arguments)
 
 
 def shown_objects(objects: list[kube.Object], arguments: argparse.Namespace, **fields: Any) -> dict[str, Any]:
@@ -31,13 +35,27 @@ def shown_objects(objects: list[kube.Object], arguments: argparse.Namespace, **f
 
 
 def apply(arguments: argparse.Namespace) -> dict[str, Any]:
-    objects = _objects(arguments)
+    everything = rendered_overlay(overlay_folder(arguments.overlay), arguments.namespace)
+    objects = _of_component(everything, arguments.component)
     namespaces = (manifest["metadata"].get("namespace") for manifest in objects)
-    result = _api(next(filter(None, namespaces), None)).apply_all(objects, dry_run=arguments.dry_run)
+    api = _api(next(filter(None, namespaces), None))
+    result = api.apply_all(objects, dry_run=arguments.dry_run)
     if "not_checked" in result:
         result["note"] = "the rest needs the namespace: apply the component `platform`, then check again"
     arguments.is_bad = "failed" in result
+    is_administrators = arguments.component in (None, _PLATFORM)  # who alone may list all kinds
+    if is_administrators and not arguments.is_bad and (left := _leftovers(api, everything)):
+        result["leftovers"] = list(map(kube.full_name, left))
+        result["remove"] = removal(left, api.namespace)
     return result
+
+
+def _leftovers(api: "KubeApi", everything: list[kube.Object]) -> list[kube.Object]:
+    """Returns what an earlier version or another overlay left in the namespace."""
+    live: list[kube.Object] = []
+    for api_version, kind in kinds_of(everything):
+        live += api.all(api_version, kind, selector=PART_OF_RAYMILL)
+    return leftovers(live, everything)
 
 
 def scale(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -101,14 +119,14 @@ def pending(arguments: argparse.Namespace) -> dict[str, Any]:
     return said or {"pending": "nothing: every requested pod runs"}
 
 
-def _objects(arguments: argparse.Namespace) -> list[kube.Object]:
-    objects = rendered_overlay(overlay_folder(arguments.overlay), arguments.namespace)
-    if arguments.component is None:
+def _of_component(objects: list[kube.Object], component: str | None) -> list[kube.Object]:
+    """Returns the objects of a component, or all if it is None."""
+    if component is None:
         return objects
-    chosen = [o for o in objects if kube.component_of(o) == arguments.component]
+    chosen = [o for o in objects if kube.component_of(o) == component]
     if not chosen:
         known = sorted(filter(None, set(map(kube.component_of, objects))))
-        raise ConfigError(f"unknown component {arguments.component!r}; expected one of {', '.join(known)}")
+        raise ConfigError(f"unknown component {component!r}; expected one of {', '.join(known)}")
     return chosen
 
 

@@ -10,6 +10,8 @@ Object = dict[str, Any]
 
 RAY = "ray.io/v1"
 KINDS = ("RayCluster", "RayJob", "RayService")
+RUN_ANNOTATION = "raymill/run-id"
+"""Annotation of a RayJob that `raymill submit` made: the run's id."""
 
 WORDS: dict[str, dict[str, str]] = read_table(__file__, "words")
 
@@ -88,6 +90,12 @@ def cluster_names(manifest: Object) -> list[str]:
 def component_of(manifest: Object) -> str | None:
     """Returns the component of raymill's manifests that an object belongs to."""
     return manifest["metadata"].get("labels", {}).get("app.kubernetes.io/component")
+
+
+def run_of(manifest: Object) -> str | None:
+    """Returns the id of the run for which `raymill submit` made the object."""
+    run_id: str | None = (manifest["metadata"].get("annotations") or {}).get(RUN_ANNOTATION)
+    return run_id
 
 
 def full_name(manifest: Object) -> str:

@@ -51,8 +51,9 @@ def test_an_apply_is_repeated_until_somebody_else_writes(api: ApiObjects, shared
     with pytest.raises(RefusedError) as refused:
         applied(api, shared)
     assert refused.value.code == 409
-    assert 'Apply failed with 1 conflict: conflict with "kuberay-operator": .spec.workerGroupSpecs' in str(
-        refused.value
+    assert (
+        'Apply failed with 1 conflict: conflict with "kuberay-operator" using ray.io/v1: .spec.workerGroupSpecs'
+        in str(refused.value)
     )
     taken = applied(api, shared, force=True)
     owners = {
