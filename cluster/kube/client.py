@@ -1,6 +1,7 @@
 """The Kubernetes API by its official client, which is an extra: plain objects, and errors in words."""
 
 import json
+import logging
 import os
 import re
 from typing import Any
@@ -45,6 +46,7 @@ class KubeApi:
             config.load_kube_config(config_file=path) if path else config.load_config()
         except config.ConfigException as error:
             raise ClusterError(f"no Kubernetes is configured ({error}): set KUBECONFIG, or run this in a pod") from None
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # what is tried again is no news
         configuration = Configuration.get_default_copy()
         configuration.retries = _RETRIES
         self._client = ApiClient(configuration)
@@ -77,6 +79,15 @@ class KubeApi:
             plain = {key: value for key, value in metadata.items() if key != "namespace"}
             manifest = manifest | {"metadata": plain}
         return self._ask("PATCH", path, query=query, body=manifest, content_type=kind)
+
+    def create(self, manifest: Object) -> None:
+        """Creates the object unless there is one of the name, which is left as it is."""
+        collection = self._path_of(manifest).rpartition("/")[0]
+        try:
+            self._ask("POST", collection, query=[("fieldManager", FIELD_MANAGER)], body=manifest)
+        except _RefusedError as error:
+            if error.status != 409:
+                raise
 
     def apply_all(self, manifests: list[Object], *, dry_run: bool = False) -> dict[str, Any]:
         """Applies each object, whether or not others are refused. Returns which were applied, what was kept as it ran,

@@ -18,13 +18,13 @@ from typing import Any
 
 import yaml
 
-from cluster.output.job_log import JOBS, Ended, JobLog, Started
+from cluster.output.job_log import JOBS, Ended, JobLog, LogReader, Started, launches
 from cluster.output.progress import PlainProgress, say
 from cluster.settings.parser import ConfigError, Parser
-from cluster.stages.stage_module import MISUSED, parse_result, stage_name
+from cluster.stages.stage_module import HOPELESS, MISUSED, parse_result, stage_name
 from cluster.storage.lease import Lease, LeaseHeldError
 from cluster.storage.process_identity import die_with_parent
-from cluster.storage.uris import open_storage
+from cluster.storage.uris import Storage, open_storage
 from model.errors import UserError
 
 _LINE_BYTES = 64 << 10  # longer ones are cut into several
@@ -47,6 +47,9 @@ def main() -> int:
             raise ConfigError(f"{Path(arguments.config)} names no run_id, by which a restarted job finds its run")
         storage = open_storage((values.get("storage") or {}).get("uri", ".raymill"))
         run, stage = storage.child(f"runs/{values['run_id']}"), stage_name(arguments.module)
+        if (code := hopeless_end(run, arguments.job)) is not None:
+            say(f"error: {arguments.job} has ended by an error that no other attempt mends; `raymill logs` shows it")
+            return code
         with Lease(run, lease_key(stage), interval_s=_BEAT_S, timeout_s=SILENCE_S):
             started = Started(arguments.job, stage, socket.gethostname(), time.time())
             launch = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
@@ -63,6 +66,22 @@ def main() -> int:
 def entrypoint(module: str, path: str, *, job: str) -> list[str]:
     """Returns the command of a job."""
     return ["python", "-m", "cluster.stages.run_mirrored", "--job", job, module, path]
+
+
+def hopeless_end(run: Storage, job: str) -> int | None:
+    """Returns the exit code with which an earlier launch of the job said that another one would fail too.
+
+    KubeRay starts a job that failed again, on a new cluster each time, whatever it failed of. A name is given once, so
+    a job that is submitted again has another one.
+    """
+    if not job:
+        return None  # one that was not submitted by `raymill submit`, and has no name that is its own
+    for launch in reversed(launches(run)):
+        reader = LogReader(run, launch)
+        if reader.started().job == job:
+            ended = reader.ended()
+            return ended.exit_code if ended and ended.exit_code in (MISUSED, HOPELESS) else None
+    return None
 
 
 def lease_key(stage: str) -> str:

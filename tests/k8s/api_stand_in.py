@@ -35,6 +35,7 @@ class Fault(Enum):
 
     BUSY = auto()  # it is refused with 429, and with the time after which to come back
     LOST = auto()  # it is done, and the connection ends without an answer
+    CUT = auto()  # it is not done, and the connection ends without an answer
 
 
 class ApiStandIn(ApiObjects):
@@ -213,6 +214,9 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
                 api.faults.remove(fault)
             if fault is not None and fault[1] is Fault.BUSY:
                 self._send(429, b"too many requests\n", "text/plain; charset=utf-8", {"Retry-After": "1"})
+                return
+            if fault is not None and fault[1] is Fault.CUT:
+                self.close_connection = True
                 return
             if any(parts.path.startswith(f"/apis/{group}/") for group in api.not_installed):
                 self._send(404, b"404 page not found\n", "text/plain; charset=utf-8")

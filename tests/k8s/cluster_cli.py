@@ -51,7 +51,7 @@ def _right(request: str) -> Right:
     root, _, rest = path.partition("?")[0].partition("/namespaces/raymill/")
     resource, _, name = rest.partition("/")
     group = root.split("/")[2] if root.startswith("/apis/") else ""
-    return group, resource, {"GET": "get" if name else "list"}.get(method, method.lower())
+    return group, resource, {"GET": "get" if name else "list", "POST": "create"}.get(method, method.lower())
 
 
 class Asked:

@@ -124,3 +124,17 @@ def test_settings_without_a_run_id_are_refused(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=limit_s(60))
     assert (process.returncode, out) == (2, "")
     assert "names no run_id" in err
+
+
+@pytest.mark.parametrize(("code", "launched"), [(2, 1), (3, 1), (1, 2), (137, 2)])
+def test_a_job_that_ended_without_hope_is_not_launched_again(
+    run: Storage, tmp_path: Path, code: int, launched: int
+) -> None:
+    """KubeRay starts a failed job again, on a new cluster, by the same command."""
+    start(tmp_path, "say tried", f"exit {code}").communicate(timeout=limit_s(60))
+    again = start(tmp_path, "say tried again", f"exit {code}")
+    out, err = again.communicate(timeout=limit_s(60))
+    assert again.returncode == code
+    assert len(launches(run)) == launched
+    if launched == 1:
+        assert out == "" and "demo.1 has ended by an error that no other attempt mends" in err
