@@ -48,6 +48,8 @@ class ApiStandIn(ApiObjects):
         """`METHOD path` of every request, in order; a server-side apply is an `APPLY`."""
         self.not_installed: set[str] = set()
         """API groups that this cluster does not know."""
+        self.forbidden: set[str] = set()
+        """Plurals of kinds that this user may not write."""
         self.faults: list[tuple[str, Fault]] = []
         """What becomes of a request that has the text in its `METHOD path`, each time one."""
         self._certificates()
@@ -222,6 +224,8 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
                 self._send(404, b"404 page not found\n", "text/plain; charset=utf-8")
                 return
             try:
+                if api.forbidden & set(parts.path.split("/")) and self.command != "GET":
+                    raise RefusedError(403, "Forbidden", f'User "somebody" cannot {self.command} {parts.path}')
                 value = ask(parts.path, {key: values[0] for key, values in parse_qs(parts.query).items()})
                 if value is None:
                     *_, what, name = parts.path.split("/")

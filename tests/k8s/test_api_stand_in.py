@@ -15,7 +15,11 @@ JSON_PATCH = "application/json-patch+json"
 
 @pytest.fixture
 def api() -> ApiObjects:
-    return ApiObjects()
+    api = ApiObjects()
+    for name in ("ray-head", "serving-head"):
+        account = {"kind": "ServiceAccount", "metadata": {"name": name}}
+        api.put(f"/api/v1/namespaces/raymill/serviceaccounts/{name}", account)
+    return api
 
 
 def applied(api: ApiObjects, manifest: dict[str, Any], **settings: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import yaml
 
 from cluster.kube.client import KubeApi
 from tests.k8s.api_stand_in import ApiStandIn, Fault
-from tests.k8s.cluster_cli import CORE, RAY, Asked, ray_object, stand_in
+from tests.k8s.cluster_cli import CORE, RAY, Asked, cluster_behind, ray_object, stand_in
 from tests.k8s.manifests import K8S, cluster_spec, find, kubectl, name_of, render
 from tests.k8s.operator_stand_in import OperatorStandIn
 
@@ -96,6 +96,27 @@ def test_bounds_that_the_overlay_changes_afterwards_win(api: ApiStandIn, asked: 
     assert group_of(api, "RayCluster", "shared")["maxReplicas"] == 9
 
 
+def test_bounds_that_the_overlay_changes_reach_what_runs(api: ApiStandIn, asked: Asked) -> None:
+    """KubeRay passes none to the cluster of a service."""
+    asked("apply", "dev")
+    OperatorStandIn(api).look()
+    before = cluster_behind(api, ray_object(api, "RayService", "completions"))["metadata"]["name"]
+    (group,) = cluster_spec(find(render("base"), "RayService/completions"))["workerGroupSpecs"]
+    most = group_of(api, "RayService", "completions")["maxReplicas"]
+    assert most != group["maxReplicas"]
+    service = ray_object(api, "RayService", "completions")
+    cluster_spec(service)["workerGroupSpecs"][0]["maxReplicas"] = 9  # as an overlay of before had it
+    api.put(f"{RAY}/rayservices/completions", service)
+    cluster = ray_object(api, "RayCluster", before)
+    cluster["spec"]["workerGroupSpecs"][0]["maxReplicas"] = 9
+    api.put(f"{RAY}/rayclusters/{before}", cluster)
+    result = asked("apply", "dev", "--component", "completions")
+    lowest = group_of(api, "RayService", "completions")["minReplicas"]
+    assert result["running"] == {f"RayCluster/{before}": [f"servers: {lowest} to {most} pods"]}
+    assert group_of(api, "RayCluster", before)["maxReplicas"] == most
+    assert "running" not in asked("apply", "dev", "--component", "completions")
+
+
 def test_a_queued_job_that_runs_is_not_suspended_again(api: ApiStandIn, asked: Asked) -> None:
     asked("apply", "kueue")
     admit = [{"op": "replace", "path": "/spec/suspend", "value": False}]
@@ -142,6 +163,15 @@ def test_what_is_refused_is_said_and_the_rest_is_applied(api: ApiStandIn, asked:
     api.not_installed.add("ray.io")
     result = asked("apply", "dev", code=1)
     assert "its kind is not installed: apply KubeRay's operator" in result["failed"]["RayJob/pretrain"]
+
+
+def test_who_may_not_apply_the_platform_is_told_once_who_may(api: ApiStandIn, asked: Asked) -> None:
+    api.forbidden |= {"networkpolicies", "rayjobs"}
+    result = asked("apply", "dev", code=1)
+    policy, job = result["failed"]["NetworkPolicy/dns"], result["failed"]["RayJob/pretrain"]
+    assert "only an administrator may" in policy and "raymill-operators" not in policy
+    assert "gives the group raymill-operators that right" in job
+    assert result["note"] == "an administrator applies the component `platform`"
 
 
 def test_a_dry_run_on_an_empty_cluster_checks_what_it_can(
