@@ -42,6 +42,8 @@ _TAIL_BYTES = 64 << 10
 
 def submit(arguments: argparse.Namespace) -> dict[str, Any]:
     config = config_from_arguments(arguments, RunConfig)
+    if note := getattr(arguments, "note", ""):
+        say(note)
     backend, stage = _backend(arguments, config), arguments.stage
     say(f"submit: {stage} of run {config.run_id}; checking the storage, the sources and the settings")
     backend.probe()

@@ -28,16 +28,24 @@ def stage(arguments: argparse.Namespace) -> dict[str, Any]:
     from cluster.local.local_cluster import cpus_per_node
     from cluster.settings.flags import config_from_arguments
     from cluster.settings.run import RunConfig, max_steps, run_storage
+    from cluster.submission.first_checks import check_memory, check_stage
     from cluster.submission.preflight import check_sources, folders_at
     from jobs.run.history import why_not_resumed
 
     config = config_from_arguments(arguments, RunConfig)
+    if note := getattr(arguments, "note", ""):
+        say(note)
     faults = parse_faults(getattr(arguments, "chaos", []))
     if faults and config.cluster.address is not None:
         raise ConfigError("--chaos kills nodes of the local cluster; leave out --cluster.address")
     check_sources(config.data, folders_at(config.cluster.address))
     if arguments.command != "tokenize" and (reason := why_not_resumed(run_storage(config), config)):
         raise ConfigError(reason)
+    check_stage(config, arguments.command)
+    if arguments.command != "tokenize" and config.cluster.address is None:
+        from jobs.plan.memory import worker_needs
+
+        check_memory(config, worker_needs(config))
     steps = "" if arguments.command == "tokenize" else f", {max_steps(config):,} steps"
     sources = config.data.source
     more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
@@ -238,13 +246,17 @@ def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serves until a signal. On a cluster at an address it deploys and returns."""
-    from cluster.endpoint.endpoint import deploy, require_ray_proxies, url_of
+    from cluster.endpoint.endpoint import deploy, require_key, require_ray_proxies, url_of
     from cluster.local.local_cluster import require_free_port
     from cluster.settings.flags import config_from_arguments
     from cluster.settings.serve import ServeConfig
+    from cluster.submission.first_checks import check_gpu
 
     require_ray_proxies()
     config = config_from_arguments(arguments, ServeConfig)
+    require_key(config)
+    if config.engine.device == "cuda":
+        check_gpu("engine.device=cuda", config.cluster.address)
     checkpoint = _named_by(config)
     if config.cluster.address is None:
         require_free_port(config.host, config.port)

@@ -35,7 +35,27 @@ def config_from_arguments(arguments: argparse.Namespace, root: type[Config], *, 
     is_run = needs_source and root is RunConfig
     if arguments.config is None and is_run and arguments.__dict__.get("data.source") is None:
         raise ConfigError("no configuration: name a YAML file, or at least --data.source")
+    _check_preset(arguments, values)
     return settled(validate_config(settings_from_flags(arguments, root, over=values), root))
+
+
+def _check_preset(arguments: argparse.Namespace, values: dict[str, Any]) -> None:
+    """Compares a preset that a flag gives with the file's own numbers of the shape, which win over it. Refuses one over
+    a file that gives a shape and no preset; of one over another preset, `arguments.note` says which numbers win."""
+    preset, model = arguments.__dict__.get("model.preset"), values.get("model")
+    if preset not in PRESETS or not isinstance(model, dict):
+        return
+    wanted, given = PRESETS[preset], arguments.__dict__
+    kept = {name: value for name, value in model.items() if given.get(f"model.{name}") is None}
+    others = [f"model.{name}: {value}" for name, value in kept.items() if wanted.get(name, value) != value]
+    if not others:
+        return
+    if "preset" not in model:
+        raise ConfigError(
+            f"--model.preset {preset} has other values than {arguments.config}, where {', '.join(others)}, and those "
+            "would win; take them out of the file, or leave the preset out and give each as a flag"
+        )
+    arguments.note = f"{', '.join(others)} of {arguments.config} stays, with the rest of --model.preset {preset}"
 
 
 def settings_from_flags(

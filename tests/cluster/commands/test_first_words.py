@@ -18,6 +18,8 @@ import pytest
 
 from cluster.cli import main
 from cluster.settings.run import RunConfig, to_yaml
+from cluster.stages.run_mirrored import lease_key
+from cluster.storage.lease import Lease
 from cluster.storage.registry import publish
 from cluster.storage.uris import open_storage
 from tests.checkpoints import write_tiny
@@ -26,8 +28,8 @@ from tests.time_limits import limit_s
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus, a checkpoint, a run with settings, and a folder that is no run."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A corpus, a checkpoint, a run with settings, a run that is running, and a folder that is no run."""
     folder = tmp_path_factory.mktemp("person")
     (folder / "text.txt").write_text("to be or not to be\n" * 100)
     write_tiny(folder / "step-1")
@@ -38,7 +40,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "ledger.jsonl").write_text("")
     (folder / "notes").mkdir()
     (folder / "notes/a.txt").write_text("a")
-    return folder
+    shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}
+    (folder / "run.yaml").write_text(json.dumps({"data": {"source": "text.txt"}, "model": shape}))
+    with Lease(open_storage(str(folder / ".raymill/runs/busy")), lease_key("pretrain")):
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +68,8 @@ def started(argv: list[str], folder: Path) -> "subprocess.Popen[str]":
 
 
 TINY = ["--data.source", "text.txt", "--model.preset", "tiny", "--run-id", "begun"]
+TEXT = ["pretrain", "--data.source", "text.txt"]
+SHORT = ["--train.seq-len", "64", "--train.micro-batch-size", "1"]
 MISTAKES = {
     "nothing published": (["serve", "latest"], "nothing is published in"),
     "no such checkpoint": (["evaluate", "step-7"], "unknown checkpoint"),
@@ -72,6 +79,14 @@ MISTAKES = {
     "no such source": (["pretrain", "--data.source", "nowhere.txt"], "nothing is at"),
     "empty pattern": (["tokenize", "--data.source", "*.jsonl"], "nothing is at"),
     "no such validation set": (["pretrain", *TINY, "--data.validation", "news=none.txt"], "nothing is at"),
+    "no GPU": ([*TEXT, "--scaling.use-gpu", "true"], "scaling.use_gpu needs a Ray cluster with GPUs"),
+    "no GPU to serve": (["serve", "step-1", "--engine.device", "cuda"], "engine.device=cuda needs a Ray cluster with"),
+    "no memory": ([*TEXT, "--model.preset", "gpt3-175b", *SHORT], "a worker needs about"),
+    "no key": (["serve", "step-1", "--host", "0.0.0.0"], "host is 0.0.0.0, which others can reach"),
+    "running already": ([*TEXT, "--run-id", "busy"], "`raymill status busy` shows it"),
+    "no place": (["tokenize", *TEXT[1:], "--storage.uri", "/proc/nope"], "/proc/nope cannot be written"),
+    "nor there": ([*TEXT, "--storage.uri", "/sys/nope"], "/sys/nope cannot be written"),
+    "a preset over a shape": (["pretrain", "run.yaml", "--model.preset", "gpt3-175b"], "model.n_layer: 2"),
     "other settings": (["pretrain", *TINY, "--train.seed", "2"], "train.seed was 1, now 2"),
     "no run": (["report", "notes"], "unknown run 'notes'"),
     "nor to look at": (["verify", "./notes"], "unknown run './notes'"),

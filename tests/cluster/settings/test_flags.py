@@ -75,6 +75,18 @@ def test_a_preset_by_flag_keeps_the_fields_that_were_named(file: str) -> None:
     assert config.model == GPTConfig(n_layer=3, n_head=4, n_embd=128, n_positions=100)
 
 
+def test_a_preset_by_flag_over_numbers_of_the_file_says_which_win(tmp_path: Path) -> None:
+    """A shape without a preset would leave nothing of the flag, in silence."""
+    path = tmp_path / "run.yaml"
+    words = ["--data.source", "a.txt", "--model.preset", "demo"]
+    path.write_text("model: {n_layer: 9, n_head: 4, n_embd: 128}")
+    said = refusal(str(path), *words)
+    assert f"--model.preset demo has other values than {path}, where model.n_layer: 9, and those would win" in said
+    assert parsed(str(path), *words, "--model.n-layer", "9").model.n_layer == 9, "as a flag it is meant"
+    path.write_text("model: {n_head: 4, n_embd: 128, dropout: 0.5}")
+    assert parsed(str(path), *words).model.dropout == 0.5, "no number of the preset's"
+
+
 def test_validation_sets_are_named_by_a_flag(file: str) -> None:
     config = parsed(file, "--data.validation", "news=n.txt", "law=tokens://s3://b/a=b")
     assert config.data.validation == {"news": str(Path.cwd() / "n.txt"), "law": "tokens://s3://b/a=b"}
