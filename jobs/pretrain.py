@@ -96,7 +96,8 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
         if not ledger.events("finish"):
             raise unfinished(plan, ledger)
         checkpoint = RunCheckpoints(run).uri(ledger.events("checkpoint")[-1]["checkpoint"].rsplit("/", 1)[1])
-        if checkpoint not in [published.checkpoint for published in publications(storage)]:
+        is_wanted = config.checkpoint.publish
+        if is_wanted and checkpoint not in [published.checkpoint for published in publications(storage)]:
             publish(storage, checkpoint)
             say(what_latest_became(storage))
         return _figures(run, ledger, checkpoint)

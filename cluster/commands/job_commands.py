@@ -187,7 +187,7 @@ def stop(arguments: argparse.Namespace) -> dict[str, Any]:
     except ClusterError as error:  # which does not keep a job that has ended from being told of
         say(f"other jobs of the run were not looked for: {error}")
     if was_live := view.state.is_live or bool(strays):
-        stop_job(run, view.record, arguments.token_file)
+        stop_job(run, view, arguments.token_file)
     deadline_s = time.monotonic() + _STOP_TIMEOUT_S
     while view.state.is_live and time.monotonic() < deadline_s:
         time.sleep(1)

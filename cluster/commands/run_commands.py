@@ -68,7 +68,8 @@ def stage(arguments: argparse.Namespace) -> dict[str, Any]:
         words = ["pretrain" if word == "tokenize" else word for word in arguments.words]
         arguments.next = f"`raymill {shlex.join(words)}`"
     else:
-        arguments.next = _commands(config.storage.uri, f"raymill report {config.run_id}", "raymill serve latest")
+        served = "latest" if config.checkpoint.publish else config.run_id
+        arguments.next = _commands(config.storage.uri, f"raymill report {config.run_id}", f"raymill serve {served}")
     return result
 
 
@@ -126,7 +127,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from cluster.settings.run import EvaluateConfig
     from cluster.submission.preflight import check_sources, folders_at
 
-    config = config_from_arguments(arguments, EvaluateConfig)
+    config = config_from_arguments(_with_positional(arguments), EvaluateConfig)
     checkpoint = _named_by(config)
     check_sources(config.data, folders_at(config.cluster.address))
     say(f"evaluate: {checkpoint}")
@@ -137,6 +138,14 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         result = run_stage(connection, "jobs.evaluate", config)
     arguments.next = _commands(config.storage.uri, f"raymill serve {result['checkpoint']}")
     return result
+
+
+def _with_positional(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Takes the checkpoint that stands by itself as the setting of that name."""
+    if arguments.named is not None and arguments.checkpoint not in (None, arguments.named):
+        raise ConfigError(f"two checkpoints, {arguments.named} and --checkpoint {arguments.checkpoint}; name one")
+    arguments.checkpoint = arguments.named or arguments.checkpoint
+    return arguments
 
 
 def _named_by(config: "EvaluateConfig | ServeConfig") -> str:
@@ -150,14 +159,16 @@ def _named_by(config: "EvaluateConfig | ServeConfig") -> str:
 
 
 def export(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.storage.references import checkpoint_uri
     from cluster.storage.registry import named_checkpoint
 
     destination, storage_uri = absolute_uri(arguments.destination), arguments.storage_uri
-    say(f"export: {named_checkpoint(arguments.checkpoint, storage_uri)} to {destination}")
+    checkpoint = checkpoint_uri(arguments.checkpoint, storage_uri)
+    say(f"export: {named_checkpoint(checkpoint, storage_uri)} to {destination}")
 
     from jobs.export import export as export_checkpoint  # imports PyTorch, which takes two seconds
 
-    result = export_checkpoint(arguments.checkpoint, destination, storage_uri=storage_uri)
+    result = export_checkpoint(checkpoint, destination, storage_uri=storage_uri)
     arguments.next = f"transformers.AutoModelForCausalLM.from_pretrained({destination!r})"
     return result
 
@@ -194,26 +205,62 @@ def lend_workers(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"run_id": arguments.run_id, "lent_workers": loan.num_workers if loan else 0, "for_s": loan and loan.for_s}
 
 
+def delete(arguments: argparse.Namespace) -> dict[str, Any]:
+    storage = open_storage(arguments.storage_uri)
+    run = storage.child(f"runs/{arguments.run_id}")
+    if "/" in arguments.run_id or not any(run.list()):
+        raise UserError(f"no run {arguments.run_id} in {arguments.storage_uri}; `raymill list` shows which there are")
+
+    from jobs.run.housekeeping import delete_run
+
+    return _housekept(arguments, delete_run(run, storage, yes=arguments.yes))
+
+
+def gc(arguments: argparse.Namespace) -> dict[str, Any]:
+    say(f"gc: looking for what no run in {arguments.storage_uri} needs")
+
+    from jobs.run.housekeeping import collect
+
+    return _housekept(arguments, collect(open_storage(arguments.storage_uri), yes=arguments.yes))
+
+
+def _housekept(arguments: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
+    from cluster.output.result_text import counted
+    from cluster.output.result_text import table as text_table
+
+    rows = [{"files": row["num_files"], "MB": row["num_bytes"] / 1e6, **row} for row in result["found"]]
+    done = "deleted" if result["deleted"] else "would be deleted"
+    total = f"{counted(len(rows), 'folder')} of {result['bytes'] / 1e6:,.1f} MB {done}\n"
+    arguments.text = text_table(("files", "MB", "why", "uri"), rows) + (total if rows else "nothing to delete\n")
+    if rows and not result["deleted"]:
+        arguments.next = f"`raymill {shlex.join([*arguments.words, '--yes'])}`"
+    return result
+
+
 def publish_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.storage.references import checkpoint_uri
     from cluster.storage.registry import publish, what_latest_became
 
     storage = open_storage(arguments.storage_uri)
-    found = vars(publish(storage, arguments.checkpoint))
+    found = vars(publish(storage, checkpoint_uri(arguments.checkpoint, arguments.storage_uri)))
     say(what_latest_became(storage))
     return {name: found[name] for name in ("checkpoint", "run_id", "step", "parameter_hash")}
 
 
 def checkpoint_show(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns what a checkpoint holds; for a damaged one `valid` is false and `problems` says why."""
-    from cluster.storage.registry import resolve_checkpoint
-    from model.checkpoint_folder import CheckpointError, read_metadata, verify_checkpoint
+    from cluster.storage.references import checkpoint_uri
+    from cluster.storage.registry import LATEST, named_checkpoint, resolve_checkpoint
+    from model.checkpoint_folder import MANIFEST, read_metadata, verify_checkpoint
 
-    folder = None if arguments.checkpoint == "latest" else open_storage(arguments.checkpoint).local_path("")
+    reference = checkpoint_uri(arguments.checkpoint, arguments.storage_uri)
+    folder = None if reference == LATEST else open_storage(reference).local_path("")
     is_here = folder is not None
     if folder is None:
-        folder = resolve_checkpoint(arguments.checkpoint, arguments.storage_uri)
-    if not folder.is_dir():
-        raise CheckpointError(f"unknown checkpoint {arguments.checkpoint}: no folder is there")
+        folder = resolve_checkpoint(reference, arguments.storage_uri)
+    elif not (folder / MANIFEST).exists():  # a run's folder, or none: its newest checkpoint, damaged or not
+        folder = open_storage(named_checkpoint(reference, arguments.storage_uri)).local_path("")
+        assert folder is not None, "it is below a folder that is here"
     problems = verify_checkpoint(folder, to_train=is_here)  # a copy of a remote one has no training state
     metadata = {"parameter_hash": None} if problems else vars(read_metadata(folder))
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
@@ -253,7 +300,7 @@ def serve(arguments: argparse.Namespace) -> None:
     from cluster.submission.first_checks import check_gpu
 
     require_ray_proxies()
-    config = config_from_arguments(arguments, ServeConfig)
+    config = config_from_arguments(_with_positional(arguments), ServeConfig)
     require_key(config)
     if config.engine.device == "cuda":
         check_gpu("engine.device=cuda", config.cluster.address)

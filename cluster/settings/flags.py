@@ -12,8 +12,18 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from cluster.settings.parser import ConfigError, suggestion
-from cluster.settings.run import FORMER_SETTINGS, TOKENS, DataConfig, RunConfig, Settings, StorageConfig, TextConfig
-from cluster.settings.serve import HttpConfig
+from cluster.settings.run import (
+    FORMER_SETTINGS,
+    TOKENS,
+    DataConfig,
+    EvaluateConfig,
+    RunConfig,
+    Settings,
+    StorageConfig,
+    TextConfig,
+)
+from cluster.settings.serve import HttpConfig, ServeConfig
+from cluster.storage.references import checkpoint_uri
 from cluster.storage.uris import absolute_uri
 from model.config import PRESETS, GPTConfig
 from model.tables import read_table
@@ -21,12 +31,14 @@ from model.tables import read_table
 Config = TypeVar("Config", bound=Settings)
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, root: type[BaseModel]) -> None:
-    """Adds one flag for each setting of `root`; the caller adds `config`, the YAML file that the flags override."""
+def add_config_arguments(parser: argparse.ArgumentParser, root: type[BaseModel], *, positional: str = "") -> None:
+    """Adds one flag for each setting of `root`; the caller adds `config`, the YAML file that the flags override, and
+    the setting that may also stand by itself (`positional`), whose flag the help leaves out."""
     for path, help_text, is_list in _leaves(root):
         flag = f"--{path}"
         names = [flag.replace("_", "-")] + ([flag] if "_" in flag else [])
-        parser.add_argument(*names, dest=path, nargs="+" if is_list else None, metavar="VALUE", help=help_text)
+        shown = argparse.SUPPRESS if path == positional else help_text
+        parser.add_argument(*names, dest=path, nargs="+" if is_list else None, metavar="VALUE", help=shown)
 
 
 def config_from_arguments(arguments: argparse.Namespace, root: type[Config], *, needs_source: bool = True) -> Config:
@@ -91,6 +103,7 @@ def validate_config(values: dict[str, Any], root: type[Config]) -> Config:
 def settled(config: Config) -> Config:
     """Makes paths absolute, since a job runs in another folder, and adds a run id if none was given."""
     update: dict[str, Any] = {}
+    place = config.storage.uri if isinstance(config, (RunConfig, EvaluateConfig, ServeConfig)) else ""
     for name, value in config:
         match value:
             case StorageConfig():
@@ -101,11 +114,13 @@ def settled(config: Config) -> Config:
                     paths["validation"] = {name: _absolute_source(uri) for name, uri in value.validation.items()}
                     paths["tokenizer"] = value.tokenizer and absolute_uri(value.tokenizer)
                 update[name] = value.model_copy(update=paths)
-            case Settings() if (source := getattr(value, "init_from", None)) not in (None, "latest"):
-                update[name] = value.model_copy(update={"init_from": absolute_uri(source)})
+            case Settings() if (source := getattr(value, "init_from", None)) is not None:
+                update[name] = value.model_copy(update={"init_from": checkpoint_uri(source, place)})
             case HttpConfig(request_log=str(log)) if log != "-":
                 update[name] = value.model_copy(update={"request_log": str(Path(log).absolute())})
-            case str() if name in ("api_key_file", "admin_key_file") or (name == "checkpoint" and value != "latest"):
+            case str() if name == "checkpoint":
+                update[name] = checkpoint_uri(value, place)
+            case str() if name in ("api_key_file", "admin_key_file"):
                 update[name] = absolute_uri(value)
             case None if name == "run_id":
                 update[name] = new_run_id()

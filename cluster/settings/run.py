@@ -218,6 +218,7 @@ class CheckpointConfig(Settings):
     keep_best: NonNegativeInt = 0
     keep_every_steps: PositiveInt | None = None
     snapshot_bytes: NonNegativeInt | None = None
+    publish: bool = True
 
 
 _FORMER = read_table(__file__, "former_settings")

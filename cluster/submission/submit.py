@@ -7,11 +7,11 @@ from typing import Any
 
 from cluster.local.jobs_api import ClusterError, JobsApi, ray_token
 from cluster.output.job_log import Ended, LogReader, Started, launches
-from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, run_storage
-from cluster.stages.run_mirrored import SILENCE_S, lease_key
+from cluster.stages.run_mirrored import SILENCE_S, lease_key, stop_key
 from cluster.stages.stage_module import HOPELESS, MISUSED
 from cluster.storage.lease import living_holder
+from cluster.storage.process_identity import ProcessIdentity
 from cluster.storage.uris import Storage
 from cluster.submission.backend import JobBackend
 from cluster.submission.kuberay_backend import KubeJobs
@@ -176,10 +176,16 @@ def stray_jobs(job: JobRecord, token_file: Path | None) -> list[str]:
     return backend_at(job.backend, job.where, token_file=token_file).strays(job)
 
 
-def stop_job(run: Storage, job: JobRecord, token_file: Path | None) -> None:
-    """Asks the run's job to save and end."""
-    if job.backend is Backend.HAND:
-        raise ConfigError(f"run {job.run_id} was not submitted by `raymill submit`, but started by hand: end it there")
+def stop_job(run: Storage, view: JobView, token_file: Path | None) -> None:
+    """Asks the run's job to save and end. Of a process that no backend reaches from here, such as one that was started
+    by hand, the storage asks it."""
+    job = view.record
+    is_elsewhere = job.backend is Backend.LOCAL and not ProcessIdentity(job.machine, job.pid, job.started_s).is_here
+    if job.backend is Backend.HAND or is_elsewhere:
+        if view.launch is None:
+            raise UserError(f"run {job.run_id} has no launch yet that could be asked to end; ask again in a moment")
+        run.write_bytes(stop_key(view.launch), b"")
+        return
     backend_at(job.backend, job.where, token_file=token_file).stop(job)
     while (found := read_record(run)) is not None and found[0].job == job.job and not found[0].stopped:
         write_record(run, replace(found[0], stopped=True), replaces=found[1])

@@ -73,6 +73,9 @@ SHORT = ["--train.seq-len", "64", "--train.micro-batch-size", "1"]
 MISTAKES = {
     "nothing published": (["serve", "latest"], "nothing is published in"),
     "no such checkpoint": (["evaluate", "step-7"], "unknown checkpoint"),
+    "nothing to evaluate": (["evaluate"], "nothing is published in"),
+    "no such checkpoint by flag": (["evaluate", "--checkpoint", "step-7"], "unknown checkpoint"),
+    "two checkpoints": (["evaluate", "step-1", "--checkpoint", "step-7"], "two checkpoints, step-1 and"),
     "no checkpoint there": (["serve", "notes"], "manifest.json is missing"),
     "nothing to export": (["export", "latest", "out"], "nothing is published in"),
     "port in use": (["serve", "step-1", "--port", "PORT"], "is in use by another process"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from cluster.cli import command_parser
 from cluster.settings import flags, plan, run, serve
 from cluster.settings.flags import add_config_arguments, config_from_arguments, new_run_id
 from cluster.settings.parser import ConfigError, Parser
@@ -85,6 +86,13 @@ def test_a_preset_by_flag_over_numbers_of_the_file_says_which_win(tmp_path: Path
     assert parsed(str(path), *words, "--model.n-layer", "9").model.n_layer == 9, "as a flag it is meant"
     path.write_text("model: {n_head: 4, n_embd: 128, dropout: 0.5}")
     assert parsed(str(path), *words).model.dropout == 0.5, "no number of the preset's"
+
+
+def test_a_run_is_left_unpublished_by_a_word() -> None:
+    words = ["pretrain", "--data.source", "a.txt"]
+    for more, is_published in (([], True), (["--no-publish"], False), (["--checkpoint.publish", "false"], False)):
+        arguments = command_parser(words).parse_args([*words, *more])
+        assert config_from_arguments(arguments, RunConfig).checkpoint.publish is is_published
 
 
 def test_validation_sets_are_named_by_a_flag(file: str) -> None:
