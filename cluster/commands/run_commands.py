@@ -184,6 +184,8 @@ def look(arguments: argparse.Namespace) -> dict[str, Any]:
         passed = {name: getattr(arguments, name) for name in command.get("passes", [])}
         result: dict[str, Any] = resolve_name(command["looks_by"])(*runs, **passed)
     arguments.is_bad = "good_if" in command and not result[command["good_if"]]
+    if "text_by" in command:
+        arguments.text = resolve_name(command["text_by"])(result)
     return result
 
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from cluster.settings.parser import ConfigError, suggestion
+from cluster.settings.parser import ConfigError, newcomers_word, suggestion
 from cluster.settings.run import (
     FORMER_SETTINGS,
     TOKENS,
@@ -23,6 +23,7 @@ from cluster.settings.run import (
     TextConfig,
 )
 from cluster.settings.serve import HttpConfig, ServeConfig
+from cluster.settings.wrong_values import expectation
 from cluster.storage.references import checkpoint_uri
 from cluster.storage.uris import absolute_uri
 from model.config import PRESETS, GPTConfig
@@ -149,10 +150,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path} is not YAML: {_yaml_problem(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no settings; expected `section:` lines with `name: value` below them")
     return values
+
+
+def _yaml_problem(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    problem = str(getattr(error, "problem", ""))
+    words = "a tab; indent by spaces" if "'\\t'" in problem else f"check the indentation and the colons ({problem})"
+    return f"line {mark.line + 1}, column {mark.column + 1}: {words}"
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -200,9 +210,12 @@ def _explained(problem: Any, root: type[BaseModel]) -> str:
     name = ".".join(path)
     if problem["type"] == "extra_forbidden" and root is RunConfig and name in FORMER_SETTINGS:
         return f"{name} is no setting any more, its value is a constant; leave it out"
+    if problem["type"] == "extra_forbidden" and (meant := newcomers_word(path[-1])):
+        return f"unknown setting {name}{meant}"
     if problem["type"] == "extra_forbidden":
         siblings = [".".join(leaf.split(".")[: len(path)]) for leaf, _, _ in _leaves(root)]
         return f"unknown setting {name}{suggestion(name, sorted(set(siblings)))}"
-    message = problem["msg"].removeprefix("Value error, ")
+    below = [leaf.removeprefix(f"{name}.") for leaf, _, _ in _leaves(root) if leaf.startswith(f"{name}.")]
+    message = expectation(problem, siblings=below) or problem["msg"].removeprefix("Value error, ")
     shown = "" if problem["type"] == "value_error" else f", not {problem['input']!r}"
     return f"{name}: {message}{shown}" if name else message

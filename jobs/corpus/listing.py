@@ -1,12 +1,15 @@
 """Lists the files of a corpus in canonical order: by the order of the sources, then by path."""
 
+import glob
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from sys import intern
 from typing import Any
 
 from cluster.output.progress import say
+from cluster.output.result_text import counted
 from cluster.settings.run import TOKENS
 from cluster.storage.uris import Entry, absolute_uri, glob_uris, pinned
 from model.errors import UserError
@@ -38,7 +41,7 @@ class Listing:
 
     files: list[CorpusFile]
     token_stores: dict[int, str]  # source -> location
-    skipped: list[str]  # of unknown ending
+    skipped: list[str]  # files of unknown ending, and hidden folders
     revisions: dict[str, str]  # hf:// source -> commit
     sources: list[str]  # absolute location of each
 
@@ -55,7 +58,8 @@ def list_corpus(source: str | list[str]) -> Listing:
     """Lists the files that `data.source` names, each once. Raises `CorpusError`, also for more than `MAX_FILES`, and
     `StorageError`.
 
-    A file of unknown ending is an error where it is named by itself, and is skipped in a folder or pattern.
+    A file of unknown ending is an error where it is named by itself, and is skipped in a folder or pattern; so is a
+    hidden folder, such as `.git`, unless the source names it.
     """
     sources = [source] if isinstance(source, str) else source
     if not sources:
@@ -74,6 +78,10 @@ def list_corpus(source: str | list[str]) -> Listing:
         first = len(listing.files)
         for entry in glob_uris(location):
             if entry.key in seen:
+                continue
+            if (hidden := hidden_folder(entry.key, listing.sources[-1])) is not None:
+                if hidden not in listing.skipped:  # once, and not each of the files of a `.git` or `.venv`
+                    listing.skipped.append(hidden)
                 continue
             if file := corpus_file(entry, len(listing.files), source=number):
                 listing.files.append(file)
@@ -95,6 +103,34 @@ def list_corpus(source: str | list[str]) -> Listing:
             f"none of the {len(listing.skipped)} files at {', '.join(sources)} has a known ending; {_EXPECTED}"
         )
     return listing
+
+
+def said_skipped(skipped: list[str]) -> str:
+    """Returns what a listing left out, as a part of a sentence."""
+    folders = [uri for uri in skipped if uri.endswith("/")]
+    files = [uri for uri in skipped if not uri.endswith("/")]
+    parts = [f"{counted(len(files), 'file')} of unknown ending, such as {files[0]!r}"] if files else []
+    parts += [f"{counted(len(folders), 'hidden folder')}, such as {folders[0]!r}"] if folders else []
+    return " and ".join(parts)
+
+
+def endings_of(skipped: list[str]) -> dict[str, int]:
+    """Returns how many files of each ending a listing left out, the commonest first."""
+    names = [uri.rpartition("/")[2] for uri in skipped if not uri.endswith("/")]
+    endings = Counter(f".{name.rpartition('.')[2]}" if "." in name[1:] else "none" for name in names)
+    return dict(endings.most_common())
+
+
+def hidden_folder(uri: str, source: str) -> str | None:
+    """Returns the hidden folder below the source in which a file lies, with a slash, and None if it lies in none."""
+    named = re.split(r"[*?[]", source, maxsplit=1)[0].rpartition("/")[0] if glob.has_magic(source) else source
+    if "/." in source.removeprefix(named):
+        return None  # a pattern that asks for hidden folders
+    *folders, _ = uri.removeprefix(named).split("/")
+    for depth, name in enumerate(folders, start=1):
+        if name.startswith("."):
+            return f"{named}{'/'.join(folders[:depth])}/"
+    return None
 
 
 def corpus_file(entry: Entry, number: int, *, source: int) -> CorpusFile | None:

@@ -21,7 +21,7 @@ from jobs.cleaning.selection import Summary, select
 from jobs.corpus.chunks import Chunk, default_shard_bytes, plan_chunks
 from jobs.corpus.documents import CHAT_DROPS, UNREADABLE, Drop
 from jobs.corpus.file_pieces import PIECES, cut_files
-from jobs.corpus.listing import CorpusError, Listing, empty_corpus, list_corpus
+from jobs.corpus.listing import CorpusError, Listing, empty_corpus, list_corpus, said_skipped
 from jobs.corpus.progress import DataProgress
 from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.tokens import token_store as stored
@@ -44,7 +44,7 @@ def tokenize(config: RunConfig) -> dict[str, Any]:
     """
     builder = _builder(config)
     if skipped := builder.listing.skipped:
-        say(f"skipped {len(skipped)} files of unknown ending, such as {skipped[0]!r}; sources.json names them all")
+        say(f"skipped {said_skipped(skipped)}; sources.json names them all")
     manifest = _finished(builder.store)
     if manifest is None:
         with Lease(builder.store) as lease:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from cluster.output.progress import say
 from cluster.settings.run import DataConfig, RunConfig
 from cluster.storage.uris import split_uri
 from jobs.corpus.chunks import CHUNK_PARTS, EXPANSION, Part, default_shard_bytes
 from jobs.corpus.decompression import decompressed
 from jobs.corpus.documents import named_damage
-from jobs.corpus.listing import CorpusFile, empty_corpus, list_corpus
+from jobs.corpus.listing import CorpusFile, empty_corpus, endings_of, list_corpus, said_skipped
 from jobs.corpus.sample_places import sample_places
 from jobs.tokens.token_store import token_dtype
 from jobs.tokens.train_tokenizer import judged, load_tokenizer, sample_texts
@@ -103,6 +104,8 @@ def preview(config: RunConfig) -> dict[str, Any]:
     """
     data = config.data
     files = (listing := list_corpus(data.source)).files
+    if listing.skipped:
+        say(f"skipped {said_skipped(listing.skipped)}: these are not counted below")
     kinds: dict[tuple[str, str], list[CorpusFile]] = {}  # whose bytes stand for about as much text each
     for file in files:
         kinds.setdefault((file.kind, file.compression), []).append(file)
@@ -127,7 +130,8 @@ def preview(config: RunConfig) -> dict[str, Any]:
     shard_bytes = data.shard_bytes or default_shard_bytes(files)
     return {
         "files": len(files),
-        "skipped_files": listing.skipped,
+        "skipped_files": endings_of(listing.skipped),
+        "hidden_folders": [uri for uri in listing.skipped if uri.endswith("/")],
         "source_bytes": sum(file.size for file in files),
         "sampled_documents": num_documents,
         "dropped": dict(sample.dropped),

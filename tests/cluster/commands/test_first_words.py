@@ -71,6 +71,7 @@ TINY = ["--data.source", "text.txt", "--model.preset", "tiny", "--run-id", "begu
 TEXT = ["pretrain", "--data.source", "text.txt"]
 SHORT = ["--train.seq-len", "64", "--train.micro-batch-size", "1"]
 MISTAKES = {
+    "no such command": (["pretrian"], "unknown command pretrian; did you mean pretrain?"),
     "nothing published": (["serve", "latest"], "nothing is published in"),
     "no such checkpoint": (["evaluate", "step-7"], "unknown checkpoint"),
     "nothing to evaluate": (["evaluate"], "nothing is published in"),
@@ -108,6 +109,11 @@ def test_a_cheap_mistake_is_one_line_before_a_cluster_starts(name: str, folder: 
     assert said.startswith("error: ") and said.count("\n") == 1, said
     assert words in said
     assert used.ru_utime + used.ru_stime < 2
+
+
+def test_without_words_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "train on token shards" in capsys.readouterr().out
 
 
 WORDS = {
