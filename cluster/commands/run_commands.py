@@ -282,15 +282,17 @@ def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any]:
     for publication in published:
         metadata = metadata_of(publication.checkpoint)
         val_loss = metadata and metadata.val_loss
-        rows.append(vars(publication) | {"val_loss": val_loss, "is_latest": publication is latest})
+        is_latest = {"is_latest": publication is latest, "is_gone": metadata is None}
+        rows.append(vars(publication) | {"val_loss": val_loss} | is_latest)
     if not rows:
         say(f"nothing is published in {arguments.storage_uri}: a run that ends publishes its last checkpoint")
-    shown = [
-        row | {"published": result_text.date_of(row["time"]), "latest": "latest" if row["is_latest"] else ""}
-        for row in rows
-    ]
+    shown = [row | {"published": result_text.date_of(row["time"]), "latest": _mark(row)} for row in rows]
     arguments.text = result_text.table(("published", "run_id", "step", "val_loss", "latest", "checkpoint"), shown)
     return {"published": rows}
+
+
+def _mark(row: dict[str, Any]) -> str:
+    return "latest" if row["is_latest"] else "gone" if row["is_gone"] else ""
 
 
 def serve(arguments: argparse.Namespace) -> None:

@@ -1,9 +1,10 @@
 """Lists the files of a corpus in canonical order: by the order of the sources, then by path."""
 
 import glob
+import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from sys import intern
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 from cluster.output.progress import say
 from cluster.output.result_text import counted
 from cluster.settings.run import TOKENS
-from cluster.storage.uris import Entry, absolute_uri, glob_uris, pinned
+from cluster.storage.uris import Entry, absolute_uri, glob_uris, pinned, split_uri
 from model.errors import UserError
 
 _ENDINGS = re.compile(r"\.(txt|jsonl|csv)(\.gz|\.zst)?$|\.(parquet)$", re.IGNORECASE)
+_FRONT_BYTES = 64 << 10
 MAX_FILES = 5_000_000  # the driver takes some 500 bytes for each
 _SAID_FILES = 250_000  # after which listing says how far it is
 _EXPECTED = "expected .txt .jsonl .csv .parquet, .gz and .zst of the first three"
@@ -75,20 +77,11 @@ def list_corpus(source: str | list[str]) -> Listing:
         listing.sources.append(absolute_uri(location))
         if revision:
             listing.revisions[name] = revision
-        first = len(listing.files)
+        first, hidden = len(listing.files), set[str]()
         for entry in glob_uris(location):
             if entry.key in seen:
                 continue
-            if (hidden := hidden_folder(entry.key, listing.sources[-1])) is not None:
-                if hidden not in listing.skipped:  # once, and not each of the files of a `.git` or `.venv`
-                    listing.skipped.append(hidden)
-                continue
-            if file := corpus_file(entry, len(listing.files), source=number):
-                listing.files.append(file)
-            elif entry.key == listing.sources[-1]:
-                raise CorpusError(f"{name} has an unknown ending; {_EXPECTED}")
-            else:
-                listing.skipped.append(entry.key)
+            _take(entry, listing, hidden, source=number)
             num_files = len(listing.files) + len(listing.skipped)
             if num_files > MAX_FILES:
                 raise CorpusError(
@@ -103,6 +96,22 @@ def list_corpus(source: str | list[str]) -> Listing:
             f"none of the {len(listing.skipped)} files at {', '.join(sources)} has a known ending; {_EXPECTED}"
         )
     return listing
+
+
+def _take(entry: Entry, listing: Listing, hidden: set[str], *, source: int) -> None:
+    """Adds a file to the listing, or to what it skips: a hidden folder once, and not each file of a `.git`."""
+    location = listing.sources[-1]
+    folder = hidden_folder(entry.key, location)
+    if folder is not None:
+        if folder not in hidden:
+            hidden.add(folder)
+            listing.skipped.append(folder)
+    elif file := corpus_file(entry, len(listing.files), source=source):
+        listing.files.append(file)
+    elif entry.key == location:
+        raise CorpusError(f"{location} has an unknown ending; {_EXPECTED}")
+    else:
+        listing.skipped.append(entry.key)
 
 
 def said_skipped(skipped: list[str]) -> str:
@@ -144,9 +153,28 @@ def corpus_file(entry: Entry, number: int, *, source: int) -> CorpusFile | None:
     return CorpusFile(number, entry.key, source, entry.size, entry.version, kind or parquet, compression)
 
 
-def empty_corpus(num_files: int, dropped: Mapping[str, int]) -> CorpusError:
+def empty_corpus(files: Sequence[CorpusFile], dropped: Mapping[str, int]) -> CorpusError:
+    """Returns the error for a corpus of which nothing is left, with the fields of its first line if it lacks the one
+    that was asked for."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+    fields = _fields_of_first_line(files) if dropped.get("missing_text") else []
     return CorpusError(
-        f"the corpus is empty: {num_files} files, {sum(dropped.values())} documents dropped"
-        f"{f' ({reasons})' if reasons else ''}; check data.source and data.text_field"
+        f"the corpus is empty: {len(files)} files, {sum(dropped.values())} documents dropped"
+        + (f" ({reasons})" if reasons else "")
+        + "; check data.source and data.text_field"
+        + (f", which may be one of {', '.join(fields)}" if fields else "")
     )
+
+
+def _fields_of_first_line(files: Sequence[CorpusFile]) -> list[str]:
+    """Returns the fields with text in the first line of the first file of JSON lines that is not compressed."""
+    file = next((file for file in files if file.kind == "jsonl" and not file.compression), None)
+    if file is None:
+        return []
+    folder, name = split_uri(file.uri)
+    line = folder.read_bytes(name, start=0, end=min(file.size, _FRONT_BYTES)).partition(b"\n")[0]
+    try:
+        value = json.loads(line)
+    except ValueError:  # also one that is longer than what was read
+        return []
+    return [key for key, item in value.items() if isinstance(item, str)] if isinstance(value, dict) else []

@@ -133,7 +133,7 @@ class _Builder:
         for refused in manifest.drop_samples.get(Drop.TEMPLATE_REFUSED, [])[:1]:
             say(f"{manifest.dropped[Drop.TEMPLATE_REFUSED]:,} conversations are left out; the first: {refused.preview}")
         if not manifest.shards:
-            raise empty_corpus(len(listing.files), manifest.dropped)
+            raise empty_corpus(listing.files, manifest.dropped)
         if num_long := sum(result.long for result in results.values()):
             say(
                 f"{num_long:,} of {manifest.total('documents'):,} conversations have more than train.seq_len="
@@ -164,7 +164,7 @@ class _Builder:
         """Decides which documents are kept, and stores that."""
         summary = select(self.store, index_corpus(self.store, chunks, self.data), self.data)
         if not summary.documents and not self.listing.token_stores:
-            raise empty_corpus(len(self.listing.files), summary.dropped)
+            raise empty_corpus(self.listing.files, summary.dropped)
         _check_readable(summary.documents, summary.dropped, self.data)
         if self.data.decontaminate_ngram:
             contaminated = decontaminate(self.store, chunks, self.data)

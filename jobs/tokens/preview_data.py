@@ -114,7 +114,7 @@ def preview(config: RunConfig) -> dict[str, Any]:
     for kind, own in kinds.items():
         sample.read(own, share_bytes=max(1, _SAMPLE_BYTES * sizes[kind] // max(1, sum(sizes.values()))))
     if not sample.texts:
-        raise empty_corpus(len(files), sample.dropped)
+        raise empty_corpus(files, sample.dropped)
     read_s = time.process_time() - start_s
     if data.tokenizer:
         tokenizer, _ = load_tokenizer(data.tokenizer)

@@ -5,6 +5,7 @@ Measured on real processes by their own processor time, so that a busy machine c
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -249,3 +250,14 @@ def test_the_published_ones_are_told_apart(tmp_path: Path, capsys: pytest.Captur
         ["third", "3", "3", str(tmp_path / "third")],
     ]
     assert all(row.startswith(time.strftime("%Y-%m-%d ")) for row in rows)
+    shutil.rmtree(tmp_path / "first")
+    assert main(["checkpoint", "list", "--storage.uri", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[2:] == ["first", "1", "-", "gone", str(tmp_path / "first")]
+
+
+def test_a_run_that_waits_has_no_report_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "runs/waiting/jobs/20260101-000000-abcd"
+    folder.mkdir(parents=True)
+    (folder / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
+    assert main(["report", "waiting", "--storage.uri", str(tmp_path)]) == 1
+    assert "run 'waiting' has no step yet" in capsys.readouterr().err

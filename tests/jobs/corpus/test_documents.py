@@ -16,7 +16,7 @@ from cluster.storage.uris import ConflictError, NotFoundError, StorageError, ope
 from jobs.corpus.chunks import Chunk, plan_chunks, whole_file
 from jobs.corpus.documents import Document, Drop, read_documents
 from jobs.corpus.file_pieces import cut_file
-from jobs.corpus.listing import CorpusError, list_corpus, said_skipped
+from jobs.corpus.listing import CorpusError, empty_corpus, list_corpus, said_skipped
 from tests.cluster.fault_proxy import running_proxy
 
 TEXTS = ["first document\r\nwith two lines\n", "zweites Dokument: ÄÖÜ 你好 😀", "  third, blanks kept  "]
@@ -170,6 +170,14 @@ def test_hidden_folders_are_left_out_and_named(tmp_path: Path) -> None:
     assert said_skipped(listing.skipped) == f"2 hidden folders, such as {f'{root}/.git/'!r}"
     assert len(list_corpus(f"{root}/.git").files) == 1, "it is named"
     assert len(list_corpus(f"{root}/*/.venv/*.txt").files) == 1, "the pattern asks for it"
+
+
+def test_a_corpus_without_the_field_names_those_that_it_has(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"id": 1, "title": "a", "body": "b"}])
+    listing = list_corpus(str(path))
+    said = str(empty_corpus(listing.files, {"missing_text": 1}))
+    assert said.endswith("check data.source and data.text_field, which may be one of title, body")
+    assert "which may be" not in str(empty_corpus(listing.files, {"empty": 1}))
 
 
 def test_replaced_bytes_of_a_conversation_are_counted(tmp_path: Path) -> None:
