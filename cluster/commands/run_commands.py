@@ -230,7 +230,7 @@ def _housekept(arguments: argparse.Namespace, result: dict[str, Any]) -> dict[st
     from cluster.output.result_text import counted
     from cluster.output.result_text import table as text_table
 
-    rows = [{"files": row["num_files"], "MB": row["num_bytes"] / 1e6, **row} for row in result["found"]]
+    rows = [{"files": row["num_files"], "MB": row["num_bytes"] / 1e6, **row} for row in result["leftovers"]]
     done = "deleted" if result["deleted"] else "would be deleted"
     total = f"{counted(len(rows), 'folder')} of {result['bytes'] / 1e6:,.1f} MB {done}\n"
     arguments.text = text_table(("files", "MB", "why", "uri"), rows) + (total if rows else "nothing to delete\n")

@@ -75,7 +75,7 @@ def as_table(result: dict[str, Any]) -> str:
     names = ("", *result["runs"])
     parts = [f"{'page':8}{result['html']}\n{'figure':8}{result['figure']}\n"]
     for title, values in (("final figures", result["figures"]), ("settings that differ", result["settings"])):
-        rows = [dict(zip(names, (name, *each), strict=True)) for name, each in values.items()]
+        rows = [dict(zip(names, (name, *cells), strict=True)) for name, cells in values.items()]
         parts.append(f"\n{title}{':' if rows else ': none'}\n{table(names, rows)}")
     return "".join(parts)
 

@@ -43,7 +43,7 @@ def delete_run(run: Storage, storage: Storage, *, yes: bool) -> dict[str, Any]:
     needed = [f"{uri} {why}" for uri, why in _needed(storage, besides=run).items() if uri.startswith(f"{run.uri}/")]
     if needed:
         raise UserError(f"{run.uri} stays: {'; '.join(needed)}")
-    folder = _leftover(run, "its deletion was asked for")
+    folder = _leftover(run, "asked for")
     return _removed(storage, [folder], yes=yes)
 
 
@@ -55,15 +55,15 @@ def collect(storage: Storage, *, yes: bool) -> dict[str, Any]:
         if stages := _running(run):
             raise UserError(f"{run.uri} is running ({', '.join(stages)}): what it needs is known when it has ended")
     needed = _needed(storage, besides=None)
-    found = [_leftover(run, "it has no step") for run in runs if not _is_begun(run) and not _is_awaited(run)]
+    leftovers = [_leftover(run, "it has no step") for run in runs if not _is_begun(run) and not _is_awaited(run)]
     begun = [run for run in runs if _is_begun(run)]
     for run in begun:
         checkpoints = RunCheckpoints(run)
         for name, why in _broken(checkpoints):
             if checkpoints.uri(name) not in needed:
-                found.append(_leftover(checkpoints.folder(name), why))
-    found += _unused_stores(storage, begun)
-    return _removed(storage, found, yes=yes)
+                leftovers.append(_leftover(checkpoints.folder(name), why))
+    leftovers += _unused_stores(storage, begun)
+    return _removed(storage, leftovers, yes=yes)
 
 
 def _broken(checkpoints: RunCheckpoints) -> Iterable[tuple[str, str]]:
@@ -131,9 +131,9 @@ def _leftover(folder: Storage, why: str) -> Leftover:
     return Leftover(folder.uri, why, len(sizes), sum(sizes))
 
 
-def _removed(storage: Storage, found: list[Leftover], *, yes: bool) -> dict[str, Any]:
+def _removed(storage: Storage, leftovers: list[Leftover], *, yes: bool) -> dict[str, Any]:
     """Returns the folders as a result, deleted if `yes`."""
-    for leftover in found if yes else ():
+    for leftover in leftovers if yes else ():
         folder = open_storage(leftover.uri)
         here = folder.local_path("")
         if here is not None:
@@ -141,6 +141,6 @@ def _removed(storage: Storage, found: list[Leftover], *, yes: bool) -> dict[str,
         else:
             for entry in folder.list():
                 folder.delete(entry.key)
-    rows = [vars(leftover) for leftover in found]
-    total = sum(leftover.num_bytes for leftover in found)
-    return {"storage": storage.uri, "found": rows, "bytes": total, "deleted": yes and bool(found)}
+    rows = [vars(leftover) for leftover in leftovers]
+    total = sum(leftover.num_bytes for leftover in leftovers)
+    return {"storage": storage.uri, "leftovers": rows, "bytes": total, "deleted": yes and bool(leftovers)}

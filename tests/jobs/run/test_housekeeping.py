@@ -52,7 +52,7 @@ def asked(capsys: pytest.CaptureFixture[str], root: Path, *words: str, code: int
 
 def test_what_nothing_needs_is_named_and_then_deleted(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     named = asked(capsys, root, "gc")
-    found = {str(Path(row["uri"]).relative_to(root)): row["why"] for row in named["found"]}
+    found = {str(Path(row["uri"]).relative_to(root)): row["why"] for row in named["leftovers"]}
     assert found == {
         "runs/empty": "it has no step",
         "runs/third/checkpoints/step-000000002-0001": "it was never complete",
@@ -62,14 +62,14 @@ def test_what_nothing_needs_is_named_and_then_deleted(root: Path, capsys: pytest
     assert asked(capsys, root, "gc", "--yes")["deleted"] is True
     assert not any((root / name).exists() for name in found)
     assert (root / "tokens/used").exists()
-    assert asked(capsys, root, "gc")["found"] == []
+    assert asked(capsys, root, "gc")["leftovers"] == []
 
 
 def test_a_run_that_waits_or_runs_is_left_alone(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = {"run_id": "empty", "stage": "pretrain", "backend": "kuberay", "where": "raymill", "job": "j", "number": 1}
     (root / "runs/empty/jobs").mkdir()
     (root / "runs/empty/jobs/submitted.json").write_text(json.dumps(record | {"submitted": 1.0}))
-    assert "runs/empty" not in str(asked(capsys, root, "gc")["found"])
+    assert "runs/empty" not in str(asked(capsys, root, "gc")["leftovers"])
     with Lease(open_storage(str(root / "runs/third")), lease_key("pretrain")):
         assert "runs/third is running (pretrain)" in asked(capsys, root, "gc", code=1)
         assert "is running (pretrain): `raymill stop` ends it first" in asked(capsys, root, "delete", "third", code=1)
