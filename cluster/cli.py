@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    if not words:
+        put(command_parser([]).format_help())
+        return 0
     try:
         arguments = command_parser(words).parse_args(words)
     except SystemExit:  # of --help and --version, whose text is not written yet

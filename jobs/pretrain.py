@@ -19,7 +19,7 @@ from cluster.settings.code_folders import code_version
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, max_steps, run_storage, seq_len, to_yaml, with_precision
 from cluster.stages.stage import stage_main
-from cluster.stages.stage_module import StageFailedError
+from cluster.stages.stage_module import GaveUpError, StageFailedError
 from cluster.storage.lease import Lease
 from cluster.storage.registry import publications, publish, what_latest_became
 from cluster.storage.uris import Storage, open_storage, split_uri
@@ -91,7 +91,7 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
     """Trains the run to its end and returns its figures. Makes the tokenizer and the token store where missing.
 
     Raises `ConfigError` when `run_id` names a run with other settings or a prompt cannot be continued, `LeaseHeldError`
-    when another launcher is training it, `StageFailedError` when the run gave up.
+    when another launcher is training it, `GaveUpError` when the run gave up.
     """
     config = like_its_source(config)
     tokenizer, tokenizer_uri = ensure_tokenizer(config)
@@ -119,9 +119,10 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
         ledger = Ledger.read(run)
         lease.check()
         if not ledger.events("finish"):
-            raise StageFailedError(why_unfinished(plan, ledger))
+            raise unfinished(plan, ledger)
         checkpoint = RunCheckpoints(run).uri(ledger.events("checkpoint")[-1]["checkpoint"].rsplit("/", 1)[1])
-        if checkpoint not in [published.checkpoint for published in publications(storage)]:
+        is_wanted = config.checkpoint.publish
+        if is_wanted and checkpoint not in [published.checkpoint for published in publications(storage)]:
             publish(storage, checkpoint)
             say(what_latest_became(storage))
         return _figures(run, ledger, checkpoint)
@@ -185,12 +186,12 @@ def _train(plan: RunPlan) -> None:
                 say(f"Ray Train's controller failed after step {step}; it is being restarted: {one_line(str(error))}")
 
 
-def why_unfinished(plan: RunPlan, ledger: Ledger) -> str:
+def unfinished(plan: RunPlan, ledger: Ledger) -> StageFailedError:
     """Returns what the user is told of a run that stopped before its end."""
     run_id, last = plan.config.run_id, ledger.events("gave_up", "preempted")[-1]
     if last["event"] == "gave_up":
-        return f"run {run_id} gave up: {last['reason']}; more is in {plan.run.uri}"
-    return (
+        return GaveUpError(f"run {run_id} gave up: {last['reason']}; more is in {plan.run.uri}")
+    return StageFailedError(
         f"run {run_id} is saved at step {last['step']} of {max_steps(plan.config)} and has stopped, as requested; the "
         "same --run-id continues it"
     )

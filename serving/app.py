@@ -16,7 +16,7 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 
-from cluster.endpoint.endpoint import is_loopback, require_ray_proxies, url_of
+from cluster.endpoint.endpoint import require_key, require_ray_proxies, url_of
 from cluster.endpoint.local_end import LONGEST_STREAM_S, door_name
 from cluster.local.local_cluster import require_free_port
 from cluster.output.progress import say
@@ -48,11 +48,7 @@ def build_app(config: ServeConfig) -> serve.Application:
 
 def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
     require_ray_proxies()
-    if not is_loopback(config.host) and config.api_key_file is None:
-        raise UserError(
-            f"host is {config.host}, which others can reach, and api_key_file is unset: name a key file, "
-            "or listen on 127.0.0.1"
-        )
+    require_key(config)
     replicas = config.replicas
     fixed = replicas.min_replicas == replicas.max_replicas
     # A full replica answers 429 itself. Ray Serve's own limit is higher, so that only a flood gets the proxy's refusal,

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from cluster.endpoint.delivery import Operator, RefusedError
 from cluster.endpoint.endpoint import Endpoint
 from cluster.output.progress import say
+from cluster.storage.references import checkpoint_uri
 from cluster.storage.uris import join_uri, open_storage
 from model.errors import UserError
 
@@ -27,8 +28,9 @@ def promote(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.finish:
         operator.finish()
         return _result(operator.wait())
-    fields = _gate_rows(arguments.checkpoint, storage_uri) if gate is None else gate
-    operator.promote(arguments.checkpoint, terms=terms, gate=fields)
+    checkpoint = checkpoint_uri(arguments.checkpoint, storage_uri)
+    fields = _gate_rows(checkpoint, storage_uri) if gate is None else gate
+    operator.promote(checkpoint, terms=terms, gate=fields)
     until = ("steady",) if arguments.canary_percent is None else ("canary", "steady")
     return _result(operator.wait(until=until))
 

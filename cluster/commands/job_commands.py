@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from cluster.commands.kube_commands import overlay_folder, shown_objects
+from cluster.local.jobs_api import ClusterError
 from cluster.output.job_log import LogReader, launches
 from cluster.output.progress import RayFilter, say
 from cluster.output.result_text import put, table
@@ -20,8 +21,17 @@ from cluster.storage.uris import NotFoundError, Storage, StorageError, absolute_
 from cluster.submission.backend import JobBackend
 from cluster.submission.kuberay_backend import KubeJobs
 from cluster.submission.preflight import AdmissionError, Folders, check_run
-from cluster.submission.record import Backend, recorded_runs
-from cluster.submission.submit import JobView, backend_at, describe, living_job, stop_job, submit_job, view_job
+from cluster.submission.record import Backend, JobState, recorded_runs
+from cluster.submission.submit import (
+    JobView,
+    backend_at,
+    describe,
+    living_job,
+    stop_job,
+    stray_jobs,
+    submit_job,
+    view_job,
+)
 from model.errors import UserError
 
 _STOP_TIMEOUT_S = 90.0
@@ -32,11 +42,17 @@ _TAIL_BYTES = 64 << 10
 
 def submit(arguments: argparse.Namespace) -> dict[str, Any]:
     config = config_from_arguments(arguments, RunConfig)
+    if note := getattr(arguments, "note", ""):
+        say(note)
     backend, stage = _backend(arguments, config), arguments.stage
     say(f"submit: {stage} of run {config.run_id}; checking the storage, the sources and the settings")
     backend.probe()
     living = None if arguments.dry_run else living_job(config, stage, arguments.token_file)
     if living is not None:
+        is_there = isinstance(backend, KubeJobs) and living.record.where == backend.where
+        if is_there and living.state is JobState.PENDING:  # its submission may have been interrupted
+            backend.check(config, stage, checked_needs(config, backend.folders))
+            backend.complete(config, living.record)
         return _submitted(config, living, is_new=False)
     backend.check(config, stage, checked_needs(config, backend.folders))
     if not arguments.dry_run:
@@ -165,8 +181,13 @@ def _follow(arguments: argparse.Namespace, run: Storage) -> dict[str, Any]:
 def stop(arguments: argparse.Namespace) -> dict[str, Any]:
     run = _run(arguments)
     view = _view(arguments, run)
-    if was_live := view.state.is_live:
-        stop_job(run, view.record, arguments.token_file)
+    strays: list[str] = []
+    try:
+        strays = stray_jobs(view.record, arguments.token_file)
+    except ClusterError as error:  # which does not keep a job that has ended from being told of
+        say(f"other jobs of the run were not looked for: {error}")
+    if was_live := view.state.is_live or bool(strays):
+        stop_job(run, view, arguments.token_file)
     deadline_s = time.monotonic() + _STOP_TIMEOUT_S
     while view.state.is_live and time.monotonic() < deadline_s:
         time.sleep(1)

@@ -8,8 +8,9 @@ import yaml
 
 from cluster.kube import status as kube
 from cluster.kube.kustomize import rendered_overlay
-from cluster.kube.pending import reasons
-from cluster.kube.scale import Patch, most_replicas, scale_group, suspend
+from cluster.kube.leftovers import PART_OF_RAYMILL, kinds_of, leftovers, removal
+from cluster.kube.pending import reasons, warning
+from cluster.kube.scale import Patch, bounds_of_owner, most_replicas, scale_group, suspend
 from cluster.settings.code_folders import CODE_ROOT
 from cluster.settings.parser import ConfigError
 from model.errors import UserError
@@ -18,10 +19,13 @@ if TYPE_CHECKING:
     from cluster.kube.client import KubeApi
 
 _OVERLAYS = CODE_ROOT / "cluster" / "k8s" / "overlays"  # a link, so that a wheel has them too
+_PLATFORM = "platform"
+"""The component with the namespace, rights and policies, which only an administrator can apply."""
 
 
 def render(arguments: argparse.Namespace) -> dict[str, Any]:
-    return shown_objects(_objects(arguments), arguments)
+    everything = rendered_overlay(overlay_folder(arguments.overlay), arguments.namespace)
+    return shown_objects(_of_component(everything, arguments.component), arguments)
 
 
 def shown_objects(objects: list[kube.Object], arguments: argparse.Namespace, **fields: Any) -> dict[str, Any]:
@@ -31,13 +35,44 @@ def shown_objects(objects: list[kube.Object], arguments: argparse.Namespace, **f
 
 
 def apply(arguments: argparse.Namespace) -> dict[str, Any]:
-    objects = _objects(arguments)
+    everything = rendered_overlay(overlay_folder(arguments.overlay), arguments.namespace)
+    objects = _of_component(everything, arguments.component)
     namespaces = (manifest["metadata"].get("namespace") for manifest in objects)
-    result = _api(next(filter(None, namespaces), None)).apply_all(objects, dry_run=arguments.dry_run)
+    api = _api(next(filter(None, namespaces), None))
+    result = api.apply_all(objects, dry_run=arguments.dry_run)
     if "not_checked" in result:
         result["note"] = "the rest needs the namespace: apply the component `platform`, then check again"
     arguments.is_bad = "failed" in result
+    if not arguments.dry_run and (changed := _pass_bounds_on(api, result["applied"])):
+        result["running"] = changed
+    is_administrators = arguments.component in (None, _PLATFORM)  # who alone may list all kinds
+    if is_administrators and not arguments.is_bad and (left := _leftovers(api, everything)):
+        result["leftovers"] = list(map(kube.full_name, left))
+        result["remove"] = removal(left, api.namespace)
     return result
+
+
+def _pass_bounds_on(api: "KubeApi", applied: list[str]) -> dict[str, list[str]]:
+    """Gives running clusters the bounds of the jobs and services that were applied. Returns a line for each change."""
+    changed = {}
+    for kind, _, name in (full.partition("/") for full in applied):
+        owner = api.get(kube.RAY, kind, name) if kind in ("RayJob", "RayService") else None
+        if owner is None:
+            continue
+        for cluster in _clusters_of(api, owner):
+            patch, lines = bounds_of_owner(cluster, owner)
+            if patch:
+                api.patch(cluster, patch)
+                changed[kube.full_name(cluster)] = lines
+    return changed
+
+
+def _leftovers(api: "KubeApi", everything: list[kube.Object]) -> list[kube.Object]:
+    """Returns what an earlier version or another overlay left in the namespace."""
+    live: list[kube.Object] = []
+    for api_version, kind in kinds_of(everything):
+        live += api.all(api_version, kind, selector=PART_OF_RAYMILL)
+    return leftovers(live, everything)
 
 
 def scale(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -88,7 +123,10 @@ def status(arguments: argparse.Namespace) -> dict[str, Any]:
             for cluster in clusters
             for line in kube.groups(cluster, pods)
         ]
-        result[kube.full_name(manifest)] = [kube.sentence(manifest), *(lines or kube.groups(manifest))]
+        told = None
+        if not manifest.get("status") and not manifest["spec"].get("suspend"):  # refused, or not seen at all
+            told = warning(manifest, api.all("v1", "Event"))
+        result[kube.full_name(manifest)] = [told or kube.sentence(manifest), *(lines or kube.groups(manifest))]
     return result
 
 
@@ -101,14 +139,14 @@ def pending(arguments: argparse.Namespace) -> dict[str, Any]:
     return said or {"pending": "nothing: every requested pod runs"}
 
 
-def _objects(arguments: argparse.Namespace) -> list[kube.Object]:
-    objects = rendered_overlay(overlay_folder(arguments.overlay), arguments.namespace)
-    if arguments.component is None:
+def _of_component(objects: list[kube.Object], component: str | None) -> list[kube.Object]:
+    """Returns the objects of a component, or all if it is None."""
+    if component is None:
         return objects
-    chosen = [o for o in objects if kube.component_of(o) == arguments.component]
+    chosen = [o for o in objects if kube.component_of(o) == component]
     if not chosen:
         known = sorted(filter(None, set(map(kube.component_of, objects))))
-        raise ConfigError(f"unknown component {arguments.component!r}; expected one of {', '.join(known)}")
+        raise ConfigError(f"unknown component {component!r}; expected one of {', '.join(known)}")
     return chosen
 
 
@@ -136,8 +174,7 @@ def _all(api: "KubeApi", name: str | None) -> list[kube.Object]:
     if not found:
         kinds = "RayCluster, RayJob or RayService"
         raise UserError(f"the namespace {api.namespace} has no {kinds}: `raymill cluster apply` makes them")
-    owned = {name for manifest in found if manifest["kind"] != "RayCluster" for name in kube.cluster_names(manifest)}
-    return [o for o in found if o["kind"] != "RayCluster" or o["metadata"]["name"] not in owned]
+    return [manifest for manifest in found if not kube.is_owned(manifest)]
 
 
 def _find(api: "KubeApi", name: str) -> kube.Object:

@@ -28,16 +28,24 @@ def stage(arguments: argparse.Namespace) -> dict[str, Any]:
     from cluster.local.local_cluster import cpus_per_node
     from cluster.settings.flags import config_from_arguments
     from cluster.settings.run import RunConfig, max_steps, run_storage
+    from cluster.submission.first_checks import check_memory, check_stage
     from cluster.submission.preflight import check_sources, folders_at
     from jobs.run.history import why_not_resumed
 
     config = config_from_arguments(arguments, RunConfig)
+    if note := getattr(arguments, "note", ""):
+        say(note)
     faults = parse_faults(getattr(arguments, "chaos", []))
     if faults and config.cluster.address is not None:
         raise ConfigError("--chaos kills nodes of the local cluster; leave out --cluster.address")
     check_sources(config.data, folders_at(config.cluster.address))
     if arguments.command != "tokenize" and (reason := why_not_resumed(run_storage(config), config)):
         raise ConfigError(reason)
+    check_stage(config, arguments.command)
+    if arguments.command != "tokenize" and config.cluster.address is None:
+        from jobs.plan.memory import worker_needs
+
+        check_memory(config, worker_needs(config))
     steps = "" if arguments.command == "tokenize" else f", {max_steps(config):,} steps"
     sources = config.data.source
     more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
@@ -60,7 +68,8 @@ def stage(arguments: argparse.Namespace) -> dict[str, Any]:
         words = ["pretrain" if word == "tokenize" else word for word in arguments.words]
         arguments.next = f"`raymill {shlex.join(words)}`"
     else:
-        arguments.next = _commands(config.storage.uri, f"raymill report {config.run_id}", "raymill serve latest")
+        served = "latest" if config.checkpoint.publish else config.run_id
+        arguments.next = _commands(config.storage.uri, f"raymill report {config.run_id}", f"raymill serve {served}")
     return result
 
 
@@ -118,7 +127,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from cluster.settings.run import EvaluateConfig
     from cluster.submission.preflight import check_sources, folders_at
 
-    config = config_from_arguments(arguments, EvaluateConfig)
+    config = config_from_arguments(_with_positional(arguments), EvaluateConfig)
     checkpoint = _named_by(config)
     check_sources(config.data, folders_at(config.cluster.address))
     say(f"evaluate: {checkpoint}")
@@ -129,6 +138,14 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         result = run_stage(connection, "jobs.evaluate", config)
     arguments.next = _commands(config.storage.uri, f"raymill serve {result['checkpoint']}")
     return result
+
+
+def _with_positional(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Takes the checkpoint that stands by itself as the setting of that name."""
+    if arguments.named is not None and arguments.checkpoint not in (None, arguments.named):
+        raise ConfigError(f"two checkpoints, {arguments.named} and --checkpoint {arguments.checkpoint}; name one")
+    arguments.checkpoint = arguments.named or arguments.checkpoint
+    return arguments
 
 
 def _named_by(config: "EvaluateConfig | ServeConfig") -> str:
@@ -142,14 +159,16 @@ def _named_by(config: "EvaluateConfig | ServeConfig") -> str:
 
 
 def export(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.storage.references import checkpoint_uri
     from cluster.storage.registry import named_checkpoint
 
     destination, storage_uri = absolute_uri(arguments.destination), arguments.storage_uri
-    say(f"export: {named_checkpoint(arguments.checkpoint, storage_uri)} to {destination}")
+    checkpoint = checkpoint_uri(arguments.checkpoint, storage_uri)
+    say(f"export: {named_checkpoint(checkpoint, storage_uri)} to {destination}")
 
     from jobs.export import export as export_checkpoint  # imports PyTorch, which takes two seconds
 
-    result = export_checkpoint(arguments.checkpoint, destination, storage_uri=storage_uri)
+    result = export_checkpoint(checkpoint, destination, storage_uri=storage_uri)
     arguments.next = f"transformers.AutoModelForCausalLM.from_pretrained({destination!r})"
     return result
 
@@ -165,6 +184,8 @@ def look(arguments: argparse.Namespace) -> dict[str, Any]:
         passed = {name: getattr(arguments, name) for name in command.get("passes", [])}
         result: dict[str, Any] = resolve_name(command["looks_by"])(*runs, **passed)
     arguments.is_bad = "good_if" in command and not result[command["good_if"]]
+    if "text_by" in command:
+        arguments.text = resolve_name(command["text_by"])(result)
     return result
 
 
@@ -186,26 +207,62 @@ def lend_workers(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"run_id": arguments.run_id, "lent_workers": loan.num_workers if loan else 0, "for_s": loan and loan.for_s}
 
 
+def delete(arguments: argparse.Namespace) -> dict[str, Any]:
+    storage = open_storage(arguments.storage_uri)
+    run = storage.child(f"runs/{arguments.run_id}")
+    if "/" in arguments.run_id or not any(run.list()):
+        raise UserError(f"no run {arguments.run_id} in {arguments.storage_uri}; `raymill list` shows which there are")
+
+    from jobs.run.housekeeping import delete_run
+
+    return _housekept(arguments, delete_run(run, storage, yes=arguments.yes))
+
+
+def gc(arguments: argparse.Namespace) -> dict[str, Any]:
+    say(f"gc: looking for what no run in {arguments.storage_uri} needs")
+
+    from jobs.run.housekeeping import collect
+
+    return _housekept(arguments, collect(open_storage(arguments.storage_uri), yes=arguments.yes))
+
+
+def _housekept(arguments: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
+    from cluster.output.result_text import counted
+    from cluster.output.result_text import table as text_table
+
+    rows = [{"files": row["num_files"], "MB": row["num_bytes"] / 1e6, **row} for row in result["leftovers"]]
+    done = "deleted" if result["deleted"] else "would be deleted"
+    total = f"{counted(len(rows), 'folder')} of {result['bytes'] / 1e6:,.1f} MB {done}\n"
+    arguments.text = text_table(("files", "MB", "why", "uri"), rows) + (total if rows else "nothing to delete\n")
+    if rows and not result["deleted"]:
+        arguments.next = f"`raymill {shlex.join([*arguments.words, '--yes'])}`"
+    return result
+
+
 def publish_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.storage.references import checkpoint_uri
     from cluster.storage.registry import publish, what_latest_became
 
     storage = open_storage(arguments.storage_uri)
-    found = vars(publish(storage, arguments.checkpoint))
+    found = vars(publish(storage, checkpoint_uri(arguments.checkpoint, arguments.storage_uri)))
     say(what_latest_became(storage))
     return {name: found[name] for name in ("checkpoint", "run_id", "step", "parameter_hash")}
 
 
 def checkpoint_show(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns what a checkpoint holds; for a damaged one `valid` is false and `problems` says why."""
-    from cluster.storage.registry import resolve_checkpoint
-    from model.checkpoint_folder import CheckpointError, read_metadata, verify_checkpoint
+    from cluster.storage.references import checkpoint_uri
+    from cluster.storage.registry import LATEST, named_checkpoint, resolve_checkpoint
+    from model.checkpoint_folder import MANIFEST, read_metadata, verify_checkpoint
 
-    folder = None if arguments.checkpoint == "latest" else open_storage(arguments.checkpoint).local_path("")
+    reference = checkpoint_uri(arguments.checkpoint, arguments.storage_uri)
+    folder = None if reference == LATEST else open_storage(reference).local_path("")
     is_here = folder is not None
     if folder is None:
-        folder = resolve_checkpoint(arguments.checkpoint, arguments.storage_uri)
-    if not folder.is_dir():
-        raise CheckpointError(f"unknown checkpoint {arguments.checkpoint}: no folder is there")
+        folder = resolve_checkpoint(reference, arguments.storage_uri)
+    elif not (folder / MANIFEST).exists():  # a run's folder, or none: its newest checkpoint, damaged or not
+        folder = open_storage(named_checkpoint(reference, arguments.storage_uri)).local_path("")
+        assert folder is not None, "it is below a folder that is here"
     problems = verify_checkpoint(folder, to_train=is_here)  # a copy of a remote one has no training state
     metadata = {"parameter_hash": None} if problems else vars(read_metadata(folder))
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
@@ -225,28 +282,34 @@ def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any]:
     for publication in published:
         metadata = metadata_of(publication.checkpoint)
         val_loss = metadata and metadata.val_loss
-        rows.append(vars(publication) | {"val_loss": val_loss, "is_latest": publication is latest})
+        is_latest = {"is_latest": publication is latest, "is_gone": metadata is None}
+        rows.append(vars(publication) | {"val_loss": val_loss} | is_latest)
     if not rows:
         say(f"nothing is published in {arguments.storage_uri}: a run that ends publishes its last checkpoint")
-    shown = [
-        row | {"published": result_text.date_of(row["time"]), "latest": "latest" if row["is_latest"] else ""}
-        for row in rows
-    ]
+    shown = [row | {"published": result_text.date_of(row["time"]), "latest": _mark(row)} for row in rows]
     arguments.text = result_text.table(("published", "run_id", "step", "val_loss", "latest", "checkpoint"), shown)
     return {"published": rows}
+
+
+def _mark(row: dict[str, Any]) -> str:
+    return "latest" if row["is_latest"] else "gone" if row["is_gone"] else ""
 
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serves until a signal, and then until all answers are whole. On a cluster at an address it deploys and
     returns."""
     from cluster.commands.local_endpoint import keep_up
-    from cluster.endpoint.endpoint import deploy, require_ray_proxies, url_of
+    from cluster.endpoint.endpoint import deploy, require_key, require_ray_proxies, url_of
     from cluster.local.local_cluster import require_free_port
     from cluster.settings.flags import config_from_arguments
     from cluster.settings.serve import ServeConfig
+    from cluster.submission.first_checks import check_gpu
 
     require_ray_proxies()
-    config = config_from_arguments(arguments, ServeConfig)
+    config = config_from_arguments(_with_positional(arguments), ServeConfig)
+    require_key(config)
+    if config.engine.device == "cuda":
+        check_gpu("engine.device=cuda", config.cluster.address)
     checkpoint = _named_by(config)
     if config.cluster.address is None:
         require_free_port(config.host, config.port)

@@ -106,7 +106,7 @@ def progress_of(state: dict[str, Any], *, phase_s: float) -> str:
         case "loading":
             return f"loading: each replica loads and tests {candidate}, for {phase_s:.0f} s so far; {live} serves"
         case "canary":
-            share = f"{terms['canary_percent']:g}% of the requests"
+            share = f"{terms['canary_percent']:g}% of the clients (an API key keeps its version)"
             return f"canary: {candidate} serves {share}, and is watched for {left}"
         case "watching":
             return f"watching: {live} serves; for {left}, errors or slowness roll it back"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from cluster.settings.parser import ConfigError
 from cluster.storage.uris import open_storage
 from model.errors import UserError
 
@@ -71,6 +72,15 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name, which may be any address
         return False
+
+
+def require_key(config: "ServeConfig") -> None:
+    """Raises `ConfigError` for an endpoint that others can reach, and that asks for no key."""
+    if not is_loopback(config.host) and config.api_key_file is None:
+        raise ConfigError(
+            f"host is {config.host}, which others can reach, and api_key_file is unset: name a key file, "
+            "or listen on 127.0.0.1"
+        )
 
 
 def _bearer(path: Path, *, flag: str) -> dict[str, str]:

@@ -2,7 +2,17 @@
 
 import re
 
-from cluster.kube.status import WORDS, Object, cluster_names, cluster_spec, conditions, full_name, sentence
+from cluster.kube.status import (
+    WORDS,
+    Object,
+    cluster_names,
+    cluster_spec,
+    conditions,
+    full_name,
+    has_ended,
+    sentence,
+    wanted,
+)
 
 _IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError")
@@ -12,13 +22,16 @@ _CLAIM = re.compile(r"unbound immediate PersistentVolumeClaims|persistentvolumec
 _MOUNT = ("FailedMount", "FailedAttachVolume")
 _NOT_MADE = ("FailedToCreate", "FailedCreate")
 _MADE = ("Created", "SuccessfulCreate")
+_PARTS = ("Pod", "RayCluster")
+"""Ends of the reasons of what a Ray object is there for; its services and roles come before them."""
 
 
 def reasons(manifest: Object, clusters: list[Object], pods: list[Object], events: list[Object]) -> dict[str, str]:
     """Returns why parts of a Ray object do not run yet, by the names of the object, its clusters and its pods: nothing
     if all run. `clusters` are those behind it; `pods` and `events` are all of the namespace."""
     if manifest["spec"].get("suspend") or not manifest.get("status"):
-        return {full_name(manifest): sentence(manifest)}
+        told = None if manifest["spec"].get("suspend") else warning(manifest, events)
+        return {full_name(manifest): told or sentence(manifest)}
     owners = {owner["metadata"]["uid"]: owner for owner in (manifest, *clusters)}
     why = {full_name(owner): why_not_made(owner, _events(owner, events)) for owner in owners.values()}
     reasons = {name: reason for name, reason in why.items() if reason is not None}
@@ -28,6 +41,14 @@ def reasons(manifest: Object, clusters: list[Object], pods: list[Object], events
     submitters = [pod for pod in pods if is_job and _label(pod, "job-name") == name]
     redis = [pod for pod in pods if has_redis and _label(pod, "raymill/role") == "redis"]
     nodes = [pod for pod in pods if _label(pod, "ray.io/cluster") in names and _label(pod, "ray.io/is-ray-node")]
+    if not clusters and not has_ended(manifest) and full_name(manifest) not in reasons:
+        reasons[full_name(manifest)] = (
+            warning(manifest, events) or f"has no cluster; KubeRay says that it {sentence(manifest)}"
+        )
+    for cluster in owners.values():
+        its_pods = [pod for pod in nodes if _label(pod, "ray.io/cluster") == cluster["metadata"]["name"]]
+        if cluster["kind"] == "RayCluster" and full_name(cluster) not in reasons:
+            reasons |= _missing(cluster, its_pods, events)
     for pod in (*redis, *nodes, *submitters):
         if is_pending(pod):
             reasons[pod["metadata"]["name"]] = why_pending(pod, events)
@@ -38,6 +59,37 @@ def reasons(manifest: Object, clusters: list[Object], pods: list[Object], events
         if not made and (reason := _last_failure(about)):
             reasons[f"{kind}/{its_name}"] = reason
     return reasons
+
+
+def _missing(cluster: Object, pods: list[Object], events: list[Object]) -> dict[str, str]:
+    """Returns why pods that a RayCluster should have do not exist, as far as a condition has not told it."""
+    if cluster["spec"].get("suspend"):
+        return {}
+    kept = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"] and not _has_ended(pod)]
+    heads = [pod for pod in kept if _label(pod, "ray.io/node-type") == "head"]
+    wanted_workers, num_workers = wanted(cluster), len(kept) - len(heads)
+    if heads and num_workers >= wanted_workers:
+        return {}
+    if (told := warning(cluster, events)) is not None:
+        return {full_name(cluster): told}
+    status = cluster.get("status") or {}
+    is_seen = status.get("observedGeneration", 0) >= cluster["metadata"].get("generation", 0)
+    what = f"{num_workers} of {wanted_workers} worker pods exist" if heads else "its head's pod does not exist"
+    who = "KubeRay has made no more" if is_seen else "KubeRay has not seen its newest change"
+    return {full_name(cluster): f"{what}, and {who}: is the operator running?"}
+
+
+def warning(owner: Object, events: list[Object]) -> str | None:
+    """Returns what KubeRay last warned of about a Ray object, unless it made a pod or a cluster since."""
+    about = [event for event in _events(owner, events) if "already exists" not in event["message"]]
+    newest = _newest([event for event in about if event.get("type") == "Warning"])
+    made = [event for event in about if event.get("reason", "").startswith(_MADE) and event["reason"].endswith(_PARTS)]
+    if not newest or _time(_newest(made)) > _time(newest):
+        return None
+    reason, message = newest["reason"], newest["message"]
+    if reason.startswith(_NOT_MADE):
+        return _not_made(message)
+    return f"KubeRay {'refuses it' if reason.startswith('Invalid') else 'cannot go on'}: {message[:300]}"
 
 
 def _events(of: Object, events: list[Object]) -> list[Object]:
@@ -53,9 +105,13 @@ def _label(pod: Object, key: str) -> str:
     return str(pod["metadata"].get("labels", {}).get(key, ""))
 
 
+def _has_ended(pod: Object) -> bool:
+    return pod["status"].get("phase") in ("Succeeded", "Failed")
+
+
 def is_pending(pod: Object) -> bool:
     """Says whether a container that should run does not; a pod that is leaving or done is not pending."""
-    if "deletionTimestamp" in pod["metadata"] or pod["status"].get("phase") in ("Succeeded", "Failed"):
+    if "deletionTimestamp" in pod["metadata"] or _has_ended(pod):
         return False
     if pod["status"].get("phase") == "Pending":
         return True
@@ -106,7 +162,10 @@ def _not_made(message: str) -> str:
     if "exceeded quota" in message:
         quota = re.search(r"exceeded quota: ([^,]+), (requested: [^,]+(?:,[^,:]+=[^,]+)*)", message)
         return f"no more pods: the quota {quota[1]} is used up ({quota[2]})" if quota else f"no more pods: {message}"
-    return f"a pod cannot be made: {message[:300]}"
+    lines = message.strip().splitlines() or [
+        ""
+    ]  # before the reason, a condition's message has a line with its own name
+    return f"a pod cannot be made: {lines[-1][:300]}"
 
 
 def _unscheduled(message: str, events: list[Object]) -> str:

@@ -59,6 +59,23 @@ def as_applied(manifest: Object, live: Object | None) -> tuple[Object, list[str]
     return wanted, kept
 
 
+def bounds_of_owner(cluster: Object, owner: Object) -> tuple[Patch, list[str]]:
+    """Returns the patch by which a running RayCluster gets the bounds of the job or service that made it, to which
+    KubeRay passes none, and a line for each group that it changes."""
+    wanted = {group["groupName"]: group for group in cluster_spec(owner).get("workerGroupSpecs", [])}
+    patch: Patch = []
+    lines = []
+    for index, group in enumerate(cluster["spec"].get("workerGroupSpecs", [])):
+        name = group["groupName"]
+        if name not in wanted or _text(wanted[name]) == _text(group):
+            continue
+        at, bounds = f"/spec/workerGroupSpecs/{index}", wanted[name]
+        patch.append({"op": "test", "path": f"{at}/groupName", "value": name})  # fails if the groups were reordered
+        patch += [_add(f"{at}/{key}", bounds.get(key, 0)) for key in ("minReplicas", "maxReplicas")]
+        lines.append(f"{name}: {bounds.get('minReplicas', 0)} to {bounds.get('maxReplicas', 0)} pods")
+    return patch, lines
+
+
 def most_replicas(service: Object) -> int | None:
     """Returns the number of replicas that a RayService's own settings allow, if they say it."""
     settings = yaml.safe_load(service["spec"].get("serveConfigV2", "")) or {}

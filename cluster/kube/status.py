@@ -10,6 +10,8 @@ Object = dict[str, Any]
 
 RAY = "ray.io/v1"
 KINDS = ("RayCluster", "RayJob", "RayService")
+RUN_ANNOTATION = "raymill/run-id"
+"""Annotation of a RayJob that `raymill submit` made: the run's id."""
 
 WORDS: dict[str, dict[str, str]] = read_table(__file__, "words")
 
@@ -76,6 +78,11 @@ def lacks_head(cluster: Object) -> bool:
     return not is_ready and not cluster["spec"].get("suspend")
 
 
+def is_owned(cluster: Object) -> bool:
+    """Says whether a job or a service made the RayCluster."""
+    return any(owner["kind"] in KINDS for owner in cluster["metadata"].get("ownerReferences") or [])
+
+
 def cluster_names(manifest: Object) -> list[str]:
     """Returns the RayClusters' names behind an object: a job's, a service's active and pending ones, or its own."""
     if manifest["kind"] == "RayCluster":
@@ -88,6 +95,12 @@ def cluster_names(manifest: Object) -> list[str]:
 def component_of(manifest: Object) -> str | None:
     """Returns the component of raymill's manifests that an object belongs to."""
     return manifest["metadata"].get("labels", {}).get("app.kubernetes.io/component")
+
+
+def run_of(manifest: Object) -> str | None:
+    """Returns the id of the run for which `raymill submit` made the object."""
+    run_id: str | None = (manifest["metadata"].get("annotations") or {}).get(RUN_ANNOTATION)
+    return run_id
 
 
 def full_name(manifest: Object) -> str:
@@ -113,19 +126,30 @@ def _job(status: Object) -> str:
 def _service(manifest: Object, status: Object) -> str:
     ready, upgrade = (conditions(manifest).get(kind, {}) for kind in ("Ready", "UpgradeInProgress"))
     active, pending = status.get("activeServiceStatus") or {}, status.get("pendingServiceStatus") or {}
-    ill = [
-        f"{name} is {application.get('status', 'unknown')}{_detail(application.get('message', ''))}"
-        for name, application in (active.get("applicationStatuses") or pending.get("applicationStatuses") or {}).items()
-        if application.get("status") != "RUNNING"
-    ]
+    ill = _not_running(active)
     if ready.get("status") == "True":
         text = f"is answering on the cluster {active.get('rayClusterName', '')}".rstrip()
+        text += f"; {'; '.join(ill)}" if ill else ""
         if upgrade.get("status") == "True":
+            its = _not_running(pending)
             text += f" while its successor {pending.get('rayClusterName', '')} starts"
-        return text + (f"; {'; '.join(ill)}" if ill else "")
-    if ill:
-        return f"does not answer: {'; '.join(ill)}"
-    return f"does not answer yet{_why(ready)}"
+            text += f" ({'; '.join(its)})" if its else ""
+        return text
+    ill = ill or _not_running(pending)
+    if not ill:
+        return f"does not answer yet{_why(ready)}"
+    is_starting = all(" is DEPLOYING" in line or " is NOT_STARTED" in line for line in ill)
+    return f"does not answer{' yet' if is_starting else ''}: {'; '.join(ill)}"
+
+
+def _not_running(part: Object) -> list[str]:
+    """Returns a line for each application of a service's cluster that does not run."""
+    applications = part.get("applicationStatuses") or {}
+    return [
+        f"{name} is {application.get('status', 'unknown')}{_detail(application.get('message', ''))}"
+        for name, application in applications.items()
+        if application.get("status") != "RUNNING"
+    ]
 
 
 def _cluster(manifest: Object, status: Object) -> str:

@@ -11,9 +11,20 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from cluster.settings.parser import ConfigError, suggestion
-from cluster.settings.run import FORMER_SETTINGS, TOKENS, DataConfig, RunConfig, Settings, StorageConfig, TextConfig
-from cluster.settings.serve import HttpConfig
+from cluster.settings.parser import ConfigError, newcomers_word, suggestion
+from cluster.settings.run import (
+    FORMER_SETTINGS,
+    TOKENS,
+    DataConfig,
+    EvaluateConfig,
+    RunConfig,
+    Settings,
+    StorageConfig,
+    TextConfig,
+)
+from cluster.settings.serve import HttpConfig, ServeConfig
+from cluster.settings.wrong_values import expectation
+from cluster.storage.references import checkpoint_uri
 from cluster.storage.uris import absolute_uri
 from model.config import PRESETS, GPTConfig
 from model.tables import read_table
@@ -21,13 +32,15 @@ from model.tables import read_table
 Config = TypeVar("Config", bound=Settings)
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, root: type[BaseModel]) -> None:
-    """Adds one flag for each setting of `root`; the caller adds `config`, the YAML file that the flags override."""
+def add_config_arguments(parser: argparse.ArgumentParser, root: type[BaseModel], *, positional: str = "") -> None:
+    """Adds one flag for each setting of `root`; the caller adds `config`, the YAML file that the flags override, and
+    the setting that may also stand by itself (`positional`), whose flag the help leaves out."""
     for leaf in _leaves(root):
         flag = f"--{leaf.path}"
         names = [flag.replace("_", "-")] + ([flag] if "_" in flag else [])
         count = "+" if leaf.is_list else None
-        parser.add_argument(*names, dest=leaf.path, nargs=count, metavar="VALUE", help=leaf.help.replace("%", "%%"))
+        shown = argparse.SUPPRESS if leaf.path == positional else leaf.help.replace("%", "%%")
+        parser.add_argument(*names, dest=leaf.path, nargs=count, metavar="VALUE", help=shown)
 
 
 def config_from_arguments(arguments: argparse.Namespace, root: type[Config], *, needs_source: bool = True) -> Config:
@@ -36,7 +49,27 @@ def config_from_arguments(arguments: argparse.Namespace, root: type[Config], *, 
     is_run = needs_source and root is RunConfig
     if arguments.config is None and is_run and arguments.__dict__.get("data.source") is None:
         raise ConfigError("no configuration: name a YAML file, or at least --data.source")
+    _check_preset(arguments, values)
     return settled(validate_config(settings_from_flags(arguments, root, over=values), root))
+
+
+def _check_preset(arguments: argparse.Namespace, values: dict[str, Any]) -> None:
+    """Compares a preset that a flag gives with the file's own numbers of the shape, which win over it. Refuses one over
+    a file that gives a shape and no preset; of one over another preset, `arguments.note` says which numbers win."""
+    preset, model = arguments.__dict__.get("model.preset"), values.get("model")
+    if preset not in PRESETS or not isinstance(model, dict):
+        return
+    wanted, given = PRESETS[preset], arguments.__dict__
+    kept = {name: value for name, value in model.items() if given.get(f"model.{name}") is None}
+    others = [f"model.{name}: {value}" for name, value in kept.items() if wanted.get(name, value) != value]
+    if not others:
+        return
+    if "preset" not in model:
+        raise ConfigError(
+            f"--model.preset {preset} has other values than {arguments.config}, where {', '.join(others)}, and those "
+            "would win; take them out of the file, or leave the preset out and give each as a flag"
+        )
+    arguments.note = f"{', '.join(others)} of {arguments.config} stays, with the rest of --model.preset {preset}"
 
 
 def settings_from_flags(
@@ -72,6 +105,7 @@ def validate_config(values: dict[str, Any], root: type[Config]) -> Config:
 def settled(config: Config) -> Config:
     """Makes paths absolute, since a job runs in another folder, and adds a run id if none was given."""
     update: dict[str, Any] = {}
+    place = config.storage.uri if isinstance(config, (RunConfig, EvaluateConfig, ServeConfig)) else ""
     for name, value in config:
         match value:
             case StorageConfig():
@@ -82,11 +116,13 @@ def settled(config: Config) -> Config:
                     paths["validation"] = {name: _absolute_source(uri) for name, uri in value.validation.items()}
                     paths["tokenizer"] = value.tokenizer and absolute_uri(value.tokenizer)
                 update[name] = value.model_copy(update=paths)
-            case Settings() if (source := getattr(value, "init_from", None)) not in (None, "latest"):
-                update[name] = value.model_copy(update={"init_from": absolute_uri(source)})
+            case Settings() if (source := getattr(value, "init_from", None)) is not None:
+                update[name] = value.model_copy(update={"init_from": checkpoint_uri(source, place)})
             case HttpConfig(request_log=str(log)) if log != "-":
                 update[name] = value.model_copy(update={"request_log": str(Path(log).absolute())})
-            case str() if name in ("api_key_file", "admin_key_file") or (name == "checkpoint" and value != "latest"):
+            case str() if name == "checkpoint":
+                update[name] = checkpoint_uri(value, place)
+            case str() if name in ("api_key_file", "admin_key_file"):
                 update[name] = absolute_uri(value)
             case None if name == "run_id":
                 update[name] = new_run_id()
@@ -115,10 +151,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path} is not YAML: {_yaml_problem(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no settings; expected `section:` lines with `name: value` below them")
     return values
+
+
+def _yaml_problem(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    problem = str(getattr(error, "problem", ""))
+    words = "a tab; indent by spaces" if "'\\t'" in problem else f"check the indentation and the colons ({problem})"
+    return f"line {mark.line + 1}, column {mark.column + 1}: {words}"
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -186,9 +231,12 @@ def _explained(problem: Any, root: type[BaseModel]) -> str:
     name = ".".join(path)
     if problem["type"] == "extra_forbidden" and root is RunConfig and name in FORMER_SETTINGS:
         return f"{name} is no setting any more, its value is a constant; leave it out"
+    if problem["type"] == "extra_forbidden" and (meant := newcomers_word(path[-1])):
+        return f"unknown setting {name}{meant}"
     if problem["type"] == "extra_forbidden":
         siblings = [".".join(leaf.path.split(".")[: len(path)]) for leaf in _leaves(root)]
         return f"unknown setting {name}{suggestion(name, sorted(set(siblings)))}"
-    message = problem["msg"].removeprefix("Value error, ")
+    below = [leaf.path.removeprefix(f"{name}.") for leaf in _leaves(root) if leaf.path.startswith(f"{name}.")]
+    message = expectation(problem, siblings=below) or problem["msg"].removeprefix("Value error, ")
     shown = "" if problem["type"] == "value_error" else f", not {problem['input']!r}"
     return f"{name}: {message}{shown}" if name else message

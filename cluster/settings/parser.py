@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 from typing import Any, Never
 
 from model.errors import UserError
@@ -21,12 +22,41 @@ class Parser(argparse.ArgumentParser):
         """Refuses unknown arguments here, as only a subcommand's own parser can suggest its flags."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            flag = unknown[0].split("=")[0]
-            self.error(f"unknown argument {flag}{suggestion(flag, list(self._option_string_actions))}")
+            flag, known = unknown[0].split("=")[0], list(self._option_string_actions)
+            meant = newcomers_word(flag.rpartition(".")[2]) if "--train.max-tokens" in known else ""
+            self.error(f"unknown argument {flag}{meant or suggestion(flag, known)}")
         return namespace, unknown
 
     def error(self, message: str) -> Never:
+        if wrong := _CHOICE.fullmatch(message):
+            message = f"unknown command {wrong['word']}{suggestion(wrong['word'], _NAME.findall(wrong['known']))}"
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
+
+
+_CHOICE = re.compile(r"argument COMMAND: invalid choice: '(?P<word>[^']*)' \(choose from (?P<known>.*)\)")
+"""Matches how argparse refuses a command, by a list of all of them."""
+_NAME = re.compile(r"[\w-]+")
+
+_NEWCOMERS = {
+    "lr": "train.learning_rate",
+    "steps": "train.max_tokens, a number of tokens (`raymill plan` says how many steps they are)",
+    "max_steps": "train.max_tokens, a number of tokens (`raymill plan` says how many steps they are)",
+    "epochs": "train.max_tokens, a number of tokens; the corpus is repeated as often as they take",
+    "batch_size": "train.global_batch_size, of all workers together",
+    "block_size": "train.seq_len",
+    "context_length": "train.seq_len",
+    "gpus": "scaling.max_workers, with scaling.use_gpu",
+    "workers": "scaling.max_workers",
+    "dataset": "data.source",
+    "output_dir": "storage.uri",
+}
+"""What people from other projects type, and the setting that they mean."""
+
+
+def newcomers_word(word: str) -> str:
+    """Returns the end of an error that names the setting that people mean by a word, or an empty text."""
+    meant = _NEWCOMERS.get(word.lstrip("-").replace("-", "_"))
+    return f"; did you mean {meant}?" if meant else ""
 
 
 def suggestion(word: str, known: list[str]) -> str:

@@ -10,10 +10,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+)
 from pydantic.functional_serializers import PlainSerializer
-from pydantic.functional_validators import BeforeValidator, model_validator
+from pydantic.functional_validators import BeforeValidator, field_validator, model_validator
 
+from cluster.settings.amounts import is_whole_number, whole_number
 from cluster.settings.batch_schedule import BatchSchedule
 from cluster.storage.uris import Storage, open_storage
 from model.config import GPTConfig, preset_fields
@@ -32,6 +42,16 @@ class Settings(BaseModel):
     """The base of every branch: frozen, and refusing unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _counted(cls, value: Any, info: ValidationInfo) -> Any:
+        """Reads a number with a unit where a count or bytes are meant."""
+        name = str(info.field_name)
+        if not isinstance(value, str) or not is_whole_number(cls.model_fields[name].annotation):
+            return value
+        number = whole_number(value, is_bytes=name.endswith("_bytes"))
+        return value if number is None else number
 
 
 TOKENS = "tokens://"
@@ -219,6 +239,7 @@ class CheckpointConfig(Settings):
     keep_best: NonNegativeInt = 0
     keep_every_steps: PositiveInt | None = None
     snapshot_bytes: NonNegativeInt | None = None
+    publish: bool = True
 
 
 _FORMER = read_table(__file__, "former_settings")

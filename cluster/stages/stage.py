@@ -32,8 +32,16 @@ from cluster.settings.parser import ConfigError
 from cluster.settings.run import ClusterConfig, EvaluateConfig, RunConfig, write_config
 from cluster.settings.serve import ServeConfig
 from cluster.stages.run_mirrored import entrypoint
-from cluster.stages.stage_module import ERROR_MARK, MISUSED, RESULT_MARK, StageFailedError, parse_result
-from cluster.storage.uris import open_storage
+from cluster.stages.stage_module import (
+    ERROR_MARK,
+    HOPELESS,
+    MISUSED,
+    RESULT_MARK,
+    GaveUpError,
+    StageFailedError,
+    parse_result,
+)
+from cluster.storage.uris import StorageError, open_storage
 from model.errors import UserError
 
 _POLL_S = 0.5
@@ -161,9 +169,17 @@ def stage_main(run: Callable[[Config], dict[str, Any]], root: type[Config]) -> i
         result = run(config)
     except UserError as error:
         sys.stderr.write(f"{ERROR_MARK}{printable(str(error))}\n")
-        return MISUSED if isinstance(error, ConfigError) else 1
+        return _exit_code(error)
     sys.stdout.write(f"{RESULT_MARK}{json.dumps(result)}\n")
     return 0
+
+
+def _exit_code(error: UserError) -> int:
+    """Returns the exit code that tells whether another attempt may succeed: after an outage, or a stop on request."""
+    if isinstance(error, ConfigError):
+        return MISUSED
+    may_succeed = isinstance(error, (StorageError, ClusterError, StageFailedError))
+    return 1 if may_succeed and not isinstance(error, GaveUpError) else HOPELESS
 
 
 def _job_environment(connection: Connection) -> dict[str, str]:

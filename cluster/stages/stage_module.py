@@ -14,6 +14,9 @@ STAGES = {"tokenize": "jobs.tokenize_corpus", "pretrain": "jobs.pretrain", "pipe
 MISUSED = 2
 """Exit code of a module that was called wrongly."""
 
+HOPELESS = 3
+"""Exit code of a module that would fail again: only its user can mend the cause."""
+
 RESULT_MARK = "raymill-result: "
 
 ERROR_MARK = "error: "
@@ -27,6 +30,10 @@ def stage_name(module: str) -> str:
 
 class StageFailedError(UserError):
     """A stage ended without a result; its own log says why."""
+
+
+class GaveUpError(StageFailedError):
+    """A stage ended without a result, and has found out that another attempt would end likewise."""
 
 
 def parse_result(line: str) -> dict[str, Any] | None:

@@ -211,13 +211,22 @@ def _candidates(reference: str, storage_uri: str) -> tuple[Iterable[str], str]:
     folder = open_storage(pinned(reference)[0])
     keys = [entry.key for entry in folder.list()]
     if not keys:
-        run = storage.child(f"runs/{reference}")
-        hint = f"; the run of that name is {run.uri}" if "/" not in reference and any(run.list()) else ""
-        raise CheckpointError(f"unknown checkpoint {reference}: no folder with files is there{hint}")
-    nested = sorted((key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}")), reverse=True)
-    if MANIFEST not in keys and nested:
+        raise CheckpointError(f"unknown checkpoint {reference}: no folder with files is there{_siblings(folder)}")
+    folders = (key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}"))
+    nested = sorted((name for name in folders if f"{name}/raymill.json" in keys), reverse=True)
+    if MANIFEST not in keys and "config.json" not in keys and nested:
         return [folder.child(name).uri for name in nested], f"no checkpoint under {reference} is valid"
     return [folder.uri], ""
+
+
+def _siblings(folder: Storage) -> str:
+    """Returns the end of an error that names the checkpoints beside a folder that is missing."""
+    above = folder.uri.rpartition("/")[0]
+    if not above.endswith("/checkpoints"):
+        return "; expected latest, a run's id, run@step, or the path or URI of a folder"
+    keys = [entry.key for entry in open_storage(above).list() if entry.key.endswith(f"/{MANIFEST}")]
+    names = sorted(key.removesuffix(f"/{MANIFEST}") for key in keys)
+    return f"; beside it are {', '.join(names[-8:])}" if names else ""
 
 
 def metadata_of(checkpoint: str) -> Metadata | None:

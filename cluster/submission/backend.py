@@ -33,7 +33,19 @@ class JobBackend(ABC):
 
     @abstractmethod
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
-        """Submits the job and returns the completed record. Raises `ClusterError`."""
+        """Submits the job and returns the completed record. Raises `ClusterError`, and leaves no part of the job if the
+        place still answers."""
+
+    def complete(self, config: RunConfig, record: JobRecord) -> None:  # noqa: B027 (most start a job by one request)
+        """Does what an interrupted `start` of this job has left undone, and nothing if that is nothing."""
+
+    def may_be_there(self, record: JobRecord) -> bool:
+        """Says whether the place has the job although `start` failed. Raises `ClusterError` if it does not answer."""
+        return False
+
+    def strays(self, record: JobRecord) -> list[str]:
+        """Returns the names of jobs of the run that have not ended and are not the record's."""
+        return []
 
     @abstractmethod
     def state(self, record: JobRecord) -> JobState | None:
@@ -41,4 +53,4 @@ class JobBackend(ABC):
 
     @abstractmethod
     def stop(self, record: JobRecord) -> None:
-        """Asks the job to save and end, without waiting for it; a job that has ended is left alone."""
+        """Asks the job, and any stray of its run, to save and end, without waiting; what has ended is left alone."""

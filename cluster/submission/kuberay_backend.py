@@ -1,10 +1,12 @@
 """Jobs as RayJobs on Kubernetes, each with a Ray cluster of its own."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from cluster.kube.kustomize import rendered_overlay
-from cluster.kube.status import RAY, Object, has_ended
+from cluster.kube.status import RAY, Object, has_ended, run_of
+from cluster.local.jobs_api import ClusterError
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
 from cluster.submission.backend import JobBackend
@@ -45,11 +47,30 @@ class KubeJobs(JobBackend):
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
         """Applies the job first: it owns its settings, so Kubernetes removes them with it; its pods wait for them."""
         job, settings = self.objects(config, record.stage, number=record.number)
-        made = self._api.apply(job)
-        owner = {"apiVersion": RAY, "kind": "RayJob", "name": record.job, "uid": made["metadata"]["uid"]}
-        settings["metadata"]["ownerReferences"] = [owner]
-        self._api.apply(settings)
+        try:
+            made = self._api.apply(job)
+            self._api.apply(_owned(settings, made), force=True)  # by force: `complete` may have been faster
+        except BaseException:  # an interrupt too: a job without its settings would hold its pods for a week
+            with suppress(ClusterError):  # who does not answer is asked again by `may_be_there`
+                self._api.delete(RAY, "RayJob", record.job)
+            raise
         return record
+
+    def complete(self, config: RunConfig, record: JobRecord) -> None:
+        made = self._api.get(RAY, "RayJob", record.job)
+        if made is None:
+            self.start(config, record)
+        elif not has_ended(made):
+            _, settings = self.objects(config, record.stage, number=record.number)
+            self._api.create(_owned(settings, made))
+
+    def may_be_there(self, record: JobRecord) -> bool:
+        return self._api.get(RAY, "RayJob", record.job) is not None
+
+    def strays(self, record: JobRecord) -> list[str]:
+        jobs = [job for job in self._api.all(RAY, "RayJob") if run_of(job) == record.run_id and not has_ended(job)]
+        names = [str(job["metadata"]["name"]) for job in jobs if "deletionTimestamp" not in job["metadata"]]
+        return [name for name in names if name != record.job]
 
     def state(self, record: JobRecord) -> JobState | None:
         job = self._api.get(RAY, "RayJob", record.job)
@@ -64,4 +85,11 @@ class KubeJobs(JobBackend):
 
     def stop(self, record: JobRecord) -> None:
         """Deletes the object: its pods are drained, so the run saves, and it cannot be resumed beside a later job."""
-        self._api.delete(RAY, "RayJob", record.job)
+        for name in (record.job, *self.strays(record)):
+            self._api.delete(RAY, "RayJob", name)
+
+
+def _owned(settings: Object, job: Object) -> Object:
+    """Returns the settings with the job, which Kubernetes has made, as their owner."""
+    owner = {"apiVersion": RAY, "kind": "RayJob", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"]}
+    return settings | {"metadata": settings["metadata"] | {"ownerReferences": [owner]}}

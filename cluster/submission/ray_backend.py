@@ -42,6 +42,9 @@ class RayJobs(JobBackend):
             raise ClusterError(f"{self._api.url} did not take the job: {str(error).splitlines()[0]}") from None
         return record
 
+    def may_be_there(self, record: JobRecord) -> bool:
+        return self._api.job(record.job) is not None
+
     def state(self, record: JobRecord) -> JobState | None:
         job = self._api.job(record.job)
         return JobState(job["status"].lower()) if job else None

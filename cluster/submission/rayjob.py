@@ -6,13 +6,12 @@ import re
 import shlex
 from typing import Any
 
-from cluster.kube.status import Object, cluster_spec, component_of
+from cluster.kube.status import RUN_ANNOTATION, Object, cluster_spec, component_of
 from cluster.settings.run import RunConfig, to_yaml
 from cluster.stages.run_mirrored import entrypoint
 from cluster.stages.stage_module import STAGES
 from cluster.submission.preflight import AdmissionError
 
-RUN_ANNOTATION = "raymill/run-id"
 COMPONENTS = {"tokenize": "tokenize", "pretrain": "pretrain", "pipeline": "pretrain"}
 """The component whose RayJob a stage copies, with its pods and network policies."""
 

@@ -26,7 +26,7 @@ def check_storage(uri: str) -> tuple[list[str], str]:
     if uri.startswith(HF):
         return [], f"{uri}: the Hugging Face Hub can only be read; name a folder or s3://"
     storage, folder = open_storage(uri), f"raymill-check-{secrets.token_hex(8)}"
-    key, made = f"{folder}/probe", _first_missing(storage.local_path(folder))
+    key, made = f"{folder}/probe", first_missing(storage.local_path(folder))
     steps: list[str] = []
     try:
         for name in _steps(storage, key):
@@ -80,7 +80,7 @@ def _steps(storage: Storage, key: str) -> Iterator[str]:
         raise _RefusedError("a deleted object is still there")
 
 
-def _first_missing(path: Path | None) -> Path | None:
+def first_missing(path: Path | None) -> Path | None:
     """Returns the uppermost folder on the path that the check will create."""
     while path is not None and not path.parent.exists():
         path = path.parent

@@ -7,10 +7,11 @@ from typing import Any
 
 from cluster.local.jobs_api import ClusterError, JobsApi, ray_token
 from cluster.output.job_log import Ended, LogReader, Started, launches
-from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, run_storage
-from cluster.stages.run_mirrored import SILENCE_S, lease_key
+from cluster.stages.run_mirrored import SILENCE_S, lease_key, stop_key
+from cluster.stages.stage_module import HOPELESS, MISUSED
 from cluster.storage.lease import living_holder
+from cluster.storage.process_identity import ProcessIdentity
 from cluster.storage.uris import Storage
 from cluster.submission.backend import JobBackend
 from cluster.submission.kuberay_backend import KubeJobs
@@ -59,25 +60,56 @@ def living_job(config: RunConfig, stage: str, token_file: Path | None) -> JobVie
 
 def submit_job(config: RunConfig, stage: str, backend: JobBackend, token_file: Path | None) -> tuple[JobView, bool]:
     """Returns the run's job and whether it is new: of several submissions at once, one starts a job. A job that has
-    ended is followed by another one, which resumes the run. Raises `UserError` if the job is refused."""
+    ended is followed by another one, which resumes the run. Raises `UserError` if the job is refused, or if the place
+    has a job of the run that no record names."""
     run = run_storage(config)
     while True:
         found = read_record(run)
+        if (living := living_job(config, stage, token_file)) is not None:  # another process was faster
+            return living, False
         number, version = (found[0].number + 1, found[1]) if found else (1, None)
         record = backend.record(config, stage, number=number)
+        _clear_way(backend, record, found[0] if found else None, config)
         taken = write_record(run, record, replaces=version)
         if taken is not None:
             break
-        if (living := living_job(config, stage, token_file)) is not None:  # another process was faster
-            return living, False
     try:
         started = backend.start(config, record)
     except UserError as error:
+        if _may_be_there(backend, record):
+            raise UserError(
+                f"{error}; the job {record.job} may be there all the same: `raymill submit` again completes it, and "
+                f"`raymill stop {config.run_id}` ends it"
+            ) from None
         write_record(run, replace(record, refused=str(error)), replaces=taken)
+        raise
+    except BaseException:
+        if not _may_be_there(backend, record):
+            write_record(run, replace(record, refused="the submission was interrupted"), replaces=taken)
         raise
     if started != record:
         write_record(run, started, replaces=taken)
     return JobView(JobState.PENDING, started, None, None), True
+
+
+def _clear_way(backend: JobBackend, record: JobRecord, before: JobRecord | None, config: RunConfig) -> None:
+    """Ends what is left of the run's last job, which is over. Raises `UserError` for a job that no record names."""
+    strays = backend.strays(record)
+    if before is not None and before.backend is record.backend and strays == [before.job]:
+        backend.stop(before)
+    elif strays:
+        raise UserError(
+            f"{record.where} has another job of run {config.run_id}, {', '.join(strays)}: `raymill stop "
+            f"{config.run_id} --storage.uri {config.storage.uri}` ends it"
+        )
+
+
+def _may_be_there(backend: JobBackend, record: JobRecord) -> bool:
+    """Says whether the job may have been taken although its submission failed: an answer can be lost."""
+    try:
+        return backend.may_be_there(record)
+    except ClusterError:
+        return True
 
 
 def view_job(run: Storage, token_file: Path | None) -> JobView | None:
@@ -94,8 +126,9 @@ def view_job(run: Storage, token_file: Path | None) -> JobView | None:
         return None
     if record.refused:
         return JobView(JobState.FAILED, record, launch, ended, f"it was refused: {record.refused}")
-    # KubeRay follows a failed launch by another one, on a new cluster.
-    has_ended = ended is not None and (ended.exit_code == 0 or record.backend is not Backend.KUBERAY)
+    # KubeRay follows a failed launch by another one, on a new cluster; one without hope ends at once (`run_mirrored`).
+    is_final = ended is not None and ended.exit_code in (0, MISUSED, HOPELESS)
+    has_ended = is_final or (ended is not None and record.backend is not Backend.KUBERAY)
     if has_ended or record.backend is Backend.HAND:
         return _seen_in_storage(run, record, launch, ended)
     try:
@@ -136,10 +169,23 @@ def _seen_in_storage(
     return JobView(state, record, launch, ended, note)
 
 
-def stop_job(run: Storage, job: JobRecord, token_file: Path | None) -> None:
-    """Asks the run's job to save and end."""
-    if job.backend is Backend.HAND:
-        raise ConfigError(f"run {job.run_id} was not submitted by `raymill submit`, but started by hand: end it there")
+def stray_jobs(job: JobRecord, token_file: Path | None) -> list[str]:
+    """Returns the names of living jobs of the run that its record does not name."""
+    if job.backend is not Backend.KUBERAY:
+        return []
+    return backend_at(job.backend, job.where, token_file=token_file).strays(job)
+
+
+def stop_job(run: Storage, view: JobView, token_file: Path | None) -> None:
+    """Asks the run's job to save and end. Of a process that no backend reaches from here, such as one that was started
+    by hand, the storage asks it."""
+    job = view.record
+    is_elsewhere = job.backend is Backend.LOCAL and not ProcessIdentity(job.machine, job.pid, job.started_s).is_here
+    if job.backend is Backend.HAND or is_elsewhere:
+        if view.launch is None:
+            raise UserError(f"run {job.run_id} has no launch yet that could be asked to end; ask again in a moment")
+        run.write_bytes(stop_key(view.launch), b"")
+        return
     backend_at(job.backend, job.where, token_file=token_file).stop(job)
     while (found := read_record(run)) is not None and found[0].job == job.job and not found[0].stopped:
         write_record(run, replace(found[0], stopped=True), replaces=found[1])

@@ -56,7 +56,7 @@ class Drop(StrEnum):
     DUPLICATE = "duplicate"  # the same normalized text came earlier in the corpus
     NEAR_DUPLICATE = "near_duplicate"  # a later one of a family of similar texts: data.near_dedup_threshold
     CONTAMINATED = "contaminated"  # shares a run of words with a validation document: data.decontaminate_ngram
-    NO_MESSAGES = "no_messages"  # the line has no list of messages whose role and content are strings
+    NO_MESSAGES = "no_messages"  # the line has no list `messages` whose role and content are text, or parts of text
     UNKNOWN_ROLE = "unknown_role"  # of a message; system, developer, user and assistant are known
     NO_ANSWER = "no_answer"  # no message of the assistant has text
     TEMPLATE_REFUSED = "template_refused"  # the chat template cannot write these messages
@@ -102,6 +102,16 @@ def named_damage(uri: str) -> Iterator[None]:
         raise CorpusError(
             f"{uri} cannot be read to its end ({reason}); replace the file or take it out of data.source"
         ) from error
+
+
+def text_of_content(content: Any) -> Any:
+    """Returns a message's content with the text of its parts joined, as OpenAI's format has them, and any other content
+    as it is: an image has no text."""
+    parts = content if isinstance(content, list) and content else None
+    if parts is None or not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        return content
+    texts = [part.get("text") for part in parts]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
 
 
 def longest_line(kind: str, data: DataConfig) -> int:
@@ -217,7 +227,9 @@ class _Reader:
         """Returns the document that a line with messages makes; what they have beside role and content is not read."""
         found = value.get("messages") if isinstance(value, dict) else None
         turns = [turn for turn in found if isinstance(turn, dict)] if isinstance(found, list) else []
-        messages: list[dict[str, Any]] = [{name: turn.get(name) for name in ("role", "content")} for turn in turns]
+        messages: list[dict[str, Any]] = [
+            {"role": turn.get("role"), "content": text_of_content(turn.get("content"))} for turn in turns
+        ]
         is_text = all(isinstance(text, str) for message in messages for text in message.values())
         if not (found and len(messages) == len(found) and is_text):
             return self.dropped(line, offset, Drop.NO_MESSAGES)

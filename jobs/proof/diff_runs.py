@@ -90,5 +90,5 @@ def _listed(pairs: dict[str, tuple[Any, Any]]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = str(value)
+    text = f"{value:.9g}" if isinstance(value, float) else str(value)  # nine digits tell two fp32 numbers apart
     return f"{text[:12]}…" if len(text) > 32 else text

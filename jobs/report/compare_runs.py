@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.ticker import StrMethodFormatter
 
+from cluster.output.result_text import counted, table
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
 from cluster.storage.uris import Storage, join_uri, open_storage
@@ -39,7 +40,7 @@ def compare(*runs: Storage, storage_uri: str) -> dict[str, Any]:
     Raises `UserError` for a run without a step, `ConfigError` for too few runs or too many.
     """
     if not 2 <= len(runs) <= _MAX_RUNS:
-        raise ConfigError(f"{len(runs)} runs cannot be compared; name 2 to {_MAX_RUNS}")
+        raise ConfigError(f"{counted(len(runs), 'run')} cannot be compared; name 2 to {_MAX_RUNS}")
     read = [Run(run.uri.rpartition("/")[2], begun_ledger(run), recorded_config(run)) for run in runs]
     names = [run.name for run in read]
     settings = differing_settings(read)
@@ -67,6 +68,16 @@ def compare(*runs: Storage, storage_uri: str) -> dict[str, Any]:
         "settings": settings,
         "figures": rows,
     }
+
+
+def as_table(result: dict[str, Any]) -> str:
+    """Returns a comparison as people read it: a column for each run."""
+    names = ("", *result["runs"])
+    parts = [f"{'page':8}{result['html']}\n{'figure':8}{result['figure']}\n"]
+    for title, values in (("final figures", result["figures"]), ("settings that differ", result["settings"])):
+        rows = [dict(zip(names, (name, *cells), strict=True)) for name, cells in values.items()]
+        parts.append(f"\n{title}{':' if rows else ': none'}\n{table(names, rows)}")
+    return "".join(parts)
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:

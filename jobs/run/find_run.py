@@ -16,6 +16,10 @@ def find_run(reference: str, storage_uri: str) -> Storage:
     for run in candidates:
         if run.exists(LEDGER):
             return run
+    if begun := next((run for run in candidates if any(run.list("jobs/"))), None):
+        raise UserError(
+            f"run {reference!r} has no step yet, and so no {LEDGER} in {begun.uri}; `raymill status` says what it does"
+        )
     known = sorted({entry.key.split("/")[0] for entry in runs.list() if entry.key.endswith(f"/{LEDGER}")})
     raise UserError(
         f"unknown run {reference!r}: no {LEDGER} in {' or '.join(run.uri for run in candidates)}; "

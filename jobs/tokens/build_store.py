@@ -21,7 +21,7 @@ from jobs.cleaning.selection import Summary, select
 from jobs.corpus.chunks import Chunk, default_shard_bytes, plan_chunks
 from jobs.corpus.documents import CHAT_DROPS, UNREADABLE, Drop
 from jobs.corpus.file_pieces import PIECES, cut_files
-from jobs.corpus.listing import CorpusError, Listing, empty_corpus, linked_folders, list_corpus
+from jobs.corpus.listing import CorpusError, Listing, empty_corpus, list_corpus, said_skipped
 from jobs.corpus.progress import DataProgress
 from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.tokens import token_store as stored
@@ -43,14 +43,8 @@ def tokenize(config: RunConfig) -> dict[str, Any]:
     Raises `UserError`, also when no document is left to tokenize, and `LeaseHeldError` while another run writes it.
     """
     builder = _builder(config)
-    links = linked_folders(builder.listing.skipped)
-    if files := [name for name in builder.listing.skipped if not name.endswith("/")]:
-        say(f"skipped {len(files)} files of unknown ending, such as {files[0]!r}; sources.json names them all")
-    if links:
-        say(
-            f"skipped {len(links)} linked folders, such as {links[0]!r}, as links may lead round in circles; name in "
-            "data.source those that are to be read (sources.json names them all)"
-        )
+    if skipped := builder.listing.skipped:
+        say(f"skipped {said_skipped(skipped)}; sources.json names them all")
     manifest = _finished(builder.store)
     if manifest is None:
         with Lease(builder.store) as lease:
@@ -139,7 +133,7 @@ class _Builder:
         for refused in manifest.drop_samples.get(Drop.TEMPLATE_REFUSED, [])[:1]:
             say(f"{manifest.dropped[Drop.TEMPLATE_REFUSED]:,} conversations are left out; the first: {refused.preview}")
         if not manifest.shards:
-            raise empty_corpus(len(listing.files), manifest.dropped)
+            raise empty_corpus(listing.files, manifest.dropped)
         if num_long := sum(result.long for result in results.values()):
             say(
                 f"{num_long:,} of {manifest.total('documents'):,} conversations have more than train.seq_len="
@@ -170,7 +164,7 @@ class _Builder:
         """Decides which documents are kept, and stores that."""
         summary = select(self.store, index_corpus(self.store, chunks, self.data), self.data)
         if not summary.documents and not self.listing.token_stores:
-            raise empty_corpus(len(self.listing.files), summary.dropped)
+            raise empty_corpus(self.listing.files, summary.dropped)
         _check_readable(summary.documents, summary.dropped, self.data)
         if self.data.decontaminate_ngram:
             contaminated = decontaminate(self.store, chunks, self.data)

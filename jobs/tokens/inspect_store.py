@@ -18,12 +18,19 @@ def find_store(reference: str | None, storage_uri: str) -> Storage:
     if reference is None:
         keys = sorted({entry.key.partition("/")[0] for entry in stores.list() if entry.key.endswith(f"/{MANIFEST}")})
         if len(keys) != 1:
-            found = f"there are {', '.join(keys)}" if keys else f"{stores.uri} holds none"
+            found = f"there are {'; '.join(_described(stores.child(key)) for key in keys)}"
+            found = found if keys else f"{stores.uri} holds none"
             raise TokenStoreError(f"name a token store: {found}")
         return stores.child(keys[0])
     if "/" not in reference and stores.exists(f"{reference}/{MANIFEST}"):
         return stores.child(reference)
     return open_storage(reference.removesuffix(f"/{MANIFEST}"))
+
+
+def _described(store: Storage) -> str:
+    """Returns the store's key, and the sources that it was made from."""
+    sources = json.loads(store.find_bytes(SOURCES) or b"{}").get("sources", [])
+    return f"{store.uri.rpartition('/')[2]} of {', '.join(sources) or 'unknown sources'}"
 
 
 def stats(store: Storage) -> dict[str, Any]:

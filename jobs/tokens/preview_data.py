@@ -8,12 +8,21 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from cluster.output.progress import say
 from cluster.settings.run import DataConfig, RunConfig
 from cluster.storage.uris import split_uri
 from jobs.corpus.chunks import CHUNK_PARTS, EXPANSION, Part, default_shard_bytes
 from jobs.corpus.decompression import decompressed
 from jobs.corpus.documents import named_damage
-from jobs.corpus.listing import CorpusFile, empty_corpus, list_corpus
+from jobs.corpus.listing import (
+    CorpusFile,
+    empty_corpus,
+    endings_of,
+    hidden_folders,
+    linked_folders,
+    list_corpus,
+    said_skipped,
+)
 from jobs.corpus.sample_places import sample_places
 from jobs.tokens.token_store import token_dtype
 from jobs.tokens.train_tokenizer import judged, load_tokenizer, sample_texts
@@ -103,6 +112,8 @@ def preview(config: RunConfig) -> dict[str, Any]:
     """
     data = config.data
     files = (listing := list_corpus(data.source)).files
+    if listing.skipped:
+        say(f"skipped {said_skipped(listing.skipped)}: these are not counted below")
     kinds: dict[tuple[str, str], list[CorpusFile]] = {}  # whose bytes stand for about as much text each
     for file in files:
         kinds.setdefault((file.kind, file.compression), []).append(file)
@@ -111,7 +122,7 @@ def preview(config: RunConfig) -> dict[str, Any]:
     for kind, own in kinds.items():
         sample.read(own, share_bytes=max(1, _SAMPLE_BYTES * sizes[kind] // max(1, sum(sizes.values()))))
     if not sample.texts:
-        raise empty_corpus(len(files), sample.dropped)
+        raise empty_corpus(files, sample.dropped)
     read_s = time.process_time() - start_s
     if data.tokenizer:
         tokenizer, _ = load_tokenizer(data.tokenizer)
@@ -127,7 +138,9 @@ def preview(config: RunConfig) -> dict[str, Any]:
     shard_bytes = data.shard_bytes or default_shard_bytes(files)
     return {
         "files": len(files),
-        "skipped_files": listing.skipped,
+        "skipped_files": endings_of(listing.skipped),
+        "hidden_folders": hidden_folders(listing.skipped),
+        "linked_folders": linked_folders(listing.skipped),
         "source_bytes": sum(file.size for file in files),
         "sampled_documents": num_documents,
         "dropped": dict(sample.dropped),

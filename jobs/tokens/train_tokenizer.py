@@ -94,7 +94,7 @@ def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]
                 if not remaining:
                     break
     if not seen:
-        raise empty_corpus(len(files), dropped)
+        raise empty_corpus(files, dropped)
 
 
 def kept_texts(

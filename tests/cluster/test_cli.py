@@ -103,7 +103,6 @@ def test_the_first_help_names_every_command() -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], ["COMMAND", "raymill --help"]),
         (["checkpoint"], ["COMMAND", "raymill checkpoint --help"]),
         (["pretrian"], ["'pretrian'", "'pretrain'"]),
         (["pretrain"], ["--data.source"]),

@@ -11,7 +11,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from tests.k8s.field_owners import Manager, Owners
+from tests.k8s.field_owners import Manager, Owners, owners_of
 from tests.k8s.manifests import CRDS, cluster_spec
 from tests.k8s.schema_rules import crd_problems
 
@@ -28,7 +28,34 @@ RAY_DEFAULTS: dict[str, Object] = {
 
 OPERATOR = "kuberay-operator"
 _WITH_STATUS = {*RAY_DEFAULTS, "Pod", "StatefulSet", "ResourceQuota", "Namespace"}
-_CLUSTER_SCOPED = ("namespaces", "priorityclasses", "clusterqueues", "resourceflavors", "topologies")
+_CLAIM_DEFAULTS = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "status": {"phase": "Pending"}}
+"""Defaults of each claim of a StatefulSet, whose list is one field: they make it differ from every manifest's."""
+
+NAMESPACED = {
+    "/api/v1": "ConfigMap Event PersistentVolumeClaim Pod ResourceQuota Secret Service ServiceAccount",
+    "/apis/apps/v1": "StatefulSet",
+    "/apis/batch/v1": "Job",
+    "/apis/kueue.x-k8s.io/v1beta2": "LocalQueue Workload",
+    "/apis/networking.k8s.io/v1": "Ingress NetworkPolicy",
+    "/apis/policy/v1": "PodDisruptionBudget",
+    "/apis/ray.io/v1": "RayCluster RayJob RayService",
+    "/apis/rbac.authorization.k8s.io/v1": "Role RoleBinding",
+}
+CLUSTER_WIDE = {
+    "/api/v1": "Namespace Node",
+    "/apis/kueue.x-k8s.io/v1beta2": "ClusterQueue ResourceFlavor Topology",
+    "/apis/scheduling.k8s.io/v1": "PriorityClass",
+}
+"""The kinds that this cluster knows, by the paths of their groups."""
+
+
+def plural(kind: str) -> str:
+    name = kind.lower()
+    name = name[:-1] + "ie" if name.endswith("y") else name
+    return name + ("es" if name.endswith("s") else "s")
+
+
+_CLUSTER_WIDE = {plural(kind) for kinds in CLUSTER_WIDE.values() for kind in kinds.split()}
 
 
 @dataclass
@@ -140,6 +167,7 @@ class ApiObjects:
         if not manager:
             raise RefusedError(422, "Invalid", "fieldManager: Required value: is required for apply patch")
         with self.lock:
+            _check_scope(path)
             self._namespace_of(path)
             live, owners = self._objects.get(path, {}), copy.deepcopy(self._owners.get(path, Owners()))
             wanted = self._writable(body, path)
@@ -148,7 +176,7 @@ class ApiObjects:
                 raise self._modified(path)
             who = Manager(manager, "Apply")
             if not force and (conflicts := owners.conflicts(live, wanted, who)):
-                raise _conflict(conflicts)
+                raise _conflict(conflicts, body["apiVersion"])
             value = owners.apply(live, wanted, who) | {key: body[key] for key in ("apiVersion", "kind")}
             value["metadata"] |= {
                 key: body["metadata"][key] for key in ("name", "namespace") if key in body["metadata"]
@@ -181,8 +209,13 @@ class ApiObjects:
                 status = value if is_status else live
                 value = {key: item for key, item in rest.items() if key != "status"}
                 value |= {"status": status["status"]} if "status" in status else {}
+            if value["metadata"].get("resourceVersion") != live["metadata"]["resourceVersion"]:
+                raise self._modified(main)
+            if is_shown := "managedFields" in value["metadata"]:  # which only who writes them sends
+                self._owners[main] = owners_of(value["metadata"].pop("managedFields"))
             who = Manager(manager, "Update", "status" if is_status else "")
-            self._owners[main].update(live, value, who)
+            if not is_shown:
+                self._owners[main].update(live, value, who)
             return self._store(main, value)
 
     def event(self, of: Object, reason: str, message: str, *, kind: str = "Normal", at: str = "") -> None:
@@ -248,7 +281,12 @@ class ApiObjects:
 
 
 def defaulted(value: Object) -> Object:
-    """Returns the object with the defaults of Ray's CRDs."""
+    """Returns the object with the defaults of Ray's CRDs, and with those of a StatefulSet that are in a list."""
+    if value.get("kind") == "StatefulSet":
+        claims = value["spec"].get("volumeClaimTemplates", [])
+        filled = [_CLAIM_DEFAULTS | claim | {"spec": {"volumeMode": "Filesystem"} | claim["spec"]} for claim in claims]
+        value["spec"] = value["spec"] | ({"volumeClaimTemplates": filled} if filled else {})
+        return value
     if value.get("kind") not in RAY_DEFAULTS or "spec" not in value:
         return value
     value["spec"] = RAY_DEFAULTS[value["kind"]] | value["spec"]
@@ -258,16 +296,23 @@ def defaulted(value: Object) -> Object:
     return value
 
 
+def _check_scope(path: str) -> None:
+    """Refuses a path with a namespace for a kind that is of the whole cluster."""
+    if "/namespaces/" in path and path.split("/")[-2] in _CLUSTER_WIDE - {"namespaces"}:
+        raise RefusedError(404, "NotFound", "the server could not find the requested resource", {})
+
+
 def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _conflict(conflicts: list[tuple[Manager, tuple[str, ...]]]) -> RefusedError:
+def _conflict(conflicts: list[tuple[Manager, tuple[str, ...]]], api_version: str) -> RefusedError:
     """Returns the refusal in Kubernetes' words."""
     causes = [
         {
             "reason": "FieldManagerConflict",
-            "message": f'conflict with "{owner.name}"',
+            "message": f'conflict with "{owner.name}"'
+            + (f" using {api_version}" if owner.operation == "Update" else ""),
             "field": "".join(f".{key}" for key in path),
         }
         for owner, path in conflicts

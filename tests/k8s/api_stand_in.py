@@ -12,6 +12,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum, auto
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,18 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from tests.k8s.api_objects import ApiObjects, RefusedError
+from tests.k8s.api_objects import CLUSTER_WIDE, NAMESPACED, ApiObjects, RefusedError, plural
 
 Object = dict[str, Any]
 Query = dict[str, str]
+
+
+class Fault(Enum):
+    """What can become of a request."""
+
+    BUSY = auto()  # it is refused with 429, and with the time after which to come back
+    LOST = auto()  # it is done, and the connection ends without an answer
+    CUT = auto()  # it is not done, and the connection ends without an answer
 
 
 class ApiStandIn(ApiObjects):
@@ -39,6 +48,10 @@ class ApiStandIn(ApiObjects):
         """`METHOD path` of every request, in order; a server-side apply is an `APPLY`."""
         self.not_installed: set[str] = set()
         """API groups that this cluster does not know."""
+        self.forbidden: set[str] = set()
+        """Plurals of kinds that this user may not write."""
+        self.faults: list[tuple[str, Fault]] = []
+        """What becomes of a request that has the text in its `METHOD path`, each time one."""
         self._certificates()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -88,15 +101,14 @@ class ApiStandIn(ApiObjects):
         return path
 
     def discovered(self, path: str) -> Object | None:
-        """Returns what kubectl asks for first: the API's groups, or the kinds of one. A kind is known by its objects."""
-        kinds: dict[str, dict[str, Object]] = {"/api/v1": {}}
-        with self.lock:
-            for at, value in self._objects.items():
-                *root, plural, _ = at.split("/")
-                is_namespaced = root[-2] == "namespaces"
-                kind = {"name": plural, "singularName": "", "kind": value.get("kind", ""), "namespaced": is_namespaced}
-                kind["verbs"] = ["get", "create", "patch"]
-                kinds.setdefault("/".join(root[:-2] if is_namespaced else root), {})[plural] = kind
+        """Returns what kubectl asks for first: the API's groups, or the kinds of one."""
+        kinds: dict[str, dict[str, Object]] = {}
+        for table, is_namespaced in ((NAMESPACED, True), (CLUSTER_WIDE, False)):
+            for root, names in table.items():
+                for kind in names.split():
+                    described = {"name": plural(kind), "singularName": "", "kind": kind, "namespaced": is_namespaced}
+                    described["verbs"] = ["get", "list", "create", "patch"]
+                    kinds.setdefault(root, {})[kind] = described
         if path == "/api":
             return {"kind": "APIVersions", "versions": ["v1"]}
         if path == "/apis":
@@ -199,10 +211,21 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
             is_apply = self.headers.get("Content-Type", "").startswith("application/apply-patch")
             api.requests.append(f"{'APPLY' if is_apply else self.command} {self.path}")
             parts = urlsplit(self.path)
+            fault = next((it for it in api.faults if it[0] in api.requests[-1]), None)
+            if fault is not None:
+                api.faults.remove(fault)
+            if fault is not None and fault[1] is Fault.BUSY:
+                self._send(429, b"too many requests\n", "text/plain; charset=utf-8", {"Retry-After": "1"})
+                return
+            if fault is not None and fault[1] is Fault.CUT:
+                self.close_connection = True
+                return
             if any(parts.path.startswith(f"/apis/{group}/") for group in api.not_installed):
                 self._send(404, b"404 page not found\n", "text/plain; charset=utf-8")
                 return
             try:
+                if api.forbidden & set(parts.path.split("/")) and self.command != "GET":
+                    raise RefusedError(403, "Forbidden", f'User "somebody" cannot {self.command} {parts.path}')
                 value = ask(parts.path, {key: values[0] for key, values in parse_qs(parts.query).items()})
                 if value is None:
                     *_, what, name = parts.path.split("/")
@@ -211,10 +234,15 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
                 status = error.code
                 value = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": error.code}
                 value |= {"reason": error.reason, "message": error.message, "details": error.details or {}}
+            if fault is not None and fault[1] is Fault.LOST:
+                self.close_connection = True
+                return
             self._send(status, json.dumps(value).encode(), "application/json")
 
-        def _send(self, status: int, body: bytes, content_type: str) -> None:
+        def _send(self, status: int, body: bytes, content_type: str, headers: dict[str, str] | None = None) -> None:
             self.send_response(status)
+            for name, text in (headers or {}).items():
+                self.send_header(name, text)
             self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -226,8 +254,6 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-_COLLECTIONS = (
-    *("pods", "events", "namespaces", "secrets", "persistentvolumeclaims"),
-    *("rayclusters", "rayjobs", "rayservices", "workloads"),
-    *("priorityclasses", "customresourcedefinitions", "nodes"),
-)
+_COLLECTIONS = {"customresourcedefinitions"} | {
+    plural(kind) for table in (NAMESPACED, CLUSTER_WIDE) for kind in " ".join(table.values()).split()
+}

@@ -95,6 +95,26 @@ class Owners:
         ]
 
 
+def owners_of(shown: list[Object]) -> Owners:
+    """Returns the owners that `metadata.managedFields` shows, for whoever writes it."""
+    owners = Owners()
+    for entry in shown:
+        manager = Manager(entry["manager"], entry["operation"], entry.get("subresource", ""))
+        for path in _members(entry["fieldsV1"], ()):
+            owners.of.setdefault(path, set()).add(manager)
+    return owners
+
+
+def _members(fields: Object, path: Path) -> Iterator[Path]:
+    for key, part in fields.items():
+        if key == ".":
+            yield path
+        elif part:
+            yield from _members(part, (*path, key.removeprefix("f:")))
+        else:
+            yield (*path, key.removeprefix("f:"))
+
+
 def leaves(value: Object) -> dict[Path, Any]:
     """Returns the fields of an object that have owners, with their values."""
     return {path: item for path, item in _leaves(value, ()) if path not in _UNOWNED}

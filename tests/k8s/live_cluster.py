@@ -132,6 +132,12 @@ class LiveCluster:
             self.api.delete("v1", "ResourceQuota", "raymill")
 
 
+def ships() -> bytes:
+    """Returns a corpus of many small documents, since a document goes whole into one split."""
+    lines = ({"text": f"The {number} ships sailed at dawn, and {number // 2} came home.\n"} for number in range(4000))
+    return "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+
+
 @contextmanager
 def live_cluster(folder: Path) -> Iterator[LiveCluster]:
     with pytest.MonkeyPatch.context() as patch:

@@ -29,6 +29,9 @@ def autoscaler_problems(objects: list[Manifest]) -> list[str]:
         options, groups = cluster.get("autoscalerOptions", {}), cluster["workerGroupSpecs"]
         if not cluster.get("enableInTreeAutoscaling") or options.get("version") != "v2":
             problems.append(f"{name}: the autoscaler must be on, version v2")
+        start = " ".join(options.get("args", []))
+        if "trap" not in start or "$KUBERAY_GEN_AUTOSCALER_START_CMD" not in start:
+            problems.append(f"{name}: the autoscaler must be started by a shell that passes SIGTERM on")
         idle = [("autoscalerOptions", options), *((group["groupName"], group) for group in groups)]
         for where, spec in idle:
             if spec.get("idleTimeoutSeconds", _NODE_DEATH_S) < _NODE_DEATH_S:

@@ -26,6 +26,7 @@ Fate = tuple[Object, list[tuple[str, str, str]]]
 RUNNING: Fate = ({"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}, [])
 _SUCCEEDED: Fate = ({"phase": "Succeeded"}, [])
 
+_LONGEST_NAME = 53  # of a RayCluster
 _HASH = "ray.io/hash-without-replicas-and-workers-to-delete"
 _NUM_GROUPS = "ray.io/num-worker-groups"
 _ENDED = ("Complete", "Failed", "ValidationFailed")
@@ -100,8 +101,23 @@ class OperatorStandIn:
         assert job is not None
         self._set_status(job, job["status"] | {"jobDeploymentStatus": deployment, "jobStatus": status})
 
+    def _refusal(self, cluster: Object) -> tuple[str, str] | None:
+        """Returns the event by which KubeRay leaves a cluster as it is, without a status."""
+        name = cluster["metadata"]["name"]
+        if len(name) > _LONGEST_NAME:
+            return "InvalidRayClusterMetadata", f"RayCluster name should be no more than {_LONGEST_NAME} characters"
+        account = cluster["spec"]["headGroupSpec"]["template"]["spec"]["serviceAccountName"]
+        if self.api.get(f"{self._path('serviceaccounts')}/{account}") is None:
+            said = f"Failed to reconcile RayCluster {self._full(cluster)}. ServiceAccount {account} is not found"
+            return "AutoscalerServiceAccountNotFound", said
+        return None
+
     def _cluster(self, cluster: Object) -> None:
         spec, metadata = cluster["spec"], cluster["metadata"]
+        if "deletionTimestamp" not in metadata and (refusal := self._refusal(cluster)):
+            if "status" not in cluster and not self._was_told(cluster, refusal[0]):
+                self.api.event(cluster, *refusal, kind="Warning")
+            return
         finalizers = ["ray.io/gcs-ft-redis-cleanup-finalizer"] if "gcsFaultToleranceOptions" in spec else []
         if finalizers and "finalizers" not in metadata:
             metadata["finalizers"] = finalizers
@@ -137,6 +153,10 @@ class OperatorStandIn:
         state = (cluster.get("status") or {}).get("state")  # stays what it was, also "suspended", until all pods run
         state = "ready" if has_all and all(pod["status"].get("phase") == "Running" for pod in pods) else state
         self._set_status(cluster, status | ({"state": state} if state else {}))
+
+    def _was_told(self, about: Object, reason: str) -> bool:
+        events = self.api.list(self._path("events"))["items"]
+        return any((e["involvedObject"]["uid"], e["reason"]) == (about["metadata"]["uid"], reason) for e in events)
 
     def _end_cluster(self, cluster: Object, pods: list[Object]) -> None:
         """Ends the pods of a deleted cluster that has its state in Redis, and lets go of it once that is cleaned, or its
@@ -184,7 +204,8 @@ class OperatorStandIn:
                     said = f"Failed to create {kind} Pod for the cluster {full}, {refused}"
                     self.api.event(cluster, f"FailedToCreate{kind.capitalize()}Pod", said, kind="Warning")
                     reason = f"FailedCreate{kind.capitalize()}Pod"
-                    return {"type": "ReplicaFailure", "status": "True", "reason": reason, "message": refused}
+                    message = f"{reason}\n{refused}"  # as errors that Go joins
+                    return {"type": "ReplicaFailure", "status": "True", "reason": reason, "message": message}
                 labels = group["template"].get("metadata", {}).get("labels", {})
                 labels = labels | {"ray.io/cluster": cluster["metadata"]["name"], "ray.io/is-ray-node": "yes"}
                 labels |= {"ray.io/node-type": kind, "ray.io/group": name}

@@ -15,7 +15,11 @@ JSON_PATCH = "application/json-patch+json"
 
 @pytest.fixture
 def api() -> ApiObjects:
-    return ApiObjects()
+    api = ApiObjects()
+    for name in ("ray-head", "serving-head"):
+        account = {"kind": "ServiceAccount", "metadata": {"name": name}}
+        api.put(f"/api/v1/namespaces/raymill/serviceaccounts/{name}", account)
+    return api
 
 
 def applied(api: ApiObjects, manifest: dict[str, Any], **settings: Any) -> dict[str, Any]:
@@ -51,8 +55,9 @@ def test_an_apply_is_repeated_until_somebody_else_writes(api: ApiObjects, shared
     with pytest.raises(RefusedError) as refused:
         applied(api, shared)
     assert refused.value.code == 409
-    assert 'Apply failed with 1 conflict: conflict with "kuberay-operator": .spec.workerGroupSpecs' in str(
-        refused.value
+    assert (
+        'Apply failed with 1 conflict: conflict with "kuberay-operator" using ray.io/v1: .spec.workerGroupSpecs'
+        in str(refused.value)
     )
     taken = applied(api, shared, force=True)
     owners = {

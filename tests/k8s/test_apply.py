@@ -1,14 +1,16 @@
 """`raymill cluster apply` works any number of times, on what KubeRay, the autoscaler, Kueue and `scale` wrote since."""
 
+import copy
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster.kube.client import KubeApi
-from tests.k8s.api_stand_in import ApiStandIn
-from tests.k8s.cluster_cli import RAY, Asked, ray_object, stand_in
-from tests.k8s.manifests import K8S, cluster_spec, kubectl, name_of, render
+from tests.k8s.api_stand_in import ApiStandIn, Fault
+from tests.k8s.cluster_cli import CORE, RAY, Asked, cluster_behind, ray_object, stand_in
+from tests.k8s.manifests import K8S, cluster_spec, find, kubectl, name_of, render
 from tests.k8s.operator_stand_in import OperatorStandIn
 
 
@@ -94,6 +96,27 @@ def test_bounds_that_the_overlay_changes_afterwards_win(api: ApiStandIn, asked: 
     assert group_of(api, "RayCluster", "shared")["maxReplicas"] == 9
 
 
+def test_bounds_that_the_overlay_changes_reach_what_runs(api: ApiStandIn, asked: Asked) -> None:
+    """KubeRay passes none to the cluster of a service."""
+    asked("apply", "dev")
+    OperatorStandIn(api).look()
+    before = cluster_behind(api, ray_object(api, "RayService", "completions"))["metadata"]["name"]
+    (group,) = cluster_spec(find(render("base"), "RayService/completions"))["workerGroupSpecs"]
+    most = group_of(api, "RayService", "completions")["maxReplicas"]
+    assert most != group["maxReplicas"]
+    service = ray_object(api, "RayService", "completions")
+    cluster_spec(service)["workerGroupSpecs"][0]["maxReplicas"] = 9  # as an overlay of before had it
+    api.put(f"{RAY}/rayservices/completions", service)
+    cluster = ray_object(api, "RayCluster", before)
+    cluster["spec"]["workerGroupSpecs"][0]["maxReplicas"] = 9
+    api.put(f"{RAY}/rayclusters/{before}", cluster)
+    result = asked("apply", "dev", "--component", "completions")
+    lowest = group_of(api, "RayService", "completions")["minReplicas"]
+    assert result["running"] == {f"RayCluster/{before}": [f"servers: {lowest} to {most} pods"]}
+    assert group_of(api, "RayCluster", before)["maxReplicas"] == most
+    assert "running" not in asked("apply", "dev", "--component", "completions")
+
+
 def test_a_queued_job_that_runs_is_not_suspended_again(api: ApiStandIn, asked: Asked) -> None:
     asked("apply", "kueue")
     admit = [{"op": "replace", "path": "/spec/suspend", "value": False}]
@@ -132,7 +155,7 @@ def test_what_is_refused_is_said_and_the_rest_is_applied(api: ApiStandIn, asked:
     assert refused[0] == "ResourceQuota/raymill"
     assert (
         "another field manager owns a part" in refused[1]
-        and 'conflict with "kubectl-edit": .spec.hard.pods' in refused[1]
+        and 'conflict with "kubectl-edit" using v1: .spec.hard.pods' in refused[1]
     )
     assert len(result["applied"]) == len(render("overlays/dev")) - 1
     assert api.get(quota)["spec"]["hard"]["pods"] == "99"
@@ -140,6 +163,15 @@ def test_what_is_refused_is_said_and_the_rest_is_applied(api: ApiStandIn, asked:
     api.not_installed.add("ray.io")
     result = asked("apply", "dev", code=1)
     assert "its kind is not installed: apply KubeRay's operator" in result["failed"]["RayJob/pretrain"]
+
+
+def test_who_may_not_apply_the_platform_is_told_once_who_may(api: ApiStandIn, asked: Asked) -> None:
+    api.forbidden |= {"networkpolicies", "rayjobs"}
+    result = asked("apply", "dev", code=1)
+    policy, job = result["failed"]["NetworkPolicy/dns"], result["failed"]["RayJob/pretrain"]
+    assert "only an administrator may" in policy and "raymill-operators" not in policy
+    assert "gives the group raymill-operators that right" in job
+    assert result["note"] == "an administrator applies the component `platform`"
 
 
 def test_a_dry_run_on_an_empty_cluster_checks_what_it_can(
@@ -164,3 +196,107 @@ def test_all_goes_into_another_namespace(tmp_path: Path, monkeypatch: pytest.Mon
         assert api.get("/apis/ray.io/v1/namespaces/elsewhere/rayjobs/pretrain") is not None
         assert api.get(f"{RAY}/rayjobs/pretrain") is None
         api.requests.clear()
+
+
+def test_what_kubectl_applied_is_taken_over_and_what_it_alone_had_goes(
+    api: ApiStandIn, asked: Asked, tmp_path: Path
+) -> None:
+    """Has kubectl itself apply an earlier version, as the README's first way does."""
+    older = render("overlays/dev")
+    dns, role = find(older, "NetworkPolicy/dns"), find(older, "Role/raymill-operator")
+    dns["spec"]["egress"] = [{}]
+    dns["metadata"]["annotations"] = {"of-an-earlier-version": "true"}
+    role["rules"][0]["verbs"].append("deletecollection")
+    shared = find(older, "RayCluster/shared")
+    shared["spec"]["headGroupSpec"]["serviceAccountOfAnEarlierVersion"] = "x"
+    (tmp_path / "older.yaml").write_text(yaml.safe_dump_all(older))
+    kubectls = ["--validate=false", "--cache-dir", str(tmp_path / "cache"), "-n", "raymill"]
+    subprocess.run([kubectl(), "apply", "-f", str(tmp_path / "older.yaml"), *kubectls], check=True)
+    policies = "/apis/networking.k8s.io/v1/namespaces/raymill/networkpolicies"
+    assert api.get(f"{policies}/dns")["spec"]["egress"] == [{}]
+
+    assert "failed" not in asked("apply", "dev", "--dry-run")
+    assert api.get(f"{policies}/dns")["spec"]["egress"] == [{}]
+    for _ in range(2):
+        result = asked("apply", "dev")
+        assert "failed" not in result and len(result["applied"]) == len(older)
+    policy = api.get(f"{policies}/dns")
+    assert policy["spec"]["egress"] == find(render("overlays/dev"), "NetworkPolicy/dns")["spec"]["egress"]
+    assert not policy["metadata"].get("annotations"), "kubectl's last manifest, and what the version no longer has"
+    rules = api.get("/apis/rbac.authorization.k8s.io/v1/namespaces/raymill/roles/raymill-operator")["rules"]
+    assert rules == find(render("overlays/dev"), "Role/raymill-operator")["rules"]
+    head = ray_object(api, "RayCluster", "shared")["spec"]["headGroupSpec"]
+    assert "serviceAccountOfAnEarlierVersion" not in head
+    owners = {entry["manager"] for entry in policy["metadata"]["managedFields"]}
+    assert owners == {"raymill"}
+
+    raised = [{"op": "replace", "path": "/spec/hard/pods", "value": "99"}]
+    subprocess.run([kubectl(), "apply", "-f", str(tmp_path / "older.yaml"), *kubectls], check=True)
+    quota = "/api/v1/namespaces/raymill/resourcequotas/raymill"
+    api.patch(quota, "application/json-patch+json", raised, manager="kubectl-edit")
+    (refused,) = asked("apply", "dev", code=1)["failed"].items()
+    assert refused[0] == "ResourceQuota/raymill" and 'conflict with "kubectl-edit"' in refused[1]
+    assert api.get(quota)["spec"]["hard"]["pods"] == "99", "a person's edit"
+    api.requests.clear()  # which an administrator made
+
+
+def test_what_a_version_no_longer_has_is_named_with_the_line_that_removes_it(api: ApiStandIn, asked: Asked) -> None:
+    asked("apply", "dev")
+    budgets = "/apis/policy/v1/namespaces/raymill/poddisruptionbudgets"
+    old = copy.deepcopy(find(render("overlays/dev"), "PodDisruptionBudget/pretrain-head"))
+    old["metadata"]["name"] = "pretrain-workers"
+    api.put(f"{budgets}/pretrain-workers", old)
+    settings = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"labels": dict(old["metadata"]["labels"])}}
+    job = ray_object(api, "RayJob", "pretrain")
+    (used,) = (
+        volume["configMap"]["name"]
+        for volume in cluster_spec(job)["headGroupSpec"]["template"]["spec"]["volumes"]
+        if volume["name"] == "run-config"
+    )
+    for name in (used, "run-config-older"):
+        api.put(f"{CORE}/configmaps/{name}", settings | {"metadata": settings["metadata"] | {"name": name}})
+    run = copy.deepcopy(job)
+    run["metadata"] |= {"name": "run-x-1", "annotations": {"raymill/run-id": "x"}}
+    api.put(f"{RAY}/rayjobs/run-x-1", run)
+    somebodys = {"kind": "ConfigMap", "metadata": {"name": "somebodys"}}
+    api.put(f"{CORE}/configmaps/somebodys", somebodys)
+
+    for words in (("--dry-run",), ("--component", "platform"), ()):
+        result = asked("apply", "dev", *words)
+        assert set(result["leftovers"]) == {"ConfigMap/run-config-older", "PodDisruptionBudget/pretrain-workers"}
+    command = result["remove"].split()
+    assert command[:4] == ["kubectl", "-n", "raymill", "delete"]
+    assert set(command[4:]) == {"configmap/run-config-older", "poddisruptionbudget/pretrain-workers"}
+    assert "leftovers" not in asked("apply", "dev", "--component", "pretrain"), "an operator may not list them"
+
+
+def test_a_kind_of_the_whole_cluster_is_applied_under_another_namespace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Asked
+) -> None:
+    """To kustomize, Kueue's kinds of cluster scope look as if they had a namespace."""
+    with stand_in(tmp_path, monkeypatch, namespaces=("elsewhere",)) as api:
+        assert "failed" not in asked("apply", "kueue", "-n", "elsewhere")
+        for path in ("clusterqueues/raymill", "resourceflavors/raymill", "namespaces/elsewhere/localqueues/raymill"):
+            found = api.get(f"/apis/kueue.x-k8s.io/v1beta2/{path}")
+            assert found is not None, path
+            assert ("namespace" in found["metadata"]) is ("namespaces/" in path)
+        api.requests.clear()
+
+
+def test_an_apply_that_loses_the_api_says_what_it_has_applied(api: ApiStandIn, asked: Asked) -> None:
+    names = [name_of(manifest) for manifest in render("overlays/dev")]
+    api.faults += [("APPLY /apis/ray.io/v1/namespaces/raymill/rayjobs/pretrain", Fault.LOST)] * 99
+    result = asked("apply", "dev", code=1)
+    at = names.index("RayJob/pretrain")
+    assert result["applied"] == names[:at]
+    assert list(result["failed"]) == ["RayJob/pretrain"]
+    assert result["not_tried"] == names[at + 1 :]
+
+
+def test_a_busy_api_and_a_lost_answer_are_tried_again(api: ApiStandIn, asked: Asked) -> None:
+    api.faults += [("rayjobs/pretrain", Fault.BUSY), ("rayclusters/shared", Fault.LOST)]
+    assert "failed" not in asked("apply", "dev")
+    api.faults += [("PATCH", Fault.BUSY)]
+    asked("scale", "shared", "--max", "7")
+    assert not api.faults
+    assert group_of(api, "RayCluster", "shared")["maxReplicas"] == 7

@@ -7,7 +7,7 @@ import yaml
 
 from cluster.cli import main
 from tests.k8s.api_stand_in import ApiStandIn
-from tests.k8s.cluster_cli import RAY, Asked
+from tests.k8s.cluster_cli import RAY, Asked, cluster_behind, ray_object
 from tests.k8s.manifests import OVERLAYS, find, render
 from tests.k8s.operator_stand_in import OperatorStandIn
 
@@ -89,3 +89,15 @@ def test_errors_are_for_people(api: ApiStandIn, asked: Asked, monkeypatch: pytes
     assert "no Kubernetes API answers at https://127.0.0.1:1" in asked.refused("status")
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "missing"))
     assert "no Kubernetes is configured" in asked.refused("status")
+
+
+def test_a_services_old_cluster_is_not_one_of_its_own(api: ApiStandIn, asked: Asked) -> None:
+    """In the last minute of an upgrade the service's status no longer names it."""
+    asked("apply", "dev")
+    OperatorStandIn(api).look()
+    service = ray_object(api, "RayService", "completions")
+    old = cluster_behind(api, service)["metadata"]["name"]
+    status = {"conditions": [], "activeServiceStatus": {"rayClusterName": "completions-new"}}
+    api.put(f"{RAY}/rayservices/completions", service | {"status": status})
+    said = asked("status")
+    assert f"RayCluster/{old}" not in said and "RayCluster/shared" in said

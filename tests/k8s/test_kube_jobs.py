@@ -14,11 +14,12 @@ from cluster.cli import main
 from cluster.output.job_log import Ended, JobLog, Started
 from cluster.settings.flags import validate_config
 from cluster.settings.run import RunConfig
+from cluster.stages.stage_module import HOPELESS
 from cluster.storage.uris import open_storage
 from cluster.submission.preflight import AdmissionError
 from cluster.submission.rayjob import rayjob, rayjob_name
 from tests.k8s import life_rules, network_rules, operator_rules, security_rules
-from tests.k8s.api_stand_in import ApiStandIn
+from tests.k8s.api_stand_in import ApiStandIn, Fault
 from tests.k8s.cluster_cli import operators_rights, stand_in
 from tests.k8s.manifests import CRDS, K8S, render
 from tests.k8s.operator_stand_in import OperatorStandIn
@@ -198,3 +199,96 @@ def test_the_job_goes_into_another_namespace(
     assert "the overlay's namespace is mine, not raymill: give -n mine" in capsys.readouterr().err
     assert len(asked(capsys, *words, "-n", "mine", "--dry-run")["objects"]) == 2
     api.requests.clear()
+
+
+JOB, SETTINGS = "APPLY /apis/ray.io", "APPLY /api/v1"
+
+
+@pytest.mark.parametrize("request_", [JOB, SETTINGS])
+@pytest.mark.parametrize("fault", list(Fault))
+def test_a_request_that_fails_once_is_made_again(
+    api: ApiStandIn, words: list[str], capsys: pytest.CaptureFixture[str], request_: str, fault: Fault
+) -> None:
+    api.faults = [(request_, fault)]
+    name = asked(capsys, *words)["job"]
+    assert not api.faults
+    job, settings = api.get(f"{RAY}/rayjobs/{name}"), api.get(f"{CORE}/configmaps/{name}")
+    assert job is not None and settings is not None
+    assert settings["metadata"]["ownerReferences"][0]["uid"] == job["metadata"]["uid"]
+
+
+@pytest.mark.parametrize("request_", [JOB, SETTINGS])
+@pytest.mark.parametrize("fault", list(Fault))
+def test_a_submission_that_fails_leaves_nothing(
+    api: ApiStandIn, words: list[str], capsys: pytest.CaptureFixture[str], request_: str, fault: Fault
+) -> None:
+    api.faults = [(request_, fault)] * 99
+    assert main(words) == 1
+    assert api.list(f"{RAY}/rayjobs")["items"] == []
+    assert [o for o in api.list(f"{CORE}/configmaps")["items"] if o["metadata"]["name"].startswith("run-")] == []
+    api.faults = []
+    capsys.readouterr()
+    again = asked(capsys, *words)
+    assert (again["new"], again["number"]) == (True, 2), "the first was not taken"
+
+
+def test_a_submission_that_nothing_answers_is_completed_by_the_next(
+    api: ApiStandIn, words: list[str], s3_bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The job is there, its settings are not, and it cannot be removed either."""
+    lost = (SETTINGS, "DELETE", f"GET {RAY}/rayjobs/run-")
+    api.faults = [(request, Fault.CUT) for request in lost for _ in range(9)]
+    assert main(words) == 1
+    assert "may be there all the same: `raymill submit` again completes it" in capsys.readouterr().err
+    (left,) = api.list(f"{RAY}/rayjobs")["items"]
+    name = left["metadata"]["name"]
+    api.faults = []
+    again = asked(capsys, *words)
+    assert (again["job"], again["number"], again["new"]) == (name, 1, False)
+    assert api.get(f"{CORE}/configmaps/{name}")["metadata"]["ownerReferences"][0]["uid"] == left["metadata"]["uid"]
+    assert asked(capsys, *words)["job"] == name, "and any number of times"
+    assert asked(capsys, "stop", "Demo_1", "--storage.uri", f"s3://{s3_bucket}/store")["was_live"] is True
+    assert api.list(f"{RAY}/rayjobs")["items"] == []
+    assert api.get(f"{CORE}/configmaps/{name}") is None, "its owner is gone"
+
+
+def test_a_job_that_no_record_names_is_found_by_its_annotation(
+    api: ApiStandIn, words: list[str], s3_bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = ["--storage.uri", f"s3://{s3_bucket}/store"]
+    name = asked(capsys, *words)["job"]
+    stray = api.get(f"{RAY}/rayjobs/{name}")
+    assert stray is not None
+    api.delete(f"{RAY}/rayjobs/{name}")
+    failed = {"status": {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}}
+    ended = stray["metadata"] | {"name": "run-demo-8"}
+    api.put(f"{RAY}/rayjobs/run-demo-8", stray | failed | {"metadata": ended})
+    open_storage(f"s3://{s3_bucket}/store/runs/Demo_1").delete("jobs/submitted.json")
+    api.put(f"{RAY}/rayjobs/run-demo-9", stray | {"metadata": stray["metadata"] | {"name": "run-demo-9"}})
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "has another job of run Demo_1, run-demo-9: `raymill stop Demo_1" in said
+
+    api.delete(f"{RAY}/rayjobs/run-demo-9")
+    second = asked(capsys, *words)["job"]
+    api.put(f"{RAY}/rayjobs/run-demo-9", stray | {"metadata": stray["metadata"] | {"name": "run-demo-9"}})
+    asked(capsys, "stop", "Demo_1", *storage)
+    left = [o["metadata"]["name"] for o in api.list(f"{RAY}/rayjobs")["items"]]
+    assert left == ["run-demo-8"], f"neither {second} nor run-demo-9"
+
+
+def test_a_job_without_hope_has_failed_while_kuberay_tries_it_again(
+    api: ApiStandIn, words: list[str], s3_bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = ["--storage.uri", f"s3://{s3_bucket}/store"]
+    run = open_storage(f"s3://{s3_bucket}/store/runs/Demo_1")
+    first = asked(capsys, *words)["job"]
+    log = JobLog(run, "20260101-000000-aaaa", Started(first, "pretrain", "pod", 1.0))
+    log.close(Ended(HOPELESS, False, None, 2.0))
+    job = api.get(f"{RAY}/rayjobs/{first}")
+    assert job is not None
+    api.put(f"{RAY}/rayjobs/{first}", job | {"status": {"jobDeploymentStatus": "Retrying", "jobStatus": "FAILED"}})
+    assert asked(capsys, "status", "Demo_1", *storage, code=1)["state"] == "failed"
+    second = asked(capsys, *words)
+    assert (second["new"], second["number"]) == (True, 2)
+    assert [o["metadata"]["name"] for o in api.list(f"{RAY}/rayjobs")["items"]] == [second["job"]]

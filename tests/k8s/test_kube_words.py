@@ -63,6 +63,19 @@ _STATES: list[tuple[dict[str, Any], str, str]] = [
     ),
     (
         _SERVICE,
+        """{conditions: [{type: Ready, status: 'True'}, {type: UpgradeInProgress, status: 'True'}],
+            activeServiceStatus: {rayClusterName: a, applicationStatuses: {raymill: {status: RUNNING}}},
+            pendingServiceStatus: {rayClusterName: b, applicationStatuses: {raymill: {status: DEPLOYING}}}}""",
+        "is answering on the cluster a while its successor b starts (raymill is DEPLOYING)",
+    ),
+    (
+        _SERVICE,
+        """{conditions: [{type: Ready, status: 'False', reason: Initializing}], pendingServiceStatus:
+            {rayClusterName: b, applicationStatuses: {raymill: {status: DEPLOYING}}}}""",
+        "does not answer yet: raymill is DEPLOYING",
+    ),
+    (
+        _SERVICE,
         """{conditions: [{type: Ready, status: 'False', reason: Initializing}], pendingServiceStatus:
             {rayClusterName: b, applicationStatuses: {raymill: {status: DEPLOY_FAILED, message: no checkpoint}}}}""",
         "does not answer: raymill is DEPLOY_FAILED: no checkpoint",

@@ -17,7 +17,7 @@ from kubernetes.client import V1Eviction, V1ObjectMeta
 from cluster.kube.kustomize import rendered_overlay
 from cluster.storage.uris import open_storage
 from tests.k8s.cluster_cli import operators_rights
-from tests.k8s.live_cluster import IMAGE, KUBECONFIG, NOBODYS, STORAGE, LiveCluster, live_cluster
+from tests.k8s.live_cluster import IMAGE, KUBECONFIG, NOBODYS, STORAGE, LiveCluster, live_cluster, ships
 from tests.k8s.manifests import K8S, cluster_spec, pods, render
 
 pytestmark = [
@@ -274,8 +274,7 @@ def test_a_run_loses_no_step_to_an_eviction(operated: LiveCluster, tmp_path: Pat
     for name in (*NAMES, "RayJob/tokenize"):  # which leave it the room, and would run with these keys
         operated.suspend(name)
     core.create_namespaced_secret(operated.namespace, secret)
-    text = b"".join(b"The %d ships sailed at dawn, and %d came home.\n" % (n, n // 2) for n in range(4000))
-    open_storage(uri).write_bytes(f"{operated.namespace}/corpus/ships.txt", text)
+    open_storage(uri).write_bytes(f"{operated.namespace}/corpus/ships.jsonl", ships())
     values = yaml.safe_load((K8S / "overlays/dev/run.yaml").read_text())
     values |= {"run_id": operated.namespace, "storage": {"uri": f"{uri}/{operated.namespace}"}}
     values["data"] |= {"source": f"{uri}/{operated.namespace}/corpus", "vocab_size": 300}
@@ -290,15 +289,18 @@ def test_a_run_loses_no_step_to_an_eviction(operated: LiveCluster, tmp_path: Pat
         pods = {pod["metadata"]["name"]: pod for pod in operated.api.all("v1", "Pod")}
         return [name for name in operated.workers(cluster) if pods[name]["status"].get("phase") == "Running"]
 
-    operated.until(lambda: len(running()) == 2, "two workers run", timeout_s=900)
+    def has_ended() -> bool:
+        return operated.raymill("status", operated.namespace, *where)["state"] not in ("pending", "running")
+
+    operated.until(lambda: len(running()) == 2 or has_ended(), "two workers run", timeout_s=900)
     ledger = open_storage(values["storage"]["uri"]).child(f"runs/{operated.namespace}")
-    operated.until(lambda: b'"step": 20' in _read(ledger), "the run has taken 20 steps", timeout_s=900)
+    operated.until(
+        lambda: b'"step": 20' in _read(ledger) or has_ended(), "the run has taken 20 steps, or ended", timeout_s=900
+    )
+    assert not has_ended(), operated.raymill("logs", operated.namespace, *where)["lines"][-20:]
     evicted = running()[-1]
     body = V1Eviction(metadata=V1ObjectMeta(name=evicted, namespace=operated.namespace))
     core.create_namespaced_pod_eviction(evicted, operated.namespace, body)
-
-    def has_ended() -> bool:
-        return operated.raymill("status", operated.namespace, *where)["state"] not in ("pending", "running")
 
     operated.until(has_ended, "the run ends", timeout_s=1800)
     told = operated.raymill("status", operated.namespace, *where)

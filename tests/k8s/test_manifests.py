@@ -1,7 +1,11 @@
 """Every object of every kustomization fits the schemas, the operator's rules, the checklist and the code it starts."""
 
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 from ray import serve
 
@@ -27,6 +31,8 @@ from tests.k8s.manifests import (
     render_into,
 )
 from tests.k8s.schema_rules import builtin_problems, crd_problems
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 QUEUE = "kueue.x-k8s.io/queue-name"
 RULES = (*operator_rules.RULES, *security_rules.RULES, *life_rules.RULES, *network_rules.RULES, *run_rules.RULES)
@@ -207,3 +213,25 @@ def test_endpoint_builds_from_its_manifest(kustomization: str, tmp_path: Path) -
     config = run_rules.serve_config(find(render(kustomization), "RayService/completions"))
     app = build_app(config.model_copy(update={"api_key_file": str(keys)}))
     assert isinstance(app, serve.Application)
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="no unshare makes a PID namespace here")
+@pytest.mark.parametrize("kind", CLUSTER_KINDS)
+def test_the_autoscaler_ends_at_sigterm_as_the_first_process_of_its_container(kind: str) -> None:
+    """The kernel drops a signal for which the first process of a PID namespace has no handler, as Python has none."""
+    (options, *_) = [cluster_spec(manifest)["autoscalerOptions"] for manifest in of_kind(render("base"), kind)]
+    container = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "/bin/bash", "-c", "--"]
+    start = {"KUBERAY_GEN_AUTOSCALER_START_CMD": f"sleep {limit_s(60):.0f}"}
+    process = subprocess.Popen([*container, *options["args"]], env=os.environ | start)
+    try:
+        wait_until(lambda: _has_started(process.pid), timeout_s=30)
+        psutil.Process(process.pid).children()[0].terminate()
+        process.wait(timeout=limit_s(20))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _has_started(pid: int) -> bool:
+    """Says whether what the shell starts is there."""
+    return "sleep" in [process.name() for process in psutil.Process(pid).children(recursive=True)]

@@ -130,3 +130,63 @@ def test_what_is_suspended_or_not_looked_at_says_so(api: ApiStandIn, asked: Aske
     asked("scale", "completions", "--suspend")
     operator.look()
     assert asked("why-pending", "completions")["RayService/completions"].startswith("is suspended: it has no pods")
+
+
+def test_a_missing_account_of_the_head_is_shown(api: ApiStandIn, asked: Asked, operator: OperatorStandIn) -> None:
+    for account in ("ray-head", "serving-head"):
+        api.delete(f"{CORE}/serviceaccounts/{account}")
+    operator.look()
+    for name, account in (("shared", "ray-head"), ("evaluate", "ray-head"), ("completions", "serving-head")):
+        (reason,) = asked("why-pending", name).values()
+        assert reason.startswith("KubeRay cannot go on: ") and f"ServiceAccount {account} is not found" in reason
+    assert "is not found" in asked("status", "shared")["RayCluster/shared"][0]
+
+
+def test_an_object_that_kuberay_refuses_is_not_put_down_to_the_operator(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
+    shared = ray_object(api, "RayCluster", "shared")
+    name = "shared-" + "x" * 56
+    api.put(f"{RAY}/rayclusters/{name}", shared | {"metadata": {"name": name, "namespace": "raymill"}})
+    assert "is the operator running" in asked("why-pending", name)[f"RayCluster/{name}"]
+    operator.look()
+    expected = "KubeRay refuses it: RayCluster name should be no more than 53 characters"
+    assert asked("why-pending", name) == {f"RayCluster/{name}": expected}
+    assert asked("status", name)[f"RayCluster/{name}"][0] == expected
+
+
+def test_what_an_operator_that_is_gone_has_not_made_is_shown(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
+    asked("scale", "shared", "--min", "2", "--max", "2")
+    operator.look()
+    assert asked("why-pending") == NOTHING
+    asked("scale", "shared", "--min", "4", "--max", "4")
+    unseen = "2 of 4 worker pods exist, and KubeRay has not seen its newest change: is the operator running?"
+    assert asked("why-pending", "shared") == {"RayCluster/shared": unseen}
+    (head,) = api.list(f"{CORE}/pods", "ray.io/cluster=shared,ray.io/node-type=head")["items"]
+    operator.look()
+    assert asked("why-pending") == NOTHING
+    api.delete(f"{CORE}/pods/{head['metadata']['name']}")
+    gone = "its head's pod does not exist, and KubeRay has made no more: is the operator running?"
+    assert asked("why-pending", "shared") == {"RayCluster/shared": gone}
+
+
+def test_a_job_without_its_cluster_is_shown(api: ApiStandIn, asked: Asked, operator: OperatorStandIn) -> None:
+    operator.look()
+    cluster = cluster_behind(api, ray_object(api, "RayJob", "pretrain"))["metadata"]["name"]
+    for pod in api.list(f"{CORE}/pods", f"ray.io/cluster={cluster}")["items"]:
+        api.delete(f"{CORE}/pods/{pod['metadata']['name']}")
+    api.delete(f"{RAY}/rayclusters/{cluster}")
+    said = "has no cluster; KubeRay says that it has a cluster, on which"
+    assert asked("why-pending", "pretrain")["RayJob/pretrain"].startswith(said)
+
+
+def test_a_quota_for_workers_is_told_in_one_line(api: ApiStandIn, asked: Asked, operator: OperatorStandIn) -> None:
+    operator.look()
+    cluster = ray_object(api, "RayCluster", "shared")
+    refused = 'pods "shared-x" is forbidden: maximum cpu usage per Container is 1, but limit is 2'
+    condition = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreateWorkerPod"}
+    condition["message"] = f"FailedCreateWorkerPod\n{refused}"
+    api.put(f"{RAY}/rayclusters/shared", cluster | {"status": cluster["status"] | {"conditions": [condition]}})
+    assert asked("why-pending", "shared") == {"RayCluster/shared": f"a pod cannot be made: {refused}"}

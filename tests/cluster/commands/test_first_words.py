@@ -5,6 +5,7 @@ Measured on real processes by their own processor time, so that a busy machine c
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,8 @@ import pytest
 
 from cluster.cli import main
 from cluster.settings.run import RunConfig, to_yaml
+from cluster.stages.run_mirrored import lease_key
+from cluster.storage.lease import Lease
 from cluster.storage.registry import publish
 from cluster.storage.uris import open_storage
 from tests.checkpoints import write_tiny
@@ -26,8 +29,8 @@ from tests.time_limits import limit_s
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus, a checkpoint, a run with settings, and a folder that is no run."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A corpus, a checkpoint, a run with settings, a run that is running, and a folder that is no run."""
     folder = tmp_path_factory.mktemp("person")
     (folder / "text.txt").write_text("to be or not to be\n" * 100)
     write_tiny(folder / "step-1")
@@ -38,7 +41,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "ledger.jsonl").write_text("")
     (folder / "notes").mkdir()
     (folder / "notes/a.txt").write_text("a")
-    return folder
+    shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}
+    (folder / "run.yaml").write_text(json.dumps({"data": {"source": "text.txt"}, "model": shape}))
+    with Lease(open_storage(str(folder / ".raymill/runs/busy")), lease_key("pretrain")):
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +69,29 @@ def started(argv: list[str], folder: Path) -> "subprocess.Popen[str]":
 
 
 TINY = ["--data.source", "text.txt", "--model.preset", "tiny", "--run-id", "begun"]
+TEXT = ["pretrain", "--data.source", "text.txt"]
+SHORT = ["--train.seq-len", "64", "--train.micro-batch-size", "1"]
 MISTAKES = {
+    "no such command": (["pretrian"], "unknown command pretrian; did you mean pretrain?"),
     "nothing published": (["serve", "latest"], "nothing is published in"),
     "no such checkpoint": (["evaluate", "step-7"], "unknown checkpoint"),
+    "nothing to evaluate": (["evaluate"], "nothing is published in"),
+    "no such checkpoint by flag": (["evaluate", "--checkpoint", "step-7"], "unknown checkpoint"),
+    "two checkpoints": (["evaluate", "step-1", "--checkpoint", "step-7"], "two checkpoints, step-1 and"),
     "no checkpoint there": (["serve", "notes"], "manifest.json is missing"),
     "nothing to export": (["export", "latest", "out"], "nothing is published in"),
     "port in use": (["serve", "step-1", "--port", "PORT"], "is in use by another process"),
     "no such source": (["pretrain", "--data.source", "nowhere.txt"], "nothing is at"),
     "empty pattern": (["tokenize", "--data.source", "*.jsonl"], "nothing is at"),
     "no such validation set": (["pretrain", *TINY, "--data.validation", "news=none.txt"], "nothing is at"),
+    "no GPU": ([*TEXT, "--scaling.use-gpu", "true"], "scaling.use_gpu needs a Ray cluster with GPUs"),
+    "no GPU to serve": (["serve", "step-1", "--engine.device", "cuda"], "engine.device=cuda needs a Ray cluster with"),
+    "no memory": ([*TEXT, "--model.preset", "gpt3-175b", *SHORT], "a worker needs about"),
+    "no key": (["serve", "step-1", "--host", "0.0.0.0"], "host is 0.0.0.0, which others can reach"),
+    "running already": ([*TEXT, "--run-id", "busy"], "`raymill status busy` shows it"),
+    "no place": (["tokenize", *TEXT[1:], "--storage.uri", "/proc/nope"], "/proc/nope cannot be written"),
+    "nor there": ([*TEXT, "--storage.uri", "/sys/nope"], "/sys/nope cannot be written"),
+    "a preset over a shape": (["pretrain", "run.yaml", "--model.preset", "gpt3-175b"], "model.n_layer: 2"),
     "other settings": (["pretrain", *TINY, "--train.seed", "2"], "train.seed was 1, now 2"),
     "no run": (["report", "notes"], "unknown run 'notes'"),
     "nor to look at": (["verify", "./notes"], "unknown run './notes'"),
@@ -90,6 +110,11 @@ def test_a_cheap_mistake_is_one_line_before_a_cluster_starts(name: str, folder: 
     assert said.startswith("error: ") and said.count("\n") == 1, said
     assert words in said
     assert used.ru_utime + used.ru_stime < 2
+
+
+def test_without_words_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "train on token shards" in capsys.readouterr().out
 
 
 WORDS = {
@@ -225,3 +250,14 @@ def test_the_published_ones_are_told_apart(tmp_path: Path, capsys: pytest.Captur
         ["third", "3", "3", str(tmp_path / "third")],
     ]
     assert all(row.startswith(time.strftime("%Y-%m-%d ")) for row in rows)
+    shutil.rmtree(tmp_path / "first")
+    assert main(["checkpoint", "list", "--storage.uri", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[2:] == ["first", "1", "-", "gone", str(tmp_path / "first")]
+
+
+def test_a_run_that_waits_has_no_report_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "runs/waiting/jobs/20260101-000000-abcd"
+    folder.mkdir(parents=True)
+    (folder / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
+    assert main(["report", "waiting", "--storage.uri", str(tmp_path)]) == 1
+    assert "run 'waiting' has no step yet" in capsys.readouterr().err

@@ -114,7 +114,7 @@ def test_a_promotion_is_reported_while_it_lasts(
 
 def test_a_canary_is_reported_with_its_share() -> None:
     said = progress_of(state("canary", candidate={"checkpoint": "/new"}), phase_s=12.0)
-    assert said == "canary: /new serves 5% of the requests, and is watched for 48 s more"
+    assert said == "canary: /new serves 5% of the clients (an API key keeps its version), and is watched for 48 s more"
 
 
 def test_a_refused_promotion_says_why(tmp_path: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
+from cluster.cli import command_parser
 from cluster.settings import flags, plan, run, serve
 from cluster.settings.flags import add_config_arguments, config_from_arguments, new_run_id, settings_from_flags
 from cluster.settings.parser import ConfigError, Parser
@@ -75,11 +76,49 @@ def test_a_preset_by_flag_keeps_the_fields_that_were_named(file: str) -> None:
     assert config.model == GPTConfig(n_layer=3, n_head=4, n_embd=128, n_positions=100)
 
 
+def test_a_preset_by_flag_over_numbers_of_the_file_says_which_win(tmp_path: Path) -> None:
+    """A shape without a preset would leave nothing of the flag, in silence."""
+    path = tmp_path / "run.yaml"
+    words = ["--data.source", "a.txt", "--model.preset", "demo"]
+    path.write_text("model: {n_layer: 9, n_head: 4, n_embd: 128}")
+    said = refusal(str(path), *words)
+    assert f"--model.preset demo has other values than {path}, where model.n_layer: 9, and those would win" in said
+    assert parsed(str(path), *words, "--model.n-layer", "9").model.n_layer == 9, "as a flag it is meant"
+    path.write_text("model: {n_head: 4, n_embd: 128, dropout: 0.5}")
+    assert parsed(str(path), *words).model.dropout == 0.5, "no number of the preset's"
+
+
+def test_a_run_is_left_unpublished_by_a_word() -> None:
+    words = ["pretrain", "--data.source", "a.txt"]
+    for more, is_published in (([], True), (["--no-publish"], False), (["--checkpoint.publish", "false"], False)):
+        arguments = command_parser(words).parse_args([*words, *more])
+        assert config_from_arguments(arguments, RunConfig).checkpoint.publish is is_published
+
+
 def test_validation_sets_are_named_by_a_flag(file: str) -> None:
     config = parsed(file, "--data.validation", "news=n.txt", "law=tokens://s3://b/a=b")
     assert config.data.validation == {"news": str(Path.cwd() / "n.txt"), "law": "tokens://s3://b/a=b"}
     assert "--data.validation n.txt: expected NAME=SOURCE" in refusal(file, "--data.validation", "n.txt")
     assert "data.validation.a/b" in refusal(file, "--data.validation", "a/b=n.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("20M", 20_000_000), ("1e6", 1_000_000), ("2.5k", 2500), ("1_000", 1000), ("3B", 3_000_000_000), ("7", 7)],
+)
+def test_a_count_may_have_a_unit(file: str, text: str, number: int) -> None:
+    assert parsed(file, "--train.eval-max-tokens", text).train.eval_max_tokens == number
+    path = Path(file).with_name("counted.yaml")
+    path.write_text(f"data: {{max_document_bytes: {text}}}")
+    wanted = 3 if text == "3B" else number
+    assert parsed(str(path), "--data.source", "a.txt").data.max_document_bytes == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("64MiB", 64 << 20), ("64MB", 64_000_000), ("2 gib", 2 << 30), ("1K", 1000)]
+)
+def test_bytes_may_have_a_unit(file: str, text: str, number: int) -> None:
+    assert parsed(file, "--data.max-document-bytes", text).data.max_document_bytes == number
 
 
 @pytest.mark.parametrize("word", ["null", "none"])
@@ -198,7 +237,16 @@ def test_each_line_of_help_is_that_of_a_setting_and_true() -> None:
         (["--train.learning-rate"], ["--train.learning-rate", "expected one argument"]),
         (["--train.learning-rate", "fast"], ["train.learning_rate", "number", "'fast'"]),
         (["--train.exact", "maybe"], ["train.exact", "'maybe'"]),
-        (["--model.n-layer", "x"], ["model.n_layer", "integer", "'x'"]),
+        (["--model.n-layer", "x"], ["model.n_layer", "a whole number", "'x'"]),
+        (["--lr", "3"], ["--lr", "did you mean train.learning_rate?"]),
+        (["--train.lr", "3"], ["--train.lr", "did you mean train.learning_rate?"]),
+        (["--train.steps", "3"], ["did you mean train.max_tokens, a number of tokens"]),
+        (["--train.batch-size", "3"], ["did you mean train.global_batch_size"]),
+        (["--train.max-tokens", "20X"], ["a whole number, such as 20000000, 20M or 1e6, not '20X'"]),
+        (["--data.shard-bytes", "64Mi"], ["64MiB", "not '64Mi'"]),
+        (["--train.seed", "-1"], ["train.seed: expected at least 0, not '-1'"]),
+        (["--train.schedule", "linear"], ["expected 'cosine' or 'wsd', not 'linear'"]),
+        (["--run-id", "my run"], ["run_id: expected letters, digits and", "not 'my run'"]),
         (["--model.n-head", "3"], ["n_head=3", "n_embd=32"]),
         (["--data.normalize", "nfc", "nfd"], ["data.normalize", "'nfd'", "'lowercase'"]),
         (["surplus"], ["surplus", "tool --help"]),
@@ -215,11 +263,15 @@ def test_misuse_is_named(file: str, argv: list[str], words: list[str]) -> None:
     [
         (b"train: [", [], ["is not YAML"]),
         (b"a: b: c\n", [], ["is not YAML"]),
+        (b"data:\n\tsource: a\n", [], ["bad.yaml is not YAML: line 2, column 1: a tab; indent by spaces"]),
+        (b"data:\n  source: a\n format: b\n", [], ["line 3, column 2: check the indentation and the colons"]),
         (b"\xff\xfe\x00", [], ["is not YAML"]),
         (b"train: {seed: 2026-13-45}\n", [], ["is not YAML", "month must be in 1..12"]),
         (b"", [], ["holds no settings"]),
         (b"- train\n", [], ["holds no settings"]),
         (b"train:\n", ["--train.seed", "1"], ["train", "None"]),
+        (b"data: libtxt\n", [], ["data: expected `name: value` lines below it, such as `source: …`, not 'libtxt'"]),
+        (b"train: {lr: 1}\n", [], ["unknown setting train.lr; did you mean train.learning_rate?"]),
         (b"train: 5\n", ["--train.seed", "1"], ["train", "5"]),
         (b"train:\n  seed: 1\n  seq_len: 32\n  seed: 2\n", [], ["bad.yaml, line 4: seed", "on line 2"]),
         (b"train: {seed: 1}\ndata: {}\ntrain: {}\n", [], ["bad.yaml, line 3: train", "on line 1"]),

@@ -36,7 +36,7 @@ def test_a_gpu_is_vllms_and_a_cpu_raymills(device: str, backend: str, is_vllm: b
         ("{backend: vllm, batch_invariant: true}", "batch_invariant needs device=cuda"),
         ("{device: cuda, vllm_args: {max_num_seqs: 8}}", "cannot have max_num_seqs: set engine.max_num_seqs"),
         ("{device: cuda, vllm_args: ['{1']}", "expected one JSON object"),
-        ("{device: cuda, vllm_args: 3}", "engine.vllm_args: .*dict"),
+        ("{device: cuda, vllm_args: 3}", "engine.vllm_args: expected .*, not 3"),
     ],
 )
 def test_what_the_engine_lacks_is_refused(engine: str, message: str, tmp_path: Path) -> None:

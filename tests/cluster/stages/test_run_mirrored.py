@@ -1,5 +1,6 @@
 """The process of a job: its stage's output kept in the run's storage, its exit code passed on, each stage once."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.cli import main
 from cluster.output.job_log import LogReader, launches
 from cluster.stages.run_mirrored import lease_key
 from cluster.storage.lease import Lease, living_holder
@@ -124,3 +126,31 @@ def test_settings_without_a_run_id_are_refused(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=limit_s(60))
     assert (process.returncode, out) == (2, "")
     assert "names no run_id" in err
+
+
+@pytest.mark.parametrize(("code", "launched"), [(2, 1), (3, 1), (1, 2), (137, 2)])
+def test_a_job_that_ended_without_hope_is_not_launched_again(
+    run: Storage, tmp_path: Path, code: int, launched: int
+) -> None:
+    """KubeRay starts a failed job again, on a new cluster, by the same command."""
+    start(tmp_path, "say tried", f"exit {code}").communicate(timeout=limit_s(60))
+    again = start(tmp_path, "say tried again", f"exit {code}")
+    out, err = again.communicate(timeout=limit_s(60))
+    assert again.returncode == code
+    assert len(launches(run)) == launched
+    if launched == 1:
+        assert out == "" and "demo.1 has ended by an error that no other attempt mends" in err
+
+
+def test_a_run_that_was_started_by_hand_is_stopped_through_its_storage(
+    run: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = start(tmp_path, "wait-for-sigterm", "exit 1")
+    wait_for_line(process, "waiting")
+    assert main(["stop", "demo", "--storage.uri", f"{tmp_path}/store", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["state"], told["was_live"], told["backend"]) == ("stopped", True, "by hand")
+    out, _ = process.communicate(timeout=limit_s(60))
+    assert (process.returncode, out) == (1, "asked to stop\n")
+    ended = newest(run).ended()
+    assert ended is not None and ended.stopped

@@ -16,7 +16,7 @@ from cluster.storage.uris import ConflictError, NotFoundError, StorageError, ope
 from jobs.corpus.chunks import Chunk, plan_chunks, whole_file
 from jobs.corpus.documents import Document, Drop, read_documents
 from jobs.corpus.file_pieces import cut_file
-from jobs.corpus.listing import CorpusError, list_corpus
+from jobs.corpus.listing import CorpusError, empty_corpus, list_corpus, said_skipped
 from tests.cluster.fault_proxy import running_proxy
 
 TEXTS = ["first document\r\nwith two lines\n", "zweites Dokument: ÄÖÜ 你好 😀", "  third, blanks kept  "]
@@ -146,6 +146,38 @@ def test_a_conversation_of_very_many_messages_is_too_long(tmp_path: Path) -> Non
     turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     path = write_lines(tmp_path / "a.jsonl", [{"messages": turn * 500}, {"messages": turn * 501}])
     assert drops(path, format="chat") == [None, Drop.TOO_LONG]
+
+
+def test_the_text_parts_of_a_message_are_its_text(tmp_path: Path) -> None:
+    """As OpenAI's format has them; a part that is no text makes the message none."""
+    text, image = {"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "u"}}
+    turns = [[text, {"type": "text", "text": "b"}], [text, image], [], [{"type": "text"}]]
+    lines = [{"messages": [{"role": "user", "content": turn}, {"role": "assistant", "content": "c"}]} for turn in turns]
+    found = read(write_lines(tmp_path / "a.jsonl", lines), format="chat")
+    assert found[0].messages == ({"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"})
+    assert [document.drop for document in found[1:]] == [Drop.NO_MESSAGES] * 3
+
+
+def test_hidden_folders_are_left_out_and_named(tmp_path: Path) -> None:
+    for name in ("a.txt", ".git/b.txt", "sub/.venv/lib/c.txt", "sub/.venv/d.txt", ".e.txt"):
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_text("words")
+    root = f"{tmp_path}/texts"
+    for source in (root, f"{root}/**"):
+        listing = list_corpus(source)
+        assert [file.uri for file in listing.files] == [f"{root}/.e.txt", f"{root}/a.txt"]
+        assert sorted(listing.skipped) == [f"{root}/.git/", f"{root}/sub/.venv/"]
+    assert said_skipped(listing.skipped) == f"2 hidden folders, such as {f'{root}/.git/'!r}"
+    assert len(list_corpus(f"{root}/.git").files) == 1, "it is named"
+    assert len(list_corpus(f"{root}/*/.venv/*.txt").files) == 1, "the pattern asks for it"
+
+
+def test_a_corpus_without_the_field_names_those_that_it_has(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"id": 1, "title": "a", "body": "b"}])
+    listing = list_corpus(str(path))
+    said = str(empty_corpus(listing.files, {"missing_text": 1}))
+    assert said.endswith("check data.source and data.text_field, which may be one of title, body")
+    assert "which may be" not in str(empty_corpus(listing.files, {"empty": 1}))
 
 
 def test_replaced_bytes_of_a_conversation_are_counted(tmp_path: Path) -> None:

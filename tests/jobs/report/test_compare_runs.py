@@ -7,7 +7,7 @@ import yaml
 
 from cluster.settings.parser import ConfigError
 from cluster.storage.uris import Storage, open_storage
-from jobs.report.compare_runs import compare
+from jobs.report.compare_runs import as_table, compare
 from jobs.run.history import CONFIG_FILE
 from tests.jobs.report.eventful_run import Page, eventful_lines, write_run
 
@@ -36,10 +36,15 @@ def test_two_runs(tmp_path: Path) -> None:
     assert page.cells[page.cells.index("train.learning_rate") :][:3] == ["train.learning_rate", "0.0001", "0.001"]
     assert "slow ends at" in page.images[0]["alt"]
     assert all(reference.startswith("data:") for reference in page.references)
+    shown = as_table(result).splitlines()
+    assert ["slow", "fast"] in [line.split() for line in shown]
+    assert ["train.learning_rate", "0.0001", "0.001"] in [line.split() for line in shown]
+    steps = [line.split("  ") for line in shown if "123 of 300, unfinished" in line]
+    assert [line[-1].strip() for line in steps] == ["300 of 300"], "each run has its column"
     assert compare(*runs, storage_uri=storage.uri)["html"] == result["html"], "the same runs have one page"
 
 
 def test_one_run_is_no_comparison(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
-    with pytest.raises(ConfigError, match="1 runs cannot be compared; name 2 to 8"):
+    with pytest.raises(ConfigError, match="1 run cannot be compared; name 2 to 8"):
         compare(made(storage, "alone", learning_rate=1e-3, num_lines=50), storage_uri=storage.uri)

@@ -19,7 +19,9 @@ from tests.jobs.corpora import data_config, make_corpus
 from tests.time_limits import limit_s
 
 
-def test_a_small_corpus_is_previewed_whole(ray_workers: int, tmp_path: Path) -> None:
+def test_a_small_corpus_is_previewed_whole(
+    ray_workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = data_config(str(make_corpus(tmp_path / "texts", num_documents=80)), tmp_path / "storage")
     seen = preview(config)
     done = tokenize(config)
@@ -34,7 +36,8 @@ def test_a_small_corpus_is_previewed_whole(ray_workers: int, tmp_path: Path) -> 
     assert 2**28 < stage["worker_memory_bytes"] < 2**30
     assert seen["drop_samples"]["invalid_json"] == [{"file": f"{tmp_path}/texts/a.jsonl", "preview": "{broken"}]
     assert seen["examples"][0]["file"] == f"{tmp_path}/texts/a.jsonl"
-    assert seen["skipped_files"] == [f"{tmp_path}/texts/readme.md"]
+    assert seen["skipped_files"] == {".md": 1}
+    assert "skipped 1 file of unknown ending, such as" in capsys.readouterr().err
 
 
 def test_a_large_corpus_is_estimated_from_places_all_over_it(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from cluster.storage.lease import Lease, LeaseHeldError
 from cluster.storage.uris import Storage, open_storage
-from jobs.pretrain import why_unfinished
+from jobs.pretrain import unfinished
 from jobs.run.checkpoints import QUARANTINED, RunCheckpoints, step_of
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
@@ -200,7 +200,7 @@ def test_a_run_whose_last_checkpoint_is_refused_has_not_finished_and_a_resume_en
         train(plan, rank=0, world_size=1)
     ledger = Ledger.read(plan.run)
     assert not ledger.events("finish")
-    said = why_unfinished(plan, ledger)
+    said = str(unfinished(plan, ledger))
     assert "gave up: the checkpoint of step 8 was not stored: model.safetensors" in said
     assert "The same --run-id repeats" in said
     train(plan, rank=0, world_size=1)

@@ -1,0 +1,43 @@
+"""What people call a checkpoint: `latest`, a run's id, `run@step`, or the path or URI of a folder."""
+
+import re
+
+from cluster.storage.interface import Storage
+from cluster.storage.registry import LATEST
+from cluster.storage.uris import absolute_uri, open_storage
+from model.checkpoint_folder import MANIFEST, CheckpointError
+
+_RUN = re.compile(r"(?P<run>[A-Za-z0-9][A-Za-z0-9._-]{0,63})(@(?P<step>\d+))?")
+_STEP = re.compile(r"step-0*(\d+)(?:-\d+)?")
+
+
+def checkpoint_uri(reference: str, storage_uri: str) -> str:
+    """Returns the absolute location that a reference means, and `latest` as it is.
+
+    A word is a file or folder here if there is one of that name, else a run of the storage: its folder, which means its
+    newest checkpoint, or with `@step` the checkpoint of that step. Raises `CheckpointError` for a step that it lacks.
+    """
+    match = _RUN.fullmatch(reference)
+    if reference == LATEST or match is None or _is_here(reference):
+        return reference if reference == LATEST else absolute_uri(reference)
+    run = open_storage(storage_uri).child(f"runs/{match['run']}")
+    if not any(run.list()):
+        return absolute_uri(reference)
+    return run.uri if match["step"] is None else _of_step(run, int(match["step"]))
+
+
+def _is_here(reference: str) -> bool:
+    folder = open_storage(reference).local_path("")
+    return folder is not None and folder.exists()
+
+
+def _of_step(run: Storage, step: int) -> str:
+    """Returns the URI of the run's checkpoint of the step, of the newest attempt if several attempts took it."""
+    keys = [entry.key for entry in run.list("checkpoints/") if entry.key.endswith(f"/{MANIFEST}")]
+    names = sorted(key.split("/")[1] for key in keys if key.count("/") == 2)
+    steps = {name: int(match[1]) for name in names if (match := _STEP.fullmatch(name))}
+    named = [name for name, its_step in steps.items() if its_step == step]
+    if not named:
+        known = ", ".join(map(str, sorted(set(steps.values())))) or "none yet"
+        raise CheckpointError(f"run {run.uri} has no checkpoint of step {step}; it has those of steps {known}")
+    return run.child(f"checkpoints/{named[-1]}").uri

@@ -1,0 +1,146 @@
+"""Removes runs by name, and finds what no run of a storage needs any more: `raymill delete` and `raymill gc`.
+
+Both say what they would remove, and remove it only if they are told to. Nothing goes that an endpoint serves or would
+return to, that `latest` means, or that another run began from.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.output.job_log import LogReader, launches
+from cluster.settings.run import TOKENS
+from cluster.stages.run_mirrored import SILENCE_S, lease_key
+from cluster.stages.stage_module import STAGES
+from cluster.storage.lease import living_holder
+from cluster.storage.registry import newest_first, served_checkpoints
+from cluster.storage.uris import Storage, open_storage
+from cluster.submission.record import read_record
+from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.history import CONFIG_FILE, recorded_config
+from jobs.run.ledger import LEDGER, Ledger
+from jobs.tokens.token_store import MANIFEST, SOURCES, read_manifest
+from model.errors import UserError
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A folder that nothing needs."""
+
+    uri: str
+    why: str
+    num_files: int
+    num_bytes: int
+
+
+def delete_run(run: Storage, storage: Storage, *, yes: bool) -> dict[str, Any]:
+    """Deletes the run's folder if `yes`, and returns what that is. Raises `UserError` for a run that is running or that
+    something else needs, and `StorageError`."""
+    if stages := _running(run):
+        raise UserError(f"{run.uri} is running ({', '.join(stages)}): `raymill stop` ends it first")
+    needed = [f"{uri} {why}" for uri, why in _needed(storage, besides=run).items() if uri.startswith(f"{run.uri}/")]
+    if needed:
+        raise UserError(f"{run.uri} stays: {'; '.join(needed)}")
+    folder = _leftover(run, "asked for")
+    return _removed(storage, [folder], yes=yes)
+
+
+def collect(storage: Storage, *, yes: bool) -> dict[str, Any]:
+    """Finds token stores that no run was trained on, checkpoints that are torn or damaged, and runs without a step;
+    deletes them if `yes`. Raises `UserError` while a run is running, which may be about to use any of them."""
+    runs = [storage.child(f"runs/{name}") for name in _names(storage, "runs/")]
+    for run in runs:
+        if stages := _running(run):
+            raise UserError(f"{run.uri} is running ({', '.join(stages)}): what it needs is known when it has ended")
+    needed = _needed(storage, besides=None)
+    leftovers = [_leftover(run, "it has no step") for run in runs if not _is_begun(run) and not _is_awaited(run)]
+    begun = [run for run in runs if _is_begun(run)]
+    for run in begun:
+        checkpoints = RunCheckpoints(run)
+        for name, why in _broken(checkpoints):
+            if checkpoints.uri(name) not in needed:
+                leftovers.append(_leftover(checkpoints.folder(name), why))
+    leftovers += _unused_stores(storage, begun)
+    return _removed(storage, leftovers, yes=yes)
+
+
+def _broken(checkpoints: RunCheckpoints) -> Iterable[tuple[str, str]]:
+    yield from ((name, "it was never complete") for name in checkpoints.torn)
+    yield from ((name, "it is damaged") for name in checkpoints.quarantined)
+
+
+def _unused_stores(storage: Storage, runs: list[Storage]) -> list[Leftover]:
+    """Returns the finished token stores that no run was trained or validated on. One that is unfinished has hours of
+    work in it, and stays."""
+    identities: set[str] = set()
+    sources: set[str] = set()
+    for run in runs:
+        config = recorded_config(run)
+        identities |= {start["data_identity"] for start in Ledger.read(run).events("start")}
+        sources |= {uri.removeprefix(TOKENS) for uri in config.data.validation.values()}
+        sources |= {uri.removeprefix(TOKENS) for uri in config.data.source if uri.startswith(TOKENS)}
+    unused = []
+    for name in _names(storage, "tokens/"):
+        store = storage.child(f"tokens/{name}")
+        if not store.exists(MANIFEST) or any(uri.startswith(store.uri) for uri in sources):
+            continue
+        if read_manifest(store).identity in identities:
+            continue
+        if sources.isdisjoint(json.loads(store.find_bytes(SOURCES) or b'{"sources": []}')["sources"]):
+            unused.append(_leftover(store, "no run was trained on it"))
+    return unused
+
+
+def _needed(storage: Storage, *, besides: Storage | None) -> dict[str, str]:
+    """Returns the locations that have to stay, with the reason of each; a run's own start is no reason to keep it."""
+    needed = dict.fromkeys(served_checkpoints(storage), "is served, or what an endpoint returns to")
+    if newest := next(newest_first(storage), None):
+        needed[newest.checkpoint] = "is latest"
+    for name in _names(storage, "runs/"):
+        run = storage.child(f"runs/{name}")
+        if (besides is None or run.uri != besides.uri) and run.exists(CONFIG_FILE):
+            config = recorded_config(run)
+            for uri in filter(None, (config.train.init_from, config.data.tokenizer)):
+                needed[uri] = f"is what run {name} began from"
+    return needed
+
+
+def _running(run: Storage) -> list[str]:
+    """Returns the stages of the run that are running."""
+    return [stage for stage in STAGES if living_holder(run, lease_key(stage), timeout_s=SILENCE_S)]
+
+
+def _is_begun(run: Storage) -> bool:
+    return run.exists(LEDGER) and run.exists(CONFIG_FILE) and bool(Ledger.read(run).steps)
+
+
+def _is_awaited(run: Storage) -> bool:
+    """Says whether the run was submitted, and no launch of it has ended: it may wait for a cluster or a queue."""
+    names = launches(run)
+    return read_record(run) is not None and (not names or LogReader(run, names[-1]).ended() is None)
+
+
+def _names(storage: Storage, folder: str) -> list[str]:
+    return sorted({entry.key.split("/")[1] for entry in storage.list(folder)})
+
+
+def _leftover(folder: Storage, why: str) -> Leftover:
+    sizes = [entry.size for entry in folder.list()]
+    return Leftover(folder.uri, why, len(sizes), sum(sizes))
+
+
+def _removed(storage: Storage, leftovers: list[Leftover], *, yes: bool) -> dict[str, Any]:
+    """Returns the folders as a result, deleted if `yes`."""
+    for leftover in leftovers if yes else ():
+        folder = open_storage(leftover.uri)
+        here = folder.local_path("")
+        if here is not None:
+            shutil.rmtree(here)
+        else:
+            for entry in folder.list():
+                folder.delete(entry.key)
+    rows = [vars(leftover) for leftover in leftovers]
+    total = sum(leftover.num_bytes for leftover in leftovers)
+    return {"storage": storage.uri, "leftovers": rows, "bytes": total, "deleted": yes and bool(leftovers)}

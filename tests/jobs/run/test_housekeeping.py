@@ -1,0 +1,91 @@
+"""A run is deleted by name, and what no run needs is found; nothing goes that something else rests on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.cli import main
+from cluster.settings.run import RunConfig, to_yaml
+from cluster.stages.run_mirrored import lease_key
+from cluster.storage.lease import Lease
+from cluster.storage.registry import publish
+from cluster.storage.uris import open_storage
+from model.tokenizer import train_bpe
+from tests.checkpoints import write_tiny
+from tests.jobs.runs import make_store, make_text
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Three runs, of which `third` began from `first`, the latest is of `second`, and `empty` never took a step."""
+    root = tmp_path / "store"
+    text = make_text(300)
+    identities = []
+    for name, vocab_size in (("used", 300), ("unused", 280)):
+        tokenizer = train_bpe([text], vocab_size=vocab_size)
+        identities.append(make_store(str(root), tokenizer, {"train": text}).identity)
+        (root / "tokens/made").rename(root / f"tokens/{name}")
+    start = str(root / "runs/first/checkpoints/step-000000001-0001")
+    for name, init_from in (("first", None), ("second", None), ("third", start)):
+        write_tiny(root / f"runs/{name}/checkpoints/step-000000001-0001", run_id=name)
+        values = {"run_id": name, "model": {"preset": "tiny"}, "train": {"init_from": init_from}}
+        (root / f"runs/{name}/config.yaml").write_text(to_yaml(RunConfig.model_validate(values)))
+        lines = ({"event": "start", "data_identity": identities[0]}, {"step": 1, "loss": 1.0})
+        (root / f"runs/{name}/ledger.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    publish(open_storage(str(root)), str(root / "runs/second/checkpoints/step-000000001-0001"))
+    torn = root / "runs/third/checkpoints/step-000000002-0001"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"part")
+    (root / "runs/empty").mkdir()
+    (root / "runs/empty/config.yaml").write_text(to_yaml(RunConfig.model_validate({"run_id": "empty"})))
+    return root
+
+
+def asked(capsys: pytest.CaptureFixture[str], root: Path, *words: str, code: int = 0) -> Any:
+    """Returns the result, or the error."""
+    assert main([*words, "--storage.uri", str(root), "--json"]) == code
+    said = capsys.readouterr()
+    return json.loads(said.out.splitlines()[-1]) if code == 0 else said.err
+
+
+def test_what_nothing_needs_is_named_and_then_deleted(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = asked(capsys, root, "gc")
+    found = {str(Path(row["uri"]).relative_to(root)): row["why"] for row in named["leftovers"]}
+    assert found == {
+        "runs/empty": "it has no step",
+        "runs/third/checkpoints/step-000000002-0001": "it was never complete",
+        "tokens/unused": "no run was trained on it",
+    }
+    assert named["deleted"] is False and all((root / name).exists() for name in found)
+    assert asked(capsys, root, "gc", "--yes")["deleted"] is True
+    assert not any((root / name).exists() for name in found)
+    assert (root / "tokens/used").exists()
+    assert asked(capsys, root, "gc")["leftovers"] == []
+
+
+def test_a_run_that_waits_or_runs_is_left_alone(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"run_id": "empty", "stage": "pretrain", "backend": "kuberay", "where": "raymill", "job": "j", "number": 1}
+    (root / "runs/empty/jobs").mkdir()
+    (root / "runs/empty/jobs/submitted.json").write_text(json.dumps(record | {"submitted": 1.0}))
+    assert "runs/empty" not in str(asked(capsys, root, "gc")["leftovers"])
+    with Lease(open_storage(str(root / "runs/third")), lease_key("pretrain")):
+        assert "runs/third is running (pretrain)" in asked(capsys, root, "gc", code=1)
+        assert "is running (pretrain): `raymill stop` ends it first" in asked(capsys, root, "delete", "third", code=1)
+
+
+def test_a_run_is_deleted_unless_something_rests_on_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is what run third began from" in asked(capsys, root, "delete", "first", "--yes", code=1)
+    assert "is latest" in asked(capsys, root, "delete", "second", "--yes", code=1)
+    pinned = {"pinned": [str(root / "runs/third/checkpoints/step-000000001-0001")]}
+    (root / "endpoints").mkdir()
+    (root / "endpoints/completions.json").write_text(json.dumps(pinned))
+    assert "is served" in asked(capsys, root, "delete", "third", "--yes", code=1)
+    (root / "endpoints/completions.json").unlink()
+    assert asked(capsys, root, "delete", "third")["deleted"] is False
+    assert (root / "runs/third/ledger.jsonl").exists()
+    assert asked(capsys, root, "delete", "third", "--yes")["deleted"] is True
+    assert not (root / "runs/third").exists()
+    assert asked(capsys, root, "delete", "first", "--yes")["deleted"] is True
+    assert "no run first in" in asked(capsys, root, "delete", "first", code=1)
