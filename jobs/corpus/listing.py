@@ -137,7 +137,7 @@ def hidden_folder(uri: str, source: str) -> str | None:
         return None  # a pattern that asks for hidden folders
     *folders, _ = uri.removeprefix(named).split("/")
     for depth, name in enumerate(folders, start=1):
-        if name.startswith("."):
+        if name.startswith(".") and name not in (".", ".."):  # which are names of their own in a bucket
             return f"{named}{'/'.join(folders[:depth])}/"
     return None
 
