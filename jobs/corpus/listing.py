@@ -60,8 +60,9 @@ def list_corpus(source: str | list[str]) -> Listing:
     """Lists the files that `data.source` names, each once. Raises `CorpusError`, also for more than `MAX_FILES`, and
     `StorageError`.
 
-    A file of unknown ending is an error where it is named by itself, and is skipped in a folder or pattern. So is a
-    hidden folder, such as `.git`, unless the source names it, and a link to a folder, which might lead round in a circle.
+    A file of unknown ending is an error where it is named by itself, and is skipped in a folder or pattern. So are a
+    hidden folder, such as `.git`, unless the source names it, and a link to a folder, which might lead round in a
+    circle.
     """
     sources = [source] if isinstance(source, str) else source
     if not sources:
@@ -92,8 +93,9 @@ def list_corpus(source: str | list[str]) -> Listing:
                 say(f"listing {name}: {num_files:,} files so far")
         seen.update(file.uri for file in listing.files[first:] if len(sources) > 1)
     if not listing.files and not listing.token_stores:
+        num_files = sum(not uri.endswith("/") for uri in listing.skipped)
         raise CorpusError(
-            f"no file at {', '.join(sources)} has a known ending; {_EXPECTED}. Skipped: "
+            f"none of the {num_files} files at {', '.join(sources)} has a known ending; {_EXPECTED}. Skipped: "
             f"{said_skipped(listing.skipped) or 'nothing'}"
         )
     return listing
