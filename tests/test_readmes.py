@@ -101,12 +101,10 @@ def test_the_tree_names_every_folder_of_code_and_no_other() -> None:
     assert named - {"k8s", "tests"} == there
 
 
-def test_what_to_read_first_is_about_5000_lines() -> None:
+def test_what_to_read_first_is_there() -> None:
     [words] = re.findall(r"^\*\*Read first\*\*(.*)", README, re.MULTILINE | re.DOTALL)
     paths = [REPOSITORY / link for link in re.findall(r"\]\(([\w/.]+)\)", words)]
-    code = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
-    lines = sum(file.read_text().count("\n") for file in code if file.suffix in (".py", ".cpp", ".h"))
-    assert len(paths) > 10 and 4_000 < lines < 5_500
+    assert len(paths) > 10 and all(path.exists() for path in paths)
 
 
 def test_the_root_readme_is_read_in_five_minutes() -> None:

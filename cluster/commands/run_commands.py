@@ -253,14 +253,14 @@ def checkpoint_show(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns what a checkpoint holds; for a damaged one `valid` is false and `problems` says why."""
     from cluster.storage.references import checkpoint_uri
     from cluster.storage.registry import LATEST, named_checkpoint, resolve_checkpoint
-    from model.checkpoint_folder import MANIFEST, read_metadata, verify_checkpoint
+    from model.checkpoint_folder import read_metadata, verify_checkpoint
 
     reference = checkpoint_uri(arguments.checkpoint, arguments.storage_uri)
     folder = None if reference == LATEST else open_storage(reference).local_path("")
     is_here = folder is not None
     if folder is None:
         folder = resolve_checkpoint(reference, arguments.storage_uri)
-    elif not (folder / MANIFEST).exists():  # a run's folder, or none: its newest checkpoint, damaged or not
+    elif not folder.is_dir() or (folder / "checkpoints").is_dir():  # none, or a run's: its newest checkpoint
         folder = open_storage(named_checkpoint(reference, arguments.storage_uri)).local_path("")
         assert folder is not None, "it is below a folder that is here"
     problems = verify_checkpoint(folder, to_train=is_here)  # a copy of a remote one has no training state

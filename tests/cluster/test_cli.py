@@ -104,7 +104,7 @@ def test_the_first_help_names_every_command() -> None:
     ("argv", "words"),
     [
         (["checkpoint"], ["COMMAND", "raymill checkpoint --help"]),
-        (["pretrian"], ["'pretrian'", "'pretrain'"]),
+        (["pretrian"], ["pretrian", "did you mean pretrain?"]),
         (["pretrain"], ["--data.source"]),
         (["pretrain", "none.yaml"], ["none.yaml", "No such file"]),
         (["pretrain", "--data.source", "x", "--train.learnin-rate", "1"], ["did you mean --train.learning-rate?"]),
@@ -120,7 +120,6 @@ def test_the_first_help_names_every_command() -> None:
         (["submit", "pretrain", "x", "--address", "http://a", "--kuberay", "dev"], ["--kuberay", "--address"]),
         (["logs", "../x"], ["'../x' is no run id"]),
         (["serve", "latest", "--port", "70000"], ["port", "65535", "70000"]),
-        (["evaluate"], ["checkpoint"]),
         (["complete", "x", "--max-tokens", "many"], ["--max-tokens", "'many'"]),
         (["report", "x", "--price", "nan"], ["--price", "at least 0", "'nan'"]),
         (["report", "x", "--price", "-1"], ["--price", "at least 0", "'-1'"]),
@@ -143,9 +142,10 @@ def test_misuse_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["checkpoint", "show", "nowhere"], ["unknown checkpoint nowhere"]),
+        (["checkpoint", "show", "nowhere"], ["unknown checkpoint", "/nowhere: no folder"]),
         (["checkpoint", "show", "latest"], ["nothing is published in"]),
-        (["publish", "nowhere"], ["unknown checkpoint nowhere"]),
+        (["evaluate"], ["nothing is published in"]),
+        (["publish", "nowhere"], ["unknown checkpoint", "/nowhere: no folder"]),
         (["complete", "hi"], ["no endpoint was started from", "raymill serve latest", "--url"]),
         (["complete", "hi", "--url", "http://127.0.0.1:9"], ["no endpoint answers at http://127.0.0.1:9"]),
         (["complete", "hi", "--url", "http://127.0.0.1:9", "--api-key-file", "none"], ["no API key is in none"]),

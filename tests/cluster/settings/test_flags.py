@@ -157,7 +157,7 @@ def test_each_value_of_each_setting_can_be_given(root: type[Settings]) -> None:
 
 def test_none_is_a_value_where_it_is_ones_name(file: str) -> None:
     assert parsed(file, "--scaling.shard", "none").scaling.shard == "none"
-    assert "scaling.shard: Input should be 'none', 'optimizer'" in refusal(file, "--scaling.shard", "null")
+    assert "scaling.shard: expected 'none', 'optimizer'" in refusal(file, "--scaling.shard", "null")
 
 
 def test_a_corpus_is_enough_without_a_file() -> None:

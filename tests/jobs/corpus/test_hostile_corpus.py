@@ -89,7 +89,7 @@ def test_the_preview_counts_the_same(corpus: HostileCorpus) -> None:
     figures = preview(data_config(str(corpus.folder), "unused", **SETTINGS))
     assert figures["dropped"] == dict(corpus.drops)
     assert figures["documents"] == len(corpus.kept)
-    assert f"{corpus.folder}/folder/up/" in figures["skipped_files"]
+    assert figures["linked_folders"] == [f"{corpus.folder}/folder/up/"]
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
