@@ -40,7 +40,9 @@ def delete_run(run: Storage, storage: Storage, *, yes: bool) -> dict[str, Any]:
     something else needs, and `StorageError`."""
     if stages := _running(run):
         raise UserError(f"{run.uri} is running ({', '.join(stages)}): `raymill stop` ends it first")
-    needed = [f"{uri} {why}" for uri, why in _needed(storage, besides=run).items() if uri.startswith(f"{run.uri}/")]
+    needed = [
+        f"{uri} {why}" for uri, why in _needed(storage, besides=run).items() if f"{uri}/".startswith(f"{run.uri}/")
+    ]
     if needed:
         raise UserError(f"{run.uri} stays: {'; '.join(needed)}")
     folder = _leftover(run, "asked for")

@@ -89,3 +89,12 @@ def test_a_run_is_deleted_unless_something_rests_on_it(root: Path, capsys: pytes
     assert not (root / "runs/third").exists()
     assert asked(capsys, root, "delete", "first", "--yes")["deleted"] is True
     assert "no run first in" in asked(capsys, root, "delete", "first", code=1)
+
+
+def test_delete__keeps_a_run_whose_folder_is_the_start_of_another_one(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = RunConfig.model_validate({"run_id": "third", "train": {"init_from": str(root / "runs/first")}})
+    (root / "runs/third/config.yaml").write_text(to_yaml(config))
+    assert "is what run third began from" in asked(capsys, root, "delete", "first", "--yes", code=1)
+    assert (root / "runs/first/ledger.jsonl").exists()
