@@ -8,7 +8,7 @@ AdamW works value by value.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import NamedTuple
@@ -131,6 +131,11 @@ class TrainState:
         return self.mesh.num_groups if self.sums_shards else 1
 
     @property
+    def is_of_first_copy(self) -> bool:
+        """Whether this rank's parts belong to the first copy of what is sharded."""
+        return self.mesh.number == 0 or not self.sums_shards
+
+    @property
     def sends_weights(self) -> bool:
         """Whether an update ends with the others' parts of the weights."""
         return self.shard in ("optimizer", "gradients")
@@ -207,17 +212,6 @@ class TrainState:
         for bucket in buckets:
             self.peers.gather(self.values, bucket)
 
-    def gather(self, flat: Mapping[str, Tensor], *, step: int) -> None:
-        """Brings what is sharded of the values and moments after a step together in rank 0's `flat`, on its host (P,),
-        bucket by bucket: no GPU has to hold more. All ranks call together; those of the others are left as they are."""
-        sharded = {name: own for name, own in self.parts.items() if self.is_divided(name)}
-        for number, bucket in enumerate(self.layout.buckets) if sharded else []:
-            for name, own in sharded.items():
-                received = self.brought(own, bucket, bucket=number)
-                if self._group.rank == 0:
-                    at(flat[name], bucket).copy_(received)
-        self._group.prove(step, self.device)
-
     def brought(self, own: Tensor, span: range, *, bucket: int) -> Tensor:
         """Returns the values at a stretch of a bucket on rank 0, from the owners of its parts; all ranks call together,
         and the others get nothing. `own` has this one's parts of all buckets, end to end."""
@@ -225,7 +219,7 @@ class TrainState:
         parts = [part_of(self.layout.buckets[bucket], n, world_size=num_peers) for n in range(num_peers)]
         both = [shared(part, span) for part in parts]
         received = own.new_empty(len(span) if self._group.rank == 0 else 0)
-        if self.mesh.number == 0 or not self.sums_shards:
+        if self.is_of_first_copy:
             start = parts[self.peers.index].start
             sources = [at(own, moved(place, start, own_place.start)) for place in [both[self.peers.index]] if place]
             targets = [(n, [at(received, moved(place, span.start))]) for n, place in enumerate(both) if place]

@@ -59,13 +59,8 @@ def group_of(scaling: ScalingConfig, world_size: int) -> int:
 
 
 def holders_of(scaling: ScalingConfig, world_size: int) -> int:
-    """Returns how many GPUs together hold one copy of the state."""
+    """Returns how many GPUs together hold one copy of the state; as many store a checkpoint, each its shard."""
     return 1 if scaling.shard == "none" else scaling.group_size(world_size)
-
-
-def writers_of(scaling: ScalingConfig, world_size: int) -> int:
-    """Returns how many GPUs store a checkpoint, each its shard: rank 0 alone unless the weights are sharded."""
-    return scaling.group_size(world_size) if scaling.shard == "parameters" else 1
 
 
 def storing_s(num_bytes: float, options: PlanConfig, *, writers: int) -> float:

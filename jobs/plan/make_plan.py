@@ -17,10 +17,10 @@ from jobs.plan.formulas import (
     checkpoint_interval_s,
     goodput,
     gpu_days,
+    holders_of,
     mean_time_between_failures_s,
     parameter_flops,
     storing_s,
-    writers_of,
 )
 from jobs.plan.memory import gpu_memory, host_memory, layout_of
 from jobs.plan.plan_warnings import FULL_MEMORY, TOLERATED_EXPOSURE, warnings
@@ -165,7 +165,7 @@ def _exchange(config: RunConfig, options: PlanConfig, layout: FlatLayout, count:
 
 
 def _checkpoint(config: RunConfig, options: PlanConfig, size: int, count: int, step_s: float) -> dict[str, float]:
-    num_bytes, writers = STATE_BYTES * size, writers_of(config.scaling, count)
+    num_bytes, writers = STATE_BYTES * size, holders_of(config.scaling, count)
     cost_s = num_bytes / writers / options.hardware.host_bytes_per_s
     mtbf_s = mean_time_between_failures_s(options.mtbf_gpu_hours, count)
     store_s = storing_s(num_bytes, options, writers=writers)

@@ -11,7 +11,7 @@ from jobs.exact.exact_reduce import subtrees_of_ranks
 from jobs.exact.flat_layout import BLOCK, PIECE_VALUES, FlatLayout
 from jobs.exact.step_plan import Mesh, StepPlan
 from jobs.plan.exchange import product_bytes
-from jobs.plan.formulas import BF16_BYTES, FP32_BYTES, STATE_BYTES, group_of, holders_of, writers_of
+from jobs.plan.formulas import BF16_BYTES, FP32_BYTES, STATE_BYTES, group_of, holders_of
 from jobs.run.history import why_not_resumed
 from jobs.snapshots.slots import NUM_SLOTS
 from model.config import GPTConfig
@@ -109,14 +109,14 @@ def host_memory(config: RunConfig, layout: FlatLayout, *, world_size: int, gpus_
     """Returns the bytes by part of a node's own memory: two slots of its GPUs' shares of the state, one of them being
     written (`snapshots/slots`); where no other node has the same, a third, and two of another node's shares
     (`snapshots/choice`); a checkpoint that is being stored and one that waits, on rank 0's node, or its GPUs' shards of
-    them where weights are sharded; and two pieces of each GPU's copies (`exact/host_copies`)."""
+    them where the state is sharded; and two pieces of each GPU's copies (`exact/host_copies`)."""
     state, num_ranks = STATE_BYTES * layout.size, min(world_size, gpus_per_node)
-    holders, writers = (of(config.scaling, world_size) for of in (holders_of, writers_of))
+    holders = holders_of(config.scaling, world_size)
     shares, are_copied = state * (num_ranks / holders if holders > 1 else 1.0), holders == world_size > gpus_per_node
     return {
         "snapshots": shares * (NUM_SLOTS + are_copied),
         "copies_of_another_node": shares * NUM_SLOTS * are_copied,
-        "checkpoints": 2 * state * min(1.0, num_ranks / writers),
+        "checkpoints": 2 * state * min(1.0, num_ranks / holders),
         "pieces": float(2 * FP32_BYTES * PIECE_VALUES * num_ranks),
     }
 

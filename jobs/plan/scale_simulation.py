@@ -11,7 +11,6 @@ from cluster.settings.run import RunConfig, batch_schedule, seq_len
 from jobs.exact.flat_layout import FlatLayout
 from jobs.plan.exchange import exchange
 from jobs.plan.formulas import (
-    FP32_BYTES,
     STATE_BYTES,
     TEXT_BYTES_PER_TOKEN,
     checkpoint_interval_s,
@@ -19,7 +18,6 @@ from jobs.plan.formulas import (
     holders_of,
     mean_time_between_failures_s,
     storing_s,
-    writers_of,
 )
 from jobs.plan.memory import layout_of
 from jobs.plan.table import Figures, template
@@ -53,18 +51,15 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
     moved = exchange(config, layout, options, world_size=size, num_lanes=lanes, lane_s=lane_s)
     compute_s, step_s = moved.compute_s, moved.step_s
 
-    state, writers = STATE_BYTES * layout.size, writers_of(scaling, size)
+    state, holders = STATE_BYTES * layout.size, holders_of(scaling, size)
     copy_bytes_per_s = min(gpu.host_bytes_per_s, COPY_BYTES_PER_S)  # a piece moves while another one is written
-    shares = min(size, options.gpus_per_node) if scaling.shard == "none" else holders_of(scaling, size)
+    shares = min(size, options.gpus_per_node) if scaling.shard == "none" else holders
     snapshot_s = state / shares / copy_bytes_per_s  # each rank's share
     snapshot_wait_s = max(0.0, snapshot_s - compute_s)  # copies are taken beside the next step
     snapshot_every = interval(copy_s=snapshot_wait_s, step_s=step_s)
-    # Bytes of moments that rank 0 gathers, for which all wait.
-    gathered = 2 * FP32_BYTES * layout.size if holders_of(scaling, size) > writers else 0
-    gathered_s = gathered * (size - 1) / size / options.network_bytes_per_s + gathered / copy_bytes_per_s
-    wait_s = gathered_s + max(0.0, (state - gathered) / writers / copy_bytes_per_s - compute_s)
+    wait_s = max(0.0, state / holders / copy_bytes_per_s - compute_s)
     mtbf_s = mean_time_between_failures_s(options.mtbf_gpu_hours, size)
-    store_s = storing_s(state, options, writers=writers)
+    store_s = storing_s(state, options, writers=holders)
     checkpoint_every_s = max(checkpoint_interval_s(wait_s, mtbf_s), store_s)
     snapshots = {"interval_s": snapshot_every * step_s, "cost_s": snapshot_wait_s, "mtbf_s": mtbf_s}
     checkpoints = {"interval_s": checkpoint_every_s, "cost_s": wait_s, "mtbf_s": mtbf_s}

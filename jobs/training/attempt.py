@@ -94,7 +94,7 @@ class Attempt:
         # A checkpoint has the template that its conversations were written with.
         self.tokenizer = Tokenizer.from_json(plan.tokenizer_json, self.train_rows.manifest.chat)
         self.shards: ShardWriter | None = None
-        if self.state.gathered:
+        if self.state.is_sharded:
             complete = self.writer.saving.complete if self.writer else None
             publish = partial(complete, config=config.model, tokenizer=self.tokenizer) if complete else None
             checkpoints = self.writer.checkpoints if self.writer else self.checkpoints  # rank 0's are fenced
@@ -166,8 +166,8 @@ class Attempt:
         return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
     def save(self, step: int, validation: dict[str, Any], *, must: bool = False) -> None:
-        """Copies the state; the copy is stored while training continues, in shards by those that hold them, else by
-        rank 0. With `must` it is, whatever is still being stored."""
+        """Copies the state; the copy is stored while training continues: in shards by those that own them, or where it
+        is not sharded, by rank 0. With `must` it is, whatever is still being stored."""
         config, manifest = self.plan.config, self.train_rows.manifest
         metadata = Metadata(
             run_id=str(config.run_id),
@@ -185,8 +185,6 @@ class Attempt:
             self.shards.save(metadata, self.state, must=must)
         elif self.writer:
             self.writer.saving.save(metadata, self.state, self.tokenizer)
-        elif self.state.is_sharded:  # rank 0 needs the part that each rank holds
-            self.state.gather({}, step=step)
 
     def keep(self, step: int, validation: dict[str, Any]) -> None:
         """Begins a snapshot of the state after a step whose line the ledger has, if one is due.

@@ -3,7 +3,7 @@
     training        copy ── step ── step ── copy ── step …
     this thread         spool ── publish ── thin out   spool ── …
 
-A newer copy replaces one that waits. Where the weights are sharded, each worker's `shard_writer` stores its own part,
+A newer copy replaces one that waits. Where the state is sharded, each worker's `shard_writer` stores its own parts,
 and rank 0's completes the checkpoint.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from cluster.settings.run import CheckpointConfig
 from cluster.storage.uris import StorageError
 from jobs.exact.host_copies import HostCopy
-from jobs.exact.train_state import MOMENTS, TrainState
+from jobs.exact.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, superseded
 from jobs.run.ledger import LedgerWriter
 from jobs.run.saving_thread import SavingThread
@@ -44,7 +44,6 @@ class Copy:
     flat: Tensor  # (3, P): the weights and the moments
     write: Callable[[Path], Metadata]  # writes them into a folder, as `write_checkpoint` does
     taken_at_s: float  # on the monotonic clock
-    gathered_s: float  # for which training waited before the copy began
     from_device: HostCopy
 
 
@@ -68,9 +67,8 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
         super().__init__("checkpoints", Outage("checkpoints", ledger.event))
 
     def save(self, metadata: Metadata, state: TrainState, tokenizer: Tokenizer) -> None:
-        """Begins a copy of the state and has it stored. The ledger must hold its step already, as no checkpoint may be
-        ahead of the ledger. Where it is sharded, the other ranks call `gather`. Raises
-        `LeaseLostError`."""
+        """Begins a copy of the state, which is not sharded, and has it stored. The ledger must hold its step already,
+        as no checkpoint may be ahead of the ledger. Raises `LeaseLostError`."""
         start_s = time.monotonic()
         with self._changed:
             self._raise_failure()
@@ -78,13 +76,9 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
                 self._free.append(self._pending.flat)
                 self._pending = None
             # Writing to used memory is twice as fast as to fresh pages.
-            flat = self._free.pop() if self._free else torch.empty(1 + len(MOMENTS), state.layout.size)
-        buffers = dict(zip(("values", *MOMENTS), flat, strict=True))
-        if state.is_sharded:
-            state.gather(buffers, step=metadata.step)
-        gathered_s = time.monotonic() - start_s
-        tensors = [flat for name, flat in state.parts.items() if not state.is_divided(name)]
-        copy = state.copies.start("checkpoint", tensors, partial(fill, flat.flatten()))
+            flat = self._free.pop() if self._free else torch.empty(len(state.parts), state.layout.size)
+        buffers = dict(zip(state.parts, flat, strict=True))
+        copy = state.copies.start("checkpoint", [*state.parts.values()], partial(fill, flat.flatten()))
         write = partial(
             write_checkpoint,
             config=state.model.config,
@@ -94,7 +88,7 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
             train_state=moments_by_name(state, buffers),
         )
         with self._changed:
-            self._pending = Copy(metadata, flat, write, start_s, gathered_s, copy)
+            self._pending = Copy(metadata, flat, write, start_s, copy)
             self._changed.notify_all()
 
     def complete(self, shard: Shard, reports: Reports, *, config: GPTConfig, tokenizer: Tokenizer) -> None:
@@ -154,7 +148,7 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
         self._ledger.mirror()
         self._checkpoints.publish(folder)
         self._begun = None
-        self._record(metadata, copied.taken_at_s, exposed_s=copied.gathered_s + copied.from_device.exposed_s)
+        self._record(metadata, copied.taken_at_s, exposed_s=copied.from_device.exposed_s)
 
     def _record(self, metadata: Metadata, taken_at_s: float, *, exposed_s: float) -> None:
         """Records a published checkpoint, and deletes those that it supersedes."""

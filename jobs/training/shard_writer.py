@@ -1,9 +1,10 @@
-"""Stores each worker's shard of the checkpoints while training continues, where the weights are sharded.
+"""Stores each worker's shard of the checkpoints while training continues, where the state is sharded.
 
-Every worker that holds parts of the first copy of the weights copies its own, and its own thread stores them: no worker
-has more of the state than it trains. Rank 0's thread then waits for the others' and publishes the checkpoint. All must
-store the same steps, so they agree on each save: a copy that waits on all of them makes room for a newer one; while it
-waits on some and others are at work on it already, there is no newer one.
+Every worker that owns parts of the first copy of the state copies these of the weights and the moments, also where it
+has the weights whole, and its own thread stores them: no worker copies more of the state than it updates. Rank 0's
+thread then waits for the others' and publishes the checkpoint. All must store the same steps, so they agree on each
+save: a copy that waits on all of them makes room for a newer one; while it waits on some and others are at work on it
+already, there is no newer one.
 """
 
 import shutil
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -61,7 +63,7 @@ class ShardWriter(SavingThread[Shard, Shard]):
         ledger: LedgerWriter | None,
         publish: Callable[[Shard, Reports], None] | None,
     ) -> None:
-        """`peers` hold one copy of the weights. Rank 0 has the ledger and `publish`, which gets its shard and the
+        """`peers` hold one copy of what is sharded. Rank 0 has the ledger and `publish`, which gets its shard and the
         reports of all."""
         self._checkpoints, self._peers, self._group, self._publish = checkpoints, peers, group, publish
         self._free: list[Tensor] = []
@@ -78,15 +80,18 @@ class ShardWriter(SavingThread[Shard, Shard]):
                 return False
             self._raise_failure()
             time.sleep(_POLL_S)
-        if state.mesh.number == 0:  # the other groups have the same
+        if state.is_of_first_copy:  # the other groups have the same
             name, start_s = checkpoint_name(metadata.step, metadata.generation), time.monotonic()
-            flat = self._free.pop() if self._free else torch.empty(len(state.parts), len(state.values))
-            weights, train_state = own_stretches(state, dict(zip(state.parts, flat, strict=True)))
-            from_device = state.copies.start("checkpoint", [*state.parts.values()], partial(fill, flat.flatten()))
+            shares = state.share(state.peers.index, world_size=len(state.peers))
+            num_owned = sum(map(len, state.owned))
+            flat = self._free.pop() if self._free else torch.empty(len(shares), num_owned)
+            weights, train_state = own_stretches(state, dict(zip(shares, flat, strict=True)))
+            tensors = list(chain.from_iterable(shares.values()))
+            from_device = state.copies.start("checkpoint", tensors, partial(fill, flat.flatten()))
             checkpoint = ShardedCheckpoint(self._checkpoints, name, len(state.peers))
-            tensors = {WEIGHTS: weights, TRAIN_STATE: train_state}
+            files = {WEIGHTS: weights, TRAIN_STATE: train_state}
             with self._changed:
-                self._pending = Shard(metadata, checkpoint, flat, tensors, start_s, from_device)
+                self._pending = Shard(metadata, checkpoint, flat, files, start_s, from_device)
                 self._changed.notify_all()
         return True
 

@@ -11,15 +11,19 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from cluster.monitoring.metric_table import Phase
 from cluster.settings.run import Shard
+from jobs.exact.host_copies import HostCopies, HostCopy, Take
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, step_of
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
@@ -29,18 +33,22 @@ from model.checkpoint_folder import verify_checkpoint
 from model.failpoints import VARIABLE
 from tests.jobs.runs import tiny_plan
 
-NUM_STEPS = 10
+NUM_STEPS = 12
 STAGES: list[tuple[int, Shard, int | None]] = [
     (2, "parameters", None),
     (4, "parameters", 2),
     (1, "none", None),
+    (2, "optimizer", None),
     (3, "parameters", None),
-    (4, "gradients", None),
+    (4, "gradients", 2),
 ]
 """The world at steps 1 and 2, 3 and 4, and so on; the weights' last checkpoint before each is in other files."""
 
-VISITS = {"after_lease": 1, "mid_delete": 3, "before_manifest": 5, "after_manifest": 5, "after_shard": 5}
-"""How often a rank passes a failpoint, if that is not for each of ten files; rank 0 alone passes the first four."""
+WAYS: list[Shard] = ["optimizer", "gradients", "parameters"]
+"""To shard a run whose worker crashes."""
+
+VISITS = {"after_lease": 1, "mid_delete": 3, "before_manifest": 6, "after_manifest": 6, "after_shard": 6}
+"""How often a rank passes a failpoint, if that is not for each of twelve files; rank 0 alone passes the first four."""
 
 save = Attempt.save
 
@@ -80,24 +88,42 @@ def sharded(plan: RunPlan, shard: Shard, group: int | None = None, **changes: An
     return replace(plan, config=plan.config.model_copy(update={"scaling": scaling}), **changes)
 
 
+def note_copies(path: Path, rank: int) -> None:
+    """Has a rank write down the bytes of each copy that it takes for a checkpoint."""
+    start = HostCopies.start
+
+    def noting(self: HostCopies, phase: Phase, tensors: Sequence[Tensor], take: Take) -> HostCopy:
+        if phase == "checkpoint":
+            with path.open("a") as file:
+                print(json.dumps([rank, sum(tensor.nbytes for tensor in tensors)]), file=file)
+        return start(self, phase, tensors, take)
+
+    HostCopies.start = noting  # type: ignore[method-assign]
+
+
 def resizes(plan: RunPlan, folder: Path) -> dict[str, Any]:
-    codes = []
+    """Returns the exit codes, and for each stage what its ranks copied: a rank and the bytes of one copy."""
+    codes, copied = [], []
     for stage, (world_size, shard, group) in enumerate(STAGES, start=1):
-        codes += train_world(sharded(plan, shard, group, until=2 * stage), world_size, folder)
-    return {"codes": codes}
+        path = folder / f"copies-{stage}"
+        changed = sharded(plan, shard, group, until=2 * stage)
+        codes += train_world(changed, world_size, folder, prepare=partial(note_copies, path))
+        copied.append([json.loads(line) for line in path.read_text().splitlines()])
+    return {"codes": codes, "copied": copied}
 
 
 def crash(plan: RunPlan, failpoint: str, seed: int, folder: Path) -> dict[str, Any]:
     """The seed decides which rank dies, and at which of its visits to the failpoint."""
     choice = random.Random(f"{failpoint} {seed}")
     dying = 0 if failpoint in [*VISITS][:4] else choice.randrange(2)
-    nth = choice.randint(1, VISITS.get(failpoint, 10))
+    nth = choice.randint(1, VISITS.get(failpoint, NUM_STEPS))
 
     def arm(rank: int) -> None:
         if rank == dying:
             os.environ[VARIABLE] = f"{failpoint}:{nth}:exit"
 
-    codes = train_world(sharded(plan, "parameters"), 2, folder, prepare=arm)
+    saved_as = choice.choice(WAYS)
+    codes = train_world(sharded(plan, saved_as), 2, folder, prepare=arm)
     checkpoints = RunCheckpoints(plan.run)
     complete = checkpoints.names
     with tempfile.TemporaryDirectory() as scratch:
@@ -110,6 +136,7 @@ def crash(plan: RunPlan, failpoint: str, seed: int, folder: Path) -> dict[str, A
         "seed": seed,
         "rank": dying,
         "nth": nth,
+        "saved_as": saved_as,
         "codes": codes,
         "complete": max(map(step_of, complete), default=0),
         "damaged": damaged,

@@ -50,16 +50,12 @@ def apply(state: TrainState, gradient: Tensor, *, learning_rate: float) -> float
 
 
 def whole(state: TrainState) -> dict[str, Tensor]:
-    """Returns a copy of the flat values and moments; of a sharded state on rank 0, while all ranks call together."""
-    own = {"values": state.values, **state.moments}
-    flat = {name: part.clone() if len(part) == state.layout.size else torch.zeros(0) for name, part in own.items()}
-    flat = {name: part if len(part) else torch.zeros(state.layout.size) for name, part in flat.items()}
-    state.gather(flat, step=1)
-    return flat
+    """Returns a copy of the flat values and moments of a state that is not sharded."""
+    return {name: part.clone() for name, part in state.parts.items()}
 
 
 def moments(state: TrainState) -> dict[str, Tensor]:
-    """Returns a copy of AdamW's state by parameter; of a sharded one on rank 0, while all ranks call together."""
+    """Returns a copy of AdamW's state by parameter, which is not sharded."""
     return moments_by_name(state, whole(state))
 
 

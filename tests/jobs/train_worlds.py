@@ -241,13 +241,14 @@ class FileSnapshots(Snapshots):
 
 def hand_over(trainer: Trainer, group: WorkerGroup, path: Path, step: int) -> None:
     """Hands the state to the next world, as in-memory snapshots do after even steps, and checkpoints after the others:
-    in shards where the weights are."""
+    in shards where the state is."""
     if step % 2 == 0:
         FileSnapshots(group, path).after_step(step, trainer.state, attempt=step, carried={})
-    elif trainer.state.gathered:
+    elif trainer.state.is_sharded:
         state = trainer.state
-        if state.mesh.number == 0:
-            shard = own_stretches(state, {"values": state.values, **state.moments})
+        if state.is_of_first_copy:
+            shares = state.share(state.peers.index, world_size=len(state.peers))
+            shard = own_stretches(state, {name: torch.cat(views) for name, views in shares.items()})
             torch.save(shard, f"{path}-{step}-{group.rank}.pt")
     else:
         flat, state = whole(trainer.state), trainer.state

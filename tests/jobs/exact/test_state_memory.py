@@ -6,6 +6,7 @@ The device is torch's `meta`, whose tensors have sizes and no memory, and the pr
 import json
 from collections.abc import Iterator
 from math import prod
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import model.stored_tensors
-from cluster.settings.run import TrainConfig
+from cluster.settings.run import Shard, TrainConfig
 from jobs.exact.flat_layout import BLOCK
 from jobs.exact.train_state import MOMENTS, TrainState
 from jobs.snapshots.choice import Holding, Snapshot
@@ -60,7 +61,7 @@ class OneThread:
     map = staticmethod(map)
 
 
-@pytest.fixture(params=["none", "optimizer", "parameters"])
+@pytest.fixture(params=get_args(Shard))
 def state(request: pytest.FixtureRequest) -> Iterator[TrainState]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     with META:
@@ -116,17 +117,16 @@ def test_of_a_checkpoint_is_read_what_is_kept_and_nothing_is_made(
     assert 0.99 * kept < num_read <= kept + 8
 
 
-def test_sharded_moments_come_together_bucket_by_bucket(state: TrainState, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WorkerGroup, "prove", lambda *_: None)  # which would find that nothing has arrived
+def test_sharded_weights_come_together_bucket_by_bucket(state: TrainState, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         dist, "batch_isend_irecv", lambda messages: []
     )  # which has no way to pass on what has no memory
-    if not state.is_sharded:
-        assert all(len(moment) == state.layout.size for moment in state.moments.values())
+    if not state.is_divided("values"):
+        assert len(state.values) == state.layout.size
         return
-    host = {name: torch.empty(state.layout.size, device=META) for name in ("values", *MOMENTS)}
-    with NewMemory([*held_by(state), *host.values()], META) as new:
-        state.gather(host, step=1)
+    with NewMemory(held_by(state), META) as new:
+        for number, bucket in enumerate(state.layout.buckets):
+            state.brought(state.values, bucket, bucket=number)
     largest_bucket = max(map(len, state.layout.buckets))
     assert 0 < new.largest_bytes <= 4 * (largest_bucket + 8 * BLOCK) < 32 << 20
 

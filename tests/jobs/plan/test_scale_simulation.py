@@ -63,7 +63,17 @@ def test_groups_of_a_node_spare_the_network_and_the_storage() -> None:
         assert in_groups["card_bytes"] < all_alike["card_bytes"] / 7
         assert in_groups["exposed_s"] < all_alike["exposed_s"]
     assert nodes[-1]["snapshot_s"] == flat[-1]["snapshot_s"], "a node has all shares either way"
-    assert nodes[-1]["checkpoint_store_s"] == flat[-1]["checkpoint_store_s"], "rank 0 writes it"
-    over_nodes = scales(sharded(config, "parameters", 64), options)[-1]
-    assert over_nodes["checkpoint_store_s"] == pytest.approx(flat[-1]["checkpoint_store_s"] / 8)
-    assert over_nodes["snapshot_s"] == pytest.approx(flat[-1]["snapshot_s"] / 8)
+    assert nodes[-1]["checkpoint_store_s"] == flat[-1]["checkpoint_store_s"], "one node stores it"
+    for shard in ("gradients", "parameters"):
+        over_nodes = scales(sharded(config, shard, 64), options)[-1]
+        assert over_nodes["checkpoint_store_s"] == pytest.approx(flat[-1]["checkpoint_store_s"] / 8)
+        assert over_nodes["snapshot_s"] == pytest.approx(flat[-1]["snapshot_s"] / 8)
+
+
+@pytest.mark.parametrize("shard", ["optimizer", "gradients", "parameters"])
+def test_every_rank_of_a_sharded_run_stores_its_own_parts(shard: str) -> None:
+    config, options = documented()
+    for whole, shares in zip(scales(config, options), scales(sharded(config, shard), options), strict=True):
+        num_nodes = max(1, shares["num_gpus"] // options.gpus_per_node)
+        assert shares["checkpoint_store_s"] == pytest.approx(whole["checkpoint_store_s"] / num_nodes)
+        assert shares["checkpoint_wait_s"] == 0, "a step computes for longer than the copy of a share takes"

@@ -8,21 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cluster.storage.folder import LocalStorage
 from cluster.storage.uris import Entry, open_storage
+from jobs.exact.flat_layout import FlatLayout
+from jobs.exact.train_state import MOMENTS
 from jobs.export import export
 from jobs.proof.verify_run import verify
 from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.ledger import Ledger
 from jobs.run.sharded_checkpoints import ShardedCheckpoint, stored_state
-from model.checkpoint import load_model, parameter_hash
+from jobs.training.stored_state import stored_name
+from model.checkpoint import load_model, parameter_hash, read_config
 from model.checkpoint_folder import MANIFEST, CheckpointError, read_metadata
+from model.shapes import parameter_shapes
 from tests.checkpoints import write_tiny
 from tests.jobs.sharded_runs import NUM_STEPS, STAGES
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
+PARTS = ("values", *MOMENTS)
 PLACES = {
     *("before_file", "mid_file", "before_fsync", "after_file", "mid_shard", "after_shard"),
     *("before_manifest", "after_manifest", "mid_delete", "after_lease"),
@@ -62,18 +68,31 @@ def test_any_world_resumes_what_any_other_saved(
     checkpoints = RunCheckpoints(runs[1])
     for name, (world_size, shard, group), recorded in zip(checkpoints.names, STAGES, expected, strict=True):
         folder = checkpoints.fetch(name, tmp_path / "fetched")
-        count = (group or world_size) if shard == "parameters" else 0
+        count = (group or world_size) if shard != "none" else 0
         assert sum("-shard-" in path.name for path in folder.iterdir()) == 2 * count
         assert not any(path.name.startswith("report-") for path in folder.iterdir()), "reports are gone"
         assert parameter_hash(load_model(folder).state_dict()) == recorded == read_metadata(folder).parameter_hash
+    shapes = parameter_shapes(read_config(folder))
+    layout = FlatLayout.of(shapes)
+    for copied, (world_size, shard, group) in zip(resized["copied"], STAGES, strict=True):
+        count = (group or world_size) if shard != "none" else 1
+        shares = [12 * sum(map(len, layout.parts(rank, world_size=count))) for rank in range(count)]
+        assert {(rank, num_bytes) for rank, num_bytes in copied} == {*enumerate(shares)}, "each its own share, no more"
+    shapes_of_all = {"step": ()} | {stored_name(part, name): shapes[name] for part in PARTS for name in shapes}
+    for names in zip(*(RunCheckpoints(each).names for each in runs), strict=True):
+        unsharded, tensors = (
+            stored_state(RunCheckpoints(each), name).whole(shapes_of_all)
+            for each, name in zip(runs, names, strict=True)
+        )
+        assert all(torch.equal(tensors[key], unsharded[key]) for key in shapes_of_all), "what a resume restores"
     monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)  # its cache
     copies = []
-    for name in checkpoints.names[:3]:
+    for name in checkpoints.names:
         target = tmp_path / "copies" / name
         exported = export(checkpoints.uri(name), str(target), storage_uri=uri)
         assert exported["parameter_hash"] == expected[step_of(name) // 2 - 1]
         copies.append({path.name for path in target.iterdir()})
-    assert copies[0] == copies[1] == copies[2]
+    assert all(copy == copies[0] for copy in copies)
 
 
 def check_crashes(storage_uri: str, folder: Path, *, num_seeds: int, places: set[str]) -> None:
