@@ -143,7 +143,7 @@ def test_validation_and_samples_are_allowed_in_exact_mode(device: torch.device, 
     assert figures[0] == figures[1]
     batch = [part.to(device) for part in rows.rows(range(10))]
     expected, _ = loss_and_gradients(model, config.model, batch[0], batch[1], eot_id=run.eot_id)
-    assert figures[0]["val_loss"] == pytest.approx(expected, abs={"fp32": 1e-5, "bf16": 1e-2}[precision])
+    assert figures[0].figures["val_loss"] == pytest.approx(expected, abs={"fp32": 1e-5, "bf16": 1e-2}[precision])
     assert answers[0] == answers[1]
     assert len(answers[0]) == 12
 
