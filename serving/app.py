@@ -8,6 +8,7 @@ import contextlib
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def run(config: ServeConfig) -> dict[str, Any]:
     directory. Raises `UserError` for a port in use, an unusable checkpoint, or a damaged state of this endpoint, with
     which its coordinator would wait for a repair."""
     checkpoint, folder = find_checkpoint(config.checkpoint, storage_uri=config.storage.uri)
-    asyncio.run(require_bounded_text(folder))
+    with ThreadPoolExecutor(1) as thread:  # the caller's own may have a running event loop, as in a notebook
+        thread.submit(asyncio.run, require_bounded_text(folder)).result()
     model = read_served_model(folder, name=config.model_name)
     name = config.model_name or version_of(model, checkpoint=checkpoint).name
     deployment = f"started {uuid.uuid4().hex}"  # a new one, which begins with this checkpoint

@@ -110,6 +110,7 @@ class Attempt:
         self.attempt = 1 + begun.num_attempts
         self.notices = Notices(plan.run, group, signals)
         opened.callback(self.notices.close)
+        group.gather("prepared")  # else the first step would seem to take what others still prepare
         self.record = StepRecord(plan, self.state, group, ledger=self.ledger, attempt=self.attempt, nodes=nodes)
         if self.ledger:
             self.ledger.event(

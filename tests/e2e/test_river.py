@@ -78,5 +78,5 @@ def test_text_becomes_a_served_model_in_s3(tmp_path: Path, s3_bucket: str) -> No
     finally:
         started = psutil.Process(server.pid).children(recursive=True)
         server.send_signal(signal.SIGTERM)
-        assert server.wait(limit_s(60)) == 128 + signal.SIGTERM
+        assert server.wait(limit_s(60)) == 0, "all answers were whole"
     wait_until(lambda: not any(process.is_running() for process in started), timeout_s=20)

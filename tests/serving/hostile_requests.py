@@ -125,7 +125,7 @@ WRONG_VALUES = [
     chat(35, "unknown role", "messages.0.role", messages=[{"role": "root", "content": "x"}]),
     chat(35, "no content", "messages.0.content", messages=[{"role": "user", "content": None}]),
     chat(35, "no messages", "messages", messages=[]),
-    chat(35, "30,000 messages", "messages", messages=[{"role": "user", "content": ""}] * 30_000),
+    chat(35, "15,000 messages", "messages", messages=[{"role": "user", "content": ""}] * 15_000),
     chat(35, "template settings", "chat_template_kwargs", code="unsupported_parameter", chat_template_kwargs={"a": 1}),
     completion(36, "a response format", "response_format", code="unsupported_parameter", response_format={"type": "x"}),
     completion(20, "257 prompts", "prompt", prompt=["x"] * 257),

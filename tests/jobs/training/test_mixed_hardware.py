@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cluster.settings.run import RunConfig
-from jobs.pretrain import why_unfinished
+from jobs.pretrain import unfinished
 from jobs.run.ledger import Ledger
 from jobs.training.mixed_hardware import changes, differences, hardware, settle_rounding, why_refused
 from jobs.training.train_loop import train
@@ -53,7 +53,7 @@ def test_unlike_workers__are_named_and_train_nothing_until_that_is_allowed(tmp_p
     plan = tiny_plan(str(tmp_path))
     ledger = train_unlike_workers(plan, tmp_path)
     assert [line["event"] for line in ledger.lines] == ["gave_up"]
-    reason = why_unfinished(plan, ledger)
+    reason = str(unfinished(plan, ledger))
     assert "threads: 1 (rank 0 on node-0), 2 (rank 1 on node-1). Give the run workers that are alike" in reason
     assert "scaling.mixed_hardware=allow" in reason
     ledger = train_unlike_workers(with_scaling(plan, mixed_hardware="allow"), tmp_path)
@@ -79,7 +79,7 @@ def test_a_resume_on_other_hardware__waits_until_that_is_allowed(tmp_path: Path)
     try:
         train(replace(plan, until=3), rank=0, world_size=1)
         train(replace(other, until=5), rank=0, world_size=1)
-        assert "threads: 1 until now, 2 from here on" in why_unfinished(plan, Ledger.read(plan.run))
+        assert "threads: 1 until now, 2 from here on" in str(unfinished(plan, Ledger.read(plan.run)))
         assert len(Ledger.read(plan.run).steps) == 3
         train(replace(plan, until=5), rank=0, world_size=1)
         assert not Ledger.read(plan.run).events("tolerance_mode"), "on what it began with it goes on as before"
