@@ -47,7 +47,9 @@ def test_prometheus_gets_every_metric_with_its_value(metrics_port: int, tmp_path
         wait_until(all_have_come, timeout_s=60)
         for name in ours - {name for name in ours if name.endswith(("_bucket", "_count", "_sum"))}:
             # On a busy machine a scrape may be late, after which Prometheus takes a series for stale.
-            (series,) = server.get("query", query=f"last_over_time({name}[1h])")["result"]
+            query = f"last_over_time({name}[1h])"
+            wait_until(lambda query=query: server.get("query", query=query)["result"])
+            (series,) = server.get("query", query=query)["result"]
             assert float(series["value"][1]) == 12.5
             assert set(SERIES[name].all_labels) <= series["metric"].keys()
         latency = "ray_vllm_inter_token_latency_seconds"
