@@ -74,8 +74,8 @@ class Attempt:
         self.schedule = batch_schedule(config)
         self.checkpoints = RunCheckpoints(plan.run)
         device = torch.device("cuda", torch.cuda.current_device()) if config.scaling.use_gpu else torch.device("cpu")
-        kinds = group.gather(hardware(device))
-        workers = group.gather({"pid": os.getpid(), "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname())})
+        own_place = {"pid": os.getpid(), "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname())}
+        workers, kinds = zip(*group.gather((own_place, hardware(device))), strict=True)
         nodes = [worker["node"] for worker in workers]
         unlike = differences(kinds, nodes=nodes)
         self.writer: RunWriter | None = None
@@ -100,7 +100,7 @@ class Attempt:
             checkpoints = self.writer.checkpoints if self.writer else self.checkpoints  # rank 0's are fenced
             self.shards = ShardWriter(checkpoints, self.state.peers, group, self.ledger, publish)
             opened.callback(self.shards.abandon)
-        own_kind = prepared(plan, group, self.state.device)
+        kernels = prepared(plan, group, device, kinds[group.rank])
         self.guard = replace(self.guard, rollbacks=begun.rollbacks)
         self.first_step, self.guard = self.guard.entering(restored_step + 1)
         self.val_sets = open_validation_sets(plan)
@@ -127,7 +127,7 @@ class Attempt:
                 precision=config.train.precision,
                 compute=way_to_compute(config),
                 hardware=kinds[0],
-                **{"kernels": own_kind["kernels"]} if "kernels" in own_kind else {},
+                **({"kernels": kernels} if kernels else {}),
             )
             self._record_precision()
             if begun.unlike:

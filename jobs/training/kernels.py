@@ -12,24 +12,25 @@ from cluster.storage.uris import Storage
 from jobs.exact.self_test import self_test
 from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
-from jobs.training.mixed_hardware import Hardware, hardware
+from jobs.training.mixed_hardware import Hardware
 from jobs.workers.worker_group import WorkerGroup
 
 
-def prepared(plan: RunPlan, group: WorkerGroup, device: torch.device) -> Hardware:
-    """Returns what decides how this worker rounds, after its self-test; its compiled kernels are part of that.
+def prepared(plan: RunPlan, group: WorkerGroup, device: torch.device, kind: Hardware) -> str | None:
+    """Returns once this worker, of a kind of hardware, has passed its self-test: the hash of its compiled kernels, None
+    where it has none.
 
     Those are on every rank the kernels that the run's storage has for rank 0's hardware, or that rank 0 compiles now.
     Whoever can write to that storage can thus run code in the workers, as PyTorch trusts what it loads.
     """
-    found, test = hardware(device), partial(self_test, plan.config, device)
+    test = partial(self_test, plan.config, device)
     if way_to_compute(plan.config) != "compiled":
         test()
-        return found
-    kernels = group.broadcast(_kept(plan.run, found, test) if group.rank == 0 else None)
+        return None
+    kernels = group.broadcast(_kept(plan.run, kind, test) if group.rank == 0 else None)
     torch.compiler.load_cache_artifacts(kernels)
     test()
-    return found | {"kernels": hashlib.sha256(kernels).hexdigest()}
+    return hashlib.sha256(kernels).hexdigest()
 
 
 def _kept(run: Storage, on: Hardware, compiles: Callable[[], None]) -> bytes:
