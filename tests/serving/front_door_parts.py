@@ -32,16 +32,8 @@ def open_to_all(app: ASGIApp) -> ASGIApp:
     return known
 
 
-def ask(
-    app: ASGIApp,
-    *messages: Message,
-    headers: tuple[tuple[bytes, bytes], ...] = (),
-    path: str = "/v1/completions",
-    count: Callable[[Outcome, str], None] = lambda outcome, version: None,
-    log: LogRequest = no_log,
-) -> list[Message]:
-    """What goes out to a client that sends `messages`, and then stays on the line. `app` is behind a new front door,
-    unless it is one."""
+async def answered(door: ASGIApp, *messages: Message, about: Scope) -> list[Message]:
+    """What goes out to a client that sends `messages`, or else a small body, and then stays on the line."""
     sent: list[Message] = []
     incoming = list(messages) or [{"type": "http.request", "body": b"{}", "more_body": False}]
 
@@ -53,14 +45,27 @@ def ask(
     async def send(message: Message) -> None:
         sent.append(message)
 
+    await door(about, receive, send)
+    return sent
+
+
+def ask(
+    app: ASGIApp,
+    *messages: Message,
+    headers: tuple[tuple[bytes, bytes], ...] = (),
+    path: str = "/v1/completions",
+    count: Callable[[Outcome, str], None] = lambda outcome, version: None,
+    log: LogRequest = no_log,
+) -> list[Message]:
+    """What goes out to a client that sends `messages`, and then stays on the line. `app` is behind a new front door,
+    unless it is one."""
     config = HttpConfig(body_timeout_s=limit_s(0.05))
     door = (
         app
         if isinstance(app, FrontDoor)
         else FrontDoor(open_to_all(app), config=config, count=count, log=log, tracer=NO_TRACER)
     )
-    asyncio.run(door(scope(*headers, path=path), receive, send))
-    return sent
+    return asyncio.run(answered(door, *messages, about=scope(*headers, path=path)))
 
 
 async def whole(send: Send) -> None:

@@ -9,7 +9,7 @@ from cluster.settings.serve import HttpConfig
 from serving.protocol.tracing import NO_TRACER
 from serving.proxy.front_door import FrontDoor, Outcome
 from serving.proxy.key_check import ASKED_PATH
-from tests.serving.front_door_parts import scope, whole
+from tests.serving.front_door_parts import answered, scope, whole
 from tests.time_limits import limit_s
 
 KNOWN = (b"authorization", b"Bearer known")
@@ -44,19 +44,7 @@ class Endpoint:
             await whole(send)
 
     async def ask(self, *headers: tuple[bytes, bytes], body: list[Message] | None = None) -> list[Message]:
-        incoming = list(body or [{"type": "http.request", "body": b"{}", "more_body": False}])
-        sent: list[Message] = []
-
-        async def receive() -> Message:
-            if not incoming:
-                await asyncio.Event().wait()
-            return incoming.pop(0)
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        await self.door(scope(*headers), receive, send)
-        return sent
+        return await answered(self.door, *(body or []), about=scope(*headers))
 
 
 def test_a_stranger_is_refused_without_a_body_and_asked_about_once() -> None:
