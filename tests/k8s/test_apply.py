@@ -208,7 +208,7 @@ def test_what_kubectl_applied_is_taken_over_and_what_it_alone_had_goes(
     dns["metadata"]["annotations"] = {"of-an-earlier-version": "true"}
     role["rules"][0]["verbs"].append("deletecollection")
     shared = find(older, "RayCluster/shared")
-    shared["spec"]["headGroupSpec"]["serviceAccountOfAnEarlierVersion"] = "x"
+    shared["spec"]["headGroupSpec"]["enableIngress"] = True
     (tmp_path / "older.yaml").write_text(yaml.safe_dump_all(older))
     kubectls = ["--validate=false", "--cache-dir", str(tmp_path / "cache"), "-n", "raymill"]
     subprocess.run([kubectl(), "apply", "-f", str(tmp_path / "older.yaml"), *kubectls], check=True)
@@ -226,7 +226,7 @@ def test_what_kubectl_applied_is_taken_over_and_what_it_alone_had_goes(
     rules = api.get("/apis/rbac.authorization.k8s.io/v1/namespaces/raymill/roles/raymill-operator")["rules"]
     assert rules == find(render("overlays/dev"), "Role/raymill-operator")["rules"]
     head = ray_object(api, "RayCluster", "shared")["spec"]["headGroupSpec"]
-    assert "serviceAccountOfAnEarlierVersion" not in head
+    assert "enableIngress" not in head
     owners = {entry["manager"] for entry in policy["metadata"]["managedFields"]}
     assert owners == {"raymill"}
 
