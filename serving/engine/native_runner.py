@@ -13,7 +13,6 @@ from torch import Tensor
 
 from model.gpt import GPT, Projection, Transformer
 from model.llama import frequencies
-from model.tables import read_table
 from serving.engine.native_library import load_library
 from serving.engine.runner import Reading, Survey
 
@@ -28,6 +27,18 @@ MATRICES = {
 }
 """By architecture, those that are one matrix to the kernels, side by side."""
 HEAD, TOKENS = 0, 1  # after the last layer
+
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int
+_FUNCTIONS = {
+    "raymill_create": [_POINTER, _NUMBER, _NUMBER, _POINTER],
+    "raymill_set_norm": [_POINTER, _NUMBER, _NUMBER, _POINTER, _POINTER],
+    "raymill_set_matrix": [_POINTER, *[_NUMBER] * 4, _POINTER, _NUMBER, _NUMBER, _POINTER],
+    "raymill_forward": [_POINTER, _POINTER],
+    "raymill_logits": [_POINTER, _NUMBER, _POINTER, _POINTER],
+    "raymill_survey": [_POINTER, _NUMBER, _POINTER, _POINTER, _POINTER],
+    "raymill_destroy": [_POINTER],
+}
+"""The functions of native/decoder.cpp, with the types of their arguments."""
 
 
 class Shape(ctypes.Structure):
@@ -57,9 +68,8 @@ class NativeRunner:
         """Raises `NoNativeLibraryError` if the kernels are not available, and `MemoryError` without the memory for
         weights and cache."""
         self._library = load_library()
-        kinds = {"pointer": ctypes.c_void_p, "number": ctypes.c_int}
-        for name, arguments in read_table(__file__, "native_runner").items():
-            getattr(self._library, name).argtypes = [kinds[kind] for kind in arguments]
+        for name, arguments in _FUNCTIONS.items():
+            getattr(self._library, name).argtypes = arguments
         self._library.raymill_create.restype = ctypes.c_void_p
         self._library.raymill_set_matrix.restype = ctypes.c_bool
         self._config = config = model.config
