@@ -25,11 +25,11 @@ from cluster.settings.run import RunConfig, Shard
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer
+from jobs.saving.stored_state import hash_of_weights, moments_by_name, own_stretches, restore
 from jobs.snapshots import snapshots
 from jobs.snapshots.choice import Holding, Snapshot, choose
 from jobs.snapshots.slots import NUM_SLOTS, Bytes, Slots
 from jobs.snapshots.snapshots import Snapshots
-from jobs.training.stored_state import hash_of_weights, moments_by_name, own_stretches, restore
 from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
 from model.linear_cross_entropy import IGNORE_INDEX
