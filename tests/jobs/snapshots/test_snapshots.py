@@ -3,7 +3,7 @@
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.snapshots.choice import COPIES, Holding, Snapshot, choose, num_slots, sharded_area
 from jobs.snapshots.keepers import ANSWER_S, AS_ACTOR, Keeper, NoRoom, copy_to_second_nodes
 from jobs.snapshots.slots import Bytes, Header, Slots
-from jobs.snapshots.snapshots import Snapshots
+from jobs.snapshots.snapshots import Share, Snapshots
 from jobs.training.rank_phases import RankPhases
 from jobs.training.train_loop import train
 from jobs.training.validation import Validator
@@ -356,11 +356,12 @@ class OwnMemory(Snapshots):
         self._interval = self.every_steps
         self.memory = memory or self.memory
 
-    def _opened(self, sizes: dict[str, int], attempt: int) -> bool:
-        for area in sizes.keys() - self._memory.keys():
-            path = self.memory.open(area, sizes[area], attempt)
-            assert isinstance(path, str)
-            self._memory[area] = (path, Slots.at(path))
+    def _opened(self, shares: Sequence[Share], attempt: int) -> bool:
+        for share in shares:
+            if share.area not in self._memory:
+                path = self.memory.open(share.area, share.num_bytes, attempt)
+                assert isinstance(path, str)
+                self._memory[share.area] = (path, Slots.at(path))
         return True
 
     def _agree(self, attempt: int) -> None:
