@@ -47,13 +47,18 @@ class Replica:
         self._publishing = asyncio.create_task(self._publish(metrics))
         self._reloading = asyncio.create_task(self._access.keep())
         return build_http_app(
-            versions=versions, metrics=metrics, access=self._access, admin=admin_router(self._follower)
+            versions=versions,
+            metrics=metrics,
+            access=self._access,
+            usage=self._follower.usage,
+            admin=admin_router(self._follower),
         )
 
     async def _publish(self, metrics: ReplicaMetrics) -> None:
         """Publishes the metrics in this event loop, in which the versions change."""
         application = serve.get_replica_context().app_name
         while True:
+            metrics.by_key.keep(self._access.rules.names)
             await asyncio.sleep(PUBLISH_INTERVAL_S)
             metrics.publish(application=application)
 

@@ -1,14 +1,11 @@
-"""API keys: rereads their files, decides what a key opens, and counts the running requests of each."""
+"""API keys: rereads their files, and decides what a key opens."""
 
 import asyncio
 import hashlib
 import hmac
 import logging
-import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,9 +24,6 @@ XRAY_PATH = "/v1/xray"
 XRAY_PATHS = (XRAY_PATH, *PAGE_PATHS)
 READ_BY_PAGE = ("/v1/models", "/v1/completions")  # which the page of an operator asks with its one key
 RELOAD_S = 2.0
-MAX_INVALID_BYTES = 32 << 20  # held against a key before its requests are refused
-INVALID_BASE_BYTES = 1 << 10  # of a request whose body is empty
-FORGIVEN_BYTES_PER_S = 1 << 20
 _log = logging.getLogger(__name__)
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -45,6 +39,12 @@ class AccessRules:
     user_keys: tuple[ApiKey, ...] = ()  # if empty, everybody may come in
     admin_keys: tuple[ApiKey, ...] = ()  # if empty, there is no /admin
     xray: XrayAccess = "user"
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all keys that may ask the model."""
+        asking = self.user_keys + (self.admin_keys if self.xray == "admin" else ())
+        return {key.name for key in asking}
 
 
 def read_rules(config: ServeConfig) -> AccessRules:
@@ -156,54 +156,3 @@ def _admin_key(headers: Headers, rules: AccessRules) -> ApiKey:
         return key
     is_user = presented_key(headers, rules.user_keys) is not None
     raise error_of("admin_key_required") if is_user else error_of("invalid_api_key")
-
-
-class InvalidBodies:
-    """Counts the bytes of each key's bodies that were read in vain. Who sends many waits: reading them takes time from
-    others' streams, and a refusal would cost its sender nothing."""
-
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._charged: dict[str, tuple[float, float]] = {}  # bytes that are still held against a key, and since when
-
-    def charge(self, key: str, num_bytes: int) -> None:
-        now_s = self._clock()
-        self._charged[key] = self._held(key, now_s) + num_bytes + INVALID_BASE_BYTES, now_s
-        self._charged = {name: entry for name, entry in self._charged.items() if self._held(name, now_s) > 0}
-
-    def require_room(self, key: str) -> None:
-        """Raises `ApiError` (429) while too much is held against the key."""
-        excess = self._held(key, self._clock()) - MAX_INVALID_BYTES
-        if excess > 0:
-            wait_s = math.ceil(excess / FORGIVEN_BYTES_PER_S)
-            error = error_of("too_many_invalid", wait_s=wait_s)
-            error.headers["Retry-After"] = str(wait_s)
-            raise error
-
-    def _held(self, key: str, now_s: float) -> float:
-        num_bytes, since_s = self._charged.get(key, (0.0, now_s))
-        return max(0.0, num_bytes - (now_s - since_s) * FORGIVEN_BYTES_PER_S)
-
-
-class RequestsInFlight:
-    """Counts the running requests of each key."""
-
-    def __init__(self, limit: int | None) -> None:
-        """`limit` is that of a key without one of its own."""
-        self._limit = limit
-        self._running: Counter[str] = Counter()
-
-    @contextmanager
-    def of(self, key: ApiKey | None) -> Iterator[None]:
-        """Counts one more request of `key` during the context; None is not counted. Raises `ApiError` (429) at the
-        limit."""
-        if key is None or (limit := key.max_requests or self._limit) is None:
-            yield
-            return
-        if self._running[key.name] >= limit:
-            raise error_of("rate_limit_exceeded", limit=limit)
-        self._running[key.name] += 1
-        try:
-            yield
-        finally:
-            self._running[key.name] -= 1

@@ -78,6 +78,15 @@ class ChatRequest(GenerationRequest):
         return self
 
 
+class OpenEndedCompletion(CompletionRequest):
+    """A completion whose client has left its length open. To count the rest of the context against a key's quota would
+    refuse almost all of them."""
+
+    @property
+    def reserved_tokens(self) -> int:
+        return 0
+
+
 async def as_completion(request: ChatRequest, version: LoadedVersion, *, clips: bool) -> CompletionRequest:
     """Returns the completion that answers a chat. Without a limit it may fill the context, and where the endpoint
     `clips`, with a larger one too. Raises `ApiError` (400) if there is no room for a token, and `ChatError` or
@@ -94,7 +103,8 @@ async def as_completion(request: ChatRequest, version: LoadedVersion, *, clips: 
         shared["stop"] = (*request.stop, _STOP)
     elif end_of_turn is not None and not request.ignore_eos:
         shared["stop_token_ids"] = [*request.stop_token_ids, end_of_turn]
-    return CompletionRequest.model_construct(
+    shape = CompletionRequest if max_tokens else OpenEndedCompletion
+    return shape.model_construct(
         **shared,
         prompt=[prompt_ids],
         max_tokens=max_tokens or model.config.n_positions - len(prompt_ids),

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ import orjson
 from cluster.settings.serve import ServeConfig
 from serving.api.answers import Answer, Usage
 from serving.api.choice_output import ChoiceOutput, Part, join_parts
+from serving.api.key_limits import Reservation
 from serving.api.metrics import ReplicaMetrics, RequestTimer, WatchedSteps
 from serving.delivery.loaded_version import LoadedVersion
 from serving.engine.messages import FinishReason, SequenceRequest
@@ -42,6 +43,7 @@ class Completion:
     generation: Generation
     timer: RequestTimer
     facts: RequestFacts
+    reservation: Reservation
     shows_cache: bool  # in the usage; to a key it would show what others have sent, where they share the cache
 
     def __post_init__(self) -> None:
@@ -49,13 +51,20 @@ class Completion:
         self._choices = {s.seq_id: ChoiceOutput(i, s, request, self.model) for i, s in enumerate(sequences)}
         self._parts = self._generated_parts()
         self._first_part: Part | None = None
+        self._has_failed = False
         # A prompt counts once, however many choices it has.
         self._num_prompt_tokens = sum(len(sequence.prompt_ids) for sequence in sequences[:: request.n])
         self.facts.prompt_tokens, self.facts.stream = self._num_prompt_tokens, request.stream
 
     def close(self) -> None:
+        """Ends the request, and charges its key: with nothing if the engine has not begun or has failed."""
         self.generation.close()
         self.timer.close()
+        costs = self.generation.has_begun.is_set() and not self._has_failed
+        self.reservation.settle(
+            prompt_tokens=self._num_prompt_tokens if costs else 0,
+            generated_tokens=self._num_output_tokens if costs else 0,
+        )
 
     async def begin(self) -> None:
         """Waits for the first token: a failure before it can still have an HTTP status. Raises `ApiError`."""
@@ -104,6 +113,7 @@ class Completion:
             async for event in self.generation:
                 if event.finish_reason is FinishReason.ERROR:
                     self.timer.finished(event.seq_id, FinishReason.ERROR)
+                    self._has_failed = True
                     raise error_of("not_finite")
                 if event.token_id is not None:
                     self.timer.token(event.seq_id)
@@ -114,6 +124,7 @@ class Completion:
                     self.generation.cancel(event.seq_id)  # the engine does not know of stop strings
                 yield part
         except EngineDiedError:
+            self._has_failed = True
             raise error_of("engine_unavailable") from None
         finally:
             self.facts.reason, self.facts.last_token_s = "+".join(sorted(reasons)) or None, time.monotonic()
@@ -154,9 +165,11 @@ async def start_completion(
     metrics: ReplicaMetrics,
     config: ServeConfig,
     facts: RequestFacts,
+    reserve: Callable[[int], Reservation],
 ) -> Completion:
-    """Admits a request to the engine of `version`, and returns with its first token. Raises `ApiError`: 400 for a
-    request that cannot be served, 429 if there is no room for it now, 503 without an engine."""
+    """Admits a request to the engine of `version`, and returns with its first token. Its key is charged by `reserve`.
+    Raises `ApiError`: 400 for a request that cannot be served, 429 if there is no room for it now or its key has no
+    tokens left, 503 without an engine."""
     model, engine, key = version.model, version.engine, facts.key or ""
     # The engine gets no more of a request than keep it busy. The rest waits here, and leaves room for other requests.
     num_slots = engine.facts.max_num_seqs
@@ -204,13 +217,17 @@ async def start_completion(
             "given in one answer; ask for fewer prompts, tokens or candidates",
             param="logprobs" if request.prompt_logprobs is None else "prompt_logprobs",
         )
+    num_prompt_tokens = sum(map(len, prompts))
+    num_open = sum(min(request.reserved_tokens, sequence.max_tokens) for sequence in sequences)
+    reservation = reserve(num_prompt_tokens + num_open)
     counted = metrics.of(model.version)
     try:
         generation = engine.submit(sequences, at_once=at_once, key=key, observer=WatchedSteps(counted, version.stats))
     except EngineDiedError:
+        reservation.settle(prompt_tokens=0, generated_tokens=0)
         raise error_of("engine_unavailable") from None
     facts.queued_s = time.monotonic()
-    counted.prompt_tokens.inc(sum(map(len, prompts)))
+    counted.prompt_tokens.inc(num_prompt_tokens)
     unfinished: dict[int, float | None] = dict.fromkeys(sequence.seq_id for sequence in sequences)
     timer = RequestTimer(counted, version.stats, generation.entered_s, unfinished)
     completion = Completion(
@@ -221,6 +238,7 @@ async def start_completion(
         generation=generation,
         timer=timer,
         facts=facts,
+        reservation=reservation,
         shows_cache=not key or config.engine.prefix_cache_scope == "key",
     )
     max_queue_s = config.engine.max_queue_s

@@ -14,15 +14,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.settings.code_folders import code_version
 from model.chat import ChatError
-from serving.api.access import CurrentAccess, InvalidBodies, RequestsInFlight, authorize
+from serving.api.access import CurrentAccess, authorize
 from serving.api.answers import Answer, EmbeddingAnswer, TextAnswer
 from serving.api.chat import NOTE_HEADER, ChatAnswer, ChatRequest, as_completion
 from serving.api.completions import Completion, start_completion
-from serving.api.metrics import ReplicaMetrics
+from serving.api.key_limits import KEY_IN_SCOPE, KeyLimits, key_of
+from serving.api.key_metrics import Refusal
+from serving.api.metrics import ReplicaMetrics, SeriesFor
 from serving.api.tool_routes import tool_router
 from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.routed_request import RoutedRequest
 from serving.delivery.versions import Versions
+from serving.limits.key_usage import KeyUsage
 from serving.protocol.errors import ApiError, error_of
 from serving.protocol.protocol import CompletionRequest, EmbeddingRequest, read_request
 from serving.protocol.request_facts import FACTS
@@ -38,8 +41,10 @@ METERED_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/
 STATE_METHODS = ["GET", "HEAD"]  # monitors ask with HEAD, to which uvicorn sends no body
 
 
-def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: CurrentAccess, admin: APIRouter) -> ASGIApp:
-    """Builds the application of all routes, behind `access`."""
+def build_http_app(
+    *, versions: Versions, metrics: ReplicaMetrics, access: CurrentAccess, usage: KeyUsage, admin: APIRouter
+) -> ASGIApp:
+    """Builds the application of all routes, behind `access` and the limits of keys."""
     config = versions.config
     clips = config.engine.clip_max_tokens
     # Interactive documentation and a schema would show strangers what this endpoint can do.
@@ -48,8 +53,8 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
     app.include_router(admin)
     app.include_router(tool_router(max_waiting=config.max_ongoing_requests))
     add_state_routes(app, versions=versions, metrics=metrics)
-    invalid = InvalidBodies()
-    add_error_handlers(app, invalid)
+    limits = KeyLimits(usage, metrics.by_key, max_requests=config.replicas.max_requests_per_key)
+    add_error_handlers(app, limits)
     relay = RelayClient()
 
     @app.post("/v1/completions")
@@ -103,6 +108,7 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
                 metrics=metrics,
                 config=config,
                 facts=RoutedRequest.of(request).facts,
+                reserve=partial(limits.reserve, key_of(request)),
             )
             if parsed.stream:
                 return EventStream(completion, headers=headers or {}, relay=relay)
@@ -127,7 +133,7 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
         RoutedRequest.of(request).take(name)
         return RoutedRequest.of(request).card()
 
-    return Gate(app, access=access, versions=versions, invalid=invalid)
+    return Gate(app, access=access, versions=versions, limits=limits)
 
 
 def add_state_routes(app: FastAPI, *, versions: Versions, metrics: ReplicaMetrics) -> None:
@@ -154,12 +160,14 @@ def add_state_routes(app: FastAPI, *, versions: Versions, metrics: ReplicaMetric
         return {"version": code_version()}
 
     @app.get("/metrics")
-    async def render_metrics() -> Response:
-        return Response(generate_latest(metrics.exported.collectors), media_type="text/plain; version=0.0.4")
+    async def render_metrics(request: Request) -> Response:
+        """Returns the metrics. Of those by key a client sees its own only."""
+        shown = SeriesFor(RoutedRequest.of(request).facts.key, metrics.exported.collectors)
+        return Response(generate_latest(shown), media_type="text/plain; version=0.0.4")
 
 
-def add_error_handlers(app: FastAPI, invalid: InvalidBodies) -> None:
-    """Gives every error OpenAI's shape, and counts what was read in vain."""
+def add_error_handlers(app: FastAPI, limits: KeyLimits) -> None:
+    """Gives every error OpenAI's shape, and counts what was read in vain and what found no room."""
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
@@ -167,7 +175,9 @@ def add_error_handlers(app: FastAPI, invalid: InvalidBodies) -> None:
         routed.facts.reason = error.code
         if error.status == HTTPStatus.BAD_REQUEST:
             length = request.headers.get("content-length", "0")
-            invalid.charge(routed.facts.key or "", int(length) if length.isdecimal() else MAX_BODY_BYTES)
+            limits.charge_invalid(key_of(request), int(length) if length.isdecimal() else MAX_BODY_BYTES)
+        if error.code == "overloaded":
+            limits.count_refusal(key_of(request), Refusal.OVERLOADED)
         return error.response()
 
     @app.exception_handler(HTTPException)
@@ -207,11 +217,10 @@ class Gate:
     """Wraps all routes: requires a key, keeps the version that answers a request loaded until the answer has ended, and
     names it in the answer."""
 
-    def __init__(self, app: ASGIApp, *, access: CurrentAccess, versions: Versions, invalid: InvalidBodies) -> None:
+    def __init__(self, app: ASGIApp, *, access: CurrentAccess, versions: Versions, limits: KeyLimits) -> None:
         self._app = app
-        self._invalid = invalid
         self._access = access
-        self._in_flight = RequestsInFlight(versions.config.replicas.max_requests_per_key)
+        self._limits = limits
         self._versions = versions
         self._tracer = tracer_from_environment("raymill-replica")
 
@@ -234,13 +243,15 @@ class Gate:
         is_metered = scope["path"] in METERED_PATHS
         try:
             key = authorize(scope["path"], scope["headers"], self._access.rules)
+            scope[KEY_IN_SCOPE] = key
             if key is not None:
                 routed.key, facts.key = key.hash, key.name
-            if is_metered and self._versions.delivery.draining:
-                raise error_of("draining")
             if is_metered:
-                self._invalid.require_room(facts.key or "")
-            with self._in_flight.of(key if is_metered else None):
+                self._limits.count_request(key)
+                if self._versions.delivery.draining:
+                    raise error_of("draining")
+                self._limits.require_few_invalid(key)
+            async with self._limits.running(key if is_metered else None):
                 await self._app(scope, receive, send_with_version)
         except ApiError as error:
             facts.reason = error.code

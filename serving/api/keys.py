@@ -1,4 +1,4 @@
-"""Key files: a key on each line, which may have a name, an expiry and a limit of its own."""
+"""Key files: a key on each line, which may have a name, an expiry and limits of its own."""
 
 import codecs
 import hashlib
@@ -10,40 +10,66 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from model.errors import UserError
+from serving.limits.token_bucket import Quota
+from serving.limits.usage_report import QuotaKind
 
 NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
-FIELDS = ("name", "expires", "max_requests")
-EXPECTED = "a key, and after it any of name=NAME (letters, digits, . _ @ -), expires=2027-01-01 and max_requests=8"
+LIMITS = ("max_requests", "tokens_per_minute", "tokens_per_day")
+FIELDS = ("name", "expires", *LIMITS)
+EXPECTED = (
+    "a key, and after it any of name=NAME (letters, digits, . _ @ -), expires=2027-01-01, max_requests=8, "
+    "tokens_per_minute=20000 and tokens_per_day=1000000"
+)
+MINUTE_S, DAY_S = 60.0, 86_400.0
 
 
 @dataclass(frozen=True)
 class ApiKey:
-    """What is known of a key. Keys of one name share their limit and their turns in the queue."""
+    """What is known of a key. Keys of one name share their limits and their turns in the queue."""
 
     hash: str  # SHA-256; the key itself is in no state and no log
     name: str
     expires_s: float | None = None  # Unix time from which it opens nothing
-    max_requests: int | None = None  # in flight on a replica
+    max_requests: int | None = None  # in flight, on all replicas together
+    tokens_per_minute: int | None = None  # of prompts and answers, on all replicas together
+    tokens_per_day: int | None = None
 
     @classmethod
     def read(cls, line: str) -> "ApiKey":
-        """Reads a line, such as `sk-… name=alice expires=2027-01-01 max_requests=8`. A key without a name has one made
-        from its hash. Raises `ValueError`."""
+        """Reads a line, such as `sk-… name=alice expires=2027-01-01 tokens_per_minute=20000`. A key without a name has
+        one made from its hash. Raises `ValueError`."""
         key, *words = line.split()
         if key.startswith("#"):
             raise ValueError("a comment would be a key that is easily guessed")
         fields = dict(word.split("=", 1) for word in words)
         digest = hashlib.sha256(key.encode()).hexdigest()
-        name, limit = fields.get("name", f"key-{digest[:8]}"), fields.get("max_requests", "1")
+        name = fields.get("name", f"key-{digest[:8]}")
         if len(fields) != len(words) or not fields.keys() <= set(FIELDS):
             raise ValueError("a word is unknown, or there twice")
-        if not NAME.fullmatch(name) or not limit.isdecimal() or int(limit) == 0:
+        if not NAME.fullmatch(name):
             raise ValueError("a value is impossible")
         expires_s = None
         if "expires" in fields:
             expires = datetime.fromisoformat(fields["expires"])
             expires_s = (expires if expires.tzinfo else expires.replace(tzinfo=UTC)).timestamp()
-        return cls(digest, name, expires_s, int(limit) if "max_requests" in fields else None)
+        limits = {limit: _count(fields[limit]) for limit in LIMITS if limit in fields}
+        return cls(digest, name, expires_s, **limits)
+
+    @property
+    def token_quotas(self) -> dict[QuotaKind, Quota]:
+        quotas = {}
+        if self.tokens_per_minute is not None:
+            quotas[QuotaKind.TOKENS_PER_MINUTE] = Quota(self.tokens_per_minute, MINUTE_S)
+        if self.tokens_per_day is not None:
+            quotas[QuotaKind.TOKENS_PER_DAY] = Quota(self.tokens_per_day, DAY_S)
+        return quotas
+
+
+def _count(word: str) -> int:
+    """Returns a limit's number. Raises `ValueError`."""
+    if not word.isdecimal() or int(word) == 0:
+        raise ValueError("a value is impossible")
+    return int(word)
 
 
 def make_key_file(path: Path) -> None:

@@ -7,11 +7,12 @@ from enum import StrEnum
 from functools import partial
 from typing import Any, get_args
 
-from prometheus_client import Metric
+from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.registry import Collector
 
 from cluster.monitoring.metric_export import Metrics, by_version
 from cluster.monitoring.metric_table import Exporter, metrics
+from serving.api.key_metrics import KeyMetrics
 from serving.delivery.promotion import Phase, Result, VersionStats
 from serving.delivery.versions import Versions
 from serving.engine.messages import FinishReason, StepReport
@@ -46,6 +47,7 @@ class ReplicaMetrics:
             exported.of("raymill:last_promotion", result=result).set_function(was_last)
         exported.collectors.register(EngineMetrics(versions, labels))
         self._versions = versions
+        self.by_key = KeyMetrics(exported)
         self.of = by_version(exported, lambda version: VersionMetrics(exported, version, versions))
 
     def publish(self, *, application: str) -> None:
@@ -115,6 +117,19 @@ class EngineMetrics(Collector):
                 for sample_name, labels, value in samples:
                     family.add_sample(sample_name, labels | self._labels, value)
                 yield family
+
+
+@dataclass(frozen=True)
+class SeriesFor(Collector):
+    """What a client may see of the metrics: what others do with their keys is not among it."""
+
+    key: str | None
+    whole: CollectorRegistry
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self.whole.collect():
+            family.samples = [sample for sample in family.samples if sample.labels.get("key", self.key) == self.key]
+            yield family
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,15 @@ from cluster.storage.uris import StorageError, open_storage
 from serving.delivery import promotion
 from serving.delivery.delivery_file import DamagedStateError, DeliveryFile, NewerStateError, endpoint_name
 from serving.delivery.promotion import Delivery, DeliveryError, ReplicaReport, Terms, Version
+from serving.limits.usage_board import UsageBoard
+from serving.limits.usage_report import UsageAnswer, UsageReport
 
 REPLICA_LOST_S = 10.0  # without a report; a replica on a busy machine may be late
 FORGET_S = 3600.0  # how long the reports of a replica that is gone count
 RETRY_STORING_S = 10.0
 STORING_S = 2.0  # for which a decision waits for the storage; a replica waits 5 s for an answer
+
+NO_USAGE = UsageReport()
 
 _log = logging.getLogger(__name__)
 Decided = TypeVar("Decided")
@@ -34,6 +38,7 @@ class Reply(NamedTuple):
     is_ours: bool  # false for a replica of another deployment, which a redeployed endpoint has for a while
     delivery: Delivery | None  # None before the first replica has begun
     is_stored: bool = True
+    usage: UsageAnswer | None = None  # what keys use on all replicas; None for a replica of another deployment
 
 
 class Coordinator:
@@ -49,6 +54,7 @@ class Coordinator:
         self._retry_at_s = 0.0
         self._phase_began_s = time.monotonic()
         self._reports: dict[str, tuple[float, ReplicaReport]] = {}
+        self._usage = UsageBoard()
         self._lock = asyncio.Lock()  # one change at a time
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="delivery-file")  # its methods run one at a time
         self._writing: asyncio.Task[None] | None = None
@@ -57,16 +63,18 @@ class Coordinator:
         self._annotator = Annotator.from_environment()
         self._restore()
 
-    async def exchange(self, deployment: str, report: ReplicaReport) -> Reply:
-        """Takes a replica's report, and returns what it is to serve."""
+    async def exchange(self, deployment: str, report: ReplicaReport, used: UsageReport = NO_USAGE) -> Reply:
+        """Takes a replica's report, and returns what it is to serve, and what keys use on all replicas."""
         if deployment != self._deployment:
             return Reply(is_ours=False, delivery=None)
         self._reports[report.replica] = (time.monotonic(), report)
+        usage = self._usage.exchange(report.replica, used)
         if not self._lock.locked():  # otherwise somebody decides already; no replica waits for that
             await self._whole(self._advance())
         elif self._damage is not None:
             raise DeliveryError(str(self._damage))
-        return Reply(is_ours=True, delivery=self._delivery, is_stored=self._stored is self._delivery)
+        is_stored = self._stored is self._delivery
+        return Reply(is_ours=True, delivery=self._delivery, is_stored=is_stored, usage=usage)
 
     async def begin(self, model_name: str, live: Version) -> Delivery:
         """Sets what a new endpoint serves; the first replica decides for all."""

@@ -20,6 +20,7 @@ from cluster.storage.registry import find_checkpoint
 from serving.delivery.coordinator import Reply
 from serving.delivery.promotion import Delivery, DeliveryError, Phase, ReplicaReport, version_of
 from serving.delivery.versions import Versions
+from serving.limits.key_usage import KeyUsage
 from serving.protocol.served_model import read_served_model
 from serving.text.reader import require_bounded_text
 
@@ -45,6 +46,7 @@ class Follower:
     deployment: str
     replica: str
     on_live_death: Callable[[str], None]  # see `Versions`
+    usage: KeyUsage = field(default_factory=KeyUsage)
     versions: Versions = field(init=False)
     is_stored: bool = field(default=True, init=False)  # whether the storage has the endpoint's state
     _following: asyncio.Task[None] | None = field(default=None, init=False)
@@ -66,14 +68,23 @@ class Follower:
         if self._following is None:  # `start` has failed before there was anything to close
             return
         self._following.cancel()
-        if self.versions.delivery.phase is not Phase.STEADY:  # the new version is not what ends this replica
-            report = self._report(is_leaving=True)
+        is_promoting = self.versions.delivery.phase is not Phase.STEADY  # the new version is not what ends this replica
+        if is_promoting or self.usage.has_news:
             with contextlib.suppress(CoordinatorAwayError, DeliveryError):
-                await answer_of(self.coordinator.exchange.remote(self.deployment, report))
+                await self._exchange(self._report(is_leaving=True))
         await self.versions.close()
 
     def _report(self, *, is_leaving: bool = False) -> ReplicaReport:
         return ReplicaReport(self.replica, self.versions.delivery.epoch, self.versions.report(), is_leaving)
+
+    async def _exchange(self, report: ReplicaReport) -> Reply:
+        """Reports, also what keys use here, and returns the coordinator's answer."""
+        asked_at_s = time.monotonic()
+        used = self.usage.report()
+        reply: Reply = await answer_of(self.coordinator.exchange.remote(self.deployment, report, used))
+        if reply.usage is not None:
+            self.usage.adopt(reply.usage, used, asked_at_s=asked_at_s)
+        return reply
 
     async def _join(self) -> Delivery:
         """Returns what to serve. Waits while the coordinator starts, or is still that of the previous deployment. The
@@ -81,7 +92,7 @@ class Follower:
         report = ReplicaReport(self.replica)
         while True:
             try:
-                reply: Reply = await answer_of(self.coordinator.exchange.remote(self.deployment, report))
+                reply = await self._exchange(report)
                 if reply.delivery is not None:
                     return reply.delivery
                 if reply.is_ours:
@@ -102,7 +113,7 @@ class Follower:
             await asyncio.sleep(POLL_S)
             asked_at_s = time.monotonic()
             try:
-                reply: Reply = await answer_of(self.coordinator.exchange.remote(self.deployment, self._report()))
+                reply = await self._exchange(self._report())
                 self.is_stored = reply.is_stored
                 if reply.delivery is not None:
                     self.versions.adopt(reply.delivery, asked_at_s=asked_at_s)

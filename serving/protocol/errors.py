@@ -22,10 +22,12 @@ class ApiError(Exception):
     status: int = 400
     param: str | None = None
     code: str | None = None
+    kind: str | None = None  # OpenAI's `type`, where it does not follow from the status
     headers: dict[str, str] = field(default_factory=dict)
 
     def body(self) -> dict[str, Any]:
-        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        of_status = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        kind = self.kind or of_status
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self, *, request_id: bytes | None = None) -> JSONResponse:
@@ -42,7 +44,8 @@ def error_of(name: str, /, *, param: str | None = None, **values: Any) -> ApiErr
     known = read_table(__file__, "errors")[name]
     code, headers = known.get("code", name), dict(known.get("headers", {}))
     message = known["message"].format(**values)
-    return ApiError(message, status=known["status"], param=param, code=code, headers=headers)
+    kind = known.get("type")
+    return ApiError(message, status=known["status"], param=param, code=code, kind=kind, headers=headers)
 
 
 def overloaded(message: str, *, retry_after_s: int = 1) -> ApiError:

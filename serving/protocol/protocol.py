@@ -149,6 +149,11 @@ class CompletionRequest(GenerationRequest):
     def token_limit(self) -> int:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def reserved_tokens(self) -> int:
+        """The tokens of each choice that count against a key's quota before they are generated."""
+        return self.token_limit
+
     @model_validator(mode="after")
     def _no_tokens_need_another_result(self) -> Self:
         if self.token_limit == 0 and not self.echo and self.prompt_logprobs is None:

@@ -24,6 +24,7 @@ from serving.api.metrics import ReplicaMetrics
 from serving.app import APP_NAME, run
 from serving.delivery.promotion import Delivery, version_of
 from serving.delivery.versions import Versions
+from serving.limits.key_usage import KeyUsage
 from serving.protocol.served_model import read_served_model
 from tests.local_ray import local_ray
 from tests.time_limits import limit_s
@@ -140,6 +141,7 @@ async def replica_app(
                 versions=versions,
                 metrics=metrics,
                 access=access if isinstance(access, CurrentAccess) else CurrentAccess(access or AccessRules()),
+                usage=KeyUsage(),
                 admin=APIRouter(),
             ),
             versions,

@@ -17,6 +17,7 @@ from cluster.monitoring.metric_table import (
     metrics,
 )
 from jobs.workers.failures import Kind as FailureKind
+from serving.api.key_metrics import KeyMetrics, Refusal
 from serving.api.metrics import ABORTED, Role
 from serving.delivery.promotion import Phase as PromotionPhase
 from serving.delivery.promotion import Result
@@ -85,6 +86,7 @@ def test_the_known_values_of_labels_are_those_of_the_code() -> None:
     assert set(metrics()["raymill:promotion_phase"].values) == set(PromotionPhase)
     assert set(metrics()["raymill:last_promotion"].values) == set(get_args(Result))
     assert set(metrics()["raymill:version_role"].values) == set(Role) == set(ROLES)
+    assert set(metrics()["raymill:key_refused"].values) == set(Refusal)
 
 
 @pytest.mark.parametrize("exporter", [Exporter.REPLICA, Exporter.PROXY])
@@ -92,7 +94,7 @@ def test_the_series_of_a_process_are_bounded_however_many_versions_it_serves(exp
     exported = Metrics(exporter, **dict.fromkeys(COMMON_LABELS[exporter], "x"))
 
     def make(version: str) -> None:
-        for metric in metrics_of(exporter):
+        for metric in (metric for metric in metrics_of(exporter) if "key" not in metric.labels):
             values = metric.values or ("y",)
             for value in values:
                 known = dict.fromkeys(metric.labels[-1:], value) if metric.values else {}
@@ -109,3 +111,12 @@ def test_the_series_of_a_process_are_bounded_however_many_versions_it_serves(exp
     num_series = sum(not sample.name.endswith("_created") for sample in samples)
     comment = (REPOSITORY / "cluster/monitoring/metrics.yaml").read_text(encoding="utf-8").partition("\n\n")[0]
     assert re.search(rf"a {exporter}(?: has at most)? {num_series}\b", comment, re.IGNORECASE), num_series
+
+
+def test_each_name_of_a_key_has_as_many_series_as_the_table_says() -> None:
+    exported = Metrics(Exporter.REPLICA, **dict.fromkeys(COMMON_LABELS[Exporter.REPLICA], "x"))
+    KeyMetrics(exported).keep({f"key-{number}" for number in range(50)})
+    samples = [sample for family in exported.collectors.collect() for sample in family.samples]
+    num_series = sum(not sample.name.endswith("_created") for sample in samples)
+    comment = (REPOSITORY / "cluster/monitoring/metrics.yaml").read_text(encoding="utf-8").partition("\n\n")[0]
+    assert f"{num_series // 50} series for each name" in comment and num_series % 50 == 0

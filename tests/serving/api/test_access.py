@@ -1,6 +1,5 @@
-"""Keys: made private, kept as hashes, with names, expiry and limits; what each opens, and how many requests run."""
+"""Keys: made private, kept as hashes, with names, expiry and limits; what each opens."""
 
-import contextlib
 import hashlib
 import stat
 import time
@@ -12,12 +11,8 @@ from cluster.endpoint.endpoint import Endpoint
 from cluster.settings.serve import ServeConfig
 from model.errors import UserError
 from serving.api.access import (
-    FORGIVEN_BYTES_PER_S,
-    MAX_INVALID_BYTES,
     AccessRules,
     CurrentAccess,
-    InvalidBodies,
-    RequestsInFlight,
     XrayAccess,
     authorize,
     presented_key,
@@ -65,14 +60,16 @@ def test_a_comment_is_no_key(tmp_path: Path, line: str) -> None:
         read_keys(tmp_path / "keys")
 
 
-def test_a_line_may_have_a_name_an_expiry_and_a_limit(tmp_path: Path) -> None:
+def test_a_line_may_have_a_name_an_expiry_and_limits(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(
         "one\n  two  max_requests=8 name=alice@lab expires=2027-01-01 \n\nthree expires=2027-01-01T12:00:00+02:00\n"
+        "four tokens_per_day=1000000 tokens_per_minute=20000 name=bob\n"
     )
     assert read_keys(tmp_path / "keys") == (
         ApiKey(hashed("one"), f"key-{hashed('one')[:8]}"),
         ApiKey(hashed("two"), "alice@lab", 1798761600.0, 8),
         ApiKey(hashed("three"), f"key-{hashed('three')[:8]}", 1798797600.0),
+        ApiKey(hashed("four"), "bob", tokens_per_minute=20_000, tokens_per_day=1_000_000),
     )
 
 
@@ -81,6 +78,7 @@ def test_a_line_may_have_a_name_an_expiry_and_a_limit(tmp_path: Path) -> None:
     [
         *("alice", "nam=alice", "name=", "name=a/b", "name=a name=b", f"name={'a' * 65}"),
         *("max_requests=0", "max_requests=-1", "max_requests=many", "expires=tomorrow", "expires=2027-13-01"),
+        *("tokens_per_minute=0", "tokens_per_minute=1e6", "tokens_per_day=", "tokens_per_hour=9"),
     ],
 )
 def test_a_line_that_cannot_be_read_is_named_and_not_quoted(tmp_path: Path, words: str) -> None:
@@ -178,28 +176,6 @@ def test_a_key_is_for_users_or_for_admins(tmp_path: Path) -> None:
         read_rules(ServeConfig(api_key_file=str(tmp_path / "user"), admin_key_file=str(tmp_path / "admin")))
 
 
-def test_requests_in_flight_are_counted_by_name() -> None:
-    in_flight = RequestsInFlight(2)
-    a, b, wide = ApiKey.read("a"), ApiKey.read("b"), ApiKey.read("c name=wide max_requests=3")
-    also_wide = ApiKey.read("d name=wide max_requests=3")
-    with in_flight.of(a), in_flight.of(a), in_flight.of(b), in_flight.of(None):
-        with pytest.raises(ApiError, match="its limit of 2") as caught, in_flight.of(a):
-            pass
-        assert (caught.value.status, caught.value.headers["Retry-After"]) == (429, "1")
-        with in_flight.of(wide), in_flight.of(wide), in_flight.of(also_wide), pytest.raises(ApiError, match="of 3"):
-            in_flight.of(also_wide).__enter__()
-    with pytest.raises(ValueError, match="x"), in_flight.of(a):
-        raise ValueError("x")
-    with in_flight.of(a), in_flight.of(a):
-        pass
-    without_limit = RequestsInFlight(None)
-    with contextlib.ExitStack() as running:
-        for key in (a, a, a, wide, wide, wide):
-            running.enter_context(without_limit.of(key))
-        with pytest.raises(ApiError, match="its limit of 3"):
-            running.enter_context(without_limit.of(wide))
-
-
 class Files:
     """The key files of an endpoint, and the rules that follow them."""
 
@@ -263,21 +239,6 @@ def test_without_key_files_nothing_is_read(tmp_path: Path) -> None:
     access = CurrentAccess(AccessRules())
     access.reload()
     assert access.rules == AccessRules()
-
-
-def test_who_sends_many_invalid_bodies_waits_and_nobody_else_does() -> None:
-    now_s = 0.0
-    invalid = InvalidBodies(clock=lambda: now_s)
-    for _ in range(MAX_INVALID_BYTES >> 20):
-        invalid.require_room("mallory")
-        invalid.charge("mallory", 1 << 20)
-    invalid.charge("mallory", 2 * FORGIVEN_BYTES_PER_S)
-    with pytest.raises(ApiError) as refused:
-        invalid.require_room("mallory")
-    assert refused.value.status == 429 and refused.value.code == "rate_limit_exceeded"
-    invalid.require_room("alice")
-    now_s = float(refused.value.headers["Retry-After"])
-    invalid.require_room("mallory")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from serving.api.ingress import build_http_app
 from serving.api.metrics import ReplicaMetrics
 from serving.delivery.promotion import Delivery, Outcome, Phase, Terms, Version
 from serving.delivery.versions import Versions
+from serving.limits.key_usage import KeyUsage
 from tests.serving.delivery_parts import served
 from tests.serving.tiny_models import write_model
 from tests.waiting import wait_in_loop_until
@@ -57,7 +58,7 @@ def test_each_version_of_a_canary_has_its_own_figures(checkpoint: Path, other: P
         await wait_in_loop_until(lambda: versions.report()[2].status == "ready")
         metrics = ReplicaMetrics(versions=versions, replica="r", start_s=1.0)
         access = CurrentAccess(AccessRules())
-        app = build_http_app(versions=versions, metrics=metrics, access=access, admin=APIRouter())
+        app = build_http_app(versions=versions, metrics=metrics, access=access, usage=KeyUsage(), admin=APIRouter())
         try:
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
                 await asserted(http, versions)

@@ -16,6 +16,7 @@ from serving.api.ingress import build_http_app
 from serving.api.metrics import ReplicaMetrics
 from serving.delivery.promotion import Delivery, Phase, Terms
 from serving.delivery.versions import Versions
+from serving.limits.key_usage import KeyUsage
 from serving.protocol.errors import ApiError
 from tests.serving.delivery_parts import served
 from tests.serving.tiny_models import as_transformers_folder, lively_model, write_model
@@ -75,7 +76,8 @@ def test_a_chat_that_the_version_before_can_write_is_the_new_ones_failure(tokeni
         await versions.wait_until_live()
         await wait_in_loop_until(lambda: versions.report()[1].status == "ready")
         metrics = ReplicaMetrics(versions=versions, replica="r", start_s=1.0)
-        app = build_http_app(versions=versions, metrics=metrics, access=CurrentAccess(AccessRules()), admin=APIRouter())
+        access = CurrentAccess(AccessRules())
+        app = build_http_app(versions=versions, metrics=metrics, access=access, usage=KeyUsage(), admin=APIRouter())
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(app), base_url="http://test", timeout=limit_s(60)
         ) as http:

@@ -16,6 +16,7 @@ from model.checkpoint_folder import CheckpointError
 from serving.delivery.coordinator import Reply
 from serving.delivery.follower import CoordinatorAwayError, Follower, answer_of
 from serving.delivery.promotion import Delivery, DeliveryError, version_of
+from serving.limits.usage_report import Account, QuotaKind
 from serving.protocol.served_model import read_served_model
 from tests.waiting import wait_in_loop_until
 
@@ -36,10 +37,12 @@ class Handle:
     def __init__(self, answer: Callable[[], Any]) -> None:
         self.answer = answer
         self.num_asked = 0
+        self.last_asked: tuple[Any, ...] = ()
         self.exchange = self.begin = SimpleNamespace(remote=self._remote)
 
-    async def _remote(self, *_arguments: Any) -> Any:
+    async def _remote(self, *arguments: Any) -> Any:
         self.num_asked += 1
+        self.last_asked = arguments
         return self.answer()
 
 
@@ -127,6 +130,21 @@ def test_a_replica_that_cannot_start_can_be_closed(checkpoint: Path, tmp_path: P
         with pytest.raises(CheckpointError, match="unknown checkpoint"):
             await follower.start()
         await follower.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_that_ends_tells_what_keys_were_charged_last(checkpoint: Path) -> None:
+    async def scenario() -> None:
+        handle = Handle(lambda: None)
+        follower, state = follower_of(handle, checkpoint)
+        handle.answer = lambda: Reply(is_ours=True, delivery=state)
+        await follower.start()
+        charged = Account("alice", QuotaKind.TOKENS_PER_DAY)
+        follower.usage.charge(charged, 7.0)
+        await follower.close()
+        _, report, used = handle.last_asked
+        assert report.is_leaving and used.charges_s == {charged: 7.0}
 
     asyncio.run(scenario())
 

@@ -1,0 +1,1 @@
+"""Limits of API keys that hold for all replicas together."""

@@ -1,0 +1,75 @@
+"""The limits of a key on a real endpoint of two replicas, which Ray Serve chooses among."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cluster.settings.run import StorageConfig
+from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
+from serving.delivery.follower import POLL_S
+from tests.serving.endpoint_parts import Endpoints, assert_error
+from tests.serving.hostile_requests import MODEL
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+ASKED = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 7, "ignore_eos": True}
+ENDLESS = ASKED | {"prompt": [[5, 6, 7]] * 200, "n": 8, "max_tokens": 100, "stream": True}
+OFTEN = 16  # requests of which surely some would come to either replica
+
+
+@pytest.fixture(scope="module")
+def url(endpoints: Endpoints, run_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("limits")
+    (folder / "keys").write_text(
+        "sk-one name=one max_requests=1\nsk-day name=day tokens_per_day=100\nsk-free name=free\n"
+    )
+    config = ServeConfig(
+        checkpoint=str(run_checkpoint),
+        model_name=MODEL,
+        api_key_file=str(folder / "keys"),
+        engine=EngineConfig(max_num_seqs=2),
+        replicas=ReplicaConfig(min_replicas=2, max_replicas=2),
+        storage=StorageConfig(uri=str(folder / "storage")),
+    )
+    return str(endpoints.deployed(config)["url"])
+
+
+@contextlib.contextmanager
+def client(url: str, name: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer sk-{name}"}, timeout=limit_s(60)) as http:
+        yield http
+
+
+def ask(http: httpx.Client) -> httpx.Response:
+    return http.post("/v1/completions", json=ASKED)
+
+
+def test_one_request_is_one_whatever_replica_it_runs_on(url: str) -> None:
+    with client(url, "one") as http:
+        with client(url, "one") as other, other.stream("POST", "/v1/completions", json=ENDLESS) as running:
+            lines = running.iter_lines()
+            next(lines)
+            time.sleep(limit_s(2 * POLL_S))  # in which the other replica hears of it
+            answers = [ask(http) for _ in range(OFTEN)]
+            assert {assert_error(answer, 429)["code"] for answer in answers} == {"rate_limit_exceeded"}
+            with client(url, "free") as free:
+                assert ask(free).status_code == 200
+        wait_until(lambda: ask(http).status_code == 200)
+
+
+def test_a_day_s_tokens_are_those_of_the_endpoint(url: str) -> None:
+    with client(url, "day") as http:
+        answers = [ask(http) for _ in range(OFTEN)]
+        num_answered = sum(answer.status_code == 200 for answer in answers)
+        assert num_answered >= 10, "of 10 tokens each"
+        time.sleep(limit_s(2 * POLL_S))
+        for answer in [ask(http) for _ in range(OFTEN)]:
+            assert answer.status_code == 429, answer.text
+            assert answer.json()["error"]["type"] == "tokens"
+            assert int(answer.headers["Retry-After"]) > 600
