@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from serving.api.answers import Answer, Usage
 from serving.api.choice_output import Part, TokenEntry
+from serving.api.score_limit import most_new_tokens
 from serving.delivery.loaded_version import LoadedVersion
 from serving.protocol import harmless_fields
 from serving.protocol.errors import ApiError
@@ -79,9 +80,9 @@ class ChatRequest(GenerationRequest):
 
 
 async def as_completion(request: ChatRequest, version: LoadedVersion, *, clips: bool) -> CompletionRequest:
-    """Returns the completion that answers a chat. Without a limit it may fill the context, and where the endpoint
-    `clips`, with a larger one too. Raises `ApiError` (400) if there is no room for a token, and `ChatError` or
-    `TextError` if the template refuses the messages."""
+    """Returns the completion that answers a chat. Without a limit it may fill the context, or as much of it as leaves
+    room for its log-probabilities. Where the endpoint `clips`, a larger limit fills the context too. Raises `ApiError`
+    (400) if there is no room for a token, and `ChatError` or `TextError` if the template refuses the messages."""
     model, end_of_turn = version.model, version.texts.probe.end_of_turn
     max_tokens = request.max_completion_tokens or request.max_tokens
     model.require_tokenizer()
@@ -94,13 +95,17 @@ async def as_completion(request: ChatRequest, version: LoadedVersion, *, clips: 
         shared["stop"] = (*request.stop, _STOP)
     elif end_of_turn is not None and not request.ignore_eos:
         shared["stop_token_ids"] = [*request.stop_token_ids, end_of_turn]
-    return CompletionRequest.model_construct(
+    completion = CompletionRequest.model_construct(
         **shared,
         prompt=[prompt_ids],
         max_tokens=max_tokens or model.config.n_positions - len(prompt_ids),
         logprobs=request.top_logprobs if request.logprobs else None,
         echo=False,
     )
+    most = most_new_tokens(completion, num_prompt_tokens=len(prompt_ids))
+    if max_tokens is None and most is not None:
+        return completion.model_copy(update={"max_tokens": min(completion.max_tokens, most)})
+    return completion
 
 
 class ChatAnswer(Answer):

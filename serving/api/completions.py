@@ -16,7 +16,9 @@ from serving.api.answers import Answer, Usage
 from serving.api.choice_output import ChoiceOutput, Part, join_parts
 from serving.api.metrics import ReplicaMetrics, RequestTimer, WatchedSteps
 from serving.delivery.loaded_version import LoadedVersion
-from serving.engine.messages import FinishReason, SequenceRequest
+from serving.api.score_limit import held_scores, prompt_candidates, require_few_scores
+from serving.api.shared_prompts import SharedPrompts
+from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent
 from serving.engine_process.client import EngineClient, EngineDiedError, Generation
 from serving.protocol.errors import ApiError, error_of, overloaded
 from serving.protocol.protocol import CompletionRequest, StreamOptions, sampling_of
@@ -24,8 +26,7 @@ from serving.protocol.request_facts import RequestFacts
 from serving.protocol.served_model import ServedModel
 from serving.text.reader import TextError
 
-MAX_SCORES = 600_000  # log-probabilities in an answer, 200 MB while it is written; lm-eval's 256 prompts have fewer
-SCORES_AT_ONCE = 5_000  # written in the event loop; more would hold up other streams for milliseconds
+SCORES_AT_ONCE = 5_000  # log-probabilities written in the event loop; more would hold up other streams for milliseconds
 LINE_ENDS = ("\u2028", "\u2029", "\x85")  # in JSON as they are, and the end of a line to some clients, such as httpx
 EXPECTED_SHARE = 0.8  # of the longest wait: a refusal at once is better than one after a wait that was misjudged
 
@@ -47,6 +48,7 @@ class Completion:
     def __post_init__(self) -> None:
         request, sequences = self.request, self.sequences
         self._choices = {s.seq_id: ChoiceOutput(i, s, request, self.model) for i, s in enumerate(sequences)}
+        self._prompts = SharedPrompts(sequences, num_choices=request.n)
         self._parts = self._generated_parts()
         self._first_part: Part | None = None
         # A prompt counts once, however many choices it has.
@@ -69,7 +71,7 @@ class Completion:
             parts.setdefault(part.index, []).append(part)
             if part.finish_reason is not None:
                 choices[part.index] = join_parts(parts.pop(part.index))
-        if sum(sequence.max_scores for sequence in self.sequences) > SCORES_AT_ONCE:
+        if held_scores(self.request, self.sequences) > SCORES_AT_ONCE:
             return await asyncio.to_thread(self._written, choices)
         return self._written(choices)
 
@@ -99,25 +101,34 @@ class Completion:
             yield part
 
     async def _generated_parts(self) -> AsyncIterator[Part]:
-        reasons: set[str] = set()
+        reasons: dict[int, str] = {}  # by choice that has ended
         try:
             async for event in self.generation:
                 if event.finish_reason is FinishReason.ERROR:
                     self.timer.finished(event.seq_id, FinishReason.ERROR)
                     raise error_of("not_finite")
-                if event.token_id is not None:
-                    self.timer.token(event.seq_id)
-                part = self._choices[event.seq_id].push(event)
-                if part.finish_reason is not None:
-                    reasons.add(part.finish_reason)
-                    self.timer.finished(event.seq_id, part.finish_reason)
-                    self.generation.cancel(event.seq_id)  # the engine does not know of stop strings
-                yield part
+                for answerable in self._prompts.take(event):
+                    if answerable.seq_id in reasons:  # a stop string has ended it, and later tokens were waiting
+                        continue
+                    part = self._part_of(answerable)
+                    if part.finish_reason is not None:
+                        reasons[answerable.seq_id] = part.finish_reason
+                    yield part
         except EngineDiedError:
             raise error_of("engine_unavailable") from None
         finally:
-            self.facts.reason, self.facts.last_token_s = "+".join(sorted(reasons)) or None, time.monotonic()
+            self.facts.reason, self.facts.last_token_s = "+".join(sorted({*reasons.values()})) or None, time.monotonic()
             self.facts.completion_tokens = self._num_output_tokens
+
+    def _part_of(self, event: TokenEvent) -> Part:
+        """Returns what an event makes final. A choice that it ends leaves the engine."""
+        if event.token_id is not None:
+            self.timer.token(event.seq_id)
+        part = self._choices[event.seq_id].push(event)
+        if part.finish_reason is not None:
+            self.timer.finished(event.seq_id, part.finish_reason)
+            self.generation.cancel(event.seq_id)  # the engine does not know of stop strings
+        return part
 
     @property
     def _num_output_tokens(self) -> int:
@@ -176,9 +187,8 @@ async def start_completion(
     except TextError as error:
         raise ApiError(str(error), param=answer.PROMPT_FIELD, code="invalid_value") from None
     prompts = await asyncio.to_thread(lambda: [read(prompt) for prompt in texts])
+    scored = prompt_candidates(request)
     refuse_when_full(engine, at_once, config, key=key)
-    echoed = request.logprobs if request.echo else None
-    scored = [each for each in (echoed, request.prompt_logprobs) if each is not None]
     sampling = sampling_of(request)
     sequences = [
         SequenceRequest(
@@ -190,7 +200,7 @@ async def start_completion(
             stop_token_ids=tuple(request.stop_token_ids),
             min_tokens=min(request.min_tokens, model.config.n_positions - len(prompt_ids)),
             num_logprobs=request.logprobs,
-            num_prompt_logprobs=max(scored, default=None),
+            num_prompt_logprobs=scored if index == 0 else None,  # the other choices share them: see `SharedPrompts`
             embed=answer.EMBEDS,
             cache_scope=key if config.engine.prefix_cache_scope == "key" else "",
             weights=version.weights,
@@ -198,12 +208,7 @@ async def start_completion(
         for prompt_ids in prompts
         for index in range(request.n)
     ]
-    if (num_scores := sum(sequence.max_scores for sequence in sequences)) > MAX_SCORES:
-        raise ApiError(
-            f"{num_scores} log-probabilities were asked for ({len(sequences)} sequences), at most {MAX_SCORES} are "
-            "given in one answer; ask for fewer prompts, tokens or candidates",
-            param="logprobs" if request.prompt_logprobs is None else "prompt_logprobs",
-        )
+    require_few_scores(request, sequences)
     counted = metrics.of(model.version)
     try:
         generation = engine.submit(sequences, at_once=at_once, key=key, observer=WatchedSteps(counted, version.stats))
