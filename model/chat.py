@@ -55,6 +55,13 @@ def rendered(chat: ChatFormat, messages: Sequence[Message], *, asks: bool = Fals
 def plain_text(messages: Sequence[Message]) -> str:
     return rendered(ChatFormat(PLAIN_TEMPLATE, "", ""), messages)
 
+def plain_speakers(messages: Sequence[Message]) -> list[str]:
+    """Returns whom the plain template lets speak: each name once, the user's and the assistant's in any case."""
+    roles = {"user": "User", "assistant": "Assistant"}
+    names = [message.get("name") or roles.get(message["role"], "System") for message in messages]
+    return list(dict.fromkeys([*roles.values(), *names]))
+
+
 
 def format_to_train(tokenizer: Tokenizer) -> ChatFormat:
     """Returns the tokenizer's own format, or the plain one. As documents, a conversation begins with the start token:
