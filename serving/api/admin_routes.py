@@ -23,7 +23,7 @@ from serving.protocol.protocol import Request as Body
 from serving.protocol.protocol import read_request
 from serving.protocol.request_facts import timestamp
 from serving.protocol.served_model import misfit, read_served_model
-from serving.text.chat_probe import chat_misfit
+from serving.text.chat_misfit import chat_misfit
 from serving.text.reader import open_reader
 
 SHOWN = {"version", "checkpoint"}  # of a version, in the audit log

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from cluster.settings.serve import ServeConfig
+from model.bounded_text import TextError
 from serving.api.answers import Answer, Usage
 from serving.api.choice_output import ChoiceOutput, Part, join_parts
 from serving.api.metrics import ReplicaMetrics, RequestTimer, WatchedSteps
@@ -24,7 +25,6 @@ from serving.protocol.errors import ApiError, error_of, overloaded
 from serving.protocol.protocol import CompletionRequest, StreamOptions, sampling_of
 from serving.protocol.request_facts import RequestFacts
 from serving.protocol.served_model import ServedModel
-from serving.text.reader import TextError
 
 SCORES_AT_ONCE = 5_000  # log-probabilities written in the event loop; more would hold up other streams for milliseconds
 LINE_ENDS = ("\u2028", "\u2029", "\x85")  # in JSON as they are, and the end of a line to some clients, such as httpx

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.settings.code_folders import code_version
+from model.bounded_text import TextError
 from model.chat import ChatError
 from serving.api.access import CurrentAccess, InvalidBodies, RequestsInFlight, authorize
 from serving.api.answers import Answer, EmbeddingAnswer, TextAnswer
@@ -30,7 +31,6 @@ from serving.protocol.served_model import ServedModel
 from serving.protocol.strict_json import MAX_BODY_BYTES
 from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
 from serving.proxy.token_relay import YES_HEADER, RelayClient
-from serving.text.reader import TextError
 from serving.xray.page_routes import page_router
 
 # These count against a key's limit, and are refused while the endpoint drains.

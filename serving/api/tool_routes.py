@@ -9,11 +9,11 @@ import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from model.bounded_text import TextError
 from serving.delivery.routed_request import RoutedRequest
 from serving.protocol.errors import ApiError, overloaded
 from serving.protocol.protocol import DetokenizeRequest, TokenizeRequest, read_request
 from serving.protocol.served_model import ServedModel
-from serving.text.reader import TextError
 from serving.xray.xray import XrayRequest
 
 
