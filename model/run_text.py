@@ -20,7 +20,7 @@ from model.bounded_text import Bounds
 from model.chat import Chat, ChatError
 from model.chat_probe import probe_of
 from model.errors import UserError
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.tokenizer import PromptEncoding, Tokenizer, load_tokenizer
 
 
 def allow(cpu_s: float) -> None:
@@ -32,8 +32,8 @@ def answer_to(request: dict[str, Any], tokenizer: Tokenizer, chat: Chat) -> dict
     try:
         if "messages" in request:
             return {"ids": chat.prompt_ids(request["messages"])}
-        encode = tokenizer.encode_whole if request["add_special_tokens"] else tokenizer.encode
-        return {"ids": [encode(text) or [tokenizer.eot_id] for text in request["texts"]]}
+        how = PromptEncoding(**request["how"])
+        return {"ids": [tokenizer.encode_prompt(text, how) or [tokenizer.eot_id] for text in request["texts"]]}
     except ChatError as error:
         return {"error": str(error)}
     except UserError as error:

@@ -16,9 +16,9 @@ from model.bounded_text import TextError
 from serving.api.answers import Answer, Usage
 from serving.api.choice_output import ChoiceOutput, Part, join_parts
 from serving.api.metrics import ReplicaMetrics, RequestTimer, WatchedSteps
-from serving.delivery.loaded_version import LoadedVersion
 from serving.api.score_limit import held_scores, prompt_candidates, require_few_scores
 from serving.api.shared_prompts import SharedPrompts
+from serving.delivery.loaded_version import LoadedVersion
 from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent
 from serving.engine_process.client import EngineClient, EngineDiedError, Generation
 from serving.protocol.errors import ApiError, error_of, overloaded
@@ -179,17 +179,15 @@ async def start_completion(
     # In the event loop other streams' tokens would wait for the milliseconds that a long prompt takes.
     least_tokens, asked_tokens = engine.facts.least_tokens, request.token_limit
     room = max(min(asked_tokens, 1) if config.engine.clip_max_tokens else asked_tokens, least_tokens)
-    read = partial(
-        model.prompt_ids, max_tokens=room, param=answer.PROMPT_FIELD, add_special_tokens=request.add_special_tokens
-    )
+    read = partial(model.prompt_ids, max_tokens=room, param=answer.PROMPT_FIELD, how=request.encoding)
     try:
-        texts = await version.texts.encoded(request.prompt, add_special_tokens=request.add_special_tokens)
+        texts = await version.texts.encoded(request.prompt, request.encoding)
     except TextError as error:
         raise ApiError(str(error), param=answer.PROMPT_FIELD, code="invalid_value") from None
     prompts = await asyncio.to_thread(lambda: [read(prompt) for prompt in texts])
-    scored = prompt_candidates(request)
     refuse_when_full(engine, at_once, config, key=key)
     sampling = sampling_of(request)
+    scored = prompt_candidates(request)
     sequences = [
         SequenceRequest(
             seq_id=engine.next_seq_id(),

@@ -40,7 +40,7 @@ def tool_router(*, max_waiting: int) -> APIRouter:
         version = RoutedRequest.of(request).take(parsed.model)
         version.model.require_tokenizer()
         try:
-            [text] = await version.texts.encoded([parsed.prompt], add_special_tokens=parsed.add_special_tokens)
+            [text] = await version.texts.encoded([parsed.prompt], parsed.encoding)
         except TextError as error:
             raise ApiError(str(error), param="prompt", code="invalid_value") from None
         return await in_turn(lambda: _tokenized(parsed, text, version.model))
@@ -67,8 +67,7 @@ def tool_router(*, max_waiting: int) -> APIRouter:
 def _tokenized(request: TokenizeRequest, text: str | list[int], model: ServedModel) -> dict[str, Any]:
     """Returns the answer, of a text that may be tokens already."""
     tokenizer = model.require_tokenizer()
-    encode = tokenizer.encode_whole if request.add_special_tokens else tokenizer.encode
-    tokens = encode(text) if isinstance(text, str) else text
+    tokens = tokenizer.encode_prompt(text, request.encoding) if isinstance(text, str) else text
     names = [model.token_name(token_id) for token_id in tokens] if request.return_token_strs else None
     return {"count": len(tokens), "max_model_len": model.config.n_positions, "tokens": tokens, "token_strs": names}
 

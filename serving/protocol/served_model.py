@@ -12,7 +12,7 @@ from typing import Any
 from model.checkpoint_folder import CheckpointError, Metadata, is_hf_folder, read_metadata
 from model.config import GPTConfig
 from model.hf_config import config_from_hf
-from model.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from model.tokenizer import PLAIN_ENCODING, PromptEncoding, Tokenizer, TokenizerError, load_tokenizer
 from serving.protocol.errors import ApiError, error_of
 
 
@@ -37,15 +37,19 @@ class ServedModel:
         return self.tokenizer is not None and self.tokenizer.chat is not None
 
     def prompt_ids(
-        self, prompt: str | list[int], *, max_tokens: int, param: str = "prompt", add_special_tokens: bool = True
+        self,
+        prompt: str | list[int],
+        *,
+        max_tokens: int,
+        param: str = "prompt",
+        how: PromptEncoding = PLAIN_ENCODING,
     ) -> list[int]:
-        """Returns the tokens of a prompt, the request's field `param`. A text begins with the tokenizer's BOS, if it
-        has one and `add_special_tokens` does not forbid it; an empty one without has the end-of-text token. Raises
-        `ApiError` (400) for ids outside the vocabulary and for a prompt that leaves no room for `max_tokens`."""
+        """Returns the tokens of a prompt, the request's field `param`. A text that is empty and gets no BOS has the
+        end-of-text token. Raises `ApiError` (400) for ids outside the vocabulary and for a prompt that leaves no room
+        for `max_tokens`."""
         if isinstance(prompt, str):
             tokenizer = self.require_tokenizer()
-            token_ids = (tokenizer.encode_whole if add_special_tokens else tokenizer.encode)(prompt)
-            token_ids = token_ids or [tokenizer.eot_id]
+            token_ids = tokenizer.encode_prompt(prompt, how) or [tokenizer.eot_id]
         else:
             token_ids = self.checked_ids(prompt, param=param)
         if len(token_ids) + max_tokens > self.config.n_positions:

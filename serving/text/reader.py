@@ -6,6 +6,7 @@ In a thread of the replica such a program would hold up every stream.
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from model.bounded_text import (
 )
 from model.chat import Chat, Message
 from model.chat_probe import ChatProbe, probe_of
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.tokenizer import PromptEncoding, Tokenizer, load_tokenizer
 from serving.engine_process.child_process import Child, kill_child, start_child
 
 Texts = list[str] | list[list[int]]
@@ -38,7 +39,7 @@ class TextReader(Protocol):
     async def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Returns the tokens that the assistant's next answer follows. Raises `TextError`."""
 
-    async def encoded(self, texts: Texts, *, add_special_tokens: bool) -> Texts:
+    async def encoded(self, texts: Texts, how: PromptEncoding) -> Texts:
         """Returns the texts as tokens, or as they are where `ServedModel` may turn them into tokens itself. Raises
         `TextError`."""
 
@@ -58,7 +59,7 @@ class TrustedReader:
         assert self._chat is not None
         return await asyncio.to_thread(self._chat.prompt_ids, messages)
 
-    async def encoded(self, texts: Texts, *, add_special_tokens: bool) -> Texts:
+    async def encoded(self, texts: Texts, how: PromptEncoding) -> Texts:
         return texts
 
     def close(self) -> None: ...
@@ -91,10 +92,10 @@ class BoundedReader:
         answer = await self._ask({"messages": list(messages)})
         return list(answer["ids"])
 
-    async def encoded(self, texts: Texts, *, add_special_tokens: bool) -> Texts:
+    async def encoded(self, texts: Texts, how: PromptEncoding) -> Texts:
         if not isinstance(texts[0], str):
             return texts
-        answer = await self._ask({"texts": texts, "add_special_tokens": add_special_tokens})
+        answer = await self._ask({"texts": texts, "how": asdict(how)})
         return list(answer["ids"])
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 from model.bounded_text import BOUNDS, Bounds, TextError
 from model.chat import PLAIN_TEMPLATE, Chat
 from model.chat_probe import ChatProbe
-from model.tokenizer import load_tokenizer
+from model.tokenizer import PLAIN_ENCODING, load_tokenizer
 from serving.text.chat_misfit import chat_misfit, chat_notice
 from serving.text.reader import BoundedReader, TrustedReader, open_reader
 from tests.serving.tiny_models import as_transformers_folder
@@ -54,11 +54,11 @@ def test_a_bounded_reader_gives_the_tokens_of_this_process(checkpoint: Path, tmp
         assert isinstance(texts, BoundedReader)
         assert await texts.chat_ids(CHAT) == Chat(tokenizer).prompt_ids(CHAT)
         asked = ["the quick naïve fox", ""]
-        assert await texts.encoded(asked, add_special_tokens=True) == [
+        assert await texts.encoded(asked, PLAIN_ENCODING) == [
             tokenizer.encode_whole(asked[0]),
             [tokenizer.eot_id],
         ]
-        assert await texts.encoded([[1, 2]], add_special_tokens=True) == [[1, 2]]
+        assert await texts.encoded([[1, 2]], PLAIN_ENCODING) == [[1, 2]]
         assert texts.probe.end_of_turn == tokenizer.eot_id
         texts.close()
         with pytest.raises(TextError):
@@ -117,7 +117,7 @@ def test_a_pattern_of_its_own_is_a_strangers_program(checkpoint: Path, tmp_path:
     async def scenario() -> None:
         texts = await open_reader(folder)
         assert isinstance(texts, BoundedReader)
-        assert await texts.encoded(["fox"], add_special_tokens=True) == [tokenizer.encode("fox")]
+        assert await texts.encoded(["fox"], PLAIN_ENCODING) == [tokenizer.encode("fox")]
         texts.close()
 
     asyncio.run(scenario())
