@@ -53,12 +53,14 @@ def tool_router(*, max_waiting: int) -> APIRouter:
 
     @router.get("/v1/xray")
     async def xray_limits(request: Request) -> dict[str, Any]:
-        return await RoutedRequest.of(request).take().xray.card()
+        routed = RoutedRequest.of(request)
+        return await routed.take().xray.card(withdrawn=routed.withdrawn)
 
     @router.post("/v1/xray")
     async def look_inside(request: Request) -> Response:
         parsed = await read_request(request, XrayRequest)
-        status, body = await RoutedRequest.of(request).take(parsed.model).xray.answer(parsed)
+        routed = RoutedRequest.of(request)
+        status, body = await routed.take(parsed.model).xray.answer(parsed, withdrawn=routed.withdrawn)
         return Response(body, status_code=status, media_type="application/json")
 
     return router

@@ -15,6 +15,8 @@ from model.hf_config import config_from_hf
 from model.tokenizer import PLAIN_ENCODING, PromptEncoding, Tokenizer, TokenizerError, load_tokenizer
 from serving.protocol.errors import ApiError, error_of
 
+_VERSION_CHARS = 16  # of a hash
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -144,14 +146,14 @@ def read_served_model(folder: Path, *, name: str | None, max_context: int | None
             "they do not belong together"
         )
     metadata = None if is_hf_folder(folder) else read_metadata(folder)
-    version = _files_hash(sorted(folder.glob("*.safetensors"))) if metadata is None else str(metadata.parameter_hash)
+    version = _files_version(sorted(folder.glob("*.safetensors"))) if metadata is None else version_of_weights(metadata)
     return ServedModel(
         name=name or (folder.name if metadata is None else metadata.run_id),
         created=int(config_file.stat().st_mtime),
         config=config,
         tokenizer=tokenizer,
         metadata=metadata,
-        version=version[:16],
+        version=version,
     )
 
 
@@ -180,9 +182,14 @@ def is_of_one_kind(one: ServedModel, other: ServedModel) -> bool:
     return kind(one) == kind(other)
 
 
-def _files_hash(paths: list[Path]) -> str:
+def version_of_weights(metadata: Metadata) -> str:
+    """Returns the version by which a replica knows a checkpoint's weights."""
+    return str(metadata.parameter_hash)[:_VERSION_CHARS]
+
+
+def _files_version(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    return digest.hexdigest()[:_VERSION_CHARS]
