@@ -30,6 +30,7 @@ from serving.delivery.autoscaling import ScalingPolicy
 from serving.delivery.coordinator import Coordinator
 from serving.delivery.delivery_file import DeliveryFile, endpoint_name
 from serving.delivery.promotion import version_of
+from serving.protocol.json_log import FORMAT_VARIABLE
 from serving.protocol.served_model import read_served_model
 from serving.proxy.front_door import DOOR_VARIABLE, proxy_environment
 from serving.replica import Replica
@@ -125,6 +126,8 @@ def run(config: ServeConfig) -> dict[str, Any]:
         door = door_name(config.host, config.port).replace("\0", "@")  # as no variable has a zero byte
         variables = proxy_environment(config.http) | {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": CONTROL_LOOP_S}
         variables[DOOR_VARIABLE] = door
+        if config.log_format is not None:
+            variables[FORMAT_VARIABLE] = config.log_format
         start = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(serve.start)
         ray.get(start.remote(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port}))
     say(f"starting replicas of {name}, which load {checkpoint}")

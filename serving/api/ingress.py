@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from prometheus_client import generate_latest
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,6 +25,7 @@ from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.routed_request import RoutedRequest
 from serving.delivery.versions import Versions
 from serving.protocol.errors import ApiError, error_of
+from serving.protocol.json_log import CURRENT_REQUEST
 from serving.protocol.protocol import CompletionRequest, EmbeddingRequest, read_request
 from serving.protocol.request_facts import FACTS
 from serving.protocol.served_model import ServedModel
@@ -219,6 +220,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        CURRENT_REQUEST.set(Headers(scope=scope).get("x-request-id"))
         routed = RoutedRequest(self._versions, scope)
         facts = routed.facts
         tracer = self._tracer if scope["method"] == "POST" else NO_TRACER
