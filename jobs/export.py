@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.storage.registry import resolve_checkpoint
 from cluster.storage.uris import absolute_uri, open_storage, split_uri
+from model.bounded_text import require_bounded_text
 from model.checkpoint import load_model, write_checkpoint
 from model.checkpoint_folder import MANIFEST, CheckpointError, is_hf_folder, read_metadata, verify_checkpoint
 from model.tokenizer import load_tokenizer
@@ -24,6 +25,7 @@ def export(checkpoint: str, destination: str, *, storage_uri: str) -> dict[str, 
     source = resolve_checkpoint(checkpoint, storage_uri)
     if is_hf_folder(source):
         raise CheckpointError(f"{source} is a plain Hugging Face folder already; copy it as it is")
+    require_bounded_text(source)
     with tempfile.TemporaryDirectory(prefix="raymill-export-") as scratch:
         folder = local or Path(scratch) / "checkpoint"
         tokenizer, metadata = load_tokenizer(source), read_metadata(source)

@@ -5,7 +5,6 @@ clock, so that the same messages have the same tokens. It alone writes special t
 letters.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -56,6 +55,13 @@ def plain_text(messages: Sequence[Message]) -> str:
     return rendered(ChatFormat(PLAIN_TEMPLATE, "", ""), messages)
 
 
+def plain_speakers(messages: Sequence[Message]) -> list[str]:
+    """Returns whom the plain template lets speak: each name once, the user's and the assistant's in any case."""
+    roles = {"user": "User", "assistant": "Assistant"}
+    names = [message.get("name") or roles.get(message["role"], "System") for message in messages]
+    return list(dict.fromkeys([*roles.values(), *names]))
+
+
 def format_to_train(tokenizer: Tokenizer) -> ChatFormat:
     """Returns the tokenizer's own format, or the plain one. As documents, a conversation begins with the start token:
     a template that does not write it gets it in front. Raises `ChatError` where no token ends an answer."""
@@ -80,7 +86,7 @@ class Chat:
         bos = "" if tokenizer.bos_id is None else tokenizer.token_bytes(tokenizer.bos_id).decode()
         self.format = chat or tokenizer.chat or ChatFormat(PLAIN_TEMPLATE, bos, "")
         self._special_ids, self._encode = tokenizer.special_ids, encode or tokenizer.encode
-        self._specials = re.compile(f"({'|'.join(map(re.escape, sorted(self._special_ids, key=len, reverse=True)))})")
+        self._specials = tokenizer.special_pattern
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Returns what the assistant's next answer follows. Raises `ChatError`."""

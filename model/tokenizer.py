@@ -6,7 +6,9 @@ document wrote is not special and is encoded as its letters.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +33,18 @@ NORMALIZERS: dict[str, normalizers.Normalizer] = {
 
 class TokenizerError(UserError):
     """A tokenizer is not byte-level BPE with an end-of-text token, or can't map a text or an id."""
+
+
+@dataclass(frozen=True)
+class PromptEncoding:
+    """How the text of a prompt becomes ids."""
+
+    add_special_tokens: bool = True  # it begins with BOS, where the tokenizer has one
+    parse_special: bool = False  # a special token's text is that token, and not its letters
+
+
+PLAIN_ENCODING = PromptEncoding()
+"""After BOS, and special tokens are the letters of their names."""
 
 
 class Tokenizer:
@@ -84,6 +98,12 @@ class Tokenizer:
         return special | {self.end_of_text: self.eot_id}
 
     @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Splits a text into texts and, between them, the names of special tokens."""
+        names = sorted(self.special_ids, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, names))})")
+
+    @cached_property
     def bos_id(self) -> int | None:
         """The token that the tokenizer's post-processor puts before a text, as Llama 3's does; most have none."""
         text, whole = (self.backend.encode("a", add_special_tokens=added).ids for added in (False, True))
@@ -103,11 +123,34 @@ class Tokenizer:
         """Returns the ids of a whole text, or of its front: after BOS, where the tokenizer has one."""
         return [*([] if self.bos_id is None else [self.bos_id]), *self.encode(text)]
 
+    def encode_prompt(self, text: str, how: PromptEncoding) -> list[int]:
+        """Returns the ids of a prompt. One that writes BOS itself, as chat templates do, gets no second one."""
+        ids = self._parsed(text) if how.parse_special else self.encode(text)
+        if not how.add_special_tokens or self.bos_id is None:
+            return ids
+        writes_bos = how.parse_special and ids[:1] == [self.bos_id]
+        return ids if writes_bos else [self.bos_id, *ids]
+
     def encode(self, text: str) -> list[int]:
+        return self._encoded([text])[0]
+
+    def _parsed(self, text: str) -> list[int]:
+        """Returns the ids of a text in which the text of a special token stands for the token."""
+        pieces = self.special_pattern.split(text)
+        texts, names = pieces[::2], pieces[1::2]
+        ids: list[int] = []
+        for number, text_ids in enumerate(self._encoded(texts)):
+            ids += text_ids
+            if number < len(names):
+                ids.append(self.special_ids[names[number]])
+        return ids
+
+    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
         try:  # as a batch, which computes no offsets
-            return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError as error:
             raise TokenizerError("the text holds a lone surrogate, which no UTF-8 text can; remove it") from error
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Inverts `encode` up to the tokenizer's normalization; bytes that are not UTF-8 become U+FFFD."""

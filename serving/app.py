@@ -3,12 +3,10 @@
 Never write `from __future__ import annotations` here: Ray Serve would pass `build_app` a plain dict.
 """
 
-import asyncio
 import contextlib
 import sys
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +23,17 @@ from cluster.settings.serve import ServeConfig
 from cluster.stages.stage import stage_main
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import open_storage
+from model.bounded_text import require_bounded_text
 from model.errors import UserError
 from serving.api.access import read_rules
 from serving.delivery.autoscaling import ScalingPolicy
 from serving.delivery.coordinator import Coordinator
 from serving.delivery.delivery_file import DeliveryFile, endpoint_name
 from serving.delivery.promotion import version_of
+from serving.protocol.json_log import FORMAT_VARIABLE
 from serving.protocol.served_model import read_served_model
 from serving.proxy.front_door import DOOR_VARIABLE, proxy_environment
 from serving.replica import Replica
-from serving.text.reader import require_bounded_text
 
 APP_NAME = "raymill"
 READY_TIMEOUT_S = 60.0
@@ -114,8 +113,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
     directory. Raises `UserError` for a port in use, an unusable checkpoint, or a damaged state of this endpoint, with
     which its coordinator would wait for a repair."""
     checkpoint, folder = find_checkpoint(config.checkpoint, storage_uri=config.storage.uri)
-    with ThreadPoolExecutor(1) as thread:  # the caller's own may have a running event loop, as in a notebook
-        thread.submit(asyncio.run, require_bounded_text(folder)).result()
+    require_bounded_text(folder)
     model = read_served_model(folder, name=config.model_name)
     name = config.model_name or version_of(model, checkpoint=checkpoint).name
     deployment = f"started {uuid.uuid4().hex}"  # a new one, which begins with this checkpoint
@@ -128,6 +126,8 @@ def run(config: ServeConfig) -> dict[str, Any]:
         door = door_name(config.host, config.port).replace("\0", "@")  # as no variable has a zero byte
         variables = proxy_environment(config.http) | {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": CONTROL_LOOP_S}
         variables[DOOR_VARIABLE] = door
+        if config.log_format is not None:
+            variables[FORMAT_VARIABLE] = config.log_format
         start = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(serve.start)
         ray.get(start.remote(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port}))
     say(f"starting replicas of {name}, which load {checkpoint}")

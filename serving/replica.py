@@ -20,6 +20,7 @@ from serving.api.metrics import ReplicaMetrics
 from serving.delivery.autoscaling import KV_USE, WAITING
 from serving.delivery.follower import Follower
 from serving.engine_process.health import leave
+from serving.protocol.json_log import Process, log_in
 
 
 @serve.ingress()
@@ -30,10 +31,11 @@ class Replica:
         """Returns when the model answers; from then on Ray Serve sends requests. `deployment` distinguishes the
         coordinator from that of an endpoint that this one replaces."""
         began_s = time.monotonic()
+        self._id = serve.get_replica_context().replica_id.unique_id
+        log_in(config.log_format, Process.REPLICA, replica=self._id)
         self._config = config
         self._access = CurrentAccess(access, user_file=config.api_key_file, admin_file=config.admin_key_file)
         await asyncio.to_thread(self._access.reload)  # the keys in `access` are as old as the deployment
-        self._id = serve.get_replica_context().replica_id.unique_id
         self._follower = Follower(config, coordinator, deployment=deployment, replica=self._id, on_live_death=leave)
         await self._follower.start()
         self._start_s = time.monotonic() - began_s

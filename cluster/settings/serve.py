@@ -129,6 +129,7 @@ class ServeConfig(Settings):
     api_key_file: str | None = None
     admin_key_file: str | None = None
     xray: Literal["auto", "off", "admin", "user"] = "auto"
+    log_format: Literal["text", "json"] | None = None
     http: HttpConfig = HttpConfig()
     delivery: DeliveryConfig = DeliveryConfig()
     replicas: ReplicaConfig = ReplicaConfig()

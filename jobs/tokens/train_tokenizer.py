@@ -2,10 +2,12 @@
 
 import hashlib
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby, islice
+from pathlib import Path
 
 from cluster.output.progress import say
 from cluster.settings.run import DataConfig, RunConfig
@@ -19,6 +21,7 @@ from jobs.corpus.sample_places import sample_places
 from jobs.corpus.text_borders import cut_text
 from jobs.corpus.text_hashes import document_hash, normalized
 from jobs.tokens.token_store import canonical_json
+from model.bounded_text import TEXT_FILES, TextError, bounded_probe, has_strange_programs
 from model.tokenizer import Tokenizer, chat_format, train_bpe
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -69,10 +72,32 @@ def load_tokenizer(uri: str) -> tuple[Tokenizer, str]:
     file_uri = uri if uri.endswith(".json") else join_uri(uri.rstrip("/"), TOKENIZER_FILE)
     storage, name = split_uri(file_uri)
     try:
-        chat = chat_format(storage.find_bytes)
-        return Tokenizer.from_json(storage.read_bytes(name), chat), join_uri(storage.uri, name)
+        files = {TOKENIZER_FILE: storage.read_bytes(name)}
     except NotFoundError as error:
         raise NotFoundError(f"{error}; data.tokenizer and tokens:// sources need one") from error
+    beside = {other: storage.find_bytes(other) for other in TEXT_FILES if other != TOKENIZER_FILE}
+    files |= {other: content for other, content in beside.items() if content is not None}
+    try:
+        _require_bounded(tuple(files.items()))
+    except TextError as error:
+        raise TextError(
+            f"{file_uri}: {error}. Name a tokenizer without this template, or put another one, or none, beside it "
+            "(chat_template.jinja, or chat_template in tokenizer_config.json)"
+        ) from None
+    return Tokenizer.from_json(files[TOKENIZER_FILE], chat_format(files.get)), join_uri(storage.uri, name)
+
+
+@lru_cache(4)
+def _require_bounded(files: tuple[tuple[str, bytes], ...]) -> None:
+    """Raises `TextError` for a stranger's tokenizer or chat template that does not end: training would run both in
+    processes that a whole run waits for."""
+    content = dict(files)
+    if not has_strange_programs(content.get):
+        return
+    with tempfile.TemporaryDirectory(prefix="raymill-tokenizer-") as scratch:
+        for name, data in content.items():
+            (Path(scratch) / name).write_bytes(data)
+        bounded_probe(Path(scratch))
 
 
 def train_tokenizer(corpus: Chunk, *, data: DataConfig) -> bytes:

@@ -13,6 +13,7 @@ from cluster.settings.serve import ServeConfig
 from cluster.storage.registry import LATEST, find_checkpoint
 from cluster.storage.uris import StorageError, absolute_uri
 from model.errors import UserError
+from model.tokenizer import PLAIN_ENCODING
 from serving.delivery.audit_log import AuditLog
 from serving.delivery.follower import CoordinatorAwayError, Follower, answer_of
 from serving.delivery.loaded_version import LoadedVersion
@@ -23,7 +24,7 @@ from serving.protocol.protocol import Request as Body
 from serving.protocol.protocol import read_request
 from serving.protocol.request_facts import timestamp
 from serving.protocol.served_model import misfit, read_served_model
-from serving.text.chat_probe import chat_misfit
+from serving.text.chat_misfit import chat_misfit
 from serving.text.reader import open_reader
 
 SHOWN = {"version", "checkpoint"}  # of a version, in the audit log
@@ -164,7 +165,7 @@ async def rows_of_gate(asked: PromoteRequest, version: LoadedVersion) -> tuple[t
     rows = asked.gate_rows
     if asked.gate_text:
         live.require_tokenizer()
-        [text] = await version.texts.encoded([asked.gate_text], add_special_tokens=True)
+        [text] = await version.texts.encoded([asked.gate_text], PLAIN_ENCODING)
         whole = live.require_tokenizer().encode_whole(text) if isinstance(text, str) else text
         token_ids = whole[:MAX_GATE_TOKENS]
         rows = [*rows, *(token_ids[start : start + longest] for start in range(0, len(token_ids) - 1, longest))]

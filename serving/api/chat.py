@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
+from model.chat import plain_speakers
 from serving.api.answers import Answer, Usage
 from serving.api.choice_output import Part, TokenEntry
+from serving.api.score_limit import most_new_tokens
 from serving.delivery.loaded_version import LoadedVersion
 from serving.protocol import harmless_fields
 from serving.protocol.errors import ApiError
@@ -21,7 +23,6 @@ from serving.protocol.served_model import ServedModel
 
 MAX_MESSAGES = 256
 NOTE_HEADER = {"x-model-note": "base model, not chat-tuned; the messages were given to it as plain text"}
-_STOP = "\nUser:"  # or a base model would continue with the other side's turn
 
 
 def _content(value: Any, info: ValidationInfo) -> Any:
@@ -88,29 +89,35 @@ class OpenEndedCompletion(CompletionRequest):
 
 
 async def as_completion(request: ChatRequest, version: LoadedVersion, *, clips: bool) -> CompletionRequest:
-    """Returns the completion that answers a chat. Without a limit it may fill the context, and where the endpoint
-    `clips`, with a larger one too. Raises `ApiError` (400) if there is no room for a token, and `ChatError` or
-    `TextError` if the template refuses the messages."""
+    """Returns the completion that answers a chat. Without a limit it may fill the context, or as much of it as leaves
+    room for its log-probabilities. Where the endpoint `clips`, a larger limit fills the context too. Raises `ApiError`
+    (400) if there is no room for a token, and `ChatError` or `TextError` if the template refuses the messages."""
     model, end_of_turn = version.model, version.texts.probe.end_of_turn
     max_tokens = request.max_completion_tokens or request.max_tokens
     model.require_tokenizer()
-    rendered_ids = await version.texts.chat_ids([message.model_dump(exclude_none=True) for message in request.messages])
+    messages = [message.model_dump(exclude_none=True) for message in request.messages]
+    rendered_ids = await version.texts.chat_ids(messages)
     room = 1 if clips or max_tokens is None else max_tokens
     check = partial(model.prompt_ids, rendered_ids, max_tokens=room, param=ChatAnswer.PROMPT_FIELD)
     prompt_ids = await asyncio.to_thread(check)
     shared = {name: getattr(request, name) for name in GenerationRequest.model_fields}
     if not model.is_chat_tuned:
-        shared["stop"] = (*request.stop, _STOP)
+        # Or a base model would continue with the next turn, whoever's it is.
+        shared["stop"] = (*request.stop, *(f"\n{speaker}:" for speaker in plain_speakers(messages)))
     elif end_of_turn is not None and not request.ignore_eos:
         shared["stop_token_ids"] = [*request.stop_token_ids, end_of_turn]
     shape = CompletionRequest if max_tokens else OpenEndedCompletion
-    return shape.model_construct(
+    completion = shape.model_construct(
         **shared,
         prompt=[prompt_ids],
         max_tokens=max_tokens or model.config.n_positions - len(prompt_ids),
         logprobs=request.top_logprobs if request.logprobs else None,
         echo=False,
     )
+    most = most_new_tokens(completion, num_prompt_tokens=len(prompt_ids))
+    if max_tokens is None and most is not None:
+        return completion.model_copy(update={"max_tokens": min(completion.max_tokens, most)})
+    return completion
 
 
 class ChatAnswer(Answer):

@@ -88,13 +88,23 @@ class ChoiceOutput:
         detokenizer = Detokenizer()
         text = ""
         unscored = [(token_id, None) for token_id in self._sequence.prompt_ids]
-        for token_id, candidates in self._scored(prompt_logprobs, self._request.logprobs) or unscored:
+        scored = self._scored(prompt_logprobs, self._request.logprobs) or unscored
+        for place, (token_id, candidates) in enumerate(scored):
             self._entries.append(TokenEntry(token_id, candidates, detokenizer.num_chars))
-            is_bos = self._model.tokenizer is not None and token_id == self._model.tokenizer.bos_id
-            text += detokenizer.push(b"" if is_bos else self._model.token_bytes(token_id))
+            text += detokenizer.push(b"" if self._is_added(place, token_id) else self._model.token_bytes(token_id))
         text += detokenizer.finish()
         self._echoed_chars = len(text)
         return text
+
+    def _is_added(self, place: int, token_id: int) -> bool:
+        """Whether a token of the prompt is BOS, and no part of the text that the client wrote."""
+        tokenizer, asked = self._model.tokenizer, self._request
+        if tokenizer is None or token_id != tokenizer.bos_id:
+            return False
+        prompt = asked.prompt[self._index // asked.n]
+        if not (asked.parse_special and isinstance(prompt, str)):
+            return True
+        return place == 0 and not prompt.encode().startswith(tokenizer.token_bytes(token_id))
 
     def _take_entries(self, *, all_of_them: bool) -> list[TokenEntry]:
         """Removes and returns the entries whose text has been given out, at least in part. Entries after a stop string

@@ -12,21 +12,22 @@ from typing import Any
 import orjson
 
 from cluster.settings.serve import ServeConfig
+from model.bounded_text import TextError
 from serving.api.answers import Answer, Usage
 from serving.api.choice_output import ChoiceOutput, Part, join_parts
 from serving.api.key_limits import Reservation
 from serving.api.metrics import ReplicaMetrics, RequestTimer, WatchedSteps
+from serving.api.score_limit import held_scores, prompt_candidates, require_few_scores
+from serving.api.shared_prompts import SharedPrompts
 from serving.delivery.loaded_version import LoadedVersion
-from serving.engine.messages import FinishReason, SequenceRequest
+from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent
 from serving.engine_process.client import EngineClient, EngineDiedError, Generation
 from serving.protocol.errors import ApiError, error_of, overloaded
 from serving.protocol.protocol import CompletionRequest, StreamOptions, sampling_of
 from serving.protocol.request_facts import RequestFacts
 from serving.protocol.served_model import ServedModel
-from serving.text.reader import TextError
 
-MAX_SCORES = 600_000  # log-probabilities in an answer, 200 MB while it is written; lm-eval's 256 prompts have fewer
-SCORES_AT_ONCE = 5_000  # written in the event loop; more would hold up other streams for milliseconds
+SCORES_AT_ONCE = 5_000  # log-probabilities written in the event loop; more would hold up other streams for milliseconds
 LINE_ENDS = ("\u2028", "\u2029", "\x85")  # in JSON as they are, and the end of a line to some clients, such as httpx
 EXPECTED_SHARE = 0.8  # of the longest wait: a refusal at once is better than one after a wait that was misjudged
 
@@ -49,6 +50,7 @@ class Completion:
     def __post_init__(self) -> None:
         request, sequences = self.request, self.sequences
         self._choices = {s.seq_id: ChoiceOutput(i, s, request, self.model) for i, s in enumerate(sequences)}
+        self._prompts = SharedPrompts(sequences, num_choices=request.n)
         self._parts = self._generated_parts()
         self._first_part: Part | None = None
         self._has_failed = False
@@ -78,7 +80,7 @@ class Completion:
             parts.setdefault(part.index, []).append(part)
             if part.finish_reason is not None:
                 choices[part.index] = join_parts(parts.pop(part.index))
-        if sum(sequence.max_scores for sequence in self.sequences) > SCORES_AT_ONCE:
+        if held_scores(self.request, self.sequences) > SCORES_AT_ONCE:
             return await asyncio.to_thread(self._written, choices)
         return self._written(choices)
 
@@ -108,27 +110,36 @@ class Completion:
             yield part
 
     async def _generated_parts(self) -> AsyncIterator[Part]:
-        reasons: set[str] = set()
+        reasons: dict[int, str] = {}  # by choice that has ended
         try:
             async for event in self.generation:
                 if event.finish_reason is FinishReason.ERROR:
                     self.timer.finished(event.seq_id, FinishReason.ERROR)
                     self._has_failed = True
                     raise error_of("not_finite")
-                if event.token_id is not None:
-                    self.timer.token(event.seq_id)
-                part = self._choices[event.seq_id].push(event)
-                if part.finish_reason is not None:
-                    reasons.add(part.finish_reason)
-                    self.timer.finished(event.seq_id, part.finish_reason)
-                    self.generation.cancel(event.seq_id)  # the engine does not know of stop strings
-                yield part
+                for answerable in self._prompts.take(event):
+                    if answerable.seq_id in reasons:  # a stop string has ended it, and later tokens were waiting
+                        continue
+                    part = self._part_of(answerable)
+                    if part.finish_reason is not None:
+                        reasons[answerable.seq_id] = part.finish_reason
+                    yield part
         except EngineDiedError:
             self._has_failed = True
             raise error_of("engine_unavailable") from None
         finally:
-            self.facts.reason, self.facts.last_token_s = "+".join(sorted(reasons)) or None, time.monotonic()
+            self.facts.reason, self.facts.last_token_s = "+".join(sorted({*reasons.values()})) or None, time.monotonic()
             self.facts.completion_tokens = self._num_output_tokens
+
+    def _part_of(self, event: TokenEvent) -> Part:
+        """Returns what an event makes final. A choice that it ends leaves the engine."""
+        if event.token_id is not None:
+            self.timer.token(event.seq_id)
+        part = self._choices[event.seq_id].push(event)
+        if part.finish_reason is not None:
+            self.timer.finished(event.seq_id, part.finish_reason)
+            self.generation.cancel(event.seq_id)  # the engine does not know of stop strings
+        return part
 
     @property
     def _num_output_tokens(self) -> int:
@@ -181,18 +192,15 @@ async def start_completion(
     # In the event loop other streams' tokens would wait for the milliseconds that a long prompt takes.
     least_tokens, asked_tokens = engine.facts.least_tokens, request.token_limit
     room = max(min(asked_tokens, 1) if config.engine.clip_max_tokens else asked_tokens, least_tokens)
-    read = partial(
-        model.prompt_ids, max_tokens=room, param=answer.PROMPT_FIELD, add_special_tokens=request.add_special_tokens
-    )
+    read = partial(model.prompt_ids, max_tokens=room, param=answer.PROMPT_FIELD, how=request.encoding)
     try:
-        texts = await version.texts.encoded(request.prompt, add_special_tokens=request.add_special_tokens)
+        texts = await version.texts.encoded(request.prompt, request.encoding)
     except TextError as error:
         raise ApiError(str(error), param=answer.PROMPT_FIELD, code="invalid_value") from None
     prompts = await asyncio.to_thread(lambda: [read(prompt) for prompt in texts])
     refuse_when_full(engine, at_once, config, key=key)
-    echoed = request.logprobs if request.echo else None
-    scored = [each for each in (echoed, request.prompt_logprobs) if each is not None]
     sampling = sampling_of(request)
+    scored = prompt_candidates(request)
     sequences = [
         SequenceRequest(
             seq_id=engine.next_seq_id(),
@@ -203,7 +211,7 @@ async def start_completion(
             stop_token_ids=tuple(request.stop_token_ids),
             min_tokens=min(request.min_tokens, model.config.n_positions - len(prompt_ids)),
             num_logprobs=request.logprobs,
-            num_prompt_logprobs=max(scored, default=None),
+            num_prompt_logprobs=scored if index == 0 else None,  # the other choices share them: see `SharedPrompts`
             embed=answer.EMBEDS,
             cache_scope=key if config.engine.prefix_cache_scope == "key" else "",
             weights=version.weights,
@@ -211,12 +219,7 @@ async def start_completion(
         for prompt_ids in prompts
         for index in range(request.n)
     ]
-    if (num_scores := sum(sequence.max_scores for sequence in sequences)) > MAX_SCORES:
-        raise ApiError(
-            f"{num_scores} log-probabilities were asked for ({len(sequences)} sequences), at most {MAX_SCORES} are "
-            "given in one answer; ask for fewer prompts, tokens or candidates",
-            param="logprobs" if request.prompt_logprobs is None else "prompt_logprobs",
-        )
+    require_few_scores(request, sequences)
     num_prompt_tokens = sum(map(len, prompts))
     num_open = sum(min(request.reserved_tokens, sequence.max_tokens) for sequence in sequences)
     reservation = reserve(num_prompt_tokens + num_open)

@@ -8,11 +8,12 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from prometheus_client import generate_latest
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.settings.code_folders import code_version
+from model.bounded_text import TextError
 from model.chat import ChatError
 from serving.api.access import CurrentAccess, authorize
 from serving.api.answers import Answer, EmbeddingAnswer, TextAnswer
@@ -27,13 +28,13 @@ from serving.delivery.routed_request import RoutedRequest
 from serving.delivery.versions import Versions
 from serving.limits.key_usage import KeyUsage
 from serving.protocol.errors import ApiError, error_of
+from serving.protocol.json_log import CURRENT_REQUEST
 from serving.protocol.protocol import CompletionRequest, EmbeddingRequest, read_request
 from serving.protocol.request_facts import FACTS
 from serving.protocol.served_model import ServedModel
 from serving.protocol.strict_json import MAX_BODY_BYTES
 from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
 from serving.proxy.token_relay import YES_HEADER, RelayClient
-from serving.text.reader import TextError
 from serving.xray.page_routes import page_router
 
 # These count against a key's limit, and are refused while the endpoint drains.
@@ -228,6 +229,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        CURRENT_REQUEST.set(Headers(scope=scope).get("x-request-id"))
         routed = RoutedRequest(self._versions, scope)
         facts = routed.facts
         tracer = self._tracer if scope["method"] == "POST" else NO_TRACER

@@ -9,11 +9,11 @@ import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from model.bounded_text import TextError
 from serving.delivery.routed_request import RoutedRequest
 from serving.protocol.errors import ApiError, overloaded
 from serving.protocol.protocol import DetokenizeRequest, TokenizeRequest, read_request
 from serving.protocol.served_model import ServedModel
-from serving.text.reader import TextError
 from serving.xray.xray import XrayRequest
 
 
@@ -40,7 +40,7 @@ def tool_router(*, max_waiting: int) -> APIRouter:
         version = RoutedRequest.of(request).take(parsed.model)
         version.model.require_tokenizer()
         try:
-            [text] = await version.texts.encoded([parsed.prompt], add_special_tokens=parsed.add_special_tokens)
+            [text] = await version.texts.encoded([parsed.prompt], parsed.encoding)
         except TextError as error:
             raise ApiError(str(error), param="prompt", code="invalid_value") from None
         return await in_turn(lambda: _tokenized(parsed, text, version.model))
@@ -53,12 +53,14 @@ def tool_router(*, max_waiting: int) -> APIRouter:
 
     @router.get("/v1/xray")
     async def xray_limits(request: Request) -> dict[str, Any]:
-        return await RoutedRequest.of(request).take().xray.card()
+        routed = RoutedRequest.of(request)
+        return await routed.take().xray.card(withdrawn=routed.withdrawn)
 
     @router.post("/v1/xray")
     async def look_inside(request: Request) -> Response:
         parsed = await read_request(request, XrayRequest)
-        status, body = await RoutedRequest.of(request).take(parsed.model).xray.answer(parsed)
+        routed = RoutedRequest.of(request)
+        status, body = await routed.take(parsed.model).xray.answer(parsed, withdrawn=routed.withdrawn)
         return Response(body, status_code=status, media_type="application/json")
 
     return router
@@ -67,8 +69,7 @@ def tool_router(*, max_waiting: int) -> APIRouter:
 def _tokenized(request: TokenizeRequest, text: str | list[int], model: ServedModel) -> dict[str, Any]:
     """Returns the answer, of a text that may be tokens already."""
     tokenizer = model.require_tokenizer()
-    encode = tokenizer.encode_whole if request.add_special_tokens else tokenizer.encode
-    tokens = encode(text) if isinstance(text, str) else text
+    tokens = tokenizer.encode_prompt(text, request.encoding) if isinstance(text, str) else text
     names = [model.token_name(token_id) for token_id in tokens] if request.return_token_strs else None
     return {"count": len(tokens), "max_model_len": model.config.n_positions, "tokens": tokens, "token_strs": names}
 

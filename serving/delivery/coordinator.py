@@ -20,6 +20,7 @@ from serving.delivery.delivery_file import DamagedStateError, DeliveryFile, Newe
 from serving.delivery.promotion import Delivery, DeliveryError, ReplicaReport, Terms, Version
 from serving.limits.usage_board import UsageBoard
 from serving.limits.usage_report import UsageAnswer, UsageReport
+from serving.protocol.json_log import Process, log_in
 
 REPLICA_LOST_S = 10.0  # without a report; a replica on a busy machine may be late
 FORGET_S = 3600.0  # how long the reports of a replica that is gone count
@@ -45,6 +46,7 @@ class Coordinator:
     """Decides when reports arrive, so without replicas nothing changes. All methods run in one event loop."""
 
     def __init__(self, config: ServeConfig, *, deployment: str) -> None:
+        log_in(config.log_format, Process.COORDINATOR)
         self._deployment = deployment
         self._name = endpoint_name(config)
         self._file = DeliveryFile(open_storage(config.storage.uri), self._name, deployment=deployment)

@@ -17,12 +17,12 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.settings.serve import ServeConfig
 from cluster.storage.registry import find_checkpoint
+from model.bounded_text import require_bounded_text
 from serving.delivery.coordinator import Reply
 from serving.delivery.promotion import Delivery, DeliveryError, Phase, ReplicaReport, version_of
 from serving.delivery.versions import Versions
 from serving.limits.key_usage import KeyUsage
 from serving.protocol.served_model import read_served_model
-from serving.text.reader import require_bounded_text
 
 POLL_S = 0.5  # between reports
 ANSWER_TIMEOUT_S = 5.0
@@ -103,7 +103,7 @@ class Follower:
 
     async def _begin(self) -> Delivery:
         uri, folder = await asyncio.to_thread(find_checkpoint, self.config.checkpoint, self.config.storage.uri)
-        await require_bounded_text(folder)
+        await asyncio.to_thread(require_bounded_text, folder)
         model = await asyncio.to_thread(read_served_model, folder, name=self.config.model_name)
         live = version_of(model, checkpoint=uri)
         return await answer_of(self.coordinator.begin.remote(self.config.model_name or live.name, live))

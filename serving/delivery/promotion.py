@@ -16,7 +16,7 @@ ROUTE_HEADER = "x-route"
 MIN_ERRORS = 3  # fewer may be chance
 MIN_JUDGED_SEQUENCES = 20  # after which a version's speed is judged
 MIN_JUDGED_STEPS = 20  # of a size, of both versions
-HISTORY = 20  # promotions that are remembered
+HISTORY = 20  # promotions and rollbacks that are remembered
 
 
 class Phase(StrEnum):
@@ -122,6 +122,14 @@ class Delivery(Record):
     def known(self) -> list[Version]:
         """The versions whose checkpoints must not be deleted."""
         return [version for version in (self.live, self.candidate, self.previous) if version is not None]
+
+    @property
+    def withdrawn(self) -> frozenset[str]:
+        """The weights, as `Version.version`, that the last promotions refused or that were rolled back: nobody is
+        shown what nobody may be served. Those that were promoted since, or are live after all, are not among them."""
+        results = {outcome.version.version: outcome.result for outcome in self.history}  # the newest of each
+        kept = {version for version, result in results.items() if result == "promoted"}
+        return frozenset(results.keys() - kept - {self.live.version})
 
     @property
     def names(self) -> list[str]:
@@ -254,7 +262,8 @@ def roll_back(state: Delivery, reason: str) -> Delivery:
     if state.phase is Phase.STEADY:
         if state.previous is None:
             raise DeliveryError("there is no earlier version to return to")
-        return start(state, state.previous, Terms(watch_s=0))
+        left = Outcome(version=state.live, result="rolled_back", reason=reason)
+        return start(_remembering(state, left), state.previous, Terms(watch_s=0))
     serves = state.phase is not Phase.LOADING
     result: Result = "rolled_back" if serves else "refused"
     outcome = Outcome(version=state.candidate or state.live, result=result, reason=reason)
@@ -375,8 +384,12 @@ def _switched(state: Delivery) -> Delivery:
 
 
 def _ended(state: Delivery, outcome: Outcome, **changes: Any) -> Delivery:
-    history = (*state.history, outcome)[-HISTORY:]
-    return state.having(**changes, phase=Phase.STEADY, candidate=None, terms=None, outcome=outcome, history=history)
+    ended = _remembering(state, outcome)
+    return ended.having(**changes, phase=Phase.STEADY, candidate=None, terms=None, outcome=outcome)
+
+
+def _remembering(state: Delivery, outcome: Outcome) -> Delivery:
+    return state.having(history=(*state.history, outcome)[-HISTORY:])
 
 
 def version_of(model: ServedModel, *, checkpoint: str) -> Version:

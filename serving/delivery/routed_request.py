@@ -62,6 +62,11 @@ class RoutedRequest:
             self._hold(other)
         return other
 
+    @property
+    def withdrawn(self) -> frozenset[str]:
+        """The weights that were refused or rolled back, see `Delivery`."""
+        return self._versions.delivery.withdrawn
+
     def card(self) -> dict[str, Any]:
         """Returns the model's entry under /v1/models, with the versions that are loaded or in question."""
         state = self._versions.delivery

@@ -13,7 +13,7 @@ from model.errors import UserError
 from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.promotion import Delivery, Phase, Route, SlotReport, SlotStatus, Version, VersionStats
 from serving.engine_process.client import EngineClient
-from serving.text.chat_probe import chat_misfit, chat_notice
+from serving.text.chat_misfit import chat_misfit, chat_notice
 
 TELL_S = 1.0  # before new weights get the only engine: two reports, as they may end it and the replica with it
 

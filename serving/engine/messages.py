@@ -39,13 +39,6 @@ class SequenceRequest:
         """Whether it needs the results of all of its prompt; other sequences share what the cache has of it."""
         return self.embed or self.num_prompt_logprobs is not None
 
-    @property
-    def max_scores(self) -> int:
-        """The number of log-probabilities that it may report."""
-        of_output = 0 if self.num_logprobs is None else self.max_tokens * (1 + self.num_logprobs)
-        of_prompt = 0 if self.num_prompt_logprobs is None else len(self.prompt_ids) * (1 + self.num_prompt_logprobs)
-        return of_output + of_prompt
-
 
 class Candidates(NamedTuple):
     """A token's log-probability and the most likely tokens at its place, from the unmodified logits."""

@@ -33,6 +33,7 @@ from serving.engine.torch_runner import TorchRunner
 from serving.engine_process.machine_memory import memory
 from serving.engine_process.peer_watchdog import watch_peer
 from serving.engine_process.weight_turns import WeightTurns
+from serving.protocol.json_log import Process, log_in, log_uncaught, logs_json
 
 if TYPE_CHECKING:
     from serving.engine.vllm_engine import VllmEngine  # usually in another environment
@@ -44,7 +45,7 @@ proxy and the client wake once for several."""
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _WARM_UP_ID = 1 << 40  # of the first sequence before any client's, whose numbers begin at 0
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("serving.engine_process.run_engine")  # this module is run, and then has no name
 
 
 class Channel:
@@ -120,6 +121,9 @@ def _load_engine(
     if config.runs_vllm:
         if config.batch_invariant:
             os.environ["VLLM_BATCH_INVARIANT"] = "1"  # read while vLLM is imported
+        if logs_json():
+            os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # its lines go the way of ours
+            logging.getLogger("vllm").setLevel(logging.INFO)
         try:
             from serving.engine.vllm_engine import VllmEngine  # noqa: PLC0415  (usually in another environment)
         except ImportError as error:
@@ -215,6 +219,8 @@ def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads:
 
 
 def main() -> int:
+    log_in(None, Process.ENGINE)
+    sys.excepthook = log_uncaught
     args = json.loads(sys.argv[1])  # see `EngineClient.start`
     channel = Channel(socket.socket(fileno=args["socket"]))
     config = EngineConfig.model_validate(channel.first()["config"])

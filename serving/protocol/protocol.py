@@ -10,6 +10,7 @@ import fastapi
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, ValidationError, model_validator
 
 from model.sampling_params import SamplingParams
+from model.tokenizer import PromptEncoding
 from serving.protocol import harmless_fields
 from serving.protocol.errors import ApiError
 from serving.protocol.strict_json import parse_json_object, read_json_body, shown
@@ -143,7 +144,12 @@ class CompletionRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=0, le=2**31)  # counts before max_tokens; guidellm sends both
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
-    add_special_tokens: bool = True  # BOS, where the tokenizer has one
+    add_special_tokens: bool = True
+    parse_special: bool = False
+
+    @property
+    def encoding(self) -> PromptEncoding:
+        return PromptEncoding(self.add_special_tokens, self.parse_special)
 
     @property
     def token_limit(self) -> int:
@@ -175,8 +181,13 @@ class EmbeddingRequest(Request):
 class TokenizeRequest(Request):
     model: str | None = None
     prompt: str
-    add_special_tokens: bool = True  # BOS, where the tokenizer has one
+    add_special_tokens: bool = True
+    parse_special: bool = False
     return_token_strs: bool = False
+
+    @property
+    def encoding(self) -> PromptEncoding:
+        return PromptEncoding(self.add_special_tokens, self.parse_special)
 
 
 class DetokenizeRequest(Request):

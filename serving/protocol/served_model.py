@@ -12,8 +12,10 @@ from typing import Any
 from model.checkpoint_folder import CheckpointError, Metadata, is_hf_folder, read_metadata
 from model.config import GPTConfig
 from model.hf_config import config_from_hf
-from model.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from model.tokenizer import PLAIN_ENCODING, PromptEncoding, Tokenizer, TokenizerError, load_tokenizer
 from serving.protocol.errors import ApiError, error_of
+
+_VERSION_CHARS = 16  # of a hash
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,19 @@ class ServedModel:
         return self.tokenizer is not None and self.tokenizer.chat is not None
 
     def prompt_ids(
-        self, prompt: str | list[int], *, max_tokens: int, param: str = "prompt", add_special_tokens: bool = True
+        self,
+        prompt: str | list[int],
+        *,
+        max_tokens: int,
+        param: str = "prompt",
+        how: PromptEncoding = PLAIN_ENCODING,
     ) -> list[int]:
-        """Returns the tokens of a prompt, the request's field `param`. A text begins with the tokenizer's BOS, if it
-        has one and `add_special_tokens` does not forbid it; an empty one without has the end-of-text token. Raises
-        `ApiError` (400) for ids outside the vocabulary and for a prompt that leaves no room for `max_tokens`."""
+        """Returns the tokens of a prompt, the request's field `param`. A text that is empty and gets no BOS has the
+        end-of-text token. Raises `ApiError` (400) for ids outside the vocabulary and for a prompt that leaves no room
+        for `max_tokens`."""
         if isinstance(prompt, str):
             tokenizer = self.require_tokenizer()
-            token_ids = (tokenizer.encode_whole if add_special_tokens else tokenizer.encode)(prompt)
-            token_ids = token_ids or [tokenizer.eot_id]
+            token_ids = tokenizer.encode_prompt(prompt, how) or [tokenizer.eot_id]
         else:
             token_ids = self.checked_ids(prompt, param=param)
         if len(token_ids) + max_tokens > self.config.n_positions:
@@ -140,14 +146,14 @@ def read_served_model(folder: Path, *, name: str | None, max_context: int | None
             "they do not belong together"
         )
     metadata = None if is_hf_folder(folder) else read_metadata(folder)
-    version = _files_hash(sorted(folder.glob("*.safetensors"))) if metadata is None else str(metadata.parameter_hash)
+    version = _files_version(sorted(folder.glob("*.safetensors"))) if metadata is None else version_of_weights(metadata)
     return ServedModel(
         name=name or (folder.name if metadata is None else metadata.run_id),
         created=int(config_file.stat().st_mtime),
         config=config,
         tokenizer=tokenizer,
         metadata=metadata,
-        version=version[:16],
+        version=version,
     )
 
 
@@ -176,9 +182,14 @@ def is_of_one_kind(one: ServedModel, other: ServedModel) -> bool:
     return kind(one) == kind(other)
 
 
-def _files_hash(paths: list[Path]) -> str:
+def version_of_weights(metadata: Metadata) -> str:
+    """Returns the version by which a replica knows a checkpoint's weights."""
+    return str(metadata.parameter_hash)[:_VERSION_CHARS]
+
+
+def _files_version(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    return digest.hexdigest()[:_VERSION_CHARS]

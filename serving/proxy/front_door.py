@@ -28,6 +28,7 @@ from cluster.settings.serve import HttpConfig
 from serving.delivery.promotion import ROUTE_HEADER
 from serving.delivery.routed_request import RETRY_HEADER, NewestRoutes
 from serving.protocol.errors import DRAINING_HEADER, ApiError, error_of
+from serving.protocol.json_log import CURRENT_REQUEST, Process, log_in
 from serving.protocol.request_facts import FACTS, timestamp
 from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
 from serving.proxy.doorkeeper import Doorkeeper
@@ -89,6 +90,7 @@ def proxy_environment(config: HttpConfig) -> dict[str, str]:
 
 def middlewares() -> list[Middleware]:
     """Returns the front door; Ray Serve calls this before its HTTP server starts."""
+    log_in(None, Process.PROXY)
     config = HttpConfig.model_validate_json(os.environ.get(SETTINGS_VARIABLE, "{}"))
     log = no_log if config.request_log is None else RequestLog(config.request_log).add
     install_bounds(config, log)
@@ -143,6 +145,7 @@ class FrontDoor:
             return
         began_s, clock_s = time.time(), time.monotonic()
         request_id, path = clean_request_id(scope["headers"]), scope["path"]
+        CURRENT_REQUEST.set(request_id.decode())
         is_post = scope["method"] == "POST"
         tracer = self.tracer if is_post else NO_TRACER
         span = Span.of_request(tracer, f"POST {path[:MAX_LOGGED_PATH]}", scope["headers"])

@@ -8,6 +8,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable
+from contextvars import Context
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ class RequestLog:
             return
         self._lines.append(orjson.dumps(_EMPTY | fields, option=orjson.OPT_APPEND_NEWLINE))
         if self._writing is None:
-            self._writing = asyncio.get_running_loop().create_task(self._write_soon())
+            # In a context of its own: what it logs belongs to no request.
+            self._writing = asyncio.get_running_loop().create_task(self._write_soon(), context=Context())
 
     async def _write_soon(self) -> None:
         while self._lines:

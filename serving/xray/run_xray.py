@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from serving.engine.runner import LOADED_IN
 from serving.protocol.errors import ApiError, error_of
 from serving.protocol.served_model import ServedModel, read_served_model
 from serving.xray.answer import xray_answer
-from serving.xray.xray import XrayRequest, run_checkpoints
+from serving.xray.xray import XrayRequest, run_checkpoints, shown_checkpoints
 
 LOW_PRIORITY = 10  # gets a tenth of a core that the engine wants too
 
@@ -31,13 +32,16 @@ class Models:
         self._folder, self._name, self._dtype = folder, name, dtype
         self._load = lru_cache(maxsize=2)(self._read)  # the served one, and the latest other one
 
-    def get(self, step: int | None) -> tuple[GPT, ServedModel]:
-        """Returns a step's model. Raises `ApiError` if its checkpoint is missing or damaged."""
+    def get(self, step: int | None, *, withdrawn: Collection[str]) -> tuple[GPT, ServedModel]:
+        """Returns a step's model. Raises `ApiError` if its checkpoint is missing or damaged, or its version is
+        withdrawn."""
         if step is None:
             return self._load(self._folder)
-        checkpoints = run_checkpoints(self._folder)
+        checkpoints = shown_checkpoints(self._folder, withdrawn)
         if step not in checkpoints:
             known = ", ".join(map(str, checkpoints)) or "none"
+            if step in run_checkpoints(self._folder):
+                raise error_of("step_withdrawn", param="step", step=step, known=known)
             raise error_of("step_not_found", param="step", step=step, known=known)
         try:
             return self._load(checkpoints[step])
@@ -55,7 +59,7 @@ def answer_line(line: bytes, models: Models) -> tuple[int, bytes]:
     message: dict[str, Any] = json.loads(line)
     request = XrayRequest(**{name: value for name, value in message["request"].items() if value is not None})
     try:
-        model, served = models.get(request.step)
+        model, served = models.get(request.step, withdrawn=message["withdrawn"])
         return 200, xray_answer(request, model=model, served=served, arrived_s=message["arrived_s"])
     except FloatingPointError:
         error = error_of("not_finite")

@@ -9,6 +9,7 @@ memory only once), and ends after some idle time.
 import asyncio
 import json
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from serving.engine_process.child_process import Child, kill_child, start_child
 from serving.engine_process.machine_memory import memory
 from serving.protocol.errors import error_of, overloaded
 from serving.protocol.protocol import Request, Temperature, TopP
+from serving.protocol.served_model import version_of_weights
 
 MAX_NEW_TOKENS = 32
 MAX_SEQUENCE_TOKENS = 160  # prompt and new tokens together
@@ -74,6 +76,15 @@ def run_checkpoints(folder: Path) -> dict[int, Path]:
     return {step: path for step, _, path in found}
 
 
+def shown_checkpoints(folder: Path, withdrawn: Collection[str]) -> dict[int, Path]:
+    """Returns those of `run_checkpoints` that do not have the weights of a version that was refused or rolled back."""
+    return {
+        step: path
+        for step, path in run_checkpoints(folder).items()
+        if version_of_weights(read_metadata(path)) not in withdrawn
+    }
+
+
 class Xray:
     """One replica's x-ray. Takes one request at a time."""
 
@@ -85,13 +96,14 @@ class Xray:
         self._child: Child | None = None  # it ends when its socket closes, and so when the replica dies
         self._idle: asyncio.TimerHandle | None = None
 
-    async def card(self) -> dict[str, Any]:
-        """Returns what may be asked: the limits, and the steps of the run that have a checkpoint here."""
-        steps = await asyncio.to_thread(run_checkpoints, self._folder)
+    async def card(self, *, withdrawn: Collection[str]) -> dict[str, Any]:
+        """Returns what may be asked: the limits, and the steps of the run that have a checkpoint here, without the
+        versions that are withdrawn."""
+        steps = await asyncio.to_thread(shown_checkpoints, self._folder, withdrawn)
         limits = {"max_tokens": MAX_NEW_TOKENS, "max_sequence_tokens": MAX_SEQUENCE_TOKENS, "max_weights": MAX_WEIGHTS}
         return limits | {"steps": list(steps)}
 
-    async def answer(self, request: XrayRequest) -> tuple[int, bytes]:
+    async def answer(self, request: XrayRequest, *, withdrawn: Collection[str]) -> tuple[int, bytes]:
         """Returns the status and JSON body. Raises `ApiError`: 429 during another request, 503 without an answer."""
         if self._is_busy:
             raise overloaded("The replica looks into one query at a time; try again in a moment")
@@ -99,7 +111,7 @@ class Xray:
         if self._child is None or request.step is not None:
             await asyncio.to_thread(self._require_memory, num_models)
         self._is_busy = True
-        asked = {"request": request.model_dump(), "arrived_s": time.monotonic()}
+        asked = {"request": request.model_dump(), "arrived_s": time.monotonic(), "withdrawn": sorted(withdrawn)}
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 return await self._ask(json.dumps(asked))

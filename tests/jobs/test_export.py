@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.storage.uris import open_storage
 from jobs.export import export
+from model.bounded_text import TextError
 from model.checkpoint import load_model
 from model.checkpoint_folder import TRAIN_STATE, CheckpointError, Metadata, read_metadata, verify_checkpoint
 from model.config import GPTConfig
@@ -41,6 +42,14 @@ def checkpoint(tmp_path: Path) -> Path:
         train_state={"moment": torch.ones(1000)},
     )
     return folder
+
+
+def test_a_template_that_does_not_end_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (checkpoint / "chat_template.jinja").write_text(loop)
+    with pytest.raises(TextError, match="3 s of processor time"):
+        export(str(checkpoint), str(tmp_path / "export"), storage_uri=str(tmp_path))
+    assert not (tmp_path / "export").exists()
 
 
 def test_transformers_computes_the_same_from_the_export(checkpoint: Path, tmp_path: Path) -> None:

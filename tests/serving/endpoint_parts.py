@@ -80,7 +80,12 @@ def free_port() -> int:
 
 def metric(http: httpx.Client, name: str, **labels: str) -> float:
     """The sum over the lines of /metrics that have these labels."""
-    lines = re.findall(rf"^{re.escape(name)}{{(.*)}} (.*)$", http.get("/metrics").text, re.MULTILINE)
+    return metric_sum(http.get("/metrics").text, name, **labels)
+
+
+def metric_sum(text: str, name: str, **labels: str) -> float:
+    """The same of the text of /metrics."""
+    lines = re.findall(rf"^{re.escape(name)}{{(.*)}} (.*)$", text, re.MULTILINE)
     return sum(float(v) for found, v in lines if all(f'{k}="{label}"' in found for k, label in labels.items()))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from huggingface_hub import constants
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import to_yaml
 from cluster.storage.uris import open_storage
+from jobs.pretrain import pretrain
 from jobs.proof.replay_run import replay
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.history import changed_settings, recorded_config
@@ -20,7 +22,12 @@ from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan, run_storage
 from jobs.tokens.train_tokenizer import load_tokenizer
 from jobs.training.train_loop import train
+<<<<<<< HEAD:tests/jobs/training/test_warm_start.py
 from jobs.training.warm_start import begin, like_its_source
+=======
+from jobs.warm_start import begin, like_its_source
+from model.bounded_text import TextError
+>>>>>>> wt-compat:tests/jobs/test_warm_start.py
 from model.checkpoint import load_model, parameter_hash
 from model.checkpoint_folder import CheckpointError, read_metadata
 from model.config import GPTConfig
@@ -130,6 +137,20 @@ def test_a_run_whose_source_is_gone_resumes_with_the_tokenizer_of_its_step_0(tmp
     assert (after.to_json(), after.hash, after.chat) == (before.to_json(), before.hash, before.chat), "the store's key"
     assert (resumed.model, resumed.train) == (config.model, config.train)
     assert changed_settings(run, resumed) == []
+
+
+def test_a_template_that_does_not_end_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    """By the launcher, which would render it without end in its own process."""
+    plan = tiny_plan(str(tmp_path / "storage"))
+    source = source_folder(tmp_path / "source", plan.tokenizer_json)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (source / "chat_template.jinja").write_text(loop)
+    train_config = plan.config.train.model_copy(update={"init_from": str(source)})
+    asked = plan.config.model_copy(update={"run_id": "loops", "model": GPTConfig(), "train": train_config})
+    has_ray = ray.is_initialized()
+    with pytest.raises(TextError, match=r"source/tokenizer\.json: .* 3 s of processor time .*chat_template\.jinja"):
+        pretrain(asked)
+    assert ray.is_initialized() == has_ray and not run_storage(asked).list()
 
 
 def test_a_run_without_its_first_checkpoint_never_begins_with_random_weights(tmp_path: Path) -> None:

@@ -238,6 +238,21 @@ def test_a_rollback_ends_what_is_on_or_loads_the_version_before() -> None:
     assert returned.previous is not None and returned.previous.checkpoint == "/new"
 
 
+def test_what_was_refused_or_rolled_back_is_withdrawn_until_it_is_promoted() -> None:
+    refused = step(loading(), {1: READY, 2: SlotReport(SlotStatus.FAILED, "bad")})
+    assert refused.withdrawn == {NEW.version}
+    promoted = step(start(refused, NEW, TERMS), {1: READY, 3: READY})
+    assert promoted.phase is Phase.WATCHING and promoted.withdrawn == set(), "it is live"
+    settled = step(promoted, {3: READY}, elapsed_s=10)
+    assert settled.withdrawn == set()
+    returning = roll_back(settled, "it is rude")
+    assert returning.withdrawn == set(), "it serves until the version before is loaded"
+    returned = step(step(returning, {3: READY, 4: READY}), {3: READY, 4: READY})
+    assert returned.live.checkpoint == OLD.checkpoint and returned.withdrawn == {NEW.version}
+    ends = [(ended.version.serial, ended.result, ended.reason) for ended in returned.history]
+    assert ends[1:] == [(3, "promoted", ""), (3, "rolled_back", "it is rude"), (4, "promoted", "")]
+
+
 def test_one_promotion_at_a_time() -> None:
     for state in (loading(), watching()):
         with pytest.raises(DeliveryError, match="is being promoted"):

@@ -116,11 +116,17 @@ OPTIONAL: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "max_completion_tokens": NEW_TOKENS,
         "logprobs": st.integers(0, 21),
         "echo": st.booleans(),
+        "add_special_tokens": st.booleans(),
+        "parse_special": st.booleans(),
     },
     "/v1/chat/completions": GENERATION
     | {"max_completion_tokens": NEW_TOKENS, "logprobs": st.booleans(), "top_logprobs": st.integers(0, 21)},
     "/v1/embeddings": {"encoding_format": st.sampled_from(["float", "base64"]), "user": TEXTS},
-    "/tokenize": {"add_special_tokens": st.booleans(), "return_token_strs": st.booleans()},
+    "/tokenize": {
+        "add_special_tokens": st.booleans(),
+        "parse_special": st.booleans(),
+        "return_token_strs": st.booleans(),
+    },
     "/detokenize": {},
     "/v1/xray": SAMPLING
     | {

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from model.bounded_text import BOUNDS, Bounds, TextError
 from model.chat import PLAIN_TEMPLATE, Chat
-from model.tokenizer import load_tokenizer
-from serving.text import reader
-from serving.text.chat_probe import ChatProbe, chat_misfit, chat_notice
-from serving.text.reader import BoundedReader, TextError, TrustedReader, open_reader
+from model.chat_probe import ChatProbe
+from model.tokenizer import PLAIN_ENCODING, load_tokenizer
+from serving.text.chat_misfit import chat_misfit, chat_notice
+from serving.text.reader import BoundedReader, TrustedReader, open_reader
 from tests.serving.tiny_models import as_transformers_folder
 
 GOOD = (
@@ -34,9 +35,9 @@ def with_template(checkpoint: Path, folder: Path, template: str | None, **config
     return folder
 
 
-def probed(folder: Path) -> ChatProbe:
+def probed(folder: Path, bounds: Bounds = BOUNDS) -> ChatProbe:
     async def read() -> ChatProbe:
-        texts = await open_reader(folder)
+        texts = await open_reader(folder, bounds=bounds)
         texts.close()
         return texts.probe
 
@@ -53,11 +54,11 @@ def test_a_bounded_reader_gives_the_tokens_of_this_process(checkpoint: Path, tmp
         assert isinstance(texts, BoundedReader)
         assert await texts.chat_ids(CHAT) == Chat(tokenizer).prompt_ids(CHAT)
         asked = ["the quick naïve fox", ""]
-        assert await texts.encoded(asked, add_special_tokens=True) == [
+        assert await texts.encoded(asked, PLAIN_ENCODING) == [
             tokenizer.encode_whole(asked[0]),
             [tokenizer.eot_id],
         ]
-        assert await texts.encoded([[1, 2]], add_special_tokens=True) == [[1, 2]]
+        assert await texts.encoded([[1, 2]], PLAIN_ENCODING) == [[1, 2]]
         assert texts.probe.end_of_turn == tokenizer.eot_id
         texts.close()
         with pytest.raises(TextError):
@@ -74,15 +75,12 @@ def test_raymills_own_programs_run_in_this_process(checkpoint: Path, tmp_path: P
     assert texts.probe.is_chat_tuned is (template is not None)
 
 
-def test_a_chat_that_takes_too_long_ends_alone(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chat_that_takes_too_long_ends_alone(checkpoint: Path, tmp_path: Path) -> None:
     """On the old code it went on for hours, in a thread that completions needed."""
-    monkeypatch.setattr(reader, "REQUEST_CPU_S", 0.5)
     folder = with_template(checkpoint, tmp_path / "loops", WHERE_ASKED)
 
     async def scenario() -> None:
-        texts = await open_reader(folder)
+        texts = await open_reader(folder, bounds=Bounds(request_cpu_s=0.5))
         expected = await texts.chat_ids(CHAT)
         with pytest.raises(TextError, match=r"0\.5 s of processor time"):
             await texts.chat_ids([{"role": "user", "content": "LOOP"}])
@@ -93,22 +91,17 @@ def test_a_chat_that_takes_too_long_ends_alone(
 
 
 @pytest.mark.parametrize("bomb", ["{% set x = 'a' %}{% for i in range(99999) %}{{ x.ljust(99999) }}{% endfor %}"])
-def test_a_template_gets_no_more_memory_than_its_bound(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bomb: str
-) -> None:
-    monkeypatch.setattr(reader, "MEMORY_BYTES", 1 << 30)
+def test_a_template_gets_no_more_memory_than_its_bound(checkpoint: Path, tmp_path: Path, bomb: str) -> None:
     folder = with_template(checkpoint, tmp_path / "bomb", bomb)
-    probe = probed(folder)
+    probe = probed(folder, Bounds(memory_bytes=1 << 30, request_cpu_s=60))
     assert not probe.hashes and probe.refusals
 
 
-def test_a_folder_whose_tokenizer_never_ends_is_refused_at_load(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reader, "LOAD_CPU_S", 1.5)
+def test_a_folder_whose_template_never_ends_is_refused_at_load(checkpoint: Path, tmp_path: Path) -> None:
+    """In the time of a request: a minute is for reading the tokenizer alone."""
     folder = with_template(checkpoint, tmp_path / "slow", LOOP)
     with pytest.raises(TextError, match=r"1\.5 s of processor time"):
-        asyncio.run(open_reader(folder))
+        asyncio.run(open_reader(folder, bounds=Bounds(request_cpu_s=1.5)))
 
 
 def test_a_pattern_of_its_own_is_a_strangers_program(checkpoint: Path, tmp_path: Path) -> None:
@@ -124,7 +117,7 @@ def test_a_pattern_of_its_own_is_a_strangers_program(checkpoint: Path, tmp_path:
     async def scenario() -> None:
         texts = await open_reader(folder)
         assert isinstance(texts, BoundedReader)
-        assert await texts.encoded(["fox"], add_special_tokens=True) == [tokenizer.encode("fox")]
+        assert await texts.encoded(["fox"], PLAIN_ENCODING) == [tokenizer.encode("fox")]
         texts.close()
 
     asyncio.run(scenario())

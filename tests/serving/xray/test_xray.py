@@ -24,8 +24,10 @@ from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.api.access import AccessRules
 from serving.api.keys import ApiKey
+from serving.delivery.promotion import Outcome, version_of
 from serving.delivery.versions import Versions
 from serving.engine.kv_cache_size import Memory
+from serving.protocol.served_model import read_served_model
 from serving.xray import xray as xray_module
 from serving.xray.page_routes import PAGE_PATHS
 from serving.xray.xray import run_checkpoints
@@ -189,6 +191,28 @@ def test_a_checkpoint_of_the_run_can_be_asked(run: Run, folder: Path, model: GPT
         for step in (5, 9):
             refused = await http.post("/v1/xray", json={"model": "tiny", "prompt": "x", "step": step})
             assert refused.status_code == 404 and "3, 7" in refused.json()["error"]["message"]
+
+    run(check)
+
+
+@pytest.mark.parametrize("ended", ["refused", "rolled_back", "promoted"])
+def test_a_checkpoint_that_was_refused_or_rolled_back_is_not_shown(run: Run, folder: Path, ended: str) -> None:
+    version = version_of(read_served_model(folder.with_name("step-3-2"), name=None), checkpoint="elsewhere")
+    ends = [Outcome(version=version, result=result, reason="why") for result in ("refused", ended)]
+
+    async def check(http: httpx.AsyncClient, versions: Versions) -> None:
+        serving = versions.delivery
+        versions.delivery = serving.having(history=tuple(ends))
+        shown = (await http.get("/v1/xray")).json()["steps"]
+        answer = await http.post("/v1/xray", json={"model": "tiny", "prompt": "x", "step": 3})
+        served = await http.post("/v1/xray", json={"model": "tiny", "prompt": "x", "step": 7})
+        versions.delivery = serving
+        assert served.status_code == 200
+        if ended == "promoted":
+            assert (shown, answer.status_code) == ([3, 7], 200)
+        else:
+            error = answer.json()["error"]
+            assert (shown, answer.status_code, error["code"], error["param"]) == ([7], 403, "step_withdrawn", "step")
 
     run(check)
 

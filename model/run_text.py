@@ -1,5 +1,7 @@
 """The bounded process that runs a checkpoint's chat template and tokenizer: each line is a request and gets a line.
 
+It first sends two lines of its own: once it has read the tokenizer, and once it has written the probes.
+
 The kernel ends it at its bounds of processor time and memory, whatever holds Python's lock meanwhile.
 """
 
@@ -14,10 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from model.bounded_text import Bounds
 from model.chat import Chat, ChatError
+from model.chat_probe import probe_of
 from model.errors import UserError
-from model.tokenizer import Tokenizer, load_tokenizer
-from serving.text.chat_probe import probe_of
+from model.tokenizer import PromptEncoding, Tokenizer, load_tokenizer
 
 
 def allow(cpu_s: float) -> None:
@@ -29,8 +32,8 @@ def answer_to(request: dict[str, Any], tokenizer: Tokenizer, chat: Chat) -> dict
     try:
         if "messages" in request:
             return {"ids": chat.prompt_ids(request["messages"])}
-        encode = tokenizer.encode_whole if request["add_special_tokens"] else tokenizer.encode
-        return {"ids": [encode(text) or [tokenizer.eot_id] for text in request["texts"]]}
+        how = PromptEncoding(**request["how"])
+        return {"ids": [tokenizer.encode_prompt(text, how) or [tokenizer.eot_id] for text in request["texts"]]}
     except ChatError as error:
         return {"error": str(error)}
     except UserError as error:
@@ -40,29 +43,32 @@ def answer_to(request: dict[str, Any], tokenizer: Tokenizer, chat: Chat) -> dict
 
 
 def main() -> int:
-    args = json.loads(sys.argv[1])  # see `BoundedReader`
+    args = json.loads(sys.argv[1])  # see `process_arguments`
+    bounds = Bounds(**args["bounds"])
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would take the engine's processors
-    resource.setrlimit(resource.RLIMIT_AS, (args["memory_bytes"], args["memory_bytes"]))
+    resource.setrlimit(resource.RLIMIT_AS, (bounds.memory_bytes, bounds.memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no dump of a client's text
     connection = socket.socket(fileno=args["socket"])
 
     def send(answer: dict[str, Any]) -> None:
         connection.sendall(json.dumps(answer, separators=(",", ":")).encode() + b"\n")
 
-    allow(args["load_cpu_s"])
+    allow(bounds.load_cpu_s)
     try:
         tokenizer = load_tokenizer(Path(args["folder"]))
         assert tokenizer is not None, "a folder without a tokenizer has no programs"
-        chat = Chat(tokenizer)
-        first = {"probe": asdict(probe_of(chat, is_chat_tuned=tokenizer.chat is not None))}
         tokenizer.encode_whole("a text")  # once, so that the first request finds its tables ready
+        chat = Chat(tokenizer)
+        send({"loaded": True})
+        allow(bounds.request_cpu_s)
+        probe = probe_of(chat, is_chat_tuned=tokenizer.chat is not None)
     except (UserError, ValueError, KeyError, TypeError, MemoryError) as error:  # foreign files may raise anything
         send({"error": f"the tokenizer or chat template cannot be read: {str(error) or repr(error)}"})
         return 1
-    send(first)
+    send({"probe": asdict(probe)})
     with contextlib.suppress(ConnectionError), connection.makefile("rb") as lines:
         for line in lines:
-            allow(args["request_cpu_s"])
+            allow(bounds.request_cpu_s)
             send(answer_to(json.loads(line), tokenizer, chat))
     return 0
 
