@@ -70,6 +70,12 @@ SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 """The name of a text in `data.validation`."""
 
 
+READ_ENDINGS = (".txt", ".jsonl", ".csv", ".parquet", ".gz", ".zst")
+"""Endings of files that are read by themselves."""
+
+TextEnding = Annotated[str, Field(pattern=r"^\.[A-Za-z0-9_+.-]+$")]
+"""The ending of files that are read as text."""
+
 Sources = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 """Locations of text; a single one may stand without its list."""
 
@@ -80,6 +86,13 @@ class TextConfig(Settings):
     source: Sources = []
     format: Literal["text", "chat"] = "text"
     text_field: str = "text"
+    text_endings: list[TextEnding] = []
+
+    @model_validator(mode="after")
+    def _endings_are_others(self) -> Self:
+        if known := [ending for ending in self.text_endings if ending.lower().endswith(READ_ENDINGS)]:
+            raise ValueError(f"text_endings: {known[0]} is read already; name only endings of other files")
+        return self
 
 
 class DataConfig(TextConfig):

@@ -13,7 +13,8 @@ from cluster.storage.uris import NotFoundError, join_uri, open_storage, split_ur
 from jobs.cleaning.quality_rules import failed_rule
 from jobs.corpus.chunks import Chunk, Part, whole_file
 from jobs.corpus.documents import Document, Drop, read_documents
-from jobs.corpus.listing import CorpusFile, Listing, empty_corpus, list_corpus
+from jobs.corpus.empty_corpus import empty_corpus
+from jobs.corpus.listing import CorpusFile, Listing, list_corpus
 from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.corpus.sample_places import sample_places
 from jobs.corpus.text_borders import cut_text
@@ -34,7 +35,7 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
     """
     if config.data.tokenizer is not None:
         return load_tokenizer(config.data.tokenizer)
-    listing = listing or list_corpus(config.data.source)
+    listing = listing or list_corpus(config.data.source, text_endings=config.data.text_endings)
     if listing.token_stores:
         return load_tokenizer(next(iter(listing.token_stores.values())))
     settings = set(read_table(__file__, "shaping")["tokenizer"])
