@@ -142,7 +142,9 @@ def logs(arguments: argparse.Namespace) -> dict[str, Any]:
         return _follow(arguments, run)
     chosen = names if arguments.all else names[-1:]
     lines = [line for name in chosen for line in _lines(run, name, header=arguments.all, rays=arguments.ray)]
-    arguments.text = "".join(f"{line}\n" for line in lines)
+    ended = LogReader(run, names[-1]).ended() if names else None
+    last = "stopped, as requested; the same run id continues it\n" if ended is not None and ended.stopped else ""
+    arguments.text = "".join(f"{line}\n" for line in lines) + last
     return {"run_id": arguments.run_id, "launches": chosen, "lines": lines}
 
 

@@ -308,6 +308,8 @@ def test_what_is_not_as_it_should_be_has_its_exit_code(tmp_path: Path, capfd: py
     result = last_json(captured.out)
     assert (result["equal"], result["step"], result["fields"]) == (False, 5, {"loss": [1.0, 1.25]})
     assert captured.err == f"diff: {runs}/a and {runs}/b\n"
+    assert main(["diff", "a", "b"]) == 1
+    assert ["loss", "1", "1.25"] in [line.split() for line in capfd.readouterr().out.splitlines()]
     assert main(["diff", "a", "c"]) == 1
     captured = capfd.readouterr()
     assert (captured.out, captured.err.count("\n")) == ("", 1)

@@ -218,6 +218,23 @@ def test_logs_leave_out_what_ray_says_to_itself(tmp_path: Path, capsys: pytest.C
     assert alarming in capsys.readouterr().out
 
 
+def test_the_log_of_a_stopped_run_ends_with_a_plain_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "runs/second/jobs/20260101-000000-abcd"
+    folder.mkdir(parents=True)
+    (folder / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
+    (folder / "ended.json").write_text('{"exit_code": 143, "stopped": true, "result": null, "time": 2.0}')
+    stack = "*** SIGTERM received at time=1795955368 on cpu 0 ***\nPC: @     0x7fba53ca676e  (unknown)  (unknown)\n"
+    (folder / "log-000000000000").write_text(f"WAITING for 2 workers\n{stack}    @     0x7fba53c4bd70  (unknown)\n")
+    words = ["logs", "second", "--storage.uri", str(tmp_path)]
+    assert main(words) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "WAITING for 2 workers",
+        "stopped, as requested; the same run id continues it",
+    ]
+    assert main([*words, "--ray"]) == 0
+    assert "SIGTERM received" in capsys.readouterr().out
+
+
 def test_a_log_moves_no_cursor(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
