@@ -284,10 +284,12 @@ class RunConfig(Settings):
                 f"scaling.shard={self.scaling.shard} needs train.exact: shards are what the exact sum's workers own"
             )
         schedule, batch = batch_schedule(self), "batch_ramp_start" if train.batch_ramp_start else "global_batch_size"
-        if schedule.num_lanes(1) < self.scaling.max_workers:
+        num_lanes = schedule.num_lanes(1)
+        if num_lanes < self.scaling.max_workers:
             raise ValueError(
-                f"scaling.max_workers={self.scaling.max_workers} exceeds the {schedule.num_lanes(1)} lanes of a step "
-                f"(train.{batch} / {train.lane_in_words}): a worker would have nothing to do"
+                f"scaling.max_workers={self.scaling.max_workers} is more than a step has parts for: "
+                f"{num_lanes} lane{'s' * (num_lanes != 1)} (train.{batch} / {train.lane_in_words}); lower it, or raise "
+                f"train.{batch}"
             )
         if seq_len(self) > self.model.n_positions:
             raise ValueError(f"train.seq_len={seq_len(self)} exceeds model.n_positions={self.model.n_positions}")

@@ -97,7 +97,7 @@ def list_corpus(source: str | list[str], *, text_endings: Sequence[str] = ()) ->
     if not listing.files and not listing.token_stores:
         num_files = sum(not uri.endswith("/") for uri in listing.skipped)
         raise CorpusError(
-            f"none of the {num_files} files at {', '.join(sources)} has a known ending; {_EXPECTED}. Skipped: "
+            f"none of {counted(num_files, 'file')} at {', '.join(sources)} has a known ending; {_EXPECTED}. Skipped: "
             f"{said_skipped(listing.skipped) or 'nothing'}"
         )
     return listing

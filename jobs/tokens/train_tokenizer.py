@@ -8,6 +8,7 @@ from functools import partial
 from itertools import groupby, islice
 
 from cluster.output.progress import say
+from cluster.output.result_text import counted
 from cluster.settings.run import DataConfig, RunConfig
 from cluster.storage.uris import NotFoundError, join_uri, open_storage, split_uri
 from jobs.cleaning.quality_rules import failed_rule
@@ -45,7 +46,7 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
     folder = open_storage(config.storage.uri).child(f"tokenizers/{key}")
     uri = join_uri(folder.uri, TOKENIZER_FILE)
     if not folder.exists(TOKENIZER_FILE):
-        say(f"training a tokenizer of up to {config.data.vocab_size} ids on {len(listing.files)} files")
+        say(f"training a tokenizer of up to {config.data.vocab_size} ids on {counted(len(listing.files), 'file')}")
         corpus = Chunk(0, 0, list(map(whole_file, listing.files)))
         (trained,) = run_tasks([corpus], partial(train_tokenizer, data=config.data))
         folder.write_bytes(TOKENIZER_FILE, trained.content)

@@ -271,7 +271,7 @@ def test_listing_is_in_canonical_order_and_names_what_it_skips(tmp_path: Path) -
     assert listing.skipped == [f"{tmp_path}/a/c.pdf", f"{tmp_path}/a/readme.md"]
     with pytest.raises(CorpusError, match=r"c\.pdf has an unknown ending; expected \.txt \.jsonl \.csv \.parquet"):
         list_corpus(f"{tmp_path}/a/c.pdf")
-    with pytest.raises(CorpusError, match=r"none of the 1 files at .* has a known ending"):
+    with pytest.raises(CorpusError, match=r"none of 1 file at .* has a known ending"):
         list_corpus(f"{tmp_path}/a/*.pdf")
     with pytest.raises(NotFoundError, match="nothing is at"):
         list_corpus(f"{tmp_path}/nowhere/*.txt")

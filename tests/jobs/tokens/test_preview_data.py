@@ -171,7 +171,7 @@ def test_the_commands(ray_workers: int, tmp_path: Path, capfd: pytest.CaptureFix
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert "shard-00000.bin has SHA-256" in errors[0]
-    assert main(["data", "preview", "--data.source", f"{tmp_path}/nowhere", *flags]) == 1
+    assert main(["data", "preview", "--data.source", f"{tmp_path}/nowhere", *flags]) == 2
     assert main(["data", "stats", "nothing-here", *flags]) == 1
 
 
