@@ -10,6 +10,9 @@ BENCH_INSTALLED := $(VENV)/.installed-bench
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
+# At a terminal pip shows what it fetches, with bars; elsewhere only its errors.
+PIP_OUTPUT := $(shell test -t 2 || echo --quiet)
+
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # The suite starts hundreds of processes: where this is set, each compiles every module again.
@@ -93,11 +96,13 @@ dashboards: $(INSTALLED)
 	$(BIN)/python -m tests.dashboards.make_dashboards
 
 $(INSTALLED): pyproject.toml .ci/constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "raymill needs Python 3.11 or newer")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev]'
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "raymill needs Python 3.11 or newer")'
+	@echo "Installing raymill and what it needs into $(VENV), 6 GB where PyTorch comes with CUDA; this takes a few minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools
+	@$(BIN)/python -m pip install $(PIP_OUTPUT) --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev]'
+	@touch $@
+	@echo "Installed: . $(BIN)/activate puts the command raymill on the path."
 
 $(TRACKING_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[tracking]'

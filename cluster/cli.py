@@ -17,6 +17,7 @@ from typing import Any
 
 from cluster.commands.table import add_argument, table
 from cluster.output.result_text import lines, printable, put
+from cluster.output.spoken_names import for_people
 from cluster.settings.code_folders import code_version, version
 from cluster.settings.parser import ConfigError, Parser
 from cluster.stages.stage_module import exit_on_signal
@@ -89,7 +90,7 @@ def command_parser(words: Sequence[str] | None = None) -> Parser:
 
 
 def _show(result: dict[str, Any], arguments: argparse.Namespace) -> None:
-    text = "\n".join(lines(result)) + "\n" if arguments.text is None else arguments.text
+    text = "\n".join(lines(for_people(result))) + "\n" if arguments.text is None else arguments.text
     put(json.dumps(result) + "\n" if arguments.json else text)
 
 

@@ -163,7 +163,9 @@ def _begins(config: RunConfig, before: Ledger) -> str:
         return f"run {config.run_id} has finished already, after step {steps[-1]['step']:,}"
     most, least = config.scaling.max_workers, config.scaling.min_workers
     workers = counted(most, "worker") if least == most else f"{least} to {most} workers"
-    place = f"continues after step {steps[-1]['step']:,} of {total:,}" if steps else f"has {total:,} steps to take"
+    place = (
+        f"continues after step {steps[-1]['step']:,} of {total:,}" if steps else f"has {counted(total, 'step')} to take"
+    )
     return f"run {config.run_id} {place} in {config.train.precision}, starting {workers}"
 
 
@@ -239,6 +241,7 @@ def _trainer(plan: RunPlan, address: str, counts: Mapping[int, int]) -> Trainer:
 def _figures(run: Storage, ledger: Ledger, checkpoint: str) -> dict[str, Any]:
     steps, recoveries = ledger.steps, ledger.recoveries()
     last, validation = steps[-1], ledger.events("validation")[-1]
+    sets = validation.get("sets", {})
     return {
         "run_id": run.uri.rsplit("/", 1)[1],
         "run_dir": run.uri,
@@ -251,6 +254,7 @@ def _figures(run: Storage, ledger: Ledger, checkpoint: str) -> dict[str, Any]:
         "train_loss": last["loss"],
         "val_loss": validation["val_loss"],
         "val_bits_per_byte": validation["val_bits_per_byte"],
+        **({"validation_sets": sets} if sets else {}),
         "tokens_per_s": round(last["tokens_seen"] / sum(line["wall_s"] for line in steps), 1),
         "world_sizes": ledger.world_sizes,
         "restarts": len(ledger.world_sizes) - 1 - len(ledger.pauses),

@@ -1,6 +1,8 @@
 """Every import is of a declared package, and a wheel is built without a warning and lacks nothing."""
 
 import ast
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -111,3 +113,17 @@ def test_a_wheel_is_built_without_a_warning_and_lacks_nothing(tmp_path: Path) ->
     manifests = {path.relative_to(REPOSITORY) for path in (REPOSITORY / "k8s").glob("*/**/*") if path.is_file()}
     assert {f"cluster/{path.as_posix()}" for path in manifests} - held == set()
     assert not [name for name in held if name.endswith((".md", ".png", ".svg", "Dockerfile"))]
+
+
+@pytest.mark.parametrize("at_terminal", [True, False])
+def test_the_installation_says_what_it_does(at_terminal: bool) -> None:
+    """And pip says what it fetches, to a person who watches."""
+    reader, writer = pty.openpty() if at_terminal else os.pipe()
+    command = ["make", "--dry-run", "--always-make", ".venv/.installed"]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=writer, text=True, check=True)
+    for descriptor in (reader, writer):
+        os.close(descriptor)
+    _, begins, *_, installs, _, ends = done.stdout.splitlines()
+    assert "Installing raymill and what it needs into .venv" in begins
+    assert ("--quiet" in installs) != at_terminal and "--editable" in installs
+    assert ". .venv/bin/activate" in ends

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from cluster.cli import command_parser
 from cluster.settings.code_folders import CODE_FOLDERS
 from tests.processes_picture import PICTURE, draw
-from tests.readmes import READMES, Command, all_commands
+from tests.readmes import READMES, Command, all_commands, blocks_of_commands
 from tests.repository import REPOSITORY
 
 PARSER = command_parser()
@@ -41,6 +42,26 @@ def command_names() -> set[str]:
 @pytest.mark.parametrize("command", all_commands("raymill"), ids=place)
 def test_each_command_is_taken_as_it_stands(command: Command) -> None:
     PARSER.parse_args(command.words[1:])
+
+
+ASKING = [
+    (serve, curl)
+    for block in blocks_of_commands(REPOSITORY / "README.md")
+    for serve in block
+    if serve.program == "raymill" and serve.words[1] == "serve"
+    for curl in block
+    if curl.program == "curl"
+]
+
+
+@pytest.mark.parametrize(("serve", "curl"), ASKING, ids=lambda command: command.place)
+def test_each_curl_asks_for_the_model_that_is_served_above_it(serve: Command, curl: Command) -> None:
+    assert len(ASKING) == 2
+    arguments = PARSER.parse_args(serve.words[1:])
+    body = json.loads(curl.words[curl.words.index("-d") + 1])
+    assert body["model"] == arguments.model_name
+    assert curl.words[1].startswith(f"http://127.0.0.1:{arguments.port}/v1/")
+    assert ("$(cat key)" in curl.line) == (arguments.api_key_file == "key")
 
 
 @pytest.mark.parametrize("command", all_commands("make"), ids=place)

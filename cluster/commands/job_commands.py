@@ -13,7 +13,8 @@ from cluster.commands.kube_commands import overlay_folder, shown_objects
 from cluster.local.jobs_api import ClusterError
 from cluster.output.job_log import LogReader, launches
 from cluster.output.progress import RayFilter, say
-from cluster.output.result_text import put, table
+from cluster.output.result_text import date_of, put, table
+from cluster.output.spoken_names import for_people
 from cluster.settings.flags import config_from_arguments
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
@@ -98,14 +99,16 @@ def list_jobs(arguments: argparse.Namespace) -> dict[str, Any]:
     for run in map(runs.child, recorded_runs(runs)):
         try:
             if view := view_job(run, arguments.token_file):
-                rows.append(describe(view) | _progress(run))
+                rows.append(describe(view) | _progress(run) | {"started": date_of(view.record.submitted)})
         except StorageError as error:
             say(f"{run.uri.rpartition('/')[2]} is left out: {error}")
     rows.sort(key=lambda row: str(row["submitted"]))
     if not rows:
         start = "`raymill pretrain` or `raymill submit` starts one"
         say(f"no runs in {arguments.storage_uri}: {start}; --storage.uri names another place")
-    arguments.text = table(("run_id", "stage", "state", "step", "backend", "where", "job"), rows)
+    shown = [for_people(row) for row in rows]
+    columns = ("run_id", "stage", "state", "step", "loss", "started", "kind of job", "place", "job")
+    arguments.text = table(columns, shown)
     return {"jobs": rows}
 
 
@@ -142,7 +145,9 @@ def logs(arguments: argparse.Namespace) -> dict[str, Any]:
         return _follow(arguments, run)
     chosen = names if arguments.all else names[-1:]
     lines = [line for name in chosen for line in _lines(run, name, header=arguments.all, rays=arguments.ray)]
-    arguments.text = "".join(f"{line}\n" for line in lines)
+    ended = LogReader(run, names[-1]).ended() if names else None
+    last = "stopped, as requested; the same run id continues it\n" if ended is not None and ended.stopped else ""
+    arguments.text = "".join(f"{line}\n" for line in lines) + last
     return {"run_id": arguments.run_id, "launches": chosen, "lines": lines}
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.commands.table import table
 from cluster.output.progress import reports_shown, say
-from cluster.output.result_text import put
+from cluster.output.result_text import counted, put
 from cluster.settings.parser import ConfigError
 from cluster.stages.stage_module import STAGES
 from cluster.storage.uris import absolute_uri, open_storage
@@ -46,7 +46,7 @@ def stage(arguments: argparse.Namespace) -> dict[str, Any]:
         from jobs.plan.memory import worker_needs
 
         check_memory(config, worker_needs(config))
-    steps = "" if arguments.command == "tokenize" else f", {max_steps(config):,} steps"
+    steps = "" if arguments.command == "tokenize" else f", {counted(max_steps(config), 'step')}"
     sources = config.data.source
     more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
     say(f"{arguments.command}: run {config.run_id}{steps}, on {sources[0]}{more}")
@@ -91,8 +91,10 @@ def storage_check(arguments: argparse.Namespace) -> dict[str, Any]:
 def data_preview(arguments: argparse.Namespace) -> dict[str, Any]:
     from cluster.settings.flags import config_from_arguments
     from cluster.settings.run import RunConfig
+    from cluster.submission.preflight import check_sources, folders_at
 
     config = config_from_arguments(arguments, RunConfig)
+    check_sources(config.data, folders_at(None))
     say("data preview: reading a sample of the corpus")
 
     from jobs.tokens.preview_data import preview  # takes a second
@@ -114,11 +116,13 @@ def data_pack(arguments: argparse.Namespace) -> dict[str, Any]:
 def look_at_store(arguments: argparse.Namespace) -> dict[str, Any]:
     say(f"data {arguments.command}: {arguments.store or f'the token store in {arguments.storage_uri}'}")
 
+    from jobs.run.find_run import token_uses
     from jobs.tokens import inspect_store
 
     look = {"stats": inspect_store.stats, "report": inspect_store.report, "verify": inspect_store.verify}
     with reports_shown():
-        return look[arguments.command](inspect_store.find_store(arguments.store, arguments.storage_uri))
+        store = inspect_store.find_store(arguments.store, arguments.storage_uri, uses_in=token_uses)
+        return look[arguments.command](store)
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -227,7 +231,6 @@ def gc(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _housekept(arguments: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
-    from cluster.output.result_text import counted
     from cluster.output.result_text import table as text_table
 
     rows = [{"files": row["num_files"], "MB": row["num_bytes"] / 1e6, **row} for row in result["leftovers"]]

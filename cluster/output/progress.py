@@ -26,6 +26,7 @@ _RAY_LINE = re.compile(
     r"\((\w+ pid=|\w+:.* pid=|pid=|raylet\b|autoscaler\b)"
     r"|\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\] "  # its C++ parts, which call many harmless things an error
     r"|(INFO )?\d{4}-\d\d-\d\d [\d:,]+\s(INFO|WARNING|serve )|Running entrypoint for job "
+    r"|\*\*\* SIGTERM received at "  # with the stack of a process that was asked to end, and does
 )
 _WORKER_ERROR = re.compile(r"\(RayTrainWorker.*?\) (\w+\.)*\w*(Error|Exception): ")
 
@@ -110,8 +111,8 @@ class RayFilter:
         self._in_block = False
 
     def hides(self, text: str) -> bool:
-        is_indented = not text or text[0] in " \t"
-        self._in_block = bool(_RAY_LINE.match(text)) or (self._in_block and is_indented)
+        goes_on = not text or text[0] in " \t" or text.startswith("PC: @")
+        self._in_block = bool(_RAY_LINE.match(text)) or (self._in_block and goes_on)
         return self._in_block and not _WORKER_ERROR.match(text)
 
 

@@ -57,14 +57,14 @@ def text_of(value: Any) -> str:
     """Returns a value as text; fractions get four digits here, and all of them with --json."""
     if isinstance(value, float):
         return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return ", ".join(map(text_of, value)) or "none"
     return "-" if value is None else printable(str(value), keep="")
 
 
 def counted(number: int, noun: str) -> str:
     """Returns a number of things, such as `1 worker` and `2 workers`."""
-    return f"{number} {noun}{'s' * (number != 1)}"
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def date_of(seconds: float) -> str:

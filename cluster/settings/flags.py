@@ -29,6 +29,8 @@ from model.config import PRESETS, GPTConfig
 from model.tables import read_table
 
 Config = TypeVar("Config", bound=Settings)
+_SHOWN_CHARS = 60
+_PRESETS = f"shape by name, one of {', '.join(PRESETS)}; seed and seed-96 have one head, ReLU, and 12 or 96 layers"
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, root: type[BaseModel], *, positional: str = "") -> None:
@@ -150,19 +152,25 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not YAML: {_yaml_problem(error)}") from None
+        raise ConfigError(f"{path} is not YAML: {_yaml_problem(error, path)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no settings; expected `section:` lines with `name: value` below them")
     return values
 
 
-def _yaml_problem(error: Exception) -> str:
+def _yaml_problem(error: Exception, path: Path) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return " ".join(str(error).split())
-    problem = str(getattr(error, "problem", ""))
-    words = "a tab; indent by spaces" if "'\\t'" in problem else f"check the indentation and the colons ({problem})"
-    return f"line {mark.line + 1}, column {mark.column + 1}: {words}"
+    place = f"line {mark.line + 1}, column {mark.column + 1}"
+    if "'\\t'" in str(getattr(error, "problem", "")):
+        return f"{place}: a tab; indent by spaces"
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    shown = lines[mark.line].strip()[:_SHOWN_CHARS] if mark.line < len(lines) else ""
+    return (
+        f"{place}, {f'at {shown!r}' if shown else 'the end of the file'}: expected `name: value`, indented like the "
+        "other lines of its section; a text with a colon stands in quotes, and a bracket is closed"
+    )
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -205,7 +213,7 @@ def _leaves(root: type[BaseModel], prefix: str = "") -> list[_Leaf]:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             leaves += _leaves(kind, f"{prefix}{name}.")
         elif kind is GPTConfig:
-            leaves.append(_Leaf(f"{prefix}{name}.preset", f"shape by name, one of {', '.join(PRESETS)}", str | None))
+            leaves.append(_Leaf(f"{prefix}{name}.preset", _PRESETS, str | None))
             kinds = get_type_hints(GPTConfig)
             for field in dataclasses.fields(GPTConfig):
                 help_text = f"{field.metadata['help']} ({field.default})"

@@ -69,6 +69,12 @@ SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 """The name of a text in `data.validation`."""
 
 
+READ_ENDINGS = (".txt", ".jsonl", ".csv", ".parquet", ".gz", ".zst")
+"""Endings of files that are read by themselves."""
+
+TextEnding = Annotated[str, Field(pattern=r"^\.[A-Za-z0-9_+.-]+$")]
+"""The ending of files that are read as text."""
+
 Sources = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 """Locations of text; a single one may stand without its list."""
 
@@ -79,6 +85,13 @@ class TextConfig(Settings):
     source: Sources = []
     format: Literal["text", "chat"] = "text"
     text_field: str = "text"
+    text_endings: list[TextEnding] = []
+
+    @model_validator(mode="after")
+    def _endings_are_others(self) -> Self:
+        if known := [ending for ending in self.text_endings if ending.lower().endswith(READ_ENDINGS)]:
+            raise ValueError(f"text_endings: {known[0]} is read already; name only endings of other files")
+        return self
 
 
 class DataConfig(TextConfig):
@@ -265,10 +278,12 @@ class RunConfig(Settings):
                 f"scaling.shard={self.scaling.shard} needs train.exact: shards are what the exact sum's workers own"
             )
         schedule, batch = batch_schedule(self), "batch_ramp_start" if train.batch_ramp_start else "global_batch_size"
-        if schedule.num_lanes(1) < self.scaling.max_workers:
+        num_lanes = schedule.num_lanes(1)
+        if num_lanes < self.scaling.max_workers:
             raise ValueError(
-                f"scaling.max_workers={self.scaling.max_workers} exceeds the {schedule.num_lanes(1)} lanes of a step "
-                f"(train.{batch} / {train.lane_in_words}): a worker would have nothing to do"
+                f"scaling.max_workers={self.scaling.max_workers} is more than a step has parts for: "
+                f"{num_lanes} lane{'s' * (num_lanes != 1)} (train.{batch} / {train.lane_in_words}); lower it, or raise "
+                f"train.{batch}"
             )
         if seq_len(self) > self.model.n_positions:
             raise ValueError(f"train.seq_len={seq_len(self)} exceeds model.n_positions={self.model.n_positions}")

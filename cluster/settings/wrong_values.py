@@ -22,7 +22,9 @@ _EXPECTED: dict[str, _Words] = {
     "less_than": lambda context: f"expected less than {context['lt']:g}",
     "less_than_equal": lambda context: f"expected at most {context['le']:g}",
     "string_pattern_mismatch": lambda context: (
-        "expected letters, digits and `.`, `_` or `-`"
+        "expected an ending, such as .md"
+        if context["pattern"].startswith(r"^\.")
+        else "expected letters, digits and `.`, `_` or `-`"
         + (", at most 64, and a letter or a digit first" if "{0,63}" in context["pattern"] else "")
     ),
 }

@@ -119,7 +119,7 @@ def _submit_and_follow(
             return asyncio.run(_follow(client, job_id, view))
     except BaseException:
         if job_id is not None and client.get_job_status(job_id) in (JobStatus.PENDING, JobStatus.RUNNING):
-            with doing("stopping: the job saves and ends"):
+            with doing(_words_of_stop(config)):
                 client.stop_job(job_id)
                 deadline_s = time.monotonic() + STOP_WAIT_S + _STOP_MARGIN_S  # then Ray kills it
                 while client.get_job_status(job_id) == JobStatus.RUNNING and time.monotonic() < deadline_s:
@@ -127,6 +127,11 @@ def _submit_and_follow(
             if words := [line for line in client.get_job_logs(job_id).splitlines() if line.startswith(ERROR_MARK)]:
                 say(words[-1].removeprefix(ERROR_MARK))  # such as which step it has saved
         raise
+
+
+def _words_of_stop(config: StageConfig) -> str:
+    """Says what a job does that is asked to end: that of a run saves, and the others have nothing to save."""
+    return "stopping: the job saves and ends" if isinstance(config, RunConfig) else "stopping: the job ends"
 
 
 def submit_stage(connection: Connection, module: str, config: StageConfig, *, job: str) -> str:

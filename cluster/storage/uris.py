@@ -88,8 +88,7 @@ def glob_uris(pattern: str, *, names_links: bool = False) -> Iterator[Entry]:
     for found in (_below(uri, entries), matches):
         if first := next(found, None):
             return chain([first], found)
-    looked = "" if pattern == uri else f" (looked for {uri})"
-    raise NotFoundError(f"nothing is at {pattern!r}{looked}; check the path or pattern")
+    raise NotFoundError(f"nothing is at {uri!r}; check the path or pattern")
 
 
 def _below(folder: str, entries: Iterable[Entry]) -> Iterator[Entry]:

@@ -15,6 +15,7 @@ import psutil
 from cluster.local.jobs_api import ClusterError
 from cluster.local.local_cluster import cpus_per_node
 from cluster.output.progress import doing
+from cluster.output.result_text import counted
 from cluster.settings.code_folders import CODE_ROOT
 from cluster.settings.run import RunConfig, write_config
 from cluster.stages.stage_module import STAGES
@@ -58,7 +59,9 @@ class LocalJobs(JobBackend):
                 )
             assert owner.stdout is not None, "its output is piped"
             try:
-                with doing(f"starting a local cluster of {config.cluster.num_nodes} nodes in the background"):
+                with doing(
+                    f"starting a local cluster of {counted(config.cluster.num_nodes, 'node')} in the background"
+                ):
                     ready = owner.stdout.readline()
             except BaseException:
                 owner.terminate()

@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.output.progress import say
 from cluster.output.result_text import counted
+from cluster.settings.parser import ConfigError
 from cluster.settings.run import TOKENS, DataConfig, RunConfig, TextConfig
 from cluster.storage.interface import HF
 from cluster.storage.uris import NotFoundError, glob_uris, open_storage
@@ -15,6 +16,10 @@ from model.errors import UserError
 
 class AdmissionError(UserError):
     """A job that could only fail or wait forever."""
+
+
+class SourceError(AdmissionError, ConfigError):
+    """Nothing is at a source: the command line or the configuration file names a wrong place."""
 
 
 class Folders(StrEnum):
@@ -44,7 +49,8 @@ def check_run(config: RunConfig, folders: Folders) -> None:
 
 
 def check_sources(data: TextConfig, folders: Folders) -> None:
-    """Raises `AdmissionError` for a missing source, as far as this machine can tell."""
+    """Raises `SourceError` for a missing source, as far as this machine can tell, and `AdmissionError` for a folder of
+    this machine that the job does not see."""
     validation = data.validation.values() if isinstance(data, DataConfig) else ()
     for uri in (source.removeprefix(TOKENS) for source in [*data.source, *validation]):
         if uri.startswith(HF) or (_is_folder(uri) and folders is Folders.UNKNOWN):
@@ -54,7 +60,7 @@ def check_sources(data: TextConfig, folders: Folders) -> None:
         try:
             glob_uris(uri)
         except NotFoundError as error:
-            raise AdmissionError(f"data.source: {error}") from None
+            raise SourceError(f"data.source: {error}") from None
 
 
 def _is_folder(uri: str) -> bool:

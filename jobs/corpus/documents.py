@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import Entry, split_uri
 from jobs.corpus.chunks import Part, text_step
+from jobs.corpus.conversations import messages_of
 from jobs.corpus.decompression import decompressed
 from jobs.corpus.listing import CorpusError
 from jobs.corpus.text_borders import BYTE_ORDER_MARK, cut_stream, lines, records
@@ -56,7 +57,7 @@ class Drop(StrEnum):
     DUPLICATE = "duplicate"  # the same normalized text came earlier in the corpus
     NEAR_DUPLICATE = "near_duplicate"  # a later one of a family of similar texts: data.near_dedup_threshold
     CONTAMINATED = "contaminated"  # shares a run of words with a validation document: data.decontaminate_ngram
-    NO_MESSAGES = "no_messages"  # the line has no list `messages` whose role and content are text, or parts of text
+    NO_MESSAGES = "no_messages"  # the line has none of the forms that corpus/conversations reads
     UNKNOWN_ROLE = "unknown_role"  # of a message; system, developer, user and assistant are known
     NO_ANSWER = "no_answer"  # no message of the assistant has text
     TEMPLATE_REFUSED = "template_refused"  # the chat template cannot write these messages
@@ -102,16 +103,6 @@ def named_damage(uri: str) -> Iterator[None]:
         raise CorpusError(
             f"{uri} cannot be read to its end ({reason}); replace the file or take it out of data.source"
         ) from error
-
-
-def text_of_content(content: Any) -> Any:
-    """Returns a message's content with the text of its parts joined, as OpenAI's format has them, and any other content
-    as it is: an image has no text."""
-    parts = content if isinstance(content, list) and content else None
-    if parts is None or not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
-        return content
-    texts = [part.get("text") for part in parts]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
 
 
 def longest_line(kind: str, data: DataConfig) -> int:
@@ -224,14 +215,9 @@ class _Reader:
         return document._replace(replaced=True) if is_replaced and not document.drop else document
 
     def conversation(self, value: Any, line: bytes, offset: int) -> Document:
-        """Returns the document that a line with messages makes; what they have beside role and content is not read."""
-        found = value.get("messages") if isinstance(value, dict) else None
-        turns = [turn for turn in found if isinstance(turn, dict)] if isinstance(found, list) else []
-        messages: list[dict[str, Any]] = [
-            {"role": turn.get("role"), "content": text_of_content(turn.get("content"))} for turn in turns
-        ]
-        is_text = all(isinstance(text, str) for message in messages for text in message.values())
-        if not (found and len(messages) == len(found) and is_text):
+        """Returns the document that the line of a conversation makes."""
+        messages = messages_of(value)
+        if not messages:
             return self.dropped(line, offset, Drop.NO_MESSAGES)
         if len(messages) > _MAX_MESSAGES:
             return self.dropped(line, offset, Drop.TOO_LONG)

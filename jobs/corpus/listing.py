@@ -1,25 +1,26 @@
 """Lists the files of a corpus in canonical order: by the order of the sources, then by path."""
 
 import glob
-import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from sys import intern
 from typing import Any
 
 from cluster.output.progress import say
 from cluster.output.result_text import counted
 from cluster.settings.run import TOKENS
-from cluster.storage.uris import Entry, absolute_uri, glob_uris, pinned, split_uri
+from cluster.storage.uris import Entry, absolute_uri, glob_uris, pinned
 from model.errors import UserError
 
-_ENDINGS = re.compile(r"\.(txt|jsonl|csv)(\.gz|\.zst)?$|\.(parquet)$", re.IGNORECASE)
-_FRONT_BYTES = 64 << 10
+_KINDS = (".txt", ".jsonl", ".csv", ".parquet")
+_COMPRESSIONS = (".gz", ".zst")
 MAX_FILES = 5_000_000  # the driver takes some 500 bytes for each
 _SAID_FILES = 250_000  # after which listing says how far it is
-_EXPECTED = "expected .txt .jsonl .csv .parquet, .gz and .zst of the first three"
+_EXPECTED = "expected .txt .jsonl .csv .parquet, .gz and .zst of the first three, or what data.text_endings names"
+_NO_ENDING = "none"
+_NAMED_ENDINGS = 3
 
 
 class CorpusError(UserError):
@@ -46,6 +47,7 @@ class Listing:
     skipped: list[str]  # files of unknown ending; hidden and linked folders, which end with a slash
     revisions: dict[str, str]  # hf:// source -> commit
     sources: list[str]  # absolute location of each
+    skipped_bytes: Counter[str] = field(default_factory=Counter)  # of files of unknown ending, by ending
 
     def identity(self) -> list[tuple[str, int, str]]:
         """Returns JSON values that change whenever a file of the corpus changes."""
@@ -56,13 +58,13 @@ class Listing:
         return {"files": self.identity(), "skipped": self.skipped, "sources": self.sources}
 
 
-def list_corpus(source: str | list[str]) -> Listing:
+def list_corpus(source: str | list[str], *, text_endings: Sequence[str] = ()) -> Listing:
     """Lists the files that `data.source` names, each once. Raises `CorpusError`, also for more than `MAX_FILES`, and
     `StorageError`.
 
-    A file of unknown ending is an error where it is named by itself, and is skipped in a folder or pattern. So are a
-    hidden folder, such as `.git`, unless the source names it, and a link to a folder, which might lead round in a
-    circle.
+    Files of the `text_endings` are read as .txt files are. A file of unknown ending is an error where it is named by
+    itself, and is skipped in a folder or pattern. So are a hidden folder, such as `.git`, unless the source names it,
+    and a link to a folder, which might lead round in a circle.
     """
     sources = [source] if isinstance(source, str) else source
     if not sources:
@@ -82,7 +84,7 @@ def list_corpus(source: str | list[str]) -> Listing:
         for entry in glob_uris(location, names_links=True):
             if entry.key in seen:
                 continue
-            _take(entry, listing, hidden, source=number)
+            _take(entry, listing, hidden, source=number, text_endings=text_endings)
             num_files = len(listing.files) + len(listing.skipped)
             if num_files > MAX_FILES:
                 raise CorpusError(
@@ -95,7 +97,7 @@ def list_corpus(source: str | list[str]) -> Listing:
     if not listing.files and not listing.token_stores:
         num_files = sum(not uri.endswith("/") for uri in listing.skipped)
         raise CorpusError(
-            f"none of the {num_files} files at {', '.join(sources)} has a known ending; {_EXPECTED}. Skipped: "
+            f"none of {counted(num_files, 'file')} at {', '.join(sources)} has a known ending; {_EXPECTED}. Skipped: "
             f"{said_skipped(listing.skipped) or 'nothing'}"
         )
     return listing
@@ -119,7 +121,7 @@ def _name(folder: str) -> str:
     return folder.rstrip("/").rpartition("/")[2]
 
 
-def _take(entry: Entry, listing: Listing, hidden: set[str], *, source: int) -> None:
+def _take(entry: Entry, listing: Listing, hidden: set[str], *, source: int, text_endings: Sequence[str]) -> None:
     """Adds a file to the listing, or to what it skips: a hidden folder once, and not each file of a `.git`."""
     location = listing.sources[-1]
     folder = hidden_folder(entry.key, location)
@@ -127,12 +129,14 @@ def _take(entry: Entry, listing: Listing, hidden: set[str], *, source: int) -> N
         if folder not in hidden:
             hidden.add(folder)
             listing.skipped.append(folder)
-    elif file := corpus_file(entry, len(listing.files), source=source):
+    elif file := corpus_file(entry, len(listing.files), source=source, text_endings=text_endings):
         listing.files.append(file)
     elif entry.key == location:
         raise CorpusError(f"{location} has an unknown ending; {_EXPECTED}")
     else:
         listing.skipped.append(entry.key)
+        if not entry.key.endswith("/"):
+            listing.skipped_bytes[ending_of(entry.key)] += entry.size
 
 
 def said_skipped(skipped: Sequence[str]) -> str:
@@ -151,9 +155,34 @@ def said_skipped(skipped: Sequence[str]) -> str:
 
 def endings_of(skipped: Sequence[str]) -> dict[str, int]:
     """Returns how many files of each ending a listing left out, the commonest first."""
-    names = [uri.rpartition("/")[2] for uri in skipped if not uri.endswith("/")]
-    endings = Counter(f".{name.rpartition('.')[2]}" if "." in name[1:] else "none" for name in names)
+    endings = Counter(ending_of(uri) for uri in skipped if not uri.endswith("/"))
     return dict(endings.most_common())
+
+
+def ending_of(uri: str) -> str:
+    """Returns the ending of a file's name, such as `.md` or `.md.gz`, and `none` for a name without one."""
+    name, compression = _parts(uri.rpartition("/")[2])
+    return f".{name.rpartition('.')[2]}{compression}" if "." in name[1:] else compression or _NO_ENDING
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """Returns a file's name without the ending of an archive, and that ending in small letters."""
+    ending = name[name.rfind(".") :].lower()
+    return (name[: -len(ending)], ending) if ending in _COMPRESSIONS else (name, "")
+
+
+def most_is_skipped(listing: Listing) -> str:
+    """Returns a warning where most bytes of the corpus lie in files of unknown ending, and nothing elsewhere."""
+    num_read, num_skipped = sum(file.size for file in listing.files), listing.skipped_bytes.total()
+    if num_skipped <= num_read:
+        return ""
+    endings = dict.fromkeys(_parts(ending)[0] for ending, _ in listing.skipped_bytes.most_common())
+    largest = " ".join([ending for ending in endings if ending not in ("", _NO_ENDING)][:_NAMED_ENDINGS])
+    advice = f"; where these are text, `--data.text-endings {largest}` reads them" if largest else ""
+    return (
+        f"WARNING: most of the corpus is left out: {num_skipped:,} of {num_read + num_skipped:,} bytes lie in files of "
+        f"unknown ending{advice}"
+    )
 
 
 def hidden_folder(uri: str, source: str) -> str | None:
@@ -168,39 +197,20 @@ def hidden_folder(uri: str, source: str) -> str | None:
     return None
 
 
-def corpus_file(entry: Entry, number: int, *, source: int) -> CorpusFile | None:
+def corpus_file(entry: Entry, number: int, *, source: int, text_endings: Sequence[str] = ()) -> CorpusFile | None:
     """Returns the file by its ending; None for an unknown one. Raises `CorpusError` for a key that no storage reads."""
-    ending = _ENDINGS.search(entry.key)
-    if ending is None:
+    name, compression = _parts(entry.key)
+    kind = _kind(name.lower(), text_endings)
+    if kind is None or (compression and kind == "parquet"):
         return None
     if "//" in entry.key.partition("://")[2]:
         raise CorpusError(f"{entry.key} is in a folder without a name, and would be read as another; rename it")
-    kind, compression, parquet = (intern(part.lower()) if part else "" for part in ending.groups())
-    return CorpusFile(number, entry.key, source, entry.size, entry.version, kind or parquet, compression)
+    return CorpusFile(number, entry.key, source, entry.size, entry.version, kind, intern(compression))
 
 
-def empty_corpus(files: Sequence[CorpusFile], dropped: Mapping[str, int]) -> CorpusError:
-    """Returns the error for a corpus of which nothing is left, with the fields of its first line if it lacks the one
-    that was asked for."""
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
-    fields = _fields_of_first_line(files) if dropped.get("missing_text") else []
-    return CorpusError(
-        f"the corpus is empty: {len(files)} files, {sum(dropped.values())} documents dropped"
-        + (f" ({reasons})" if reasons else "")
-        + "; check data.source and data.text_field"
-        + (f", which may be one of {', '.join(fields)}" if fields else "")
-    )
-
-
-def _fields_of_first_line(files: Sequence[CorpusFile]) -> list[str]:
-    """Returns the fields with text in the first line of the first file of JSON lines that is not compressed."""
-    file = next((file for file in files if file.kind == "jsonl" and not file.compression), None)
-    if file is None:
-        return []
-    folder, name = split_uri(file.uri)
-    line = folder.read_bytes(name, start=0, end=min(file.size, _FRONT_BYTES)).partition(b"\n")[0]
-    try:
-        value = json.loads(line)
-    except ValueError:  # also one that is longer than what was read
-        return []
-    return [key for key, item in value.items() if isinstance(item, str)] if isinstance(value, dict) else []
+def _kind(name: str, text_endings: Sequence[str]) -> str | None:
+    """Returns how a file is read, by its name in small letters."""
+    for ending in _KINDS:
+        if name.endswith(ending):
+            return intern(ending.removeprefix("."))
+    return "txt" if any(name.endswith(ending.lower()) for ending in text_endings) else None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.output.result_text import lines, table
 from cluster.storage.uris import Storage
 from jobs.run.find_run import data_identity
 from jobs.run.history import recorded_config, training_differences
@@ -91,10 +92,22 @@ def diff(run_a: Storage, run_b: Storage) -> dict[str, Any]:
     }
 
 
+def as_text(result: dict[str, Any]) -> str:
+    """Returns a comparison as people read it: what differs as a table, with a column for each run."""
+    nested = ("fields", "settings")
+    parts = ["".join(f"{line}\n" for line in lines({key: result[key] for key in result if key not in nested}))]
+    for name in nested:
+        rows = [{name: key, "first run": _shown(a), "second run": _shown(b)} for key, (a, b) in result[name].items()]
+        parts.append(table((name, "first run", "second run"), rows))
+    return "\n".join(part for part in parts if part)
+
+
 def _listed(pairs: dict[str, tuple[Any, Any]]) -> str:
     return ", ".join(f"{name} {_shown(a)} against {_shown(b)}" for name, (a, b) in pairs.items())
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
     text = f"{value:.9g}" if isinstance(value, float) else str(value)  # nine digits tell two fp32 numbers apart
     return f"{text[:12]}…" if len(text) > 32 else text

@@ -15,13 +15,14 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from cluster.output.progress import say
+from cluster.output.result_text import counted
 from cluster.settings.code_folders import code_version
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import batch_schedule, to_yaml
 from cluster.storage.uris import Storage
 from jobs.proof.diff_runs import first_difference, step_values
 from jobs.run.checkpoints import RunCheckpoints, step_of
-from jobs.run.find_run import data_identity, division, find_tokens, last_start
+from jobs.run.find_run import begun_ledger, data_identity, division, find_tokens, last_start
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.ledger import LEDGER, Ledger
 from jobs.run.run_plan import RunPlan
@@ -34,7 +35,7 @@ from model.errors import UserError
 
 def replay_steps(run: Storage, *, steps: str, workers: int) -> dict[str, Any]:
     """Is `raymill replay`: `replay`, with the steps as a user writes them."""
-    return replay(run, steps=parse_steps(steps, Ledger.read(run)), num_workers=workers)
+    return replay(run, steps=parse_steps(steps, begun_ledger(run)), num_workers=workers)
 
 
 def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
             division=division(last_start(ledger, identity)),
         )
         start = _lay_out(run, ledger, plan, before=steps[0])
-        say(f"taking steps {step_of(start) + 1 if start else 1} to {steps[-1]} again, {num_workers} workers")
+        say(f"taking steps {step_of(start) + 1 if start else 1} to {steps[-1]} again, {counted(num_workers, 'worker')}")
         _train(plan, num_workers=num_workers, folder=Path(folder))
         replayed = step_values(Ledger.read(plan.run))
     parted = first_difference(recorded, replayed, steps=compared)
@@ -134,10 +135,10 @@ def _train_rank(rank: int, plan: RunPlan, world_size: int, meeting: str) -> None
 
 
 def parse_steps(text: str, ledger: Ledger) -> range:
-    """Parses `A..B`, `A..`, `..B` or `A`, both ends included. Raises `ConfigError`."""
+    """Parses `A..B`, `A..`, `..B` or `A`, both ends included, of a run with a step. Raises `ConfigError`."""
     match = re.fullmatch(r"(\d*)(\.\.)?(\d*)", text)
-    if not text or match is None or not ledger.steps:
-        raise ConfigError(f"--steps {text}: expected A..B, and a run with a completed step")
+    if not text or match is None:
+        raise ConfigError(f"--steps {text}: expected A..B, such as 1..20")
     first = int(match[1] or ledger.steps[0]["step"])
     last = int(match[3] or (ledger.steps[-1]["step"] if match[2] else first))
     if not 1 <= first <= last:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.output.progress import say
+from cluster.output.result_text import counted
 from cluster.storage.uris import Storage
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.find_run import data_identity, find_tokens
@@ -44,9 +45,9 @@ def verify(run: Storage) -> dict[str, Any]:
         ]
     except TokenStoreError as error:
         problems.append(str(error))
-    verdict = f"{len(names)} checkpoints and {shards} shards are as recorded"
+    verdict = f"{counted(len(names), 'checkpoint')} and {counted(shards, 'shard')} are as recorded"
     return {
-        "verdict": f"{len(problems)} problems: {'; '.join(problems)}" if problems else verdict,
+        "verdict": f"{counted(len(problems), 'problem')}: {'; '.join(problems)}" if problems else verdict,
         "valid": not problems,
         "problems": problems,
         "checkpoints": len(names),

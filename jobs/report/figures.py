@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from cluster.output.result_text import counted
 from jobs.report.page import ACCENT, PHASES, RESIZE, RESTART, SERIES, TEXT, new_figure, png, style
 from jobs.report.why_slow import shares, why_slow
 from jobs.run.history import duration, lost_ranges, seconds_by_phase
@@ -68,7 +69,7 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
         "loss": Picture(
             "Loss, and workers",
             f"{loss}; below it the number of workers, by attempt {', '.join(map(str, ledger.world_sizes))}. "
-            f"Marked: {stops}, {len(ledger.events('checkpoint'))} checkpoints.",
+            f"Marked: {stops}, {counted(len(ledger.events('checkpoint')), 'checkpoint')}.",
             _loss,
             below=_world_size,
         ),

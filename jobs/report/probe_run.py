@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cluster.output.progress import say
+from cluster.output.result_text import counted
 from cluster.settings.run import seq_len
 from cluster.storage.uris import Storage, join_uri
 from jobs.report.page import PHASES, TEXT, new_figure, png, titled
@@ -41,7 +42,7 @@ def probe_run(run: Storage) -> dict[str, Any]:
                 **{name: round(share, 4) for name, share in probe(model, seq_len=seq_len(config)).items()},
             }
         )
-        say(f"probed {number} of {len(names)} checkpoints")
+        say(f"probed {number} of {counted(len(names), 'checkpoint')}")
     run.write_bytes("report/probes.png", draw(found))
     return {"checkpoints": found, "figure": join_uri(run.uri, "report/probes.png")}
 

@@ -16,7 +16,7 @@ from jobs.training.rank_phases import RankTime, from_fields, stragglers
 from model.tables import read_table
 
 LEAST_SHARE = 0.1
-"""Share of the wall time from which something other than computing bounds a run."""
+"""Share of the wall time from which something other than computing is worth fixing."""
 
 _COMPUTING = ("forward", "loss", "backward", "update")
 _PHASE_OF = {"data": "load", "snapshots": "snapshot", "checkpoints": "checkpoint", "validation": "validation"}
@@ -45,11 +45,16 @@ class Shares:
     lanes: list[float]  # of each rank, in the last window
 
     @property
-    def worst(self) -> str:
-        """Returns the largest cause besides computing, as these can be saved; `compute` where all are small."""
+    def bound(self) -> str:
+        """Returns the largest cause."""
+        return max(self.by_cause, key=self.by_cause.__getitem__)
+
+    @property
+    def fix_first(self) -> str | None:
+        """Returns the largest cause besides computing, as these can be saved; None where all are small."""
         others = {cause: share for cause, share in self.by_cause.items() if cause != "compute"}
-        worst = max(others, key=lambda cause: others[cause])
-        return worst if others[worst] >= LEAST_SHARE else "compute"
+        worst = max(others, key=others.__getitem__)
+        return worst if others[worst] >= LEAST_SHARE else None
 
 
 def shares(ledger: Ledger) -> Shares:
@@ -114,13 +119,14 @@ def why_run_is_slow(run: Storage) -> dict[str, Any]:
 
 
 def why_slow(ledger: Ledger) -> dict[str, Any]:
-    """Returns `verdict`, a sentence; `bound`, the cause to fix first; `evidence`; and `shares` of the wall time."""
+    """Returns `verdict`, a sentence; `bound`, the largest cause; `fix_first`, the largest one besides computing, None
+    where that is small; `evidence`; and `shares` of the wall time."""
     found = shares(ledger)
     steps = ledger.steps
     step_s = float(np.median([line["wall_s"] for line in steps]))
     peak = [line["mfu"] for line in steps if line["mfu"] is not None]
     evidence: dict[str, Any] = {
-        "share": round(found.by_cause[found.worst], 4),
+        "share": round(found.by_cause[found.bound], 4),
         "median_step_s": round(step_s, 6),
         "mean_step_s": round(float(np.mean([line["wall_s"] for line in steps])), 6),
         "steps": len(steps),
@@ -140,32 +146,43 @@ def why_slow(ledger: Ledger) -> dict[str, Any]:
             "ratio": round(ratio, 2),
         }
     return {
-        "verdict": _sentence(found, evidence),
-        "bound": found.worst,
+        "verdict": _sentence(found, evidence, advice=_validation_advice(ledger)),
+        "bound": found.bound,
+        "fix_first": found.fix_first,
         "evidence": evidence,
         "shares": {cause: round(share, 4) for cause, share in found.by_cause.items()},
     }
 
 
-def _sentence(found: Shares, evidence: dict[str, Any]) -> str:
+def _validation_advice(ledger: Ledger) -> str:
+    """Returns what makes validation shorter. A run always validates at its end, however rarely it does before."""
+    last = ledger.steps[-1]["step"]
+    validated = {event["step"] for event in ledger.events("validation")}
+    if validated == {last}:
+        return "lower train.eval_max_tokens (there was one validation, at the end, which every run has)"
+    return "raise train.eval_every_steps or lower train.eval_max_tokens"
+
+
+def _sentence(found: Shares, evidence: dict[str, Any], *, advice: str) -> str:
     """Writes the verdict. It begins with the largest part of the wall time; where that is computing, the largest other
     part follows."""
     peak, lanes, slow = evidence["share_of_peak"], evidence["lanes"], evidence.get("straggler") or {}
+    cause = found.fix_first or found.bound
     values = {
         **evidence,
         **slow,
-        "share": f"{evidence['share']:.0%} of the wall time",
+        "advice": advice,
+        "share": f"{found.by_cause[cause]:.0%} of the wall time",
         "peak": "an unknown share of the peak" if peak is None else f"{peak:.0%} of the peak",
         "most": f"{max(lanes):g}",
         "least": f"{min(lanes):g}",
     }
-    who, verb, how = (part.format(**values) for part in _SENTENCES[found.worst])
+    who, verb, how = (part.format(**values) for part in _SENTENCES[cause])
     step = f"a step takes {_duration(evidence['median_step_s'])} in the median, "
     step += f"{_duration(evidence['mean_step_s'])} in the mean"
-    computing = found.by_cause["compute"]
-    if found.worst == "compute" or computing <= found.by_cause[found.worst]:
+    if found.bound == cause:
         return f"{who} {verb} the run: {how}; {step}."
-    who = who[0].lower() + who[1:]
+    who, computing = who[0].lower() + who[1:], found.by_cause["compute"]
     return f"Computing takes the largest part, {computing:.0%} of the wall time; after it {who}: {how}; {step}."
 
 

@@ -20,7 +20,7 @@ def find_run(reference: str, storage_uri: str) -> Storage:
         raise UserError(
             f"run {reference!r} has no step yet, and so no {LEDGER} in {begun.uri}; `raymill status` says what it does"
         )
-    known = sorted({entry.key.split("/")[0] for entry in runs.list() if entry.key.endswith(f"/{LEDGER}")})
+    known = _begun_runs(runs)
     raise UserError(
         f"unknown run {reference!r}: no {LEDGER} in {' or '.join(run.uri for run in candidates)}; "
         + (f"{runs.uri} has {', '.join(known[-8:])}" if known else f"{runs.uri} has no runs")
@@ -39,6 +39,23 @@ def data_identity(ledger: Ledger) -> str | None:
     """Returns the identity of the token store, as the run's last attempt recorded it."""
     starts = ledger.events("start")
     return starts[-1].get("data_identity") if starts else None
+
+
+def token_uses(storage: Storage) -> dict[str, list[str]]:
+    """Returns what the runs of a storage use token stores for, in words, by the stores' identities."""
+    runs = storage.child("runs")
+    uses: dict[str, list[str]] = {}
+    for name in _begun_runs(runs):
+        starts = Ledger.read(runs.child(name)).events("start")
+        for start in starts[-1:]:
+            uses.setdefault(start.get("data_identity", ""), []).append(f"run {name} trains on it")
+            for text, identity in start.get("validated_on", {}).items():
+                uses.setdefault(identity, []).append(f"validation set {text} of run {name}")
+    return uses
+
+
+def _begun_runs(runs: Storage) -> list[str]:
+    return sorted({entry.key.split("/")[0] for entry in runs.list() if entry.key.endswith(f"/{LEDGER}")})
 
 
 def last_start(ledger: Ledger, identity: str | None) -> Line:

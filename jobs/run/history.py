@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from cluster.monitoring.metric_table import PHASES, REST, UNTIMED
+from cluster.output.result_text import counted
 from cluster.settings.flags import validate_config
 from cluster.settings.run import RunConfig, max_steps, with_precision
 from cluster.storage.registry import LATEST
@@ -158,7 +159,7 @@ def event_rows(ledger: Ledger) -> list[tuple[Line, str, str]]:
             if stop.pause_s is not None:
                 text += f"; the run had been asked to stop {duration(stop.pause_s)} before"
             else:
-                text += f"; {stop.lost_steps} steps lost"
+                text += f"; {counted(stop.lost_steps, 'step')} lost"
                 text += f", {stop.seconds:.1f} s between steps" if stop.seconds is not None else ", no step completed"
         rows.append((line, name, text))
     return rows

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cluster.output.progress import say
+from cluster.output.result_text import counted
 from cluster.settings.run import DataConfig, RunConfig, seq_len
 from cluster.storage.lease import Lease
 from cluster.storage.uris import Storage, join_uri, open_storage
@@ -20,8 +21,9 @@ from jobs.cleaning.document_index import INDEX, index_corpus
 from jobs.cleaning.selection import Summary, select
 from jobs.corpus.chunks import Chunk, default_shard_bytes, plan_chunks
 from jobs.corpus.documents import CHAT_DROPS, UNREADABLE, Drop
+from jobs.corpus.empty_corpus import empty_corpus
 from jobs.corpus.file_pieces import PIECES, cut_files
-from jobs.corpus.listing import CorpusError, Listing, empty_corpus, list_corpus, said_skipped
+from jobs.corpus.listing import CorpusError, Listing, list_corpus, most_is_skipped, said_skipped
 from jobs.corpus.progress import DataProgress
 from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.tokens import token_store as stored
@@ -57,6 +59,8 @@ def tokenize(config: RunConfig) -> dict[str, Any]:
     builder = _builder(config)
     if skipped := builder.listing.skipped:
         say(f"skipped {said_skipped(skipped)}; sources.json names them all")
+    if warning := most_is_skipped(builder.listing):
+        say(warning)
     manifest = _finished(builder.store)
     if manifest is None:
         with Lease(builder.store) as lease:
@@ -78,7 +82,7 @@ def tokenize(config: RunConfig) -> dict[str, Any]:
 
 def _builder(config: RunConfig) -> "_Builder":
     """Lists the corpus and trains its tokenizer if there is none; both determine the store's place. Needs Ray."""
-    listing = list_corpus(config.data.source)
+    listing = list_corpus(config.data.source, text_endings=config.data.text_endings)
     tokenizer, _ = ensure_tokenizer(config, listing)
     shard_bytes = config.data.shard_bytes or default_shard_bytes(listing.files)
     data = config.data.model_copy(update={"shard_bytes": shard_bytes})
@@ -143,7 +147,9 @@ class _Builder:
             lease.check()
         manifest = self._manifest(summary, results)
         for refused in manifest.drop_samples.get(Drop.TEMPLATE_REFUSED, [])[:1]:
-            say(f"{manifest.dropped[Drop.TEMPLATE_REFUSED]:,} conversations are left out; the first: {refused.preview}")
+            num_refused = manifest.dropped[Drop.TEMPLATE_REFUSED]
+            verb = "is" if num_refused == 1 else "are"
+            say(f"{counted(num_refused, 'conversation')} {verb} left out; the first: {refused.preview}")
         if not manifest.shards:
             raise empty_corpus(listing.files, manifest.dropped)
         if num_long := sum(result.long for result in results.values()):

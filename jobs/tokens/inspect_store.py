@@ -1,36 +1,60 @@
 """Inspects a finished token store: its figures (`stats`), its dropped documents (`report`), its hashes (`verify`)."""
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from cluster.output.progress import progress
+from cluster.output.result_text import date_of
 from cluster.storage.uris import Storage, open_storage
 from jobs.tokens.shard_writer import file_sha256
-from jobs.tokens.token_store import MANIFEST, SOURCES, SPLITS, TokenStoreError, read_manifest
+from jobs.tokens.token_store import MANIFEST, SOURCES, SPLITS, Manifest, TokenStoreError, read_manifest
 
 _READERS = 4
 
+Uses = Mapping[str, Sequence[str]]
+"""What runs use token stores for, in words, by the stores' identities."""
 
-def find_store(reference: str | None, storage_uri: str) -> Storage:
-    """Returns a store by its folder's or manifest's location, by its key under `tokens/`, or the only one there is."""
+
+def find_store(
+    reference: str | None, storage_uri: str, *, uses_in: Callable[[Storage], Uses] = lambda storage: {}
+) -> Storage:
+    """Returns a store by its folder's or manifest's location, by its key under `tokens/`, or the only one there is.
+
+    Raises `TokenStoreError` where several are there and none is named: it lists them with their sources, and with what
+    `uses_in` says of the storage's runs.
+    """
     stores = open_storage(storage_uri).child("tokens")
     if reference is None:
         keys = sorted({entry.key.partition("/")[0] for entry in stores.list() if entry.key.endswith(f"/{MANIFEST}")})
         if len(keys) != 1:
-            found = f"there are {'; '.join(_described(stores.child(key)) for key in keys)}"
-            found = found if keys else f"{stores.uri} holds none"
-            raise TokenStoreError(f"name a token store: {found}")
+            uses = uses_in(open_storage(storage_uri))
+            known = "; ".join(_described(stores.child(key), uses) for key in keys)
+            raise TokenStoreError(f"name a token store: {f'there are {known}' if keys else f'{stores.uri} holds none'}")
         return stores.child(keys[0])
     if "/" not in reference and stores.exists(f"{reference}/{MANIFEST}"):
         return stores.child(reference)
     return open_storage(reference.removesuffix(f"/{MANIFEST}"))
 
 
-def _described(store: Storage) -> str:
-    """Returns the store's key, and the sources that it was made from."""
+def _described(store: Storage, uses: Uses) -> str:
+    """Returns the store's key, its sources, its date where it is on this machine, and what runs use it for."""
     sources = json.loads(store.find_bytes(SOURCES) or b"{}").get("sources", [])
-    return f"{store.uri.rpartition('/')[2]} of {', '.join(sources) or 'unknown sources'}"
+    described = f"{store.uri.rpartition('/')[2]} of {', '.join(sources) or 'unknown sources'}"
+    path = store.local_path(MANIFEST)
+    made = f"made {date_of(path.stat().st_mtime)}" if path is not None else ""
+    notes = [made, *uses.get(_identity(store), ())]
+    shown = ", ".join(note for note in notes if note)
+    return described + (f" ({shown})" if shown else "")
+
+
+def _identity(store: Storage) -> str:
+    """Returns what runs know the store by; an empty text for a store of another format or a damaged one."""
+    with suppress(ValueError, KeyError, TypeError, TokenStoreError):
+        return Manifest.from_json(store.read_bytes(MANIFEST)).identity
+    return ""
 
 
 def stats(store: Storage) -> dict[str, Any]:

@@ -14,23 +14,26 @@ from cluster.storage.uris import split_uri
 from jobs.corpus.chunks import CHUNK_PARTS, EXPANSION, Part, default_shard_bytes
 from jobs.corpus.decompression import decompressed
 from jobs.corpus.documents import named_damage
+from jobs.corpus.empty_corpus import empty_corpus
 from jobs.corpus.listing import (
     CorpusFile,
-    empty_corpus,
+    Listing,
     endings_of,
     hidden_folders,
     linked_folders,
     list_corpus,
+    most_is_skipped,
     said_skipped,
 )
 from jobs.corpus.sample_places import sample_places
+from jobs.corpus.text_borders import cut_text
 from jobs.tokens.token_store import token_dtype
 from jobs.tokens.train_tokenizer import judged, load_tokenizer, sample_texts
 from model.bulk_encoder import bulk_encoder
-from model.tokenizer import train_bpe
+from model.tokenizer import Tokenizer, train_bpe
 
 _SAMPLE_BYTES = 16 << 20  # of source text, from places all over the corpus
-_TRAINING_BYTES = 4 << 20  # enough for the rate of tokens to be right to a few percent
+_TRAINING_BYTES = 4 << 20  # of a corpus that is not read whole: the rate of tokens is then right to a few percent
 _FRONT_BYTES = 2 << 20  # of an archive, of which decompression is some 64 KiB ahead
 _EXAMPLES = 3
 _SAMPLES = 5
@@ -50,9 +53,11 @@ class _Sample:
     dropped: Counter[str] = field(default_factory=Counter)
     samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     seen: set[bytes] = field(default_factory=set)
+    replaced_utf8: int = 0  # kept texts with U+FFFD for bytes that were not UTF-8
+    is_whole: bool = True  # nothing was left unread
 
     def read(self, files: Sequence[CorpusFile], *, share_bytes: int) -> None:
-        """Takes a share from files of one kind; where a place holds no document, the next one makes up for it."""
+        """Takes a share from the files; where a place holds no document, the next one makes up for it."""
         left, read_bytes, before = 0, 0.0, len(self.texts)
         for wanted, parts in sample_places(files, self.data, share_bytes=share_bytes):
             left += wanted
@@ -62,6 +67,7 @@ class _Sample:
                 text_bytes, file_bytes = self._read_part(part, most_bytes=left)
                 left, read_bytes = left - text_bytes, read_bytes + file_bytes
         is_all = left > 0  # had there been more, it would have been read
+        self.is_whole = self.is_whole and is_all
         scale = 1.0 if is_all else sum(file.size for file in files) / max(1, round(read_bytes))
         self.scales += [max(1.0, scale)] * (len(self.texts) - before)
 
@@ -76,6 +82,7 @@ class _Sample:
             count, text_bytes = count + 1, text_bytes + document.size
             if drop is None:
                 self.texts.append(document.text)
+                self.replaced_utf8 += document.replaced
                 if len(self.examples) < _EXAMPLES:
                     self.examples.append({"file": part.file.uri, "text": document.text[:_PREVIEW_CHARS]})
                 continue
@@ -104,34 +111,72 @@ def _bytes_per_unit(file: CorpusFile, data: DataConfig) -> float:
         return raw.tell() / num_bytes
 
 
+def _text_bytes(files: Sequence[CorpusFile]) -> int:
+    """Returns about how many bytes of text the files hold."""
+    return sum(file.size * EXPANSION[file.compression] for file in files)
+
+
+def _sampled(files: Sequence[CorpusFile], data: DataConfig) -> _Sample:
+    """Reads a small corpus whole and in its order, as the job does; of a larger one a share of each kind of file."""
+    if _text_bytes(files) <= _SAMPLE_BYTES:
+        whole = _Sample(data)
+        whole.read(files, share_bytes=_SAMPLE_BYTES)
+        if whole.is_whole:
+            return whole
+    kinds: dict[tuple[str, str], list[CorpusFile]] = {}  # whose bytes stand for about as much text each
+    for file in files:
+        kinds.setdefault((file.kind, file.compression), []).append(file)
+    sample = _Sample(data)
+    for alike in kinds.values():
+        share = _SAMPLE_BYTES * _text_bytes(alike) // max(1, _text_bytes(files))
+        sample.read(alike, share_bytes=max(1, share))
+    return sample
+
+
+def _tokenizer(files: Sequence[CorpusFile], data: DataConfig, *, is_whole: bool) -> Tokenizer:
+    """Returns the tokenizer that is named, or one trained as the job trains it: on as much text where the sample is the
+    whole corpus, else on less."""
+    if data.tokenizer:
+        return load_tokenizer(data.tokenizer)[0]
+    training = data if is_whole else data.model_copy(update={"tokenizer_sample_bytes": _TRAINING_BYTES})
+    return train_bpe(sample_texts(files, training), vocab_size=data.vocab_size, normalize=data.normalize)
+
+
+def _token_counts(texts: Sequence[str], tokenizer: Tokenizer) -> list[int]:
+    """Returns each document's tokens in the store, with those that begin and end it."""
+    encode = bulk_encoder(tokenizer)[0].encode
+    num_added = len(tokenizer.encode_whole("")) + 1
+    return [num_added + sum(len(encode(piece)) for piece in cut_text(text)) for text in texts]
+
+
+def _is_exact(sample: _Sample, listing: Listing, data: DataConfig) -> bool:
+    """Says whether the job will count the same: it reads nothing else, and drops nothing more."""
+    drops_more = data.near_dedup_threshold is not None or data.decontaminate_ngram is not None
+    return sample.is_whole and data.format == "text" and not drops_more and not listing.token_stores
+
+
 def preview(config: RunConfig) -> dict[str, Any]:
-    """Returns the sample's figures, and estimates for the whole corpus, by the share of its bytes that was read.
+    """Returns the sample's figures, and estimates for the whole corpus, by the share of its bytes that was read. Of a
+    small corpus, which is read whole, they are the job's own figures.
 
     Duplicates are found within the sample only, near-duplicates and contamination not at all: the job may drop more.
     Raises `CorpusError` when the sample holds no document to keep.
     """
     data = config.data
-    files = (listing := list_corpus(data.source)).files
+    listing = list_corpus(data.source, text_endings=data.text_endings)
+    files = listing.files
     if listing.skipped:
         say(f"skipped {said_skipped(listing.skipped)}: these are not counted below")
-    kinds: dict[tuple[str, str], list[CorpusFile]] = {}  # whose bytes stand for about as much text each
-    for file in files:
-        kinds.setdefault((file.kind, file.compression), []).append(file)
-    sizes = {kind: sum(file.size for file in own) * EXPANSION[kind[1]] for kind, own in kinds.items()}
-    sample, start_s = _Sample(data), time.process_time()
-    for kind, own in kinds.items():
-        sample.read(own, share_bytes=max(1, _SAMPLE_BYTES * sizes[kind] // max(1, sum(sizes.values()))))
+    if warning := most_is_skipped(listing):
+        say(warning)
+    start_s = time.process_time()
+    sample = _sampled(files, data)
     if not sample.texts:
         raise empty_corpus(files, sample.dropped)
     read_s = time.process_time() - start_s
-    if data.tokenizer:
-        tokenizer, _ = load_tokenizer(data.tokenizer)
-    else:
-        training = sample_texts(files, data.model_copy(update={"tokenizer_sample_bytes": _TRAINING_BYTES}))
-        tokenizer = train_bpe(training, vocab_size=data.vocab_size, normalize=data.normalize)
-    encode = bulk_encoder(tokenizer)[0].encode
+    tokenizer = _tokenizer(files, data, is_whole=sample.is_whole)
     start_s = time.process_time()
-    tokens = [len(encode(text)) + 1 for text in sample.texts]
+    tokens = _token_counts(sample.texts, tokenizer)
     encode_s = time.process_time() - start_s
     num_documents = len(tokens) + sample.dropped.total()
     num_tokens = round(sum(count * scale for count, scale in zip(tokens, sample.scales, strict=True)))
@@ -139,6 +184,7 @@ def preview(config: RunConfig) -> dict[str, Any]:
     return {
         "files": len(files),
         "skipped_files": endings_of(listing.skipped),
+        "skipped_bytes": dict(listing.skipped_bytes.most_common()),
         "hidden_folders": hidden_folders(listing.skipped),
         "linked_folders": linked_folders(listing.skipped),
         "source_bytes": sum(file.size for file in files),
@@ -149,9 +195,10 @@ def preview(config: RunConfig) -> dict[str, Any]:
         "documents": round(sum(sample.scales)),
         "tokens": num_tokens,
         "bytes_per_token": round(sum(len(text.encode()) for text in sample.texts) / sum(tokens), 3),
-        "is_estimate": max(sample.scales) > 1,
+        "replaced_utf8": sample.replaced_utf8,
+        "is_estimate": not _is_exact(sample, listing, data),
         "stage": {
-            "chunks": max(len(files) // CHUNK_PARTS, sum(sizes.values()) // shard_bytes) + 1,
+            "chunks": max(len(files) // CHUNK_PARTS, _text_bytes(files) // shard_bytes) + 1,
             # Every text is read twice, by the index and for the shards; both passes use all workers.
             "worker_seconds": round((2 * read_s + encode_s) * num_tokens / sum(tokens), 2),
             "store_bytes": num_tokens * token_dtype(tokenizer.vocab_size).itemsize,

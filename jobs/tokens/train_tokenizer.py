@@ -10,12 +10,14 @@ from itertools import groupby, islice
 from pathlib import Path
 
 from cluster.output.progress import say
+from cluster.output.result_text import counted
 from cluster.settings.run import DataConfig, RunConfig
 from cluster.storage.uris import NotFoundError, join_uri, open_storage, split_uri
 from jobs.cleaning.quality_rules import failed_rule
 from jobs.corpus.chunks import Chunk, Part, whole_file
 from jobs.corpus.documents import Document, Drop, read_documents
-from jobs.corpus.listing import CorpusFile, Listing, empty_corpus, list_corpus
+from jobs.corpus.empty_corpus import empty_corpus
+from jobs.corpus.listing import CorpusFile, Listing, list_corpus
 from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.corpus.sample_places import sample_places
 from jobs.corpus.text_borders import cut_text
@@ -47,7 +49,7 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
     """
     if config.data.tokenizer is not None:
         return load_tokenizer(config.data.tokenizer)
-    listing = listing or list_corpus(config.data.source)
+    listing = listing or list_corpus(config.data.source, text_endings=config.data.text_endings)
     if listing.token_stores:
         return load_tokenizer(next(iter(listing.token_stores.values())))
     shape = config.data.model_dump(mode="json", include=_SHAPING)
@@ -56,7 +58,7 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
     folder = open_storage(config.storage.uri).child(f"tokenizers/{key}")
     uri = join_uri(folder.uri, TOKENIZER_FILE)
     if not folder.exists(TOKENIZER_FILE):
-        say(f"training a tokenizer of up to {config.data.vocab_size} ids on {len(listing.files)} files")
+        say(f"training a tokenizer of up to {config.data.vocab_size} ids on {counted(len(listing.files), 'file')}")
         corpus = Chunk(0, 0, list(map(whole_file, listing.files)))
         (trained,) = run_tasks([corpus], partial(train_tokenizer, data=config.data))
         folder.write_bytes(TOKENIZER_FILE, trained.content)

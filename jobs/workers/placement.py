@@ -7,6 +7,7 @@ from typing import Any
 import ray
 
 from cluster.output.progress import say
+from cluster.output.result_text import counted
 from cluster.settings.run import ScalingConfig
 from model.processor import Device, Precision, fast_precision
 
@@ -28,8 +29,8 @@ def waiting_for(
     each = " and ".join(f"{count:g} {name}{'s' * (count != 1)}" for name, count in needs.items())
     hint = "add nodes" if room < scaling.min_workers else "the rest is taken, or its workers are just starting"
     return (
-        f"WAITING since {idle_s:.0f} s: the run needs {scaling.min_workers} workers of {each}, the cluster has room "
-        f"for {room} on {len(nodes)} nodes, {free_room} of them free: {hint} (scaling.min_workers)"
+        f"WAITING since {idle_s:.0f} s: the run needs {counted(scaling.min_workers, 'worker')} of {each}, the cluster "
+        f"has room for {room} on {counted(len(nodes), 'node')}, {free_room} of them free: {hint} (scaling.min_workers)"
     )
 
 

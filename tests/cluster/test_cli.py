@@ -117,6 +117,8 @@ def test_the_first_help_names_every_command() -> None:
         ),
         (["submit", "pretrian", "run.yaml"], ["'pretrian'", "pretrain"]),
         (["submit", "pretrain"], ["--data.source"]),
+        (["pretrain", "--data.source", "nowhere"], ["data.source: nothing is at", "nowhere"]),
+        (["data", "preview", "--data.source", "nowhere"], ["data.source: nothing is at", "nowhere"]),
         (["submit", "pretrain", "x", "--address", "http://a", "--kuberay", "dev"], ["--kuberay", "--address"]),
         (["logs", "../x"], ["'../x' is no run id"]),
         (["serve", "latest", "--port", "70000"], ["port", "65535", "70000"]),
@@ -165,7 +167,6 @@ def test_misuse_is_one_line_and_exit_code_2(
             ["submit", "pretrain", "--data.source", "x", "--address", "http://me:sesame@h:1"],
             ["the address of h holds a"],
         ),
-        (["submit", "pretrain", "--data.source", "nowhere"], ["data.source: nothing is at", "nowhere"]),
         (["status", "demo"], ["run demo has no job in", "`raymill list`"]),
         (["logs", "demo"], ["run demo has no job in"]),
         (["stop", "demo"], ["run demo has no job"]),
@@ -203,6 +204,11 @@ def test_a_process_ends_with_the_codes_and_without_a_traceback() -> None:
         assert done.stdout == ""
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
+
+
+def test_a_submission_of_a_source_that_is_not_there_is_misuse(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "pretrain", "--data.source", "nowhere"]) == 2
+    assert "data.source: nothing is at" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("words", ["list", "--help"])
@@ -308,6 +314,8 @@ def test_what_is_not_as_it_should_be_has_its_exit_code(tmp_path: Path, capfd: py
     result = last_json(captured.out)
     assert (result["equal"], result["step"], result["fields"]) == (False, 5, {"loss": [1.0, 1.25]})
     assert captured.err == f"diff: {runs}/a and {runs}/b\n"
+    assert main(["diff", "a", "b"]) == 1
+    assert ["loss", "1", "1.25"] in [line.split() for line in capfd.readouterr().out.splitlines()]
     assert main(["diff", "a", "c"]) == 1
     captured = capfd.readouterr()
     assert (captured.out, captured.err.count("\n")) == ("", 1)

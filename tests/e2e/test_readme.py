@@ -114,7 +114,7 @@ class Reader:
             text=True,
         )
         assert self._server.stdout is not None
-        self._stands_for["MODEL"] = json.loads(self._server.stdout.readline())["model"]
+        assert json.loads(self._server.stdout.readline())["model"]
 
     def _curl(self, line: str) -> None:
         done = subprocess.run(

@@ -82,6 +82,7 @@ MISTAKES = {
     "nothing to export": (["export", "latest", "out"], "nothing is published in"),
     "port in use": (["serve", "step-1", "--port", "PORT"], "is in use by another process"),
     "no such source": (["pretrain", "--data.source", "nowhere.txt"], "nothing is at"),
+    "no such source to preview": (["data", "preview", "--data.source", "nowhere.txt"], "data.source: nothing is at"),
     "empty pattern": (["tokenize", "--data.source", "*.jsonl"], "nothing is at"),
     "no such validation set": (["pretrain", *TINY, "--data.validation", "news=none.txt"], "nothing is at"),
     "no GPU": ([*TEXT, "--scaling.use-gpu", "true"], "scaling.use_gpu needs a Ray cluster with GPUs"),
@@ -164,11 +165,26 @@ def test_a_list_of_runs_says_where_it_looked(tmp_path: Path, capsys: pytest.Capt
     )
     assert main(["list", "--storage.uri", str(tmp_path)]) == 0
     header, row = capsys.readouterr().out.splitlines()
-    assert header.split() == ["run_id", "stage", "state", "step", "backend", "where", "job"]
+    assert header.split() == [
+        "run_id",
+        "stage",
+        "state",
+        "step",
+        "loss",
+        "started",
+        "kind",
+        "of",
+        "job",
+        "place",
+        "job",
+    ]
     assert main(["status", "second", "--storage.uri", str(tmp_path)]) == 0
     shown = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
-    assert {"stage pretrain", "step 60", "loss 2", "backend by hand"} <= shown
-    assert row.split() == ["second", "pretrain", "succeeded", "60", "by", "hand", "desk", "raymill-1"]
+    assert {"stage pretrain", "step 60", "loss 2", "kind of job by hand", "place desk"} <= shown
+    assert not any(line.startswith(("number", "submissions")) for line in shown), "it was submitted by nobody"
+    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1767225600)).split()
+    known = ["second", "pretrain", "succeeded", "60", "2", *started, "by", "hand", "desk", "raymill-1"]
+    assert row.split() == known
 
 
 RECORD = {"run_id": "bad", "stage": "pretrain", "backend": "local", "where": "desk", "job": "j", "number": 1}
@@ -216,6 +232,23 @@ def test_logs_leave_out_what_ray_says_to_itself(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out.startswith("attempt 1: 2 workers\nsaved\n")
     assert main([*words, "--ray"]) == 0
     assert alarming in capsys.readouterr().out
+
+
+def test_the_log_of_a_stopped_run_ends_with_a_plain_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "runs/second/jobs/20260101-000000-abcd"
+    folder.mkdir(parents=True)
+    (folder / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
+    (folder / "ended.json").write_text('{"exit_code": 143, "stopped": true, "result": null, "time": 2.0}')
+    stack = "*** SIGTERM received at time=1795955368 on cpu 0 ***\nPC: @     0x7fba53ca676e  (unknown)  (unknown)\n"
+    (folder / "log-000000000000").write_text(f"WAITING for 2 workers\n{stack}    @     0x7fba53c4bd70  (unknown)\n")
+    words = ["logs", "second", "--storage.uri", str(tmp_path)]
+    assert main(words) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "WAITING for 2 workers",
+        "stopped, as requested; the same run id continues it",
+    ]
+    assert main([*words, "--ray"]) == 0
+    assert "SIGTERM received" in capsys.readouterr().out
 
 
 def test_a_log_moves_no_cursor(

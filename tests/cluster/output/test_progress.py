@@ -17,6 +17,10 @@ RAY_BLOCK = [
     "(autoscaler +5s) Tip: use `ray status`",
     "[2026-01-02 03:04:05,678 E 12345 12399] core_worker.cc:2157: Actor with class name: 'X' cannot be created",
     "Running entrypoint for job raysubmit_1: exec python -m jobs.pretrain run.yaml",
+    "*** SIGTERM received at time=1795955368 on cpu 0 ***",
+    "PC: @     0x7fba53ca676e  (unknown)  (unknown)",
+    "    @     0x7fba53c4bd70  (unknown)  (unknown)",
+    "[2026-01-02 03:04:05,678 E 27265 27265] logging.cc:474: PC: @     0x7fba53ca676e  (unknown)  (unknown)",
     "(TrainController pid=11) Traceback (most recent call last):",
     '  File "x.py", line 1, in train',
     "",
@@ -44,6 +48,12 @@ def test_rays_lines_go_to_the_file_only(tmp_path: Path, capfd: pytest.CaptureFix
     kept = view_lines(tmp_path, lines)
     assert capfd.readouterr().err.splitlines() == OWN_LINES
     assert kept.splitlines() == lines
+
+
+def test_the_stack_of_a_crash_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    crash = ["*** SIGSEGV received at time=1795955368 on cpu 0 ***", "PC: @ 0x7fba  (unknown)", "    @ 0x7fbb  f()"]
+    view_lines(tmp_path, [OWN_LINES[0], *crash])
+    assert capfd.readouterr().err.splitlines() == [OWN_LINES[0], *crash]
 
 
 def test_a_workers_error_is_shown_though_ray_says_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

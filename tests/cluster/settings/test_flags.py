@@ -262,9 +262,10 @@ def test_misuse_is_named(file: str, argv: list[str], words: list[str]) -> None:
     ("content", "argv", "words"),
     [
         (b"train: [", [], ["is not YAML"]),
-        (b"a: b: c\n", [], ["is not YAML"]),
+        (b"train: [\n", [], ["line 2, column 1, the end of the file: expected `name: value`", "a bracket is closed"]),
+        (b"a: b: c\n", [], ["is not YAML: line 1, column 5, at 'a: b: c': expected `name: value`", "stands in quotes"]),
         (b"data:\n\tsource: a\n", [], ["bad.yaml is not YAML: line 2, column 1: a tab; indent by spaces"]),
-        (b"data:\n  source: a\n format: b\n", [], ["line 3, column 2: check the indentation and the colons"]),
+        (b"data:\n  source: a\n format: b\n", [], ["line 3, column 2, at 'format: b': expected `name: value`"]),
         (b"\xff\xfe\x00", [], ["is not YAML"]),
         (b"train: {seed: 2026-13-45}\n", [], ["is not YAML", "month must be in 1..12"]),
         (b"", [], ["holds no settings"]),

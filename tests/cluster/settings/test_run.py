@@ -145,7 +145,7 @@ def test_a_tree_cannot_be_changed() -> None:
         ({"model": {"preset": "tiny"}, "train": {"max_tokens": 4095}}, ["train.max_tokens=4095", "4096"]),
         (
             {"train": {"batch_ramp_tokens": 10**5, "batch_ramp_start": 8}},
-            ["scaling.max_workers=2", "1 lanes", "train.batch_ramp_start"],
+            ["scaling.max_workers=2", "1 lane ", "train.batch_ramp_start"],
         ),
         ({"train": {"batch_ramp_tokens": 10**5}}, ["train.batch_ramp_tokens", "train.batch_ramp_start", "both"]),
         ({"train": {"batch_ramp_start": 16}}, ["train.batch_ramp_tokens", "train.batch_ramp_start", "both"]),

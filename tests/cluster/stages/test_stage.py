@@ -16,6 +16,7 @@ from cluster.local.jobs_api import JobsApi
 from cluster.output.progress import ProgressView, report_progress, reports_shown
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
+from cluster.settings.serve import ServeConfig
 from cluster.stages import stage
 from cluster.stages.stage import Connection, _follow, run_stage, stage_main
 from cluster.stages.stage_module import StageFailedError
@@ -89,15 +90,21 @@ def test_an_interrupt_has_the_job_save_and_says_what_is_saved(
     monkeypatch.setattr(stage, "_jobs_client", lambda connection: job)
     monkeypatch.setattr(stage, "submit_stage", lambda *asked, **settings: "j")
     monkeypatch.setattr(stage, "_follow", interrupted)
-    config = RunConfig.model_validate({"run_id": "r", "storage": {"uri": str(tmp_path)}})
+    storage = {"uri": str(tmp_path)}
+    config = RunConfig.model_validate({"run_id": "r", "storage": storage})
+    connection = Connection(JobsApi("http://127.0.0.1:9", None), None)
     with pytest.raises(KeyboardInterrupt):
-        run_stage(Connection(JobsApi("http://127.0.0.1:9", None), None), "jobs.pretrain", config)
+        run_stage(connection, "jobs.pretrain", config)
     assert job.status == JobStatus.STOPPED
     assert capfd.readouterr().err.splitlines() == [
         "starting the job",
         "stopping: the job saves and ends",
         "run r is saved at step 41 of 60 and has ended, as asked",
     ]
+    job.status = JobStatus.RUNNING
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(connection, "serving.app", ServeConfig.model_validate({"storage": storage}))
+    assert capfd.readouterr().err.splitlines()[1] == "stopping: the job ends", "an endpoint has nothing to save"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from cluster.storage.uris import ConflictError, NotFoundError, StorageError, ope
 from jobs.corpus.chunks import Chunk, plan_chunks, whole_file
 from jobs.corpus.documents import Document, Drop, read_documents
 from jobs.corpus.file_pieces import cut_file
-from jobs.corpus.listing import CorpusError, empty_corpus, list_corpus, said_skipped
+from jobs.corpus.listing import CorpusError, list_corpus, most_is_skipped, said_skipped
 from tests.cluster.fault_proxy import running_proxy
 
 TEXTS = ["first document\r\nwith two lines\n", "zweites Dokument: ÄÖÜ 你好 😀", "  third, blanks kept  "]
@@ -172,12 +172,40 @@ def test_hidden_folders_are_left_out_and_named(tmp_path: Path) -> None:
     assert len(list_corpus(f"{root}/*/.venv/*.txt").files) == 1, "the pattern asks for it"
 
 
-def test_a_corpus_without_the_field_names_those_that_it_has(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", [{"id": 1, "title": "a", "body": "b"}])
-    listing = list_corpus(str(path))
-    said = str(empty_corpus(listing.files, {"missing_text": 1}))
-    assert said.endswith("check data.source and data.text_field, which may be one of title, body")
-    assert "which may be" not in str(empty_corpus(listing.files, {"empty": 1}))
+def test_further_endings_are_read_as_text_where_they_are_named(tmp_path: Path) -> None:
+    names = ("a.MD", "b.md.gz", "c.rst", "d.txt", "e.jsonl", "f")
+    for name in names:
+        (tmp_path / name).write_bytes(b"words" * 10)
+    listing = list_corpus(str(tmp_path), text_endings=[".md", ".rst"])
+    read_as = {file.uri.rpartition("/")[2]: (file.kind, file.compression) for file in listing.files}
+    assert read_as == {
+        "a.MD": ("txt", ""),
+        "b.md.gz": ("txt", ".gz"),
+        "c.rst": ("txt", ""),
+        "d.txt": ("txt", ""),
+        "e.jsonl": ("jsonl", ""),
+    }
+    assert listing.skipped == [f"{tmp_path}/f"]
+    usual = list_corpus(str(tmp_path))
+    assert [file.uri.rpartition("/")[2] for file in usual.files] == ["d.txt", "e.jsonl"]
+    assert usual.skipped_bytes == {".MD": 50, ".md.gz": 50, ".rst": 50, "none": 50}
+
+
+@pytest.mark.parametrize("ending", ["md", ".txt", ".csv.gz", "*.md", "."])
+def test_an_ending_that_names_nothing_new_is_refused(ending: str) -> None:
+    with pytest.raises(ValueError, match="text_endings"):
+        DataConfig(text_endings=[ending])
+
+
+def test_a_warning_says_when_most_bytes_are_skipped(tmp_path: Path) -> None:
+    for name, num_bytes in {"a.txt": 100, "b.md.gz": 60, "c.rst": 30, "d": 5, "e.zst": 5}.items():
+        (tmp_path / name).write_bytes(b"x" * num_bytes)
+    assert most_is_skipped(list_corpus(str(tmp_path))) == ""
+    (tmp_path / "e.rst").write_bytes(b"x" * 1000)
+    said = most_is_skipped(list_corpus(str(tmp_path)))
+    assert "1,100 of 1,200 bytes lie in files of unknown ending" in said
+    assert "`--data.text-endings .rst .md`" in said
+    assert most_is_skipped(list_corpus(str(tmp_path), text_endings=[".rst", ".md"])) == ""
 
 
 def test_replaced_bytes_of_a_conversation_are_counted(tmp_path: Path) -> None:
@@ -243,7 +271,7 @@ def test_listing_is_in_canonical_order_and_names_what_it_skips(tmp_path: Path) -
     assert listing.skipped == [f"{tmp_path}/a/c.pdf", f"{tmp_path}/a/readme.md"]
     with pytest.raises(CorpusError, match=r"c\.pdf has an unknown ending; expected \.txt \.jsonl \.csv \.parquet"):
         list_corpus(f"{tmp_path}/a/c.pdf")
-    with pytest.raises(CorpusError, match=r"none of the 1 files at .* has a known ending"):
+    with pytest.raises(CorpusError, match=r"none of 1 file at .* has a known ending"):
         list_corpus(f"{tmp_path}/a/*.pdf")
     with pytest.raises(NotFoundError, match="nothing is at"):
         list_corpus(f"{tmp_path}/nowhere/*.txt")

@@ -153,7 +153,7 @@ def test_an_empty_corpus_is_named_before_a_gpu_is_asked_for(ray_workers: int, tm
     (tmp_path / "a.txt").write_text(" \n")
     config = data_config(f"{tmp_path}/a.txt", tmp_path / "storage")
     scaling = config.scaling.model_copy(update={"use_gpu": True})  # there is none: to wait for it would take forever
-    with pytest.raises(UserError, match=r"the corpus is empty: 1 files, 1 documents dropped \(1 empty\)"):
+    with pytest.raises(UserError, match=r"the corpus is empty: 1 file, 1 document dropped \(1 empty\)"):
         pretrain(config.model_copy(update={"scaling": scaling}))
 
 

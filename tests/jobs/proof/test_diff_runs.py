@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.storage.uris import Storage, open_storage
-from jobs.proof.diff_runs import Difference, diff, first_difference, step_values
+from jobs.proof.diff_runs import Difference, as_text, diff, first_difference, step_values
 from jobs.run.ledger import Ledger
 from jobs.training.train_loop import train
 from tests.jobs.runs import tiny_plan
@@ -62,6 +62,18 @@ def test_a_changed_line_is_found_at_its_step(usual: Storage, tmp_path: Path, ste
     change_line(copy, step, loss=Ledger.read(usual).steps[step - 1]["loss"] + 1e-9)
     result = diff(usual, copy)
     assert (result["step"], list(result["fields"]), result["equal_steps"]) == (step, ["loss"], step - 1)
+
+
+def test_a_difference_is_a_table_with_a_column_for_each_run(usual: Storage, tmp_path: Path) -> None:
+    """Its figures have nine digits, by which two numbers in fp32 are told apart."""
+    shown = as_text(diff(usual, trained(tmp_path, learning_rate=2e-2))).splitlines()
+    rows = [line.split() for line in shown]
+    assert ["fields", "first", "run", "second", "run"] in rows
+    assert ["train.learning_rate", "0.01", "0.02"] in rows
+    [rates] = [row[1:] for row in rows if row[:1] == ["lr"]]
+    assert len(rates) == 2 and rates[0] != rates[1]
+    assert all(len(rate.lstrip("0.")) <= 9 for rate in rates)
+    assert not any(mark in line for line in shown for mark in "()[]{}'")
 
 
 def line(step: int, **fields: Any) -> dict[str, Any]:

@@ -89,6 +89,6 @@ def test_what_cannot_be_taken_again_is_said(run: Storage, tmp_path: Path) -> Non
     ledger = Ledger.read(run)
     for text, steps in {"..": range(1, 9), "3": range(3, 4), "3..": range(3, 9), "2..4": range(2, 5)}.items():
         assert parse_steps(text, ledger) == steps
-    for text in ("", "4..2", "0..3", "a..b", "1..2..3"):
+    for text in ("", "4..2", "0..3", "a..b", "1..2..3", "1-5"):
         with pytest.raises(ConfigError, match=r"expected A\.\.B"):
             parse_steps(text, ledger)

@@ -70,7 +70,7 @@ def test_the_slow_rank_is_named(folder: Path) -> None:
     assert event["ratio"] > 1.3
     assert all(window["ranks"][1]["forward"] > SLOW_BY_S for window in ledger.events("phases"))
     found = why_slow(ledger)
-    assert found["bound"] == "straggler"
+    assert found["fix_first"] == "straggler"
     assert found["evidence"]["straggler"]["rank"] == 1
     assert "rank 1 on" in found["verdict"].lower()
     assert found["shares"]["straggler"] > 0.2

@@ -20,9 +20,10 @@ def made(
     pause_s: float = 5.0,
     mfu: float | None = None,
     finish_after_s: float = 0.0,
+    validated: tuple[int, ...] = (),
 ) -> Ledger:
     """A run whose steps all look alike. `starts`: further attempts, by the step that each comes after, and the step
-    that it goes on from."""
+    that it goes on from. `validated`: the steps after which it validated."""
     clock, attempt = 1000.0, 0
     lines: list[dict[str, Any]] = []
     wall_s = max(sum(seconds.values()) for seconds in ranks)
@@ -43,6 +44,8 @@ def made(
         if step % 10 == 0:
             window = {"attempt": attempt, "ranks": ranks, "lanes": lanes or [4.0] * len(ranks)}
             lines.append({"event": "phases", "time": clock, "step": step, **window})
+        if step in validated:
+            lines.append({"event": "validation", "time": clock, "step": step})
         if step in left:
             step, clock = left.pop(step), clock + pause_s
             start(step)
@@ -57,6 +60,8 @@ def of(**seconds: float) -> dict[str, float]:
 SLOW = [of(sync=0.083), of(forward=0.07, backward=0.09, sync=0.003), of(sync=0.083)]
 UNEVEN = [of(forward=0.06, loss=0.02, backward=0.1, sync=0.003), of(sync=0.093)]
 
+VALIDATING = [of(validation=0.1)]
+
 CASES: dict[str, tuple[Ledger, str, list[str]]] = {
     "compute": (made([USUAL]), "compute", ["97% of the wall time", "unknown share", "100.0 ms"]),
     "compute on a GPU": (made([USUAL], mfu=0.41), "compute", ["41% of the peak"]),
@@ -67,7 +72,12 @@ CASES: dict[str, tuple[Ledger, str, list[str]]] = {
     "checkpoints": (made([of(checkpoint=0.05)]), "checkpoints", ["33% of the wall time"]),
     "the last checkpoint": (made([USUAL], finish_after_s=8.0), "checkpoints", ["80% of the wall time"]),
     "snapshots": (made([of(snapshot=0.05)]), "snapshots", ["33% of the wall time"]),
-    "validation": (made([of(validation=0.1)]), "validation", ["50% of the wall time", "train.eval_every_steps"]),
+    "validation": (
+        made(VALIDATING, validated=(10, 20)),
+        "validation",
+        ["50% of the wall time", "raise train.eval_every"],
+    ),
+    "the last validation": (made(VALIDATING, validated=(20,)), "validation", ["50%", "; lower train.eval_max_tokens"]),
     "restarts": (made([USUAL], starts={15: 10}), "restarts", ["1 of them", "5 steps taken again"]),
     "other": (made([of(stall=0.1)]), "other", ["50% of the wall time"]),
     "untimed, by an earlier version": (made([{"step": 0.1}]), "other", ["no phase of a step claims"]),
@@ -78,18 +88,25 @@ CASES: dict[str, tuple[Ledger, str, list[str]]] = {
 def test_each_cause_is_found(name: str) -> None:
     ledger, bound, said = CASES[name]
     found = why_slow(ledger)
-    assert found["bound"] == bound, found
+    assert (found["fix_first"] or found["bound"]) == bound, found
     assert all(part in found["verdict"] for part in said), found["verdict"]
     assert found["verdict"].endswith(".")
     assert sum(found["shares"].values()) == pytest.approx(1.0, abs=1e-3)
     assert all(share >= 0 for share in found["shares"].values())
-    assert found["evidence"]["share"] == found["shares"][bound]
+    assert found["bound"] == max(found["shares"], key=found["shares"].__getitem__)
+    assert found["evidence"]["share"] == found["shares"][found["bound"]]
+    assert ("Computing takes the largest part" in found["verdict"]) == (found["bound"] == "compute" != bound)
+
+
+def test_the_last_validation_is_not_to_be_made_rarer() -> None:
+    assert "eval_every_steps" not in why_slow(made(VALIDATING, validated=(20,)))["verdict"]
 
 
 def test_small_troubles_do_not_bound_a_run() -> None:
     """Each below a tenth: computing is what takes the time."""
     ledger = made([of(load=0.008, checkpoint=0.008, validation=0.008, sync=0.008)] * 2)
-    assert why_slow(ledger)["bound"] == "compute"
+    found = why_slow(ledger)
+    assert (found["bound"], found["fix_first"]) == ("compute", None)
 
 
 def test_steps_without_a_window_count_by_rank_0() -> None:
@@ -103,7 +120,8 @@ def test_the_sentence_begins_with_the_largest_part_and_says_of_which_kind_a_time
     """The exchange takes a third and computing more: the sentence says both, and the figure has the same parts."""
     ledger = made([of(sync=0.05), of(sync=0.05, validation=0.02)])
     found = why_slow(ledger)
-    assert (found["bound"], found["verdict"].partition(";")[0]) == (
+    assert (found["bound"], found["fix_first"], found["verdict"].partition(";")[0]) == (
+        "compute",
         "communication",
         f"Computing takes the largest part, {found['shares']['compute']:.0%} of the wall time",
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,27 @@ def test_the_bytes_are_what_the_template_writes_with_signs(result: dict[str, Any
     assert result["bytes"] == answers  # by which bits per byte are those of answers
 
 
+FORMS_OF_LINES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "conversations": lambda line: {
+        "conversations": [{"from": NAMES[turn["role"]], "value": turn["content"]} for turn in line["messages"]]
+    },
+    "prompt and completion": lambda line: {"prompt": line["messages"][:-1], "completion": line["messages"][-1:]},
+}
+NAMES = {"user": "human", "assistant": "gpt"}
+
+
+@pytest.mark.parametrize("form", FORMS_OF_LINES)
+def test_another_form_of_the_same_conversations_makes_the_same_shards(form: str, folder: Path, tmp_path: Path) -> None:
+    stores = []
+    for written in (dict, FORMS_OF_LINES[form]):
+        lines = [json.dumps(written(conversation(number, 1 + number % 3))) for number in range(20)]
+        (tmp_path / "turns.jsonl").write_text("\n".join(lines))
+        settings: dict[str, Any] = {"format": "chat", "tokenizer": str(folder / "plain"), "shard_bytes": 1 << 20}
+        stores.append(tokenize(data_config(str(tmp_path / "turns.jsonl"), tmp_path / "storage", **settings)))
+    usual, other = stores
+    assert (other["documents"], other["shards"]) == (20, usual["shards"])
+
+
 def test_any_number_of_workers_and_chunks_makes_the_same_conversations(
     result: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
@@ -153,7 +175,7 @@ def test_a_template_refuses_in_its_own_words(folder: Path, tmp_path: Path, capsy
     result = tokenize(data_config(str(tmp_path / "turns.jsonl"), tmp_path / "storage", **settings))
     assert (result["documents"], result["dropped"]["template_refused"]) == (19, 1)
     assert (
-        "1 conversations are left out; the first: the chat template refuses the messages: user and assistant take turns"
+        "1 conversation is left out; the first: the chat template refuses the messages: user and assistant take turns"
         in (capsys.readouterr().err)
     )
     (tmp_path / "turns.jsonl").write_text(json.dumps(lines[7]))

@@ -5,16 +5,21 @@ import gzip
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
+from tokenizers import processors
 
 from cluster.cli import main
 from jobs.corpus.listing import CorpusError
 from jobs.tokens import preview_data
 from jobs.tokens.build_store import tokenize
+from jobs.tokens.inspect_store import find_store, stats
 from jobs.tokens.preview_data import preview
+from model.tokenizer import train_bpe
 from tests.jobs.corpora import data_config, make_corpus
 from tests.time_limits import limit_s
 
@@ -22,13 +27,18 @@ from tests.time_limits import limit_s
 def test_a_small_corpus_is_previewed_whole(
     ray_workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = data_config(str(make_corpus(tmp_path / "texts", num_documents=80)), tmp_path / "storage")
+    """And its figures are the job's own: by the same tokenizer, and with the same one of two documents that are alike."""
+    corpus = make_corpus(tmp_path / "texts", num_documents=80)
+    (corpus / "f.jsonl").write_text(json.dumps({"text": "A TEXT IN CAPITAL LETTERS " * 20}))
+    (corpus / "g.txt").write_text("a text in capital letters " * 20)
+    config = data_config(str(corpus), tmp_path / "storage")
     seen = preview(config)
     done = tokenize(config)
     assert not seen["is_estimate"]
+    assert seen["replaced_utf8"] == stats(find_store(None, str(tmp_path / "storage")))["replaced_utf8"] == 1
     assert seen["documents"] == done["documents"]
     assert seen["dropped"] == {reason: count for reason, count in done["dropped"].items() if count}
-    assert seen["tokens"] == pytest.approx(done["tokens"], rel=0.05)
+    assert seen["tokens"] == done["tokens"]
     stage, made = seen["stage"], Path(done["manifest"]).parent
     assert stage["store_bytes"] == pytest.approx(sum(path.stat().st_size for path in made.glob("*.bin")), rel=0.05)
     assert stage["chunks"] == pytest.approx(len(list(made.glob("shard-*.bin"))), rel=0.5)
@@ -36,8 +46,44 @@ def test_a_small_corpus_is_previewed_whole(
     assert 2**28 < stage["worker_memory_bytes"] < 2**30
     assert seen["drop_samples"]["invalid_json"] == [{"file": f"{tmp_path}/texts/a.jsonl", "preview": "{broken"}]
     assert seen["examples"][0]["file"] == f"{tmp_path}/texts/a.jsonl"
-    assert seen["skipped_files"] == {".md": 1}
-    assert "skipped 1 file of unknown ending, such as" in capsys.readouterr().err
+    assert (seen["skipped_files"], seen["skipped_bytes"]) == ({".md": 1}, {".md": len("no corpus file")})
+    said = capsys.readouterr().err
+    assert "skipped 1 file of unknown ending, such as" in said
+    assert "WARNING" not in said
+
+
+@pytest.mark.parametrize("settings", [{"near_dedup_threshold": 0.8}, {"decontaminate_ngram": 13}])
+def test_what_the_job_may_drop_besides_makes_it_an_estimate(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = data_config(str(make_corpus(tmp_path / "texts", num_documents=30)), tmp_path / "storage", **settings)
+    assert preview(config)["is_estimate"]
+
+
+def test_the_tokens_that_begin_and_end_a_document_are_counted(ray_workers: int, tmp_path: Path) -> None:
+    """Of a tokenizer that begins each text with a token of its own."""
+    corpus = make_corpus(tmp_path / "texts", num_documents=30)
+    started = tokenizers.Tokenizer.from_str(train_bpe(["some words " * 9], vocab_size=300).to_json().decode())
+    start = "<|endoftext|>"
+    started.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A", pair=f"{start} $A $B", special_tokens=[(start, started.token_to_id(start))]
+    )
+    (tmp_path / "tokenizer.json").write_text(started.to_str())
+    config = data_config(str(corpus), tmp_path / "storage", tokenizer=str(tmp_path / "tokenizer.json"))
+    assert preview(config)["tokens"] == tokenize(config)["tokens"]
+
+
+def test_a_corpus_of_other_endings_is_warned_of_and_read_when_they_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("a text " * 10)
+    (tmp_path / "texts/b.md").write_text("a page " * 1000)
+    seen = preview(data_config(f"{tmp_path}/texts", tmp_path / "storage"))
+    said = capsys.readouterr().err
+    assert "WARNING: most of the corpus is left out: 7,000 of 7,070 bytes" in said
+    assert "`--data.text-endings .md` reads them" in said
+    named = preview(data_config(f"{tmp_path}/texts", tmp_path / "storage", text_endings=[".md"]))
+    assert (seen["documents"], named["documents"], named["source_bytes"]) == (1, 2, 7070)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_large_corpus_is_estimated_from_places_all_over_it(tmp_path: Path) -> None:
@@ -100,7 +146,7 @@ def test_each_kind_of_file_is_estimated_by_its_own_bytes(
 
 def test_nothing_to_keep_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\0\1")
-    with pytest.raises(CorpusError, match=r"the corpus is empty: 1 files, 1 documents dropped \(1 binary\)"):
+    with pytest.raises(CorpusError, match=r"the corpus is empty: 1 file, 1 document dropped \(1 binary\)"):
         preview(data_config(f"{tmp_path}/a.txt", tmp_path / "storage"))
 
 
@@ -125,7 +171,7 @@ def test_the_commands(ray_workers: int, tmp_path: Path, capfd: pytest.CaptureFix
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert "shard-00000.bin has SHA-256" in errors[0]
-    assert main(["data", "preview", "--data.source", f"{tmp_path}/nowhere", *flags]) == 1
+    assert main(["data", "preview", "--data.source", f"{tmp_path}/nowhere", *flags]) == 2
     assert main(["data", "stats", "nothing-here", *flags]) == 1
 
 

@@ -5,6 +5,7 @@ import gzip
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -133,3 +134,18 @@ def test_stats_and_verify_of_a_store(ray_workers: int, tmp_path: Path) -> None:
     assert verify(store)["valid"]
     with pytest.raises(TokenStoreError, match="name a token store"):
         find_store(None, str(tmp_path / "nowhere"))
+
+
+def test_an_ending_that_is_named_adds_its_files_and_changes_no_other_store(ray_workers: int, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    write(tmp_path / "texts/a.jsonl", TEXTS[:50])
+    (tmp_path / "texts/b.md").write_text("a page")
+
+    def made(*endings: str) -> dict[str, Any]:
+        settings = {"val_fraction": 0.0, "text_endings": list(endings)}
+        return tokenize(data_config(f"{tmp_path}/texts", tmp_path / "storage", **settings))
+
+    usual, named = made(), made(".md")
+    assert made(".rst") == usual, "there are no such files"
+    assert named["manifest"] != usual["manifest"]
+    assert (texts_of(usual), texts_of(named)) == (TEXTS[:50], [*TEXTS[:50], "a page"])

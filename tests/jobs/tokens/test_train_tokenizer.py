@@ -144,7 +144,7 @@ def test_little_of_a_large_corpus_is_read_and_every_document_may_be(
 
 def test_an_empty_corpus_stops_the_training(ray_workers: int, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\x00")
-    with pytest.raises(UserError, match=r"the corpus is empty: 1 files, 1 documents dropped \(1 binary\)"):
+    with pytest.raises(UserError, match=r"the corpus is empty: 1 file, 1 document dropped \(1 binary\)"):
         ensure_tokenizer(data_config(str(tmp_path), tmp_path / "storage"))
 
 

@@ -1,6 +1,7 @@
 """Further validation sets: their figures are those of their texts, in any world, and one too small is named."""
 
 import dataclasses
+import json
 import math
 import re
 from pathlib import Path
@@ -14,10 +15,12 @@ from cluster.storage.uris import join_uri, open_storage
 from jobs import pretrain
 from jobs.pretrain import validation_stores
 from jobs.report.make_report import make_report
+from jobs.run.find_run import token_uses
 from jobs.run.history import recorded_config, statistics
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
-from jobs.tokens.token_store import MANIFEST, TokenStoreError
+from jobs.tokens.inspect_store import find_store
+from jobs.tokens.token_store import MANIFEST, SOURCES, TokenStoreError, read_manifest
 from jobs.training.train_loop import train
 from jobs.workers.heartbeat import Pulse
 from jobs.workers.watchdog import Place
@@ -146,3 +149,28 @@ def test_each_set_becomes_a_store_of_its_own_or_is_refused(tmp_path: Path, monke
     short = config.data.model_copy(update={"validation": {"good": "/good.txt", "short": "/short.txt"}})
     with pytest.raises(TokenStoreError, match=r"data\.validation\.short=/short\.txt has 32 tokens, a row needs 33"):
         validation_stores(config.model_copy(update={"data": short}), tokenizer_uri="/t/tokenizer.json")
+
+
+def test_the_final_figures_have_the_sets(trained: RunPlan) -> None:
+    figures = pretrain._figures(trained.run, Ledger.read(trained.run), "a checkpoint")
+    assert figures["validation_sets"] == validations(trained)[-1][1]
+    assert figures["validation_sets"].keys() == TEXTS.keys()
+
+
+def test_the_stores_of_a_run_are_told_apart(trained: RunPlan, tmp_path: Path) -> None:
+    """By what they are made of, by their dates, and by what the run uses them for."""
+    storage = open_storage(str(tmp_path))
+    made = read_manifest(open_storage(trained.tokens_uri))
+    stores = {name: dataclasses.replace(made, source_hash=name) for name in ("news", "text")}
+    for name, manifest in stores.items():
+        storage.write_bytes(f"tokens/{name}/{MANIFEST}", manifest.to_json())
+        storage.write_bytes(f"tokens/{name}/{SOURCES}", json.dumps({"sources": [f"/{name}.txt"]}).encode())
+    start = {"event": "start", "data_identity": stores["text"].identity}
+    start["validated_on"] = {"headlines": stores["news"].identity}
+    storage.write_bytes("runs/first/ledger.jsonl", json.dumps(start).encode() + b"\n")
+    with pytest.raises(TokenStoreError, match="name a token store") as refused:
+        find_store(None, storage.uri, uses_in=token_uses)
+    news, text = str(refused.value).partition("there are ")[2].split("; ")
+    date = r"made \d{4}-\d\d-\d\d [\d:]+"
+    assert re.fullmatch(rf"news of /news.txt \({date}, validation set headlines of run first\)", news), news
+    assert re.fullmatch(rf"text of /text.txt \({date}, run first trains on it\)", text), text

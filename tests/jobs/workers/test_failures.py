@@ -78,7 +78,7 @@ def test_when_to_give_up(lines: list[Line], expected: str | None) -> None:
         ([{"CPU": 4.0}, {"CPU": 4.0}], {"CPU": 8.0}, None),
         ([{"CPU": 3.0}, {"CPU": 3.0}], {"CPU": 6.0}, None),
         ([{"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 2.0}], {"CPU": 4.0}, "room for 1 on 3 nodes, 1 of them free: add nodes"),
-        ([{"CPU": 4.0}], {}, "room for 2 on 1 nodes, 0 of them free: the rest is taken"),
+        ([{"CPU": 4.0}], {}, "room for 2 on 1 node, 0 of them free: the rest is taken"),
         ([], {}, "needs 2 workers of 2 CPUs"),
     ],
 )

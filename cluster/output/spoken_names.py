@@ -1,0 +1,25 @@
+"""Names the values of a result in people's words; with --json they keep the names that programs know."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_NAMES = {
+    "backend": "kind of job",
+    "is_estimate": "estimated",
+    "lost_steps": "steps taken again",
+    "number": "submissions",
+    "recovery_s": "longest recovery (s)",
+    "where": "place",
+    "world_sizes": "workers by attempt",
+}
+
+
+def for_people(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the result under people's names, without what did not occur: reasons that dropped no document, and the
+    submissions of a run that was started by hand."""
+    values = dict(result)
+    if not values.get("number", 1):
+        del values["number"]
+    if isinstance(dropped := values.get("dropped"), dict):
+        values["dropped"] = {reason: count for reason, count in dropped.items() if count} or "none"
+    return {_NAMES.get(name, name): value for name, value in values.items()}
