@@ -22,12 +22,8 @@ from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan, run_storage
 from jobs.tokens.train_tokenizer import load_tokenizer
 from jobs.training.train_loop import train
-<<<<<<< HEAD:tests/jobs/training/test_warm_start.py
 from jobs.training.warm_start import begin, like_its_source
-=======
-from jobs.warm_start import begin, like_its_source
 from model.bounded_text import TextError
->>>>>>> wt-compat:tests/jobs/test_warm_start.py
 from model.checkpoint import load_model, parameter_hash
 from model.checkpoint_folder import CheckpointError, read_metadata
 from model.config import GPTConfig
