@@ -1,16 +1,15 @@
 """Settings as command-line flags, laid over a YAML file, with errors for people."""
 
 import argparse
-import dataclasses
 import secrets
 import time
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
+from cluster.settings.leaves import FIRST_TO_CHANGE, Leaf, branches, leaves
 from cluster.settings.parser import ConfigError, newcomers_word, suggestion
 from cluster.settings.run import (
     FORMER_SETTINGS,
@@ -26,21 +25,39 @@ from cluster.settings.serve import HttpConfig, ServeConfig
 from cluster.settings.wrong_values import expectation
 from cluster.storage.references import checkpoint_uri
 from cluster.storage.uris import absolute_uri
-from model.config import PRESETS, GPTConfig
-from model.tables import read_table
+from model.config import PRESETS
 
 Config = TypeVar("Config", bound=Settings)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, root: type[BaseModel], *, positional: str = "") -> None:
-    """Adds one flag for each setting of `root`; the caller adds `config`, the YAML file that the flags override, and
-    the setting that may also stand by itself (`positional`), whose flag the help leaves out."""
-    for leaf in _leaves(root):
-        flag = f"--{leaf.path}"
-        names = [flag.replace("_", "-")] + ([flag] if "_" in flag else [])
-        count = "+" if leaf.is_list else None
-        shown = argparse.SUPPRESS if leaf.path == positional else leaf.help.replace("%", "%%")
-        parser.add_argument(*names, dest=leaf.path, nargs=count, metavar="VALUE", help=shown)
+    """Adds one flag for each setting of `root`, in groups: those that are changed first, then each branch.
+
+    The caller adds `config`, the YAML file that the flags override, and the setting that may also stand by itself
+    (`positional`), whose flag the help leaves out.
+    """
+    groups: dict[str, argparse._ActionsContainer] = {"": parser}
+    by_path = {leaf.path: leaf for leaf in leaves(root)}
+    if root is RunConfig:
+        first = parser.add_argument_group("settings that are changed first")
+        for path in FIRST_TO_CHANGE:
+            _add_flag(first, by_path.pop(path))
+    abouts = branches(root)
+    for leaf in by_path.values():
+        branch = leaf.path.partition(".")[0] if "." in leaf.path else ""
+        if branch not in groups:
+            groups[branch] = parser.add_argument_group(branch, abouts[branch])
+        _add_flag(groups[branch], leaf, is_shown=leaf.path != positional)
+
+
+def _add_flag(place: argparse._ActionsContainer, leaf: Leaf, *, is_shown: bool = True) -> None:
+    """Adds the setting's flag; with underscores it is as good, and the help leaves that out."""
+    flag = f"--{leaf.path}"
+    options: dict[str, Any] = {"dest": leaf.path, "nargs": "+" if leaf.is_list else None, "metavar": "VALUE"}
+    about = leaf.help.replace("%", "%%")
+    place.add_argument(flag.replace("_", "-"), help=about if is_shown else argparse.SUPPRESS, **options)
+    if "_" in flag:
+        place.add_argument(flag, help=argparse.SUPPRESS, **options)
 
 
 def config_from_arguments(arguments: argparse.Namespace, root: type[Config], *, needs_source: bool = True) -> Config:
@@ -50,7 +67,13 @@ def config_from_arguments(arguments: argparse.Namespace, root: type[Config], *, 
     if arguments.config is None and is_run and arguments.__dict__.get("data.source") is None:
         raise ConfigError("no configuration: name a YAML file, or at least --data.source")
     _check_preset(arguments, values)
-    return settled(validate_config(settings_from_flags(arguments, root, over=values), root))
+    config = validate_config(settings_from_flags(arguments, root, over=values), root)
+    if is_run and isinstance(config, RunConfig) and not config.data.source:
+        raise ConfigError(
+            f"data.source is empty: name the corpus by a path or URI, globs allowed, in {arguments.config} or by "
+            "--data.source"
+        )
+    return settled(config)
 
 
 def _check_preset(arguments: argparse.Namespace, values: dict[str, Any]) -> None:
@@ -77,7 +100,7 @@ def settings_from_flags(
 ) -> dict[str, Any]:
     """Returns the settings that the flags give, laid over others."""
     values = over or {}
-    for leaf in _leaves(root):
+    for leaf in leaves(root):
         path, value = leaf.path, getattr(arguments, leaf.path)
         if value is None:
             continue
@@ -179,53 +202,6 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _Leaf(NamedTuple):
-    """A setting that a flag gives."""
-
-    path: str  # dotted
-    help: str
-    kind: Any  # its type
-
-    @property
-    def is_list(self) -> bool:
-        kinds = [self.kind, *get_args(self.kind)]
-        return get_origin(self.kind) is dict or any(get_origin(kind) is list for kind in kinds)
-
-    def is_unset_by(self, value: object) -> bool:
-        """Reports whether a flag's value means None, which not every setting may be: `none` may be a value's name."""
-        parts = get_args(self.kind)
-        names = [name for part in parts if get_origin(part) is Literal for name in get_args(part)]
-        return type(None) in parts and value in ("null", "none") and value not in names
-
-
-def _leaves(root: type[BaseModel], prefix: str = "") -> list[_Leaf]:
-    """Returns each setting."""
-    leaves: list[_Leaf] = []
-    for name, info in root.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            leaves += _leaves(kind, f"{prefix}{name}.")
-        elif kind is GPTConfig:
-            leaves.append(_Leaf(f"{prefix}{name}.preset", f"shape by name, one of {', '.join(PRESETS)}", str | None))
-            kinds = get_type_hints(GPTConfig)
-            for field in dataclasses.fields(GPTConfig):
-                help_text = f"{field.metadata['help']} ({field.default})"
-                leaves.append(_Leaf(f"{prefix}{name}.{field.name}", help_text, kinds[field.name]))
-        else:
-            leaves.append(_Leaf(f"{prefix}{name}", _help(root, name, info), kind))
-    return leaves
-
-
-def _help(branch: type[BaseModel], name: str, info: FieldInfo) -> str:
-    help_table: dict[str, dict[str, str]] = read_table(__file__, "help")
-    about = next(lines[name] for kind in branch.__mro__ if name in (lines := help_table.get(kind.__name__, {})))
-    default = info.get_default(call_default_factory=True)
-    choices = get_args(info.annotation) if all(isinstance(a, str) for a in get_args(info.annotation)) else ()
-    notes = [f"one of {', '.join(choices)}"] if choices else []
-    notes += [f"default {default}"] if default not in (None, [], {}) else []
-    return about + (f" ({'; '.join(notes)})" if notes else "")
-
-
 def _explained(problem: Any, root: type[BaseModel]) -> str:
     path = [str(part) for part in problem["loc"]]
     name = ".".join(path)
@@ -234,9 +210,9 @@ def _explained(problem: Any, root: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden" and (meant := newcomers_word(path[-1])):
         return f"unknown setting {name}{meant}"
     if problem["type"] == "extra_forbidden":
-        siblings = [".".join(leaf.path.split(".")[: len(path)]) for leaf in _leaves(root)]
+        siblings = [".".join(leaf.path.split(".")[: len(path)]) for leaf in leaves(root)]
         return f"unknown setting {name}{suggestion(name, sorted(set(siblings)))}"
-    below = [leaf.path.removeprefix(f"{name}.") for leaf in _leaves(root) if leaf.path.startswith(f"{name}.")]
+    below = [leaf.path.removeprefix(f"{name}.") for leaf in leaves(root) if leaf.path.startswith(f"{name}.")]
     message = expectation(problem, siblings=below) or problem["msg"].removeprefix("Value error, ")
     shown = "" if problem["type"] == "value_error" else f", not {problem['input']!r}"
     return f"{name}: {message}{shown}" if name else message

@@ -167,6 +167,15 @@ def test_a_corpus_is_enough_without_a_file() -> None:
     assert "--data.source" in refusal()
 
 
+def test_a_file_without_a_corpus_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bare.yaml"
+    path.write_text("data: {source: []}")
+    assert refusal(str(path)).startswith(
+        f"data.source is empty: name the corpus by a path or URI, globs allowed, in {path}"
+    )
+    assert parsed(str(path), "--data.source", "a.txt").data.source == [str(Path.cwd() / "a.txt")]
+
+
 def test_paths_are_made_absolute(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = parsed(file, "--data.tokenizer", "tok.json", "--storage.uri", "file:///data/x")
