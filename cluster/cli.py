@@ -8,8 +8,10 @@ import argparse
 import io
 import json
 import os
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from pkgutil import resolve_name
@@ -18,7 +20,7 @@ from typing import Any
 from cluster.commands.table import add_argument, table
 from cluster.output.result_text import lines, printable, put
 from cluster.settings.code_folders import code_version, version
-from cluster.settings.parser import ConfigError, Parser
+from cluster.settings.parser import ConfigError, FirstManual, Parser
 from cluster.stages.stage_module import exit_on_signal
 from model.errors import UserError
 
@@ -66,11 +68,12 @@ def command_parser(words: Sequence[str] | None = None) -> Parser:
 
     Only the named command gets its arguments, as a configuration tree takes long to import.
     """
-    parser = Parser(prog="raymill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage = "raymill [-h] [--version] COMMAND ..."
+    parser = Parser(prog="raymill", usage=usage, description=f"{__doc__}\n{_overview()}", formatter_class=FirstManual)
     shown = f"raymill {version()}, code {code_version()}" if words and "--version" in words else ""  # reads all code
     parser.add_argument("--version", action="version", version=shown, help="print the version and the code's hash")
     named = None if words is None else next((word for word in words if not word.startswith("-")), "")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(prog="raymill", metavar="COMMAND", required=True, help=argparse.SUPPRESS)
     groups = {}
     for words_of_command, command in table()["commands"].items():
         first, _, second = words_of_command.partition(" ")
@@ -86,6 +89,20 @@ def command_parser(words: Sequence[str] | None = None) -> Parser:
             for argument in command.get("arguments", []):
                 add_argument(sub, argument)
     return parser
+
+
+def _overview() -> str:
+    """Returns a line or two for each command, by section."""
+    abouts = table()["groups"] | {name: command["help"] for name, command in table()["commands"].items()}
+    column = " " * 14
+    width = min(shutil.get_terminal_size().columns, 120)
+    text = ""
+    for title, names in table()["sections"].items():
+        text += f"{title}:\n"
+        for name in names:
+            text += textwrap.fill(abouts[name], width, initial_indent=f"  {name:12}", subsequent_indent=column) + "\n"
+        text += "\n"
+    return text.rstrip()
 
 
 def _show(result: dict[str, Any], arguments: argparse.Namespace) -> None:
