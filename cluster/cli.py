@@ -17,6 +17,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+from cluster.commands import completion
 from cluster.commands.table import add_argument, table
 from cluster.output.result_text import lines, printable, put
 from cluster.settings.code_folders import code_version, version
@@ -26,6 +27,8 @@ from model.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if completion.is_asked():
+        completion.answer(command_parser(completion.typed_words()))
     signal.signal(signal.SIGTERM, exit_on_signal)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as in `raymill list >&-`

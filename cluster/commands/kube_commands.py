@@ -6,19 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from cluster.commands.completion import OVERLAYS, overlays
 from cluster.kube import status as kube
 from cluster.kube.kustomize import rendered_overlay
 from cluster.kube.leftovers import PART_OF_RAYMILL, kinds_of, leftovers, removal
 from cluster.kube.pending import reasons, warning
 from cluster.kube.scale import Patch, bounds_of_owner, most_replicas, scale_group, suspend
-from cluster.settings.code_folders import CODE_ROOT
 from cluster.settings.parser import ConfigError
 from model.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.kube.client import KubeApi
 
-_OVERLAYS = CODE_ROOT / "cluster" / "k8s" / "overlays"  # a link, so that a wheel has them too
 _PLATFORM = "platform"
 """The component with the namespace, rights and policies, which only an administrator can apply."""
 
@@ -152,10 +151,10 @@ def _of_component(objects: list[kube.Object], component: str | None) -> list[kub
 
 def overlay_folder(name: str) -> Path:
     """Returns the folder of one of raymill's overlays by its name, or the named folder."""
-    for folder in (_OVERLAYS / name, Path(name)):
+    for folder in (OVERLAYS / name, Path(name)):
         if folder.is_dir():
             return folder
-    known = sorted(folder.name for folder in _OVERLAYS.glob("*") if folder.is_dir())
+    known = overlays()
     choices = f"one of {', '.join(known)}, or the folder" if known else "there is no k8s/ here, so name the folder"
     raise ConfigError(f"unknown overlay {name!r}, expected {choices} of your own kustomization")
 

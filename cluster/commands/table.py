@@ -9,6 +9,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+from cluster.commands.completion import COMPLETERS
 from cluster.storage.uris import absolute_uri
 from model.tables import read_table
 
@@ -41,4 +42,7 @@ def add_argument(place: argparse._ActionsContainer, declared: str | dict[str, An
     else:
         if "type" in options:
             options["type"] = _TYPES[options["type"]]
-        place.add_argument(*options.pop("name").split(), **options)
+        completes = options.pop("completes", None)
+        action = place.add_argument(*options.pop("name").split(), **options)
+        if completes is not None:
+            action.completer = COMPLETERS[completes]  # type: ignore[attr-defined]  # which argcomplete looks for

@@ -55,7 +55,9 @@ def _add_flag(place: argparse._ActionsContainer, leaf: Leaf, *, is_shown: bool =
     flag = f"--{leaf.path}"
     options: dict[str, Any] = {"dest": leaf.path, "nargs": "+" if leaf.is_list else None, "metavar": "VALUE"}
     about = leaf.help.replace("%", "%%")
-    place.add_argument(flag.replace("_", "-"), help=about if is_shown else argparse.SUPPRESS, **options)
+    action = place.add_argument(flag.replace("_", "-"), help=about if is_shown else argparse.SUPPRESS, **options)
+    if leaf.words:
+        action.completer = lambda **_: leaf.words  # type: ignore[attr-defined]  # which argcomplete looks for
     if "_" in flag:
         place.add_argument(flag, help=argparse.SUPPRESS, **options)
 

@@ -36,6 +36,11 @@ class Leaf(NamedTuple):
         kinds = [self.kind, *get_args(self.kind)]
         return get_origin(self.kind) is dict or any(get_origin(kind) is list for kind in kinds)
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Returns what its flag may be completed to."""
+        return ("true", "false") if self.kind is bool else self.choices
+
     def is_unset_by(self, value: object) -> bool:
         """Reports whether a flag's value means None, which not every setting may be: `none` may be a value's name."""
         may_be_unset = type(None) in get_args(self.kind)
