@@ -28,8 +28,9 @@ def stage(arguments: argparse.Namespace) -> dict[str, Any]:
     from cluster.local.local_cluster import cpus_per_node
     from cluster.settings.flags import config_from_arguments
     from cluster.settings.run import RunConfig, max_steps, run_storage
-    from cluster.submission.first_checks import check_memory, check_stage
+    from cluster.submission.first_checks import check_room, check_stage
     from cluster.submission.preflight import check_sources, folders_at
+    from jobs.plan.memory import worker_needs
     from jobs.run.history import why_not_resumed
 
     config = config_from_arguments(arguments, RunConfig)
@@ -42,10 +43,7 @@ def stage(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.command != "tokenize" and (reason := why_not_resumed(run_storage(config), config)):
         raise ConfigError(reason)
     check_stage(config, arguments.command)
-    if arguments.command != "tokenize" and config.cluster.address is None:
-        from jobs.plan.memory import worker_needs
-
-        check_memory(config, worker_needs(config))
+    check_room(config, arguments.command, {} if arguments.command == "tokenize" else worker_needs(config))
     steps = "" if arguments.command == "tokenize" else f", {max_steps(config):,} steps"
     sources = config.data.source
     more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
@@ -309,7 +307,7 @@ def serve(arguments: argparse.Namespace) -> None:
     config = config_from_arguments(_with_positional(arguments), ServeConfig)
     require_key(config)
     if config.engine.device == "cuda":
-        check_gpu("engine.device=cuda", config.cluster.address)
+        check_gpu("engine.device=cuda", config.cluster.address, num_gpus=config.engine.tensor_parallel_size)
     checkpoint = _named_by(config)
     if config.cluster.address is None:
         require_free_port(config.host, config.port)
