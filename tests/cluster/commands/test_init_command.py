@@ -1,6 +1,7 @@
 """`raymill init` writes a file that is valid, whose comments are the settings' own help, and that a run takes."""
 
 import json
+from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def manual() -> dict[str, str]:
     """Returns what `raymill pretrain --help` says of each setting."""
     parser = command_parser(["pretrain"])
     (commands,) = [action for action in parser._actions if isinstance(action.choices, dict)]
-    return {action.dest: str(action.help) for action in commands.choices["pretrain"]._actions}  # type: ignore[index]
+    actions = commands.choices["pretrain"]._actions  # type: ignore[index]
+    return {action.dest: str(action.help) for action in actions if action.help != SUPPRESS}
 
 
 def test_the_file_is_valid_and_each_comment_is_the_settings_help(capsys: pytest.CaptureFixture[str]) -> None:
