@@ -14,7 +14,7 @@ from cluster.local.jobs_api import ClusterError
 from cluster.output.job_log import LogReader, launches
 from cluster.output.progress import RayFilter, say
 from cluster.output.result_text import put, table
-from cluster.settings.flags import config_from_arguments
+from cluster.settings.flags import resolve_config
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
 from cluster.storage.uris import NotFoundError, Storage, StorageError, absolute_uri, open_storage
@@ -41,9 +41,10 @@ _TAIL_BYTES = 64 << 10
 
 
 def submit(arguments: argparse.Namespace) -> dict[str, Any]:
-    config = config_from_arguments(arguments, RunConfig)
-    if note := getattr(arguments, "note", ""):
-        say(note)
+    resolved = resolve_config(vars(arguments), RunConfig, file=arguments.config)
+    if resolved.note:
+        say(resolved.note)
+    config = resolved.config
     backend, stage = _backend(arguments, config), arguments.stage
     say(f"submit: {stage} of run {config.run_id}; checking the storage, the sources and the settings")
     backend.probe()

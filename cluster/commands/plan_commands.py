@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from cluster.settings.flags import config_from_arguments, settings_from_flags, validate_config
+from cluster.settings.flags import resolve_config, settings_from_flags, validate_config
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, planned_vocabulary, seq_len, with_precision
 from model.config import num_parameters
@@ -19,8 +19,8 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     from jobs.plan.make_plan import planned
     from jobs.plan.scale_simulation import scale_table, scales
 
-    options = validate_config(settings_from_flags(arguments, PlanConfig), PlanConfig)
-    config = config_from_arguments(arguments, RunConfig, needs_source=False)
+    options = validate_config(settings_from_flags(vars(arguments), PlanConfig), PlanConfig)
+    config = resolve_config(vars(arguments), RunConfig, file=arguments.config, needs_source=False).config
     if arguments.simulate:
         rows = scales(planned_vocabulary(config), options)
         found: dict[str, Any] = {"scales": rows, "table": scale_table(rows)}
@@ -32,7 +32,9 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def inspect(arguments: argparse.Namespace) -> dict[str, Any]:
     """Shows the shapes of one lane: train.micro_batch_size sequences of train.seq_len tokens."""
-    config = planned_vocabulary(config_from_arguments(arguments, RunConfig, needs_source=False))
+    config = planned_vocabulary(
+        resolve_config(vars(arguments), RunConfig, file=arguments.config, needs_source=False).config
+    )
     config = with_precision(config, "bf16" if config.scaling.use_gpu else fast_precision("cpu"))
     batch_size, tokens = config.train.micro_batch_size, seq_len(config)
     small = 2 if config.train.precision == "bf16" else 4

@@ -26,16 +26,17 @@ def stage(arguments: argparse.Namespace) -> dict[str, Any]:
     """Submits the stage that the command is named after as a job, and follows it."""
     from cluster.commands.chaos import chaos, parse_faults
     from cluster.local.local_cluster import cpus_per_node
-    from cluster.settings.flags import config_from_arguments
+    from cluster.settings.flags import resolve_config
     from cluster.settings.run import RunConfig, max_steps, run_storage
     from cluster.submission.first_checks import check_room, check_stage
     from cluster.submission.preflight import check_sources, folders_at
     from jobs.plan.memory import worker_needs
     from jobs.run.history import why_not_resumed
 
-    config = config_from_arguments(arguments, RunConfig)
-    if note := getattr(arguments, "note", ""):
-        say(note)
+    resolved = resolve_config(vars(arguments), RunConfig, file=arguments.config)
+    if resolved.note:
+        say(resolved.note)
+    config = resolved.config
     faults = parse_faults(getattr(arguments, "chaos", []))
     if faults and config.cluster.address is not None:
         raise ConfigError("--chaos kills nodes of the local cluster; leave out --cluster.address")
@@ -87,10 +88,10 @@ def storage_check(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def data_preview(arguments: argparse.Namespace) -> dict[str, Any]:
-    from cluster.settings.flags import config_from_arguments
+    from cluster.settings.flags import resolve_config
     from cluster.settings.run import RunConfig
 
-    config = config_from_arguments(arguments, RunConfig)
+    config = resolve_config(vars(arguments), RunConfig, file=arguments.config).config
     say("data preview: reading a sample of the corpus")
 
     from jobs.tokens.preview_data import preview  # takes a second
@@ -121,11 +122,11 @@ def look_at_store(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from cluster.local.local_cluster import cpus_per_node
-    from cluster.settings.flags import config_from_arguments
+    from cluster.settings.flags import resolve_config
     from cluster.settings.run import EvaluateConfig
     from cluster.submission.preflight import check_sources, folders_at
 
-    config = config_from_arguments(_with_positional(arguments), EvaluateConfig)
+    config = resolve_config(vars(_with_positional(arguments)), EvaluateConfig, file=arguments.config).config
     checkpoint = _named_by(config)
     check_sources(config.data, folders_at(config.cluster.address))
     say(f"evaluate: {checkpoint}")
@@ -299,12 +300,12 @@ def serve(arguments: argparse.Namespace) -> None:
     from cluster.commands.local_endpoint import keep_up
     from cluster.endpoint.endpoint import deploy, require_key, require_ray_proxies, url_of
     from cluster.local.local_cluster import require_free_port
-    from cluster.settings.flags import config_from_arguments
+    from cluster.settings.flags import resolve_config
     from cluster.settings.serve import ServeConfig
     from cluster.submission.first_checks import check_gpu
 
     require_ray_proxies()
-    config = config_from_arguments(_with_positional(arguments), ServeConfig)
+    config = resolve_config(vars(_with_positional(arguments)), ServeConfig, file=arguments.config).config
     require_key(config)
     if config.engine.device == "cuda":
         check_gpu("engine.device=cuda", config.cluster.address, num_gpus=config.engine.tensor_parallel_size)

@@ -3,8 +3,10 @@
 import argparse
 import secrets
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -62,48 +64,62 @@ def _add_flag(place: argparse._ActionsContainer, leaf: Leaf, *, is_shown: bool =
         place.add_argument(flag, help=argparse.SUPPRESS, **options)
 
 
-def config_from_arguments(arguments: argparse.Namespace, root: type[Config], *, needs_source: bool = True) -> Config:
-    """Returns the validated tree of file and flags. Raises `ConfigError` that names every wrong setting."""
-    values = _read_yaml(arguments.config) if arguments.config else {}
+@dataclass(frozen=True)
+class Resolved(Generic[Config]):
+    """The settings that a file and flags give; `note` is for people, and empty where nothing is worth saying."""
+
+    config: Config
+    note: str
+
+
+def resolve_config(
+    flags: Mapping[str, Any], root: type[Config], *, file: Path | None = None, needs_source: bool = True
+) -> Resolved[Config]:
+    """Returns the validated tree of the file and the flags, which are by dotted name and None where not given. Raises
+    `ConfigError` that names every wrong setting."""
+    values = _read_yaml(file) if file else {}
     is_run = needs_source and root is RunConfig
-    if arguments.config is None and is_run and arguments.__dict__.get("data.source") is None:
+    if file is None and is_run and flags.get("data.source") is None:
         raise ConfigError("no configuration: name a YAML file, or at least --data.source")
-    _check_preset(arguments, values)
-    config = validate_config(settings_from_flags(arguments, root, over=values), root)
+    note = _check_preset(flags, values, file)
+    config = validate_config(settings_from_flags(flags, root, over=values, file=file), root)
     if is_run and isinstance(config, RunConfig) and not config.data.source:
         raise ConfigError(
-            f"data.source is empty: name the corpus by a path or URI, globs allowed, in {arguments.config} or by "
-            "--data.source"
+            f"data.source is empty: name the corpus by a path or URI, globs allowed, in {file} or by --data.source"
         )
-    return settled(config)
+    return Resolved(settled(config), note)
 
 
-def _check_preset(arguments: argparse.Namespace, values: dict[str, Any]) -> None:
+def _check_preset(flags: Mapping[str, Any], values: dict[str, Any], file: Path | None) -> str:
     """Compares a preset that a flag gives with the file's own numbers of the shape, which win over it. Refuses one over
-    a file that gives a shape and no preset; of one over another preset, `arguments.note` says which numbers win."""
-    preset, model = arguments.__dict__.get("model.preset"), values.get("model")
+    a file that gives a shape and no preset; of one over another preset, returns a sentence on which numbers win."""
+    preset, model = flags.get("model.preset"), values.get("model")
     if preset not in PRESETS or not isinstance(model, dict):
-        return
-    wanted, given = PRESETS[preset], arguments.__dict__
-    kept = {name: value for name, value in model.items() if given.get(f"model.{name}") is None}
+        return ""
+    wanted = PRESETS[preset]
+    kept = {name: value for name, value in model.items() if flags.get(f"model.{name}") is None}
     others = [f"model.{name}: {value}" for name, value in kept.items() if wanted.get(name, value) != value]
     if not others:
-        return
+        return ""
     if "preset" not in model:
         raise ConfigError(
-            f"--model.preset {preset} has other values than {arguments.config}, where {', '.join(others)}, and those "
-            "would win; take them out of the file, or leave the preset out and give each as a flag"
+            f"--model.preset {preset} has other values than {file}, where {', '.join(others)}, and those would win; "
+            "take them out of the file, or leave the preset out and give each as a flag"
         )
-    arguments.note = f"{', '.join(others)} of {arguments.config} stays, with the rest of --model.preset {preset}"
+    return f"{', '.join(others)} of {file} stays, with the rest of --model.preset {preset}"
 
 
 def settings_from_flags(
-    arguments: argparse.Namespace, root: type[BaseModel], *, over: dict[str, Any] | None = None
+    flags: Mapping[str, Any],
+    root: type[BaseModel],
+    *,
+    over: dict[str, Any] | None = None,
+    file: Path | None = None,
 ) -> dict[str, Any]:
-    """Returns the settings that the flags give, laid over others."""
+    """Returns the settings that the flags give, laid over those of a file."""
     values = over or {}
     for leaf in leaves(root):
-        path, value = leaf.path, getattr(arguments, leaf.path)
+        path, value = leaf.path, flags[leaf.path]
         if value is None:
             continue
         branch = values
@@ -111,7 +127,7 @@ def settings_from_flags(
         for parent in parents:
             branch = branch.setdefault(parent, {})
             if not isinstance(branch, dict):
-                raise ConfigError(f"{parent} holds {branch!r} in {arguments.config}; expected `name: value` lines")
+                raise ConfigError(f"{parent} holds {branch!r} in {file}; expected `name: value` lines")
         branch[name] = None if leaf.is_unset_by(value) else value
         if path == "data.validation":
             if wrong := [item for item in value if "=" not in item]:
