@@ -5,12 +5,10 @@ It asks the files of this machine alone: a shell waits for the answer, and impor
 
 import argparse
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cluster.settings.code_folders import CODE_ROOT
-from cluster.storage.references import checkpoint_steps
 from cluster.storage.uris import open_storage
 
 OVERLAYS = CODE_ROOT / "cluster" / "k8s" / "overlays"  # a link, so that a wheel has them too
@@ -45,6 +43,8 @@ def run_ids(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
 
 def checkpoints(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Returns `latest` and the ids of the storage's runs; the run's steps once its id and `@` are typed."""
+    from cluster.storage.references import checkpoint_steps
+
     run_id, at, _step = prefix.partition("@")
     runs = _runs(parsed_args)
     if not at or runs is None:
@@ -55,15 +55,10 @@ def checkpoints(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[
 
 def _runs(parsed_args: argparse.Namespace) -> Path | None:
     """Returns the folder of the storage's runs, or None where it is not on this machine."""
-    typed = vars(parsed_args)
-    uri = typed.get("storage_uri") or typed.get("storage.uri") or ".raymill"
+    uri = vars(parsed_args).get("storage.uri") or ".raymill"
     return open_storage(uri).local_path("runs")
 
 
 def overlays(**_: Any) -> list[str]:
     """Returns the names of raymill's overlays."""
     return sorted(folder.name for folder in OVERLAYS.glob("*") if folder.is_dir())
-
-
-COMPLETERS: dict[str, Callable[..., list[str]]] = {"run": run_ids, "checkpoint": checkpoints, "overlay": overlays}
-"""The completers of arguments, by the name that `commands.toml` has for each (`completes`)."""

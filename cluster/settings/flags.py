@@ -32,7 +32,7 @@ from model.config import PRESETS
 Config = TypeVar("Config", bound=Settings)
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, root: type[BaseModel], *, positional: str = "") -> None:
+def add_config_arguments(parser: argparse._ActionsContainer, root: type[BaseModel], *, positional: str = "") -> None:
     """Adds one flag for each setting of `root`, in groups: those that are changed first, then each branch.
 
     The caller adds `config`, the YAML file that the flags override, and the setting that may also stand by itself

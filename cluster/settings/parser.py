@@ -30,7 +30,7 @@ class FirstManual(Manual, argparse.RawDescriptionHelpFormatter):
 
 def _is_setting(action: argparse.Action) -> bool:
     flag = action.option_strings[0] if action.option_strings else ""
-    return "." in flag and "." in action.dest
+    return "." in flag and action.metavar == "VALUE"
 
 
 class Parser(argparse.ArgumentParser):

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from cluster.cli import COMMANDS as RECORDS
 from cluster.cli import main
-from cluster.commands.table import table
 from cluster.settings.leaves import leaves
 from cluster.settings.run import RunConfig
 from model.checkpoint_folder import MANIFEST
@@ -95,7 +95,7 @@ def test_the_first_help_has_each_command_once_below_its_section(capsys: pytest.C
     assert sections[0] == "to begin with"
     assert [name.split()[0] for name in sections[1:]] == ["data", "train", "look", "serve", "jobs,"]
     listed = [line.split()[0] for line in shown.splitlines() if line.startswith("  ") and line[2] != " "]
-    assert sorted(listed) == sorted({name.split()[0] for name in table()["commands"]})
+    assert sorted(listed) == sorted({command.name.split()[0] for command in RECORDS})
     assert listed.index("demo") < listed.index("pretrain") < listed.index("serve") < listed.index("gc")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.commands.table import table
+from cluster.cli import COMMANDS, SECTIONS
 from cluster.settings.code_folders import code_version, version
 from tests.repository import REPOSITORY
 
@@ -50,7 +50,9 @@ def check(argv: list[str], folder: Path, *, limit_s: float, banned: set[str], **
 
 def test_the_first_help_answers_at_once(tmp_path: Path) -> None:
     shown = check(["--help"], tmp_path, limit_s=0.4, banned=HEAVY | {"httpx", "numpy", "pydantic", "rich", "yaml"})
-    abouts = table()["groups"] | {name: said["help"] for name, said in table()["commands"].items() if " " not in name}
+    abouts = {command.name: command.help for command in COMMANDS if " " not in command.name}
+    for section in SECTIONS:
+        abouts |= section.groups
     assert all(f" {name} " in shown and about.split()[0] in shown for name, about in abouts.items())
 
 
@@ -59,7 +61,7 @@ def test_the_version_names_the_code(tmp_path: Path) -> None:
     assert shown == f"raymill {version()}, code {code_version()}\n"
 
 
-@pytest.mark.parametrize("name", table()["commands"])
+@pytest.mark.parametrize("name", [command.name for command in COMMANDS])
 def test_each_help_answers_at_once(name: str, tmp_path: Path) -> None:
     shown = check([*name.split(), "--help"], tmp_path, limit_s=0.6, banned=HEAVY)
     assert shown.startswith(f"usage: raymill {name} ")
