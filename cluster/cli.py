@@ -6,25 +6,41 @@ errors go to standard error.
 
 import argparse
 import io
-import json
 import os
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from pkgutil import resolve_name
-from typing import Any
+from types import MappingProxyType
+from typing import TypeAlias
 
-from cluster.commands.table import add_argument, table
-from cluster.output.result_text import lines, printable, put
-from cluster.output.spoken_names import for_people
+from cluster.commands import completion
+from cluster.commands.cluster_commands import CLUSTER
+from cluster.commands.command import Arguments, Command, Section
+from cluster.commands.data_commands import DATA
+from cluster.commands.look_commands import LOOK
+from cluster.commands.serve_commands import SERVE
+from cluster.commands.train_commands import BEGIN, TRAIN
+from cluster.output.result_text import printable, put
 from cluster.settings.code_folders import code_version, version
-from cluster.settings.parser import ConfigError, Parser
+from cluster.settings.parser import ConfigError, FirstManual, Parser
 from cluster.stages.stage_module import exit_on_signal
 from model.errors import UserError
 
+SECTIONS = (BEGIN, DATA, TRAIN, LOOK, SERVE, CLUSTER)
+COMMANDS = tuple(chain.from_iterable(section.commands for section in SECTIONS))
+
+Places: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+_COMMAND = "command record"  # among argparse's values, where no argument has a blank in its name
+
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if completion.is_asked():
+        completion.answer(command_parser(completion.typed_words()))
     signal.signal(signal.SIGTERM, exit_on_signal)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as in `raymill list >&-`
@@ -47,19 +63,18 @@ def _run(words: list[str]) -> int:
         put(command_parser([]).format_help())
         return 0
     try:
-        arguments = command_parser(words).parse_args(words)
+        values = vars(command_parser(words).parse_args(words))
     except SystemExit:  # of --help and --version, whose text is not written yet
         put("")
         raise
-    # What a command may say besides its result: a text to print instead, that the result is bad, and what is next.
-    arguments.words, arguments.text, arguments.is_bad, arguments.next = words, None, False, ""
-    arguments.show = lambda result: _show(result, arguments)
-    result = resolve_name(f"cluster.commands.{arguments.run}")(arguments)
-    if result is not None:
+    command: Command = values.pop(_COMMAND)
+    arguments = Arguments(tuple(words), is_json=values.pop("json"), values=MappingProxyType(values))
+    result = command.run(arguments)
+    if not result.is_shown:
         arguments.show(result)
-    if arguments.next:
-        sys.stderr.write(f"next: {printable(arguments.next)}\n")
-    return int(arguments.is_bad)
+    if result.next:
+        sys.stderr.write(f"next: {printable(result.next)}\n")
+    return int(result.is_bad)
 
 
 def command_parser(words: Sequence[str] | None = None) -> Parser:
@@ -67,31 +82,57 @@ def command_parser(words: Sequence[str] | None = None) -> Parser:
 
     Only the named command gets its arguments, as a configuration tree takes long to import.
     """
-    parser = Parser(prog="raymill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage, about = "raymill [-h] [--version] COMMAND ...", f"{__doc__}\n{_overview()}"
+    parser = Parser(prog="raymill", usage=usage, description=about, formatter_class=FirstManual)
     shown = f"raymill {version()}, code {code_version()}" if words and "--version" in words else ""  # reads all code
     parser.add_argument("--version", action="version", version=shown, help="print the version and the code's hash")
     named = None if words is None else next((word for word in words if not word.startswith("-")), "")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    groups = {}
-    for words_of_command, command in table()["commands"].items():
-        first, _, second = words_of_command.partition(" ")
-        if second and first not in groups:
-            about = table()["groups"][first]
-            group = commands.add_parser(first, help=about, description=about)
-            groups[first] = group.add_subparsers(metavar="COMMAND", required=True)
-        name, place = second or first, groups.get(first, commands)
-        sub = place.add_parser(name, help=command["help"], description=command["help"])
-        if named in (None, first):
-            sub.add_argument("--json", action="store_true", help="print one JSON object as the last line of output")
-            sub.set_defaults(run=command["run"], command=name)
-            for argument in command.get("arguments", []):
-                add_argument(sub, argument)
+    place = parser.add_subparsers(prog="raymill", metavar="COMMAND", required=True, help=argparse.SUPPRESS)
+    for section in SECTIONS:
+        _add_section(place, section, named)
     return parser
 
 
-def _show(result: dict[str, Any], arguments: argparse.Namespace) -> None:
-    text = "\n".join(lines(for_people(result))) + "\n" if arguments.text is None else arguments.text
-    put(json.dumps(result) + "\n" if arguments.json else text)
+def _add_section(place: "Places", section: Section, named: str | None) -> None:
+    places: dict[str, Places] = {}
+    for first, about in section.groups.items():
+        group = place.add_parser(first, help=about, description=about)
+        places[first] = group.add_subparsers(metavar="COMMAND", required=True)
+    for command in section.commands:
+        first, _, second = command.name.partition(" ")
+        parser = places.get(first, place).add_parser(second or first, help=command.help, description=command.help)
+        if named in (None, first):
+            parser.set_defaults(**{_COMMAND: command})
+            parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of output")
+            for argument in command.arguments:
+                argument.add_to(parser)
+
+
+def _overview() -> str:
+    """Returns a line or two for each command and each group of commands, by section."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    text = ""
+    for section in SECTIONS:
+        text += f"{section.title}:\n"
+        for name, about in _listed(section).items():
+            line = textwrap.fill(about, width, initial_indent=f"  {name:12}", subsequent_indent=" " * 14)
+            text += f"{line}\n"
+        text += "\n"
+    return text.rstrip()
+
+
+def _listed(section: Section) -> dict[str, str]:
+    """Returns the help of each first word: a command's, or its group's with the words that may follow."""
+    abouts: dict[str, str] = {}
+    for command in section.commands:
+        first, _, second = command.name.partition(" ")
+        if not second:
+            abouts[first] = command.help
+        elif first in abouts:
+            abouts[first] += f", {second}"
+        else:
+            abouts[first] = f"{section.groups[first]}: {second}"
+    return abouts
 
 
 if __name__ == "__main__":

@@ -1,11 +1,23 @@
 """`raymill promote` and `raymill rollback`."""
 
-import argparse
 import json
 import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cluster.commands.arguments import (
+    ADMIN_KEY,
+    CANARY_PERCENT,
+    FINISH,
+    FOLLOWED,
+    GATE_SOURCE,
+    MAX_LOSS_INCREASE,
+    PROMOTED,
+    STORAGE,
+    URL,
+    WATCH_S,
+)
+from cluster.commands.command import Arguments, Result
 from cluster.endpoint.delivery import Operator, RefusedError
 from cluster.endpoint.endpoint import Endpoint
 from cluster.output.progress import say
@@ -17,25 +29,32 @@ _MAX_GATE_CHARS = 1 << 18
 _FOLLOW_S = 2.0
 
 
-def promote(arguments: argparse.Namespace) -> dict[str, Any]:
+def promote(arguments: Arguments) -> Result:
     """Promotes, and waits until the checkpoint has survived its watch window or serves as a canary."""
-    operator, storage_uri = _operator(arguments), arguments.storage_uri
+    operator, storage_uri = _operator(arguments), arguments[STORAGE]
     operator.require_access()  # the gate's rows take PyTorch, and seconds
-    gate = None if arguments.gate_source is None else _text_or_rows(arguments.gate_source)
-    terms = {name: getattr(arguments, name) for name in ("canary_percent", "watch_s", "max_loss_increase")}
-    if arguments.follow is not None:
-        follow_run(operator, arguments.follow, storage_uri, terms=terms, gate=gate)
-    if arguments.finish:
+    source = arguments[GATE_SOURCE]
+    gate = None if source is None else _text_or_rows(source)
+    terms = {
+        "canary_percent": arguments[CANARY_PERCENT],
+        "watch_s": arguments[WATCH_S],
+        "max_loss_increase": arguments[MAX_LOSS_INCREASE],
+    }
+    if (run := arguments[FOLLOWED]) is not None:
+        follow_run(operator, run, storage_uri, terms=terms, gate=gate)
+    if arguments[FINISH]:
         operator.finish()
         return _result(operator.wait())
-    checkpoint = checkpoint_uri(arguments.checkpoint, storage_uri)
+    reference = arguments[PROMOTED]
+    assert reference is not None, "one of the three is given"
+    checkpoint = checkpoint_uri(reference, storage_uri)
     fields = _gate_rows(checkpoint, storage_uri) if gate is None else gate
     operator.promote(checkpoint, terms=terms, gate=fields)
-    until = ("steady",) if arguments.canary_percent is None else ("canary", "steady")
+    until = ("steady",) if arguments[CANARY_PERCENT] is None else ("canary", "steady")
     return _result(operator.wait(until=until))
 
 
-def rollback(arguments: argparse.Namespace) -> dict[str, Any]:
+def rollback(arguments: Arguments) -> Result:
     """Rolls back, and waits until the previous version serves."""
     operator = _operator(arguments)
     if operator.roll_back()["phase"] == "loading":
@@ -71,8 +90,8 @@ def follow_run(
             say(f"not promoted: {error}")
 
 
-def _operator(arguments: argparse.Namespace) -> Operator:
-    endpoint = Endpoint.load(arguments.storage_uri, url=arguments.url, admin_key_file=arguments.admin_key_file)
+def _operator(arguments: Arguments) -> Operator:
+    endpoint = Endpoint.load(arguments[STORAGE], url=arguments[URL], admin_key_file=arguments[ADMIN_KEY])
     return Operator(endpoint)
 
 
@@ -98,6 +117,6 @@ def _text_or_rows(source: str) -> dict[str, Any]:
         raise UserError(f"--gate-source {source} cannot be read: {error}") from None
 
 
-def _result(state: dict[str, Any]) -> dict[str, Any]:
+def _result(state: dict[str, Any]) -> Result:
     versions = {role: state[role] and state[role]["version"] for role in ("live", "candidate", "previous")}
-    return {"phase": state["phase"], "checkpoint": state["live"]["checkpoint"], **versions}
+    return Result({"phase": state["phase"], "checkpoint": state["live"]["checkpoint"], **versions})

@@ -3,19 +3,31 @@
 A job's record and log lie in the run's storage, so a run id and `--storage.uri` find them on any machine.
 """
 
-import argparse
 import json
 import sys
 import time
 from typing import Any
 
+from cluster.commands.arguments import (
+    ADDRESS,
+    ALL_LAUNCHES,
+    FOLLOW_LOG,
+    KUBERAY,
+    ONLY_CHECK,
+    OVERLAYS_NAMESPACE,
+    RUN_ID,
+    SHOWS_RAY,
+    STAGE,
+    STORAGE,
+    TOKEN_FILE,
+)
+from cluster.commands.command import Arguments, Result
 from cluster.commands.kube_commands import overlay_folder, shown_objects
 from cluster.local.jobs_api import ClusterError
 from cluster.output.job_log import LogReader, launches
 from cluster.output.progress import RayFilter, say
 from cluster.output.result_text import date_of, put, table
 from cluster.output.spoken_names import for_people
-from cluster.settings.flags import config_from_arguments
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
 from cluster.storage.uris import NotFoundError, Storage, StorageError, absolute_uri, open_storage
@@ -41,14 +53,12 @@ _STATE_INTERVAL_S = 10.0
 _TAIL_BYTES = 64 << 10
 
 
-def submit(arguments: argparse.Namespace) -> dict[str, Any]:
-    config = config_from_arguments(arguments, RunConfig)
-    if note := getattr(arguments, "note", ""):
-        say(note)
-    backend, stage = _backend(arguments, config), arguments.stage
+def submit(arguments: Arguments) -> Result:
+    config = arguments.config(RunConfig)
+    backend, stage, is_dry = _backend(arguments, config), arguments[STAGE], arguments[ONLY_CHECK]
     say(f"submit: {stage} of run {config.run_id}; checking the storage, the sources and the settings")
     backend.probe()
-    living = None if arguments.dry_run else living_job(config, stage, arguments.token_file)
+    living = None if is_dry else living_job(config, stage, arguments[TOKEN_FILE])
     if living is not None:
         is_there = isinstance(backend, KubeJobs) and living.record.where == backend.where
         if is_there and living.state is JobState.PENDING:  # its submission may have been interrupted
@@ -56,12 +66,12 @@ def submit(arguments: argparse.Namespace) -> dict[str, Any]:
             backend.complete(config, living.record)
         return _submitted(config, living, is_new=False)
     backend.check(config, stage, checked_needs(config, backend.folders))
-    if not arguments.dry_run:
-        view, is_new = submit_job(config, stage, backend, arguments.token_file)
+    if not is_dry:
+        view, is_new = submit_job(config, stage, backend, arguments[TOKEN_FILE])
         return _submitted(config, view, is_new=is_new)
     if not isinstance(backend, KubeJobs):
-        return {"run_id": config.run_id, "admitted": True}
-    return shown_objects(backend.objects(config, stage, number=1), arguments, run_id=config.run_id)
+        return Result({"run_id": config.run_id, "admitted": True})
+    return shown_objects(backend.objects(config, stage, number=1), run_id=config.run_id)
 
 
 def checked_needs(config: RunConfig, folders: Folders) -> dict[str, Any]:
@@ -76,50 +86,48 @@ def checked_needs(config: RunConfig, folders: Folders) -> dict[str, Any]:
     return needs
 
 
-def _submitted(config: RunConfig, view: JobView, *, is_new: bool) -> dict[str, Any]:
+def _submitted(config: RunConfig, view: JobView, *, is_new: bool) -> Result:
     if not is_new:
         say(f"run {config.run_id} has this job already: nothing was submitted")
     uri = config.storage.uri
     hint = f"raymill logs -f {config.run_id}" + ("" if uri == absolute_uri(".raymill") else f" --storage.uri {uri}")
-    return describe(view) | {"new": is_new, "storage": uri, "logs": hint}
+    return Result(describe(view) | {"new": is_new, "storage": uri, "logs": hint})
 
 
-def _backend(arguments: argparse.Namespace, config: RunConfig) -> JobBackend:
-    address = arguments.address or config.cluster.address
-    if arguments.kuberay is not None:
-        return backend_at(Backend.KUBERAY, arguments.namespace or "", overlay=overlay_folder(arguments.kuberay))
+def _backend(arguments: Arguments, config: RunConfig) -> JobBackend:
+    address, overlay = arguments[ADDRESS] or config.cluster.address, arguments[KUBERAY]
+    if overlay is not None:
+        return backend_at(Backend.KUBERAY, arguments[OVERLAYS_NAMESPACE] or "", overlay=overlay_folder(overlay))
     if address is not None:
-        return backend_at(Backend.RAY, address, token_file=arguments.token_file)
+        return backend_at(Backend.RAY, address, token_file=arguments[TOKEN_FILE])
     return backend_at(Backend.LOCAL)
 
 
-def list_jobs(arguments: argparse.Namespace) -> dict[str, Any]:
-    runs = open_storage(arguments.storage_uri).child("runs")
+def list_jobs(arguments: Arguments) -> Result:
+    runs = open_storage(arguments[STORAGE]).child("runs")
     rows = []
     for run in map(runs.child, recorded_runs(runs)):
         try:
-            if view := view_job(run, arguments.token_file):
+            if view := view_job(run, arguments[TOKEN_FILE]):
                 rows.append(describe(view) | _progress(run) | {"started": date_of(view.record.submitted)})
         except StorageError as error:
             say(f"{run.uri.rpartition('/')[2]} is left out: {error}")
     rows.sort(key=lambda row: str(row["submitted"]))
     if not rows:
         start = "`raymill pretrain` or `raymill submit` starts one"
-        say(f"no runs in {arguments.storage_uri}: {start}; --storage.uri names another place")
-    shown = [for_people(row) for row in rows]
+        say(f"no runs in {arguments[STORAGE]}: {start}; --storage.uri names another place")
     columns = ("run_id", "stage", "state", "step", "loss", "started", "kind of job", "place", "job")
-    arguments.text = table(columns, shown)
-    return {"jobs": rows}
+    text = table(columns, [for_people(row) for row in rows])
+    return Result({"jobs": rows}, text=text)
 
 
-def status(arguments: argparse.Namespace) -> dict[str, Any]:
+def status(arguments: Arguments) -> Result:
     run = _run(arguments)
     view = _view(arguments, run)
-    result = describe(view) | _progress(run)
+    shown = describe(view) | _progress(run)
     if view.ended is not None and view.ended.result is not None:
-        result["result"] = view.ended.result
-    arguments.is_bad = view.state.is_bad
-    return result
+        shown["result"] = view.ended.result
+    return Result(shown, is_bad=view.state.is_bad)
 
 
 def _progress(run: Storage) -> dict[str, Any]:
@@ -136,19 +144,22 @@ def _progress(run: Storage) -> dict[str, Any]:
     return {name: steps[-1][name] for name in ("step", "tokens_seen", "loss", "world_size")} if steps else {}
 
 
-def logs(arguments: argparse.Namespace) -> dict[str, Any]:
+def logs(arguments: Arguments) -> Result:
     run = _run(arguments)
     names = launches(run)
     if not names:
         _view(arguments, run)  # which may be one that waits
-    if arguments.follow:
+    if arguments[FOLLOW_LOG]:
         return _follow(arguments, run)
-    chosen = names if arguments.all else names[-1:]
-    lines = [line for name in chosen for line in _lines(run, name, header=arguments.all, rays=arguments.ray)]
+    is_all = arguments[ALL_LAUNCHES]
+    chosen = names if is_all else names[-1:]
+    lines: list[str] = []
+    for name in chosen:
+        lines += _lines(run, name, header=is_all, rays=arguments[SHOWS_RAY])
     ended = LogReader(run, names[-1]).ended() if names else None
     last = "stopped, as requested; the same run id continues it\n" if ended is not None and ended.stopped else ""
-    arguments.text = "".join(f"{line}\n" for line in lines) + last
-    return {"run_id": arguments.run_id, "launches": chosen, "lines": lines}
+    text = "".join(f"{line}\n" for line in lines) + last
+    return Result({"run_id": arguments[RUN_ID], "launches": chosen, "lines": lines}, text=text)
 
 
 def _lines(run: Storage, launch: str, *, header: bool, rays: bool) -> list[str]:
@@ -159,7 +170,7 @@ def _lines(run: Storage, launch: str, *, header: bool, rays: bool) -> list[str]:
     return title + [line for line in lines if rays or not ray_filter.hides(line)]
 
 
-def _follow(arguments: argparse.Namespace, run: Storage) -> dict[str, Any]:
+def _follow(arguments: Arguments, run: Storage) -> Result:
     """Prints the log until the job ends, through every launch that follows a failed one."""
     pause_s = _REMOTE_POLL_S if run.local_path("") is None else _LOCAL_POLL_S
     shown, reader, looked_s, ray_filter = "", None, 0.0, RayFilter()
@@ -170,47 +181,47 @@ def _follow(arguments: argparse.Namespace, run: Storage) -> dict[str, Any]:
             reader = LogReader(run, shown)
         ended = reader.ended() if reader else None  # before its last lines are read
         for line in "".join(reader.new_text()).splitlines() if reader else ():
-            if arguments.ray or not ray_filter.hides(line):
-                put(f"{line}\n", sys.stderr if arguments.json else sys.stdout)
+            if arguments[SHOWS_RAY] or not ray_filter.hides(line):
+                put(f"{line}\n", sys.stderr if arguments.is_json else sys.stdout)
         if ended is not None or time.monotonic() - looked_s > _STATE_INTERVAL_S:
             looked_s = time.monotonic()
             view = _view(arguments, run)
             if not view.state.is_live and view.launch in (shown or None, None):
-                if view.state.is_bad and not arguments.json:
-                    raise UserError(f"the job of run {arguments.run_id}: {view.state}")
-                arguments.is_bad = view.state.is_bad
-                return describe(view) | {"result": view.ended.result if view.ended else None}
+                if view.state.is_bad and not arguments.is_json:
+                    raise UserError(f"the job of run {arguments[RUN_ID]}: {view.state}")
+                result = view.ended.result if view.ended else None
+                return Result(describe(view) | {"result": result}, is_bad=view.state.is_bad)
         time.sleep(pause_s)
 
 
-def stop(arguments: argparse.Namespace) -> dict[str, Any]:
+def stop(arguments: Arguments) -> Result:
     run = _run(arguments)
     view = _view(arguments, run)
     strays: list[str] = []
     try:
-        strays = stray_jobs(view.record, arguments.token_file)
+        strays = stray_jobs(view.record, arguments[TOKEN_FILE])
     except ClusterError as error:  # which does not keep a job that has ended from being told of
         say(f"other jobs of the run were not looked for: {error}")
     if was_live := view.state.is_live or bool(strays):
-        stop_job(run, view, arguments.token_file)
+        stop_job(run, view, arguments[TOKEN_FILE])
     deadline_s = time.monotonic() + _STOP_TIMEOUT_S
     while view.state.is_live and time.monotonic() < deadline_s:
         time.sleep(1)
         view = _view(arguments, run)
     if view.state.is_live:
-        say(f"run {arguments.run_id} was asked to end and has not done so within {_STOP_TIMEOUT_S:.0f} s")
-    return describe(view) | {"was_live": was_live}
+        say(f"run {arguments[RUN_ID]} was asked to end and has not done so within {_STOP_TIMEOUT_S:.0f} s")
+    return Result(describe(view) | {"was_live": was_live})
 
 
-def _run(arguments: argparse.Namespace) -> Storage:
-    run_id = arguments.run_id
+def _run(arguments: Arguments) -> Storage:
+    run_id = arguments[RUN_ID]
     if not run_id or "/" in run_id or run_id.startswith("."):
         raise ConfigError(f"{run_id!r} is no run id; give its storage with --storage.uri")
-    return open_storage(arguments.storage_uri).child(f"runs/{run_id}")
+    return open_storage(arguments[STORAGE]).child(f"runs/{run_id}")
 
 
-def _view(arguments: argparse.Namespace, run: Storage) -> JobView:
-    if view := view_job(run, arguments.token_file):
+def _view(arguments: Arguments, run: Storage) -> JobView:
+    if view := view_job(run, arguments[TOKEN_FILE]):
         return view
     hint = "`raymill list` shows which runs have one, and --storage.uri is where it looks"
-    raise NotFoundError(f"run {arguments.run_id} has no job in {arguments.storage_uri}: {hint}")
+    raise NotFoundError(f"run {arguments[RUN_ID]} has no job in {arguments[STORAGE]}: {hint}")

@@ -1,55 +1,68 @@
 """`raymill cluster`: applies the manifests to Kubernetes, and explains and scales what runs there."""
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from cluster.commands.arguments import (
+    COMPONENT,
+    GROUP,
+    KUBE_OBJECT,
+    KUBE_OBJECTS,
+    LEAST_PODS,
+    LET_CHECK,
+    MOST_PODS,
+    NAMESPACE,
+    OVERLAY,
+    OVERLAYS_NAMESPACE,
+    RESUME,
+    SUSPEND,
+)
+from cluster.commands.command import Arguments, Result
+from cluster.commands.completion import OVERLAYS, overlays
 from cluster.kube import status as kube
 from cluster.kube.kustomize import rendered_overlay
 from cluster.kube.leftovers import PART_OF_RAYMILL, kinds_of, leftovers, removal
 from cluster.kube.pending import reasons, warning
 from cluster.kube.scale import Patch, bounds_of_owner, most_replicas, scale_group, suspend
-from cluster.settings.code_folders import CODE_ROOT
 from cluster.settings.parser import ConfigError
 from model.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.kube.client import KubeApi
 
-_OVERLAYS = CODE_ROOT / "cluster" / "k8s" / "overlays"  # a link, so that a wheel has them too
 _PLATFORM = "platform"
 """The component with the namespace, rights and policies, which only an administrator can apply."""
 
 
-def render(arguments: argparse.Namespace) -> dict[str, Any]:
-    everything = rendered_overlay(overlay_folder(arguments.overlay), arguments.namespace)
-    return shown_objects(_of_component(everything, arguments.component), arguments)
+def render(arguments: Arguments) -> Result:
+    everything = rendered_overlay(overlay_folder(arguments[OVERLAY]), arguments[OVERLAYS_NAMESPACE])
+    return shown_objects(_of_component(everything, arguments[COMPONENT]))
 
 
-def shown_objects(objects: list[kube.Object], arguments: argparse.Namespace, **fields: Any) -> dict[str, Any]:
+def shown_objects(objects: list[kube.Object], **fields: Any) -> Result:
     """Returns the objects with `fields`, to be printed as the objects' YAML."""
-    arguments.text = yaml.safe_dump_all(objects, sort_keys=False)
-    return {**fields, "objects": objects}
+    return Result({**fields, "objects": objects}, text=yaml.safe_dump_all(objects, sort_keys=False))
 
 
-def apply(arguments: argparse.Namespace) -> dict[str, Any]:
-    everything = rendered_overlay(overlay_folder(arguments.overlay), arguments.namespace)
-    objects = _of_component(everything, arguments.component)
+def apply(arguments: Arguments) -> Result:
+    component, is_dry = arguments[COMPONENT], arguments[LET_CHECK]
+    everything = rendered_overlay(overlay_folder(arguments[OVERLAY]), arguments[OVERLAYS_NAMESPACE])
+    objects = _of_component(everything, component)
     namespaces = (manifest["metadata"].get("namespace") for manifest in objects)
     api = _api(next(filter(None, namespaces), None))
-    result = api.apply_all(objects, dry_run=arguments.dry_run)
+    result = api.apply_all(objects, dry_run=is_dry)
+    is_bad = "failed" in result
     if "not_checked" in result:
         result["note"] = "the rest needs the namespace: apply the component `platform`, then check again"
-    arguments.is_bad = "failed" in result
-    if not arguments.dry_run and (changed := _pass_bounds_on(api, result["applied"])):
+    if not is_dry and (changed := _pass_bounds_on(api, result["applied"])):
         result["running"] = changed
-    is_administrators = arguments.component in (None, _PLATFORM)  # who alone may list all kinds
-    if is_administrators and not arguments.is_bad and (left := _leftovers(api, everything)):
+    is_administrators = component in (None, _PLATFORM)  # who alone may list all kinds
+    if is_administrators and not is_bad and (left := _leftovers(api, everything)):
         result["leftovers"] = list(map(kube.full_name, left))
         result["remove"] = removal(left, api.namespace)
-    return result
+    return Result(result, is_bad=is_bad)
 
 
 def _pass_bounds_on(api: "KubeApi", applied: list[str]) -> dict[str, list[str]]:
@@ -75,14 +88,14 @@ def _leftovers(api: "KubeApi", everything: list[kube.Object]) -> list[kube.Objec
     return leftovers(live, everything)
 
 
-def scale(arguments: argparse.Namespace) -> dict[str, Any]:
+def scale(arguments: Arguments) -> Result:
     """Changes the object, for its later clusters, and those that run, to which KubeRay passes no new bounds."""
-    api = _api(arguments.namespace)
-    manifest = _find(api, arguments.name)
+    api = _api(arguments[NAMESPACE])
+    manifest = _find(api, arguments[KUBE_OBJECT])
     if kube.has_ended(manifest):
         said = f"{kube.full_name(manifest)} {kube.sentence(manifest)}"
         raise UserError(f"{said}: nothing of it runs, and KubeRay does not start it again")
-    of_all = arguments.suspend or arguments.resume
+    of_all = arguments[SUSPEND] or arguments[RESUME]
     clusters = [] if of_all or manifest["kind"] == "RayCluster" else _clusters_of(api, manifest)
     patches = [(target, _change(arguments, target)) for target in (*clusters, manifest)]
     for target, patch in patches:
@@ -98,45 +111,45 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
     ):
         result["note"] = "its head is not up: surplus pods stay until its autoscaler, which alone removes any, is there"
     most = most_replicas(manifest) if manifest["kind"] == "RayService" else None
-    if most is not None and (arguments.most or 0) > most:
+    if most is not None and (arguments[MOST_PODS] or 0) > most:
         result["note"] = f"its settings allow {most} replicas, so more pods find no work: raise `max_replicas` too"
-    return result
+    return Result(result)
 
 
-def _change(arguments: argparse.Namespace, manifest: kube.Object) -> Patch:
-    if arguments.suspend or arguments.resume:
-        if (arguments.group, arguments.lowest, arguments.most) != (None, None, None):
+def _change(arguments: Arguments, manifest: kube.Object) -> Patch:
+    group, least, most = arguments[GROUP], arguments[LEAST_PODS], arguments[MOST_PODS]
+    if arguments[SUSPEND] or arguments[RESUME]:
+        if (group, least, most) != (None, None, None):
             raise ConfigError("--suspend and --resume are of all; --min 0 --max 0 takes a group's pods away")
-        return suspend(manifest, suspended=arguments.suspend)
-    if arguments.lowest is None and arguments.most is None:
+        return suspend(manifest, suspended=arguments[SUSPEND])
+    if least is None and most is None:
         raise ConfigError("nothing to change: give --min, --max, --suspend or --resume")
-    return scale_group(manifest, arguments.group, lowest=arguments.lowest, most=arguments.most)
+    return scale_group(manifest, group, lowest=least, most=most)
 
 
-def status(arguments: argparse.Namespace) -> dict[str, Any]:
-    api = _api(arguments.namespace)
+def status(arguments: Arguments) -> Result:
+    api = _api(arguments[NAMESPACE])
     result, pods = {}, api.all("v1", "Pod", selector="ray.io/node-type=worker")
-    for manifest in _all(api, arguments.name):
+    for manifest in _all(api, arguments[KUBE_OBJECTS]):
         clusters = _clusters_of(api, manifest)
-        lines = [
-            f"{cluster['metadata']['name']}: {line}" if len(clusters) > 1 else line
-            for cluster in clusters
-            for line in kube.groups(cluster, pods)
-        ]
+        lines: list[str] = []
+        for cluster in clusters:
+            start = f"{cluster['metadata']['name']}: " if len(clusters) > 1 else ""
+            lines += [f"{start}{line}" for line in kube.groups(cluster, pods)]
         told = None
         if not manifest.get("status") and not manifest["spec"].get("suspend"):  # refused, or not seen at all
             told = warning(manifest, api.all("v1", "Event"))
         result[kube.full_name(manifest)] = [told or kube.sentence(manifest), *(lines or kube.groups(manifest))]
-    return result
+    return Result(result)
 
 
-def pending(arguments: argparse.Namespace) -> dict[str, Any]:
-    api = _api(arguments.namespace)
-    found, pods, events = _all(api, arguments.name), api.all("v1", "Pod"), api.all("v1", "Event")
-    said: dict[str, str] = {}
-    for manifest in found:
-        said |= reasons(manifest, _clusters_of(api, manifest), pods, events)
-    return said or {"pending": "nothing: every requested pod runs"}
+def pending(arguments: Arguments) -> Result:
+    api = _api(arguments[NAMESPACE])
+    manifests, pods, events = _all(api, arguments[KUBE_OBJECTS]), api.all("v1", "Pod"), api.all("v1", "Event")
+    why: dict[str, str] = {}
+    for manifest in manifests:
+        why |= reasons(manifest, _clusters_of(api, manifest), pods, events)
+    return Result(why or {"pending": "nothing: every requested pod runs"})
 
 
 def _of_component(objects: list[kube.Object], component: str | None) -> list[kube.Object]:
@@ -152,10 +165,10 @@ def _of_component(objects: list[kube.Object], component: str | None) -> list[kub
 
 def overlay_folder(name: str) -> Path:
     """Returns the folder of one of raymill's overlays by its name, or the named folder."""
-    for folder in (_OVERLAYS / name, Path(name)):
+    for folder in (OVERLAYS / name, Path(name)):
         if folder.is_dir():
             return folder
-    known = sorted(folder.name for folder in _OVERLAYS.glob("*") if folder.is_dir())
+    known = overlays()
     choices = f"one of {', '.join(known)}, or the folder" if known else "there is no k8s/ here, so name the folder"
     raise ConfigError(f"unknown overlay {name!r}, expected {choices} of your own kustomization")
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING, Self
 
 from cluster.output.result_text import printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 _MARK = "raymill-progress: "
 _REPORT_INTERVAL_S = 1.0
@@ -55,6 +55,9 @@ def doing(what: str) -> Iterator[None]:
         say(what)
         yield
         return
+    from rich.console import Console  # noqa: PLC0415 (only a terminal shows any)
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+
     columns = (SpinnerColumn(finished_text=" "), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as line:
         task = line.add_task(what, total=None)
@@ -142,10 +145,7 @@ class ProgressView:
     def __init__(self, log: Path = Path(os.devnull), *, waiting: str = "") -> None:
         self.log = log
         self._waiting, self._until_first_line = waiting, ExitStack()
-        amount = TextColumn("{task.completed:g} of {task.total:g} {task.fields[unit]}")
-        columns = (TextColumn("{task.description:>12}"), BarColumn(), amount, TimeRemainingColumn())
-        bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
-        self._bars = bars if sys.stderr.isatty() else None
+        self._bars = _new_bars() if sys.stderr.isatty() else None
         self._tasks: dict[str, TaskID] = {}
         self._plain = PlainProgress()
         self._rays = RayFilter()
@@ -183,11 +183,20 @@ class ProgressView:
         else:
             self._bars.console.print(printable(text), markup=False, highlight=False)
 
-    def _draw(self, bars: Progress, report: Report) -> None:
+    def _draw(self, bars: "Progress", report: Report) -> None:
         if report.label not in self._tasks:
             bars.start()  # not before: without a bar it would keep painting an empty line
             self._tasks[report.label] = bars.add_task(report.label, total=report.total, unit="", note="")
         bars.update(self._tasks[report.label], completed=report.done, unit=report.unit, note=report.note)
+
+
+def _new_bars() -> "Progress":
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    label, note = TextColumn("{task.description:>12}"), TextColumn("{task.fields[note]}")
+    amount = TextColumn("{task.completed:g} of {task.total:g} {task.fields[unit]}")
+    return Progress(label, BarColumn(), amount, TimeRemainingColumn(), note, console=Console(stderr=True))
 
 
 def _report(line: str) -> Report:

@@ -1,16 +1,17 @@
 """Settings as command-line flags, laid over a YAML file, with errors for people."""
 
 import argparse
-import dataclasses
 import secrets
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Generic, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
+from cluster.settings.leaves import FIRST_TO_CHANGE, Leaf, branches, leaves
 from cluster.settings.parser import ConfigError, newcomers_word, suggestion
 from cluster.settings.run import (
     TOKENS,
@@ -25,61 +26,100 @@ from cluster.settings.serve import HttpConfig, ServeConfig
 from cluster.settings.wrong_values import expectation
 from cluster.storage.references import checkpoint_uri
 from cluster.storage.uris import absolute_uri
-from model.config import PRESETS, GPTConfig
-from model.tables import read_table
+from model.config import PRESETS
 
 Config = TypeVar("Config", bound=Settings)
 _SHOWN_CHARS = 60
-_PRESETS = f"shape by name, one of {', '.join(PRESETS)}; seed and seed-96 have one head, ReLU, and 12 or 96 layers"
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, root: type[BaseModel], *, positional: str = "") -> None:
-    """Adds one flag for each setting of `root`; the caller adds `config`, the YAML file that the flags override, and
-    the setting that may also stand by itself (`positional`), whose flag the help leaves out."""
-    for leaf in _leaves(root):
-        flag = f"--{leaf.path}"
-        names = [flag.replace("_", "-")] + ([flag] if "_" in flag else [])
-        count = "+" if leaf.is_list else None
-        shown = argparse.SUPPRESS if leaf.path == positional else leaf.help.replace("%", "%%")
-        parser.add_argument(*names, dest=leaf.path, nargs=count, metavar="VALUE", help=shown)
+def add_config_arguments(parser: argparse._ActionsContainer, root: type[BaseModel], *, positional: str = "") -> None:
+    """Adds one flag for each setting of `root`, in groups: those that are changed first, then each branch.
+
+    The caller adds `config`, the YAML file that the flags override, and the setting that may also stand by itself
+    (`positional`), whose flag the help leaves out.
+    """
+    groups: dict[str, argparse._ActionsContainer] = {"": parser}
+    by_path = {leaf.path: leaf for leaf in leaves(root)}
+    if root is RunConfig:
+        first = parser.add_argument_group("settings that are changed first")
+        for path in FIRST_TO_CHANGE:
+            _add_flag(first, by_path.pop(path))
+    abouts = branches(root)
+    for leaf in by_path.values():
+        branch = leaf.path.partition(".")[0] if "." in leaf.path else ""
+        if branch not in groups:
+            groups[branch] = parser.add_argument_group(branch, abouts[branch])
+        _add_flag(groups[branch], leaf, is_shown=leaf.path != positional)
 
 
-def config_from_arguments(arguments: argparse.Namespace, root: type[Config], *, needs_source: bool = True) -> Config:
-    """Returns the validated tree of file and flags. Raises `ConfigError` that names every wrong setting."""
-    values = _read_yaml(arguments.config) if arguments.config else {}
+def _add_flag(place: argparse._ActionsContainer, leaf: Leaf, *, is_shown: bool = True) -> None:
+    """Adds the setting's flag; with underscores it is as good, and the help leaves that out."""
+    flag = f"--{leaf.path}"
+    options: dict[str, Any] = {"dest": leaf.path, "nargs": "+" if leaf.is_list else None, "metavar": "VALUE"}
+    about = leaf.help.replace("%", "%%")
+    action = place.add_argument(flag.replace("_", "-"), help=about if is_shown else argparse.SUPPRESS, **options)
+    if leaf.words:
+        action.completer = lambda **_: leaf.words  # type: ignore[attr-defined]  # which argcomplete looks for
+    if "_" in flag:
+        place.add_argument(flag, help=argparse.SUPPRESS, **options)
+
+
+@dataclass(frozen=True)
+class Resolved(Generic[Config]):
+    """The settings that a file and flags give; `note` is for people, and empty where nothing is worth saying."""
+
+    config: Config
+    note: str
+
+
+def resolve_config(
+    flags: Mapping[str, Any], root: type[Config], *, file: Path | None = None, needs_source: bool = True
+) -> Resolved[Config]:
+    """Returns the validated tree of the file and the flags, which are by dotted name and None where not given. Raises
+    `ConfigError` that names every wrong setting."""
+    values = _read_yaml(file) if file else {}
     is_run = needs_source and root is RunConfig
-    if arguments.config is None and is_run and arguments.__dict__.get("data.source") is None:
+    if file is None and is_run and flags.get("data.source") is None:
         raise ConfigError("no configuration: name a YAML file, or at least --data.source")
-    _check_preset(arguments, values)
-    return settled(validate_config(settings_from_flags(arguments, root, over=values), root))
+    note = _check_preset(flags, values, file)
+    config = validate_config(settings_from_flags(flags, root, over=values, file=file), root)
+    if is_run and isinstance(config, RunConfig) and not config.data.source:
+        raise ConfigError(
+            f"data.source is empty: name the corpus by a path or URI, globs allowed, in {file} or by --data.source"
+        )
+    return Resolved(settled(config), note)
 
 
-def _check_preset(arguments: argparse.Namespace, values: dict[str, Any]) -> None:
+def _check_preset(flags: Mapping[str, Any], values: dict[str, Any], file: Path | None) -> str:
     """Compares a preset that a flag gives with the file's own numbers of the shape, which win over it. Refuses one over
-    a file that gives a shape and no preset; of one over another preset, `arguments.note` says which numbers win."""
-    preset, model = arguments.__dict__.get("model.preset"), values.get("model")
+    a file that gives a shape and no preset; of one over another preset, returns a sentence on which numbers win."""
+    preset, model = flags.get("model.preset"), values.get("model")
     if preset not in PRESETS or not isinstance(model, dict):
-        return
-    wanted, given = PRESETS[preset], arguments.__dict__
-    kept = {name: value for name, value in model.items() if given.get(f"model.{name}") is None}
+        return ""
+    wanted = PRESETS[preset]
+    kept = {name: value for name, value in model.items() if flags.get(f"model.{name}") is None}
     others = [f"model.{name}: {value}" for name, value in kept.items() if wanted.get(name, value) != value]
     if not others:
-        return
+        return ""
     if "preset" not in model:
         raise ConfigError(
-            f"--model.preset {preset} has other values than {arguments.config}, where {', '.join(others)}, and those "
-            "would win; take them out of the file, or leave the preset out and give each as a flag"
+            f"--model.preset {preset} has other values than {file}, where {', '.join(others)}, and those would win; "
+            "take them out of the file, or leave the preset out and give each as a flag"
         )
-    arguments.note = f"{', '.join(others)} of {arguments.config} stays, with the rest of --model.preset {preset}"
+    return f"{', '.join(others)} of {file} stays, with the rest of --model.preset {preset}"
 
 
 def settings_from_flags(
-    arguments: argparse.Namespace, root: type[BaseModel], *, over: dict[str, Any] | None = None
+    flags: Mapping[str, Any],
+    root: type[BaseModel],
+    *,
+    over: dict[str, Any] | None = None,
+    file: Path | None = None,
 ) -> dict[str, Any]:
-    """Returns the settings that the flags give, laid over others."""
+    """Returns the settings that the flags give, laid over those of a file."""
     values = over or {}
-    for leaf in _leaves(root):
-        path, value = leaf.path, getattr(arguments, leaf.path)
+    for leaf in leaves(root):
+        path, value = leaf.path, flags[leaf.path]
         if value is None:
             continue
         branch = values
@@ -87,7 +127,7 @@ def settings_from_flags(
         for parent in parents:
             branch = branch.setdefault(parent, {})
             if not isinstance(branch, dict):
-                raise ConfigError(f"{parent} holds {branch!r} in {arguments.config}; expected `name: value` lines")
+                raise ConfigError(f"{parent} holds {branch!r} in {file}; expected `name: value` lines")
         branch[name] = None if leaf.is_unset_by(value) else value
         if path == "data.validation":
             if wrong := [item for item in value if "=" not in item]:
@@ -186,62 +226,15 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _Leaf(NamedTuple):
-    """A setting that a flag gives."""
-
-    path: str  # dotted
-    help: str
-    kind: Any  # its type
-
-    @property
-    def is_list(self) -> bool:
-        kinds = [self.kind, *get_args(self.kind)]
-        return get_origin(self.kind) is dict or any(get_origin(kind) is list for kind in kinds)
-
-    def is_unset_by(self, value: object) -> bool:
-        """Reports whether a flag's value means None, which not every setting may be: `none` may be a value's name."""
-        parts = get_args(self.kind)
-        names = [name for part in parts if get_origin(part) is Literal for name in get_args(part)]
-        return type(None) in parts and value in ("null", "none") and value not in names
-
-
-def _leaves(root: type[BaseModel], prefix: str = "") -> list[_Leaf]:
-    """Returns each setting."""
-    leaves: list[_Leaf] = []
-    for name, info in root.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            leaves += _leaves(kind, f"{prefix}{name}.")
-        elif kind is GPTConfig:
-            leaves.append(_Leaf(f"{prefix}{name}.preset", _PRESETS, str | None))
-            kinds = get_type_hints(GPTConfig)
-            for field in dataclasses.fields(GPTConfig):
-                help_text = f"{field.metadata['help']} ({field.default})"
-                leaves.append(_Leaf(f"{prefix}{name}.{field.name}", help_text, kinds[field.name]))
-        else:
-            leaves.append(_Leaf(f"{prefix}{name}", _help(root, name, info), kind))
-    return leaves
-
-
-def _help(branch: type[BaseModel], name: str, info: FieldInfo) -> str:
-    help_table: dict[str, dict[str, str]] = read_table(__file__, "help")
-    about = next(lines[name] for kind in branch.__mro__ if name in (lines := help_table.get(kind.__name__, {})))
-    default = info.get_default(call_default_factory=True)
-    choices = get_args(info.annotation) if all(isinstance(a, str) for a in get_args(info.annotation)) else ()
-    notes = [f"one of {', '.join(choices)}"] if choices else []
-    notes += [f"default {default}"] if default not in (None, [], {}) else []
-    return about + (f" ({'; '.join(notes)})" if notes else "")
-
-
 def _explained(problem: Any, root: type[BaseModel]) -> str:
     path = [str(part) for part in problem["loc"]]
     name = ".".join(path)
     if problem["type"] == "extra_forbidden" and (meant := newcomers_word(path[-1])):
         return f"unknown setting {name}{meant}"
     if problem["type"] == "extra_forbidden":
-        siblings = [".".join(leaf.path.split(".")[: len(path)]) for leaf in _leaves(root)]
+        siblings = [".".join(leaf.path.split(".")[: len(path)]) for leaf in leaves(root)]
         return f"unknown setting {name}{suggestion(name, sorted(set(siblings)))}"
-    below = [leaf.path.removeprefix(f"{name}.") for leaf in _leaves(root) if leaf.path.startswith(f"{name}.")]
+    below = [leaf.path.removeprefix(f"{name}.") for leaf in leaves(root) if leaf.path.startswith(f"{name}.")]
     message = expectation(problem, siblings=below) or problem["msg"].removeprefix("Value error, ")
     shown = "" if problem["type"] == "value_error" else f", not {problem['input']!r}"
     return f"{name}: {message}{shown}" if name else message

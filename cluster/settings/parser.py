@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import re
+from collections.abc import Iterable
 from typing import Any, Never
 
 from model.errors import UserError
@@ -12,11 +13,31 @@ class ConfigError(UserError):
     """The command line or the configuration file is wrong: exit code 2."""
 
 
+class Manual(argparse.HelpFormatter):
+    """Writes `--help`, with one word for all settings in the usage, which they would fill by the dozen."""
+
+    def add_usage(self, usage: str | None, actions: Iterable[argparse.Action], groups: Any, prefix: Any = None) -> None:
+        actions = list(actions)
+        named = [action for action in actions if not _is_setting(action)]
+        if len(named) < len(actions):
+            named.append(argparse.ArgumentParser().add_argument("--SETTING", metavar="VALUE ..."))
+        super().add_usage(usage, named, groups, prefix)
+
+
+class FirstManual(Manual, argparse.RawDescriptionHelpFormatter):
+    """Writes `raymill --help`, whose description has its own lines."""
+
+
+def _is_setting(action: argparse.Action) -> bool:
+    flag = action.option_strings[0] if action.option_strings else ""
+    return "." in flag and action.metavar == "VALUE"
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises `ConfigError` and never accepts abbreviated flags."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, **{"formatter_class": Manual} | settings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuses unknown arguments here, as only a subcommand's own parser can suggest its flags."""

@@ -31,11 +31,19 @@ def _is_here(reference: str) -> bool:
     return folder is not None and folder.exists()
 
 
+def checkpoint_steps(run: Storage) -> dict[str, int]:
+    """Returns the step of each whole checkpoint of the run, by its name, in the order of names."""
+    steps = {}
+    for entry in run.list("checkpoints/"):
+        _, name, *rest = entry.key.split("/")
+        if rest == [MANIFEST] and (match := _STEP.fullmatch(name)):
+            steps[name] = int(match[1])
+    return dict(sorted(steps.items()))
+
+
 def _of_step(run: Storage, step: int) -> str:
     """Returns the URI of the run's checkpoint of the step, of the newest attempt if several attempts took it."""
-    keys = [entry.key for entry in run.list("checkpoints/") if entry.key.endswith(f"/{MANIFEST}")]
-    names = sorted(key.split("/")[1] for key in keys if key.count("/") == 2)
-    steps = {name: int(match[1]) for name in names if (match := _STEP.fullmatch(name))}
+    steps = checkpoint_steps(run)
     named = [name for name, its_step in steps.items() if its_step == step]
     if not named:
         known = ", ".join(map(str, sorted(set(steps.values())))) or "none yet"

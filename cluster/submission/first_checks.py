@@ -1,4 +1,4 @@
-"""Checks of a stage that need no cluster, made before one is started.
+"""Checks of a stage that are made before a local cluster is started, or a job on another one.
 
 Without them each would be found minutes later, by another process, in words that do not name the setting.
 """
@@ -11,31 +11,41 @@ from typing import Any
 
 import psutil
 
+from cluster.local.jobs_api import JobsApi, ray_token
 from cluster.settings.run import RunConfig, run_storage
 from cluster.stages.run_mirrored import lease_key
 from cluster.storage.interface import HF, StorageError
 from cluster.storage.lease import living_holder
 from cluster.storage.uris import open_storage
-from cluster.submission.preflight import AdmissionError
+from cluster.submission.preflight import AdmissionError, check_cluster, check_gpus
 from cluster.submission.storage_check import first_missing
 
 _BEAT_S = 6.0
 """Time in which a lease's holder on another machine renews it; one on this machine is known at once."""
 
 
-def check_gpu(setting: str, address: str | None) -> None:
-    """Raises `AdmissionError` for a setting that asks for a GPU of a local cluster, whose nodes are given none."""
-    if address is None:
-        raise AdmissionError(
-            f"{setting} needs a Ray cluster with GPUs, and a local one has none: name one by --cluster.address, or "
-            f"leave {setting} out"
-        )
+def check_gpu(setting: str, address: str | None, *, num_gpus: int = 1) -> None:
+    """Raises `AdmissionError` for a setting that asks for GPUs of a node: a local cluster's are given none."""
+    if address is not None:
+        check_gpus(cluster_at(address), setting, num_gpus=num_gpus)
+        return
+    raise AdmissionError(
+        f"{setting} needs a Ray cluster with GPUs, and a local one has none: name one by --cluster.address, or leave "
+        f"{setting} out"
+    )
+
+
+def cluster_at(address: str) -> JobsApi:
+    """Returns the cluster at the address. Raises `ClusterError` if it does not answer or refuses us."""
+    api = JobsApi(address, ray_token())
+    api.probe()
+    return api
 
 
 def check_stage(config: RunConfig, stage: str) -> None:
     """Raises `AdmissionError` if the stage could not begin: no GPU, no storage, or a run that is running already."""
-    if config.scaling.use_gpu and stage != "tokenize":
-        check_gpu("scaling.use_gpu", config.cluster.address)
+    if config.scaling.use_gpu and config.cluster.address is None and stage != "tokenize":
+        check_gpu("scaling.use_gpu", None)
     check_writable(config)
     holder = living_holder(run_storage(config), lease_key(stage), timeout_s=_BEAT_S)
     if holder is not None:
@@ -67,9 +77,16 @@ def check_writable(config: RunConfig) -> None:
             shutil.rmtree(made, ignore_errors=True)
 
 
-def check_memory(config: RunConfig, needs: Mapping[str, Any]) -> None:
-    """Raises `AdmissionError` if this machine, whose memory a local cluster's nodes share, cannot hold the fewest
-    workers."""
+def check_room(config: RunConfig, stage: str, needs: Mapping[str, Any]) -> None:
+    """Raises `AdmissionError` if the fewest workers do not fit on the cluster of the settings."""
+    if config.cluster.address is not None:
+        check_cluster(cluster_at(config.cluster.address), config, stage, needs)
+    elif stage != "tokenize":
+        _check_memory_here(config, needs)
+
+
+def _check_memory_here(config: RunConfig, needs: Mapping[str, Any]) -> None:
+    """Compares what the fewest workers need with this machine's memory, which a local cluster's nodes share."""
     number, total, need = config.scaling.min_workers, psutil.virtual_memory().total, needs["worker_bytes"]
     if number * need > total:
         workers = "a worker needs" if number == 1 else f"{number} workers (scaling.min_workers) need"

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any
 
+from cluster.local.jobs_api import JobsApi
 from cluster.output.progress import say
 from cluster.output.result_text import counted
 from cluster.settings.parser import ConfigError
@@ -67,6 +68,36 @@ def _is_folder(uri: str) -> bool:
     return open_storage(uri).local_path("") is not None
 
 
+def check_cluster(api: JobsApi, config: RunConfig, stage: str, needs: Mapping[str, Any]) -> None:
+    """Raises `AdmissionError` if the stage finds no room on the cluster's nodes and no others can come, `ClusterError`
+    if the cluster cannot be asked."""
+    try:
+        check_rooms(config, stage, needs, nodes=_resources(api), where=api.url)
+    except AdmissionError as error:
+        _may_wait(api, error)
+
+
+def check_gpus(api: JobsApi, setting: str, *, num_gpus: int) -> None:
+    """Raises `AdmissionError` if no node of the cluster has the GPUs that the setting takes, and no others can come."""
+    most = max((node.get("GPU", 0.0) for node in _resources(api)), default=0.0)
+    if most < num_gpus:
+        wanted = counted(num_gpus, "GPU")
+        _may_wait(
+            api, AdmissionError(f"{setting} needs a node with {wanted}, and {api.url} has none with more than {most:g}")
+        )
+
+
+def _resources(api: JobsApi) -> list[dict[str, float]]:
+    return [row["resources_total"] for row in api.alive_nodes()]
+
+
+def _may_wait(api: JobsApi, problem: AdmissionError) -> None:
+    """Raises the problem, unless the cluster adds nodes by itself: its autoscaler alone knows of which kinds."""
+    if not api.has_autoscaler():
+        raise problem
+    say(f"{problem}; the cluster autoscales, so more nodes may come, and the job waits for them")
+
+
 def check_rooms(
     config: RunConfig, stage: str, needs: Mapping[str, Any], *, nodes: Iterable[Mapping[str, float]], where: str
 ) -> None:
@@ -76,6 +107,10 @@ def check_rooms(
         if not any(node.get("CPU", 0) >= 1 for node in nodes):
             raise AdmissionError(f"tokenizing needs a CPU, and {where} has none for work now")
         return
+    if scaling.use_gpu and not any(node.get("GPU", 0) >= 1 for node in nodes):
+        raise AdmissionError(
+            f"scaling.use_gpu needs GPUs, and {where} has none now; leave it out, or add nodes with GPUs"
+        )
     worker = {"CPU": float(scaling.threads_per_worker)} | ({"GPU": 1.0} if scaling.use_gpu else {})
     rooms = sum(_rooms(node, worker) for node in nodes)
     each = counted(scaling.threads_per_worker, "CPU")

@@ -4,12 +4,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cluster.local.jobs_api import ClusterError, JobsApi
-from cluster.output.progress import say
 from cluster.settings.run import RunConfig
 from cluster.stages.stage import Connection, submit_stage
 from cluster.stages.stage_module import STAGES
 from cluster.submission.backend import JobBackend
-from cluster.submission.preflight import AdmissionError, Folders, check_rooms
+from cluster.submission.preflight import Folders, check_cluster
 from cluster.submission.record import Backend, JobRecord, JobState
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -27,13 +26,7 @@ class RayJobs(JobBackend):
         self._api.probe()
 
     def check(self, config: RunConfig, stage: str, needs: dict[str, Any]) -> None:
-        nodes = [row["resources_total"] for row in self._api.alive_nodes()]
-        try:
-            check_rooms(config, stage, needs, nodes=nodes, where=self._api.url)
-        except AdmissionError as error:
-            if not self._api.has_autoscaler():
-                raise
-            say(f"the job waits for new nodes: {error}")
+        check_cluster(self._api, config, stage, needs)
 
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
         try:

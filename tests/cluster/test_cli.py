@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 
+from cluster.cli import COMMANDS as RECORDS
 from cluster.cli import main
+from cluster.settings.leaves import leaves
+from cluster.settings.run import RunConfig
 from model.checkpoint_folder import MANIFEST
 from tests.checkpoints import DAMAGES, damage, write_tiny
 from tests.command_line import RAYMILL, environment, raymill
@@ -78,6 +81,37 @@ def test_help_is_the_manual(name: str, capsys: pytest.CaptureFixture[str]) -> No
     assert ended.value.code == 0
     manual = capsys.readouterr().out.lower()
     assert all(word.lower() in manual for word in COMMANDS[name])
+
+
+def manual(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    return capsys.readouterr().out
+
+
+def test_the_first_help_has_each_command_once_below_its_section(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = manual(capsys).split("errors go to standard error.\n")[1].split("\noptions:")[0]
+    sections = [line.partition(":")[0] for line in shown.splitlines() if line and line[0] != " "]
+    assert sections[0] == "to begin with"
+    assert [name.split()[0] for name in sections[1:]] == ["data", "train", "look", "serve", "jobs,"]
+    listed = [line.split()[0] for line in shown.splitlines() if line.startswith("  ") and line[2] != " "]
+    assert sorted(listed) == sorted({command.name.split()[0] for command in RECORDS})
+    assert listed.index("demo") < listed.index("pretrain") < listed.index("serve") < listed.index("gc")
+
+
+def test_a_manual_has_the_settings_in_groups_and_the_most_used_first(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = manual(capsys, "pretrain")
+    usage, _, rest = shown.partition("\n\n")
+    assert "[--SETTING VALUE ...]" in usage and "--data.source" not in usage and "--chaos" in usage
+    groups = [line.removesuffix(":") for line in rest.splitlines() if line and line[0] != " " and line[-1] == ":"]
+    wanted = ["settings that are changed first", "data", "model", "train", "scaling", "cluster", "checkpoint"]
+    assert groups == ["positional arguments", "options", *wanted]
+    flags = [line.split()[0] for line in rest.splitlines() if line.startswith("  --")]
+    assert flags[flags.index("--data.source") + 1] == "--model.preset"
+    assert len(flags) == len(set(flags)) > 90
+    assert {flag.removeprefix("--").replace("-", "_") for flag in flags} >= {leaf.path for leaf in leaves(RunConfig)}
+    at = {group: rest.index(f"\n{group}:\n") for group in wanted}
+    assert at["train"] < rest.index("\n  --train.weight-decay ") < at["scaling"]
 
 
 def test_inspect_shows_shapes(capsys: pytest.CaptureFixture[str]) -> None:

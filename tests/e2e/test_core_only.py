@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.commands.table import table
+from cluster.cli import COMMANDS
 from cluster.local.local_cluster import free_port
 from cluster.settings.code_folders import CODE_FOLDERS
 from tests.repository import REPOSITORY
@@ -118,7 +118,7 @@ def test_only_modules_of_an_extra_cannot_be_imported(installed: Installation) ->
     assert missing == set(OF_AN_EXTRA)
 
 
-@pytest.mark.parametrize("name", table()["commands"])
+@pytest.mark.parametrize("name", [command.name for command in COMMANDS])
 def test_each_command_has_its_manual(name: str, installed: Installation) -> None:
     done = installed.raymill(*name.split(), "--help")
     assert (done.returncode, done.stderr) == (0, "")

@@ -10,9 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 from pathlib import Path
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -56,6 +60,56 @@ def port() -> Iterator[int]:
         yield int(listener.getsockname()[1])
 
 
+class JobsApiStandIn(BaseHTTPRequestHandler):
+    """Answers as the dashboard of a Ray cluster of one node, which may autoscale."""
+
+    node: ClassVar[dict[str, float]] = {"CPU": 4.0, "memory": 8e9, "object_store_memory": 2e9}
+    has_autoscaler = False
+
+    def do_GET(self) -> None:
+        answers: dict[str, Any] = {
+            "/api/version": {"ray_version": metadata.version("ray")},
+            "/api/v0/nodes": {"data": {"result": {"result": [{"resources_total": self.node}]}}},
+            "/api/cluster_status": {
+                "data": {"clusterStatus": {"autoscalingStatus": "up" if self.has_autoscaler else ""}}
+            },
+        }
+        answer = answers.get(self.path.partition("?")[0])
+        self.send_response(404 if answer is None else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *words: Any) -> None:
+        """Says nothing."""
+
+
+class AutoscalingStandIn(JobsApiStandIn):
+    """Answers as that of a cluster that adds nodes by itself."""
+
+    has_autoscaler = True
+
+
+def address_of(stand_in: type[JobsApiStandIn]) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), stand_in) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[str]:
+    """The address of a cluster without GPUs."""
+    yield from address_of(JobsApiStandIn)
+
+
+@pytest.fixture(scope="module")
+def growing() -> Iterator[str]:
+    """The address of a cluster without GPUs that autoscales."""
+    yield from address_of(AutoscalingStandIn)
+
+
 def started(argv: list[str], folder: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [*RAYMILL, *argv],
@@ -71,6 +125,7 @@ def started(argv: list[str], folder: Path) -> "subprocess.Popen[str]":
 TINY = ["--data.source", "text.txt", "--model.preset", "tiny", "--run-id", "begun"]
 TEXT = ["pretrain", "--data.source", "text.txt"]
 SHORT = ["--train.seq-len", "64", "--train.micro-batch-size", "1"]
+AT_SMALL = ["--cluster.address", "SMALL"]
 MISTAKES = {
     "no such command": (["pretrian"], "unknown command pretrian; did you mean pretrain?"),
     "nothing published": (["serve", "latest"], "nothing is published in"),
@@ -88,6 +143,17 @@ MISTAKES = {
     "no GPU": ([*TEXT, "--scaling.use-gpu", "true"], "scaling.use_gpu needs a Ray cluster with GPUs"),
     "no GPU to serve": (["serve", "step-1", "--engine.device", "cuda"], "engine.device=cuda needs a Ray cluster with"),
     "no memory": ([*TEXT, "--model.preset", "gpt3-175b", *SHORT], "a worker needs about"),
+    "no GPU there": ([*TEXT, *AT_SMALL, "--scaling.use-gpu", "true"], "scaling.use_gpu needs GPUs, and http://"),
+    "no GPU to serve there": (
+        ["serve", "step-1", *AT_SMALL, "--engine.device", "cuda", "--engine.tensor-parallel-size", "2"],
+        "engine.device=cuda needs a node with 2 GPUs, and http://",
+    ),
+    "no memory there": ([*TEXT, *AT_SMALL, "--model.preset", "gpt2-1.5b", *SHORT], "(the largest node has 10.0 GB)"),
+    "no room there": ([*TEXT, *AT_SMALL, "--scaling.threads-per-worker", "5"], "has room for 0 now"),
+    "nobody there": (
+        [*TEXT, "--cluster.address", "http://127.0.0.1:9"],
+        "no Ray Jobs API answers at http://127.0.0.1:9",
+    ),
     "no key": (["serve", "step-1", "--host", "0.0.0.0"], "host is 0.0.0.0, which others can reach"),
     "running already": ([*TEXT, "--run-id", "busy"], "`raymill status busy` shows it"),
     "no place": (["tokenize", *TEXT[1:], "--storage.uri", "/proc/nope"], "/proc/nope cannot be written"),
@@ -100,9 +166,10 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_cheap_mistake_is_one_line_before_a_cluster_starts(name: str, folder: Path, port: int) -> None:
+def test_a_cheap_mistake_is_one_line_before_a_cluster_starts(name: str, folder: Path, port: int, small: str) -> None:
     argv, words = MISTAKES[name]
-    process = started([str(port) if word == "PORT" else word for word in argv], folder)
+    places = {"PORT": str(port), "SMALL": small}
+    process = started([places.get(word, word) for word in argv], folder)
     assert process.stderr is not None
     said = process.stderr.read()
     _, status, used = os.wait4(process.pid, 0)
@@ -111,6 +178,28 @@ def test_a_cheap_mistake_is_one_line_before_a_cluster_starts(name: str, folder: 
     assert said.startswith("error: ") and said.count("\n") == 1, said
     assert words in said
     assert used.ru_utime + used.ru_stime < 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([*TEXT, "--scaling.use-gpu", "true"], "scaling.use_gpu needs GPUs"),
+        ([*TEXT, "--model.preset", "gpt2-1.5b", *SHORT], "a worker needs about"),
+        (["serve", "step-1", "--engine.device", "cuda"], "engine.device=cuda needs a node with 1 GPU"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_cluster_that_autoscales_is_waited_for(argv: list[str], words: str, folder: Path, growing: str) -> None:
+    process = started([*argv, "--cluster.address", growing], folder)
+    assert process.stderr is not None
+    try:
+        first, second = process.stderr.readline(), process.stderr.readline()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert first.startswith(words), first
+    assert first.endswith("; the cluster autoscales, so more nodes may come, and the job waits for them\n")
+    assert second.startswith(("pretrain: run ", "serve: ")), "the command goes on"
 
 
 def test_without_words_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.commands.table import table
+from cluster.cli import COMMANDS, SECTIONS
 from cluster.settings.code_folders import code_version, version
 from tests.repository import REPOSITORY
 
@@ -20,10 +20,10 @@ HEAVY = {
 }  # fmt: skip
 
 
-def measured(argv: list[str], folder: Path) -> tuple[float, set[str], str]:
+def measured(argv: list[str], folder: Path, **variables: str) -> tuple[float, set[str], str]:
     """Returns a command's CPU-seconds, the packages that it imported, and what it printed."""
     command = [sys.executable, "-X", "importtime", "-m", "cluster.cli", *argv]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | variables
     with (folder / "out").open("w+") as out, (folder / "imports").open("w+") as imports:
         process = subprocess.Popen(command, stdout=out, stderr=imports, env=environment, cwd=folder)
         _, status, used = os.wait4(process.pid, 0)
@@ -36,21 +36,23 @@ def measured(argv: list[str], folder: Path) -> tuple[float, set[str], str]:
         return used.ru_utime + used.ru_stime, packages, out.read()
 
 
-def check(argv: list[str], folder: Path, *, limit_s: float, banned: set[str]) -> str:
+def check(argv: list[str], folder: Path, *, limit_s: float, banned: set[str], **variables: str) -> str:
     """Returns what the command printed."""
-    cpu_s, packages, shown = measured(argv, folder)
+    cpu_s, packages, shown = measured(argv, folder, **variables)
     assert not packages & banned
     assert "cluster" in packages, "the imports are seen at all"
     for _ in range(2):
         if cpu_s >= limit_s:
-            cpu_s = min(cpu_s, measured(argv, folder)[0])
+            cpu_s = min(cpu_s, measured(argv, folder, **variables)[0])
     assert cpu_s < limit_s
     return shown
 
 
 def test_the_first_help_answers_at_once(tmp_path: Path) -> None:
     shown = check(["--help"], tmp_path, limit_s=0.4, banned=HEAVY | {"httpx", "numpy", "pydantic", "rich", "yaml"})
-    abouts = table()["groups"] | {name: said["help"] for name, said in table()["commands"].items() if " " not in name}
+    abouts = {command.name: command.help for command in COMMANDS if " " not in command.name}
+    for section in SECTIONS:
+        abouts |= section.groups
     assert all(f" {name} " in shown and about.split()[0] in shown for name, about in abouts.items())
 
 
@@ -59,7 +61,7 @@ def test_the_version_names_the_code(tmp_path: Path) -> None:
     assert shown == f"raymill {version()}, code {code_version()}\n"
 
 
-@pytest.mark.parametrize("name", table()["commands"])
+@pytest.mark.parametrize("name", [command.name for command in COMMANDS])
 def test_each_help_answers_at_once(name: str, tmp_path: Path) -> None:
     shown = check([*name.split(), "--help"], tmp_path, limit_s=0.6, banned=HEAVY)
     assert shown.startswith(f"usage: raymill {name} ")
@@ -72,3 +74,14 @@ def test_a_plan_needs_neither_pytorch_nor_ray(tmp_path: Path) -> None:
 
 def test_a_list_needs_neither_pytorch_nor_ray(tmp_path: Path) -> None:
     assert check(["list"], tmp_path, limit_s=2, banned=HEAVY) == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [("raymill pre", "pretrain"), ("raymill pretrain --train.exact", "--train.exact"), ("raymill serve la", "latest")],
+)
+def test_a_shell_that_completes_a_line_waits_for_neither(line: str, word: str, tmp_path: Path) -> None:
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    answer = tmp_path / "answer"
+    check([], tmp_path, limit_s=0.8, banned=HEAVY, **asked, _ARGCOMPLETE_STDOUT_FILENAME=str(answer))
+    assert answer.read_text().strip() == word

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.cli import command_parser
 from cluster.settings import flags, plan, run, serve
-from cluster.settings.flags import add_config_arguments, config_from_arguments, new_run_id, settings_from_flags
+from cluster.settings.flags import add_config_arguments, new_run_id, resolve_config, settings_from_flags
 from cluster.settings.parser import ConfigError, Parser
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import EvaluateConfig, RunConfig, Settings
@@ -35,7 +35,8 @@ def parsed(*argv: str, root: Any = RunConfig) -> Any:
     parser = Parser(prog="tool")
     parser.add_argument("config", nargs="?", type=Path)
     add_config_arguments(parser, root)
-    return config_from_arguments(parser.parse_args(argv), root)
+    given = parser.parse_args(argv)
+    return resolve_config(vars(given), root, file=given.config).config
 
 
 def refusal(*argv: str, root: Any = RunConfig) -> str:
@@ -91,8 +92,8 @@ def test_a_preset_by_flag_over_numbers_of_the_file_says_which_win(tmp_path: Path
 def test_a_run_is_left_unpublished_by_a_word() -> None:
     words = ["pretrain", "--data.source", "a.txt"]
     for more, is_published in (([], True), (["--no-publish"], False), (["--checkpoint.publish", "false"], False)):
-        arguments = command_parser(words).parse_args([*words, *more])
-        assert config_from_arguments(arguments, RunConfig).checkpoint.publish is is_published
+        given = vars(command_parser(words).parse_args([*words, *more]))
+        assert resolve_config(given, RunConfig).config.checkpoint.publish is is_published
 
 
 def test_validation_sets_are_named_by_a_flag(file: str) -> None:
@@ -146,7 +147,7 @@ def test_each_value_of_each_setting_can_be_given(root: type[Settings]) -> None:
     add_config_arguments(parser, root)
     for path, values in literal_values(root).items():
         for value in values:
-            given: Any = settings_from_flags(parser.parse_args([f"--{path}", f"{value}"]), root)
+            given: Any = settings_from_flags(vars(parser.parse_args([f"--{path}", f"{value}"])), root)
             for part in path.split("."):
                 given = given[part]
             assert given in (value, [value]), path
@@ -165,6 +166,15 @@ def test_a_corpus_is_enough_without_a_file() -> None:
     assert config.data.source == [str(Path.cwd() / "a.txt"), "s3://bucket/b"]
     assert config.train == RunConfig().train
     assert "--data.source" in refusal()
+
+
+def test_a_file_without_a_corpus_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bare.yaml"
+    path.write_text("data: {source: []}")
+    assert refusal(str(path)).startswith(
+        f"data.source is empty: name the corpus by a path or URI, globs allowed, in {path}"
+    )
+    assert parsed(str(path), "--data.source", "a.txt").data.source == [str(Path.cwd() / "a.txt")]
 
 
 def test_paths_are_made_absolute(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.settings.flags import add_config_arguments, config_from_arguments
+from cluster.settings.flags import add_config_arguments, resolve_config
 from cluster.settings.parser import ConfigError, Parser
 from cluster.settings.serve import NOT_VLLM_ARGS, EngineConfig, ServeConfig
 
@@ -16,7 +16,8 @@ def settled(*flags: str, yaml: str = "", folder: Path) -> ServeConfig:
     parser: argparse.ArgumentParser = Parser()
     parser.add_argument("config", type=Path)
     add_config_arguments(parser, ServeConfig)
-    return config_from_arguments(parser.parse_args([str(file), *flags]), ServeConfig)
+    given = parser.parse_args([str(file), *flags])
+    return resolve_config(vars(given), ServeConfig, file=file).config
 
 
 @pytest.mark.parametrize(

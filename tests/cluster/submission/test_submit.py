@@ -138,6 +138,10 @@ def test_a_job_that_cannot_fit_is_not_submitted(person: Person, cluster: LocalCl
     assert "scaling.min_workers=2 workers of 2 CPUs each do not fit" in done.err
     assert "has room for 1 now" in done.err
     assert not run.list()
+    done = person.call("pretrain", "run.yaml", "--cluster.address", cluster.jobs_url, "--scaling.use-gpu", "true")
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert done.err.startswith(f"error: scaling.use_gpu needs GPUs, and {cluster.jobs_url} has none now")
+    assert not run.list()
     assert person.ask(*words, "--dry-run")["admitted"] is True
     assert not run.list()
 

@@ -20,8 +20,7 @@ def documented() -> tuple[RunConfig, PlanConfig]:
     words = shlex.split(command)[1:]
     arguments = command_parser(words).parse_args(words)
     assert arguments.simulate
-    found = (settings_from_flags(arguments, root) for root in (RunConfig, PlanConfig))
-    run, options = found
+    run, options = (settings_from_flags(vars(arguments), root) for root in (RunConfig, PlanConfig))
     return validate_config(run, RunConfig), validate_config(options, PlanConfig)
 
 

@@ -1,0 +1,149 @@
+"""The arguments that commands take, each declared once; the settings of the trees are flags besides."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.commands.command import Argument, SettingAs, SettingsOf, Switch
+from cluster.commands.completion import checkpoints, overlays, run_ids
+from cluster.storage.uris import absolute_uri
+
+if TYPE_CHECKING:
+    from cluster.settings.run import RunConfig
+
+
+def _run_config() -> "type[RunConfig]":
+    from cluster.settings.run import RunConfig
+
+    return RunConfig
+
+
+def amount(text: str) -> float:
+    """Returns a number of at least 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, not {text!r}")
+    return value
+
+
+_REFERENCE = "run id, run@step, path or URI of a checkpoint's or run's folder"
+_FOLDER_OF_RUN = "run id, or path or URI of a run's folder"
+_OVERRIDDEN = "YAML file; flags override its settings"
+
+# Of several commands.
+RUN_SETTINGS = SettingsOf(_run_config)
+NO_PUBLISH = SettingAs("--no-publish", "leave `latest` as it is", setting="checkpoint.publish", value="false")
+CONFIG = Argument[Path | None]("config", _OVERRIDDEN, nargs="?", parse=Path)
+CONFIG_FLAG = Argument[Path | None]("--config", _OVERRIDDEN, parse=Path)
+STORAGE = Argument[str](
+    "--storage.uri", "root of runs and registry", parse=absolute_uri, default=".raymill", metavar="URI"
+)
+CHECKPOINT = Argument[str]("checkpoint", f"{_REFERENCE}, or `latest`", completer=checkpoints)
+NAMED = Argument[str | None](
+    "named", f"{_REFERENCE}; `latest` when unset", nargs="?", metavar="checkpoint", completer=checkpoints
+)
+RUN_ID = Argument[str]("run_id", "run id", metavar="RUN", completer=run_ids)
+RUN = Argument[str]("run", _FOLDER_OF_RUN, metavar="RUN", completer=run_ids)
+YES = Switch("--yes", "delete, and do not only say what")
+
+# Of looking at runs and token stores.
+RUNS = Argument[list[str]]("runs", _FOLDER_OF_RUN, nargs="+", metavar="RUN", completer=run_ids)
+TWO_RUNS = Argument[list[str]]("runs", _FOLDER_OF_RUN, nargs=2, metavar="RUN", completer=run_ids)
+PRICE = Argument[float | None]("--price", "dollars for an hour of a GPU, or of a CPU where there is none", parse=amount)
+STEPS = Argument[str]("--steps", "first and last step; all when unset", default="..", metavar="A..B")
+NUM_PROCESSES = Argument[int]("--workers", "processes that train; 1 when unset", parse=int, default=1)
+EXPERIMENT = Argument[str]("--mlflow", "an experiment of MLflow", metavar="EXPERIMENT", required=True)
+FOLLOW_RUN = Switch("--follow", "continue until the run has ended")
+STORE = Argument[str | None]("store", "folder, manifest or key of a token store; the only one when unset", nargs="?")
+SOURCE = Argument[str]("source", "folder, pattern or file; a path or URI", metavar="SOURCE")
+NEW_FOLDER = Argument[str]("destination", "new folder, a path or URI", metavar="DEST")
+
+# Of stages and jobs.
+FAULTS = Argument[list[str]](
+    "--chaos",
+    "inject faults on the local cluster: kill-worker@20 kill-node@40 add-node@60 kill-head@80",
+    nargs="+",
+    default=[],
+    metavar="FAULT@STEP",
+)
+STAGE = Argument[str](
+    "stage",
+    "tokenize: turn a corpus into token shards; pretrain: train on token shards, made first where missing, and publish "
+    "the checkpoint; pipeline: tokenize, train, evaluate and report, all stages in one job",
+    choices=("tokenize", "pretrain", "pipeline"),
+)
+ADDRESS = Argument[str | None]("--address", "Jobs API of a Ray cluster, such as http://head:8265", metavar="URL")
+KUBERAY = Argument[str | None](
+    "--kuberay", "as a RayJob: dev, gpu, spot, kueue or your kustomization", metavar="OVERLAY", completer=overlays
+)
+ONLY_CHECK = Switch("--dry-run", "check all, start nothing; with --kuberay print the objects")
+TOKEN_FILE = Argument[Path | None](
+    "--token-file",
+    "file with the Ray cluster's token; RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN when unset",
+    parse=Path,
+    metavar="FILE",
+)
+FOLLOW_LOG = Switch("-f --follow", "until the job ends; exit code 1 unless it succeeded")
+ALL_LAUNCHES = Switch("--all", "print all launches that are kept, not only the last one")
+SHOWS_RAY = Switch("--ray", "include the lines of Ray and of its workers' processes")
+NUM_LENT = Argument[int]("--workers", "number of workers to give up", parse=int, metavar="N")
+END_LOAN = Switch("--return", "end the loan")
+LOAN_S = Argument[float]("--for", "300 when unset", parse=float, default=300.0, metavar="SECONDS")
+
+# Of the endpoint.
+URL = Argument[str | None]("--url", "endpoint, such as http://127.0.0.1:8000")
+ADMIN_KEY = Argument[Path | None]("--admin-key-file", "file with the admin key", parse=Path)
+PROMPT = Argument[str]("prompt")
+API_KEY = Argument[Path | None]("--api-key-file", "file with the API key", parse=Path)
+MAX_TOKENS = Argument[int | None]("--max-tokens", "64 when unset, or as many as fit after the prompt", parse=int)
+TEMPERATURE = Argument[float]("--temperature", parse=float, default=0.8)
+SEED = Argument[int | None]("--seed", parse=int)
+PROMOTED = Argument[str | None]("checkpoint", f"{_REFERENCE}, or `latest`", nargs="?", completer=checkpoints)
+FINISH = Switch("--finish", "give all requests to the current canary")
+FOLLOWED = Argument[str | None](
+    "--follow", "promote each newer checkpoint of a run as it appears", metavar="RUN", completer=run_ids
+)
+CANARY_PERCENT = Argument[float | None](
+    "--canary",
+    "of the clients, at first: an API key keeps its version, and only requests without a key, user or session are "
+    "drawn one by one",
+    parse=float,
+    metavar="PERCENT",
+)
+WATCH_S = Argument[float | None](
+    "--watch-s", "seconds in which it may be rolled back; the endpoint's when unset", parse=float
+)
+GATE_SOURCE = Argument[str | None](
+    "--gate-source",
+    "held-out text, or token rows as .json, on which its loss is compared with the live version's; the run's "
+    "validation rows when unset, `none` for no comparison",
+    metavar="FILE",
+)
+MAX_LOSS_INCREASE = Argument[float | None](
+    "--max-loss-increase", "allowed increase in nats per token; the endpoint's if unset", parse=float
+)
+
+# Of Kubernetes and Grafana.
+NAMESPACE = Argument[str | None]("--namespace -n", "Kubernetes namespace; raymill when unset")
+OVERLAYS_NAMESPACE = Argument[str | None]("--namespace -n", "Kubernetes namespace, instead of the overlay's own")
+OVERLAY = Argument[str](
+    "overlay",
+    "dev, gpu, spot, kueue, or the folder of your own kustomization",
+    metavar="OVERLAY",
+    completer=overlays,
+)
+COMPONENT = Argument[str | None](
+    "--component", "only this component: platform, tokenize, pretrain, evaluate, completions or shared"
+)
+LET_CHECK = Switch("--dry-run", "let Kubernetes check it, and change nothing")
+KUBE_OBJECT = Argument[str]("name", "such as shared or rayjob/pretrain", metavar="NAME")
+KUBE_OBJECTS = Argument[str | None](
+    "name", "such as shared or rayjob/pretrain; all when unset", nargs="?", metavar="NAME"
+)
+GROUP = Argument[str | None]("--group", "worker group; the only one when unset")
+LEAST_PODS = Argument[int | None]("--min", "pods that are always there", parse=int)
+MOST_PODS = Argument[int | None]("--max", "pods under load", parse=int)
+SUSPEND = Switch("--suspend", "remove all pods, the head's too")
+RESUME = Switch("--resume", "restore what was suspended")
+PROMETHEUS = Argument[str | None]("--prometheus-url", "the data source's address, as Grafana reaches it", metavar="URL")

@@ -1,0 +1,178 @@
+"""The commands of `raymill` that look at runs and checkpoints. Each imports what it alone needs."""
+
+from cluster.commands.arguments import (
+    CHECKPOINT,
+    EXPERIMENT,
+    FOLLOW_RUN,
+    NUM_PROCESSES,
+    PRICE,
+    RUN,
+    RUNS,
+    STEPS,
+    STORAGE,
+    TWO_RUNS,
+)
+from cluster.commands.command import Arguments, Command, Result, Section
+from cluster.output.progress import reports_shown, say
+from cluster.storage.uris import Storage, open_storage
+
+
+def report(arguments: Arguments) -> Result:
+    run = _run(arguments, "report")
+
+    from jobs.report.make_report import make_report
+
+    with reports_shown():
+        return Result(make_report(run, price=arguments[PRICE]))
+
+
+def compare(arguments: Arguments) -> Result:
+    runs = _runs("compare", arguments[RUNS], arguments[STORAGE])
+
+    from jobs.report.compare_runs import as_table
+    from jobs.report.compare_runs import compare as compare_runs
+
+    with reports_shown():
+        comparison = compare_runs(*runs, storage_uri=arguments[STORAGE])
+    return Result(comparison, text=as_table(comparison))
+
+
+def why_slow(arguments: Arguments) -> Result:
+    run = _run(arguments, "why-slow")
+
+    from jobs.report.why_slow import why_run_is_slow
+
+    with reports_shown():
+        return Result(why_run_is_slow(run))
+
+
+def verify(arguments: Arguments) -> Result:
+    run = _run(arguments, "verify")
+
+    from jobs.proof.verify_run import verify as verify_run
+
+    with reports_shown():
+        verdict = verify_run(run)
+    return Result(verdict, is_bad=not verdict["valid"])
+
+
+def replay(arguments: Arguments) -> Result:
+    run = _run(arguments, "replay")
+
+    from jobs.proof.replay_run import replay_steps
+
+    with reports_shown():
+        verdict = replay_steps(run, steps=arguments[STEPS], workers=arguments[NUM_PROCESSES])
+    return Result(verdict, is_bad=not verdict["equal"])
+
+
+def diff(arguments: Arguments) -> Result:
+    first, second = _runs("diff", arguments[TWO_RUNS], arguments[STORAGE])
+
+    from jobs.proof.diff_runs import as_text
+    from jobs.proof.diff_runs import diff as diff_runs
+
+    with reports_shown():
+        verdict = diff_runs(first, second)
+    return Result(verdict, text=as_text(verdict), is_bad=not verdict["equal"])
+
+
+def probe(arguments: Arguments) -> Result:
+    run = _run(arguments, "probe")
+
+    from jobs.report.probe_run import probe_run
+
+    with reports_shown():
+        return Result(probe_run(run))
+
+
+def track(arguments: Arguments) -> Result:
+    run = _run(arguments, "track")
+
+    from jobs.watching.track_run import track as track_run
+
+    with reports_shown():
+        return Result(track_run(run, mlflow=arguments[EXPERIMENT], follow=arguments[FOLLOW_RUN]))
+
+
+def _run(arguments: Arguments, what: str) -> Storage:
+    (run,) = _runs(what, [arguments[RUN]], arguments[STORAGE])
+    return run
+
+
+def _runs(what: str, references: list[str], storage_uri: str) -> list[Storage]:
+    """Finds the runs and says which they are. Raises `UserError` for what is no run."""
+    from jobs.run.find_run import find_run
+
+    runs = [find_run(reference, storage_uri) for reference in references]
+    say(f"{what}: {' and '.join(run.uri for run in runs)}")
+    return runs
+
+
+def checkpoint_show(arguments: Arguments) -> Result:
+    """Returns what a checkpoint holds; for a damaged one `valid` is false and `problems` says why."""
+    from cluster.storage.references import checkpoint_uri
+    from cluster.storage.registry import LATEST, named_checkpoint, resolve_checkpoint
+    from model.checkpoint_folder import read_metadata, verify_checkpoint
+
+    storage_uri = arguments[STORAGE]
+    reference = checkpoint_uri(arguments[CHECKPOINT], storage_uri)
+    folder = None if reference == LATEST else open_storage(reference).local_path("")
+    is_here = folder is not None
+    if folder is None:
+        folder = resolve_checkpoint(reference, storage_uri)
+    elif not folder.is_dir() or (folder / "checkpoints").is_dir():  # none, or a run's: its newest checkpoint
+        folder = open_storage(named_checkpoint(reference, storage_uri)).local_path("")
+        assert folder is not None, "it is below a folder that is here"
+    problems = verify_checkpoint(folder, to_train=is_here)  # a copy of a remote one has no training state
+    metadata = {"parameter_hash": None} if problems else vars(read_metadata(folder))
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    checked = {"checkpoint": str(folder), "valid": not problems, "problems": problems, "files": files}
+    return Result(checked | metadata)
+
+
+def checkpoint_list(arguments: Arguments) -> Result:
+    """Lists what was published, oldest first, with its validation loss and whether `latest` means it."""
+    from cluster.output.result_text import date_of, table
+    from cluster.storage.registry import metadata_of, publications
+    from model.checkpoint_folder import MANIFEST
+
+    published = publications(open_storage(arguments[STORAGE]))
+    usable = (found for found in reversed(published) if open_storage(found.checkpoint).exists(MANIFEST))
+    latest = next(usable, None)
+    rows, shown = [], []
+    for publication in published:
+        metadata = metadata_of(publication.checkpoint)
+        is_latest, is_gone = publication is latest, metadata is None
+        val_loss = metadata and metadata.val_loss
+        row = vars(publication) | {"val_loss": val_loss, "is_latest": is_latest, "is_gone": is_gone}
+        mark = "latest" if is_latest else "gone" if is_gone else ""
+        rows.append(row)
+        shown.append(row | {"published": date_of(publication.time), "latest": mark})
+    if not rows:
+        say(f"nothing is published in {arguments[STORAGE]}: a run that ends publishes its last checkpoint")
+    text = table(("published", "run_id", "step", "val_loss", "latest", "checkpoint"), shown)
+    return Result({"published": rows}, text=text)
+
+
+LOOK = Section(
+    "look at runs and checkpoints",
+    (
+        Command("report", "draw a run: loss, workers, throughput, a step's time, cost", report, [RUN, PRICE, STORAGE]),
+        Command("compare", "compare curves, settings and figures", compare, [RUNS, STORAGE]),
+        Command("why-slow", "say what bounds a run, and by which numbers", why_slow, [RUN, STORAGE]),
+        Command("verify", "recompute the hashes of a run's checkpoints and data", verify, [RUN, STORAGE]),
+        Command("diff", "find the first step where two runs part", diff, [TWO_RUNS, STORAGE]),
+        Command(
+            "replay",
+            "take steps of a run again and compare their bits",
+            replay,
+            [RUN, STEPS, NUM_PROCESSES, STORAGE],
+        ),
+        Command("probe", "measure each checkpoint's copying, induction, few-shot", probe, [RUN, STORAGE]),
+        Command("track", "send a run's curves to MLflow", track, [RUN, EXPERIMENT, FOLLOW_RUN, STORAGE]),
+        Command("checkpoint show", "verify a checkpoint and print its hashes", checkpoint_show, [CHECKPOINT, STORAGE]),
+        Command("checkpoint list", "list the published checkpoints", checkpoint_list, [STORAGE]),
+    ),
+    groups={"checkpoint": "look at checkpoints"},
+)

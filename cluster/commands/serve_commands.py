@@ -1,0 +1,171 @@
+"""The commands of `raymill` from a checkpoint to answers. Each imports what it alone needs."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from cluster.commands.arguments import (
+    ADMIN_KEY,
+    API_KEY,
+    CANARY_PERCENT,
+    CHECKPOINT,
+    CONFIG_FLAG,
+    FINISH,
+    FOLLOWED,
+    GATE_SOURCE,
+    MAX_LOSS_INCREASE,
+    MAX_TOKENS,
+    NAMED,
+    PROMOTED,
+    PROMPT,
+    SEED,
+    STORAGE,
+    TEMPERATURE,
+    URL,
+    WATCH_S,
+)
+from cluster.commands.command import Argument, Arguments, Command, OneOf, Result, Section, SettingsOf
+from cluster.commands.train_commands import as_typed, checkpoint_given, named_by
+from cluster.output.progress import say
+from cluster.output.result_text import put
+from cluster.storage.uris import absolute_uri, open_storage
+
+if TYPE_CHECKING:
+    from cluster.settings.serve import ServeConfig
+
+_NEW_PLACE = Argument[str]("destination", "folder or s3:// URI to make")
+
+
+def serve(arguments: Arguments) -> Result:
+    """Serves until a signal, and then until all answers are whole. On a cluster at an address it deploys and
+    returns."""
+    from cluster.commands.local_endpoint import keep_up
+    from cluster.endpoint.endpoint import deploy, require_key, require_ray_proxies, url_of
+    from cluster.local.local_cluster import require_free_port
+    from cluster.settings.serve import ServeConfig
+    from cluster.submission.first_checks import check_gpu
+
+    require_ray_proxies()
+    config = arguments.config(ServeConfig, checkpoint=checkpoint_given(arguments))
+    require_key(config)
+    if config.engine.device == "cuda":
+        check_gpu("engine.device=cuda", config.cluster.address, num_gpus=config.engine.tensor_parallel_size)
+    checkpoint = named_by(config)
+    if config.cluster.address is None:
+        require_free_port(config.host, config.port)
+    say(f"serve: {checkpoint} at {url_of(config.host, config.port)}")
+
+    from cluster.stages.stage import connected  # imports Ray, which takes a second
+
+    replicas_per_node = -(-config.replicas.max_replicas // max(1, config.cluster.num_nodes - 1))
+    cpus = replicas_per_node * config.replicas.threads_per_replica
+    with connected(config.cluster, cpus_per_node=cpus) as connection:
+        endpoint = deploy(connection, config)
+        result = Result({"url": endpoint.url, "model": endpoint.model})
+        arguments.show(result)
+        if connection.local is None:
+            say(f"{endpoint.url} stays up; end it with Ray Serve's own tools")
+            return replace(result, is_shown=True)
+        say(f"serving {endpoint.model} at {endpoint.url}; Ctrl-C ends it")
+        completing = as_typed(config.storage.uri, 'raymill complete "Once upon a time"')
+        say(f"next: {completing}")
+        is_whole = keep_up(connection.local, host=config.host, port=config.port)
+    return replace(result, is_shown=True, is_bad=not is_whole)
+
+
+def complete(arguments: Arguments) -> Result:
+    """Streams the text to standard output as it comes, or returns all of it with --json."""
+    from cluster.endpoint.endpoint import Endpoint, stream_completion
+
+    endpoint = Endpoint.load(arguments[STORAGE], url=arguments[URL], api_key_file=arguments[API_KEY])
+    request = {
+        "prompt": arguments[PROMPT],
+        "max_tokens": arguments[MAX_TOKENS],
+        "temperature": arguments[TEMPERATURE],
+        "seed": arguments[SEED],
+    }
+    show = (lambda text: None) if arguments.is_json else put
+    return Result(stream_completion(endpoint, request, on_text=show), text="")
+
+
+def promote(arguments: Arguments) -> Result:
+    from cluster.commands import delivery_commands
+
+    return delivery_commands.promote(arguments)
+
+
+def rollback(arguments: Arguments) -> Result:
+    from cluster.commands import delivery_commands
+
+    return delivery_commands.rollback(arguments)
+
+
+def publish(arguments: Arguments) -> Result:
+    from cluster.storage import registry
+    from cluster.storage.references import checkpoint_uri
+
+    storage = open_storage(arguments[STORAGE])
+    published = vars(registry.publish(storage, checkpoint_uri(arguments[CHECKPOINT], arguments[STORAGE])))
+    say(registry.what_latest_became(storage))
+    return Result({name: published[name] for name in ("checkpoint", "run_id", "step", "parameter_hash")})
+
+
+def export(arguments: Arguments) -> Result:
+    from cluster.storage.references import checkpoint_uri
+    from cluster.storage.registry import named_checkpoint
+
+    destination, storage_uri = absolute_uri(arguments[_NEW_PLACE]), arguments[STORAGE]
+    checkpoint = checkpoint_uri(arguments[CHECKPOINT], storage_uri)
+    say(f"export: {named_checkpoint(checkpoint, storage_uri)} to {destination}")
+
+    from jobs.export import export as export_checkpoint  # imports PyTorch, which takes two seconds
+
+    exported = export_checkpoint(checkpoint, destination, storage_uri=storage_uri)
+    return Result(exported, next=f"transformers.AutoModelForCausalLM.from_pretrained({destination!r})")
+
+
+def _serve_config() -> "type[ServeConfig]":
+    from cluster.settings.serve import ServeConfig
+
+    return ServeConfig
+
+
+SERVE = Section(
+    "serve: from a checkpoint to answers",
+    (
+        Command(
+            "serve",
+            "serve a checkpoint behind an OpenAI-compatible endpoint until SIGTERM or Ctrl-C",
+            serve,
+            [NAMED, CONFIG_FLAG, SettingsOf(_serve_config, positional="checkpoint")],
+        ),
+        Command(
+            "complete",
+            "complete a prompt at the endpoint that `raymill serve` started here",
+            complete,
+            [PROMPT, URL, API_KEY, MAX_TOKENS, TEMPERATURE, SEED, STORAGE],
+        ),
+        Command(
+            "promote",
+            "make the running endpoint serve another checkpoint",
+            promote,
+            [
+                OneOf((PROMOTED, FINISH, FOLLOWED), required=True),
+                CANARY_PERCENT,
+                WATCH_S,
+                GATE_SOURCE,
+                MAX_LOSS_INCREASE,
+                URL,
+                ADMIN_KEY,
+                STORAGE,
+            ],
+        ),
+        Command("rollback", "serve the previous version again", rollback, [URL, ADMIN_KEY, STORAGE]),
+        Command("publish", "make a checkpoint the latest one", publish, [CHECKPOINT, STORAGE]),
+        Command(
+            "export",
+            "copy a checkpoint without its training state, ready for Hugging Face",
+            export,
+            [CHECKPOINT, _NEW_PLACE, STORAGE],
+        ),
+    ),
+)

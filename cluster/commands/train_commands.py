@@ -1,0 +1,331 @@
+"""The commands of `raymill` that begin, plan, train and evaluate. Each imports what it alone needs."""
+
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.commands.arguments import (
+    CONFIG,
+    CONFIG_FLAG,
+    END_LOAN,
+    FAULTS,
+    LOAN_S,
+    NAMED,
+    NO_PUBLISH,
+    NUM_LENT,
+    RUN_ID,
+    RUN_SETTINGS,
+    STORAGE,
+)
+from cluster.commands.command import Argument, Arguments, Command, OneOf, Result, Section, SettingsOf, Switch
+from cluster.output.progress import say
+from cluster.settings.parser import ConfigError
+from cluster.stages.stage_module import STAGES
+from cluster.storage.uris import absolute_uri, open_storage
+from model.errors import UserError
+
+if TYPE_CHECKING:
+    from cluster.commands.chaos import Fault
+    from cluster.settings.plan import PlanConfig
+    from cluster.settings.run import EvaluateConfig, RunConfig
+    from cluster.settings.serve import ServeConfig
+    from model.shapes import Stage
+
+_FILE = Argument[Path]("file", "run.yaml when unset", nargs="?", parse=Path, default=Path("run.yaml"))
+_KEEP = Switch("--keep", "keep the endpoint up until Ctrl-C")
+_PRESET = Argument[str](
+    "--preset",
+    "the model's shape: GPT-2's, or Llama's of as many parameters",
+    choices=("demo", "demo-llama"),
+    default="demo",
+)
+_SIMULATE = Switch("--simulate", "at 8 to 4,096 GPUs instead: exchange, snapshots, checkpoints, data")
+_SHAPES = Switch("--shapes", "each stage's shape and bytes", required=True)
+_SHAPES_ROW = "  {:<28}{:<15}{:<24}{:>14}{:>7}  {}"
+
+
+def demo(arguments: Arguments) -> Result:
+    say("demo: a corpus, its tokens, training with a node killed on purpose, an evaluation, a report and an endpoint")
+
+    from cluster.commands.demo import run_demo
+
+    return Result(run_demo(arguments[STORAGE], preset=arguments[_PRESET], keep=arguments[_KEEP]))
+
+
+def init(arguments: Arguments) -> Result:
+    """Writes the file of settings, and never over one that is there."""
+    from cluster.settings.first_file import first_settings
+
+    path = arguments[_FILE]
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(first_settings())
+    except FileExistsError:
+        raise UserError(f"{path} is there already and stays as it is; name another file") from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    after = f"set data.source in {path}, then `raymill plan {path}` and `raymill pretrain {path}`"
+    return Result({"file": str(path)}, next=after)
+
+
+def tokenize(arguments: Arguments) -> Result:
+    values, _ = _run_stage(arguments, "tokenize", faults=[])
+    words = ["pretrain" if word == "tokenize" else word for word in arguments.words]
+    return Result(values, next=f"`raymill {shlex.join(words)}`")
+
+
+def pretrain(arguments: Arguments) -> Result:
+    from cluster.commands.chaos import parse_faults
+
+    words = arguments[FAULTS]
+    return _trained(*_run_stage(arguments, "pretrain", faults=parse_faults(words)))
+
+
+def pipeline(arguments: Arguments) -> Result:
+    return _trained(*_run_stage(arguments, "pipeline", faults=[]))
+
+
+def _trained(values: dict[str, Any], config: "RunConfig") -> Result:
+    served = "latest" if config.checkpoint.publish else config.run_id
+    after = as_typed(config.storage.uri, f"raymill report {config.run_id}", f"raymill serve {served}")
+    return Result(values, next=after)
+
+
+def _run_stage(arguments: Arguments, stage: str, *, faults: "list[Fault]") -> tuple[dict[str, Any], "RunConfig"]:
+    """Submits the stage as a job and follows it. Returns its result, and the settings that it had."""
+    from cluster.commands.chaos import chaos
+    from cluster.local.local_cluster import cpus_per_node
+    from cluster.settings.run import RunConfig
+
+    config = arguments.config(RunConfig)
+    if faults and config.cluster.address is not None:
+        raise ConfigError("--chaos kills nodes of the local cluster; leave out --cluster.address")
+    _check(config, stage)
+    _say_stage(config, stage)
+
+    from cluster.stages.stage import connected, run_stage  # imports Ray, which takes a second
+
+    try:
+        with (
+            connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection,
+            chaos(faults, cluster=connection.local, config=config),
+        ):
+            return run_stage(connection, STAGES[stage], config), config
+    except (KeyboardInterrupt, SystemExit):
+        if stage != "tokenize":
+            known = [] if "--run-id" in arguments.words else ["--run-id", str(config.run_id)]
+            say(f"continue with: raymill {shlex.join([*arguments.words, *known])}")
+        raise
+
+
+def _check(config: "RunConfig", stage: str) -> None:
+    """Raises `UserError` for what a minute later would end the stage in words that name no setting."""
+    from cluster.settings.run import run_storage
+    from cluster.submission.first_checks import check_room, check_stage
+    from cluster.submission.preflight import check_sources, folders_at
+    from jobs.plan.memory import worker_needs
+    from jobs.run.history import why_not_resumed
+
+    is_training = stage != "tokenize"
+    check_sources(config.data, folders_at(config.cluster.address))
+    if is_training and (reason := why_not_resumed(run_storage(config), config)):
+        raise ConfigError(reason)
+    check_stage(config, stage)
+    check_room(config, stage, worker_needs(config) if is_training else {})
+
+
+def _say_stage(config: "RunConfig", stage: str) -> None:
+    from cluster.output.result_text import counted
+    from cluster.settings.run import max_steps
+
+    steps = "" if stage == "tokenize" else f", {counted(max_steps(config), 'step')}"
+    sources = config.data.source
+    more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
+    say(f"{stage}: run {config.run_id}{steps}, on {sources[0]}{more}")
+
+
+def as_typed(storage: str, *commands: str) -> str:
+    """Returns the commands as they are typed, with the storage if it is not the default."""
+    where = "" if absolute_uri(storage) == absolute_uri(".raymill") else f" --storage.uri {storage}"
+    return ", or ".join(f"`{command}{where}`" for command in commands)
+
+
+def plan(arguments: Arguments) -> Result:
+    """Returns the figures, to be printed as a table."""
+    from cluster.settings.flags import settings_from_flags, validate_config
+    from cluster.settings.plan import PlanConfig
+    from cluster.settings.run import RunConfig, planned_vocabulary
+    from jobs.plan.make_plan import planned
+    from jobs.plan.scale_simulation import scale_table, scales
+
+    options = validate_config(settings_from_flags(arguments.values, PlanConfig), PlanConfig)
+    config = arguments.config(RunConfig, needs_source=False)
+    if arguments[_SIMULATE]:
+        rows = scales(planned_vocabulary(config), options)
+        return Result({"scales": rows}, text=f"{scale_table(rows)}\n")
+    figures = planned(config, options)
+    table = figures.pop("table")
+    return Result(figures, text=f"{table}\n")
+
+
+def inspect(arguments: Arguments) -> Result:
+    """Shows the shapes of one lane: train.micro_batch_size sequences of train.seq_len tokens."""
+    from cluster.settings.run import RunConfig, planned_vocabulary, seq_len, with_precision
+    from model.config import num_parameters
+    from model.processor import fast_precision
+    from model.shapes import stages, weights
+
+    config = planned_vocabulary(arguments.config(RunConfig, needs_source=False))
+    config = with_precision(config, "bf16" if config.scaling.use_gpu else fast_precision("cpu"))
+    batch_size, tokens = config.train.micro_batch_size, seq_len(config)
+    value_bytes = 2 if config.train.precision == "bf16" else 4
+    batch = stages(config.model, batch_size=batch_size, seq_len=tokens, bytes_per_value=value_bytes)
+    parameters = weights(config.model)
+    size = num_parameters(config.model)
+    title = f"A lane of {batch_size} x {tokens:,} tokens, {config.train.precision}"
+    text = _shapes(title, batch) + _shapes(f"\n{size:,} parameters", parameters)
+    return Result({"parameters": size, "stages": _values(batch), "weights": _values(parameters)}, text=text)
+
+
+def _values(stages: "Sequence[Stage]") -> list[dict[str, Any]]:
+    return [vars(stage) | {"shape": list(stage.shape), "num_bytes": stage.num_bytes} for stage in stages]
+
+
+def _shapes(title: str, stages: "Sequence[Stage]") -> str:
+    rows = [("stage", "dimensions", "shape", "bytes", "times", "")]
+    for stage in stages:
+        shape = " x ".join(f"{length:,}" for length in stage.shape)
+        num_bytes = f"{stage.num_bytes / 1e6:,.3f} MB"
+        rows.append((stage.name, stage.dims, shape, num_bytes, f"{stage.times}", stage.note))
+    lines = [_SHAPES_ROW.format(*row).rstrip() for row in rows]
+    return "\n".join([title, *lines]) + "\n"
+
+
+def evaluate(arguments: Arguments) -> Result:
+    from cluster.local.local_cluster import cpus_per_node
+    from cluster.settings.run import EvaluateConfig
+    from cluster.submission.preflight import check_sources, folders_at
+
+    config = arguments.config(EvaluateConfig, checkpoint=checkpoint_given(arguments))
+    checkpoint = named_by(config)
+    check_sources(config.data, folders_at(config.cluster.address))
+    say(f"evaluate: {checkpoint}")
+
+    from cluster.stages.stage import connected, run_stage  # imports Ray, which takes a second
+
+    with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
+        values = run_stage(connection, "jobs.evaluate", config)
+    return Result(values, next=as_typed(config.storage.uri, f"raymill serve {values['checkpoint']}"))
+
+
+def checkpoint_given(arguments: Arguments) -> str | None:
+    """Returns the checkpoint that stands by itself or that its flag gives. Raises `ConfigError` for two."""
+    named, flag = arguments[NAMED], arguments.values["checkpoint"]
+    if named is not None and flag not in (None, named):
+        raise ConfigError(f"two checkpoints, {named} and --checkpoint {flag}; name one")
+    return named or flag
+
+
+def named_by(config: "EvaluateConfig | ServeConfig") -> str:
+    """Returns the URI of the settings' checkpoint, judged by file names alone, before a cluster is started."""
+    from cluster.storage.registry import LATEST, named_checkpoint
+
+    place = config.storage.uri if config.checkpoint == LATEST else config.checkpoint
+    if config.cluster.address is not None and open_storage(place).local_path("") is not None:
+        return config.checkpoint  # that cluster may see other folders
+    return named_checkpoint(config.checkpoint, config.storage.uri)
+
+
+def lend(arguments: Arguments) -> Result:
+    from cluster.storage import lending
+
+    run_id, storage_uri = arguments[RUN_ID], arguments[STORAGE]
+    num_workers, duration_s = arguments[NUM_LENT], arguments[LOAN_S]
+    run = open_storage(storage_uri).child(f"runs/{run_id}")
+    if not any(run.list()):
+        raise UserError(f"no run {run_id} in {storage_uri}: `raymill lend` takes a run id")
+    if arguments[END_LOAN]:
+        lending.give_back(run)
+    elif num_workers < 1:
+        raise ConfigError(f"--workers {num_workers}: expected at least 1; --return ends a loan")
+    elif not 0 < duration_s < math.inf:
+        raise ConfigError(f"--for {duration_s:g}: expected seconds above 0; --return ends a loan")
+    else:
+        lending.lend(run, lending.Loan(num_workers, duration_s))
+    loan = lending.read_loan(run)
+    return Result({"run_id": run_id, "lent_workers": loan.num_workers if loan else 0, "for_s": loan and loan.for_s})
+
+
+def _evaluate_config() -> "type[EvaluateConfig]":
+    from cluster.settings.run import EvaluateConfig
+
+    return EvaluateConfig
+
+
+def _plan_config() -> "type[PlanConfig]":
+    from cluster.settings.plan import PlanConfig
+
+    return PlanConfig
+
+
+BEGIN = Section(
+    "to begin with",
+    (
+        Command(
+            "demo",
+            "train and serve a small model on a 3-node local cluster, with a node killed on purpose",
+            demo,
+            [_KEEP, _PRESET, STORAGE],
+        ),
+        Command(
+            "init",
+            "write a commented file of the settings that are changed first; never over one that is there",
+            init,
+            [_FILE],
+        ),
+    ),
+)
+
+TRAIN = Section(
+    "train: from tokens to a checkpoint",
+    (
+        Command(
+            "plan",
+            "estimate what a run will take: operations, days, cost, memory, checkpoints, links",
+            plan,
+            [CONFIG, _SIMULATE, SettingsOf(_plan_config), RUN_SETTINGS],
+        ),
+        Command(
+            "pretrain",
+            "train on token shards, made first where missing, and publish the checkpoint",
+            pretrain,
+            [CONFIG, FAULTS, RUN_SETTINGS, NO_PUBLISH],
+        ),
+        Command(
+            "pipeline",
+            "tokenize, train, evaluate and report, all stages in one job",
+            pipeline,
+            [CONFIG, RUN_SETTINGS, NO_PUBLISH],
+        ),
+        Command(
+            "evaluate",
+            "measure loss, perplexity and bits per byte of a checkpoint",
+            evaluate,
+            [NAMED, CONFIG_FLAG, SettingsOf(_evaluate_config, positional="checkpoint")],
+        ),
+        Command(
+            "inspect",
+            "show the shape and bytes of a batch at every stage of the model",
+            inspect,
+            [CONFIG, _SHAPES, RUN_SETTINGS],
+        ),
+        Command(
+            "lend",
+            "have a running elastic run shrink for a while, and grow again",
+            lend,
+            [RUN_ID, OneOf((NUM_LENT, END_LOAN), required=True), LOAN_S, STORAGE],
+        ),
+    ),
+)

@@ -1,0 +1,105 @@
+"""The settings of a tree as a list: the path, the type, the help, the choices and the default of each."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from model.config import PRESETS, GPTConfig
+from model.tables import read_table
+
+FIRST_TO_CHANGE = (
+    "data.source",
+    "model.preset",
+    "train.max_tokens",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "train.learning_rate",
+    "scaling.max_workers",
+    "storage.uri",
+)
+"""The settings of a run that a newcomer changes first, which `raymill init` writes."""
+
+
+class Leaf(NamedTuple):
+    """A setting that a file or a flag gives."""
+
+    path: str  # dotted
+    help: str  # with its choices and its default
+    kind: Any  # its type
+    choices: tuple[str, ...]  # of its values; none where they are not a few words
+    default: Any
+
+    @property
+    def is_list(self) -> bool:
+        kinds = [self.kind, *get_args(self.kind)]
+        return get_origin(self.kind) is dict or any(get_origin(kind) is list for kind in kinds)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Returns what its flag may be completed to."""
+        return ("true", "false") if self.kind is bool else self.choices
+
+    def is_unset_by(self, value: object) -> bool:
+        """Reports whether a flag's value means None, which not every setting may be: `none` may be a value's name."""
+        may_be_unset = type(None) in get_args(self.kind)
+        return may_be_unset and value in ("null", "none") and value not in self.choices
+
+
+def leaves(root: type[BaseModel], prefix: str = "") -> list[Leaf]:
+    """Returns each setting of the tree, in the order of its declaration."""
+    result: list[Leaf] = []
+    for name, info in root.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            result += leaves(kind, f"{prefix}{name}.")
+        elif kind is GPTConfig:
+            result += _of_the_model(f"{prefix}{name}")
+        else:
+            result.append(_leaf(root, f"{prefix}{name}", info))
+    return result
+
+
+def branches(root: type[BaseModel]) -> dict[str, str]:
+    """Returns what each branch of the tree is, in the first sentence of its class, by the branch's name."""
+    result = {}
+    for name, info in root.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and (issubclass(kind, BaseModel) or kind is GPTConfig):
+            result[name] = str(kind.__doc__).partition(".")[0]
+    return result
+
+
+def _of_the_model(prefix: str) -> list[Leaf]:
+    names = tuple(PRESETS)
+    about = f"shape by name, one of {', '.join(names)}; seed and seed-96 have one head, ReLU, and 12 or 96 layers"
+    result = [Leaf(f"{prefix}.preset", about, str | None, names, None)]
+    kinds = get_type_hints(GPTConfig)
+    for field in dataclasses.fields(GPTConfig):
+        kind, default = kinds[field.name], field.default
+        help_text = f"{field.metadata['help']} ({default})"
+        result.append(Leaf(f"{prefix}.{field.name}", help_text, kind, _choices(kind), default))
+    return result
+
+
+def _leaf(branch: type[BaseModel], path: str, info: FieldInfo) -> Leaf:
+    help_table: dict[str, dict[str, str]] = read_table(__file__, "help")
+    name = path.rpartition(".")[2]
+    about = next(lines[name] for kind in branch.__mro__ if name in (lines := help_table.get(kind.__name__, {})))
+    default = info.get_default(call_default_factory=True)
+    choices = _choices(info.annotation)
+    notes = [f"one of {', '.join(choices)}"] if choices else []
+    notes += [f"default {default}"] if default not in (None, [], {}) else []
+    help_text = about + (f" ({'; '.join(notes)})" if notes else "")
+    return Leaf(path, help_text, info.annotation, choices, default)
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """Returns the names that a value, or each of several values, may be."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    names: tuple[str, ...] = ()
+    for part in get_args(kind):
+        names += _choices(part)
+    return names
