@@ -10,7 +10,7 @@ from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage
-from jobs.exact.train_state import MOMENTS
+from jobs.exact.state.train_state import MOMENTS
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.run_plan import run_storage

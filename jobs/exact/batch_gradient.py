@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.settings.run import RunConfig, batch_schedule, way_to_compute
-from jobs.exact.bucket_exchange import BucketExchange
 from jobs.exact.compute import MicroBatch, autocast, choose_operations, micro_batch, num_counted
-from jobs.exact.flat_layout import at, end_to_end
-from jobs.exact.lane_sums import LaneSums
-from jobs.exact.peers import Peers
-from jobs.exact.shard_sums import ShardSums
-from jobs.exact.side_thread import side_work
-from jobs.exact.step_plan import StepPlan
-from jobs.exact.step_totals import Measured, StepTotals, block_square_sums, norm_of
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.flat_layout import at, end_to_end
+from jobs.exact.state.peers import Peers
+from jobs.exact.state.side_thread import side_work
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.bucket_exchange import BucketExchange
+from jobs.exact.sums.lane_sums import LaneSums
+from jobs.exact.sums.shard_sums import ShardSums
+from jobs.exact.sums.step_plan import StepPlan
+from jobs.exact.sums.step_totals import Measured, StepTotals, block_square_sums, norm_of
 from jobs.run.step_timer import StepTimer
 from jobs.run.storage_retry import patiently
 from jobs.tokens.token_stream import TokenStream

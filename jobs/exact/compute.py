@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cluster.settings.run import RunConfig, way_to_compute
-from jobs.exact.gathered_weights import GatheredWeights
+from jobs.exact.state.gathered_weights import GatheredWeights
 from model.attention import Mask, document_mask, document_positions, packed_documents
 from model.cpu_ops import operations as cpu_ops
 from model.gpt import GPT

@@ -13,7 +13,7 @@ from torch import Tensor
 from cluster.settings.run import RunConfig, seq_len, way_to_compute
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.compute import micro_batch
-from jobs.exact.train_state import ALONE, TrainState
+from jobs.exact.state.train_state import ALONE, TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.tokens.batch_plan import Indices
 from model.errors import UserError

@@ -10,8 +10,8 @@ from functools import partial
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
-from jobs.exact.exact_reduce import subtrees_of_ranks
-from jobs.exact.flat_layout import NUM_SENDINGS, FlatLayout
+from jobs.exact.state.flat_layout import NUM_SENDINGS, FlatLayout
+from jobs.exact.sums.exact_reduce import subtrees_of_ranks
 from jobs.plan.formulas import BF16_BYTES, FP32_BYTES, group_of, holders_of
 
 MESSAGE_S = 5e-6
@@ -44,8 +44,8 @@ class Traffic:
 
 
 def between_all(num_bytes: float, *, size: int, near: int, num_calls: int) -> Traffic:
-    """Returns what sends the parts of so many bytes to their owners, or from each owner to all others (`exact/peers`),
-    among `size` ranks, `near` of them on each node."""
+    """Returns what sends the parts of so many bytes to their owners, or from each owner to all others
+    (`exact/state/peers`), among `size` ranks, `near` of them on each node."""
     on_links, on_cards = (num_bytes * count / size for count in (near - 1, size - near))
     return Traffic(on_links, on_cards, num_calls * (size - 1))
 

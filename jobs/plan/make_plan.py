@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, batch_schedule, planned_vocabulary, seq_len, with_precision
-from jobs.exact.flat_layout import FlatLayout
+from jobs.exact.state.flat_layout import FlatLayout
 from jobs.plan.exchange import Exchange, exchange
 from jobs.plan.formulas import (
     DAY_S,

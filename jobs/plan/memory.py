@@ -7,9 +7,10 @@ from typing import Any, get_args
 
 from cluster.settings.run import RunConfig, batch_schedule, planned_vocabulary, seq_len, way_to_compute, with_precision
 from cluster.storage.uris import open_storage
-from jobs.exact.exact_reduce import subtrees_of_ranks
-from jobs.exact.flat_layout import BLOCK, PIECE_VALUES, FlatLayout
-from jobs.exact.step_plan import Mesh, StepPlan
+from jobs.exact.state.flat_layout import BLOCK, PIECE_VALUES, FlatLayout
+from jobs.exact.state.sharding import Mesh
+from jobs.exact.sums.exact_reduce import subtrees_of_ranks
+from jobs.exact.sums.step_plan import StepPlan
 from jobs.plan.exchange import product_bytes
 from jobs.plan.formulas import BF16_BYTES, FP32_BYTES, STATE_BYTES, group_of, holders_of
 from jobs.run.history import why_not_resumed
@@ -109,7 +110,7 @@ def host_memory(config: RunConfig, layout: FlatLayout, *, world_size: int, gpus_
     """Returns the bytes by part of a node's own memory: two slots of its GPUs' shares of the state, one of them being
     written (`snapshots/slots`); where no other node has the same, a third, and two of another node's shares
     (`snapshots/choice`); a checkpoint that is being stored and one that waits, on rank 0's node, or its GPUs' shards of
-    them where the state is sharded; and two pieces of each GPU's copies (`exact/host_copies`)."""
+    them where the state is sharded; and two pieces of each GPU's copies (`exact/state/host_copies`)."""
     state, num_ranks = STATE_BYTES * layout.size, min(world_size, gpus_per_node)
     holders = holders_of(config.scaling, world_size)
     shares, are_copied = state * (num_ranks / holders if holders > 1 else 1.0), holders == world_size > gpus_per_node

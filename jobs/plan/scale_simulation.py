@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, batch_schedule, seq_len
-from jobs.exact.flat_layout import FlatLayout
+from jobs.exact.state.flat_layout import FlatLayout
 from jobs.plan.exchange import exchange
 from jobs.plan.formulas import (
     STATE_BYTES,

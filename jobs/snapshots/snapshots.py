@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster.output.progress import say
-from jobs.exact.flat_layout import within
-from jobs.exact.host_copies import HostCopy
-from jobs.exact.train_state import StatePiece, TrainState
+from jobs.exact.state.flat_layout import within
+from jobs.exact.state.host_copies import HostCopy
+from jobs.exact.state.train_state import StatePiece, TrainState
 from jobs.snapshots.choice import Holding, Snapshot, choose, interval, num_slots, reader_of, sharded_area
 from jobs.snapshots.keepers import CHUNK_BYTES, NoRoom, ask_patiently, fetch, find_keepers, read_s
 from jobs.snapshots.slots import Bytes, Header, Slots

@@ -17,7 +17,7 @@ from cluster.storage.lease import LeaseLostError
 from cluster.storage.registry import metadata_of
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.compute import autocast
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.run_plan import RunPlan, open_held_out, open_stream, open_validation_sets
 from jobs.run.sharded_checkpoints import stored_state

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from cluster.settings.run import CheckpointConfig
 from cluster.storage.uris import StorageError
-from jobs.exact.host_copies import HostCopy
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.host_copies import HostCopy
+from jobs.exact.state.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, superseded
 from jobs.run.ledger import LedgerWriter
 from jobs.run.saving_thread import SavingThread

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.exact.flat_layout import at, moved
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.flat_layout import at, moved
+from jobs.exact.state.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
 

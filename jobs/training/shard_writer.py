@@ -17,9 +17,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from jobs.exact.host_copies import HostCopy
-from jobs.exact.peers import Peers
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.host_copies import HostCopy
+from jobs.exact.state.peers import Peers
+from jobs.exact.state.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.ledger import LedgerWriter
 from jobs.run.saving_thread import SavingThread

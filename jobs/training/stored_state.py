@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from jobs.exact.flat_layout import at
-from jobs.exact.train_state import MOMENTS, TrainState
+from jobs.exact.state.flat_layout import at
+from jobs.exact.state.train_state import MOMENTS, TrainState
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
 from model.stored_tensors import StoredTensors, hashed_name, stretch_name

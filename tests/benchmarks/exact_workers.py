@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from cluster.settings.run import Compute, RunConfig, Shard
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.training.mixed_hardware import settle_rounding
 from jobs.workers.worker_group import WorkerGroup

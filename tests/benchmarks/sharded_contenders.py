@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cluster.settings.run import RunConfig, Shard
-from jobs.exact.flat_layout import at
+from jobs.exact.state.flat_layout import at
 from jobs.workers.worker_group import WorkerGroup
 from tests.benchmarks.exact_workers import ExactTrainer
 from tests.benchmarks.stock_steps import StockTrainer, Wrap, ddp, fsdp2

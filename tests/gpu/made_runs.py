@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cluster.settings.run import RunConfig, Shard, seq_len
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.step_totals import Measured
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.step_totals import Measured
 from jobs.run.step_timer import CudaClock, StepTimer
 from jobs.training.mixed_hardware import settle_rounding
 from jobs.workers.worker_group import WorkerGroup

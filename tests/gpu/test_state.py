@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.exact.flat_layout import within
-from jobs.exact.host_copies import HostCopies
-from jobs.exact.train_state import StatePiece, TrainState
+from jobs.exact.state.flat_layout import within
+from jobs.exact.state.host_copies import HostCopies
+from jobs.exact.state.train_state import StatePiece, TrainState
 from jobs.snapshots.slots import Header, Slots
 from tests.gpu.made_runs import MadeRun, made_config
 

@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 from cluster.settings.run import RunConfig
 from jobs.exact.compute import MicroBatch, autocast, choose_operations
-from jobs.exact.lane_sums import LaneSums
-from jobs.exact.step_plan import Mesh, StepPlan
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.sharding import Mesh
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.lane_sums import LaneSums
+from jobs.exact.sums.step_plan import StepPlan
 from model.attention import Documents
 from model.gpt import GPT
 

@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
 
 
 class AttemptWitness:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from cluster.settings.run import TrainConfig
-from jobs.exact.flat_layout import within
-from jobs.exact.step_totals import block_square_sums, norm_of
-from jobs.exact.train_state import StatePiece, TrainState
+from jobs.exact.state.flat_layout import within
+from jobs.exact.state.train_state import StatePiece, TrainState
+from jobs.exact.sums.step_totals import block_square_sums, norm_of
 from jobs.training.stored_state import moments_by_name
 from model.checkpoint import safetensors_pieces
 from model.config import GPTConfig, preset_fields

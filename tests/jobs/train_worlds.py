@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cluster.settings.run import RunConfig, Shard
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.snapshots import snapshots
 from jobs.snapshots.choice import Holding, Snapshot, choose

@@ -15,8 +15,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.settings.run import RunConfig, Shard
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.step_totals import Measured, StepTotals
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.step_totals import Measured, StepTotals
 from jobs.plan.memory import layout_of
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup

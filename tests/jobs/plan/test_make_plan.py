@@ -10,8 +10,8 @@ import torch
 from cluster.cli import main
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
-from jobs.exact.step_plan import StepPlan
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.step_plan import StepPlan
 from jobs.plan.formulas import (
     checkpoint_interval_s,
     goodput,

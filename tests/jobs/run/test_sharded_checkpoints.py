@@ -12,8 +12,8 @@ import torch
 
 from cluster.storage.folder import LocalStorage
 from cluster.storage.uris import Entry, open_storage
-from jobs.exact.flat_layout import FlatLayout
-from jobs.exact.train_state import MOMENTS
+from jobs.exact.state.flat_layout import FlatLayout
+from jobs.exact.state.train_state import MOMENTS
 from jobs.export import export
 from jobs.proof.verify_run import verify
 from jobs.run.checkpoints import RunCheckpoints, step_of

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from cluster.settings.run import CheckpointConfig, TrainConfig
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.uris import Storage, open_storage
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, step_of
 from jobs.run.ledger import Ledger, LedgerWriter
 from jobs.run.writer_generation import Fence

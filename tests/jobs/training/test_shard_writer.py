@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.settings.run import CheckpointConfig, TrainConfig
 from cluster.storage.uris import open_storage
-from jobs.exact.train_state import MOMENTS, TrainState
+from jobs.exact.state.train_state import MOMENTS, TrainState
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.ledger import Ledger, LedgerWriter
 from jobs.run.sharded_checkpoints import ShardedCheckpoint

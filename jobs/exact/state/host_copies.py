@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cluster.monitoring.metric_table import Phase
-from jobs.exact.flat_layout import PIECE_VALUES
+from jobs.exact.state.flat_layout import PIECE_VALUES
 from jobs.run.step_timer import StepTimer
 
 Take = Callable[[Iterator[Tensor]], object]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jobs.exact.host_copies import HostCopies
+from jobs.exact.state.host_copies import HostCopies
 from tests.jobs.train_states import RATE, apply, gradients, make_state
 
 CPU = torch.device("cpu")

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jobs.exact.flat_layout import FlatLayout, at, moved, shared, stretches
-from jobs.exact.peers import Peers
-from jobs.exact.side_thread import side_work
+from jobs.exact.state.flat_layout import FlatLayout, at, moved, shared, stretches
+from jobs.exact.state.peers import Peers
+from jobs.exact.state.side_thread import side_work
 from model.gpt import GPT
 from model.operations import Operations
 from model.training_memory import ALIGNMENT_BYTES, aligned, large_zeros, room_to_align

@@ -12,10 +12,10 @@ from weakref import WeakMethod
 
 from torch import Tensor, nn
 
-from jobs.exact.exact_reduce import LaneStep
-from jobs.exact.flat_layout import FlatLayout, shared
-from jobs.exact.step_plan import StepPlan
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.flat_layout import FlatLayout, shared
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.exact_reduce import LaneStep
+from jobs.exact.sums.step_plan import StepPlan
 from model.cpu_ops.loans import Scratch, gradient_sinks, lent, scratch_memory
 from model.training_memory import large_zeros
 

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jobs.exact.exact_reduce import tree_sum
-from jobs.exact.flat_layout import BLOCK, FlatLayout, part_of
-from jobs.exact.step_plan import Mesh, StepPlan
+from jobs.exact.state.flat_layout import BLOCK, FlatLayout, part_of
+from jobs.exact.state.sharding import Mesh
+from jobs.exact.sums.exact_reduce import tree_sum
+from jobs.exact.sums.step_plan import StepPlan
 from jobs.workers.worker_group import WorkerGroup
 
 

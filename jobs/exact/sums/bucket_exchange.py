@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jobs.exact.exact_reduce import halves, tree_sum
-from jobs.exact.flat_layout import at, part_of
-from jobs.exact.peers import Peers
-from jobs.exact.step_totals import block_square_sums
+from jobs.exact.state.flat_layout import at, part_of
+from jobs.exact.state.peers import Peers
+from jobs.exact.sums.exact_reduce import halves, tree_sum
+from jobs.exact.sums.step_totals import block_square_sums
 
 
 class BucketExchange:

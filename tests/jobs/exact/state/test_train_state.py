@@ -17,10 +17,10 @@ from torch.optim.adamw import adamw
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.settings.run import TrainConfig
-from jobs.exact.flat_layout import BLOCK, at, part_of
-from jobs.exact.peers import Peers
-from jobs.exact.step_totals import block_square_sums, norm_of
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.flat_layout import BLOCK, at, part_of
+from jobs.exact.state.peers import Peers
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.step_totals import block_square_sums, norm_of
 from jobs.training.stored_state import restore
 from jobs.workers.failures import LostPeerError
 from jobs.workers.worker_group import WorkerGroup
@@ -178,7 +178,7 @@ def test_updated_weights_go_round_while_the_next_are_updated(monkeypatch: pytest
                 ended.set()
 
         monkeypatch.setattr(Peers, "gather", gather)
-        monkeypatch.setattr("jobs.exact.train_state.adamw", update)
+        monkeypatch.setattr("jobs.exact.state.train_state.adamw", update)
         state.apply(norm=1.0, learning_rate=RATE)
         assert sent == state.layout.buckets, "none is missing once the step is taken"
         assert num_calls > 2

@@ -17,8 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import model.stored_tensors
 from cluster.settings.run import Shard, TrainConfig
-from jobs.exact.flat_layout import BLOCK
-from jobs.exact.train_state import MOMENTS, TrainState
+from jobs.exact.state.flat_layout import BLOCK
+from jobs.exact.state.train_state import MOMENTS, TrainState
 from jobs.snapshots.choice import Holding, Snapshot
 from jobs.snapshots.keepers import CHUNK_BYTES
 from jobs.snapshots.slots import Bytes, Header

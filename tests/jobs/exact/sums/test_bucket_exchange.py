@@ -16,8 +16,8 @@ from torch import Tensor
 from cluster.settings.plan import PlanConfig
 from jobs.exact.batch_gradient import dropout_seed
 from jobs.exact.compute import autocast, micro_batch, num_counted
-from jobs.exact.exact_reduce import subtrees_of_ranks, tree_sum
-from jobs.exact.step_totals import block_square_sums, norm_of
+from jobs.exact.sums.exact_reduce import subtrees_of_ranks, tree_sum
+from jobs.exact.sums.step_totals import block_square_sums, norm_of
 from jobs.plan.exchange import Traffic, between_all, exchange
 from jobs.plan.formulas import group_of
 from jobs.plan.memory import layout_of

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from jobs.exact.flat_layout import FlatLayout, at, end_to_end, moved, part_of, shared
-from jobs.exact.lane_sums import FinalBuckets, add_up, hand_over_gradients
-from jobs.exact.side_thread import SideStream, SideThread
-from jobs.exact.step_plan import StepPlan
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.flat_layout import FlatLayout, at, end_to_end, moved, part_of, shared
+from jobs.exact.state.side_thread import SideStream, SideThread
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.lane_sums import FinalBuckets, add_up, hand_over_gradients
+from jobs.exact.sums.step_plan import StepPlan
 from model.cpu_ops.loans import Scratch, gradient_sinks, lent, scratch_memory
 
 

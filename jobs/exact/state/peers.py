@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.exact.flat_layout import at, part_of
+from jobs.exact.state.flat_layout import at, part_of
 from jobs.workers.failures import LostPeerError, OpenGroupError
 from jobs.workers.progress import CPU, range_of
 from jobs.workers.worker_group import WorkerGroup

@@ -3,8 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.exact.exact_reduce import subtrees_of_ranks
-from jobs.exact.step_plan import Mesh, StepPlan
+from jobs.exact.state.sharding import Mesh
+from jobs.exact.sums.exact_reduce import subtrees_of_ranks
+from jobs.exact.sums.step_plan import StepPlan
 
 
 @given(st.integers(1, 40), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.optim.adamw import adamw  # the optimizer's class imports torch._dynamo, which takes a second
 
 from cluster.settings.run import Shard, TrainConfig
-from jobs.exact.flat_layout import NUM_SENDINGS, FlatLayout, at, end_to_end, moved, part_of, shared, stretches
-from jobs.exact.gathered_weights import GatheredWeights
-from jobs.exact.host_copies import HostCopies
-from jobs.exact.peers import Peers
-from jobs.exact.side_thread import side_work
-from jobs.exact.step_plan import Mesh
+from jobs.exact.state.flat_layout import NUM_SENDINGS, FlatLayout, at, end_to_end, moved, part_of, shared, stretches
+from jobs.exact.state.gathered_weights import GatheredWeights
+from jobs.exact.state.host_copies import HostCopies
+from jobs.exact.state.peers import Peers
+from jobs.exact.state.sharding import Mesh
+from jobs.exact.state.side_thread import side_work
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
