@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster.output.progress import say
-from jobs.exact.state.flat_layout import within
 from jobs.exact.state.host_copies import HostCopy
+from jobs.exact.state.span import Span
 from jobs.exact.state.train_state import StatePiece, TrainState
 from jobs.snapshots.choice import Holding, Snapshot, choose, interval, num_slots, reader_of, sharded_area
 from jobs.snapshots.keepers import CHUNK_BYTES, NoRoom, ask_patiently, fetch, find_keepers, read_s
@@ -85,7 +85,7 @@ class Snapshots:
         """Yields a share from this node's memory where every node has it; else one rank broadcasts it to all."""
         header, by_node = holders[0].header, {held.node: held for held in holders}
         reader = reader_of(by_node, self._node_of_rank)
-        places = state.layout.parts(header.rank, world_size=header.world_size)
+        parts = state.layout.parts(header.rank, world_size=header.world_size)
         length = header.num_bytes // len(header.names)  # of each tensor
         within_one = [range(start, min(start + CHUNK_BYTES, length)) for start in range(0, length, CHUNK_BYTES)]
         named = [(n, span) for n in range(len(header.names)) for span in within_one]
@@ -94,12 +94,12 @@ class Snapshots:
             spans = [range(n * length + span.start, n * length + span.stop) for n, span in named]
             chunks = self._read(by_node.get(self._node, holders[0]), spans)
         for (n, span), chunk in zip(named, chunks, strict=False):
-            place = range(span.start // _FP32_BYTES, span.stop // _FP32_BYTES)
+            place = Span(span.start // _FP32_BYTES, span.stop // _FP32_BYTES)
             values = torch.empty(0) if chunk is None else torch.from_numpy(chunk.view(np.float32))
             if reader is not None and self._group.world_size > 1:
                 values = values.to(state.device) if len(values) else torch.empty(len(place), device=state.device)
                 dist.broadcast(values, reader)
-            yield StatePiece(header.names[n], within(places, place), values)
+            yield StatePiece(header.names[n], parts.cut(place), values)
 
     def _read(self, held: Holding, spans: list[range]) -> Iterable[Bytes]:
         """Returns these bytes of a share, in place where it is in this node's memory."""
@@ -143,7 +143,7 @@ class Snapshots:
         last snapshot.
         """
         state.copies.wait()
-        if self._whole is None or (state.is_sharded and state.num_copies == 1):
+        if self._whole is None or state.sharding.is_sole_copy:
             return
         step, attempt, carried, num_updates = self._whole
         if num_updates == state.num_updates:  # no step without a line has updated it
@@ -156,8 +156,8 @@ class Snapshots:
     ) -> list[HostCopy] | None:
         """Begins the copies of this worker's shares, and after them of the other ones on its node in a rescue. Returns
         None where its node has no room for them."""
-        ranks, count = [state.peers.index], len(state.peers)
-        if state.is_sharded:
+        ranks, count = [state.sharding.place], state.sharding.num_holders
+        if not state.sharding.is_whole:
             areas = [sharded_area(self._group.rank, count, self._node_of_rank)]
         else:
             neighbors = [rank for rank, node in enumerate(self._node_of_rank) if node == self._node]

@@ -17,6 +17,7 @@ from cluster.storage.lease import LeaseLostError
 from cluster.storage.registry import metadata_of
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.compute import autocast
+from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.run_plan import RunPlan, open_held_out, open_stream, open_validation_sets
@@ -94,11 +95,11 @@ class Attempt:
         # A checkpoint has the template that its conversations were written with.
         self.tokenizer = Tokenizer.from_json(plan.tokenizer_json, self.train_rows.manifest.chat)
         self.shards: ShardWriter | None = None
-        if self.state.is_sharded:
+        if not self.state.sharding.is_whole:
             complete = self.writer.saving.complete if self.writer else None
             publish = partial(complete, config=config.model, tokenizer=self.tokenizer) if complete else None
             checkpoints = self.writer.checkpoints if self.writer else self.checkpoints  # rank 0's are fenced
-            self.shards = ShardWriter(checkpoints, self.state.peers, group, self.ledger, publish)
+            self.shards = ShardWriter(checkpoints, self.state.sharding, group, self.ledger, publish)
             opened.callback(self.shards.abandon)
         kernels = prepared(plan, group, device, kinds[group.rank])
         self.guard = replace(self.guard, rollbacks=begun.rollbacks)
@@ -296,9 +297,8 @@ class Attempt:
         config, name = self.plan.config, begun.checkpoint
         with torch.device("meta"):
             model = GPT(config.model)
-        size = config.scaling.group_size(self.group.world_size)
-        shard = config.scaling.shard
-        self.state = TrainState(model, config.train, device=device, group=self.group, shard=shard, group_size=size)
+        sharding = Sharding.of(config.scaling, rank=self.group.rank, world_size=self.group.world_size)
+        self.state = TrainState(model, config.train, device=device, group=self.group, sharding=sharding)
         opened.callback(self.state.close)
         if begun.snapshot:
             self.guard = GuardState.from_json(self.snapshots.restore(begun.snapshot, self.state)["guard"])

@@ -28,7 +28,7 @@ from jobs.run.saving_thread import SavingThread
 from jobs.run.sharded_checkpoints import Reports
 from jobs.run.storage_retry import Outage
 from jobs.training.shard_writer import Shard
-from jobs.training.stored_state import fill, moments_by_name
+from jobs.training.stored_state import fill, vectors_by_name
 from model.checkpoint import NotFiniteError, descriptions, write_checkpoint
 from model.checkpoint_folder import Metadata, verify_checkpoint
 from model.config import GPTConfig
@@ -41,7 +41,7 @@ class Copy:
     """A copy of the state after a step, in its own memory."""
 
     metadata: Metadata
-    flat: Tensor  # (3, P): the weights and the moments
+    flat: Tensor  # (V, P): the weights and the update rule's vectors
     write: Callable[[Path], Metadata]  # writes them into a folder, as `write_checkpoint` does
     taken_at_s: float  # on the monotonic clock
     from_device: HostCopy
@@ -85,7 +85,7 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
             state=state.by_parameter(buffers["values"]),
             tokenizer=tokenizer,
             metadata=metadata,
-            train_state=moments_by_name(state, buffers),
+            train_state=vectors_by_name(state, buffers),
         )
         with self._changed:
             self._pending = Copy(metadata, flat, write, start_s, copy)
@@ -127,7 +127,7 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
     def _spool(self, copy: Copy) -> None:
         earlier, metadata = self._begun, copy.metadata
         folder = self._checkpoints.spool / checkpoint_name(metadata.step, metadata.generation)
-        copy.from_device.taken.result()
+        copy.from_device.future.result()
         try:
             metadata = copy.write(folder)
         except NotFiniteError as error:

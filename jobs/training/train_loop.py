@@ -69,7 +69,7 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
         if decision.verdict is Verdict.APPLY:
             with timer.phase("update"), attempt.record.layers.around_update(step):
                 state.apply(norm=measured.norm, learning_rate=rate, timer=timer)
-            if state.sends_weights:
+            if state.sharding.sends_values:
                 attempt.group.prove(step, state.device)
         is_last = step == last_step
         saves = is_last or step % config.checkpoint.save_every_steps == 0

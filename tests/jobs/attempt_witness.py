@@ -37,7 +37,7 @@ class AttemptWitness:
             "state": [state],
             "model": [state.model],
             "parameter": [*state.model.parameters()],
-            "flat buffer": [state.values, state.gradient, *state.moments.values()],
+            "flat buffer": [state.values, state.gradient, *state.vectors.values()],
         }
         if gradient._is_exact:
             kinds["sums"] = [gradient._sums]

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster.monitoring.metric_table import Phase
-from cluster.settings.run import Shard
+from cluster.settings.shard import Shard
 from jobs.exact.state.host_copies import HostCopies, HostCopy, Take
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, step_of
 from jobs.run.ledger import Ledger

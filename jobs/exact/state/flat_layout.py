@@ -7,12 +7,14 @@ whole blocks. Blocks do not depend on the world size: the gradient's norm is sum
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING
+
+from jobs.exact.state.span import PackedSpans, Span
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,105 +36,106 @@ _MAX_BUCKET = 384 * _BUCKET_UNIT  # 25 MB of fp32, as DistributedDataParallel's
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """Places in units of values."""
+    """The place of each parameter in a flat buffer, in units of values."""
 
-    places: dict[str, range]  # by parameter
+    places: dict[str, Span]  # by parameter
     boundary: int  # values with decay lie before it
     size: int  # P, in whole blocks
 
     @classmethod
     def of(cls, shapes: Mapping[str, Sequence[int]]) -> "FlatLayout":
         """Lays out parameters by name and shape, given in the model's order (`model.shapes.parameter_shapes`)."""
-        # Matrices and embeddings decay; biases and LayerNorms, which are vectors, do not (GPT-3, appendix B).
         backward_order = [*shapes.items()][::-1]
-        places: dict[str, range] = {}
-        end, boundary = 0, 0
-        for name, shape in sorted(backward_order, key=lambda item: len(item[1]) < 2):
-            places[name] = range(end, end + prod(shape))
-            end += _rounded(prod(shape), _ALIGNMENT)
-            boundary = end if len(shape) >= 2 else boundary
-        return cls(places, boundary, _rounded(end, BLOCK))
+        # Matrices and embeddings decay; biases and LayerNorms, which are vectors, do not (GPT-3, appendix B).
+        matrices = [(name, shape) for name, shape in backward_order if len(shape) >= 2]
+        vectors = [(name, shape) for name, shape in backward_order if len(shape) < 2]
+        places: dict[str, Span] = {}
+        end = 0
+        boundary = 0
+        for name, shape in matrices + vectors:
+            size = prod(shape)
+            places[name] = Span(end, end + size)
+            end += _rounded_up(size, _ALIGNMENT)
+            if len(shape) >= 2:
+                boundary = end
+        return cls(places, boundary, _rounded_up(end, BLOCK))
 
     @cached_property
-    def decoder_blocks(self) -> list[range]:
-        """The places of the matrices of each block of the decoder, which lie end to end."""
-        found: dict[int, list[range]] = {}
+    def whole(self) -> PackedSpans:
+        return PackedSpans([Span(0, self.size)])
+
+    @cached_property
+    def decoder_blocks(self) -> list[Span]:
+        """The place of each decoder block's matrices, which lie end to end."""
+        matrices: dict[int, list[Span]] = {}
         for name, place in self.places.items():
-            if (match := _OF_BLOCK.match(name)) and place.stop <= self.boundary:
-                found.setdefault(int(match[1]), []).append(place)
-        return [range(found[n][0].start, found[n][-1].stop) for n in sorted(found)]
+            match = _OF_BLOCK.match(name)
+            if match and place.stop <= self.boundary:
+                matrices.setdefault(int(match[1]), []).append(place)
+        blocks: list[Span] = []
+        for number in sorted(matrices):
+            places = matrices[number]
+            blocks.append(Span(places[0].start, places[-1].stop))
+        return blocks
 
     @cached_property
-    def buckets(self) -> list[range]:
+    def buckets(self) -> list[Span]:
         """Stretches of whole blocks of values, which begin where a block of the decoder does, or just before."""
-        ends = [end for span in self.decoder_blocks for end in (span.start, span.stop)]
-        cuts = sorted({0, self.size, *(end - end % BLOCK for end in ends)})
-        found = []
-        for start, stop in pairwise(cuts):
-            num_buckets = -(-(stop - start) // _MAX_BUCKET)
-            size = _rounded(-(-(stop - start) // num_buckets), _BUCKET_UNIT)
-            found += [range(first, min(first + size, stop)) for first in range(start, stop, size)]
-        return found
+        cuts = {0, self.size}
+        for block in self.decoder_blocks:
+            cuts.add(block.start - block.start % BLOCK)
+            cuts.add(block.stop - block.stop % BLOCK)
+        buckets: list[Span] = []
+        for start, stop in pairwise(sorted(cuts)):
+            buckets += _buckets_between(start, stop)
+        return buckets
 
-    def parts(self, rank: int, *, world_size: int) -> list[range]:
+    def parts(self, rank: int, *, world_size: int) -> PackedSpans:
         """Returns the rank's part of each bucket, in the order of buckets; a part may be empty."""
-        return [part_of(bucket, rank, world_size=world_size) for bucket in self.buckets]
+        parts = [part_of(bucket, rank, world_size=world_size) for bucket in self.buckets]
+        return PackedSpans(parts)
 
-    def pieces(self, places: Sequence[range]) -> Iterator[tuple[str, range, range]]:
-        """Yields the stretches of parameters at the places, which are in order: a parameter's name, where the stretch
-        is in the parameter, and where it is in the places' values, end to end."""
-        names, starts = [*self.places], [own.start for own in end_to_end(self.places.values())]
-        for of_all, own in stretches([*self.places.values()], places):
-            number = bisect_right(starts, of_all.start) - 1
-            yield names[number], moved(of_all, starts[number]), own
+    def pieces(self, spans: PackedSpans) -> Iterator[tuple[str, Span, Span]]:
+        """Yields the stretches of parameters in some spans: the parameter's name, the place in the parameter, and the
+        place in the packed values of the spans."""
+        names = [*self.places]
+        parameters = PackedSpans([*self.places.values()])
+        starts = [home.start for home in parameters.homes]
+        for in_parameters, in_spans in parameters.overlaps(spans):
+            number = bisect_right(starts, in_parameters.start) - 1
+            yield names[number], in_parameters.shifted(-starts[number]), in_spans
 
     def view(self, flat: "Tensor", name: str, parameter: "nn.Parameter") -> "Tensor":
-        return at(flat, self.places[name]).view(parameter.shape)
+        return self.places[name].of(flat).view(parameter.shape)
 
 
-def part_of(bucket: range, rank: int, *, world_size: int) -> range:
+def part_of(bucket: Span, rank: int, *, world_size: int) -> Span:
     """Returns the rank's blocks of the bucket: the ranks' parts differ by one block at most."""
     num_blocks = len(bucket) // BLOCK
-    first, end = (rank * num_blocks // world_size, (rank + 1) * num_blocks // world_size)
-    return range(bucket.start + first * BLOCK, bucket.start + end * BLOCK)
+    first = rank * num_blocks // world_size
+    end = (rank + 1) * num_blocks // world_size
+    return Span(bucket.start + first * BLOCK, bucket.start + end * BLOCK)
 
 
-def shared(a: range, b: range) -> range:
-    """Returns the places that lie in both."""
-    return range(max(a.start, b.start), min(a.stop, b.stop))
+def parts_of(bucket: Span, *, world_size: int) -> list[Span]:
+    """Returns the part of each rank."""
+    return [part_of(bucket, rank, world_size=world_size) for rank in range(world_size)]
 
 
-def moved(place: range, start: int, to: int = 0) -> range:
-    """Returns the place in a buffer that has at `to` what this one has at `start`."""
-    return range(place.start - start + to, place.stop - start + to)
+def _buckets_between(start: int, stop: int) -> list[Span]:
+    num_buckets = _ratio_up(stop - start, _MAX_BUCKET)
+    size = _ratio_up(stop - start, num_buckets)
+    size = _rounded_up(size, _BUCKET_UNIT)
+    buckets: list[Span] = []
+    for first in range(start, stop, size):
+        end = min(first + size, stop)
+        buckets.append(Span(first, end))
+    return buckets
 
 
-def at(flat: "Tensor", place: range) -> "Tensor":
-    """Returns the view of a flat buffer (P,) at a place."""
-    return flat[place.start : place.stop]
+def _ratio_up(number: int, unit: int) -> int:
+    return -(-number // unit)
 
 
-def end_to_end(places: Iterable[range]) -> list[range]:
-    """Returns where the values of each place are, if those of all lie end to end."""
-    ends = list(accumulate(map(len, places), initial=0))
-    return [range(start, end) for start, end in pairwise(ends)]
-
-
-def within(places: Sequence[range], span: range) -> list[range]:
-    """Returns the places of the values that are at `span` if all lie end to end."""
-    cuts = ((place, own.start, shared(own, span)) for place, own in zip(places, end_to_end(places), strict=True))
-    return [moved(cut, start, place.start) for place, start, cut in cuts if cut]
-
-
-def stretches(a: Sequence[range], b: Sequence[range]) -> Iterator[tuple[range, range]]:
-    """Yields where each stretch that both have is in a's and in b's values, end to end. Both are in order."""
-    i = j = 0
-    own_a, own_b = end_to_end(a), end_to_end(b)
-    while i < len(a) and j < len(b):
-        if both := shared(a[i], b[j]):
-            yield moved(both, a[i].start, own_a[i].start), moved(both, b[j].start, own_b[j].start)
-        i, j = (i + 1, j) if a[i].stop <= b[j].stop else (i, j + 1)
-
-
-def _rounded(number: int, unit: int) -> int:
-    return -(-number // unit) * unit
+def _rounded_up(number: int, unit: int) -> int:
+    return _ratio_up(number, unit) * unit

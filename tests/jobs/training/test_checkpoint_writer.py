@@ -89,7 +89,7 @@ def test_the_copy_of_its_moment_is_stored_while_the_state_changes(run: Storage, 
         hashes[step] = saving.step(step)
         moments[step] = {name: tensor.clone() for name, tensor in moments_of(saving.state).items()}
         saving.state.values.zero_()  # the next step, as early as it could be
-        for flat in saving.state.moments.values():
+        for flat in saving.state.vectors.values():
             flat.fill_(step)
         saving.wait_for(step)
     ledger = saving.finish()
@@ -142,7 +142,7 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
     saving.step(2)
     wait_until(lambda: bool(Ledger.read(saving.run).events("checkpoint_refused")))
     saving.state.values.nan_to_num_()
-    saving.state.moments["exp_avg"][7] = float("inf")
+    saving.state.vectors["exp_avg"][7] = float("inf")
     saving.step(3)
     ledger = saving.finish()
     assert [step_of(name) for name in saving.checkpoints.names] == [1]
