@@ -41,8 +41,8 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int) -> dic
     per_lane, width = config.train.micro_batches_per_lane, product_bytes(config)
     group, num_lanes = sharding.group_size, batch_schedule(config).full_lanes
     num_groups = min(sharding.num_groups, num_lanes)
-    computing = [replace(sharding, rank=n * group, world_size=num_groups * group) for n in range(num_groups)]
-    num_buffers = max(StepPlan(first, num_lanes, per_lane).num_buffers for first in computing)
+    first_ranks = [replace(sharding, rank=n * group, world_size=num_groups * group) for n in range(num_groups)]
+    num_buffers = max(StepPlan(rank, num_lanes, per_lane).num_buffers for rank in first_ranks)
     own = layout.size / group
     second = max(map(len, layout.places.values())) * (way_to_compute(config) == "cpu" and num_lanes > num_groups)
     if group == 1 and per_lane > 1:
