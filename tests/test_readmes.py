@@ -109,10 +109,11 @@ def test_each_link_leads_somewhere(readme: Path) -> None:
 
 def test_the_tree_names_every_folder_of_code_and_no_other() -> None:
     [tree] = re.findall(r"^## The tree\n+```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    named, above = set(), ""
+    named: set[str] = set()
+    path: list[str] = []
     for indent, name in re.findall(r"^( *)([\w.]+)/ ", tree, re.MULTILINE):
-        above = above if indent else name
-        named.add(f"{above}/{name}" if indent else name)
+        path = [*path[: len(indent) // 2], name]
+        named.add("/".join(path))
     there = {
         path.parent.relative_to(REPOSITORY).as_posix()
         for folder in CODE_FOLDERS

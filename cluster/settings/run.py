@@ -25,6 +25,7 @@ from pydantic.functional_validators import BeforeValidator, field_validator, mod
 
 from cluster.settings.amounts import is_whole_number, whole_number
 from cluster.settings.batch_schedule import BatchSchedule
+from cluster.settings.shard import Shard, divided_by
 from cluster.storage.uris import Storage, open_storage
 from model.config import GPTConfig, preset_fields
 from model.processor import Precision
@@ -59,7 +60,6 @@ TOKENS = "tokens://"
 Compute = Literal["plain", "compiled", "cpu"]
 """Ways to compute a training step."""
 
-Shard = Literal["none", "optimizer", "gradients", "parameters"]
 """What the workers of a run may divide among them."""
 
 QualityRule = Literal["word_count", "word_length", "symbol_ratio", "line_marks", "alphabetic_words", "stop_words"]
@@ -218,7 +218,7 @@ class ScalingConfig(Settings):
     def _ordered(self) -> Self:
         if self.min_workers > self.max_workers:
             raise ValueError(f"min_workers={self.min_workers} exceeds max_workers={self.max_workers}")
-        if self.shard_group and self.shard not in ("gradients", "parameters"):
+        if self.shard_group and not divided_by(self.shard).gradient:
             raise ValueError(f"scaling.shard_group is for scaling.shard=gradients or parameters; it is {self.shard}")
         return self
 
@@ -273,7 +273,7 @@ class RunConfig(Settings):
             raise ValueError(f"{train.lane_in_words} does not divide train.global_batch_size={train.global_batch_size}")
         if train.compute == "cpu" and self.scaling.use_gpu:
             raise ValueError("train.compute=cpu is for CPUs, and scaling.use_gpu is set; leave out one of them")
-        if self.scaling.shard != "none" and not train.exact:
+        if divided_by(self.scaling.shard).vectors and not train.exact:
             raise ValueError(
                 f"scaling.shard={self.scaling.shard} needs train.exact: shards are what the exact sum's workers own"
             )

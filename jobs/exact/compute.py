@@ -1,12 +1,12 @@
 """How a run computes: with which operations, in which precision, and how rows come to the device."""
 
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 from torch import Tensor
 
 from cluster.settings.run import RunConfig, way_to_compute
-from jobs.exact.gathered_weights import GatheredWeights
+from jobs.exact.state.gathered_weights import GatheredWeights
 from model.attention import Mask, document_mask, document_positions, packed_documents
 from model.cpu_ops import operations as cpu_ops
 from model.gpt import GPT
@@ -23,28 +23,55 @@ class MicroBatch(NamedTuple):
     mask: Mask
 
 
-def choose_operations(model: GPT, config: RunConfig, gathered: GatheredWeights | None = None) -> None:
+def choose_operations(
+    model: GPT,
+    config: RunConfig,
+    gathered: GatheredWeights | None = None,
+) -> None:
     """Lets the model compute as the run's settings say, with weights that may have to be gathered."""
     way = way_to_compute(config)
-    ops = compiled() if way == "compiled" else {"plain": PLAIN, "cpu": cpu_ops.CPU}[way]
-    ops = recomputed(ops) if config.train.recompute else ops
-    use_operations(model, gathered.operations(ops) if gathered else ops)
+    match way:
+        case "plain":
+            ops = PLAIN
+        case "compiled":
+            ops = compiled()
+        case "cpu":
+            ops = cpu_ops.CPU
+        case _:
+            assert_never(way)
+    if config.train.recompute:
+        ops = recomputed(ops)
+    if gathered:
+        ops = gathered.operations(ops)
+    use_operations(model, ops)
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     assert config.train.precision != "auto", "the precision is decided before a run starts"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16")
+    return torch.autocast(
+        device.type,
+        dtype=torch.bfloat16,
+        enabled=config.train.precision == "bf16",
+    )
 
 
 def micro_batch(
-    rows: tuple[Tensor, Tensor], config: RunConfig, device: torch.device, *, eot_id: int | None
+    rows: tuple[Tensor, Tensor],
+    config: RunConfig,
+    device: torch.device,
+    *,
+    eot_id: int | None,
 ) -> MicroBatch:
-    """Returns inputs and targets (B, T) that were read, without waiting for the device. With `eot_id` the documents in
-    a row see nothing of each other: FlashAttention, which has neither fp32 nor dropout here, gets their borders, others
-    a mask."""
+    """Returns inputs and targets (B, T) that were read, without waiting for the device.
+
+    With `eot_id` the documents in a row see nothing of each other: FlashAttention, which has neither fp32 nor dropout
+    here, gets their borders; other ways to attend get a mask.
+    """
 
     def moved(values: Tensor) -> Tensor:
-        return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+        if device.type != "cuda":
+            return values
+        return values.pin_memory().to(device, non_blocking=True)
 
     inputs, targets = rows
     if eot_id is None:

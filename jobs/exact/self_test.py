@@ -13,7 +13,7 @@ from torch import Tensor
 from cluster.settings.run import RunConfig, seq_len, way_to_compute
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.compute import micro_batch
-from jobs.exact.train_state import ALONE, TrainState
+from jobs.exact.state.train_state import ALONE, TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.tokens.batch_plan import Indices
 from model.errors import UserError
@@ -44,7 +44,8 @@ class _Rows:
     """Rows that are a function of their number."""
 
     def __init__(self, config: RunConfig) -> None:
-        self._shape, self._vocab_size = (config.train.micro_batch_size, seq_len(config) + 1), config.model.vocab_size
+        self._shape = (config.train.micro_batch_size, seq_len(config) + 1)
+        self._vocab_size = config.model.vocab_size
 
     def samples(self, indices: Indices | range) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(int(indices[0]))
@@ -62,26 +63,39 @@ def self_test(config: RunConfig, device: torch.device) -> None:
     _check(tiny, device, exact=_in_float64(tiny))
     if way_to_compute(config) == "compiled":
         shape = dataclasses.replace(config.model, n_layer=1, dropout=0.0)
-        block = _with(config, shape, micro_batch_size=config.train.micro_batch_size, seq_len=seq_len(config))
-        plain = block.model_copy(update={"train": block.train.model_copy(update={"compute": "plain"})})
+        block = _with(
+            config,
+            shape,
+            micro_batch_size=config.train.micro_batch_size,
+            seq_len=seq_len(config),
+        )
+        plain_train = block.train.model_copy(update={"compute": "plain"})
+        plain = block.model_copy(update={"train": plain_train})
         _check(block, device, exact=_gradients(plain, device))
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the run lays out differently
 
 
-def _check(config: RunConfig, device: torch.device, *, exact: dict[str, Tensor]) -> None:
-    found, again = (_gradients(config, device) for _ in range(2))
+def _check(
+    config: RunConfig,
+    device: torch.device,
+    *,
+    exact: dict[str, Tensor],
+) -> None:
+    gradients = _gradients(config, device)
+    again = _gradients(config, device)
     within = _WITHIN[config.train.precision]
     for name in reversed(exact):  # from the loss backward: what comes after a wrong operation is wrong too
         expected = exact[name].double()
-        error = float((found[name].double() - expected).norm() / expected.norm())
+        difference = gradients[name].double() - expected
+        error = float(difference.norm() / expected.norm())
         if not error < within:  # it may be NaN
             raise UserError(
                 f"{_what(name, device)} has a gradient of {name} that is {error:.1g} off, relative to autograd in a "
                 f"wider type, and {within:g} is allowed in {config.train.precision}: nothing was trained. Try --train."
                 "compute plain, and another version of PyTorch or of the driver"
             )
-        if not torch.equal(found[name], again[name]):
+        if not torch.equal(gradients[name], again[name]):
             raise UserError(
                 f"{_what(name, device)} gives {name} another gradient each time, so that no run would have the same "
                 "bits twice: nothing was trained. Try --train.compute plain, or --train.exact false without equal bits"
@@ -90,13 +104,20 @@ def _check(config: RunConfig, device: torch.device, *, exact: dict[str, Tensor])
 
 def _what(name: str, device: torch.device) -> str:
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "this processor"
-    return f"on {kind}, {next(what for part, what in _OPERATIONS.items() if part in name)}"
+    operations = [operation for part, operation in _OPERATIONS.items() if part in name]
+    return f"on {kind}, {operations[0]}"
 
 
 def _gradients(config: RunConfig, device: torch.device) -> dict[str, Tensor]:
     """Returns the gradient of a step by parameter, on the CPU, as training computes it."""
     state = TrainState(_model(config), config.train, device=device)
-    gradient = BatchGradient(config, state, _Rows(config), ALONE, eot_id=_eot_id(config))  # type: ignore[arg-type]
+    gradient = BatchGradient(
+        config,
+        state,
+        _Rows(config),  # type: ignore[arg-type]
+        ALONE,
+        eot_id=_eot_id(config),
+    )
     try:
         gradient.of_step(1, StepTimer())
         return {name: view.cpu() for name, view in state.by_parameter(state.gradient).items()}
@@ -109,11 +130,18 @@ def _in_float64(config: RunConfig) -> dict[str, Tensor]:
     """Returns the same, by autograd alone, in float64 and on the CPU."""
     model = _model(config).double()
     use_operations(model, PLAIN)
-    rows, cpu, num_rows = _Rows(config), torch.device("cpu"), config.train.global_batch_size
+    made = _Rows(config)
+    num_rows = config.train.global_batch_size
+    scale = 1 / (num_rows * seq_len(config))
     for first in range(0, num_rows, config.train.micro_batch_size):
-        batch = micro_batch(rows.samples(range(first, num_rows)), config, cpu, eot_id=_eot_id(config))
-        model.loss(*batch, scale=1 / (num_rows * seq_len(config))).backward()
-    return {name: weights.grad for name, weights in model.named_parameters() if weights.grad is not None}
+        rows = made.samples(range(first, num_rows))
+        batch = micro_batch(rows, config, torch.device("cpu"), eot_id=_eot_id(config))
+        model.loss(*batch, scale=scale).backward()
+    gradients: dict[str, Tensor] = {}
+    for name, weights in model.named_parameters():
+        if weights.grad is not None:
+            gradients[name] = weights.grad
+    return gradients
 
 
 def _model(config: RunConfig) -> GPT:
@@ -128,7 +156,8 @@ def _keep_from_kink(model: GPT) -> None:
     """Makes every value that ReLU sees far from zero, where rounding alone would decide about its gradient."""
     for name, bias in model.named_parameters():
         if name.endswith("mlp.c_fc.bias"):
-            bias.data[0::2], bias.data[1::2] = _FROM_KINK, -_FROM_KINK
+            bias.data[0::2] = _FROM_KINK
+            bias.data[1::2] = -_FROM_KINK
 
 
 def _eot_id(config: RunConfig) -> int | None:
@@ -154,8 +183,9 @@ def _in_tiny(config: RunConfig) -> RunConfig:
         dropout=0.0,
         initializer_range=0.8 / math.sqrt(width),
     )
-    compute = way_to_compute(config)
-    return _with(config, shape, micro_batch_size=2, seq_len=64, compute="plain" if compute == "compiled" else compute)
+    way = way_to_compute(config)
+    compute = "plain" if way == "compiled" else way
+    return _with(config, shape, micro_batch_size=2, seq_len=64, compute=compute)
 
 
 def _with(config: RunConfig, shape: object, *, micro_batch_size: int, **changes: object) -> RunConfig:

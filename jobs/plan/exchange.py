@@ -10,9 +10,12 @@ from functools import partial
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
-from jobs.exact.exact_reduce import subtrees_of_ranks
-from jobs.exact.flat_layout import NUM_SENDINGS, FlatLayout
-from jobs.plan.formulas import BF16_BYTES, FP32_BYTES, group_of, holders_of
+from jobs.exact.state.flat_layout import NUM_SENDINGS, FlatLayout
+from jobs.exact.state.rules import update_rule
+from jobs.exact.state.sharding import Sharding
+from jobs.exact.sums.exact_reduce import subtrees_of_ranks
+from jobs.plan.formulas import BF16_BYTES, FP32_BYTES
+from model.shapes import parameter_shapes
 
 MESSAGE_S = 5e-6
 """Seconds that a message between two GPUs takes besides its bytes: an assumption, of the order of InfiniBand's."""
@@ -44,8 +47,8 @@ class Traffic:
 
 
 def between_all(num_bytes: float, *, size: int, near: int, num_calls: int) -> Traffic:
-    """Returns what sends the parts of so many bytes to their owners, or from each owner to all others (`exact/peers`),
-    among `size` ranks, `near` of them on each node."""
+    """Returns what sends the parts of so many bytes to their owners, or from each owner to all others
+    (`exact/state/peers`), among `size` ranks, `near` of them on each node."""
     on_links, on_cards = (num_bytes * count / size for count in (near - 1, size - near))
     return Traffic(on_links, on_cards, num_calls * (size - 1))
 
@@ -76,8 +79,9 @@ def exchange(
     hides: to the owners of parts, and what these have summed to all. Updated weights go round while later ones are
     updated, which hides little; where the weights are sharded, nothing hides what is sent for the next step.
     """
-    train, shard, group = config.train, config.scaling.shard, group_of(config.scaling, world_size)
-    num_groups, near = world_size // group, min(world_size, options.gpus_per_node)
+    train, sharding = config.train, Sharding.of(config.scaling, rank=0, world_size=world_size)
+    group, num_groups, num_holders = sharding.group_size, sharding.num_groups, sharding.num_holders
+    near = min(world_size, options.gpus_per_node)
     within = partial(between_all, size=group, near=min(group, near))
     between = partial(between_all, size=num_groups, near=max(1, near // group))
     passes = math.ceil(math.ceil(num_lanes / num_groups) * train.micro_batches_per_lane / group)
@@ -88,11 +92,15 @@ def exchange(
     products = within(product_bytes(config) * matrices, num_calls=num_calls)
     others = within(FP32_BYTES * (layout.size - matrices), num_calls=num_buckets - num_calls)
     whole = between(FP32_BYTES * layout.size / group, num_calls=num_buckets)
-    last = whole * (max(map(len, subtrees)) + (shard != "optimizer"))
-    everything = within(FP32_BYTES * layout.size, num_calls=num_buckets)
-    updated = {"none": Traffic(), "optimizer": whole, "gradients": everything, "parameters": others}[shard]
+    last = whole * (max(map(len, subtrees)) + sharding.sends_sums)
+    updated = Traffic()
+    if sharding.sends_values:
+        num_bytes = FP32_BYTES * layout.size
+        updated = between_all(num_bytes, size=num_holders, near=min(num_holders, near), num_calls=num_buckets)
+    elif sharding.divided.values:
+        updated = others
     first = again = Traffic()  # the weights of a pass
-    if shard == "parameters":
+    if sharding.divided.values:
         share = max(0.0, 1 - 2 / config.model.n_layer)  # the last two blocks are there when a pass turns round
         again = within(product_bytes(config) * matrices * share, num_calls=round(num_calls * share))
         first = products
@@ -100,8 +108,9 @@ def exchange(
 
     micro_batch_s, forward_share = lane_s / train.micro_batches_per_lane, 1 / 4 if train.recompute else 1 / 3
     forward_s, backward_s = forward_share * micro_batch_s, (1 - forward_share) * micro_batch_s
-    num_parts = holders_of(config.scaling, world_size)
-    beside_update_s = 0.0 if shard == "parameters" else _update_s(layout, options, num_parts=num_parts)
+    beside_update_s = 0.0
+    if sharding.sends_values:  # all but the first stretch of an update is computed beside the sending of another one
+        beside_update_s = _update_s(config, layout, options) / num_holders * (1 - 1 / NUM_SENDINGS)
     parts = [  # what is sent, the seconds that hide it, and how many times
         (first, forward_s, 1),
         (again, forward_s, passes - 1),
@@ -122,11 +131,13 @@ def exchange(
     )
 
 
-def _update_s(layout: FlatLayout, options: PlanConfig, *, num_parts: int) -> float:
-    """Returns the seconds of AdamW's update of a rank's own part beside which another stretch of it is sent. It reads
-    the values, the gradient and the moments, and writes all but the gradient."""
-    num_bytes = 7 * FP32_BYTES * layout.size / num_parts
-    return num_bytes / options.hardware.memory_bytes_per_s * (1 - 1 / NUM_SENDINGS)
+def _update_s(config: RunConfig, layout: FlatLayout, options: PlanConfig) -> float:
+    """Returns the seconds in which one GPU would update all parameters: those of what the rule reads and writes, or of
+    its operations."""
+    rule = update_rule(config.train)
+    bytes_s = rule.bytes_per_value * layout.size / options.hardware.memory_bytes_per_s
+    flops = sum(rule.flops(shape) for shape in parameter_shapes(config.model).values())
+    return max(bytes_s, flops / (options.mfu * options.hardware.peak_flops_per_s))
 
 
 def product_bytes(config: RunConfig) -> int:

@@ -6,14 +6,11 @@ N parameters, D tokens.
 import math
 
 from cluster.settings.plan import PlanConfig
-from cluster.settings.run import ScalingConfig
+from jobs.exact.state.update_rule import UpdateRule
 
 DAY_S = 86_400
 FP32_BYTES = 4
 BF16_BYTES = 2
-
-STATE_BYTES = 3 * FP32_BYTES
-"""Bytes of a checkpoint or a snapshot for each parameter: the weight and AdamW's two moments."""
 
 TEXT_BYTES_PER_TOKEN = 4.3
 """Bytes of English web text for each token of GPT-2's tokenizer, about."""
@@ -24,6 +21,11 @@ def parameter_flops(num_parameters: float, num_tokens: float, *, recompute: bool
     backward (Kaplan et al., 2020, section 2.1; the GPT-3 paper's count, appendix D). With activations computed again,
     8 N D (Narayanan et al., 2021, section 5.1)."""
     return (8.0 if recompute else 6.0) * num_parameters * num_tokens
+
+
+def state_bytes_per_value(rule: UpdateRule) -> int:
+    """Returns the bytes of a checkpoint or a snapshot for each parameter: of the weight and of the rule's vectors."""
+    return FP32_BYTES * (1 + len(rule.vectors))
 
 
 def gpu_days(flops: float, flops_per_s: float) -> float:
@@ -51,16 +53,6 @@ def goodput(*, interval_s: float, cost_s: float, restart_s: float, mtbf_s: float
     """Returns the share of the time that goes into steps that count, by Young's first-order model: an interval ends
     with a cost, and every failure loses half an interval and a restart. It is 0 where failures come faster."""
     return max(0.0, interval_s / (interval_s + cost_s) * (1 - (interval_s / 2 + restart_s) / mtbf_s))
-
-
-def group_of(scaling: ScalingConfig, world_size: int) -> int:
-    """Returns g, how many GPUs together hold one copy of the gradients' sums."""
-    return scaling.group_size(world_size) if scaling.shard in ("gradients", "parameters") else 1
-
-
-def holders_of(scaling: ScalingConfig, world_size: int) -> int:
-    """Returns how many GPUs together hold one copy of the state; as many store a checkpoint, each its shard."""
-    return 1 if scaling.shard == "none" else scaling.group_size(world_size)
 
 
 def storing_s(num_bytes: float, options: PlanConfig, *, writers: int) -> float:

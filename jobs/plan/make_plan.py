@@ -8,18 +8,19 @@ from typing import Any
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, batch_schedule, planned_vocabulary, seq_len, with_precision
-from jobs.exact.flat_layout import FlatLayout
+from jobs.exact.state.flat_layout import FlatLayout
+from jobs.exact.state.rules import update_rule
+from jobs.exact.state.sharding import Sharding
 from jobs.plan.exchange import Exchange, exchange
 from jobs.plan.formulas import (
     DAY_S,
-    STATE_BYTES,
     TEXT_BYTES_PER_TOKEN,
     checkpoint_interval_s,
     goodput,
     gpu_days,
-    holders_of,
     mean_time_between_failures_s,
     parameter_flops,
+    state_bytes_per_value,
     storing_s,
 )
 from jobs.plan.memory import gpu_memory, host_memory, layout_of
@@ -165,7 +166,8 @@ def _exchange(config: RunConfig, options: PlanConfig, layout: FlatLayout, count:
 
 
 def _checkpoint(config: RunConfig, options: PlanConfig, size: int, count: int, step_s: float) -> dict[str, float]:
-    num_bytes, writers = STATE_BYTES * size, holders_of(config.scaling, count)
+    num_bytes = state_bytes_per_value(update_rule(config.train)) * size
+    writers = Sharding.of(config.scaling, rank=0, world_size=count).num_holders
     cost_s = num_bytes / writers / options.hardware.host_bytes_per_s
     mtbf_s = mean_time_between_failures_s(options.mtbf_gpu_hours, count)
     store_s = storing_s(num_bytes, options, writers=writers)

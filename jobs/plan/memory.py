@@ -3,15 +3,18 @@
 B sequences in a lane, T tokens of each, C width, F feed-forward width, V vocabulary, P values of the flat buffers.
 """
 
+from dataclasses import replace
 from typing import Any, get_args
 
 from cluster.settings.run import RunConfig, batch_schedule, planned_vocabulary, seq_len, way_to_compute, with_precision
 from cluster.storage.uris import open_storage
-from jobs.exact.exact_reduce import subtrees_of_ranks
-from jobs.exact.flat_layout import BLOCK, PIECE_VALUES, FlatLayout
-from jobs.exact.step_plan import Mesh, StepPlan
+from jobs.exact.state.flat_layout import BLOCK, PIECE_VALUES, FlatLayout
+from jobs.exact.state.rules import update_rule
+from jobs.exact.state.sharding import Sharding
+from jobs.exact.sums.exact_reduce import subtrees_of_ranks
+from jobs.exact.sums.step_plan import StepPlan
 from jobs.plan.exchange import product_bytes
-from jobs.plan.formulas import BF16_BYTES, FP32_BYTES, STATE_BYTES, group_of, holders_of
+from jobs.plan.formulas import BF16_BYTES, FP32_BYTES, state_bytes_per_value
 from jobs.run.history import why_not_resumed
 from jobs.snapshots.slots import NUM_SLOTS
 from model.config import GPTConfig
@@ -34,15 +37,17 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int) -> dic
     With g GPUs to one copy, what passes through them is the fp32 embeddings and their gradient, the weights of two
     decoder blocks, and, as gradients on their way to their owners, about those of one.
     """
-    scaling, per_lane, width = config.scaling, config.train.micro_batches_per_lane, product_bytes(config)
-    group, num_lanes = group_of(scaling, world_size), batch_schedule(config).full_lanes
-    num_groups = min(world_size // group, num_lanes)
-    plans = (StepPlan(Mesh(n * group, num_groups * group, group), num_lanes, per_lane) for n in range(num_groups))
-    num_buffers, own = max(plan.num_buffers for plan in plans), layout.size / group
+    sharding = Sharding.of(config.scaling, rank=0, world_size=world_size)
+    per_lane, width = config.train.micro_batches_per_lane, product_bytes(config)
+    group, num_lanes = sharding.group_size, batch_schedule(config).full_lanes
+    num_groups = min(sharding.num_groups, num_lanes)
+    first_ranks = [replace(sharding, rank=n * group, world_size=num_groups * group) for n in range(num_groups)]
+    num_buffers = max(StepPlan(rank, num_lanes, per_lane).num_buffers for rank in first_ranks)
+    own = layout.size / group
     second = max(map(len, layout.places.values())) * (way_to_compute(config) == "cpu" and num_lanes > num_groups)
     if group == 1 and per_lane > 1:
         second = layout.size  # what autograd adds the lane's micro-batches up in
-    is_whole, block = scaling.shard != "parameters" or group == 1, max(map(len, layout.decoder_blocks))
+    is_whole, block = not sharding.divided.values, max(map(len, layout.decoder_blocks))
     rest = layout.boundary - sum(map(len, layout.decoder_blocks))  # the embeddings
     rounded = BF16_BYTES * (layout.boundary if is_whole else rest)
     return {
@@ -50,7 +55,7 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int) -> dic
         "bf16_weights": float(rounded if width == BF16_BYTES else 0),  # in autocast's cache
         "gradients": FP32_BYTES * own,
         "lane_sums": FP32_BYTES * ((num_buffers - 1) * own + second),
-        "optimizer": 2 * FP32_BYTES * layout.size / holders_of(scaling, world_size),
+        "optimizer": len(update_rule(config.train).vectors) * FP32_BYTES * layout.size / sharding.num_holders,
         "embeddings": float(FP32_BYTES * rest * ((group > 1) + (not is_whole))),
         "two_blocks": float(0 if is_whole else 2 * width * block),
         "block_gradients": float(width * block if group > 1 else 0),
@@ -109,9 +114,10 @@ def host_memory(config: RunConfig, layout: FlatLayout, *, world_size: int, gpus_
     """Returns the bytes by part of a node's own memory: two slots of its GPUs' shares of the state, one of them being
     written (`snapshots/slots`); where no other node has the same, a third, and two of another node's shares
     (`snapshots/choice`); a checkpoint that is being stored and one that waits, on rank 0's node, or its GPUs' shards of
-    them where the state is sharded; and two pieces of each GPU's copies (`exact/host_copies`)."""
-    state, num_ranks = STATE_BYTES * layout.size, min(world_size, gpus_per_node)
-    holders = holders_of(config.scaling, world_size)
+    them where the state is sharded; and two pieces of each GPU's copies (`exact/state/host_copies`)."""
+    state = state_bytes_per_value(update_rule(config.train)) * layout.size
+    num_ranks = min(world_size, gpus_per_node)
+    holders = Sharding.of(config.scaling, rank=0, world_size=world_size).num_holders
     shares, are_copied = state * (num_ranks / holders if holders > 1 else 1.0), holders == world_size > gpus_per_node
     return {
         "snapshots": shares * (NUM_SLOTS + are_copied),

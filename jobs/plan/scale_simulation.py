@@ -8,15 +8,16 @@ from typing import Any
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, batch_schedule, seq_len
-from jobs.exact.flat_layout import FlatLayout
+from jobs.exact.state.flat_layout import FlatLayout
+from jobs.exact.state.rules import update_rule
+from jobs.exact.state.sharding import Sharding
 from jobs.plan.exchange import exchange
 from jobs.plan.formulas import (
-    STATE_BYTES,
     TEXT_BYTES_PER_TOKEN,
     checkpoint_interval_s,
     goodput,
-    holders_of,
     mean_time_between_failures_s,
+    state_bytes_per_value,
     storing_s,
 )
 from jobs.plan.memory import layout_of
@@ -44,16 +45,17 @@ def scales(config: RunConfig, options: PlanConfig) -> list[Row]:
 
 
 def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int) -> Row:
-    gpu, scaling, lanes = options.hardware, config.scaling, batch_schedule(config).full_lanes
+    gpu, lanes = options.hardware, batch_schedule(config).full_lanes
     step_tokens = lanes * batch_schedule(config).lane_tokens
     rate = options.mfu * gpu.peak_flops_per_s
     lane_s = flops_per_token(config.model, seq_len(config)) * batch_schedule(config).lane_tokens / rate
     moved = exchange(config, layout, options, world_size=size, num_lanes=lanes, lane_s=lane_s)
     compute_s, step_s = moved.compute_s, moved.step_s
 
-    state, holders = STATE_BYTES * layout.size, holders_of(scaling, size)
+    sharding = Sharding.of(config.scaling, rank=0, world_size=size)
+    state, holders = state_bytes_per_value(update_rule(config.train)) * layout.size, sharding.num_holders
     copy_bytes_per_s = min(gpu.host_bytes_per_s, COPY_BYTES_PER_S)  # a piece moves while another one is written
-    shares = min(size, options.gpus_per_node) if scaling.shard == "none" else holders
+    shares = min(size, options.gpus_per_node) if sharding.is_whole else holders
     snapshot_s = state / shares / copy_bytes_per_s  # each rank's share
     snapshot_wait_s = max(0.0, snapshot_s - compute_s)  # copies are taken beside the next step
     snapshot_every = interval(copy_s=snapshot_wait_s, step_s=step_s)

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, batch_schedule, seq_len
-from jobs.exact.flat_layout import FlatLayout
+from jobs.exact.state.flat_layout import FlatLayout
 from jobs.plan.exchange import exchange
 from jobs.plan.formulas import parameter_flops
 from jobs.plan.memory import layout_of

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from cluster.storage.uris import StorageError
-from jobs.exact.host_copies import HostCopy
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.host_copies import HostCopy
+from jobs.exact.state.train_state import TrainState
 from jobs.run.checkpoints import checkpoint_name
 from jobs.run.storage_retry import Outage
 from jobs.saving.publisher import Publisher
 from jobs.saving.saving_thread import SavingThread
-from jobs.saving.stored_state import fill, moments_by_name
+from jobs.saving.stored_state import fill, vectors_by_name
 from model.checkpoint import NotFiniteError, write_checkpoint
 from model.checkpoint_folder import Metadata
 from model.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ class Copy:
     """A copy of the state after a step, in its own memory."""
 
     metadata: Metadata
-    flat: Tensor  # (3, P): the weights and the moments
+    flat: Tensor  # (V, P): the weights and the update rule's vectors
     write: Callable[[Path], Metadata]  # writes them into a folder, as `write_checkpoint` does
     taken_at_s: float  # on the monotonic clock
     from_device: HostCopy
@@ -69,7 +69,7 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
             state=state.by_parameter(buffers["values"]),
             tokenizer=self._tokenizer,
             metadata=metadata,
-            train_state=moments_by_name(state, buffers),
+            train_state=vectors_by_name(state, buffers),
         )
         with self._changed:
             self._pending = Copy(metadata, flat, write, start_s, copy)
@@ -99,7 +99,7 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
     def _spool(self, copy: Copy) -> None:
         earlier, metadata = self._begun, copy.metadata
         folder = self._publisher.checkpoints.spool / checkpoint_name(metadata.step, metadata.generation)
-        copy.from_device.taken.result()
+        copy.from_device.future.result()
         try:
             metadata = copy.write(folder)
         except NotFiniteError as error:

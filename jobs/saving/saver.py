@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
 from model.checkpoint_folder import Metadata
 
 

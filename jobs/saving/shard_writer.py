@@ -1,10 +1,10 @@
 """Stores each worker's shard of the checkpoints while training continues, where the state is sharded.
 
-Every worker that owns parts of the first copy of the state copies these of the weights and the moments, also where it
-has the weights whole, and its own thread stores them: no worker copies more of the state than it updates. Rank 0's
-thread then waits for the others' and publishes the checkpoint. All must store the same steps, so they agree on each
-save: a copy that waits on all of them makes room for a newer one; while it waits on some and others are at work on it
-already, there is no newer one.
+Every worker that owns parts of the first copy of the state copies these parts of the weights and of the update rule's
+vectors, also where it has the weights whole, and its own thread stores them: no worker copies more of the state than it
+updates. Rank 0's thread then waits for the others and publishes the checkpoint. All must store the same steps, so they
+agree on each save: a copy that waits on all of them makes room for a newer one; while it waits on some and others are
+at work on it already, there is no newer one.
 """
 
 import shutil
@@ -17,9 +17,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from jobs.exact.host_copies import HostCopy
-from jobs.exact.peers import Peers
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.host_copies import HostCopy
+from jobs.exact.state.sharding import Sharding
+from jobs.exact.state.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.sharded_checkpoints import Reports, ShardedCheckpoint
 from jobs.run.storage_retry import Outage
@@ -42,7 +42,7 @@ class Shard:
 
     metadata: Metadata
     checkpoint: ShardedCheckpoint
-    flat: Tensor  # (3, P / g)
+    flat: Tensor  # (V, P / g): the weights and the update rule's vectors
     tensors: Mapping[str, Mapping[str, Tensor]]  # views of it, by the file that would hold them whole
     taken_at_s: float  # on the monotonic clock
     from_device: HostCopy
@@ -60,15 +60,15 @@ class ShardWriter(SavingThread[Shard, Shard]):
     def __init__(
         self,
         checkpoints: RunCheckpoints,
-        peers: Peers,
+        sharding: Sharding,
         group: WorkerGroup,
         *,
         publisher: Publisher | None,
         config: GPTConfig,
         tokenizer: Tokenizer,
     ) -> None:
-        """`peers` hold one copy of what is sharded. Rank 0 has the publisher; the others' checkpoints know no fence."""
-        self._checkpoints, self._peers, self._group = checkpoints, peers, group
+        """Rank 0 has the publisher; the others' checkpoints know no fence."""
+        self._checkpoints, self._sharding, self._group = checkpoints, sharding, group
         self._publisher, self._config, self._tokenizer = publisher, config, tokenizer
         self._free: list[Tensor] = []
         for left in checkpoints.spool.glob(".step-*"):  # by an earlier attempt; no worker of this one has saved yet
@@ -85,15 +85,14 @@ class ShardWriter(SavingThread[Shard, Shard]):
                 return False
             self._raise_failure()
             time.sleep(_POLL_S)
-        if state.is_of_first_copy:  # the other groups have the same
+        if self._sharding.writes:
             name, start_s = checkpoint_name(metadata.step, metadata.generation), time.monotonic()
-            shares = state.share(state.peers.index, world_size=len(state.peers))
-            num_owned = sum(map(len, state.owned))
-            flat = self._free.pop() if self._free else torch.empty(len(shares), num_owned)
+            shares = state.share(self._sharding.place, world_size=self._sharding.num_holders)
+            flat = self._free.pop() if self._free else torch.empty(len(shares), state.owned.num_values)
             weights, train_state = own_stretches(state, dict(zip(shares, flat, strict=True)))
             tensors = list(chain.from_iterable(shares.values()))
             from_device = state.copies.start("checkpoint", tensors, partial(fill, flat.flatten()))
-            checkpoint = ShardedCheckpoint(self._checkpoints, name, len(state.peers))
+            checkpoint = ShardedCheckpoint(self._checkpoints, name, self._sharding.num_holders)
             files = {WEIGHTS: weights, TRAIN_STATE: train_state}
             with self._changed:
                 self._pending = Shard(metadata, checkpoint, flat, files, start_s, from_device)
@@ -112,7 +111,7 @@ class ShardWriter(SavingThread[Shard, Shard]):
         """Drops the copy that waits, if that is so on all ranks. Returns whether none waits."""
         with self._changed:
             waiting, self._pending = self._pending, None
-        of_ranks = self._group.gather(waiting is not None)[: len(self._peers)]
+        of_ranks = self._group.gather(waiting is not None)[: self._sharding.num_holders]
         if any(of_ranks) and not all(of_ranks):
             with self._changed:
                 self._pending = waiting
@@ -156,10 +155,10 @@ class ShardWriter(SavingThread[Shard, Shard]):
             publisher.record(metadata, taken_at_s=shard.taken_at_s, exposed_s=shard.from_device.exposed_s)
 
     def _store_own(self, shard: Shard) -> None:
-        index = self._peers.index
+        index = self._sharding.place
         spool = self._checkpoints.spool / f".{shard.checkpoint.name}-{index}"
         if shard.report is None:
-            shard.from_device.taken.result()
+            shard.from_device.future.result()
             spool.mkdir(parents=True, exist_ok=True)
             try:
                 check_finite(*shard.tensors.values(), step=shard.metadata.step)

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from jobs.exact.flat_layout import at
-from jobs.exact.train_state import MOMENTS, TrainState
+from jobs.exact.state.span import PackedSpans, Span
+from jobs.exact.state.train_state import TrainState
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
 from model.stored_tensors import StoredTensors, hashed_name, stretch_name
@@ -20,28 +20,31 @@ def restore(state: TrainState, stored: StoredTensors) -> None:
     stored.load([("step", range(1), num_updates)])
     state.set_num_updates(int(num_updates))
     for part, flat in state.parts.items():
-        places = state.owned if state.is_divided(part) else [range(state.layout.size)]
-        pieces = state.layout.pieces(places)
-        stored.load((stored_name(part, name), place, at(flat, own)) for name, place, own in pieces)
+        pieces = state.layout.pieces(state.kept(part))
+        stored.load(
+            (stored_name(part, name), range(in_parameter.start, in_parameter.stop), packed.of(flat))
+            for name, in_parameter, packed in pieces
+        )
 
 
-def moments_by_name(state: TrainState, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the whole tensors of a training state, from flat moments (P,)."""
+def vectors_by_name(state: TrainState, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the whole tensors of a training state, from the update rule's flat vectors (P,)."""
     tensors = {"step": torch.tensor(state.num_updates, dtype=torch.int64)}
-    for moment in MOMENTS:
-        tensors |= {stored_name(moment, name): view for name, view in state.by_parameter(flat[moment]).items()}
+    for vector in state.rule.vectors:
+        for name, view in state.by_parameter(flat[vector]).items():
+            tensors[stored_name(vector, name)] = view
     return tensors
 
 
 def own_stretches(state: TrainState, flat: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns the tensors of this worker's shard, weights and training state, from copies of the values and the moments
-    in its own parts."""
+    """Returns the tensors of this worker's shard, weights and training state, from copies of the values and the
+    update rule's vectors in its own parts."""
     weights: dict[str, Tensor] = {}
-    train_state = {} if state.peers.index else {"step": torch.tensor(state.num_updates, dtype=torch.int64)}
-    for name, place, own in state.layout.pieces(state.owned):
-        for part in ("values", *MOMENTS):
+    train_state = {} if state.sharding.place else {"step": torch.tensor(state.num_updates, dtype=torch.int64)}
+    for name, in_parameter, packed in state.layout.pieces(state.owned):
+        for part in state.parts:
             tensors = weights if part == "values" else train_state
-            tensors[stretch_name(stored_name(part, name), place.start)] = at(flat[part], own)
+            tensors[stretch_name(stored_name(part, name), in_parameter.start)] = packed.of(flat[part])
     return weights, train_state
 
 
@@ -50,9 +53,10 @@ def hash_of_weights(state: TrainState, group: WorkerGroup, *, step: int) -> str:
     stretch of a bucket at a time."""
     if state.gathered is None:
         return parameter_hash(state.by_parameter(state.values))
-    starts = [bucket.start for bucket in state.layout.buckets]
-    spans: dict[str, list[range]] = {}
-    for name, _, span in state.layout.pieces(state.layout.buckets):
+    buckets = PackedSpans(state.layout.buckets)  # which have all values, so that these lie where they lie packed
+    starts = [bucket.start for bucket in buckets.spans]
+    spans: dict[str, list[Span]] = {}
+    for name, _, span in state.layout.pieces(buckets):
         spans.setdefault(name, []).append(span)
     digest = hashlib.sha256()
     for name in sorted(spans):
@@ -66,9 +70,10 @@ def hash_of_weights(state: TrainState, group: WorkerGroup, *, step: int) -> str:
 
 def fill(flat: Tensor, pieces: Iterator[Tensor]) -> None:
     """Copies the pieces to the beginning of a vector, end to end."""
-    end = 0
+    start = 0
     for piece in pieces:
-        flat[end : (end := end + len(piece))].copy_(piece)
+        flat[start : start + len(piece)].copy_(piece)
+        start += len(piece)
 
 
 def stored_name(part: str, parameter: str) -> str:

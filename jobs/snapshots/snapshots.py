@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster.output.progress import say
-from jobs.exact.flat_layout import within
-from jobs.exact.host_copies import HostCopy
-from jobs.exact.train_state import StatePiece, TrainState
+from jobs.exact.state.host_copies import HostCopy
+from jobs.exact.state.span import Span
+from jobs.exact.state.train_state import StatePiece, TrainState
 from jobs.snapshots.choice import Holding, Snapshot, choose, interval, num_slots, reader_of, sharded_area
 from jobs.snapshots.keepers import CHUNK_BYTES, NoRoom, ask_patiently, fetch, find_keepers, read_s
 from jobs.snapshots.slots import Bytes, Header, Slots
@@ -101,7 +101,7 @@ class Snapshots:
         header = holders[0].header
         by_node = {held.node: held for held in holders}
         reader = reader_of(by_node, self._node_of_rank)
-        places = state.layout.parts(header.rank, world_size=header.world_size)
+        parts = state.layout.parts(header.rank, world_size=header.world_size)
         tensor_bytes = header.num_bytes // len(header.names)
         names: list[str] = []
         in_tensor: list[range] = []  # bytes of one tensor
@@ -117,12 +117,12 @@ class Snapshots:
         if reader in (None, self._group.rank):
             chunks = self._read(by_node.get(self._node, holders[0]), in_share)
         for name, span, chunk in zip(names, in_tensor, chunks, strict=False):
-            place = range(span.start // _FP32_BYTES, span.stop // _FP32_BYTES)
+            place = Span(span.start // _FP32_BYTES, span.stop // _FP32_BYTES)
             values = torch.empty(0) if chunk is None else torch.from_numpy(chunk.view(np.float32))
             if reader is not None and self._group.world_size > 1:
                 values = values.to(state.device) if len(values) else torch.empty(len(place), device=state.device)
                 dist.broadcast(values, reader)
-            yield StatePiece(name, within(places, place), values)
+            yield StatePiece(name, parts.cut(place), values)
 
     def _read(self, held: Holding, spans: list[range]) -> Iterable[Bytes]:
         """Returns these bytes of a share, in place where it is in this node's memory."""
@@ -166,7 +166,7 @@ class Snapshots:
         last snapshot.
         """
         state.copies.wait()
-        if self._whole is None or (state.is_sharded and state.num_copies == 1):
+        if self._whole is None or state.sharding.is_sole_copy:
             return
         step, attempt, carried, num_updates = self._whole
         if num_updates == state.num_updates:  # no step without a line has updated it
@@ -190,8 +190,8 @@ class Snapshots:
 
     def _shares(self, state: TrainState, *, is_rescue: bool) -> list[Share]:
         """Returns what this worker writes; in a rescue also what the other workers of its node would."""
-        if state.is_sharded:
-            rank, count = state.peers.index, len(state.peers)
+        if not state.sharding.is_whole:
+            rank, count = state.sharding.place, state.sharding.num_holders
             area = sharded_area(self._group.rank, count, self._node_of_rank)
             return [Share(area, rank, count, state.share(rank, world_size=count))]
         neighbors = [rank for rank, node in enumerate(self._node_of_rank) if node == self._node]

@@ -5,8 +5,8 @@ from typing import Any
 
 from cluster.settings.run import BatchSchedule, RunConfig, cooldown_tokens, max_steps, warmup_tokens
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.step_totals import Measured
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.step_totals import Measured
 from jobs.run.run_plan import RunPlan
 from jobs.saving.saver import Saver
 from jobs.snapshots.snapshots import Snapshots
@@ -69,7 +69,7 @@ class Attempt:
         if decision.verdict is Verdict.APPLY:
             with timer.phase("update"), self.record.layers.around_update(step):
                 self.state.apply(norm=measured.norm, learning_rate=self.rate(step), timer=timer)
-            if self.state.sends_weights:
+            if self.state.sharding.sends_values:
                 self.group.prove(step, self.state.device)
         if not saves(config, step):
             return decision

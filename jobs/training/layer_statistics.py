@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.exact.flat_layout import at, moved
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
 
@@ -37,7 +36,7 @@ class LayerStatistics:
             yield
             return
         with self._timer.phase("statistics"):
-            gradient = self._square_sums(state.gradient, is_divided=state.is_sharded)
+            gradient = self._square_sums(state.gradient, is_divided=not state.sharding.is_whole)
             before = state.values.clone()
         yield
         if self._group.rank and not state.gathered:
@@ -58,14 +57,14 @@ class LayerStatistics:
         """Returns the sum of squares of each layer (L,), in float64, over a flat buffer, of which each rank of a group
         has its own parts if that is divided."""
         state, sums = self._state, torch.zeros(len(self._layers), dtype=torch.float64, device=flat.device)
-        places = state.owned if is_divided else [range(state.layout.size)]
-        for name, in_parameter, own in state.layout.pieces(places):
-            in_layout = moved(in_parameter, 0, state.layout.places[name].start)
-            values = at(flat, in_layout if len(flat) == state.layout.size else own)
+        layout = state.layout
+        for name, in_parameter, packed in layout.pieces(state.owned if is_divided else layout.whole):
+            place = in_parameter.shifted(layout.places[name].start) if len(flat) == layout.size else packed
+            values = place.of(flat)
             sums[self._layers.index(layer_of(name))] += torch.linalg.vector_norm(values, dtype=torch.float64).square()
         sums = sums.cpu()
         if is_divided:
-            if state.mesh.number and state.sums_shards:  # the first group has all of it
+            if state.sharding.copy:  # the first one has all of it
                 sums.zero_()
             with self._group.message():
                 dist.all_reduce(sums)

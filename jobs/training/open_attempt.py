@@ -15,7 +15,8 @@ from cluster.settings.run import RunConfig, batch_schedule, way_to_compute
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.registry import metadata_of
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.sharding import Sharding
+from jobs.exact.state.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan, open_held_out, open_stream, open_validation_sets
@@ -152,10 +153,10 @@ def _tell_nobody(event: str, **fields: Any) -> None:
 def _saver(
     plan: RunPlan, state: TrainState, group: WorkerGroup, writer: RunWriter | None, tokenizer: Tokenizer
 ) -> Saver:
-    if state.is_sharded:
+    if not state.sharding.is_whole:
         return ShardWriter(
             writer.checkpoints if writer else RunCheckpoints(plan.run),  # rank 0's are fenced
-            state.peers,
+            state.sharding,
             group,
             publisher=writer.publisher if writer else None,
             config=plan.config.model,
@@ -235,14 +236,8 @@ def _restored(
     config = plan.config
     with torch.device("meta"):
         model = GPT(config.model)
-    state = TrainState(
-        model,
-        config.train,
-        device=device,
-        group=group,
-        shard=config.scaling.shard,
-        group_size=config.scaling.group_size(group.world_size),
-    )
+    sharding = Sharding.of(config.scaling, rank=group.rank, world_size=group.world_size)
+    state = TrainState(model, config.train, device=device, group=group, sharding=sharding)
     opened.callback(state.close)
     if start.snapshot:
         guard = GuardState.from_json(snapshots.restore(start.snapshot, state)["guard"])

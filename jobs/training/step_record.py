@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from cluster.settings.run import batch_schedule, seq_len
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
 from jobs.run.run_plan import RunPlan
 from jobs.run.step_timer import CudaClock, StepTimer
 from jobs.saving.stored_state import hash_of_weights

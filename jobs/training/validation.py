@@ -12,7 +12,7 @@ import torch.distributed as dist
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, TrainConfig, seq_len
 from jobs.exact.compute import autocast, micro_batch, num_counted
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
 from jobs.run.storage_retry import patiently
 from jobs.tokens.token_stream import TokenStream
 from jobs.workers.worker_group import WorkerGroup

@@ -10,7 +10,7 @@ from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage
-from jobs.exact.train_state import MOMENTS
+from jobs.exact.state.rules import update_rule
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.run_plan import run_storage
@@ -42,7 +42,7 @@ def like_its_source(config: RunConfig) -> RunConfig:
 
 def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
     """Stores the weights that `train.init_from` names as the run's first checkpoint, whole in this process's memory,
-    with the moments of an optimizer that has not begun. Raises `ConfigError` for another shape or vocabulary."""
+    with the vectors of an optimizer that has not begun. Raises `ConfigError` for another shape or vocabulary."""
     uri, folder = find_checkpoint(str(config.train.init_from), config.storage.uri)
     model, own = load_model(folder, verify=False), load_tokenizer(folder)
     num_ids, num_rows = tokenizer.vocab_size, model.config.vocab_size
@@ -63,7 +63,10 @@ def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
     if problems:
         raise ConfigError(f"train.init_from={uri}: {'; '.join(problems)}. Set these as there, or leave them out")
     weights = dict(model.named_parameters())
-    train_state = {stored_name(moment, name): torch.zeros_like(w) for moment in MOMENTS for name, w in weights.items()}
+    train_state = {"step": torch.tensor(0, dtype=torch.int64)}
+    for vector in update_rule(config.train).vectors:
+        for name, values in weights.items():
+            train_state[stored_name(vector, name)] = torch.zeros_like(values)
     checkpoints = RunCheckpoints(run)
     spooled = checkpoints.spool / checkpoint_name(0)
     metadata = Metadata(
@@ -80,7 +83,7 @@ def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
         state=weights,
         tokenizer=tokenizer,
         metadata=metadata,
-        train_state={"step": torch.tensor(0, dtype=torch.int64)} | train_state,
+        train_state=train_state,
     )
     checkpoints.publish(spooled)
     say(f"begins from {uri}, whose parameters have the hash {written.parameter_hash}")

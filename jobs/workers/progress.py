@@ -103,7 +103,7 @@ class Progress:
 
 
 def range_of(ranks: Sequence[int]) -> range:
-    """Returns ranks that follow each other at equal distances, as those of a mesh do."""
+    """Returns ranks that follow each other at equal distances, as the holders of a copy and their counterparts do."""
     stride = ranks[1] - ranks[0] if len(ranks) > 1 else 1
     as_range = range(ranks[0], ranks[-1] + 1, stride)
     assert list(ranks) == list(as_range), f"{ranks} are not at equal distances"

@@ -18,8 +18,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from jobs.exact import lane_sums
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums import lane_sums
 from jobs.report.page import ACCENT, SERIES, new_figure, png, titled
 from jobs.training.train_loop import train
 from jobs.workers.heartbeat import Pulse

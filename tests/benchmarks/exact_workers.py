@@ -11,9 +11,11 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from cluster.settings.run import Compute, RunConfig, Shard
+from cluster.settings.run import Compute, RunConfig
+from cluster.settings.shard import Shard
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.sharding import Sharding
+from jobs.exact.state.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.training.mixed_hardware import settle_rounding
 from jobs.workers.worker_group import WorkerGroup
@@ -57,7 +59,8 @@ class ExactTrainer:
         keep_freed_memory()
         model = GPT(config.model)
         model.init_weights(0)
-        self.state = TrainState(model, config.train, device=CPU, group=group, shard=config.scaling.shard)
+        sharding = Sharding.of(config.scaling, rank=group.rank, world_size=group.world_size)
+        self.state = TrainState(model, config.train, device=CPU, group=group, sharding=sharding)
         rows: Any = MadeRows.of(config)
         self.gradient = BatchGradient(config, self.state, rows, group, eot_id=None)
         self.timer, self.bytes_sent = StepTimer(), 0

@@ -6,8 +6,8 @@ from typing import Protocol, get_args
 import torch
 from torch import Tensor
 
-from cluster.settings.run import RunConfig, Shard
-from jobs.exact.flat_layout import at
+from cluster.settings.run import RunConfig
+from cluster.settings.shard import Shard
 from jobs.workers.worker_group import WorkerGroup
 from tests.benchmarks.exact_workers import ExactTrainer
 from tests.benchmarks.stock_steps import StockTrainer, Wrap, ddp, fsdp2
@@ -45,16 +45,16 @@ class Trainer(Protocol):
 class RaymillTrainer(ExactTrainer):
     def kept(self) -> dict[str, list[Tensor]]:
         state = self.state
-        return {"weights": [state.values], "gradients": [state.gradient], "moments": [*state.moments.values()]}
+        return {"weights": [state.values], "gradients": [state.gradient], "moments": [*state.vectors.values()]}
 
     def weights(self, *, step: int) -> dict[str, Tensor]:
         state, flat = self.state, self.state.values
         if state.gathered:
-            flat = torch.empty(state.layout.size if state.mesh.rank == 0 else 0)
+            flat = torch.empty(state.layout.size if state.sharding.rank == 0 else 0)
             for number, bucket in enumerate(state.layout.buckets):
                 values = state.brought(state.values, bucket, bucket=number)
                 if len(flat):
-                    at(flat, bucket).copy_(values)
+                    bucket.of(flat).copy_(values)
         return state.by_parameter(flat) if len(flat) else {}
 
     def close(self) -> None:

@@ -10,7 +10,8 @@ from typing import get_args
 
 import pytest
 
-from cluster.settings.run import ClusterConfig, Shard
+from cluster.settings.run import ClusterConfig
+from cluster.settings.shard import Shard
 from cluster.stages.stage import connected
 from tests.chaos.arena import Arena
 

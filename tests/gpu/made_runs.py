@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.settings.run import RunConfig, Shard, seq_len
+from cluster.settings.run import RunConfig, seq_len
+from cluster.settings.shard import Shard
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.step_totals import Measured
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.sharding import Sharding
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.step_totals import Measured
 from jobs.run.step_timer import CudaClock, StepTimer
 from jobs.training.mixed_hardware import settle_rounding
 from jobs.workers.worker_group import WorkerGroup
@@ -104,9 +106,8 @@ class MadeRun:
         with device if draw else nullcontext():
             model = GPT(config.model)
         draw(model) if draw else model.init_weights(config.train.seed)
-        self.state = TrainState(
-            model.train(), config.train, device=device, group=self.group, shard=config.scaling.shard
-        )
+        sharding = Sharding.of(config.scaling, rank=self.group.rank, world_size=self.group.world_size)
+        self.state = TrainState(model.train(), config.train, device=device, group=self.group, sharding=sharding)
         rows: Any = self.rows
         with as_in_training(config):
             self.gradient = BatchGradient(config, self.state, rows, self.group, eot_id=self.eot_id)

@@ -11,8 +11,8 @@ import torch
 
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.self_test import self_test
-from jobs.exact.step_totals import Measured
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.step_totals import Measured
 from jobs.run.step_timer import StepTimer
 from jobs.training.validation import measured
 from jobs.workers.worker_group import WorkerGroup

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.exact.flat_layout import within
-from jobs.exact.host_copies import HostCopies
-from jobs.exact.train_state import StatePiece, TrainState
+from jobs.exact.state.host_copies import HostCopies
+from jobs.exact.state.span import Span
+from jobs.exact.state.train_state import StatePiece, TrainState
 from jobs.snapshots.slots import Header, Slots
 from tests.gpu.made_runs import MadeRun, made_config
 
@@ -43,11 +43,11 @@ def pieces_of(state: TrainState, folder: Path, step: int, size: int) -> Iterator
         assert header is not None
         assert slots.is_whole(slot)
         values = torch.from_numpy(slots.data(slot)[: header.num_bytes]).view(torch.float32).view(3, -1)
-        places = state.layout.parts(rank, world_size=NUM_SHARES)
+        parts = state.layout.parts(rank, world_size=NUM_SHARES)
         for name, tensor in zip(header.names, values, strict=True):
             for start in range(0, len(tensor), size):
-                span = range(start, min(start + size, len(tensor)))
-                yield StatePiece(name, within(places, span), tensor[start : span.stop])
+                span = Span(start, min(start + size, len(tensor)))
+                yield StatePiece(name, parts.cut(span), span.of(tensor))
 
 
 def test_a_state_that_was_copied_beside_the_steps_continues_with_the_same_bits(
@@ -62,12 +62,12 @@ def test_a_state_that_was_copied_beside_the_steps_continues_with_the_same_bits(
         assert run.step(step) == undisturbed.step(step)
         start_snapshot(run.state, tmp_path, step)
         state = undisturbed.state
-        expected[step] = torch.cat([state.values, *state.moments.values()]).cpu()
+        expected[step] = torch.cat([state.values, *state.vectors.values()]).cpu()
     run.state.copies.close()
     assert torch.equal(run.state.values, undisturbed.state.values)
     for step in (3, 4):
         other.state.load_state(step, pieces_of(other.state, tmp_path, step, 7777))
-        assert torch.equal(torch.cat([other.state.values, *other.state.moments.values()]).cpu(), expected[step])
+        assert torch.equal(torch.cat([other.state.values, *other.state.vectors.values()]).cpu(), expected[step])
     assert other.step(5) == undisturbed.step(5)
     assert torch.equal(other.state.values, undisturbed.state.values)
     for each in (run, undisturbed, other):
@@ -89,7 +89,7 @@ def test_an_update_waits_for_a_slow_copy(device: torch.device) -> None:
     start_s = time.monotonic()
     run.step(2)
     assert time.monotonic() - start_s > 0.1
-    assert copy.taken.done()
+    assert copy.future.done()
     assert torch.equal(torch.cat(taken), before)
     assert not torch.equal(run.state.values.cpu(), before)
     run.state.copies.close()

@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 from cluster.settings.run import RunConfig
 from jobs.exact.compute import MicroBatch, autocast, choose_operations
-from jobs.exact.lane_sums import LaneSums
-from jobs.exact.step_plan import Mesh, StepPlan
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.sharding import Sharding
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.lane_sums import LaneSums
+from jobs.exact.sums.step_plan import StepPlan
 from model.attention import Documents
 from model.gpt import GPT
 
@@ -119,9 +120,9 @@ def traced(config: RunConfig) -> dict[str, Any]:
             return tensor
 
         seen = Seen()
-        for tensor in (state.values, state.gradient, *state.moments.values()):
+        for tensor in (state.values, state.gradient, *state.vectors.values()):
             seen.count(tensor)
-        with seen, sums.turn(StepPlan(Mesh(0, 1), num_lanes=2, num_micro_batches=1), 1):
+        with seen, sums.turn(StepPlan(Sharding(), num_lanes=2, num_micro_batches=1), 1):
             with autocast(config, device), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 loss = state.model.loss(*batch, scale=1e-4)
             loss.backward()

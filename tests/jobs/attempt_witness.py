@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
 
 
 class AttemptWitness:
@@ -37,7 +37,7 @@ class AttemptWitness:
             "state": [state],
             "model": [state.model],
             "parameter": [*state.model.parameters()],
-            "flat buffer": [state.values, state.gradient, *state.moments.values()],
+            "flat buffer": [state.values, state.gradient, *state.vectors.values()],
         }
         if gradient._is_exact:
             kinds["sums"] = [gradient._sums]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
 from jobs.run.run_plan import RunPlan
 from jobs.snapshots.snapshots import Snapshots
 from jobs.training.train_loop import train

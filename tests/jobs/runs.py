@@ -11,7 +11,7 @@ import pytest
 
 from cluster.settings.run import RunConfig, to_yaml
 from cluster.storage.uris import open_storage
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.run_plan import RunPlan
 from jobs.saving.checkpoint_writer import CheckpointWriter

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
 from jobs.run.run_plan import RunPlan
 from jobs.snapshots.snapshots import Snapshots
 from jobs.training import train_loop

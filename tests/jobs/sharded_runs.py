@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster.monitoring.metric_table import Phase
-from cluster.settings.run import Shard
-from jobs.exact.host_copies import HostCopies, HostCopy, Take
+from cluster.settings.shard import Shard
+from jobs.exact.state.host_copies import HostCopies, HostCopy, Take
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, step_of
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan

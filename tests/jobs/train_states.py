@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from cluster.settings.run import TrainConfig
-from jobs.exact.flat_layout import within
-from jobs.exact.step_totals import block_square_sums, norm_of
-from jobs.exact.train_state import StatePiece, TrainState
-from jobs.saving.stored_state import moments_by_name
+from jobs.exact.state.span import Span
+from jobs.exact.state.train_state import StatePiece, TrainState
+from jobs.exact.sums.step_totals import block_square_sums, norm_of
+from jobs.saving.stored_state import vectors_by_name
 from model.checkpoint import safetensors_pieces
 from model.config import GPTConfig, preset_fields
 from model.gpt import GPT
@@ -56,17 +56,17 @@ def whole(state: TrainState) -> dict[str, Tensor]:
 
 def moments(state: TrainState) -> dict[str, Tensor]:
     """Returns a copy of AdamW's state by parameter, which is not sharded."""
-    return moments_by_name(state, whole(state))
+    return vectors_by_name(state, whole(state))
 
 
 def pieces_of(state: TrainState, rank: int, *, world_size: int) -> Iterator[StatePiece]:
     """Yields a rank's share of the state, in pieces that end anywhere."""
-    places = state.layout.parts(rank, world_size=world_size)
+    parts = state.layout.parts(rank, world_size=world_size)
     for name, views in state.share(rank, world_size=world_size).items():
         values = torch.cat(views)
         for start in range(0, len(values), 7777):
-            span = range(start, min(start + 7777, len(values)))
-            yield StatePiece(name, within(places, span), values[start : span.stop].clone())
+            span = Span(start, min(start + 7777, len(values)))
+            yield StatePiece(name, parts.cut(span), span.of(values).clone())
 
 
 def stored(*files: Mapping[str, Tensor]) -> StoredTensors:

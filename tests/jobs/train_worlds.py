@@ -21,11 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.settings.run import RunConfig, Shard
+from cluster.settings.run import RunConfig
+from cluster.settings.shard import Shard
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.sharding import Sharding
+from jobs.exact.state.train_state import TrainState
 from jobs.run.step_timer import StepTimer
-from jobs.saving.stored_state import hash_of_weights, moments_by_name, own_stretches, restore
+from jobs.saving.stored_state import hash_of_weights, own_stretches, restore, vectors_by_name
 from jobs.snapshots import snapshots
 from jobs.snapshots.choice import Holding, Snapshot, choose
 from jobs.snapshots.slots import NUM_SLOTS, Bytes, Slots
@@ -165,14 +167,8 @@ class Trainer:
         torch.use_deterministic_algorithms(case.exact)
         model = GPT(config.model)
         model.init_weights(0)
-        self.state = TrainState(
-            model,
-            config.train,
-            device=CPU,
-            group=group,
-            shard=config.scaling.shard,
-            group_size=config.scaling.group_size(group.world_size),
-        )
+        sharding = Sharding.of(config.scaling, rank=group.rank, world_size=group.world_size)
+        self.state = TrainState(model, config.train, device=CPU, group=group, sharding=sharding)
         self.gradient = BatchGradient(
             config, self.state, MadeRows(chat=case.chat), group, eot_id=EOT if case.documents else None
         )  # type: ignore[arg-type]
@@ -244,16 +240,16 @@ def hand_over(trainer: Trainer, group: WorkerGroup, path: Path, step: int) -> No
     in shards where the state is."""
     if step % 2 == 0:
         FileSnapshots(group, path).after_step(step, trainer.state, attempt=step, carried={})
-    elif trainer.state.is_sharded:
+    elif not trainer.state.sharding.is_whole:
         state = trainer.state
-        if state.is_of_first_copy:
-            shares = state.share(state.peers.index, world_size=len(state.peers))
+        if state.sharding.writes:
+            shares = state.share(state.sharding.place, world_size=state.sharding.num_holders)
             shard = own_stretches(state, {name: torch.cat(views) for name, views in shares.items()})
             torch.save(shard, f"{path}-{step}-{group.rank}.pt")
     else:
         flat, state = whole(trainer.state), trainer.state
         if group.rank == 0:
-            kept = moments_by_name(state, flat), state.by_parameter(flat["values"])
+            kept = vectors_by_name(state, flat), state.by_parameter(flat["values"])
             torch.save(kept, f"{path}-{step}-0.pt")
 
 

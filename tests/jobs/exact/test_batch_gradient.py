@@ -15,8 +15,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.settings.run import RunConfig, batch_schedule
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.step_plan import StepPlan
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.step_plan import StepPlan
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
 from model.attention import document_mask, document_positions

@@ -13,10 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from cluster.settings.run import RunConfig, Shard
+from cluster.settings.run import RunConfig
+from cluster.settings.shard import Shard
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.step_totals import Measured, StepTotals
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.sharding import Sharding
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.step_totals import Measured, StepTotals
 from jobs.plan.memory import layout_of
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
@@ -97,8 +99,8 @@ def sent_by_rank_0(
         model = GPT(config.model)
         model.init_weights(0)
         workers = WorkerGroup(0, world_size)
-        size = config.scaling.group_size(world_size)
-        state = TrainState(model, config.train, device=torch.device("cpu"), group=workers, shard=shard, group_size=size)
+        divided = Sharding.of(config.scaling, rank=0, world_size=world_size)
+        state = TrainState(model, config.train, device=torch.device("cpu"), group=workers, sharding=divided)
         gradient = BatchGradient(config, state, Rows(), workers, eot_id=None)  # type: ignore[arg-type]
         with counted(monkeypatch) as sent:
             gradient.of_step(1, StepTimer())

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
-from jobs.exact.flat_layout import FlatLayout
+from jobs.exact.state.flat_layout import FlatLayout
 from jobs.plan.exchange import MESSAGE_S, Exchange, exchange
 from jobs.plan.memory import layout_of
 

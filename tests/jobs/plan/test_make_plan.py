@@ -10,8 +10,9 @@ import torch
 from cluster.cli import main
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
-from jobs.exact.step_plan import StepPlan
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.sharding import Sharding
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.step_plan import StepPlan
 from jobs.plan.formulas import (
     checkpoint_interval_s,
     goodput,
@@ -134,14 +135,14 @@ def test_what_a_worker_keeps_has_the_planned_sizes(precision: str, shard: str, g
     model.init_weights(0)
     largest = max(parameter.numel() for parameter in model.parameters())
     embeddings = model.transformer.wte.weight.nbytes + model.transformer.wpe.weight.nbytes
-    kept = {"shard": config.scaling.shard, "group_size": config.scaling.group_size(4)}
-    state = TrainState(model, config.train, device=torch.device("cpu"), group=workers, **kept)
+    sharding = Sharding.of(config.scaling, rank=1, world_size=4)
+    state = TrainState(model, config.train, device=torch.device("cpu"), group=workers, sharding=sharding)
     parts = gpu_memory(config, layout_of(config.model), world_size=4)
-    num_buffers = StepPlan(state.mesh, 32, 1).num_buffers
+    num_buffers = StepPlan(sharding, 32, 1).num_buffers
     assert num_buffers == {"none": 3, "optimizer": 3, "gradients": 4}.get(shard, 4 if group == 2 else 5)
     assert parts["weights"] == pytest.approx(state.values.nbytes, rel=0.02)
     assert parts["gradients"] == pytest.approx(state.gradient.nbytes, rel=0.02)
-    assert parts["optimizer"] == pytest.approx(sum(moment.nbytes for moment in state.moments.values()), rel=0.02)
+    assert parts["optimizer"] == pytest.approx(sum(moment.nbytes for moment in state.vectors.values()), rel=0.02)
     assert parts["lane_sums"] == pytest.approx((num_buffers - 1) * state.gradient.nbytes + 4 * largest, rel=0.02)
     passing = {
         weights.untyped_storage().data_ptr(): weights.untyped_storage().nbytes() for weights in model.parameters()

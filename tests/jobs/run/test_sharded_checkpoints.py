@@ -12,8 +12,8 @@ import torch
 
 from cluster.storage.folder import LocalStorage
 from cluster.storage.uris import Entry, open_storage
-from jobs.exact.flat_layout import FlatLayout
-from jobs.exact.train_state import MOMENTS
+from jobs.exact.state.adamw import AdamW
+from jobs.exact.state.flat_layout import FlatLayout
 from jobs.export import export
 from jobs.proof.verify_run import verify
 from jobs.run.checkpoints import RunCheckpoints, step_of
@@ -28,7 +28,7 @@ from tests.jobs.sharded_runs import NUM_STEPS, STAGES
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
-PARTS = ("values", *MOMENTS)
+PARTS = ("values", *AdamW.vectors)
 PLACES = {
     *("before_file", "mid_file", "before_fsync", "after_file", "mid_shard", "after_shard"),
     *("before_manifest", "after_manifest", "mid_delete", "after_lease"),
@@ -76,7 +76,7 @@ def test_any_world_resumes_what_any_other_saved(
     layout = FlatLayout.of(shapes)
     for copied, (world_size, shard, group) in zip(resized["copied"], STAGES, strict=True):
         count = (group or world_size) if shard != "none" else 1
-        shares = [12 * sum(map(len, layout.parts(rank, world_size=count))) for rank in range(count)]
+        shares = [12 * layout.parts(rank, world_size=count).num_values for rank in range(count)]
         assert {(rank, num_bytes) for rank, num_bytes in copied} == {*enumerate(shares)}, "each its own share, no more"
     shapes_of_all = {"step": ()} | {stored_name(part, name): shapes[name] for part in PARTS for name in shapes}
     for names in zip(*(RunCheckpoints(each).names for each in runs), strict=True):

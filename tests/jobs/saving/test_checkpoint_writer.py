@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from cluster.settings.run import CheckpointConfig, TrainConfig
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.uris import Storage, open_storage
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, step_of
 from jobs.run.ledger import Ledger, LedgerWriter
 from jobs.run.writer_generation import Fence
@@ -91,7 +91,7 @@ def test_the_copy_of_its_moment_is_stored_while_the_state_changes(run: Storage, 
         hashes[step] = saving.step(step)
         moments[step] = {name: tensor.clone() for name, tensor in moments_of(saving.state).items()}
         saving.state.values.zero_()  # the next step, as early as it could be
-        for flat in saving.state.moments.values():
+        for flat in saving.state.vectors.values():
             flat.fill_(step)
         saving.wait_for(step)
     ledger = saving.finish()
@@ -144,7 +144,7 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
     saving.step(2)
     wait_until(lambda: bool(Ledger.read(saving.run).events("checkpoint_refused")))
     saving.state.values.nan_to_num_()
-    saving.state.moments["exp_avg"][7] = float("inf")
+    saving.state.vectors["exp_avg"][7] = float("inf")
     saving.step(3)
     ledger = saving.finish()
     assert [step_of(name) for name in saving.checkpoints.names] == [1]

@@ -14,7 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.settings.run import CheckpointConfig, TrainConfig
 from cluster.storage.uris import open_storage
-from jobs.exact.train_state import MOMENTS, TrainState
+from jobs.exact.state.adamw import AdamW
+from jobs.exact.state.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.ledger import Ledger, LedgerWriter
 from jobs.run.sharded_checkpoints import ShardedCheckpoint
@@ -31,6 +32,7 @@ from model.tokenizer import train_bpe
 from tests.jobs.new_memory import NewMemory
 from tests.jobs.runs import tiny_plan
 from tests.jobs.runs_in_rounds import CutOff, run_in_rounds
+from tests.jobs.shardings import sharding
 from tests.waiting import wait_until
 
 TOKENIZER = train_bpe(["to be or not to be"], vocab_size=257)
@@ -63,7 +65,8 @@ def states(request: pytest.FixtureRequest) -> Iterator[list[TrainState]]:
         with torch.device("meta"):
             model = GPT(config)
         group = Together(rank, NUM_RANKS, barrier=barrier, values=values)
-        state = TrainState(model, TrainConfig(), device=CPU, group=group, shard=request.param)
+        divided = sharding(request.param, rank=rank, world_size=2)
+        state = TrainState(model, TrainConfig(), device=CPU, group=group, sharding=divided)
         state.load_weights(initial_weights(config, 0))
         found.append(state)
     yield found
@@ -85,7 +88,7 @@ class Saving:
         self.writers = [
             ShardWriter(
                 self.checkpoints,
-                state.peers,
+                state.sharding,
                 state._group,
                 publisher=publisher if rank == 0 else None,
                 config=state.model.config,
@@ -183,7 +186,7 @@ def test_the_newest_takes_the_place_of_what_waits_on_all_ranks(
     assert [line["step"] for line in ledger.events("checkpoint")] == [1, 8]
 
 
-@pytest.mark.parametrize("part", ["values", *MOMENTS])
+@pytest.mark.parametrize("part", ["values", *AdamW.vectors])
 def test_values_that_are_not_finite_are_never_published(tmp_path: Path, states: list[TrainState], part: str) -> None:
     saving = Saving(tmp_path, states)
     assert saving.save(1)
@@ -235,7 +238,7 @@ def test_a_shard_takes_the_memory_of_its_own_values_once(
     assert saving.save(1)
     wait_until(lambda: len(saving.checkpoints.names) == 1)
     assert len(seen) == NUM_RANKS and max(seen) <= 8, "the number of updates"
-    assert copied == [4 * 3 * sum(map(len, state.owned)) for state in states]
+    assert copied == [4 * 3 * state.owned.num_values for state in states]
     assert max(copied) <= 0.52 * 4 * 3 * states[0].layout.size
     assert saving.finish().events("checkpoint")
 

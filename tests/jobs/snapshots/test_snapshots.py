@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import ray
 
-import jobs.exact.train_state
+import jobs.exact.state.train_state
 import jobs.snapshots.keepers
 import jobs.snapshots.snapshots
 import jobs.training.open_attempt
-from jobs.exact.host_copies import HostCopies
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.host_copies import HostCopies
+from jobs.exact.state.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.ledger import Ledger
 from jobs.saving.checkpoint_writer import CheckpointWriter
@@ -503,7 +503,7 @@ def test_a_run_that_continues_from_memory_ends_with_the_bits_of_an_undisturbed_o
 ) -> None:
     """One worker, killed right after the snapshots of steps 2 and 7, between which a checkpoint comes; or one that
     loses another then, with no snapshot due."""
-    monkeypatch.setattr(jobs.exact.train_state, "HostCopies", partial(HostCopies, beside=beside))
+    monkeypatch.setattr(jobs.exact.state.train_state, "HostCopies", partial(HostCopies, beside=beside))
     monkeypatch.setattr(OwnMemory, "memory", make_memory(), raising=False)
     monkeypatch.setattr(OwnMemory, "raise_after", {2: error, 7: error}, raising=False)
     monkeypatch.setattr(OwnMemory, "every_steps", every_steps)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.exact.exact_reduce import subtrees_of_ranks
+from jobs.exact.sums.exact_reduce import subtrees_of_ranks
 from jobs.tokens.batch_plan import SampleOrder, counts_of_sources
 
 seeds = st.integers(0, 2**63 - 1)

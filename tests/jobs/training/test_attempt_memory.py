@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 from torch import Tensor
 
-from cluster.settings.run import Shard
+from cluster.settings.shard import Shard
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan

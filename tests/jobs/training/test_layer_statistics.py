@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cluster.settings.run import TrainConfig
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.training.layer_statistics import LayerStatistics, layer_of
 from jobs.workers.worker_group import WorkerGroup

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from cluster.settings.run import Shard
+from cluster.settings.shard import Shard
 from jobs.run.ledger import Ledger
 from jobs.training.train_loop import train
 from tests.jobs.runs import tiny_plan

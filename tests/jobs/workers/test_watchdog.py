@@ -16,8 +16,9 @@ import pytest
 from torch.distributed import distributed_c10d
 
 from cluster.storage import s3 as s3_storage
-from jobs.exact import batch_gradient, peers
-from jobs.exact import side_thread as background
+from jobs.exact import batch_gradient
+from jobs.exact.state import peers
+from jobs.exact.state import side_thread as background
 from jobs.run import storage_retry as outage
 from jobs.saving import saving_thread
 from jobs.tokens import token_stream

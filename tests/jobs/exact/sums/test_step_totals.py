@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.exact.exact_reduce import tree_sum
-from jobs.exact.flat_layout import BLOCK, FlatLayout, part_of
-from jobs.exact.step_plan import Mesh, StepPlan
-from jobs.exact.step_totals import StepTotals, block_square_sums, norm_of
+from jobs.exact.state.flat_layout import BLOCK, FlatLayout, part_of
+from jobs.exact.state.sharding import Sharding
+from jobs.exact.state.span import Span
+from jobs.exact.sums.exact_reduce import tree_sum
+from jobs.exact.sums.step_plan import StepPlan
+from jobs.exact.sums.step_totals import StepTotals, block_square_sums, norm_of
 from jobs.workers.worker_group import WorkerGroup
+from tests.jobs.shardings import in_groups
 
 CPU = torch.device("cpu")
 
@@ -54,10 +57,10 @@ def test_ranks_without_a_loss_know_the_same_figures(num_lanes: int, world_size: 
     gradient = torch.randn(layout.size, generator=torch.Generator().manual_seed(0))
 
     def figures(rank: int) -> Any:
-        mesh = Mesh(rank, world_size, group_size)
-        plan = StepPlan(mesh, num_lanes, 1)
-        totals = StepTotals(layout, mesh, table.of(rank), device=CPU)
-        parts = [gradient[part.start : part.stop] for part in own_parts(layout, mesh)]
+        sharding = in_groups(rank, world_size, group_size)
+        plan = StepPlan(sharding, num_lanes, 1)
+        totals = StepTotals(layout, sharding, table.of(rank), device=CPU)
+        parts = [part.of(gradient) for part in own_parts(layout, sharding)]
         sums = [block_square_sums(part) for part in parts]
         losses = [torch.stack([loss, torch.tensor(5.0)]) for loss in losses_of(plan.counted[rank])]
         return len(losses), *totals.finish(1, plan, block_sums=sums, losses=losses)
@@ -70,7 +73,8 @@ def test_ranks_without_a_loss_know_the_same_figures(num_lanes: int, world_size: 
     assert {tuple(measured) for _, *measured in found} == {expected}
 
 
-def own_parts(layout: FlatLayout, mesh: Mesh) -> list[range]:
-    """Returns the parts whose sums a rank makes: of its group's part of each bucket, that of its group."""
-    members = [part_of(bucket, mesh.rank % mesh.group_size, world_size=mesh.group_size) for bucket in layout.buckets]
-    return [part_of(place, mesh.rank // mesh.group_size, world_size=mesh.num_groups) for place in members]
+def own_parts(layout: FlatLayout, sharding: Sharding) -> list[Span]:
+    """Returns the parts whose sums a rank makes: of its member's part of each bucket, that of its group."""
+    size, num_groups = sharding.group_size, sharding.num_groups
+    members = [part_of(bucket, sharding.rank % size, world_size=size) for bucket in layout.buckets]
+    return [part_of(place, sharding.rank // size, world_size=num_groups) for place in members]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jobs.exact.host_copies import HostCopies
+from jobs.exact.state.host_copies import HostCopies
 from tests.jobs.train_states import RATE, apply, gradients, make_state
 
 CPU = torch.device("cpu")
@@ -47,13 +47,13 @@ def test_an_update_waits_for_the_copy_of_the_state_before_it(beside: bool) -> No
     before = state.values.clone()
     if not beside:
         release()
-    copy = state.copies.start("snapshot", [state.values, *state.moments.values()], take)
-    assert copy.taken.done() is not beside, "training goes on meanwhile, or has waited"
+    copy = state.copies.start("snapshot", [state.values, *state.vectors.values()], take)
+    assert copy.future.done() is not beside, "training goes on meanwhile, or has waited"
     list(gradients(state, 1))
     if beside:
         release()
     apply(state, steps[1], learning_rate=RATE)
-    assert copy.taken.done()
+    assert copy.future.done()
     assert torch.equal(torch.cat(taken)[: len(before)], before)
     assert not torch.equal(state.values, before)
     assert 0.05 < copy.exposed_s < 5

@@ -12,34 +12,44 @@ from weakref import WeakMethod
 
 from torch import Tensor, nn
 
-from jobs.exact.exact_reduce import LaneStep
-from jobs.exact.flat_layout import FlatLayout, shared
-from jobs.exact.step_plan import StepPlan
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.flat_layout import FlatLayout
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.exact_reduce import LaneStep
+from jobs.exact.sums.step_plan import StepPlan
 from model.cpu_ops.loans import Scratch, gradient_sinks, lent, scratch_memory
 from model.training_memory import large_zeros
 
 
 class FinalBuckets:
-    """Counts the parameters whose gradients a backward pass has finished, and calls `on_final` with each bucket that
-    has no others: in the order of buckets, the same on every rank, whatever order backward takes."""
+    """Counts the gradients that a backward pass has finished, and calls `on_final` with each bucket whose gradients are
+    all finished: in the order of buckets, the same on every rank, whatever order backward takes."""
 
-    def __init__(self, layout: FlatLayout, on_final: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        layout: FlatLayout,
+        on_final: Callable[[int], None],
+    ) -> None:
         self._on_final = on_final
-        self._names = [[name for name, place in layout.places.items() if shared(b, place)] for b in layout.buckets]
-        self._buckets_of = {name: [b for b, of in enumerate(self._names) if name in of] for name in layout.places}
+        self._buckets: dict[str, list[int]] = {name: [] for name in layout.places}  # by parameter
+        self._num_parameters: list[int] = []  # by bucket
+        for number, bucket in enumerate(layout.buckets):
+            names = [name for name, place in layout.places.items() if place.meets(bucket)]
+            self._num_parameters.append(len(names))
+            for name in names:
+                self._buckets[name].append(number)
 
     def begin(self) -> None:
-        self._unfinished, self._next = [*map(len, self._names)], 0
+        self._num_unfinished = [*self._num_parameters]
+        self._next = 0
         self._report()
 
     def finish(self, name: str) -> None:
-        for bucket in self._buckets_of[name]:
-            self._unfinished[bucket] -= 1
+        for bucket in self._buckets[name]:
+            self._num_unfinished[bucket] -= 1
         self._report()
 
     def _report(self) -> None:
-        while self._next < len(self._unfinished) and not self._unfinished[self._next]:
+        while self._next < len(self._num_unfinished) and not self._num_unfinished[self._next]:
             self._on_final(self._next)
             self._next += 1
 
@@ -65,17 +75,24 @@ def hand_over_gradients(parameters: Mapping[str, nn.Parameter], take: Callable[[
 class LaneSums:
     """Sums into `buffers`, flat buffers (P,) each; calls `on_final` with each bucket, in order, when it is final.
 
-    With `lends` the first backward pass of a lane is lent the buffers as sinks, which `model.cpu_ops` writes gradients
-    to.
+    With `lends` the first backward pass of a lane is lent the buffers as sinks: `model.cpu_ops` writes gradients there.
     """
 
     def __init__(
-        self, state: TrainState, buffers: list[Tensor], *, lends: bool, on_final: Callable[[int], None]
+        self,
+        state: TrainState,
+        buffers: list[Tensor],
+        *,
+        lends: bool,
+        on_final: Callable[[int], None],
     ) -> None:
-        self._lends, self._final = lends, FinalBuckets(state.layout, on_final)
+        self._lends = lends
+        self._final = FinalBuckets(state.layout, on_final)
         self._parameters = dict(state.model.named_parameters())
-        in_buffers = [state.by_parameter(buffer) for buffer in buffers]
-        self._views = {name: [views[name] for views in in_buffers] for name in self._parameters}
+        self._views: dict[str, list[Tensor]] = {name: [] for name in self._parameters}  # in each buffer
+        for buffer in buffers:
+            for name, view in state.by_parameter(buffer).items():
+                self._views[name].append(view)
         self._step: LaneStep | None = None
         self._largest = max(self._parameters.values(), key=nn.Parameter.numel)
         self._second: Tensor | None = None
@@ -89,7 +106,9 @@ class LaneSums:
         self._num_micro_batches = plan.num_micro_batches
         for parameter in self._parameters.values():
             parameter.grad = None
-        self._step, self._is_last, self._num_taken = plan.steps[turn], turn == len(plan.turns) - 1, 0
+        self._step = plan.steps[turn]
+        self._num_done = 0
+        self._is_last = turn == len(plan.turns) - 1
         if self._is_last:
             self._final.begin()
         self._sinks = self._sinks_of(self._step) if self._lends else {}
@@ -100,11 +119,14 @@ class LaneSums:
             self._step = None
             for name, parameter in self._parameters.items():
                 parameter.grad = self._views[name][0]
-        assert self._num_taken == len(self._parameters), "a parameter got no gradient"
+        assert self._num_done == len(self._parameters), "a parameter got no gradient"
 
     def _sinks_of(self, step: LaneStep) -> dict[nn.Parameter, Tensor]:
         if not step.adds:
-            return {parameter: self._views[name][step.buffer] for name, parameter in self._parameters.items()}
+            sinks: dict[nn.Parameter, Tensor] = {}
+            for name, parameter in self._parameters.items():
+                sinks[parameter] = self._views[name][step.buffer]
+            return sinks
         # A tied embedding without a sink has two whole gradients, which autograd adds.
         if self._second is None:
             flat = large_zeros(self._largest.numel(), device=self._largest.device)
@@ -118,20 +140,23 @@ class LaneSums:
         self._num_passes[name] += 1
         if self._num_passes[name] < self._num_micro_batches:
             return  # autograd adds the next one to this parameter's gradient
-        gradient, views, buffer = parameter.grad, self._views[name], self._step.buffer
+        gradient = parameter.grad
         assert gradient is not None
+        views = self._views[name]
+        target = views[self._step.buffer]
         if self._step.adds:
-            views[buffer].add_(gradient)
-        elif gradient.data_ptr() != views[buffer].data_ptr():
-            views[buffer].copy_(gradient)
+            target.add_(gradient)
+        elif gradient.data_ptr() != target.data_ptr():
+            target.copy_(gradient)
         add_up(views, self._step)
         parameter.grad = None
-        self._num_taken += 1
+        self._num_done += 1
         if self._is_last:
             self._final.finish(name)
 
 
 def add_up(views: list[Tensor], step: LaneStep) -> None:
-    """Merges the subtrees of some places of the buffers that are whole with this step."""
-    for target in range(step.buffer - 1, step.buffer - 1 - step.merges, -1):
-        views[target].add_(views[target + 1])
+    """Adds up the subtrees that a step completes, into lower and lower buffers; each buffer has a view of one place."""
+    for number in range(step.merges):
+        right = step.buffer - number
+        views[right - 1].add_(views[right])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jobs.exact.exact_reduce import halves, lane_steps, num_buffers, subtrees_of_ranks, tree_sum
+from jobs.exact.sums.exact_reduce import halves, lane_steps, num_buffers, subtrees_of_ranks, tree_sum
 from tests.jobs.reference_reduce import reduce_lanes, reduce_worlds
 
 

@@ -23,8 +23,8 @@ def halves(node: range) -> tuple[range, range]:
 
 @lru_cache(maxsize=16)
 def subtrees_of_ranks(num_lanes: int, world_size: int) -> Sequence[Sequence[range]]:
-    """Returns the subtrees that each rank has, which hold each lane once: as few as a greedy choice finds where no rank
-    has more than ceil(num_lanes / world_size) lanes, and each has one.
+    """Returns the subtrees of each rank, which together hold each lane once: as few as a greedy choice finds where no
+    rank has more than ceil(num_lanes / world_size) lanes, and each has one.
 
     The bytes of the exchange follow their number. Of 64 lanes, four of seven ranks have a subtree of 8 and one of 2,
     and three have one of 8: 1.29 times a ring's bytes, where seven even stretches of lanes took 2.5 times.
@@ -66,12 +66,14 @@ def tree_sum(root: range, value_of: "Callable[[range], Tensor | None]") -> "Tens
     if value is not None:
         return value
     left, right = halves(root)
-    return tree_sum(left, value_of).add_(tree_sum(right, value_of))
+    left_sum = tree_sum(left, value_of)
+    return left_sum.add_(tree_sum(right, value_of))
 
 
 @dataclass(frozen=True)
 class LaneStep:
-    """The use of one lane's value, or of one piece of it, by which lanes in order sum along the tree in few buffers."""
+    """What to do with the next lane, or the next piece of one: target buffer, add or replace, then how many buffers to
+    merge."""
 
     buffer: int
     adds: bool  # to the buffer's value, its left sibling or the pieces before; else it replaces the buffer's value
@@ -81,14 +83,21 @@ class LaneStep:
 def lane_steps(subtrees: Sequence[range], *, num_pieces: int = 1) -> list[LaneStep]:
     """Returns a step for each piece of each lane of some subtrees, where a lane is the sum of its pieces in order;
     after the last, buffer k holds the sum of the k-th subtree."""
-    return [step for buffer, subtree in enumerate(subtrees) for step in _steps_under(subtree, buffer, num_pieces)]
+    steps: list[LaneStep] = []
+    for buffer, subtree in enumerate(subtrees):
+        steps += _steps_under(subtree, buffer, num_pieces)
+    return steps
 
 
 def num_buffers(subtrees: Sequence[range], *, num_pieces: int = 1) -> int:
     """Returns how many buffers the steps of some subtrees sum in: a subtree needs one for each level that it has above
     its lanes, and those before it hold one each."""
-    levels = [(len(subtree) - 1).bit_length() for subtree in subtrees]
-    return max(k + (max(level, 1) if num_pieces == 1 else level + 1) for k, level in enumerate(levels))
+    most = 0
+    for number, subtree in enumerate(subtrees):
+        num_levels = (len(subtree) - 1).bit_length()
+        needed = max(num_levels, 1) if num_pieces == 1 else num_levels + 1
+        most = max(most, number + needed)
+    return most
 
 
 def _steps_under(node: range, buffer: int, num_pieces: int) -> list[LaneStep]:

@@ -16,10 +16,10 @@ from torch import Tensor
 from cluster.settings.plan import PlanConfig
 from jobs.exact.batch_gradient import dropout_seed
 from jobs.exact.compute import autocast, micro_batch, num_counted
-from jobs.exact.exact_reduce import subtrees_of_ranks, tree_sum
-from jobs.exact.step_totals import block_square_sums, norm_of
+from jobs.exact.state.sharding import Sharding
+from jobs.exact.sums.exact_reduce import subtrees_of_ranks, tree_sum
+from jobs.exact.sums.step_totals import block_square_sums, norm_of
 from jobs.plan.exchange import Traffic, between_all, exchange
-from jobs.plan.formulas import group_of
 from jobs.plan.memory import layout_of
 from jobs.saving.stored_state import hash_of_weights
 from jobs.workers.worker_group import WorkerGroup
@@ -159,7 +159,7 @@ def test_the_planner_knows_what_is_sent(runs_of: Callable[[Case], list[Outcome]]
         if run["world"] not in "2345":
             continue
         world_size, num_lanes = int(run["world"]), case.num_lanes
-        group = group_of(config.scaling, world_size)
+        group = Sharding.of(config.scaling, rank=0, world_size=world_size).group_size
         if group > 1 and num_lanes % world_size:
             continue  # some compute again what another one sends
         busiest = exchange(config, layout, PlanConfig(), world_size=world_size, num_lanes=num_lanes, lane_s=1.0)

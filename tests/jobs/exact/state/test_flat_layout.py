@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.exact.flat_layout import BLOCK, FlatLayout, part_of
-from jobs.exact.step_totals import block_square_sums, norm_of
+from jobs.exact.state.flat_layout import BLOCK, FlatLayout, part_of
+from jobs.exact.sums.step_totals import block_square_sums, norm_of
 from model.config import GPTConfig, preset_fields
 from model.gpt import GPT
 from model.shapes import parameter_shapes

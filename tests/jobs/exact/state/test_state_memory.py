@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import model.stored_tensors
-from cluster.settings.run import Shard, TrainConfig
-from jobs.exact.flat_layout import BLOCK
-from jobs.exact.train_state import MOMENTS, TrainState
-from jobs.saving.stored_state import restore
+from cluster.settings.run import TrainConfig
+from cluster.settings.shard import Shard
+from jobs.exact.state.adamw import AdamW
+from jobs.exact.state.flat_layout import BLOCK
+from jobs.exact.state.train_state import TrainState
 from jobs.snapshots.choice import Holding, Snapshot
 from jobs.snapshots.keepers import CHUNK_BYTES
 from jobs.snapshots.slots import Bytes, Header
@@ -29,6 +30,7 @@ from model.config import GPTConfig, preset_fields
 from model.gpt import GPT
 from model.stored_tensors import StoredTensors
 from tests.jobs.new_memory import NewMemory
+from tests.jobs.shardings import sharding
 
 META = torch.device("meta")
 LARGE = GPTConfig(**preset_fields({"preset": "gpt3-1.3b"}))
@@ -66,20 +68,21 @@ def state(request: pytest.FixtureRequest) -> Iterator[TrainState]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     with META:
         gpt = GPT(LARGE)
-    yield TrainState(gpt, TrainConfig(), device=META, group=WorkerGroup(0, 8), shard=request.param)
+    divided = sharding(request.param, world_size=8)
+    yield TrainState(gpt, TrainConfig(), device=META, group=WorkerGroup(0, 8), sharding=divided)
     dist.destroy_process_group()
 
 
 def held_by(state: TrainState) -> list[Tensor]:
-    return [state.values, state.gradient, *state.moments.values()]
+    return [state.values, state.gradient, *state.vectors.values()]
 
 
 @pytest.mark.parametrize("nodes", ["aaaaaaaa", "abbbbbbb", "baaaaaaa"], ids=["read here", "sent", "received"])
 def test_a_restore_needs_a_piece_at_a_time(state: TrainState, nodes: str) -> None:
     shares = []
     for rank in range(8):
-        num_bytes = 12 * sum(map(len, state.layout.parts(rank, world_size=8)))
-        header = Header(1, 7, rank, 8, 7, ["values", *MOMENTS], {}, 1, num_bytes, 0)
+        num_bytes = 12 * state.layout.parts(rank, world_size=8).num_values
+        header = Header(1, 7, rank, 8, 7, ["values", *AdamW.vectors], {}, 1, num_bytes, 0)
         shares.append([Holding("a", f"share-{rank}-of-8", 0, header)])
     with NewMemory(held_by(state), META) as new:
         Elsewhere(WorkerGroup(0, 8), list(nodes)).restore(Snapshot(shares), state)
@@ -93,7 +96,7 @@ def test_of_a_checkpoint_is_read_what_is_kept_and_nothing_is_made(
     header = {"step": {"dtype": "I64", "shape": [], "data_offsets": [0, 8]}}
     end = 8
     for name, shape in state.shapes.items():
-        for part in ("", *(f"{moment}." for moment in MOMENTS)):
+        for part in ("", *(f"{moment}." for moment in AdamW.vectors)):
             start, end = end, end + 4 * prod(shape)
             header[part + name] = {"dtype": "F32", "shape": [*shape], "data_offsets": [start, end]}
     content = json.dumps(header).encode()
@@ -113,7 +116,7 @@ def test_of_a_checkpoint_is_read_what_is_kept_and_nothing_is_made(
     assert state.num_updates == 0
     assert new.largest_bytes <= 4, "the count of updates is not among what is known"
     assert longest <= len(zeros)
-    kept = 4 * (len(state.values) + sum(map(len, state.moments.values())))
+    kept = 4 * (len(state.values) + sum(map(len, state.vectors.values())))
     assert 0.99 * kept < num_read <= kept + 8
 
 
@@ -121,7 +124,7 @@ def test_sharded_weights_come_together_bucket_by_bucket(state: TrainState, monke
     monkeypatch.setattr(
         dist, "batch_isend_irecv", lambda messages: []
     )  # which has no way to pass on what has no memory
-    if not state.is_divided("values"):
+    if not state.sharding.divided.values:
         assert len(state.values) == state.layout.size
         return
     with NewMemory(held_by(state), META) as new:
@@ -136,4 +139,4 @@ def test_shares_are_views(state: TrainState) -> None:
         share = state.share(0, world_size=8)
     assert new.largest_bytes == 0
     num_values = sum(len(view) for views in share.values() for view in views)
-    assert num_values == 3 * sum(map(len, state.layout.parts(0, world_size=8)))
+    assert num_values == 3 * state.layout.parts(0, world_size=8).num_values

@@ -3,9 +3,8 @@
 import itertools
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -13,18 +12,21 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.optim.adamw import adamw
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.settings.run import TrainConfig
-from jobs.exact.flat_layout import BLOCK, at, part_of
-from jobs.exact.peers import Peers
-from jobs.exact.step_totals import block_square_sums, norm_of
-from jobs.exact.train_state import TrainState
+from jobs.exact.state.adamw import AdamW
+from jobs.exact.state.flat_layout import BLOCK, part_of
+from jobs.exact.state.peers import Peers
+from jobs.exact.state.span import Span
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.state.update_rule import Stretch
+from jobs.exact.sums.step_totals import block_square_sums, norm_of
 from jobs.saving.stored_state import restore
 from jobs.workers.failures import LostPeerError
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
+from tests.jobs.shardings import sharding
 from tests.jobs.train_states import RATE, apply, gradients, make_model, make_state, moments, pieces_of, stored
 from tests.time_limits import limit_s
 
@@ -143,7 +145,8 @@ def sending_state() -> Iterator[TrainState]:
     try:
         config = TrainConfig(grad_clip=0.0)
         model = make_model(n_embd=96, n_inner=384)
-        state = TrainState(model, config, device=torch.device("cpu"), group=WorkerGroup(0, 2), shard="optimizer")
+        halves = sharding("optimizer", world_size=2)
+        state = TrainState(model, config, device=torch.device("cpu"), group=WorkerGroup(0, 2), sharding=halves)
         assert len(state.layout.buckets) > 2
         yield state
         state.close()
@@ -156,29 +159,30 @@ def test_updated_weights_go_round_while_the_next_are_updated(monkeypatch: pytest
         state.gradient.fill_(1.0)
         before = state.values.clone()
         begun, ended = threading.Event(), threading.Event()
-        sent: list[range] = []
+        sent: list[Span] = []
 
-        def gather(peers: Peers, flat: Tensor, bucket: range) -> None:
-            own = part_of(bucket, 0, world_size=2)
-            assert not (at(flat, own) == at(before, own)).all(), "sent before it was updated"
+        def gather(peers: Peers, flat: Tensor, bucket: Span) -> None:
+            own_part = part_of(bucket, 0, world_size=2)
+            assert not (own_part.of(flat) == own_part.of(before)).all(), "sent before it was updated"
             begun.set()
             assert ended.wait(limit_s(10))
             sent.append(bucket)
 
         num_updated = num_calls = 0
+        adamw = AdamW.update
 
-        def update(values: list[Tensor], *lists: Any, **settings: Any) -> None:
+        def update(rule: AdamW, stretches: Sequence[Stretch], *, learning_rate: float) -> None:
             nonlocal num_updated, num_calls
             assert not num_updated or begun.wait(limit_s(10)), "nothing is sent while the second stretch is updated"
             assert not sent
-            adamw(values, *lists, **settings)
+            adamw(rule, stretches, learning_rate=learning_rate)
             num_calls += 1
-            num_updated += sum(map(len, values))
-            if num_updated == sum(map(len, state.owned)):
+            num_updated += sum(len(stretch.values) for stretch in stretches)
+            if num_updated == state.owned.num_values:
                 ended.set()
 
         monkeypatch.setattr(Peers, "gather", gather)
-        monkeypatch.setattr("jobs.exact.train_state.adamw", update)
+        monkeypatch.setattr(AdamW, "update", update)
         state.apply(norm=1.0, learning_rate=RATE)
         assert sent == state.layout.buckets, "none is missing once the step is taken"
         assert num_calls > 2
@@ -190,7 +194,7 @@ def test_a_step_whose_weights_do_not_come_back__fails_and_is_not_taken_for_the_o
     """`Snapshots.rescue` keeps a state whose number of updates is still that of the last whole step."""
     with sending_state() as state:
 
-        def gather(peers: Peers, flat: Tensor, bucket: range) -> None:
+        def gather(peers: Peers, flat: Tensor, bucket: Span) -> None:
             if bucket != state.layout.buckets[0]:
                 raise LostPeerError("the connection was closed")
 
@@ -230,7 +234,8 @@ def test_parts_of_any_world_make_the_state_in_any_other() -> None:
         ranks = []
         for rank in range(world_size):
             group = WorkerGroup(rank, world_size)
-            state = TrainState(make_model(), TrainConfig(), device=torch.device("cpu"), group=group, shard="optimizer")
+            part = sharding("optimizer", rank=rank, world_size=world_size)
+            state = TrainState(make_model(), TrainConfig(), device=torch.device("cpu"), group=group, sharding=part)
             restore(state, stored(moments(whole), dict(whole.model.state_dict())))
             ranks.append(state)
         fresh = make_state(make_model())

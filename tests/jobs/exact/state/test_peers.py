@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from jobs.exact.peers import Peers
+from jobs.exact.state.peers import Peers
 from jobs.workers.failures import LostPeerError, OpenGroupError, is_lost_peer
 from jobs.workers.worker_group import WorkerGroup
 

@@ -1,0 +1,1 @@
+"""The state that training changes, in flat buffers: laid out, divided among ranks, updated, gathered, copied."""

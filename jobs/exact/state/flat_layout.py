@@ -1,0 +1,141 @@
+"""Lays out the parameters in flat buffers, and cuts these into buckets, parts and blocks.
+
+Matrices come first, then the biases and LayerNorms, which have no decay, each in the order in which backward finishes
+their gradients. A bucket is exchanged as soon as backward is done with it. Every rank owns a part of each bucket, in
+whole blocks. Blocks do not depend on the world size: the gradient's norm is summed over them.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from math import prod
+from typing import TYPE_CHECKING
+
+from jobs.exact.state.span import PackedSpans, Span
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+BLOCK = 1024  # values in a block
+
+PIECE_VALUES = 16 << 20  # copied at a time from a GPU: 64 MiB of fp32, twice in pinned memory
+
+NUM_SENDINGS = 8  # stretches of an update that is sent: one is on its way while the next is computed
+
+# Parameters start at multiples of 64 bytes, as torch's own allocations do: vector kernels may round differently on
+# other alignments.
+_ALIGNMENT = 16
+
+_BUCKET_UNIT = 16 * BLOCK  # worlds of up to 16 ranks, if a power of two, divide a bucket evenly
+_OF_BLOCK = re.compile(r"(?:transformer\.h|model\.layers)\.(\d+)\.")
+_MAX_BUCKET = 384 * _BUCKET_UNIT  # 25 MB of fp32, as DistributedDataParallel's
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """The place of each parameter in a flat buffer, in units of values."""
+
+    places: dict[str, Span]  # by parameter
+    boundary: int  # values with decay lie before it
+    size: int  # P, in whole blocks
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, Sequence[int]]) -> "FlatLayout":
+        """Lays out parameters by name and shape, given in the model's order (`model.shapes.parameter_shapes`)."""
+        backward_order = [*shapes.items()][::-1]
+        # Matrices and embeddings decay; biases and LayerNorms, which are vectors, do not (GPT-3, appendix B).
+        matrices = [(name, shape) for name, shape in backward_order if len(shape) >= 2]
+        vectors = [(name, shape) for name, shape in backward_order if len(shape) < 2]
+        places: dict[str, Span] = {}
+        end = 0
+        boundary = 0
+        for name, shape in matrices + vectors:
+            size = prod(shape)
+            places[name] = Span(end, end + size)
+            end += _rounded_up(size, _ALIGNMENT)
+            if len(shape) >= 2:
+                boundary = end
+        return cls(places, boundary, _rounded_up(end, BLOCK))
+
+    @cached_property
+    def whole(self) -> PackedSpans:
+        return PackedSpans([Span(0, self.size)])
+
+    @cached_property
+    def decoder_blocks(self) -> list[Span]:
+        """The place of each decoder block's matrices, which lie end to end."""
+        matrices: dict[int, list[Span]] = {}
+        for name, place in self.places.items():
+            match = _OF_BLOCK.match(name)
+            if match and place.stop <= self.boundary:
+                matrices.setdefault(int(match[1]), []).append(place)
+        blocks: list[Span] = []
+        for number in sorted(matrices):
+            places = matrices[number]
+            blocks.append(Span(places[0].start, places[-1].stop))
+        return blocks
+
+    @cached_property
+    def buckets(self) -> list[Span]:
+        """Stretches of whole blocks of values, which begin where a block of the decoder does, or just before."""
+        cuts = {0, self.size}
+        for block in self.decoder_blocks:
+            cuts.add(block.start - block.start % BLOCK)
+            cuts.add(block.stop - block.stop % BLOCK)
+        buckets: list[Span] = []
+        for start, stop in pairwise(sorted(cuts)):
+            buckets += _buckets_between(start, stop)
+        return buckets
+
+    def parts(self, rank: int, *, world_size: int) -> PackedSpans:
+        """Returns the rank's part of each bucket, in the order of buckets; a part may be empty."""
+        parts = [part_of(bucket, rank, world_size=world_size) for bucket in self.buckets]
+        return PackedSpans(parts)
+
+    def pieces(self, spans: PackedSpans) -> Iterator[tuple[str, Span, Span]]:
+        """Yields the stretches of parameters in some spans: the parameter's name, the place in the parameter, and the
+        place in the packed values of the spans."""
+        names = [*self.places]
+        parameters = PackedSpans([*self.places.values()])
+        starts = [home.start for home in parameters.homes]
+        for in_parameters, in_spans in parameters.overlaps(spans):
+            number = bisect_right(starts, in_parameters.start) - 1
+            yield names[number], in_parameters.shifted(-starts[number]), in_spans
+
+    def view(self, flat: "Tensor", name: str, parameter: "nn.Parameter") -> "Tensor":
+        return self.places[name].of(flat).view(parameter.shape)
+
+
+def part_of(bucket: Span, rank: int, *, world_size: int) -> Span:
+    """Returns the rank's blocks of the bucket: the ranks' parts differ by one block at most."""
+    num_blocks = len(bucket) // BLOCK
+    first = rank * num_blocks // world_size
+    end = (rank + 1) * num_blocks // world_size
+    return Span(bucket.start + first * BLOCK, bucket.start + end * BLOCK)
+
+
+def parts_of(bucket: Span, *, world_size: int) -> list[Span]:
+    """Returns the part of each rank."""
+    return [part_of(bucket, rank, world_size=world_size) for rank in range(world_size)]
+
+
+def _buckets_between(start: int, stop: int) -> list[Span]:
+    num_buckets = _ratio_up(stop - start, _MAX_BUCKET)
+    size = _ratio_up(stop - start, num_buckets)
+    size = _rounded_up(size, _BUCKET_UNIT)
+    buckets: list[Span] = []
+    for first in range(start, stop, size):
+        end = min(first + size, stop)
+        buckets.append(Span(first, end))
+    return buckets
+
+
+def _ratio_up(number: int, unit: int) -> int:
+    return -(-number // unit)
+
+
+def _rounded_up(number: int, unit: int) -> int:
+    return _ratio_up(number, unit) * unit

@@ -1,0 +1,313 @@
+"""Holds and updates the state that a training step changes: weights and the update rule's vectors, in flat buffers.
+
+The model's parameters and gradients are views into flat fp32 buffers (`flat_layout`), so a lane's gradient is summed,
+clipped and applied as one vector. With `scaling.shard`, a rank keeps part of this state only for the parts it owns
+(ZeRO, arXiv 1910.02054): of the rule's vectors, with `gradients` of the gradient too, and with `parameters` of the
+weights too, which it gathers to compute (`gathered_weights`). It updates its own parts, and sends them to all that keep
+the weights whole: the same bits, because the rule (`rules`) works value by value.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cluster.settings.run import TrainConfig
+from jobs.exact.state.flat_layout import NUM_SENDINGS, FlatLayout, parts_of
+from jobs.exact.state.gathered_weights import GatheredWeights
+from jobs.exact.state.host_copies import HostCopies
+from jobs.exact.state.peers import Peers
+from jobs.exact.state.rules import update_rule
+from jobs.exact.state.sharding import Sharding
+from jobs.exact.state.side_thread import side_work
+from jobs.exact.state.span import PackedSpans, Span
+from jobs.exact.state.update_rule import Stretch, Unit
+from jobs.run.step_timer import StepTimer
+from jobs.workers.worker_group import WorkerGroup
+from model.gpt import GPT
+from model.shapes import parameter_shapes
+from model.training_memory import large_zeros
+
+ALONE = WorkerGroup(rank=0, world_size=1)
+
+
+class StatePiece(NamedTuple):
+    """Some of the state's values, which lie end to end."""
+
+    name: str  # "values" or one of the rule's vectors
+    places: list[Span]  # in the flat buffer
+    values: Tensor
+
+
+class _Sending(NamedTuple):
+    """What is updated at a time, and then sent, where others wait for it."""
+
+    buckets: Sequence[Span]  # of which these stretches are this rank's parts
+    stretches: Sequence[Stretch]
+
+
+class TrainState:
+    """The model, its flat buffers and its optimizer.
+
+    `values`, `gradient` and each of the update rule's `vectors` are flat: of the whole layout (P,), or where they are
+    divided, with the packed values of the spans in `owned`.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        config: TrainConfig,
+        *,
+        device: torch.device,
+        group: WorkerGroup = ALONE,
+        sharding: Sharding | None = None,
+    ) -> None:
+        """Without `sharding` each rank holds a whole copy. A model on torch's device `meta` has no values yet: it takes
+        no memory beside the state's."""
+        self.model = model
+        self.config = config
+        self.device = device
+        self.num_updates = 0
+        self.shapes = parameter_shapes(model.config)
+        self.layout = FlatLayout.of(self.shapes)
+        self.rule = update_rule(config)
+        assert self.rule.unit is Unit.VALUE, "parts end between any two blocks of values"
+        self.copies = HostCopies(device)
+        self.sharding = sharding or Sharding(rank=group.rank, world_size=group.world_size)
+        self.peers = Peers(self.sharding.holders, group)
+        """The ranks that hold this rank's copy of the state together."""
+        self._group = group
+        self.owned = self.layout.whole
+        if not self.sharding.is_whole:
+            self.owned = self.layout.parts(self.sharding.place, world_size=self.sharding.num_holders)
+        self.gradient = self._zeros("gradient")
+        self.vectors = {name: self._zeros(name) for name in self.rule.vectors}
+        self.values = self._zeros("values")
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            self.load_weights(model.named_parameters())
+        self.gathered: GatheredWeights | None = None
+        if self.sharding.divided.values:
+            self.gathered = self._gathered_weights()
+        else:
+            self._make_parameters_views()
+        self._side_work = side_work(device) if self.sharding.sends_values else None
+        self._sendings = [self._sending_of(numbers) for numbers in self._numbers_of_sendings()]
+
+    def _zeros(self, name: str) -> Tensor:
+        size = self.kept(name).num_values
+        return large_zeros(size, device=self.device)
+
+    def _gathered_weights(self) -> GatheredWeights:
+        bf16 = self.config.precision == "bf16"
+        has_flat_copy = self.device.type == "cpu" and self.config.compute in ("auto", "cpu")  # for its own operations
+        return GatheredWeights(
+            self.model,
+            self.layout,
+            self.values,
+            self.peers,
+            bf16=bf16,
+            apart=bf16 and not has_flat_copy,
+        )
+
+    def _make_parameters_views(self) -> None:
+        views = self.by_parameter(self.values)
+        self.model.load_state_dict({name: view.data for name, view in views.items()}, assign=True)
+        for name, parameter in self.model.named_parameters():
+            parameter.grad = None
+            if not self.sharding.divided.gradient:
+                parameter.grad = self.layout.view(self.gradient, name, parameter)
+
+    def kept(self, name: str) -> PackedSpans:
+        """Returns the spans of the layout that this rank has of "values", "gradient" or one of the rule's vectors."""
+        return self.owned if self.sharding.is_divided(name) else self.layout.whole
+
+    def weights_in_use(self) -> AbstractContextManager[None]:
+        """Lasts while the model computes, between two updates: all ranks enter and leave together, and compute as often
+        as each other meanwhile, where the weights are sharded."""
+        return self.gathered.in_use() if self.gathered else nullcontext()
+
+    def close(self) -> None:
+        """Ends the work beside the training thread."""
+        self.copies.close()
+        if self.gathered:
+            self.gathered.close()
+        if self._side_work:
+            self._side_work.close()
+
+    def _numbers_of_sendings(self) -> list[range]:
+        """Returns the numbers of the owned spans that are updated at a time: all, or if others wait for them, some."""
+        count = len(self.owned.spans)
+        num_sendings = NUM_SENDINGS if self.sharding.sends_values else 1
+        numbers_of_sendings: list[range] = []
+        for number in range(num_sendings):
+            start = number * count // num_sendings
+            stop = (number + 1) * count // num_sendings
+            if start < stop:
+                numbers_of_sendings.append(range(start, stop))
+        return numbers_of_sendings
+
+    def _sending_of(self, numbers: range) -> _Sending:
+        """Lists the stretches of some of this rank's spans."""
+        stretches: list[Stretch] = []
+        for number in numbers:
+            span, home = self.owned.spans[number], self.owned.homes[number]
+            decayed = span & Span(0, self.layout.boundary)
+            undecayed = span & Span(self.layout.boundary, self.layout.size)
+            for part, decays in ((decayed, True), (undecayed, False)):
+                if not part.is_empty:
+                    packed = part.shifted(home.start - span.start)
+                    stretches.append(self._stretch(part, packed, decays=decays))
+        return _Sending(self.layout.buckets[numbers.start : numbers.stop], stretches)
+
+    def _stretch(
+        self,
+        place: Span,
+        packed: Span,
+        *,
+        decays: bool,
+    ) -> Stretch:
+        """Returns views of the flat buffers at a place of the layout; in those that are divided, its values lie at
+        `packed`."""
+
+        def view(name: str, flat: Tensor) -> Tensor:
+            span = packed if self.sharding.is_divided(name) else place
+            return span.of(flat)
+
+        return Stretch(
+            values=view("values", self.values),
+            gradient=view("gradient", self.gradient),
+            vectors=[view(name, flat) for name, flat in self.vectors.items()],
+            count=torch.zeros((), device=self.device),
+            decays=decays,
+        )
+
+    def apply(
+        self,
+        *,
+        norm: float,
+        learning_rate: float,
+        timer: StepTimer | None = None,
+    ) -> None:
+        """Updates the weights by the rule, on every rank, with the gradient of the whole batch and its norm, once the
+        copies of the state before it are taken.
+
+        Where other holders wait for the updated weights, those of some buckets go round while the next ones are
+        computed; what is left of that in the end is phase `sync` of the timer.
+        """
+        self.copies.wait(timer)
+        self.num_updates += 1  # from here on this is not the state of the step before, whatever fails
+        grad_clip = self.config.grad_clip
+        scale = grad_clip / norm if grad_clip and norm > grad_clip else 1.0
+        for sending in self._sendings:
+            if scale != 1.0:
+                for stretch in sending.stretches:
+                    stretch.gradient.mul_(scale)
+            self.rule.update(sending.stretches, learning_rate=learning_rate)
+            if self._side_work:
+                self._side_work.submit(self._send, sending.buckets)
+        if self._side_work:
+            with timer.phase("sync") if timer else nullcontext():
+                self._side_work.wait()
+
+    def _send(self, buckets: Sequence[Span]) -> None:
+        """Brings the weights of some buckets together, each part from the rank that has updated it."""
+        for bucket in buckets:
+            self.peers.gather(self.values, bucket)
+
+    def brought(
+        self,
+        packed: Tensor,
+        span: Span,
+        *,
+        bucket: int,
+    ) -> Tensor:
+        """Returns the values at a stretch of a bucket on rank 0, from the owners of its parts; all ranks call together,
+        and the others get nothing. `packed` has this rank's parts of all buckets."""
+        is_receiver = self._group.rank == 0
+        received = packed.new_empty(len(span) if is_receiver else 0)
+        if not self.sharding.writes:
+            return received
+        parts = parts_of(self.layout.buckets[bucket], world_size=len(self.peers))
+        overlaps = [part & span for part in parts]
+        own_overlap = overlaps[self.sharding.place]
+        sources: list[Tensor] = []
+        if not own_overlap.is_empty:
+            to_home = self.owned.homes[bucket].start - parts[self.sharding.place].start
+            sources = [own_overlap.shifted(to_home).of(packed)]
+        targets: list[tuple[int, list[Tensor]]] = []
+        for peer, overlap in enumerate(overlaps):
+            if is_receiver and not overlap.is_empty:
+                target = overlap.shifted(-span.start).of(received)
+                targets.append((peer, [target]))
+        self.peers.pass_on([(0, sources)], targets)
+        return received
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The values and the rule's vectors, each whole, or if it is divided, this rank's own values."""
+        return {"values": self.values, **self.vectors}
+
+    def by_parameter(self, flat: Tensor) -> dict[str, Tensor]:
+        """Returns views of a flat buffer (P,)."""
+        views: dict[str, Tensor] = {}
+        for name, weights in self.model.named_parameters():
+            views[name] = self.layout.view(flat, name, weights)
+        return views
+
+    def is_finite(self) -> bool:
+        """Reports whether every weight is finite, in one pass and without allocating; on all ranks alike."""
+        is_finite = True
+        if len(self.values):
+            smallest, largest = self.values.aminmax()
+            is_finite = math.isfinite(float(smallest)) and math.isfinite(float(largest))
+        if not self.sharding.divided.values:
+            return is_finite
+        return all(self._group.gather(is_finite))
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Loads parameters by name. One is used before the next one is asked for."""
+        for name, values in weights:
+            places = [self.layout.places[name]]
+            self._load(StatePiece("values", places, values.detach().flatten()))
+
+    def share(
+        self,
+        rank: int,
+        *,
+        world_size: int,
+    ) -> dict[str, list[Tensor]]:
+        """Returns views of the state in a rank's parts of the flat buffers, which lie end to end in the order of
+        `FlatLayout.parts`; where the optimizer is sharded, that rank must be this one. The shares of all ranks of any
+        world make the whole state."""
+        parts = self.layout.parts(rank, world_size=world_size)
+        share: dict[str, list[Tensor]] = {}
+        for name, flat in self.parts.items():
+            places = parts.homes if self.sharding.is_divided(name) else parts.spans
+            share[name] = [place.of(flat) for place in places]
+        return share
+
+    def load_state(self, num_updates: int, pieces: Iterable[StatePiece]) -> None:
+        """Loads the whole state; each rank takes the values that it keeps. A piece is used before the next
+        one is asked for."""
+        self.set_num_updates(num_updates)
+        num_loaded = 0
+        for piece in pieces:
+            num_loaded += len(piece.values)
+            self._load(piece)
+        expected = (1 + len(self.vectors)) * self.layout.size
+        assert num_loaded == expected, f"{num_loaded} of {expected} values"
+
+    def _load(self, piece: StatePiece) -> None:
+        target = self.parts[piece.name]
+        spans = PackedSpans(piece.places)
+        for in_piece, in_target in spans.overlaps(self.kept(piece.name)):
+            in_target.of(target).copy_(in_piece.of(piece.values))
+
+    def set_num_updates(self, number: int) -> None:
+        self.num_updates = number
+        for sending in self._sendings:
+            for stretch in sending.stretches:
+                stretch.count.fill_(number)

@@ -1,0 +1,142 @@
+"""Makes the figures of a step's whole batch, its loss and its gradient's norm, from what each rank has of them.
+
+Losses are summed along the lanes' tree, the norm in the order of the flat buffer's blocks of values.
+"""
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jobs.exact.state.flat_layout import BLOCK, FlatLayout, part_of
+from jobs.exact.state.sharding import Sharding
+from jobs.exact.sums.exact_reduce import tree_sum
+from jobs.exact.sums.step_plan import StepPlan
+from jobs.workers.worker_group import WorkerGroup
+
+
+class Measured(NamedTuple):
+    """The figures of a step's whole batch, equal on every rank."""
+
+    loss: float  # nats per counted token
+    norm: float  # of the gradient
+    num_counted: int  # tokens that the loss counts
+
+
+class StepTotals:
+    """Gathers what all ranks have, and with it the proof that every message of the step has arrived."""
+
+    def __init__(
+        self,
+        layout: FlatLayout,
+        sharding: Sharding,
+        group: WorkerGroup,
+        *,
+        device: torch.device,
+    ) -> None:
+        self._group = group
+        # The ranks in the order of their parts: the members' parts of a bucket, and the groups' parts of these.
+        ranks = sorted(range(sharding.world_size), key=lambda rank: rank % sharding.group_size)
+        sizes = torch.tensor([_part_sizes(layout, sharding, rank) for rank in ranks])  # (W, buckets)
+        self._num_blocks = int(sizes.sum(1).max())
+        self._block_order = _block_order(ranks, sizes, device=device)
+
+    def finish(
+        self,
+        step: int,
+        plan: StepPlan,
+        *,
+        block_sums: Sequence[Tensor],
+        losses: Sequence[Tensor],
+    ) -> Measured:
+        """Returns the sum of the losses, from those of this rank's counted micro-batches in order, each with the number
+        of tokens that it counts (2,), and the gradient's norm, from the sums of squares of this rank's parts. Raises
+        `LostPeerError` where a message of the step did not arrive."""
+        sums = torch.cat(list(block_sums))
+        padding = sums.new_zeros(self._num_blocks - len(sums))
+        losses_and_counts = [loss.double() for loss in losses]
+        row = torch.cat([sums, padding, *losses_and_counts])
+        table = row[None]
+        if self._group.world_size > 1:
+            most_counted = max(map(len, plan.counted))
+            table = self._group.proven(row, step=step, width=self._num_blocks + 2 * most_counted)
+        figures = table[:, self._num_blocks :].unflatten(1, (-1, 2)).cpu()  # (W, most counted, 2)
+        return Measured(
+            loss=_sum_of_losses(plan, figures[..., 0].float()),
+            norm=norm_of(table[self._block_order]),
+            num_counted=int(figures[..., 1].sum()),
+        )
+
+
+def _sum_of_losses(plan: StepPlan, losses: Tensor) -> float:
+    """Returns the sum along the tree over lanes, from each rank's losses (W, most counted)."""
+    by_number: dict[int, Tensor] = {}
+    for row, numbers in zip(losses, plan.counted, strict=True):
+        by_number |= dict(zip(numbers, row, strict=False))
+    k = plan.num_micro_batches
+
+    def loss_of_lane(node: range) -> Tensor | None:
+        if len(node) > 1:
+            return None
+        numbers = range(node.start * k, node.stop * k)
+        return reduce(torch.add, [by_number[number] for number in numbers])
+
+    return float(tree_sum(range(plan.num_lanes), loss_of_lane))
+
+
+def _part_sizes(layout: FlatLayout, sharding: Sharding, rank: int) -> list[int]:
+    """Returns the blocks of each bucket whose sums the rank makes: of its member's part, the part of its group."""
+    group, member = divmod(rank, sharding.group_size)
+    sizes: list[int] = []
+    for bucket in layout.buckets:
+        members_part = part_of(bucket, member, world_size=sharding.group_size)
+        part = part_of(members_part, group, world_size=sharding.num_groups)
+        sizes.append(len(part) // BLOCK)
+    return sizes
+
+
+def _block_order(
+    ranks: Sequence[int],
+    sizes: Tensor,
+    *,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Returns the rank (N,) that has each block of the flat buffer, and the block's place (N,) among that rank's own.
+
+    `sizes` (W, buckets) has the blocks of each of the ranks. The order is that of every step, and takes seconds of
+    Python for 512 ranks.
+    """
+    starts = sizes.cumsum(1) - sizes
+    counts = sizes.T.flatten()  # bucket by bucket, rank by rank
+    owners = torch.tensor(ranks).repeat(sizes.shape[1]).repeat_interleave(counts)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    starts_of_blocks = starts.T.flatten().repeat_interleave(counts)
+    places = torch.arange(len(first)) - first + starts_of_blocks
+    return owners.to(device), places.to(device)
+
+
+def block_square_sums(values: Tensor) -> Tensor:
+    """Returns sums of squares (P / BLOCK,), in float64, of values (P,) that begin at a block; the last may be short.
+
+    A block has the same bits whichever blocks are computed with it: CUDA's kernel gives each of fewer than 16 rows more
+    threads (ATen/native/cuda/Reduce.cuh). Within a block fp32 suffices, in half the time of float64.
+    """
+    end = len(values) - len(values) % BLOCK
+    whole_blocks = values[:end].view(-1, BLOCK)
+    short_block = values[end:].view(1, -1)
+    sums = [values.new_zeros(0, dtype=torch.float64)]
+    for blocks in (whole_blocks, short_block):
+        if blocks.numel():
+            num_missing = max(0, 16 - len(blocks))
+            rows = F.pad(blocks, (0, 0, 0, num_missing)) if blocks.is_cuda else blocks
+            norms = torch.linalg.vector_norm(rows, dim=1)[: len(blocks)]
+            sums.append(norms.double().square_())
+    return torch.cat(sums)
+
+
+def norm_of(block_sums: Tensor) -> float:
+    """Returns the Euclidean norm from the sums of all blocks, in order."""
+    return float(block_sums.sum().sqrt())
