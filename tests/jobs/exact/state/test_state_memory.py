@@ -21,6 +21,7 @@ from cluster.settings.shard import Shard
 from jobs.exact.state.adamw import AdamW
 from jobs.exact.state.flat_layout import BLOCK
 from jobs.exact.state.train_state import TrainState
+from jobs.saving.stored_state import restore
 from jobs.snapshots.choice import Holding, Snapshot
 from jobs.snapshots.keepers import CHUNK_BYTES
 from jobs.snapshots.slots import Bytes, Header
