@@ -8,6 +8,7 @@ from cluster.settings.flags import config_from_arguments, settings_from_flags, v
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, planned_vocabulary, seq_len, with_precision
 from model.config import num_parameters
+from model.numerics import BF16
 from model.processor import fast_precision
 from model.shapes import Stage, stages, weights
 
@@ -33,9 +34,9 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
 def inspect(arguments: argparse.Namespace) -> dict[str, Any]:
     """Shows the shapes of one lane: train.micro_batch_size sequences of train.seq_len tokens."""
     config = planned_vocabulary(config_from_arguments(arguments, RunConfig, needs_source=False))
-    config = with_precision(config, "bf16" if config.scaling.use_gpu else fast_precision("cpu"))
+    config = with_precision(config, BF16.name if config.scaling.use_gpu else fast_precision("cpu"))
     batch_size, tokens = config.train.micro_batch_size, seq_len(config)
-    small = 2 if config.train.precision == "bf16" else 4
+    small = config.train.numerics.product_bytes
     passed = stages(config.model, batch_size=batch_size, seq_len=tokens, bytes_per_value=small)
     held = weights(config.model)
     size = num_parameters(config.model)

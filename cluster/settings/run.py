@@ -27,7 +27,7 @@ from cluster.settings.amounts import is_whole_number, whole_number
 from cluster.settings.batch_schedule import BatchSchedule
 from cluster.storage.uris import Storage, open_storage
 from model.config import GPTConfig, preset_fields
-from model.processor import Precision
+from model.numerics import NUMERICS, Numerics, Precision
 from model.tables import read_table
 
 
@@ -161,6 +161,12 @@ class TrainConfig(Settings):
                 f"of {horizon} tokens (train.decay_tokens, or else train.max_tokens)"
             )
         return self
+
+    @property
+    def numerics(self) -> Numerics:
+        """The numbers in which the run computes, once `auto` is settled."""
+        assert self.precision != "auto", "the precision is decided before a run starts"
+        return NUMERICS[self.precision]
 
     @property
     def lane_size(self) -> int:

@@ -31,6 +31,7 @@ from jobs.tokens.token_stream import TokenStream
 from jobs.workers.worker_group import WorkerGroup
 from model.cpu_ops.loans import Places, lent, weight_copies
 from model.gpt import GPT
+from model.operations import product_type
 from model.training_memory import large_zeros
 
 _MAX_PLANS = 4  # kept: a step needs its own and the next one's
@@ -48,8 +49,9 @@ class BatchGradient:
         choose_operations(state.model, config, state.gathered)
         self._loss = _ScaledLoss(state.model)
         self._rounded, lends = None, way_to_compute(config) == "cpu"
-        if lends and config.train.precision == "bf16" and not state.gathered:
-            self._rounded = large_zeros(state.layout.boundary, dtype=torch.bfloat16, device=state.device)
+        if lends and config.train.numerics.is_rounded and not state.gathered:
+            dtype = product_type(config.train.numerics)
+            self._rounded = large_zeros(state.layout.boundary, dtype=dtype, device=state.device)
         self._is_exact = config.train.exact
         k = config.train.micro_batches_per_lane
         self._new_plan = partial(StepPlan, state.mesh, num_micro_batches=k)

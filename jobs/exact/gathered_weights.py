@@ -46,16 +46,16 @@ class GatheredWeights:
     """Makes the model's parameters views of memory that is filled while `in_use`, from each member's `own_values`."""
 
     def __init__(
-        self, model: GPT, layout: FlatLayout, own_values: Tensor, peers: Peers, *, bf16: bool, apart: bool
+        self, model: GPT, layout: FlatLayout, own_values: Tensor, peers: Peers, *, block_type: torch.dtype, apart: bool
     ) -> None:
         """`own_values` has this member's parts of all buckets, end to end. With `apart` each matrix of a block begins
-        at an aligned place."""
+        at an aligned place. `block_type` is that of the blocks' matrices while the model computes."""
         self._own_values, self._peers, device = own_values, peers, own_values.device
         self._blocks = {id(block): number for number, block in enumerate(model.blocks)}
         self._side_work = side_work(device)
         self._parts = [layout.parts(n, world_size=len(peers)) for n in range(len(peers))]
         self._held: list[int | None] = [None] * _NUM_SLOTS
-        spans, block_type = layout.decoder_blocks, torch.bfloat16 if bf16 else torch.float32
+        spans = layout.decoder_blocks
         self._homes = [block_homes(layout, span, block_type, apart=apart) for span in spans]
         longest = max(homes[-1].end for homes in self._homes)
         self._slots = [large_zeros(longest, dtype=block_type, device=device) for _ in range(_NUM_SLOTS)]

@@ -17,6 +17,7 @@ from jobs.exact.side_thread import SideStream, SideThread
 from jobs.exact.step_plan import StepPlan
 from jobs.exact.train_state import TrainState
 from model.cpu_ops.loans import Scratch, gradient_sinks, lent, scratch_memory
+from model.operations import product_type
 
 
 class ShardSums:
@@ -40,8 +41,8 @@ class ShardSums:
         self._own = end_to_end(state.owned)  # where each bucket's part lies in the buffers
         self._side_work, self._lends, self._on_final = side_work, lends, on_final
         self._parameters, self._final = dict(state.model.named_parameters()), FinalBuckets(layout, self._send)
-        product_type = torch.bfloat16 if state.config.precision == "bf16" else torch.float32
-        self._types = [product_type if _is_full(b, layout.decoder_blocks) else torch.float32 for b in layout.buckets]
+        gradient_type = product_type(state.config.numerics)
+        self._types = [gradient_type if _is_full(b, layout.decoder_blocks) else torch.float32 for b in layout.buckets]
         self._stretches = {name: _stretches(layout, place) for name, place in layout.places.items()}
         self._has_gaps = [not _is_full(bucket, layout.places.values()) for bucket in layout.buckets]
         self._pieces: dict[int, Tensor] = {}  # of the buckets that backward has begun

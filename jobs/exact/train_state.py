@@ -27,6 +27,7 @@ from jobs.exact.step_plan import Mesh
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
+from model.operations import product_type
 from model.shapes import parameter_shapes
 from model.training_memory import large_zeros
 
@@ -95,10 +96,10 @@ class TrainState:
             self.load_weights(model.named_parameters())
         self.gathered: GatheredWeights | None = None
         if self.shard == "parameters":
-            bf16 = config.precision == "bf16"
+            block_type = product_type(config.numerics)
             has_flat_copy = device.type == "cpu" and config.compute in ("auto", "cpu")  # for its own operations
-            apart = bf16 and not has_flat_copy
-            self.gathered = GatheredWeights(model, layout, self.values, self.peers, bf16=bf16, apart=apart)
+            apart = config.numerics.is_rounded and not has_flat_copy
+            self.gathered = GatheredWeights(model, layout, self.values, self.peers, block_type=block_type, apart=apart)
         else:
             views = self.by_parameter(self.values)
             model.load_state_dict({name: view.data for name, view in views.items()}, assign=True)

@@ -12,7 +12,7 @@ from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
 from jobs.exact.exact_reduce import subtrees_of_ranks
 from jobs.exact.flat_layout import NUM_SENDINGS, FlatLayout
-from jobs.plan.formulas import BF16_BYTES, FP32_BYTES, group_of, holders_of
+from jobs.plan.formulas import FP32_BYTES, group_of, holders_of
 
 MESSAGE_S = 5e-6
 """Seconds that a message between two GPUs takes besides its bytes: an assumption, of the order of InfiniBand's."""
@@ -131,4 +131,4 @@ def _update_s(layout: FlatLayout, options: PlanConfig, *, num_parts: int) -> flo
 
 def product_bytes(config: RunConfig) -> int:
     """Returns the bytes of a weight as lanes compute with it, and of its gradient, which is a product."""
-    return BF16_BYTES if config.train.precision == "bf16" else FP32_BYTES
+    return config.train.numerics.product_bytes

@@ -10,7 +10,6 @@ from cluster.settings.run import ScalingConfig
 
 DAY_S = 86_400
 FP32_BYTES = 4
-BF16_BYTES = 2
 
 STATE_BYTES = 3 * FP32_BYTES
 """Bytes of a checkpoint or a snapshot for each parameter: the weight and AdamW's two moments."""

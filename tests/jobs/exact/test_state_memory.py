@@ -66,7 +66,7 @@ def state(request: pytest.FixtureRequest) -> Iterator[TrainState]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     with META:
         gpt = GPT(LARGE)
-    yield TrainState(gpt, TrainConfig(), device=META, group=WorkerGroup(0, 8), shard=request.param)
+    yield TrainState(gpt, TrainConfig(precision="fp32"), device=META, group=WorkerGroup(0, 8), shard=request.param)
     dist.destroy_process_group()
 
 

@@ -64,7 +64,7 @@ def states(request: pytest.FixtureRequest) -> Iterator[list[TrainState]]:
         with torch.device("meta"):
             model = GPT(config)
         group = Together(rank, NUM_RANKS, barrier=barrier, values=values)
-        state = TrainState(model, TrainConfig(), device=CPU, group=group, shard=request.param)
+        state = TrainState(model, TrainConfig(precision="fp32"), device=CPU, group=group, shard=request.param)
         state.load_weights(initial_weights(config, 0))
         found.append(state)
     yield found
