@@ -37,12 +37,13 @@ from model.tokenizer import Tokenizer
 _DELETING_THREADS = 8
 
 
-def tokenize(config: RunConfig) -> dict[str, Any]:
-    """Makes the token store of `config.data` under `config.storage`, or finds it there. Needs Ray.
+def tokenize(config: RunConfig, listing: Listing | None = None) -> dict[str, Any]:
+    """Makes the token store of `config.data` under `config.storage`, or finds it there. Needs Ray. Lists the corpus if
+    no listing of it is given.
 
     Raises `UserError`, also when no document is left to tokenize, and `LeaseHeldError` while another run writes it.
     """
-    builder = _builder(config)
+    builder = _builder(config, listing or list_corpus(config.data.source))
     if skipped := builder.listing.skipped:
         say(f"skipped {said_skipped(skipped)}; sources.json names them all")
     manifest = _finished(builder.store)
@@ -64,9 +65,8 @@ def tokenize(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _builder(config: RunConfig) -> "_Builder":
-    """Lists the corpus and trains its tokenizer if there is none; both determine the store's place. Needs Ray."""
-    listing = list_corpus(config.data.source)
+def _builder(config: RunConfig, listing: Listing) -> "_Builder":
+    """Trains the corpus's tokenizer if there is none; it and the corpus determine the store's place. Needs Ray."""
     tokenizer, _ = ensure_tokenizer(config, listing)
     shard_bytes = config.data.shard_bytes or default_shard_bytes(listing.files)
     data = config.data.model_copy(update={"shard_bytes": shard_bytes})
