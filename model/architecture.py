@@ -62,6 +62,7 @@ class ParameterNames:
     before: Mapping[str, Parameter]  # the blocks
     blocks: str  # with a number, the prefix of each
     block: Mapping[str, Parameter]
+    norms: Mapping[str, str]  # of a block, in order, each with the module that reads it
     after: Mapping[str, Parameter]
     tied: str  # to a head that is not one of its own: the token embedding
 
@@ -101,10 +102,9 @@ class HfKeys:
 
 @dataclass(frozen=True)
 class KernelNames:
-    """What the CPU kernels are given of a block, in their own order (serving/engine/native/decoder.cpp)."""
+    """What the CPU kernels are given besides a block's norms, in the order of serving/engine/native/decoder.cpp."""
 
     number: int  # of the architecture
-    norms: tuple[str, str]
     matrices: tuple[tuple[str, ...], ...]  # those of one tuple lie side by side, as one matrix
 
 
@@ -165,6 +165,7 @@ GPT2 = Architecture(
             "mlp.c_proj.weight": _into_the_stream("F", "C"),
             "mlp.c_proj.bias": _bias("C"),
         },
+        norms={"ln_1": "attn", "ln_2": "mlp"},
         after={"ln_f.weight": _NORM, "ln_f.bias": _bias("C")},
         tied="wte.weight",
     ),
@@ -202,7 +203,6 @@ GPT2 = Architecture(
     ),
     kernels=KernelNames(
         number=0,
-        norms=("ln_1", "ln_2"),
         matrices=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
     ),
 )
@@ -228,6 +228,7 @@ LLAMA = Architecture(
             "mlp.up_proj.weight": _normal("F", "C"),
             "mlp.down_proj.weight": _into_the_stream("C", "F"),
         },
+        norms={"input_layernorm": "self_attn", "post_attention_layernorm": "mlp"},
         after={"norm.weight": _NORM},
         tied="embed_tokens.weight",
     ),
@@ -271,7 +272,6 @@ LLAMA = Architecture(
     ),
     kernels=KernelNames(
         number=1,
-        norms=("input_layernorm", "post_attention_layernorm"),
         matrices=(
             ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             ("self_attn.o_proj",),

@@ -31,7 +31,7 @@ GATED_GPT2: Architecture = replace(
     GPT2,
     name=NAME,
     activations=("swiglu",),
-    parameters=replace(GPT2.parameters, block=_block()),
+    parameters=replace(GPT2.parameters, prefix="decoder", block=_block()),
     stages=replace(GPT2.stages, has_gate=True),
     hf=replace(
         GPT2.hf,

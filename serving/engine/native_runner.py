@@ -56,7 +56,7 @@ class NativeRunner:
         self._library.raymill_create.restype = ctypes.c_void_p
         self._library.raymill_set_matrix.restype = ctypes.c_bool
         self._config = config = model.config
-        kernels = config.network.kernels
+        network = config.network
         shape = Shape(
             layers=config.n_layer,
             width=config.n_embd,
@@ -65,7 +65,7 @@ class NativeRunner:
             ffn_width=config.ffn_width,
             vocabulary=config.vocab_size,
             positions=config.n_positions,
-            architecture=kernels.number,
+            architecture=network.kernels.number,
             activation=ACTIVATIONS[config.activation_function],
             num_blocks=num_blocks,
             epsilon=config.layer_norm_epsilon,
@@ -78,9 +78,9 @@ class NativeRunner:
         if self._decoder.value is None:
             raise MemoryError("the KV cache")
         for layer, block in enumerate(model.blocks):
-            for which, name in enumerate(kernels.norms):
+            for which, name in enumerate(network.parameters.norms):
                 self._set_norm(layer, which, block.get_submodule(name))
-            for which, names in enumerate(kernels.matrices):
+            for which, names in enumerate(network.kernels.matrices):
                 self._set_matrix(layer, which, *_side_by_side([block.get_submodule(name) for name in names]))
         self._set_norm(config.n_layer, 0, model.last_norm)
         self._set_matrix(config.n_layer, HEAD, model.head_weight.T)
