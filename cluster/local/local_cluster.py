@@ -28,7 +28,6 @@ from cluster.output.result_text import counted, printable
 from cluster.settings.run import EvaluateConfig, RunConfig
 from cluster.storage.process_identity import die_with_parent, kill, with_descendants
 from model.errors import UserError
-from model.tables import read_table
 
 NODE_NAME_VARIABLE = "RAYMILL_NODE"
 """Environment variable with the node's name, in every process on a local node."""
@@ -48,8 +47,31 @@ _END_BY_ITSELF_S = 2.0  # a node whose head has gone first would wait longer for
 _HEAD_ENDS_S = 5.0
 _OBJECT_STORE_BYTES = 256 << 20
 
-PATIENT_WORKERS: dict[str, str] = read_table(__file__, "ray_environment")["patient"]
+PATIENT_WORKERS = {
+    # Workers add this to their owner's niceness. Ray's 15 leaves a worker a thirtieth of a core that any other program
+    # wants too: whatever else the machine does would halt training, serving, and the start of both.
+    "RAY_worker_niceness": "0",
+    "RAY_worker_register_timeout_seconds": "240",  # of 60 s, after which a worker that starts on busy cores is killed
+}
 """Environment of a Ray whose machine does other things too."""
+
+_LOCAL_RAY = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps addresses on loopback, see start_node.py
+    "RAY_gcs_server_port_wait_time_s": "120",  # of 20 s, which busy cores make too few
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
+    # Ray's defaults take 14 s to see a killed raylet and 65 s to see a hung one. A killed raylet refuses the connection
+    # at once, so three short periods name it dead; the long timeout spares a node that is merely busy.
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "10000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_COLOR_PREFIX": "0",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Environment of a local cluster besides."""
 
 
 def free_port(promised: Collection[int] = ()) -> int:
@@ -99,7 +121,7 @@ class LocalCluster:
         interpreter = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         self.environment: dict[str, str] = {
             **PATIENT_WORKERS,
-            **read_table(__file__, "ray_environment")["local"],
+            **_LOCAL_RAY,
             "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
             "RAY_AUTH_TOKEN_PATH": str(self._directory / "token"),
             "PATH": interpreter,

@@ -13,7 +13,6 @@ from pydantic.fields import FieldInfo
 
 from cluster.settings.parser import ConfigError, newcomers_word, suggestion
 from cluster.settings.run import (
-    FORMER_SETTINGS,
     TOKENS,
     DataConfig,
     EvaluateConfig,
@@ -229,8 +228,6 @@ def _help(branch: type[BaseModel], name: str, info: FieldInfo) -> str:
 def _explained(problem: Any, root: type[BaseModel]) -> str:
     path = [str(part) for part in problem["loc"]]
     name = ".".join(path)
-    if problem["type"] == "extra_forbidden" and root is RunConfig and name in FORMER_SETTINGS:
-        return f"{name} is no setting any more, its value is a constant; leave it out"
     if problem["type"] == "extra_forbidden" and (meant := newcomers_word(path[-1])):
         return f"unknown setting {name}{meant}"
     if problem["type"] == "extra_forbidden":

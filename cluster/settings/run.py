@@ -28,7 +28,6 @@ from cluster.settings.batch_schedule import BatchSchedule
 from cluster.storage.uris import Storage, open_storage
 from model.config import GPTConfig, preset_fields
 from model.numerics import NUMERICS, Numerics, Precision
-from model.tables import read_table
 
 
 def _model_shape(value: Any) -> Any:
@@ -246,11 +245,6 @@ class CheckpointConfig(Settings):
     keep_every_steps: PositiveInt | None = None
     snapshot_bytes: NonNegativeInt | None = None
     publish: bool = True
-
-
-_FORMER = read_table(__file__, "former_settings")
-FORMER_SETTINGS: dict[str, Any] = dict.fromkeys(_FORMER["gone"]) | _FORMER["constant"]
-"""Settings that earlier versions recorded and that are constants now: the value, where a run's bits depend on it."""
 
 
 class RunConfig(Settings):

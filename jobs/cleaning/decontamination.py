@@ -58,12 +58,15 @@ class ValidationNgrams:
     def store_filter(self, partition: int) -> bytes:
         bits = np.zeros(8 * self.filter_bytes, np.bool_)
         bits[self._bits(self.hashes(partition))] = True
-        return store_pieces(self.sent.store, self._key(partition), iter([[np.packbits(bits).tobytes()]]), count=1)
+        content = np.packbits(bits).tobytes()
+        return store_pieces(self.sent.store, self._key(partition), iter([[content]]), count=1)
 
     def may_hold(self, hashes: Hashes) -> Marks:
         """Marks the n-grams that pass the filter: all that are held, and a few others."""
-        places = hashes % np.uint64(self.sent.num_partitions) * np.uint64(8 * self.filter_bytes) + self._bits(hashes)
-        bits = _read_filter(self)[places >> np.uint64(3)] << (places & np.uint64(7)).astype(np.uint8)
+        partitions = hashes % np.uint64(self.sent.num_partitions)
+        places = partitions * np.uint64(8 * self.filter_bytes) + self._bits(hashes)
+        filter_bytes = _read_filter(self)[places >> np.uint64(3)]
+        bits = filter_bytes << (places & np.uint64(7)).astype(np.uint8)
         return bits & np.uint8(128) != 0
 
     def _bits(self, hashes: Hashes) -> Hashes:
@@ -75,14 +78,16 @@ class ValidationNgrams:
 
 @lru_cache(maxsize=1)
 def _read_filter(ngrams: ValidationNgrams) -> npt.NDArray[np.uint8]:
-    keys = list(map(ngrams._key, range(ngrams.sent.num_partitions)))
+    keys = [ngrams._key(partition) for partition in range(ngrams.sent.num_partitions)]
     return np.concatenate(list(read_pieces(ngrams.sent.store, keys, 0, np.dtype(np.uint8))))
 
 
 def decontaminate(store: Storage, chunks: Sequence[Chunk], data: DataConfig, *, run: Runner = run_tasks) -> int:
     """Changes the codes of contaminated documents, once all codes are stored; returns their number. Needs Ray."""
     sizes = [chunk.bytes for chunk in chunks]
-    texts = [Section(section.number, [chunks[n] for n in section.chunks]) for section in sections_of(sizes, least=1)]
+    texts = []
+    for section in sections_of(sizes, least=1):
+        texts.append(Section(section.number, [chunks[number] for number in section.chunks]))
     num_bytes = sum(sizes) // _WORD_BYTES * _NGRAM.itemsize
 
     def partitions(share: float) -> int:
@@ -122,7 +127,9 @@ def _ngrams(
     with BucketFile(_NGRAM, num_buckets=exchange.num_partitions) as buckets:
         for row, document in _documents(texts, exchange.store, data, code):
             hashes = word_ngrams(normalized(document.text), data.decontaminate_ngram)
-            hashes = distinct(hashes if known is None else hashes[known.may_hold(hashes)])
+            if known is not None:
+                hashes = hashes[known.may_hold(hashes)]
+            hashes = distinct(hashes)
             buckets.add(np.rec.fromarrays([hashes, np.full(len(hashes), row)], dtype=_NGRAM))
         yield from buckets.pieces()
 
@@ -151,7 +158,9 @@ def compare(partition: int, *, known: ValidationNgrams, training: Exchange) -> b
 
 def mark(texts: Section, *, training: Exchange) -> bytes:
     """Stores the codes of a section's contaminated documents; returns their number in decimal digits."""
-    rows, row, count = distinct(np.concatenate([np.empty(0, ROWS), *training.answers(texts.number, ROWS)])["row"]), 0, 0
+    answers = np.concatenate([np.empty(0, ROWS), *training.answers(texts.number, ROWS)])
+    rows = distinct(answers["row"])
+    row = count = 0
     for chunk in texts.chunks:
         digest, content = stored_codes(training.store, chunk.number)
         codes = np.frombuffer(content, np.uint8).copy()

@@ -15,7 +15,18 @@ from cluster.storage.uris import Storage
 from jobs.cleaning import duplicates
 from jobs.cleaning.disk_buckets import BucketFile, Records
 from jobs.cleaning.document_index import read_signatures, section_indexes, selection_folder
-from jobs.cleaning.duplicates import BANDED, HASHED, JOINED, PAIR, ROW, ROWS, SIGNATURE, Places, Signatures
+from jobs.cleaning.duplicates import (
+    BANDED,
+    HASHED,
+    JOINED,
+    PAIR,
+    ROW,
+    ROWS,
+    SIGNATURE,
+    Families,
+    Places,
+    Signatures,
+)
 from jobs.cleaning.exchange import Exchange, Item, Piece, Runner, Section, partitions_for, run_step, sections_of
 from jobs.cleaning.families import LINK, document, join_families, later_members, link
 from jobs.corpus.documents import Drop
@@ -37,36 +48,44 @@ class Deduplication:
         self._store, self._threshold, self._run = store, threshold or 1.0, run
         self._task_bytes, self._folder = data.selection_task_bytes, selection_folder(data)
         self._sizes, self._num_documents = sizes, sum(sizes)
-        self._banded_bytes = BANDED.itemsize * duplicates.bands_for(self._threshold)[0]
+        num_bands, _ = duplicates.bands_for(self._threshold)
+        self._banded_bytes = BANDED.itemsize * num_bands
         record_bytes = HASHED.itemsize + (self._banded_bytes if threshold is not None else 0)
         self.sections = sections_of([size * record_bytes for size in sizes], least=self._task_bytes)
 
     def exact(self) -> Decisions:
+        """Sections send their hashes, partitions find those that several sections have, and answer each section."""
         hashes = self._exchange("hashes", self._num_documents * HASHED.itemsize)
         if len(self.sections) > 1:
-            self._step("finding duplicates", self.sections, partial(hashes.send, pieces=_hashes))
+            self._step("finding duplicates", self.sections, partial(hashes.send, pieces=_send_hashes))
             work = partial(hashes.decide, by=duplicates.repeats_across, dtype=HASHED, answers=ROWS)
             self._step("comparing sections", range(hashes.num_partitions), work)
-        return Decisions(Drop.DUPLICATE, partial(_repeating, hashes=hashes))
+        return Decisions(Drop.DUPLICATE, partial(_repeated_rows, hashes=hashes))
 
     def near(self, exact: Decisions | None = None) -> Decisions:
         """Compares what `exact` leaves.
 
         Partitions name pairs of documents in different sections; the later one's section asks that of the earlier
-        one for its signature, once for all pairs, and compares them. Then sections join the families that span them."""
+        one for its signature, once for all pairs, and compares them. Then sections join the families that span them.
+        """
         bands = self._exchange("bands", self._num_documents * self._banded_bytes)
-        send = partial(bands.send, pieces=partial(_bands, threshold=self._threshold, exact=exact))
+        join = partial(_join_and_send_bands, threshold=self._threshold, exact=exact)
+        send = partial(bands.send, pieces=join)
         if len(self.sections) == 1:
-            return Decisions(Drop.NEAR_DUPLICATE, partial(_joined, send=send, bands=bands))
+            return Decisions(Drop.NEAR_DUPLICATE, partial(_rows_joined_inside, send=send, bands=bands))
         self._step("finding near-duplicates", self.sections, send)
+
         work = partial(bands.decide, by=duplicates.pairs_across, dtype=BANDED, answers=PAIR)
         self._step("pairing sections", range(bands.num_partitions), work)
-        asked = Exchange(self._store, f"{self._folder}/asked", len(self.sections), len(self.sections))
-        self._step("asking for signatures", self.sections, partial(asked.send, pieces=partial(_asked, bands=bands)))
-        self._step("sending signatures", self.sections, partial(send_signatures, asked=asked))
-        links = replace(asked, name=f"{self._folder}/links")
-        work = partial(_compare, bands=bands, asked=asked, links=links, threshold=self._threshold)
-        self._step("comparing near-duplicates", self.sections, work)
+
+        questions = Exchange(self._store, f"{self._folder}/asked", len(self.sections), len(self.sections))
+        ask = partial(questions.send, pieces=partial(_ask_for_signatures, bands=bands))
+        self._step("asking for signatures", self.sections, ask)
+        self._step("sending signatures", self.sections, partial(send_signatures, questions=questions))
+
+        links = replace(questions, name=f"{self._folder}/links")
+        compare = partial(_compare, bands=bands, questions=questions, links=links, threshold=self._threshold)
+        self._step("comparing near-duplicates", self.sections, compare)
         stars = join_families(links, self.sections, self._sizes, run=self._run)
         return Decisions(Drop.NEAR_DUPLICATE, partial(later_members, stars=stars))
 
@@ -79,110 +98,122 @@ class Deduplication:
             pass
 
 
-def _hashes(section: Section, exchange: Exchange) -> Iterator[Piece]:
-    """Sends each hash of the section once, with the first row that has it."""
+def _send_hashes(section: Section, exchange: Exchange) -> Iterator[Piece]:
+    """Sends each hash of the section once, with the first row that has it; the rows that repeat one stay."""
     with BucketFile(HASHED, num_buckets=exchange.num_partitions) as buckets:
-        for _, first, index in section_indexes(exchange.store, section.chunks):
+        for _, first_row, index in section_indexes(exchange.store, section.chunks):
             places = np.flatnonzero(index.drops == 0)
             high, low = index.hashes[places].view("<u8").T
-            buckets.add(np.rec.fromarrays([high, low, first + places], dtype=HASHED))
-        dropped = []
+            buckets.add(np.rec.fromarrays([high, low, first_row + places], dtype=HASHED))
+        repeated = []
         for partition in range(exchange.num_partitions):
             records = buckets.bucket(partition)
             places = duplicates.repeats(records)
-            dropped.append(records["row"][places])
+            repeated.append(records["row"][places])
             yield [np.delete(records, places).tobytes()]
-        yield [np.concatenate(dropped).tobytes()]
+        yield [np.concatenate(repeated).tobytes()]
 
 
-def _repeating(section: Section, *, hashes: Exchange) -> Records:
-    hashes.send(section, pieces=_hashes)  # is done already if there are several: a small corpus takes two jobs fewer
-    across = [] if hashes.num_sections == 1 else [found["row"] for found in hashes.answers(section.number, ROWS)]
-    return np.sort(np.concatenate([hashes.kept(section.number, ROW), *across]))
+def _repeated_rows(section: Section, *, hashes: Exchange) -> Records:
+    """Returns the rows that repeat one of their section, or of an earlier section."""
+    hashes.send(
+        section, pieces=_send_hashes
+    )  # is done already if there are several: a small corpus takes two jobs fewer
+    rows = [hashes.kept(section.number, ROW)]
+    if hashes.num_sections > 1:
+        rows += [answers["row"] for answers in hashes.answers(section.number, ROWS)]
+    return np.sort(np.concatenate(rows))
 
 
-def _bands(section: Section, exchange: Exchange, *, threshold: float, exact: Decisions | None) -> Iterator[Piece]:
-    """Sends the bands that other sections must see. The local disk takes 256 bytes per document and 12 per band (about
-    0.6 kB in all at a threshold of 0.7)."""
-    buckets = BucketFile(BANDED, num_buckets=exchange.num_partitions)
-    repeated = np.empty(0, ROW) if exact is None else exact.rows(section)
-    with buckets, SignatureFile() as file:
-        for chunk, first, index in section_indexes(exchange.store, section.chunks):
+def _join_and_send_bands(
+    section: Section, exchange: Exchange, *, threshold: float, exact: Decisions | None
+) -> Iterator[Piece]:
+    """Joins the families inside a section, and sends the bands that other sections must see; the families stay.
+
+    The local disk takes 256 bytes per document and 12 per band (about 0.6 kB in all at a threshold of 0.7).
+    """
+    with BucketFile(BANDED, num_buckets=exchange.num_partitions) as buckets, SignatureFile() as file:
+        repeated = np.empty(0, ROW) if exact is None else exact.rows(section)
+        for chunk, first_row, index in section_indexes(exchange.store, section.chunks):
             signatures = read_signatures(exchange.store, chunk)
-            rows = np.setdiff1d(first + np.flatnonzero(index.drops == 0), repeated)
+            rows = np.setdiff1d(first_row + np.flatnonzero(index.drops == 0), repeated)
             for start in range(0, len(rows), _BLOCK):
                 block = rows[start : start + _BLOCK]
-                keys = duplicates.band_keys(signatures[block - first], threshold)
+                keys = duplicates.band_keys(signatures[block - first_row], threshold)
                 rows_of_keys = np.repeat(block, keys.shape[1])
                 buckets.add(np.rec.fromarrays([keys.reshape(-1), rows_of_keys], dtype=BANDED))
             file.write(signatures)
-        families = np.arange(file.num_rows, dtype=ROW)
+        families: Families = np.arange(file.num_rows, dtype=ROW)
         for partition in range(exchange.num_partitions):
-            records = duplicates.join_section(buckets.bucket(partition), families, file.read, threshold=threshold)
-            yield [records.tobytes()]
+            bands = buckets.bucket(partition)
+            border = duplicates.join_section(bands, families, file.read, threshold=threshold)
+            yield [border.tobytes()]
         families = duplicates.firsts(families)
-        rows = np.flatnonzero(families != np.arange(file.num_rows))
-        yield [np.rec.fromarrays([rows, families[rows]], dtype=JOINED).tobytes()]
+        joined = np.flatnonzero(families != np.arange(file.num_rows))
+        yield [np.rec.fromarrays([joined, families[joined]], dtype=JOINED).tobytes()]
 
 
-def _joined(section: Section, *, send: Callable[[Section], bytes], bands: Exchange) -> Records:
+def _rows_joined_inside(section: Section, *, send: Callable[[Section], bytes], bands: Exchange) -> Records:
+    """Returns the rows that are not the first of their family, of the only section."""
     send(section)
     return bands.kept(section.number, JOINED)["row"]
 
 
-def _asked(section: Section, exchange: Exchange, *, bands: Exchange) -> Iterator[Piece]:
+def _ask_for_signatures(section: Section, exchange: Exchange, *, bands: Exchange) -> Iterator[Piece]:
     """Asks each section for the signatures of some rows."""
-    earlier = _earlier(section, bands)
-    borders = np.searchsorted(earlier, np.arange(exchange.num_sections + 1, dtype=np.uint64) << np.uint64(32))
+    earlier = _earlier_documents(section, bands)
+    first_of_sections = np.arange(exchange.num_sections + 1, dtype=np.uint64) << np.uint64(32)
+    borders = np.searchsorted(earlier, first_of_sections)
     for first, end in pairwise(borders.tolist()):
         yield [earlier[first:end].astype(ROW).tobytes()]
 
 
-def _earlier(section: Section, bands: Exchange) -> Hashes:
+def _earlier_documents(section: Section, bands: Exchange) -> Hashes:
     """Returns the documents of other sections with which those of a section are compared, in order, each once."""
-    found, others, num_others = np.empty(0, np.uint64), list[Hashes](), 0
+    sorted_ones, new_ones, num_new = np.empty(0, np.uint64), list[Hashes](), 0
     for pairs in bands.answers(section.number, PAIR):
-        others.append(document(pairs["earlier_section"], pairs["earlier_row"]))
-        num_others += len(pairs)
-        if num_others > len(found):  # so that all sorts together take a few times the last one
-            found = duplicates.distinct(np.concatenate([found, *others]))
-            others, num_others = [], 0
-    return duplicates.distinct(np.concatenate([found, *others]))
+        new_ones.append(document(pairs["earlier_section"], pairs["earlier_row"]))
+        num_new += len(pairs)
+        if num_new > len(sorted_ones):  # so that all sorts together take a few times the last one
+            sorted_ones = duplicates.distinct(np.concatenate([sorted_ones, *new_ones]))
+            new_ones, num_new = [], 0
+    return duplicates.distinct(np.concatenate([sorted_ones, *new_ones]))
 
 
-def send_signatures(section: Section, *, asked: Exchange) -> bytes:
+def send_signatures(section: Section, *, questions: Exchange) -> bytes:
     """Answers each section with the signatures of the rows that it asked for."""
 
     def pieces() -> Iterator[Piece]:
         with SignatureFile() as file:
             for chunk in section.chunks:
-                file.write(read_signatures(asked.store, chunk))
-            for rows in asked.received(section.number, ROW):
+                file.write(read_signatures(questions.store, chunk))
+            for rows in questions.received(section.number, ROW):
                 yield (file.read(rows[first : first + _BLOCK]).tobytes() for first in range(0, len(rows), _BLOCK))
 
-    return asked.answer(section.number, pieces())
+    return questions.answer(section.number, pieces())
 
 
-def _compare(section: Section, *, bands: Exchange, asked: Exchange, links: Exchange, threshold: float) -> bytes:
+def _compare(section: Section, *, bands: Exchange, questions: Exchange, links: Exchange, threshold: float) -> bytes:
     """Links the section's documents to those of other sections that are alike, and to those of their families here."""
 
     def pieces() -> Iterator[Piece]:
-        earlier = _earlier(section, bands)
+        earlier = _earlier_documents(section, bands)
+        num_earlier = len(earlier)  # they come first in the file, and the section's own documents after them
         with SignatureFile() as file, BucketFile(LINK, num_buckets=links.num_sections) as buckets:
-            for signatures in asked.answers(section.number, SIGNATURE):
+            for signatures in questions.answers(section.number, SIGNATURE):
                 file.write(signatures)
             for chunk in section.chunks:
-                file.write(read_signatures(asked.store, chunk))
-            families = np.arange(file.num_rows, dtype=ROW)
-            known = bands.kept(section.number, JOINED)
-            families[len(earlier) + known["row"]] = len(earlier) + known["first"]
+                file.write(read_signatures(questions.store, chunk))
+            families: Families = np.arange(file.num_rows, dtype=ROW)
+            joined = bands.kept(section.number, JOINED)
+            families[num_earlier + joined["row"]] = num_earlier + joined["first"]
             for pairs in bands.answers(section.number, PAIR):
                 for start in range(0, len(pairs), _BLOCK):
                     block = pairs[start : start + _BLOCK]
                     others = np.searchsorted(earlier, document(block["earlier_section"], block["earlier_row"]))
-                    own = len(earlier) + block["row"]
-                    duplicates.join_similar(own, others, families, file.read, threshold=threshold)
-            rows = np.arange(file.num_rows - len(earlier))
+                    later = num_earlier + block["row"]
+                    duplicates.join_similar(later, others, families, file.read, threshold=threshold)
+            rows = np.arange(file.num_rows - num_earlier)
             documents = np.concatenate([earlier, document(section.number, rows)])
             buckets.add(link(documents, documents[duplicates.firsts(families)]))
             yield from buckets.pieces()
@@ -206,6 +237,6 @@ class SignatureFile(ExitStack):
 
     def read(self, rows: Places) -> Signatures:
         """Returns signatures (R, 128)."""
-        size = SIGNATURE.itemsize
-        content = b"".join(os.pread(self._file.fileno(), size, row * size) for row in rows.tolist())
+        size, descriptor = SIGNATURE.itemsize, self._file.fileno()
+        content = b"".join(os.pread(descriptor, size, row * size) for row in rows.tolist())
         return np.frombuffer(content, SIGNATURE)

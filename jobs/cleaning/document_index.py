@@ -43,13 +43,13 @@ def selection_folder(data: DataConfig) -> str:
 def index_corpus(store: Storage, chunks: Sequence[Chunk], data: DataConfig) -> list[tuple[bytes, int]]:
     """Indexes each chunk, and returns the digest of its texts and the number of its documents. Needs Ray."""
     total_bytes = sum(chunk.bytes for chunk in chunks)
-    found = [(b"", 0)] * len(chunks)
+    indexed = [(b"", 0)] * len(chunks)
     with DataProgress("indexing documents", total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
         for result in run_tasks(chunks, partial(index_chunk, store=store, data=data)):
             digest, num_documents = result.content[:32], int.from_bytes(result.content[32:], "little")
             progress.advance(result.item.bytes, documents=num_documents, rss_bytes=result.rss_bytes)
-            found[result.item.number] = digest, num_documents
-    return found
+            indexed[result.item.number] = digest, num_documents
+    return indexed
 
 
 def index_chunk(chunk: Chunk, *, store: Storage, data: DataConfig) -> bytes:

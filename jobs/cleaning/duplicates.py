@@ -69,12 +69,14 @@ def signatures_of(ngrams: Hashes, sets: Places, *, num_sets: int) -> Signatures:
     filled = least != _EMPTY
     borrowers, empty = np.nonzero(~filled)
     lenders = _lenders()[empty]
-    first = filled[borrowers[:, None], lenders].argmax(axis=1)
-    least[borrowers, empty] = least[borrowers, lenders[np.arange(len(lenders)), first]]
+    first_filled = filled[borrowers[:, None], lenders].argmax(axis=1)
+    chosen = lenders[np.arange(len(lenders)), first_filled]
+    least[borrowers, empty] = least[borrowers, chosen]
     # Each bin keeps different 16 bits, or a document of one n-gram would match one in 65,536 of its kind.
-    kept = (mix64(least ^ np.arange(SIGNATURE_SIZE, dtype=np.uint64)) & np.uint64(0xFFFF)).astype(np.uint16)
-    kept[~filled.any(axis=1)] = 0
-    return kept
+    mixed = mix64(least ^ np.arange(SIGNATURE_SIZE, dtype=np.uint64))
+    signatures = (mixed & np.uint64(0xFFFF)).astype(np.uint16)
+    signatures[~filled.any(axis=1)] = 0
+    return signatures
 
 
 @cache
@@ -148,34 +150,36 @@ def join_similar(
     apart = families[later] != families[earlier]
     later, earlier = later[apart], earlier[apart]
     alike = similarity(read(later), read(earlier)) >= least_estimate(threshold)
-    known = families.data
+    members = families.data
     for pair in zip(later[alike].tolist(), earlier[alike].tolist(), strict=True):
-        firsts = [_first(known, place) for place in pair]
+        firsts = [_first(members, place) for place in pair]
         for place in (*pair, *firsts):
-            known[place] = min(firsts)
+            members[place] = min(firsts)
 
 
-def _first(known: memoryview, place: int) -> int:
-    while known[place] != place:
-        known[place] = place = known[known[place]]
+def _first(families: memoryview, place: int) -> int:
+    while families[place] != place:
+        families[place] = place = families[families[place]]
     return place
 
 
 def firsts(families: Families) -> Families:
     """Returns the first of each document's family."""
-    while not np.array_equal(families, nearer := families[families]):
+    while True:
+        nearer = families[families]
+        if np.array_equal(families, nearer):
+            return families
         families = nearer
-    return families
 
 
 def pairs_across(records: Records, sections: Sections) -> Iterator[Records]:
     """Yields a `PAIR` for each `BANDED` record and each of an earlier section, 64 before it at most."""
     order = np.argsort(records["key"], kind="stable")
     rows, owners = records["row"][order], sections[order]
-    for later, earlier in _close_pairs(records["key"][order]):
-        is_across = owners[later] != owners[earlier]
-        fields = [values[places[is_across]] for places in (later, earlier) for values in (owners, rows)]
-        yield np.rec.fromarrays(fields, dtype=PAIR)
+    for places, places_before in _close_pairs(records["key"][order]):
+        is_across = owners[places] != owners[places_before]
+        later, earlier = places[is_across], places_before[is_across]
+        yield np.rec.fromarrays([owners[later], rows[later], owners[earlier], rows[earlier]], dtype=PAIR)
 
 
 def _close_pairs(keys: Hashes) -> Iterator[tuple[Places, Places]]:

@@ -28,7 +28,7 @@ _SLICE_BYTES = 1 << 20
 _READERS = 16  # requests at once: a piece is small against the time to its first byte
 
 Item = TypeVar("Item")
-Found = TypeVar("Found")
+Read = TypeVar("Read")
 Runner = Callable[[Sequence[Any], Callable[[Any], bytes]], Iterator[Result[Any]]]  # `run_tasks`, on a cluster
 Decide = Callable[[Records, Sections], Iterator[Records]]
 Piece = Iterable[bytes]  # its parts, which are written one after the other
@@ -43,12 +43,12 @@ class Section:
 def sections_of(sizes: Sequence[int], *, least: int) -> list[Section]:
     """Cuts the chunks, by their sizes, into sections of at least `least` and a 1,024th of all."""
     enough = max(least, sum(sizes) // _MOST_SECTIONS)
-    borders, size = [0], 0
-    for number, own in enumerate(sizes, start=1):
-        size += own
-        if size >= enough or number == len(sizes):
+    borders, section_size = [0], 0
+    for number, size in enumerate(sizes, start=1):
+        section_size += size
+        if section_size >= enough or number == len(sizes):
             borders.append(number)
-            size = 0
+            section_size = 0
     return [Section(number, range(*pair)) for number, pair in enumerate(pairwise(borders))]
 
 
@@ -68,13 +68,13 @@ class Exchange:
 
     def send(self, section: Section, *, pieces: Callable[[Section, "Exchange"], Iterator[Piece]]) -> bytes:
         """Stores a piece for each partition and perhaps one more, which stays; returns as `store_pieces` does."""
-        return store_pieces(
-            self.store, self._sent(section.number), pieces(section, self), count=self.num_partitions + 1
-        )
+        key = self._sent(section.number)
+        return store_pieces(self.store, key, pieces(section, self), count=self.num_partitions + 1)
 
     def received(self, partition: int, dtype: np.dtype[Any]) -> Iterator[Records]:
         """Yields what each section sent to a partition."""
-        return read_pieces(self.store, list(map(self._sent, range(self.num_sections))), partition, dtype)
+        keys = [self._sent(section) for section in range(self.num_sections)]
+        return read_pieces(self.store, keys, partition, dtype)
 
     def kept(self, section: int, dtype: np.dtype[Any]) -> Records:
         """Returns the last piece of a section."""
@@ -92,20 +92,23 @@ class Exchange:
     def answers(self, section: int, dtype: np.dtype[Any]) -> Iterator[Records]:
         """Yields the answers to a section in the order of the partitions, a megabyte at a time."""
         step = _SLICE_BYTES // dtype.itemsize * dtype.itemsize
-        keys = list(map(self._answers, range(self.num_partitions)))
-        borders = zip(keys, _in_order(lambda key: _borders(self.store, key, section), keys), strict=True)
-        slices = [(key, at, min(at + step, end)) for key, (first, end) in borders for at in range(first, end, step)]
-        for content in _in_order(lambda place: _read(self.store, *place), slices):
+        keys = [self._answers(partition) for partition in range(self.num_partitions)]
+        borders = _in_order(lambda key: _borders(self.store, key, section), keys)
+        slices: list[tuple[str, int, int]] = []
+        for key, (first, end) in zip(keys, borders, strict=True):
+            for start in range(first, end, step):
+                slices.append((key, start, min(start + step, end)))
+        for content in _in_order(lambda piece: _read(self.store, *piece), slices):
             yield np.frombuffer(content, dtype)
 
     def _decided(self, partition: int, by: Decide, dtype: np.dtype[Any], answers: np.dtype[Any]) -> Iterator[Piece]:
-        parts = list(self.received(partition, dtype))
-        sections = np.repeat(np.arange(len(parts), dtype=np.int32), list(map(len, parts)))
-        records = np.concatenate(parts)
-        del parts
+        by_section = list(self.received(partition, dtype))
+        sections = np.repeat(np.arange(len(by_section), dtype=np.int32), [len(records) for records in by_section])
+        records = np.concatenate(by_section)
+        del by_section
         with BucketFile(answers, num_buckets=self.num_sections) as buckets:
-            for found in by(records, sections):
-                buckets.add(found)
+            for decided in by(records, sections):
+                buckets.add(decided)
             yield from buckets.pieces()
 
     def _sent(self, section: int) -> str:
@@ -118,22 +121,36 @@ class Exchange:
 def store_pieces(store: Storage, key: str, pieces: Iterator[Piece], *, count: int) -> bytes:
     """Stores up to `count` pieces as one object, unless it is there; returns their bytes in decimal digits."""
     table_bytes = 8 * (count + 1)
-    entry = store.stat(key)
-    size = entry.size if entry else 0
-    if size < table_bytes or _number(store.read_bytes(key, start=table_bytes - 8, end=table_bytes)) != size:
+    size = _whole_size(store, key, table_bytes)
+    if size is None:
         with tempfile.TemporaryDirectory(prefix="raymill-pieces-") as folder:
             path = Path(folder, "pieces")
-            with path.open("wb") as file:
-                borders = [file.seek(table_bytes)]
-                for piece in pieces:
-                    file.writelines(piece)
-                    borders.append(file.tell())
-                borders += [borders[-1]] * (count + 1 - len(borders))
-                file.seek(0)
-                file.write(np.array(borders, "<u8").tobytes())
+            size = _write_pieces(path, pieces, count=count, table_bytes=table_bytes)
             store.upload_file(path, key)
-        size = borders[-1]
     return b"%d" % (size - table_bytes)
+
+
+def _whole_size(store: Storage, key: str, table_bytes: int) -> int | None:
+    """Returns the size of a stored object, whose table ends with it; None for one that is missing or was cut off."""
+    entry = store.stat(key)
+    if entry is None or entry.size < table_bytes:
+        return None
+    recorded = _number(store.read_bytes(key, start=table_bytes - 8, end=table_bytes))
+    return entry.size if recorded == entry.size else None
+
+
+def _write_pieces(path: Path, pieces: Iterator[Piece], *, count: int, table_bytes: int) -> int:
+    """Writes the table of borders and then the pieces; returns the file's size."""
+    with path.open("wb") as file:
+        borders = [file.seek(table_bytes)]
+        for piece in pieces:
+            file.writelines(piece)
+            borders.append(file.tell())
+        missing = count + 1 - len(borders)
+        borders += [borders[-1]] * missing
+        file.seek(0)
+        file.write(np.array(borders, "<u8").tobytes())
+    return borders[-1]
 
 
 def read_pieces(store: Storage, keys: Sequence[str], number: int, dtype: np.dtype[Any]) -> Iterator[Records]:
@@ -141,7 +158,7 @@ def read_pieces(store: Storage, keys: Sequence[str], number: int, dtype: np.dtyp
     return _in_order(lambda key: np.frombuffer(_read(store, key, *_borders(store, key, number)), dtype), keys)
 
 
-def _in_order(read: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[Found]:
+def _in_order(read: Callable[[Item], Read], items: Sequence[Item]) -> Iterator[Read]:
     with ThreadPoolExecutor(_READERS) as pool:
         for first in range(0, len(items), _READERS):
             yield from pool.map(read, items[first : first + _READERS])

@@ -28,8 +28,9 @@ def document(section: int | Records, row: Records) -> Hashes:
 def link(left: Hashes, right: Hashes) -> Records:
     """Returns the links between pairs of documents, each from both ends."""
     apart = left != right
-    left, right = np.concatenate([left[apart], right[apart]]), np.concatenate([right[apart], left[apart]])
-    return np.rec.fromarrays([left >> np.uint64(32), left.astype(ROW), right], dtype=LINK)
+    left, right = left[apart], right[apart]
+    here, there = np.concatenate([left, right]), np.concatenate([right, left])
+    return np.rec.fromarrays([here >> np.uint64(32), here.astype(ROW), there], dtype=LINK)
 
 
 def join_families(links: Exchange, sections: Sequence[Section], sizes: Sequence[int], *, run: Runner) -> Exchange:
@@ -38,7 +39,8 @@ def join_families(links: Exchange, sections: Sequence[Section], sizes: Sequence[
     for turn in count(1):
         stars = replace(links, name=f"{links.name}-{turn}")
         work = partial(_turn, sizes=sizes, links=links, stars=stars, is_large=turn % 2 == 1)
-        if not sum(map(int, run_step(f"joining near-duplicates, turn {turn}", sections, work, run=run))):
+        num_crossed = sum(map(int, run_step(f"joining near-duplicates, turn {turn}", sections, work, run=run)))
+        if num_crossed == 0:
             break
         links = stars
     return links
@@ -47,8 +49,9 @@ def join_families(links: Exchange, sections: Sequence[Section], sizes: Sequence[
 def later_members(section: Section, *, stars: Exchange) -> Records:
     """Returns the rows of a section, in order, that are not the first of their family; one may be repeated."""
     rows = [np.empty(0, ROW)]
-    for found in stars.answers(section.number, LINK):
-        rows.append(found["row"][found["other"] < document(section.number, found["row"])])
+    for links in stars.answers(section.number, LINK):
+        is_later = links["other"] < document(section.number, links["row"])
+        rows.append(links["row"][is_later])
     return np.sort(np.concatenate(rows))
 
 
@@ -56,22 +59,24 @@ def _turn(section: Section, *, sizes: Sequence[int], links: Exchange, stars: Exc
     """Links the later neighbors of each document, or the earlier ones and itself, to the first of all its neighbors.
 
     Returns the number of links, in decimal digits, that keep a family from being a star."""
-    own = document(section.number, np.arange(sum(sizes[chunk] for chunk in section.chunks)))
-    first = own.copy()
-    for found in links.answers(section.number, LINK):
-        np.minimum.at(first, found["row"], found["other"])
+    num_documents = sum(sizes[chunk] for chunk in section.chunks)
+    documents = document(section.number, np.arange(num_documents))
+    first_neighbors = documents.copy()
+    for batch in links.answers(section.number, LINK):
+        np.minimum.at(first_neighbors, batch["row"], batch["other"])
     num_crossed = 0
-    for found in links.answers(section.number, LINK):
-        nearest = first[found["row"]]
-        num_crossed += int(np.count_nonzero((nearest < own[found["row"]]) & (nearest != found["other"])))
+    for batch in links.answers(section.number, LINK):
+        center, first = documents[batch["row"]], first_neighbors[batch["row"]]
+        is_crossed = (first < center) & (first != batch["other"])
+        num_crossed += int(np.count_nonzero(is_crossed))
 
     def pieces() -> Iterator[Piece]:
         with BucketFile(LINK, num_buckets=stars.num_sections) as buckets:
-            for found in links.answers(section.number, LINK):
-                center, other, nearest = own[found["row"]], found["other"], first[found["row"]]
+            for batch in links.answers(section.number, LINK):
+                center, first, other = documents[batch["row"]], first_neighbors[batch["row"]], batch["other"]
                 chosen = (other > center) == is_large
-                moved = other if is_large else np.where(other == nearest, center, other)
-                buckets.add(link(moved[chosen], nearest[chosen]))
+                moved = other if is_large else np.where(other == first, center, other)
+                buckets.add(link(moved[chosen], first[chosen]))
             yield from buckets.pieces()
 
     stars.answer(section.number, pieces())

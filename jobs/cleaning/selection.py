@@ -51,15 +51,16 @@ def select(
         return np.frombuffer(b"".join(contents), _SETTLED)
 
     val_below = int(data.val_fraction * 2**64)
-    found = settled(val_below)
-    counts = found["counts"].sum(axis=0)
-    if data.val_max_documents is not None and (num_held_out := int(counts[HELD_OUT])) > data.val_max_documents:
+    totals = settled(val_below)
+    counts = totals["counts"].sum(axis=0)
+    num_held_out = int(counts[HELD_OUT])
+    if data.val_max_documents is not None and num_held_out > data.val_max_documents:
         say(f"of {num_held_out:,} documents that data.val_fraction holds out, about {data.val_max_documents:,} are")
-        found = settled(val_below * data.val_max_documents // num_held_out)
-        counts = found["counts"].sum(axis=0)
+        totals = settled(val_below * data.val_max_documents // num_held_out)
+        counts = totals["counts"].sum(axis=0)
     if indexed and data.val_fraction and 0 in (counts[0], counts[HELD_OUT]):
         # An exception for small corpora: at least one document trains and, of several texts, one validates.
-        least, most = int(found["least"].min()), int(found["most"].max())
+        least, most = int(totals["least"].min()), int(totals["most"].max())
         if least < most:
             counts = settled(most if counts[HELD_OUT] else least + 1)["counts"].sum(axis=0)
         elif counts[HELD_OUT]:
@@ -76,17 +77,19 @@ def settle(section: Section, *, store: Storage, key: str, decisions: Sequence[De
     """Stores the codes of a section's chunks, and then what it returns: the number of documents by code, and the least
     and the largest hash among those that are kept."""
     key = f"{key}/section-{section.number:05d}"
-    if (content := store.find_bytes(key)) is not None and len(content) == _SETTLED.itemsize:
+    content = store.find_bytes(key)
+    if content is not None and len(content) == _SETTLED.itemsize:
         return content
-    dropped = [(DROP_CODES.index(found.reason), found.rows(section)) for found in decisions]
+    dropped = [(DROP_CODES.index(decision.reason), decision.rows(section)) for decision in decisions]
     settled = np.zeros(1, _SETTLED)
     settled["least"] = _NO_HASH
     for chunk, first, index in section_indexes(store, section.chunks):
         codes = index.drops.copy()
         for code, rows in dropped:
             start, end = np.searchsorted(rows, [first, first + len(codes)])
-            own = rows[start:end] - first
-            codes[own[codes[own] == 0]] = code
+            places = rows[start:end] - first
+            undecided = codes[places] == 0
+            codes[places[undecided]] = code
         hashes = leading(index.hashes)
         codes[(codes == 0) & (hashes < np.uint64(val_below))] = HELD_OUT
         kept = hashes[(codes == 0) | (codes == HELD_OUT)]

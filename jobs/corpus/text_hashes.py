@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from model.tables import read_table
-
 Hashes = npt.NDArray[np.uint64]
 _Bytes = npt.NDArray[np.uint8]
 Places = npt.NDArray[np.int64]
@@ -30,7 +28,16 @@ _BLANK_TEXT = re.compile(  # the first byte decides for nearly every text: 0.3 u
 )
 
 _LONGEST_WORD_BYTES = 64  # bounds the rounds of hashing: a megabyte of base64 is one "word"
-_UNSPACED = np.array(read_table(__file__, "text_hashes")["unspaced"], dtype=np.uint16).reshape(-1)
+_UNSPACED_SCRIPTS = (
+    (0xE0B8, 0xE0C0),  # Thai, Lao, Tibetan
+    (0xE180, 0xE183),  # Burmese
+    (0xE19E, 0xE1A0),  # Khmer
+    (0xE2BA, 0xEA00),  # Han, kana, their punctuation
+    (0xEFBC, 0xEFBF),  # full-width and half-width forms
+    (0xF0A0, 0xF0B4),  # rare Han
+)
+"""Scripts without blanks between words: the first two bytes in UTF-8, from and up to which, in order."""
+_UNSPACED = np.array(_UNSPACED_SCRIPTS, dtype=np.uint16).reshape(-1)
 _FIRST_BYTES = np.array([(1 << 8 * size) - 1 for size in range(9)], dtype=np.uint64)  # masks of a little-endian word
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 

@@ -8,13 +8,19 @@ from cluster.storage.uris import Storage
 from jobs.run.find_run import data_identity
 from jobs.run.history import recorded_config, training_differences
 from jobs.run.ledger import Ledger, Line
-from model.tables import read_table
 
 FIELDS = ("samples", "tokens_seen", "lr", "skipped", "loss", "grad_norm", "parameter_hash")
 """The fields that hold a step's bits, in the order in which one decides the next. Time, world size and attempt may
 differ."""
 
-_MEASURING = {f"train.{name}" for name in read_table(__file__, "diff_runs")["measuring"]}
+_MEASURING = {
+    "train.eval_every_steps",
+    "train.eval_max_tokens",
+    "train.sample_prompts",
+    "train.layer_statistics_every_steps",
+    "train.hash_every_steps",
+}
+"""Settings on which no bit depends."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ import yaml
 
 from cluster.monitoring.metric_table import PHASES, REST, UNTIMED
 from cluster.settings.flags import validate_config
-from cluster.settings.parser import ConfigError
-from cluster.settings.run import FORMER_SETTINGS, RunConfig, max_steps, with_precision
+from cluster.settings.run import RunConfig, max_steps, with_precision
 from cluster.storage.registry import LATEST
 from cluster.storage.uris import Storage
 from jobs.run.ledger import Ledger, Line
@@ -23,21 +22,8 @@ _MEASUREMENTS = ("phases", "layers")  # events that a run has hundreds of
 
 
 def recorded_config(run: Storage) -> RunConfig:
-    """Returns the settings that the run was started with, without former ones.
-
-    Raises `NotFoundError`, and `ConfigError` where a former setting had a value by which the run's bits are others.
-    """
-    settings = yaml.safe_load(run.read_bytes(CONFIG_FILE))
-    for path, constant in FORMER_SETTINGS.items():
-        branch, name = path.split(".")
-        value = settings.get(branch, {}).pop(name, constant)
-        if constant is not None and value != constant:
-            versions = {start["code_version"] for start in Ledger.read(run).events("start")}
-            raise ConfigError(
-                f"{run.uri} was trained with {path} {value}, which is fixed at {constant} now: only the version of "
-                f"raymill that trained it can use it (code_version {', '.join(sorted(versions))})"
-            )
-    return validate_config(settings, RunConfig)
+    """Returns the settings that the run was started with. Raises `NotFoundError`, or `ConfigError` on unknown ones."""
+    return validate_config(yaml.safe_load(run.read_bytes(CONFIG_FILE)), RunConfig)
 
 
 def changed_settings(run: Storage, now: RunConfig) -> list[str]:

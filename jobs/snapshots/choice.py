@@ -48,8 +48,12 @@ def choose(
         if at_least <= head.step <= explained_step and not is_left_out(head.step):
             shares = states.setdefault((head.step, head.attempt, head.world_size), {})
             shares.setdefault(head.rank, []).append(held)
-    newest = max((key for key, shares in states.items() if len(shares) == key[2]), default=None)
-    return Snapshot([states[newest][rank] for rank in range(newest[2])]) if newest else None
+    complete = [key for key, shares in states.items() if len(shares) == key[2]]
+    if not complete:
+        return None
+    newest = max(complete)
+    _, _, world_size = newest
+    return Snapshot([states[newest][rank] for rank in range(world_size)])
 
 
 def reader_of(holders: Container[str], node_of_rank: Sequence[str]) -> int | None:
@@ -63,20 +67,24 @@ def copies(holdings: Iterable[Holding], nodes: Sequence[str]) -> list[tuple[Hold
     """Returns what to copy to which node, so that each share of the newest complete state of the newest attempt is also
     on the node with the fewest; nothing where two nodes write each share. One share alone would be of no use: the nodes
     that write the others are steps ahead when its node is lost."""
-    held = list(holdings)
-    attempt = max((share.header.attempt for share in held), default=0)
-    written = [share for share in held if share.header.attempt == attempt and not share.area.startswith(COPIES)]
+    holdings = list(holdings)
+    attempt = max((held.header.attempt for held in holdings), default=0)
+    written = [held for held in holdings if held.header.attempt == attempt and not held.area.startswith(COPIES)]
     newest = choose(written, explained_step=sys.maxsize, at_least=0, is_left_out=lambda step: False)
-    shares = [min(holders, key=lambda share: share.area) for holders in newest.shares] if newest else []
-    writers = [{other.node for other in written if other.header.rank == share.header.rank} for share in shares]
-    if len(nodes) < 2 or all(len(of) > 1 for of in writers):
+    if newest is None or len(nodes) < 2:
         return []
-    load = {node: sum(share.node == node for share in held) for node in nodes}
+    writers: dict[int, set[str]] = {}
+    for held in written:
+        writers.setdefault(held.header.rank, set()).add(held.node)
+    shares = [min(holders, key=lambda held: held.area) for holders in newest.shares]
+    if all(len(writers[share.header.rank]) > 1 for share in shares):
+        return []
+    load = {node: sum(held.node == node for held in holdings) for node in nodes}
     wanted = []
     for share in shares:
-        having = {copy.node for copy in held if copy.area == COPIES + share.area}
+        with_copy = {held.node for held in holdings if held.area == COPIES + share.area}
         others = [node for node in nodes if node != share.node]
-        target = min(others, key=lambda node: (node not in having, load[node], node))
+        target = min(others, key=lambda node: (node not in with_copy, load[node], node))
         wanted.append((share, target))
         load[target] += 1
     return wanted

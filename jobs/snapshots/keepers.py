@@ -8,9 +8,11 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Self, TypeVar
 
 import ray
@@ -108,12 +110,13 @@ class Keeper:
 
     def holdings(self) -> list[Holding]:
         """Returns the sealed slots."""
-        return [
-            Holding(self._node, area, slot, header)
-            for area, slots in list(self._areas.items())  # `copy` opens areas in its own thread
-            for slot in slots.numbers
-            if (header := slots.header(slot))
-        ]
+        holdings = []
+        for area, slots in list(self._areas.items()):  # `copy` opens areas in its own thread
+            for slot in slots.numbers:
+                header = slots.header(slot)
+                if header is not None:
+                    holdings.append(Holding(self._node, area, slot, header))
+        return holdings
 
     def is_whole(self, held: Holding) -> bool:
         """Reports whether the slot was not written again since and its data match its checksum; reads all of them."""
@@ -122,14 +125,16 @@ class Keeper:
 
     def pin(self, held: Holding, seconds: float) -> bool:
         """Keeps a slot from being written for so long. Returns False if it was written again before."""
-        if (slots := self._areas.get(held.area)) is None:
+        slots = self._areas.get(held.area)
+        if slots is None:
             return False
         slots.pin(held.slot, seconds)
         return slots.holds(held.header, held.slot)
 
     def chunk(self, held: Holding, start: int, stop: int) -> Bytes | None:
         """Returns a copy of some of the data, or None when the slot was written again since."""
-        if (slots := self._areas.get(held.area)) is None:
+        slots = self._areas.get(held.area)
+        if slots is None:
             return None
         content = slots.data(held.slot)[start:stop].copy()
         return content if slots.holds(held.header, held.slot) else None
@@ -160,11 +165,13 @@ class LostError(RuntimeError):
 def fetch(held: Holding, keeper: Any, spans: Sequence[range]) -> Iterator[Bytes]:
     """Yields a slot of another node's keeper in these pieces, each asked for while the one before is used. Raises
     `LostError`, at the end where the data do not match their checksum."""
-    asked = [keeper.chunk.remote(held, span.start, span.stop) for span in spans[:1]]
     checksum = Checksum()
+    waiting = deque([keeper.chunk.remote(held, span.start, span.stop) for span in spans[:1]])
     for number in range(len(spans)):
-        asked += [keeper.chunk.remote(held, span.start, span.stop) for span in spans[number + 1 : number + 2]]
-        data = ray.get(asked.pop(0), timeout=_COPY_S)
+        if number + 1 < len(spans):
+            span = spans[number + 1]
+            waiting.append(keeper.chunk.remote(held, span.start, span.stop))
+        data = ray.get(waiting.popleft(), timeout=_COPY_S)
         if data is None:
             break
         checksum.add(data)
@@ -175,12 +182,12 @@ def fetch(held: Holding, keeper: Any, spans: Sequence[range]) -> Iterator[Bytes]
 
 def find_keepers(launch: str) -> dict[str, Any]:
     """Returns the keepers of a launch by the ids of their nodes."""
-    found = {}
+    keepers = {}
     for actor in ray.util.list_named_actors(all_namespaces=True):
         if actor["namespace"] == launch:
             with suppress(ValueError):  # it has just ended
-                found[actor["name"]] = ray.get_actor(actor["name"], namespace=launch)
-    return found
+                keepers[actor["name"]] = ray.get_actor(actor["name"], namespace=launch)
+    return keepers
 
 
 def read_s(num_bytes: int) -> float:
@@ -212,20 +219,25 @@ def ask_patiently(
     return answers
 
 
+def _all_agree(references: Mapping[Key, Any], *, timeout_s: float = ANSWER_S) -> bool:
+    return sum(ask(references, timeout_s=timeout_s).values()) == len(references)
+
+
 def copy_to_second_nodes(
     keepers: Mapping[str, Any], holdings: Sequence[Holding], nodes: Sequence[str], kept: Collection[Holding]
 ) -> Collection[Holding]:
     """Copies the shares of one step, all nodes at once, and returns those that stay as they are until the next are
     copied: `kept` where one could not be, as it had been written again, or a node was lost."""
     wanted = copies(holdings, nodes)
-    most_s = _COPY_S + read_s(sum(held.header.num_bytes for held, _ in wanted) // max(1, len(nodes)))
-    made = ask({n: keepers[held.node].pin.remote(held, math.inf) for n, (held, _) in enumerate(wanted)})
-    if sum(made.values()) == len(wanted):
+    shares = [held for held, _ in wanted]
+    pins = {number: keepers[held.node].pin.remote(held, math.inf) for number, held in enumerate(shares)}
+    are_copied = bool(wanted) and _all_agree(pins)
+    if are_copied:
         made = {n: keepers[target].copy.remote(held, keepers[held.node]) for n, (held, target) in enumerate(wanted)}
-        made = ask(made, timeout_s=most_s)
-    are_copied = wanted and sum(made.values()) == len(wanted)
-    stay = [held for held, _ in wanted if held.area.startswith(ONLY)] if are_copied else kept
-    for held in [*kept, *(held for held, _ in wanted)]:
+        num_bytes = sum(held.header.num_bytes for held in shares) // max(1, len(nodes))
+        are_copied = _all_agree(made, timeout_s=_COPY_S + read_s(num_bytes))
+    stay = [held for held in shares if held.area.startswith(ONLY)] if are_copied else kept
+    for held in [*kept, *shares]:
         if held not in stay and held.node in keepers:
             keepers[held.node].pin.remote(held, 0.0)
     return stay
@@ -261,7 +273,7 @@ class Keepers:
             if time.monotonic() < copied_until:
                 continue
             answers = ask({node: keeper.holdings.remote() for node, keeper in self._keepers.items()})
-            holdings = [held for found in answers.values() for held in found]
+            holdings = list(chain.from_iterable(answers.values()))
             newest = max((held.header.step for held in holdings), default=-1)
             if newest != self._newest_step:
                 self._newest_step, self.snapshot_time_s = newest, time.time()

@@ -128,12 +128,14 @@ class Slots:
             fcntl.flock(self.file, fcntl.LOCK_UN)
 
     def _write(self, header: Header, pieces: Iterable[Bytes]) -> int | None:
-        before = [self.header(slot) for slot in self.numbers]
-        if any(found and (found.attempt, found.step) == (header.attempt, header.step) for found in before):
-            return None
-        ages = [(self._is_pinned(slot), found.sequence if found else -1) for slot, found in enumerate(before)]
-        slot = ages.index(min(ages))
-        sequence = 1 + max((found.sequence for found in before if found), default=0)
+        sequences = []  # by slot
+        for slot in self.numbers:
+            before = self.header(slot)
+            if before and (before.attempt, before.step) == (header.attempt, header.step):
+                return None
+            sequences.append(before.sequence if before else -1)
+        slot = min(self.numbers, key=lambda slot: (self._is_pinned(slot), sequences[slot]))
+        sequence = 1 + max(0, *sequences)
         start = slot * self._slot_bytes
         self._memory[start : start + len(_MAGIC)] = bytes(len(_MAGIC))
         data, checksum = self.data(slot), Checksum()
@@ -164,8 +166,8 @@ class Slots:
 
     def holds(self, header: Header, slot: int) -> bool:
         """Reports whether the slot was not written again since it had this header."""
-        found = self.header(slot)
-        return found is not None and found.sequence == header.sequence
+        stored = self.header(slot)
+        return stored is not None and stored.sequence == header.sequence
 
     def is_whole(self, slot: int) -> bool:
         """Reports whether the slot is sealed and its data match the header's checksum."""

@@ -6,7 +6,8 @@ its own share. Without a keeper on the node, as outside a Ray job, nothing is ke
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -35,6 +36,24 @@ _RETRY_S = 1.0
 _FP32_BYTES = 4
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one area of a node's memory has of the state."""
+
+    area: str
+    rank: int  # its number among the shares
+    count: int  # of shares
+    tensors: Mapping[str, Sequence[Tensor]]  # views of the state by name
+
+    @property
+    def views(self) -> list[Tensor]:
+        return list(itertools.chain.from_iterable(self.tensors.values()))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(view.nbytes for view in self.views)
+
+
 class Snapshots:
     """The snapshots of one worker in one attempt, with the keepers of its launch, if that has any."""
 
@@ -46,7 +65,7 @@ class Snapshots:
         self._why_none = self._known_reason = ""  # of this worker; of any at the last agreement
         self._retry_at = 0.0
         self._interval, self._num_written, self._last_written = 1, 0, 0
-        self._copies: list[list[HostCopy] | None] = []  # of each snapshot since the last agreement
+        self._copies: list[list[HostCopy] | None] = []  # by each snapshot since the last agreement
         self._step_s: list[float] = []
         self._last: tuple[int, float] | None = None
         self._whole: tuple[int, int, dict[str, Any], int] | None = None  # the last whole step, due or not
@@ -56,24 +75,20 @@ class Snapshots:
         if self._launch is None:
             return None
         keepers = find_keepers(self._launch)
-        asked = {node: keeper.holdings.remote() for node, keeper in keepers.items()}
-        answers = ask_patiently(asked, {node: node for node in asked})
-        holdings: list[Holding] = [held for found in answers.values() for held in found]
-        while snapshot := choose(holdings, explained_step=explained_step, at_least=at_least, is_left_out=is_left_out):
-            chosen = [held for holders in snapshot.shares for held in holders]
-            # Only what is chosen is read: both slots of 1.3B parameters take a keeper 4 to 8 s.
-            checks = {n: keepers[held.node].is_whole.remote(held) for n, held in enumerate(chosen)}
-            nodes = {n: held.node for n, held in enumerate(chosen)}
-            num_bytes = sum(held.header.num_bytes for held in chosen)
-            are_whole = ask_patiently(checks, nodes, timeout_s=read_s(num_bytes))
-            damaged = [held for n, held in enumerate(chosen) if not are_whole.get(n)]
+        questions = {node: keeper.holdings.remote() for node, keeper in keepers.items()}
+        answers = ask_patiently(questions, {node: node for node in questions})
+        holdings: list[Holding] = list(itertools.chain.from_iterable(answers.values()))
+        while True:
+            snapshot = choose(holdings, explained_step=explained_step, at_least=at_least, is_left_out=is_left_out)
+            if snapshot is None:
+                return None
+            damaged = _damaged(snapshot, keepers)
             if not damaged:
                 return snapshot
             for held in damaged:
                 step = held.header.step
                 say(f"the snapshot of step {step} on node {held.node} is damaged or cannot be read; not used")
             holdings = [held for held in holdings if held not in damaged]
-        return None
 
     def restore(self, snapshot: Snapshot, state: TrainState) -> dict[str, Any]:
         """Loads the state on every rank; returns `carried`."""
@@ -83,23 +98,31 @@ class Snapshots:
 
     def _pieces(self, holders: list[Holding], state: TrainState) -> Iterator[StatePiece]:
         """Yields a share from this node's memory where every node has it; else one rank broadcasts it to all."""
-        header, by_node = holders[0].header, {held.node: held for held in holders}
+        header = holders[0].header
+        by_node = {held.node: held for held in holders}
         reader = reader_of(by_node, self._node_of_rank)
         places = state.layout.parts(header.rank, world_size=header.world_size)
-        length = header.num_bytes // len(header.names)  # of each tensor
-        within_one = [range(start, min(start + CHUNK_BYTES, length)) for start in range(0, length, CHUNK_BYTES)]
-        named = [(n, span) for n in range(len(header.names)) for span in within_one]
+        tensor_bytes = header.num_bytes // len(header.names)
+        names: list[str] = []
+        in_tensor: list[range] = []  # bytes of one tensor
+        in_share: list[range] = []  # the same bytes of the share, whose tensors lie end to end
+        for number, name in enumerate(header.names):
+            first = number * tensor_bytes
+            for start in range(0, tensor_bytes, CHUNK_BYTES):
+                stop = min(start + CHUNK_BYTES, tensor_bytes)
+                names.append(name)
+                in_tensor.append(range(start, stop))
+                in_share.append(range(first + start, first + stop))
         chunks: Iterable[Bytes | None] = itertools.repeat(None)
         if reader in (None, self._group.rank):
-            spans = [range(n * length + span.start, n * length + span.stop) for n, span in named]
-            chunks = self._read(by_node.get(self._node, holders[0]), spans)
-        for (n, span), chunk in zip(named, chunks, strict=False):
+            chunks = self._read(by_node.get(self._node, holders[0]), in_share)
+        for name, span, chunk in zip(names, in_tensor, chunks, strict=False):
             place = range(span.start // _FP32_BYTES, span.stop // _FP32_BYTES)
             values = torch.empty(0) if chunk is None else torch.from_numpy(chunk.view(np.float32))
             if reader is not None and self._group.world_size > 1:
                 values = values.to(state.device) if len(values) else torch.empty(len(place), device=state.device)
                 dist.broadcast(values, reader)
-            yield StatePiece(header.names[n], within(places, place), values)
+            yield StatePiece(name, within(places, place), values)
 
     def _read(self, held: Holding, spans: list[range]) -> Iterable[Bytes]:
         """Returns these bytes of a share, in place where it is in this node's memory."""
@@ -154,41 +177,55 @@ class Snapshots:
     def _write(
         self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any], is_rescue: bool = False
     ) -> list[HostCopy] | None:
-        """Begins the copies of this worker's shares, and after them of the other ones on its node in a rescue. Returns
-        None where its node has no room for them."""
-        ranks, count = [state.peers.index], len(state.peers)
-        if state.is_sharded:
-            areas = [sharded_area(self._group.rank, count, self._node_of_rank)]
-        else:
-            neighbors = [rank for rank, node in enumerate(self._node_of_rank) if node == self._node]
-            first, count = neighbors.index(self._group.rank), NUM_SHARES[state.device.type]
-            turns = [range((first + turn) % len(neighbors), count, len(neighbors)) for turn in range(len(neighbors))]
-            ranks = list(itertools.chain(*(turns if is_rescue else turns[:1])))
-            areas = [f"share-{rank}-of-{count}" for rank in ranks]
-        shares = {area: (rank, state.share(rank, world_size=count)) for area, rank in zip(areas, ranks, strict=True)}
-        sizes = {area: sum(view.nbytes for views in of.values() for view in views) for area, (_, of) in shares.items()}
-        if not self._opened(sizes, attempt):
+        """Begins the copies of this worker's shares. Returns None where its node has no room for them."""
+        shares = self._shares(state, is_rescue=is_rescue)
+        if not self._opened(shares, attempt):
             return None
         copies = []
-        for area, (rank, tensors) in shares.items():
-            header = Header(attempt, step, rank, count, state.num_updates, list(tensors), carried)
-            write = partial(_write_pieces, self._memory[area][1], header)
-            copies.append(state.copies.start("snapshot", list(itertools.chain(*tensors.values())), write))
+        for share in shares:
+            header = Header(attempt, step, share.rank, share.count, state.num_updates, list(share.tensors), carried)
+            _, slots = self._memory[share.area]
+            copies.append(state.copies.start("snapshot", share.views, partial(_write_pieces, slots, header)))
         return copies
 
-    def _opened(self, sizes: dict[str, int], attempt: int) -> bool:
+    def _shares(self, state: TrainState, *, is_rescue: bool) -> list[Share]:
+        """Returns what this worker writes; in a rescue also what the other workers of its node would."""
+        if state.is_sharded:
+            rank, count = state.peers.index, len(state.peers)
+            area = sharded_area(self._group.rank, count, self._node_of_rank)
+            return [Share(area, rank, count, state.share(rank, world_size=count))]
+        neighbors = [rank for rank, node in enumerate(self._node_of_rank) if node == self._node]
+        num_turns, count = len(neighbors), NUM_SHARES[state.device.type]
+        own_turn = neighbors.index(self._group.rank)
+        shares = []
+        for turn in range(num_turns if is_rescue else 1):
+            for rank in range((own_turn + turn) % num_turns, count, num_turns):
+                tensors = state.share(rank, world_size=count)
+                shares.append(Share(f"share-{rank}-of-{count}", rank, count, tensors))
+        return shares
+
+    def _opened(self, shares: Sequence[Share], attempt: int) -> bool:
         """Maps this worker's memory on its node. Returns False while the node has no living keeper with room."""
         self._memory = {area: (path, slots) for area, (path, slots) in self._memory.items() if slots.is_at(path)}
-        missing = sizes.keys() - self._memory.keys()
+        missing = [share for share in shares if share.area not in self._memory]
         if missing and time.monotonic() >= self._retry_at:
             self._retry_at = time.monotonic() + _RETRY_S
-            keeper = find_keepers(str(self._launch)).get(self._node)
-            asked = {area: keeper.open.remote(area, sizes[area], attempt) for area in missing} if keeper else {}
-            answers = ask_patiently(asked, dict.fromkeys(asked, self._node))
-            refusals = [answer.reason for answer in answers.values() if isinstance(answer, NoRoom)]
-            self._why_none = refusals[0] if refusals else f"node {self._node} has no keeper that answers"
-            self._memory |= {a: (at, Slots.at(at, num_slots(a))) for a, at in answers.items() if isinstance(at, str)}
-        return sizes.keys() <= self._memory.keys()
+            self._map(missing, attempt)
+        return all(share.area in self._memory for share in shares)
+
+    def _map(self, shares: Sequence[Share], attempt: int) -> None:
+        """Asks this node's keeper for the areas of shares, and maps those that it has room for."""
+        keeper = find_keepers(str(self._launch)).get(self._node)
+        if keeper is None:
+            self._why_none = f"node {self._node} has no keeper that answers"
+            return
+        questions = {share.area: keeper.open.remote(share.area, share.num_bytes, attempt) for share in shares}
+        answers = ask_patiently(questions, dict.fromkeys(questions, self._node))
+        refusals = [answer.reason for answer in answers.values() if isinstance(answer, NoRoom)]
+        self._why_none = refusals[0] if refusals else f"node {self._node} has no keeper that answers"
+        for area, answer in answers.items():
+            if not isinstance(answer, NoRoom):
+                self._memory[area] = answer, Slots.at(answer, num_slots(area))
 
     def _agree(self, attempt: int) -> str | None:
         """Agrees on one interval for all ranks, because the shares of a state must be of one step. Returns what
@@ -196,11 +233,12 @@ class Snapshots:
         written = [copies for copies in self._copies if copies is not None]
         done = written[:-1]  # the last may be in flight
         exposed_s = [sum(copy.exposed_s for copy in copies) for copies in done]
+        cost_s = min(exposed_s, default=0.0)
         step_s = median(self._step_s) if self._step_s else float("inf")
         wrote_all = len(written) == len(self._copies) > 1
         reason = self._why_none if self._copies[-1] is None else ""
-        own = (min(exposed_s, default=0.0), step_s, wrote_all, reason)
-        copy_s, steps_s, wrote, reasons = zip(*self._group.gather(own), strict=True)
+        answers = self._group.gather((cost_s, step_s, wrote_all, reason))
+        copy_s, steps_s, wrote, reasons = zip(*answers, strict=True)
         self._interval = interval(copy_s=max(copy_s), step_s=min(steps_s))
         self._copies.clear()
         self._step_s.clear()
@@ -209,6 +247,19 @@ class Snapshots:
                 keeper.close_older.remote(attempt)
         before, self._known_reason = self._known_reason, max(reasons)
         return self._known_reason if bool(self._known_reason) != bool(before) else None
+
+
+def _damaged(snapshot: Snapshot, keepers: Mapping[str, Any]) -> list[Holding]:
+    """Returns the holdings of a snapshot whose data are not whole, or whose keepers do not answer.
+
+    Only what is chosen is read: both slots of 1.3B parameters take a keeper 4 to 8 s.
+    """
+    chosen = list(itertools.chain.from_iterable(snapshot.shares))
+    questions = {number: keepers[held.node].is_whole.remote(held) for number, held in enumerate(chosen)}
+    nodes = {number: held.node for number, held in enumerate(chosen)}
+    num_bytes = sum(held.header.num_bytes for held in chosen)
+    are_whole = ask_patiently(questions, nodes, timeout_s=read_s(num_bytes))
+    return [held for number, held in enumerate(chosen) if not are_whole.get(number)]
 
 
 def _write_pieces(slots: Slots, header: Header, pieces: Iterator[Tensor]) -> None:

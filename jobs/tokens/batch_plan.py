@@ -45,10 +45,11 @@ class SampleOrder:
         windows, inverse, counts = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
         order = np.argsort(inverse.ravel(), kind="stable")  # NumPy 2.0 gives a column
         groups = np.split(order, np.cumsum(counts))[:-1]
-        for (source, epoch, window), chosen in zip(windows.tolist(), groups, strict=True):
+        for (source, epoch, window), group in zip(windows.tolist(), groups, strict=True):
             first = window * self.window_rows
             size = min(self.window_rows, self.num_rows[source] - first)
-            rows[chosen] = first + _permuted(places[chosen] - first, f"{self.seed} {source} {epoch} {window}", size)
+            key = f"{self.seed} {source} {epoch} {window}"
+            rows[group] = first + _permuted(places[group] - first, key, size)
         return sources, rows
 
 
@@ -71,10 +72,13 @@ def counts_of_sources(weights: Sequence[float]) -> Indices:
     num_samples = max(PATTERN_SAMPLES, _SAMPLES_OF_SOURCE * len(weights))
     shares = np.array(weights) / sum(weights) * num_samples
     counts = np.maximum(1, np.floor(shares)).astype(np.int64)
-    while (missing := num_samples - int(counts.sum())) < 0:
+    missing = num_samples - int(counts.sum())
+    while missing < 0:
         largest = np.argmax(counts)
         counts[largest] -= min(-missing, counts[largest] // 2)
-    counts[np.argsort(counts - shares, kind="stable")[:missing]] += 1
+        missing = num_samples - int(counts.sum())
+    by_remainder = np.argsort(counts - shares, kind="stable")
+    counts[by_remainder[:missing]] += 1
     return counts
 
 
@@ -87,11 +91,13 @@ def _permuted(places: Indices, key: str, size: int) -> Indices:
     digest = hashlib.shake_256(f"raymill sample order {key}".encode()).digest(8 * _ROUNDS)
     keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    half, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    half = np.uint64(half_bits)
+    mask = np.uint64((1 << half_bits) - 1)
     values = places.astype(np.uint64)
     outside = np.ones(values.shape, dtype=bool)
     while outside.any():
-        left, right = values[outside] >> half, values[outside] & mask
+        left = values[outside] >> half
+        right = values[outside] & mask
         for round_key in keys:
             left, right = right, left ^ (mix64(right + round_key) & mask)
         values[outside] = (left << half) | right

@@ -31,10 +31,22 @@ from jobs.tokens.train_tokenizer import ensure_tokenizer, text_sample
 from model.bulk_encoder import bulk_encoder
 from model.chat import format_to_train
 from model.checkpoint_folder import ChatFormat
-from model.tables import read_table
 from model.tokenizer import Tokenizer
 
 _DELETING_THREADS = 8
+_SHAPING = {
+    "weights",
+    "text_field",
+    "invalid_utf8",
+    "max_document_bytes",
+    "dedup",
+    "near_dedup_threshold",
+    "quality_rules",
+    "decontaminate_ngram",
+    "val_fraction",
+    "shard_bytes",
+}
+"""The settings under `data` of which another value makes another store, besides the corpus and the tokenizer."""
 
 
 def tokenize(config: RunConfig, listing: Listing | None = None) -> dict[str, Any]:
@@ -71,7 +83,7 @@ def _builder(config: RunConfig, listing: Listing) -> "_Builder":
     shard_bytes = config.data.shard_bytes or default_shard_bytes(listing.files)
     data = config.data.model_copy(update={"shard_bytes": shard_bytes})
     chat = format_to_train(tokenizer) if data.format == "chat" else None
-    shape = data.model_dump(mode="json", include=set(read_table(__file__, "shaping")["store"]))
+    shape = data.model_dump(mode="json", include=_SHAPING)
     shape |= {} if tokenizer.bos_id is None else {"bos_id": tokenizer.bos_id}
     shape |= {} if data.near_dedup_threshold is None else {"near_duplicates": "of a family"}  # of a pair, before
     shape |= config.data.model_dump(include={"val_max_documents"}, exclude_none=True)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -83,20 +84,22 @@ class TokenStream:
         `TokenStoreError` for a store that is unfinished, damaged or too small for one row.
         """
         self.seq_len = seq_len
-        self._window_rows, self._num_samples, self._turn = window_rows, num_samples, -1
+        self._window_rows = window_rows
+        self._num_samples = num_samples
+        self._turn = -1
         self._is_here = storage.local_path("") is not None
         self.near_shards: dict[Shard, None] = {}  # which are copied, or will be as far as there is room
         self.manifest = manifest = read_manifest(storage, opens_lists=False)
         near = FileCache(storage, Path.home() / ".cache/raymill/shards", max_bytes=near_bytes)
         self._reader = ShardReader(storage, manifest.dtype, near=near)
-        chain = partial(ShardChain, read_list=partial(read_list, storage, itemsize=manifest.dtype.itemsize))
-        divided = texts_of(manifest, split, division)
-        self._sources = [chain(text) for text in divided]
-        self._all = chain(piece for text in divided for piece in text) if len(divided) > 1 else self._sources[0]
+        read_shards = partial(read_list, storage, itemsize=manifest.dtype.itemsize)
+        texts = texts_of(manifest, split, division)
+        self._sources = [ShardChain(text, read_shards) for text in texts]
+        self._all = self._sources[0] if len(texts) == 1 else ShardChain(chain.from_iterable(texts), read_shards)
         num_rows = tuple(source.num_rows(seq_len) for source in self._sources)
         if 0 in num_rows:
             source = num_rows.index(0)
-            place = f"source {source}" if len(divided) > 1 else storage.uri
+            place = f"source {source}" if len(texts) > 1 else storage.uri
             raise TokenStoreError(
                 f"the {split} split of {place} has {self._sources[source].num_tokens} tokens, a row needs "
                 f"{seq_len + 1} (train.seq_len + 1); add text, or lower train.seq_len"
@@ -115,7 +118,8 @@ class TokenStream:
     def rows(self, indices: npt.ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns inputs (B, T) and targets (B, T), the next tokens, int64, of rows by their number in the store;
         IGNORE_INDEX where the loss does not count them, as all that is no answer in a conversation."""
-        wanted, num_rows = np.asarray(indices, dtype=np.int64), self.count_rows()
+        wanted = np.asarray(indices, dtype=np.int64)
+        num_rows = self.count_rows()
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < num_rows:
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} were asked for, the stream has {num_rows}")
         return self._batch([self._all.row(index, self.seq_len) for index in wanted.tolist()], scattered=False)
@@ -132,19 +136,20 @@ class TokenStream:
         with suppress(StorageError):  # which the rows' own read meets again, where it is waited for
             if wanted.size:
                 self._bring_near(int(wanted.min()))
-            self._reader.read_ahead(piece for place in self._places(wanted) for piece in place)
+            self._reader.read_ahead(chain.from_iterable(self._places(wanted)))
 
     def _bring_near(self, first: int) -> None:
         """Has the shards of the next window of samples copied. Some thousand of them tell which: a shard that none of
         these hits has few rows in the window."""
         window = min(self._window_rows, sum(self.order.num_rows))
-        turn, left = first // max(1, window // _LOOKS_A_WINDOW), self._num_samples - first
-        if turn == self._turn or left <= window // _LEAST_SHARE:
+        turn = first // max(1, window // _LOOKS_A_WINDOW)
+        num_left = self._num_samples - first
+        if turn == self._turn or num_left <= window // _LEAST_SHARE:
             return
-        ahead = np.arange(first, first + min(window, left), step := -(-window // _SAMPLES_A_LOOK))
+        step = -(-window // _SAMPLES_A_LOOK)
+        ahead = np.arange(first, first + min(window, num_left), step)
         ahead += np.random.default_rng(0).integers(0, step, len(ahead))  # as sources take turns at regular places
-        places = self._places(ahead)
-        shards = {piece.shard: None for place in places for piece in place}
+        shards = dict.fromkeys(piece.shard for piece in chain.from_iterable(self._places(ahead)))
         if shards.keys() != self.near_shards.keys():
             self._reader.bring_near(shards)
         self._turn, self.near_shards = turn, shards
@@ -160,7 +165,9 @@ class TokenStream:
         for row, pieces in zip(tokens, places, strict=True):
             np.concatenate([read(piece) for piece in pieces], out=row)
         batch = torch.from_numpy(tokens)
-        inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-        if self.manifest.chat:  # an uncounted id is stored as ~id
-            return inputs.maximum(~inputs), targets.where(targets >= 0, IGNORE_INDEX)
-        return inputs, targets
+        inputs = batch[:, :-1].contiguous()
+        targets = batch[:, 1:].contiguous()
+        if not self.manifest.chat:
+            return inputs, targets
+        # An uncounted id is stored as ~id.
+        return inputs.maximum(~inputs), targets.where(targets >= 0, IGNORE_INDEX)

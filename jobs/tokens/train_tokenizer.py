@@ -19,11 +19,21 @@ from jobs.corpus.sample_places import sample_places
 from jobs.corpus.text_borders import cut_text
 from jobs.corpus.text_hashes import document_hash, normalized
 from jobs.tokens.token_store import canonical_json
-from model.tables import read_table
 from model.tokenizer import Tokenizer, chat_format, train_bpe
 
 TOKENIZER_FILE = "tokenizer.json"
 TRAINING_PIECE_CHARS = 1024
+_SHAPING = {
+    "text_field",
+    "vocab_size",
+    "normalize",
+    "tokenizer_sample_bytes",
+    "invalid_utf8",
+    "max_document_bytes",
+    "dedup",
+    "quality_rules",
+}
+"""The settings under `data` of which another value makes another tokenizer, besides the corpus itself."""
 _MOST_READ = 8  # times the text wanted from a place is read there at most, however much is dropped
 
 
@@ -37,8 +47,7 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
     listing = listing or list_corpus(config.data.source)
     if listing.token_stores:
         return load_tokenizer(next(iter(listing.token_stores.values())))
-    settings = set(read_table(__file__, "shaping")["tokenizer"])
-    shape = config.data.model_dump(mode="json", include=settings)
+    shape = config.data.model_dump(mode="json", include=_SHAPING)
     shape |= {"format": "chat"} if config.data.format == "chat" else {}
     key = hashlib.sha256(canonical_json([shape, listing.identity()])).hexdigest()[:12]
     folder = open_storage(config.storage.uri).child(f"tokenizers/{key}")

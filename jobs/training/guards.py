@@ -7,6 +7,7 @@ exist, so the same happens in every replay, at any world size and after any kill
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import median
@@ -77,6 +78,13 @@ def decide(state: GuardState, config: RunConfig, *, step: int, loss: float, grad
     return roll_back(
         state, config, step=step, reason=f"{state.skipped_in_a_row} bad steps in a row, the last: {reason}"
     )
+
+
+def unless_not_finite(decision: Decision, config: RunConfig, *, step: int, is_finite: Callable[[], bool]) -> Decision:
+    """Returns the decision, or a rollback where the weights that it led to are not finite."""
+    if decision.verdict in (Verdict.ROLL_BACK, Verdict.STOP) or is_finite():
+        return decision
+    return roll_back(decision.state, config, step=step, reason="the updates made weights that are not finite")
 
 
 def complaint(losses: tuple[float, ...], config: RunConfig, *, loss: float, grad_norm: float) -> str:

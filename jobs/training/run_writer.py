@@ -13,7 +13,7 @@ from jobs.run.ledger_outline import LedgerOutline, last_step
 from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
 from jobs.run.writer_generation import Fence
-from jobs.training.checkpoint_writer import CheckpointWriter, checkpoint_fields
+from jobs.saving.publisher import Publisher, checkpoint_fields
 from model.checkpoint_folder import CheckpointError, read_metadata
 from model.hf_config import read_config
 
@@ -32,7 +32,7 @@ class RunWriter:
         self._published = {line["checkpoint"].rsplit("/", 1)[1]: line for line in checkpoints}
         losses = {name: line["val_loss"] for name, line in self._published.items() if line.get("val_loss") is not None}
         keep = plan.config.checkpoint
-        self.saving = CheckpointWriter(self.checkpoints, self.ledger, keep, pinned=self._pinned, val_losses=losses)
+        self.publisher = Publisher(self.checkpoints, self.ledger, keep, pinned=self._pinned, val_losses=losses)
 
     def outline(self) -> Ledger:
         """Returns the outline of the ledger so far; what it had at an earlier call is not read again."""
@@ -74,7 +74,7 @@ class RunWriter:
             raise CheckpointError(
                 f"{self._plan.run.uri} began from {source}; its checkpoint of step 0 is gone: choose another --run-id"
             )
-        self.saving.verified |= {name} if name else set()
+        self.publisher.verified |= {name} if name else set()
         return name
 
     def _check_settings(self, folder: Path) -> None:
@@ -89,9 +89,8 @@ class RunWriter:
             )
 
     def finish(self, *, step: int | None) -> None:
-        """Returns once the storage has everything; `step` is the run's last one, if that is done. The run has not
+        """Returns once the storage has the whole ledger; `step` is the run's last one, if that is done. The run has not
         finished where the last checkpoint was refused: a resume repeats the steps since the one before."""
-        self.saving.finish()
         saves = self.outline().events("checkpoint", "checkpoint_refused") if step is not None else []
         if saves and saves[-1]["event"] == "checkpoint_refused":
             reason = f"the checkpoint of step {saves[-1]['step']} was not stored: {saves[-1]['reason']}"
@@ -108,7 +107,6 @@ class RunWriter:
 
     def abandon(self) -> None:
         """Leaves what is not stored yet to the next attempt, which shuts this one out."""
-        self.saving.abandon()
         self.ledger.abandon()
 
     def _pinned(self) -> set[str]:

@@ -7,12 +7,12 @@ import torch
 
 from cluster.settings.run import batch_schedule, seq_len
 from jobs.exact.train_state import TrainState
-from jobs.run.ledger import LedgerWriter
 from jobs.run.run_plan import RunPlan
 from jobs.run.step_timer import CudaClock, StepTimer
+from jobs.saving.stored_state import hash_of_weights
 from jobs.training.layer_statistics import LayerStatistics
 from jobs.training.rank_phases import WINDOW_STEPS, RankPhases, as_fields
-from jobs.training.stored_state import hash_of_weights
+from jobs.training.run_writer import RunWriter
 from jobs.workers.worker_group import WorkerGroup
 from model.config import flops_per_token
 from model.gpus import gpu_of
@@ -21,7 +21,7 @@ _NOT_TRAINING = ("validation", "checkpoint")
 
 
 class StepRecord:
-    """Measures on every rank; rank 0, which has the ledger, writes."""
+    """Measures on every rank; rank 0, which has the writer, writes."""
 
     def __init__(
         self,
@@ -29,12 +29,13 @@ class StepRecord:
         state: TrainState,
         group: WorkerGroup,
         *,
-        ledger: LedgerWriter | None,
+        writer: RunWriter | None,
         attempt: int,
         nodes: list[str],
     ) -> None:
         train = plan.config.train
-        self._config, self._state, self._group, self._ledger = plan.config, state, group, ledger
+        self._config, self._state, self._group = plan.config, state, group
+        self._ledger = writer.ledger if writer else None
         self._attempt, self._nodes, self._last_step = attempt, nodes, plan.last_step
         self._schedule = batch_schedule(plan.config)
         self.line: dict[str, Any] | None = None

@@ -8,8 +8,9 @@ from typing import Any
 
 from cluster.settings.run import max_steps
 from jobs.run.run_plan import RunPlan
-from jobs.training.attempt import Attempt
-from jobs.training.guards import Verdict, decide, roll_back
+from jobs.training.attempt import Attempt, saves, validates
+from jobs.training.guards import Verdict
+from jobs.training.open_attempt import Hopeless, open_attempt
 from jobs.workers.failures import is_lost_peer
 from jobs.workers.heartbeat import Pulse
 from jobs.workers.preemption import Notice
@@ -41,7 +42,9 @@ def _attempt_continues(plan: RunPlan, group: WorkerGroup, pulse: Pulse, signals:
     """Makes one attempt. Returns whether another one is to continue from an earlier state."""
     gc.collect()  # what refers to itself of the attempt before, which takes as much memory
     with ExitStack() as opened:
-        attempt = Attempt(plan, group, opened, signals=signals)
+        attempt = open_attempt(plan, group, opened, signals=signals)
+        if isinstance(attempt, Hopeless):
+            return False
         try:
             return take_steps(attempt, pulse)
         except RuntimeError as error:
@@ -52,9 +55,7 @@ def _attempt_continues(plan: RunPlan, group: WorkerGroup, pulse: Pulse, signals:
 
 def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
     """Takes steps until the run ends or has to stop. Returns whether it is to continue from an earlier state."""
-    if attempt.is_hopeless:
-        return False
-    config, timer, state = attempt.plan.config, attempt.record.timer, attempt.state
+    config, timer = attempt.plan.config, attempt.record.timer
     last_step = max_steps(config)
     step = attempt.first_step
     while step <= attempt.plan.last_step:
@@ -63,42 +64,31 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
         attempt.notices.ask()
         measured = attempt.gradient.of_step(step, timer)
         if not config.train.exact:
-            attempt.group.prove(step, state.device)
-        decision = decide(attempt.guard, config, step=step, loss=measured.loss, grad_norm=measured.norm)
-        rate = attempt.rate(step)
-        if decision.verdict is Verdict.APPLY:
-            with timer.phase("update"), attempt.record.layers.around_update(step):
-                state.apply(norm=measured.norm, learning_rate=rate, timer=timer)
-            if state.sends_weights:
-                attempt.group.prove(step, state.device)
-        is_last = step == last_step
-        saves = is_last or step % config.checkpoint.save_every_steps == 0
-        if saves and decision.verdict in (Verdict.APPLY, Verdict.SKIP) and not state.is_finite():
-            decision = roll_back(
-                decision.state, config, step=step, reason="the updates made weights that are not finite"
-            )
+            attempt.group.prove(step, attempt.state.device)
+        decision = attempt.update(step, measured)
         if decision.verdict in (Verdict.ROLL_BACK, Verdict.STOP):
             return attempt.leave(step, decision)
         attempt.guard = decision.state
 
         validation: dict[str, Any] = {}
-        if is_last or step % config.train.eval_every_steps == 0:
+        if validates(config, step):
             pulse.at(Place.VALIDATION)
             with timer.phase("validation"):
-                validation = attempt.validate(step, moves=partial(pulse.at, Place.VALIDATION))
+                validation = attempt.validator.validate(step, moves=partial(pulse.at, Place.VALIDATION))
+        rate = attempt.rate(step)
         attempt.record.write(step, loss=measured.loss, lr=rate, grad_norm=measured.norm, skipped=decision.reason)
-        if not is_last:  # a run is not done before its last checkpoint is
+        if step != last_step:  # a run is not done before its last checkpoint is
             with timer.phase("snapshot"):
                 attempt.keep(step, validation)
         # From here on the state has a line: whatever other worker is lost, the next attempt continues after this step.
         attempt.record.compare_ranks(step)
         notice = attempt.notices.answer()
-        if saves or notice:
+        if saves(config, step) or notice:
             pulse.at(Place.SAVE)
             with timer.phase("checkpoint"):
-                attempt.save(step, validation, must=is_last or notice is Notice.STOP)
-        if notice and attempt.ledger:
-            attempt.ledger.event("preempted", step=step, notice=notice.name.lower())
+                attempt.save(step, validation, must=step == last_step or notice is Notice.STOP)
+        if notice:
+            attempt.tell("preempted", step=step, notice=notice.name.lower())
         if notice is Notice.STOP:
             break
         step, attempt.guard = attempt.guard.entering(step + 1)

@@ -12,11 +12,11 @@ from ray.util import get_current_placement_group
 
 import cluster
 from jobs.ray_train.callbacks import signals
-from jobs.run import saving_thread, storage_retry
+from jobs.run import storage_retry
 from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
+from jobs.saving import saving_thread, shard_writer
 from jobs.tokens import token_stream
-from jobs.training import shard_writer
 from jobs.training.run_writer import RunWriter
 from jobs.training.train_loop import train
 from jobs.workers.heartbeat import WaitingPlaces, watched

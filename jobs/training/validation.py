@@ -2,8 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,42 +40,70 @@ class Measured:
         return {"val_loss": self.nats / max(1.0, self.num_counted), "val_bits_per_byte": bits / self.bytes_per_token}
 
 
-@torch.no_grad()
-def measured(
-    rows: TokenStream,
-    *,
-    config: RunConfig,
-    state: TrainState,
-    group: WorkerGroup,
-    eot_id: int | None,
-    moves: Callable[[], None] = lambda: None,
-) -> Measured:
-    """Measures held-out rows; calls `moves` before each batch."""
-    size, most_rows = config.train.micro_batch_size, max(1, config.train.eval_max_tokens // seq_len(config))
-    num_rows = rows.count_rows(at_most=most_rows)
-    batches = [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
-    # Each element has one contributor, so the all-reduce adds only zeros and rounds nothing.
-    figures = torch.zeros(2, len(batches), dtype=torch.float64, device=state.device)  # losses, and tokens counted
-    state.model.eval()
-    with state.weights_in_use():
-        for first in range(0, len(batches), group.world_size):
-            index = first + group.rank
-            if index >= len(batches) and not state.gathered:
-                break
-            moves()
-            batch = batches[min(index, len(batches) - 1)]  # a rank without one helps the others to gather the weights
-            read = patiently(lambda: rows.rows(batch), "tokens")  # noqa: B023 (called at once)
-            with autocast(config, state.device):
-                loss = state.model.loss(*micro_batch(read, config, state.device, eot_id=eot_id)).double()
-            if index < len(batches):
-                figures[0, index], figures[1, index] = loss, num_counted(read[1])
-    state.model.train()
-    figures = figures.cpu()  # over gloo, which fails where a worker is lost
-    if group.world_size > 1:
-        with group.message():
-            dist.all_reduce(figures)
-    nats, num_counted_tokens = (float(row.sum()) for row in figures)
-    return Measured(nats, num_counted_tokens, num_rows * seq_len(config), rows.bytes_per_token(num_rows))
+class Validator:
+    """Measures what a run holds out and its other texts, and completes its prompts. All ranks call it together."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        state: TrainState,
+        group: WorkerGroup,
+        *,
+        held_out: TokenStream | None,
+        sets: Mapping[str, TokenStream],
+        tokenizer: Tokenizer,
+        tell: Callable[..., None],
+    ) -> None:
+        """`sets` are the texts of `data.validation` by name. `tell` writes an event into the ledger, on rank 0."""
+        self._config, self._state, self._group, self._tell = config, state, group, tell
+        self._held_out, self._sets, self._tokenizer = held_out, sets, tokenizer
+        self._eot_id = tokenizer.start_id if config.train.document_mask else None
+
+    def validate(self, step: int, *, moves: Callable[[], None]) -> dict[str, Any]:
+        """Returns the figures of what is held out, or else of all sets together, None for what is not finite. Records
+        them with samples and the figures of each set. `moves` is called before each batch."""
+        held_out = [self._measured(self._held_out, moves=moves)] if self._held_out else []
+        measured_sets = {name: self._measured(rows, moves=moves) for name, rows in self._sets.items()}
+        if not held_out and not measured_sets:
+            return {}  # a replay of a run that only sets validate: its steps need none of them
+        figures = together(held_out or list(measured_sets.values())).figures
+        by_set = {name: text.figures for name, text in measured_sets.items()}
+        completed: list[dict[str, str]] = []
+        if self._group.rank == 0 or self._state.gathered:
+            with self._state.weights_in_use(), autocast(self._config, self._state.device):
+                completed = samples(self._state.model, self._tokenizer, self._config.train)
+        sets = {"sets": by_set} if by_set else {}
+        self._tell("validation", step=step, **figures, **sets, samples=completed)
+        return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+
+    @torch.no_grad()
+    def _measured(self, rows: TokenStream, *, moves: Callable[[], None]) -> Measured:
+        config, state, group = self._config, self._state, self._group
+        size, most_rows = config.train.micro_batch_size, max(1, config.train.eval_max_tokens // seq_len(config))
+        num_rows = rows.count_rows(at_most=most_rows)
+        batches = [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+        # Each element has one contributor, so the all-reduce adds only zeros and rounds nothing.
+        figures = torch.zeros(2, len(batches), dtype=torch.float64, device=state.device)  # losses, and tokens counted
+        state.model.eval()
+        with state.weights_in_use():
+            for first in range(0, len(batches), group.world_size):
+                index = first + group.rank
+                if index >= len(batches) and not state.gathered:
+                    break
+                moves()
+                batch = batches[min(index, len(batches) - 1)]  # a rank without one helps to gather the weights
+                read = patiently(lambda: rows.rows(batch), "tokens")  # noqa: B023 (called at once)
+                with autocast(config, state.device):
+                    loss = state.model.loss(*micro_batch(read, config, state.device, eot_id=self._eot_id)).double()
+                if index < len(batches):
+                    figures[0, index], figures[1, index] = loss, num_counted(read[1])
+        state.model.train()
+        figures = figures.cpu()  # over gloo, which fails where a worker is lost
+        if group.world_size > 1:
+            with group.message():
+                dist.all_reduce(figures)
+        nats, num_counted_tokens = (float(row.sum()) for row in figures)
+        return Measured(nats, num_counted_tokens, num_rows * seq_len(config), rows.bytes_per_token(num_rows))
 
 
 def together(texts: Sequence[Measured]) -> Measured:

@@ -25,7 +25,6 @@ from jobs.workers.hang_watch import HangWatch
 from jobs.workers.heartbeat import Pulse
 from jobs.workers.watchdog import Hang
 from jobs.workers.worker_group import Meeting
-from model.tables import read_table
 
 _POLL_S = 0.02
 _LOOK_UPS_PER_S = 20_000  # of all waiting ranks together, which a TCPStore's one thread answers beside all else
@@ -34,6 +33,15 @@ _GRACE_S = 1.0
 _ABORT_S = 15.0  # the longest that an abort of 512 GPUs' connections may take
 _CLOSING_TAG = 1 << 20  # of a message that nobody sends
 _FRUITLESS = "fruitless"  # the number of fruitless rounds in a row, the last round, and why it ended
+_RECONNECTED = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # 3, the default, ends every survivor at a network error; `_watch` aborts
+    # A failed message leaves the key "exception_dump" in the store of all rounds: each process that starts later would
+    # take it for its own failure, and end 8 minutes after its first meeting.
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",  # else each failed message of a step holds up the abort for 60 s
+}
+"""Environment of workers whose group is connected again after a failure."""
 _TIMEOUT = timedelta(hours=6)  # of a message: all wait for one that waits for storage, or reads a large checkpoint
 
 
@@ -165,7 +173,7 @@ class Rendezvous:
         if self._pulse:
             self._pulse.meeting = meeting
         threading.Thread(target=self._watch, args=(meeting, left), name="rendezvous", daemon=True).start()
-        os.environ |= read_table(__file__, "rendezvous")
+        os.environ |= _RECONNECTED
         ranks = range(self._world_size)
         try:
             with meeting.progress.message(ranks):

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from model.durable_files import sync
 from model.processor import cpu_features
-from model.tables import read_table
 
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-psabi", "-Werror=switch")
@@ -29,10 +28,23 @@ COMPILE_TIMEOUT_S = 300.0
 NATIVE = "native"
 FOLDER_VARIABLE, MARCH_VARIABLE = "RAYMILL_KERNELS", "RAYMILL_KERNELS_MARCH"
 
-TARGETS = {
-    machine: {march: frozenset(features.split()) for march, features in targets.items()}
-    for machine, targets in read_table(__file__, "targets").items()
+_X86_64_V3 = frozenset(["avx2", "fma", "bmi1", "bmi2", "f16c", "movbe", "abm"])
+_X86_64_V4 = _X86_64_V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
+_ICE_LAKE = _X86_64_V4 | {"avx512_vnni"}
+_ZEN_4 = _ICE_LAKE | {"avx512_bf16"}
+_SAPPHIRE_RAPIDS = _ZEN_4 | {"amx_tile", "amx_bf16", "amx_int8"}
+
+TARGETS: dict[str, dict[str, frozenset[str]]] = {
+    "x86_64": {
+        "x86-64-v4+avx512vnni+avx512bf16+amx-tile+amx-bf16+amx-int8": _SAPPHIRE_RAPIDS,
+        "x86-64-v4+avx512vnni+avx512bf16": _ZEN_4,
+        "x86-64-v4+avx512vnni": _ICE_LAKE,
+        "x86-64-v4": _X86_64_V4,
+        "x86-64-v3": _X86_64_V3,
+    },
+    "aarch64": {"armv8-a": frozenset({"asimd"})},
 }
+"""By machine: the targets of `--bake`, the fastest first, and the processor features they need, as Linux names them."""
 
 
 class NoNativeLibraryError(Exception):

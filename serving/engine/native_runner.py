@@ -14,13 +14,24 @@ from torch import Tensor, nn
 from model.architecture import Activation
 from model.gpt import GPT, Projection
 from model.llama import frequencies
-from model.tables import read_table
 from serving.engine.native_library import load_library
 from serving.engine.runner import Reading, Survey
 
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
 ACTIVATIONS: dict[Activation, int] = {"gelu": 0, "gelu_exact": 1, "relu": 2, "swiglu": 3}
 HEAD, TOKENS = 0, 1  # after the last layer
+
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int
+_FUNCTIONS = {
+    "raymill_create": [_POINTER, _NUMBER, _NUMBER, _POINTER],
+    "raymill_set_norm": [_POINTER, _NUMBER, _NUMBER, _POINTER, _POINTER],
+    "raymill_set_matrix": [_POINTER, *[_NUMBER] * 4, _POINTER, _NUMBER, _NUMBER, _POINTER],
+    "raymill_forward": [_POINTER, _POINTER],
+    "raymill_logits": [_POINTER, _NUMBER, _POINTER, _POINTER],
+    "raymill_survey": [_POINTER, _NUMBER, _POINTER, _POINTER, _POINTER],
+    "raymill_destroy": [_POINTER],
+}
+"""The functions of native/decoder.cpp, with the types of their arguments."""
 
 
 class Shape(ctypes.Structure):
@@ -50,9 +61,8 @@ class NativeRunner:
         """Raises `NoNativeLibraryError` if the kernels are not available, and `MemoryError` without the memory for
         weights and cache."""
         self._library = load_library()
-        kinds = {"pointer": ctypes.c_void_p, "number": ctypes.c_int}
-        for name, arguments in read_table(__file__, "native_runner").items():
-            getattr(self._library, name).argtypes = [kinds[kind] for kind in arguments]
+        for name, arguments in _FUNCTIONS.items():
+            getattr(self._library, name).argtypes = arguments
         self._library.raymill_create.restype = ctypes.c_void_p
         self._library.raymill_set_matrix.restype = ctypes.c_bool
         self._config = config = model.config

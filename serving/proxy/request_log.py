@@ -13,9 +13,24 @@ from typing import Any
 
 import orjson
 
-from model.tables import read_table
-
-FIELDS: list[str] = read_table(__file__, "request_log")["fields"]
+FIELDS = (
+    "time",  # when the request came
+    "request_id",
+    "key",  # its name
+    "route",
+    "stream",
+    "model_version",
+    "status",
+    "reason",
+    "prompt_tokens",
+    "completion_tokens",
+    "queue_s",
+    "first_token_s",
+    "total_s",
+    "attempts",  # replicas that were asked
+    "trace_id",
+)
+"""The fields of a line, in order."""
 STDOUT = "-"
 WRITE_AFTER_S = 0.2
 MAX_WAITING_LINES = 10_000  # 4 MB; further ones are dropped, and counted in the program's own log

@@ -6,11 +6,18 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 from starlette.routing import Route
 
-from model.tables import read_table
-
 _FOLDER = Path(__file__).with_name("page")
 _MEDIA_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
-_HEADERS: dict[str, str] = read_table(__file__, "page_headers")
+_CONTENT_SECURITY_POLICY = (  # no foreign or inline script, no request to another host, no form, no frame
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_HEADERS = {
+    "Content-Security-Policy": _CONTENT_SECURITY_POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 _FILES = ("style.css", "page.js", "api.js", "attention.js", "elements.js", "timing.js", "tokens.js")
 PAGE_PATHS = ("/", *(f"/page/{name}" for name in _FILES))
 

@@ -18,6 +18,7 @@ from cluster.monitoring.metric_table import Phase
 from cluster.settings.run import TrainConfig
 from jobs.run.step_timer import StepTimer
 from jobs.training.attempt import Attempt
+from jobs.training.open_attempt import open_attempt
 from jobs.workers.worker_group import WorkerGroup
 from tests.jobs.runs import tiny_plan
 
@@ -42,7 +43,8 @@ def attempt_of(side: str, preset: str, folder: Path) -> Attempt:
     train = {"sample_prompts": [], "seq_len": seq_len, "max_tokens": 10_000 * 4 * seq_len}
     model = {"preset": preset, "n_positions": seq_len, "vocab_size": 300}
     plan = tiny_plan(str(folder / side), tokens_in=str(folder), train=train | SIDES[side], model=model)
-    attempt = Attempt(plan, WorkerGroup(0, 1), ExitStack(), signals=lambda: None)
+    attempt = open_attempt(plan, WorkerGroup(0, 1), ExitStack(), signals=lambda: None)
+    assert isinstance(attempt, Attempt)
     if side == "without":
         attempt.record.timer = Untimed()
     return attempt

@@ -137,15 +137,15 @@ def test_a_node_dies_and_another_joins(arena: Arena, seed: int) -> None:
     rng = random.Random(seed)
 
     def inject(watch: Watch) -> None:
-        watch.wait_for_step(rng.randrange(10, 60))
-        start = watch.wait_for_workers(2)
+        start = watch.wait_for_step(rng.randrange(10, 60))
         arena.cluster.kill_node(rng.choice(start["workers"])["node"])
-        watch.wait_for_step(rng.randrange(80, 120), after_attempt=start["attempt"])
+        after = watch.wait_for_step(rng.randrange(80, 120), after_attempt=start["attempt"])
+        assert len(after["workers"]) == NUM_NODES - 1
         arena.cluster.add_node()
 
-    result, ledger = arena.run(arena.config(f"node-{seed}", **ELASTIC), inject)
-    assert len(set(result["world_sizes"])) >= 2
-    assert max(recovery.lost_steps for recovery in ledger.recoveries()) <= arena.most_lost_steps(ledger)
+    # A run begins with as many workers as find room at once: one alone could be done before a second came.
+    _, ledger = arena.run(arena.config(f"node-{seed}", **ELASTIC | {"min_workers": NUM_NODES - 1}), inject)
+    assert 0 <= max(recovery.lost_steps for recovery in ledger.recoveries()) <= arena.most_lost_steps(ledger)
 
 
 def test_two_nodes_of_three_die_and_the_run_waits(arena: Arena) -> None:

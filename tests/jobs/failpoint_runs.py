@@ -23,7 +23,7 @@ import torch
 from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
-from jobs.training.checkpoint_writer import CheckpointWriter
+from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.training.train_loop import train
 from model.checkpoint_folder import verify_checkpoint
 from model.failpoints import VARIABLE
@@ -35,9 +35,9 @@ NUM_STEPS = 10
 save = CheckpointWriter.save
 
 
-def save_and_wait(self: CheckpointWriter, *arguments: Any) -> None:
+def save_and_wait(self: CheckpointWriter, *arguments: Any, must: bool) -> None:
     """Waits until each step's checkpoint is written, however slow this machine is."""
-    save(self, *arguments)
+    save(self, *arguments, must=must)
     while self._thread.is_alive() and (self._pending or self._begun or not self._free):
         time.sleep(0.001)
 

@@ -11,10 +11,11 @@ import pytest
 
 from cluster.settings.run import RunConfig, to_yaml
 from cluster.storage.uris import open_storage
+from jobs.exact.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.run_plan import RunPlan
+from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.tokens.token_store import MANIFEST, TOKENIZER, Manifest, Shard, Split, token_dtype
-from jobs.training.checkpoint_writer import CheckpointWriter
 from jobs.training.train_loop import train
 from model.checkpoint_folder import Metadata
 from model.tokenizer import Tokenizer, train_bpe
@@ -90,8 +91,8 @@ def trained_run(storage_uri: str, *, precision: str = "fp32", document_mask: boo
     plan = tiny_plan(storage_uri, train={"precision": precision, "document_mask": document_mask})
     save = CheckpointWriter.save
 
-    def save_and_wait(writer: CheckpointWriter, metadata: Metadata, *state: Any) -> None:
-        save(writer, metadata, *state)
+    def save_and_wait(writer: CheckpointWriter, metadata: Metadata, state: TrainState, *, must: bool) -> None:
+        save(writer, metadata, state, must=must)
         wait_until(lambda: any(f"{metadata.step:09}" in name for name in RunCheckpoints(plan.run).names))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -20,7 +20,7 @@ from torch import Tensor
 from jobs.exact.train_state import TrainState
 from jobs.run.run_plan import RunPlan
 from jobs.snapshots.snapshots import Snapshots
-from jobs.training.attempt import Attempt
+from jobs.training import train_loop
 from jobs.training.train_loop import train
 from jobs.workers.heartbeat import Pulse
 from jobs.workers.rendezvous import Rendezvous, meeting_place
@@ -113,13 +113,13 @@ def _train_in_rounds(
     def rescue(self: Snapshots, state: TrainState) -> None:
         told("rescued", getattr(self, "last", 0), state)
 
-    witness, begin = AttemptWitness(), Attempt.__init__
+    witness, begin = AttemptWitness(), train_loop.open_attempt
 
-    def watched(self: Attempt, *arguments: Any, **options: Any) -> None:
+    def watched(*arguments: Any, **options: Any) -> Any:
         os.write(1, f"alive {witness.num_watched} {json.dumps(witness.alive())}\n".encode())
-        begin(self, *arguments, **options)
+        return begin(*arguments, **options)
 
-    Attempt.__init__ = watched  # type: ignore[method-assign]
+    train_loop.open_attempt = watched
     dist.all_gather_single = cut_off
     Snapshots.after_step, Snapshots.rescue = after_step, rescue  # type: ignore[method-assign, assignment]
 

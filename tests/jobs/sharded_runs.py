@@ -55,10 +55,10 @@ save = Attempt.save
 
 def save_and_wait(self: Attempt, step: int, validation: dict[str, Any], *, must: bool = False) -> None:
     """Returns once each rank knows the checkpoint to be published."""
-    assert len({*self.group.gather(self.attempt)}) == 1, "or no snapshot of several workers would be whole"
+    assert len({*self.group.gather(self.number)}) == 1, "or no snapshot of several workers would be whole"
     save(self, step, validation, must=must)
-    name = checkpoint_name(step, self.generation)
-    while not all(self.group.gather(name in self.checkpoints.names)):
+    name, checkpoints = checkpoint_name(step, self.generation), RunCheckpoints(self.plan.run)
+    while not all(self.group.gather(name in checkpoints.names)):
         time.sleep(0.005)
 
 

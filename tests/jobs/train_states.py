@@ -10,7 +10,7 @@ from cluster.settings.run import TrainConfig
 from jobs.exact.flat_layout import within
 from jobs.exact.step_totals import block_square_sums, norm_of
 from jobs.exact.train_state import StatePiece, TrainState
-from jobs.training.stored_state import moments_by_name
+from jobs.saving.stored_state import moments_by_name
 from model.checkpoint import safetensors_pieces
 from model.config import GPTConfig, preset_fields
 from model.gpt import GPT

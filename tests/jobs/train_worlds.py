@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -25,11 +25,11 @@ from cluster.settings.run import RunConfig, Shard
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer
+from jobs.saving.stored_state import hash_of_weights, moments_by_name, own_stretches, restore
 from jobs.snapshots import snapshots
 from jobs.snapshots.choice import Holding, Snapshot, choose
 from jobs.snapshots.slots import NUM_SLOTS, Bytes, Slots
-from jobs.snapshots.snapshots import Snapshots
-from jobs.training.stored_state import hash_of_weights, moments_by_name, own_stretches, restore
+from jobs.snapshots.snapshots import Share, Snapshots
 from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
 from model.linear_cross_entropy import IGNORE_INDEX
@@ -214,13 +214,13 @@ class FileSnapshots(Snapshots):
         self._launch, self._folder, self._node = "files", folder, f"node-{group.rank // 2}"
         self._node_of_rank = group.gather(self._node)
 
-    def _opened(self, sizes: dict[str, int], attempt: int) -> bool:
-        for area, num_bytes in sizes.items():
-            path = self._folder / self._node / area
+    def _opened(self, shares: Sequence[Share], attempt: int) -> bool:
+        for share in shares:
+            path = self._folder / self._node / share.area
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w+b") as file:
-                file.truncate(Slots.bytes_needed(num_bytes))
-            self._memory[area] = (str(path), Slots.at(str(path)))
+                file.truncate(Slots.bytes_needed(share.num_bytes))
+            self._memory[share.area] = (str(path), Slots.at(str(path)))
         return True
 
     def newest(self, **limits: Any) -> Snapshot:

@@ -15,12 +15,11 @@ from tokenizers import Regex, pre_tokenizers
 
 from model import bulk_encoder as module
 from model.bulk_encoder import BulkEncoder, NotExpressibleError, PlainEncoder, bulk_encoder
-from model.tables import read_table
 from model.tokenizer import Tokenizer, TokenizerError, train_bpe
 
 Edit = Callable[[dict[str, Any]], object]
 
-MIXTURE = read_table(module.__file__, "bulk_encoder")["mixture"]["words"]
+MIXTURE = module._MIXTURE
 GPT4_PATTERN = module._PIECES["gpt4"] + module._BLANK_PIECES
 SCRIPTS = {
     "Latin": [(0x41, 0x5A), (0x61, 0x7A), (0x61, 0x7A), (0xC0, 0x17F), (0x1E00, 0x1EFF)],

@@ -21,7 +21,7 @@ from jobs.exact.step_totals import block_square_sums, norm_of
 from jobs.plan.exchange import Traffic, between_all, exchange
 from jobs.plan.formulas import group_of
 from jobs.plan.memory import layout_of
-from jobs.training.stored_state import hash_of_weights
+from jobs.saving.stored_state import hash_of_weights
 from jobs.workers.worker_group import WorkerGroup
 from tests.jobs.reference_reduce import reduce_worlds
 from tests.jobs.train_worlds import CASES, CPU, EOT, MORE_CASES, NUM_STEPS, SEQ_LEN, Case, MadeRows, Trainer

@@ -19,11 +19,11 @@ import model.stored_tensors
 from cluster.settings.run import Shard, TrainConfig
 from jobs.exact.flat_layout import BLOCK
 from jobs.exact.train_state import MOMENTS, TrainState
+from jobs.saving.stored_state import restore
 from jobs.snapshots.choice import Holding, Snapshot
 from jobs.snapshots.keepers import CHUNK_BYTES
 from jobs.snapshots.slots import Bytes, Header
 from jobs.snapshots.snapshots import Snapshots
-from jobs.training.stored_state import restore
 from jobs.workers.worker_group import WorkerGroup
 from model.config import GPTConfig, preset_fields
 from model.gpt import GPT

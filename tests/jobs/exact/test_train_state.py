@@ -21,7 +21,7 @@ from jobs.exact.flat_layout import BLOCK, at, part_of
 from jobs.exact.peers import Peers
 from jobs.exact.step_totals import block_square_sums, norm_of
 from jobs.exact.train_state import TrainState
-from jobs.training.stored_state import restore
+from jobs.saving.stored_state import restore
 from jobs.workers.failures import LostPeerError
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash

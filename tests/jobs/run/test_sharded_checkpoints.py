@@ -19,7 +19,7 @@ from jobs.proof.verify_run import verify
 from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.ledger import Ledger
 from jobs.run.sharded_checkpoints import ShardedCheckpoint, stored_state
-from jobs.training.stored_state import stored_name
+from jobs.saving.stored_state import stored_name
 from model.checkpoint import load_model, parameter_hash, read_config
 from model.checkpoint_folder import MANIFEST, CheckpointError, read_metadata
 from model.shapes import parameter_shapes

@@ -3,7 +3,7 @@
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,19 +16,19 @@ import ray
 import jobs.exact.train_state
 import jobs.snapshots.keepers
 import jobs.snapshots.snapshots
-import jobs.training.attempt
+import jobs.training.open_attempt
 from jobs.exact.host_copies import HostCopies
 from jobs.exact.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.ledger import Ledger
+from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.snapshots.choice import COPIES, Holding, Snapshot, choose, num_slots, sharded_area
 from jobs.snapshots.keepers import ANSWER_S, AS_ACTOR, Keeper, NoRoom, copy_to_second_nodes
 from jobs.snapshots.slots import Bytes, Header, Slots
-from jobs.snapshots.snapshots import Snapshots
-from jobs.training.attempt import Attempt
-from jobs.training.checkpoint_writer import CheckpointWriter
+from jobs.snapshots.snapshots import Share, Snapshots
 from jobs.training.rank_phases import RankPhases
 from jobs.training.train_loop import train
+from jobs.training.validation import Validator
 from jobs.workers.preemption import Notices
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
@@ -313,7 +313,7 @@ def test_the_ledger_has_when_snapshots_end_and_begin_and_until_then_the_older_se
                 ray.get(keeper.close_older.remote(100))
             return super().after_step(step, state, **more)
 
-    monkeypatch.setattr(jobs.training.attempt, "Snapshots", Freed)
+    monkeypatch.setattr(jobs.training.open_attempt, "Snapshots", Freed)
     monkeypatch.setattr(jobs.snapshots.snapshots, "_RETRY_S", 0.0)
     plan = tiny_plan(str(tmp_path), num_steps=10)
     train(plan, rank=0, world_size=1)
@@ -356,11 +356,12 @@ class OwnMemory(Snapshots):
         self._interval = self.every_steps
         self.memory = memory or self.memory
 
-    def _opened(self, sizes: dict[str, int], attempt: int) -> bool:
-        for area in sizes.keys() - self._memory.keys():
-            path = self.memory.open(area, sizes[area], attempt)
-            assert isinstance(path, str)
-            self._memory[area] = (path, Slots.at(path))
+    def _opened(self, shares: Sequence[Share], attempt: int) -> bool:
+        for share in shares:
+            if share.area not in self._memory:
+                path = self.memory.open(share.area, share.num_bytes, attempt)
+                assert isinstance(path, str)
+                self._memory[share.area] = (path, Slots.at(path))
         return True
 
     def _agree(self, attempt: int) -> None:
@@ -435,7 +436,12 @@ def test_the_workers_of_a_node_write_a_state_together_and_in_a_rescue_each_what_
 
 @pytest.mark.parametrize(
     ("owner", "name", "step"),
-    [(Notices, "answer", 6), (RankPhases, "close_window", 10), (CheckpointWriter, "save", 9), (Attempt, "validate", 8)],
+    [
+        (Notices, "answer", 6),
+        (RankPhases, "close_window", 10),
+        (CheckpointWriter, "save", 9),
+        (Validator, "validate", 8),
+    ],
 )
 def test_a_step_with_a_line_is_kept_wherever_another_worker_is_lost(
     owner: type, name: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -444,7 +450,7 @@ def test_a_step_with_a_line_is_kept_wherever_another_worker_is_lost(
     Snapshots are due every fourth step."""
     monkeypatch.setattr(OwnMemory, "memory", make_memory(), raising=False)
     monkeypatch.setattr(OwnMemory, "every_steps", 4)
-    monkeypatch.setattr(jobs.training.attempt, "Snapshots", OwnMemory)
+    monkeypatch.setattr(jobs.training.open_attempt, "Snapshots", OwnMemory)
     plan = tiny_plan(str(tmp_path), num_steps=12)
     call = getattr(owner, name)
 
@@ -475,7 +481,7 @@ def test_a_run_that_continues_from_memory_clears_what_the_lost_attempt_left_in_t
     """A checkpoint of 1.3B parameters takes 16 GB there."""
     monkeypatch.setattr(OwnMemory, "memory", make_memory(), raising=False)
     monkeypatch.setattr(OwnMemory, "raise_after", {7: KilledError()}, raising=False)
-    monkeypatch.setattr(jobs.training.attempt, "Snapshots", OwnMemory)
+    monkeypatch.setattr(jobs.training.open_attempt, "Snapshots", OwnMemory)
     plan = tiny_plan(str(tmp_path))
     with pytest.raises(KilledError):
         train(plan, rank=0, world_size=1)
@@ -504,7 +510,7 @@ def test_a_run_that_continues_from_memory_ends_with_the_bits_of_an_undisturbed_o
     shape = {"preset": "tiny", "n_positions": 48, "vocab_size": 300, "dropout": dropout}
     undisturbed = tiny_plan(str(tmp_path / "undisturbed"), model=shape)
     train(undisturbed, rank=0, world_size=1)
-    monkeypatch.setattr(jobs.training.attempt, "Snapshots", OwnMemory)
+    monkeypatch.setattr(jobs.training.open_attempt, "Snapshots", OwnMemory)
     disturbed = tiny_plan(str(tmp_path / "disturbed"), model=shape)
     for _ in range(2):
         with pytest.raises(type(error)):

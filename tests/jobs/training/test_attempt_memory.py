@@ -14,7 +14,7 @@ from cluster.settings.run import Shard
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
-from jobs.training import attempt
+from jobs.training import open_attempt, train_loop
 from jobs.training.train_loop import train
 from tests.benchmarks.bench_attempt_memory import in_own_process
 from tests.jobs.attempt_witness import AttemptWitness
@@ -59,16 +59,16 @@ def test_nothing_of_an_attempt_is_alive_after_a_rollback(
     tmp_path: Path, witness: AttemptWitness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = tiny_plan(str(tmp_path), num_steps=6, train={"max_skipped_steps": 0})
-    backward, begin, alive = BatchGradient._backward, attempt.Attempt.__init__, []
+    backward, begin, alive = BatchGradient._backward, open_attempt.open_attempt, []
 
-    def watched(self: attempt.Attempt, *arguments: Any, **options: Any) -> None:
+    def watched(*arguments: Any, **options: Any) -> Any:
         alive.append(witness.alive())
-        begin(self, *arguments, **options)
+        return begin(*arguments, **options)
 
     def poisoned(self: BatchGradient, loss_of: Any, step: int, number: int, *rest: Any, scale: float) -> Tensor:
         return backward(self, loss_of, step, number, *rest, scale=float("nan") if step == 5 else scale)
 
-    monkeypatch.setattr(attempt.Attempt, "__init__", watched)
+    monkeypatch.setattr(train_loop, "open_attempt", watched)
     monkeypatch.setattr(BatchGradient, "_backward", poisoned)
     train(plan, rank=0, world_size=1)
     assert len(Ledger.read(plan.run).events("rollback")) == 1
@@ -86,7 +86,7 @@ def test_nothing_is_alive_of_an_attempt_that_could_not_begin(
     threads = set(threading.enumerate())
     for name in ("open_validation_sets", "Notices"):
         with monkeypatch.context() as patch:
-            patch.setattr(attempt, name, lambda *_: 1 // 0)
+            patch.setattr(open_attempt, name, lambda *_: 1 // 0)
             with pytest.raises(ZeroDivisionError):
                 train(plan, rank=0, world_size=1)
         wait_until(lambda: set(threading.enumerate()) <= threads)

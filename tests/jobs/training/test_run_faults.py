@@ -20,7 +20,7 @@ from jobs.run.checkpoints import QUARANTINED, RunCheckpoints, step_of
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.run.writer_generation import Fence
-from jobs.training import checkpoint_writer
+from jobs.saving import publisher
 from jobs.training.train_loop import train
 from model.checkpoint_folder import verify_checkpoint
 from tests.checkpoints import damage
@@ -196,7 +196,7 @@ def test_a_run_whose_last_checkpoint_is_refused_has_not_finished_and_a_resume_en
         return verify_checkpoint(folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_writer, "verify_checkpoint", altering)
+        patch.setattr(publisher, "verify_checkpoint", altering)
         train(plan, rank=0, world_size=1)
     ledger = Ledger.read(plan.run)
     assert not ledger.events("finish")

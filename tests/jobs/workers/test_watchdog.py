@@ -18,8 +18,8 @@ from torch.distributed import distributed_c10d
 from cluster.storage import s3 as s3_storage
 from jobs.exact import batch_gradient, peers
 from jobs.exact import side_thread as background
-from jobs.run import saving_thread
 from jobs.run import storage_retry as outage
+from jobs.saving import saving_thread
 from jobs.tokens import token_stream
 from jobs.training.train_worker import WAITING_PLACES
 from jobs.workers import worker_group

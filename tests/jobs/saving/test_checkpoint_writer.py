@@ -20,7 +20,8 @@ from jobs.exact.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, step_of
 from jobs.run.ledger import Ledger, LedgerWriter
 from jobs.run.writer_generation import Fence
-from jobs.training.checkpoint_writer import CheckpointWriter
+from jobs.saving.checkpoint_writer import CheckpointWriter
+from jobs.saving.publisher import Publisher
 from model.checkpoint import load_model, parameter_hash
 from model.checkpoint_folder import Metadata, verify_checkpoint
 from model.config import GPTConfig, preset_fields
@@ -46,7 +47,8 @@ class Saving:
         self.ledger = LedgerWriter(run, self.fence)
         self.checkpoints = RunCheckpoints(run, self.fence)
         keep = keep or CheckpointConfig()
-        self.writer = CheckpointWriter(self.checkpoints, self.ledger, keep, pinned=lambda: pinned, val_losses={})
+        publisher = Publisher(self.checkpoints, self.ledger, keep, pinned=lambda: pinned, val_losses={})
+        self.writer = CheckpointWriter(publisher, TOKENIZER)
 
     def step(self, step: int, *, val_loss: float | None = None) -> str:
         """Takes a step and saves; gives the hash of the weights at that moment."""
@@ -62,7 +64,7 @@ class Saving:
             val_loss=val_loss,
             generation=self.fence.generation,
         )
-        self.writer.save(metadata, self.state, TOKENIZER)
+        self.writer.save(metadata, self.state, must=False)
         return parameter_hash(self.state.model.state_dict())
 
     def finish(self) -> Ledger:

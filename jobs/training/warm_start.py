@@ -14,7 +14,7 @@ from jobs.exact.train_state import MOMENTS
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.run_plan import run_storage
-from jobs.training.stored_state import stored_name
+from jobs.saving.stored_state import stored_name
 from model.checkpoint import load_model, write_checkpoint
 from model.checkpoint_folder import Metadata
 from model.config import GPTConfig

@@ -9,7 +9,7 @@ already, there is no newer one.
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -21,15 +21,17 @@ from jobs.exact.host_copies import HostCopy
 from jobs.exact.peers import Peers
 from jobs.exact.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
-from jobs.run.ledger import LedgerWriter
-from jobs.run.saving_thread import SavingThread
 from jobs.run.sharded_checkpoints import Reports, ShardedCheckpoint
 from jobs.run.storage_retry import Outage
-from jobs.training.stored_state import fill, own_stretches
+from jobs.saving.publisher import Publisher
+from jobs.saving.saving_thread import SavingThread
+from jobs.saving.stored_state import fill, own_stretches
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import NotFiniteError, check_finite, safetensors_pieces
 from model.checkpoint_folder import TRAIN_STATE, WEIGHTS, Metadata
+from model.config import GPTConfig
 from model.durable_files import write_file
+from model.tokenizer import Tokenizer
 
 _POLL_S = 0.05
 
@@ -50,7 +52,7 @@ class Shard:
 
 
 class ShardWriter(SavingThread[Shard, Shard]):
-    """Stores one worker's shards, in a thread which `finish` ends.
+    """The `Saver` of a sharded state: stores one worker's shards, in a thread which `finish` ends.
 
     It holds copies alone: a thread that still stores one of a lost attempt keeps none of that attempt's state.
     """
@@ -60,20 +62,23 @@ class ShardWriter(SavingThread[Shard, Shard]):
         checkpoints: RunCheckpoints,
         peers: Peers,
         group: WorkerGroup,
-        ledger: LedgerWriter | None,
-        publish: Callable[[Shard, Reports], None] | None,
+        *,
+        publisher: Publisher | None,
+        config: GPTConfig,
+        tokenizer: Tokenizer,
     ) -> None:
-        """`peers` hold one copy of what is sharded. Rank 0 has the ledger and `publish`, which gets its shard and the
-        reports of all."""
-        self._checkpoints, self._peers, self._group, self._publish = checkpoints, peers, group, publish
+        """`peers` hold one copy of what is sharded. Rank 0 has the publisher; the others' checkpoints know no fence."""
+        self._checkpoints, self._peers, self._group = checkpoints, peers, group
+        self._publisher, self._config, self._tokenizer = publisher, config, tokenizer
         self._free: list[Tensor] = []
         for left in checkpoints.spool.glob(".step-*"):  # by an earlier attempt; no worker of this one has saved yet
             shutil.rmtree(left, ignore_errors=True)
-        super().__init__("shards", Outage("checkpoints", ledger.event if ledger else lambda name, **fields: None))
+        tell = publisher.ledger.event if publisher else lambda name, **fields: None
+        super().__init__("shards", Outage("checkpoints", tell))
 
     def save(self, metadata: Metadata, state: TrainState, *, must: bool) -> bool:
-        """Begins a copy of this worker's shard of a checkpoint; all ranks call together. Returns whether they save this
-        one, as an earlier one may still be on its way; with `must` it waits for that."""
+        """Begins a copy of this worker's shard of a checkpoint. None is saved while an earlier one is on its way, but
+        with `must`, which waits for that."""
         self._raise_failure()
         while not self._makes_room():
             if not must:
@@ -131,15 +136,24 @@ class ShardWriter(SavingThread[Shard, Shard]):
         if not shard.is_stored:
             self._store_own(shard)
         wait_s = _POLL_S
-        while self._publish and not shard.is_over:
-            if (reports := shard.checkpoint.reports()) is not None:
-                self._publish(shard, reports)
+        while self._publisher and not shard.is_over:
+            reports = shard.checkpoint.reports()
+            if reports is not None:
+                self._publish(self._publisher, shard, reports)
             elif self._is_abandoned:
                 return
             else:
                 time.sleep(wait_s)
                 wait_s = min(1.5 * wait_s, 1.0)  # each time is a request
         self._begun = None
+
+    def _publish(self, publisher: Publisher, shard: Shard, reports: Reports) -> None:
+        metadata = publisher.complete(
+            shard.checkpoint, reports, shard.metadata, config=self._config, tokenizer=self._tokenizer
+        )
+        shard.is_over = True
+        if metadata is not None:
+            publisher.record(metadata, taken_at_s=shard.taken_at_s, exposed_s=shard.from_device.exposed_s)
 
     def _store_own(self, shard: Shard) -> None:
         index = self._peers.index

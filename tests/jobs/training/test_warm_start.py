@@ -20,7 +20,7 @@ from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan, run_storage
 from jobs.tokens.train_tokenizer import load_tokenizer
 from jobs.training.train_loop import train
-from jobs.warm_start import begin, like_its_source
+from jobs.training.warm_start import begin, like_its_source
 from model.checkpoint import load_model, parameter_hash
 from model.checkpoint_folder import CheckpointError, read_metadata
 from model.config import GPTConfig

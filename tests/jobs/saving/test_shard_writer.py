@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.ledger import Ledger, LedgerWriter
 from jobs.run.sharded_checkpoints import ShardedCheckpoint
 from jobs.run.writer_generation import Fence
-from jobs.training.checkpoint_writer import CheckpointWriter
-from jobs.training.shard_writer import Shard, ShardWriter
+from jobs.saving.publisher import Publisher
+from jobs.saving.shard_writer import Shard, ShardWriter
 from jobs.training.train_loop import train
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import load_model, parameter_hash
@@ -82,11 +81,17 @@ class Saving:
         self.ledger = LedgerWriter(self.run, self.fence)
         self.checkpoints = RunCheckpoints(self.run, self.fence)
         keep: dict[str, Any] = {"keep": CheckpointConfig(), "pinned": set, "val_losses": {}}
-        self.publisher = CheckpointWriter(self.checkpoints, self.ledger, **keep)
-        complete = partial(self.publisher.complete, config=states[0].model.config, tokenizer=TOKENIZER)
+        publisher = Publisher(self.checkpoints, self.ledger, **keep)
         self.writers = [
-            ShardWriter(self.checkpoints, state.peers, state._group, ledger, publish)
-            for state, ledger, publish in zip(states, [self.ledger, None], [complete, None], strict=True)
+            ShardWriter(
+                self.checkpoints,
+                state.peers,
+                state._group,
+                publisher=publisher if rank == 0 else None,
+                config=state.model.config,
+                tokenizer=TOKENIZER,
+            )
+            for rank, state in enumerate(states)
         ]
 
     def on_all(self, work: Callable[[int], Any]) -> list[Any]:
@@ -109,7 +114,6 @@ class Saving:
 
     def finish(self) -> Ledger:
         self.on_all(lambda rank: self.writers[rank].finish())
-        self.publisher.finish()
         self.ledger.close()
         return Ledger.read(self.run)
 

@@ -1,0 +1,306 @@
+"""Opens one worker's part of an attempt: rank 0 chooses the state to continue from, and every rank restores it."""
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, assert_never
+
+import torch
+
+from cluster.local.local_cluster import NODE_NAME_VARIABLE
+from cluster.settings.run import RunConfig, batch_schedule, way_to_compute
+from cluster.storage.lease import LeaseLostError
+from cluster.storage.registry import metadata_of
+from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.train_state import TrainState
+from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.ledger import Ledger
+from jobs.run.run_plan import RunPlan, open_held_out, open_stream, open_validation_sets
+from jobs.run.sharded_checkpoints import stored_state
+from jobs.run.storage_retry import patiently
+from jobs.saving.checkpoint_writer import CheckpointWriter
+from jobs.saving.saver import Saver, SavesNothing
+from jobs.saving.shard_writer import ShardWriter
+from jobs.saving.stored_state import restore
+from jobs.snapshots.choice import Snapshot
+from jobs.snapshots.snapshots import Snapshots
+from jobs.tokens.division import HeldOut
+from jobs.training.attempt import Attempt, only_trains
+from jobs.training.guards import GuardState, Windows
+from jobs.training.kernels import prepared
+from jobs.training.mixed_hardware import Hardware, changes, differences, hardware, settle_rounding, why_refused
+from jobs.training.run_writer import RunWriter
+from jobs.training.step_record import StepRecord
+from jobs.training.validation import Validator
+from jobs.workers.failures import why_give_up
+from jobs.workers.incident_notes import write_down
+from jobs.workers.placement import at_odds
+from jobs.workers.preemption import Notices
+from jobs.workers.worker_group import WorkerGroup
+from model.checkpoint_folder import CheckpointError
+from model.gpt import GPT, initial_weights
+from model.tokenizer import Tokenizer
+from model.training_memory import keep_freed_memory
+
+
+@dataclass(frozen=True)
+class Hopeless:
+    """Neither this attempt nor a later one can continue the run; the ledger says why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The state from which rank 0 lets all ranks continue: fresh weights, where it names neither of the two."""
+
+    num_attempts: int  # before this one
+    generation: int
+    unlike: Sequence[str]  # why the same bits are not promised: how the hardware differs
+    rollbacks: Windows  # the steps to leave out
+    checkpoint: str | None = None
+    snapshot: Snapshot | None = None
+    saved_step: int = 0  # of the newest checkpoint, which is no newer than the snapshot
+
+
+@dataclass(frozen=True)
+class _Workers:
+    """Where the workers of an attempt run, by rank."""
+
+    places: Sequence[dict[str, Any]]
+    kinds: Sequence[Hardware]
+
+    @property
+    def nodes(self) -> list[str]:
+        return [place["node"] for place in self.places]
+
+
+def open_attempt(
+    plan: RunPlan, group: WorkerGroup, opened: ExitStack, *, signals: Callable[[], object]
+) -> Attempt | Hopeless:
+    """Returns once every rank has the state and is ready for the first step.
+
+    `opened` ends the attempt's threads; the next attempt repeats what was not stored by then. `signals` returns what
+    changes when this process is warned of its end.
+    """
+    config = plan.config
+    settle_rounding(config)
+    keep_freed_memory()
+    device = torch.device("cuda", torch.cuda.current_device()) if config.scaling.use_gpu else torch.device("cpu")
+    place = {"pid": os.getpid(), "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname())}
+    workers = _Workers(*zip(*group.gather((place, hardware(device))), strict=True))
+    snapshots = Snapshots(plan.launch, group)
+    # Rank 0 chooses the checkpoint for all: another rank might see a newer or a damaged one.
+    writer, choice = _chosen(plan, snapshots, opened, workers) if group.rank == 0 else (None, None)
+    start = group.broadcast(choice)
+    if isinstance(start, Hopeless):
+        if writer:
+            writer.give_up(start.reason)
+        return start
+    state, guard, restored_step = _restored(plan, start, snapshots, device, group, opened)
+    first_step, guard = replace(guard, rollbacks=start.rollbacks).entering(restored_step + 1)
+    tell = writer.ledger.event if writer else _tell_nobody
+    train_rows = open_stream(plan)
+    # A checkpoint has the template that its conversations were written with.
+    tokenizer = Tokenizer.from_json(plan.tokenizer_json, train_rows.manifest.chat)
+    saver = _saver(plan, state, group, writer, tokenizer)
+    opened.callback(saver.abandon)
+    kernels = prepared(plan, group, device, workers.kinds[group.rank])
+    sets = open_validation_sets(plan)
+    eot_id = tokenizer.start_id if config.train.document_mask else None
+    gradient = BatchGradient(config, state, train_rows, group, eot_id=eot_id)
+    opened.callback(gradient.close)
+    notices = Notices(plan.run, group, signals)
+    opened.callback(notices.close)
+    number = 1 + start.num_attempts
+    group.gather("prepared")  # else the first step would seem to take what others still prepare
+    attempt = Attempt(
+        plan=plan,
+        group=group,
+        number=number,
+        generation=start.generation,
+        first_step=first_step,
+        state=state,
+        guard=guard,
+        manifest=train_rows.manifest,
+        schedule=batch_schedule(config),
+        gradient=gradient,
+        validator=Validator(
+            config, state, group, held_out=open_held_out(plan), sets=sets, tokenizer=tokenizer, tell=tell
+        ),
+        record=StepRecord(plan, state, group, writer=writer, attempt=number, nodes=workers.nodes),
+        snapshots=snapshots,
+        saver=saver,
+        notices=notices,
+        writer=writer,
+    )
+    if writer:
+        _record_start(attempt, writer, start, workers, restored_step=restored_step, kernels=kernels)
+    if start.snapshot and restored_step - start.saved_step >= config.checkpoint.save_every_steps:
+        # The checkpoint that was due had not been stored yet.
+        attempt.save(restored_step, start.snapshot.header.carried["validation"])
+    return attempt
+
+
+def _tell_nobody(event: str, **fields: Any) -> None:
+    """Stands in for the ledger, which rank 0 alone writes."""
+
+
+def _saver(
+    plan: RunPlan, state: TrainState, group: WorkerGroup, writer: RunWriter | None, tokenizer: Tokenizer
+) -> Saver:
+    if state.is_sharded:
+        return ShardWriter(
+            writer.checkpoints if writer else RunCheckpoints(plan.run),  # rank 0's are fenced
+            state.peers,
+            group,
+            publisher=writer.publisher if writer else None,
+            config=plan.config.model,
+            tokenizer=tokenizer,
+        )
+    return CheckpointWriter(writer.publisher, tokenizer) if writer else SavesNothing()
+
+
+def _chosen(
+    plan: RunPlan, snapshots: Snapshots, opened: ExitStack, workers: _Workers
+) -> tuple[RunWriter | None, _Start | Hopeless]:
+    """Returns the run's writer, unless another launcher's has taken its place, and where all ranks continue."""
+    writer = None
+    try:
+        writer = RunWriter(plan)
+        opened.callback(writer.abandon)
+        return writer, _choose(plan, writer, snapshots, workers)
+    except (LeaseLostError, CheckpointError) as error:
+        return writer, Hopeless(str(error))
+
+
+def _choose(plan: RunPlan, writer: RunWriter, snapshots: Snapshots, workers: _Workers) -> _Start | Hopeless:
+    """Raises `LeaseLostError`, and `CheckpointError` where the run's checkpoints are damaged or do not fit it."""
+    patiently(lambda: write_down(plan.run, writer.ledger), "incidents")
+    read, config = writer.outline(), plan.config
+    reason = why_give_up(read.lines, max_fruitless_attempts=config.scaling.max_fruitless_attempts)
+    if reason:
+        return Hopeless(reason)
+    unlike = differences(workers.kinds, nodes=workers.nodes) + changes(read, workers.kinds[0])
+    refusal = why_refused(config, read, unlike)
+    if refusal:
+        return Hopeless(refusal)
+    start = _Start(len(read.world_sizes), writer.fence.generation, unlike, read.rollbacks)
+    left_out = GuardState(rollbacks=read.rollbacks).leaves_out
+    saved_step = writer.newest_step(left_out=left_out)
+    snapshot = _newest_snapshot(config, writer, snapshots, read, at_least=saved_step, is_left_out=left_out)
+    if snapshot is not None:
+        patiently(writer.checkpoints.clear_spool, "checkpoints")  # what is due is saved from the snapshot
+        return replace(start, snapshot=snapshot, saved_step=saved_step)
+    newest = patiently(partial(writer.newest_checkpoint, left_out=left_out), "checkpoints")
+    return replace(start, checkpoint=newest)
+
+
+def _newest_snapshot(
+    config: RunConfig,
+    writer: RunWriter,
+    snapshots: Snapshots,
+    read: Ledger,
+    *,
+    at_least: int,
+    is_left_out: Callable[[int], bool],
+) -> Snapshot | None:
+    """Returns the newest snapshot of a step that the ledger has, or of the step after it, whose line a lost rank 0 had
+    no time to write."""
+    newest = partial(snapshots.newest, at_least=at_least, is_left_out=is_left_out)
+    recorded = max((line["step"] for line in read.lines if line.get("event") in (None, "skip")), default=0)
+    owed = recorded + 1
+    if only_trains(config, owed):
+        snapshot = newest(explained_step=owed)
+        if snapshot is None or snapshot.header.step <= recorded:
+            return snapshot
+        if line := snapshot.header.carried["line"]:
+            writer.ledger.step(**line)
+            return snapshot
+    return newest(explained_step=recorded)
+
+
+def _restored(
+    plan: RunPlan,
+    start: _Start,
+    snapshots: Snapshots,
+    device: torch.device,
+    group: WorkerGroup,
+    opened: ExitStack,
+) -> tuple[TrainState, GuardState, int]:
+    """Returns the state of the snapshot or the checkpoint, or fresh weights, with its guard and its step."""
+    config = plan.config
+    with torch.device("meta"):
+        model = GPT(config.model)
+    state = TrainState(
+        model,
+        config.train,
+        device=device,
+        group=group,
+        shard=config.scaling.shard,
+        group_size=config.scaling.group_size(group.world_size),
+    )
+    opened.callback(state.close)
+    if start.snapshot:
+        guard = GuardState.from_json(snapshots.restore(start.snapshot, state)["guard"])
+        group.prove(start.snapshot.header.step, device)  # a checkpoint of it may be due
+        return state, guard, start.snapshot.header.step
+    if start.checkpoint is None:
+        state.load_weights(initial_weights(config.model, config.train.seed))
+        return state, GuardState(), 0
+    checkpoints = RunCheckpoints(plan.run)
+    restore(state, stored_state(checkpoints, start.checkpoint))
+    metadata = metadata_of(checkpoints.uri(start.checkpoint))
+    assert metadata is not None, "rank 0 has found it"
+    guard = GuardState.from_json(metadata.guard) if metadata.guard else GuardState(last_applied=metadata.step)
+    return state, guard, metadata.step
+
+
+def _record_start(
+    attempt: Attempt, writer: RunWriter, start: _Start, workers: _Workers, *, restored_step: int, kernels: str | None
+) -> None:
+    """Records where and how the attempt begins, and what is not as the run's settings mean it to be."""
+    plan, config, number = attempt.plan, attempt.plan.config, attempt.number
+    writer.ledger.event(
+        "start",
+        attempt=number,
+        world_size=attempt.group.world_size,
+        step=restored_step,
+        checkpoint=start.checkpoint,
+        from_memory=start.snapshot is not None,
+        workers=workers.places,
+        data_identity=attempt.manifest.identity,
+        **_division(plan),
+        code_version=plan.code_version,
+        precision=config.train.precision,
+        compute=way_to_compute(config),
+        hardware=workers.kinds[0],
+        **({"kernels": kernels} if kernels else {}),
+    )
+    precision = config.train.precision
+    assert precision != "auto", "it is settled before workers start"
+    # A processor that is not made for the run's precision is told of once for each kind.
+    slow = at_odds(precision, "cuda" if attempt.state.device.type == "cuda" else "cpu")
+    recorded = (writer.outline().events("precision") or [{}])[-1]
+    if slow and slow["fast"] != recorded.get("fast"):
+        writer.ledger.event("precision", attempt=number, **slow)
+    if start.unlike:
+        writer.ledger.event("tolerance_mode", attempt=number, reasons=start.unlike)
+
+
+def _division(plan: RunPlan) -> dict[str, Any]:
+    """Returns what the ledger says of the division, where it is not by whole documents."""
+    held_out = plan.division.held_out
+    match held_out:
+        case HeldOut.DOCUMENTS:
+            return {}
+        case HeldOut.END:
+            return {"held_out": held_out.value, "end_tokens": plan.division.end_tokens}
+        case HeldOut.NOTHING:
+            sets = open_validation_sets(plan).items()
+            return {"held_out": held_out.value, "validated_on": {name: rows.manifest.identity for name, rows in sets}}
+        case _:
+            assert_never(held_out)
