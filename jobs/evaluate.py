@@ -37,7 +37,8 @@ from model.checkpoint_folder import CheckpointError, is_hf_folder, read_metadata
 from model.errors import UserError
 from model.gpt import GPT
 from model.hf_config import read_config
-from model.processor import Device, fast_precision
+from model.numerics import FP32
+from model.processor import Device, emulates
 from model.tokenizer import load_tokenizer
 
 _CHECKPOINT_PLACE = re.compile(r"(?P<storage>.+)/runs/[^/]+/checkpoints/step-[^/]+")
@@ -103,10 +104,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     say(f"evaluating {checkpoint}")
     model = load_model(folder, verify=False)  # which `find_checkpoint` has just done
     rows = _rows(folder, model, config.model_copy(update={"checkpoint": checkpoint}))
-    if rows.device == "cpu" and rows.run.train.precision == "bf16" and fast_precision("cpu") == "fp32":
+    numerics = rows.run.train.numerics
+    if rows.device == "cpu" and emulates(numerics, "cpu"):
         say(
-            "this processor emulates bf16, in which the checkpoint's run computed, and is slow at it (--precision fp32 "
-            "is faster, but gives another loss than the trainer's)"
+            f"this processor emulates {numerics.name}, in which the checkpoint's run computed, and is slow at it "
+            f"(--precision {FP32.name} is faster, but gives another loss than the trainer's)"
         )
     start = time.perf_counter()
     losses = _batch_losses(model, rows, config)
@@ -160,7 +162,7 @@ def _rows(folder: Path, model: GPT, config: EvaluateConfig) -> Rows:
 def _as_trained(trained: RunConfig | None, model: GPT, config: EvaluateConfig) -> RunConfig:
     """Returns the run with the evaluation's precision, and without a GPU where this cluster has none."""
     if trained is None:
-        plain = {"precision": "fp32" if config.precision == "auto" else config.precision}
+        plain = {"precision": FP32.name if config.precision == "auto" else config.precision}
         return RunConfig.model_validate({"model": vars(model.config), "train": plain})
     if config.precision != "auto":
         trained = trained.model_copy(update={"train": trained.train.model_copy(update={"precision": config.precision})})

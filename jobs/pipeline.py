@@ -7,20 +7,19 @@ from cluster.settings.run import EvaluateConfig, RunConfig
 from cluster.stages.stage import stage_main
 from cluster.storage.uris import open_storage
 from jobs.evaluate import evaluate
-from jobs.pretrain import pretrain
+from jobs.pretrain import prepare, train_on
 from jobs.report.make_report import make_report
-from jobs.tokens.build_store import tokenize
 
 
 def pipeline(config: RunConfig) -> dict[str, Any]:
     """Returns the figures of every stage. A stage whose result exists already is not repeated."""
-    run = pretrain(config)  # which tokenizes first, or meanwhile
-    tokens = tokenize(config)
+    text = prepare(config)
+    run = train_on(text)
     evaluation = evaluate(
         EvaluateConfig(checkpoint=run["checkpoint"], max_tokens=config.train.eval_max_tokens, storage=config.storage)
     )
     report = make_report(open_storage(run["run_dir"]))
-    return tokens | run | {"evaluation": evaluation} | report
+    return text.figures | run | {"evaluation": evaluation} | report
 
 
 if __name__ == "__main__":

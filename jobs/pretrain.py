@@ -5,6 +5,7 @@ import os
 import secrets
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -23,6 +24,7 @@ from cluster.stages.stage_module import GaveUpError, StageFailedError
 from cluster.storage.lease import Lease
 from cluster.storage.registry import publications, publish, what_latest_became
 from cluster.storage.uris import Storage, open_storage, split_uri
+from jobs.corpus.listing import list_corpus
 from jobs.plan.worker_counts import StepTimes, counts_to_run, hardware_of, uneven_groups
 from jobs.ray_train.callbacks import FailureRecorder, SignalListener
 from jobs.ray_train.worker_backend import Drains, NodeLosses, Trainer, WorkerBackend
@@ -98,18 +100,43 @@ def divided(config: RunConfig, tokens: Storage) -> Division:
     return division
 
 
+@dataclass(frozen=True)
+class PreparedText:
+    """The text that a run trains on, as tokens."""
+
+    config: RunConfig  # with what the run takes from the weights that it begins from
+    tokenizer: Tokenizer
+    tokenizer_uri: str
+    figures: dict[str, Any]  # of the token store
+
+
+def prepare(config: RunConfig) -> PreparedText:
+    """Makes the tokenizer and the token store where missing, of the corpus as it is listed once. Needs Ray.
+
+    Raises `ConfigError` when a prompt cannot be continued, and what `tokenize` raises.
+    """
+    config = like_its_source(config)
+    listing = list_corpus(config.data.source, text_endings=config.data.text_endings)
+    tokenizer, tokenizer_uri = ensure_tokenizer(config, listing)
+    check_prompts(config, tokenizer)
+    return PreparedText(config, tokenizer, tokenizer_uri, tokenize(config, listing))
+
+
 def pretrain(config: RunConfig) -> dict[str, Any]:
     """Trains the run to its end and returns its figures. Makes the tokenizer and the token store where missing.
 
     Raises `ConfigError` when `run_id` names a run with other settings or a prompt cannot be continued, `LeaseHeldError`
     when another launcher is training it, `GaveUpError` when the run gave up.
     """
-    config = like_its_source(config)
-    tokenizer, tokenizer_uri = ensure_tokenizer(config)
-    check_prompts(config, tokenizer)
-    tokens = split_uri(tokenize(config)["manifest"])[0]
+    return train_on(prepare(config))
+
+
+def train_on(text: PreparedText) -> dict[str, Any]:
+    """Trains the run on its text, as `pretrain` does."""
+    config, tokenizer = text.config, text.tokenizer
+    tokens = split_uri(text.figures["manifest"])[0]
     division = divided(config, tokens)
-    sets = validation_stores(config, tokenizer_uri=tokenizer_uri)
+    sets = validation_stores(config, tokenizer_uri=text.tokenizer_uri)
     model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     config = config.model_copy(update={"model": model})
     run, storage = run_storage(config), open_storage(config.storage.uri)

@@ -1,15 +1,12 @@
 """The shape of a decoder, GPT-2's or Llama's, in GPT-2's own terms, presets, counts of parameters and operations."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any
 
+from model.architecture import ARCHITECTURES, Activation, Architecture, ArchitectureName, Parameter
 from model.tables import read_table
-
-Architecture = Literal["gpt2", "llama"]
-
-Activation = Literal["gelu", "gelu_exact", "relu", "swiglu"]
-"""`gelu` is GPT-2's tanh approximation (`gelu_new` in Hugging Face), `gelu_exact` the erf form, `swiglu` is Llama's."""
 
 _MOST = {"n_layer": 10_000}  # many times what was ever trained: a plan counts each block, of a typing error for minutes
 
@@ -37,35 +34,49 @@ class GPTConfig:
         default=None, metadata={"help": "llama: context length within which fast rotations stay as they are"}
     )
     initializer_range: float = field(default=0.02, metadata={"help": "standard deviation of the initial weights"})
-    architecture: Architecture = field(default="gpt2", metadata={"help": "gpt2, or llama: rotary positions, RMSNorm"})
+    architecture: ArchitectureName = field(
+        default="gpt2", metadata={"help": "gpt2, or llama: rotary positions, RMSNorm"}
+    )
 
     def __post_init__(self) -> None:
+        if self.architecture not in list(ARCHITECTURES):  # a file may hold a list, which has no hash
+            raise ValueError(f"architecture is {self.architecture!r}, expected one of {', '.join(ARCHITECTURES)}")
         for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "ffn_width", "num_kv_heads"):
             value, most = getattr(self, name), _MOST.get(name, math.inf)
             if not 1 <= value <= most:
                 raise ValueError(f"{name} is {value}, expected at {'least 1' if value < 1 else f'most {most}'}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; choose one of its divisors")
-        if self.architecture not in (known := get_args(Architecture)):
-            raise ValueError(f"architecture is {self.architecture!r}, expected one of {', '.join(known)}")
-        is_llama = self.architecture == "llama"
-        if self.activation_function not in (
-            known := tuple(n for n in get_args(Activation) if (n == "swiglu") == is_llama)
-        ):
-            found = f"activation_function is {self.activation_function!r}"
-            raise ValueError(f"{found}, expected for {self.architecture}: {', '.join(known)}")
+        network = self.network
+        if self.activation_function not in network.activations:
+            raise ValueError(
+                f"activation_function is {self.activation_function!r}, expected for {self.architecture}: "
+                f"{', '.join(network.activations)}"
+            )
         if self.n_head % self.num_kv_heads:
             raise ValueError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
-        for name in ("n_kv_head", "rope_theta", "rope_factor", "rope_original_positions"):
-            if not is_llama and getattr(self, name) != getattr(type(self), name):
-                raise ValueError(f"{name} is a setting of architecture llama; gpt2 has none")
-        if is_llama:  # a config.json has numbers
+        self._refuse_settings_of_others()
+        if network.hf.has_all_sizes:
             for name, value in (("n_kv_head", self.num_kv_heads), ("n_inner", self.ffn_width)):
                 object.__setattr__(self, name, value)
-        if is_llama and self.head_dim % 2:
+        if network.has_rotation and self.head_dim % 2:
             raise ValueError(f"heads are {self.head_dim} wide, expected an even number: rotary positions turn pairs")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}, expected 0 <= p < 1")
+
+    def _refuse_settings_of_others(self) -> None:
+        for other in ARCHITECTURES.values():
+            for setting in fields(self):
+                name = setting.name
+                if name not in other.settings or name in self.network.settings:
+                    continue
+                if getattr(self, name) != setting.default:
+                    raise ValueError(f"{name} is a setting of architecture {other.name}; {self.architecture} has none")
+
+    @property
+    def network(self) -> Architecture:
+        """What there is to know of the architecture."""
+        return ARCHITECTURES[self.architecture]
 
     @property
     def head_dim(self) -> int:
@@ -73,9 +84,7 @@ class GPTConfig:
 
     @property
     def ffn_width(self) -> int:
-        if self.n_inner is not None:
-            return self.n_inner
-        return 4 * self.n_embd if self.architecture == "gpt2" else -(-8 * self.n_embd // 3 // 64) * 64
+        return self.n_inner if self.n_inner is not None else self.network.ffn_width(self.n_embd)
 
     @property
     def num_kv_heads(self) -> int:
@@ -87,15 +96,31 @@ class GPTConfig:
         return self.num_kv_heads * self.head_dim
 
 
+def lengths(config: GPTConfig) -> dict[str, int]:
+    """Returns the length of each side that a parameter may have, by its `Dim`."""
+    width = config.n_embd
+    return {
+        "C": width,
+        "3C": 3 * width,
+        "F": config.ffn_width,
+        "G": config.kv_width,
+        "V": config.vocab_size,
+        "n_positions": config.n_positions,
+    }
+
+
 def num_parameters(config: GPTConfig) -> int:
     """Returns the number of trainable parameters, embeddings included, a tied head counted once."""
-    c, h = config.n_embd, config.ffn_width
-    head = 0 if config.tie_word_embeddings else config.vocab_size * c
-    if config.architecture == "llama":
-        block = 2 * c + 2 * c * c + 2 * c * config.kv_width + 3 * c * h
-        return config.vocab_size * c + config.n_layer * block + c + head
-    block = 2 * 2 * c + (3 * c * c + 3 * c) + (c * c + c) + (c * h + h) + (h * c + c)
-    return config.vocab_size * c + config.n_positions * c + config.n_layer * block + 2 * c + head
+    names = config.network.parameters
+    head = 0 if config.tie_word_embeddings else config.vocab_size * config.n_embd
+    around_blocks = _size(config, [*names.before.values(), *names.after.values()])
+    return around_blocks + config.n_layer * _size(config, names.block.values()) + head
+
+
+def _size(config: GPTConfig, parameters: Iterable[Parameter]) -> int:
+    """Returns how many values the parameters have together."""
+    sides = lengths(config)
+    return sum(math.prod(map(sides.__getitem__, parameter.dims)) for parameter in parameters)
 
 
 PRESETS: dict[str, dict[str, Any]] = read_table(__file__, "presets")
@@ -119,7 +144,8 @@ def flops_per_token(config: GPTConfig, seq_len: int) -> int:
 
     Position embeddings, and token embeddings beside an untied head, are looked up, not multiplied.
     """
-    looked_up = config.n_positions * config.n_embd if config.architecture == "gpt2" else 0
+    before = config.network.parameters.before.values()
+    looked_up = _size(config, [parameter for parameter in before if parameter.is_looked_up])
     if not config.tie_word_embeddings:
         looked_up += config.vocab_size * config.n_embd
     return 6 * (num_parameters(config) - looked_up) + 12 * config.n_layer * config.n_embd * seq_len

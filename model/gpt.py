@@ -8,19 +8,20 @@ Parameters have the names and the layout of Hugging Face's GPT2LMHeadModel, so t
 
 import math
 from collections.abc import Iterator
+from typing import assert_never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.architecture import GPT2, LLAMA, Activation, Initial
 from model.attention import Mask, attention
+from model.body import Block, Body
 from model.config import GPTConfig
 from model.kv_cache import Cache, Window
 from model.llama import Llama
 from model.operations import PLAIN, Operations, embedding
-from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, parameter_shapes
-
-_INTO_THE_STREAM = ("c_proj.weight", "o_proj.weight", "down_proj.weight")
+from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, parameter_shapes, parameters
 
 
 class Projection(nn.Module):
@@ -64,18 +65,26 @@ class MLP(nn.Module):
         self.c_proj = Projection(config.ffn_width, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)  # (B, T, ffn_width)
-        match self.activation:
-            case "gelu":
-                x = F.gelu(x, approximate="tanh")
-            case "gelu_exact":
-                x = F.gelu(x)
-            case "relu":
-                x = F.relu(x)
+        x = activated(self.c_fc(x), self.activation)  # (B, T, ffn_width)
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
-class Block(nn.Module):
+def activated(x: Tensor, activation: Activation) -> Tensor:
+    """Returns the activation of each value of x."""
+    match activation:
+        case "gelu":
+            return F.gelu(x, approximate="tanh")
+        case "gelu_exact":
+            return F.gelu(x)
+        case "relu":
+            return F.relu(x)
+        case "swiglu":
+            raise AssertionError("SwiGLU is a gate between two projections, which GPT-2's blocks do not have")
+        case _:
+            assert_never(activation)
+
+
+class GPT2Block(Block):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -93,17 +102,36 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class Transformer(nn.Module):
-    ops: Operations = PLAIN
+class Transformer(Body):
+    """All but the output head."""
 
     def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.dropout = config.dropout
         self.is_tied = config.tie_word_embeddings
         self.wte = embedding(config.vocab_size, config.n_embd)
         self.wpe = embedding(config.n_positions, config.n_embd)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.h = nn.ModuleList(GPT2Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        return self.wte
+
+    @property
+    def position_embedding(self) -> nn.Embedding:
+        return self.wpe
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.h
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.ln_f
+
+    def for_blocks(self, positions: Tensor) -> tuple[()]:
+        return ()
 
     def forward(self, token_ids: Tensor, positions: Tensor, window: Window | None, mask: Mask) -> Tensor:
         tokens = self.ops.embed(token_ids, self.wte.weight, shared=self.is_tied)
@@ -118,14 +146,24 @@ def initial_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]
     in the residual stream scaled by 1 / sqrt(2 x n_layer); Llama's by the same rule. The random numbers come from the
     CPU, so a seed means the same anywhere."""
     generator = torch.Generator().manual_seed(seed)
-    for name, shape in parameter_shapes(config).items():
-        if name.endswith(".bias"):
-            yield name, torch.zeros(shape)
-        elif ".ln_" in name or name.endswith("norm.weight"):
-            yield name, torch.ones(shape)
-        else:
-            residual = math.sqrt(2 * config.n_layer) if name.endswith(_INTO_THE_STREAM) else 1.0
-            yield name, torch.empty(shape).normal_(0.0, config.initializer_range / residual, generator=generator)
+    shapes, deviation = parameter_shapes(config), config.initializer_range
+    for name, parameter in parameters(config).items():
+        values = torch.empty(shapes[name])
+        match parameter.initial:
+            case Initial.ZEROS:
+                yield name, values.zero_()
+            case Initial.ONES:
+                yield name, values.fill_(1.0)
+            case Initial.NORMAL:
+                yield name, values.normal_(0.0, deviation, generator=generator)
+            case Initial.INTO_THE_STREAM:
+                yield name, values.normal_(0.0, deviation / math.sqrt(2 * config.n_layer), generator=generator)
+            case _:
+                assert_never(parameter.initial)
+
+
+BODIES: dict[str, type[Body]] = {GPT2.name: Transformer, LLAMA.name: Llama}
+"""What computes each architecture, between token ids and the output head."""
 
 
 class GPT(nn.Module):
@@ -136,29 +174,28 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        if config.architecture == "gpt2":
-            self.transformer = Transformer(config)
-        else:
-            self.model = Llama(config)
+        self.add_module(config.network.parameters.prefix, BODIES[config.architecture](config))
         if not config.tie_word_embeddings:
             self.lm_head = embedding(config.vocab_size, config.n_embd)
 
     @property
-    def body(self) -> Transformer | Llama:
+    def body(self) -> Body:
         """All but the output head."""
-        return self.transformer if self.config.architecture == "gpt2" else self.model
+        body = self.get_submodule(self.config.network.parameters.prefix)
+        assert isinstance(body, Body)
+        return body
 
     @property
     def token_embedding(self) -> nn.Embedding:
-        return self.body.wte if isinstance(self.body, Transformer) else self.body.embed_tokens
+        return self.body.token_embedding
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.body.h if isinstance(self.body, Transformer) else self.body.layers
+        return self.body.blocks
 
     @property
     def last_norm(self) -> nn.Module:
-        return self.body.ln_f if isinstance(self.body, Transformer) else self.body.norm
+        return self.body.last_norm
 
     @property
     def head_weight(self) -> Tensor:

@@ -44,18 +44,19 @@ def weight_files(folder: Path) -> list[Path]:
 def normalize_names(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     """Returns the weights under `GPT`'s names: older files lack the prefix, store the causal mask or the rotary
     frequencies as a buffer, and repeat a tied head."""
-    prefix, tokens = ("transformer.", "wte") if config.architecture == "gpt2" else ("model.", "embed_tokens")
+    network = config.network
+    prefix = f"{network.parameters.prefix}."
+    tokens = f"{prefix}{network.parameters.tied}"
     named = {
         name if name.startswith((prefix, "lm_head.")) else f"{prefix}{name}": tensor
         for name, tensor in weights.items()
-        if not name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"))
+        if not name.endswith(network.hf.buffers)
     }
     if config.tie_word_embeddings:
         head = named.pop("lm_head.weight", None)
-        if head is not None and not torch.equal(head, named[f"{prefix}{tokens}.weight"]):
+        if head is not None and not torch.equal(head, named[tokens]):
             raise UnsupportedModelError(
-                f"lm_head.weight differs from {prefix}{tokens}.weight, but config.json says tie_word_embeddings: true; "
-                "set it to false"
+                f"lm_head.weight differs from {tokens}, but config.json says tie_word_embeddings: true; set it to false"
             )
     return named
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import Mask, attention
+from model.body import Block, Body
 from model.config import GPTConfig
 from model.kv_cache import Window
 from model.operations import PLAIN, Operations, embedding
@@ -100,7 +101,7 @@ class SwiGLU(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
 
-class LlamaBlock(nn.Module):
+class LlamaBlock(Block):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -118,20 +119,37 @@ class LlamaBlock(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Llama(nn.Module):
+class Llama(Body):
     """All but the output head."""
 
-    ops: Operations = PLAIN
-
     def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.config = config
         self.embed_tokens = embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(LlamaBlock(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    @property
+    def position_embedding(self) -> None:
+        return None
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.layers
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.norm
+
+    def for_blocks(self, positions: Tensor) -> tuple[Rotation]:
+        return (Rotation.of(self.config, positions),)
+
     def forward(self, token_ids: Tensor, positions: Tensor, window: Window | None, mask: Mask) -> Tensor:
-        config, rotation = self.config, Rotation.of(self.config, positions)
+        config, (rotation,) = self.config, self.for_blocks(positions)
         tokens = self.ops.embed(token_ids, self.embed_tokens.weight, shared=config.tie_word_embeddings)
         x = F.dropout(tokens, config.dropout, self.training)
         for block in self.layers:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.linear_cross_entropy import linear_cross_entropy, losses_and_gradients
+from model.numerics import Numerics
 
 
 class Operations(NamedTuple):
@@ -67,6 +68,13 @@ def compiled(backend: "str | Callable[..., Any]" = "inductor") -> Operations:
         return y
 
     return PLAIN._replace(block=block_in_training, cross_entropy=partial(linear_cross_entropy, chunk=chunk))
+
+
+def product_type(numerics: Numerics) -> torch.dtype:
+    """Returns the type of products."""
+    dtype = getattr(torch, numerics.torch_type)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def use_operations(model: nn.Module, ops: Operations) -> None:

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Literal
 
-Precision = Literal["fp32", "bf16"]
+from model.numerics import BF16, FP32, NUMERICS, Numerics, Precision
 
 Device = Literal["cpu", "cuda"]
 
-_BF16_FEATURES = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
-"""Linux's names in /proc/cpuinfo; the last one is Arm's."""
+_ARM_FEATURES = frozenset(("bf16",))
+_BF16_FEATURES = frozenset(("avx512_bf16", "amx_bf16")) | _ARM_FEATURES
+"""Linux's names in /proc/cpuinfo."""
 
 _AMPERE = (8, 0)  # the first CUDA capability with bf16 products
 
@@ -33,16 +34,21 @@ def fast_precision(device: Device) -> Precision:
         return cpu_precision(cpu_features(), os.environ)
     import torch  # noqa: PLC0415  (takes seconds, which a command that asks about a CPU need not wait)
 
-    return "bf16" if torch.cuda.get_device_capability() >= _AMPERE else "fp32"
+    return (BF16 if torch.cuda.get_device_capability() >= _AMPERE else FP32).name
 
 
 def cpu_precision(features: Set[str], environment: Mapping[str, str]) -> Precision:
     """Returns the same for a CPU with those features, in a process with those environment variables."""
     found = _BF16_FEATURES & features
-    if found == {"bf16"}:
-        return "bf16"  # the variables only know x86
+    if found == _ARM_FEATURES:
+        return BF16.name  # the variables only know x86
     is_held = any(environment.get(name, "").upper() in older for name, older in _HELD_TO.items())
-    return "bf16" if found and not is_held else "fp32"
+    return (BF16 if found and not is_held else FP32).name
+
+
+def emulates(numerics: Numerics, device: Device) -> bool:
+    """Tells whether this machine's CPU, or its current GPU, has no units for such products, and is slow at them."""
+    return numerics.needs_units and NUMERICS[fast_precision(device)] != numerics
 
 
 def cpu_features() -> frozenset[str]:

@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from model.config import GPTConfig, num_parameters
-from model.tables import read_table
+from model.architecture import HEAD, Parameter
+from model.config import GPTConfig, lengths, num_parameters
 
 CHUNK_TOKENS = 1024
 """How many tokens' logits a CPU computes together."""
@@ -41,75 +41,68 @@ def stages(config: GPTConfig, *, batch_size: int, seq_len: int, bytes_per_value:
     With autocast to bf16 (`bytes_per_value` 2) the residual stream, LayerNorms and the loss keep fp32.
     """
     layers, small, head_dim = config.n_layer, bytes_per_value, config.head_dim
+    names = config.network.stages
     num_tokens = batch_size * seq_len
     chunk = min(CHUNK_TOKENS, num_tokens)
-    lengths = _lengths(config) | {"B": batch_size, "T": seq_len, "H": config.n_head, "D": head_dim, "K": chunk}
-    is_llama = config.architecture == "llama"
-    norm, added = ("RMSNorm", "of tokens") if is_llama else ("LayerNorm", "of tokens and positions, added")
-    one = ("block: query, key, value", "B T 3C", small, layers, "")
-    three = [("block: query", "B T C", small, layers, ""), ("block: key, value", "B T G", small, 2 * layers, "")]
-    gate = [("block: feed-forward, gate", "B T F", small, layers, "")]
+    sides = lengths(config) | {"B": batch_size, "T": seq_len, "H": config.n_head, "D": head_dim, "K": chunk}
+    projections = [(f"block: {name}", dims, small, layers * count, "") for name, dims, count in names.projections]
+    gate = [("block: feed-forward, gate", "B T F", small, layers, "")] if names.has_gate else []
     rows = [
         ("token ids", "B T", 8, 1, ""),
-        ("embeddings", "B T C", 4, 1, f"{added}: the residual stream"),
-        (f"block: {norm} 1", "B T C", 4, layers, ""),
-        *(three if is_llama else [one]),
+        ("embeddings", "B T C", 4, 1, f"{names.embeddings}: the residual stream"),
+        (f"block: {names.norm} 1", "B T C", 4, layers, ""),
+        *projections,
         ("block: each in heads", "B H T D", small, 3 * layers, "a view"),
         ("block: scores", "B H T T", small, layers, f"over sqrt({head_dim}); never whole"),
         ("block: attention", "B H T D", small, layers, ""),
         ("block: projection", "B T C", small, layers, "added to the residual stream"),
-        (f"block: {norm} 2", "B T C", 4, layers, ""),
-        *(gate if is_llama else []),
+        (f"block: {names.norm} 2", "B T C", 4, layers, ""),
+        *gate,
         ("block: feed-forward, up", "B T F", small, layers, ""),
         (f"block: {config.activation_function}", "B T F", small, layers, ""),
         ("block: feed-forward, down", "B T C", small, layers, "added to the residual stream"),
-        (f"last {norm}", "B T C", 4, 1, ""),
+        (f"last {names.norm}", "B T C", 4, 1, ""),
         ("logits", "B T V", 4, 1, "never whole"),
         ("logits, a chunk", "V K", small, -(-num_tokens // chunk), "all of them that exist at a time"),
         ("loss", "", 4, 1, ""),
     ]
-    return [Stage(name, dims, _shape(dims, lengths), size, times, note) for name, dims, size, times, note in rows]
+    return [Stage(name, dims, _shape(dims.split(), sides), size, times, note) for name, dims, size, times, note in rows]
 
 
 def weights(config: GPTConfig) -> list[Stage]:
     """Returns the parameters, in fp32; a block's are listed once and count `n_layer` times."""
-    lengths = _lengths(config)
-    found = [
+    prefix, sides = f"{config.network.parameters.prefix}.", lengths(config)
+    rows = [
         Stage(
-            name.removeprefix("transformer.").removeprefix("model."),
-            dims,
-            _shape(dims, lengths),
+            name.removeprefix(prefix),
+            " ".join(parameter.dims),
+            _shape(parameter.dims, sides),
             4,
             config.n_layer if "*" in name else 1,
         )
-        for name, dims in _parameter_dims(config, layers="*").items()
+        for name, parameter in parameters(config, layers="*").items()
     ]
-    assert sum(stage.times * math.prod(stage.shape) for stage in found) == num_parameters(config)
-    return found
+    assert sum(stage.times * math.prod(stage.shape) for stage in rows) == num_parameters(config)
+    return rows
+
+
+def parameters(config: GPTConfig, *, layers: Iterable[object] | None = None) -> dict[str, Parameter]:
+    """Returns the parameters by name, in the order of `GPT.named_parameters`: of these layers, or of all. A tied head
+    has none."""
+    names = config.network.parameters
+    named = dict(names.before)
+    for layer in range(config.n_layer) if layers is None else layers:
+        named |= {f"{names.blocks}.{layer}.{name}": parameter for name, parameter in names.block.items()}
+    named |= names.after
+    head = {} if config.tie_word_embeddings else {"lm_head.weight": HEAD}
+    return {f"{names.prefix}.{name}": parameter for name, parameter in named.items()} | head
 
 
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each parameter by its name, in the order of `GPT.named_parameters`; a tied head has none."""
-    lengths = _lengths(config)
-    return {name: _shape(dims, lengths) for name, dims in _parameter_dims(config, layers=range(config.n_layer)).items()}
+    sides = lengths(config)
+    return {name: _shape(parameter.dims, sides) for name, parameter in parameters(config).items()}
 
 
-def _parameter_dims(config: GPTConfig, *, layers: Iterable[object]) -> dict[str, str]:
-    block: dict[str, str] = read_table(__file__, "shapes")[config.architecture]
-    head = {} if config.tie_word_embeddings else {"lm_head.weight": "V C"}
-    if config.architecture == "llama":
-        blocks = {f"model.layers.{layer}.{name}": dims for layer in layers for name, dims in block.items()}
-        return {"model.embed_tokens.weight": "V C"} | blocks | {"model.norm.weight": "C"} | head
-    decoder = {"wte.weight": "V C", "wpe.weight": "n_positions C"}
-    decoder |= {f"h.{layer}.{name}": dims for layer in layers for name, dims in block.items()}
-    decoder |= {"ln_f.weight": "C", "ln_f.bias": "C"}
-    return {f"transformer.{name}": dims for name, dims in decoder.items()} | head
-
-
-def _lengths(config: GPTConfig) -> dict[str, int]:
-    c, lengths = config.n_embd, {"G": config.kv_width, "V": config.vocab_size, "n_positions": config.n_positions}
-    return lengths | {"C": c, "3C": 3 * c, "F": config.ffn_width}
-
-
-def _shape(dims: str, lengths: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(lengths[letter] for letter in dims.split())
+def _shape(dims: Iterable[str], sides: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(sides[dim] for dim in dims)

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.gpt import GPT, Block, Transformer
+from model.body import Block
+from model.gpt import GPT
 from model.kv_cache import for_each_head
-from model.llama import LlamaBlock, Rotation
 from model.sampling import SamplingRow, adjusted, distribution, sample
 from model.sampling_params import SamplingParams
 
@@ -103,7 +103,7 @@ class Reader:
     @torch.inference_mode()
     def read(self, token_ids: Sequence[int]) -> Reading:
         """Reads the next tokens, at the positions after those read before."""
-        body, config = self._model.body, self._model.config
+        body = self._model.body
         stages: list[Stage] = []
         self._attention = []
         last_s = self._clock()
@@ -116,20 +116,20 @@ class Reader:
 
         first, device = self._past[0][0].shape[1], self._past[0][0].device
         ids = torch.tensor([token_ids], device=device)  # (1, N)
-        x = self._model.token_embedding(ids)  # (1, N, C)
+        x = body.token_embedding(ids)  # (1, N, C)
         done("token embedding", x)
         positions = torch.arange(first, first + len(token_ids), device=device)
-        rotation = [] if isinstance(body, Transformer) else [Rotation.of(config, positions[None])]
-        if isinstance(body, Transformer):
-            x = x + body.wpe(positions)
+        for_blocks = body.for_blocks(positions[None])
+        if body.position_embedding is not None:
+            x = x + body.position_embedding(positions)
             done("position embedding", x)
-        for layer, block in enumerate(self._model.blocks):
-            assert isinstance(block, Block | LlamaBlock)
-            x = block.attended(x, self, None, *rotation)
+        for layer, block in enumerate(body.blocks):
+            assert isinstance(block, Block)
+            x = block.attended(x, self, None, *for_blocks)
             done("attention", self._attention[layer].weights[None], layer=layer)  # (1, H, N, P)
             x = block.fed_forward(x)
             done("mlp", x, layer=layer)
-        x = self._model.last_norm(x)
+        x = body.last_norm(x)
         done("final norm", x)
         logits = self._model.logits(x)  # (1, N, V)
         done("logits", logits)

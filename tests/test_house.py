@@ -6,11 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 
 from cluster.settings.code_folders import CODE_FOLDERS
+from model.architecture import ARCHITECTURES
+from model.numerics import NUMERICS
 from tests.repository import BANNED_MODULES, PYPROJECT, REPOSITORY
 from tests.time_limits import limit_s
 
@@ -115,6 +118,54 @@ def test_no_test_file_imports_another_one() -> None:
         for line in re.findall(r"^from tests\S*\.test_\w+ import", path.read_text(), re.M)
     ]
     assert found == []
+
+
+def words_asked_for(source: str, words: Collection[str]) -> list[tuple[int, str]]:
+    """Returns the lines that compare something with one of the words, match it, or look it up in a table of them."""
+    operands: list[ast.expr] = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Compare():
+                operands += [node.left, *node.comparators]
+            case ast.MatchValue():
+                operands.append(node.value)
+            case ast.Dict():
+                operands += [key for key in node.keys if key is not None]
+    listed: list[ast.expr] = []
+    for operand in operands:
+        listed += operand.elts if isinstance(operand, ast.Tuple | ast.List | ast.Set) else [operand]
+    return [(node.lineno, node.value) for node in listed if isinstance(node, ast.Constant) and node.value in words]
+
+
+def test_the_syntax_tree_shows_where_a_word_is_asked_for() -> None:
+    source = """
+if way == "fp32": pass
+if "bf16" != way: pass
+if way in ("auto", "fp32"): pass
+match way:
+    case "fp32" | "bf16": pass
+table = {"bf16": 2, "fp32": 4}
+default = "fp32"
+text = f"{way} and bf16"
+"""
+    lines = [line for line, _ in words_asked_for(source, NUMERICS)]
+    assert sorted(lines) == [2, 3, 4, 6, 6, 7, 7]
+
+
+@pytest.mark.parametrize(
+    ("owner", "words"),
+    [("model/architecture.py", ARCHITECTURES), ("model/numerics.py", NUMERICS)],
+    ids=["architecture", "precision"],
+)
+def test_only_its_owner_asks_which_word_a_setting_has(owner: str, words: Collection[str]) -> None:
+    """All others ask the record that the word names, so that another member of the set is another record."""
+    found = {}
+    for path in code_files():
+        name = path.relative_to(REPOSITORY).as_posix()
+        if path.suffix == ".py" and name != owner:
+            found[name] = words_asked_for(path.read_text(encoding="utf-8"), words)
+    assert len(found) > 300 and len(words) > 1
+    assert {name: places for name, places in found.items() if places} == {}
 
 
 def only_imports(source: str) -> str:

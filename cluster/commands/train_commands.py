@@ -174,13 +174,14 @@ def inspect(arguments: Arguments) -> Result:
     """Shows the shapes of one lane: train.micro_batch_size sequences of train.seq_len tokens."""
     from cluster.settings.run import RunConfig, planned_vocabulary, seq_len, with_precision
     from model.config import num_parameters
+    from model.numerics import BF16
     from model.processor import fast_precision
     from model.shapes import stages, weights
 
     config = planned_vocabulary(arguments.config(RunConfig, needs_source=False))
-    config = with_precision(config, "bf16" if config.scaling.use_gpu else fast_precision("cpu"))
+    config = with_precision(config, BF16.name if config.scaling.use_gpu else fast_precision("cpu"))
     batch_size, tokens = config.train.micro_batch_size, seq_len(config)
-    value_bytes = 2 if config.train.precision == "bf16" else 4
+    value_bytes = config.train.numerics.product_bytes
     batch = stages(config.model, batch_size=batch_size, seq_len=tokens, bytes_per_value=value_bytes)
     parameters = weights(config.model)
     size = num_parameters(config.model)

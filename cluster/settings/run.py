@@ -28,7 +28,7 @@ from cluster.settings.batch_schedule import BatchSchedule
 from cluster.settings.shard import Shard, divided_by
 from cluster.storage.uris import Storage, open_storage
 from model.config import GPTConfig, preset_fields
-from model.processor import Precision
+from model.numerics import NUMERICS, Numerics, Precision
 
 
 def _model_shape(value: Any) -> Any:
@@ -173,6 +173,12 @@ class TrainConfig(Settings):
                 f"of {horizon} tokens (train.decay_tokens, or else train.max_tokens)"
             )
         return self
+
+    @property
+    def numerics(self) -> Numerics:
+        """The numbers in which the run computes, once `auto` is settled."""
+        assert self.precision != "auto", "the precision is decided before a run starts"
+        return NUMERICS[self.precision]
 
     @property
     def lane_size(self) -> int:

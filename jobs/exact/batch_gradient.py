@@ -31,6 +31,7 @@ from jobs.tokens.token_stream import TokenStream
 from jobs.workers.worker_group import WorkerGroup
 from model.cpu_ops.loans import Places, lent, weight_copies
 from model.gpt import GPT
+from model.operations import product_type
 from model.training_memory import large_zeros
 
 _MAX_PLANS = 4  # kept: a step needs its own and the next one's
@@ -59,9 +60,10 @@ class BatchGradient:
         self._loss = _ScaledLoss(state.model)
         self._lends = way_to_compute(config) == "cpu"
         self._rounded: Tensor | None = None  # the matrices, for operations that do not round them themselves
-        if self._lends and config.train.precision == "bf16" and not state.gathered:
+        numerics = config.train.numerics
+        if self._lends and numerics.is_rounded and not state.gathered:
             size = state.layout.boundary
-            self._rounded = large_zeros(size, dtype=torch.bfloat16, device=state.device)
+            self._rounded = large_zeros(size, dtype=product_type(numerics), device=state.device)
         num_micro_batches = config.train.micro_batches_per_lane
         self._new_plan = partial(StepPlan, state.sharding, num_micro_batches=num_micro_batches)
         self._plan_of_count = lru_cache(maxsize=_MAX_PLANS)(self._new_plan)

@@ -11,7 +11,7 @@ from model.attention import Mask, document_mask, document_positions, packed_docu
 from model.cpu_ops import operations as cpu_ops
 from model.gpt import GPT
 from model.linear_cross_entropy import IGNORE_INDEX
-from model.operations import PLAIN, compiled, recomputed, use_operations
+from model.operations import PLAIN, compiled, product_type, recomputed, use_operations
 
 
 class MicroBatch(NamedTuple):
@@ -47,12 +47,8 @@ def choose_operations(
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    assert config.train.precision != "auto", "the precision is decided before a run starts"
-    return torch.autocast(
-        device.type,
-        dtype=torch.bfloat16,
-        enabled=config.train.precision == "bf16",
-    )
+    numerics = config.train.numerics
+    return torch.autocast(device.type, dtype=product_type(numerics), enabled=numerics.is_rounded)
 
 
 def micro_batch(
@@ -77,7 +73,7 @@ def micro_batch(
     if eot_id is None:
         return MicroBatch(moved(inputs), moved(targets), None, None)
     positions = document_positions(inputs, targets, eot_id=eot_id)
-    if device.type == "cuda" and config.train.precision == "bf16" and not config.model.dropout:
+    if device.type == "cuda" and config.train.numerics.has_flash_attention and not config.model.dropout:
         documents = packed_documents(positions)
         mask = documents._replace(starts=moved(documents.starts))
         return MicroBatch(moved(inputs), moved(targets), moved(positions), mask)

@@ -20,7 +20,6 @@ from model.errors import UserError
 from model.gpt import GPT
 from model.operations import PLAIN, use_operations
 
-_WITHIN = {"fp32": 1e-4, "bf16": 5e-2}  # a healthy device: 2e-6 and 2e-2
 _FROM_KINK = 4.0  # values spread by less than 1
 _EOT = 3
 _SEED = 1
@@ -84,7 +83,7 @@ def _check(
 ) -> None:
     gradients = _gradients(config, device)
     again = _gradients(config, device)
-    within = _WITHIN[config.train.precision]
+    within = config.train.numerics.tolerance
     for name in reversed(exact):  # from the loss backward: what comes after a wrong operation is wrong too
         expected = exact[name].double()
         difference = gradients[name].double() - expected
@@ -177,7 +176,7 @@ def _in_tiny(config: RunConfig) -> RunConfig:
         n_positions=64,
         n_layer=2,
         n_head=2,
-        n_kv_head=None if config.model.architecture == "gpt2" else 1,
+        n_kv_head=1 if config.model.network.groups_heads else None,
         n_embd=width,
         n_inner=None,
         dropout=0.0,

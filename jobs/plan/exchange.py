@@ -14,7 +14,7 @@ from jobs.exact.state.flat_layout import NUM_SENDINGS, FlatLayout
 from jobs.exact.state.rules import update_rule
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.sums.exact_reduce import subtrees_of_ranks
-from jobs.plan.formulas import BF16_BYTES, FP32_BYTES
+from jobs.plan.formulas import FP32_BYTES
 from model.shapes import parameter_shapes
 
 MESSAGE_S = 5e-6
@@ -142,4 +142,4 @@ def _update_s(config: RunConfig, layout: FlatLayout, options: PlanConfig) -> flo
 
 def product_bytes(config: RunConfig) -> int:
     """Returns the bytes of a weight as lanes compute with it, and of its gradient, which is a product."""
-    return BF16_BYTES if config.train.precision == "bf16" else FP32_BYTES
+    return config.train.numerics.product_bytes

@@ -10,7 +10,6 @@ from jobs.exact.state.update_rule import UpdateRule
 
 DAY_S = 86_400
 FP32_BYTES = 4
-BF16_BYTES = 2
 
 TEXT_BYTES_PER_TOKEN = 4.3
 """Bytes of English web text for each token of GPT-2's tokenizer, about."""

@@ -33,7 +33,7 @@ from model.config import flops_per_token, num_parameters
 def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
     """Returns figures by name, in FLOPs, seconds, bytes and dollars unless the name says otherwise."""
     count, gpu = options.count or config.scaling.max_workers, options.hardware
-    config = with_precision(config, gpu.fast_precision)
+    config = with_precision(config, gpu.fast_numerics.name)
     schedule, num_tokens, size = batch_schedule(config), config.train.max_tokens, num_parameters(config.model)
     layout = layout_of(config.model)
 

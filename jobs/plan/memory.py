@@ -4,7 +4,7 @@ B sequences in a lane, T tokens of each, C width, F feed-forward width, V vocabu
 """
 
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 from cluster.settings.run import RunConfig, batch_schedule, planned_vocabulary, seq_len, way_to_compute, with_precision
 from cluster.storage.uris import open_storage
@@ -14,11 +14,11 @@ from jobs.exact.state.sharding import Sharding
 from jobs.exact.sums.exact_reduce import subtrees_of_ranks
 from jobs.exact.sums.step_plan import StepPlan
 from jobs.plan.exchange import product_bytes
-from jobs.plan.formulas import BF16_BYTES, FP32_BYTES, state_bytes_per_value
+from jobs.plan.formulas import FP32_BYTES, state_bytes_per_value
 from jobs.run.history import why_not_resumed
 from jobs.snapshots.slots import NUM_SLOTS
 from model.config import GPTConfig
-from model.processor import Precision
+from model.numerics import NUMERICS
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, parameter_shapes
 
 _PROCESS_BYTES = 0.5e9
@@ -49,10 +49,10 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int) -> dic
         second = layout.size  # what autograd adds the lane's micro-batches up in
     is_whole, block = not sharding.divided.values, max(map(len, layout.decoder_blocks))
     rest = layout.boundary - sum(map(len, layout.decoder_blocks))  # the embeddings
-    rounded = BF16_BYTES * (layout.boundary if is_whole else rest)
+    rounded = config.train.numerics.rounded_bytes * (layout.boundary if is_whole else rest)
     return {
         "weights": FP32_BYTES * (layout.size if is_whole else own),
-        "bf16_weights": float(rounded if width == BF16_BYTES else 0),  # in autocast's cache
+        "bf16_weights": float(rounded),  # in autocast's cache
         "gradients": FP32_BYTES * own,
         "lane_sums": FP32_BYTES * ((num_buffers - 1) * own + second),
         "optimizer": len(update_rule(config.train).vectors) * FP32_BYTES * layout.size / sharding.num_holders,
@@ -79,12 +79,12 @@ def block_bytes(config: RunConfig) -> int:
     and value, the attention's output (8 C), and the feed-forward layer before and after its activation (2 F); with bf16
     all but the LayerNorms' inputs have half the size. Attention's scores are never kept (FlashAttention), only a number
     for each head; LayerNorms keep two."""
-    model, small = config.model, BF16_BYTES if config.train.precision == "bf16" else FP32_BYTES
-    c, f = model.n_embd, model.ffn_width
-    if model.architecture == "llama":  # norms keep a second value, and in bf16 each of five projections its own input
-        values = (7 if small == BF16_BYTES else 4) * c + 2 * _kept_key_width(config) + 4 * f
-        return 4 * c * FP32_BYTES + values * small + FP32_BYTES * (model.n_head + 2) + 2 * c * bool(model.dropout)
-    return 2 * c * FP32_BYTES + (6 * c + 2 * f) * small + FP32_BYTES * (model.n_head + 4) + 2 * c * bool(model.dropout)
+    model, numerics = config.model, config.train.numerics
+    kept, c = model.network.kept, model.n_embd
+    own_inputs = kept.own_inputs if numerics.is_rounded else 0
+    values = (4 + own_inputs) * c + 2 * _kept_key_width(config) + kept.of_ffn * model.ffn_width
+    numbers = model.n_head + kept.norm_numbers
+    return FP32_BYTES * (kept.of_norms * c + numbers) + numerics.product_bytes * values + 2 * c * bool(model.dropout)
 
 
 def _kept_key_width(config: RunConfig) -> int:
@@ -92,7 +92,7 @@ def _kept_key_width(config: RunConfig) -> int:
     once that several heads share (`model.attention`)."""
     train, model = config.train, config.model
     has_mask = train.document_mask and bool(model.dropout)
-    is_flash = config.scaling.use_gpu and train.precision == "bf16" and not has_mask
+    is_flash = config.scaling.use_gpu and train.numerics.has_flash_attention and not has_mask
     return model.kv_width if is_flash else model.n_embd
 
 
@@ -100,14 +100,14 @@ def logits_chunk_bytes(config: RunConfig) -> float:
     """Returns the bytes of the scores (V, K) of a chunk of tokens, from which the cross-entropy makes their gradients,
     and of the head's gradient (V, C) where the activations are still there: all scores (B, T, V) never exist."""
     model, tokens = config.model, config.train.micro_batch_size * seq_len(config)
-    bf16, compute = config.train.precision == "bf16", way_to_compute(config)
-    small = BF16_BYTES if bf16 else FP32_BYTES
+    numerics, compute = config.train.numerics, way_to_compute(config)
+    rounded = numerics.rounded_bytes
     # Fused kernels read the scores and write their gradients. Plain operations have five copies in fp32 at a time,
     # and a mask; those for CPUs write over the scores.
-    each = {"compiled": 2 * small, "plain": 21 + BF16_BYTES * bf16, "cpu": FP32_BYTES + BF16_BYTES * bf16}[compute]
-    head = (0 if compute == "cpu" else FP32_BYTES) + BF16_BYTES * bf16
+    score = {"compiled": 2 * numerics.product_bytes, "plain": 21 + rounded, "cpu": FP32_BYTES + rounded}[compute]
+    head = (0 if compute == "cpu" else FP32_BYTES) + rounded
     num_scores = model.vocab_size * min(CHUNK_TOKENS if compute == "cpu" else GPU_CHUNK_TOKENS, tokens)
-    return float(each * num_scores + head * model.vocab_size * model.n_embd)
+    return float(score * num_scores + head * model.vocab_size * model.n_embd)
 
 
 def host_memory(config: RunConfig, layout: FlatLayout, *, world_size: int, gpus_per_node: int) -> dict[str, float]:
@@ -144,7 +144,7 @@ def worker_needs(config: RunConfig) -> dict[str, Any]:
     planned, scaling = planned_vocabulary(config), config.scaling
     training = max(  # as precision `auto` is settled where the workers run, there must be room for either
         sum(gpu_memory(each, layout_of(each.model), world_size=scaling.min_workers).values())
-        for each in (with_precision(planned, precision) for precision in get_args(Precision))
+        for each in (with_precision(planned, numerics.name) for numerics in NUMERICS.values())
     )
     on_device = training if scaling.use_gpu else 0.0
     reason = why_not_resumed(open_storage(config.storage.uri).child(f"runs/{config.run_id}"), config)

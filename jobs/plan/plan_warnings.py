@@ -63,12 +63,13 @@ def _on_gpus(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> It
             f"{lanes:,} lanes do not divide among {count:,} GPUs: some compute {-(-lanes // count)} a step, others "
             f"{lanes // count} and wait: {1 - busy:.0%} of the GPUs' time is lost, which the days below leave out."
         )
-    if config.train.precision == "fp32" and options.sustained_tflops is None:
-        has_bf16 = options.hardware.fast_precision == "bf16"
+    numerics, fast = config.train.numerics, options.hardware.fast_numerics
+    if not numerics.is_rounded and options.sustained_tflops is None:
         yield (
-            f"train.precision is fp32, and the MFU is a share of the peak of {'bf16' if has_bf16 else 'fp16'}, "
-            f"{options.hardware.peak_flops_per_s / 1e12:,.0f} TFLOP/s: {'set --train.precision bf16, or ' * has_bf16}"
-            "say with --sustained-tflops what fp32 sustains."
+            f"train.precision is {numerics.name}, and the MFU is a share of the peak of "
+            f"{fast.name if fast.is_rounded else 'fp16'}, {options.hardware.peak_flops_per_s / 1e12:,.0f} TFLOP/s: "
+            f"{f'set --train.precision {fast.name}, or ' if fast.is_rounded else ''}say with --sustained-tflops what "
+            f"{numerics.name} sustains."
         )
     if config.train.recompute and options.sustained_tflops is None:
         yield (

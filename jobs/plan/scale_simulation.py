@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.settings.plan import PlanConfig
-from cluster.settings.run import RunConfig, batch_schedule, seq_len
+from cluster.settings.run import RunConfig, batch_schedule, seq_len, with_precision
 from jobs.exact.state.flat_layout import FlatLayout
 from jobs.exact.state.rules import update_rule
 from jobs.exact.state.sharding import Sharding
@@ -40,6 +40,7 @@ Row = Mapping[str, Any]
 
 def scales(config: RunConfig, options: PlanConfig) -> list[Row]:
     """Returns a row for each number of GPUs that all have a lane of the batch."""
+    config = with_precision(config, options.hardware.fast_numerics.name)
     layout = layout_of(config.model)
     return [_scale(config, options, layout, size) for size in WORLD_SIZES if size <= batch_schedule(config).full_lanes]
 

@@ -51,12 +51,13 @@ _SHAPING = {
 """The settings under `data` of which another value makes another store, besides the corpus and the tokenizer."""
 
 
-def tokenize(config: RunConfig) -> dict[str, Any]:
-    """Makes the token store of `config.data` under `config.storage`, or finds it there. Needs Ray.
+def tokenize(config: RunConfig, listing: Listing | None = None) -> dict[str, Any]:
+    """Makes the token store of `config.data` under `config.storage`, or finds it there. Needs Ray. Lists the corpus if
+    no listing of it is given.
 
     Raises `UserError`, also when no document is left to tokenize, and `LeaseHeldError` while another run writes it.
     """
-    builder = _builder(config)
+    builder = _builder(config, listing or list_corpus(config.data.source, text_endings=config.data.text_endings))
     if skipped := builder.listing.skipped:
         say(f"skipped {said_skipped(skipped)}; sources.json names them all")
     if warning := most_is_skipped(builder.listing):
@@ -80,9 +81,8 @@ def tokenize(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _builder(config: RunConfig) -> "_Builder":
-    """Lists the corpus and trains its tokenizer if there is none; both determine the store's place. Needs Ray."""
-    listing = list_corpus(config.data.source, text_endings=config.data.text_endings)
+def _builder(config: RunConfig, listing: Listing) -> "_Builder":
+    """Trains the corpus's tokenizer if there is none; it and the corpus determine the store's place. Needs Ray."""
     tokenizer, _ = ensure_tokenizer(config, listing)
     shard_bytes = config.data.shard_bytes or default_shard_bytes(listing.files)
     data = config.data.model_copy(update={"shard_bytes": shard_bytes})

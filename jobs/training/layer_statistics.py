@@ -12,8 +12,7 @@ from torch import Tensor
 from jobs.exact.state.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
-
-_OF_NORM = {"ln_1": "attn", "ln_2": "mlp", "input_layernorm": "self_attn", "post_attention_layernorm": "mlp"}
+from model.architecture import ParameterNames
 
 
 class LayerStatistics:
@@ -21,7 +20,9 @@ class LayerStatistics:
 
     def __init__(self, state: TrainState, group: WorkerGroup, timer: StepTimer, *, every_steps: int) -> None:
         self._state, self._group, self._timer, self._every_steps = state, group, timer, every_steps
-        self._layers = list(dict.fromkeys(layer_of(name) for name, _ in state.model.named_parameters()))
+        self._names = state.model.config.network.parameters
+        layers = [layer_of(name, self._names) for name, _ in state.model.named_parameters()]
+        self._layers = list(dict.fromkeys(layers))
         self.fields: dict[str, Any] | None = None
         """The ledger's event `layers` of the last update, where that was measured, on rank 0."""
 
@@ -61,7 +62,8 @@ class LayerStatistics:
         for name, in_parameter, packed in layout.pieces(state.owned if is_divided else layout.whole):
             place = in_parameter.shifted(layout.places[name].start) if len(flat) == layout.size else packed
             values = place.of(flat)
-            sums[self._layers.index(layer_of(name))] += torch.linalg.vector_norm(values, dtype=torch.float64).square()
+            norm = torch.linalg.vector_norm(values, dtype=torch.float64)
+            sums[self._layers.index(layer_of(name, self._names))] += norm.square()
         sums = sums.cpu()
         if is_divided:
             if state.sharding.copy:  # the first one has all of it
@@ -71,13 +73,14 @@ class LayerStatistics:
         return sums
 
 
-def layer_of(parameter: str) -> str:
+def layer_of(parameter: str, names: ParameterNames) -> str:
     """Returns `wte`, `wpe`, `h.0.attn`, `h.0.mlp` …, `ln_f`, or of Llama `embed_tokens`, `layers.0.self_attn`,
     `layers.0.mlp` …, `norm`; a norm counts with the layer that it precedes."""
-    parts = parameter.removeprefix("transformer.").removeprefix("model.").split(".")
-    if parts[0] not in ("h", "layers"):
-        return parts[0]
-    return ".".join([*parts[:2], _OF_NORM.get(parts[2], parts[2])])
+    module, *parts = parameter.removeprefix(f"{names.prefix}.").split(".")
+    if module != names.blocks:
+        return module
+    number, part, *_ = parts
+    return f"{module}.{number}.{names.norms.get(part, part)}"
 
 
 def _rounded(values: Tensor) -> list[float]:

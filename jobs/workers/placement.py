@@ -9,7 +9,8 @@ import ray
 from cluster.output.progress import say
 from cluster.output.result_text import counted
 from cluster.settings.run import ScalingConfig
-from model.processor import Device, Precision, fast_precision
+from model.numerics import NUMERICS, Precision
+from model.processor import Device, fast_precision
 
 REPEAT_S = 60.0  # without workers before a run says what it waits for, and between two such messages
 
@@ -60,5 +61,6 @@ def at_odds(precision: Precision, device: Device) -> dict[str, Any] | None:
     fast = fast_precision(device)
     if fast == precision:
         return None
-    why = "; this processor computes bf16 at speed" if precision == "fp32" else ", which this processor emulates"
+    is_emulated = NUMERICS[precision].needs_units
+    why = ", which this processor emulates" if is_emulated else f"; this processor computes {fast} at speed"
     return {"precision": precision, "fast": fast, "reason": f"the run computes in {precision}, as it began{why}"}

@@ -23,7 +23,7 @@ from model.durable_files import sync
 from model.processor import cpu_features
 
 SOURCES = Path(__file__).parent / "native"
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-psabi")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-psabi", "-Werror=switch")
 COMPILE_TIMEOUT_S = 300.0
 NATIVE = "native"
 FOLDER_VARIABLE, MARCH_VARIABLE = "RAYMILL_KERNELS", "RAYMILL_KERNELS_MARCH"

@@ -9,23 +9,16 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from model.gpt import GPT, Projection, Transformer
+from model.architecture import Activation
+from model.gpt import GPT, Projection
 from model.llama import frequencies
 from serving.engine.native_library import load_library
 from serving.engine.runner import Reading, Survey
 
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
-ACTIVATIONS = {"gelu": 0, "gelu_exact": 1, "relu": 2, "swiglu": 3}
-NORMS = {"gpt2": ("ln_1", "ln_2"), "llama": ("input_layernorm", "post_attention_layernorm")}
-"""In the order of decoder.cpp, like the following."""
-_QKV = [f"self_attn.{part}_proj" for part in "qkv"]
-MATRICES = {
-    "gpt2": (["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]),
-    "llama": (_QKV, ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]),
-}
-"""By architecture, those that are one matrix to the kernels, side by side."""
+ACTIVATIONS: dict[Activation, int] = {"gelu": 0, "gelu_exact": 1, "relu": 2, "swiglu": 3}
 HEAD, TOKENS = 0, 1  # after the last layer
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int
@@ -44,7 +37,7 @@ _FUNCTIONS = {
 class Shape(ctypes.Structure):
     _fields_: ClassVar = [
         *((name, ctypes.c_int32) for name in ("layers", "width", "heads", "kv_heads", "ffn_width", "vocabulary")),
-        *((name, ctypes.c_int32) for name in ("positions", "activation", "num_blocks")),
+        *((name, ctypes.c_int32) for name in ("positions", "architecture", "activation", "num_blocks")),
         ("epsilon", ctypes.c_float),
     ]
 
@@ -73,6 +66,7 @@ class NativeRunner:
         self._library.raymill_create.restype = ctypes.c_void_p
         self._library.raymill_set_matrix.restype = ctypes.c_bool
         self._config = config = model.config
+        network = config.network
         shape = Shape(
             layers=config.n_layer,
             width=config.n_embd,
@@ -81,26 +75,23 @@ class NativeRunner:
             ffn_width=config.ffn_width,
             vocabulary=config.vocab_size,
             positions=config.n_positions,
+            architecture=network.kernels.number,
             activation=ACTIVATIONS[config.activation_function],
             num_blocks=num_blocks,
             epsilon=config.layer_norm_epsilon,
         )
-        body = model.body
-        positions = _as_float(body.wpe.weight if isinstance(body, Transformer) else frequencies(config))
+        embedding = model.body.position_embedding
+        positions = _as_float(frequencies(config) if embedding is None else embedding.weight)
         self._decoder = ctypes.c_void_p(
             self._library.raymill_create(ctypes.byref(shape), KINDS[dtype], threads, positions.data_ptr())
         )
         if self._decoder.value is None:
             raise MemoryError("the KV cache")
         for layer, block in enumerate(model.blocks):
-            for which, name in enumerate(NORMS[config.architecture]):
+            for which, name in enumerate(network.parameters.norms):
                 self._set_norm(layer, which, block.get_submodule(name))
-            for which, names in enumerate(MATRICES[config.architecture]):
-                modules = [block.get_submodule(name) for name in names]
-                if isinstance(modules[0], Projection):
-                    self._set_matrix(layer, which, modules[0].weight, modules[0].bias)
-                else:
-                    self._set_matrix(layer, which, torch.cat([module.get_parameter("weight") for module in modules]).T)
+            for which, names in enumerate(network.kernels.matrices):
+                self._set_matrix(layer, which, *_side_by_side([block.get_submodule(name) for name in names]))
         self._set_norm(config.n_layer, 0, model.last_norm)
         self._set_matrix(config.n_layer, HEAD, model.head_weight.T)
         if not config.tie_word_embeddings:
@@ -136,7 +127,7 @@ class NativeRunner:
         )
         return found
 
-    def _set_norm(self, layer: int, which: int, norm: torch.nn.Module) -> None:
+    def _set_norm(self, layer: int, which: int, norm: nn.Module) -> None:
         weight, bias, *_ = [*map(_as_float, norm.parameters()), torch.zeros(self._config.n_embd)]  # RMSNorm has no bias
         self._library.raymill_set_norm(self._decoder, layer, which, weight.data_ptr(), bias.data_ptr())
 
@@ -147,6 +138,18 @@ class NativeRunner:
         data = (weight.data_ptr(), *weight.stride(), None if bias is None else bias.data_ptr())
         if not self._library.raymill_set_matrix(self._decoder, layer, which, *weight.shape, *data):
             raise MemoryError("the weights")
+
+
+def _side_by_side(projections: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
+    """Returns the weights (in, out) of projections of the same inputs as one matrix, and their biases as one."""
+    weights, biases = list[Tensor](), list[Tensor]()
+    for projection in projections:
+        weight = projection.get_parameter("weight")
+        weights.append(weight if isinstance(projection, Projection) else weight.T)
+        if isinstance(projection, Projection):
+            biases.append(projection.bias)
+    matrix = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)
+    return matrix, torch.cat(biases) if biases else None
 
 
 def _as_float(values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cluster.settings.serve import EngineConfig
 from model.checkpoint_folder import is_hf_folder, read_metadata
+from model.numerics import FP32, NUMERICS
 from model.processor import fast_precision
 
 # The type in which a checkpoint is loaded, by `engine.dtype`; the native kernels turn it into int8.
@@ -30,8 +31,9 @@ def with_dtype(config: EngineConfig, folder: Path) -> EngineConfig:
     if config.dtype != "auto":
         return config
     trained = None if is_hf_folder(folder) else read_metadata(folder).precision
-    is_bf16 = (trained == "bf16" or config.device == "cuda") and fast_precision(config.device) == "bf16"
-    return config.model_copy(update={"dtype": "bfloat16" if is_bf16 else "float32"})
+    fast = NUMERICS[fast_precision(config.device)]
+    loses_nothing = trained == fast.name or config.device == "cuda"
+    return config.model_copy(update={"dtype": (fast if loses_nothing else FP32).torch_type})
 
 
 class Reading(NamedTuple):

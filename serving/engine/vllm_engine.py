@@ -19,7 +19,6 @@ from cluster.settings.parser import suggestion
 from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, EngineConfig
 from model.errors import UserError
 from model.hf_config import read_config
-from model.sampling_params import SamplingParams
 from serving.engine.kv_cache_size import served_context
 from serving.engine.messages import (
     Admission,
@@ -31,7 +30,7 @@ from serving.engine.messages import (
     TokenEvent,
 )
 from serving.engine.runner import with_dtype
-from serving.engine.vllm_sizes import NUMBER_BYTES, Starts, batched_tokens, cache_bytes
+from serving.engine.vllm_sizes import NUMBER_BYTES, Starts, batched_tokens, cache_bytes, sampling_arguments
 from serving.engine.vllm_weights import clear_cache, replace_weights, stored_shapes, weights_alone
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process already belongs to the engine
@@ -195,11 +194,9 @@ class VllmEngine:
         self._engine.collective_rpc(clear_cache)
 
     def _params(self, request: SequenceRequest) -> Any:
-        sampling: SamplingParams = request.sampling
-        own = {"top_k": sampling.top_k or -1, "logit_bias": dict(sampling.logit_bias) or None}
         of_text = [] if request.ignore_eos or self._eos_id is None else [self._eos_id]
         return vllm.SamplingParams(
-            **vars(sampling) | own,
+            **sampling_arguments(request.sampling),
             max_tokens=max(request.max_tokens, LEAST_TOKENS),
             ignore_eos=request.ignore_eos,
             stop_token_ids=[*request.stop_token_ids, *of_text],

@@ -1,10 +1,11 @@
-"""What vLLM is told of sizes, and whom its scheduler starts: plain figures, which need no vLLM."""
+"""What vLLM is told of sizes and sampling, and whom its scheduler starts: plain values, which need no vLLM."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cluster.settings.serve import EngineConfig
 from model.config import GPTConfig
+from model.sampling_params import SamplingParams
 from serving.engine.kv_cache_size import served_context
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
@@ -30,6 +31,21 @@ def batched_tokens(num_prompt_tokens: int | None, num_seqs: int | None, extra: M
     if num_prompt_tokens is None or extra.get("enable_chunked_prefill") is False:
         return None
     return num_prompt_tokens + (num_seqs or 0)
+
+
+def sampling_arguments(sampling: SamplingParams) -> dict[str, Any]:
+    """Returns what vLLM's `SamplingParams` are given of ours: each by its name, as the two need not have the same."""
+    return {
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k or -1,  # vLLM's word for all
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
+        "logit_bias": dict(sampling.logit_bias) or None,
+        "seed": sampling.seed,
+    }
 
 
 class Starts:

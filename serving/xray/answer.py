@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import torch
 
-from model.gpt import GPT, Transformer
+from model.gpt import GPT
 from model.tables import read_table
 from model.xray import Candidate, Query, Span, nearest_tokens, predictions, run_query, score
 from serving.protocol.errors import ApiError
@@ -93,11 +93,10 @@ def _check_limits(request: XrayRequest, model: GPT, *, num_tokens: int) -> None:
 def _tokens(query: Query, model: GPT, served: ServedModel) -> list[dict[str, Any]]:
     ids = query.token_ids
     scores: list[Candidate | None] = [None, *score(query.logits[: len(ids) - 1], ids[1:])]  # the first has none
-    body = model.body
     norms = model.token_embedding.weight[ids].float().norm(dim=-1).tolist()  # (T,)
     position_norms: list[Any] = [None] * len(ids)  # rotary positions add nothing
-    if isinstance(body, Transformer):
-        position_norms = body.wpe.weight[: len(ids)].float().norm(dim=-1).tolist()
+    if (embedding := model.body.position_embedding) is not None:
+        position_norms = embedding.weight[: len(ids)].float().norm(dim=-1).tolist()
     distinct = sorted(set(ids))
     nearest = dict(zip(distinct, nearest_tokens(model, distinct, num_nearest=NUM_NEAREST), strict=True))
     ends = list(itertools.accumulate((len(served.token_bytes(token_id)) for token_id in ids), initial=0))

@@ -3,14 +3,18 @@
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.settings.run import EvaluateConfig, RunConfig, run_storage
+from cluster.storage.uris import Entry, glob_uris
 from jobs import pretrain as stage
+from jobs.corpus import listing
 from jobs.evaluate import evaluate, gate_rows
+from jobs.pipeline import pipeline
 from jobs.pretrain import pretrain
 from jobs.proof.replay_run import replay
 from jobs.run.ledger import Ledger
@@ -82,6 +86,23 @@ def test_the_end_of_one_text_is_held_out(ray_workers: int, tmp_path: Path, capsy
     check_proofs(config, result)
     gate = gate_rows(result["checkpoint"], config.storage.uri)
     assert gate["rows"], gate["reason"]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_pipeline__lists_the_corpus_once(ray_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listing of a million files takes 13.5 s, and two of them may tell of different files."""
+    listed: list[str] = []
+
+    def list_files(location: str, **options: Any) -> Iterator[Entry]:
+        listed.append(location)
+        return glob_uris(location, **options)
+
+    monkeypatch.setattr(listing, "glob_uris", list_files)
+    source = written(tmp_path / "one.txt", make_text(1000))
+    figures = pipeline(small_run(tmp_path, [source]))
+    assert listed == [str(source)]
+    assert (figures["documents"], figures["step"]) == (1, 8)
+    assert figures["evaluation"]["parameter_hash"] == figures["parameter_hash"]
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -4,8 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from model.architecture import ArchitectureName
 from model.checkpoint_folder import Metadata
-from model.config import Architecture, GPTConfig
+from model.config import GPTConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
 from tests.checkpoints import save_model
@@ -16,7 +17,12 @@ LONG_CONTEXT_TOKENS = 256
 
 
 def lively_model(
-    tokenizer: Tokenizer, *, n_embd: int = 32, spread: float = 0.3, seed: int = 1, architecture: Architecture = "gpt2"
+    tokenizer: Tokenizer,
+    *,
+    n_embd: int = 32,
+    spread: float = 0.3,
+    seed: int = 1,
+    architecture: ArchitectureName = "gpt2",
 ) -> GPT:
     """Returns a model with widely spread weights (0.3 instead of 0.02), whose greedy output does not repeat one token.
     Llama's has one head of keys and values for two of queries."""

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from cluster.settings.serve import EngineConfig
-from model.config import Architecture
+from model.architecture import ArchitectureName
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
 from tests.repository import REPOSITORY
@@ -26,7 +26,7 @@ def vllm_config(**settings: object) -> EngineConfig:
     )
 
 
-def vllm_model(tokenizer: Tokenizer, *, seed: int, architecture: Architecture = "gpt2") -> GPT:
+def vllm_model(tokenizer: Tokenizer, *, seed: int, architecture: ArchitectureName = "gpt2") -> GPT:
     """With heads of 64, as narrower ones are not vLLM's."""
     return lively_model(tokenizer, n_embd=128, spread=0.2, seed=seed, architecture=architecture)
 

@@ -30,7 +30,7 @@ NUM_SENDINGS = 8  # stretches of an update that is sent: one is on its way while
 _ALIGNMENT = 16
 
 _BUCKET_UNIT = 16 * BLOCK  # worlds of up to 16 ranks, if a power of two, divide a bucket evenly
-_OF_BLOCK = re.compile(r"(?:transformer\.h|model\.layers)\.(\d+)\.")
+_OF_BLOCK = re.compile(r"\D*\.(\d+)\.")  # in any architecture, the first number in a name is its block's
 _MAX_BUCKET = 384 * _BUCKET_UNIT  # 25 MB of fp32, as DistributedDataParallel's
 
 

@@ -86,7 +86,7 @@ class GatheredWeights:
         own_values: Tensor,
         peers: Peers,
         *,
-        bf16: bool,
+        block_type: torch.dtype,
         apart: bool,
     ) -> None:
         """`own_values` has this member's parts of all buckets, end to end. With `apart` each matrix of a block begins
@@ -99,7 +99,6 @@ class GatheredWeights:
         self._side_work = side_work(device)
 
         spans = layout.decoder_blocks
-        block_type = torch.bfloat16 if bf16 else torch.float32
         self._numbers = {id(block): number for number, block in enumerate(model.blocks)}
         self._homes = [block_homes(layout, span, block_type, apart=apart) for span in spans]
         longest = max(homes[-1].stop for homes in self._homes)

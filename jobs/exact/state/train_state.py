@@ -28,6 +28,7 @@ from jobs.exact.state.update_rule import Stretch, Unit
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
+from model.operations import product_type
 from model.shapes import parameter_shapes
 from model.training_memory import large_zeros
 
@@ -101,15 +102,15 @@ class TrainState:
         return large_zeros(size, device=self.device)
 
     def _gathered_weights(self) -> GatheredWeights:
-        bf16 = self.config.precision == "bf16"
+        numerics = self.config.numerics
         has_flat_copy = self.device.type == "cpu" and self.config.compute in ("auto", "cpu")  # for its own operations
         return GatheredWeights(
             self.model,
             self.layout,
             self.values,
             self.peers,
-            bf16=bf16,
-            apart=bf16 and not has_flat_copy,
+            block_type=product_type(numerics),
+            apart=numerics.is_rounded and not has_flat_copy,
         )
 
     def _make_parameters_views(self) -> None:

@@ -15,27 +15,36 @@ namespace {
 
 constexpr int BLOCK = 16;  // positions of a KV cache block
 
-enum Activation { GELU, GELU_EXACT, RELU, SWIGLU };  // the last is Llama's
+// The numbers of both are those of native_runner.py.
+enum Architecture : int32_t { GPT2, LLAMA };
+enum Activation : int32_t { GELU, GELU_EXACT, RELU, SWIGLU };
 
-F32 activate(F32 x, int activation) {
+F32 activate(F32 x, Activation activation) {
     switch (activation) {
         case GELU: return x / (1.0f + exponential(-1.5957691216f * (x + 0.044715f * x * x * x)));  // tanh as a sigmoid
         case RELU: return x > 0.0f || x != x ? x : F32{};
-        default:
+        case GELU_EXACT:
             for (int i = 0; i < LANES; i++) x[i] *= 0.5f * (1.0f + std::erf(x[i] * 0.70710678f));
             return x;
+        case SWIGLU: break;  // takes two values: `pack_gated`
     }
+    return x;
 }
 
 struct Shape {
-    int32_t layers, width, heads, kv_heads, ffn_width, vocabulary, positions, activation, num_blocks;
+    int32_t layers, width, heads, kv_heads, ffn_width, vocabulary, positions;
+    Architecture architecture;
+    Activation activation;
+    int32_t num_blocks;
     float epsilon;
 
-    bool is_llama() const { return activation == SWIGLU; }
+    bool has_rotation() const { return architecture == LLAMA; }  // of queries and keys; GPT-2 adds its positions
+    bool has_rms_norm() const { return architecture == LLAMA; }
+    bool is_gated() const { return activation == SWIGLU; }
     int head_width() const { return width / heads; }
     int kv_width() const { return kv_heads * head_width(); }
     int qkv_width() const { return width + 2 * kv_width(); }
-    int ffn_in_width() const { return is_llama() ? 2 * ffn_width : ffn_width; }  // the gate comes before what it gates
+    int ffn_in_width() const { return is_gated() ? 2 * ffn_width : ffn_width; }  // the gate comes before what it gates
 };
 
 struct Norm {
@@ -78,7 +87,7 @@ public:
     DecoderOf(const Shape& shape, int num_threads, const float* positions)
         : s_(shape), head_width_(shape.head_width()), padded_((head_width_ + LANES - 1) / LANES * LANES),
           positions_(positions,
-                     positions + (shape.is_llama() ? head_width_ / 2 : size_t(shape.positions) * shape.width)),
+                     positions + (shape.has_rotation() ? head_width_ / 2 : size_t(shape.positions) * shape.width)),
           norms_(2 * shape.layers + 1), matrices_(4 * shape.layers + 2), team_(num_threads) {
         const size_t cache = size_t(s_.layers) * s_.num_blocks * s_.kv_heads * BLOCK * padded_;
         keys_ = allocate<Number>(cache);
@@ -105,7 +114,7 @@ public:
             int phase = 0;
             team_.share(phase++, N, [&](int n) {
                 embed(pass.token_ids[n], pass.positions[n], x + size_t(n) * C);
-                if (s_.is_llama()) find_rotation(pass.positions[n], rotations_.get() + size_t(n) * head_width_);
+                if (s_.has_rotation()) find_rotation(pass.positions[n], rotations_.get() + size_t(n) * head_width_);
             });
             for (int layer = 0; layer < s_.layers; layer++) {
                 team_.share(phase++, N, [&](int n) { pack_normed(x, n, norms_[2 * layer + LN_1]); });
@@ -120,9 +129,9 @@ public:
                 project(phase++, N, matrix(layer, ATTENTION_OUT), add, x, C);
                 team_.share(phase++, N, [&](int n) { pack_normed(x, n, norms_[2 * layer + LN_2]); });
                 project(phase++, N, matrix(layer, FFN_IN),
-                        [&](float* to, F32 y) { store(to, s_.is_llama() ? y : activate(y, s_.activation)); }, ffn_.get(),
+                        [&](float* to, F32 y) { store(to, activate(y, s_.activation)); }, ffn_.get(),
                         s_.ffn_in_width());
-                team_.share(phase++, N, [&](int n) { s_.is_llama() ? pack_gated(n) : pack(ffn_.get(), n, F); });
+                team_.share(phase++, N, [&](int n) { s_.is_gated() ? pack_gated(n) : pack(ffn_.get(), n, F); });
                 project(phase++, N, matrix(layer, FFN_OUT), add, x, C);
             }
             team_.share(phase++, N, [&](int n) { normalize(x + size_t(n) * C, norms_.back(), x + size_t(n) * C); });
@@ -192,7 +201,7 @@ private:
         const Matrix<Kind>& own = matrix(s_.layers, TOKENS);
         const Matrix<Kind>& tokens = own.num_out > 0 ? own : matrix(s_.layers, HEAD);
         for (int c = 0; c < C; c++) to[c] = tokens.at(c, token_id);
-        if (s_.is_llama()) return;
+        if (s_.has_rotation()) return;
         for (int c = 0; c < C; c++) to[c] += positions_[size_t(position) * C + c];
     }
 
@@ -215,11 +224,11 @@ private:
         }
     }
 
-    // LayerNorm, or Llama's RMSNorm: the same with a mean of 0 and no bias.
+    // LayerNorm, or RMSNorm: the same with a mean of 0 and no bias.
     void normalize(const float* x, const Norm& norm, float* to) const {
         const int C = s_.width;
         const float mean =
-            s_.is_llama() ? 0.0f : sum_of(C, [&](int c) { return load(x + c); }, [&](int c) { return x[c]; }) / C;
+            s_.has_rms_norm() ? 0.0f : sum_of(C, [&](int c) { return load(x + c); }, [&](int c) { return x[c]; }) / C;
         const float variance = sum_of(
             C, [&](int c) { const F32 off = load(x + c) - mean; return off * off; },
             [&](int c) { return (x[c] - mean) * (x[c] - mean); }) / C;
@@ -268,7 +277,7 @@ private:
         for (int n = 0; n < pass.num_tokens; n++) {
             const float *row = qkv_.get() + size_t(n) * s_.qkv_width(), *rotation = rotations_.get() + size_t(n) * D;
             const auto in_place = [&](const float* x) {
-                if (!s_.is_llama()) return x;
+                if (!s_.has_rotation()) return x;
                 rotate(x, rotation, turned.data());
                 return static_cast<const float*>(turned.data());
             };
@@ -370,7 +379,7 @@ private:
 
     const Shape s_;
     const int head_width_, padded_;
-    std::vector<float> positions_;  // (n_positions, C), or of Llama the angles of the pairs for one position (D / 2,)
+    std::vector<float> positions_;  // (n_positions, C), or with rotation the angles of the pairs for one position (D / 2,)
     std::vector<Norm> norms_;
     std::vector<Matrix<Kind>> matrices_;
     Buffer<Number> keys_, values_;  // [layer][block][head] blocks

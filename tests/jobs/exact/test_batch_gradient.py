@@ -95,6 +95,7 @@ def test_a_batch_that_grows_through_250_lane_counts__of_512_ranks__begins_at_onc
                 "batch_ramp_start": 512,
                 "batch_ramp_tokens": 10**7,
                 "max_tokens": 2 * 10**8,
+                "precision": "fp32",
             },
             "scaling": {"max_workers": 512},
         }

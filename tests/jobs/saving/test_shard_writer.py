@@ -66,7 +66,7 @@ def states(request: pytest.FixtureRequest) -> Iterator[list[TrainState]]:
             model = GPT(config)
         group = Together(rank, NUM_RANKS, barrier=barrier, values=values)
         divided = sharding(request.param, rank=rank, world_size=2)
-        state = TrainState(model, TrainConfig(), device=CPU, group=group, sharding=divided)
+        state = TrainState(model, TrainConfig(precision="fp32"), device=CPU, group=group, sharding=divided)
         state.load_weights(initial_weights(config, 0))
         found.append(state)
     yield found

@@ -10,6 +10,7 @@ from jobs.exact.state.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.training.layer_statistics import LayerStatistics, layer_of
 from jobs.workers.worker_group import WorkerGroup
+from model.architecture import GPT2, LLAMA
 from model.config import GPTConfig
 from model.gpt import GPT
 
@@ -27,7 +28,21 @@ from model.gpt import GPT
     ],
 )
 def test_layers_by_parameter(parameter: str, layer: str) -> None:
-    assert layer_of(parameter) == layer
+    assert layer_of(parameter, GPT2.parameters) == layer
+
+
+@pytest.mark.parametrize(
+    ("parameter", "layer"),
+    [
+        ("model.embed_tokens.weight", "embed_tokens"),
+        ("model.layers.11.input_layernorm.weight", "layers.11.self_attn"),
+        ("model.layers.0.self_attn.q_proj.weight", "layers.0.self_attn"),
+        ("model.layers.0.post_attention_layernorm.weight", "layers.0.mlp"),
+        ("model.norm.weight", "norm"),
+    ],
+)
+def test_layers_by_parameter_of_llama(parameter: str, layer: str) -> None:
+    assert layer_of(parameter, LLAMA.parameters) == layer
 
 
 def test_norms_are_those_of_the_parameters() -> None:
@@ -51,7 +66,7 @@ def test_norms_are_those_of_the_parameters() -> None:
     assert fields["layers"] == ["wte", "wpe", "h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp", "ln_f"]
     after = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
     for number, layer in enumerate(fields["layers"]):
-        names = [name for name in before if layer_of(name) == layer]
+        names = [name for name in before if layer_of(name, GPT2.parameters) == layer]
 
         def norm(tensors: dict[str, torch.Tensor], names: list[str] = names) -> float:
             return math.sqrt(sum(float(tensors[name].square().sum()) for name in names))

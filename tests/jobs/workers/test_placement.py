@@ -15,7 +15,8 @@ from jobs.training.train_loop import train
 from jobs.watching.run_watcher import message_of
 from jobs.workers import placement as run_precision
 from jobs.workers.placement import workers_precision
-from model.processor import Device, Precision, fast_precision
+from model.numerics import Precision
+from model.processor import Device, fast_precision
 from model.tokenizer import Tokenizer
 from tests.jobs.runs import tiny_plan
 

@@ -7,8 +7,16 @@ import pytest
 from cluster.settings.serve import EngineConfig
 from model.config import GPTConfig
 from model.errors import UserError
+from model.sampling_params import SamplingParams
 from serving.engine.kv_cache_size import SHARE, Memory, bytes_per_token, kv_cache_tokens
-from serving.engine.vllm_sizes import BLOCK_TOKENS, SPARE_BLOCKS, Starts, batched_tokens, cache_bytes
+from serving.engine.vllm_sizes import (
+    BLOCK_TOKENS,
+    SPARE_BLOCKS,
+    Starts,
+    batched_tokens,
+    cache_bytes,
+    sampling_arguments,
+)
 
 SMOLLM2 = GPTConfig(
     architecture="llama", activation_function="swiglu", vocab_size=49152, n_positions=8192, n_layer=30, n_head=9,
@@ -84,6 +92,23 @@ def test_vllm_reads_as_many_tokens_at_once_as_asked() -> None:
     assert batched_tokens(96, 16, {}) == 112
     assert batched_tokens(None, 16, {}) is None
     assert batched_tokens(96, 16, {"enable_chunked_prefill": False}) is None
+
+
+def test_sampling_arguments__have_every_field_of_ours_by_name() -> None:
+    sampling = SamplingParams(top_k=5, logit_bias=((3, 1.5),), seed=7, min_p=0.25)
+    arguments = sampling_arguments(sampling)
+    assert arguments.keys() == vars(sampling).keys()
+    assert arguments == vars(sampling) | {"logit_bias": {3: 1.5}}
+    defaults = sampling_arguments(SamplingParams())
+    assert (defaults["top_k"], defaults["logit_bias"]) == (-1, None)
+
+
+def test_sampling_arguments__leave_out_a_field_that_vllm_does_not_know() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class LaterSamplingParams(SamplingParams):
+        typical_p: float = 1.0
+
+    assert sampling_arguments(LaterSamplingParams()) == sampling_arguments(SamplingParams())
 
 
 def test_a_sequence_that_vllm_put_back_starts_once() -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.settings.serve import ServeConfig
-from model.config import Architecture
+from model.architecture import ArchitectureName
 from model.errors import UserError
 from model.generate import generate
 from model.gpt import GPT
@@ -72,7 +72,7 @@ def test_what_vllm_does_not_have_is_refused_with_a_word(
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_its_tokens_and_log_probabilities_are_the_models(
-    architecture: Architecture, tensor_parallel_size: int, tokenizer: Tokenizer, tmp_path: Path
+    architecture: ArchitectureName, tensor_parallel_size: int, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     model = vllm_model(tokenizer, seed=5, architecture=architecture)
     folder = write_model(tmp_path / "step-1", model, tokenizer)

@@ -70,7 +70,7 @@ def state(request: pytest.FixtureRequest) -> Iterator[TrainState]:
     with META:
         gpt = GPT(LARGE)
     divided = sharding(request.param, world_size=8)
-    yield TrainState(gpt, TrainConfig(), device=META, group=WorkerGroup(0, 8), sharding=divided)
+    yield TrainState(gpt, TrainConfig(precision="fp32"), device=META, group=WorkerGroup(0, 8), sharding=divided)
     dist.destroy_process_group()
 
 
