@@ -32,14 +32,14 @@ from jobs.tokens.division import BY_DOCUMENTS, Division, HeldOut, texts_of, toke
 from jobs.tokens.token_store import Split, TokenStoreError, read_manifest
 from jobs.tokens.token_stream import TokenStream
 from jobs.tokens.train_tokenizer import TOKENIZER_FILE
-from model.checkpoint import load_model, parameter_hash
-from model.checkpoint_folder import CheckpointError, is_hf_folder, read_metadata
 from model.errors import UserError
+from model.files.checkpoint import load_model, parameter_hash
+from model.files.checkpoint_folder import CheckpointError, is_hf_folder, read_metadata
+from model.files.hf_config import read_config
+from model.files.stored_tokenizer import load_tokenizer
 from model.gpt import GPT
-from model.hf_config import read_config
+from model.hardware.processor import Device, emulates
 from model.numerics import FP32
-from model.processor import Device, emulates
-from model.tokenizer import load_tokenizer
 
 _CHECKPOINT_PLACE = re.compile(r"(?P<storage>.+)/runs/[^/]+/checkpoints/step-[^/]+")
 

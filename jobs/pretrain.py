@@ -47,7 +47,7 @@ from jobs.workers.failures import one_line
 from jobs.workers.placement import workers_precision
 from jobs.workers.preemption import stopping_on_sigterm
 from jobs.workers.rendezvous import meeting_place
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 
 _RAY_TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # sees a failure ten times as soon

@@ -20,7 +20,7 @@ from cluster.settings.run import StorageConfig
 from cluster.settings.serve import DeliveryConfig, EngineConfig, ServeConfig
 from model.config import GPTConfig
 from model.gpt import GPT
-from model.tokenizer import train_bpe
+from model.text.tokenizer import train_bpe
 from serving.app import run
 from tests.cluster.grafana_stub import grafana_stub
 from tests.dashboard_picture import draw

@@ -8,8 +8,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.checkpoint import manifest_of, safetensors_pieces, write_checkpoint
-from model.checkpoint_folder import (
+from model.config import GPTConfig, preset_fields
+from model.files.checkpoint import manifest_of, safetensors_pieces, write_checkpoint
+from model.files.checkpoint_folder import (
     MANIFEST,
     SHARDED_VERSION,
     TRAIN_STATE,
@@ -18,11 +19,10 @@ from model.checkpoint_folder import (
     manifest_files,
     shard_of,
 )
-from model.config import GPTConfig, preset_fields
-from model.durable_files import write_file
+from model.files.durable_files import write_file
+from model.files.stored_tensors import stretch_name
 from model.gpt import GPT
-from model.stored_tensors import stretch_name
-from model.tokenizer import Tokenizer, train_bpe
+from model.text.tokenizer import Tokenizer, train_bpe
 
 DAMAGES = ("flip", "truncate", "remove")
 FILES = (MANIFEST, "model.safetensors", "config.json", "tokenizer.json", "raymill.json")

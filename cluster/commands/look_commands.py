@@ -113,7 +113,7 @@ def checkpoint_show(arguments: Arguments) -> Result:
     """Returns what a checkpoint holds; for a damaged one `valid` is false and `problems` says why."""
     from cluster.storage.references import checkpoint_uri
     from cluster.storage.registry import LATEST, named_checkpoint, resolve_checkpoint
-    from model.checkpoint_folder import read_metadata, verify_checkpoint
+    from model.files.checkpoint_folder import read_metadata, verify_checkpoint
 
     storage_uri = arguments[STORAGE]
     reference = checkpoint_uri(arguments[CHECKPOINT], storage_uri)
@@ -135,7 +135,7 @@ def checkpoint_list(arguments: Arguments) -> Result:
     """Lists what was published, oldest first, with its validation loss and whether `latest` means it."""
     from cluster.output.result_text import date_of, table
     from cluster.storage.registry import metadata_of, publications
-    from model.checkpoint_folder import MANIFEST
+    from model.files.checkpoint_folder import MANIFEST
 
     published = publications(open_storage(arguments[STORAGE]))
     usable = (found for found in reversed(published) if open_storage(found.checkpoint).exists(MANIFEST))

@@ -174,8 +174,8 @@ def inspect(arguments: Arguments) -> Result:
     """Shows the shapes of one lane: train.micro_batch_size sequences of train.seq_len tokens."""
     from cluster.settings.run import RunConfig, planned_vocabulary, seq_len, with_precision
     from model.config import num_parameters
+    from model.hardware.processor import fast_precision
     from model.numerics import BF16
-    from model.processor import fast_precision
     from model.shapes import stages, weights
 
     config = planned_vocabulary(arguments.config(RunConfig, needs_source=False))

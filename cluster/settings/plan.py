@@ -5,7 +5,7 @@ from typing import Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from cluster.settings.run import Settings
-from model.gpus import GPUS, Gpu
+from model.hardware.gpus import GPUS, Gpu
 
 
 class PlanConfig(Settings):

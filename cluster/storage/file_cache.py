@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from cluster.storage.interface import Entry, Storage, StorageError, join_uri
-from model.durable_files import sync
+from model.files.durable_files import sync
 
 _PIECE_BYTES = 8 << 20  # of a request
 _RETRY_S = 1.0

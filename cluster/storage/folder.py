@@ -14,7 +14,7 @@ from stat import S_ISREG
 from typing import BinaryIO
 
 from cluster.storage import interface
-from model.durable_files import sync
+from model.files.durable_files import sync
 
 _TEMPORARY = ".partial-"
 """Prefix of a file that is being written, beside its target; no listing shows it."""

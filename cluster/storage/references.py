@@ -5,7 +5,7 @@ import re
 from cluster.storage.interface import Storage
 from cluster.storage.registry import LATEST
 from cluster.storage.uris import absolute_uri, open_storage
-from model.checkpoint_folder import MANIFEST, CheckpointError
+from model.files.checkpoint_folder import MANIFEST, CheckpointError
 
 _RUN = re.compile(r"(?P<run>[A-Za-z0-9][A-Za-z0-9._-]{0,63})(@(?P<step>\d+))?")
 _STEP = re.compile(r"step-0*(\d+)(?:-\d+)?")

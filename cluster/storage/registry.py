@@ -24,7 +24,7 @@ from cluster.storage.uris import (
     open_storage,
     pinned,
 )
-from model.checkpoint_folder import (
+from model.files.checkpoint_folder import (
     MANIFEST,
     CheckpointError,
     Metadata,

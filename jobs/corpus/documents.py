@@ -28,7 +28,7 @@ from jobs.corpus.decompression import decompressed
 from jobs.corpus.listing import CorpusError
 from jobs.corpus.text_borders import BYTE_ORDER_MARK, cut_stream, lines, records
 from jobs.corpus.text_hashes import is_blank
-from model.chat import ROLES, plain_text
+from model.text.chat import ROLES, plain_text
 
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _LINE_FACTOR = {"jsonl": 6, "csv": 2}  # bytes in which a byte of text may be written: \\u0041, a doubled quote

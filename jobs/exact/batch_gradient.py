@@ -32,7 +32,7 @@ from jobs.workers.worker_group import WorkerGroup
 from model.cpu_ops.loans import Places, lent, weight_copies
 from model.gpt import GPT
 from model.operations import product_type
-from model.training_memory import large_zeros
+from model.training.training_memory import large_zeros
 
 _MAX_PLANS = 4  # kept: a step needs its own and the next one's
 _MAX_WAITING = 3  # buckets on their way to the owners of their parts, beside the one that is being sent

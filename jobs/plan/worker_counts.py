@@ -15,7 +15,7 @@ from jobs.plan.exchange import exchange
 from jobs.plan.formulas import parameter_flops
 from jobs.plan.memory import layout_of
 from model.config import flops_per_token, num_parameters
-from model.gpus import GPUS
+from model.hardware.gpus import GPUS
 
 _ACCELERATOR = "accelerator_type:"
 """Prefix of the resource by which Ray names a node's GPUs."""

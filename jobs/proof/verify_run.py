@@ -12,8 +12,8 @@ from jobs.run.find_run import data_identity, find_tokens
 from jobs.run.ledger import Ledger, Line
 from jobs.tokens import inspect_store
 from jobs.tokens.token_store import TokenStoreError
-from model.checkpoint import stored_parameter_hash
-from model.checkpoint_folder import read_metadata, verify_checkpoint
+from model.files.checkpoint import stored_parameter_hash
+from model.files.checkpoint_folder import read_metadata, verify_checkpoint
 
 
 def verify(run: Storage) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from cluster.storage.uris import Storage, join_uri
 from jobs.report.page import PHASES, TEXT, new_figure, png, titled
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.history import recorded_config
-from model.checkpoint import load_model
-from model.checkpoint_folder import read_metadata
 from model.errors import UserError
-from model.probes import TASKS, probe
+from model.files.checkpoint import load_model
+from model.files.checkpoint_folder import read_metadata
+from model.insight.probes import TASKS, probe
 
 _LOOKS = {"copy": ("o-", PHASES[1]), "induction": ("s--", PHASES[4]), "few-shot": ("D-.", PHASES[3])}
 

@@ -11,9 +11,9 @@ from cluster.settings.run import CheckpointConfig
 from cluster.storage.uris import AlreadyExistsError, Storage, StorageError
 from jobs.run.storage_retry import node_spool
 from jobs.run.writer_generation import Fence
-from model.checkpoint_folder import MANIFEST, verify_checkpoint
-from model.durable_files import move_into_place
-from model.failpoints import failpoint
+from model.files.checkpoint_folder import MANIFEST, verify_checkpoint
+from model.files.durable_files import move_into_place
+from model.files.failpoints import failpoint
 
 QUARANTINED = "QUARANTINED"
 """A file in a damaged checkpoint's folder that says what is wrong. Nothing reads or deletes such a checkpoint."""

@@ -15,11 +15,11 @@ from typing import Any
 
 from cluster.storage.uris import StorageError
 from jobs.run.checkpoints import RunCheckpoints
-from model import checkpoint_folder as layout
-from model.checkpoint import manifest_of
-from model.durable_files import sync
-from model.failpoints import failpoint
-from model.stored_tensors import StoredTensors
+from model.files import checkpoint_folder as layout
+from model.files.checkpoint import manifest_of
+from model.files.durable_files import sync
+from model.files.failpoints import failpoint
+from model.files.stored_tensors import StoredTensors
 
 Reports = list[dict[str, Any]]
 

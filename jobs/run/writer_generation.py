@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.storage.lease import LeaseLostError, read_with_version
 from cluster.storage.uris import AlreadyExistsError, ConflictError, Storage, StorageError, join_uri
-from model.failpoints import failpoint
+from model.files.failpoints import failpoint
 
 WRITER = "WRITER"
 

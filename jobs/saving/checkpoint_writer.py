@@ -24,9 +24,9 @@ from jobs.run.storage_retry import Outage
 from jobs.saving.publisher import Publisher
 from jobs.saving.saving_thread import SavingThread
 from jobs.saving.stored_state import fill, vectors_by_name
-from model.checkpoint import NotFiniteError, write_checkpoint
-from model.checkpoint_folder import Metadata
-from model.tokenizer import Tokenizer
+from model.files.checkpoint import NotFiniteError, write_checkpoint
+from model.files.checkpoint_folder import Metadata
+from model.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from cluster.settings.run import CheckpointConfig
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, superseded
 from jobs.run.ledger import LedgerWriter
 from jobs.run.sharded_checkpoints import Reports, ShardedCheckpoint
-from model.checkpoint import descriptions
-from model.checkpoint_folder import Metadata, verify_checkpoint
 from model.config import GPTConfig
+from model.files.checkpoint import descriptions
+from model.files.checkpoint_folder import Metadata, verify_checkpoint
 from model.shapes import parameter_shapes
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 
 
 class Publisher:

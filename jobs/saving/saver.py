@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from jobs.exact.state.train_state import TrainState
-from model.checkpoint_folder import Metadata
+from model.files.checkpoint_folder import Metadata
 
 
 class Saver(Protocol):

@@ -27,11 +27,11 @@ from jobs.saving.publisher import Publisher
 from jobs.saving.saving_thread import SavingThread
 from jobs.saving.stored_state import fill, own_stretches
 from jobs.workers.worker_group import WorkerGroup
-from model.checkpoint import NotFiniteError, check_finite, safetensors_pieces
-from model.checkpoint_folder import TRAIN_STATE, WEIGHTS, Metadata
 from model.config import GPTConfig
-from model.durable_files import write_file
-from model.tokenizer import Tokenizer
+from model.files.checkpoint import NotFiniteError, check_finite, safetensors_pieces
+from model.files.checkpoint_folder import TRAIN_STATE, WEIGHTS, Metadata
+from model.files.durable_files import write_file
+from model.text.tokenizer import Tokenizer
 
 _POLL_S = 0.05
 

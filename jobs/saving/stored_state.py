@@ -10,8 +10,8 @@ from torch import Tensor
 from jobs.exact.state.span import PackedSpans, Span
 from jobs.exact.state.train_state import TrainState
 from jobs.workers.worker_group import WorkerGroup
-from model.checkpoint import parameter_hash
-from model.stored_tensors import StoredTensors, hashed_name, stretch_name
+from model.files.checkpoint import parameter_hash
+from model.files.stored_tensors import StoredTensors, hashed_name, stretch_name
 
 
 def restore(state: TrainState, stored: StoredTensors) -> None:

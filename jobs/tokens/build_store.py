@@ -30,10 +30,10 @@ from jobs.tokens import token_store as stored
 from jobs.tokens.ready_shards import copy_shards
 from jobs.tokens.shard_writer import RESULT, ChunkResult, ChunkWriter
 from jobs.tokens.train_tokenizer import ensure_tokenizer, text_sample
-from model.bulk_encoder import bulk_encoder
-from model.chat import format_to_train
-from model.checkpoint_folder import ChatFormat
-from model.tokenizer import Tokenizer
+from model.text.bulk_encoder import bulk_encoder
+from model.text.chat import format_to_train
+from model.text.chat_format import ChatFormat
+from model.text.tokenizer import Tokenizer
 
 _DELETING_THREADS = 8
 _SHAPING = {

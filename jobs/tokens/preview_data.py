@@ -29,8 +29,8 @@ from jobs.corpus.sample_places import sample_places
 from jobs.corpus.text_borders import cut_text
 from jobs.tokens.token_store import token_dtype
 from jobs.tokens.train_tokenizer import judged, load_tokenizer, sample_texts
-from model.bulk_encoder import bulk_encoder
-from model.tokenizer import Tokenizer, train_bpe
+from model.text.bulk_encoder import bulk_encoder
+from model.text.tokenizer import Tokenizer, train_bpe
 
 _SAMPLE_BYTES = 16 << 20  # of source text, from places all over the corpus
 _TRAINING_BYTES = 4 << 20  # of a corpus that is not read whole: the rate of tokens is then right to a few percent

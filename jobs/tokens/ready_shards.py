@@ -10,8 +10,9 @@ from cluster.storage.uris import Storage, open_storage
 from jobs.corpus.listing import CorpusError
 from jobs.tokens.shard_writer import ChunkResult, file_sha256
 from jobs.tokens.token_store import TokenStoreError, read_manifest, shard_file
-from model.checkpoint_folder import ChatFormat, fingerprint
-from model.tokenizer import Tokenizer
+from model.files.checkpoint_folder import fingerprint
+from model.text.chat_format import ChatFormat
+from model.text.tokenizer import Tokenizer
 
 
 def copy_shards(

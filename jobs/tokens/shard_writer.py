@@ -25,10 +25,10 @@ from jobs.corpus.documents import Document, Drop
 from jobs.corpus.listing import CorpusError
 from jobs.corpus.text_borders import cut_text
 from jobs.tokens.token_store import SPLITS, DropSample, Shard, canonical_json, shard_file, token_dtype
-from model.bulk_encoder import BulkEncoder, PlainEncoder
-from model.chat import Chat, ChatError
-from model.checkpoint_folder import ChatFormat
-from model.tokenizer import Tokenizer
+from model.text.bulk_encoder import BulkEncoder, PlainEncoder
+from model.text.chat import Chat, ChatError
+from model.text.chat_format import ChatFormat
+from model.text.tokenizer import Tokenizer
 
 _MAX_SAMPLES = 5
 _PREVIEW_CHARS = 200

@@ -23,8 +23,8 @@ from jobs.corpus.sample_places import sample_places
 from jobs.corpus.text_borders import cut_text
 from jobs.corpus.text_hashes import document_hash, normalized
 from jobs.tokens.token_store import canonical_json
-from model.bounded_text import TEXT_FILES, TextError, bounded_probe, has_strange_programs
-from model.tokenizer import Tokenizer, chat_format, train_bpe
+from model.text.bounded_text import TEXT_FILES, TextError, bounded_probe, has_strange_programs
+from model.text.tokenizer import Tokenizer, chat_format, train_bpe
 
 TOKENIZER_FILE = "tokenizer.json"
 TRAINING_PIECE_CHARS = 1024

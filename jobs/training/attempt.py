@@ -17,8 +17,8 @@ from jobs.training.step_record import StepRecord
 from jobs.training.validation import Validator
 from jobs.workers.preemption import Notices
 from jobs.workers.worker_group import WorkerGroup
-from model.checkpoint_folder import Metadata
-from model.optimizer import learning_rate
+from model.files.checkpoint_folder import Metadata
+from model.training.optimizer import learning_rate
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 
 from cluster.settings.run import RunConfig
 from jobs.run.ledger import Ledger
-from model.processor import cpu_features, cpu_field
+from model.hardware.processor import cpu_features, cpu_field
 
 Hardware = dict[str, str]
 

@@ -41,10 +41,10 @@ from jobs.workers.incident_notes import write_down
 from jobs.workers.placement import at_odds
 from jobs.workers.preemption import Notices
 from jobs.workers.worker_group import WorkerGroup
-from model.checkpoint_folder import CheckpointError
+from model.files.checkpoint_folder import CheckpointError
 from model.gpt import GPT, initial_weights
-from model.tokenizer import Tokenizer
-from model.training_memory import keep_freed_memory
+from model.text.tokenizer import Tokenizer
+from model.training.training_memory import keep_freed_memory
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
 from jobs.run.writer_generation import Fence
 from jobs.saving.publisher import Publisher, checkpoint_fields
-from model.checkpoint_folder import CheckpointError, read_metadata
-from model.hf_config import read_config
+from model.files.checkpoint_folder import CheckpointError, read_metadata
+from model.files.hf_config import read_config
 
 
 class RunWriter:

@@ -15,7 +15,7 @@ from jobs.training.rank_phases import WINDOW_STEPS, RankPhases, as_fields
 from jobs.training.run_writer import RunWriter
 from jobs.workers.worker_group import WorkerGroup
 from model.config import flops_per_token
-from model.gpus import gpu_of
+from model.hardware.gpus import gpu_of
 
 _NOT_TRAINING = ("validation", "checkpoint")
 

@@ -16,10 +16,10 @@ from jobs.exact.state.train_state import TrainState
 from jobs.run.storage_retry import patiently
 from jobs.tokens.token_stream import TokenStream
 from jobs.workers.worker_group import WorkerGroup
-from model.generate import generate
+from model.generation.generate import generate
+from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
-from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 64
 

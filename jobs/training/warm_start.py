@@ -15,11 +15,12 @@ from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.run_plan import run_storage
 from jobs.saving.stored_state import stored_name
-from model.checkpoint import load_model, write_checkpoint
-from model.checkpoint_folder import Metadata
 from model.config import GPTConfig
-from model.hf_config import read_config
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.files.checkpoint import load_model, write_checkpoint
+from model.files.checkpoint_folder import Metadata
+from model.files.hf_config import read_config
+from model.files.stored_tokenizer import load_tokenizer
+from model.text.tokenizer import Tokenizer
 
 
 def like_its_source(config: RunConfig) -> RunConfig:

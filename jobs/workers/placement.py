@@ -9,8 +9,8 @@ import ray
 from cluster.output.progress import say
 from cluster.output.result_text import counted
 from cluster.settings.run import ScalingConfig
+from model.hardware.processor import Device, fast_precision
 from model.numerics import NUMERICS, Precision
-from model.processor import Device, fast_precision
 
 REPEAT_S = 60.0  # without workers before a run says what it waits for, and between two such messages
 

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from model.failpoints import failpoint
+from model.files.failpoints import failpoint
 
 CPU = torch.device("cpu")
 

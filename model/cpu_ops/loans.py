@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from model.training_memory import large_zeros
+from model.training.training_memory import large_zeros
 
 Places = Mapping[nn.Parameter, Tensor]
 _T = TypeVar("_T")

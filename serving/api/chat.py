@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
-from model.chat import plain_speakers
+from model.text.chat import plain_speakers
 from serving.api.answers import Answer, Usage
 from serving.api.choice_output import Part, TokenEntry
 from serving.api.score_limit import most_new_tokens

@@ -13,8 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.settings.code_folders import code_version
-from model.bounded_text import TextError
-from model.chat import ChatError
+from model.text.bounded_text import TextError
+from model.text.chat import ChatError
 from serving.api.access import CurrentAccess, authorize
 from serving.api.answers import Answer, EmbeddingAnswer, TextAnswer
 from serving.api.chat import NOTE_HEADER, ChatAnswer, ChatRequest, as_completion

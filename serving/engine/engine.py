@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from model.sampling import SamplingRow, sample_batch
+from model.generation.sampling import SamplingRow, sample_batch
 from serving.engine.messages import Admission, Candidates, SequenceRequest, StepReport, TokenEvent
 from serving.engine.runner import Reading, Runner
 from serving.engine.scheduler import Chunk, Scheduler, Sequence
@@ -20,7 +20,7 @@ PROMPT_LOGPROBS_CHUNK_TOKENS = 128  # 128 x 50,257 logits are 26 MB
 
 
 class Engine:
-    """Generates the same tokens for a sequence as `model.generate`, whatever else shares its steps."""
+    """Generates the same tokens for a sequence as `model.generation.generate`, whatever else shares its steps."""
 
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
         """The runner's cache has the blocks of the scheduler's pool."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
-from model.sampling_params import SamplingParams
+from model.generation.sampling_params import SamplingParams
 
 
 class FinishReason(StrEnum):

@@ -19,8 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from model.durable_files import sync
-from model.processor import cpu_features
+from model.files.durable_files import sync
+from model.hardware.processor import cpu_features
 
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-psabi", "-Werror=switch")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from cluster.settings.serve import EngineConfig
-from model.checkpoint_folder import is_hf_folder, read_metadata
+from model.files.checkpoint_folder import is_hf_folder, read_metadata
+from model.hardware.processor import fast_precision
 from model.numerics import FP32, NUMERICS
-from model.processor import fast_precision
 
 # The type in which a checkpoint is loaded, by `engine.dtype`; the native kernels turn it into int8.
 LOADED_IN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}

@@ -18,7 +18,7 @@ from typing import Any
 from cluster.settings.parser import suggestion
 from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, EngineConfig
 from model.errors import UserError
-from model.hf_config import read_config
+from model.files.hf_config import read_config
 from serving.engine.kv_cache_size import served_context
 from serving.engine.messages import (
     Admission,

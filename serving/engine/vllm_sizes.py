@@ -5,7 +5,7 @@ from typing import Any
 
 from cluster.settings.serve import EngineConfig
 from model.config import GPTConfig
-from model.sampling_params import SamplingParams
+from model.generation.sampling_params import SamplingParams
 from serving.engine.kv_cache_size import served_context
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}

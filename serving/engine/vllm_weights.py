@@ -10,11 +10,11 @@ from safetensors import safe_open
 from torch import Tensor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from model.checkpoint import safetensors_pieces, shards_in
-from model.checkpoint_folder import WEIGHTS
-from model.durable_files import write_file
-from model.hf import weight_files
-from model.hf_config import read_config
+from model.files.checkpoint import safetensors_pieces, shards_in
+from model.files.checkpoint_folder import WEIGHTS
+from model.files.durable_files import write_file
+from model.files.hf import weight_files
+from model.files.hf_config import read_config
 from model.shapes import parameter_shapes
 
 

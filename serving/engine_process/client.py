@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from cluster.settings.serve import EngineConfig
 from model.errors import UserError
-from model.sampling_params import SamplingParams
+from model.generation.sampling_params import SamplingParams
 from serving.engine.messages import (
     Admission,
     EngineFacts,

@@ -16,11 +16,11 @@ import torch
 from prometheus_client import REGISTRY
 
 from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, EngineConfig
-from model.checkpoint import load_model
 from model.config import num_parameters
 from model.errors import UserError
+from model.files.checkpoint import load_model
+from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
-from model.sampling_params import SamplingParams
 from serving.engine.block_pool import BlockPool, num_blocks_for
 from serving.engine.engine import Engine
 from serving.engine.kv_cache_size import GIB, bytes_per_token, kv_cache_tokens, served_context

@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
 import fastapi
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, ValidationError, model_validator
 
-from model.sampling_params import SamplingParams
-from model.tokenizer import PromptEncoding
+from model.generation.sampling_params import SamplingParams
+from model.text.tokenizer import PromptEncoding
 from serving.protocol import harmless_fields
 from serving.protocol.errors import ApiError
 from serving.protocol.strict_json import parse_json_object, read_json_body, shown

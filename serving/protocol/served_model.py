@@ -9,10 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint_folder import CheckpointError, Metadata, is_hf_folder, read_metadata
 from model.config import GPTConfig
-from model.hf_config import config_from_hf
-from model.tokenizer import PLAIN_ENCODING, PromptEncoding, Tokenizer, TokenizerError, load_tokenizer
+from model.files.checkpoint_folder import CheckpointError, Metadata, is_hf_folder, read_metadata
+from model.files.hf_config import config_from_hf
+from model.files.stored_tokenizer import load_tokenizer
+from model.text.tokenizer import PLAIN_ENCODING, PromptEncoding, Tokenizer, TokenizerError
 from serving.protocol.errors import ApiError, error_of
 
 _VERSION_CHARS = 16  # of a hash

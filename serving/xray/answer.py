@@ -12,8 +12,8 @@ import orjson
 import torch
 
 from model.gpt import GPT
+from model.insight.xray import Candidate, Query, Span, nearest_tokens, predictions, run_query, score
 from model.tables import read_table
-from model.xray import Candidate, Query, Span, nearest_tokens, predictions, run_query, score
 from serving.protocol.errors import ApiError
 from serving.protocol.protocol import sampling_of
 from serving.protocol.served_model import ServedModel

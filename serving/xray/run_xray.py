@@ -13,8 +13,8 @@ from typing import Any
 import orjson
 import torch
 
-from model.checkpoint import load_model
 from model.errors import UserError
+from model.files.checkpoint import load_model
 from model.gpt import GPT
 from serving.engine.runner import LOADED_IN
 from serving.protocol.errors import ApiError, error_of

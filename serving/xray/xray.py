@@ -15,9 +15,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator
 
-from model.checkpoint_folder import MANIFEST, read_metadata
 from model.config import num_parameters
-from model.hf_config import config_from_hf
+from model.files.checkpoint_folder import MANIFEST, read_metadata
+from model.files.hf_config import config_from_hf
 from serving.engine_process.child_process import Child, kill_child, start_child
 from serving.engine_process.machine_memory import memory
 from serving.protocol.errors import error_of, overloaded

@@ -32,8 +32,8 @@ from cluster.output.progress import say
 from cluster.settings.run import RunConfig
 from cluster.storage.uris import split_uri
 from jobs.tokens.token_store import read_manifest, token_dtype
-from model.bulk_encoder import BulkEncoder
-from model.tokenizer import Tokenizer, train_bpe
+from model.text.bulk_encoder import BulkEncoder
+from model.text.tokenizer import Tokenizer, train_bpe
 from tests.benchmarks.process_meter import ProcessMeter
 from tests.benchmarks.salted_corpus import documents, write_corpus
 from tests.repository import REPOSITORY

@@ -23,8 +23,8 @@ from rich.table import Table
 
 from cluster.commands.demo_run import fetch_corpus
 from cluster.output.progress import say
-from model.bulk_encoder import BulkEncoder
-from model.tokenizer import Tokenizer, train_bpe
+from model.text.bulk_encoder import BulkEncoder
+from model.text.tokenizer import Tokenizer, train_bpe
 from tests.benchmarks.bench_data import VOCAB_SIZE, bare_loop_s, metered, run_stage, stock_encoding
 from tests.benchmarks.salted_corpus import documents, write_documents
 from tests.repository import REPOSITORY

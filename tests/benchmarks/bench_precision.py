@@ -17,9 +17,9 @@ import torch
 
 from cluster.output.progress import say
 from cluster.settings.serve import EngineConfig
-from model.checkpoint import load_model
-from model.sampling_params import SamplingParams
-from model.tokenizer import load_tokenizer
+from model.files.checkpoint import load_model
+from model.files.stored_tokenizer import load_tokenizer
+from model.generation.sampling_params import SamplingParams
 from serving.engine.messages import SequenceRequest
 from serving.engine.runner import LOADED_IN
 from serving.engine_process.run_engine import build_engine

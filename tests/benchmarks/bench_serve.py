@@ -29,12 +29,12 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import parameter_hash
-from model.checkpoint_folder import Metadata
 from model.config import PRESETS, GPTConfig, num_parameters
+from model.files.checkpoint import parameter_hash
+from model.files.checkpoint_folder import Metadata
 from model.gpt import GPT
-from model.processor import fast_precision
-from model.tokenizer import Tokenizer, from_gpt2_files, train_bpe
+from model.hardware.processor import fast_precision
+from model.text.tokenizer import Tokenizer, from_gpt2_files, train_bpe
 from serving.engine.native_library import MARCH_VARIABLE
 from tests.benchmarks.http_load import MODEL, NEW_TOKENS, PROMPT_TOKENS, BenchError, Load
 from tests.benchmarks.serve_contenders import Contender, LineContender, Raymill, vllm_on_cpu
@@ -103,7 +103,7 @@ def read_bandwidth() -> float:
 
 def weight_bytes_per_token(config: GPTConfig, dtype: str) -> int:
     """Returns the bytes that a token reads: one row of each embedding that is only looked up, and everything else."""
-    looked_up = config.n_positions * config.n_embd if config.architecture == "gpt2" else 0
+    looked_up = 0 if config.network.has_rotation else config.n_positions * config.n_embd
     looked_up += 0 if config.tie_word_embeddings else config.vocab_size * config.n_embd
     return getattr(torch, dtype).itemsize * (num_parameters(config) - looked_up)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from model.processor import fast_precision
+from model.hardware.processor import fast_precision
 from tests.benchmarks import bench_insight
 from tests.benchmarks.bench_exact import measure, print_table
 from tests.benchmarks.gemm_peak import gemm_peak

@@ -20,7 +20,7 @@ from jobs.run.step_timer import StepTimer
 from jobs.training.mixed_hardware import settle_rounding
 from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
-from model.training_memory import keep_freed_memory
+from model.training.training_memory import keep_freed_memory
 from tests.benchmarks.stock_steps import RATE, StockTrainer, ddp
 from tests.gpu.made_runs import MadeRows
 from tests.jobs.sent_bytes import sent_bytes

@@ -24,7 +24,7 @@ from cluster.settings.run import RunConfig
 from jobs.exact.self_test import self_test
 from jobs.snapshots.slots import NUM_SLOTS, Header, Slots
 from model.config import flops_per_token
-from model.gpus import gpu_of
+from model.hardware.gpus import gpu_of
 from tests.benchmarks.plain_gpt2 import PlainGPT2, Shape, training_step
 from tests.gpu.gradient_error import gradient_error
 from tests.gpu.made_runs import MadeRows, MadeRun, as_in_training, made_config

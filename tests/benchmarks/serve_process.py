@@ -48,8 +48,8 @@ def serve_endpoint(folder: Path, dtype: str, settings: dict[str, dict[str, Any]]
 
 def engine_alone(folder: Path, dtype: str) -> Generate:
     """Runs the streams of `http_load.closed_loop` without HTTP, Ray and the socket."""
-    from model.checkpoint import load_model
-    from model.sampling_params import SamplingParams
+    from model.files.checkpoint import load_model
+    from model.generation.sampling_params import SamplingParams
     from serving.engine.messages import SequenceRequest
     from serving.engine.runner import LOADED_IN
     from serving.engine_process.run_engine import build_engine

@@ -14,8 +14,8 @@ from typing import Any, Self
 import torch.distributed as dist
 
 from jobs.workers.worker_group import WorkerGroup
-from model.checkpoint import parameter_hash
-from model.training_memory import keep_freed_memory
+from model.files.checkpoint import parameter_hash
+from model.training.training_memory import keep_freed_memory
 from tests.benchmarks import worker_memory as memory
 from tests.benchmarks.sharded_contenders import Trainer, config_of, trainer_of
 

@@ -20,7 +20,7 @@ from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
 from model.config import PRESETS, flops_per_token
 from model.gpt import GPT
-from model.training_memory import keep_freed_memory
+from model.training.training_memory import keep_freed_memory
 from tests.benchmarks.plain_gpt2 import PlainGPT2, Shape, training_step
 
 NUM_BATCHES = 8

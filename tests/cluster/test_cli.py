@@ -17,7 +17,7 @@ from cluster.cli import COMMANDS as RECORDS
 from cluster.cli import main
 from cluster.settings.leaves import leaves
 from cluster.settings.run import RunConfig
-from model.checkpoint_folder import MANIFEST
+from model.files.checkpoint_folder import MANIFEST
 from tests.checkpoints import DAMAGES, damage, write_tiny
 from tests.command_line import RAYMILL, environment, raymill
 from tests.time_limits import limit_s

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from cluster.local.local_cluster import free_port
-from model.checkpoint_folder import read_metadata
+from model.files.checkpoint_folder import read_metadata
 from tests.checkpoints import damage, write_tiny
 from tests.command_line import RAYMILL, environment, raymill_result
 from tests.time_limits import limit_s

@@ -12,7 +12,7 @@ import pytest
 from cluster.local.local_cluster import free_port
 from model.config import GPTConfig
 from model.gpt import GPT
-from model.tokenizer import train_bpe
+from model.text.tokenizer import train_bpe
 from tests.command_line import RAYMILL, environment
 from tests.serving.tiny_models import write_model
 from tests.time_limits import limit_s

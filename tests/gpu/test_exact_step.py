@@ -16,9 +16,9 @@ from jobs.exact.sums.step_totals import Measured
 from jobs.run.step_timer import StepTimer
 from jobs.training.validation import measured
 from jobs.workers.worker_group import WorkerGroup
-from model.generate import generate
+from model.generation.generate import generate
+from model.generation.sampling import SamplingParams
 from model.gpt import GPT
-from model.sampling import SamplingParams
 from tests.gpu.float64_gpt2 import loss_and_gradients
 from tests.gpu.gradient_error import gradient_error
 from tests.gpu.made_runs import MadeRun, as_in_training, made_config

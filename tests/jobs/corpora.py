@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from cluster.settings.run import RunConfig
 from cluster.storage.uris import split_uri
 from jobs.tokens.token_store import TOKENIZER, Manifest, read_manifest, token_dtype
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 
 
 def data_config(source: Any, storage: Path | str, **settings: Any) -> RunConfig:

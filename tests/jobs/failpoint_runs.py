@@ -25,8 +25,8 @@ from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.training.train_loop import train
-from model.checkpoint_folder import verify_checkpoint
-from model.failpoints import VARIABLE
+from model.files.checkpoint_folder import verify_checkpoint
+from model.files.failpoints import VARIABLE
 from tests.jobs.runs import tiny_plan
 
 SAVING = ("before_manifest", "mid_manifest", "after_manifest", "before_rename", "after_rename")  # once a checkpoint

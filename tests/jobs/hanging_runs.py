@@ -21,7 +21,7 @@ from jobs.workers.heartbeat import watched
 from jobs.workers.rendezvous import Rendezvous, meeting_place
 from jobs.workers.watchdog import Waits
 from jobs.workers.worker_group import Meeting
-from model.failpoints import VARIABLE
+from model.files.failpoints import VARIABLE
 from tests.jobs.stopped_links import stop_between
 from tests.jobs.worker_processes import into_log, worker_process
 from tests.waiting import wait_until

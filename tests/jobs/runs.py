@@ -17,8 +17,8 @@ from jobs.run.run_plan import RunPlan
 from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.tokens.token_store import MANIFEST, TOKENIZER, Manifest, Shard, Split, token_dtype
 from jobs.training.train_loop import train
-from model.checkpoint_folder import Metadata
-from model.tokenizer import Tokenizer, train_bpe
+from model.files.checkpoint_folder import Metadata
+from model.text.tokenizer import Tokenizer, train_bpe
 from tests.jobs.stores import manifest_of
 from tests.waiting import wait_until
 

@@ -25,8 +25,8 @@ from jobs.training.train_loop import train
 from jobs.workers.heartbeat import Pulse
 from jobs.workers.rendezvous import Rendezvous, meeting_place
 from jobs.workers.worker_group import Meeting
-from model.checkpoint import parameter_hash
-from model.failpoints import VARIABLE
+from model.files.checkpoint import parameter_hash
+from model.files.failpoints import VARIABLE
 from tests.jobs.attempt_witness import AttemptWitness
 from tests.jobs.worker_processes import exit_code, into_log, worker_process
 

@@ -29,8 +29,8 @@ from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.training.attempt import Attempt
 from jobs.training.train_loop import train
-from model.checkpoint_folder import verify_checkpoint
-from model.failpoints import VARIABLE
+from model.files.checkpoint_folder import verify_checkpoint
+from model.files.failpoints import VARIABLE
 from tests.jobs.runs import tiny_plan
 
 NUM_STEPS = 12

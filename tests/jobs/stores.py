@@ -7,7 +7,7 @@ import numpy as np
 
 from cluster.storage.uris import Storage
 from jobs.tokens.token_store import MANIFEST, Manifest, Shard, Split, token_dtype
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 
 
 def manifest_of(

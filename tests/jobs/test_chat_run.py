@@ -22,9 +22,9 @@ from jobs.tokens.build_store import tokenize
 from jobs.tokens.token_store import read_manifest
 from jobs.tokens.train_tokenizer import load_tokenizer
 from jobs.training.train_loop import train
-from model.chat import Chat
-from model.tokenizer import load_tokenizer as tokenizer_in
-from model.tokenizer import train_bpe
+from model.files.stored_tokenizer import load_tokenizer as tokenizer_in
+from model.text.chat import Chat
+from model.text.tokenizer import train_bpe
 from tests.jobs.runs import newest_checkpoint
 from tests.serving.endpoint_parts import replica_client
 

@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.storage.uris import open_storage
 from jobs.export import export
-from model.bounded_text import TextError
-from model.checkpoint import load_model
-from model.checkpoint_folder import TRAIN_STATE, CheckpointError, Metadata, read_metadata, verify_checkpoint
 from model.config import GPTConfig
+from model.files.checkpoint import load_model
+from model.files.checkpoint_folder import TRAIN_STATE, CheckpointError, Metadata, read_metadata, verify_checkpoint
+from model.files.stored_tokenizer import load_tokenizer
 from model.gpt import GPT
-from model.tokenizer import load_tokenizer, train_bpe
+from model.text.bounded_text import TextError
+from model.text.tokenizer import train_bpe
 from tests.checkpoints import save_model
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s

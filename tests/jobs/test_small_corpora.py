@@ -20,7 +20,7 @@ from jobs.proof.replay_run import replay
 from jobs.run.ledger import Ledger
 from jobs.tokens.token_store import TokenStoreError
 from jobs.training.train_loop import train
-from model.checkpoint_folder import read_metadata
+from model.files.checkpoint_folder import read_metadata
 from tests.jobs.runs import make_text
 
 

@@ -11,10 +11,10 @@ from jobs.exact.state.span import Span
 from jobs.exact.state.train_state import StatePiece, TrainState
 from jobs.exact.sums.step_totals import block_square_sums, norm_of
 from jobs.saving.stored_state import vectors_by_name
-from model.checkpoint import safetensors_pieces
 from model.config import GPTConfig, preset_fields
+from model.files.checkpoint import safetensors_pieces
+from model.files.stored_tensors import StoredTensors
 from model.gpt import GPT
-from model.stored_tensors import StoredTensors
 
 RATE = 1e-2
 

@@ -19,7 +19,7 @@ from jobs.run.history import recorded_config
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.training.train_loop import train
-from model.tokenizer import train_bpe
+from model.text.tokenizer import train_bpe
 from tests.jobs.runs import make_store, make_text
 from tests.k8s.manifests import Manifest, cluster_spec, find, render
 from tests.k8s.pod_process import needs_pods

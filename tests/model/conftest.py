@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.gpt import GPT
-from model.tokenizer import Tokenizer, train_bpe
+from model.text.tokenizer import Tokenizer, train_bpe
 from tests.model.small_models import small_model
 
 

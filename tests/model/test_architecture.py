@@ -8,8 +8,8 @@ import torch
 
 from model.architecture import ARCHITECTURES, Activation, ArchitectureName
 from model.config import GPTConfig, num_parameters
+from model.files.hf_config import config_from_hf, config_to_hf
 from model.gpt import BODIES, GPT, activated
-from model.hf_config import config_from_hf, config_to_hf
 from model.shapes import parameter_shapes, weights
 from tests.gated_gpt2 import NAME, add_gated_gpt2, gated_config
 from tests.repository import REPOSITORY

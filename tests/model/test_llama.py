@@ -10,18 +10,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from model.attention import attention, document_mask, document_positions
-from model.checkpoint import load_model
-from model.checkpoint_folder import Metadata
 from model.config import GPTConfig, flops_per_token, num_parameters
 from model.cpu_ops.operations import CPU
-from model.generate import generate
+from model.files.checkpoint import load_model
+from model.files.checkpoint_folder import Metadata
+from model.files.hf_config import UnsupportedModelError, config_from_hf
+from model.generation.generate import generate
+from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
-from model.hf_config import UnsupportedModelError, config_from_hf
+from model.insight.xray import run_query
 from model.operations import use_operations
-from model.sampling_params import SamplingParams
 from model.shapes import parameter_shapes
-from model.tokenizer import train_bpe
-from model.xray import run_query
+from model.text.tokenizer import train_bpe
 from tests.checkpoints import save_model
 from tests.model.small_models import small_model
 

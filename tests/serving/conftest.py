@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import parameter_hash
-from model.checkpoint_folder import Metadata
 from model.config import GPTConfig
+from model.files.checkpoint import parameter_hash
+from model.files.checkpoint_folder import Metadata
 from model.gpt import GPT
-from model.tokenizer import Tokenizer, train_bpe
+from model.text.tokenizer import Tokenizer, train_bpe
 from tests.checkpoints import save_model
 from tests.serving.tiny_models import FRAGILE_POSITION, LONG_CONTEXT_TOKENS, RUN_ID, lively_model, write_model
 

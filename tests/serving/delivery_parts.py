@@ -14,12 +14,12 @@ import httpx
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint_folder import read_metadata
 from model.config import GPTConfig
-from model.generate import generate
+from model.files.checkpoint_folder import read_metadata
+from model.generation.generate import generate
+from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
-from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer, train_bpe
+from model.text.tokenizer import Tokenizer, train_bpe
 from serving.delivery.promotion import Version, version_of
 from serving.protocol.served_model import read_served_model
 from tests.serving.tiny_models import as_transformers_folder, write_model

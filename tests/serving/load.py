@@ -12,10 +12,10 @@ from typing import Any
 
 import httpx
 
-from model.generate import generate
+from model.generation.generate import generate
+from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
-from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.time_limits import limit_s
 
 TIMEOUT_S = limit_s(60)

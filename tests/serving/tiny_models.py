@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from model.architecture import ArchitectureName
-from model.checkpoint_folder import Metadata
 from model.config import GPTConfig
+from model.files.checkpoint_folder import Metadata
 from model.gpt import GPT
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.checkpoints import save_model
 
 RUN_ID = "tiny-run"

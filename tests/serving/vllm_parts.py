@@ -11,7 +11,7 @@ import pytest
 from cluster.settings.serve import EngineConfig
 from model.architecture import ArchitectureName
 from model.gpt import GPT
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.repository import REPOSITORY
 from tests.serving.tiny_models import lively_model
 

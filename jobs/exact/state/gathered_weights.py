@@ -22,7 +22,7 @@ from jobs.exact.state.side_thread import side_work
 from jobs.exact.state.span import PackedSpans, Span
 from model.gpt import GPT
 from model.operations import Operations
-from model.training_memory import ALIGNMENT_BYTES, aligned, large_zeros, room_to_align
+from model.training.training_memory import ALIGNMENT_BYTES, aligned, large_zeros, room_to_align
 
 _TAG = 1  # of these messages: gloo keeps them apart from those of the exchange, in another thread
 _NUM_SLOTS = 2

@@ -30,7 +30,7 @@ from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
 from model.operations import product_type
 from model.shapes import parameter_shapes
-from model.training_memory import large_zeros
+from model.training.training_memory import large_zeros
 
 ALONE = WorkerGroup(rank=0, world_size=1)
 

@@ -17,7 +17,7 @@ from jobs.exact.state.train_state import TrainState
 from jobs.exact.sums.exact_reduce import LaneStep
 from jobs.exact.sums.step_plan import StepPlan
 from model.cpu_ops.loans import Scratch, gradient_sinks, lent, scratch_memory
-from model.training_memory import large_zeros
+from model.training.training_memory import large_zeros
 
 
 class FinalBuckets:

@@ -14,7 +14,7 @@ from cluster.settings.plan import PlanConfig
 from cluster.settings.run import EvaluateConfig, RunConfig, Settings
 from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, ServeConfig
 from model.config import GPTConfig
-from model.gpus import GPUS
+from model.hardware.gpus import GPUS
 from model.tables import read_table
 
 YAML = """

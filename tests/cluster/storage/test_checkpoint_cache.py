@@ -15,8 +15,8 @@ from cluster.storage.checkpoint_cache import MAX_COPIES, Holds, fetch
 from cluster.storage.registry import resolve_checkpoint
 from cluster.storage.s3 import S3Storage
 from cluster.storage.uris import NotFoundError, Storage, open_storage
-from model.checkpoint import load_model
-from model.checkpoint_folder import MANIFEST, TRAIN_STATE, CheckpointError, verify_checkpoint
+from model.files.checkpoint import load_model
+from model.files.checkpoint_folder import MANIFEST, TRAIN_STATE, CheckpointError, verify_checkpoint
 from tests.checkpoints import damage, write_tiny
 from tests.repository import REPOSITORY
 

@@ -11,7 +11,7 @@ from cluster.settings.run import EvaluateConfig, RunConfig
 from cluster.storage.references import checkpoint_uri
 from cluster.storage.registry import named_checkpoint, publications
 from cluster.storage.uris import open_storage
-from model.checkpoint_folder import CheckpointError
+from model.files.checkpoint_folder import CheckpointError
 from tests.checkpoints import write_tiny
 
 

@@ -23,9 +23,9 @@ from cluster.storage.registry import (
 )
 from cluster.storage.uris import open_storage
 from jobs.run.checkpoints import RunCheckpoints
-from model.checkpoint import load_model as load
-from model.checkpoint import parameter_hash
-from model.checkpoint_folder import MANIFEST, TRAIN_STATE, CheckpointError
+from model.files.checkpoint import load_model as load
+from model.files.checkpoint import parameter_hash
+from model.files.checkpoint_folder import MANIFEST, TRAIN_STATE, CheckpointError
 from tests.checkpoints import DAMAGES, damage, write_tiny
 
 

@@ -27,7 +27,7 @@ from jobs.tokens.build_store import tokenize
 from jobs.tokens.preview_data import preview
 from jobs.tokens.token_store import TokenStoreError, token_dtype
 from model.errors import UserError
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.jobs.corpora import data_config, manifest_of, texts_of
 from tests.jobs.hostile_corpus import MAX_DOCUMENT_BYTES, HostileCorpus, make_hostile_corpus
 from tests.repository import REPOSITORY

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jobs.corpus import text_borders
 from jobs.corpus.text_borders import csv_lines, cut_stream, cut_text, lines, records
-from model.tokenizer import train_bpe
+from model.text.tokenizer import train_bpe
 
 contents = st.lists(
     st.sampled_from([b"\n", b"a", b"bc ", "ä語".encode(), b'"', b",", b"\r", b"x" * 30]), max_size=60

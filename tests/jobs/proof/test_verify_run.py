@@ -11,7 +11,7 @@ from cluster.cli import main
 from cluster.storage.uris import Storage, open_storage
 from jobs.proof.verify_run import verify
 from jobs.run.ledger import LEDGER
-from model.checkpoint_folder import MANIFEST, fingerprint
+from model.files.checkpoint_folder import MANIFEST, fingerprint
 from tests.jobs.runs import trained_run
 from tests.jobs.tampering import checkpoint_folder, flip_byte
 

@@ -9,7 +9,7 @@ from jobs.report.probe_run import probe_run
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import Ledger
 from model.errors import UserError
-from model.probes import TASKS
+from model.insight.probes import TASKS
 from tests.jobs.report.eventful_run import eventful_lines, write_run
 from tests.jobs.runs import trained_run
 

@@ -10,7 +10,7 @@ import pytest
 from cluster.settings.run import CheckpointConfig
 from cluster.storage.uris import Storage, open_storage
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, superseded
-from model.checkpoint_folder import MANIFEST, read_metadata, verify_checkpoint
+from model.files.checkpoint_folder import MANIFEST, read_metadata, verify_checkpoint
 from tests.checkpoints import DAMAGES, FILES, damage, write_tiny
 
 

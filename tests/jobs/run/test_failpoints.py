@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.settings.code_folders import CODE_FOLDERS
-from model.failpoints import VARIABLE, failpoint
+from model.files.failpoints import VARIABLE, failpoint
 from tests.repository import REPOSITORY
 
 CODE = [path.read_text() for folder in CODE_FOLDERS for path in (REPOSITORY / folder).rglob("*.py")]

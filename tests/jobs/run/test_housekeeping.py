@@ -12,7 +12,7 @@ from cluster.stages.run_mirrored import lease_key
 from cluster.storage.lease import Lease
 from cluster.storage.registry import publish
 from cluster.storage.uris import open_storage
-from model.tokenizer import train_bpe
+from model.text.tokenizer import train_bpe
 from tests.checkpoints import write_tiny
 from tests.jobs.runs import make_store, make_text
 

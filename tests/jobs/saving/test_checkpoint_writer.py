@@ -22,11 +22,11 @@ from jobs.run.ledger import Ledger, LedgerWriter
 from jobs.run.writer_generation import Fence
 from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.saving.publisher import Publisher
-from model.checkpoint import load_model, parameter_hash
-from model.checkpoint_folder import Metadata, verify_checkpoint
 from model.config import GPTConfig, preset_fields
+from model.files.checkpoint import load_model, parameter_hash
+from model.files.checkpoint_folder import Metadata, verify_checkpoint
 from model.gpt import GPT
-from model.tokenizer import train_bpe
+from model.text.tokenizer import train_bpe
 from tests.cluster.fault_proxy import running_proxy
 from tests.jobs.train_states import moments as moments_of
 from tests.time_limits import limit_s

@@ -24,11 +24,11 @@ from jobs.saving.publisher import Publisher
 from jobs.saving.shard_writer import Shard, ShardWriter
 from jobs.training.train_loop import train
 from jobs.workers.worker_group import WorkerGroup
-from model.checkpoint import load_model, parameter_hash
-from model.checkpoint_folder import Metadata, verify_checkpoint
 from model.config import GPTConfig, preset_fields
+from model.files.checkpoint import load_model, parameter_hash
+from model.files.checkpoint_folder import Metadata, verify_checkpoint
 from model.gpt import GPT, initial_weights
-from model.tokenizer import train_bpe
+from model.text.tokenizer import train_bpe
 from tests.jobs.new_memory import NewMemory
 from tests.jobs.runs import tiny_plan
 from tests.jobs.runs_in_rounds import CutOff, run_in_rounds

@@ -31,7 +31,7 @@ from jobs.training.train_loop import train
 from jobs.training.validation import Validator
 from jobs.workers.preemption import Notices
 from jobs.workers.worker_group import WorkerGroup
-from model.checkpoint import parameter_hash
+from model.files.checkpoint import parameter_hash
 from tests.jobs.runs import tiny_plan
 from tests.jobs.train_states import RATE, apply, gradients, make_state
 

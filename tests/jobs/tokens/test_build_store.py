@@ -13,7 +13,7 @@ from jobs.cleaning import decontamination, document_index, selection
 from jobs.corpus import file_pieces
 from jobs.tokens import build_store, train_tokenizer
 from jobs.tokens.build_store import tokenize
-from model.tokenizer import train_bpe
+from model.text.tokenizer import train_bpe
 from tests.jobs.cleaning.in_process import InProcess
 from tests.jobs.corpora import data_config, texts_of
 

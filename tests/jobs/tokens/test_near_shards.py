@@ -13,8 +13,8 @@ from cluster.storage.uris import Storage, open_storage
 from jobs.tokens import token_store, token_stream
 from jobs.tokens.token_store import MANIFEST, Shard, TokenStoreError
 from jobs.tokens.token_stream import TokenStream
-from model.checkpoint_folder import ChatFormat
 from model.linear_cross_entropy import IGNORE_INDEX
+from model.text.chat_format import ChatFormat
 from tests.cluster.fault_proxy import FaultProxy
 from tests.jobs.stores import make_store, manifest_of, write_shard
 from tests.waiting import wait_until

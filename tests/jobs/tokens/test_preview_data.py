@@ -19,7 +19,7 @@ from jobs.tokens import preview_data
 from jobs.tokens.build_store import tokenize
 from jobs.tokens.inspect_store import find_store, stats
 from jobs.tokens.preview_data import preview
-from model.tokenizer import train_bpe
+from model.text.tokenizer import train_bpe
 from tests.jobs.corpora import data_config, make_corpus
 from tests.time_limits import limit_s
 

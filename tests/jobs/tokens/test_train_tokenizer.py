@@ -19,7 +19,7 @@ from jobs.corpus.documents import Document, read_documents
 from jobs.corpus.listing import list_corpus
 from jobs.tokens.train_tokenizer import ensure_tokenizer, sample_texts
 from model.errors import UserError
-from model.tokenizer import train_bpe
+from model.text.tokenizer import train_bpe
 from tests.jobs.corpora import data_config, make_corpus
 
 

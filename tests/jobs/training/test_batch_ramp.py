@@ -9,7 +9,7 @@ from jobs.proof.diff_runs import step_values
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.training.train_loop import train
-from model.checkpoint_folder import read_metadata
+from model.files.checkpoint_folder import read_metadata
 from tests.jobs.poisoned_runs import Faults, run_world
 from tests.jobs.runs import newest_checkpoint, tiny_plan
 

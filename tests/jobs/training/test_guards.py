@@ -14,7 +14,7 @@ from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.training.guards import SPIKE_WINDOW, Decision, GuardState, Verdict, decide
-from model.checkpoint_folder import read_metadata
+from model.files.checkpoint_folder import read_metadata
 from tests.jobs.poisoned_runs import Faults, run_world
 from tests.jobs.runs import tiny_plan
 

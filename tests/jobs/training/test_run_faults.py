@@ -22,7 +22,7 @@ from jobs.run.run_plan import RunPlan
 from jobs.run.writer_generation import Fence
 from jobs.saving import publisher
 from jobs.training.train_loop import train
-from model.checkpoint_folder import verify_checkpoint
+from model.files.checkpoint_folder import verify_checkpoint
 from tests.checkpoints import damage
 from tests.cluster.fault_proxy import FaultProxy, running_proxy
 from tests.jobs.runs import tiny_plan

@@ -7,7 +7,7 @@ import pytest
 from cluster.settings.parser import ConfigError
 from jobs.pretrain import pretrain
 from jobs.training.validation import check_prompts, samples
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.jobs.runs import tiny_plan
 from tests.model.small_models import small_model
 

@@ -24,8 +24,8 @@ from jobs.tokens.token_store import MANIFEST, SOURCES, TokenStoreError, read_man
 from jobs.training.train_loop import train
 from jobs.workers.heartbeat import Pulse
 from jobs.workers.watchdog import Place
-from model.checkpoint import load_model
-from model.tokenizer import Tokenizer
+from model.files.checkpoint import load_model
+from model.text.tokenizer import Tokenizer
 from tests.jobs.poisoned_runs import run_world
 from tests.jobs.runs import make_store, make_text, newest_checkpoint, tiny_plan
 

@@ -23,11 +23,11 @@ from jobs.run.run_plan import RunPlan, run_storage
 from jobs.tokens.train_tokenizer import load_tokenizer
 from jobs.training.train_loop import train
 from jobs.training.warm_start import begin, like_its_source
-from model.bounded_text import TextError
-from model.checkpoint import load_model, parameter_hash
-from model.checkpoint_folder import CheckpointError, read_metadata
 from model.config import GPTConfig
-from model.tokenizer import Tokenizer
+from model.files.checkpoint import load_model, parameter_hash
+from model.files.checkpoint_folder import CheckpointError, read_metadata
+from model.text.bounded_text import TextError
+from model.text.tokenizer import Tokenizer
 from tests.cluster.hub_stub import running_hub
 from tests.jobs.runs import tiny_plan
 

@@ -15,9 +15,9 @@ from jobs.training.train_loop import train
 from jobs.watching.run_watcher import message_of
 from jobs.workers import placement as run_precision
 from jobs.workers.placement import workers_precision
+from model.hardware.processor import Device, fast_precision
 from model.numerics import Precision
-from model.processor import Device, fast_precision
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.jobs.runs import tiny_plan
 
 

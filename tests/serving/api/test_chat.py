@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from serving.delivery.versions import Versions
 from tests.serving.endpoint_parts import Run, shared_replica
 

@@ -9,8 +9,8 @@ import pytest
 
 from cluster.settings.serve import EngineConfig, ServeConfig
 from model.config import GPTConfig
-from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer
+from model.generation.sampling_params import SamplingParams
+from model.text.tokenizer import Tokenizer
 from serving.api.choice_output import ChoiceOutput, Part, join_parts
 from serving.engine.messages import Candidates, FinishReason, SequenceRequest, TokenEvent
 from serving.protocol.protocol import CompletionRequest

@@ -17,10 +17,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cluster.settings.serve import EngineConfig, ServeConfig
-from model.generate import generate
+from model.generation.generate import generate
+from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
-from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from serving.delivery.versions import Versions
 from tests.serving.endpoint_parts import Run, replica_client, shared_replica
 from tests.serving.tiny_models import lively_model, write_model

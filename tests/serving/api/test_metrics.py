@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.settings.serve import EngineConfig, ServeConfig
 from model.gpt import GPT
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from serving.api.access import AccessRules, CurrentAccess
 from serving.api.ingress import build_http_app
 from serving.api.metrics import ReplicaMetrics

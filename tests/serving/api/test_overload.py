@@ -13,7 +13,7 @@ import pytest
 
 from cluster.settings.serve import EngineConfig, ServeConfig
 from model.gpt import GPT
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from serving.app import run
 from tests.serving.endpoint_parts import children_with, free_port, loopback_server, ray_cluster, replica_app
 from tests.serving.load import End, Load, Outcome, greedy_asks, percentile

@@ -9,9 +9,9 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
-from model.chat import rendered
-from model.checkpoint_folder import ChatFormat
-from model.tokenizer import Tokenizer
+from model.files.checkpoint_folder import ChatFormat
+from model.text.chat import rendered
+from model.text.tokenizer import Tokenizer
 from serving.delivery.versions import Versions
 from serving.text.reader import BoundedReader, TrustedReader
 from tests.serving.endpoint_parts import Run, shared_replica

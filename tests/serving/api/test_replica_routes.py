@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from serving.api.access import AccessRules
 from serving.api.completions import choice_seed, server_sent
 from serving.api.keys import ApiKey

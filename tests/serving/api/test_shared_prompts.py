@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from model.sampling_params import SamplingParams
+from model.generation.sampling_params import SamplingParams
 from serving.api.shared_prompts import SharedPrompts
 from serving.delivery.versions import Versions
 from serving.engine.messages import Candidates, SequenceRequest, TokenEvent

@@ -9,7 +9,7 @@ import pytest
 from fastapi import APIRouter
 
 from cluster.settings.serve import EngineConfig, ServeConfig
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from serving.api.access import AccessRules, CurrentAccess
 from serving.api.admin_routes import _read_candidate
 from serving.api.ingress import build_http_app

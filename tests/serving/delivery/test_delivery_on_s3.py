@@ -11,9 +11,9 @@ from ray import serve
 from cluster.settings.run import StorageConfig
 from cluster.settings.serve import DeliveryConfig, ServeConfig
 from cluster.storage.uris import open_storage
-from model.checkpoint_folder import read_metadata
+from model.files.checkpoint_folder import read_metadata
 from model.gpt import GPT
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from serving.app import build_app
 from tests.serving.delivery_parts import Admin
 from tests.serving.endpoint_parts import free_port, ray_cluster

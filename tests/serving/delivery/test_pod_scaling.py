@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model.gpt import GPT
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.k8s.pod_process import needs_pods
 from tests.k8s.served_pods import MODEL, served_pods
 from tests.redis_server import needs_redis

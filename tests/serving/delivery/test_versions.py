@@ -9,7 +9,7 @@ import pytest
 
 from cluster.settings.serve import EngineConfig, ServeConfig
 from model.gpt import GPT
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from serving.delivery.promotion import Delivery, Phase, Route, Terms
 from serving.delivery.routed_request import RETRY_HEADER, RoutedRequest
 from serving.delivery.versions import Versions

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from cluster.settings.serve import EngineConfig, ServeConfig
-from model.checkpoint_folder import read_metadata
+from model.files.checkpoint_folder import read_metadata
 from model.gpt import GPT
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.checkpoints import save_model
 from tests.serving.endpoint_parts import Endpoints, ray_cluster
 from tests.serving.hostile_requests import MODEL

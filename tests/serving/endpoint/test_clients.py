@@ -14,10 +14,10 @@ import pytest
 import torch
 import yaml
 
-from model.generate import generate
+from model.generation.generate import generate
+from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
-from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.repository import REPOSITORY
 from tests.serving.hostile_requests import MODEL
 from tests.time_limits import limit_s

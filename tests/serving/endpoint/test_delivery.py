@@ -15,10 +15,10 @@ from cluster.settings.run import StorageConfig
 from cluster.settings.serve import DeliveryConfig, EngineConfig, ReplicaConfig, ServeConfig
 from cluster.storage.registry import served_checkpoints
 from cluster.storage.uris import open_storage
-from model.generate import generate
+from model.generation.generate import generate
+from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
-from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from serving.delivery.promotion import Route
 from serving.protocol.errors import DRAINING_HEADER
 from tests.command_line import raymill_here

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
 from model.gpt import GPT
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.serving.endpoint_parts import Endpoints, metric, num_running_replicas
 from tests.serving.load import End, Load, greedy_asks
 from tests.time_limits import limit_s

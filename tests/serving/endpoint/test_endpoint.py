@@ -20,12 +20,12 @@ from ray import serve
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
-from model.checkpoint_folder import read_metadata
 from model.errors import UserError
-from model.generate import generate
+from model.files.checkpoint_folder import read_metadata
+from model.generation.generate import generate
+from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
-from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from serving.app import run
 from tests.serving.endpoint_parts import Endpoints, children_with, metric
 from tests.time_limits import limit_s

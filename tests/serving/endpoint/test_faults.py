@@ -16,7 +16,7 @@ import pytest
 
 from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
 from model.gpt import GPT
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.serving.endpoint_parts import Endpoints, children_with, num_running_replicas
 from tests.serving.load import Ask, End, Load, greedy_asks, percentile
 from tests.time_limits import limit_s

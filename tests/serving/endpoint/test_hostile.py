@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.settings.serve import EngineConfig, HttpConfig, ReplicaConfig, ServeConfig
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from serving.api.access import RELOAD_S
 from tests.serving.endpoint_parts import Endpoints, assert_error, engine_and_replica, metric
 from tests.serving.hostile_requests import FRAMINGS, HEAD, KEY, MODEL, TABLE, Hostile, post

@@ -14,10 +14,10 @@ import pytest
 
 from cluster.settings.run import StorageConfig
 from cluster.settings.serve import DeliveryConfig, ServeConfig
-from model.generate import generate
+from model.generation.generate import generate
+from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
-from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.command_line import RAYMILL, environment
 from tests.serving.delivery_parts import Admin, Load, bad_checkpoint, greedy_texts, promote_under_load, version
 from tests.serving.endpoint_parts import Endpoints, children_with

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from cluster.settings.serve import DeliveryConfig, EngineConfig, ServeConfig
-from model.checkpoint_folder import read_metadata
 from model.config import GPTConfig
+from model.files.checkpoint_folder import read_metadata
 from model.gpt import GPT
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from tests.serving.delivery_parts import Admin, Load, greedy_texts
 from tests.serving.endpoint_parts import Endpoints
 from tests.serving.tiny_models import write_model

@@ -1,4 +1,4 @@
-"""What the engine generates for a sequence equals what `model.generate` does, whatever shares its steps."""
+"""What the engine generates for a sequence equals what `model.generation.generate` does, whatever shares its steps."""
 
 import base64
 import copy
@@ -14,12 +14,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cluster.settings.serve import EngineConfig
-from model.checkpoint import load_model
 from model.config import GPTConfig
 from model.errors import UserError
-from model.generate import generate
+from model.files.checkpoint import load_model
+from model.generation.generate import generate
+from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
-from model.sampling_params import SamplingParams
 from serving.engine.engine import Engine
 from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent
 from serving.engine.native_runner import NativeRunner

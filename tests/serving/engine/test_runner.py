@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster.settings.serve import EngineConfig
-from model.processor import Precision
+from model.hardware.processor import Precision
 from serving.engine import runner
 from serving.engine.runner import with_dtype
 from tests.checkpoints import write_tiny

@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.sampling_params import SamplingParams
+from model.generation.sampling_params import SamplingParams
 from serving.engine.block_pool import BlockPool
 from serving.engine.messages import FinishReason, SequenceRequest
 from serving.engine.scheduler import UNWATCHED, Chunk, Scheduler, Sequence

@@ -11,9 +11,9 @@ import pytest
 
 from cluster.settings.serve import EngineConfig
 from model.config import GPTConfig
+from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
-from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent
 from serving.engine_process.client import EngineClient
 from tests.checkpoints import into_shards

@@ -7,9 +7,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.generate import generate
+from model.generation.generate import generate
+from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
-from model.sampling_params import SamplingParams
 from serving.engine.messages import SequenceRequest
 from serving.engine_process.client import EngineClient, Generation
 from serving.engine_process.fair_queue import FairQueue

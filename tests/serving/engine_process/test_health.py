@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.settings.serve import EngineConfig
-from model.sampling_params import SamplingParams
+from model.generation.sampling_params import SamplingParams
 from serving.engine.messages import FinishReason, SequenceRequest
 from serving.engine_process.client import EngineClient, EngineDiedError
 from serving.engine_process.health import HealthCheck

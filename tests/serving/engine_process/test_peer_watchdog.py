@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from model.sampling_params import SamplingParams
+from model.generation.sampling_params import SamplingParams
 from serving.engine.messages import SequenceRequest
 from serving.engine_process import health
 from serving.engine_process.client import EngineClient, EngineDiedError

@@ -20,9 +20,9 @@ import torch
 
 from cluster.settings.serve import EngineConfig
 from model.errors import UserError
-from model.generate import generate
+from model.generation.generate import generate
+from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
-from model.sampling_params import SamplingParams
 from serving.engine.block_pool import BlockPool
 from serving.engine.engine import Engine
 from serving.engine.messages import (

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from cluster.settings.serve import EngineConfig
-from model.checkpoint import load_model
 from model.errors import UserError
-from model.generate import generate
+from model.files.checkpoint import load_model
+from model.generation.generate import generate
+from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
-from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from serving.engine.engine import Engine
 from serving.engine.messages import Admission, FinishReason, SequenceRequest, StepReport
 from serving.engine_process.run_engine import build_engine

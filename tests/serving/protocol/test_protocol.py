@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.chat import plain_text
+from model.text.chat import plain_text
 from serving.api.chat import ChatRequest, Message
 from serving.protocol import harmless_fields
 from serving.protocol.errors import ApiError

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from model.bounded_text import BOUNDS, Bounds, TextError
-from model.chat import PLAIN_TEMPLATE, Chat
-from model.chat_probe import ChatProbe
-from model.tokenizer import PLAIN_ENCODING, load_tokenizer
+from model.files.stored_tokenizer import load_tokenizer
+from model.text.bounded_text import BOUNDS, Bounds, TextError
+from model.text.chat import PLAIN_TEMPLATE, Chat
+from model.text.chat_probe import ChatProbe
+from model.text.tokenizer import PLAIN_ENCODING
 from serving.text.chat_misfit import chat_misfit, chat_notice
 from serving.text.reader import BoundedReader, TrustedReader, open_reader
 from tests.serving.tiny_models import as_transformers_folder

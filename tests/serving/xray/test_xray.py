@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from cluster.settings.serve import EngineConfig, ServeConfig
-from model.checkpoint_folder import read_metadata
-from model.generate import generate
+from model.files.checkpoint_folder import read_metadata
+from model.generation.generate import generate
+from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
-from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 from serving.api.access import AccessRules
 from serving.api.keys import ApiKey
 from serving.delivery.promotion import Outcome, version_of

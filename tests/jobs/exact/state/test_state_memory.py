@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import model.stored_tensors
+import model.files.stored_tensors
 from cluster.settings.run import TrainConfig
 from cluster.settings.shard import Shard
 from jobs.exact.state.adamw import AdamW
@@ -28,8 +28,8 @@ from jobs.snapshots.slots import Bytes, Header
 from jobs.snapshots.snapshots import Snapshots
 from jobs.workers.worker_group import WorkerGroup
 from model.config import GPTConfig, preset_fields
+from model.files.stored_tensors import StoredTensors
 from model.gpt import GPT
-from model.stored_tensors import StoredTensors
 from tests.jobs.new_memory import NewMemory
 from tests.jobs.shardings import sharding
 
@@ -111,7 +111,7 @@ def test_of_a_checkpoint_is_read_what_is_kept_and_nothing_is_made(
         num_read, longest = num_read + end - start, max(longest, end - start)
         return zeros[: end - start]
 
-    monkeypatch.setattr(model.stored_tensors, "ThreadPoolExecutor", OneThread)
+    monkeypatch.setattr(model.files.stored_tensors, "ThreadPoolExecutor", OneThread)
     with NewMemory(held_by(state), META) as new:
         restore(state, StoredTensors(["all"], read, source="zeros"))
     assert state.num_updates == 0

@@ -25,7 +25,7 @@ from jobs.exact.sums.step_totals import block_square_sums, norm_of
 from jobs.saving.stored_state import restore
 from jobs.workers.failures import LostPeerError
 from jobs.workers.worker_group import WorkerGroup
-from model.checkpoint import parameter_hash
+from model.files.checkpoint import parameter_hash
 from tests.jobs.shardings import sharding
 from tests.jobs.train_states import RATE, apply, gradients, make_model, make_state, moments, pieces_of, stored
 from tests.time_limits import limit_s

@@ -1,0 +1,1 @@
+"""Checkpoints and what else is stored of a model: written whole or not at all, read, proven."""

@@ -1,0 +1,181 @@
+"""The checkpoint format: one folder, hashed, complete or absent, which Hugging Face's transformers can read.
+
+The folder is written beside its final place and renamed into it. Nothing is pickled. README.md lists its files.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model.config import GPTConfig
+from model.files import checkpoint_folder
+from model.files.durable_files import move_into_place, sync, write_file
+from model.files.failpoints import failpoint
+from model.files.hf import build_model, load_hf
+from model.files.hf_config import config_to_hf, read_config, tokenizer_config_to_hf
+from model.files.stored_tensors import DTYPES, StoredTensors, hashed_name, stored_in
+from model.gpt import GPT
+from model.shapes import parameter_shapes
+from model.text.chat import Chat
+from model.text.tokenizer import Tokenizer
+
+_PIECE_BYTES = 8 << 20
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class NotFiniteError(checkpoint_folder.CheckpointError):
+    """Weights or moments are not finite. They are never written, as no training recovers from them."""
+
+
+def parameter_hash(state: Mapping[str, Tensor]) -> str:
+    """Returns the SHA-256, in hex, over the parameters in the order of their names.
+
+    Each adds `name \\0 dtype \\0 d0,d1,… \\0` in UTF-8 (dtype as torch prints it, without `torch.`) and then its
+    elements, row-major and little-endian.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(hashed_name(name, tensor.dtype, tensor.shape))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    config: GPTConfig,
+    state: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    metadata: checkpoint_folder.Metadata,
+    train_state: Mapping[str, Tensor] | None,
+) -> checkpoint_folder.Metadata:
+    """Writes the checkpoint and returns its metadata with the parameter hash set.
+
+    A crash at any point leaves `folder` absent or whole; an existing one is replaced by `move_into_place`. Raises
+    `NotFiniteError` before anything is written, and `OSError`, after which nothing is left either.
+    """
+    check_finite(state, train_state or {}, step=metadata.step)
+    metadata = dataclasses.replace(metadata, parameter_hash=parameter_hash(state))
+    staging = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(staging, ignore_errors=True)  # what a crash left
+    staging.mkdir(parents=True)
+    contents: dict[str, Iterable[bytes | memoryview]] = {checkpoint_folder.WEIGHTS: safetensors_pieces(state)}
+    contents |= {name: [content] for name, content in descriptions(config, tokenizer, metadata).items()}
+    if train_state is not None:
+        contents[checkpoint_folder.TRAIN_STATE] = safetensors_pieces(train_state)
+    try:
+        files = {name: write_file(staging / name, pieces) for name, pieces in contents.items()}
+        manifest = manifest_of(files, version=checkpoint_folder.FORMAT_VERSION)
+        failpoint("before_manifest")
+        with (staging / checkpoint_folder.MANIFEST).open("wb") as file:
+            file.write(manifest[: len(manifest) // 2])
+            file.flush()
+            failpoint("mid_manifest")
+            file.write(manifest[len(manifest) // 2 :])
+        sync(staging / checkpoint_folder.MANIFEST)
+        sync(staging)
+        failpoint("after_manifest")
+        move_into_place(staging, folder)
+    except OSError:
+        shutil.rmtree(staging, ignore_errors=True)  # a full disk gets its space back
+        raise
+    return metadata
+
+
+def descriptions(config: GPTConfig, tokenizer: Tokenizer, metadata: checkpoint_folder.Metadata) -> dict[str, bytes]:
+    """Returns the files that tell what a checkpoint's weights are."""
+    start, chat, ends = tokenizer.token_bytes(tokenizer.start_id).decode(), tokenizer.chat, [tokenizer.eot_id]
+    tokens: dict[str, str | None] = {"bos_token": start, "eos_token": tokenizer.end_of_text}
+    if chat is not None:
+        tokens = {name: value or None for name, value in dataclasses.asdict(chat).items()}
+        ends = [*dict.fromkeys([Chat(tokenizer).end_of_turn or tokenizer.eot_id, tokenizer.eot_id])]
+    return {
+        "config.json": _json(config_to_hf(config, start_id=tokenizer.start_id, end_ids=ends)),
+        "tokenizer.json": tokenizer.to_json(),
+        "tokenizer_config.json": _json(tokenizer_config_to_hf(config, **tokens)),
+        "raymill.json": _json(dataclasses.asdict(metadata)),
+    }
+
+
+def manifest_of(files: Mapping[str, Mapping[str, Any]], *, version: int) -> bytes:
+    return _json({"format_version": version, "files": files})
+
+
+def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yields a safetensors file in version 0.8's layout: the header, then the widest types first, by name.
+
+    Tensors on the CPU are written from where they are: they must not change meanwhile.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    yield len(encoded).to_bytes(8, "little") + encoded
+    for name in names:
+        content = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for start in range(0, len(content), _PIECE_BYTES):
+            yield content[start : start + _PIECE_BYTES]
+
+
+def check_finite(*states: Mapping[str, Tensor], step: int) -> None:
+    """Raises `NotFiniteError` if a tensor holds a NaN or an infinity."""
+
+    def is_finite(tensor: Tensor) -> bool:
+        # By numpy, as torch would use threads of its own beside the training's.
+        parts = tensor.detach().cpu().float().reshape(-1).split(1 << 20)
+        return all(np.isfinite(part.numpy()).all() for part in parts)
+
+    tensors = [named for state in states for named in state.items()]
+    if damaged := [name for name, tensor in tensors if tensor.is_floating_point() and not is_finite(tensor)]:
+        raise NotFiniteError(
+            f"step {step} is not saved: {len(damaged)} tensors hold NaN or infinity, the first is {damaged[0]}; lower "
+            "train.learning_rate"
+        )
+
+
+def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool = True) -> GPT:
+    """Returns the model in evaluation mode. A folder that transformers saved, without manifest, is not verified.
+
+    Raises `CheckpointError` naming what is wrong, `UnsupportedModelError` for a model that `GPT` can't compute.
+    """
+    if checkpoint_folder.is_hf_folder(folder):
+        return load_hf(folder).to(dtype)
+    if verify and (problems := checkpoint_folder.verify_checkpoint(folder, to_train=False)):
+        raise checkpoint_folder.CheckpointError(
+            f"checkpoint {folder} is not valid: {'; '.join(problems)}. Use another checkpoint"
+        )
+    config, shards = read_config(folder), shards_in(folder)
+    weights = shards.whole(parameter_shapes(config)) if shards else load_file(folder / checkpoint_folder.WEIGHTS)
+    return build_model(config, weights, source=folder).to(dtype)
+
+
+def shards_in(folder: Path) -> StoredTensors | None:
+    """Returns the weights in a folder with a checkpoint in shards; None where tensors are whole."""
+    files = checkpoint_folder.tensor_files(checkpoint_folder.WEIGHTS, [path.name for path in folder.iterdir()])
+    return None if files == [checkpoint_folder.WEIGHTS] else stored_in(folder, files)
+
+
+def stored_parameter_hash(folder: Path) -> str:
+    """Returns the hash of the weights in a checkpoint's folder, of which a part is in memory at a time."""
+    stored = shards_in(folder) or stored_in(folder, [checkpoint_folder.WEIGHTS])
+    return stored.parameter_hash(parameter_shapes(read_config(folder)))
+
+
+def _json(value: Any) -> bytes:
+    # No newline at the end, so that JSON cut short anywhere is not JSON.
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode()

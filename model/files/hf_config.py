@@ -1,0 +1,130 @@
+"""Hugging Face's config.json of a GPT-2 or a Llama, to and from `GPTConfig`. This module does not import PyTorch."""
+
+from pathlib import Path
+from typing import Any
+
+from model.architecture import ARCHITECTURES, Activation, Architecture
+from model.config import GPTConfig
+from model.errors import UserError
+from model.files.checkpoint_folder import read_json
+
+_ACTIVATIONS: tuple[tuple[str, Activation], ...] = (
+    ("gelu_new", "gelu"),
+    ("gelu_pytorch_tanh", "gelu"),
+    ("gelu", "gelu_exact"),
+    ("relu", "relu"),
+)
+"""Ours by Hugging Face's name; of two names of one formula first the one that we write."""
+
+ACTIVATION_FROM_HF: dict[str, Activation] = dict(_ACTIVATIONS)
+ACTIVATION_TO_HF: dict[Activation, str] = {ours: name for name, ours in reversed(_ACTIVATIONS)}
+
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+"""Of Llama 3's scaling of positions, which has no other values."""
+
+
+class UnsupportedModelError(UserError):
+    """A Hugging Face folder holds no GPT-2 and no Llama that this package can compute exactly."""
+
+
+def config_to_hf(config: GPTConfig, *, start_id: int, end_ids: list[int]) -> dict[str, Any]:
+    """Returns the content of config.json; `end_ids` end what is generated."""
+    hf = config.network.hf
+    values: dict[str, Any] = {"architectures": [hf.class_name], "model_type": config.architecture, "dtype": "float32"}
+    values |= {name: _value_to_hf(config, ours) for name, ours in (hf.names | hf.copies).items()}
+    if config.network.has_rotation:
+        values |= _rope_to_hf(config)
+    values |= {"bos_token_id": start_id, "eos_token_id": end_ids[0] if len(end_ids) == 1 else end_ids}
+    return values | hf.fixed
+
+
+def _value_to_hf(config: GPTConfig, name: str) -> Any:
+    value = getattr(config, name)
+    return ACTIVATION_TO_HF[value] if name == "activation_function" else value
+
+
+def _rope_to_hf(config: GPTConfig) -> dict[str, Any]:
+    scaling: dict[str, Any] | None = None
+    if config.rope_original_positions is not None:
+        original = {"original_max_position_embeddings": config.rope_original_positions}
+        scaling = {"rope_type": "llama3", "factor": config.rope_factor} | original | _LLAMA3_ROPE
+    elif config.rope_factor != 1.0:
+        scaling = {"rope_type": "linear", "factor": config.rope_factor}
+    return {"head_dim": config.head_dim, "rope_theta": config.rope_theta, "rope_scaling": scaling}
+
+
+def tokenizer_config_to_hf(config: GPTConfig, **tokens: str | None) -> dict[str, Any]:
+    """Returns the content of tokenizer_config.json, with its special `tokens` and perhaps a chat template."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # uses tokenizer.json as it is, normalizer included
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.n_positions,
+        **tokens,
+    }
+
+
+def config_from_hf(values: dict[str, Any]) -> GPTConfig:
+    """Returns the `GPTConfig` of a config.json. Missing keys have Hugging Face's defaults. GPT-2's dropout is three
+    settings there, 0.1 by default; ours is `resid_pdrop`, which only further training would use.
+
+    Raises `UnsupportedModelError`, naming the setting, where `GPT` would compute something else.
+    """
+    kind = values.get("model_type")
+    if kind not in list(ARCHITECTURES):  # a file may hold a list, which has no hash
+        expected = " or ".join(map(repr, ARCHITECTURES))
+        raise UnsupportedModelError(f"config.json: model_type is {kind!r}, expected {expected}")
+    network = ARCHITECTURES[kind]
+    for name, fixed in network.hf.fixed.items():
+        _expect(name, values.get(name, fixed), fixed)
+    try:
+        return _from_hf(values, network)
+    except ValueError as error:
+        raise UnsupportedModelError(f"config.json: {error}") from error
+
+
+def _expect(name: str, value: Any, *expected: Any) -> None:
+    if value not in expected:
+        only = " or ".join(map(str, expected))
+        raise UnsupportedModelError(
+            f"config.json: {name} is {value}, only {only} is supported: the logits would be wrong"
+        )
+
+
+def _from_hf(values: dict[str, Any], network: Architecture) -> GPTConfig:
+    settings = dict(network.hf.defaults)
+    for name, ours in network.hf.names.items():
+        if name in values:
+            settings[ours] = values[name]
+    if "activation_function" in network.hf.names:
+        settings["activation_function"] = _activation_from_hf(values.get("activation_function", "gelu_new"))
+    if network.has_rotation:
+        settings |= _rope_from_hf(values)
+    config = GPTConfig(architecture=network.name, **settings)
+    if network.has_rotation:
+        _expect("head_dim", values.get("head_dim") or config.head_dim, config.head_dim)
+    return config
+
+
+def _activation_from_hf(name: Any) -> Activation:
+    if name not in list(ACTIVATION_FROM_HF):
+        raise UnsupportedModelError(
+            f"config.json: activation_function is {name!r}, expected one of {', '.join(ACTIVATION_FROM_HF)}"
+        )
+    return ACTIVATION_FROM_HF[name]
+
+
+def _rope_from_hf(values: dict[str, Any]) -> dict[str, Any]:
+    rope = values.get("rope_scaling") or {}
+    rope = {"rope_theta": values.get("rope_theta", 10000.0)} | rope | (values.get("rope_parameters") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    _expect("rope_type", kind, "default", "linear", "llama3")
+    settings = {"rope_theta": rope["rope_theta"], "rope_factor": 1.0 if kind == "default" else rope["factor"]}
+    if kind == "llama3":
+        for name, expected in _LLAMA3_ROPE.items():
+            _expect(name, rope.get(name), expected)
+        settings["rope_original_positions"] = rope["original_max_position_embeddings"]
+    return settings
+
+
+def read_config(folder: Path) -> GPTConfig:
+    return config_from_hf(read_json(folder / "config.json"))

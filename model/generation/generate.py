@@ -1,0 +1,58 @@
+"""The plain generator: one sequence, one token at a time. The serving engine is tested against it."""
+
+from collections.abc import Sequence
+
+import torch
+
+from model.errors import UserError
+from model.generation.sampling import sample
+from model.generation.sampling_params import SamplingParams
+from model.gpt import GPT
+from model.kv_cache import KVCache
+
+
+class ContextLengthError(UserError):
+    """The prompt and the answer do not fit into the model's context."""
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompt_ids: Sequence[int],
+    *,
+    max_tokens: int,
+    params: SamplingParams,
+    eos_id: int | None = None,
+) -> list[int]:
+    """Returns up to `max_tokens` new tokens; ends before `eos_id`, which is not returned.
+
+    Raises `ContextLengthError` when the prompt is empty, or exceeds the context together with `max_tokens`.
+    """
+    longest, total = model.config.n_positions, len(prompt_ids) + max_tokens
+    if len(prompt_ids) < 1:
+        raise ContextLengthError("the prompt has no token; start with the end-of-text token to sample without a prompt")
+    if max_tokens < 1:
+        raise ContextLengthError(f"max_tokens is {max_tokens}, expected at least 1")
+    if total > longest:
+        raise ContextLengthError(
+            f"this model's context length is {longest} tokens, but {total} were requested ({len(prompt_ids)} in the "
+            f"prompt and max_tokens={max_tokens}); shorten the prompt or lower max_tokens"
+        )
+    assert not model.training, "dropout would disturb the answer: call model.eval()"
+    params = params.with_seed()
+    parameter = next(model.parameters())
+    cache = KVCache(model.config, max_len=total, dtype=parameter.dtype, device=parameter.device)
+    output_ids: list[int] = []
+    while len(output_ids) < max_tokens:
+        sequence = [*prompt_ids, *output_ids]
+        first = len(sequence) - 1 if output_ids else 0  # earlier positions are cached
+        token_ids = torch.tensor([sequence[first:]], device=parameter.device)  # (1, T)
+        positions = torch.arange(first, len(sequence), device=parameter.device)[None]  # (1, T)
+        hidden = model(token_ids, kv_cache=cache, positions=positions)  # (1, T, C)
+        # On the CPU: a GPU's cumulative sums of floats are not deterministic, and training refuses such operations.
+        logits = model.logits(hidden[0, -1]).cpu()  # (V,)
+        token = sample(logits, params, prompt_ids=prompt_ids, output_ids=output_ids, position=len(sequence))
+        if token == eos_id:
+            break
+        output_ids.append(token)
+    return output_ids

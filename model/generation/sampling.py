@@ -1,0 +1,152 @@
+"""From logits to the next token: penalties, temperature, top-k, top-p, min-p, and one keyed random number.
+
+The random number is a pure function of (seed, position), so a request's tokens do not depend on what shares its batch.
+The inverse of the cumulative distribution, in the order of ids, turns it into a token: a rounding difference d in the
+logits can change the token only if the number falls within about d of a border. (In the order of probabilities,
+borders would move by whole tokens where two of them are nearly equal.)
+
+Shapes: B rows of a batch, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.generation.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class SamplingRow:
+    """Everything that one row of a batch needs besides its logits."""
+
+    params: SamplingParams
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]
+    position: int  # of the token to be drawn in its sequence, prompt included: a resumed sequence continues the same
+    forbidden_ids: Collection[int] = ()  # tokens that may not be drawn; at least one other is left
+
+    @property
+    def adjusts_logits(self) -> bool:
+        return self.params.adjusts_logits or bool(self.forbidden_ids)
+
+
+def sample(
+    logits: Tensor, params: SamplingParams, *, prompt_ids: Sequence[int], output_ids: Sequence[int], position: int
+) -> int:
+    """Returns the next token from logits (V,). Raises `FloatingPointError` when they are not numbers."""
+    return sample_batch(logits[None], [SamplingRow(params, prompt_ids, output_ids, position)])[0]
+
+
+def sample_batch(logits: Tensor, rows: Sequence[SamplingRow], *, best: Tensor | None = None) -> list[int]:
+    """Returns the next token of each row of logits (B, V), the same as `sample` for the row alone. `best` (B,) holds
+    the rows' argmax where the caller knows it."""
+    if any(row.adjusts_logits for row in rows):
+        logits = torch.stack([adjusted(row_logits, row) for row_logits, row in zip(logits, rows, strict=True)])
+        best = None
+    if best is None:
+        best = logits.argmax(dim=-1)  # (B,): NaN wins where there is one
+    highest = logits.gather(1, best[:, None])  # (B, 1)
+    if not highest.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite numbers")
+    tokens: list[int] = best.tolist()
+    drawn = [b for b, row in enumerate(rows) if row.params.temperature > 0]
+    if drawn:
+        temperatures = torch.tensor([[rows[b].params.temperature] for b in drawn], device=logits.device)
+        weights = _weights(logits[drawn], highest[drawn], temperatures)  # (drawn, V)
+        for weight, b in zip(weights, drawn, strict=True):
+            weight.copy_(truncated(weight, rows[b].params))
+        numbers = [uniform(rows[b].params.seed, rows[b].position) for b in drawn]
+        for b, token in zip(drawn, _draw(weights, numbers), strict=True):
+            tokens[b] = token
+    return tokens
+
+
+def _weights(logits: Tensor, best: Tensor, temperature: Tensor | float) -> Tensor:
+    """Returns probabilities (B, V) divided by the most probable token's, fp32."""
+    return ((logits.float() - best) / temperature).exp_()
+
+
+def _draw(weights: Tensor, numbers: list[float]) -> list[int]:
+    """Returns the tokens of weights (B, V) in whose shares of the total, in the order of ids, the numbers fall.
+
+    It sums groups of 256 tokens, then within the group found: all sums would take longer than the model's step.
+    """
+    padded = F.pad(weights, (0, -weights.shape[1] % 256)).unflatten(1, (-1, 256))  # (B, V / 256, 256)
+    borders = padded.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    targets = torch.tensor(numbers, dtype=torch.float64, device=weights.device)[:, None] * borders[:, -1:]  # (B, 1)
+    # The first border above the number: a token without weight has no room between borders.
+    group = torch.searchsorted(borders, targets, right=True)
+    before = F.pad(borders, (1, 0)).gather(1, group)
+    inside = padded[torch.arange(len(padded), device=weights.device), group[:, 0]].double().cumsum(dim=-1)  # (B, 256)
+    last = (inside < inside[:, -1:]).sum(dim=-1, keepdim=True)  # rounding leads beyond it at most
+    found = torch.minimum(torch.searchsorted(inside, targets - before, right=True), last)
+    return (256 * group + found)[:, 0].tolist()
+
+
+def adjusted(logits: Tensor, row: SamplingRow) -> Tensor:
+    """Returns logits (V,) with the row's biases and penalties, and -inf for its forbidden tokens."""
+    params = row.params
+    if not row.adjusts_logits:
+        return logits
+    logits = logits.clone()
+    if params.logit_bias:
+        ids, biases = zip(*params.logit_bias, strict=True)
+        logits[list(ids)] += torch.tensor(biases, dtype=logits.dtype, device=logits.device)
+    output = torch.tensor(row.output_ids, dtype=torch.long, device=logits.device)
+    seen = torch.cat((torch.tensor(row.prompt_ids, dtype=torch.long, device=logits.device), output)).unique()
+    values = logits[seen]
+    logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    ids, counts = output.unique(return_counts=True)
+    logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    if row.forbidden_ids:
+        logits[list(row.forbidden_ids)] = -torch.inf
+    return logits
+
+
+def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Returns probabilities (V,), float64, after temperature (> 0), top-k, top-p and min-p, in this order."""
+    weights = truncated(_weights(logits, logits.max(), params.temperature), params).double()
+    return weights / weights.sum()
+
+
+def truncated(weights: Tensor, params: SamplingParams) -> Tensor:
+    """Returns weights (V,) with zeros for the tokens that top-k, top-p and min-p leave out."""
+    if 0 < params.top_k < len(weights):
+        weights = _heaviest(weights, params.top_k)
+    if params.top_p < 1:
+        weights = _heaviest(weights, _num_needed(weights, params.top_p))
+    if params.min_p > 0:
+        weights = torch.where(weights >= params.min_p * weights.max(), weights, 0.0)
+    return weights
+
+
+def _heaviest(weights: Tensor, count: int) -> Tensor:
+    """Returns weights (V,) with zeros for all but `count`; among equals the lower ids are kept."""
+    border = weights.topk(count).values[-1]
+    above, equal = weights > border, weights == border
+    keep = above | (equal & (equal.cumsum(dim=0) <= count - above.sum()))
+    return torch.where(keep, weights, 0.0)
+
+
+def _num_needed(weights: Tensor, top_p: float) -> int:
+    """Returns the fewest of weights (V,) that reach this share of their sum."""
+    needed = top_p * weights.sum(dtype=torch.float64)
+    count = 256  # almost always enough, and takes a fraction of the time of ranking all of them
+    while True:
+        count = min(count, len(weights))
+        ranked = weights.topk(count).values.double()
+        kept = ranked.cumsum(dim=0) - ranked < needed
+        if count == len(weights) or not kept[-1]:
+            return int(kept.sum())
+        count *= 16
+
+
+def uniform(seed: int | None, position: int) -> float:
+    """Returns a number of [0, 1), a multiple of 2⁻⁴⁸, from BLAKE2b of `seed:position`."""
+    assert seed is not None, "sampling needs SamplingParams.with_seed()"
+    digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=6).digest()
+    return int.from_bytes(digest) / 2**48

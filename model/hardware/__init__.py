@@ -1,0 +1,1 @@
+"""What processors and GPUs compute at speed, and what GPUs have."""
