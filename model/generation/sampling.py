@@ -73,7 +73,7 @@ def _weights(logits: Tensor, best: Tensor, temperature: Tensor | float) -> Tenso
 def _draw(weights: Tensor, numbers: list[float]) -> list[int]:
     """Returns the tokens of weights (B, V) in whose shares of the total, in the order of ids, the numbers fall.
 
-    It sums groups of 256 tokens, then within the group found: all sums would take longer than the model's step.
+    It sums groups of 256 tokens, then within one of them: all sums would take longer than the model's step.
     """
     padded = F.pad(weights, (0, -weights.shape[1] % 256)).unflatten(1, (-1, 256))  # (B, V / 256, 256)
     borders = padded.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
@@ -83,8 +83,8 @@ def _draw(weights: Tensor, numbers: list[float]) -> list[int]:
     before = F.pad(borders, (1, 0)).gather(1, group)
     inside = padded[torch.arange(len(padded), device=weights.device), group[:, 0]].double().cumsum(dim=-1)  # (B, 256)
     last = (inside < inside[:, -1:]).sum(dim=-1, keepdim=True)  # rounding leads beyond it at most
-    found = torch.minimum(torch.searchsorted(inside, targets - before, right=True), last)
-    return (256 * group + found)[:, 0].tolist()
+    place = torch.minimum(torch.searchsorted(inside, targets - before, right=True), last)
+    return (256 * group + place)[:, 0].tolist()
 
 
 def adjusted(logits: Tensor, row: SamplingRow) -> Tensor:

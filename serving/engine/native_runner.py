@@ -103,13 +103,16 @@ class NativeRunner:
 
     def forward(self, readings: Sequence[Reading]) -> Tensor:
         width = max(len(reading.blocks) for reading in readings)
-        token_ids = _as_int32([token_id for r in readings for token_id in r.token_ids])  # (N,)
-        positions = _as_int32([r.position + i for r in readings for i in range(len(r.token_ids))])
-        rows = _as_int32([row for row, r in enumerate(readings) for _ in r.token_ids])
-        tables = _as_int32([r.blocks + [0] * (width - len(r.blocks)) for r in readings])  # (readings, W)
+        token_ids, positions, rows = list[int](), list[int](), list[int]()  # (N,) each
+        tables: list[list[int]] = []  # (readings, W)
+        for row, reading in enumerate(readings):
+            token_ids += reading.token_ids
+            positions += reading.positions
+            rows += [row] * len(reading.token_ids)
+            tables.append(reading.blocks + [0] * (width - len(reading.blocks)))
         hidden = torch.empty(len(token_ids), self._config.n_embd)
-        arrays = (token_ids, positions, rows, tables, hidden)
-        work = Pass(len(token_ids), width, *(array.data_ptr() for array in arrays))
+        arrays = [_as_int32(token_ids), _as_int32(positions), _as_int32(rows), _as_int32(tables), hidden]
+        work = Pass(len(token_ids), width, *[array.data_ptr() for array in arrays])
         self._library.raymill_forward(self._decoder, ctypes.byref(work))
         return hidden
 
@@ -121,11 +124,11 @@ class NativeRunner:
 
     def survey(self, logits: Tensor) -> Survey:
         logits = logits.contiguous()
-        found = Survey(torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits), dtype=torch.bool))
-        self._library.raymill_survey(
-            self._decoder, len(logits), logits.data_ptr(), found.best.data_ptr(), found.finite.data_ptr()
-        )
-        return found
+        best = torch.empty(len(logits), dtype=torch.int64)
+        finite = torch.empty(len(logits), dtype=torch.bool)
+        outputs = (logits.data_ptr(), best.data_ptr(), finite.data_ptr())
+        self._library.raymill_survey(self._decoder, len(logits), *outputs)
+        return Survey(best, finite)
 
     def _set_norm(self, layer: int, which: int, norm: nn.Module) -> None:
         weight, bias, *_ = [*map(_as_float, norm.parameters()), torch.zeros(self._config.n_embd)]  # RMSNorm has no bias
