@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from serving.limits.token_bucket import Debt
 from serving.limits.usage_report import Account, UsageAnswer, UsageReport
 
-ALONE_S = 3.0  # without an answer of the coordinator, after which a replica goes by its share of each limit
+ALONE_S = 5.0  # without an answer of the coordinator (ten are due), after which a replica goes by its share
 
 
 class KeyUsage:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from serving.limits.token_bucket import Debt
 from serving.limits.usage_report import Account, UsageAnswer, UsageReport
 
-LOST_S = 3.0  # without a report, after which a replica's requests no longer count as running
+LOST_S = 5.0  # without a report, after which a replica's requests no longer count as running
 FORGET_S = 3600.0  # after which a replica is as good as a new one
 
 

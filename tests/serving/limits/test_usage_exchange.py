@@ -69,7 +69,7 @@ def test_a_dead_replica_takes_its_running_requests_along_and_leaves_its_debts() 
     assert b.num_elsewhere("alice") == 1
     world.now_s += 0.1
     world.exchange("b")
-    assert (b.num_elsewhere("alice"), b.debt_s(ALICE)) == (0, pytest.approx(47.0))
+    assert (b.num_elsewhere("alice"), b.debt_s(ALICE)) == (0, pytest.approx(50.0 - LOST_S))
 
 
 def test_a_coordinator_that_starts_anew_has_the_debts_back_with_the_first_report() -> None:
