@@ -14,7 +14,7 @@ from cluster.output.progress import say
 from cluster.output.result_text import lines, put
 
 if TYPE_CHECKING:
-    from cluster.settings.run import Settings
+    from cluster.settings.setting import Settings
 
 Value = TypeVar("Value")
 Config = TypeVar("Config", bound="Settings")

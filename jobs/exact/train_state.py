@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw  # the optimizer's class imports torch._dynamo, which takes a second
 
-from cluster.settings.run import Shard, TrainConfig
+from cluster.settings.run import Shard
+from cluster.settings.train import TrainConfig
 from jobs.exact.flat_layout import NUM_SENDINGS, FlatLayout, at, end_to_end, moved, part_of, shared, stretches
 from jobs.exact.gathered_weights import GatheredWeights
 from jobs.exact.host_copies import HostCopies

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cluster.output.progress import say
-from cluster.settings.run import DataConfig, RunConfig, seq_len
+from cluster.settings.data import DataConfig
+from cluster.settings.run import RunConfig, seq_len
+from cluster.settings.setting import Shapes, names_shaping
 from cluster.storage.lease import Lease
 from cluster.storage.uris import Storage, join_uri, open_storage
 from jobs.cleaning.decontamination import decontaminate
@@ -31,7 +33,6 @@ from jobs.tokens.train_tokenizer import ensure_tokenizer, text_sample
 from model.bulk_encoder import bulk_encoder
 from model.chat import format_to_train
 from model.checkpoint_folder import ChatFormat
-from model.tables import read_table
 from model.tokenizer import Tokenizer
 
 _DELETING_THREADS = 8
@@ -71,7 +72,7 @@ def _builder(config: RunConfig) -> "_Builder":
     shard_bytes = config.data.shard_bytes or default_shard_bytes(listing.files)
     data = config.data.model_copy(update={"shard_bytes": shard_bytes})
     chat = format_to_train(tokenizer) if data.format == "chat" else None
-    shape = data.model_dump(mode="json", include=set(read_table(__file__, "shaping")["store"]))
+    shape = data.model_dump(mode="json", include=names_shaping(DataConfig, Shapes.STORE))
     shape |= {} if tokenizer.bos_id is None else {"bos_id": tokenizer.bos_id}
     shape |= {} if data.near_dedup_threshold is None else {"near_duplicates": "of a family"}  # of a pair, before
     shape |= config.data.model_dump(include={"val_max_documents"}, exclude_none=True)

@@ -8,7 +8,9 @@ from functools import partial
 from itertools import groupby, islice
 
 from cluster.output.progress import say
-from cluster.settings.run import DataConfig, RunConfig
+from cluster.settings.data import DataConfig
+from cluster.settings.run import RunConfig
+from cluster.settings.setting import Shapes, names_shaping
 from cluster.storage.uris import NotFoundError, join_uri, open_storage, split_uri
 from jobs.cleaning.quality_rules import failed_rule
 from jobs.corpus.chunks import Chunk, Part, whole_file
@@ -19,7 +21,6 @@ from jobs.corpus.sample_places import sample_places
 from jobs.corpus.text_borders import cut_text
 from jobs.corpus.text_hashes import document_hash, normalized
 from jobs.tokens.token_store import canonical_json
-from model.tables import read_table
 from model.tokenizer import Tokenizer, chat_format, train_bpe
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -37,8 +38,7 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
     listing = listing or list_corpus(config.data.source)
     if listing.token_stores:
         return load_tokenizer(next(iter(listing.token_stores.values())))
-    settings = set(read_table(__file__, "shaping")["tokenizer"])
-    shape = config.data.model_dump(mode="json", include=settings)
+    shape = config.data.model_dump(mode="json", include=names_shaping(DataConfig, Shapes.TOKENIZER))
     shape |= {"format": "chat"} if config.data.format == "chat" else {}
     key = hashlib.sha256(canonical_json([shape, listing.identity()])).hexdigest()[:12]
     folder = open_storage(config.storage.uri).child(f"tokenizers/{key}")

@@ -11,7 +11,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from cluster.settings.run import Compute, RunConfig, Shard
+from cluster.settings.run import RunConfig, Shard
+from cluster.settings.train import Compute
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.settings.run import TrainConfig
+from cluster.settings.train import TrainConfig
 from jobs.exact.flat_layout import within
 from jobs.exact.step_totals import block_square_sums, norm_of
 from jobs.exact.train_state import StatePiece, TrainState

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import model.stored_tensors
-from cluster.settings.run import Shard, TrainConfig
+from cluster.settings.run import Shard
+from cluster.settings.train import TrainConfig
 from jobs.exact.flat_layout import BLOCK
 from jobs.exact.train_state import MOMENTS, TrainState
 from jobs.snapshots.choice import Holding, Snapshot

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from cluster.settings.run import TrainConfig
+from cluster.settings.train import TrainConfig
 from jobs.exact.flat_layout import BLOCK, at, part_of
 from jobs.exact.peers import Peers
 from jobs.exact.step_totals import block_square_sums, norm_of
