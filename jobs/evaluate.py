@@ -18,8 +18,9 @@ import torch
 from ray.exceptions import RayTaskError
 
 from cluster.output.progress import progress, say
+from cluster.settings.data import DataConfig
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import DataConfig, EvaluateConfig, RunConfig, StorageConfig, seq_len
+from cluster.settings.run import EvaluateConfig, RunConfig, StorageConfig, seq_len
 from cluster.stages.stage import stage_main
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage, absolute_uri, open_storage, split_uri

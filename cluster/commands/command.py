@@ -15,7 +15,7 @@ from cluster.output.result_text import lines, put
 from cluster.output.spoken_names import for_people
 
 if TYPE_CHECKING:
-    from cluster.settings.run import Settings
+    from cluster.settings.setting import Settings
 
 Value = TypeVar("Value")
 Config = TypeVar("Config", bound="Settings")

@@ -23,7 +23,7 @@ def preview(arguments: Arguments) -> Result:
 
 
 def pack(arguments: Arguments) -> Result:
-    from cluster.settings.run import DataConfig
+    from cluster.settings.data import DataConfig
     from jobs.corpus.pack_texts import pack as pack_texts  # imports PyArrow
 
     source, destination = arguments[SOURCE], arguments[NEW_FOLDER]

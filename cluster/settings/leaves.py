@@ -7,7 +7,6 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from model.config import PRESETS, GPTConfig
-from model.tables import read_table
 
 FIRST_TO_CHANGE = (
     "data.source",
@@ -57,7 +56,7 @@ def leaves(root: type[BaseModel], prefix: str = "") -> list[Leaf]:
         elif kind is GPTConfig:
             result += _of_the_model(f"{prefix}{name}")
         else:
-            result.append(_leaf(root, f"{prefix}{name}", info))
+            result.append(_leaf(f"{prefix}{name}", info))
     return result
 
 
@@ -83,15 +82,13 @@ def _of_the_model(prefix: str) -> list[Leaf]:
     return result
 
 
-def _leaf(branch: type[BaseModel], path: str, info: FieldInfo) -> Leaf:
-    help_table: dict[str, dict[str, str]] = read_table(__file__, "help")
-    name = path.rpartition(".")[2]
-    about = next(lines[name] for kind in branch.__mro__ if name in (lines := help_table.get(kind.__name__, {})))
+def _leaf(path: str, info: FieldInfo) -> Leaf:
+    assert info.description is not None, f"{path} has no help"
     default = info.get_default(call_default_factory=True)
     choices = _choices(info.annotation)
     notes = [f"one of {', '.join(choices)}"] if choices else []
     notes += [f"default {default}"] if default not in (None, [], {}) else []
-    help_text = about + (f" ({'; '.join(notes)})" if notes else "")
+    help_text = info.description + (f" ({'; '.join(notes)})" if notes else "")
     return Leaf(path, help_text, info.annotation, choices, default)
 
 

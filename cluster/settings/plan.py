@@ -2,26 +2,50 @@
 
 from typing import Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from cluster.settings.run import Settings
+from cluster.settings.setting import Settings, setting
 from model.hardware.gpus import GPUS, Gpu
 
 
 class PlanConfig(Settings):
     """The hardware that the run is to be computed on, with its price and its risk."""
 
-    gpu: str = "a100"
-    count: PositiveInt | None = None
-    gpus_per_node: PositiveInt = 8
-    mfu: float = Field(default=0.4, gt=0, le=1)
-    sustained_tflops: PositiveFloat | None = None
-    price: NonNegativeFloat | None = None
-    network_gbit_per_s: PositiveFloat | None = None
-    storage_bytes_per_s: PositiveFloat = 1e9
-    mtbf_gpu_hours: PositiveFloat = 50_000
-    restart_s: PositiveFloat = 60
-    replace_s: NonNegativeFloat = 600
+    gpu: str = setting(
+        "a100",
+        "kind of GPU, one of h100-pcie, h100-nvl, h100, h200, b200, a100-40gb, a100, a10g, a10, l40s, l4, "
+        "v100, t4, rtx-4090, rtx-3090",
+    )
+    count: PositiveInt | None = setting(None, "GPUs, one for each worker; scaling.max_workers if unset")
+    gpus_per_node: PositiveInt = setting(8, "GPUs of a node")
+    mfu: float = setting(
+        0.4,
+        "model FLOPs utilization, the share of the GPUs' bf16 peak that the model's arithmetic uses. 0.4 "
+        "is what is published for well-tuned runs (Llama 3 405B on H100: 0.38 to 0.43, PaLM on TPU v4: "
+        "0.46; GPT-3 on V100: 0.21), and is not a measurement of raymill",
+        gt=0,
+        le=1,
+    )
+    sustained_tflops: PositiveFloat | None = setting(
+        None,
+        "TFLOP/s of each GPU, as papers report it, instead of mfu; those of activation recomputation "
+        "count where train.recompute is set",
+    )
+    price: NonNegativeFloat | None = setting(None, "dollars for an hour of one GPU; assumed for each kind when unset")
+    network_gbit_per_s: PositiveFloat | None = setting(
+        None,
+        "each GPU's share of the links between nodes; usual for its kind when unset",
+    )
+    storage_bytes_per_s: PositiveFloat = setting(1e9, "bytes/s at which storage takes a node's data; an assumption")
+    mtbf_gpu_hours: PositiveFloat = setting(
+        50_000,
+        "GPU-hours between failures; Llama 3 (2024) had 419 in 54 days on 16,384 GPUs: one in 50,700",
+    )
+    restart_s: PositiveFloat = setting(
+        60,
+        "seconds from a failure to the next step; an assumption (a lost worker of a small model: 4 s)",
+    )
+    replace_s: NonNegativeFloat = setting(600, "seconds until a lost node is replaced, for --simulate; an assumption")
 
     @field_validator("gpu")
     @classmethod

@@ -1,8 +1,8 @@
 """The typed settings: `RunConfig` for a run, `EvaluateConfig` for an evaluation (`ServeConfig` is in `serve`).
 
-Each is a key of the YAML file and a flag (`--train.learning-rate 1e-3`); help.toml says what each is for. The trees are
-frozen and refuse unknown keys. Secrets are never settings: they come from the environment or from files named by a
-setting.
+Each is a key of the YAML file and a flag (`--train.learning-rate 1e-3`), declared once (setting.py): `data` and `train`
+have those that shape tokens and weights. The trees are frozen and refuse unknown keys. Secrets are never settings: they
+come from the environment or from files named by a setting.
 """
 
 import dataclasses
@@ -11,24 +11,22 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationInfo,
 )
 from pydantic.functional_serializers import PlainSerializer
-from pydantic.functional_validators import BeforeValidator, field_validator, model_validator
+from pydantic.functional_validators import BeforeValidator, model_validator
 
-from cluster.settings.amounts import is_whole_number, whole_number
 from cluster.settings.batch_schedule import BatchSchedule
+from cluster.settings.data import DataConfig, TextConfig
+from cluster.settings.setting import Settings, setting
 from cluster.settings.shard import Shard, divided_by
+from cluster.settings.train import Compute, TrainConfig
 from cluster.storage.uris import Storage, open_storage
 from model.config import GPTConfig, preset_fields
-from model.numerics import NUMERICS, Numerics, Precision
+from model.numerics import Precision
 
 
 def _model_shape(value: Any) -> Any:
@@ -38,187 +36,48 @@ def _model_shape(value: Any) -> Any:
 ModelShape = Annotated[GPTConfig, BeforeValidator(_model_shape), PlainSerializer(dataclasses.asdict)]
 
 
-class Settings(BaseModel):
-    """The base of every branch: frozen, and refusing unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _counted(cls, value: Any, info: ValidationInfo) -> Any:
-        """Reads a number with a unit where a count or bytes are meant."""
-        name = str(info.field_name)
-        if not isinstance(value, str) or not is_whole_number(cls.model_fields[name].annotation):
-            return value
-        number = whole_number(value, is_bytes=name.endswith("_bytes"))
-        return value if number is None else number
-
-
-TOKENS = "tokens://"
-"""Prefix in `data.source` of a finished token store's location, whose shards are used as they are."""
-
-Compute = Literal["plain", "compiled", "cpu"]
-"""Ways to compute a training step."""
-
-"""What the workers of a run may divide among them."""
-
-QualityRule = Literal["word_count", "word_length", "symbol_ratio", "line_marks", "alphabetic_words", "stop_words"]
-"""Names of `data.quality_rules`."""
-
-SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-"""The name of a text in `data.validation`."""
-
-
-READ_ENDINGS = (".txt", ".jsonl", ".csv", ".parquet", ".gz", ".zst")
-"""Endings of files that are read by themselves."""
-
-TextEnding = Annotated[str, Field(pattern=r"^\.[A-Za-z0-9_+.-]+$")]
-"""The ending of files that are read as text."""
-
-Sources = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-"""Locations of text; a single one may stand without its list."""
-
-
-class TextConfig(Settings):
-    """The text to read."""
-
-    source: Sources = []
-    format: Literal["text", "chat"] = "text"
-    text_field: str = "text"
-    text_endings: list[TextEnding] = []
-
-    @model_validator(mode="after")
-    def _endings_are_others(self) -> Self:
-        if known := [ending for ending in self.text_endings if ending.lower().endswith(READ_ENDINGS)]:
-            raise ValueError(f"text_endings: {known[0]} is read already; name only endings of other files")
-        return self
-
-
-class DataConfig(TextConfig):
-    """The way from text to token shards."""
-
-    weights: list[PositiveFloat] = []
-    validation: dict[SetName, str] = {}
-    tokenizer: str | None = None
-    vocab_size: int = Field(default=4096, ge=257, le=1_000_000)
-    normalize: list[Literal["nfc", "lowercase", "collapse_spaces"]] = []
-    tokenizer_sample_bytes: PositiveInt = 256 << 20
-    invalid_utf8: Literal["replace", "skip", "fail"] = "replace"
-    max_document_bytes: PositiveInt = 16 << 20
-    max_compression_ratio: float = Field(default=100.0, gt=1)
-    max_unreadable_fraction: float = Field(default=1.0, ge=0, le=1)
-    dedup: bool = True
-    near_dedup_threshold: float | None = Field(default=None, ge=0.1, le=1)
-    quality_rules: list[QualityRule] = []
-    decontaminate_ngram: int | None = Field(default=None, ge=4)
-    val_fraction: float = Field(default=0.05, ge=0, lt=1)
-    val_max_documents: PositiveInt | None = None
-    shard_bytes: NonNegativeInt = 0
-    selection_task_bytes: PositiveInt = 32 << 20
-
-    @model_validator(mode="after")
-    def _one_weight_a_source(self) -> Self:
-        if self.weights and len(self.weights) != len(self.source):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.source)} sources; give one a source, or none")
-        return self
-
-
-class TrainConfig(Settings):
-    """The way from tokens to weights. The global batch is the same for any number of workers."""
-
-    max_tokens: PositiveInt = 10_000_000
-    global_batch_size: PositiveInt = 64
-    micro_batch_size: PositiveInt = 8
-    micro_batches_per_lane: PositiveInt = 1
-    batch_ramp_tokens: NonNegativeInt = 0
-    batch_ramp_start: PositiveInt | None = None
-    seq_len: PositiveInt | None = None
-    learning_rate: PositiveFloat = 6e-4
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
-    warmup_tokens: NonNegativeInt | None = None
-    decay_tokens: PositiveInt | None = None
-    cooldown_tokens: PositiveInt | None = None
-    weight_decay: NonNegativeFloat = 0.1
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    grad_clip: NonNegativeFloat = 1.0
-    precision: Literal["auto", Precision] = "auto"
-    compute: Literal["auto", Compute] = "auto"
-    recompute: bool = False
-    exact: bool = True
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    init_from: str | None = None
-    max_skipped_steps: NonNegativeInt = 3
-    max_rollbacks: NonNegativeInt = 3
-    spike_factor: NonNegativeFloat = 0.0
-    shuffle_window_rows: PositiveInt = 1 << 20
-    document_mask: bool = False
-    eval_every_steps: PositiveInt = 100
-    eval_max_tokens: PositiveInt = 1_000_000
-    sample_prompts: list[str] = []
-    layer_statistics_every_steps: NonNegativeInt = 50
-    hash_every_steps: NonNegativeInt = 0
-
-    @model_validator(mode="after")
-    def _cooldown_fits(self) -> Self:
-        if self.cooldown_tokens is None:
-            return self
-        if self.schedule != "wsd":
-            raise ValueError(f"train.cooldown_tokens={self.cooldown_tokens} needs train.schedule=wsd; cosine has none")
-        horizon, warmup = self.decay_tokens or self.max_tokens, self.warmup_tokens or 0
-        if warmup + self.cooldown_tokens > horizon:
-            raise ValueError(
-                f"train.cooldown_tokens={self.cooldown_tokens} after train.warmup_tokens={warmup} exceeds the horizon "
-                f"of {horizon} tokens (train.decay_tokens, or else train.max_tokens)"
-            )
-        return self
-
-    @property
-    def numerics(self) -> Numerics:
-        """The numbers in which the run computes, once `auto` is settled."""
-        assert self.precision != "auto", "the precision is decided before a run starts"
-        return NUMERICS[self.precision]
-
-    @property
-    def lane_size(self) -> int:
-        """Sequences of a lane, the unit of the exact sum."""
-        return self.micro_batch_size * self.micro_batches_per_lane
-
-    @property
-    def lane_in_words(self) -> str:
-        lane = f"train.micro_batch_size={self.micro_batch_size}"
-        several = self.micro_batches_per_lane > 1
-        return f"{lane} times train.micro_batches_per_lane={self.micro_batches_per_lane}" if several else lane
-
-    @model_validator(mode="after")
-    def _ramp_fits(self) -> Self:
-        start, lane = self.batch_ramp_start, self.lane_size
-        if (start is None) != (self.batch_ramp_tokens == 0):
-            raise ValueError("train.batch_ramp_tokens and train.batch_ramp_start belong together; set both, or neither")
-        if start is not None and (start % lane or start >= self.global_batch_size):
-            raise ValueError(
-                f"train.batch_ramp_start={start} has to be a multiple of {self.lane_in_words}, less than "
-                f"train.global_batch_size={self.global_batch_size}"
-            )
-        return self
-
-
 class ScalingConfig(Settings):
     """The number of training workers, and what each may use."""
 
-    min_workers: PositiveInt = 1
-    max_workers: PositiveInt = 2
-    threads_per_worker: PositiveInt = 1
-    use_gpu: bool = False
-    shard: Shard = "none"
-    shard_group: PositiveInt | None = None
-    mixed_hardware: Literal["refuse", "allow"] = "refuse"
-    shard_cache_bytes: NonNegativeInt = 8 << 30  # half of the scratch space that the manifests give a pod
-    resize_check_s: PositiveFloat = 10.0
-    max_fruitless_attempts: PositiveInt = 6
-    hang_timeout_s: NonNegativeFloat = 30.0
-    price_per_device_hour: NonNegativeFloat | None = None
+    min_workers: PositiveInt = setting(1, "training waits below this many workers")
+    max_workers: PositiveInt = setting(2, "training grows up to this many workers")
+    threads_per_worker: PositiveInt = setting(1, "compute threads, and logical CPUs, of a worker")
+    use_gpu: bool = setting(False, "one GPU per worker")
+    shard: Shard = setting(
+        "none",
+        "what a worker keeps its own part of alone: optimizer, AdamW's moments (ZeRO-1); gradients, their "
+        "sums too (ZeRO-2); parameters, the weights too (ZeRO-3). The bits are the same, and a resume may "
+        "choose another one",
+    )
+    shard_group: PositiveInt | None = setting(
+        None,
+        "workers that hold one copy of what shard=gradients or parameters divides, usually a node's. "
+        "Where that does not divide the workers, an elastic run keeps some of them spare, or the next "
+        "larger number that does holds a copy. All of them when unset",
+    )
+    mixed_hardware: Literal["refuse", "allow"] = setting(
+        "refuse",
+        "refuse: the run stops where its workers differ from one another, or from those that it began "
+        "with, in what decides how they round (processor, GPU, library versions, threads); allow: it goes "
+        "on without the promise of the same bits. Nothing is refused with train.exact=false",
+    )
+    # half of the scratch space that the manifests give a pod
+    shard_cache_bytes: NonNegativeInt = setting(
+        8 << 30,
+        "bytes of each node's disk for copies of the shards of a remote token store; where the current "
+        "window of rows and the next one have room, reading takes few requests",
+    )
+    resize_check_s: PositiveFloat = setting(10.0, "seconds between looks for newly available workers")
+    max_fruitless_attempts: PositiveInt = setting(6, "attempts in a row without progress after which the run gives up")
+    hang_timeout_s: NonNegativeFloat = setting(
+        30.0,
+        "silent seconds after which a worker is killed, and seconds without a message or pass of any "
+        "worker after which the one that holds the others up is; 0 never does",
+    )
+    price_per_device_hour: NonNegativeFloat | None = setting(
+        None,
+        "price of an hour of a GPU, or of a CPU where workers have none, for the cost metrics",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -238,32 +97,42 @@ class ScalingConfig(Settings):
 class ClusterConfig(Settings):
     """The Ray cluster to use."""
 
-    address: str | None = None
-    num_nodes: int = Field(default=3, ge=1, le=16)
-    cpus_per_node: PositiveInt | None = None
+    address: str | None = setting(None, "Ray Jobs address (http://host:8265) of a cluster; a local one when unset")
+    num_nodes: int = setting(3, "raylets of the local cluster, the head among them", ge=1, le=16)
+    cpus_per_node: PositiveInt | None = setting(None, "CPUs of a local node; enough for max_workers when unset")
 
 
 class StorageConfig(Settings):
     """The place of everything durable."""
 
-    uri: str = ".raymill"
+    uri: str = setting(".raymill", "root of tokens, runs and checkpoints: a path, file:// or s3://bucket/prefix")
 
 
 class CheckpointConfig(Settings):
     """The checkpoints to write and to keep."""
 
-    save_every_steps: PositiveInt = 100
-    num_to_keep: PositiveInt = 3
-    keep_best: NonNegativeInt = 0
-    keep_every_steps: PositiveInt | None = None
-    snapshot_bytes: NonNegativeInt | None = None
-    publish: bool = True
+    save_every_steps: PositiveInt = setting(100, "steps between checkpoints; the last step always saves")
+    num_to_keep: PositiveInt = setting(3, "newest checkpoints to keep, at least two; published ones are kept besides")
+    keep_best: NonNegativeInt = setting(0, "checkpoints of the lowest validation loss to keep besides")
+    keep_every_steps: PositiveInt | None = setting(None, "keep each checkpoint of a multiple of these steps besides")
+    snapshot_bytes: NonNegativeInt | None = setting(
+        None,
+        "most memory of a node for copies of the training state; half of the node's when unset, 0 keeps none",
+    )
+    publish: bool = setting(
+        True,
+        "make the run's last checkpoint the latest one, which `serve latest` means; --no-publish is the same as false",
+    )
 
 
 class RunConfig(Settings):
     """The settings of a run."""
 
-    run_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    run_id: str | None = setting(
+        None,
+        "name of the run; naming an existing one resumes it. A new one is made when unset",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+    )
     data: DataConfig = DataConfig()
     model: ModelShape = GPTConfig()
     train: TrainConfig = TrainConfig()
@@ -369,15 +238,18 @@ def cooldown_tokens(config: RunConfig) -> int | None:
 class EvaluateConfig(Settings):
     """The settings of an evaluation. The model's shape and its tokenizer come from the checkpoint."""
 
-    checkpoint: str = "latest"
+    checkpoint: str = setting("latest", "path or URI of a checkpoint's or run's folder, or `latest`: newest published")
     data: TextConfig = TextConfig()
     """The text to evaluate on; the validation split that the checkpoint was trained with when unset."""
-    max_tokens: PositiveInt = 10_000_000
-    batch_size: PositiveInt = 8
-    seq_len: PositiveInt | None = None
-    precision: Literal["auto", Precision] = "auto"
-    num_workers: PositiveInt = 2
-    threads_per_worker: PositiveInt = 1
+    max_tokens: PositiveInt = setting(10_000_000, "tokens to evaluate on, from the front")
+    batch_size: PositiveInt = setting(8, "sequences computed together")
+    seq_len: PositiveInt | None = setting(None, "tokens per sequence; as the run trained, or n_positions, when unset")
+    precision: Literal["auto", Precision] = setting(
+        "auto",
+        "compute precision, bf16 is autocast; auto: as the run trained, or else fp32",
+    )
+    num_workers: PositiveInt = setting(2, "batches computed at once; the result does not depend on it")
+    threads_per_worker: PositiveInt = setting(1, "compute threads, and logical CPUs, of a worker")
     cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig = StorageConfig()
 

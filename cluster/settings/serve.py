@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.functional_validators import BeforeValidator, model_validator
 
-from cluster.settings.run import ClusterConfig, Settings, StorageConfig
+from cluster.settings.run import ClusterConfig, StorageConfig
+from cluster.settings.setting import Settings, setting
 from model.tables import read_table
 
 CPU_NUM_SEQS, CPU_PREFILL_TOKENS = 16, 96  # of settings that are unset; on a GPU vLLM has its own
@@ -31,15 +32,27 @@ VllmArgs = Annotated[dict[str, Any], BeforeValidator(_from_json)]
 class ReplicaConfig(Settings):
     """The number of replicas, and what each may use."""
 
-    min_replicas: NonNegativeInt = 1
-    max_replicas: PositiveInt = 1
-    target_ongoing_requests: PositiveFloat | None = None
-    max_ongoing_requests: PositiveInt | None = None
-    max_requests_per_key: PositiveInt | None = None
-    scale_up_after_s: NonNegativeFloat = 2.0
-    scale_down_after_s: NonNegativeFloat = 180.0
-    scale_to_zero_after_s: NonNegativeFloat = 300.0
-    threads_per_replica: PositiveInt = 1
+    min_replicas: NonNegativeInt = setting(1, "replicas kept when idle; 0 scales to zero")
+    max_replicas: PositiveInt = setting(1, "replicas under load")
+    target_ongoing_requests: PositiveFloat | None = setting(
+        None,
+        "requests per replica that autoscaling aims at; 8 when unset, 128 on a GPU",
+    )
+    max_ongoing_requests: PositiveInt | None = setting(
+        None,
+        "completions a replica takes on at once; more get 429; 64 when unset, 1024 on a GPU",
+    )
+    max_requests_per_key: PositiveInt | None = setting(
+        None,
+        "requests of one API key in flight on all replicas together; more get 429",
+    )
+    scale_up_after_s: NonNegativeFloat = setting(2.0, "seconds of such load before replicas are added")
+    scale_down_after_s: NonNegativeFloat = setting(180.0, "seconds of lower load before replicas are drained")
+    scale_to_zero_after_s: NonNegativeFloat = setting(
+        300.0,
+        "seconds without a request before the last replica ends, if min_replicas is 0",
+    )
+    threads_per_replica: PositiveInt = setting(1, "compute threads, and logical CPUs, of a replica")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -51,23 +64,73 @@ class ReplicaConfig(Settings):
 class EngineConfig(Settings):
     """The engine of one replica."""
 
-    max_num_seqs: PositiveInt | None = None
-    max_waiting: NonNegativeInt | None = None
-    max_queue_s: PositiveFloat = 30.0
-    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-    device: Literal["cpu", "cuda"] = "cpu"
-    backend: Literal["auto", "raymill", "vllm"] = "auto"
-    vllm_python: str | None = None
-    vllm_args: VllmArgs = Field(default={})
-    tensor_parallel_size: PositiveInt = 1
-    batch_invariant: bool = False
-    kernels: Literal["auto", "native", "torch"] = "auto"
-    max_context: int | None = Field(default=None, ge=16)
-    clip_max_tokens: bool = False
-    kv_cache_tokens: int | None = Field(default=None, ge=16)
-    prefix_cache: bool = True
-    prefix_cache_scope: Literal["endpoint", "key"] = "endpoint"
-    prefill_tokens_per_step: PositiveInt | None = None
+    max_num_seqs: PositiveInt | None = setting(
+        None,
+        "sequences decoded together; 16 when unset, on a GPU vLLM's own number",
+    )
+    max_waiting: NonNegativeInt | None = setting(
+        None,
+        "sequences that may wait for a slot; more get 429; 128 when unset, 1024 on a GPU",
+    )
+    max_queue_s: PositiveFloat = setting(
+        30.0,
+        "longest wait until a request is started, seconds; one that waits, or would wait, longer gets 429",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = setting(
+        "auto",
+        "precision of weights and KV cache; int8 needs the native kernels and has a bfloat16 cache; auto: "
+        "bfloat16 if the run computed in it and this processor does so at speed, and on any GPU that "
+        "does; otherwise float32",
+    )
+    device: Literal["cpu", "cuda"] = setting("cpu", "cuda: as many GPUs for each replica as tensor_parallel_size says")
+    backend: Literal["auto", "raymill", "vllm"] = setting(
+        "auto",
+        "raymill: its own engine, on CPUs only; vllm: the same checkpoint and API, computed by vLLM; "
+        "auto: vllm on a GPU, raymill on CPUs",
+    )
+    vllm_python: str | None = setting(
+        None,
+        "Python of vLLM's own environment, with its torch; $RAYMILL_VLLM_PYTHON or raymill's when unset",
+    )
+    vllm_args: VllmArgs = setting(
+        {},
+        "further arguments of vLLM's engine, by their names in its EngineArgs; as a flag one JSON object",
+    )
+    tensor_parallel_size: PositiveInt = setting(1, "GPUs of one pod that share the model, by vLLM")
+    batch_invariant: bool = setting(
+        False,
+        "have vLLM compute the same bits for a sequence whatever shares its steps, on GPUs that can; slower",
+    )
+    kernels: Literal["auto", "native", "torch"] = setting(
+        "auto",
+        "native: compiled for this CPU at first use, by g++ or $CXX; torch: PyTorch's own; auto: native if available",
+    )
+    max_context: int | None = setting(
+        None,
+        "tokens of a prompt and its answer together that are served at most; the model's whole context when unset",
+        ge=16,
+    )
+    clip_max_tokens: bool = setting(
+        False,
+        "answer a request whose max_tokens does not fit after its prompt with as many as do, instead of "
+        "400: for clients that send large ones by default",
+    )
+    kv_cache_tokens: int | None = setting(
+        None,
+        "tokens in the KV cache; when unset max_num_seqs whole contexts, or what 40% of the free memory "
+        "holds; on a GPU all that fits",
+        ge=16,
+    )
+    prefix_cache: bool = setting(True, "read the common start of prompts only once while the cache holds it")
+    prefix_cache_scope: Literal["endpoint", "key"] = setting(
+        "endpoint",
+        "endpoint: prompts of all keys share it, so that a key can tell by the time whether another one "
+        "has sent a prompt; key: only those of one key's name do",
+    )
+    prefill_tokens_per_step: PositiveInt | None = setting(
+        None,
+        "prompt tokens that a step reads while running sequences wait; 96 when unset, on a GPU vLLM's own number",
+    )
 
     @property
     def runs_vllm(self) -> bool:
@@ -99,37 +162,75 @@ class EngineConfig(Settings):
 class HttpConfig(Settings):
     """The limits on a client's use of the endpoint's HTTP server."""
 
-    header_timeout_s: PositiveFloat = 10.0
-    body_timeout_s: PositiveFloat = 15.0
-    write_timeout_s: PositiveFloat = 30.0
-    request_log: str | None = None
-    max_connections: PositiveInt = 1000
-    cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s*]+)$")]] = Field(default=[])
+    header_timeout_s: PositiveFloat = setting(10.0, "longest time for a request's headers, seconds")
+    body_timeout_s: PositiveFloat = setting(15.0, "longest time for a request's body, seconds")
+    write_timeout_s: PositiveFloat = setting(30.0, "longest time for a client that does not read, seconds")
+    request_log: str | None = setting(
+        None,
+        "file for a line of JSON about each request, without text; - for standard output; none when unset",
+    )
+    max_connections: PositiveInt = setting(1000, "connections to a proxy; beyond it the longest idle one is closed")
+    cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s*]+)$")]] = setting(
+        [],
+        "origins whose pages may use the endpoint in a browser, such as https://app.example.com; * allows all",
+    )
 
 
 class DeliveryConfig(Settings):
     """The rules by which a promoted checkpoint is judged, unless `raymill promote` says otherwise."""
 
-    endpoint: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._-]+$")
-    weights: Literal["auto", "beside", "in_place"] = "auto"
-    allowed_checkpoints: list[str] = Field(default=[])
-    watch_s: NonNegativeFloat = 60.0
-    max_loss_increase: NonNegativeFloat = 0.05
-    max_error_rate: float = Field(default=0.01, ge=0, le=1)
-    max_latency_ratio: PositiveFloat | None = 3.0
+    endpoint: str | None = setting(
+        None,
+        "name of this endpoint's state under endpoints/ in the storage, unique in that storage; host and "
+        "port when unset",
+        pattern=r"^[A-Za-z0-9._-]+$",
+    )
+    weights: Literal["auto", "beside", "in_place"] = setting(
+        "auto",
+        "beside: a second engine for the new version, beside the live one; in_place: its weights replace "
+        "those of the live version in turns, in the memory of one engine, which vLLM can; auto: in_place "
+        "with vLLM",
+    )
+    allowed_checkpoints: list[str] = setting(
+        [],
+        "paths and URIs under which a promoted checkpoint lies, such as s3://bucket/runs; any when unset, "
+        "and `latest` always",
+    )
+    watch_s: NonNegativeFloat = setting(60.0, "how long a new version is watched and may be rolled back, seconds")
+    max_loss_increase: NonNegativeFloat = setting(
+        0.05,
+        "largest increase over the live version's loss on the gate's text, nats per token",
+    )
+    max_error_rate: float = setting(0.01, "largest share of a new version's sequences that may fail", ge=0, le=1)
+    max_latency_ratio: PositiveFloat | None = setting(
+        3.0,
+        "largest ratio of a new version's time for a step to that of the one before, for as many "
+        "sequences; not judged when unset",
+    )
 
 
 class ServeConfig(Settings):
     """Everything that the endpoint needs, except the model's shape, which comes from the checkpoint."""
 
-    checkpoint: str = "latest"
-    model_name: str | None = None
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=1, le=65535)
-    api_key_file: str | None = None
-    admin_key_file: str | None = None
-    xray: Literal["auto", "off", "admin", "user"] = "auto"
-    log_format: Literal["text", "json"] | None = None
+    checkpoint: str = setting("latest", "path or URI of a checkpoint folder, or `latest`: the newest published one")
+    model_name: str | None = setting(None, "id in /v1/models, whatever is promoted; the live run's id when unset")
+    host: str = setting("127.0.0.1", "address to listen on; any but loopback needs an API key")
+    port: int = setting(8000, "TCP port to listen on", ge=1, le=65535)
+    api_key_file: str | None = setting(
+        None,
+        "file with one API key on each line; created with a new key (0600) if missing, reread on changes",
+    )
+    admin_key_file: str | None = setting(None, "file like api_key_file with /admin's keys; no /admin when unset")
+    xray: Literal["auto", "off", "admin", "user"] = setting(
+        "auto",
+        "who may look inside a query, in a process of its own with the model's memory: nobody (off), "
+        "admin keys, or users too; auto: users on a loopback address, else admins",
+    )
+    log_format: Literal["text", "json"] | None = setting(
+        None,
+        "how replicas, their engines, the coordinator and the proxies write their logs: text, or json, an object a "
+        "line; as the environment variable RAYMILL_LOG_FORMAT says when unset, else text",
+    )
     http: HttpConfig = HttpConfig()
     delivery: DeliveryConfig = DeliveryConfig()
     replicas: ReplicaConfig = ReplicaConfig()

@@ -7,8 +7,9 @@ from typing import Any
 from cluster.local.jobs_api import JobsApi
 from cluster.output.progress import say
 from cluster.output.result_text import counted
+from cluster.settings.data import TOKENS, DataConfig, TextConfig
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import TOKENS, DataConfig, RunConfig, TextConfig
+from cluster.settings.run import RunConfig
 from cluster.storage.interface import HF
 from cluster.storage.uris import NotFoundError, glob_uris, open_storage
 from cluster.submission.storage_check import check_storage

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.output.progress import say
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from cluster.storage.uris import Storage
 from jobs.cleaning.disk_buckets import BucketFile, Records
 from jobs.cleaning.document_index import DROP_CODES, read_chunk, selection_folder

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from cluster.storage.uris import Storage
 from jobs.cleaning import duplicates
 from jobs.cleaning.disk_buckets import BucketFile, Records

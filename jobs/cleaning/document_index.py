@@ -11,7 +11,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from cluster.storage.uris import NotFoundError, Storage
 from jobs.cleaning.duplicates import SIGNATURE_SIZE, Signatures, signatures
 from jobs.cleaning.quality_rules import failed_rule

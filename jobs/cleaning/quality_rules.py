@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-from cluster.settings.run import QualityRule
+from cluster.settings.data import QualityRule
 from jobs.corpus.documents import Drop
 
 _ELLIPSES = ("...", "…")

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.output.progress import say
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from cluster.storage.uris import Storage
 from jobs.cleaning.deduplication import Decisions, Deduplication
 from jobs.cleaning.document_index import DROP_CODES, INDEX, section_indexes, selection_folder

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from jobs.corpus.listing import CorpusFile
 
 EXPANSION = {".gz": 3, ".zst": 3, "": 1}  # bytes of text for each byte of an archive, to an order of magnitude

@@ -20,7 +20,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from cluster.storage.uris import Entry, split_uri
 from jobs.corpus.chunks import Part, text_step
 from jobs.corpus.conversations import messages_of

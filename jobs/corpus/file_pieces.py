@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 from cluster.output.progress import progress
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from cluster.storage.uris import Entry, Storage, join_uri, split_uri
 from jobs.corpus.chunks import Chunk, Part, is_divisible, whole_file
 from jobs.corpus.decompression import decompressed

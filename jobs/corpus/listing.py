@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.output.progress import say
 from cluster.output.result_text import counted
-from cluster.settings.run import TOKENS
+from cluster.settings.data import TOKENS
 from cluster.storage.uris import Entry, absolute_uri, glob_uris, pinned
 from model.errors import UserError
 

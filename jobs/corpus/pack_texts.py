@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.output.progress import say
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from cluster.storage.uris import Entry, absolute_uri, glob_uris, open_storage, pinned, split_uri
 from jobs.corpus.chunks import EXPANSION
 from jobs.corpus.decompression import decompressed

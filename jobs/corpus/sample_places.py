@@ -11,7 +11,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from jobs.corpus.chunks import EXPANSION, Part, is_divisible, text_step, whole_file
 from jobs.corpus.listing import CorpusFile
 from jobs.corpus.text_hashes import mix64

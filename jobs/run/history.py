@@ -11,6 +11,8 @@ from cluster.monitoring.metric_table import PHASES, REST, UNTIMED
 from cluster.output.result_text import counted
 from cluster.settings.flags import validate_config
 from cluster.settings.run import RunConfig, max_steps, with_precision
+from cluster.settings.setting import Shapes, names_shaping
+from cluster.settings.train import TrainConfig
 from cluster.storage.registry import LATEST
 from cluster.storage.uris import Storage
 from jobs.run.ledger import Ledger, Line
@@ -46,14 +48,16 @@ def _may_have_named(reference: str, checkpoint: str) -> bool:
 
 
 def training_differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Returns both values of each setting of the model and its training that differs."""
+    """Returns both values of each setting of the model, and of those that shape the run, that differs."""
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
-    return {
-        f"{branch}.{name}": (old[branch][name], new[branch][name])
-        for branch in ("model", "train")
-        for name in new[branch]
-        if old[branch][name] != new[branch][name]
-    }
+    shaping = {"model": new["model"].keys(), "train": names_shaping(TrainConfig, Shapes.RUN)}
+    differences = {}
+    for branch, names in shaping.items():
+        for name in new[branch]:
+            values = old[branch][name], new[branch][name]
+            if name in names and values[0] != values[1]:
+                differences[f"{branch}.{name}"] = values
+    return differences
 
 
 def why_not_resumed(run: Storage, config: RunConfig) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.output.job_log import LogReader, launches
-from cluster.settings.run import TOKENS
+from cluster.settings.data import TOKENS
 from cluster.stages.run_mirrored import SILENCE_S, lease_key
 from cluster.stages.stage_module import STAGES
 from cluster.storage.lease import living_holder

@@ -13,7 +13,9 @@ from typing import Any
 
 from cluster.output.progress import say
 from cluster.output.result_text import counted
-from cluster.settings.run import DataConfig, RunConfig, seq_len
+from cluster.settings.data import DataConfig
+from cluster.settings.run import RunConfig, seq_len
+from cluster.settings.setting import Shapes, names_shaping
 from cluster.storage.lease import Lease
 from cluster.storage.uris import Storage, join_uri, open_storage
 from jobs.cleaning.decontamination import decontaminate
@@ -36,19 +38,6 @@ from model.text.chat_format import ChatFormat
 from model.text.tokenizer import Tokenizer
 
 _DELETING_THREADS = 8
-_SHAPING = {
-    "weights",
-    "text_field",
-    "invalid_utf8",
-    "max_document_bytes",
-    "dedup",
-    "near_dedup_threshold",
-    "quality_rules",
-    "decontaminate_ngram",
-    "val_fraction",
-    "shard_bytes",
-}
-"""The settings under `data` of which another value makes another store, besides the corpus and the tokenizer."""
 
 
 def tokenize(config: RunConfig, listing: Listing | None = None) -> dict[str, Any]:
@@ -87,7 +76,7 @@ def _builder(config: RunConfig, listing: Listing) -> "_Builder":
     shard_bytes = config.data.shard_bytes or default_shard_bytes(listing.files)
     data = config.data.model_copy(update={"shard_bytes": shard_bytes})
     chat = format_to_train(tokenizer) if data.format == "chat" else None
-    shape = data.model_dump(mode="json", include=_SHAPING)
+    shape = data.model_dump(mode="json", include=names_shaping(DataConfig, Shapes.STORE))
     shape |= {} if tokenizer.bos_id is None else {"bos_id": tokenizer.bos_id}
     shape |= {} if data.near_dedup_threshold is None else {"near_duplicates": "of a family"}  # of a pair, before
     shape |= config.data.model_dump(include={"val_max_documents"}, exclude_none=True)

@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from cluster.output.progress import say
-from cluster.settings.run import DataConfig, RunConfig
+from cluster.settings.data import DataConfig
+from cluster.settings.run import RunConfig
 from cluster.storage.uris import split_uri
 from jobs.corpus.chunks import CHUNK_PARTS, EXPANSION, Part, default_shard_bytes
 from jobs.corpus.decompression import decompressed

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from pydantic import TypeAdapter
 
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from cluster.storage.uris import NotFoundError, Storage
 from jobs.cleaning.document_index import DROP_CODES, read_chunk
 from jobs.cleaning.selection import HELD_OUT, stored_codes

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from cluster.output.progress import say
 from cluster.output.result_text import counted
-from cluster.settings.run import DataConfig, RunConfig
+from cluster.settings.data import DataConfig
+from cluster.settings.run import RunConfig
+from cluster.settings.setting import Shapes, names_shaping
 from cluster.storage.uris import NotFoundError, join_uri, open_storage, split_uri
 from jobs.cleaning.quality_rules import failed_rule
 from jobs.corpus.chunks import Chunk, Part, whole_file
@@ -28,17 +30,6 @@ from model.text.tokenizer import Tokenizer, chat_format, train_bpe
 
 TOKENIZER_FILE = "tokenizer.json"
 TRAINING_PIECE_CHARS = 1024
-_SHAPING = {
-    "text_field",
-    "vocab_size",
-    "normalize",
-    "tokenizer_sample_bytes",
-    "invalid_utf8",
-    "max_document_bytes",
-    "dedup",
-    "quality_rules",
-}
-"""The settings under `data` of which another value makes another tokenizer, besides the corpus itself."""
 _MOST_READ = 8  # times the text wanted from a place is read there at most, however much is dropped
 
 
@@ -52,7 +43,7 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
     listing = listing or list_corpus(config.data.source, text_endings=config.data.text_endings)
     if listing.token_stores:
         return load_tokenizer(next(iter(listing.token_stores.values())))
-    shape = config.data.model_dump(mode="json", include=_SHAPING)
+    shape = config.data.model_dump(mode="json", include=names_shaping(DataConfig, Shapes.TOKENIZER))
     shape |= {"format": "chat"} if config.data.format == "chat" else {}
     key = hashlib.sha256(canonical_json([shape, listing.identity()])).hexdigest()[:12]
     folder = open_storage(config.storage.uri).child(f"tokenizers/{key}")

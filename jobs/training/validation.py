@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import RunConfig, TrainConfig, seq_len
+from cluster.settings.run import RunConfig, seq_len
+from cluster.settings.train import TrainConfig
 from jobs.exact.compute import autocast, micro_batch, num_counted
 from jobs.exact.state.train_state import TrainState
 from jobs.run.storage_retry import patiently

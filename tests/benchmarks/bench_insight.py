@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.monitoring.metric_table import Phase
-from cluster.settings.run import TrainConfig
+from cluster.settings.train import TrainConfig
 from jobs.run.step_timer import StepTimer
 from jobs.training.attempt import Attempt
 from jobs.training.open_attempt import open_attempt

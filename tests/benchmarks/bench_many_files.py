@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.output.progress import say
-from cluster.settings.run import DataConfig, RunConfig
+from cluster.settings.data import DataConfig
+from cluster.settings.run import RunConfig
 from cluster.storage.folder import LocalStorage
 from cluster.storage.uris import Entry
 from jobs.corpus.listing import CorpusError, list_corpus

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.output.progress import say
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from cluster.storage.uris import open_storage
 from jobs.cleaning.selection import select
 from tests.benchmarks.process_meter import ProcessMeter

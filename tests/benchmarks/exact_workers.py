@@ -11,8 +11,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from cluster.settings.run import Compute, RunConfig
+from cluster.settings.run import RunConfig
 from cluster.settings.shard import Shard
+from cluster.settings.train import Compute
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.train_state import TrainState

@@ -11,7 +11,8 @@ import tokenizers
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.settings.run import EvaluateConfig, RunConfig, TextConfig, to_yaml
+from cluster.settings.data import TextConfig
+from cluster.settings.run import EvaluateConfig, RunConfig, to_yaml
 from cluster.storage.uris import split_uri
 from jobs.evaluate import evaluate
 from jobs.export import export

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.settings.run import TrainConfig
+from cluster.settings.train import TrainConfig
 from jobs.exact.state.span import Span
 from jobs.exact.state.train_state import StatePiece, TrainState
 from jobs.exact.sums.step_totals import block_square_sums, norm_of

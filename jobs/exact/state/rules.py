@@ -1,6 +1,6 @@
 """Chooses the rule that updates a run's weights."""
 
-from cluster.settings.run import TrainConfig
+from cluster.settings.train import TrainConfig
 from jobs.exact.state.adamw import AdamW
 from jobs.exact.state.update_rule import UpdateRule
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cluster.settings.run import TrainConfig
+from cluster.settings.train import TrainConfig
 from jobs.exact.state.flat_layout import NUM_SENDINGS, FlatLayout, parts_of
 from jobs.exact.state.gathered_weights import GatheredWeights
 from jobs.exact.state.host_copies import HostCopies

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from cluster.storage.uris import Storage, open_storage
 from jobs.cleaning.deduplication import Decisions, Deduplication
 from jobs.cleaning.document_index import ChunkIndex

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from cluster.storage.uris import Storage, open_storage
 from jobs.cleaning import decontamination
 from jobs.cleaning.decontamination import ValidationNgrams, decontaminate

@@ -65,7 +65,7 @@ def test_a_hash_that_a_section_repeats_is_sent_once(tmp_path: Path) -> None:
 FILL = """
 import sys
 import numpy as np
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from cluster.storage.uris import open_storage
 from jobs.cleaning import deduplication
 from tests.jobs.cleaning.in_process import MEMORY, InProcess, store_index

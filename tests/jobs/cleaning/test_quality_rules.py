@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 
-from cluster.settings.run import QualityRule
+from cluster.settings.data import QualityRule
 from jobs.cleaning.quality_rules import failed_rule
 
 RULES = list(get_args(QualityRule))

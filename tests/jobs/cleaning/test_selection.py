@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from cluster.storage.uris import Storage, open_storage
 from jobs.cleaning import selection
 from jobs.cleaning.document_index import DROP_CODES

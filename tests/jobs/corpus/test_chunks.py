@@ -6,7 +6,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from jobs.corpus.chunks import is_divisible, plan_chunks, whole_file
 from jobs.corpus.listing import CorpusFile
 

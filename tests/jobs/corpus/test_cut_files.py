@@ -11,7 +11,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from cluster.storage.uris import open_storage
 from jobs.corpus.chunks import Chunk, Part, is_divisible, plan_chunks, whole_file
 from jobs.corpus.documents import read_documents

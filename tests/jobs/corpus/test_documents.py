@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from cluster.storage.uris import ConflictError, NotFoundError, StorageError, open_storage
 from jobs.corpus.chunks import Chunk, plan_chunks, whole_file
 from jobs.corpus.documents import Document, Drop, read_documents

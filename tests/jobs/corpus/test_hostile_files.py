@@ -16,7 +16,7 @@ import pytest
 import zstandard
 
 from cluster.cli import main
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from cluster.storage.uris import open_storage
 from jobs.corpus.chunks import plan_chunks, whole_file
 from jobs.corpus.documents import read_documents
@@ -157,7 +157,7 @@ def test_a_refused_object_is_one_line_and_exit_code_1(
 
 READ = """
 import resource, sys
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from jobs.corpus.chunks import whole_file
 from jobs.corpus.listing import list_corpus
 from jobs.corpus.documents import read_documents

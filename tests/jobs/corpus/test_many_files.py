@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.cli import main
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from cluster.storage.uris import NotFoundError, open_storage
 from jobs.corpus import listing, pack_texts
 from jobs.corpus.chunks import Chunk, plan_chunks, whole_file
@@ -29,7 +29,7 @@ NUM_FILES = 1_000_000
 # In a process of its own, whose peak memory is that of this work alone.
 PLAN = """
 import pickle, resource, sys, time
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from jobs.corpus.chunks import plan_chunks
 from jobs.corpus.listing import CorpusFile, Listing
 from jobs.corpus.sample_places import sample_places

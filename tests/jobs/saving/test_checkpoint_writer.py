@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster.settings.run import CheckpointConfig, TrainConfig
+from cluster.settings.run import CheckpointConfig
+from cluster.settings.train import TrainConfig
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.uris import Storage, open_storage
 from jobs.exact.state.train_state import TrainState

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from cluster.settings.run import CheckpointConfig, TrainConfig
+from cluster.settings.run import CheckpointConfig
+from cluster.settings.train import TrainConfig
 from cluster.storage.uris import open_storage
 from jobs.exact.state.adamw import AdamW
 from jobs.exact.state.train_state import TrainState

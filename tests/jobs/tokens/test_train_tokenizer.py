@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.settings.run import DataConfig
+from cluster.settings.data import DataConfig
 from cluster.storage.uris import NotFoundError, open_storage, split_uri
 from jobs.corpus.chunks import Part
 from jobs.corpus.documents import Document, read_documents

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cluster.settings.run import TrainConfig
+from cluster.settings.train import TrainConfig
 from jobs.exact.state.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.training.layer_statistics import LayerStatistics, layer_of

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from cluster.settings.run import TrainConfig
+from cluster.settings.train import TrainConfig
 from jobs.exact.state.adamw import AdamW
 from jobs.exact.state.flat_layout import BLOCK, part_of
 from jobs.exact.state.peers import Peers
