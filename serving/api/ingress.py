@@ -279,6 +279,11 @@ class EventStream(StreamingResponse):
             if writer is None:
                 await super().__call__(scope, receive, send)
                 return
+            routed = RoutedRequest.of(Request(scope))
+            shown = MutableHeaders(raw=[*self.raw_headers])
+            shown.update(routed.headers)
+            writer.start(self.status_code, shown.raw, **{FACTS: routed.facts.shown()})
+            writer.write(await anext(self._events))
             headers = [*self.raw_headers, (YES_HEADER, b"1")]
             await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
             async for event in self._events:

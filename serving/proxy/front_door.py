@@ -245,6 +245,7 @@ class Exchange:
     _num_attempts = 0
     _num_events = 0  # of a stream that have gone out
     _is_cut = False
+    _is_contradicted = False  # Ray Serve has begun another answer than the one that goes out
     _bound: asyncio.Timeout | None = None  # of the attempt that runs
 
     @property
@@ -276,7 +277,7 @@ class Exchange:
         most = 1 if self._is_order else MAX_ATTEMPTS
         for attempt in range(most):
             self._body_given, self._num_attempts = False, attempt + 1
-            self._relayed = await relay.open()
+            self._relayed = await relay.open(on_start=self._start_relayed)
             retry = [(RETRY_HEADER, b"1")] if attempt else []
             span = self.span.child("attempt", {"raymill.attempt": self._num_attempts})
             headers = span.forward([*self.scope["headers"], self._relayed.header, *retry])
@@ -325,22 +326,35 @@ class Exchange:
         self._client_gone = message["type"] == "http.disconnect" and not self._finished
         return message
 
+    def _start_relayed(self, message: Message) -> None:
+        """Starts an answer whose parts come over the relay, with its start from there or from Ray Serve, which is later
+        by milliseconds."""
+        if self._status:
+            return
+        self._facts = message.pop(FACTS, self._facts)
+        self._status, self._headers = message["status"], dict(message["headers"])
+        self.routes.learn(message["headers"])
+        kept = [(name, value) for name, value in message["headers"] if name not in (YES_HEADER, b"x-request-id")]
+        headers = [*kept, (b"x-request-id", self.request_id)]
+        self._relayed.start({**message, "headers": headers}, self._send_on)
+
     async def _pass_on(self, message: Message) -> None:
-        if self._finished:  # by our own error
+        if self._finished or self._is_contradicted:  # by our own error, or its replica ended after it had begun
             return
         self._facts = message.pop(FACTS, self._facts)
         if message["type"] == "http.response.start":
+            if YES_HEADER in dict(message["headers"]):
+                self._start_relayed(message)
+                return
+            if self._relayed.started:
+                self._is_contradicted = True
+                return
             self._status, self._headers = message["status"], dict(message["headers"])
             self.routes.learn(message["headers"])
             if self._status >= 400 and b"x-model-version" not in self._headers:  # from Ray Serve itself
                 error = of_proxy(self._status, self._headers)
                 await self._refuse(error)
                 self._finished, self._facts = True, {"reason": error.code}
-                return
-            if YES_HEADER in self._headers:
-                kept = [(name, value) for name, value in message["headers"] if name != YES_HEADER]
-                await self.send({**message, "headers": kept})
-                self._relayed.start(self._send_on)
                 return
         if message["type"] == "http.response.body":
             last = not message.get("more_body", False)

@@ -2,7 +2,8 @@
 
 Through Ray Serve each token would be a message between actors, 0.8 ms of processor time. So only the start and the end
 of an answer go there, with all that depends on them (choice of a replica, retries, cancellation, draining); the rest
-goes over a socket, one frame for each part: the answer's number, a length, bytes. Length 0 ends the answer.
+goes over a socket, one frame for each part: the answer's number, the kind of frame, a length, bytes. The start goes
+both ways: a first token would wait for Ray Serve's.
 
 A proxy listens under a random name in Linux's abstract namespace, which leaves no file behind, and sends replicas the
 name and the answer's number in a header. A replica on another machine cannot reach it and answers through Ray Serve.
@@ -10,15 +11,18 @@ name and the answer's number in a header. A replica on another machine cannot re
 
 import asyncio
 import itertools
+import json
 import secrets
 import socket
 import struct
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
 
-from starlette.types import Send
+from starlette.types import Message, Send
 
 from cluster.endpoint.local_end import is_of_this_user
 
@@ -26,7 +30,13 @@ ASK_HEADER, YES_HEADER = b"x-raymill-relay", b"x-raymill-relayed"
 PASSED_BYTES = 1 << 20
 END_TIMEOUT_S = 5.0  # for an end that Ray Serve has already reported
 _NAME_PREFIX = "\0raymill-relay-"
-_FRAME = struct.Struct(">QI")
+_FRAME = struct.Struct(">QBI")
+
+
+class Frame(IntEnum):
+    START = 0  # status, headers and what else is in the message, as JSON
+    PART = 1  # of the body
+    END = 2
 
 
 @dataclass(eq=False)
@@ -35,6 +45,7 @@ class RelayedAnswer:
 
     relay: "Relay"
     number: int
+    on_start: Callable[[Message], None]  # called with the start of the answer if it arrives here
     _arrived: asyncio.StreamReader = field(default_factory=asyncio.StreamReader)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _pump: asyncio.Task[None] | None = None
@@ -52,9 +63,9 @@ class RelayedAnswer:
         """True once the whole answer has arrived."""
         return self.started and self._ended.is_set()
 
-    def start(self, send: Send) -> None:
-        """Starts to pass on what arrives."""
-        self._pump = asyncio.create_task(self._pass_on(send))
+    def start(self, message: Message, send: Send) -> None:
+        """Starts to pass on the answer, whose start is `message`."""
+        self._pump = asyncio.create_task(self._pass_on(message, send))
 
     async def end(self) -> bool:
         """Waits until all of a started answer has been passed on. Returns False if its end does not arrive."""
@@ -74,16 +85,26 @@ class RelayedAnswer:
             self._pump.cancel()
             await asyncio.wait([self._pump])
 
-    def put(self, data: bytes) -> None:
-        if data:
-            self._arrived.feed_data(data)
-        else:
-            self._arrived.feed_eof()
-            self._ended.set()
+    def put(self, frame: Frame, data: bytes) -> None:
+        match frame:
+            case Frame.START:
+                self.on_start(_start_message(data))
+            case Frame.PART:
+                self._arrived.feed_data(data)
+            case Frame.END:
+                self._arrived.feed_eof()
+                self._ended.set()
 
-    async def _pass_on(self, send: Send) -> None:
+    async def _pass_on(self, message: Message, send: Send) -> None:
+        await send(message)
         while data := await self._arrived.read(PASSED_BYTES):  # several parts at once if the client is slow
             await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+def _start_message(data: bytes) -> Message:
+    status, shown, others = json.loads(data)
+    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in shown]
+    return {"type": "http.response.start", "status": status, "headers": headers, **others}
 
 
 class Relay:
@@ -96,13 +117,13 @@ class Relay:
         self._server: asyncio.Server | None = None
         self._starting = asyncio.Lock()
 
-    async def open(self) -> RelayedAnswer:
+    async def open(self, *, on_start: Callable[[Message], None]) -> RelayedAnswer:
         async with self._starting:
             if self._server is None and sys.platform == "linux":
                 loop = asyncio.get_running_loop()
                 self._server = await loop.create_unix_server(lambda: _Incoming(self.answers), _NAME_PREFIX + self.name)
         number = next(self._numbers)
-        self.answers[number] = RelayedAnswer(self, number)
+        self.answers[number] = RelayedAnswer(self, number, on_start)
         return self.answers[number]
 
 
@@ -121,11 +142,11 @@ class _Incoming(asyncio.Protocol):
         data = self._unread + data
         start, end = 0, _FRAME.size
         while end <= len(data):
-            number, length = _FRAME.unpack_from(data, start)
+            number, frame, length = _FRAME.unpack_from(data, start)
             if end + length > len(data):
                 break
             if (answer := self._answers.get(number)) is not None:  # its client has not left
-                answer.put(data[end : end + length])
+                answer.put(Frame(frame), data[end : end + length])
             start, end = end + length, end + length + _FRAME.size
         self._unread = data[start:]
 
@@ -137,13 +158,22 @@ class RelayWriter:
     connection: "_Outgoing"
     number: int
 
+    def start(self, status: int, headers: Iterable[tuple[bytes, bytes]], **others: Any) -> None:
+        """Sends the start of the answer, with further keys of its message. Raises `ConnectionError` once the proxy is
+        gone."""
+        shown = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+        self._send(Frame.START, json.dumps([status, shown, others]).encode())
+
     def write(self, data: bytes) -> None:
-        """Sends `data`, which is not empty. Raises `ConnectionError` once the proxy is gone."""
-        self.connection.write(_FRAME.pack(self.number, len(data)) + data)
+        """Sends a part of the body. Raises `ConnectionError` once the proxy is gone."""
+        self._send(Frame.PART, data)
 
     def end(self) -> None:
-        self.connection.write(_FRAME.pack(self.number, 0))
+        self._send(Frame.END, b"")
         self.connection.flush()
+
+    def _send(self, frame: Frame, data: bytes) -> None:
+        self.connection.write(_FRAME.pack(self.number, frame, len(data)) + data)
 
 
 class RelayClient:

@@ -45,6 +45,24 @@ async def before_its_start(writer: RelayWriter, send: Send) -> None:
     await send(END)
 
 
+async def starts_here_alone(writer: RelayWriter, send: Send) -> None:
+    writer.start(200, OK["headers"])
+    for part in PARTS:
+        writer.write(part)
+    writer.end()
+    await asyncio.sleep(0.05)
+
+
+async def starts_both_ways(writer: RelayWriter, send: Send) -> None:
+    writer.start(200, OK["headers"])
+    await whole(writer, send)
+
+
+async def is_taken_for_dead_after_its_end(writer: RelayWriter, send: Send) -> None:
+    await starts_here_alone(writer, send)
+    await fails(send)
+
+
 async def stops_before_it_says_so(writer: RelayWriter, send: Send) -> None:
     await send(START)
     for part in PARTS:
@@ -59,32 +77,72 @@ async def breaks_off(writer: RelayWriter, send: Send) -> None:
     await asyncio.sleep(0.05)
 
 
+async def dies_after_its_start(writer: RelayWriter, send: Send) -> None:
+    """Ray Serve, which has not seen the start, answers for it."""
+    writer.start(200, OK["headers"])
+    writer.write(PARTS[0])
+    await asyncio.sleep(0.05)
+    await fails(send)
+
+
+async def fails(send: Send) -> None:
+    await send({"type": "http.response.start", "status": 500, "headers": []})
+    await send({"type": "http.response.body", "body": b"of Ray Serve"})
+
+
 async def says_that_it_ended(writer: RelayWriter, send: Send) -> None:
     await breaks_off(writer, send)
     await send(END)
+
+
+def without_request_id(start: Message) -> Message:
+    [*others, (name, _)] = start["headers"]
+    assert name == b"x-request-id"
+    return {**start, "headers": others}
 
 
 def body(sent: list[Message]) -> bytes:
     return b"".join(message["body"] for message in sent[1:])
 
 
-@pytest.mark.parametrize("answer", [whole, before_its_start, stops_before_it_says_so])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        whole,
+        before_its_start,
+        starts_here_alone,
+        starts_both_ways,
+        is_taken_for_dead_after_its_end,
+        stops_before_it_says_so,
+    ],
+)
 def test_an_answer_arrives_whole_and_in_order(answer: Callable[[RelayWriter, Send], Awaitable[None]]) -> None:
     sent = ask(replica(answer))
-    assert sent[0] == OK  # without the header that is between us
+    assert without_request_id(sent[0]) == OK  # and without the header that is between us
     assert body(sent) == b"".join(PARTS)
     assert [message.get("more_body", False) for message in sent[1:]] == [True] * (len(sent) - 2) + [False]
 
 
-@pytest.mark.parametrize("answer", [breaks_off, says_that_it_ended])
+@pytest.mark.parametrize("answer", [breaks_off, says_that_it_ended, dies_after_its_start])
 def test_one_that_breaks_off_ends_in_an_error_event(
     answer: Callable[[RelayWriter, Send], Awaitable[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(relay, "END_TIMEOUT_S", 0.1)
     sent = ask(replica(answer))
+    assert without_request_id(sent[0]) == OK
     assert sent[1]["body"] == PARTS[0]
     assert json.loads(sent[-1]["body"].removeprefix(b"data: "))["error"]["code"] == "interrupted"
     assert not sent[-1].get("more_body")
+
+
+def test_an_answer_that_has_been_refused_starts_no_more() -> None:
+    async def late(writer: RelayWriter, send: Send) -> None:
+        await fails(send)
+        await starts_here_alone(writer, send)
+
+    start, message = ask(replica(late))
+    assert start["status"] == 500
+    assert json.loads(message["body"])["error"]["code"] == "internal_server_error"
 
 
 def test_nothing_remains_of_a_replica_that_died_before_its_start() -> None:
@@ -105,19 +163,19 @@ def test_nothing_remains_of_a_replica_that_died_before_its_start() -> None:
 def test_a_slow_client_gets_parts_joined_and_holds_up_no_other() -> None:
     async def run() -> None:
         server, released, got = Relay(), asyncio.Event(), {"slow": [], "fast": []}  # type: ignore[var-annotated]
-        answers = {name: await server.open() for name in got}
+        answers = {name: await server.open(on_start=lambda _: None) for name in got}
         client = RelayClient()
 
         def send_to(name: str) -> Send:
             async def send(message: Message) -> None:
                 if name == "slow":
                     await released.wait()
-                got[name].append(message["body"])
+                got[name].append(message.get("body", b""))
 
             return send
 
         for name, answer in answers.items():
-            answer.start(send_to(name))
+            answer.start(START, send_to(name))
         for part in PARTS:
             for answer in answers.values():
                 (await client.open([answer.header])).write(part)  # type: ignore[union-attr]
