@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 
 from cluster.endpoint.endpoint import require_key, require_ray_proxies, url_of
-from cluster.endpoint.local_end import LONGEST_STREAM_S, door_name
+from cluster.endpoint.local_end import LONGEST_STREAM_S, entrance_of
 from cluster.local.local_cluster import require_free_port
 from cluster.output.progress import say
 from cluster.settings.serve import ServeConfig
@@ -32,12 +32,17 @@ from serving.delivery.delivery_file import DeliveryFile, endpoint_name
 from serving.delivery.promotion import version_of
 from serving.protocol.json_log import FORMAT_VARIABLE
 from serving.protocol.served_model import read_served_model
-from serving.proxy.front_door import DOOR_VARIABLE, proxy_environment
+from serving.proxy.front_door import ENTRANCE_VARIABLE, proxy_environment
 from serving.replica import Replica
 
 APP_NAME = "raymill"
 READY_TIMEOUT_S = 60.0
-CONTROL_LOOP_S = "0.5"  # Ray's 0.1 would take 3% of a core from the engine, all day
+CONTROLLER_VARIABLES = {
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # Ray's 0.1 would take 3% of a core from the engine, all day
+    # A proxy that fails three checks is replaced. Ray's 10 s between them leave the place of one that has ended empty
+    # for 20 to 30 s.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+}
 
 
 def build_app(config: ServeConfig) -> serve.Application:
@@ -121,15 +126,16 @@ def run(config: ServeConfig) -> dict[str, Any]:
     app = _app(config, deployment=deployment)
     if not serve.status().proxies:
         require_free_port(config.host, config.port)
-        say("starting the endpoint's proxy")
+        say("starting the endpoint's proxies")
         # Started from a task whose environment the proxies inherit; there is no other way to give them settings.
-        door = door_name(config.host, config.port).replace("\0", "@")  # as no variable has a zero byte
-        variables = proxy_environment(config.http) | {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": CONTROL_LOOP_S}
-        variables[DOOR_VARIABLE] = door
+        variables = proxy_environment(config.http) | CONTROLLER_VARIABLES
+        variables[ENTRANCE_VARIABLE] = entrance_of(config.host, config.port)
         if config.log_format is not None:
             variables[FORMAT_VARIABLE] = config.log_format
         start = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(serve.start)
-        ray.get(start.remote(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port}))
+        # On the head and on each node with a replica. Nodes of one machine share the port (SO_REUSEPORT), so the end of
+        # one proxy ends its connections and no others.
+        ray.get(start.remote(proxy_location="EveryNode", http_options={"host": config.host, "port": config.port}))
     say(f"starting replicas of {name}, which load {checkpoint}")
     serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)
     url = url_of(config.host, config.port)

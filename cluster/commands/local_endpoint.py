@@ -3,7 +3,7 @@
 import signal
 from types import FrameType
 
-from cluster.endpoint.local_end import LONGEST_STREAM_S, cut, door_name, drain
+from cluster.endpoint.local_end import LONGEST_STREAM_S, cut, drain, entrance_of
 from cluster.local.local_cluster import LocalCluster
 from cluster.output.progress import say
 from cluster.output.result_text import counted
@@ -17,7 +17,7 @@ class _EndAskedError(BaseException):
 def keep_up(cluster: LocalCluster, *, host: str, port: int) -> bool:
     """Returns after a signal, once all answers are whole: True, or False if some had to be cut. Exits at a second
     signal."""
-    door = door_name(host, port)
+    entrance = entrance_of(host, port)
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -29,9 +29,9 @@ def keep_up(cluster: LocalCluster, *, host: str, port: int) -> bool:
     except _EndAskedError:
         pass
     try:
-        num_cut = drain(door, on_open=_say_waiting)
+        num_cut = drain(entrance, on_open=_say_waiting)
     except BaseException:
-        cut(door)
+        cut(entrance)
         raise
     if num_cut:
         say(f"{counted(num_cut, 'answer')} took longer than {LONGEST_STREAM_S:.0f} s and ended with an error event")

@@ -68,6 +68,12 @@ _LOCAL_RAY = {
     "RAY_health_check_timeout_ms": "10000",
     "RAY_health_check_failure_threshold": "3",
     "RAY_COLOR_PREFIX": "0",
+    # Its nodes are one machine: an endpoint's proxy of one node has no reason to send requests to that node's replicas.
+    "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
+    # Never: a proxy whose node has lost its last replica would be ended, but it shares its port with others and gets
+    # new connections until then.
+    "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1e9",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # of 5 s, which a proxy that starts on busy cores misses
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }

@@ -22,6 +22,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.endpoint.local_end import door_of
 from cluster.monitoring.metric_export import Metrics, by_version
 from cluster.monitoring.metric_table import Exporter
 from cluster.settings.serve import HttpConfig
@@ -40,7 +41,7 @@ from serving.proxy.request_log import LogRequest, RequestLog, no_log
 from serving.proxy.token_relay import ASK_HEADER, YES_HEADER, Relay, RelayedAnswer
 
 SETTINGS_VARIABLE = "RAYMILL_HTTP"
-DOOR_VARIABLE = "RAYMILL_DOOR"  # where it takes the order to end; unset where a cluster ends its pods
+ENTRANCE_VARIABLE = "RAYMILL_ENTRANCE"  # where it takes the order to end; unset where a cluster ends its pods
 HIDDEN_PATHS = ("/-/routes",)  # Ray Serve's own; it keeps /-/healthz, which Kubernetes asks for
 # Ray Serve acts on these: one keeps a request running for a client that has gone, the others choose a replica.
 DROPPED_HEADERS = (b"x-request-disconnect-disabled", b"serve_multiplexed_model_id", b"serve-multiplexed-model-id")
@@ -49,6 +50,8 @@ MAX_ATTEMPTS = 2  # a request may be what ends its replicas: one that ended a th
 COUNTED_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
 CLIENT_LEFT, REPLICAS_ENDED = "client_left", "replicas_ended"  # reasons in the request log
 MAX_LOGGED_PATH = 128  # characters
+ROUTE_TIMEOUT_S = 10.0  # for a proxy that has just started to hear of the application
+ROUTE_POLL_S = 0.05
 
 
 class Outcome(StrEnum):
@@ -108,8 +111,8 @@ def middlewares() -> list[Middleware]:
             of_version(version)[outcome].inc()
 
     doorkeeper = Doorkeeper()
-    if door := os.environ.get(DOOR_VARIABLE):
-        doorkeeper.listen(door.replace("@", "\0", 1))
+    if entrance := os.environ.get(ENTRANCE_VARIABLE):
+        doorkeeper.listen(door_of(entrance, os.getpid()))
     tracer = tracer_from_environment("raymill-proxy")
     front_door = Middleware(FrontDoor, config=config, count=count, log=log, tracer=tracer, doorkeeper=doorkeeper)
     # Lets the pages of other origins read all answers, refusals too, and answers what their browsers ask beforehand,
@@ -239,6 +242,7 @@ class Exchange:
     routes: NewestRoutes  # of all answers
     _relayed: RelayedAnswer = field(init=False)
     _body_given = _client_gone = _finished = False
+    _has_no_route = _may_wait = False  # Ray Serve's own 404: this proxy does not know the application yet
     _status = 0  # of the answer, once it has started
     _headers: Mapping[bytes, bytes] = field(default_factory=dict)  # of the answer
     _facts: dict[str, Any] = field(default_factory=dict)
@@ -276,15 +280,15 @@ class Exchange:
     async def _run(self, relay: Relay) -> tuple[Outcome, str]:
         most = 1 if self._is_order else MAX_ATTEMPTS
         for attempt in range(most):
-            self._body_given, self._num_attempts = False, attempt + 1
+            self._num_attempts = attempt + 1
             self._relayed = await relay.open(on_start=self._start_relayed)
             retry = [(RETRY_HEADER, b"1")] if attempt else []
             span = self.span.child("attempt", {"raymill.attempt": self._num_attempts})
             headers = span.forward([*self.scope["headers"], self._relayed.header, *retry])
-            scope = {**self.scope, "headers": headers}  # a copy: Ray Serve writes into the scope
+            scope = {**self.scope, "headers": headers}
             try:
                 async with asyncio.timeout(0.0 if self._is_cut else None) as self._bound:
-                    await self.app(scope, self._next_message, self._pass_on)
+                    await self._ask(scope)
                     await self._finish_relayed()
             except TimeoutError:
                 if not self._is_cut:
@@ -310,6 +314,19 @@ class Exchange:
             # Without it the stream would just stop. In any other answer the missing bytes show.
             await self.send({"type": "http.response.body", "body": error_of("interrupted").event().encode()})
         return Outcome.CUT, "interrupted"
+
+    async def _ask(self, scope: Scope) -> None:
+        """Hands the request to Ray Serve, again while this proxy does not know the application. A proxy that replaces
+        another one listens a moment before it does, beside others of the same port that do."""
+        is_of_application = self.scope["path"].startswith("/")  # as every path below its route
+        deadline_s = time.monotonic() + (ROUTE_TIMEOUT_S if is_of_application else 0.0)
+        while True:
+            self._body_given = self._has_no_route = False
+            self._may_wait = time.monotonic() < deadline_s
+            await self.app({**scope}, self._next_message, self._pass_on)  # a copy: Ray Serve writes into the scope
+            if not self._has_no_route:
+                return
+            await asyncio.sleep(ROUTE_POLL_S)
 
     async def _finish_relayed(self) -> None:
         """Ends an answer that has arrived whole although its replica died before it could end it through Ray Serve."""
@@ -339,19 +356,24 @@ class Exchange:
         self._relayed.start({**message, "headers": headers}, self._send_on)
 
     async def _pass_on(self, message: Message) -> None:
-        if self._finished or self._is_contradicted:  # by our own error, or its replica ended after it had begun
-            return
+        if self._finished or self._is_contradicted or self._has_no_route:
+            return  # by our own error, its replica ended after it had begun, or the rest of Ray Serve's
         self._facts = message.pop(FACTS, self._facts)
         if message["type"] == "http.response.start":
-            if YES_HEADER in dict(message["headers"]):
+            headers = dict(message["headers"])
+            is_from_replica = b"x-model-version" in headers
+            if self._may_wait and message["status"] == 404 and not is_from_replica:
+                self._has_no_route = True
+                return
+            if YES_HEADER in headers:
                 self._start_relayed(message)
                 return
             if self._relayed.started:
                 self._is_contradicted = True
                 return
-            self._status, self._headers = message["status"], dict(message["headers"])
+            self._status, self._headers = message["status"], headers
             self.routes.learn(message["headers"])
-            if self._status >= 400 and b"x-model-version" not in self._headers:  # from Ray Serve itself
+            if self._status >= 400 and not is_from_replica:
                 error = of_proxy(self._status, self._headers)
                 await self._refuse(error)
                 self._finished, self._facts = True, {"reason": error.code}

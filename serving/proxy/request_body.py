@@ -67,12 +67,14 @@ class Bodies:
                 return None
             part = message["body"]
             num_bytes += len(part)
-            if num_bytes <= MAX_BODY_BYTES:
+            if num_bytes <= MAX_BODY_BYTES and not unfinished.has_to_go:
                 unfinished.body += part
                 self._num_bytes += len(part)
             if not message["more_body"] or num_bytes > MAX_DISCARDED_BYTES:
                 break
             self._make_room()
+        if unfinished.has_to_go:  # its end has come before the timeout
+            raise _too_many()
         if num_bytes > MAX_BODY_BYTES:
             raise error_of("body_too_large", most_bytes=MAX_BODY_BYTES)
         return bytes(unfinished.body)
@@ -85,17 +87,22 @@ class Bodies:
             yield unfinished
         finally:
             self._unfinished.pop(unfinished, None)
-            self._num_bytes -= len(unfinished.body)
+            self._drop(unfinished)
 
     def _make_room(self) -> None:
         excess = self._num_bytes - self._most_bytes
         for unfinished in list(self._unfinished):
             if excess <= 0:
                 return
+            excess -= len(unfinished.body)
             if not unfinished.has_to_go:
                 unfinished.has_to_go = True
+                self._drop(unfinished)  # now: its own task may run only after more of the others have come
                 unfinished.timeout.reschedule(0.0)
-            excess -= len(unfinished.body)
+
+    def _drop(self, unfinished: _Unfinished) -> None:
+        self._num_bytes -= len(unfinished.body)
+        unfinished.body = bytearray()
 
 
 def _too_many() -> ApiError:

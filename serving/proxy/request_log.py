@@ -4,10 +4,12 @@ Lines are written together, a moment later and in a thread: a disk that hangs mu
 """
 
 import asyncio
+import fcntl
 import logging
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import Context
 from pathlib import Path
 from typing import Any
@@ -81,11 +83,29 @@ def no_log(**_: Any) -> None:
 
 
 def _write(target: str, data: bytes) -> None:
-    """Appends whole lines. The file is opened each time, so that it may be moved away at any moment."""
-    is_stdout = target == STDOUT
-    file = 1 if is_stdout else os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    with open(file, "wb", closefd=not is_stdout) as lines:
-        about = os.fstat(file)
+    """Appends whole lines, and puts a file aside that has become large. It is opened each time, so that it may be moved
+    away at any moment."""
+    if target == STDOUT:
+        with open(1, "wb", closefd=False) as lines:
+            lines.write(data)
+        return
+    with open(_opened_alone(target), "wb") as lines:
+        about = os.fstat(lines.fileno())
         lines.write(data)
-    if not is_stdout and stat.S_ISREG(about.st_mode) and about.st_size + len(data) > MAX_FILE_BYTES:
-        Path(target).replace(f"{target}.1")
+        lines.flush()
+        if stat.S_ISREG(about.st_mode) and about.st_size + len(data) > MAX_FILE_BYTES:
+            Path(target).replace(f"{target}.1")
+
+
+def _opened_alone(target: str) -> int:
+    """Returns a descriptor to append to. A machine's proxies write to one file, which each has to itself until it is
+    closed: two that put it aside together would lose the one that the first has put aside."""
+    while True:
+        file = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            return file
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), Path(target).stat()):
+                return file
+        os.close(file)  # another one has put it aside meanwhile

@@ -18,11 +18,13 @@ from serving.delivery.routed_request import RETRY_HEADER
 from serving.protocol.errors import DRAINING_HEADER
 from serving.protocol.request_facts import FACTS
 from serving.protocol.tracing import NO_TRACER
+from serving.proxy import front_door
 from serving.proxy.front_door import FrontDoor, Outcome, clean_request_id
 from serving.proxy.quarantine import QUARANTINE_S, Quarantine
 from serving.proxy.request_log import no_log
 from serving.proxy.token_relay import ASK_HEADER
 from tests.serving.front_door_parts import OK, ask, half, open_to_all, scope, whole
+from tests.time_limits import limit_s
 
 
 def error(sent: list[Message]) -> dict[str, Any]:
@@ -93,6 +95,39 @@ def test_an_order_is_given_once_and_its_sender_is_told_what_to_look_at() -> None
     assert orders == ["/admin/rollback"]
     assert sent[0]["status"] == 500 and error(sent)["code"] == "order_interrupted"
     assert dict(sent[0]["headers"])[b"x-should-retry"] == b"false"
+
+
+def knows_nothing(times: int) -> ASGIApp:
+    """Ray Serve in a proxy that hears of the application after so many requests."""
+    calls = 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal calls
+        calls += 1
+        assert (await receive())["body"] == b"{}"
+        if calls > times:
+            await whole(send)
+            return
+        await send({"type": "http.response.start", "status": 404, "headers": [(b"content-type", b"text/plain")]})
+        await send({"type": "http.response.body", "body": b"Path '/v1/completions' not found."})
+
+    return app
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/admin/rollback"])
+def test_a_proxy_that_has_just_started_answers_once_it_knows_the_application(path: str) -> None:
+    """It shares its port with others, so clients come before it does."""
+    logged: list[dict[str, Any]] = []
+    sent = ask(knows_nothing(3), path=path, log=lambda **fields: logged.append(fields))
+    assert len(sent) == 2 and sent[0]["status"] == 200
+    assert [(line["status"], line["attempts"]) for line in logged] == [(200, 1)]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "*"])
+def test_an_application_that_is_not_there_is_not_waited_for_long(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_door, "ROUTE_TIMEOUT_S", 0.1 if path == "/v1/completions" else limit_s(60))
+    sent = ask(knows_nothing(10**6), path=path)
+    assert len(sent) == 2 and sent[0]["status"] == 404 and error(sent)["code"] == "not_found"
 
 
 def test_a_stream_that_breaks_off_ends_in_an_error_event() -> None:
@@ -268,7 +303,7 @@ def test_without_a_collector_a_client_s_trace_goes_on_and_none_begins(trace: str
 
 def test_probes_and_what_is_only_read_are_not_logged() -> None:
     async def answer(send: Send) -> None:
-        await send({**OK, "status": statuses.pop(0)})
+        await send({**OK, "status": statuses.pop(0), "headers": [(b"x-model-version", b"1")]})
         await send({"type": "http.response.body", "body": b""})
 
     statuses = [503, 200, 404, 200, 404]

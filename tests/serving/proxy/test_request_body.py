@@ -34,11 +34,44 @@ def test_the_oldest_unfinished_body_goes_when_all_together_are_too_large() -> No
         second = asyncio.create_task(send(2))
         await asyncio.sleep(0)
         third = asyncio.create_task(send(1))
+        await asyncio.sleep(0)
+        assert bodies._num_bytes == 3 * len(PART), "the first one's bytes go at once, although it has not ended yet"
         with pytest.raises(ApiError) as refused:
             await first
         assert refused.value.status == 429 and refused.value.headers["Connection"] == "close"
         may_end.set()
         assert await second == 2 * PART and await third == PART
         assert await send(5) == 5 * PART, "what has ended counts no more"
+
+    asyncio.run(scenario())
+
+
+def test_a_body_that_had_to_go_is_refused_even_if_its_end_comes_right_then() -> None:
+    """Its bytes are gone: it must not be taken for an empty one."""
+
+    async def scenario() -> None:
+        bodies = Bodies(most_bytes=len(PART))
+        has_end = asyncio.Event()
+        part: Message = {"type": "http.request", "body": PART, "more_body": True}
+        end: Message = {"type": "http.request", "body": b"", "more_body": False}
+        of_first, of_second = [part], [end, part]
+
+        async def receive_first() -> Message:
+            if of_first:
+                return of_first.pop()
+            await has_end.wait()
+            return end
+
+        async def receive_second() -> Message:
+            has_end.set()
+            return of_second.pop()
+
+        first = asyncio.create_task(bodies.read(scope(), receive_first, timeout_s=limit_s(30)))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(bodies.read(scope(), receive_second, timeout_s=limit_s(30)))
+        with pytest.raises(ApiError) as refused:
+            await first
+        assert refused.value.status == 429
+        assert await second == PART
 
     asyncio.run(scenario())

@@ -1,18 +1,23 @@
 """The request log's lines: whole, in order, soon, and bounded; where they go, and what happens if they cannot."""
 
 import asyncio
+import itertools
 import json
 import os
 import stat
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from serving.proxy import request_log
 from serving.proxy.request_log import FIELDS, RequestLog
 from tests.repository import REPOSITORY
+from tests.time_limits import limit_s
 from tests.waiting import wait_in_loop_until
 
 
@@ -51,6 +56,27 @@ def test_a_large_file_is_put_aside_with_whole_lines(tmp_path: Path, monkeypatch:
     assert files[0].stat().st_size < 3_000 and sorted(tmp_path.iterdir()) == sorted(filter(Path.exists, files))
     kept = [json.loads(line)["request_id"] for file in files if file.exists() for line in file.read_text().splitlines()]
     assert kept == [str(i) for i in range(30 - len(kept), 30)] and len(kept) > 5
+
+
+def test_proxies_of_one_machine_put_their_file_aside_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two have opened it when the first one puts it aside: the second one's lines are in the next file."""
+    path = tmp_path / "requests.jsonl"
+    path.write_bytes(b"x" * 1_000)
+    monkeypatch.setattr(request_log, "MAX_FILE_BYTES", 1_000)
+    both_are_open, calls, open_file = threading.Barrier(2), itertools.count(), os.open
+
+    def slow_open(*arguments: Any) -> int:
+        file = open_file(*arguments)
+        if next(calls) < 2:
+            both_are_open.wait(limit_s(10))
+        return file
+
+    monkeypatch.setattr(request_log.os, "open", slow_open)
+    with ThreadPoolExecutor(2) as pool:
+        for written in [pool.submit(request_log._write, str(path), b"line\n") for _ in range(2)]:
+            written.result()
+    assert (tmp_path / "requests.jsonl.1").read_bytes() == b"x" * 1_000 + b"line\n"
+    assert path.read_bytes() == b"line\n"
 
 
 def test_lines_that_cannot_be_written_are_counted_and_later_ones_are_not_lost(
