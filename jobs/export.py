@@ -6,10 +6,10 @@ from typing import Any
 
 from cluster.storage.registry import resolve_checkpoint
 from cluster.storage.uris import absolute_uri, open_storage, split_uri
+from model.files.bounded_text import require_bounded_text
 from model.files.checkpoint import load_model, write_checkpoint
 from model.files.checkpoint_folder import MANIFEST, CheckpointError, is_hf_folder, read_metadata, verify_checkpoint
 from model.files.stored_tokenizer import load_tokenizer
-from model.text.bounded_text import require_bounded_text
 
 
 def export(checkpoint: str, destination: str, *, storage_uri: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from cluster.stages.stage import stage_main
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import open_storage
 from model.errors import UserError
-from model.text.bounded_text import require_bounded_text
+from model.files.bounded_text import require_bounded_text
 from serving.api.access import read_rules
 from serving.delivery.autoscaling import ScalingPolicy
 from serving.delivery.coordinator import Coordinator

@@ -25,7 +25,7 @@ from jobs.corpus.sample_places import sample_places
 from jobs.corpus.text_borders import cut_text
 from jobs.corpus.text_hashes import document_hash, normalized
 from jobs.tokens.token_store import canonical_json
-from model.text.bounded_text import TEXT_FILES, TextError, bounded_probe, has_strange_programs
+from model.files.bounded_text import TEXT_FILES, TextError, bounded_probe, has_strange_programs
 from model.text.tokenizer import Tokenizer, chat_format, train_bpe
 
 TOKENIZER_FILE = "tokenizer.json"

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from cluster.settings.serve import ServeConfig
-from model.text.bounded_text import TextError
+from model.files.bounded_text import TextError
 from serving.api.answers import Answer, Usage
 from serving.api.choice_output import ChoiceOutput, Part, join_parts
 from serving.api.key_limits import Reservation

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.settings.code_folders import code_version
-from model.text.bounded_text import TextError
+from model.files.bounded_text import TextError
 from model.text.chat import ChatError
 from serving.api.access import CurrentAccess, authorize
 from serving.api.answers import Answer, EmbeddingAnswer, TextAnswer

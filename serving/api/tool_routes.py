@@ -9,7 +9,7 @@ import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from model.text.bounded_text import TextError
+from model.files.bounded_text import TextError
 from serving.delivery.routed_request import RoutedRequest
 from serving.protocol.errors import ApiError, overloaded
 from serving.protocol.protocol import DetokenizeRequest, TokenizeRequest, read_request

@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.settings.serve import ServeConfig
 from cluster.storage.registry import find_checkpoint
-from model.text.bounded_text import require_bounded_text
+from model.files.bounded_text import require_bounded_text
 from serving.delivery.coordinator import Reply
 from serving.delivery.promotion import Delivery, DeliveryError, Phase, ReplicaReport, version_of
 from serving.delivery.versions import Versions

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cluster.storage.uris import open_storage
 from jobs.export import export
 from model.config import GPTConfig
+from model.files.bounded_text import TextError
 from model.files.checkpoint import load_model
 from model.files.checkpoint_folder import TRAIN_STATE, CheckpointError, Metadata, read_metadata, verify_checkpoint
 from model.files.stored_tokenizer import load_tokenizer
 from model.gpt import GPT
-from model.text.bounded_text import TextError
 from model.text.tokenizer import train_bpe
 from tests.checkpoints import save_model
 from tests.repository import REPOSITORY

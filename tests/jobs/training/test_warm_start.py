@@ -24,9 +24,9 @@ from jobs.tokens.train_tokenizer import load_tokenizer
 from jobs.training.train_loop import train
 from jobs.training.warm_start import begin, like_its_source
 from model.config import GPTConfig
+from model.files.bounded_text import TextError
 from model.files.checkpoint import load_model, parameter_hash
 from model.files.checkpoint_folder import CheckpointError, read_metadata
-from model.text.bounded_text import TextError
 from model.text.tokenizer import Tokenizer
 from tests.cluster.hub_stub import running_hub
 from tests.jobs.runs import tiny_plan

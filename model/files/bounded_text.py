@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+from model.files.chat_probe import ChatProbe
 from model.text.chat import PLAIN_TEMPLATE
-from model.text.chat_probe import ChatProbe
 from model.text.tokenizer import NORMALIZERS, chat_format
 
-MODULE = "model.text.run_text"
+MODULE = "model.files.run_text"
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """The files that hold such programs."""
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+from model.files.bounded_text import Bounds
+from model.files.chat_probe import probe_of
 from model.files.stored_tokenizer import load_tokenizer
-from model.text.bounded_text import Bounds
 from model.text.chat import Chat, ChatError
-from model.text.chat_probe import probe_of
 from model.text.tokenizer import PromptEncoding, Tokenizer
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from model.text.bounded_text import (
+from model.files.bounded_text import (
     Bounds,
     TextError,
     bounded_probe,
@@ -12,8 +12,8 @@ from model.text.bounded_text import (
     read_from,
     require_bounded_text,
 )
+from model.files.chat_probe import probe_of
 from model.text.chat import Chat
-from model.text.chat_probe import probe_of
 from model.text.tokenizer import load_tokenizer
 from tests.checkpoints import write_tiny
 
