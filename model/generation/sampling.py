@@ -45,7 +45,8 @@ def sample_batch(logits: Tensor, rows: Sequence[SamplingRow], *, best: Tensor | 
     """Returns the next token of each row of logits (B, V), the same as `sample` for the row alone. `best` (B,) holds
     the rows' argmax where the caller knows it."""
     if any(row.adjusts_logits for row in rows):
-        logits = torch.stack([adjusted(row_logits, row) for row_logits, row in zip(logits, rows, strict=True)])
+        pairs = zip(logits, rows, strict=True)
+        logits = torch.stack([adjusted(row_logits, row) for row_logits, row in pairs])
         best = None
     if best is None:
         best = logits.argmax(dim=-1)  # (B,): NaN wins where there is one
@@ -53,15 +54,17 @@ def sample_batch(logits: Tensor, rows: Sequence[SamplingRow], *, best: Tensor | 
     if not highest.isfinite().all():
         raise FloatingPointError("the model's logits are not finite numbers")
     tokens: list[int] = best.tolist()
-    drawn = [b for b, row in enumerate(rows) if row.params.temperature > 0]
-    if drawn:
-        temperatures = torch.tensor([[rows[b].params.temperature] for b in drawn], device=logits.device)
-        weights = _weights(logits[drawn], highest[drawn], temperatures)  # (drawn, V)
-        for weight, b in zip(weights, drawn, strict=True):
-            weight.copy_(truncated(weight, rows[b].params))
-        numbers = [uniform(rows[b].params.seed, rows[b].position) for b in drawn]
-        for b, token in zip(drawn, _draw(weights, numbers), strict=True):
-            tokens[b] = token
+    places = [place for place, row in enumerate(rows) if row.params.temperature > 0]
+    if not places:
+        return tokens
+    drawn = [rows[place] for place in places]
+    temperatures = torch.tensor([[row.params.temperature] for row in drawn], device=logits.device)
+    weights = _weights(logits[places], highest[places], temperatures)  # (drawn, V)
+    for weight, row in zip(weights, drawn, strict=True):
+        weight.copy_(truncated(weight, row.params))
+    numbers = [uniform(row.params.seed, row.position) for row in drawn]
+    for place, token in zip(places, _draw(weights, numbers), strict=True):
+        tokens[place] = token
     return tokens
 
 
@@ -75,16 +78,20 @@ def _draw(weights: Tensor, numbers: list[float]) -> list[int]:
 
     It sums groups of 256 tokens, then within one of them: all sums would take longer than the model's step.
     """
-    padded = F.pad(weights, (0, -weights.shape[1] % 256)).unflatten(1, (-1, 256))  # (B, V / 256, 256)
-    borders = padded.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    targets = torch.tensor(numbers, dtype=torch.float64, device=weights.device)[:, None] * borders[:, -1:]  # (B, 1)
+    missing = -weights.shape[1] % 256
+    groups = F.pad(weights, (0, missing)).unflatten(1, (-1, 256))  # (B, V / 256, 256)
+    borders = groups.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # (B, V / 256)
+    shares = torch.tensor(numbers, dtype=torch.float64, device=weights.device)[:, None]
+    targets = shares * borders[:, -1:]  # (B, 1)
     # The first border above the number: a token without weight has no room between borders.
     group = torch.searchsorted(borders, targets, right=True)
     before = F.pad(borders, (1, 0)).gather(1, group)
-    inside = padded[torch.arange(len(padded), device=weights.device), group[:, 0]].double().cumsum(dim=-1)  # (B, 256)
+    rows = torch.arange(len(groups), device=weights.device)
+    inside = groups[rows, group[:, 0]].double().cumsum(dim=-1)  # (B, 256)
     last = (inside < inside[:, -1:]).sum(dim=-1, keepdim=True)  # rounding leads beyond it at most
-    place = torch.minimum(torch.searchsorted(inside, targets - before, right=True), last)
-    return (256 * group + place)[:, 0].tolist()
+    place = torch.searchsorted(inside, targets - before, right=True)
+    token = 256 * group + torch.minimum(place, last)
+    return token[:, 0].tolist()
 
 
 def adjusted(logits: Tensor, row: SamplingRow) -> Tensor:
@@ -96,10 +103,11 @@ def adjusted(logits: Tensor, row: SamplingRow) -> Tensor:
     if params.logit_bias:
         ids, biases = zip(*params.logit_bias, strict=True)
         logits[list(ids)] += torch.tensor(biases, dtype=logits.dtype, device=logits.device)
+    prompt = torch.tensor(row.prompt_ids, dtype=torch.long, device=logits.device)
     output = torch.tensor(row.output_ids, dtype=torch.long, device=logits.device)
-    seen = torch.cat((torch.tensor(row.prompt_ids, dtype=torch.long, device=logits.device), output)).unique()
-    values = logits[seen]
-    logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    seen = torch.cat((prompt, output)).unique()
+    values, penalty = logits[seen], params.repetition_penalty
+    logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     ids, counts = output.unique(return_counts=True)
     logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
     if row.forbidden_ids:
@@ -109,8 +117,9 @@ def adjusted(logits: Tensor, row: SamplingRow) -> Tensor:
 
 def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
     """Returns probabilities (V,), float64, after temperature (> 0), top-k, top-p and min-p, in this order."""
-    weights = truncated(_weights(logits, logits.max(), params.temperature), params).double()
-    return weights / weights.sum()
+    weights = _weights(logits, logits.max(), params.temperature)
+    left = truncated(weights, params).double()
+    return left / left.sum()
 
 
 def truncated(weights: Tensor, params: SamplingParams) -> Tensor:
@@ -127,8 +136,10 @@ def truncated(weights: Tensor, params: SamplingParams) -> Tensor:
 def _heaviest(weights: Tensor, count: int) -> Tensor:
     """Returns weights (V,) with zeros for all but `count`; among equals the lower ids are kept."""
     border = weights.topk(count).values[-1]
-    above, equal = weights > border, weights == border
-    keep = above | (equal & (equal.cumsum(dim=0) <= count - above.sum()))
+    above = weights > border
+    equal = weights == border
+    num_equal = count - above.sum()
+    keep = above | (equal & (equal.cumsum(dim=0) <= num_equal))
     return torch.where(keep, weights, 0.0)
 
 

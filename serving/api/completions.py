@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import orjson
@@ -201,24 +202,24 @@ async def start_completion(
     refuse_when_full(engine, at_once, config, key=key)
     sampling = sampling_of(request)
     scored = prompt_candidates(request)
-    sequences = [
-        SequenceRequest(
+    sequences = []
+    for prompt_ids, choice in product(prompts, range(request.n)):
+        most_tokens = model.config.n_positions - len(prompt_ids)
+        sequence = SequenceRequest(
             seq_id=engine.next_seq_id(),
             prompt_ids=prompt_ids,
-            max_tokens=min(asked_tokens, model.config.n_positions - len(prompt_ids)),
-            sampling=replace(sampling, seed=choice_seed(sampling.seed, index)),
+            max_tokens=min(asked_tokens, most_tokens),
+            sampling=replace(sampling, seed=choice_seed(sampling.seed, choice)),
             ignore_eos=request.ignore_eos,
             stop_token_ids=tuple(request.stop_token_ids),
-            min_tokens=min(request.min_tokens, model.config.n_positions - len(prompt_ids)),
+            min_tokens=min(request.min_tokens, most_tokens),
             num_logprobs=request.logprobs,
-            num_prompt_logprobs=scored if index == 0 else None,  # the other choices share them: see `SharedPrompts`
+            num_prompt_logprobs=scored if choice == 0 else None,  # the other choices share them: see `SharedPrompts`
             embed=answer.EMBEDS,
             cache_scope=key if config.engine.prefix_cache_scope == "key" else "",
             weights=version.weights,
         )
-        for prompt_ids in prompts
-        for index in range(request.n)
-    ]
+        sequences.append(sequence)
     require_few_scores(request, sequences)
     num_prompt_tokens = sum(map(len, prompts))
     num_open = sum(min(request.reserved_tokens, sequence.max_tokens) for sequence in sequences)

@@ -46,16 +46,17 @@ class BlockPool:
     ) -> tuple[list[int], int] | None:
         """Returns blocks for `num_tokens` and how many of the prompt's tokens they contain already: at most all but the
         last, whose logits are needed. Returns None if there is no room."""
-        found = self._find(prompt_ids, root)
-        num_new = num_blocks_for(num_tokens) - len(found)
-        if num_new > self._num_free - sum(block in self._free for block in found):
+        shared = self._find(prompt_ids, root)
+        num_new = num_blocks_for(num_tokens) - len(shared)
+        num_shared_free = sum(block in self._free for block in shared)
+        if num_new > self._num_free - num_shared_free:
             return None
-        for block in found:
+        for block in shared:
             self._free.pop(block, None)
-        blocks = found + [self._take() for _ in range(num_new)]
+        blocks = shared + [self._take() for _ in range(num_new)]
         for block in blocks:
             self._num_holders[block] += 1
-        return blocks, len(found) * BLOCK_TOKENS
+        return blocks, len(shared) * BLOCK_TOKENS
 
     def release(self, blocks: Sequence[int]) -> None:
         """Frees the blocks that no other sequence holds. The last become free first: a shorter prefix fits more
@@ -80,7 +81,8 @@ class BlockPool:
     def forget(self, blocks: Sequence[int]) -> None:
         """Makes the blocks impossible to find."""
         for block in blocks:
-            if (prefix := self._prefix_of.pop(block, None)) is not None:
+            prefix = self._prefix_of.pop(block, None)
+            if prefix is not None:
                 del self._block_of[prefix]
 
     def _find(self, prompt_ids: Sequence[int], root: bytes) -> list[int]:

@@ -50,19 +50,21 @@ class Engine:
         events: list[TokenEvent] = []
         if chunks:
             hidden = self._runner.forward([_reading(chunk) for chunk in chunks])  # (N, C)
-            parts = hidden.split([chunk.last - chunk.first for chunk in chunks])
-            drawing: list[tuple[Chunk, Tensor]] = []
-            for chunk, part in zip(chunks, parts, strict=True):
-                self._keep_prompt_logprobs(chunk, part)
+            by_chunk = hidden.split([chunk.last - chunk.first for chunk in chunks])
+            drawing: list[Chunk] = []
+            last_rows: list[Tensor] = []
+            for chunk, rows in zip(chunks, by_chunk, strict=True):
+                self._keep_prompt_logprobs(chunk, rows)
                 if chunk.sequence.request.embed:
-                    chunk.sequence.hidden_states.append(part.clone())
+                    chunk.sequence.hidden_states.append(rows.clone())
                 if chunk.draws:
-                    drawing.append((chunk, part[-1]))
+                    drawing.append(chunk)
+                    last_rows.append(rows[-1])
                 else:
                     scheduler.advance(chunk, None)
             if drawing:
-                logits = self._runner.logits(torch.stack([row for _, row in drawing]))  # (M, V)
-                events = self._emit([chunk for chunk, _ in drawing], logits)
+                logits = self._runner.logits(torch.stack(last_rows))  # (M, V)
+                events = self._emit(drawing, logits)
         step_s = time.perf_counter() - began_s
         if chunks:
             continued = scheduler.num_continued
@@ -83,21 +85,29 @@ class Engine:
     def _emit(self, chunks: list[Chunk], logits: Tensor) -> list[TokenEvent]:
         """Samples from logits (M, V). A row with NaN or infinity ends its own sequence and no other."""
         best, finite = self._runner.survey(logits)
-        usable = finite.tolist()
-        drawing = [i for i, c in enumerate(chunks) if usable[i] and c.sequence.request.max_tokens > 0]
-        rows = logits if len(drawing) == len(chunks) else logits[drawing]
-        drawn = _sample([chunks[i].sequence for i in drawing], rows, best[drawing])
+        is_usable = finite.tolist()
+        drawing = []
+        for row, chunk in enumerate(chunks):
+            if is_usable[row] and chunk.sequence.request.max_tokens > 0:
+                drawing.append(row)
+        drawn_logits = logits if len(drawing) == len(chunks) else logits[drawing]
+        drawn = _sample([chunks[row].sequence for row in drawing], drawn_logits, best[drawing])
         tokens = dict(zip(drawing, drawn, strict=True))
         events = []
-        for i, chunk in enumerate(chunks):
-            sequence, token_id, logprobs = chunk.sequence, tokens.get(i), None
-            if token_id is not None and sequence.request.num_logprobs is not None:
-                [logprobs] = _candidates(logits[i : i + 1], [token_id], sequence.request.num_logprobs)
-            finish_reason = self._scheduler.advance(chunk, token_id) if usable[i] else self._scheduler.fail(sequence)
-            of_prompt, embedding = sequence.prompt_logprobs or None, _embedding(sequence.hidden_states)
-            seq_id = sequence.request.seq_id
-            events.append(TokenEvent(seq_id, token_id, finish_reason, logprobs, of_prompt, embedding))
-            sequence.prompt_logprobs, sequence.hidden_states = [], []
+        for row, chunk in enumerate(chunks):
+            sequence, request = chunk.sequence, chunk.sequence.request
+            token_id, logprobs = tokens.get(row), None
+            if token_id is not None and request.num_logprobs is not None:
+                [logprobs] = _candidates(logits[row : row + 1], [token_id], request.num_logprobs)
+            if is_usable[row]:
+                finish_reason = self._scheduler.advance(chunk, token_id)
+            else:
+                finish_reason = self._scheduler.fail(sequence)
+            prompt_logprobs = sequence.prompt_logprobs or None
+            embedding = _embedding(sequence.hidden_states)
+            events.append(TokenEvent(request.seq_id, token_id, finish_reason, logprobs, prompt_logprobs, embedding))
+            sequence.prompt_logprobs = []
+            sequence.hidden_states = []
         return events
 
     def _keep_prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> None:
@@ -122,27 +132,33 @@ def _reading(chunk: Chunk) -> Reading:
 
 
 def _sample(sequences: list[Sequence], logits: Tensor, best: Tensor) -> list[int]:
-    rows = [
-        SamplingRow(
-            s.request.sampling, s.request.prompt_ids, s.output_ids, position=s.num_tokens, forbidden_ids=s.forbidden_ids
+    if not sequences:
+        return []
+    rows = []
+    for sequence in sequences:
+        row = SamplingRow(
+            sequence.request.sampling,
+            sequence.request.prompt_ids,
+            sequence.output_ids,
+            position=sequence.num_tokens,
+            forbidden_ids=sequence.forbidden_ids,
         )
-        for s in sequences
-    ]
-    return sample_batch(logits, rows, best=best) if rows else []
+        rows.append(row)
+    return sample_batch(logits, rows, best=best)
 
 
 def _candidates(logits: Tensor, token_ids: list[int], num_top: int) -> list[Candidates]:
-    """Returns the log-probability of each row's own token and the row's most likely tokens, from logits (N, V)."""
+    """Returns the log-probability of each row's token and the row's most likely tokens, from logits (N, V)."""
     logprobs = logits.log_softmax(dim=-1)
-    own = logprobs.gather(1, torch.tensor(token_ids)[:, None])  # (N, 1)
-    ranks = 1 + torch.count_nonzero(logprobs > own, dim=-1)  # (N,)
-    top_values, top_ids = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)  # (N, num_top)
-    return [
-        Candidates(logprob, list(zip(ids, values, strict=True)), rank)
-        for [logprob], ids, values, rank in zip(
-            own.tolist(), top_ids.tolist(), top_values.tolist(), ranks.tolist(), strict=True
-        )
-    ]
+    of_tokens = logprobs.gather(1, torch.tensor(token_ids)[:, None])  # (N, 1)
+    ranks = 1 + torch.count_nonzero(logprobs > of_tokens, dim=-1)  # (N,)
+    top_logprobs, top_ids = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)  # (N, num_top)
+    columns = zip(of_tokens[:, 0].tolist(), top_ids.tolist(), top_logprobs.tolist(), ranks.tolist(), strict=True)
+    candidates = []
+    for logprob, ids, values, rank in columns:
+        top = list(zip(ids, values, strict=True))
+        candidates.append(Candidates(logprob, top, rank))
+    return candidates
 
 
 def _embedding(hidden_states: list[Tensor]) -> str | None:
@@ -150,4 +166,5 @@ def _embedding(hidden_states: list[Tensor]) -> str | None:
     would have other bits wherever a prompt is cut."""
     if not hidden_states:
         return None
-    return base64.b64encode(torch.cat(hidden_states).float().mean(dim=0).numpy().astype("<f4").tobytes()).decode()
+    mean = torch.cat(hidden_states).float().mean(dim=0)
+    return base64.b64encode(mean.numpy().astype("<f4").tobytes()).decode()

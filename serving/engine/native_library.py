@@ -145,9 +145,9 @@ def _compile(compiler: str, march: str, path: Path) -> None:
         command = [compiler, *_flags(march), str(SOURCES / "decoder.cpp"), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, check=False, timeout=COMPILE_TIMEOUT_S)
         if done.returncode != 0:
-            said = (done.stdout + done.stderr).decode(errors="replace").strip()[:500]
+            output = (done.stdout + done.stderr).decode(errors="replace").strip()
             raise NoNativeLibraryError(
-                f"{compiler} cannot compile {SOURCES.name}/ (exit status {done.returncode}): {said}"
+                f"{compiler} cannot compile {SOURCES.name}/ (exit status {done.returncode}): {output[:500]}"
             )
         sync(made)
         made.chmod(0o755)  # some umasks let the group write

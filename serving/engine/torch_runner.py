@@ -24,15 +24,23 @@ class TorchRunner:
 
     def __init__(self, model: GPT, *, num_blocks: int) -> None:
         self._model = model.eval()
-        shape = (model.config.n_layer, num_blocks, BLOCK_TOKENS, model.config.num_kv_heads, model.config.head_dim)
-        self._keys = torch.empty(shape, dtype=next(model.parameters()).dtype)  # (L, blocks, S, G, D)
+        config = model.config
+        shape = (config.n_layer, num_blocks, BLOCK_TOKENS, config.num_kv_heads, config.head_dim)
+        dtype = next(model.parameters()).dtype
+        self._keys = torch.empty(shape, dtype=dtype)  # (L, blocks, S, G, D)
         self._values = torch.empty_like(self._keys)
 
     def forward(self, readings: Sequence[Reading]) -> Tensor:
-        token_ids = [token_id for reading in readings for token_id in reading.token_ids]
-        positions = [position for reading in readings for position in reading.positions]
-        cache = StepCache(self._keys, self._values, readings)
-        hidden: Tensor = self._model(torch.tensor([token_ids]), kv_cache=cache, positions=torch.tensor([positions]))
+        token_ids: list[int] = []
+        positions: list[int] = []
+        for reading in readings:
+            token_ids += reading.token_ids
+            positions += reading.positions
+        hidden: Tensor = self._model(
+            torch.tensor([token_ids]),
+            kv_cache=StepCache(self._keys, self._values, readings),
+            positions=torch.tensor([positions]),
+        )
         return hidden[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -52,12 +60,12 @@ class StepCache:
 
     def window(self, positions: Tensor) -> "StepWindow":
         """Returns what tokens at `positions` (1, N) see."""
-        blocks = [r.blocks[position // BLOCK_TOKENS] for r in self.readings for position in r.positions]
-        own = positions.split([len(r.token_ids) for r in self.readings], dim=1)  # (1, T) each
-        sights = [
-            visible_mask(of_reading, reading.positions.stop, dtype=self.keys.dtype)
-            for of_reading, reading in zip(own, self.readings, strict=True)
-        ]
+        blocks: list[int] = []
+        sights = []
+        by_reading = positions.split([len(reading.token_ids) for reading in self.readings], dim=1)  # (1, T) each
+        for reading, row in zip(self.readings, by_reading, strict=True):
+            blocks += [reading.blocks[position // BLOCK_TOKENS] for position in reading.positions]
+            sights.append(visible_mask(row, reading.positions.stop, dtype=self.keys.dtype))
         return StepWindow(self, torch.tensor(blocks), positions[0] % BLOCK_TOKENS, sights)
 
 
@@ -72,19 +80,29 @@ class StepWindow:
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attends with queries (1, H, N, D), keys and values (1, G, N, D)."""
-        pools = self.cache.keys[layer], self.cache.values[layer]  # (blocks, S, G, D)
-        for pool, new in zip(pools, (keys, values), strict=True):
-            pool[self.blocks, self.offsets] = new[0].transpose(0, 1)  # (N, G, D)
-        readings, found = self.cache.readings, []
+        all_keys = self.cache.keys[layer]  # (blocks, S, G, D)
+        all_values = self.cache.values[layer]
+        all_keys[self.blocks, self.offsets] = keys[0].transpose(0, 1)  # (N, G, D)
+        all_values[self.blocks, self.offsets] = values[0].transpose(0, 1)
+        readings = self.cache.readings
         rows = queries.split([len(reading.token_ids) for reading in readings], dim=2)  # (1, H, T, D) each
+        outputs = []
         for row, reading, (is_causal, mask) in zip(rows, readings, self.sights, strict=True):
-            seen_keys, seen_values = (for_each_head(seen(pool, reading), row.shape[1], dim=1) for pool in pools)
-            y = F.scaled_dot_product_attention(row, seen_keys, seen_values, attn_mask=mask, is_causal=is_causal)
-            found.append(y)
-        return torch.cat(found, dim=2)
+            num_heads = row.shape[1]
+            output = F.scaled_dot_product_attention(
+                row,
+                for_each_head(seen(all_keys, reading), num_heads, dim=1),
+                for_each_head(seen(all_values, reading), num_heads, dim=1),
+                attn_mask=mask,
+                is_causal=is_causal,
+            )
+            outputs.append(output)
+        return torch.cat(outputs, dim=2)
 
 
 def seen(pool: Tensor, reading: Reading) -> Tensor:
     """Returns the keys or values (1, G, P, D) that a reading sees of a layer's (blocks, S, G, D)."""
     end = reading.positions.stop
-    return pool[reading.blocks[: num_blocks_for(end)]].flatten(0, 1)[:end].transpose(0, 1)[None]
+    blocks = reading.blocks[: num_blocks_for(end)]
+    rows = pool[blocks].flatten(0, 1)[:end]  # (P, G, D)
+    return rows.transpose(0, 1)[None]

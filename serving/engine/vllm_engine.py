@@ -177,11 +177,11 @@ class VllmEngine:
         begun = {_seq_id(new.req_id): new for new in plan.scheduled_new_reqs}
         admitted = self._starts.fresh(begun)
         self._looked_up += sum(len(begun[seq_id].prompt_token_ids) for seq_id in admitted)
-        found = [begun[seq_id].num_computed_tokens for seq_id in admitted]
-        self._found += sum(found)
+        num_cached = [begun[seq_id].num_computed_tokens for seq_id in admitted]
+        self._found += sum(num_cached)
         if admitted and self._on_admission is not None:
             scheduler = self._scheduler
-            self._on_admission(Admission(admitted, len(scheduler.running), len(scheduler.waiting), found))
+            self._on_admission(Admission(admitted, len(scheduler.running), len(scheduler.waiting), num_cached))
         return plan
 
     def _forget_all_blocks(self) -> None:
@@ -250,8 +250,8 @@ def _seq_id(name: str) -> int:
 def _candidates(entries: dict[int, Any], token_id: int, num_top: int) -> Candidates:
     """Converts vLLM's entries: the token itself, and the others by rank."""
     ranked = sorted((entry.rank, other, entry.logprob) for other, entry in entries.items() if entry.rank <= num_top)
-    own = entries[token_id]
-    return Candidates(own.logprob, [(other, logprob) for _, other, logprob in ranked], own.rank)
+    entry = entries[token_id]
+    return Candidates(entry.logprob, [(other, logprob) for _, other, logprob in ranked], entry.rank)
 
 
 def _require_device(config: EngineConfig) -> None:
