@@ -1,7 +1,8 @@
 """Copies a worker's state into its node's memory after a step, and back from some node's memory after a failure.
 
-Where every rank holds the whole state, the ranks of a node divide it among them; of a sharded state each writes
-its own share. Without a keeper on the node, as outside a Ray job, nothing is kept and training is the same.
+A keeper is a process on each node that owns the memory, and outlives the workers for the launch of a run (`keepers`).
+Where every rank holds the whole state, the ranks of a node divide it among them, so each node has a copy; of a sharded
+state each rank writes its own share. Without a keeper, as outside a Ray job, nothing is kept and training is the same.
 """
 
 import itertools
@@ -38,7 +39,7 @@ _FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class Share:
-    """What one area of a node's memory has of the state."""
+    """What one area of a node's memory has of the state. An area has slots, which are written in turn."""
 
     area: str
     rank: int  # its number among the shares

@@ -23,12 +23,12 @@ from model.training.optimizer import learning_rate
 
 @dataclass
 class Attempt:
-    """What `open_attempt` has opened, all of it there. Only `guard` is replaced, once a step."""
+    """What `open_attempt` has opened, all of it there. The training loop replaces `guard` once a step, and nothing else."""
 
     plan: RunPlan
     group: WorkerGroup
     number: int  # of the run's attempts, from 1
-    generation: int  # of the run's writers
+    generation: int  # the number of the run's writer, which shuts out writers with lower ones
     first_step: int
     state: TrainState
     guard: GuardState  # belongs to `state`
@@ -62,7 +62,7 @@ class Attempt:
     def update(self, step: int, measured: Measured) -> Decision:
         """Decides what to do with the step's gradient, and applies it where that is the decision.
 
-        Weights that are to be saved are looked at: they must be finite.
+        At a step that saves, weights that are not finite turn the decision into a rollback.
         """
         config, timer = self.plan.config, self.record.timer
         decision = decide(self.guard, config, step=step, loss=measured.loss, grad_norm=measured.norm)

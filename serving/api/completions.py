@@ -200,26 +200,14 @@ async def start_completion(
         raise ApiError(str(error), param=answer.PROMPT_FIELD, code="invalid_value") from None
     prompts = await asyncio.to_thread(lambda: [read(prompt) for prompt in texts])
     refuse_when_full(engine, at_once, config, key=key)
-    sampling = sampling_of(request)
-    scored = prompt_candidates(request)
-    sequences = []
-    for prompt_ids, choice in product(prompts, range(request.n)):
-        most_tokens = model.config.n_positions - len(prompt_ids)
-        sequence = SequenceRequest(
-            seq_id=engine.next_seq_id(),
-            prompt_ids=prompt_ids,
-            max_tokens=min(asked_tokens, most_tokens),
-            sampling=replace(sampling, seed=choice_seed(sampling.seed, choice)),
-            ignore_eos=request.ignore_eos,
-            stop_token_ids=tuple(request.stop_token_ids),
-            min_tokens=min(request.min_tokens, most_tokens),
-            num_logprobs=request.logprobs,
-            num_prompt_logprobs=scored if choice == 0 else None,  # the other choices share them: see `SharedPrompts`
-            embed=answer.EMBEDS,
-            cache_scope=key if config.engine.prefix_cache_scope == "key" else "",
-            weights=version.weights,
-        )
-        sequences.append(sequence)
+    sequences = _sequences(
+        request,
+        prompts,
+        version=version,
+        engine=engine,
+        embeds=answer.EMBEDS,
+        cache_scope=key if config.engine.prefix_cache_scope == "key" else "",
+    )
     require_few_scores(request, sequences)
     num_prompt_tokens = sum(map(len, prompts))
     num_open = sum(min(request.reserved_tokens, sequence.max_tokens) for sequence in sequences)
@@ -259,6 +247,39 @@ async def start_completion(
         message = f"The request has waited for {max_queue_s:g} s, which is the most; try again later"
         raise overloaded(message, retry_after_s=math.ceil(max_queue_s)) from None
     return completion
+
+
+def _sequences(
+    request: CompletionRequest,
+    prompts: Sequence[list[int]],
+    *,
+    version: LoadedVersion,
+    engine: EngineClient,
+    embeds: bool,
+    cache_scope: str,
+) -> list[SequenceRequest]:
+    """Returns what the engine gets: `n` choices of each prompt, one after the other."""
+    sampling = sampling_of(request)
+    scored = prompt_candidates(request)
+    sequences = []
+    for prompt_ids, choice in product(prompts, range(request.n)):
+        most_tokens = version.model.config.n_positions - len(prompt_ids)
+        sequence = SequenceRequest(
+            seq_id=engine.next_seq_id(),
+            prompt_ids=prompt_ids,
+            max_tokens=min(request.token_limit, most_tokens),
+            sampling=replace(sampling, seed=choice_seed(sampling.seed, choice)),
+            ignore_eos=request.ignore_eos,
+            stop_token_ids=tuple(request.stop_token_ids),
+            min_tokens=min(request.min_tokens, most_tokens),
+            num_logprobs=request.logprobs,
+            num_prompt_logprobs=scored if choice == 0 else None,  # the other choices share them: see `SharedPrompts`
+            embed=embeds,
+            cache_scope=cache_scope,
+            weights=version.weights,
+        )
+        sequences.append(sequence)
+    return sequences
 
 
 def _require_possible(request: CompletionRequest, model: ServedModel) -> None:

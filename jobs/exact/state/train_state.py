@@ -1,7 +1,8 @@
 """Holds and updates the state that a training step changes: weights and the update rule's vectors, in flat buffers.
 
-The model's parameters and gradients are views into flat fp32 buffers (`flat_layout`), so a lane's gradient is summed,
-clipped and applied as one vector. With `scaling.shard`, a rank keeps part of this state only for the parts it owns
+The model's parameters and gradients are views into flat fp32 buffers (`flat_layout`) of P values, so a gradient is
+summed, clipped and applied as one vector. The weights come in an order of their own: those that decay lie before
+`layout.boundary`. With `scaling.shard`, a rank keeps part of this state only for the parts it owns
 (ZeRO, arXiv 1910.02054): of the rule's vectors, with `gradients` of the gradient too, and with `parameters` of the
 weights too, which it gathers to compute (`gathered_weights`). It updates its own parts, and sends them to all that keep
 the weights whole: the same bits, because the rule (`rules`) works value by value.
@@ -44,7 +45,7 @@ class StatePiece(NamedTuple):
 
 
 class _Sending(NamedTuple):
-    """What is updated at a time, and then sent, where others wait for it."""
+    """What is updated at a time. Where other ranks need the new weights, it is sent while the next is updated."""
 
     buckets: Sequence[Span]  # of which these stretches are this rank's parts
     stretches: Sequence[Stretch]
@@ -75,11 +76,13 @@ class TrainState:
         self.shapes = parameter_shapes(model.config)
         self.layout = FlatLayout.of(self.shapes)
         self.rule = update_rule(config)
-        assert self.rule.unit is Unit.VALUE, "parts end between any two blocks of values"
+        assert self.rule.unit is Unit.VALUE, (
+            "parts begin and end inside parameters: no rank has whole matrices"
+        )
         self.copies = HostCopies(device)
         self.sharding = sharding or Sharding(rank=group.rank, world_size=group.world_size)
         self.peers = Peers(self.sharding.holders, group)
-        """The ranks that hold this rank's copy of the state together."""
+        """The ranks that together hold one copy of the state, this rank among them; there may be several copies."""
         self._group = group
         self.owned = self.layout.whole
         if not self.sharding.is_whole:
@@ -126,8 +129,11 @@ class TrainState:
         return self.owned if self.sharding.is_divided(name) else self.layout.whole
 
     def weights_in_use(self) -> AbstractContextManager[None]:
-        """Lasts while the model computes, between two updates: all ranks enter and leave together, and compute as often
-        as each other meanwhile, where the weights are sharded."""
+        """Lasts while the model computes, between two updates.
+
+        Where the weights are sharded, each use gathers them from all ranks: so all enter and leave together, and call the
+        model equally often.
+        """
         return self.gathered.in_use() if self.gathered else nullcontext()
 
     def close(self) -> None:

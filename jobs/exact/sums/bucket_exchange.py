@@ -1,8 +1,10 @@
-"""Brings the subtree sums of peers together, bucket by bucket, while backward continues.
+"""Finishes the sum of a step's gradient among ranks, its peers, bucket by bucket, while backward continues.
 
-Every peer sends each part of a bucket to the part's owner, finishes the tree over its own part, and sends the result to
-all (but not with a sharded optimizer). With one subtree each, the bytes are those of a ring all-reduce. Messages go
-from and into permanent buffers.
+The sum is one binary tree over all lanes (`exact_reduce`), whichever peer computed a lane: so its bits do not depend on
+the number of peers. Each peer comes with the sums of some subtrees, those of its own lanes. It sends each part of a
+bucket to the part's owner, adds its own part of all subtrees along the rest of the tree, and, with `sends_sums`, sends
+the result to all. With one subtree for each peer, that is as many bytes as a ring all-reduce sends. Messages go from
+and into permanent buffers.
 """
 
 from collections.abc import Sequence
@@ -18,10 +20,11 @@ from jobs.exact.sums.step_totals import block_square_sums
 
 
 class BucketExchange:
-    """Exchanges the sums in `buffers`: the first K hold this peer's subtree sums, and the first becomes the whole sum.
+    """Exchanges the sums in `buffers`, each as long as the gradient.
 
-    Without `sends_sums`, only this peer's parts of the first become whole. `most_subtrees` is the largest number of
-    subtrees that all peers have together.
+    The first of them hold this peer's subtree sums, one each, and the very first becomes the whole sum. Without
+    `sends_sums`, as with a sharded optimizer, only this peer's parts of it become whole. `most_subtrees` is the largest
+    number of subtrees that all peers have together.
     """
 
     def __init__(
@@ -54,10 +57,12 @@ class BucketExchange:
         subtrees: Sequence[Sequence[range]],
         num_lanes: int,
     ) -> None:
-        """Prepares for the buckets of a step of so many lanes, with the subtrees of each peer."""
+        """Prepares for the buckets of a step of so many lanes. `subtrees` has those of each peer, as ranges of lanes; two
+        or more peers have at least two together."""
         self._root = range(num_lanes)
         self._num_subtrees = [len(nodes) for nodes in subtrees]
         self._order = _as_received(subtrees)
+        # One whole level of the tree, in order, is added up a level at a time, in few calls.
         self._is_level = self._order == _level(self._root, len(self._order))
         self.block_sums = []
 
@@ -115,7 +120,7 @@ def _as_received(subtrees: Sequence[Sequence[range]]) -> list[range]:
 
 
 def _level(root: range, num_nodes: int) -> list[range]:
-    """Returns the first level of the tree that has so many nodes, or the last one."""
+    """Returns the first level of the tree that has at least so many nodes, or the last one."""
     level = [root]
     while len(level) < num_nodes and len(level[0]) > 1:
         lower: list[range] = []
