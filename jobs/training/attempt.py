@@ -23,7 +23,7 @@ from model.training.optimizer import learning_rate
 
 @dataclass
 class Attempt:
-    """What `open_attempt` has opened, all of it there. The training loop replaces `guard` once a step, and nothing else."""
+    """What `open_attempt` has opened, all of it there. The training loop replaces `guard` once a step, else nothing."""
 
     plan: RunPlan
     group: WorkerGroup

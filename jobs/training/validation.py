@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,8 +64,11 @@ class Validator:
     def validate(self, step: int, *, moves: Callable[[], None]) -> dict[str, Any]:
         """Returns the figures of what is held out, or else of all sets together, None for what is not finite. Records
         them with samples and the figures of each set. `moves` is called before each batch."""
-        held_out = [self._measured(self._held_out, moves=moves)] if self._held_out else []
-        measured_sets = {name: self._measured(rows, moves=moves) for name, rows in self._sets.items()}
+        measure = partial(
+            measured, config=self._config, state=self._state, group=self._group, eot_id=self._eot_id, moves=moves
+        )
+        held_out = [measure(self._held_out)] if self._held_out else []
+        measured_sets = {name: measure(rows) for name, rows in self._sets.items()}
         if not held_out and not measured_sets:
             return {}  # a replay of a run that only sets validate: its steps need none of them
         figures = together(held_out or list(measured_sets.values())).figures
@@ -77,34 +81,43 @@ class Validator:
         self._tell("validation", step=step, **figures, **sets, samples=completed)
         return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
-    @torch.no_grad()
-    def _measured(self, rows: TokenStream, *, moves: Callable[[], None]) -> Measured:
-        config, state, group = self._config, self._state, self._group
-        size, most_rows = config.train.micro_batch_size, max(1, config.train.eval_max_tokens // seq_len(config))
-        num_rows = rows.count_rows(at_most=most_rows)
-        batches = [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
-        # Each element has one contributor, so the all-reduce adds only zeros and rounds nothing.
-        figures = torch.zeros(2, len(batches), dtype=torch.float64, device=state.device)  # losses, and tokens counted
-        state.model.eval()
-        with state.weights_in_use():
-            for first in range(0, len(batches), group.world_size):
-                index = first + group.rank
-                if index >= len(batches) and not state.gathered:
-                    break
-                moves()
-                batch = batches[min(index, len(batches) - 1)]  # a rank without one helps to gather the weights
-                read = patiently(lambda: rows.rows(batch), "tokens")  # noqa: B023 (called at once)
-                with autocast(config, state.device):
-                    loss = state.model.loss(*micro_batch(read, config, state.device, eot_id=self._eot_id)).double()
-                if index < len(batches):
-                    figures[0, index], figures[1, index] = loss, num_counted(read[1])
-        state.model.train()
-        figures = figures.cpu()  # over gloo, which fails where a worker is lost
-        if group.world_size > 1:
-            with group.message():
-                dist.all_reduce(figures)
-        nats, num_counted_tokens = (float(row.sum()) for row in figures)
-        return Measured(nats, num_counted_tokens, num_rows * seq_len(config), rows.bytes_per_token(num_rows))
+
+@torch.no_grad()
+def measured(
+    rows: TokenStream,
+    *,
+    config: RunConfig,
+    state: TrainState,
+    group: WorkerGroup,
+    eot_id: int | None,
+    moves: Callable[[], None] = lambda: None,
+) -> Measured:
+    """Measures held-out rows; calls `moves` before each batch."""
+    size, most_rows = config.train.micro_batch_size, max(1, config.train.eval_max_tokens // seq_len(config))
+    num_rows = rows.count_rows(at_most=most_rows)
+    batches = [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+    # Each element has one contributor, so the all-reduce adds only zeros and rounds nothing.
+    figures = torch.zeros(2, len(batches), dtype=torch.float64, device=state.device)  # losses, and tokens counted
+    state.model.eval()
+    with state.weights_in_use():
+        for first in range(0, len(batches), group.world_size):
+            index = first + group.rank
+            if index >= len(batches) and not state.gathered:
+                break
+            moves()
+            batch = batches[min(index, len(batches) - 1)]  # a rank without one helps to gather the weights
+            read = patiently(lambda: rows.rows(batch), "tokens")  # noqa: B023 (called at once)
+            with autocast(config, state.device):
+                loss = state.model.loss(*micro_batch(read, config, state.device, eot_id=eot_id)).double()
+            if index < len(batches):
+                figures[0, index], figures[1, index] = loss, num_counted(read[1])
+    state.model.train()
+    figures = figures.cpu()  # over gloo, which fails where a worker is lost
+    if group.world_size > 1:
+        with group.message():
+            dist.all_reduce(figures)
+    nats, num_counted_tokens = (float(row.sum()) for row in figures)
+    return Measured(nats, num_counted_tokens, num_rows * seq_len(config), rows.bytes_per_token(num_rows))
 
 
 def together(texts: Sequence[Measured]) -> Measured:

@@ -76,9 +76,7 @@ class TrainState:
         self.shapes = parameter_shapes(model.config)
         self.layout = FlatLayout.of(self.shapes)
         self.rule = update_rule(config)
-        assert self.rule.unit is Unit.VALUE, (
-            "parts begin and end inside parameters: no rank has whole matrices"
-        )
+        assert self.rule.unit is Unit.VALUE, "parts begin and end inside parameters: no rank has whole matrices"
         self.copies = HostCopies(device)
         self.sharding = sharding or Sharding(rank=group.rank, world_size=group.world_size)
         self.peers = Peers(self.sharding.holders, group)
@@ -131,8 +129,8 @@ class TrainState:
     def weights_in_use(self) -> AbstractContextManager[None]:
         """Lasts while the model computes, between two updates.
 
-        Where the weights are sharded, each use gathers them from all ranks: so all enter and leave together, and call the
-        model equally often.
+        Where the weights are sharded, each use gathers them from all ranks: so all enter and leave together, and call
+        the model equally often.
         """
         return self.gathered.in_use() if self.gathered else nullcontext()
 

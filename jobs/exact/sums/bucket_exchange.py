@@ -57,8 +57,10 @@ class BucketExchange:
         subtrees: Sequence[Sequence[range]],
         num_lanes: int,
     ) -> None:
-        """Prepares for the buckets of a step of so many lanes. `subtrees` has those of each peer, as ranges of lanes; two
-        or more peers have at least two together."""
+        """Prepares for the buckets of a step of so many lanes.
+
+        `subtrees` has those of each peer, as ranges of lanes; two or more peers have at least two together.
+        """
         self._root = range(num_lanes)
         self._num_subtrees = [len(nodes) for nodes in subtrees]
         self._order = _as_received(subtrees)

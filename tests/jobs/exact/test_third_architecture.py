@@ -1,8 +1,8 @@
 """A third architecture is laid out block by block, as GPT-2 and Llama are."""
 
 import pytest
-from jobs.exact.flat_layout import FlatLayout
 
+from jobs.exact.state.flat_layout import FlatLayout
 from model.shapes import parameter_shapes
 from tests.gated_gpt2 import add_gated_gpt2, gated_config
 

@@ -9,8 +9,8 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
-from model.files.checkpoint_folder import ChatFormat
 from model.text.chat import rendered
+from model.text.chat_format import ChatFormat
 from model.text.tokenizer import Tokenizer
 from serving.delivery.versions import Versions
 from serving.text.reader import BoundedReader, TrustedReader

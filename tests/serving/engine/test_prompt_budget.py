@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from hypothesis import given
 from hypothesis import strategies as st
-from model.sampling_params import SamplingParams
 
+from model.generation.sampling_params import SamplingParams
 from serving.engine.block_pool import BlockPool
 from serving.engine.messages import SequenceRequest
 from serving.engine.prompt_budget import BACKLOG_S, LEAST_TOKENS, LONGEST, MOST_TOKENS, STEP_S, PromptBudget

@@ -8,9 +8,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from model.tokenizer import Tokenizer
 
 from model.gpt import GPT
+from model.text.tokenizer import Tokenizer
 from tests.serving.endpoint_parts import children_with
 from tests.serving.load import End, Load, Outcome, greedy_asks
 from tests.serving.serve_command import MODEL, PROXY, killed, serve_command
