@@ -94,7 +94,8 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
             is_over_steps=False,
         ),
     }
-    if known := [line["mfu"] for line in ledger.steps if line["mfu"] is not None]:
+    known = [line["mfu"] for line in ledger.steps if line["mfu"] is not None]
+    if known:
         text = f"Model FLOPs utilization over {span}; the median is {np.median(known):.1%} of the GPUs' bf16 peak."
         found["mfu"] = Picture("Model FLOPs utilization", text, _mfu)
     if ledger.events("layers"):
@@ -111,18 +112,22 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
 def smoothed(values: Sequence[float], ledger: Ledger) -> Array:
     """Returns the mean over a window around each step's value, cut at the ends of the run and of each attempt, so that
     another number of workers is a step in the curve, not a slope."""
-    least = min(_LEAST_SMOOTHED_STEPS, len(values) * _LEAST_SMOOTHED_SHARE)
-    half = int(max(least, len(values) * _SMOOTHED_SHARE) / 2)
+    count = len(values)
+    least = min(_LEAST_SMOOTHED_STEPS, count * _LEAST_SMOOTHED_SHARE)
+    half = int(max(least, count * _SMOOTHED_SHARE) / 2)
     attempts = np.array([line["attempt"] for line in ledger.steps])
-    parts = np.split(np.asarray(values, dtype=np.float64), np.flatnonzero(np.diff(attempts)) + 1)
-    return np.concatenate([_window_means(part, half) for part in parts])
+    starts = np.flatnonzero(np.diff(attempts)) + 1
+    by_attempt = np.split(np.asarray(values, dtype=np.float64), starts)
+    return np.concatenate([_window_means(part, half) for part in by_attempt])
 
 
 def _window_means(values: Array, half: int) -> Array:
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(len(values))
-    low, high = np.maximum(ends - half, 0), np.minimum(ends + half + 1, len(values))
-    return np.asarray((sums[high] - sums[low]) / (high - low), dtype=np.float64)
+    low = np.maximum(ends - half, 0)
+    high = np.minimum(ends + half + 1, len(values))
+    means = (sums[high] - sums[low]) / (high - low)
+    return np.asarray(means, dtype=np.float64)
 
 
 def _over_steps(axes: Axes, ledger: Ledger, *, is_lowest: bool) -> None:

@@ -35,9 +35,10 @@ class SampleOrder:
         """Returns the source of each sample and its row there. An epoch of a source takes each of its rows once."""
         indices = np.asarray(samples, dtype=np.int64)
         pattern, ranks, num_in_pattern = _source_pattern(self.weights)
-        periods, places = np.divmod(indices, len(pattern))
-        sources = pattern[places]
-        numbers = periods * num_in_pattern[sources] + ranks[places]  # of earlier samples that took a row of the source
+        periods, in_pattern = np.divmod(indices, len(pattern))
+        sources = pattern[in_pattern]
+        # Of earlier samples, so many took a row of the source.
+        numbers = periods * num_in_pattern[sources] + ranks[in_pattern]
         num_rows = np.array(self.num_rows, dtype=np.int64)[sources]
         epochs, places = np.divmod(numbers, num_rows)
         rows = np.empty_like(places)
@@ -59,10 +60,13 @@ def _source_pattern(weights: tuple[float, ...]) -> tuple[Indices, Indices, Indic
 
     The j-th of a source's n samples is due at (j + 1/2) / n of the pattern, so any stretch holds each source's share.
     """
-    counts = counts_of_sources(weights) if len(weights) > 1 else np.ones(1, dtype=np.int64)
+    counts = np.ones(1, dtype=np.int64)
+    if len(weights) > 1:
+        counts = counts_of_sources(weights)
     sources = np.repeat(np.arange(len(counts)), counts)
     ranks = np.concatenate([np.arange(count) for count in counts])
-    order = np.argsort((ranks + 0.5) / counts[sources], kind="stable")
+    due = (ranks + 0.5) / counts[sources]
+    order = np.argsort(due, kind="stable")
     return sources[order], ranks[order], counts
 
 

@@ -19,9 +19,10 @@ from jobs.tokens.shard_reader import Piece, ShardReader
 from jobs.tokens.token_store import Shard, Split, TokenStoreError, read_list, read_manifest
 from model.linear_cross_entropy import IGNORE_INDEX
 
-_OPEN_LISTS = 8  # at once, of a source: a window has shards of two
-_LOOKS_A_WINDOW, _SAMPLES_A_LOOK = 8, 4096
-_LEAST_SHARE = 16  # a run that ends sooner in a window reads its rows one by one
+_OPEN_LISTS = 8  # lists of shards at once, of a source: the samples of a window are in the shards of two lists
+_LOOKS_A_WINDOW = 8  # looks for the shards that the next samples need; a window is that of the shuffle
+_SAMPLES_A_LOOK = 4096
+_LEAST_SHARE = 16  # a run that ends within this share of a window reads its rows one by one
 
 
 class ShardChain:
@@ -49,17 +50,18 @@ class ShardChain:
             number = int(np.searchsorted(self._ends, position, side="right"))
             stop = min(end, int(self._ends[number]))
             shard, _, last = self.text[number]
-            behind = last - int(self._ends[number])  # a token's place in its shard, less its place here
+            offset = last - int(self._ends[number])  # a token's place in its shard, less its place here
             if shard.is_list:
-                yield from self._opened(shard).pieces(position + behind, stop + behind)
+                yield from self._opened(shard).pieces(position + offset, stop + offset)
             else:
-                yield Piece(shard, position + behind, stop + behind)
+                yield Piece(shard, position + offset, stop + offset)
             position = stop
 
     def bytes_per_token(self, num_tokens: int) -> float:
         """Returns the bytes of text per token of the shards that hold the first `num_tokens`, whatever follows them."""
-        counted = [piece.shard for piece in self.pieces(0, num_tokens)]
-        return sum(shard.bytes for shard in counted) / sum(shard.tokens for shard in counted)
+        shards = [piece.shard for piece in self.pieces(0, num_tokens)]
+        num_bytes = sum(shard.bytes for shard in shards)
+        return num_bytes / sum(shard.tokens for shard in shards)
 
 
 class TokenStream:

@@ -155,9 +155,9 @@ class Completion:
         }
         if self.shows_cache:
             # As the prompt's tokens, which count once.
-            of_prompts = self.sequences[:: self.request.n]
-            found = [self.generation.num_found.get(sequence.seq_id, 0) for sequence in of_prompts]
-            usage["prompt_tokens_details"] = {"cached_tokens": sum(found)}
+            first_choices = self.sequences[:: self.request.n]
+            num_cached = sum(self.generation.num_found.get(sequence.seq_id, 0) for sequence in first_choices)
+            usage["prompt_tokens_details"] = {"cached_tokens": num_cached}
         return usage
 
 

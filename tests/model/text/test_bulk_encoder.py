@@ -20,7 +20,7 @@ from model.text.tokenizer import Tokenizer, TokenizerError, train_bpe
 Edit = Callable[[dict[str, Any]], object]
 
 MIXTURE = module._MIXTURE
-GPT4_PATTERN = module._PIECES["gpt4"] + module._BLANK_PIECES
+GPT4_PATTERN = module._PIECES["gpt-4"] + module._BLANK_PIECES
 SCRIPTS = {
     "Latin": [(0x41, 0x5A), (0x61, 0x7A), (0x61, 0x7A), (0xC0, 0x17F), (0x1E00, 0x1EFF)],
     "Greek": [(0x370, 0x3FF), (0x1F00, 0x1FFF)],
@@ -127,10 +127,10 @@ def add_merges(content: dict[str, Any], *pairs: tuple[str, str]) -> None:
 
 VARIANTS: dict[str, Edit] = {
     "trained": lambda content: None,
-    "GPT-2's pattern": split(module._PIECES["gpt2"] + module._BLANK_PIECES),
+    "GPT-2's pattern": split(module._PIECES["gpt-2"] + module._BLANK_PIECES),
     "GPT-4's pattern": split(GPT4_PATTERN),
     "Qwen's pattern": split(module._PIECES["qwen"] + module._BLANK_PIECES),
-    "GPT-4o's pattern": split(module._PIECES["gpt4o"] + module._BLANK_PIECES),
+    "GPT-4o's pattern": split(module._PIECES["gpt-4o"] + module._BLANK_PIECES),
     "permuted ids": permute_ids,
     "merges as text": merge_in_text,
     "every split, merges ignored": list_every_split,
