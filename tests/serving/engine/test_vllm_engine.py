@@ -149,7 +149,7 @@ def test_it_reports_its_steps_its_queue_and_its_cache_as_our_engine_does(folder:
     seen = Seen()
 
     async def scenario() -> None:
-        settings = vllm_config(max_num_seqs=1, vllm_args={"block_size": 32})
+        settings = vllm_config(max_num_seqs=1, prefill_tokens_per_step=128, vllm_args={"block_size": 32})
         client = await EngineClient.start(folder, config=settings, eos_id=None, threads=1)
         try:
             prompt = list(range(1, 101))
