@@ -7,8 +7,9 @@ streams, each of which sends its next request when its last one has ended. All c
 so at speed, and else in fp32; one more endpoint of raymill's computes in int8, its fastest precision, which vLLM has for
 quantized checkpoints only. Servers stream over HTTP to one client. Contenders take turns, and all but one stand still; a
 ratio is the median of its rounds' ratios, and above 1 it says that raymill is the faster one. `int8_vllm_ratio` compares
-the fastest of each. `http_over_engine` is the endpoint's speed in that of its engine alone;
-`bandwidth_fraction` the rate at which one stream's tokens read the weights, of that at which this machine reads memory.
+the fastest of each, `ttft_p99_ratio` and `itl_p99_ratio` the 99th percentiles of the time to the first token and of that
+between tokens. `http_over_engine` is the endpoint's speed in that of its engine alone; `bandwidth_fraction` the rate at
+which one stream's tokens read the weights, of that at which this machine reads memory.
 Prints a table as it goes and, last, one JSON object. A contender that is missing or fails ends it with exit code 1.
 
 All are held to AVX2 by RAYMILL_KERNELS_MARCH=x86-64-v3 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2.
@@ -186,6 +187,10 @@ def figures(
         "http_over_engine_1": ratio("engine", one, rate),
         "ttft_ratio_16": ratio("vllm", many, lambda load: 1 / statistics.median(load.ttft_s)),
         "ttft_ratio_1": ratio("vllm", one, lambda load: 1 / statistics.median(load.ttft_s)),
+        "ttft_p99_ratio_16": ratio("vllm", many, lambda load: 1 / percentiles_ms(load.ttft_s)[1]),
+        "ttft_p99_ratio_1": ratio("vllm", one, lambda load: 1 / percentiles_ms(load.ttft_s)[1]),
+        "itl_p99_ratio_16": ratio("vllm", many, lambda load: 1 / percentiles_ms(load.itl_s)[1]),
+        "itl_p99_ratio_1": ratio("vllm", one, lambda load: 1 / percentiles_ms(load.itl_s)[1]),
         "transformers_ratio_1": ratio("transformers", one, rate),
         "transformers_ratio_16": ratio("transformers", many, rate),
         "memory_gb_per_s": round(bandwidth / 1e9, 2),
