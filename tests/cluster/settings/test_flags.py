@@ -16,6 +16,7 @@ from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, ServeConfig
 from model.config import GPTConfig
 from model.gpus import GPUS
 from model.tables import read_table
+from serving.engine.prompt_budget import STEP_S
 
 YAML = """
 data: {source: corpus/*.txt}
@@ -225,7 +226,8 @@ def test_each_line_of_help_is_that_of_a_setting_and_true() -> None:
     assert lines["PlanConfig"]["gpu"].endswith(f"one of {', '.join(GPUS)}")
     engine = lines["EngineConfig"]
     assert f"; {CPU_NUM_SEQS} when unset" in engine["max_num_seqs"]
-    assert f"; {CPU_PREFILL_TOKENS} when unset" in engine["prefill_tokens_per_step"]
+    assert f"a step of {1000 * STEP_S:.0f} ms" in engine["prefill_tokens_per_step"]
+    assert f"for vLLM {CPU_PREFILL_TOKENS} on a CPU" in engine["prefill_tokens_per_step"]
 
 
 @pytest.mark.parametrize(
