@@ -1,5 +1,5 @@
-"""Makes the READMEs' pictures: the processes, a finished run, the endpoint that serves it, the dashboard of a canary, a
-worker's memory.
+"""Makes the READMEs' pictures: the processes, a finished run, the endpoint that serves it, the dashboard of a canary, the
+memory of a worker and of an endpoint.
 `make pictures` runs it.
 
     python -m tests.pictures [RUN_FOLDER]
@@ -20,6 +20,7 @@ from playwright.sync_api import expect, sync_playwright
 from cluster.settings.serve import ServeConfig
 from serving.app import run
 from tests.benchmarks.bench_attempt_memory import picture_of_memory
+from tests.benchmarks.bench_serving_memory import picture_of_serving_memory
 from tests.canary_picture import picture_of_canary
 from tests.processes_picture import PICTURE, draw
 from tests.repository import REPOSITORY
@@ -47,6 +48,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         save(picture_of_canary(Path(scratch)), REPOSITORY / "serving" / "canary.png")
     save(picture_of_memory(), REPOSITORY / "jobs" / "memory.png")
+    save(picture_of_serving_memory(), REPOSITORY / "serving" / "memory.png")
     for name in FIGURES:
         save((folder / "report" / f"{name}.png").read_bytes(), REPOSITORY / "jobs" / f"{name}.png")
     checkpoint = max((folder / "checkpoints").glob("step-*"))
