@@ -137,9 +137,9 @@ def storage_check(arguments: Arguments) -> Result:
     from cluster.submission.storage_check import check_storage
 
     uri = absolute_uri(arguments[_PLACE])
-    passed, problem = check_storage(uri)
-    checked = {"storage": uri, "usable": not problem, "passed": passed, "problem": problem}
-    return Result(checked, is_bad=bool(problem))
+    checks, problem = check_storage(uri)
+    values = {"storage": uri, "usable": not problem, "passed": checks, "problem": problem}
+    return Result(values, is_bad=bool(problem))
 
 
 def delete(arguments: Arguments) -> Result:

@@ -138,7 +138,7 @@ def checkpoint_list(arguments: Arguments) -> Result:
     from model.files.checkpoint_folder import MANIFEST
 
     published = publications(open_storage(arguments[STORAGE]))
-    usable = (found for found in reversed(published) if open_storage(found.checkpoint).exists(MANIFEST))
+    usable = (entry for entry in reversed(published) if open_storage(entry.checkpoint).exists(MANIFEST))
     latest = next(usable, None)
     rows, shown = [], []
     for publication in published:

@@ -22,7 +22,7 @@ MODULES = {
 }
 
 
-def taken(command: Command) -> set[Argument[Any]]:
+def accepted(command: Command) -> set[Argument[Any]]:
     """Returns the arguments of the command's line that may have more than one value."""
     arguments = set()
     for argument in command.arguments:
@@ -59,7 +59,7 @@ def read(function: FunctionType, seen: set[FunctionType]) -> set[Argument[Any]]:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_a_command_reads_the_arguments_that_it_takes_and_no_others(command: Command) -> None:
     assert isinstance(command.run, FunctionType)
-    assert read(command.run, set()) == taken(command) - {CONFIG, CONFIG_FLAG}  # which `Arguments.config` reads
+    assert read(command.run, set()) == accepted(command) - {CONFIG, CONFIG_FLAG}  # which `Arguments.config` reads
 
 
 def test_an_argument_that_is_read_and_not_taken_would_be_seen() -> None:
@@ -68,7 +68,7 @@ def test_an_argument_that_is_read_and_not_taken_would_be_seen() -> None:
 
     command = Command("nothing", "nothing", run, [STORAGE])
     assert isinstance(run, FunctionType)
-    assert read(run, set()) != taken(command)
+    assert read(run, set()) != accepted(command)
 
 
 def test_each_command_and_each_group_has_one_record() -> None:
