@@ -82,7 +82,8 @@ def command_parser(words: Sequence[str] | None = None) -> Parser:
 
     Only the named command gets its arguments, as a configuration tree takes long to import.
     """
-    usage, about = "raymill [-h] [--version] COMMAND ...", f"{__doc__}\n{_overview()}"
+    usage = "raymill [-h] [--version] COMMAND ..."
+    about = f"{__doc__}\n{_overview()}"
     parser = Parser(prog="raymill", usage=usage, description=about, formatter_class=FirstManual)
     shown = f"raymill {version()}, code {code_version()}" if words and "--version" in words else ""  # reads all code
     parser.add_argument("--version", action="version", version=shown, help="print the version and the code's hash")

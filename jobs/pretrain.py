@@ -116,7 +116,9 @@ def prepare(config: RunConfig) -> PreparedText:
     Raises `ConfigError` when a prompt cannot be continued, and what `tokenize` raises.
     """
     config = like_its_source(config)
-    listing = list_corpus(config.data.source, text_endings=config.data.text_endings)
+    listing = None  # where a tokenizer is named, its prompts are checked before the corpus is listed
+    if config.data.tokenizer is None:
+        listing = list_corpus(config.data.source, text_endings=config.data.text_endings)
     tokenizer, tokenizer_uri = ensure_tokenizer(config, listing)
     check_prompts(config, tokenizer)
     return PreparedText(config, tokenizer, tokenizer_uri, tokenize(config, listing))

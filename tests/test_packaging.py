@@ -119,7 +119,7 @@ def test_a_wheel_is_built_without_a_warning_and_lacks_nothing(tmp_path: Path) ->
 def test_the_installation_says_what_it_does(at_terminal: bool) -> None:
     """And pip says what it fetches, to a person who watches."""
     reader, writer = pty.openpty() if at_terminal else os.pipe()
-    command = ["make", "--dry-run", "--always-make", ".venv/.installed"]
+    command = ["make", "--dry-run", "--always-make", "--no-print-directory", ".venv/.installed"]
     done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=writer, text=True, check=True)
     for descriptor in (reader, writer):
         os.close(descriptor)

@@ -85,6 +85,7 @@ def _attempt_at(run: Storage, step: int) -> Line | None:
     """Returns the start event of the current attempt once the run has completed `step`, until then None."""
     with suppress(StorageError):  # it is asked again
         ledger = Ledger.read(run)
-        starts, steps = ledger.events("start"), [line["step"] for line in ledger.lines if "event" not in line]
+        starts = ledger.events("start")
+        steps = [line["step"] for line in ledger.lines if "event" not in line]
         return starts[-1] if starts and steps and steps[-1] >= step else None
     return None

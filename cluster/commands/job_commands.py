@@ -95,7 +95,8 @@ def _submitted(config: RunConfig, view: JobView, *, is_new: bool) -> Result:
 
 
 def _backend(arguments: Arguments, config: RunConfig) -> JobBackend:
-    address, overlay = arguments[ADDRESS] or config.cluster.address, arguments[KUBERAY]
+    address = arguments[ADDRESS] or config.cluster.address
+    overlay = arguments[KUBERAY]
     if overlay is not None:
         return backend_at(Backend.KUBERAY, arguments[OVERLAYS_NAMESPACE] or "", overlay=overlay_folder(overlay))
     if address is not None:

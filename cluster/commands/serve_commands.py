@@ -113,7 +113,8 @@ def export(arguments: Arguments) -> Result:
     from cluster.storage.references import checkpoint_uri
     from cluster.storage.registry import named_checkpoint
 
-    destination, storage_uri = absolute_uri(arguments[_NEW_PLACE]), arguments[STORAGE]
+    destination = absolute_uri(arguments[_NEW_PLACE])
+    storage_uri = arguments[STORAGE]
     checkpoint = checkpoint_uri(arguments[CHECKPOINT], storage_uri)
     say(f"export: {named_checkpoint(checkpoint, storage_uri)} to {destination}")
 

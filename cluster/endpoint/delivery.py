@@ -99,7 +99,8 @@ class Operator:
 
 def progress_of(state: dict[str, Any], *, phase_s: float) -> str:
     """Says what an endpoint is doing for its promotion, and for how much longer."""
-    live, candidate = state["live"]["checkpoint"], (state["candidate"] or state["live"])["checkpoint"]
+    live = state["live"]["checkpoint"]
+    candidate = (state["candidate"] or state["live"])["checkpoint"]
     terms = state["terms"] or {}
     left = f"{max(0.0, terms.get('watch_s', 0.0) - phase_s):.0f} s more"
     match state["phase"]:

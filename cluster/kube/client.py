@@ -244,7 +244,8 @@ class _RefusedError(ClusterError):
         super().__init__(self._words(said, method, path) or f"Kubernetes refused {method} {path}: {error.reason}")
 
     def _words(self, said: Object, method: str, path: str) -> str:
-        what, message = path.rsplit("/namespaces/", maxsplit=1)[-1], said.get("message", "")
+        what = path.rsplit("/namespaces/", maxsplit=1)[-1]
+        message = said.get("message", "")
         if self.status == 403 and "exceeded quota" not in message:
             is_operators = what.split("/")[1:2] and what.split("/")[1] in _OPERATORS_KINDS
             group = "k8s/base/rbac.yaml gives the group raymill-operators that right"

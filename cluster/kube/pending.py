@@ -37,7 +37,8 @@ def reasons(manifest: Object, clusters: list[Object], pods: list[Object], events
     reasons = {name: reason for name, reason in why.items() if reason is not None}
     name, names = manifest["metadata"]["name"], cluster_names(manifest)
     born = manifest["metadata"]["creationTimestamp"]
-    is_job, has_redis = manifest["kind"] == "RayJob", "gcsFaultToleranceOptions" in cluster_spec(manifest)
+    is_job = manifest["kind"] == "RayJob"
+    has_redis = "gcsFaultToleranceOptions" in cluster_spec(manifest)
     submitters = [pod for pod in pods if is_job and _label(pod, "job-name") == name]
     redis = [pod for pod in pods if has_redis and _label(pod, "raymill/role") == "redis"]
     nodes = [pod for pod in pods if _label(pod, "ray.io/cluster") in names and _label(pod, "ray.io/is-ray-node")]

@@ -125,7 +125,8 @@ def _job(status: Object) -> str:
 
 def _service(manifest: Object, status: Object) -> str:
     ready, upgrade = (conditions(manifest).get(kind, {}) for kind in ("Ready", "UpgradeInProgress"))
-    active, pending = status.get("activeServiceStatus") or {}, status.get("pendingServiceStatus") or {}
+    active = status.get("activeServiceStatus") or {}
+    pending = status.get("pendingServiceStatus") or {}
     ill = _not_running(active)
     if ready.get("status") == "True":
         text = f"is answering on the cluster {active.get('rayClusterName', '')}".rstrip()
@@ -158,12 +159,14 @@ def _cluster(manifest: Object, status: Object) -> str:
         return f"cannot make its pods{_why(failure)}"
     if head.get("status") == "False":
         return f"waits for its head{_why(head)}"
-    ready, desired = status.get("readyWorkerReplicas", 0), status.get("desiredWorkerReplicas", 0)
+    ready = status.get("readyWorkerReplicas", 0)
+    desired = status.get("desiredWorkerReplicas", 0)
     return f"is up: its head is ready, and {ready} of {desired} workers"
 
 
 def _why(status: Object) -> str:
-    reason, message = status.get("reason", "").replace("Unknown", ""), status.get("message", "")
+    reason = status.get("reason", "").replace("Unknown", "")
+    message = status.get("message", "")
     return f" ({reason}){_detail(message)}" if reason else _detail(message)
 
 

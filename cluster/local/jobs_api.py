@@ -64,7 +64,8 @@ class JobsApi:
 
     def probe(self) -> None:
         """Raises `ClusterError` unless a Ray of a fitting version answers and accepts the token."""
-        version, ours = self._ask("GET", "/api/version").get("ray_version"), metadata.version("ray")
+        version = self._ask("GET", "/api/version").get("ray_version")
+        ours = metadata.version("ray")
         if version is None:
             raise self._is_no_dashboard()
         if version.split(".")[:2] != ours.split(".")[:2]:

@@ -253,7 +253,8 @@ class LocalCluster:
         """Waits until the nodes are alive. One that ends or is late is started again, as a machine that was busy at the
         time is the usual reason: Ray ends a node that takes over 30 s. Raises `ClusterError`."""
         began_s = said_s = time.monotonic()
-        launched_s, num_starts = dict.fromkeys(names, began_s), dict.fromkeys(names, 1)
+        launched_s = dict.fromkeys(names, began_s)
+        num_starts = dict.fromkeys(names, 1)
         while True:
             alive, now_s = self._alive_nodes(), time.monotonic()
             # A new head first counts its predecessor too, until that one's health checks have failed.

@@ -124,7 +124,8 @@ class Grafana:
         return _retried(lambda: self._annotate(annotation))
 
     def _annotate(self, annotation: Annotation) -> str:
-        time_ms, tags = round(annotation.time_s * 1000), ["raymill", annotation.kind, annotation.subject]
+        time_ms = round(annotation.time_s * 1000)
+        tags = ["raymill", annotation.kind, annotation.subject]
         tagged = "&".join(f"tags={quote(tag)}" for tag in tags)
         found = self._ask_once("GET", f"/annotations?from={time_ms}&to={time_ms}&{tagged}")
         if any(there["text"] == annotation.text for there in found):

@@ -194,7 +194,8 @@ def _new_bars() -> "Progress":
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
-    label, note = TextColumn("{task.description:>12}"), TextColumn("{task.fields[note]}")
+    label = TextColumn("{task.description:>12}")
+    note = TextColumn("{task.fields[note]}")
     amount = TextColumn("{task.completed:g} of {task.total:g} {task.fields[unit]}")
     return Progress(label, BarColumn(), amount, TimeRemainingColumn(), note, console=Console(stderr=True))
 

@@ -73,7 +73,8 @@ class BatchSchedule:
         while num_lanes < self.full_lanes:
             stages.append(Stage(step, tokens // self.lane_tokens, num_lanes))
             steps = -((tokens - self._due_tokens(num_lanes + 1)) // (num_lanes * self.lane_tokens))  # rounded up
-            step, tokens = step + steps, tokens + steps * num_lanes * self.lane_tokens
+            step = step + steps
+            tokens = tokens + steps * num_lanes * self.lane_tokens
             num_lanes = self._due_lanes(tokens)
         return (*stages, Stage(step, tokens // self.lane_tokens, num_lanes))
 

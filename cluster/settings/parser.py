@@ -43,7 +43,8 @@ class Parser(argparse.ArgumentParser):
         """Refuses unknown arguments here, as only a subcommand's own parser can suggest its flags."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            flag, known = unknown[0].split("=")[0], list(self._option_string_actions)
+            flag = unknown[0].split("=")[0]
+            known = list(self._option_string_actions)
             meant = newcomers_word(flag.rpartition(".")[2]) if "--train.max-tokens" in known else ""
             self.error(f"unknown argument {flag}{meant or suggestion(flag, known)}")
         return namespace, unknown

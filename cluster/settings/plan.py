@@ -56,7 +56,8 @@ class PlanConfig(Settings):
 
     @model_validator(mode="after")
     def _below_the_peak(self) -> Self:
-        given, peak = self.sustained_tflops, self.hardware.peak_flops_per_s / 1e12
+        given = self.sustained_tflops
+        peak = self.hardware.peak_flops_per_s / 1e12
         if given is not None and given > peak:
             raise ValueError(f"sustained_tflops={given:g} exceeds the {peak:g} TFLOP/s that one {self.gpu} can do")
         return self

@@ -152,7 +152,8 @@ class RunConfig(Settings):
             raise ValueError(
                 f"scaling.shard={self.scaling.shard} needs train.exact: shards are what the exact sum's workers own"
             )
-        schedule, batch = batch_schedule(self), "batch_ramp_start" if train.batch_ramp_start else "global_batch_size"
+        schedule = batch_schedule(self)
+        batch = "batch_ramp_start" if train.batch_ramp_start else "global_batch_size"
         num_lanes = schedule.num_lanes(1)
         if num_lanes < self.scaling.max_workers:
             raise ValueError(

@@ -160,7 +160,8 @@ class TrainConfig(ShapingSettings):
             return self
         if self.schedule != "wsd":
             raise ValueError(f"train.cooldown_tokens={self.cooldown_tokens} needs train.schedule=wsd; cosine has none")
-        horizon, warmup = self.decay_tokens or self.max_tokens, self.warmup_tokens or 0
+        horizon = self.decay_tokens or self.max_tokens
+        warmup = self.warmup_tokens or 0
         if warmup + self.cooldown_tokens > horizon:
             raise ValueError(
                 f"train.cooldown_tokens={self.cooldown_tokens} after train.warmup_tokens={warmup} exceeds the horizon "

@@ -47,7 +47,8 @@ def main() -> int:
         if not isinstance(values, dict) or not values.get("run_id"):
             raise ConfigError(f"{Path(arguments.config)} names no run_id, by which a restarted job finds its run")
         storage = open_storage((values.get("storage") or {}).get("uri", ".raymill"))
-        run, stage = storage.child(f"runs/{values['run_id']}"), stage_name(arguments.module)
+        run = storage.child(f"runs/{values['run_id']}")
+        stage = stage_name(arguments.module)
         if (code := hopeless_end(run, arguments.job)) is not None:
             say(f"error: {arguments.job} has ended by an error that no other attempt mends; `raymill logs` shows it")
             return code

@@ -78,7 +78,8 @@ class FileCache:
             return True
 
     def _make_room(self, num_bytes: int, kept: Collection[str]) -> None:
-        wanted, copies = {file.version for file in self._wanted}, [*self.folder.iterdir()]
+        wanted = {file.version for file in self._wanted}
+        copies = [*self.folder.iterdir()]
         copies.sort(key=lambda copy: (copy.name in wanted, copy.stat().st_mtime_ns))
         held = sum(copy.stat().st_size for copy in copies)
         bound = min(self._max_bytes, (held + shutil.disk_usage(self.folder).free) // 2)

@@ -161,7 +161,8 @@ def _explained_errors(storage: HubStorage, key: str = "") -> Iterator[None]:
         yield
     # The first is the base of what its HTTP library raises, whichever that is.
     except (errors.HTTPError, errors.EntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        uri, host = interface.join_uri(storage.uri, key), _endpoint().rpartition("@")[2]
+        uri = interface.join_uri(storage.uri, key)
+        host = _endpoint().rpartition("@")[2]
         code = str(error.response.status_code) if isinstance(error, errors.HfHubHTTPError) else None
         is_missing = isinstance(error, _MISSING) and not isinstance(error, errors.GatedRepoError)
         kind = interface.NotFoundError if is_missing else interface.StorageError

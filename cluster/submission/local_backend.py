@@ -31,7 +31,8 @@ class LocalJobs(JobBackend):
     kind, where, folders = Backend.LOCAL, socket.gethostname(), Folders.SAME
 
     def check(self, config: RunConfig, stage: str, needs: dict[str, Any]) -> None:
-        memory, count = psutil.virtual_memory().total, max(1, config.cluster.num_nodes - 1)
+        memory = psutil.virtual_memory().total
+        count = max(1, config.cluster.num_nodes - 1)
         cpus = config.cluster.cpus_per_node or cpus_per_node(config)
         # All nodes share the memory of this machine.
         nodes = [{"CPU": float(cpus), "memory": memory / count}] * count

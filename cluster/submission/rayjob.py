@@ -26,7 +26,8 @@ def rayjob(objects: list[Object], config: RunConfig, stage: str, *, name: str, n
     if len(found) != 1:
         raise AdmissionError(f"the overlay has {len(found)} RayJobs of the component {component!r}; expected one")
     job = copy.deepcopy(found[0])
-    labels, annotations = job["metadata"]["labels"], job["metadata"].get("annotations", {})
+    labels = job["metadata"]["labels"]
+    annotations = job["metadata"].get("annotations", {})
     job["metadata"] |= {"name": name, "annotations": annotations | {RUN_ANNOTATION: str(config.run_id)}}
     job["spec"]["entrypoint"] = shlex.join(entrypoint(STAGES[stage], _PATH, job=name))
     for volume in cluster_spec(job)["headGroupSpec"]["template"]["spec"]["volumes"]:
@@ -58,7 +59,8 @@ def _fit_group(group: Object, config: RunConfig, needs: dict[str, Any]) -> None:
 
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     scaling, name = config.scaling, group["groupName"]
-    cpus, memory = float(parse_quantity(limits["cpu"])), float(parse_quantity(limits["memory"]))
+    cpus = float(parse_quantity(limits["cpu"]))
+    memory = float(parse_quantity(limits["memory"]))
     need = needs["worker_bytes"]
     rooms = {
         f"scaling.threads_per_worker={scaling.threads_per_worker}, and the pods have {cpus:g} CPUs": (

@@ -132,7 +132,8 @@ def view_job(run: Storage, token_file: Path | None) -> JobView | None:
     if has_ended or record.backend is Backend.HAND:
         return _seen_in_storage(run, record, launch, ended)
     try:
-        state, note = backend_at(record.backend, record.where, token_file=token_file).state(record), ""
+        state = backend_at(record.backend, record.where, token_file=token_file).state(record)
+        note = ""
     except ClusterError as error:
         state, note = None, str(error)
     is_young = time.time() - record.submitted < _SUBMITTING_S

@@ -46,7 +46,8 @@ def index_corpus(store: Storage, chunks: Sequence[Chunk], data: DataConfig) -> l
     indexed = [(b"", 0)] * len(chunks)
     with DataProgress("indexing documents", total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
         for result in run_tasks(chunks, partial(index_chunk, store=store, data=data)):
-            digest, num_documents = result.content[:32], int.from_bytes(result.content[32:], "little")
+            digest = result.content[:32]
+            num_documents = int.from_bytes(result.content[32:], "little")
             progress.advance(result.item.bytes, documents=num_documents, rss_bytes=result.rss_bytes)
             indexed[result.item.number] = digest, num_documents
     return indexed

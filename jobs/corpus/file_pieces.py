@@ -31,7 +31,8 @@ def cut_files(store: Storage, files: Sequence[CorpusFile], data: DataConfig) -> 
     if tasks:
         with progress("unpacking", total=sum(file.size for file in large) / 1e6) as advance:
             for result in run_tasks(tasks, partial(cut_file, store=store, data=data)):
-                file, folder = result.item.parts[0].file, store.child(result.content.decode())
+                file = result.item.parts[0].file
+                folder = store.child(result.content.decode())
                 pieces[file.number] = [_part(file, folder.uri, entry) for entry in folder.entries("0")]
                 advance(file.size / 1e6)
     return pieces
@@ -69,7 +70,8 @@ def _pieces(file: CorpusFile, data: DataConfig) -> Iterator[tuple[int, bytes]]:
                 raise endless_header(file.uri)
             header = first.content if first else b""
         else:
-            header, units = b"", (Record(*line, is_fresh=True) for line in lines(text, limit=limit))
+            header = b""
+            units = (Record(*line, is_fresh=True) for line in lines(text, limit=limit))
         yield from _gathered(units, header, least_bytes=min(data.shard_bytes, _MAX_PIECE_BYTES))
 
 

@@ -173,7 +173,8 @@ def _parts(name: str) -> tuple[str, str]:
 
 def most_is_skipped(listing: Listing) -> str:
     """Returns a warning where most bytes of the corpus lie in files of unknown ending, and nothing elsewhere."""
-    num_read, num_skipped = sum(file.size for file in listing.files), listing.skipped_bytes.total()
+    num_read = sum(file.size for file in listing.files)
+    num_skipped = listing.skipped_bytes.total()
     if num_skipped <= num_read:
         return ""
     endings = dict.fromkeys(_parts(ending)[0] for ending, _ in listing.skipped_bytes.most_common())

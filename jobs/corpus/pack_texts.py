@@ -33,7 +33,8 @@ def pack(source: str, destination: str, data: DataConfig) -> dict[str, Any]:
     or not empty; `NotFoundError` for a source where nothing is.
     """
     source, _ = pinned(source)
-    target, counts = open_storage(destination), dict.fromkeys(("files", "documents", "bytes", "packed_files"), 0)
+    target = open_storage(destination)
+    counts = dict.fromkeys(("files", "documents", "bytes", "packed_files"), 0)
     if any(True for _ in target.entries()):
         raise CorpusError(f"{target.uri} is not empty; name a new folder, or delete what is there")
     if f"{target.uri}/".startswith(f"{absolute_uri(source)}/"):

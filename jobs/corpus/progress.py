@@ -47,7 +47,8 @@ class DataProgress(AbstractContextManager["DataProgress"]):
 
     def _show(self) -> None:
         self.metrics.publish()
-        megabytes, seconds = self._counts["source_bytes"] / 1e6, max(1e-9, time.monotonic() - self._started)
+        megabytes = self._counts["source_bytes"] / 1e6
+        seconds = max(1e-9, time.monotonic() - self._started)
         note = "".join(f"{self._counts[unit]:,} {unit}, " for unit in ("documents", "tokens") if self._counts[unit])
         done, total, unit = float(self._num_tasks - self._queued), float(self._num_tasks), "tasks"
         if self._total_bytes:

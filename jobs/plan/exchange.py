@@ -30,7 +30,8 @@ class Traffic:
     num_messages: int = 0
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        links, cards = self.link_bytes + other.link_bytes, self.card_bytes + other.card_bytes
+        links = self.link_bytes + other.link_bytes
+        cards = self.card_bytes + other.card_bytes
         return Traffic(links, cards, self.num_messages + other.num_messages)
 
     def __mul__(self, times: int) -> "Traffic":
@@ -79,7 +80,8 @@ def exchange(
     hides: to the owners of parts, and what these have summed to all. Updated weights go round while later ones are
     updated, which hides little; where the weights are sharded, nothing hides what is sent for the next step.
     """
-    train, sharding = config.train, Sharding.of(config.scaling, rank=0, world_size=world_size)
+    train = config.train
+    sharding = Sharding.of(config.scaling, rank=0, world_size=world_size)
     group, num_groups, num_holders = sharding.group_size, sharding.num_groups, sharding.num_holders
     near = min(world_size, options.gpus_per_node)
     within = partial(between_all, size=group, near=min(group, near))
@@ -87,7 +89,8 @@ def exchange(
     passes = math.ceil(math.ceil(num_lanes / num_groups) * train.micro_batches_per_lane / group)
     subtrees = subtrees_of_ranks(num_lanes, min(num_groups, num_lanes))
 
-    matrices, num_buckets = sum(map(len, layout.decoder_blocks)), len(layout.buckets)
+    matrices = sum(map(len, layout.decoder_blocks))
+    num_buckets = len(layout.buckets)
     num_calls = round(num_buckets * matrices / layout.size)
     products = within(product_bytes(config) * matrices, num_calls=num_calls)
     others = within(FP32_BYTES * (layout.size - matrices), num_calls=num_buckets - num_calls)
@@ -106,8 +109,10 @@ def exchange(
         first = products
     backward = again + products + others
 
-    micro_batch_s, forward_share = lane_s / train.micro_batches_per_lane, 1 / 4 if train.recompute else 1 / 3
-    forward_s, backward_s = forward_share * micro_batch_s, (1 - forward_share) * micro_batch_s
+    micro_batch_s = lane_s / train.micro_batches_per_lane
+    forward_share = 1 / 4 if train.recompute else 1 / 3
+    forward_s = forward_share * micro_batch_s
+    backward_s = (1 - forward_share) * micro_batch_s
     beside_update_s = 0.0
     if sharding.sends_values:  # all but the first stretch of an update is computed beside the sending of another one
         beside_update_s = _update_s(config, layout, options) / num_holders * (1 - 1 / NUM_SENDINGS)

@@ -47,7 +47,8 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int) -> dic
     second = max(map(len, layout.places.values())) * (way_to_compute(config) == "cpu" and num_lanes > num_groups)
     if group == 1 and per_lane > 1:
         second = layout.size  # what autograd adds the lane's micro-batches up in
-    is_whole, block = not sharding.divided.values, max(map(len, layout.decoder_blocks))
+    is_whole = not sharding.divided.values
+    block = max(map(len, layout.decoder_blocks))
     rest = layout.boundary - sum(map(len, layout.decoder_blocks))  # the embeddings
     rounded = config.train.numerics.rounded_bytes * (layout.boundary if is_whole else rest)
     return {
@@ -118,7 +119,8 @@ def host_memory(config: RunConfig, layout: FlatLayout, *, world_size: int, gpus_
     state = state_bytes_per_value(update_rule(config.train)) * layout.size
     num_ranks = min(world_size, gpus_per_node)
     holders = Sharding.of(config.scaling, rank=0, world_size=world_size).num_holders
-    shares, are_copied = state * (num_ranks / holders if holders > 1 else 1.0), holders == world_size > gpus_per_node
+    shares = state * (num_ranks / holders if holders > 1 else 1.0)
+    are_copied = holders == world_size > gpus_per_node
     return {
         "snapshots": shares * (NUM_SLOTS + are_copied),
         "copies_of_another_node": shares * NUM_SLOTS * are_copied,

@@ -54,7 +54,8 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
     compute_s, step_s = moved.compute_s, moved.step_s
 
     sharding = Sharding.of(config.scaling, rank=0, world_size=size)
-    state, holders = state_bytes_per_value(update_rule(config.train)) * layout.size, sharding.num_holders
+    state = state_bytes_per_value(update_rule(config.train)) * layout.size
+    holders = sharding.num_holders
     copy_bytes_per_s = min(gpu.host_bytes_per_s, COPY_BYTES_PER_S)  # a piece moves while another one is written
     shares = min(size, options.gpus_per_node) if sharding.is_whole else holders
     snapshot_s = state / shares / copy_bytes_per_s  # each rank's share

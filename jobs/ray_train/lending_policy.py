@@ -55,7 +55,8 @@ class LendingPolicy(ElasticScalingPolicy):
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         config = self.scaling_config
-        free, needs = ray.available_resources(), config._resources_per_worker_not_none
+        free = ray.available_resources()
+        needs = config._resources_per_worker_not_none
         self._count = workers_to_run(
             super()._count_possible_workers(reserved_resources),
             num_lent=self._lender.num_lent(),

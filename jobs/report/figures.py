@@ -154,7 +154,8 @@ def _mark_interruptions(axes: Axes, ledger: Ledger) -> None:
 
 
 def _plot_smoothed(axes: Axes, ledger: Ledger, field: str, *, label: str) -> None:
-    steps, values = [line["step"] for line in ledger.steps], [line[field] for line in ledger.steps]
+    steps = [line["step"] for line in ledger.steps]
+    values = [line[field] for line in ledger.steps]
     alpha, size = (0.3, 3) if len(steps) > 300 else (0.6, 5)
     axes.plot(steps, values, ".", color=SERIES, alpha=alpha, markersize=size, label=f"{label}, each step")
     axes.plot(steps, smoothed(values, ledger), color=SERIES, linewidth=1.8, label=f"{label}, smoothed")

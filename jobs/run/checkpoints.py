@@ -112,7 +112,8 @@ class RunCheckpoints:
             shutil.rmtree(spooled)
 
     def _upload(self, spooled: Path) -> None:
-        folder, manifest = self.folder(spooled.name), (spooled / MANIFEST).read_bytes()
+        folder = self.folder(spooled.name)
+        manifest = (spooled / MANIFEST).read_bytes()
         if folder.exists(MANIFEST) and folder.read_bytes(MANIFEST) != manifest:  # a run that was rolled back
             self.check_fence()
             folder.delete(MANIFEST)

@@ -20,7 +20,8 @@ from model.config import GPTConfig
 
 CONFIG_FILE = "config.yaml"
 ASSUMED_PRICES = {"GPU": 2.0, "CPU": 0.05}  # dollars per hour: round numbers near what clouds ask
-_REVISION, _COMMIT = re.compile(r"^(hf://.+?)@[^/]+"), re.compile("^hf://.+?@[0-9a-f]{40}")
+_REVISION = re.compile(r"^(hf://.+?)@[^/]+")
+_COMMIT = re.compile("^hf://.+?@[0-9a-f]{40}")
 _MEASUREMENTS = ("phases", "layers")  # events that a run has hundreds of
 
 
@@ -89,7 +90,8 @@ def statistics(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
     """Returns (name, value with its unit) of the run's summary, all of it from the ledger but the planned steps."""
     steps, again, wall_s, pauses = ledger.steps, lost_steps(ledger), ledger.wall_s, ledger.pauses.values()
     stops = [stop for stop in ledger.interruptions() if stop.pause_s is None]
-    useful_s, again_s = sum(line["wall_s"] for line in steps), sum(line["wall_s"] for line in again)
+    useful_s = sum(line["wall_s"] for line in steps)
+    again_s = sum(line["wall_s"] for line in again)
     idle_s = sum(stop.seconds or 0.0 for stop in stops)
     kind, hours = worker_hours(ledger, config)
     numbers = ", ".join(f"{first}–{last}" if last > first else f"{first}" for first, last in lost_ranges(ledger))

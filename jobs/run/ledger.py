@@ -267,7 +267,8 @@ class Ledger:
                 begun, saved, world_size = line, None, line["world_size"]
             elif "event" not in line:
                 if found and begun and last_step:
-                    lost, seconds = last_step["step"] - begun["step"], round(line["time"] - last_step["time"], 3)
+                    lost = last_step["step"] - begun["step"]
+                    seconds = round(line["time"] - last_step["time"], 3)
                     found[-1] = replace(found[-1], lost_steps=lost, seconds=seconds)
                 begun, last_step = None, line
         return found

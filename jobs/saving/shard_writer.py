@@ -86,7 +86,8 @@ class ShardWriter(SavingThread[Shard, Shard]):
             self._raise_failure()
             time.sleep(_POLL_S)
         if self._sharding.writes:
-            name, start_s = checkpoint_name(metadata.step, metadata.generation), time.monotonic()
+            name = checkpoint_name(metadata.step, metadata.generation)
+            start_s = time.monotonic()
             shares = state.share(self._sharding.place, world_size=self._sharding.num_holders)
             flat = self._free.pop() if self._free else torch.empty(len(shares), state.owned.num_values)
             weights, train_state = own_stretches(state, dict(zip(shares, flat, strict=True)))

@@ -106,7 +106,8 @@ def _bytes_per_unit(file: CorpusFile, data: DataConfig) -> float:
     with storage.open(name) as raw, named_damage(file.uri):
         if file.kind == "parquet":
             return file.size / max(1, pq.ParquetFile(raw).metadata.num_rows)
-        text, num_bytes = decompressed(raw, file, max_ratio=data.max_compression_ratio), 0
+        text = decompressed(raw, file, max_ratio=data.max_compression_ratio)
+        num_bytes = 0
         while raw.tell() < _FRONT_BYTES and (piece := text.read(1 << 20)):
             num_bytes += len(piece)
         return raw.tell() / num_bytes

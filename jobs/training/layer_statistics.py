@@ -57,7 +57,8 @@ class LayerStatistics:
     def _square_sums(self, flat: Tensor, *, is_divided: bool) -> Tensor:
         """Returns the sum of squares of each layer (L,), in float64, over a flat buffer, of which each rank of a group
         has its own parts if that is divided."""
-        state, sums = self._state, torch.zeros(len(self._layers), dtype=torch.float64, device=flat.device)
+        state = self._state
+        sums = torch.zeros(len(self._layers), dtype=torch.float64, device=flat.device)
         layout = state.layout
         for name, in_parameter, packed in layout.pieces(state.owned if is_divided else layout.whole):
             place = in_parameter.shifted(layout.places[name].start) if len(flat) == layout.size else packed

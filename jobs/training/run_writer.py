@@ -78,7 +78,8 @@ class RunWriter:
         return name
 
     def _check_settings(self, folder: Path) -> None:
-        saved, wanted = asdict(read_config(folder)), asdict(self._plan.config.model)
+        saved = asdict(read_config(folder))
+        wanted = asdict(self._plan.config.model)
         differing = [f"{key} {saved[key]}, expected {wanted[key]}" for key in wanted if saved[key] != wanted[key]]
         if (folder / "tokenizer.json").read_bytes() != self._plan.tokenizer_json:
             differing.append("another tokenizer than is under tokenizers/ now")

@@ -32,7 +32,8 @@ def train(
     `meeting` is the round in which the workers met. `pulse` shows a watchdog where this worker is. `signals` returns
     what changes when its process is warned of its end.
     """
-    group, pulse = WorkerGroup(rank, world_size, meeting or Meeting()), pulse or Pulse({})
+    group = WorkerGroup(rank, world_size, meeting or Meeting())
+    pulse = pulse or Pulse({})
     pulse.meeting = group.meeting
     while _attempt_continues(plan, group, pulse, signals):  # a rollback is a restart without Ray Train
         pass

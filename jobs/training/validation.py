@@ -93,7 +93,8 @@ def measured(
     moves: Callable[[], None] = lambda: None,
 ) -> Measured:
     """Measures held-out rows; calls `moves` before each batch."""
-    size, most_rows = config.train.micro_batch_size, max(1, config.train.eval_max_tokens // seq_len(config))
+    size = config.train.micro_batch_size
+    most_rows = max(1, config.train.eval_max_tokens // seq_len(config))
     num_rows = rows.count_rows(at_most=most_rows)
     batches = [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
     # Each element has one contributor, so the all-reduce adds only zeros and rounds nothing.

@@ -35,7 +35,8 @@ def like_its_source(config: RunConfig) -> RunConfig:
         shape, train = before.model, config.train
     else:
         tokenizer, folder = find_checkpoint(config.train.init_from, config.storage.uri)
-        shape, train = read_config(folder), config.train.model_copy(update={"init_from": tokenizer})
+        shape = read_config(folder)
+        train = config.train.model_copy(update={"init_from": tokenizer})
     data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or tokenizer})
     shape = shape if config.model == GPTConfig() else config.model
     return config.model_copy(update={"data": data, "model": shape, "train": train})

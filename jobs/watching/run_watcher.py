@@ -100,7 +100,8 @@ class _Watcher:
             if waiting := self._waiting_for_workers(self._tail.ledger, now_s=time.monotonic()):
                 say(waiting)
         if last := next((line for line in reversed(lines) if "event" not in line), None):
-            speed, workers = f"{last['tokens_per_s']:.0f} tokens/s", counted(last["world_size"], "worker")
+            speed = f"{last['tokens_per_s']:.0f} tokens/s"
+            workers = counted(last["world_size"], "worker")
             note = f"loss {last['loss']:.3f}, {speed}, {workers}"
             report_progress("training", done=last["step"], total=max_steps(self._plan.config), unit="steps", note=note)
         self._export(is_running=True)

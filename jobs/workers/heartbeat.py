@@ -53,7 +53,8 @@ class Pulse:
     def beat(self) -> Beat:
         innermost = sys._current_frames().get(self._thread_id)
         stack = traceback.extract_stack(innermost)[-_NUM_FRAMES:] if innermost else []
-        files, places = [Path(frame.filename) for frame in stack], self._waiting_places.items()
+        files = [Path(frame.filename) for frame in stack]
+        places = self._waiting_places.items()
         waits_for = [waits for waits, modules in places if any(_is_in(file, modules) for file in files)]
         usual = median(list(self._step_s)) if self._step_s else None
         if Waits.WORKERS not in waits_for and self.meeting.is_waiting():

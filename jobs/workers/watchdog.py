@@ -172,7 +172,8 @@ def watch(run_uri: str, *, rank: int, hang_timeout_s: float, pid: int, pipe: int
 
 def keep(run_uri: str, text: str, *, rank: int, health: Health, **fields: Any) -> None:
     """Keeps the text of a worker's hang in the run's storage, and notes the hang, as soon as the storage allows it."""
-    run, name = open_storage(run_uri), f"{HANGS}/{time.time_ns()}-rank-{rank}-{health}.txt"
+    run = open_storage(run_uri)
+    name = f"{HANGS}/{time.time_ns()}-rank-{rank}-{health}.txt"
     patiently(lambda: run.write_bytes(name, text.encode()), name)
     patiently(lambda: note(run, "hang", rank=rank, health=health, stack=name, **fields), name)
 

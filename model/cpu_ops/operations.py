@@ -140,7 +140,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = ctx.grad_weight.result()
         if grad_loss != 1:
             # In place for the weight: a tied embedding adds its rows to the sink, which must be what autograd keeps.
-            grad_hidden, grad_weight = grad_hidden * grad_loss, grad_weight.mul_(grad_loss)
+            grad_hidden = grad_hidden * grad_loss
+            grad_weight = grad_weight.mul_(grad_loss)
         return grad_hidden, grad_weight, *[None] * 6
 
 

@@ -28,7 +28,8 @@ def load_hf(folder: Path) -> GPT:
 
 def weight_files(folder: Path) -> list[Path]:
     """Returns model.safetensors, or the shards that its index names."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    whole = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
     if whole.exists():
         return [whole]
     if index.exists():

@@ -121,7 +121,8 @@ class StoredTensors:
             if values.start > end:
                 break
             while end < stop:
-                until, start = min(stop, end + _READ_BYTES // size), offset + (end - values.start) * size
+                until = min(stop, end + _READ_BYTES // size)
+                start = offset + (end - values.start) * size
                 into = target[end - place.start : until - place.start]
                 yield _Extent(file, start, start + (until - end) * size, dtype, into)
                 end = until

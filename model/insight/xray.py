@@ -139,7 +139,8 @@ class Reader:
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Returns the attention of the new tokens (1, H, N, D) to themselves and to all tokens read before."""
         past_keys, past_values = self._past[layer]  # (G, P - N, D)
-        seen_keys, seen_values = torch.cat((past_keys, keys[0]), dim=1), torch.cat((past_values, values[0]), dim=1)
+        seen_keys = torch.cat((past_keys, keys[0]), dim=1)
+        seen_values = torch.cat((past_values, values[0]), dim=1)
         self._past[layer] = seen_keys, seen_values  # (G, P, D)
         seen_keys, seen_values = (for_each_head(part, queries.shape[1], dim=0) for part in (seen_keys, seen_values))
         scores = (queries[0] @ seen_keys.transpose(1, 2)).float() / math.sqrt(queries.shape[-1])  # (H, N, P)

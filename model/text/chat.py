@@ -106,7 +106,8 @@ class Chat:
             whole = rendered(self.format, messages[: number + 1])
             if not (prompt.startswith(before) and whole.startswith(prompt)):
                 raise ChatError("the chat template writes earlier turns otherwise once later ones follow")
-            context, answer = self._ids(prompt[len(before) :]), self._ids(whole[len(prompt) :])
+            context = self._ids(prompt[len(before) :])
+            answer = self._ids(whole[len(prompt) :])
             if self.end_of_turn not in answer:
                 raise ChatError("the chat template does not end every answer with its end-of-turn token")
             num_counted = len(answer) - answer[::-1].index(self.end_of_turn)

@@ -59,8 +59,10 @@ def admin_router(follower: Follower) -> APIRouter:
 
     async def obey(request: Request, order: str, asked: Body, result: Awaitable[Delivery]) -> dict[str, Any]:
         """Returns the endpoint's state after an order, which is in the audit log then, also if it was refused."""
-        before, entry = follower.versions.delivery.live, asked.model_dump(exclude={"gate_rows", "gate_text"})
-        key, request_id = RoutedRequest.of(request).facts.key, request.headers.get("x-request-id")
+        before = follower.versions.delivery.live
+        entry = asked.model_dump(exclude={"gate_rows", "gate_text"})
+        key = RoutedRequest.of(request).facts.key
+        request_id = request.headers.get("x-request-id")
         entry = {"time": timestamp(time.time()), "key": key, "request_id": request_id, "order": order, "asked": entry}
         entry |= {"old": before.model_dump(include=SHOWN), "new": None, "result": "internal_error"}
         try:

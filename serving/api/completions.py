@@ -302,7 +302,8 @@ def refuse_when_full(engine: EngineClient, num_sequences: int, config: ServeConf
     """Raises `ApiError` (429) if there is no room for as many more sequences, or only after too long a wait. What they
     would pass in the queue takes no room from them: a key that fills the queue fills it for itself."""
     num_requests, num_others, wait_s = engine.ahead(key)
-    max_requests, max_sequences = config.max_ongoing_requests, engine.facts.max_num_seqs + config.engine.waiting_room
+    max_requests = config.max_ongoing_requests
+    max_sequences = engine.facts.max_num_seqs + config.engine.waiting_room
     max_queue_s = config.engine.max_queue_s
     if num_requests >= max_requests:
         raise overloaded(f"The replica is at its limit of {max_requests} requests; try again later")

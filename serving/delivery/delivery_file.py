@@ -155,7 +155,8 @@ class DeliveryFile:
         try:
             return Stored.model_validate_json(self._storage.read_bytes(key))
         except ValidationError as error:
-            problem, uri = error.errors()[0]["msg"], join_uri(self._storage.uri, key)
+            problem = error.errors()[0]["msg"]
+            uri = join_uri(self._storage.uri, key)
             raise DamagedStateError(
                 f"the state in {uri} is damaged ({problem[:200]}): restore the file from a backup, or delete it to "
                 "begin with the checkpoint of the endpoint's settings"

@@ -214,7 +214,8 @@ class Versions:
             await loaded.health.self_test()
             return
         live_loss = await before.loss(terms.gate_rows, at_once=is_shared)
-        test, loss = loaded.health.self_test(), loaded.loss(terms.gate_rows, at_once=is_shared)
+        test = loaded.health.self_test()
+        loss = loaded.loss(terms.gate_rows, at_once=is_shared)
         _, slot.loss = await asyncio.gather(test, loss)
         slot.live_loss = live_loss
 

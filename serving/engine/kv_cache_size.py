@@ -41,7 +41,8 @@ def kv_cache_tokens(
 ) -> int:
     """Returns the tokens for which the cache has room. `weight_bytes` are still to be taken for the weights. Raises
     `UserError`, with the bytes, where not even one context fits, or what is set never could."""
-    context, token_bytes = served_context(shape, config.max_context), bytes_per_token(shape, dtype)
+    context = served_context(shape, config.max_context)
+    token_bytes = bytes_per_token(shape, dtype)
     if config.kv_cache_tokens is not None:
         _require_possible(config.kv_cache_tokens, context, token_bytes, memory)
         return config.kv_cache_tokens

@@ -273,7 +273,8 @@ def _arguments(checkpoint: Path, config: EngineConfig) -> Any:
     shape = read_config(checkpoint)
     num_seqs, num_tokens = config.max_num_seqs, config.prefill_tokens_per_step
     if config.device == "cpu":
-        num_seqs, num_tokens = num_seqs or CPU_NUM_SEQS, num_tokens or CPU_PREFILL_TOKENS
+        num_seqs = num_seqs or CPU_NUM_SEQS
+        num_tokens = num_tokens or CPU_PREFILL_TOKENS
     return vllm.EngineArgs(
         model=str(checkpoint),
         skip_tokenizer_init=True,

@@ -27,9 +27,11 @@ def _limits(proc: Path, cgroups: Path) -> list[tuple[int, int, int]]:
     for line in (proc / "self/cgroup").read_text().splitlines() if (proc / "self/cgroup").exists() else []:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, names = cgroups, ("memory.max", "memory.current", "inactive_file")
+            root = cgroups
+            names = ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            root, names = cgroups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            root = cgroups / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
         folder = root / path.lstrip("/")

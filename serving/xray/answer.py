@@ -132,7 +132,8 @@ def _stages(
     normalizer = None if tokenizer is None else tokenizer.backend.normalizer
     normalized = type(normalizer).__name__ if normalizer else "the text stays as it is"
     tokenize = next(span for span in spans if span.name == "tokenize")
-    shape, to_ids = [1, query.num_prompt_tokens], f"to ids below {model.config.vocab_size:,}"
+    shape = [1, query.num_prompt_tokens]
+    to_ids = f"to ids below {model.config.vocab_size:,}"
     stages = [_stage("normalize", normalized), _stage("tokenize", to_ids, shape=shape, ms=_ms(tokenize))]
     notes = read_table(__file__, "stages")
     stages += [

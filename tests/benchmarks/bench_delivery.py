@@ -27,11 +27,11 @@ from typing import Any
 
 import httpx
 import psutil
-
 from model.checkpoint_folder import ChatFormat
+from model.tokenizer import Tokenizer, train_bpe
+
 from model.config import GPTConfig
 from model.gpt import GPT
-from model.tokenizer import Tokenizer, train_bpe
 from tests.serving.endpoint_parts import children_with
 from tests.serving.load import End
 from tests.serving.serve_command import (

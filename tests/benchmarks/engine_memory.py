@@ -11,10 +11,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from model.sampling_params import SamplingParams
+
 from cluster.settings.serve import EngineConfig
 from model.config import GPTConfig
 from model.gpt import GPT
-from model.sampling_params import SamplingParams
 from serving.engine.messages import SequenceRequest
 from serving.engine_process.run_engine import build_engine
 from tests.benchmarks.worker_memory import resident_bytes

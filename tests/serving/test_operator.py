@@ -68,7 +68,7 @@ class Operator:
         wait_until(lambda: [line for line in self.lines if line["request_id"] == request_id])
         time.sleep(0.5)  # in which a second one would come
         [line] = [line for line in self.lines if line["request_id"] == request_id]
-        assert list(line) == FIELDS
+        assert tuple(line) == FIELDS
         return line
 
 

@@ -39,8 +39,8 @@ def after_listing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any
     """Makes something happen between the listing of the corpus and its reading."""
 
     def set_up(happen: Callable[[], Any]) -> None:
-        def listed(source: str | list[str]) -> Listing:
-            listing = list_corpus(source)
+        def listed(source: str | list[str], **settings: Any) -> Listing:
+            listing = list_corpus(source, **settings)
             happen()
             return listing
 
