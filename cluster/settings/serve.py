@@ -129,8 +129,7 @@ class EngineConfig(Settings):
     )
     prefill_tokens_per_step: PositiveInt | None = setting(
         None,
-        "prompt tokens that a step reads while running sequences wait; when unset as many as fit into a step of 28 ms, "
-        "for vLLM 96 on a CPU and its own number on a GPU",
+        "prompt tokens that a step reads while running sequences wait; 96 when unset, on a GPU vLLM's own number",
     )
 
     @property

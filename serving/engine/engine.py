@@ -46,7 +46,6 @@ class Engine:
         if on_admission is not None and scheduler.admitted:
             figures = (scheduler.num_running, scheduler.num_waiting, scheduler.found)
             on_admission(Admission(scheduler.admitted, *figures))
-        num_tokens = sum(chunk.last - chunk.first for chunk in chunks)
         events: list[TokenEvent] = []
         if chunks:
             hidden = self._runner.forward([_reading(chunk) for chunk in chunks])  # (N, C)
@@ -65,21 +64,16 @@ class Engine:
             if drawing:
                 logits = self._runner.logits(torch.stack(last_rows))  # (M, V)
                 events = self._emit(drawing, logits)
-        step_s = time.perf_counter() - began_s
-        if chunks:
-            continued = scheduler.num_continued
-            scheduler.budget.observe(num_prompt_tokens=num_tokens - continued, num_continued=continued, step_s=step_s)
         return StepReport(
             events,
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             kv_cache_usage=round(scheduler.pool.usage, 4),
             num_prompt_tokens=scheduler.num_prompt_tokens,
-            num_tokens=num_tokens,
+            num_tokens=sum(chunk.last - chunk.first for chunk in chunks),
             num_looked_up=scheduler.num_looked_up,
             num_found=scheduler.num_found,
-            step_s=round(step_s, 6),
-            prompt_budget=scheduler.prompt_budget,
+            step_s=round(time.perf_counter() - began_s, 6),
         )
 
     def _emit(self, chunks: list[Chunk], logits: Tensor) -> list[TokenEvent]:

@@ -64,6 +64,7 @@ class EngineFacts(NamedTuple):
 
     dtype: str
     max_num_seqs: int  # sequences that are decoded together
+    tokens_per_step: int  # of prompts, that a step may read
     embeds: bool = False  # it computes embeddings
     least_tokens: int = 0  # for which a sequence needs room in the context, also if it draws none
 
@@ -99,7 +100,6 @@ class StepReport(NamedTuple):
     num_looked_up: int = 0  # prompt tokens of the sequences that this step admitted, if the cache may have them
     num_found: int = 0  # of those, tokens that the cache had
     step_s: float = 0.0
-    prompt_budget: int = 0  # prompt tokens that this step could read while running sequences waited
 
 
 parse_request = TypeAdapter(SequenceRequest).validate_python

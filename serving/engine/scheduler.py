@@ -2,14 +2,12 @@
 
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, NamedTuple
 
 from serving.engine.block_pool import BLOCK_TOKENS, BlockPool, root_of
 from serving.engine.messages import Candidates, FinishReason, SequenceRequest
-from serving.engine.prompt_budget import PromptBudget
 
-UNWATCHED = 4  # factor for the tokens of a prompt in a step that no running sequence waits for
+UNWATCHED = 4  # factor for the prompt tokens of a step that no running sequence waits for
 
 
 @dataclass(eq=False)
@@ -53,22 +51,20 @@ class Scheduler:
     get, so it always runs to its end. A sequence whose prompt starts like one that is being read waits for that one and
     shares its blocks: the choices of a request read their prompt once.
 
-    A step gives each running sequence its next token, and reads prompt tokens within its budget. If no sequence has a
-    token yet, a long prompt may take more, but no other one is begun beyond the budget: it would hold up a first token.
+    A step gives each running sequence its next token, and reads up to `prefill_tokens_per_step` prompt tokens while the
+    running sequences wait. If none has a token yet, it reads more.
     """
 
-    def __init__(self, pool: BlockPool, *, max_num_seqs: int, eos_id: int | None, budget: PromptBudget) -> None:
+    def __init__(self, pool: BlockPool, *, max_num_seqs: int, eos_id: int | None, prefill_tokens_per_step: int) -> None:
         self.pool = pool
-        self.budget = budget
         self._max_num_seqs = max_num_seqs
         self._eos_id = eos_id
+        self._prefill_tokens_per_step = prefill_tokens_per_step
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}  # in order of admission
         self._promised: set[bytes] = set()
         self.admitted: list[int] = []  # sequences, by the latest plan
         self.found: list[int] = []  # of each of them, tokens that the cache had
-        self.prompt_budget = 0  # of the latest plan, tokens
-        self.num_continued = 0  # sequences that get a further token by the latest plan
         self.num_prompt_tokens = 0  # read by the latest plan, or found in the cache
         self.num_looked_up = self.num_found = 0  # prompt tokens that it looked for in the cache, and found there
 
@@ -80,13 +76,6 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
-    @property
-    def _num_unread(self) -> int:
-        """The prompt tokens of those that run and have no token yet, and of those that there is a place for."""
-        unread = sum(s.num_tokens - s.num_read for s in self._running.values() if not s.output_ids)
-        coming = islice(self._waiting, self._max_num_seqs - len(self._running))
-        return unread + sum(sequence.num_tokens for sequence in coming)
-
     def add(self, request: SequenceRequest) -> Sequence:
         of_text = () if request.ignore_eos or self._eos_id is None else (self._eos_id,)
         sequence = Sequence(request, stop_ids=frozenset((*request.stop_token_ids, *of_text)))
@@ -95,9 +84,9 @@ class Scheduler:
 
     def plan(self) -> list[Chunk]:
         """Admits what fits, and returns what this step reads."""
-        budget = self.prompt_budget = self.budget.tokens(num_unread=self._num_unread)
-        self.num_continued = sum(bool(sequence.output_ids) for sequence in self._running.values())
-        factor = 1 if self.num_continued else UNWATCHED
+        budget = self._prefill_tokens_per_step
+        if not any(sequence.output_ids for sequence in self._running.values()):
+            budget *= UNWATCHED
         chunks = []
         self.admitted, self.found = [], []
         self.num_prompt_tokens = self.num_looked_up = self.num_found = 0
@@ -105,11 +94,11 @@ class Scheduler:
             if sequence.output_ids:
                 chunks.append(Chunk(sequence, sequence.num_read, sequence.num_tokens))
             elif budget > 0:
-                chunks.append(_prompt_chunk(sequence, factor * budget))
+                chunks.append(_prompt_chunk(sequence, budget))
                 budget -= chunks[-1].last - chunks[-1].first
                 self.num_prompt_tokens += chunks[-1].last - chunks[-1].first
         while budget > 0 and (admitted := self._admit()) is not None:
-            chunks.append(_prompt_chunk(admitted, factor * budget))
+            chunks.append(_prompt_chunk(admitted, budget))
             budget -= chunks[-1].last - chunks[-1].first
             self.admitted.append(admitted.request.seq_id)
             self.num_prompt_tokens += chunks[-1].last

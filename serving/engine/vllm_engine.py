@@ -82,8 +82,9 @@ class VllmEngine:
         core.get_output = partial(self._noticing_nan, core.get_output)
         self._scheduler.schedule = partial(self._noticing_plans, self._scheduler.schedule)
         sizes = settings.scheduler_config
-        self.facts = EngineFacts(config.dtype, sizes.max_num_seqs, least_tokens=LEAST_TOKENS)
-        self._tokens_per_step = sizes.max_num_batched_tokens
+        self.facts = EngineFacts(
+            config.dtype, sizes.max_num_seqs, sizes.max_num_batched_tokens, least_tokens=LEAST_TOKENS
+        )
         self._shapes = stored_shapes(checkpoint)
 
     @property
@@ -140,7 +141,6 @@ class VllmEngine:
             num_looked_up=self._looked_up,
             num_found=self._found,
             step_s=round(time.perf_counter() - began_s, 6),
-            prompt_budget=self._tokens_per_step,
         )
 
     def take_back(self) -> list[SequenceRequest]:

@@ -153,7 +153,7 @@ class EngineClient:
             raise EngineDiedError(await client._describe_death()) if first is None else UserError(first["error"])
         watch_peer(line, peer_pid=client.pid)
         client.facts = facts = EngineFacts(*first["ready"])
-        client.queue = SequenceQueue(num_slots=facts.max_num_seqs)
+        client.queue = SequenceQueue(num_slots=facts.max_num_seqs, tokens_per_step=facts.tokens_per_step)
         client._reports = asyncio.create_task(client._dispatch(messages))
         return client
 

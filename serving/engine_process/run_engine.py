@@ -27,7 +27,6 @@ from serving.engine.kv_cache_size import GIB, bytes_per_token, kv_cache_tokens, 
 from serving.engine.messages import EngineFacts, MetricFamily, SequenceRequest, encode_message, parse_request
 from serving.engine.native_library import NoNativeLibraryError
 from serving.engine.native_runner import NativeRunner
-from serving.engine.prompt_budget import PromptBudget
 from serving.engine.runner import LOADED_IN, Runner, with_dtype
 from serving.engine.scheduler import Scheduler
 from serving.engine.torch_runner import TorchRunner
@@ -139,7 +138,7 @@ def _load_engine(
     # The replica got the folder from `resolve_checkpoint`, which verified it.
     model = load_model(checkpoint, dtype=LOADED_IN[config.dtype], verify=False)
     engine = build_engine(model, config, eos_id=eos_id, threads=threads)
-    return engine, EngineFacts(config.dtype, _num_seqs(config), embeds=True)
+    return engine, EngineFacts(config.dtype, *_sizes(config), embeds=True)
 
 
 def warm_up(engine: "Engine | WeightTurns | VllmEngine") -> None:
@@ -157,15 +156,15 @@ def warm_up(engine: "Engine | WeightTurns | VllmEngine") -> None:
         engine.step()
 
 
-def _num_seqs(config: EngineConfig) -> int:
-    """Returns the number of sequences that are decoded together."""
-    return config.max_num_seqs or CPU_NUM_SEQS
+def _sizes(config: EngineConfig) -> tuple[int, int]:
+    """Returns the number of sequences that are decoded together, and of prompt tokens that a step reads."""
+    return config.max_num_seqs or CPU_NUM_SEQS, config.prefill_tokens_per_step or CPU_PREFILL_TOKENS
 
 
 def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, threads: int) -> Engine:
     """Builds the engine. Raises `UserError` for a cache that is too small for the model, and if kernels that must be
     native are missing."""
-    max_num_seqs = _num_seqs(config)
+    max_num_seqs, prefill_tokens_per_step = _sizes(config)
     dtype = str(model.head_weight.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
     num_tokens = kv_cache_tokens(
         model.config,
@@ -184,8 +183,9 @@ def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, thread
         cache_gib,
     )
     pool = BlockPool(num_blocks_for(num_tokens), keep_prefixes=config.prefix_cache)
-    budget = PromptBudget(config.prefill_tokens_per_step, first=CPU_PREFILL_TOKENS)
-    scheduler = Scheduler(pool, max_num_seqs=max_num_seqs, eos_id=eos_id, budget=budget)
+    scheduler = Scheduler(
+        pool, max_num_seqs=max_num_seqs, prefill_tokens_per_step=prefill_tokens_per_step, eos_id=eos_id
+    )
     try:
         runner = _build_runner(model, config, num_blocks=pool.num_blocks, threads=threads)
     except (MemoryError, RuntimeError) as error:  # the kernels', and PyTorch's

@@ -7,15 +7,16 @@ from collections.abc import Callable, Collection
 from serving.engine.messages import StepReport
 
 WEIGHT = 0.1  # of the latest sequence, and of the latest step, in the means
-FULL_SHARE = 0.5  # of the tokens that a step could read; a prompt of a few tokens takes as long as a whole step
+FULL_SHARE = 0.5  # of the tokens that a step may read; a prompt of a few tokens takes as long as a whole step
 
 
 class SequenceQueue:
     """One engine's queue as its replica sees it. A sequence waits for room (slots and blocks of the KV cache) and for
     the prompts that are read before its own. The longer of the two is its wait."""
 
-    def __init__(self, *, num_slots: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, num_slots: int, tokens_per_step: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._full_step = FULL_SHARE * tokens_per_step
         self._num_slots = num_slots
         self.num_places = num_slots  # slots for which the cache has blocks, with sequences as large as now
         self._unread: dict[int, int] = {}  # prompt tokens of each sequence that has no token yet
@@ -47,8 +48,7 @@ class SequenceQueue:
             room = report.num_running / report.kv_cache_usage
             self.num_places = min(self._num_slots, math.floor(room + 0.01))  # the usage is rounded
         now_s = self._clock()
-        is_full = report.num_prompt_tokens >= FULL_SHARE * report.prompt_budget
-        if report.num_prompt_tokens and is_full and self._reading_since_s is not None:
+        if report.num_prompt_tokens >= self._full_step and self._reading_since_s is not None:
             self._read_tokens += report.num_prompt_tokens - WEIGHT * self._read_tokens
             self._read_s += now_s - self._reading_since_s - WEIGHT * self._read_s
         self._reading_since_s = now_s if self._unread else None

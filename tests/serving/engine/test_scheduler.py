@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from model.generation.sampling_params import SamplingParams
 from serving.engine.block_pool import BlockPool
 from serving.engine.messages import FinishReason, SequenceRequest
-from serving.engine.prompt_budget import PromptBudget
 from serving.engine.scheduler import UNWATCHED, Chunk, Scheduler, Sequence
 
 EOS = 0
@@ -38,7 +37,7 @@ def scheduler(
 ) -> Scheduler:
     """A watched one has a place and a block more than it says, for its watcher."""
     pool = BlockPool(num_blocks + watched, keep_prefixes=keep_prefixes)
-    target = Scheduler(pool, max_num_seqs=max_num_seqs + watched, eos_id=EOS, budget=PromptBudget(budget, first=budget))
+    target = Scheduler(pool, max_num_seqs=max_num_seqs + watched, eos_id=EOS, prefill_tokens_per_step=budget)
     if watched:
         target.add(request(WATCHER, max_tokens=15))
         step(target)
@@ -181,27 +180,19 @@ def test_waiting_and_running_sequences_are_cancelled() -> None:
     assert step(target) == [(3, 0, 1)]
 
 
-@given(
-    st.lists(st.tuples(st.sampled_from(["add", "step", "step", "cancel"]), st.integers(0, 60)), max_size=60),
-    st.sampled_from([10, None]),
-)
-def test_whatever_happens_tokens_are_read_once_and_everybody_ends(
-    actions: list[tuple[str, int]], fixed: int | None
-) -> None:
+@given(st.lists(st.tuples(st.sampled_from(["add", "step", "step", "cancel"]), st.integers(0, 60)), max_size=60))
+def test_whatever_happens_tokens_are_read_once_and_everybody_ends(actions: list[tuple[str, int]]) -> None:
     pool = BlockPool(12, keep_prefixes=True)
-    target = Scheduler(pool, max_num_seqs=3, eos_id=EOS, budget=PromptBudget(fixed, first=10))
+    target = Scheduler(pool, max_num_seqs=3, eos_id=EOS, prefill_tokens_per_step=10)
     added: list[Sequence] = []
     finished: set[int] = set()
     cancelled: set[int] = set()
     order: list[int] = []
 
-    def run_step(step_s: float) -> None:
+    def run_step() -> None:
         plan = target.plan()
-        num_read = sum(c.last - c.first for c in plan if not c.sequence.output_ids)
-        assert target.num_continued == sum(bool(c.sequence.output_ids) for c in plan)
-        assert len(plan) <= 3 and num_read <= target.prompt_budget * (1 if target.num_continued else UNWATCHED)
-        assert fixed is None or target.prompt_budget == fixed
-        target.budget.observe(num_prompt_tokens=num_read, num_continued=target.num_continued, step_s=step_s)
+        budget = 10 if any(c.sequence.output_ids for c in plan) else 10 * UNWATCHED
+        assert len(plan) <= 3 and sum(c.last - c.first for c in plan if not c.sequence.output_ids) <= budget
         for chunk in plan:
             sequence = chunk.sequence
             assert chunk.first == sequence.num_read < chunk.last <= sequence.num_tokens
@@ -221,21 +212,21 @@ def test_whatever_happens_tokens_are_read_once_and_everybody_ends(
                 cancelled.add(seq_id)
             target.cancel(seq_id)
         elif action == "step":
-            run_step(number / 1000)
+            run_step()
     for _ in range(12 * len(added)):
-        run_step(0.03)
+        run_step()
     assert finished | cancelled == set(range(len(added))) and not finished & cancelled
     assert (target.num_running, target.num_waiting, pool.usage) == (0, 0, 0)
     assert order == sorted(order)
 
 
-def test_a_long_prompt_is_read_in_larger_steps_while_no_sequence_waits_for_its_next_token() -> None:
+def test_prompts_are_read_in_larger_steps_while_no_sequence_waits_for_its_next_token() -> None:
     target = scheduler(max_num_seqs=3, budget=10)
     target.add(request(0, num_prompt=50, max_tokens=9))
     assert step(target) == [(0, 0, 40)]
     target.add(request(1, num_prompt=50, max_tokens=9))
-    assert step(target) == [(0, 40, 50)], "another prompt would hold up its first token"
-    assert step(target) == [(0, 50, 51), (1, 0, 10)]
+    assert step(target) == [(0, 40, 50), (1, 0, 30)]
+    assert step(target) == [(0, 50, 51), (1, 30, 40)]
 
 
 def test_a_scope_finds_its_own_prompts_only() -> None:

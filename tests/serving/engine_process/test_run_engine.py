@@ -35,7 +35,6 @@ from serving.engine.messages import (
     parse_report,
     parse_request,
 )
-from serving.engine.prompt_budget import PromptBudget
 from serving.engine.runner import Reading
 from serving.engine.scheduler import Scheduler
 from serving.engine.torch_runner import TorchRunner
@@ -80,9 +79,9 @@ def test_messages_survive_the_wire() -> None:
     event = TokenEvent(
         1, 5, FinishReason.STOP, Candidates(-0.5, [(5, -0.5)], 1), [None, Candidates(-1.0, [], 7)], "AACAPw=="
     )
-    message = json.loads(encode_message(StepReport([event], 1, 2, 0.25, 30, 31, 40, 16, 0.5, 96)))
+    message = json.loads(encode_message(StepReport([event], 1, 2, 0.25, 30, 31, 40, 16, 0.5)))
     report = parse_report(message)
-    assert report == ([event], 1, 2, 0.25, 30, 31, 40, 16, 0.5, 96)
+    assert report == ([event], 1, 2, 0.25, 30, 31, 40, 16, 0.5)
     assert report.events[0].finish_reason is FinishReason.STOP
 
 
@@ -175,7 +174,7 @@ def test_reports_wait_for_each_other_unless_a_sequence_begins_or_ends(
 ) -> None:
     monkeypatch.setattr("serving.engine_process.run_engine.HELD_S", held_s)
     pool, runner = BlockPool(64, keep_prefixes=True), TorchRunner(model, num_blocks=64)
-    target = Engine(runner, Scheduler(pool, max_num_seqs=1, eos_id=None, budget=PromptBudget(96, first=96)))
+    target = Engine(runner, Scheduler(pool, max_num_seqs=1, prefill_tokens_per_step=96, eos_id=None))
     ours, theirs = socket.socketpair()
     ours.settimeout(limit_s(60))
     connection = Recorded(theirs)
@@ -215,7 +214,7 @@ def test_what_a_step_begins_with_is_told_before_it_computes(model: GPT) -> None:
     """On a slow processor a step takes longer than `engine.max_queue_s`, which must not look like a wait."""
     runner = HeldRunner(model)
     pool = BlockPool(64, keep_prefixes=True)
-    target = Engine(runner, Scheduler(pool, max_num_seqs=2, eos_id=None, budget=PromptBudget(96, first=96)))
+    target = Engine(runner, Scheduler(pool, max_num_seqs=2, prefill_tokens_per_step=96, eos_id=None))
     ours, theirs = socket.socketpair()
     ours.settimeout(limit_s(60))
 

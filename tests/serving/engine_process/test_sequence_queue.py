@@ -15,7 +15,7 @@ class Line:
 
     def __init__(self, *, num_slots: int) -> None:
         self.now_s = 0.0
-        self.queue = SequenceQueue(num_slots=num_slots, clock=lambda: self.now_s)
+        self.queue = SequenceQueue(num_slots=num_slots, tokens_per_step=PROMPT_TOKENS, clock=lambda: self.now_s)
         self._ids = count()
 
     def enter(self, *, num_prompt_tokens: int = PROMPT_TOKENS) -> int:
@@ -25,7 +25,7 @@ class Line:
 
     def step(self, took_s: float, *, num_read: int = 0, num_running: int = 0, kv_cache_usage: float = 0.0) -> None:
         self.now_s += took_s
-        self.queue.observe_step(StepReport([], num_running, 0, kv_cache_usage, num_read, prompt_budget=PROMPT_TOKENS))
+        self.queue.observe_step(StepReport([], num_running, 0, kv_cache_usage, num_read))
 
     def start(self, *, read_s: float = 0.0, num_prompt_tokens: int = PROMPT_TOKENS) -> int:
         """A sequence, up to its first token."""
