@@ -66,30 +66,19 @@ private:
         const uint32_t round = round_.load(std::memory_order_acquire);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads) {
             arrived_.store(0, std::memory_order_relaxed);
-            {
-                const std::lock_guard<std::mutex> lock(mutex_);
-                round_.store(round + 1, std::memory_order_release);
-            }
-            met_.notify_all();
+            round_.store(round + 1, std::memory_order_release);
             return;
         }
-        for (int spins = 0; spins < SPINS; spins++) {
-            if (round_.load(std::memory_order_acquire) != round) return;
-            relax();
+        for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
+            if (spins < 4000) relax();
+            else std::this_thread::yield();  // the thread that all wait for may need this core
         }
-        std::unique_lock<std::mutex> lock(mutex_);
-        met_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != round; });
     }
-
-    // About 0.1 ms, longer than threads wait for each other that have a core each. After that another program holds one
-    // up. Asleep, this thread leaves its core to either; if it yielded over and over, the core would not count as idle,
-    // and the two would share the other one.
-    static constexpr int SPINS = 4000;
 
     std::vector<std::thread> threads_;
     std::vector<std::atomic<int>> taken_;
     std::mutex mutex_;
-    std::condition_variable wake_, met_;
+    std::condition_variable wake_;
     const std::function<void()>* job_ = nullptr;
     uint64_t jobs_started_ = 0;
     std::atomic<int> arrived_{0};
