@@ -1,5 +1,6 @@
 """One worker's part of an attempt at a run: its state, its rows, and what it does with them at each step."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,12 +41,8 @@ class Attempt:
     snapshots: Snapshots
     saver: Saver
     notices: Notices
+    tell: Callable[..., None]  # writes an event into the ledger, on rank 0
     writer: RunWriter | None  # rank 0's
-
-    def tell(self, event: str, **fields: Any) -> None:
-        """Writes an event into the ledger, once for all ranks."""
-        if self.writer:
-            self.writer.ledger.event(event, **fields)
 
     def rate(self, step: int) -> float:
         """Returns the step's learning rate."""

@@ -101,6 +101,22 @@ def open_attempt(
         if writer:
             writer.give_up(start.reason)
         return start
+    return _continued(plan, group, opened, start, snapshots, workers, writer, device, signals)
+
+
+def _continued(
+    plan: RunPlan,
+    group: WorkerGroup,
+    opened: ExitStack,
+    start: _Start,
+    snapshots: Snapshots,
+    workers: _Workers,
+    writer: RunWriter | None,
+    device: torch.device,
+    signals: Callable[[], object],
+) -> Attempt:
+    """Returns the attempt from where rank 0 lets all continue, once every rank is ready for its first step."""
+    config = plan.config
     state, guard, restored_step = _restored(plan, start, snapshots, device, group, opened)
     first_step, guard = replace(guard, rollbacks=start.rollbacks).entering(restored_step + 1)
     tell = writer.ledger.event if writer else _tell_nobody
@@ -130,12 +146,20 @@ def open_attempt(
         schedule=batch_schedule(config),
         gradient=gradient,
         validator=Validator(
-            config, state, group, held_out=open_held_out(plan), sets=sets, tokenizer=tokenizer, tell=tell
+            config,
+            state,
+            group,
+            held_out=open_held_out(plan),
+            sets=sets,
+            tokenizer=tokenizer,
+            eot_id=eot_id,
+            tell=tell,
         ),
         record=StepRecord(plan, state, group, writer=writer, attempt=number, nodes=workers.nodes),
         snapshots=snapshots,
         saver=saver,
         notices=notices,
+        tell=tell,
         writer=writer,
     )
     if writer:

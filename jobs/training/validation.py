@@ -54,12 +54,13 @@ class Validator:
         held_out: TokenStream | None,
         sets: Mapping[str, TokenStream],
         tokenizer: Tokenizer,
+        eot_id: int | None,
         tell: Callable[..., None],
     ) -> None:
         """`sets` are the texts of `data.validation` by name. `tell` writes an event into the ledger, on rank 0."""
         self._config, self._state, self._group, self._tell = config, state, group, tell
         self._held_out, self._sets, self._tokenizer = held_out, sets, tokenizer
-        self._eot_id = tokenizer.start_id if config.train.document_mask else None
+        self._eot_id = eot_id
 
     def validate(self, step: int, *, moves: Callable[[], None]) -> dict[str, Any]:
         """Returns the figures of what is held out, or else of all sets together, None for what is not finite. Records

@@ -307,14 +307,21 @@ def test_a_run_that_cannot_be_read_is_named_and_the_others_are_listed(
     assert capsys.readouterr().err.startswith(f"error: {path} ")
 
 
-def test_logs_leave_out_what_ray_says_to_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "runs/second/jobs/20260101-000000-abcd"
+def record_log(storage: Path, log: str, *, exit_code: int, stopped: bool) -> list[str]:
+    """Records the only launch of a run, which has ended, and returns the words that ask for its log."""
+    folder = storage / "runs/second/jobs/20260101-000000-abcd"
     folder.mkdir(parents=True)
     (folder / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
-    (folder / "ended.json").write_text('{"exit_code": 0, "stopped": false, "result": null, "time": 2.0}')
+    ended = {"exit_code": exit_code, "stopped": stopped, "result": None, "time": 2.0}
+    (folder / "ended.json").write_text(json.dumps(ended))
+    (folder / "log-000000000000").write_text(log)
+    return ["logs", "second", "--storage.uri", str(storage)]
+
+
+def test_logs_leave_out_what_ray_says_to_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alarming = "[2026-01-01 00:00:00,123 E 12 34] core_worker.cc:2157: Actor with class name X cannot be created\n"
-    (folder / "log-000000000000").write_text(f"attempt 1: 2 workers\n{alarming}(raylet) bash: warning\nsaved\n")
-    words = ["logs", "second", "--storage.uri", str(tmp_path)]
+    log = f"attempt 1: 2 workers\n{alarming}(raylet) bash: warning\nsaved\n"
+    words = record_log(tmp_path, log, exit_code=0, stopped=False)
     assert main(words) == 0
     assert capsys.readouterr().out == "attempt 1: 2 workers\nsaved\n"
     assert main([*words, "--follow"]) == 0
@@ -324,13 +331,9 @@ def test_logs_leave_out_what_ray_says_to_itself(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_log_of_a_stopped_run_ends_with_a_plain_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "runs/second/jobs/20260101-000000-abcd"
-    folder.mkdir(parents=True)
-    (folder / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
-    (folder / "ended.json").write_text('{"exit_code": 143, "stopped": true, "result": null, "time": 2.0}')
     stack = "*** SIGTERM received at time=1795955368 on cpu 0 ***\nPC: @     0x7fba53ca676e  (unknown)  (unknown)\n"
-    (folder / "log-000000000000").write_text(f"WAITING for 2 workers\n{stack}    @     0x7fba53c4bd70  (unknown)\n")
-    words = ["logs", "second", "--storage.uri", str(tmp_path)]
+    log = f"WAITING for 2 workers\n{stack}    @     0x7fba53c4bd70  (unknown)\n"
+    words = record_log(tmp_path, log, exit_code=143, stopped=True)
     assert main(words) == 0
     assert capsys.readouterr().out.splitlines() == [
         "WAITING for 2 workers",

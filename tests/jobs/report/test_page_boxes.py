@@ -1,19 +1,18 @@
 """A report's and a comparison's page as Chromium lays them out: no heading is broken, and no row is cut off."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from cluster.storage.uris import open_storage
 from jobs.report.compare_runs import compare
 from jobs.report.make_report import make_report
+from tests.chromium import needs_chromium, running_chromium
 from tests.jobs.report.eventful_run import eventful_lines, write_run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+pytestmark = needs_chromium
 
 WIDTHS = {"desktop": 1100, "phone": 360}
 LINES_OF_HEADINGS = """() => [...document.querySelectorAll("thead th")].map((heading) => {
@@ -29,11 +28,8 @@ CUT_TABLES = """() => [...document.querySelectorAll(".scroll")].filter((box) => 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        # Debian's sandbox needs a user namespace, which a container's root has not.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with running_chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,20 @@
 """The x-ray page in a real Chromium, on a real endpoint: what it shows is what the endpoint says."""
 
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
 from cluster.settings.serve import ServeConfig
+from tests.chromium import needs_chromium, running_chromium
 from tests.serving.endpoint_parts import Endpoints
 from tests.time_limits import limit_s
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium"),
-]
+pytestmark = [pytest.mark.cluster, needs_chromium]
 
 KEY = "sk-page"
 PROMPT = "the quick fox"
@@ -61,11 +57,8 @@ def sign(match: re.Match[str]) -> str:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        # Debian's sandbox needs a user namespace, which a container's root has not.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with running_chromium() as browser:
         yield browser
-        browser.close()
 
 
 class Watched:

@@ -1,6 +1,5 @@
 """Pages of other origins: those that `http.cors_origins` names may use the endpoint in a real Chromium, others may not."""
 
-import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -9,14 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import sync_playwright
 
 from cluster.settings.serve import EngineConfig, HttpConfig, ServeConfig
+from tests.chromium import needs_chromium, running_chromium
 from tests.serving.endpoint_parts import Endpoints
 from tests.serving.hostile_requests import MODEL
 from tests.time_limits import limit_s
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 KEY = "sk-cross-origin"
 pytestmark = pytest.mark.cluster
 
@@ -114,17 +112,14 @@ def test_a_key_is_needed_all_the_same(url: str, origins: list[str]) -> None:
     assert plain.status_code == 200 and not [name for name in plain.headers if name.startswith("access-control-allow")]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+@needs_chromium
 def test_an_application_of_a_named_origin_works_and_any_other_does_not(url: str, origins: list[str]) -> None:
-    with sync_playwright() as playwright:
-        # Debian's sandbox needs a user namespace, which a container's root has not.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with running_chromium() as browser:
         page = browser.new_page()
         page.goto(origins[0])
         found = page.evaluate(APPLICATION, [url, KEY, MODEL])
         page.goto(origins[1])
         failure = page.evaluate(f"fetch('{url}/health').then(() => 'it could read', (error) => error.message)")
-        browser.close()
     assert found["models"] == [MODEL] and found["numVectors"] == 2
     assert all(found["headers"])
     *parts, done = found["events"].strip().split("\n\n")
