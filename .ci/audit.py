@@ -1,7 +1,9 @@
-"""What `make audit` asks: known vulnerabilities of each pinned package, and a list of what is installed (an SBOM).
+"""What `make audit` asks: known vulnerabilities of each pinned package, and a list of what is
+installed (an SBOM).
 
-No answer is a failure. pip-audit itself ends well where its advisory service knows none of the packages, as behind a
-mirror that has packages only; so a version with a published vulnerability is asked about first, and has to be found.
+No answer is a failure. pip-audit itself ends well where its advisory service knows none of the
+packages, as behind a mirror that has packages only; so a version with a published vulnerability is
+asked about first, and has to be found.
 """
 
 import json
@@ -30,7 +32,9 @@ class AuditError(Exception):
 def main() -> int:
     SBOM.parent.mkdir(exist_ok=True)
     SBOM.write_text(sbom(list(distributions())), encoding="utf-8")
-    sys.stdout.write(f"{SBOM}: {len(json.loads(SBOM.read_text())['components'])} packages (CycloneDX)\n")
+    sys.stdout.write(
+        f"{SBOM}: {len(json.loads(SBOM.read_text())['components'])} packages (CycloneDX)\n"
+    )
     try:
         check_service(asked([CANARY]))
         pins = [line for line in CONSTRAINTS.read_text(encoding="utf-8").split() if "==" in line]
@@ -47,12 +51,22 @@ def asked(pins: list[str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder, "pins.txt")
         requirements.write_text("\n".join(pins) + "\n", encoding="utf-8")
-        command = [sys.executable, "-m", "pip_audit", "--requirement", str(requirements), "--no-deps", "--disable-pip"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip_audit",
+            "--requirement",
+            str(requirements),
+            "--no-deps",
+            "--disable-pip",
+        ]
         command += ["--format", "json", "--progress-spinner", "off", "--timeout", "15"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if not done.stdout.strip():
         lines = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise AuditError(f"the advisory service cannot be asked, so nothing was audited: {lines[-1]}")
+        raise AuditError(
+            f"the advisory service cannot be asked, so nothing was audited: {lines[-1]}"
+        )
     found: list[dict[str, Any]] = json.loads(done.stdout)["dependencies"]
     return found
 
@@ -60,7 +74,9 @@ def asked(pins: list[str]) -> list[dict[str, Any]]:
 def check_service(found: list[dict[str, Any]]) -> None:
     """Raises `AuditError` unless the canary's vulnerability was found."""
     if not any(package.get("vulns") for package in found):
-        reason = next((package["skip_reason"] for package in found if "skip_reason" in package), "it has none")
+        reason = next(
+            (package["skip_reason"] for package in found if "skip_reason" in package), "it has none"
+        )
         raise AuditError(
             f"the advisory service does not know the vulnerability of {CANARY}, so its word on other packages is "
             f"worth nothing, and nothing was audited: {reason}"
@@ -88,7 +104,11 @@ def sbom(installed: list[Distribution]) -> str:
         url = PackageURL("pypi", name=_normal(package.name), version=package.version)
         bom.components.add(
             Component(
-                name=package.name, version=package.version, type=ComponentType.LIBRARY, purl=url, bom_ref=str(url)
+                name=package.name,
+                version=package.version,
+                type=ComponentType.LIBRARY,
+                purl=url,
+                bom_ref=str(url),
             )
         )
     return JsonV1Dot6(bom).output_as_string(indent=1)

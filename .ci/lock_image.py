@@ -1,11 +1,12 @@
-"""Writes which packages the image is made of, each with the hash of its wheel for Linux on x86-64: image-*.txt.
+"""Writes which packages the image is made of, each with the hash of its wheel for Linux on x86-64:
+image-*.txt.
 
     python .ci/lock_image.py cpu gpu vllm
 
-Asks pip what it would install, by Python 3.11 as in the image, and installs nothing. For `cpu`, pip's own settings
-(PIP_EXTRA_INDEX_URL) lead it to PyTorch's CPU builds or a mirror of them; for `gpu`, they must not. A list names no
-index: the hash alone says which build it is, so it is always an index's. A wheel in a folder of this machine may be a
-build that nobody else has.
+Asks pip what it would install, by Python 3.11 as in the image, and installs nothing. For `cpu`,
+pip's own settings (PIP_EXTRA_INDEX_URL) lead it to PyTorch's CPU builds or a mirror of them; for
+`gpu`, they must not. A list names no index: the hash alone says which build it is, so it is always
+an index's. A wheel in a folder of this machine may be a build that nobody else has.
 """
 
 import json
@@ -27,11 +28,17 @@ WANTED: dict[str, list[str]] = {
 def main(names: list[str]) -> int:
     for name in names:
         path, packages = HERE / f"image-{name}.txt", asked(name)
-        (torch,) = (each["metadata"]["version"] for each in packages if each["metadata"]["name"] == "torch")
+        (torch,) = (
+            each["metadata"]["version"] for each in packages if each["metadata"]["name"] == "torch"
+        )
         if torch.endswith("+cpu") is not (name == "cpu"):
-            sys.stderr.write(f"{path} is left as it was: pip chose torch {torch}; see PIP_EXTRA_INDEX_URL above\n")
+            sys.stderr.write(
+                f"{path} is left as it was: pip chose torch {torch}; see PIP_EXTRA_INDEX_URL above\n"
+            )
             return 1
-        downloads = [each["download_info"] for each in packages if "archive_info" in each["download_info"]]
+        downloads = [
+            each["download_info"] for each in packages if "archive_info" in each["download_info"]
+        ]
         if unpublished := [download["url"] for download in downloads if not is_published(download)]:
             sys.stderr.write(
                 f"{path} is left as it was: pip chose {', '.join(unpublished)}, whose hash no index gives; lead pip to "
@@ -47,7 +54,16 @@ def asked(name: str) -> list[dict[str, Any]]:
     """Returns what pip would install."""
     ours = [] if name == "vllm" else [str(HERE.parent), "setuptools>=77"]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
-    command += ["--use-feature", "fast-deps", "--only-binary", ":all:", "--report", "-", *WANTED[name], *ours]
+    command += [
+        "--use-feature",
+        "fast-deps",
+        "--only-binary",
+        ":all:",
+        "--report",
+        "-",
+        *WANTED[name],
+        *ours,
+    ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     installed: list[dict[str, Any]] = json.loads(done.stdout)["install"]
     return installed
@@ -67,8 +83,11 @@ def lock(name: str, packages: list[dict[str, Any]]) -> str:
 
 
 def is_published(download: dict[str, Any]) -> bool:
-    """Tells whether an index gives the wheel and its hash; of one in a folder, pip may have taken the hash itself."""
-    return not download["url"].startswith("file:") and "sha256" in download["archive_info"].get("hashes", {})
+    """Tells whether an index gives the wheel and its hash; of one in a folder, pip may have taken
+    the hash itself."""
+    return not download["url"].startswith("file:") and "sha256" in download["archive_info"].get(
+        "hashes", {}
+    )
 
 
 def normal(name: str) -> str:

@@ -1,1 +1,2 @@
-"""The outside world: configuration, Ray clusters, storage, the checkpoint registry and the command line."""
+"""The outside world: configuration, Ray clusters, storage, the checkpoint registry and the command
+line."""

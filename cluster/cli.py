@@ -1,7 +1,8 @@
-"""The `raymill` command: one subcommand per task, `--help` as the manual, one clear line and an exit code on errors.
+"""The `raymill` command: one subcommand per task, `--help` as the manual, one clear line and an
+exit code on errors.
 
-Exit codes: 0 done, 1 failed, 2 misused. With --json the last line of standard output is one JSON object; progress and
-errors go to standard error.
+Exit codes: 0 done, 1 failed, 2 misused. With --json the last line of standard output is one JSON
+object; progress and errors go to standard error.
 """
 
 import argparse
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed, as in `raymill list >&-`
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (until the process ends)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: a name may need more than ASCII
+        # As standard error: a name may need more than ASCII
+        sys.stdout.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         return _run(words)
@@ -85,10 +87,17 @@ def command_parser(words: Sequence[str] | None = None) -> Parser:
     usage = "raymill [-h] [--version] COMMAND ..."
     about = f"{__doc__}\n{_overview()}"
     parser = Parser(prog="raymill", usage=usage, description=about, formatter_class=FirstManual)
-    shown = f"raymill {version()}, code {code_version()}" if words and "--version" in words else ""  # reads all code
-    parser.add_argument("--version", action="version", version=shown, help="print the version and the code's hash")
-    named = None if words is None else next((word for word in words if not word.startswith("-")), "")
-    place = parser.add_subparsers(prog="raymill", metavar="COMMAND", required=True, help=argparse.SUPPRESS)
+    # Reads all code
+    shown = f"raymill {version()}, code {code_version()}" if words and "--version" in words else ""
+    parser.add_argument(
+        "--version", action="version", version=shown, help="print the version and the code's hash"
+    )
+    named = (
+        None if words is None else next((word for word in words if not word.startswith("-")), "")
+    )
+    place = parser.add_subparsers(
+        prog="raymill", metavar="COMMAND", required=True, help=argparse.SUPPRESS
+    )
     for section in SECTIONS:
         _add_section(place, section, named)
     return parser
@@ -101,10 +110,16 @@ def _add_section(place: "Places", section: Section, named: str | None) -> None:
         places[first] = group.add_subparsers(metavar="COMMAND", required=True)
     for command in section.commands:
         first, _, second = command.name.partition(" ")
-        parser = places.get(first, place).add_parser(second or first, help=command.help, description=command.help)
+        parser = places.get(first, place).add_parser(
+            second or first, help=command.help, description=command.help
+        )
         if named in (None, first):
             parser.set_defaults(**{_COMMAND: command})
-            parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of output")
+            parser.add_argument(
+                "--json",
+                action="store_true",
+                help="print one JSON object as the last line of output",
+            )
             for argument in command.arguments:
                 argument.add_to(parser)
 
@@ -116,14 +131,17 @@ def _overview() -> str:
     for section in SECTIONS:
         text += f"{section.title}:\n"
         for name, about in _listed(section).items():
-            line = textwrap.fill(about, width, initial_indent=f"  {name:12}", subsequent_indent=" " * 14)
+            line = textwrap.fill(
+                about, width, initial_indent=f"  {name:12}", subsequent_indent=" " * 14
+            )
             text += f"{line}\n"
         text += "\n"
     return text.rstrip()
 
 
 def _listed(section: Section) -> dict[str, str]:
-    """Returns the help of each first word: a command's, or its group's with the words that may follow."""
+    """Returns the help of each first word: a command's, or its group's with the words that may
+    follow."""
     abouts: dict[str, str] = {}
     for command in section.commands:
         first, _, second = command.name.partition(" ")

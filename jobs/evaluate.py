@@ -1,7 +1,9 @@
-"""Stage: a checkpoint's loss, perplexity and bits per byte on held-out text, computed by several workers.
+"""Stage: a checkpoint's loss, perplexity and bits per byte on held-out text, computed by several
+workers.
 
-B sequences in a batch, T tokens of each. A batch's loss does not depend on which worker computes it, and the driver
-adds the batches in their order: the result is the same for any number of workers.
+B sequences in a batch, T tokens of each. A batch's loss does not depend on which worker computes
+it, and the driver adds the batches in their order: the result is the same for any number of
+workers.
 """
 
 import math
@@ -118,7 +120,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     total = sum(loss for loss, _ in losses)
     loss = total / max(1, num_tokens)
     counts = zip(rows.streams(), rows.num_rows, strict=True)
-    num_bytes = sum(count * rows.seq_len * stream.bytes_per_token(count) for stream, count in counts)
+    num_bytes = sum(
+        count * rows.seq_len * stream.bytes_per_token(count) for stream, count in counts
+    )
     return {
         "checkpoint": checkpoint,
         "parameter_hash": parameter_hash(model.state_dict()),
@@ -132,7 +136,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def perplexity(loss: float) -> float | None:
-    """Returns that of a loss in nats; None where it is no number, or one beyond what a float and JSON have."""
+    """Returns that of a loss in nats; None where it is no number, or one beyond what a float and
+    JSON have."""
     return math.exp(loss) if loss <= math.log(sys.float_info.max) else None
 
 
@@ -141,10 +146,13 @@ def _rows(folder: Path, model: GPT, config: EvaluateConfig) -> Rows:
     if not is_hf_folder(folder):
         run = storage_of(config).child(f"runs/{read_metadata(folder).run_id}")
         trained = recorded_config(run) if run.exists(CONFIG_FILE) else None
-    # Positions that were never trained would spoil the loss, and in another precision it is not the trainer's.
+    # Positions that were never trained would spoil the loss, and in another precision it is not the
+    # trainer's.
     row_tokens = config.seq_len or (seq_len(trained) if trained else model.config.n_positions)
     if row_tokens > model.config.n_positions:
-        raise ConfigError(f"seq_len={row_tokens} exceeds the model's n_positions={model.config.n_positions}")
+        raise ConfigError(
+            f"seq_len={row_tokens} exceeds the model's n_positions={model.config.n_positions}"
+        )
     texts = [_documents(folder, config)] if config.data.source else validation_texts(folder, config)
     manifest = read_manifest(texts[0].tokens, opens_lists=False)
     if manifest.vocab_size > model.config.vocab_size:
@@ -157,40 +165,55 @@ def _rows(folder: Path, model: GPT, config: EvaluateConfig) -> Rows:
         )
     most_rows = max(1, config.max_tokens // row_tokens)
     num_rows = tuple(min((text.num_tokens - 1) // row_tokens, most_rows) for text in texts)
-    return Rows(tuple(texts), row_tokens, num_rows, config.batch_size, _as_trained(trained, model, config))
+    return Rows(
+        tuple(texts), row_tokens, num_rows, config.batch_size, _as_trained(trained, model, config)
+    )
 
 
 def _as_trained(trained: RunConfig | None, model: GPT, config: EvaluateConfig) -> RunConfig:
-    """Returns the run with the evaluation's precision, and without a GPU where this cluster has none."""
+    """Returns the run with the evaluation's precision, and without a GPU where this cluster has
+    none."""
     if trained is None:
         plain = {"precision": FP32.name if config.precision == "auto" else config.precision}
         return RunConfig.model_validate({"model": vars(model.config), "train": plain})
     if config.precision != "auto":
-        trained = trained.model_copy(update={"train": trained.train.model_copy(update={"precision": config.precision})})
+        trained = trained.model_copy(
+            update={"train": trained.train.model_copy(update={"precision": config.precision})}
+        )
     if trained.scaling.use_gpu and ray.cluster_resources().get("GPU", 0) < 1:
-        say("the checkpoint's run trained on GPUs and this cluster has none: CPUs round differently, and are slower")
-        trained = trained.model_copy(update={"scaling": trained.scaling.model_copy(update={"use_gpu": False})})
+        say(
+            "the checkpoint's run trained on GPUs and this cluster has none: CPUs round differently, and are slower"
+        )
+        trained = trained.model_copy(
+            update={"scaling": trained.scaling.model_copy(update={"use_gpu": False})}
+        )
     return trained
 
 
 def storage_of(config: EvaluateConfig) -> Storage:
-    """Returns the storage that holds the run of a checkpoint, named by its own place, or else the configured one, as
-    for weights that others wrote, which may lie in a folder of a folder `runs` too."""
+    """Returns the storage that holds the run of a checkpoint, named by its own place, or else the
+    configured one, as for weights that others wrote, which may lie in a folder of a folder `runs`
+    too."""
     place = _CHECKPOINT_PLACE.fullmatch(absolute_uri(config.checkpoint))
     return open_storage(place["storage"] if place else config.storage.uri)
 
 
 def validation_texts(folder: Path, config: EvaluateConfig) -> list[HeldOutText]:
-    """Returns what the checkpoint's run validated on, found by the identity that the checkpoint records: what it held
-    out, or else all texts of `data.validation`."""
+    """Returns what the checkpoint's run validated on, found by the identity that the checkpoint
+    records: what it held out, or else all texts of `data.validation`."""
     if is_hf_folder(folder):
-        raise CheckpointError(f"checkpoint {folder} records no validation split; name a text with --data.source")
+        raise CheckpointError(
+            f"checkpoint {folder} records no validation split; name a text with --data.source"
+        )
     metadata = read_metadata(folder)
     run = storage_of(config).child(f"runs/{metadata.run_id}")
     try:
         start = last_start(Ledger.read(run), metadata.data_identity)
         if (way := division(start)).held_out is HeldOut.NOTHING:
-            return [HeldOutText(find_tokens(run, identity), "train") for identity in start["validated_on"].values()]
+            return [
+                HeldOutText(find_tokens(run, identity), "train")
+                for identity in start["validated_on"].values()
+            ]
         return [HeldOutText(find_tokens(run, metadata.data_identity), "val", way)]
     except TokenStoreError as error:
         raise TokenStoreError(
@@ -209,21 +232,28 @@ def _documents(folder: Path, config: EvaluateConfig) -> HeldOutText:
         place.write_bytes(TOKENIZER_FILE, tokenizer.to_json())
         location = place.uri
     data = DataConfig(**config.data.model_dump(), tokenizer=location, val_fraction=0.0)
-    store = tokenize(RunConfig(data=data, storage=config.storage.model_copy(update={"uri": storage.uri})))
+    store = tokenize(
+        RunConfig(data=data, storage=config.storage.model_copy(update={"uri": storage.uri}))
+    )
     return HeldOutText(split_uri(store["manifest"])[0], "train")
 
 
 def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[tuple[float, int]]:
-    """Returns the summed loss of each batch and how many tokens it counts, in order. A task whose worker dies is run
-    again."""
+    """Returns the summed loss of each batch and how many tokens it counts, in order. A task whose
+    worker dies is run again."""
     num_batches = len(rows.batches)
     task = ray.remote(_worker_losses).options(
-        num_cpus=config.threads_per_worker, num_gpus=int(rows.device == "cuda"), num_returns="streaming"
+        num_cpus=config.threads_per_worker,
+        num_gpus=int(rows.device == "cuda"),
+        num_returns="streaming",
     )
     shared = ray.put(model)  # once, for all workers of a node
-    # Tasks and not actors: where fewer CPUs or GPUs are free, they run one after another, with the same result.
+    # Tasks and not actors: where fewer CPUs or GPUs are free, they run one after another, with the
+    # same result.
     running = [
-        task.remote(shared, rows, range(number, num_batches, config.num_workers), config.threads_per_worker)
+        task.remote(
+            shared, rows, range(number, num_batches, config.num_workers), config.threads_per_worker
+        )
         for number in range(min(config.num_workers, num_batches))
     ]
     losses: dict[int, tuple[float, int]] = {}
@@ -242,8 +272,11 @@ def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[tuple[
     return [losses[batch] for batch in range(num_batches)]
 
 
-def _worker_losses(model: GPT, rows: Rows, batches: range, num_threads: int) -> Iterator[tuple[int, tuple[float, int]]]:
-    """Yields the number of each of the worker's batches, its summed loss and how many tokens that counts."""
+def _worker_losses(
+    model: GPT, rows: Rows, batches: range, num_threads: int
+) -> Iterator[tuple[int, tuple[float, int]]]:
+    """Yields the number of each of the worker's batches, its summed loss and how many tokens that
+    counts."""
     torch.set_num_threads(num_threads)
     device = torch.device(rows.device)
     model, streams = model.to(device), rows.streams()
@@ -257,8 +290,9 @@ def _worker_losses(model: GPT, rows: Rows, batches: range, num_threads: int) -> 
 
 
 def gate_rows(checkpoint: str, storage_uri: str) -> dict[str, Any]:
-    """Returns validation rows by which a promotion is judged, as long as the model's context, or as the split where
-    that is shorter; or none and the `reason`, where the checkpoint's validation split is unknown or not here."""
+    """Returns validation rows by which a promotion is judged, as long as the model's context, or as
+    the split where that is shorter; or none and the `reason`, where the checkpoint's validation
+    split is unknown or not here."""
     try:
         found, folder = find_checkpoint(checkpoint, storage_uri)
         config = EvaluateConfig(checkpoint=found, storage=StorageConfig(uri=storage_uri))

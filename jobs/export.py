@@ -1,4 +1,5 @@
-"""Copies a checkpoint without its training state: a smaller checkpoint, and a folder that transformers reads."""
+"""Copies a checkpoint without its training state: a smaller checkpoint, and a folder that
+transformers reads."""
 
 import tempfile
 from pathlib import Path
@@ -8,18 +9,29 @@ from cluster.storage.registry import resolve_checkpoint
 from cluster.storage.uris import absolute_uri, open_storage, split_uri
 from model.files.bounded_text import require_bounded_text
 from model.files.checkpoint import load_model, write_checkpoint
-from model.files.checkpoint_folder import MANIFEST, CheckpointError, is_hf_folder, read_metadata, verify_checkpoint
+from model.files.checkpoint_folder import (
+    MANIFEST,
+    CheckpointError,
+    is_hf_folder,
+    read_metadata,
+    verify_checkpoint,
+)
 from model.files.stored_tokenizer import load_tokenizer
 
 
 def export(checkpoint: str, destination: str, *, storage_uri: str) -> dict[str, Any]:
-    """Writes the verified checkpoint to a new or empty folder, local or remote, and verifies the copy.
+    """Writes the verified checkpoint to a new or empty folder, local or remote, and verifies the
+    copy.
 
     Raises `CheckpointError`.
     """
     target = open_storage(destination)
     local = target.local_path("")
-    occupied = target.list() if local is None else local.is_file() or (local.is_dir() and any(local.iterdir()))
+    occupied = (
+        target.list()
+        if local is None
+        else local.is_file() or (local.is_dir() and any(local.iterdir()))
+    )
     if occupied:
         raise CheckpointError(f"{target.uri} exists and is not empty; name a new folder")
     source = resolve_checkpoint(checkpoint, storage_uri)
@@ -45,9 +57,15 @@ def export(checkpoint: str, destination: str, *, storage_uri: str) -> dict[str, 
                 f"its weights have the hash {copied.parameter_hash}, {source} records {metadata.parameter_hash}"
             )
         if problems:
-            raise CheckpointError(f"the copy {folder} is not valid: {'; '.join(problems)}; export again")
+            raise CheckpointError(
+                f"the copy {folder} is not valid: {'; '.join(problems)}; export again"
+            )
         if local is None:
             parent, name = split_uri(destination)
             parent.upload_folder(folder, name, last=MANIFEST)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    return {"checkpoint": absolute_uri(destination), "parameter_hash": metadata.parameter_hash, "files": files}
+    return {
+        "checkpoint": absolute_uri(destination),
+        "parameter_hash": metadata.parameter_hash,
+        "files": files,
+    }

@@ -1,4 +1,5 @@
-"""Stage: runs all stages in one job: corpus, tokens, trained and published checkpoint, evaluation, report."""
+"""Stage: runs all stages in one job: corpus, tokens, trained and published checkpoint, evaluation,
+report."""
 
 import sys
 from typing import Any
@@ -16,7 +17,11 @@ def pipeline(config: RunConfig) -> dict[str, Any]:
     text = prepare(config)
     run = train_on(text)
     evaluation = evaluate(
-        EvaluateConfig(checkpoint=run["checkpoint"], max_tokens=config.train.eval_max_tokens, storage=config.storage)
+        EvaluateConfig(
+            checkpoint=run["checkpoint"],
+            max_tokens=config.train.eval_max_tokens,
+            storage=config.storage,
+        )
     )
     report = make_report(open_storage(run["run_dir"]))
     return text.figures | run | {"evaluation": evaluation} | report

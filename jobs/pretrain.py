@@ -1,4 +1,5 @@
-"""Stage: trains the model on the token store with Ray Train, elastically, and publishes the final checkpoint."""
+"""Stage: trains the model on the token store with Ray Train, elastically, and publishes the final
+checkpoint."""
 
 import dataclasses
 import os
@@ -51,23 +52,31 @@ from model.text.tokenizer import Tokenizer
 
 _RAY_TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # sees a failure ten times as soon
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # sees that a node is being drained five times as soon
+    # Sees that a node is being drained five times as soon
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
 """Ray Train's settings, as it reads them from the launcher's environment."""
 
 _ELASTIC_RAY_TRAIN = {
-    # An elastic group starts only on nodes that are there, so a start that takes longer was planned on a node that died
-    # without Ray knowing it yet. Ray Train would wait a minute for it; recovery from a lost node was measured at 76 s.
+    # An elastic group starts only on nodes that are there, so a start that takes longer was planned
+    # on a node that died without Ray knowing it yet. Ray Train would wait a minute for it; recovery
+    # from a lost node was measured at 76 s.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "6",
 }
 
 
 def validation_stores(config: RunConfig, *, tokenizer_uri: str) -> dict[str, str]:
-    """Tokenizes each validation set, all of it as the "train" split, and returns the stores' URIs by name. Needs Ray.
+    """Tokenizes each validation set, all of it as the "train" split, and returns the stores' URIs
+    by name. Needs Ray.
 
     Raises `TokenStoreError` for a set that is too small for one row.
     """
-    whole = {"tokenizer": tokenizer_uri, "weights": [], "val_fraction": 0.0, "decontaminate_ngram": None}
+    whole = {
+        "tokenizer": tokenizer_uri,
+        "weights": [],
+        "val_fraction": 0.0,
+        "decontaminate_ngram": None,
+    }
     stores = {}
     for name, source in config.data.validation.items():
         data = config.data.model_copy(update=whole | {"source": [source]})
@@ -82,8 +91,9 @@ def validation_stores(config: RunConfig, *, tokenizer_uri: str) -> dict[str, str
 
 
 def divided(config: RunConfig, tokens: Storage) -> Division:
-    """Returns how the run divides the token store into what trains and what validates, and says so where it is the
-    text's end. Raises `TokenStoreError` where no step could be taken or nothing would validate."""
+    """Returns how the run divides the token store into what trains and what validates, and says so
+    where it is the text's end. Raises `TokenStoreError` where no step could be taken or nothing
+    would validate."""
     manifest = read_manifest(tokens, opens_lists=False)
     division = divide(
         manifest,
@@ -111,12 +121,14 @@ class PreparedText:
 
 
 def prepare(config: RunConfig) -> PreparedText:
-    """Makes the tokenizer and the token store where missing, of the corpus as it is listed once. Needs Ray.
+    """Makes the tokenizer and the token store where missing, of the corpus as it is listed once.
+    Needs Ray.
 
     Raises `ConfigError` when a prompt cannot be continued, and what `tokenize` raises.
     """
     config = like_its_source(config)
-    listing = None  # where a tokenizer is named, its prompts are checked before the corpus is listed
+    # Where a tokenizer is named, its prompts are checked before the corpus is listed
+    listing = None
     if config.data.tokenizer is None:
         listing = list_corpus(config.data.source, text_endings=config.data.text_endings)
     tokenizer, tokenizer_uri = ensure_tokenizer(config, listing)
@@ -125,10 +137,12 @@ def prepare(config: RunConfig) -> PreparedText:
 
 
 def pretrain(config: RunConfig) -> dict[str, Any]:
-    """Trains the run to its end and returns its figures. Makes the tokenizer and the token store where missing.
+    """Trains the run to its end and returns its figures. Makes the tokenizer and the token store
+    where missing.
 
-    Raises `ConfigError` when `run_id` names a run with other settings or a prompt cannot be continued, `LeaseHeldError`
-    when another launcher is training it, `GaveUpError` when the run gave up.
+    Raises `ConfigError` when `run_id` names a run with other settings or a prompt cannot be
+    continued, `LeaseHeldError` when another launcher is training it, `GaveUpError` when the run
+    gave up.
     """
     return train_on(prepare(config))
 
@@ -160,20 +174,26 @@ def train_on(text: PreparedText) -> dict[str, Any]:
         lease.check()
         if not ledger.events("finish"):
             raise unfinished(plan, ledger)
-        checkpoint = RunCheckpoints(run).uri(ledger.events("checkpoint")[-1]["checkpoint"].rsplit("/", 1)[1])
+        checkpoint = RunCheckpoints(run).uri(
+            ledger.events("checkpoint")[-1]["checkpoint"].rsplit("/", 1)[1]
+        )
         is_wanted = config.checkpoint.publish
-        if is_wanted and checkpoint not in [published.checkpoint for published in publications(storage)]:
+        if is_wanted and checkpoint not in [
+            published.checkpoint for published in publications(storage)
+        ]:
             publish(storage, checkpoint)
             say(what_latest_became(storage))
         return _figures(run, ledger, checkpoint)
 
 
 def _enter(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """Records a new run's settings and the weights that it begins from, or checks that a resumed run has the same
-    settings. Returns them with its precision."""
+    """Records a new run's settings and the weights that it begins from, or checks that a resumed
+    run has the same settings. Returns them with its precision."""
     if run.exists(CONFIG_FILE):
         if changed := changed_settings(run, config):
-            raise ConfigError(f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id")
+            raise ConfigError(
+                f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id"
+            )
         precision = recorded_config(run).train.precision
         assert precision != "auto", "it was settled before it was recorded"
         return with_precision(config, precision)
@@ -186,21 +206,24 @@ def _enter(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
 
 
 def _begins(config: RunConfig, before: Ledger) -> str:
-    """Returns a line that says what comes next: on one machine, workers take some ten seconds to start."""
+    """Returns a line that says what comes next: on one machine, workers take some ten seconds to
+    start."""
     total, steps = max_steps(config), before.steps
     if before.events("finish"):
         return f"run {config.run_id} has finished already, after step {steps[-1]['step']:,}"
     most, least = config.scaling.max_workers, config.scaling.min_workers
     workers = counted(most, "worker") if least == most else f"{least} to {most} workers"
     place = (
-        f"continues after step {steps[-1]['step']:,} of {total:,}" if steps else f"has {counted(total, 'step')} to take"
+        f"continues after step {steps[-1]['step']:,} of {total:,}"
+        if steps
+        else f"has {counted(total, 'step')} to take"
     )
     return f"run {config.run_id} {place} in {config.train.precision}, starting {workers}"
 
 
 def _train(plan: RunPlan) -> None:
-    """Trains what is left of the run. A controller of Ray Train that fails is replaced by another, which continues from
-    the same snapshots, as long as the run makes progress."""
+    """Trains what is left of the run. A controller of Ray Train that fails is replaced by another,
+    which continues from the same snapshots, as long as the run makes progress."""
     if Ledger.read(plan.run).events("finish"):
         return
     hardware = hardware_of([node["Resources"] for node in ray.nodes() if node["Alive"]])
@@ -225,7 +248,9 @@ def _train(plan: RunPlan) -> None:
                 if step <= furthest:
                     raise
                 furthest = step
-                say(f"Ray Train's controller failed after step {step}; it is being restarted: {one_line(str(error))}")
+                say(
+                    f"Ray Train's controller failed after step {step}; it is being restarted: {one_line(str(error))}"
+                )
 
 
 def unfinished(plan: RunPlan, ledger: Ledger) -> StageFailedError:
@@ -240,11 +265,17 @@ def unfinished(plan: RunPlan, ledger: Ledger) -> StageFailedError:
 
 
 def _trainer(plan: RunPlan, address: str, counts: Mapping[int, int]) -> Trainer:
-    """Returns what trains the run; `counts` has the number of workers to run by the number that could."""
+    """Returns what trains the run; `counts` has the number of workers to run by the number that
+    could."""
     scaling = plan.config.scaling
     is_elastic = scaling.min_workers < scaling.max_workers
     os.environ |= _RAY_TRAIN | (_ELASTIC_RAY_TRAIN if is_elastic else {})
-    callbacks = [FailureRecorder(plan), SignalListener(), Drains(), NodeLosses(is_elastic=is_elastic, address=address)]
+    callbacks = [
+        FailureRecorder(plan),
+        SignalListener(),
+        Drains(),
+        NodeLosses(is_elastic=is_elastic, address=address),
+    ]
     return Trainer(
         train_worker,
         run=plan.run,
@@ -252,16 +283,21 @@ def _trainer(plan: RunPlan, address: str, counts: Mapping[int, int]) -> Trainer:
         train_loop_config={"plan": plan, "address": address},
         torch_config=WorkerBackend(),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]  # typed as its old API
-            num_workers=(scaling.min_workers, scaling.max_workers) if is_elastic else scaling.max_workers,  # type: ignore[arg-type]
+            num_workers=(scaling.min_workers, scaling.max_workers)
+            if is_elastic
+            else scaling.max_workers,  # type: ignore[arg-type]
             use_gpu=scaling.use_gpu,
-            resources_per_worker={"CPU": scaling.threads_per_worker} | ({"GPU": 1} if scaling.use_gpu else {}),
+            resources_per_worker={"CPU": scaling.threads_per_worker}
+            | ({"GPU": 1} if scaling.use_gpu else {}),
             elastic_resize_monitor_interval_s=scaling.resize_check_s,
         ),
         run_config=ray.train.RunConfig(
-            # Ray Train's own record of the run is disposable: the ledger and the checkpoints are what counts.
+            # Ray Train's own record of the run is disposable: the ledger and the checkpoints are
+            # what counts.
             name=f"attempts-{secrets.token_hex(4)}",
             storage_path=f"{plan.run.uri}/ray",
-            failure_config=FailureConfig(max_failures=-1),  # `max_fruitless_attempts` ends what gets no further
+            # `max_fruitless_attempts` ends what gets no further
+            failure_config=FailureConfig(max_failures=-1),
             callbacks=callbacks,  # type: ignore[arg-type]  # typed as its old API
         ),
     )

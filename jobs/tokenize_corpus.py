@@ -1,4 +1,5 @@
-"""Stage: turns the corpus into a token store, with the same bytes for any number of workers, kills and restarts."""
+"""Stage: turns the corpus into a token store, with the same bytes for any number of workers, kills
+and restarts."""
 
 import sys
 

@@ -1,7 +1,9 @@
-"""What each architecture is: parameters, counts, and names elsewhere. One frozen record for GPT-2 and one for Llama.
+"""What each architecture is: parameters, counts, and names elsewhere. One frozen record for GPT-2
+and one for Llama.
 
-The setting `model.architecture` names a record, and whoever needs to know one asks it. Another architecture is a record
-here, and its modules in a file beside `model.gpt` and `model.llama`. This module does not import PyTorch.
+The setting `model.architecture` names a record, and whoever needs to know one asks it. Another
+architecture is a record here, and its modules in a file beside `model.gpt` and `model.llama`. This
+module does not import PyTorch.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,10 +14,12 @@ from typing import Any, Literal
 ArchitectureName = Literal["gpt2", "llama"]
 
 Activation = Literal["gelu", "gelu_exact", "relu", "swiglu"]
-"""`gelu` is GPT-2's tanh approximation (`gelu_new` in Hugging Face), `gelu_exact` the erf form, `swiglu` is Llama's."""
+"""`gelu` is GPT-2's tanh approximation (`gelu_new` in Hugging Face), `gelu_exact` the erf form,
+`swiglu` is Llama's."""
 
 Dim = Literal["C", "3C", "F", "G", "V", "n_positions"]
-"""The length of one side of a parameter: C = n_embd, F = ffn_width, G = kv_width, V = vocab_size."""
+"""The length of one side of a parameter: C = n_embd, F = ffn_width, G = kv_width, V =
+vocab_size."""
 
 
 class Initial(Enum):
@@ -24,7 +28,8 @@ class Initial(Enum):
     ZEROS = auto()  # biases
     ONES = auto()  # the weights of norms
     NORMAL = auto()  # with a standard deviation of `initializer_range`
-    INTO_THE_STREAM = auto()  # the same, divided by the root of the number of projections into the residual stream
+    # The same, divided by the root of the number of projections into the residual stream
+    INTO_THE_STREAM = auto()
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ HEAD = _normal("V", "C")
 
 @dataclass(frozen=True)
 class ParameterNames:
-    """The parameters in the order of `GPT.named_parameters`. An output head of its own comes last, as lm_head."""
+    """The parameters in the order of `GPT.named_parameters`. An output head of its own comes last,
+    as lm_head."""
 
     prefix: str  # of all that follow
     before: Mapping[str, Parameter]  # the blocks
@@ -73,7 +79,8 @@ class StageNames:
 
     norm: str
     embeddings: str  # what they are made of
-    projections: tuple[tuple[str, str, int], ...]  # a block's query, key and value: name, dims, how many there are
+    # A block's query, key and value: name, dims, how many there are
+    projections: tuple[tuple[str, str, int], ...]
     has_gate: bool  # beside what the feed-forward layer has in its middle
 
 
@@ -82,14 +89,16 @@ class KeptValues:
     """What a block keeps of each token for its backward pass."""
 
     of_norms: int  # fp32 values C wide: what norms read, and a second one where they keep it
-    own_inputs: int  # values C wide more, where projections do not share the rounded inputs of their products
+    # Values C wide more, where projections do not share the rounded inputs of their products
+    own_inputs: int
     of_ffn: int  # values F wide
     norm_numbers: int  # fp32
 
 
 @dataclass(frozen=True)
 class HfKeys:
-    """A model of this architecture in Hugging Face's config.json and files. Its model_type is our name."""
+    """A model of this architecture in Hugging Face's config.json and files. Its model_type is our
+    name."""
 
     class_name: str
     names: dict[str, str]  # our settings by theirs, in the order in which they are written
@@ -102,7 +111,8 @@ class HfKeys:
 
 @dataclass(frozen=True)
 class KernelNames:
-    """What the CPU kernels are given besides a block's norms, in the order of serving/engine/native/decoder.cpp."""
+    """What the CPU kernels are given besides a block's norms, in the order of
+    serving/engine/native/decoder.cpp."""
 
     number: int  # of the architecture
     matrices: tuple[tuple[str, ...], ...]  # those of one tuple lie side by side, as one matrix
@@ -134,7 +144,8 @@ def _four_times(n_embd: int) -> int:
 
 
 def _two_thirds_of_four_times(n_embd: int) -> int:
-    """Returns 8/3, which makes three matrices as large as two of 4 times, rounded up to a multiple of 64."""
+    """Returns 8/3, which makes three matrices as large as two of 4 times, rounded up to a multiple
+    of 64."""
     return -(-8 * n_embd // 3 // 64) * 64
 
 
@@ -255,7 +266,12 @@ LLAMA = Architecture(
             "initializer_range": "initializer_range",
         },
         copies={},
-        fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
+        fixed={
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "pretraining_tp": 1,
+        },
         defaults={
             "activation_function": "swiglu",
             "vocab_size": 32000,

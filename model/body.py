@@ -1,4 +1,5 @@
-"""The interface of what lies between token ids and the output head: `GPT` and the views of a query know no more of it.
+"""The interface of what lies between token ids and the output head: `GPT` and the views of a query
+know no more of it.
 
 Shapes: B sequences, T tokens of each, C = n_embd, V vocabulary.
 """
@@ -19,7 +20,8 @@ class Block(nn.Module, ABC):
 
     @abstractmethod
     def attended(self, x: Tensor, *values: Any, **more: Any) -> Tensor:
-        """Returns x after attention. The values are the window of a KV cache, a mask, and `Body.for_blocks`."""
+        """Returns x after attention. The values are the window of a KV cache, a mask, and
+        `Body.for_blocks`."""
 
     @abstractmethod
     def fed_forward(self, x: Tensor) -> Tensor:
@@ -43,7 +45,8 @@ class Body(nn.Module, ABC):
     @property
     @abstractmethod
     def position_embedding(self) -> nn.Embedding | None:
-        """The embedding of positions, with a weight (n_positions, C); None where queries and keys are turned."""
+        """The embedding of positions, with a weight (n_positions, C); None where queries and keys
+        are turned."""
 
     @property
     @abstractmethod
@@ -57,8 +60,11 @@ class Body(nn.Module, ABC):
 
     @abstractmethod
     def for_blocks(self, positions: Tensor) -> tuple[Any, ...]:
-        """Returns what every block takes besides x, window and mask, for tokens at positions (B, T)."""
+        """Returns what every block takes besides x, window and mask, for tokens at positions (B,
+        T)."""
 
     @abstractmethod
-    def forward(self, token_ids: Tensor, positions: Tensor, window: Window | None, mask: Mask) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, window: Window | None, mask: Mask
+    ) -> Tensor:
         """Returns hidden states (B, T, C) after the last norm."""

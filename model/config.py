@@ -1,4 +1,5 @@
-"""The shape of a decoder, GPT-2's or Llama's, in GPT-2's own terms, presets, counts of parameters and operations."""
+"""The shape of a decoder, GPT-2's or Llama's, in GPT-2's own terms, presets, counts of parameters
+and operations."""
 
 import math
 from collections.abc import Iterable
@@ -8,45 +9,79 @@ from typing import Any
 from model.architecture import ARCHITECTURES, Activation, Architecture, ArchitectureName, Parameter
 from model.tables import read_table
 
-_MOST = {"n_layer": 10_000}  # many times what was ever trained: a plan counts each block, of a typing error for minutes
+# Many times what was ever trained: a plan counts each block, of a typing error for minutes
+_MOST = {"n_layer": 10_000}
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of the decoder. Raises `ValueError` with the numbers when the fields do not fit together."""
+    """The shape of the decoder. Raises `ValueError` with the numbers when the fields do not fit
+    together."""
 
-    vocab_size: int = field(default=50257, metadata={"help": "number of token ids; a run takes it from its tokenizer"})
+    vocab_size: int = field(
+        default=50257, metadata={"help": "number of token ids; a run takes it from its tokenizer"}
+    )
     n_positions: int = field(default=1024, metadata={"help": "context length in tokens"})
     n_layer: int = field(default=12, metadata={"help": "number of transformer blocks"})
     n_head: int = field(default=12, metadata={"help": "attention heads per block; divides n_embd"})
-    n_kv_head: int | None = field(default=None, metadata={"help": "llama: heads of keys and values; n_head when unset"})
+    n_kv_head: int | None = field(
+        default=None, metadata={"help": "llama: heads of keys and values; n_head when unset"}
+    )
     n_embd: int = field(default=768, metadata={"help": "width of the residual stream"})
     n_inner: int | None = field(
         default=None, metadata={"help": "feed-forward width; when unset 4 x n_embd, for llama 8/3"}
     )
-    activation_function: Activation = field(default="gelu", metadata={"help": "feed-forward activation"})
-    tie_word_embeddings: bool = field(default=True, metadata={"help": "output head is the token embedding"})
-    dropout: float = field(default=0.0, metadata={"help": "dropout probability in training, 0 <= p < 1"})
-    layer_norm_epsilon: float = field(default=1e-5, metadata={"help": "epsilon inside the norms"})
-    rope_theta: float = field(default=10000.0, metadata={"help": "llama: base of the rotary positions"})
-    rope_factor: float = field(default=1.0, metadata={"help": "llama: how much slower the rotary positions turn"})
-    rope_original_positions: int | None = field(
-        default=None, metadata={"help": "llama: context length within which fast rotations stay as they are"}
+    activation_function: Activation = field(
+        default="gelu", metadata={"help": "feed-forward activation"}
     )
-    initializer_range: float = field(default=0.02, metadata={"help": "standard deviation of the initial weights"})
+    tie_word_embeddings: bool = field(
+        default=True, metadata={"help": "output head is the token embedding"}
+    )
+    dropout: float = field(
+        default=0.0, metadata={"help": "dropout probability in training, 0 <= p < 1"}
+    )
+    layer_norm_epsilon: float = field(default=1e-5, metadata={"help": "epsilon inside the norms"})
+    rope_theta: float = field(
+        default=10000.0, metadata={"help": "llama: base of the rotary positions"}
+    )
+    rope_factor: float = field(
+        default=1.0, metadata={"help": "llama: how much slower the rotary positions turn"}
+    )
+    rope_original_positions: int | None = field(
+        default=None,
+        metadata={"help": "llama: context length within which fast rotations stay as they are"},
+    )
+    initializer_range: float = field(
+        default=0.02, metadata={"help": "standard deviation of the initial weights"}
+    )
     architecture: ArchitectureName = field(
         default="gpt2", metadata={"help": "gpt2, or llama: rotary positions, RMSNorm"}
     )
 
     def __post_init__(self) -> None:
-        if self.architecture not in list(ARCHITECTURES):  # a file may hold a list, which has no hash
-            raise ValueError(f"architecture is {self.architecture!r}, expected one of {', '.join(ARCHITECTURES)}")
-        for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "ffn_width", "num_kv_heads"):
+        # A file may hold a list, which has no hash
+        if self.architecture not in list(ARCHITECTURES):
+            raise ValueError(
+                f"architecture is {self.architecture!r}, expected one of {', '.join(ARCHITECTURES)}"
+            )
+        for name in (
+            "vocab_size",
+            "n_positions",
+            "n_layer",
+            "n_head",
+            "n_embd",
+            "ffn_width",
+            "num_kv_heads",
+        ):
             value, most = getattr(self, name), _MOST.get(name, math.inf)
             if not 1 <= value <= most:
-                raise ValueError(f"{name} is {value}, expected at {'least 1' if value < 1 else f'most {most}'}")
+                raise ValueError(
+                    f"{name} is {value}, expected at {'least 1' if value < 1 else f'most {most}'}"
+                )
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; choose one of its divisors")
+            raise ValueError(
+                f"n_head={self.n_head} does not divide n_embd={self.n_embd}; choose one of its divisors"
+            )
         network = self.network
         if self.activation_function not in network.activations:
             raise ValueError(
@@ -60,7 +95,9 @@ class GPTConfig:
             for name, value in (("n_kv_head", self.num_kv_heads), ("n_inner", self.ffn_width)):
                 object.__setattr__(self, name, value)
         if network.has_rotation and self.head_dim % 2:
-            raise ValueError(f"heads are {self.head_dim} wide, expected an even number: rotary positions turn pairs")
+            raise ValueError(
+                f"heads are {self.head_dim} wide, expected an even number: rotary positions turn pairs"
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}, expected 0 <= p < 1")
 
@@ -71,7 +108,9 @@ class GPTConfig:
                 if name not in other.settings or name in self.network.settings:
                     continue
                 if getattr(self, name) != setting.default:
-                    raise ValueError(f"{name} is a setting of architecture {other.name}; {self.architecture} has none")
+                    raise ValueError(
+                        f"{name} is a setting of architecture {other.name}; {self.architecture} has none"
+                    )
 
     @property
     def network(self) -> Architecture:
@@ -127,20 +166,25 @@ PRESETS: dict[str, dict[str, Any]] = read_table(__file__, "presets")
 
 
 def preset_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields in `values` over those of its `preset`. Raises `ValueError` for an unknown one."""
+    """Returns the fields in `values` over those of its `preset`. Raises `ValueError` for an unknown
+    one."""
     values = dict(values)
     preset = values.pop("preset", None)
-    if preset is not None and preset not in list(PRESETS):  # a file may hold a list, which has no hash
+    # A file may hold a list, which has no hash
+    if preset is not None and preset not in list(PRESETS):
         raise ValueError(f"preset {preset!r} is unknown, expected one of {', '.join(PRESETS)}")
     known = {f.name for f in fields(GPTConfig)}
     if unknown := [name for name in values if name not in known]:
-        raise ValueError(f"{unknown[0]!r} is not a model setting, expected one of preset, {', '.join(sorted(known))}")
+        raise ValueError(
+            f"{unknown[0]!r} is not a model setting, expected one of preset, {', '.join(sorted(known))}"
+        )
     return PRESETS.get(preset, {}) | values
 
 
 def flops_per_token(config: GPTConfig, seq_len: int) -> int:
-    """Counts forward and backward: 6 for each parameter that multiplies, and 12 x layers x width x seq_len for the
-    attention scores and their use (PaLM, 2022, appendix B, which does not discount the causal half either).
+    """Counts forward and backward: 6 for each parameter that multiplies, and 12 x layers x width x
+    seq_len for the attention scores and their use (PaLM, 2022, appendix B, which does not discount
+    the causal half either).
 
     Position embeddings, and token embeddings beside an untied head, are looked up, not multiplied.
     """

@@ -6,4 +6,6 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         # A file's name may hold line ends, terminal control sequences, and bytes that are not text.
-        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in super().__str__())
+        return "".join(
+            char if char.isprintable() else repr(char)[1:-1] for char in super().__str__()
+        )

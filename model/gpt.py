@@ -1,9 +1,11 @@
-"""GPT-2 in one file, in order of composition: projection, attention, feed-forward, block, decoder, loss. What Llama has
-in place of its blocks is in `model.llama`.
+"""GPT-2 in one file, in order of composition: projection, attention, feed-forward, block, decoder,
+loss. What Llama has in place of its blocks is in `model.llama`.
 
-Shapes: B sequences, T tokens of each, C = n_embd, H heads of width D = C / H, V vocabulary, N = B x T.
+Shapes: B sequences, T tokens of each, C = n_embd, H heads of width D = C / H, V vocabulary, N = B x
+T.
 
-Parameters have the names and the layout of Hugging Face's GPT2LMHeadModel, so that a checkpoint needs no conversion.
+Parameters have the names and the layout of Hugging Face's GPT2LMHeadModel, so that a checkpoint
+needs no conversion.
 """
 
 import math
@@ -25,7 +27,8 @@ from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, parameter_shapes, param
 
 
 class Projection(nn.Module):
-    """An affine map whose weight is stored (in, out), GPT-2's own layout (`Conv1D` in Hugging Face)."""
+    """An affine map whose weight is stored (in, out), GPT-2's own layout (`Conv1D` in Hugging
+    Face)."""
 
     ops: Operations = PLAIN
 
@@ -50,9 +53,13 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, window: Window | None, mask: Mask) -> Tensor:
         B, T, C = x.shape  # noqa: N806
-        q, k, v = (part.view(B, T, self.n_head, C // self.n_head) for part in self.c_attn(x).split(C, dim=2))
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head)
+            for part in self.c_attn(x).split(C, dim=2)
+        )
         dropout = self.dropout if self.training else 0.0
-        y = attention(q, k, v, layer=self.layer, window=window, mask=mask, dropout=dropout)  # (B, T, H, D)
+        # (B, T, H, D)
+        y = attention(q, k, v, layer=self.layer, window=window, mask=mask, dropout=dropout)
         return F.dropout(self.c_proj(y.reshape(B, T, C)), self.dropout, self.training)
 
 
@@ -79,7 +86,9 @@ def activated(x: Tensor, activation: Activation) -> Tensor:
         case "relu":
             return F.relu(x)
         case "swiglu":
-            raise AssertionError("SwiGLU is a gate between two projections, which GPT-2's blocks do not have")
+            raise AssertionError(
+                "SwiGLU is a gate between two projections, which GPT-2's blocks do not have"
+            )
         case _:
             assert_never(activation)
 
@@ -133,18 +142,24 @@ class Transformer(Body):
     def for_blocks(self, positions: Tensor) -> tuple[()]:
         return ()
 
-    def forward(self, token_ids: Tensor, positions: Tensor, window: Window | None, mask: Mask) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, window: Window | None, mask: Mask
+    ) -> Tensor:
         tokens = self.ops.embed(token_ids, self.wte.weight, shared=self.is_tied)
-        x = F.dropout(tokens + self.ops.embed(positions, self.wpe.weight, shared=False), self.dropout, self.training)
+        x = F.dropout(
+            tokens + self.ops.embed(positions, self.wpe.weight, shared=False),
+            self.dropout,
+            self.training,
+        )
         for block in self.h:
             x = self.ops.block(block, x, window, mask)
         return self.ln_f(x)
 
 
 def initial_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Yields GPT-2's initial weights, one parameter after the other: normal, biases zero, and the projections that end
-    in the residual stream scaled by 1 / sqrt(2 x n_layer); Llama's by the same rule. The random numbers come from the
-    CPU, so a seed means the same anywhere."""
+    """Yields GPT-2's initial weights, one parameter after the other: normal, biases zero, and the
+    projections that end in the residual stream scaled by 1 / sqrt(2 x n_layer); Llama's by the same
+    rule. The random numbers come from the CPU, so a seed means the same anywhere."""
     generator = torch.Generator().manual_seed(seed)
     shapes, deviation = parameter_shapes(config), config.initializer_range
     for name, parameter in parameters(config).items():
@@ -157,7 +172,12 @@ def initial_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]
             case Initial.NORMAL:
                 yield name, values.normal_(0.0, deviation, generator=generator)
             case Initial.INTO_THE_STREAM:
-                yield name, values.normal_(0.0, deviation / math.sqrt(2 * config.n_layer), generator=generator)
+                yield (
+                    name,
+                    values.normal_(
+                        0.0, deviation / math.sqrt(2 * config.n_layer), generator=generator
+                    ),
+                )
             case _:
                 assert_never(parameter.initial)
 
@@ -167,7 +187,8 @@ BODIES: dict[str, type[Body]] = {GPT2.name: Transformer, LLAMA.name: Llama}
 
 
 class GPT(nn.Module):
-    """The decoder, GPT-2 or Llama. Its weights are uninitialized memory until `init_weights` or `load_state_dict`."""
+    """The decoder, GPT-2 or Llama. Its weights are uninitialized memory until `init_weights` or
+    `load_state_dict`."""
 
     ops: Operations = PLAIN
 
@@ -218,12 +239,14 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Returns hidden states (B, T, C) after the final norm, from token_ids (B, T).
 
-        Without a cache each row attends to itself, causally or as `mask` says; `positions` then defaults to 0 … T-1.
-        With a cache, the keys and values of the tokens are written at `positions` (B, T), and each token attends to all
-        positions of its sequence up to its own.
+        Without a cache each row attends to itself, causally or as `mask` says; `positions` then
+        defaults to 0 … T-1. With a cache, the keys and values of the tokens are written at
+        `positions` (B, T), and each token attends to all positions of its sequence up to its own.
         """
         if positions is None:
-            positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
+            positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(
+                token_ids
+            )
         window = None
         if kv_cache is not None:
             assert mask is None, "a KV cache makes its own mask"
@@ -236,14 +259,24 @@ class GPT(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def loss(
-        self, token_ids: Tensor, targets: Tensor, positions: Tensor | None = None, mask: Mask = None, scale: float = 1.0
+        self,
+        token_ids: Tensor,
+        targets: Tensor,
+        positions: Tensor | None = None,
+        mask: Mask = None,
+        scale: float = 1.0,
     ) -> Tensor:
-        """Returns `scale` times the summed cross-entropy (a scalar, at least fp32) of targets (B, T); IGNORE_INDEX is
-        not counted."""
-        return self.loss_of(self.forward(token_ids, positions=positions, mask=mask), targets, scale=scale)
+        """Returns `scale` times the summed cross-entropy (a scalar, at least fp32) of targets (B,
+        T); IGNORE_INDEX is not counted."""
+        return self.loss_of(
+            self.forward(token_ids, positions=positions, mask=mask), targets, scale=scale
+        )
 
     def loss_of(self, hidden: Tensor, targets: Tensor, *, scale: float = 1.0) -> Tensor:
-        """Returns `scale` times the loss of targets (B, T) from hidden (B, T, C), what `forward` returns."""
+        """Returns `scale` times the loss of targets (B, T) from hidden (B, T, C), what `forward`
+        returns."""
         rows, labels = hidden.flatten(0, 1), targets.flatten()  # (N, C), (N,)
         size = GPU_CHUNK_TOKENS if hidden.is_cuda else CHUNK_TOKENS
-        return self.ops.cross_entropy(rows, self.head_weight, labels, scale=scale, chunk_tokens=size)
+        return self.ops.cross_entropy(
+            rows, self.head_weight, labels, scale=scale, chunk_tokens=size
+        )

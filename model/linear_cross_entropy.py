@@ -1,4 +1,5 @@
-"""The loss of a linear output head without its scores in memory: they exist for a chunk of tokens at a time.
+"""The loss of a linear output head without its scores in memory: they exist for a chunk of tokens
+at a time.
 
 Shapes: N tokens, C width, V vocabulary, K tokens of a chunk.
 """
@@ -17,10 +18,17 @@ Chunk = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk_tokens: int, chunk: Chunk | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    scale: float,
+    chunk_tokens: int,
+    chunk: Chunk | None = None,
 ) -> Tensor:
-    """Returns `scale` times the summed cross-entropy (a scalar, at least fp32) of hidden (N, C) @ weight.T (C, V) and
-    targets (N,). `chunk` computes the same as `losses_and_gradients`, compiled for example."""
+    """Returns `scale` times the summed cross-entropy (a scalar, at least fp32) of hidden (N, C) @
+    weight.T (C, V) and targets (N,). `chunk` computes the same as `losses_and_gradients`, compiled
+    for example."""
     chunk = chunk or losses_and_gradients
     total: Tensor = _LinearCrossEntropy.apply(
         hidden, weight, targets, chunk_tokens, chunk, compute_dtype(hidden), torch.is_grad_enabled()
@@ -31,11 +39,14 @@ def linear_cross_entropy(
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Returns autocast's type where that is on, else that of x."""
     device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+    return (
+        torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+    )
 
 
 def losses_and_gradients(h: Tensor, w: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns each token's loss (K,), at least fp32, and the gradient of the scores (K, V): softmax - one_hot."""
+    """Returns each token's loss (K,), at least fp32, and the gradient of the scores (K, V): softmax
+    - one_hot."""
     scores = h @ w.T  # (K, V)
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     counted = (targets != IGNORE_INDEX)[:, None]
@@ -49,8 +60,9 @@ def losses_and_gradients(h: Tensor, w: Tensor, targets: Tensor) -> tuple[Tensor,
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Turns each chunk into its share of the gradients in the forward pass, as the gradient of the scores is known as
-    soon as they are: none are kept or computed again (Liger kernel, arXiv 2410.10989, section 3.2)."""
+    """Turns each chunk into its share of the gradients in the forward pass, as the gradient of the
+    scores is known as soon as they are: none are kept or computed again (Liger kernel, arXiv
+    2410.10989, section 3.2)."""
 
     @staticmethod
     def forward(
@@ -65,18 +77,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         w, losses, grads_hidden = weight.to(dtype), [], []
         grad_weight: Tensor | None = None
-        for some, labels in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+        for some, labels in zip(
+            hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True
+        ):
             h = some.to(dtype)  # (K, C)
             if not with_grad:  # the same bits of the losses alone
                 scores = h @ w.T
                 wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-                losses.append(F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="none"))
+                losses.append(
+                    F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="none")
+                )
                 continue
             chunk_losses, grad = chunk(h, w, labels)
             losses.append(chunk_losses)
             grads_hidden.append((grad @ w).to(hidden.dtype))
             product = grad.T @ h
-            grad_weight = product.to(weight.dtype) if grad_weight is None else grad_weight.add_(product)
+            grad_weight = (
+                product.to(weight.dtype) if grad_weight is None else grad_weight.add_(product)
+            )
         if with_grad:
             ctx.save_for_backward(torch.cat(grads_hidden), grad_weight)
         return torch.cat(losses).sum()

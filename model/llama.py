@@ -1,7 +1,9 @@
-"""Llama's blocks, in order of composition: rotary positions, grouped-query attention, SwiGLU, block, decoder.
+"""Llama's blocks, in order of composition: rotary positions, grouped-query attention, SwiGLU,
+block, decoder.
 
-(Touvron et al., arXiv 2302.13971; RMSNorm: Zhang and Sennrich, arXiv 1910.07467.) There are no biases. Shapes: as in
-`model.gpt`, and G heads of keys and values, each shared by H / G neighboring heads.
+(Touvron et al., arXiv 2302.13971; RMSNorm: Zhang and Sennrich, arXiv 1910.07467.) There are no
+biases. Shapes: as in `model.gpt`, and G heads of keys and values, each shared by H / G neighboring
+heads.
 
 Parameters have the names and the layout of Hugging Face's LlamaForCausalLM.
 """
@@ -21,7 +23,8 @@ from model.operations import PLAIN, Operations, embedding
 
 
 class Rotation(NamedTuple):
-    """Turns pairs of a head's values by angles that grow with the position (Su et al., arXiv 2104.09864)."""
+    """Turns pairs of a head's values by angles that grow with the position (Su et al., arXiv
+    2104.09864)."""
 
     cos: Tensor  # (B, T, 1, D / 2), fp32
     sin: Tensor
@@ -33,16 +36,18 @@ class Rotation(NamedTuple):
         return cls(angles.cos(), angles.sin())
 
     def of_heads(self, x: Tensor) -> Tensor:
-        """Returns x (B, T, heads, D) turned; a pair is a value of the first half and its counterpart in the second."""
+        """Returns x (B, T, heads, D) turned; a pair is a value of the first half and its
+        counterpart in the second."""
         first, second = x.float().chunk(2, dim=-1)
         turned = first * self.cos - second * self.sin, second * self.cos + first * self.sin
         return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 def frequencies(config: GPTConfig, device: torch.device | str = "cpu") -> Tensor:
-    """Returns the angle of each pair (D / 2,) for one position, in radians, fp32. With `rope_original_positions` those
-    that turn less than once in that context are divided by `rope_factor`, those that turn four times or more are kept,
-    and in between it is a mixture; without it all are divided."""
+    """Returns the angle of each pair (D / 2,) for one position, in radians, fp32. With
+    `rope_original_positions` those that turn less than once in that context are divided by
+    `rope_factor`, those that turn four times or more are kept, and in between it is a mixture;
+    without it all are divided."""
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     plain = 1.0 / config.rope_theta**exponents
     if config.rope_original_positions is None:
@@ -82,7 +87,8 @@ class GroupedQueryAttention(nn.Module):
         q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in projections)
         q, k = rotation.of_heads(q), rotation.of_heads(k)
         dropout = self.dropout if self.training else 0.0
-        y = attention(q, k, v, layer=self.layer, window=window, mask=mask, dropout=dropout)  # (B, T, H, D)
+        # (B, T, H, D)
+        y = attention(q, k, v, layer=self.layer, window=window, mask=mask, dropout=dropout)
         return F.dropout(self.o_proj(y.flatten(2)), self.dropout, self.training)
 
 
@@ -148,9 +154,13 @@ class Llama(Body):
     def for_blocks(self, positions: Tensor) -> tuple[Rotation]:
         return (Rotation.of(self.config, positions),)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, window: Window | None, mask: Mask) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, window: Window | None, mask: Mask
+    ) -> Tensor:
         config, (rotation,) = self.config, self.for_blocks(positions)
-        tokens = self.ops.embed(token_ids, self.embed_tokens.weight, shared=config.tie_word_embeddings)
+        tokens = self.ops.embed(
+            token_ids, self.embed_tokens.weight, shared=config.tie_word_embeddings
+        )
         x = F.dropout(tokens, config.dropout, self.training)
         for block in self.layers:
             x = self.ops.block(block, x, window, mask, rotation)

@@ -1,7 +1,8 @@
-"""The numbers in which products are computed: one frozen record for each word of the setting `precision`.
+"""The numbers in which products are computed: one frozen record for each word of the setting
+`precision`.
 
-Weights, sums and the optimizer are fp32. What products of matrices compute in, and what follows from that, a record
-tells; another type is a row here. This module does not import PyTorch.
+Weights, sums and the optimizer are fp32. What products of matrices compute in, and what follows
+from that, a record tells; another type is a row here. This module does not import PyTorch.
 """
 
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ class Numerics:
 
     name: Precision
     torch_type: str  # PyTorch's name of the type
-    product_bytes: int  # of a weight as products read it, and of its gradient, which is a product: as both travel
+    # Of a weight as products read it, and of its gradient, which is a product: as both travel
+    product_bytes: int
     has_flash_attention: bool  # on GPUs
-    tolerance: float  # of a gradient's relative error in the self-test: a healthy device has a twentieth of it or less
+    # Of a gradient's relative error in the self-test: a healthy device has a twentieth of it or
+    # less
+    tolerance: float
     needs_units: bool  # of a processor, which emulates it without them, and is slow
 
     @property

@@ -1,7 +1,9 @@
-"""The operations that the decoder is composed of, each of which can be computed in more than one way.
+"""The operations that the decoder is composed of, each of which can be computed in more than one
+way.
 
-PLAIN is PyTorch's own, on any device, and the truth that the others are held against: `compiled` has the same ones as
-fused kernels, `model.cpu_ops` has some with hand-written gradients, for training on a CPU.
+PLAIN is PyTorch's own, on any device, and the truth that the others are held against: `compiled`
+has the same ones as fused kernels, `model.cpu_ops` has some with hand-written gradients, for
+training on a CPU.
 """
 
 from collections.abc import Callable
@@ -21,13 +23,16 @@ class Operations(NamedTuple):
     """Shapes: N tokens, C width, V vocabulary."""
 
     embed: Callable[..., Tensor]
-    """(indices, weight (V, C), shared): the rows (..., C); `shared` tells that the output head has the weight too."""
+    """(indices, weight (V, C), shared): the rows (..., C); `shared` tells that the output head has
+    the weight too."""
     affine: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """(x (N, in), weight (in, out), bias): x @ weight + bias, in autocast's type where that is on."""
+    """(x (N, in), weight (in, out), bias): x @ weight + bias, in autocast's type where that is
+    on."""
     linear: Callable[[Tensor, Tensor], Tensor]
     """(x (N, in), weight (out, in)): x @ weight.T, in autocast's type where that is on."""
     block: Callable[..., Tensor]
-    """(block, x (B, T, C), window of a KV cache, mask, and what else its kind takes): what the block makes of x."""
+    """(block, x (B, T, C), window of a KV cache, mask, and what else its kind takes): what the
+    block makes of x."""
     cross_entropy: Callable[..., Tensor]
     """As `linear_cross_entropy`."""
 
@@ -49,16 +54,17 @@ PLAIN = Operations(_embed, _affine, F.linear, _block, linear_cross_entropy)
 
 
 def recomputed(ops: Operations) -> Operations:
-    """Returns operations that keep each block's input alone for its backward pass, which computes the rest again, with
-    the same bits (Chen et al., arXiv 1604.06174)."""
+    """Returns operations that keep each block's input alone for its backward pass, which computes
+    the rest again, with the same bits (Chen et al., arXiv 1604.06174)."""
     return ops._replace(block=partial(checkpoint, ops.block, use_reentrant=False))
 
 
 @cache
 def compiled(backend: "str | Callable[..., Any]" = "inductor") -> Operations:
-    """Returns PLAIN with fused kernels for each block and for the head's loss, in a training step alone: its shapes are
-    always the same, and each is compiled once. All blocks share one graph."""
-    # The compiler, too, then chooses kernels by rule and not by timing, which would make bits depend on the moment.
+    """Returns PLAIN with fused kernels for each block and for the head's loss, in a training step
+    alone: its shapes are always the same, and each is compiled once. All blocks share one graph."""
+    # The compiler, too, then chooses kernels by rule and not by timing, which would make bits
+    # depend on the moment.
     torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())
     fused = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
     block, chunk = fused(_block), fused(losses_and_gradients)
@@ -67,7 +73,9 @@ def compiled(backend: "str | Callable[..., Any]" = "inductor") -> Operations:
         y: Tensor = (block if torch.is_grad_enabled() else _block)(module, *values)
         return y
 
-    return PLAIN._replace(block=block_in_training, cross_entropy=partial(linear_cross_entropy, chunk=chunk))
+    return PLAIN._replace(
+        block=block_in_training, cross_entropy=partial(linear_cross_entropy, chunk=chunk)
+    )
 
 
 def product_type(numerics: Numerics) -> torch.dtype:
@@ -85,5 +93,6 @@ def use_operations(model: nn.Module, ops: Operations) -> None:
 
 
 def embedding(num_rows: int, width: int) -> nn.Embedding:
-    """Returns an uninitialized embedding; nn.Embedding's own constructor would draw random numbers."""
+    """Returns an uninitialized embedding; nn.Embedding's own constructor would draw random
+    numbers."""
     return nn.Embedding.from_pretrained(torch.empty(num_rows, width), freeze=False)

@@ -1,7 +1,8 @@
-"""The shape and the bytes of every stage on a batch's way to the loss, and of the weights, from the config alone.
+"""The shape and the bytes of every stage on a batch's way to the loss, and of the weights, from the
+config alone.
 
-B sequences, T tokens of each, C = n_embd, H heads of width D = C / H, G = kv_width, F = ffn_width, V vocabulary, K
-tokens of a chunk.
+B sequences, T tokens of each, C = n_embd, H heads of width D = C / H, G = kv_width, F = ffn_width,
+V vocabulary, K tokens of a chunk.
 """
 
 import math
@@ -35,17 +36,30 @@ class Stage:
         return math.prod(self.shape) * self.bytes_per_value
 
 
-def stages(config: GPTConfig, *, batch_size: int, seq_len: int, bytes_per_value: int = 4) -> list[Stage]:
-    """Returns the stages in the order of the forward pass; a block's are listed once and count `n_layer` times.
+def stages(
+    config: GPTConfig, *, batch_size: int, seq_len: int, bytes_per_value: int = 4
+) -> list[Stage]:
+    """Returns the stages in the order of the forward pass; a block's are listed once and count
+    `n_layer` times.
 
-    With autocast to bf16 (`bytes_per_value` 2) the residual stream, LayerNorms and the loss keep fp32.
+    With autocast to bf16 (`bytes_per_value` 2) the residual stream, LayerNorms and the loss keep
+    fp32.
     """
     layers, small, head_dim = config.n_layer, bytes_per_value, config.head_dim
     names = config.network.stages
     num_tokens = batch_size * seq_len
     chunk = min(CHUNK_TOKENS, num_tokens)
-    sides = lengths(config) | {"B": batch_size, "T": seq_len, "H": config.n_head, "D": head_dim, "K": chunk}
-    projections = [(f"block: {name}", dims, small, layers * count, "") for name, dims, count in names.projections]
+    sides = lengths(config) | {
+        "B": batch_size,
+        "T": seq_len,
+        "H": config.n_head,
+        "D": head_dim,
+        "K": chunk,
+    }
+    projections = [
+        (f"block: {name}", dims, small, layers * count, "")
+        for name, dims, count in names.projections
+    ]
     gate = [("block: feed-forward, gate", "B T F", small, layers, "")] if names.has_gate else []
     rows = [
         ("token ids", "B T", 8, 1, ""),
@@ -63,10 +77,19 @@ def stages(config: GPTConfig, *, batch_size: int, seq_len: int, bytes_per_value:
         ("block: feed-forward, down", "B T C", small, layers, "added to the residual stream"),
         (f"last {names.norm}", "B T C", 4, 1, ""),
         ("logits", "B T V", 4, 1, "never whole"),
-        ("logits, a chunk", "V K", small, -(-num_tokens // chunk), "all of them that exist at a time"),
+        (
+            "logits, a chunk",
+            "V K",
+            small,
+            -(-num_tokens // chunk),
+            "all of them that exist at a time",
+        ),
         ("loss", "", 4, 1, ""),
     ]
-    return [Stage(name, dims, _shape(dims.split(), sides), size, times, note) for name, dims, size, times, note in rows]
+    return [
+        Stage(name, dims, _shape(dims.split(), sides), size, times, note)
+        for name, dims, size, times, note in rows
+    ]
 
 
 def weights(config: GPTConfig) -> list[Stage]:
@@ -86,20 +109,25 @@ def weights(config: GPTConfig) -> list[Stage]:
     return rows
 
 
-def parameters(config: GPTConfig, *, layers: Iterable[object] | None = None) -> dict[str, Parameter]:
-    """Returns the parameters by name, in the order of `GPT.named_parameters`: of these layers, or of all. A tied head
-    has none."""
+def parameters(
+    config: GPTConfig, *, layers: Iterable[object] | None = None
+) -> dict[str, Parameter]:
+    """Returns the parameters by name, in the order of `GPT.named_parameters`: of these layers, or
+    of all. A tied head has none."""
     names = config.network.parameters
     named = dict(names.before)
     for layer in range(config.n_layer) if layers is None else layers:
-        named |= {f"{names.blocks}.{layer}.{name}": parameter for name, parameter in names.block.items()}
+        named |= {
+            f"{names.blocks}.{layer}.{name}": parameter for name, parameter in names.block.items()
+        }
     named |= names.after
     head = {} if config.tie_word_embeddings else {"lm_head.weight": HEAD}
     return {f"{names.prefix}.{name}": parameter for name, parameter in named.items()} | head
 
 
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each parameter by its name, in the order of `GPT.named_parameters`; a tied head has none."""
+    """Returns the shape of each parameter by its name, in the order of `GPT.named_parameters`; a
+    tied head has none."""
     sides = lengths(config)
     return {name: _shape(parameter.dims, sides) for name, parameter in parameters(config).items()}
 

@@ -1,6 +1,7 @@
 """Deploys the endpoint, from manifests (`serving.app:build_app`) and as the job of `raymill serve`.
 
-Never write `from __future__ import annotations` here: Ray Serve would pass `build_app` a plain dict.
+Never write `from __future__ import annotations` here: Ray Serve would pass `build_app` a plain
+dict.
 """
 
 import contextlib
@@ -38,16 +39,17 @@ from serving.replica import Replica
 APP_NAME = "raymill"
 READY_TIMEOUT_S = 60.0
 CONTROLLER_VARIABLES = {
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # Ray's 0.1 would take 3% of a core from the engine, all day
-    # A proxy that fails three checks is replaced. Ray's 10 s between them leave the place of one that has ended empty
-    # for 20 to 30 s.
+    # Ray's 0.1 would take 3% of a core from the engine, all day
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    # A proxy that fails three checks is replaced. Ray's 10 s between them leave the place of one
+    # that has ended empty for 20 to 30 s.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
 }
 
 
 def build_app(config: ServeConfig) -> serve.Application:
-    """Builds the application for a Ray Serve config file. As long as the settings name the same checkpoint, it
-    continues with what was promoted meanwhile, also on a new cluster."""
+    """Builds the application for a Ray Serve config file. As long as the settings name the same
+    checkpoint, it continues with what was promoted meanwhile, also on a new cluster."""
     return _app(config, deployment=f"config file: {config.checkpoint}")
 
 
@@ -56,13 +58,14 @@ def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
     require_key(config)
     replicas = config.replicas
     fixed = replicas.min_replicas == replicas.max_replicas
-    # A full replica answers 429 itself. Ray Serve's own limit is higher, so that only a flood gets the proxy's refusal,
-    # to which front_door.py gives OpenAI's shape.
+    # A full replica answers 429 itself. Ray Serve's own limit is higher, so that only a flood gets
+    # the proxy's refusal, to which front_door.py gives OpenAI's shape.
     flood_limit = 2 * config.max_ongoing_requests
     health: dict[str, Any] = {
         "health_check_period_s": 1,  # a dead engine is replaced within seconds; the default is 10 s
         "health_check_timeout_s": 5,
-        "max_constructor_retry_count": 3,  # a checkpoint that does not load will not load the twentieth time either
+        # A checkpoint that does not load will not load the twentieth time either
+        "max_constructor_retry_count": 3,
     }
     replica = serve.deployment(
         name="Replica",
@@ -87,7 +90,8 @@ def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
         **health,
     )(Coordinator)
     files = {"api_key_file": config.api_key_file, "admin_key_file": config.admin_key_file}
-    absolute = {name: file and str(Path(file).absolute()) for name, file in files.items()}  # replicas run elsewhere
+    # Replicas run elsewhere
+    absolute = {name: file and str(Path(file).absolute()) for name, file in files.items()}
     return replica.bind(
         config.model_copy(update=absolute),
         access=read_rules(config),
@@ -97,9 +101,12 @@ def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
 
 
 def autoscaling(config: ServeConfig) -> AutoscalingConfig:
-    """Scales by `ScalingPolicy`, with figures of the last seconds and its own delays instead of Ray Serve's."""
+    """Scales by `ScalingPolicy`, with figures of the last seconds and its own delays instead of Ray
+    Serve's."""
     replicas = config.replicas
-    delays = replicas.model_dump(include={"scale_up_after_s", "scale_down_after_s", "scale_to_zero_after_s"})
+    delays = replicas.model_dump(
+        include={"scale_up_after_s", "scale_down_after_s", "scale_to_zero_after_s"}
+    )
     rules = delays | {"target_ongoing_requests": config.target_ongoing_requests}
     return AutoscalingConfig(
         min_replicas=replicas.min_replicas,
@@ -113,29 +120,37 @@ def autoscaling(config: ServeConfig) -> AutoscalingConfig:
 
 
 def run(config: ServeConfig) -> dict[str, Any]:
-    """Deploys on the cluster that the caller has joined, and returns once the endpoint answers. It stays up until the
-    caller ends Ray Serve or the cluster. The paths in the settings are absolute, as replicas have another working
-    directory. Raises `UserError` for a port in use, an unusable checkpoint, or a damaged state of this endpoint, with
-    which its coordinator would wait for a repair."""
+    """Deploys on the cluster that the caller has joined, and returns once the endpoint answers. It
+    stays up until the caller ends Ray Serve or the cluster. The paths in the settings are absolute,
+    as replicas have another working directory. Raises `UserError` for a port in use, an unusable
+    checkpoint, or a damaged state of this endpoint, with which its coordinator would wait for a
+    repair."""
     checkpoint, folder = find_checkpoint(config.checkpoint, storage_uri=config.storage.uri)
     require_bounded_text(folder)
     model = read_served_model(folder, name=config.model_name)
     name = config.model_name or version_of(model, checkpoint=checkpoint).name
     deployment = f"started {uuid.uuid4().hex}"  # a new one, which begins with this checkpoint
-    DeliveryFile(open_storage(config.storage.uri), endpoint_name(config), deployment=deployment).restore()
+    DeliveryFile(
+        open_storage(config.storage.uri), endpoint_name(config), deployment=deployment
+    ).restore()
     app = _app(config, deployment=deployment)
     if not serve.status().proxies:
         require_free_port(config.host, config.port)
         say("starting the endpoint's proxies")
-        # Started from a task whose environment the proxies inherit; there is no other way to give them settings.
+        # Started from a task whose environment the proxies inherit; there is no other way to give
+        # them settings.
         variables = proxy_environment(config.http) | CONTROLLER_VARIABLES
         variables[ENTRANCE_VARIABLE] = entrance_of(config.host, config.port)
         if config.log_format is not None:
             variables[FORMAT_VARIABLE] = config.log_format
         start = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(serve.start)
-        # On the head and on each node with a replica. Nodes of one machine share the port (SO_REUSEPORT), so the end of
-        # one proxy ends its connections and no others.
-        ray.get(start.remote(proxy_location="EveryNode", http_options={"host": config.host, "port": config.port}))
+        # On the head and on each node with a replica. Nodes of one machine share the port
+        # (SO_REUSEPORT), so the end of one proxy ends its connections and no others.
+        ray.get(
+            start.remote(
+                proxy_location="EveryNode", http_options={"host": config.host, "port": config.port}
+            )
+        )
     say(f"starting replicas of {name}, which load {checkpoint}")
     serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)
     url = url_of(config.host, config.port)
@@ -148,7 +163,10 @@ def _wait_until_ready(url: str) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/ready", timeout=READY_TIMEOUT_S, trust_env=False).status_code == 200:
+            if (
+                httpx.get(f"{url}/ready", timeout=READY_TIMEOUT_S, trust_env=False).status_code
+                == 200
+            ):
                 return
         time.sleep(0.1)
     raise UserError(

@@ -1,7 +1,8 @@
-"""One replica of the endpoint: HTTP ingress, tokenizer and the front of engine processes, in one deployment.
+"""One replica of the endpoint: HTTP ingress, tokenizer and the front of engine processes, in one
+deployment.
 
-There is no handle between them, which would cost each streamed token 0.6 ms. Annotations are real objects here (no
-`from __future__ import annotations`), because Ray Serve reads them.
+There is no handle between them, which would cost each streamed token 0.6 ms. Annotations are real
+objects here (no `from __future__ import annotations`), because Ray Serve reads them.
 """
 
 import asyncio
@@ -26,17 +27,27 @@ from serving.protocol.json_log import Process, log_in
 @serve.ingress()
 class Replica:
     async def __init__(  # type: ignore[misc]
-        self, config: ServeConfig, *, access: AccessRules, coordinator: DeploymentHandle, deployment: str
+        self,
+        config: ServeConfig,
+        *,
+        access: AccessRules,
+        coordinator: DeploymentHandle,
+        deployment: str,
     ) -> None:
-        """Returns when the model answers; from then on Ray Serve sends requests. `deployment` distinguishes the
-        coordinator from that of an endpoint that this one replaces."""
+        """Returns when the model answers; from then on Ray Serve sends requests. `deployment`
+        distinguishes the coordinator from that of an endpoint that this one replaces."""
         began_s = time.monotonic()
         self._id = serve.get_replica_context().replica_id.unique_id
         log_in(config.log_format, Process.REPLICA, replica=self._id)
         self._config = config
-        self._access = CurrentAccess(access, user_file=config.api_key_file, admin_file=config.admin_key_file)
-        await asyncio.to_thread(self._access.reload)  # the keys in `access` are as old as the deployment
-        self._follower = Follower(config, coordinator, deployment=deployment, replica=self._id, on_live_death=leave)
+        self._access = CurrentAccess(
+            access, user_file=config.api_key_file, admin_file=config.admin_key_file
+        )
+        # The keys in `access` are as old as the deployment
+        await asyncio.to_thread(self._access.reload)
+        self._follower = Follower(
+            config, coordinator, deployment=deployment, replica=self._id, on_live_death=leave
+        )
         await self._follower.start()
         self._start_s = time.monotonic() - began_s
 
@@ -44,7 +55,9 @@ class Replica:
         """Returns the application; Ray Serve calls this after the constructor."""
         versions = self._follower.versions
         metrics = ReplicaMetrics(versions=versions, replica=self._id, start_s=self._start_s)
-        metrics.exported.of("raymill:coordinator_away_seconds").set_function(lambda: self._follower.away_s)
+        metrics.exported.of("raymill:coordinator_away_seconds").set_function(
+            lambda: self._follower.away_s
+        )
         metrics.exported.of("raymill:state_stored").set_function(lambda: self._follower.is_stored)
         self._publishing = asyncio.create_task(self._publish(metrics))
         self._reloading = asyncio.create_task(self._access.keep())
@@ -72,8 +85,8 @@ class Replica:
         return {WAITING: versions.num_waiting / num_slots, KV_USE: in_use}
 
     async def check_health(self) -> None:
-        """Raises if Ray Serve has to replace this replica. The coordinator plays no part in that: a fault of its own
-        would end all replicas in the same second."""
+        """Raises if Ray Serve has to replace this replica. The coordinator plays no part in that: a
+        fault of its own would end all replicas in the same second."""
         self._follower.versions.check_health()
 
     async def __del__(self) -> None:

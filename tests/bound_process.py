@@ -13,7 +13,8 @@ from cluster.storage.process_identity import die_with_parent
 def start_bound(
     command: list[str], *, log: Path, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Starts a process; `environment` overrides this one's. The kernel sends SIGKILL when the calling thread ends."""
+    """Starts a process; `environment` overrides this one's. The kernel sends SIGKILL when the
+    calling thread ends."""
     with log.open("ab") as output:
         return subprocess.Popen(
             command,

@@ -1,5 +1,6 @@
-"""Makes the picture of the canary dashboard: a real endpoint under load, a real canary that is slower, and its rollback by
-itself, as a real Prometheus saw them. `python -m tests.canary_picture FILE` makes this picture alone.
+"""Makes the picture of the canary dashboard: a real endpoint under load, a real canary that is
+slower, and its rollback by itself, as a real Prometheus saw them. `python -m tests.canary_picture
+FILE` makes this picture alone.
 """
 
 import json
@@ -42,7 +43,13 @@ TEXT = "the quick brown fox jumps over the lazy dog, and naïve cafés sell €5
 def picture_of_canary(folder: Path) -> bytes:
     tokenizer = train_bpe([TEXT * 9], vocab_size=300, normalize=[])
     for name, (n_layer, n_embd) in SHAPES.items():
-        config = GPTConfig(vocab_size=tokenizer.vocab_size, n_positions=256, n_layer=n_layer, n_head=4, n_embd=n_embd)
+        config = GPTConfig(
+            vocab_size=tokenizer.vocab_size,
+            n_positions=256,
+            n_layer=n_layer,
+            n_head=4,
+            n_embd=n_embd,
+        )
         model = GPT(config)
         model.init_weights(1)
         write_model(folder / name, model.eval(), tokenizer, step=int(name.removeprefix("step-")))
@@ -61,10 +68,15 @@ def picture_of_canary(folder: Path) -> bytes:
         reports = {"_system_config": {"metrics_report_interval_ms": 1000}}
         with local_ray(num_cpus=2, environment=environment, **reports):
             targets = folder / "targets.json"
-            targets.write_text(json.dumps([{"targets": [f"127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}"]}]))
+            targets.write_text(
+                json.dumps([{"targets": [f"127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}"]}])
+            )
             url = run(settings)["url"]
             try:
-                with prometheus(folder / "prometheus", scrape_targets=targets) as server, asking(url):
+                with (
+                    prometheus(folder / "prometheus", scrape_targets=targets) as server,
+                    asking(url),
+                ):
                     time.sleep(STEADY_S / 2)
                     began_s = time.time()
                     time.sleep(STEADY_S)
@@ -92,7 +104,8 @@ def picture_of_canary(folder: Path) -> bytes:
 
 @contextmanager
 def asking(url: str) -> Iterator[None]:
-    """Clients that ask without a pause; a request without a session is given to a version by chance."""
+    """Clients that ask without a pause; a request without a session is given to a version by
+    chance."""
     ending = threading.Event()
 
     def ask(number: int) -> None:
@@ -101,9 +114,16 @@ def asking(url: str) -> Iterator[None]:
             count = number
             while not ending.is_set():
                 count += CLIENTS
-                # Two thirds of a prompt are like that of others, as with a common instruction before each question.
-                body = {"model": model, "prompt": f"{TEXT}{TEXT}{count} {TEXT[count % 40 :]}", "max_tokens": 48}
-                answer = http.post("/v1/completions", json=body | {"ignore_eos": True, "stream": count % 2 == 0})
+                # Two thirds of a prompt are like that of others, as with a common instruction
+                # before each question.
+                body = {
+                    "model": model,
+                    "prompt": f"{TEXT}{TEXT}{count} {TEXT[count % 40 :]}",
+                    "max_tokens": 48,
+                }
+                answer = http.post(
+                    "/v1/completions", json=body | {"ignore_eos": True, "stream": count % 2 == 0}
+                )
                 assert answer.status_code == 200, answer.text
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(CLIENTS)]

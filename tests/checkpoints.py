@@ -39,7 +39,11 @@ def write_tiny(
 ) -> Metadata:
     """Writes a checkpoint whose weights, and thus its parameter hash, depend on the step."""
     tokenizer = train_bpe(["to be or not to be"], vocab_size=257)
-    model = GPT(GPTConfig(**preset_fields({"preset": "tiny", "n_layer": 1, "vocab_size": tokenizer.vocab_size})))
+    model = GPT(
+        GPTConfig(
+            **preset_fields({"preset": "tiny", "n_layer": 1, "vocab_size": tokenizer.vocab_size})
+        )
+    )
     model.init_weights(step)
     metadata = Metadata(
         run_id=run_id,
@@ -50,7 +54,13 @@ def write_tiny(
         val_loss=val_loss,
         precision=precision,
     )
-    return save_model(folder, model=model, tokenizer=tokenizer, metadata=metadata, train_state=dict(model.state_dict()))
+    return save_model(
+        folder,
+        model=model,
+        tokenizer=tokenizer,
+        metadata=metadata,
+        train_state=dict(model.state_dict()),
+    )
 
 
 def save_model(

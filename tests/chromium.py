@@ -7,9 +7,13 @@ from contextlib import contextmanager
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
-_CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+_CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
-needs_chromium = pytest.mark.skipif(_CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+needs_chromium = pytest.mark.skipif(
+    _CHROMIUM is None, reason="no Chromium here: apt-get install chromium"
+)
 
 
 @contextmanager

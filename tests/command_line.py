@@ -1,4 +1,5 @@
-"""Runs the `raymill` command as a person does: as a process, or within this one where a start of Python costs more."""
+"""Runs the `raymill` command as a person does: as a process, or within this one where a start of
+Python costs more."""
 
 import json
 import os
@@ -25,7 +26,10 @@ def environment() -> dict[str, str]:
 
 
 def raymill(
-    *words: str, folder: Path | None = None, env: Mapping[str, str] | None = None, timeout_s: float = 240
+    *words: str,
+    folder: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float = 240,
 ) -> subprocess.CompletedProcess[str]:
     """Returns what the command did in the folder."""
     return subprocess.run(
@@ -46,8 +50,11 @@ def raymill_result(*words: str, folder: Path) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def raymill_here(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any], str]:
-    """Returns the command's exit code, its JSON result, and what it said, when run within this process."""
+def raymill_here(
+    *words: str, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, dict[str, Any], str]:
+    """Returns the command's exit code, its JSON result, and what it said, when run within this
+    process."""
     code = main([*words, "--json"])
     said = capsys.readouterr()
     return code, json.loads(said.out.splitlines()[-1]) if said.out else {}, said.err

@@ -1,5 +1,5 @@
-"""Sets up every test: one compute thread, no AWS key of the machine's own, an S3 server, time limits that fit the machine,
-and an order in which files that share something follow each other.
+"""Sets up every test: one compute thread, no AWS key of the machine's own, an S3 server, time
+limits that fit the machine, and an order in which files that share something follow each other.
 """
 
 import os
@@ -21,7 +21,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 slowness()  # measured here once, before the session's other processes start
 
 # A limit on one example would judge the machine.
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("any machine")
 
 
@@ -36,8 +38,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LaneScheduli
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """A real S3 server (moto) on a free loopback port, and the environment that leads to it: Ray workers started
-    later inherit it. Gives its URL."""
+    """A real S3 server (moto) on a free loopback port, and the environment that leads to it: Ray
+    workers started later inherit it. Gives its URL."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

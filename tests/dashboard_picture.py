@@ -1,5 +1,6 @@
-"""Draws a dashboard as Grafana would, from its JSON and the answers of a real Prometheus: titles, units, legends, colors,
-stacking and annotations as they stand there. No Grafana can be installed here."""
+"""Draws a dashboard as Grafana would, from its JSON and the answers of a real Prometheus: titles,
+units, legends, colors, stacking and annotations as they stand there. No Grafana can be installed
+here."""
 
 import io
 import re
@@ -17,7 +18,14 @@ History = Callable[[str], list[Any]]
 COLUMNS = 3
 
 
-def draw(dashboard: Json, *, history: History, annotations: Sequence[Json], since_s: float, until_s: float) -> bytes:
+def draw(
+    dashboard: Json,
+    *,
+    history: History,
+    annotations: Sequence[Json],
+    since_s: float,
+    until_s: float,
+) -> bytes:
     """Returns the panels below each other, three in a row, as PNG."""
     panels = [panel for panel in dashboard["panels"] if panel["type"] == "timeseries"]
     num_rows = -(-len(panels) // COLUMNS)
@@ -42,9 +50,15 @@ def _draw_panel(axes: Axes, panel: Json, history: History) -> None:
     for target in panel["targets"]:
         for series in history(target["expr"]):
             legend = re.sub(
-                r"{{(\w+)}}", lambda found, labels=series["metric"]: labels[found[1]], target["legendFormat"]
+                r"{{(\w+)}}",
+                lambda found, labels=series["metric"]: labels[found[1]],
+                target["legendFormat"],
             )
-            points = [(float(time_s), float(value)) for time_s, value in series["values"] if value != "NaN"]
+            points = [
+                (float(time_s), float(value))
+                for time_s, value in series["values"]
+                if value != "NaN"
+            ]
             if points:
                 lines.append((legend, _color(field, legend, target["refId"]), points))
     if field["defaults"]["custom"]["stacking"]["mode"] == "normal":
@@ -64,7 +78,14 @@ def _draw_panel(axes: Axes, panel: Json, history: History) -> None:
         axes.set_ylim(top=top)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     _set_unit(axes, field["defaults"]["unit"])
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize=8, frameon=False, handlelength=1)
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.1),
+        ncols=2,
+        fontsize=8,
+        frameon=False,
+        handlelength=1,
+    )
 
 
 def _color(field: Json, legend: str, ref_id: str) -> str:

@@ -1,4 +1,5 @@
-"""A third architecture, for tests: GPT-2's blocks with SwiGLU, whose middle has two projections side by side."""
+"""A third architecture, for tests: GPT-2's blocks with SwiGLU, whose middle has two projections
+side by side."""
 
 from dataclasses import replace
 from typing import cast
@@ -7,7 +8,14 @@ import pytest
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.architecture import ARCHITECTURES, GPT2, Architecture, ArchitectureName, Initial, Parameter
+from model.architecture import (
+    ARCHITECTURES,
+    GPT2,
+    Architecture,
+    ArchitectureName,
+    Initial,
+    Parameter,
+)
 from model.config import GPTConfig
 from model.gpt import BODIES, Projection, Transformer
 
@@ -40,7 +48,8 @@ GATED_GPT2: Architecture = replace(
         defaults={"dropout": 0.1, "activation_function": "swiglu"},
     ),
     kernels=replace(
-        GPT2.kernels, matrices=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_gate", "mlp.c_up"), ("mlp.c_proj",))
+        GPT2.kernels,
+        matrices=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_gate", "mlp.c_up"), ("mlp.c_proj",)),
     ),
 )
 
@@ -72,4 +81,6 @@ def add_gated_gpt2(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def gated_config(**values: int) -> GPTConfig:
     shape = {"vocab_size": 211, "n_positions": 64, "n_layer": 2, "n_head": 3, "n_embd": 48} | values
-    return GPTConfig(architecture=NAME, activation_function="swiglu", initializer_range=0.1, **shape)
+    return GPTConfig(
+        architecture=NAME, activation_function="swiglu", initializer_range=0.1, **shape
+    )

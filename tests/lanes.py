@@ -1,7 +1,9 @@
-"""Test files that follow each other in one process, where `make test` runs several: what they share is made once there.
+"""Test files that follow each other in one process, where `make test` runs several: what they share
+is made once there.
 
-Other files are taken one by one by whichever process is free. Two lanes start clusters and endpoints, so that never more
-than two of those run at a time; the third one shares a Ray. All three are long, and therefore begin.
+Other files are taken one by one by whichever process is free. Two lanes start clusters and
+endpoints, so that never more than two of those run at a time; the third one shares a Ray. All three
+are long, and therefore begin.
 """
 
 import functools

@@ -1,4 +1,5 @@
-"""A one-node Ray for the duration of a test: on loopback, with workers as urgent as the test, and HOME untouched."""
+"""A one-node Ray for the duration of a test: on loopback, with workers as urgent as the test, and
+HOME untouched."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -13,14 +14,18 @@ from cluster.local.local_cluster import PATIENT_WORKERS
 from tests.repository import REPOSITORY
 
 UNUSED = ("start_api_server", "start_log_monitor", "start_monitor")
-"""Starts of processes that no test of a one-node Ray asks anything: 2 of the 8 s of processor time of such a Ray's start."""
+"""Starts of processes that no test of a one-node Ray asks anything: 2 of the 8 s of processor time
+of such a Ray's start."""
 
 
 @contextmanager
-def local_ray(*, num_cpus: int, environment: Mapping[str, str] | None = None, **settings: Any) -> Iterator[Path]:
-    """Runs Ray with workers that can import the repository's modules; `environment` is added to theirs. Gives the
-    folder of Ray's logs."""
-    # Without a setting for authentication Ray writes a token into ~/.ray, with which every other Ray of the user then starts.
+def local_ray(
+    *, num_cpus: int, environment: Mapping[str, str] | None = None, **settings: Any
+) -> Iterator[Path]:
+    """Runs Ray with workers that can import the repository's modules; `environment` is added to
+    theirs. Gives the folder of Ray's logs."""
+    # Without a setting for authentication Ray writes a token into ~/.ray, with which every other
+    # Ray of the user then starts.
     with (
         mock.patch.dict(os.environ, PATIENT_WORKERS | {"RAY_AUTH_MODE": "disabled"}),
         mock.patch.multiple("ray._private.node.Node", **dict.fromkeys(UNUSED, mock.DEFAULT)),

@@ -1,10 +1,10 @@
-"""Makes the READMEs' pictures: the processes, a finished run, the endpoint that serves it, the dashboard of a canary, the
-memory of a worker and of an endpoint.
-`make pictures` runs it.
+"""Makes the READMEs' pictures: the processes, a finished run, the endpoint that serves it, the
+dashboard of a canary, the memory of a worker and of an endpoint. `make pictures` runs it.
 
     python -m tests.pictures [RUN_FOLDER]
 
-RUN_FOLDER is the newest demo's if left out; `make demo` makes one. The PNGs are small: 1000 pixels wide, in 64 colors.
+RUN_FOLDER is the newest demo's if left out; `make demo` makes one. The PNGs are small: 1000 pixels
+wide, in 64 colors.
 """
 
 import io
@@ -67,7 +67,9 @@ def picture_of_xray(url: str, *, chromium: str) -> bytes:
         page.locator("#prompt").fill("To be, or not to be,")
         page.locator("#seed").fill("5")
         page.locator("#run").click()
-        expect(page.locator("#status")).to_have_text(re.compile(r"^24 tokens, seed 5$"), timeout=60_000)
+        expect(page.locator("#status")).to_have_text(
+            re.compile(r"^24 tokens, seed 5$"), timeout=60_000
+        )
         page.get_by_role("listbox", name="Tokens").get_by_role("option").nth(8).click()
         picture = page.screenshot()
         browser.close()
@@ -76,7 +78,9 @@ def picture_of_xray(url: str, *, chromium: str) -> bytes:
 
 def save(picture: bytes, path: Path) -> None:
     image = Image.open(io.BytesIO(picture)).convert("RGB")
-    image = image.resize((WIDTH, round(image.height * WIDTH / image.width)), Image.Resampling.LANCZOS)
+    image = image.resize(
+        (WIDTH, round(image.height * WIDTH / image.width)), Image.Resampling.LANCZOS
+    )
     image.quantize(NUM_COLORS).save(path, optimize=True)
     print(f"{path.relative_to(REPOSITORY)}: {path.stat().st_size / 1000:.0f} kB")
 

@@ -25,7 +25,9 @@ needs_prometheus = pytest.mark.skipif(
 
 def promtool(folder: Path, *arguments: str) -> None:
     """Runs promtool in a folder, and fails where it does."""
-    done = subprocess.run(["promtool", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["promtool", *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -48,18 +50,30 @@ class Prometheus:
 
     def history(self, expr: str, *, since_s: float) -> list[Any]:
         """Returns series with their values, a second apart."""
-        return list(self.get("query_range", query=expr, start=since_s, end=time.time(), step=1)["result"])
+        return list(
+            self.get("query_range", query=expr, start=since_s, end=time.time(), step=1)["result"]
+        )
 
 
 @contextmanager
 def prometheus(folder: Path, *, scrape_targets: Path | None = None) -> Iterator[Prometheus]:
     """Scrapes the targets of a service discovery file each second."""
-    scrape = {"job_name": "ray", "file_sd_configs": [{"files": [str(scrape_targets)], "refresh_interval": "1s"}]}
-    config = {"global": {"scrape_interval": "1s"}, "scrape_configs": [scrape] if scrape_targets else []}
+    scrape = {
+        "job_name": "ray",
+        "file_sd_configs": [{"files": [str(scrape_targets)], "refresh_interval": "1s"}],
+    }
+    config = {
+        "global": {"scrape_interval": "1s"},
+        "scrape_configs": [scrape] if scrape_targets else [],
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     address = f"127.0.0.1:{free_port()}"
-    command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
+    command = [
+        "prometheus",
+        f"--config.file={folder / 'prometheus.yml'}",
+        f"--storage.tsdb.path={folder / 'data'}",
+    ]
     command += [f"--web.listen-address={address}", "--log.level=warn"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)

@@ -1,7 +1,8 @@
-"""Measures how dense the code is to a reader: `python -m tests.reading_figures` prints a table by folder.
+"""Measures how dense the code is to a reader: `python -m tests.reading_figures` prints a table by
+folder.
 
-A token is one of Python's `tokenize`, without comments and docstrings; a line of code is one that has a token. In TOML
-tables and C++ a token is a word or a mark.
+A token is one of Python's `tokenize`, without comments and docstrings; a line of code is one that
+has a token. In TOML tables and C++ a token is a word or a mark.
 """
 
 import ast
@@ -83,7 +84,11 @@ def vague_names(tree: ast.AST) -> list[str]:
     """Returns the assigned names that are vague, with their lines."""
     names = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in VAGUE_NAMES:
+        if (
+            isinstance(node, ast.Name)
+            and isinstance(node.ctx, ast.Store)
+            and node.id in VAGUE_NAMES
+        ):
             names.append(f"{node.id}:{node.lineno}")
         if isinstance(node, ast.arg) and node.arg in VAGUE_NAMES:
             names.append(f"{node.arg}:{node.lineno}")
@@ -135,10 +140,14 @@ def main() -> None:
         folders = by_folder(suffix)
         rows = [*folders.items(), (f"all {suffix}", together(iter(folders.values())))]
         for name, measured in rows:
-            print(f"{name:32}{measured.num_tokens:>9,}{measured.num_lines:>8,}{measured.tokens_a_line:>15.1f}")
+            print(
+                f"{name:32}{measured.num_tokens:>9,}{measured.num_lines:>8,}{measured.tokens_a_line:>15.1f}"
+            )
     files = [density(path.read_text(encoding="utf-8")) for path in read_first_files()]
     first = together(iter(files))
-    print(f"{'to read first':32}{first.num_tokens:>9,}{first.num_lines:>8,}{first.tokens_a_line:>15.1f}")
+    print(
+        f"{'to read first':32}{first.num_tokens:>9,}{first.num_lines:>8,}{first.tokens_a_line:>15.1f}"
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ from tests.repository import REPOSITORY
 
 FOLDERS = (*CODE_FOLDERS, "k8s", "tests")
 READMES = sorted(
-    [*REPOSITORY.glob("*.md"), *(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.md"))]
+    [
+        *REPOSITORY.glob("*.md"),
+        *(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.md")),
+    ]
 )
 
 
@@ -42,7 +45,8 @@ def code_blocks(readme: Path) -> list[tuple[int, str]]:
 
 
 def blocks_of_commands(readme: Path) -> list[list[Command]]:
-    """Returns, for each block that has any, the lines that begin with a program that a reader calls."""
+    """Returns, for each block that has any, the lines that begin with a program that a reader
+    calls."""
     blocks = []
     for first, block in code_blocks(readme):
         found = []

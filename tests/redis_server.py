@@ -31,11 +31,15 @@ def redis_server(folder: Path) -> Iterator[Redis]:
     port, password = free_port(), secrets.token_hex(16)
     settings = folder / "redis.conf"
     settings.touch(mode=0o600)
-    settings.write_text(f"bind 127.0.0.1\nport {port}\nrequirepass {password}\ndir {folder}\nappendonly yes\nsave ''\n")
+    settings.write_text(
+        f"bind 127.0.0.1\nport {port}\nrequirepass {password}\ndir {folder}\nappendonly yes\nsave ''\n"
+    )
     process = start_bound(["redis-server", str(settings)], log=folder / "log")
     try:
         wait_until(
-            lambda: process.poll() is not None or _answers(port), timeout_s=20, why=lambda: "Redis does not answer"
+            lambda: process.poll() is not None or _answers(port),
+            timeout_s=20,
+            why=lambda: "Redis does not answer",
         )
         assert process.poll() is None, (folder / "log").read_text()
         yield Redis(f"127.0.0.1:{port}", password)

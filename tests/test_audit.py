@@ -12,7 +12,8 @@ from tests.repository import REPOSITORY
 
 pytest.importorskip("pip_audit", reason="pip install 'raymill[audit]'")
 
-# pip-audit 2.10 says this about a package behind a mirror that has no advisories, and then exits with 0.
+# pip-audit 2.10 says this about a package behind a mirror that has no advisories, and then exits
+# with 0.
 UNKNOWN = "Dependency not found on PyPI and could not be audited: %s (1.0)"
 
 
@@ -53,7 +54,9 @@ def test_a_service_without_advisories_fails_the_audit(audit: ModuleType) -> None
 def test_vulnerable_and_unasked_packages_are_named(audit: ModuleType) -> None:
     pins = ["left_pad==1.0", "Right.Pad==1.0"]
     audit.check_pins(pins, [package("left-pad"), package("right-pad")])
-    with pytest.raises(audit.AuditError, match=r"known vulnerabilities: right-pad 1\.0: CVE-1, CVE-2"):
+    with pytest.raises(
+        audit.AuditError, match=r"known vulnerabilities: right-pad 1\.0: CVE-1, CVE-2"
+    ):
         audit.check_pins(pins, [package("left-pad"), package("right-pad", "CVE-1", "CVE-2")])
     skipped = {"name": "right-pad", "skip_reason": UNKNOWN % "right-pad"}
     with pytest.raises(audit.AuditError, match="1 packages were not audited: right-pad"):
@@ -67,4 +70,8 @@ def test_the_sbom_names_what_is_installed(audit: ModuleType) -> None:
     assert (document["bomFormat"], document["specVersion"]) == ("CycloneDX", "1.6")
     urls = {component["purl"] for component in document["components"]}
     assert any(url.startswith("pkg:pypi/ray@2.60") for url in urls)
-    assert {component["name"] for component in document["components"]} >= {"torch", "safetensors", "boto3"}
+    assert {component["name"] for component in document["components"]} >= {
+        "torch",
+        "safetensors",
+        "boto3",
+    }

@@ -1,4 +1,5 @@
-"""The shape of the code: small folders with one job each, on floors that import-linter is shown to hold."""
+"""The shape of the code: small folders with one job each, on floors that import-linter is shown to
+hold."""
 
 import ast
 import json
@@ -26,11 +27,19 @@ CONTRACTS = [contract["name"] for contract in PYPROJECT["tool"]["importlinter"][
 VIOLATIONS = [
     ("the house", "cluster/storage/uris.py", "import jobs.run.ledger"),
     ("the house", "model/gpt.py", "import cluster.storage.uris"),
-    ("every folder of cluster has its floor", "cluster/storage/uris.py", "import cluster.settings.run"),
+    (
+        "every folder of cluster has its floor",
+        "cluster/storage/uris.py",
+        "import cluster.settings.run",
+    ),
     ("every folder of cluster has its floor", "cluster/new_room/__init__.py", ""),
     ("jobs", "jobs/corpus/listing.py", "import jobs.tokens.token_store"),
     ("jobs", "jobs/new_stage.py", ""),
-    ("exact sums stand on the state", "jobs/exact/state/peers.py", "import jobs.exact.sums.step_plan"),
+    (
+        "exact sums stand on the state",
+        "jobs/exact/state/peers.py",
+        "import jobs.exact.sums.step_plan",
+    ),
     ("exact sums stand on the state", "jobs/exact/new_room/__init__.py", ""),
     ("serving", "serving/engine/engine.py", "import serving.protocol.errors"),
     ("serving", "serving/new_room/__init__.py", ""),
@@ -42,7 +51,8 @@ VIOLATIONS = [
     (CONTRACTS[-1], "serving/protocol/served_model.py", "import model.files.checkpoint"),
 ]
 
-# Runs in a process of its own: one that has imported the repository's packages would find those, not the copy.
+# Runs in a process of its own: one that has imported the repository's packages would find those,
+# not the copy.
 LINT = """
 import json, sys
 from pathlib import Path
@@ -93,7 +103,9 @@ def by_folder(paths: list[Path]) -> dict[str, list[Path]]:
 def test_no_folder_has_more_modules_than_a_reader_takes_in() -> None:
     modules = by_folder([path for path in code_files() if path.name != "__init__.py"])
     assert {"model", "cluster/storage", "jobs/training", "serving/engine/native"} <= modules.keys()
-    assert {folder: len(files) for folder, files in modules.items() if len(files) > MAX_MODULES} == {}
+    assert {
+        folder: len(files) for folder, files in modules.items() if len(files) > MAX_MODULES
+    } == {}
 
 
 def test_no_file_is_too_long() -> None:
@@ -121,7 +133,8 @@ def test_no_test_file_imports_another_one() -> None:
 
 
 def words_asked_for(source: str, words: Collection[str]) -> list[tuple[int, str]]:
-    """Returns the lines that compare something with one of the words, match it, or look it up in a table of them."""
+    """Returns the lines that compare something with one of the words, match it, or look it up in a
+    table of them."""
     operands: list[ast.expr] = []
     for node in ast.walk(ast.parse(source)):
         match node:
@@ -134,7 +147,11 @@ def words_asked_for(source: str, words: Collection[str]) -> list[tuple[int, str]
     listed: list[ast.expr] = []
     for operand in operands:
         listed += operand.elts if isinstance(operand, ast.Tuple | ast.List | ast.Set) else [operand]
-    return [(node.lineno, node.value) for node in listed if isinstance(node, ast.Constant) and node.value in words]
+    return [
+        (node.lineno, node.value)
+        for node in listed
+        if isinstance(node, ast.Constant) and node.value in words
+    ]
 
 
 def test_the_syntax_tree_shows_where_a_word_is_asked_for() -> None:
@@ -158,7 +175,8 @@ text = f"{way} and bf16"
     ids=["architecture", "precision"],
 )
 def test_only_its_owner_asks_which_word_a_setting_has(owner: str, words: Collection[str]) -> None:
-    """All others ask the record that the word names, so that another member of the set is another record."""
+    """All others ask the record that the word names, so that another member of the set is another
+    record."""
     found = {}
     for path in code_files():
         name = path.relative_to(REPOSITORY).as_posix()
@@ -171,13 +189,18 @@ def test_only_its_owner_asks_which_word_a_setting_has(owner: str, words: Collect
 def only_imports(source: str) -> str:
     """Returns a file's imports, which are all that import-linter looks at."""
     tree = ast.parse(source)
-    kept = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    kept = [
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
     return "\n".join([line for line in kept if line != "from __future__ import annotations"])
 
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    """Returns the contracts that a copy of the code breaks: unchanged, and after each of `VIOLATIONS`."""
+    """Returns the contracts that a copy of the code breaks: unchanged, and after each of
+    `VIOLATIONS`."""
     copy = tmp_path_factory.mktemp("house")
     for path in code_files():
         if path.suffix == ".py":
@@ -207,7 +230,9 @@ def test_the_code_keeps_every_contract(broken: list[list[str]]) -> None:
     assert broken[0] == []
 
 
-@pytest.mark.parametrize("number", range(len(VIOLATIONS)), ids=[f"{c}: {f} {line}" for c, f, line in VIOLATIONS])
+@pytest.mark.parametrize(
+    "number", range(len(VIOLATIONS)), ids=[f"{c}: {f} {line}" for c, f, line in VIOLATIONS]
+)
 def test_a_violation_breaks_its_contract(broken: list[list[str]], number: int) -> None:
     assert VIOLATIONS[number][0] in broken[1 + number]
 
@@ -215,14 +240,26 @@ def test_a_violation_breaks_its_contract(broken: list[list[str]], number: int) -
 def refused(file: str) -> set[str]:
     """Returns the private modules that ruff does not let a file of that name import."""
     done = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise", "--stdin-filename", file, "-"],
+        [
+            sys.executable,
+            "-m",
+            "ruff",
+            "check",
+            "--no-cache",
+            "--output-format=concise",
+            "--stdin-filename",
+            file,
+            "-",
+        ],
         cwd=REPOSITORY,
         input="".join(f"from {module}.somewhere import something\n" for module in BANNED_MODULES),
         capture_output=True,
         text=True,
         check=False,
     )
-    return {BANNED_MODULES[int(line) - 1] for line in re.findall(r":(\d+):\d+: TID251", done.stdout)}
+    return {
+        BANNED_MODULES[int(line) - 1] for line in re.findall(r":(\d+):\d+: TID251", done.stdout)
+    }
 
 
 @pytest.mark.parametrize("folder", [*CODE_FOLDERS, "tests"])
@@ -231,7 +268,8 @@ def test_private_names_are_refused_away_from_their_homes(folder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "home", ["cluster/local/start_node.py", "jobs/ray_train/callbacks.py", "serving/proxy/http_bounds.py"]
+    "home",
+    ["cluster/local/start_node.py", "jobs/ray_train/callbacks.py", "serving/proxy/http_bounds.py"],
 )
 def test_private_names_are_taken_in_their_homes(home: str) -> None:
     assert (REPOSITORY / home).is_file()

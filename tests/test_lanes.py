@@ -5,7 +5,9 @@ from tests.repository import REPOSITORY
 
 
 def test_files_of_a_lane_follow_each_other_and_begin() -> None:
-    files = [path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("tests/**/test_*.py")]
+    files = [
+        path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("tests/**/test_*.py")
+    ]
     in_order = [lane_of(file) for file in sorted(files, key=place)]
     assert list(dict.fromkeys(in_order)) == [*LANES, None]
     assert lane_of("tests/serving/endpoint/test_endpoint.py") == "serving"

@@ -1,4 +1,5 @@
-"""Words of the settings and of checkpoints that one file understands: no other one compares them."""
+"""Words of the settings and of checkpoints that one file understands: no other one compares
+them."""
 
 import ast
 from collections.abc import Iterator
@@ -15,13 +16,16 @@ SHARD_OWNER = "cluster/settings/shard.py"
 RULE_OWNER = "jobs/exact/state/adamw.py"
 
 WORDS = set(get_args(Shard)) - {"none"}
-"""The choices of `scaling.shard` that are words of no other setting; "none" counts where it is compared with a shard."""
+"""The choices of `scaling.shard` that are words of no other setting; "none" counts where it is
+compared with a shard."""
 
 
 def product_files() -> dict[str, str]:
     paths = [path for folder in CODE_FOLDERS for path in (REPOSITORY / folder).rglob("*.py")]
     assert len(paths) > 200
-    return {path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    return {
+        path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8") for path in paths
+    }
 
 
 def strings_of(node: ast.AST) -> set[str]:
@@ -30,7 +34,8 @@ def strings_of(node: ast.AST) -> set[str]:
 
 
 def decisions(source: str) -> Iterator[str]:
-    """Yields what decides by a choice of `scaling.shard`: comparisons, cases, and dictionaries that it is looked up in."""
+    """Yields what decides by a choice of `scaling.shard`: comparisons, cases, and dictionaries that
+    it is looked up in."""
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Compare() | ast.MatchValue():
@@ -68,7 +73,11 @@ def test_each_way_to_decide_is_seen(line: str) -> None:
 
 def test_the_one_decision_has_no_other_case() -> None:
     """A choice that is added to `Shard` alone is an error of the type checker."""
-    matches = [node for node in ast.walk(ast.parse(product_files()[SHARD_OWNER])) if isinstance(node, ast.Match)]
+    matches = [
+        node
+        for node in ast.walk(ast.parse(product_files()[SHARD_OWNER]))
+        if isinstance(node, ast.Match)
+    ]
     assert len(matches) == 1
     *_, last = matches[0].cases
     assert ast.unparse(last) == "case _:\n    assert_never(shard)"
@@ -76,5 +85,7 @@ def test_the_one_decision_has_no_other_case() -> None:
 
 @pytest.mark.parametrize("vector", AdamW.vectors)
 def test_an_update_rule_alone_names_its_vectors(vector: str) -> None:
-    named = [file for file, source in product_files().items() if vector in strings_of(ast.parse(source))]
+    named = [
+        file for file, source in product_files().items() if vector in strings_of(ast.parse(source))
+    ]
     assert named == [RULE_OWNER]

@@ -1,4 +1,5 @@
-"""The code can be read: bounds on how much a line says, above all in the files that a newcomer reads first."""
+"""The code can be read: bounds on how much a line says, above all in the files that a newcomer
+reads first."""
 
 import ast
 
@@ -15,15 +16,17 @@ from tests.reading_figures import (
 )
 from tests.repository import REPOSITORY
 
-MOST_TOKENS_A_LINE = 9.5
-MOST_TOKENS_A_LINE_READ_FIRST = 9.5
+MOST_TOKENS_A_LINE = 9.0
+MOST_TOKENS_A_LINE_READ_FIRST = 9.0
 MOST_WALRUSES = 3  # of a file
 
 READ_FIRST = [path.relative_to(REPOSITORY).as_posix() for path in read_first_files()]
 
 
 def test_a_token_is_neither_comment_nor_docstring_nor_layout() -> None:
-    measured = density('"""Says what."""\n\nx = f(1)  # a comment\n\n\ndef g():\n    """Says."""\n    return "text"\n')
+    measured = density(
+        '"""Says what."""\n\nx = f(1)  # a comment\n\n\ndef g():\n    """Says."""\n    return "text"\n'
+    )
     assert (measured.num_tokens, measured.num_lines) == (13, 3)
 
 

@@ -1,4 +1,5 @@
-"""The READMEs are true: the program takes every command in them, and every link, folder and file exists.
+"""The READMEs are true: the program takes every command in them, and every link, folder and file
+exists.
 
 `e2e/test_readme.py` runs the commands.
 """
@@ -55,7 +56,9 @@ ASKING = [
 
 
 @pytest.mark.parametrize(("serve", "curl"), ASKING, ids=lambda command: command.place)
-def test_each_curl_asks_for_the_model_that_is_served_above_it(serve: Command, curl: Command) -> None:
+def test_each_curl_asks_for_the_model_that_is_served_above_it(
+    serve: Command, curl: Command
+) -> None:
     assert len(ASKING) == 2
     arguments = PARSER.parse_args(serve.words[1:])
     body = json.loads(curl.words[curl.words.index("-d") + 1])
@@ -87,14 +90,20 @@ def test_the_table_has_every_command() -> None:
 def setting_names() -> set[str]:
     """Returns the settings of all commands, as a YAML file has them."""
     parsers = list(subcommands(PARSER).values())
-    options = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    options = {
+        option
+        for parser in parsers
+        for action in parser._actions
+        for option in action.option_strings
+    }
     return {option.removeprefix("--").replace("-", "_") for option in options if "." in option}
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_each_setting_that_is_named_exists(readme: Path) -> None:
     names = setting_names()
-    sections = "|".join({name.split(".")[0] for name in names} - {"model"})  # which begins file names, too
+    # Which begins file names, too
+    sections = "|".join({name.split(".")[0] for name in names} - {"model"})
     assert {"train.exact", "data.source", "replicas.max_replicas"} <= names
     named = re.findall(rf"(?<![\w/.-])(?:{sections})\.[a-z_]{{3,}}\b(?![(/.-])", readme.read_text())
     assert {name for name in named if name not in names} == set()

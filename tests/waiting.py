@@ -14,7 +14,8 @@ def wait_until(
     poll_s: float = 0.05,
     why: Callable[[], object] = lambda: "the condition did not come true",
 ) -> float:
-    """Returns how many seconds the condition took to come true; fails with `why()` after `limit_s(timeout_s)`."""
+    """Returns how many seconds the condition took to come true; fails with `why()` after
+    `limit_s(timeout_s)`."""
     start_s = time.monotonic()
     while not condition():
         assert time.monotonic() < start_s + limit_s(timeout_s), why()

@@ -9,7 +9,8 @@ from cluster.settings.code_folders import CODE_FOLDERS
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
-OF_AN_EXTRA = {  # whole modules, imported only by the commands that name the extra, and by each other
+# Whole modules, imported only by the commands that name the extra, and by each other
+OF_AN_EXTRA = {
     "cluster/kube/client.py": {"kubernetes", "urllib3"},
     "serving/engine/vllm_engine.py": {"vllm"},  # in an environment of its own
     "serving/engine/vllm_weights.py": {"vllm"},
@@ -17,10 +18,16 @@ OF_AN_EXTRA = {  # whole modules, imported only by the commands that name the ex
 
 
 def copied(folder: Path) -> Path:
-    """Returns a copy of the files that an installation is made from, as builds leave others beside them."""
+    """Returns a copy of the files that an installation is made from, as builds leave others beside
+    them."""
     copy = folder / "checkout"
     for name in (*CODE_FOLDERS, "k8s"):
-        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True)
+        shutil.copytree(
+            REPOSITORY / name,
+            copy / name,
+            ignore=shutil.ignore_patterns("__pycache__"),
+            symlinks=True,
+        )
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(REPOSITORY / name, copy)
     return copy

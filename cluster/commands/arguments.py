@@ -1,4 +1,5 @@
-"""The arguments that commands take, each declared once; the settings of the trees are flags besides."""
+"""The arguments that commands take, each declared once; the settings of the trees are flags
+besides."""
 
 import argparse
 import math
@@ -33,15 +34,25 @@ _OVERRIDDEN = "YAML file; flags override its settings"
 
 # Of several commands.
 RUN_SETTINGS = SettingsOf(_run_config)
-NO_PUBLISH = SettingAs("--no-publish", "leave `latest` as it is", setting="checkpoint.publish", value="false")
+NO_PUBLISH = SettingAs(
+    "--no-publish", "leave `latest` as it is", setting="checkpoint.publish", value="false"
+)
 CONFIG = Argument[Path | None]("config", _OVERRIDDEN, nargs="?", parse=Path)
 CONFIG_FLAG = Argument[Path | None]("--config", _OVERRIDDEN, parse=Path)
 STORAGE = Argument[str](
-    "--storage.uri", "root of runs and registry", parse=absolute_uri, default=".raymill", metavar="URI"
+    "--storage.uri",
+    "root of runs and registry",
+    parse=absolute_uri,
+    default=".raymill",
+    metavar="URI",
 )
 CHECKPOINT = Argument[str]("checkpoint", f"{_REFERENCE}, or `latest`", completer=checkpoints)
 NAMED = Argument[str | None](
-    "named", f"{_REFERENCE}; `latest` when unset", nargs="?", metavar="checkpoint", completer=checkpoints
+    "named",
+    f"{_REFERENCE}; `latest` when unset",
+    nargs="?",
+    metavar="checkpoint",
+    completer=checkpoints,
 )
 RUN_ID = Argument[str]("run_id", "run id", metavar="RUN", completer=run_ids)
 RUN = Argument[str]("run", _FOLDER_OF_RUN, metavar="RUN", completer=run_ids)
@@ -50,12 +61,22 @@ YES = Switch("--yes", "delete, and do not only say what")
 # Of looking at runs and token stores.
 RUNS = Argument[list[str]]("runs", _FOLDER_OF_RUN, nargs="+", metavar="RUN", completer=run_ids)
 TWO_RUNS = Argument[list[str]]("runs", _FOLDER_OF_RUN, nargs=2, metavar="RUN", completer=run_ids)
-PRICE = Argument[float | None]("--price", "dollars for an hour of a GPU, or of a CPU where there is none", parse=amount)
-STEPS = Argument[str]("--steps", "first and last step; all when unset", default="..", metavar="A..B")
-NUM_PROCESSES = Argument[int]("--workers", "processes that train; 1 when unset", parse=int, default=1)
-EXPERIMENT = Argument[str]("--mlflow", "an experiment of MLflow", metavar="EXPERIMENT", required=True)
+PRICE = Argument[float | None](
+    "--price", "dollars for an hour of a GPU, or of a CPU where there is none", parse=amount
+)
+STEPS = Argument[str](
+    "--steps", "first and last step; all when unset", default="..", metavar="A..B"
+)
+NUM_PROCESSES = Argument[int](
+    "--workers", "processes that train; 1 when unset", parse=int, default=1
+)
+EXPERIMENT = Argument[str](
+    "--mlflow", "an experiment of MLflow", metavar="EXPERIMENT", required=True
+)
 FOLLOW_RUN = Switch("--follow", "continue until the run has ended")
-STORE = Argument[str | None]("store", "folder, manifest or key of a token store; the only one when unset", nargs="?")
+STORE = Argument[str | None](
+    "store", "folder, manifest or key of a token store; the only one when unset", nargs="?"
+)
 SOURCE = Argument[str]("source", "folder, pattern or file; a path or URI", metavar="SOURCE")
 NEW_FOLDER = Argument[str]("destination", "new folder, a path or URI", metavar="DEST")
 
@@ -73,9 +94,14 @@ STAGE = Argument[str](
     "the checkpoint; pipeline: tokenize, train, evaluate and report, all stages in one job",
     choices=("tokenize", "pretrain", "pipeline"),
 )
-ADDRESS = Argument[str | None]("--address", "Jobs API of a Ray cluster, such as http://head:8265", metavar="URL")
+ADDRESS = Argument[str | None](
+    "--address", "Jobs API of a Ray cluster, such as http://head:8265", metavar="URL"
+)
 KUBERAY = Argument[str | None](
-    "--kuberay", "as a RayJob: dev, gpu, spot, kueue or your kustomization", metavar="OVERLAY", completer=overlays
+    "--kuberay",
+    "as a RayJob: dev, gpu, spot, kueue or your kustomization",
+    metavar="OVERLAY",
+    completer=overlays,
 )
 ONLY_CHECK = Switch("--dry-run", "check all, start nothing; with --kuberay print the objects")
 TOKEN_FILE = Argument[Path | None](
@@ -96,13 +122,20 @@ URL = Argument[str | None]("--url", "endpoint, such as http://127.0.0.1:8000")
 ADMIN_KEY = Argument[Path | None]("--admin-key-file", "file with the admin key", parse=Path)
 PROMPT = Argument[str]("prompt")
 API_KEY = Argument[Path | None]("--api-key-file", "file with the API key", parse=Path)
-MAX_TOKENS = Argument[int | None]("--max-tokens", "64 when unset, or as many as fit after the prompt", parse=int)
+MAX_TOKENS = Argument[int | None](
+    "--max-tokens", "64 when unset, or as many as fit after the prompt", parse=int
+)
 TEMPERATURE = Argument[float]("--temperature", parse=float, default=0.8)
 SEED = Argument[int | None]("--seed", parse=int)
-PROMOTED = Argument[str | None]("checkpoint", f"{_REFERENCE}, or `latest`", nargs="?", completer=checkpoints)
+PROMOTED = Argument[str | None](
+    "checkpoint", f"{_REFERENCE}, or `latest`", nargs="?", completer=checkpoints
+)
 FINISH = Switch("--finish", "give all requests to the current canary")
 FOLLOWED = Argument[str | None](
-    "--follow", "promote each newer checkpoint of a run as it appears", metavar="RUN", completer=run_ids
+    "--follow",
+    "promote each newer checkpoint of a run as it appears",
+    metavar="RUN",
+    completer=run_ids,
 )
 CANARY_PERCENT = Argument[float | None](
     "--canary",
@@ -121,12 +154,16 @@ GATE_SOURCE = Argument[str | None](
     metavar="FILE",
 )
 MAX_LOSS_INCREASE = Argument[float | None](
-    "--max-loss-increase", "allowed increase in nats per token; the endpoint's if unset", parse=float
+    "--max-loss-increase",
+    "allowed increase in nats per token; the endpoint's if unset",
+    parse=float,
 )
 
 # Of Kubernetes and Grafana.
 NAMESPACE = Argument[str | None]("--namespace -n", "Kubernetes namespace; raymill when unset")
-OVERLAYS_NAMESPACE = Argument[str | None]("--namespace -n", "Kubernetes namespace, instead of the overlay's own")
+OVERLAYS_NAMESPACE = Argument[str | None](
+    "--namespace -n", "Kubernetes namespace, instead of the overlay's own"
+)
 OVERLAY = Argument[str](
     "overlay",
     "dev, gpu, spot, kueue, or the folder of your own kustomization",
@@ -134,7 +171,8 @@ OVERLAY = Argument[str](
     completer=overlays,
 )
 COMPONENT = Argument[str | None](
-    "--component", "only this component: platform, tokenize, pretrain, evaluate, completions or shared"
+    "--component",
+    "only this component: platform, tokenize, pretrain, evaluate, completions or shared",
 )
 LET_CHECK = Switch("--dry-run", "let Kubernetes check it, and change nothing")
 KUBE_OBJECT = Argument[str]("name", "such as shared or rayjob/pretrain", metavar="NAME")
@@ -146,4 +184,6 @@ LEAST_PODS = Argument[int | None]("--min", "pods that are always there", parse=i
 MOST_PODS = Argument[int | None]("--max", "pods under load", parse=int)
 SUSPEND = Switch("--suspend", "remove all pods, the head's too")
 RESUME = Switch("--resume", "restore what was suspended")
-PROMETHEUS = Argument[str | None]("--prometheus-url", "the data source's address, as Grafana reaches it", metavar="URL")
+PROMETHEUS = Argument[str | None](
+    "--prometheus-url", "the data source's address, as Grafana reaches it", metavar="URL"
+)

@@ -1,4 +1,5 @@
-"""Injects faults into the local cluster at steps of a run: kills a worker, a node or the head, or adds a node."""
+"""Injects faults into the local cluster at steps of a run: kills a worker, a node or the head, or
+adds a node."""
 
 import os
 import signal
@@ -34,21 +35,29 @@ class Fault:
 
 
 def parse_faults(words: Sequence[str]) -> list[Fault]:
-    """Returns faults in the order of their steps, from words such as `kill-node@40`. Raises `ConfigError`."""
+    """Returns faults in the order of their steps, from words such as `kill-node@40`. Raises
+    `ConfigError`."""
     faults = []
     for word in words:
         kind, _, step = word.partition("@")
         if kind not in list(Kind) or not step.isdecimal():
-            raise ConfigError(f"--chaos {word!r}: expected FAULT@STEP with a fault among {', '.join(Kind)}")
+            raise ConfigError(
+                f"--chaos {word!r}: expected FAULT@STEP with a fault among {', '.join(Kind)}"
+            )
         faults.append(Fault(Kind(kind), int(step)))
     return sorted(faults, key=lambda fault: fault.step)
 
 
 @contextmanager
-def chaos(faults: Sequence[Fault], *, cluster: LocalCluster | None, config: RunConfig) -> Iterator[None]:
-    """Watches the run's ledger while the context lasts, and injects each fault when its step is reached."""
+def chaos(
+    faults: Sequence[Fault], *, cluster: LocalCluster | None, config: RunConfig
+) -> Iterator[None]:
+    """Watches the run's ledger while the context lasts, and injects each fault when its step is
+    reached."""
     ended = threading.Event()
-    thread = threading.Thread(target=_inject, args=(faults, cluster, run_storage(config), ended), daemon=True)
+    thread = threading.Thread(
+        target=_inject, args=(faults, cluster, run_storage(config), ended), daemon=True
+    )
     thread.start()
     try:
         yield
@@ -57,12 +66,15 @@ def chaos(faults: Sequence[Fault], *, cluster: LocalCluster | None, config: RunC
         thread.join()
 
 
-def _inject(faults: Sequence[Fault], cluster: LocalCluster | None, run: Storage, ended: threading.Event) -> None:
+def _inject(
+    faults: Sequence[Fault], cluster: LocalCluster | None, run: Storage, ended: threading.Event
+) -> None:
     killed_attempt = 0
     for fault in faults:
         assert cluster is not None, "only a local cluster's processes may be killed"
         start: Line | None = None
-        # After a kill the ledger still shows the attempt that was hit, until the next one has started.
+        # After a kill the ledger still shows the attempt that was hit, until the next one has
+        # started.
         while start is None or start["attempt"] <= killed_attempt:
             if ended.wait(_POLL_S):
                 return
@@ -82,7 +94,8 @@ def _inject(faults: Sequence[Fault], cluster: LocalCluster | None, run: Storage,
 
 
 def _attempt_at(run: Storage, step: int) -> Line | None:
-    """Returns the start event of the current attempt once the run has completed `step`, until then None."""
+    """Returns the start event of the current attempt once the run has completed `step`, until then
+    None."""
     with suppress(StorageError):  # it is asked again
         ledger = Ledger.read(run)
         starts = ledger.events("start")

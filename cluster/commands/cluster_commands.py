@@ -111,7 +111,9 @@ def dashboards_push(arguments: Arguments) -> Result:
     pushed = {"folder": grafana.push_folder()}
     if url := arguments[PROMETHEUS]:
         pushed["data source"] = grafana.push_data_source(url)
-    return Result(pushed | {uid: grafana.push_dashboard(document) for uid, document in documents().items()})
+    return Result(
+        pushed | {uid: grafana.push_dashboard(document) for uid, document in documents().items()}
+    )
 
 
 def dashboards_diff(arguments: Arguments) -> Result:
@@ -130,7 +132,12 @@ def dashboards_export(arguments: Arguments) -> Result:
     from cluster.monitoring.files import IN_CLUSTER_PROMETHEUS, write_files
 
     folder = arguments[_FOLDER]
-    return Result({"folder": str(folder), "files": write_files(folder, arguments[PROMETHEUS] or IN_CLUSTER_PROMETHEUS)})
+    return Result(
+        {
+            "folder": str(folder),
+            "files": write_files(folder, arguments[PROMETHEUS] or IN_CLUSTER_PROMETHEUS),
+        }
+    )
 
 
 def storage_check(arguments: Arguments) -> Result:
@@ -163,7 +170,10 @@ def gc(arguments: Arguments) -> Result:
 
 
 def _housekept(arguments: Arguments, values: dict[str, Any]) -> Result:
-    rows = [{"files": row["num_files"], "MB": row["num_bytes"] / 1e6, **row} for row in values["leftovers"]]
+    rows = [
+        {"files": row["num_files"], "MB": row["num_bytes"] / 1e6, **row}
+        for row in values["leftovers"]
+    ]
     if not rows:
         return Result(values, text="nothing to delete\n")
     done = "deleted" if values["deleted"] else "would be deleted"
@@ -190,7 +200,12 @@ CLUSTER = Section(
                 NO_PUBLISH,
             ],
         ),
-        Command("list", "list the jobs of a storage's runs, and what they are doing", list_jobs, [TOKEN_FILE, STORAGE]),
+        Command(
+            "list",
+            "list the jobs of a storage's runs, and what they are doing",
+            list_jobs,
+            [TOKEN_FILE, STORAGE],
+        ),
         Command(
             "status",
             "show a run's job; exit code 1 if it failed, was stopped or is lost",
@@ -233,9 +248,21 @@ CLUSTER = Section(
             cluster_status,
             [NAMESPACE, KUBE_OBJECTS],
         ),
-        Command("cluster why-pending", "say why pods do not run yet", cluster_why_pending, [NAMESPACE, KUBE_OBJECTS]),
-        Command("dashboards push", "update Grafana to this version's dashboards", dashboards_push, [PROMETHEUS]),
-        Command("dashboards diff", "list where Grafana's differ; exit code 1 if any do", dashboards_diff),
+        Command(
+            "cluster why-pending",
+            "say why pods do not run yet",
+            cluster_why_pending,
+            [NAMESPACE, KUBE_OBJECTS],
+        ),
+        Command(
+            "dashboards push",
+            "update Grafana to this version's dashboards",
+            dashboards_push,
+            [PROMETHEUS],
+        ),
+        Command(
+            "dashboards diff", "list where Grafana's differ; exit code 1 if any do", dashboards_diff
+        ),
         Command(
             "dashboards export",
             "write them, the alerts and the scrape settings as files for Grafana, Prometheus and kustomize",
@@ -248,7 +275,12 @@ CLUSTER = Section(
             storage_check,
             [_PLACE],
         ),
-        Command("delete", "delete a run; says what that is, and deletes it with --yes", delete, [RUN_ID, YES, STORAGE]),
+        Command(
+            "delete",
+            "delete a run; says what that is, and deletes it with --yes",
+            delete,
+            [RUN_ID, YES, STORAGE],
+        ),
         Command(
             "gc",
             "find token stores, checkpoints and runs that nothing needs; deletes them with --yes",

@@ -1,6 +1,8 @@
-"""A command of `raymill` as a record: its words, its help, its arguments, and the function that returns its result.
+"""A command of `raymill` as a record: its words, its help, its arguments, and the function that
+returns its result.
 
-The functions import what they need when they are called, so that a command line pays for its own command alone.
+The functions import what they need when they are called, so that a command line pays for its own
+command alone.
 """
 
 import argparse
@@ -23,7 +25,8 @@ Config = TypeVar("Config", bound="Settings")
 
 @dataclass(frozen=True, eq=False)
 class Argument(Generic[Value]):
-    """An argument, by which `Arguments` gives its value. Its fields are those of argparse's `add_argument`."""
+    """An argument, by which `Arguments` gives its value. Its fields are those of argparse's
+    `add_argument`."""
 
     names: str  # such as `run_id`, or `-f --follow`
     help: str | None = None
@@ -61,7 +64,9 @@ class Switch(Argument[bool]):
 
     def add_to(self, place: argparse._ActionsContainer) -> None:
         names = self.names.split()
-        place.add_argument(*names, action="store_true", dest=self.dest, required=self.required, help=self.help)
+        place.add_argument(
+            *names, action="store_true", dest=self.dest, required=self.required, help=self.help
+        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,9 @@ class SettingAs:
     value: str
 
     def add_to(self, place: argparse._ActionsContainer) -> None:
-        place.add_argument(self.name, action="store_const", dest=self.setting, const=self.value, help=self.help)
+        place.add_argument(
+            self.name, action="store_const", dest=self.setting, const=self.value, help=self.help
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,8 @@ class SettingsOf:
 
 @dataclass(frozen=True)
 class Result:
-    """What a command has to say: `values` are its JSON, and lines for people unless there is a `text`."""
+    """What a command has to say: `values` are its JSON, and lines for people unless there is a
+    `text`."""
 
     values: Mapping[str, Any]
     text: str | None = None
@@ -126,9 +134,11 @@ class Arguments:
         value: Value = self.values[argument.dest]
         return value
 
-    def config(self, root: type[Config], *, needs_source: bool = True, **positional: str | None) -> Config:
-        """Returns the settings that the file and the flags give, and says what is worth saying of them. Raises
-        `ConfigError`. A setting that stands by itself is given by its name."""
+    def config(
+        self, root: type[Config], *, needs_source: bool = True, **positional: str | None
+    ) -> Config:
+        """Returns the settings that the file and the flags give, and says what is worth saying of
+        them. Raises `ConfigError`. A setting that stands by itself is given by its name."""
         from cluster.settings.flags import resolve_config
 
         given = {**self.values, **positional}
@@ -161,7 +171,8 @@ class Command:
 
 @dataclass(frozen=True)
 class Section:
-    """Commands that `raymill --help` lists together; `groups` has the help of the first word of those of two words."""
+    """Commands that `raymill --help` lists together; `groups` has the help of the first word of
+    those of two words."""
 
     title: str
     commands: tuple[Command, ...]

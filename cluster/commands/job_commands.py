@@ -1,6 +1,7 @@
 """`raymill submit|list|status|logs|stop`: jobs that outlive the command that started them.
 
-A job's record and log lie in the run's storage, so a run id and `--storage.uri` find them on any machine.
+A job's record and log lie in the run's storage, so a run id and `--storage.uri` find them on any
+machine.
 """
 
 import json
@@ -56,12 +57,15 @@ _TAIL_BYTES = 64 << 10
 def submit(arguments: Arguments) -> Result:
     config = arguments.config(RunConfig)
     backend, stage, is_dry = _backend(arguments, config), arguments[STAGE], arguments[ONLY_CHECK]
-    say(f"submit: {stage} of run {config.run_id}; checking the storage, the sources and the settings")
+    say(
+        f"submit: {stage} of run {config.run_id}; checking the storage, the sources and the settings"
+    )
     backend.probe()
     living = None if is_dry else living_job(config, stage, arguments[TOKEN_FILE])
     if living is not None:
         is_there = isinstance(backend, KubeJobs) and living.record.where == backend.where
-        if is_there and living.state is JobState.PENDING:  # its submission may have been interrupted
+        # Its submission may have been interrupted
+        if is_there and living.state is JobState.PENDING:
             backend.check(config, stage, checked_needs(config, backend.folders))
             backend.complete(config, living.record)
         return _submitted(config, living, is_new=False)
@@ -75,7 +79,8 @@ def submit(arguments: Arguments) -> Result:
 
 
 def checked_needs(config: RunConfig, folders: Folders) -> dict[str, Any]:
-    """Checks what does not depend on the nodes, and returns what a worker needs of them. Raises `AdmissionError`."""
+    """Checks what does not depend on the nodes, and returns what a worker needs of them. Raises
+    `AdmissionError`."""
     check_run(config, folders)
 
     from jobs.plan.memory import worker_needs
@@ -90,7 +95,9 @@ def _submitted(config: RunConfig, view: JobView, *, is_new: bool) -> Result:
     if not is_new:
         say(f"run {config.run_id} has this job already: nothing was submitted")
     uri = config.storage.uri
-    hint = f"raymill logs -f {config.run_id}" + ("" if uri == absolute_uri(".raymill") else f" --storage.uri {uri}")
+    hint = f"raymill logs -f {config.run_id}" + (
+        "" if uri == absolute_uri(".raymill") else f" --storage.uri {uri}"
+    )
     return Result(describe(view) | {"new": is_new, "storage": uri, "logs": hint})
 
 
@@ -98,7 +105,9 @@ def _backend(arguments: Arguments, config: RunConfig) -> JobBackend:
     address = arguments[ADDRESS] or config.cluster.address
     overlay = arguments[KUBERAY]
     if overlay is not None:
-        return backend_at(Backend.KUBERAY, arguments[OVERLAYS_NAMESPACE] or "", overlay=overlay_folder(overlay))
+        return backend_at(
+            Backend.KUBERAY, arguments[OVERLAYS_NAMESPACE] or "", overlay=overlay_folder(overlay)
+        )
     if address is not None:
         return backend_at(Backend.RAY, address, token_file=arguments[TOKEN_FILE])
     return backend_at(Backend.LOCAL)
@@ -110,7 +119,9 @@ def list_jobs(arguments: Arguments) -> Result:
     for run in map(runs.child, recorded_runs(runs)):
         try:
             if view := view_job(run, arguments[TOKEN_FILE]):
-                rows.append(describe(view) | _progress(run) | {"started": date_of(view.record.submitted)})
+                rows.append(
+                    describe(view) | _progress(run) | {"started": date_of(view.record.submitted)}
+                )
         except StorageError as error:
             say(f"{run.uri.rpartition('/')[2]} is left out: {error}")
     rows.sort(key=lambda row: str(row["submitted"]))
@@ -132,17 +143,30 @@ def status(arguments: Arguments) -> Result:
 
 
 def _progress(run: Storage) -> dict[str, Any]:
-    """Returns figures of the newest step in the run's ledger. Raises `StorageError` where it is damaged."""
+    """Returns figures of the newest step in the run's ledger. Raises `StorageError` where it is
+    damaged."""
     entry = run.stat("ledger.jsonl")
     if entry is None:
         return {}
-    content = run.read_bytes("ledger.jsonl", start=max(0, entry.size - _TAIL_BYTES)).rpartition(b"\n")[0]
+    content = run.read_bytes("ledger.jsonl", start=max(0, entry.size - _TAIL_BYTES)).rpartition(
+        b"\n"
+    )[0]
     whole = content.split(b"\n")[entry.size > _TAIL_BYTES :]  # the first line may be cut
     try:
-        steps = [line for text in whole if text and "step" in (line := json.loads(text)) and "event" not in line]
+        steps = [
+            line
+            for text in whole
+            if text and "step" in (line := json.loads(text)) and "event" not in line
+        ]
     except (ValueError, TypeError):
-        raise StorageError(f"{run.uri}/ledger.jsonl has a damaged line; `raymill report` says which") from None
-    return {name: steps[-1][name] for name in ("step", "tokens_seen", "loss", "world_size")} if steps else {}
+        raise StorageError(
+            f"{run.uri}/ledger.jsonl has a damaged line; `raymill report` says which"
+        ) from None
+    return (
+        {name: steps[-1][name] for name in ("step", "tokens_seen", "loss", "world_size")}
+        if steps
+        else {}
+    )
 
 
 def logs(arguments: Arguments) -> Result:
@@ -158,7 +182,11 @@ def logs(arguments: Arguments) -> Result:
     for name in chosen:
         lines += _lines(run, name, header=is_all, rays=arguments[SHOWS_RAY])
     ended = LogReader(run, names[-1]).ended() if names else None
-    last = "stopped, as requested; the same run id continues it\n" if ended is not None and ended.stopped else ""
+    last = (
+        "stopped, as requested; the same run id continues it\n"
+        if ended is not None and ended.stopped
+        else ""
+    )
     text = "".join(f"{line}\n" for line in lines) + last
     return Result({"run_id": arguments[RUN_ID], "launches": chosen, "lines": lines}, text=text)
 
@@ -210,7 +238,9 @@ def stop(arguments: Arguments) -> Result:
         time.sleep(1)
         view = _view(arguments, run)
     if view.state.is_live:
-        say(f"run {arguments[RUN_ID]} was asked to end and has not done so within {_STOP_TIMEOUT_S:.0f} s")
+        say(
+            f"run {arguments[RUN_ID]} was asked to end and has not done so within {_STOP_TIMEOUT_S:.0f} s"
+        )
     return Result(describe(view) | {"was_live": was_live})
 
 

@@ -1,4 +1,5 @@
-"""`raymill cluster`: applies the manifests to Kubernetes, and explains and scales what runs there."""
+"""`raymill cluster`: applies the manifests to Kubernetes, and explains and scales what runs
+there."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,9 @@ def apply(arguments: Arguments) -> Result:
     result = api.apply_all(objects, dry_run=is_dry)
     is_bad = "failed" in result
     if "not_checked" in result:
-        result["note"] = "the rest needs the namespace: apply the component `platform`, then check again"
+        result["note"] = (
+            "the rest needs the namespace: apply the component `platform`, then check again"
+        )
     if not is_dry and (changed := _pass_bounds_on(api, result["applied"])):
         result["running"] = changed
     is_administrators = component in (None, _PLATFORM)  # who alone may list all kinds
@@ -66,7 +69,8 @@ def apply(arguments: Arguments) -> Result:
 
 
 def _pass_bounds_on(api: "KubeApi", applied: list[str]) -> dict[str, list[str]]:
-    """Gives running clusters the bounds of the jobs and services that were applied. Returns a line for each change."""
+    """Gives running clusters the bounds of the jobs and services that were applied. Returns a line
+    for each change."""
     changed = {}
     for kind, _, name in (full.partition("/") for full in applied):
         owner = api.get(kube.RAY, kind, name) if kind in ("RayJob", "RayService") else None
@@ -89,7 +93,8 @@ def _leftovers(api: "KubeApi", everything: list[kube.Object]) -> list[kube.Objec
 
 
 def scale(arguments: Arguments) -> Result:
-    """Changes the object, for its later clusters, and those that run, to which KubeRay passes no new bounds."""
+    """Changes the object, for its later clusters, and those that run, to which KubeRay passes no
+    new bounds."""
     api = _api(arguments[NAMESPACE])
     manifest = _find(api, arguments[KUBE_OBJECT])
     if kube.has_ended(manifest):
@@ -102,17 +107,24 @@ def scale(arguments: Arguments) -> Result:
         api.patch(target, patch)
     result: dict[str, Any] = {"changed": [kube.full_name(target) for target, _ in patches]}
     before = clusters or [manifest]
-    after = [api.get(kube.RAY, target["kind"], target["metadata"]["name"]) or target for target in before]
+    after = [
+        api.get(kube.RAY, target["kind"], target["metadata"]["name"]) or target for target in before
+    ]
     result["groups"] = [line for target in after for line in kube.groups(target)]
     if not clusters and not of_all and manifest["kind"] != "RayCluster":
         result["note"] = "it has no cluster now: the next one starts with these bounds"
     elif any(
-        kube.lacks_head(new) and kube.wanted(new) < kube.wanted(old) for old, new in zip(before, after, strict=True)
+        kube.lacks_head(new) and kube.wanted(new) < kube.wanted(old)
+        for old, new in zip(before, after, strict=True)
     ):
-        result["note"] = "its head is not up: surplus pods stay until its autoscaler, which alone removes any, is there"
+        result["note"] = (
+            "its head is not up: surplus pods stay until its autoscaler, which alone removes any, is there"
+        )
     most = most_replicas(manifest) if manifest["kind"] == "RayService" else None
     if most is not None and (arguments[MOST_PODS] or 0) > most:
-        result["note"] = f"its settings allow {most} replicas, so more pods find no work: raise `max_replicas` too"
+        result["note"] = (
+            f"its settings allow {most} replicas, so more pods find no work: raise `max_replicas` too"
+        )
     return Result(result)
 
 
@@ -120,7 +132,9 @@ def _change(arguments: Arguments, manifest: kube.Object) -> Patch:
     group, least, most = arguments[GROUP], arguments[LEAST_PODS], arguments[MOST_PODS]
     if arguments[SUSPEND] or arguments[RESUME]:
         if (group, least, most) != (None, None, None):
-            raise ConfigError("--suspend and --resume are of all; --min 0 --max 0 takes a group's pods away")
+            raise ConfigError(
+                "--suspend and --resume are of all; --min 0 --max 0 takes a group's pods away"
+            )
         return suspend(manifest, suspended=arguments[SUSPEND])
     if least is None and most is None:
         raise ConfigError("nothing to change: give --min, --max, --suspend or --resume")
@@ -137,15 +151,23 @@ def status(arguments: Arguments) -> Result:
             start = f"{cluster['metadata']['name']}: " if len(clusters) > 1 else ""
             lines += [f"{start}{line}" for line in kube.groups(cluster, pods)]
         told = None
-        if not manifest.get("status") and not manifest["spec"].get("suspend"):  # refused, or not seen at all
+        # refused, or not seen at all
+        if not manifest.get("status") and not manifest["spec"].get("suspend"):
             told = warning(manifest, api.all("v1", "Event"))
-        result[kube.full_name(manifest)] = [told or kube.sentence(manifest), *(lines or kube.groups(manifest))]
+        result[kube.full_name(manifest)] = [
+            told or kube.sentence(manifest),
+            *(lines or kube.groups(manifest)),
+        ]
     return Result(result)
 
 
 def pending(arguments: Arguments) -> Result:
     api = _api(arguments[NAMESPACE])
-    manifests, pods, events = _all(api, arguments[KUBE_OBJECTS]), api.all("v1", "Pod"), api.all("v1", "Event")
+    manifests, pods, events = (
+        _all(api, arguments[KUBE_OBJECTS]),
+        api.all("v1", "Pod"),
+        api.all("v1", "Event"),
+    )
     why: dict[str, str] = {}
     for manifest in manifests:
         why |= reasons(manifest, _clusters_of(api, manifest), pods, events)
@@ -169,7 +191,11 @@ def overlay_folder(name: str) -> Path:
         if folder.is_dir():
             return folder
     known = overlays()
-    choices = f"one of {', '.join(known)}, or the folder" if known else "there is no k8s/ here, so name the folder"
+    choices = (
+        f"one of {', '.join(known)}, or the folder"
+        if known
+        else "there is no k8s/ here, so name the folder"
+    )
     raise ConfigError(f"unknown overlay {name!r}, expected {choices} of your own kustomization")
 
 
@@ -186,14 +212,18 @@ def _all(api: "KubeApi", name: str | None) -> list[kube.Object]:
     found = _everything(api)
     if not found:
         kinds = "RayCluster, RayJob or RayService"
-        raise UserError(f"the namespace {api.namespace} has no {kinds}: `raymill cluster apply` makes them")
+        raise UserError(
+            f"the namespace {api.namespace} has no {kinds}: `raymill cluster apply` makes them"
+        )
     return [manifest for manifest in found if not kube.is_owned(manifest)]
 
 
 def _find(api: "KubeApi", name: str) -> kube.Object:
     """Returns the object called `NAME`, or `KIND/NAME` where several kinds share the name."""
     everything = _everything(api)
-    found = [o for o in everything if name.lower() in (o["metadata"]["name"], kube.full_name(o).lower())]
+    found = [
+        o for o in everything if name.lower() in (o["metadata"]["name"], kube.full_name(o).lower())
+    ]
     if not found:
         names = ", ".join(map(kube.full_name, everything)) or "none"
         raise UserError(f"the namespace {api.namespace} has no {name}; it has {names}")
@@ -207,8 +237,11 @@ def _everything(api: "KubeApi") -> list[kube.Object]:
 
 
 def _clusters_of(api: "KubeApi", manifest: kube.Object) -> list[kube.Object]:
-    """Returns the RayClusters behind an object that are not being removed, or a RayCluster itself."""
+    """Returns the RayClusters behind an object that are not being removed, or a RayCluster
+    itself."""
     if manifest["kind"] == "RayCluster":
         return [manifest]
     found = [api.get(kube.RAY, "RayCluster", name) for name in kube.cluster_names(manifest)]
-    return [cluster for cluster in found if cluster and "deletionTimestamp" not in cluster["metadata"]]
+    return [
+        cluster for cluster in found if cluster and "deletionTimestamp" not in cluster["metadata"]
+    ]

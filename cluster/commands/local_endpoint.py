@@ -15,8 +15,8 @@ class _EndAskedError(BaseException):
 
 
 def keep_up(cluster: LocalCluster, *, host: str, port: int) -> bool:
-    """Returns after a signal, once all answers are whole: True, or False if some had to be cut. Exits at a second
-    signal."""
+    """Returns after a signal, once all answers are whole: True, or False if some had to be cut.
+    Exits at a second signal."""
     entrance = entrance_of(host, port)
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -24,7 +24,9 @@ def keep_up(cluster: LocalCluster, *, host: str, port: int) -> bool:
                 signal.signal(number, _ask_to_end)
         while True:
             if cluster.lost_head():
-                say("the head of the local cluster was lost: it is restarted, and the endpoint comes back with it")
+                say(
+                    "the head of the local cluster was lost: it is restarted, and the endpoint comes back with it"
+                )
                 cluster.restart_head()
     except _EndAskedError:
         pass
@@ -34,7 +36,9 @@ def keep_up(cluster: LocalCluster, *, host: str, port: int) -> bool:
         cut(entrance)
         raise
     if num_cut:
-        say(f"{counted(num_cut, 'answer')} took longer than {LONGEST_STREAM_S:.0f} s and ended with an error event")
+        say(
+            f"{counted(num_cut, 'answer')} took longer than {LONGEST_STREAM_S:.0f} s and ended with an error event"
+        )
     return num_cut == 0
 
 

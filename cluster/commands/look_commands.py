@@ -110,7 +110,8 @@ def _runs(what: str, references: list[str], storage_uri: str) -> list[Storage]:
 
 
 def checkpoint_show(arguments: Arguments) -> Result:
-    """Returns what a checkpoint holds; for a damaged one `valid` is false and `problems` says why."""
+    """Returns what a checkpoint holds; for a damaged one `valid` is false and `problems` says
+    why."""
     from cluster.storage.references import checkpoint_uri
     from cluster.storage.registry import LATEST, named_checkpoint, resolve_checkpoint
     from model.files.checkpoint_folder import read_metadata, verify_checkpoint
@@ -121,24 +122,34 @@ def checkpoint_show(arguments: Arguments) -> Result:
     is_here = folder is not None
     if folder is None:
         folder = resolve_checkpoint(reference, storage_uri)
-    elif not folder.is_dir() or (folder / "checkpoints").is_dir():  # none, or a run's: its newest checkpoint
+    elif not folder.is_dir() or (folder / "checkpoints").is_dir():
+        # None, or a run's: its newest checkpoint.
         folder = open_storage(named_checkpoint(reference, storage_uri)).local_path("")
         assert folder is not None, "it is below a folder that is here"
-    problems = verify_checkpoint(folder, to_train=is_here)  # a copy of a remote one has no training state
+    # A copy of a remote one has no training state
+    problems = verify_checkpoint(folder, to_train=is_here)
     metadata = {"parameter_hash": None} if problems else vars(read_metadata(folder))
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-    checked = {"checkpoint": str(folder), "valid": not problems, "problems": problems, "files": files}
+    checked = {
+        "checkpoint": str(folder),
+        "valid": not problems,
+        "problems": problems,
+        "files": files,
+    }
     return Result(checked | metadata)
 
 
 def checkpoint_list(arguments: Arguments) -> Result:
-    """Lists what was published, oldest first, with its validation loss and whether `latest` means it."""
+    """Lists what was published, oldest first, with its validation loss and whether `latest` means
+    it."""
     from cluster.output.result_text import date_of, table
     from cluster.storage.registry import metadata_of, publications
     from model.files.checkpoint_folder import MANIFEST
 
     published = publications(open_storage(arguments[STORAGE]))
-    usable = (entry for entry in reversed(published) if open_storage(entry.checkpoint).exists(MANIFEST))
+    usable = (
+        entry for entry in reversed(published) if open_storage(entry.checkpoint).exists(MANIFEST)
+    )
     latest = next(usable, None)
     rows, shown = [], []
     for publication in published:
@@ -150,7 +161,9 @@ def checkpoint_list(arguments: Arguments) -> Result:
         rows.append(row)
         shown.append(row | {"published": date_of(publication.time), "latest": mark})
     if not rows:
-        say(f"nothing is published in {arguments[STORAGE]}: a run that ends publishes its last checkpoint")
+        say(
+            f"nothing is published in {arguments[STORAGE]}: a run that ends publishes its last checkpoint"
+        )
     text = table(("published", "run_id", "step", "val_loss", "latest", "checkpoint"), shown)
     return Result({"published": rows}, text=text)
 
@@ -158,10 +171,19 @@ def checkpoint_list(arguments: Arguments) -> Result:
 LOOK = Section(
     "look at runs and checkpoints",
     (
-        Command("report", "draw a run: loss, workers, throughput, a step's time, cost", report, [RUN, PRICE, STORAGE]),
+        Command(
+            "report",
+            "draw a run: loss, workers, throughput, a step's time, cost",
+            report,
+            [RUN, PRICE, STORAGE],
+        ),
         Command("compare", "compare curves, settings and figures", compare, [RUNS, STORAGE]),
-        Command("why-slow", "say what bounds a run, and by which numbers", why_slow, [RUN, STORAGE]),
-        Command("verify", "recompute the hashes of a run's checkpoints and data", verify, [RUN, STORAGE]),
+        Command(
+            "why-slow", "say what bounds a run, and by which numbers", why_slow, [RUN, STORAGE]
+        ),
+        Command(
+            "verify", "recompute the hashes of a run's checkpoints and data", verify, [RUN, STORAGE]
+        ),
         Command("diff", "find the first step where two runs part", diff, [TWO_RUNS, STORAGE]),
         Command(
             "replay",
@@ -169,9 +191,18 @@ LOOK = Section(
             replay,
             [RUN, STEPS, NUM_PROCESSES, STORAGE],
         ),
-        Command("probe", "measure each checkpoint's copying, induction, few-shot", probe, [RUN, STORAGE]),
-        Command("track", "send a run's curves to MLflow", track, [RUN, EXPERIMENT, FOLLOW_RUN, STORAGE]),
-        Command("checkpoint show", "verify a checkpoint and print its hashes", checkpoint_show, [CHECKPOINT, STORAGE]),
+        Command(
+            "probe", "measure each checkpoint's copying, induction, few-shot", probe, [RUN, STORAGE]
+        ),
+        Command(
+            "track", "send a run's curves to MLflow", track, [RUN, EXPERIMENT, FOLLOW_RUN, STORAGE]
+        ),
+        Command(
+            "checkpoint show",
+            "verify a checkpoint and print its hashes",
+            checkpoint_show,
+            [CHECKPOINT, STORAGE],
+        ),
         Command("checkpoint list", "list the published checkpoints", checkpoint_list, [STORAGE]),
     ),
     groups={"checkpoint": "look at checkpoints"},

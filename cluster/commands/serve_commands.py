@@ -23,7 +23,15 @@ from cluster.commands.arguments import (
     URL,
     WATCH_S,
 )
-from cluster.commands.command import Argument, Arguments, Command, OneOf, Result, Section, SettingsOf
+from cluster.commands.command import (
+    Argument,
+    Arguments,
+    Command,
+    OneOf,
+    Result,
+    Section,
+    SettingsOf,
+)
 from cluster.commands.train_commands import as_typed, checkpoint_given, named_by
 from cluster.output.progress import say
 from cluster.output.result_text import put
@@ -36,8 +44,8 @@ _NEW_PLACE = Argument[str]("destination", "folder or s3:// URI to make")
 
 
 def serve(arguments: Arguments) -> Result:
-    """Serves until a signal, and then until all answers are whole. On a cluster at an address it deploys and
-    returns."""
+    """Serves until a signal, and then until all answers are whole. On a cluster at an address it
+    deploys and returns."""
     from cluster.commands.local_endpoint import keep_up
     from cluster.endpoint.endpoint import deploy, require_key, require_ray_proxies, url_of
     from cluster.local.local_cluster import require_free_port
@@ -48,7 +56,11 @@ def serve(arguments: Arguments) -> Result:
     config = arguments.config(ServeConfig, checkpoint=checkpoint_given(arguments))
     require_key(config)
     if config.engine.device == "cuda":
-        check_gpu("engine.device=cuda", config.cluster.address, num_gpus=config.engine.tensor_parallel_size)
+        check_gpu(
+            "engine.device=cuda",
+            config.cluster.address,
+            num_gpus=config.engine.tensor_parallel_size,
+        )
     checkpoint = named_by(config)
     if config.cluster.address is None:
         require_free_port(config.host, config.port)
@@ -76,7 +88,9 @@ def complete(arguments: Arguments) -> Result:
     """Streams the text to standard output as it comes, or returns all of it with --json."""
     from cluster.endpoint.endpoint import Endpoint, stream_completion
 
-    endpoint = Endpoint.load(arguments[STORAGE], url=arguments[URL], api_key_file=arguments[API_KEY])
+    endpoint = Endpoint.load(
+        arguments[STORAGE], url=arguments[URL], api_key_file=arguments[API_KEY]
+    )
     request = {
         "prompt": arguments[PROMPT],
         "max_tokens": arguments[MAX_TOKENS],
@@ -104,9 +118,13 @@ def publish(arguments: Arguments) -> Result:
     from cluster.storage.references import checkpoint_uri
 
     storage = open_storage(arguments[STORAGE])
-    published = vars(registry.publish(storage, checkpoint_uri(arguments[CHECKPOINT], arguments[STORAGE])))
+    published = vars(
+        registry.publish(storage, checkpoint_uri(arguments[CHECKPOINT], arguments[STORAGE]))
+    )
     say(registry.what_latest_became(storage))
-    return Result({name: published[name] for name in ("checkpoint", "run_id", "step", "parameter_hash")})
+    return Result(
+        {name: published[name] for name in ("checkpoint", "run_id", "step", "parameter_hash")}
+    )
 
 
 def export(arguments: Arguments) -> Result:
@@ -121,7 +139,9 @@ def export(arguments: Arguments) -> Result:
     from jobs.export import export as export_checkpoint  # imports PyTorch, which takes two seconds
 
     exported = export_checkpoint(checkpoint, destination, storage_uri=storage_uri)
-    return Result(exported, next=f"transformers.AutoModelForCausalLM.from_pretrained({destination!r})")
+    return Result(
+        exported, next=f"transformers.AutoModelForCausalLM.from_pretrained({destination!r})"
+    )
 
 
 def _serve_config() -> "type[ServeConfig]":
@@ -160,7 +180,9 @@ SERVE = Section(
                 STORAGE,
             ],
         ),
-        Command("rollback", "serve the previous version again", rollback, [URL, ADMIN_KEY, STORAGE]),
+        Command(
+            "rollback", "serve the previous version again", rollback, [URL, ADMIN_KEY, STORAGE]
+        ),
         Command("publish", "make a checkpoint the latest one", publish, [CHECKPOINT, STORAGE]),
         Command(
             "export",

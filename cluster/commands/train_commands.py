@@ -1,4 +1,5 @@
-"""The commands of `raymill` that begin, plan, train and evaluate. Each imports what it alone needs."""
+"""The commands of `raymill` that begin, plan, train and evaluate. Each imports what it alone
+needs."""
 
 import math
 import shlex
@@ -19,7 +20,16 @@ from cluster.commands.arguments import (
     RUN_SETTINGS,
     STORAGE,
 )
-from cluster.commands.command import Argument, Arguments, Command, OneOf, Result, Section, SettingsOf, Switch
+from cluster.commands.command import (
+    Argument,
+    Arguments,
+    Command,
+    OneOf,
+    Result,
+    Section,
+    SettingsOf,
+    Switch,
+)
 from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
 from cluster.stages.stage_module import STAGES
@@ -33,7 +43,9 @@ if TYPE_CHECKING:
     from cluster.settings.serve import ServeConfig
     from model.shapes import Stage
 
-_FILE = Argument[Path]("file", "run.yaml when unset", nargs="?", parse=Path, default=Path("run.yaml"))
+_FILE = Argument[Path](
+    "file", "run.yaml when unset", nargs="?", parse=Path, default=Path("run.yaml")
+)
 _KEEP = Switch("--keep", "keep the endpoint up until Ctrl-C")
 _PRESET = Argument[str](
     "--preset",
@@ -41,13 +53,17 @@ _PRESET = Argument[str](
     choices=("demo", "demo-llama"),
     default="demo",
 )
-_SIMULATE = Switch("--simulate", "at 8 to 4,096 GPUs instead: exchange, snapshots, checkpoints, data")
+_SIMULATE = Switch(
+    "--simulate", "at 8 to 4,096 GPUs instead: exchange, snapshots, checkpoints, data"
+)
 _SHAPES = Switch("--shapes", "each stage's shape and bytes", required=True)
 _SHAPES_ROW = "  {:<28}{:<15}{:<24}{:>14}{:>7}  {}"
 
 
 def demo(arguments: Arguments) -> Result:
-    say("demo: a corpus, its tokens, training with a node killed on purpose, an evaluation, a report and an endpoint")
+    say(
+        "demo: a corpus, its tokens, training with a node killed on purpose, an evaluation, a report and an endpoint"
+    )
 
     from cluster.commands.demo import run_demo
 
@@ -89,12 +105,17 @@ def pipeline(arguments: Arguments) -> Result:
 
 def _trained(values: dict[str, Any], config: "RunConfig") -> Result:
     served = "latest" if config.checkpoint.publish else config.run_id
-    after = as_typed(config.storage.uri, f"raymill report {config.run_id}", f"raymill serve {served}")
+    after = as_typed(
+        config.storage.uri, f"raymill report {config.run_id}", f"raymill serve {served}"
+    )
     return Result(values, next=after)
 
 
-def _run_stage(arguments: Arguments, stage: str, *, faults: "list[Fault]") -> tuple[dict[str, Any], "RunConfig"]:
-    """Submits the stage as a job and follows it. Returns its result, and the settings that it had."""
+def _run_stage(
+    arguments: Arguments, stage: str, *, faults: "list[Fault]"
+) -> tuple[dict[str, Any], "RunConfig"]:
+    """Submits the stage as a job and follows it. Returns its result, and the settings that it
+    had."""
     from cluster.commands.chaos import chaos
     from cluster.local.local_cluster import cpus_per_node
     from cluster.settings.run import RunConfig
@@ -121,7 +142,8 @@ def _run_stage(arguments: Arguments, stage: str, *, faults: "list[Fault]") -> tu
 
 
 def _check(config: "RunConfig", stage: str) -> None:
-    """Raises `UserError` for what a minute later would end the stage in words that name no setting."""
+    """Raises `UserError` for what a minute later would end the stage in words that name no
+    setting."""
     from cluster.settings.run import run_storage
     from cluster.submission.first_checks import check_room, check_stage
     from cluster.submission.preflight import check_sources, folders_at
@@ -187,11 +209,15 @@ def inspect(arguments: Arguments) -> Result:
     size = num_parameters(config.model)
     title = f"A lane of {batch_size} x {tokens:,} tokens, {config.train.precision}"
     text = _shapes(title, batch) + _shapes(f"\n{size:,} parameters", parameters)
-    return Result({"parameters": size, "stages": _values(batch), "weights": _values(parameters)}, text=text)
+    return Result(
+        {"parameters": size, "stages": _values(batch), "weights": _values(parameters)}, text=text
+    )
 
 
 def _values(stages: "Sequence[Stage]") -> list[dict[str, Any]]:
-    return [vars(stage) | {"shape": list(stage.shape), "num_bytes": stage.num_bytes} for stage in stages]
+    return [
+        vars(stage) | {"shape": list(stage.shape), "num_bytes": stage.num_bytes} for stage in stages
+    ]
 
 
 def _shapes(title: str, stages: "Sequence[Stage]") -> str:
@@ -218,11 +244,14 @@ def evaluate(arguments: Arguments) -> Result:
 
     with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
         values = run_stage(connection, "jobs.evaluate", config)
-    return Result(values, next=as_typed(config.storage.uri, f"raymill serve {values['checkpoint']}"))
+    return Result(
+        values, next=as_typed(config.storage.uri, f"raymill serve {values['checkpoint']}")
+    )
 
 
 def checkpoint_given(arguments: Arguments) -> str | None:
-    """Returns the checkpoint that stands by itself or that its flag gives. Raises `ConfigError` for two."""
+    """Returns the checkpoint that stands by itself or that its flag gives. Raises `ConfigError` for
+    two."""
     named, flag = arguments[NAMED], arguments.values["checkpoint"]
     if named is not None and flag not in (None, named):
         raise ConfigError(f"two checkpoints, {named} and --checkpoint {flag}; name one")
@@ -230,7 +259,8 @@ def checkpoint_given(arguments: Arguments) -> str | None:
 
 
 def named_by(config: "EvaluateConfig | ServeConfig") -> str:
-    """Returns the URI of the settings' checkpoint, judged by file names alone, before a cluster is started."""
+    """Returns the URI of the settings' checkpoint, judged by file names alone, before a cluster is
+    started."""
     from cluster.storage.registry import LATEST, named_checkpoint
 
     place = config.storage.uri if config.checkpoint == LATEST else config.checkpoint
@@ -256,7 +286,13 @@ def lend(arguments: Arguments) -> Result:
     else:
         lending.lend(run, lending.Loan(num_workers, duration_s))
     loan = lending.read_loan(run)
-    return Result({"run_id": run_id, "lent_workers": loan.num_workers if loan else 0, "for_s": loan and loan.for_s})
+    return Result(
+        {
+            "run_id": run_id,
+            "lent_workers": loan.num_workers if loan else 0,
+            "for_s": loan and loan.for_s,
+        }
+    )
 
 
 def _evaluate_config() -> "type[EvaluateConfig]":

@@ -35,7 +35,9 @@ class Operator:
         """Raises an error if no endpoint answers, or if it may not be changed with this key."""
         self._ask("GET", "/admin/status", None)
 
-    def promote(self, checkpoint: str, *, terms: dict[str, Any], gate: dict[str, Any]) -> dict[str, Any]:
+    def promote(
+        self, checkpoint: str, *, terms: dict[str, Any], gate: dict[str, Any]
+    ) -> dict[str, Any]:
         """Starts the promotion. Raises `RefusedError`."""
         reference = checkpoint if checkpoint == LATEST else absolute_uri(checkpoint)
         given = {name: value for name, value in (terms | gate).items() if value is not None}
@@ -48,8 +50,9 @@ class Operator:
         return self._ask("POST", "/admin/rollback", {})
 
     def wait(self, *, until: tuple[str, ...] = ("steady",)) -> dict[str, Any]:
-        """Returns the delivery's state once its phase is one of `until`. Reports each phase on the way, and every ten
-        seconds how long it still lasts. Raises `RefusedError` with the reason of a refusal or rollback."""
+        """Returns the delivery's state once its phase is one of `until`. Reports each phase on the
+        way, and every ten seconds how long it still lasts. Raises `RefusedError` with the reason of
+        a refusal or rollback."""
         phase, said_s = "", 0.0
         while True:
             status = self._status()
@@ -60,13 +63,16 @@ class Operator:
             outcome = state["outcome"]
             if outcome is not None and outcome["result"] != "promoted":
                 what = outcome["result"].replace("_", " ")
-                raise RefusedError(f"{outcome['version']['checkpoint']} was {what}: {outcome['reason']}")
+                raise RefusedError(
+                    f"{outcome['version']['checkpoint']} was {what}: {outcome['reason']}"
+                )
             if phase in until:
                 return dict(state)
             time.sleep(POLL_S)
 
     def wait_until_steady(self) -> dict[str, Any]:
-        """Returns the delivery's state once no promotion is in progress, whatever the last one's outcome."""
+        """Returns the delivery's state once no promotion is in progress, whatever the last one's
+        outcome."""
         while (state := self._status()["delivery"])["phase"] != "steady":
             time.sleep(POLL_S)
         return dict(state)
@@ -84,15 +90,22 @@ class Operator:
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         url, headers = self._endpoint.url, self._endpoint.admin_headers
-        settings: dict[str, Any] = {"timeout": ANSWER_TIMEOUT_S, "trust_env": self._endpoint.asks_proxies}
+        settings: dict[str, Any] = {
+            "timeout": ANSWER_TIMEOUT_S,
+            "trust_env": self._endpoint.asks_proxies,
+        }
         try:
             response = httpx.request(method, url + path, json=body, headers=headers, **settings)
         except httpx.TransportError as error:
-            raise AwayError(f"no endpoint answers at {url} ({error}): start one with `raymill serve`") from None
+            raise AwayError(
+                f"no endpoint answers at {url} ({error}): start one with `raymill serve`"
+            ) from None
         if response.status_code in (400, 409):
             raise RefusedError(message_of(response))
         if response.status_code >= 500:
-            raise AwayError(f"{response.url} answered {response.status_code}: {message_of(response)}")
+            raise AwayError(
+                f"{response.url} answered {response.status_code}: {message_of(response)}"
+            )
         raise_for(response)
         return dict(response.json())
 

@@ -37,29 +37,48 @@ class Endpoint:
 
     @classmethod
     def load(
-        cls, storage_uri: str, *, url: str | None, api_key_file: Path | None = None, admin_key_file: Path | None = None
+        cls,
+        storage_uri: str,
+        *,
+        url: str | None,
+        api_key_file: Path | None = None,
+        admin_key_file: Path | None = None,
     ) -> "Endpoint":
-        """Returns the endpoint at `url`, else the last one served from this storage. Raises `UserError` without one."""
+        """Returns the endpoint at `url`, else the last one served from this storage. Raises
+        `UserError` without one."""
         if url is not None:
-            return cls(url.rstrip("/"), "", *(str(path) if path else None for path in (api_key_file, admin_key_file)))
+            return cls(
+                url.rstrip("/"),
+                "",
+                *(str(path) if path else None for path in (api_key_file, admin_key_file)),
+            )
         if (content := open_storage(storage_uri).find_bytes(_FILE)) is None:
-            raise UserError(f"no endpoint was started from {storage_uri}: run `raymill serve latest`, or give --url")
+            raise UserError(
+                f"no endpoint was started from {storage_uri}: run `raymill serve latest`, or give --url"
+            )
         return cls(**json.loads(content))
 
     @property
     def asks_proxies(self) -> bool:
-        """Whether a proxy that the environment names is asked for it: never for an endpoint on this machine."""
+        """Whether a proxy that the environment names is asked for it: never for an endpoint on this
+        machine."""
         host = httpx.URL(self.url).host
         return not is_loopback(host) and host not in _ALL_ADDRESSES
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self.api_key_file is None else _bearer(Path(self.api_key_file), flag="--api-key-file")
+        return (
+            {}
+            if self.api_key_file is None
+            else _bearer(Path(self.api_key_file), flag="--api-key-file")
+        )
 
     @property
     def admin_headers(self) -> dict[str, str]:
         if self.admin_key_file is None:
-            raise UserError(f"{self.url} asks for an admin key: give --admin-key-file here and to `raymill serve`")
+            raise UserError(
+                f"{self.url} asks for an admin key: give --admin-key-file here and to `raymill serve`"
+            )
         return _bearer(Path(self.admin_key_file), flag="--admin-key-file")
 
 
@@ -87,12 +106,15 @@ def _bearer(path: Path, *, flag: str) -> dict[str, str]:
     # A byte order mark is no part of a key.
     keys = path.read_text(encoding="utf-8-sig").split() if path.is_file() else []
     if not keys:
-        raise UserError(f"no API key is in {path}: name the key file of `raymill serve` with {flag}")
+        raise UserError(
+            f"no API key is in {path}: name the key file of `raymill serve` with {flag}"
+        )
     return {"Authorization": f"Bearer {keys[0]}"}
 
 
 def require_ray_proxies() -> None:
-    """Raises `UserError` if HAProxy replaces Ray Serve's proxies, which run serving/proxy/front_door.py."""
+    """Raises `UserError` if HAProxy replaces Ray Serve's proxies, which run
+    serving/proxy/front_door.py."""
     if os.environ.get(_HAPROXY_VARIABLE) == "1":
         raise UserError(
             f"{_HAPROXY_VARIABLE}=1 makes HAProxy replace Ray Serve's proxies: the endpoint's "
@@ -110,23 +132,34 @@ def deploy(connection: "Connection", config: "ServeConfig") -> Endpoint:
     return endpoint
 
 
-def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: Callable[[str], None]) -> dict[str, Any]:
-    """Asks for one completion, calls `on_text` as text comes, and returns all of it with its timing in seconds. Without
-    `max_tokens` in the request it is 64, or as many as fit after the prompt."""
+def stream_completion(
+    endpoint: Endpoint, request: dict[str, Any], *, on_text: Callable[[str], None]
+) -> dict[str, Any]:
+    """Asks for one completion, calls `on_text` as text comes, and returns all of it with its timing
+    in seconds. Without `max_tokens` in the request it is 64, or as many as fit after the prompt."""
     start = time.perf_counter()
     texts: list[str] = []
     result: dict[str, Any] = {"model": endpoint.model, "prompt": request["prompt"], "ttft_s": None}
     try:
         with httpx.Client(
-            base_url=endpoint.url, headers=endpoint.headers, timeout=120, trust_env=endpoint.asks_proxies
+            base_url=endpoint.url,
+            headers=endpoint.headers,
+            timeout=120,
+            trust_env=endpoint.asks_proxies,
         ) as client:
             if not endpoint.model:
                 models = client.get("/v1/models")
                 raise_for(models)
                 result["model"] = models.json()["data"][0]["id"]
             if request["max_tokens"] is None:
-                request = request | {"max_tokens": _what_fits(client, result["model"], request["prompt"])}
-            body = {"model": result["model"], "stream": True, "stream_options": {"include_usage": True}} | request
+                request = request | {
+                    "max_tokens": _what_fits(client, result["model"], request["prompt"])
+                }
+            body = {
+                "model": result["model"],
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            } | request
             with client.stream("POST", "/v1/completions", json=body) as response:
                 if response.is_error:
                     response.read()
@@ -145,12 +178,15 @@ def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: C
                         texts.append(choice["text"])
                         on_text(choice["text"])
     except httpx.TransportError as error:
-        raise UserError(f"no endpoint answers at {endpoint.url} ({error}): start one with `raymill serve`") from None
+        raise UserError(
+            f"no endpoint answers at {endpoint.url} ({error}): start one with `raymill serve`"
+        ) from None
     return result | {"text": "".join(texts), "total_s": round(time.perf_counter() - start, 4)}
 
 
 def _lines(response: httpx.Response) -> Iterator[bytes]:
-    """Yields the lines of a stream. httpx ends them at U+2028 and the like too, which JSON may hold as they are."""
+    """Yields the lines of a stream. httpx ends them at U+2028 and the like too, which JSON may hold
+    as they are."""
     rest = b""
     for data in response.iter_bytes():
         *lines, rest = (rest + data).split(b"\n")

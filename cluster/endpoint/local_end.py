@@ -1,7 +1,8 @@
-"""Ends an endpoint of this machine without cutting its answers: tells its proxies to take nothing new, and waits.
+"""Ends an endpoint of this machine without cutting its answers: tells its proxies to take nothing
+new, and waits.
 
-Each proxy listens under a name in Linux's abstract namespace, which begins with the endpoint's address and ends with
-the proxy's process id, and obeys processes of its own user only.
+Each proxy listens under a name in Linux's abstract namespace, which begins with the endpoint's
+address and ends with the proxy's process id, and obeys processes of its own user only.
 """
 
 import os
@@ -13,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 DRAIN, CUT = b"drain", b"cut"  # orders; the answer is the number of open requests
-LONGEST_STREAM_S = 120.0  # for a replica that leaves, or an endpoint that ends, to finish its streams
+# For a replica that leaves, or an endpoint that ends, to finish its streams
+LONGEST_STREAM_S = 120.0
 POLL_S = 0.1
 CUT_TIMEOUT_S = 5.0  # in which the streams that remain get their error event
 LOG_S = 0.5  # in which the proxies write their last lines
@@ -22,7 +24,8 @@ _PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 def entrance_of(host: str, port: int) -> str:
-    """Returns how the names begin under which the proxies of an endpoint at this address take orders."""
+    """Returns how the names begin under which the proxies of an endpoint at this address take
+    orders."""
     return f"raymill-door-{host}-{port}"
 
 
@@ -38,11 +41,16 @@ def doors_at(entrance: str) -> list[str]:
         return []
     start = f"@{entrance}-"  # the kernel shows the zero byte as an @
     names = {line.rpartition(" ")[2] for line in table.read_text(errors="replace").splitlines()}
-    return sorted("\0" + name[1:] for name in names if name.startswith(start) and name[len(start) :].isdecimal())
+    return sorted(
+        "\0" + name[1:]
+        for name in names
+        if name.startswith(start) and name[len(start) :].isdecimal()
+    )
 
 
 def is_of_this_user(end: socket.socket) -> bool:
-    """Tells whether the other end belongs to the same user; the abstract namespace has no permissions of its own."""
+    """Tells whether the other end belongs to the same user; the abstract namespace has no
+    permissions of its own."""
     raw = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
     uid = _PEER_CREDENTIALS.unpack(raw)[1]
     return bool(uid == os.getuid())
@@ -63,7 +71,8 @@ def order(door: str, command: bytes) -> int:
 
 
 def order_all(entrance: str, command: bytes) -> int:
-    """Returns how many requests are open in all proxies after an order. One that has ended, or ends now, has none."""
+    """Returns how many requests are open in all proxies after an order. One that has ended, or ends
+    now, has none."""
     num_open = 0
     for door in doors_at(entrance):
         with suppress(OSError):
@@ -71,9 +80,12 @@ def order_all(entrance: str, command: bytes) -> int:
     return num_open
 
 
-def drain(entrance: str, *, on_open: Callable[[int], None], longest_s: float = LONGEST_STREAM_S) -> int:
-    """Waits until all answers are whole, for `longest_s` at most; then ends the others with an error event. Calls
-    `on_open` once if there are any. Returns how many were cut; 0 also if no proxy answers, since then none is left."""
+def drain(
+    entrance: str, *, on_open: Callable[[int], None], longest_s: float = LONGEST_STREAM_S
+) -> int:
+    """Waits until all answers are whole, for `longest_s` at most; then ends the others with an
+    error event. Calls `on_open` once if there are any. Returns how many were cut; 0 also if no
+    proxy answers, since then none is left."""
     deadline_s = time.monotonic() + longest_s
     if not doors_at(entrance):
         return 0

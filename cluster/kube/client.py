@@ -1,4 +1,5 @@
-"""The Kubernetes API by its official client, which is an extra: plain objects, and errors in words."""
+"""The Kubernetes API by its official client, which is an extra: plain objects, and errors in
+words."""
 
 import json
 import logging
@@ -28,16 +29,19 @@ _RETRIES = Retry(
     total=10,
     connect=3,
     read=3,
-    backoff_factor=0.1,  # s, doubled from the second retry on; a Retry-After of the server counts instead
-    allowed_methods=None,  # every request of ours may be repeated: none creates under a name that Kubernetes chooses
+    # s, doubled from the second retry on; a Retry-After of the server counts instead
+    backoff_factor=0.1,
+    # Every request of ours may be repeated: none creates under a name that Kubernetes chooses
+    allowed_methods=None,
     raise_on_status=False,
 )
-"""Retries of a connection that was lost, and of 429 and 503 as long as Kubernetes says when to come back."""
+"""Retries of a connection that was lost, and of 429 and 503 as long as Kubernetes says when to come
+back."""
 
 
 class KubeApi:
-    """One namespace, `raymill` if it is None, of the cluster in the kubeconfig's current context, or of this pod's.
-    Raises `ClusterError` where no Kubernetes is configured."""
+    """One namespace, `raymill` if it is None, of the cluster in the kubeconfig's current context,
+    or of this pod's. Raises `ClusterError` where no Kubernetes is configured."""
 
     def __init__(self, namespace: str | None) -> None:
         self.namespace = namespace or "raymill"
@@ -45,36 +49,50 @@ class KubeApi:
             path = os.environ.get("KUBECONFIG")  # which the client reads only once
             config.load_kube_config(config_file=path) if path else config.load_config()
         except config.ConfigException as error:
-            raise ClusterError(f"no Kubernetes is configured ({error}): set KUBECONFIG, or run this in a pod") from None
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # what is tried again is no news
+            raise ClusterError(
+                f"no Kubernetes is configured ({error}): set KUBECONFIG, or run this in a pod"
+            ) from None
+        # What is tried again is no news
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         configuration = Configuration.get_default_copy()
         configuration.retries = _RETRIES
         self._client = ApiClient(configuration)
         self._kinds: dict[str, dict[str, Object]] = {}
 
     def all(self, api_version: str, kind: str, *, selector: str = "") -> list[Object]:
-        """Returns the namespace's objects of a kind, with the labels of `selector`; none if the kind is unknown."""
+        """Returns the namespace's objects of a kind, with the labels of `selector`; none if the
+        kind is unknown."""
         query = [("labelSelector", selector)] if selector else []
-        found = self._ask("GET", _path(api_version, kind, self.namespace), query=query, missing_is_none=True)
+        found = self._ask(
+            "GET", _path(api_version, kind, self.namespace), query=query, missing_is_none=True
+        )
         items = found["items"] if found else []
-        return [{"apiVersion": api_version, "kind": kind} | item for item in items]  # a list's items do not say it
+        # A list's items do not say it
+        return [{"apiVersion": api_version, "kind": kind} | item for item in items]
 
     def get(self, api_version: str, kind: str, name: str) -> Object | None:
         path = f"{_path(api_version, kind, self.namespace)}/{name}"
         return self._ask("GET", path, missing_is_none=True)
 
     def patch(self, manifest: Object, patch: Patch) -> None:
-        """Patches the object. Raises `ClusterError` if it has changed so that the patch does not fit."""
+        """Patches the object. Raises `ClusterError` if it has changed so that the patch does not
+        fit."""
         query = [("fieldManager", FIELD_MANAGER)]
         path = self._path_of(manifest)
-        self._ask("PATCH", path, query=query, body=patch, content_type="application/json-patch+json")
+        self._ask(
+            "PATCH", path, query=query, body=patch, content_type="application/json-patch+json"
+        )
 
     def apply(self, manifest: Object, *, dry_run: bool = False, force: bool = False) -> Object:
-        """Applies on the server's side, and returns the resulting object. Raises `ClusterError` if another field
-        manager owns what would change, unless `force` takes it."""
+        """Applies on the server's side, and returns the resulting object. Raises `ClusterError` if
+        another field manager owns what would change, unless `force` takes it."""
         query = [("fieldManager", FIELD_MANAGER)]
         query += [("dryRun", "All")] * dry_run + [("force", "true")] * force
-        kind, path, metadata = "application/apply-patch+yaml", self._path_of(manifest), manifest["metadata"]
+        kind, path, metadata = (
+            "application/apply-patch+yaml",
+            self._path_of(manifest),
+            manifest["metadata"],
+        )
         if "namespace" in metadata and "/namespaces/" not in path:
             plain = {key: value for key, value in metadata.items() if key != "namespace"}
             manifest = manifest | {"metadata": plain}
@@ -90,9 +108,9 @@ class KubeApi:
                 raise
 
     def apply_all(self, manifests: list[Object], *, dry_run: bool = False) -> dict[str, Any]:
-        """Applies each object, whether or not others are refused. Returns which were applied, what was kept as it ran,
-        which failed and why, which were not tried once Kubernetes did not answer, and, for a dry run, which cannot be
-        checked before their namespace exists."""
+        """Applies each object, whether or not others are refused. Returns which were applied, what
+        was kept as it ran, which failed and why, which were not tried once Kubernetes did not
+        answer, and, for a dry run, which cannot be checked before their namespace exists."""
         applied: list[str] = []
         result: dict[str, Any] = {"checked" if dry_run else "applied": applied}
         for index, manifest in enumerate(manifests):
@@ -120,9 +138,10 @@ class KubeApi:
     def _apply_as_it_runs(self, manifest: Object, *, dry_run: bool) -> list[str]:
         """Applies one object with what `as_applied` keeps, and returns lines that say what that is.
 
-        Ray's kinds are applied by force: a list of worker groups has one owner, and KubeRay and the autoscaler write it
-        too. So what is theirs is read from the object first, and its version shows whether they wrote since. Of the
-        other kinds only what `kubectl apply` owned is taken; what a person edited is refused.
+        Ray's kinds are applied by force: a list of worker groups has one owner, and KubeRay and the
+        autoscaler write it too. So what is theirs is read from the object first, and its version
+        shows whether they wrote since. Of the other kinds only what `kubectl apply` owned is taken;
+        what a person edited is refused.
         """
         is_rays, kept = manifest["kind"] in KINDS, list[str]()
         for tries_left in reversed(range(_TRIES)):
@@ -138,15 +157,20 @@ class KubeApi:
                 if not is_rays and self._resolve(error, manifest, dry_run=dry_run):
                     return kept
                 continue
-            # What kubectl owned beside us stays although the manifest no longer has it, unless it is taken over.
+            # What kubectl owned beside us stays although the manifest no longer has it, unless it
+            # is taken over.
             if dry_run or not self._take_over(made):
                 return kept
-        raise ClusterError(f"{full_name(manifest)} was changed by others again and again: apply it again")
+        raise ClusterError(
+            f"{full_name(manifest)} was changed by others again and again: apply it again"
+        )
 
     def _resolve(self, conflict: "_RefusedError", manifest: Object, *, dry_run: bool) -> bool:
-        """Takes over what `kubectl apply` owns, for another try, or raises the conflict if it owns no part of it. A dry
-        run checks here what that try would do, and returns True."""
-        live = self._ask("GET", self._path_of(manifest)) if conflict.owners & KUBECTL_APPLY else None
+        """Takes over what `kubectl apply` owns, for another try, or raises the conflict if it owns
+        no part of it. A dry run checks here what that try would do, and returns True."""
+        live = (
+            self._ask("GET", self._path_of(manifest)) if conflict.owners & KUBECTL_APPLY else None
+        )
         if live is None or taken_over(live, FIELD_MANAGER) is None:
             raise conflict
         if not dry_run:
@@ -170,11 +194,14 @@ class KubeApi:
 
     def delete(self, api_version: str, kind: str, name: str) -> None:
         """Deletes the object if it exists."""
-        self._ask("DELETE", f"{_path(api_version, kind, self.namespace)}/{name}", missing_is_none=True)
+        self._ask(
+            "DELETE", f"{_path(api_version, kind, self.namespace)}/{name}", missing_is_none=True
+        )
 
     def _path_of(self, manifest: Object) -> str:
-        """Returns the object's path. A kind of cluster scope has no namespace in it, whatever the manifest says: to
-        kustomize, which writes namespaces, every kind that is not Kubernetes' own looks like one with a namespace."""
+        """Returns the object's path. A kind of cluster scope has no namespace in it, whatever the
+        manifest says: to kustomize, which writes namespaces, every kind that is not Kubernetes' own
+        looks like one with a namespace."""
         api_version, kind, metadata = manifest["apiVersion"], manifest["kind"], manifest["metadata"]
         namespace = metadata.get("namespace")
         if namespace is None or kind in KINDS:
@@ -183,11 +210,14 @@ class KubeApi:
         return f"{_path(api_version, kind, namespace if known['namespaced'] else None)}/{metadata['name']}"
 
     def _known_kinds(self, api_version: str) -> dict[str, Object]:
-        """Returns what the API says of each kind of a group's version: none if the group is not installed."""
+        """Returns what the API says of each kind of a group's version: none if the group is not
+        installed."""
         if api_version not in self._kinds:
             listed = self._ask("GET", _root(api_version), missing_is_none=True)
             resources = (listed or {}).get("resources", [])
-            self._kinds[api_version] = {item["kind"]: item for item in resources if "/" not in item["name"]}
+            self._kinds[api_version] = {
+                item["kind"]: item for item in resources if "/" not in item["name"]
+            }
         return self._kinds[api_version]
 
     def _ask(
@@ -216,15 +246,27 @@ class KubeApi:
             if error.status == 404 and missing_is_none:
                 return None
             if error.status == 401:
-                raise ClusterError("Kubernetes does not know who you are: log in again, for a valid token") from None
+                raise ClusterError(
+                    "Kubernetes does not know who you are: log in again, for a valid token"
+                ) from None
             raise _RefusedError(error, method, path) from None
         except HTTPError as error:
             host = self._client.configuration.host
-            raise ClusterError(f"no Kubernetes API answers at {host}: {str(error).splitlines()[0][:300]}") from None
+            raise ClusterError(
+                f"no Kubernetes API answers at {host}: {str(error).splitlines()[0][:300]}"
+            ) from None
 
 
 _OWNER = re.compile('conflict with "([^"]+)"')
-_OPERATORS_KINDS = ("rayclusters", "rayjobs", "rayservices", "configmaps", "pods", "events", "services")
+_OPERATORS_KINDS = (
+    "rayclusters",
+    "rayjobs",
+    "rayservices",
+    "configmaps",
+    "pods",
+    "events",
+    "services",
+)
 
 
 class _RefusedError(ClusterError):
@@ -241,7 +283,9 @@ class _RefusedError(ClusterError):
         named = [_OWNER.search(cause.get("message", "")) for cause in details.get("causes") or []]
         self.owners = {match[1] for match in named if match}
         """Field managers with which an apply conflicts."""
-        super().__init__(self._words(said, method, path) or f"Kubernetes refused {method} {path}: {error.reason}")
+        super().__init__(
+            self._words(said, method, path) or f"Kubernetes refused {method} {path}: {error.reason}"
+        )
 
     def _words(self, said: Object, method: str, path: str) -> str:
         what = path.rsplit("/namespaces/", maxsplit=1)[-1]
@@ -252,19 +296,28 @@ class _RefusedError(ClusterError):
             return f"you may not {method} {what}: {group if is_operators else 'only an administrator may'} ({message})"
         if self.lacks_namespace:
             return f"{what}: the namespace is not there: apply the component `platform` first"
-        if self.status == 404 and (not message or "could not find the requested resource" in message):
+        if self.status == 404 and (
+            not message or "could not find the requested resource" in message
+        ):
             return f"{what}: its kind is not installed: apply KubeRay's operator, or Kueue, first"
         if self.status == 404:
             return f"there is no {what}"
         if self.status == 409:
             return f"another field manager owns a part of {what}: {message}"
-        return f"Kubernetes refused {method} {what} with {self.status}: {message}" if message else ""
+        return (
+            f"Kubernetes refused {method} {what} with {self.status}: {message}" if message else ""
+        )
 
 
 def _path(api_version: str, kind: str, namespace: str | None) -> str:
-    """Returns the path of a kind's objects by the rule that Kubernetes' kinds follow: policies, classes."""
+    """Returns the path of a kind's objects by the rule that Kubernetes' kinds follow: policies,
+    classes."""
     plural = re.sub(r"s$", "se", re.sub(r"(?<![aeiou])y$", "ie", kind.lower())) + "s"
-    return f"{_root(api_version)}/namespaces/{namespace}/{plural}" if namespace else f"{_root(api_version)}/{plural}"
+    return (
+        f"{_root(api_version)}/namespaces/{namespace}/{plural}"
+        if namespace
+        else f"{_root(api_version)}/{plural}"
+    )
 
 
 def _root(api_version: str) -> str:

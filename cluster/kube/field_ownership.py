@@ -1,8 +1,9 @@
 """Hands the fields that `kubectl apply` wrote to the manager of a server-side apply. Pure.
 
-A client-side apply owns its fields as an `Update` of `kubectl-client-side-apply`, and so conflicts with every later
-server-side apply, even of the same manifest: a list that is one field also has the defaults that Kubernetes filled in.
-kubectl does the same as this module when its user changes to server-side apply.
+A client-side apply owns its fields as an `Update` of `kubectl-client-side-apply`, and so conflicts
+with every later server-side apply, even of the same manifest: a list that is one field also has the
+defaults that Kubernetes filled in. kubectl does the same as this module when its user changes to
+server-side apply.
 """
 
 import copy
@@ -19,11 +20,12 @@ _LAST_APPLIED = "f:kubectl.kubernetes.io/last-applied-configuration"
 
 
 def taken_over(live: Object, manager: str) -> Patch | None:
-    """Returns the JSON patch by which `manager` owns what `kubectl apply` owns of the object: None if that is nothing.
+    """Returns the JSON patch by which `manager` owns what `kubectl apply` owns of the object: None
+    if that is nothing.
 
-    What a person edited stays that person's. The annotation with kubectl's last manifest is taken over too, so the next
-    server-side apply removes it with all else that the manifest no longer has. The patch fails if the object has been
-    changed since it was read.
+    What a person edited stays that person's. The annotation with kubectl's last manifest is taken
+    over too, so the next server-side apply removes it with all else that the manifest no longer
+    has. The patch fails if the object has been changed since it was read.
     """
     entries = live["metadata"].get("managedFields") or []
     kubectls = [entry for entry in entries if _is_kubectls_apply(entry)]
@@ -37,7 +39,11 @@ def taken_over(live: Object, manager: str) -> Patch | None:
     kept = [entry for entry in rest if entry is not mine]
     return [
         {"op": "replace", "path": "/metadata/managedFields", "value": [merged, *kept]},
-        {"op": "replace", "path": "/metadata/resourceVersion", "value": live["metadata"]["resourceVersion"]},
+        {
+            "op": "replace",
+            "path": "/metadata/resourceVersion",
+            "value": live["metadata"]["resourceVersion"],
+        },
     ]
 
 
@@ -51,12 +57,16 @@ def _is_kubectls_apply(entry: Object) -> bool:
 
 
 def _is_apply_of(entry: Object, manager: str) -> bool:
-    return entry["manager"] == manager and entry.get("operation") == "Apply" and not entry.get("subresource")
+    return (
+        entry["manager"] == manager
+        and entry.get("operation") == "Apply"
+        and not entry.get("subresource")
+    )
 
 
 def _united(fields: Object, others: Object) -> Object:
-    """Returns the union of two sets of fields in the form of `fieldsV1`: a leaf is an empty object, and a field that is
-    in the set together with a part of itself has the key `.`.
+    """Returns the union of two sets of fields in the form of `fieldsV1`: a leaf is an empty object,
+    and a field that is in the set together with a part of itself has the key `.`.
     """
     if not fields and not others:
         return {}

@@ -19,12 +19,17 @@ def rendered_overlay(folder: Path, namespace: str | None = None) -> list[dict[st
     beside = Path(sys.executable).parent / "kubectl"
     kubectl = str(beside) if beside.exists() else shutil.which("kubectl")
     if namespace is not None and not re.fullmatch("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", namespace):
-        raise UserError(f"--namespace {namespace!r}: expected at most 63 of a-z, 0-9 and, within, -")
+        raise UserError(
+            f"--namespace {namespace!r}: expected at most 63 of a-z, 0-9 and, within, -"
+        )
     if kubectl is None:
-        raise UserError("no kubectl is beside Python or on PATH: `pip install 'raymill[k8s]'` brings it")
+        raise UserError(
+            "no kubectl is beside Python or on PATH: `pip install 'raymill[k8s]'` brings it"
+        )
     with tempfile.TemporaryDirectory() as own:
         if namespace is not None:
-            resource = os.path.relpath(folder.resolve(), Path(own).resolve())  # kustomize takes no absolute path
+            # Kustomize takes no absolute path
+            resource = os.path.relpath(folder.resolve(), Path(own).resolve())
             settings = {"namespace": namespace, "resources": [resource]}
             (Path(own) / "kustomization.yaml").write_text(yaml.safe_dump(settings))
         command = [kubectl, "kustomize", str(folder) if namespace is None else own]
@@ -32,4 +37,6 @@ def rendered_overlay(folder: Path, namespace: str | None = None) -> list[dict[st
     if done.returncode:
         raise UserError(f"{folder} cannot be rendered: {done.stderr.strip().splitlines()[-1]}")
     # libyaml reads eight times as fast as the loader in Python.
-    return [manifest for manifest in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if manifest]
+    return [
+        manifest for manifest in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if manifest
+    ]

@@ -1,4 +1,5 @@
-"""Finds what is in a namespace although the overlay no longer has it, such as a budget of an earlier version. Pure."""
+"""Finds what is in a namespace although the overlay no longer has it, such as a budget of an
+earlier version. Pure."""
 
 import json
 
@@ -14,8 +15,8 @@ def kinds_of(manifests: list[Object]) -> list[tuple[str, str]]:
 
 
 def leftovers(live: list[Object], manifests: list[Object]) -> list[Object]:
-    """Returns the live objects that the manifests lack: not those that another object or a submitted run owns, nor
-    settings that something live still names."""
+    """Returns the live objects that the manifests lack: not those that another object or a
+    submitted run owns, nor settings that something live still names."""
     wanted = set(map(full_name, manifests))
     users = json.dumps([o["spec"] for o in live if o["kind"] in (*KINDS, "StatefulSet")])
     return [
@@ -30,5 +31,7 @@ def leftovers(live: list[Object], manifests: list[Object]) -> list[Object]:
 
 def removal(objects: list[Object], namespace: str) -> str:
     """Returns the command that removes the objects."""
-    names = " ".join(f"{manifest['kind'].lower()}/{manifest['metadata']['name']}" for manifest in objects)
+    names = " ".join(
+        f"{manifest['kind'].lower()}/{manifest['metadata']['name']}" for manifest in objects
+    )
     return f"kubectl -n {namespace} delete {names}"

@@ -18,22 +18,30 @@ _IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNever
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError")
 _PIECES = re.compile(r"0/(\d+) nodes are available: (.*?)(?:\. |\.?$)")
 """Matches the number of nodes and why each is not taken; what preemption would do follows."""
-_CLAIM = re.compile(r"unbound immediate PersistentVolumeClaims|persistentvolumeclaim \"[^\"]+\" not found")
+_CLAIM = re.compile(
+    r"unbound immediate PersistentVolumeClaims|persistentvolumeclaim \"[^\"]+\" not found"
+)
 _MOUNT = ("FailedMount", "FailedAttachVolume")
 _NOT_MADE = ("FailedToCreate", "FailedCreate")
 _MADE = ("Created", "SuccessfulCreate")
 _PARTS = ("Pod", "RayCluster")
-"""Ends of the reasons of what a Ray object is there for; its services and roles come before them."""
+"""Ends of the reasons of what a Ray object is there for; its services and roles come before
+them."""
 
 
-def reasons(manifest: Object, clusters: list[Object], pods: list[Object], events: list[Object]) -> dict[str, str]:
-    """Returns why parts of a Ray object do not run yet, by the names of the object, its clusters and its pods: nothing
-    if all run. `clusters` are those behind it; `pods` and `events` are all of the namespace."""
+def reasons(
+    manifest: Object, clusters: list[Object], pods: list[Object], events: list[Object]
+) -> dict[str, str]:
+    """Returns why parts of a Ray object do not run yet, by the names of the object, its clusters
+    and its pods: nothing if all run. `clusters` are those behind it; `pods` and `events` are all of
+    the namespace."""
     if manifest["spec"].get("suspend") or not manifest.get("status"):
         told = None if manifest["spec"].get("suspend") else warning(manifest, events)
         return {full_name(manifest): told or sentence(manifest)}
     owners = {owner["metadata"]["uid"]: owner for owner in (manifest, *clusters)}
-    why = {full_name(owner): why_not_made(owner, _events(owner, events)) for owner in owners.values()}
+    why = {
+        full_name(owner): why_not_made(owner, _events(owner, events)) for owner in owners.values()
+    }
     reasons = {name: reason for name, reason in why.items() if reason is not None}
     name, names = manifest["metadata"]["name"], cluster_names(manifest)
     born = manifest["metadata"]["creationTimestamp"]
@@ -41,32 +49,45 @@ def reasons(manifest: Object, clusters: list[Object], pods: list[Object], events
     has_redis = "gcsFaultToleranceOptions" in cluster_spec(manifest)
     submitters = [pod for pod in pods if is_job and _label(pod, "job-name") == name]
     redis = [pod for pod in pods if has_redis and _label(pod, "raymill/role") == "redis"]
-    nodes = [pod for pod in pods if _label(pod, "ray.io/cluster") in names and _label(pod, "ray.io/is-ray-node")]
+    nodes = [
+        pod
+        for pod in pods
+        if _label(pod, "ray.io/cluster") in names and _label(pod, "ray.io/is-ray-node")
+    ]
     if not clusters and not has_ended(manifest) and full_name(manifest) not in reasons:
         reasons[full_name(manifest)] = (
-            warning(manifest, events) or f"has no cluster; KubeRay says that it {sentence(manifest)}"
+            warning(manifest, events)
+            or f"has no cluster; KubeRay says that it {sentence(manifest)}"
         )
     for cluster in owners.values():
-        its_pods = [pod for pod in nodes if _label(pod, "ray.io/cluster") == cluster["metadata"]["name"]]
+        its_pods = [
+            pod for pod in nodes if _label(pod, "ray.io/cluster") == cluster["metadata"]["name"]
+        ]
         if cluster["kind"] == "RayCluster" and full_name(cluster) not in reasons:
             reasons |= _missing(cluster, its_pods, events)
     for pod in (*redis, *nodes, *submitters):
         if is_pending(pod):
             reasons[pod["metadata"]["name"]] = why_pending(pod, events)
-    # A controller of Kubernetes that cannot make its pod names itself in the event; an operator may not read its uid.
+    # A controller of Kubernetes that cannot make its pod names itself in the event; an operator may
+    # not read its uid.
     makers = [("Job", name, submitters)] * is_job + [("StatefulSet", "redis", redis)] * has_redis
     for kind, its_name, made in makers:
-        about = [event for event in events if _about(event) == (kind, its_name) and _time(event) >= born]
+        about = [
+            event for event in events if _about(event) == (kind, its_name) and _time(event) >= born
+        ]
         if not made and (reason := _last_failure(about)):
             reasons[f"{kind}/{its_name}"] = reason
     return reasons
 
 
 def _missing(cluster: Object, pods: list[Object], events: list[Object]) -> dict[str, str]:
-    """Returns why pods that a RayCluster should have do not exist, as far as a condition has not told it."""
+    """Returns why pods that a RayCluster should have do not exist, as far as a condition has not
+    told it."""
     if cluster["spec"].get("suspend"):
         return {}
-    kept = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"] and not _has_ended(pod)]
+    kept = [
+        pod for pod in pods if "deletionTimestamp" not in pod["metadata"] and not _has_ended(pod)
+    ]
     heads = [pod for pod in kept if _label(pod, "ray.io/node-type") == "head"]
     wanted_workers, num_workers = wanted(cluster), len(kept) - len(heads)
     if heads and num_workers >= wanted_workers:
@@ -75,16 +96,25 @@ def _missing(cluster: Object, pods: list[Object], events: list[Object]) -> dict[
         return {full_name(cluster): told}
     status = cluster.get("status") or {}
     is_seen = status.get("observedGeneration", 0) >= cluster["metadata"].get("generation", 0)
-    what = f"{num_workers} of {wanted_workers} worker pods exist" if heads else "its head's pod does not exist"
+    what = (
+        f"{num_workers} of {wanted_workers} worker pods exist"
+        if heads
+        else "its head's pod does not exist"
+    )
     who = "KubeRay has made no more" if is_seen else "KubeRay has not seen its newest change"
     return {full_name(cluster): f"{what}, and {who}: is the operator running?"}
 
 
 def warning(owner: Object, events: list[Object]) -> str | None:
-    """Returns what KubeRay last warned of about a Ray object, unless it made a pod or a cluster since."""
+    """Returns what KubeRay last warned of about a Ray object, unless it made a pod or a cluster
+    since."""
     about = [event for event in _events(owner, events) if "already exists" not in event["message"]]
     newest = _newest([event for event in about if event.get("type") == "Warning"])
-    made = [event for event in about if event.get("reason", "").startswith(_MADE) and event["reason"].endswith(_PARTS)]
+    made = [
+        event
+        for event in about
+        if event.get("reason", "").startswith(_MADE) and event["reason"].endswith(_PARTS)
+    ]
     if not newest or _time(_newest(made)) > _time(newest):
         return None
     reason, message = newest["reason"], newest["message"]
@@ -94,8 +124,11 @@ def warning(owner: Object, events: list[Object]) -> str | None:
 
 
 def _events(of: Object, events: list[Object]) -> list[Object]:
-    """Returns the events of one object, by its uid: an object of the same name may have been there before."""
-    return [event for event in events if event["involvedObject"].get("uid") == of["metadata"]["uid"]]
+    """Returns the events of one object, by its uid: an object of the same name may have been there
+    before."""
+    return [
+        event for event in events if event["involvedObject"].get("uid") == of["metadata"]["uid"]
+    ]
 
 
 def _about(event: Object) -> tuple[str, str]:
@@ -111,12 +144,16 @@ def _has_ended(pod: Object) -> bool:
 
 
 def is_pending(pod: Object) -> bool:
-    """Says whether a container that should run does not; a pod that is leaving or done is not pending."""
+    """Says whether a container that should run does not; a pod that is leaving or done is not
+    pending."""
     if "deletionTimestamp" in pod["metadata"] or _has_ended(pod):
         return False
     if pod["status"].get("phase") == "Pending":
         return True
-    return any("waiting" in status.get("state", {}) for status in pod["status"].get("containerStatuses", []))
+    return any(
+        "waiting" in status.get("state", {})
+        for status in pod["status"].get("containerStatuses", [])
+    )
 
 
 def why_pending(pod: Object, events: list[Object]) -> str:
@@ -133,7 +170,10 @@ def why_pending(pod: Object, events: list[Object]) -> str:
     for status in pod["status"].get("initContainerStatuses", []):
         if status["name"].startswith("wait-gcs-ready") and "running" in status.get("state", {}):
             return "waits for its cluster's head, which does not answer yet"
-    for status in [*pod["status"].get("initContainerStatuses", []), *pod["status"].get("containerStatuses", [])]:
+    for status in [
+        *pod["status"].get("initContainerStatuses", []),
+        *pod["status"].get("containerStatuses", []),
+    ]:
         if waiting := status.get("state", {}).get("waiting"):
             return _waiting(status, waiting, own)
     return "is starting"
@@ -145,14 +185,19 @@ def why_not_made(owner: Object, events: list[Object]) -> str | None:
     if failure.get("status") == "True":
         return _not_made(failure.get("message", ""))
     if owner["kind"] == "RayCluster" and conditions(owner):
-        return None  # the next pod that can be made clears the condition; the event stays for an hour
+        # The next pod that can be made clears the condition; the event stays for an hour
+        return None
     return _last_failure(events)
 
 
 def _last_failure(events: list[Object]) -> str | None:
-    """Returns why something could not be made, unless something was made later. That a thing exists already is no
-    failure: KubeRay raced with its own cache."""
-    failed = [e for e in events if e.get("reason", "").startswith(_NOT_MADE) and "already exists" not in e["message"]]
+    """Returns why something could not be made, unless something was made later. That a thing exists
+    already is no failure: KubeRay raced with its own cache."""
+    failed = [
+        e
+        for e in events
+        if e.get("reason", "").startswith(_NOT_MADE) and "already exists" not in e["message"]
+    ]
     made = [event for event in events if event.get("reason", "").startswith(_MADE)]
     if not failed or _time(_newest(made)) > _time(_newest(failed)):
         return None
@@ -162,10 +207,13 @@ def _last_failure(events: list[Object]) -> str | None:
 def _not_made(message: str) -> str:
     if "exceeded quota" in message:
         quota = re.search(r"exceeded quota: ([^,]+), (requested: [^,]+(?:,[^,:]+=[^,]+)*)", message)
-        return f"no more pods: the quota {quota[1]} is used up ({quota[2]})" if quota else f"no more pods: {message}"
-    lines = message.strip().splitlines() or [
-        ""
-    ]  # before the reason, a condition's message has a line with its own name
+        return (
+            f"no more pods: the quota {quota[1]} is used up ({quota[2]})"
+            if quota
+            else f"no more pods: {message}"
+        )
+    # Before the reason, a condition's message has a line with its own name.
+    lines = message.strip().splitlines() or [""]
     return f"a pod cannot be made: {lines[-1][:300]}"
 
 
@@ -207,7 +255,9 @@ def _waiting(status: Object, waiting: Object, events: list[Object]) -> str:
             f"its container {status['name']} ended {status.get('restartCount', 0)} times, last with exit code "
             f"{last.get('exitCode', 'unknown')} ({last.get('reason', 'Error')}); `kubectl logs --previous` has its end"
         )
-    last = _newest([event for event in events if event.get("reason") in (*_MOUNT, "Pulling", "Pulled")])
+    last = _newest(
+        [event for event in events if event.get("reason") in (*_MOUNT, "Pulling", "Pulled")]
+    )
     if last.get("reason") in _MOUNT:
         return f"a volume cannot be mounted{_detail(last)}"
     if last.get("reason") == "Pulling":
@@ -226,4 +276,6 @@ def _newest(events: list[Object]) -> Object:
 
 def _time(event: Object) -> str:
     series = event.get("series") or {}
-    return series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime") or ""
+    return (
+        series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime") or ""
+    )

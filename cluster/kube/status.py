@@ -27,8 +27,14 @@ def sentence(manifest: Object) -> str:
     status, kind = manifest.get("status") or {}, manifest["kind"]
     is_asked = manifest["spec"].get("suspend")
     # Not `state`, which a cluster keeps after it is resumed until all of its pods run.
-    told = [said["status"] for name, said in conditions(manifest).items() if name.endswith("Suspended")]
-    if "True" in told or status.get("jobDeploymentStatus") == "Suspended" or (is_asked and not status):
+    told = [
+        said["status"] for name, said in conditions(manifest).items() if name.endswith("Suspended")
+    ]
+    if (
+        "True" in told
+        or status.get("jobDeploymentStatus") == "Suspended"
+        or (is_asked and not status)
+    ):
         return f"is suspended: it has no pods{_queue(manifest)}"
     if is_asked and kind != "RayJob":
         return "is being suspended: its pods are being removed"
@@ -40,25 +46,44 @@ def sentence(manifest: Object) -> str:
 
 
 def groups(manifest: Object, pods: list[Object] | None = None) -> Iterator[str]:
-    """Yields a line for each worker group: its bounds. That of a running RayCluster also has how many pods are wanted
-    and how many of the namespace's `pods` run."""
-    is_up = manifest["kind"] == "RayCluster" and bool(manifest.get("status")) and not manifest["spec"].get("suspend")
+    """Yields a line for each worker group: its bounds. That of a running RayCluster also has how
+    many pods are wanted and how many of the namespace's `pods` run."""
+    is_up = (
+        manifest["kind"] == "RayCluster"
+        and bool(manifest.get("status"))
+        and not manifest["spec"].get("suspend")
+    )
     running = Counter(
-        (pod["metadata"]["labels"].get("ray.io/cluster"), pod["metadata"]["labels"].get("ray.io/group"))
+        (
+            pod["metadata"]["labels"].get("ray.io/cluster"),
+            pod["metadata"]["labels"].get("ray.io/group"),
+        )
         for pod in pods or []
         if pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]
     )
     for group in cluster_spec(manifest).get("workerGroupSpecs", []):
-        name, lowest, most = group["groupName"], group.get("minReplicas", 0), group.get("maxReplicas", 0)
+        name, lowest, most = (
+            group["groupName"],
+            group.get("minReplicas", 0),
+            group.get("maxReplicas", 0),
+        )
         state = f"{lowest} to {most} pods"
         state += f", {_wanted(group)} wanted" if is_up else ""
-        state += f", {running[manifest['metadata']['name'], name]} running" if is_up and pods is not None else ""
+        state += (
+            f", {running[manifest['metadata']['name'], name]} running"
+            if is_up and pods is not None
+            else ""
+        )
         yield f"{name}: {state}"
 
 
 def has_ended(manifest: Object) -> bool:
     """Says whether the object is a job that KubeRay no longer looks at."""
-    return (manifest.get("status") or {}).get("jobDeploymentStatus") in ("Complete", "Failed", "ValidationFailed")
+    return (manifest.get("status") or {}).get("jobDeploymentStatus") in (
+        "Complete",
+        "Failed",
+        "ValidationFailed",
+    )
 
 
 def wanted(manifest: Object) -> int:
@@ -67,8 +92,11 @@ def wanted(manifest: Object) -> int:
 
 
 def _wanted(group: Object) -> int:
-    """Returns the group's number of pods: KubeRay keeps `replicas` within the bounds, and writes that nowhere."""
-    within = min(max(group.get("replicas", 0), group.get("minReplicas", 0)), group.get("maxReplicas", 0))
+    """Returns the group's number of pods: KubeRay keeps `replicas` within the bounds, and writes
+    that nowhere."""
+    within = min(
+        max(group.get("replicas", 0), group.get("minReplicas", 0)), group.get("maxReplicas", 0)
+    )
     return int(within * group.get("numOfHosts", 1))
 
 
@@ -84,11 +112,16 @@ def is_owned(cluster: Object) -> bool:
 
 
 def cluster_names(manifest: Object) -> list[str]:
-    """Returns the RayClusters' names behind an object: a job's, a service's active and pending ones, or its own."""
+    """Returns the RayClusters' names behind an object: a job's, a service's active and pending
+    ones, or its own."""
     if manifest["kind"] == "RayCluster":
         return [manifest["metadata"]["name"]]
     status = manifest.get("status") or {}
-    parts = [status, status.get("activeServiceStatus") or {}, status.get("pendingServiceStatus") or {}]
+    parts = [
+        status,
+        status.get("activeServiceStatus") or {},
+        status.get("pendingServiceStatus") or {},
+    ]
     return [part["rayClusterName"] for part in parts if part.get("rayClusterName")]
 
 
@@ -109,7 +142,10 @@ def full_name(manifest: Object) -> str:
 
 def conditions(manifest: Object) -> dict[str, Object]:
     """Returns the object's conditions by type."""
-    return {condition["type"]: condition for condition in (manifest.get("status") or {}).get("conditions") or []}
+    return {
+        condition["type"]: condition
+        for condition in (manifest.get("status") or {}).get("conditions") or []
+    }
 
 
 def _job(status: Object) -> str:
@@ -120,7 +156,9 @@ def _job(status: Object) -> str:
     if state in ("Failed", "Retrying", "ValidationFailed"):
         text += _why(status)
     cluster = status.get("rayClusterName")
-    return text + (f", on the cluster {cluster}" if cluster and state in ("Initializing", "Running") else "")
+    return text + (
+        f", on the cluster {cluster}" if cluster and state in ("Initializing", "Running") else ""
+    )
 
 
 def _service(manifest: Object, status: Object) -> str:
@@ -154,7 +192,9 @@ def _not_running(part: Object) -> list[str]:
 
 
 def _cluster(manifest: Object, status: Object) -> str:
-    failure, head = (conditions(manifest).get(kind, {}) for kind in ("ReplicaFailure", "HeadPodReady"))
+    failure, head = (
+        conditions(manifest).get(kind, {}) for kind in ("ReplicaFailure", "HeadPodReady")
+    )
     if failure.get("status") == "True":
         return f"cannot make its pods{_why(failure)}"
     if head.get("status") == "False":

@@ -1,6 +1,7 @@
 """Ray's Jobs API as raymill uses it: a probe of the address and the token, then jobs and nodes.
 
-It uses plain HTTP with deadlines: Ray's own client silently retries a wrong token for 22 s (Ray 2.60).
+It uses plain HTTP with deadlines: Ray's own client silently retries a wrong token for 22 s (Ray
+2.60).
 """
 
 import os
@@ -16,7 +17,8 @@ from model.errors import UserError
 
 _TOKEN, _TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _TIMEOUT_S, _STATE_TIMEOUT_S = 10.0, 30.0
-_MAX_ROWS = 10_000  # the most that the state API sends unless configured; without a limit it sends 100
+# The most that the state API sends unless configured; without a limit it sends 100
+_MAX_ROWS = 10_000
 
 
 class ClusterError(UserError):
@@ -32,8 +34,8 @@ class Token:
 
 
 def ray_token(file: Path | None = None) -> Token | None:
-    """Returns the token in the file, else in the one that RAY_AUTH_TOKEN_PATH names, else in RAY_AUTH_TOKEN.
-    Raises `ClusterError` if a file is named and holds no token."""
+    """Returns the token in the file, else in the one that RAY_AUTH_TOKEN_PATH names, else in
+    RAY_AUTH_TOKEN. Raises `ClusterError` if a file is named and holds no token."""
     named, source = (file, "--token-file") if file else (os.environ.get(_TOKEN_PATH), _TOKEN_PATH)
     if not named:
         value = os.environ.get(_TOKEN, "").strip()
@@ -41,9 +43,13 @@ def ray_token(file: Path | None = None) -> Token | None:
     try:
         value = Path(named).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ClusterError(f"no token can be read from {named}, which {source} names: {error}") from None
+        raise ClusterError(
+            f"no token can be read from {named}, which {source} names: {error}"
+        ) from None
     if not value or not value.isascii() or len(value.split()) > 1:
-        raise ClusterError(f"{named}, which {source} names, holds no token; expected one word of ASCII")
+        raise ClusterError(
+            f"{named}, which {source} names, holds no token; expected one word of ASCII"
+        )
     return Token(value, f"{named} ({source})")
 
 
@@ -53,9 +59,13 @@ class JobsApi:
     def __init__(self, url: str, token: Token | None) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ClusterError(f"{parts.scheme or 'it'!r} is no address of a Jobs API; expected http://HOST:8265")
+            raise ClusterError(
+                f"{parts.scheme or 'it'!r} is no address of a Jobs API; expected http://HOST:8265"
+            )
         if parts.username or parts.password:
-            raise ClusterError(f"the address of {parts.hostname} holds a password, which others can read; leave it out")
+            raise ClusterError(
+                f"the address of {parts.hostname} holds a password, which others can read; leave it out"
+            )
         self.url, self._token = url.rstrip("/"), token
 
     @property
@@ -69,7 +79,9 @@ class JobsApi:
         if version is None:
             raise self._is_no_dashboard()
         if version.split(".")[:2] != ours.split(".")[:2]:
-            raise ClusterError(f"Ray {version} runs at {self.url}, and here {ours}: jobs need the same minor version")
+            raise ClusterError(
+                f"Ray {version} runs at {self.url}, and here {ours}: jobs need the same minor version"
+            )
 
     def job(self, name: str) -> dict[str, Any] | None:
         """Returns the job, or None if the cluster does not know it."""
@@ -86,28 +98,48 @@ class JobsApi:
         return list(answer["data"]["result"]["result"])
 
     def has_autoscaler(self) -> bool:
-        status = self._ask("GET", "/api/cluster_status")["data"]["clusterStatus"]  # null where nothing ever reported
+        # Null where nothing ever reported
+        status = self._ask("GET", "/api/cluster_status")["data"]["clusterStatus"]
         return bool(status and status.get("autoscalingStatus"))
 
-    def _ask(self, method: str, path: str, *, missing_is_none: bool = False, timeout_s: float = _TIMEOUT_S) -> Any:
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        missing_is_none: bool = False,
+        timeout_s: float = _TIMEOUT_S,
+    ) -> Any:
         try:
             answer = httpx.request(method, self.url + path, headers=self.headers, timeout=timeout_s)
         except (httpx.TransportError, httpx.InvalidURL) as error:
             reason = str(error) or type(error).__name__
-            raise ClusterError(f"no Ray Jobs API answers at {self.url} ({reason}): check address and port") from None
+            raise ClusterError(
+                f"no Ray Jobs API answers at {self.url} ({reason}): check address and port"
+            ) from None
         if answer.status_code == 401:
-            raise ClusterError(f"{self.url} asks for a token: put it into a file and name that with {_TOKEN_PATH}")
+            raise ClusterError(
+                f"{self.url} asks for a token: put it into a file and name that with {_TOKEN_PATH}"
+            )
         if answer.status_code == 403:
-            sent = f"the token from {self._token.source}" if self._token else "a request without a token"
+            sent = (
+                f"the token from {self._token.source}"
+                if self._token
+                else "a request without a token"
+            )
             raise ClusterError(f"{self.url} refuses {sent}: it is another cluster's, or an old one")
         if answer.status_code == 404 and missing_is_none:
             return None
         if not answer.is_success:
-            raise ClusterError(f"{self.url} answered {answer.status_code} to {method} {path.partition('?')[0]}")
+            raise ClusterError(
+                f"{self.url} answered {answer.status_code} to {method} {path.partition('?')[0]}"
+            )
         try:
             return answer.json()
         except ValueError:
             raise self._is_no_dashboard() from None
 
     def _is_no_dashboard(self) -> ClusterError:
-        return ClusterError(f"what answers at {self.url} is no Ray dashboard: its port is 8265 unless changed")
+        return ClusterError(
+            f"what answers at {self.url} is no Ray dashboard: its port is 8265 unless changed"
+        )

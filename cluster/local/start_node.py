@@ -1,18 +1,20 @@
 """Runs `ray start` for one node of the local cluster, so that every port it opens is on loopback.
 
-Ray replaces a node address of 127.0.0.1 by the machine's outside address, and opens its ports there, unless it believes
-that the machine cannot have several nodes (`RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0`); but then it refuses a second node.
-Both decisions are reversed here, in this one process. A head also gets no server of Ray Client, which nothing here uses
-and whose start takes a second of processor time. And Ray gives a raylet 30 s to come, which busy cores make too few.
-Ray 2.60 has no public setting for any of this; a test lists the listening sockets of a whole cluster.
+Ray replaces a node address of 127.0.0.1 by the machine's outside address, and opens its ports
+there, unless it believes that the machine cannot have several nodes
+(`RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0`); but then it refuses a second node. Both decisions are
+reversed here, in this one process. A head also gets no server of Ray Client, which nothing here
+uses and whose start takes a second of processor time. And Ray gives a raylet 30 s to come, which
+busy cores make too few. Ray 2.60 has no public setting for any of this; a test lists the listening
+sockets of a whole cluster.
 """
 
 import sys
 import time
 from typing import Any
 
-# `ray` goes without the subcommands that it cannot import. These, with all of Ray Serve, took 1.3 of the 1.9 s of
-# processor time after which a node's start began.
+# `ray` goes without the subcommands that it cannot import. These, with all of Ray Serve, took 1.3
+# of the 1.9 s of processor time after which a node's start began.
 for _name in ("ray.serve.scripts", "ray.dashboard.modules.job.cli", "ray.util.state.state_cli"):
     sys.modules[_name] = None  # type: ignore[assignment]
 

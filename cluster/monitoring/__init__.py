@@ -1,1 +1,2 @@
-"""The metric table, what is made from it (exports, dashboards), and the files for Grafana and Prometheus."""
+"""The metric table, what is made from it (exports, dashboards), and the files for Grafana and
+Prometheus."""

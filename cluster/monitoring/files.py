@@ -1,4 +1,5 @@
-"""The files of `k8s/monitoring`: dashboards, alerts and scrape settings for Grafana, Prometheus and kustomize.
+"""The files of `k8s/monitoring`: dashboards, alerts and scrape settings for Grafana, Prometheus and
+kustomize.
 
 `make dashboards` makes those that follow from others, such as the dashboards from the metric table.
 """
@@ -21,7 +22,10 @@ Json = dict[str, Any]
 
 def documents() -> dict[str, Json]:
     """Returns each dashboard's JSON by its uid."""
-    return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(_FOLDER.glob("dashboards/*.json"))}
+    return {
+        path.stem: json.loads(path.read_text("utf-8"))
+        for path in sorted(_FOLDER.glob("dashboards/*.json"))
+    }
 
 
 def data_source(prometheus_url: str) -> Json:
@@ -32,8 +36,13 @@ def data_source(prometheus_url: str) -> Json:
 
 def write_files(folder: Path, prometheus_url: str) -> list[str]:
     """Copies the files, with the address of Prometheus in them, and returns their paths."""
-    texts = {path.relative_to(_FOLDER).as_posix(): path.read_text("utf-8") for path in _FOLDER.rglob("*.*")}
+    texts = {
+        path.relative_to(_FOLDER).as_posix(): path.read_text("utf-8")
+        for path in _FOLDER.rglob("*.*")
+    }
     for path, text in texts.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text.replace(IN_CLUSTER_PROMETHEUS, prometheus_url), encoding="utf-8")
+        (folder / path).write_text(
+            text.replace(IN_CLUSTER_PROMETHEUS, prometheus_url), encoding="utf-8"
+        )
     return sorted(texts)

@@ -1,8 +1,8 @@
 """Grafana through the `grafana-api` package: data source, folder, dashboards, annotations.
 
-Everything has a uid of raymill's and may be pushed again at any time. The package is unmaintained: its calls by numeric
-ids, which Grafana 13 has dropped, are not used; it fails to parse an answer without a body, and an error page in HTML
-may give a TypeError.
+Everything has a uid of raymill's and may be pushed again at any time. The package is unmaintained:
+its calls by numeric ids, which Grafana 13 has dropped, are not used; it fails to parse an answer
+without a body, and an error page in HTML may give a TypeError.
 """
 
 import os
@@ -24,7 +24,11 @@ from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
 from model.errors import UserError
 
-URL_VARIABLE, TOKEN_VARIABLE, TOKEN_FILE_VARIABLE = "GRAFANA_URL", "GRAFANA_TOKEN", "GRAFANA_TOKEN_FILE"
+URL_VARIABLE, TOKEN_VARIABLE, TOKEN_FILE_VARIABLE = (
+    "GRAFANA_URL",
+    "GRAFANA_TOKEN",
+    "GRAFANA_TOKEN_FILE",
+)
 FOLDER = "raymill"  # its uid and its title
 TIMEOUT_S = 10.0
 RETRIES_AFTER_S = (0.5, 2.0, 5.0)
@@ -64,7 +68,9 @@ class Grafana:
     def __init__(self, url: str, token: str) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ConfigError(f"{URL_VARIABLE}={url!r}: expected a URL such as https://grafana.example.org")
+            raise ConfigError(
+                f"{URL_VARIABLE}={url!r}: expected a URL such as https://grafana.example.org"
+            )
         prefix = parts.path.strip("/")
         self._url = url
         self._face = GrafanaFace(
@@ -77,7 +83,8 @@ class Grafana:
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Reads `GRAFANA_URL` and `GRAFANA_TOKEN`, or the file in `GRAFANA_TOKEN_FILE`. Raises `ConfigError`."""
+        """Reads `GRAFANA_URL` and `GRAFANA_TOKEN`, or the file in `GRAFANA_TOKEN_FILE`. Raises
+        `ConfigError`."""
         url, token = os.environ.get(URL_VARIABLE), os.environ.get(TOKEN_VARIABLE)
         if not token and (path := os.environ.get(TOKEN_FILE_VARIABLE)):
             try:
@@ -92,7 +99,8 @@ class Grafana:
         return cls(url, token)
 
     def push_data_source(self, prometheus_url: str) -> str:
-        """Pushes and returns `created`, `updated` or `unchanged`, like the other methods that push."""
+        """Pushes and returns `created`, `updated` or `unchanged`, like the other methods that
+        push."""
         wanted = data_source(prometheus_url)
         path = f"/datasources/uid/{wanted['uid']}"
         found = self._ask("GET", path)
@@ -106,8 +114,15 @@ class Grafana:
         return "created"
 
     def push_dashboard(self, dashboard: Json) -> str:
-        body = {"dashboard": dashboard, "folderUid": FOLDER, "overwrite": True, "message": "raymill dashboards"}
-        return self._pushed(dashboard, self.dashboard(dashboard["uid"]), "POST", "/dashboards/db", body)
+        body = {
+            "dashboard": dashboard,
+            "folderUid": FOLDER,
+            "overwrite": True,
+            "message": "raymill dashboards",
+        }
+        return self._pushed(
+            dashboard, self.dashboard(dashboard["uid"]), "POST", "/dashboards/db", body
+        )
 
     def _pushed(self, wanted: Json, found: Json | None, method: str, path: str, body: Json) -> str:
         if found is not None and not differences(wanted, found):
@@ -130,14 +145,17 @@ class Grafana:
         found = self._ask_once("GET", f"/annotations?from={time_ms}&to={time_ms}&{tagged}")
         if any(there["text"] == annotation.text for there in found):
             return "unchanged"
-        self._ask_once("POST", "/annotations", {"time": time_ms, "tags": tags, "text": annotation.text})
+        self._ask_once(
+            "POST", "/annotations", {"time": time_ms, "tags": tags, "text": annotation.text}
+        )
         return "created"
 
     def _ask(self, method: str, path: str, body: Json | None = None) -> Any:
         return _retried(lambda: self._ask_once(method, path, body))
 
     def _ask_once(self, method: str, path: str, body: Json | None = None) -> Any:
-        """Returns the answer's JSON, an empty object if it has no body, and None for what is not there."""
+        """Returns the answer's JSON, an empty object if it has no body, and None for what is not
+        there."""
         try:
             return getattr(self._face.api, method)(path, json=body)
         except requests.JSONDecodeError as error:
@@ -150,7 +168,11 @@ class Grafana:
         except GrafanaClientError as error:
             if error.status_code == requests.codes.not_found and method == "GET":
                 return None
-            kind, does = (AwayError, "does not answer") if error.status_code == 429 else (GrafanaError, "refused")
+            kind, does = (
+                (AwayError, "does not answer")
+                if error.status_code == 429
+                else (GrafanaError, "refused")
+            )
             raise kind(f"{self._url} {does} {method} {path}: {error.message}") from None
         except (GrafanaException, TypeError, requests.RequestException) as error:
             raise AwayError(f"{self._url} does not answer {method} {path}: {error}") from None
@@ -206,5 +228,7 @@ def differences(wanted: Any, found: Any, where: str = "") -> list[str]:
         ]
     if isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
         pairs = enumerate(zip(wanted, found, strict=True))
-        return [place for number, pair in pairs for place in differences(*pair, f"{where}[{number}]")]
+        return [
+            place for number, pair in pairs for place in differences(*pair, f"{where}[{number}]")
+        ]
     return [] if wanted == found else [where]

@@ -1,8 +1,10 @@
-"""Exports the metrics of one process: set in a registry of their own, and copied to Ray's metrics every few seconds.
+"""Exports the metrics of one process: set in a registry of their own, and copied to Ray's metrics
+every few seconds.
 
-Ray's own classes would take 4.6 µs for each token where these take 1.3 (a copy is 0.5 ms for a replica), and know a
-histogram's sum only by the middle of its buckets. Each series becomes a gauge of Ray's with its value: so sums are
-exact, and no series outlives its process for long. `rate` and `histogram_quantile` ignore a series' type.
+Ray's own classes would take 4.6 µs for each token where these take 1.3 (a copy is 0.5 ms for a
+replica), and know a histogram's sum only by the middle of its buckets. Each series becomes a gauge
+of Ray's with its value: so sums are exact, and no series outlives its process for long. `rate` and
+`histogram_quantile` ignore a series' type.
 """
 
 import time
@@ -27,11 +29,16 @@ class Metrics:
         """`labels` are the exporter's common ones."""
         self.collectors = prometheus.CollectorRegistry()
         self._labels = labels
-        self._metrics = {name: self._make(metric) for name, metric in metrics().items() if metric.exporter is exporter}
+        self._metrics = {
+            name: self._make(metric)
+            for name, metric in metrics().items()
+            if metric.exporter is exporter
+        }
         self._gauges: dict[str, Gauge] = {}
 
     def of(self, name: str, **labels: str) -> Any:
-        """Returns the counter, gauge or histogram of that name and these labels, which is exported from now on."""
+        """Returns the counter, gauge or histogram of that name and these labels, which is exported
+        from now on."""
         return self._metrics[name].labels(**self._labels, **labels)
 
     def publish(self, **labels: str) -> None:
@@ -40,9 +47,12 @@ class Metrics:
             for sample in family.samples:
                 if sample.name.endswith("_created"):
                     continue
-                name, tags = sample.name.replace(":", "_"), {**sample.labels, **labels}  # Ray refuses vLLM's colons
+                # Ray refuses vLLM's colons
+                name, tags = sample.name.replace(":", "_"), {**sample.labels, **labels}
                 if name not in self._gauges:
-                    self._gauges[name] = Gauge(name, description=family.documentation, tag_keys=tuple(tags))
+                    self._gauges[name] = Gauge(
+                        name, description=family.documentation, tag_keys=tuple(tags)
+                    )
                 self._gauges[name].set(sample.value, tags=tags)
 
     def end(self, **labels: str) -> None:
@@ -58,16 +68,20 @@ class Metrics:
             self.publish()
 
     def _make(self, metric: Metric) -> Any:
-        # In the clients' order: name, text, labels, then namespace, subsystem and unit, which the name already has.
+        # In the clients' order: name, text, labels, then namespace, subsystem and unit, which the
+        # name already has.
         arguments = (metric.name, metric.help, metric.all_labels, "", "", "", self.collectors)
         if metric.kind is Kind.HISTOGRAM:
             return prometheus.Histogram(*arguments, buckets=metric.buckets)
-        return {Kind.COUNTER: prometheus.Counter, Kind.GAUGE: prometheus.Gauge}[metric.kind](*arguments)
+        return {Kind.COUNTER: prometheus.Counter, Kind.GAUGE: prometheus.Gauge}[metric.kind](
+            *arguments
+        )
 
 
 def by_version(metrics: Metrics, make: Callable[[str], Counted]) -> Callable[[str], Counted]:
-    """Returns a function that gives what is counted for a version of the model, which `make` returns for a new one. An
-    endpoint that follows a run sees any number of them; only the `MAX_VERSIONS` that were used last have series."""
+    """Returns a function that gives what is counted for a version of the model, which `make`
+    returns for a new one. An endpoint that follows a run sees any number of them; only the
+    `MAX_VERSIONS` that were used last have series."""
     kept: dict[str, Counted] = {}  # the one used last is the last one
 
     def of(version: str) -> Counted:

@@ -1,6 +1,7 @@
 """The table of all metrics that raymill exports and its dashboards and alerts read: `metrics.yaml`.
 
-There are no others: `metric_export.py` refuses a name that is not there, and no panel or rule reads one.
+There are no others: `metric_export.py` refuses a name that is not there, and no panel or rule reads
+one.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ class Kind(StrEnum):
 
 
 class Exporter(StrEnum):
-    """The process that exports a metric, which reaches Prometheus through the metrics port of its Ray node."""
+    """The process that exports a metric, which reaches Prometheus through the metrics port of its
+    Ray node."""
 
     LAUNCHER = "launcher"  # the driver of jobs.pretrain, from the run's ledger
     DATA = "data"  # the driver of a stage that reads a corpus
@@ -67,10 +69,19 @@ def metrics() -> dict[str, Metric]:
 
 
 Phase = Literal[
-    "load", "forward", "loss", "backward", "sync", "update", "snapshot", "checkpoint", "validation", "statistics"
+    "load",
+    "forward",
+    "loss",
+    "backward",
+    "sync",
+    "update",
+    "snapshot",
+    "checkpoint",
+    "validation",
+    "statistics",
 ]
 PHASES: tuple[str, ...] = get_args(Phase)
-"""Parts of a training step: `loss` is the head and its cross-entropy, with their gradient; `sync` is the part of the
-exchange that is not overlapped."""
+"""Parts of a training step: `loss` is the head and its cross-entropy, with their gradient; `sync`
+is the part of the exchange that is not overlapped."""
 REST, UNTIMED = "stall", "step"
 """The time that no phase claims; the only phase of a step that an earlier version did not time."""

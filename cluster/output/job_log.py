@@ -1,8 +1,9 @@
 """The log of a run's jobs, kept in the run's storage as it grows, so that it outlives the cluster.
 
-Each launch of a stage has a folder `jobs/<launch>/` with its output in segments, named by their first byte's position.
-S3 cannot append to an object, so the newest segment is rewritten while it grows, until it is full. A launch keeps its
-first segment and the newest ones; the reader names what is left out between.
+Each launch of a stage has a folder `jobs/<launch>/` with its output in segments, named by their
+first byte's position. S3 cannot append to an object, so the newest segment is rewritten while it
+grows, until it is full. A launch keeps its first segment and the newest ones; the reader names what
+is left out between.
 """
 
 import json
@@ -36,7 +37,8 @@ Stored = TypeVar("Stored")
 
 @dataclass(frozen=True)
 class Started:
-    """The beginning of a launch, for people; `job` is its name in the cluster, empty if started by hand."""
+    """The beginning of a launch, for people; `job` is its name in the cluster, empty if started by
+    hand."""
 
     job: str
     stage: str
@@ -55,9 +57,12 @@ class Ended:
 
 
 class JobLog:
-    """The writer of one launch's log. Storage never blocks it: an outage that exceeds its memory costs lines."""
+    """The writer of one launch's log. Storage never blocks it: an outage that exceeds its memory
+    costs lines."""
 
-    def __init__(self, run: Storage, launch: str, started: Started, *, launch_bytes: int = _LAUNCH_BYTES) -> None:
+    def __init__(
+        self, run: Storage, launch: str, started: Started, *, launch_bytes: int = _LAUNCH_BYTES
+    ) -> None:
         """Raises `StorageError` if the run's storage refuses the first file."""
         for old in launches(run)[: 1 - _NUM_LAUNCHES]:
             folder = run.child(f"{JOBS}/{old}")
@@ -67,7 +72,8 @@ class JobLog:
                     folder.delete(entry.key)
         self._folder, self._launch_bytes = run.child(f"{JOBS}/{launch}"), launch_bytes
         self._folder.write_bytes(STARTED, json.dumps(asdict(started)).encode())
-        self._held = deque([(0, bytearray())], maxlen=_HELD_SEGMENTS)  # by their starts; the last one grows
+        # By their starts; the last one grows
+        self._held = deque([(0, bytearray())], maxlen=_HELD_SEGMENTS)
         self._stored: dict[int, int] = {}  # size of each segment in the storage, by its start
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._keep_stored, name="job-log", daemon=True)
@@ -130,11 +136,15 @@ class LogReader:
         self._position = 0
 
     def started(self) -> Started:
-        return parsed(Started, self._folder.read_bytes(STARTED), join_uri(self._folder.uri, STARTED))
+        return parsed(
+            Started, self._folder.read_bytes(STARTED), join_uri(self._folder.uri, STARTED)
+        )
 
     def ended(self) -> Ended | None:
         content = self._folder.find_bytes(_ENDED)
-        return None if content is None else parsed(Ended, content, join_uri(self._folder.uri, _ENDED))
+        return (
+            None if content is None else parsed(Ended, content, join_uri(self._folder.uri, _ENDED))
+        )
 
     def new_text(self) -> Iterator[str]:
         """Yields what is new since the last call, in pieces of whole lines."""
@@ -155,11 +165,14 @@ class LogReader:
 
 
 def parsed(kind: Callable[..., Stored], content: bytes, uri: str) -> Stored:
-    """Returns the JSON object as a `kind`. Raises `StorageError` for a damaged file, or one of another version."""
+    """Returns the JSON object as a `kind`. Raises `StorageError` for a damaged file, or one of
+    another version."""
     try:
         return kind(**json.loads(content))
     except (ValueError, TypeError) as error:
-        remedy = "if it is whole, a newer raymill wrote it: use that one; if it is damaged, move it away"
+        remedy = (
+            "if it is whole, a newer raymill wrote it: use that one; if it is damaged, move it away"
+        )
         raise StorageError(f"{uri} cannot be read ({error}): {remedy}") from None
 
 

@@ -1,4 +1,5 @@
-"""Progress of a stage: stages report in marked lines, and watchers draw bars at a terminal or print lines."""
+"""Progress of a stage: stages report in marked lines, and watchers draw bars at a terminal or print
+lines."""
 
 import json
 import os
@@ -20,11 +21,12 @@ _MARK = "raymill-progress: "
 _REPORT_INTERVAL_S = 1.0
 _LINE_INTERVAL_S = 10.0
 
-# Ray's own lines: those of its processes and its dated log lines. They go to the log file only, except the last line of
-# a worker's traceback, which says what happened.
+# Ray's own lines: those of its processes and its dated log lines. They go to the log file only,
+# except the last line of a worker's traceback, which says what happened.
 _RAY_LINE = re.compile(
     r"\((\w+ pid=|\w+:.* pid=|pid=|raylet\b|autoscaler\b)"
-    r"|\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\] "  # its C++ parts, which call many harmless things an error
+    # Its C++ parts, which call many harmless things an error
+    r"|\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\] "
     r"|(INFO )?\d{4}-\d\d-\d\d [\d:,]+\s(INFO|WARNING|serve )|Running entrypoint for job "
     r"|\*\*\* SIGTERM received at "  # with the stack of a process that was asked to end, and does
 )
@@ -58,7 +60,11 @@ def doing(what: str) -> Iterator[None]:
     from rich.console import Console  # noqa: PLC0415 (only a terminal shows any)
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
 
-    columns = (SpinnerColumn(finished_text=" "), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(finished_text=" "),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as line:
         task = line.add_task(what, total=None)
         yield
@@ -70,7 +76,8 @@ _views: list["ProgressView"] = []  # at most one, which shows this process's own
 
 @contextmanager
 def reports_shown() -> Iterator[None]:
-    """Shows this process's own reports while the context lasts, not as marked lines for a watcher."""
+    """Shows this process's own reports while the context lasts, not as marked lines for a
+    watcher."""
     with ProgressView() as view:
         _views.append(view)
         try:
@@ -131,7 +138,10 @@ class PlainProgress:
             return text
         report = _report(text)
         now, is_done = time.monotonic(), report.done >= report.total
-        if not is_done and now - self._printed_at.get(report.label, -_LINE_INTERVAL_S) < _LINE_INTERVAL_S:
+        if (
+            not is_done
+            and now - self._printed_at.get(report.label, -_LINE_INTERVAL_S) < _LINE_INTERVAL_S
+        ):
             return None
         self._printed_at[report.label] = now
         note = f", {report.note}" if report.note else ""
@@ -139,8 +149,9 @@ class PlainProgress:
 
 
 class ProgressView:
-    """Shows a stage's log as it comes: its own lines, and its reports as bars at a terminal or as a line now and then.
-    All of it, with Ray's lines, is kept in the file `log` if given. `waiting` is shown until the first line comes."""
+    """Shows a stage's log as it comes: its own lines, and its reports as bars at a terminal or as a
+    line now and then. All of it, with Ray's lines, is kept in the file `log` if given. `waiting` is
+    shown until the first line comes."""
 
     def __init__(self, log: Path = Path(os.devnull), *, waiting: str = "") -> None:
         self.log = log
@@ -186,8 +197,12 @@ class ProgressView:
     def _draw(self, bars: "Progress", report: Report) -> None:
         if report.label not in self._tasks:
             bars.start()  # not before: without a bar it would keep painting an empty line
-            self._tasks[report.label] = bars.add_task(report.label, total=report.total, unit="", note="")
-        bars.update(self._tasks[report.label], completed=report.done, unit=report.unit, note=report.note)
+            self._tasks[report.label] = bars.add_task(
+                report.label, total=report.total, unit="", note=""
+            )
+        bars.update(
+            self._tasks[report.label], completed=report.done, unit=report.unit, note=report.note
+        )
 
 
 def _new_bars() -> "Progress":
@@ -197,7 +212,9 @@ def _new_bars() -> "Progress":
     label = TextColumn("{task.description:>12}")
     note = TextColumn("{task.fields[note]}")
     amount = TextColumn("{task.completed:g} of {task.total:g} {task.fields[unit]}")
-    return Progress(label, BarColumn(), amount, TimeRemainingColumn(), note, console=Console(stderr=True))
+    return Progress(
+        label, BarColumn(), amount, TimeRemainingColumn(), note, console=Console(stderr=True)
+    )
 
 
 def _report(line: str) -> Report:

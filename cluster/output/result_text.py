@@ -1,4 +1,5 @@
-"""Results as people read them: one value per line, aligned columns, numbers with four digits, times with a date.
+"""Results as people read them: one value per line, aligned columns, numbers with four digits, times
+with a date.
 
 Text from outside, such as a corpus or a model's, is printed as characters that no terminal obeys.
 """
@@ -15,20 +16,25 @@ from model.errors import UserError
 
 
 def put(text: str, stream: TextIO | None = None) -> None:
-    """Writes at once, `printable` for a terminal. Exits if the reader is gone; raises `UserError` for a full disk."""
+    """Writes at once, `printable` for a terminal. Exits if the reader is gone; raises `UserError`
+    for a full disk."""
     stream = stream or sys.stdout
     try:
         stream.write(printable(text) if stream.isatty() else text)
         stream.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python writes what is left when it ends
+        # Python writes what is left when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(128 + signal.SIGPIPE)
-        raise UserError(f"cannot write the output: {error.strerror}; free some room, or send it elsewhere") from None
+        raise UserError(
+            f"cannot write the output: {error.strerror}; free some room, or send it elsewhere"
+        ) from None
 
 
 def lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a line for each value; nested values stand below their name, indented, with empty lines between them."""
+    """Yields a line for each value; nested values stand below their name, indented, with empty
+    lines between them."""
     width = max(map(len, result), default=0)
     for name, value in result.items():
         inner = value if isinstance(value, list) else [value]
@@ -43,13 +49,16 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def table(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns lines with the names and, below them, the rows' values in aligned columns; missing ones stay empty.
-    Without rows there are no lines."""
+    """Returns lines with the names and, below them, the rows' values in aligned columns; missing
+    ones stay empty. Without rows there are no lines."""
     if not rows:
         return ""
     cells = [list(names), *([text_of(row.get(name, "")) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
-    padded = ("  ".join(f"{word:{width}}" for word, width in zip(line, widths, strict=True)) for line in cells)
+    padded = (
+        "  ".join(f"{word:{width}}" for word, width in zip(line, widths, strict=True))
+        for line in cells
+    )
     return "".join(f"{line.rstrip()}\n" for line in padded)
 
 
@@ -73,8 +82,9 @@ def date_of(seconds: float) -> str:
 
 
 def printable(text: str, *, keep: str = "\n\t") -> str:
-    r"""Returns the text with unprintable characters as escapes such as `\x1b`, except blanks and those in `keep`: no
-    ESC moves the cursor or sets the clipboard, and no bidirectional mark reverses a line."""
+    r"""Returns the text with unprintable characters as escapes such as `\x1b`, except blanks and
+    those in `keep`: no ESC moves the cursor or sets the clipboard, and no bidirectional mark
+    reverses a line."""
     if text.isprintable():
         return text
     return "".join(

@@ -1,4 +1,5 @@
-"""Names the values of a result in people's words; with --json they keep the names that programs know."""
+"""Names the values of a result in people's words; with --json they keep the names that programs
+know."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,8 +16,8 @@ _NAMES = {
 
 
 def for_people(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the result under people's names, without what did not occur: reasons that dropped no document, and the
-    submissions of a run that was started by hand."""
+    """Returns the result under people's names, without what did not occur: reasons that dropped no
+    document, and the submissions of a run that was started by hand."""
     values = dict(result)
     if not values.get("number", 1):
         del values["number"]

@@ -1,8 +1,8 @@
 """The samples and tokens of each step of a run, even while the batch grows: pure arithmetic.
 
-A batch is a whole number of lanes, of `lane_size` samples each. It grows linearly with the tokens seen, as GPT-3's did
-(Brown et al., 2020, section 2.3). A stage is a row of steps with equally many lanes, so a run has at most one stage for
-each number of lanes. Steps count from 1, samples from 0.
+A batch is a whole number of lanes, of `lane_size` samples each. It grows linearly with the tokens
+seen, as GPT-3's did (Brown et al., 2020, section 2.3). A stage is a row of steps with equally many
+lanes, so a run has at most one stage for each number of lanes. Steps count from 1, samples from 0.
 """
 
 from bisect import bisect_right
@@ -12,7 +12,8 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Stage:
-    """The steps from `first_step` to the next stage, and the number of lanes in all earlier steps."""
+    """The steps from `first_step` to the next stage, and the number of lanes in all earlier
+    steps."""
 
     first_step: int
     lanes_before: int
@@ -21,7 +22,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """The lanes of every step: `start_lanes` in the first, `full_lanes` once `ramp_tokens` were seen."""
+    """The lanes of every step: `start_lanes` in the first, `full_lanes` once `ramp_tokens` were
+    seen."""
 
     seq_len: int
     lane_size: int
@@ -51,7 +53,8 @@ class BatchSchedule:
         return self._stage(step).num_lanes
 
     def samples(self, step: int) -> range:
-        """Returns global indices of the step's samples, which begin where the previous step's end."""
+        """Returns global indices of the step's samples, which begin where the previous step's
+        end."""
         stage = self._stage(step)
         first = stage.lanes_before + (step - stage.first_step) * stage.num_lanes
         return range(first * self.lane_size, (first + stage.num_lanes) * self.lane_size)
@@ -72,7 +75,8 @@ class BatchSchedule:
         stages, step, tokens, num_lanes = [], 1, 0, self._due_lanes(0)
         while num_lanes < self.full_lanes:
             stages.append(Stage(step, tokens // self.lane_tokens, num_lanes))
-            steps = -((tokens - self._due_tokens(num_lanes + 1)) // (num_lanes * self.lane_tokens))  # rounded up
+            # Rounded up
+            steps = -((tokens - self._due_tokens(num_lanes + 1)) // (num_lanes * self.lane_tokens))
             step = step + steps
             tokens = tokens + steps * num_lanes * self.lane_tokens
             num_lanes = self._due_lanes(tokens)
@@ -86,7 +90,11 @@ class BatchSchedule:
 
     def _due_tokens(self, num_lanes: int) -> int:
         """Returns the fewest tokens after which a step has so many lanes."""
-        return -((self.start_lanes - num_lanes) * self.ramp_tokens // (self.full_lanes - self.start_lanes))
+        return -(
+            (self.start_lanes - num_lanes)
+            * self.ramp_tokens
+            // (self.full_lanes - self.start_lanes)
+        )
 
     def _stage(self, step: int) -> Stage:
         assert step >= 1, "steps count from 1"

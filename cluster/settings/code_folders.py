@@ -22,14 +22,19 @@ def version() -> str:
 def snapshot_code(folder: Path) -> None:
     """Copies the code folders into `folder`, without the manifests, which no job needs."""
     for name in CODE_FOLDERS:
-        shutil.copytree(CODE_ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "k8s"))
+        shutil.copytree(
+            CODE_ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "k8s")
+        )
 
 
 def code_version() -> str:
-    """Returns the SHA-256 over names and bytes of the folders' Python files and tables; each checkpoint records it."""
+    """Returns the SHA-256 over names and bytes of the folders' Python files and tables; each
+    checkpoint records it."""
     digest = hashlib.sha256()
     for name in CODE_FOLDERS:
         files = [path for path in (CODE_ROOT / name).rglob("*") if path.suffix in (".py", ".toml")]
         for path in sorted(files):
-            digest.update(path.relative_to(CODE_ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+            digest.update(
+                path.relative_to(CODE_ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
+            )
     return digest.hexdigest()

@@ -8,9 +8,12 @@ from pydantic.functional_validators import BeforeValidator, model_validator
 from cluster.settings.setting import Shapes, ShapingSettings, shaping
 
 TOKENS = "tokens://"
-"""Prefix in `data.source` of a finished token store's location, whose shards are used as they are."""
+"""Prefix in `data.source` of a finished token store's location, whose shards are used as they
+are."""
 
-QualityRule = Literal["word_count", "word_length", "symbol_ratio", "line_marks", "alphabetic_words", "stop_words"]
+QualityRule = Literal[
+    "word_count", "word_length", "symbol_ratio", "line_marks", "alphabetic_words", "stop_words"
+]
 """Names of `data.quality_rules`."""
 
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
@@ -23,7 +26,9 @@ READ_ENDINGS = (".txt", ".jsonl", ".csv", ".parquet", ".gz", ".zst")
 TextEnding = Annotated[str, Field(pattern=r"^\.[A-Za-z0-9_+.-]+$")]
 """The ending of files that are read as text."""
 
-Sources = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Sources = Annotated[
+    list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
 """Locations of text; a single one may stand without its list."""
 
 
@@ -57,8 +62,12 @@ class TextConfig(ShapingSettings):
 
     @model_validator(mode="after")
     def _endings_are_others(self) -> Self:
-        if known := [ending for ending in self.text_endings if ending.lower().endswith(READ_ENDINGS)]:
-            raise ValueError(f"text_endings: {known[0]} is read already; name only endings of other files")
+        if known := [
+            ending for ending in self.text_endings if ending.lower().endswith(READ_ENDINGS)
+        ]:
+            raise ValueError(
+                f"text_endings: {known[0]} is read already; name only endings of other files"
+            )
         return self
 
 
@@ -80,7 +89,9 @@ class DataConfig(TextConfig):
         "tokenizer.json's URI, or its folder's; trained on the corpus when unset",
         shapes=Shapes.BY_ITSELF,
     )
-    vocab_size: int = shaping(4096, "ids of the trained vocabulary", ge=257, le=1_000_000, shapes=Shapes.TOKENIZER)
+    vocab_size: int = shaping(
+        4096, "ids of the trained vocabulary", ge=257, le=1_000_000, shapes=Shapes.TOKENIZER
+    )
     normalize: list[Literal["nfc", "lowercase", "collapse_spaces"]] = shaping(
         [],
         "text normalization of a trained tokenizer, recorded in it; GPT-2 has none",
@@ -166,5 +177,7 @@ class DataConfig(TextConfig):
     @model_validator(mode="after")
     def _one_weight_a_source(self) -> Self:
         if self.weights and len(self.weights) != len(self.source):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.source)} sources; give one a source, or none")
+            raise ValueError(
+                f"{len(self.weights)} weights for {len(self.source)} sources; give one a source, or none"
+            )
         return self

@@ -8,7 +8,8 @@ from cluster.settings.leaves import FIRST_TO_CHANGE, Leaf, leaves
 from cluster.settings.run import RunConfig
 
 _VALUES: dict[str, Any] = {"model.preset": "small-10m", "train.max_tokens": 20_000_000}
-"""The values that are not the setting's default, as in the README's example: a model that needs no GPU."""
+"""The values that are not the setting's default, as in the README's example: a model that needs no
+GPU."""
 
 _HEAD = """\
 # The settings of a run that are changed first. `raymill pretrain --help` lists all of them.

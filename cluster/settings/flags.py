@@ -26,11 +26,14 @@ Config = TypeVar("Config", bound=Settings)
 _SHOWN_CHARS = 60
 
 
-def add_config_arguments(parser: argparse._ActionsContainer, root: type[BaseModel], *, positional: str = "") -> None:
-    """Adds one flag for each setting of `root`, in groups: those that are changed first, then each branch.
+def add_config_arguments(
+    parser: argparse._ActionsContainer, root: type[BaseModel], *, positional: str = ""
+) -> None:
+    """Adds one flag for each setting of `root`, in groups: those that are changed first, then each
+    branch.
 
-    The caller adds `config`, the YAML file that the flags override, and the setting that may also stand by itself
-    (`positional`), whose flag the help leaves out.
+    The caller adds `config`, the YAML file that the flags override, and the setting that may also
+    stand by itself (`positional`), whose flag the help leaves out.
     """
     groups: dict[str, argparse._ActionsContainer] = {"": parser}
     by_path = {leaf.path: leaf for leaf in leaves(root)}
@@ -49,9 +52,15 @@ def add_config_arguments(parser: argparse._ActionsContainer, root: type[BaseMode
 def _add_flag(place: argparse._ActionsContainer, leaf: Leaf, *, is_shown: bool = True) -> None:
     """Adds the setting's flag; with underscores it is as good, and the help leaves that out."""
     flag = f"--{leaf.path}"
-    options: dict[str, Any] = {"dest": leaf.path, "nargs": "+" if leaf.is_list else None, "metavar": "VALUE"}
+    options: dict[str, Any] = {
+        "dest": leaf.path,
+        "nargs": "+" if leaf.is_list else None,
+        "metavar": "VALUE",
+    }
     about = leaf.help.replace("%", "%%")
-    action = place.add_argument(flag.replace("_", "-"), help=about if is_shown else argparse.SUPPRESS, **options)
+    action = place.add_argument(
+        flag.replace("_", "-"), help=about if is_shown else argparse.SUPPRESS, **options
+    )
     if leaf.words:
         action.completer = lambda **_: leaf.words  # type: ignore[attr-defined]  # which argcomplete looks for
     if "_" in flag:
@@ -60,17 +69,22 @@ def _add_flag(place: argparse._ActionsContainer, leaf: Leaf, *, is_shown: bool =
 
 @dataclass(frozen=True)
 class Resolved(Generic[Config]):
-    """The settings that a file and flags give; `note` is for people, and empty where nothing is worth saying."""
+    """The settings that a file and flags give; `note` is for people, and empty where nothing is
+    worth saying."""
 
     config: Config
     note: str
 
 
 def resolve_config(
-    flags: Mapping[str, Any], root: type[Config], *, file: Path | None = None, needs_source: bool = True
+    flags: Mapping[str, Any],
+    root: type[Config],
+    *,
+    file: Path | None = None,
+    needs_source: bool = True,
 ) -> Resolved[Config]:
-    """Returns the validated tree of the file and the flags, which are by dotted name and None where not given. Raises
-    `ConfigError` that names every wrong setting."""
+    """Returns the validated tree of the file and the flags, which are by dotted name and None where
+    not given. Raises `ConfigError` that names every wrong setting."""
     values = _read_yaml(file) if file else {}
     is_run = needs_source and root is RunConfig
     if file is None and is_run and flags.get("data.source") is None:
@@ -85,14 +99,17 @@ def resolve_config(
 
 
 def _check_preset(flags: Mapping[str, Any], values: dict[str, Any], file: Path | None) -> str:
-    """Compares a preset that a flag gives with the file's own numbers of the shape, which win over it. Refuses one over
-    a file that gives a shape and no preset; of one over another preset, returns a sentence on which numbers win."""
+    """Compares a preset that a flag gives with the file's own numbers of the shape, which win over
+    it. Refuses one over a file that gives a shape and no preset; of one over another preset,
+    returns a sentence on which numbers win."""
     preset, model = flags.get("model.preset"), values.get("model")
     if preset not in PRESETS or not isinstance(model, dict):
         return ""
     wanted = PRESETS[preset]
     kept = {name: value for name, value in model.items() if flags.get(f"model.{name}") is None}
-    others = [f"model.{name}: {value}" for name, value in kept.items() if wanted.get(name, value) != value]
+    others = [
+        f"model.{name}: {value}" for name, value in kept.items() if wanted.get(name, value) != value
+    ]
     if not others:
         return ""
     if "preset" not in model:
@@ -121,7 +138,9 @@ def settings_from_flags(
         for parent in parents:
             branch = branch.setdefault(parent, {})
             if not isinstance(branch, dict):
-                raise ConfigError(f"{parent} holds {branch!r} in {file}; expected `name: value` lines")
+                raise ConfigError(
+                    f"{parent} holds {branch!r} in {file}; expected `name: value` lines"
+                )
         branch[name] = None if leaf.is_unset_by(value) else value
         if path == "data.validation":
             if wrong := [item for item in value if "=" not in item]:
@@ -134,13 +153,18 @@ def validate_config(values: dict[str, Any], root: type[Config]) -> Config:
     try:
         return root.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explained(problem, root) for problem in error.errors())) from None
+        raise ConfigError(
+            "; ".join(_explained(problem, root) for problem in error.errors())
+        ) from None
 
 
 def settled(config: Config) -> Config:
-    """Makes paths absolute, since a job runs in another folder, and adds a run id if none was given."""
+    """Makes paths absolute, since a job runs in another folder, and adds a run id if none was
+    given."""
     update: dict[str, Any] = {}
-    place = config.storage.uri if isinstance(config, (RunConfig, EvaluateConfig, ServeConfig)) else ""
+    place = (
+        config.storage.uri if isinstance(config, (RunConfig, EvaluateConfig, ServeConfig)) else ""
+    )
     for name, value in config:
         match value:
             case StorageConfig():
@@ -148,7 +172,9 @@ def settled(config: Config) -> Config:
             case TextConfig():
                 paths: dict[str, Any] = {"source": [_absolute_source(uri) for uri in value.source]}
                 if isinstance(value, DataConfig):
-                    paths["validation"] = {name: _absolute_source(uri) for name, uri in value.validation.items()}
+                    paths["validation"] = {
+                        name: _absolute_source(uri) for name, uri in value.validation.items()
+                    }
                     paths["tokenizer"] = value.tokenizer and absolute_uri(value.tokenizer)
                 update[name] = value.model_copy(update=paths)
             case Settings() if (source := getattr(value, "init_from", None)) is not None:
@@ -188,7 +214,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not YAML: {_yaml_problem(error, path)}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no settings; expected `section:` lines with `name: value` below them")
+        raise ConfigError(
+            f"{path} holds no settings; expected `section:` lines with `name: value` below them"
+        )
     return values
 
 
@@ -215,7 +243,9 @@ class _UniqueKeys(yaml.SafeLoader):
         for key, _ in node.value:
             name, line = str(key.value), key.start_mark.line + 1
             if name in lines:
-                raise ConfigError(f"{self.name}, line {line}: {name} is set already, on line {lines[name]}; keep one")
+                raise ConfigError(
+                    f"{self.name}, line {line}: {name} is set already, on line {lines[name]}; keep one"
+                )
             lines[name] = line
         return super().construct_mapping(node, deep)
 
@@ -228,7 +258,11 @@ def _explained(problem: Any, root: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden":
         siblings = [".".join(leaf.path.split(".")[: len(path)]) for leaf in leaves(root)]
         return f"unknown setting {name}{suggestion(name, sorted(set(siblings)))}"
-    below = [leaf.path.removeprefix(f"{name}.") for leaf in leaves(root) if leaf.path.startswith(f"{name}.")]
+    below = [
+        leaf.path.removeprefix(f"{name}.")
+        for leaf in leaves(root)
+        if leaf.path.startswith(f"{name}.")
+    ]
     message = expectation(problem, siblings=below) or problem["msg"].removeprefix("Value error, ")
     shown = "" if problem["type"] == "value_error" else f", not {problem['input']!r}"
     return f"{name}: {message}{shown}" if name else message

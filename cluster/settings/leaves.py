@@ -1,4 +1,5 @@
-"""The settings of a tree as a list: the path, the type, the help, the choices and the default of each."""
+"""The settings of a tree as a list: the path, the type, the help, the choices and the default of
+each."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -41,7 +42,8 @@ class Leaf(NamedTuple):
         return ("true", "false") if self.kind is bool else self.choices
 
     def is_unset_by(self, value: object) -> bool:
-        """Reports whether a flag's value means None, which not every setting may be: `none` may be a value's name."""
+        """Reports whether a flag's value means None, which not every setting may be: `none` may be
+        a value's name."""
         may_be_unset = type(None) in get_args(self.kind)
         return may_be_unset and value in ("null", "none") and value not in self.choices
 
@@ -61,7 +63,8 @@ def leaves(root: type[BaseModel], prefix: str = "") -> list[Leaf]:
 
 
 def branches(root: type[BaseModel]) -> dict[str, str]:
-    """Returns what each branch of the tree is, in the first sentence of its class, by the branch's name."""
+    """Returns what each branch of the tree is, in the first sentence of its class, by the branch's
+    name."""
     result = {}
     for name, info in root.model_fields.items():
         kind = info.annotation

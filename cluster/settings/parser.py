@@ -1,4 +1,5 @@
-"""The argparse of `raymill` and its modules, whose errors are one line with a suggestion. It imports nothing heavy."""
+"""The argparse of `raymill` and its modules, whose errors are one line with a suggestion. It
+imports nothing heavy."""
 
 import argparse
 import difflib
@@ -14,9 +15,12 @@ class ConfigError(UserError):
 
 
 class Manual(argparse.HelpFormatter):
-    """Writes `--help`, with one word for all settings in the usage, which they would fill by the dozen."""
+    """Writes `--help`, with one word for all settings in the usage, which they would fill by the
+    dozen."""
 
-    def add_usage(self, usage: str | None, actions: Iterable[argparse.Action], groups: Any, prefix: Any = None) -> None:
+    def add_usage(
+        self, usage: str | None, actions: Iterable[argparse.Action], groups: Any, prefix: Any = None
+    ) -> None:
         actions = list(actions)
         named = [action for action in actions if not _is_setting(action)]
         if len(named) < len(actions):
@@ -40,7 +44,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **{"formatter_class": Manual} | settings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuses unknown arguments here, as only a subcommand's own parser can suggest its flags."""
+        """Refuses unknown arguments here, as only a subcommand's own parser can suggest its
+        flags."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
@@ -55,7 +60,9 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
 
 
-_CHOICE = re.compile(r"argument COMMAND: invalid choice: '(?P<word>[^']*)' \(choose from (?P<known>.*)\)")
+_CHOICE = re.compile(
+    r"argument COMMAND: invalid choice: '(?P<word>[^']*)' \(choose from (?P<known>.*)\)"
+)
 """Matches how argparse refuses a command, by a list of all of them."""
 _NAME = re.compile(r"[\w-]+")
 
@@ -76,12 +83,14 @@ _NEWCOMERS = {
 
 
 def newcomers_word(word: str) -> str:
-    """Returns the end of an error that names the setting that people mean by a word, or an empty text."""
+    """Returns the end of an error that names the setting that people mean by a word, or an empty
+    text."""
     meant = _NEWCOMERS.get(word.lstrip("-").replace("-", "_"))
     return f"; did you mean {meant}?" if meant else ""
 
 
 def suggestion(word: str, known: list[str]) -> str:
-    """Returns the end of an error that suggests the known word nearest to this one, or an empty text."""
+    """Returns the end of an error that suggests the known word nearest to this one, or an empty
+    text."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

@@ -16,7 +16,9 @@ class PlanConfig(Settings):
         "kind of GPU, one of h100-pcie, h100-nvl, h100, h200, b200, a100-40gb, a100, a10g, a10, l40s, l4, "
         "v100, t4, rtx-4090, rtx-3090",
     )
-    count: PositiveInt | None = setting(None, "GPUs, one for each worker; scaling.max_workers if unset")
+    count: PositiveInt | None = setting(
+        None, "GPUs, one for each worker; scaling.max_workers if unset"
+    )
     gpus_per_node: PositiveInt = setting(8, "GPUs of a node")
     mfu: float = setting(
         0.4,
@@ -31,12 +33,16 @@ class PlanConfig(Settings):
         "TFLOP/s of each GPU, as papers report it, instead of mfu; those of activation recomputation "
         "count where train.recompute is set",
     )
-    price: NonNegativeFloat | None = setting(None, "dollars for an hour of one GPU; assumed for each kind when unset")
+    price: NonNegativeFloat | None = setting(
+        None, "dollars for an hour of one GPU; assumed for each kind when unset"
+    )
     network_gbit_per_s: PositiveFloat | None = setting(
         None,
         "each GPU's share of the links between nodes; usual for its kind when unset",
     )
-    storage_bytes_per_s: PositiveFloat = setting(1e9, "bytes/s at which storage takes a node's data; an assumption")
+    storage_bytes_per_s: PositiveFloat = setting(
+        1e9, "bytes/s at which storage takes a node's data; an assumption"
+    )
     mtbf_gpu_hours: PositiveFloat = setting(
         50_000,
         "GPU-hours between failures; Llama 3 (2024) had 419 in 54 days on 16,384 GPUs: one in 50,700",
@@ -45,7 +51,9 @@ class PlanConfig(Settings):
         60,
         "seconds from a failure to the next step; an assumption (a lost worker of a small model: 4 s)",
     )
-    replace_s: NonNegativeFloat = setting(600, "seconds until a lost node is replaced, for --simulate; an assumption")
+    replace_s: NonNegativeFloat = setting(
+        600, "seconds until a lost node is replaced, for --simulate; an assumption"
+    )
 
     @field_validator("gpu")
     @classmethod
@@ -59,7 +67,9 @@ class PlanConfig(Settings):
         given = self.sustained_tflops
         peak = self.hardware.peak_flops_per_s / 1e12
         if given is not None and given > peak:
-            raise ValueError(f"sustained_tflops={given:g} exceeds the {peak:g} TFLOP/s that one {self.gpu} can do")
+            raise ValueError(
+                f"sustained_tflops={given:g} exceeds the {peak:g} TFLOP/s that one {self.gpu} can do"
+            )
         return self
 
     @property

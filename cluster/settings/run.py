@@ -1,8 +1,10 @@
-"""The typed settings: `RunConfig` for a run, `EvaluateConfig` for an evaluation (`ServeConfig` is in `serve`).
+"""The typed settings: `RunConfig` for a run, `EvaluateConfig` for an evaluation (`ServeConfig` is
+in `serve`).
 
-Each is a key of the YAML file and a flag (`--train.learning-rate 1e-3`), declared once (setting.py): `data` and `train`
-have those that shape tokens and weights. The trees are frozen and refuse unknown keys. Secrets are never settings: they
-come from the environment or from files named by a setting.
+Each is a key of the YAML file and a flag (`--train.learning-rate 1e-3`), declared once
+(setting.py): `data` and `train` have those that shape tokens and weights. The trees are frozen and
+refuse unknown keys. Secrets are never settings: they come from the environment or from files named
+by a setting.
 """
 
 import dataclasses
@@ -33,7 +35,9 @@ def _model_shape(value: Any) -> Any:
     return preset_fields(value) if isinstance(value, dict) else value
 
 
-ModelShape = Annotated[GPTConfig, BeforeValidator(_model_shape), PlainSerializer(dataclasses.asdict)]
+ModelShape = Annotated[
+    GPTConfig, BeforeValidator(_model_shape), PlainSerializer(dataclasses.asdict)
+]
 
 
 class ScalingConfig(Settings):
@@ -67,8 +71,12 @@ class ScalingConfig(Settings):
         "bytes of each node's disk for copies of the shards of a remote token store; where the current "
         "window of rows and the next one have room, reading takes few requests",
     )
-    resize_check_s: PositiveFloat = setting(10.0, "seconds between looks for newly available workers")
-    max_fruitless_attempts: PositiveInt = setting(6, "attempts in a row without progress after which the run gives up")
+    resize_check_s: PositiveFloat = setting(
+        10.0, "seconds between looks for newly available workers"
+    )
+    max_fruitless_attempts: PositiveInt = setting(
+        6, "attempts in a row without progress after which the run gives up"
+    )
     hang_timeout_s: NonNegativeFloat = setting(
         30.0,
         "silent seconds after which a worker is killed, and seconds without a message or pass of any "
@@ -82,14 +90,18 @@ class ScalingConfig(Settings):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.min_workers > self.max_workers:
-            raise ValueError(f"min_workers={self.min_workers} exceeds max_workers={self.max_workers}")
+            raise ValueError(
+                f"min_workers={self.min_workers} exceeds max_workers={self.max_workers}"
+            )
         if self.shard_group and not divided_by(self.shard).gradient:
-            raise ValueError(f"scaling.shard_group is for scaling.shard=gradients or parameters; it is {self.shard}")
+            raise ValueError(
+                f"scaling.shard_group is for scaling.shard=gradients or parameters; it is {self.shard}"
+            )
         return self
 
     def group_size(self, world_size: int) -> int:
-        """Returns the number of workers that hold one copy of what is sharded: not fewer than were asked for, whose
-        memory might not hold their shares."""
+        """Returns the number of workers that hold one copy of what is sharded: not fewer than were
+        asked for, whose memory might not hold their shares."""
         least = min(self.shard_group or world_size, world_size)
         return next(size for size in range(least, world_size + 1) if world_size % size == 0)
 
@@ -97,24 +109,38 @@ class ScalingConfig(Settings):
 class ClusterConfig(Settings):
     """The Ray cluster to use."""
 
-    address: str | None = setting(None, "Ray Jobs address (http://host:8265) of a cluster; a local one when unset")
+    address: str | None = setting(
+        None, "Ray Jobs address (http://host:8265) of a cluster; a local one when unset"
+    )
     num_nodes: int = setting(3, "raylets of the local cluster, the head among them", ge=1, le=16)
-    cpus_per_node: PositiveInt | None = setting(None, "CPUs of a local node; enough for max_workers when unset")
+    cpus_per_node: PositiveInt | None = setting(
+        None, "CPUs of a local node; enough for max_workers when unset"
+    )
 
 
 class StorageConfig(Settings):
     """The place of everything durable."""
 
-    uri: str = setting(".raymill", "root of tokens, runs and checkpoints: a path, file:// or s3://bucket/prefix")
+    uri: str = setting(
+        ".raymill", "root of tokens, runs and checkpoints: a path, file:// or s3://bucket/prefix"
+    )
 
 
 class CheckpointConfig(Settings):
     """The checkpoints to write and to keep."""
 
-    save_every_steps: PositiveInt = setting(100, "steps between checkpoints; the last step always saves")
-    num_to_keep: PositiveInt = setting(3, "newest checkpoints to keep, at least two; published ones are kept besides")
-    keep_best: NonNegativeInt = setting(0, "checkpoints of the lowest validation loss to keep besides")
-    keep_every_steps: PositiveInt | None = setting(None, "keep each checkpoint of a multiple of these steps besides")
+    save_every_steps: PositiveInt = setting(
+        100, "steps between checkpoints; the last step always saves"
+    )
+    num_to_keep: PositiveInt = setting(
+        3, "newest checkpoints to keep, at least two; published ones are kept besides"
+    )
+    keep_best: NonNegativeInt = setting(
+        0, "checkpoints of the lowest validation loss to keep besides"
+    )
+    keep_every_steps: PositiveInt | None = setting(
+        None, "keep each checkpoint of a multiple of these steps besides"
+    )
     snapshot_bytes: NonNegativeInt | None = setting(
         None,
         "most memory of a node for copies of the training state; half of the node's when unset, 0 keeps none",
@@ -145,9 +171,13 @@ class RunConfig(Settings):
     def _fits_together(self) -> Self:
         train = self.train
         if train.global_batch_size % train.lane_size:
-            raise ValueError(f"{train.lane_in_words} does not divide train.global_batch_size={train.global_batch_size}")
+            raise ValueError(
+                f"{train.lane_in_words} does not divide train.global_batch_size={train.global_batch_size}"
+            )
         if train.compute == "cpu" and self.scaling.use_gpu:
-            raise ValueError("train.compute=cpu is for CPUs, and scaling.use_gpu is set; leave out one of them")
+            raise ValueError(
+                "train.compute=cpu is for CPUs, and scaling.use_gpu is set; leave out one of them"
+            )
         if divided_by(self.scaling.shard).vectors and not train.exact:
             raise ValueError(
                 f"scaling.shard={self.scaling.shard} needs train.exact: shards are what the exact sum's workers own"
@@ -162,7 +192,9 @@ class RunConfig(Settings):
                 f"train.{batch}"
             )
         if seq_len(self) > self.model.n_positions:
-            raise ValueError(f"train.seq_len={seq_len(self)} exceeds model.n_positions={self.model.n_positions}")
+            raise ValueError(
+                f"train.seq_len={seq_len(self)} exceeds model.n_positions={self.model.n_positions}"
+            )
         if schedule.max_steps < 1:
             raise ValueError(
                 f"train.max_tokens={train.max_tokens} is less than one step of {schedule.step_tokens(1)} tokens "
@@ -182,18 +214,22 @@ def seq_len(config: RunConfig) -> int:
 
 
 def planned_vocabulary(config: RunConfig) -> RunConfig:
-    """Returns the settings with the vocabulary that the run will have: `data.vocab_size` where it trains a tokenizer,
-    else the model's."""
+    """Returns the settings with the vocabulary that the run will have: `data.vocab_size` where it
+    trains a tokenizer, else the model's."""
     if not config.data.source or config.data.tokenizer is not None:
         return config
-    return config.model_copy(update={"model": dataclasses.replace(config.model, vocab_size=config.data.vocab_size)})
+    return config.model_copy(
+        update={"model": dataclasses.replace(config.model, vocab_size=config.data.vocab_size)}
+    )
 
 
 def with_precision(config: RunConfig, precision: Precision) -> RunConfig:
     """Returns the run with this precision instead of `auto`; unchanged where another one is set."""
     if config.train.precision != "auto":
         return config
-    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"precision": precision})}
+    )
 
 
 def way_to_compute(config: RunConfig) -> Compute:
@@ -222,14 +258,16 @@ def max_steps(config: RunConfig) -> int:
 
 
 def warmup_tokens(config: RunConfig) -> int:
-    """Returns 375M tokens as in GPT-3, or 2% of a run that is shorter than 18.75B tokens, when unset."""
+    """Returns 375M tokens as in GPT-3, or 2% of a run that is shorter than 18.75B tokens, when
+    unset."""
     if config.train.warmup_tokens is not None:
         return config.train.warmup_tokens
     return min(375_000_000, config.train.max_tokens // 50)
 
 
 def cooldown_tokens(config: RunConfig) -> int | None:
-    """Returns the last stretch of schedule wsd, 20% of the horizon when unset; None with the cosine."""
+    """Returns the last stretch of schedule wsd, 20% of the horizon when unset; None with the
+    cosine."""
     train = config.train
     if train.schedule == "cosine":
         return None
@@ -237,19 +275,27 @@ def cooldown_tokens(config: RunConfig) -> int | None:
 
 
 class EvaluateConfig(Settings):
-    """The settings of an evaluation. The model's shape and its tokenizer come from the checkpoint."""
+    """The settings of an evaluation. The model's shape and its tokenizer come from the
+    checkpoint."""
 
-    checkpoint: str = setting("latest", "path or URI of a checkpoint's or run's folder, or `latest`: newest published")
+    checkpoint: str = setting(
+        "latest", "path or URI of a checkpoint's or run's folder, or `latest`: newest published"
+    )
     data: TextConfig = TextConfig()
-    """The text to evaluate on; the validation split that the checkpoint was trained with when unset."""
+    """The text to evaluate on; the validation split that the checkpoint was trained with when
+    unset."""
     max_tokens: PositiveInt = setting(10_000_000, "tokens to evaluate on, from the front")
     batch_size: PositiveInt = setting(8, "sequences computed together")
-    seq_len: PositiveInt | None = setting(None, "tokens per sequence; as the run trained, or n_positions, when unset")
+    seq_len: PositiveInt | None = setting(
+        None, "tokens per sequence; as the run trained, or n_positions, when unset"
+    )
     precision: Literal["auto", Precision] = setting(
         "auto",
         "compute precision, bf16 is autocast; auto: as the run trained, or else fp32",
     )
-    num_workers: PositiveInt = setting(2, "batches computed at once; the result does not depend on it")
+    num_workers: PositiveInt = setting(
+        2, "batches computed at once; the result does not depend on it"
+    )
     threads_per_worker: PositiveInt = setting(1, "compute threads, and logical CPUs, of a worker")
     cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig = StorageConfig()

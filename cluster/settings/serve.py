@@ -23,7 +23,9 @@ def _from_json(value: Any) -> Any:
     try:
         return json.loads(" ".join(value))
     except ValueError as error:
-        raise ValueError(f"expected one JSON object, such as '{{\"enforce_eager\": true}}': {error}") from None
+        raise ValueError(
+            f"expected one JSON object, such as '{{\"enforce_eager\": true}}': {error}"
+        ) from None
 
 
 VllmArgs = Annotated[dict[str, Any], BeforeValidator(_from_json)]
@@ -46,8 +48,12 @@ class ReplicaConfig(Settings):
         None,
         "requests of one API key in flight on all replicas together; more get 429",
     )
-    scale_up_after_s: NonNegativeFloat = setting(2.0, "seconds of such load before replicas are added")
-    scale_down_after_s: NonNegativeFloat = setting(180.0, "seconds of lower load before replicas are drained")
+    scale_up_after_s: NonNegativeFloat = setting(
+        2.0, "seconds of such load before replicas are added"
+    )
+    scale_down_after_s: NonNegativeFloat = setting(
+        180.0, "seconds of lower load before replicas are drained"
+    )
     scale_to_zero_after_s: NonNegativeFloat = setting(
         300.0,
         "seconds without a request before the last replica ends, if min_replicas is 0",
@@ -57,7 +63,9 @@ class ReplicaConfig(Settings):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas={self.min_replicas} exceeds max_replicas={self.max_replicas}")
+            raise ValueError(
+                f"min_replicas={self.min_replicas} exceeds max_replicas={self.max_replicas}"
+            )
         return self
 
 
@@ -82,7 +90,9 @@ class EngineConfig(Settings):
         "bfloat16 if the run computed in it and this processor does so at speed, and on any GPU that "
         "does; otherwise float32",
     )
-    device: Literal["cpu", "cuda"] = setting("cpu", "cuda: as many GPUs for each replica as tensor_parallel_size says")
+    device: Literal["cpu", "cuda"] = setting(
+        "cpu", "cuda: as many GPUs for each replica as tensor_parallel_size says"
+    )
     backend: Literal["auto", "raymill", "vllm"] = setting(
         "auto",
         "raymill: its own engine, on CPUs only; vllm: the same checkpoint and API, computed by vLLM; "
@@ -121,7 +131,9 @@ class EngineConfig(Settings):
         "holds; on a GPU all that fits",
         ge=16,
     )
-    prefix_cache: bool = setting(True, "read the common start of prompts only once while the cache holds it")
+    prefix_cache: bool = setting(
+        True, "read the common start of prompts only once while the cache holds it"
+    )
     prefix_cache_scope: Literal["endpoint", "key"] = setting(
         "endpoint",
         "endpoint: prompts of all keys share it, so that a key can tell by the time whether another one "
@@ -139,16 +151,28 @@ class EngineConfig(Settings):
     @property
     def waiting_room(self) -> int:
         """The number of sequences that may wait."""
-        return self.max_waiting if self.max_waiting is not None else 1024 if self.device == "cuda" else 128
+        return (
+            self.max_waiting
+            if self.max_waiting is not None
+            else 1024
+            if self.device == "cuda"
+            else 128
+        )
 
     @model_validator(mode="after")
     def _what_the_engine_has(self) -> Self:
         if self.backend == "raymill" and self.device == "cuda":
-            raise ValueError("backend=raymill computes on CPUs; with device=cuda expected backend auto or vllm")
+            raise ValueError(
+                "backend=raymill computes on CPUs; with device=cuda expected backend auto or vllm"
+            )
         if not self.runs_vllm and (self.vllm_args or self.tensor_parallel_size > 1):
-            raise ValueError("vllm_args and tensor_parallel_size are vLLM's; expected backend=vllm or device=cuda")
+            raise ValueError(
+                "vllm_args and tensor_parallel_size are vLLM's; expected backend=vllm or device=cuda"
+            )
         if self.runs_vllm and self.kernels != "auto":
-            raise ValueError(f"kernels={self.kernels} is of raymill's own engine, and vLLM has others; leave it out")
+            raise ValueError(
+                f"kernels={self.kernels} is of raymill's own engine, and vLLM has others; leave it out"
+            )
         if self.batch_invariant and self.device == "cpu":
             raise ValueError(
                 "batch_invariant needs device=cuda; on CPUs a sequence has the same bits in any batch by raymill's own "
@@ -164,12 +188,16 @@ class HttpConfig(Settings):
 
     header_timeout_s: PositiveFloat = setting(10.0, "longest time for a request's headers, seconds")
     body_timeout_s: PositiveFloat = setting(15.0, "longest time for a request's body, seconds")
-    write_timeout_s: PositiveFloat = setting(30.0, "longest time for a client that does not read, seconds")
+    write_timeout_s: PositiveFloat = setting(
+        30.0, "longest time for a client that does not read, seconds"
+    )
     request_log: str | None = setting(
         None,
         "file for a line of JSON about each request, without text; - for standard output; none when unset",
     )
-    max_connections: PositiveInt = setting(1000, "connections to a proxy; beyond it the longest idle one is closed")
+    max_connections: PositiveInt = setting(
+        1000, "connections to a proxy; beyond it the longest idle one is closed"
+    )
     cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s*]+)$")]] = setting(
         [],
         "origins whose pages may use the endpoint in a browser, such as https://app.example.com; * allows all",
@@ -177,7 +205,8 @@ class HttpConfig(Settings):
 
 
 class DeliveryConfig(Settings):
-    """The rules by which a promoted checkpoint is judged, unless `raymill promote` says otherwise."""
+    """The rules by which a promoted checkpoint is judged, unless `raymill promote` says
+    otherwise."""
 
     endpoint: str | None = setting(
         None,
@@ -196,12 +225,16 @@ class DeliveryConfig(Settings):
         "paths and URIs under which a promoted checkpoint lies, such as s3://bucket/runs; any when unset, "
         "and `latest` always",
     )
-    watch_s: NonNegativeFloat = setting(60.0, "how long a new version is watched and may be rolled back, seconds")
+    watch_s: NonNegativeFloat = setting(
+        60.0, "how long a new version is watched and may be rolled back, seconds"
+    )
     max_loss_increase: NonNegativeFloat = setting(
         0.05,
         "largest increase over the live version's loss on the gate's text, nats per token",
     )
-    max_error_rate: float = setting(0.01, "largest share of a new version's sequences that may fail", ge=0, le=1)
+    max_error_rate: float = setting(
+        0.01, "largest share of a new version's sequences that may fail", ge=0, le=1
+    )
     max_latency_ratio: PositiveFloat | None = setting(
         3.0,
         "largest ratio of a new version's time for a step to that of the one before, for as many "
@@ -210,17 +243,24 @@ class DeliveryConfig(Settings):
 
 
 class ServeConfig(Settings):
-    """Everything that the endpoint needs, except the model's shape, which comes from the checkpoint."""
+    """Everything that the endpoint needs, except the model's shape, which comes from the
+    checkpoint."""
 
-    checkpoint: str = setting("latest", "path or URI of a checkpoint folder, or `latest`: the newest published one")
-    model_name: str | None = setting(None, "id in /v1/models, whatever is promoted; the live run's id when unset")
+    checkpoint: str = setting(
+        "latest", "path or URI of a checkpoint folder, or `latest`: the newest published one"
+    )
+    model_name: str | None = setting(
+        None, "id in /v1/models, whatever is promoted; the live run's id when unset"
+    )
     host: str = setting("127.0.0.1", "address to listen on; any but loopback needs an API key")
     port: int = setting(8000, "TCP port to listen on", ge=1, le=65535)
     api_key_file: str | None = setting(
         None,
         "file with one API key on each line; created with a new key (0600) if missing, reread on changes",
     )
-    admin_key_file: str | None = setting(None, "file like api_key_file with /admin's keys; no /admin when unset")
+    admin_key_file: str | None = setting(
+        None, "file like api_key_file with /admin's keys; no /admin when unset"
+    )
     xray: Literal["auto", "off", "admin", "user"] = setting(
         "auto",
         "who may look inside a query, in a process of its own with the model's memory: nobody (off), "

@@ -1,4 +1,5 @@
-"""The declaration of a setting: its default, its help, its bounds, and what it shapes: tokens, a tokenizer or a run."""
+"""The declaration of a setting: its default, its help, its bounds, and what it shapes: tokens, a
+tokenizer or a run."""
 
 from enum import Flag, auto
 from typing import Any
@@ -15,19 +16,24 @@ class Shapes(Flag):
 
     NOTHING = 0
     STORE = auto()  # the token store: its value is part of the store's key
-    TOKENIZER = auto()  # the tokenizer that is trained on the corpus: its value is part of the tokenizer's key
-    BY_ITSELF = auto()  # a store or a tokenizer, whose key takes what it stands for, in a line of its own
+    # The tokenizer that is trained on the corpus: its value is part of the tokenizer's key
+    TOKENIZER = auto()
+    # A store or a tokenizer, whose key takes what it stands for, in a line of its own
+    BY_ITSELF = auto()
     RUN = auto()  # the run: one that was begun with another value is not resumed
 
 
 def setting(default: Any, about: str, **bounds: Any) -> Any:
-    """Declares a setting that shapes neither tokens nor weights; `about` is its help, with its unit."""
+    """Declares a setting that shapes neither tokens nor weights; `about` is its help, with its
+    unit."""
     return Field(default=default, description=about, **bounds)
 
 
 def shaping(default: Any, about: str, *, shapes: Shapes, **bounds: Any) -> Any:
     """Declares a setting of a tree of which each says what it shapes."""
-    return Field(default=default, description=about, json_schema_extra={"shapes": shapes.value}, **bounds)
+    return Field(
+        default=default, description=about, json_schema_extra={"shapes": shapes.value}, **bounds
+    )
 
 
 class Settings(BaseModel):
@@ -47,14 +53,17 @@ class Settings(BaseModel):
 
 
 class ShapingSettings(Settings):
-    """The base of a branch whose settings may shape tokens or weights: each has to say so, or its class is refused."""
+    """The base of a branch whose settings may shape tokens or weights: each has to say so, or its
+    class is refused."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
         super().__pydantic_init_subclass__(**options)
         silent = [name for name, info in cls.model_fields.items() if _shapes(info) is None]
         if silent:
-            raise TypeError(f"{cls.__name__}: {', '.join(silent)} must say what it shapes; declare it by `shaping`")
+            raise TypeError(
+                f"{cls.__name__}: {', '.join(silent)} must say what it shapes; declare it by `shaping`"
+            )
 
 
 def names_shaping(branch: type[ShapingSettings], what: Shapes) -> set[str]:

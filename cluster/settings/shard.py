@@ -1,4 +1,5 @@
-"""Says what each choice of `scaling.shard` divides among the workers; nothing else compares these words."""
+"""Says what each choice of `scaling.shard` divides among the workers; nothing else compares these
+words."""
 
 from typing import Literal, NamedTuple, assert_never
 

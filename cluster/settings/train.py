@@ -15,8 +15,12 @@ Compute = Literal["plain", "compiled", "cpu"]
 class TrainConfig(ShapingSettings):
     """The way from tokens to weights. The global batch is the same for any number of workers."""
 
-    max_tokens: PositiveInt = shaping(10_000_000, "tokens to train on; never exceeded", shapes=Shapes.RUN)
-    global_batch_size: PositiveInt = shaping(64, "sequences per optimizer step, over all workers", shapes=Shapes.RUN)
+    max_tokens: PositiveInt = shaping(
+        10_000_000, "tokens to train on; never exceeded", shapes=Shapes.RUN
+    )
+    global_batch_size: PositiveInt = shaping(
+        64, "sequences per optimizer step, over all workers", shapes=Shapes.RUN
+    )
     micro_batch_size: PositiveInt = shaping(8, "sequences computed together", shapes=Shapes.RUN)
     micro_batches_per_lane: PositiveInt = shaping(
         1,
@@ -35,7 +39,9 @@ class TrainConfig(ShapingSettings):
         "sequences of the first step of a growing batch",
         shapes=Shapes.RUN,
     )
-    seq_len: PositiveInt | None = shaping(None, "tokens per sequence; model.n_positions when unset", shapes=Shapes.RUN)
+    seq_len: PositiveInt | None = shaping(
+        None, "tokens per sequence; model.n_positions when unset", shapes=Shapes.RUN
+    )
     learning_rate: PositiveFloat = shaping(6e-4, "peak learning rate", shapes=Shapes.RUN)
     schedule: Literal["cosine", "wsd"] = shaping(
         "cosine",
@@ -72,7 +78,9 @@ class TrainConfig(ShapingSettings):
     )
     beta1: float = shaping(0.9, "AdamW, decay of the first moment", ge=0, lt=1, shapes=Shapes.RUN)
     beta2: float = shaping(0.95, "AdamW, decay of the second moment", ge=0, lt=1, shapes=Shapes.RUN)
-    grad_clip: NonNegativeFloat = shaping(1.0, "largest norm of the summed gradient; 0 never clips", shapes=Shapes.RUN)
+    grad_clip: NonNegativeFloat = shaping(
+        1.0, "largest norm of the summed gradient; 0 never clips", shapes=Shapes.RUN
+    )
     precision: Literal["auto", Precision] = shaping(
         "auto",
         "compute precision; bf16 is autocast over fp32 master weights; auto: bf16 where the workers' "
@@ -96,7 +104,9 @@ class TrainConfig(ShapingSettings):
         "the same bits for any number of workers; false is stock DistributedDataParallel",
         shapes=Shapes.RUN,
     )
-    seed: int = shaping(0, "initial weights, sample order, dropout", ge=0, lt=2**63, shapes=Shapes.RUN)
+    seed: int = shaping(
+        0, "initial weights, sample order, dropout", ge=0, lt=2**63, shapes=Shapes.RUN
+    )
     init_from: str | None = shaping(
         None,
         "checkpoint, run or transformers folder to begin from, a path or URI (hf://OWNER/NAME@REVISION "
@@ -159,7 +169,9 @@ class TrainConfig(ShapingSettings):
         if self.cooldown_tokens is None:
             return self
         if self.schedule != "wsd":
-            raise ValueError(f"train.cooldown_tokens={self.cooldown_tokens} needs train.schedule=wsd; cosine has none")
+            raise ValueError(
+                f"train.cooldown_tokens={self.cooldown_tokens} needs train.schedule=wsd; cosine has none"
+            )
         horizon = self.decay_tokens or self.max_tokens
         warmup = self.warmup_tokens or 0
         if warmup + self.cooldown_tokens > horizon:
@@ -184,13 +196,19 @@ class TrainConfig(ShapingSettings):
     def lane_in_words(self) -> str:
         lane = f"train.micro_batch_size={self.micro_batch_size}"
         several = self.micro_batches_per_lane > 1
-        return f"{lane} times train.micro_batches_per_lane={self.micro_batches_per_lane}" if several else lane
+        return (
+            f"{lane} times train.micro_batches_per_lane={self.micro_batches_per_lane}"
+            if several
+            else lane
+        )
 
     @model_validator(mode="after")
     def _ramp_fits(self) -> Self:
         start, lane = self.batch_ramp_start, self.lane_size
         if (start is None) != (self.batch_ramp_tokens == 0):
-            raise ValueError("train.batch_ramp_tokens and train.batch_ramp_start belong together; set both, or neither")
+            raise ValueError(
+                "train.batch_ramp_tokens and train.batch_ramp_start belong together; set both, or neither"
+            )
         if start is not None and (start % lane or start >= self.global_batch_size):
             raise ValueError(
                 f"train.batch_ramp_start={start} has to be a multiple of {self.lane_in_words}, less than "

@@ -32,8 +32,8 @@ _EXPECTED: dict[str, _Words] = {
 
 
 def expectation(problem: dict[str, Any], *, siblings: list[str]) -> str | None:
-    """Returns what was expected in place of the value, and None for a problem that has words of its own. `siblings` are
-    the names of the settings below the one that is wrong."""
+    """Returns what was expected in place of the value, and None for a problem that has words of its
+    own. `siblings` are the names of the settings below the one that is wrong."""
     kind = str(problem["type"])
     if kind.startswith("int_"):
         return _BYTES if str(problem["loc"][-1]).endswith("_bytes") else _WHOLE

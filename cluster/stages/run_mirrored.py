@@ -1,8 +1,10 @@
-"""Runs a stage as the process of a job: `python -m cluster.stages.run_mirrored --job NAME jobs.pretrain run.yaml`.
+"""Runs a stage as the process of a job: `python -m cluster.stages.run_mirrored --job NAME
+jobs.pretrain run.yaml`.
 
-What the stage and its workers print goes to this process's own output and, as it comes, into the run's storage
-(`job_log`), even from a stage that was killed or crashed. While the stage runs, this process holds the lease
-`jobs/<stage>.lease`, so a run has each stage once, however often it is submitted.
+What the stage and its workers print goes to this process's own output and, as it comes, into the
+run's storage (`job_log`), even from a stage that was killed or crashed. While the stage runs, this
+process holds the lease `jobs/<stage>.lease`, so a run has each stage once, however often it is
+submitted.
 """
 
 import secrets
@@ -38,25 +40,34 @@ SILENCE_S = 20.0
 def main() -> int:
     try:
         parser = Parser(prog="python -m cluster.stages.run_mirrored", description=__doc__)
-        parser.add_argument("--job", default="", metavar="NAME", help="the job's name in the cluster")
+        parser.add_argument(
+            "--job", default="", metavar="NAME", help="the job's name in the cluster"
+        )
         parser.add_argument("module", help="the stage's module")
         parser.add_argument("config", help="the resolved run.yaml")
         arguments = parser.parse_args()
-        # Not by the settings' classes, which would take half a second; the stage checks them anyway.
+        # Not by the settings' classes, which would take half a second; the stage checks them
+        # anyway.
         values = yaml.safe_load(Path(arguments.config).read_text(encoding="utf-8"))
         if not isinstance(values, dict) or not values.get("run_id"):
-            raise ConfigError(f"{Path(arguments.config)} names no run_id, by which a restarted job finds its run")
+            raise ConfigError(
+                f"{Path(arguments.config)} names no run_id, by which a restarted job finds its run"
+            )
         storage = open_storage((values.get("storage") or {}).get("uri", ".raymill"))
         run = storage.child(f"runs/{values['run_id']}")
         stage = stage_name(arguments.module)
         if (code := hopeless_end(run, arguments.job)) is not None:
-            say(f"error: {arguments.job} has ended by an error that no other attempt mends; `raymill logs` shows it")
+            say(
+                f"error: {arguments.job} has ended by an error that no other attempt mends; `raymill logs` shows it"
+            )
             return code
         with Lease(run, lease_key(stage), interval_s=_BEAT_S, timeout_s=SILENCE_S):
             started = Started(arguments.job, stage, socket.gethostname(), time.time())
             launch = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
             command = [sys.executable, "-m", arguments.module, arguments.config]
-            return _mirror(command, JobLog(run, launch, started), asked=lambda: run.exists(stop_key(launch)))
+            return _mirror(
+                command, JobLog(run, launch, started), asked=lambda: run.exists(stop_key(launch))
+            )
     except LeaseHeldError as error:
         say(f"error: this run's {stage} runs already: {error}")
         return 1
@@ -71,18 +82,21 @@ def entrypoint(module: str, path: str, *, job: str) -> list[str]:
 
 
 def stop_key(launch: str) -> str:
-    """Returns the key of the file by which anybody with access to the storage asks a launch to save and end."""
+    """Returns the key of the file by which anybody with access to the storage asks a launch to save
+    and end."""
     return f"{JOBS}/{launch}/stop"
 
 
 def hopeless_end(run: Storage, job: str) -> int | None:
-    """Returns the exit code with which an earlier launch of the job said that another one would fail too.
+    """Returns the exit code with which an earlier launch of the job said that another one would
+    fail too.
 
-    KubeRay starts a job that failed again, on a new cluster each time, whatever it failed of. A name is given once, so
-    a job that is submitted again has another one.
+    KubeRay starts a job that failed again, on a new cluster each time, whatever it failed of. A
+    name is given once, so a job that is submitted again has another one.
     """
     if not job:
-        return None  # one that was not submitted by `raymill submit`, and has no name that is its own
+        # One that was not submitted by `raymill submit`, and has no name that is its own
+        return None
     for launch in reversed(launches(run)):
         reader = LogReader(run, launch)
         if reader.started().job == job:
@@ -97,17 +111,23 @@ def lease_key(stage: str) -> str:
 
 
 def _mirror(command: list[str], log: JobLog, *, asked: Callable[[], bool]) -> int:
-    """Runs the command to its end, which a signal or `asked` may hasten, and returns its exit code as a shell would."""
+    """Runs the command to its end, which a signal or `asked` may hasten, and returns its exit code
+    as a shell would."""
     was_asked_to_stop = threading.Event()
-    # Ray stops a job by signaling each of its processes, including the stage: this one only waits for it.
+    # Ray stops a job by signaling each of its processes, including the stage: this one only waits
+    # for it.
     signal.signal(signal.SIGTERM, lambda number, frame: was_asked_to_stop.set())
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     child = subprocess.Popen(command, **pipes, preexec_fn=die_with_parent)  # noqa: PLW1509 (one system call)
     results: list[dict[str, Any]] = []
-    reader = threading.Thread(target=_pass_on, args=(child, log, results), name="reader", daemon=True)
+    reader = threading.Thread(
+        target=_pass_on, args=(child, log, results), name="reader", daemon=True
+    )
     reader.start()
     has_ended = threading.Event()
-    asker = threading.Thread(target=_pass_request_on, args=(child, asked, was_asked_to_stop, has_ended), daemon=True)
+    asker = threading.Thread(
+        target=_pass_request_on, args=(child, asked, was_asked_to_stop, has_ended), daemon=True
+    )
     asker.start()
     code = child.wait()
     has_ended.set()

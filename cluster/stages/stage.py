@@ -1,7 +1,7 @@
 """Runs a stage as a Ray job, with live logs, an exit code and one JSON result.
 
-A job's working directory is a snapshot of the four code folders and the resolved `run.yaml`, so a cluster needs no
-installation of this package, and a run records exactly which settings it had.
+A job's working directory is a snapshot of the four code folders and the resolved `run.yaml`, so a
+cluster needs no installation of this package, and a run records exactly which settings it had.
 """
 
 import asyncio
@@ -70,7 +70,9 @@ def connected(config: ClusterConfig, *, cpus_per_node: int) -> Iterator[Connecti
         api.probe()
         yield Connection(api, None)
         return
-    with LocalCluster(num_nodes=config.num_nodes, cpus_per_node=config.cpus_per_node or cpus_per_node) as cluster:
+    with LocalCluster(
+        num_nodes=config.num_nodes, cpus_per_node=config.cpus_per_node or cpus_per_node
+    ) as cluster:
         yield Connection(cluster.jobs_api, cluster)
 
 
@@ -82,12 +84,12 @@ def run_stage(
     job: str = "",
     when_submitted: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Runs `python -m MODULE run.yaml` on the cluster, shows its log as it comes, and returns its result. `job` is its
-    name there, a random one if empty.
+    """Runs `python -m MODULE run.yaml` on the cluster, shows its log as it comes, and returns its
+    result. `job` is its name there, a random one if empty.
 
-    A lost head of a local cluster is restarted, and then the job: a stage finds what it has done, and a run continues
-    under its id. Raises `StageFailedError` if the job ends without a result, `ConfigError` if it found itself misused,
-    and `ClusterError` if the cluster cannot be reached.
+    A lost head of a local cluster is restarted, and then the job: a stage finds what it has done,
+    and a run continues under its id. Raises `StageFailedError` if the job ends without a result,
+    `ConfigError` if it found itself misused, and `ClusterError` if the cluster cannot be reached.
     """
     job, lost_heads = job or f"raymill-{secrets.token_hex(8)}", 0
     while True:
@@ -107,39 +109,61 @@ def run_stage(
 
 
 def _submit_and_follow(
-    connection: Connection, module: str, config: StageConfig, job: str, when_submitted: Callable[[], None]
+    connection: Connection,
+    module: str,
+    config: StageConfig,
+    job: str,
+    when_submitted: Callable[[], None],
 ) -> dict[str, Any]:
     client = _jobs_client(connection)
     folder_of_logs = open_storage(config.storage.uri).local_path("logs") or Path(".raymill/logs")
     job_id = None
     try:
-        with ProgressView(folder_of_logs.absolute() / f"{module}-{job}.log", waiting="starting the job") as view:
+        with ProgressView(
+            folder_of_logs.absolute() / f"{module}-{job}.log", waiting="starting the job"
+        ) as view:
             job_id = submit_stage(connection, module, config, job=job)
             when_submitted()
             return asyncio.run(_follow(client, job_id, view))
     except BaseException:
-        if job_id is not None and client.get_job_status(job_id) in (JobStatus.PENDING, JobStatus.RUNNING):
+        if job_id is not None and client.get_job_status(job_id) in (
+            JobStatus.PENDING,
+            JobStatus.RUNNING,
+        ):
             with doing(_words_of_stop(config)):
                 client.stop_job(job_id)
                 deadline_s = time.monotonic() + STOP_WAIT_S + _STOP_MARGIN_S  # then Ray kills it
-                while client.get_job_status(job_id) == JobStatus.RUNNING and time.monotonic() < deadline_s:
+                while (
+                    client.get_job_status(job_id) == JobStatus.RUNNING
+                    and time.monotonic() < deadline_s
+                ):
                     time.sleep(_POLL_S)
-            if words := [line for line in client.get_job_logs(job_id).splitlines() if line.startswith(ERROR_MARK)]:
+            if words := [
+                line
+                for line in client.get_job_logs(job_id).splitlines()
+                if line.startswith(ERROR_MARK)
+            ]:
                 say(words[-1].removeprefix(ERROR_MARK))  # such as which step it has saved
         raise
 
 
 def _words_of_stop(config: StageConfig) -> str:
-    """Says what a job does that is asked to end: that of a run saves, and the others have nothing to save."""
-    return "stopping: the job saves and ends" if isinstance(config, RunConfig) else "stopping: the job ends"
+    """Says what a job does that is asked to end: that of a run saves, and the others have nothing
+    to save."""
+    return (
+        "stopping: the job saves and ends"
+        if isinstance(config, RunConfig)
+        else "stopping: the job ends"
+    )
 
 
 def submit_stage(connection: Connection, module: str, config: StageConfig, *, job: str) -> str:
-    """Starts `python -m MODULE run.yaml` on the cluster as the job of that name, which it returns. Raises
-    `ClusterError` if the cluster cannot be reached, `RuntimeError` if it refuses."""
+    """Starts `python -m MODULE run.yaml` on the cluster as the job of that name, which it returns.
+    Raises `ClusterError` if the cluster cannot be reached, `RuntimeError` if it refuses."""
     command = ["python", "-m", module, "run.yaml"]
     if isinstance(config, RunConfig):
-        command = entrypoint(module, "run.yaml", job=job)  # the run's storage keeps what its jobs print
+        # The run's storage keeps what its jobs print
+        command = entrypoint(module, "run.yaml", job=job)
     with tempfile.TemporaryDirectory(prefix="raymill-job-") as folder:
         snapshot_code(Path(folder))
         write_config(config, Path(folder) / "run.yaml")
@@ -152,7 +176,8 @@ def submit_stage(connection: Connection, module: str, config: StageConfig, *, jo
 
 
 def _submit(client: JobSubmissionClient, **job: Any) -> str:
-    """Returns the job's id. A cluster that has just started answers before the agent that starts jobs is there."""
+    """Returns the job's id. A cluster that has just started answers before the agent that starts
+    jobs is there."""
     deadline_s = time.monotonic() + _AGENT_TIMEOUT_S
     while True:
         try:
@@ -164,11 +189,14 @@ def _submit(client: JobSubmissionClient, **job: Any) -> str:
 
 
 def stage_main(run: Callable[[Config], dict[str, Any]], root: type[Config]) -> int:
-    """Runs a stage module in its Ray job, `python -m MODULE run.yaml`: joins the job's cluster, prints one JSON result
-    as a line for `parse_result`, or the error for the user, and returns the exit code."""
+    """Runs a stage module in its Ray job, `python -m MODULE run.yaml`: joins the job's cluster,
+    prints one JSON result as a line for `parse_result`, or the error for the user, and returns the
+    exit code."""
     try:
         if len(sys.argv) != 2 or "RAY_ADDRESS" not in os.environ:
-            raise ConfigError("a stage runs in a Ray job, with a file of settings: `raymill` submits it (see --help)")
+            raise ConfigError(
+                "a stage runs in a Ray job, with a file of settings: `raymill` submits it (see --help)"
+            )
         config = settled(read_config(Path(sys.argv[1]), root))
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
         result = run(config)
@@ -180,7 +208,8 @@ def stage_main(run: Callable[[Config], dict[str, Any]], root: type[Config]) -> i
 
 
 def _exit_code(error: UserError) -> int:
-    """Returns the exit code that tells whether another attempt may succeed: after an outage, or a stop on request."""
+    """Returns the exit code that tells whether another attempt may succeed: after an outage, or a
+    stop on request."""
     if isinstance(error, ConfigError):
         return MISUSED
     may_succeed = isinstance(error, (StorageError, ClusterError, StageFailedError))
@@ -188,22 +217,31 @@ def _exit_code(error: UserError) -> int:
 
 
 def _job_environment(connection: Connection) -> dict[str, str]:
-    """Returns variables that a job needs from its submitter: where S3 is. Credentials are the cluster's own; a local
-    cluster's nodes inherit this process's."""
+    """Returns variables that a job needs from its submitter: where S3 is. Credentials are the
+    cluster's own; a local cluster's nodes inherit this process's."""
     names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
-    variables = {name: os.environ[name] for name in names if name in os.environ} | {"PYTHONUNBUFFERED": "1"}
-    if connection.local is not None:  # Ray Train's actors look for their cluster, and may find another
+    variables = {name: os.environ[name] for name in names if name in os.environ} | {
+        "PYTHONUNBUFFERED": "1"
+    }
+    # Ray Train's actors look for their cluster, and may find another
+    if connection.local is not None:
         variables["RAY_ADDRESS"] = connection.local.address
     return variables
 
 
 def _jobs_client(connection: Connection) -> JobSubmissionClient:
-    for logger in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env"):
+    for logger in (
+        "ray.dashboard.modules.dashboard_sdk",
+        "ray.dashboard.modules.job.sdk",
+        "ray._private.runtime_env",
+    ):
         logging.getLogger(logger).setLevel(logging.WARNING)  # uploads and web sockets are no news
     try:
         return JobSubmissionClient(connection.api.url, headers=connection.api.headers)
     except (ConnectionError, RuntimeError) as error:
-        raise ClusterError(f"no Ray Jobs API answers at {connection.api.url}: {str(error).splitlines()[0]}") from None
+        raise ClusterError(
+            f"no Ray Jobs API answers at {connection.api.url}: {str(error).splitlines()[0]}"
+        ) from None
 
 
 async def _follow(client: JobSubmissionClient, job_id: str, view: ProgressView) -> dict[str, Any]:
@@ -225,4 +263,6 @@ async def _follow(client: JobSubmissionClient, job_id: str, view: ProgressView) 
         return result
     code = client.get_job_info(job_id).driver_exit_code
     kind = ConfigError if code == MISUSED else StageFailedError
-    raise kind(f"{error or f'job {job_id} ended with exit code {code}'} (the whole log is in {view.log})")
+    raise kind(
+        f"{error or f'job {job_id} ended with exit code {code}'} (the whole log is in {view.log})"
+    )

@@ -1,4 +1,5 @@
-"""The contract of modules that `stage.py` runs as Ray jobs: stage names, the line that carries a result, exit codes."""
+"""The contract of modules that `stage.py` runs as Ray jobs: stage names, the line that carries a
+result, exit codes."""
 
 import json
 import signal
@@ -8,7 +9,11 @@ from typing import Any
 
 from model.errors import UserError
 
-STAGES = {"tokenize": "jobs.tokenize_corpus", "pretrain": "jobs.pretrain", "pipeline": "jobs.pipeline"}
+STAGES = {
+    "tokenize": "jobs.tokenize_corpus",
+    "pretrain": "jobs.pretrain",
+    "pipeline": "jobs.pipeline",
+}
 """The module of each stage that can be submitted."""
 
 MISUSED = 2
@@ -25,7 +30,10 @@ ERROR_MARK = "error: "
 
 def stage_name(module: str) -> str:
     """Returns the name of the stage that a module is; another module is called by its own."""
-    return next((name for name, its_module in STAGES.items() if its_module == module), module.rpartition(".")[2])
+    return next(
+        (name for name, its_module in STAGES.items() if its_module == module),
+        module.rpartition(".")[2],
+    )
 
 
 class StageFailedError(UserError):

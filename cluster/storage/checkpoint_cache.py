@@ -1,7 +1,8 @@
-"""A bounded cache of remote checkpoints on this machine, for serving, evaluating and exporting them.
+"""A bounded cache of remote checkpoints on this machine, for serving, evaluating and exporting
+them.
 
-A copy has what a model needs to compute, and never the training state, which is twice as large. The processes of a
-machine share the cache:
+A copy has what a model needs to compute, and never the training state, which is twice as large. The
+processes of a machine share the cache:
 
 - One process fetches at a time (`flock`): of replicas that start together one fetches, and the others find the copy. A
   copy appears by a rename, never half.
@@ -24,7 +25,8 @@ from typing import TextIO
 from cluster.storage.interface import Entries
 from cluster.storage.uris import NotFoundError, Storage, open_storage
 
-MAX_BYTES = 8 << 30  # half of the scratch space that the manifests give a pod; what is held may exceed it
+# Half of the scratch space that the manifests give a pod; what is held may exceed it
+MAX_BYTES = 8 << 30
 MAX_COPIES = 4  # the three that a delivery knows, and one to look at
 NEEDED = re.compile(
     r"manifest\.json|config\.json|raymill\.json|tokenizer\.json|tokenizer_config\.json|vocab\.json|merges\.txt"
@@ -36,13 +38,18 @@ _log = logging.getLogger(__name__)
 
 
 def fetch(storage: Storage) -> Path:
-    """Returns a folder with the files of the checkpoint at a remote storage's root, fetched if there is no copy yet or
-    a file has changed. Raises `StorageError`."""
+    """Returns a folder with the files of the checkpoint at a remote storage's root, fetched if
+    there is no copy yet or a file has changed. Raises `StorageError`."""
     files = [entry for entry in storage.list() if NEEDED.fullmatch(entry.key)]
     if not files:
-        raise NotFoundError(f"{storage.uri} is empty or does not exist, or holds no checkpoint; check the location")
+        raise NotFoundError(
+            f"{storage.uri} is empty or does not exist, or holds no checkpoint; check the location"
+        )
     versions = repr([(entry.key, entry.version) for entry in files])
-    copy = _cache("checkpoints") / f"{_name(storage.uri)}--{hashlib.sha256(versions.encode()).hexdigest()[:32]}"
+    copy = (
+        _cache("checkpoints")
+        / f"{_name(storage.uri)}--{hashlib.sha256(versions.encode()).hexdigest()[:32]}"
+    )
     if not _is_usable(copy, files):
         with _locked("lock", fcntl.LOCK_EX):
             if not _is_usable(copy, files):
@@ -83,8 +90,15 @@ class Holds:
 def _make_room(num_bytes: int) -> None:
     """Makes room for a copy of that size; called only by the process that fetches."""
     folder = _cache("checkpoints")
-    copies = sorted((path.stat().st_mtime_ns, path) for path in folder.iterdir()) if folder.is_dir() else []
-    sizes = {copy: sum(file.stat().st_size for file in copy.rglob("*") if file.is_file()) for _, copy in copies}
+    copies = (
+        sorted((path.stat().st_mtime_ns, path) for path in folder.iterdir())
+        if folder.is_dir()
+        else []
+    )
+    sizes = {
+        copy: sum(file.stat().st_size for file in copy.rglob("*") if file.is_file())
+        for _, copy in copies
+    }
     for copy, size in list(sizes.items()):
         if len(sizes) < MAX_COPIES and sum(sizes.values()) + num_bytes <= MAX_BYTES:
             return
@@ -94,7 +108,8 @@ def _make_room(num_bytes: int) -> None:
 
 
 def _evicted(copy: Path) -> bool:
-    """Removes a copy that no process holds, by a rename first: no replica waits for files to be removed."""
+    """Removes a copy that no process holds, by a rename first: no replica waits for files to be
+    removed."""
     evicted = _cache("checkpoint-fetch") / "evicted"
     shutil.rmtree(evicted, ignore_errors=True)  # left by a killed process
     try:
@@ -125,7 +140,8 @@ def _cache(name: str) -> Path:
 
 
 def _locked(name: str, how: int) -> TextIO:
-    """Returns an open lock file, which is locked until it is closed; it stays, as others may wait for it."""
+    """Returns an open lock file, which is locked until it is closed; it stays, as others may wait
+    for it."""
     path = _cache("checkpoint-fetch") / name
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("w")

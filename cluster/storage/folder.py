@@ -44,20 +44,31 @@ class LocalStorage(interface.Storage):
             file.seek(start)
             return file.read() if end is None else file.read(max(end - start, 0))
 
-    def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None) -> str:
-        return self._store(key, lambda path: path.write_bytes(data), if_absent=if_absent, if_version=if_version)
+    def write_bytes(
+        self, key: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None
+    ) -> str:
+        return self._store(
+            key, lambda path: path.write_bytes(data), if_absent=if_absent, if_version=if_version
+        )
 
     def _store(
-        self, key: str, fill: Callable[[Path], object], *, if_absent: bool = False, if_version: str | None = None
+        self,
+        key: str,
+        fill: Callable[[Path], object],
+        *,
+        if_absent: bool = False,
+        if_version: str | None = None,
     ) -> str:
-        """Fills a temporary file that then takes the key's name, durably and atomically, and returns its version."""
+        """Fills a temporary file that then takes the key's name, durably and atomically, and
+        returns its version."""
         path = self.local_path(key)
         temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
         with _explained_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 fill(temporary)
-                # The kernel dates files by its tick, up to 10 ms long, so two writes in a row could look the same.
+                # The kernel dates files by its tick, up to 10 ms long, so two writes in a row could
+                # look the same.
                 os.utime(temporary, ns=(time.time_ns(),) * 2)
                 sync(temporary)
                 with _expected(path, if_version):
@@ -82,9 +93,10 @@ class LocalStorage(interface.Storage):
     def walk(
         self, folder: str = "", *, max_depth: int | None = None, names_links: bool = False
     ) -> Iterator[interface.Entry]:
-        """Yields the regular files below a folder, a key that ends with a slash, at most `max_depth` folders down from
-        the root. Raises `StorageError` for an unreadable folder. Pipes, devices and dangling links hold no bytes. Links
-        to folders may loop and are not followed; with `names_links` each is an entry whose key ends with a slash."""
+        """Yields the regular files below a folder, a key that ends with a slash, at most
+        `max_depth` folders down from the root. Raises `StorageError` for an unreadable folder.
+        Pipes, devices and dangling links hold no bytes. Links to folders may loop and are not
+        followed; with `names_links` each is an entry whose key ends with a slash."""
         try:
             with os.scandir(self.root / folder) as found:
                 children = list(found)
@@ -98,10 +110,14 @@ class LocalStorage(interface.Storage):
         for name in names:
             if name.endswith("/"):
                 if max_depth is None or folder.count("/") < max_depth:
-                    yield from self.walk(folder + name, max_depth=max_depth, names_links=names_links)
+                    yield from self.walk(
+                        folder + name, max_depth=max_depth, names_links=names_links
+                    )
             elif name in links and (self.root / folder / name).is_dir():
                 yield interface.Entry(f"{folder}{name}/", 0, "")
-            elif not name.startswith(_TEMPORARY) and (entry := _entry(self.root / folder / name, folder + name)):
+            elif not name.startswith(_TEMPORARY) and (
+                entry := _entry(self.root / folder / name, folder + name)
+            ):
                 yield entry
 
     def stat(self, key: str) -> interface.Entry | None:
@@ -120,7 +136,9 @@ class LocalStorage(interface.Storage):
             stat = os.fstat(descriptor)
             if not S_ISREG(stat.st_mode):
                 os.close(descriptor)
-                raise interface.StorageError(f"{path} is a folder, a pipe or a device; only regular files can be read")
+                raise interface.StorageError(
+                    f"{path} is a folder, a pipe or a device; only regular files can be read"
+                )
             if listed and (listed.size, listed.version) != (stat.st_size, str(stat.st_mtime_ns)):
                 os.close(descriptor)
                 raise interface.ConflictError(f"{path} was changed after it was listed; run again")
@@ -142,7 +160,9 @@ def _explain(path: Path, error: OSError) -> interface.StorageError:
     if isinstance(error, FileNotFoundError):
         return interface.NotFoundError(f"{path} does not exist; check the path")
     reason = (error.strerror or str(error)).lower()
-    return interface.StorageError(f"{path}: {reason}; check the path, its rights and the space left")
+    return interface.StorageError(
+        f"{path}: {reason}; check the path, its rights and the space left"
+    )
 
 
 def _entry(path: Path, key: str) -> interface.Entry | None:
@@ -153,7 +173,9 @@ def _entry(path: Path, key: str) -> interface.Entry | None:
         if error.errno in _NOTHING_THERE:
             return None
         raise _explain(path, error) from error
-    return interface.Entry(key, stat.st_size, str(stat.st_mtime_ns)) if S_ISREG(stat.st_mode) else None
+    return (
+        interface.Entry(key, stat.st_size, str(stat.st_mtime_ns)) if S_ISREG(stat.st_mode) else None
+    )
 
 
 def _version(path: Path) -> int:
@@ -165,7 +187,8 @@ def _version(path: Path) -> int:
 
 
 def _date_after(path: Path, version: int) -> None:
-    """Dates the file after the replaced one, even if the clock went back or the file system rounds times."""
+    """Dates the file after the replaced one, even if the clock went back or the file system rounds
+    times."""
     for step_ns in (1, 1000, 1_000_000, 2_000_000_000):
         if _version(path) > version:
             return
@@ -174,7 +197,8 @@ def _date_after(path: Path, version: int) -> None:
 
 @contextmanager
 def _expected(path: Path, if_version: str | None) -> Iterator[None]:
-    """Checks that the file has the version, and keeps other conditional writers out of the block."""
+    """Checks that the file has the version, and keeps other conditional writers out of the
+    block."""
     if if_version is None:
         yield
         return

@@ -1,9 +1,10 @@
-"""Repositories of the Hugging Face Hub, read only: hf://owner/name@revision/path is a model's, hf://datasets/owner/name
-a dataset's.
+"""Repositories of the Hugging Face Hub, read only: hf://owner/name@revision/path is a model's,
+hf://datasets/owner/name a dataset's.
 
-The token comes from HF_TOKEN and the address from HF_ENDPOINT, as in all of Hugging Face's tools. huggingface_hub makes
-the requests and retries them for a while. Its `HfFileSystem` would not do: it lists a whole folder to open a file,
-keeps listings of branches that move, and accepts an answer that ignores the range.
+The token comes from HF_TOKEN and the address from HF_ENDPOINT, as in all of Hugging Face's tools.
+huggingface_hub makes the requests and retries them for a while. Its `HfFileSystem` would not do: it
+lists a whole folder to open a file, keeps listings of branches that move, and accepts an answer
+that ignores the range.
 """
 
 import os
@@ -39,7 +40,8 @@ class HubStorage(interface.Storage):
 
     @classmethod
     def at(cls, uri: str) -> "HubStorage":
-        """Returns the storage at a URI without a request. Raises `StorageError` for a malformed one."""
+        """Returns the storage at a URI without a request. Raises `StorageError` for a malformed
+        one."""
         with suppress(errors.HfUriError):
             parsed = parse_hf_uri(uri.rstrip("/"))
             if parsed.type in ("dataset", "model"):
@@ -53,25 +55,36 @@ class HubStorage(interface.Storage):
     @property
     def uri(self) -> str:
         root = interface.HF + ("datasets/" if self.kind == "dataset" else "")
-        return interface.join_uri(f"{root}{self.repository}@{quote(self.revision, safe='')}", self.folder)
+        return interface.join_uri(
+            f"{root}{self.repository}@{quote(self.revision, safe='')}", self.folder
+        )
 
     def pinned(self) -> "HubStorage":
-        """Returns the same place at the revision's current commit, so that no later commit is seen."""
+        """Returns the same place at the revision's current commit, so that no later commit is
+        seen."""
         if _COMMIT.fullmatch(self.revision):
             return self
         with _explained_errors(self):
-            found = _api().repo_info(self.repository, revision=self.revision, repo_type=self.kind, timeout=_TIMEOUT_S)
+            found = _api().repo_info(
+                self.repository, revision=self.revision, repo_type=self.kind, timeout=_TIMEOUT_S
+            )
         return replace(self, revision=str(found.sha))
 
     def child(self, key: str) -> "HubStorage":
         return replace(self, folder=self._path(key))
 
     def _path(self, key: str) -> str:
-        return "/".join(part for part in (self.folder, interface.checked_key(key).strip("/")) if part)
+        return "/".join(
+            part for part in (self.folder, interface.checked_key(key).strip("/")) if part
+        )
 
     def entries(self, prefix: str = "") -> Iterator[interface.Entry]:
         folder = self._path(prefix.rpartition("/")[0]) or None
-        options: dict[str, Any] = {"recursive": True, "revision": self.revision, "repo_type": self.kind}
+        options: dict[str, Any] = {
+            "recursive": True,
+            "revision": self.revision,
+            "repo_type": self.kind,
+        }
         with _explained_errors(self):
             try:
                 found = list(_api().list_repo_tree(self.repository, folder, **options))
@@ -80,11 +93,18 @@ class HubStorage(interface.Storage):
         root = f"{self.folder}/" if self.folder else ""
         entries = [
             # The Hub's entity tag for the file too: git's hash, or the SHA-256 of large files.
-            interface.Entry(item.path.removeprefix(root), item.size, item.lfs.sha256 if item.lfs else item.blob_id)
+            interface.Entry(
+                item.path.removeprefix(root),
+                item.size,
+                item.lfs.sha256 if item.lfs else item.blob_id,
+            )
             for item in found
             if isinstance(item, RepoFile)
         ]
-        yield from sorted((entry for entry in entries if entry.key.startswith(prefix)), key=lambda entry: entry.key)
+        yield from sorted(
+            (entry for entry in entries if entry.key.startswith(prefix)),
+            key=lambda entry: entry.key,
+        )
 
     def stat(self, key: str) -> interface.Entry | None:
         try:
@@ -104,7 +124,9 @@ class HubStorage(interface.Storage):
         source = replace(self, revision=self._metadata(key).commit_hash or self.revision)
         entry = source.stat(key)
         assert entry is not None, "a file of a commit stays there"
-        return ranged_reader(entry.size, lambda start, end: source.read_bytes(key, start=start, end=end))
+        return ranged_reader(
+            entry.size, lambda start, end: source.read_bytes(key, start=start, end=end)
+        )
 
     def read_bytes(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
         if end is not None and end <= start:
@@ -123,13 +145,17 @@ class HubStorage(interface.Storage):
         return answer.content
 
     def _refuse(self, *arguments: Any, **options: Any) -> Never:
-        raise interface.StorageError(f"{self.uri} can only be read; write to a folder or to s3://bucket/prefix")
+        raise interface.StorageError(
+            f"{self.uri} can only be read; write to a folder or to s3://bucket/prefix"
+        )
 
     write_bytes = delete = upload_file = _refuse
 
     def _url(self, key: str) -> str:
         name = self._path(key)
-        return hf_hub_url(self.repository, name, repo_type=self.kind, revision=self.revision, endpoint=_endpoint())
+        return hf_hub_url(
+            self.repository, name, repo_type=self.kind, revision=self.revision, endpoint=_endpoint()
+        )
 
     def _metadata(self, key: str) -> HfFileMetadata:
         ask = _file_metadata if _COMMIT.fullmatch(self.revision) else _file_metadata.__wrapped__
@@ -137,7 +163,8 @@ class HubStorage(interface.Storage):
             return ask(self._url(key))
 
 
-@lru_cache(maxsize=1 << 14)  # at a commit it never changes: the Hub limits requests, and parts share a file
+# At a commit it never changes: the Hub limits requests, and parts share a file
+@lru_cache(maxsize=1 << 14)
 def _file_metadata(url: str) -> HfFileMetadata:
     return get_hf_file_metadata(url, token=_token(), timeout=_TIMEOUT_S, retry_on_errors=True)
 
@@ -147,7 +174,8 @@ def _endpoint() -> str:
 
 
 def _token() -> str | bool:
-    """Returns the token of the environment, as workers have no login file; False asks anonymously."""
+    """Returns the token of the environment, as workers have no login file; False asks
+    anonymously."""
     return os.environ.get("HF_TOKEN") or False
 
 

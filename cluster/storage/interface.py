@@ -1,4 +1,5 @@
-"""The interface of a storage: keys such as `tokens/ab12/manifest.json` under a root, and its errors."""
+"""The interface of a storage: keys such as `tokens/ab12/manifest.json` under a root, and its
+errors."""
 
 import shutil
 from abc import ABC, abstractmethod
@@ -32,7 +33,8 @@ class ConflictError(StorageError):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One stored file; `version` (modification time in ns, or an entity tag) changes with its bytes."""
+    """One stored file; `version` (modification time in ns, or an entity tag) changes with its
+    bytes."""
 
     key: str
     size: int
@@ -55,16 +57,20 @@ class Storage(ABC):
         """Returns bytes [start, end) of the file, by default all. Raises `NotFoundError`."""
 
     @abstractmethod
-    def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None) -> str:
-        """Stores all of `data` or nothing, durably, and returns the version, which is new at each write.
+    def write_bytes(
+        self, key: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None
+    ) -> str:
+        """Stores all of `data` or nothing, durably, and returns the version, which is new at each
+        write.
 
-        `if_absent` only creates, or raises `AlreadyExistsError`. `if_version` only replaces that version, or raises
-        `ConflictError`. Of several such writes at once, one succeeds.
+        `if_absent` only creates, or raises `AlreadyExistsError`. `if_version` only replaces that
+        version, or raises `ConflictError`. Of several such writes at once, one succeeds.
         """
 
     @abstractmethod
     def entries(self, prefix: str = "") -> Iterator[Entry]:
-        """Yields the files whose key starts with `prefix`, in the order of their keys, without holding all of them."""
+        """Yields the files whose key starts with `prefix`, in the order of their keys, without
+        holding all of them."""
 
     def list(self, prefix: str = "") -> Entries:
         return [*self.entries(prefix)]
@@ -75,14 +81,15 @@ class Storage(ABC):
 
     @abstractmethod
     def delete(self, key: str, *, if_version: str | None = None) -> None:
-        """Removes the file if it exists; with `if_version` only that version, or raises `ConflictError`."""
+        """Removes the file if it exists; with `if_version` only that version, or raises
+        `ConflictError`."""
 
     @abstractmethod
     def open(self, key: str, *, listed: Entry | None = None) -> BinaryIO:
         """Returns a seekable, buffered reader. Raises `NotFoundError`.
 
-        With the size and version that a listing gave, no other version is read: this, or a read, raises
-        `ConflictError`. In S3 that saves a request.
+        With the size and version that a listing gave, no other version is read: this, or a read,
+        raises `ConflictError`. In S3 that saves a request.
         """
 
     @abstractmethod
@@ -116,7 +123,8 @@ class Storage(ABC):
             return None
 
     def upload_folder(self, local: Path, key: str, *, last: str | None = None) -> None:
-        """Copies a folder's files under `key`, the one called `last` (a manifest) after all others."""
+        """Copies a folder's files under `key`, the one called `last` (a manifest) after all
+        others."""
         folder = self.child(key)
         names = [path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()]
         for name in sorted(names, key=lambda name: (name == last, name)):
@@ -135,7 +143,8 @@ class Storage(ABC):
 
 
 def checked_key(key: str) -> str:
-    """Returns the key, refusing one that leaves its root: manifests that others wrote hold keys too."""
+    """Returns the key, refusing one that leaves its root: manifests that others wrote hold keys
+    too."""
     if key.startswith("/") or ".." in key.split("/"):
         raise StorageError(f"the key {key!r} leaves its folder; keys are relative and hold no '..'")
     return key
@@ -146,7 +155,8 @@ def join_uri(folder: str, key: str) -> str:
 
 
 def reason_of(store: str, error: BaseException | None, *, code: str | None, host: str) -> str:
-    """Returns in words why a store failed: by the kind of the error, or else by the code of its answer."""
+    """Returns in words why a store failed: by the kind of the error, or else by the code of its
+    answer."""
     kinds = [kind.__name__ for kind in type(error).__mro__]
     names = [*kinds, code, "any other answer"] if code else [*kinds, "any other failure"]
     table = read_table(__file__, "reasons")[store]

@@ -1,8 +1,10 @@
-"""One writer at a time: a lease is an object that its holder rewrites every few seconds, on any storage.
+"""One writer at a time: a lease is an object that its holder rewrites every few seconds, on any
+storage.
 
-Conditional writes alone create, renew, take over and remove it, so of two contenders one wins. A contender judges by
-its own monotonic clock how long the object stays the same; no two machines' clocks are compared. A holder that was
-stopped and continues finds another's version: `check()`, called before anything is published, raises then.
+Conditional writes alone create, renew, take over and remove it, so of two contenders one wins. A
+contender judges by its own monotonic clock how long the object stays the same; no two machines'
+clocks are compared. A holder that was stopped and continues finds another's version: `check()`,
+called before anything is published, raises then.
 """
 
 import json
@@ -15,7 +17,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Self
 
-from cluster.storage.interface import AlreadyExistsError, ConflictError, Storage, StorageError, join_uri
+from cluster.storage.interface import (
+    AlreadyExistsError,
+    ConflictError,
+    Storage,
+    StorageError,
+    join_uri,
+)
 from cluster.storage.process_identity import ProcessIdentity
 
 _LOG = logging.getLogger(__name__)
@@ -27,7 +35,8 @@ class LeaseHeldError(StorageError):
 
 
 class LeaseLostError(StorageError):
-    """The lease was taken over, as this process did not renew it in time; it may write nothing more."""
+    """The lease was taken over, as this process did not renew it in time; it may write nothing
+    more."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +51,26 @@ class Holder(ProcessIdentity):
 
 
 class Lease:
-    """Held inside the `with` block, once. Raises `LeaseHeldError` on entry, within about `timeout_s`.
+    """Held inside the `with` block, once. Raises `LeaseHeldError` on entry, within about
+    `timeout_s`.
 
-    A dead holder's lease is taken over: at once if it ran on this machine, else after `timeout_s` without a sign of
-    life. An outage of the storage loses the lease only if another process takes it meanwhile.
+    A dead holder's lease is taken over: at once if it ran on this machine, else after `timeout_s`
+    without a sign of life. An outage of the storage loses the lease only if another process takes
+    it meanwhile.
     """
 
     def __init__(
-        self, storage: Storage, key: str = "RUNNING", *, interval_s: float = 2.0, timeout_s: float = 10.0
+        self,
+        storage: Storage,
+        key: str = "RUNNING",
+        *,
+        interval_s: float = 2.0,
+        timeout_s: float = 10.0,
     ) -> None:
         if not 0 < 2 * interval_s <= timeout_s:
-            raise ValueError(f"timeout_s is {timeout_s}, expected at least twice interval_s, {interval_s}")
+            raise ValueError(
+                f"timeout_s is {timeout_s}, expected at least twice interval_s, {interval_s}"
+            )
         self._storage = storage
         self._key = key
         self._uri = join_uri(storage.uri, key)
@@ -84,13 +102,15 @@ class Lease:
 
     def __exit__(self, *failure: object) -> None:
         self._released.set()
-        # The next run takes over a lease that cannot be removed: no reason to fail one that ended well.
+        # The next run takes over a lease that cannot be removed: no reason to fail one that ended
+        # well.
         with self._renewing, suppress(StorageError):
             if self._lost is None:
                 self._storage.delete(self._key, if_version=self._version)
 
     def check(self) -> None:
-        """Renews the lease, which proves that it is held. Raises `LeaseLostError`, or `StorageError` in an outage."""
+        """Renews the lease, which proves that it is held. Raises `LeaseLostError`, or
+        `StorageError` in an outage."""
         with self._renewing:
             if self._lost is None:
                 self._renew()
@@ -108,7 +128,8 @@ class Lease:
         if found is None:
             return False
         holder, version = found
-        if holder.owner == self._me.owner:  # the answer to our own write was lost, and its retry refused
+        # The answer to our own write was lost, and its retry refused
+        if holder.owner == self._me.owner:
             self._me, self._version = found
             return True
         if _is_renewed(self._storage, self._key, found, timeout_s=self._timeout_s):
@@ -118,7 +139,9 @@ class Lease:
             )
         self._me = replace(self._me, generation=holder.generation + 1)
         with suppress(ConflictError):
-            self._version = self._storage.write_bytes(self._key, _stored(self._me), if_version=version)
+            self._version = self._storage.write_bytes(
+                self._key, _stored(self._me), if_version=version
+            )
             return True
         return False
 
@@ -129,19 +152,27 @@ class Lease:
                     return
                 try:
                     self._renew()
-                except StorageError as error:  # out of reach: until another process writes, the lease is ours
+                except (
+                    StorageError
+                ) as error:  # out of reach: until another process writes, the lease is ours
                     _LOG.warning("the lease could not be renewed yet: %s", error)
 
     def _renew(self) -> None:
         self._me = replace(self._me, beat=self._me.beat + 1)
         try:
-            self._version = self._storage.write_bytes(self._key, _stored(self._me), if_version=self._version)
+            self._version = self._storage.write_bytes(
+                self._key, _stored(self._me), if_version=self._version
+            )
         except ConflictError:
             found = _held(self._storage, self._key)
             if found is not None and found[0].owner == self._me.owner:
                 self._version = found[1]  # of our own write, whose answer was lost
                 return
-            other = f"process {found[0].pid} on {found[0].host}" if found else "a process that has ended since"
+            other = (
+                f"process {found[0].pid} on {found[0].host}"
+                if found
+                else "a process that has ended since"
+            )
             self._lost = LeaseLostError(
                 f"{self._uri} was taken over by {other}, as this process, {self._me.pid} on {self._me.host}, was "
                 f"silent for over {self._timeout_s:g} s; nothing was published, run again once the other has ended"
@@ -149,17 +180,21 @@ class Lease:
 
 
 def living_holder(storage: Storage, key: str, *, timeout_s: float) -> Holder | None:
-    """Returns the lease's living holder: at once on its own machine, else at its next beat within `timeout_s`."""
+    """Returns the lease's living holder: at once on its own machine, else at its next beat within
+    `timeout_s`."""
     found = _held(storage, key)
     if found is None:
         return None
     holder = found[0]
-    is_alive = not holder.is_gone() and (holder.is_here or _is_renewed(storage, key, found, timeout_s=timeout_s))
+    is_alive = not holder.is_gone() and (
+        holder.is_here or _is_renewed(storage, key, found, timeout_s=timeout_s)
+    )
     return holder if is_alive else None
 
 
 def _is_renewed(storage: Storage, key: str, found: tuple[Holder, str], *, timeout_s: float) -> bool:
-    """Says whether the holder renews its lease within `timeout_s`: not if its process is gone, or the lease."""
+    """Says whether the holder renews its lease within `timeout_s`: not if its process is gone, or
+    the lease."""
     holder, version = found
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s and not holder.is_gone():
@@ -171,18 +206,22 @@ def _is_renewed(storage: Storage, key: str, found: tuple[Holder, str], *, timeou
 
 
 def _held(storage: Storage, key: str) -> tuple[Holder, str] | None:
-    """Returns the holder and the version of its lease; None if there is none. A damaged lease has no owner."""
+    """Returns the holder and the version of its lease; None if there is none. A damaged lease has
+    no owner."""
     content, version = read_with_version(storage, key)
     if version is None:
         return None
     try:
         return Holder(**json.loads(content)), version
     except (ValueError, TypeError):  # cut off by a power loss: it is watched and then replaced
-        return Holder("", 0, 0.0, owner="", generation=0, host="an unknown host", since="an unknown time"), version
+        return Holder(
+            "", 0, 0.0, owner="", generation=0, host="an unknown host", since="an unknown time"
+        ), version
 
 
 def read_with_version(storage: Storage, key: str) -> tuple[bytes, str | None]:
-    """Returns content and version of one and the same write; no bytes and None if there is no such file."""
+    """Returns content and version of one and the same write; no bytes and None if there is no such
+    file."""
     while (entry := storage.stat(key)) and (content := storage.find_bytes(key)) is not None:
         if storage.stat(key) == entry:
             return content, entry.version

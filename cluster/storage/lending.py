@@ -1,7 +1,8 @@
-"""Workers that a run lends for a while: a record in its storage that the borrower writes and the run reads.
+"""Workers that a run lends for a while: a record in its storage that the borrower writes and the
+run reads.
 
-A loan ends by itself, so a lost borrower keeps nothing. The run counts by its own monotonic clock from when it first
-saw the loan: no two machines' clocks are compared.
+A loan ends by itself, so a lost borrower keeps nothing. The run counts by its own monotonic clock
+from when it first saw the loan: no two machines' clocks are compared.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Processes by identity: which one a number means, even after a reboot, whether it is alive, and how it ends."""
+"""Processes by identity: which one a number means, even after a reboot, whether it is alive, and
+how it ends."""
 
 import ctypes
 import signal
@@ -15,8 +16,8 @@ _TRUSTED_START_S = 2.0
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """A process: `machine` is the boot and process namespace in which its pid is valid, empty if unknown; `started_s`
-    counts from the boot, so a change of the wall clock does not matter."""
+    """A process: `machine` is the boot and process namespace in which its pid is valid, empty if
+    unknown; `started_s` counts from the boot, so a change of the wall clock does not matter."""
 
     machine: str
     pid: int
@@ -48,7 +49,11 @@ class ProcessIdentity:
 def _this_machine() -> str:
     """Returns an id that differs even between containers, which may share their host's name."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{boot.read_text().strip()} {Path('/proc/self/ns/pid').readlink()}" if boot.exists() else ""
+    return (
+        f"{boot.read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+        if boot.exists()
+        else ""
+    )
 
 
 def _started_s(process: psutil.Process) -> float:
@@ -61,7 +66,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
-    """Binds a child to the thread that starts it. As a `preexec_fn` it is one system call, safe with threads."""
+    """Binds a child to the thread that starts it. As a `preexec_fn` it is one system call, safe
+    with threads."""
     _libc.prctl(_PR_SET_PDEATHSIG, number)
 
 

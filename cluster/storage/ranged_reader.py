@@ -9,7 +9,8 @@ _BLOCK_BYTES = 8 << 20
 
 
 def ranged_reader(size: int, fetch: Callable[[int, int], bytes]) -> BinaryIO:
-    """Returns a buffered reader of `size` bytes; `fetch(start, end)` returns all bytes of [start, end)."""
+    """Returns a buffered reader of `size` bytes; `fetch(start, end)` returns all bytes of [start,
+    end)."""
     return cast("BinaryIO", io.BufferedReader(_RangedReader(size, fetch), buffer_size=_BLOCK_BYTES))
 
 

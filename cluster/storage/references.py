@@ -1,4 +1,5 @@
-"""What people call a checkpoint: `latest`, a run's id, `run@step`, or the path or URI of a folder."""
+"""What people call a checkpoint: `latest`, a run's id, `run@step`, or the path or URI of a
+folder."""
 
 import re
 
@@ -14,8 +15,9 @@ _STEP = re.compile(r"step-0*(\d+)(?:-\d+)?")
 def checkpoint_uri(reference: str, storage_uri: str) -> str:
     """Returns the absolute location that a reference means, and `latest` as it is.
 
-    A word is a file or folder here if there is one of that name, else a run of the storage: its folder, which means its
-    newest checkpoint, or with `@step` the checkpoint of that step. Raises `CheckpointError` for a step that it lacks.
+    A word is a file or folder here if there is one of that name, else a run of the storage: its
+    folder, which means its newest checkpoint, or with `@step` the checkpoint of that step. Raises
+    `CheckpointError` for a step that it lacks.
     """
     match = _RUN.fullmatch(reference)
     if reference == LATEST or match is None or _is_here(reference):
@@ -42,10 +44,13 @@ def checkpoint_steps(run: Storage) -> dict[str, int]:
 
 
 def _of_step(run: Storage, step: int) -> str:
-    """Returns the URI of the run's checkpoint of the step, of the newest attempt if several attempts took it."""
+    """Returns the URI of the run's checkpoint of the step, of the newest attempt if several
+    attempts took it."""
     steps = checkpoint_steps(run)
     named = [name for name, its_step in steps.items() if its_step == step]
     if not named:
         known = ", ".join(map(str, sorted(set(steps.values())))) or "none yet"
-        raise CheckpointError(f"run {run.uri} has no checkpoint of step {step}; it has those of steps {known}")
+        raise CheckpointError(
+            f"run {run.uri} has no checkpoint of step {step}; it has those of steps {known}"
+        )
     return run.child(f"checkpoints/{named[-1]}").uri

@@ -1,7 +1,9 @@
-"""The registry of published checkpoints: what `latest` means, and how a checkpoint reference becomes a folder.
+"""The registry of published checkpoints: what `latest` means, and how a checkpoint reference
+becomes a folder.
 
-A publication is a small numbered file under `registry/`; the highest number is the latest. Two publishers cannot take
-the same number, and none is ever rewritten. One whose checkpoint was deleted while it was written is withdrawn.
+A publication is a small numbered file under `registry/`; the highest number is the latest. Two
+publishers cannot take the same number, and none is ever rewritten. One whose checkpoint was deleted
+while it was written is withdrawn.
 """
 
 import json
@@ -36,7 +38,8 @@ from model.files.checkpoint_folder import (
 
 LATEST = "latest"
 ENDPOINTS = "endpoints/"
-"""Folder in which each endpoint keeps what it serves, with the checkpoints that it needs under `pinned`."""
+"""Folder in which each endpoint keeps what it serves, with the checkpoints that it needs under
+`pinned`."""
 LAST_GOOD = f"{ENDPOINTS}last-good/"
 """Folder with a copy of each of these files, in case one is damaged."""
 AUDIT = f"{ENDPOINTS}audit/"
@@ -59,8 +62,9 @@ class Publication:
 
 
 def publish(storage: Storage, reference: str) -> Publication:
-    """Makes the checkpoint of a reference (see `find_checkpoint`) the latest. Raises `CheckpointError` if invalid, or
-    if its run deletes it meanwhile and the reference names no other one."""
+    """Makes the checkpoint of a reference (see `find_checkpoint`) the latest. Raises
+    `CheckpointError` if invalid, or if its run deletes it meanwhile and the reference names no
+    other one."""
     deleted: str | None = None
     for _ in range(_PUBLISH_TRIES):
         try:
@@ -70,8 +74,8 @@ def publish(storage: Storage, reference: str) -> Publication:
                 raise
             raise CheckpointError(_deleted_meanwhile(deleted)) from error
         key, version = _recorded(storage, publication)
-        # Verifying takes seconds to minutes. Until the publication is written the run's retention may delete the
-        # checkpoint, afterwards it does not.
+        # Verifying takes seconds to minutes. Until the publication is written the run's retention
+        # may delete the checkpoint, afterwards it does not.
         if open_storage(publication.checkpoint).exists(MANIFEST):
             return publication
         with suppress(ConflictError):
@@ -94,7 +98,8 @@ def _verified(reference: str, storage_uri: str) -> Publication:
 
 
 def _recorded(storage: Storage, publication: Publication) -> tuple[str, str]:
-    """Writes the publication under the next number; returns its key and the version of that file."""
+    """Writes the publication under the next number; returns its key and the version of that
+    file."""
     content = json.dumps(asdict(publication)).encode()
     while True:
         numbers = [int(Path(key).stem) for key in _publication_keys(storage)]
@@ -116,19 +121,21 @@ def publications(storage: Storage) -> list[Publication]:
 
 
 def newest_first(storage: Storage) -> Iterator[Publication]:
-    """Yields everything published, read one by one: `latest` is one request, not one for each publication."""
+    """Yields everything published, read one by one: `latest` is one request, not one for each
+    publication."""
     for key in reversed(_publication_keys(storage)):
         yield Publication(**json.loads(storage.read_bytes(key)))
 
 
 def _publication_keys(storage: Storage) -> list[str]:
-    """Returns the keys of the publications, oldest first; other files in that folder, such as notes, are left alone."""
+    """Returns the keys of the publications, oldest first; other files in that folder, such as
+    notes, are left alone."""
     return [entry.key for entry in storage.list("registry/") if _PUBLICATION.fullmatch(entry.key)]
 
 
 def what_latest_became(storage: Storage) -> str:
-    """Returns a line on what `latest` is and was, and how to return to the earlier checkpoint if that has the lower
-    validation loss on the same data."""
+    """Returns a line on what `latest` is and was, and how to return to the earlier checkpoint if
+    that has the lower validation loss on the same data."""
     newest, *earlier = islice(newest_first(storage), 2)
     now = metadata_of(newest.checkpoint)
     said = f"latest is now step {newest.step:,} of run {newest.run_id}{_loss(now)}"
@@ -142,9 +149,13 @@ def what_latest_became(storage: Storage) -> str:
 
 
 def served_checkpoints(storage: Storage) -> set[str]:
-    """Returns the URIs of checkpoints that endpoints serve, are about to serve, or would roll back to. Raises
-    `StorageError` if that cannot be known."""
-    keys = [entry.key for entry in storage.list(ENDPOINTS) if not entry.key.startswith((LAST_GOOD, AUDIT))]
+    """Returns the URIs of checkpoints that endpoints serve, are about to serve, or would roll back
+    to. Raises `StorageError` if that cannot be known."""
+    keys = [
+        entry.key
+        for entry in storage.list(ENDPOINTS)
+        if not entry.key.startswith((LAST_GOOD, AUDIT))
+    ]
     return {uri for key in keys for uri in _pinned(storage, key)}
 
 
@@ -168,11 +179,13 @@ def resolve_checkpoint(reference: str, storage_uri: str) -> Path:
 
 
 def find_checkpoint(reference: str, storage_uri: str) -> tuple[str, Path]:
-    """Returns the URI of the verified checkpoint that `reference` names, and a local folder with it.
+    """Returns the URI of the verified checkpoint that `reference` names, and a local folder with
+    it.
 
-    `latest` is the newest valid published checkpoint; damaged ones are logged and skipped. A URI names a checkpoint's
-    folder, or a run's, which means its newest valid checkpoint; a remote one is copied here, of a model on the Hub
-    (hf://owner/name@revision) the present commit, which the returned URI names. Raises `CheckpointError`.
+    `latest` is the newest valid published checkpoint; damaged ones are logged and skipped. A URI
+    names a checkpoint's folder, or a run's, which means its newest valid checkpoint; a remote one
+    is copied here, of a model on the Hub (hf://owner/name@revision) the present commit, which the
+    returned URI names. Raises `CheckpointError`.
     """
     candidates, none = _candidates(reference, storage_uri)
     for checkpoint in candidates:
@@ -191,31 +204,40 @@ def find_checkpoint(reference: str, storage_uri: str) -> tuple[str, Path]:
 
 
 def named_checkpoint(reference: str, storage_uri: str) -> str:
-    """Returns the URI of the checkpoint that `reference` names, judged by file names alone, before it is fetched and
-    verified. Raises `CheckpointError`."""
+    """Returns the URI of the checkpoint that `reference` names, judged by file names alone, before
+    it is fetched and verified. Raises `CheckpointError`."""
     candidates, none = _candidates(reference, storage_uri)
     for checkpoint in candidates:
         folder = open_storage(checkpoint)
-        if folder.exists(MANIFEST) or (folder.exists("config.json") and not folder.exists("raymill.json")):
+        if folder.exists(MANIFEST) or (
+            folder.exists("config.json") and not folder.exists("raymill.json")
+        ):
             return checkpoint
     raise CheckpointError(none or f"checkpoint {reference} is not valid: {MANIFEST} is missing")
 
 
 def _candidates(reference: str, storage_uri: str) -> tuple[Iterable[str], str]:
-    """Returns the URIs of the possible checkpoints, newest first, and the error if none of them is valid, which is
-    empty for a reference to a single checkpoint."""
+    """Returns the URIs of the possible checkpoints, newest first, and the error if none of them is
+    valid, which is empty for a reference to a single checkpoint."""
     storage = open_storage(storage_uri)
     if reference == LATEST:
         published = (publication.checkpoint for publication in newest_first(storage))
-        return published, f"nothing is published in {storage_uri}: finish a run there, or name a checkpoint's folder"
+        return (
+            published,
+            f"nothing is published in {storage_uri}: finish a run there, or name a checkpoint's folder",
+        )
     folder = open_storage(pinned(reference)[0])
     keys = [entry.key for entry in folder.list()]
     if not keys:
-        raise CheckpointError(f"unknown checkpoint {reference}: no folder with files is there{_siblings(folder)}")
+        raise CheckpointError(
+            f"unknown checkpoint {reference}: no folder with files is there{_siblings(folder)}"
+        )
     folders = (key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}"))
     nested = sorted((name for name in folders if f"{name}/raymill.json" in keys), reverse=True)
     if MANIFEST not in keys and "config.json" not in keys and nested:
-        return [folder.child(name).uri for name in nested], f"no checkpoint under {reference} is valid"
+        return [
+            folder.child(name).uri for name in nested
+        ], f"no checkpoint under {reference} is valid"
     return [folder.uri], ""
 
 
@@ -230,14 +252,18 @@ def _siblings(folder: Storage) -> str:
 
 
 def metadata_of(checkpoint: str) -> Metadata | None:
-    """Returns where the checkpoint's weights come from; None if it is gone, such as with its run's folder. Raises
-    `CheckpointError`."""
+    """Returns where the checkpoint's weights come from; None if it is gone, such as with its run's
+    folder. Raises `CheckpointError`."""
     content = open_storage(checkpoint).find_bytes("raymill.json")
     return None if content is None else metadata_from(json.loads(content), place=checkpoint)
 
 
 def _loss(metadata: Metadata | None) -> str:
-    return "" if metadata is None or metadata.val_loss is None else f" (validation loss {metadata.val_loss:.3f})"
+    return (
+        ""
+        if metadata is None or metadata.val_loss is None
+        else f" (validation loss {metadata.val_loss:.3f})"
+    )
 
 
 def _is_better(one: Metadata, other: Metadata) -> bool:
@@ -248,7 +274,8 @@ def _is_better(one: Metadata, other: Metadata) -> bool:
 
 
 def _checked(uri: str) -> tuple[Path, list[str]]:
-    """Returns the checkpoint's folder or a copy in the cache, and its problems. A damaged copy is not kept."""
+    """Returns the checkpoint's folder or a copy in the cache, and its problems. A damaged copy is
+    not kept."""
     storage = open_storage(uri)
     here = storage.local_path("")
     local = here or fetch(storage)

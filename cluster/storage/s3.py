@@ -1,4 +1,5 @@
-"""Storage in S3 or a store with its protocol; credentials and endpoint come from the environment."""
+"""Storage in S3 or a store with its protocol; credentials and endpoint come from the
+environment."""
 
 import os
 import re
@@ -36,7 +37,8 @@ def _client_at(url: str | None) -> Any:
     config = Config(
         retries={"mode": "standard", "total_max_attempts": _MAX_ATTEMPTS},
         connect_timeout=5,
-        read_timeout=15,  # without a byte; a store that swallows requests must not delay recovery by a minute
+        # Without a byte; a store that swallows requests must not delay recovery by a minute
+        read_timeout=15,
         # Stores other than AWS rarely have a DNS name for each bucket.
         s3={"addressing_style": "path" if url else "auto"},
     )
@@ -65,28 +67,39 @@ class S3Storage(interface.Storage):
         return S3Storage(self.bucket, self._object_key(key))
 
     def _object_key(self, key: str) -> str:
-        return "/".join(part for part in (self.prefix, interface.checked_key(key).strip("/")) if part)
+        return "/".join(
+            part for part in (self.prefix, interface.checked_key(key).strip("/")) if part
+        )
 
     @contextmanager
-    def _explained(self, key: str, *, if_absent: bool = False, if_version: str | None = None) -> Iterator[None]:
-        """Raises `StorageError` of the fitting kind for what boto3 raises in the block, by the request's condition."""
+    def _explained(
+        self, key: str, *, if_absent: bool = False, if_version: str | None = None
+    ) -> Iterator[None]:
+        """Raises `StorageError` of the fitting kind for what boto3 raises in the block, by the
+        request's condition."""
         uri = interface.join_uri(self.uri, key)
         try:
             yield
         except S3UploadFailedError as error:  # wraps the cause
             raise _explain(uri, self.bucket, error.__context__) from error
-        # HTTPError: botocore neither retries nor wraps it where what a refused GetObject answers breaks off.
+        # HTTPError: botocore neither retries nor wraps it where what a refused GetObject answers
+        # breaks off.
         except (ClientError, exceptions.BotoCoreError, ResponseParserError, HTTPError) as error:
             code = _code_of(error)
             if if_absent and code in _REFUSED_CONDITION:
                 raise interface.AlreadyExistsError(f"{uri} exists already") from error
             if if_version is not None and code in (*_REFUSED_CONDITION, *_MISSING_KEY):
-                raise interface.ConflictError(f"{uri} was changed or removed by another process; run again") from error
+                raise interface.ConflictError(
+                    f"{uri} was changed or removed by another process; run again"
+                ) from error
             raise _explain(uri, self.bucket, error) from error
 
-    def read_bytes(self, key: str, *, start: int = 0, end: int | None = None, version: str | None = None) -> bytes:
-        """Returns bytes [start, end) of one version. botocore retries failed requests, but not a body that breaks off
-        or is short: it is continued where it ended, until it brought less than a piece four times in a row."""
+    def read_bytes(
+        self, key: str, *, start: int = 0, end: int | None = None, version: str | None = None
+    ) -> bytes:
+        """Returns bytes [start, end) of one version. botocore retries failed requests, but not a
+        body that breaks off or is short: it is continued where it ended, until it brought less than
+        a piece four times in a row."""
         if end is not None and end <= start:
             return b""  # an HTTP range cannot be empty
         content, tries = bytearray(), 0
@@ -95,9 +108,13 @@ class S3Storage(interface.Storage):
                 position = start + len(content)
                 answer = self._get(key, position, end, version)
                 version = answer["ETag"]
-                total = int(answer.get("ContentRange", f"/{answer['ContentLength']}").rpartition("/")[2])
+                total = int(
+                    answer.get("ContentRange", f"/{answer['ContentLength']}").rpartition("/")[2]
+                )
                 with suppress(
-                    exceptions.ResponseStreamingError, exceptions.IncompleteReadError, exceptions.ReadTimeoutError
+                    exceptions.ResponseStreamingError,
+                    exceptions.IncompleteReadError,
+                    exceptions.ReadTimeoutError,
                 ):
                     for piece in answer["Body"].iter_chunks(_PIECE_BYTES):
                         content += piece
@@ -113,23 +130,35 @@ class S3Storage(interface.Storage):
         wanted: dict[str, str] = {} if version is None else {"IfMatch": version}
         if position or end is not None:
             wanted["Range"] = f"bytes={position}-{'' if end is None else end - 1}"
-        answer: dict[str, Any] = _client().get_object(Bucket=self.bucket, Key=self._object_key(key), **wanted)
-        if "Range" in wanted and not answer.get("ContentRange", "").startswith(f"bytes {position}-"):
+        answer: dict[str, Any] = _client().get_object(
+            Bucket=self.bucket, Key=self._object_key(key), **wanted
+        )
+        if "Range" in wanted and not answer.get("ContentRange", "").startswith(
+            f"bytes {position}-"
+        ):
             raise interface.StorageError(
                 f"{interface.join_uri(self.uri, key)}: the store ignores byte ranges; copy the file elsewhere"
             )
         return answer
 
-    def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None) -> str:
+    def write_bytes(
+        self, key: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None
+    ) -> str:
         condition = {"IfNoneMatch": "*"} if if_absent else _if_match(if_version)
         with self._explained(key, if_absent=if_absent, if_version=if_version):
-            answer = _client().put_object(Bucket=self.bucket, Key=self._object_key(key), Body=data, **condition)
+            answer = _client().put_object(
+                Bucket=self.bucket, Key=self._object_key(key), Body=data, **condition
+            )
         return str(answer["ETag"]).strip('"')
 
     def entries(self, prefix: str = "") -> Iterator[interface.Entry]:
         root = f"{self.prefix}/" if self.prefix else ""
         with self._explained(prefix):
-            for page in _client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=root + prefix):
+            for page in (
+                _client()
+                .get_paginator("list_objects_v2")
+                .paginate(Bucket=self.bucket, Prefix=root + prefix)
+            ):
                 for item in page.get("Contents", []):
                     if not item["Key"].endswith("/"):  # "folders" that web consoles create
                         key = item["Key"].removeprefix(root)
@@ -141,18 +170,27 @@ class S3Storage(interface.Storage):
         with self._explained(key):
             answer = _client().list_objects_v2(Bucket=self.bucket, Prefix=name, MaxKeys=1)
         found = [item for item in answer.get("Contents", []) if item["Key"] == name]
-        return interface.Entry(key, found[0]["Size"], found[0]["ETag"].strip('"')) if found else None
+        return (
+            interface.Entry(key, found[0]["Size"], found[0]["ETag"].strip('"')) if found else None
+        )
 
     def delete(self, key: str, *, if_version: str | None = None) -> None:
         with self._explained(key, if_version=if_version):
-            _client().delete_object(Bucket=self.bucket, Key=self._object_key(key), **_if_match(if_version))
+            _client().delete_object(
+                Bucket=self.bucket, Key=self._object_key(key), **_if_match(if_version)
+            )
 
     def open(self, key: str, *, listed: interface.Entry | None = None) -> BinaryIO:
         entry = listed or self.stat(key)
         if entry is None:
-            raise interface.NotFoundError(f"{interface.join_uri(self.uri, key)} does not exist; check the URI")
+            raise interface.NotFoundError(
+                f"{interface.join_uri(self.uri, key)} does not exist; check the URI"
+            )
         version = f'"{entry.version}"'
-        return ranged_reader(entry.size, lambda start, end: self.read_bytes(key, start=start, end=end, version=version))
+        return ranged_reader(
+            entry.size,
+            lambda start, end: self.read_bytes(key, start=start, end=end, version=version),
+        )
 
     def upload_file(self, source: Path, key: str) -> None:
         with self._explained(key):
@@ -162,9 +200,13 @@ class S3Storage(interface.Storage):
         name = {"Bucket": self.bucket}
         with self._explained(""):
             pages = _client().get_paginator("list_multipart_uploads")
-            found = pages.paginate(**name, Prefix=f"{self.prefix}/" if self.prefix else "").build_full_result()
+            found = pages.paginate(
+                **name, Prefix=f"{self.prefix}/" if self.prefix else ""
+            ).build_full_result()
             for upload in found.get("Uploads", []):
-                _client().abort_multipart_upload(**name, Key=upload["Key"], UploadId=upload["UploadId"])
+                _client().abort_multipart_upload(
+                    **name, Key=upload["Key"], UploadId=upload["UploadId"]
+                )
 
     def download_file(self, key: str, target: Path) -> None:
         with self._explained(key):
@@ -181,7 +223,8 @@ def _endpoint() -> str | None:
 
 
 def _code_of(error: BaseException | None) -> str | None:
-    """Returns S3's own word for the error, or the status of an answer without a body; None if it gave no answer."""
+    """Returns S3's own word for the error, or the status of an answer without a body; None if it
+    gave no answer."""
     return str(error.response["Error"]["Code"]) if isinstance(error, ClientError) else None
 
 
@@ -189,7 +232,11 @@ def _explain(uri: str, bucket: str, error: BaseException | None) -> interface.St
     host = (_endpoint() or "AWS").rpartition("@")[2]
     code = _code_of(error)
     if code == "NoSuchBucket":
-        return interface.NotFoundError(f"{uri}: there is no bucket {bucket!r} at {host}; create it or correct the URI")
+        return interface.NotFoundError(
+            f"{uri}: there is no bucket {bucket!r} at {host}; create it or correct the URI"
+        )
     if code in _MISSING_KEY:
         return interface.NotFoundError(f"{uri} does not exist; check the URI")
-    return interface.StorageError(f"{uri}: {interface.reason_of('s3', error, code=code, host=host)}")
+    return interface.StorageError(
+        f"{uri}: {interface.reason_of('s3', error, code=code, host=host)}"
+    )

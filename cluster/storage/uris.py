@@ -54,8 +54,8 @@ def absolute_uri(uri: str) -> str:
 
 
 def pinned(uri: str) -> tuple[str, str]:
-    """Returns a location whose bytes stay the same, and its commit, by asking the Hub for a branch's or tag's commit;
-    other locations unchanged, with "" as the commit."""
+    """Returns a location whose bytes stay the same, and its commit, by asking the Hub for a
+    branch's or tag's commit; other locations unchanged, with "" as the commit."""
     if not uri.startswith(HF):
         return uri, ""
     storage = _hub(uri).pinned()
@@ -63,7 +63,8 @@ def pinned(uri: str) -> tuple[str, str]:
 
 
 def split_uri(uri: str) -> tuple[Storage, str]:
-    """Returns the storage of a file's folder, and the file's key in it: empty for a bucket or a whole repository."""
+    """Returns the storage of a file's folder, and the file's key in it: empty for a bucket or a
+    whole repository."""
     whole = absolute_uri(uri)
     if _ROOT.fullmatch(whole):
         return open_storage(whole), ""
@@ -72,18 +73,24 @@ def split_uri(uri: str) -> tuple[Storage, str]:
 
 
 def glob_uris(pattern: str, *, names_links: bool = False) -> Iterator[Entry]:
-    """Finds the files that a location names, with absolute URIs as keys, in the order of their paths.
+    """Finds the files that a location names, with absolute URIs as keys, in the order of their
+    paths.
 
-    A location is a file, a folder (everything below it), or a pattern in which `*`, `?` and `[...]` stay
-    within one path component and `**` crosses them. Links to folders are not followed; with `names_links` those below
-    which files might match are entries too, whose keys end with a slash. Raises `NotFoundError` if nothing matches.
+    A location is a file, a folder (everything below it), or a pattern in which `*`, `?` and `[...]`
+    stay within one path component and `**` crosses them. Links to folders are not followed; with
+    `names_links` those below which files might match are entries too, whose keys end with a slash.
+    Raises `NotFoundError` if nothing matches.
     """
     uri = absolute_uri(pattern)
     storage, name = split_uri(uri)
     if name and (entry := storage.stat(name)):
         return iter([replace(entry, key=uri)])
     folder = open_storage(uri)
-    entries = folder.walk(names_links=names_links) if isinstance(folder, LocalStorage) else folder.entries()
+    entries = (
+        folder.walk(names_links=names_links)
+        if isinstance(folder, LocalStorage)
+        else folder.entries()
+    )
     matches = _matches(uri, names_links=names_links) if glob.has_magic(uri) else iter(())
     for found in (_below(uri, entries), matches):
         if first := next(found, None):
@@ -100,7 +107,8 @@ def _matches(pattern: str, *, names_links: bool) -> Iterator[Entry]:
     folder = literal.rpartition("/")[0] or "/"
     storage = open_storage(folder)
     if isinstance(storage, LocalStorage):
-        # Without `**` no match lies deeper than the pattern: `~/*.txt` does not walk a whole home folder.
+        # Without `**` no match lies deeper than the pattern: `~/*.txt` does not walk a whole home
+        # folder.
         depth = None if "**" in pattern else pattern.removeprefix(folder).lstrip("/").count("/")
         entries = storage.walk(max_depth=depth, names_links=names_links)
     else:
@@ -109,7 +117,9 @@ def _matches(pattern: str, *, names_links: bool) -> Iterator[Entry]:
     return (
         entry
         for entry in _below(folder, entries)
-        if (_may_hold(pattern, entry.key) if entry.key.endswith("/") else regex.fullmatch(entry.key))
+        if (
+            _may_hold(pattern, entry.key) if entry.key.endswith("/") else regex.fullmatch(entry.key)
+        )
     )
 
 
@@ -125,12 +135,14 @@ def _may_hold(pattern: str, folder: str) -> bool:
 
 
 def _pattern_regex(pattern: str) -> str:
-    """Returns the regex of a pattern, the same for all storages, as `glob.translate` in Python 3.13 gives it."""
+    """Returns the regex of a pattern, the same for all storages, as `glob.translate` in Python 3.13
+    gives it."""
     wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])", pattern)
     is_class = re.compile(r"\[[^]]+\]").fullmatch
     return "".join(
-        wild.get(part) or (part.replace("[!", "[^", 1) if is_class(part) else re.escape(part)) for part in parts
+        wild.get(part) or (part.replace("[!", "[^", 1) if is_class(part) else re.escape(part))
+        for part in parts
     )
 
 
@@ -145,5 +157,6 @@ def _local_path(uri: str) -> Path:
                 "s3://bucket/prefix, hf://owner/name or hf://datasets/owner/name"
             )
         path = unquote(parts.path)
-    # `Path.resolve` would follow symbolic links, and `Path.expanduser` refuses a file such as ~t.txt.
+    # `Path.resolve` would follow symbolic links, and `Path.expanduser` refuses a file such as
+    # ~t.txt.
     return Path(os.path.abspath(os.path.expanduser(path)))  # noqa: PTH100, PTH111

@@ -21,7 +21,8 @@ class JobBackend(ABC):
 
     @abstractmethod
     def check(self, config: RunConfig, stage: str, needs: dict[str, Any]) -> None:
-        """Raises `AdmissionError` if the job would not find the room that it needs (`jobs.plan.memory`)."""
+        """Raises `AdmissionError` if the job would not find the room that it needs
+        (`jobs.plan.memory`)."""
 
     def name(self, run_id: str, number: int) -> str:
         return f"{run_id}.{number}"
@@ -29,18 +30,22 @@ class JobBackend(ABC):
     def record(self, config: RunConfig, stage: str, *, number: int) -> JobRecord:
         """Returns the record by which the run's submission of that number will be found."""
         run_id = str(config.run_id)
-        return JobRecord(run_id, stage, self.kind, self.where, self.name(run_id, number), number, time.time())
+        return JobRecord(
+            run_id, stage, self.kind, self.where, self.name(run_id, number), number, time.time()
+        )
 
     @abstractmethod
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
-        """Submits the job and returns the completed record. Raises `ClusterError`, and leaves no part of the job if the
-        place still answers."""
+        """Submits the job and returns the completed record. Raises `ClusterError`, and leaves no
+        part of the job if the place still answers."""
 
     def complete(self, config: RunConfig, record: JobRecord) -> None:  # noqa: B027 (most start a job by one request)
-        """Does what an interrupted `start` of this job has left undone, and nothing if that is nothing."""
+        """Does what an interrupted `start` of this job has left undone, and nothing if that is
+        nothing."""
 
     def may_be_there(self, record: JobRecord) -> bool:
-        """Says whether the place has the job although `start` failed. Raises `ClusterError` if it does not answer."""
+        """Says whether the place has the job although `start` failed. Raises `ClusterError` if it
+        does not answer."""
         return False
 
     def strays(self, record: JobRecord) -> list[str]:
@@ -49,8 +54,10 @@ class JobBackend(ABC):
 
     @abstractmethod
     def state(self, record: JobRecord) -> JobState | None:
-        """Returns the job's state, or None if it is unknown. Raises `ClusterError` if the place does not answer."""
+        """Returns the job's state, or None if it is unknown. Raises `ClusterError` if the place
+        does not answer."""
 
     @abstractmethod
     def stop(self, record: JobRecord) -> None:
-        """Asks the job, and any stray of its run, to save and end, without waiting; what has ended is left alone."""
+        """Asks the job, and any stray of its run, to save and end, without waiting; what has ended
+        is left alone."""

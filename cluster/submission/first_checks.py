@@ -1,6 +1,7 @@
 """Checks of a stage that are made before a local cluster is started, or a job on another one.
 
-Without them each would be found minutes later, by another process, in words that do not name the setting.
+Without them each would be found minutes later, by another process, in words that do not name the
+setting.
 """
 
 import secrets
@@ -21,11 +22,13 @@ from cluster.submission.preflight import AdmissionError, check_cluster, check_gp
 from cluster.submission.storage_check import first_missing
 
 _BEAT_S = 6.0
-"""Time in which a lease's holder on another machine renews it; one on this machine is known at once."""
+"""Time in which a lease's holder on another machine renews it; one on this machine is known at
+once."""
 
 
 def check_gpu(setting: str, address: str | None, *, num_gpus: int = 1) -> None:
-    """Raises `AdmissionError` for a setting that asks for GPUs of a node: a local cluster's are given none."""
+    """Raises `AdmissionError` for a setting that asks for GPUs of a node: a local cluster's are
+    given none."""
     if address is not None:
         check_gpus(cluster_at(address), setting, num_gpus=num_gpus)
         return
@@ -36,14 +39,16 @@ def check_gpu(setting: str, address: str | None, *, num_gpus: int = 1) -> None:
 
 
 def cluster_at(address: str) -> JobsApi:
-    """Returns the cluster at the address. Raises `ClusterError` if it does not answer or refuses us."""
+    """Returns the cluster at the address. Raises `ClusterError` if it does not answer or refuses
+    us."""
     api = JobsApi(address, ray_token())
     api.probe()
     return api
 
 
 def check_stage(config: RunConfig, stage: str) -> None:
-    """Raises `AdmissionError` if the stage could not begin: no GPU, no storage, or a run that is running already."""
+    """Raises `AdmissionError` if the stage could not begin: no GPU, no storage, or a run that is
+    running already."""
     if config.scaling.use_gpu and config.cluster.address is None and stage != "tokenize":
         check_gpu("scaling.use_gpu", None)
     check_writable(config)
@@ -56,10 +61,13 @@ def check_stage(config: RunConfig, stage: str) -> None:
 
 
 def check_writable(config: RunConfig) -> None:
-    """Raises `AdmissionError` if nothing can be written to the storage. A folder of another machine is not tried."""
+    """Raises `AdmissionError` if nothing can be written to the storage. A folder of another machine
+    is not tried."""
     uri, name = config.storage.uri, f"raymill-check-{secrets.token_hex(8)}"
     if uri.startswith(HF):
-        raise AdmissionError(f"{uri}: the Hugging Face Hub can only be read; --storage.uri names a folder or s3://")
+        raise AdmissionError(
+            f"{uri}: the Hugging Face Hub can only be read; --storage.uri names a folder or s3://"
+        )
     storage = open_storage(uri)
     folder = storage.local_path("")
     if folder is not None and config.cluster.address is not None:
@@ -69,7 +77,9 @@ def check_writable(config: RunConfig) -> None:
         storage.write_bytes(f"{name}/probe", b"")
     except StorageError as error:
         words = f"{uri} cannot be written: {error}"
-        raise AdmissionError(f"{words} (--storage.uri names another place; `raymill storage check {uri}`)") from None
+        raise AdmissionError(
+            f"{words} (--storage.uri names another place; `raymill storage check {uri}`)"
+        ) from None
     finally:
         with suppress(StorageError):
             storage.delete(f"{name}/probe")
@@ -86,10 +96,17 @@ def check_room(config: RunConfig, stage: str, needs: Mapping[str, Any]) -> None:
 
 
 def _check_memory_here(config: RunConfig, needs: Mapping[str, Any]) -> None:
-    """Compares what the fewest workers need with this machine's memory, which a local cluster's nodes share."""
-    number, total, need = config.scaling.min_workers, psutil.virtual_memory().total, needs["worker_bytes"]
+    """Compares what the fewest workers need with this machine's memory, which a local cluster's
+    nodes share."""
+    number, total, need = (
+        config.scaling.min_workers,
+        psutil.virtual_memory().total,
+        needs["worker_bytes"],
+    )
     if number * need > total:
-        workers = "a worker needs" if number == 1 else f"{number} workers (scaling.min_workers) need"
+        workers = (
+            "a worker needs" if number == 1 else f"{number} workers (scaling.min_workers) need"
+        )
         raise AdmissionError(
             f"{workers} about {number * need / 1e9:,.1f} GB of memory, and this machine has {total / 1e9:,.1f} GB; a "
             "smaller model, train.micro_batch_size or train.seq_len needs less (`raymill plan` has the parts)"

@@ -16,8 +16,9 @@ from cluster.submission.record import Backend, JobRecord, JobState
 
 
 class KubeJobs(JobBackend):
-    """RayJobs of one namespace; only submitting needs the `overlay`, which is rendered into `namespace`, or if that is
-    None into its own, which has to be `raymill`. Raises `UserError` without Kubernetes' client."""
+    """RayJobs of one namespace; only submitting needs the `overlay`, which is rendered into
+    `namespace`, or if that is None into its own, which has to be `raymill`. Raises `UserError`
+    without Kubernetes' client."""
 
     def __init__(self, namespace: str | None, overlay: Path | None = None) -> None:
         from cluster.kube.client import KubeApi  # noqa: PLC0415 (its client is an extra)
@@ -33,24 +34,35 @@ class KubeJobs(JobBackend):
         self._needs = needs
         job, _ = self.objects(config, stage, number=1)
         if (namespace := job["metadata"]["namespace"]) != self._api.namespace:
-            raise ConfigError(f"the overlay's namespace is {namespace}, not {self._api.namespace}: give -n {namespace}")
+            raise ConfigError(
+                f"the overlay's namespace is {namespace}, not {self._api.namespace}: give -n {namespace}"
+            )
 
     def objects(self, config: RunConfig, stage: str, *, number: int) -> list[Object]:
         """Returns what `start` applies; `check` comes first."""
         assert self._overlay is not None, "submitting takes an overlay"
         name = self.name(str(config.run_id), number)
-        return rayjob(rendered_overlay(self._overlay, self._namespace), config, stage, name=name, needs=self._needs)
+        return rayjob(
+            rendered_overlay(self._overlay, self._namespace),
+            config,
+            stage,
+            name=name,
+            needs=self._needs,
+        )
 
     def name(self, run_id: str, number: int) -> str:
         return rayjob_name(run_id, number)
 
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
-        """Applies the job first: it owns its settings, so Kubernetes removes them with it; its pods wait for them."""
+        """Applies the job first: it owns its settings, so Kubernetes removes them with it; its pods
+        wait for them."""
         job, settings = self.objects(config, record.stage, number=record.number)
         try:
             made = self._api.apply(job)
-            self._api.apply(_owned(settings, made), force=True)  # by force: `complete` may have been faster
-        except BaseException:  # an interrupt too: a job without its settings would hold its pods for a week
+            # By force: `complete` may have been faster
+            self._api.apply(_owned(settings, made), force=True)
+        except BaseException:
+            # An interrupt too: a job without its settings would hold its pods for a week.
             with suppress(ClusterError):  # who does not answer is asked again by `may_be_there`
                 self._api.delete(RAY, "RayJob", record.job)
             raise
@@ -68,8 +80,16 @@ class KubeJobs(JobBackend):
         return self._api.get(RAY, "RayJob", record.job) is not None
 
     def strays(self, record: JobRecord) -> list[str]:
-        jobs = [job for job in self._api.all(RAY, "RayJob") if run_of(job) == record.run_id and not has_ended(job)]
-        names = [str(job["metadata"]["name"]) for job in jobs if "deletionTimestamp" not in job["metadata"]]
+        jobs = [
+            job
+            for job in self._api.all(RAY, "RayJob")
+            if run_of(job) == record.run_id and not has_ended(job)
+        ]
+        names = [
+            str(job["metadata"]["name"])
+            for job in jobs
+            if "deletionTimestamp" not in job["metadata"]
+        ]
         return [name for name in names if name != record.job]
 
     def state(self, record: JobRecord) -> JobState | None:
@@ -79,17 +99,27 @@ class KubeJobs(JobBackend):
         status = job.get("status") or {}
         ray_status = status.get("jobStatus", "")
         if has_ended(job):
-            return JobState(ray_status.lower()) if ray_status in ("SUCCEEDED", "STOPPED") else JobState.FAILED
+            return (
+                JobState(ray_status.lower())
+                if ray_status in ("SUCCEEDED", "STOPPED")
+                else JobState.FAILED
+            )
         is_running = status.get("jobDeploymentStatus") == "Running" and ray_status == "RUNNING"
         return JobState.RUNNING if is_running else JobState.PENDING
 
     def stop(self, record: JobRecord) -> None:
-        """Deletes the object: its pods are drained, so the run saves, and it cannot be resumed beside a later job."""
+        """Deletes the object: its pods are drained, so the run saves, and it cannot be resumed
+        beside a later job."""
         for name in (record.job, *self.strays(record)):
             self._api.delete(RAY, "RayJob", name)
 
 
 def _owned(settings: Object, job: Object) -> Object:
     """Returns the settings with the job, which Kubernetes has made, as their owner."""
-    owner = {"apiVersion": RAY, "kind": "RayJob", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"]}
+    owner = {
+        "apiVersion": RAY,
+        "kind": "RayJob",
+        "name": job["metadata"]["name"],
+        "uid": job["metadata"]["uid"],
+    }
     return settings | {"metadata": settings["metadata"] | {"ownerReferences": [owner]}}

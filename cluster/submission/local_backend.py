@@ -1,4 +1,5 @@
-"""Jobs on a local cluster of their own, which a background process (`run_local_job`) starts, owns and ends."""
+"""Jobs on a local cluster of their own, which a background process (`run_local_job`) starts, owns
+and ends."""
 
 import dataclasses
 import os
@@ -40,7 +41,8 @@ class LocalJobs(JobBackend):
 
     def record(self, config: RunConfig, stage: str, *, number: int) -> JobRecord:
         record = super().record(config, stage, number=number)
-        return dataclasses.replace(record, **dataclasses.asdict(ProcessIdentity.of()))  # until its owner runs
+        # Until its owner runs
+        return dataclasses.replace(record, **dataclasses.asdict(ProcessIdentity.of()))
 
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
         """Returns once the cluster is up and has the job, after some ten seconds."""
@@ -51,7 +53,15 @@ class LocalJobs(JobBackend):
                 stage, path = STAGES[record.stage], str(folder / "run.yaml")
                 owner = subprocess.Popen(
                     # -P: a folder here may have the name of one of our packages.
-                    [sys.executable, "-P", "-m", "cluster.submission.run_local_job", stage, path, record.job],
+                    [
+                        sys.executable,
+                        "-P",
+                        "-m",
+                        "cluster.submission.run_local_job",
+                        stage,
+                        path,
+                        record.job,
+                    ],
                     env=os.environ | {"PYTHONPATH": str(CODE_ROOT)},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
@@ -69,8 +79,12 @@ class LocalJobs(JobBackend):
                 raise
             if not ready:
                 owner.wait()
-                said = (folder / "errors").read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-                raise ClusterError(f"the local cluster could not start the job: {said[-1].removeprefix('error: ')}")
+                said = (folder / "errors").read_text(errors="replace").strip().splitlines() or [
+                    "it said nothing"
+                ]
+                raise ClusterError(
+                    f"the local cluster could not start the job: {said[-1].removeprefix('error: ')}"
+                )
         return dataclasses.replace(record, **dataclasses.asdict(ProcessIdentity.of(owner.pid)))
 
     def state(self, record: JobRecord) -> JobState | None:
@@ -85,5 +99,7 @@ class LocalJobs(JobBackend):
 def _owner(record: JobRecord) -> ProcessIdentity:
     owner = ProcessIdentity(record.machine, record.pid, record.started_s)
     if not owner.is_here:
-        raise ClusterError(f"the job runs, or ran, on {record.where}; only there can its processes be seen and stopped")
+        raise ClusterError(
+            f"the job runs, or ran, on {record.where}; only there can its processes be seen and stopped"
+        )
     return owner

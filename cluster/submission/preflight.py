@@ -38,27 +38,32 @@ def folders_at(address: str | None) -> Folders:
 
 
 def check_run(config: RunConfig, folders: Folders) -> None:
-    """Checks the storage and the sources. Raises `AdmissionError`, or `StorageError` for a malformed location."""
+    """Checks the storage and the sources. Raises `AdmissionError`, or `StorageError` for a
+    malformed location."""
     storage = config.storage.uri
     _, problem = check_storage(storage)
     if problem:
         raise AdmissionError(f"{problem} (`raymill storage check {storage}` says more)")
     if _is_folder(storage) and folders is not Folders.SAME:
         if folders is Folders.NONE:
-            raise AdmissionError(f"{storage} is a folder of this machine; the job needs --storage.uri s3://bucket")
+            raise AdmissionError(
+                f"{storage} is a folder of this machine; the job needs --storage.uri s3://bucket"
+            )
         say(f"{storage} is a folder: all nodes of the cluster must see the same files there")
     check_sources(config.data, folders)
 
 
 def check_sources(data: TextConfig, folders: Folders) -> None:
-    """Raises `SourceError` for a missing source, as far as this machine can tell, and `AdmissionError` for a folder of
-    this machine that the job does not see."""
+    """Raises `SourceError` for a missing source, as far as this machine can tell, and
+    `AdmissionError` for a folder of this machine that the job does not see."""
     validation = data.validation.values() if isinstance(data, DataConfig) else ()
     for uri in (source.removeprefix(TOKENS) for source in [*data.source, *validation]):
         if uri.startswith(HF) or (_is_folder(uri) and folders is Folders.UNKNOWN):
             continue  # the cluster may reach what this machine cannot
         if _is_folder(uri) and folders is Folders.NONE:
-            raise AdmissionError(f"data.source: {uri} is on this machine, and the job is not; upload it to s3://")
+            raise AdmissionError(
+                f"data.source: {uri} is on this machine, and the job is not; upload it to s3://"
+            )
         try:
             glob_uris(uri)
         except NotFoundError as error:
@@ -70,8 +75,8 @@ def _is_folder(uri: str) -> bool:
 
 
 def check_cluster(api: JobsApi, config: RunConfig, stage: str, needs: Mapping[str, Any]) -> None:
-    """Raises `AdmissionError` if the stage finds no room on the cluster's nodes and no others can come, `ClusterError`
-    if the cluster cannot be asked."""
+    """Raises `AdmissionError` if the stage finds no room on the cluster's nodes and no others can
+    come, `ClusterError` if the cluster cannot be asked."""
     try:
         check_rooms(config, stage, needs, nodes=_resources(api), where=api.url)
     except AdmissionError as error:
@@ -79,12 +84,16 @@ def check_cluster(api: JobsApi, config: RunConfig, stage: str, needs: Mapping[st
 
 
 def check_gpus(api: JobsApi, setting: str, *, num_gpus: int) -> None:
-    """Raises `AdmissionError` if no node of the cluster has the GPUs that the setting takes, and no others can come."""
+    """Raises `AdmissionError` if no node of the cluster has the GPUs that the setting takes, and no
+    others can come."""
     most = max((node.get("GPU", 0.0) for node in _resources(api)), default=0.0)
     if most < num_gpus:
         wanted = counted(num_gpus, "GPU")
         _may_wait(
-            api, AdmissionError(f"{setting} needs a node with {wanted}, and {api.url} has none with more than {most:g}")
+            api,
+            AdmissionError(
+                f"{setting} needs a node with {wanted}, and {api.url} has none with more than {most:g}"
+            ),
         )
 
 
@@ -93,16 +102,23 @@ def _resources(api: JobsApi) -> list[dict[str, float]]:
 
 
 def _may_wait(api: JobsApi, problem: AdmissionError) -> None:
-    """Raises the problem, unless the cluster adds nodes by itself: its autoscaler alone knows of which kinds."""
+    """Raises the problem, unless the cluster adds nodes by itself: its autoscaler alone knows of
+    which kinds."""
     if not api.has_autoscaler():
         raise problem
     say(f"{problem}; the cluster autoscales, so more nodes may come, and the job waits for them")
 
 
 def check_rooms(
-    config: RunConfig, stage: str, needs: Mapping[str, Any], *, nodes: Iterable[Mapping[str, float]], where: str
+    config: RunConfig,
+    stage: str,
+    needs: Mapping[str, Any],
+    *,
+    nodes: Iterable[Mapping[str, float]],
+    where: str,
 ) -> None:
-    """Raises `AdmissionError` if `scaling.min_workers` do not fit on nodes of these resources (CPU, GPU, memory …)."""
+    """Raises `AdmissionError` if `scaling.min_workers` do not fit on nodes of these resources (CPU,
+    GPU, memory …)."""
     nodes, scaling = list(nodes), config.scaling
     if stage == "tokenize":
         if not any(node.get("CPU", 0) >= 1 for node in nodes):

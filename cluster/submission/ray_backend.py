@@ -32,7 +32,9 @@ class RayJobs(JobBackend):
         try:
             submit_stage(Connection(self._api, None), STAGES[record.stage], config, job=record.job)
         except RuntimeError as error:
-            raise ClusterError(f"{self._api.url} did not take the job: {str(error).splitlines()[0]}") from None
+            raise ClusterError(
+                f"{self._api.url} did not take the job: {str(error).splitlines()[0]}"
+            ) from None
         return record
 
     def may_be_there(self, record: JobRecord) -> bool:

@@ -1,4 +1,5 @@
-"""Makes a run's RayJob from the manifests of an overlay and the run's settings. Pure: objects in and out."""
+"""Makes a run's RayJob from the manifests of an overlay and the run's settings. Pure: objects in
+and out."""
 
 import copy
 import hashlib
@@ -19,16 +20,24 @@ _VOLUME, _PATH = "run-config", "/config/run.yaml"
 _NAME_CHARS = 36  # KubeRay allows 47 for a RayJob, and the number follows
 
 
-def rayjob(objects: list[Object], config: RunConfig, stage: str, *, name: str, needs: dict[str, Any]) -> list[Object]:
-    """Returns a RayJob and the ConfigMap of its settings. Raises `AdmissionError` if the pods are too small."""
+def rayjob(
+    objects: list[Object], config: RunConfig, stage: str, *, name: str, needs: dict[str, Any]
+) -> list[Object]:
+    """Returns a RayJob and the ConfigMap of its settings. Raises `AdmissionError` if the pods are
+    too small."""
     component = COMPONENTS[stage]
     found = [o for o in objects if o["kind"] == "RayJob" and component_of(o) == component]
     if len(found) != 1:
-        raise AdmissionError(f"the overlay has {len(found)} RayJobs of the component {component!r}; expected one")
+        raise AdmissionError(
+            f"the overlay has {len(found)} RayJobs of the component {component!r}; expected one"
+        )
     job = copy.deepcopy(found[0])
     labels = job["metadata"]["labels"]
     annotations = job["metadata"].get("annotations", {})
-    job["metadata"] |= {"name": name, "annotations": annotations | {RUN_ANNOTATION: str(config.run_id)}}
+    job["metadata"] |= {
+        "name": name,
+        "annotations": annotations | {RUN_ANNOTATION: str(config.run_id)},
+    }
     job["spec"]["entrypoint"] = shlex.join(entrypoint(STAGES[stage], _PATH, job=name))
     for volume in cluster_spec(job)["headGroupSpec"]["template"]["spec"]["volumes"]:
         if volume["name"] == _VOLUME:
@@ -39,14 +48,19 @@ def rayjob(objects: list[Object], config: RunConfig, stage: str, *, name: str, n
     settings: Object = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": {"name": name, "namespace": job["metadata"]["namespace"], "labels": dict(labels)},
+        "metadata": {
+            "name": name,
+            "namespace": job["metadata"]["namespace"],
+            "labels": dict(labels),
+        },
         "data": {"run.yaml": to_yaml(config)},
     }
     return [job, settings]
 
 
 def rayjob_name(run_id: str, number: int) -> str:
-    """Returns a name that Kubernetes accepts: the run's id, or something like it with a hash of it."""
+    """Returns a name that Kubernetes accepts: the run's id, or something like it with a hash of
+    it."""
     plain = re.sub(r"[^a-z0-9]+", "-", run_id.lower()).strip("-")
     if plain != run_id or len(plain) > _NAME_CHARS:
         plain = f"{plain[: _NAME_CHARS - 7].strip('-')}-{hashlib.sha256(run_id.encode()).hexdigest()[:6]}"
@@ -66,10 +80,13 @@ def _fit_group(group: Object, config: RunConfig, needs: dict[str, Any]) -> None:
         f"scaling.threads_per_worker={scaling.threads_per_worker}, and the pods have {cpus:g} CPUs": (
             cpus // scaling.threads_per_worker
         ),
-        f"it needs about {need / 1e9:.1f} GB of memory, and the pods have {memory / 1e9:.1f} GB": memory // need,
+        f"it needs about {need / 1e9:.1f} GB of memory, and the pods have {memory / 1e9:.1f} GB": memory
+        // need,
     }
     if scaling.use_gpu:
-        rooms["scaling.use_gpu, and the pods have no GPU"] = float(parse_quantity(limits.get("nvidia.com/gpu", "0")))
+        rooms["scaling.use_gpu, and the pods have no GPU"] = float(
+            parse_quantity(limits.get("nvidia.com/gpu", "0"))
+        )
     for problem, room in rooms.items():
         if room < 1:
             raise AdmissionError(f"the group {name} cannot hold a worker: {problem}")

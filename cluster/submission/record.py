@@ -1,4 +1,5 @@
-"""The record of a run's submitted job: a small file in the run's storage by which later commands find it."""
+"""The record of a run's submitted job: a small file in the run's storage by which later commands
+find it."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -20,7 +21,8 @@ class JobState(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"  # its log says why
     STOPPED = "stopped"  # on request; submitting the run again resumes it
-    LOST = "lost"  # its cluster is gone without a word on how it ended; submitting the run again resumes it
+    # Its cluster is gone without a word on how it ended; submitting the run again resumes it
+    LOST = "lost"
 
     @property
     def is_live(self) -> bool:
@@ -59,16 +61,20 @@ class JobRecord:
 
 
 def read_record(run: Storage) -> tuple[JobRecord, str] | None:
-    """Returns the run's last submission and the version of its file; None if there is none. Raises `StorageError`."""
+    """Returns the run's last submission and the version of its file; None if there is none. Raises
+    `StorageError`."""
     content, version = read_with_version(run, _KEY)
     if version is None:
         return None
     uri = join_uri(run.uri, _KEY)
-    return parsed(lambda backend, **rest: JobRecord(backend=Backend(backend), **rest), content, uri), version
+    return parsed(
+        lambda backend, **rest: JobRecord(backend=Backend(backend), **rest), content, uri
+    ), version
 
 
 def write_record(run: Storage, record: JobRecord, *, replaces: str | None) -> str | None:
-    """Replaces the version `replaces`, or stores the first record. Returns its version, None if another was faster."""
+    """Replaces the version `replaces`, or stores the first record. Returns its version, None if
+    another was faster."""
     content = json.dumps(asdict(record)).encode()
     try:
         return run.write_bytes(_KEY, content, if_absent=replaces is None, if_version=replaces)
@@ -79,4 +85,6 @@ def write_record(run: Storage, record: JobRecord, *, replaces: str | None) -> st
 def recorded_runs(runs: Storage) -> list[str]:
     """Returns the ids of runs below `runs` that were submitted or had a stage started by hand."""
     keys = [entry.key.split("/") for entry in runs.list()]
-    return sorted({run for run, *rest in keys if rest[:1] == [JOBS] and rest[-1] in (_SUBMITTED, STARTED)})
+    return sorted(
+        {run for run, *rest in keys if rest[:1] == [JOBS] and rest[-1] in (_SUBMITTED, STARTED)}
+    )

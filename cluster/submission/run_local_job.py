@@ -1,6 +1,8 @@
-"""Owns a local cluster in the background while one job runs there: `python -m cluster.submission.run_local_job`.
+"""Owns a local cluster in the background while one job runs there: `python -m
+cluster.submission.run_local_job`.
 
-Prints a line once the job is submitted, and is silent from then on. SIGTERM has the job save and end.
+Prints a line once the job is submitted, and is silent from then on. SIGTERM has the job save and
+end.
 """
 
 import os

@@ -1,4 +1,5 @@
-"""`raymill storage check`: finds out, by an object of its own, whether a storage does all that runs need."""
+"""`raymill storage check`: finds out, by an object of its own, whether a storage does all that runs
+need."""
 
 import secrets
 import shutil
@@ -21,8 +22,8 @@ class _RefusedError(Exception):
 
 
 def check_storage(uri: str) -> tuple[list[str], str]:
-    """Returns the names of the steps that passed, and the first problem, which is empty if there is none. Raises
-    `StorageError` for a wrong URI."""
+    """Returns the names of the steps that passed, and the first problem, which is empty if there is
+    none. Raises `StorageError` for a wrong URI."""
     if uri.startswith(HF):
         return [], f"{uri}: the Hugging Face Hub can only be read; name a folder or s3://"
     storage, folder = open_storage(uri), f"raymill-check-{secrets.token_hex(8)}"
@@ -51,8 +52,12 @@ def _steps(storage: Storage, key: str) -> Iterator[str]:
     try:
         storage.write_bytes(key, _CONTENT)
     except StorageError as error:
-        if any(reason in str(error) for reason in ("access denied", "permission denied", "read-only")):
-            raise _RefusedError(f"it can be listed but not written, at least by these credentials: {error}") from None
+        if any(
+            reason in str(error) for reason in ("access denied", "permission denied", "read-only")
+        ):
+            raise _RefusedError(
+                f"it can be listed but not written, at least by these credentials: {error}"
+            ) from None
         raise
     yield "read"
     if storage.read_bytes(key) != _CONTENT:

@@ -20,12 +20,14 @@ from cluster.submission.record import Backend, JobRecord, JobState, read_record,
 from model.errors import UserError
 
 _SUBMITTING_S = 60.0
-"""Age up to which a job that its backend does not know counts as one that is just being submitted."""
+"""Age up to which a job that its backend does not know counts as one that is just being
+submitted."""
 
 
 @dataclass(frozen=True)
 class JobView:
-    """A view of a run's job: its state, its newest launch in the log and how that ended; `note` is for people."""
+    """A view of a run's job: its state, its newest launch in the log and how that ended; `note` is
+    for people."""
 
     state: JobState
     record: JobRecord
@@ -35,9 +37,14 @@ class JobView:
 
 
 def backend_at(
-    backend: Backend, where: str = "", *, token_file: Path | None = None, overlay: Path | None = None
+    backend: Backend,
+    where: str = "",
+    *,
+    token_file: Path | None = None,
+    overlay: Path | None = None,
 ) -> JobBackend:
-    """Returns the backend of the kind at `where`. Ray and Kubernetes' client are imported only if it needs them."""
+    """Returns the backend of the kind at `where`. Ray and Kubernetes' client are imported only if
+    it needs them."""
     if backend is Backend.RAY:
         from cluster.submission.ray_backend import RayJobs  # noqa: PLC0415
 
@@ -46,7 +53,8 @@ def backend_at(
 
 
 def living_job(config: RunConfig, stage: str, token_file: Path | None) -> JobView | None:
-    """Returns the job of this stage that the run has now, if any. Raises `UserError` if the run has another job."""
+    """Returns the job of this stage that the run has now, if any. Raises `UserError` if the run has
+    another job."""
     view = view_job(run_storage(config), token_file)
     if view is None or not view.state.is_live:
         return None
@@ -58,14 +66,17 @@ def living_job(config: RunConfig, stage: str, token_file: Path | None) -> JobVie
     return view
 
 
-def submit_job(config: RunConfig, stage: str, backend: JobBackend, token_file: Path | None) -> tuple[JobView, bool]:
-    """Returns the run's job and whether it is new: of several submissions at once, one starts a job. A job that has
-    ended is followed by another one, which resumes the run. Raises `UserError` if the job is refused, or if the place
-    has a job of the run that no record names."""
+def submit_job(
+    config: RunConfig, stage: str, backend: JobBackend, token_file: Path | None
+) -> tuple[JobView, bool]:
+    """Returns the run's job and whether it is new: of several submissions at once, one starts a
+    job. A job that has ended is followed by another one, which resumes the run. Raises `UserError`
+    if the job is refused, or if the place has a job of the run that no record names."""
     run = run_storage(config)
     while True:
         found = read_record(run)
-        if (living := living_job(config, stage, token_file)) is not None:  # another process was faster
+        # Another process was faster
+        if (living := living_job(config, stage, token_file)) is not None:
             return living, False
         number, version = (found[0].number + 1, found[1]) if found else (1, None)
         record = backend.record(config, stage, number=number)
@@ -85,15 +96,20 @@ def submit_job(config: RunConfig, stage: str, backend: JobBackend, token_file: P
         raise
     except BaseException:
         if not _may_be_there(backend, record):
-            write_record(run, replace(record, refused="the submission was interrupted"), replaces=taken)
+            write_record(
+                run, replace(record, refused="the submission was interrupted"), replaces=taken
+            )
         raise
     if started != record:
         write_record(run, started, replaces=taken)
     return JobView(JobState.PENDING, started, None, None), True
 
 
-def _clear_way(backend: JobBackend, record: JobRecord, before: JobRecord | None, config: RunConfig) -> None:
-    """Ends what is left of the run's last job, which is over. Raises `UserError` for a job that no record names."""
+def _clear_way(
+    backend: JobBackend, record: JobRecord, before: JobRecord | None, config: RunConfig
+) -> None:
+    """Ends what is left of the run's last job, which is over. Raises `UserError` for a job that no
+    record names."""
     strays = backend.strays(record)
     if before is not None and before.backend is record.backend and strays == [before.job]:
         backend.stop(before)
@@ -105,7 +121,8 @@ def _clear_way(backend: JobBackend, record: JobRecord, before: JobRecord | None,
 
 
 def _may_be_there(backend: JobBackend, record: JobRecord) -> bool:
-    """Says whether the job may have been taken although its submission failed: an answer can be lost."""
+    """Says whether the job may have been taken although its submission failed: an answer can be
+    lost."""
     try:
         return backend.may_be_there(record)
     except ClusterError:
@@ -113,20 +130,23 @@ def _may_be_there(backend: JobBackend, record: JobRecord) -> bool:
 
 
 def view_job(run: Storage, token_file: Path | None) -> JobView | None:
-    """Returns what the run's job is doing, or None if it never had one. The backend is asked first; where it is gone,
-    or there is none, the run's storage says."""
+    """Returns what the run's job is doing, or None if it never had one. The backend is asked first;
+    where it is gone, or there is none, the run's storage says."""
     found = read_record(run)
     launch, started, ended = _newest_launch(run, found and found[0].job)
     if found:
         record = found[0]
     elif started:
         run_id = run.uri.rpartition("/")[2]
-        record = JobRecord(run_id, started.stage, Backend.HAND, started.host, started.job, 0, started.time)
+        record = JobRecord(
+            run_id, started.stage, Backend.HAND, started.host, started.job, 0, started.time
+        )
     else:
         return None
     if record.refused:
         return JobView(JobState.FAILED, record, launch, ended, f"it was refused: {record.refused}")
-    # KubeRay follows a failed launch by another one, on a new cluster; one without hope ends at once (`run_mirrored`).
+    # KubeRay follows a failed launch by another one, on a new cluster; one without hope ends at
+    # once (`run_mirrored`).
     is_final = ended is not None and ended.exit_code in (0, MISUSED, HOPELESS)
     has_ended = is_final or (ended is not None and record.backend is not Backend.KUBERAY)
     if has_ended or record.backend is Backend.HAND:
@@ -146,7 +166,9 @@ def view_job(run: Storage, token_file: Path | None) -> JobView | None:
     return JobView(state, record, launch, ended, note)
 
 
-def _newest_launch(run: Storage, job: str | None) -> tuple[str | None, Started | None, Ended | None]:
+def _newest_launch(
+    run: Storage, job: str | None
+) -> tuple[str | None, Started | None, Ended | None]:
     """Returns the newest launch of the job (of any, if it is None), and how it began and ended."""
     for launch in reversed(launches(run)):
         reader = LogReader(run, launch)
@@ -161,7 +183,13 @@ def _seen_in_storage(
 ) -> JobView:
     if ended is None:
         if holder := living_holder(run, lease_key(record.stage), timeout_s=SILENCE_S):
-            return JobView(JobState.RUNNING, record, launch, None, note or f"on {holder.host} since {holder.since}")
+            return JobView(
+                JobState.RUNNING,
+                record,
+                launch,
+                None,
+                note or f"on {holder.host} since {holder.since}",
+            )
         state = JobState.STOPPED if record.stopped else JobState.LOST
     elif ended.exit_code == 0:
         state = JobState.SUCCEEDED
@@ -178,17 +206,24 @@ def stray_jobs(job: JobRecord, token_file: Path | None) -> list[str]:
 
 
 def stop_job(run: Storage, view: JobView, token_file: Path | None) -> None:
-    """Asks the run's job to save and end. Of a process that no backend reaches from here, such as one that was started
-    by hand, the storage asks it."""
+    """Asks the run's job to save and end. Of a process that no backend reaches from here, such as
+    one that was started by hand, the storage asks it."""
     job = view.record
-    is_elsewhere = job.backend is Backend.LOCAL and not ProcessIdentity(job.machine, job.pid, job.started_s).is_here
+    is_elsewhere = (
+        job.backend is Backend.LOCAL
+        and not ProcessIdentity(job.machine, job.pid, job.started_s).is_here
+    )
     if job.backend is Backend.HAND or is_elsewhere:
         if view.launch is None:
-            raise UserError(f"run {job.run_id} has no launch yet that could be asked to end; ask again in a moment")
+            raise UserError(
+                f"run {job.run_id} has no launch yet that could be asked to end; ask again in a moment"
+            )
         run.write_bytes(stop_key(view.launch), b"")
         return
     backend_at(job.backend, job.where, token_file=token_file).stop(job)
-    while (found := read_record(run)) is not None and found[0].job == job.job and not found[0].stopped:
+    while (
+        (found := read_record(run)) is not None and found[0].job == job.job and not found[0].stopped
+    ):
         write_record(run, replace(found[0], stopped=True), replaces=found[1])
 
 

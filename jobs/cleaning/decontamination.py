@@ -1,9 +1,11 @@
-"""Finds training documents that share a run of words with a validation document (Brown et al., 2020, appendix C).
+"""Finds training documents that share a run of words with a validation document (Brown et al.,
+2020, appendix C).
 
-The n-grams of both meet in the partitions of their hashes. First the validation documents send theirs, and from them
-each partition makes its share of a filter. Then the training documents send those n-grams that pass the filter, which
-takes 64 MiB at most. Up to 33 million words of validation text, one of 16 other n-grams passes. Beyond that more and
-more do, at most 12 bytes for each word of the corpus, which lie in the store until it is finished.
+The n-grams of both meet in the partitions of their hashes. First the validation documents send
+theirs, and from them each partition makes its share of a filter. Then the training documents send
+those n-grams that pass the filter, which takes 64 MiB at most. Up to 33 million words of validation
+text, one of 16 other n-grams passes. Beyond that more and more do, at most 12 bytes for each word
+of the corpus, which lie in the store until it is finished.
 """
 
 import hashlib
@@ -46,7 +48,8 @@ _BITS_PER_NGRAM, _MOST_FILTER_BYTES = 16, 64 << 20
 
 @dataclass(frozen=True)
 class ValidationNgrams:
-    """The n-grams of the validation split; a filter of so many bytes for each partition knows them."""
+    """The n-grams of the validation split; a filter of so many bytes for each partition knows
+    them."""
 
     sent: Exchange
     filter_bytes: int
@@ -82,8 +85,11 @@ def _read_filter(ngrams: ValidationNgrams) -> npt.NDArray[np.uint8]:
     return np.concatenate(list(read_pieces(ngrams.sent.store, keys, 0, np.dtype(np.uint8))))
 
 
-def decontaminate(store: Storage, chunks: Sequence[Chunk], data: DataConfig, *, run: Runner = run_tasks) -> int:
-    """Changes the codes of contaminated documents, once all codes are stored; returns their number. Needs Ray."""
+def decontaminate(
+    store: Storage, chunks: Sequence[Chunk], data: DataConfig, *, run: Runner = run_tasks
+) -> int:
+    """Changes the codes of contaminated documents, once all codes are stored; returns their number.
+    Needs Ray."""
     sizes = [chunk.bytes for chunk in chunks]
     texts = []
     for section in sections_of(sizes, least=1):
@@ -102,27 +108,45 @@ def decontaminate(store: Storage, chunks: Sequence[Chunk], data: DataConfig, *, 
     num_ngrams = sent(held_out, "reading validation n-grams", HELD_OUT, None)
     if not num_ngrams:
         return 0
-    filter_bytes = min(_MOST_FILTER_BYTES, num_ngrams * _BITS_PER_NGRAM // 8) // held_out.num_partitions + 1
+    filter_bytes = (
+        min(_MOST_FILTER_BYTES, num_ngrams * _BITS_PER_NGRAM // 8) // held_out.num_partitions + 1
+    )
     known = ValidationNgrams(held_out, filter_bytes)
-    for _ in run_step("making the filter", range(held_out.num_partitions), known.store_filter, run=run):
+    for _ in run_step(
+        "making the filter", range(held_out.num_partitions), known.store_filter, run=run
+    ):
         pass
     passing = -math.expm1(-num_ngrams / (8 * filter_bytes * held_out.num_partitions))
     if passing > 0.1:
-        say(f"{passing:.0%} of n-grams are compared with those of validation; data.val_max_documents makes them fewer")
+        say(
+            f"{passing:.0%} of n-grams are compared with those of validation; data.val_max_documents makes them fewer"
+        )
     # A multiple, so that each partition's n-grams are in one partition of validation's.
-    num_partitions = held_out.num_partitions * max(1, partitions(passing) // held_out.num_partitions)
+    num_partitions = held_out.num_partitions * max(
+        1, partitions(passing) // held_out.num_partitions
+    )
     training = Exchange(store, f"{folder}/training", len(texts), num_partitions)
     sent(training, "reading training n-grams", 0, known)
     work = partial(compare, known=known, training=training)
     for _ in run_step("comparing n-grams", range(training.num_partitions), work, run=run):
         pass
-    return sum(map(int, run_step("storing contamination", texts, partial(mark, training=training), run=run)))
+    return sum(
+        map(
+            int, run_step("storing contamination", texts, partial(mark, training=training), run=run)
+        )
+    )
 
 
 def _ngrams(
-    texts: Section, exchange: Exchange, *, data: DataConfig, code: int, known: ValidationNgrams | None
+    texts: Section,
+    exchange: Exchange,
+    *,
+    data: DataConfig,
+    code: int,
+    known: ValidationNgrams | None,
 ) -> Iterator[Piece]:
-    """Sends the n-grams of the documents with this code; with `known`, those that pass its filter."""
+    """Sends the n-grams of the documents with this code; with `known`, those that pass its
+    filter."""
     assert data.decontaminate_ngram is not None
     with BucketFile(_NGRAM, num_buckets=exchange.num_partitions) as buckets:
         for row, document in _documents(texts, exchange.store, data, code):
@@ -134,7 +158,9 @@ def _ngrams(
         yield from buckets.pieces()
 
 
-def _documents(texts: Section, store: Storage, data: DataConfig, code: int) -> Iterator[tuple[int, Document]]:
+def _documents(
+    texts: Section, store: Storage, data: DataConfig, code: int
+) -> Iterator[tuple[int, Document]]:
     """Yields the documents with this code, each with its place in the section."""
     row = 0
     for chunk in texts.chunks:
@@ -157,7 +183,8 @@ def compare(partition: int, *, known: ValidationNgrams, training: Exchange) -> b
 
 
 def mark(texts: Section, *, training: Exchange) -> bytes:
-    """Stores the codes of a section's contaminated documents; returns their number in decimal digits."""
+    """Stores the codes of a section's contaminated documents; returns their number in decimal
+    digits."""
     answers = np.concatenate([np.empty(0, ROWS), *training.answers(texts.number, ROWS)])
     rows = distinct(answers["row"])
     row = count = 0

@@ -1,4 +1,5 @@
-"""Finds the duplicates of an indexed corpus, in tasks for its sections and for the partitions of their records."""
+"""Finds the duplicates of an indexed corpus, in tasks for its sections and for the partitions of
+their records."""
 
 import os
 import tempfile
@@ -27,7 +28,16 @@ from jobs.cleaning.duplicates import (
     Places,
     Signatures,
 )
-from jobs.cleaning.exchange import Exchange, Item, Piece, Runner, Section, partitions_for, run_step, sections_of
+from jobs.cleaning.exchange import (
+    Exchange,
+    Item,
+    Piece,
+    Runner,
+    Section,
+    partitions_for,
+    run_step,
+    sections_of,
+)
 from jobs.cleaning.families import LINK, document, join_families, later_members, link
 from jobs.corpus.documents import Drop
 from jobs.corpus.text_hashes import Hashes
@@ -42,7 +52,9 @@ class Decisions:
 
 
 class Deduplication:
-    def __init__(self, store: Storage, sizes: Sequence[int], data: DataConfig, *, run: Runner) -> None:
+    def __init__(
+        self, store: Storage, sizes: Sequence[int], data: DataConfig, *, run: Runner
+    ) -> None:
         """`sizes` are the documents of each chunk."""
         threshold = data.near_dedup_threshold
         self._store, self._threshold, self._run = store, threshold or 1.0, run
@@ -54,10 +66,13 @@ class Deduplication:
         self.sections = sections_of([size * record_bytes for size in sizes], least=self._task_bytes)
 
     def exact(self) -> Decisions:
-        """Sections send their hashes, partitions find those that several sections have, and answer each section."""
+        """Sections send their hashes, partitions find those that several sections have, and answer
+        each section."""
         hashes = self._exchange("hashes", self._num_documents * HASHED.itemsize)
         if len(self.sections) > 1:
-            self._step("finding duplicates", self.sections, partial(hashes.send, pieces=_send_hashes))
+            self._step(
+                "finding duplicates", self.sections, partial(hashes.send, pieces=_send_hashes)
+            )
             work = partial(hashes.decide, by=duplicates.repeats_across, dtype=HASHED, answers=ROWS)
             self._step("comparing sections", range(hashes.num_partitions), work)
         return Decisions(Drop.DUPLICATE, partial(_repeated_rows, hashes=hashes))
@@ -65,26 +80,35 @@ class Deduplication:
     def near(self, exact: Decisions | None = None) -> Decisions:
         """Compares what `exact` leaves.
 
-        Partitions name pairs of documents in different sections; the later one's section asks that of the earlier
-        one for its signature, once for all pairs, and compares them. Then sections join the families that span them.
+        Partitions name pairs of documents in different sections; the later one's section asks that
+        of the earlier one for its signature, once for all pairs, and compares them. Then sections
+        join the families that span them.
         """
         bands = self._exchange("bands", self._num_documents * self._banded_bytes)
         join = partial(_join_and_send_bands, threshold=self._threshold, exact=exact)
         send = partial(bands.send, pieces=join)
         if len(self.sections) == 1:
-            return Decisions(Drop.NEAR_DUPLICATE, partial(_rows_joined_inside, send=send, bands=bands))
+            return Decisions(
+                Drop.NEAR_DUPLICATE, partial(_rows_joined_inside, send=send, bands=bands)
+            )
         self._step("finding near-duplicates", self.sections, send)
 
         work = partial(bands.decide, by=duplicates.pairs_across, dtype=BANDED, answers=PAIR)
         self._step("pairing sections", range(bands.num_partitions), work)
 
-        questions = Exchange(self._store, f"{self._folder}/asked", len(self.sections), len(self.sections))
+        questions = Exchange(
+            self._store, f"{self._folder}/asked", len(self.sections), len(self.sections)
+        )
         ask = partial(questions.send, pieces=partial(_ask_for_signatures, bands=bands))
         self._step("asking for signatures", self.sections, ask)
-        self._step("sending signatures", self.sections, partial(send_signatures, questions=questions))
+        self._step(
+            "sending signatures", self.sections, partial(send_signatures, questions=questions)
+        )
 
         links = replace(questions, name=f"{self._folder}/links")
-        compare = partial(_compare, bands=bands, questions=questions, links=links, threshold=self._threshold)
+        compare = partial(
+            _compare, bands=bands, questions=questions, links=links, threshold=self._threshold
+        )
         self._step("comparing near-duplicates", self.sections, compare)
         stars = join_families(links, self.sections, self._sizes, run=self._run)
         return Decisions(Drop.NEAR_DUPLICATE, partial(later_members, stars=stars))
@@ -99,7 +123,8 @@ class Deduplication:
 
 
 def _send_hashes(section: Section, exchange: Exchange) -> Iterator[Piece]:
-    """Sends each hash of the section once, with the first row that has it; the rows that repeat one stay."""
+    """Sends each hash of the section once, with the first row that has it; the rows that repeat one
+    stay."""
     with BucketFile(HASHED, num_buckets=exchange.num_partitions) as buckets:
         for _, first_row, index in section_indexes(exchange.store, section.chunks):
             places = np.flatnonzero(index.drops == 0)
@@ -116,9 +141,8 @@ def _send_hashes(section: Section, exchange: Exchange) -> Iterator[Piece]:
 
 def _repeated_rows(section: Section, *, hashes: Exchange) -> Records:
     """Returns the rows that repeat one of their section, or of an earlier section."""
-    hashes.send(
-        section, pieces=_send_hashes
-    )  # is done already if there are several: a small corpus takes two jobs fewer
+    # Is done already if there are several: a small corpus takes two jobs fewer.
+    hashes.send(section, pieces=_send_hashes)
     rows = [hashes.kept(section.number, ROW)]
     if hashes.num_sections > 1:
         rows += [answers["row"] for answers in hashes.answers(section.number, ROWS)]
@@ -128,11 +152,16 @@ def _repeated_rows(section: Section, *, hashes: Exchange) -> Records:
 def _join_and_send_bands(
     section: Section, exchange: Exchange, *, threshold: float, exact: Decisions | None
 ) -> Iterator[Piece]:
-    """Joins the families inside a section, and sends the bands that other sections must see; the families stay.
+    """Joins the families inside a section, and sends the bands that other sections must see; the
+    families stay.
 
-    The local disk takes 256 bytes per document and 12 per band (about 0.6 kB in all at a threshold of 0.7).
+    The local disk takes 256 bytes per document and 12 per band (about 0.6 kB in all at a threshold
+    of 0.7).
     """
-    with BucketFile(BANDED, num_buckets=exchange.num_partitions) as buckets, SignatureFile() as file:
+    with (
+        BucketFile(BANDED, num_buckets=exchange.num_partitions) as buckets,
+        SignatureFile() as file,
+    ):
         repeated = np.empty(0, ROW) if exact is None else exact.rows(section)
         for chunk, first_row, index in section_indexes(exchange.store, section.chunks):
             signatures = read_signatures(exchange.store, chunk)
@@ -153,13 +182,17 @@ def _join_and_send_bands(
         yield [np.rec.fromarrays([joined, families[joined]], dtype=JOINED).tobytes()]
 
 
-def _rows_joined_inside(section: Section, *, send: Callable[[Section], bytes], bands: Exchange) -> Records:
+def _rows_joined_inside(
+    section: Section, *, send: Callable[[Section], bytes], bands: Exchange
+) -> Records:
     """Returns the rows that are not the first of their family, of the only section."""
     send(section)
     return bands.kept(section.number, JOINED)["row"]
 
 
-def _ask_for_signatures(section: Section, exchange: Exchange, *, bands: Exchange) -> Iterator[Piece]:
+def _ask_for_signatures(
+    section: Section, exchange: Exchange, *, bands: Exchange
+) -> Iterator[Piece]:
     """Asks each section for the signatures of some rows."""
     earlier = _earlier_documents(section, bands)
     first_of_sections = np.arange(exchange.num_sections + 1, dtype=np.uint64) << np.uint64(32)
@@ -169,7 +202,8 @@ def _ask_for_signatures(section: Section, exchange: Exchange, *, bands: Exchange
 
 
 def _earlier_documents(section: Section, bands: Exchange) -> Hashes:
-    """Returns the documents of other sections with which those of a section are compared, in order, each once."""
+    """Returns the documents of other sections with which those of a section are compared, in order,
+    each once."""
     sorted_ones, new_ones, num_new = np.empty(0, np.uint64), list[Hashes](), 0
     for pairs in bands.answers(section.number, PAIR):
         new_ones.append(document(pairs["earlier_section"], pairs["earlier_row"]))
@@ -188,17 +222,24 @@ def send_signatures(section: Section, *, questions: Exchange) -> bytes:
             for chunk in section.chunks:
                 file.write(read_signatures(questions.store, chunk))
             for rows in questions.received(section.number, ROW):
-                yield (file.read(rows[first : first + _BLOCK]).tobytes() for first in range(0, len(rows), _BLOCK))
+                yield (
+                    file.read(rows[first : first + _BLOCK]).tobytes()
+                    for first in range(0, len(rows), _BLOCK)
+                )
 
     return questions.answer(section.number, pieces())
 
 
-def _compare(section: Section, *, bands: Exchange, questions: Exchange, links: Exchange, threshold: float) -> bytes:
-    """Links the section's documents to those of other sections that are alike, and to those of their families here."""
+def _compare(
+    section: Section, *, bands: Exchange, questions: Exchange, links: Exchange, threshold: float
+) -> bytes:
+    """Links the section's documents to those of other sections that are alike, and to those of
+    their families here."""
 
     def pieces() -> Iterator[Piece]:
         earlier = _earlier_documents(section, bands)
-        num_earlier = len(earlier)  # they come first in the file, and the section's own documents after them
+        # They come first in the file, and the section's own documents after them
+        num_earlier = len(earlier)
         with SignatureFile() as file, BucketFile(LINK, num_buckets=links.num_sections) as buckets:
             for signatures in questions.answers(section.number, SIGNATURE):
                 file.write(signatures)
@@ -210,7 +251,9 @@ def _compare(section: Section, *, bands: Exchange, questions: Exchange, links: E
             for pairs in bands.answers(section.number, PAIR):
                 for start in range(0, len(pairs), _BLOCK):
                     block = pairs[start : start + _BLOCK]
-                    others = np.searchsorted(earlier, document(block["earlier_section"], block["earlier_row"]))
+                    others = np.searchsorted(
+                        earlier, document(block["earlier_section"], block["earlier_row"])
+                    )
                     later = num_earlier + block["row"]
                     duplicates.join_similar(later, others, families, file.read, threshold=threshold)
             rows = np.arange(file.num_rows - num_earlier)
@@ -222,8 +265,8 @@ def _compare(section: Section, *, bands: Exchange, questions: Exchange, links: E
 
 
 class SignatureFile(ExitStack):
-    """Signatures in a local file without a name. They are read one by one: a mapped file's pages would count as this
-    process's memory."""
+    """Signatures in a local file without a name. They are read one by one: a mapped file's pages
+    would count as this process's memory."""
 
     def __init__(self) -> None:
         super().__init__()

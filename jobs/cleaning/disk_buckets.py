@@ -16,10 +16,12 @@ _BUFFER_BYTES = 8 << 20
 
 
 class BucketFile(ExitStack):
-    """Records of one type, added in any order and read by bucket, the remainder of their first field.
+    """Records of one type, added in any order and read by bucket, the remainder of their first
+    field.
 
-    The file is a series of runs, each a full buffer sorted by bucket. Memory holds the buffer and the beginning of each
-    bucket in each run, 8 bytes. It has no name: nothing is left of it when the context or the process ends.
+    The file is a series of runs, each a full buffer sorted by bucket. Memory holds the buffer and
+    the beginning of each bucket in each run, 8 bytes. It has no name: nothing is left of it when
+    the context or the process ends.
     """
 
     def __init__(self, dtype: np.dtype[Any], *, num_buckets: int) -> None:

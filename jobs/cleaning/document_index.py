@@ -1,4 +1,5 @@
-"""Indexes a chunk: the hash and the reason to drop of each document, found by a task and stored for restarts."""
+"""Indexes a chunk: the hash and the reason to drop of each document, found by a task and stored for
+restarts."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,8 @@ from jobs.corpus.text_hashes import HASH_BYTES, document_hash, normalized
 
 INDEX = "index"
 _SIGNED_BYTES = 1 << 18  # of text at once, whose arrays stay in the cache
-DROP_CODES = [None, *Drop]  # the reason of each drop code, which is an index into this list; code 0 is kept
+# The reason of each drop code, which is an index into this list; code 0 is kept
+DROP_CODES = [None, *Drop]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class ChunkIndex:
 
     hashes: npt.NDArray[np.uint8]  # (N, 16) of the normalized text; zeros when dropped
     drops: npt.NDArray[np.uint8]  # (N,) drop codes
-    digest: npt.NDArray[np.uint8]  # (32,) SHA-256 of all texts, by which a second reader proves that it saw the same
+    # (32,) SHA-256 of all texts, by which a second reader proves that it saw the same
+    digest: npt.NDArray[np.uint8]
 
 
 def selection_folder(data: DataConfig) -> str:
@@ -40,11 +43,16 @@ def selection_folder(data: DataConfig) -> str:
     return f"{INDEX}/selection-{data.selection_task_bytes}"
 
 
-def index_corpus(store: Storage, chunks: Sequence[Chunk], data: DataConfig) -> list[tuple[bytes, int]]:
-    """Indexes each chunk, and returns the digest of its texts and the number of its documents. Needs Ray."""
+def index_corpus(
+    store: Storage, chunks: Sequence[Chunk], data: DataConfig
+) -> list[tuple[bytes, int]]:
+    """Indexes each chunk, and returns the digest of its texts and the number of its documents.
+    Needs Ray."""
     total_bytes = sum(chunk.bytes for chunk in chunks)
     indexed = [(b"", 0)] * len(chunks)
-    with DataProgress("indexing documents", total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
+    with DataProgress(
+        "indexing documents", total_bytes=total_bytes, num_tasks=len(chunks)
+    ) as progress:
         for result in run_tasks(chunks, partial(index_chunk, store=store, data=data)):
             digest = result.content[:32]
             num_documents = int.from_bytes(result.content[32:], "little")
@@ -54,9 +62,11 @@ def index_corpus(store: Storage, chunks: Sequence[Chunk], data: DataConfig) -> l
 
 
 def index_chunk(chunk: Chunk, *, store: Storage, data: DataConfig) -> bytes:
-    """Stores the index of a chunk, unless it is stored; returns the digest and the number of documents, 8 bytes."""
+    """Stores the index of a chunk, unless it is stored; returns the digest and the number of
+    documents, 8 bytes."""
     index = None
-    with suppress(NotFoundError, SafetensorError, TypeError):  # or it was cut off on a disk that lost power
+    # Or it was cut off on a disk that lost power
+    with suppress(NotFoundError, SafetensorError, TypeError):
         index = read_index(store, chunk.number)
     if index is None:
         index, signatures = _indexed(chunk, data)
@@ -67,7 +77,8 @@ def index_chunk(chunk: Chunk, *, store: Storage, data: DataConfig) -> bytes:
 
 
 def section_indexes(store: Storage, chunks: Sequence[int]) -> Iterator[tuple[int, int, ChunkIndex]]:
-    """Yields chunks with the row of each one's first document, counted from the first chunk, and its index."""
+    """Yields chunks with the row of each one's first document, counted from the first chunk, and
+    its index."""
     row = 0
     for chunk in chunks:
         index = read_index(store, chunk)
@@ -81,7 +92,9 @@ def read_index(store: Storage, chunk: int) -> ChunkIndex:
 
 def read_signatures(store: Storage, chunk: int) -> Signatures:
     """Returns the signatures (N, 128) of a chunk's documents."""
-    return np.frombuffer(store.read_bytes(_signatures_key(chunk)), "<u2").reshape(-1, SIGNATURE_SIZE)
+    return np.frombuffer(store.read_bytes(_signatures_key(chunk)), "<u2").reshape(
+        -1, SIGNATURE_SIZE
+    )
 
 
 def _index_key(chunk: int) -> str:
@@ -93,7 +106,8 @@ def _signatures_key(chunk: int) -> str:
 
 
 def _indexed(chunk: Chunk, data: DataConfig) -> tuple[ChunkIndex, bytes]:
-    """Returns the index and the bytes of the signatures, if `data.near_dedup_threshold` asks for them."""
+    """Returns the index and the bytes of the signatures, if `data.near_dedup_threshold` asks for
+    them."""
     digest = hashlib.sha256()
     hashes, drops, signed = bytearray(), bytearray(), bytearray()
     waiting: list[bytes] = []
@@ -117,7 +131,9 @@ def _indexed(chunk: Chunk, data: DataConfig) -> tuple[ChunkIndex, bytes]:
     return index, bytes(signed + signatures(waiting).tobytes())
 
 
-def read_chunk(chunk: Chunk, data: DataConfig, digest: "hashlib._Hash") -> Iterator[tuple[Part, Document]]:
+def read_chunk(
+    chunk: Chunk, data: DataConfig, digest: "hashlib._Hash"
+) -> Iterator[tuple[Part, Document]]:
     """Yields the documents of a chunk in canonical order, and adds their texts to `digest`."""
     for part in chunk.parts:
         for document in read_documents(part, data):

@@ -1,11 +1,14 @@
-"""Decides which documents repeat or resemble an earlier one: among those of a section, and where sections meet.
+"""Decides which documents repeat or resemble an earlier one: among those of a section, and where
+sections meet.
 
-Documents that similar pairs connect, directly or through others, are a family. Its first document is kept, and the
-others are its near-duplicates: how many are kept does not depend on the order of the corpus.
+Documents that similar pairs connect, directly or through others, are a family. Its first document
+is kept, and the others are its near-duplicates: how many are kept does not depend on the order of
+the corpus.
 
-Similarity is estimated from MinHash signatures by one-permutation hashing (Li, Owen, Zhang, 2012): each n-gram's hash
-falls into one of 128 bins, and each bin keeps its least hash. An empty bin borrows from a filled one, in an order of
-its own (Shrivastava, 2017), which keeps the estimate unbiased. So a signature costs one pass over the n-grams, not 128.
+Similarity is estimated from MinHash signatures by one-permutation hashing (Li, Owen, Zhang, 2012):
+each n-gram's hash falls into one of 128 bins, and each bin keeps its least hash. An empty bin
+borrows from a filled one, in an order of its own (Shrivastava, 2017), which keeps the estimate
+unbiased. So a signature costs one pass over the n-grams, not 128.
 """
 
 import math
@@ -21,7 +24,8 @@ from jobs.corpus.text_hashes import Hashes, Places, mix64, ngrams_by_text
 Marks = npt.NDArray[np.bool_]
 Sections = npt.NDArray[np.int32]
 Signatures = npt.NDArray[np.uint16]
-Families = npt.NDArray[np.uint32]  # for each document an earlier one of its family; the first has itself
+# For each document an earlier one of its family; the first has itself
+Families = npt.NDArray[np.uint32]
 
 NGRAM_WORDS = 3  # words in a row that make one unit of comparison
 SIGNATURE_SIZE = 128
@@ -39,9 +43,11 @@ SIGNATURE = np.dtype(("<u2", SIGNATURE_SIZE))
 ROW = np.dtype("<u4")  # a document's place in its section
 HASHED = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", ROW)])  # halves of a document's hash
 BANDED = np.dtype([("key", "<u8"), ("row", ROW)])  # hash of a band
-JOINED = np.dtype([("row", ROW), ("first", ROW)])  # a document, and the first of its family in its section
+# A document, and the first of its family in its section
+JOINED = np.dtype([("row", ROW), ("first", ROW)])
 ROWS = np.dtype([("section", "<u4"), ("row", ROW)])  # a decision
-PAIR = np.dtype([*ROWS.descr, ("earlier_section", "<u4"), ("earlier_row", ROW)])  # of documents to compare
+# Of documents to compare
+PAIR = np.dtype([*ROWS.descr, ("earlier_section", "<u4"), ("earlier_row", ROW)])
 
 
 def repeats(records: Records) -> Places:
@@ -57,12 +63,14 @@ def repeats_across(records: Records, sections: Sections) -> Iterator[Records]:
 
 
 def signatures(normalized: Sequence[bytes]) -> Signatures:
-    """Returns the signatures (D, 128) of the sets of n-grams of normalized texts; zeros for one without words."""
+    """Returns the signatures (D, 128) of the sets of n-grams of normalized texts; zeros for one
+    without words."""
     return signatures_of(*ngrams_by_text(normalized, NGRAM_WORDS), num_sets=len(normalized))
 
 
 def signatures_of(ngrams: Hashes, sets: Places, *, num_sets: int) -> Signatures:
-    """Returns the signatures (D, 128) of sets of hashed n-grams (G,), repeats ignored; `sets` (G,) has their owners."""
+    """Returns the signatures (D, 128) of sets of hashed n-grams (G,), repeats ignored; `sets` (G,)
+    has their owners."""
     least = np.full((num_sets, SIGNATURE_SIZE), _EMPTY)
     bins = sets * SIGNATURE_SIZE + (ngrams >> np.uint64(64 - _BIN_BITS)).astype(np.int64)
     np.minimum.at(least.reshape(-1), bins, ngrams)
@@ -72,7 +80,8 @@ def signatures_of(ngrams: Hashes, sets: Places, *, num_sets: int) -> Signatures:
     first_filled = filled[borrowers[:, None], lenders].argmax(axis=1)
     chosen = lenders[np.arange(len(lenders)), first_filled]
     least[borrowers, empty] = least[borrowers, chosen]
-    # Each bin keeps different 16 bits, or a document of one n-gram would match one in 65,536 of its kind.
+    # Each bin keeps different 16 bits, or a document of one n-gram would match one in 65,536 of its
+    # kind.
     mixed = mix64(least ^ np.arange(SIGNATURE_SIZE, dtype=np.uint64))
     signatures = (mixed & np.uint64(0xFFFF)).astype(np.uint16)
     signatures[~filled.any(axis=1)] = 0
@@ -87,18 +96,22 @@ def _lenders() -> npt.NDArray[np.int64]:
 
 
 def similarity(left: Signatures, right: Signatures) -> npt.NDArray[np.float64]:
-    """Estimates the Jaccard similarity of n-gram sets from signatures (..., 128); unbiased, so it may be below 0.
+    """Estimates the Jaccard similarity of n-gram sets from signatures (..., 128); unbiased, so it
+    may be below 0.
 
-    Its standard deviation at similarity s is at most about sqrt(s (1 - s) / 128), 0.04 in the middle.
+    Its standard deviation at similarity s is at most about sqrt(s (1 - s) / 128), 0.04 in the
+    middle.
     """
     agreeing = (left == right).mean(axis=-1)
     return (agreeing - _CHANCE) / (1 - _CHANCE)
 
 
 def bands_for(threshold: float) -> tuple[int, int]:
-    """Returns (bands, rows): the most selective cut of signatures for which 98% of pairs at the threshold share a band.
+    """Returns (bands, rows): the most selective cut of signatures for which 98% of pairs at the
+    threshold share a band.
 
-    A pair of similarity s agrees in all rows of one of the bands with probability 1 - (1 - s^rows)^bands.
+    A pair of similarity s agrees in all rows of one of the bands with probability 1 - (1 -
+    s^rows)^bands.
     """
     for rows in range(SIGNATURE_SIZE, 1, -1):
         bands = SIGNATURE_SIZE // rows
@@ -122,31 +135,41 @@ def least_estimate(threshold: float) -> float:
     return threshold - _MARGIN_DEVIATIONS * math.sqrt(threshold * (1 - threshold) / SIGNATURE_SIZE)
 
 
-# Two documents that share a band of their signatures are compared by the whole signatures. Among those that share a
-# band, a document is compared with the 64 before it, so the work is linear in the documents, whatever they contain.
+# Two documents that share a band of their signatures are compared by the whole signatures. Among
+# those that share a band, a document is compared with the 64 before it, so the work is linear in
+# the documents, whatever they contain.
 
 
 def join_section(
     records: Records, families: Families, read: Callable[[Places], Signatures], *, threshold: float
 ) -> Records:
-    """Joins the families of the similar rows of a section, among the `BANDED` records of a partition.
+    """Joins the families of the similar rows of a section, among the `BANDED` records of a
+    partition.
 
-    Returns the records that other sections must see, sorted: the first and last 64 of each key, as no window reaches
-    further into the section. `read` returns rows' signatures.
+    Returns the records that other sections must see, sorted: the first and last 64 of each key, as
+    no window reaches further into the section. `read` returns rows' signatures.
     """
     records = records[np.argsort(records["key"], kind="stable")]
     first, end = _runs(_changes(records["key"]))
     twins = records[end - first > 1]
     for later, earlier in _close_pairs(twins["key"]):
-        join_similar(twins["row"][later], twins["row"][earlier], families, read, threshold=threshold)
+        join_similar(
+            twins["row"][later], twins["row"][earlier], families, read, threshold=threshold
+        )
     places = np.arange(len(records))
     return records[(places - first < _WINDOW) | (end - places <= _WINDOW)]
 
 
 def join_similar(
-    later: Places, earlier: Places, families: Families, read: Callable[[Places], Signatures], *, threshold: float
+    later: Places,
+    earlier: Places,
+    families: Families,
+    read: Callable[[Places], Signatures],
+    *,
+    threshold: float,
 ) -> None:
-    """Compares the documents of pairs (P,) that are not known as one family, and joins the families of those alike."""
+    """Compares the documents of pairs (P,) that are not known as one family, and joins the families
+    of those alike."""
     apart = families[later] != families[earlier]
     later, earlier = later[apart], earlier[apart]
     alike = similarity(read(later), read(earlier)) >= least_estimate(threshold)
@@ -173,17 +196,21 @@ def firsts(families: Families) -> Families:
 
 
 def pairs_across(records: Records, sections: Sections) -> Iterator[Records]:
-    """Yields a `PAIR` for each `BANDED` record and each of an earlier section, 64 before it at most."""
+    """Yields a `PAIR` for each `BANDED` record and each of an earlier section, 64 before it at
+    most."""
     order = np.argsort(records["key"], kind="stable")
     rows, owners = records["row"][order], sections[order]
     for places, places_before in _close_pairs(records["key"][order]):
         is_across = owners[places] != owners[places_before]
         later, earlier = places[is_across], places_before[is_across]
-        yield np.rec.fromarrays([owners[later], rows[later], owners[earlier], rows[earlier]], dtype=PAIR)
+        yield np.rec.fromarrays(
+            [owners[later], rows[later], owners[earlier], rows[earlier]], dtype=PAIR
+        )
 
 
 def _close_pairs(keys: Hashes) -> Iterator[tuple[Places, Places]]:
-    """Yields the places (later, earlier) of equal keys at most 64 apart, some at a time; the keys are sorted."""
+    """Yields the places (later, earlier) of equal keys at most 64 apart, some at a time; the keys
+    are sorted."""
     for distance in range(1, _WINDOW + 1):
         later = np.flatnonzero(keys[distance:] == keys[:-distance]) + distance
         if not later.size:
@@ -194,7 +221,8 @@ def _close_pairs(keys: Hashes) -> Iterator[tuple[Places, Places]]:
 
 
 def distinct(values: Records) -> Records:
-    """Returns them in order, each once. NumPy's `unique` hashes them, which takes ten times as long."""
+    """Returns them in order, each once. NumPy's `unique` hashes them, which takes ten times as
+    long."""
     values = np.sort(values)
     return values[_changes(values)]
 

@@ -1,10 +1,12 @@
-"""Carries records from the sections of a corpus to the partitions of their keys, and answers back, through the store.
+"""Carries records from the sections of a corpus to the partitions of their keys, and answers back,
+through the store.
 
-A section is some chunks in a row; a partition is all records whose keys it owns. The task of a section stores one
-object: a table of borders, then its records, partition by partition. The task of a partition reads its piece of every
-section's object, and stores one of answers, section by section. So S sections and P partitions make S + P objects,
-whose pieces are read by range. Both numbers follow from the corpus and `data.selection_task_bytes`, and no decision
-depends on them. What is stored outlives its task and its node, and is not made again.
+A section is some chunks in a row; a partition is all records whose keys it owns. The task of a
+section stores one object: a table of borders, then its records, partition by partition. The task of
+a partition reads its piece of every section's object, and stores one of answers, section by
+section. So S sections and P partitions make S + P objects, whose pieces are read by range. Both
+numbers follow from the corpus and `data.selection_task_bytes`, and no decision depends on them.
+What is stored outlives its task and its node, and is not made again.
 """
 
 import tempfile
@@ -29,7 +31,8 @@ _READERS = 16  # requests at once: a piece is small against the time to its firs
 
 Item = TypeVar("Item")
 Read = TypeVar("Read")
-Runner = Callable[[Sequence[Any], Callable[[Any], bytes]], Iterator[Result[Any]]]  # `run_tasks`, on a cluster
+# `run_tasks`, on a cluster
+Runner = Callable[[Sequence[Any], Callable[[Any], bytes]], Iterator[Result[Any]]]
 Decide = Callable[[Records, Sections], Iterator[Records]]
 Piece = Iterable[bytes]  # its parts, which are written one after the other
 
@@ -66,8 +69,11 @@ class Exchange:
     num_sections: int
     num_partitions: int
 
-    def send(self, section: Section, *, pieces: Callable[[Section, "Exchange"], Iterator[Piece]]) -> bytes:
-        """Stores a piece for each partition and perhaps one more, which stays; returns as `store_pieces` does."""
+    def send(
+        self, section: Section, *, pieces: Callable[[Section, "Exchange"], Iterator[Piece]]
+    ) -> bytes:
+        """Stores a piece for each partition and perhaps one more, which stays; returns as
+        `store_pieces` does."""
         key = self._sent(section.number)
         return store_pieces(self.store, key, pieces(section, self), count=self.num_partitions + 1)
 
@@ -84,9 +90,11 @@ class Exchange:
         """Stores a piece for each section, and returns as `store_pieces` does."""
         return store_pieces(self.store, self._answers(partition), pieces, count=self.num_sections)
 
-    def decide(self, partition: int, *, by: Decide, dtype: np.dtype[Any], answers: np.dtype[Any]) -> bytes:
-        """Stores the answers that `by` yields for the records (R,) in canonical order, with the section of each. An
-        answer's first field is the section that gets it."""
+    def decide(
+        self, partition: int, *, by: Decide, dtype: np.dtype[Any], answers: np.dtype[Any]
+    ) -> bytes:
+        """Stores the answers that `by` yields for the records (R,) in canonical order, with the
+        section of each. An answer's first field is the section that gets it."""
         return self.answer(partition, self._decided(partition, by, dtype, answers))
 
     def answers(self, section: int, dtype: np.dtype[Any]) -> Iterator[Records]:
@@ -101,9 +109,13 @@ class Exchange:
         for content in _in_order(lambda piece: _read(self.store, *piece), slices):
             yield np.frombuffer(content, dtype)
 
-    def _decided(self, partition: int, by: Decide, dtype: np.dtype[Any], answers: np.dtype[Any]) -> Iterator[Piece]:
+    def _decided(
+        self, partition: int, by: Decide, dtype: np.dtype[Any], answers: np.dtype[Any]
+    ) -> Iterator[Piece]:
         by_section = list(self.received(partition, dtype))
-        sections = np.repeat(np.arange(len(by_section), dtype=np.int32), [len(records) for records in by_section])
+        sections = np.repeat(
+            np.arange(len(by_section), dtype=np.int32), [len(records) for records in by_section]
+        )
         records = np.concatenate(by_section)
         del by_section
         with BucketFile(answers, num_buckets=self.num_sections) as buckets:
@@ -119,7 +131,8 @@ class Exchange:
 
 
 def store_pieces(store: Storage, key: str, pieces: Iterator[Piece], *, count: int) -> bytes:
-    """Stores up to `count` pieces as one object, unless it is there; returns their bytes in decimal digits."""
+    """Stores up to `count` pieces as one object, unless it is there; returns their bytes in decimal
+    digits."""
     table_bytes = 8 * (count + 1)
     size = _whole_size(store, key, table_bytes)
     if size is None:
@@ -131,7 +144,8 @@ def store_pieces(store: Storage, key: str, pieces: Iterator[Piece], *, count: in
 
 
 def _whole_size(store: Storage, key: str, table_bytes: int) -> int | None:
-    """Returns the size of a stored object, whose table ends with it; None for one that is missing or was cut off."""
+    """Returns the size of a stored object, whose table ends with it; None for one that is missing
+    or was cut off."""
     entry = store.stat(key)
     if entry is None or entry.size < table_bytes:
         return None
@@ -153,9 +167,13 @@ def _write_pieces(path: Path, pieces: Iterator[Piece], *, count: int, table_byte
     return borders[-1]
 
 
-def read_pieces(store: Storage, keys: Sequence[str], number: int, dtype: np.dtype[Any]) -> Iterator[Records]:
+def read_pieces(
+    store: Storage, keys: Sequence[str], number: int, dtype: np.dtype[Any]
+) -> Iterator[Records]:
     """Yields one piece of each object."""
-    return _in_order(lambda key: np.frombuffer(_read(store, key, *_borders(store, key, number)), dtype), keys)
+    return _in_order(
+        lambda key: np.frombuffer(_read(store, key, *_borders(store, key, number)), dtype), keys
+    )
 
 
 def _in_order(read: Callable[[Item], Read], items: Sequence[Item]) -> Iterator[Read]:
@@ -177,8 +195,11 @@ def _number(content: bytes) -> int:
     return int.from_bytes(content, "little")
 
 
-def run_step(label: str, items: Sequence[Item], work: Callable[[Item], bytes], *, run: Runner) -> Iterator[bytes]:
-    """Yields the content of each task's result, in the order in which tasks finish, and shows progress."""
+def run_step(
+    label: str, items: Sequence[Item], work: Callable[[Item], bytes], *, run: Runner
+) -> Iterator[bytes]:
+    """Yields the content of each task's result, in the order in which tasks finish, and shows
+    progress."""
     with DataProgress(label, total_bytes=0, num_tasks=len(items)) as progress:
         for result in run(items, work):
             progress.advance(0, documents=0, rss_bytes=result.rss_bytes)

@@ -1,8 +1,10 @@
-"""Joins the families of near-duplicates that span sections, whose similar pairs are links between documents.
+"""Joins the families of near-duplicates that span sections, whose similar pairs are links between
+documents.
 
-Each turn replaces a document's links by links to the least document that it knows, until every family is a star around
-its first one (Kiveris et al., Connected Components in MapReduce and Beyond, 2014: large-star and small-star by turns,
-with no more links than in the beginning, in O(log^2 D) turns for D documents, whatever the shape of a family).
+Each turn replaces a document's links by links to the least document that it knows, until every
+family is a star around its first one (Kiveris et al., Connected Components in MapReduce and Beyond,
+2014: large-star and small-star by turns, with no more links than in the beginning, in O(log^2 D)
+turns for D documents, whatever the shape of a family).
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,13 +35,17 @@ def link(left: Hashes, right: Hashes) -> Records:
     return np.rec.fromarrays([here >> np.uint64(32), here.astype(ROW), there], dtype=LINK)
 
 
-def join_families(links: Exchange, sections: Sequence[Section], sizes: Sequence[int], *, run: Runner) -> Exchange:
-    """Returns the links of the stars; `links` and these are answers of each section to each, and `sizes` those of the
-    chunks."""
+def join_families(
+    links: Exchange, sections: Sequence[Section], sizes: Sequence[int], *, run: Runner
+) -> Exchange:
+    """Returns the links of the stars; `links` and these are answers of each section to each, and
+    `sizes` those of the chunks."""
     for turn in count(1):
         stars = replace(links, name=f"{links.name}-{turn}")
         work = partial(_turn, sizes=sizes, links=links, stars=stars, is_large=turn % 2 == 1)
-        num_crossed = sum(map(int, run_step(f"joining near-duplicates, turn {turn}", sections, work, run=run)))
+        num_crossed = sum(
+            map(int, run_step(f"joining near-duplicates, turn {turn}", sections, work, run=run))
+        )
         if num_crossed == 0:
             break
         links = stars
@@ -47,7 +53,8 @@ def join_families(links: Exchange, sections: Sequence[Section], sizes: Sequence[
 
 
 def later_members(section: Section, *, stars: Exchange) -> Records:
-    """Returns the rows of a section, in order, that are not the first of their family; one may be repeated."""
+    """Returns the rows of a section, in order, that are not the first of their family; one may be
+    repeated."""
     rows = [np.empty(0, ROW)]
     for links in stars.answers(section.number, LINK):
         is_later = links["other"] < document(section.number, links["row"])
@@ -55,8 +62,11 @@ def later_members(section: Section, *, stars: Exchange) -> Records:
     return np.sort(np.concatenate(rows))
 
 
-def _turn(section: Section, *, sizes: Sequence[int], links: Exchange, stars: Exchange, is_large: bool) -> bytes:
-    """Links the later neighbors of each document, or the earlier ones and itself, to the first of all its neighbors.
+def _turn(
+    section: Section, *, sizes: Sequence[int], links: Exchange, stars: Exchange, is_large: bool
+) -> bytes:
+    """Links the later neighbors of each document, or the earlier ones and itself, to the first of
+    all its neighbors.
 
     Returns the number of links, in decimal digits, that keep a family from being a star."""
     num_documents = sum(sizes[chunk] for chunk in section.chunks)
@@ -73,7 +83,11 @@ def _turn(section: Section, *, sizes: Sequence[int], links: Exchange, stars: Exc
     def pieces() -> Iterator[Piece]:
         with BucketFile(LINK, num_buckets=stars.num_sections) as buckets:
             for batch in links.answers(section.number, LINK):
-                center, first, other = documents[batch["row"]], first_neighbors[batch["row"]], batch["other"]
+                center, first, other = (
+                    documents[batch["row"]],
+                    first_neighbors[batch["row"]],
+                    batch["other"],
+                )
                 chosen = (other > center) == is_large
                 moved = other if is_large else np.where(other == first, center, other)
                 buckets.add(link(moved[chosen], first[chosen]))

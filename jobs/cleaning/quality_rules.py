@@ -24,8 +24,8 @@ _LEAST_STOP_WORDS = 2
 def failed_rule(text: str, rules: Sequence[QualityRule]) -> Drop | None:
     """Returns the first of the rules that the text fails, as the reason to drop it.
 
-    `word_count` and `stop_words` are for English: the first counts the words between blanks, which Chinese, Japanese
-    and Thai do not use; the second looks for English words.
+    `word_count` and `stop_words` are for English: the first counts the words between blanks, which
+    Chinese, Japanese and Thai do not use; the second looks for English words.
     """
     words = text.split() if rules else []
     return next((Drop(rule) for rule in rules if not _PASSES[rule](text, words)), None)
@@ -51,13 +51,16 @@ def _line_marks(text: str, words: list[str]) -> bool:
     lines = [line for line in map(str.strip, text.splitlines()) if line]
     bullets = sum(line.startswith(_BULLETS) for line in lines)
     ellipses = sum(line.endswith(_ELLIPSES) for line in lines)
-    return bullets <= _MOST_BULLET_LINES * len(lines) and ellipses <= _MOST_ELLIPSIS_LINES * len(lines)
+    return bullets <= _MOST_BULLET_LINES * len(lines) and ellipses <= _MOST_ELLIPSIS_LINES * len(
+        lines
+    )
 
 
 def _alphabetic_words(text: str, words: list[str]) -> bool:
     missing = math.ceil(_LEAST_ALPHABETIC * len(words)) - sum(map(str.isalpha, words))
     mixed = (word for word in words if not word.isalpha() and _LETTER.search(word))
-    return missing <= sum(1 for _ in islice(mixed, max(0, missing)))  # looks no further than necessary
+    # Looks no further than necessary
+    return missing <= sum(1 for _ in islice(mixed, max(0, missing)))
 
 
 def _stop_words(text: str, words: list[str]) -> bool:

@@ -1,7 +1,7 @@
 """Selects the documents that are kept and the split of each, in tasks of bounded memory.
 
-The result does not depend on the number of workers or the order of their answers. The driver holds some bytes for each
-chunk and 2 kB for each of 1,024 sections at most.
+The result does not depend on the number of workers or the order of their answers. The driver holds
+some bytes for each chunk and 2 kB for each of 1,024 sections at most.
 """
 
 import hashlib
@@ -33,9 +33,14 @@ class Summary:
 
 
 def select(
-    store: Storage, indexed: Sequence[tuple[bytes, int]], data: DataConfig, *, run: Runner = run_tasks
+    store: Storage,
+    indexed: Sequence[tuple[bytes, int]],
+    data: DataConfig,
+    *,
+    run: Runner = run_tasks,
 ) -> Summary:
-    """Stores the codes of all documents, whose chunks are `indexed` as `index_corpus` says. Needs Ray."""
+    """Stores the codes of all documents, whose chunks are `indexed` as `index_corpus` says. Needs
+    Ray."""
     sizes = [num_documents for _, num_documents in indexed]
     search = Deduplication(store, sizes, data, run=run)
     decisions: list[Decisions] = []
@@ -55,11 +60,14 @@ def select(
     counts = totals["counts"].sum(axis=0)
     num_held_out = int(counts[HELD_OUT])
     if data.val_max_documents is not None and num_held_out > data.val_max_documents:
-        say(f"of {num_held_out:,} documents that data.val_fraction holds out, about {data.val_max_documents:,} are")
+        say(
+            f"of {num_held_out:,} documents that data.val_fraction holds out, about {data.val_max_documents:,} are"
+        )
         totals = settled(val_below * data.val_max_documents // num_held_out)
         counts = totals["counts"].sum(axis=0)
     if indexed and data.val_fraction and 0 in (counts[0], counts[HELD_OUT]):
-        # An exception for small corpora: at least one document trains and, of several texts, one validates.
+        # An exception for small corpora: at least one document trains and, of several texts, one
+        # validates.
         least, most = int(totals["least"].min()), int(totals["most"].max())
         if least < most:
             counts = settled(most if counts[HELD_OUT] else least + 1)["counts"].sum(axis=0)
@@ -68,19 +76,25 @@ def select(
     digests = "".join(digest.hex() for digest, _ in indexed)
     return Summary(
         documents=int(counts[0] + counts[HELD_OUT]),
-        dropped={str(reason): int(counts[code]) for code, reason in enumerate(DROP_CODES) if reason},
+        dropped={
+            str(reason): int(counts[code]) for code, reason in enumerate(DROP_CODES) if reason
+        },
         source_hash=hashlib.sha256(digests.encode()).hexdigest(),
     )
 
 
-def settle(section: Section, *, store: Storage, key: str, decisions: Sequence[Decisions], val_below: int) -> bytes:
-    """Stores the codes of a section's chunks, and then what it returns: the number of documents by code, and the least
-    and the largest hash among those that are kept."""
+def settle(
+    section: Section, *, store: Storage, key: str, decisions: Sequence[Decisions], val_below: int
+) -> bytes:
+    """Stores the codes of a section's chunks, and then what it returns: the number of documents by
+    code, and the least and the largest hash among those that are kept."""
     key = f"{key}/section-{section.number:05d}"
     content = store.find_bytes(key)
     if content is not None and len(content) == _SETTLED.itemsize:
         return content
-    dropped = [(DROP_CODES.index(decision.reason), decision.rows(section)) for decision in decisions]
+    dropped = [
+        (DROP_CODES.index(decision.reason), decision.rows(section)) for decision in decisions
+    ]
     settled = np.zeros(1, _SETTLED)
     settled["least"] = _NO_HASH
     for chunk, first, index in section_indexes(store, section.chunks):
@@ -102,7 +116,8 @@ def settle(section: Section, *, store: Storage, key: str, decisions: Sequence[De
 
 
 def store_codes(store: Storage, chunk: int, digest: str, codes: bytes) -> None:
-    """Stores the codes of a chunk, and the digest of its texts, for the tasks that read it again."""
+    """Stores the codes of a chunk, and the digest of its texts, for the tasks that read it
+    again."""
     store.write_bytes(_codes_key(chunk), bytes.fromhex(digest) + codes)
 
 
@@ -117,6 +132,7 @@ def _codes_key(chunk: int) -> str:
 
 
 def leading(hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    """Returns the first eight bytes of hashes (N, 16) as numbers. A document validates if its number is in the lowest
-    share of all: it keeps its split when others come and go, and equal texts are in the same split."""
+    """Returns the first eight bytes of hashes (N, 16) as numbers. A document validates if its
+    number is in the lowest share of all: it keeps its split when others come and go, and equal
+    texts are in the same split."""
     return np.ascontiguousarray(hashes[:, :8]).view(">u8").reshape(-1).astype(np.uint64)

@@ -1,8 +1,9 @@
 """Divides a corpus into chunks, the units of work, as a pure function of the sizes of its files.
 
-A chunk is about `data.shard_bytes` of source text and becomes one shard of each split. A large txt, jsonl or parquet
-file is divided into byte ranges; a range owns the documents that begin in it. A large archive or csv file cannot be
-entered in the middle, so it is first cut into pieces (see file_pieces).
+A chunk is about `data.shard_bytes` of source text and becomes one shard of each split. A large txt,
+jsonl or parquet file is divided into byte ranges; a range owns the documents that begin in it. A
+large archive or csv file cannot be entered in the middle, so it is first cut into pieces (see
+file_pieces).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +13,11 @@ from itertools import groupby
 from cluster.settings.data import DataConfig
 from jobs.corpus.listing import CorpusFile
 
-EXPANSION = {".gz": 3, ".zst": 3, "": 1}  # bytes of text for each byte of an archive, to an order of magnitude
+# Bytes of text for each byte of an archive, to an order of magnitude
+EXPANSION = {".gz": 3, ".zst": 3, "": 1}
 _MIN_SHARD_BYTES, _MAX_SHARD_BYTES = 16 << 20, 512 << 20
-_MANY_CHUNKS = 4096  # which all but the largest corpora stay below: readers list them, and the driver counts on each
+# Which all but the largest corpora stay below: readers list them, and the driver counts on each
+_MANY_CHUNKS = 4096
 CHUNK_PARTS = 512  # tiny files are opened one by one: a larger chunk would take minutes from S3
 
 
@@ -52,18 +55,23 @@ def is_divisible(file: CorpusFile) -> bool:
 
 
 def text_step(max_document_bytes: int) -> int:
-    """Returns the bytes between nominal borders of an over-long text; the real border is the next line end or so."""
+    """Returns the bytes between nominal borders of an over-long text; the real border is the next
+    line end or so."""
     return max(1, max_document_bytes - max(4, max_document_bytes // 16))
 
 
 def default_shard_bytes(files: Sequence[CorpusFile]) -> int:
-    """Returns the bytes of a shard where `data.shard_bytes` is 0: a power of two that depends on the corpus's size."""
+    """Returns the bytes of a shard where `data.shard_bytes` is 0: a power of two that depends on
+    the corpus's size."""
     least = sum(file.size * EXPANSION[file.compression] for file in files) // _MANY_CHUNKS
     return min(_MAX_SHARD_BYTES, max(_MIN_SHARD_BYTES, 1 << (least - 1).bit_length()))
 
 
-def plan_chunks(files: Sequence[CorpusFile], pieces: Mapping[int, Sequence[Part]], data: DataConfig) -> list[Chunk]:
-    """Returns the chunks, none of which spans two sources; `pieces` holds the pieces of each file that was cut."""
+def plan_chunks(
+    files: Sequence[CorpusFile], pieces: Mapping[int, Sequence[Part]], data: DataConfig
+) -> list[Chunk]:
+    """Returns the chunks, none of which spans two sources; `pieces` holds the pieces of each file
+    that was cut."""
     chunks: list[Chunk] = []
     for source, own in groupby(files, key=lambda file: file.source):
         parts: list[Part] = []
@@ -82,7 +90,9 @@ def plan_chunks(files: Sequence[CorpusFile], pieces: Mapping[int, Sequence[Part]
 
 
 def _ranges(file: CorpusFile, data: DataConfig) -> Iterator[Part]:
-    is_whole = not is_divisible(file) or (file.kind == "txt" and file.size <= data.max_document_bytes)
+    is_whole = not is_divisible(file) or (
+        file.kind == "txt" and file.size <= data.max_document_bytes
+    )
     step = text_step(data.max_document_bytes) if file.kind == "txt" else data.shard_bytes
     if is_whole or file.size <= step:
         yield whole_file(file)

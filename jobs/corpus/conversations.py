@@ -1,7 +1,7 @@
 """Reads the messages of a line in the forms in which conversations are stored.
 
-The forms are those that TRL's trainers take: `messages` as OpenAI's API has them, `conversations` as ShareGPT wrote
-them, and a `prompt` with its `completion`, each a text or a list of messages.
+The forms are those that TRL's trainers take: `messages` as OpenAI's API has them, `conversations`
+as ShareGPT wrote them, and a `prompt` with its `completion`, each a text or a list of messages.
 """
 
 from typing import Any
@@ -17,8 +17,9 @@ FORMS = "`messages`, `conversations`, or `prompt` with `completion`"
 
 
 def messages_of(line: Any) -> list[Message]:
-    """Returns the messages of a line's JSON value, and none where it has no such form. Of a line with `messages` no
-    other form is looked for. What a message has beside its role and its text is not read."""
+    """Returns the messages of a line's JSON value, and none where it has no such form. Of a line
+    with `messages` no other form is looked for. What a message has beside its role and its text is
+    not read."""
     if not isinstance(line, dict):
         return []
     if "messages" in line:
@@ -31,10 +32,12 @@ def messages_of(line: Any) -> list[Message]:
 
 
 def text_of_content(content: Any) -> Any:
-    """Returns a message's content with the text of its parts joined, as OpenAI's format has them, and any other content
-    as it is: an image has no text."""
+    """Returns a message's content with the text of its parts joined, as OpenAI's format has them,
+    and any other content as it is: an image has no text."""
     parts = content if isinstance(content, list) and content else None
-    if parts is None or not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+    if parts is None or not all(
+        isinstance(part, dict) and part.get("type") == "text" for part in parts
+    ):
         return content
     texts = [part.get("text") for part in parts]
     return "".join(texts) if all(isinstance(text, str) for text in texts) else content

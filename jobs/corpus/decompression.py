@@ -1,4 +1,5 @@
-"""Streams the text of an archive, and raises an error if the archive is truncated or a decompression bomb."""
+"""Streams the text of an archive, and raises an error if the archive is truncated or a
+decompression bomb."""
 
 import io
 from typing import BinaryIO
@@ -13,12 +14,14 @@ _SMALL_BYTES = 64 << 20  # any archive may unpack to this much
 
 
 def decompressed(file: BinaryIO, archive: CorpusFile, *, max_ratio: float) -> BinaryIO:
-    """Returns the text of an archive, which raises `CorpusError` past `max_ratio` times the archive's size; a file that
-    is none as it is."""
+    """Returns the text of an archive, which raises `CorpusError` past `max_ratio` times the
+    archive's size; a file that is none as it is."""
     if not archive.compression:
         return file
     # Unlike `zstandard`'s reader, Arrow's detects a truncated stream, in both formats.
-    stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), _COMPRESSIONS[archive.compression])
+    stream = pa.CompressedInputStream(
+        pa.PythonFile(file, mode="r"), _COMPRESSIONS[archive.compression]
+    )
     limit = max(_SMALL_BYTES, int(archive.size * max_ratio))
     return io.BufferedReader(_Bounded(stream, archive.uri, limit), _BUFFER_BYTES)
 

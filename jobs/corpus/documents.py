@@ -1,10 +1,12 @@
-"""Reads the documents of a part of a corpus file one at a time, each with its text or the reason to drop it.
+"""Reads the documents of a part of a corpus file one at a time, each with its text or the reason to
+drop it.
 
-A txt file holds one document (several if it is longer than a document may be), jsonl one per nonblank line, csv one
-per record, parquet one per row; a conversation is one too, of jsonl alone. Text is kept as it is, except for a byte
-order mark at the front of a file or of a jsonl line. A document that cannot be used is dropped and counted. A *file*
-that cannot be read to its end (a truncated archive, a damaged footer), or that changed since it was listed, stops the
-job with its name, because nobody could say what was lost.
+A txt file holds one document (several if it is longer than a document may be), jsonl one per
+nonblank line, csv one per record, parquet one per row; a conversation is one too, of jsonl alone.
+Text is kept as it is, except for a byte order mark at the front of a file or of a jsonl line. A
+document that cannot be used is dropped and counted. A *file* that cannot be read to its end (a
+truncated archive, a damaged footer), or that changed since it was listed, stops the job with its
+name, because nobody could say what was lost.
 """
 
 import csv
@@ -31,15 +33,25 @@ from jobs.corpus.text_hashes import is_blank
 from model.text.chat import ROLES, plain_text
 
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_LINE_FACTOR = {"jsonl": 6, "csv": 2}  # bytes in which a byte of text may be written: \\u0041, a doubled quote
+# Bytes in which a byte of text may be written: \\u0041, a doubled quote
+_LINE_FACTOR = {"jsonl": 6, "csv": 2}
 _LINE_MARGIN_BYTES = 1 << 20  # room for the other fields of a line
-_STRINGS = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
-_MAX_MESSAGES = 1000  # a template writes all again for each answer: of ten times as many in a hundred times as long
+_STRINGS = (
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.binary(),
+    pa.large_binary(),
+    pa.binary_view(),
+)
+# A template writes all again for each answer: of ten times as many in a hundred times as long
+_MAX_MESSAGES = 1000
 _PREVIEW_BYTES = 200
 
 
 class Drop(StrEnum):
-    """The reason why a document is not in the token store; cleaning/quality_rules explains the quality rules."""
+    """The reason why a document is not in the token store; cleaning/quality_rules explains the
+    quality rules."""
 
     EMPTY = "empty"  # no text, or only blanks and invisible characters
     BINARY = "binary"  # holds a NUL, unlike text: an image, an archive, UTF-16
@@ -55,8 +67,10 @@ class Drop(StrEnum):
     ALPHABETIC_WORDS = "alphabetic_words"
     STOP_WORDS = "stop_words"
     DUPLICATE = "duplicate"  # the same normalized text came earlier in the corpus
-    NEAR_DUPLICATE = "near_duplicate"  # a later one of a family of similar texts: data.near_dedup_threshold
-    CONTAMINATED = "contaminated"  # shares a run of words with a validation document: data.decontaminate_ngram
+    # A later one of a family of similar texts: data.near_dedup_threshold
+    NEAR_DUPLICATE = "near_duplicate"
+    # Shares a run of words with a validation document: data.decontaminate_ngram
+    CONTAMINATED = "contaminated"
     NO_MESSAGES = "no_messages"  # the line has none of the forms that corpus/conversations reads
     UNKNOWN_ROLE = "unknown_role"  # of a message; system, developer, user and assistant are known
     NO_ANSWER = "no_answer"  # no message of the assistant has text
@@ -64,8 +78,16 @@ class Drop(StrEnum):
 
 
 CHAT_DROPS = (Drop.NO_MESSAGES, Drop.UNKNOWN_ROLE, Drop.NO_ANSWER, Drop.TEMPLATE_REFUSED)
-UNREADABLE = (Drop.BINARY, Drop.INVALID_UTF8, Drop.INVALID_JSON, Drop.INVALID_CSV, Drop.MISSING_TEXT, *CHAT_DROPS)
-"""The reasons that point to a wrong setting or a damaged corpus, which data.max_unreadable_fraction bounds."""
+UNREADABLE = (
+    Drop.BINARY,
+    Drop.INVALID_UTF8,
+    Drop.INVALID_JSON,
+    Drop.INVALID_CSV,
+    Drop.MISSING_TEXT,
+    *CHAT_DROPS,
+)
+"""The reasons that point to a wrong setting or a damaged corpus, which data.max_unreadable_fraction
+bounds."""
 
 
 class Document(NamedTuple):  # a dataclass takes 1 us more to make
@@ -79,17 +101,25 @@ class Document(NamedTuple):  # a dataclass takes 1 us more to make
 
 
 def read_documents(part: Part, data: DataConfig) -> Iterator[Document]:
-    """Yields the documents of a part in order, with one document or parquet batch in memory at a time.
+    """Yields the documents of a part in order, with one document or parquet batch in memory at a
+    time.
 
-    Raises `ConflictError` for a file that changed, and `CorpusError` for one that cannot be read to its end, and for
-    text that is not UTF-8 when `data.invalid_utf8` is `fail`.
+    Raises `ConflictError` for a file that changed, and `CorpusError` for one that cannot be read to
+    its end, and for text that is not UTF-8 when `data.invalid_utf8` is `fail`.
     """
     listed, reader = part.file, _Reader(part, data)
     storage, name = split_uri(listed.uri)
     if data.format == "chat" and listed.kind != "jsonl":
-        raise CorpusError(f"data.format=chat reads .jsonl files, and {listed.uri} is none; take it out")
-    read = {"txt": reader.txt, "jsonl": reader.jsonl, "csv": reader.csv, "parquet": reader.parquet}[listed.kind]
-    with storage.open(name, listed=Entry(name, listed.size, listed.version)) as file, named_damage(listed.uri):
+        raise CorpusError(
+            f"data.format=chat reads .jsonl files, and {listed.uri} is none; take it out"
+        )
+    read = {"txt": reader.txt, "jsonl": reader.jsonl, "csv": reader.csv, "parquet": reader.parquet}[
+        listed.kind
+    ]
+    with (
+        storage.open(name, listed=Entry(name, listed.size, listed.version)) as file,
+        named_damage(listed.uri),
+    ):
         yield from read(decompressed(file, listed, max_ratio=data.max_compression_ratio))
 
 
@@ -98,7 +128,11 @@ def named_damage(uri: str) -> Iterator[None]:
     """Turns the errors that a damaged file raises into a `CorpusError` with the file's name."""
     try:
         yield
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last one: a damaged column name
+    except (
+        OSError,
+        pa.ArrowException,
+        UnicodeDecodeError,
+    ) as error:  # the last one: a damaged column name
         reason = str(error).rstrip(".").partition("\n")[0]
         raise CorpusError(
             f"{uri} cannot be read to its end ({reason}); replace the file or take it out of data.source"
@@ -113,7 +147,8 @@ def longest_line(kind: str, data: DataConfig) -> int:
 def stretches(
     file: BinaryIO, max_document_bytes: int, *, start: int = 0, end: int | None = None
 ) -> Iterator[tuple[int, bytes]]:
-    """Yields (offset, bytes) of the documents of a txt file: the whole of it, or the stretches of an over-long text."""
+    """Yields (offset, bytes) of the documents of a txt file: the whole of it, or the stretches of
+    an over-long text."""
     front = b"" if start else file.read(max_document_bytes + 1)
     if not start and len(front) <= max_document_bytes:
         yield 0, front
@@ -123,7 +158,9 @@ def stretches(
 
 
 def endless_header(uri: str) -> CorpusError:
-    return CorpusError(f"the header of {uri} does not end: a quote is not closed, or lines do not end; fix the file")
+    return CorpusError(
+        f"the header of {uri} does not end: a quote is not closed, or lines do not end; fix the file"
+    )
 
 
 @dataclass(frozen=True)
@@ -137,7 +174,8 @@ class _Reader:
 
     @property
     def end(self) -> int | None:
-        """The part's end in the text; None for an archive, whose text ends where the archive does."""
+        """The part's end in the text; None for an archive, whose text ends where the archive
+        does."""
         return None if self.part.file.compression else self.part.end
 
     def dropped(self, raw: bytes, offset: int, drop: Drop) -> Document:
@@ -174,13 +212,21 @@ class _Reader:
 
     def judged_text(self, text: str, offset: int) -> Document:
         """Does what `judged` does, for text that its container has decoded."""
-        if text.isascii() and len(text) <= self.data.max_document_bytes and "\0" not in text and text.strip():
+        if (
+            text.isascii()
+            and len(text) <= self.data.max_document_bytes
+            and "\0" not in text
+            and text.strip()
+        ):
             return Document(self.part.offset + offset, text, size=len(text))
-        # A lone surrogate ("\ud800") is valid JSON but has no UTF-8: the three bytes made here are invalid too.
+        # A lone surrogate ("\ud800") is valid JSON but has no UTF-8: the three bytes made here are
+        # invalid too.
         return self.judged(text.encode(errors="surrogatepass"), offset)
 
     def txt(self, file: BinaryIO) -> Iterator[Document]:
-        for offset, raw in stretches(file, self.data.max_document_bytes, start=self.part.start, end=self.end):
+        for offset, raw in stretches(
+            file, self.data.max_document_bytes, start=self.part.start, end=self.end
+        ):
             is_front = self.part.offset + offset == 0  # of the file, not of a piece of it
             yield self.judged(raw.removeprefix(BYTE_ORDER_MARK) if is_front else raw, offset)
 
@@ -198,13 +244,15 @@ class _Reader:
             return self.dropped(line, offset, Drop.BINARY)
         try:
             value, is_replaced = orjson.loads(line), False
-        except orjson.JSONDecodeError:  # NaN, a lone surrogate and bytes that are not UTF-8 may still pass below
+        except orjson.JSONDecodeError:
+            # NaN, a lone surrogate and bytes that are not UTF-8 may still pass below.
             decoded = self.decoded(line, offset)
             if decoded.drop:
                 return decoded
             try:
                 value, is_replaced = json.loads(decoded.text), decoded.replaced
-            except (ValueError, RecursionError):  # thousands of digits or of nested brackets also raise these
+            except (ValueError, RecursionError):
+                # Thousands of digits or of nested brackets also raise these.
                 return self.dropped(line, offset, Drop.INVALID_JSON)
         if self.data.format == "chat":
             document = self.conversation(value, line, offset)
@@ -223,28 +271,37 @@ class _Reader:
             return self.dropped(line, offset, Drop.TOO_LONG)
         if any(message["role"] not in ROLES for message in messages):
             return self.dropped(line, offset, Drop.UNKNOWN_ROLE)
-        if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+        if not any(
+            message["role"] == "assistant" and message["content"].strip() for message in messages
+        ):
             return self.dropped(line, offset, Drop.NO_ANSWER)
         document = self.judged_text(plain_text(messages), offset)
         if document.replaced:  # a lone surrogate
             for message in messages:
-                message["content"] = message["content"].encode(errors="surrogatepass").decode(errors="replace")
+                message["content"] = (
+                    message["content"].encode(errors="surrogatepass").decode(errors="replace")
+                )
         return document if document.drop else document._replace(messages=tuple(messages))
 
     def csv(self, file: BinaryIO) -> Iterator[Document]:
         limit = longest_line("csv", self.data)
-        csv.field_size_limit(2 * limit)  # a record may cross the limit by the line that closes its quotes
+        # A record may cross the limit by the line that closes its quotes
+        csv.field_size_limit(2 * limit)
         column: int | None = None
         num_columns = 0
         for offset, record, is_whole, _ in records(file, limit=limit):
             if not is_whole:
                 if column is None:
                     raise endless_header(self.uri)
-                yield self.dropped(record, offset, Drop.TOO_LONG if len(record) == limit else Drop.INVALID_CSV)
+                yield self.dropped(
+                    record, offset, Drop.TOO_LONG if len(record) == limit else Drop.INVALID_CSV
+                )
                 continue
-            raw = record if offset else record.removeprefix(BYTE_ORDER_MARK)  # each piece has the file's header
+            # Each piece has the file's header
+            raw = record if offset else record.removeprefix(BYTE_ORDER_MARK)
             decoded = self.decoded(raw, offset)
-            text = raw.decode(errors="replace") if decoded.drop else decoded.text  # a header is read in any case
+            # A header is read in any case
+            text = raw.decode(errors="replace") if decoded.drop else decoded.text
             values = next(csv.reader(io.StringIO(text, newline="")), [])
             if column is None:
                 column, num_columns = self.column_of(values), len(values)
@@ -259,7 +316,9 @@ class _Reader:
     def column_of(self, names: list[str]) -> int:
         field = self.data.text_field
         if "\0" in "".join(names):
-            raise CorpusError(f"{self.uri} is binary or UTF-16, not text in UTF-8; convert it or take it out")
+            raise CorpusError(
+                f"{self.uri} is binary or UTF-16, not text in UTF-8; convert it or take it out"
+            )
         if field not in names:
             raise CorpusError(
                 f"{self.uri} has no column {field!r}; set data.text_field to one of {', '.join(names)[:200]}"
@@ -273,16 +332,23 @@ class _Reader:
         for group in range(parquet.num_row_groups):
             metadata = parquet.metadata.row_group(group)
             first = metadata.column(0)
-            begins = min(filter(None, (first.dictionary_page_offset, first.data_page_offset)), default=0)
-            if metadata.num_rows and not 0 < begins < self.part.file.size:  # no part would own this row group
-                raise pa.ArrowInvalid(f"row group {group} begins at byte {begins} of {self.part.file.size}")
+            begins = min(
+                filter(None, (first.dictionary_page_offset, first.data_page_offset)), default=0
+            )
+            # No part would own this row group
+            if metadata.num_rows and not 0 < begins < self.part.file.size:
+                raise pa.ArrowInvalid(
+                    f"row group {group} begins at byte {begins} of {self.part.file.size}"
+                )
             if self.part.start <= begins < self.part.end:
                 number = row
                 for number, raw in enumerate(self.column_values(parquet, group), start=row + 1):
                     missing = Document(number - 1, drop=Drop.MISSING_TEXT)
                     yield missing if raw is None else self.judged(raw, number - 1)
                 if number - row != metadata.num_rows:  # Arrow accepts fewer rows without an error
-                    raise pa.ArrowInvalid(f"row group {group} has {number - row} of {metadata.num_rows} rows")
+                    raise pa.ArrowInvalid(
+                        f"row group {group} has {number - row} of {metadata.num_rows} rows"
+                    )
             row += metadata.num_rows
         if row != parquet.metadata.num_rows:
             raise pa.ArrowInvalid(f"the row groups have {row} of {parquet.metadata.num_rows} rows")
@@ -292,11 +358,15 @@ class _Reader:
         kind = schema.field(self.column_of(schema.names)).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if kind not in (*_STRINGS, pa.null()):  # a column without a value has no other type
-            raise CorpusError(f"column {field!r} of {self.uri} holds {kind}, not strings; set data.text_field")
+            raise CorpusError(
+                f"column {field!r} of {self.uri} holds {kind}, not strings; set data.text_field"
+            )
 
     def column_values(self, parquet: pq.ParquetFile, group: int) -> Iterator[bytes | None]:
         field = self.data.text_field
-        for batch in parquet.iter_batches(256, row_groups=[group], columns=[field], use_threads=False):
+        for batch in parquet.iter_batches(
+            256, row_groups=[group], columns=[field], use_threads=False
+        ):
             column = batch.column(batch.schema.names.index(field))  # "a.b" also brings column "a"
             if pa.types.is_dictionary(column.type):
                 column = column.dictionary_decode()

@@ -1,4 +1,5 @@
-"""Says why nothing of a corpus is left, by the reasons to drop documents and by the first line of JSON."""
+"""Says why nothing of a corpus is left, by the reasons to drop documents and by the first line of
+JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,8 @@ _LINE_BYTES = 64 << 10  # of a line that is looked at; the fields of a longer on
 
 
 def empty_corpus(files: Sequence[CorpusFile], dropped: Mapping[str, int]) -> CorpusError:
-    """Returns the error for a corpus of which nothing is left. It names the fields of the first line of JSON where
-    documents lack the field that was asked for, or have no messages."""
+    """Returns the error for a corpus of which nothing is left. It names the fields of the first
+    line of JSON where documents lack the field that was asked for, or have no messages."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
     return CorpusError(
         f"the corpus is empty: {counted(len(files), 'file')}, {counted(sum(dropped.values()), 'document')} dropped"
@@ -27,7 +28,9 @@ def empty_corpus(files: Sequence[CorpusFile], dropped: Mapping[str, int]) -> Cor
 def _what_to_check(files: Sequence[CorpusFile], dropped: Mapping[str, int]) -> str:
     if dropped.get("no_messages"):
         fields = ", ".join(_fields_of_first_line(files))
-        return f"data.format=chat reads lines with {FORMS}" + (f", and the first line has {fields}" if fields else "")
+        return f"data.format=chat reads lines with {FORMS}" + (
+            f", and the first line has {fields}" if fields else ""
+        )
     to_check = "check data.source and data.text_field"
     if not dropped.get("missing_text"):
         return to_check

@@ -1,7 +1,8 @@
 """Cuts large files that cannot be divided into byte ranges, archives and csv files, into pieces.
 
-One task streams such a file and stores its text in pieces of about a shard each, cut where a document ends. The pieces
-are then read like any corpus file, so all workers share the work on one 5 GB archive.
+One task streams such a file and stores its text in pieces of about a shard each, cut where a
+document ends. The pieces are then read like any corpus file, so all workers share the work on one 5
+GB archive.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,11 @@ _ALL = "all"  # an empty file, which is written last
 _MAX_PIECE_BYTES = 64 << 20  # is in memory at once
 
 
-def cut_files(store: Storage, files: Sequence[CorpusFile], data: DataConfig) -> dict[int, list[Part]]:
-    """Returns the pieces of the large indivisible files, which lie in `store`'s folder `unpacked`. Needs Ray."""
+def cut_files(
+    store: Storage, files: Sequence[CorpusFile], data: DataConfig
+) -> dict[int, list[Part]]:
+    """Returns the pieces of the large indivisible files, which lie in `store`'s folder `unpacked`.
+    Needs Ray."""
     large = [file for file in files if file.size > data.shard_bytes and not is_divisible(file)]
     tasks = [Chunk(file.number, file.source, [whole_file(file)]) for file in large]
     pieces: dict[int, list[Part]] = {}
@@ -33,13 +37,16 @@ def cut_files(store: Storage, files: Sequence[CorpusFile], data: DataConfig) -> 
             for result in run_tasks(tasks, partial(cut_file, store=store, data=data)):
                 file = result.item.parts[0].file
                 folder = store.child(result.content.decode())
-                pieces[file.number] = [_part(file, folder.uri, entry) for entry in folder.entries("0")]
+                pieces[file.number] = [
+                    _part(file, folder.uri, entry) for entry in folder.entries("0")
+                ]
                 advance(file.size / 1e6)
     return pieces
 
 
 def cut_file(chunk: Chunk, *, store: Storage, data: DataConfig) -> bytes:
-    """Stores the pieces of a file, each named by its place in the text, and returns the key of their folder."""
+    """Stores the pieces of a file, each named by its place in the text, and returns the key of
+    their folder."""
     file, key = chunk.parts[0].file, f"{PIECES}/{chunk.number:05d}"
     folder = store.child(key)
     if not folder.exists(_ALL):
@@ -50,14 +57,24 @@ def cut_file(chunk: Chunk, *, store: Storage, data: DataConfig) -> bytes:
 
 
 def _part(file: CorpusFile, folder: str, entry: Entry) -> Part:
-    piece = replace(file, uri=join_uri(folder, entry.key), size=entry.size, version=entry.version, compression="")
+    piece = replace(
+        file,
+        uri=join_uri(folder, entry.key),
+        size=entry.size,
+        version=entry.version,
+        compression="",
+    )
     return Part(piece, 0, entry.size, int(entry.key.partition(".")[0]), file.uri)
 
 
 def _pieces(file: CorpusFile, data: DataConfig) -> Iterator[tuple[int, bytes]]:
-    """Yields (offset in the text, content) of pieces of whole documents; each piece of a csv file has the header."""
+    """Yields (offset in the text, content) of pieces of whole documents; each piece of a csv file
+    has the header."""
     storage, name = split_uri(file.uri)
-    with storage.open(name, listed=Entry(name, file.size, file.version)) as raw, named_damage(file.uri):
+    with (
+        storage.open(name, listed=Entry(name, file.size, file.version)) as raw,
+        named_damage(file.uri),
+    ):
         text = decompressed(raw, file, max_ratio=data.max_compression_ratio)
         if file.kind == "txt":
             yield from stretches(text, data.max_document_bytes)
@@ -75,9 +92,11 @@ def _pieces(file: CorpusFile, data: DataConfig) -> Iterator[tuple[int, bytes]]:
         yield from _gathered(units, header, least_bytes=min(data.shard_bytes, _MAX_PIECE_BYTES))
 
 
-def _gathered(units: Iterator[Record], header: bytes, *, least_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Yields pieces of `least_bytes` or more, each with the header. A piece ends where what follows it is read in the
-    same way without it."""
+def _gathered(
+    units: Iterator[Record], header: bytes, *, least_bytes: int
+) -> Iterator[tuple[int, bytes]]:
+    """Yields pieces of `least_bytes` or more, each with the header. A piece ends where what follows
+    it is read in the same way without it."""
     piece, start = bytearray(header), 0
     for offset, unit, is_whole, is_fresh in units:
         if is_fresh and len(piece) >= least_bytes and len(piece) > len(header):

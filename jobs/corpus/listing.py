@@ -47,7 +47,8 @@ class Listing:
     skipped: list[str]  # files of unknown ending; hidden and linked folders, which end with a slash
     revisions: dict[str, str]  # hf:// source -> commit
     sources: list[str]  # absolute location of each
-    skipped_bytes: Counter[str] = field(default_factory=Counter)  # of files of unknown ending, by ending
+    # Of files of unknown ending, by ending
+    skipped_bytes: Counter[str] = field(default_factory=Counter)
 
     def identity(self) -> list[tuple[str, int, str]]:
         """Returns JSON values that change whenever a file of the corpus changes."""
@@ -59,12 +60,13 @@ class Listing:
 
 
 def list_corpus(source: str | list[str], *, text_endings: Sequence[str] = ()) -> Listing:
-    """Lists the files that `data.source` names, each once. Raises `CorpusError`, also for more than `MAX_FILES`, and
-    `StorageError`.
+    """Lists the files that `data.source` names, each once. Raises `CorpusError`, also for more than
+    `MAX_FILES`, and `StorageError`.
 
-    Files of the `text_endings` are read as .txt files are. A file of unknown ending is an error where it is named by
-    itself, and is skipped in a folder or pattern. So are a hidden folder, such as `.git`, unless the source names it,
-    and a link to a folder, which might lead round in a circle.
+    Files of the `text_endings` are read as .txt files are. A file of unknown ending is an error
+    where it is named by itself, and is skipped in a folder or pattern. So are a hidden folder, such
+    as `.git`, unless the source names it, and a link to a folder, which might lead round in a
+    circle.
     """
     sources = [source] if isinstance(source, str) else source
     if not sources:
@@ -121,8 +123,11 @@ def _name(folder: str) -> str:
     return folder.rstrip("/").rpartition("/")[2]
 
 
-def _take(entry: Entry, listing: Listing, hidden: set[str], *, source: int, text_endings: Sequence[str]) -> None:
-    """Adds a file to the listing, or to what it skips: a hidden folder once, and not each file of a `.git`."""
+def _take(
+    entry: Entry, listing: Listing, hidden: set[str], *, source: int, text_endings: Sequence[str]
+) -> None:
+    """Adds a file to the listing, or to what it skips: a hidden folder once, and not each file of a
+    `.git`."""
     location = listing.sources[-1]
     folder = hidden_folder(entry.key, location)
     if folder is not None:
@@ -143,7 +148,9 @@ def said_skipped(skipped: Sequence[str]) -> str:
     """Returns what a listing left out, as a part of a sentence."""
     files = [uri for uri in skipped if not uri.endswith("/")]
     hidden, linked = hidden_folders(skipped), linked_folders(skipped)
-    parts = [f"{counted(len(files), 'file')} of unknown ending, such as {files[0]!r}"] if files else []
+    parts = (
+        [f"{counted(len(files), 'file')} of unknown ending, such as {files[0]!r}"] if files else []
+    )
     parts += [f"{counted(len(hidden), 'hidden folder')}, such as {hidden[0]!r}"] if hidden else []
     if linked:
         parts.append(
@@ -160,9 +167,12 @@ def endings_of(skipped: Sequence[str]) -> dict[str, int]:
 
 
 def ending_of(uri: str) -> str:
-    """Returns the ending of a file's name, such as `.md` or `.md.gz`, and `none` for a name without one."""
+    """Returns the ending of a file's name, such as `.md` or `.md.gz`, and `none` for a name without
+    one."""
     name, compression = _parts(uri.rpartition("/")[2])
-    return f".{name.rpartition('.')[2]}{compression}" if "." in name[1:] else compression or _NO_ENDING
+    return (
+        f".{name.rpartition('.')[2]}{compression}" if "." in name[1:] else compression or _NO_ENDING
+    )
 
 
 def _parts(name: str) -> tuple[str, str]:
@@ -172,14 +182,19 @@ def _parts(name: str) -> tuple[str, str]:
 
 
 def most_is_skipped(listing: Listing) -> str:
-    """Returns a warning where most bytes of the corpus lie in files of unknown ending, and nothing elsewhere."""
+    """Returns a warning where most bytes of the corpus lie in files of unknown ending, and nothing
+    elsewhere."""
     num_read = sum(file.size for file in listing.files)
     num_skipped = listing.skipped_bytes.total()
     if num_skipped <= num_read:
         return ""
     endings = dict.fromkeys(_parts(ending)[0] for ending, _ in listing.skipped_bytes.most_common())
-    largest = " ".join([ending for ending in endings if ending not in ("", _NO_ENDING)][:_NAMED_ENDINGS])
-    advice = f"; where these are text, `--data.text-endings {largest}` reads them" if largest else ""
+    largest = " ".join(
+        [ending for ending in endings if ending not in ("", _NO_ENDING)][:_NAMED_ENDINGS]
+    )
+    advice = (
+        f"; where these are text, `--data.text-endings {largest}` reads them" if largest else ""
+    )
     return (
         f"WARNING: most of the corpus is left out: {num_skipped:,} of {num_read + num_skipped:,} bytes lie in files of "
         f"unknown ending{advice}"
@@ -187,26 +202,39 @@ def most_is_skipped(listing: Listing) -> str:
 
 
 def hidden_folder(uri: str, source: str) -> str | None:
-    """Returns the hidden folder below the source in which a file lies, with a slash, and None if it lies in none."""
-    named = re.split(r"[*?[]", source, maxsplit=1)[0].rpartition("/")[0] if glob.has_magic(source) else source
+    """Returns the hidden folder below the source in which a file lies, with a slash, and None if it
+    lies in none."""
+    named = (
+        re.split(r"[*?[]", source, maxsplit=1)[0].rpartition("/")[0]
+        if glob.has_magic(source)
+        else source
+    )
     if "/." in source.removeprefix(named):
         return None  # a pattern that asks for hidden folders
     *folders, _ = uri.removeprefix(named).split("/")
     for depth, name in enumerate(folders, start=1):
-        if name.startswith(".") and name not in (".", ".."):  # which are names of their own in a bucket
+        # Which are names of their own in a bucket
+        if name.startswith(".") and name not in (".", ".."):
             return f"{named}{'/'.join(folders[:depth])}/"
     return None
 
 
-def corpus_file(entry: Entry, number: int, *, source: int, text_endings: Sequence[str] = ()) -> CorpusFile | None:
-    """Returns the file by its ending; None for an unknown one. Raises `CorpusError` for a key that no storage reads."""
+def corpus_file(
+    entry: Entry, number: int, *, source: int, text_endings: Sequence[str] = ()
+) -> CorpusFile | None:
+    """Returns the file by its ending; None for an unknown one. Raises `CorpusError` for a key that
+    no storage reads."""
     name, compression = _parts(entry.key)
     kind = _kind(name.lower(), text_endings)
     if kind is None or (compression and kind == "parquet"):
         return None
     if "//" in entry.key.partition("://")[2]:
-        raise CorpusError(f"{entry.key} is in a folder without a name, and would be read as another; rename it")
-    return CorpusFile(number, entry.key, source, entry.size, entry.version, kind, intern(compression))
+        raise CorpusError(
+            f"{entry.key} is in a folder without a name, and would be read as another; rename it"
+        )
+    return CorpusFile(
+        number, entry.key, source, entry.size, entry.version, kind, intern(compression)
+    )
 
 
 def _kind(name: str, text_endings: Sequence[str]) -> str | None:

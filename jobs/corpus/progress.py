@@ -13,11 +13,17 @@ _REPORT_INTERVAL_S = 1.0
 
 
 class DataProgress(AbstractContextManager["DataProgress"]):
-    """Counts what finished tasks did, and shows it as progress lines and as the metrics `raymill_data_*`."""
+    """Counts what finished tasks did, and shows it as progress lines and as the metrics
+    `raymill_data_*`."""
 
     def __init__(self, label: str, *, total_bytes: int, num_tasks: int) -> None:
         """Without `total_bytes` it shows the tasks that are done."""
-        self._label, self._total_bytes, self._queued, self._num_tasks = label, total_bytes, num_tasks, num_tasks
+        self._label, self._total_bytes, self._queued, self._num_tasks = (
+            label,
+            total_bytes,
+            num_tasks,
+            num_tasks,
+        )
         self._counts: Counter[str] = Counter()
         self._peak_rss_bytes = 0
         self._started = self._reported = time.monotonic()
@@ -31,7 +37,11 @@ class DataProgress(AbstractContextManager["DataProgress"]):
         """Counts one finished task."""
         self._queued -= 1
         self._peak_rss_bytes = max(self._peak_rss_bytes, rss_bytes)
-        for name, value in (("source_bytes", num_bytes), ("documents", documents), ("tokens", tokens)):
+        for name, value in (
+            ("source_bytes", num_bytes),
+            ("documents", documents),
+            ("tokens", tokens),
+        ):
             self._counts[name] += value
             self.metrics.of(f"raymill_data_{name}").inc(value)
         self.metrics.of("raymill_data_queued_tasks").set(self._queued)
@@ -49,7 +59,11 @@ class DataProgress(AbstractContextManager["DataProgress"]):
         self.metrics.publish()
         megabytes = self._counts["source_bytes"] / 1e6
         seconds = max(1e-9, time.monotonic() - self._started)
-        note = "".join(f"{self._counts[unit]:,} {unit}, " for unit in ("documents", "tokens") if self._counts[unit])
+        note = "".join(
+            f"{self._counts[unit]:,} {unit}, "
+            for unit in ("documents", "tokens")
+            if self._counts[unit]
+        )
         done, total, unit = float(self._num_tasks - self._queued), float(self._num_tasks), "tasks"
         if self._total_bytes:
             done, total, unit = round(megabytes, 2), round(self._total_bytes / 1e6, 2), "MB"

@@ -1,4 +1,5 @@
-"""Runs many independent tasks on the cluster with Ray Data: one CPU each, results as they come, clear errors."""
+"""Runs many independent tasks on the cluster with Ray Data: one CPU each, results as they come,
+clear errors."""
 
 import logging
 import os
@@ -32,11 +33,12 @@ class Result(Generic[Item]):
 
 
 def run_tasks(items: Sequence[Item], work: Callable[[Item], bytes]) -> Iterator[Result[Item]]:
-    """Does the work on each item in a task, and yields the results in the order in which tasks finish.
+    """Does the work on each item in a task, and yields the results in the order in which tasks
+    finish.
 
-    A task whose worker or node dies is run again, but only a few times, since the task itself may be the killer. An
-    error in a task stops all of them; that of a `UserError` keeps its text. `work` is pickled by name, so its module
-    must not be run as a script.
+    A task whose worker or node dies is run again, but only a few times, since the task itself may
+    be the killer. An error in a task stops all of them; that of a `UserError` keeps its text.
+    `work` is pickled by name, so its module must not be run as a script.
     """
     if not items:
         return
@@ -49,8 +51,11 @@ def run_tasks(items: Sequence[Item], work: Callable[[Item], bytes]) -> Iterator[
     made = ray.data.from_items(rows, override_num_blocks=len(rows))
     perform = partial(_perform, work=work)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RayDeprecationWarning)  # there is no other way to set `max_retries`
-        dataset = made.map_batches(perform, batch_size=1, batch_format="numpy", num_cpus=1, max_retries=_MAX_RETRIES)
+        # There is no other way to set `max_retries`
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        dataset = made.map_batches(
+            perform, batch_size=1, batch_format="numpy", num_cpus=1, max_retries=_MAX_RETRIES
+        )
     unfinished = dict(enumerate(items))
     try:
         for row in dataset.iter_rows():
@@ -78,6 +83,12 @@ def _perform(batch: dict[str, Any], *, work: Callable[[Any], bytes]) -> dict[str
     try:
         content = work(pickle.loads(batch["item"][0]))  # noqa: S301 (the driver has pickled it)
     except UserError as error:
-        problem = str(error)  # a value, because Ray Data wraps an exception in its own and loses the one inside
+        # A value, because Ray Data wraps an exception in its own and loses the one inside
+        problem = str(error)
     rss_bytes = psutil.Process().memory_info().rss
-    return {"place": batch["place"], "content": [content], "rss_bytes": [rss_bytes], "error": [problem]}
+    return {
+        "place": batch["place"],
+        "content": [content],
+        "rss_bytes": [rss_bytes],
+        "error": [problem],
+    }

@@ -1,7 +1,9 @@
-"""Splits a stream of bytes into lines, csv records or stretches of text, with only the current one in memory.
+"""Splits a stream of bytes into lines, csv records or stretches of text, with only the current one
+in memory.
 
-A range [start, end) owns what begins in it, so the ranges of a file, read by different workers, together give each
-line and each stretch once. A long text is cut into pieces, which bounds the encoder's memory.
+A range [start, end) owns what begins in it, so the ranges of a file, read by different workers,
+together give each line and each stretch once. A long text is cut into pieces, which bounds the
+encoder's memory.
 """
 
 import re
@@ -21,15 +23,19 @@ _CLOSING = _QUOTED + rb'"[ \t]*+(?=[,\r\n]|\Z)'
 _FIELD = rb'(?:"' + _CLOSING + rb'|[^",\r\n][^,\r\n]*+|)'
 _FIELDS = re.compile(_FIELD + rb"(?:[,\r\n]" + _FIELD + rb")*+")
 _FIELDS_AFTER_QUOTE = re.compile(_CLOSING + rb"(?:[,\r\n]" + _FIELD + rb")*+")
-"""Fields as Python's `csv` reads them: a quote counts only at a field's front, elsewhere it is text (5" of rain).
-Unlike there, only blanks may follow a closing quote; anything else shows that it closes the wrong quote."""
+"""Fields as Python's `csv` reads them: a quote counts only at a field's front, elsewhere it is text
+(5" of rain). Unlike there, only blanks may follow a closing quote; anything else shows that it
+closes the wrong quote."""
 
 _OPEN_FIELD = re.compile(rb'[,\r\n]?"' + _QUOTED + rb"\Z")
 _STILL_OPEN = re.compile(_QUOTED + rb"\Z")
 
 
-def lines(file: BinaryIO, start: int = 0, end: int | None = None, *, limit: int) -> Iterator[tuple[int, bytes, bool]]:
-    """Yields (offset, line, whole) of each line that begins in [start, end); only the front of one over `limit`."""
+def lines(
+    file: BinaryIO, start: int = 0, end: int | None = None, *, limit: int
+) -> Iterator[tuple[int, bytes, bool]]:
+    """Yields (offset, line, whole) of each line that begins in [start, end); only the front of one
+    over `limit`."""
     position = start
     if start:
         file.seek(start - 1)  # the line feed before a line that begins at `start`
@@ -56,9 +62,10 @@ def _skip_line(file: BinaryIO) -> int:
 
 
 def csv_lines(file: BinaryIO, *, limit: int) -> Iterator[tuple[int, bytes, bool]]:
-    """Yields (offset, line, whole) of each line, whether it ends with LF, CR or both; only the front of one that has
-    `limit` bytes before its end."""
-    offset, rest, is_skipped = 0, b"", False  # what begins at `offset`; the line whose front was given
+    """Yields (offset, line, whole) of each line, whether it ends with LF, CR or both; only the
+    front of one that has `limit` bytes before its end."""
+    # What begins at `offset`; the line whose front was given
+    offset, rest, is_skipped = 0, b"", False
     while piece := file.readline(_BLOCK_BYTES):
         if (
             not rest
@@ -104,15 +111,17 @@ class Record(NamedTuple):
     offset: int
     content: bytes
     is_whole: bool
-    is_fresh: bool  # no earlier record was judged by what this one holds: reading may as well begin here
+    # No earlier record was judged by what this one holds: reading may as well begin here
+    is_fresh: bool
 
 
 def records(file: BinaryIO, *, limit: int) -> Iterator[Record]:
-    """Yields each csv record (RFC 4180, with any line ends): lines up to one that closes all quotes.
+    """Yields each csv record (RFC 4180, with any line ends): lines up to one that closes all
+    quotes.
 
-    A quote that is not closed within `limit` bytes, or whose closing quote text follows, is taken for a stray one: its
-    line alone is yielded as not whole, and the next line begins a record. Only the front of a line over `limit` bytes
-    is yielded.
+    A quote that is not closed within `limit` bytes, or whose closing quote text follows, is taken
+    for a stray one: its line alone is yielded as not whole, and the next line begins a record. Only
+    the front of a line over `limit` bytes is yielded.
     """
     fresh, again = csv_lines(file, limit=limit), deque[tuple[int, bytes, bool]]()
     held: list[tuple[int, bytes, bool]] = []  # the record's lines so far
@@ -125,7 +134,9 @@ def records(file: BinaryIO, *, limit: int) -> Iterator[Record]:
             state = _after(line if offset else line.removeprefix(BYTE_ORDER_MARK), state)
             start = held[0][0]
             if is_whole and state is _Quotes.CLOSED:
-                yield Record(start, b"".join(line for _, line, _ in held), True, start >= again_until)
+                yield Record(
+                    start, b"".join(line for _, line, _ in held), True, start >= again_until
+                )
                 held = []
                 continue
             size = offset + len(line) - start
@@ -145,7 +156,9 @@ def _after(line: bytes, before: _Quotes) -> _Quotes:
     """Returns the state of the quotes after the line; `before` is the state before it."""
     if b'"' not in line:
         return before
-    fields, rest = (_FIELDS_AFTER_QUOTE, _STILL_OPEN) if before is _Quotes.OPEN else (_FIELDS, _OPEN_FIELD)
+    fields, rest = (
+        (_FIELDS_AFTER_QUOTE, _STILL_OPEN) if before is _Quotes.OPEN else (_FIELDS, _OPEN_FIELD)
+    )
     found = fields.match(line)
     if found is not None and found.end() == len(line):
         return _Quotes.CLOSED
@@ -157,11 +170,12 @@ def _after(line: bytes, before: _Quotes) -> _Quotes:
 def cut_stream(
     file: BinaryIO, start: int, end: int | None, *, step: int, slack: int, front: bytes = b""
 ) -> Iterator[tuple[int, bytes]]:
-    """Yields (offset, text) of the stretches of a long text whose nominal start, a multiple of `step`, is in the range.
+    """Yields (offset, text) of the stretches of a long text whose nominal start, a multiple of
+    `step`, is in the range.
 
-    The real border is the first line end in the `slack` bytes after the nominal one, or else a blank, or else the
-    border of a UTF-8 character. It depends only on those bytes, so any range finds it alone. `front` holds the bytes
-    that were already read where `start` is 0.
+    The real border is the first line end in the `slack` bytes after the nominal one, or else a
+    blank, or else the border of a UTF-8 character. It depends only on those bytes, so any range
+    finds it alone. `front` holds the bytes that were already read where `start` is 0.
     """
     buffer, position = front, start
     if start:
@@ -204,8 +218,9 @@ _BORDER = re.compile(r"(?<=[^\W\d_])(?=\s)")
 def cut_text(text: str, *, piece_chars: int = _PIECE_CHARS) -> Iterator[str]:
     """Yields the text in pieces of `piece_chars` to twice as many.
 
-    A piece ends where a blank follows a letter. The patterns of GPT-2's tokenizer and of its successors never join
-    these two, so the pieces' ids, end to end, are the text's. Only a text without such a place is cut anywhere.
+    A piece ends where a blank follows a letter. The patterns of GPT-2's tokenizer and of its
+    successors never join these two, so the pieces' ids, end to end, are the text's. Only a text
+    without such a place is cut anywhere.
     """
     start = 0
     while len(text) - start > 2 * piece_chars:

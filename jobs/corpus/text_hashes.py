@@ -1,4 +1,5 @@
-"""Normalizes and hashes text for the cleaning of a corpus: whole documents, and their runs of words.
+"""Normalizes and hashes text for the cleaning of a corpus: whole documents, and their runs of
+words.
 
 The same text has the same hashes in every process and on every machine.
 """
@@ -19,12 +20,19 @@ HASH_BYTES = 16
 
 _BLANK = ord(" ")
 _ASCII = "".join(map(chr, range(128))).lower()
-_FOLDED = "".join(" " if char.isspace() else char for char in _ASCII).encode() + bytes(range(128, 256))
-_WIDE_BLANKS = "\x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+_FOLDED = "".join(" " if char.isspace() else char for char in _ASCII).encode() + bytes(
+    range(128, 256)
+)
+_WIDE_BLANKS = (
+    "\x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+)
 
-_INVISIBLE = "".join(map(chr, range(0x200B, 0x2010))) + "\u2060\ufeff"  # zero-width characters, direction marks, BOM
+# zero-width characters, direction marks, BOM
+_INVISIBLE = "".join(map(chr, range(0x200B, 0x2010))) + "\u2060\ufeff"
 _BLANK_TEXT = re.compile(  # the first byte decides for nearly every text: 0.3 us
-    rb"(?:[\t-\r\x1c-\x20]|" + b"|".join(char.encode() for char in _WIDE_BLANKS + _INVISIBLE) + rb")*+"
+    rb"(?:[\t-\r\x1c-\x20]|"
+    + b"|".join(char.encode() for char in _WIDE_BLANKS + _INVISIBLE)
+    + rb")*+"
 )
 
 _LONGEST_WORD_BYTES = 64  # bounds the rounds of hashing: a megabyte of base64 is one "word"
@@ -36,18 +44,22 @@ _UNSPACED_SCRIPTS = (
     (0xEFBC, 0xEFBF),  # full-width and half-width forms
     (0xF0A0, 0xF0B4),  # rare Han
 )
-"""Scripts without blanks between words: the first two bytes in UTF-8, from and up to which, in order."""
+"""Scripts without blanks between words: the first two bytes in UTF-8, from and up to which, in
+order."""
 _UNSPACED = np.array(_UNSPACED_SCRIPTS, dtype=np.uint16).reshape(-1)
-_FIRST_BYTES = np.array([(1 << 8 * size) - 1 for size in range(9)], dtype=np.uint64)  # masks of a little-endian word
+# Masks of a little-endian word
+_FIRST_BYTES = np.array([(1 << 8 * size) - 1 for size in range(9)], dtype=np.uint64)
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 def normalized(text: str) -> bytes:
-    """Returns the UTF-8 of the text in NFC, case folded, each run of white space one blank, none at the ends."""
+    """Returns the UTF-8 of the text in NFC, case folded, each run of white space one blank, none at
+    the ends."""
     if not text.isascii():
         text = unicodedata.normalize("NFC", text).casefold()
         for blank in _WIDE_BLANKS:
-            if blank in text:  # a search takes 0.1 ms per MB; all of them take a sixth of a split at white space
+            # A search takes 0.1 ms per MB; all of them take a sixth of a split at white space
+            if blank in text:
                 text = text.replace(blank, " ")
     folded = np.frombuffer(text.encode().translate(_FOLDED), dtype=np.uint8)
     kept = folded != _BLANK
@@ -56,7 +68,8 @@ def normalized(text: str) -> bytes:
 
 
 def is_blank(text: bytes) -> bool:
-    """Reports whether UTF-8 text shows nothing: only Unicode's White_Space, zero-width characters and byte order marks.
+    """Reports whether UTF-8 text shows nothing: only Unicode's White_Space, zero-width characters
+    and byte order marks.
 
     `normalized` is empty for no other text.
     """
@@ -74,12 +87,12 @@ def word_ngrams(normalized: bytes, n: int) -> Hashes:
 
 
 def ngrams_by_text(normalized: Sequence[bytes], n: int) -> tuple[Hashes, Places]:
-    """Returns a hash for each run of n words, and the place of its text: one for a text with fewer words, none for no
-    text. Many texts at once take a quarter of the time.
+    """Returns a hash for each run of n words, and the place of its text: one for a text with fewer
+    words, none for no text. Many texts at once take a quarter of the time.
 
-    Words end at blanks. In scripts without blanks between words (Chinese, Japanese, Thai, Lao, Tibetan, Burmese, Khmer)
-    each character is a word, so that an insertion changes only the runs across it. A word of more than 64 bytes is cut
-    into words of 64.
+    Words end at blanks. In scripts without blanks between words (Chinese, Japanese, Thai, Lao,
+    Tibetan, Burmese, Khmer) each character is a word, so that an insertion changes only the runs
+    across it. A word of more than 64 bytes is cut into words of 64.
     """
     hashes, places = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     borders = np.cumsum([len(text) + 1 for text in normalized if text])
@@ -99,7 +112,8 @@ def ngrams_by_text(normalized: Sequence[bytes], n: int) -> tuple[Hashes, Places]
 
 
 def mix64(x: Hashes) -> Hashes:
-    """Applies the finalizer of splitmix64 (Steele, Lea, Flood, 2014): each output bit depends on each input bit."""
+    """Applies the finalizer of splitmix64 (Steele, Lea, Flood, 2014): each output bit depends on
+    each input bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(27)
     x *= np.uint64(0x94D049BB133111EB)
@@ -108,13 +122,15 @@ def mix64(x: Hashes) -> Hashes:
 
 
 def _word_hashes(normalized: bytes) -> tuple[Hashes, Places]:
-    """Returns the hash of each word and its first byte: eight bytes of every word at a time, and most have no more."""
+    """Returns the hash of each word and its first byte: eight bytes of every word at a time, and
+    most have no more."""
     if not normalized:
         return np.empty(0, np.uint64), np.empty(0, np.int64)
     padded = normalized + bytes(8)
     text = np.frombuffer(padded, dtype=np.uint8, count=len(normalized))
     starts, sizes = _words(text)
-    eights: Hashes = np.ndarray(len(normalized) + 1, dtype="<u8", buffer=padded, strides=(1,))  # from each byte on
+    # From each byte on
+    eights: Hashes = np.ndarray(len(normalized) + 1, dtype="<u8", buffer=padded, strides=(1,))
     hashes = mix64(sizes.astype(np.uint64))
     hashes = mix64(hashes ^ (eights[starts] & _FIRST_BYTES[np.minimum(sizes, 8)]))
     longer, place = np.flatnonzero(sizes > 8), 8

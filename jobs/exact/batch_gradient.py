@@ -1,7 +1,9 @@
-"""Computes the gradient of a step's whole batch: the exact sum over lanes, or stock DistributedDataParallel.
+"""Computes the gradient of a step's whole batch: the exact sum over lanes, or stock
+DistributedDataParallel.
 
-B sequences in a micro-batch, T tokens of each, P parameters. A step's batch is as many lanes as the schedule says, each
-of one micro-batch or of a few in order; its loss is the mean over all counted tokens of all lanes.
+B sequences in a micro-batch, T tokens of each, P parameters. A step's batch is as many lanes as the
+schedule says, each of one micro-batch or of a few in order; its loss is the mean over all counted
+tokens of all lanes.
 """
 
 import hashlib
@@ -35,7 +37,8 @@ from model.operations import product_type
 from model.training.training_memory import large_zeros
 
 _MAX_PLANS = 4  # kept: a step needs its own and the next one's
-_MAX_WAITING = 3  # buckets on their way to the owners of their parts, beside the one that is being sent
+# Buckets on their way to the owners of their parts, beside the one that is being sent
+_MAX_WAITING = 3
 
 
 class BatchGradient:
@@ -59,7 +62,8 @@ class BatchGradient:
         choose_operations(state.model, config, state.gathered)
         self._loss = _ScaledLoss(state.model)
         self._lends = way_to_compute(config) == "cpu"
-        self._rounded: Tensor | None = None  # the matrices, for operations that do not round them themselves
+        # The matrices, for operations that do not round them themselves
+        self._rounded: Tensor | None = None
         numerics = config.train.numerics
         if self._lends and numerics.is_rounded and not state.gathered:
             size = state.layout.boundary
@@ -71,10 +75,13 @@ class BatchGradient:
         if self._is_exact:
             self._sum_up()
         else:
-            self._stock = DistributedDataParallel(self._loss) if group.world_size > 1 else self._loss
+            self._stock = (
+                DistributedDataParallel(self._loss) if group.world_size > 1 else self._loss
+            )
 
     def _sum_up(self) -> None:
-        """Makes what the exact sum needs: its buffers, the sums of a turn, and the exchange between the groups."""
+        """Makes what the exact sum needs: its buffers, the sums of a turn, and the exchange between
+        the groups."""
         state = self._state
         sums_parts = state.sharding.divided.gradient
         num_buffers = 0
@@ -112,13 +119,18 @@ class BatchGradient:
             self._sums = LaneSums(state, buffers, lends=self._lends, on_final=exchange)
 
     def of_step(self, step: int, timer: StepTimer) -> Measured:
-        """Puts the gradient of the whole batch into the state's buffer; with a sharded optimizer, only this rank's
-        parts of the gradient."""
+        """Puts the gradient of the whole batch into the state's buffer; with a sharded optimizer,
+        only this rank's parts of the gradient."""
         with timer.phase("load"):
             self._read_ahead(step)
         with self._state.weights_in_use(), lent(weight_copies, self._rounded_weights()):
-            measured = self._exact_gradient(step, timer) if self._is_exact else self._stock_gradient(step, timer)
-        # Only now is it known how many tokens the batch counts: so far, the sums are divided by all that it has.
+            measured = (
+                self._exact_gradient(step, timer)
+                if self._is_exact
+                else self._stock_gradient(step, timer)
+            )
+        # Only now is it known how many tokens the batch counts: so far, the sums are divided by all
+        # that it has.
         scale = self._schedule.step_tokens(step) / max(1, measured.num_counted)
         if scale != 1.0:
             self._state.gradient.mul_(scale)
@@ -139,7 +151,8 @@ class BatchGradient:
             self._side_work.close()
 
     def _rounded_weights(self) -> Places:
-        """Returns the matrices as the lanes of a step compute with them, valid for that step only."""
+        """Returns the matrices as the lanes of a step compute with them, valid for that step
+        only."""
         rounded = self._rounded
         if rounded is None:
             return {}
@@ -171,7 +184,8 @@ class BatchGradient:
             )
 
     def _stock_gradient(self, step: int, timer: StepTimer) -> Measured:
-        """Uses stock DistributedDataParallel: local accumulation, one all-reduce overlapped with the last backward."""
+        """Uses stock DistributedDataParallel: local accumulation, one all-reduce overlapped with
+        the last backward."""
         device = self._state.device
         world_size = self._group.world_size
         self._state.gradient.zero_()
@@ -204,8 +218,8 @@ class BatchGradient:
         *,
         scale: float,
     ) -> Tensor:
-        """Returns `scale` times a micro-batch's share of the batch's loss and the number of tokens that it counts (2,),
-        after its gradient went to the parameters.
+        """Returns `scale` times a micro-batch's share of the batch's loss and the number of tokens
+        that it counts (2,), after its gradient went to the parameters.
 
         Nothing in it waits for a GPU, which computes while the next rows are read.
         """
@@ -231,20 +245,25 @@ class BatchGradient:
         return self._plan_of_count(self._schedule.num_lanes(step))
 
     def _samples_of(self, step: int, number: int) -> range:
-        """Returns the global indices of a micro-batch's samples: those of a step follow each other."""
+        """Returns the global indices of a micro-batch's samples: those of a step follow each
+        other."""
         size = self._config.train.micro_batch_size
         first = number * size
         return self._schedule.samples(step)[first : first + size]
 
 
 def dropout_seed(seed: int, *, step: int, micro_batch: int) -> int:
-    """Returns 63 bits of BLAKE2b: the same for any rank that computes the rows, and in any version of Python."""
-    digest = hashlib.blake2b(f"dropout:{seed}:{step}:{micro_batch}".encode(), digest_size=8).digest()
+    """Returns 63 bits of BLAKE2b: the same for any rank that computes the rows, and in any version
+    of Python."""
+    digest = hashlib.blake2b(
+        f"dropout:{seed}:{step}:{micro_batch}".encode(), digest_size=8
+    ).digest()
     return int.from_bytes(digest) >> 1
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    """Does what torch.manual_seed does, which takes 0.5 ms to record the stack for each kind of unused device."""
+    """Does what torch.manual_seed does, which takes 0.5 ms to record the stack for each kind of
+    unused device."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

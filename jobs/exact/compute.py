@@ -1,4 +1,5 @@
-"""How a run computes: with which operations, in which precision, and how rows come to the device."""
+"""How a run computes: with which operations, in which precision, and how rows come to the
+device."""
 
 from typing import NamedTuple, assert_never
 
@@ -15,7 +16,8 @@ from model.operations import PLAIN, compiled, product_type, recomputed, use_oper
 
 
 class MicroBatch(NamedTuple):
-    """Rows that are computed together, on the device, as `GPT.loss` takes them: B sequences of T tokens."""
+    """Rows that are computed together, on the device, as `GPT.loss` takes them: B sequences of T
+    tokens."""
 
     inputs: Tensor  # (B, T)
     targets: Tensor  # (B, T)
@@ -28,7 +30,8 @@ def choose_operations(
     config: RunConfig,
     gathered: GatheredWeights | None = None,
 ) -> None:
-    """Lets the model compute as the run's settings say, with weights that may have to be gathered."""
+    """Lets the model compute as the run's settings say, with weights that may have to be
+    gathered."""
     way = way_to_compute(config)
     match way:
         case "plain":
@@ -60,8 +63,8 @@ def micro_batch(
 ) -> MicroBatch:
     """Returns inputs and targets (B, T) that were read, without waiting for the device.
 
-    With `eot_id` the documents in a row see nothing of each other: FlashAttention, which has neither fp32 nor dropout
-    here, gets their borders; other ways to attend get a mask.
+    With `eot_id` the documents in a row see nothing of each other: FlashAttention, which has
+    neither fp32 nor dropout here, gets their borders; other ways to attend get a mask.
     """
 
     def moved(values: Tensor) -> Tensor:
@@ -73,7 +76,11 @@ def micro_batch(
     if eot_id is None:
         return MicroBatch(moved(inputs), moved(targets), None, None)
     positions = document_positions(inputs, targets, eot_id=eot_id)
-    if device.type == "cuda" and config.train.numerics.has_flash_attention and not config.model.dropout:
+    if (
+        device.type == "cuda"
+        and config.train.numerics.has_flash_attention
+        and not config.model.dropout
+    ):
         documents = packed_documents(positions)
         mask = documents._replace(starts=moved(documents.starts))
         return MicroBatch(moved(inputs), moved(targets), moved(positions), mask)
@@ -82,5 +89,6 @@ def micro_batch(
 
 
 def num_counted(targets: Tensor) -> int:
-    """Returns how many targets the loss counts: all of a text, in conversations those of answers."""
+    """Returns how many targets the loss counts: all of a text, in conversations those of
+    answers."""
     return int((targets != IGNORE_INDEX).sum())

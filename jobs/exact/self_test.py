@@ -1,7 +1,9 @@
-"""Checks before a worker trains that its device computes the gradient that the model defines, and the same one twice.
+"""Checks before a worker trains that its device computes the gradient that the model defines, and
+the same one twice.
 
-A tiny step goes the whole way of a real one, in the run's own precision, and is held against autograd in float64. Fused
-kernels are then compiled for the run's own shape, which is held against plain operations in one block.
+A tiny step goes the whole way of a real one, in the run's own precision, and is held against
+autograd in float64. Fused kernels are then compiled for the run's own shape, which is held against
+plain operations in one block.
 """
 
 import dataclasses
@@ -57,7 +59,8 @@ class _Rows:
 
 
 def self_test(config: RunConfig, device: torch.device) -> None:
-    """Raises `UserError`, which names the operation, where a gradient is wrong or is another one the next time."""
+    """Raises `UserError`, which names the operation, where a gradient is wrong or is another one
+    the next time."""
     tiny = _in_tiny(config)
     _check(tiny, device, exact=_in_float64(tiny))
     if way_to_compute(config) == "compiled":
@@ -84,7 +87,8 @@ def _check(
     gradients = _gradients(config, device)
     again = _gradients(config, device)
     within = config.train.numerics.tolerance
-    for name in reversed(exact):  # from the loss backward: what comes after a wrong operation is wrong too
+    # From the loss backward: what comes after a wrong operation is wrong too
+    for name in reversed(exact):
         expected = exact[name].double()
         difference = gradients[name].double() - expected
         error = float(difference.norm() / expected.norm())
@@ -152,7 +156,8 @@ def _model(config: RunConfig) -> GPT:
 
 
 def _keep_from_kink(model: GPT) -> None:
-    """Makes every value that ReLU sees far from zero, where rounding alone would decide about its gradient."""
+    """Makes every value that ReLU sees far from zero, where rounding alone would decide about its
+    gradient."""
     for name, bias in model.named_parameters():
         if name.endswith("mlp.c_fc.bias"):
             bias.data[0::2] = _FROM_KINK
@@ -164,10 +169,11 @@ def _eot_id(config: RunConfig) -> int | None:
 
 
 def _in_tiny(config: RunConfig) -> RunConfig:
-    """Returns the run with two lanes of a few short sequences, and two narrow layers with heads as wide as its own.
+    """Returns the run with two lanes of a few short sequences, and two narrow layers with heads as
+    wide as its own.
 
-    The wider the heads, the smaller the weights: with logits of attention that grow with the width, its softmax would
-    take rounding to bf16 for a fault.
+    The wider the heads, the smaller the weights: with logits of attention that grow with the width,
+    its softmax would take rounding to bf16 for a fault.
     """
     width = 2 * config.model.head_dim
     shape = dataclasses.replace(
@@ -187,7 +193,9 @@ def _in_tiny(config: RunConfig) -> RunConfig:
     return _with(config, shape, micro_batch_size=2, seq_len=64, compute=compute)
 
 
-def _with(config: RunConfig, shape: object, *, micro_batch_size: int, **changes: object) -> RunConfig:
+def _with(
+    config: RunConfig, shape: object, *, micro_batch_size: int, **changes: object
+) -> RunConfig:
     """Returns the run with another shape of the model, in steps of two lanes of one micro-batch."""
     step = {
         "micro_batch_size": micro_batch_size,

@@ -1,7 +1,9 @@
-"""Computes what the exchange of a step sends within a node and through network cards, and what computing hides of it.
+"""Computes what the exchange of a step sends within a node and through network cards, and what
+computing hides of it.
 
-P values of the flat buffers, W GPUs in groups of g members, K subtree sums that a group has before it meets the others.
-Where no gradients are sharded each GPU is a group, and the groups' exchange is all there is.
+P values of the flat buffers, W GPUs in groups of g members, K subtree sums that a group has before
+it meets the others. Where no gradients are sharded each GPU is a group, and the groups' exchange is
+all there is.
 """
 
 import math
@@ -18,7 +20,8 @@ from jobs.plan.formulas import FP32_BYTES
 from model.shapes import parameter_shapes
 
 MESSAGE_S = 5e-6
-"""Seconds that a message between two GPUs takes besides its bytes: an assumption, of the order of InfiniBand's."""
+"""Seconds that a message between two GPUs takes besides its bytes: an assumption, of the order of
+InfiniBand's."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class Traffic:
 
 
 def between_all(num_bytes: float, *, size: int, near: int, num_calls: int) -> Traffic:
-    """Returns what sends the parts of so many bytes to their owners, or from each owner to all others
-    (`exact/state/peers`), among `size` ranks, `near` of them on each node."""
+    """Returns what sends the parts of so many bytes to their owners, or from each owner to all
+    others (`exact/state/peers`), among `size` ranks, `near` of them on each node."""
     on_links, on_cards = (num_bytes * count / size for count in (near - 1, size - near))
     return Traffic(on_links, on_cards, num_calls * (size - 1))
 
@@ -71,14 +74,21 @@ class Exchange:
 
 
 def exchange(
-    config: RunConfig, layout: FlatLayout, options: PlanConfig, *, world_size: int, num_lanes: int, lane_s: float
+    config: RunConfig,
+    layout: FlatLayout,
+    options: PlanConfig,
+    *,
+    world_size: int,
+    num_lanes: int,
+    lane_s: float,
 ) -> Exchange:
     """Returns the exchange of a step of so many lanes, each of which computes for `lane_s`.
 
-    The gradients of a micro-batch go to their owners during its own backward pass, and weights come during the pass
-    that needs them. Groups send 4 (K + 1) (P - P/W) bytes where each is one GPU, which the last backward pass alone
-    hides: to the owners of parts, and what these have summed to all. Updated weights go round while later ones are
-    updated, which hides little; where the weights are sharded, nothing hides what is sent for the next step.
+    The gradients of a micro-batch go to their owners during its own backward pass, and weights come
+    during the pass that needs them. Groups send 4 (K + 1) (P - P/W) bytes where each is one GPU,
+    which the last backward pass alone hides: to the owners of parts, and what these have summed to
+    all. Updated weights go round while later ones are updated, which hides little; where the
+    weights are sharded, nothing hides what is sent for the next step.
     """
     train = config.train
     sharding = Sharding.of(config.scaling, rank=0, world_size=world_size)
@@ -99,12 +109,15 @@ def exchange(
     updated = Traffic()
     if sharding.sends_values:
         num_bytes = FP32_BYTES * layout.size
-        updated = between_all(num_bytes, size=num_holders, near=min(num_holders, near), num_calls=num_buckets)
+        updated = between_all(
+            num_bytes, size=num_holders, near=min(num_holders, near), num_calls=num_buckets
+        )
     elif sharding.divided.values:
         updated = others
     first = again = Traffic()  # the weights of a pass
     if sharding.divided.values:
-        share = max(0.0, 1 - 2 / config.model.n_layer)  # the last two blocks are there when a pass turns round
+        # The last two blocks are there when a pass turns round
+        share = max(0.0, 1 - 2 / config.model.n_layer)
         again = within(product_bytes(config) * matrices * share, num_calls=round(num_calls * share))
         first = products
     backward = again + products + others
@@ -114,7 +127,8 @@ def exchange(
     forward_s = forward_share * micro_batch_s
     backward_s = (1 - forward_share) * micro_batch_s
     beside_update_s = 0.0
-    if sharding.sends_values:  # all but the first stretch of an update is computed beside the sending of another one
+    # All but the first stretch of an update is computed beside the sending of another one
+    if sharding.sends_values:
         beside_update_s = _update_s(config, layout, options) / num_holders * (1 - 1 / NUM_SENDINGS)
     parts = [  # what is sent, the seconds that hide it, and how many times
         (first, forward_s, 1),
@@ -132,13 +146,15 @@ def exchange(
         exposed_s=sum(max(0.0, each_s - hiding_s) * times for each_s, hiding_s, times in seconds),
         compute_s=passes * micro_batch_s,
         least_sequences=math.ceil(total_s / sequence_s),
-        counted_in="train.micro_batch_size" if group > 1 else "train.global_batch_size for each GPU",
+        counted_in="train.micro_batch_size"
+        if group > 1
+        else "train.global_batch_size for each GPU",
     )
 
 
 def _update_s(config: RunConfig, layout: FlatLayout, options: PlanConfig) -> float:
-    """Returns the seconds in which one GPU would update all parameters: those of what the rule reads and writes, or of
-    its operations."""
+    """Returns the seconds in which one GPU would update all parameters: those of what the rule
+    reads and writes, or of its operations."""
     rule = update_rule(config.train)
     bytes_s = rule.bytes_per_value * layout.size / options.hardware.memory_bytes_per_s
     flops = sum(rule.flops(shape) for shape in parameter_shapes(config.model).values())
@@ -146,5 +162,6 @@ def _update_s(config: RunConfig, layout: FlatLayout, options: PlanConfig) -> flo
 
 
 def product_bytes(config: RunConfig) -> int:
-    """Returns the bytes of a weight as lanes compute with it, and of its gradient, which is a product."""
+    """Returns the bytes of a weight as lanes compute with it, and of its gradient, which is a
+    product."""
     return config.train.numerics.product_bytes

@@ -16,14 +16,15 @@ TEXT_BYTES_PER_TOKEN = 4.3
 
 
 def parameter_flops(num_parameters: float, num_tokens: float, *, recompute: bool = False) -> float:
-    """Returns 6 N D: a multiplication and an addition for each parameter and token in the forward pass, twice that in
-    backward (Kaplan et al., 2020, section 2.1; the GPT-3 paper's count, appendix D). With activations computed again,
-    8 N D (Narayanan et al., 2021, section 5.1)."""
+    """Returns 6 N D: a multiplication and an addition for each parameter and token in the forward
+    pass, twice that in backward (Kaplan et al., 2020, section 2.1; the GPT-3 paper's count,
+    appendix D). With activations computed again, 8 N D (Narayanan et al., 2021, section 5.1)."""
     return (8.0 if recompute else 6.0) * num_parameters * num_tokens
 
 
 def state_bytes_per_value(rule: UpdateRule) -> int:
-    """Returns the bytes of a checkpoint or a snapshot for each parameter: of the weight and of the rule's vectors."""
+    """Returns the bytes of a checkpoint or a snapshot for each parameter: of the weight and of the
+    rule's vectors."""
     return FP32_BYTES * (1 + len(rule.vectors))
 
 
@@ -33,14 +34,15 @@ def gpu_days(flops: float, flops_per_s: float) -> float:
 
 
 def mean_time_between_failures_s(mtbf_gpu_hours: float, num_gpus: int) -> float:
-    """Returns the seconds between failures of the run: those of single GPUs are independent and each interrupts it."""
+    """Returns the seconds between failures of the run: those of single GPUs are independent and
+    each interrupts it."""
     return 3600 * mtbf_gpu_hours / num_gpus
 
 
 def checkpoint_interval_s(cost_s: float, mtbf_s: float) -> float:
-    """Returns the seconds of training between checkpoints that lose the least time, to their `cost_s` and to repeated
-    steps: Young's (1974) sqrt(2 cost mtbf) with Daly's (2006, equation 37) terms of higher order, and the MTBF itself
-    where a checkpoint takes more than twice that.
+    """Returns the seconds of training between checkpoints that lose the least time, to their
+    `cost_s` and to repeated steps: Young's (1974) sqrt(2 cost mtbf) with Daly's (2006, equation 37)
+    terms of higher order, and the MTBF itself where a checkpoint takes more than twice that.
     """
     if cost_s >= 2 * mtbf_s:
         return mtbf_s
@@ -49,11 +51,15 @@ def checkpoint_interval_s(cost_s: float, mtbf_s: float) -> float:
 
 
 def goodput(*, interval_s: float, cost_s: float, restart_s: float, mtbf_s: float) -> float:
-    """Returns the share of the time that goes into steps that count, by Young's first-order model: an interval ends
-    with a cost, and every failure loses half an interval and a restart. It is 0 where failures come faster."""
-    return max(0.0, interval_s / (interval_s + cost_s) * (1 - (interval_s / 2 + restart_s) / mtbf_s))
+    """Returns the share of the time that goes into steps that count, by Young's first-order model:
+    an interval ends with a cost, and every failure loses half an interval and a restart. It is 0
+    where failures come faster."""
+    return max(
+        0.0, interval_s / (interval_s + cost_s) * (1 - (interval_s / 2 + restart_s) / mtbf_s)
+    )
 
 
 def storing_s(num_bytes: float, options: PlanConfig, *, writers: int) -> float:
-    """Returns the seconds in which storage takes a checkpoint, from the nodes of all writers at once."""
+    """Returns the seconds in which storage takes a checkpoint, from the nodes of all writers at
+    once."""
     return num_bytes / (options.storage_bytes_per_s * math.ceil(writers / options.gpus_per_node))

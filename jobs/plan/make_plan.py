@@ -1,4 +1,5 @@
-"""Plans a run before a GPU is hired: operations, days, cost, memory, checkpoints, exchange and data rates.
+"""Plans a run before a GPU is hired: operations, days, cost, memory, checkpoints, exchange and data
+rates.
 
 It imports neither PyTorch nor Ray, so that `raymill plan` answers at once.
 """
@@ -7,7 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 from cluster.settings.plan import PlanConfig
-from cluster.settings.run import RunConfig, batch_schedule, planned_vocabulary, seq_len, with_precision
+from cluster.settings.run import (
+    RunConfig,
+    batch_schedule,
+    planned_vocabulary,
+    seq_len,
+    with_precision,
+)
 from jobs.exact.state.flat_layout import FlatLayout
 from jobs.exact.state.rules import update_rule
 from jobs.exact.state.sharding import Sharding
@@ -31,14 +38,19 @@ from model.config import flops_per_token, num_parameters
 
 
 def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
-    """Returns figures by name, in FLOPs, seconds, bytes and dollars unless the name says otherwise."""
+    """Returns figures by name, in FLOPs, seconds, bytes and dollars unless the name says
+    otherwise."""
     count, gpu = options.count or config.scaling.max_workers, options.hardware
     config = with_precision(config, gpu.fast_numerics.name)
-    schedule, num_tokens, size = batch_schedule(config), config.train.max_tokens, num_parameters(config.model)
+    schedule, num_tokens, size = (
+        batch_schedule(config),
+        config.train.max_tokens,
+        num_parameters(config.model),
+    )
     layout = layout_of(config.model)
 
-    # Two counts of the same work. A sustained rate goes with 6 N D, as in papers; an MFU is a share of the model's own
-    # operations, attention's scores among them, as in the ledger.
+    # Two counts of the same work. A sustained rate goes with 6 N D, as in papers; an MFU is a share
+    # of the model's own operations, attention's scores among them, as in the ledger.
     total_flops = parameter_flops(size, num_tokens)
     model_flops = float(flops_per_token(config.model, seq_len(config)) * num_tokens)
     if options.sustained_tflops is not None:
@@ -74,7 +86,9 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
     plan["memory_bytes"] = _memory(config, layout, count)
     plan["gpu_memory_bytes"] = gpu.memory_bytes
     plan["advice"] = _advice(config, options, layout, count, step_s)
-    plan["host_memory_bytes"] = host_memory(config, layout, world_size=count, gpus_per_node=options.gpus_per_node)
+    plan["host_memory_bytes"] = host_memory(
+        config, layout, world_size=count, gpus_per_node=options.gpus_per_node
+    )
     moved = _exchange(config, options, layout, count, step_s)
     plan["exchange"] = asdict(moved) | {
         "messages_s": moved.traffic.messages_s,
@@ -101,8 +115,9 @@ _LEAST = {"recompute": True, "micro_batch_size": 1, "micro_batches_per_lane": 1}
 def _advice(
     config: RunConfig, options: PlanConfig, layout: FlatLayout, count: int, step_s: float
 ) -> dict[str, Any] | None:
-    """Returns what to set so that the run fits its GPUs, with the memory that it then takes: the sharding that leaves
-    least of the exchange exposed, if need be with `_LEAST`. None where it fits as set, or never."""
+    """Returns what to set so that the run fits its GPUs, with the memory that it then takes: the
+    sharding that leaves least of the exchange exposed, if need be with `_LEAST`. None where it fits
+    as set, or never."""
     if _fits(_memory(config, layout, count), options):
         return None
     ways_to_shard = _ways_to_shard(options, count)
@@ -110,16 +125,30 @@ def _advice(
         ways = [(each, _changed(config, train=train, scaling=each)) for each in ways_to_shard]
         fitting = [(each, way) for each, way in ways if _fits(_memory(way, layout, count), options)]
         if fitting:
-            scaling, way = min(fitting, key=lambda found: _exchange(found[1], options, layout, count, step_s).exposed_s)
-            changed = {name: value for name, value in train.items() if value != getattr(config.train, name)}
-            return {"scaling": scaling, "train": changed, "memory_bytes": _memory(way, layout, count)}
+            scaling, way = min(
+                fitting,
+                key=lambda found: _exchange(found[1], options, layout, count, step_s).exposed_s,
+            )
+            changed = {
+                name: value for name, value in train.items() if value != getattr(config.train, name)
+            }
+            return {
+                "scaling": scaling,
+                "train": changed,
+                "memory_bytes": _memory(way, layout, count),
+            }
     return None
 
 
 def _ways_to_shard(options: PlanConfig, count: int) -> list[dict[str, Any]]:
-    """Returns the settings by which so many GPUs can divide the state, in groups that fill nodes or parts of one."""
+    """Returns the settings by which so many GPUs can divide the state, in groups that fill nodes or
+    parts of one."""
     near = options.gpus_per_node
-    sizes = [n for n in range(2, count + 1) if count % n == 0 and (n == count or n % near == 0 or near % n == 0)]
+    sizes = [
+        n
+        for n in range(2, count + 1)
+        if count % n == 0 and (n == count or n % near == 0 or near % n == 0)
+    ]
     ways: list[dict[str, Any]] = [{"shard": "optimizer", "shard_group": None}]
     for shard in ("gradients", "parameters"):
         ways += [{"shard": shard, "shard_group": size} for size in sizes]
@@ -129,8 +158,9 @@ def _ways_to_shard(options: PlanConfig, count: int) -> list[dict[str, Any]]:
 def _faster(
     config: RunConfig, options: PlanConfig, layout: FlatLayout, count: int, step_s: float
 ) -> dict[str, Any] | None:
-    """Returns the sharding that fits and leaves least of the exchange exposed, with the seconds of its step, where the
-    exchange now adds more than `TOLERATED_EXPOSURE` to computing; None where it does not, or where nothing helps."""
+    """Returns the sharding that fits and leaves least of the exchange exposed, with the seconds of
+    its step, where the exchange now adds more than `TOLERATED_EXPOSURE` to computing; None where it
+    does not, or where nothing helps."""
     moved = _exchange(config, options, layout, count, step_s)
     if moved.exposed_s <= TOLERATED_EXPOSURE * moved.compute_s:
         return None
@@ -145,7 +175,10 @@ def _faster(
 
 
 def _changed(config: RunConfig, *, train: dict[str, Any], scaling: dict[str, Any]) -> RunConfig:
-    branches = {"train": config.train.model_copy(update=train), "scaling": config.scaling.model_copy(update=scaling)}
+    branches = {
+        "train": config.train.model_copy(update=train),
+        "scaling": config.scaling.model_copy(update=scaling),
+    }
     return config.model_copy(update=branches)
 
 
@@ -154,18 +187,26 @@ def _fits(memory: dict[str, float], options: PlanConfig) -> bool:
 
 
 def _memory(config: RunConfig, layout: FlatLayout, count: int) -> dict[str, float]:
-    on_gpus = config.model_copy(update={"scaling": config.scaling.model_copy(update={"use_gpu": True})})
+    on_gpus = config.model_copy(
+        update={"scaling": config.scaling.model_copy(update={"use_gpu": True})}
+    )
     parts = gpu_memory(on_gpus, layout, world_size=count)
     return parts | {"total": sum(parts.values())}
 
 
-def _exchange(config: RunConfig, options: PlanConfig, layout: FlatLayout, count: int, step_s: float) -> Exchange:
+def _exchange(
+    config: RunConfig, options: PlanConfig, layout: FlatLayout, count: int, step_s: float
+) -> Exchange:
     """Returns the exchange of a step that takes so long if all GPUs compute all the time."""
     lanes = batch_schedule(config).full_lanes
-    return exchange(config, layout, options, world_size=count, num_lanes=lanes, lane_s=step_s * count / lanes)
+    return exchange(
+        config, layout, options, world_size=count, num_lanes=lanes, lane_s=step_s * count / lanes
+    )
 
 
-def _checkpoint(config: RunConfig, options: PlanConfig, size: int, count: int, step_s: float) -> dict[str, float]:
+def _checkpoint(
+    config: RunConfig, options: PlanConfig, size: int, count: int, step_s: float
+) -> dict[str, float]:
     num_bytes = state_bytes_per_value(update_rule(config.train)) * size
     writers = Sharding.of(config.scaling, rank=0, world_size=count).num_holders
     cost_s = num_bytes / writers / options.hardware.host_bytes_per_s
@@ -180,7 +221,9 @@ def _checkpoint(config: RunConfig, options: PlanConfig, size: int, count: int, s
         "mtbf_s": mtbf_s,
         "interval_s": interval_s,
         "interval_steps": max(1, round(interval_s / step_s)),
-        "goodput": goodput(interval_s=interval_s, cost_s=cost_s, restart_s=options.restart_s, mtbf_s=mtbf_s),
+        "goodput": goodput(
+            interval_s=interval_s, cost_s=cost_s, restart_s=options.restart_s, mtbf_s=mtbf_s
+        ),
     }
 
 

@@ -1,12 +1,21 @@
-"""Computes the memory of data-parallel training, part by part, from a model's shape: of a GPU and of its host.
+"""Computes the memory of data-parallel training, part by part, from a model's shape: of a GPU and
+of its host.
 
-B sequences in a lane, T tokens of each, C width, F feed-forward width, V vocabulary, P values of the flat buffers.
+B sequences in a lane, T tokens of each, C width, F feed-forward width, V vocabulary, P values of
+the flat buffers.
 """
 
 from dataclasses import replace
 from typing import Any
 
-from cluster.settings.run import RunConfig, batch_schedule, planned_vocabulary, seq_len, way_to_compute, with_precision
+from cluster.settings.run import (
+    RunConfig,
+    batch_schedule,
+    planned_vocabulary,
+    seq_len,
+    way_to_compute,
+    with_precision,
+)
 from cluster.storage.uris import open_storage
 from jobs.exact.state.flat_layout import BLOCK, PIECE_VALUES, FlatLayout
 from jobs.exact.state.rules import update_rule
@@ -22,7 +31,8 @@ from model.numerics import NUMERICS
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, parameter_shapes
 
 _PROCESS_BYTES = 0.5e9
-"""Memory of Python, PyTorch and Ray in a worker that trains a tiny model (measured: 0.4 to 0.5 GB)."""
+"""Memory of Python, PyTorch and Ray in a worker that trains a tiny model (measured: 0.4 to 0.5
+GB)."""
 
 
 def layout_of(model: GPTConfig) -> FlatLayout:
@@ -31,20 +41,26 @@ def layout_of(model: GPTConfig) -> FlatLayout:
 
 
 def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int) -> dict[str, float]:
-    """Returns the bytes by part of the rank that holds most, at the peak of a step: the loss, or the last layer's
-    backward. The GB or two that the GPU's allocator and libraries usually take are not included.
+    """Returns the bytes by part of the rank that holds most, at the peak of a step: the loss, or
+    the last layer's backward. The GB or two that the GPU's allocator and libraries usually take are
+    not included.
 
-    With g GPUs to one copy, what passes through them is the fp32 embeddings and their gradient, the weights of two
-    decoder blocks, and, as gradients on their way to their owners, about those of one.
+    With g GPUs to one copy, what passes through them is the fp32 embeddings and their gradient, the
+    weights of two decoder blocks, and, as gradients on their way to their owners, about those of
+    one.
     """
     sharding = Sharding.of(config.scaling, rank=0, world_size=world_size)
     per_lane, width = config.train.micro_batches_per_lane, product_bytes(config)
     group, num_lanes = sharding.group_size, batch_schedule(config).full_lanes
     num_groups = min(sharding.num_groups, num_lanes)
-    first_ranks = [replace(sharding, rank=n * group, world_size=num_groups * group) for n in range(num_groups)]
+    first_ranks = [
+        replace(sharding, rank=n * group, world_size=num_groups * group) for n in range(num_groups)
+    ]
     num_buffers = max(StepPlan(rank, num_lanes, per_lane).num_buffers for rank in first_ranks)
     own = layout.size / group
-    second = max(map(len, layout.places.values())) * (way_to_compute(config) == "cpu" and num_lanes > num_groups)
+    second = max(map(len, layout.places.values())) * (
+        way_to_compute(config) == "cpu" and num_lanes > num_groups
+    )
     if group == 1 and per_lane > 1:
         second = layout.size  # what autograd adds the lane's micro-batches up in
     is_whole = not sharding.divided.values
@@ -56,41 +72,52 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int) -> dic
         "bf16_weights": float(rounded),  # in autocast's cache
         "gradients": FP32_BYTES * own,
         "lane_sums": FP32_BYTES * ((num_buffers - 1) * own + second),
-        "optimizer": len(update_rule(config.train).vectors) * FP32_BYTES * layout.size / sharding.num_holders,
+        "optimizer": len(update_rule(config.train).vectors)
+        * FP32_BYTES
+        * layout.size
+        / sharding.num_holders,
         "embeddings": float(FP32_BYTES * rest * ((group > 1) + (not is_whole))),
         "two_blocks": float(0 if is_whole else 2 * width * block),
         "block_gradients": float(width * block if group > 1 else 0),
         "activations": activation_bytes(config),
         "logits_chunk": logits_chunk_bytes(config),
-        "exchange": _received_bytes(layout, world_size=world_size, group=group, num_lanes=num_lanes),
+        "exchange": _received_bytes(
+            layout, world_size=world_size, group=group, num_lanes=num_lanes
+        ),
     }
 
 
 def activation_bytes(config: RunConfig) -> float:
-    """Returns the bytes that forward keeps for backward of one micro-batch. With `train.recompute` that is each block's
-    input, and all of one block at a time. Fused kernels may keep less."""
+    """Returns the bytes that forward keeps for backward of one micro-batch. With `train.recompute`
+    that is each block's input, and all of one block at a time. Fused kernels may keep less."""
     model, tokens = config.model, config.train.micro_batch_size * seq_len(config)
     block, stream = block_bytes(config), FP32_BYTES * model.n_embd
     blocks = model.n_layer * stream + block if config.train.recompute else model.n_layer * block
-    return float(tokens * (blocks + 2 * stream))  # the last LayerNorm's input, and the gradient of its output
+    # The last LayerNorm's input, and the gradient of its output
+    return float(tokens * (blocks + 2 * stream))
 
 
 def block_bytes(config: RunConfig) -> int:
-    """Returns the bytes that a block keeps of each token: in fp32 the two LayerNorms' inputs and outputs, query, key
-    and value, the attention's output (8 C), and the feed-forward layer before and after its activation (2 F); with bf16
-    all but the LayerNorms' inputs have half the size. Attention's scores are never kept (FlashAttention), only a number
-    for each head; LayerNorms keep two."""
+    """Returns the bytes that a block keeps of each token: in fp32 the two LayerNorms' inputs and
+    outputs, query, key and value, the attention's output (8 C), and the feed-forward layer before
+    and after its activation (2 F); with bf16 all but the LayerNorms' inputs have half the size.
+    Attention's scores are never kept (FlashAttention), only a number for each head; LayerNorms keep
+    two."""
     model, numerics = config.model, config.train.numerics
     kept, c = model.network.kept, model.n_embd
     own_inputs = kept.own_inputs if numerics.is_rounded else 0
     values = (4 + own_inputs) * c + 2 * _kept_key_width(config) + kept.of_ffn * model.ffn_width
     numbers = model.n_head + kept.norm_numbers
-    return FP32_BYTES * (kept.of_norms * c + numbers) + numerics.product_bytes * values + 2 * c * bool(model.dropout)
+    return (
+        FP32_BYTES * (kept.of_norms * c + numbers)
+        + numerics.product_bytes * values
+        + 2 * c * bool(model.dropout)
+    )
 
 
 def _kept_key_width(config: RunConfig) -> int:
-    """Returns the width of the keys, and of the values, that attention keeps: FlashAttention on GPUs keeps those heads
-    once that several heads share (`model.attention`)."""
+    """Returns the width of the keys, and of the values, that attention keeps: FlashAttention on
+    GPUs keeps those heads once that several heads share (`model.attention`)."""
     train, model = config.train, config.model
     has_mask = train.document_mask and bool(model.dropout)
     is_flash = config.scaling.use_gpu and train.numerics.has_flash_attention and not has_mask
@@ -98,24 +125,34 @@ def _kept_key_width(config: RunConfig) -> int:
 
 
 def logits_chunk_bytes(config: RunConfig) -> float:
-    """Returns the bytes of the scores (V, K) of a chunk of tokens, from which the cross-entropy makes their gradients,
-    and of the head's gradient (V, C) where the activations are still there: all scores (B, T, V) never exist."""
+    """Returns the bytes of the scores (V, K) of a chunk of tokens, from which the cross-entropy
+    makes their gradients, and of the head's gradient (V, C) where the activations are still there:
+    all scores (B, T, V) never exist."""
     model, tokens = config.model, config.train.micro_batch_size * seq_len(config)
     numerics, compute = config.train.numerics, way_to_compute(config)
     rounded = numerics.rounded_bytes
-    # Fused kernels read the scores and write their gradients. Plain operations have five copies in fp32 at a time,
-    # and a mask; those for CPUs write over the scores.
-    score = {"compiled": 2 * numerics.product_bytes, "plain": 21 + rounded, "cpu": FP32_BYTES + rounded}[compute]
+    # Fused kernels read the scores and write their gradients. Plain operations have five copies in
+    # fp32 at a time, and a mask; those for CPUs write over the scores.
+    score = {
+        "compiled": 2 * numerics.product_bytes,
+        "plain": 21 + rounded,
+        "cpu": FP32_BYTES + rounded,
+    }[compute]
     head = (0 if compute == "cpu" else FP32_BYTES) + rounded
-    num_scores = model.vocab_size * min(CHUNK_TOKENS if compute == "cpu" else GPU_CHUNK_TOKENS, tokens)
+    num_scores = model.vocab_size * min(
+        CHUNK_TOKENS if compute == "cpu" else GPU_CHUNK_TOKENS, tokens
+    )
     return float(score * num_scores + head * model.vocab_size * model.n_embd)
 
 
-def host_memory(config: RunConfig, layout: FlatLayout, *, world_size: int, gpus_per_node: int) -> dict[str, float]:
-    """Returns the bytes by part of a node's own memory: two slots of its GPUs' shares of the state, one of them being
-    written (`snapshots/slots`); where no other node has the same, a third, and two of another node's shares
-    (`snapshots/choice`); a checkpoint that is being stored and one that waits, on rank 0's node, or its GPUs' shards of
-    them where the state is sharded; and two pieces of each GPU's copies (`exact/state/host_copies`)."""
+def host_memory(
+    config: RunConfig, layout: FlatLayout, *, world_size: int, gpus_per_node: int
+) -> dict[str, float]:
+    """Returns the bytes by part of a node's own memory: two slots of its GPUs' shares of the state,
+    one of them being written (`snapshots/slots`); where no other node has the same, a third, and
+    two of another node's shares (`snapshots/choice`); a checkpoint that is being stored and one
+    that waits, on rank 0's node, or its GPUs' shards of them where the state is sharded; and two
+    pieces of each GPU's copies (`exact/state/host_copies`)."""
     state = state_bytes_per_value(update_rule(config.train)) * layout.size
     num_ranks = min(world_size, gpus_per_node)
     holders = Sharding.of(config.scaling, rank=0, world_size=world_size).num_holders
@@ -130,26 +167,31 @@ def host_memory(config: RunConfig, layout: FlatLayout, *, world_size: int, gpus_
 
 
 def _received_bytes(layout: FlatLayout, *, world_size: int, group: int, num_lanes: int) -> float:
-    """Returns the bytes of what comes from other ranks: for one bucket, this rank's part of each subtree sum, and of
-    each member's gradient."""
+    """Returns the bytes of what comes from other ranks: for one bucket, this rank's part of each
+    subtree sum, and of each member's gradient."""
     if world_size == 1:
         return 0.0
     bucket, num_groups = max(map(len, layout.buckets)), world_size // group
     subtrees = subtrees_of_ranks(num_lanes, min(num_groups, num_lanes))
     part = -(-bucket // BLOCK // world_size) * BLOCK
-    return float(FP32_BYTES * (part * sum(map(len, subtrees)) * (num_groups > 1) + bucket * (group > 1)))
+    return float(
+        FP32_BYTES * (part * sum(map(len, subtrees)) * (num_groups > 1) + bucket * (group > 1))
+    )
 
 
 def worker_needs(config: RunConfig) -> dict[str, Any]:
-    """Returns `worker_bytes` of a node's memory and `device_bytes` of a GPU's, which a worker needs, and `problems` in
-    words: settings that differ from those that the run began with."""
+    """Returns `worker_bytes` of a node's memory and `device_bytes` of a GPU's, which a worker
+    needs, and `problems` in words: settings that differ from those that the run began with."""
     planned, scaling = planned_vocabulary(config), config.scaling
-    training = max(  # as precision `auto` is settled where the workers run, there must be room for either
+    # As precision `auto` is settled where the workers run, there must be room for either
+    training = max(
         sum(gpu_memory(each, layout_of(each.model), world_size=scaling.min_workers).values())
         for each in (with_precision(planned, numerics.name) for numerics in NUMERICS.values())
     )
     on_device = training if scaling.use_gpu else 0.0
-    reason = why_not_resumed(open_storage(config.storage.uri).child(f"runs/{config.run_id}"), config)
+    reason = why_not_resumed(
+        open_storage(config.storage.uri).child(f"runs/{config.run_id}"), config
+    )
     return {
         "worker_bytes": round(_PROCESS_BYTES + training - on_device),
         "device_bytes": round(on_device),

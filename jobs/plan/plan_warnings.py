@@ -1,4 +1,5 @@
-"""Warns where the inputs of a plan disagree with each other, or with what raymill can do: a sentence each."""
+"""Warns where the inputs of a plan disagree with each other, or with what raymill can do: a
+sentence each."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -14,7 +15,8 @@ FULL_MEMORY = 0.9
 """Share of a GPU's memory that a plan may fill: allocator and libraries take the rest."""
 
 TOLERATED_EXPOSURE = 0.2
-"""Seconds of exchange that nothing hides, for each second of computing, from which on a plan warns."""
+"""Seconds of exchange that nothing hides, for each second of computing, from which on a plan
+warns."""
 
 
 def warnings(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> list[str]:
@@ -26,16 +28,27 @@ def warnings(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> li
             "plan does not know. Times and cost below are what GPUs would take "
             f"({options.gpu}; --gpu and --count choose others)."
         ]
-    return [*_memory(options, plan), *hardware, *_sharding(config, options, plan), *_schedule(config)]
+    return [
+        *_memory(options, plan),
+        *hardware,
+        *_sharding(config, options, plan),
+        *_schedule(config),
+    ]
 
 
 def _memory(options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
-    needed, has, advice = plan["memory_bytes"]["total"], options.hardware.memory_bytes, plan["advice"]
+    needed, has, advice = (
+        plan["memory_bytes"]["total"],
+        options.hardware.memory_bytes,
+        plan["advice"],
+    )
     if needed <= FULL_MEMORY * has:
         return
     way_out = f"No sharding makes it fit {plan['count']:,} of them. What follows is arithmetic."
     if advice is not None:
-        flags = " ".join([_flags("scaling", advice["scaling"]), _flags("train", advice["train"])]).strip()
+        flags = " ".join(
+            [_flags("scaling", advice["scaling"]), _flags("train", advice["train"])]
+        ).strip()
         way_out = f"{flags} makes it {advice['memory_bytes']['total'] / 1e9:,.1f} GB."
     yield (
         f"The run does not fit its GPUs: each needs {needed / 1e9:,.1f} GB, and the {options.gpu} has "
@@ -44,7 +57,9 @@ def _memory(options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
 
 
 def _flags(branch: str, settings: Mapping[str, Any]) -> str:
-    flags = [f"--{branch}.{name.replace('_', '-')} {value}" for name, value in settings.items() if value]
+    flags = [
+        f"--{branch}.{name.replace('_', '-')} {value}" for name, value in settings.items() if value
+    ]
     return " ".join(flags).replace("True", "true")
 
 
@@ -85,7 +100,8 @@ def _on_gpus(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> It
             f"({moved['counted_in']}). More of them, fewer GPUs or a faster network helps."
         )
     workers = config.scaling.max_workers
-    if options.count is not None and workers not in (options.count, 2):  # 2 is the default, which nobody chose
+    # 2 is the default, which nobody chose
+    if options.count is not None and workers not in (options.count, 2):
         yield (
             f"--count is {options.count:,} and scaling.max_workers {workers:,}: the plan has other GPUs than the run "
             "would have workers."

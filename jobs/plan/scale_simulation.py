@@ -1,4 +1,5 @@
-"""Simulates training at 8 to 4,096 GPUs, from the bytes that the code moves and the speeds of a plan.
+"""Simulates training at 8 to 4,096 GPUs, from the bytes that the code moves and the speeds of a
+plan.
 
 The global batch stays the same, as a run's does in raymill, so more GPUs have fewer lanes each.
 """
@@ -29,7 +30,8 @@ from model.config import flops_per_token
 WORLD_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 COPY_BYTES_PER_S = 10e9
-"""Speed at which one thread writes a snapshot with its checksum into shared memory: an assumption."""
+"""Speed at which one thread writes a snapshot with its checksum into shared memory: an
+assumption."""
 
 HEALTH_CHECK_S = 0.2
 """Interval at which Ray Train's controller asks each worker (`pretrain`)."""
@@ -42,21 +44,28 @@ def scales(config: RunConfig, options: PlanConfig) -> list[Row]:
     """Returns a row for each number of GPUs that all have a lane of the batch."""
     config = with_precision(config, options.hardware.fast_numerics.name)
     layout = layout_of(config.model)
-    return [_scale(config, options, layout, size) for size in WORLD_SIZES if size <= batch_schedule(config).full_lanes]
+    return [
+        _scale(config, options, layout, size)
+        for size in WORLD_SIZES
+        if size <= batch_schedule(config).full_lanes
+    ]
 
 
 def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int) -> Row:
     gpu, lanes = options.hardware, batch_schedule(config).full_lanes
     step_tokens = lanes * batch_schedule(config).lane_tokens
     rate = options.mfu * gpu.peak_flops_per_s
-    lane_s = flops_per_token(config.model, seq_len(config)) * batch_schedule(config).lane_tokens / rate
+    lane_s = (
+        flops_per_token(config.model, seq_len(config)) * batch_schedule(config).lane_tokens / rate
+    )
     moved = exchange(config, layout, options, world_size=size, num_lanes=lanes, lane_s=lane_s)
     compute_s, step_s = moved.compute_s, moved.step_s
 
     sharding = Sharding.of(config.scaling, rank=0, world_size=size)
     state = state_bytes_per_value(update_rule(config.train)) * layout.size
     holders = sharding.num_holders
-    copy_bytes_per_s = min(gpu.host_bytes_per_s, COPY_BYTES_PER_S)  # a piece moves while another one is written
+    # A piece moves while another one is written
+    copy_bytes_per_s = min(gpu.host_bytes_per_s, COPY_BYTES_PER_S)
     shares = min(size, options.gpus_per_node) if sharding.is_whole else holders
     snapshot_s = state / shares / copy_bytes_per_s  # each rank's share
     snapshot_wait_s = max(0.0, snapshot_s - compute_s)  # copies are taken beside the next step
@@ -85,10 +94,13 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
         "snapshot_every": snapshot_every,  # steps
         "checkpoint_wait_s": wait_s,  # for which all wait
         "checkpoint_store_s": store_s,
-        "checkpoint_every_s": checkpoint_every_s,  # the best interval, by failures, or what storing allows
+        # The best interval, by failures, or what storing allows
+        "checkpoint_every_s": checkpoint_every_s,
         "mtbf_s": mtbf_s,
-        "read_bytes_per_s": token_dtype(config.model.vocab_size).itemsize * step_tokens / step_s,  # by all GPUs
-        "text_bytes_per_s": TEXT_BYTES_PER_TOKEN * step_tokens / step_s,  # for tokenizing while training
+        # By all GPUs
+        "read_bytes_per_s": token_dtype(config.model.vocab_size).itemsize * step_tokens / step_s,
+        # For tokenizing while training
+        "text_bytes_per_s": TEXT_BYTES_PER_TOKEN * step_tokens / step_s,
         "health_calls_per_s": size / HEALTH_CHECK_S,
         "goodput": goodput(**snapshots, restart_s=continuing_s),
         "goodput_elastic": goodput(**checkpoints, restart_s=continuing_s),  # with checkpoints alone

@@ -1,4 +1,5 @@
-"""Formats a plan as text: warnings first, then the aligned figures of `plan.txt`, then the assumptions."""
+"""Formats a plan as text: warnings first, then the aligned figures of `plan.txt`, then the
+assumptions."""
 
 import string
 import textwrap
@@ -35,13 +36,18 @@ _PARTS = {
 
 
 def table(plan: Mapping[str, Any], options: PlanConfig) -> str:
-    warned = [textwrap.fill(f"warning: {text}", _WIDTH, subsequent_indent=" " * 9) for text in plan["warnings"]]
+    warned = [
+        textwrap.fill(f"warning: {text}", _WIDTH, subsequent_indent=" " * 9)
+        for text in plan["warnings"]
+    ]
     figures = Figures().format(
         template("plan.txt"),
         tflops=plan["flops_per_s_per_gpu"] / 1e12,
         wall_s=plan["days"] * 86_400,
         gpu_memory=_memory(plan["memory_bytes"], plan["advice"], plan["gpu_memory_bytes"]),
-        node_memory="\n".join(f"  {_PARTS[k]:<{_LABEL}}{size(v)}" for k, v in plan["host_memory_bytes"].items() if v),
+        node_memory="\n".join(
+            f"  {_PARTS[k]:<{_LABEL}}{size(v)}" for k, v in plan["host_memory_bytes"].items() if v
+        ),
         **plan,
     )
     wrapper = textwrap.TextWrapper(_WIDTH, initial_indent="  ", subsequent_indent="    ")
@@ -77,9 +83,14 @@ def size(num_bytes: float, per: str = "") -> str:
 def _memory(parts: Mapping[str, float], advice: Mapping[str, Any] | None, has: float) -> str:
     columns = {"as set": parts} | ({"as advised": advice["memory_bytes"]} if advice else {})
     named = [name for name in parts if any(column[name] for column in columns.values())]
-    rows = [("", [*columns]), *((_PARTS[name], [size(column[name]) for column in columns.values()]) for name in named)]
+    rows = [
+        ("", [*columns]),
+        *((_PARTS[name], [size(column[name]) for column in columns.values()]) for name in named),
+    ]
     rows.append(("of", [size(has)] * len(columns)))
-    return "\n".join(f"  {name:<{_LABEL}}{''.join(f'{value:>13}' for value in values)}" for name, values in rows)
+    return "\n".join(
+        f"  {name:<{_LABEL}}{''.join(f'{value:>13}' for value in values)}" for name, values in rows
+    )
 
 
 def _assumptions(plan: Mapping[str, Any], options: PlanConfig) -> Iterator[str]:

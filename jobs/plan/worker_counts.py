@@ -1,7 +1,8 @@
-"""Chooses how many of the workers that are possible a run with `scaling.shard_group` runs; the others are spares.
+"""Chooses how many of the workers that are possible a run with `scaling.shard_group` runs; the
+others are spares.
 
-Where the group does not divide the workers, all of them form larger groups, which reach across nodes. Often the largest
-multiple of `scaling.shard_group` takes a step sooner.
+Where the group does not divide the workers, all of them form larger groups, which reach across
+nodes. Often the largest multiple of `scaling.shard_group` takes a step sooner.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,14 +23,18 @@ _ACCELERATOR = "accelerator_type:"
 
 
 def hardware_of(nodes: Sequence[Mapping[str, float]]) -> PlanConfig | None:
-    """Returns the GPUs of a cluster from the resources of its living nodes; None where the planner does not know them,
-    or where they are of several kinds."""
+    """Returns the GPUs of a cluster from the resources of its living nodes; None where the planner
+    does not know them, or where they are of several kinds."""
     kinds: set[str] = set()
     gpus_per_node = 0
     for node in nodes:
         num_gpus = int(node.get("GPU", 0))
         if num_gpus:
-            kinds |= {name.removeprefix(_ACCELERATOR).lower() for name in node if name.startswith(_ACCELERATOR)}
+            kinds |= {
+                name.removeprefix(_ACCELERATOR).lower()
+                for name in node
+                if name.startswith(_ACCELERATOR)
+            }
             gpus_per_node = max(gpus_per_node, num_gpus)
     if len(kinds) != 1 or not kinds <= GPUS.keys():
         return None
@@ -52,7 +57,9 @@ class StepTimes:
         config, hardware = self.config, self.hardware
         lane_tokens = batch_schedule(config).lane_tokens
         if hardware.sustained_tflops is not None:
-            flops = parameter_flops(num_parameters(config.model), lane_tokens, recompute=config.train.recompute)
+            flops = parameter_flops(
+                num_parameters(config.model), lane_tokens, recompute=config.train.recompute
+            )
             return flops / (hardware.sustained_tflops * 1e12)
         flops = float(flops_per_token(config.model, seq_len(config)) * lane_tokens)
         return flops / (hardware.mfu * hardware.hardware.peak_flops_per_s)
@@ -61,11 +68,14 @@ class StepTimes:
         """Returns the seconds of a step, with what computing does not hide of the exchange."""
         lanes = batch_schedule(self.config).full_lanes
         sizes = {"world_size": num_workers, "num_lanes": lanes}
-        return exchange(self.config, self._layout, self.hardware, **sizes, lane_s=self._lane_s).step_s
+        return exchange(
+            self.config, self._layout, self.hardware, **sizes, lane_s=self._lane_s
+        ).step_s
 
 
 def counts_to_run(config: RunConfig, times: StepTimes | None) -> dict[int, int]:
-    """Returns how many workers to run by the number that is possible, for those numbers of which some are spares."""
+    """Returns how many workers to run by the number that is possible, for those numbers of which
+    some are spares."""
     scaling = config.scaling
     possible = range(scaling.min_workers, scaling.max_workers + 1)
     counts = {number: _count_to_run(config, times, number) for number in possible}
@@ -73,8 +83,8 @@ def counts_to_run(config: RunConfig, times: StepTimes | None) -> dict[int, int]:
 
 
 def _count_to_run(config: RunConfig, times: StepTimes | None, possible: int) -> int:
-    """Returns the workers of whole groups where they take a step as soon as all would, and else all. Without times
-    nobody can tell: then no group is larger than was asked for."""
+    """Returns the workers of whole groups where they take a step as soon as all would, and else
+    all. Without times nobody can tell: then no group is larger than was asked for."""
     whole = _in_whole_groups(config, possible)
     if whole == possible or whole < config.scaling.min_workers:
         return possible
@@ -88,8 +98,8 @@ def _in_whole_groups(config: RunConfig, num_workers: int) -> int:
 
 
 def uneven_groups(config: RunConfig, times: StepTimes | None, num_workers: int) -> str | None:
-    """Returns a warning where `scaling.shard_group` does not divide so many workers: what that costs, and how many of
-    them an elastic run uses."""
+    """Returns a warning where `scaling.shard_group` does not divide so many workers: what that
+    costs, and how many of them an elastic run uses."""
     scaling = config.scaling
     asked, size = scaling.shard_group, scaling.group_size(num_workers)
     if asked is None or size <= asked:
@@ -103,7 +113,11 @@ def uneven_groups(config: RunConfig, times: StepTimes | None, num_workers: int) 
     )
     if to_run == whole:
         text += f" An elastic run uses {whole:,} in groups of {asked:,}{whole_take}"
-        reason = "" if times else " The planner does not know this hardware, so no group is larger than asked for."
+        reason = (
+            ""
+            if times
+            else " The planner does not know this hardware, so no group is larger than asked for."
+        )
         return f"{text} and keeps {num_workers - whole:,} spare.{reason}"
     if whole < scaling.min_workers:
         least = f"scaling.min_workers {scaling.min_workers:,}"

@@ -11,8 +11,8 @@ from jobs.run.history import recorded_config, training_differences
 from jobs.run.ledger import Ledger, Line
 
 FIELDS = ("samples", "tokens_seen", "lr", "skipped", "loss", "grad_norm", "parameter_hash")
-"""The fields that hold a step's bits, in the order in which one decides the next. Time, world size and attempt may
-differ."""
+"""The fields that hold a step's bits, in the order in which one decides the next. Time, world size
+and attempt may differ."""
 
 _MEASURING = {
     "train.eval_every_steps",
@@ -36,7 +36,8 @@ class Difference:
 
 
 def step_values(ledger: Ledger) -> dict[int, Line]:
-    """Returns by step what is compared of the line that counts; the parameter hash also from checkpoints."""
+    """Returns by step what is compared of the line that counts; the parameter hash also from
+    checkpoints."""
     values: dict[int, Line] = {}
     for line in ledger.lines:
         event = line.get("event")
@@ -46,12 +47,19 @@ def step_values(ledger: Ledger) -> dict[int, Line]:
         elif event == "checkpoint" and line["step"] in values:
             values[line["step"]]["parameter_hash"] = line["parameter_hash"]
         elif event == "rollback":
-            values = {step: value for step, value in values.items() if not line["first"] <= step <= line["last"]}
+            values = {
+                step: value
+                for step, value in values.items()
+                if not line["first"] <= step <= line["last"]
+            }
     return dict(sorted(values.items()))
 
 
-def first_difference(a: dict[int, Line], b: dict[int, Line], *, steps: Sequence[int]) -> Difference | None:
-    """Returns the first of the steps, all of which `a` has, that `b` lacks or where a field that both have differs."""
+def first_difference(
+    a: dict[int, Line], b: dict[int, Line], *, steps: Sequence[int]
+) -> Difference | None:
+    """Returns the first of the steps, all of which `a` has, that `b` lacks or where a field that
+    both have differs."""
     for step in steps:
         if step not in b:
             return Difference(step, {"step": (step, None)})
@@ -66,7 +74,8 @@ def first_difference(a: dict[int, Line], b: dict[int, Line], *, steps: Sequence[
 
 
 def diff(run_a: Storage, run_b: Storage) -> dict[str, Any]:
-    """Returns whether the runs are `equal`, for how many steps, where they part, and the settings that differ."""
+    """Returns whether the runs are `equal`, for how many steps, where they part, and the settings
+    that differ."""
     ledgers = Ledger.read(run_a), Ledger.read(run_b)
     a, b = (step_values(ledger) for ledger in ledgers)
     steps = sorted(a.keys() & b.keys())
@@ -93,11 +102,19 @@ def diff(run_a: Storage, run_b: Storage) -> dict[str, Any]:
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """Returns a comparison as people read it: what differs as a table, with a column for each run."""
+    """Returns a comparison as people read it: what differs as a table, with a column for each
+    run."""
     nested = ("fields", "settings")
-    parts = ["".join(f"{line}\n" for line in lines({key: result[key] for key in result if key not in nested}))]
+    parts = [
+        "".join(
+            f"{line}\n" for line in lines({key: result[key] for key in result if key not in nested})
+        )
+    ]
     for name in nested:
-        rows = [{name: key, "first run": _shown(a), "second run": _shown(b)} for key, (a, b) in result[name].items()]
+        rows = [
+            {name: key, "first run": _shown(a), "second run": _shown(b)}
+            for key, (a, b) in result[name].items()
+        ]
         parts.append(table((name, "first run", "second run"), rows))
     return "\n".join(part for part in parts if part)
 
@@ -109,5 +126,6 @@ def _listed(pairs: dict[str, tuple[Any, Any]]) -> str:
 def _shown(value: Any) -> str:
     if value is None:
         return "none"
-    text = f"{value:.9g}" if isinstance(value, float) else str(value)  # nine digits tell two fp32 numbers apart
+    # Nine digits tell two fp32 numbers apart
+    text = f"{value:.9g}" if isinstance(value, float) else str(value)
     return f"{text[:12]}…" if len(text) > 32 else text

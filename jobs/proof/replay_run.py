@@ -39,9 +39,11 @@ def replay_steps(run: Storage, *, steps: str, workers: int) -> dict[str, Any]:
 
 
 def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any]:
-    """Takes the steps again in a scratch folder, from the nearest checkpoint before them, with the recorded settings.
+    """Takes the steps again in a scratch folder, from the nearest checkpoint before them, with the
+    recorded settings.
 
-    Raises `UserError` for steps that the ledger does not have, `TokenStoreError` where the data is gone.
+    Raises `UserError` for steps that the ledger does not have, `TokenStoreError` where the data is
+    gone.
     """
     config, ledger = recorded_config(run), Ledger.read(run)
     recorded = step_values(ledger)
@@ -53,7 +55,9 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
         )
     num_lanes = batch_schedule(config).num_lanes(1)  # no later step has fewer
     if not 1 <= num_workers <= num_lanes:
-        raise ConfigError(f"--workers {num_workers}: the run has {num_lanes} lanes, and each worker needs one")
+        raise ConfigError(
+            f"--workers {num_workers}: the run has {num_lanes} lanes, and each worker needs one"
+        )
     identity = data_identity(ledger)
     tokens = find_tokens(run, identity)
     with tempfile.TemporaryDirectory(prefix="raymill-replay-") as folder:
@@ -71,38 +75,53 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
             division=division(last_start(ledger, identity)),
         )
         start = _lay_out(run, ledger, plan, before=steps[0])
-        say(f"taking steps {step_of(start) + 1 if start else 1} to {steps[-1]} again, {counted(num_workers, 'worker')}")
+        say(
+            f"taking steps {step_of(start) + 1 if start else 1} to {steps[-1]} again, {counted(num_workers, 'worker')}"
+        )
         _train(plan, num_workers=num_workers, folder=Path(folder))
         replayed = step_values(Ledger.read(plan.run))
     parted = first_difference(recorded, replayed, steps=compared)
-    is_same_code = all(event.get("code_version") == plan.code_version for event in ledger.events("start"))
+    is_same_code = all(
+        event.get("code_version") == plan.code_version for event in ledger.events("start")
+    )
     return {
-        "verdict": (f"bits part at {parted}" if parted else f"bits equal for steps {steps[0]}..{steps[-1]}")
+        "verdict": (
+            f"bits part at {parted}" if parted else f"bits equal for steps {steps[0]}..{steps[-1]}"
+        )
         + ("" if is_same_code or not parted else "; this is not the code that trained the run"),
         "equal": parted is None,
         "step": parted.step if parted else None,
         "fields": parted.fields if parted else {},
         "from_checkpoint": start,
         "workers": num_workers,
-        "hashes": sum("parameter_hash" in recorded[step] and "parameter_hash" in replayed[step] for step in compared),
+        "hashes": sum(
+            "parameter_hash" in recorded[step] and "parameter_hash" in replayed[step]
+            for step in compared
+        ),
         "same_code": is_same_code,
     }
 
 
 def _lay_out(run: Storage, ledger: Ledger, plan: RunPlan, *, before: int) -> str | None:
-    """Makes the scratch run look like the run killed after its newest valid checkpoint before the step. Returns that
-    checkpoint's name, or None where there is none."""
+    """Makes the scratch run look like the run killed after its newest valid checkpoint before the
+    step. Returns that checkpoint's name, or None where there is none."""
     plan.run.write_bytes(CONFIG_FILE, to_yaml(plan.config).encode())
     guard = GuardState(rollbacks=ledger.rollbacks)
     with tempfile.TemporaryDirectory(prefix="raymill-fetch-") as scratch:
-        found, _ = RunCheckpoints(run).find(Path(scratch), left_out=lambda n: n >= before or guard.leaves_out(n))
+        found, _ = RunCheckpoints(run).find(
+            Path(scratch), left_out=lambda n: n >= before or guard.leaves_out(n)
+        )
         if found is None:
             return None
         place = plan.run.local_path(f"checkpoints/{found.name}")
         assert place is not None
         shutil.copytree(found, place)
     step = step_of(found.name)
-    ends = [n for n, line in enumerate(ledger.lines, 1) if line.get("event") in (None, "skip") and line["step"] == step]
+    ends = [
+        n
+        for n, line in enumerate(ledger.lines, 1)
+        if line.get("event") in (None, "skip") and line["step"] == step
+    ]
     lines = ledger.lines[: ends[-1]] if ends else []
     plan.run.write_bytes(LEDGER, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return found.name
@@ -112,30 +131,38 @@ def _train(plan: RunPlan, *, num_workers: int, folder: Path) -> None:
     if num_workers == 1 and plan.config.train.exact:
         train(plan, rank=0, world_size=1)
         return
-    # A server forks the workers, so that PyTorch is imported once and not once each, which takes 3 s of a processor.
+    # A server forks the workers, so that PyTorch is imported once and not once each, which takes 3
+    # s of a processor.
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     arguments = (plan, num_workers, f"file://{folder}/meeting")
     try:
         start_processes(_train_rank, arguments, nprocs=num_workers, start_method="forkserver")
     except ProcessException as error:  # after which the others were ended
-        raise UserError(f"a worker of the replay failed: {str(error).strip().splitlines()[-1]}") from error
+        raise UserError(
+            f"a worker of the replay failed: {str(error).strip().splitlines()[-1]}"
+        ) from error
 
 
 def _train_rank(rank: int, plan: RunPlan, world_size: int, meeting: str) -> None:
     if plan.config.scaling.use_gpu:
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        backend(use_gpu=plan.config.scaling.use_gpu), init_method=meeting, rank=rank, world_size=world_size
+        backend(use_gpu=plan.config.scaling.use_gpu),
+        init_method=meeting,
+        rank=rank,
+        world_size=world_size,
     )
     train(plan, rank=rank, world_size=world_size)
     dist.destroy_process_group()
-    # Everything is written. An interpreter that ends may abort on a thread of gloo's or of ours that still runs.
+    # Everything is written. An interpreter that ends may abort on a thread of gloo's or of ours
+    # that still runs.
     sys.stderr.flush()
     os._exit(0)
 
 
 def parse_steps(text: str, ledger: Ledger) -> range:
-    """Parses `A..B`, `A..`, `..B` or `A`, both ends included, of a run with a step. Raises `ConfigError`."""
+    """Parses `A..B`, `A..`, `..B` or `A`, both ends included, of a run with a step. Raises
+    `ConfigError`."""
     match = re.fullmatch(r"(\d*)(\.\.)?(\d*)", text)
     if not text or match is None:
         raise ConfigError(f"--steps {text}: expected A..B, such as 1..20")

@@ -1,4 +1,5 @@
-"""Recomputes the hashes of a run's checkpoints and of its data, and names what is not as it was recorded."""
+"""Recomputes the hashes of a run's checkpoints and of its data, and names what is not as it was
+recorded."""
 
 import tempfile
 from pathlib import Path
@@ -47,7 +48,9 @@ def verify(run: Storage) -> dict[str, Any]:
         problems.append(str(error))
     verdict = f"{counted(len(names), 'checkpoint')} and {counted(shards, 'shard')} are as recorded"
     return {
-        "verdict": f"{counted(len(problems), 'problem')}: {'; '.join(problems)}" if problems else verdict,
+        "verdict": f"{counted(len(problems), 'problem')}: {'; '.join(problems)}"
+        if problems
+        else verdict,
         "valid": not problems,
         "problems": problems,
         "checkpoints": len(names),
@@ -56,8 +59,8 @@ def verify(run: Storage) -> dict[str, Any]:
 
 
 def checkpoint_problems(folder: Path, event: Line | None) -> list[str]:
-    """Returns what is wrong with a checkpoint: its files compared with its manifest, and its parameters' hash with what
-    it records and with the ledger's event."""
+    """Returns what is wrong with a checkpoint: its files compared with its manifest, and its
+    parameters' hash with what it records and with the ledger's event."""
     if altered := verify_checkpoint(folder):
         return altered
     found = stored_parameter_hash(folder)

@@ -1,4 +1,5 @@
-"""Callbacks of Ray Train's controller and workers: failures are noted, SIGTERM and drains become notices."""
+"""Callbacks of Ray Train's controller and workers: failures are noted, SIGTERM and drains become
+notices."""
 
 import signal
 import threading
@@ -22,11 +23,17 @@ class FailureRecorder(UserCallback):
     def __init__(self, plan: RunPlan) -> None:
         self._plan = plan
 
-    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
-        rank, kind, reason = main_cause({rank: str(error) for rank, error in worker_exceptions.items()})
+    def after_exception(
+        self, run_context: Any, worker_exceptions: Mapping[int, BaseException]
+    ) -> None:
+        rank, kind, reason = main_cause(
+            {rank: str(error) for rank, error in worker_exceptions.items()}
+        )
         run = self._plan.run  # if its storage is out of reach, the controller must not stop
         write = partial(note, run, "failure", rank=rank, kind=kind, reason=reason)
-        threading.Thread(target=patiently, args=(write, "a failure"), name="failures", daemon=True).start()
+        threading.Thread(
+            target=patiently, args=(write, "a failure"), name="failures", daemon=True
+        ).start()
 
 
 _sigterms: list[int] = []
@@ -35,8 +42,9 @@ _sigterms: list[int] = []
 class SignalListener(WorkerCallback):
     """Makes SIGTERM a notice in a worker's process, where Ray's own reaction is to exit at once.
 
-    Handlers can be set only in the main thread, in which Ray Train calls this. The two names are private: the public
-    `get_preemption_info` is a barrier of all ranks, for which a step need not wait.
+    Handlers can be set only in the main thread, in which Ray Train calls this. The two names are
+    private: the public `get_preemption_info` is a barrier of all ranks, for which a step need not
+    wait.
     """
 
     def after_init_train_context(self) -> None:

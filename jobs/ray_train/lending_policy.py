@@ -1,4 +1,5 @@
-"""Ray Train's own elastic policy with fewer workers while some are lent, and with spares where all would be slower."""
+"""Ray Train's own elastic policy with fewer workers while some are lent, and with spares where all
+would be slower."""
 
 import threading
 from collections.abc import Mapping
@@ -17,14 +18,16 @@ from jobs.workers.incident_notes import note
 
 
 class LendingPolicy(ElasticScalingPolicy):
-    """The policy, in Ray Train's controller. A resize works as when a node comes or goes: the group starts again from
-    the newest snapshot in memory, with the same bits at any size.
+    """The policy, in Ray Train's controller. A resize works as when a node comes or goes: the group
+    starts again from the newest snapshot in memory, with the same bits at any size.
 
-    Spares are places that Ray Train has reserved for the run and that no worker takes: after the next loss of a node
-    the run has as many workers as before.
+    Spares are places that Ray Train has reserved for the run and that no worker takes: after the
+    next loss of a node the run has as many workers as before.
     """
 
-    def __init__(self, scaling_config: ScalingConfig, run: Storage, counts: Mapping[int, int]) -> None:
+    def __init__(
+        self, scaling_config: ScalingConfig, run: Storage, counts: Mapping[int, int]
+    ) -> None:
         super().__init__(scaling_config)
         self._run, self._counts = run, counts
         self._num_running = 0
@@ -35,9 +38,13 @@ class LendingPolicy(ElasticScalingPolicy):
         threading.Thread(target=self._lender.look_forever, name="lender", daemon=True).start()
         super().after_controller_start(train_run_context)
 
-    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> Any:
         self._num_running = worker_group_state.num_workers
-        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        decision = super().make_decision_for_running_worker_group(
+            worker_group_state, worker_group_status
+        )
         return self._noted(decision)
 
     def make_decision_for_non_running_worker_group(self) -> Any:
@@ -50,7 +57,9 @@ class LendingPolicy(ElasticScalingPolicy):
             fields = {"world_size": self._count.to_run, "spares": self._count.spares}
             write = partial(note, self._run, "spares", **fields)
             # In a thread: the controller must not stop while the storage is out of reach.
-            threading.Thread(target=patiently, args=(write, "spares"), name="spares", daemon=True).start()
+            threading.Thread(
+                target=patiently, args=(write, "spares"), name="spares", daemon=True
+            ).start()
         return decision
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
@@ -63,7 +72,9 @@ class LendingPolicy(ElasticScalingPolicy):
             min_workers=config.min_workers,
             max_workers=config.max_workers,
             num_running=self._num_running,
-            num_free=min(int(free.get(name, 0.0) // count) for name, count in needs.items() if count > 0),
+            num_free=min(
+                int(free.get(name, 0.0) // count) for name, count in needs.items() if count > 0
+            ),
             counts=self._counts,
         )
         return self._count.to_run

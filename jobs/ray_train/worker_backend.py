@@ -1,8 +1,9 @@
 """Makes Ray Train replace a lost worker alone, while the others live on.
 
-The workers connect by themselves (`rendezvous`), at the start and after each loss. Ray Train's public way restarts the
-whole group, which costs every worker its process and all that it has loaded: measured here, two thirds of a restart.
-The names from `_internal` belong to its support for torchft, which works the same way.
+The workers connect by themselves (`rendezvous`), at the start and after each loss. Ray Train's
+public way restarts the whole group, which costs every worker its process and all that it has
+loaded: measured here, two thirds of a restart. The names from `_internal` belong to its support for
+torchft, which works the same way.
 """
 
 import os
@@ -30,7 +31,8 @@ from jobs.workers.round_end import RoundEnd
 _NO_PLACE_S = 6.0
 _STUCK_S = 15.0
 _DEATH_KNOWN_S = 20.0
-_RESCUE_S = 30.0  # at most: the others leave a step within two seconds, and then copy what no snapshot has
+# At most: the others leave a step within two seconds, and then copy what no snapshot has
+_RESCUE_S = 30.0
 _POLL_S = 0.5
 _SETTLED_S = 8.0
 
@@ -55,15 +57,16 @@ class WorkerBackend(TorchConfig):
 
 
 class NodeLosses(WorkerGroupCallback):
-    """Makes Ray Train plan again, with the living nodes, when a node died or a worker's place is gone."""
+    """Makes Ray Train plan again, with the living nodes, when a node died or a worker's place is
+    gone."""
 
     def __init__(self, *, is_elastic: bool, address: str) -> None:
         """The workers meet at the address."""
         self._is_elastic, self._address = is_elastic, address
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        """Ends the whole group with a node. While Ray Train replaces one worker, it fails for good if another one that
-        it takes for alive does not answer, as those of a dying node do not."""
+        """Ends the whole group with a node. While Ray Train replaces one worker, it fails for good
+        if another one that it takes for alive does not answer, as those of a dying node do not."""
         errors = worker_group_status.errors
         if not errors:
             return
@@ -75,37 +78,52 @@ class NodeLosses(WorkerGroupCallback):
         wait_until_known(gone, timeout_s=_DEATH_KNOWN_S)
         renew_view()
         for status in worker_group_status.worker_statuses.values():
-            status.error = status.error or RuntimeError("Connection closed: the node of another worker has died")
+            status.error = status.error or RuntimeError(
+                "Connection closed: the node of another worker has died"
+            )
 
     def _let_survivors_rescue(self, *, lost: Collection[int]) -> None:
-        """Returns once each worker on a living node has left its step and put the state of the last completed one into
-        its node's memory: it is about to end with the group, and may have the only copy."""
+        """Returns once each worker on a living node has left its step and put the state of the last
+        completed one into its node's memory: it is about to end with the group, and may have the
+        only copy."""
         workers = self._worker_group.get_workers()
         group = self._worker_group.get_worker_group_state().placement_group_handle.placement_group.id.hex()
-        node_of_rank = {rank: worker.metadata.node_id for rank, worker in enumerate(workers) if rank not in lost}
+        node_of_rank = {
+            rank: worker.metadata.node_id for rank, worker in enumerate(workers) if rank not in lost
+        }
         deadline_s = time.monotonic() + _RESCUE_S
         try:
             round_end = RoundEnd(self._address, group=group, lost=lost)
             while time.monotonic() < deadline_s:
-                staying = {rank: node for rank, node in node_of_rank.items() if not round_end.is_left_by(rank)}
+                staying = {
+                    rank: node
+                    for rank, node in node_of_rank.items()
+                    if not round_end.is_left_by(rank)
+                }
                 if not set(staying.values()) - gone_nodes(staying.values()):
                     return
                 time.sleep(_POLL_S)
         except RuntimeError as error:
-            sys.stderr.write(f"the workers' meeting place does not answer, so they end without a rescue: {error}\n")
+            sys.stderr.write(
+                f"the workers' meeting place does not answer, so they end without a rescue: {error}\n"
+            )
             return
         ranks = ", ".join(map(str, staying))
-        sys.stderr.write(f"rank {ranks} did not leave its step within {_RESCUE_S:g} s after a node was lost\n")
+        sys.stderr.write(
+            f"rank {ranks} did not leave its step within {_RESCUE_S:g} s after a node was lost\n"
+        )
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        """Watches the placement group: Ray Train would wait forever for a replacement's place, though a smaller group
-        could train."""
+        """Watches the placement group: Ray Train would wait forever for a replacement's place,
+        though a smaller group could train."""
         self._worker_group = worker_group
         self._ended = threading.Event()
         if not self._is_elastic:
             return
         place = worker_group.get_worker_group_state().placement_group_handle.placement_group
-        threading.Thread(target=_watch, args=(place, self._ended), name="node-losses", daemon=True).start()
+        threading.Thread(
+            target=_watch, args=(place, self._ended), name="node-losses", daemon=True
+        ).start()
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         self._ended.set()
@@ -122,31 +140,39 @@ def _watch(place: Any, ended: threading.Event) -> None:
         if lost_at and time.monotonic() - lost_at > _NO_PLACE_S:
             remove_placement_group(place)
             if not ended.wait(_STUCK_S):
-                # Ray forgets a replacement that waits for a place that is removed: seen once. The launcher starts
-                # another controller.
-                sys.stderr.write("the controller waits for a worker that never comes: it ends, to be replaced\n")
+                # Ray forgets a replacement that waits for a place that is removed: seen once. The
+                # launcher starts another controller.
+                sys.stderr.write(
+                    "the controller waits for a worker that never comes: it ends, to be replaced\n"
+                )
                 os._exit(1)
             return
 
 
 class Drains(PreemptionCallback, ReplicaGroupCallback):
-    """Ray Train's watch for draining nodes, which it leaves out where workers are replaced alone."""
+    """Ray Train's watch for draining nodes, which it leaves out where workers are replaced
+    alone."""
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._worker_group = worker_group
         super().after_worker_group_start(worker_group)
 
     def after_replica_group_start(self, replica_group: Any) -> None:
-        """Watches the new worker too, after a while: first it needs the processors more than a new watch does."""
-        threading.Timer(_SETTLED_S, lambda: super(Drains, self).after_worker_group_start(self._worker_group)).start()
+        """Watches the new worker too, after a while: first it needs the processors more than a new
+        watch does."""
+        threading.Timer(
+            _SETTLED_S, lambda: super(Drains, self).after_worker_group_start(self._worker_group)
+        ).start()
 
 
 class Trainer(TorchTrainer):
-    """A trainer without Ray Train's datasets, which would start a process with each worker: rows come from shards. An
-    elastic group may lend some of its workers, and keep some spare: `counts` has the number to run by the number that
-    could, where they differ."""
+    """A trainer without Ray Train's datasets, which would start a process with each worker: rows
+    come from shards. An elastic group may lend some of its workers, and keep some spare: `counts`
+    has the number to run by the number that could, where they differ."""
 
-    def __init__(self, *args: Any, run: Storage, counts: Mapping[int, int], **settings: Any) -> None:
+    def __init__(
+        self, *args: Any, run: Storage, counts: Mapping[int, int], **settings: Any
+    ) -> None:
         super().__init__(*args, **settings)
         self._run, self._counts = run, counts
 

@@ -1,4 +1,5 @@
-"""Decides how many workers an elastic group has. Knows neither Ray nor its cluster, only numbers."""
+"""Decides how many workers an elastic group has. Knows neither Ray nor its cluster, only
+numbers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ def workers_to_run(
     num_free: int,
     counts: Mapping[int, int],
 ) -> WorkerCount:
-    """Returns the number of workers to run. A group grows only into free room: lent resources may still be in use when
-    their loan is over, and a group that is started without room waits and starts over. `counts` has the number to run
-    by the number that could, where they differ."""
+    """Returns the number of workers to run. A group grows only into free room: lent resources may
+    still be in use when their loan is over, and a group that is started without room waits and
+    starts over. `counts` has the number to run by the number that could, where they differ."""
     wanted = min(possible, max(max_workers - num_lent, min_workers))
     if wanted > num_running > 0:
         wanted = min(wanted, num_running + num_free)

@@ -1,4 +1,5 @@
-"""Puts runs side by side: their losses on one axis, the settings in which they differ, and their final figures."""
+"""Puts runs side by side: their losses on one axis, the settings in which they differ, and their
+final figures."""
 
 import hashlib
 from collections.abc import Sequence
@@ -35,13 +36,16 @@ class Run:
 
 
 def compare(*runs: Storage, storage_uri: str) -> dict[str, Any]:
-    """Writes `comparisons/…/` into the storage; returns the page, the figure, the settings and the final figures.
+    """Writes `comparisons/…/` into the storage; returns the page, the figure, the settings and the
+    final figures.
 
     Raises `UserError` for a run without a step, `ConfigError` for too few runs or too many.
     """
     if not 2 <= len(runs) <= _MAX_RUNS:
         raise ConfigError(f"{counted(len(runs), 'run')} cannot be compared; name 2 to {_MAX_RUNS}")
-    read = [Run(run.uri.rpartition("/")[2], begun_ledger(run), recorded_config(run)) for run in runs]
+    read = [
+        Run(run.uri.rpartition("/")[2], begun_ledger(run), recorded_config(run)) for run in runs
+    ]
     names = [run.name for run in read]
     settings = differing_settings(read)
     finals = [dict(statistics(run.ledger, run.config)) for run in read]
@@ -50,8 +54,12 @@ def compare(*runs: Storage, storage_uri: str) -> dict[str, Any]:
     key = hashlib.sha256(" ".join(run.uri for run in runs).encode()).hexdigest()[:12]
     folder = open_storage(storage_uri).child(f"comparisons/{key}")
     heads = ["", *names]
-    differing = grid("Settings that differ", heads, [[n, *values] for n, values in settings.items()])
-    ends = "; ".join(f"{run.name} ends at {run.ledger.steps[-1]['loss']:.3f} nats per token" for run in read)
+    differing = grid(
+        "Settings that differ", heads, [[n, *values] for n, values in settings.items()]
+    )
+    ends = "; ".join(
+        f"{run.name} ends at {run.ledger.steps[-1]['loss']:.3f} nats per token" for run in read
+    )
     text = f"Training and validation loss of each run over the tokens seen: {ends}."
     image = draw(read)
     body = (
@@ -74,7 +82,10 @@ def as_table(result: dict[str, Any]) -> str:
     """Returns a comparison as people read it: a column for each run."""
     names = ("", *result["runs"])
     parts = [f"{'page':8}{result['html']}\n{'figure':8}{result['figure']}\n"]
-    for title, values in (("final figures", result["figures"]), ("settings that differ", result["settings"])):
+    for title, values in (
+        ("final figures", result["figures"]),
+        ("settings that differ", result["settings"]),
+    ):
         rows = [dict(zip(names, (name, *cells), strict=True)) for name, cells in values.items()]
         parts.append(f"\n{title}{':' if rows else ': none'}\n{table(names, rows)}")
     return "".join(parts)
@@ -84,14 +95,18 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Returns each setting that is not the same in all runs, with its value in each."""
     flat = [dict(flattened(run.config.model_dump(mode="json"))) for run in runs]
     names = dict.fromkeys(name for values in flat for name in values)
-    found = {name: [values.get(name, "") for values in flat] for name in names if name not in _OF_THE_RUN}
+    found = {
+        name: [values.get(name, "") for values in flat] for name in names if name not in _OF_THE_RUN
+    }
     return {name: values for name, values in found.items() if len(set(values)) > 1}
 
 
 def draw(runs: Sequence[Run]) -> bytes:
     """Draws the training loss, smoothed, and the validation loss over the tokens seen."""
     most = max(run.ledger.steps[-1]["tokens_seen"] for run in runs)
-    factor, unit = next(((f, u) for f, u in ((1e9, "billion "), (1e6, "million ")) if most >= f), (1.0, ""))
+    factor, unit = next(
+        ((f, u) for f, u in ((1e9, "billion "), (1e6, "million ")) if most >= f), (1.0, "")
+    )
     figure = new_figure(height_inches=4.6)
     axes = titled(figure, "Loss of each run", x=f"{unit}tokens seen", y="loss (nats/token)")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
@@ -100,11 +115,18 @@ def draw(runs: Sequence[Run]) -> bytes:
         steps = run.ledger.steps
         seen = {line["step"]: line["tokens_seen"] / factor for line in steps}
         losses = smoothed([line["loss"] for line in steps], run.ledger)
-        axes.plot(list(seen.values()), losses, linewidth=1.6, label=f"{run.name}, training, smoothed", **look)
+        axes.plot(
+            list(seen.values()),
+            losses,
+            linewidth=1.6,
+            label=f"{run.name}, training, smoothed",
+            **look,
+        )
         validations = {line["step"]: line["val_loss"] for line in run.ledger.events("validation")}
         points = [(seen[step], loss) for step, loss in sorted(validations.items()) if step in seen]
         if points:
             look["linestyle"] = "none"
-            look |= {"marker": "osD^vPX*"[number], "markersize": 5 + number, "fillstyle": "none"}  # none hides another
+            # None hides another
+            look |= {"marker": "osD^vPX*"[number], "markersize": 5 + number, "fillstyle": "none"}
             axes.plot(*zip(*points, strict=True), label=f"{run.name}, validation", **look)
     return png(figure, columns=2)

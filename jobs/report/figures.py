@@ -20,7 +20,8 @@ from jobs.run.ledger import Ledger
 Array = npt.NDArray[np.float64]
 
 _SMOOTHED_SHARE = 1 / 50  # the share of the steps that is averaged into one point
-_LEAST_SMOOTHED_SHARE, _LEAST_SMOOTHED_STEPS = 1 / 6, 7  # in short runs the smaller of these two, or nothing is smooth
+# In short runs the smaller of these two, or nothing is smooth
+_LEAST_SMOOTHED_SHARE, _LEAST_SMOOTHED_STEPS = 1 / 6, 7
 _STRIP_SHARE = 1 / 80  # the share of the steps at which one measurement is wide enough to be seen
 
 
@@ -37,7 +38,9 @@ def draw(picture: Picture, ledger: Ledger) -> bytes:
     """Returns the picture as PNG."""
     figure = new_figure(height_inches=5.0 if picture.below else 3.8)
     draws = [picture.draw, picture.below] if picture.below else [picture.draw]
-    panels = figure.subplots(len(draws), squeeze=False, sharex=True, height_ratios=(4, 1)[: len(draws)])[:, 0]
+    panels = figure.subplots(
+        len(draws), squeeze=False, sharex=True, height_ratios=(4, 1)[: len(draws)]
+    )[:, 0]
     panels[0].set_title(picture.title, loc="left", fontweight="bold")
     for axes, drawn in zip(panels, draws, strict=True):
         style(axes)
@@ -54,13 +57,20 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
     first, last = ledger.steps[0], ledger.steps[-1]
     validations = ledger.events("validation")
     span = f"steps {first['step']} to {last['step']}"
-    stops = "; ".join(f"{stop.label} after step {stop.step}" for stop in ledger.interruptions()) or "no interruption"
+    stops = (
+        "; ".join(f"{stop.label} after step {stop.step}" for stop in ledger.interruptions())
+        or "no interruption"
+    )
     phases = {name: float(np.mean(seconds)) for name, seconds in seconds_by_phase(ledger).items()}
-    of_step = ", ".join(f"{name} {seconds / sum(phases.values()):.0%}" for name, seconds in phases.items())
+    of_step = ", ".join(
+        f"{name} {seconds / sum(phases.values()):.0%}" for name, seconds in phases.items()
+    )
     spent = ", ".join(f"{name} {share:.0%}" for name, share in parts(ledger).items())
     verdict = why_slow(ledger)["verdict"]
     rates = [line["lr"] for line in ledger.steps]
-    loss = f"Training loss over {span}, from {first['loss']:.3f} to {last['loss']:.3f} nats per token"
+    loss = (
+        f"Training loss over {span}, from {first['loss']:.3f} to {last['loss']:.3f} nats per token"
+    )
     if validations:
         loss += f", and validation loss, {validations[-1]['val_loss']:.3f} at its end"
         sets = validations[-1].get("sets", {})
@@ -85,7 +95,9 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
             _throughput,
         ),
         "step_time": Picture(
-            "Time of a step", f"Mean time of a step of rank 0 by phase, stacked, over {span}: {of_step}.", _step_time
+            "Time of a step",
+            f"Mean time of a step of rank 0 by phase, stacked, over {span}: {of_step}.",
+            _step_time,
         ),
         "waterfall": Picture(
             "Where the wall time of the run goes",
@@ -110,8 +122,8 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
 
 
 def smoothed(values: Sequence[float], ledger: Ledger) -> Array:
-    """Returns the mean over a window around each step's value, cut at the ends of the run and of each attempt, so that
-    another number of workers is a step in the curve, not a slope."""
+    """Returns the mean over a window around each step's value, cut at the ends of the run and of
+    each attempt, so that another number of workers is a step in the curve, not a slope."""
     count = len(values)
     least = min(_LEAST_SMOOTHED_STEPS, count * _LEAST_SMOOTHED_SHARE)
     half = int(max(least, count * _SMOOTHED_SHARE) / 2)
@@ -144,43 +156,79 @@ def _mark_interruptions(axes: Axes, ledger: Ledger) -> None:
     for number, (first, last) in enumerate(lost_ranges(ledger)):
         label = "steps lost, taken again" if number == 0 else None
         span = (first - 0.5, last + 0.5)
-        axes.axvspan(*span, facecolor=RESTART, edgecolor=TEXT, alpha=0.25, hatch="////", lw=0, label=label)
+        axes.axvspan(
+            *span, facecolor=RESTART, edgecolor=TEXT, alpha=0.25, hatch="////", lw=0, label=label
+        )
     styles = {"resize": (RESIZE, "-."), "restart": (RESTART, "--"), "resume": (TEXT, ":")}
     for kind, (color, line) in styles.items():
         places = [stop.step + 0.5 for stop in ledger.interruptions() if stop.label.startswith(kind)]
         if places:
             whole = axes.get_xaxis_transform()  # y in shares of the axes
-            axes.vlines(places, 0, 1, color=color, linestyle=line, linewidth=1.4, label=kind, transform=whole)
+            axes.vlines(
+                places,
+                0,
+                1,
+                color=color,
+                linestyle=line,
+                linewidth=1.4,
+                label=kind,
+                transform=whole,
+            )
 
 
 def _plot_smoothed(axes: Axes, ledger: Ledger, field: str, *, label: str) -> None:
     steps = [line["step"] for line in ledger.steps]
     values = [line[field] for line in ledger.steps]
     alpha, size = (0.3, 3) if len(steps) > 300 else (0.6, 5)
-    axes.plot(steps, values, ".", color=SERIES, alpha=alpha, markersize=size, label=f"{label}, each step")
-    axes.plot(steps, smoothed(values, ledger), color=SERIES, linewidth=1.8, label=f"{label}, smoothed")
+    axes.plot(
+        steps, values, ".", color=SERIES, alpha=alpha, markersize=size, label=f"{label}, each step"
+    )
+    axes.plot(
+        steps, smoothed(values, ledger), color=SERIES, linewidth=1.8, label=f"{label}, smoothed"
+    )
 
 
 def _loss(axes: Axes, ledger: Ledger) -> None:
     axes.set_ylabel("loss (nats/token)")
     _plot_smoothed(axes, ledger, "loss", label="training")
     if validations := {line["step"]: line["val_loss"] for line in ledger.events("validation")}:
-        axes.plot(*zip(*sorted(validations.items()), strict=True), "D-", color=ACCENT, ms=5, label="validation")
+        axes.plot(
+            *zip(*sorted(validations.items()), strict=True),
+            "D-",
+            color=ACCENT,
+            ms=5,
+            label="validation",
+        )
     sets = {line["step"]: line.get("sets", {}) for line in ledger.events("validation")}
-    for number, name in enumerate(dict.fromkeys(name for measured in sets.values() for name in measured)):
-        points = [(step, measured[name]["val_loss"]) for step, measured in sorted(sets.items()) if name in measured]
+    for number, name in enumerate(
+        dict.fromkeys(name for measured in sets.values() for name in measured)
+    ):
+        points = [
+            (step, measured[name]["val_loss"])
+            for step, measured in sorted(sets.items())
+            if name in measured
+        ]
         color = PHASES[(2 + number) % len(PHASES)]
         axes.plot(*zip(*points, strict=True), "s--", color=color, ms=4, label=f"validation, {name}")
     if saved := sorted({line["step"] for line in ledger.events("checkpoint")}):
         floor = axes.get_xaxis_transform()  # y in shares of the axes
-        axes.plot(saved, [0.02] * len(saved), "^", color=TEXT, ms=5, transform=floor, label="checkpoint")
+        axes.plot(
+            saved, [0.02] * len(saved), "^", color=TEXT, ms=5, transform=floor, label="checkpoint"
+        )
 
 
 def _learning_rate(axes: Axes, ledger: Ledger) -> None:
     axes.set_ylabel("learning rate (dimensionless)")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     rates = [line["lr"] for line in ledger.steps]
-    axes.plot([line["step"] for line in ledger.steps], rates, ".-", color=SERIES, ms=3, label="learning rate")
+    axes.plot(
+        [line["step"] for line in ledger.steps],
+        rates,
+        ".-",
+        color=SERIES,
+        ms=3,
+        label="learning rate",
+    )
     axes.set_ylim(0, 1.1 * max(rates))
 
 
@@ -195,7 +243,14 @@ def _mfu(axes: Axes, ledger: Ledger) -> None:
     axes.set_ylabel("share of the bf16 peak (%)")
     known = [line for line in ledger.steps if line["mfu"] is not None]
     values = [100 * line["mfu"] for line in known]
-    axes.plot([line["step"] for line in known], values, ".", color=SERIES, markersize=3, label="MFU, each step")
+    axes.plot(
+        [line["step"] for line in known],
+        values,
+        ".",
+        color=SERIES,
+        markersize=3,
+        label="MFU, each step",
+    )
     axes.set_ylim(0, 1.1 * max(values))
 
 
@@ -209,12 +264,17 @@ def _world_size(axes: Axes, ledger: Ledger) -> None:
 
 def _step_time(axes: Axes, ledger: Ledger) -> None:
     phases = {name: smoothed(seconds, ledger) for name, seconds in seconds_by_phase(ledger).items()}
-    unit, factor = ("ms", 1000.0) if np.sum([seconds.mean() for seconds in phases.values()]) < 1 else ("s", 1.0)
+    unit, factor = (
+        ("ms", 1000.0)
+        if np.sum([seconds.mean() for seconds in phases.values()]) < 1
+        else ("s", 1.0)
+    )
     axes.set_ylabel(f"time per step ({unit})")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     steps = [line["step"] for line in ledger.steps]
     axes.stackplot(
-        [steps[0] - 0.5, *steps, steps[-1] + 0.5],  # a step has its width, even if it is the only one
+        # A step has its width, even if it is the only one
+        [steps[0] - 0.5, *steps, steps[-1] + 0.5],
         [factor * np.pad(seconds, 1, mode="edge") for seconds in phases.values()],
         labels=list(phases),
         colors=[PHASES[index % len(PHASES)] for index in range(len(phases))],
@@ -226,20 +286,26 @@ def _step_time(axes: Axes, ledger: Ledger) -> None:
 
 
 def _layers(axes: Axes, ledger: Ledger, *, field: str) -> None:
-    measured = {line["step"]: line for line in ledger.events("layers")}  # the last counts of steps taken again
+    # The last counts of steps taken again
+    measured = {line["step"]: line for line in ledger.events("layers")}
     steps = sorted(measured)
     names = measured[steps[-1]]["layers"]
-    values = np.array([measured[step][field] for step in steps], dtype=np.float64).T  # (layer, step)
+    # (layer, step)
+    values = np.array([measured[step][field] for step in steps], dtype=np.float64).T
     values[~(values > 0)] = np.nan  # which has no logarithm
-    # Each measurement is a strip at its step: as wide as a step, or wide enough to be seen where the next leaves room.
+    # Each measurement is a strip at its step: as wide as a step, or wide enough to be seen where
+    # the next leaves room.
     width = max(1.0, _STRIP_SHARE * (ledger.steps[-1]["step"] - ledger.steps[0]["step"]))
     half = min([width, *np.diff(steps)]) / 2
     edges = np.array([(step - half, step + half) for step in steps]).reshape(-1)
-    strips = np.full((len(names), len(edges) - 1), np.nan)  # every second one is what lies between two measurements
+    # Every second one is what lies between two measurements
+    strips = np.full((len(names), len(edges) - 1), np.nan)
     strips[:, ::2] = values
     low, high = (np.nanmin(values), np.nanmax(values)) if np.isfinite(values).any() else (1.0, 10.0)
     scale = LogNorm(low, max(high, 1.01 * low))
-    mesh = axes.pcolormesh(edges, np.arange(len(names) + 1) - 0.5, strips, norm=scale, cmap="cividis")
+    mesh = axes.pcolormesh(
+        edges, np.arange(len(names) + 1) - 0.5, strips, norm=scale, cmap="cividis"
+    )
     axes.set_yticks(range(len(names)), names, fontsize=min(8.0, 160 / len(names)))
     axes.grid(visible=False)
     bar = axes.figure.colorbar(mesh, ax=axes)
@@ -251,7 +317,8 @@ _LEAST_SHARE = 0.0005
 
 
 def parts(ledger: Ledger) -> dict[str, float]:
-    """Returns the shares of the wall time by what it went into: the figures by which `why-slow` judges."""
+    """Returns the shares of the wall time by what it went into: the figures by which `why-slow`
+    judges."""
     found = shares(ledger)
     spent = {f"computing: {phase}": share for phase, share in found.computing.items()}
     spent |= {cause: share for cause, share in found.by_cause.items() if cause != "compute"}

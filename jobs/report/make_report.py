@@ -1,4 +1,5 @@
-"""Draws a run from its ledger: figures as PNG, and a page with them, its statistics, events and samples."""
+"""Draws a run from its ledger: figures as PNG, and a page with them, its statistics, events and
+samples."""
 
 import time
 from html import escape
@@ -44,14 +45,22 @@ def make_report(run: Storage, *, price: float | None = None) -> dict[str, Any]:
 
 def _events(ledger: Ledger) -> str:
     rows = [
-        cells([time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line["time"])), str(line.get("step", "")), name, text])
+        cells(
+            [
+                time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line["time"])),
+                str(line.get("step", "")),
+                name,
+                text,
+            ]
+        )
         for line, name, text in event_rows(ledger)
     ]
     return table("Events of the run", ("Time (UTC)", "Step", "Event", "What it says"), rows)
 
 
 def _samples(ledger: Ledger) -> str:
-    """Returns a table of the prompts' continuations by step; nothing where the run has no prompts."""
+    """Returns a table of the prompts' continuations by step; nothing where the run has no
+    prompts."""
     rows = [
         cells([f"{line['step']:,}", f"{line['val_loss']:.4f}", f"{line['val_bits_per_byte']:.4f}"])
         + f'<td class="text"><b>{escape(sample["prompt"])}</b>{escape(sample["text"])}</td>'
@@ -63,7 +72,8 @@ def _samples(ledger: Ledger) -> str:
 
 
 def _drops(run: Storage, ledger: Ledger) -> str:
-    """Returns a table of the documents that the run's token store kept and dropped, by reason; nothing without one."""
+    """Returns a table of the documents that the run's token store kept and dropped, by reason;
+    nothing without one."""
     try:
         manifest = read_manifest(find_tokens(run, data_identity(ledger)))
     except TokenStoreError:
@@ -71,5 +81,8 @@ def _drops(run: Storage, ledger: Ledger) -> str:
     counts = {"kept": manifest.total("documents")}
     counts |= {f"dropped: {reason}": count for reason, count in manifest.dropped.items() if count}
     total = sum(counts.values())
-    rows = [f'<th scope="row">{escape(n)}</th>{cells([f"{c:,}", f"{c / total:.2%}"])}' for n, c in counts.items()]
+    rows = [
+        f'<th scope="row">{escape(n)}</th>{cells([f"{c:,}", f"{c / total:.2%}"])}'
+        for n, c in counts.items()
+    ]
     return table("Documents", ("", "Number", "Share"), rows)

@@ -1,7 +1,8 @@
-"""The look of reports: the parts of a page, which is one HTML file with its figures inside, and the style of figures.
+"""The look of reports: the parts of a page, which is one HTML file with its figures inside, and the
+style of figures.
 
-The colors are Okabe and Ito's, which color-blind people can tell apart; what differs in color differs in shape or line
-too.
+The colors are Okabe and Ito's, which color-blind people can tell apart; what differs in color
+differs in shape or line too.
 """
 
 import base64
@@ -26,14 +27,19 @@ PHASES = ("#56b4e9", "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#99
 
 
 def document(title: str, body: str) -> str:
-    """Returns a page that asks no server for anything, in the colors that the reader's system prefers."""
+    """Returns a page that asks no server for anything, in the colors that the reader's system
+    prefers."""
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     return Template(page).substitute(title=escape(title), body=body)
 
 
 def grid(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a table whose first column names its rows."""
-    return table(caption, heads, [f'<th scope="row">{escape(name)}</th>{cells(values)}' for name, *values in rows])
+    return table(
+        caption,
+        heads,
+        [f'<th scope="row">{escape(name)}</th>{cells(values)}' for name, *values in rows],
+    )
 
 
 def picture(description: str, png: bytes) -> str:
@@ -41,7 +47,10 @@ def picture(description: str, png: bytes) -> str:
 
 
 def pairs(rows: Iterable[tuple[str, str]]) -> str:
-    body = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>\n' for name, value in rows)
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>\n'
+        for name, value in rows
+    )
     return f"<table><tbody>{body}</tbody></table>"
 
 

@@ -18,12 +18,17 @@ from model.files.checkpoint import load_model
 from model.files.checkpoint_folder import read_metadata
 from model.insight.probes import TASKS, probe
 
-_LOOKS = {"copy": ("o-", PHASES[1]), "induction": ("s--", PHASES[4]), "few-shot": ("D-.", PHASES[3])}
+_LOOKS = {
+    "copy": ("o-", PHASES[1]),
+    "induction": ("s--", PHASES[4]),
+    "few-shot": ("D-.", PHASES[3]),
+}
 
 
 def probe_run(run: Storage) -> dict[str, Any]:
-    """Returns `checkpoints`, oldest first, each with its step, tokens, validation figures and accuracy by task, and
-    draws them into the run's report. Raises `UserError` where the run keeps no checkpoint."""
+    """Returns `checkpoints`, oldest first, each with its step, tokens, validation figures and
+    accuracy by task, and draws them into the run's report. Raises `UserError` where the run keeps
+    no checkpoint."""
     checkpoints, config = RunCheckpoints(run), recorded_config(run)
     names = checkpoints.names
     if not names:
@@ -39,7 +44,10 @@ def probe_run(run: Storage) -> dict[str, Any]:
                 "tokens_seen": metadata.tokens_seen,
                 "val_loss": metadata.val_loss,
                 "val_bits_per_byte": metadata.val_bits_per_byte,
-                **{name: round(share, 4) for name, share in probe(model, seq_len=seq_len(config)).items()},
+                **{
+                    name: round(share, 4)
+                    for name, share in probe(model, seq_len=seq_len(config)).items()
+                },
             }
         )
         say(f"probed {number} of {counted(len(names), 'checkpoint')}")

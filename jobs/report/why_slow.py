@@ -19,7 +19,12 @@ LEAST_SHARE = 0.1
 """Share of the wall time from which something other than computing is worth fixing."""
 
 _COMPUTING = ("forward", "loss", "backward", "update")
-_PHASE_OF = {"data": "load", "snapshots": "snapshot", "checkpoints": "checkpoint", "validation": "validation"}
+_PHASE_OF = {
+    "data": "load",
+    "snapshots": "snapshot",
+    "checkpoints": "checkpoint",
+    "validation": "validation",
+}
 
 _SENTENCES: dict[str, list[str]] = read_table(__file__, "why_slow")
 """The subject, the verb and the rest of the sentence for each cause, in the order of `shares`."""
@@ -41,7 +46,8 @@ class Shares:
     by_cause: dict[str, float]
     computing: dict[str, float]  # by phase: the parts of `compute`
     wall_s: float
-    straggler: tuple[int, float] | None  # the rank most waited for, and its time for a lane over the median
+    # The rank most waited for, and its time for a lane over the median
+    straggler: tuple[int, float] | None
     lanes: list[float]  # of each rank, in the last window
 
     @property
@@ -51,7 +57,8 @@ class Shares:
 
     @property
     def fix_first(self) -> str | None:
-        """Returns the largest cause besides computing, as these can be saved; None where all are small."""
+        """Returns the largest cause besides computing, as these can be saved; None where all are
+        small."""
         others = {cause: share for cause, share in self.by_cause.items() if cause != "compute"}
         worst = max(others, key=others.__getitem__)
         return worst if others[worst] >= LEAST_SHARE else None
@@ -60,14 +67,16 @@ class Shares:
 def shares(ledger: Ledger) -> Shares:
     """Divides the time from the first line to the last among its causes.
 
-    It counts the mean of the ranks that are no stragglers. Of the time in the exchange, what the slowest rank waits is
-    communication, as all others have arrived by then. What the others wait beyond that is due to a straggler, or, where
-    a lane takes all ranks as long, to ranks with more lanes.
+    It counts the mean of the ranks that are no stragglers. Of the time in the exchange, what the
+    slowest rank waits is communication, as all others have arrived by then. What the others wait
+    beyond that is due to a straggler, or, where a lane takes all ranks as long, to ranks with more
+    lanes.
     """
     windows = _windows(ledger)
     sums = dict.fromkeys(_SENTENCES, 0.0)
     computing = dict.fromkeys((*_COMPUTING, "sync"), 0.0)
-    held_up: defaultdict[int, float] = defaultdict(float)  # seconds for which others waited, by rank
+    # Seconds for which others waited, by rank
+    held_up: defaultdict[int, float] = defaultdict(float)
     ratios: dict[int, float] = {}
     for window in windows:
         slow = stragglers(window.ranks)
@@ -92,7 +101,9 @@ def shares(ledger: Ledger) -> Shares:
             sums["straggler"] += waited_s
             held_up[rank] += waited_s
             ratios[rank] = max(ratios.get(rank, 0.0), slow[rank])
-        elif max(rank.num_lanes for rank in window.ranks) > min(rank.num_lanes for rank in window.ranks):
+        elif max(rank.num_lanes for rank in window.ranks) > min(
+            rank.num_lanes for rank in window.ranks
+        ):
             sums["lanes"] += waited_s
         else:
             sums["communication"] += waited_s
@@ -119,8 +130,8 @@ def why_run_is_slow(run: Storage) -> dict[str, Any]:
 
 
 def why_slow(ledger: Ledger) -> dict[str, Any]:
-    """Returns `verdict`, a sentence; `bound`, the largest cause; `fix_first`, the largest one besides computing, None
-    where that is small; `evidence`; and `shares` of the wall time."""
+    """Returns `verdict`, a sentence; `bound`, the largest cause; `fix_first`, the largest one
+    besides computing, None where that is small; `evidence`; and `shares` of the wall time."""
     found = shares(ledger)
     steps = ledger.steps
     step_s = float(np.median([line["wall_s"] for line in steps]))
@@ -155,7 +166,8 @@ def why_slow(ledger: Ledger) -> dict[str, Any]:
 
 
 def _validation_advice(ledger: Ledger) -> str:
-    """Returns what makes validation shorter. A run always validates at its end, however rarely it does before."""
+    """Returns what makes validation shorter. A run always validates at its end, however rarely it
+    does before."""
     last = ledger.steps[-1]["step"]
     validated = {event["step"] for event in ledger.events("validation")}
     if validated == {last}:
@@ -164,9 +176,13 @@ def _validation_advice(ledger: Ledger) -> str:
 
 
 def _sentence(found: Shares, evidence: dict[str, Any], *, advice: str) -> str:
-    """Writes the verdict. It begins with the largest part of the wall time; where that is computing, the largest other
-    part follows."""
-    peak, lanes, slow = evidence["share_of_peak"], evidence["lanes"], evidence.get("straggler") or {}
+    """Writes the verdict. It begins with the largest part of the wall time; where that is
+    computing, the largest other part follows."""
+    peak, lanes, slow = (
+        evidence["share_of_peak"],
+        evidence["lanes"],
+        evidence.get("straggler") or {},
+    )
     cause = found.fix_first or found.bound
     values = {
         **evidence,
@@ -187,7 +203,8 @@ def _sentence(found: Shares, evidence: dict[str, Any], *, advice: str) -> str:
 
 
 def _windows(ledger: Ledger) -> list[Window]:
-    """Returns the steps that count, in the windows that all ranks recorded; others in rank 0's lines."""
+    """Returns the steps that count, in the windows that all ranks recorded; others in rank 0's
+    lines."""
     recorded = {(event["step"], event["attempt"]): event for event in ledger.events("phases")}
     windows: list[Window] = []
     for attempt, lines in groupby(ledger.steps, key=lambda line: line["attempt"]):
@@ -197,7 +214,9 @@ def _windows(ledger: Ledger) -> list[Window]:
             if event := recorded.get((line["step"], attempt)):
                 windows.append(Window(len(waiting), line["world_size"], from_fields(event)))
                 waiting = []
-        windows += [Window(1, line["world_size"], [RankTime(line["seconds"], 0.0)]) for line in waiting]
+        windows += [
+            Window(1, line["world_size"], [RankTime(line["seconds"], 0.0)]) for line in waiting
+        ]
     return windows
 
 

@@ -1,4 +1,5 @@
-"""Publishes a run's checkpoints in its storage, finds the newest valid one, marks damaged ones, deletes old ones."""
+"""Publishes a run's checkpoints in its storage, finds the newest valid one, marks damaged ones,
+deletes old ones."""
 
 import json
 import logging
@@ -16,7 +17,8 @@ from model.files.durable_files import move_into_place
 from model.files.failpoints import failpoint
 
 QUARANTINED = "QUARANTINED"
-"""A file in a damaged checkpoint's folder that says what is wrong. Nothing reads or deletes such a checkpoint."""
+"""A file in a damaged checkpoint's folder that says what is wrong. Nothing reads or deletes such a
+checkpoint."""
 
 _SPOOL = ".spool"
 _NAME = re.compile(r"step-\d{9}(-\d{4,})?")
@@ -26,7 +28,8 @@ _log = logging.getLogger(__name__)
 
 
 def checkpoint_name(step: int, generation: int = 0) -> str:
-    """Returns a name by which checkpoints sort in the order of their steps, then of their writers."""
+    """Returns a name by which checkpoints sort in the order of their steps, then of their
+    writers."""
     return f"step-{step:09d}-{generation:04d}" if generation else f"step-{step:09d}"
 
 
@@ -46,8 +49,9 @@ def superseded(
     """Returns the checkpoints to delete, oldest first; none before two were verified.
 
     Kept are the newest `keep.num_to_keep`, the `keep.keep_best` of the lowest validation loss, each
-    `keep.keep_every_steps`-th step, that of step 0 with which a warm start begins, the pinned ones, and the two newest
-    verified ones. The `incomplete` remains of a crash are deleted once they are older than those two.
+    `keep.keep_every_steps`-th step, that of step 0 with which a warm start begins, the pinned ones,
+    and the two newest verified ones. The `incomplete` remains of a crash are deleted once they are
+    older than those two.
     """
     names = sorted(complete)
     trusted = [name for name in names if name in verified][-_MIN_VERIFIED:]
@@ -75,12 +79,19 @@ class RunCheckpoints:
     @property
     def names(self) -> list[str]:
         """The complete checkpoints that are not known to be damaged, oldest first."""
-        return sorted(name for name, files in self._folders().items() if MANIFEST in files and QUARANTINED not in files)
+        return sorted(
+            name
+            for name, files in self._folders().items()
+            if MANIFEST in files and QUARANTINED not in files
+        )
 
     @property
     def torn(self) -> list[str]:
-        """The checkpoints that lack their manifest and are not known to be damaged, oldest first."""
-        return sorted(name for name, files in self._folders().items() if not files & {MANIFEST, QUARANTINED})
+        """The checkpoints that lack their manifest and are not known to be damaged, oldest
+        first."""
+        return sorted(
+            name for name, files in self._folders().items() if not files & {MANIFEST, QUARANTINED}
+        )
 
     @property
     def quarantined(self) -> list[str]:
@@ -89,7 +100,8 @@ class RunCheckpoints:
 
     @property
     def spool(self) -> Path:
-        """The folder where checkpoints are written before they are published: beside their place, or on this node."""
+        """The folder where checkpoints are written before they are published: beside their place,
+        or on this node."""
         return node_spool(self._run) if self._local is None else self._local / _SPOOL
 
     def folder(self, name: str) -> Storage:
@@ -101,8 +113,8 @@ class RunCheckpoints:
     def publish(self, spooled: Path) -> None:
         """Moves a complete checkpoint from the spool to its name, all at once.
 
-        Raises `LeaseLostError` when this is no longer the run's writer. After a `StorageError` or `OSError` the
-        checkpoint is still in the spool, and another call continues.
+        Raises `LeaseLostError` when this is no longer the run's writer. After a `StorageError` or
+        `OSError` the checkpoint is still in the spool, and another call continues.
         """
         if self._local is not None:
             self.check_fence()
@@ -114,7 +126,8 @@ class RunCheckpoints:
     def _upload(self, spooled: Path) -> None:
         folder = self.folder(spooled.name)
         manifest = (spooled / MANIFEST).read_bytes()
-        if folder.exists(MANIFEST) and folder.read_bytes(MANIFEST) != manifest:  # a run that was rolled back
+        # A run that was rolled back
+        if folder.exists(MANIFEST) and folder.read_bytes(MANIFEST) != manifest:
             self.check_fence()
             folder.delete(MANIFEST)
         files = json.loads(manifest)["files"]
@@ -133,7 +146,9 @@ class RunCheckpoints:
         sizes = {entry.key: entry.size for entry in folder.list()}
         if wrong := [file for file, entry in files.items() if sizes.get(file) != entry["size"]]:
             self._arrived.clear()
-            raise StorageError(f"{folder.uri}: {', '.join(wrong)} did not arrive whole; uploading them again")
+            raise StorageError(
+                f"{folder.uri}: {', '.join(wrong)} did not arrive whole; uploading them again"
+            )
         self.check_fence()
         failpoint("before_manifest")
         try:
@@ -144,8 +159,8 @@ class RunCheckpoints:
         failpoint("after_manifest")
 
     def recover(self) -> None:
-        """Publishes the checkpoints of a killed attempt's spool that are newer than everything published, and clears
-        the rest."""
+        """Publishes the checkpoints of a killed attempt's spool that are newer than everything
+        published, and clears the rest."""
         newest = max(self.names, default="")
         for folder in sorted(path.parent for path in self.spool.glob(f"step-*/{MANIFEST}")):
             if folder.name > newest and not verify_checkpoint(folder):
@@ -163,8 +178,8 @@ class RunCheckpoints:
     def find(
         self, scratch: Path, *, left_out: Callable[[int], bool] = lambda step: False
     ) -> tuple[Path | None, dict[str, list[str]]]:
-        """Returns the newest complete and unaltered checkpoint in a local folder, and the problems of each newer one,
-        by name; `left_out` excludes steps."""
+        """Returns the newest complete and unaltered checkpoint in a local folder, and the problems
+        of each newer one, by name; `left_out` excludes steps."""
         damaged: dict[str, list[str]] = {}
         for name in reversed([name for name in self.names if not left_out(step_of(name))]):
             folder = self.fetch(name, scratch)
@@ -181,7 +196,8 @@ class RunCheckpoints:
         self._storage.write_bytes(f"{name}/{QUARANTINED}", "\n".join(problems).encode())
 
     def fetch(self, name: str, scratch: Path) -> Path:
-        """Returns a local folder with the checkpoint, below `scratch` where the storage is remote."""
+        """Returns a local folder with the checkpoint, below `scratch` where the storage is
+        remote."""
         if self._local is not None:
             return self._local / name
         self._storage.download_folder(name, scratch / name, last=MANIFEST)
@@ -206,7 +222,8 @@ class RunCheckpoints:
             name, _, file = entry.key.partition("/")
             if file and _NAME.fullmatch(name):  # neither the spool nor files that people put there
                 folders.setdefault(name, set()).add(file)
-        if self._local is not None and self._local.is_dir():  # an interrupted deletion may leave an empty folder
+        # An interrupted deletion may leave an empty folder
+        if self._local is not None and self._local.is_dir():
             for path in self._local.glob("step-*"):
                 folders.setdefault(path.name, set())
         return folders

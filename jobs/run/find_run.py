@@ -10,9 +10,14 @@ from model.errors import UserError
 
 
 def find_run(reference: str, storage_uri: str) -> Storage:
-    """Returns the run's storage, from its id under `storage_uri` or its folder's path or URI. Raises `UserError`."""
+    """Returns the run's storage, from its id under `storage_uri` or its folder's path or URI.
+    Raises `UserError`."""
     runs = open_storage(storage_uri).child("runs")
-    candidates = [open_storage(reference)] if "/" in reference else [runs.child(reference), open_storage(reference)]
+    candidates = (
+        [open_storage(reference)]
+        if "/" in reference
+        else [runs.child(reference), open_storage(reference)]
+    )
     for run in candidates:
         if run.exists(LEDGER):
             return run
@@ -42,7 +47,8 @@ def data_identity(ledger: Ledger) -> str | None:
 
 
 def token_uses(storage: Storage) -> dict[str, list[str]]:
-    """Returns what the runs of a storage use token stores for, in words, by the stores' identities."""
+    """Returns what the runs of a storage use token stores for, in words, by the stores'
+    identities."""
     runs = storage.child("runs")
     uses: dict[str, list[str]] = {}
     for name in _begun_runs(runs):
@@ -55,12 +61,14 @@ def token_uses(storage: Storage) -> dict[str, list[str]]:
 
 
 def _begun_runs(runs: Storage) -> list[str]:
-    return sorted({entry.key.split("/")[0] for entry in runs.list() if entry.key.endswith(f"/{LEDGER}")})
+    return sorted(
+        {entry.key.split("/")[0] for entry in runs.list() if entry.key.endswith(f"/{LEDGER}")}
+    )
 
 
 def last_start(ledger: Ledger, identity: str | None) -> Line:
-    """Returns the newest attempt's `start` among those that trained on the token store with this identity; an empty
-    line where there is none."""
+    """Returns the newest attempt's `start` among those that trained on the token store with this
+    identity; an empty line where there is none."""
     starts = [line for line in ledger.events("start") if line.get("data_identity") == identity]
     return starts[-1] if starts else {}
 
@@ -71,7 +79,8 @@ def division(start: Line) -> Division:
 
 
 def find_tokens(run: Storage, identity: str | None) -> Storage:
-    """Returns the finished token store with this identity, in the run's storage. Raises `TokenStoreError`."""
+    """Returns the finished token store with this identity, in the run's storage. Raises
+    `TokenStoreError`."""
     root = open_storage(run.uri.rpartition("/runs/")[0])
     manifests = [entry.key for entry in root.list("tokens/") if entry.key.endswith(f"/{MANIFEST}")]
     for key in manifests:

@@ -1,4 +1,5 @@
-"""Summarizes a run from its settings and its ledger: attempts, interruptions, lost steps and final figures."""
+"""Summarizes a run from its settings and its ledger: attempts, interruptions, lost steps and final
+figures."""
 
 import re
 from collections import Counter
@@ -26,30 +27,41 @@ _MEASUREMENTS = ("phases", "layers")  # events that a run has hundreds of
 
 
 def recorded_config(run: Storage) -> RunConfig:
-    """Returns the settings that the run was started with. Raises `NotFoundError`, or `ConfigError` on unknown ones."""
+    """Returns the settings that the run was started with. Raises `NotFoundError`, or `ConfigError`
+    on unknown ones."""
     return validate_config(yaml.safe_load(run.read_bytes(CONFIG_FILE)), RunConfig)
 
 
 def changed_settings(run: Storage, now: RunConfig) -> list[str]:
-    """Describes each changed setting on which the weights depend. Precision `auto` means the run's earlier one, and a
-    branch of the Hub, a run or `latest` in `train.init_from` the weights that they named when the run began."""
+    """Describes each changed setting on which the weights depend. Precision `auto` means the run's
+    earlier one, and a branch of the Hub, a run or `latest` in `train.init_from` the weights that
+    they named when the run began."""
     before = recorded_config(run)
     if before.train.precision != "auto":
         now = with_precision(now, before.train.precision)
-    if now.train.init_from and now.model == GPTConfig():  # the shape is that of the weights that it began from
+    # The shape is that of the weights that it began from
+    if now.train.init_from and now.model == GPTConfig():
         now = now.model_copy(update={"model": before.model})
     if (start := before.train.init_from) and _may_have_named(str(now.train.init_from), start):
         now = now.model_copy(update={"train": now.train.model_copy(update={"init_from": start})})
-    return [f"{name} was {old}, now {new}" for name, (old, new) in training_differences(before, now).items()]
+    return [
+        f"{name} was {old}, now {new}"
+        for name, (old, new) in training_differences(before, now).items()
+    ]
 
 
 def _may_have_named(reference: str, checkpoint: str) -> bool:
     at_head = "" if _COMMIT.search(reference) else _REVISION.sub(r"\1", reference)
-    return reference == LATEST or checkpoint.startswith(f"{reference}/") or _REVISION.sub(r"\1", checkpoint) == at_head
+    return (
+        reference == LATEST
+        or checkpoint.startswith(f"{reference}/")
+        or _REVISION.sub(r"\1", checkpoint) == at_head
+    )
 
 
 def training_differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Returns both values of each setting of the model, and of those that shape the run, that differs."""
+    """Returns both values of each setting of the model, and of those that shape the run, that
+    differs."""
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
     shaping = {"model": new["model"].keys(), "train": names_shaping(TrainConfig, Shapes.RUN)}
     differences = {}
@@ -62,12 +74,19 @@ def training_differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[A
 
 
 def why_not_resumed(run: Storage, config: RunConfig) -> str:
-    """Returns why the run cannot be resumed with these settings; empty where it can be, or is new."""
+    """Returns why the run cannot be resumed with these settings; empty where it can be, or is
+    new."""
     if not run.exists(CONFIG_FILE):
         return ""
     # The recorded vocabulary is the tokenizer's, which may not be there yet for these settings.
-    changed = [text for text in changed_settings(run, config) if not text.startswith("model.vocab_size ")]
-    return f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id" if changed else ""
+    changed = [
+        text for text in changed_settings(run, config) if not text.startswith("model.vocab_size ")
+    ]
+    return (
+        f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id"
+        if changed
+        else ""
+    )
 
 
 def lost_steps(ledger: Ledger) -> list[Line]:
@@ -77,7 +96,8 @@ def lost_steps(ledger: Ledger) -> list[Line]:
 
 
 def seconds_by_phase(ledger: Ledger) -> dict[str, list[float]]:
-    """Returns rank 0's seconds in each phase, of each step that counts; the phases sum to the step's wall time."""
+    """Returns rank 0's seconds in each phase, of each step that counts; the phases sum to the
+    step's wall time."""
     steps = ledger.steps
     return {
         name: [line["seconds"].get(name, 0.0) for line in steps]
@@ -87,26 +107,45 @@ def seconds_by_phase(ledger: Ledger) -> dict[str, list[float]]:
 
 
 def statistics(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
-    """Returns (name, value with its unit) of the run's summary, all of it from the ledger but the planned steps."""
-    steps, again, wall_s, pauses = ledger.steps, lost_steps(ledger), ledger.wall_s, ledger.pauses.values()
+    """Returns (name, value with its unit) of the run's summary, all of it from the ledger but the
+    planned steps."""
+    steps, again, wall_s, pauses = (
+        ledger.steps,
+        lost_steps(ledger),
+        ledger.wall_s,
+        ledger.pauses.values(),
+    )
     stops = [stop for stop in ledger.interruptions() if stop.pause_s is None]
     useful_s = sum(line["wall_s"] for line in steps)
     again_s = sum(line["wall_s"] for line in again)
     idle_s = sum(stop.seconds or 0.0 for stop in stops)
     kind, hours = worker_hours(ledger, config)
-    numbers = ", ".join(f"{first}–{last}" if last > first else f"{first}" for first, last in lost_ranges(ledger))
+    numbers = ", ".join(
+        f"{first}–{last}" if last > first else f"{first}" for first, last in lost_ranges(ledger)
+    )
     last = steps[-1]
     rows = [
         ("Tokens trained on", f"{last['tokens_seen']:,}"),
-        ("Steps", f"{last['step']:,} of {max_steps(config):,}" + ("" if ledger.events("finish") else ", unfinished")),
+        (
+            "Steps",
+            f"{last['step']:,} of {max_steps(config):,}"
+            + ("" if ledger.events("finish") else ", unfinished"),
+        ),
         ("Wall time", duration(wall_s)),
         (f"{kind}-hours", f"{hours:,.4g}"),
         ("Workers, by attempt", ", ".join(map(str, ledger.world_sizes))),
-        ("Restarts", f"{len(stops)}, {sum(stop.is_resize for stop in stops)} of them with another number of workers"),
+        (
+            "Restarts",
+            f"{len(stops)}, {sum(stop.is_resize for stop in stops)} of them with another number of workers",
+        ),
         ("Steps lost and taken again", f"{len(again)}" + (f" ({numbers})" if again else "")),
         ("Time lost", f"{idle_s + again_s:,.1f} s, {again_s:,.1f} s of it in steps taken again"),
         ("Goodput", f"{useful_s / wall_s:.1%} of the wall time went into steps that count"),
-        *([("Paused", f"{duration(sum(pauses))} on request, not in the wall time")] if pauses else []),
+        *(
+            [("Paused", f"{duration(sum(pauses))} on request, not in the wall time")]
+            if pauses
+            else []
+        ),
         ("Precision", config.train.precision),
         ("Throughput", f"{last['tokens_seen'] / useful_s:,.0f} tokens/s"),
         ("Training loss", f"{steps[0]['loss']:.4f} → {last['loss']:.4f} nats/token"),
@@ -125,9 +164,12 @@ def statistics(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
 
 
 def worker_hours(ledger: Ledger, config: RunConfig) -> tuple[str, float]:
-    """Returns the kind of device, `GPU` or `CPU`, and its hours in all steps, including those taken again."""
+    """Returns the kind of device, `GPU` or `CPU`, and its hours in all steps, including those taken
+    again."""
     worker_s = sum(line["world_size"] * line["wall_s"] for line in _step_lines(ledger))
-    kind, units = ("GPU", 1) if config.scaling.use_gpu else ("CPU", config.scaling.threads_per_worker)
+    kind, units = (
+        ("GPU", 1) if config.scaling.use_gpu else ("CPU", config.scaling.threads_per_worker)
+    )
     return kind, worker_s * units / 3600
 
 
@@ -166,7 +208,11 @@ def event_rows(ledger: Ledger) -> list[tuple[Line, str, str]]:
                 text += f"; the run had been asked to stop {duration(stop.pause_s)} before"
             else:
                 text += f"; {counted(stop.lost_steps, 'step')} lost"
-                text += f", {stop.seconds:.1f} s between steps" if stop.seconds is not None else ", no step completed"
+                text += (
+                    f", {stop.seconds:.1f} s between steps"
+                    if stop.seconds is not None
+                    else ", no step completed"
+                )
         rows.append((line, name, text))
     return rows
 
@@ -188,11 +234,15 @@ def _described(line: Line) -> str:
             source = f"checkpoint {line['checkpoint']}" if line["checkpoint"] else "fresh weights"
             return f"attempt {line['attempt']}: workers {place}; from {source}"
         case "validation":
-            sets = [f"; {name} {_figures(figures)}" for name, figures in line.get("sets", {}).items()]
+            sets = [
+                f"; {name} {_figures(figures)}" for name, figures in line.get("sets", {}).items()
+            ]
             return _figures(line) + "".join(sets)
         case "checkpoint":
             return f"{line['checkpoint']}, parameter hash {line['parameter_hash'][:12]}…, {line['seconds']:.2f} s"
-    return ", ".join(f"{name} {value}" for name, value in line.items() if name not in ("event", "time", "step"))
+    return ", ".join(
+        f"{name} {value}" for name, value in line.items() if name not in ("event", "time", "step")
+    )
 
 
 def _figures(measured: Mapping[str, Any]) -> str:
@@ -209,5 +259,11 @@ def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, s
         if isinstance(value, dict):
             yield from flattened(value, f"{prefix}{name}.")
         else:
-            shown = "" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            shown = (
+                ""
+                if value is None
+                else ", ".join(map(str, value))
+                if isinstance(value, list)
+                else str(value)
+            )
             yield f"{prefix}{name}", shown

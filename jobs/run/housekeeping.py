@@ -1,7 +1,8 @@
-"""Removes runs by name, and finds what no run of a storage needs any more: `raymill delete` and `raymill gc`.
+"""Removes runs by name, and finds what no run of a storage needs any more: `raymill delete` and
+`raymill gc`.
 
-Both say what they would remove, and remove it only if they are told to. Nothing goes that an endpoint serves or would
-return to, that `latest` means, or that another run began from.
+Both say what they would remove, and remove it only if they are told to. Nothing goes that an
+endpoint serves or would return to, that `latest` means, or that another run began from.
 """
 
 import json
@@ -36,12 +37,14 @@ class Leftover:
 
 
 def delete_run(run: Storage, storage: Storage, *, yes: bool) -> dict[str, Any]:
-    """Deletes the run's folder if `yes`, and returns what that is. Raises `UserError` for a run that is running or that
-    something else needs, and `StorageError`."""
+    """Deletes the run's folder if `yes`, and returns what that is. Raises `UserError` for a run
+    that is running or that something else needs, and `StorageError`."""
     if stages := _running(run):
         raise UserError(f"{run.uri} is running ({', '.join(stages)}): `raymill stop` ends it first")
     needed = [
-        f"{uri} {why}" for uri, why in _needed(storage, besides=run).items() if f"{uri}/".startswith(f"{run.uri}/")
+        f"{uri} {why}"
+        for uri, why in _needed(storage, besides=run).items()
+        if f"{uri}/".startswith(f"{run.uri}/")
     ]
     if needed:
         raise UserError(f"{run.uri} stays: {'; '.join(needed)}")
@@ -50,14 +53,21 @@ def delete_run(run: Storage, storage: Storage, *, yes: bool) -> dict[str, Any]:
 
 
 def collect(storage: Storage, *, yes: bool) -> dict[str, Any]:
-    """Finds token stores that no run was trained on, checkpoints that are torn or damaged, and runs without a step;
-    deletes them if `yes`. Raises `UserError` while a run is running, which may be about to use any of them."""
+    """Finds token stores that no run was trained on, checkpoints that are torn or damaged, and runs
+    without a step; deletes them if `yes`. Raises `UserError` while a run is running, which may be
+    about to use any of them."""
     runs = [storage.child(f"runs/{name}") for name in _names(storage, "runs/")]
     for run in runs:
         if stages := _running(run):
-            raise UserError(f"{run.uri} is running ({', '.join(stages)}): what it needs is known when it has ended")
+            raise UserError(
+                f"{run.uri} is running ({', '.join(stages)}): what it needs is known when it has ended"
+            )
     needed = _needed(storage, besides=None)
-    leftovers = [_leftover(run, "it has no step") for run in runs if not _is_begun(run) and not _is_awaited(run)]
+    leftovers = [
+        _leftover(run, "it has no step")
+        for run in runs
+        if not _is_begun(run) and not _is_awaited(run)
+    ]
     begun = [run for run in runs if _is_begun(run)]
     for run in begun:
         checkpoints = RunCheckpoints(run)
@@ -74,15 +84,17 @@ def _broken(checkpoints: RunCheckpoints) -> Iterable[tuple[str, str]]:
 
 
 def _unused_stores(storage: Storage, runs: list[Storage]) -> list[Leftover]:
-    """Returns the finished token stores that no run was trained or validated on. One that is unfinished has hours of
-    work in it, and stays."""
+    """Returns the finished token stores that no run was trained or validated on. One that is
+    unfinished has hours of work in it, and stays."""
     identities: set[str] = set()
     sources: set[str] = set()
     for run in runs:
         config = recorded_config(run)
         identities |= {start["data_identity"] for start in Ledger.read(run).events("start")}
         sources |= {uri.removeprefix(TOKENS) for uri in config.data.validation.values()}
-        sources |= {uri.removeprefix(TOKENS) for uri in config.data.source if uri.startswith(TOKENS)}
+        sources |= {
+            uri.removeprefix(TOKENS) for uri in config.data.source if uri.startswith(TOKENS)
+        }
     unused = []
     for name in _names(storage, "tokens/"):
         store = storage.child(f"tokens/{name}")
@@ -90,13 +102,16 @@ def _unused_stores(storage: Storage, runs: list[Storage]) -> list[Leftover]:
             continue
         if read_manifest(store).identity in identities:
             continue
-        if sources.isdisjoint(json.loads(store.find_bytes(SOURCES) or b'{"sources": []}')["sources"]):
+        if sources.isdisjoint(
+            json.loads(store.find_bytes(SOURCES) or b'{"sources": []}')["sources"]
+        ):
             unused.append(_leftover(store, "no run was trained on it"))
     return unused
 
 
 def _needed(storage: Storage, *, besides: Storage | None) -> dict[str, str]:
-    """Returns the locations that have to stay, with the reason of each; a run's own start is no reason to keep it."""
+    """Returns the locations that have to stay, with the reason of each; a run's own start is no
+    reason to keep it."""
     needed = dict.fromkeys(served_checkpoints(storage), "is served, or what an endpoint returns to")
     if newest := next(newest_first(storage), None):
         needed[newest.checkpoint] = "is latest"
@@ -119,7 +134,8 @@ def _is_begun(run: Storage) -> bool:
 
 
 def _is_awaited(run: Storage) -> bool:
-    """Says whether the run was submitted, and no launch of it has ended: it may wait for a cluster or a queue."""
+    """Says whether the run was submitted, and no launch of it has ended: it may wait for a cluster
+    or a queue."""
     names = launches(run)
     return read_record(run) is not None and (not names or LogReader(run, names[-1]).ended() is None)
 
@@ -145,4 +161,9 @@ def _removed(storage: Storage, leftovers: list[Leftover], *, yes: bool) -> dict[
                 folder.delete(entry.key)
     rows = [vars(leftover) for leftover in leftovers]
     total = sum(leftover.num_bytes for leftover in leftovers)
-    return {"storage": storage.uri, "leftovers": rows, "bytes": total, "deleted": yes and bool(leftovers)}
+    return {
+        "storage": storage.uri,
+        "leftovers": rows,
+        "bytes": total,
+        "deleted": yes and bool(leftovers),
+    }

@@ -1,7 +1,8 @@
-"""Writes and reads a run's ledger: a line of JSON per optimizer step and per event, appended and never rewritten.
+"""Writes and reads a run's ledger: a line of JSON per optimizer step and per event, appended and
+never rewritten.
 
-Steps that were lost to a failure are taken again and written again; the last line of a step counts. So a reader needs
-no index, and a crash costs at most an unfinished last line.
+Steps that were lost to a failure are taken again and written again; the last line of a step counts.
+So a reader needs no index, and a crash costs at most an unfinished last line.
 """
 
 import errno
@@ -32,8 +33,9 @@ Line = dict[str, Any]
 class LedgerWriter:
     """Appends lines; slow or broken storage never delays or ends the training that writes them.
 
-    A local file gets each line at once. To object storage, which has no appends, a thread copies the whole file now and
-    then from the node's spool, where the next attempt on this node finds the lines that were not copied.
+    A local file gets each line at once. To object storage, which has no appends, a thread copies
+    the whole file now and then from the node's spool, where the next attempt on this node finds the
+    lines that were not copied.
     """
 
     def __init__(self, run: Storage, fence: Fence | None = None) -> None:
@@ -69,8 +71,8 @@ class LedgerWriter:
         self._append({"time": round(time.time(), 3), **fields})
 
     def blocks(self, *, start: int) -> Iterator[bytes]:
-        """Yields the lines from a byte on, some megabytes of whole lines at once, with those that the storage does not
-        have yet."""
+        """Yields the lines from a byte on, some megabytes of whole lines at once, with those that
+        the storage does not have yet."""
         size, length = self._size, _BLOCK_BYTES
         while start < size:
             piece = os.pread(self._file.fileno(), min(length, size - start), start)
@@ -81,7 +83,8 @@ class LedgerWriter:
             start += end
 
     def mirror(self) -> None:
-        """Returns once the run's storage has every line. Raises `StorageError`, or `OSError` when a disk is full."""
+        """Returns once the run's storage has every line. Raises `StorageError`, or `OSError` when a
+        disk is full."""
         with self._appending:
             self._write_waiting()
             os.fsync(self._file.fileno())
@@ -102,10 +105,13 @@ class LedgerWriter:
 
     def _replace(self, content: bytes) -> None:
         version = self._version
-        self._version = self._run.write_bytes(LEDGER, content, if_absent=not version, if_version=version)
+        self._version = self._run.write_bytes(
+            LEDGER, content, if_absent=not version, if_version=version
+        )
 
     def close(self) -> None:
-        """Returns once the run's storage has every line, however long that takes. Raises `LeaseLostError`."""
+        """Returns once the run's storage has every line, however long that takes. Raises
+        `LeaseLostError`."""
         self.abandon()  # the thread; this call copies what is left
         patiently(self.mirror, "ledger")
         if self._is_mirrored:
@@ -128,7 +134,8 @@ class LedgerWriter:
         return 0
 
     def _content(self) -> bytes:
-        return os.pread(self._file.fileno(), self._size, 0)  # a newer writer may have removed its name
+        # A newer writer may have removed its name
+        return os.pread(self._file.fileno(), self._size, 0)
 
     def _append(self, line: Line) -> None:
         with self._appending:
@@ -184,7 +191,8 @@ class Interruption:
     previous_world_size: int
     pause_s: float | None = None  # from the save to the start, where the run had been asked to stop
     lost_steps: int = 0  # completed steps that had to be taken again
-    seconds: float | None = None  # from the last step before to the first one after; None without one of them
+    # From the last step before to the first one after; None without one of them
+    seconds: float | None = None
 
     @property
     def is_resize(self) -> bool:
@@ -194,7 +202,11 @@ class Interruption:
     def label(self) -> str:
         if self.pause_s is not None:
             return "resume"
-        return f"resize {self.previous_world_size} → {self.world_size}" if self.is_resize else "restart"
+        return (
+            f"resize {self.previous_world_size} → {self.world_size}"
+            if self.is_resize
+            else "restart"
+        )
 
 
 @dataclass(frozen=True)
@@ -210,23 +222,34 @@ class Ledger:
 
     @classmethod
     def parse(cls, content: bytes, uri: str, *, num_before: int = 0) -> "Ledger":
-        """Returns the whole lines of what follows the first `num_before`. Raises `UserError` for a damaged one."""
+        """Returns the whole lines of what follows the first `num_before`. Raises `UserError` for a
+        damaged one."""
         lines = content.rpartition(b"\n")[0].splitlines()
-        return cls([parsed_line(line, uri, number) for number, line in enumerate(lines, start=num_before + 1)])
+        return cls(
+            [
+                parsed_line(line, uri, number)
+                for number, line in enumerate(lines, start=num_before + 1)
+            ]
+        )
 
     @property
     def steps(self) -> list[Line]:
-        """The line of each step that counts, in order. Steps that the guard skipped or rolled back have none."""
+        """The line of each step that counts, in order. Steps that the guard skipped or rolled back
+        have none."""
         by_step: dict[int, Line] = {}
         for line in self.lines:
             if "event" not in line:
                 by_step[line["step"]] = line
             elif line["event"] == "rollback":
-                by_step = {n: kept for n, kept in by_step.items() if not line["first"] <= n <= line["last"]}
+                by_step = {
+                    n: kept for n, kept in by_step.items() if not line["first"] <= n <= line["last"]
+                }
         return [by_step[step] for step in sorted(by_step)]
 
     def events(self, *names: str) -> list[Line]:
-        return [line for line in self.lines if "event" in line and (not names or line["event"] in names)]
+        return [
+            line for line in self.lines if "event" in line and (not names or line["event"] in names)
+        ]
 
     @property
     def rollbacks(self) -> tuple[tuple[int, int], ...]:
@@ -244,7 +267,9 @@ class Ledger:
 
         Nothing failed, so a pause is neither a recovery nor lost time.
         """
-        return {stop.attempt: stop.pause_s for stop in self.interruptions() if stop.pause_s is not None}
+        return {
+            stop.attempt: stop.pause_s for stop in self.interruptions() if stop.pause_s is not None
+        }
 
     @property
     def wall_s(self) -> float:
@@ -263,7 +288,11 @@ class Ledger:
             elif line.get("event") == "start":
                 if world_size:
                     pause_s = round(line["time"] - saved["time"], 3) if saved else None
-                    found.append(Interruption(line["attempt"], line["step"], line["world_size"], world_size, pause_s))
+                    found.append(
+                        Interruption(
+                            line["attempt"], line["step"], line["world_size"], world_size, pause_s
+                        )
+                    )
                 begun, saved, world_size = line, None, line["world_size"]
             elif "event" not in line:
                 if found and begun and last_step:
@@ -279,16 +308,20 @@ class Ledger:
 
 
 def parsed_line(line: bytes, uri: str, number: int) -> Line:
-    """Returns a line of the ledger at the URI. Raises `UserError`, which names its number, where it is damaged."""
+    """Returns a line of the ledger at the URI. Raises `UserError`, which names its number, where it
+    is damaged."""
     try:
         return {**json.loads(line)}
     except (ValueError, TypeError):
-        damage = f"expected an object of JSON, not {line[:40]!r}; restore the file, or remove that line"
+        damage = (
+            f"expected an object of JSON, not {line[:40]!r}; restore the file, or remove that line"
+        )
         raise UserError(f"{uri}, line {number} is damaged: {damage}") from None
 
 
 def is_stop(line: Line) -> bool:
-    """Reports whether the run was saved because somebody had asked it to stop, by Ctrl-C or `raymill stop`."""
+    """Reports whether the run was saved because somebody had asked it to stop, by Ctrl-C or
+    `raymill stop`."""
     return line.get("event") == "preempted" and line["notice"] == "stop"
 
 
@@ -305,7 +338,9 @@ class LedgerTail:
         if entry is None or entry.size <= self._size:
             return []
         content = self._run.read_bytes(LEDGER, start=self._size).rpartition(b"\n")[0] + b"\n"
-        new = Ledger.parse(content, f"{self._run.uri}/{LEDGER}", num_before=len(self.ledger.lines)).lines
+        new = Ledger.parse(
+            content, f"{self._run.uri}/{LEDGER}", num_before=len(self.ledger.lines)
+        ).lines
         self._size += len(content) if new else 0
         self.ledger.lines.extend(new)
         return new
@@ -317,13 +352,18 @@ def _version(run: Storage) -> str | None:
 
 
 def _spooled(run: Storage, *, generation: int) -> Path:
-    """Makes this node's copy of the ledger: the run's lines, and those that a killed writer did not copy there.
+    """Makes this node's copy of the ledger: the run's lines, and those that a killed writer did not
+    copy there.
 
     Each writer has its own file: a stale writer may still be appending to its own.
     """
     stored, spool = run.find_bytes(LEDGER) or b"", node_spool(run)
     left = {path: path.read_bytes() for path in spool.glob("ledger-*")}
-    begun = max([content for content in left.values() if content.startswith(stored)], key=len, default=stored)
+    begun = max(
+        [content for content in left.values() if content.startswith(stored)],
+        key=len,
+        default=stored,
+    )
     path = spool / f"ledger-{generation:04d}.jsonl"
     path.write_bytes(begun)
     for other in left.keys() - {path}:

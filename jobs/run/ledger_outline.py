@@ -1,7 +1,8 @@
-"""Takes from a run's ledger what a new attempt asks, fast and in little memory: it may have a line for a million steps.
+"""Takes from a run's ledger what a new attempt asks, fast and in little memory: it may have a line
+for a million steps.
 
-Events say how the run went. Of the steps between two of them the last line is enough, as steps follow one another until
-an event, a `start`, begins some of them again.
+Events say how the run went. Of the steps between two of them the last line is enough, as steps
+follow one another until an event, a `start`, begins some of them again.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,13 +13,16 @@ MEASUREMENTS = ("phases", "layers", "validation")
 """Events of which a run has thousands, and which decide nothing."""
 
 _KEY = b'"event"'  # of every event's line, and of no step's
-_SKIPPED = tuple(f'{{"event": "{name}"'.encode() for name in MEASUREMENTS)  # as `LedgerWriter` begins their lines
+# As `LedgerWriter` begins their lines
+_SKIPPED = tuple(f'{{"event": "{name}"'.encode() for name in MEASUREMENTS)
 
 
 class LedgerOutline:
-    """A ledger's events but its measurements, and the last line of each stretch of steps between two of them.
+    """A ledger's events but its measurements, and the last line of each stretch of steps between
+    two of them.
 
-    A damaged line is found where it is one of these, and else by whoever reads the whole ledger, as each launch does.
+    A damaged line is found where it is one of these, and else by whoever reads the whole ledger, as
+    each launch does.
     """
 
     def __init__(self, uri: str) -> None:
@@ -31,7 +35,8 @@ class LedgerOutline:
 
         Raises `UserError` for a damaged line.
         """
-        waiting: tuple[bytes, int] | None = None  # the last line of a stretch of steps so far, and its number
+        # The last line of a stretch of steps so far, and its number
+        waiting: tuple[bytes, int] | None = None
         for block in blocks:
             counted = 0  # bytes of the block whose lines are counted
             for start, line in _outlined(block):
@@ -58,7 +63,8 @@ class LedgerOutline:
 
 
 def last_step(outline: Ledger) -> int:
-    """Returns the last step that counts, 0 without one: where a rollback left it out, the one before its window."""
+    """Returns the last step that counts, 0 without one: where a rollback left it out, the one
+    before its window."""
     step = max((line["step"] for line in outline.lines if "event" not in line), default=0)
     for first, last in sorted(outline.rollbacks, reverse=True):
         if first <= step <= last:
@@ -67,7 +73,8 @@ def last_step(outline: Ledger) -> int:
 
 
 def _outlined(block: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yields each line to keep of a block, with the place where it begins; found without looking at the others."""
+    """Yields each line to keep of a block, with the place where it begins; found without looking at
+    the others."""
     start = 0
     while start < len(block):
         key = block.find(_KEY, start)

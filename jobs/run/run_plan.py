@@ -1,4 +1,5 @@
-"""The plan that the driver makes before a run trains, with the run's storage and the rows that it reads."""
+"""The plan that the driver makes before a run trains, with the run's storage and the rows that it
+reads."""
 
 from dataclasses import dataclass, field
 
@@ -11,16 +12,20 @@ from jobs.tokens.token_stream import TokenStream
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The driver's decisions before training: plain values, the same for every attempt and every worker."""
+    """The driver's decisions before training: plain values, the same for every attempt and every
+    worker."""
 
     config: RunConfig  # with the model's vocabulary and the run id filled in
     tokens_uri: str
     tokenizer_json: bytes
     code_version: str
-    launcher: int = 0  # the driver's number among the run's writers; writers of older drivers are refused
+    # The driver's number among the run's writers; writers of older drivers are refused
+    launcher: int = 0
     until: int | None = None  # a replay ends after this step
-    launch: str | None = None  # the name of the launch, by which its keepers are found; None without keepers
-    validation_uris: dict[str, str] = field(default_factory=dict)  # token store of each set in `data.validation`
+    # The name of the launch, by which its keepers are found; None without keepers
+    launch: str | None = None
+    # Token store of each set in `data.validation`
+    validation_uris: dict[str, str] = field(default_factory=dict)
     division: Division = BY_DOCUMENTS  # of the token store into what trains and what validates
 
     @property
@@ -47,7 +52,8 @@ def open_stream(plan: RunPlan, split: Split = "train") -> TokenStream:
 
 
 def open_held_out(plan: RunPlan) -> TokenStream | None:
-    """Returns the rows that the run holds out; None where the texts of `data.validation` are all that validates it."""
+    """Returns the rows that the run holds out; None where the texts of `data.validation` are all
+    that validates it."""
     return None if plan.division.held_out is HeldOut.NOTHING else open_stream(plan, "val")
 
 

@@ -1,9 +1,11 @@
-"""Checkpoints in a run's storage of which each worker stores a shard: its part of the weights and the training state.
+"""Checkpoints in a run's storage of which each worker stores a shard: its part of the weights and
+the training state.
 
     every worker   model-shard-00002-of-00004  train_state-shard-00002-of-00004  its report, report-shard-00002-of-00004
     rank 0, once all reports are there         config, tokenizer, raymill.json   the manifest
 
-A report has the size and the SHA-256 of the files before it, which the manifest then lists, or why there are none.
+A report has the size and the SHA-256 of the files before it, which the manifest then lists, or why
+there are none.
 """
 
 import hashlib
@@ -38,8 +40,8 @@ class ShardedCheckpoint:
         return layout.shard_of(whole, index, count=self._count)
 
     def store(self, index: int, spooled: Path, report: Mapping[str, Any]) -> None:
-        """Moves a worker's files from a folder of its own into the checkpoint, and adds their report. After an error
-        another call continues."""
+        """Moves a worker's files from a folder of its own into the checkpoint, and adds their
+        report. After an error another call continues."""
         local = self._folder.local_path("")
         for file in sorted(spooled.glob("*.safetensors")):
             if local is None:
@@ -69,28 +71,37 @@ class ShardedCheckpoint:
 
     def parameter_hash(self, shapes: Mapping[str, Sequence[int]]) -> str:
         files = [self.file(layout.WEIGHTS, index) for index in range(self._count)]
-        return StoredTensors(files, self._folder.read_bytes, source=self._folder.uri).parameter_hash(shapes)
+        return StoredTensors(
+            files, self._folder.read_bytes, source=self._folder.uri
+        ).parameter_hash(shapes)
 
     def complete(self, descriptions: Mapping[str, bytes], reports: Reports) -> None:
-        """Publishes the checkpoint, whose shards are stored. After an error another call continues. Raises
-        `LeaseLostError`."""
+        """Publishes the checkpoint, whose shards are stored. After an error another call continues.
+        Raises `LeaseLostError`."""
         files = {file: entry for report in reports for file, entry in report.items()}
         for file, content in descriptions.items():
             self._checkpoints.check_fence()
             self._folder.write_bytes(file, content)
             files[file] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        self._checkpoints.publish_manifest(self.name, manifest_of(files, version=layout.SHARDED_VERSION))
+        self._checkpoints.publish_manifest(
+            self.name, manifest_of(files, version=layout.SHARDED_VERSION)
+        )
         with suppress(StorageError):  # nobody reads them any more
             for index in range(self._count):
                 self._folder.delete(self.file(_REPORT, index))
 
 
 def stored_state(checkpoints: RunCheckpoints, name: str) -> StoredTensors:
-    """Returns the weights and the training state of a checkpoint, in shards or whole, where they are: nothing but what
-    is asked for is read. Raises `CheckpointError`."""
+    """Returns the weights and the training state of a checkpoint, in shards or whole, where they
+    are: nothing but what is asked for is read. Raises `CheckpointError`."""
     folder = checkpoints.folder(name)
     files = json.loads(folder.read_bytes(layout.MANIFEST))["files"]
-    wanted = [*layout.tensor_files(layout.WEIGHTS, files), *layout.tensor_files(layout.TRAIN_STATE, files)]
+    wanted = [
+        *layout.tensor_files(layout.WEIGHTS, files),
+        *layout.tensor_files(layout.TRAIN_STATE, files),
+    ]
     if missing := [file for file in wanted if file not in files]:
-        raise layout.CheckpointError(f"{folder.uri} has no {', '.join(missing)}: training can't continue from it")
+        raise layout.CheckpointError(
+            f"{folder.uri} has no {', '.join(missing)}: training can't continue from it"
+        )
     return StoredTensors(wanted, folder.read_bytes, source=folder.uri)

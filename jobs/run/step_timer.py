@@ -1,4 +1,5 @@
-"""Measures a training step by phase: every moment between two lines of the ledger belongs to one phase."""
+"""Measures a training step by phase: every moment between two lines of the ledger belongs to one
+phase."""
 
 import time
 from collections import deque
@@ -30,7 +31,8 @@ class HostClock:
 
 
 class CudaClock:
-    """Marks moments in the GPU's own queue without waiting: an unfinished phase counts in a later step."""
+    """Marks moments in the GPU's own queue without waiting: an unfinished phase counts in a later
+    step."""
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -42,9 +44,11 @@ class CudaClock:
 
 
 class StepTimer:
-    """Measures seconds by phase, from one `take` to the next. A phase inside another one interrupts it.
+    """Measures seconds by phase, from one `take` to the next. A phase inside another one interrupts
+    it.
 
-    The timer itself is the context of each phase, which takes half the time of one that a generator makes.
+    The timer itself is the context of each phase, which takes half the time of one that a generator
+    makes.
     """
 
     def __init__(self, clock: HostClock | CudaClock | None = None) -> None:
@@ -82,10 +86,13 @@ class StepTimer:
             sums[name] = sums.get(name, 0.0) + elapsed_s
             self._spans.popleft()
         num_lanes, self._num_lanes = self._num_lanes, 0
-        return StepTime(wall_s, {name: sums[name] for name in (*PHASES, REST) if name in sums}, num_lanes)
+        return StepTime(
+            wall_s, {name: sums[name] for name in (*PHASES, REST) if name in sums}, num_lanes
+        )
 
     def _now_s(self) -> float:
-        """Returns the moment just marked if it is on the host's clock, so that the phases sum to the whole."""
+        """Returns the moment just marked if it is on the host's clock, so that the phases sum to
+        the whole."""
         return self._mark if isinstance(self._clock, HostClock) else time.perf_counter()
 
     def _switch(self) -> None:

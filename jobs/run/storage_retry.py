@@ -1,4 +1,5 @@
-"""Retries storage that is out of reach for as long as it takes, and reports when it goes down and when it is back.
+"""Retries storage that is out of reach for as long as it takes, and reports when it goes down and
+when it is back.
 
 Data on its way to the storage is kept in the node's spool.
 """
@@ -25,8 +26,11 @@ Result = TypeVar("Result")
 class Outage:
     """The outages that one writer meets."""
 
-    def __init__(self, what: str, report: Callable[..., None], *, effect: str = "training continues") -> None:
-        """`report` gets the events: ("storage_down", what=…, reason=…) and ("storage_back", what=…, tries=…)."""
+    def __init__(
+        self, what: str, report: Callable[..., None], *, effect: str = "training continues"
+    ) -> None:
+        """`report` gets the events: ("storage_down", what=…, reason=…) and ("storage_back", what=…,
+        tries=…)."""
         self._what, self._report, self._effect = what, report, effect
         self._tries = 0
 
@@ -36,7 +40,11 @@ class Outage:
         if self._tries == 1:
             _log.warning("%s: the storage is down, %s: %s", self._what, self._effect, error)
             self._report("storage_down", what=self._what, reason=str(error))
-        return min(_FIRST_WAIT_S * 2 ** (self._tries - 1), _LONGEST_WAIT_S) if self._tries < 20 else _LONGEST_WAIT_S
+        return (
+            min(_FIRST_WAIT_S * 2 ** (self._tries - 1), _LONGEST_WAIT_S)
+            if self._tries < 20
+            else _LONGEST_WAIT_S
+        )
 
     def over(self) -> None:
         """Records that the storage answered."""
@@ -47,7 +55,8 @@ class Outage:
 
 
 def patiently(call: Callable[[], Result], what: str) -> Result:
-    """Retries the call while the storage is down; raises at once for a missing file or a lost lease."""
+    """Retries the call while the storage is down; raises at once for a missing file or a lost
+    lease."""
     outage = Outage(what, lambda name, **fields: None, effect="waiting for it")
     while True:
         try:
@@ -62,7 +71,8 @@ def patiently(call: Callable[[], Result], what: str) -> Result:
 
 
 def node_spool(run: Storage) -> Path:
-    """Returns this node's and user's private folder for the run, the same in each process. Made if missing."""
+    """Returns this node's and user's private folder for the run, the same in each process. Made if
+    missing."""
     folder = Path(tempfile.gettempdir()) / f"raymill-spool-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():

@@ -1,7 +1,9 @@
-"""Decides which attempt may write for a run: each takes the next number, and one that finds a newer number stops.
+"""Decides which attempt may write for a run: each takes the next number, and one that finds a newer
+number stops.
 
-Nothing waits: a rank that hangs, or that is cut off from the others but not from the storage, is overtaken at once, and
-finds that out by the check before it publishes. Attempts belong to a launcher; those of an older one are refused.
+Nothing waits: a rank that hangs, or that is cut off from the others but not from the storage, is
+overtaken at once, and finds that out by the check before it publishes. Attempts belong to a
+launcher; those of an older one are refused.
 """
 
 import json
@@ -20,7 +22,8 @@ class Fence:
     """The right to write for a run, until another writer takes the next number."""
 
     def __init__(self, run: Storage, *, launcher: int | None) -> None:
-        """Takes the next number for an attempt of `launcher`, or for a new launcher if that is None.
+        """Takes the next number for an attempt of `launcher`, or for a new launcher if that is
+        None.
 
         Raises `LeaseLostError` when a newer launcher writes this run, `StorageError` in an outage.
         """
@@ -43,7 +46,9 @@ class Fence:
             }
             try:
                 data = json.dumps(content).encode()
-                self._version = run.write_bytes(WRITER, data, if_absent=version is None, if_version=version)
+                self._version = run.write_bytes(
+                    WRITER, data, if_absent=version is None, if_version=version
+                )
                 break
             except (AlreadyExistsError, ConflictError):
                 continue  # another writer was faster, or the answer to our own write was lost
@@ -67,4 +72,6 @@ class Fence:
         try:
             return dict(json.loads(content)), version
         except ValueError as error:
-            raise StorageError(f"{self._uri} is damaged; once no process writes the run, delete it") from error
+            raise StorageError(
+                f"{self._uri} is damaged; once no process writes the run, delete it"
+            ) from error

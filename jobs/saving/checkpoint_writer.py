@@ -60,9 +60,13 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
                 self._free.append(self._pending.flat)
                 self._pending = None
             # Writing to used memory is twice as fast as to fresh pages.
-            flat = self._free.pop() if self._free else torch.empty(len(state.parts), state.layout.size)
+            flat = (
+                self._free.pop() if self._free else torch.empty(len(state.parts), state.layout.size)
+            )
         buffers = dict(zip(state.parts, flat, strict=True))
-        copy = state.copies.start("checkpoint", [*state.parts.values()], partial(fill, flat.flatten()))
+        copy = state.copies.start(
+            "checkpoint", [*state.parts.values()], partial(fill, flat.flatten())
+        )
         write = partial(
             write_checkpoint,
             config=state.model.config,
@@ -77,14 +81,18 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
         return True
 
     def _store(self) -> None:
-        """Spools the pending copy and publishes the newest in the spool. Raises `StorageError` or `OSError`."""
+        """Spools the pending copy and publishes the newest in the spool. Raises `StorageError` or
+        `OSError`."""
         with self._changed:
             copy, self._pending = self._pending, None
         refusal: Exception | None = None
         if copy is not None:
             try:
                 self._spool(copy)
-            except (StorageError, OSError) as error:  # the disk may be full of a checkpoint that can be published now
+            except (
+                StorageError,
+                OSError,
+            ) as error:  # the disk may be full of a checkpoint that can be published now
                 refusal = error
             with self._changed:
                 if refusal is not None and self._pending is None:
@@ -98,7 +106,9 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
 
     def _spool(self, copy: Copy) -> None:
         earlier, metadata = self._begun, copy.metadata
-        folder = self._publisher.checkpoints.spool / checkpoint_name(metadata.step, metadata.generation)
+        folder = self._publisher.checkpoints.spool / checkpoint_name(
+            metadata.step, metadata.generation
+        )
         copy.from_device.future.result()
         try:
             metadata = copy.write(folder)
@@ -114,4 +124,6 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
         self._begun = None
         if is_published:
             exposed_s = copied.from_device.exposed_s
-            self._publisher.record(copied.metadata, taken_at_s=copied.taken_at_s, exposed_s=exposed_s)
+            self._publisher.record(
+                copied.metadata, taken_at_s=copied.taken_at_s, exposed_s=exposed_s
+            )

@@ -1,4 +1,5 @@
-"""Publishes stored checkpoints, records them in the ledger, and deletes those that they supersede."""
+"""Publishes stored checkpoints, records them in the ledger, and deletes those that they
+supersede."""
 
 import shutil
 import time
@@ -30,7 +31,8 @@ class Publisher:
         pinned: Callable[[], Collection[str]],
         val_losses: dict[str, float],
     ) -> None:
-        """`pinned` returns the published checkpoints' names; `val_losses` are those of earlier attempts, by name."""
+        """`pinned` returns the published checkpoints' names; `val_losses` are those of earlier
+        attempts, by name."""
         self.checkpoints, self.ledger = checkpoints, ledger
         self.verified: set[str] = set()
         """Names of checkpoints that were read or written whole."""
@@ -41,8 +43,8 @@ class Publisher:
         self.ledger.event("checkpoint_refused", step=step, reason=reason)
 
     def publish(self, folder: Path, metadata: Metadata) -> bool:
-        """Publishes a whole checkpoint from the spool. Returns whether it was sound: a damaged one is refused. Raises
-        `StorageError`."""
+        """Publishes a whole checkpoint from the spool. Returns whether it was sound: a damaged one
+        is refused. Raises `StorageError`."""
         if problems := verify_checkpoint(folder):
             self.checkpoints.check_fence()  # a newer writer clears the spool
             self.refuse(metadata.step, "; ".join(problems))
@@ -61,19 +63,22 @@ class Publisher:
         config: GPTConfig,
         tokenizer: Tokenizer,
     ) -> Metadata | None:
-        """Publishes a checkpoint whose shards are all stored. Returns its metadata with the weights' hash, and None
-        where a rank refused its shard. Raises `StorageError`."""
+        """Publishes a checkpoint whose shards are all stored. Returns its metadata with the
+        weights' hash, and None where a rank refused its shard. Raises `StorageError`."""
         refusals = [report["refused"] for report in reports if "refused" in report]
         if refusals:
             self.refuse(metadata.step, refusals[0])
             return None
-        metadata = replace(metadata, parameter_hash=checkpoint.parameter_hash(parameter_shapes(config)))
+        metadata = replace(
+            metadata, parameter_hash=checkpoint.parameter_hash(parameter_shapes(config))
+        )
         self.ledger.mirror()
         checkpoint.complete(descriptions(config, tokenizer, metadata), reports)
         return metadata
 
     def record(self, metadata: Metadata, *, taken_at_s: float, exposed_s: float) -> None:
-        """Records a published checkpoint, and deletes those that it supersedes. Times are on the monotonic clock."""
+        """Records a published checkpoint, and deletes those that it supersedes. Times are on the
+        monotonic clock."""
         name = checkpoint_name(metadata.step, metadata.generation)
         if metadata.val_loss is not None:
             self._val_losses[name] = metadata.val_loss

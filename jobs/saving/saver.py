@@ -1,4 +1,5 @@
-"""What an attempt saves with: one saver of the whole state, one of its shards, and one for ranks that store nothing."""
+"""What an attempt saves with: one saver of the whole state, one of its shards, and one for ranks
+that store nothing."""
 
 from typing import Protocol
 
@@ -7,13 +8,15 @@ from model.files.checkpoint_folder import Metadata
 
 
 class Saver(Protocol):
-    """Stores checkpoints of one attempt while its training continues. All ranks call each method together."""
+    """Stores checkpoints of one attempt while its training continues. All ranks call each method
+    together."""
 
     def save(self, metadata: Metadata, state: TrainState, *, must: bool) -> bool:
-        """Copies the state, and has the copy stored. Returns whether it does: an earlier one may still be on its way,
-        for which it waits with `must`.
+        """Copies the state, and has the copy stored. Returns whether it does: an earlier one may
+        still be on its way, for which it waits with `must`.
 
-        The ledger must hold the step already, as no checkpoint may be ahead of the ledger. Raises `LeaseLostError`.
+        The ledger must hold the step already, as no checkpoint may be ahead of the ledger. Raises
+        `LeaseLostError`.
         """
 
     def finish(self) -> None:

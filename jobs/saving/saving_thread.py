@@ -1,7 +1,8 @@
-"""A thread that stores copies of the training state while training continues, and tries again while storage is down.
+"""A thread that stores copies of the training state while training continues, and tries again while
+storage is down.
 
-One copy is being stored and at most one waits. Whatever storage does, training neither ends nor waits, except for its
-last checkpoint.
+One copy is being stored and at most one waits. Whatever storage does, training neither ends nor
+waits, except for its last checkpoint.
 """
 
 import threading
@@ -17,7 +18,8 @@ BegunT = TypeVar("BegunT")
 
 
 class SavingThread(ABC, Generic[CopyT, BegunT]):
-    """The thread, which `finish` ends. `_changed` guards what it shares with the training thread."""
+    """The thread, which `finish` ends. `_changed` guards what it shares with the training
+    thread."""
 
     def __init__(self, name: str, outage: Outage) -> None:
         self._outage = outage
@@ -31,7 +33,8 @@ class SavingThread(ABC, Generic[CopyT, BegunT]):
 
     @abstractmethod
     def _store(self) -> None:
-        """Stores what has begun or is pending. Raises `StorageError` or `OSError`: it is called again."""
+        """Stores what has begun or is pending. Raises `StorageError` or `OSError`: it is called
+        again."""
 
     def finish(self) -> None:
         """Returns once the last copy is stored. Raises `LeaseLostError`."""
@@ -71,5 +74,7 @@ class SavingThread(ABC, Generic[CopyT, BegunT]):
     def _has_work(self) -> bool:
         """Waits for work; returns False once there will be none."""
         with self._changed:
-            self._changed.wait_for(lambda: self._pending or self._begun or self._is_finishing or self._is_abandoned)
+            self._changed.wait_for(
+                lambda: self._pending or self._begun or self._is_finishing or self._is_abandoned
+            )
             return bool(self._pending or self._begun) and not self._is_abandoned

@@ -1,10 +1,12 @@
-"""Stores each worker's shard of the checkpoints while training continues, where the state is sharded.
+"""Stores each worker's shard of the checkpoints while training continues, where the state is
+sharded.
 
-Every worker that owns parts of the first copy of the state copies these parts of the weights and of the update rule's
-vectors, also where it has the weights whole, and its own thread stores them: no worker copies more of the state than it
-updates. Rank 0's thread then waits for the others and publishes the checkpoint. All must store the same steps, so they
-agree on each save: a copy that waits on all of them makes room for a newer one; while it waits on some and others are
-at work on it already, there is no newer one.
+Every worker that owns parts of the first copy of the state copies these parts of the weights and of
+the update rule's vectors, also where it has the weights whole, and its own thread stores them: no
+worker copies more of the state than it updates. Rank 0's thread then waits for the others and
+publishes the checkpoint. All must store the same steps, so they agree on each save: a copy that
+waits on all of them makes room for a newer one; while it waits on some and others are at work on it
+already, there is no newer one.
 """
 
 import shutil
@@ -43,7 +45,8 @@ class Shard:
     metadata: Metadata
     checkpoint: ShardedCheckpoint
     flat: Tensor  # (V, P / g): the weights and the update rule's vectors
-    tensors: Mapping[str, Mapping[str, Tensor]]  # views of it, by the file that would hold them whole
+    # Views of it, by the file that would hold them whole
+    tensors: Mapping[str, Mapping[str, Tensor]]
     taken_at_s: float  # on the monotonic clock
     from_device: HostCopy
     report: dict[str, object] | None = None  # of its files, once they are in the spool
@@ -54,7 +57,8 @@ class Shard:
 class ShardWriter(SavingThread[Shard, Shard]):
     """The `Saver` of a sharded state: stores one worker's shards, in a thread which `finish` ends.
 
-    It holds copies alone: a thread that still stores one of a lost attempt keeps none of that attempt's state.
+    It holds copies alone: a thread that still stores one of a lost attempt keeps none of that
+    attempt's state.
     """
 
     def __init__(
@@ -71,14 +75,15 @@ class ShardWriter(SavingThread[Shard, Shard]):
         self._checkpoints, self._sharding, self._group = checkpoints, sharding, group
         self._publisher, self._config, self._tokenizer = publisher, config, tokenizer
         self._free: list[Tensor] = []
-        for left in checkpoints.spool.glob(".step-*"):  # by an earlier attempt; no worker of this one has saved yet
+        # By an earlier attempt; no worker of this one has saved yet
+        for left in checkpoints.spool.glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)
         tell = publisher.ledger.event if publisher else lambda name, **fields: None
         super().__init__("shards", Outage("checkpoints", tell))
 
     def save(self, metadata: Metadata, state: TrainState, *, must: bool) -> bool:
-        """Begins a copy of this worker's shard of a checkpoint. None is saved while an earlier one is on its way, but
-        with `must`, which waits for that."""
+        """Begins a copy of this worker's shard of a checkpoint. None is saved while an earlier one
+        is on its way, but with `must`, which waits for that."""
         self._raise_failure()
         while not self._makes_room():
             if not must:
@@ -89,7 +94,9 @@ class ShardWriter(SavingThread[Shard, Shard]):
             name = checkpoint_name(metadata.step, metadata.generation)
             start_s = time.monotonic()
             shares = state.share(self._sharding.place, world_size=self._sharding.num_holders)
-            flat = self._free.pop() if self._free else torch.empty(len(shares), state.owned.num_values)
+            flat = (
+                self._free.pop() if self._free else torch.empty(len(shares), state.owned.num_values)
+            )
             weights, train_state = own_stretches(state, dict(zip(shares, flat, strict=True)))
             tensors = list(chain.from_iterable(shares.values()))
             from_device = state.copies.start("checkpoint", tensors, partial(fill, flat.flatten()))
@@ -101,7 +108,8 @@ class ShardWriter(SavingThread[Shard, Shard]):
         return True
 
     def finish(self) -> None:
-        """Returns once all ranks' shards are stored, and on rank 0 published; they call together."""
+        """Returns once all ranks' shards are stored, and on rank 0 published; they call
+        together."""
         while any(self._group.gather(self._is_busy())):  # which finds a lost rank as well
             time.sleep(_POLL_S)
         self._raise_failure()
@@ -149,11 +157,17 @@ class ShardWriter(SavingThread[Shard, Shard]):
 
     def _publish(self, publisher: Publisher, shard: Shard, reports: Reports) -> None:
         metadata = publisher.complete(
-            shard.checkpoint, reports, shard.metadata, config=self._config, tokenizer=self._tokenizer
+            shard.checkpoint,
+            reports,
+            shard.metadata,
+            config=self._config,
+            tokenizer=self._tokenizer,
         )
         shard.is_over = True
         if metadata is not None:
-            publisher.record(metadata, taken_at_s=shard.taken_at_s, exposed_s=shard.from_device.exposed_s)
+            publisher.record(
+                metadata, taken_at_s=shard.taken_at_s, exposed_s=shard.from_device.exposed_s
+            )
 
     def _store_own(self, shard: Shard) -> None:
         index = self._sharding.place
@@ -163,8 +177,14 @@ class ShardWriter(SavingThread[Shard, Shard]):
             spool.mkdir(parents=True, exist_ok=True)
             try:
                 check_finite(*shard.tensors.values(), step=shard.metadata.step)
-                named = {shard.checkpoint.file(name, index): tensors for name, tensors in shard.tensors.items()}
-                shard.report = {file: write_file(spool / file, safetensors_pieces(of)) for file, of in named.items()}
+                named = {
+                    shard.checkpoint.file(name, index): tensors
+                    for name, tensors in shard.tensors.items()
+                }
+                shard.report = {
+                    file: write_file(spool / file, safetensors_pieces(of))
+                    for file, of in named.items()
+                }
             except NotFiniteError as error:
                 shard.report = {"refused": str(error)}
             except OSError:

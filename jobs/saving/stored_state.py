@@ -1,4 +1,5 @@
-"""The training state as checkpoints hold it: tensors by name, whole or in the stretches that a worker has."""
+"""The training state as checkpoints hold it: tensors by name, whole or in the stretches that a
+worker has."""
 
 import hashlib
 from bisect import bisect_right
@@ -36,24 +37,31 @@ def vectors_by_name(state: TrainState, flat: Mapping[str, Tensor]) -> dict[str, 
     return tensors
 
 
-def own_stretches(state: TrainState, flat: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns the tensors of this worker's shard, weights and training state, from copies of the values and the
-    update rule's vectors in its own parts."""
+def own_stretches(
+    state: TrainState, flat: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns the tensors of this worker's shard, weights and training state, from copies of the
+    values and the update rule's vectors in its own parts."""
     weights: dict[str, Tensor] = {}
-    train_state = {} if state.sharding.place else {"step": torch.tensor(state.num_updates, dtype=torch.int64)}
+    train_state = (
+        {} if state.sharding.place else {"step": torch.tensor(state.num_updates, dtype=torch.int64)}
+    )
     for name, in_parameter, packed in state.layout.pieces(state.owned):
         for part in state.parts:
             tensors = weights if part == "values" else train_state
-            tensors[stretch_name(stored_name(part, name), in_parameter.start)] = packed.of(flat[part])
+            tensors[stretch_name(stored_name(part, name), in_parameter.start)] = packed.of(
+                flat[part]
+            )
     return weights, train_state
 
 
 def hash_of_weights(state: TrainState, group: WorkerGroup, *, step: int) -> str:
-    """Returns the parameter hash on rank 0. Where the weights are sharded, all ranks call together, and rank 0 gets a
-    stretch of a bucket at a time."""
+    """Returns the parameter hash on rank 0. Where the weights are sharded, all ranks call together,
+    and rank 0 gets a stretch of a bucket at a time."""
     if state.gathered is None:
         return parameter_hash(state.by_parameter(state.values))
-    buckets = PackedSpans(state.layout.buckets)  # which have all values, so that these lie where they lie packed
+    # Which have all values, so that these lie where they lie packed
+    buckets = PackedSpans(state.layout.buckets)
     starts = [bucket.start for bucket in buckets.spans]
     spans: dict[str, list[Span]] = {}
     for name, _, span in state.layout.pieces(buckets):

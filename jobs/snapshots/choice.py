@@ -1,4 +1,5 @@
-"""Chooses the snapshot that a new attempt continues from, and the snapshots that need a second node: pure decisions."""
+"""Chooses the snapshot that a new attempt continues from, and the snapshots that need a second
+node: pure decisions."""
 
 import math
 import sys
@@ -8,7 +9,8 @@ from dataclasses import dataclass
 from jobs.snapshots.slots import NUM_SLOTS, Header
 
 MAX_SHARE = 0.01  # of a step's time that snapshots may cost
-COPIES = "copy-"  # begins the name of an area with copies of a share, before the name of the share's own
+# Begins the name of an area with copies of a share, before the name of the share's own
+COPIES = "copy-"
 ONLY = "only-"  # begins that of a share of a state of which a node has a part alone
 
 
@@ -35,12 +37,16 @@ class Snapshot:
 
 
 def choose(
-    holdings: Iterable[Holding], *, explained_step: int, at_least: int, is_left_out: Callable[[int], bool]
+    holdings: Iterable[Holding],
+    *,
+    explained_step: int,
+    at_least: int,
+    is_left_out: Callable[[int], bool],
 ) -> Snapshot | None:
     """Returns the newest complete state, or None when the checkpoint of step `at_least` is newer.
 
-    `explained_step` is the ledger's last step, which a state must not be ahead of. `is_left_out` reports the steps
-    whose updates a rollback took back.
+    `explained_step` is the ledger's last step, which a state must not be ahead of. `is_left_out`
+    reports the steps whose updates a rollback took back.
     """
     states: dict[tuple[int, int, int], dict[int, list[Holding]]] = {}
     for held in holdings:
@@ -57,19 +63,24 @@ def choose(
 
 
 def reader_of(holders: Container[str], node_of_rank: Sequence[str]) -> int | None:
-    """Returns the rank that reads a share for all: the first whose node is a holder, or else rank 0, from another node.
-    None where every rank's own node is one."""
+    """Returns the rank that reads a share for all: the first whose node is a holder, or else rank
+    0, from another node. None where every rank's own node is one."""
     local = [rank for rank, node in enumerate(node_of_rank) if node in holders]
     return None if len(local) == len(node_of_rank) else min(local, default=0)
 
 
 def copies(holdings: Iterable[Holding], nodes: Sequence[str]) -> list[tuple[Holding, str]]:
-    """Returns what to copy to which node, so that each share of the newest complete state of the newest attempt is also
-    on the node with the fewest; nothing where two nodes write each share. One share alone would be of no use: the nodes
-    that write the others are steps ahead when its node is lost."""
+    """Returns what to copy to which node, so that each share of the newest complete state of the
+    newest attempt is also on the node with the fewest; nothing where two nodes write each share.
+    One share alone would be of no use: the nodes that write the others are steps ahead when its
+    node is lost."""
     holdings = list(holdings)
     attempt = max((held.header.attempt for held in holdings), default=0)
-    written = [held for held in holdings if held.header.attempt == attempt and not held.area.startswith(COPIES)]
+    written = [
+        held
+        for held in holdings
+        if held.header.attempt == attempt and not held.area.startswith(COPIES)
+    ]
     newest = choose(written, explained_step=sys.maxsize, at_least=0, is_left_out=lambda step: False)
     if newest is None or len(nodes) < 2:
         return []
@@ -91,8 +102,8 @@ def copies(holdings: Iterable[Holding], nodes: Sequence[str]) -> list[tuple[Hold
 
 
 def sharded_area(rank: int, group_size: int, node_of_rank: Sequence[str]) -> str:
-    """Returns the name of the area for a rank's share of a state that each group of `group_size` ranks has in shards;
-    a node may have several groups."""
+    """Returns the name of the area for a rank's share of a state that each group of `group_size`
+    ranks has in shards; a node may have several groups."""
     group, member = divmod(rank, group_size)
     num_nodes = [len({*node_of_rank[place::group_size]}) for place in range(group_size)]
     is_only = min(num_nodes) == 1 < len({*node_of_rank})
@@ -100,8 +111,9 @@ def sharded_area(rank: int, group_size: int, node_of_rank: Sequence[str]) -> str
 
 
 def num_slots(area: str) -> int:
-    """Returns the number of an area's slots. Where each node has a part of the state alone, the loss of one leaves a
-    whole state only of a step that all others keep too: the latest that was copied, in a third slot."""
+    """Returns the number of an area's slots. Where each node has a part of the state alone, the
+    loss of one leaves a whole state only of a step that all others keep too: the latest that was
+    copied, in a third slot."""
     return NUM_SLOTS + area.startswith(ONLY)
 
 

@@ -1,7 +1,9 @@
-"""One keeper per node: a process that outlives the worker groups and owns the memory that snapshots lie in.
+"""One keeper per node: a process that outlives the worker groups and owns the memory that snapshots
+lie in.
 
-The memory has no name in any file system: workers reach it through the keeper's /proc entry, other nodes through its
-methods, and it is gone with the keeper, which ends with the launcher. So nothing is ever left behind.
+The memory has no name in any file system: workers reach it through the keeper's /proc entry, other
+nodes through its methods, and it is gone with the keeper, which ends with the launcher. So nothing
+is ever left behind.
 """
 
 import math
@@ -53,11 +55,12 @@ class Keeper:
         self._changing = threading.Lock()  # `copy` opens areas in its own thread
 
     def open(self, area: str, num_bytes: int, attempt: int) -> str | NoRoom:
-        """Returns the path of an area for an attempt's shares of so many bytes; one of this size is left as it is.
+        """Returns the path of an area for an attempt's shares of so many bytes; one of this size is
+        left as it is.
 
-        Where there is no room, areas of older attempts are freed, the oldest first, as many as it takes; none where all
-        of them would not make room. So what the attempt continues from goes last, when the next state is about to be
-        written in its place.
+        Where there is no room, areas of older attempts are freed, the oldest first, as many as it
+        takes; none where all of them would not make room. So what the attempt continues from goes
+        last, when the next state is about to be written in its place.
         """
         needed = Slots.bytes_needed(num_bytes, num_slots(area))
         with self._changing:
@@ -119,12 +122,16 @@ class Keeper:
         return holdings
 
     def is_whole(self, held: Holding) -> bool:
-        """Reports whether the slot was not written again since and its data match its checksum; reads all of them."""
+        """Reports whether the slot was not written again since and its data match its checksum;
+        reads all of them."""
         slots = self._areas.get(held.area)
-        return slots is not None and slots.holds(held.header, held.slot) and slots.is_whole(held.slot)
+        return (
+            slots is not None and slots.holds(held.header, held.slot) and slots.is_whole(held.slot)
+        )
 
     def pin(self, held: Holding, seconds: float) -> bool:
-        """Keeps a slot from being written for so long. Returns False if it was written again before."""
+        """Keeps a slot from being written for so long. Returns False if it was written again
+        before."""
         slots = self._areas.get(held.area)
         if slots is None:
             return False
@@ -141,12 +148,17 @@ class Keeper:
 
     @ray.method(concurrency_group="copy")
     def copy(self, held: Holding, other: Any) -> bool:
-        """Copies a slot of another node's keeper. Returns False where that is gone or there is no room here."""
+        """Copies a slot of another node's keeper. Returns False where that is gone or there is no
+        room here."""
         area, num_bytes = COPIES + held.area, held.header.num_bytes
         if isinstance(self.open(area, num_bytes, held.header.attempt), NoRoom):
             return False
-        spans = [range(start, min(start + CHUNK_BYTES, num_bytes)) for start in range(0, num_bytes, CHUNK_BYTES)]
-        with suppress(RayError, LostError):  # the other keeper ended, most likely with its node; the older copy is left
+        spans = [
+            range(start, min(start + CHUNK_BYTES, num_bytes))
+            for start in range(0, num_bytes, CHUNK_BYTES)
+        ]
+        # The other keeper ended, most likely with its node; the older copy is left
+        with suppress(RayError, LostError):
             slots = self._areas.get(area)
             if slots is not None:
                 slots.write(held.header, fetch(held, other, spans))
@@ -155,7 +167,8 @@ class Keeper:
 
 
 AS_ACTOR: dict[str, Any] = {"num_cpus": 0, "concurrency_groups": {"copy": 1}}
-"""How Ray runs a `Keeper`: with a thread of its own for copying, as two keepers may copy from each other."""
+"""How Ray runs a `Keeper`: with a thread of its own for copying, as two keepers may copy from each
+other."""
 
 
 class LostError(RuntimeError):
@@ -163,8 +176,8 @@ class LostError(RuntimeError):
 
 
 def fetch(held: Holding, keeper: Any, spans: Sequence[range]) -> Iterator[Bytes]:
-    """Yields a slot of another node's keeper in these pieces, each asked for while the one before is used. Raises
-    `LostError`, at the end where the data do not match their checksum."""
+    """Yields a slot of another node's keeper in these pieces, each asked for while the one before
+    is used. Raises `LostError`, at the end where the data do not match their checksum."""
     checksum = Checksum()
     waiting = deque([keeper.chunk.remote(held, span.start, span.stop) for span in spans[:1]])
     for number in range(len(spans)):
@@ -177,7 +190,9 @@ def fetch(held: Holding, keeper: Any, spans: Sequence[range]) -> Iterator[Bytes]
         checksum.add(data)
         yield data
     if checksum.value != held.header.checksum:
-        raise LostError(f"the snapshot of step {held.header.step} on node {held.node} was lost on its way")
+        raise LostError(
+            f"the snapshot of step {held.header.step} on node {held.node} was lost on its way"
+        )
 
 
 def find_keepers(launch: str) -> dict[str, Any]:
@@ -209,13 +224,15 @@ def ask(references: Mapping[Key, Any], *, timeout_s: float = ANSWER_S) -> dict[K
 def ask_patiently(
     references: Mapping[Key, Any], nodes: Mapping[Key, str], *, timeout_s: float = ANSWER_S
 ) -> dict[Key, Any]:
-    """Returns the answers of the keepers that are alive. Those on living nodes have longer: where other processes want
-    the processors, what would be missing is the newest state."""
+    """Returns the answers of the keepers that are alive. Those on living nodes have longer: where
+    other processes want the processors, what would be missing is the newest state."""
     answers = ask(references, timeout_s=timeout_s)
     late = references.keys() - answers.keys()
     if late:
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        answers |= ask({key: references[key] for key in late if nodes[key] in alive}, timeout_s=_PATIENCE_S)
+        answers |= ask(
+            {key: references[key] for key in late if nodes[key] in alive}, timeout_s=_PATIENCE_S
+        )
     return answers
 
 
@@ -224,16 +241,25 @@ def _all_agree(references: Mapping[Key, Any], *, timeout_s: float = ANSWER_S) ->
 
 
 def copy_to_second_nodes(
-    keepers: Mapping[str, Any], holdings: Sequence[Holding], nodes: Sequence[str], kept: Collection[Holding]
+    keepers: Mapping[str, Any],
+    holdings: Sequence[Holding],
+    nodes: Sequence[str],
+    kept: Collection[Holding],
 ) -> Collection[Holding]:
-    """Copies the shares of one step, all nodes at once, and returns those that stay as they are until the next are
-    copied: `kept` where one could not be, as it had been written again, or a node was lost."""
+    """Copies the shares of one step, all nodes at once, and returns those that stay as they are
+    until the next are copied: `kept` where one could not be, as it had been written again, or a
+    node was lost."""
     wanted = copies(holdings, nodes)
     shares = [held for held, _ in wanted]
-    pins = {number: keepers[held.node].pin.remote(held, math.inf) for number, held in enumerate(shares)}
+    pins = {
+        number: keepers[held.node].pin.remote(held, math.inf) for number, held in enumerate(shares)
+    }
     are_copied = bool(wanted) and _all_agree(pins)
     if are_copied:
-        made = {n: keepers[target].copy.remote(held, keepers[held.node]) for n, (held, target) in enumerate(wanted)}
+        made = {
+            n: keepers[target].copy.remote(held, keepers[held.node])
+            for n, (held, target) in enumerate(wanted)
+        }
         num_bytes = sum(held.header.num_bytes for held in shares) // max(1, len(nodes))
         are_copied = _all_agree(made, timeout_s=_COPY_S + read_s(num_bytes))
     stay = [held for held in shares if held.area.startswith(ONLY)] if are_copied else kept
@@ -244,14 +270,16 @@ def copy_to_second_nodes(
 
 
 class Keepers:
-    """Keeps, while the context lasts, a keeper on every node that can hold a worker, and each snapshot on two nodes."""
+    """Keeps, while the context lasts, a keeper on every node that can hold a worker, and each
+    snapshot on two nodes."""
 
     def __init__(self, plan: RunPlan) -> None:
         self._plan = plan
         self._keepers: dict[str, Any] = {}
         self._kept: Collection[Holding] = ()
         self._newest_step = -1
-        self.snapshot_time_s: float | None = None  # Unix time at which the newest snapshot was first seen
+        # Unix time at which the newest snapshot was first seen
+        self.snapshot_time_s: float | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="keepers", daemon=True)
 
@@ -272,14 +300,18 @@ class Keepers:
             self._start_missing()
             if time.monotonic() < copied_until:
                 continue
-            answers = ask({node: keeper.holdings.remote() for node, keeper in self._keepers.items()})
+            answers = ask(
+                {node: keeper.holdings.remote() for node, keeper in self._keepers.items()}
+            )
             holdings = list(chain.from_iterable(answers.values()))
             newest = max((held.header.step for held in holdings), default=-1)
             if newest != self._newest_step:
                 self._newest_step, self.snapshot_time_s = newest, time.time()
             start = time.monotonic()
             self._kept = copy_to_second_nodes(self._keepers, holdings, list(answers), self._kept)
-            num_bytes = sum(held.header.num_bytes for held in holdings if held.header.step == newest)
+            num_bytes = sum(
+                held.header.num_bytes for held in holdings if held.header.step == newest
+            )
             # Small states are no work: what takes long is waiting for answers.
             took_s = min(time.monotonic() - start, num_bytes / READ_BYTES_PER_S)
             copied_until = time.monotonic() + took_s / _COPY_SHARE
@@ -289,7 +321,9 @@ class Keepers:
         capable = [node for node in resources if resources[node].get("CPU")]
         if set(capable) != set(self._keepers):
             renew_view()
-        self._keepers = {node: self._keepers.get(node) or self._start(node, resources[node]) for node in capable}
+        self._keepers = {
+            node: self._keepers.get(node) or self._start(node, resources[node]) for node in capable
+        }
 
     def _start(self, node: str, resources: Mapping[str, float]) -> Any:
         place = NodeAffinitySchedulingStrategy(node, soft=False)

@@ -1,11 +1,11 @@
-"""Stores a share of the training state in node-local memory, in two slots written in turn, or three of which one stays
-while it is pinned; a kill at any moment leaves one whole.
+"""Stores a share of the training state in node-local memory, in two slots written in turn, or three
+of which one stays while it is pinned; a kill at any moment leaves one whole.
 
     slot = magic (8) | header length (4) | header CRC-32 (4) | header, JSON … | pin (8) | data, from _DATA_OFFSET on
 
-A write breaks the older slot's magic, copies the data, then the header, and puts the magic back last. The header has a
-checksum of the data, which reveals a slot that was torn or altered. The pin is the time until which the slot is read,
-and the other one written instead.
+A write breaks the older slot's magic, copies the data, then the header, and puts the magic back
+last. The header has a checksum of the data, which reveals a slot that was torn or altered. The pin
+is the time until which the slot is read, and the other one written instead.
 """
 
 import fcntl
@@ -30,7 +30,8 @@ _MAGIC = b"RAYMILL1"
 _PREFIX = struct.Struct("<II")  # after the magic
 _PIN = struct.Struct("<d")
 _HEADER_OFFSET = len(_MAGIC) + _PREFIX.size
-_DATA_OFFSET = 1 << 17  # the guards' losses make the longest header; pages that are not written take no memory
+# The guards' losses make the longest header; pages that are not written take no memory
+_DATA_OFFSET = 1 << 17
 _PIN_OFFSET = _DATA_OFFSET - _PIN.size
 _CHUNK_BYTES = 1 << 20  # copied and summed while it is in the cache
 
@@ -52,14 +53,15 @@ class Header:
 
 
 class Checksum:
-    """A CRC of the sums, as 64-bit integers, of each chunk of the data: at the speed of memory, and the same for any
-    pieces of whole integers."""
+    """A CRC of the sums, as 64-bit integers, of each chunk of the data: at the speed of memory, and
+    the same for any pieces of whole integers."""
 
     def __init__(self) -> None:
         self.size = self._crc = self._sum = 0
 
     def add(self, piece: Bytes, *, into: Bytes | None = None) -> None:
-        """Adds the next piece, first copied to its place in the data `into`: a chunk at a time, as the cache has it."""
+        """Adds the next piece, first copied to its place in the data `into`: a chunk at a time, as
+        the cache has it."""
         while piece.size:
             room = _CHUNK_BYTES - self.size % _CHUNK_BYTES
             chunk, piece = piece[:room], piece[room:]
@@ -81,7 +83,8 @@ class Slots:
     """Slots in a piece of memory that several processes of a node map."""
 
     def __init__(self, descriptor: int, num_slots: int = NUM_SLOTS) -> None:
-        """Maps an open file, whose size is what `bytes_needed` returned, and which is closed with the slots."""
+        """Maps an open file, whose size is what `bytes_needed` returned, and which is closed with
+        the slots."""
         self.file = os.fdopen(descriptor, "r+b", buffering=0)
         self._memory = mmap.mmap(descriptor, 0)
         self._bytes = np.frombuffer(self._memory, np.uint8)
@@ -99,14 +102,16 @@ class Slots:
         return num_slots * (_DATA_OFFSET + -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
 
     def is_at(self, path: str) -> bool:
-        """Reports whether the path still leads to this memory: an open file's number may be used again."""
+        """Reports whether the path still leads to this memory: an open file's number may be used
+        again."""
         try:
             return os.path.samestat(os.stat(path), os.fstat(self.file.fileno()))  # noqa: PTH116
         except OSError:
             return False
 
     def header(self, slot: int) -> Header | None:
-        """Returns the header of a sealed slot; None while the slot is written, or where a write was cut off."""
+        """Returns the header of a sealed slot; None while the slot is written, or where a write was
+        cut off."""
         start = slot * self._slot_bytes
         if self._memory[start : start + len(_MAGIC)] != _MAGIC:
             return None
@@ -118,9 +123,9 @@ class Slots:
         return Header(**json.loads(content))
 
     def write(self, header: Header, pieces: Iterable[Bytes]) -> int | None:
-        """Writes into the slot that is unsealed or older, and not pinned if the other is not. Returns its number, or
-        None where the step is there already, from another process, or the data do not match a checksum that the header
-        brings."""
+        """Writes into the slot that is unsealed or older, and not pinned if the other is not.
+        Returns its number, or None where the step is there already, from another process, or the
+        data do not match a checksum that the header brings."""
         fcntl.flock(self.file, fcntl.LOCK_EX)  # which a process that is killed gives back
         try:
             return self._write(header, pieces)
@@ -153,7 +158,9 @@ class Slots:
 
     def pin(self, slot: int, seconds: float) -> None:
         """Has writers use the other slot for so long, at most."""
-        _PIN.pack_into(self._memory, slot * self._slot_bytes + _PIN_OFFSET, time.monotonic() + seconds)
+        _PIN.pack_into(
+            self._memory, slot * self._slot_bytes + _PIN_OFFSET, time.monotonic() + seconds
+        )
 
     def _is_pinned(self, slot: int) -> bool:
         (until,) = _PIN.unpack_from(self._memory, slot * self._slot_bytes + _PIN_OFFSET)

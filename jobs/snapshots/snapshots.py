@@ -1,8 +1,10 @@
-"""Copies a worker's state into its node's memory after a step, and back from some node's memory after a failure.
+"""Copies a worker's state into its node's memory after a step, and back from some node's memory
+after a failure.
 
-A keeper is a process on each node that owns the memory, and outlives the workers for the launch of a run (`keepers`).
-Where every rank holds the whole state, the ranks of a node divide it among them, so each node has a copy; of a sharded
-state each rank writes its own share. Without a keeper, as outside a Ray job, nothing is kept and training is the same.
+A keeper is a process on each node that owns the memory, and outlives the workers for the launch of
+a run (`keepers`). Where every rank holds the whole state, the ranks of a node divide it among them,
+so each node has a copy; of a sharded state each rank writes its own share. Without a keeper, as
+outside a Ray job, nothing is kept and training is the same.
 """
 
 import itertools
@@ -23,23 +25,34 @@ from cluster.output.progress import say
 from jobs.exact.state.host_copies import HostCopy
 from jobs.exact.state.span import Span
 from jobs.exact.state.train_state import StatePiece, TrainState
-from jobs.snapshots.choice import Holding, Snapshot, choose, interval, num_slots, reader_of, sharded_area
+from jobs.snapshots.choice import (
+    Holding,
+    Snapshot,
+    choose,
+    interval,
+    num_slots,
+    reader_of,
+    sharded_area,
+)
 from jobs.snapshots.keepers import CHUNK_BYTES, NoRoom, ask_patiently, fetch, find_keepers, read_s
 from jobs.snapshots.slots import Bytes, Header, Slots
 from jobs.workers.worker_group import WorkerGroup
 
 NUM_SHARES = {"cuda": 8, "cpu": 1}
-"""Shares of a state that is not sharded, by the kind of device. The GPUs of a node copy at the same time; the number
-does not follow theirs, so that the next attempt finds the same memory. A CPU's ranks compete for its memory anyway."""
+"""Shares of a state that is not sharded, by the kind of device. The GPUs of a node copy at the same
+time; the number does not follow theirs, so that the next attempt finds the same memory. A CPU's
+ranks compete for its memory anyway."""
 
-_FIRST_AGREEMENT, _AGREEMENT_EVERY = 4, 64  # snapshots after which all ranks agree on their interval
+# Snapshots after which all ranks agree on their interval
+_FIRST_AGREEMENT, _AGREEMENT_EVERY = 4, 64
 _RETRY_S = 1.0
 _FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one area of a node's memory has of the state. An area has slots, which are written in turn."""
+    """What one area of a node's memory has of the state. An area has slots, which are written in
+    turn."""
 
     area: str
     rank: int  # its number among the shares
@@ -56,7 +69,8 @@ class Share:
 
 
 class Snapshots:
-    """The snapshots of one worker in one attempt, with the keepers of its launch, if that has any."""
+    """The snapshots of one worker in one attempt, with the keepers of its launch, if that has
+    any."""
 
     def __init__(self, launch: str | None, group: WorkerGroup) -> None:
         self._launch, self._group = launch, group
@@ -69,10 +83,14 @@ class Snapshots:
         self._copies: list[list[HostCopy] | None] = []  # by each snapshot since the last agreement
         self._step_s: list[float] = []
         self._last: tuple[int, float] | None = None
-        self._whole: tuple[int, int, dict[str, Any], int] | None = None  # the last whole step, due or not
+        # The last whole step, due or not
+        self._whole: tuple[int, int, dict[str, Any], int] | None = None
 
-    def newest(self, *, explained_step: int, at_least: int, is_left_out: Callable[[int], bool]) -> Snapshot | None:
-        """Returns the snapshot that `choose` takes of all that the keepers hold; called by rank 0."""
+    def newest(
+        self, *, explained_step: int, at_least: int, is_left_out: Callable[[int], bool]
+    ) -> Snapshot | None:
+        """Returns the snapshot that `choose` takes of all that the keepers hold; called by rank
+        0."""
         if self._launch is None:
             return None
         keepers = find_keepers(self._launch)
@@ -80,7 +98,9 @@ class Snapshots:
         answers = ask_patiently(questions, {node: node for node in questions})
         holdings: list[Holding] = list(itertools.chain.from_iterable(answers.values()))
         while True:
-            snapshot = choose(holdings, explained_step=explained_step, at_least=at_least, is_left_out=is_left_out)
+            snapshot = choose(
+                holdings, explained_step=explained_step, at_least=at_least, is_left_out=is_left_out
+            )
             if snapshot is None:
                 return None
             damaged = _damaged(snapshot, keepers)
@@ -88,7 +108,9 @@ class Snapshots:
                 return snapshot
             for held in damaged:
                 step = held.header.step
-                say(f"the snapshot of step {step} on node {held.node} is damaged or cannot be read; not used")
+                say(
+                    f"the snapshot of step {step} on node {held.node} is damaged or cannot be read; not used"
+                )
             holdings = [held for held in holdings if held not in damaged]
 
     def restore(self, snapshot: Snapshot, state: TrainState) -> dict[str, Any]:
@@ -98,7 +120,8 @@ class Snapshots:
         return snapshot.header.carried
 
     def _pieces(self, holders: list[Holding], state: TrainState) -> Iterator[StatePiece]:
-        """Yields a share from this node's memory where every node has it; else one rank broadcasts it to all."""
+        """Yields a share from this node's memory where every node has it; else one rank broadcasts
+        it to all."""
         header = holders[0].header
         by_node = {held.node: held for held in holders}
         reader = reader_of(by_node, self._node_of_rank)
@@ -121,7 +144,11 @@ class Snapshots:
             place = Span(span.start // _FP32_BYTES, span.stop // _FP32_BYTES)
             values = torch.empty(0) if chunk is None else torch.from_numpy(chunk.view(np.float32))
             if reader is not None and self._group.world_size > 1:
-                values = values.to(state.device) if len(values) else torch.empty(len(place), device=state.device)
+                values = (
+                    values.to(state.device)
+                    if len(values)
+                    else torch.empty(len(place), device=state.device)
+                )
                 dist.broadcast(values, reader)
             yield StatePiece(name, parts.cut(place), values)
 
@@ -130,18 +157,26 @@ class Snapshots:
         assert self._launch is not None
         keeper = ray.get_actor(held.node, namespace=self._launch)
         if held.node != self._node:
-            return map(np.copy, fetch(held, keeper, spans))  # torch warns of what it could not write
+            # Torch warns of what it could not write
+            return map(np.copy, fetch(held, keeper, spans))
         slots = Slots.at(str(ray.get(keeper.path.remote(held.area))), num_slots(held.area))
         assert slots.holds(held.header, held.slot), "nobody writes during a restore"
         return (slots.data(held.slot)[span.start : span.stop] for span in spans)
 
     def after_step(
-        self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any], is_due: bool = False
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        attempt: int,
+        carried: dict[str, Any],
+        is_due: bool = False,
     ) -> str | None:
-        """Begins a snapshot if `is_due` or the interval is over; every rank calls this alike after every step, once the
-        ledger has the step.
+        """Begins a snapshot if `is_due` or the interval is over; every rank calls this alike after
+        every step, once the ledger has the step.
 
-        Returns why some node keeps none, when that has just begun; an empty string when it is just over; else None.
+        Returns why some node keeps none, when that has just begun; an empty string when it is just
+        over; else None.
         """
         if self._launch is None:
             return None
@@ -160,11 +195,12 @@ class Snapshots:
         return news
 
     def rescue(self, state: TrainState) -> None:
-        """Completes the snapshot of the last whole step, due or not, after another worker was lost: this one may hold
-        the only newer state, and writes the shares of its node's other workers if they do not.
+        """Completes the snapshot of the last whole step, due or not, after another worker was lost:
+        this one may hold the only newer state, and writes the shares of its node's other workers if
+        they do not.
 
-        Where one group alone holds a sharded state, that is left alone: the lost share has no newer form than its own
-        last snapshot.
+        Where one group alone holds a sharded state, that is left alone: the lost share has no newer
+        form than its own last snapshot.
         """
         state.copies.wait()
         if self._whole is None or state.sharding.is_sole_copy:
@@ -176,21 +212,39 @@ class Snapshots:
             state.copies.wait()
 
     def _write(
-        self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any], is_rescue: bool = False
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        attempt: int,
+        carried: dict[str, Any],
+        is_rescue: bool = False,
     ) -> list[HostCopy] | None:
-        """Begins the copies of this worker's shares. Returns None where its node has no room for them."""
+        """Begins the copies of this worker's shares. Returns None where its node has no room for
+        them."""
         shares = self._shares(state, is_rescue=is_rescue)
         if not self._opened(shares, attempt):
             return None
         copies = []
         for share in shares:
-            header = Header(attempt, step, share.rank, share.count, state.num_updates, list(share.tensors), carried)
+            header = Header(
+                attempt,
+                step,
+                share.rank,
+                share.count,
+                state.num_updates,
+                list(share.tensors),
+                carried,
+            )
             _, slots = self._memory[share.area]
-            copies.append(state.copies.start("snapshot", share.views, partial(_write_pieces, slots, header)))
+            copies.append(
+                state.copies.start("snapshot", share.views, partial(_write_pieces, slots, header))
+            )
         return copies
 
     def _shares(self, state: TrainState, *, is_rescue: bool) -> list[Share]:
-        """Returns what this worker writes; in a rescue also what the other workers of its node would."""
+        """Returns what this worker writes; in a rescue also what the other workers of its node
+        would."""
         if not state.sharding.is_whole:
             rank, count = state.sharding.place, state.sharding.num_holders
             area = sharded_area(self._group.rank, count, self._node_of_rank)
@@ -206,8 +260,11 @@ class Snapshots:
         return shares
 
     def _opened(self, shares: Sequence[Share], attempt: int) -> bool:
-        """Maps this worker's memory on its node. Returns False while the node has no living keeper with room."""
-        self._memory = {area: (path, slots) for area, (path, slots) in self._memory.items() if slots.is_at(path)}
+        """Maps this worker's memory on its node. Returns False while the node has no living keeper
+        with room."""
+        self._memory = {
+            area: (path, slots) for area, (path, slots) in self._memory.items() if slots.is_at(path)
+        }
         missing = [share for share in shares if share.area not in self._memory]
         if missing and time.monotonic() >= self._retry_at:
             self._retry_at = time.monotonic() + _RETRY_S
@@ -220,17 +277,21 @@ class Snapshots:
         if keeper is None:
             self._why_none = f"node {self._node} has no keeper that answers"
             return
-        questions = {share.area: keeper.open.remote(share.area, share.num_bytes, attempt) for share in shares}
+        questions = {
+            share.area: keeper.open.remote(share.area, share.num_bytes, attempt) for share in shares
+        }
         answers = ask_patiently(questions, dict.fromkeys(questions, self._node))
         refusals = [answer.reason for answer in answers.values() if isinstance(answer, NoRoom)]
-        self._why_none = refusals[0] if refusals else f"node {self._node} has no keeper that answers"
+        self._why_none = (
+            refusals[0] if refusals else f"node {self._node} has no keeper that answers"
+        )
         for area, answer in answers.items():
             if not isinstance(answer, NoRoom):
                 self._memory[area] = answer, Slots.at(answer, num_slots(area))
 
     def _agree(self, attempt: int) -> str | None:
-        """Agrees on one interval for all ranks, because the shares of a state must be of one step. Returns what
-        `after_step` does."""
+        """Agrees on one interval for all ranks, because the shares of a state must be of one step.
+        Returns what `after_step` does."""
         written = [copies for copies in self._copies if copies is not None]
         done = written[:-1]  # the last may be in flight
         exposed_s = [sum(copy.exposed_s for copy in copies) for copies in done]
@@ -256,7 +317,9 @@ def _damaged(snapshot: Snapshot, keepers: Mapping[str, Any]) -> list[Holding]:
     Only what is chosen is read: both slots of 1.3B parameters take a keeper 4 to 8 s.
     """
     chosen = list(itertools.chain.from_iterable(snapshot.shares))
-    questions = {number: keepers[held.node].is_whole.remote(held) for number, held in enumerate(chosen)}
+    questions = {
+        number: keepers[held.node].is_whole.remote(held) for number, held in enumerate(chosen)
+    }
     nodes = {number: held.node for number, held in enumerate(chosen)}
     num_bytes = sum(held.header.num_bytes for held in chosen)
     are_whole = ask_patiently(questions, nodes, timeout_s=read_s(num_bytes))

@@ -1,8 +1,10 @@
-"""Chooses the rows of the token store for each lane of each step, as pure functions of (seed, step, lane).
+"""Chooses the rows of the token store for each lane of each step, as pure functions of (seed, step,
+lane).
 
-A sample's global index counts samples over the whole run, the batches of its steps end to end. Each sample takes the
-next row of a source. Rows are shuffled within successive windows, differently in each epoch of the source. Nothing is
-buffered or iterated, so a run's whole data position is one integer: the tokens seen.
+A sample's global index counts samples over the whole run, the batches of its steps end to end. Each
+sample takes the next row of a source. Rows are shuffled within successive windows, differently in
+each epoch of the source. Nothing is buffered or iterated, so a run's whole data position is one
+integer: the tokens seen.
 """
 
 import hashlib
@@ -17,9 +19,11 @@ from jobs.corpus.text_hashes import mix64
 
 Indices = npt.NDArray[np.int64]
 
-PATTERN_SAMPLES = 10_000  # samples after which the pattern of sources repeats: a weight is exact to 1 / 10,000
+# Samples after which the pattern of sources repeats: a weight is exact to 1 / 10,000
+PATTERN_SAMPLES = 10_000
 _SAMPLES_OF_SOURCE = 10  # of the pattern, on average at least: with very many sources it is longer
-_ROUNDS = 8  # four make a pseudorandom permutation (Luby and Rackoff, 1988); eight cost microseconds
+# Four make a pseudorandom permutation (Luby and Rackoff, 1988); eight cost microseconds
+_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class SampleOrder:
     weights: tuple[float, ...] = ()  # share of the samples of each source; empty with one source
 
     def rows(self, samples: npt.ArrayLike) -> tuple[Indices, Indices]:
-        """Returns the source of each sample and its row there. An epoch of a source takes each of its rows once."""
+        """Returns the source of each sample and its row there. An epoch of a source takes each of
+        its rows once."""
         indices = np.asarray(samples, dtype=np.int64)
         pattern, ranks, num_in_pattern = _source_pattern(self.weights)
         periods, in_pattern = np.divmod(indices, len(pattern))
@@ -56,9 +61,11 @@ class SampleOrder:
 
 @cache
 def _source_pattern(weights: tuple[float, ...]) -> tuple[Indices, Indices, Indices]:
-    """Returns the source of each sample of the pattern, its number within that source, and the samples of each source.
+    """Returns the source of each sample of the pattern, its number within that source, and the
+    samples of each source.
 
-    The j-th of a source's n samples is due at (j + 1/2) / n of the pattern, so any stretch holds each source's share.
+    The j-th of a source's n samples is due at (j + 1/2) / n of the pattern, so any stretch holds
+    each source's share.
     """
     counts = np.ones(1, dtype=np.int64)
     if len(weights) > 1:
@@ -71,8 +78,8 @@ def _source_pattern(weights: tuple[float, ...]) -> tuple[Indices, Indices, Indic
 
 
 def counts_of_sources(weights: Sequence[float]) -> Indices:
-    """Divides the pattern's samples by largest remainder, with at least one sample for each source. What that takes
-    beyond the pattern's length, the largest sources give."""
+    """Divides the pattern's samples by largest remainder, with at least one sample for each source.
+    What that takes beyond the pattern's length, the largest sources give."""
     num_samples = max(PATTERN_SAMPLES, _SAMPLES_OF_SOURCE * len(weights))
     shares = np.array(weights) / sum(weights) * num_samples
     counts = np.maximum(1, np.floor(shares)).astype(np.int64)
@@ -89,8 +96,9 @@ def counts_of_sources(weights: Sequence[float]) -> Indices:
 def _permuted(places: Indices, key: str, size: int) -> Indices:
     """Returns the numbers at `places` (N,) of a permutation of [0, size), without a table of it.
 
-    A Feistel network permutes the smallest range of 2^(2h) numbers that covers them; a result outside is permuted again
-    until it falls inside ("cycle walking", Black and Rogaway, 2002), at most four times on average.
+    A Feistel network permutes the smallest range of 2^(2h) numbers that covers them; a result
+    outside is permuted again until it falls inside ("cycle walking", Black and Rogaway, 2002), at
+    most four times on average.
     """
     digest = hashlib.shake_256(f"raymill sample order {key}".encode()).digest(8 * _ROUNDS)
     keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)

@@ -1,8 +1,10 @@
-"""Builds the token store of a corpus, with the same bytes for any number of workers, kills and restarts.
+"""Builds the token store of a corpus, with the same bytes for any number of workers, kills and
+restarts.
 
-Two passes go over the chunks of the corpus. The first indexes the documents; from the indexes further tasks decide, in
-canonical order, which documents are kept. The second writes the shards. Each task leaves its result in the store, so a
-job that was killed continues where it was. The manifest comes last: without one there is no store.
+Two passes go over the chunks of the corpus. The first indexes the documents; from the indexes
+further tasks decide, in canonical order, which documents are kept. The second writes the shards.
+Each task leaves its result in the store, so a job that was killed continues where it was. The
+manifest comes last: without one there is no store.
 """
 
 import hashlib
@@ -41,12 +43,15 @@ _DELETING_THREADS = 8
 
 
 def tokenize(config: RunConfig, listing: Listing | None = None) -> dict[str, Any]:
-    """Makes the token store of `config.data` under `config.storage`, or finds it there. Needs Ray. Lists the corpus if
-    no listing of it is given.
+    """Makes the token store of `config.data` under `config.storage`, or finds it there. Needs Ray.
+    Lists the corpus if no listing of it is given.
 
-    Raises `UserError`, also when no document is left to tokenize, and `LeaseHeldError` while another run writes it.
+    Raises `UserError`, also when no document is left to tokenize, and `LeaseHeldError` while
+    another run writes it.
     """
-    builder = _builder(config, listing or list_corpus(config.data.source, text_endings=config.data.text_endings))
+    builder = _builder(
+        config, listing or list_corpus(config.data.source, text_endings=config.data.text_endings)
+    )
     if skipped := builder.listing.skipped:
         say(f"skipped {said_skipped(skipped)}; sources.json names them all")
     if warning := most_is_skipped(builder.listing):
@@ -71,17 +76,22 @@ def tokenize(config: RunConfig, listing: Listing | None = None) -> dict[str, Any
 
 
 def _builder(config: RunConfig, listing: Listing) -> "_Builder":
-    """Trains the corpus's tokenizer if there is none; it and the corpus determine the store's place. Needs Ray."""
+    """Trains the corpus's tokenizer if there is none; it and the corpus determine the store's
+    place. Needs Ray."""
     tokenizer, _ = ensure_tokenizer(config, listing)
     shard_bytes = config.data.shard_bytes or default_shard_bytes(listing.files)
     data = config.data.model_copy(update={"shard_bytes": shard_bytes})
     chat = format_to_train(tokenizer) if data.format == "chat" else None
     shape = data.model_dump(mode="json", include=names_shaping(DataConfig, Shapes.STORE))
     shape |= {} if tokenizer.bos_id is None else {"bos_id": tokenizer.bos_id}
-    shape |= {} if data.near_dedup_threshold is None else {"near_duplicates": "of a family"}  # of a pair, before
+    # Of a pair, before
+    shape |= {} if data.near_dedup_threshold is None else {"near_duplicates": "of a family"}
     shape |= config.data.model_dump(include={"val_max_documents"}, exclude_none=True)
     shape |= {} if chat is None else {"chat": asdict(chat)}
-    ready = [(n, uri, stored.read_manifest(open_storage(uri)).hash) for n, uri in sorted(listing.token_stores.items())]
+    ready = [
+        (n, uri, stored.read_manifest(open_storage(uri)).hash)
+        for n, uri in sorted(listing.token_stores.items())
+    ]
     shaping = [shape, listing.identity(), ready, tokenizer.hash]
     key = hashlib.sha256(stored.canonical_json(shaping)).hexdigest()[:12]
     store = open_storage(config.storage.uri).child(f"tokens/{key}")
@@ -122,7 +132,8 @@ class _Builder:
     def build(self, lease: Lease) -> stored.Manifest:
         """Writes the missing parts of the store and returns its manifest."""
         store, listing, tokenizer = self.store, self.listing, self.tokenizer
-        if store.exists(stored.MANIFEST):  # a kill within the last sweep left some of the results, not all
+        # A kill within the last sweep left some of the results, not all
+        if store.exists(stored.MANIFEST):
             self._sweep()
             store.delete(stored.MANIFEST)
         is_bulk = self._is_bulk_proven()
@@ -130,7 +141,9 @@ class _Builder:
         store.write_bytes(stored.SOURCES, stored.canonical_json(listing.record()))
         chunks = plan_chunks(listing.files, cut_files(store, listing.files, self.data), self.data)
         summary = self._select(chunks)
-        results = copy_shards(store, listing.token_stores, tokenizer, self.chat, first_chunk=len(chunks))
+        results = copy_shards(
+            store, listing.token_stores, tokenizer, self.chat, first_chunk=len(chunks)
+        )
         for chunk, result in self._write(chunks, is_bulk=is_bulk, dropped=summary.dropped):
             results[chunk] = result
             lease.check()
@@ -138,7 +151,9 @@ class _Builder:
         for refused in manifest.drop_samples.get(Drop.TEMPLATE_REFUSED, [])[:1]:
             num_refused = manifest.dropped[Drop.TEMPLATE_REFUSED]
             verb = "is" if num_refused == 1 else "are"
-            say(f"{counted(num_refused, 'conversation')} {verb} left out; the first: {refused.preview}")
+            say(
+                f"{counted(num_refused, 'conversation')} {verb} left out; the first: {refused.preview}"
+            )
         if not manifest.shards:
             raise empty_corpus(listing.files, manifest.dropped)
         if num_long := sum(result.long for result in results.values()):
@@ -158,13 +173,18 @@ class _Builder:
         prefixes = (f"{INDEX}/", f"{PIECES}/", "shard-")
         superseded = [entry.key for prefix in prefixes for entry in self.store.list(prefix)]
         with ThreadPoolExecutor(_DELETING_THREADS) as pool:
-            list(pool.map(self.store.delete, [key for key in superseded if not key.endswith(".bin")]))
+            list(
+                pool.map(self.store.delete, [key for key in superseded if not key.endswith(".bin")])
+            )
 
     def _is_bulk_proven(self) -> bool:
-        """Reports whether tiktoken gives the tokenizer's ids, also for the front of the corpus, and prints why not."""
+        """Reports whether tiktoken gives the tokenizer's ids, also for the front of the corpus, and
+        prints why not."""
         _, reason = bulk_encoder(self.tokenizer, sample=text_sample(self.listing, self.data))
         if reason:
-            say(f"encoding with `tokenizers`, about eight times slower than with tiktoken's core: {reason}")
+            say(
+                f"encoding with `tokenizers`, about eight times slower than with tiktoken's core: {reason}"
+            )
         return reason is None
 
     def _select(self, chunks: Sequence[Chunk]) -> Summary:
@@ -175,27 +195,38 @@ class _Builder:
         _check_readable(summary.documents, summary.dropped, self.data)
         if self.data.decontaminate_ngram:
             contaminated = decontaminate(self.store, chunks, self.data)
-            summary = replace(summary, dropped=summary.dropped | {Drop.CONTAMINATED.value: contaminated})
+            summary = replace(
+                summary, dropped=summary.dropped | {Drop.CONTAMINATED.value: contaminated}
+            )
         return summary
 
     def _write(
         self, chunks: Sequence[Chunk], *, is_bulk: bool, dropped: Mapping[str, int]
     ) -> Iterator[tuple[int, ChunkResult]]:
-        writer = ChunkWriter(self.store, self.tokenizer.to_json(), self.data, is_bulk, self.chat, self.seq_len)
+        writer = ChunkWriter(
+            self.store, self.tokenizer.to_json(), self.data, is_bulk, self.chat, self.seq_len
+        )
         total_bytes = sum(chunk.bytes for chunk in chunks)
         with DataProgress("tokenizing", total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
             progress.drop(dropped)
             for answer in run_tasks(chunks, writer):
                 chunk, result = answer.item, RESULT.validate_json(answer.content)
                 tokens = sum(shard.tokens for shard in result.shards)
-                progress.advance(chunk.bytes, documents=result.documents, tokens=tokens, rss_bytes=answer.rss_bytes)
+                progress.advance(
+                    chunk.bytes,
+                    documents=result.documents,
+                    tokens=tokens,
+                    rss_bytes=answer.rss_bytes,
+                )
                 yield chunk.number, result
 
     def _manifest(self, summary: Summary, results: dict[int, ChunkResult]) -> stored.Manifest:
         """Returns the manifest of the results, in canonical order."""
         ordered = [results[number] for number in sorted(results)]
         samples: dict[str, list[Any]] = {}
-        dropped = summary.dropped | {Drop.TEMPLATE_REFUSED.value: sum(result.refused for result in ordered)}
+        dropped = summary.dropped | {
+            Drop.TEMPLATE_REFUSED.value: sum(result.refused for result in ordered)
+        }
         for result in ordered:
             for reason, found in result.samples.items():
                 samples[reason] = [*samples.get(reason, []), *found][:5]

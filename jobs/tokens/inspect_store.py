@@ -1,4 +1,5 @@
-"""Inspects a finished token store: its figures (`stats`), its dropped documents (`report`), its hashes (`verify`)."""
+"""Inspects a finished token store: its figures (`stats`), its dropped documents (`report`), its
+hashes (`verify`)."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,14 @@ from cluster.output.progress import progress
 from cluster.output.result_text import date_of
 from cluster.storage.uris import Storage, open_storage
 from jobs.tokens.shard_writer import file_sha256
-from jobs.tokens.token_store import MANIFEST, SOURCES, SPLITS, Manifest, TokenStoreError, read_manifest
+from jobs.tokens.token_store import (
+    MANIFEST,
+    SOURCES,
+    SPLITS,
+    Manifest,
+    TokenStoreError,
+    read_manifest,
+)
 
 _READERS = 4
 
@@ -19,20 +27,32 @@ Uses = Mapping[str, Sequence[str]]
 
 
 def find_store(
-    reference: str | None, storage_uri: str, *, uses_in: Callable[[Storage], Uses] = lambda storage: {}
+    reference: str | None,
+    storage_uri: str,
+    *,
+    uses_in: Callable[[Storage], Uses] = lambda storage: {},
 ) -> Storage:
-    """Returns a store by its folder's or manifest's location, by its key under `tokens/`, or the only one there is.
+    """Returns a store by its folder's or manifest's location, by its key under `tokens/`, or the
+    only one there is.
 
-    Raises `TokenStoreError` where several are there and none is named: it lists them with their sources, and with what
-    `uses_in` says of the storage's runs.
+    Raises `TokenStoreError` where several are there and none is named: it lists them with their
+    sources, and with what `uses_in` says of the storage's runs.
     """
     stores = open_storage(storage_uri).child("tokens")
     if reference is None:
-        keys = sorted({entry.key.partition("/")[0] for entry in stores.list() if entry.key.endswith(f"/{MANIFEST}")})
+        keys = sorted(
+            {
+                entry.key.partition("/")[0]
+                for entry in stores.list()
+                if entry.key.endswith(f"/{MANIFEST}")
+            }
+        )
         if len(keys) != 1:
             uses = uses_in(open_storage(storage_uri))
             known = "; ".join(_described(stores.child(key), uses) for key in keys)
-            raise TokenStoreError(f"name a token store: {f'there are {known}' if keys else f'{stores.uri} holds none'}")
+            raise TokenStoreError(
+                f"name a token store: {f'there are {known}' if keys else f'{stores.uri} holds none'}"
+            )
         return stores.child(keys[0])
     if "/" not in reference and stores.exists(f"{reference}/{MANIFEST}"):
         return stores.child(reference)
@@ -40,7 +60,8 @@ def find_store(
 
 
 def _described(store: Storage, uses: Uses) -> str:
-    """Returns the store's key, its sources, its date where it is on this machine, and what runs use it for."""
+    """Returns the store's key, its sources, its date where it is on this machine, and what runs use
+    it for."""
     sources = json.loads(store.find_bytes(SOURCES) or b"{}").get("sources", [])
     described = f"{store.uri.rpartition('/')[2]} of {', '.join(sources) or 'unknown sources'}"
     path = store.local_path(MANIFEST)
@@ -51,7 +72,8 @@ def _described(store: Storage, uses: Uses) -> str:
 
 
 def _identity(store: Storage) -> str:
-    """Returns what runs know the store by; an empty text for a store of another format or a damaged one."""
+    """Returns what runs know the store by; an empty text for a store of another format or a damaged
+    one."""
     with suppress(ValueError, KeyError, TypeError, TokenStoreError):
         return Manifest.from_json(store.read_bytes(MANIFEST)).identity
     return ""
@@ -71,13 +93,16 @@ def stats(store: Storage) -> dict[str, Any]:
         "bytes_per_token": round(manifest.total("bytes") / max(1, tokens - documents), 3),
         "tokens_per_document": round(tokens / max(1, documents), 1),
         "splits": {
-            split: {name: manifest.total(name, split) for name in ("documents", "tokens", "bytes")} for split in SPLITS
+            split: {name: manifest.total(name, split) for name in ("documents", "tokens", "bytes")}
+            for split in SPLITS
         },
         "sources": [
             {
                 "source": sources[number],
                 "weight": round(manifest.weights[number], 4) if manifest.weights else None,
-                "documents": sum(shard.documents for shard in manifest.shards if shard.source == number),
+                "documents": sum(
+                    shard.documents for shard in manifest.shards if shard.source == number
+                ),
                 "tokens": sum(shard.tokens for shard in manifest.shards if shard.source == number),
             }
             for number in sorted({shard.source for shard in manifest.shards})
@@ -92,7 +117,8 @@ def stats(store: Storage) -> dict[str, Any]:
 
 
 def report(store: Storage) -> dict[str, Any]:
-    """Returns the dropped documents by reason: count, share, and the first few with file, place and front."""
+    """Returns the dropped documents by reason: count, share, and the first few with file, place and
+    front."""
     manifest = read_manifest(store)
     files = json.loads(store.read_bytes(SOURCES))["files"]
     total = sum(manifest.dropped.values()) + manifest.total("documents")
@@ -129,7 +155,9 @@ def verify(store: Storage) -> dict[str, Any]:
         for shard, found in zip(manifest.shards, hashes, strict=True):
             advance(shard.tokens * itemsize / 1e6)
             if found != shard.sha256:
-                problems.append(f"{shard.file} has SHA-256 {found[:12]}…, the manifest says {shard.sha256[:12]}…")
+                problems.append(
+                    f"{shard.file} has SHA-256 {found[:12]}…, the manifest says {shard.sha256[:12]}…"
+                )
     if problems:
         raise TokenStoreError(
             f"{len(problems)} of {len(manifest.shards)} shards of {store.uri} are altered: {'; '.join(problems[:10])}; "

@@ -1,4 +1,5 @@
-"""Previews a corpus from a sample and without a cluster: its documents and tokens, and what would be dropped."""
+"""Previews a corpus from a sample and without a cluster: its documents and tokens, and what would
+be dropped."""
 
 import time
 from collections import Counter
@@ -34,13 +35,15 @@ from model.text.bulk_encoder import bulk_encoder
 from model.text.tokenizer import Tokenizer, train_bpe
 
 _SAMPLE_BYTES = 16 << 20  # of source text, from places all over the corpus
-_TRAINING_BYTES = 4 << 20  # of a corpus that is not read whole: the rate of tokens is then right to a few percent
+# Of a corpus that is not read whole: the rate of tokens is then right to a few percent
+_TRAINING_BYTES = 4 << 20
 _FRONT_BYTES = 2 << 20  # of an archive, of which decompression is some 64 KiB ahead
 _EXAMPLES = 3
 _SAMPLES = 5
 _PREVIEW_CHARS = 160
 
-# Of the stage's processes, as measured; a worker holds a document several times while it is cleaned and encoded.
+# Of the stage's processes, as measured; a worker holds a document several times while it is cleaned
+# and encoded.
 _DRIVER_BYTES, _DRIVER_FILE_BYTES = 400 << 20, 1500
 _WORKER_BYTES, _DOCUMENT_COPIES = 400 << 20, 8
 
@@ -49,7 +52,8 @@ _WORKER_BYTES, _DOCUMENT_COPIES = 400 << 20, 8
 class _Sample:
     data: DataConfig
     texts: list[str] = field(default_factory=list)
-    scales: list[float] = field(default_factory=list)  # how many documents of the corpus each text stands for
+    # How many documents of the corpus each text stands for
+    scales: list[float] = field(default_factory=list)
     examples: list[dict[str, str]] = field(default_factory=list)  # the first few texts
     dropped: Counter[str] = field(default_factory=Counter)
     samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
@@ -58,7 +62,8 @@ class _Sample:
     is_whole: bool = True  # nothing was left unread
 
     def read(self, files: Sequence[CorpusFile], *, share_bytes: int) -> None:
-        """Takes a share from the files; where a place holds no document, the next one makes up for it."""
+        """Takes a share from the files; where a place holds no document, the next one makes up for
+        it."""
         left, read_bytes, before = 0, 0.0, len(self.texts)
         for wanted, parts in sample_places(files, self.data, share_bytes=share_bytes):
             left += wanted
@@ -73,7 +78,8 @@ class _Sample:
         self.scales += [max(1.0, scale)] * (len(self.texts) - before)
 
     def _read_part(self, part: Part, *, most_bytes: int) -> tuple[int, float]:
-        """Takes the documents of a part, or as many from its front; returns the bytes read, of text and of the file."""
+        """Takes the documents of a part, or as many from its front; returns the bytes read, of text
+        and of the file."""
         begin, count, text_bytes = -1, 0, 0
         for document, drop in judged(part, self.data, self.seen):
             begin = document.offset if begin < 0 else begin
@@ -85,7 +91,9 @@ class _Sample:
                 self.texts.append(document.text)
                 self.replaced_utf8 += document.replaced
                 if len(self.examples) < _EXAMPLES:
-                    self.examples.append({"file": part.file.uri, "text": document.text[:_PREVIEW_CHARS]})
+                    self.examples.append(
+                        {"file": part.file.uri, "text": document.text[:_PREVIEW_CHARS]}
+                    )
                 continue
             self.dropped[drop] += 1
             found = self.samples.setdefault(drop, [])
@@ -98,8 +106,8 @@ class _Sample:
 
 
 def _bytes_per_unit(file: CorpusFile, data: DataConfig) -> float:
-    """Returns how many of the file's bytes hold what its documents' offsets count: a row of Parquet, or a byte of text,
-    judged by the front of an archive."""
+    """Returns how many of the file's bytes hold what its documents' offsets count: a row of
+    Parquet, or a byte of text, judged by the front of an archive."""
     if not file.compression and file.kind != "parquet":
         return 1.0
     storage, name = split_uri(file.uri)
@@ -119,13 +127,15 @@ def _text_bytes(files: Sequence[CorpusFile]) -> int:
 
 
 def _sampled(files: Sequence[CorpusFile], data: DataConfig) -> _Sample:
-    """Reads a small corpus whole and in its order, as the job does; of a larger one a share of each kind of file."""
+    """Reads a small corpus whole and in its order, as the job does; of a larger one a share of each
+    kind of file."""
     if _text_bytes(files) <= _SAMPLE_BYTES:
         whole = _Sample(data)
         whole.read(files, share_bytes=_SAMPLE_BYTES)
         if whole.is_whole:
             return whole
-    kinds: dict[tuple[str, str], list[CorpusFile]] = {}  # whose bytes stand for about as much text each
+    # Whose bytes stand for about as much text each
+    kinds: dict[tuple[str, str], list[CorpusFile]] = {}
     for file in files:
         kinds.setdefault((file.kind, file.compression), []).append(file)
     sample = _Sample(data)
@@ -136,12 +146,16 @@ def _sampled(files: Sequence[CorpusFile], data: DataConfig) -> _Sample:
 
 
 def _tokenizer(files: Sequence[CorpusFile], data: DataConfig, *, is_whole: bool) -> Tokenizer:
-    """Returns the tokenizer that is named, or one trained as the job trains it: on as much text where the sample is the
-    whole corpus, else on less."""
+    """Returns the tokenizer that is named, or one trained as the job trains it: on as much text
+    where the sample is the whole corpus, else on less."""
     if data.tokenizer:
         return load_tokenizer(data.tokenizer)[0]
-    training = data if is_whole else data.model_copy(update={"tokenizer_sample_bytes": _TRAINING_BYTES})
-    return train_bpe(sample_texts(files, training), vocab_size=data.vocab_size, normalize=data.normalize)
+    training = (
+        data if is_whole else data.model_copy(update={"tokenizer_sample_bytes": _TRAINING_BYTES})
+    )
+    return train_bpe(
+        sample_texts(files, training), vocab_size=data.vocab_size, normalize=data.normalize
+    )
 
 
 def _token_counts(texts: Sequence[str], tokenizer: Tokenizer) -> list[int]:
@@ -158,11 +172,11 @@ def _is_exact(sample: _Sample, listing: Listing, data: DataConfig) -> bool:
 
 
 def preview(config: RunConfig) -> dict[str, Any]:
-    """Returns the sample's figures, and estimates for the whole corpus, by the share of its bytes that was read. Of a
-    small corpus, which is read whole, they are the job's own figures.
+    """Returns the sample's figures, and estimates for the whole corpus, by the share of its bytes
+    that was read. Of a small corpus, which is read whole, they are the job's own figures.
 
-    Duplicates are found within the sample only, near-duplicates and contamination not at all: the job may drop more.
-    Raises `CorpusError` when the sample holds no document to keep.
+    Duplicates are found within the sample only, near-duplicates and contamination not at all: the
+    job may drop more. Raises `CorpusError` when the sample holds no document to keep.
     """
     data = config.data
     listing = list_corpus(data.source, text_endings=data.text_endings)
@@ -181,7 +195,9 @@ def preview(config: RunConfig) -> dict[str, Any]:
     tokens = _token_counts(sample.texts, tokenizer)
     encode_s = time.process_time() - start_s
     num_documents = len(tokens) + sample.dropped.total()
-    num_tokens = round(sum(count * scale for count, scale in zip(tokens, sample.scales, strict=True)))
+    num_tokens = round(
+        sum(count * scale for count, scale in zip(tokens, sample.scales, strict=True))
+    )
     shard_bytes = data.shard_bytes or default_shard_bytes(files)
     return {
         "files": len(files),
@@ -201,7 +217,8 @@ def preview(config: RunConfig) -> dict[str, Any]:
         "is_estimate": not _is_exact(sample, listing, data),
         "stage": {
             "chunks": max(len(files) // CHUNK_PARTS, _text_bytes(files) // shard_bytes) + 1,
-            # Every text is read twice, by the index and for the shards; both passes use all workers.
+            # Every text is read twice, by the index and for the shards; both passes use all
+            # workers.
             "worker_seconds": round((2 * read_s + encode_s) * num_tokens / sum(tokens), 2),
             "store_bytes": num_tokens * token_dtype(tokenizer.vocab_size).itemsize,
             "driver_memory_bytes": _DRIVER_BYTES + _DRIVER_FILE_BYTES * len(files),

@@ -16,17 +16,28 @@ from model.text.tokenizer import Tokenizer
 
 
 def copy_shards(
-    store: Storage, locations: Mapping[int, str], tokenizer: Tokenizer, chat: ChatFormat | None, *, first_chunk: int
+    store: Storage,
+    locations: Mapping[int, str],
+    tokenizer: Tokenizer,
+    chat: ChatFormat | None,
+    *,
+    first_chunk: int,
 ) -> dict[int, ChunkResult]:
-    """Returns a result for each shard of the stores at `locations` (source -> location), numbered after the chunks.
+    """Returns a result for each shard of the stores at `locations` (source -> location), numbered
+    after the chunks.
 
-    Raises `CorpusError` for a store of another tokenizer or format, `TokenStoreError` for a shard whose hash is wrong.
+    Raises `CorpusError` for a store of another tokenizer or format, `TokenStoreError` for a shard
+    whose hash is wrong.
     """
     results: dict[int, ChunkResult] = {}
     for source, location in locations.items():
         other = open_storage(location)
         manifest = read_manifest(other)
-        if (manifest.tokenizer_hash, manifest.bos_id, manifest.chat) != (tokenizer.hash, tokenizer.bos_id, chat):
+        if (manifest.tokenizer_hash, manifest.bos_id, manifest.chat) != (
+            tokenizer.hash,
+            tokenizer.bos_id,
+            chat,
+        ):
             raise CorpusError(
                 f"tokens://{location} was made with another tokenizer ({manifest.tokenizer_hash[:12]}, not "
                 f"{tokenizer.hash[:12]}), BOS, data.format or chat template; set data.tokenizer to its tokenizer.json, "
@@ -41,7 +52,9 @@ def copy_shards(
                         path = Path(folder, name)
                         other.download_file(shard.file, path)
                         if fingerprint(path)["sha256"] != shard.sha256:
-                            raise TokenStoreError(f"{other.uri}/{shard.file} has other bytes than its manifest says")
+                            raise TokenStoreError(
+                                f"{other.uri}/{shard.file} has other bytes than its manifest says"
+                            )
                         store.upload_file(path, name)
                 copied = replace(shard, file=name, source=source)
                 results[number] = ChunkResult(shards=[copied], documents=shard.documents)

@@ -1,7 +1,8 @@
-"""Reads tokens of shards: by memory map where they or copies are near; else by ranged reads, cached and read ahead.
+"""Reads tokens of shards: by memory map where they or copies are near; else by ranged reads, cached
+and read ahead.
 
-All of it is bounded: the maps and the blocks in memory by number, what is read ahead by its caller, who names the rows
-of two steps, and the copies by the cache of the node.
+All of it is bounded: the maps and the blocks in memory by number, what is read ahead by its caller,
+who names the rows of two steps, and the copies by the cache of the node.
 """
 
 from collections.abc import Iterable
@@ -34,10 +35,12 @@ class Piece(NamedTuple):
 
 
 class ShardReader:
-    """Reads from a disk where a shard or its copy is on one: it is mapped, and the page cache does the rest.
+    """Reads from a disk where a shard or its copy is on one: it is mapped, and the page cache does
+    the rest.
 
-    Else scattered pieces take a request each, ahead of need where they are named early; others share blocks, of which
-    the last ones used are kept. For one thread; opens no shard before the first read.
+    Else scattered pieces take a request each, ahead of need where they are named early; others
+    share blocks, of which the last ones used are kept. For one thread; opens no shard before the
+    first read.
     """
 
     def __init__(self, storage: Storage, dtype: np.dtype[Any], *, near: FileCache) -> None:
@@ -45,28 +48,36 @@ class ShardReader:
         self._storage, self._dtype, self._near = storage, dtype, near
         self._mapped = lru_cache(_MAX_MAPS)(self._map)
         self._blocks = lru_cache(_MAX_BLOCKS)(self._fetch)
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="read-ahead")  # starts them when needed
+        # Starts them when needed
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="read-ahead")
         self._ahead: dict[Piece, Future[bytes]] = {}
 
     def read(self, piece: Piece, *, scattered: bool) -> Tokens:
-        """Returns the tokens of the piece; `scattered` means that its neighbors will not be read soon.
+        """Returns the tokens of the piece; `scattered` means that its neighbors will not be read
+        soon.
 
-        Raises what the storage raises, also for a piece that was read ahead; another call tries again.
+        Raises what the storage raises, also for a piece that was read ahead; another call tries
+        again.
         """
         if (tokens := self._on_disk(piece.shard)) is not None:
             return tokens[piece.start : piece.end]
         if scattered:
             future = self._ahead.pop(piece, None)
-            return np.frombuffer(future.result() if future else self._fetch(piece), dtype=self._dtype)
+            return np.frombuffer(
+                future.result() if future else self._fetch(piece), dtype=self._dtype
+            )
         size = BLOCK_BYTES // self._dtype.itemsize
         starts = range(piece.start // size * size, piece.end, size)
-        blocks = (Piece(piece.shard, start, min(piece.shard.tokens, start + size)) for start in starts)
+        blocks = (
+            Piece(piece.shard, start, min(piece.shard.tokens, start + size)) for start in starts
+        )
         tokens = np.frombuffer(b"".join(map(self._blocks, blocks)), dtype=self._dtype)
         return tokens[piece.start - starts.start : piece.end - starts.start]
 
     def read_ahead(self, pieces: Iterable[Piece]) -> None:
-        """Begins to read these scattered pieces, in order, and holds them until they are read; those named before and
-        not now are dropped. Raises `TokenStoreError` for a shard that was to come near and has other bytes."""
+        """Begins to read these scattered pieces, in order, and holds them until they are read;
+        those named before and not now are dropped. Raises `TokenStoreError` for a shard that was to
+        come near and has other bytes."""
         if self._near.altered:
             raise TokenStoreError(f"{self._near.altered[0]}; delete it and tokenize again")
         wanted = dict.fromkeys(piece for piece in pieces if self._on_disk(piece.shard) is None)
@@ -79,7 +90,9 @@ class ShardReader:
     def bring_near(self, shards: Iterable[Shard]) -> None:
         """Begins to copy these shards to this node's disk, in order, as many as have room there."""
         self._mapped.cache_clear()  # a copy that is removed takes space while it is mapped
-        self._near.want([Entry(each.file, each.tokens * self._dtype.itemsize, each.sha256) for each in shards])
+        self._near.want(
+            [Entry(each.file, each.tokens * self._dtype.itemsize, each.sha256) for each in shards]
+        )
 
     def _on_disk(self, shard: Shard) -> Tokens | None:
         with suppress(FileNotFoundError):
@@ -92,4 +105,6 @@ class ShardReader:
 
     def _fetch(self, piece: Piece) -> bytes:
         itemsize = self._dtype.itemsize
-        return self._storage.read_bytes(piece.shard.file, start=piece.start * itemsize, end=piece.end * itemsize)
+        return self._storage.read_bytes(
+            piece.shard.file, start=piece.start * itemsize, end=piece.end * itemsize
+        )

@@ -1,7 +1,9 @@
-"""Writes the shards of one chunk in one task: reads the chunk, encodes its kept documents, and stores the shards.
+"""Writes the shards of one chunk in one task: reads the chunk, encodes its kept documents, and
+stores the shards.
 
-A chunk's sidecar (`shard-00000.json`) records what its shards were made of and the hashes of their bytes. A chunk whose
-sidecar matches the task and the bytes is not written again; so a killed job continues where it was.
+A chunk's sidecar (`shard-00000.json`) records what its shards were made of and the hashes of their
+bytes. A chunk whose sidecar matches the task and the bytes is not written again; so a killed job
+continues where it was.
 """
 
 import hashlib
@@ -24,7 +26,14 @@ from jobs.corpus.chunks import Chunk, Part
 from jobs.corpus.documents import Document, Drop
 from jobs.corpus.listing import CorpusError
 from jobs.corpus.text_borders import cut_text
-from jobs.tokens.token_store import SPLITS, DropSample, Shard, canonical_json, shard_file, token_dtype
+from jobs.tokens.token_store import (
+    SPLITS,
+    DropSample,
+    Shard,
+    canonical_json,
+    shard_file,
+    token_dtype,
+)
 from model.text.bulk_encoder import BulkEncoder, PlainEncoder
 from model.text.chat import Chat, ChatError
 from model.text.chat_format import ChatFormat
@@ -70,20 +79,29 @@ class ChunkWriter:
         """Returns the `ChunkResult` as JSON once the shards and then their sidecar are stored."""
         tokenizer, encoder = _encoder(self.tokenizer_json, is_bulk=self.is_bulk)
         digest, codes = stored_codes(self.store, chunk.number)
-        made_of = {"digest": digest, "codes": hashlib.sha256(codes).hexdigest(), "tokenizer": tokenizer.hash}
+        made_of = {
+            "digest": digest,
+            "codes": hashlib.sha256(codes).hexdigest(),
+            "tokenizer": tokenizer.hash,
+        }
         made_of |= {"chat": repr((self.chat, self.seq_len))} if self.chat else {}
         sidecar = f"shard-{chunk.number:05d}.json"
         result = self._finished(sidecar, made_of)
         if result is None:
             result = self._write(chunk, digest, codes, tokenizer, encoder)
-            self.store.write_bytes(sidecar, canonical_json({"made_of": made_of, "result": asdict(result)}))
+            self.store.write_bytes(
+                sidecar, canonical_json({"made_of": made_of, "result": asdict(result)})
+            )
         return RESULT.dump_json(result)
 
     def _finished(self, sidecar: str, made_of: dict[str, str]) -> ChunkResult | None:
-        with suppress(NotFoundError, ValueError):  # or the sidecar was cut off on a disk that lost power
+        # Or the sidecar was cut off on a disk that lost power
+        with suppress(NotFoundError, ValueError):
             values = json.loads(self.store.read_bytes(sidecar))
             result = RESULT.validate_python(values["result"])
-            are_whole = (file_sha256(self.store, shard.file) == shard.sha256 for shard in result.shards)
+            are_whole = (
+                file_sha256(self.store, shard.file) == shard.sha256 for shard in result.shards
+            )
             if values["made_of"] == made_of and all(are_whole):
                 return result
         return None
@@ -98,7 +116,9 @@ class ChunkWriter:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raymill-shard-")))
             chat = Chat(tokenizer, self.chat, encode=encoder.encode) if self.chat else None
             writers = {
-                split: _ShardFile(stack.enter_context((folder / name).open("w+b")), tokenizer, encoder, chat)
+                split: _ShardFile(
+                    stack.enter_context((folder / name).open("w+b")), tokenizer, encoder, chat
+                )
                 for split, name in names.items()
             }
             for number, (part, document) in enumerate(read_chunk(chunk, self.data, found)):
@@ -112,7 +132,9 @@ class ChunkWriter:
                         num_tokens = writers["val" if code == HELD_OUT else "train"].add(document)
                     except ChatError as error:
                         result.refused += 1
-                        result.sample(Drop.TEMPLATE_REFUSED, part, document._replace(preview=str(error)))
+                        result.sample(
+                            Drop.TEMPLATE_REFUSED, part, document._replace(preview=str(error))
+                        )
                         continue
                     result.replaced += document.replaced
                     result.long += chat is not None and num_tokens > self.seq_len
@@ -120,7 +142,9 @@ class ChunkWriter:
                 raise _changed(chunk)
             for split, writer in writers.items():
                 if writer.documents:
-                    result.shards.append(Shard(names[split], split, chunk.source, **writer.finished()))
+                    result.shards.append(
+                        Shard(names[split], split, chunk.source, **writer.finished())
+                    )
                     self.store.upload_file(folder / names[split], names[split])
         return result
 
@@ -133,7 +157,9 @@ def _changed(chunk: Chunk) -> CorpusError:
 class _ShardFile:
     """A shard being written, in a local file because it may be larger than memory allows."""
 
-    def __init__(self, file: BinaryIO, tokenizer: Tokenizer, encoder: PlainEncoder, chat: Chat | None) -> None:
+    def __init__(
+        self, file: BinaryIO, tokenizer: Tokenizer, encoder: PlainEncoder, chat: Chat | None
+    ) -> None:
         self._file, self._encoder, self._chat = file, encoder, chat
         self._dtype = token_dtype(tokenizer.vocab_size, signed=chat is not None)
         self._front, self._end = (
@@ -142,14 +168,21 @@ class _ShardFile:
         self._bytes = self.documents = 0
 
     def add(self, document: Document) -> int:
-        """Returns the number of tokens. Raises `ChatError` for a conversation, of which nothing is then written."""
+        """Returns the number of tokens. Raises `ChatError` for a conversation, of which nothing is
+        then written."""
         if self._chat is None:
-            texts = (self._encoder.encode(text).astype(self._dtype) for text in cut_text(document.text))
+            texts = (
+                self._encoder.encode(text).astype(self._dtype) for text in cut_text(document.text)
+            )
             pieces, num_bytes = [self._front, *texts, self._end], document.size
         else:
             ids, counted = self._chat.conversation(document.messages)
             pieces = [np.where(counted, ids, ~np.array(ids)).astype(self._dtype)]
-            answers = [message["content"] for message in document.messages if message["role"] == "assistant"]
+            answers = [
+                message["content"]
+                for message in document.messages
+                if message["role"] == "assistant"
+            ]
             num_bytes = sum(len(answer.encode()) for answer in answers)
         self.documents += 1
         self._bytes += num_bytes
@@ -160,7 +193,12 @@ class _ShardFile:
         tokens = self._file.tell() // self._dtype.itemsize
         self._file.seek(0)
         sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()  # type: ignore[arg-type]
-        return {"tokens": tokens, "documents": self.documents, "bytes": self._bytes, "sha256": sha256}
+        return {
+            "tokens": tokens,
+            "documents": self.documents,
+            "bytes": self._bytes,
+            "sha256": sha256,
+        }
 
 
 @cache

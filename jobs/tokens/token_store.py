@@ -1,9 +1,9 @@
 """Defines the token store: the manifest that lists shards of token ids, and its exact bytes.
 
-The manifest holds no path and no time: the same text makes the same manifest wherever it lies (only `hf://` sources
-leave a trace, their pinned revision). It is written last: a folder without one is not a finished store. In place of
-very many shards it has lists, each of up to 1,000 shards of one source and split in a file of its own, which a reader
-opens when it needs one of them.
+The manifest holds no path and no time: the same text makes the same manifest wherever it lies (only
+`hf://` sources leave a trace, their pinned revision). It is written last: a folder without one is
+not a finished store. In place of very many shards it has lists, each of up to 1,000 shards of one
+source and split in a file of its own, which a reader opens when it needs one of them.
 """
 
 import dataclasses
@@ -40,8 +40,9 @@ class TokenStoreError(UserError):
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of token ids; each document in it is followed by the end-of-text token. With `Manifest.chat` an id that
-    the loss does not count is stored as ~id, which is negative, and an uncounted start token begins each conversation.
+    """One file of token ids; each document in it is followed by the end-of-text token. With
+    `Manifest.chat` an id that the loss does not count is stored as ~id, which is negative, and an
+    uncounted start token begins each conversation.
     """
 
     file: str
@@ -54,12 +55,14 @@ class Shard:
 
     @property
     def is_list(self) -> bool:
-        """Says that this stands for many shards: its figures are their sums, and its file lists them."""
+        """Says that this stands for many shards: its figures are their sums, and its file lists
+        them."""
         return self.file.endswith(".json")
 
     @property
     def thousand(self) -> str:
-        """Returns the front of the file's name that the shards with the next numbers share: a listing's prefix."""
+        """Returns the front of the file's name that the shards with the next numbers share: a
+        listing's prefix."""
         return self.file.removesuffix(".bin")[:-3]
 
 
@@ -82,7 +85,8 @@ class Manifest:
     eot_id: int
     source_hash: str  # of every document's text, in canonical order
     config_hash: str  # of the settings that shape the shards
-    weights: tuple[float, ...]  # each source's share of the training rows, summing to 1; empty: by their sizes
+    # Each source's share of the training rows, summing to 1; empty: by their sizes
+    weights: tuple[float, ...]
     revisions: dict[str, str]  # commit of each hf:// source
     dropped: dict[str, int]  # documents by reason
     drop_samples: dict[str, list[DropSample]]  # the first few of each reason
@@ -104,26 +108,37 @@ class Manifest:
         return self.eot_id if self.bos_id is None else self.bos_id
 
     def with_lists(self) -> tuple["Manifest", dict[str, bytes]]:
-        """Returns the manifest as it is stored, with lists in place of very many shards, and their content by file."""
+        """Returns the manifest as it is stored, with lists in place of very many shards, and their
+        content by file."""
         groups: dict[tuple[int, Split, str], list[Shard]] = {}
         for shard in self.shards if len(self.shards) > MOST_SHARDS else ():
             groups.setdefault((shard.source, shard.split, shard.thousand), []).append(shard)
         lists, contents = list[Shard](), dict[str, bytes]()
         for (source, split, thousand), group in groups.items():
             content = canonical_json([dataclasses.asdict(shard) for shard in group])
-            sums = {name: dataclasses.replace(self, shards=tuple(group)).total(name) for name in _SUMS}
+            sums = {
+                name: dataclasses.replace(self, shards=tuple(group)).total(name) for name in _SUMS
+            }
             name = f"list-{source}-{thousand}.json"
-            lists.append(Shard(name, split, source, **sums, sha256=hashlib.sha256(content).hexdigest()))
+            lists.append(
+                Shard(name, split, source, **sums, sha256=hashlib.sha256(content).hexdigest())
+            )
             contents[name] = content
         return dataclasses.replace(self, shards=tuple(lists) or self.shards), contents
 
     def to_json(self) -> bytes:
         stored = self.with_lists()[0]
-        known = {name: value for name, value in dataclasses.asdict(stored).items() if value is not None}
+        known = {
+            name: value for name, value in dataclasses.asdict(stored).items() if value is not None
+        }
         has_lists = any(shard.is_list for shard in stored.shards)
         derived = {
             "complete": True,  # as earlier versions wrote, so that a store's hash stays
-            "format_version": _FORMAT_WITH_LISTS if has_lists else CHAT_VERSION if self.chat else FORMAT_VERSION,
+            "format_version": _FORMAT_WITH_LISTS
+            if has_lists
+            else CHAT_VERSION
+            if self.chat
+            else FORMAT_VERSION,
             "dtype": self.dtype.name,
             "totals": {name: self.total(name) for name in _SUMS}
             | {f"{split}_{name}": self.total(name, split) for split in SPLITS for name in _SUMS},
@@ -146,12 +161,16 @@ class Manifest:
     @property
     def identity(self) -> str:
         """A hash of everything that decides the shards."""
-        return hashlib.sha256(canonical_json([self.source_hash, self.config_hash, self.tokenizer_hash])).hexdigest()
+        return hashlib.sha256(
+            canonical_json([self.source_hash, self.config_hash, self.tokenizer_hash])
+        ).hexdigest()
 
 
 def token_dtype(vocab_size: int, *, signed: bool = False) -> np.dtype[Any]:
     """Returns little-endian integers, of 16 bits if every id fits."""
-    return np.dtype(f"<{'i' if signed else 'u'}{2 if vocab_size <= 1 << (15 if signed else 16) else 4}")
+    return np.dtype(
+        f"<{'i' if signed else 'u'}{2 if vocab_size <= 1 << (15 if signed else 16) else 4}"
+    )
 
 
 def shard_file(split: Split, number: int) -> str:
@@ -171,28 +190,35 @@ def canonical_json(value: Any) -> bytes:
 
 
 def read_manifest(store: Storage, *, opens_lists: bool = True) -> Manifest:
-    """Reads the manifest and checks that every shard is there in its full size. Raises `TokenStoreError`.
+    """Reads the manifest and checks that every shard is there in its full size. Raises
+    `TokenStoreError`.
 
     Without `opens_lists`, lists stay in place of their shards, for `read_list` to open and check.
     """
     try:
         manifest = Manifest.from_json(store.read_bytes(MANIFEST))
     except NotFoundError as error:
-        raise TokenStoreError(f"{store.uri} holds no {MANIFEST}: tokenizing was not finished; run it again") from error
+        raise TokenStoreError(
+            f"{store.uri} holds no {MANIFEST}: tokenizing was not finished; run it again"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise TokenStoreError(f"{store.uri}/{MANIFEST} is damaged ({error}); tokenize again") from error
+        raise TokenStoreError(
+            f"{store.uri}/{MANIFEST} is damaged ({error}); tokenize again"
+        ) from error
     itemsize = manifest.dtype.itemsize
     if not any(shard.is_list for shard in manifest.shards):
         _check_sizes(store, manifest.shards, itemsize, prefix="")
     elif opens_lists:
-        shards = tuple(shard for each in manifest.shards for shard in read_list(store, each, itemsize))
+        shards = tuple(
+            shard for each in manifest.shards for shard in read_list(store, each, itemsize)
+        )
         return dataclasses.replace(manifest, shards=shards)
     return manifest
 
 
 def read_list(store: Storage, listed: Shard, itemsize: int) -> tuple[Shard, ...]:
-    """Returns the shards of a list, whose tokens have `itemsize` bytes; checks its hash and that every shard is there
-    in its full size. Raises `TokenStoreError`."""
+    """Returns the shards of a list, whose tokens have `itemsize` bytes; checks its hash and that
+    every shard is there in its full size. Raises `TokenStoreError`."""
     content = store.find_bytes(listed.file) or b""
     if hashlib.sha256(content).hexdigest() != listed.sha256:
         raise TokenStoreError(f"{store.uri}/{listed.file} is missing or altered; tokenize again")

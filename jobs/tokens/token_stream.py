@@ -19,16 +19,21 @@ from jobs.tokens.shard_reader import Piece, ShardReader
 from jobs.tokens.token_store import Shard, Split, TokenStoreError, read_list, read_manifest
 from model.linear_cross_entropy import IGNORE_INDEX
 
-_OPEN_LISTS = 8  # lists of shards at once, of a source: the samples of a window are in the shards of two lists
-_LOOKS_A_WINDOW = 8  # looks for the shards that the next samples need; a window is that of the shuffle
+# Lists of shards at once, of a source: the samples of a window are in the shards of two lists
+_OPEN_LISTS = 8
+# Looks for the shards that the next samples need; a window is that of the shuffle
+_LOOKS_A_WINDOW = 8
 _SAMPLES_A_LOOK = 4096
 _LEAST_SHARE = 16  # a run that ends within this share of a window reads its rows one by one
 
 
 class ShardChain:
-    """Pieces of shards end to end. Row i is tokens i*T to i*T + T inclusive, so no token is a target twice."""
+    """Pieces of shards end to end. Row i is tokens i*T to i*T + T inclusive, so no token is a
+    target twice."""
 
-    def __init__(self, text: Iterable[Piece], read_list: Callable[[Shard], Sequence[Shard]] = lambda _: ()) -> None:
+    def __init__(
+        self, text: Iterable[Piece], read_list: Callable[[Shard], Sequence[Shard]] = lambda _: ()
+    ) -> None:
         self.text = tuple(text)
         self._opened = lru_cache(_OPEN_LISTS)(lambda listed: ShardChain(whole(read_list(listed))))
         self._ends = np.cumsum([piece.end - piece.start for piece in self.text], dtype=np.int64)
@@ -50,7 +55,8 @@ class ShardChain:
             number = int(np.searchsorted(self._ends, position, side="right"))
             stop = min(end, int(self._ends[number]))
             shard, _, last = self.text[number]
-            offset = last - int(self._ends[number])  # a token's place in its shard, less its place here
+            # A token's place in its shard, less its place here
+            offset = last - int(self._ends[number])
             if shard.is_list:
                 yield from self._opened(shard).pieces(position + offset, stop + offset)
             else:
@@ -58,14 +64,16 @@ class ShardChain:
             position = stop
 
     def bytes_per_token(self, num_tokens: int) -> float:
-        """Returns the bytes of text per token of the shards that hold the first `num_tokens`, whatever follows them."""
+        """Returns the bytes of text per token of the shards that hold the first `num_tokens`,
+        whatever follows them."""
         shards = [piece.shard for piece in self.pieces(0, num_tokens)]
         num_bytes = sum(shard.bytes for shard in shards)
         return num_bytes / sum(shard.tokens for shard in shards)
 
 
 class TokenStream:
-    """A split's rows of `seq_len` tokens and the token that follows, in the store's order or in the run's."""
+    """A split's rows of `seq_len` tokens and the token that follows, in the store's order or in the
+    run's."""
 
     def __init__(
         self,
@@ -81,23 +89,29 @@ class TokenStream:
     ) -> None:
         """Opens a store, for one thread.
 
-        `seed` and `window_rows` shape `samples`, of which the run reads the first `num_samples`: where that is a good
-        part of a window, up to `near_bytes` of a remote store's shards are copied to this node. Raises
-        `TokenStoreError` for a store that is unfinished, damaged or too small for one row.
+        `seed` and `window_rows` shape `samples`, of which the run reads the first `num_samples`:
+        where that is a good part of a window, up to `near_bytes` of a remote store's shards are
+        copied to this node. Raises `TokenStoreError` for a store that is unfinished, damaged or too
+        small for one row.
         """
         self.seq_len = seq_len
         self._window_rows = window_rows
         self._num_samples = num_samples
         self._turn = -1
         self._is_here = storage.local_path("") is not None
-        self.near_shards: dict[Shard, None] = {}  # which are copied, or will be as far as there is room
+        # Which are copied, or will be as far as there is room
+        self.near_shards: dict[Shard, None] = {}
         self.manifest = manifest = read_manifest(storage, opens_lists=False)
         near = FileCache(storage, Path.home() / ".cache/raymill/shards", max_bytes=near_bytes)
         self._reader = ShardReader(storage, manifest.dtype, near=near)
         read_shards = partial(read_list, storage, itemsize=manifest.dtype.itemsize)
         texts = texts_of(manifest, split, division)
         self._sources = [ShardChain(text, read_shards) for text in texts]
-        self._all = self._sources[0] if len(texts) == 1 else ShardChain(chain.from_iterable(texts), read_shards)
+        self._all = (
+            self._sources[0]
+            if len(texts) == 1
+            else ShardChain(chain.from_iterable(texts), read_shards)
+        )
         num_rows = tuple(source.num_rows(seq_len) for source in self._sources)
         if 0 in num_rows:
             source = num_rows.index(0)
@@ -114,24 +128,32 @@ class TokenStream:
         return int(min(self._all.num_rows(self.seq_len), at_most))
 
     def bytes_per_token(self, num_rows: int) -> float:
-        """Returns the bytes of text per token over the shards that hold the first `num_rows` rows."""
+        """Returns the bytes of text per token over the shards that hold the first `num_rows`
+        rows."""
         return self._all.bytes_per_token(num_rows * self.seq_len + 1)
 
     def rows(self, indices: npt.ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns inputs (B, T) and targets (B, T), the next tokens, int64, of rows by their number in the store;
-        IGNORE_INDEX where the loss does not count them, as all that is no answer in a conversation."""
+        """Returns inputs (B, T) and targets (B, T), the next tokens, int64, of rows by their number
+        in the store; IGNORE_INDEX where the loss does not count them, as all that is no answer in a
+        conversation."""
         wanted = np.asarray(indices, dtype=np.int64)
         num_rows = self.count_rows()
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < num_rows:
-            raise IndexError(f"rows {wanted.min()} to {wanted.max()} were asked for, the stream has {num_rows}")
-        return self._batch([self._all.row(index, self.seq_len) for index in wanted.tolist()], scattered=False)
+            raise IndexError(
+                f"rows {wanted.min()} to {wanted.max()} were asked for, the stream has {num_rows}"
+            )
+        return self._batch(
+            [self._all.row(index, self.seq_len) for index in wanted.tolist()], scattered=False
+        )
 
     def samples(self, indices: npt.ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns inputs (B, T) and targets (B, T), int64, of samples by their global index, in the run's order."""
+        """Returns inputs (B, T) and targets (B, T), int64, of samples by their global index, in the
+        run's order."""
         return self._batch(self._places(np.asarray(indices)), scattered=True)
 
     def read_ahead(self, indices: npt.ArrayLike) -> None:
-        """Starts reading the next samples of a remote store, and copying the shards of those to come; never waits."""
+        """Starts reading the next samples of a remote store, and copying the shards of those to
+        come; never waits."""
         if self._is_here:
             return  # a page fault costs less than a thread
         wanted = np.asarray(indices)
@@ -141,8 +163,8 @@ class TokenStream:
             self._reader.read_ahead(chain.from_iterable(self._places(wanted)))
 
     def _bring_near(self, first: int) -> None:
-        """Has the shards of the next window of samples copied. Some thousand of them tell which: a shard that none of
-        these hits has few rows in the window."""
+        """Has the shards of the next window of samples copied. Some thousand of them tell which: a
+        shard that none of these hits has few rows in the window."""
         window = min(self._window_rows, sum(self.order.num_rows))
         turn = first // max(1, window // _LOOKS_A_WINDOW)
         num_left = self._num_samples - first
@@ -150,7 +172,8 @@ class TokenStream:
             return
         step = -(-window // _SAMPLES_A_LOOK)
         ahead = np.arange(first, first + min(window, num_left), step)
-        ahead += np.random.default_rng(0).integers(0, step, len(ahead))  # as sources take turns at regular places
+        # As sources take turns at regular places
+        ahead += np.random.default_rng(0).integers(0, step, len(ahead))
         shards = dict.fromkeys(piece.shard for piece in chain.from_iterable(self._places(ahead)))
         if shards.keys() != self.near_shards.keys():
             self._reader.bring_near(shards)
@@ -161,7 +184,9 @@ class TokenStream:
         pairs = zip(sources.tolist(), rows.tolist(), strict=True)
         return [self._sources[source].row(row, self.seq_len) for source, row in pairs]
 
-    def _batch(self, places: list[Iterator[Piece]], *, scattered: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _batch(
+        self, places: list[Iterator[Piece]], *, scattered: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = np.empty((len(places), self.seq_len + 1), dtype=np.int64)  # (B, T + 1)
         read = partial(self._reader.read, scattered=scattered)
         for row, pieces in zip(tokens, places, strict=True):

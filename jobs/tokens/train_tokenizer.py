@@ -1,4 +1,5 @@
-"""Loads the corpus's tokenizer where one is named, or else trains and stores one on a sample of the corpus."""
+"""Loads the corpus's tokenizer where one is named, or else trains and stores one on a sample of the
+corpus."""
 
 import hashlib
 import math
@@ -34,9 +35,11 @@ _MOST_READ = 8  # times the text wanted from a place is read there at most, howe
 
 
 def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple[Tokenizer, str]:
-    """Returns the tokenizer and the URI of its tokenizer.json; trains one only if none is named or stored. Needs Ray.
+    """Returns the tokenizer and the URI of its tokenizer.json; trains one only if none is named or
+    stored. Needs Ray.
 
-    The tokenizer is stored under a key of the settings and files that shape it, so a changed corpus gets a new one.
+    The tokenizer is stored under a key of the settings and files that shape it, so a changed corpus
+    gets a new one.
     """
     if config.data.tokenizer is not None:
         return load_tokenizer(config.data.tokenizer)
@@ -49,19 +52,23 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
     folder = open_storage(config.storage.uri).child(f"tokenizers/{key}")
     uri = join_uri(folder.uri, TOKENIZER_FILE)
     if not folder.exists(TOKENIZER_FILE):
-        say(f"training a tokenizer of up to {config.data.vocab_size} ids on {counted(len(listing.files), 'file')}")
+        say(
+            f"training a tokenizer of up to {config.data.vocab_size} ids on {counted(len(listing.files), 'file')}"
+        )
         corpus = Chunk(0, 0, list(map(whole_file, listing.files)))
         (trained,) = run_tasks([corpus], partial(train_tokenizer, data=config.data))
         folder.write_bytes(TOKENIZER_FILE, trained.content)
     tokenizer = Tokenizer.from_json(folder.read_bytes(TOKENIZER_FILE))
     if tokenizer.vocab_size < config.data.vocab_size:
-        say(f"the corpus is small: its tokenizer has {tokenizer.vocab_size} ids, not {config.data.vocab_size}")
+        say(
+            f"the corpus is small: its tokenizer has {tokenizer.vocab_size} ids, not {config.data.vocab_size}"
+        )
     return tokenizer, uri
 
 
 def load_tokenizer(uri: str) -> tuple[Tokenizer, str]:
-    """Returns the tokenizer at the location of a tokenizer.json or of its folder, with the chat template beside it, and
-    the file's URI."""
+    """Returns the tokenizer at the location of a tokenizer.json or of its folder, with the chat
+    template beside it, and the file's URI."""
     file_uri = uri if uri.endswith(".json") else join_uri(uri.rstrip("/"), TOKENIZER_FILE)
     storage, name = split_uri(file_uri)
     try:
@@ -77,13 +84,15 @@ def load_tokenizer(uri: str) -> tuple[Tokenizer, str]:
             f"{file_uri}: {error}. Name a tokenizer without this template, or put another one, or none, beside it "
             "(chat_template.jinja, or chat_template in tokenizer_config.json)"
         ) from None
-    return Tokenizer.from_json(files[TOKENIZER_FILE], chat_format(files.get)), join_uri(storage.uri, name)
+    return Tokenizer.from_json(files[TOKENIZER_FILE], chat_format(files.get)), join_uri(
+        storage.uri, name
+    )
 
 
 @lru_cache(4)
 def _require_bounded(files: tuple[tuple[str, bytes], ...]) -> None:
-    """Raises `TextError` for a stranger's tokenizer or chat template that does not end: training would run both in
-    processes that a whole run waits for."""
+    """Raises `TextError` for a stranger's tokenizer or chat template that does not end: training
+    would run both in processes that a whole run waits for."""
     content = dict(files)
     if not has_strange_programs(content.get):
         return
@@ -100,12 +109,13 @@ def train_tokenizer(corpus: Chunk, *, data: DataConfig) -> bytes:
 
 
 def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]:
-    """Yields up to `data.tokenizer_sample_bytes` of the kept documents, an equal share from each source: all of a small
-    source, or else text from places all over it.
+    """Yields up to `data.tokenizer_sample_bytes` of the kept documents, an equal share from each
+    source: all of a small source, or else text from places all over it.
 
-    The text is cut into pieces of `TRAINING_PIECE_CHARS` to twice as many, because training takes time in the square of
-    a word's length, and DNA is one word of a megabyte. The last document of a place may be cut. The next place makes up
-    for one where much is dropped. Raises `CorpusError` when no document is kept.
+    The text is cut into pieces of `TRAINING_PIECE_CHARS` to twice as many, because training takes
+    time in the square of a word's length, and DNA is one word of a megabyte. The last document of a
+    place may be cut. The next place makes up for one where much is dropped. Raises `CorpusError`
+    when no document is kept.
     """
     share_bytes = max(1, data.tokenizer_sample_bytes // len({file.source for file in files}))
     seen: set[bytes] = set()
@@ -116,7 +126,9 @@ def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]
             remaining += num_bytes
             for text in kept_texts(parts, data, seen, dropped, most_bytes=_MOST_READ * remaining):
                 encoded = text.encode()
-                yield from cut_text(encoded[:remaining].decode(errors="ignore"), piece_chars=TRAINING_PIECE_CHARS)
+                yield from cut_text(
+                    encoded[:remaining].decode(errors="ignore"), piece_chars=TRAINING_PIECE_CHARS
+                )
                 remaining -= min(len(encoded), remaining)
                 if not remaining:
                     break
@@ -125,9 +137,15 @@ def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]
 
 
 def kept_texts(
-    parts: Iterable[Part], data: DataConfig, seen: set[bytes], dropped: Counter[str], *, most_bytes: float = math.inf
+    parts: Iterable[Part],
+    data: DataConfig,
+    seen: set[bytes],
+    dropped: Counter[str],
+    *,
+    most_bytes: float = math.inf,
 ) -> Iterator[str]:
-    """Yields the texts of kept documents that were not `seen` before, in order; counts the `dropped` ones by reason.
+    """Yields the texts of kept documents that were not `seen` before, in order; counts the
+    `dropped` ones by reason.
 
     Ends after reading `most_bytes`, if anything was seen by then.
     """
@@ -143,8 +161,11 @@ def kept_texts(
                 return
 
 
-def judged(part: Part, data: DataConfig, seen: set[bytes]) -> Iterator[tuple[Document, Drop | None]]:
-    """Yields the documents of a part, each with the reason to drop it, if any; what is kept is `seen` from then on."""
+def judged(
+    part: Part, data: DataConfig, seen: set[bytes]
+) -> Iterator[tuple[Document, Drop | None]]:
+    """Yields the documents of a part, each with the reason to drop it, if any; what is kept is
+    `seen` from then on."""
     for document in read_documents(part, data):
         drop = document.drop or failed_rule(document.text, data.quality_rules)
         if drop is None:

@@ -1,4 +1,5 @@
-"""One worker's part of an attempt at a run: its state, its rows, and what it does with them at each step."""
+"""One worker's part of an attempt at a run: its state, its rows, and what it does with them at each
+step."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,7 +25,8 @@ from model.training.optimizer import learning_rate
 
 @dataclass
 class Attempt:
-    """What `open_attempt` has opened, all of it there. The training loop replaces `guard` once a step, else nothing."""
+    """What `open_attempt` has opened, all of it there. The training loop replaces `guard` once a
+    step, else nothing."""
 
     plan: RunPlan
     group: WorkerGroup
@@ -62,7 +64,9 @@ class Attempt:
         At a step that saves, weights that are not finite turn the decision into a rollback.
         """
         config, timer = self.plan.config, self.record.timer
-        decision = decide(self.guard, config, step=step, loss=measured.loss, grad_norm=measured.norm)
+        decision = decide(
+            self.guard, config, step=step, loss=measured.loss, grad_norm=measured.norm
+        )
         if decision.verdict is Verdict.APPLY:
             with timer.phase("update"), self.record.layers.around_update(step):
                 self.state.apply(norm=measured.norm, learning_rate=self.rate(step), timer=timer)
@@ -73,7 +77,8 @@ class Attempt:
         return unless_not_finite(decision, config, step=step, is_finite=self.state.is_finite)
 
     def save(self, step: int, validation: dict[str, Any], *, must: bool = False) -> None:
-        """Has the state stored while training continues. With `must` it is, whatever is still being stored."""
+        """Has the state stored while training continues. With `must` it is, whatever is still being
+        stored."""
         metadata = Metadata(
             run_id=str(self.plan.config.run_id),
             step=step,
@@ -91,32 +96,42 @@ class Attempt:
     def keep(self, step: int, validation: dict[str, Any]) -> None:
         """Begins a snapshot of the state after a step whose line the ledger has, if one is due.
 
-        One is due before each step that does more than train: that step's update takes this state away, and another
-        worker may be lost before the step has a line.
+        One is due before each step that does more than train: that step's update takes this state
+        away, and another worker may be lost before the step has a line.
         """
         carried = {"guard": asdict(self.guard), "line": self.record.line, "validation": validation}
         is_due = not only_trains(self.plan.config, step + 1)
-        news = self.snapshots.after_step(step, self.state, attempt=self.number, carried=carried, is_due=is_due)
+        news = self.snapshots.after_step(
+            step, self.state, attempt=self.number, carried=carried, is_due=is_due
+        )
         if news:
             self.tell("snapshots_off", step=step, attempt=self.number, reason=news)
         elif news is not None:
             self.tell("snapshots_on", step=step, attempt=self.number)
 
     def finish(self, step: int | None) -> None:
-        """Returns once the storage has the attempt's last checkpoint and all of its ledger; `step` was its last one, if
-        that stands."""
+        """Returns once the storage has the attempt's last checkpoint and all of its ledger; `step`
+        was its last one, if that stands."""
         self.saver.finish()
         if self.writer:
             self.writer.finish(step=step if step == max_steps(self.plan.config) else None)
 
     def leave(self, step: int, decision: Decision) -> bool:
-        """Ends the attempt at a step that cannot stand. Returns whether another attempt continues."""
+        """Ends the attempt at a step that cannot stand. Returns whether another attempt
+        continues."""
         continues = decision.verdict is Verdict.ROLL_BACK
         if continues:
             first, last = decision.state.rollbacks[-1]
             left_out = self.schedule.samples_of(first, last)
             samples = [left_out.start, left_out.stop]
-            self.tell("rollback", step=step, first=first, last=last, samples=samples, reason=decision.reason)
+            self.tell(
+                "rollback",
+                step=step,
+                first=first,
+                last=last,
+                samples=samples,
+                reason=decision.reason,
+            )
         else:
             self.tell("gave_up", step=step, reason=f"step {step}: {decision.reason}")
         self.finish(None)

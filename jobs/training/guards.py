@@ -1,9 +1,11 @@
-"""Decides what happens to a step whose loss or gradient cannot be trusted: pure functions, alike on every rank.
+"""Decides what happens to a step whose loss or gradient cannot be trusted: pure functions, alike on
+every rank.
 
-A bad step is skipped: its data is left out, and weights and moments stay. After too many in a row the run goes back to
-the state at an earlier multiple of `save_every_steps` and leaves out all data from there on, as PaLM's authors did by
-hand (Chowdhery et al., 2022, section 5.1). The losses alone decide which state that is, not which checkpoints happen to
-exist, so the same happens in every replay, at any world size and after any kill.
+A bad step is skipped: its data is left out, and weights and moments stay. After too many in a row
+the run goes back to the state at an earlier multiple of `save_every_steps` and leaves out all data
+from there on, as PaLM's authors did by hand (Chowdhery et al., 2022, section 5.1). The losses alone
+decide which state that is, not which checkpoints happen to exist, so the same happens in every
+replay, at any world size and after any kill.
 """
 
 import math
@@ -19,7 +21,8 @@ SPIKE_WINDOW = 64
 """A loss is compared with those of so many steps before it to be called a spike."""
 
 SMALLEST_DEVIATION = 1e-3
-"""The least deviation, as a share of the median: losses that hardly differ do not make the next one a spike."""
+"""The least deviation, as a share of the median: losses that hardly differ do not make the next one
+a spike."""
 
 
 Windows = tuple[tuple[int, int], ...]
@@ -29,30 +32,37 @@ Windows = tuple[tuple[int, int], ...]
 class Verdict(StrEnum):
     APPLY = "apply"  # the update is applied
     SKIP = "skip"  # it is not; weights and moments keep their bits
-    ROLL_BACK = "rollback"  # training continues from an earlier state with the data behind this step
+    # Training continues from an earlier state with the data behind this step
+    ROLL_BACK = "rollback"
     STOP = "stop"  # the run has nothing left to try
 
 
 @dataclass(frozen=True)
 class GuardState:
-    """The history on which decisions depend. It belongs to a state of the weights and is saved with it."""
+    """The history on which decisions depend. It belongs to a state of the weights and is saved with
+    it."""
 
     last_applied: int = 0  # the newest step whose update was applied
     skipped_in_a_row: int = 0
-    losses: tuple[float, ...] = ()  # of the newest steps applied, oldest first; kept only to find spikes
+    # Of the newest steps applied, oldest first; kept only to find spikes
+    losses: tuple[float, ...] = ()
     rollbacks: Windows = ()  # in the order in which they happened
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         windows = tuple((first, last) for first, last in values["rollbacks"])
-        return cls(values["last_applied"], values["skipped_in_a_row"], tuple(values["losses"]), windows)
+        return cls(
+            values["last_applied"], values["skipped_in_a_row"], tuple(values["losses"]), windows
+        )
 
     def leaves_out(self, step: int) -> bool:
-        """Returns whether a rollback left this step out: then neither its update nor its checkpoint counts."""
+        """Returns whether a rollback left this step out: then neither its update nor its checkpoint
+        counts."""
         return any(first <= step <= last for first, last in self.rollbacks)
 
     def entering(self, step: int) -> tuple[int, Self]:
-        """Returns the step to take when `step` is due, behind what rollbacks left out, and the state to take it in."""
+        """Returns the step to take when `step` is due, behind what rollbacks left out, and the
+        state to take it in."""
         behind = step
         while self.leaves_out(behind):
             behind = next(last for first, last in self.rollbacks if first <= behind <= last) + 1
@@ -66,28 +76,42 @@ class Decision:
     reason: str = ""  # for every verdict but APPLY
 
 
-def decide(state: GuardState, config: RunConfig, *, step: int, loss: float, grad_norm: float) -> Decision:
-    """Decides what to do with the update of `step`, given the loss and the gradient norm of its whole batch."""
+def decide(
+    state: GuardState, config: RunConfig, *, step: int, loss: float, grad_norm: float
+) -> Decision:
+    """Decides what to do with the update of `step`, given the loss and the gradient norm of its
+    whole batch."""
     reason = complaint(state.losses, config, loss=loss, grad_norm=grad_norm)
     if not reason:
         losses = (*state.losses, loss)[-SPIKE_WINDOW:] if config.train.spike_factor else ()
-        return Decision(Verdict.APPLY, replace(state, last_applied=step, skipped_in_a_row=0, losses=losses))
+        return Decision(
+            Verdict.APPLY, replace(state, last_applied=step, skipped_in_a_row=0, losses=losses)
+        )
     state = replace(state, skipped_in_a_row=state.skipped_in_a_row + 1)
     if state.skipped_in_a_row <= config.train.max_skipped_steps:
         return Decision(Verdict.SKIP, state, reason)
     return roll_back(
-        state, config, step=step, reason=f"{state.skipped_in_a_row} bad steps in a row, the last: {reason}"
+        state,
+        config,
+        step=step,
+        reason=f"{state.skipped_in_a_row} bad steps in a row, the last: {reason}",
     )
 
 
-def unless_not_finite(decision: Decision, config: RunConfig, *, step: int, is_finite: Callable[[], bool]) -> Decision:
+def unless_not_finite(
+    decision: Decision, config: RunConfig, *, step: int, is_finite: Callable[[], bool]
+) -> Decision:
     """Returns the decision, or a rollback where the weights that it led to are not finite."""
     if decision.verdict in (Verdict.ROLL_BACK, Verdict.STOP) or is_finite():
         return decision
-    return roll_back(decision.state, config, step=step, reason="the updates made weights that are not finite")
+    return roll_back(
+        decision.state, config, step=step, reason="the updates made weights that are not finite"
+    )
 
 
-def complaint(losses: tuple[float, ...], config: RunConfig, *, loss: float, grad_norm: float) -> str:
+def complaint(
+    losses: tuple[float, ...], config: RunConfig, *, loss: float, grad_norm: float
+) -> str:
     """Says what is wrong with a step; empty where nothing is."""
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         return f"loss {loss}, gradient norm {grad_norm}"
@@ -100,7 +124,8 @@ def complaint(losses: tuple[float, ...], config: RunConfig, *, loss: float, grad
 
 
 def roll_back(state: GuardState, config: RunConfig, *, step: int, reason: str) -> Decision:
-    """Decides to go back to a state with fewer updates than the present one, or to stop where there is none."""
+    """Decides to go back to a state with fewer updates than the present one, or to stop where there
+    is none."""
     if len(state.rollbacks) >= config.train.max_rollbacks:
         obstacle = f"train.max_rollbacks={config.train.max_rollbacks} is used up"
     elif state.last_applied == 0:
@@ -110,5 +135,11 @@ def roll_back(state: GuardState, config: RunConfig, *, step: int, reason: str) -
     else:
         every = config.checkpoint.save_every_steps
         first = (state.last_applied - 1) // every * every + 1
-        return Decision(Verdict.ROLL_BACK, replace(state, rollbacks=(*state.rollbacks, (first, step))), reason)
-    return Decision(Verdict.STOP, state, f"{reason}; {obstacle}: lower train.learning_rate, or look at the data there")
+        return Decision(
+            Verdict.ROLL_BACK, replace(state, rollbacks=(*state.rollbacks, (first, step))), reason
+        )
+    return Decision(
+        Verdict.STOP,
+        state,
+        f"{reason}; {obstacle}: lower train.learning_rate, or look at the data there",
+    )

@@ -1,4 +1,5 @@
-"""Prepares a worker to compute: tests its device, and shares compiled kernels between a run's workers and attempts."""
+"""Prepares a worker to compute: tests its device, and shares compiled kernels between a run's
+workers and attempts."""
 
 import hashlib
 import json
@@ -17,11 +18,12 @@ from jobs.workers.worker_group import WorkerGroup
 
 
 def prepared(plan: RunPlan, group: WorkerGroup, device: torch.device, kind: Hardware) -> str | None:
-    """Returns once this worker, of a kind of hardware, has passed its self-test: the hash of its compiled kernels, None
-    where it has none.
+    """Returns once this worker, of a kind of hardware, has passed its self-test: the hash of its
+    compiled kernels, None where it has none.
 
-    Those are on every rank the kernels that the run's storage has for rank 0's hardware, or that rank 0 compiles now.
-    Whoever can write to that storage can thus run code in the workers, as PyTorch trusts what it loads.
+    Those are on every rank the kernels that the run's storage has for rank 0's hardware, or that
+    rank 0 compiles now. Whoever can write to that storage can thus run code in the workers, as
+    PyTorch trusts what it loads.
     """
     test = partial(self_test, plan.config, device)
     if way_to_compute(plan.config) != "compiled":

@@ -1,4 +1,5 @@
-"""Measures what a step does to each layer: the norms of its gradient and its weights, and the ratio of its update."""
+"""Measures what a step does to each layer: the norms of its gradient and its weights, and the ratio
+of its update."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ from model.architecture import ParameterNames
 class LayerStatistics:
     """Measures one step in every `every_steps`; 0 never."""
 
-    def __init__(self, state: TrainState, group: WorkerGroup, timer: StepTimer, *, every_steps: int) -> None:
+    def __init__(
+        self, state: TrainState, group: WorkerGroup, timer: StepTimer, *, every_steps: int
+    ) -> None:
         self._state, self._group, self._timer, self._every_steps = state, group, timer, every_steps
         self._names = state.model.config.network.parameters
         layers = [layer_of(name, self._names) for name, _ in state.model.named_parameters()]
@@ -28,7 +31,8 @@ class LayerStatistics:
 
     @contextmanager
     def around_update(self, step: int) -> Iterator[None]:
-        """Measures the update that is made inside; before it the gradient is the whole batch's, not yet clipped.
+        """Measures the update that is made inside; before it the gradient is the whole batch's, not
+        yet clipped.
 
         All ranks take part, as with a sharded optimizer each has a part of the gradient.
         """
@@ -51,17 +55,24 @@ class LayerStatistics:
                 "layers": self._layers,
                 "gradient_norm": _rounded(gradient.sqrt()),
                 "weight_norm": _rounded(weight.sqrt()),
-                "update_ratio": [ratio if math.isfinite(ratio) else None for ratio in ratios],  # None of zero weights
+                # None of zero weights
+                "update_ratio": [ratio if math.isfinite(ratio) else None for ratio in ratios],
             }
 
     def _square_sums(self, flat: Tensor, *, is_divided: bool) -> Tensor:
-        """Returns the sum of squares of each layer (L,), in float64, over a flat buffer, of which each rank of a group
-        has its own parts if that is divided."""
+        """Returns the sum of squares of each layer (L,), in float64, over a flat buffer, of which
+        each rank of a group has its own parts if that is divided."""
         state = self._state
         sums = torch.zeros(len(self._layers), dtype=torch.float64, device=flat.device)
         layout = state.layout
-        for name, in_parameter, packed in layout.pieces(state.owned if is_divided else layout.whole):
-            place = in_parameter.shifted(layout.places[name].start) if len(flat) == layout.size else packed
+        for name, in_parameter, packed in layout.pieces(
+            state.owned if is_divided else layout.whole
+        ):
+            place = (
+                in_parameter.shifted(layout.places[name].start)
+                if len(flat) == layout.size
+                else packed
+            )
             values = place.of(flat)
             norm = torch.linalg.vector_norm(values, dtype=torch.float64)
             sums[self._layers.index(layer_of(name, self._names))] += norm.square()
@@ -75,8 +86,9 @@ class LayerStatistics:
 
 
 def layer_of(parameter: str, names: ParameterNames) -> str:
-    """Returns `wte`, `wpe`, `h.0.attn`, `h.0.mlp` …, `ln_f`, or of Llama `embed_tokens`, `layers.0.self_attn`,
-    `layers.0.mlp` …, `norm`; a norm counts with the layer that it precedes."""
+    """Returns `wte`, `wpe`, `h.0.attn`, `h.0.mlp` …, `ln_f`, or of Llama `embed_tokens`,
+    `layers.0.self_attn`, `layers.0.mlp` …, `norm`; a norm counts with the layer that it
+    precedes."""
     module, *parts = parameter.removeprefix(f"{names.prefix}.").split(".")
     if module != names.blocks:
         return module
@@ -85,5 +97,6 @@ def layer_of(parameter: str, names: ParameterNames) -> str:
 
 
 def _rounded(values: Tensor) -> list[float]:
-    """Rounds to six digits, none of which depends on how many ranks the squares were summed over."""
+    """Rounds to six digits, none of which depends on how many ranks the squares were summed
+    over."""
     return [float(f"{value:.6g}") for value in values.tolist()]

@@ -1,4 +1,5 @@
-"""Settles how a worker rounds, and compares the workers of an attempt with one another and with earlier ones.
+"""Settles how a worker rounds, and compares the workers of an attempt with one another and with
+earlier ones.
 
 Bits are promised on one kind of hardware, library versions and thread count.
 """
@@ -16,23 +17,27 @@ from model.hardware.processor import cpu_features, cpu_field
 Hardware = dict[str, str]
 
 _READ_BY_CUDA = {
-    # cuBLAS chooses its algorithm by the memory that it may use, and torch's default differs from GPU to GPU.
+    # cuBLAS chooses its algorithm by the memory that it may use, and torch's default differs from
+    # GPU to GPU.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    # In no library. TF32 drops 13 of a factor's 23 bits: a run in fp32 would differ from the same run on CPUs in the
-    # fourth digit of each product. Speed is what `train.precision: bf16` is for, which has twice that of TF32.
+    # In no library. TF32 drops 13 of a factor's 23 bits: a run in fp32 would differ from the same
+    # run on CPUs in the fourth digit of each product. Speed is what `train.precision: bf16` is for,
+    # which has twice that of TF32.
     "NVIDIA_TF32_OVERRIDE": "0",
 }
 
 
 def settle_rounding(config: RunConfig) -> None:
-    """Makes this process compute the bits that any other one does on like hardware. CUDA must not have computed yet."""
+    """Makes this process compute the bits that any other one does on like hardware. CUDA must not
+    have computed yet."""
     torch.set_num_threads(config.scaling.threads_per_worker)
     torch.set_float32_matmul_precision("highest")
     if config.scaling.use_gpu:
         os.environ |= _READ_BY_CUDA
         torch.use_deterministic_algorithms(config.train.exact)
     else:
-        # The same but for the compiler's choices, whose import takes a second of each start: CPUs compile nothing.
+        # The same but for the compiler's choices, whose import takes a second of each start: CPUs
+        # compile nothing.
         torch.set_deterministic_debug_mode("error" if config.train.exact else "default")
     # Its debugging aid, NaN in all fresh memory, costs a pass over each activation.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -46,9 +51,14 @@ def hardware(device: torch.device) -> Hardware:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "deterministic": str(torch.are_deterministic_algorithms_enabled()),
     }
-    if device.type == "cpu":  # beside a GPU, a processor only draws the first weights, by its capability
+    # Beside a GPU, a processor only draws the first weights, by its capability
+    if device.type == "cpu":
         # The name of an x86 processor leaves its matrix units open.
-        units = sorted(feature for feature in cpu_features() if feature.startswith(("amx_", "avx512_bf16", "avx_vnni")))
+        units = sorted(
+            feature
+            for feature in cpu_features()
+            if feature.startswith(("amx_", "avx512_bf16", "avx_vnni"))
+        )
         found["cpu"] = " ".join([cpu_field("model name") or platform.machine(), *units])
     if device.type == "cuda":
         found |= {name: os.environ.get(name, "none") for name in _READ_BY_CUDA}
@@ -64,15 +74,17 @@ def hardware(device: torch.device) -> Hardware:
 
 
 def differences(workers: Sequence[Hardware], *, nodes: Sequence[str]) -> list[str]:
-    """Returns a line for each respect in which the workers, by rank, differ; empty where bits are promised. `nodes` has
-    the name of each rank's node."""
+    """Returns a line for each respect in which the workers, by rank, differ; empty where bits are
+    promised. `nodes` has the name of each rank's node."""
     lines = []
     for name in sorted({name for worker in workers for name in worker}):
         ranks: dict[str, list[int]] = {}
         for rank, worker in enumerate(workers):
             ranks.setdefault(worker.get(name, "none"), []).append(rank)
         if len(ranks) > 1:
-            values = ", ".join(f"{value} ({_places(having, nodes)})" for value, having in sorted(ranks.items()))
+            values = ", ".join(
+                f"{value} ({_places(having, nodes)})" for value, having in sorted(ranks.items())
+            )
             lines.append(f"{name}: {values}")
     return lines
 
@@ -83,8 +95,8 @@ def _places(ranks: Sequence[int], nodes: Sequence[str]) -> str:
 
 
 def changes(before: Ledger, now: Hardware) -> list[str]:
-    """Returns a line for each respect in which rank 0 differs from that of the last attempt. Respects that were not
-    recorded then, by an earlier version, are left out."""
+    """Returns a line for each respect in which rank 0 differs from that of the last attempt.
+    Respects that were not recorded then, by an earlier version, are left out."""
     starts = [start for start in before.events("start") if "hardware" in start]
     if not starts:
         return []
@@ -98,8 +110,8 @@ def changes(before: Ledger, now: Hardware) -> list[str]:
 
 
 def why_refused(config: RunConfig, before: Ledger, reasons: Sequence[str]) -> str | None:
-    """Returns why the run must not go on, where the `reasons` would end its promise and nobody has agreed to that; else
-    None. A run that trained so before has no promise left."""
+    """Returns why the run must not go on, where the `reasons` would end its promise and nobody has
+    agreed to that; else None. A run that trained so before has no promise left."""
     is_promised = config.train.exact and not before.events("tolerance_mode")
     if not reasons or not is_promised or config.scaling.mixed_hardware == "allow":
         return None

@@ -1,4 +1,5 @@
-"""Opens one worker's part of an attempt: rank 0 chooses the state to continue from, and every rank restores it."""
+"""Opens one worker's part of an attempt: rank 0 chooses the state to continue from, and every rank
+restores it."""
 
 import os
 import socket
@@ -32,7 +33,14 @@ from jobs.tokens.division import HeldOut
 from jobs.training.attempt import Attempt, only_trains
 from jobs.training.guards import GuardState, Windows
 from jobs.training.kernels import prepared
-from jobs.training.mixed_hardware import Hardware, changes, differences, hardware, settle_rounding, why_refused
+from jobs.training.mixed_hardware import (
+    Hardware,
+    changes,
+    differences,
+    hardware,
+    settle_rounding,
+    why_refused,
+)
 from jobs.training.run_writer import RunWriter
 from jobs.training.step_record import StepRecord
 from jobs.training.validation import Validator
@@ -56,7 +64,8 @@ class Hopeless:
 
 @dataclass(frozen=True)
 class _Start:
-    """The state from which rank 0 lets all ranks continue: fresh weights, where it names neither of the two."""
+    """The state from which rank 0 lets all ranks continue: fresh weights, where it names neither of
+    the two."""
 
     num_attempts: int  # before this one
     generation: int
@@ -84,13 +93,17 @@ def open_attempt(
 ) -> Attempt | Hopeless:
     """Returns once every rank has the state and is ready for the first step.
 
-    `opened` ends the attempt's threads; the next attempt repeats what was not stored by then. `signals` returns what
-    changes when this process is warned of its end.
+    `opened` ends the attempt's threads; the next attempt repeats what was not stored by then.
+    `signals` returns what changes when this process is warned of its end.
     """
     config = plan.config
     settle_rounding(config)
     keep_freed_memory()
-    device = torch.device("cuda", torch.cuda.current_device()) if config.scaling.use_gpu else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if config.scaling.use_gpu
+        else torch.device("cpu")
+    )
     place = {"pid": os.getpid(), "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname())}
     workers = _Workers(*zip(*group.gather((place, hardware(device))), strict=True))
     snapshots = Snapshots(plan.launch, group)
@@ -115,7 +128,8 @@ def _continued(
     device: torch.device,
     signals: Callable[[], object],
 ) -> Attempt:
-    """Returns the attempt from where rank 0 lets all continue, once every rank is ready for its first step."""
+    """Returns the attempt from where rank 0 lets all continue, once every rank is ready for its
+    first step."""
     config = plan.config
     state, guard, restored_step = _restored(plan, start, snapshots, device, group, opened)
     first_step, guard = replace(guard, rollbacks=start.rollbacks).entering(restored_step + 1)
@@ -175,7 +189,11 @@ def _tell_nobody(event: str, **fields: Any) -> None:
 
 
 def _saver(
-    plan: RunPlan, state: TrainState, group: WorkerGroup, writer: RunWriter | None, tokenizer: Tokenizer
+    plan: RunPlan,
+    state: TrainState,
+    group: WorkerGroup,
+    writer: RunWriter | None,
+    tokenizer: Tokenizer,
 ) -> Saver:
     if not state.sharding.is_whole:
         return ShardWriter(
@@ -192,7 +210,8 @@ def _saver(
 def _chosen(
     plan: RunPlan, snapshots: Snapshots, opened: ExitStack, workers: _Workers
 ) -> tuple[RunWriter | None, _Start | Hopeless]:
-    """Returns the run's writer, unless another launcher's has taken its place, and where all ranks continue."""
+    """Returns the run's writer, unless another launcher's has taken its place, and where all ranks
+    continue."""
     writer = None
     try:
         writer = RunWriter(plan)
@@ -202,8 +221,11 @@ def _chosen(
         return writer, Hopeless(str(error))
 
 
-def _choose(plan: RunPlan, writer: RunWriter, snapshots: Snapshots, workers: _Workers) -> _Start | Hopeless:
-    """Raises `LeaseLostError`, and `CheckpointError` where the run's checkpoints are damaged or do not fit it."""
+def _choose(
+    plan: RunPlan, writer: RunWriter, snapshots: Snapshots, workers: _Workers
+) -> _Start | Hopeless:
+    """Raises `LeaseLostError`, and `CheckpointError` where the run's checkpoints are damaged or do
+    not fit it."""
     patiently(lambda: write_down(plan.run, writer.ledger), "incidents")
     read, config = writer.outline(), plan.config
     reason = why_give_up(read.lines, max_fruitless_attempts=config.scaling.max_fruitless_attempts)
@@ -216,9 +238,12 @@ def _choose(plan: RunPlan, writer: RunWriter, snapshots: Snapshots, workers: _Wo
     start = _Start(len(read.world_sizes), writer.fence.generation, unlike, read.rollbacks)
     left_out = GuardState(rollbacks=read.rollbacks).leaves_out
     saved_step = writer.newest_step(left_out=left_out)
-    snapshot = _newest_snapshot(config, writer, snapshots, read, at_least=saved_step, is_left_out=left_out)
+    snapshot = _newest_snapshot(
+        config, writer, snapshots, read, at_least=saved_step, is_left_out=left_out
+    )
     if snapshot is not None:
-        patiently(writer.checkpoints.clear_spool, "checkpoints")  # what is due is saved from the snapshot
+        # What is due is saved from the snapshot
+        patiently(writer.checkpoints.clear_spool, "checkpoints")
         return replace(start, snapshot=snapshot, saved_step=saved_step)
     newest = patiently(partial(writer.newest_checkpoint, left_out=left_out), "checkpoints")
     return replace(start, checkpoint=newest)
@@ -233,10 +258,12 @@ def _newest_snapshot(
     at_least: int,
     is_left_out: Callable[[int], bool],
 ) -> Snapshot | None:
-    """Returns the newest snapshot of a step that the ledger has, or of the step after it, whose line a lost rank 0 had
-    no time to write."""
+    """Returns the newest snapshot of a step that the ledger has, or of the step after it, whose
+    line a lost rank 0 had no time to write."""
     newest = partial(snapshots.newest, at_least=at_least, is_left_out=is_left_out)
-    recorded = max((line["step"] for line in read.lines if line.get("event") in (None, "skip")), default=0)
+    recorded = max(
+        (line["step"] for line in read.lines if line.get("event") in (None, "skip")), default=0
+    )
     owed = recorded + 1
     if only_trains(config, owed):
         snapshot = newest(explained_step=owed)
@@ -256,7 +283,8 @@ def _restored(
     group: WorkerGroup,
     opened: ExitStack,
 ) -> tuple[TrainState, GuardState, int]:
-    """Returns the state of the snapshot or the checkpoint, or fresh weights, with its guard and its step."""
+    """Returns the state of the snapshot or the checkpoint, or fresh weights, with its guard and its
+    step."""
     config = plan.config
     with torch.device("meta"):
         model = GPT(config.model)
@@ -274,14 +302,25 @@ def _restored(
     restore(state, stored_state(checkpoints, start.checkpoint))
     metadata = metadata_of(checkpoints.uri(start.checkpoint))
     assert metadata is not None, "rank 0 has found it"
-    guard = GuardState.from_json(metadata.guard) if metadata.guard else GuardState(last_applied=metadata.step)
+    guard = (
+        GuardState.from_json(metadata.guard)
+        if metadata.guard
+        else GuardState(last_applied=metadata.step)
+    )
     return state, guard, metadata.step
 
 
 def _record_start(
-    attempt: Attempt, writer: RunWriter, start: _Start, workers: _Workers, *, restored_step: int, kernels: str | None
+    attempt: Attempt,
+    writer: RunWriter,
+    start: _Start,
+    workers: _Workers,
+    *,
+    restored_step: int,
+    kernels: str | None,
 ) -> None:
-    """Records where and how the attempt begins, and what is not as the run's settings mean it to be."""
+    """Records where and how the attempt begins, and what is not as the run's settings mean it to
+    be."""
     plan, config, number = attempt.plan, attempt.plan.config, attempt.number
     writer.ledger.event(
         "start",
@@ -320,6 +359,9 @@ def _division(plan: RunPlan) -> dict[str, Any]:
             return {"held_out": held_out.value, "end_tokens": plan.division.end_tokens}
         case HeldOut.NOTHING:
             sets = open_validation_sets(plan).items()
-            return {"held_out": held_out.value, "validated_on": {name: rows.manifest.identity for name, rows in sets}}
+            return {
+                "held_out": held_out.value,
+                "validated_on": {name: rows.manifest.identity for name, rows in sets},
+            }
         case _:
             assert_never(held_out)

@@ -1,4 +1,5 @@
-"""Gathers the time by phase of every rank every few steps, and finds the rank that holds the others up."""
+"""Gathers the time by phase of every rank every few steps, and finds the rank that holds the others
+up."""
 
 import statistics
 from dataclasses import dataclass
@@ -33,12 +34,17 @@ class RankTime:
 def stragglers(ranks: list[RankTime]) -> dict[int, float]:
     """Returns the ranks that are too slow, and how many times the median each takes for a lane.
 
-    With an even number of ranks the median is the lower middle one, so that one of two ranks can be slow.
+    With an even number of ranks the median is the lower middle one, so that one of two ranks can be
+    slow.
     """
     median_s = statistics.median_low([rank.lane_s for rank in ranks])
     if not median_s:
         return {}
-    return {number: ratio for number, rank in enumerate(ranks) if (ratio := rank.lane_s / median_s) > STRAGGLER_RATIO}
+    return {
+        number: ratio
+        for number, rank in enumerate(ranks)
+        if (ratio := rank.lane_s / median_s) > STRAGGLER_RATIO
+    }
 
 
 class RankPhases:
@@ -55,15 +61,18 @@ class RankPhases:
         self._window.append(time)
 
     def close_window(self) -> list[RankTime]:
-        """Returns the ranks in the window that ends with the last step; all ranks call this together."""
+        """Returns the ranks in the window that ends with the last step; all ranks call this
+        together."""
         window, self._window = self._window, []
-        seconds = [statistics.fmean(step.seconds.get(name, 0.0) for step in window) for name in _NAMES]
+        seconds = [
+            statistics.fmean(step.seconds.get(name, 0.0) for step in window) for name in _NAMES
+        ]
         rows = self._group.gather([*seconds, statistics.fmean(step.num_lanes for step in window)])
         return [RankTime(dict(zip(_NAMES, row, strict=False)), row[-1]) for row in rows]
 
     def new_stragglers(self, ranks: list[RankTime]) -> dict[int, float]:
-        """Returns the ranks that are slow in a second window in a row, as one may be noise; each once while it stays
-        slow."""
+        """Returns the ranks that are slow in a second window in a row, as one may be noise; each
+        once while it stays slow."""
         found = stragglers(ranks)
         lasting = found.keys() & self._slow
         new = lasting - self._named
@@ -74,11 +83,17 @@ class RankPhases:
 def as_fields(ranks: list[RankTime]) -> dict[str, Any]:
     """Returns the fields of the ledger's event `phases`."""
     return {
-        "ranks": [{name: round(value, 6) for name, value in rank.seconds.items() if value} for rank in ranks],
+        "ranks": [
+            {name: round(value, 6) for name, value in rank.seconds.items() if value}
+            for rank in ranks
+        ],
         "lanes": [rank.num_lanes for rank in ranks],
     }
 
 
 def from_fields(fields: dict[str, Any]) -> list[RankTime]:
     """Reverses `as_fields`."""
-    return [RankTime(seconds, lanes) for seconds, lanes in zip(fields["ranks"], fields["lanes"], strict=True)]
+    return [
+        RankTime(seconds, lanes)
+        for seconds, lanes in zip(fields["ranks"], fields["lanes"], strict=True)
+    ]

@@ -1,4 +1,5 @@
-"""Writes a run's ledger and checkpoints for one attempt, and finds the state from which that continues."""
+"""Writes a run's ledger and checkpoints for one attempt, and finds the state from which that
+continues."""
 
 import tempfile
 from collections.abc import Callable
@@ -19,8 +20,8 @@ from model.files.hf_config import read_config
 
 
 class RunWriter:
-    """Rank 0's writer. It waits while the storage is down, and raises `LeaseLostError` when a newer launcher writes the
-    run."""
+    """Rank 0's writer. It waits while the storage is down, and raises `LeaseLostError` when a newer
+    launcher writes the run."""
 
     def __init__(self, plan: RunPlan) -> None:
         self._plan = plan
@@ -30,25 +31,34 @@ class RunWriter:
         self._outline = LedgerOutline(f"{plan.run.uri}/{LEDGER}")
         checkpoints = self.outline().events("checkpoint")
         self._published = {line["checkpoint"].rsplit("/", 1)[1]: line for line in checkpoints}
-        losses = {name: line["val_loss"] for name, line in self._published.items() if line.get("val_loss") is not None}
+        losses = {
+            name: line["val_loss"]
+            for name, line in self._published.items()
+            if line.get("val_loss") is not None
+        }
         keep = plan.config.checkpoint
-        self.publisher = Publisher(self.checkpoints, self.ledger, keep, pinned=self._pinned, val_losses=losses)
+        self.publisher = Publisher(
+            self.checkpoints, self.ledger, keep, pinned=self._pinned, val_losses=losses
+        )
 
     def outline(self) -> Ledger:
-        """Returns the outline of the ledger so far; what it had at an earlier call is not read again."""
+        """Returns the outline of the ledger so far; what it had at an earlier call is not read
+        again."""
         return self._outline.add(self.ledger.blocks(start=self._outline.num_bytes))
 
     def newest_step(self, *, left_out: Callable[[int], bool]) -> int:
-        """Returns the step of the newest checkpoint that no rollback left out, whole or not; 0 where there is none."""
+        """Returns the step of the newest checkpoint that no rollback left out, whole or not; 0
+        where there is none."""
         names = patiently(lambda: self.checkpoints.names, "checkpoints")
         return max((step for name in names if not left_out(step := step_of(name))), default=0)
 
     def newest_checkpoint(self, *, left_out: Callable[[int], bool]) -> str | None:
-        """Returns the newest whole checkpoint of a step that no rollback left out; None when the run has none.
+        """Returns the newest whole checkpoint of a step that no rollback left out; None when the
+        run has none.
 
-        Damaged ones are marked, and recorded in the ledger. Raises `CheckpointError` when all checkpoints are damaged,
-        as a run never silently starts over, and when the newest has another shape or vocabulary than the settings;
-        `StorageError` in an outage.
+        Damaged ones are marked, and recorded in the ledger. Raises `CheckpointError` when all
+        checkpoints are damaged, as a run never silently starts over, and when the newest has
+        another shape or vocabulary than the settings; `StorageError` in an outage.
         """
         self.checkpoints.recover()
         with tempfile.TemporaryDirectory(prefix="raymill-newest-") as scratch:
@@ -56,7 +66,8 @@ class RunWriter:
             name = folder.name if folder else None
             if folder:
                 self._check_settings(folder)
-            if folder and name not in self._published:  # its writer was killed before it could record it
+            # Its writer was killed before it could record it
+            if folder and name not in self._published:
                 fields = checkpoint_fields(self.checkpoints.uri(folder.name), read_metadata(folder))
                 self.ledger.event("checkpoint", **fields, seconds=0.0)
         for torn in self.checkpoints.torn:
@@ -64,7 +75,9 @@ class RunWriter:
                 damaged[torn] = ["its manifest is missing"]
         for torn, problems in damaged.items():
             self.checkpoints.quarantine(torn, problems)
-            self.ledger.event("checkpoint_damaged", checkpoint=self.checkpoints.uri(torn), problems=problems)
+            self.ledger.event(
+                "checkpoint_damaged", checkpoint=self.checkpoints.uri(torn), problems=problems
+            )
         if name is None and (quarantined := self.checkpoints.quarantined):
             raise CheckpointError(
                 f"all checkpoints of {self._plan.run.uri} are damaged: {', '.join(quarantined)}. None was deleted; "
@@ -80,7 +93,11 @@ class RunWriter:
     def _check_settings(self, folder: Path) -> None:
         saved = asdict(read_config(folder))
         wanted = asdict(self._plan.config.model)
-        differing = [f"{key} {saved[key]}, expected {wanted[key]}" for key in wanted if saved[key] != wanted[key]]
+        differing = [
+            f"{key} {saved[key]}, expected {wanted[key]}"
+            for key in wanted
+            if saved[key] != wanted[key]
+        ]
         if (folder / "tokenizer.json").read_bytes() != self._plan.tokenizer_json:
             differing.append("another tokenizer than is under tokenizers/ now")
         if differing:
@@ -90,11 +107,16 @@ class RunWriter:
             )
 
     def finish(self, *, step: int | None) -> None:
-        """Returns once the storage has the whole ledger; `step` is the run's last one, if that is done. The run has not
-        finished where the last checkpoint was refused: a resume repeats the steps since the one before."""
-        saves = self.outline().events("checkpoint", "checkpoint_refused") if step is not None else []
+        """Returns once the storage has the whole ledger; `step` is the run's last one, if that is
+        done. The run has not finished where the last checkpoint was refused: a resume repeats the
+        steps since the one before."""
+        saves = (
+            self.outline().events("checkpoint", "checkpoint_refused") if step is not None else []
+        )
         if saves and saves[-1]["event"] == "checkpoint_refused":
-            reason = f"the checkpoint of step {saves[-1]['step']} was not stored: {saves[-1]['reason']}"
+            reason = (
+                f"the checkpoint of step {saves[-1]['step']} was not stored: {saves[-1]['reason']}"
+            )
             reason += ". The same --run-id repeats the steps since the one before"
             self.ledger.event("gave_up", step=step, reason=reason)
         elif step is not None:

@@ -1,4 +1,5 @@
-"""Writes each step into the ledger: its line, and now and then the phases of all ranks and the norms of all layers."""
+"""Writes each step into the ledger: its line, and now and then the phases of all ranks and the
+norms of all layers."""
 
 import time
 from typing import Any
@@ -42,9 +43,13 @@ class StepRecord:
         """The last step's line, which every rank has; None where the step was skipped."""
         self._phases = RankPhases(group)
         self.timer = StepTimer(CudaClock() if state.device.type == "cuda" else None)
-        self.layers = LayerStatistics(state, group, self.timer, every_steps=train.layer_statistics_every_steps)
+        self.layers = LayerStatistics(
+            state, group, self.timer, every_steps=train.layer_statistics_every_steps
+        )
 
-    def write(self, step: int, *, loss: float, lr: float, grad_norm: float, skipped: str = "") -> None:
+    def write(
+        self, step: int, *, loss: float, lr: float, grad_norm: float, skipped: str = ""
+    ) -> None:
         """Writes the line of a completed step, which covers the time since the line before.
 
         A step whose update was not applied, for the reason `skipped`, gets an event instead.
@@ -53,7 +58,9 @@ class StepRecord:
         hash_every = self._config.train.hash_every_steps
         if hash_every and step % hash_every == 0 and (self._ledger or self._state.gathered):
             with self.timer.phase("statistics"):
-                fields["parameter_hash"] = hash_of_weights(self._state, self._group, step=step) or None
+                fields["parameter_hash"] = (
+                    hash_of_weights(self._state, self._group, step=step) or None
+                )
         took = self.timer.take()
         self._phases.add(took)
         schedule, batch = self._schedule, self._schedule.samples(step)
@@ -61,7 +68,9 @@ class StepRecord:
         if skipped:
             self.line = None
             if self._ledger:
-                self._ledger.event("skip", step=step, samples=samples, reason=skipped, attempt=self._attempt)
+                self._ledger.event(
+                    "skip", step=step, samples=samples, reason=skipped, attempt=self._attempt
+                )
             return
         training_s = took.wall_s - sum(took.seconds.get(n, 0.0) for n in _NOT_TRAINING)
         tokens_per_s = schedule.step_tokens(step) / training_s
@@ -88,18 +97,21 @@ class StepRecord:
             self._ledger.event("layers", step=step, **self.layers.fields)
 
     def compare_ranks(self, step: int) -> None:
-        """Records every few steps how long each rank takes. All ranks call this after every step, once its state is
-        kept: where one is lost meanwhile, the others have that state."""
+        """Records every few steps how long each rank takes. All ranks call this after every step,
+        once its state is kept: where one is lost meanwhile, the others have that state."""
         if step % WINDOW_STEPS and step != self._last_step:
             return
         ranks = self._phases.close_window()
         if self._ledger:
             self._ledger.event("phases", step=step, attempt=self._attempt, **as_fields(ranks))
             for rank, ratio in self._phases.new_stragglers(ranks).items():
-                self._ledger.event("straggler", step=step, rank=rank, node=self._nodes[rank], ratio=round(ratio, 3))
+                self._ledger.event(
+                    "straggler", step=step, rank=rank, node=self._nodes[rank], ratio=round(ratio, 3)
+                )
 
     def _mfu(self, tokens_per_s: float) -> float | None:
-        """Returns the share of the GPUs' peak that the model's arithmetic uses; None where no peak is known."""
+        """Returns the share of the GPUs' peak that the model's arithmetic uses; None where no peak
+        is known."""
         device = self._state.device
         gpu = gpu_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         if gpu is None:

@@ -1,4 +1,5 @@
-"""The training loop that every worker runs: one attempt, from the newest state to the end or to a failure."""
+"""The training loop that every worker runs: one attempt, from the newest state to the end or to a
+failure."""
 
 import gc
 from collections.abc import Callable
@@ -27,19 +28,23 @@ def train(
     pulse: Pulse | None = None,
     signals: Callable[[], object] = lambda: None,
 ) -> None:
-    """Trains to the end of the run, or until a worker is lost: then the next attempt continues from the newest state.
+    """Trains to the end of the run, or until a worker is lost: then the next attempt continues from
+    the newest state.
 
-    `meeting` is the round in which the workers met. `pulse` shows a watchdog where this worker is. `signals` returns
-    what changes when its process is warned of its end.
+    `meeting` is the round in which the workers met. `pulse` shows a watchdog where this worker is.
+    `signals` returns what changes when its process is warned of its end.
     """
     group = WorkerGroup(rank, world_size, meeting or Meeting())
     pulse = pulse or Pulse({})
     pulse.meeting = group.meeting
-    while _attempt_continues(plan, group, pulse, signals):  # a rollback is a restart without Ray Train
+    # A rollback is a restart without Ray Train
+    while _attempt_continues(plan, group, pulse, signals):
         pass
 
 
-def _attempt_continues(plan: RunPlan, group: WorkerGroup, pulse: Pulse, signals: Callable[[], object]) -> bool:
+def _attempt_continues(
+    plan: RunPlan, group: WorkerGroup, pulse: Pulse, signals: Callable[[], object]
+) -> bool:
     """Makes one attempt. Returns whether another one is to continue from an earlier state."""
     gc.collect()  # what refers to itself of the attempt before, which takes as much memory
     with ExitStack() as opened:
@@ -55,7 +60,8 @@ def _attempt_continues(plan: RunPlan, group: WorkerGroup, pulse: Pulse, signals:
 
 
 def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
-    """Takes steps until the run ends or has to stop. Returns whether it is to continue from an earlier state."""
+    """Takes steps until the run ends or has to stop. Returns whether it is to continue from an
+    earlier state."""
     config, timer = attempt.plan.config, attempt.record.timer
     last_step = max_steps(config)
     step = attempt.first_step
@@ -75,13 +81,18 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
         if validates(config, step):
             pulse.at(Place.VALIDATION)
             with timer.phase("validation"):
-                validation = attempt.validator.validate(step, moves=partial(pulse.at, Place.VALIDATION))
+                validation = attempt.validator.validate(
+                    step, moves=partial(pulse.at, Place.VALIDATION)
+                )
         rate = attempt.rate(step)
-        attempt.record.write(step, loss=measured.loss, lr=rate, grad_norm=measured.norm, skipped=decision.reason)
+        attempt.record.write(
+            step, loss=measured.loss, lr=rate, grad_norm=measured.norm, skipped=decision.reason
+        )
         if step != last_step:  # a run is not done before its last checkpoint is
             with timer.phase("snapshot"):
                 attempt.keep(step, validation)
-        # From here on the state has a line: whatever other worker is lost, the next attempt continues after this step.
+        # From here on the state has a line: whatever other worker is lost, the next attempt
+        # continues after this step.
         attempt.record.compare_ranks(step)
         notice = attempt.notices.answer()
         if saves(config, step) or notice:

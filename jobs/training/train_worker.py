@@ -1,4 +1,5 @@
-"""The function that Ray Train runs in each worker: meets the other workers and trains, again after each lost one.
+"""The function that Ray Train runs in each worker: meets the other workers and trains, again after
+each lost one.
 
 It imports no more than it needs, as a replacement starts as fast as its imports.
 """
@@ -28,20 +29,29 @@ WAITING_PLACES: WaitingPlaces = {
     Waits.WORKERS: (torch.distributed,),
     Waits.STORAGE: (token_stream, storage_retry, saving_thread, shard_writer, cluster),
 }
-"""The modules in which a healthy worker may wait for as long as other workers, or storage, take. It waits for others
-too while it is in a message (`workers/progress`)."""
+"""The modules in which a healthy worker may wait for as long as other workers, or storage, take. It
+waits for others too while it is in a message (`workers/progress`)."""
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Trains; `settings` hold the run's `plan` and the `address` of the launch's meeting place."""
     context, plan = ray.train.get_context(), settings["plan"]
     assert isinstance(plan, RunPlan)
-    rank, world_size, scaling = context.get_world_rank(), context.get_world_size(), plan.config.scaling
+    rank, world_size, scaling = (
+        context.get_world_rank(),
+        context.get_world_size(),
+        plan.config.scaling,
+    )
     place = get_current_placement_group()
     assert place is not None, "Ray Train places its workers"
     with (
         noting_user_errors(plan.run, rank=rank),
-        watched(plan.run.uri, rank=rank, hang_timeout_s=scaling.hang_timeout_s, waiting_places=WAITING_PLACES) as pulse,
+        watched(
+            plan.run.uri,
+            rank=rank,
+            hang_timeout_s=scaling.hang_timeout_s,
+            waiting_places=WAITING_PLACES,
+        ) as pulse,
     ):
         rendezvous = Rendezvous(
             settings["address"],
@@ -55,7 +65,9 @@ def train_worker(settings: dict[str, Any]) -> None:
             pulse=pulse,
             hang_timeout_s=scaling.hang_timeout_s,
         )
-        training = partial(train, plan, rank=rank, world_size=world_size, pulse=pulse, signals=signals)
+        training = partial(
+            train, plan, rank=rank, world_size=world_size, pulse=pulse, signals=signals
+        )
         try:
             while not rendezvous.attend(lambda meeting: training(meeting=meeting)):
                 pulse.at(Place.AROUND)

@@ -1,4 +1,5 @@
-"""Measures held-out text during training, with the same figures for any number of workers, and completes prompts."""
+"""Measures held-out text during training, with the same figures for any number of workers, and
+completes prompts."""
 
 import itertools
 import math
@@ -39,11 +40,15 @@ class Measured:
     def figures(self) -> dict[str, float]:
         """`val_loss` (nats per counted token) and `val_bits_per_byte`."""
         bits = self.nats / self.num_tokens / math.log(2)
-        return {"val_loss": self.nats / max(1.0, self.num_counted), "val_bits_per_byte": bits / self.bytes_per_token}
+        return {
+            "val_loss": self.nats / max(1.0, self.num_counted),
+            "val_bits_per_byte": bits / self.bytes_per_token,
+        }
 
 
 class Validator:
-    """Measures what a run holds out and its other texts, and completes its prompts. All ranks call it together."""
+    """Measures what a run holds out and its other texts, and completes its prompts. All ranks call
+    it together."""
 
     def __init__(
         self,
@@ -57,16 +62,23 @@ class Validator:
         eot_id: int | None,
         tell: Callable[..., None],
     ) -> None:
-        """`sets` are the texts of `data.validation` by name. `tell` writes an event into the ledger, on rank 0."""
+        """`sets` are the texts of `data.validation` by name. `tell` writes an event into the
+        ledger, on rank 0."""
         self._config, self._state, self._group, self._tell = config, state, group, tell
         self._held_out, self._sets, self._tokenizer = held_out, sets, tokenizer
         self._eot_id = eot_id
 
     def validate(self, step: int, *, moves: Callable[[], None]) -> dict[str, Any]:
-        """Returns the figures of what is held out, or else of all sets together, None for what is not finite. Records
-        them with samples and the figures of each set. `moves` is called before each batch."""
+        """Returns the figures of what is held out, or else of all sets together, None for what is
+        not finite. Records them with samples and the figures of each set. `moves` is called before
+        each batch."""
         measure = partial(
-            measured, config=self._config, state=self._state, group=self._group, eot_id=self._eot_id, moves=moves
+            measured,
+            config=self._config,
+            state=self._state,
+            group=self._group,
+            eot_id=self._eot_id,
+            moves=moves,
         )
         held_out = [measure(self._held_out)] if self._held_out else []
         measured_sets = {name: measure(rows) for name, rows in self._sets.items()}
@@ -99,7 +111,8 @@ def measured(
     num_rows = rows.count_rows(at_most=most_rows)
     batches = [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
     # Each element has one contributor, so the all-reduce adds only zeros and rounds nothing.
-    figures = torch.zeros(2, len(batches), dtype=torch.float64, device=state.device)  # losses, and tokens counted
+    # losses, and tokens counted
+    figures = torch.zeros(2, len(batches), dtype=torch.float64, device=state.device)
     state.model.eval()
     with state.weights_in_use():
         for first in range(0, len(batches), group.world_size):
@@ -107,10 +120,13 @@ def measured(
             if index >= len(batches) and not state.gathered:
                 break
             moves()
-            batch = batches[min(index, len(batches) - 1)]  # a rank without one helps to gather the weights
+            # A rank without one helps to gather the weights
+            batch = batches[min(index, len(batches) - 1)]
             read = patiently(lambda: rows.rows(batch), "tokens")  # noqa: B023 (called at once)
             with autocast(config, state.device):
-                loss = state.model.loss(*micro_batch(read, config, state.device, eot_id=eot_id)).double()
+                loss = state.model.loss(
+                    *micro_batch(read, config, state.device, eot_id=eot_id)
+                ).double()
             if index < len(batches):
                 figures[0, index], figures[1, index] = loss, num_counted(read[1])
     state.model.train()
@@ -119,7 +135,9 @@ def measured(
         with group.message():
             dist.all_reduce(figures)
     nats, num_counted_tokens = (float(row.sum()) for row in figures)
-    return Measured(nats, num_counted_tokens, num_rows * seq_len(config), rows.bytes_per_token(num_rows))
+    return Measured(
+        nats, num_counted_tokens, num_rows * seq_len(config), rows.bytes_per_token(num_rows)
+    )
 
 
 def together(texts: Sequence[Measured]) -> Measured:
@@ -146,8 +164,8 @@ def check_prompts(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 @torch.no_grad()
 def samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[dict[str, str]]:
-    """Returns each `prompt` and its continuation `text`, with a fixed seed. Whatever is drawn, the model computes as
-    often as on all ranks, which may have to gather its weights each time."""
+    """Returns each `prompt` and its continuation `text`, with a fixed seed. Whatever is drawn, the
+    model computes as often as on all ranks, which may have to gather its weights each time."""
     model.eval()
     found = []
     for prompt in config.sample_prompts:

@@ -1,4 +1,5 @@
-"""Begins a run from weights that exist: they become its checkpoint of step 0, from which it resumes like from any."""
+"""Begins a run from weights that exist: they become its checkpoint of step 0, from which it resumes
+like from any."""
 
 from dataclasses import asdict
 
@@ -24,14 +25,16 @@ from model.text.tokenizer import Tokenizer
 
 
 def like_its_source(config: RunConfig) -> RunConfig:
-    """Returns the run with the exact place of the weights that it begins from, and with their tokenizer and shape where
-    its settings name none. A run that has begun keeps what it began with. Raises `CheckpointError`."""
+    """Returns the run with the exact place of the weights that it begins from, and with their
+    tokenizer and shape where its settings name none. A run that has begun keeps what it began with.
+    Raises `CheckpointError`."""
     if config.train.init_from is None:
         return config
     run = run_storage(config)
     if run.exists(CONFIG_FILE):
         before = recorded_config(run)
-        tokenizer = run.child(f"checkpoints/{checkpoint_name(0)}").uri  # what it began from may be gone by now
+        # What it began from may be gone by now
+        tokenizer = run.child(f"checkpoints/{checkpoint_name(0)}").uri
         shape, train = before.model, config.train
     else:
         tokenizer, folder = find_checkpoint(config.train.init_from, config.storage.uri)
@@ -43,12 +46,14 @@ def like_its_source(config: RunConfig) -> RunConfig:
 
 
 def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Stores the weights that `train.init_from` names as the run's first checkpoint, whole in this process's memory,
-    with the vectors of an optimizer that has not begun. Raises `ConfigError` for another shape or vocabulary."""
+    """Stores the weights that `train.init_from` names as the run's first checkpoint, whole in this
+    process's memory, with the vectors of an optimizer that has not begun. Raises `ConfigError` for
+    another shape or vocabulary."""
     uri, folder = find_checkpoint(str(config.train.init_from), config.storage.uri)
     model, own = load_model(folder, verify=False), load_tokenizer(folder)
     num_ids, num_rows = tokenizer.vocab_size, model.config.vocab_size
-    if num_ids != num_rows and (own is None or own.hash == tokenizer.hash):  # padded: no setting helps
+    # padded: no setting helps
+    if num_ids != num_rows and (own is None or own.hash == tokenizer.hash):
         raise ConfigError(
             f"train.init_from={uri}: the tokenizer has {num_ids} ids and the embedding {num_rows} rows, expected equal "
             f"numbers. Store these weights with an embedding of {num_ids} rows first (in transformers, "
@@ -63,7 +68,9 @@ def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
     if own is not None and own.hash != tokenizer.hash:
         problems.append("data.tokenizer is another one than there")
     if problems:
-        raise ConfigError(f"train.init_from={uri}: {'; '.join(problems)}. Set these as there, or leave them out")
+        raise ConfigError(
+            f"train.init_from={uri}: {'; '.join(problems)}. Set these as there, or leave them out"
+        )
     weights = dict(model.named_parameters())
     train_state = {"step": torch.tensor(0, dtype=torch.int64)}
     for vector in update_rule(config.train).vectors:

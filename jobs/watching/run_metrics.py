@@ -1,4 +1,5 @@
-"""Keeps a run's figures up to date as metrics, line by line from its ledger: no worker does anything for them."""
+"""Keeps a run's figures up to date as metrics, line by line from its ledger: no worker does
+anything for them."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ _STEP_FIELDS = {
 
 
 class Sample(NamedTuple):
-    """A value of a metric in `cluster.monitoring.metric_table`; `label` is the value of its own label, if any."""
+    """A value of a metric in `cluster.monitoring.metric_table`; `label` is the value of its own
+    label, if any."""
 
     name: str
     value: float
@@ -23,7 +25,8 @@ class Sample(NamedTuple):
 
     @property
     def curve(self) -> str:
-        """Returns its name among a run's curves: `train_phase_seconds` of load is `train/phase_seconds/load`."""
+        """Returns its name among a run's curves: `train_phase_seconds` of load is
+        `train/phase_seconds/load`."""
         return "/".join([*self.name.split("_", 1), *([self.label] if self.label else [])])
 
 
@@ -34,7 +37,8 @@ class RunFigures:
         self._config = config
         self._wall_s: dict[int, float] = {}  # of the steps that count
         self._useful_s = self._worker_s = self._paused_s = 0.0
-        self._saved_s: float | None = None  # since when the run stands still, as it was asked to stop
+        # Since when the run stands still, as it was asked to stop
+        self._saved_s: float | None = None
         self._counts: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
         self._first_s = self._last_s = 0.0
@@ -99,13 +103,19 @@ class RunFigures:
 
 
 def curve_samples(line: Line) -> list[Sample]:
-    """Returns what a line of the ledger adds to a run's curves; only steps and validations add something."""
+    """Returns what a line of the ledger adds to a run's curves; only steps and validations add
+    something."""
     match line.get("event"):
         case None:
-            fields = {name: field for name, field in _STEP_FIELDS.items() if line[field] is not None}
+            fields = {
+                name: field for name, field in _STEP_FIELDS.items() if line[field] is not None
+            }
             return [
                 *(Sample(f"train_{name}", line[field]) for name, field in fields.items()),
-                *(Sample("train_phase_seconds", seconds, phase) for phase, seconds in line["seconds"].items()),
+                *(
+                    Sample("train_phase_seconds", seconds, phase)
+                    for phase, seconds in line["seconds"].items()
+                ),
                 Sample("train_world_size", line["world_size"]),
             ]
         case "validation":

@@ -1,6 +1,8 @@
-"""The launcher's view of a run: reads its ledger as it grows, as anything could that sees only the run's storage.
+"""The launcher's view of a run: reads its ledger as it grows, as anything could that sees only the
+run's storage.
 
-It reports what the ledger records to the terminal, Prometheus, TensorBoard and Grafana; workers do nothing for it.
+It reports what the ledger records to the terminal, Prometheus, TensorBoard and Grafana; workers do
+nothing for it.
 """
 
 import threading
@@ -42,8 +44,8 @@ def message_of(event: Line) -> str:
 
 @contextmanager
 def watching(plan: RunPlan, *, snapshot_time_s: Callable[[], float | None]) -> Iterator[None]:
-    """Watches the run from a thread while the context lasts. `snapshot_time_s` returns the Unix time of the last
-    snapshot."""
+    """Watches the run from a thread while the context lasts. `snapshot_time_s` returns the Unix
+    time of the last snapshot."""
     ended, before = threading.Event(), Ledger.read(plan.run)
 
     def watch() -> None:
@@ -61,16 +63,21 @@ def watching(plan: RunPlan, *, snapshot_time_s: Callable[[], float | None]) -> I
 
 
 class _Watcher:
-    """Lines that the ledger held `before` count in the figures, but were logged by an earlier launch."""
+    """Lines that the ledger held `before` count in the figures, but were logged by an earlier
+    launch."""
 
-    def __init__(self, plan: RunPlan, before: Ledger, snapshot_time_s: Callable[[], float | None]) -> None:
-        # It imports some tenths of a second of torch's further modules, for which no run should wait.
+    def __init__(
+        self, plan: RunPlan, before: Ledger, snapshot_time_s: Callable[[], float | None]
+    ) -> None:
+        # It imports some tenths of a second of torch's further modules, for which no run should
+        # wait.
         from jobs.watching.tensorboard_files import TensorBoardFiles  # noqa: PLC0415
 
         self._plan, self._snapshot_time_s = plan, snapshot_time_s
         self._run_id = str(plan.config.run_id)
         self._num_before, self._num_starts = len(before.lines), len(before.world_sizes)
-        self._num_lines, self._since_s, self._said_s = -1, 0.0, 0.0  # lines when they last grew, since when, last said
+        # Lines when they last grew, since when, last said
+        self._num_lines, self._since_s, self._said_s = -1, 0.0, 0.0
         self._tail = LedgerTail(plan.run)
         self._figures = RunFigures(plan.config)
         self._metrics = Metrics(Exporter.LAUNCHER, run=self._run_id)
@@ -103,13 +110,20 @@ class _Watcher:
             speed = f"{last['tokens_per_s']:.0f} tokens/s"
             workers = counted(last["world_size"], "worker")
             note = f"loss {last['loss']:.3f}, {speed}, {workers}"
-            report_progress("training", done=last["step"], total=max_steps(self._plan.config), unit="steps", note=note)
+            report_progress(
+                "training",
+                done=last["step"],
+                total=max_steps(self._plan.config),
+                unit="steps",
+                note=note,
+            )
         self._export(is_running=True)
         with suppress(StorageError, OSError):  # the next launch writes them again, from the ledger
             self._curves.flush()
 
     def _waiting_for_workers(self, ledger: Ledger, *, now_s: float) -> str | None:
-        """Returns what a run without workers waits for, at most once a minute; None where it trains."""
+        """Returns what a run without workers waits for, at most once a minute; None where it
+        trains."""
         if len(ledger.lines) != self._num_lines:
             self._num_lines, self._since_s, self._said_s = len(ledger.lines), now_s, 0.0
         idle_s = now_s - self._since_s
@@ -121,7 +135,9 @@ class _Watcher:
             return None
         self._said_s = now_s
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return waiting_for(self._plan.config.scaling, nodes=nodes, free=ray.available_resources(), idle_s=idle_s)
+        return waiting_for(
+            self._plan.config.scaling, nodes=nodes, free=ray.available_resources(), idle_s=idle_s
+        )
 
     def _export(self, *, is_running: bool) -> None:
         samples = [Sample("train_running", is_running), *self._figures.samples()]
@@ -129,7 +145,9 @@ class _Watcher:
             samples.append(Sample("train_last_snapshot_timestamp_seconds", at_s))
         for sample in samples:
             name = f"raymill_{sample.name}"
-            self._metrics.of(name, **dict.fromkeys(metrics()[name].labels, sample.label)).set(sample.value)
+            self._metrics.of(name, **dict.fromkeys(metrics()[name].labels, sample.label)).set(
+                sample.value
+            )
         self._metrics.publish()
 
     def _annotation(self, line: Line) -> Annotation | None:

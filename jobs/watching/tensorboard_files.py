@@ -1,7 +1,8 @@
 """Writes a run's curves for TensorBoard: one event file under `tensorboard/`, made from the ledger.
 
-Each launch rewrites the file from the ledger's first line, so a resumed run has each step once; of steps that were
-taken again TensorBoard shows the last, as each attempt records where it began. Uses tensorboardX, which comes with Ray.
+Each launch rewrites the file from the ledger's first line, so a resumed run has each step once; of
+steps that were taken again TensorBoard shows the last, as each attempt records where it began. Uses
+tensorboardX, which comes with Ray.
 """
 
 import struct
@@ -24,7 +25,8 @@ _COPY_BYTES_PER_S = 1e6
 
 
 class TensorBoardFiles:
-    """The event file of one launch. What a full disk or storage that is down refuses is written later."""
+    """The event file of one launch. What a full disk or storage that is down refuses is written
+    later."""
 
     def __init__(self, run: Storage) -> None:
         self._run, self._key = run, f"{FOLDER}/events.out.tfevents.{int(time.time())}.raymill"
@@ -40,8 +42,12 @@ class TensorBoardFiles:
             session = SessionLog(status=SessionLog.START)
             self._write(Event(wall_time=line["time"], step=line["step"] + 1, session_log=session))
         elif samples := curve_samples(line):
-            values = [Summary.Value(tag=sample.curve, simple_value=sample.value) for sample in samples]
-            self._write(Event(wall_time=line["time"], step=line["step"], summary=Summary(value=values)))
+            values = [
+                Summary.Value(tag=sample.curve, simple_value=sample.value) for sample in samples
+            ]
+            self._write(
+                Event(wall_time=line["time"], step=line["step"], summary=Summary(value=values))
+            )
 
     def flush(self, *, at_once: bool = False) -> None:
         """Writes what waits. Raises `StorageError`, or `OSError` where a disk is full."""
@@ -70,7 +76,9 @@ class TensorBoardFiles:
     def _path(self) -> Path:
         path = self._run.local_path(self._key)
         if path is None:
-            self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="raymill-tensorboard-")
+            self._scratch = self._scratch or tempfile.TemporaryDirectory(
+                prefix="raymill-tensorboard-"
+            )
             return Path(self._scratch.name, "events")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path

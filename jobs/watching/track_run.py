@@ -1,8 +1,8 @@
 """Sends a run's curves to MLflow, from its ledger: those there are, or also those to come.
 
-Training does not depend on it: it may start late, be interrupted and continue, or run again after the run has ended.
-MLflow's own client sends them (`pip install 'raymill[tracking]'`); address and key come from its own variables:
-MLFLOW_TRACKING_URI, …
+Training does not depend on it: it may start late, be interrupted and continue, or run again after
+the run has ended. MLflow's own client sends them (`pip install 'raymill[tracking]'`); address and
+key come from its own variables: MLFLOW_TRACKING_URI, …
 """
 
 import importlib
@@ -25,8 +25,8 @@ _RUN_TAG = "raymill.run_id"
 
 
 class MlflowTracker:
-    """A run's place in MLflow, through its REST API, or in a folder where MLFLOW_TRACKING_URI names one. It is found
-    again by the run's id."""
+    """A run's place in MLflow, through its REST API, or in a folder where MLFLOW_TRACKING_URI names
+    one. It is found again by the run's id."""
 
     def __init__(self, experiment: str, run_id: str, settings: Mapping[str, str]) -> None:
         try:
@@ -41,11 +41,16 @@ class MlflowTracker:
             if runs := self._client.search_runs([experiment_id], f"tags.`{_RUN_TAG}` = '{run_id}'"):
                 self._id = runs[0].info.run_id
             else:
-                created = self._client.create_run(experiment_id, tags={_RUN_TAG: run_id}, run_name=run_id)
+                created = self._client.create_run(
+                    experiment_id, tags={_RUN_TAG: run_id}, run_name=run_id
+                )
                 self._id = created.info.run_id
-                self._client.log_batch(self._id, params=[mlflow.entities.Param(*pair) for pair in settings.items()])
+                self._client.log_batch(
+                    self._id, params=[mlflow.entities.Param(*pair) for pair in settings.items()]
+                )
             history = self._client.get_metric_history(self._id, "train/loss")
-        self.last_step = max((value.step for value in history), default=-1)  # the last one sent earlier; -1 for none
+        # The last one sent earlier; -1 for none
+        self.last_step = max((value.step for value in history), default=-1)
         self.place = f"{mlflow.get_tracking_uri()} experiment {experiment_id} run {self._id}"
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -78,31 +83,45 @@ def _failures(kind: type[Exception]) -> Iterator[None]:
 
 
 def track(run: Storage, *, mlflow: str, follow: bool) -> dict[str, Any]:
-    """Sends what an experiment of MLflow lacks, and reports the place; with `follow` until the run has finished.
+    """Sends what an experiment of MLflow lacks, and reports the place; with `follow` until the run
+    has finished.
 
-    Each step is sent once. A step that a followed run takes again after a failure has been sent already: it has the
-    same bits, unless it was rolled back to be skipped.
+    Each step is sent once. A step that a followed run takes again after a failure has been sent
+    already: it has the same bits, unless it was rolled back to be skipped.
     """
     config = recorded_config(run)
-    tracker = MlflowTracker(mlflow, str(config.run_id), dict(flattened(config.model_dump(mode="json"))))
+    tracker = MlflowTracker(
+        mlflow, str(config.run_id), dict(flattened(config.model_dump(mode="json")))
+    )
     num_steps, last = 0, tracker.last_step
     say(f"curves of {config.run_id} go to {tracker.place}, after step {max(0, last)}")
     with suppress(KeyboardInterrupt):
-        for step, values in _points(_growing(run) if follow else _counted(begun_ledger(run)), after=last):
+        for step, values in _points(
+            _growing(run) if follow else _counted(begun_ledger(run)), after=last
+        ):
             tracker.log(step, values)
             num_steps, last = num_steps + 1, step
             if follow:
                 tracker.flush()
     is_finished = bool(Ledger.read(run).events("finish"))
     tracker.end(is_finished=is_finished)
-    return {"sent_steps": num_steps, "last_step": last, "finished": is_finished, "place": tracker.place}
+    return {
+        "sent_steps": num_steps,
+        "last_step": last,
+        "finished": is_finished,
+        "place": tracker.place,
+    }
 
 
 def _counted(ledger: Ledger) -> list[Line]:
     """Returns the steps that count and their validations, in order."""
     counted = {line["step"] for line in ledger.steps}
-    validations = {line["step"]: line for line in ledger.events("validation") if line["step"] in counted}
-    return sorted([*ledger.steps, *validations.values()], key=lambda line: (line["step"], "event" in line))
+    validations = {
+        line["step"]: line for line in ledger.events("validation") if line["step"] in counted
+    }
+    return sorted(
+        [*ledger.steps, *validations.values()], key=lambda line: (line["step"], "event" in line)
+    )
 
 
 def _growing(run: Storage) -> Iterator[Line]:
@@ -115,7 +134,8 @@ def _growing(run: Storage) -> Iterator[Line]:
 
 
 def _points(lines: Iterable[Line], *, after: int) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yields each step with all its values: what a validation measured belongs to the step before it."""
+    """Yields each step with all its values: what a validation measured belongs to the step before
+    it."""
     step, values = after, dict[str, float]()
     for line in lines:
         samples = curve_samples(line)

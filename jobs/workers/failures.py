@@ -21,7 +21,8 @@ class Kind(StrEnum):
 # Patterns in the last line of Ray Train's report.
 _NODE_DIED = re.compile(r"node (is dead|has died|was terminated)", re.IGNORECASE)
 _DIED = re.compile(
-    rf"actor (is dead|died|\w+ is unavailable)|worker process has died|{_NODE_DIED.pattern}", re.IGNORECASE
+    rf"actor (is dead|died|\w+ is unavailable)|worker process has died|{_NODE_DIED.pattern}",
+    re.IGNORECASE,
 )
 _LOST = re.compile(
     r"gloo|NCCL|Connection (closed|reset)|caused pair closure|DistBackendError|DistNetworkError|LostPeerError"
@@ -33,11 +34,13 @@ class LostPeerError(RuntimeError):
 
 
 class OpenGroupError(RuntimeError):
-    """A message of several failed to begin, which leaves NCCL's group of them open: this thread can send no more."""
+    """A message of several failed to begin, which leaves NCCL's group of them open: this thread can
+    send no more."""
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Reports whether a connection to another worker broke; torch has no error type of its own for gloo's."""
+    """Reports whether a connection to another worker broke; torch has no error type of its own for
+    gloo's."""
     return bool(_LOST.search(f"{type(error).__name__}: {one_line(str(error))}"))
 
 
@@ -47,11 +50,18 @@ def is_lost_node(error: Exception) -> bool:
 
 
 def main_cause(errors: Mapping[int, str]) -> tuple[int, Kind, str]:
-    """Returns (rank, kind, reason in one line) of the error that explains most, from the text of each rank's error."""
+    """Returns (rank, kind, reason in one line) of the error that explains most, from the text of
+    each rank's error."""
     found = []
     for rank, text in errors.items():
         reason = one_line(text)
-        kind = Kind.DIED if _DIED.search(reason) else Kind.LOST if _LOST.search(reason) else Kind.RAISED
+        kind = (
+            Kind.DIED
+            if _DIED.search(reason)
+            else Kind.LOST
+            if _LOST.search(reason)
+            else Kind.RAISED
+        )
         found.append((list(Kind).index(kind), rank, kind, reason))
     return min(found)[1:]
 
@@ -59,14 +69,15 @@ def main_cause(errors: Mapping[int, str]) -> tuple[int, Kind, str]:
 def one_line(text: str) -> str:
     """Returns the last line of a traceback or of Ray's account of a dead actor."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason was given"]
-    return lines[-1].partition(" Some common causes include")[0][:_LONGEST_REASON]  # Ray's guesses are wrong
+    # Ray's guesses are wrong
+    return lines[-1].partition(" Some common causes include")[0][:_LONGEST_REASON]
 
 
 def why_give_up(lines: Sequence[Line], *, max_fruitless_attempts: int) -> str | None:
     """Returns the reason to start no further attempt; None while there is hope.
 
-    The attempts that count are those since the run's furthest step, or since it last gave up: a user who resumes it
-    then has fixed something.
+    The attempts that count are those since the run's furthest step, or since it last gave up: a
+    user who resumes it then has fixed something.
     """
     furthest = 0
     failures: list[Line] = []
@@ -85,7 +96,11 @@ def why_give_up(lines: Sequence[Line], *, max_fruitless_attempts: int) -> str | 
     if last and last["kind"] == Kind.USER_ERROR:
         return str(last["reason"])
     # Process ids, ports and addresses differ between two cases of one error.
-    raised = [re.sub(r"0x[0-9a-f]+|\d+", "#", line["reason"]) for line in failures if line["kind"] == Kind.RAISED]
+    raised = [
+        re.sub(r"0x[0-9a-f]+|\d+", "#", line["reason"])
+        for line in failures
+        if line["kind"] == Kind.RAISED
+    ]
     if len(raised) > 1 and raised[-1] == raised[-2]:
         return f"after step {furthest} the same error came twice: {failures[-1]['reason']}"
     num_fruitless = max(num_starts, len(failures))

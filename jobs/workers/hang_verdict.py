@@ -1,8 +1,9 @@
-"""Decides, from where all workers of a round stand, whether they hang, who holds the others up, and whom to end.
+"""Decides, from where all workers of a round stand, whether they hang, who holds the others up, and
+whom to end.
 
-A worker waits for another one if it is in a message that the other one has not begun, or if it is one message further.
-Whoever waits for nobody holds the others up: it stands still in its own work, or in a message whose other ranks are no
-less far, as the ends of a stopped link are.
+A worker waits for another one if it is in a message that the other one has not begun, or if it is
+one message further. Whoever waits for nobody holds the others up: it stands still in its own work,
+or in a message whose other ranks are no less far, as the ends of a stopped link are.
 """
 
 from collections.abc import Sequence
@@ -26,12 +27,15 @@ class Standing:
     stood_s: float  # without a mark; 0 while it waits for storage, or prepares or ends its attempt
     usual_step_s: float | None
     is_waiting: bool  # for other workers
-    messages: dict[str, tuple[int, int]]  # begun and finished in this round, by the ranks that take part
+    # Begun and finished in this round, by the ranks that take part
+    messages: dict[str, tuple[int, int]]
 
 
-def verdict(standings: Sequence[Standing], *, hang_timeout_s: float, last: Hang | None) -> Hang | None:
-    """Returns what to do about the workers' standstill, None while it is none; `standings` are in the order of ranks,
-    `last` is the verdict before."""
+def verdict(
+    standings: Sequence[Standing], *, hang_timeout_s: float, last: Hang | None
+) -> Hang | None:
+    """Returns what to do about the workers' standstill, None while it is none; `standings` are in
+    the order of ranks, `last` is the verdict before."""
     usual_step_s = max(standing.usual_step_s or 0.0 for standing in standings)
     for standing in standings:
         if standing.stood_s < _bound_s(standing, usual_step_s, hang_timeout_s=hang_timeout_s):
@@ -53,7 +57,11 @@ def verdict(standings: Sequence[Standing], *, hang_timeout_s: float, last: Hang 
         health = Health.BLOCKED
         ended = [] if times == 1 else [suspects[-(times - 1) % len(suspects)]]
         reason = f"{_named(suspects)} stood still, none behind the others, as the ends of a stopped link do: "
-        reason += f"{_named(ended)} is ended, as this came {times} times in a row" if ended else "all meet again"
+        reason += (
+            f"{_named(ended)} is ended, as this came {times} times in a row"
+            if ended
+            else "all meet again"
+        )
     return Hang(
         round=standings[0].round,
         health=health,
@@ -75,7 +83,9 @@ def _bound_s(standing: Standing, usual_step_s: float, *, hang_timeout_s: float) 
             )
         return own_work_deadline_s(standing.place, usual_step_s, hang_timeout_s=hang_timeout_s)
     is_connected = standing.place in (Place.STEP, Place.VALIDATION, Place.SAVE)
-    return max((1 if is_connected else _CONNECTING_FACTOR) * hang_timeout_s, _STEP_FACTOR * usual_step_s)
+    return max(
+        (1 if is_connected else _CONNECTING_FACTOR) * hang_timeout_s, _STEP_FACTOR * usual_step_s
+    )
 
 
 def _is_held_up(rank: int, standings: Sequence[Standing]) -> bool:

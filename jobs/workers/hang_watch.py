@@ -1,7 +1,9 @@
-"""Publishes where a worker stands, at the launcher's meeting place; on rank 0 it looks where all stand, and judges.
+"""Publishes where a worker stands, at the launcher's meeting place; on rank 0 it looks where all
+stand, and judges.
 
-Each worker sets its own key at each look. Rank 0 reads the others' only while it stands still itself, and its verdict
-is one key, which each worker reads when its round is over: so a look costs as much for any number of workers.
+Each worker sets its own key at each look. Rank 0 reads the others' only while it stands still
+itself, and its verdict is one key, which each worker reads when its round is over: so a look costs
+as much for any number of workers.
 """
 
 import json
@@ -40,7 +42,8 @@ class HangWatch:
         self._stood_s, self._last_look_s = 0.0, clock()
         self._num_looks = 0
         self._position: tuple[Place, int] | None = None
-        self._known = [b"null"] * world_size  # each worker's last standing, and when rank 0 first read it
+        # Each worker's last standing, and when rank 0 first read it
+        self._known = [b"null"] * world_size
         self._known_since = [0.0] * world_size
 
     @staticmethod
@@ -50,10 +53,13 @@ class HangWatch:
         store.set(f"standing/{rank}", "null")
 
     def look(self) -> Hang | None:
-        """Publishes where this worker stands. Returns rank 0's verdict once the workers hang, after storing it."""
+        """Publishes where this worker stands. Returns rank 0's verdict once the workers hang, after
+        storing it."""
         standing = self._standing()
         self._num_looks += 1
-        self._store.set(f"standing/{self._rank}", json.dumps(asdict(standing) | {"look": self._num_looks}))
+        self._store.set(
+            f"standing/{self._rank}", json.dumps(asdict(standing) | {"look": self._num_looks})
+        )
         if self._rank or standing.stood_s < self._hang_timeout_s:
             return None
         hang = self._judged()
@@ -73,7 +79,9 @@ class HangWatch:
     def _standing(self) -> Standing:
         beat, now_s = self._beat(), self._clock()
         is_waiting = Waits.WORKERS in beat.waits_for
-        is_excused = Waits.STORAGE in beat.waits_for or (beat.place is Place.AROUND and not is_waiting)
+        is_excused = Waits.STORAGE in beat.waits_for or (
+            beat.place is Place.AROUND and not is_waiting
+        )
         position = (beat.place, beat.num_moves)
         self._stood_s += min(now_s - self._last_look_s, _LONGEST_LOOK_S)
         if is_excused or position != self._position:
@@ -91,14 +99,19 @@ class HangWatch:
         )
 
     def _judged(self) -> Hang | None:
-        """Judges if all workers still publish. One that does not is silent, and its own watchdog sees to it."""
+        """Judges if all workers still publish. One that does not is silent, and its own watchdog
+        sees to it."""
         published = self._store.multi_get([f"standing/{rank}" for rank in range(self._world_size)])
         now_s, standings = self._clock(), list[Standing]()
         for rank, content in enumerate(published):
             if content != self._known[rank]:
                 self._known[rank], self._known_since[rank] = content, now_s
             values = json.loads(content)
-            if not values or values["round"] != self._meeting.number or now_s - self._known_since[rank] > _FRESH_S:
+            if (
+                not values
+                or values["round"] != self._meeting.number
+                or now_s - self._known_since[rank] > _FRESH_S
+            ):
                 return None
             del values["look"]
             standings.append(Standing(**values | {"place": Place(values["place"])}))

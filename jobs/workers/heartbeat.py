@@ -1,4 +1,5 @@
-"""Sends a worker's sign of life to its watchdog each second: its place in the loop and its training thread's stack."""
+"""Sends a worker's sign of life to its watchdog each second: its place in the loop and its training
+thread's stack."""
 
 import json
 import subprocess
@@ -24,7 +25,8 @@ _NUM_FRAMES = 24
 _NUM_STEPS = 64
 
 WaitingPlaces = Mapping[Waits, Sequence[ModuleType]]
-"""The modules or packages for each kind of waiting: a stack with a frame in one of them waits in that way."""
+"""The modules or packages for each kind of waiting: a stack with a frame in one of them waits in
+that way."""
 
 
 class Pulse:
@@ -45,7 +47,8 @@ class Pulse:
         now = time.monotonic()
         if place is Place.STEP:
             self.num_steps += 1
-            if self._place is Place.STEP and self._step_start is not None:  # no validation or checkpoint in between
+            # No validation or checkpoint in between
+            if self._place is Place.STEP and self._step_start is not None:
                 self._step_s.append(now - self._step_start)
             self._step_start = now
         self._place, self._num_moves = place, self._num_moves + 1
@@ -55,29 +58,47 @@ class Pulse:
         stack = traceback.extract_stack(innermost)[-_NUM_FRAMES:] if innermost else []
         files = [Path(frame.filename) for frame in stack]
         places = self._waiting_places.items()
-        waits_for = [waits for waits, modules in places if any(_is_in(file, modules) for file in files)]
+        waits_for = [
+            waits for waits, modules in places if any(_is_in(file, modules) for file in files)
+        ]
         usual = median(list(self._step_s)) if self._step_s else None
         if Waits.WORKERS not in waits_for and self.meeting.is_waiting():
             waits_for.append(Waits.WORKERS)
         num_moves = self._num_moves + self.meeting.progress.num_marks()
-        return Beat(self._place, num_moves, usual, waits_for, traceback.format_list(stack), self.hang)
+        return Beat(
+            self._place, num_moves, usual, waits_for, traceback.format_list(stack), self.hang
+        )
 
 
 def _is_in(file: Path, modules: Sequence[ModuleType]) -> bool:
     places = [Path(str(module.__file__)) for module in modules]
-    return any(file.is_relative_to(place.parent if place.name == "__init__.py" else place) for place in places)
+    return any(
+        file.is_relative_to(place.parent if place.name == "__init__.py" else place)
+        for place in places
+    )
 
 
 @contextmanager
-def watched(run_uri: str, *, rank: int, hang_timeout_s: float, waiting_places: WaitingPlaces) -> Iterator[Pulse]:
+def watched(
+    run_uri: str, *, rank: int, hang_timeout_s: float, waiting_places: WaitingPlaces
+) -> Iterator[Pulse]:
     """Runs a watchdog beside this process while the context lasts. A timeout of 0 runs none."""
     pulse = Pulse(waiting_places)
     if not hang_timeout_s:
         yield pulse
         return
-    command = [sys.executable, "-m", "jobs.workers.watchdog", run_uri, str(rank), str(hang_timeout_s)]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.workers.watchdog",
+        run_uri,
+        str(rank),
+        str(hang_timeout_s),
+    ]
     # In its own session, it is spared by a signal that stops the worker's process group.
-    watchdog = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=CODE_ROOT, start_new_session=True)
+    watchdog = subprocess.Popen(
+        command, stdin=subprocess.PIPE, cwd=CODE_ROOT, start_new_session=True
+    )
     assert watchdog.stdin is not None
     pipe, ended = watchdog.stdin, threading.Event()
 

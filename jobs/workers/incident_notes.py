@@ -1,6 +1,8 @@
-"""Notes incidents in storage at once, for the next attempt to write into the ledger, which has one writer.
+"""Notes incidents in storage at once, for the next attempt to write into the ledger, which has one
+writer.
 
-A worker that was killed can write nothing, and the process that killed it or saw it die must not write into the ledger.
+A worker that was killed can write nothing, and the process that killed it or saw it die must not
+write into the ledger.
 """
 
 import json
@@ -20,12 +22,15 @@ INCIDENTS = "incidents"
 
 def note(run: Storage, event: str, **fields: Any) -> None:
     line = {"event": event, "time": round(time.time(), 3), **fields}
-    run.write_bytes(f"{INCIDENTS}/{time.time_ns()}-{secrets.token_hex(4)}.json", json.dumps(line).encode())
+    run.write_bytes(
+        f"{INCIDENTS}/{time.time_ns()}-{secrets.token_hex(4)}.json", json.dumps(line).encode()
+    )
 
 
 @contextmanager
 def noting_user_errors(run: Storage, *, rank: int) -> Iterator[None]:
-    """Notes errors that the user can fix, by their own message; lost leases and outages concern this process alone."""
+    """Notes errors that the user can fix, by their own message; lost leases and outages concern
+    this process alone."""
     try:
         yield
     except StorageError:
@@ -36,7 +41,8 @@ def noting_user_errors(run: Storage, *, rank: int) -> Iterator[None]:
 
 
 def write_down(run: Storage, ledger: LedgerWriter) -> None:
-    """Moves all notes into the ledger, in the order in which they came; a crash may leave a line there twice."""
+    """Moves all notes into the ledger, in the order in which they came; a crash may leave a line
+    there twice."""
     folder = run.child(INCIDENTS)
     keys = sorted(entry.key for entry in folder.list())
     for key in keys:

@@ -41,15 +41,17 @@ class Notices:
             threading.Thread(target=self._look_for_request, name="notices", daemon=True).start()
 
     def ask(self) -> None:
-        """Starts the exchange with the other ranks at the start of a step, which costs the step nothing. The news are
-        those since the last exchange; a request to stop stays."""
+        """Starts the exchange with the other ranks at the start of a step, which costs the step
+        nothing. The news are those since the last exchange; a request to stop stays."""
         before, self._heard = self._heard, self._signals()
         notice = Notice.NONE if self._heard == before else Notice.SAVE
         if self._stop_requested.is_set():
             notice = Notice.STOP
         self._level = torch.tensor([int(notice)])  # on the host, so that no GPU is waited for
         self._work = (
-            dist.all_reduce(self._level, dist.ReduceOp.MAX, async_op=True) if self._group.world_size > 1 else None
+            dist.all_reduce(self._level, dist.ReduceOp.MAX, async_op=True)
+            if self._group.world_size > 1
+            else None
         )
 
     def answer(self) -> Notice:
@@ -73,9 +75,12 @@ class Notices:
 
 @contextmanager
 def stopping_on_sigterm(run: Storage) -> Iterator[None]:
-    """Turns SIGTERM to this process, the run's launcher, into a request to the workers to save and leave."""
+    """Turns SIGTERM to this process, the run's launcher, into a request to the workers to save and
+    leave."""
     run.delete(STOP_REQUESTED)
-    before = signal.signal(signal.SIGTERM, lambda signum, frame: run.write_bytes(STOP_REQUESTED, b""))
+    before = signal.signal(
+        signal.SIGTERM, lambda signum, frame: run.write_bytes(STOP_REQUESTED, b"")
+    )
     try:
         yield
     finally:

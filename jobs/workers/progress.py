@@ -1,8 +1,9 @@
 """Counts a worker's messages and passes in a round, to tell who holds the others up from who waits.
 
-On a CPU a count grows as the thread gets there. A GPU gets there later than the thread that tells it what to do: so an
-event on its stream stands for each mark, and the count grows once the GPU has come to the event. A kernel that never
-ends thus leaves a worker between two messages, and a message that never ends leaves it within one.
+On a CPU a count grows as the thread gets there. A GPU gets there later than the thread that tells
+it what to do: so an event on its stream stands for each mark, and the count grows once the GPU has
+come to the event. A kernel that never ends thus leaves a worker between two messages, and a message
+that never ends leaves it within one.
 """
 
 import threading
@@ -33,7 +34,8 @@ class Progress:
         self._num_marks = 0
         self._messages: dict[str, _Count] = {}
         self._num_open = {False: 0, True: 0}  # messages, by whether they are on the GPU
-        self._coming: dict[int, deque[tuple[torch.cuda.Event, Callable[[], None]]]] = {}  # by stream, in order
+        # By stream, in order
+        self._coming: dict[int, deque[tuple[torch.cuda.Event, Callable[[], None]]]] = {}
         self._lock = threading.Lock()
 
     def end_pass(self, device: torch.device) -> None:
@@ -42,8 +44,8 @@ class Progress:
 
     @contextmanager
     def message(self, ranks: range, device: torch.device = CPU) -> Iterator[None]:
-        """Lasts while this worker sends to the ranks and receives from them, from and into the device's memory. It is
-        one of them, and all of them send as often."""
+        """Lasts while this worker sends to the ranks and receives from them, from and into the
+        device's memory. It is one of them, and all of them send as often."""
         failpoint("before_message")
         name, on_gpu = name_of(ranks), device.type == "cuda"
         self._mark(device, partial(self._begin, name, on_gpu))
@@ -65,7 +67,8 @@ class Progress:
             return {name: (count.begun, count.finished) for name, count in self._messages.items()}
 
     def is_in_message(self, *, on_gpu: bool) -> bool:
-        """Reports whether this worker is in a message from and into the memory of its GPU, or of its host."""
+        """Reports whether this worker is in a message from and into the memory of its GPU, or of
+        its host."""
         self._look()
         return self._num_open[on_gpu] > 0
 
@@ -103,7 +106,8 @@ class Progress:
 
 
 def range_of(ranks: Sequence[int]) -> range:
-    """Returns ranks that follow each other at equal distances, as the holders of a copy and their counterparts do."""
+    """Returns ranks that follow each other at equal distances, as the holders of a copy and their
+    counterparts do."""
     stride = ranks[1] - ranks[0] if len(ranks) > 1 else 1
     as_range = range(ranks[0], ranks[-1] + 1, stride)
     assert list(ranks) == list(as_range), f"{ranks} are not at equal distances"

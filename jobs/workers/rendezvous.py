@@ -1,7 +1,9 @@
-"""Connects the workers of a group: at its start, and again whenever one of them was lost and replaced.
+"""Connects the workers of a group: at its start, and again whenever one of them was lost and
+replaced.
 
-They meet in rounds. A round is over once any worker has lost another one. The next one begins when every rank has come:
-the workers that are left, with all that they have loaded, and the replacement that Ray Train started.
+They meet in rounds. A round is over once any worker has lost another one. The next one begins when
+every rank has come: the workers that are left, with all that they have loaded, and the replacement
+that Ray Train started.
 """
 
 import gc
@@ -27,22 +29,27 @@ from jobs.workers.watchdog import Hang
 from jobs.workers.worker_group import Meeting
 
 _POLL_S = 0.02
-_LOOK_UPS_PER_S = 20_000  # of all waiting ranks together, which a TCPStore's one thread answers beside all else
+# Of all waiting ranks together, which a TCPStore's one thread answers beside all else
+_LOOK_UPS_PER_S = 20_000
 _WATCH_S = 0.5
 _GRACE_S = 1.0
 _ABORT_S = 15.0  # the longest that an abort of 512 GPUs' connections may take
 _CLOSING_TAG = 1 << 20  # of a message that nobody sends
-_FRUITLESS = "fruitless"  # the number of fruitless rounds in a row, the last round, and why it ended
+# The number of fruitless rounds in a row, the last round, and why it ended
+_FRUITLESS = "fruitless"
 _RECONNECTED = {
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # 3, the default, ends every survivor at a network error; `_watch` aborts
-    # A failed message leaves the key "exception_dump" in the store of all rounds: each process that starts later would
-    # take it for its own failure, and end 8 minutes after its first meeting.
+    # 3, the default, ends every survivor at a network error; `_watch` aborts
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    # A failed message leaves the key "exception_dump" in the store of all rounds: each process that
+    # starts later would take it for its own failure, and end 8 minutes after its first meeting.
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
-    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",  # else each failed message of a step holds up the abort for 60 s
+    # Else each failed message of a step holds up the abort for 60 s
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
 }
 """Environment of workers whose group is connected again after a failure."""
-_TIMEOUT = timedelta(hours=6)  # of a message: all wait for one that waits for storage, or reads a large checkpoint
+# Of a message: all wait for one that waits for storage, or reads a large checkpoint
+_TIMEOUT = timedelta(hours=6)
 
 
 class FruitlessError(Exception):
@@ -50,17 +57,24 @@ class FruitlessError(Exception):
 
 
 def backend(*, use_gpu: bool) -> str:
-    """Returns what carries messages: tensors on GPUs go over NCCL, and all else, as pickled values, over gloo."""
+    """Returns what carries messages: tensors on GPUs go over NCCL, and all else, as pickled values,
+    over gloo."""
     return "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
 
 
 @contextmanager
 def meeting_place(host: str) -> Iterator[str]:
-    """Keeps the store through which the workers of a launch meet, while the context lasts; yields its address."""
+    """Keeps the store through which the workers of a launch meet, while the context lasts; yields
+    its address."""
     with socket.create_server((host, 0)) as listener:
         port = listener.getsockname()[1]
         store = dist.TCPStore(
-            host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+            use_libuv=True,
         )
         yield f"{host}:{port}"
         del store
@@ -83,10 +97,11 @@ class Rendezvous:
         pulse: Pulse | None = None,
         hang_timeout_s: float = 0.0,
     ) -> None:
-        """`group` names the workers that Ray Train starts together, and a lost worker's replacement gets the same name.
-        `is_waiting` reports whether the training thread waits for other workers. After `max_fruitless` rounds in a row
-        without growth of the number `progress`, they meet no more. With `pulse` and a `hang_timeout_s` that is not 0
-        they judge together when all of them stand still, and whom they blame is ended through its pulse."""
+        """`group` names the workers that Ray Train starts together, and a lost worker's replacement
+        gets the same name. `is_waiting` reports whether the training thread waits for other
+        workers. After `max_fruitless` rounds in a row without growth of the number `progress`, they
+        meet no more. With `pulse` and a `hang_timeout_s` that is not 0 they judge together when all
+        of them stand still, and whom they blame is ended through its pulse."""
         self._address, self._group = address, group
         self._store = self._open_store()
         self._rank, self._world_size, self._use_gpu = rank, world_size, use_gpu
@@ -99,10 +114,13 @@ class Rendezvous:
 
     def _open_store(self) -> dist.Store:
         host, _, port = self._address.rpartition(":")
-        return dist.PrefixStore(self._group, dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False))
+        return dist.PrefixStore(
+            self._group, dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+        )
 
     def attend(self, work: Callable[[Meeting], None]) -> bool:
-        """Meets the others and does the work with them. Returns False when one of them was lost: then meet again.
+        """Meets the others and does the work with them. Returns False when one of them was lost:
+        then meet again.
 
         Raises `FruitlessError`, in every rank, after too many meetings without progress."""
         meeting, left = self._meet()
@@ -118,8 +136,9 @@ class Rendezvous:
             reason = one_line(str(error))
             self._say(f"lost another worker and waits for it: {reason}")
         else:
-            # A rank that left earlier would break connections that the others' last messages still need; and rank 0
-            # may be lost while it stores the common result, which its replacement cannot make alone.
+            # A rank that left earlier would break connections that the others' last messages still
+            # need; and rank 0 may be lost while it stores the common result, which its replacement
+            # cannot make alone.
             if self._all(number, "done"):
                 dist.destroy_process_group()
                 return True
@@ -143,8 +162,12 @@ class Rendezvous:
                     f"the workers met {fruitless['count']} times in a row and completed no step; the last time: "
                     f"{fruitless['reason']}"
                 )
-            # Where this rank's predecessor took part in the round, the others may not have noticed its end.
-            if self._store.compare_set(f"{number}/{self._rank}/came", "", self._id).decode() != self._id:
+            # Where this rank's predecessor took part in the round, the others may not have noticed
+            # its end.
+            if (
+                self._store.compare_set(f"{number}/{self._rank}/came", "", self._id).decode()
+                != self._id
+            ):
                 self._end(number)
                 continue
             # Twice, because a worker that came may have died while it waited for the others.
@@ -156,8 +179,9 @@ class Rendezvous:
     def _all(self, number: int, what: str) -> bool:
         """Waits until every rank has said so; returns False when the round is over before that.
 
-        A rank says so once in a round, as a replacement of one that came ends the round instead: so the ranks are
-        counted, and the last one tells all. Thus a look costs two keys, for any number of ranks.
+        A rank says so once in a round, as a replacement of one that came ends the round instead: so
+        the ranks are counted, and the last one tells all. Thus a look costs two keys, for any
+        number of ranks.
         """
         is_said = f"{number}/{what} by all"
         if self._store.add(f"{number}/{what}", 1) == self._world_size:
@@ -172,7 +196,9 @@ class Rendezvous:
     def _connect(self, meeting: Meeting, left: threading.Event) -> bool:
         if self._pulse:
             self._pulse.meeting = meeting
-        threading.Thread(target=self._watch, args=(meeting, left), name="rendezvous", daemon=True).start()
+        threading.Thread(
+            target=self._watch, args=(meeting, left), name="rendezvous", daemon=True
+        ).start()
         os.environ |= _RECONNECTED
         ranks = range(self._world_size)
         try:
@@ -183,8 +209,11 @@ class Rendezvous:
                     rank=self._rank,
                     world_size=self._world_size,
                     timeout=_TIMEOUT,
-                    # With it NCCL connects here, and what keeps it from starting is found before anything is loaded.
-                    device_id=torch.device("cuda", torch.cuda.current_device()) if self._use_gpu else None,
+                    # With it NCCL connects here, and what keeps it from starting is found before
+                    # anything is loaded.
+                    device_id=torch.device("cuda", torch.cuda.current_device())
+                    if self._use_gpu
+                    else None,
                     _ranks=[*ranks],  # else the name of a group counts those that did not connect
                 )
         except RuntimeError as error:  # one of the workers is already gone, or NCCL cannot start
@@ -195,11 +224,13 @@ class Rendezvous:
         return True
 
     def _watch(self, meeting: Meeting, left: threading.Event) -> None:
-        """Gets this worker out of a round that is over, where it still waits: for a worker that died while they
-        connected, for a message of NCCL's, which never ends by itself, or for one whose end gloo did not notice (a send
-        to a killed worker, seen once in some tens of kills). Ends the round where all workers hang."""
+        """Gets this worker out of a round that is over, where it still waits: for a worker that
+        died while they connected, for a message of NCCL's, which never ends by itself, or for one
+        whose end gloo did not notice (a send to a killed worker, seen once in some tens of kills).
+        Ends the round where all workers hang."""
         try:
-            store, waits_since = self._open_store(), None  # its own, because a store serves one caller at a time
+            # Its own, because a store serves one caller at a time
+            store, waits_since = self._open_store(), None
             hang_watch = self._hang_watch(store, meeting)
             while not left.wait(_WATCH_S):
                 if int(store.get("round")) == meeting.number:
@@ -222,7 +253,9 @@ class Rendezvous:
                 waits_since = None
         except RuntimeError as error:
             if not left.is_set():
-                self._say(f"no longer notices lost workers, as the launcher's meeting place is gone: {error}")
+                self._say(
+                    f"no longer notices lost workers, as the launcher's meeting place is gone: {error}"
+                )
 
     def _hang_watch(self, store: dist.Store, meeting: Meeting) -> HangWatch | None:
         if self._pulse is None or not self._hang_timeout_s or self._world_size == 1:
@@ -237,7 +270,8 @@ class Rendezvous:
         )
 
     def _obey(self, hang: Hang | None, left: threading.Event) -> None:
-        """Has this worker's watchdog end it where the verdict says so, and record the verdict where that ends none."""
+        """Has this worker's watchdog end it where the verdict says so, and record the verdict where
+        that ends none."""
         if hang is None or self._pulse is None or self._rank not in (hang.ended or hang.ranks[:1]):
             return
         self._pulse.hang = hang
@@ -253,18 +287,21 @@ class Rendezvous:
             self._within_bounds(lambda: self._close_connections(group))
 
     def _close_connections(self, group: dist.ProcessGroup) -> None:
-        """Ends the messages of this worker's host, which waits for others that live. Gloo's abort does nothing, but a
-        receive that takes too long closes all of its connections: one from any rank whose connection is still open."""
+        """Ends the messages of this worker's host, which waits for others that live. Gloo's abort
+        does nothing, but a receive that takes too long closes all of its connections: one from any
+        rank whose connection is still open."""
         for rank in range(self._world_size):
             if rank == self._rank:
                 continue
-            with suppress(RuntimeError, ValueError):  # what that raises, or that the group is already gone
+            # What that raises, or that the group is already gone
+            with suppress(RuntimeError, ValueError):
                 message = dist.irecv(torch.zeros(1), group=group, group_src=rank, tag=_CLOSING_TAG)
                 if message is not None:
                     message.wait(timedelta(milliseconds=1))
 
     def _within_bounds(self, call: Callable[[], None]) -> None:
-        """Calls what may hang, as NCCL's abort does at times (NVIDIA/nccl#1013): then this process ends."""
+        """Calls what may hang, as NCCL's abort does at times (NVIDIA/nccl#1013): then this process
+        ends."""
         thread = threading.Thread(target=call, name="abort", daemon=True)
         thread.start()
         thread.join(_ABORT_S)
@@ -280,13 +317,16 @@ class Rendezvous:
         sys.stderr.flush()
 
     def _count(self, number: int, *, is_fruitless: bool, reason: str) -> None:
-        """Counts each round once, before any rank ends it, so that all ranks of a later round read the same number.
-        A backend that can never start fails every rank like a lost worker; only this count ends that."""
+        """Counts each round once, before any rank ends it, so that all ranks of a later round read
+        the same number. A backend that can never start fails every rank like a lost worker; only
+        this count ends that."""
         before = self._store.get(_FRUITLESS).decode()
         last = json.loads(before)
         if last["round"] < number:
             count = last["count"] + 1 if is_fruitless else 0
-            self._store.compare_set(_FRUITLESS, before, json.dumps({"round": number, "count": count, "reason": reason}))
+            self._store.compare_set(
+                _FRUITLESS, before, json.dumps({"round": number, "count": count, "reason": reason})
+            )
 
     def _end(self, number: int, store: dist.Store | None = None) -> None:
         (store or self._store).compare_set("round", str(number), str(number + 1))

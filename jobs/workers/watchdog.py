@@ -1,8 +1,10 @@
-"""Runs beside each worker, and when it hangs, keeps its stack and kills it, so that Ray Train replaces it.
+"""Runs beside each worker, and when it hangs, keeps its stack and kills it, so that Ray Train
+replaces it.
 
-Nothing else would: a worker that was stopped or is deadlocked leaves the others waiting in a collective for hours. Each
-watchdog looks only at its own worker: the one that hangs is the one that gives no sign of life, or that stands still
-without waiting for others. Where all wait for one another, they judge together (`hang_watch`), and their watchdogs act.
+Nothing else would: a worker that was stopped or is deadlocked leaves the others waiting in a
+collective for hours. Each watchdog looks only at its own worker: the one that hangs is the one that
+gives no sign of life, or that stands still without waiting for others. Where all wait for one
+another, they judge together (`hang_watch`), and their watchdogs act.
 """
 
 import json
@@ -26,13 +28,16 @@ HANGS = "hangs"
 
 _POLL_S = 0.5
 _STEP_FACTOR = 20  # a straggler that gets a tenth of its time stays below it
-_STUCK_FACTOR = 1.25  # later than silence is noticed, so that a worker that waits for a silent one is never blamed
+# Later than silence is noticed, so that a worker that waits for a silent one is never blamed
+_STUCK_FACTOR = 1.25
 _UNKNOWN_FACTOR = 10  # the first step may compile, a batch of a validation or a save be long
-_FORSAKEN_FACTOR = 20  # by then the worker that it waits for has been killed, or has a reason to wait itself
+# By then the worker that it waits for has been killed, or has a reason to wait itself
+_FORSAKEN_FACTOR = 20
 
 
 class Place(StrEnum):
-    AROUND = "around the steps"  # starting and finishing, both of which wait for storage as long as it takes
+    # Starting and finishing, both of which wait for storage as long as it takes
+    AROUND = "around the steps"
     FIRST_STEP = "first step"  # of an attempt
     STEP = "step"
     VALIDATION = "validation"
@@ -103,12 +108,15 @@ class Beat:
 
 
 def health(beat: Beat, *, silent_s: float, unmoved_s: float, hang_timeout_s: float) -> Health:
-    """Returns the state of a worker, `silent_s` after its last beat and `unmoved_s` after its last move."""
+    """Returns the state of a worker, `silent_s` after its last beat and `unmoved_s` after its last
+    move."""
     if silent_s >= hang_timeout_s:
         return Health.SILENT
     if beat.place is Place.AROUND or Waits.STORAGE in beat.waits_for:
         return Health.WELL
-    deadline_s = own_work_deadline_s(beat.place, beat.usual_step_s or 0.0, hang_timeout_s=hang_timeout_s)
+    deadline_s = own_work_deadline_s(
+        beat.place, beat.usual_step_s or 0.0, hang_timeout_s=hang_timeout_s
+    )
     is_waiting = Waits.WORKERS in beat.waits_for
     if unmoved_s < (_FORSAKEN_FACTOR if is_waiting else 1) * deadline_s:
         return Health.WELL
@@ -118,16 +126,23 @@ def health(beat: Beat, *, silent_s: float, unmoved_s: float, hang_timeout_s: flo
 def own_work_deadline_s(
     place: Place, usual_step_s: float, *, hang_timeout_s: float, step_factor: float = _STEP_FACTOR
 ) -> float:
-    """Returns how long a worker may do its own work without a move; `usual_step_s` is 0 where it is not known."""
+    """Returns how long a worker may do its own work without a move; `usual_step_s` is 0 where it is
+    not known."""
     is_usual = place is Place.STEP and usual_step_s > 0
     factor = _STUCK_FACTOR if is_usual else _UNKNOWN_FACTOR
     return max(factor * hang_timeout_s, step_factor * usual_step_s)
 
 
-def report(beat: Beat, verdict: Health, *, rank: int, pid: int, silent_s: float, unmoved_s: float) -> str:
+def report(
+    beat: Beat, verdict: Health, *, rank: int, pid: int, silent_s: float, unmoved_s: float
+) -> str:
     """Returns the text that is kept of a hang."""
-    stats = {path.parent.name: path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")}
-    states = "".join(f"  thread {thread}: {stat.rpartition(') ')[2][:1]}\n" for thread, stat in stats.items())
+    stats = {
+        path.parent.name: path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")
+    }
+    states = "".join(
+        f"  thread {thread}: {stat.rpartition(') ')[2][:1]}\n" for thread, stat in stats.items()
+    )
     return (
         f"rank {rank}, process {pid}: {verdict}, at {beat.place}, {silent_s:.1f} s without a sign of life, "
         f"{unmoved_s:.1f} s without a move\nkernel states of its threads (T is stopped by a signal):\n{states}"
@@ -155,23 +170,37 @@ def watch(run_uri: str, *, rank: int, hang_timeout_s: float, pid: int, pipe: int
         if beat.hang is not None and beat.hang != known:
             known = beat.hang
             text = report(beat, known.health, rank=rank, pid=pid, **since)
-            fields = {"seconds": known.seconds, "reason": known.reason, "ranks": known.ranks, "step": known.step}
+            fields = {
+                "seconds": known.seconds,
+                "reason": known.reason,
+                "ranks": known.ranks,
+                "step": known.step,
+            }
             if rank in known.ended:
                 os.kill(pid, signal.SIGKILL)
                 keep(run_uri, text, rank=rank, health=known.health, **fields)
                 return
             kept = partial(keep, run_uri, text, rank=rank, health=known.health, **fields)
-            threading.Thread(target=kept, daemon=True).start()  # beside the watch, as an outage may last
+            # Beside the watch, as an outage may last
+            threading.Thread(target=kept, daemon=True).start()
         verdict = health(beat, hang_timeout_s=hang_timeout_s, **since)
         if verdict is not Health.WELL:
             break
     text = report(beat, verdict, rank=rank, pid=pid, **since)
     os.kill(pid, signal.SIGKILL)  # before anything that could hang itself
-    keep(run_uri, text, rank=rank, health=verdict, seconds=round(max(since.values()), 1), reason=_REASONS[verdict])
+    keep(
+        run_uri,
+        text,
+        rank=rank,
+        health=verdict,
+        seconds=round(max(since.values()), 1),
+        reason=_REASONS[verdict],
+    )
 
 
 def keep(run_uri: str, text: str, *, rank: int, health: Health, **fields: Any) -> None:
-    """Keeps the text of a worker's hang in the run's storage, and notes the hang, as soon as the storage allows it."""
+    """Keeps the text of a worker's hang in the run's storage, and notes the hang, as soon as the
+    storage allows it."""
     run = open_storage(run_uri)
     name = f"{HANGS}/{time.time_ns()}-rank-{rank}-{health}.txt"
     patiently(lambda: run.write_bytes(name, text.encode()), name)
@@ -181,4 +210,10 @@ def keep(run_uri: str, text: str, *, rank: int, health: Health, **fields: Any) -
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _, uri, number, timeout_s = sys.argv
-    watch(uri, rank=int(number), hang_timeout_s=float(timeout_s), pid=os.getppid(), pipe=sys.stdin.fileno())
+    watch(
+        uri,
+        rank=int(number),
+        hang_timeout_s=float(timeout_s),
+        pid=os.getppid(),
+        pipe=sys.stdin.fileno(),
+    )

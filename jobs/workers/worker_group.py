@@ -1,8 +1,10 @@
-"""The workers of an attempt as one of them sees the others: values that pass between all, and the proof of a step.
+"""The workers of an attempt as one of them sees the others: values that pass between all, and the
+proof of a step.
 
-What lies on a host travels over gloo, where a lost worker is an error. What lies on GPUs travels over NCCL, where it is
-none: an aborted message returns as if it had arrived (meta-pytorch/torchft#147). So nothing that came over it is used
-for good before every rank has shown that all of its messages of the step have arrived.
+What lies on a host travels over gloo, where a lost worker is an error. What lies on GPUs travels
+over NCCL, where it is none: an aborted message returns as if it had arrived
+(meta-pytorch/torchft#147). So nothing that came over it is used for good before every rank has
+shown that all of its messages of the step have arrived.
 """
 
 import threading
@@ -29,7 +31,8 @@ class Meeting:
     """Of this worker, in this round."""
 
     def is_waiting(self) -> bool:
-        """Reports whether this worker is in a message that was not aborted on its GPU, or in one on its host."""
+        """Reports whether this worker is in a message that was not aborted on its GPU, or in one on
+        its host."""
         on_device = self.progress.is_in_message(on_gpu=True) and not self.aborted.is_set()
         return on_device or self.progress.is_in_message(on_gpu=False)
 
@@ -66,12 +69,14 @@ class WorkerGroup:
             self.proven(torch.zeros(0, dtype=torch.float64, device=device), step=step, width=0)
 
     def proven(self, own: Tensor, *, step: int, width: int) -> Tensor:
-        """Returns a table (W, width), in float64, with every rank's vector `own`, of `width` values at most.
+        """Returns a table (W, width), in float64, with every rank's vector `own`, of `width` values
+        at most.
 
-        With it, every rank has all that the ranks sent one another before. For each puts its stamp beside its vector
-        only after its host has seen its own messages arrive, which costs a GPU the time to start a few kernels; and the
-        table is made of zeros, as a gather that was aborted leaves what lay in that memory, perhaps the table of the
-        step before. Raises `LostPeerError`.
+        With it, every rank has all that the ranks sent one another before. For each puts its stamp
+        beside its vector only after its host has seen its own messages arrive, which costs a GPU
+        the time to start a few kernels; and the table is made of zeros, as a gather that was
+        aborted leaves what lay in that memory, perhaps the table of the step before. Raises
+        `LostPeerError`.
         """
         self._settle(own.device, step)
         stamp = own.new_tensor([self.meeting.number, step])
@@ -82,14 +87,21 @@ class WorkerGroup:
         table = flat.view(self.world_size, -1)
         stamps = table[:, width:].tolist()
         self._settle(own.device, step)
-        if missing := [rank for rank, found in enumerate(stamps) if found != [self.meeting.number, step]]:
+        if missing := [
+            rank for rank, found in enumerate(stamps) if found != [self.meeting.number, step]
+        ]:
             ranks = ", ".join(map(str, missing))
-            raise LostPeerError(f"step {step}: nothing shows that the messages of rank {ranks} have arrived")
+            raise LostPeerError(
+                f"step {step}: nothing shows that the messages of rank {ranks} have arrived"
+            )
         return table[:, :width]
 
     def _settle(self, device: torch.device, step: int) -> None:
-        """Waits for the messages that this worker's GPU sends and receives, and looks whether they were aborted."""
+        """Waits for the messages that this worker's GPU sends and receives, and looks whether they
+        were aborted."""
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
         if self.meeting.aborted.is_set():
-            raise LostPeerError(f"step {step}: another worker was lost, and this one's messages were aborted")
+            raise LostPeerError(
+                f"step {step}: another worker was lost, and this one's messages were aborted"
+            )

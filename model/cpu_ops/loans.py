@@ -1,8 +1,8 @@
-"""Memory that training on a CPU lends the model for the time of a step: where gradients go, copies of the weights,
-scratch.
+"""Memory that training on a CPU lends the model for the time of a step: where gradients go, copies
+of the weights, scratch.
 
-Each loan lasts as long as its context, as autocast does. Outside of it, and for a parameter that a mapping does not
-name, the operations compute the same numbers in fresh memory.
+Each loan lasts as long as its context, as autocast does. Outside of it, and for a parameter that a
+mapping does not name, the operations compute the same numbers in fresh memory.
 """
 
 import math
@@ -20,21 +20,24 @@ Places = Mapping[nn.Parameter, Tensor]
 _T = TypeVar("_T")
 
 gradient_sinks: ContextVar[Places] = ContextVar("gradient sinks")
-"""A loss whose forward pass runs meanwhile writes these parameters' gradients there, over the earlier values. Each
-takes one forward and one backward pass; `parameter.grad` must be None and becomes the sink itself."""
+"""A loss whose forward pass runs meanwhile writes these parameters' gradients there, over the
+earlier values. Each takes one forward and one backward pass; `parameter.grad` must be None and
+becomes the sink itself."""
 
 weight_copies: ContextVar[Places] = ContextVar("weight copies")
-"""Forward passes use these copies, in autocast's type, instead of converting the weights each time."""
+"""Forward passes use these copies, in autocast's type, instead of converting the weights each
+time."""
 
 scratch_memory: ContextVar["Scratch | None"] = ContextVar("scratch memory")
 """Operations on a CPU take memory from there."""
 
 
 class Scratch:
-    """Memory for large values that do not outlive the operation that makes them, kept from one step to the next.
+    """Memory for large values that do not outlive the operation that makes them, kept from one step
+    to the next.
 
-    The system hands out a CPU's fresh memory page by page. For the head's scores in bf16 that took twice as long as
-    the product that fills them. A GPU's allocator keeps its memory anyway.
+    The system hands out a CPU's fresh memory page by page. For the head's scores in bf16 that took
+    twice as long as the product that fills them. A GPU's allocator keeps its memory anyway.
     """
 
     def __init__(self) -> None:
@@ -66,4 +69,8 @@ def sink_of(parameter: Tensor) -> Tensor | None:
 def scratch_like(x: Tensor, name: str, shape: tuple[int, ...]) -> Tensor | None:
     """Returns memory of x's type for an `out=`, or None, with which `out=` allocates its own."""
     scratch = scratch_memory.get(None)
-    return scratch.piece(name, shape, x.dtype) if scratch is not None and x.device.type == "cpu" else None
+    return (
+        scratch.piece(name, shape, x.dtype)
+        if scratch is not None and x.device.type == "cpu"
+        else None
+    )

@@ -1,7 +1,8 @@
-"""The decoder's operations with hand-written gradients; autograd's own would allocate, convert or compute more.
+"""The decoder's operations with hand-written gradients; autograd's own would allocate, convert or
+compute more.
 
-Shapes: N tokens, C width, V vocabulary, K tokens of a chunk. A weight that has a sink (`loans`) gets its gradient
-written straight into it; the bits are the same with and without one.
+Shapes: N tokens, C width, V vocabulary, K tokens of a chunk. A weight that has a sink (`loans`)
+gets its gradient written straight into it; the bits are the same with and without one.
 """
 
 from typing import Any
@@ -19,12 +20,14 @@ _BLOCK_VALUES = 1 << 18
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Returns x @ weight + bias for x (N, in) and a weight (in, out), in autocast's type where that is on."""
+    """Returns x @ weight + bias for x (N, in) and a weight (in, out), in autocast's type where that
+    is on."""
     return _product(x, weight, bias) if torch.is_grad_enabled() else torch.addmm(bias, x, weight)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns x @ weight.T for x (N, in) and a weight (out, in), in autocast's type where that is on."""
+    """Returns x @ weight.T for x (N, in) and a weight (out, in), in autocast's type where that is
+    on."""
     return _product(x, weight, None) if torch.is_grad_enabled() else F.linear(x, weight)
 
 
@@ -37,9 +40,15 @@ class _Product(torch.autograd.Function):
     """`affine` with a bias, `linear` without one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, w: Tensor, sink: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, w: Tensor, sink: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.sink, ctx.dtype, ctx.bias_dtype = sink, weight.dtype, None if bias is None else bias.dtype
+        ctx.sink, ctx.dtype, ctx.bias_dtype = (
+            sink,
+            weight.dtype,
+            None if bias is None else bias.dtype,
+        )
         return x @ w.T if bias is None else torch.addmm(bias.to(x.dtype), x, w)
 
     @staticmethod
@@ -50,11 +59,18 @@ class _Product(torch.autograd.Function):
         grad_x = grad @ (w.T if is_affine else w) if ctx.needs_input_grad[0] else None
         grad_weight = _Sum(w, ctx.sink, dtype=ctx.dtype)
         grad_weight.add_product(*((x.T, grad) if is_affine else (grad.T, x)))
-        return grad_x, grad_weight.result(), grad.sum(0, dtype=ctx.bias_dtype) if is_affine else None, None, None
+        return (
+            grad_x,
+            grad_weight.result(),
+            grad.sum(0, dtype=ctx.bias_dtype) if is_affine else None,
+            None,
+            None,
+        )
 
 
 def embed(indices: Tensor, weight: Tensor, *, shared: bool) -> Tensor:
-    """Returns rows (..., C) of a weight (V, C). A `shared` one's sink holds the head's share before backward runs."""
+    """Returns rows (..., C) of a weight (V, C). A `shared` one's sink holds the head's share before
+    backward runs."""
     if not torch.is_grad_enabled():
         return F.embedding(indices, weight)
     return _Embed.apply(weight, indices, sink_of(weight), shared)
@@ -62,7 +78,9 @@ def embed(indices: Tensor, weight: Tensor, *, shared: bool) -> Tensor:
 
 class _Embed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, indices: Tensor, sink: Tensor | None, shared: bool) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, indices: Tensor, sink: Tensor | None, shared: bool
+    ) -> Tensor:
         ctx.save_for_backward(indices)
         ctx.shape, ctx.dtype, ctx.sink, ctx.shared = weight.shape, weight.dtype, sink, shared
         return F.embedding(indices, weight)
@@ -81,18 +99,23 @@ class _Embed(torch.autograd.Function):
         return whole.zero_().index_copy_(0, rows, sums), None, None, None
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk_tokens: int) -> Tensor:
-    """Returns `scale` times the summed cross-entropy (a scalar, at least fp32) of hidden (N, C) @ weight.T (C, V) and
-    targets (N,). Only `chunk_tokens` rows of scores exist at a time."""
+def cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk_tokens: int
+) -> Tensor:
+    """Returns `scale` times the summed cross-entropy (a scalar, at least fp32) of hidden (N, C) @
+    weight.T (C, V) and targets (N,). Only `chunk_tokens` rows of scores exist at a time."""
     w = _in_type(weight, compute_dtype(hidden))
     with_grad = torch.is_grad_enabled()
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, w, sink_of(weight), scale, chunk_tokens, with_grad)
+    return _ChunkedCrossEntropy.apply(
+        hidden, weight, targets, w, sink_of(weight), scale, chunk_tokens, with_grad
+    )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Turns each chunk into its share of the gradients in the forward pass: the gradient of the scores,
-    softmax - one_hot, is known as soon as they are, so none are kept or recomputed (Liger kernel, arXiv 2410.10989,
-    section 3.2). The softmax is never divided by its sum; the small side of each product is."""
+    """Turns each chunk into its share of the gradients in the forward pass: the gradient of the
+    scores, softmax - one_hot, is known as soon as they are, so none are kept or recomputed (Liger
+    kernel, arXiv 2410.10989, section 3.2). The softmax is never divided by its sum; the small side
+    of each product is."""
 
     @staticmethod
     def forward(
@@ -108,14 +131,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         counted = targets != IGNORE_INDEX
         labels = targets.where(counted, 0)
-        losses = torch.empty(targets.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=hidden.device)
+        losses = torch.empty(
+            targets.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=hidden.device
+        )
         grad_hidden = torch.empty_like(hidden) if with_grad else None
         product = scratch_like(w, "head gradient", w.shape) if w.dtype != weight.dtype else None
         grad_weight = _Sum(w, sink, dtype=weight.dtype, scratch=product) if with_grad else None
         for start in range(0, len(targets), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             h = hidden[rows].to(w.dtype)  # (K, C)
-            # As (V, K), not (K, V): in bf16 on a CPU two of the three products then take half the time.
+            # As (V, K), not (K, V): in bf16 on a CPU two of the three products then take half the
+            # time.
             scores = torch.mm(w, h.T, out=scratch_like(w, "scores", (len(w), len(h))))
             places = labels[rows], torch.arange(len(h), device=h.device)
             of_label = scores[places].to(losses.dtype)  # (K,)
@@ -139,18 +165,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (grad_hidden,) = ctx.saved_tensors
         grad_weight = ctx.grad_weight.result()
         if grad_loss != 1:
-            # In place for the weight: a tied embedding adds its rows to the sink, which must be what autograd keeps.
+            # In place for the weight: a tied embedding adds its rows to the sink, which must be
+            # what autograd keeps.
             grad_hidden = grad_hidden * grad_loss
             grad_weight = grad_weight.mul_(grad_loss)
         return grad_hidden, grad_weight, *[None] * 6
 
 
 def _exponentiate(scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Replaces scores (V, K) by exp(scores - largest). Returns the largest scores and the sums, (K,) each."""
+    """Replaces scores (V, K) by exp(scores - largest). Returns the largest scores and the sums,
+    (K,) each."""
     num_columns = scores.shape[1]
     num_rows = max(1, _BLOCK_VALUES // num_columns)
     blocks = scores.split(num_rows)
-    scratch = scores if scores.dtype == dtype else scores.new_empty(num_rows, num_columns, dtype=dtype)
+    scratch = (
+        scores if scores.dtype == dtype else scores.new_empty(num_rows, num_columns, dtype=dtype)
+    )
 
     def wide(block: Tensor) -> Tensor:
         return block if block.dtype == dtype else scratch[: len(block)].copy_(block)
@@ -168,12 +198,15 @@ def _exponentiate(scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class _Sum:
-    """A sum of matrix products shaped like w, in a weight's own type, in its sink or in fresh memory.
+    """A sum of matrix products shaped like w, in a weight's own type, in its sink or in fresh
+    memory.
 
     A product of another type is first written to `scratch`, if there is any.
     """
 
-    def __init__(self, w: Tensor, sink: Tensor | None, *, dtype: torch.dtype, scratch: Tensor | None = None) -> None:
+    def __init__(
+        self, w: Tensor, sink: Tensor | None, *, dtype: torch.dtype, scratch: Tensor | None = None
+    ) -> None:
         self._value = torch.empty_like(w, dtype=dtype) if sink is None else sink
         self._scratch, self._is_empty = scratch, True
 
@@ -188,7 +221,8 @@ class _Sum:
         self._is_empty = False
 
     def result(self) -> Tensor:
-        """Returns a tensor of its own, so that autograd keeps it as the parameter's gradient and makes no copy."""
+        """Returns a tensor of its own, so that autograd keeps it as the parameter's gradient and
+        makes no copy."""
         return self._value.detach()
 
 

@@ -1,7 +1,9 @@
-"""Bounds what a stranger's chat template and tokenizer may do, by a process of their own (`run_text.py`).
+"""Bounds what a stranger's chat template and tokenizer may do, by a process of their own
+(`run_text.py`).
 
-A template may loop for ever, or fill the memory with one multiplication; a tokenizer.json may hold a regular expression
-that backtracks. Training and serving each look before they run such a program in a process that others wait for.
+A template may loop for ever, or fill the memory with one multiplication; a tokenizer.json may hold
+a regular expression that backtracks. Training and serving each look before they run such a program
+in a process that others wait for.
 """
 
 import json
@@ -23,7 +25,8 @@ MODULE = "model.files.run_text"
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """The files that hold such programs."""
 
-WALL_FACTOR = 20.0  # times the processor time: for a process that waits for a processor, or does nothing
+# Times the processor time: for a process that waits for a processor, or does nothing
+WALL_FACTOR = 20.0
 _PLAIN_TOKENIZER_BYTES = 64 << 20  # a larger tokenizer.json is read in the bounded process first
 
 ReadFile = Callable[[str], bytes | None]
@@ -39,8 +42,10 @@ class Bounds:
     """What the process may use."""
 
     load_cpu_s: float = 60.0  # processor time in which it reads the tokenizer
-    request_cpu_s: float = 3.0  # for each text, and for the probes; a megabyte of text takes half a second
-    memory_bytes: int = 2 << 30  # of address space; a tokenizer of 256,000 tokens takes a fourth of it
+    # For each text, and for the probes; a megabyte of text takes half a second
+    request_cpu_s: float = 3.0
+    # Of address space; a tokenizer of 256,000 tokens takes a fourth of it
+    memory_bytes: int = 2 << 30
 
     def exceeded(self, cpu_s: float) -> TextError:
         return TextError(
@@ -57,7 +62,8 @@ def read_from(folder: Path) -> ReadFile:
 
 
 def has_strange_programs(read: ReadFile) -> bool:
-    """Tells whether a checkpoint has a chat template or a pattern of its own. Looks only, and runs nothing."""
+    """Tells whether a checkpoint has a chat template or a pattern of its own. Looks only, and runs
+    nothing."""
     tokenizer = read("tokenizer.json")
     if tokenizer is None:
         return False
@@ -77,15 +83,15 @@ def has_strange_programs(read: ReadFile) -> bool:
 
 
 def require_bounded_text(folder: Path, *, bounds: Bounds = BOUNDS) -> None:
-    """Raises `TextError` if a folder's tokenizer and template exceed their bounds before any request. Nothing but this
-    has run a stranger's program until then."""
+    """Raises `TextError` if a folder's tokenizer and template exceed their bounds before any
+    request. Nothing but this has run a stranger's program until then."""
     if has_strange_programs(read_from(folder)):
         bounded_probe(folder, bounds=bounds)
 
 
 def bounded_probe(folder: Path, *, bounds: Bounds = BOUNDS) -> ChatProbe:
-    """Returns what the process makes of a folder. Raises `TextError` if it does not end within its bounds, or cannot
-    read the tokenizer."""
+    """Returns what the process makes of a folder. Raises `TextError` if it does not end within its
+    bounds, or cannot read the tokenizer."""
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:

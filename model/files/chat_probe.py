@@ -1,4 +1,5 @@
-"""What a chat template makes of a few conversations: whether it ends, and how it compares with another one."""
+"""What a chat template makes of a few conversations: whether it ends, and how it compares with
+another one."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,6 +1,8 @@
-"""The checkpoint format: one folder, hashed, complete or absent, which Hugging Face's transformers can read.
+"""The checkpoint format: one folder, hashed, complete or absent, which Hugging Face's transformers
+can read.
 
-The folder is written beside its final place and renamed into it. Nothing is pickled. README.md lists its files.
+The folder is written beside its final place and renamed into it. Nothing is pickled. README.md
+lists its files.
 """
 
 import dataclasses
@@ -33,14 +35,15 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class NotFiniteError(checkpoint_folder.CheckpointError):
-    """Weights or moments are not finite. They are never written, as no training recovers from them."""
+    """Weights or moments are not finite. They are never written, as no training recovers from
+    them."""
 
 
 def parameter_hash(state: Mapping[str, Tensor]) -> str:
     """Returns the SHA-256, in hex, over the parameters in the order of their names.
 
-    Each adds `name \\0 dtype \\0 d0,d1,… \\0` in UTF-8 (dtype as torch prints it, without `torch.`) and then its
-    elements, row-major and little-endian.
+    Each adds `name \\0 dtype \\0 d0,d1,… \\0` in UTF-8 (dtype as torch prints it, without `torch.`)
+    and then its elements, row-major and little-endian.
     """
     digest = hashlib.sha256()
     for name in sorted(state):
@@ -61,16 +64,21 @@ def write_checkpoint(
 ) -> checkpoint_folder.Metadata:
     """Writes the checkpoint and returns its metadata with the parameter hash set.
 
-    A crash at any point leaves `folder` absent or whole; an existing one is replaced by `move_into_place`. Raises
-    `NotFiniteError` before anything is written, and `OSError`, after which nothing is left either.
+    A crash at any point leaves `folder` absent or whole; an existing one is replaced by
+    `move_into_place`. Raises `NotFiniteError` before anything is written, and `OSError`, after
+    which nothing is left either.
     """
     check_finite(state, train_state or {}, step=metadata.step)
     metadata = dataclasses.replace(metadata, parameter_hash=parameter_hash(state))
     staging = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)  # what a crash left
     staging.mkdir(parents=True)
-    contents: dict[str, Iterable[bytes | memoryview]] = {checkpoint_folder.WEIGHTS: safetensors_pieces(state)}
-    contents |= {name: [content] for name, content in descriptions(config, tokenizer, metadata).items()}
+    contents: dict[str, Iterable[bytes | memoryview]] = {
+        checkpoint_folder.WEIGHTS: safetensors_pieces(state)
+    }
+    contents |= {
+        name: [content] for name, content in descriptions(config, tokenizer, metadata).items()
+    }
     if train_state is not None:
         contents[checkpoint_folder.TRAIN_STATE] = safetensors_pieces(train_state)
     try:
@@ -92,9 +100,15 @@ def write_checkpoint(
     return metadata
 
 
-def descriptions(config: GPTConfig, tokenizer: Tokenizer, metadata: checkpoint_folder.Metadata) -> dict[str, bytes]:
+def descriptions(
+    config: GPTConfig, tokenizer: Tokenizer, metadata: checkpoint_folder.Metadata
+) -> dict[str, bytes]:
     """Returns the files that tell what a checkpoint's weights are."""
-    start, chat, ends = tokenizer.token_bytes(tokenizer.start_id).decode(), tokenizer.chat, [tokenizer.eot_id]
+    start, chat, ends = (
+        tokenizer.token_bytes(tokenizer.start_id).decode(),
+        tokenizer.chat,
+        [tokenizer.eot_id],
+    )
     tokens: dict[str, str | None] = {"bos_token": start, "eos_token": tokenizer.end_of_text}
     if chat is not None:
         tokens = {name: value or None for name, value in dataclasses.asdict(chat).items()}
@@ -112,7 +126,8 @@ def manifest_of(files: Mapping[str, Mapping[str, Any]], *, version: int) -> byte
 
 
 def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """Yields a safetensors file in version 0.8's layout: the header, then the widest types first, by name.
+    """Yields a safetensors file in version 0.8's layout: the header, then the widest types first,
+    by name.
 
     Tensors on the CPU are written from where they are: they must not change meanwhile.
     """
@@ -122,12 +137,18 @@ def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memory
     for name in names:
         tensor = tensors[name]
         start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     yield len(encoded).to_bytes(8, "little") + encoded
     for name in names:
-        content = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        content = (
+            tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        )
         for start in range(0, len(content), _PIECE_BYTES):
             yield content[start : start + _PIECE_BYTES]
 
@@ -141,7 +162,9 @@ def check_finite(*states: Mapping[str, Tensor], step: int) -> None:
         return all(np.isfinite(part.numpy()).all() for part in parts)
 
     tensors = [named for state in states for named in state.items()]
-    if damaged := [name for name, tensor in tensors if tensor.is_floating_point() and not is_finite(tensor)]:
+    if damaged := [
+        name for name, tensor in tensors if tensor.is_floating_point() and not is_finite(tensor)
+    ]:
         raise NotFiniteError(
             f"step {step} is not saved: {len(damaged)} tensors hold NaN or infinity, the first is {damaged[0]}; lower "
             "train.learning_rate"
@@ -149,9 +172,11 @@ def check_finite(*states: Mapping[str, Tensor], step: int) -> None:
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool = True) -> GPT:
-    """Returns the model in evaluation mode. A folder that transformers saved, without manifest, is not verified.
+    """Returns the model in evaluation mode. A folder that transformers saved, without manifest, is
+    not verified.
 
-    Raises `CheckpointError` naming what is wrong, `UnsupportedModelError` for a model that `GPT` can't compute.
+    Raises `CheckpointError` naming what is wrong, `UnsupportedModelError` for a model that `GPT`
+    can't compute.
     """
     if checkpoint_folder.is_hf_folder(folder):
         return load_hf(folder).to(dtype)
@@ -160,18 +185,25 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool
             f"checkpoint {folder} is not valid: {'; '.join(problems)}. Use another checkpoint"
         )
     config, shards = read_config(folder), shards_in(folder)
-    weights = shards.whole(parameter_shapes(config)) if shards else load_file(folder / checkpoint_folder.WEIGHTS)
+    weights = (
+        shards.whole(parameter_shapes(config))
+        if shards
+        else load_file(folder / checkpoint_folder.WEIGHTS)
+    )
     return build_model(config, weights, source=folder).to(dtype)
 
 
 def shards_in(folder: Path) -> StoredTensors | None:
     """Returns the weights in a folder with a checkpoint in shards; None where tensors are whole."""
-    files = checkpoint_folder.tensor_files(checkpoint_folder.WEIGHTS, [path.name for path in folder.iterdir()])
+    files = checkpoint_folder.tensor_files(
+        checkpoint_folder.WEIGHTS, [path.name for path in folder.iterdir()]
+    )
     return None if files == [checkpoint_folder.WEIGHTS] else stored_in(folder, files)
 
 
 def stored_parameter_hash(folder: Path) -> str:
-    """Returns the hash of the weights in a checkpoint's folder, of which a part is in memory at a time."""
+    """Returns the hash of the weights in a checkpoint's folder, of which a part is in memory at a
+    time."""
     stored = shards_in(folder) or stored_in(folder, [checkpoint_folder.WEIGHTS])
     return stored.parameter_hash(parameter_shapes(read_config(folder)))
 

@@ -1,4 +1,5 @@
-"""A checkpoint's folder as files: its manifest, where its weights come from, and what is wrong with it.
+"""A checkpoint's folder as files: its manifest, where its weights come from, and what is wrong with
+it.
 
 This module does not import PyTorch, so that a command can look at a checkpoint at once.
 """
@@ -14,7 +15,8 @@ from typing import Any
 
 from model.errors import UserError
 
-FORMAT_VERSION, SHARDED_VERSION = 1, 2  # of a checkpoint with whole tensors, and with a file a worker
+# Of a checkpoint with whole tensors, and with a file a worker
+FORMAT_VERSION, SHARDED_VERSION = 1, 2
 MANIFEST = "manifest.json"
 WEIGHTS, TRAIN_STATE = "model.safetensors", "train_state.safetensors"
 REQUIRED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "raymill.json")
@@ -33,11 +35,13 @@ class Metadata:
     run_id: str
     step: int
     tokens_seen: int
-    data_manifest_hash: str | None  # of the token store; None at step 0 and in some older checkpoints
+    # Of the token store; None at step 0 and in some older checkpoints
+    data_manifest_hash: str | None
     code_version: str
     data_identity: str | None = None  # of what decides the token store's shards
     generation: int = 0  # of the attempt that wrote it: a later attempt has a higher number
-    guard: dict[str, Any] | None = None  # the memory of the training's guard; see jobs/training/guards.py
+    # The memory of the training's guard; see jobs/training/guards.py
+    guard: dict[str, Any] | None = None
     parameter_hash: str | None = None  # set by write_checkpoint
     val_loss: float | None = None  # nats per token
     val_bits_per_byte: float | None = None
@@ -45,7 +49,8 @@ class Metadata:
 
 
 def verify_checkpoint(folder: Path, *, to_train: bool = True) -> list[str]:
-    """Returns what is wrong with the checkpoint, a sentence for each problem, naming its file. Empty means valid.
+    """Returns what is wrong with the checkpoint, a sentence for each problem, naming its file.
+    Empty means valid.
 
     Without `to_train` the training state may be missing, as in a copy that only computes.
     """
@@ -65,7 +70,9 @@ def verify_checkpoint(folder: Path, *, to_train: bool = True) -> list[str]:
         elif (size := path.stat().st_size) != expected["size"]:
             problems.append(f"{name} has {size} bytes, {MANIFEST} says {expected['size']}")
         elif (found := fingerprint(path)["sha256"]) != expected["sha256"]:
-            problems.append(f"{name} is altered: its SHA-256 is {found}, {MANIFEST} says {expected['sha256']}")
+            problems.append(
+                f"{name} is altered: its SHA-256 is {found}, {MANIFEST} says {expected['sha256']}"
+            )
     return problems
 
 
@@ -75,15 +82,23 @@ def shard_of(file: str, index: int, *, count: int) -> str:
 
 
 def tensor_files(whole: str, files: Collection[str]) -> list[str]:
-    """Returns the file that a checkpoint with these has its tensors in, or where it is in shards, those of the file."""
+    """Returns the file that a checkpoint with these has its tensors in, or where it is in shards,
+    those of the file."""
     counts = [int(match[1]) for name in files if (match := _SHARD.fullmatch(name))]
-    return [shard_of(whole, index, count=counts[0]) for index in range(counts[0])] if counts else [whole]
+    return (
+        [shard_of(whole, index, count=counts[0]) for index in range(counts[0])]
+        if counts
+        else [whole]
+    )
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
     """Returns the size and the SHA-256 of a file as it is on disk."""
     with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {
+            "size": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -92,8 +107,9 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def metadata_from(fields: Any, *, place: str) -> Metadata:
-    """Returns the metadata that raymill.json has in a place, without the fields that only a newer raymill knows: one
-    that every reader has to know comes with another format_version. Raises `CheckpointError`."""
+    """Returns the metadata that raymill.json has in a place, without the fields that only a newer
+    raymill knows: one that every reader has to know comes with another format_version. Raises
+    `CheckpointError`."""
     known = {field.name: field.default is MISSING for field in dataclass_fields(Metadata)}
     given = fields if isinstance(fields, dict) else {}
     if missing := [name for name, is_needed in known.items() if is_needed and name not in given]:
@@ -106,30 +122,38 @@ def metadata_from(fields: Any, *, place: str) -> Metadata:
 
 
 def is_hf_folder(folder: Path) -> bool:
-    """Tells whether transformers saved it. With raymill.json but no manifest it is a torn checkpoint instead."""
+    """Tells whether transformers saved it. With raymill.json but no manifest it is a torn
+    checkpoint instead."""
     return (folder / "config.json").exists() and not any(
         (folder / name).exists() for name in (MANIFEST, "raymill.json")
     )
 
 
 def manifest_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns the size and the SHA-256 of each file that the manifest lists. Raises `CheckpointError`."""
+    """Returns the size and the SHA-256 of each file that the manifest lists. Raises
+    `CheckpointError`."""
     manifest = read_json(folder / MANIFEST)
     try:
         version, files = manifest["format_version"], dict(manifest["files"])
         well_formed = all(
-            Path(name).name == name and isinstance(entry["size"], int) and isinstance(entry["sha256"], str)
+            Path(name).name == name
+            and isinstance(entry["size"], int)
+            and isinstance(entry["sha256"], str)
             for name, entry in files.items()
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{MANIFEST} is altered: expected format_version and files") from error
+        raise CheckpointError(
+            f"{MANIFEST} is altered: expected format_version and files"
+        ) from error
     if version not in (FORMAT_VERSION, SHARDED_VERSION):
         raise CheckpointError(
             f"{MANIFEST} has format_version {version!r}, this version of raymill reads {FORMAT_VERSION} and "
             f"{SHARDED_VERSION}"
         )
     if not well_formed:
-        raise CheckpointError(f"{MANIFEST} is altered: expected a file name with its size and sha256 in each entry")
+        raise CheckpointError(
+            f"{MANIFEST} is altered: expected a file name with its size and sha256 in each entry"
+        )
     return files
 
 

@@ -1,4 +1,5 @@
-"""Files hashed as they are written, so that a manifest vouches for what was meant, not for what a disk kept."""
+"""Files hashed as they are written, so that a manifest vouches for what was meant, not for what a
+disk kept."""
 
 import hashlib
 import os
@@ -11,9 +12,11 @@ from model.files.failpoints import failpoint
 
 
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Writes and syncs the file, and returns its size and SHA-256 as a manifest lists them. Raises `OSError`.
+    """Writes and syncs the file, and returns its size and SHA-256 as a manifest lists them. Raises
+    `OSError`.
 
-    The pieces are large, so a thread that writes leaves the interpreter to the others nearly all the time.
+    The pieces are large, so a thread that writes leaves the interpreter to the others nearly all
+    the time.
     """
     failpoint("before_file")
     digest, size = hashlib.sha256(), 0
@@ -31,7 +34,8 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, An
 
 
 def sync(path: Path) -> None:
-    """Flushes a file's or a folder's content to disk, which a crash of the machine may lose before."""
+    """Flushes a file's or a folder's content to disk, which a crash of the machine may lose
+    before."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -40,7 +44,8 @@ def sync(path: Path) -> None:
 
 
 def move_into_place(source: Path, folder: Path) -> None:
-    """Renames a complete folder. An existing one is replaced by two renames, and is absent between them."""
+    """Renames a complete folder. An existing one is replaced by two renames, and is absent between
+    them."""
     replaced = folder.with_name(f".{folder.name}.replaced")
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)

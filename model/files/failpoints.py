@@ -1,6 +1,7 @@
 """Named places where a test may stop the process: RAYMILL_FAILPOINT=NAME:NTH:exit|sleep|raise.
 
-The NTH time the process passes the place, it dies as if by SIGKILL, sleeps forever, or gets an `OSError`.
+The NTH time the process passes the place, it dies as if by SIGKILL, sleeps forever, or gets an
+`OSError`.
 """
 
 import os

@@ -14,15 +14,23 @@ from model.gpt import GPT
 
 
 def load_hf(folder: Path) -> GPT:
-    """Returns the model of a folder that `save_pretrained` wrote, in evaluation mode and in the stored dtype.
+    """Returns the model of a folder that `save_pretrained` wrote, in evaluation mode and in the
+    stored dtype.
 
-    Raises `UnsupportedModelError` for another architecture, pickled weights, missing or unexpected parameters.
+    Raises `UnsupportedModelError` for another architecture, pickled weights, missing or unexpected
+    parameters.
     """
     try:
         config = config_from_hf(json.loads((folder / "config.json").read_bytes()))
-        weights = {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
+        weights = {
+            name: tensor
+            for file in weight_files(folder)
+            for name, tensor in load_file(file).items()
+        }
     except (ValueError, SafetensorError) as error:
-        raise UnsupportedModelError(f"{folder}: config.json or the weights are damaged: {error}") from error
+        raise UnsupportedModelError(
+            f"{folder}: config.json or the weights are damaged: {error}"
+        ) from error
     return build_model(config, normalize_names(weights, config), source=folder)
 
 
@@ -33,18 +41,23 @@ def weight_files(folder: Path) -> list[Path]:
     if whole.exists():
         return [whole]
     if index.exists():
-        return [folder / name for name in sorted({*json.loads(index.read_bytes())["weight_map"].values()})]
+        return [
+            folder / name
+            for name in sorted({*json.loads(index.read_bytes())["weight_map"].values()})
+        ]
     if pickled := sorted(path.name for path in folder.glob("*.bin")):
         raise UnsupportedModelError(
             f"{folder}: {pickled[0]} is a pickle, which can run code when it is loaded; "
             "save the model with transformers' save_pretrained(…, safe_serialization=True) and use that folder"
         )
-    raise UnsupportedModelError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
+    raise UnsupportedModelError(
+        f"{folder}: has neither model.safetensors nor model.safetensors.index.json"
+    )
 
 
 def normalize_names(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Returns the weights under `GPT`'s names: older files lack the prefix, store the causal mask or the rotary
-    frequencies as a buffer, and repeat a tied head."""
+    """Returns the weights under `GPT`'s names: older files lack the prefix, store the causal mask
+    or the rotary frequencies as a buffer, and repeat a tied head."""
     network = config.network
     prefix = f"{network.parameters.prefix}."
     tokens = f"{prefix}{network.parameters.tied}"

@@ -1,4 +1,5 @@
-"""Hugging Face's config.json of a GPT-2 or a Llama, to and from `GPTConfig`. This module does not import PyTorch."""
+"""Hugging Face's config.json of a GPT-2 or a Llama, to and from `GPTConfig`. This module does not
+import PyTorch."""
 
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,18 @@ class UnsupportedModelError(UserError):
 def config_to_hf(config: GPTConfig, *, start_id: int, end_ids: list[int]) -> dict[str, Any]:
     """Returns the content of config.json; `end_ids` end what is generated."""
     hf = config.network.hf
-    values: dict[str, Any] = {"architectures": [hf.class_name], "model_type": config.architecture, "dtype": "float32"}
+    values: dict[str, Any] = {
+        "architectures": [hf.class_name],
+        "model_type": config.architecture,
+        "dtype": "float32",
+    }
     values |= {name: _value_to_hf(config, ours) for name, ours in (hf.names | hf.copies).items()}
     if config.network.has_rotation:
         values |= _rope_to_hf(config)
-    values |= {"bos_token_id": start_id, "eos_token_id": end_ids[0] if len(end_ids) == 1 else end_ids}
+    values |= {
+        "bos_token_id": start_id,
+        "eos_token_id": end_ids[0] if len(end_ids) == 1 else end_ids,
+    }
     return values | hf.fixed
 
 
@@ -54,9 +62,11 @@ def _rope_to_hf(config: GPTConfig) -> dict[str, Any]:
 
 
 def tokenizer_config_to_hf(config: GPTConfig, **tokens: str | None) -> dict[str, Any]:
-    """Returns the content of tokenizer_config.json, with its special `tokens` and perhaps a chat template."""
+    """Returns the content of tokenizer_config.json, with its special `tokens` and perhaps a chat
+    template."""
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # uses tokenizer.json as it is, normalizer included
+        # Uses tokenizer.json as it is, normalizer included
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": config.n_positions,
         **tokens,
@@ -64,8 +74,9 @@ def tokenizer_config_to_hf(config: GPTConfig, **tokens: str | None) -> dict[str,
 
 
 def config_from_hf(values: dict[str, Any]) -> GPTConfig:
-    """Returns the `GPTConfig` of a config.json. Missing keys have Hugging Face's defaults. GPT-2's dropout is three
-    settings there, 0.1 by default; ours is `resid_pdrop`, which only further training would use.
+    """Returns the `GPTConfig` of a config.json. Missing keys have Hugging Face's defaults. GPT-2's
+    dropout is three settings there, 0.1 by default; ours is `resid_pdrop`, which only further
+    training would use.
 
     Raises `UnsupportedModelError`, naming the setting, where `GPT` would compute something else.
     """
@@ -96,7 +107,9 @@ def _from_hf(values: dict[str, Any], network: Architecture) -> GPTConfig:
         if name in values:
             settings[ours] = values[name]
     if "activation_function" in network.hf.names:
-        settings["activation_function"] = _activation_from_hf(values.get("activation_function", "gelu_new"))
+        settings["activation_function"] = _activation_from_hf(
+            values.get("activation_function", "gelu_new")
+        )
     if network.has_rotation:
         settings |= _rope_from_hf(values)
     config = GPTConfig(architecture=network.name, **settings)
@@ -115,10 +128,17 @@ def _activation_from_hf(name: Any) -> Activation:
 
 def _rope_from_hf(values: dict[str, Any]) -> dict[str, Any]:
     rope = values.get("rope_scaling") or {}
-    rope = {"rope_theta": values.get("rope_theta", 10000.0)} | rope | (values.get("rope_parameters") or {})
+    rope = (
+        {"rope_theta": values.get("rope_theta", 10000.0)}
+        | rope
+        | (values.get("rope_parameters") or {})
+    )
     kind = rope.get("rope_type", rope.get("type", "default"))
     _expect("rope_type", kind, "default", "linear", "llama3")
-    settings = {"rope_theta": rope["rope_theta"], "rope_factor": 1.0 if kind == "default" else rope["factor"]}
+    settings = {
+        "rope_theta": rope["rope_theta"],
+        "rope_factor": 1.0 if kind == "default" else rope["factor"],
+    }
     if kind == "llama3":
         for name, expected in _LLAMA3_ROPE.items():
             _expect(name, rope.get(name), expected)

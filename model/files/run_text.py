@@ -1,8 +1,11 @@
-"""The bounded process that runs a checkpoint's chat template and tokenizer: each line is a request and gets a line.
+"""The bounded process that runs a checkpoint's chat template and tokenizer: each line is a request
+and gets a line.
 
-It first sends two lines of its own: once it has read the tokenizer, and once it has written the probes.
+It first sends two lines of its own: once it has read the tokenizer, and once it has written the
+probes.
 
-The kernel ends it at its bounds of processor time and memory, whatever holds Python's lock meanwhile.
+The kernel ends it at its bounds of processor time and memory, whatever holds Python's lock
+meanwhile.
 """
 
 import contextlib
@@ -25,7 +28,8 @@ from model.text.tokenizer import PromptEncoding, Tokenizer
 
 
 def allow(cpu_s: float) -> None:
-    """Ends this process once it has used so much more processor time, also in the middle of one C function."""
+    """Ends this process once it has used so much more processor time, also in the middle of one C
+    function."""
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
 
 
@@ -34,7 +38,12 @@ def answer_to(request: dict[str, Any], tokenizer: Tokenizer, chat: Chat) -> dict
         if "messages" in request:
             return {"ids": chat.prompt_ids(request["messages"])}
         how = PromptEncoding(**request["how"])
-        return {"ids": [tokenizer.encode_prompt(text, how) or [tokenizer.eot_id] for text in request["texts"]]}
+        return {
+            "ids": [
+                tokenizer.encode_prompt(text, how) or [tokenizer.eot_id]
+                for text in request["texts"]
+            ]
+        }
     except ChatError as error:
         return {"error": str(error)}
     except UserError as error:
@@ -63,8 +72,16 @@ def main() -> int:
         send({"loaded": True})
         allow(bounds.request_cpu_s)
         probe = probe_of(chat, is_chat_tuned=tokenizer.chat is not None)
-    except (UserError, ValueError, KeyError, TypeError, MemoryError) as error:  # foreign files may raise anything
-        send({"error": f"the tokenizer or chat template cannot be read: {str(error) or repr(error)}"})
+    except (
+        UserError,
+        ValueError,
+        KeyError,
+        TypeError,
+        MemoryError,
+    ) as error:  # foreign files may raise anything
+        send(
+            {"error": f"the tokenizer or chat template cannot be read: {str(error) or repr(error)}"}
+        )
         return 1
     send({"probe": asdict(probe)})
     with contextlib.suppress(ConnectionError), connection.makefile("rb") as lines:

@@ -1,7 +1,9 @@
-"""Reads values of stored tensors at any place, and never a whole tensor for that, from a folder or a distant storage.
+"""Reads values of stored tensors at any place, and never a whole tensor for that, from a folder or
+a distant storage.
 
-The files are safetensors. A tensor is in one of them, whole, or its stretches (n,) are in several, each under its name
-and its first value's place in the tensor: `transformer.wte.weight@000000098304`.
+The files are safetensors. A tensor is in one of them, whole, or its stretches (n,) are in several,
+each under its name and its first value's place in the tensor:
+`transformer.wte.weight@000000098304`.
 """
 
 import hashlib
@@ -81,7 +83,9 @@ class StoredTensors:
         What is neighbors in a file is read together, up to 16 MiB at a time, and by 8 threads.
         """
         runs: list[list[_Extent]] = []
-        for extent in sorted((e for each in wanted for e in self._extents(*each)), key=lambda extent: extent[:2]):
+        for extent in sorted(
+            (e for each in wanted for e in self._extents(*each)), key=lambda extent: extent[:2]
+        ):
             is_next = bool(runs) and (runs[-1][-1].file, runs[-1][-1].end) == extent[:2]
             if is_next and extent.end - runs[-1][0].start <= _READ_BYTES:
                 runs[-1].append(extent)
@@ -92,12 +96,18 @@ class StoredTensors:
 
     def whole(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """Returns new tensors of these shapes."""
-        tensors = {name: torch.empty(tuple(shape), dtype=self._of(name)[0].dtype) for name, shape in shapes.items()}
-        self.load((name, range(tensor.numel()), tensor.view(-1)) for name, tensor in tensors.items())
+        tensors = {
+            name: torch.empty(tuple(shape), dtype=self._of(name)[0].dtype)
+            for name, shape in shapes.items()
+        }
+        self.load(
+            (name, range(tensor.numel()), tensor.view(-1)) for name, tensor in tensors.items()
+        )
         return tensors
 
     def parameter_hash(self, shapes: Mapping[str, Sequence[int]]) -> str:
-        """Returns the parameter hash of tensors of these shapes, of which a part is in memory at a time."""
+        """Returns the parameter hash of tensors of these shapes, of which a part is in memory at a
+        time."""
         digest = hashlib.sha256()
         for name in sorted(shapes):
             dtype, num_values = self._of(name)[0].dtype, prod(shapes[name])
@@ -115,8 +125,12 @@ class StoredTensors:
 
     def _extents(self, name: str, place: range, target: Tensor) -> Iterator[_Extent]:
         stretches, end = self._of(name), place.start
-        first = max(0, bisect_right(stretches, place.start, key=lambda stretch: stretch.place.start) - 1)
-        for values, file, offset, dtype in takewhile(lambda s: s.place.start < place.stop, stretches[first:]):
+        first = max(
+            0, bisect_right(stretches, place.start, key=lambda stretch: stretch.place.start) - 1
+        )
+        for values, file, offset, dtype in takewhile(
+            lambda s: s.place.start < place.stop, stretches[first:]
+        ):
             size, stop = dtype.itemsize, min(values.stop, place.stop)
             if values.start > end:
                 break
@@ -133,7 +147,9 @@ class StoredTensors:
         file, first, last = extents[0].file, extents[0].start, extents[-1].end
         content = bytearray(self._read(file, start=first, end=last))
         if len(content) != last - first:
-            raise CheckpointError(f"{file} in {self._source} is cut short: bytes {first} to {last} are not all there")
+            raise CheckpointError(
+                f"{file} in {self._source} is cut short: bytes {first} to {last} are not all there"
+            )
         for _, start, end, dtype, target in extents:
             count = (end - start) // dtype.itemsize
             target.copy_(torch.frombuffer(content, dtype=dtype, count=count, offset=start - first))

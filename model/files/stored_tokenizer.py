@@ -7,9 +7,12 @@ from model.text.tokenizer import Tokenizer, chat_format, from_gpt2_files
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """Returns the checkpoint's tokenizer, or None where a folder that transformers saved holds none."""
+    """Returns the checkpoint's tokenizer, or None where a folder that transformers saved holds
+    none."""
     if (path := folder / "tokenizer.json").exists():
-        chat = chat_format(lambda name: (folder / name).read_bytes() if (folder / name).exists() else None)
+        chat = chat_format(
+            lambda name: (folder / name).read_bytes() if (folder / name).exists() else None
+        )
         return Tokenizer.from_json(path.read_bytes(), chat)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return from_gpt2_files(folder / "vocab.json", folder / "merges.txt")

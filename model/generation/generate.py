@@ -1,4 +1,5 @@
-"""The plain generator: one sequence, one token at a time. The serving engine is tested against it."""
+"""The plain generator: one sequence, one token at a time. The serving engine is tested against
+it."""
 
 from collections.abc import Sequence
 
@@ -26,11 +27,14 @@ def generate(
 ) -> list[int]:
     """Returns up to `max_tokens` new tokens; ends before `eos_id`, which is not returned.
 
-    Raises `ContextLengthError` when the prompt is empty, or exceeds the context together with `max_tokens`.
+    Raises `ContextLengthError` when the prompt is empty, or exceeds the context together with
+    `max_tokens`.
     """
     longest, total = model.config.n_positions, len(prompt_ids) + max_tokens
     if len(prompt_ids) < 1:
-        raise ContextLengthError("the prompt has no token; start with the end-of-text token to sample without a prompt")
+        raise ContextLengthError(
+            "the prompt has no token; start with the end-of-text token to sample without a prompt"
+        )
     if max_tokens < 1:
         raise ContextLengthError(f"max_tokens is {max_tokens}, expected at least 1")
     if total > longest:
@@ -49,9 +53,12 @@ def generate(
         token_ids = torch.tensor([sequence[first:]], device=parameter.device)  # (1, T)
         positions = torch.arange(first, len(sequence), device=parameter.device)[None]  # (1, T)
         hidden = model(token_ids, kv_cache=cache, positions=positions)  # (1, T, C)
-        # On the CPU: a GPU's cumulative sums of floats are not deterministic, and training refuses such operations.
+        # On the CPU: a GPU's cumulative sums of floats are not deterministic, and training refuses
+        # such operations.
         logits = model.logits(hidden[0, -1]).cpu()  # (V,)
-        token = sample(logits, params, prompt_ids=prompt_ids, output_ids=output_ids, position=len(sequence))
+        token = sample(
+            logits, params, prompt_ids=prompt_ids, output_ids=output_ids, position=len(sequence)
+        )
         if token == eos_id:
             break
         output_ids.append(token)

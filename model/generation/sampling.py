@@ -1,9 +1,11 @@
-"""From logits to the next token: penalties, temperature, top-k, top-p, min-p, and one keyed random number.
+"""From logits to the next token: penalties, temperature, top-k, top-p, min-p, and one keyed random
+number.
 
-The random number is a pure function of (seed, position), so a request's tokens do not depend on what shares its batch.
-The inverse of the cumulative distribution, in the order of ids, turns it into a token: a rounding difference d in the
-logits can change the token only if the number falls within about d of a border. (In the order of probabilities,
-borders would move by whole tokens where two of them are nearly equal.)
+The random number is a pure function of (seed, position), so a request's tokens do not depend on
+what shares its batch. The inverse of the cumulative distribution, in the order of ids, turns it
+into a token: a rounding difference d in the logits can change the token only if the number falls
+within about d of a border. (In the order of probabilities, borders would move by whole tokens where
+two of them are nearly equal.)
 
 Shapes: B rows of a batch, V vocabulary.
 """
@@ -26,7 +28,9 @@ class SamplingRow:
     params: SamplingParams
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
-    position: int  # of the token to be drawn in its sequence, prompt included: a resumed sequence continues the same
+    # Of the token to be drawn in its sequence, prompt included: a resumed sequence continues the
+    # same
+    position: int
     forbidden_ids: Collection[int] = ()  # tokens that may not be drawn; at least one other is left
 
     @property
@@ -35,15 +39,23 @@ class SamplingRow:
 
 
 def sample(
-    logits: Tensor, params: SamplingParams, *, prompt_ids: Sequence[int], output_ids: Sequence[int], position: int
+    logits: Tensor,
+    params: SamplingParams,
+    *,
+    prompt_ids: Sequence[int],
+    output_ids: Sequence[int],
+    position: int,
 ) -> int:
-    """Returns the next token from logits (V,). Raises `FloatingPointError` when they are not numbers."""
+    """Returns the next token from logits (V,). Raises `FloatingPointError` when they are not
+    numbers."""
     return sample_batch(logits[None], [SamplingRow(params, prompt_ids, output_ids, position)])[0]
 
 
-def sample_batch(logits: Tensor, rows: Sequence[SamplingRow], *, best: Tensor | None = None) -> list[int]:
-    """Returns the next token of each row of logits (B, V), the same as `sample` for the row alone. `best` (B,) holds
-    the rows' argmax where the caller knows it."""
+def sample_batch(
+    logits: Tensor, rows: Sequence[SamplingRow], *, best: Tensor | None = None
+) -> list[int]:
+    """Returns the next token of each row of logits (B, V), the same as `sample` for the row alone.
+    `best` (B,) holds the rows' argmax where the caller knows it."""
     if any(row.adjusts_logits for row in rows):
         pairs = zip(logits, rows, strict=True)
         logits = torch.stack([adjusted(row_logits, row) for row_logits, row in pairs])
@@ -74,9 +86,11 @@ def _weights(logits: Tensor, best: Tensor, temperature: Tensor | float) -> Tenso
 
 
 def _draw(weights: Tensor, numbers: list[float]) -> list[int]:
-    """Returns the tokens of weights (B, V) in whose shares of the total, in the order of ids, the numbers fall.
+    """Returns the tokens of weights (B, V) in whose shares of the total, in the order of ids, the
+    numbers fall.
 
-    It sums groups of 256 tokens, then within one of them: all sums would take longer than the model's step.
+    It sums groups of 256 tokens, then within one of them: all sums would take longer than the
+    model's step.
     """
     missing = -weights.shape[1] % 256
     groups = F.pad(weights, (0, missing)).unflatten(1, (-1, 256))  # (B, V / 256, 256)
@@ -95,7 +109,8 @@ def _draw(weights: Tensor, numbers: list[float]) -> list[int]:
 
 
 def adjusted(logits: Tensor, row: SamplingRow) -> Tensor:
-    """Returns logits (V,) with the row's biases and penalties, and -inf for its forbidden tokens."""
+    """Returns logits (V,) with the row's biases and penalties, and -inf for its forbidden
+    tokens."""
     params = row.params
     if not row.adjusts_logits:
         return logits
@@ -116,7 +131,8 @@ def adjusted(logits: Tensor, row: SamplingRow) -> Tensor:
 
 
 def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Returns probabilities (V,), float64, after temperature (> 0), top-k, top-p and min-p, in this order."""
+    """Returns probabilities (V,), float64, after temperature (> 0), top-k, top-p and min-p, in this
+    order."""
     weights = _weights(logits, logits.max(), params.temperature)
     left = truncated(weights, params).double()
     return left / left.sum()

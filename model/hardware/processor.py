@@ -1,6 +1,8 @@
-"""The precision a processor computes at speed: bf16 on GPUs from Ampere on and CPUs with bf16 products, else fp32.
+"""The precision a processor computes at speed: bf16 on GPUs from Ampere on and CPUs with bf16
+products, else fp32.
 
-All others emulate bf16: on a CPU with AVX2 only, training in bf16 took eleven times as long as in fp32.
+All others emulate bf16: on a CPU with AVX2 only, training in bf16 took eleven times as long as in
+fp32.
 """
 
 import os
@@ -19,8 +21,8 @@ _BF16_FEATURES = frozenset(("avx512_bf16", "amx_bf16")) | _ARM_FEATURES
 
 _AMPERE = (8, 0)  # the first CUDA capability with bf16 products
 
-# Environment variables that hold PyTorch's two halves to older instructions, and their values without those for bf16
-# (oneDNN has AVX2's conversions to bf16 in AVX2_VNNI_2, but no products).
+# Environment variables that hold PyTorch's two halves to older instructions, and their values
+# without those for bf16 (oneDNN has AVX2's conversions to bf16 in AVX2_VNNI_2, but no products).
 _OLDER_ISA = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 _HELD_TO = {
     "ONEDNN_MAX_CPU_ISA": _OLDER_ISA,
@@ -29,7 +31,8 @@ _HELD_TO = {
 
 
 def fast_precision(device: Device) -> Precision:
-    """Returns the precision that this machine's CPU, or its current GPU, computes fastest without emulating it."""
+    """Returns the precision that this machine's CPU, or its current GPU, computes fastest without
+    emulating it."""
     if device == "cpu":
         return cpu_precision(cpu_features(), os.environ)
     import torch  # noqa: PLC0415  (takes seconds, which a command that asks about a CPU need not wait)
@@ -38,7 +41,8 @@ def fast_precision(device: Device) -> Precision:
 
 
 def cpu_precision(features: Set[str], environment: Mapping[str, str]) -> Precision:
-    """Returns the same for a CPU with those features, in a process with those environment variables."""
+    """Returns the same for a CPU with those features, in a process with those environment
+    variables."""
     found = _BF16_FEATURES & features
     if found == _ARM_FEATURES:
         return BF16.name  # the variables only know x86
@@ -47,17 +51,24 @@ def cpu_precision(features: Set[str], environment: Mapping[str, str]) -> Precisi
 
 
 def emulates(numerics: Numerics, device: Device) -> bool:
-    """Tells whether this machine's CPU, or its current GPU, has no units for such products, and is slow at them."""
+    """Tells whether this machine's CPU, or its current GPU, has no units for such products, and is
+    slow at them."""
     return numerics.needs_units and NUMERICS[fast_precision(device)] != numerics
 
 
 def cpu_features() -> frozenset[str]:
-    """Returns the names of this CPU's features; none where the system does not list them as Linux does."""
+    """Returns the names of this CPU's features; none where the system does not list them as Linux
+    does."""
     return frozenset((cpu_field("flags|Features") or "").split())
 
 
 def cpu_field(name: str) -> str | None:
-    """Returns the first field of this name, a pattern, that Linux lists of its CPUs; None elsewhere."""
+    """Returns the first field of this name, a pattern, that Linux lists of its CPUs; None
+    elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(rf"^(?:{name})\s*:(.*)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    found = (
+        re.search(rf"^(?:{name})\s*:(.*)", cpuinfo.read_text(), re.MULTILINE)
+        if cpuinfo.exists()
+        else None
+    )
     return found[1].strip() if found else None

@@ -1,6 +1,8 @@
-"""Small tasks in context: they show whether a model continues from its context rather than from its weights.
+"""Small tasks in context: they show whether a model continues from its context rather than from its
+weights.
 
-All tokens are random ids, so that nothing learned by heart helps. B sequences, T tokens of each, V vocabulary.
+All tokens are random ids, so that nothing learned by heart helps. B sequences, T tokens of each, V
+vocabulary.
 """
 
 from dataclasses import dataclass
@@ -33,7 +35,8 @@ def copy(vocab_size: int, length: int, generator: torch.Generator) -> Task:
 
 
 def induction(vocab_size: int, length: int, generator: torch.Generator) -> Task:
-    """Ends random tokens with one that occurred before: what followed it then follows again (Olsson et al., 2022)."""
+    """Ends random tokens with one that occurred before: what followed it then follows again (Olsson
+    et al., 2022)."""
     ids = torch.randint(vocab_size, (_NUM_SEQUENCES, length), generator=generator)
     places = torch.randint(1, length - 3, (_NUM_SEQUENCES,), generator=generator)
     rows = torch.arange(_NUM_SEQUENCES)
@@ -42,14 +45,20 @@ def induction(vocab_size: int, length: int, generator: torch.Generator) -> Task:
 
 
 def few_shot(vocab_size: int, length: int, generator: torch.Generator) -> Task:
-    """Lists pairs of a key and its value, the same few keys over and over in changing order, and asks for the values
-    of keys that occurred before. A guess among the values is right once in `_NUM_KEYS` times."""
+    """Lists pairs of a key and its value, the same few keys over and over in changing order, and
+    asks for the values of keys that occurred before. A guess among the values is right once in
+    `_NUM_KEYS` times."""
     num_turns = length // (2 * _NUM_KEYS)
     pairs = torch.stack(
-        [torch.randperm(vocab_size, generator=generator)[: 2 * _NUM_KEYS] for _ in range(_NUM_SEQUENCES)]
+        [
+            torch.randperm(vocab_size, generator=generator)[: 2 * _NUM_KEYS]
+            for _ in range(_NUM_SEQUENCES)
+        ]
     ).view(_NUM_SEQUENCES, _NUM_KEYS, 2)
     turns = [
-        torch.stack([pair[torch.randperm(_NUM_KEYS, generator=generator)] for pair in pairs]).flatten(1)
+        torch.stack(
+            [pair[torch.randperm(_NUM_KEYS, generator=generator)] for pair in pairs]
+        ).flatten(1)
         for _ in range(num_turns)
     ]
     asked = torch.zeros(num_turns * 2 * _NUM_KEYS, dtype=torch.bool)
@@ -70,7 +79,8 @@ def accuracy(model: GPT, task: Task) -> float:
 
 
 def probe(model: GPT, *, seq_len: int) -> dict[str, float]:
-    """Returns the accuracy by task, on sequences of at most `seq_len` tokens, the longest the model was trained on.
+    """Returns the accuracy by task, on sequences of at most `seq_len` tokens, the longest the model
+    was trained on.
 
     Raises `UserError` where they are too short for the tasks.
     """
@@ -80,4 +90,7 @@ def probe(model: GPT, *, seq_len: int) -> dict[str, float]:
             "run with a longer train.seq_len"
         )
     size, length = model.config.vocab_size, min(seq_len, _MAX_TOKENS)
-    return {n: accuracy(model, task(size, length, torch.Generator().manual_seed(0))) for n, task in TASKS.items()}
+    return {
+        n: accuracy(model, task(size, length, torch.Generator().manual_seed(0)))
+        for n, task in TASKS.items()
+    }

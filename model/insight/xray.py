@@ -1,8 +1,11 @@
-"""A look inside one query: the decoder's steps one by one, with the values that pass through them and their times.
+"""A look inside one query: the decoder's steps one by one, with the values that pass through them
+and their times.
 
-It computes what `GPT` and `generate` compute, but more slowly, as SDPA never reveals its attention weights.
+It computes what `GPT` and `generate` compute, but more slowly, as SDPA never reveals its attention
+weights.
 
-Shapes: N new tokens of a call, P tokens read so far, C model width, H heads of width D, V vocabulary, B = 1.
+Shapes: N new tokens of a call, P tokens read so far, C model width, H heads of width D, V
+vocabulary, B = 1.
 """
 
 import math
@@ -55,11 +58,13 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Query:
-    """A prompt and its continuation. The last token is drawn and not read: it has no row in any `Reading`."""
+    """A prompt and its continuation. The last token is drawn and not read: it has no row in any
+    `Reading`."""
 
     token_ids: list[int]
     num_prompt_tokens: int
-    drawn_probabilities: list[float]  # of each new token, after temperature, top-k, top-p and min-p; 1 when greedy
+    # Of each new token, after temperature, top-k, top-p and min-p; 1 when greedy
+    drawn_probabilities: list[float]
     readings: list[Reading]  # of the prompt, then of each new token
     spans: list[Span]
 
@@ -69,7 +74,8 @@ class Query:
         return torch.cat([reading.logits for reading in self.readings])
 
     def attention_rows(self, *, layer: int, head: int) -> list[Tensor]:
-        """Returns for each token that was read its weights on the tokens up to itself: 1, 2, … T of them."""
+        """Returns for each token that was read its weights on the tokens up to itself: 1, 2, … T of
+        them."""
         rows = [row for reading in self.readings for row in reading.attention[layer].weights[head]]
         return [row[: position + 1] for position, row in enumerate(rows)]
 
@@ -89,14 +95,18 @@ class Prediction(NamedTuple):
 
 
 class Reader:
-    """Reads a sequence piece by piece, and keeps the keys and values of the pieces read: a `Window` for the model's
-    attention, which shows its weights."""
+    """Reads a sequence piece by piece, and keeps the keys and values of the pieces read: a `Window`
+    for the model's attention, which shows its weights."""
 
     def __init__(self, model: GPT, *, clock: Clock = time.monotonic) -> None:
         self._model = model
         self._clock = clock
         config, parameter = model.config, next(model.parameters())
-        empty = torch.empty((config.num_kv_heads, 0, config.head_dim), dtype=parameter.dtype, device=parameter.device)
+        empty = torch.empty(
+            (config.num_kv_heads, 0, config.head_dim),
+            dtype=parameter.dtype,
+            device=parameter.device,
+        )
         self._past = [(empty, empty)] * config.n_layer
         self._attention: list[Attention] = []  # of the layers that the present call has reached
 
@@ -137,14 +147,20 @@ class Reader:
         return Reading(stages, self._attention, logits[0])
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Returns the attention of the new tokens (1, H, N, D) to themselves and to all tokens read before."""
+        """Returns the attention of the new tokens (1, H, N, D) to themselves and to all tokens read
+        before."""
         past_keys, past_values = self._past[layer]  # (G, P - N, D)
         seen_keys = torch.cat((past_keys, keys[0]), dim=1)
         seen_values = torch.cat((past_values, values[0]), dim=1)
         self._past[layer] = seen_keys, seen_values  # (G, P, D)
-        seen_keys, seen_values = (for_each_head(part, queries.shape[1], dim=0) for part in (seen_keys, seen_values))
-        scores = (queries[0] @ seen_keys.transpose(1, 2)).float() / math.sqrt(queries.shape[-1])  # (H, N, P)
-        seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).tril(past_keys.shape[1])
+        seen_keys, seen_values = (
+            for_each_head(part, queries.shape[1], dim=0) for part in (seen_keys, seen_values)
+        )
+        # (H, N, P)
+        scores = (queries[0] @ seen_keys.transpose(1, 2)).float() / math.sqrt(queries.shape[-1])
+        seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).tril(
+            past_keys.shape[1]
+        )
         weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
         self._attention.append(Attention(weights, seen_values))
         return (weights.to(seen_values.dtype) @ seen_values)[None]
@@ -159,8 +175,9 @@ def run_query(
     eos_id: int | None = None,
     clock: Clock = time.monotonic,
 ) -> Query:
-    """Prefills, then samples and decodes up to `max_tokens` times; `eos_id`, when drawn, is the last token. The tokens
-    are those of `generate`. The caller has checked that all of them fit into the context.
+    """Prefills, then samples and decodes up to `max_tokens` times; `eos_id`, when drawn, is the
+    last token. The tokens are those of `generate`. The caller has checked that all of them fit into
+    the context.
 
     Raises `FloatingPointError` when the logits are not finite numbers.
     """
@@ -172,16 +189,25 @@ def run_query(
     output_ids: list[int] = []
 
     def end_span(name: str) -> None:
-        """Ends the span that began where the one before it ended, so that no time lies between two."""
+        """Ends the span that began where the one before it ended, so that no time lies between
+        two."""
         spans.append(Span(name, spans[-1].end_s if spans else begun_s, clock()))
 
     readings = [reader.read(prompt_ids)]
     end_span("prefill")
     while len(output_ids) < max_tokens:
-        row = SamplingRow(params, prompt_ids, output_ids, position=len(prompt_ids) + len(output_ids))
+        row = SamplingRow(
+            params, prompt_ids, output_ids, position=len(prompt_ids) + len(output_ids)
+        )
         logits = readings[-1].logits[-1]  # (V,)
-        token_id = sample(logits, params, prompt_ids=prompt_ids, output_ids=output_ids, position=row.position)
-        drawn.append(float(distribution(adjusted(logits, row), params)[token_id]) if params.temperature else 1.0)
+        token_id = sample(
+            logits, params, prompt_ids=prompt_ids, output_ids=output_ids, position=row.position
+        )
+        drawn.append(
+            float(distribution(adjusted(logits, row), params)[token_id])
+            if params.temperature
+            else 1.0
+        )
         output_ids.append(token_id)
         end_span("sample")
         if token_id == eos_id or len(output_ids) == max_tokens:
@@ -198,13 +224,18 @@ def predictions(logits: Tensor, *, num_top: int) -> list[Prediction]:
     values, ids = logits.topk(min(num_top, logits.shape[-1]), dim=-1)  # (T, num_top)
     probabilities = logprobs.gather(1, ids).exp()
     ranks = 1 + (values[:, None] > values[..., None]).sum(dim=-1)
-    rows = zip(entropies.tolist(), *(part.tolist() for part in (ids, values, probabilities, ranks)), strict=True)
+    rows = zip(
+        entropies.tolist(),
+        *(part.tolist() for part in (ids, values, probabilities, ranks)),
+        strict=True,
+    )
     return [Prediction(entropy, list(map(Candidate, *top))) for entropy, *top in rows]
 
 
 def score(logits: Tensor, token_ids: Sequence[int]) -> list[Candidate]:
     """Returns how each row of logits (T, V) rates its own token of `token_ids` (T)."""
-    own = logits.gather(1, torch.tensor(token_ids, dtype=torch.long, device=logits.device)[:, None])  # (T, 1)
+    # (T, 1)
+    own = logits.gather(1, torch.tensor(token_ids, dtype=torch.long, device=logits.device)[:, None])
     probabilities = (own - logits.logsumexp(dim=-1, keepdim=True)).exp()[:, 0]
     ranks = 1 + (logits > own).sum(dim=-1)
     rows = zip(token_ids, own[:, 0].tolist(), probabilities.tolist(), ranks.tolist(), strict=True)
@@ -212,8 +243,11 @@ def score(logits: Tensor, token_ids: Sequence[int]) -> list[Candidate]:
 
 
 @torch.inference_mode()
-def nearest_tokens(model: GPT, token_ids: Sequence[int], *, num_nearest: int) -> list[list[tuple[int, float]]]:
-    """Returns for each token the ids of others whose embeddings point in the most similar directions, with cosines."""
+def nearest_tokens(
+    model: GPT, token_ids: Sequence[int], *, num_nearest: int
+) -> list[list[tuple[int, float]]]:
+    """Returns for each token the ids of others whose embeddings point in the most similar
+    directions, with cosines."""
     table = model.token_embedding.weight  # (V, C)
     norms = torch.linalg.vector_norm(table, dim=-1, dtype=torch.float32)  # (V,)
     ids = torch.tensor(token_ids, device=table.device)
@@ -221,4 +255,6 @@ def nearest_tokens(model: GPT, token_ids: Sequence[int], *, num_nearest: int) ->
     cosines.scatter_(1, ids[:, None], -math.inf)
     values, nearest = cosines.topk(min(num_nearest, len(table) - 1), dim=-1)
     rows = zip(nearest.tolist(), values.tolist(), strict=True)
-    return [list(zip(ids_of_row, cosines_of_row, strict=True)) for ids_of_row, cosines_of_row in rows]
+    return [
+        list(zip(ids_of_row, cosines_of_row, strict=True)) for ids_of_row, cosines_of_row in rows
+    ]

@@ -1,9 +1,10 @@
-"""Text to token ids for whole corpora by tiktoken's core: the same ids as `tokenizers`, several times as fast.
+"""Text to token ids for whole corpora by tiktoken's core: the same ids as `tokenizers`, several
+times as fast.
 
-tiktoken has no merges, only ranks: it joins the two neighbors whose joint bytes have the lowest rank, and takes a
-piece that is itself a token as it is. That equals BPE by merges for the tokens that BPE makes from their own bytes:
-whatever surrounds a token's bytes, they are merged as they would be alone until the token is made. Any other token
-is never made and is left out.
+tiktoken has no merges, only ranks: it joins the two neighbors whose joint bytes have the lowest
+rank, and takes a piece that is itself a token as it is. That equals BPE by merges for the tokens
+that BPE makes from their own bytes: whatever surrounds a token's bytes, they are merged as they
+would be alone until the token is made. Any other token is never made and is left out.
 """
 
 import json
@@ -36,11 +37,12 @@ _PIECES = {
         r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+"""
     ),
 }
-"""The known patterns of pieces, which no merge crosses, without the alternatives with which all of them end.
+"""The known patterns of pieces, which no merge crosses, without the alternatives with which all of
+them end.
 
-Each matches every character, and means the same to Oniguruma, which `tokenizers` runs, and to fancy-regex, which
-tiktoken runs. On others the two may differ: in \\w, \\b, ^, $, {1,3}+, in sets of classes, and, ignoring case, in pairs
-such as ss.
+Each matches every character, and means the same to Oniguruma, which `tokenizers` runs, and to
+fancy-regex, which tiktoken runs. On others the two may differ: in \\w, \\b, ^, $, {1,3}+, in sets
+of classes, and, ignoring case, in pairs such as ss.
 """
 _BLANK_PIECES = r"|\s+(?!\S)|\s+"
 """The alternatives with which all known patterns end."""
@@ -84,9 +86,11 @@ class BulkEncoder(PlainEncoder):
         self.encoding = tiktoken.Encoding(
             "bulk",
             pat_str=_pattern(content["pre_tokenizer"]),
-            mergeable_ranks={bytes(map(byte_of.__getitem__, token)): rank for rank, token in enumerate(tokens)},
-            # Never allowed, so its text stays text. Without any, tiktoken's search for special tokens stops at every
-            # character: 19 MB/s of English instead of 34.
+            mergeable_ranks={
+                bytes(map(byte_of.__getitem__, token)): rank for rank, token in enumerate(tokens)
+            },
+            # Never allowed, so its text stays text. Without any, tiktoken's search for special
+            # tokens stops at every character: 19 MB/s of English instead of 34.
             special_tokens={END_OF_TEXT: len(tokens)},
         )
         self._normalizer = tokenizer.backend.normalizer
@@ -102,10 +106,12 @@ class BulkEncoder(PlainEncoder):
         return ranks if self._ids is None else self._ids[ranks]
 
 
-def bulk_encoder(tokenizer: Tokenizer, *, sample: Sequence[str] = ()) -> tuple[PlainEncoder, str | None]:
-    """Returns a `BulkEncoder` if it gives the ids of `tokenizer` for texts in many scripts, each of its tokens and the
-    `sample`; otherwise a `PlainEncoder` and the reason, which the caller reports to the user. For 32k ids this takes
-    0.4 s, of which 0.15 s make the `BulkEncoder`."""
+def bulk_encoder(
+    tokenizer: Tokenizer, *, sample: Sequence[str] = ()
+) -> tuple[PlainEncoder, str | None]:
+    """Returns a `BulkEncoder` if it gives the ids of `tokenizer` for texts in many scripts, each of
+    its tokens and the `sample`; otherwise a `PlainEncoder` and the reason, which the caller reports
+    to the user. For 32k ids this takes 0.4 s, of which 0.15 s make the `BulkEncoder`."""
     plain = PlainEncoder(tokenizer)
     try:
         bulk = BulkEncoder(tokenizer)
@@ -122,26 +128,34 @@ def bulk_encoder(tokenizer: Tokenizer, *, sample: Sequence[str] = ()) -> tuple[P
 
 
 def _pattern(pre_tokenizer: dict[str, Any] | None) -> str:
-    """Returns the regex whose matches are the pieces. Its alternatives without a look-ahead are faster as a group:
-    34 MB/s of English instead of 21."""
+    """Returns the regex whose matches are the pieces. Its alternatives without a look-ahead are
+    faster as a group: 34 MB/s of English instead of 21."""
     match pre_tokenizer:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
             return f"(?:{_PIECES['gpt-2']}){_BLANK_PIECES}"
         case {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": str(pattern)},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
         }:
             for pieces in _PIECES.values():
                 if pattern == pieces + _BLANK_PIECES:
                     return f"(?:{pieces}){_BLANK_PIECES}"
-    raise NotExpressibleError("its pre-tokenizer splits by another pattern than GPT-2's, GPT-4's, GPT-4o's or Qwen's")
+    raise NotExpressibleError(
+        "its pre-tokenizer splits by another pattern than GPT-2's, GPT-4's, GPT-4o's or Qwen's"
+    )
 
 
 def _made_tokens(model: dict[str, Any]) -> list[str]:
-    """Returns the tokens that BPE can make, in ByteLevel's characters: the 256 bytes, then by priority."""
+    """Returns the tokens that BPE can make, in ByteLevel's characters: the 256 bytes, then by
+    priority."""
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model[option]:
             raise NotExpressibleError(f"its BPE has {option}={model[option]!r}")
@@ -161,7 +175,8 @@ def _made_tokens(model: dict[str, Any]) -> list[str]:
 
 
 def _proof_texts(tokenizer: Tokenizer) -> list[str]:
-    """Returns every character up to U+33FF and every 16th up to U+1FFFF, each token as a line, and a mixture."""
+    """Returns every character up to U+33FF and every 16th up to U+1FFFF, each token as a line, and
+    a mixture."""
     characters = [*range(0x3400), *range(0x3400, 0xD800, 16), *range(0xE000, 0x20000, 16)]
     ids = sorted(tokenizer.backend.get_vocab(with_added_tokens=False).values())
     tokens = (tokenizer.decode([token_id]) for token_id in ids)

@@ -1,8 +1,9 @@
-"""Conversations as text and as tokens, by the tokenizer's own chat template or a plain one: for training and serving.
+"""Conversations as text and as tokens, by the tokenizer's own chat template or a plain one: for
+training and serving.
 
-A template is a program in Jinja, which gets the names that Hugging Face gives it and runs in a sandbox. It sees no
-clock, so that the same messages have the same tokens. It alone writes special tokens: in a message their text is
-letters.
+A template is a program in Jinja, which gets the names that Hugging Face gives it and runs in a
+sandbox. It sees no clock, so that the same messages have the same tokens. It alone writes special
+tokens: in a message their text is letters.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,11 +27,13 @@ PLAIN_TEMPLATE = """\
 {{ message.name or {'user': 'User', 'assistant': 'Assistant'}.get(message.role, 'System') }}:
 {{ message.content }}{{ eos_token if message.role == 'assistant' }}
 {% endfor %}{{ 'Assistant:\\n' if add_generation_prompt }}"""
-"""A dialogue, for a tokenizer without a template. A model that was never taught to chat gets it without tokens."""
+"""A dialogue, for a tokenizer without a template. A model that was never taught to chat gets it
+without tokens."""
 
 Message = Mapping[str, str]  # role, content and perhaps a name
 _Encode = Callable[[str], Iterable[int]]
-_MARK = "\ufdd0"  # stands in a special token's text that a message has; no text has this character (Unicode, 23.7)
+# Stands in a special token's text that a message has; no text has this character (Unicode, 23.7)
+_MARK = "\ufdd0"
 _MAX_FACTOR = 1e12
 _MAX_REPEATED = 100_000  # characters of a text, or items of a list, that a template repeats
 _PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
@@ -41,12 +44,21 @@ class ChatError(UserError):
 
 
 def rendered(chat: ChatFormat, messages: Sequence[Message], *, asks: bool = False) -> str:
-    """Returns the text of the messages; with `asks`, up to where the assistant's next answer begins. Raises `ChatError`
-    with the template's words where it refuses them."""
-    seen = [{**message, "role": message["role"].replace("developer", "system")} for message in messages]
-    names = {"bos_token": chat.bos_token, "eos_token": chat.eos_token, "tools": None, "documents": None}
+    """Returns the text of the messages; with `asks`, up to where the assistant's next answer
+    begins. Raises `ChatError` with the template's words where it refuses them."""
+    seen = [
+        {**message, "role": message["role"].replace("developer", "system")} for message in messages
+    ]
+    names = {
+        "bos_token": chat.bos_token,
+        "eos_token": chat.eos_token,
+        "tools": None,
+        "documents": None,
+    }
     try:
-        return _compiled(chat.chat_template).render(messages=seen, add_generation_prompt=asks, **names)
+        return _compiled(chat.chat_template).render(
+            messages=seen, add_generation_prompt=asks, **names
+        )
     except Exception as error:  # a template is somebody's program, which may fail in any way
         raise ChatError(f"the chat template refuses the messages: {error}") from error
 
@@ -56,15 +68,17 @@ def plain_text(messages: Sequence[Message]) -> str:
 
 
 def plain_speakers(messages: Sequence[Message]) -> list[str]:
-    """Returns whom the plain template lets speak: each name once, the user's and the assistant's in any case."""
+    """Returns whom the plain template lets speak: each name once, the user's and the assistant's in
+    any case."""
     roles = {"user": "User", "assistant": "Assistant"}
     names = [message.get("name") or roles.get(message["role"], "System") for message in messages]
     return list(dict.fromkeys([*roles.values(), *names]))
 
 
 def format_to_train(tokenizer: Tokenizer) -> ChatFormat:
-    """Returns the tokenizer's own format, or the plain one. As documents, a conversation begins with the start token:
-    a template that does not write it gets it in front. Raises `ChatError` where no token ends an answer."""
+    """Returns the tokenizer's own format, or the plain one. As documents, a conversation begins
+    with the start token: a template that does not write it gets it in front. Raises `ChatError`
+    where no token ends an answer."""
     start = tokenizer.token_bytes(tokenizer.start_id).decode()
     chat = tokenizer.chat or ChatFormat(PLAIN_TEMPLATE, start, tokenizer.end_of_text)
     if not rendered(chat, _PROBE).startswith(start):
@@ -80,9 +94,12 @@ def format_to_train(tokenizer: Tokenizer) -> ChatFormat:
 class Chat:
     """Conversations in one format, as a tokenizer's ids."""
 
-    def __init__(self, tokenizer: Tokenizer, chat: ChatFormat | None = None, *, encode: _Encode | None = None) -> None:
-        """`encode` gives the tokenizer's ids, perhaps faster. Without a format, it is the tokenizer's own, or the plain
-        one for a model that was never taught to chat: without the end of an answer."""
+    def __init__(
+        self, tokenizer: Tokenizer, chat: ChatFormat | None = None, *, encode: _Encode | None = None
+    ) -> None:
+        """`encode` gives the tokenizer's ids, perhaps faster. Without a format, it is the
+        tokenizer's own, or the plain one for a model that was never taught to chat: without the end
+        of an answer."""
         bos = "" if tokenizer.bos_id is None else tokenizer.token_bytes(tokenizer.bos_id).decode()
         self.format = chat or tokenizer.chat or ChatFormat(PLAIN_TEMPLATE, bos, "")
         self._special_ids, self._encode = tokenizer.special_ids, encode or tokenizer.encode
@@ -93,8 +110,9 @@ class Chat:
         return self._ids(rendered(self.format, [*map(self._escaped, messages)], asks=True))
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Returns the ids up to the end of the last answer, and which of them the loss counts: those of answers, with
-        the token that ends each. Raises `ChatError`, also where the text of earlier turns depends on later ones."""
+        """Returns the ids up to the end of the last answer, and which of them the loss counts:
+        those of answers, with the token that ends each. Raises `ChatError`, also where the text of
+        earlier turns depends on later ones."""
         messages = [*map(self._escaped, messages)]
         ids: list[int] = []
         counted: list[bool] = []
@@ -105,14 +123,22 @@ class Chat:
             prompt = rendered(self.format, messages[:number], asks=True)
             whole = rendered(self.format, messages[: number + 1])
             if not (prompt.startswith(before) and whole.startswith(prompt)):
-                raise ChatError("the chat template writes earlier turns otherwise once later ones follow")
+                raise ChatError(
+                    "the chat template writes earlier turns otherwise once later ones follow"
+                )
             context = self._ids(prompt[len(before) :])
             answer = self._ids(whole[len(prompt) :])
             if self.end_of_turn not in answer:
-                raise ChatError("the chat template does not end every answer with its end-of-turn token")
+                raise ChatError(
+                    "the chat template does not end every answer with its end-of-turn token"
+                )
             num_counted = len(answer) - answer[::-1].index(self.end_of_turn)
             ids += context + answer
-            counted += [False] * len(context) + [True] * num_counted + [False] * (len(answer) - num_counted)
+            counted += (
+                [False] * len(context)
+                + [True] * num_counted
+                + [False] * (len(answer) - num_counted)
+            )
             before = whole
         return ids, counted
 
@@ -127,24 +153,35 @@ class Chat:
         return self._special_ids[found[-1]] if found else None
 
     def _escaped(self, message: Message) -> Message:
-        """Puts a mark into the text of special tokens, so that it stays text in what the template makes of it."""
+        """Puts a mark into the text of special tokens, so that it stays text in what the template
+        makes of it."""
         marked = lambda found: found[0][0] + _MARK + found[0][1:]  # noqa: E731
-        return {name: self._specials.sub(marked, text.replace(_MARK, "")) for name, text in message.items()}
+        return {
+            name: self._specials.sub(marked, text.replace(_MARK, ""))
+            for name, text in message.items()
+        }
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = []
-        for number, piece in enumerate(self._specials.split(text)):  # texts, and between them special tokens
-            ids += [self._special_ids[piece]] if number % 2 else map(int, self._encode(piece.replace(_MARK, "")))
+        # texts, and between them special tokens
+        for number, piece in enumerate(self._specials.split(text)):
+            ids += (
+                [self._special_ids[piece]]
+                if number % 2
+                else map(int, self._encode(piece.replace(_MARK, "")))
+            )
         return ids
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which no arithmetic takes long or makes much: one operation would hold Python's lock."""
+    """Jinja's sandbox, in which no arithmetic takes long or makes much: one operation would hold
+    Python's lock."""
 
     intercepted_binops = frozenset(("*", "**"))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Raises `SecurityError` for powers, and for products of more than a number or a few repetitions."""
+        """Raises `SecurityError` for powers, and for products of more than a number or a few
+        repetitions."""
         is_number = isinstance(left, int | float) and isinstance(right, int | float)
         repeated, times = (right, left) if isinstance(left, int) else (left, right)
         is_repetition = isinstance(repeated, str | list | tuple) and isinstance(times, int)
@@ -157,7 +194,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 @lru_cache(32)
 def _compiled(template: str) -> Template:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = _Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.globals["raise_exception"] = _refuse
     return environment.from_string(template)
 

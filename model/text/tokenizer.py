@@ -1,7 +1,7 @@
 """Byte-level BPE: text to token ids and back without loss, and training a vocabulary.
 
-Any text has ids and any id has bytes. The end-of-text token ends documents; the text `<|endoftext|>` that a user or a
-document wrote is not special and is encoded as its letters.
+Any text has ids and any id has bytes. The end-of-text token ends documents; the text
+`<|endoftext|>` that a user or a document wrote is not special and is encoded as its letters.
 """
 
 import hashlib
@@ -28,7 +28,8 @@ NORMALIZERS: dict[str, normalizers.Normalizer] = {
     "lowercase": normalizers.Lowercase(),
     "collapse_spaces": normalizers.Replace(tokenizers.Regex(r"[ \t]+"), " "),
 }
-"""The steps that `data.normalize` names; they run in the given order and are recorded in tokenizer.json."""
+"""The steps that `data.normalize` names; they run in the given order and are recorded in
+tokenizer.json."""
 
 
 class TokenizerError(UserError):
@@ -48,7 +49,8 @@ PLAIN_ENCODING = PromptEncoding()
 
 
 class Tokenizer:
-    """Encodes and decodes with the content of a tokenizer.json. That content, in canonical form, is its identity."""
+    """Encodes and decodes with the content of a tokenizer.json. That content, in canonical form, is
+    its identity."""
 
     def __init__(self, content: dict[str, Any], chat: ChatFormat | None = None) -> None:
         try:
@@ -61,9 +63,15 @@ class Tokenizer:
                 f"the tokenizer's model and decoder are {pieces[0]} and {pieces[1]}, expected BPE and ByteLevel as in "
                 "GPT-2's: others can't represent every text"
             )
-        ends = [(end, token_id) for end in _ENDS_OF_TEXT if (token_id := self.backend.token_to_id(end)) is not None]
+        ends = [
+            (end, token_id)
+            for end in _ENDS_OF_TEXT
+            if (token_id := self.backend.token_to_id(end)) is not None
+        ]
         if not ends:
-            raise TokenizerError(f"the tokenizer has no {END_OF_TEXT} token, which ends each document; add it")
+            raise TokenizerError(
+                f"the tokenizer has no {END_OF_TEXT} token, which ends each document; add it"
+            )
         self.end_of_text, self.eot_id = ends[0]
         self._content, self.chat = content, chat
         self.backend.no_truncation()
@@ -79,7 +87,9 @@ class Tokenizer:
 
     def to_json(self) -> bytes:
         """Returns the canonical tokenizer.json: keys sorted, no spaces, UTF-8."""
-        return json.dumps(self._content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        return json.dumps(
+            self._content, sort_keys=True, separators=(",", ":"), ensure_ascii=False
+        ).encode()
 
     @cached_property
     def hash(self) -> str:
@@ -94,7 +104,11 @@ class Tokenizer:
     @cached_property
     def special_ids(self) -> dict[str, int]:
         """The id of each special token."""
-        special = {added["content"]: added["id"] for added in self._content["added_tokens"] if added["special"]}
+        special = {
+            added["content"]: added["id"]
+            for added in self._content["added_tokens"]
+            if added["special"]
+        }
         return special | {self.end_of_text: self.eot_id}
 
     @cached_property
@@ -105,8 +119,11 @@ class Tokenizer:
 
     @cached_property
     def bos_id(self) -> int | None:
-        """The token that the tokenizer's post-processor puts before a text, as Llama 3's does; most have none."""
-        text, whole = (self.backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+        """The token that the tokenizer's post-processor puts before a text, as Llama 3's does; most
+        have none."""
+        text, whole = (
+            self.backend.encode("a", add_special_tokens=added).ids for added in (False, True)
+        )
         front = whole[: whole.index(text[0])]
         if len(front) > 1:
             raise TokenizerError(
@@ -116,15 +133,18 @@ class Tokenizer:
 
     @property
     def start_id(self) -> int:
-        """The token with which a document begins: BOS, or without one, the end-of-text token of the document before."""
+        """The token with which a document begins: BOS, or without one, the end-of-text token of the
+        document before."""
         return self.eot_id if self.bos_id is None else self.bos_id
 
     def encode_whole(self, text: str) -> list[int]:
-        """Returns the ids of a whole text, or of its front: after BOS, where the tokenizer has one."""
+        """Returns the ids of a whole text, or of its front: after BOS, where the tokenizer has
+        one."""
         return [*([] if self.bos_id is None else [self.bos_id]), *self.encode(text)]
 
     def encode_prompt(self, text: str, how: PromptEncoding) -> list[int]:
-        """Returns the ids of a prompt. One that writes BOS itself, as chat templates do, gets no second one."""
+        """Returns the ids of a prompt. One that writes BOS itself, as chat templates do, gets no
+        second one."""
         ids = self._parsed(text) if how.parse_special else self.encode(text)
         if not how.add_special_tokens or self.bos_id is None:
             return ids
@@ -149,17 +169,22 @@ class Tokenizer:
         try:  # as a batch, which computes no offsets
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError as error:
-            raise TokenizerError("the text holds a lone surrogate, which no UTF-8 text can; remove it") from error
+            raise TokenizerError(
+                "the text holds a lone surrogate, which no UTF-8 text can; remove it"
+            ) from error
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Inverts `encode` up to the tokenizer's normalization; bytes that are not UTF-8 become U+FFFD."""
+        """Inverts `encode` up to the tokenizer's normalization; bytes that are not UTF-8 become
+        U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """Returns a token's bytes, which may be only a part of a character."""
         if token_id not in self._bytes_of_id:
-            raise TokenizerError(f"token id {token_id} is not in the vocabulary, which has {self.vocab_size} ids")
+            raise TokenizerError(
+                f"token id {token_id} is not in the vocabulary, which has {self.vocab_size} ids"
+            )
         return self._bytes_of_id[token_id]
 
     @cached_property
@@ -170,40 +195,54 @@ class Tokenizer:
             for token, token_id in self.backend.get_vocab(with_added_tokens=False).items()
             if token != self.end_of_text
         }
-        return table | {added["id"]: added["content"].encode() for added in self._content["added_tokens"]}
+        return table | {
+            added["id"]: added["content"].encode() for added in self._content["added_tokens"]
+        }
 
 
 def byte_of_character() -> dict[str, int]:
-    """Returns the inverse of GPT-2's code of bytes as printable characters (`bytes_to_unicode` in its release): a
-    printable Latin-1 character stands for itself, the other 68 bytes are the characters from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """Returns the inverse of GPT-2's code of bytes as printable characters (`bytes_to_unicode` in
+    its release): a printable Latin-1 character stands for itself, the other 68 bytes are the
+    characters from U+0100 on."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + index): byte for index, byte in enumerate(others)
+    }
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int, normalize: Sequence[str] = ()) -> Tokenizer:
-    """Trains a tokenizer with ids as in GPT-2: 0 … 255 the bytes, then the merges in order, `<|endoftext|>` last.
+    """Trains a tokenizer with ids as in GPT-2: 0 … 255 the bytes, then the merges in order,
+    `<|endoftext|>` last.
 
-    The same texts give the same tokenizer, in any order and on any number of threads. Texts with too few merges for
-    `vocab_size` give a smaller vocabulary.
+    The same texts give the same tokenizer, in any order and on any number of threads. Texts with
+    too few merges for `vocab_size` give a smaller vocabulary.
     """
     backend = tokenizers.Tokenizer(models.BPE())
     if normalize:
         backend.normalizer = normalizers.Sequence([NORMALIZERS[name] for name in normalize])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.train_from_iterator(texts, trainer)
     return _byte_level(backend)
 
 
 def from_gpt2_files(encoder: Path, merges: Path) -> Tokenizer:
-    """Makes a tokenizer from GPT-2's `encoder.json` and `vocab.bpe`, Hugging Face's vocab.json and merges.txt."""
+    """Makes a tokenizer from GPT-2's `encoder.json` and `vocab.bpe`, Hugging Face's vocab.json and
+    merges.txt."""
     return _byte_level(tokenizers.Tokenizer(models.BPE.from_file(str(encoder), str(merges))))
 
 
 def chat_format(read: Callable[[str], bytes | None]) -> ChatFormat | None:
-    """Returns the chat template beside a tokenizer.json, from what `read` gives of a file by its name, or None."""
+    """Returns the chat template beside a tokenizer.json, from what `read` gives of a file by its
+    name, or None."""
     values = json.loads(read("tokenizer_config.json") or b"{}")
     template = (read("chat_template.jinja") or b"").decode() or values.get("chat_template")
     if isinstance(template, list):  # several, by name
@@ -211,7 +250,9 @@ def chat_format(read: Callable[[str], bytes | None]) -> ChatFormat | None:
     if not template:
         return None
     bos, eos = (values.get(name) or "" for name in ("bos_token", "eos_token"))
-    return ChatFormat(template, *(token["content"] if isinstance(token, dict) else token for token in (bos, eos)))
+    return ChatFormat(
+        template, *(token["content"] if isinstance(token, dict) else token for token in (bos, eos))
+    )
 
 
 def _byte_level(backend: tokenizers.Tokenizer) -> Tokenizer:

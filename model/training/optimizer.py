@@ -1,4 +1,5 @@
-"""The learning rate, as a function of tokens seen: neither a resize nor another batch size moves it."""
+"""The learning rate, as a function of tokens seen: neither a resize nor another batch size moves
+it."""
 
 import math
 
@@ -12,10 +13,12 @@ def learning_rate(
     min_ratio: float,
     cooldown_tokens: int | None = None,
 ) -> float:
-    """Rises linearly to `peak` over `warmup_tokens`, then follows a cosine to `min_ratio` x `peak` at `decay_tokens`.
+    """Rises linearly to `peak` over `warmup_tokens`, then follows a cosine to `min_ratio` x `peak`
+    at `decay_tokens`.
 
-    With `cooldown_tokens` it stays at the peak instead, and falls linearly over that many tokens, or those that the
-    warm-up leaves, before `decay_tokens` (warmup-stable-decay; Hu et al., 2024, arXiv 2404.06395).
+    With `cooldown_tokens` it stays at the peak instead, and falls linearly over that many tokens,
+    or those that the warm-up leaves, before `decay_tokens` (warmup-stable-decay; Hu et al., 2024,
+    arXiv 2404.06395).
     """
     if tokens_seen < warmup_tokens:
         return peak * tokens_seen / warmup_tokens
@@ -25,6 +28,8 @@ def learning_rate(
         start = max(warmup_tokens, decay_tokens - cooldown_tokens)
         if tokens_seen <= start:
             return peak
-        return peak * (min_ratio + (1 - min_ratio) * (decay_tokens - tokens_seen) / (decay_tokens - start))
+        return peak * (
+            min_ratio + (1 - min_ratio) * (decay_tokens - tokens_seen) / (decay_tokens - start)
+        )
     progress = (tokens_seen - warmup_tokens) / (decay_tokens - warmup_tokens)
     return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -22,7 +22,8 @@ OPEN_PATHS = ("/health", "/ready", *PAGE_PATHS)  # for probes and navigation, wh
 ADMIN_PATH = "/admin"
 XRAY_PATH = "/v1/xray"
 XRAY_PATHS = (XRAY_PATH, *PAGE_PATHS)
-READ_BY_PAGE = ("/v1/models", "/v1/completions")  # which the page of an operator asks with its one key
+# Which the page of an operator asks with its one key
+READ_BY_PAGE = ("/v1/models", "/v1/completions")
 RELOAD_S = 2.0
 _log = logging.getLogger(__name__)
 
@@ -48,8 +49,8 @@ class AccessRules:
 
 
 def read_rules(config: ServeConfig) -> AccessRules:
-    """Reads the key files, and creates those that are missing. Raises `UserError` for a file without a key, and for a
-    key that is in both."""
+    """Reads the key files, and creates those that are missing. Raises `UserError` for a file
+    without a key, and for a key that is in both."""
     files = [Path(file) if file else None for file in (config.api_key_file, config.admin_key_file)]
     for file in filter(None, files):
         make_key_file(file)
@@ -69,23 +70,30 @@ def xray_access(config: ServeConfig) -> XrayAccess:
 
 
 class CurrentAccess:
-    """The rules as the key files have them now, so that keys are added and revoked without a restart. A file that
-    cannot be read or has no key changes nothing: it would admit everybody or nobody."""
+    """The rules as the key files have them now, so that keys are added and revoked without a
+    restart. A file that cannot be read or has no key changes nothing: it would admit everybody or
+    nobody."""
 
-    def __init__(self, rules: AccessRules, *, user_file: str | None = None, admin_file: str | None = None) -> None:
+    def __init__(
+        self, rules: AccessRules, *, user_file: str | None = None, admin_file: str | None = None
+    ) -> None:
         """`rules` apply until the files can be read."""
         self.rules = rules
         self._user_file, self._admin_file = user_file, admin_file
         self._problems: dict[str, str] = {}  # by file
 
     def reload(self) -> None:
-        """Rereads the files, which may block. It reads the few lines each time: a file's modification time is too
-        coarse."""
+        """Rereads the files, which may block. It reads the few lines each time: a file's
+        modification time is too coarse."""
         user = self._reread(self._user_file, self.rules.user_keys, excluded=self.rules.admin_keys)
         admin = self._reread(self._admin_file, self.rules.admin_keys, excluded=user)
         rules = AccessRules(user, admin, self.rules.xray)
         if rules != self.rules:
-            _log.warning("the API keys have changed: %d for users and %d for admins now", len(user), len(admin))
+            _log.warning(
+                "the API keys have changed: %d for users and %d for admins now",
+                len(user),
+                len(admin),
+            )
             self.rules = rules
 
     async def keep(self) -> NoReturn:
@@ -101,11 +109,19 @@ class CurrentAccess:
             return before
         try:
             now = read_keys(Path(file))
-            problem = "a key in it is in the other key file too" if _hashes(now) & _hashes(excluded) else ""
+            problem = (
+                "a key in it is in the other key file too"
+                if _hashes(now) & _hashes(excluded)
+                else ""
+            )
         except (UserError, OSError) as error:
             problem = str(error)
         if problem and problem != self._problems.get(file):
-            _log.error("%s: %s. Its keys from before stay valid, and none is added or revoked", file, problem)
+            _log.error(
+                "%s: %s. Its keys from before stay valid, and none is added or revoked",
+                file,
+                problem,
+            )
         self._problems[file] = problem
         return before if problem else now
 
@@ -115,7 +131,8 @@ def _hashes(keys: tuple[ApiKey, ...]) -> set[str]:
 
 
 def presented_key(headers: Headers, keys: Sequence[ApiKey]) -> ApiKey | None:
-    """Returns the key in the single Authorization header if it is known. Takes the same time for any wrong key."""
+    """Returns the key in the single Authorization header if it is known. Takes the same time for
+    any wrong key."""
     values = [value for name, value in headers if name == b"authorization"]
     scheme, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
     presented = hashlib.sha256(key.strip()).hexdigest()
@@ -124,9 +141,9 @@ def presented_key(headers: Headers, keys: Sequence[ApiKey]) -> ApiKey | None:
 
 
 def authorize(path: str, headers: Headers, rules: AccessRules) -> ApiKey | None:
-    """Returns a request's key, or None if it needs none. Everything under /admin, also routes that are
-    added later, needs an admin key, which opens nothing else but the x-ray where only operators may use it. Raises
-    `ApiError` (401, 403, 404)."""
+    """Returns a request's key, or None if it needs none. Everything under /admin, also routes that
+    are added later, needs an admin key, which opens nothing else but the x-ray where only operators
+    may use it. Raises `ApiError` (401, 403, 404)."""
     key: ApiKey | None
     if path == ADMIN_PATH or path.startswith(f"{ADMIN_PATH}/"):
         if not rules.admin_keys:
@@ -138,7 +155,11 @@ def authorize(path: str, headers: Headers, rules: AccessRules) -> ApiKey | None:
         if not rules.admin_keys:
             raise error_of("xray_closed")
         key = _admin_key(headers, rules)
-    elif path in READ_BY_PAGE and rules.xray == "admin" and presented_key(headers, rules.admin_keys) is not None:
+    elif (
+        path in READ_BY_PAGE
+        and rules.xray == "admin"
+        and presented_key(headers, rules.admin_keys) is not None
+    ):
         key = _admin_key(headers, rules)
     elif path in OPEN_PATHS or not rules.user_keys:
         return None

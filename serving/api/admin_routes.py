@@ -1,5 +1,5 @@
-"""The routes of operators: /admin/promote, /finish, /rollback and /drain, which the audit log records, and /status and
-/audit."""
+"""The routes of operators: /admin/promote, /finish, /rollback and /drain, which the audit log
+records, and /status and /audit."""
 
 import asyncio
 import time
@@ -28,13 +28,15 @@ from serving.text.chat_misfit import chat_misfit
 from serving.text.reader import open_reader
 
 SHOWN = {"version", "checkpoint"}  # of a version, in the audit log
-MAX_GATE_TOKENS = 16_384  # every replica measures them on both versions, beside its clients' requests
+# Every replica measures them on both versions, beside its clients' requests
+MAX_GATE_TOKENS = 16_384
 
 Row = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
 
 
 class PromoteRequest(Body):
-    """The body of POST /admin/promote. Missing fields are as in the endpoint's settings under `delivery`."""
+    """The body of POST /admin/promote. Missing fields are as in the endpoint's settings under
+    `delivery`."""
 
     checkpoint: str = Field(min_length=1)
     canary_percent: float | None = Field(None, ge=0, le=100)
@@ -57,13 +59,22 @@ def admin_router(follower: Follower) -> APIRouter:
     coordinator, config = follower.coordinator, follower.config
     audit = AuditLog(config)
 
-    async def obey(request: Request, order: str, asked: Body, result: Awaitable[Delivery]) -> dict[str, Any]:
-        """Returns the endpoint's state after an order, which is in the audit log then, also if it was refused."""
+    async def obey(
+        request: Request, order: str, asked: Body, result: Awaitable[Delivery]
+    ) -> dict[str, Any]:
+        """Returns the endpoint's state after an order, which is in the audit log then, also if it
+        was refused."""
         before = follower.versions.delivery.live
         entry = asked.model_dump(exclude={"gate_rows", "gate_text"})
         key = RoutedRequest.of(request).facts.key
         request_id = request.headers.get("x-request-id")
-        entry = {"time": timestamp(time.time()), "key": key, "request_id": request_id, "order": order, "asked": entry}
+        entry = {
+            "time": timestamp(time.time()),
+            "key": key,
+            "request_id": request_id,
+            "order": order,
+            "asked": entry,
+        }
         entry |= {"old": before.model_dump(include=SHOWN), "new": None, "result": "internal_error"}
         try:
             after = await result
@@ -85,8 +96,12 @@ def admin_router(follower: Follower) -> APIRouter:
             live = follower.versions.live
             candidate = await _read_candidate(asked.checkpoint, live, config)
             gate_rows = await rows_of_gate(asked, live)
-            given = asked.model_dump(include={"canary_percent", "watch_s", "max_loss_increase"}, exclude_none=True)
-            rules = config.delivery.model_dump(exclude={"endpoint", "weights", "allowed_checkpoints"})
+            given = asked.model_dump(
+                include={"canary_percent", "watch_s", "max_loss_increase"}, exclude_none=True
+            )
+            rules = config.delivery.model_dump(
+                exclude={"endpoint", "weights", "allowed_checkpoints"}
+            )
             terms = Terms(**rules | given | {"gate_rows": gate_rows})
             return await _asked(coordinator.promote.remote(candidate, terms))
 
@@ -100,11 +115,14 @@ def admin_router(follower: Follower) -> APIRouter:
     @router.post("/rollback")
     async def rollback(request: Request) -> dict[str, Any]:
         asked = await read_request(request, RollbackRequest)
-        return await obey(request, "rollback", asked, _asked(coordinator.roll_back.remote(asked.reason)))
+        return await obey(
+            request, "rollback", asked, _asked(coordinator.roll_back.remote(asked.reason))
+        )
 
     @router.post("/drain")
     async def drain(request: Request) -> dict[str, Any]:
-        """Makes every replica refuse new completions and finish those that run; `{"drain": false}` ends that."""
+        """Makes every replica refuse new completions and finish those that run; `{"drain": false}`
+        ends that."""
         asked = await read_request(request, DrainRequest)
         return await obey(request, "drain", asked, _asked(coordinator.drain.remote(asked.drain)))
 
@@ -124,19 +142,33 @@ def admin_router(follower: Follower) -> APIRouter:
 
 
 async def _read_candidate(reference: str, live: LoadedVersion, config: ServeConfig) -> Version:
-    """Reads the candidate, and writes a few conversations by its chat template. Raises `ApiError` (400) for what cannot
-    replace the live version."""
+    """Reads the candidate, and writes a few conversations by its chat template. Raises `ApiError`
+    (400) for what cannot replace the live version."""
     if not is_allowed(reference, config.delivery.allowed_checkpoints):
-        message = f"{reference[:200]!a} is not under any of delivery.allowed_checkpoints of this endpoint"
+        message = (
+            f"{reference[:200]!a} is not under any of delivery.allowed_checkpoints of this endpoint"
+        )
         raise ApiError(message, param="checkpoint", code="checkpoint_refused")
     try:
         uri, folder = await asyncio.to_thread(find_checkpoint, reference, config.storage.uri)
         texts = await open_reader(folder)  # first: it bounds what a stranger's tokenizer does
         texts.close()
         limit = config.engine.max_context
-        model = await asyncio.to_thread(read_served_model, folder, name=live.model.name, max_context=limit)
-    except (UserError, OSError, ValueError, KeyError, TypeError) as error:  # the last ones from a foreign config.json
-        message = str(error) if isinstance(error, UserError) else f"{reference} is not a checkpoint: {error!r}"
+        model = await asyncio.to_thread(
+            read_served_model, folder, name=live.model.name, max_context=limit
+        )
+    except (
+        UserError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:  # the last ones from a foreign config.json
+        message = (
+            str(error)
+            if isinstance(error, UserError)
+            else f"{reference} is not a checkpoint: {error!r}"
+        )
     else:
         if not (problem := misfit(live.model, model) or chat_misfit(live.texts.probe, texts.probe)):
             return version_of(model, checkpoint=uri)
@@ -145,8 +177,8 @@ async def _read_candidate(reference: str, live: LoadedVersion, config: ServeConf
 
 
 def is_allowed(reference: str, allowed: Sequence[str]) -> bool:
-    """Tells whether a checkpoint lies under one of these places; any does without them. Nothing is looked up for it: an
-    order must not make the server read what it may not promote."""
+    """Tells whether a checkpoint lies under one of these places; any does without them. Nothing is
+    looked up for it: an order must not make the server read what it may not promote."""
     if not allowed or reference == LATEST:
         return True
     if ".." in reference.split("/"):
@@ -159,9 +191,11 @@ def _place(uri: str) -> str:
     return (uri if "://" in uri else absolute_uri(uri)).rstrip("/") + "/"
 
 
-async def rows_of_gate(asked: PromoteRequest, version: LoadedVersion) -> tuple[tuple[int, ...], ...]:
-    """Returns the token rows of the gate, none longer than the live version's engine reads. Raises `ApiError` (400) for
-    what the model cannot read."""
+async def rows_of_gate(
+    asked: PromoteRequest, version: LoadedVersion
+) -> tuple[tuple[int, ...], ...]:
+    """Returns the token rows of the gate, none longer than the live version's engine reads. Raises
+    `ApiError` (400) for what the model cannot read."""
     live = version.model
     longest = live.config.n_positions - version.engine.facts.least_tokens
     rows = asked.gate_rows
@@ -170,9 +204,18 @@ async def rows_of_gate(asked: PromoteRequest, version: LoadedVersion) -> tuple[t
         [text] = await version.texts.encoded([asked.gate_text], PLAIN_ENCODING)
         whole = live.require_tokenizer().encode_whole(text) if isinstance(text, str) else text
         token_ids = whole[:MAX_GATE_TOKENS]
-        rows = [*rows, *(token_ids[start : start + longest] for start in range(0, len(token_ids) - 1, longest))]
+        rows = [
+            *rows,
+            *(
+                token_ids[start : start + longest]
+                for start in range(0, len(token_ids) - 1, longest)
+            ),
+        ]
     if (num_tokens := sum(map(len, rows))) > MAX_GATE_TOKENS:
-        raise ApiError(f"gate_rows: {num_tokens} tokens, at most {MAX_GATE_TOKENS} are measured", param="gate_rows")
+        raise ApiError(
+            f"gate_rows: {num_tokens} tokens, at most {MAX_GATE_TOKENS} are measured",
+            param="gate_rows",
+        )
     cut = [live.checked_ids(row[:longest], param="gate_rows") for row in rows]
     return tuple(tuple(row) for row in cut if len(row) > 1)
 

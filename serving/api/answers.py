@@ -33,10 +33,13 @@ class Answer(ABC):
         return self._fields(self.KIND, [self._whole_choice(choice) for choice in choices], usage)
 
     def event(self, parts: list[Part], usage: Usage | None) -> dict[str, Any]:
-        """Returns an event of a stream. `stream_options` asks for the usage in each, or in a last one without parts."""
+        """Returns an event of a stream. `stream_options` asks for the usage in each, or in a last
+        one without parts."""
         return self._fields(self.PART_KIND, [self._part_choice(part) for part in parts], usage)
 
-    def _fields(self, kind: str, choices: list[dict[str, Any]], usage: Usage | None) -> dict[str, Any]:
+    def _fields(
+        self, kind: str, choices: list[dict[str, Any]], usage: Usage | None
+    ) -> dict[str, Any]:
         return {
             "id": self._id,
             "object": kind,
@@ -52,17 +55,27 @@ class Answer(ABC):
         return {} if part.token_ids is None else {"token_ids": part.token_ids}
 
     def _of_prompt(self, part: Part) -> dict[str, Any]:
-        """Returns what `return_token_ids` and `prompt_logprobs` add about the prompt, as in vLLM."""
-        fields: dict[str, Any] = {} if part.prompt_ids is None else {"prompt_token_ids": part.prompt_ids}
+        """Returns what `return_token_ids` and `prompt_logprobs` add about the prompt, as in
+        vLLM."""
+        fields: dict[str, Any] = (
+            {} if part.prompt_ids is None else {"prompt_token_ids": part.prompt_ids}
+        )
         if part.prompt_logprobs is None:
             return fields
-        return fields | {"prompt_logprobs": [found and self._ranked(i, found) for i, found in part.prompt_logprobs]}
+        return fields | {
+            "prompt_logprobs": [
+                found and self._ranked(i, found) for i, found in part.prompt_logprobs
+            ]
+        }
 
     def _ranked(self, token_id: int, candidates: Candidates) -> dict[str, dict[str, Any]]:
         ranked = [(candidates.rank, token_id, candidates.logprob)]
         ranked += [(rank, *candidate) for rank, candidate in enumerate(candidates.top, start=1)]
         name = lambda i: self._model.token_bytes(i).decode(errors="replace")  # noqa: E731
-        return {str(i): {"logprob": logprob, "rank": rank, "decoded_token": name(i)} for rank, i, logprob in ranked}
+        return {
+            str(i): {"logprob": logprob, "rank": rank, "decoded_token": name(i)}
+            for rank, i, logprob in ranked
+        }
 
     @abstractmethod
     def _whole_choice(self, part: Part) -> dict[str, Any]:
@@ -104,7 +117,8 @@ class TextAnswer(Answer):
 
 
 class EmbeddingAnswer(Answer):
-    """For each text the mean of its tokens' hidden states after the final norm, computed as the engine reads them."""
+    """For each text the mean of its tokens' hidden states after the final norm, computed as the
+    engine reads them."""
 
     ID_PREFIX, KIND = "embd", "list"
     EMBEDS, PROMPT_FIELD = True, "input"

@@ -1,7 +1,8 @@
-"""Chat: requests as completions, written by the checkpoint's own template, and answers in the shapes of chats.
+"""Chat: requests as completions, written by the checkpoint's own template, and answers in the
+shapes of chats.
 
-A base model has no template, as it was never taught to chat; it continues text. A plain template shows it a dialogue,
-and every answer says so in the header `x-model-note`.
+A base model has no template, as it was never taught to chat; it continues text. A plain template
+shows it a dialogue, and every answer says so in the header `x-model-note`.
 """
 
 import asyncio
@@ -22,11 +23,14 @@ from serving.protocol.protocol import MAX_LOGPROBS, CompletionRequest, Generatio
 from serving.protocol.served_model import ServedModel
 
 MAX_MESSAGES = 256
-NOTE_HEADER = {"x-model-note": "base model, not chat-tuned; the messages were given to it as plain text"}
+NOTE_HEADER = {
+    "x-model-note": "base model, not chat-tuned; the messages were given to it as plain text"
+}
 
 
 def _content(value: Any, info: ValidationInfo) -> Any:
-    """Accepts a text, or a list of parts that are texts. An assistant's message without text is an empty turn."""
+    """Accepts a text, or a list of parts that are texts. An assistant's message without text is an
+    empty turn."""
     if value is None and info.data.get("role") == "assistant":
         return ""
     if not isinstance(value, list):
@@ -35,14 +39,17 @@ def _content(value: Any, info: ValidationInfo) -> Any:
         # It says up to where OpenAI would cache the prompt.
         names = set(part) - {"prompt_cache_breakpoint"} if isinstance(part, dict) else set()
         if names != {"type", "text"} or part["type"] != "text":
-            raise ValueError('this model reads text only: expected parts {"type": "text", "text": ...}')
+            raise ValueError(
+                'this model reads text only: expected parts {"type": "text", "text": ...}'
+            )
         if not isinstance(part["text"], str):
             raise ValueError("the text of a part is a string")
     return "".join(part["text"] for part in value)
 
 
 def _limit(value: Any) -> Any:
-    return None if type(value) is int and value == -1 else value  # how llama.cpp and others write "no limit"
+    # How llama.cpp and others write "no limit"
+    return None if type(value) is int and value == -1 else value
 
 
 Limit = Annotated[int, Field(ge=1, le=2**31)]
@@ -60,7 +67,11 @@ class Message(Request):
         if not isinstance(fields, dict):
             return fields
         table = harmless_fields.MESSAGE_FIELDS
-        return {n: value for n, value in fields.items() if not harmless_fields.is_harmless(n, value, table)}
+        return {
+            n: value
+            for n, value in fields.items()
+            if not harmless_fields.is_harmless(n, value, table)
+        }
 
 
 class ChatRequest(GenerationRequest):
@@ -80,18 +91,21 @@ class ChatRequest(GenerationRequest):
 
 
 class OpenEndedCompletion(CompletionRequest):
-    """A completion whose client has left its length open. To count the rest of the context against a key's quota would
-    refuse almost all of them."""
+    """A completion whose client has left its length open. To count the rest of the context against
+    a key's quota would refuse almost all of them."""
 
     @property
     def reserved_tokens(self) -> int:
         return 0
 
 
-async def as_completion(request: ChatRequest, version: LoadedVersion, *, clips: bool) -> CompletionRequest:
-    """Returns the completion that answers a chat. Without a limit it may fill the context, or as much of it as leaves
-    room for its log-probabilities. Where the endpoint `clips`, a larger limit fills the context too. Raises `ApiError`
-    (400) if there is no room for a token, and `ChatError` or `TextError` if the template refuses the messages."""
+async def as_completion(
+    request: ChatRequest, version: LoadedVersion, *, clips: bool
+) -> CompletionRequest:
+    """Returns the completion that answers a chat. Without a limit it may fill the context, or as
+    much of it as leaves room for its log-probabilities. Where the endpoint `clips`, a larger limit
+    fills the context too. Raises `ApiError` (400) if there is no room for a token, and `ChatError`
+    or `TextError` if the template refuses the messages."""
     model, end_of_turn = version.model, version.texts.probe.end_of_turn
     max_tokens = request.max_completion_tokens or request.max_tokens
     model.require_tokenizer()

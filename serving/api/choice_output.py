@@ -1,4 +1,5 @@
-"""Turns the engine's events into the text and the tokens of one choice, as soon as they are final."""
+"""Turns the engine's events into the text and the tokens of one choice, as soon as they are
+final."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -34,7 +35,9 @@ class Part:
 class ChoiceOutput:
     """The text and the tokens of one choice, as far as they are not given out."""
 
-    def __init__(self, index: int, sequence: SequenceRequest, request: CompletionRequest, model: ServedModel) -> None:
+    def __init__(
+        self, index: int, sequence: SequenceRequest, request: CompletionRequest, model: ServedModel
+    ) -> None:
         self._index = index
         self._sequence = sequence
         self._request = request
@@ -46,21 +49,26 @@ class ChoiceOutput:
         self.num_output_tokens = 0
 
     def push(self, event: TokenEvent) -> Part:
-        """Returns the part of the choice that this event makes final. It may be empty: a stream has a part for each
-        token, so that a client sees when tokens arrive."""
+        """Returns the part of the choice that this event makes final. It may be empty: a stream has
+        a part for each token, so that a client sees when tokens arrive."""
         is_first, self._started = not self._started, True
         text = self._echo(event.prompt_logprobs) if is_first and self._request.echo else ""
         if event.token_id is not None:
             self.num_output_tokens += 1
             offset = self._echoed_chars + self._detokenizer.num_chars
             self._entries.append(TokenEntry(event.token_id, event.logprobs, offset))
-            # The end-of-text token is not text but has an entry: lm-eval takes the last one for the new token's.
+            # The end-of-text token is not text but has an entry: lm-eval takes the last one for the
+            # new token's.
             if event.finish_reason is not FinishReason.STOP:
-                text += self._detokenizer.push(self._model.text_bytes(event.token_id, stop=self._request.stop))
+                text += self._detokenizer.push(
+                    self._model.text_bytes(event.token_id, stop=self._request.stop)
+                )
         if event.finish_reason is not None:
             text += self._detokenizer.finish()
         finish_reason = FinishReason.STOP if self._detokenizer.stopped else event.finish_reason
-        entries = self._take_entries(all_of_them=finish_reason is not None and not self._detokenizer.stopped)
+        entries = self._take_entries(
+            all_of_them=finish_reason is not None and not self._detokenizer.stopped
+        )
         token_ids = [] if event.token_id is None else [event.token_id]
         asked = self._request
         return Part(
@@ -70,28 +78,34 @@ class ChoiceOutput:
             finish_reason,
             token_ids=token_ids if asked.return_token_ids else None,
             prompt_ids=self._sequence.prompt_ids if asked.return_token_ids and is_first else None,
-            prompt_logprobs=self._scored(event.prompt_logprobs, asked.prompt_logprobs) if is_first else None,
+            prompt_logprobs=self._scored(event.prompt_logprobs, asked.prompt_logprobs)
+            if is_first
+            else None,
             embedding=event.embedding,
         )
 
     def _scored(
         self, prompt_logprobs: list[Candidates | None] | None, num_top: int | None
     ) -> list[tuple[int, Candidates | None]] | None:
-        """Returns the prompt's tokens with as many of the candidates as were asked for, None if none were."""
+        """Returns the prompt's tokens with as many of the candidates as were asked for, None if
+        none were."""
         if num_top is None:
             return None
         found = [each and each._replace(top=each.top[:num_top]) for each in prompt_logprobs or []]
         return list(zip(self._sequence.prompt_ids, found, strict=True))
 
     def _echo(self, prompt_logprobs: list[Candidates | None] | None) -> str:
-        """Returns the prompt as the start of the text, and puts its tokens' entries before all others."""
+        """Returns the prompt as the start of the text, and puts its tokens' entries before all
+        others."""
         detokenizer = Detokenizer()
         text = ""
         unscored = [(token_id, None) for token_id in self._sequence.prompt_ids]
         scored = self._scored(prompt_logprobs, self._request.logprobs) or unscored
         for place, (token_id, candidates) in enumerate(scored):
             self._entries.append(TokenEntry(token_id, candidates, detokenizer.num_chars))
-            text += detokenizer.push(b"" if self._is_added(place, token_id) else self._model.token_bytes(token_id))
+            text += detokenizer.push(
+                b"" if self._is_added(place, token_id) else self._model.token_bytes(token_id)
+            )
         text += detokenizer.finish()
         self._echoed_chars = len(text)
         return text
@@ -107,8 +121,8 @@ class ChoiceOutput:
         return place == 0 and not prompt.encode().startswith(tokenizer.token_bytes(token_id))
 
     def _take_entries(self, *, all_of_them: bool) -> list[TokenEntry]:
-        """Removes and returns the entries whose text has been given out, at least in part. Entries after a stop string
-        never are."""
+        """Removes and returns the entries whose text has been given out, at least in part. Entries
+        after a stop string never are."""
         num_chars = self._echoed_chars + self._detokenizer.num_released_chars
         nothing_held = self._detokenizer.num_chars == self._detokenizer.num_released_chars
         everything = all_of_them or (nothing_held and not self._detokenizer.stopped)
@@ -123,7 +137,11 @@ def join_parts(parts: list[Part]) -> Part:
     return replace(
         first,
         text="".join(part.text for part in parts),
-        tokens=None if first.tokens is None else [token for part in parts for token in part.tokens or []],
+        tokens=None
+        if first.tokens is None
+        else [token for part in parts for token in part.tokens or []],
         finish_reason=parts[-1].finish_reason,
-        token_ids=None if first.token_ids is None else [i for part in parts for i in part.token_ids or []],
+        token_ids=None
+        if first.token_ids is None
+        else [i for part in parts for i in part.token_ids or []],
     )

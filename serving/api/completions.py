@@ -1,4 +1,5 @@
-"""Admits a completion request, turns it into sequences, and answers it whole or as a stream of events."""
+"""Admits a completion request, turns it into sequences, and answers it whole or as a stream of
+events."""
 
 import asyncio
 import hashlib
@@ -28,9 +29,12 @@ from serving.protocol.protocol import CompletionRequest, StreamOptions, sampling
 from serving.protocol.request_facts import RequestFacts
 from serving.protocol.served_model import ServedModel
 
-SCORES_AT_ONCE = 5_000  # log-probabilities written in the event loop; more would hold up other streams for milliseconds
-LINE_ENDS = ("\u2028", "\u2029", "\x85")  # in JSON as they are, and the end of a line to some clients, such as httpx
-EXPECTED_SHARE = 0.8  # of the longest wait: a refusal at once is better than one after a wait that was misjudged
+# log-probabilities written in the event loop; more would hold up other streams for milliseconds
+SCORES_AT_ONCE = 5_000
+# In JSON as they are, and the end of a line to some clients, such as httpx
+LINE_ENDS = ("\u2028", "\u2029", "\x85")
+# Of the longest wait: a refusal at once is better than one after a wait that was misjudged
+EXPECTED_SHARE = 0.8
 
 
 @dataclass(eq=False)
@@ -46,21 +50,27 @@ class Completion:
     timer: RequestTimer
     facts: RequestFacts
     reservation: Reservation
-    shows_cache: bool  # in the usage; to a key it would show what others have sent, where they share the cache
+    # In the usage; to a key it would show what others have sent, where they share the cache
+    shows_cache: bool
 
     def __post_init__(self) -> None:
         request, sequences = self.request, self.sequences
-        self._choices = {s.seq_id: ChoiceOutput(i, s, request, self.model) for i, s in enumerate(sequences)}
+        self._choices = {
+            s.seq_id: ChoiceOutput(i, s, request, self.model) for i, s in enumerate(sequences)
+        }
         self._prompts = SharedPrompts(sequences, num_choices=request.n)
         self._parts = self._generated_parts()
         self._first_part: Part | None = None
         self._has_failed = False
         # A prompt counts once, however many choices it has.
-        self._num_prompt_tokens = sum(len(sequence.prompt_ids) for sequence in sequences[:: request.n])
+        self._num_prompt_tokens = sum(
+            len(sequence.prompt_ids) for sequence in sequences[:: request.n]
+        )
         self.facts.prompt_tokens, self.facts.stream = self._num_prompt_tokens, request.stream
 
     def close(self) -> None:
-        """Ends the request, and charges its key: with nothing if the engine has not begun or has failed."""
+        """Ends the request, and charges its key: with nothing if the engine has not begun or has
+        failed."""
         self.generation.close()
         self.timer.close()
         costs = self.generation.has_begun.is_set() and not self._has_failed
@@ -70,7 +80,8 @@ class Completion:
         )
 
     async def begin(self) -> None:
-        """Waits for the first token: a failure before it can still have an HTTP status. Raises `ApiError`."""
+        """Waits for the first token: a failure before it can still have an HTTP status. Raises
+        `ApiError`."""
         self._first_part = await anext(self._parts)
 
     async def respond(self) -> bytes:
@@ -86,11 +97,13 @@ class Completion:
         return self._written(choices)
 
     def _written(self, choices: dict[int, Part]) -> bytes:
-        return orjson.dumps(self.answer.whole([choices[index] for index in sorted(choices)], self._usage()))
+        return orjson.dumps(
+            self.answer.whole([choices[index] for index in sorted(choices)], self._usage())
+        )
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Yields server-sent events. A failure is an event too, and no `[DONE]` follows it, so that a client cannot
-        mistake half an answer for a whole one."""
+        """Yields server-sent events. A failure is an event too, and no `[DONE]` follows it, so that
+        a client cannot mistake half an answer for a whole one."""
         options = self.request.stream_options or StreamOptions()
         is_counted = options.include_usage and options.continuous_usage_stats
         try:
@@ -119,7 +132,8 @@ class Completion:
                     self._has_failed = True
                     raise error_of("not_finite")
                 for answerable in self._prompts.take(event):
-                    if answerable.seq_id in reasons:  # a stop string has ended it, and later tokens were waiting
+                    # A stop string has ended it, and later tokens were waiting
+                    if answerable.seq_id in reasons:
                         continue
                     part = self._part_of(answerable)
                     if part.finish_reason is not None:
@@ -129,7 +143,10 @@ class Completion:
             self._has_failed = True
             raise error_of("engine_unavailable") from None
         finally:
-            self.facts.reason, self.facts.last_token_s = "+".join(sorted({*reasons.values()})) or None, time.monotonic()
+            self.facts.reason, self.facts.last_token_s = (
+                "+".join(sorted({*reasons.values()})) or None,
+                time.monotonic(),
+            )
             self.facts.completion_tokens = self._num_output_tokens
 
     def _part_of(self, event: TokenEvent) -> Part:
@@ -156,7 +173,9 @@ class Completion:
         if self.shows_cache:
             # As the prompt's tokens, which count once.
             first_choices = self.sequences[:: self.request.n]
-            num_cached = sum(self.generation.num_found.get(sequence.seq_id, 0) for sequence in first_choices)
+            num_cached = sum(
+                self.generation.num_found.get(sequence.seq_id, 0) for sequence in first_choices
+            )
             usage["prompt_tokens_details"] = {"cached_tokens": num_cached}
         return usage
 
@@ -179,21 +198,29 @@ async def start_completion(
     facts: RequestFacts,
     reserve: Callable[[int], Reservation],
 ) -> Completion:
-    """Admits a request to the engine of `version`, and returns with its first token. Its key is charged by `reserve`.
-    Raises `ApiError`: 400 for a request that cannot be served, 429 if there is no room for it now or its key has no
-    tokens left, 503 without an engine."""
+    """Admits a request to the engine of `version`, and returns with its first token. Its key is
+    charged by `reserve`. Raises `ApiError`: 400 for a request that cannot be served, 429 if there
+    is no room for it now or its key has no tokens left, 503 without an engine."""
     model, engine, key = version.model, version.engine, facts.key or ""
-    # The engine gets no more of a request than keep it busy. The rest waits here, and leaves room for other requests.
+    # The engine gets no more of a request than keep it busy. The rest waits here, and leaves room
+    # for other requests.
     num_slots = engine.facts.max_num_seqs
-    at_once = min(len(request.prompt) * request.n, 2 * num_slots, num_slots + config.engine.waiting_room)
+    at_once = min(
+        len(request.prompt) * request.n, 2 * num_slots, num_slots + config.engine.waiting_room
+    )
     refuse_when_full(engine, at_once, config, key=key)
     _require_possible(request, model)
     if answer.EMBEDS and not engine.facts.embeds:
         raise error_of("unsupported_by_backend")
-    # In the event loop other streams' tokens would wait for the milliseconds that a long prompt takes.
+    # In the event loop other streams' tokens would wait for the milliseconds that a long prompt
+    # takes.
     least_tokens, asked_tokens = engine.facts.least_tokens, request.token_limit
-    room = max(min(asked_tokens, 1) if config.engine.clip_max_tokens else asked_tokens, least_tokens)
-    read = partial(model.prompt_ids, max_tokens=room, param=answer.PROMPT_FIELD, how=request.encoding)
+    room = max(
+        min(asked_tokens, 1) if config.engine.clip_max_tokens else asked_tokens, least_tokens
+    )
+    read = partial(
+        model.prompt_ids, max_tokens=room, param=answer.PROMPT_FIELD, how=request.encoding
+    )
     try:
         texts = await version.texts.encoded(request.prompt, request.encoding)
     except TextError as error:
@@ -214,7 +241,9 @@ async def start_completion(
     reservation = reserve(num_prompt_tokens + num_open)
     counted = metrics.of(model.version)
     try:
-        generation = engine.submit(sequences, at_once=at_once, key=key, observer=WatchedSteps(counted, version.stats))
+        generation = engine.submit(
+            sequences, at_once=at_once, key=key, observer=WatchedSteps(counted, version.stats)
+        )
     except EngineDiedError:
         reservation.settle(prompt_tokens=0, generated_tokens=0)
         raise error_of("engine_unavailable") from None
@@ -244,7 +273,9 @@ async def start_completion(
         completion.close()
         if not isinstance(error, TimeoutError):
             raise
-        message = f"The request has waited for {max_queue_s:g} s, which is the most; try again later"
+        message = (
+            f"The request has waited for {max_queue_s:g} s, which is the most; try again later"
+        )
         raise overloaded(message, retry_after_s=math.ceil(max_queue_s)) from None
     return completion
 
@@ -273,7 +304,8 @@ def _sequences(
             stop_token_ids=tuple(request.stop_token_ids),
             min_tokens=min(request.min_tokens, most_tokens),
             num_logprobs=request.logprobs,
-            num_prompt_logprobs=scored if choice == 0 else None,  # the other choices share them: see `SharedPrompts`
+            # The other choices share them: see `SharedPrompts`
+            num_prompt_logprobs=scored if choice == 0 else None,
             embed=embeds,
             cache_scope=cache_scope,
             weights=version.weights,
@@ -283,7 +315,8 @@ def _sequences(
 
 
 def _require_possible(request: CompletionRequest, model: ServedModel) -> None:
-    """Raises `ApiError` (400) for what this model cannot do, and for fields that contradict each other."""
+    """Raises `ApiError` (400) for what this model cannot do, and for fields that contradict each
+    other."""
     model.checked_ids(list(request.logit_bias), param="logit_bias")
     model.checked_ids(request.stop_token_ids, param="stop_token_ids")
     if request.stop:
@@ -298,9 +331,12 @@ def _require_possible(request: CompletionRequest, model: ServedModel) -> None:
         raise ApiError("stop_token_ids leave no token for min_tokens", param="stop_token_ids")
 
 
-def refuse_when_full(engine: EngineClient, num_sequences: int, config: ServeConfig, *, key: str) -> None:
-    """Raises `ApiError` (429) if there is no room for as many more sequences, or only after too long a wait. What they
-    would pass in the queue takes no room from them: a key that fills the queue fills it for itself."""
+def refuse_when_full(
+    engine: EngineClient, num_sequences: int, config: ServeConfig, *, key: str
+) -> None:
+    """Raises `ApiError` (429) if there is no room for as many more sequences, or only after too
+    long a wait. What they would pass in the queue takes no room from them: a key that fills the
+    queue fills it for itself."""
     num_requests, num_others, wait_s = engine.ahead(key)
     max_requests = config.max_ongoing_requests
     max_sequences = engine.facts.max_num_seqs + config.engine.waiting_room
@@ -320,8 +356,8 @@ def refuse_when_full(engine: EngineClient, num_sequences: int, config: ServeConf
 
 
 def choice_seed(seed: int | None, index: int) -> int | None:
-    """Returns the seed of choice `index`. The first has the request's own, so that n=1 is the first choice of any n.
-    Without a seed none has one, as vLLM draws rows with a seed alone."""
+    """Returns the seed of choice `index`. The first has the request's own, so that n=1 is the first
+    choice of any n. Without a seed none has one, as vLLM draws rows with a seed alone."""
     if seed is None or index == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8]) >> 1

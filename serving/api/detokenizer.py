@@ -1,13 +1,14 @@
-"""Turns tokens into text as they arrive: holds back what may still change, and ends the text before a stop string."""
+"""Turns tokens into text as they arrive: holds back what may still change, and ends the text before
+a stop string."""
 
 import codecs
 from collections.abc import Sequence
 
 
 class Detokenizer:
-    """Takes the bytes of tokens. The texts that it returns, joined, are the whole output decoded at once (errors
-    replaced), cut before the stop string that is complete first, however the bytes are split into tokens. Stop strings
-    that are complete within the first `min_tokens` do not count."""
+    """Takes the bytes of tokens. The texts that it returns, joined, are the whole output decoded at
+    once (errors replaced), cut before the stop string that is complete first, however the bytes are
+    split into tokens. Stop strings that are complete within the first `min_tokens` do not count."""
 
     def __init__(self, *, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._stop = stop
@@ -20,7 +21,8 @@ class Detokenizer:
 
     @property
     def num_chars(self) -> int:
-        """The number of characters so far, including held ones: where the text of the next token starts."""
+        """The number of characters so far, including held ones: where the text of the next token
+        starts."""
         return self.num_released_chars + len(self._held)
 
     def push(self, token: bytes) -> str:
@@ -42,7 +44,9 @@ class Detokenizer:
         num_final = _first_complete(self._held, self._stop, after=self._num_uncut)
         self.stopped = num_final is not None
         if num_final is None:
-            num_final = len(self._held) - (0 if final else _longest_start_of_stop(self._held, self._stop))
+            num_final = len(self._held) - (
+                0 if final else _longest_start_of_stop(self._held, self._stop)
+            )
         text, self._held = self._held[:num_final], "" if self.stopped else self._held[num_final:]
         self.num_released_chars += len(text)
         self._num_uncut = max(0, self._num_uncut - len(text))
@@ -50,9 +54,13 @@ class Detokenizer:
 
 
 def _first_complete(text: str, stop: Sequence[str], *, after: int) -> int | None:
-    """Returns where the stop string starts that ends first beyond `after` characters of `text`; of several that end
-    there, the longest."""
-    matches = [(start + len(s), start) for s in stop if (start := text.find(s, max(0, after + 1 - len(s)))) >= 0]
+    """Returns where the stop string starts that ends first beyond `after` characters of `text`; of
+    several that end there, the longest."""
+    matches = [
+        (start + len(s), start)
+        for s in stop
+        if (start := text.find(s, max(0, after + 1 - len(s)))) >= 0
+    ]
     return min(matches)[1] if matches else None
 
 
@@ -60,4 +68,6 @@ def _longest_start_of_stop(text: str, stop: Sequence[str]) -> int:
     """Returns the length of the longest end of `text` with which a stop string starts."""
     longest = max((len(s) for s in stop), default=1) - 1
     lengths = range(min(longest, len(text)), 0, -1)
-    return next((length for length in lengths if any(s.startswith(text[-length:]) for s in stop)), 0)
+    return next(
+        (length for length in lengths if any(s.startswith(text[-length:]) for s in stop)), 0
+    )

@@ -1,4 +1,5 @@
-"""The HTTP routes of a replica. Each reads its request strictly and answers in OpenAI's shape, errors too."""
+"""The HTTP routes of a replica. Each reads its request strictly and answers in OpenAI's shape,
+errors too."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -38,12 +39,24 @@ from serving.proxy.token_relay import YES_HEADER, RelayClient
 from serving.xray.page_routes import page_router
 
 # These count against a key's limit, and are refused while the endpoint drains.
-METERED_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/xray", "/tokenize", "/detokenize")
+METERED_PATHS = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/embeddings",
+    "/v1/xray",
+    "/tokenize",
+    "/detokenize",
+)
 STATE_METHODS = ["GET", "HEAD"]  # monitors ask with HEAD, to which uvicorn sends no body
 
 
 def build_http_app(
-    *, versions: Versions, metrics: ReplicaMetrics, access: CurrentAccess, usage: KeyUsage, admin: APIRouter
+    *,
+    versions: Versions,
+    metrics: ReplicaMetrics,
+    access: CurrentAccess,
+    usage: KeyUsage,
+    admin: APIRouter,
 ) -> ASGIApp:
     """Builds the application of all routes, behind `access` and the limits of keys."""
     config = versions.config
@@ -69,7 +82,9 @@ def build_http_app(
         parsed = await read_request(request, ChatRequest)
         routed = RoutedRequest.of(request)
         version = routed.take(parsed.model, user=parsed.user)
-        completion, version = await written_chat(parsed, version, routed, metrics=metrics, clips=clips)
+        completion, version = await written_chat(
+            parsed, version, routed, metrics=metrics, clips=clips
+        )
         note = None if version.model.is_chat_tuned else NOTE_HEADER
         return await answer(completion, ChatAnswer, request, version=version, headers=note)
 
@@ -118,7 +133,8 @@ def build_http_app(
             finally:
                 completion.close()
         except ApiError as error:
-            # Nothing has gone out yet, so the version before can answer what a new version fails to answer.
+            # Nothing has gone out yet, so the version before can answer what a new version fails to
+            # answer.
             other = RoutedRequest.of(request).take_other() if error.status >= 500 else None
             if other is None:
                 raise
@@ -176,7 +192,9 @@ def add_error_handlers(app: FastAPI, limits: KeyLimits) -> None:
         routed.facts.reason = error.code
         if error.status == HTTPStatus.BAD_REQUEST:
             length = request.headers.get("content-length", "0")
-            limits.charge_invalid(key_of(request), int(length) if length.isdecimal() else MAX_BODY_BYTES)
+            limits.charge_invalid(
+                key_of(request), int(length) if length.isdecimal() else MAX_BODY_BYTES
+            )
         if error.code == "overloaded":
             limits.count_refusal(key_of(request), Refusal.OVERLOADED)
         return error.response()
@@ -184,7 +202,9 @@ def add_error_handlers(app: FastAPI, limits: KeyLimits) -> None:
     @app.exception_handler(HTTPException)
     async def routing_error(_request: Request, error: HTTPException) -> Response:
         """Answers 404 for an unknown path, and 405 with its Allow header."""
-        return ApiError(str(error.detail), status=error.status_code, headers=dict(error.headers or {})).response()
+        return ApiError(
+            str(error.detail), status=error.status_code, headers=dict(error.headers or {})
+        ).response()
 
     @app.exception_handler(Exception)
     async def unexpected_error(request: Request, _error: Exception) -> Response:
@@ -194,10 +214,16 @@ def add_error_handlers(app: FastAPI, limits: KeyLimits) -> None:
 
 
 async def written_chat(
-    request: ChatRequest, version: LoadedVersion, routed: RoutedRequest, *, metrics: ReplicaMetrics, clips: bool
+    request: ChatRequest,
+    version: LoadedVersion,
+    routed: RoutedRequest,
+    *,
+    metrics: ReplicaMetrics,
+    clips: bool,
 ) -> tuple[CompletionRequest, LoadedVersion]:
-    """Returns the completion that answers a chat, and the version that does. What a new version's template cannot write
-    and the version before can is the new one's failure. Raises `ApiError` (400) for what no template writes."""
+    """Returns the completion that answers a chat, and the version that does. What a new version's
+    template cannot write and the version before can is the new one's failure. Raises `ApiError`
+    (400) for what no template writes."""
     try:
         return await as_completion(request, version, clips=clips), version
     except (ChatError, TextError) as error:
@@ -215,10 +241,12 @@ async def written_chat(
 
 
 class Gate:
-    """Wraps all routes: requires a key, keeps the version that answers a request loaded until the answer has ended, and
-    names it in the answer."""
+    """Wraps all routes: requires a key, keeps the version that answers a request loaded until the
+    answer has ended, and names it in the answer."""
 
-    def __init__(self, app: ASGIApp, *, access: CurrentAccess, versions: Versions, limits: KeyLimits) -> None:
+    def __init__(
+        self, app: ASGIApp, *, access: CurrentAccess, versions: Versions, limits: KeyLimits
+    ) -> None:
         self._app = app
         self._access = access
         self._limits = limits
@@ -238,7 +266,8 @@ class Gate:
         async def send_with_version(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(routed.headers)
-            if not message.get("more_body", False):  # in the start too, for answers whose end does not arrive
+            # In the start too, for answers whose end does not arrive
+            if not message.get("more_body", False):
                 message[FACTS] = facts.shown()
             await send(message)
 
@@ -264,9 +293,12 @@ class Gate:
 
 
 class EventStream(StreamingResponse):
-    """A streamed completion. It is closed however the response ends, so that a client that leaves frees its slots."""
+    """A streamed completion. It is closed however the response ends, so that a client that leaves
+    frees its slots."""
 
-    def __init__(self, completion: Completion, *, headers: Mapping[str, str], relay: RelayClient) -> None:
+    def __init__(
+        self, completion: Completion, *, headers: Mapping[str, str], relay: RelayClient
+    ) -> None:
         headers = {"Cache-Control": "no-cache"} | dict(headers)
         self._events = completion.stream()
         super().__init__(self._events, media_type="text/event-stream", headers=headers)
@@ -285,7 +317,9 @@ class EventStream(StreamingResponse):
             writer.start(self.status_code, shown.raw, **{FACTS: routed.facts.shown()})
             writer.write(await anext(self._events))
             headers = [*self.raw_headers, (YES_HEADER, b"1")]
-            await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
+            await send(
+                {"type": "http.response.start", "status": self.status_code, "headers": headers}
+            )
             async for event in self._events:
                 writer.write(event)
             writer.end()

@@ -1,4 +1,5 @@
-"""Refuses what exceeds a key's limits: requests in flight, tokens, and invalid bodies, on all replicas together."""
+"""Refuses what exceeds a key's limits: requests in flight, tokens, and invalid bodies, on all
+replicas together."""
 
 import asyncio
 import math
@@ -60,7 +61,9 @@ class Reservation:
         if self.key is None or num_tokens == 0:
             return
         for kind, quota in self.key.token_quotas.items():
-            self.usage.charge(Account(self.key.name, kind), self.weight * quota.seconds_of(num_tokens))
+            self.usage.charge(
+                Account(self.key.name, kind), self.weight * quota.seconds_of(num_tokens)
+            )
 
 
 class KeyLimits:
@@ -83,8 +86,8 @@ class KeyLimits:
 
     @asynccontextmanager
     async def running(self, key: ApiKey | None) -> AsyncIterator[None]:
-        """Counts one more request of `key` during the context; None is not counted. Raises `ApiError` (429) at the
-        limit."""
+        """Counts one more request of `key` during the context; None is not counted. Raises
+        `ApiError` (429) at the limit."""
         limit = None if key is None else key.max_requests or self._max_requests
         if key is None or limit is None:
             yield
@@ -96,8 +99,8 @@ class KeyLimits:
             yield
 
     async def _has_room(self, name: str, limit: int) -> bool:
-        """Tells whether one more request may run. What the other replicas have reported may have ended meanwhile: where
-        only that speaks against it, it waits for their next reports."""
+        """Tells whether one more request may run. What the other replicas have reported may have
+        ended meanwhile: where only that speaks against it, it waits for their next reports."""
         usage = self._usage
         if usage.num_here(name) + self._waiting[name] >= usage.share_of(limit):
             return False
@@ -113,8 +116,8 @@ class KeyLimits:
         return True
 
     def charge_invalid(self, key: ApiKey | None, num_bytes: int) -> None:
-        """Holds a body against a key that was read in vain: reading it took time from others' streams, and a refusal
-        costs its sender nothing."""
+        """Holds a body against a key that was read in vain: reading it took time from others'
+        streams, and a refusal costs its sender nothing."""
         seconds = INVALID_BODIES.seconds_of(num_bytes + INVALID_BASE_BYTES)
         self._usage.charge(_invalid_of(key), self._usage.weight * seconds)
 
@@ -128,14 +131,18 @@ class KeyLimits:
             raise error
 
     def reserve(self, key: ApiKey | None, num_tokens: int) -> Reservation:
-        """Charges a request beforehand with what it may use. Raises `ApiError` (429) if that exceeds a quota."""
+        """Charges a request beforehand with what it may use. Raises `ApiError` (429) if that
+        exceeds a quota."""
         if key is not None:
             self._require_tokens(key, num_tokens)
         return Reservation(self._usage, self._metrics, key, num_tokens)
 
     def _require_tokens(self, key: ApiKey, num_tokens: int) -> None:
         debts_s = {kind: self._usage.debt_s(Account(key.name, kind)) for kind in key.token_quotas}
-        waits_s = {kind: quota.wait_s(debts_s[kind], num_tokens) for kind, quota in key.token_quotas.items()}
+        waits_s = {
+            kind: quota.wait_s(debts_s[kind], num_tokens)
+            for kind, quota in key.token_quotas.items()
+        }
         kind = max(waits_s, key=lambda kind: waits_s[kind], default=None)
         if kind is None or waits_s[kind] == 0:
             return
@@ -143,7 +150,11 @@ class KeyLimits:
         quota, window = key.token_quotas[kind], _WINDOWS[kind]
         if math.isinf(waits_s[kind]):
             raise error_of(
-                "token_quota_too_small", name=key.name, limit=quota.amount, window=window, requested=num_tokens
+                "token_quota_too_small",
+                name=key.name,
+                limit=quota.amount,
+                window=window,
+                requested=num_tokens,
             )
         wait_s = math.ceil(waits_s[kind])
         used = math.ceil(debts_s[kind] / quota.window_s * quota.amount)

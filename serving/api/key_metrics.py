@@ -23,11 +23,15 @@ class NameMetrics:
         self.requests = exported.of("raymill:key_requests", key=name)
         self.prompt_tokens = exported.of("raymill:key_prompt_tokens", key=name)
         self.generation_tokens = exported.of("raymill:key_generation_tokens", key=name)
-        self.refused = {reason: exported.of("raymill:key_refused", key=name, reason=reason) for reason in Refusal}
+        self.refused = {
+            reason: exported.of("raymill:key_refused", key=name, reason=reason)
+            for reason in Refusal
+        }
 
 
 class KeyMetrics:
-    """The metrics of all names. Names come from the key files alone, so there are as many series as the files allow."""
+    """The metrics of all names. Names come from the key files alone, so there are as many series as
+    the files allow."""
 
     def __init__(self, exported: Metrics) -> None:
         self._exported = exported
@@ -40,7 +44,8 @@ class KeyMetrics:
         return self._by_name[name]
 
     def keep(self, names: Collection[str]) -> None:
-        """Begins the series of these names, as rates need a first value, and ends those of all others."""
+        """Begins the series of these names, as rates need a first value, and ends those of all
+        others."""
         for name in names:
             self.of(name)
         for name in self._by_name.keys() - set(names):

@@ -36,8 +36,8 @@ class ApiKey:
 
     @classmethod
     def read(cls, line: str) -> "ApiKey":
-        """Reads a line, such as `sk-… name=alice expires=2027-01-01 tokens_per_minute=20000`. A key without a name has
-        one made from its hash. Raises `ValueError`."""
+        """Reads a line, such as `sk-… name=alice expires=2027-01-01 tokens_per_minute=20000`. A key
+        without a name has one made from its hash. Raises `ValueError`."""
         key, *words = line.split()
         if key.startswith("#"):
             raise ValueError("a comment would be a key that is easily guessed")
@@ -81,15 +81,19 @@ def make_key_file(path: Path) -> None:
 
 
 def read_keys(path: Path) -> tuple[ApiKey, ...]:
-    """Returns the file's keys as hashes; replicas get nothing else, so that no key is in the cluster's state or logs.
-    Raises `UserError`, which names the line and quotes none of it."""
+    """Returns the file's keys as hashes; replicas get nothing else, so that no key is in the
+    cluster's state or logs. Raises `UserError`, which names the line and quotes none of it."""
     keys = []
-    for number, encoded in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+    for number, encoded in enumerate(
+        path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), 1
+    ):
         try:
             line = encoded.decode("utf-8")
             keys += [ApiKey.read(line)] if line.strip() else []
         except ValueError:
-            raise UserError(f"the API key file {path}, line {number}: expected {EXPECTED}") from None
+            raise UserError(
+                f"the API key file {path}, line {number}: expected {EXPECTED}"
+            ) from None
     if not keys:
         raise UserError(
             f"the API key file {path} is empty: write one key on each line, or delete the file to have one created"

@@ -1,4 +1,5 @@
-"""A replica's metrics, under vLLM's names, so that vLLM's dashboards work, and those of vLLM itself beside them."""
+"""A replica's metrics, under vLLM's names, so that vLLM's dashboards work, and those of vLLM itself
+beside them."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +29,8 @@ class Role(StrEnum):
 
 
 class ReplicaMetrics:
-    """Counts sequences where vLLM counts requests: one for each prompt and each choice of a request."""
+    """Counts sequences where vLLM counts requests: one for each prompt and each choice of a
+    request."""
 
     def __init__(self, *, versions: Versions, replica: str, start_s: float) -> None:
         labels = {"model_name": versions.delivery.model_name, "replica": replica}
@@ -36,14 +38,18 @@ class ReplicaMetrics:
         exported.of("vllm:num_requests_running").set_function(lambda: versions.num_running)
         exported.of("vllm:num_requests_waiting").set_function(lambda: versions.num_waiting)
         exported.of("vllm:kv_cache_usage_perc").set_function(lambda: versions.kv_cache_usage)
-        exported.of("raymill:predicted_queue_seconds").set_function(lambda: versions.expected_wait_s)
+        exported.of("raymill:predicted_queue_seconds").set_function(
+            lambda: versions.expected_wait_s
+        )
         exported.of("raymill:replica_start_seconds").set(start_s)
         exported.of("raymill:draining").set_function(lambda: versions.delivery.draining)
         for phase in Phase:
             is_now = _whether(lambda: versions.delivery.phase, phase)
             exported.of("raymill:promotion_phase", phase=phase).set_function(is_now)
         for result in get_args(Result):
-            was_last = _whether(lambda: versions.delivery.outcome and versions.delivery.outcome.result, result)
+            was_last = _whether(
+                lambda: versions.delivery.outcome and versions.delivery.outcome.result, result
+            )
             exported.of("raymill:last_promotion", result=result).set_function(was_last)
         exported.collectors.register(EngineMetrics(versions, labels))
         self._versions = versions
@@ -51,7 +57,8 @@ class ReplicaMetrics:
         self.of = by_version(exported, lambda version: VersionMetrics(exported, version, versions))
 
     def publish(self, *, application: str) -> None:
-        """Publishes, also the zeros of a version that has not answered yet: rates need a first value."""
+        """Publishes, also the zeros of a version that has not answered yet: rates need a first
+        value."""
         for needed in self._versions.delivery.needed:
             self.of(needed.version)
         self.exported.publish(application=application)
@@ -103,8 +110,9 @@ def _plays(versions: Versions, version: str, role: Role) -> bool:
 
 
 class EngineMetrics(Collector):
-    """The live engine's own metrics, which only vLLM has, as of the collection before. Those that the replica counts
-    itself are left out: they are sequences here, and requests in vLLM, whose requests are sequences."""
+    """The live engine's own metrics, which only vLLM has, as of the collection before. Those that
+    the replica counts itself are left out: they are sequences here, and requests in vLLM, whose
+    requests are sequences."""
 
     def __init__(self, versions: Versions, labels: dict[str, str]) -> None:
         self._versions = versions
@@ -128,13 +136,18 @@ class SeriesFor(Collector):
 
     def collect(self) -> Iterator[Metric]:
         for family in self.whole.collect():
-            family.samples = [sample for sample in family.samples if sample.labels.get("key", self.key) == self.key]
+            family.samples = [
+                sample
+                for sample in family.samples
+                if sample.labels.get("key", self.key) == self.key
+            ]
             yield family
 
 
 @dataclass(frozen=True)
 class WatchedSteps:
-    """Observes the engine's steps for the metrics of a version, and for what its promotion is judged by."""
+    """Observes the engine's steps for the metrics of a version, and for what its promotion is
+    judged by."""
 
     metrics: VersionMetrics
     stats: VersionStats
@@ -151,8 +164,8 @@ class WatchedSteps:
 
 @dataclass(eq=False)
 class RequestTimer:
-    """Times one request's sequences, each since it got in line, for the metrics and for the version that answers: the
-    last of 256 prompts waits for those before it, and not for a slow engine."""
+    """Times one request's sequences, each since it got in line, for the metrics and for the version
+    that answers: the last of 256 prompts waits for those before it, and not for a slow engine."""
 
     metrics: VersionMetrics
     stats: VersionStats

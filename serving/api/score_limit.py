@@ -1,7 +1,7 @@
 """Bounds the log-probabilities that a replica holds for an answer until the answer is written.
 
-An answer that comes whole is held until its last token. A stream's new tokens are gone once they are sent, so only the
-log-probabilities of its prompts are held: they come in one piece.
+An answer that comes whole is held until its last token. A stream's new tokens are gone once they
+are sent, so only the log-probabilities of its prompts are held: they come in one piece.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ MAX_SCORES = 600_000  # 200 MB while they are written; lm-eval's 256 prompts hav
 
 
 def held_scores(request: CompletionRequest, sequences: Sequence[SequenceRequest]) -> int:
-    """Returns the number of log-probabilities that the replica may hold at a time for these sequences of a request."""
+    """Returns the number of log-probabilities that the replica may hold at a time for these
+    sequences of a request."""
     num_prompt_tokens = sum(len(sequence.prompt_ids) for sequence in sequences)
     num_new_tokens = sum(sequence.max_tokens for sequence in sequences)
     return num_prompt_tokens * _per_prompt_token(request) + num_new_tokens * _per_new_token(request)
@@ -33,8 +34,8 @@ def require_few_scores(request: CompletionRequest, sequences: Sequence[SequenceR
 
 
 def most_new_tokens(request: CompletionRequest, *, num_prompt_tokens: int) -> int | None:
-    """Returns the number of new tokens whose log-probabilities have room in the answer to one prompt, and at least one;
-    None if they take no room."""
+    """Returns the number of new tokens whose log-probabilities have room in the answer to one
+    prompt, and at least one; None if they take no room."""
     per_token = request.n * _per_new_token(request)
     if per_token == 0:
         return None
@@ -43,8 +44,8 @@ def most_new_tokens(request: CompletionRequest, *, num_prompt_tokens: int) -> in
 
 
 def prompt_candidates(request: CompletionRequest) -> int | None:
-    """Returns how many candidates the engine reports for each token of a prompt; None if its log-probabilities are not
-    asked for."""
+    """Returns how many candidates the engine reports for each token of a prompt; None if its
+    log-probabilities are not asked for."""
     echoed = request.logprobs if request.echo else None
     asked = [number for number in (echoed, request.prompt_logprobs) if number is not None]
     return max(asked, default=None)

@@ -1,4 +1,5 @@
-"""Gives all choices of a prompt its log-probabilities, which the engine computes for the first of them alone."""
+"""Gives all choices of a prompt its log-probabilities, which the engine computes for the first of
+them alone."""
 
 from collections.abc import Sequence
 
@@ -6,11 +7,13 @@ from serving.engine.messages import Candidates, SequenceRequest, TokenEvent
 
 
 class SharedPrompts:
-    """Takes the events of one request's sequences. A prompt's log-probabilities come with the first event of its first
-    choice. Another choice finds the prompt in the cache and may be faster, so its events wait for that one."""
+    """Takes the events of one request's sequences. A prompt's log-probabilities come with the first
+    event of its first choice. Another choice finds the prompt in the cache and may be faster, so
+    its events wait for that one."""
 
     def __init__(self, sequences: Sequence[SequenceRequest], *, num_choices: int) -> None:
-        """The sequences are the choices of the first prompt, then those of the next one and so on."""
+        """The sequences are the choices of the first prompt, then those of the next one and so
+        on."""
         self._reader: dict[int, int] = {}  # by sequence, the one that reads its prompt
         for place, sequence in enumerate(sequences):
             first = sequences[place - place % num_choices]
@@ -20,7 +23,8 @@ class SharedPrompts:
         self._waiting: dict[int, list[TokenEvent]] = {}  # by reader
 
     def take(self, event: TokenEvent) -> list[TokenEvent]:
-        """Returns the events that can be answered now, each with the log-probabilities of its prompt."""
+        """Returns the events that can be answered now, each with the log-probabilities of its
+        prompt."""
         reader = self._reader.get(event.seq_id)
         if reader is None:
             return [event]

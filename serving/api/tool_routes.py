@@ -21,15 +21,20 @@ def tool_router(*, max_waiting: int) -> APIRouter:
     router, thread, num_waiting = APIRouter(), ThreadPoolExecutor(1, thread_name_prefix="tools"), 0
 
     async def in_turn(work: Callable[[], dict[str, Any]]) -> Response:
-        """Answers with the result of `work`, which turns text into tokens or back in one thread, in order of arrival. A
-        megabyte takes half a second: in the event loop every stream of the replica would wait for it, and many threads
-        would take the engine's processors. Raises `ApiError`: 429 if too many wait already, and what `work` raises."""
+        """Answers with the result of `work`, which turns text into tokens or back in one thread, in
+        order of arrival. A megabyte takes half a second: in the event loop every stream of the
+        replica would wait for it, and many threads would take the engine's processors. Raises
+        `ApiError`: 429 if too many wait already, and what `work` raises."""
         nonlocal num_waiting
         if num_waiting >= max_waiting:
-            raise overloaded(f"The replica has {max_waiting} texts to turn into tokens or back; try again later")
+            raise overloaded(
+                f"The replica has {max_waiting} texts to turn into tokens or back; try again later"
+            )
         num_waiting += 1
         try:
-            content = await asyncio.get_running_loop().run_in_executor(thread, lambda: orjson.dumps(work()))
+            content = await asyncio.get_running_loop().run_in_executor(
+                thread, lambda: orjson.dumps(work())
+            )
         finally:
             num_waiting -= 1
         return Response(content, media_type="application/json")
@@ -60,18 +65,29 @@ def tool_router(*, max_waiting: int) -> APIRouter:
     async def look_inside(request: Request) -> Response:
         parsed = await read_request(request, XrayRequest)
         routed = RoutedRequest.of(request)
-        status, body = await routed.take(parsed.model).xray.answer(parsed, withdrawn=routed.withdrawn)
+        status, body = await routed.take(parsed.model).xray.answer(
+            parsed, withdrawn=routed.withdrawn
+        )
         return Response(body, status_code=status, media_type="application/json")
 
     return router
 
 
-def _tokenized(request: TokenizeRequest, text: str | list[int], model: ServedModel) -> dict[str, Any]:
+def _tokenized(
+    request: TokenizeRequest, text: str | list[int], model: ServedModel
+) -> dict[str, Any]:
     """Returns the answer, of a text that may be tokens already."""
     tokenizer = model.require_tokenizer()
     tokens = tokenizer.encode_prompt(text, request.encoding) if isinstance(text, str) else text
-    names = [model.token_name(token_id) for token_id in tokens] if request.return_token_strs else None
-    return {"count": len(tokens), "max_model_len": model.config.n_positions, "tokens": tokens, "token_strs": names}
+    names = (
+        [model.token_name(token_id) for token_id in tokens] if request.return_token_strs else None
+    )
+    return {
+        "count": len(tokens),
+        "max_model_len": model.config.n_positions,
+        "tokens": tokens,
+        "token_strs": names,
+    }
 
 
 def _detokenized(request: DetokenizeRequest, model: ServedModel) -> dict[str, Any]:

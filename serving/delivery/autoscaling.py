@@ -1,11 +1,12 @@
-"""Decides how many replicas the load needs: by requests, by waiting sequences, and by the use of the KV cache.
+"""Decides how many replicas the load needs: by requests, by waiting sequences, and by the use of
+the KV cache.
 
-Ray Serve calls `ScalingPolicy` ten times a second and starts or drains replicas. It sends this module to its controller
-by value, so the module imports nothing of ours.
+Ray Serve calls `ScalingPolicy` ten times a second and starts or drains replicas. It sends this
+module to its controller by value, so the module imports nothing of ours.
 
-Ray Serve's own delays are zero. After `downscale_delay_s` it would shrink to what that one moment needs (on the tests'
-day it grew again within a minute 16 times instead of 4), and it would end the last of several replicas after both of
-its delays, one after the other.
+Ray Serve's own delays are zero. After `downscale_delay_s` it would shrink to what that one moment
+needs (on the tests' day it grew again within a minute 16 times instead of 4), and it would end the
+last of several replicas after both of its delays, one after the other.
 """
 
 import math
@@ -22,7 +23,8 @@ TARGET_KV_USE = 0.8
 
 @dataclass(frozen=True)
 class Wanted:
-    """The number of replicas that the load has needed from `since_s` on, until the next entry of the history."""
+    """The number of replicas that the load has needed from `since_s` on, until the next entry of
+    the history."""
 
     since_s: float
     num_replicas: int
@@ -33,7 +35,8 @@ History = tuple[Wanted, ...]
 
 @dataclass(frozen=True)
 class ScalingPolicy:
-    """Ray Serve's policy, with the names of the endpoint's settings. Ray Serve itself keeps to the bounds."""
+    """Ray Serve's policy, with the names of the endpoint's settings. Ray Serve itself keeps to the
+    bounds."""
 
     target_ongoing_requests: float  # of a replica
     scale_up_after_s: float  # of load that needs more
@@ -43,7 +46,9 @@ class ScalingPolicy:
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         history = context.policy_state.get("history", ())
         wanted = self.wanted_replicas(context)
-        target, history = self.decide(wanted, context.target_num_replicas, history, now_s=time.monotonic())
+        target, history = self.decide(
+            wanted, context.target_num_replicas, history, now_s=time.monotonic()
+        )
         return target, {"history": history}
 
     def wanted_replicas(self, context: AutoscalingContext) -> int:
@@ -55,11 +60,13 @@ class ScalingPolicy:
         # Averages over a few seconds never quite reach 0, for which a replica would be kept.
         return math.ceil(max(by_requests, by_sequences) - 1e-3)
 
-    def decide(self, wanted: int, num_replicas: int, history: History, *, now_s: float) -> tuple[int, History]:
-        """Returns the number of replicas to have now, and the history for the next call. It grows once the load has
-        needed more for `scale_up_after_s`, to what was needed all that time. It shrinks once the load has needed fewer
-        for `scale_down_after_s`, to the most that was needed in that time: a burst that returns soon finds its
-        replicas."""
+    def decide(
+        self, wanted: int, num_replicas: int, history: History, *, now_s: float
+    ) -> tuple[int, History]:
+        """Returns the number of replicas to have now, and the history for the next call. It grows
+        once the load has needed more for `scale_up_after_s`, to what was needed all that time. It
+        shrinks once the load has needed fewer for `scale_down_after_s`, to the most that was needed
+        in that time: a burst that returns soon finds its replicas."""
         if history and history[-1].since_s > now_s:  # of another controller's clock
             history = ()
         if not history or history[-1].num_replicas != wanted:
@@ -74,7 +81,8 @@ class ScalingPolicy:
 
 
 def _in_the_last(seconds: float, history: History, now_s: float) -> list[int]:
-    """Returns the numbers that were wanted in the last `seconds`; none if the history is shorter."""
+    """Returns the numbers that were wanted in the last `seconds`; none if the history is
+    shorter."""
     if history[0].since_s > now_s - seconds:
         return []
     return [w.num_replicas for w, end_s in _with_ends(history) if end_s > now_s - seconds]

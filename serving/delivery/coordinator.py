@@ -1,6 +1,6 @@
-"""The one place that changes what is served: a small deployment beside the replicas, which report to it and ask it what
-to serve. Its state is in the storage, so that nothing changes if it or all replicas die. `delivery_file.py` says what
-happens if two coordinators write there.
+"""The one place that changes what is served: a small deployment beside the replicas, which report
+to it and ask it what to serve. Its state is in the storage, so that nothing changes if it or all
+replicas die. `delivery_file.py` says what happens if two coordinators write there.
 """
 
 import asyncio
@@ -16,7 +16,12 @@ from cluster.monitoring.grafana import Annotation, Annotator
 from cluster.settings.serve import ServeConfig
 from cluster.storage.uris import StorageError, open_storage
 from serving.delivery import promotion
-from serving.delivery.delivery_file import DamagedStateError, DeliveryFile, NewerStateError, endpoint_name
+from serving.delivery.delivery_file import (
+    DamagedStateError,
+    DeliveryFile,
+    NewerStateError,
+    endpoint_name,
+)
 from serving.delivery.promotion import Delivery, DeliveryError, ReplicaReport, Terms, Version
 from serving.limits.usage_board import UsageBoard
 from serving.limits.usage_report import UsageAnswer, UsageReport
@@ -36,20 +41,25 @@ Decided = TypeVar("Decided")
 class Reply(NamedTuple):
     """The answer to a replica's report."""
 
-    is_ours: bool  # false for a replica of another deployment, which a redeployed endpoint has for a while
+    # False for a replica of another deployment, which a redeployed endpoint has for a while
+    is_ours: bool
     delivery: Delivery | None  # None before the first replica has begun
     is_stored: bool = True
-    usage: UsageAnswer | None = None  # what keys use on all replicas; None for a replica of another deployment
+    # What keys use on all replicas; None for a replica of another deployment
+    usage: UsageAnswer | None = None
 
 
 class Coordinator:
-    """Decides when reports arrive, so without replicas nothing changes. All methods run in one event loop."""
+    """Decides when reports arrive, so without replicas nothing changes. All methods run in one
+    event loop."""
 
     def __init__(self, config: ServeConfig, *, deployment: str) -> None:
         log_in(config.log_format, Process.COORDINATOR)
         self._deployment = deployment
         self._name = endpoint_name(config)
-        self._file = DeliveryFile(open_storage(config.storage.uri), self._name, deployment=deployment)
+        self._file = DeliveryFile(
+            open_storage(config.storage.uri), self._name, deployment=deployment
+        )
         self._damage: DamagedStateError | None = None  # set if the stored state cannot be read
         self._delivery: Delivery | None = None
         self._stored: Delivery | None = None
@@ -58,15 +68,19 @@ class Coordinator:
         self._reports: dict[str, tuple[float, ReplicaReport]] = {}
         self._usage = UsageBoard()
         self._lock = asyncio.Lock()  # one change at a time
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="delivery-file")  # its methods run one at a time
+        # Its methods run one at a time
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="delivery-file")
         self._writing: asyncio.Task[None] | None = None
         self._newer: Delivery | None = None  # of another coordinator, which a late write has found
         self._deciding: set[asyncio.Task[Any]] = set()
         self._annotator = Annotator.from_environment()
         self._restore()
 
-    async def exchange(self, deployment: str, report: ReplicaReport, used: UsageReport = NO_USAGE) -> Reply:
-        """Takes a replica's report, and returns what it is to serve, and what keys use on all replicas."""
+    async def exchange(
+        self, deployment: str, report: ReplicaReport, used: UsageReport = NO_USAGE
+    ) -> Reply:
+        """Takes a replica's report, and returns what it is to serve, and what keys use on all
+        replicas."""
         if deployment != self._deployment:
             return Reply(is_ours=False, delivery=None)
         self._reports[report.replica] = (time.monotonic(), report)
@@ -83,7 +97,8 @@ class Coordinator:
         return await self._whole(self._begin(model_name, live))
 
     async def promote(self, candidate: Version, terms: Terms) -> Delivery:
-        """Starts a promotion. Raises `DeliveryError` during another one, and if the storage does not take the state."""
+        """Starts a promotion. Raises `DeliveryError` during another one, and if the storage does
+        not take the state."""
         return await self._whole(self._promote(candidate, terms))
 
     async def finish(self) -> Delivery:
@@ -111,7 +126,9 @@ class Coordinator:
             if self._delivery is not None:
                 present, gone = self._by_presence()
                 elapsed_s = time.monotonic() - self._phase_began_s
-                advanced = promotion.advance(self._delivery, present, gone=gone, elapsed_s=elapsed_s)
+                advanced = promotion.advance(
+                    self._delivery, present, gone=gone, elapsed_s=elapsed_s
+                )
                 await self._change(advanced)
 
     async def _begin(self, model_name: str, live: Version) -> Delivery:
@@ -119,7 +136,9 @@ class Coordinator:
             await self._require_known()
             if self._delivery is None:
                 origin, first = secrets.token_hex(4), live.having(serial=1)
-                begun = Delivery(deployment=self._deployment, origin=origin, model_name=model_name, live=first)
+                begun = Delivery(
+                    deployment=self._deployment, origin=origin, model_name=model_name, live=first
+                )
                 await self._change(begun)
             assert self._delivery is not None
             return self._delivery
@@ -160,7 +179,9 @@ class Coordinator:
 
     def _begun(self) -> Delivery:
         if self._delivery is None:
-            raise DeliveryError(str(self._damage or "no replica has started yet; try again in a moment"))
+            raise DeliveryError(
+                str(self._damage or "no replica has started yet; try again in a moment")
+            )
         return self._delivery
 
     async def _obey(self, order: Callable[[Delivery], Delivery]) -> Delivery:
@@ -176,7 +197,9 @@ class Coordinator:
 
     def _by_presence(self) -> tuple[list[ReplicaReport], list[ReplicaReport]]:
         now_s = time.monotonic()
-        self._reports = {name: seen for name, seen in self._reports.items() if now_s - seen[0] < FORGET_S}
+        self._reports = {
+            name: seen for name, seen in self._reports.items() if now_s - seen[0] < FORGET_S
+        }
         present, gone = list[ReplicaReport](), list[ReplicaReport]()
         for at_s, report in self._reports.values():
             is_gone = report.is_leaving or now_s - at_s >= REPLICA_LOST_S
@@ -184,8 +207,9 @@ class Coordinator:
         return present, gone
 
     def _restore(self) -> None:
-        """Reads the stored state. Raises `StorageError` if the storage does not answer. With a damaged state without a
-        copy the coordinator starts and reports it: replicas that serve need the coordinator for changes only."""
+        """Reads the stored state. Raises `StorageError` if the storage does not answer. With a
+        damaged state without a copy the coordinator starts and reports it: replicas that serve need
+        the coordinator for changes only."""
         try:
             self._delivery = self._file.restore()
             self._stored = None if self._file.is_damaged else self._delivery
@@ -210,9 +234,9 @@ class Coordinator:
             raise DeliveryError(str(self._damage))
 
     async def _change(self, state: Delivery) -> bool:
-        """Stores the state, then acts on it; on a rollback it acts first. A storage that is down, or hangs, delays no
-        decision by more than `STORING_S`; writing is tried again later. Returns False if another coordinator has stored
-        a newer state, which then counts."""
+        """Stores the state, then acts on it; on a rollback it acts first. A storage that is down,
+        or hangs, delays no decision by more than `STORING_S`; writing is tried again later. Returns
+        False if another coordinator has stored a newer state, which then counts."""
         before, is_ours = self._delivery, True
         is_due = state is not before or time.monotonic() > self._retry_at_s
         if _is_retreat(before, state):
@@ -232,8 +256,9 @@ class Coordinator:
         return is_ours
 
     async def _store(self, state: Delivery) -> None:
-        """Returns once the state is stored. Raises `StorageError`, also if the storage takes longer than `STORING_S`;
-        then the write goes on, no other begins before it has ended, and what it finds counts then."""
+        """Returns once the state is stored. Raises `StorageError`, also if the storage takes longer
+        than `STORING_S`; then the write goes on, no other begins before it has ended, and what it
+        finds counts then."""
         writing = self._writing = asyncio.create_task(self._write(state))
         done, _ = await asyncio.wait({writing}, timeout=STORING_S)
         if done:
@@ -266,10 +291,15 @@ class Coordinator:
             text = f"{state.phase}, live is {state.live.checkpoint}{outcome}"
             _log.warning("%s", text)
             if self._annotator is not None:
-                self._annotator.add(Annotation(time.time(), "promotion", f"endpoint:{self._name}", text))
+                self._annotator.add(
+                    Annotation(time.time(), "promotion", f"endpoint:{self._name}", text)
+                )
 
 
 def _is_retreat(before: Delivery | None, after: Delivery) -> bool:
-    """Tells whether a promotion ends without its version. What served before it is safe to serve, stored or not."""
-    is_new = before is not None and after.outcome is not None and after.outcome is not before.outcome
+    """Tells whether a promotion ends without its version. What served before it is safe to serve,
+    stored or not."""
+    is_new = (
+        before is not None and after.outcome is not None and after.outcome is not before.outcome
+    )
     return is_new and after.outcome is not None and after.outcome.result != "promoted"

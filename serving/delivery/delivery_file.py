@@ -1,8 +1,9 @@
 """Keeps the state of an endpoint in one file in the storage, which no older state ever overwrites.
 
-Fencing. Several coordinators may consider the endpoint theirs: both clusters of a RayService during an upgrade have the
-same `deployment`, and one that was cut off comes back. So the file, `endpoints/NAME.json`, names its writer (a random
-`incarnation` for each coordinator's process) and counts its writes (`generation`):
+Fencing. Several coordinators may consider the endpoint theirs: both clusters of a RayService during
+an upgrade have the same `deployment`, and one that was cut off comes back. So the file,
+`endpoints/NAME.json`, names its writer (a random `incarnation` for each coordinator's process) and
+counts its writes (`generation`):
 
 1. Each write replaces exactly the version of the file that its writer has built on (a conditional write). So the first
    one wins, and every other coordinator gets a conflict.
@@ -12,9 +13,9 @@ same `deployment`, and one that was cut off comes back. So the file, `endpoints/
    coordinator that has not begun replaces it (the endpoint was restarted), and one that has begun stops writing.
 3. The file pins the checkpoints of its state, so a coordinator that adopts a state also keeps its pins.
 
-Each write leaves a copy in `endpoints/last-good/`. If the file cannot be read (truncated, or edited by hand), a
-coordinator that starts continues with that copy, one that runs with its own state, and the next write replaces the
-file.
+Each write leaves a copy in `endpoints/last-good/`. If the file cannot be read (truncated, or edited
+by hand), a coordinator that starts continues with that copy, one that runs with its own state, and
+the next write replaces the file.
 """
 
 import logging
@@ -24,7 +25,14 @@ from pydantic import ValidationError
 
 from cluster.settings.serve import ServeConfig
 from cluster.storage.registry import ENDPOINTS, LAST_GOOD
-from cluster.storage.uris import AlreadyExistsError, ConflictError, NotFoundError, Storage, StorageError, join_uri
+from cluster.storage.uris import (
+    AlreadyExistsError,
+    ConflictError,
+    NotFoundError,
+    Storage,
+    StorageError,
+    join_uri,
+)
 from serving.delivery.promotion import Delivery, Record
 
 _log = logging.getLogger(__name__)
@@ -35,7 +43,8 @@ class DamagedStateError(StorageError):
 
 
 class NewerStateError(StorageError):
-    """Another coordinator of this deployment has stored `state` since this one last read or wrote."""
+    """Another coordinator of this deployment has stored `state` since this one last read or
+    wrote."""
 
     def __init__(self, message: str, state: Delivery) -> None:
         super().__init__(message)
@@ -66,14 +75,15 @@ class DeliveryFile:
         self._deployment = deployment
         self._incarnation = secrets.token_hex(8)
         self._generation = 0
-        self._version: str | None = None  # of the file that the next write replaces; None if there is no file
+        # Of the file that the next write replaces; None if there is no file
+        self._version: str | None = None
         self._has_begun = False  # whether this deployment's state was read or written here
         self.is_damaged = False  # whether `restore` read the copy instead of the file
 
     def restore(self) -> Delivery | None:
-        """Returns what this deployment served last, or None for a new one. Raises `StorageError`, because waiting for
-        the storage is better than not knowing what is live, and `DamagedStateError` if the copy does not help
-        either."""
+        """Returns what this deployment served last, or None for a new one. Raises `StorageError`,
+        because waiting for the storage is better than not knowing what is live, and
+        `DamagedStateError` if the copy does not help either."""
         entry = self._storage.stat(self._key)
         if entry is None:
             return None
@@ -89,7 +99,8 @@ class DeliveryFile:
         return stored.delivery
 
     def write(self, state: Delivery) -> None:
-        """Stores the state. Raises `NewerStateError` or `StorageError`, and then has changed nothing."""
+        """Stores the state. Raises `NewerStateError` or `StorageError`, and then has changed
+        nothing."""
         try:
             data = self._write(state)
         except (AlreadyExistsError, ConflictError):
@@ -104,10 +115,17 @@ class DeliveryFile:
 
     def _write(self, state: Delivery) -> bytes:
         pinned = [version.checkpoint for version in state.known]
-        content = Stored(incarnation=self._incarnation, generation=self._generation + 1, pinned=pinned, delivery=state)
+        content = Stored(
+            incarnation=self._incarnation,
+            generation=self._generation + 1,
+            pinned=pinned,
+            delivery=state,
+        )
         data = content.model_dump_json().encode()
         is_new = self._version is None
-        self._version = self._storage.write_bytes(self._key, data, if_absent=is_new, if_version=self._version)
+        self._version = self._storage.write_bytes(
+            self._key, data, if_absent=is_new, if_version=self._version
+        )
         return data
 
     def _look_again(self) -> None:

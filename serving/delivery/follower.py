@@ -1,7 +1,7 @@
 """Lets a replica follow the coordinator: it reports, asks what to serve, and serves that.
 
-Whatever fails there, a replica that serves continues to serve: it warns, and a metric shows for how long it has been
-alone. Its health depends on its own engines only.
+Whatever fails there, a replica that serves continues to serve: it warns, and a metric shows for how
+long it has been alone. Its health depends on its own engines only.
 """
 
 import asyncio
@@ -33,7 +33,8 @@ Answered = TypeVar("Answered")
 
 
 class CoordinatorAwayError(Exception):
-    """The coordinator gives no usable answer: it is being replaced, has not started yet, or fails."""
+    """The coordinator gives no usable answer: it is being replaced, has not started yet, or
+    fails."""
 
 
 @dataclass(eq=False)
@@ -48,13 +49,15 @@ class Follower:
     on_live_death: Callable[[str], None]  # see `Versions`
     usage: KeyUsage = field(default_factory=KeyUsage)
     versions: Versions = field(init=False)
-    is_stored: bool = field(default=True, init=False)  # whether the storage has the endpoint's state
+    # Whether the storage has the endpoint's state
+    is_stored: bool = field(default=True, init=False)
     _following: asyncio.Task[None] | None = field(default=None, init=False)
     _away_since_s: float | None = field(default=None, init=False)
     _warned_s = 0.0
 
     async def start(self) -> None:
-        """Returns when the live version answers. Raises `CheckpointError` or `RuntimeError` if it cannot be served."""
+        """Returns when the live version answers. Raises `CheckpointError` or `RuntimeError` if it
+        cannot be served."""
         self.versions = Versions(self.config, await self._join(), on_live_death=self.on_live_death)
         self._following = asyncio.create_task(self._follow())
         await self.versions.wait_until_live()
@@ -68,27 +71,33 @@ class Follower:
         if self._following is None:  # `start` has failed before there was anything to close
             return
         self._following.cancel()
-        is_promoting = self.versions.delivery.phase is not Phase.STEADY  # the new version is not what ends this replica
+        # The new version is not what ends this replica
+        is_promoting = self.versions.delivery.phase is not Phase.STEADY
         if is_promoting or self.usage.has_news:
             with contextlib.suppress(CoordinatorAwayError, DeliveryError):
                 await self._exchange(self._report(is_leaving=True))
         await self.versions.close()
 
     def _report(self, *, is_leaving: bool = False) -> ReplicaReport:
-        return ReplicaReport(self.replica, self.versions.delivery.epoch, self.versions.report(), is_leaving)
+        return ReplicaReport(
+            self.replica, self.versions.delivery.epoch, self.versions.report(), is_leaving
+        )
 
     async def _exchange(self, report: ReplicaReport) -> Reply:
         """Reports, also what keys use here, and returns the coordinator's answer."""
         asked_at_s = time.monotonic()
         used = self.usage.report()
-        reply: Reply = await answer_of(self.coordinator.exchange.remote(self.deployment, report, used))
+        reply: Reply = await answer_of(
+            self.coordinator.exchange.remote(self.deployment, report, used)
+        )
         if reply.usage is not None:
             self.usage.adopt(reply.usage, used, asked_at_s=asked_at_s)
         return reply
 
     async def _join(self) -> Delivery:
-        """Returns what to serve. Waits while the coordinator starts, or is still that of the previous deployment. The
-        first replica of a new endpoint begins with the checkpoint of the settings."""
+        """Returns what to serve. Waits while the coordinator starts, or is still that of the
+        previous deployment. The first replica of a new endpoint begins with the checkpoint of the
+        settings."""
         report = ReplicaReport(self.replica)
         while True:
             try:
@@ -102,11 +111,15 @@ class Follower:
             await asyncio.sleep(POLL_S)
 
     async def _begin(self) -> Delivery:
-        uri, folder = await asyncio.to_thread(find_checkpoint, self.config.checkpoint, self.config.storage.uri)
+        uri, folder = await asyncio.to_thread(
+            find_checkpoint, self.config.checkpoint, self.config.storage.uri
+        )
         await asyncio.to_thread(require_bounded_text, folder)
         model = await asyncio.to_thread(read_served_model, folder, name=self.config.model_name)
         live = version_of(model, checkpoint=uri)
-        return await answer_of(self.coordinator.begin.remote(self.config.model_name or live.name, live))
+        return await answer_of(
+            self.coordinator.begin.remote(self.config.model_name or live.name, live)
+        )
 
     async def _follow(self) -> None:
         while True:
@@ -138,8 +151,8 @@ class Follower:
 
 
 async def answer_of(call: Awaitable[Answered]) -> Answered:
-    """Returns the coordinator's answer. Raises its `DeliveryError`, and `CoordinatorAwayError` for everything else: its
-    process is gone, or its code fails."""
+    """Returns the coordinator's answer. Raises its `DeliveryError`, and `CoordinatorAwayError` for
+    everything else: its process is gone, or its code fails."""
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             return await call
@@ -147,7 +160,9 @@ async def answer_of(call: Awaitable[Answered]) -> Answered:
         if isinstance(error.cause, DeliveryError):
             raise error.cause from None
         raise CoordinatorAwayError(f"it fails: {error}") from None  # includes its traceback
-    except Exception as error:  # from Ray or Ray Serve, or a reply of other code that cannot be unpickled
+    except (
+        Exception
+    ) as error:  # from Ray or Ray Serve, or a reply of other code that cannot be unpickled
         raise CoordinatorAwayError(f"{type(error).__name__}: {error}") from None
     except asyncio.CancelledError:
         task = asyncio.current_task()

@@ -1,5 +1,5 @@
-"""One version on one replica: its model, its text reader, its engine process or its turn in another version's, and what
-it has done."""
+"""One version on one replica: its model, its text reader, its engine process or its turn in another
+version's, and what it has done."""
 
 import asyncio
 import math
@@ -23,15 +23,23 @@ LONGEST_REQUEST_S = 600.0  # after this an unneeded engine ends, whatever still 
 
 
 class LoadedVersion:
-    """A version that can serve. `open_requests` counts the requests that may still use its engine."""
+    """A version that can serve. `open_requests` counts the requests that may still use its
+    engine."""
 
     def __init__(
-        self, folder: Path, *, model: ServedModel, texts: TextReader, engine: EngineClient, weights: int = 0
+        self,
+        folder: Path,
+        *,
+        model: ServedModel,
+        texts: TextReader,
+        engine: EngineClient,
+        weights: int = 0,
     ) -> None:
         self.model = model
         self.texts = texts
         self.engine = engine
-        self.weights = weights  # for sequences to name; 0 if the engine was started with this version
+        # For sequences to name; 0 if the engine was started with this version
+        self.weights = weights
         self.xray = Xray(folder, name=model.name, dtype=engine.facts.dtype)
         self.health = HealthCheck(engine, prompt_ids=[0, 0, 0], weights=weights)
         self.open_requests = 0
@@ -39,10 +47,16 @@ class LoadedVersion:
 
     @classmethod
     async def load(
-        cls, version: Version, *, name: str, config: ServeConfig, others: Sequence["LoadedVersion"] = ()
+        cls,
+        version: Version,
+        *,
+        name: str,
+        config: ServeConfig,
+        others: Sequence["LoadedVersion"] = (),
     ) -> "LoadedVersion":
-        """Returns once the version can be tested. It shares the engine of one of the `others` if the settings say so
-        and it is of the same kind. Raises `UserError` for an unusable checkpoint."""
+        """Returns once the version can be tested. It shares the engine of one of the `others` if
+        the settings say so and it is of the same kind. Raises `UserError` for an unusable
+        checkpoint."""
         folder = await asyncio.to_thread(resolve_checkpoint, version.checkpoint, config.storage.uri)
         texts = await open_reader(folder)  # first: it bounds what a stranger's tokenizer does
         try:
@@ -62,15 +76,21 @@ class LoadedVersion:
         config: ServeConfig,
         others: Sequence["LoadedVersion"],
     ) -> "LoadedVersion":
-        model = await asyncio.to_thread(read_served_model, folder, name=name, max_context=config.engine.max_context)
+        model = await asyncio.to_thread(
+            read_served_model, folder, name=name, max_context=config.engine.max_context
+        )
         if model.version != version.version:
-            raise UserError(f"{version.checkpoint} holds {model.version} now, but {version.version} was promoted")
+            raise UserError(
+                f"{version.checkpoint} holds {model.version} now, but {version.version} was promoted"
+            )
         alive = [other for other in others if other.engine.alive]
         if alive and config.engine.runs_vllm and config.delivery.weights != "beside":
             for other in alive:
                 if is_of_one_kind(model, other.model):
                     weights = other.engine.share(folder)
-                    return cls(folder, model=model, texts=texts, engine=other.engine, weights=weights)
+                    return cls(
+                        folder, model=model, texts=texts, engine=other.engine, weights=weights
+                    )
             if config.delivery.weights == "in_place" or config.engine.device == "cuda":
                 raise UserError(
                     f"{version.checkpoint} has another shape or precision than what is served, so its weights cannot "
@@ -78,19 +98,25 @@ class LoadedVersion:
                     "set delivery.weights to beside if the memory is there"
                 )
         threads = config.replicas.threads_per_replica
-        engine = await EngineClient.start(folder, config=config.engine, eos_id=model.eos_id, threads=threads)
+        engine = await EngineClient.start(
+            folder, config=config.engine, eos_id=model.eos_id, threads=threads
+        )
         return cls(folder, model=model, texts=texts, engine=engine)
 
     async def loss(self, rows: Sequence[Sequence[int]], *, at_once: bool) -> float:
-        """Returns the nats per token over the rows, NaN if the logits are not finite. The rows are read `at_once`,
-        within one turn of an engine that is shared, or else one after the other, so that clients' tokens come in
-        between."""
-        requests = [self.engine.own_sequence(list(row), max_tokens=0, weights=self.weights) for row in rows]
+        """Returns the nats per token over the rows, NaN if the logits are not finite. The rows are
+        read `at_once`, within one turn of an engine that is shared, or else one after the other, so
+        that clients' tokens come in between."""
+        requests = [
+            self.engine.own_sequence(list(row), max_tokens=0, weights=self.weights) for row in rows
+        ]
         logprobs: list[float] = []
         async for event in self.engine.submit(requests, at_once=None if at_once else 1):
             if event.finish_reason is FinishReason.ERROR:
                 return math.nan
-            logprobs += [token.logprob for token in event.prompt_logprobs or [] if token is not None]
+            logprobs += [
+                token.logprob for token in event.prompt_logprobs or [] if token is not None
+            ]
         return -sum(logprobs) / len(logprobs)
 
     async def retire(self) -> None:

@@ -1,4 +1,4 @@
-"""Decides which version serves which requests, and when that changes: from plain reports, without clock or cluster."""
+"""Decides which version serves which requests: from plain reports, without clock or cluster."""
 
 import hashlib
 import math
@@ -21,9 +21,11 @@ HISTORY = 20  # promotions and rollbacks that are remembered
 
 class Phase(StrEnum):
     STEADY = "steady"  # one version serves
-    LOADING = "loading"  # a candidate is loaded and measured beside the live version; it gets no requests
+    # A candidate is loaded and measured beside the live version; it gets no requests
+    LOADING = "loading"
     CANARY = "canary"  # the candidate serves its share of the requests
-    WATCHING = "watching"  # the candidate is live; the version before stays loaded and can return at once
+    # The candidate is live; the version before stays loaded and can return at once
+    WATCHING = "watching"
 
 
 class SlotStatus(StrEnum):
@@ -47,7 +49,8 @@ class Record(BaseModel):
 class Version(Record):
     """A checkpoint as it was promoted."""
 
-    serial: int = 0  # grows with each promotion; a checkpoint that is tried again is another version
+    # Grows with each promotion; a checkpoint that is tried again is another version
+    serial: int = 0
     checkpoint: str  # URI of its folder
     version: str  # hash of the weights, `x-model-version`
     lineage: dict[str, Any] | None = None  # run, step, data, tokenizer, code
@@ -55,18 +58,25 @@ class Version(Record):
     @property
     def name(self) -> str:
         """The run's id, or the folder's name if transformers saved the checkpoint."""
-        return str(self.lineage["run_id"]) if self.lineage else self.checkpoint.rstrip("/").rpartition("/")[2]
+        return (
+            str(self.lineage["run_id"])
+            if self.lineage
+            else self.checkpoint.rstrip("/").rpartition("/")[2]
+        )
 
 
 class Terms(Record):
     """The conditions on which a candidate becomes the live version and stays it."""
 
-    canary_percent: float | None = None  # share of the requests that it serves first; None: all at once
+    # Share of the requests that it serves first; None: all at once
+    canary_percent: float | None = None
     watch_s: float  # as a canary, and once more as the live version
-    gate_rows: tuple[tuple[int, ...], ...] = ()  # token rows whose loss is measured; without any, only a self-test
+    # Token rows whose loss is measured; without any, only a self-test
+    gate_rows: tuple[tuple[int, ...], ...] = ()
     max_loss_increase: float = 0.0  # nats per token above the live version's loss
     max_error_rate: float = 0.01  # of its sequences, once `MIN_ERRORS` have failed
-    max_latency_ratio: float | None = None  # of the seconds for a step of like size, compared with the version before
+    # Of the seconds for a step of like size, compared with the version before
+    max_latency_ratio: float | None = None
     load_timeout_s: float = 600.0
 
 
@@ -88,7 +98,8 @@ class Delivery(Record):
     model_name: str  # of the first version, or the name that the settings give to all
     live: Version
     phase: Phase = Phase.STEADY
-    origin: str = ""  # random: an endpoint that begins anew counts its epochs and serials from 1 again
+    # random: an endpoint that begins anew counts its epochs and serials from 1 again
+    origin: str = ""
     epoch: int = 1  # grows whenever the route changes
     candidate: Version | None = None  # while LOADING or CANARY
     previous: Version | None = None  # loaded while WATCHING; otherwise a rollback would load it
@@ -121,26 +132,41 @@ class Delivery(Record):
     @property
     def known(self) -> list[Version]:
         """The versions whose checkpoints must not be deleted."""
-        return [version for version in (self.live, self.candidate, self.previous) if version is not None]
+        versions = (self.live, self.candidate, self.previous)
+        return [version for version in versions if version is not None]
 
     @property
     def withdrawn(self) -> frozenset[str]:
-        """The weights, as `Version.version`, that the last promotions refused or that were rolled back: nobody is
-        shown what nobody may be served. Those that were promoted since, or are live after all, are not among them."""
-        results = {outcome.version.version: outcome.result for outcome in self.history}  # the newest of each
+        """The weights, as `Version.version`, that the last promotions refused or that were rolled
+        back: nobody is shown what nobody may be served. Those that were promoted since, or are live
+        after all, are not among them."""
+        # The newest of each
+        results = {outcome.version.version: outcome.result for outcome in self.history}
         kept = {version for version, result in results.items() if result == "promoted"}
         return frozenset(results.keys() - kept - {self.live.version})
 
     @property
     def names(self) -> list[str]:
-        """The names by which a client may ask for the model. A promotion removes none that is in use."""
+        """The names by which a client may ask for the model. A promotion removes none that is in
+        use."""
         served = [outcome.version for outcome in self.history if outcome.result != "refused"]
-        now = [version for version in self.known if self.phase is not Phase.LOADING or version != self.candidate]
-        return list(dict.fromkeys([self.live.name, self.model_name, *(v.name for v in [*now, *served])]))
+        now = [
+            version
+            for version in self.known
+            if self.phase is not Phase.LOADING or version != self.candidate
+        ]
+        return list(
+            dict.fromkeys([self.live.name, self.model_name, *(v.name for v in [*now, *served])])
+        )
 
     @property
     def route(self) -> "Route":
-        if self.phase is Phase.CANARY and self.candidate and self.terms and self.terms.canary_percent:
+        if (
+            self.phase is Phase.CANARY
+            and self.candidate
+            and self.terms
+            and self.terms.canary_percent
+        ):
             beside = self.candidate.serial, self.terms.canary_percent
             return Route(self.epoch, self.live.serial, *beside, origin=self.origin)
         return Route(self.epoch, self.live.serial, origin=self.origin)
@@ -154,7 +180,8 @@ class Route:
     primary: int  # serial
     canary: int = 0  # serial, 0 for none
     percent: float = 0.0
-    origin: str = ""  # that of the `Delivery`; epochs and serials of different origins are not comparable
+    # That of the `Delivery`; epochs and serials of different origins are not comparable
+    origin: str = ""
 
     def is_newer_than(self, other: "Route") -> bool:
         return self.origin == other.origin and self.epoch > other.epoch
@@ -198,7 +225,8 @@ class VersionStats:
 
     sequences: int = 0
     errors: int = 0
-    steps: dict[int, StepTimes] = field(default_factory=dict)  # by `step_size` of the sequences that got a token
+    # By `step_size` of the sequences that got a token
+    steps: dict[int, StepTimes] = field(default_factory=dict)
 
     def stepped(self, num_sequences: int, step_s: float) -> None:
         """Counts a step that gave each of so many sequences a token, and did nothing else."""
@@ -244,10 +272,14 @@ def start(state: Delivery, candidate: Version, terms: Terms) -> Delivery:
     """Starts a promotion: `candidate` is loaded beside the live version."""
     if state.phase is not Phase.STEADY:
         checkpoint = (state.candidate or state.live).checkpoint
-        raise DeliveryError(f"{checkpoint} is being promoted ({state.phase}): wait for it, finish it, or roll it back")
+        raise DeliveryError(
+            f"{checkpoint} is being promoted ({state.phase}): wait for it, finish it, or roll it back"
+        )
     serial = state.last_serial + 1
     candidate = candidate.having(serial=serial)
-    return state.having(phase=Phase.LOADING, candidate=candidate, terms=terms, last_serial=serial, outcome=None)
+    return state.having(
+        phase=Phase.LOADING, candidate=candidate, terms=terms, last_serial=serial, outcome=None
+    )
 
 
 def finish(state: Delivery) -> Delivery:
@@ -272,10 +304,14 @@ def roll_back(state: Delivery, reason: str) -> Delivery:
 
 
 def advance(
-    state: Delivery, present: Collection[ReplicaReport], *, gone: Collection[ReplicaReport] = (), elapsed_s: float
+    state: Delivery,
+    present: Collection[ReplicaReport],
+    *,
+    gone: Collection[ReplicaReport] = (),
+    elapsed_s: float,
 ) -> Delivery:
-    """Returns the next state, or the same. `present` are the replicas that report; reports of `gone` ones count too.
-    `elapsed_s` is the time since the phase began."""
+    """Returns the next state, or the same. `present` are the replicas that report; reports of
+    `gone` ones count too. `elapsed_s` is the time since the phase began."""
     newest = max((report.epoch for report in present), default=0)
     if newest > state.epoch:  # a coordinator died before it could store its last decision
         state = state.having(epoch=newest + 1)
@@ -296,27 +332,40 @@ def advance(
     return _switched(state) if state.phase is Phase.CANARY else _ended(state, promoted)
 
 
-def _loading(state: Delivery, terms: Terms, slots: Collection[SlotReport | None], elapsed_s: float) -> Delivery:
+def _loading(
+    state: Delivery, terms: Terms, slots: Collection[SlotReport | None], elapsed_s: float
+) -> Delivery:
     """Returns the state after LOADING. No replica switches before all of them can."""
     if slots and all(slot is not None and slot.status is SlotStatus.READY for slot in slots):
         if terms.canary_percent is None:
             return _switched(state)
         return state.having(phase=Phase.CANARY, epoch=state.epoch + 1)
     if elapsed_s > terms.load_timeout_s:
-        return roll_back(state, f"it was not loaded by every replica within {terms.load_timeout_s:g} s")
+        return roll_back(
+            state, f"it was not loaded by every replica within {terms.load_timeout_s:g} s"
+        )
     return state
 
 
 def _problem_on_a_replica(
-    new: Version, slots: Collection[SlotReport | None], gone: Collection[ReplicaReport], terms: Terms
+    new: Version,
+    slots: Collection[SlotReport | None],
+    gone: Collection[ReplicaReport],
+    terms: Terms,
 ) -> str:
-    """Returns why the new version must go, in any phase, since a replica may join late; empty if it may stay."""
+    """Returns why the new version must go, in any phase, since a replica may join late; empty if it
+    may stay."""
     for slot in slots:
         if slot is not None and (reason := slot.problem or _gate_problem(slot, terms)):
             return reason
     for report in gone:
-        if not report.is_leaving and (slot := report.slots.get(new.serial)) is not None and slot.in_place:
-            # A replica reports weights that end an engine of their own. These may have ended its only engine, and it.
+        if (
+            not report.is_leaving
+            and (slot := report.slots.get(new.serial)) is not None
+            and slot.in_place
+        ):
+            # A replica reports weights that end an engine of their own. These may have ended its
+            # only engine, and it.
             return f"replica {report.replica} has ended, whose engine could have these weights"
     return ""
 
@@ -341,9 +390,11 @@ def _service_problem(state: Delivery, terms: Terms, everyone: Collection[Replica
     stats, before = total(everyone, new.serial), total(everyone, old.serial)
     if stats.errors >= MIN_ERRORS and stats.errors > terms.max_error_rate * stats.sequences:
         return f"{stats.errors} of its {stats.sequences} sequences failed, more than {terms.max_error_rate:.1%}"
-    if terms.max_latency_ratio is None or min(stats.sequences, before.sequences) < MIN_JUDGED_SEQUENCES:
+    num_judged = min(stats.sequences, before.sequences)
+    if terms.max_latency_ratio is None or num_judged < MIN_JUDGED_SEQUENCES:
         return ""
-    if (compared := step_times_at_like_load(stats, before)) is None:
+    compared = step_times_at_like_load(stats, before)
+    if compared is None:
         return ""
     took_s, took_before_s = compared
     if took_s > terms.max_latency_ratio * took_before_s:
@@ -364,9 +415,9 @@ def total(reports: Collection[ReplicaReport], serial: int) -> VersionStats:
 
 
 def step_times_at_like_load(new: VersionStats, old: VersionStats) -> tuple[float, float] | None:
-    """Returns the seconds of the new version's mean step, and those that the old one takes for the same mixture of
-    sizes. Prompts that are read, and more sequences at a time, make any version slower. Returns None before each has
-    made enough steps of sizes that the other has made too."""
+    """Returns the seconds of the new version's mean step, and those that the old one takes for the
+    same mixture of sizes. Prompts that are read, and more sequences at a time, make any version
+    slower. Returns None before each has made enough steps of sizes that the other has made too."""
     num_steps, new_s, old_s = 0, 0.0, 0.0
     for size, times in new.steps.items():
         before = old.steps.get(size)
@@ -380,7 +431,9 @@ def step_times_at_like_load(new: VersionStats, old: VersionStats) -> tuple[float
 
 def _switched(state: Delivery) -> Delivery:
     new, old = state.candidate, state.live
-    return state.having(phase=Phase.WATCHING, epoch=state.epoch + 1, live=new, previous=old, candidate=None)
+    return state.having(
+        phase=Phase.WATCHING, epoch=state.epoch + 1, live=new, previous=old, candidate=None
+    )
 
 
 def _ended(state: Delivery, outcome: Outcome, **changes: Any) -> Delivery:

@@ -1,7 +1,8 @@
 """Holds the version of one request, from the check of its key until the answer has gone out.
 
-Each proxy sends the newest route that it has seen in an answer along with every later request, so that no client sees a
-new version from one replica and then the old one from another, which has not heard of the switch yet.
+Each proxy sends the newest route that it has seen in an answer along with every later request, so
+that no client sees a new version from one replica and then the old one from another, which has not
+heard of the switch yet.
 """
 
 from typing import Any
@@ -16,13 +17,15 @@ from serving.delivery.versions import Versions
 from serving.protocol.errors import error_of
 from serving.protocol.request_facts import RequestFacts
 
-RETRY_HEADER = b"x-raymill-retry"  # from the front door: a replica has ended while it worked on this request
+# From the front door: a replica has ended while it worked on this request
+RETRY_HEADER = b"x-raymill-retry"
 _SCOPE_KEY = "raymill.routed"
 _MAX_ORIGINS = 4
 
 
 class RoutedRequest:
-    """One request and the version that it holds. An unneeded engine ends after the last request that holds it."""
+    """One request and the version that it holds. An unneeded engine ends after the last request
+    that holds it."""
 
     def __init__(self, versions: Versions, scope: Scope) -> None:
         """Puts itself into the scope, where `of` finds it."""
@@ -44,9 +47,9 @@ class RoutedRequest:
         return routed
 
     def take(self, model: str | None = None, *, user: str | None = None) -> LoadedVersion:
-        """Returns the version that answers the request. `model` may be any name under which a version was served here.
-        During a canary the version depends on the API key, or else on `user` or the session header. Raises `ApiError`
-        (404)."""
+        """Returns the version that answers the request. `model` may be any name under which a
+        version was served here. During a canary the version depends on the API key, or else on
+        `user` or the session header. Raises `ApiError` (404)."""
         if model is not None and model not in (names := self._versions.names):
             raise error_of("model_not_found", param="model", name=model[:64], served=names[0])
         self._hold(self._versions.pick(self.key or user or self._session))
@@ -68,17 +71,25 @@ class RoutedRequest:
         return self._versions.delivery.withdrawn
 
     def card(self) -> dict[str, Any]:
-        """Returns the model's entry under /v1/models, with the versions that are loaded or in question."""
+        """Returns the model's entry under /v1/models, with the versions that are loaded or in
+        question."""
         state = self._versions.delivery
         about = {"live": state.live, "candidate": state.candidate, "previous": state.previous}
-        shown = {role: found and found.model_dump(include={"version", "lineage"}) for role, found in about.items()}
+        shown = {
+            role: found and found.model_dump(include={"version", "lineage"})
+            for role, found in about.items()
+        }
         return self.take().model.card() | {"delivery": {"phase": state.phase, **shown}}
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers of the answer. The route may be newer than the one that was taken, never older."""
+        """The headers of the answer. The route may be newer than the one that was taken, never
+        older."""
         held = self._held or self._versions.live
-        return {"x-model-version": held.model.version, ROUTE_HEADER: self._versions.route.to_header()}
+        return {
+            "x-model-version": held.model.version,
+            ROUTE_HEADER: self._versions.route.to_header(),
+        }
 
     def close(self) -> None:
         self._hold(None)
@@ -93,15 +104,18 @@ class RoutedRequest:
 
 
 class NewestRoutes:
-    """The newest routes that a proxy has seen in answers: one of each origin, as an endpoint that is redeployed begins
-    anew while replicas of the old one still answer."""
+    """The newest routes that a proxy has seen in answers: one of each origin, as an endpoint that
+    is redeployed begins anew while replicas of the old one still answer."""
 
     def __init__(self) -> None:
-        self._newest: dict[str, Route] = {}  # by origin; the one that was added last is the youngest
+        # By origin; the one that was added last is the youngest
+        self._newest: dict[str, Route] = {}
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        return [(ROUTE_HEADER.encode(), route.to_header().encode()) for route in self._newest.values()]
+        return [
+            (ROUTE_HEADER.encode(), route.to_header().encode()) for route in self._newest.values()
+        ]
 
     def learn(self, headers: list[tuple[bytes, bytes]]) -> None:
         for route in _routes_in(Headers(raw=headers)):
@@ -113,4 +127,8 @@ class NewestRoutes:
 
 
 def _routes_in(headers: Headers) -> list[Route]:
-    return [route for text in headers.getlist(ROUTE_HEADER) if (route := Route.from_header(text)) is not None]
+    return [
+        route
+        for text in headers.getlist(ROUTE_HEADER)
+        if (route := Route.from_header(text)) is not None
+    ]

@@ -1,4 +1,5 @@
-"""The versions on one replica: loads and ends engines as the state demands, and picks one for each request."""
+"""The versions on one replica: loads and ends engines as the state demands, and picks one for each
+request."""
 
 import asyncio
 import copy
@@ -11,11 +12,20 @@ from cluster.settings.serve import ServeConfig
 from cluster.storage.checkpoint_cache import Holds
 from model.errors import UserError
 from serving.delivery.loaded_version import LoadedVersion
-from serving.delivery.promotion import Delivery, Phase, Route, SlotReport, SlotStatus, Version, VersionStats
+from serving.delivery.promotion import (
+    Delivery,
+    Phase,
+    Route,
+    SlotReport,
+    SlotStatus,
+    Version,
+    VersionStats,
+)
 from serving.engine_process.client import EngineClient
 from serving.text.chat_misfit import chat_misfit, chat_notice
 
-TELL_S = 1.0  # before new weights get the only engine: two reports, as they may end it and the replica with it
+# Before new weights get the only engine: two reports, as they may end it and the replica with it
+TELL_S = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -34,21 +44,33 @@ class Slot:
 
     @property
     def usable(self) -> LoadedVersion | None:
-        return self.loaded if self.is_measured and self.loaded and self.loaded.engine.alive else None
+        return (
+            self.loaded if self.is_measured and self.loaded and self.loaded.engine.alive else None
+        )
 
     def report(self) -> SlotReport:
         loaded = self.loaded
         problem = self.problem or ("" if loaded is None else loaded.engine.death_notice)
-        status = SlotStatus.FAILED if problem else SlotStatus.READY if self.is_measured else SlotStatus.LOADING
+        status = (
+            SlotStatus.FAILED
+            if problem
+            else SlotStatus.READY
+            if self.is_measured
+            else SlotStatus.LOADING
+        )
         in_place = loaded is not None and loaded.weights > 0
         stats = VersionStats() if loaded is None else copy.deepcopy(loaded.stats)
-        return SlotReport(status, problem, self.loss, self.live_loss, in_place=in_place, stats=stats)
+        return SlotReport(
+            status, problem, self.loss, self.live_loss, in_place=in_place, stats=stats
+        )
 
 
 class Versions:
     """All versions of one replica. All methods run in one event loop."""
 
-    def __init__(self, config: ServeConfig, delivery: Delivery, *, on_live_death: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: ServeConfig, delivery: Delivery, *, on_live_death: Callable[[str], None]
+    ) -> None:
         """`on_live_death` is called when a live engine dies that no other version can replace."""
         self._on_live_death = on_live_death
         self.config = config
@@ -63,22 +85,23 @@ class Versions:
 
     async def wait_until_live(self) -> None:
         """Returns when the live version answers. Raises `RuntimeError` if it cannot be loaded."""
-        while not (live := self._slots[self.delivery.live.serial]).usable:  # what is live may change meanwhile
+        # What is live may change meanwhile
+        while not (live := self._slots[self.delivery.live.serial]).usable:
             await asyncio.shield(live.loading)
             if live.problem and live.version == self.delivery.live:
                 raise RuntimeError(live.problem)
 
     def adopt(self, delivery: Delivery, *, asked_at_s: float) -> None:
-        """Adopts the state that the coordinator returned to a question of `asked_at_s`. A route that was learned from a
-        request since then is newer."""
+        """Adopts the state that the coordinator returned to a question of `asked_at_s`. A route
+        that was learned from a request since then is newer."""
         self.delivery = delivery
         if asked_at_s >= self._learned_at_s:
             self.route = delivery.route
         self._reconcile()
 
     def learn(self, route: Route) -> None:
-        """Adopts a route that a client has seen at another replica, which heard from the coordinator a moment earlier.
-        No replica switches before all of them can."""
+        """Adopts a route that a client has seen at another replica, which heard from the
+        coordinator a moment earlier. No replica switches before all of them can."""
         slot = self._slots.get(route.primary)
         if route.is_newer_than(self.route) and slot is not None and slot.usable:
             self.route = route
@@ -100,12 +123,13 @@ class Versions:
         return self._usable(self.route.serial_for(key))
 
     def other_than(self, failed: LoadedVersion) -> LoadedVersion | None:
-        """Returns a version for a request that `failed` could not answer; None without a promotion."""
+        """Returns a version for a request that `failed` could not answer; None without a
+        promotion."""
         return next((loaded for loaded in self._trusted if loaded is not failed), None)
 
     def check_health(self) -> None:
-        """Raises if this replica must be replaced: its live engine has died, or its weights give NaN. While another
-        version can replace the live one, the coordinator decides."""
+        """Raises if this replica must be replaced: its live engine has died, or its weights give
+        NaN. While another version can replace the live one, the coordinator decides."""
         live = self.live
         if self.other_than(live) is None:
             live.health.check()
@@ -147,8 +171,12 @@ class Versions:
     @property
     def _trusted(self) -> list[LoadedVersion]:
         """The usable versions, the primary first, without a candidate."""
-        slots = sorted(self._slots.values(), key=lambda slot: slot.version.serial != self.route.primary)
-        return [slot.usable for slot in slots if slot.usable and slot.version != self.delivery.candidate]
+        slots = sorted(
+            self._slots.values(), key=lambda slot: slot.version.serial != self.route.primary
+        )
+        return [
+            slot.usable for slot in slots if slot.usable and slot.version != self.delivery.candidate
+        ]
 
     def _usable(self, serial: int) -> LoadedVersion:
         slot = self._slots.get(serial)
@@ -160,7 +188,8 @@ class Versions:
         needed = {version.serial: version for version in self.delivery.needed}
         for serial, version in needed.items():
             if (slot := self._slots.get(serial)) is not None and slot.version != version:
-                # Two coordinators gave the same number, one of them without a storage. The old version still serves.
+                # Two coordinators gave the same number, one of them without a storage. The old
+                # version still serves.
                 self._slots[-serial] = self._slots.pop(serial)
             if serial not in self._slots:
                 slot = self._slots[serial] = Slot(version)
@@ -192,8 +221,12 @@ class Versions:
                     await loaded.health.self_test()
                 slot.is_measured = True
                 if self.delivery.phase is Phase.WATCHING and self.delivery.previous is not None:
-                    # Only a replica that has joined later loads anything now. The new version serves already.
-                    live, before = (self._slots.get(v.serial) for v in (self.delivery.live, self.delivery.previous))
+                    # Only a replica that has joined later loads anything now. The new version
+                    # serves already.
+                    live, before = (
+                        self._slots.get(v.serial)
+                        for v in (self.delivery.live, self.delivery.previous)
+                    )
                     if live and live.usable and live.loss is None and before and before.usable:
                         await self._measure(live, live.usable, before=before.usable)
             except Exception as error:  # foreign files may raise anything; they are refused, and the error is reported
@@ -202,13 +235,16 @@ class Versions:
 
     def _engine_died(self, notice: str) -> None:
         primary = self._slots.get(self.route.primary)
-        has_lost_live = primary is not None and primary.loaded is not None and not primary.loaded.engine.alive
+        has_lost_live = (
+            primary is not None and primary.loaded is not None and not primary.loaded.engine.alive
+        )
         if has_lost_live and not self._trusted:
             self._on_live_death(notice)
 
     async def _measure(self, slot: Slot, loaded: LoadedVersion, *, before: LoadedVersion) -> None:
-        """Tests the new version, and measures its loss and that of the one before on the gate's rows. Clients wait
-        while it has their engine, so it does both in one turn. Raises `EngineDiedError` if it fails its self-test."""
+        """Tests the new version, and measures its loss and that of the one before on the gate's
+        rows. Clients wait while it has their engine, so it does both in one turn. Raises
+        `EngineDiedError` if it fails its self-test."""
         terms, is_shared = self.delivery.terms, loaded.engine is before.engine
         if terms is None or not terms.gate_rows:
             await loaded.health.self_test()
@@ -226,7 +262,8 @@ class Versions:
 
 
 def _require_like_chats(live: LoadedVersion, candidate: LoadedVersion) -> None:
-    """Raises `UserError` if the candidate's chat template fails where the live version's does not."""
+    """Raises `UserError` if the candidate's chat template fails where the live version's does
+    not."""
     before, after = live.texts.probe, candidate.texts.probe
     if problem := chat_misfit(before, after):
         raise UserError(f"the checkpoint {problem}")

@@ -1,4 +1,5 @@
-"""The blocks of the KV cache: which sequences hold them, and which contain the start of a prompt. No tensors."""
+"""The blocks of the KV cache: which sequences hold them, and which contain the start of a prompt.
+No tensors."""
 
 import hashlib
 from array import array
@@ -11,22 +12,29 @@ _ROOT = b""  # the prefix before the first block, of those without a scope
 
 
 def root_of(scope: str) -> bytes:
-    """Returns the prefix before the first block of a scope's prompts, which no other scope's prompts have."""
-    return hashlib.blake2b(scope.encode(), digest_size=16, person=b"scope").digest() if scope else _ROOT
+    """Returns the prefix before the first block of a scope's prompts, which no other scope's
+    prompts have."""
+    return (
+        hashlib.blake2b(scope.encode(), digest_size=16, person=b"scope").digest()
+        if scope
+        else _ROOT
+    )
 
 
 class BlockPool:
-    """A block is free, or held by one or more sequences. A full block can be found again by all tokens up to its end,
-    even after it was freed, until another sequence gets it.
+    """A block is free, or held by one or more sequences. A full block can be found again by all
+    tokens up to its end, even after it was freed, until another sequence gets it.
 
-    A block that holds nothing to be found is reused first, the latest one: its memory is in use already. Only then come
-    blocks that nobody has had yet, and at last the one that could be found and has been free for longest."""
+    A block that holds nothing to be found is reused first, the latest one: its memory is in use
+    already. Only then come blocks that nobody has had yet, and at last the one that could be found
+    and has been free for longest."""
 
     def __init__(self, num_blocks: int, *, keep_prefixes: bool) -> None:
         self.num_blocks = num_blocks
         self._keep_prefixes = keep_prefixes
         self._num_holders = [0] * num_blocks
-        self._free = dict.fromkeys(range(num_blocks))  # in the order in which they became free, the untouched first
+        # In the order in which they became free, the untouched first
+        self._free = dict.fromkeys(range(num_blocks))
         self._spare: list[int] = []  # free too, and without anything that could be found
         self._block_of: dict[bytes, int] = {}  # by prefix
         self._prefix_of: dict[int, bytes] = {}  # by block
@@ -37,15 +45,16 @@ class BlockPool:
         return 1 - self._num_free / self.num_blocks
 
     def missing(self, prompt_ids: Sequence[int], *, root: bytes = _ROOT) -> list[bytes]:
-        """Returns the prefixes to the end of each full block of the prompt that is not in the pool yet."""
+        """Returns the prefixes to the end of each full block of the prompt that is not in the pool
+        yet."""
         prefixes = _prefixes(prompt_ids, root) if self._keep_prefixes else []
         return prefixes[len(self._find(prompt_ids, root)) :]
 
     def allocate(
         self, num_tokens: int, *, prompt_ids: Sequence[int], root: bytes = _ROOT
     ) -> tuple[list[int], int] | None:
-        """Returns blocks for `num_tokens` and how many of the prompt's tokens they contain already: at most all but the
-        last, whose logits are needed. Returns None if there is no room."""
+        """Returns blocks for `num_tokens` and how many of the prompt's tokens they contain already:
+        at most all but the last, whose logits are needed. Returns None if there is no room."""
         shared = self._find(prompt_ids, root)
         num_new = num_blocks_for(num_tokens) - len(shared)
         num_shared_free = sum(block in self._free for block in shared)
@@ -59,8 +68,8 @@ class BlockPool:
         return blocks, len(shared) * BLOCK_TOKENS
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Frees the blocks that no other sequence holds. The last become free first: a shorter prefix fits more
-        prompts."""
+        """Frees the blocks that no other sequence holds. The last become free first: a shorter
+        prefix fits more prompts."""
         for block in reversed(blocks):
             self._num_holders[block] -= 1
             if self._num_holders[block] > 0:
@@ -71,7 +80,8 @@ class BlockPool:
                 self._spare.append(block)
 
     def seal(self, block: int, token_ids: Sequence[int], *, before: bytes = _ROOT) -> bytes:
-        """Marks a block as full with `token_ids` after the prefix `before`. Returns the prefix to its end."""
+        """Marks a block as full with `token_ids` after the prefix `before`. Returns the prefix to
+        its end."""
         prefix = _prefix(before, token_ids)
         if self._keep_prefixes and prefix not in self._block_of:
             self._block_of[prefix] = block
@@ -115,6 +125,6 @@ def _prefixes(prompt_ids: Sequence[int], root: bytes) -> list[bytes]:
 
 
 def _prefix(before: bytes, token_ids: Sequence[int]) -> bytes:
-    """Returns a cryptographic hash: a second prompt with the same one would be answered with the first prompt's
-    keys."""
+    """Returns a cryptographic hash: a second prompt with the same one would be answered with the
+    first prompt's keys."""
     return hashlib.blake2b(before + array("I", token_ids).tobytes(), digest_size=16).digest()

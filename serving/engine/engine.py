@@ -1,4 +1,5 @@
-"""The engine: continuous batching over a pool of KV cache blocks. It knows token ids, but no text, HTTP or Ray.
+"""The engine: continuous batching over a pool of KV cache blocks. It knows token ids, but no text,
+HTTP or Ray.
 
 Shapes: N tokens that a step reads, C model width, M rows for which a token is drawn, V vocabulary.
 """
@@ -20,7 +21,8 @@ PROMPT_LOGPROBS_CHUNK_TOKENS = 128  # 128 x 50,257 logits are 26 MB
 
 
 class Engine:
-    """Generates the same tokens for a sequence as `model.generation.generate`, whatever else shares its steps."""
+    """Generates the same tokens for a sequence as `model.generation.generate`, whatever else shares
+    its steps."""
 
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
         """The runner's cache has the blocks of the scheduler's pool."""
@@ -39,7 +41,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self, on_admission: Callable[[Admission], None] | None = None) -> StepReport:
-        """Admits, reads, draws and emits. Calls `on_admission` with the sequences that it starts before it computes."""
+        """Admits, reads, draws and emits. Calls `on_admission` with the sequences that it starts
+        before it computes."""
         began_s = time.perf_counter()
         scheduler = self._scheduler
         chunks = scheduler.plan()
@@ -77,7 +80,8 @@ class Engine:
         )
 
     def _emit(self, chunks: list[Chunk], logits: Tensor) -> list[TokenEvent]:
-        """Samples from logits (M, V). A row with NaN or infinity ends its own sequence and no other."""
+        """Samples from logits (M, V). A row with NaN or infinity ends its own sequence and no
+        other."""
         best, finite = self._runner.survey(logits)
         is_usable = finite.tolist()
         drawing = []
@@ -99,13 +103,18 @@ class Engine:
                 finish_reason = self._scheduler.fail(sequence)
             prompt_logprobs = sequence.prompt_logprobs or None
             embedding = _embedding(sequence.hidden_states)
-            events.append(TokenEvent(request.seq_id, token_id, finish_reason, logprobs, prompt_logprobs, embedding))
+            events.append(
+                TokenEvent(
+                    request.seq_id, token_id, finish_reason, logprobs, prompt_logprobs, embedding
+                )
+            )
             sequence.prompt_logprobs = []
             sequence.hidden_states = []
         return events
 
     def _keep_prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> None:
-        """Keeps the log-probabilities of the prompt tokens that follow a chunk's, from hidden (chunk, C)."""
+        """Keeps the log-probabilities of the prompt tokens that follow a chunk's, from hidden
+        (chunk, C)."""
         request = chunk.sequence.request
         if request.num_prompt_logprobs is None or chunk.sequence.output_ids:
             return
@@ -142,12 +151,19 @@ def _sample(sequences: list[Sequence], logits: Tensor, best: Tensor) -> list[int
 
 
 def _candidates(logits: Tensor, token_ids: list[int], num_top: int) -> list[Candidates]:
-    """Returns the log-probability of each row's token and the row's most likely tokens, from logits (N, V)."""
+    """Returns the log-probability of each row's token and the row's most likely tokens, from logits
+    (N, V)."""
     logprobs = logits.log_softmax(dim=-1)
     of_tokens = logprobs.gather(1, torch.tensor(token_ids)[:, None])  # (N, 1)
     ranks = 1 + torch.count_nonzero(logprobs > of_tokens, dim=-1)  # (N,)
     top_logprobs, top_ids = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)  # (N, num_top)
-    columns = zip(of_tokens[:, 0].tolist(), top_ids.tolist(), top_logprobs.tolist(), ranks.tolist(), strict=True)
+    columns = zip(
+        of_tokens[:, 0].tolist(),
+        top_ids.tolist(),
+        top_logprobs.tolist(),
+        ranks.tolist(),
+        strict=True,
+    )
     candidates = []
     for logprob, ids, values, rank in columns:
         top = list(zip(ids, values, strict=True))
@@ -156,8 +172,8 @@ def _candidates(logits: Tensor, token_ids: list[int], num_top: int) -> list[Cand
 
 
 def _embedding(hidden_states: list[Tensor]) -> str | None:
-    """Returns the mean over all tokens of the chunks' hidden states (chunk, C), None without chunks. Sums of each chunk
-    would have other bits wherever a prompt is cut."""
+    """Returns the mean over all tokens of the chunks' hidden states (chunk, C), None without
+    chunks. Sums of each chunk would have other bits wherever a prompt is cut."""
     if not hidden_states:
         return None
     mean = torch.cat(hidden_states).float().mean(dim=0)

@@ -1,4 +1,5 @@
-"""Decides how many tokens the KV cache of raymill's engine holds: as set, or as many as the free memory allows."""
+"""Decides how many tokens the KV cache of raymill's engine holds: as set, or as many as the free
+memory allows."""
 
 from typing import NamedTuple
 
@@ -7,7 +8,8 @@ from model.config import GPTConfig
 from model.errors import UserError
 from serving.engine.block_pool import BLOCK_TOKENS
 
-SHARE = 0.4  # of the free memory, of a default cache: during a promotion a second engine takes as much
+# Of the free memory, of a default cache: during a promotion a second engine takes as much
+SHARE = 0.4
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "int8": 2}  # of a key or value, by `engine.dtype`
 GIB = 1 << 30
 
@@ -28,7 +30,8 @@ def bytes_per_token(shape: GPTConfig, dtype: str) -> int:
 
 
 def served_context(shape: GPTConfig, max_context: int | None) -> int:
-    """Returns the tokens of a sequence that are served at most. Raises `UserError` for more than the model has."""
+    """Returns the tokens of a sequence that are served at most. Raises `UserError` for more than
+    the model has."""
     if max_context is not None and max_context > shape.n_positions:
         raise UserError(
             f"engine.max_context={max_context} is more than the context of this model, {shape.n_positions} tokens"
@@ -37,10 +40,17 @@ def served_context(shape: GPTConfig, max_context: int | None) -> int:
 
 
 def kv_cache_tokens(
-    shape: GPTConfig, config: EngineConfig, *, dtype: str, num_seqs: int, weight_bytes: int, memory: Memory
+    shape: GPTConfig,
+    config: EngineConfig,
+    *,
+    dtype: str,
+    num_seqs: int,
+    weight_bytes: int,
+    memory: Memory,
 ) -> int:
-    """Returns the tokens for which the cache has room. `weight_bytes` are still to be taken for the weights. Raises
-    `UserError`, with the bytes, where not even one context fits, or what is set never could."""
+    """Returns the tokens for which the cache has room. `weight_bytes` are still to be taken for the
+    weights. Raises `UserError`, with the bytes, where not even one context fits, or what is set
+    never could."""
     context = served_context(shape, config.max_context)
     token_bytes = bytes_per_token(shape, dtype)
     if config.kv_cache_tokens is not None:

@@ -14,7 +14,8 @@ from model.generation.sampling_params import SamplingParams
 class FinishReason(StrEnum):
     STOP = "stop"  # the end-of-text token, or a stop string
     LENGTH = "length"  # max_tokens were generated
-    ERROR = "error"  # the model gave logits that are not finite numbers, or the engine refused the sequence
+    # The model gave logits that are not finite numbers, or the engine refused the sequence
+    ERROR = "error"
 
 
 @dataclass(frozen=True)
@@ -28,20 +29,24 @@ class SequenceRequest:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0  # before which nothing that would end the sequence is drawn
-    num_logprobs: int | None = None  # candidates reported for each token; 0: only the chosen token's logprob
+    # Candidates reported for each token; 0: only the chosen token's logprob
+    num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens
     embed: bool = False  # reports the mean of the prompt's hidden states
-    cache_scope: str = ""  # whose prompts may share blocks of the cache with it; empty for all without one
+    # Whose prompts may share blocks of the cache with it; empty for all without one
+    cache_scope: str = ""
     weights: int = 0  # the version that computes it, if several share the engine (weight_turns.py)
 
     @property
     def reads_whole_prompt(self) -> bool:
-        """Whether it needs the results of all of its prompt; other sequences share what the cache has of it."""
+        """Whether it needs the results of all of its prompt; other sequences share what the cache
+        has of it."""
         return self.embed or self.num_prompt_logprobs is not None
 
 
 class Candidates(NamedTuple):
-    """A token's log-probability and the most likely tokens at its place, from the unmodified logits."""
+    """A token's log-probability and the most likely tokens at its place, from the unmodified
+    logits."""
 
     logprob: float
     top: list[tuple[int, float]]
@@ -55,7 +60,8 @@ class TokenEvent(NamedTuple):
     token_id: int | None  # None if nothing was sampled (max_tokens 0, or an error)
     finish_reason: FinishReason | None
     logprobs: Candidates | None
-    prompt_logprobs: list[Candidates | None] | None  # in the first event, if asked for; the first token has none
+    # In the first event, if asked for; the first token has none
+    prompt_logprobs: list[Candidates | None] | None
     embedding: str | None = None  # C fp32 numbers, little-endian, in base64
 
 
@@ -70,8 +76,8 @@ class EngineFacts(NamedTuple):
 
 
 class Admission(NamedTuple):
-    """Sent before a step that starts new sequences. On a slow processor that step takes seconds, during which no
-    request that has begun may be refused for having waited too long."""
+    """Sent before a step that starts new sequences. On a slow processor that step takes seconds,
+    during which no request that has begun may be refused for having waited too long."""
 
     admitted: list[int]  # sequences
     num_running: int
@@ -96,8 +102,10 @@ class StepReport(NamedTuple):
     num_waiting: int
     kv_cache_usage: float  # share of the KV cache blocks that are held, 0 to 1
     num_prompt_tokens: int  # read in this step, or found in the cache
-    num_tokens: int = 0  # computed in this step: of prompts, and one for each sequence that continues
-    num_looked_up: int = 0  # prompt tokens of the sequences that this step admitted, if the cache may have them
+    # Computed in this step: of prompts, and one for each sequence that continues
+    num_tokens: int = 0
+    # Prompt tokens of the sequences that this step admitted, if the cache may have them
+    num_looked_up: int = 0
     num_found: int = 0  # of those, tokens that the cache had
     step_s: float = 0.0
 

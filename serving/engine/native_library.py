@@ -1,9 +1,11 @@
-"""Compiles native/ for this processor, once, and loads it; or loads a library that was compiled into an image.
+"""Compiles native/ for this processor, once, and loads it; or loads a library that was compiled
+into an image.
 
     python -m serving.engine.native_library --bake FOLDER
 
-compiles it for every processor of this machine's kind. If the environment variable RAYMILL_KERNELS names that folder,
-the fastest library that the processor can run is loaded from there, and no compiler is needed.
+compiles it for every processor of this machine's kind. If the environment variable RAYMILL_KERNELS
+names that folder, the fastest library that the processor can run is loaded from there, and no
+compiler is needed.
 
 RAYMILL_KERNELS_MARCH replaces "native" in GCC's -march: "x86-64-v3" limits the kernels to AVX2.
 """
@@ -23,7 +25,16 @@ from model.files.durable_files import sync
 from model.hardware.processor import cpu_features
 
 SOURCES = Path(__file__).parent / "native"
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-psabi", "-Werror=switch")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+    "-Werror=switch",
+)
 COMPILE_TIMEOUT_S = 300.0
 NATIVE = "native"
 FOLDER_VARIABLE, MARCH_VARIABLE = "RAYMILL_KERNELS", "RAYMILL_KERNELS_MARCH"
@@ -44,7 +55,8 @@ TARGETS: dict[str, dict[str, frozenset[str]]] = {
     },
     "aarch64": {"armv8-a": frozenset({"asimd"})},
 }
-"""By machine: the targets of `--bake`, the fastest first, and the processor features they need, as Linux names them."""
+"""By machine: the targets of `--bake`, the fastest first, and the processor features they need, as
+Linux names them."""
 
 
 class NoNativeLibraryError(Exception):
@@ -74,11 +86,18 @@ def bake(folder: Path) -> list[Path]:
 
 
 def _baked() -> Path | None:
-    """Returns the fastest library in the image that the processor can run, or the one that is asked for."""
+    """Returns the fastest library in the image that the processor can run, or the one that is asked
+    for."""
     if not (folder := os.environ.get(FOLDER_VARIABLE)):
         return None
-    runs = [march for march, needs in TARGETS.get(platform.machine(), {}).items() if needs <= cpu_features()]
-    paths = (Path(folder) / _baked_name(march) for march in (runs if _march() == NATIVE else [_march()]))
+    runs = [
+        march
+        for march, needs in TARGETS.get(platform.machine(), {}).items()
+        if needs <= cpu_features()
+    ]
+    paths = (
+        Path(folder) / _baked_name(march) for march in (runs if _march() == NATIVE else [_march()])
+    )
     return next((path for path in paths if path.exists()), None)
 
 
@@ -87,12 +106,16 @@ def _baked_name(march: str) -> str:
 
 
 def _compiled() -> Path:
-    """Returns the library in this user's cache, compiled now if it is not there. Its name tells all that affects it, as
-    different machines may share a home."""
+    """Returns the library in this user's cache, compiled now if it is not there. Its name tells all
+    that affects it, as different machines may share a home."""
     compiler = _compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S).stdout
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S
+    ).stdout
     processor = " ".join((platform.machine(), *sorted(cpu_features())))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raymill" / "kernels"
+    folder = (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raymill" / "kernels"
+    )
     path = folder / f"decoder-{_digest(_march(), version, processor.encode())}.so"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if os.statvfs(folder).f_flag & os.ST_NOEXEC:
@@ -103,7 +126,8 @@ def _compiled() -> Path:
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    """Loads a library that only this user or root can write: anybody else could run code as this user."""
+    """Loads a library that only this user or root can write: anybody else could run code as this
+    user."""
     for place in (path.parent, path):
         status = place.stat()
         if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
@@ -126,7 +150,8 @@ def _march() -> str:
 
 
 def _flags(march: str) -> list[str]:
-    """Returns GCC's flags. It accepts "armv8.2-a+dotprod" as it is, but wants a flag for each extension of x86."""
+    """Returns GCC's flags. It accepts "armv8.2-a+dotprod" as it is, but wants a flag for each
+    extension of x86."""
     if march.startswith("arm"):
         return [*FLAGS, f"-march={march}"]
     name, *more = march.split("+")
@@ -135,11 +160,14 @@ def _flags(march: str) -> list[str]:
 
 def _digest(march: str, *more: bytes) -> str:
     sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
-    return hashlib.sha256(b"\0".join((sources, " ".join(_flags(march)).encode(), *more))).hexdigest()[:16]
+    return hashlib.sha256(
+        b"\0".join((sources, " ".join(_flags(march)).encode(), *more))
+    ).hexdigest()[:16]
 
 
 def _compile(compiler: str, march: str, path: Path) -> None:
-    """Compiles the sources. The library is written whole or not at all: one cut short could kill its process."""
+    """Compiles the sources. The library is written whole or not at all: one cut short could kill
+    its process."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         command = [compiler, *_flags(march), str(SOURCES / "decoder.cpp"), "-o", str(made)]
@@ -155,8 +183,12 @@ def _compile(compiler: str, march: str, path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bake", type=Path, required=True, metavar="FOLDER", help="folder for the libraries")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--bake", type=Path, required=True, metavar="FOLDER", help="folder for the libraries"
+    )
     try:
         paths = bake(parser.parse_args().bake)
     except NoNativeLibraryError as error:

@@ -1,5 +1,5 @@
-"""Computes the decoder's step with the CPU kernels of native/decoder.cpp: weights in the order in which they are read,
-their own threads, and the same bits for a token whatever shares its step.
+"""Computes the decoder's step with the CPU kernels of native/decoder.cpp: weights in the order in
+which they are read, their own threads, and the same bits for a token whatever shares its step.
 
 Shapes: N tokens of all readings, M rows, C model width, V vocabulary, W blocks of a reading.
 """
@@ -36,8 +36,14 @@ _FUNCTIONS = {
 
 class Shape(ctypes.Structure):
     _fields_: ClassVar = [
-        *((name, ctypes.c_int32) for name in ("layers", "width", "heads", "kv_heads", "ffn_width", "vocabulary")),
-        *((name, ctypes.c_int32) for name in ("positions", "architecture", "activation", "num_blocks")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("layers", "width", "heads", "kv_heads", "ffn_width", "vocabulary")
+        ),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("positions", "architecture", "activation", "num_blocks")
+        ),
         ("epsilon", ctypes.c_float),
     ]
 
@@ -46,20 +52,23 @@ class Pass(ctypes.Structure):
     _fields_: ClassVar = [
         ("num_tokens", ctypes.c_int),
         ("table_width", ctypes.c_int),
-        *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "rows", "tables", "hidden")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("token_ids", "positions", "rows", "tables", "hidden")
+        ),
     ]
 
 
 class NativeRunner:
     """The `Runner` of the CPU kernels. Sums are fp32 whatever the weights are.
 
-    int8 quantizes each column of a weight and each row of inputs in 255 steps of its own size ("vector-wise
-    quantization", Dettmers et al., 2022); keys and values are bf16.
+    int8 quantizes each column of a weight and each row of inputs in 255 steps of its own size
+    ("vector-wise quantization", Dettmers et al., 2022); keys and values are bf16.
     """
 
     def __init__(self, model: GPT, *, dtype: str, num_blocks: int, threads: int) -> None:
-        """Raises `NoNativeLibraryError` if the kernels are not available, and `MemoryError` without the memory for
-        weights and cache."""
+        """Raises `NoNativeLibraryError` if the kernels are not available, and `MemoryError` without
+        the memory for weights and cache."""
         self._library = load_library()
         for name, arguments in _FUNCTIONS.items():
             getattr(self._library, name).argtypes = arguments
@@ -83,7 +92,9 @@ class NativeRunner:
         embedding = model.body.position_embedding
         positions = _as_float(frequencies(config) if embedding is None else embedding.weight)
         self._decoder = ctypes.c_void_p(
-            self._library.raymill_create(ctypes.byref(shape), KINDS[dtype], threads, positions.data_ptr())
+            self._library.raymill_create(
+                ctypes.byref(shape), KINDS[dtype], threads, positions.data_ptr()
+            )
         )
         if self._decoder.value is None:
             raise MemoryError("the KV cache")
@@ -91,7 +102,9 @@ class NativeRunner:
             for which, name in enumerate(network.parameters.norms):
                 self._set_norm(layer, which, block.get_submodule(name))
             for which, names in enumerate(network.kernels.matrices):
-                self._set_matrix(layer, which, *_side_by_side([block.get_submodule(name) for name in names]))
+                self._set_matrix(
+                    layer, which, *_side_by_side([block.get_submodule(name) for name in names])
+                )
         self._set_norm(config.n_layer, 0, model.last_norm)
         self._set_matrix(config.n_layer, HEAD, model.head_weight.T)
         if not config.tie_word_embeddings:
@@ -111,7 +124,13 @@ class NativeRunner:
             rows += [row] * len(reading.token_ids)
             tables.append(reading.blocks + [0] * (width - len(reading.blocks)))
         hidden = torch.empty(len(token_ids), self._config.n_embd)
-        arrays = [_as_int32(token_ids), _as_int32(positions), _as_int32(rows), _as_int32(tables), hidden]
+        arrays = [
+            _as_int32(token_ids),
+            _as_int32(positions),
+            _as_int32(rows),
+            _as_int32(tables),
+            hidden,
+        ]
         work = Pass(len(token_ids), width, *[array.data_ptr() for array in arrays])
         self._library.raymill_forward(self._decoder, ctypes.byref(work))
         return hidden
@@ -119,7 +138,9 @@ class NativeRunner:
     def logits(self, hidden: Tensor) -> Tensor:
         hidden = hidden.contiguous()
         logits = torch.empty(len(hidden), self._config.vocab_size)
-        self._library.raymill_logits(self._decoder, len(hidden), hidden.data_ptr(), logits.data_ptr())
+        self._library.raymill_logits(
+            self._decoder, len(hidden), hidden.data_ptr(), logits.data_ptr()
+        )
         return logits
 
     def survey(self, logits: Tensor) -> Survey:
@@ -131,10 +152,15 @@ class NativeRunner:
         return Survey(best, finite)
 
     def _set_norm(self, layer: int, which: int, norm: nn.Module) -> None:
-        weight, bias, *_ = [*map(_as_float, norm.parameters()), torch.zeros(self._config.n_embd)]  # RMSNorm has no bias
-        self._library.raymill_set_norm(self._decoder, layer, which, weight.data_ptr(), bias.data_ptr())
+        # RMSNorm has no bias
+        weight, bias, *_ = [*map(_as_float, norm.parameters()), torch.zeros(self._config.n_embd)]
+        self._library.raymill_set_norm(
+            self._decoder, layer, which, weight.data_ptr(), bias.data_ptr()
+        )
 
-    def _set_matrix(self, layer: int, which: int, weight: Tensor, bias: Tensor | None = None) -> None:
+    def _set_matrix(
+        self, layer: int, which: int, weight: Tensor, bias: Tensor | None = None
+    ) -> None:
         """Passes weight (in, out) to the kernels."""
         weight = weight.detach().float()
         bias = None if bias is None else _as_float(bias)
@@ -144,7 +170,8 @@ class NativeRunner:
 
 
 def _side_by_side(projections: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
-    """Returns the weights (in, out) of projections of the same inputs as one matrix, and their biases as one."""
+    """Returns the weights (in, out) of projections of the same inputs as one matrix, and their
+    biases as one."""
     weights, biases = list[Tensor](), list[Tensor]()
     for projection in projections:
         weight = projection.get_parameter("weight")

@@ -1,8 +1,8 @@
-"""The interface of a runner, which computes a step: the decoder on chunks of many sequences, with its KV cache in
-blocks; and the type in which it computes.
+"""The interface of a runner, which computes a step: the decoder on chunks of many sequences, with
+its KV cache in blocks; and the type in which it computes.
 
-There are two: the native kernels (native_runner.py), and PyTorch where they are missing (torch_runner.py).
-Shapes: N tokens of all chunks, C model width, M rows, V vocabulary.
+There are two: the native kernels (native_runner.py), and PyTorch where they are missing
+(torch_runner.py). Shapes: N tokens of all chunks, C model width, M rows, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ LOADED_IN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch
 def with_dtype(config: EngineConfig, folder: Path) -> EngineConfig:
     """Returns the settings with a type instead of `auto`.
 
-    A run in bf16 rounded its matrices to bf16 in each step, so bf16 serves it without loss where the processor computes
-    bf16 at speed. All others are served in float32, which rounds nothing, except on a GPU: it has fast attention for
-    bf16 alone.
+    A run in bf16 rounded its matrices to bf16 in each step, so bf16 serves it without loss where
+    the processor computes bf16 at speed. All others are served in float32, which rounds nothing,
+    except on a GPU: it has fast attention for bf16 alone.
     """
     if config.dtype != "auto":
         return config
@@ -37,7 +37,8 @@ def with_dtype(config: EngineConfig, folder: Path) -> EngineConfig:
 
 
 class Reading(NamedTuple):
-    """The tokens of one sequence that a step reads, the position of the first, and the sequence's blocks in order."""
+    """The tokens of one sequence that a step reads, the position of the first, and the sequence's
+    blocks in order."""
 
     token_ids: list[int]
     position: int
@@ -57,7 +58,8 @@ class Survey(NamedTuple):
 
 class Runner(Protocol):
     def forward(self, readings: Sequence[Reading]) -> Tensor:
-        """Returns hidden states (N, C), one reading after the other, and stores their keys and values in the cache."""
+        """Returns hidden states (N, C), one reading after the other, and stores their keys and
+        values in the cache."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns fp32 logits (M, V) of hidden states (M, C)."""

@@ -19,10 +19,13 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)  # in the order of their tokens
     num_read: int = 0  # tokens whose keys and values are in the cache
     sealed_prefix: bytes = b""  # of the full blocks among them
-    promised: list[bytes] = field(default_factory=list)  # prefixes to the ends of the blocks that it is about to read
+    # Prefixes to the ends of the blocks that it is about to read
+    promised: list[bytes] = field(default_factory=list)
     stop_ids: frozenset[int] = frozenset()  # that end it
-    prompt_logprobs: list[Candidates | None] = field(default_factory=list)  # of the tokens read, when asked for
-    hidden_states: list[Any] = field(default_factory=list)  # the engine's, of the tokens read, for an embedding
+    # Of the tokens read, when asked for
+    prompt_logprobs: list[Candidates | None] = field(default_factory=list)
+    # The engine's, of the tokens read, for an embedding
+    hidden_states: list[Any] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -35,7 +38,8 @@ class Sequence:
 
 
 class Chunk(NamedTuple):
-    """Tokens `first` to `last` - 1 of a sequence. A step reads them, and draws a token if they are the last ones."""
+    """Tokens `first` to `last` - 1 of a sequence. A step reads them, and draws a token if they are
+    the last ones."""
 
     sequence: Sequence
     first: int
@@ -47,15 +51,23 @@ class Chunk(NamedTuple):
 
 
 class Scheduler:
-    """First come, first served. A sequence is admitted when there are blocks for its prompt and all tokens that it may
-    get, so it always runs to its end. A sequence whose prompt starts like one that is being read waits for that one and
-    shares its blocks: the choices of a request read their prompt once.
+    """First come, first served. A sequence is admitted when there are blocks for its prompt and all
+    tokens that it may get, so it always runs to its end. A sequence whose prompt starts like one
+    that is being read waits for that one and shares its blocks: the choices of a request read their
+    prompt once.
 
-    A step gives each running sequence its next token, and reads up to `prefill_tokens_per_step` prompt tokens while the
-    running sequences wait. If none has a token yet, it reads more.
+    A step gives each running sequence its next token, and reads up to `prefill_tokens_per_step`
+    prompt tokens while the running sequences wait. If none has a token yet, it reads more.
     """
 
-    def __init__(self, pool: BlockPool, *, max_num_seqs: int, eos_id: int | None, prefill_tokens_per_step: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        eos_id: int | None,
+        prefill_tokens_per_step: int,
+    ) -> None:
         self.pool = pool
         self._max_num_seqs = max_num_seqs
         self._eos_id = eos_id
@@ -66,7 +78,8 @@ class Scheduler:
         self.admitted: list[int] = []  # sequences, by the latest plan
         self.found: list[int] = []  # of each of them, tokens that the cache had
         self.num_prompt_tokens = 0  # read by the latest plan, or found in the cache
-        self.num_looked_up = self.num_found = 0  # prompt tokens that it looked for in the cache, and found there
+        # Prompt tokens that it looked for in the cache, and found there
+        self.num_looked_up = self.num_found = 0
 
     @property
     def num_waiting(self) -> int:
@@ -102,14 +115,16 @@ class Scheduler:
             budget -= chunks[-1].last - chunks[-1].first
             self.admitted.append(admitted.request.seq_id)
             self.num_prompt_tokens += chunks[-1].last
-            self.num_looked_up += 0 if admitted.request.reads_whole_prompt else len(admitted.request.prompt_ids)
+            self.num_looked_up += (
+                0 if admitted.request.reads_whole_prompt else len(admitted.request.prompt_ids)
+            )
             self.found.append(chunks[-1].first)
             self.num_found += chunks[-1].first
         return chunks
 
     def advance(self, chunk: Chunk, token_id: int | None) -> FinishReason | None:
-        """Records that a chunk was read, and the token that it drew. Returns why its sequence has finished, if it
-        has."""
+        """Records that a chunk was read, and the token that it drew. Returns why its sequence has
+        finished, if it has."""
         sequence = chunk.sequence
         sequence.num_read = chunk.last
         self._seal(sequence, first=chunk.first)
@@ -131,7 +146,8 @@ class Scheduler:
         return FinishReason.ERROR
 
     def cancel(self, seq_id: int) -> None:
-        """Ends a sequence that waits or runs. It is no error if the sequence has finished meanwhile."""
+        """Ends a sequence that waits or runs. It is no error if the sequence has finished
+        meanwhile."""
         if seq_id in self._running:
             self._release(self._running[seq_id])
             return
@@ -163,7 +179,9 @@ class Scheduler:
         for index in range(first // BLOCK_TOKENS, sequence.num_read // BLOCK_TOKENS):
             token_ids = sequence.request.prompt_ids + sequence.output_ids
             tokens = token_ids[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
-            sequence.sealed_prefix = self.pool.seal(sequence.blocks[index], tokens, before=sequence.sealed_prefix)
+            sequence.sealed_prefix = self.pool.seal(
+                sequence.blocks[index], tokens, before=sequence.sealed_prefix
+            )
 
     def _end_promise(self, sequence: Sequence) -> None:
         self._promised.difference_update(sequence.promised)

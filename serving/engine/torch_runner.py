@@ -1,9 +1,9 @@
-"""Computes the decoder's step in PyTorch, with one call of the model for all tokens of a step: the reference for the
-native kernels, and the fallback where they cannot be compiled.
+"""Computes the decoder's step in PyTorch, with one call of the model for all tokens of a step: the
+reference for the native kernels, and the fallback where they cannot be compiled.
 
-The projections see the tokens as one long row; in attention each reading is by itself.
-Shapes: N tokens of a step, T of a reading, P cached positions that it sees, L layers, H heads of width D, G of keys and
-values, S = BLOCK_TOKENS.
+The projections see the tokens as one long row; in attention each reading is by itself. Shapes: N
+tokens of a step, T of a reading, P cached positions that it sees, L layers, H heads of width D, G
+of keys and values, S = BLOCK_TOKENS.
 """
 
 from collections.abc import Sequence
@@ -62,7 +62,8 @@ class StepCache:
         """Returns what tokens at `positions` (1, N) see."""
         blocks: list[int] = []
         sights = []
-        by_reading = positions.split([len(reading.token_ids) for reading in self.readings], dim=1)  # (1, T) each
+        # (1, T) each
+        by_reading = positions.split([len(reading.token_ids) for reading in self.readings], dim=1)
         for reading, row in zip(self.readings, by_reading, strict=True):
             blocks += [reading.blocks[position // BLOCK_TOKENS] for position in reading.positions]
             sights.append(visible_mask(row, reading.positions.stop, dtype=self.keys.dtype))
@@ -85,7 +86,8 @@ class StepWindow:
         all_keys[self.blocks, self.offsets] = keys[0].transpose(0, 1)  # (N, G, D)
         all_values[self.blocks, self.offsets] = values[0].transpose(0, 1)
         readings = self.cache.readings
-        rows = queries.split([len(reading.token_ids) for reading in readings], dim=2)  # (1, H, T, D) each
+        # (1, H, T, D) each
+        rows = queries.split([len(reading.token_ids) for reading in readings], dim=2)
         outputs = []
         for row, reading, (is_causal, mask) in zip(rows, readings, self.sights, strict=True):
             num_heads = row.shape[1]
@@ -101,7 +103,8 @@ class StepWindow:
 
 
 def seen(pool: Tensor, reading: Reading) -> Tensor:
-    """Returns the keys or values (1, G, P, D) that a reading sees of a layer's (blocks, S, G, D)."""
+    """Returns the keys or values (1, G, P, D) that a reading sees of a layer's (blocks, S, G,
+    D)."""
     end = reading.positions.stop
     blocks = reading.blocks[: num_blocks_for(end)]
     rows = pool[blocks].flatten(0, 1)[:end]  # (P, G, D)

@@ -1,9 +1,10 @@
-"""Runs vLLM instead of the engine, with the same checkpoint and the same messages, and therefore the same API.
+"""Runs vLLM instead of the engine, with the same checkpoint and the same messages, and therefore
+the same API.
 
-It runs in the engine's process, with a Python whose environment has vLLM (`engine.vllm_python`). Written for vLLM 0.32
-and its V1 engine. Differences from our engine: sampled text depends on what shares a step (unless
-`engine.batch_invariant`); of logits that are not finite only NaN is noticed; vLLM decides how long a sequence waits for
-room in the cache, and may put a running one back.
+It runs in the engine's process, with a Python whose environment has vLLM (`engine.vllm_python`).
+Written for vLLM 0.32 and its V1 engine. Differences from our engine: sampled text depends on what
+shares a step (unless `engine.batch_invariant`); of logits that are not finite only NaN is noticed;
+vLLM decides how long a sequence waits for room in the cache, and may put a running one back.
 """
 
 import dataclasses
@@ -30,14 +31,23 @@ from serving.engine.messages import (
     TokenEvent,
 )
 from serving.engine.runner import with_dtype
-from serving.engine.vllm_sizes import NUMBER_BYTES, Starts, batched_tokens, cache_bytes, sampling_arguments
+from serving.engine.vllm_sizes import (
+    NUMBER_BYTES,
+    Starts,
+    batched_tokens,
+    cache_bytes,
+    sampling_arguments,
+)
 from serving.engine.vllm_weights import clear_cache, replace_weights, stored_shapes, weights_alone
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process already belongs to the engine
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # otherwise all replicas take the same cores
+# This process already belongs to the engine
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+# Otherwise all replicas take the same cores
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing is sent anywhere
 os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
-os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork would inherit our socket and a started CUDA
+# A fork would inherit our socket and a started CUDA
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 import vllm
 import vllm.envs
@@ -60,7 +70,9 @@ class VllmEngine:
         _require_device(config)
         config = with_dtype(config, checkpoint)
         if config.dtype not in NUMBER_BYTES:
-            raise UserError(f"engine.dtype={config.dtype} is not vLLM's; expected float32 or bfloat16")
+            raise UserError(
+                f"engine.dtype={config.dtype} is not vLLM's; expected float32 or bfloat16"
+            )
         self._eos_id = eos_id
         self._requests: dict[int, SequenceRequest] = {}
         self._started: set[int] = set()  # those that have a token
@@ -68,14 +80,19 @@ class VllmEngine:
         self._not_finite: set[int] = set()  # those whose logits had NaN in the latest step
         self._has_nan_blocks = False  # in vLLM's cache, since the latest step
         self._starts = Starts()
-        self._looked_up = self._found = 0  # prompt tokens of the sequences that the latest step started
+        # Prompt tokens of the sequences that the latest step started
+        self._looked_up = self._found = 0
         self._plans: list[Any] = []  # what vLLM's scheduler has decided in the latest step
         self._on_admission: Callable[[Admission], None] | None = None
         with weights_alone(checkpoint) as folder:
             try:
-                settings = _arguments(folder, config).create_engine_config(UsageContext.OPENAI_API_SERVER)
+                settings = _arguments(folder, config).create_engine_config(
+                    UsageContext.OPENAI_API_SERVER
+                )
             except ValueError as error:
-                raise UserError(f"vLLM refuses its settings: {' '.join(str(error).split())}") from None
+                raise UserError(
+                    f"vLLM refuses its settings: {' '.join(str(error).split())}"
+                ) from None
             self._engine = LLMEngine.from_vllm_config(settings)
         core = self._engine.engine_core
         self._scheduler = core.engine_core.scheduler
@@ -83,7 +100,10 @@ class VllmEngine:
         self._scheduler.schedule = partial(self._noticing_plans, self._scheduler.schedule)
         sizes = settings.scheduler_config
         self.facts = EngineFacts(
-            config.dtype, sizes.max_num_seqs, sizes.max_num_batched_tokens, least_tokens=LEAST_TOKENS
+            config.dtype,
+            sizes.max_num_seqs,
+            sizes.max_num_batched_tokens,
+            least_tokens=LEAST_TOKENS,
         )
         self._shapes = stored_shapes(checkpoint)
 
@@ -92,7 +112,8 @@ class VllmEngine:
         return bool(self._requests or self._refused)
 
     def submit(self, request: SequenceRequest) -> None:
-        """Adds a sequence. What vLLM refuses in it, by bounds of its own, ends it alone, in the next step."""
+        """Adds a sequence. What vLLM refuses in it, by bounds of its own, ends it alone, in the
+        next step."""
         prompt: Any = {"prompt_token_ids": request.prompt_ids}
         if request.cache_scope:
             prompt["cache_salt"] = request.cache_scope
@@ -113,14 +134,18 @@ class VllmEngine:
             self._engine.abort_request([str(seq_id)])
 
     def step(self, on_admission: Callable[[Admission], None] | None = None) -> StepReport:
-        """Runs a step. Calls `on_admission` with the sequences that it starts before it computes."""
+        """Runs a step. Calls `on_admission` with the sequences that it starts before it
+        computes."""
         began_s = time.perf_counter()
         self._on_admission, self._plans = on_admission, []
         self._looked_up = self._found = 0
         if self._has_nan_blocks:
             self._forget_all_blocks()
         outputs = self._engine.step() if self._requests else []
-        events = [TokenEvent(seq_id, None, FinishReason.ERROR, None, None) for seq_id in sorted(self._refused)]
+        events = [
+            TokenEvent(seq_id, None, FinishReason.ERROR, None, None)
+            for seq_id in sorted(self._refused)
+        ]
         self._refused.clear()
         num_prompt_tokens = 0
         for output in outputs:
@@ -146,26 +171,35 @@ class VllmEngine:
     def take_back(self) -> list[SequenceRequest]:
         """Returns the sequences that vLLM has not started, and forgets them."""
         waiting = {_seq_id(request.request_id) for request in self._scheduler.waiting}
-        unstarted = [r for r in self._requests.values() if r.seq_id in waiting and r.seq_id not in self._started]
+        unstarted = [
+            r
+            for r in self._requests.values()
+            if r.seq_id in waiting and r.seq_id not in self._started
+        ]
         for request in unstarted:
             self.cancel(request.seq_id)
         return unstarted
 
     def replace_weights(self, checkpoint: Path) -> None:
-        """Replaces the weights in place, and forgets all that was computed with those before. Called without any
-        sequence. Raises `UserError` for a checkpoint of another shape, and then has changed nothing."""
+        """Replaces the weights in place, and forgets all that was computed with those before.
+        Called without any sequence. Raises `UserError` for a checkpoint of another shape, and then
+        has changed nothing."""
         if (shapes := stored_shapes(checkpoint)) != self._shapes:
             other = sorted(name for name, _ in shapes.items() ^ self._shapes.items())[0]
-            raise UserError(f"{checkpoint}: {other} is not as in the checkpoint that the engine was started with")
+            raise UserError(
+                f"{checkpoint}: {other} is not as in the checkpoint that the engine was started with"
+            )
         core = self._engine.engine_core.engine_core
-        while self._scheduler.has_requests() or core.batch_queue:  # steps ahead, of sequences that have ended
+        # Steps ahead, of sequences that have ended
+        while self._scheduler.has_requests() or core.batch_queue:
             self._engine.step()
         self._engine.collective_rpc(replace_weights, args=(str(checkpoint),))
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM holds blocks of the old weights")
 
     def _noticing_nan(self, get_output: Callable[[], Any]) -> Any:
-        """Wraps the inner half of vLLM's step, whose outer half forgets how many logits were NaN."""
+        """Wraps the inner half of vLLM's step, whose outer half forgets how many logits were
+        NaN."""
         outputs = get_output()
         self._not_finite = {_seq_id(o.request_id) for o in outputs.outputs if o.num_nans_in_logits}
         return outputs
@@ -181,15 +215,20 @@ class VllmEngine:
         self._found += sum(num_cached)
         if admitted and self._on_admission is not None:
             scheduler = self._scheduler
-            self._on_admission(Admission(admitted, len(scheduler.running), len(scheduler.waiting), num_cached))
+            self._on_admission(
+                Admission(admitted, len(scheduler.running), len(scheduler.waiting), num_cached)
+            )
         return plan
 
     def _forget_all_blocks(self) -> None:
-        """Empties vLLM's cache after logits that were no numbers: a block that holds NaN would end the next sequence
-        that gets it. Those that run read their tokens again, and so lose time and nothing else."""
+        """Empties vLLM's cache after logits that were no numbers: a block that holds NaN would end
+        the next sequence that gets it. Those that run read their tokens again, and so lose time and
+        nothing else."""
         self._has_nan_blocks = False
         if not self._engine.reset_prefix_cache(reset_running_requests=True):
-            _log.error("vLLM still holds blocks with NaN, which may end the next sequence that gets one")
+            _log.error(
+                "vLLM still holds blocks with NaN, which may end the next sequence that gets one"
+            )
             return
         self._engine.collective_rpc(clear_cache)
 
@@ -208,7 +247,8 @@ class VllmEngine:
         )
 
     def _events(self, request: SequenceRequest, output: Any) -> list[TokenEvent]:
-        """Returns a sequence's new tokens; the first comes with the prompt's log-probabilities, if asked for."""
+        """Returns a sequence's new tokens; the first comes with the prompt's log-probabilities, if
+        asked for."""
         if request.seq_id in self._not_finite:
             self._has_nan_blocks = True
             self.cancel(request.seq_id)
@@ -220,8 +260,12 @@ class VllmEngine:
         of_prompt = None
         if request.num_prompt_logprobs is not None and output.prompt_logprobs:
             of_prompt = [
-                None if candidates is None else _candidates(candidates, token_id, request.num_prompt_logprobs)
-                for token_id, candidates in zip(request.prompt_ids, output.prompt_logprobs, strict=True)
+                None
+                if candidates is None
+                else _candidates(candidates, token_id, request.num_prompt_logprobs)
+                for token_id, candidates in zip(
+                    request.prompt_ids, output.prompt_logprobs, strict=True
+                )
             ]
         events = []
         if request.max_tokens == 0:
@@ -249,7 +293,11 @@ def _seq_id(name: str) -> int:
 
 def _candidates(entries: dict[int, Any], token_id: int, num_top: int) -> Candidates:
     """Converts vLLM's entries: the token itself, and the others by rank."""
-    ranked = sorted((entry.rank, other, entry.logprob) for other, entry in entries.items() if entry.rank <= num_top)
+    ranked = sorted(
+        (entry.rank, other, entry.logprob)
+        for other, entry in entries.items()
+        if entry.rank <= num_top
+    )
     entry = entries[token_id]
     return Candidates(entry.logprob, [(other, logprob) for _, other, logprob in ranked], entry.rank)
 
@@ -258,17 +306,27 @@ def _require_device(config: EngineConfig) -> None:
     """Raises `UserError` unless this vLLM computes on the device, in the way that is asked for."""
     device = current_platform.device_type or "no device that it finds"
     if device != config.device:
-        raise UserError(f"engine.device={config.device}, but vLLM {vllm.__version__} computes on {device} here")
+        raise UserError(
+            f"engine.device={config.device}, but vLLM {vllm.__version__} computes on {device} here"
+        )
     if config.batch_invariant and "VLLM_BATCH_INVARIANT" not in vllm.envs.environment_variables:
         raise UserError(f"engine.batch_invariant is not in vLLM {vllm.__version__}; expected 0.32")
-    if config.batch_invariant and current_platform.is_cuda() and not current_platform.has_device_capability(80):
-        raise UserError("engine.batch_invariant needs a GPU of compute capability 8.0 or more, which this one is not")
+    if (
+        config.batch_invariant
+        and current_platform.is_cuda()
+        and not current_platform.has_device_capability(80)
+    ):
+        raise UserError(
+            "engine.batch_invariant needs a GPU of compute capability 8.0 or more, which this one is not"
+        )
 
 
 def _arguments(checkpoint: Path, config: EngineConfig) -> Any:
     """Returns vLLM's arguments. Raises `UserError` for names that it does not know."""
     known = sorted(field.name for field in dataclasses.fields(vllm.EngineArgs))
-    if unknown := [f"{name}{suggestion(name, known)}" for name in config.vllm_args if name not in known]:
+    if unknown := [
+        f"{name}{suggestion(name, known)}" for name in config.vllm_args if name not in known
+    ]:
         raise UserError(f"engine.vllm_args: vLLM {vllm.__version__} has no argument {unknown[0]}")
     shape = read_config(checkpoint)
     num_seqs, num_tokens = config.max_num_seqs, config.prefill_tokens_per_step

@@ -1,4 +1,5 @@
-"""What vLLM is told of sizes and sampling, and whom its scheduler starts: plain values, which need no vLLM."""
+"""What vLLM is told of sizes and sampling, and whom its scheduler starts: plain values, which need
+no vLLM."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,27 +15,44 @@ BLOCK_TOKENS = 128  # vLLM's largest, on CPUs
 
 
 def cache_bytes(shape: GPTConfig, config: EngineConfig, num_seqs: int | None) -> int | None:
-    """Returns the bytes on each device for as many tokens as our engine has room for. None, on a GPU without a setting,
-    lets vLLM decide. Heads of keys and values are split over the devices; each has one at least."""
-    on_cpu = num_seqs * served_context(shape, config.max_context) if num_seqs and config.device == "cpu" else None
+    """Returns the bytes on each device for as many tokens as our engine has room for. None, on a
+    GPU without a setting, lets vLLM decide. Heads of keys and values are split over the devices;
+    each has one at least."""
+    on_cpu = (
+        num_seqs * served_context(shape, config.max_context)
+        if num_seqs and config.device == "cpu"
+        else None
+    )
     num_tokens = config.kv_cache_tokens or on_cpu
     if num_tokens is None:
         return None
     num_blocks = -(-num_tokens // BLOCK_TOKENS) + SPARE_BLOCKS
     num_heads = -(-shape.num_kv_heads // config.tensor_parallel_size)
-    return num_blocks * BLOCK_TOKENS * 2 * shape.n_layer * num_heads * shape.head_dim * NUMBER_BYTES[config.dtype]
+    return (
+        num_blocks
+        * BLOCK_TOKENS
+        * 2
+        * shape.n_layer
+        * num_heads
+        * shape.head_dim
+        * NUMBER_BYTES[config.dtype]
+    )
 
 
-def batched_tokens(num_prompt_tokens: int | None, num_seqs: int | None, extra: Mapping[str, Any]) -> int | None:
-    """Returns the tokens that a step may compute: of prompts as asked, and one for each sequence. None lets vLLM
-    decide. vLLM reads a longer prompt in chunks, unless `extra`, its further arguments, forbids it."""
+def batched_tokens(
+    num_prompt_tokens: int | None, num_seqs: int | None, extra: Mapping[str, Any]
+) -> int | None:
+    """Returns the tokens that a step may compute: of prompts as asked, and one for each sequence.
+    None lets vLLM decide. vLLM reads a longer prompt in chunks, unless `extra`, its further
+    arguments, forbids it."""
     if num_prompt_tokens is None or extra.get("enable_chunked_prefill") is False:
         return None
     return num_prompt_tokens + (num_seqs or 0)
 
 
 def sampling_arguments(sampling: SamplingParams) -> dict[str, Any]:
-    """Returns what vLLM's `SamplingParams` are given of ours: each by its name, as the two need not have the same."""
+    """Returns what vLLM's `SamplingParams` are given of ours: each by its name, as the two need not
+    have the same."""
     return {
         "temperature": sampling.temperature,
         "top_k": sampling.top_k or -1,  # vLLM's word for all
@@ -49,7 +67,8 @@ def sampling_arguments(sampling: SamplingParams) -> dict[str, Any]:
 
 
 class Starts:
-    """Which sequences have been started. vLLM's plans name one again that was preempted and goes on."""
+    """Which sequences have been started. vLLM's plans name one again that was preempted and goes
+    on."""
 
     def __init__(self) -> None:
         self._known: set[int] = set()

@@ -1,4 +1,5 @@
-"""Gives vLLM the weights of a checkpoint: at its start, and in place of others of the same shape while it runs."""
+"""Gives vLLM the weights of a checkpoint: at its start, and in place of others of the same shape
+while it runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +21,9 @@ from model.shapes import parameter_shapes
 
 @contextmanager
 def weights_alone(checkpoint: Path) -> Iterator[Path]:
-    """Gives a folder with the weights as its only tensors, and these whole: vLLM would take a training state beside
-    them for weights too. It is the checkpoint itself if that is so already, since vLLM's compiled graphs are kept by
-    its name."""
+    """Gives a folder with the weights as its only tensors, and these whole: vLLM would take a
+    training state beside them for weights too. It is the checkpoint itself if that is so already,
+    since vLLM's compiled graphs are kept by its name."""
     shards = shards_in(checkpoint)
     files = [] if shards else weight_files(checkpoint)
     if not shards and set(checkpoint.glob("*.safetensors")) == set(files):
@@ -40,7 +41,8 @@ def weights_alone(checkpoint: Path) -> Iterator[Path]:
 
 
 def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the tensors that vLLM loads, by their names without the prefix that some files lack."""
+    """Returns the shapes of the tensors that vLLM loads, by their names without the prefix that
+    some files lack."""
     if shards_in(checkpoint):
         shapes = parameter_shapes(read_config(checkpoint))
         return {name.removeprefix("transformer."): shape for name, shape in shapes.items()}
@@ -48,19 +50,26 @@ def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     for file in weight_files(checkpoint):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (it is no dict)
-                shapes[name.removeprefix("transformer.")] = tuple(tensors.get_slice(name).get_shape())
+                shapes[name.removeprefix("transformer.")] = tuple(
+                    tensors.get_slice(name).get_shape()
+                )
     if read_config(checkpoint).tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
-    return {name: shape for name, shape in shapes.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    return {
+        name: shape
+        for name, shape in shapes.items()
+        if not name.endswith((".attn.bias", ".attn.masked_bias"))
+    }
 
 
 def replace_weights(worker: Any, checkpoint: str) -> None:
-    """Runs in each worker, which takes its shard. vLLM loads layer by layer into the tensors that are in use, so CUDA
-    graphs stay valid and one layer is in memory twice."""
+    """Runs in each worker, which takes its shard. vLLM loads layer by layer into the tensors that
+    are in use, so CUDA graphs stay valid and one layer is in memory twice."""
     worker.reload_weights(weights_iterator=_tensors(Path(checkpoint)))
     for layer in worker.get_model().modules():
         if isinstance(layer, ParallelLMHead):
-            # A tied head has nothing of its own to load, so vLLM would keep the old weights as packed for a CPU.
+            # A tied head has nothing of its own to load, so vLLM would keep the old weights as
+            # packed for a CPU.
             layer.quant_method.process_weights_after_loading(layer)
 
 
@@ -71,7 +80,8 @@ def clear_cache(worker: Any) -> None:
 
 
 def _tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields one tensor after the other. A file that stayed open would stay in memory as far as it has been read."""
+    """Yields one tensor after the other. A file that stayed open would stay in memory as far as it
+    has been read."""
     if shards := shards_in(checkpoint):
         for name, shape in parameter_shapes(read_config(checkpoint)).items():
             yield name, shards.whole({name: shape})[name]

@@ -31,10 +31,11 @@ async def start_child(
     pass_fds: Sequence[int] = (),
     python: str = sys.executable,
 ) -> Child:
-    """Returns the process and our end of its socket. Its argument is a JSON object: `arguments`, with the `threads` it
-    computes with, and the other end as `socket`. `private`, which may hold secrets, is the first line on the socket
-    instead, since every user of the machine sees command lines. The process must end when the socket closes, as when
-    the replica dies. Raises `UserError` if `python` cannot be run."""
+    """Returns the process and our end of its socket. Its argument is a JSON object: `arguments`,
+    with the `threads` it computes with, and the other end as `socket`. `private`, which may hold
+    secrets, is the first line on the socket instead, since every user of the machine sees command
+    lines. The process must end when the socket closes, as when the replica dies. Raises `UserError`
+    if `python` cannot be run."""
     ours, theirs = socket.socketpair()
     # Neither fork nor multiprocessing: both break inside a Ray worker.
     with theirs:
@@ -55,7 +56,8 @@ async def start_child(
 
 
 def kill_child(child: Child) -> None:
-    """Kills a process that holds nothing that could be lost. Waiting for it takes too little time for a thread."""
+    """Kills a process that holds nothing that could be lost. Waiting for it takes too little time
+    for a thread."""
     child.writer.close()
     child.process.kill()
     child.process.wait()

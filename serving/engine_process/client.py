@@ -1,4 +1,5 @@
-"""The replica's side of the engine process: starts it, sends it sequences, gives its reports to the requests."""
+"""The replica's side of the engine process: starts it, sends it sequences, gives its reports to the
+requests."""
 
 import asyncio
 import contextlib
@@ -37,7 +38,8 @@ from serving.engine_process.sequence_queue import SequenceQueue
 
 MODULE = "serving.engine_process.run_engine"
 SHUTDOWN_TIMEOUT_S = 5.0
-SPARE_SHARE = 0.25  # of the places: sequences that wait in the engine, so that a free place is taken in the next step
+# Of the places: sequences that wait in the engine, so that a free place is taken in the next step
+SPARE_SHARE = 0.25
 VLLM_PYTHON_VARIABLE = "RAYMILL_VLLM_PYTHON"  # which the image sets
 
 
@@ -57,7 +59,12 @@ class Generation:
     """The events of one request's sequences, in order, until each sequence has finished."""
 
     def __init__(
-        self, client: "EngineClient", requests: Sequence[SequenceRequest], *, key: str, observer: StepObserver | None
+        self,
+        client: "EngineClient",
+        requests: Sequence[SequenceRequest],
+        *,
+        key: str,
+        observer: StepObserver | None,
     ) -> None:
         self.observer = observer
         self._client = client
@@ -66,8 +73,10 @@ class Generation:
         self.unsent = deque(requests)  # these are not in line yet
         self._events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
         self.entered_s: dict[int, float] = {}  # when each sequence got in line
-        self.num_found: dict[int, int] = {}  # by sequence that has begun, tokens of its prompt that the cache had
-        self.has_begun = asyncio.Event()  # the engine has admitted one of its sequences, or has died
+        # By sequence that has begun, tokens of its prompt that the cache had
+        self.num_found: dict[int, int] = {}
+        # The engine has admitted one of its sequences, or has died
+        self.has_begun = asyncio.Event()
 
     def close(self) -> None:
         """Ends the sequences that still run. Their slots are free from the next step on."""
@@ -98,8 +107,8 @@ class Generation:
 class EngineClient:
     """One engine process. All methods run in the event loop of `start`.
 
-    The engine takes sequences in the order in which they arrive there, so only those that it can soon start are sent.
-    The others are held back here, in an order that is fair between API keys.
+    The engine takes sequences in the order in which they arrive there, so only those that it can
+    soon start are sent. The others are held back here, in an order that is fair between API keys.
     """
 
     facts: EngineFacts
@@ -121,13 +130,20 @@ class EngineClient:
         self.last_progress_s = time.monotonic()  # of a report, or of new work for an idle engine
         self.death_notice = ""
         self._observer: StepObserver | None = None  # of the sequences in the latest step
-        self.on_death: Callable[[str], None] | None = None  # called with the notice before any request hears of it
+        # Called with the notice before any request hears of it
+        self.on_death: Callable[[str], None] | None = None
 
     @classmethod
-    async def start(cls, checkpoint: Path, *, config: EngineConfig, eos_id: int | None, threads: int) -> "EngineClient":
-        """Starts the process, and returns once the weights are loaded. Raises `UserError` for an unusable
-        checkpoint."""
-        python = (config.vllm_python or os.environ.get(VLLM_PYTHON_VARIABLE)) if config.runs_vllm else None
+    async def start(
+        cls, checkpoint: Path, *, config: EngineConfig, eos_id: int | None, threads: int
+    ) -> "EngineClient":
+        """Starts the process, and returns once the weights are loaded. Raises `UserError` for an
+        unusable checkpoint."""
+        python = (
+            (config.vllm_python or os.environ.get(VLLM_PYTHON_VARIABLE))
+            if config.runs_vllm
+            else None
+        )
         line, their_line = socket.socketpair()
         fds = [their_line.fileno()]
         arguments = {
@@ -150,10 +166,16 @@ class EngineClient:
         if first is None or "error" in first:
             line.close()
             await client.close()
-            raise EngineDiedError(await client._describe_death()) if first is None else UserError(first["error"])
+            raise (
+                EngineDiedError(await client._describe_death())
+                if first is None
+                else UserError(first["error"])
+            )
         watch_peer(line, peer_pid=client.pid)
         client.facts = facts = EngineFacts(*first["ready"])
-        client.queue = SequenceQueue(num_slots=facts.max_num_seqs, tokens_per_step=facts.tokens_per_step)
+        client.queue = SequenceQueue(
+            num_slots=facts.max_num_seqs, tokens_per_step=facts.tokens_per_step
+        )
         client._reports = asyncio.create_task(client._dispatch(messages))
         return client
 
@@ -175,26 +197,37 @@ class EngineClient:
         return self._num_waiting_there + len(self._held)
 
     def ahead(self, key: str) -> tuple[int, int, float]:
-        """Returns how many requests and how many sequences, running or waiting, a new sequence of `key` would have
-        before it, and its expected wait in seconds; it passes others of a key that has asked for more."""
+        """Returns how many requests and how many sequences, running or waiting, a new sequence of
+        `key` would have before it, and its expected wait in seconds; it passes others of a key that
+        has asked for more."""
         passed = {request.seq_id for request in self._held.behind(key)}
-        requests = {generation for seq_id, generation in self._generations.items() if seq_id not in passed}
+        requests = {
+            generation for seq_id, generation in self._generations.items() if seq_id not in passed
+        }
         return len(requests), len(self._generations) - len(passed), self.queue.wait_s(passed)
 
     def next_seq_id(self) -> int:
         return next(self._seq_ids)
 
-    def own_sequence(self, prompt_ids: list[int], *, max_tokens: int, weights: int) -> SequenceRequest:
-        """Returns a greedy sequence of the replica's own. All have their prompt's log-probabilities: vLLM compiles for
-        those once, in seconds, at its start and not while clients wait."""
+    def own_sequence(
+        self, prompt_ids: list[int], *, max_tokens: int, weights: int
+    ) -> SequenceRequest:
+        """Returns a greedy sequence of the replica's own. All have their prompt's
+        log-probabilities: vLLM compiles for those once, in seconds, at its start and not while
+        clients wait."""
         seq_id, greedy = self.next_seq_id(), SamplingParams(temperature=0.0)
-        return SequenceRequest(seq_id, prompt_ids, max_tokens, greedy, num_prompt_logprobs=0, weights=weights)
+        return SequenceRequest(
+            seq_id, prompt_ids, max_tokens, greedy, num_prompt_logprobs=0, weights=weights
+        )
 
     def share(self, checkpoint: Path) -> int:
-        """Returns the number of another checkpoint of the same shape, for sequences to name. Each user closes."""
+        """Returns the number of another checkpoint of the same shape, for sequences to name. Each
+        user closes."""
         self.num_users += 1
         weights = next(self._weights)
-        self._writer.write(encode_message({"weights": weights, "checkpoint": str(checkpoint.absolute())}))
+        self._writer.write(
+            encode_message({"weights": weights, "checkpoint": str(checkpoint.absolute())})
+        )
         return weights
 
     def submit(
@@ -205,8 +238,8 @@ class EngineClient:
         key: str = "",
         observer: StepObserver | None = None,
     ) -> Generation:
-        """Puts a request's sequences in line for the engine: `at_once` now, or all, and another one whenever one of
-        them has ended. Raises `EngineDiedError` if the engine has died."""
+        """Puts a request's sequences in line for the engine: `at_once` now, or all, and another one
+        whenever one of them has ended. Raises `EngineDiedError` if the engine has died."""
         if not self.alive:
             raise EngineDiedError(self.death_notice)
         if not self._generations:
@@ -236,8 +269,8 @@ class EngineClient:
         self._send_next()
 
     def metrics(self) -> list[MetricFamily]:
-        """Returns the engine's own metrics as the call before asked for them, and asks for new ones. The engine gives
-        them between two steps, so a scrape never waits for a step."""
+        """Returns the engine's own metrics as the call before asked for them, and asks for new
+        ones. The engine gives them between two steps, so a scrape never waits for a step."""
         if self.alive:
             self._writer.write(encode_message({"metrics": None}))
         return self._metrics
@@ -247,7 +280,8 @@ class EngineClient:
         self._process.kill()
 
     async def close(self) -> None:
-        """Ends the process after its last user, by closing its socket; kills it if that does not help."""
+        """Ends the process after its last user, by closing its socket; kills it if that does not
+        help."""
         self.num_users -= 1
         if self.num_users > 0:
             return
@@ -262,7 +296,9 @@ class EngineClient:
     def _send_next(self) -> None:
         """Sends what the engine can soon start."""
         places = self.queue.num_places
-        while self._held and len(self._generations) - len(self._held) < places + math.ceil(SPARE_SHARE * places):
+        while self._held and len(self._generations) - len(self._held) < places + math.ceil(
+            SPARE_SHARE * places
+        ):
             self._writer.write(encode_message({"submit": asdict(self._held.take())}))
 
     async def _messages(self) -> AsyncIterator[Any]:
@@ -280,10 +316,15 @@ class EngineClient:
                 continue
             if isinstance(message, dict):
                 admission = Admission(*message["admission"])
-                self.num_running, self._num_waiting_there = admission.num_running, admission.num_waiting
-                found = dict(zip(admission.admitted, admission.num_found, strict=False))  # none in turns
+                self.num_running, self._num_waiting_there = (
+                    admission.num_running,
+                    admission.num_waiting,
+                )
+                # None in turns
+                found = dict(zip(admission.admitted, admission.num_found, strict=False))
                 for seq_id in admission.admitted:
-                    if (begun := self._generations.get(seq_id)) is not None:  # not cancelled meanwhile
+                    # Not cancelled meanwhile
+                    if (begun := self._generations.get(seq_id)) is not None:
                         begun.has_begun.set()
                         begun.num_found[seq_id] = found.get(seq_id, 0)
                         self._observer = begun.observer

@@ -1,5 +1,5 @@
-"""Orders the sequences that a replica holds back from its engine: fairly between API keys, in order of arrival within
-one. (Start-time fair queueing: Goyal, Vin and Cheng, 1996.)"""
+"""Orders the sequences that a replica holds back from its engine: fairly between API keys, in order
+of arrival within one. (Start-time fair queueing: Goyal, Vin and Cheng, 1996.)"""
 
 from bisect import bisect, insort
 from typing import NamedTuple
@@ -8,8 +8,8 @@ from serving.engine.messages import SequenceRequest
 
 
 class Held(NamedTuple):
-    """A sequence and its turn. Turns are counted in tokens: those that its key has asked for before it, or those that
-    the busiest keys had been given when it came, whichever are more."""
+    """A sequence and its turn. Turns are counted in tokens: those that its key has asked for before
+    it, or those that the busiest keys had been given when it came, whichever are more."""
 
     turn: int
     seq_id: int
@@ -23,8 +23,8 @@ class Held(NamedTuple):
 
 
 class FairQueue:
-    """A key that asks for much waits for itself: its next turn comes after all tokens that it has asked for, and a key
-    that was idle is next."""
+    """A key that asks for much waits for itself: its next turn comes after all tokens that it has
+    asked for, and a key that was idle is next."""
 
     def __init__(self) -> None:
         self._held: list[Held] = []  # by turn, then by arrival
@@ -46,14 +46,16 @@ class FairQueue:
         return self._held.pop(0).request
 
     def remove(self, seq_id: int) -> bool:
-        """Removes a sequence whose client has left, and moves up the later ones of its key. Returns False if it is not
-        held any more."""
+        """Removes a sequence whose client has left, and moves up the later ones of its key. Returns
+        False if it is not held any more."""
         gone = next((held for held in self._held if held.seq_id == seq_id), None)
         if gone is None:
             return False
         self._held.remove(gone)
         self._held = sorted(
-            held._replace(turn=held.turn - gone.cost) if held.key == gone.key and held > gone else held
+            held._replace(turn=held.turn - gone.cost)
+            if held.key == gone.key and held > gone
+            else held
             for held in self._held
         )
         self._next[gone.key] -= gone.cost

@@ -8,8 +8,8 @@ _NO_LIMIT_BYTES = 1 << 60  # cgroups write larger numbers for none
 
 
 def memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> Memory:
-    """Returns the machine's memory, or less where a cgroup of this process, or one around it, has less. What files hold
-    in memory is free, as the kernel takes it back."""
+    """Returns the machine's memory, or less where a cgroup of this process, or one around it, has
+    less. What files hold in memory is free, as the kernel takes it back."""
     lines = (proc / "meminfo").read_text().splitlines()
     kilobytes = {line.partition(":")[0]: int(line.split()[1]) for line in lines}
     free, total = kilobytes["MemAvailable"] << 10, kilobytes["MemTotal"] << 10
@@ -21,10 +21,12 @@ def memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -
 
 
 def _limits(proc: Path, cgroups: Path) -> list[tuple[int, int, int]]:
-    """Returns limit, use, and what files have of it, in bytes, of each memory cgroup of this process and of those
-    around it."""
+    """Returns limit, use, and what files have of it, in bytes, of each memory cgroup of this
+    process and of those around it."""
     limits = []
-    for line in (proc / "self/cgroup").read_text().splitlines() if (proc / "self/cgroup").exists() else []:
+    for line in (
+        (proc / "self/cgroup").read_text().splitlines() if (proc / "self/cgroup").exists() else []
+    ):
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             root = cgroups
@@ -43,8 +45,11 @@ def _limits(proc: Path, cgroups: Path) -> list[tuple[int, int, int]]:
     return limits
 
 
-def _limit(place: Path, max_name: str, used_name: str, files_name: str) -> tuple[int, int, int] | None:
-    """Returns a cgroup's figures; None where it has no limit, or is not visible in this container."""
+def _limit(
+    place: Path, max_name: str, used_name: str, files_name: str
+) -> tuple[int, int, int] | None:
+    """Returns a cgroup's figures; None where it has no limit, or is not visible in this
+    container."""
     try:
         limit = (place / max_name).read_text().strip()
         used = int((place / used_name).read_text())

@@ -1,4 +1,5 @@
-"""The engine's process: loads the checkpoint, steps while there is work, and ends when its replica does."""
+"""The engine's process: loads the checkpoint, steps while there is work, and ends when its replica
+does."""
 
 import contextlib
 import json
@@ -24,7 +25,13 @@ from model.gpt import GPT
 from serving.engine.block_pool import BlockPool, num_blocks_for
 from serving.engine.engine import Engine
 from serving.engine.kv_cache_size import GIB, bytes_per_token, kv_cache_tokens, served_context
-from serving.engine.messages import EngineFacts, MetricFamily, SequenceRequest, encode_message, parse_request
+from serving.engine.messages import (
+    EngineFacts,
+    MetricFamily,
+    SequenceRequest,
+    encode_message,
+    parse_request,
+)
 from serving.engine.native_library import NoNativeLibraryError
 from serving.engine.native_runner import NativeRunner
 from serving.engine.runner import LOADED_IN, Runner, with_dtype
@@ -40,12 +47,13 @@ if TYPE_CHECKING:
 
 RECEIVE_BYTES = 1 << 16
 HELD_S = 0.016
-"""For how long reports of steps may wait for later ones: a frame of a screen. Where steps take less, the replica, the
-proxy and the client wake once for several."""
+"""For how long reports of steps may wait for later ones: a frame of a screen. Where steps take
+less, the replica, the proxy and the client wake once for several."""
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _WARM_UP_ID = 1 << 40  # of the first sequence before any client's, whose numbers begin at 0
 
-_log = logging.getLogger("serving.engine_process.run_engine")  # this module is run, and then has no name
+# This module is run, and then has no name
+_log = logging.getLogger("serving.engine_process.run_engine")
 
 
 class Channel:
@@ -58,7 +66,8 @@ class Channel:
         self._sent_s = 0.0
 
     def send(self, message: Any, *, at_once: bool = True) -> None:
-        """Sends a message after those that are held, or else holds it too, for `HELD_S` at most if others follow."""
+        """Sends a message after those that are held, or else holds it too, for `HELD_S` at most if
+        others follow."""
         self._held += encode_message(message)
         now_s = time.monotonic()
         if at_once or now_s - self._sent_s >= HELD_S:
@@ -67,14 +76,16 @@ class Channel:
             self._sent_s = now_s
 
     def first(self) -> dict[str, Any]:
-        """Returns the message before all commands. Raises `EOFError` if the replica has died meanwhile."""
+        """Returns the message before all commands. Raises `EOFError` if the replica has died
+        meanwhile."""
         while True:
             for message in self.receive(wait=True):
                 return dict(message)
 
     def receive(self, *, wait: bool) -> Iterator[Any]:
-        """Yields the messages that have arrived; with `wait`, blocks until some bytes have. Raises `EOFError` once the
-        replica has closed its end or died, which is how this process learns that it is no longer needed."""
+        """Yields the messages that have arrived; with `wait`, blocks until some bytes have. Raises
+        `EOFError` once the replica has closed its end or died, which is how this process learns
+        that it is no longer needed."""
         while select.select([self._connection], [], [], None if wait else 0)[0]:
             data = self._connection.recv(RECEIVE_BYTES)
             if not data:
@@ -85,8 +96,8 @@ class Channel:
 
 
 def run_engine(engine: Engine | WeightTurns, channel: Channel) -> NoReturn:
-    """Takes commands, and sends admissions before and a report after each step, until the replica is gone. A report
-    waits for later ones unless a sequence begins or ends with it."""
+    """Takes commands, and sends admissions before and a report after each step, until the replica
+    is gone. A report waits for later ones unless a sequence begins or ends with it."""
     continuing: set[int] = set()
     while True:
         for message in channel.receive(wait=not engine.has_work):
@@ -102,13 +113,22 @@ def run_engine(engine: Engine | WeightTurns, channel: Channel) -> NoReturn:
         report = engine.step(lambda admission: channel.send({"admission": admission}))
         began = {event.seq_id for event in report.events} - continuing
         continuing = {event.seq_id for event in report.events if event.finish_reason is None}
-        channel.send(report, at_once=bool(began) or len(continuing) < len(report.events) or not engine.has_work)
+        channel.send(
+            report,
+            at_once=bool(began) or len(continuing) < len(report.events) or not engine.has_work,
+        )
 
 
 def _metrics() -> list[MetricFamily]:
-    """Returns vLLM's own metrics, which it keeps in this process. Our engine has none: its replica counts."""
+    """Returns vLLM's own metrics, which it keeps in this process. Our engine has none: its replica
+    counts."""
     return [
-        MetricFamily(family.name, family.type, family.documentation, [sample[:3] for sample in family.samples])
+        MetricFamily(
+            family.name,
+            family.type,
+            family.documentation,
+            [sample[:3] for sample in family.samples],
+        )
         for family in REGISTRY.collect()
         if family.name.startswith("vllm:")
     ]
@@ -142,14 +162,24 @@ def _load_engine(
 
 
 def warm_up(engine: "Engine | WeightTurns | VllmEngine") -> None:
-    """Runs a sequence of each kind, so that what is compiled at its first use is compiled before this engine takes
-    requests: a health check would end an engine whose step takes that long."""
-    drawn = SamplingParams(temperature=0.9, top_p=0.9, top_k=5, min_p=0.01, seed=1, repetition_penalty=1.1)
-    for number, sampling in enumerate((SamplingParams(temperature=0.0), SamplingParams(temperature=1.0), drawn)):
+    """Runs a sequence of each kind, so that what is compiled at its first use is compiled before
+    this engine takes requests: a health check would end an engine whose step takes that long."""
+    drawn = SamplingParams(
+        temperature=0.9, top_p=0.9, top_k=5, min_p=0.01, seed=1, repetition_penalty=1.1
+    )
+    for number, sampling in enumerate(
+        (SamplingParams(temperature=0.0), SamplingParams(temperature=1.0), drawn)
+    ):
         for num_logprobs in (None, 1):
             seq_id = _WARM_UP_ID + 2 * number + (num_logprobs or 0)
             request = SequenceRequest(
-                seq_id, [0, 0, 0], 2, sampling, True, num_logprobs=num_logprobs, num_prompt_logprobs=num_logprobs
+                seq_id,
+                [0, 0, 0],
+                2,
+                sampling,
+                True,
+                num_logprobs=num_logprobs,
+                num_prompt_logprobs=num_logprobs,
             )
             engine.submit(request)
     while engine.has_work:
@@ -157,15 +187,20 @@ def warm_up(engine: "Engine | WeightTurns | VllmEngine") -> None:
 
 
 def _sizes(config: EngineConfig) -> tuple[int, int]:
-    """Returns the number of sequences that are decoded together, and of prompt tokens that a step reads."""
+    """Returns the number of sequences that are decoded together, and of prompt tokens that a step
+    reads."""
     return config.max_num_seqs or CPU_NUM_SEQS, config.prefill_tokens_per_step or CPU_PREFILL_TOKENS
 
 
 def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, threads: int) -> Engine:
-    """Builds the engine. Raises `UserError` for a cache that is too small for the model, and if kernels that must be
-    native are missing."""
+    """Builds the engine. Raises `UserError` for a cache that is too small for the model, and if
+    kernels that must be native are missing."""
     max_num_seqs, prefill_tokens_per_step = _sizes(config)
-    dtype = str(model.head_weight.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
+    dtype = (
+        str(model.head_weight.dtype).removeprefix("torch.")
+        if config.dtype == "auto"
+        else config.dtype
+    )
     num_tokens = kv_cache_tokens(
         model.config,
         config,
@@ -184,7 +219,10 @@ def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, thread
     )
     pool = BlockPool(num_blocks_for(num_tokens), keep_prefixes=config.prefix_cache)
     scheduler = Scheduler(
-        pool, max_num_seqs=max_num_seqs, prefill_tokens_per_step=prefill_tokens_per_step, eos_id=eos_id
+        pool,
+        max_num_seqs=max_num_seqs,
+        prefill_tokens_per_step=prefill_tokens_per_step,
+        eos_id=eos_id,
     )
     try:
         runner = _build_runner(model, config, num_blocks=pool.num_blocks, threads=threads)
@@ -201,20 +239,31 @@ def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, thread
 
 def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads: int) -> Runner:
     torch.set_num_threads(threads)
-    dtype = str(model.head_weight.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
+    dtype = (
+        str(model.head_weight.dtype).removeprefix("torch.")
+        if config.dtype == "auto"
+        else config.dtype
+    )
     if config.kernels != "torch":
         try:
             runner = NativeRunner(model, dtype=dtype, num_blocks=num_blocks, threads=threads)
         except NoNativeLibraryError as error:
             if config.kernels == "native" or config.dtype == "int8":
-                wanted = "kernels=native" if config.kernels == "native" else "dtype=int8 needs the native kernels"
+                wanted = (
+                    "kernels=native"
+                    if config.kernels == "native"
+                    else "dtype=int8 needs the native kernels"
+                )
                 raise UserError(f"engine.{wanted}, but {error}") from None
             _log.warning("PyTorch computes, which is slower than the native kernels: %s", error)
         else:
-            torch.set_num_threads(1)  # only for sampling; two pools of threads would disturb each other
+            # Only for sampling; two pools of threads would disturb each other
+            torch.set_num_threads(1)
             return runner
     if config.dtype == "int8":
-        raise UserError("engine.dtype=int8 needs the native kernels; expected float32 or bfloat16 without them")
+        raise UserError(
+            "engine.dtype=int8 needs the native kernels; expected float32 or bfloat16 without them"
+        )
     return TorchRunner(model, num_blocks=num_blocks)
 
 
@@ -225,7 +274,9 @@ def main() -> int:
     channel = Channel(socket.socket(fileno=args["socket"]))
     config = EngineConfig.model_validate(channel.first()["config"])
     try:
-        engine, facts = _load_engine(Path(args["checkpoint"]), config, eos_id=args["eos_id"], threads=args["threads"])
+        engine, facts = _load_engine(
+            Path(args["checkpoint"]), config, eos_id=args["eos_id"], threads=args["threads"]
+        )
     except UserError as error:
         channel.send({"error": str(error)})
         return 1

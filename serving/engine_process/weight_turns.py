@@ -1,8 +1,10 @@
-"""Lets versions of one shape share an engine that has room for the weights of one: they compute in turns.
+"""Lets versions of one shape share an engine that has room for the weights of one: they compute in
+turns.
 
-Each sequence names its weights. While those of another version compute, it waits. A turn ends once it has lasted a
-while: nothing new starts, the sequences that run finish with the weights that they began with, and the weights of the
-sequence that has waited longest replace them in place. The weights that leave remain on disk.
+Each sequence names its weights. While those of another version compute, it waits. A turn ends once
+it has lasted a while: nothing new starts, the sequences that run finish with the weights that they
+began with, and the weights of the sequence that has waited longest replace them in place. The
+weights that leave remain on disk.
 """
 
 import logging
@@ -27,9 +29,12 @@ Stamp = tuple[str, int, int, int]  # a file's name, inode, size and time of chan
 
 
 class WeightTurns:
-    """The engine's interface, for sequences of several versions. Weights 0 are those that it was started with."""
+    """The engine's interface, for sequences of several versions. Weights 0 are those that it was
+    started with."""
 
-    def __init__(self, engine: "VllmEngine", checkpoint: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, engine: "VllmEngine", checkpoint: Path, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._engine = engine
         self._clock = clock
         self._checkpoints: dict[int, tuple[Path, list[Stamp]]] = {}
@@ -74,27 +79,36 @@ class WeightTurns:
 
     @property
     def _is_over(self) -> bool:
-        """Whether sequences of another version wait, and the turn has lasted long enough or has nothing to do."""
+        """Whether sequences of another version wait, and the turn has lasted long enough or has
+        nothing to do."""
         others_wait = any(request.weights != self._current for request in self._waiting.values())
         return others_wait and (self._clock() >= self._turn_ends_s or not self._engine.has_work)
 
     def _release(self) -> None:
-        for request in [waiting for waiting in self._waiting.values() if waiting.weights == self._current]:
+        for request in [
+            waiting for waiting in self._waiting.values() if waiting.weights == self._current
+        ]:
             del self._waiting[request.seq_id]
             self._engine.submit(request)
 
     def _announce(self, on_admission: Callable[[Admission], None] | None) -> None:
-        """Reports those that wait as begun: nobody is refused for having waited for a version's turn."""
+        """Reports those that wait as begun: nobody is refused for having waited for a version's
+        turn."""
         fresh = sorted(self._waiting.keys() - self._announced)
         self._announced = set(self._waiting)
         if fresh and on_admission is not None:
             on_admission(Admission(fresh, self._num_running, len(self._waiting)))
 
     def _begin_turn(self) -> StepReport:
-        """Replaces the weights. Its report, before any step with them, keeps this time out of what reading a prompt is
-        taken to cost. New weights that do not fit end their own sequences; any other failure ends this process."""
+        """Replaces the weights. Its report, before any step with them, keeps this time out of what
+        reading a prompt is taken to cost. New weights that do not fit end their own sequences; any
+        other failure ends this process."""
         began_s = self._clock()
-        weights = next(request.weights for request in self._waiting.values() if request.weights != self._current)
+        weights = next(
+            request.weights
+            for request in self._waiting.values()
+            if request.weights != self._current
+        )
         checkpoint, stamps = self._checkpoints[weights]
         events: list[TokenEvent] = []
         try:
@@ -105,8 +119,12 @@ class WeightTurns:
             if weights in self._used:
                 raise
             _log.error("the weights cannot be replaced: %s", error)
-            refused = [request.seq_id for request in self._waiting.values() if request.weights == weights]
-            events = [TokenEvent(seq_id, None, FinishReason.ERROR, None, None) for seq_id in refused]
+            refused = [
+                request.seq_id for request in self._waiting.values() if request.weights == weights
+            ]
+            events = [
+                TokenEvent(seq_id, None, FinishReason.ERROR, None, None) for seq_id in refused
+            ]
             for seq_id in refused:
                 del self._waiting[seq_id]
         else:
@@ -118,7 +136,11 @@ class WeightTurns:
         self._release()
         self._num_running = 0
         return StepReport(
-            events, num_running=0, num_waiting=len(self._waiting), kv_cache_usage=0.0, num_prompt_tokens=0
+            events,
+            num_running=0,
+            num_waiting=len(self._waiting),
+            kv_cache_usage=0.0,
+            num_prompt_tokens=0,
         )
 
 

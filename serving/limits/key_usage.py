@@ -1,4 +1,5 @@
-"""What the keys use, as one replica knows it: here, and on the others as of the coordinator's last answer."""
+"""What the keys use, as one replica knows it: here, and on the others as of the coordinator's last
+answer."""
 
 import math
 import time
@@ -9,15 +10,16 @@ from contextlib import contextmanager
 from serving.limits.token_bucket import Debt
 from serving.limits.usage_report import Account, UsageAnswer, UsageReport
 
-ALONE_S = 5.0  # without an answer of the coordinator (ten are due), after which a replica goes by its share
+# Without an answer of the coordinator (ten are due), after which a replica goes by its share
+ALONE_S = 5.0
 
 
 class KeyUsage:
     """The running requests and the debts of each name. All methods run in one event loop.
 
-    While the coordinator answers, a replica adds what it does itself to what it was told. A replica that is alone takes
-    the other ones for as busy as itself: of running requests it admits its share, and what is charged here counts once
-    for each replica that there was.
+    While the coordinator answers, a replica adds what it does itself to what it was told. A replica
+    that is alone takes the other ones for as busy as itself: of running requests it admits its
+    share, and what is charged here counts once for each replica that there was.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -41,7 +43,8 @@ class KeyUsage:
         return self._num_replicas if self.is_alone else 1
 
     def share_of(self, limit: int) -> int:
-        """Returns the part of a limit that is this replica's to give: all of it, unless it is alone."""
+        """Returns the part of a limit that is this replica's to give: all of it, unless it is
+        alone."""
         return math.ceil(limit / self._num_replicas) if self.is_alone else limit
 
     def num_here(self, name: str) -> int:
@@ -89,14 +92,17 @@ class KeyUsage:
         )
 
     def adopt(self, answer: UsageAnswer, report: UsageReport, *, asked_at_s: float) -> None:
-        """Takes over the coordinator's answer to a report of `asked_at_s`. What was charged since then comes on top."""
+        """Takes over the coordinator's answer to a report of `asked_at_s`. What was charged since
+        then comes on top."""
         now_s = self._clock()
         later_s = {
             account: seconds - report.charges_s.get(account, 0.0)
             for account, seconds in self._charges_s.items()
             if seconds != report.charges_s.get(account)
         }
-        self._debts = {account: Debt(seconds, now_s=asked_at_s) for account, seconds in answer.debts_s.items()}
+        self._debts = {
+            account: Debt(seconds, now_s=asked_at_s) for account, seconds in answer.debts_s.items()
+        }
         for account, seconds in later_s.items():
             self._debts.setdefault(account, Debt(now_s=now_s)).add(seconds, now_s=now_s)
         self._charges_s = later_s

@@ -1,5 +1,6 @@
-"""Sums up what the keys use on all replicas: the coordinator's part of the limits. It is in no storage, since replicas
-report their debts with every report, and a coordinator that starts anew has them back with the first ones."""
+"""Sums up what the keys use on all replicas: the coordinator's part of the limits. It is in no
+storage, since replicas report their debts with every report, and a coordinator that starts anew has
+them back with the first ones."""
 
 import time
 from collections import Counter
@@ -22,8 +23,8 @@ class LastReport:
 
 
 class UsageBoard:
-    """What all replicas have reported. A replica that dies takes its running requests with it; what it has charged
-    stays."""
+    """What all replicas have reported. A replica that dies takes its running requests with it; what
+    it has charged stays."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -44,13 +45,14 @@ class UsageBoard:
         return self._answer(replica, now_s)
 
     def _believe(self, debts_s: Mapping[Account, float], now_s: float) -> None:
-        """Takes over the debts that a replica knows, of which the greatest is nearest to the truth."""
+        """Takes over the debts that a replica knows, of which the greatest is nearest to the
+        truth."""
         for account, seconds in debts_s.items():
             self._debt(account, now_s).raise_to(seconds, now_s=now_s)
 
     def _count(self, report: UsageReport, last: UsageReport, now_s: float) -> None:
-        """Adds what a replica has charged. If it has had no answer to its last report, that one's charges are in this
-        one again."""
+        """Adds what a replica has charged. If it has had no answer to its last report, that one's
+        charges are in this one again."""
         counted: Mapping[Account, float] = {} if report.answered == last.number else last.charges_s
         for account, seconds in report.charges_s.items():
             self._debt(account, now_s).add(seconds - counted.get(account, 0.0), now_s=now_s)
@@ -59,8 +61,12 @@ class UsageBoard:
         return self._debts.setdefault(account, Debt(now_s=now_s))
 
     def _forget(self, now_s: float) -> None:
-        self._last = {name: last for name, last in self._last.items() if now_s - last.at_s < FORGET_S}
-        self._debts = {account: debt for account, debt in self._debts.items() if debt.left_s(now_s) > 0}
+        self._last = {
+            name: last for name, last in self._last.items() if now_s - last.at_s < FORGET_S
+        }
+        self._debts = {
+            account: debt for account, debt in self._debts.items() if debt.left_s(now_s) > 0
+        }
 
     def _answer(self, replica: str, now_s: float) -> UsageAnswer:
         elsewhere: Counter[str] = Counter()

@@ -1,4 +1,5 @@
-"""What replicas and the coordinator tell each other about the use of keys: by the keys' names, and never the keys."""
+"""What replicas and the coordinator tell each other about the use of keys: by the keys' names, and
+never the keys."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,10 +26,14 @@ class UsageReport:
 
     number: int = 0  # of this report; a report that comes twice counts once
     answered: int = 0  # number of the last report to which the replica got an answer
-    is_alone: bool = False  # whether the replica has had no answer for a while, and estimates the debts
-    running: Mapping[str, int] = field(default_factory=dict)  # requests of each name on this replica
-    charges_s: Mapping[Account, float] = field(default_factory=dict)  # since the report that was answered
-    debts_s: Mapping[Account, float] = field(default_factory=dict)  # of the whole endpoint, as the replica knows them
+    # Whether the replica has had no answer for a while, and estimates the debts
+    is_alone: bool = False
+    # Requests of each name on this replica
+    running: Mapping[str, int] = field(default_factory=dict)
+    # Since the report that was answered
+    charges_s: Mapping[Account, float] = field(default_factory=dict)
+    # Of the whole endpoint, as the replica knows them
+    debts_s: Mapping[Account, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

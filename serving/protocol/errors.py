@@ -1,4 +1,5 @@
-"""The errors of the HTTP interface: one exception, its OpenAI-shaped body, and what constructs it."""
+"""The errors of the HTTP interface: one exception, its OpenAI-shaped body, and what constructs
+it."""
 
 import json
 from dataclasses import KW_ONLY, dataclass, field
@@ -10,12 +11,18 @@ from model.tables import read_table
 
 DRAINING_HEADER = "x-raymill-draining"  # by which the front door recognizes a planned drain
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """An answer other than 200. `message` tells the client what was wrong and what was expected, with the numbers."""
+    """An answer other than 200. `message` tells the client what was wrong and what was expected,
+    with the numbers."""
 
     message: str
     _: KW_ONLY
@@ -26,12 +33,20 @@ class ApiError(Exception):
     headers: dict[str, str] = field(default_factory=dict)
 
     def body(self) -> dict[str, Any]:
-        of_status = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        of_status = _TYPES.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
+        )
         kind = self.kind or of_status
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {
+            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        }
 
     def response(self, *, request_id: bytes | None = None) -> JSONResponse:
-        headers = self.headers if request_id is None else self.headers | {"x-request-id": request_id.decode()}
+        headers = (
+            self.headers
+            if request_id is None
+            else self.headers | {"x-request-id": request_id.decode()}
+        )
         return JSONResponse(self.body(), status_code=self.status, headers=headers)
 
     def event(self) -> str:
@@ -45,8 +60,12 @@ def error_of(name: str, /, *, param: str | None = None, **values: Any) -> ApiErr
     code, headers = known.get("code", name), dict(known.get("headers", {}))
     message = known["message"].format(**values)
     kind = known.get("type")
-    return ApiError(message, status=known["status"], param=param, code=code, kind=kind, headers=headers)
+    return ApiError(
+        message, status=known["status"], param=param, code=code, kind=kind, headers=headers
+    )
 
 
 def overloaded(message: str, *, retry_after_s: int = 1) -> ApiError:
-    return ApiError(message, status=429, code="overloaded", headers={"Retry-After": str(retry_after_s)})
+    return ApiError(
+        message, status=429, code="overloaded", headers={"Retry-After": str(retry_after_s)}
+    )

@@ -1,4 +1,5 @@
-"""Fields of OpenAI's and vLLM's interfaces that this endpoint lacks, each with the values that change nothing.
+"""Fields of OpenAI's and vLLM's interfaces that this endpoint lacks, each with the values that
+change nothing.
 
 The rule: what would change the answer is refused, everything else is accepted.
 """
@@ -30,7 +31,9 @@ def is_harmless(name: str, value: Any, table: HarmlessValues) -> bool:
     if value is None:
         return name in table
     return any(
-        isinstance(value, known) if isinstance(known, type) else type(value) is type(known) and value == known
+        isinstance(value, known)
+        if isinstance(known, type)
+        else type(value) is type(known) and value == known
         for known in table.get(name, ())
     )
 
@@ -38,5 +41,7 @@ def is_harmless(name: str, value: Any, table: HarmlessValues) -> bool:
 def advice(name: str, table: HarmlessValues) -> str:
     """Tells a client what to do about a field whose value is not harmless."""
     kinds = {bool: "true or false", str: "any text", dict: "any object"}
-    values = [kinds[known] if isinstance(known, type) else json.dumps(known) for known in table[name]]
+    values = [
+        kinds[known] if isinstance(known, type) else json.dumps(known) for known in table[name]
+    ]
     return f"leave it out{', or give ' if values else ''}{' or '.join(values)}"

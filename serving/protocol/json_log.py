@@ -1,7 +1,9 @@
-"""Writes a process's log as JSON, one object a line: in proxies, replicas, the coordinator and engine processes.
+"""Writes a process's log as JSON, one object a line: in proxies, replicas, the coordinator and
+engine processes.
 
-Ray Serve's own `LoggingConfig(encoding="JSON")` knows only its own logger, and there only the file: what it writes to
-standard error stays text, and so does every line of ours. Its times are no RFC 3339.
+Ray Serve's own `LoggingConfig(encoding="JSON")` knows only its own logger, and there only the file:
+what it writes to standard error stays text, and so does every line of ours. Its times are no RFC
+3339.
 """
 
 import json
@@ -40,7 +42,8 @@ class Process(StrEnum):
 
 
 class JsonFormatter(logging.Formatter):
-    """Writes the fields that every line has, and `request_id` and `exception` where there is one."""
+    """Writes the fields that every line has, and `request_id` and `exception` where there is
+    one."""
 
     def __init__(self, process: Process, *, replica: str | None) -> None:
         super().__init__()
@@ -65,8 +68,8 @@ class JsonFormatter(logging.Formatter):
 
 
 class _Keeper(logging.Filter):
-    """Gives a logger's handlers their format before each record: Ray Serve replaces the handlers of its logger whenever
-    its own settings arrive, and a proxy gets them after its start."""
+    """Gives a logger's handlers their format before each record: Ray Serve replaces the handlers of
+    its logger whenever its own settings arrive, and a proxy gets them after its start."""
 
     def __init__(self, logger: logging.Logger, formatter: logging.Formatter) -> None:
         super().__init__()
@@ -78,8 +81,8 @@ class _Keeper(logging.Filter):
 
 
 def log_in(log_format: LogFormat | None, process: Process, *, replica: str | None = None) -> None:
-    """Has this process, and those that it starts, log in a format; None leaves it to the environment. Text is what Ray
-    and Python write by themselves."""
+    """Has this process, and those that it starts, log in a format; None leaves it to the
+    environment. Text is what Ray and Python write by themselves."""
     if log_format is not None:
         os.environ[FORMAT_VARIABLE] = log_format
     if not logs_json():
@@ -102,12 +105,17 @@ def logs_json() -> bool:
     return os.environ.get(FORMAT_VARIABLE) == "json"
 
 
-def log_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Logs what ends a process of our own, in place of Python's `sys.excepthook`, which writes text."""
+def log_uncaught(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Logs what ends a process of our own, in place of Python's `sys.excepthook`, which writes
+    text."""
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, traceback)
         return
-    logging.getLogger(__name__).critical("the process ends: %s", kind.__name__, exc_info=(kind, error, traceback))
+    logging.getLogger(__name__).critical(
+        "the process ends: %s", kind.__name__, exc_info=(kind, error, traceback)
+    )
 
 
 def _format_all(logger: logging.Logger, formatter: logging.Formatter) -> None:
@@ -119,4 +127,8 @@ def _format_all(logger: logging.Logger, formatter: logging.Formatter) -> None:
 
 
 def _rfc3339(unix_s: float) -> str:
-    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return (
+        datetime.fromtimestamp(unix_s, UTC)
+        .isoformat(timespec="milliseconds")
+        .replace("+00:00", "Z")
+    )

@@ -7,7 +7,15 @@ from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
 
 import fastapi
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 
 from model.generation.sampling_params import SamplingParams
 from model.text.tokenizer import PromptEncoding
@@ -38,12 +46,16 @@ def _prompts(value: Any) -> Prompts:
         if _is_token_ids(value):
             return [value]
         if len(value) > MAX_PROMPTS:
-            raise ValueError(f"{len(value)} prompts were given, at most {MAX_PROMPTS} are allowed in one request")
+            raise ValueError(
+                f"{len(value)} prompts were given, at most {MAX_PROMPTS} are allowed in one request"
+            )
         if all(isinstance(prompt, str) for prompt in value):
             return value
         if all(isinstance(prompt, list) and prompt and _is_token_ids(prompt) for prompt in value):
             return value
-    raise ValueError("expected a string, a list of strings, a list of token ids, or a list of such lists; none empty")
+    raise ValueError(
+        "expected a string, a list of strings, a list of token ids, or a list of such lists; none empty"
+    )
 
 
 def _stop_strings(value: Any) -> tuple[str, ...]:
@@ -51,7 +63,9 @@ def _stop_strings(value: Any) -> tuple[str, ...]:
     if not isinstance(stop, list | tuple) or not all(isinstance(s, str) for s in stop):
         raise ValueError("expected a string or a list of strings")
     if len(stop) > MAX_STOP_STRINGS:
-        raise ValueError(f"{len(stop)} stop strings were given, at most {MAX_STOP_STRINGS} are allowed")
+        raise ValueError(
+            f"{len(stop)} stop strings were given, at most {MAX_STOP_STRINGS} are allowed"
+        )
     if not all(1 <= len(s) <= 1024 for s in stop):
         raise ValueError("a stop string has 1 to 1024 characters")
     return tuple(stop)
@@ -68,10 +82,12 @@ def _whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-# Smaller numbers would overflow or vanish in the sampler, where they change nothing: the most probable token already
-# wins by far, or has more than 1e-9 of all.
+# Smaller numbers would overflow or vanish in the sampler, where they change nothing: the most
+# probable token already wins by far, or has more than 1e-9 of all.
 GREEDY_BELOW, SMALLEST_TOP_P = 1e-5, 1e-9
-Temperature = Annotated[float, Field(ge=0, le=2), AfterValidator(lambda value: 0.0 if value < GREEDY_BELOW else value)]
+Temperature = Annotated[
+    float, Field(ge=0, le=2), AfterValidator(lambda value: 0.0 if value < GREEDY_BELOW else value)
+]
 TopP = Annotated[float, Field(gt=0, le=1), AfterValidator(lambda value: max(value, SMALLEST_TOP_P))]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -80,7 +96,8 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 class Request(BaseModel):
     """The base of all request bodies: no conversion between types, no unknown field, no NaN."""
 
-    harmless: ClassVar[harmless_fields.HarmlessValues] = {}  # fields that it lacks but accepts with these values
+    # Fields that it lacks but accepts with these values
+    harmless: ClassVar[harmless_fields.HarmlessValues] = {}
     model_config = {"strict": True, "extra": "forbid", "frozen": True, "allow_inf_nan": False}
 
 
@@ -94,8 +111,8 @@ class StreamOptions(Request):
 
 
 class GenerationRequest(Request):
-    """The fields that completions and chats share. `top_k`, `min_p`, `repetition_penalty` and the last five are vLLM's;
-    the others, with their ranges and defaults, are OpenAI's."""
+    """The fields that completions and chats share. `top_k`, `min_p`, `repetition_penalty` and the
+    last five are vLLM's; the others, with their ranges and defaults, are OpenAI's."""
 
     harmless = harmless_fields.FIELDS
     model: str
@@ -109,7 +126,9 @@ class GenerationRequest(Request):
     stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings)] = ()
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63), BeforeValidator(_whole_number)] = None
     user: str | None = Field(None, max_length=256)
-    logit_bias: Annotated[dict[int, Bias], Field(max_length=300), BeforeValidator(_token_id_keys)] = {}
+    logit_bias: Annotated[
+        dict[int, Bias], Field(max_length=300), BeforeValidator(_token_id_keys)
+    ] = {}
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: float = Field(1.0, ge=0.01, le=2)
@@ -122,17 +141,25 @@ class GenerationRequest(Request):
     @model_validator(mode="after")
     def _fits_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ApiError("stream_options is allowed with stream=true only", param="stream_options")
+            raise ApiError(
+                "stream_options is allowed with stream=true only", param="stream_options"
+            )
         if self.prompt_logprobs is not None and self.stream:
-            raise ApiError("prompt_logprobs is allowed without stream=true only", param="prompt_logprobs")
+            raise ApiError(
+                "prompt_logprobs is allowed without stream=true only", param="prompt_logprobs"
+            )
         return self
 
 
 def sampling_of(request: Request) -> SamplingParams:
-    """Returns how a request's tokens are drawn: by its fields that have the names of `SamplingParams`."""
+    """Returns how a request's tokens are drawn: by its fields that have the names of
+    `SamplingParams`."""
     names = {field.name for field in fields(SamplingParams)} & type(request).model_fields.keys()
     asked = {name: getattr(request, name) for name in names}
-    asked |= {"top_k": max(asked["top_k"], 0), "logit_bias": tuple(asked.get("logit_bias", {}).items())}
+    asked |= {
+        "top_k": max(asked["top_k"], 0),
+        "logit_bias": tuple(asked.get("logit_bias", {}).items()),
+    }
     return SamplingParams(**asked)
 
 
@@ -141,7 +168,8 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Annotated[Prompts, PlainValidator(_prompts)]
     max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=0, le=2**31)
-    max_completion_tokens: int | None = Field(None, ge=0, le=2**31)  # counts before max_tokens; guidellm sends both
+    # Counts before max_tokens; guidellm sends both
+    max_completion_tokens: int | None = Field(None, ge=0, le=2**31)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
     add_special_tokens: bool = True
@@ -163,7 +191,9 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _no_tokens_need_another_result(self) -> Self:
         if self.token_limit == 0 and not self.echo and self.prompt_logprobs is None:
-            raise ApiError("max_tokens=0 is allowed with echo=true or prompt_logprobs only", param="max_tokens")
+            raise ApiError(
+                "max_tokens=0 is allowed with echo=true or prompt_logprobs only", param="max_tokens"
+            )
         return self
 
 
@@ -207,7 +237,8 @@ async def read_request(request: fastapi.Request, request_type: type[RequestType]
 
 
 def parse_request(body: bytes, request_type: type[RequestType]) -> RequestType:
-    """Reads a body, in which null counts as missing. Raises `ApiError` (400) that names the field."""
+    """Reads a body, in which null counts as missing. Raises `ApiError` (400) that names the
+    field."""
     fields = parse_json_object(body)
     given: dict[str, Any] = {}
     for name, value in fields.items():
@@ -241,7 +272,9 @@ def _from_pydantic(error: ValidationError) -> ApiError:
     if first["type"] == "missing":
         return ApiError(f"{param} is missing", param=param, code="missing_required_parameter")
     if first["type"] == "extra_forbidden":
-        return ApiError(f"{param} is not supported; leave it out", param=param, code="unknown_parameter")
+        return ApiError(
+            f"{param} is not supported; leave it out", param=param, code="unknown_parameter"
+        )
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     value = first["input"]
     got = f" (got {str(value)[:32]})" if isinstance(value, int | float) else ""

@@ -1,4 +1,5 @@
-"""What a replica knows about a request that its client does not see: for the request log and for traces."""
+"""What a replica knows about a request that its client does not see: for the request log and for
+traces."""
 
 import time
 from dataclasses import dataclass, field
@@ -7,7 +8,8 @@ from typing import Any
 
 from serving.protocol.tracing import Span
 
-FACTS = "raymill.facts"  # in an ASGI message's dictionary, which Ray Serve hands on to the proxy as it is
+# In an ASGI message's dictionary, which Ray Serve hands on to the proxy as it is
+FACTS = "raymill.facts"
 
 
 @dataclass
@@ -53,7 +55,11 @@ class RequestFacts:
 
 def timestamp(unix_s: float) -> str:
     """Returns a time as logs have it."""
-    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return (
+        datetime.fromtimestamp(unix_s, UTC)
+        .isoformat(timespec="milliseconds")
+        .replace("+00:00", "Z")
+    )
 
 
 def _seconds(start_s: float | None, end_s: float | None) -> float | None:

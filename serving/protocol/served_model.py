@@ -1,4 +1,5 @@
-"""A served checkpoint as its replica knows it: name, shape, vocabulary and lineage, but no weights."""
+"""A served checkpoint as its replica knows it: name, shape, vocabulary and lineage, but no
+weights."""
 
 import dataclasses
 import hashlib
@@ -47,9 +48,9 @@ class ServedModel:
         param: str = "prompt",
         how: PromptEncoding = PLAIN_ENCODING,
     ) -> list[int]:
-        """Returns the tokens of a prompt, the request's field `param`. A text that is empty and gets no BOS has the
-        end-of-text token. Raises `ApiError` (400) for ids outside the vocabulary and for a prompt that leaves no room
-        for `max_tokens`."""
+        """Returns the tokens of a prompt, the request's field `param`. A text that is empty and
+        gets no BOS has the end-of-text token. Raises `ApiError` (400) for ids outside the
+        vocabulary and for a prompt that leaves no room for `max_tokens`."""
         if isinstance(prompt, str):
             tokenizer = self.require_tokenizer()
             token_ids = tokenizer.encode_prompt(prompt, how) or [tokenizer.eot_id]
@@ -83,8 +84,8 @@ class ServedModel:
         return self.tokenizer
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Returns a token's bytes; none for an id that the tokenizer lacks, since a model's vocabulary may be
-        padded."""
+        """Returns a token's bytes; none for an id that the tokenizer lacks, since a model's
+        vocabulary may be padded."""
         if self.tokenizer is None:
             return b""
         try:
@@ -93,17 +94,22 @@ class ServedModel:
             return b""
 
     def text_bytes(self, token_id: int, *, stop: Sequence[str] = ()) -> bytes:
-        """Returns what a drawn token adds to a text: nothing if it is a special one, unless it is a stop string."""
+        """Returns what a drawn token adds to a text: nothing if it is a special one, unless it is a
+        stop string."""
         token = self.token_bytes(token_id)
         return b"" if token_id in self._special_ids and token.decode() not in stop else token
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
-        return frozenset() if self.tokenizer is None else frozenset(self.tokenizer.special_ids.values())
+        return (
+            frozenset()
+            if self.tokenizer is None
+            else frozenset(self.tokenizer.special_ids.values())
+        )
 
     def token_name(self, token_id: int) -> str:
-        """Returns a token's name in log-probabilities: its text, its bytes if they are not whole characters, or its
-        id."""
+        """Returns a token's name in log-probabilities: its text, its bytes if they are not whole
+        characters, or its id."""
         if not (token := self.token_bytes(token_id)):
             return f"token_id:{token_id}"
         try:
@@ -126,16 +132,19 @@ class ServedModel:
 
     @property
     def lineage(self) -> dict[str, Any] | None:
-        """The run, step, data, tokenizer and code; None for a checkpoint that is not raymill's own."""
+        """The run, step, data, tokenizer and code; None for a checkpoint that is not raymill's
+        own."""
         if self.metadata is None:
             return None
         tokenizer_hash = None if self.tokenizer is None else self.tokenizer.hash
         return dataclasses.asdict(self.metadata) | {"tokenizer_hash": tokenizer_hash}
 
 
-def read_served_model(folder: Path, *, name: str | None, max_context: int | None = None) -> ServedModel:
-    """Reads a folder. With `max_context` the model is known by this shorter context. Raises `CheckpointError` if it
-    cannot be served, and `UnsupportedModelError` for another model."""
+def read_served_model(
+    folder: Path, *, name: str | None, max_context: int | None = None
+) -> ServedModel:
+    """Reads a folder. With `max_context` the model is known by this shorter context. Raises
+    `CheckpointError` if it cannot be served, and `UnsupportedModelError` for another model."""
     config_file = folder / "config.json"
     config = config_from_hf(json.loads(config_file.read_bytes()))
     if max_context is not None:
@@ -147,7 +156,11 @@ def read_served_model(folder: Path, *, name: str | None, max_context: int | None
             "they do not belong together"
         )
     metadata = None if is_hf_folder(folder) else read_metadata(folder)
-    version = _files_version(sorted(folder.glob("*.safetensors"))) if metadata is None else version_of_weights(metadata)
+    version = (
+        _files_version(sorted(folder.glob("*.safetensors")))
+        if metadata is None
+        else version_of_weights(metadata)
+    )
     return ServedModel(
         name=name or (folder.name if metadata is None else metadata.run_id),
         created=int(config_file.stat().st_mtime),
@@ -164,7 +177,9 @@ def misfit(live: ServedModel, candidate: ServedModel) -> str:
         return f"has the weights that are served now ({live.version})"
     if (size := candidate.config.vocab_size) != live.config.vocab_size:
         return f"has a vocabulary of {size} ids, the live version one of {live.config.vocab_size}"
-    hashes = [None if model.tokenizer is None else model.tokenizer.hash for model in (live, candidate)]
+    hashes = [
+        None if model.tokenizer is None else model.tokenizer.hash for model in (live, candidate)
+    ]
     if hashes[0] != hashes[1]:
         named = ["none" if found is None else found[:12] for found in hashes]
         return f"has another tokenizer ({named[1]}) than the live version ({named[0]})"
@@ -174,10 +189,12 @@ def misfit(live: ServedModel, candidate: ServedModel) -> str:
 
 
 def is_of_one_kind(one: ServedModel, other: ServedModel) -> bool:
-    """Returns whether an engine that was started with `one` computes `other` once it has its weights."""
+    """Returns whether an engine that was started with `one` computes `other` once it has its
+    weights."""
 
     def kind(model: ServedModel) -> tuple[Any, ...]:
-        shape = dataclasses.replace(model.config, dropout=0.0, initializer_range=1.0)  # of training only
+        # Of training only
+        shape = dataclasses.replace(model.config, dropout=0.0, initializer_range=1.0)
         return shape, model.eos_id, model.metadata and model.metadata.precision
 
     return kind(one) == kind(other)

@@ -1,4 +1,5 @@
-"""Reads untrusted JSON strictly: one object, UTF-8, no duplicate keys, only finite numbers, not too deep."""
+"""Reads untrusted JSON strictly: one object, UTF-8, no duplicate keys, only finite numbers, not too
+deep."""
 
 import json
 import re
@@ -11,16 +12,19 @@ from serving.protocol.errors import ApiError
 
 MAX_BODY_BYTES = 1 << 20
 MAX_DEPTH = 32
-MAX_CONTAINERS = 20_000  # lists and objects in a body: half a second of Python's lock for 350,000, which fit into one
+# Lists and objects in a body: half a second of Python's lock for 350,000, which fit into one
+MAX_CONTAINERS = 20_000
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 
 async def read_json_body(request: Request) -> bytes:
-    """Returns the raw body. Raises `ApiError` if its headers do not declare plain JSON, or if it is too large."""
+    """Returns the raw body. Raises `ApiError` if its headers do not declare plain JSON, or if it is
+    too large."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise ApiError(
-            "The body must be declared as JSON: send the header -H 'Content-Type: application/json'", status=415
+            "The body must be declared as JSON: send the header -H 'Content-Type: application/json'",
+            status=415,
         )
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError("A compressed body is not supported; send it plain", status=415)
@@ -34,10 +38,12 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
     """Parses a body. Raises `ApiError` (400)."""
     if _num_containers(body) > MAX_CONTAINERS:
         raise ApiError(
-            f"The body has more than {MAX_CONTAINERS} lists and objects; send less at once", code="invalid_json"
+            f"The body has more than {MAX_CONTAINERS} lists and objects; send less at once",
+            code="invalid_json",
         )
     try:
-        # It refuses what `json` takes: NaN, 1e999, half of a surrogate pair, UTF-16. But it takes a key twice.
+        # It refuses what `json` takes: NaN, 1e999, half of a surrogate pair, UTF-16. But it takes a
+        # key twice.
         orjson.loads(body)
         fields = json.loads(body, object_pairs_hook=_unique_keys)
         if not isinstance(fields, dict):
@@ -53,8 +59,8 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
 
 
 def _num_containers(body: bytes) -> int:
-    """Returns how many lists and objects begin in a body, without parsing it. Those in texts do not count, but are
-    looked at only where there are many."""
+    """Returns how many lists and objects begin in a body, without parsing it. Those in texts do not
+    count, but are looked at only where there are many."""
     count = body.count(b"[") + body.count(b"{")
     if count <= MAX_CONTAINERS:
         return count

@@ -1,5 +1,5 @@
-"""Traces by OpenTelemetry, where the environment names a collector (`OTEL_EXPORTER_OTLP_ENDPOINT`). Elsewhere spans
-record nothing.
+"""Traces by OpenTelemetry, where the environment names a collector (`OTEL_EXPORTER_OTLP_ENDPOINT`).
+Elsewhere spans record nothing.
 
 The sampler, the resource and the exporter are configured by OpenTelemetry's own variables.
 """
@@ -28,17 +28,27 @@ class Span:
     """A span that has begun."""
 
     def __init__(
-        self, tracer: trace.Tracer, name: str, parent: Context, *, kind: trace.SpanKind, attributes: Attributes
+        self,
+        tracer: trace.Tracer,
+        name: str,
+        parent: Context,
+        *,
+        kind: trace.SpanKind,
+        attributes: Attributes,
     ) -> None:
         self._tracer = tracer
-        self._span = tracer.start_span(name, context=parent, kind=kind, attributes=_given(attributes))
+        self._span = tracer.start_span(
+            name, context=parent, kind=kind, attributes=_given(attributes)
+        )
         self._context = trace.set_span_in_context(self._span, parent)
 
     @classmethod
     def of_request(cls, tracer: trace.Tracer, name: str, headers: Headers) -> "Span":
         """Starts a process's part of the trace that the headers name, or a new trace."""
         carrier = {key.decode("latin-1"): value.decode("latin-1") for key, value in headers}
-        return cls(tracer, name, _propagator.extract(carrier), kind=trace.SpanKind.SERVER, attributes={})
+        return cls(
+            tracer, name, _propagator.extract(carrier), kind=trace.SpanKind.SERVER, attributes={}
+        )
 
     @property
     def trace_id(self) -> str | None:
@@ -47,7 +57,9 @@ class Span:
         return trace.format_trace_id(context.trace_id) if context.is_valid else None
 
     def child(self, name: str, attributes: Attributes) -> "Span":
-        return Span(self._tracer, name, self._context, kind=trace.SpanKind.CLIENT, attributes=attributes)
+        return Span(
+            self._tracer, name, self._context, kind=trace.SpanKind.CLIENT, attributes=attributes
+        )
 
     def forward(self, headers: Headers) -> Headers:
         """Returns headers for a request to the next process, which continue the trace there."""
@@ -72,7 +84,8 @@ class Span:
 
 
 def tracer_from_environment(service: str) -> trace.Tracer:
-    """Returns the tracer of this process, which is named `service` unless `OTEL_SERVICE_NAME` says otherwise."""
+    """Returns the tracer of this process, which is named `service` unless `OTEL_SERVICE_NAME` says
+    otherwise."""
     asked = [name for name in _ENDPOINTS if os.environ.get(name)]
     is_off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if not asked or is_off or os.environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
@@ -83,7 +96,9 @@ def tracer_from_environment(service: str) -> trace.Tracer:
         from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
         from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
     except ImportError as error:
-        _log.warning("%s is set, but traces need `pip install raymill[tracing]`: %s", asked[0], error)
+        _log.warning(
+            "%s is set, but traces need `pip install raymill[tracing]`: %s", asked[0], error
+        )
         return NO_TRACER
     named = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": service}
     # Not the process's global provider, which belongs to Ray.

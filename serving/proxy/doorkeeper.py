@@ -1,6 +1,8 @@
-"""Takes the orders of the process that ends this endpoint: nothing new comes in, answers finish, or are cut.
+"""Takes the orders of the process that ends this endpoint: nothing new comes in, answers finish, or
+are cut.
 
-Without it the end of a proxy would look like clients that leave: their connections are gone, and no stream says why.
+Without it the end of a proxy would look like clients that leave: their connections are gone, and no
+stream says why.
 """
 
 import asyncio
@@ -53,7 +55,9 @@ class Doorkeeper:
             listener.close()
             return
         listener.listen()
-        threading.Thread(target=self._listen, args=(listener,), name="doorkeeper", daemon=True).start()
+        threading.Thread(
+            target=self._listen, args=(listener,), name="doorkeeper", daemon=True
+        ).start()
 
     def _cut(self) -> None:
         for request in list(self._open):

@@ -1,8 +1,9 @@
-"""Bounds that uvicorn does not have: on the time and size of headers and trailers, on pipelined requests, idle
-connections and stalled readers. The only file that uses uvicorn's private names.
+"""Bounds that uvicorn does not have: on the time and size of headers and trailers, on pipelined
+requests, idle connections and stalled readers. The only file that uses uvicorn's private names.
 
-An offer to speak another protocol (`Upgrade`) is refused with a word: uvicorn's parser would believe such a request to
-have no body, and take the body for the next request. A gateway speaks other protocols.
+An offer to speak another protocol (`Upgrade`) is refused with a word: uvicorn's parser would
+believe such a request to have no body, and take the body for the next request. A gateway speaks
+other protocols.
 """
 
 import asyncio
@@ -27,7 +28,8 @@ MAX_HEADER_BYTES = 64 << 10  # for the request line and all headers together
 MAX_HEADERS = 100
 # A stalled reader is noticed when this much waits for it; the kernel would take megabytes.
 SEND_BUFFER_BYTES = 256 << 10
-# Parsed at a time. A block of 256 KiB can be 10,000 whole requests, each of which uvicorn makes 3 KB of objects from.
+# Parsed at a time. A block of 256 KiB can be 10,000 whole requests, each of which uvicorn makes 3
+# KB of objects from.
 PIECE_BYTES = 4 << 10
 PROBED_PATHS = ("/health", "/ready", "/-/healthz")
 PROBE_CONNECTIONS = 16  # more than the most, on which only these are answered
@@ -35,8 +37,8 @@ SLOW_BODY_S = 1.0  # after which a body that has not arrived is its client's doi
 
 
 def install_bounds(config: HttpConfig, log: LogRequest) -> None:
-    """Makes every HTTP server that starts later in this process use `BoundedHttpProtocol`, which logs what it
-    refuses."""
+    """Makes every HTTP server that starts later in this process use `BoundedHttpProtocol`, which
+    logs what it refuses."""
     BoundedHttpProtocol.bounds = config
     BoundedHttpProtocol.log = staticmethod(log)
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:BoundedHttpProtocol"
@@ -51,12 +53,15 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = PipelineFlow(transport, self.pipeline)
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES
+        )
         self._refusal = error_of("invalid_http")
         self._unread = bytearray()
         self._in_headers = False
         self._answers_probes_only = False
-        self._num_header_bytes = 0  # of headers, trailers and chunk ends since the last byte of a body
+        # Of headers, trailers and chunk ends since the last byte of a body
+        self._num_header_bytes = 0
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._waits_since_s = self.loop.time()
@@ -93,7 +98,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._expect_headers()  # also for a request that comes during an answer
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Drops trailers. As headers they would bypass a gateway that removes or sets such a header."""
+        """Drops trailers. As headers they would bypass a gateway that removes or sets such a
+        header."""
         if self._in_headers:
             super().on_header(name, value)
 
@@ -125,15 +131,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if encodings not in ([], [b"chunked"]):
             self._refusal = error_of("transfer_encoding")
             raise ValueError("a transfer encoding besides chunked")
-        if self._answers_probes_only and self.url.decode("ascii", errors="replace") not in PROBED_PATHS:
+        if (
+            self._answers_probes_only
+            and self.url.decode("ascii", errors="replace") not in PROBED_PATHS
+        ):
             self._refusal = error_of("too_many_connections", most=self.bounds.max_connections)
             raise ValueError("too many connections")
         self._waits_since_s = self.loop.time()
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuses in OpenAI's shape. While other answers are under way the client could take this for one of them, so
-        the connection is cut instead."""
+        """Refuses in OpenAI's shape. While other answers are under way the client could take this
+        for one of them, so the connection is cut instead."""
         if not self.is_idle:
             if self.pipeline or self.cycle.response_started or not self.cycle.more_body:
                 self.transport.abort()
@@ -142,7 +151,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.cycle.message_event.set()
         body = json.dumps(self._refusal.body())
         request_id, (status, reason) = uuid.uuid4().hex, (self._refusal.status, self._refusal.code)
-        self.log(time=timestamp(time.time()), request_id=request_id, status=status, reason=reason, attempts=0)
+        self.log(
+            time=timestamp(time.time()),
+            request_id=request_id,
+            status=status,
+            reason=reason,
+            attempts=0,
+        )
         head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n"
         rest = f"{head}x-request-id: {request_id}\r\n\r\n{body}"
         self.transport.write(STATUS_LINE[self._refusal.status] + rest.encode("ascii"))
@@ -169,7 +184,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._write_timer.cancel()
 
     def _read(self) -> None:
-        """Parses what has arrived until a request waits for its turn. What follows that request is read after it."""
+        """Parses what has arrived until a request waits for its turn. What follows that request is
+        read after it."""
         while self._unread and not self.pipeline and not self.transport.is_closing():
             if self.is_idle:
                 self._expect_headers()
@@ -190,7 +206,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _expect_headers(self) -> None:
         if self._header_timer is None:
-            self._header_timer = self.loop.call_later(self.bounds.header_timeout_s, self._headers_are_late)
+            self._header_timer = self.loop.call_later(
+                self.bounds.header_timeout_s, self._headers_are_late
+            )
 
     def _headers_are_late(self) -> None:
         self._header_timer = None
@@ -200,18 +218,29 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def _make_room(self) -> None:
-        """Beyond the most connections, ends the one that has waited longest for its client, one with an unfinished body
-        before others. Where all are being answered, or were opened just now, a few more are for probes alone."""
+        """Beyond the most connections, ends the one that has waited longest for its client, one
+        with an unfinished body before others. Where all are being answered, or were opened just
+        now, a few more are for probes alone."""
         if len(self.connections) <= self.bounds.max_connections:
             return
-        bounded = [connection for connection in self.connections if isinstance(connection, BoundedHttpProtocol)]
+        bounded = [
+            connection
+            for connection in self.connections
+            if isinstance(connection, BoundedHttpProtocol)
+        ]
         open_ones = [connection for connection in bounded if not connection.transport.is_closing()]
         excess = len(open_ones) - self.bounds.max_connections
         if excess <= 0:
             return
-        waiting = [connection for connection in open_ones if connection.waits_for_client and connection is not self]
+        waiting = [
+            connection
+            for connection in open_ones
+            if connection.waits_for_client and connection is not self
+        ]
         if waiting:
-            first = min(waiting, key=lambda connection: (not connection._is_slow, connection._waits_since_s))
+            first = min(
+                waiting, key=lambda connection: (not connection._is_slow, connection._waits_since_s)
+            )
             first.transport.abort()
         elif excess <= PROBE_CONNECTIONS:
             self._answers_probes_only = True
@@ -220,7 +249,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
 
 class PipelineFlow(FlowControl):
-    """Stops reading while a whole request waits for its turn; uvicorn resumes whenever it checks for a disconnect."""
+    """Stops reading while a whole request waits for its turn; uvicorn resumes whenever it checks
+    for a disconnect."""
 
     def __init__(self, transport: asyncio.Transport, pipeline: Sized) -> None:
         super().__init__(transport)

@@ -1,7 +1,8 @@
 """Asks a replica whether it knows a request's key, before the proxy takes the request's body.
 
-Replicas alone know the keys, and decide again once they have the request. What they said of a key is remembered for a
-while here: a body of a client that they know is read at once, and one of a stranger never.
+Replicas alone know the keys, and decide again once they have the request. What they said of a key
+is remembered for a while here: a body of a client that they know is read at once, and one of a
+stranger never.
 """
 
 import asyncio
@@ -40,7 +41,8 @@ class KeyCheck:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._verdicts: OrderedDict[bytes, tuple[float, Refusal | None]] = OrderedDict()  # by hash, with their end
+        # By hash, with their end
+        self._verdicts: OrderedDict[bytes, tuple[float, Refusal | None]] = OrderedDict()
         self._questions = asyncio.Semaphore(MAX_QUESTIONS)
 
     async def refusal(self, scope: Scope) -> Refusal | None:
@@ -84,7 +86,14 @@ class KeyCheck:
             answer.body += message.get("body", b"")
             answer.facts = message.get(FACTS, answer.facts)
 
-        kept = [(name, value) for name, value in scope["headers"] if name in (b"host", b"authorization")]
-        about = {"method": "GET", "path": ASKED_PATH, "raw_path": ASKED_PATH.encode(), "query_string": b""}
+        kept = [
+            (name, value) for name, value in scope["headers"] if name in (b"host", b"authorization")
+        ]
+        about = {
+            "method": "GET",
+            "path": ASKED_PATH,
+            "raw_path": ASKED_PATH.encode(),
+            "query_string": b"",
+        }
         await self._app({**scope, **about, "headers": kept}, receive, send)
         return answer

@@ -1,4 +1,5 @@
-"""Remembers requests that have ended as many replicas as one may, so that a client in a loop does not end them all."""
+"""Remembers requests that have ended as many replicas as one may, so that a client in a loop does
+not end them all."""
 
 import hashlib
 import time

@@ -1,4 +1,5 @@
-"""Reads a request's body within bounds of time and size, of its own and of all that are unfinished in one proxy."""
+"""Reads a request's body within bounds of time and size, of its own and of all that are unfinished
+in one proxy."""
 
 import asyncio
 from collections.abc import Iterator
@@ -9,9 +10,11 @@ from starlette.types import Receive, Scope
 from serving.protocol.errors import ApiError, error_of, overloaded
 from serving.protocol.strict_json import MAX_BODY_BYTES
 
-MAX_DISCARDED_BYTES = 64 << 20  # read of a body that is too large, so that its sender reads our answer
+# Read of a body that is too large, so that its sender reads our answer
+MAX_DISCARDED_BYTES = 64 << 20
 MAX_UNFINISHED_BYTES = 64 << 20  # of all bodies that have not arrived whole
-REFUSED_BODY_S = 1.0  # in which the sender of a body that nobody wants may finish it, and then reads our answer
+# In which the sender of a body that nobody wants may finish it, and then reads our answer
+REFUSED_BODY_S = 1.0
 
 
 class _Unfinished:
@@ -24,7 +27,8 @@ class _Unfinished:
 
 
 class Bodies:
-    """The unfinished bodies of a proxy. Where they take too much, the oldest goes: it waits for its client."""
+    """The unfinished bodies of a proxy. Where they take too much, the oldest goes: it waits for its
+    client."""
 
     def __init__(self, *, most_bytes: int = MAX_UNFINISHED_BYTES) -> None:
         self._most_bytes = most_bytes
@@ -32,7 +36,8 @@ class Bodies:
         self._unfinished: dict[_Unfinished, None] = {}  # the oldest first
 
     async def read(self, scope: Scope, receive: Receive, *, timeout_s: float) -> bytes | None:
-        """Returns the whole body, or None if the client has left. Raises `ApiError` (408, 413, 429)."""
+        """Returns the whole body, or None if the client has left. Raises `ApiError` (408, 413,
+        429)."""
         expects_continue = any(name == b"expect" for name, _ in scope["headers"])
         declared = max((int(v) for n, v in scope["headers"] if n == b"content-length"), default=0)
         if declared > (MAX_BODY_BYTES if expects_continue else MAX_DISCARDED_BYTES):
@@ -97,7 +102,8 @@ class Bodies:
             excess -= len(unfinished.body)
             if not unfinished.has_to_go:
                 unfinished.has_to_go = True
-                self._drop(unfinished)  # now: its own task may run only after more of the others have come
+                # now: its own task may run only after more of the others have come
+                self._drop(unfinished)
                 unfinished.timeout.reschedule(0.0)
 
     def _drop(self, unfinished: _Unfinished) -> None:

@@ -1,6 +1,8 @@
-"""The request log: a line of JSON for each request, written after its end. It has neither text nor keys.
+"""The request log: a line of JSON for each request, written after its end. It has neither text nor
+keys.
 
-Lines are written together, a moment later and in a thread: a disk that hangs must not stop every stream of a proxy.
+Lines are written together, a moment later and in a thread: a disk that hangs must not stop every
+stream of a proxy.
 """
 
 import asyncio
@@ -62,7 +64,9 @@ class RequestLog:
         self._lines.append(orjson.dumps(_EMPTY | fields, option=orjson.OPT_APPEND_NEWLINE))
         if self._writing is None:
             # In a context of its own: what it logs belongs to no request.
-            self._writing = asyncio.get_running_loop().create_task(self._write_soon(), context=Context())
+            self._writing = asyncio.get_running_loop().create_task(
+                self._write_soon(), context=Context()
+            )
 
     async def _write_soon(self) -> None:
         while self._lines:
@@ -73,7 +77,11 @@ class RequestLog:
             except OSError as error:
                 _log.error("%d lines of the request log are lost: %s", len(lines), error)
             if self._num_dropped:
-                _log.error("%d lines of the request log are lost: %s is too slow", self._num_dropped, self._target)
+                _log.error(
+                    "%d lines of the request log are lost: %s is too slow",
+                    self._num_dropped,
+                    self._target,
+                )
                 self._num_dropped = 0
         self._writing = None
 
@@ -83,8 +91,8 @@ def no_log(**_: Any) -> None:
 
 
 def _write(target: str, data: bytes) -> None:
-    """Appends whole lines, and puts a file aside that has become large. It is opened each time, so that it may be moved
-    away at any moment."""
+    """Appends whole lines, and puts a file aside that has become large. It is opened each time, so
+    that it may be moved away at any moment."""
     if target == STDOUT:
         with open(1, "wb", closefd=False) as lines:
             lines.write(data)
@@ -98,8 +106,9 @@ def _write(target: str, data: bytes) -> None:
 
 
 def _opened_alone(target: str) -> int:
-    """Returns a descriptor to append to. A machine's proxies write to one file, which each has to itself until it is
-    closed: two that put it aside together would lose the one that the first has put aside."""
+    """Returns a descriptor to append to. A machine's proxies write to one file, which each has to
+    itself until it is closed: two that put it aside together would lose the one that the first has
+    put aside."""
     while True:
         file = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         if not stat.S_ISREG(os.fstat(file).st_mode):

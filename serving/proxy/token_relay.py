@@ -1,12 +1,14 @@
 """Carries a streamed answer's bytes from a replica to the proxy on its machine, around Ray Serve.
 
-Through Ray Serve each token would be a message between actors, 0.8 ms of processor time. So only the start and the end
-of an answer go there, with all that depends on them (choice of a replica, retries, cancellation, draining); the rest
-goes over a socket, one frame for each part: the answer's number, the kind of frame, a length, bytes. The start goes
-both ways: a first token would wait for Ray Serve's.
+Through Ray Serve each token would be a message between actors, 0.8 ms of processor time. So only
+the start and the end of an answer go there, with all that depends on them (choice of a replica,
+retries, cancellation, draining); the rest goes over a socket, one frame for each part: the answer's
+number, the kind of frame, a length, bytes. The start goes both ways: a first token would wait for
+Ray Serve's.
 
-A proxy listens under a random name in Linux's abstract namespace, which leaves no file behind, and sends replicas the
-name and the answer's number in a header. A replica on another machine cannot reach it and answers through Ray Serve.
+A proxy listens under a random name in Linux's abstract namespace, which leaves no file behind, and
+sends replicas the name and the answer's number in a header. A replica on another machine cannot
+reach it and answers through Ray Serve.
 """
 
 import asyncio
@@ -68,7 +70,8 @@ class RelayedAnswer:
         self._pump = asyncio.create_task(self._pass_on(message, send))
 
     async def end(self) -> bool:
-        """Waits until all of a started answer has been passed on. Returns False if its end does not arrive."""
+        """Waits until all of a started answer has been passed on. Returns False if its end does not
+        arrive."""
         assert self._pump is not None
         try:
             async with asyncio.timeout(END_TIMEOUT_S):
@@ -97,7 +100,8 @@ class RelayedAnswer:
 
     async def _pass_on(self, message: Message, send: Send) -> None:
         await send(message)
-        while data := await self._arrived.read(PASSED_BYTES):  # several parts at once if the client is slow
+        # Several parts at once if the client is slow
+        while data := await self._arrived.read(PASSED_BYTES):
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
@@ -121,7 +125,9 @@ class Relay:
         async with self._starting:
             if self._server is None and sys.platform == "linux":
                 loop = asyncio.get_running_loop()
-                self._server = await loop.create_unix_server(lambda: _Incoming(self.answers), _NAME_PREFIX + self.name)
+                self._server = await loop.create_unix_server(
+                    lambda: _Incoming(self.answers), _NAME_PREFIX + self.name
+                )
         number = next(self._numbers)
         self.answers[number] = RelayedAnswer(self, number, on_start)
         return self.answers[number]
@@ -159,8 +165,8 @@ class RelayWriter:
     number: int
 
     def start(self, status: int, headers: Iterable[tuple[bytes, bytes]], **others: Any) -> None:
-        """Sends the start of the answer, with further keys of its message. Raises `ConnectionError` once the proxy is
-        gone."""
+        """Sends the start of the answer, with further keys of its message. Raises `ConnectionError`
+        once the proxy is gone."""
         shown = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
         self._send(Frame.START, json.dumps([status, shown, others]).encode())
 
@@ -184,7 +190,8 @@ class RelayClient:
         self._connecting = asyncio.Lock()
 
     async def open(self, headers: Iterable[tuple[bytes, bytes]]) -> RelayWriter | None:
-        """Returns a writer for the request with these headers, or None if the answer goes through Ray Serve."""
+        """Returns a writer for the request with these headers, or None if the answer goes through
+        Ray Serve."""
         asked = [value for name, value in headers if name == ASK_HEADER]
         if len(asked) != 1:
             return None
@@ -206,7 +213,9 @@ class RelayClient:
         with suppress(OSError):  # not on this machine
             end.connect(_NAME_PREFIX + name)
             if is_of_this_user(end):
-                return (await asyncio.get_running_loop().create_unix_connection(_Outgoing, sock=end))[1]
+                return (
+                    await asyncio.get_running_loop().create_unix_connection(_Outgoing, sock=end)
+                )[1]
         end.close()
         return None
 
@@ -226,7 +235,8 @@ class _Outgoing(asyncio.Protocol):
         if self.is_closing:
             raise ConnectionError("the proxy has gone")
         if not self._waiting:
-            asyncio.get_running_loop().call_soon(self.flush)  # after the tasks that the same step has woken
+            # After the tasks that the same step has woken
+            asyncio.get_running_loop().call_soon(self.flush)
         self._waiting += data
 
     def flush(self) -> None:

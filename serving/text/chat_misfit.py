@@ -4,7 +4,8 @@ from model.files.chat_probe import ChatProbe
 
 
 def chat_misfit(live: ChatProbe, candidate: ChatProbe) -> str:
-    """Returns why clients' chats would suffer if the candidate replaced the live version; empty if they would not."""
+    """Returns why clients' chats would suffer if the candidate replaced the live version; empty if
+    they would not."""
     if live.is_chat_tuned != candidate.is_chat_tuned:
         has, had = ("a", "none") if candidate.is_chat_tuned else ("no", "one")
         return f"has {has} chat template, and the live version has {had}: chats would be written in another way"
@@ -20,6 +21,13 @@ def chat_misfit(live: ChatProbe, candidate: ChatProbe) -> str:
 
 
 def chat_notice(live: ChatProbe, candidate: ChatProbe) -> str:
-    """Returns in what the candidate writes chats otherwise than the live version; empty if in nothing."""
-    changed = [name for name, text_hash in live.hashes.items() if candidate.hashes.get(name) != text_hash]
-    return f"its chat template writes {', '.join(changed)} otherwise than the live version's" if changed else ""
+    """Returns in what the candidate writes chats otherwise than the live version; empty if in
+    nothing."""
+    changed = [
+        name for name, text_hash in live.hashes.items() if candidate.hashes.get(name) != text_hash
+    ]
+    return (
+        f"its chat template writes {', '.join(changed)} otherwise than the live version's"
+        if changed
+        else ""
+    )

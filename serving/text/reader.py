@@ -1,5 +1,5 @@
-"""Reads conversations and texts as tokens for a served checkpoint: in this process, or where its tokenizer or chat
-template is a stranger's program, in a bounded one.
+"""Reads conversations and texts as tokens for a served checkpoint: in this process, or where its
+tokenizer or chat template is a stranger's program, in a bounded one.
 
 In a thread of the replica such a program would hold up every stream.
 """
@@ -41,20 +41,23 @@ class TextReader(Protocol):
         """Returns the tokens that the assistant's next answer follows. Raises `TextError`."""
 
     async def encoded(self, texts: Texts, how: PromptEncoding) -> Texts:
-        """Returns the texts as tokens, or as they are where `ServedModel` may turn them into tokens itself. Raises
-        `TextError`."""
+        """Returns the texts as tokens, or as they are where `ServedModel` may turn them into tokens
+        itself. Raises `TextError`."""
 
     def close(self) -> None: ...
 
 
 class TrustedReader:
-    """The reader of raymill's own programs: byte-level BPE with GPT-2's pattern, and the plain chat template."""
+    """The reader of raymill's own programs: byte-level BPE with GPT-2's pattern, and the plain chat
+    template."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._chat = None if tokenizer is None else Chat(tokenizer)
         is_chat_tuned = tokenizer is not None and tokenizer.chat is not None
         nothing = ChatProbe(is_chat_tuned=False, hashes={}, refusals={}, end_of_turn=None)
-        self.probe = nothing if self._chat is None else probe_of(self._chat, is_chat_tuned=is_chat_tuned)
+        self.probe = (
+            nothing if self._chat is None else probe_of(self._chat, is_chat_tuned=is_chat_tuned)
+        )
 
     async def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         assert self._chat is not None
@@ -67,20 +70,24 @@ class TrustedReader:
 
 
 class BoundedReader:
-    """The reader of a stranger's programs. Its process takes one request at a time, and is replaced after one that
-    exceeds the bounds."""
+    """The reader of a stranger's programs. Its process takes one request at a time, and is replaced
+    after one that exceeds the bounds."""
 
     probe: ChatProbe
 
     def __init__(self, folder: Path, bounds: Bounds) -> None:
         self._folder, self._bounds = folder, bounds
-        self._child: Child | None = None  # it ends when its socket closes, and so when the replica dies
+        # It ends when its socket closes, and so when the replica dies
+        self._child: Child | None = None
         self._turn = asyncio.Lock()
         self._is_closed = False
 
     async def start(self) -> None:
-        """Starts the process. Raises `TextError` if it cannot read the tokenizer within its bounds."""
-        child = await start_child(MODULE, process_arguments(self._folder, self._bounds) | {"threads": 1})
+        """Starts the process. Raises `TextError` if it cannot read the tokenizer within its
+        bounds."""
+        child = await start_child(
+            MODULE, process_arguments(self._folder, self._bounds) | {"threads": 1}
+        )
         try:
             await self._answer(child, b"", cpu_s=self._bounds.load_cpu_s)
             first = await self._answer(child, b"", cpu_s=self._bounds.request_cpu_s)
@@ -140,8 +147,9 @@ class BoundedReader:
 
 
 async def open_reader(folder: Path, *, bounds: Bounds = BOUNDS) -> TextReader:
-    """Returns the reader of a checkpoint's folder. Nothing but it has run a stranger's program until then. Raises
-    `TextError`, and `CheckpointError` for a folder without a tokenizer that should have one."""
+    """Returns the reader of a checkpoint's folder. Nothing but it has run a stranger's program
+    until then. Raises `TextError`, and `CheckpointError` for a folder without a tokenizer that
+    should have one."""
     if await asyncio.to_thread(has_strange_programs, read_from(folder)):
         reader = BoundedReader(folder, bounds)
         await reader.start()

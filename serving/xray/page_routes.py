@@ -1,4 +1,5 @@
-"""Serves the files of the x-ray page. They are open to everybody, as they hold no data; the data needs the key."""
+"""Serves the files of the x-ray page. They are open to everybody, as they hold no data; the data
+needs the key."""
 
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from starlette.routing import Route
 
 _FOLDER = Path(__file__).with_name("page")
 _MEDIA_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
-_CONTENT_SECURITY_POLICY = (  # no foreign or inline script, no request to another host, no form, no frame
+# No foreign or inline script, no request to another host, no form, no frame
+_CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )

@@ -1,4 +1,5 @@
-"""The process that looks into queries: each line is a request and gets a line. It ends when its replica does."""
+"""The process that looks into queries: each line is a request and gets a line. It ends when its
+replica does."""
 
 import contextlib
 import json
@@ -33,8 +34,8 @@ class Models:
         self._load = lru_cache(maxsize=2)(self._read)  # the served one, and the latest other one
 
     def get(self, step: int | None, *, withdrawn: Collection[str]) -> tuple[GPT, ServedModel]:
-        """Returns a step's model. Raises `ApiError` if its checkpoint is missing or damaged, or its version is
-        withdrawn."""
+        """Returns a step's model. Raises `ApiError` if its checkpoint is missing or damaged, or its
+        version is withdrawn."""
         if step is None:
             return self._load(self._folder)
         checkpoints = shown_checkpoints(self._folder, withdrawn)
@@ -46,7 +47,9 @@ class Models:
         try:
             return self._load(checkpoints[step])
         except UserError as error:
-            raise ApiError(f"The checkpoint of step {step} cannot be used: {error}", param="step") from None
+            raise ApiError(
+                f"The checkpoint of step {step} cannot be used: {error}", param="step"
+            ) from None
 
     def _read(self, folder: Path) -> tuple[GPT, ServedModel]:
         # The replica has verified the served one.
@@ -57,7 +60,9 @@ class Models:
 def answer_line(line: bytes, models: Models) -> tuple[int, bytes]:
     """Returns the status and JSON body for one request."""
     message: dict[str, Any] = json.loads(line)
-    request = XrayRequest(**{name: value for name, value in message["request"].items() if value is not None})
+    request = XrayRequest(
+        **{name: value for name, value in message["request"].items() if value is not None}
+    )
     try:
         model, served = models.get(request.step, withdrawn=message["withdrawn"])
         return 200, xray_answer(request, model=model, served=served, arrived_s=message["arrived_s"])

@@ -1,9 +1,11 @@
-"""Looks inside a query: the request, its limits, and the process beside the replica that computes the answer.
+"""Looks inside a query: the request, its limits, and the process beside the replica that computes
+the answer.
 
-The engine must not do it: reading a prompt with all attention weights takes many times as long as a step, and its own
-weights may be packed for speed. A thread of the replica would take Python's lock from other clients' tokens. So it is a
-separate process at low priority, which starts with the first request, maps the same checkpoint file (the pages are in
-memory only once), and ends after some idle time.
+The engine must not do it: reading a prompt with all attention weights takes many times as long as a
+step, and its own weights may be packed for speed. A thread of the replica would take Python's lock
+from other clients' tokens. So it is a separate process at low priority, which starts with the first
+request, maps the same checkpoint file (the pages are in memory only once), and ends after some idle
+time.
 """
 
 import asyncio
@@ -30,7 +32,8 @@ MAX_WEIGHTS = 500_000  # numbers of attention in an answer: 5 MB
 MAX_TOP = 20
 TIMEOUT_S = 60.0
 IDLE_S = 300.0
-MEMORY_SHARE = 0.25  # of what is free: a kernel without memory ends the largest process, which is the engine
+# Of what is free: a kernel without memory ends the largest process, which is the engine
+MEMORY_SHARE = 0.25
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "int8": 4}  # by the engine's type; see `LOADED_IN`
 MAPPED_WITHIN = 0.05  # of the weights' size: a file of about this size has their type
 GIB = 1 << 30
@@ -47,7 +50,8 @@ Indices = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_l
 
 
 class XrayRequest(Request):
-    """The body of POST /v1/xray. Sampling parameters mean the same as in /v1/completions; the default is greedy."""
+    """The body of POST /v1/xray. Sampling parameters mean the same as in /v1/completions; the
+    default is greedy."""
 
     model: str
     prompt: Annotated[str | list[int], PlainValidator(_prompt)]
@@ -64,20 +68,28 @@ class XrayRequest(Request):
 
 
 def run_checkpoints(folder: Path) -> dict[int, Path]:
-    """Returns the checkpoints of the served one's run that are beside it, by step, in order. Of a step that was written
-    twice the later attempt counts. Folders that transformers saved have no run."""
+    """Returns the checkpoints of the served one's run that are beside it, by step, in order. Of a
+    step that was written twice the later attempt counts. Folders that transformers saved have no
+    run."""
     if not (folder / MANIFEST).exists():
         return {}
     run_id = read_metadata(folder).run_id
     beside = [
-        path.parent for path in folder.parent.glob(f"[!.]*/{MANIFEST}") if path.with_name("raymill.json").exists()
+        path.parent
+        for path in folder.parent.glob(f"[!.]*/{MANIFEST}")
+        if path.with_name("raymill.json").exists()
     ]
-    found = sorted((m.step, m.generation, path) for path in beside if (m := read_metadata(path)).run_id == run_id)
+    found = sorted(
+        (m.step, m.generation, path)
+        for path in beside
+        if (m := read_metadata(path)).run_id == run_id
+    )
     return {step: path for step, _, path in found}
 
 
 def shown_checkpoints(folder: Path, withdrawn: Collection[str]) -> dict[int, Path]:
-    """Returns those of `run_checkpoints` that do not have the weights of a version that was refused or rolled back."""
+    """Returns those of `run_checkpoints` that do not have the weights of a version that was refused
+    or rolled back."""
     return {
         step: path
         for step, path in run_checkpoints(folder).items()
@@ -93,57 +105,79 @@ class Xray:
         self._name = name
         self._dtype = dtype
         self._is_busy = False
-        self._child: Child | None = None  # it ends when its socket closes, and so when the replica dies
+        # It ends when its socket closes, and so when the replica dies
+        self._child: Child | None = None
         self._idle: asyncio.TimerHandle | None = None
 
     async def card(self, *, withdrawn: Collection[str]) -> dict[str, Any]:
-        """Returns what may be asked: the limits, and the steps of the run that have a checkpoint here, without the
-        versions that are withdrawn."""
+        """Returns what may be asked: the limits, and the steps of the run that have a checkpoint
+        here, without the versions that are withdrawn."""
         steps = await asyncio.to_thread(shown_checkpoints, self._folder, withdrawn)
-        limits = {"max_tokens": MAX_NEW_TOKENS, "max_sequence_tokens": MAX_SEQUENCE_TOKENS, "max_weights": MAX_WEIGHTS}
+        limits = {
+            "max_tokens": MAX_NEW_TOKENS,
+            "max_sequence_tokens": MAX_SEQUENCE_TOKENS,
+            "max_weights": MAX_WEIGHTS,
+        }
         return limits | {"steps": list(steps)}
 
-    async def answer(self, request: XrayRequest, *, withdrawn: Collection[str]) -> tuple[int, bytes]:
-        """Returns the status and JSON body. Raises `ApiError`: 429 during another request, 503 without an answer."""
+    async def answer(
+        self, request: XrayRequest, *, withdrawn: Collection[str]
+    ) -> tuple[int, bytes]:
+        """Returns the status and JSON body. Raises `ApiError`: 429 during another request, 503
+        without an answer."""
         if self._is_busy:
             raise overloaded("The replica looks into one query at a time; try again in a moment")
         num_models = 1 if request.step is None else 2  # the process keeps the served one too
         if self._child is None or request.step is not None:
             await asyncio.to_thread(self._require_memory, num_models)
         self._is_busy = True
-        asked = {"request": request.model_dump(), "arrived_s": time.monotonic(), "withdrawn": sorted(withdrawn)}
+        asked = {
+            "request": request.model_dump(),
+            "arrived_s": time.monotonic(),
+            "withdrawn": sorted(withdrawn),
+        }
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 return await self._ask(json.dumps(asked))
         except (TimeoutError, ConnectionError, asyncio.IncompleteReadError) as error:
-            reason = f"took over {TIMEOUT_S:.0f} s" if isinstance(error, TimeoutError) else "has ended"
+            reason = (
+                f"took over {TIMEOUT_S:.0f} s" if isinstance(error, TimeoutError) else "has ended"
+            )
             raise error_of("xray_unavailable", reason=reason) from None
         finally:
             self._is_busy = False
 
     def _require_memory(self, num_models: int) -> None:
-        """Raises `ApiError` (503) if the weights take too much of the free memory. In the type that is stored they are
-        the file's pages, which the engine's process has in memory too."""
+        """Raises `ApiError` (503) if the weights take too much of the free memory. In the type that
+        is stored they are the file's pages, which the engine's process has in memory too."""
         config = config_from_hf(json.loads((self._folder / "config.json").read_bytes()))
         needed = num_parameters(config) * NUMBER_BYTES[self._dtype]
         stored = sum(file.stat().st_size for file in self._folder.glob("model*.safetensors"))
         is_mapped = abs(stored - needed) < MAPPED_WITHIN * needed
         free = MEMORY_SHARE * memory().free_bytes
         if not is_mapped and num_models * needed > free:
-            raise error_of("xray_too_large", needed_gib=num_models * needed / GIB, free_gib=free / GIB)
+            raise error_of(
+                "xray_too_large", needed_gib=num_models * needed / GIB, free_gib=free / GIB
+            )
 
     async def _ask(self, message: str) -> tuple[int, bytes]:
         if self._idle is not None:
             self._idle.cancel()
         child, self._child = self._child, None
         if child is None:
-            arguments = {"checkpoint": str(self._folder), "dtype": self._dtype, "name": self._name, "threads": 1}
+            arguments = {
+                "checkpoint": str(self._folder),
+                "dtype": self._dtype,
+                "name": self._name,
+                "threads": 1,
+            }
             child = await start_child("serving.xray.run_xray", arguments)
         _, reader, writer = child
         try:
             writer.write(f"{message}\n".encode())
             status, _, body = (await reader.readuntil()).partition(b" ")
-        except BaseException:  # the rest of a half-read answer must not become the answer to the next request
+        except BaseException:
+            # The rest of a half-read answer must not become the answer to the next request.
             kill_child(child)
             raise
         self._child = child

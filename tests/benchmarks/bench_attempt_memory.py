@@ -1,9 +1,10 @@
-"""The memory of a worker that goes on after lost workers: one process loses its peers again and again in a step.
+"""The memory of a worker that goes on after lost workers: one process loses its peers again and
+again in a step.
 
     python -m tests.benchmarks.bench_attempt_memory [NUM_LOSSES [strong]]
 
-Prints one JSON object. With `strong` autograd's hooks hold the sums of an attempt, as they did at first: what that costs.
-`picture_of_memory` draws both.
+Prints one JSON object. With `strong` autograd's hooks hold the sums of an attempt, as they did at
+first: what that costs. `picture_of_memory` draws both.
 """
 
 import json
@@ -44,7 +45,8 @@ def memory_after_losses(folder: Path, *, num_losses: int = NUM_LOSSES) -> Attemp
     settings: dict[str, Any] = {
         "model": {"preset": "tiny", "n_positions": 48, "vocab_size": 300} | MODEL,
         "train": {"sample_prompts": [], "eval_every_steps": 10**6},
-        "checkpoint": {"save_every_steps": 10**6},  # the thread of a checkpoint would go on with its copy for a while
+        # The thread of a checkpoint would go on with its copy for a while
+        "checkpoint": {"save_every_steps": 10**6},
         "scaling": {"max_workers": 1, "max_fruitless_attempts": 2 * num_losses},
     }
     plan = tiny_plan(str(folder), num_steps=10**4, **settings)
@@ -65,7 +67,9 @@ def memory_after_losses(folder: Path, *, num_losses: int = NUM_LOSSES) -> Attemp
             rendezvous = Rendezvous(address, group="group", max_fruitless=2 * num_losses, **member)
             work = partial(train, plan, pulse=pulse, **member)
             for _ in range(num_losses):
-                assert not rendezvous.attend(lambda meeting: work(meeting=meeting)), "the run came to its end"
+                assert not rendezvous.attend(lambda meeting: work(meeting=meeting)), (
+                    "the run came to its end"
+                )
                 give_back()
                 resident_mb.append(round(resident_bytes() / 1e6, 1))
     finally:
@@ -89,10 +93,22 @@ def in_own_process(*, num_losses: int = NUM_LOSSES, strong: bool = False) -> Att
 def picture_of_memory() -> bytes:
     """Returns the two curves as PNG."""
     figure = new_figure()
-    axes = titled(figure, "What a worker holds after it lost others", x="lost workers", y="resident memory, MB")
+    axes = titled(
+        figure,
+        "What a worker holds after it lost others",
+        x="lost workers",
+        y="resident memory, MB",
+    )
     numbers = range(1, NUM_LOSSES + 1)
     strong = in_own_process(strong=True).resident_mb
-    axes.plot(numbers, strong, "--", color=ACCENT, marker="^", label="if autograd's hooks held an attempt's sums")
+    axes.plot(
+        numbers,
+        strong,
+        "--",
+        color=ACCENT,
+        marker="^",
+        label="if autograd's hooks held an attempt's sums",
+    )
     axes.plot(numbers, in_own_process().resident_mb, color=SERIES, marker="o", label="as it is")
     axes.set_ylim(0)
     axes.set_xticks(numbers)

@@ -1,9 +1,11 @@
-"""MB per CPU-second of the tokenize stage, beside tiktoken's bare loop and `datasets.map`, and its memory as input grows.
+"""MB per CPU-second of the tokenize stage, beside tiktoken's bare loop and `datasets.map`, and its
+memory as input grows.
 
-The bare loop is tiktoken as it comes, with its own GPT-2 pattern; `tuned_loop` has the stage's faster pattern. All
-encode the same documents with the same tokenizer.json and must give the same ids. They take turns, so that a change of
-the machine's speed meets all. The stage counts whole: listing, reading, deduplication, encoding, writing, and Ray's own
-processes, which take about 6 CPU-seconds however small the corpus is. Prints a table and, last, one JSON object.
+The bare loop is tiktoken as it comes, with its own GPT-2 pattern; `tuned_loop` has the stage's
+faster pattern. All encode the same documents with the same tokenizer.json and must give the same
+ids. They take turns, so that a change of the machine's speed meets all. The stage counts whole:
+listing, reading, deduplication, encoding, writing, and Ray's own processes, which take about 6
+CPU-seconds however small the corpus is. Prints a table and, last, one JSON object.
 """
 
 import argparse
@@ -44,16 +46,23 @@ Ids = npt.NDArray[Any]
 
 
 def multiset_hash(id_lists: Iterable[Ids]) -> str:
-    """Returns the same for the same documents' ids in any order, as the stage separates training and validation."""
-    hashes = sorted(hashlib.sha256(np.asarray(ids, dtype="<u4").tobytes()).digest() for ids in id_lists)
+    """Returns the same for the same documents' ids in any order, as the stage separates training
+    and validation."""
+    hashes = sorted(
+        hashlib.sha256(np.asarray(ids, dtype="<u4").tobytes()).digest() for ids in id_lists
+    )
     return hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
 def stock_encoding(encoder: BulkEncoder) -> tiktoken.Encoding:
-    """Returns the vocabulary as a user of tiktoken would load it: with GPT-2's pattern as tiktoken writes it."""
+    """Returns the vocabulary as a user of tiktoken would load it: with GPT-2's pattern as tiktoken
+    writes it."""
     ranks = encoder.encoding._mergeable_ranks
     return tiktoken.Encoding(
-        "stock", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
+        "stock",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": len(ranks)},
     )
 
 
@@ -65,7 +74,9 @@ def bare_loop_s(encoding: tiktoken.Encoding, texts: list[str]) -> float:
     return time.process_time() - start
 
 
-def datasets_map_s(tokenizer: Tokenizer, dataset: datasets.Dataset) -> tuple[float, datasets.Dataset]:
+def datasets_map_s(
+    tokenizer: Tokenizer, dataset: datasets.Dataset
+) -> tuple[float, datasets.Dataset]:
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         encodings = tokenizer.backend.encode_batch_fast(batch["text"], add_special_tokens=False)
         return {"ids": [encoding.ids for encoding in encodings]}
@@ -76,9 +87,15 @@ def datasets_map_s(tokenizer: Tokenizer, dataset: datasets.Dataset) -> tuple[flo
 
 
 def run_stage(
-    corpus: Path, tokenizer: Path, storage: Path, *, workers: int, settings: Mapping[str, Any] | None = None
+    corpus: Path,
+    tokenizer: Path,
+    storage: Path,
+    *,
+    workers: int,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], ProcessMeter, float]:
-    """Returns the stage's result, the resources of its processes, and wall seconds; `settings` are more of `data`."""
+    """Returns the stage's result, the resources of its processes, and wall seconds; `settings` are
+    more of `data`."""
     data = {"source": str(corpus), "tokenizer": str(tokenizer)} | dict(settings or {})
     config = RunConfig.model_validate({"data": data, "storage": {"uri": str(storage)}})
     storage.mkdir(parents=True)
@@ -88,7 +105,8 @@ def run_stage(
 
 
 def metered(arguments: list[str]) -> tuple[dict[str, Any], ProcessMeter, float]:
-    """Runs a module that says it is ready, works once it gets a line, and answers with a line of JSON."""
+    """Runs a module that says it is ready, works once it gets a line, and answers with a line of
+    JSON."""
     command = [sys.executable, "-m", *arguments]
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -129,7 +147,12 @@ def throughput(folder: Path, texts: Path, *, num_bytes: int, repeats: int) -> di
     encoder = BulkEncoder(tokenizer)
     expected = multiset_hash(map(encoder.encode, in_memory))
     dataset = datasets.Dataset.from_dict({"text": in_memory})
-    seconds: dict[str, list[float]] = {"bare_loop": [], "tuned_loop": [], "datasets_map": [], "stage": []}
+    seconds: dict[str, list[float]] = {
+        "bare_loop": [],
+        "tuned_loop": [],
+        "datasets_map": [],
+        "stage": [],
+    }
     stock = stock_encoding(encoder)
     if multiset_hash(stock.encode_to_numpy(text) for text in in_memory) != expected:
         sys.exit("tiktoken's own pattern gives other ids than the tokenizer")
@@ -141,52 +164,87 @@ def throughput(folder: Path, texts: Path, *, num_bytes: int, repeats: int) -> di
         seconds["tuned_loop"].append(bare_loop_s(encoder.encoding, in_memory))
         map_s, encoded = datasets_map_s(tokenizer, dataset)
         seconds["datasets_map"].append(map_s)
-        # One worker, as one loop: two threads of a core at once take more CPU seconds for the same work.
-        stage = {"corpus": corpus, "tokenizer": folder / "tokenizer.json", "storage": folder / f"storage-{number}"}
+        # One worker, as one loop: two threads of a core at once take more CPU seconds for the same
+        # work.
+        stage = {
+            "corpus": corpus,
+            "tokenizer": folder / "tokenizer.json",
+            "storage": folder / f"storage-{number}",
+        }
         result, meter, wall_s = run_stage(**stage, workers=1)
         seconds["stage"].append(meter.cpu_s())
         walls_s.append(wall_s)
         parts = {role: round(meter.cpu_s(role), 2) for role in ("driver", "worker", "ray")}
         if (result["documents"], result["bytes"]) != (count, num_bytes):
-            sys.exit(f"the stage kept {result['documents']} of {count} documents; dropped: {result['dropped']}")
+            sys.exit(
+                f"the stage kept {result['documents']} of {count} documents; dropped: {result['dropped']}"
+            )
         if number == 0:
             rows = (row["ids"] for row in encoded.with_format("numpy"))
-            for name, ids in (("datasets.map", rows), ("the stage", stored_ids(result["manifest"]))):
+            for name, ids in (
+                ("datasets.map", rows),
+                ("the stage", stored_ids(result["manifest"])),
+            ):
                 if multiset_hash(ids) != expected:
                     sys.exit(f"{name} gave other ids than tiktoken's bare loop")
-    return {"mb": num_bytes / 1e6, "cpu_s": seconds, "stage_cpu_s_by_role": parts, "stage_wall_s": walls_s}
+    return {
+        "mb": num_bytes / 1e6,
+        "cpu_s": seconds,
+        "stage_cpu_s_by_role": parts,
+        "stage_wall_s": walls_s,
+    }
 
 
 def peak_memory(folder: Path, texts: Path, *, num_bytes: int) -> dict[str, list[float]]:
-    """Returns peaks in MB of the driver and of each worker, the largest first, while the stage reads that much text."""
+    """Returns peaks in MB of the driver and of each worker, the largest first, while the stage
+    reads that much text."""
     say(f"memory at {num_bytes / 1e6:.0f} MB")
     count = write_corpus(folder / "corpus", texts, num_bytes)
-    stage = {"corpus": folder / "corpus", "tokenizer": folder.parent / "tokenizer.json", "storage": folder / "storage"}
+    stage = {
+        "corpus": folder / "corpus",
+        "tokenizer": folder.parent / "tokenizer.json",
+        "storage": folder / "storage",
+    }
     result, meter, _ = run_stage(**stage, workers=os.cpu_count() or 1)
     if result["documents"] != count:
-        sys.exit(f"the stage kept {result['documents']} of {count} documents; dropped: {result['dropped']}")
-    return {role: [round(peak, 1) for peak in meter.peaks_mb(role)] for role in ("driver", "worker")}
+        sys.exit(
+            f"the stage kept {result['documents']} of {count} documents; dropped: {result['dropped']}"
+        )
+    return {
+        role: [round(peak, 1) for peak in meter.peaks_mb(role)] for role in ("driver", "worker")
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=600, help="text of the throughput rounds, MB")
-    parser.add_argument("--rss-megabytes", type=int, default=1000, help="text of the memory run, MB; 0 skips it")
+    parser.add_argument(
+        "--megabytes", type=int, default=600, help="text of the throughput rounds, MB"
+    )
+    parser.add_argument(
+        "--rss-megabytes", type=int, default=1000, help="text of the memory run, MB; 0 skips it"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="throughput rounds")
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
     datasets.disable_caching()
-    with tempfile.TemporaryDirectory(prefix="raymill-bench-", ignore_cleanup_errors=True) as scratch:
+    with tempfile.TemporaryDirectory(
+        prefix="raymill-bench-", ignore_cleanup_errors=True
+    ) as scratch:
         folder = Path(scratch)
         texts, source = fetch_corpus(REPOSITORY / ".raymill" / "corpus")
         say(f"corpus: {source}, repeated with other words in each document")
         trained = train_bpe(
-            (path.read_text(encoding="utf-8") for path in sorted(texts.iterdir())), vocab_size=VOCAB_SIZE
+            (path.read_text(encoding="utf-8") for path in sorted(texts.iterdir())),
+            vocab_size=VOCAB_SIZE,
         )
         (folder / "tokenizer.json").write_bytes(trained.to_json())
-        result = throughput(folder, texts, num_bytes=arguments.megabytes * 10**6, repeats=arguments.repeats)
+        result = throughput(
+            folder, texts, num_bytes=arguments.megabytes * 10**6, repeats=arguments.repeats
+        )
         memory = {
-            megabytes: peak_memory(folder / f"memory-{megabytes}", texts, num_bytes=megabytes * 10**6)
+            megabytes: peak_memory(
+                folder / f"memory-{megabytes}", texts, num_bytes=megabytes * 10**6
+            )
             for megabytes in (arguments.rss_megabytes // 10, arguments.rss_megabytes)
             if megabytes
         }
@@ -196,13 +254,19 @@ def main() -> int:
 
 def report(result: dict[str, Any], memory: dict[int, dict[str, list[float]]]) -> None:
     table = Table("encoder", "MB per CPU-second", "spread", title="English, 32k ids")
-    rates = {name: [result["mb"] / second for second in seconds] for name, seconds in result["cpu_s"].items()}
+    rates = {
+        name: [result["mb"] / second for second in seconds]
+        for name, seconds in result["cpu_s"].items()
+    }
     for name, values in rates.items():
         middle = statistics.median(values)
         table.add_row(name, f"{middle:.2f}", f"{(max(values) - min(values)) / middle:.0%}")
     summary: dict[str, Any] = {
         f"{'encoder' if peer == 'bare_loop' else peer}_ratio": round(
-            statistics.median(ours / theirs for ours, theirs in zip(rates["stage"], rates[peer], strict=True)), 3
+            statistics.median(
+                ours / theirs for ours, theirs in zip(rates["stage"], rates[peer], strict=True)
+            ),
+            3,
         )
         for peer in ("bare_loop", "tuned_loop", "datasets_map")
     }
@@ -213,7 +277,11 @@ def report(result: dict[str, Any], memory: dict[int, dict[str, list[float]]]) ->
         summary["rss_growth"] = round(max(large[role][0] / small[role][0] for role in small), 3)
         for megabytes, peaks in sorted(memory.items()):
             workers = ", ".join(f"{peak:.0f}" for peak in peaks["worker"])
-            table.add_row(f"peak MB at {megabytes} MB", f"driver {peaks['driver'][0]:.0f}", f"workers {workers}")
+            table.add_row(
+                f"peak MB at {megabytes} MB",
+                f"driver {peaks['driver'][0]:.0f}",
+                f"workers {workers}",
+            )
     for name in ("encoder_ratio", "tuned_loop_ratio", "datasets_map_ratio", "rss_growth"):
         if name in summary:
             table.add_row(name, f"{summary[name]:.2f}", "")

@@ -1,10 +1,12 @@
-"""What clients see of an endpoint's faults: `raymill serve` with two replicas on two nodes, and clients that never stop.
+"""What clients see of an endpoint's faults: `raymill serve` with two replicas on two nodes, and
+clients that never stop.
 
     python -m tests.benchmarks.bench_delivery [--only NAME ...] [--repeat N] [--nodes N]
 
-Each fault is made while one client asks for answers, two for streams and one for chats, each again and again, mostly
-while a checkpoint is promoted. A request has failed if it got no whole answer: a refusal counts, too. Prints a row for
-each fault as it ends, and the names that `--only` takes are those of the rows. It takes five minutes on two quiet cores.
+Each fault is made while one client asks for answers, two for streams and one for chats, each again
+and again, mostly while a checkpoint is promoted. A request has failed if it got no whole answer: a
+refusal counts, too. Prints a row for each fault as it ends, and the names that `--only` takes are
+those of the rows. It takes five minutes on two quiet cores.
 """
 
 import argparse
@@ -68,9 +70,16 @@ WELL = (End.DONE,)
 
 def body_of(kind: str, number: int, *, max_tokens: int = 20) -> tuple[str, dict[str, Any]]:
     """Returns the path and the body of a client's request."""
-    body: dict[str, Any] = {"model": MODEL, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    body: dict[str, Any] = {
+        "model": MODEL,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
     if kind == "chat":
-        return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": f"the quick {number}"}]}
+        return "/v1/chat/completions", body | {
+            "messages": [{"role": "user", "content": f"the quick {number}"}]
+        }
     return "/v1/completions", body | {"prompt": f"the quick {number}", "stream": kind == "stream"}
 
 
@@ -199,7 +208,11 @@ def promotion(endpoint: Endpoint) -> str:
 
 def template(endpoint: Endpoint) -> str:
     answer = endpoint.promote("broken")
-    return f"refused with {answer.status_code} {answer.json()['error']['code']}" if answer.is_error else "obeyed"
+    return (
+        f"refused with {answer.status_code} {answer.json()['error']['code']}"
+        if answer.is_error
+        else "obeyed"
+    )
 
 
 def three_promotions(endpoint: Endpoint) -> str:
@@ -325,7 +338,9 @@ async def ended_with_streams(endpoint: Endpoint) -> str:
         for number in range(len(KINDS)):
             group.create_task(clients.ask(http, "stream", number, max_tokens=LONG_ANSWER))
         await wait_in_loop_until(lambda: clients.num_begun == len(KINDS))
-        assert not clients.num_requests, f"the streams are too short to be disturbed: {clients.ends}"
+        assert not clients.num_requests, (
+            f"the streams are too short to be disturbed: {clients.ends}"
+        )
         code = await asyncio.to_thread(endpoint.served.ended, timeout_s=150)
     return f"exit code {code}"
 
@@ -334,8 +349,12 @@ def write_checkpoints(folder: Path) -> None:
     text = "the quick brown fox jumps over the lazy dog, and naïve cafés sell €5 tea\n"
     plain = train_bpe([text * 9], vocab_size=300, normalize=[])
     for name, (seed, chat_template) in CHECKPOINTS.items():
-        tokenizer = Tokenizer(json.loads(plain.to_json()), ChatFormat(chat_template, "", "<|endoftext|>"))
-        shape = GPTConfig(vocab_size=tokenizer.vocab_size, n_positions=8192, n_layer=2, n_head=4, n_embd=128)
+        tokenizer = Tokenizer(
+            json.loads(plain.to_json()), ChatFormat(chat_template, "", "<|endoftext|>")
+        )
+        shape = GPTConfig(
+            vocab_size=tokenizer.vocab_size, n_positions=8192, n_layer=2, n_head=4, n_embd=128
+        )
         gpt = GPT(shape)
         gpt.init_weights(seed)
         write_model(folder / name, gpt.eval(), tokenizer, step=seed)
@@ -343,21 +362,39 @@ def write_checkpoints(folder: Path) -> None:
 
 def show(name: str, clients: Clients, outcome: str) -> None:
     how = "" if not clients.num_failed else f" ({counted(clients.ends)})"
-    print(f"| {name} | {clients.num_requests} | {clients.num_failed} | {outcome}{how} |", flush=True)
+    print(
+        f"| {name} | {clients.num_requests} | {clients.num_failed} | {outcome}{how} |", flush=True
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[*FAULTS, END], choices=[*FAULTS, END], metavar="NAME")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[*FAULTS, END], choices=[*FAULTS, END], metavar="NAME"
+    )
     parser.add_argument("--repeat", type=int, default=1, help="times that each fault is made")
-    parser.add_argument("--nodes", type=int, default=NUM_NODES, help="of the local cluster; one has one proxy")
+    parser.add_argument(
+        "--nodes", type=int, default=NUM_NODES, help="of the local cluster; one has one proxy"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="delivery-") as scratch:
         folder = Path(scratch)
         write_checkpoints(folder)
         (folder / "admin").write_text(ADMIN_KEY)
-        words = ["--replicas.min-replicas", str(NUM_REPLICAS), "--replicas.max-replicas", str(NUM_REPLICAS)]
-        words += ["--cluster.num-nodes", str(arguments.nodes), "--cluster.cpus-per-node", str(NUM_REPLICAS + 1)]
+        words = [
+            "--replicas.min-replicas",
+            str(NUM_REPLICAS),
+            "--replicas.max-replicas",
+            str(NUM_REPLICAS),
+        ]
+        words += [
+            "--cluster.num-nodes",
+            str(arguments.nodes),
+            "--cluster.cpus-per-node",
+            str(NUM_REPLICAS + 1),
+        ]
         words += ["--admin-key-file", "admin", "--storage.uri", str(folder / "storage")]
         with serve_command(folder / "first", folder, *words) as served:
             endpoint = Endpoint(served, folder)

@@ -1,9 +1,10 @@
-"""Exact mode under Ray Train beside stock DistributedDataParallel: two workers of one thread each, the same step.
+"""Exact mode under Ray Train beside stock DistributedDataParallel: two workers of one thread each,
+the same step.
 
     python -m tests.benchmarks.bench_exact
 
-Both groups are alive all the time and take turns, so that a change of the machine's speed meets both. Prints a table
-and, last, one JSON object.
+Both groups are alive all the time and take turns, so that a change of the machine's speed meets
+both. Prints a table and, last, one JSON object.
 """
 
 import functools
@@ -42,14 +43,17 @@ def fit(folder: Path) -> None:
             exact_worker,
             train_loop_config={"folder": str(folder)},
             torch_config=TorchConfig(backend="gloo"),
-            scaling_config=ray.train.ScalingConfig(num_workers=WORLD_SIZE, resources_per_worker={"CPU": 1}),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=WORLD_SIZE, resources_per_worker={"CPU": 1}
+            ),
             run_config=ray.train.RunConfig(storage_path=str(folder / "ray")),
         ).fit()
 
 
 def start_pair(target: Callable[..., None]) -> list[Any]:
     processes = [
-        multiprocessing.get_context("spawn").Process(target=target, args=(r,), daemon=True) for r in range(WORLD_SIZE)
+        multiprocessing.get_context("spawn").Process(target=target, args=(r,), daemon=True)
+        for r in range(WORLD_SIZE)
     ]
     for process in processes:
         process.start()
@@ -73,7 +77,8 @@ def called(folder: Path, party: str, number: int) -> dict[str, float]:
 
 
 def measure() -> dict[str, float]:
-    """Prints the figures. Ratios above 1 mean that exact mode is faster; seconds and bytes are of one step and worker."""
+    """Prints the figures. Ratios above 1 mean that exact mode is faster; seconds and bytes are of
+    one step and worker."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     rounds: dict[str, list[dict[str, float]]] = {"exact": [], "stock": []}
     with tempfile.TemporaryDirectory(prefix="raymill-bench-exact-") as scratch:
@@ -99,17 +104,25 @@ def measure() -> dict[str, float]:
         for field in ("seconds", "cpu")
     )
     ring_bytes = 2 * (WORLD_SIZE - 1) / WORLD_SIZE * 4 * num_parameters
-    assert abs(bytes_per_step / ring_bytes - 1) <= 0.02, f"{bytes_per_step:,} bytes a step, a ring sends {ring_bytes:,}"
-    ratios = [theirs / ours for ours, theirs in zip(seconds["exact"], seconds["stock"], strict=True)]
+    assert abs(bytes_per_step / ring_bytes - 1) <= 0.02, (
+        f"{bytes_per_step:,} bytes a step, a ring sends {ring_bytes:,}"
+    )
+    ratios = [
+        theirs / ours for ours, theirs in zip(seconds["exact"], seconds["stock"], strict=True)
+    ]
     return {
         "exact_over_ddp_ratio": round(statistics.median(ratios), 3),
         "exact_over_ddp_ratio_min": round(min(ratios), 3),
         "exact_over_ddp_ratio_max": round(max(ratios), 3),
         # Of processor time, which other programs on the machine hardly move.
-        "exact_over_ddp_cpu_ratio": round(statistics.median(cpu["stock"]) / statistics.median(cpu["exact"]), 3),
+        "exact_over_ddp_cpu_ratio": round(
+            statistics.median(cpu["stock"]) / statistics.median(cpu["exact"]), 3
+        ),
         "exact_step_s": round(statistics.median(seconds["exact"]), 4),
         "ddp_step_s": round(statistics.median(seconds["stock"]), 4),
-        "exact_exposed_sync_s": round(statistics.median(taken["sync"] for taken in rounds["exact"][1:]), 4),
+        "exact_exposed_sync_s": round(
+            statistics.median(taken["sync"] for taken in rounds["exact"][1:]), 4
+        ),
         "exact_bytes_per_step": round(bytes_per_step),
         "ring_bytes_per_step": round(ring_bytes),
         "exact_over_ring_bytes": round(bytes_per_step / ring_bytes, 4),

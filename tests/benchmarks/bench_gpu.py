@@ -1,12 +1,14 @@
-"""One GPU's training in numbers, and the proof that its bits are right: raymill's step beside a compiled plain loop's.
+"""One GPU's training in numbers, and the proof that its bits are right: raymill's step beside a
+compiled plain loop's.
 
     python -m tests.benchmarks.bench_gpu [--seconds 450] [--only CONTENDER ...] [--device cpu --tiny]
 
-Needs PyTorch, pydantic, PyYAML, psutil and, for one contender, transformers: neither Ray nor the network. Every
-contender trains each model in a process of its own, with a time limit: the same tokens, bf16, forward, loss, backward,
-clipping, AdamW; compiling is not timed. Two others check the exact step's gradients and that several ranks on the card
-have the same bits (`tests/gpu`). One that fails has its error in its row; what there is no time for is left out, and
-`--only` measures it. Prints a line as soon as it is known, then a table and, last, one JSON object.
+Needs PyTorch, pydantic, PyYAML, psutil and, for one contender, transformers: neither Ray nor the
+network. Every contender trains each model in a process of its own, with a time limit: the same
+tokens, bf16, forward, loss, backward, clipping, AdamW; compiling is not timed. Two others check the
+exact step's gradients and that several ranks on the card have the same bits (`tests/gpu`). One that
+fails has its error in its row; what there is no time for is left out, and `--only` measures it.
+Prints a line as soon as it is known, then a table and, last, one JSON object.
 """
 
 import argparse
@@ -29,32 +31,43 @@ Row = dict[str, Any]
 CELLS = [("gpt2-124m", 16, 1024, 4), ("gpt3-350m", 8, 2048, 4), ("gpt3-1.3b", 4, 2048, 4)]
 TINY_CELLS = [("tiny", 2, 32, 2)]
 
-# raymill's step is measured in exact mode, without it, and once more in exact mode, for the hash of its weights. The plain
-# loop is nanoGPT's, with the whole model compiled.
+# raymill's step is measured in exact mode, without it, and once more in exact mode, for the hash of
+# its weights. The plain loop is nanoGPT's, with the whole model compiled.
 EXACT, PEERS = ("exact", "exact again"), ("plain", "Hugging Face")
 CHECKS = ("gradients", "ranks")
 CONTENDERS = (*EXACT, "not exact", *PEERS)
 
 VOCAB_SIZE = 50304
-"""GPT-2's 50,257 rounded up to a multiple of 64, as nanoGPT does for its matrix products: the same for everybody."""
+"""GPT-2's 50,257 rounded up to a multiple of 64, as nanoGPT does for its matrix products: the same
+for everybody."""
 
 LONGEST_S = 120.0  # of a contender: compiling 24 layers as one graph takes most of it
 SHORTEST_S = 10.0  # no process is started for less
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=450.0, help="time limit of the whole benchmark")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=450.0, help="time limit of the whole benchmark"
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--tiny", action="store_true", help="a tiny model: tries the benchmark itself")
-    parser.add_argument("--only", nargs="+", choices=[*CONTENDERS, *CHECKS], default=[*CONTENDERS, *CHECKS])
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny model: tries the benchmark itself"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=[*CONTENDERS, *CHECKS], default=[*CONTENDERS, *CHECKS]
+    )
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     cells = TINY_CELLS if arguments.tiny else CELLS
     # What matters most comes first, as time may run out.
     work = [(name, cell) for name in ("exact", "plain") for cell in cells]
     work += [(name, cells[0]) for name in CHECKS]
-    work += [(name, cell) for cell in cells for name in ("exact again", "not exact", "Hugging Face")]
+    work += [
+        (name, cell) for cell in cells for name in ("exact again", "not exact", "Hugging Face")
+    ]
     work = [(name, cell) for name, cell in work if name in arguments.only]
     print(f"{len(work)} measurements, within {arguments.seconds:.0f} s", flush=True)
     rows = []
@@ -80,7 +93,9 @@ def is_right(row: Row, rows: list[Row]) -> bool:
     """Whether raymill did what it promises; what its peers do is their own matter."""
     if row["contender"] in PEERS:
         return True
-    twins = [other for other in rows if other["preset"] == row["preset"] and other["contender"] in EXACT]
+    twins = [
+        other for other in rows if other["preset"] == row["preset"] and other["contender"] in EXACT
+    ]
     same = len({other["hash"] for other in twins if "hash" in other}) <= 1
     return "error" not in row and same and all(good for good, _ in row.get("checks", {}).values())
 
@@ -91,7 +106,8 @@ def measured(task: dict[str, Any], *, deadline: float) -> Row:
     if limit_s < SHORTEST_S:
         return {"error": "no time left"}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.benchmarks.gpu_contenders"])  # PyTorch is imported once, no GPU is touched
+    # PyTorch is imported once, no GPU is touched
+    context.set_forkserver_preload(["tests.benchmarks.gpu_contenders"])
     with tempfile.TemporaryDirectory(prefix="raymill-bench-gpu-") as scratch:
         folder, start_s = Path(scratch), time.monotonic()
         process = context.Process(target=run_contender, args=(task, folder))
@@ -104,7 +120,11 @@ def measured(task: dict[str, Any], *, deadline: float) -> Row:
         result, log = folder / "result.json", folder / "log"
         if result.exists():
             return {"process_s": seconds} | json.loads(result.read_text())
-        said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+        said = (
+            [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            if log.exists()
+            else []
+        )
         how = (
             f"no result after {limit_s:.0f} s"
             if process.exitcode == -signal.SIGKILL
@@ -119,7 +139,8 @@ def line_of(row: Row) -> str:
         return f"{name} {row['error']}"
     if row["contender"] in CHECKS:
         return "\n".join(
-            f"{'ok' if good else 'WRONG':5} {check}: {text}" for check, (good, text) in row["checks"].items()
+            f"{'ok' if good else 'WRONG':5} {check}: {text}"
+            for check, (good, text) in row["checks"].items()
         )
     mfu = "" if row["mfu"] is None else f"  MFU {row['mfu']:.1%}"
     return (
@@ -134,11 +155,16 @@ def snapshot_of(row: Row) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Returns a line for each model and contender, with its speed beside the plain loop's, and whether hashes agree."""
-    lines = [f"{'model':10} {'contender':15} {'tokens/s':>11} {'MFU':>6} {'GB':>7} {'x plain':>8}  weights"]
+    """Returns a line for each model and contender, with its speed beside the plain loop's, and
+    whether hashes agree."""
+    lines = [
+        f"{'model':10} {'contender':15} {'tokens/s':>11} {'MFU':>6} {'GB':>7} {'x plain':>8}  weights"
+    ]
     for preset in dict.fromkeys(row["preset"] for row in rows):
         of_preset = {
-            row["contender"]: row for row in rows if row["preset"] == preset and row["contender"] not in CHECKS
+            row["contender"]: row
+            for row in rows
+            if row["preset"] == preset and row["contender"] not in CHECKS
         }
         plain = of_preset.get("plain", {}).get("tokens_per_s")
         for contender, row in of_preset.items():
@@ -152,7 +178,9 @@ def table(rows: list[Row]) -> str:
                 f"{preset:10} {contender:15} {row['tokens_per_s']:>11,.0f} {mfu:>6} {gigabytes:>7} {ratio:>8}  {digest}"
             )
         if not all(is_right(row, rows) for row in of_preset.values()):
-            lines.append(f"{preset:10} WRONG: raymill failed, or two runs of its exact step have different weights")
+            lines.append(
+                f"{preset:10} WRONG: raymill failed, or two runs of its exact step have different weights"
+            )
     return "\n".join(lines)
 
 
@@ -163,7 +191,9 @@ def machine(rows: list[Row]) -> dict[str, Any]:
         row.pop("machine", None)
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
+        driver = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.split()
     except (OSError, subprocess.SubprocessError):
         driver = []
     return found | {"driver": driver[0] if driver else None}

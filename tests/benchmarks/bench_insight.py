@@ -1,8 +1,10 @@
-"""The cost of timing and layer statistics: the same steps with both and with neither, taking turns in one process.
+"""The cost of timing and layer statistics: the same steps with both and with neither, taking turns
+in one process.
 
     python -m tests.benchmarks.bench_insight [tiny|small-10m]
 
-Prints one JSON object. CPU seconds of the training thread say it best, as other processes hardly change them.
+Prints one JSON object. CPU seconds of the training thread say it best, as other processes hardly
+change them.
 """
 
 import json
@@ -42,7 +44,9 @@ def attempt_of(side: str, preset: str, folder: Path) -> Attempt:
     seq_len = 32 if preset == "tiny" else 64
     train = {"sample_prompts": [], "seq_len": seq_len, "max_tokens": 10_000 * 4 * seq_len}
     model = {"preset": preset, "n_positions": seq_len, "vocab_size": 300}
-    plan = tiny_plan(str(folder / side), tokens_in=str(folder), train=train | SIDES[side], model=model)
+    plan = tiny_plan(
+        str(folder / side), tokens_in=str(folder), train=train | SIDES[side], model=model
+    )
     attempt = open_attempt(plan, WorkerGroup(0, 1), ExitStack(), signals=lambda: None)
     assert isinstance(attempt, Attempt)
     if side == "without":
@@ -51,7 +55,8 @@ def attempt_of(side: str, preset: str, folder: Path) -> Attempt:
 
 
 def seconds_of_step(attempt: Attempt, step: int) -> tuple[float, float]:
-    """Returns (wall, CPU of this thread) of a step as the training loop takes it, except for validation and saving."""
+    """Returns (wall, CPU of this thread) of a step as the training loop takes it, except for
+    validation and saving."""
     wall, cpu = time.perf_counter(), time.thread_time()
     timer = attempt.record.timer
     measured = attempt.gradient.of_step(step, timer)
@@ -72,9 +77,12 @@ def measure(preset: str) -> dict[str, Any]:
     figures: dict[str, Any] = {"preset": preset, "steps": NUM_STEPS[preset]}
     for clock, name in enumerate(("wall", "cpu")):
         step_s = statistics.median(pair[clock] for pair in spent["without"])
-        more_s = [a[clock] - b[clock] for a, b in zip(spent["with"], spent["without"], strict=True)]  # in each turn
+        # In each turn
+        more_s = [a[clock] - b[clock] for a, b in zip(spent["with"], spent["without"], strict=True)]
         measuring = slice(EVERY_STEPS - 1, None, EVERY_STEPS)
-        usual_s = statistics.median(value for step, value in enumerate(more_s, start=1) if step % EVERY_STEPS)
+        usual_s = statistics.median(
+            value for step, value in enumerate(more_s, start=1) if step % EVERY_STEPS
+        )
         figures |= {
             f"{name}_step_ms": round(1000 * step_s, 3),
             f"{name}_timing_overhead": round(usual_s / step_s, 5),

@@ -1,8 +1,9 @@
-"""Time, disk and memory of a corpus as it is listed, previewed, tokenized and packed, beside what the preview predicts.
+"""Time, disk and memory of a corpus as it is listed, previewed, tokenized and packed, beside what
+the preview predicts.
 
-The corpus is so many text files of about a kilobyte in one folder, or with `--megabytes` as much text in one file of
-jsonl. Last, eleven million files are listed, of a stand-in storage that yields them as a folder would. Each step runs in
-a process of its own. Prints a line of JSON for each.
+The corpus is so many text files of about a kilobyte in one folder, or with `--megabytes` as much
+text in one file of jsonl. Last, eleven million files are listed, of a stand-in storage that yields
+them as a folder would. Each step runs in a process of its own. Prints a line of JSON for each.
 """
 
 import argparse
@@ -40,7 +41,10 @@ def make_texts(folder: Path, *, num_files: int, megabytes: int) -> None:
     if megabytes:
         with (folder / "a.jsonl").open("w") as file:
             while file.tell() < megabytes << 20:
-                file.write(json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(80, 900)))}) + "\n")
+                file.write(
+                    json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(80, 900)))})
+                    + "\n"
+                )
         return
     for number in range(num_files):
         (folder / f"{number:08d}.txt").write_text(f"{number} {texts[number % len(texts)]}")
@@ -48,7 +52,10 @@ def make_texts(folder: Path, *, num_files: int, megabytes: int) -> None:
 
 def configured(folder: Path) -> RunConfig:
     return RunConfig.model_validate(
-        {"data": {"source": str(folder / "texts"), "vocab_size": 4096}, "storage": {"uri": str(folder / "storage")}}
+        {
+            "data": {"source": str(folder / "texts"), "vocab_size": 4096},
+            "storage": {"uri": str(folder / "storage")},
+        }
     )
 
 
@@ -83,15 +90,29 @@ def run_step(name: str, folder: Path) -> dict[str, Any]:
     before, start_s = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     found = STEPS[name](folder)
     used = resource.getrusage(resource.RUSAGE_SELF)
-    times = {"wall_s": round(time.monotonic() - start_s, 1), "cpu_s": round(used.ru_utime + used.ru_stime, 1)}
-    return {"step": name} | times | {"peak_mb": used.ru_maxrss >> 10, "imports_mb": before >> 10} | found
+    times = {
+        "wall_s": round(time.monotonic() - start_s, 1),
+        "cpu_s": round(used.ru_utime + used.ru_stime, 1),
+    }
+    return (
+        {"step": name}
+        | times
+        | {"peak_mb": used.ru_maxrss >> 10, "imports_mb": before >> 10}
+        | found
+    )
 
 
 def tokenized(folder: Path, *, num_workers: int) -> dict[str, Any]:
     """Runs the stage on Ray, and reads its processes from outside."""
     config = folder / "config.json"
     config.write_text(configured(folder).model_dump_json())
-    command = [sys.executable, "-m", "tests.benchmarks.tokenize_stage", str(config), str(num_workers)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.tokenize_stage",
+        str(config),
+        str(num_workers),
+    ]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL, **pipes) as job:
         assert job.stdin is not None and job.stdout is not None
@@ -139,8 +160,18 @@ def main() -> None:
             if step == "tokenize":
                 print(json.dumps(tokenized(folder, num_workers=arguments.workers)), flush=True)
                 continue
-            command = [sys.executable, "-m", "tests.benchmarks.bench_many_files", "--run", scratch, "--steps", step]
-            done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
+            command = [
+                sys.executable,
+                "-m",
+                "tests.benchmarks.bench_many_files",
+                "--run",
+                scratch,
+                "--steps",
+                step,
+            ]
+            done = subprocess.run(
+                command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True
+            )
             print(done.stdout.splitlines()[-1], flush=True)
 
 

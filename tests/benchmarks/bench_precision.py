@@ -1,9 +1,10 @@
-"""The cost of `engine.dtype`: a text's perplexity in float32, bfloat16 and int8, by the engine's own log-probabilities.
+"""The cost of `engine.dtype`: a text's perplexity in float32, bfloat16 and int8, by the engine's
+own log-probabilities.
 
     python -m tests.benchmarks.bench_precision CHECKPOINT TEXT [--max-tokens 20000]
 
-The text is read in rows of a whole context, each from an empty one. Prints a line for each precision and, last, one
-JSON object.
+The text is read in rows of a whole context, each from an empty one. Prints a line for each
+precision and, last, one JSON object.
 """
 
 import argparse
@@ -38,10 +39,14 @@ def measure(folder: Path, rows: list[list[int]], dtype: str) -> dict[str, Any]:
     start_s = time.perf_counter()
     while engine.has_work:
         for event in engine.step().events:
-            logprobs += [token.logprob for token in event.prompt_logprobs or [] if token is not None]
+            logprobs += [
+                token.logprob for token in event.prompt_logprobs or [] if token is not None
+            ]
     nats = -sum(logprobs) / len(logprobs)
     seconds = time.perf_counter() - start_s
-    say(f"{dtype}: {nats:.5f} nats per token, perplexity {math.exp(nats):.4f}, {len(logprobs) / seconds:.0f} tokens/s")
+    say(
+        f"{dtype}: {nats:.5f} nats per token, perplexity {math.exp(nats):.4f}, {len(logprobs) / seconds:.0f} tokens/s"
+    )
     return {"nats_per_token": round(nats, 6), "perplexity": round(math.exp(nats), 4)}
 
 
@@ -58,7 +63,10 @@ def main() -> None:
     rows = [ids[start : start + length] for start in range(0, len(ids) - 1, length)]
     figures = {dtype: measure(arguments.checkpoint, rows, dtype) for dtype in LOADED_IN}
     exact = figures["float32"]["perplexity"]
-    costs = {f"{name}_over_float32": round(figures[name]["perplexity"] / exact, 5) for name in ("bfloat16", "int8")}
+    costs = {
+        f"{name}_over_float32": round(figures[name]["perplexity"] / exact, 5)
+        for name in ("bfloat16", "int8")
+    }
     print(json.dumps(figures | costs | {"num_tokens": len(ids)}))
 
 

@@ -1,7 +1,9 @@
-"""Requests and bytes that a training worker takes from S3, whose server answers 20 ms late: row by row, and with shards near.
+"""Requests and bytes that a training worker takes from S3, whose server answers 20 ms late: row by
+row, and with shards near.
 
-A worker reads shuffled rows at 300 a second, in steps of 32. Each contender reads the same two windows and checks them
-against the store on disk; the first half of a window is cold, what follows is warm. Prints a table and, last, JSON.
+A worker reads shuffled rows at 300 a second, in steps of 32. Each contender reads the same two
+windows and checks them against the store on disk; the first half of a window is cold, what follows
+is warm. Prints a table and, last, JSON.
 """
 
 import argparse
@@ -29,7 +31,8 @@ from tests.jobs.stores import make_store
 DELAY_S = 0.02
 SEQ_LEN = 1024
 STEP_ROWS = 32
-SHARD_TOKENS = 1 << 19  # 512 rows, 1 MiB: the server in this process, which slices whole objects, keeps up with that
+# 512 rows, 1 MiB: the server in this process, which slices whole objects, keeps up with that
+SHARD_TOKENS = 1 << 19
 
 
 def measured(
@@ -37,7 +40,12 @@ def measured(
 ) -> dict[str, Any]:
     """Reads two windows; what follows the middle of the first one counts as warm."""
     num_rows, num_cold = 2 * window, window // 2
-    options = {"seq_len": SEQ_LEN, "window_rows": window, "num_samples": num_rows if near else 0, "near_bytes": 8 << 30}
+    options = {
+        "seq_len": SEQ_LEN,
+        "window_rows": window,
+        "num_samples": num_rows if near else 0,
+        "near_bytes": 8 << 30,
+    }
     stream = TokenStream(storage, split="train", **options)  # type: ignore[arg-type]
     proxy.ranges.clear()
     cold, waits = 0, []
@@ -78,14 +86,20 @@ def main() -> None:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     os.environ["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
     bucket = f"bench-{uuid.uuid4().hex[:8]}"
     boto3.client("s3").create_bucket(Bucket=bucket)
     num_tokens = 2 * window * SEQ_LEN + 1
     sizes = [SHARD_TOKENS] * (num_tokens // SHARD_TOKENS) + [num_tokens % SHARD_TOKENS]
     remote = open_storage(f"s3://{bucket}/store")
-    say(f"a store of {sum(sizes) * 2 >> 20} MiB in {len(sizes)} shards, windows of {window:,} rows of {SEQ_LEN} tokens")
+    say(
+        f"a store of {sum(sizes) * 2 >> 20} MiB in {len(sizes)} shards, windows of {window:,} rows of {SEQ_LEN} tokens"
+    )
     make_store(remote, sizes=sizes)
     results = []
     with tempfile.TemporaryDirectory() as folder, running_proxy(f"http://{host}:{port}") as proxy:

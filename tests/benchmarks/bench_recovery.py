@@ -1,8 +1,9 @@
-"""Seconds from the SIGKILL of a training worker to the next completed step, beside plain Ray Train in the same run.
+"""Seconds from the SIGKILL of a training worker to the next completed step, beside plain Ray Train
+in the same run.
 
-Both train the same model with two workers on the same local cluster, one after the other, and lose a random worker
-again and again. A kill comes when the group has trained for a while, at least `SETTLE_S`. Prints a line for each kill
-and, last, one JSON object.
+Both train the same model with two workers on the same local cluster, one after the other, and lose
+a random worker again and again. A kill comes when the group has trained for a while, at least
+`SETTLE_S`. Prints a line for each kill and, last, one JSON object.
 """
 
 import argparse
@@ -64,7 +65,9 @@ class Kill:
 def raymill_record(ledger: Path) -> Record:
     lines = _lines(ledger)
     starts = [line for line in lines if line.get("event") == "start"]
-    steps = [Step(line["time"], line["step"], line["attempt"]) for line in lines if "event" not in line]
+    steps = [
+        Step(line["time"], line["step"], line["attempt"]) for line in lines if "event" not in line
+    ]
     return Record(steps, [worker["pid"] for worker in starts[-1]["workers"]] if starts else [])
 
 
@@ -77,13 +80,21 @@ def stock_record(log: Path) -> Record:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+    )
 
 
 def kill_workers(
-    read: Callable[[], Record], *, num_kills: int, rng: random.Random, name: str, settle_s: float = SETTLE_S
+    read: Callable[[], Record],
+    *,
+    num_kills: int,
+    rng: random.Random,
+    name: str,
+    settle_s: float = SETTLE_S,
 ) -> list[Kill]:
-    """Kills a random worker of the newest attempt, waits for the next attempt's first step, and so on."""
+    """Kills a random worker of the newest attempt, waits for the next attempt's first step, and so
+    on."""
     kills: list[Kill] = []
     for number in range(1, num_kills + 1):
         kills.append(_kill_one(read, num_attempts=number, rng=rng, settle_s=settle_s))
@@ -91,7 +102,9 @@ def kill_workers(
     return kills
 
 
-def _kill_one(read: Callable[[], Record], *, num_attempts: int, rng: random.Random, settle_s: float) -> Kill:
+def _kill_one(
+    read: Callable[[], Record], *, num_attempts: int, rng: random.Random, settle_s: float
+) -> Kill:
     before = _wait(lambda: _settled(read(), num_attempts, seconds=settle_s))
     time.sleep(rng.random())
     killed_at = time.time()
@@ -104,7 +117,8 @@ def _kill_one(read: Callable[[], Record], *, num_attempts: int, rng: random.Rand
 
 
 def _settled(record: Record, num_attempts: int, *, seconds: float) -> Record | None:
-    """Returns the record once that many attempts have taken steps, and the last one has for so long."""
+    """Returns the record once that many attempts have taken steps, and the last one has for so
+    long."""
     if len({step.attempt for step in record.steps}) < num_attempts:
         return None
     own = [step for step in record.steps if step.attempt == record.steps[-1].attempt]
@@ -175,9 +189,15 @@ def stock_training(cluster: LocalCluster, folder: Path) -> Iterator[None]:
         "model": dataclasses.asdict(model),
     }
     command = [sys.executable, "-m", "tests.benchmarks.stock_trainer", json.dumps(settings)]
-    environment = os.environ | cluster.environment | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(REPOSITORY)}
+    environment = (
+        os.environ
+        | cluster.environment
+        | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(REPOSITORY)}
+    )
     with (folder / "stock.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=environment, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT
+        )
     try:
         yield
     finally:
@@ -186,7 +206,8 @@ def stock_training(cluster: LocalCluster, folder: Path) -> Iterator[None]:
 
 
 def measure(*, num_kills: int = 10, seed: int = 0) -> dict[str, Any]:
-    """Prints the figures after `num_kills` seeded kills of each; seconds are medians unless they say maximum."""
+    """Prints the figures after `num_kills` seeded kills of each; seconds are medians unless they
+    say maximum."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="raymill-recovery-") as scratch:
         folder = Path(scratch)
@@ -194,10 +215,14 @@ def measure(*, num_kills: int = 10, seed: int = 0) -> dict[str, Any]:
         with LocalCluster(num_nodes=3, cpus_per_node=NUM_WORKERS) as cluster:
             ledger = folder / "storage/runs/killed/ledger.jsonl"
             with raymill_training(cluster, config):
-                own = kill_workers(lambda: raymill_record(ledger), num_kills=num_kills, rng=rng, name="raymill")
+                own = kill_workers(
+                    lambda: raymill_record(ledger), num_kills=num_kills, rng=rng, name="raymill"
+                )
             with stock_training(cluster, folder):
                 log = folder / "stock.jsonl"
-                stock = kill_workers(lambda: stock_record(log), num_kills=num_kills, rng=rng, name="stock")
+                stock = kill_workers(
+                    lambda: stock_record(log), num_kills=num_kills, rng=rng, name="stock"
+                )
     return {
         "median_recovery_s": statistics.median(kill.recovery_s for kill in own),
         "max_recovery_s": max(kill.recovery_s for kill in own),

@@ -2,17 +2,20 @@
 
     python -m tests.benchmarks.bench_serve [--preset gpt2-124m] [--rounds 3] [--requests 64]
 
-GPT-2's 124M shape, or another preset's, with random weights, two threads, prompts of 128 random tokens, 64 greedy new tokens, 1 and 16
-streams, each of which sends its next request when its last one has ended. All compute in bf16 where this processor does
-so at speed, and else in fp32; one more endpoint of raymill's computes in int8, its fastest precision, which vLLM has for
-quantized checkpoints only. Servers stream over HTTP to one client. Contenders take turns, and all but one stand still; a
-ratio is the median of its rounds' ratios, and above 1 it says that raymill is the faster one. `int8_vllm_ratio` compares
-the fastest of each, `ttft_p99_ratio` and `itl_p99_ratio` the 99th percentiles of the time to the first token and of that
-between tokens. `http_over_engine` is the endpoint's speed in that of its engine alone; `bandwidth_fraction` the rate at
-which one stream's tokens read the weights, of that at which this machine reads memory.
-Prints a table as it goes and, last, one JSON object. A contender that is missing or fails ends it with exit code 1.
+GPT-2's 124M shape, or another preset's, with random weights, two threads, prompts of 128 random
+tokens, 64 greedy new tokens, 1 and 16 streams, each of which sends its next request when its last
+one has ended. All compute in bf16 where this processor does so at speed, and else in fp32; one more
+endpoint of raymill's computes in int8, its fastest precision, which vLLM has for quantized
+checkpoints only. Servers stream over HTTP to one client. Contenders take turns, and all but one
+stand still; a ratio is the median of its rounds' ratios, and above 1 it says that raymill is the
+faster one. `int8_vllm_ratio` compares the fastest of each, `ttft_p99_ratio` and `itl_p99_ratio` the
+99th percentiles of the time to the first token and of that between tokens. `http_over_engine` is
+the endpoint's speed in that of its engine alone; `bandwidth_fraction` the rate at which one
+stream's tokens read the weights, of that at which this machine reads memory. Prints a table as it
+goes and, last, one JSON object. A contender that is missing or fails ends it with exit code 1.
 
-All are held to AVX2 by RAYMILL_KERNELS_MARCH=x86-64-v3 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2.
+All are held to AVX2 by RAYMILL_KERNELS_MARCH=x86-64-v3 ONEDNN_MAX_CPU_ISA=AVX2
+ATEN_CPU_CAPABILITY=avx2.
 """
 
 import argparse
@@ -42,7 +45,8 @@ from tests.benchmarks.serve_contenders import Contender, LineContender, Raymill,
 from tests.checkpoints import save_model
 from tests.repository import REPOSITORY
 
-FOLDER = REPOSITORY / ".benchmarks" / "serve"  # always the same one: vLLM keeps what it compiled by the model's path
+# Always the same one: vLLM keeps what it compiled by the model's path
+FOLDER = REPOSITORY / ".benchmarks" / "serve"
 STREAMS = (16, 1)
 CONFIG = GPTConfig(**PRESETS["gpt2-124m"])
 N_POSITIONS = 1024
@@ -52,13 +56,17 @@ Rounds = dict[tuple[str, int], list[Load]]  # by contender and number of streams
 
 
 def every_id_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
-    """Returns a tokenizer with a text for each of the model's ids, which vLLM needs: bytes, two letters, then four."""
+    """Returns a tokenizer with a text for each of the model's ids, which vLLM needs: bytes, two
+    letters, then four."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     bytes_only = json.loads(train_bpe([], vocab_size=257).to_json())["model"]["vocab"]
     pairs = [(a, b) for a in letters for b in letters]
     words = ["".join(pair) for pair in pairs]
     merges = [*pairs, *((a, b) for a in words for b in words)][: vocab_size - 257]
-    texts = [*sorted((t for t in bytes_only if len(t) == 1), key=bytes_only.__getitem__), *map("".join, merges)]
+    texts = [
+        *sorted((t for t in bytes_only if len(t) == 1), key=bytes_only.__getitem__),
+        *map("".join, merges),
+    ]
     vocab, merge_lines = folder / "vocab.json", folder / "merges.txt"
     vocab.write_text(json.dumps({text: number for number, text in enumerate(texts)}))
     merge_lines.write_text("\n".join(" ".join(pair) for pair in merges))
@@ -90,7 +98,9 @@ def write_model(folder: Path, config: GPTConfig = CONFIG) -> Path:
     return checkpoint
 
 
-def random_prompts(count: int, *, seed: str, vocab_size: int = CONFIG.vocab_size) -> list[list[int]]:
+def random_prompts(
+    count: int, *, seed: str, vocab_size: int = CONFIG.vocab_size
+) -> list[list[int]]:
     source = random.Random(seed)
     return [[source.randrange(vocab_size - 1) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
@@ -103,7 +113,8 @@ def read_bandwidth() -> float:
 
 
 def weight_bytes_per_token(config: GPTConfig, dtype: str) -> int:
-    """Returns the bytes that a token reads: one row of each embedding that is only looked up, and everything else."""
+    """Returns the bytes that a token reads: one row of each embedding that is only looked up, and
+    everything else."""
     looked_up = 0 if config.network.has_rotation else config.n_positions * config.n_embd
     looked_up += 0 if config.tie_word_embeddings else config.vocab_size * config.n_embd
     return getattr(torch, dtype).itemsize * (num_parameters(config) - looked_up)
@@ -112,26 +123,38 @@ def weight_bytes_per_token(config: GPTConfig, dtype: str) -> int:
 def take_turns(
     contenders: list[Contender], *, num_rounds: int, num_requests: int, vocab_size: int
 ) -> tuple[Rounds, dict[str, float]]:
-    """Prints the loads, and the CPU seconds of the parts of raymill's HTTP path with 16 streams. The order of contenders
-    turns round by round."""
+    """Prints the loads, and the CPU seconds of the parts of raymill's HTTP path with 16 streams.
+    The order of contenders turns round by round."""
     rounds: Rounds = defaultdict(list)
     http_cpu_s: dict[str, float] = defaultdict(float)
     for number in range(num_rounds + 1):  # the first one warms up
         for contender in contenders if number % 2 else reversed(contenders):
             contender.resume()
             for num_streams in STREAMS:
-                count = num_streams if number == 0 else requests_of(contender, num_streams, num_requests)
-                prompts = random_prompts(count, seed=f"{number} {num_streams}", vocab_size=vocab_size)
+                count = (
+                    num_streams
+                    if number == 0
+                    else requests_of(contender, num_streams, num_requests)
+                )
+                prompts = random_prompts(
+                    count, seed=f"{number} {num_streams}", vocab_size=vocab_size
+                )
                 before_s = contender.cpu_s()
                 load = contender.measure(prompts, num_streams=num_streams)
                 if load.num_tokens != NEW_TOKENS * count:
-                    raise BenchError(f"{contender.name} gave {load.num_tokens} tokens for {count} requests")
+                    raise BenchError(
+                        f"{contender.name} gave {load.num_tokens} tokens for {count} requests"
+                    )
                 if number == 0:
                     continue
                 rounds[contender.name, num_streams].append(load)
                 if contender.name == "raymill" and num_streams == STREAMS[0]:
                     for part, name in RAY_ROLES.items():
-                        spent = {k: s - before_s.get(k, 0.0) for k, s in contender.cpu_s().items() if name in k}
+                        spent = {
+                            k: s - before_s.get(k, 0.0)
+                            for k, s in contender.cpu_s().items()
+                            if name in k
+                        }
                         http_cpu_s[part] += sum(spent.values())
                 print(row(f"{number}  {contender.name}", num_streams, [load]), flush=True)
             contender.pause()
@@ -142,12 +165,16 @@ def requests_of(contender: Contender, num_streams: int, num_requests: int) -> in
     """Rounds down to whole batches; transformers is slow, and its batches differ little."""
     if contender.name == "transformers":
         num_requests //= 2
-    return max(num_requests // 16 * num_streams, 1) if num_streams > 1 else max(num_requests // 10, 1)
+    return (
+        max(num_requests // 16 * num_streams, 1) if num_streams > 1 else max(num_requests // 10, 1)
+    )
 
 
 def percentiles_ms(seconds: list[float]) -> tuple[float, float]:
     """Returns the median and the 99th percentile."""
-    cuts = statistics.quantiles(seconds if len(seconds) > 1 else seconds * 2, n=100, method="inclusive")
+    cuts = statistics.quantiles(
+        seconds if len(seconds) > 1 else seconds * 2, n=100, method="inclusive"
+    )
     return round(1000 * cuts[49], 2), round(1000 * cuts[98], 2)
 
 
@@ -163,16 +190,22 @@ def row(name: str, num_streams: int, loads: list[Load]) -> str:
 
 def latencies(loads: list[Load]) -> dict[str, list[float]]:
     """Returns None where there is no stream to watch."""
-    ttft_s, itl_s = ([s for load in loads for s in getattr(load, name)] for name in ("ttft_s", "itl_s"))
+    ttft_s, itl_s = (
+        [s for load in loads for s in getattr(load, name)] for name in ("ttft_s", "itl_s")
+    )
     return {"ttft": ttft_s, "itl": itl_s} if ttft_s else {}
 
 
 def figures(
     rounds: Rounds, http_cpu_s: dict[str, float], bandwidth: float, *, bytes_per_token: int
 ) -> dict[str, float]:
-    def ratio(peer: str, num_streams: int, of: Callable[[Load], float], ours: str = "raymill") -> float:
+    def ratio(
+        peer: str, num_streams: int, of: Callable[[Load], float], ours: str = "raymill"
+    ) -> float:
         pairs = zip(rounds[ours, num_streams], rounds[peer, num_streams], strict=True)
-        return round(statistics.median(of(our_load) / of(their_load) for our_load, their_load in pairs), 3)
+        return round(
+            statistics.median(of(our_load) / of(their_load) for our_load, their_load in pairs), 3
+        )
 
     def rate(load: Load) -> float:
         return load.tokens_per_s
@@ -197,23 +230,36 @@ def figures(
     }
     for (name, num_streams), loads in rounds.items():
         label = f"{name}_{num_streams}"
-        result[f"{label}_tokens_per_s"] = round(statistics.median(load.tokens_per_s for load in loads), 1)
+        result[f"{label}_tokens_per_s"] = round(
+            statistics.median(load.tokens_per_s for load in loads), 1
+        )
         for kind, seconds in latencies(loads).items():
-            result[f"{label}_{kind}_p50_ms"], result[f"{label}_{kind}_p99_ms"] = percentiles_ms(seconds)
+            result[f"{label}_{kind}_p50_ms"], result[f"{label}_{kind}_p99_ms"] = percentiles_ms(
+                seconds
+            )
     read = bytes_per_token * result["raymill_1_tokens_per_s"]
     num_tokens = sum(load.num_tokens for load in rounds["raymill", many])
-    cpu_ms = {f"{part}_cpu_ms_per_token": round(1000 * s / num_tokens, 3) for part, s in http_cpu_s.items()}
+    cpu_ms = {
+        f"{part}_cpu_ms_per_token": round(1000 * s / num_tokens, 3)
+        for part, s in http_cpu_s.items()
+    }
     return {"bandwidth_fraction": round(read / bandwidth, 3)} | result | cpu_ms
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="gpt2-124m", choices=PRESETS, help="the model's shape")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds, after one to warm up")
-    parser.add_argument("--requests", type=int, default=64, help="of a round with 16 streams; a tenth with one")
+    parser.add_argument(
+        "--requests", type=int, default=64, help="of a round with 16 streams; a tenth with one"
+    )
     arguments = parser.parse_args()
     try:
-        result = compare(arguments.preset, num_rounds=arguments.rounds, num_requests=arguments.requests)
+        result = compare(
+            arguments.preset, num_rounds=arguments.rounds, num_requests=arguments.requests
+        )
     except BenchError as error:
         print(f"no comparison: {error}", file=sys.stderr)
         return 1
@@ -230,7 +276,10 @@ def compare(preset: str, *, num_rounds: int, num_requests: int) -> dict[str, flo
         end="",
     )
     print(f"; raymill's kernels are held to {held_to}" if held_to else "")
-    print(f"writing a checkpoint, measuring the memory, starting the contenders; logs: {FOLDER}", flush=True)
+    print(
+        f"writing a checkpoint, measuring the memory, starting the contenders; logs: {FOLDER}",
+        flush=True,
+    )
     checkpoint = write_model(FOLDER / preset, config)
     bandwidth = read_bandwidth()
     with contextlib.ExitStack() as running:
@@ -245,13 +294,18 @@ def compare(preset: str, *, num_rounds: int, num_requests: int) -> dict[str, flo
             contenders.append(running.enter_context(contender))
             contender.pause()
         rounds, http_cpu_s = take_turns(
-            contenders, num_rounds=num_rounds, num_requests=num_requests, vocab_size=config.vocab_size
+            contenders,
+            num_rounds=num_rounds,
+            num_requests=num_requests,
+            vocab_size=config.vocab_size,
         )
     bandwidth = max(bandwidth, read_bandwidth())
     print(f"\nmedians, all in {dtype} but raymill-int8")
     for (name, num_streams), loads in rounds.items():
         print(row(name, num_streams, loads))
-    return figures(rounds, http_cpu_s, bandwidth, bytes_per_token=weight_bytes_per_token(config, dtype))
+    return figures(
+        rounds, http_cpu_s, bandwidth, bytes_per_token=weight_bytes_per_token(config, dtype)
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The memory of an endpoint's processes: a proxy that many clients leave waiting for their bodies, and an engine that
-answers one request after another.
+"""The memory of an endpoint's processes: a proxy that many clients leave waiting for their bodies,
+and an engine that answers one request after another.
 
     python -m tests.benchmarks.bench_serving_memory [PICTURE]
 
-Prints a JSON object for the proxy, for the engine, and for one without a prefix cache, and draws them. It takes three
-minutes on two quiet cores.
+Prints a JSON object for the proxy, for the engine, and for one without a prefix cache, and draws
+them. It takes three minutes on two quiet cores.
 """
 
 import argparse
@@ -45,20 +45,26 @@ class ProxyMemory:
 
     seconds: list[float] = field(default_factory=list)  # since the bodies began
     resident_mb: list[float] = field(default_factory=list)
-    probes_s: list[float] = field(default_factory=list)  # of each answered /health while the bodies were open
+    # Of each answered /health while the bodies were open
+    probes_s: list[float] = field(default_factory=list)
     num_unanswered_probes: int = 0
     num_answers: int = 0  # of other clients
     num_failed: int = 0
 
     @property
     def growth_mb(self) -> float:
-        before = [size for second, size in zip(self.seconds, self.resident_mb, strict=True) if second < 0]
+        before = [
+            size for second, size in zip(self.seconds, self.resident_mb, strict=True) if second < 0
+        ]
         return max(self.resident_mb) - max(before)
 
 
 def memory_of_proxy() -> ProxyMemory:
-    """Serves with one proxy, whose memory is looked at before, under and after the unfinished bodies."""
-    resource.setrlimit(resource.RLIMIT_NOFILE, (4 * NUM_BODIES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    """Serves with one proxy, whose memory is looked at before, under and after the unfinished
+    bodies."""
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (4 * NUM_BODIES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    )
     with tempfile.TemporaryDirectory(prefix="memory-") as scratch:
         folder = Path(scratch)
         write_checkpoints(folder)
@@ -83,7 +89,8 @@ async def _looked_at(proxy: psutil.Process, url: str) -> ProxyMemory:
         while under_attack.is_set():
             start_s = time.monotonic()
             try:
-                async with httpx.AsyncClient(timeout=limit_s(10)) as http:  # a connection for each, as Kubernetes has
+                # A connection for each, as Kubernetes has
+                async with httpx.AsyncClient(timeout=limit_s(10)) as http:
                     (await http.get(f"{url}/health")).raise_for_status()
                 memory.probes_s.append(round(time.monotonic() - start_s, 3))
             except httpx.HTTPError:
@@ -106,12 +113,10 @@ async def _looked_at(proxy: psutil.Process, url: str) -> ProxyMemory:
 
 
 async def _unfinished_body(url: str) -> None:
-    """Sends headers and a part of a body, and leaves after a wave, or when the proxy has ended the connection and the
-    wave is over."""
+    """Sends headers and a part of a body, and leaves after a wave, or when the proxy has ended the
+    connection and the wave is over."""
     address = httpx.URL(url)
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {1 << 20}\r\n"
-    )
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {1 << 20}\r\n"
     until_s = time.monotonic() + WAVE_S
     with suppress(OSError, TimeoutError):
         reader, writer = await asyncio.open_connection(address.host, address.port)
@@ -139,8 +144,15 @@ def memory_of_engine(variant: str) -> EngineMemory:
 def picture_of_serving_memory() -> bytes:
     """Returns the curves of proxy and engine as PNG."""
     proxy = memory_of_proxy()
-    engine, engine_without_prefixes = memory_of_engine(WITH_PREFIXES), memory_of_engine(WITHOUT_PREFIXES)
-    print(*(json.dumps(asdict(part)) for part in (proxy, engine, engine_without_prefixes)), sep="\n", flush=True)
+    engine, engine_without_prefixes = (
+        memory_of_engine(WITH_PREFIXES),
+        memory_of_engine(WITHOUT_PREFIXES),
+    )
+    print(
+        *(json.dumps(asdict(part)) for part in (proxy, engine, engine_without_prefixes)),
+        sep="\n",
+        flush=True,
+    )
     figure = new_figure()
     left, right = figure.subplots(1, 2)
     for axes in (left, right):
@@ -148,13 +160,21 @@ def picture_of_serving_memory() -> bytes:
         axes.set_ylabel("resident memory, MB")
     left.set_title("A proxy under unfinished bodies", loc="left", fontweight="bold")
     left.set_xlabel("seconds")
-    left.axvspan(0, NUM_WAVES * WAVE_S, color=ACCENT, alpha=0.12, label=f"{NUM_BODIES:,} unfinished bodies")
+    left.axvspan(
+        0, NUM_WAVES * WAVE_S, color=ACCENT, alpha=0.12, label=f"{NUM_BODIES:,} unfinished bodies"
+    )
     left.plot(proxy.seconds, proxy.resident_mb, color=SERIES, label="proxy")
     right.set_title("An engine, one request at a time", loc="left", fontweight="bold")
     right.set_xlabel("requests of 63 tokens, no two with the same start")
     right.plot(engine.num_requests, engine.resident_mb, color=SERIES, label="engine")
     without = engine_without_prefixes
-    right.plot(without.num_requests, without.resident_mb, "--", color=SERIES, label="engine without prefix_cache")
+    right.plot(
+        without.num_requests,
+        without.resident_mb,
+        "--",
+        color=SERIES,
+        label="engine without prefix_cache",
+    )
     limit_mb = engine.resident_mb[0] + CACHE_MB
     right.axhline(limit_mb, color=ACCENT, linestyle=":", label="its start and the whole KV cache")
     for axes in (left, right):
@@ -163,7 +183,9 @@ def picture_of_serving_memory() -> bytes:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", nargs="?", type=Path, help="the picture, if it is to be kept")
     arguments = parser.parse_args()
     picture = picture_of_serving_memory()

@@ -1,11 +1,13 @@
-"""Sharded training in numbers: raymill's ways to shard beside PyTorch's FSDP2 and DistributedDataParallel, over gloo.
+"""Sharded training in numbers: raymill's ways to shard beside PyTorch's FSDP2 and
+DistributedDataParallel, over gloo.
 
     python -m tests.benchmarks.bench_sharded [--without-large]
 
-First which parts of FSDP2 run over gloo on CPUs. Then, by contender: the speed, where two workers of one thread each
-take the same steps, and the contenders take turns; what a worker holds, measured and counted; what it sends, counted by
-the kernel; the SHA-256 of the weights after two steps with two and with four workers, which must be one for all of
-raymill's. Last, what each of four workers holds of a model of 124M parameters. Prints tables and, last, one JSON object.
+First which parts of FSDP2 run over gloo on CPUs. Then, by contender: the speed, where two workers
+of one thread each take the same steps, and the contenders take turns; what a worker holds, measured
+and counted; what it sends, counted by the kernel; the SHA-256 of the weights after two steps with
+two and with four workers, which must be one for all of raymill's. Last, what each of four workers
+holds of a model of 124M parameters. Prints tables and, last, one JSON object.
 """
 
 import argparse
@@ -39,7 +41,11 @@ Figures = dict[str, Any]
 
 def train_settings(*, num_lanes: int, micro_batch_size: int) -> Settings:
     batch = num_lanes * micro_batch_size
-    sizes: Settings = {"global_batch_size": batch, "micro_batch_size": micro_batch_size, "seq_len": SEQ_LEN}
+    sizes: Settings = {
+        "global_batch_size": batch,
+        "micro_batch_size": micro_batch_size,
+        "seq_len": SEQ_LEN,
+    }
     return sizes | {"max_tokens": 1000 * batch * SEQ_LEN}
 
 
@@ -69,14 +75,19 @@ def measured(folder: Path) -> dict[str, Figures]:
         with Party(name, LARGER_WORLD, folder, MODEL, TRAIN) as party:
             found[name]["of_4"] = begun(party)
     with contextlib.ExitStack() as parties:
-        running = [parties.enter_context(Party(name, WORLD_SIZE, folder, MODEL, TRAIN)) for name in CONTENDERS]
+        running = [
+            parties.enter_context(Party(name, WORLD_SIZE, folder, MODEL, TRAIN))
+            for name in CONTENDERS
+        ]
         for party in running:
             found[party.contender] |= {"of_2": begun(party), "rounds": []}
         for number in range(NUM_ROUNDS):
             print(f"round {number + 1} of {NUM_ROUNDS}", file=sys.stderr)
             turn = number % len(running)
             for party in running[turn:] + running[:turn]:
-                found[party.contender]["rounds"].append(most(party.ask("steps", FIRST_STEPS + 1 + number, 1)))
+                found[party.contender]["rounds"].append(
+                    most(party.ask("steps", FIRST_STEPS + 1 + number, 1))
+                )
     return found
 
 
@@ -86,7 +97,8 @@ def most(answers: list[dict[str, float]]) -> dict[str, float]:
 
 
 def large_memory(folder: Path) -> Figures:
-    """Returns what a worker holds of a large model, alone and as one of four that share the parameters."""
+    """Returns what a worker holds of a large model, alone and as one of four that share the
+    parameters."""
     with Party("raymill none", 1, folder, LARGE_MODEL, LARGE_TRAIN) as party:
         (whole,) = party.ask("memory")
     with Party(LARGE_CONTENDER, LARGER_WORLD, folder, LARGE_MODEL, LARGE_TRAIN) as party:
@@ -94,17 +106,24 @@ def large_memory(folder: Path) -> Figures:
         found: Figures = most(party.ask("memory"))
         found |= party.ask("transients", 2)[0]
     found["whole"] = sum(whole[name] for name in KEPT)
-    return found | {"over_quarter": sum(found[name] for name in KEPT) / (found["whole"] / LARGER_WORLD)}
+    return found | {
+        "over_quarter": sum(found[name] for name in KEPT) / (found["whole"] / LARGER_WORLD)
+    }
 
 
 def speeds(found: dict[str, Figures]) -> None:
-    """Adds the speed of each contender, and how many times as fast as another one it is: medians over the rounds."""
+    """Adds the speed of each contender, and how many times as fast as another one it is: medians
+    over the rounds."""
     for name, figures in found.items():
         seconds = column(figures, "seconds")
         figures["tokens_per_s"] = STEP_TOKENS / statistics.median(seconds)
         figures["spread"] = (max(seconds) - min(seconds)) / statistics.median(seconds)
-        figures["cpu_s"], figures["sent"] = (statistics.median(column(figures, field)) for field in ("cpu", "bytes"))
-        figures["over_unsharded"] = ratio(found["raymill none" if name in RAYMILL else "DDP"], figures)
+        figures["cpu_s"], figures["sent"] = (
+            statistics.median(column(figures, field)) for field in ("cpu", "bytes")
+        )
+        figures["over_unsharded"] = ratio(
+            found["raymill none" if name in RAYMILL else "DDP"], figures
+        )
         figures["over_fsdp2"] = ratio(found["FSDP2"], figures)
 
 
@@ -142,17 +161,25 @@ def print_tables(found: dict[str, Figures]) -> None:
 
 
 def print_large(large: Figures) -> None:
-    print(f"\ngpt2-124m: {large['whole'] / 1e6:,.0f} MB of weights, gradients and moments without sharding")
+    print(
+        f"\ngpt2-124m: {large['whole'] / 1e6:,.0f} MB of weights, gradients and moments without sharding"
+    )
     held = ", ".join(f"{field} {large[field] / 1e6:.1f}" for field in (*KEPT, "other", "peak"))
-    print(f"{LARGE_CONTENDER}, one of 4 workers: {large['over_quarter']:.3f} of a quarter of it; MB: {held}")
+    print(
+        f"{LARGE_CONTENDER}, one of 4 workers: {large['over_quarter']:.3f} of a quarter of it; MB: {held}"
+    )
     for field, text in (("kept", "kept beside them"), ("made", "made in a step")):
         for line in large[field]:
             print(f"    {text}: {line}")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--without-large", action="store_true", help="without the model of 124M parameters")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--without-large", action="store_true", help="without the model of 124M parameters"
+    )
     arguments = parser.parse_args()
     print(", ".join(f"{name}: {value}" for name, value in hardware(CPU).items()))
     with tempfile.TemporaryDirectory(prefix="raymill-bench-sharded-") as scratch:
@@ -168,7 +195,9 @@ def main() -> int:
         print_large(large)
     print(json.dumps({"parts": parts, "contenders": found, "large": large}))
     ours = {found[name][world]["hash"] for name in RAYMILL for world in ("of_2", "of_4")}
-    assert len(ours) == 1, "raymill's weights depend on how they were sharded, or on the number of workers"
+    assert len(ours) == 1, (
+        "raymill's weights depend on how they were sharded, or on the number of workers"
+    )
     if large:
         assert large["over_quarter"] <= MOST_OF_A_QUARTER
     return 0

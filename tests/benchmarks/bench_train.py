@@ -1,13 +1,15 @@
-"""Training in numbers: raymill's step beside Hugging Face's and a plain loop's, then exact mode beside stock DDP.
+"""Training in numbers: raymill's step beside Hugging Face's and a plain loop's, then exact mode
+beside stock DDP.
 
     python -m tests.benchmarks.bench_train [--rounds 5] [--small]
 
-First, one process and one thread: every contender does the same work on the same batches, forward, loss, backward,
-clipping, AdamW. raymill's step takes turns with one peer at a time, so that a change of the machine's speed meets both
-and two models are in memory at most; a ratio is the median of its rounds' ratios, and the best peer decides. Compiling
-is not timed. raymill's plain way to compute (`train.compute`) stands beside its way for CPUs. Precisions are those that
-this processor computes at speed, the same for all. Then what `bench_exact` says. Prints a table of each and, last, one
-JSON object.
+First, one process and one thread: every contender does the same work on the same batches, forward,
+loss, backward, clipping, AdamW. raymill's step takes turns with one peer at a time, so that a
+change of the machine's speed meets both and two models are in memory at most; a ratio is the median
+of its rounds' ratios, and the best peer decides. Compiling is not timed. raymill's plain way to
+compute (`train.compute`) stands beside its way for CPUs. Precisions are those that this processor
+computes at speed, the same for all. Then what `bench_exact` says. Prints a table of each and, last,
+one JSON object.
 """
 
 import argparse
@@ -26,7 +28,14 @@ from model.hardware.processor import fast_precision
 from tests.benchmarks import bench_insight
 from tests.benchmarks.bench_exact import measure, print_table
 from tests.benchmarks.gemm_peak import gemm_peak
-from tests.benchmarks.train_steps import COMPILED_PEERS, PEERS, Cell, Step, raymill, why_not_compiled
+from tests.benchmarks.train_steps import (
+    COMPILED_PEERS,
+    PEERS,
+    Cell,
+    Step,
+    raymill,
+    why_not_compiled,
+)
 
 NUM_WARM_UPS = 2
 
@@ -40,7 +49,8 @@ CELLS = [
 
 @dataclass
 class Taken:
-    """The time of a contender's steps, round by round; `cpu` is processor time, which other programs hardly change."""
+    """The time of a contender's steps, round by round; `cpu` is processor time, which other
+    programs hardly change."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -68,7 +78,9 @@ def take_turns(ours: Step, peer: Step, *, num_rounds: int) -> tuple[Taken, Taken
     return taken
 
 
-def compare(cell: Cell, peers: dict[str, Callable[[Cell], Step]], *, num_rounds: int) -> dict[str, float]:
+def compare(
+    cell: Cell, peers: dict[str, Callable[[Cell], Step]], *, num_rounds: int
+) -> dict[str, float]:
     """Prints the cell's lines. Ratios above 1 mean that raymill is faster."""
     gc.collect()
     peak = gemm_peak(cell.precision)
@@ -82,7 +94,12 @@ def compare(cell: Cell, peers: dict[str, Callable[[Cell], Step]], *, num_rounds:
         gc.collect()  # models are parts of cycles
         total += ours
         ratios[name], cpu_ratios[name] = ratio(theirs.wall, ours.wall), ratio(theirs.cpu, ours.cpu)
-        figures |= _row(cell, name, theirs, f"  ratio {ratios[name]:.2f}, of processor time {cpu_ratios[name]:.2f}")
+        figures |= _row(
+            cell,
+            name,
+            theirs,
+            f"  ratio {ratios[name]:.2f}, of processor time {cpu_ratios[name]:.2f}",
+        )
     ours, theirs = take_turns(step, raymill(cell, "plain"), num_rounds=num_rounds)
     text = f"  ratio {ratio(theirs.wall, ours.wall):.2f}: what a GPU computes with, uncompiled"
     figures |= _row(cell, "raymill, plain way", theirs, text)
@@ -108,13 +125,23 @@ def _row(cell: Cell, name: str, taken: Taken, text: str) -> dict[str, float]:
     median = statistics.median(taken.wall)
     spread = (max(taken.wall) - min(taken.wall)) / median
     rate = cell.num_tokens / median
-    print(f"{cell.label:14} {name:22} {rate:7,.0f} tokens/s  spread {spread:4.0%}{text}", flush=True)
-    return {f"{cell.label}_{name.lower().replace(',', '').replace(' ', '_')}_tokens_per_s": round(rate, 1)}
+    print(
+        f"{cell.label:14} {name:22} {rate:7,.0f} tokens/s  spread {spread:4.0%}{text}", flush=True
+    )
+    return {
+        f"{cell.label}_{name.lower().replace(',', '').replace(' ', '_')}_tokens_per_s": round(
+            rate, 1
+        )
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contender beside each other")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="timed steps of each contender beside each other"
+    )
     parser.add_argument("--small", action="store_true", help="the 10M shape only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -130,12 +157,18 @@ def main() -> int:
     figures: dict[str, Any] = {"compiled": problem is None}
     for cell in cells:
         figures |= compare(cell, peers, num_rounds=arguments.rounds)
-    print("\nexact mode under Ray Train beside stock DistributedDataParallel, two workers of one thread each, in fp32")
+    print(
+        "\nexact mode under Ray Train beside stock DistributedDataParallel, two workers of one thread each, in fp32"
+    )
     exact = measure()
     print_table(exact)
     insight = bench_insight.measure("small-10m")
     costs = {name: insight[f"cpu_{name}_overhead"] for name in ("timing", "statistics")}
-    print("\n" + ", ".join(f"{name} of each step costs {cost:.2%}" for name, cost in costs.items()) + " of its time")
+    print(
+        "\n"
+        + ", ".join(f"{name} of each step costs {cost:.2%}" for name, cost in costs.items())
+        + " of its time"
+    )
     smallest = {
         "best_peer_ratio": min(figures[f"{cell.label}_ratio"] for cell in cells),
         "best_peer_cpu_ratio": min(figures[f"{cell.label}_cpu_ratio"] for cell in cells),
@@ -143,7 +176,14 @@ def main() -> int:
         "insight_overhead": round(sum(costs.values()), 5),
         "gemm_fraction": min(figures[f"{cell.label}_gemm_fraction"] for cell in cells),
     }
-    print(json.dumps(smallest | figures | exact | {f"insight_{name}": value for name, value in insight.items()}))
+    print(
+        json.dumps(
+            smallest
+            | figures
+            | exact
+            | {f"insight_{name}": value for name, value in insight.items()}
+        )
+    )
     return 0
 
 

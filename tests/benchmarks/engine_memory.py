@@ -1,4 +1,5 @@
-"""The engine process of `bench_serving_memory`, without the modules of its driver: answers one request after another.
+"""The engine process of `bench_serving_memory`, without the modules of its driver: answers one
+request after another.
 
     python -m tests.benchmarks.engine_memory engine|engine-without-prefixes
 
@@ -32,7 +33,8 @@ CONFIG = GPTConfig(
     n_kv_head=4,
     n_embd=128,
 )
-CACHE_MB = 4e-6 * 2 * CONFIG.n_layer * CONFIG.n_embd * 16 * CONFIG.n_positions  # of 16 whole contexts, the default
+# Of 16 whole contexts, the default
+CACHE_MB = 4e-6 * 2 * CONFIG.n_layer * CONFIG.n_embd * 16 * CONFIG.n_positions
 WITH_PREFIXES, WITHOUT_PREFIXES = "engine", "engine-without-prefixes"
 
 

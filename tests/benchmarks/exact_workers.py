@@ -48,7 +48,11 @@ def run_config(*, shard: Shard = "none", compute: Compute = "cpu") -> RunConfig:
         "compute": compute,
     }
     return RunConfig.model_validate(
-        {"model": {"preset": "small-10m", "vocab_size": VOCAB_SIZE}, "train": train, "scaling": {"shard": shard}}
+        {
+            "model": {"preset": "small-10m", "vocab_size": VOCAB_SIZE},
+            "train": train,
+            "scaling": {"shard": shard},
+        }
     )
 
 
@@ -107,14 +111,18 @@ def exact_worker(settings: dict[str, Any]) -> None:
     import ray.train  # seconds and memory that workers without Ray do not need
 
     rank = ray.train.get_context().get_world_rank()
-    trainer, folder = ExactTrainer(run_config(), WorkerGroup(rank, WORLD_SIZE)), Path(settings["folder"])
+    trainer, folder = (
+        ExactTrainer(run_config(), WorkerGroup(rank, WORLD_SIZE)),
+        Path(settings["folder"]),
+    )
     take_turns(folder, "exact", rank, trainer.step)
     if rank == 0:
         (folder / "bytes").write_text(str(trainer.bytes_sent / (NUM_ROUNDS * STEPS_PER_ROUND)))
 
 
 def memory_process(rank: int, folder: Path, *, shard: Shard) -> None:
-    """Records the peak growth of this process from before it had a model until after three steps."""
+    """Records the peak growth of this process from before it had a model until after three
+    steps."""
     store = f"file://{folder}/memory-{shard}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
     before = psutil.Process().memory_info().rss

@@ -63,7 +63,10 @@ def _reduce(dtype: torch.dtype, op: Any) -> str:
     expected = total if op == dist.ReduceOp.SUM else total / world_size
     if expected != total and bool((own == total).all()):
         return "returns the sum, without an error"
-    return _verdict(bool((own == expected).all()), sent / ((world_size - 1) / world_size * own.nbytes * world_size))
+    return _verdict(
+        bool((own == expected).all()),
+        sent / ((world_size - 1) / world_size * own.nbytes * world_size),
+    )
 
 
 def _verdict(is_right: bool, ratio: float) -> str:

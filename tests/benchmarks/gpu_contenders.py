@@ -1,6 +1,8 @@
-"""What `bench_gpu` measures, each in a process of its own: raymill's step, a plain loop's, Hugging Face's; the checks.
+"""What `bench_gpu` measures, each in a process of its own: raymill's step, a plain loop's, Hugging
+Face's; the checks.
 
-B sequences of a lane, T tokens of each. A step is several lanes, whose gradients are added, and one update.
+B sequences of a lane, T tokens of each. A step is several lanes, whose gradients are added, and one
+update.
 """
 
 import hashlib
@@ -52,7 +54,10 @@ def found(task: Task) -> dict[str, Any]:
     make = {"plain": plain, "Hugging Face": hugging_face}.get(task["contender"], raymill)
     step, run = make(task, device)
     losses = [step(1)]
-    figures: dict[str, Any] = {"machine": machine(device), "first_step_s": round(time.perf_counter() - start_s, 1)}
+    figures: dict[str, Any] = {
+        "machine": machine(device),
+        "first_step_s": round(time.perf_counter() - start_s, 1),
+    }
     losses += [step(number) for number in range(2, NUM_HASHED_STEPS + 1)]
     if run is not None:
         figures["hash"] = hashlib.sha256(run.state.values.cpu().numpy().data).hexdigest()
@@ -66,7 +71,10 @@ def found(task: Task) -> dict[str, Any]:
         losses.append(step(number))
         wait(device)
         taken.append(time.perf_counter() - begun_s)
-    num_tokens, step_s = task["num_lanes"] * task["batch_size"] * task["seq_len"], statistics.median(taken)
+    num_tokens, step_s = (
+        task["num_lanes"] * task["batch_size"] * task["seq_len"],
+        statistics.median(taken),
+    )
     flops_per_s = num_tokens * flops_per_token(run_config(task).model, task["seq_len"]) / step_s
     gpu = gpu_of(torch.cuda.get_device_name()) if device.type == "cuda" else None
     figures |= {
@@ -84,16 +92,16 @@ def found(task: Task) -> dict[str, Any]:
 
 
 def snapshot_s(run: MadeRun, step: Step, *, first_step: int) -> float:
-    """Returns the seconds for which training waits for a snapshot of the state into memory that other processes may map,
-    as `jobs.snapshots.snapshots` takes it: by one rank, whose next step hides what it can."""
+    """Returns the seconds for which training waits for a snapshot of the state into memory that
+    other processes may map, as `jobs.snapshots.snapshots` takes it: by one rank, whose next step
+    hides what it can."""
     tensors = run.state.share(0, world_size=1)
     views = list(itertools.chain(*tensors.values()))
     descriptor = os.memfd_create("snapshots")
     os.ftruncate(descriptor, Slots.bytes_needed(sum(view.nbytes for view in views)))
     slots, exposed_s = Slots(descriptor), 0.0
-    for number in range(
-        first_step, first_step + NUM_SLOTS + 1
-    ):  # the last one writes into memory that is there already
+    # The last one writes into memory that is there already.
+    for number in range(first_step, first_step + NUM_SLOTS + 1):
         header = Header(1, number, 0, 1, run.state.num_updates, list(tensors), {})
 
         def take(pieces: Iterator[Tensor], header: Header = header) -> None:
@@ -115,7 +123,9 @@ def drawn_on_device(model: nn.Module) -> None:
     """Draws GPT-2's weights where they are: on the host a billion of them take ten seconds."""
     for name, value in model.named_parameters():
         with torch.no_grad():
-            value.normal_(std=0.02) if value.dim() >= 2 else value.fill_(float(".ln_" in name and "weight" in name))
+            value.normal_(std=0.02) if value.dim() >= 2 else value.fill_(
+                float(".ln_" in name and "weight" in name)
+            )
 
 
 def plain(task: Task, device: torch.device) -> tuple[Step, MadeRun | None]:
@@ -129,7 +139,9 @@ def hugging_face(task: Task, device: torch.device) -> tuple[Step, MadeRun | None
 
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     with device:
-        model = GPT2LMHeadModel(GPT2Config(**shape_of(task), **dropout, use_cache=False, attn_implementation="sdpa"))
+        model = GPT2LMHeadModel(
+            GPT2Config(**shape_of(task), **dropout, use_cache=False, attn_implementation="sdpa")
+        )
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         logits = model(inputs).logits
@@ -141,8 +153,8 @@ def hugging_face(task: Task, device: torch.device) -> tuple[Step, MadeRun | None
 def _loop(
     task: Task, device: torch.device, model: nn.Module, loss_of: Callable[..., Tensor]
 ) -> tuple[Step, MadeRun | None]:
-    """Returns nanoGPT's loop, as fast as it is: TF32 where it computes in fp32; on a GPU its model is one compiled graph,
-    and Hugging Face's comes as it is."""
+    """Returns nanoGPT's loop, as fast as it is: TF32 where it computes in fp32; on a GPU its model
+    is one compiled graph, and Hugging Face's comes as it is."""
     torch.backends.cuda.matmul.allow_tf32 = True
     if task["contender"] == "plain" and device.type == "cuda":
         loss_of = torch.compile(loss_of, dynamic=False)
@@ -179,12 +191,15 @@ def run_config(task: Task) -> RunConfig:
 
 def shape_of(task: Task) -> dict[str, int]:
     model = run_config(task).model
-    return {name: getattr(model, name) for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")}
+    return {
+        name: getattr(model, name)
+        for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+    }
 
 
 def gradients(task: Task, device: torch.device) -> dict[str, Check]:
-    """Returns how far the exact step's gradients are from those of float64, as training computes them, and not compiled
-    in fp32; and what a worker finds by itself before it trains."""
+    """Returns how far the exact step's gradients are from those of float64, as training computes
+    them, and not compiled in fp32; and what a worker finds by itself before it trains."""
     outcomes: dict[str, Check] = {}
     variants: dict[str, dict[str, Any]] = {
         "bf16": {"precision": "bf16"},
@@ -213,8 +228,14 @@ def ranks(task: Task, device: torch.device) -> dict[str, Check]:
     names = list(CASES[device.type])[:2]
     with tempfile.TemporaryDirectory(prefix="raymill-worlds-") as scratch:
         command = [sys.executable, "-m", "tests.gpu.worlds", device.type, scratch, *names]
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+        environment = os.environ | {
+            "PYTHONPATH": str(REPOSITORY),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, env=environment, check=True
+        )
     outcomes: dict[str, Check] = {}
     for case, worlds in json.loads(done.stdout.splitlines()[-1]).items():
         digests = sorted({digest[:16] for _, hashes, _ in worlds for digest in hashes})
@@ -228,7 +249,12 @@ CHECKS = {"gradients": gradients, "ranks": ranks}
 
 def machine(device: torch.device) -> dict[str, Any]:
     card = torch.cuda.get_device_name() if device.type == "cuda" else None
-    return {"card": card, "torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]}
+    return {
+        "card": card,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": sys.version.split()[0],
+    }
 
 
 def wait(device: torch.device) -> None:

@@ -1,6 +1,8 @@
-"""The load that benchmarks put on a server over HTTP: streams of completions, each part timed as it arrives.
+"""The load that benchmarks put on a server over HTTP: streams of completions, each part timed as it
+arrives.
 
-One client for all servers. It shares the processors with them, so it looks into an answer only once that has ended.
+One client for all servers. It shares the processors with them, so it looks into an answer only once
+that has ended.
 """
 
 import asyncio
@@ -18,7 +20,8 @@ PROMPT_TOKENS = 128
 NEW_TOKENS = 64
 MODEL = "bench"  # the name that all servers give the model
 TIMEOUT_S = 600.0  # of one request, while other work keeps the cores busy
-STREAMS_OF_A_CLIENT = 32  # one process receives about 15,000 tokens a second, less than a GPU generates
+# One process receives about 15,000 tokens a second, less than a GPU generates
+STREAMS_OF_A_CLIENT = 32
 
 
 class BenchError(Exception):
@@ -63,13 +66,17 @@ def loaded(url: str, prompts: list[list[int]], *, num_streams: int) -> Load:
 
     def work(number: int) -> None:
         together.wait(TIMEOUT_S)
-        share = closed_loop(url, prompts[number::num_clients], num_streams=num_streams // num_clients)
+        share = closed_loop(
+            url, prompts[number::num_clients], num_streams=num_streams // num_clients
+        )
         try:
             results.put(asyncio.run(share))
         except BenchError as error:
             results.put(error)
 
-    clients = [context.Process(target=work, args=(number,), daemon=True) for number in range(num_clients)]
+    clients = [
+        context.Process(target=work, args=(number,), daemon=True) for number in range(num_clients)
+    ]
     for client in clients:
         client.start()
     loads: list[Load] = []
@@ -86,7 +93,9 @@ def loaded(url: str, prompts: list[list[int]], *, num_streams: int) -> Load:
     )
 
 
-async def closed_loop(url: str, prompts: list[list[int]], *, num_streams: int, new_tokens: int = NEW_TOKENS) -> Load:
+async def closed_loop(
+    url: str, prompts: list[list[int]], *, num_streams: int, new_tokens: int = NEW_TOKENS
+) -> Load:
     """Lets each stream send the next prompt when its last answer has ended. Raises `BenchError`."""
     load, bodies = Load(), iter([request_body(prompt, new_tokens=new_tokens) for prompt in prompts])
     connector = aiohttp.TCPConnector(limit=num_streams)
@@ -94,7 +103,9 @@ async def closed_loop(url: str, prompts: list[list[int]], *, num_streams: int, n
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         start_s = time.perf_counter()
         try:
-            await asyncio.gather(*(_stream(session, url, bodies, load, new_tokens) for _ in range(num_streams)))
+            await asyncio.gather(
+                *(_stream(session, url, bodies, load, new_tokens) for _ in range(num_streams))
+            )
         except (aiohttp.ClientError, TimeoutError) as error:
             raise BenchError(f"{url}: {error!r}") from None
         load.wall_s = time.perf_counter() - start_s
@@ -119,7 +130,9 @@ async def _stream(
             raise BenchError(f"{url} answered {response.status}: {received[-500:]!r}")
         num_tokens = json.loads(events[-3].removeprefix(b"data: "))["usage"]["completion_tokens"]
         if num_tokens != new_tokens:
-            raise BenchError(f"{url} generated {num_tokens} tokens where {new_tokens} were asked for")
+            raise BenchError(
+                f"{url} generated {num_tokens} tokens where {new_tokens} were asked for"
+            )
         arrivals_s = arrivals_s[:-2]  # the last two events are the usage and [DONE]
         gaps_s = [after - before for before, after in itertools.pairwise(arrivals_s)]
         load.num_tokens += num_tokens

@@ -1,9 +1,10 @@
-"""datatrove's MinHash pipeline over a folder of JSON lines, between two lines of input, as `tokenize_stage` does.
+"""datatrove's MinHash pipeline over a folder of JSON lines, between two lines of input, as
+`tokenize_stage` does.
 
     python -m tests.benchmarks.minhash_peer CORPUS SCRATCH
 
-All of its four steps: signatures, buckets, clusters, and a copy of what is left. Words end at blanks, as its own ways to
-find them need models that are fetched, and take longer.
+All of its four steps: signatures, buckets, clusters, and a copy of what is left. Words end at
+blanks, as its own ways to find them need models that are fetched, and take longer.
 """
 
 import json
@@ -40,7 +41,9 @@ def deduplicated(corpus: Path, scratch: Path) -> int:
     """Returns the number of documents that are left."""
     config = MinhashConfig()
     num_files = len([*corpus.iterdir()])
-    signatures, pairs, removed, kept = (str(scratch / name) for name in ("signatures", "pairs", "removed", "kept"))
+    signatures, pairs, removed, kept = (
+        str(scratch / name) for name in ("signatures", "pairs", "removed", "kept")
+    )
 
     def do(*steps: PipelineStep, tasks: int) -> None:
         LocalPipelineExecutor(

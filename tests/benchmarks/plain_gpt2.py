@@ -1,6 +1,7 @@
 """GPT-2 and its training step in plain PyTorch, after nanoGPT: `bench_train` compares with them.
 
-B sequences, T tokens of each, C width. Linear layers, SDPA, the whole logits at once, fused AdamW, clipping.
+B sequences, T tokens of each, C width. Linear layers, SDPA, the whole logits at once, fused AdamW,
+clipping.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +33,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape  # noqa: N806
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.qkv(x).split(C, dim=2))
+        q, k, v = (
+            part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.qkv(x).split(C, dim=2)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).contiguous().view(B, T, C))
 
@@ -65,7 +68,9 @@ class PlainGPT2(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean cross-entropy of targets (B, T)."""
-        x = self.tokens(inputs) + self.positions(torch.arange(inputs.shape[1], device=inputs.device))
+        x = self.tokens(inputs) + self.positions(
+            torch.arange(inputs.shape[1], device=inputs.device)
+        )
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.ln_f(x))
@@ -73,10 +78,14 @@ class PlainGPT2(nn.Module):
 
 
 def training_step(
-    model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], *, is_bf16: bool, learning_rate: float = 6e-4
+    model: nn.Module,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    *,
+    is_bf16: bool,
+    learning_rate: float = 6e-4,
 ) -> Callable[[Sequence[Batch]], float]:
-    """Takes a step of nanoGPT's loop over micro-batches of one size: bf16 autocast or fp32, clipping at 1, fused AdamW.
-    Returns the loss."""
+    """Takes a step of nanoGPT's loop over micro-batches of one size: bf16 autocast or fp32,
+    clipping at 1, fused AdamW. Returns the loss."""
     decayed = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     optimizer = torch.optim.AdamW(

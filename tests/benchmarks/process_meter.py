@@ -12,7 +12,8 @@ _PROCESS_ID = tuple[int, float]
 
 
 class ProcessMeter:
-    """Samples a process tree four times a second in a context; a process that ended counts as it was last seen."""
+    """Samples a process tree four times a second in a context; a process that ended counts as it
+    was last seen."""
 
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
@@ -30,14 +31,18 @@ class ProcessMeter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._done.set()
         self._thread.join()
         self._sample()
 
     def cpu_s(self, role: str | None = None) -> float:
-        """Returns user and system seconds since the context was entered: of all, or of `driver`, `worker` or `ray`."""
+        """Returns user and system seconds since the context was entered: of all, or of `driver`,
+        `worker` or `ray`."""
         return sum(
             seconds - self._before_s.get(process, 0.0)
             for process, seconds in self._cpu_s.items()
@@ -45,8 +50,11 @@ class ProcessMeter:
         )
 
     def peaks_mb(self, role: str) -> list[float]:
-        """Returns the largest resident memory of each process, in MB, without shared memory (the object store, libraries)."""
-        peaks = [size / 1e6 for process, size in self._peak_bytes.items() if self._roles[process] == role]
+        """Returns the largest resident memory of each process, in MB, without shared memory (the
+        object store, libraries)."""
+        peaks = [
+            size / 1e6 for process, size in self._peak_bytes.items() if self._roles[process] == role
+        ]
         return sorted(peaks, reverse=True)
 
     def _run(self) -> None:
@@ -58,12 +66,17 @@ class ProcessMeter:
             try:
                 with process.oneshot():
                     key = (process.pid, process.create_time())
-                    times, memory, command = process.cpu_times(), process.memory_info(), process.cmdline()
+                    times, memory, command = (
+                        process.cpu_times(),
+                        process.memory_info(),
+                        process.cmdline(),
+                    )
             except (psutil.NoSuchProcess, psutil.ZombieProcess):
                 continue
             self._cpu_s[key] = times.user + times.system
             self._peak_bytes[key] = max(self._peak_bytes[key], memory.rss - memory.shared)
             if process.pid == self._root.pid:
                 self._roles[key] = "driver"
-            elif self._roles.get(key) != "worker":  # one is named after its task only once it has one
+            elif self._roles.get(key) != "worker":
+                # One is named after its task only once it has one.
                 self._roles[key] = "worker" if command and command[0].startswith("ray::") else "ray"

@@ -1,4 +1,5 @@
-"""English text of any size from the demo's: documents of 2 to 4 kB, each with words of its own, so none is a copy."""
+"""English text of any size from the demo's: documents of 2 to 4 kB, each with words of its own, so
+none is a copy."""
 
 import json
 import random
@@ -11,8 +12,13 @@ _FILE_BYTES = 64_000_000
 
 
 def documents(texts: Path, num_bytes: int) -> Iterator[str]:
-    """Yields passages in order, over and over, each time after other words; the same for the same texts."""
-    passages = [passage for path in sorted(texts.iterdir()) for passage in _passages(path.read_text(encoding="utf-8"))]
+    """Yields passages in order, over and over, each time after other words; the same for the same
+    texts."""
+    passages = [
+        passage
+        for path in sorted(texts.iterdir())
+        for passage in _passages(path.read_text(encoding="utf-8"))
+    ]
     words = sorted({word for passage in passages for word in passage.split() if word.isalpha()})
     rng = random.Random(0)
     written = 0

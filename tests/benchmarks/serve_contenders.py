@@ -1,4 +1,5 @@
-"""The contenders of benchmarks of serving, each a tree of processes that is stopped (SIGSTOP) while others are measured."""
+"""The contenders of benchmarks of serving, each a tree of processes that is stopped (SIGSTOP) while
+others are measured."""
 
 import json
 import os
@@ -34,7 +35,13 @@ class Contender(ABC):
     speaks_json = True  # on its standard output, which is read; else it goes to the log
 
     def __init__(
-        self, name: str, command: list[str], *, environment: Mapping[str, str], log: Path, checkout: Path = REPOSITORY
+        self,
+        name: str,
+        command: list[str],
+        *,
+        environment: Mapping[str, str],
+        log: Path,
+        checkout: Path = REPOSITORY,
     ) -> None:
         self.name = name
         self._command = command
@@ -48,7 +55,8 @@ class Contender(ABC):
                 self._command,
                 cwd=self._checkout,
                 # make sets a number of threads that is none of these programs' own.
-                env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | dict(self._environment),
+                env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+                | dict(self._environment),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE if self.speaks_json else log,
                 stderr=log,
@@ -63,7 +71,10 @@ class Contender(ABC):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._end()
 
@@ -80,7 +91,8 @@ class Contender(ABC):
             process.resume()
 
     def cpu_s(self) -> dict[str, float]:
-        """Returns user and system seconds so far by command line: a process of Ray has its name there (`ray::ProxyActor` …)."""
+        """Returns user and system seconds so far by command line: a process of Ray has its name
+        there (`ray::ProxyActor` …)."""
         seconds: dict[str, float] = defaultdict(float)
         for process in self._tree():
             times = process.cpu_times()
@@ -93,7 +105,9 @@ class Contender(ABC):
     def _read_answer(self, timeout_s: float) -> dict[str, Any]:
         assert self._process.stdout is not None
         deadline = time.monotonic() + timeout_s
-        while select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        while select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))[
+            0
+        ]:
             line = self._process.stdout.readline()
             if not line:
                 raise self._failure("ended")
@@ -141,7 +155,9 @@ class LineContender(Contender):
 
     def measure(self, prompts: list[list[int]], *, num_streams: int) -> Load:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompts": prompts, "num_streams": num_streams}).encode() + b"\n")
+        self._process.stdin.write(
+            json.dumps({"prompts": prompts, "num_streams": num_streams}).encode() + b"\n"
+        )
         return Load(**self._read_answer(ANSWER_TIMEOUT_S))
 
 
@@ -167,7 +183,14 @@ class Raymill(HttpContender):
         checkout: Path = REPOSITORY,
     ) -> None:
         """`settings` are groups of `ServeConfig`, over those of `serve_process`."""
-        command = [sys.executable, "-m", "tests.benchmarks.serve_process", "endpoint", str(folder), dtype]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.serve_process",
+            "endpoint",
+            str(folder),
+            dtype,
+        ]
         command.append(json.dumps(settings or {}))
         super().__init__(name, command, environment=environment or {}, log=log, checkout=checkout)
 
@@ -177,7 +200,8 @@ class Raymill(HttpContender):
 
 
 class Vllm(HttpContender):
-    """A bare vLLM server without look-ups of prefixes that never repeat, and without a log line for a request."""
+    """A bare vLLM server without look-ups of prefixes that never repeat, and without a log line for
+    a request."""
 
     speaks_json = False
 
@@ -193,11 +217,24 @@ class Vllm(HttpContender):
     ) -> None:
         """`settings` are vLLM's arguments without their hyphens."""
         if not python.exists():
-            raise BenchError(f"vLLM is not installed in {python}; `make bench-serve` makes .venv-vllm for CPUs")
+            raise BenchError(
+                f"vLLM is not installed in {python}; `make bench-serve` makes .venv-vllm for CPUs"
+            )
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        given = {"model": folder, "served-model-name": MODEL, "dtype": dtype, "host": "127.0.0.1", "port": port}
-        command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--no-enable-prefix-caching"]
+        given = {
+            "model": folder,
+            "served-model-name": MODEL,
+            "dtype": dtype,
+            "host": "127.0.0.1",
+            "port": port,
+        }
+        command = [
+            str(python),
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--no-enable-prefix-caching",
+        ]
         command += ["--disable-uvicorn-access-log"]
         for name, value in (given | dict(settings)).items():
             command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
@@ -226,8 +263,12 @@ class Vllm(HttpContender):
 
 
 def vllm_on_cpu(folder: Path, *, dtype: str, log: Path) -> Vllm:
-    """Returns vLLM's CPU build as it is fastest: one thread for each of the processors and bound to it, and room for
-    more sequences than come."""
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{NUM_THREADS - 1}", "VLLM_CPU_KVCACHE_SPACE": "2"}  # GB
+    """Returns vLLM's CPU build as it is fastest: one thread for each of the processors and bound to
+    it, and room for more sequences than come."""
+    # GB
+    environment = {
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{NUM_THREADS - 1}",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+    }
     settings = {"max-model-len": 1024, "max-num-seqs": 32}
     return Vllm(folder, dtype=dtype, log=log, settings=settings, environment=environment)

@@ -1,10 +1,11 @@
-"""The processes that `bench_serve` starts beside vLLM: raymill's endpoint, its engine alone, transformers.
+"""The processes that `bench_serve` starts beside vLLM: raymill's endpoint, its engine alone,
+transformers.
 
     python -m tests.benchmarks.serve_process endpoint|engine|transformers|bandwidth FOLDER DTYPE [SETTINGS]
 
-A line of JSON says that it is ready. The endpoint, for which SETTINGS are groups of `ServeConfig` as JSON, lives until
-its standard input ends. The others then answer each line
-`{"prompts", "num_streams"}` with `{"num_tokens", "wall_s"}`.
+A line of JSON says that it is ready. The endpoint, for which SETTINGS are groups of `ServeConfig`
+as JSON, lives until its standard input ends. The others then answer each line `{"prompts",
+"num_streams"}` with `{"num_tokens", "wall_s"}`.
 """
 
 import json
@@ -27,8 +28,11 @@ Generate = Callable[[list[list[int]], int], int]
 
 
 def engine_config(dtype: str) -> EngineConfig:
-    """Turns the prefix cache off: rounds repeat their prompts, which vLLM reads again each time too."""
-    return EngineConfig.model_validate({"max_num_seqs": NUM_SLOTS, "dtype": dtype, "prefix_cache": False})
+    """Turns the prefix cache off: rounds repeat their prompts, which vLLM reads again each time
+    too."""
+    return EngineConfig.model_validate(
+        {"max_num_seqs": NUM_SLOTS, "dtype": dtype, "prefix_cache": False}
+    )
 
 
 def serve_endpoint(folder: Path, dtype: str, settings: dict[str, dict[str, Any]]) -> None:
@@ -41,7 +45,10 @@ def serve_endpoint(folder: Path, dtype: str, settings: dict[str, dict[str, Any]]
     engine = engine_config(dtype).model_dump(exclude_unset=True) | settings.get("engine", {})
     config = ServeConfig.model_validate(given | settings | {"replicas": replicas, "engine": engine})
     # `bench_http` measures what raymill refuses.
-    with mock.patch("serving.app.require_ray_proxies"), ray_cluster(num_cpus=config.replicas.threads_per_replica):
+    with (
+        mock.patch("serving.app.require_ray_proxies"),
+        ray_cluster(num_cpus=config.replicas.threads_per_replica),
+    ):
         say(run(config))
         sys.stdin.read()
 
@@ -79,7 +86,8 @@ def engine_alone(folder: Path, dtype: str) -> Generate:
 
 
 def transformers_alone(folder: Path, dtype: str) -> Generate:
-    """Runs streams as the rows of a batch; the next batch starts when the last one has ended: there is no other way."""
+    """Runs streams as the rows of a batch; the next batch starts when the last one has ended: there
+    is no other way."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
@@ -103,7 +111,8 @@ def transformers_alone(folder: Path, dtype: str) -> Generate:
 
 
 def read_bandwidth() -> float:
-    """Returns the bytes per second at which this machine reads memory with as many threads: the best of several sums."""
+    """Returns the bytes per second at which this machine reads memory with as many threads: the
+    best of several sums."""
     buffer = torch.ones(BANDWIDTH_BYTES // 4)
     buffer.sum()
     seconds = []

@@ -1,4 +1,5 @@
-"""The contenders of `bench_sharded`: raymill with each way to shard, DistributedDataParallel, FSDP2 in several ways."""
+"""The contenders of `bench_sharded`: raymill with each way to shard, DistributedDataParallel, FSDP2
+in several ways."""
 
 from functools import partial
 from typing import Protocol, get_args
@@ -25,7 +26,8 @@ STOCK: dict[str, Wrap] = {
 """How each wraps the model, which computes with plain operations."""
 
 OUR_OPERATIONS = "FSDP2, our operations"
-"""FSDP2 around the very model that raymill trains: the difference that is left comes from sharding."""
+"""FSDP2 around the very model that raymill trains: the difference that is left comes from
+sharding."""
 
 CONTENDERS = [*RAYMILL, *STOCK, OUR_OPERATIONS]
 
@@ -45,7 +47,11 @@ class Trainer(Protocol):
 class RaymillTrainer(ExactTrainer):
     def kept(self) -> dict[str, list[Tensor]]:
         state = self.state
-        return {"weights": [state.values], "gradients": [state.gradient], "moments": [*state.vectors.values()]}
+        return {
+            "weights": [state.values],
+            "gradients": [state.gradient],
+            "moments": [*state.vectors.values()],
+        }
 
     def weights(self, *, step: int) -> dict[str, Tensor]:
         state, flat = self.state, self.state.values
@@ -62,7 +68,9 @@ class RaymillTrainer(ExactTrainer):
         self.state.close()
 
 
-def config_of(contender: str, model: dict[str, str | int], train: dict[str, str | int]) -> RunConfig:
+def config_of(
+    contender: str, model: dict[str, str | int], train: dict[str, str | int]
+) -> RunConfig:
     settings = {"compute": "plain" if contender in STOCK else "cpu", "precision": "fp32"}
     scaling = {"shard": RAYMILL.get(contender, "none")}
     return RunConfig.model_validate({"model": model, "train": settings | train, "scaling": scaling})

@@ -1,4 +1,5 @@
-"""The workers of `bench_sharded`: processes that train as one contender does, and answer what they are asked."""
+"""The workers of `bench_sharded`: processes that train as one contender does, and answer what they
+are asked."""
 
 import hashlib
 import multiprocessing
@@ -26,7 +27,8 @@ TINY_ROWS: Settings = {"seq_len": 64}
 
 
 def forking_server() -> ForkServerContext:
-    """Returns a context whose processes have imported PyTorch when they start, which takes one seconds."""
+    """Returns a context whose processes have imported PyTorch when they start, which takes one
+    seconds."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -34,16 +36,21 @@ def forking_server() -> ForkServerContext:
 
 
 class Party:
-    """The processes of one contender, in a context. Each does what `Worker` has a method for, all at the same time."""
+    """The processes of one contender, in a context. Each does what `Worker` has a method for, all
+    at the same time."""
 
-    def __init__(self, contender: str, world_size: int, folder: Path, model: Settings, train: Settings) -> None:
+    def __init__(
+        self, contender: str, world_size: int, folder: Path, model: Settings, train: Settings
+    ) -> None:
         self.contender, context = contender, forking_server()
         store = folder / hashlib.sha256(f"{contender} {world_size} {model}".encode()).hexdigest()
         pipes = [context.Pipe() for _ in range(world_size)]
         self._pipes = [ours for ours, _ in pipes]
         self._processes = [
             context.Process(
-                target=_work, args=(theirs, contender, rank, world_size, str(store), model, train), daemon=True
+                target=_work,
+                args=(theirs, contender, rank, world_size, str(store), model, train),
+                daemon=True,
             )
             for rank, (_, theirs) in enumerate(pipes)
         ]
@@ -59,16 +66,23 @@ class Party:
 
     def _answer(self, rank: int) -> Any:
         pipe = self._pipes[rank]
-        assert pipe.poll(ANSWER_S), f"{self.contender}: rank {rank} did not answer within {ANSWER_S} s"
+        assert pipe.poll(ANSWER_S), (
+            f"{self.contender}: rank {rank} did not answer within {ANSWER_S} s"
+        )
         answer = pipe.recv()
-        assert not isinstance(answer, Failure), f"{self.contender}: rank {rank} failed\n{answer.text}"
+        assert not isinstance(answer, Failure), (
+            f"{self.contender}: rank {rank} failed\n{answer.text}"
+        )
         return answer
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for pipe, process in zip(self._pipes, self._processes, strict=True):
             if error is None:
@@ -84,7 +98,9 @@ class Failure:
         self.text = text
 
 
-def _work(pipe: Connection, contender: str, rank: int, world_size: int, store: str, *settings: Settings) -> None:
+def _work(
+    pipe: Connection, contender: str, rank: int, world_size: int, store: str, *settings: Settings
+) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     worker = None
     while (asked := pipe.recv()) is not None:
@@ -98,9 +114,12 @@ def _work(pipe: Connection, contender: str, rank: int, world_size: int, store: s
 
 
 class Worker:
-    """One rank. What a first step loads and opens is loaded before memory is counted, by a tiny model's steps."""
+    """One rank. What a first step loads and opens is loaded before memory is counted, by a tiny
+    model's steps."""
 
-    def __init__(self, contender: str, group: WorkerGroup, model: Settings, train: Settings) -> None:
+    def __init__(
+        self, contender: str, group: WorkerGroup, model: Settings, train: Settings
+    ) -> None:
         keep_freed_memory()
         tiny = trainer_of(contender, config_of(contender, TINY_MODEL, train | TINY_ROWS), group)
         for number in range(1, 3):
@@ -108,13 +127,17 @@ class Worker:
         tiny.close()
         del tiny
         memory.give_back()
-        self._base, self._tensors = memory.resident_bytes(), memory.num_bytes(memory.held_by_process())
+        self._base, self._tensors = (
+            memory.resident_bytes(),
+            memory.num_bytes(memory.held_by_process()),
+        )
         self._trainer: Trainer = trainer_of(contender, config_of(contender, model, train), group)
         memory.give_back()
         memory.reset_peak()
 
     def steps(self, first: int, count: int) -> dict[str, float]:
-        """Takes steps, and returns what one took: seconds, seconds of this process's threads, and bytes sent."""
+        """Takes steps, and returns what one took: seconds, seconds of this process's threads, and
+        bytes sent."""
         dist.barrier()
         sent, start, start_cpu = memory.socket_bytes(), time.perf_counter(), time.process_time()
         for number in range(first, first + count):
@@ -129,23 +152,31 @@ class Worker:
         return parameter_hash(self._trainer.weights(step=step))
 
     def memory(self) -> dict[str, int]:
-        """Returns bytes: the peak over what the process had without a model, and what is kept between steps."""
+        """Returns bytes: the peak over what the process had without a model, and what is kept
+        between steps."""
         peak = memory.peak_bytes() - self._base
         kept = {name: memory.storages(tensors) for name, tensors in self._trainer.kept().items()}
         state = {place: held for of in kept.values() for place, held in of.items()}
         other = memory.num_bytes(memory.held_by_process()) - memory.num_bytes(state) - self._tensors
-        return {"peak": peak, "other": other} | {name: memory.num_bytes(of) for name, of in kept.items()}
+        return {"peak": peak, "other": other} | {
+            name: memory.num_bytes(of) for name, of in kept.items()
+        }
 
     def transients(self, number: int) -> dict[str, list[str]]:
-        """Takes a step; returns the largest of what is kept beside the state, and of what a step makes and releases."""
+        """Takes a step; returns the largest of what is kept beside the state, and of what a step
+        makes and releases."""
         names: dict[int, str] = {}
         for name, tensor in memory.named_tensors(trainer=self._trainer):
             names.setdefault(memory.key(tensor), name)
-        state = {place for tensors in self._trainer.kept().values() for place in memory.storages(tensors)}
+        state = {
+            place for tensors in self._trainer.kept().values() for place in memory.storages(tensors)
+        }
         before = memory.held_by_process()
         with memory.NewMemory(before, names) as new:
             self._trainer.step(number)
-        beside = [(place, held) for place, held in before.items() if place in names and place not in state]
+        beside = [
+            (place, held) for place, held in before.items() if place in names and place not in state
+        ]
         kept = {f"{held} {names[place]}": held.num_bytes for place, held in beside}
         return {"kept": _largest(kept), "made": _largest(new.seen)}
 

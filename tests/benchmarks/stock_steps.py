@@ -1,5 +1,5 @@
-"""The steps of a training loop with PyTorch's own parts, DistributedDataParallel or FSDP2, for `bench_exact` and
-`bench_sharded`.
+"""The steps of a training loop with PyTorch's own parts, DistributedDataParallel or FSDP2, for
+`bench_exact` and `bench_sharded`.
 """
 
 import time
@@ -51,12 +51,17 @@ def ddp(loss: Loss) -> Wrapped:
 
 
 def fsdp2(
-    loss: Loss, *, keeps_weights: bool = False, keeps_gradients: bool = False, prefetches: bool = False
+    loss: Loss,
+    *,
+    keeps_weights: bool = False,
+    keeps_gradients: bool = False,
+    prefetches: bool = False,
 ) -> Wrapped:
     """Shards each block, and what remains with the root.
 
-    `keeps_weights` has them whole from forward to backward; `keeps_gradients` adds up whole ones of all micro-batches
-    but the last, and then sends the sum; `prefetches` gathers the next block's weights beside the work on a block.
+    `keeps_weights` has them whole from forward to backward; `keeps_gradients` adds up whole ones of
+    all micro-batches but the last, and then sends the sum; `prefetches` gathers the next block's
+    weights beside the work on a block.
     """
     blocks = list(loss.model.transformer.h)
     for block in blocks:
@@ -71,7 +76,8 @@ def fsdp2(
 def _prefetch(blocks: list[Any]) -> None:
     """Starts each block's gather before the block that is computed before it.
 
-    What `set_modules_to_forward_prefetch` starts ends before it returns on a CPU, whose streams do nothing.
+    What `set_modules_to_forward_prefetch` starts ends before it returns on a CPU, whose streams do
+    nothing.
     """
 
     def unshard(block: Any, *_: Any) -> None:
@@ -81,7 +87,8 @@ def _prefetch(blocks: list[Any]) -> None:
         earlier.register_forward_pre_hook(partial(unshard, later))
         later.register_full_backward_pre_hook(partial(unshard, earlier))
     for block in blocks:
-        block.set_modules_to_backward_prefetch([block])  # itself, which it has: nothing of the default
+        # itself, which it has: nothing of the default
+        block.set_modules_to_backward_prefetch([block])
 
 
 class StockTrainer:
@@ -92,7 +99,8 @@ class StockTrainer:
         self._config, self._rank, self._rows = config, group.rank, MadeRows.of(config)
         schedule = batch_schedule(config)
         self._num_lanes = schedule.num_lanes(1)
-        self._scale = group.world_size / schedule.step_tokens(1)  # both take the mean of the ranks' gradients
+        # Both take the mean of the ranks' gradients
+        self._scale = group.world_size / schedule.step_tokens(1)
         self._own_lanes = self._num_lanes // group.world_size
         assert self._own_lanes * group.world_size == self._num_lanes
         self._model = GPT(config.model)
@@ -103,14 +111,18 @@ class StockTrainer:
         for parameter in self._model.parameters():
             groups[parameter.dim() < 2].append(parameter)
         self._optimizer = torch.optim.AdamW(
-            [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}],
+            [
+                {"params": groups[0], "weight_decay": 0.1},
+                {"params": groups[1], "weight_decay": 0.0},
+            ],
             lr=RATE,
             betas=(0.9, 0.95),
             fused=True,
         )
 
     def step(self, number: int) -> float:
-        """Takes the step of this number; returns the seconds that it waited for the others' losses."""
+        """Takes the step of this number; returns the seconds that it waited for the others'
+        losses."""
         self._optimizer.zero_grad()
         total, size = torch.zeros(()), self._config.train.micro_batch_size
         for lane in range(self._own_lanes):
@@ -130,7 +142,12 @@ class StockTrainer:
     def kept(self) -> dict[str, list[Tensor]]:
         """Returns what a rank keeps of weights, gradients and moments."""
         parameters = list(self._model.parameters())
-        moments = [value for of in self._optimizer.state.values() for name, value in of.items() if name != "step"]
+        moments = [
+            value
+            for of in self._optimizer.state.values()
+            for name, value in of.items()
+            if name != "step"
+        ]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         kept = {"weights": parameters, "gradients": gradients, "moments": moments}
         return {name: [_local(value) for value in values] for name, values in kept.items()}
@@ -138,7 +155,10 @@ class StockTrainer:
     def weights(self, *, step: int) -> dict[str, Tensor]:
         """Returns the whole weights; all ranks call together."""
         named = self._model.named_parameters()
-        return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in named}
+        return {
+            name: value.full_tensor() if isinstance(value, DTensor) else value
+            for name, value in named
+        }
 
     def close(self) -> None:
         pass

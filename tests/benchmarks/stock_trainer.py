@@ -1,7 +1,8 @@
-"""The trainer that a careful user of plain Ray Train writes: DDP, a checkpoint each step, unlimited failures, defaults.
+"""The trainer that a careful user of plain Ray Train writes: DDP, a checkpoint each step, unlimited
+failures, defaults.
 
-Run as `stock_trainer SETTINGS`, a JSON object, against the cluster of RAY_ADDRESS. Every worker adds a line to the
-step log for each step.
+Run as `stock_trainer SETTINGS`, a JSON object, against the cluster of RAY_ADDRESS. Every worker
+adds a line to the step log for each step.
 """
 
 import json
@@ -52,7 +53,9 @@ def train_worker(settings: dict[str, Any]) -> None:
         while True:
             step += 1
             generator = torch.Generator().manual_seed(1000 * step + rank)
-            tokens = torch.randint(model.config.vocab_size, (num_rows, settings["seq_len"] + 1), generator=generator)
+            tokens = torch.randint(
+                model.config.vocab_size, (num_rows, settings["seq_len"] + 1), generator=generator
+            )
             loss = loss_of(tokens)
             loss.backward()
             optimizer.step()
@@ -62,9 +65,15 @@ def train_worker(settings: dict[str, Any]) -> None:
             log.flush()
             with tempfile.TemporaryDirectory() as folder:
                 if rank == 0:
-                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                    state = {
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "step": step,
+                    }
                     torch.save(state, Path(folder) / "state.pt")
-                ray.train.report({"loss": float(loss)}, checkpoint=Checkpoint(folder) if rank == 0 else None)
+                ray.train.report(
+                    {"loss": float(loss)}, checkpoint=Checkpoint(folder) if rank == 0 else None
+                )
 
 
 def main(settings: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""Runs the tokenize stage of a config file with so many workers on a cluster of its own, between two lines of input."""
+"""Runs the tokenize stage of a config file with so many workers on a cluster of its own, between
+two lines of input."""
 
 import json
 import sys

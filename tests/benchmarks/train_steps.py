@@ -1,6 +1,8 @@
-"""The training steps that `bench_train` compares: raymill's own, Hugging Face's GPT-2 and a plain loop.
+"""The training steps that `bench_train` compares: raymill's own, Hugging Face's GPT-2 and a plain
+loop.
 
-The two peers come as they are and with their forward pass, loss and backward pass under torch.compile.
+The two peers come as they are and with their forward pass, loss and backward pass under
+torch.compile.
 """
 
 from collections.abc import Callable, Iterator
@@ -61,13 +63,17 @@ class Cell:
             "precision": self.precision,
         }
         scaling = {"max_workers": 1}
-        return RunConfig.model_validate({"model": {"preset": self.preset}, "train": train, "scaling": scaling})
+        return RunConfig.model_validate(
+            {"model": {"preset": self.preset}, "train": train, "scaling": scaling}
+        )
 
     def batches(self) -> Tensor:
         """Returns tokens (NUM_BATCHES, B, T + 1), the same for every contender."""
         vocab_size = self.config().model.vocab_size
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(vocab_size, (NUM_BATCHES, self.batch_size, self.seq_len + 1), generator=generator)
+        return torch.randint(
+            vocab_size, (NUM_BATCHES, self.batch_size, self.seq_len + 1), generator=generator
+        )
 
 
 class _Rows:
@@ -123,7 +129,9 @@ def plain(cell: Cell, *, is_compiled: bool) -> Step:
 
 def hugging_face(cell: Cell, *, is_compiled: bool) -> Step:
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    model = GPT2LMHeadModel(GPT2Config(**_shape(cell), **dropout, use_cache=False, attn_implementation="sdpa"))
+    model = GPT2LMHeadModel(
+        GPT2Config(**_shape(cell), **dropout, use_cache=False, attn_implementation="sdpa")
+    )
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         logits = model(inputs).logits
@@ -136,7 +144,9 @@ def _shape(cell: Cell) -> dict[str, int]:
     return {"vocab_size": 50257, "n_positions": 1024} | PRESETS[cell.preset]
 
 
-def _step(cell: Cell, model: nn.Module, loss_of: Callable[..., Tensor], *, is_compiled: bool) -> Step:
+def _step(
+    cell: Cell, model: nn.Module, loss_of: Callable[..., Tensor], *, is_compiled: bool
+) -> Step:
     loss_of = torch.compile(loss_of, dynamic=False) if is_compiled else loss_of
     step = training_step(model, loss_of, is_bf16=cell.precision == "bf16")
     pairs = [(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in cell.batches()]
@@ -154,7 +164,8 @@ COMPILED_PEERS: dict[str, Callable[[Cell], Step]] = {
 
 
 def why_not_compiled() -> str | None:
-    """Returns what torch.compile lacks on this machine, such as a C++ compiler, or None where it works."""
+    """Returns what torch.compile lacks on this machine, such as a C++ compiler, or None where it
+    works."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(64))
     except RuntimeError as error:

@@ -1,4 +1,5 @@
-"""What a worker of `bench_sharded` holds and sends, read from within: resident memory, tensors, the bytes of its sockets."""
+"""What a worker of `bench_sharded` holds and sends, read from within: resident memory, tensors, the
+bytes of its sockets."""
 
 import ctypes
 import gc
@@ -53,7 +54,8 @@ def _status(field: str) -> int:
 
 
 def socket_bytes() -> int:
-    """Returns the bytes that this process has sent over its open TCP connections, as the kernel counts them."""
+    """Returns the bytes that this process has sent over its open TCP connections, as the kernel
+    counts them."""
     total = 0
     for entry in Path("/proc/self/fd").iterdir():
         try:
@@ -75,7 +77,8 @@ def key(tensor: Tensor) -> int:
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, Held]:
-    """Returns each storage of these once, by its key, with its largest tensor; a released one has no bytes."""
+    """Returns each storage of these once, by its key, with its largest tensor; a released one has
+    no bytes."""
     found: dict[int, Held] = {}
     for tensor in tensors:
         if isinstance(tensor, DTensor) or tensor.device.type != "cpu":
@@ -99,7 +102,8 @@ def num_bytes(held: dict[int, Held]) -> int:
 
 
 def named_tensors(**roots: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors that objects of raymill's own code keep, with the way to each through their attributes."""
+    """Yields the tensors that objects of raymill's own code keep, with the way to each through
+    their attributes."""
     seen: set[int] = set()
     queue: list[tuple[str, Any]] = list(roots.items())
     while queue:
@@ -118,27 +122,37 @@ def named_tensors(**roots: Any) -> Iterator[tuple[str, Tensor]]:
         elif isinstance(value, list | tuple):
             queue += [(f"{name}[{k}]", each) for k, each in enumerate(value)]
         elif type(value).__module__.partition(".")[0] in _OWN_CODE:
-            queue += [(f"{name}.{key}", each) for key, each in getattr(value, "__dict__", {}).items()]
+            queue += [
+                (f"{name}.{key}", each) for key, each in getattr(value, "__dict__", {}).items()
+            ]
 
 
 class NewMemory(TorchDispatchMode):
-    """Sees each storage that this thread makes, with the operation that made it, or that gets its memory back."""
+    """Sees each storage that this thread makes, with the operation that made it, or that gets its
+    memory back."""
 
     def __init__(self, before: dict[int, Held], names: dict[int, str]) -> None:
         super().__init__()
         self._before, self._names = before, names
-        self._released = {place: held.tensor for place, held in before.items() if not held.num_bytes}
-        self.seen: dict[str, int] = {}  # bytes, by what it is; the tensors themselves must go when the step is done
+        self._released = {
+            place: held.tensor for place, held in before.items() if not held.num_bytes
+        }
+        # bytes, by what it is; the tensors themselves must go when the step is done
+        self.seen: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        given = {key(tensor) for tensor in _tensors((*args, *(kwargs or {}).values()))} | self._before.keys()
+        given = {
+            key(tensor) for tensor in _tensors((*args, *(kwargs or {}).values()))
+        } | self._before.keys()
         for tensor in _tensors([made]):
             if key(tensor) not in given:  # else it is a view, or written in place
                 self._see(tensor, f"by {func.__name__}")
         for place, tensor in list(self._released.items()):
             if tensor.untyped_storage().nbytes():
-                self._see(self._released.pop(place), f"filled again: {self._names.get(place, 'unnamed')}")
+                self._see(
+                    self._released.pop(place), f"filled again: {self._names.get(place, 'unnamed')}"
+                )
         return made
 
     def _see(self, tensor: Tensor, text: str) -> None:

@@ -1,4 +1,5 @@
-"""A place to disturb runs: a local cluster, one corpus, and the undisturbed run that all others must equal."""
+"""A place to disturb runs: a local cluster, one corpus, and the undisturbed run that all others
+must equal."""
 
 import os
 import re
@@ -63,7 +64,8 @@ class Watch:
         return self.ledger().events("start")[-1]
 
     def wait_for_step(self, step: int, *, after_attempt: int = 0) -> dict[str, Any]:
-        """Waits until an attempt later than `after_attempt` has completed the step, and returns its `start` event."""
+        """Waits until an attempt later than `after_attempt` has completed the step, and returns its
+        `start` event."""
 
         def reached(ledger: Ledger) -> bool:
             starts = ledger.events("start")
@@ -93,7 +95,11 @@ class Arena:
 
     def config(self, run_id: str, *, storage_uri: str | None = None, **scaling: Any) -> RunConfig:
         storage = {"uri": storage_uri or str(self.folder / "storage")}
-        values = SETTINGS | {"scaling": scaling | {"shard": self._shard}, "storage": storage, "run_id": run_id}
+        values = SETTINGS | {
+            "scaling": scaling | {"shard": self._shard},
+            "storage": storage,
+            "run_id": run_id,
+        }
         values["data"] = values["data"] | {"source": str(self.folder / "corpus")}
         values["train"] = values["train"] | {"compute": self._compute}
         return validate_config(values, RunConfig)
@@ -116,9 +122,14 @@ class Arena:
         return [line["loss"] for line in steps]
 
     def run(
-        self, config: RunConfig, inject: Callable[[Watch], None], *, quiet: dict[str, Any] | None = None
+        self,
+        config: RunConfig,
+        inject: Callable[[Watch], None],
+        *,
+        quiet: dict[str, Any] | None = None,
     ) -> tuple[dict[str, Any], Ledger]:
-        """Returns the run's result while `inject` disturbs it from a thread; its bits must be those of the quiet run."""
+        """Returns the run's result while `inject` disturbs it from a thread; its bits must be those
+        of the quiet run."""
         quiet = quiet or self.quiet
         watch, problems = Watch(config), []
 
@@ -138,25 +149,47 @@ class Arena:
         assert not problems, problems
         ledger = watch.ledger()
         assert result["parameter_hash"] == quiet["parameter_hash"]
-        assert self.losses(config) == [line["loss"] for line in Ledger.read(open_storage(quiet["run_dir"])).steps]
+        assert self.losses(config) == [
+            line["loss"] for line in Ledger.read(open_storage(quiet["run_dir"])).steps
+        ]
         self.lost_steps += [recovery.lost_steps for recovery in ledger.recoveries()]
         return result, ledger
 
     def most_lost_steps(self, ledger: Ledger) -> int:
-        """Returns how many steps the loss of a node may cost: one, or of a state of which each node has a part alone,
-        those of five seconds, as its shares are copied to second nodes every second or two."""
+        """Returns how many steps the loss of a node may cost: one, or of a state of which each node
+        has a part alone, those of five seconds, as its shares are copied to second nodes every
+        second or two."""
         if self._shard == "none":
             return 1
         return round(5 / statistics.median(line["wall_s"] for line in ledger.steps))
 
     def drain(self, name: str, *, deadline_s: int) -> None:
-        """Has the head announce that the node will be reclaimed, as a cloud's notice of preemption does."""
+        """Has the head announce that the node will be reclaimed, as a cloud's notice of preemption
+        does."""
         raylet = next(p for p in processes_of_node(self.cluster, name) if p.name() == "raylet")
-        node_id = next(match[1] for word in raylet.cmdline() if (match := re.fullmatch(r"--node_id=(\w+)", word)))
-        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", self.cluster.address]
+        node_id = next(
+            match[1]
+            for word in raylet.cmdline()
+            if (match := re.fullmatch(r"--node_id=(\w+)", word))
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "drain-node",
+            "--address",
+            self.cluster.address,
+        ]
         command += ["--node-id", node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-        command += ["--reason-message", "taken away", "--deadline-remaining-seconds", str(deadline_s)]
-        subprocess.run(command, env=os.environ | self.cluster.environment, check=True, timeout=limit_s(60))
+        command += [
+            "--reason-message",
+            "taken away",
+            "--deadline-remaining-seconds",
+            str(deadline_s),
+        ]
+        subprocess.run(
+            command, env=os.environ | self.cluster.environment, check=True, timeout=limit_s(60)
+        )
 
     def restore_nodes(self, count: int) -> None:
         """Adds nodes until the cluster has so many workers again."""

@@ -1,6 +1,7 @@
 """Fixtures of `make test-chaos`, and its last line: one JSON object that sums up all cells.
 
-A cell is a test with the marker `chaos`: those of this folder, on one local cluster, and those of single parts.
+A cell is a test with the marker `chaos`: those of this folder, on one local cluster, and those of
+single parts.
 """
 
 import json
@@ -21,7 +22,9 @@ _SUMMARY = pytest.StashKey[dict]()
 
 
 @pytest.fixture(scope="session")
-def arena(s3_server: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Arena]:
+def arena(
+    s3_server: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Arena]:
     """The cluster starts after the S3 server, whose keys its nodes inherit."""
     with connected(ClusterConfig(num_nodes=NUM_NODES + 1), cpus_per_node=1) as connection:
         compute = request.config.getoption("--compute", default="cpu")
@@ -38,8 +41,15 @@ def summary(request: pytest.FixtureRequest) -> dict:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--compute", default="cpu", choices=["cpu", "plain", "compiled"], help="how the runs compute")
-    parser.addoption("--shard", default="none", choices=get_args(Shard), help="what the runs' workers divide")
+    parser.addoption(
+        "--compute",
+        default="cpu",
+        choices=["cpu", "plain", "compiled"],
+        help="how the runs compute",
+    )
+    parser.addoption(
+        "--shard", default="none", choices=get_args(Shard), help="what the runs' workers divide"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,9 +63,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.chaos)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    reports = [report for outcome in ("passed", "failed", "error") for report in terminalreporter.getreports(outcome)]
-    cells = [report for report in reports if "chaos" in report.keywords and (report.when == "call" or report.failed)]
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    reports = [
+        report
+        for outcome in ("passed", "failed", "error")
+        for report in terminalreporter.getreports(outcome)
+    ]
+    cells = [
+        report
+        for report in reports
+        if "chaos" in report.keywords and (report.when == "call" or report.failed)
+    ]
     if config.stash[_SUMMARY]:
         failed = sum(report.failed for report in cells)
         config.stash[_SUMMARY] |= {"cells": len(cells), "failed": failed}

@@ -1,6 +1,7 @@
 """Training under faults, a cell for each: whatever happens, the bits are those of the quiet run.
 
-A seed draws moments and victims; it stands in the test's name. Faults are named as in the table of jobs/README.md.
+A seed draws moments and victims; it stands in the test's name. Faults are named as in the table of
+jobs/README.md.
 """
 
 import random
@@ -42,11 +43,15 @@ def test_ten_kills_of_a_worker_beside_plain_ray_train(arena: Arena, summary: dic
     _, ledger = arena.run(arena.config("kills", min_workers=2, max_workers=2), inject)
     assert len(ledger.recoveries()) == len(killed_at) == 10
     assert max(recovery.lost_steps for recovery in ledger.recoveries()) <= 1
-    first_steps = {line["attempt"]: line["time"] for line in reversed(ledger.lines) if "event" not in line}
+    first_steps = {
+        line["attempt"]: line["time"] for line in reversed(ledger.lines) if "event" not in line
+    }
     recoveries_s = [first_steps[attempt + 1] - at for attempt, at in killed_at.items()]
     with stock_training(arena.cluster, arena.folder):
         log = arena.folder / "stock.jsonl"
-        stock = kill_workers(lambda: stock_record(log), num_kills=5, rng=rng, name="plain Ray Train", settle_s=2)
+        stock = kill_workers(
+            lambda: stock_record(log), num_kills=5, rng=rng, name="plain Ray Train", settle_s=2
+        )
     summary["median_recovery_s"] = round(statistics.median(recoveries_s), 2)
     summary["max_recovery_s"] = round(max(recoveries_s), 2)
     summary["stock_recovery_s"] = statistics.median(kill.recovery_s for kill in stock)
@@ -56,13 +61,17 @@ def test_ten_kills_of_a_worker_beside_plain_ray_train(arena: Arena, summary: dic
 
 
 def test_goodput_where_a_worker_is_lost_each_minute(arena: Arena, summary: dict) -> None:
-    """With random failures every 60 s on average, three quarters of the time are steps that count."""
+    """With random failures every 60 s on average, three quarters of the time are steps that
+    count."""
     rng = random.Random(3)  # three losses
     quiet = run_stage(arena.connection, "jobs.pretrain", arena.long_config("long-quiet"))
 
     def inject(watch: Watch) -> None:
         start = watch.wait_for_step(1)
-        while not watch.ended.wait(rng.expovariate(1 / 60)) and watch.ledger().steps[-1]["step"] < NUM_LONG_STEPS - 50:
+        while (
+            not watch.ended.wait(rng.expovariate(1 / 60))
+            and watch.ledger().steps[-1]["step"] < NUM_LONG_STEPS - 50
+        ):
             kill(rng.choice(start["workers"]))
             summary["goodput_kills"] = summary.get("goodput_kills", 0) + 1
             start = watch.wait_for_step(1, after_attempt=start["attempt"])
@@ -70,7 +79,9 @@ def test_goodput_where_a_worker_is_lost_each_minute(arena: Arena, summary: dict)
     result, ledger = arena.run(arena.long_config("long"), inject, quiet=quiet)
     steps = ledger.steps
     useful_s = sum(line["wall_s"] for line in steps)
-    summary["goodput"] = round(useful_s / (steps[-1]["time"] - steps[0]["time"] + steps[0]["wall_s"]), 3)
+    summary["goodput"] = round(
+        useful_s / (steps[-1]["time"] - steps[0]["time"] + steps[0]["wall_s"]), 3
+    )
     assert result["restarts"] == summary["goodput_kills"] > 0
     assert summary["goodput"] >= 0.75
 
@@ -120,8 +131,13 @@ def test_a_straggler_is_named_and_nothing_restarts(arena: Arena) -> None:
     def inject(watch: Watch) -> None:
         start = watch.wait_for_step(20)
         worker = start["workers"][-1]
-        until_s = time.monotonic() + limit_s(15)  # it takes two windows of ten steps, and these are slow ones
-        while time.monotonic() < until_s and not watch.ended.is_set() and not watch.ledger().events("straggler"):
+        # It takes two windows of ten steps, and these are slow ones
+        until_s = time.monotonic() + limit_s(15)
+        while (
+            time.monotonic() < until_s
+            and not watch.ended.is_set()
+            and not watch.ledger().events("straggler")
+        ):
             kill(worker, signal.SIGSTOP)
             time.sleep(0.45)
             kill(worker, signal.SIGCONT)
@@ -143,9 +159,16 @@ def test_a_node_dies_and_another_joins(arena: Arena, seed: int) -> None:
         assert len(after["workers"]) == NUM_NODES - 1
         arena.cluster.add_node()
 
-    # A run begins with as many workers as find room at once: one alone could be done before a second came.
-    _, ledger = arena.run(arena.config(f"node-{seed}", **ELASTIC | {"min_workers": NUM_NODES - 1}), inject)
-    assert 0 <= max(recovery.lost_steps for recovery in ledger.recoveries()) <= arena.most_lost_steps(ledger)
+    # A run begins with as many workers as find room at once: one alone could be done before a
+    # second came.
+    _, ledger = arena.run(
+        arena.config(f"node-{seed}", **ELASTIC | {"min_workers": NUM_NODES - 1}), inject
+    )
+    assert (
+        0
+        <= max(recovery.lost_steps for recovery in ledger.recoveries())
+        <= arena.most_lost_steps(ledger)
+    )
 
 
 def test_two_nodes_of_three_die_and_the_run_waits(arena: Arena) -> None:
@@ -164,7 +187,8 @@ def test_two_nodes_of_three_die_and_the_run_waits(arena: Arena) -> None:
 
 
 def test_a_node_that_is_cut_off_and_comes_back(arena: Arena) -> None:
-    """All processes of a node stop, as in a partition, and continue after their replacement has started."""
+    """All processes of a node stop, as in a partition, and continue after their replacement has
+    started."""
 
     def inject(watch: Watch) -> None:
         watch.wait_for_step(30)
@@ -180,7 +204,9 @@ def test_a_node_that_is_cut_off_and_comes_back(arena: Arena) -> None:
 
     _, ledger = arena.run(arena.config("cut-off", **ELASTIC), inject)
     attempts = [line["attempt"] for line in ledger.lines if "event" not in line]
-    assert attempts == sorted(attempts), "a worker of the old group wrote after the new one had begun"
+    assert attempts == sorted(attempts), (
+        "a worker of the old group wrote after the new one had begun"
+    )
 
 
 def test_a_worker_that_is_told_to_go(arena: Arena) -> None:
@@ -202,13 +228,17 @@ def test_a_node_that_will_be_taken_away(arena: Arena) -> None:
         arena.drain(name, deadline_s=15)
         watch.wait(lambda ledger: bool(ledger.events("preempted")))
         notice = watch.ledger().events("preempted")[0]["step"]
-        watch.wait(lambda ledger: any(event["step"] >= notice for event in ledger.events("checkpoint")))
+        watch.wait(
+            lambda ledger: any(event["step"] >= notice for event in ledger.events("checkpoint"))
+        )
         arena.cluster.kill_node(name)
 
     result, ledger = arena.run(arena.config("drained", **ELASTIC), inject)
     notice = ledger.events("preempted")[0]["step"]
     assert any(event["step"] == notice for event in ledger.events("checkpoint"))
-    assert all(recovery.lost_steps <= arena.most_lost_steps(ledger) for recovery in ledger.recoveries())
+    assert all(
+        recovery.lost_steps <= arena.most_lost_steps(ledger) for recovery in ledger.recoveries()
+    )
     assert len(result["world_sizes"]) > 1
 
 
@@ -218,7 +248,9 @@ def test_a_store_that_is_down_for_two_minutes(
     back_at: list[float] = []
     with running_proxy(s3_server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        config = arena.config("outage", storage_uri=f"s3://{s3_bucket}/storage", min_workers=2, max_workers=2)
+        config = arena.config(
+            "outage", storage_uri=f"s3://{s3_bucket}/storage", min_workers=2, max_workers=2
+        )
 
         def inject(watch: Watch) -> None:
             watch.wait_for_step(30)
@@ -229,7 +261,9 @@ def test_a_store_that_is_down_for_two_minutes(
 
         result, ledger = arena.run(config, inject)
     assert result["restarts"] == 0
-    summary["newest_checkpoint_after_outage_s"] = round(ledger.events("checkpoint")[-1]["time"] - back_at[0], 1)
+    summary["newest_checkpoint_after_outage_s"] = round(
+        ledger.events("checkpoint")[-1]["time"] - back_at[0], 1
+    )
     assert 0 < summary["newest_checkpoint_after_outage_s"] <= 30 * slowness()
 
 
@@ -247,4 +281,6 @@ def test_shrinking_and_growing_lose_nothing(arena: Arena) -> None:
 
     result, ledger = arena.run(arena.config("resizes", **ELASTIC), inject)
     assert len(result["world_sizes"]) >= 4
-    assert max(recovery.lost_steps for recovery in ledger.recoveries()) <= arena.most_lost_steps(ledger)
+    assert max(recovery.lost_steps for recovery in ledger.recoveries()) <= arena.most_lost_steps(
+        ledger
+    )

@@ -1,7 +1,8 @@
-"""A proxy on loopback before a real S3 server: one request at a time, and objects' answers spoiled by a script.
+"""A proxy on loopback before a real S3 server: one request at a time, and objects' answers spoiled
+by a script.
 
-One at a time, as moto looks at the condition of a write and then writes, with nothing between the two that would keep
-another writer out, where S3 does both at once.
+One at a time, as moto looks at the condition of a write and then writes, with nothing between the
+two that would keep another writer out, where S3 does both at once.
 """
 
 import http.client
@@ -44,12 +45,15 @@ Fault = Cut | Refused | Stalled
 
 @dataclass
 class FaultProxy:
-    """`script` holds what happens to the next requests for objects, None for nothing; listings go through."""
+    """`script` holds what happens to the next requests for objects, None for nothing; listings go
+    through."""
 
     url: str = ""
     script: list[Fault | None] = field(default_factory=list)
-    spoil: Callable[[str, str], Fault | None] | None = None  # what happens to any other request, by method and path
-    dropped_headers: tuple[str, ...] = ()  # of requests, in lower case: as if the server did not know them
+    # What happens to any other request, by method and path
+    spoil: Callable[[str, str], Fault | None] | None = None
+    # Of requests, in lower case: as if the server did not know them
+    dropped_headers: tuple[str, ...] = ()
     ranges: list[str | None] = field(default_factory=list)  # of the GETs of objects
     down: bool = False  # resets every connection
     bytes_per_s: float | None = None  # at which bodies of requests are taken in
@@ -78,16 +82,24 @@ def running_proxy(upstream: str) -> Iterator[FaultProxy]:
             if is_object and self.command == "GET":
                 proxy.ranges.append(self.headers.get("Range"))
             if isinstance(fault, Refused):
-                text = f"<Error><Code>{fault.code}</Code><Message>on script</Message></Error>".encode()
+                text = (
+                    f"<Error><Code>{fault.code}</Code><Message>on script</Message></Error>".encode()
+                )
                 return self.answer(fault.status, {"Content-Type": "application/xml"}, text)
             with one_at_a_time:
                 connection = http.client.HTTPConnection(host)
-                known = {k: v for k, v in self.headers.items() if k.lower() not in proxy.dropped_headers}
+                known = {
+                    k: v for k, v in self.headers.items() if k.lower() not in proxy.dropped_headers
+                }
                 connection.request(self.command, self.path, body, known)
                 answer = connection.getresponse()
                 data = answer.read()
                 connection.close()
-            headers = {k: v for k, v in answer.getheaders() if k.lower() not in ("connection", "transfer-encoding")}
+            headers = {
+                k: v
+                for k, v in answer.getheaders()
+                if k.lower() not in ("connection", "transfer-encoding")
+            }
             if isinstance(fault, Stalled):
                 time.sleep(fault.seconds)
                 fault = None
@@ -95,7 +107,9 @@ def running_proxy(upstream: str) -> Iterator[FaultProxy]:
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any  # noqa: N815 (http.server's names)
 
-        def answer(self, status: int, headers: dict[str, str], data: bytes, cut: Cut | None = None) -> None:
+        def answer(
+            self, status: int, headers: dict[str, str], data: bytes, cut: Cut | None = None
+        ) -> None:
             if cut and cut.kind == "unanswered":
                 return self.reset()
             sent = data if cut is None else data[: cut.after]

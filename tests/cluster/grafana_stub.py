@@ -1,5 +1,6 @@
-"""A stub of the parts of Grafana's HTTP API that raymill uses: it records each request, keeps what it is given, and
-fails as it is told. No Grafana: what a real one makes of the requests it does not show."""
+"""A stub of the parts of Grafana's HTTP API that raymill uses: it records each request, keeps what
+it is given, and fails as it is told. No Grafana: what a real one makes of the requests it does not
+show."""
 
 import json
 import threading
@@ -38,9 +39,14 @@ class GrafanaStub:
             case "POST", ["dashboards", "db"]:
                 assert body["overwrite"] and f"/folders/{body['folderUid']}" in self.kept
                 uid = body["dashboard"]["uid"]
-                version = self.kept.get(f"/dashboards/uid/{uid}", {"dashboard": {"version": 0}})["dashboard"]["version"]
+                version = self.kept.get(f"/dashboards/uid/{uid}", {"dashboard": {"version": 0}})[
+                    "dashboard"
+                ]["version"]
                 stored = body["dashboard"] | {"id": 7, "version": version + 1}
-                self.kept[f"/dashboards/uid/{uid}"] = {"dashboard": stored, "meta": {"folderUid": "raymill"}}
+                self.kept[f"/dashboards/uid/{uid}"] = {
+                    "dashboard": stored,
+                    "meta": {"folderUid": "raymill"},
+                }
                 return 200, {"uid": uid, "status": "success", "version": version + 1}
             case "POST", ["folders"]:
                 self.kept[f"/folders/{body['uid']}"] = body | {"id": 3}
@@ -72,7 +78,9 @@ def grafana_stub(prefix: str = "/grafana") -> Iterator[GrafanaStub]:
             elif stub.failures:
                 self.say(*stub.failures.pop(0))
             else:
-                status, answer = stub.answer(self.command, path, parse_qs(parts.query), json.loads(body or b"null"))
+                status, answer = stub.answer(
+                    self.command, path, parse_qs(parts.query), json.loads(body or b"null")
+                )
                 if self.command == "POST" and stub.lost_answers:
                     stub.lost_answers -= 1
                     self.close_connection = True

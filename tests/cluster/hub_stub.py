@@ -1,9 +1,11 @@
-"""A stub of the Hugging Face Hub on loopback: it answers the three routes that cluster/storage/hub.py asks, no more.
+"""A stub of the Hugging Face Hub on loopback: it answers the three routes that
+cluster/storage/hub.py asks, no more.
 
-`/api/datasets/ID/revision/REV` (the commit), `/api/datasets/ID/tree/REV/PATH` (files, two a page, recursively) and
-`/datasets/ID/resolve/REV/PATH` (HEAD and GET with ranges; what lies in large-file storage is redirected to `/cdn/`),
-with the headers and error codes that huggingface_hub reads; a model's are `/api/models/ID/…` and `/ID/resolve/…`. It is
-not the Hub: what it leaves out is unproven.
+`/api/datasets/ID/revision/REV` (the commit), `/api/datasets/ID/tree/REV/PATH` (files, two a page,
+recursively) and `/datasets/ID/resolve/REV/PATH` (HEAD and GET with ranges; what lies in large-file
+storage is redirected to `/cdn/`), with the headers and error codes that huggingface_hub reads; a
+model's are `/api/models/ID/…` and `/ID/resolve/…`. It is not the Hub: what it leaves out is
+unproven.
 """
 
 import hashlib
@@ -23,14 +25,17 @@ LARGE = ".parquet", ".safetensors"
 
 @dataclass
 class HubStub:
-    """One dataset, `owner/texts`, or one model of that name. `commit` adds a commit and moves a branch to it."""
+    """One dataset, `owner/texts`, or one model of that name. `commit` adds a commit and moves a
+    branch to it."""
 
     kind: str = "dataset"
     url: str = ""
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
-    asked: list[tuple[str, str, str | None, str | None]] = field(default_factory=list)  # method, path, range, token
-    faults: list[int | str] = field(default_factory=list)  # of the next GETs of files: a status, or "short"
+    # method, path, range, token
+    asked: list[tuple[str, str, str | None, str | None]] = field(default_factory=list)
+    # Of the next GETs of files: a status, or "short"
+    faults: list[int | str] = field(default_factory=list)
     gated: bool = False
 
     def commit(self, files: dict[str, bytes], *, branch: str = "main") -> str:
@@ -60,7 +65,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:  # noqa: PLR0911 (one for each kind of answer)
         parts = urlsplit(self.path)
-        self.stub.asked.append((self.command, parts.path, self.headers.get("Range"), self.headers.get("Authorization")))
+        self.stub.asked.append(
+            (self.command, parts.path, self.headers.get("Range"), self.headers.get("Authorization"))
+        )
         if self.stub.gated:
             return self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
         if found := re.fullmatch(r"/cdn/(\w+)/(.+)", parts.path):
@@ -70,7 +77,10 @@ class _Handler(BaseHTTPRequestHandler):
             r"/{0}([^/]+/[^/]+)/(resolve)/([^/]+)/(.*)",
         )
         folders = self.stub.kind, "datasets/" if self.stub.kind == "dataset" else ""
-        tried = [re.fullmatch(route.format(name), parts.path) for route, name in zip(routes, folders, strict=True)]
+        tried = [
+            re.fullmatch(route.format(name), parts.path)
+            for route, name in zip(routes, folders, strict=True)
+        ]
         found = next((match for match in tried if match), None)
         if found is None or found[1] != "owner/texts":
             return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
@@ -88,19 +98,31 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_tree(self, commit: str, folder: str, cursor: int) -> None:
         root = f"{folder}/" if folder else ""
-        files = {path: data for path, data in self.stub.commits[commit].items() if path.startswith(root)}
+        files = {
+            path: data for path, data in self.stub.commits[commit].items() if path.startswith(root)
+        }
         if not files:
             return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-        folders = sorted({path.rpartition("/")[0] for path in files if "/" in path.removeprefix(root)})
+        folders = sorted(
+            {path.rpartition("/")[0] for path in files if "/" in path.removeprefix(root)}
+        )
         items = [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders]
         for path, data in files.items():
             item = {"type": "file", "path": path, "size": len(data), "oid": _git_hash(data)}
             if path.endswith(LARGE):
-                item |= {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
+                item |= {
+                    "lfs": {
+                        "oid": hashlib.sha256(data).hexdigest(),
+                        "size": len(data),
+                        "pointerSize": 130,
+                    }
+                }
             items.append(item)
         more = cursor + PAGE < len(items)
         link = f'<{self.stub.url}{urlsplit(self.path).path}?recursive=true&cursor={cursor + PAGE}>; rel="next"'
-        return self.answer(200, json.dumps(items[cursor : cursor + PAGE]).encode(), {"Link": link} if more else {})
+        return self.answer(
+            200, json.dumps(items[cursor : cursor + PAGE]).encode(), {"Link": link} if more else {}
+        )
 
     def send_resolved(self, commit: str, path: str) -> None:
         data = self.stub.commits[commit].get(path)
@@ -127,7 +149,13 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{end}/{total}"
         return self.answer(status, data, headers, sent=len(data) // 2 if fault == "short" else None)
 
-    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, sent: int | None = None) -> None:
+    def answer(
+        self,
+        status: int,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        sent: int | None = None,
+    ) -> None:
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
             self.send_header(name, value)

@@ -1,4 +1,5 @@
-"""Takes a lease and says how it went: `held GENERATION` or `refused`; then `check` on its input, until that ends."""
+"""Takes a lease and says how it went: `held GENERATION` or `refused`; then `check` on its input,
+until that ends."""
 
 import sys
 

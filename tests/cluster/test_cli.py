@@ -1,6 +1,8 @@
-"""The `raymill` command as scripts see it: exit codes, one line on errors, one JSON object at the end of the output.
+"""The `raymill` command as scripts see it: exit codes, one line on errors, one JSON object at the
+end of the output.
 
-Only what needs no cluster; most of it in this process, since a Python that imports Ray takes seconds to start.
+Only what needs no cluster; most of it in this process, since a Python that imports Ray takes
+seconds to start.
 """
 
 import json
@@ -24,9 +26,22 @@ from tests.time_limits import limit_s
 
 COMMANDS = {
     "tokenize": ["CONFIG", "--data.source", "--storage.uri", "--json"],
-    "pretrain": ["--train.learning-rate", "--scaling.max-workers", "--cluster.address", "--chaos", "--model.n-layer"],
+    "pretrain": [
+        "--train.learning-rate",
+        "--scaling.max-workers",
+        "--cluster.address",
+        "--chaos",
+        "--model.n-layer",
+    ],
     "pipeline": ["--checkpoint.save-every-steps"],
-    "submit": ["{tokenize,pretrain,pipeline}", "--address", "--kuberay", "--dry-run", "--token-file", "--run-id"],
+    "submit": [
+        "{tokenize,pretrain,pipeline}",
+        "--address",
+        "--kuberay",
+        "--dry-run",
+        "--token-file",
+        "--run-id",
+    ],
     "list": ["--storage.uri", "--json"],
     "status": ["RUN", "--storage.uri", "--json"],
     "logs": ["RUN", "--follow", "--all"],
@@ -89,27 +104,49 @@ def manual(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().out
 
 
-def test_the_first_help_has_each_command_once_below_its_section(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_help_has_each_command_once_below_its_section(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     shown = manual(capsys).split("errors go to standard error.\n")[1].split("\noptions:")[0]
     sections = [line.partition(":")[0] for line in shown.splitlines() if line and line[0] != " "]
     assert sections[0] == "to begin with"
     assert [name.split()[0] for name in sections[1:]] == ["data", "train", "look", "serve", "jobs,"]
-    listed = [line.split()[0] for line in shown.splitlines() if line.startswith("  ") and line[2] != " "]
+    listed = [
+        line.split()[0] for line in shown.splitlines() if line.startswith("  ") and line[2] != " "
+    ]
     assert sorted(listed) == sorted({command.name.split()[0] for command in RECORDS})
-    assert listed.index("demo") < listed.index("pretrain") < listed.index("serve") < listed.index("gc")
+    assert (
+        listed.index("demo") < listed.index("pretrain") < listed.index("serve") < listed.index("gc")
+    )
 
 
-def test_a_manual_has_the_settings_in_groups_and_the_most_used_first(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_manual_has_the_settings_in_groups_and_the_most_used_first(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     shown = manual(capsys, "pretrain")
     usage, _, rest = shown.partition("\n\n")
     assert "[--SETTING VALUE ...]" in usage and "--data.source" not in usage and "--chaos" in usage
-    groups = [line.removesuffix(":") for line in rest.splitlines() if line and line[0] != " " and line[-1] == ":"]
-    wanted = ["settings that are changed first", "data", "model", "train", "scaling", "cluster", "checkpoint"]
+    groups = [
+        line.removesuffix(":")
+        for line in rest.splitlines()
+        if line and line[0] != " " and line[-1] == ":"
+    ]
+    wanted = [
+        "settings that are changed first",
+        "data",
+        "model",
+        "train",
+        "scaling",
+        "cluster",
+        "checkpoint",
+    ]
     assert groups == ["positional arguments", "options", *wanted]
     flags = [line.split()[0] for line in rest.splitlines() if line.startswith("  --")]
     assert flags[flags.index("--data.source") + 1] == "--model.preset"
     assert len(flags) == len(set(flags)) > 90
-    assert {flag.removeprefix("--").replace("-", "_") for flag in flags} >= {leaf.path for leaf in leaves(RunConfig)}
+    assert {flag.removeprefix("--").replace("-", "_") for flag in flags} >= {
+        leaf.path for leaf in leaves(RunConfig)
+    }
     at = {group: rest.index(f"\n{group}:\n") for group in wanted}
     assert at["train"] < rest.index("\n  --train.weight-decay ") < at["scaling"]
 
@@ -124,7 +161,8 @@ def test_inspect_shows_shapes(capsys: pytest.CaptureFixture[str]) -> None:
     assert last_json(capsys.readouterr().out)["parameters"] == 124_439_808
     trained = ["inspect", "--shapes", "--data.source", "x", "--data.vocab-size", "500", "--json"]
     assert main(trained) == 0
-    assert last_json(capsys.readouterr().out)["weights"][0]["shape"][0] == 500  # the tokenizer's ids, not the preset's
+    # The tokenizer's ids, not the preset's
+    assert last_json(capsys.readouterr().out)["weights"][0]["shape"][0] == 500
 
 
 def test_the_first_help_names_every_command() -> None:
@@ -141,19 +179,42 @@ def test_the_first_help_names_every_command() -> None:
         (["pretrian"], ["pretrian", "did you mean pretrain?"]),
         (["pretrain"], ["--data.source"]),
         (["pretrain", "none.yaml"], ["none.yaml", "No such file"]),
-        (["pretrain", "--data.source", "x", "--train.learnin-rate", "1"], ["did you mean --train.learning-rate?"]),
-        (["pretrain", "--data.source", "x", "--train.learning-rate", "fast"], ["train.learning_rate", "'fast'"]),
-        (["pretrain", "--data.source", "x", "--model.n-head", "5"], ["n_head=5", "n_embd=768"]),
-        (["pretrain", "--data.source", "x", "--chaos", "kill@3"], ["'kill@3'", "kill-worker", "kill-node"]),
         (
-            ["pretrain", "--data.source", "x", "--chaos", "kill-node@3", "--cluster.address", "http://127.0.0.1:1"],
+            ["pretrain", "--data.source", "x", "--train.learnin-rate", "1"],
+            ["did you mean --train.learning-rate?"],
+        ),
+        (
+            ["pretrain", "--data.source", "x", "--train.learning-rate", "fast"],
+            ["train.learning_rate", "'fast'"],
+        ),
+        (["pretrain", "--data.source", "x", "--model.n-head", "5"], ["n_head=5", "n_embd=768"]),
+        (
+            ["pretrain", "--data.source", "x", "--chaos", "kill@3"],
+            ["'kill@3'", "kill-worker", "kill-node"],
+        ),
+        (
+            [
+                "pretrain",
+                "--data.source",
+                "x",
+                "--chaos",
+                "kill-node@3",
+                "--cluster.address",
+                "http://127.0.0.1:1",
+            ],
             ["--chaos", "--cluster.address"],
         ),
         (["submit", "pretrian", "run.yaml"], ["'pretrian'", "pretrain"]),
         (["submit", "pretrain"], ["--data.source"]),
         (["pretrain", "--data.source", "nowhere"], ["data.source: nothing is at", "nowhere"]),
-        (["data", "preview", "--data.source", "nowhere"], ["data.source: nothing is at", "nowhere"]),
-        (["submit", "pretrain", "x", "--address", "http://a", "--kuberay", "dev"], ["--kuberay", "--address"]),
+        (
+            ["data", "preview", "--data.source", "nowhere"],
+            ["data.source: nothing is at", "nowhere"],
+        ),
+        (
+            ["submit", "pretrain", "x", "--address", "http://a", "--kuberay", "dev"],
+            ["--kuberay", "--address"],
+        ),
         (["logs", "../x"], ["'../x' is no run id"]),
         (["serve", "latest", "--port", "70000"], ["port", "65535", "70000"]),
         (["complete", "x", "--max-tokens", "many"], ["--max-tokens", "'many'"]),
@@ -183,11 +244,20 @@ def test_misuse_is_one_line_and_exit_code_2(
         (["evaluate"], ["nothing is published in"]),
         (["publish", "nowhere"], ["unknown checkpoint", "/nowhere: no folder"]),
         (["complete", "hi"], ["no endpoint was started from", "raymill serve latest", "--url"]),
-        (["complete", "hi", "--url", "http://127.0.0.1:9"], ["no endpoint answers at http://127.0.0.1:9"]),
-        (["complete", "hi", "--url", "http://127.0.0.1:9", "--api-key-file", "none"], ["no API key is in none"]),
+        (
+            ["complete", "hi", "--url", "http://127.0.0.1:9"],
+            ["no endpoint answers at http://127.0.0.1:9"],
+        ),
+        (
+            ["complete", "hi", "--url", "http://127.0.0.1:9", "--api-key-file", "none"],
+            ["no API key is in none"],
+        ),
         (["promote", "x"], ["no endpoint was started from", "raymill serve latest", "--url"]),
         (["rollback", "--url", "http://127.0.0.1:9"], ["admin key", "--admin-key-file"]),
-        (["rollback", "--url", "http://127.0.0.1:9", "--admin-key-file", "none"], ["no API key is in none"]),
+        (
+            ["rollback", "--url", "http://127.0.0.1:9", "--admin-key-file", "none"],
+            ["no API key is in none"],
+        ),
         (
             ["tokenize", "--data.source", "x", "--cluster.address", "http://127.0.0.1:9"],
             ["no Ray Jobs API answers at http://127.0.0.1:9"],
@@ -196,7 +266,10 @@ def test_misuse_is_one_line_and_exit_code_2(
             ["submit", "pretrain", "--data.source", "x", "--address", "http://127.0.0.1:9"],
             ["no Ray Jobs API answers at"],
         ),
-        (["submit", "pretrain", "--data.source", "x", "--address", "ray://h:1"], ["'ray' is no address of a Jobs API"]),
+        (
+            ["submit", "pretrain", "--data.source", "x", "--address", "ray://h:1"],
+            ["'ray' is no address of a Jobs API"],
+        ),
         (
             ["submit", "pretrain", "--data.source", "x", "--address", "http://me:sesame@h:1"],
             ["the address of h holds a"],
@@ -232,7 +305,10 @@ def test_a_missing_bucket_is_named(s3_server: str, capsys: pytest.CaptureFixture
 
 
 def test_a_process_ends_with_the_codes_and_without_a_traceback() -> None:
-    misused, failed = raymill("pretrain", "none.yaml", "--json"), raymill("checkpoint", "show", "nowhere", "--json")
+    misused, failed = (
+        raymill("pretrain", "none.yaml", "--json"),
+        raymill("checkpoint", "show", "nowhere", "--json"),
+    )
     assert (misused.returncode, failed.returncode) == (2, 1)
     for done in (misused, failed):
         assert done.stdout == ""
@@ -240,7 +316,9 @@ def test_a_process_ends_with_the_codes_and_without_a_traceback() -> None:
         assert done.stderr.count("\n") == 1
 
 
-def test_a_submission_of_a_source_that_is_not_there_is_misuse(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_submission_of_a_source_that_is_not_there_is_misuse(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["submit", "pretrain", "--data.source", "nowhere"]) == 2
     assert "data.source: nothing is at" in capsys.readouterr().err.splitlines()[-1]
 
@@ -261,8 +339,12 @@ def test_an_output_that_takes_nothing_is_no_traceback(
 ) -> None:
     jobs = tmp_path / ".raymill/runs/second/jobs/20260101-000000-abcd"
     jobs.mkdir(parents=True)
-    (jobs / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
-    (jobs / "ended.json").write_text('{"exit_code": 0, "stopped": false, "result": null, "time": 2.0}')
+    (jobs / "started.json").write_text(
+        '{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}'
+    )
+    (jobs / "ended.json").write_text(
+        '{"exit_code": 0, "stopped": false, "result": null, "time": 2.0}'
+    )
     reader = "sleep 0.1; " if "|" in redirected else ""  # the pipe's other end is closed by then
     command = f"({reader}exec {shlex.join(RAYMILL)} {words}) {redirected}"
     done = subprocess.run(
@@ -280,8 +362,12 @@ def test_an_output_that_takes_nothing_is_no_traceback(
 def test_an_ascii_output_shows_other_characters_as_escapes(tmp_path: Path) -> None:
     jobs = tmp_path / ".raymill/runs/zwölf/jobs/20260101-000000-abcd"
     jobs.mkdir(parents=True)
-    (jobs / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
-    (jobs / "ended.json").write_text('{"exit_code": 0, "stopped": false, "result": null, "time": 2.0}')
+    (jobs / "started.json").write_text(
+        '{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}'
+    )
+    (jobs / "ended.json").write_text(
+        '{"exit_code": 0, "stopped": false, "result": null, "time": 2.0}'
+    )
     done = raymill("list", env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[1].startswith("zw\\xf6lf  ")
@@ -295,10 +381,14 @@ def test_a_checkpoint_is_shown(tmp_path: Path) -> None:
     assert (shown["valid"], shown["problems"]) == (True, [])
     assert shown["parameter_hash"] == metadata.parameter_hash
     assert shown["checkpoint"] == str(tmp_path / "step-1")
-    assert shown["files"] == {path.name: path.stat().st_size for path in (tmp_path / "step-1").iterdir()}
+    assert shown["files"] == {
+        path.name: path.stat().st_size for path in (tmp_path / "step-1").iterdir()
+    }
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "raymill.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "raymill.json", "tokenizer.json"]
+)
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_checkpoint_is_shown_with_its_problem(
     tmp_path: Path, name: str, how: str, capsys: pytest.CaptureFixture[str]
@@ -333,14 +423,18 @@ def test_publish_then_list_then_latest(tmp_path: Path, capsys: pytest.CaptureFix
     assert str(hashes[1]) in capsys.readouterr().out
 
 
-def test_what_is_not_as_it_should_be_has_its_exit_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_as_it_should_be_has_its_exit_code(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A run compared with itself, and with one whose fifth loss is another."""
     runs = tmp_path / ".raymill/runs"
     for name, loss in (("a", 1.0), ("b", 1.25)):
         (runs / name).mkdir(parents=True)
         (runs / name / "config.yaml").write_text("model: {preset: tiny}\n")
         lines = [{"step": step, "loss": loss if step == 5 else 1.0} for step in range(1, 8)]
-        (runs / name / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (runs / name / "ledger.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
     assert main(["diff", "a", "a", "--json"]) == 0
     assert last_json(capfd.readouterr().out)["verdict"] == "equal for 7 steps"
     assert main(["diff", "a", "b", "--json"]) == 1

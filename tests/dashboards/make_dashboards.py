@@ -1,5 +1,6 @@
-"""Makes the dashboards of `dashboards.yaml` as Grafana's JSON: native panels with units, legends and colors that everyone can
-tell apart. `make dashboards` writes them and what else follows from other files into `k8s/monitoring`.
+"""Makes the dashboards of `dashboards.yaml` as Grafana's JSON: native panels with units, legends
+and colors that everyone can tell apart. `make dashboards` writes them and what else follows from
+other files into `k8s/monitoring`.
 """
 
 import json
@@ -25,8 +26,19 @@ BLUE, ORANGE, _, SKY, VERMILION, PINK, YELLOW = FEW
 MUTED = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77"]
 MUTED += ["#CC6677", "#882255", "#AA4499", "#7F7F7F", "#DDDDDD"]
 
-_EVENT_COLORS = {"kill": VERMILION, "rollback": PINK, "resize": ORANGE, "restart": YELLOW, "preemption": SKY}
-_DATA_SOURCE = {"name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus"}
+_EVENT_COLORS = {
+    "kill": VERMILION,
+    "rollback": PINK,
+    "resize": ORANGE,
+    "restart": YELLOW,
+    "preemption": SKY,
+}
+_DATA_SOURCE = {
+    "name": "datasource",
+    "label": "Prometheus",
+    "type": "datasource",
+    "query": "prometheus",
+}
 _PROMETHEUS = {"type": "prometheus", "uid": "${datasource}"}
 _WIDTH = 24
 _SIZE = {True: (4, 4), False: (8, 8)}  # width and height of a stat panel, and of others
@@ -39,7 +51,10 @@ def made() -> dict[str, str]:
         "kind": "PrometheusRule",
         "metadata": {
             "name": "raymill",
-            "labels": {"app.kubernetes.io/part-of": "raymill", "app.kubernetes.io/component": "monitoring"},
+            "labels": {
+                "app.kubernetes.io/part-of": "raymill",
+                "app.kubernetes.io/component": "monitoring",
+            },
         },
         "spec": yaml.safe_load((FOLDER / "prometheus/rules.yaml").read_text(encoding="utf-8")),
     }
@@ -52,17 +67,28 @@ def made() -> dict[str, str]:
 def _text(dashboard: Json) -> str:
     """Returns the dashboard with one panel per line, so that changes are readable."""
     lines = ",\n".join(json.dumps(panel) for panel in dashboard["panels"])
-    return json.dumps(dashboard | {"panels": []}, indent=1).replace('"panels": []', f'"panels": [\n{lines}\n]') + "\n"
+    return (
+        json.dumps(dashboard | {"panels": []}, indent=1).replace(
+            '"panels": []', f'"panels": [\n{lines}\n]'
+        )
+        + "\n"
+    )
 
 
 def documents() -> dict[str, Json]:
     """Returns each dashboard's JSON by its uid."""
-    declared = yaml.safe_load(Path(__file__).with_name("dashboards.yaml").read_text(encoding="utf-8"))
+    declared = yaml.safe_load(
+        Path(__file__).with_name("dashboards.yaml").read_text(encoding="utf-8")
+    )
     return {dashboard["uid"]: _document(**dashboard) for dashboard in declared}
 
 
 def _document(
-    uid: str, title: str, rows: Json, variables: Sequence[Json] = (), annotations: Sequence[str] = ()
+    uid: str,
+    title: str,
+    rows: Json,
+    variables: Sequence[Json] = (),
+    annotations: Sequence[str] = (),
 ) -> Json:
     is_of_run = any(variable["name"] == "run" for variable in variables)
     return {
@@ -84,13 +110,20 @@ def _document(
 
 def _variable(name: str, metric: str, is_multi: bool = False) -> Json:
     """Returns a choice above the panels among the values of a label."""
-    several: Json = {"multi": True, "includeAll": True, "current": {"text": "All", "value": "$__all"}}
+    several: Json = {
+        "multi": True,
+        "includeAll": True,
+        "current": {"text": "All", "value": "$__all"},
+    }
     return {
         "name": name,
         "label": name.capitalize(),
         "type": "query",
         "datasource": _PROMETHEUS,
-        "query": {"query": f"label_values({series_of(metrics()[metric])[0]}, {name})", "refId": name},
+        "query": {
+            "query": f"label_values({series_of(metrics()[metric])[0]}, {name})",
+            "refId": name,
+        },
         "refresh": 2,
         "sort": 2,
         **(several if is_multi else {}),
@@ -117,13 +150,24 @@ def _panels(rows: dict[str, list[Json]]) -> Iterator[Json]:
     numbers, y = count(1), 0
     for title, declared in rows.items():
         place = {"x": 0, "y": y, "w": _WIDTH, "h": 1}
-        yield {"id": next(numbers), "type": "row", "title": title, "collapsed": False, "panels": [], "gridPos": place}
+        yield {
+            "id": next(numbers),
+            "type": "row",
+            "title": title,
+            "collapsed": False,
+            "panels": [],
+            "gridPos": place,
+        }
         y, x, tallest = y + 1, 0, 0
         for panel in map(panels.read, declared):
             width, height = _SIZE[panel.is_stat]
             if x + width > _WIDTH:
                 x, y, tallest = 0, y + tallest, 0
-            yield {"id": next(numbers), "gridPos": {"x": x, "y": y, "w": width, "h": height}, **_panel(panel)}
+            yield {
+                "id": next(numbers),
+                "gridPos": {"x": x, "y": y, "w": width, "h": height},
+                **_panel(panel),
+            }
             x, tallest = x + width, max(tallest, height)
         y += tallest
 
@@ -189,11 +233,16 @@ def _defaults(panel: Panel) -> Json:
 def _colors(panel: Panel) -> Iterator[Json]:
     """Gives each known series a color, or else each of several queries."""
     queries = [chr(ord("A") + number) for number in range(len(panel.queries))]
-    matcher, options = ("byName", panel.names) if panel.names else ("byFrameRefID", queries if queries[1:] else ())
+    matcher, options = (
+        ("byName", panel.names) if panel.names else ("byFrameRefID", queries if queries[1:] else ())
+    )
     palette = FEW if len(options) <= len(FEW) else MUTED
     for option, color in zip(options, cycle(palette), strict=False):
         value = {"mode": "fixed", "fixedColor": color}
-        yield {"matcher": {"id": matcher, "options": option}, "properties": [{"id": "color", "value": value}]}
+        yield {
+            "matcher": {"id": matcher, "options": option},
+            "properties": [{"id": "color", "value": value}],
+        }
 
 
 if __name__ == "__main__":

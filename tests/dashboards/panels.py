@@ -1,4 +1,5 @@
-"""The panels of `dashboards.yaml`, whose units, explanations and queries come from the metric table."""
+"""The panels of `dashboards.yaml`, whose units, explanations and queries come from the metric
+table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ class Panel:
 
 
 def read(fields: dict[str, Any]) -> Panel:
-    """Returns a panel of the metrics or the quantiles that its fields name, of one query for the versions of each role,
-    or else of queries of its own."""
+    """Returns a panel of the metrics or the quantiles that its fields name, of one query for the
+    versions of each role, or else of queries of its own."""
     match fields:
         case {"of_versions": str(expr), **rest}:
             return Panel(queries=_of_roles(expr), **rest)
@@ -40,15 +41,20 @@ def read(fields: dict[str, Any]) -> Panel:
     return Panel(**fields)
 
 
-def _lines(shown: Sequence[Metric], title: str, by: str = "", op: str = "max", **options: Any) -> Panel:
-    """Returns lines for metrics, or for the values of the label `by`; of counters, their growth per second."""
+def _lines(
+    shown: Sequence[Metric], title: str, by: str = "", op: str = "max", **options: Any
+) -> Panel:
+    """Returns lines for metrics, or for the values of the label `by`; of counters, their growth per
+    second."""
     grouping = f" by ({by})" if by else ""
     legend = " ".join(f"{{{{{label}}}}}" for label in by.split(", ")) if by else title
     queries: dict[str, str] = {}
     for metric in shown:
         value = _series(metric)
         is_counter = metric.kind is Kind.COUNTER
-        expr = f"sum{grouping} (rate({value}[{RATE}]))" if is_counter else f"{op}{grouping} ({value})"
+        expr = (
+            f"sum{grouping} (rate({value}[{RATE}]))" if is_counter else f"{op}{grouping} ({value})"
+        )
         if by == "version":
             queries |= _of_roles(expr)
         else:
@@ -56,7 +62,14 @@ def _lines(shown: Sequence[Metric], title: str, by: str = "", op: str = "max", *
     first = shown[0]
     unit = PER_S[first.unit] if first.kind is Kind.COUNTER else first.unit
     about = ". ".join(metric.help for metric in shown) + "."
-    return Panel(title, unit, about, queries, names=first.values if by in first.labels[-1:] else (), **options)
+    return Panel(
+        title,
+        unit,
+        about,
+        queries,
+        names=first.values if by in first.labels[-1:] else (),
+        **options,
+    )
 
 
 def _quantiles(histogram: Metric, title: str, of_versions: int | None = None) -> Panel:
@@ -71,14 +84,18 @@ def _quantiles(histogram: Metric, title: str, of_versions: int | None = None) ->
 
 
 def _of_roles(expr: str) -> dict[str, str]:
-    """Returns a query for the versions of each role, by `expr`, which has the label `version`. A version has its role
-    during a promotion; in a later one it may have another."""
+    """Returns a query for the versions of each role, by `expr`, which has the label `version`. A
+    version has its role during a promotion; in a later one it may have another."""
     series = _series(metrics()["raymill:version_role"])
-    return {f"{role} {{{{version}}}}": f'{expr} and on (version) {series[:-1]},role="{role}"}} == 1' for role in ROLES}
+    return {
+        f"{role} {{{{version}}}}": f'{expr} and on (version) {series[:-1]},role="{role}"}} == 1'
+        for role in ROLES
+    }
 
 
 def _series(metric: Metric, suffix: str = "") -> str:
-    """Returns the series of a metric that the dashboard's variables choose. `suffix` is one of a histogram's."""
+    """Returns the series of a metric that the dashboard's variables choose. `suffix` is one of a
+    histogram's."""
     (full,) = [found for found in series_of(metric) if found.endswith(suffix)]
     if metric.exporter is Exporter.LAUNCHER:
         return full + '{run="$run"}'

@@ -1,4 +1,5 @@
-"""`pip install raymill` gives a working program: a wheel and its core dependencies, in a new environment, used elsewhere.
+"""`pip install raymill` gives a working program: a wheel and its core dependencies, in a new
+environment, used elsewhere.
 
 Not the checkout, nor any package of an extra, can be seen from there.
 """
@@ -42,7 +43,11 @@ class Installation:
 
     @property
     def variables(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("PYTHONPATH", "VIRTUAL_ENV")
+        }
         return kept | {"PATH": f"{self.environment / 'bin'}:/usr/bin:/bin"}
 
     def command(self, *words: str) -> list[str]:
@@ -66,8 +71,17 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installation:
     wheel, _ = build_wheel(folder)
     environment, elsewhere = folder / "environment", folder / "elsewhere"
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    command = [environment / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*command, "--constraint", REPOSITORY / ".ci" / "constraints.txt", wheel], check=True)
+    command = [
+        environment / "bin" / "python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
+    subprocess.run(
+        [*command, "--constraint", REPOSITORY / ".ci" / "constraints.txt", wheel], check=True
+    )
     (elsewhere / "texts").mkdir(parents=True)
     for number in range(40):
         words = " ".join(f"w{number * k % 97}" for k in range(120))
@@ -85,9 +99,7 @@ def trained(installed: Installation) -> str:
 
 
 def test_nothing_of_an_extra_is_there(installed: Installation) -> None:
-    probe = (
-        "import importlib.util as u; print([n for n in ('openai', 'kubernetes', 'mlflow', 'pytest') if u.find_spec(n)])"
-    )
+    probe = "import importlib.util as u; print([n for n in ('openai', 'kubernetes', 'mlflow', 'pytest') if u.find_spec(n)])"
     done = subprocess.run(
         [installed.environment / "bin" / "python", "-c", f"{probe}; import cluster; print(cluster.__file__)"],
         cwd=installed.folder, env=installed.variables, capture_output=True, text=True, check=True,
@@ -100,7 +112,9 @@ def test_nothing_of_an_extra_is_there(installed: Installation) -> None:
 def test_only_modules_of_an_extra_cannot_be_imported(installed: Installation) -> None:
     (packages,) = installed.environment.glob("lib/python*/site-packages")
     files = [path for folder in CODE_FOLDERS for path in sorted((packages / folder).rglob("*.py"))]
-    places = [path.relative_to(packages).with_suffix("") for path in files if path.stem != "__init__"]
+    places = [
+        path.relative_to(packages).with_suffix("") for path in files if path.stem != "__init__"
+    ]
     modules = [".".join(place.parts) for place in places]
     assert len(modules) > 200
     probe = (
@@ -141,7 +155,9 @@ def test_a_run_is_planned(installed: Installation) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
-def test_a_command_of_an_extra_names_it(words: list[str], extra: str, installed: Installation, trained: str) -> None:
+def test_a_command_of_an_extra_names_it(
+    words: list[str], extra: str, installed: Installation, trained: str
+) -> None:
     done = installed.raymill(*(trained if word == "RUN" else word for word in words))
     assert done.returncode == 1
     *said, error = done.stderr.splitlines()
@@ -160,15 +176,24 @@ def test_the_manifests_are_there(installed: Installation) -> None:
 
 
 def test_a_run_is_reported_and_exported(installed: Installation, trained: str) -> None:
-    for words in (["report", trained], ["verify", trained], ["export", "latest", "out"], ["evaluate", "latest"]):
+    for words in (
+        ["report", trained],
+        ["verify", trained],
+        ["export", "latest", "out"],
+        ["evaluate", "latest"],
+    ):
         done = installed.raymill(*words, "--json")
         assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
 def url(installed: Installation, trained: str) -> Iterator[str]:
-    command = installed.command("serve", "latest", "--port", str(free_port()), "--api-key-file", "key", "--json")
-    server = subprocess.Popen(command, cwd=installed.folder, env=installed.variables, stdout=subprocess.PIPE, text=True)
+    command = installed.command(
+        "serve", "latest", "--port", str(free_port()), "--api-key-file", "key", "--json"
+    )
+    server = subprocess.Popen(
+        command, cwd=installed.folder, env=installed.variables, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert server.stdout is not None
         yield json.loads(server.stdout.readline())["url"]

@@ -1,4 +1,5 @@
-"""A run followed by an endpoint that `raymill serve` started: its commands as processes, checkpoints as they appear."""
+"""A run followed by an endpoint that `raymill serve` started: its commands as processes,
+checkpoints as they appear."""
 
 import json
 import shutil
@@ -32,19 +33,35 @@ def test_an_endpoint_follows_a_run(tmp_path: Path) -> None:
 
     first = checkpoint(1)
     (tmp_path / "admin").write_text("sk-admin")
-    command = [*RAYMILL, "serve", str(first), "--port", str(free_port()), "--admin-key-file", "admin"]
+    command = [
+        *RAYMILL,
+        "serve",
+        str(first),
+        "--port",
+        str(free_port()),
+        "--admin-key-file",
+        "admin",
+    ]
     command += ["--delivery.watch-s", "1", "--replicas.max-replicas", "1", "--json"]
     log = tmp_path / "promote.log"
-    server = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+    )
     followers = []
     try:
         assert server.stdout is not None
         url = json.loads(server.stdout.readline())["url"]
         follow = [*RAYMILL, "promote", "--follow", "r", "--url", url, "--admin-key-file", "admin"]
-        followers.append(subprocess.Popen(follow, cwd=tmp_path, env=environment(), stderr=log.open("w")))
+        followers.append(
+            subprocess.Popen(follow, cwd=tmp_path, env=environment(), stderr=log.open("w"))
+        )
 
         def live_step() -> int:
-            return int(httpx.get(f"{url}/v1/models", timeout=limit_s(30)).json()["data"][0]["lineage"]["step"])
+            return int(
+                httpx.get(f"{url}/v1/models", timeout=limit_s(30)).json()["data"][0]["lineage"][
+                    "step"
+                ]
+            )
 
         assert live_step() == 1
         checkpoint(2)

@@ -1,4 +1,5 @@
-"""A run and its endpoint listen on loopback or ask for a token or key, and leave no secret anywhere.
+"""A run and its endpoint listen on loopback or ask for a token or key, and leave no secret
+anywhere.
 
 One local cluster with real secrets of the test's own making trains a run into S3 and serves it.
 """
@@ -52,7 +53,8 @@ class House:
                 self.command_lines.add(" ".join(process.cmdline()))
                 for connection in process.net_connections("inet"):
                     if connection.status == psutil.CONN_LISTEN:
-                        address = connection.laddr.ip.removeprefix("::ffff:")  # IPv4 on a socket for both
+                        # IPv4 on a socket for both
+                        address = connection.laddr.ip.removeprefix("::ffff:")
                         self.listening.add((process.name(), address, connection.laddr.port))
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
@@ -70,7 +72,12 @@ def house(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             "run_id": "seen",
             "model": {"preset": "tiny"},
             "data": {"source": str(texts), "vocab_size": 300, "val_fraction": 0.2},
-            "train": {"max_tokens": 40 * 256, "global_batch_size": 8, "micro_batch_size": 4, "seq_len": 32},
+            "train": {
+                "max_tokens": 40 * 256,
+                "global_batch_size": 8,
+                "micro_batch_size": 4,
+                "seq_len": 32,
+            },
             "storage": {"uri": "s3://doors/store"},
         },
         RunConfig,
@@ -118,9 +125,12 @@ def test_what_listens_is_on_loopback_or_asks_for_the_token(house: House) -> None
     assert {"gcs_server", "raylet"} <= names
     ports = {port for _, _, port in house.listening}
     assert house.endpoint is not None
-    assert {int(url.rpartition(":")[2]) for url in (house.cluster.jobs_url, house.endpoint.url)} <= ports
+    assert {
+        int(url.rpartition(":")[2]) for url in (house.cluster.jobs_url, house.endpoint.url)
+    } <= ports
     outside = {found for found in house.listening if not ipaddress.ip_address(found[1]).is_loopback}
-    # Ray Serve's replicas listen on all interfaces for calls between deployments, and nothing can be set (Ray 2.60).
+    # Ray Serve's replicas listen on all interfaces for calls between deployments, and nothing can
+    # be set (Ray 2.60).
     assert {name.partition(":raymill")[0] for name, _, _ in outside} <= {"ray::ServeReplica"}
     for port in {port for _, _, port in outside}:
         for metadata in ((), (("authorization", "Bearer wrong"),)):
@@ -203,7 +213,11 @@ def test_no_secret_is_in_what_ray_shows_of_jobs(house: House) -> None:
 
 def test_no_secret_is_in_logs(house: House) -> None:
     folder = Path(house.cluster.environment["RAY_AUTH_TOKEN_PATH"]).parent
-    logs = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and "logs" in str(path)]
+    logs = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink() and "logs" in str(path)
+    ]
     logs += list(folder.glob("*.log"))
     assert len(logs) > 10
     for path in logs:
@@ -220,7 +234,10 @@ def test_no_secret_is_in_the_storage(house: House) -> None:
 
 
 def test_no_secret_is_in_rendered_manifests(
-    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    house: House,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from tests.k8s.api_stand_in import ApiStandIn
 
@@ -230,7 +247,9 @@ def test_no_secret_is_in_rendered_manifests(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     with ApiStandIn(tmp_path).serving() as api:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig()))
-        code = main(["submit", "pretrain", str(tmp_path / "run.yaml"), "--kuberay", "dev", "--dry-run"])
+        code = main(
+            ["submit", "pretrain", str(tmp_path / "run.yaml"), "--kuberay", "dev", "--dry-run"]
+        )
     rendered, said = capsys.readouterr()
     assert code == 0, said
     assert "RayJob" in rendered and "s3://doors/store" in rendered

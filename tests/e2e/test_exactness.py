@@ -1,7 +1,9 @@
-"""The flagship: one config, any number of workers, any schedule of kills and resizes, the same bits.
+"""The flagship: one config, any number of workers, any schedule of kills and resizes, the same
+bits.
 
-Everything is real: raylets, Ray Train, gloo, SIGKILL. One run is disturbed on a local cluster, and worlds of each size then
-take all of its steps again, as `raymill replay` does, without a cluster: a short run's time is the start of its processes.
+Everything is real: raylets, Ray Train, gloo, SIGKILL. One run is disturbed on a local cluster, and
+worlds of each size then take all of its steps again, as `raymill replay` does, without a cluster: a
+short run's time is the start of its processes.
 """
 
 from collections.abc import Iterator
@@ -38,13 +40,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["cpu", *(pytest.param(w, marks=pytest.mark.slow) for w in ("plain", "llama"))])
+@pytest.fixture(
+    scope="module",
+    params=["cpu", *(pytest.param(w, marks=pytest.mark.slow) for w in ("plain", "llama"))],
+)
 def way(request: pytest.FixtureRequest) -> str:
     """Two ways to compute GPT-2's shape, and Llama's in bf16."""
     return request.param
 
 
-def run_config(folder: Path, run_id: str, way: str, *, exact: bool = True, **scaling: Any) -> RunConfig:
+def run_config(
+    folder: Path, run_id: str, way: str, *, exact: bool = True, **scaling: Any
+) -> RunConfig:
     is_llama = way == "llama"
     how = {"compute": "cpu", "precision": "bf16"} if is_llama else {"compute": way}
     return tiny_run(
@@ -62,11 +69,15 @@ def run_config(folder: Path, run_id: str, way: str, *, exact: bool = True, **sca
 
 @pytest.fixture(scope="module")
 def disturbed(connection: Connection, folder: Path, way: str) -> tuple[RunConfig, dict[str, Any]]:
-    """A run and its result: a worker and then a node, which is a group, are killed, and a node joins: it shrinks and grows.
+    """A run and its result: a worker and then a node, which is a group, are killed, and a node
+    joins: it shrinks and grows.
 
-    Its weights, gradients and moments are divided among the workers of a group, where that has two."""
+    Its weights, gradients and moments are divided among the workers of a group, where that has
+    two."""
     sharding = {"shard": "parameters", "shard_group": 2}
-    config = run_config(folder, "disturbed", way, min_workers=1, max_workers=4, resize_check_s=2, **sharding)
+    config = run_config(
+        folder, "disturbed", way, min_workers=1, max_workers=4, resize_check_s=2, **sharding
+    )
     faults = parse_faults(["kill-worker@10", "kill-node@25", "add-node@35"])
     with chaos(faults, cluster=connection.local, config=config):
         return config, run_stage(connection, "jobs.pretrain", config)
@@ -80,7 +91,9 @@ def test_kills_and_resizes_lose_no_step(disturbed: tuple[RunConfig, dict[str, An
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_any_number_of_workers_gives_the_same_bits(disturbed: tuple[RunConfig, dict[str, Any]], size: int) -> None:
+def test_any_number_of_workers_gives_the_same_bits(
+    disturbed: tuple[RunConfig, dict[str, Any]], size: int
+) -> None:
     found = replay(run_storage(disturbed[0]), steps=range(1, NUM_STEPS + 1), num_workers=size)
     assert found["equal"], found["verdict"]
     assert found["from_checkpoint"] is None
@@ -90,12 +103,19 @@ def test_any_number_of_workers_gives_the_same_bits(disturbed: tuple[RunConfig, d
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_any_number_of_workers_of_ray_train_gives_the_same_bits(
-    connection: Connection, folder: Path, way: str, disturbed: tuple[RunConfig, dict[str, Any]], size: int
+    connection: Connection,
+    folder: Path,
+    way: str,
+    disturbed: tuple[RunConfig, dict[str, Any]],
+    size: int,
 ) -> None:
     config = run_config(folder, f"world-{size}", way, min_workers=size, max_workers=size)
     result = run_stage(connection, "jobs.pretrain", config)
     assert result["world_sizes"] == [size]
-    assert (result["parameter_hash"], losses(config)) == (disturbed[1]["parameter_hash"], losses(disturbed[0]))
+    assert (result["parameter_hash"], losses(config)) == (
+        disturbed[1]["parameter_hash"],
+        losses(disturbed[0]),
+    )
     assert result["val_loss"] == disturbed[1]["val_loss"]
 
 
@@ -103,7 +123,8 @@ def test_any_number_of_workers_of_ray_train_gives_the_same_bits(
 def test_stock_ddp_trains_too_but_with_other_bits(
     connection: Connection, folder: Path, way: str, disturbed: tuple[RunConfig, dict[str, Any]]
 ) -> None:
-    """`exact: false` reaches the same loss up to rounding; that its bits differ shows that the tests above can fail."""
+    """`exact: false` reaches the same loss up to rounding; that its bits differ shows that the
+    tests above can fail."""
     config = run_config(folder, "ddp", way, exact=False, min_workers=3, max_workers=3)
     result = run_stage(connection, "jobs.pretrain", config)
     assert result["parameter_hash"] != disturbed[1]["parameter_hash"]

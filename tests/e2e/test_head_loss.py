@@ -1,6 +1,8 @@
-"""The head of the local cluster is lost, in the middle of a run and under an endpoint, and is restarted.
+"""The head of the local cluster is lost, in the middle of a run and under an endpoint, and is
+restarted.
 
-On Kubernetes, where the endpoint has proxies besides the head's, no request fails: tests/serving/delivery/test_head_loss.py.
+On Kubernetes, where the endpoint has proxies besides the head's, no request fails:
+tests/serving/delivery/test_head_loss.py.
 """
 
 import time
@@ -62,7 +64,10 @@ def undisturbed(connection: Connection, folder: Path) -> dict[str, Any]:
 
 
 def test_a_run_goes_on_under_a_new_head(
-    connection: Connection, folder: Path, undisturbed: dict[str, Any], capfd: pytest.CaptureFixture[str]
+    connection: Connection,
+    folder: Path,
+    undisturbed: dict[str, Any],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     assert connection.local is not None
     nodes = connection.local.node_names

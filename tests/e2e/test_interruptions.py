@@ -1,4 +1,5 @@
-"""Hangs, stragglers and SIGTERM do not end a run, and a failure that repeats ends it with its reason.
+"""Hangs, stragglers and SIGTERM do not end a run, and a failure that repeats ends it with its
+reason.
 
 Everything is real: raylets, Ray Train, signals. One local cluster serves the whole module.
 """
@@ -61,11 +62,15 @@ class Running:
 
     def __init__(self, connection: Connection, config: RunConfig) -> None:
         self._config, self._threads = config, ThreadPoolExecutor(max_workers=1)
-        self.result: Future[dict[str, Any]] = self._threads.submit(run_stage, connection, "jobs.pretrain", config)
+        self.result: Future[dict[str, Any]] = self._threads.submit(
+            run_stage, connection, "jobs.pretrain", config
+        )
 
     def until(self, condition: Callable[[Ledger], object], timeout_s: float = 90) -> Ledger:
         def comes_true() -> object:
-            assert not self.result.done() or condition(ledger_of(self._config)), self.result.result()
+            assert not self.result.done() or condition(ledger_of(self._config)), (
+                self.result.result()
+            )
             return condition(ledger_of(self._config))
 
         wait_until(comes_true, timeout_s=timeout_s, why=lambda: ledger_of(self._config).events())
@@ -138,9 +143,13 @@ def test_sigterm_to_the_launcher_leaves_its_last_step(
     command = [sys.executable, "-m", "cluster.cli", "pretrain", str(folder / "run.yaml")]
     assert connection.local is not None
     environment = os.environ | connection.local.environment
-    launcher = subprocess.Popen([*command, "--cluster.address", connection.api.url], env=environment)
+    launcher = subprocess.Popen(
+        [*command, "--cluster.address", connection.api.url], env=environment
+    )
     try:
-        wait_until(lambda: launcher.poll() is not None or at_step(30)(ledger_of(config)), timeout_s=90)
+        wait_until(
+            lambda: launcher.poll() is not None or at_step(30)(ledger_of(config)), timeout_s=90
+        )
         assert launcher.poll() is None
         launcher.terminate()
         sent_at = time.monotonic()
@@ -151,7 +160,9 @@ def test_sigterm_to_the_launcher_leaves_its_last_step(
     last = ledger.steps[-1]["step"]
     print(f"SIGTERM to the launcher's end: {time.monotonic() - sent_at:.1f} s, after step {last}")
     assert last < NUM_STEPS
-    assert [(line["step"], line["notice"]) for line in ledger.events("preempted")] == [(last, "stop")]
+    assert [(line["step"], line["notice"]) for line in ledger.events("preempted")] == [
+        (last, "stop")
+    ]
     assert ledger.events("checkpoint")[-1]["step"] == last
     result = run_stage(connection, "jobs.pretrain", config)
     assert (result["parameter_hash"], losses(config)) == alone
@@ -160,7 +171,8 @@ def test_sigterm_to_the_launcher_leaves_its_last_step(
 def test_a_failure_that_comes_again_ends_the_run_with_its_reason(
     connection: Connection, folder: Path, alone: tuple[str, list[float]]
 ) -> None:
-    """A shard holds ids that no model has: the second attempt fails as the first one did, and there is no third."""
+    """A shard holds ids that no model has: the second attempt fails as the first one did, and there
+    is no third."""
     config = run_config(folder, "damaged")
     (shard,) = folder.glob("storage/tokens/*/shard-00000.bin")
     tokens = shard.read_bytes()

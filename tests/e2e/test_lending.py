@@ -41,7 +41,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def parameter_hash_alone(connection: Connection, folder: Path) -> str:
     """Returns the hash of the same run on one worker, undisturbed."""
-    config = tiny_run(folder, "alone", num_steps=NUM_STEPS, save_every_steps=SAVE_EVERY, min_workers=1, max_workers=1)
+    config = tiny_run(
+        folder,
+        "alone",
+        num_steps=NUM_STEPS,
+        save_every_steps=SAVE_EVERY,
+        min_workers=1,
+        max_workers=1,
+    )
     return str(run_stage(connection, "jobs.pretrain", config)["parameter_hash"])
 
 
@@ -86,7 +93,9 @@ class ElasticRun:
         assert len(lost) == 2 and max(lost) <= MAX_LOST_STEPS
 
 
-def test_a_worker_is_lent_and_given_back_and_the_result_is_the_same(connection: Connection, folder: Path) -> None:
+def test_a_worker_is_lent_and_given_back_and_the_result_is_the_same(
+    connection: Connection, folder: Path
+) -> None:
     storage = ["--storage.uri", str(folder / "storage")]
     expected = parameter_hash_alone(connection, folder)
     run = ElasticRun(connection, folder, "lender")

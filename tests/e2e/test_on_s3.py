@@ -1,4 +1,5 @@
-"""The whole demo on S3, through a proxy that refuses, resets, stalls and cuts off, ends with a quiet run's bits.
+"""The whole demo on S3, through a proxy that refuses, resets, stalls and cuts off, ends with a
+quiet run's bits.
 
 Both runs have clusters of their own; the disturbed one loses a node and gets another one besides.
 """
@@ -72,7 +73,12 @@ def config(corpus: str, storage_uri: str) -> RunConfig:
     values: dict[str, Any] = read_config(CONFIG, RunConfig).model_dump(mode="json")
     values["run_id"] = "demo"
     values["data"] |= {"source": f"{corpus}/*.txt", "vocab_size": 400, "shard_bytes": 100_000}
-    values["train"] |= {"seq_len": 64, "global_batch_size": 8, "micro_batch_size": 2, "eval_every_steps": 50}
+    values["train"] |= {
+        "seq_len": 64,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "eval_every_steps": 50,
+    }
     values["train"] |= {"max_tokens": NUM_STEPS * 8 * 64, "eval_max_tokens": 8192}
     values["checkpoint"] |= {"save_every_steps": 25}
     return validate_config(values | {"storage": {"uri": storage_uri}}, RunConfig)
@@ -80,10 +86,14 @@ def config(corpus: str, storage_uri: str) -> RunConfig:
 
 def whole_way(run: RunConfig, *, disturbed: bool) -> dict[str, Any]:
     """Returns everything that must not differ."""
-    with river(run, faults=demo_faults(run) if disturbed else (), serving=demo_serving(run)) as found:
+    with river(
+        run, faults=demo_faults(run) if disturbed else (), serving=demo_serving(run)
+    ) as found:
         texts = [ask(found.endpoint, prompt)["text"] for prompt in PROMPTS]
         tokens = {
-            name: value for name, value in found.tokens.items() if "hash" in name or name in ("tokens", "documents")
+            name: value
+            for name, value in found.tokens.items()
+            if "hash" in name or name in ("tokens", "documents")
         }
         ledger = Ledger.read(open_storage(found.run["run_dir"]))
         return {

@@ -1,7 +1,9 @@
-"""Follows README.md and cluster/guide.md: every block of commands is typed as it is, on a small corpus and a small model.
+"""Follows README.md and cluster/guide.md: every block of commands is typed as it is, on a small
+corpus and a small model.
 
-Names that stand for the reader's own (a run's id, hosts, a bucket), ports and sizes are replaced. `make demo` and
-`make test` are left out; the commands of k8s/README.md are tested in ../k8s/test_cluster_command.py.
+Names that stand for the reader's own (a run's id, hosts, a bucket), ports and sizes are replaced.
+`make demo` and `make test` are left out; the commands of k8s/README.md are tested in
+../k8s/test_cluster_command.py.
 """
 
 import gzip
@@ -88,7 +90,9 @@ class Reader:
     def _raymill(self, arguments: list[str]) -> None:
         if arguments[0] == "pretrain" and "run.yaml" not in arguments:
             flags = {f"--{name.replace('_', '-')}": str(value) for name, value in SETTINGS.items()}
-            arguments = arguments + [word for flag in flags.items() if flag[0] not in arguments for word in flag]
+            arguments = arguments + [
+                word for flag in flags.items() if flag[0] not in arguments for word in flag
+            ]
         done = subprocess.run(
             [sys.executable, "-m", "cluster.cli", *arguments, "--json"],
             cwd=self._folder,
@@ -98,7 +102,9 @@ class Reader:
             check=False,
             timeout=limit_s(600),
         )
-        assert done.returncode == EXIT_CODES.get(arguments[0], 0), f"{arguments}: {done.stdout}{done.stderr}"
+        assert done.returncode == EXIT_CODES.get(arguments[0], 0), (
+            f"{arguments}: {done.stdout}{done.stderr}"
+        )
         result = json.loads(done.stdout.splitlines()[-1])
         if arguments[0] == "pretrain":
             self._stands_for.setdefault("RUN_ID", result["run_id"])
@@ -147,7 +153,10 @@ def reader(tmp_path_factory: pytest.TempPathFactory, s3_server: str) -> Iterator
             file.write(json.dumps({"text": f"Document {number}. {words}"}) + "\n")
     with (folder / "says.jsonl").open("w", encoding="utf-8") as file:
         for number in range(200):
-            turns = [{"role": "user", "content": f"Say {number}"}, {"role": "assistant", "content": str(number)}]
+            turns = [
+                {"role": "user", "content": f"Say {number}"},
+                {"role": "assistant", "content": str(number)},
+            ]
             file.write(json.dumps({"messages": turns}) + "\n")
     settings: dict[str, Any] = {"data": {"source": str(folder / "texts" / "*.jsonl.gz")}}
     for name, value in SETTINGS.items():

@@ -1,6 +1,8 @@
-"""Workers and nodes are killed, and nodes join: at most one step is repeated, and the bits stay the same.
+"""Workers and nodes are killed, and nodes join: at most one step is repeated, and the bits stay the
+same.
 
-Each node holds one worker, and steps are long enough for a snapshot each. One local cluster serves the module.
+Each node holds one worker, and steps are long enough for a snapshot each. One local cluster serves
+the module.
 """
 
 from collections.abc import Iterator
@@ -50,7 +52,9 @@ def run_config(folder: Path, run_id: str, **scaling: Any) -> RunConfig:
     )
 
 
-def run(connection: Connection, config: RunConfig, *faults: str) -> tuple[dict[str, Any], list[float], Ledger]:
+def run(
+    connection: Connection, config: RunConfig, *faults: str
+) -> tuple[dict[str, Any], list[float], Ledger]:
     with chaos(parse_faults(faults), cluster=connection.local, config=config):
         result = run_stage(connection, "jobs.pretrain", config)
     # Ray ends a finished job's processes soon, not at once.
@@ -66,18 +70,24 @@ def memory_left() -> list[str]:
             links = [entry.readlink() for entry in Path(f"/proc/{process.pid}/fd").iterdir()]
         except OSError:  # of another user, or gone
             continue
-        left += [f"process {process.pid}: {link}" for link in links if "memfd:raymill-" in str(link)]
+        left += [
+            f"process {process.pid}: {link}" for link in links if "memfd:raymill-" in str(link)
+        ]
     return left
 
 
 @pytest.fixture(scope="module")
 def undisturbed(connection: Connection, folder: Path) -> tuple[str, list[float]]:
-    result, losses_of_run, ledger = run(connection, run_config(folder, "undisturbed", min_workers=2, max_workers=2))
+    result, losses_of_run, ledger = run(
+        connection, run_config(folder, "undisturbed", min_workers=2, max_workers=2)
+    )
     assert [start["from_memory"] for start in ledger.events("start")] == [False]
     return result["parameter_hash"], losses_of_run
 
 
-def test_the_only_worker_is_killed(connection: Connection, folder: Path, undisturbed: tuple[str, list[float]]) -> None:
+def test_the_only_worker_is_killed(
+    connection: Connection, folder: Path, undisturbed: tuple[str, list[float]]
+) -> None:
     config = run_config(folder, "alone", min_workers=1, max_workers=1)
     result, losses_of_run, ledger = run(connection, config, "kill-worker@12", "kill-worker@40")
     assert [start["from_memory"] for start in ledger.events("start")] == [False, True, True]
@@ -101,7 +111,9 @@ def test_a_worker_and_a_node_are_killed_and_a_node_joins(
     connection: Connection, folder: Path, undisturbed: tuple[str, list[float]]
 ) -> None:
     config = run_config(folder, "disturbed", min_workers=1, max_workers=2, resize_check_s=1)
-    result, losses_of_run, ledger = run(connection, config, "kill-worker@8", "kill-node@20", "add-node@28")
+    result, losses_of_run, ledger = run(
+        connection, config, "kill-worker@8", "kill-node@20", "add-node@28"
+    )
     starts = ledger.events("start")
     assert [start["from_memory"] for start in starts] == [False] + [True] * (len(starts) - 1)
     assert result["world_sizes"][:3] == [2, 2, 1]

@@ -1,4 +1,5 @@
-"""All stages through the command line: text becomes a served model, with everything durable in S3."""
+"""All stages through the command line: text becomes a served model, with everything durable in
+S3."""
 
 import json
 import signal
@@ -23,7 +24,9 @@ def test_text_becomes_a_served_model_in_s3(tmp_path: Path, s3_bucket: str) -> No
     for number in range(20):
         words = " ".join(f"w{(number * 31 + i * i) % 211}" for i in range(600))
         boto3.client("s3").put_object(
-            Bucket=s3_bucket, Key=f"corpus/{number:02d}.txt", Body=f"Document {number}. {words}".encode()
+            Bucket=s3_bucket,
+            Key=f"corpus/{number:02d}.txt",
+            Body=f"Document {number}. {words}".encode(),
         )
     storage = ["--storage.uri", f"s3://{s3_bucket}/store"]
     settings = [
@@ -36,12 +39,25 @@ def test_text_becomes_a_served_model_in_s3(tmp_path: Path, s3_bucket: str) -> No
         "--train.max-tokens",
         "16384",
     ]
-    settings += ["--train.global-batch-size", "8", "--train.micro-batch-size", "2", "--train.seq-len", "64"]
+    settings += [
+        "--train.global-batch-size",
+        "8",
+        "--train.micro-batch-size",
+        "2",
+        "--train.seq-len",
+        "64",
+    ]
     nodes = ["--cluster.num-nodes", "2"]
     settings += ["--checkpoint.save-every-steps", "10", "--train.eval-max-tokens", "4096"]
 
     run = raymill_result(
-        "pretrain", "--data.source", f"s3://{s3_bucket}/corpus/*.txt", *settings, *nodes, *storage, folder=tmp_path
+        "pretrain",
+        "--data.source",
+        f"s3://{s3_bucket}/corpus/*.txt",
+        *settings,
+        *nodes,
+        *storage,
+        folder=tmp_path,
     )
     assert run["step"] == 32
     assert run["val_loss"] < run["first_loss"]
@@ -53,8 +69,20 @@ def test_text_becomes_a_served_model_in_s3(tmp_path: Path, s3_bucket: str) -> No
     assert report["html"].startswith(f"s3://{s3_bucket}/")
 
     port = free_port()
-    command = [*RAYMILL, "serve", "latest", "--port", str(port), "--api-key-file", "key", *storage, "--json"]
-    server = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    command = [
+        *RAYMILL,
+        "serve",
+        "latest",
+        "--port",
+        str(port),
+        "--api-key-file",
+        "key",
+        *storage,
+        "--json",
+    ]
+    server = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+    )
     try:
         assert server.stdout is not None
         endpoint = json.loads(server.stdout.readline())
@@ -67,12 +95,21 @@ def test_text_becomes_a_served_model_in_s3(tmp_path: Path, s3_bucket: str) -> No
         )
         assert answer.usage is not None and answer.usage.completion_tokens == 8
         completed = raymill_result(
-            "complete", "Document 3. w93", "--max-tokens", "8", "--temperature", "0", *storage, folder=tmp_path
+            "complete",
+            "Document 3. w93",
+            "--max-tokens",
+            "8",
+            "--temperature",
+            "0",
+            *storage,
+            folder=tmp_path,
         )
         assert completed["text"] == answer.choices[0].text
         assert httpx.get(f"{endpoint['url']}/v1/models", timeout=limit_s(30)).status_code == 401
 
-        second = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+        second = subprocess.run(
+            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+        )
         assert second.returncode == 1
         assert f"port {port} on 127.0.0.1 is in use" in second.stderr
     finally:

@@ -1,4 +1,5 @@
-"""A real Prometheus scrapes a training run with a killed worker and an endpoint with a canary: every panel has its data."""
+"""A real Prometheus scrapes a training run with a killed worker and an endpoint with a canary:
+every panel has its data."""
 
 import re
 import time
@@ -26,7 +27,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, needs_prometheus]
 SEEN_ON_GPUS_ONLY = {"raymill_train_mfu", "ray_node_gpus_utilization", "ray_node_gram_used"}
 SEEN_WITH_AN_AUTOSCALER_ONLY = {"ray_cluster_active_nodes", "ray_cluster_pending_nodes"}
 CANNOT_BE_SEEN_HERE = {
-    name for name, metric in SERIES.items() if metric.name in SEEN_ON_GPUS_ONLY | SEEN_WITH_AN_AUTOSCALER_ONLY
+    name
+    for name, metric in SERIES.items()
+    if metric.name in SEEN_ON_GPUS_ONLY | SEEN_WITH_AN_AUTOSCALER_ONLY
 }
 
 
@@ -42,12 +45,17 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     folder = tmp_path_factory.mktemp("seeing")
     (folder / "texts").mkdir()
     for number in range(21):
-        words = " ".join(f"w{(number % 20 * 31 + i * i) % 211}" for i in range(600))  # the last repeats the first
+        # The last repeats the first
+        words = " ".join(f"w{(number % 20 * 31 + i * i) % 211}" for i in range(600))
         (folder / "texts" / f"{number:02d}.txt").write_text(f"Document {number % 20}. {words}")
     config = RunConfig.model_validate(
         {
             "run_id": "seen",
-            "data": {"source": str(folder / "texts" / "*.txt"), "vocab_size": 400, "val_fraction": 0.2},
+            "data": {
+                "source": str(folder / "texts" / "*.txt"),
+                "vocab_size": 400,
+                "val_fraction": 0.2,
+            },
             "model": {"preset": "tiny"},
             "train": {
                 "max_tokens": 600 * 8 * 64,
@@ -67,15 +75,20 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         patch.setenv("RAY_metrics_report_interval_ms", "1000")  # of 10 s
         with connected(ClusterConfig(num_nodes=2), cpus_per_node=3) as connection:
             assert connection.local is not None
-            with prometheus(folder / "prometheus", scrape_targets=scrape_targets(connection.local)) as server:
-                with chaos(parse_faults(["kill-worker@100"]), cluster=connection.local, config=config):
+            with prometheus(
+                folder / "prometheus", scrape_targets=scrape_targets(connection.local)
+            ) as server:
+                with chaos(
+                    parse_faults(["kill-worker@100"]), cluster=connection.local, config=config
+                ):
                     run_stage(connection, "jobs.pretrain", config)
                 ask_an_endpoint(connection, folder, server)
                 yield Scene(server, began_s, "seen")
 
 
 def scrape_targets(cluster: LocalCluster) -> Path:
-    """The file in which Ray's head keeps the metrics ports of all nodes, for Prometheus' `file_sd_configs`."""
+    """The file in which Ray's head keeps the metrics ports of all nodes, for Prometheus'
+    `file_sd_configs`."""
     folder = Path(cluster.environment["RAY_AUTH_TOKEN_PATH"]).parent
     return folder / "head" / "prom_metrics_service_discovery.json"
 
@@ -100,14 +113,26 @@ def ask_an_endpoint(connection: Connection, folder: Path, server: Prometheus) ->
         timeout=limit_s(60),
     )
     assert answer.status_code == 202, answer.text
-    with httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=limit_s(60)) as client:
-        request = {"model": endpoint.model, "prompt": "Document 3.", "max_tokens": 16, "ignore_eos": True}
+    with httpx.Client(
+        base_url=endpoint.url, headers=endpoint.headers, timeout=limit_s(60)
+    ) as client:
+        request = {
+            "model": endpoint.model,
+            "prompt": "Document 3.",
+            "max_tokens": 16,
+            "ignore_eos": True,
+        }
 
         def answers_are_seen() -> bool:
             for stream in (False, True):
-                assert client.post("/v1/completions", json=request | {"stream": stream}).status_code == 200
+                assert (
+                    client.post("/v1/completions", json=request | {"stream": stream}).status_code
+                    == 200
+                )
             assert client.post("/v1/completions", json=request | {"n": -1}).status_code == 400
-            seen = server.get("query", query='ray_raymill_version_answers_total{outcome="ok"} > 2')["result"]
+            seen = server.get("query", query='ray_raymill_version_answers_total{outcome="ok"} > 2')[
+                "result"
+            ]
             return len(seen) == 2 and "ray_vllm_generation_tokens_total" in server.names()
 
         wait_until(answers_are_seen, timeout_s=60)
@@ -115,13 +140,19 @@ def ask_an_endpoint(connection: Connection, folder: Path, server: Prometheus) ->
 
 
 def substituted(expr: str, scene: Scene) -> str:
-    for name, value in {"$__rate_interval": "10s", "$run": scene.run_id, "$application": "raymill"}.items():
+    for name, value in {
+        "$__rate_interval": "10s",
+        "$run": scene.run_id,
+        "$application": "raymill",
+    }.items():
         expr = expr.replace(name, value)
     return expr
 
 
 def panels() -> list[Json]:
-    return [panel for body in documents().values() for panel in body["panels"] if panel["type"] != "row"]
+    return [
+        panel for body in documents().values() for panel in body["panels"] if panel["type"] != "row"
+    ]
 
 
 def test_what_is_exported_is_what_the_table_says(scene: Scene) -> None:

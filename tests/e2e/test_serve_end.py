@@ -1,4 +1,5 @@
-"""The end of `raymill serve`: its first signal lets answers finish, a second one ends them with an error event."""
+"""The end of `raymill serve`: its first signal lets answers finish, a second one ends them with an
+error event."""
 
 import json
 import signal
@@ -32,9 +33,17 @@ class Stream(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        asked = {"model": "m", "prompt": "a", "max_tokens": self._max_tokens, "ignore_eos": True, "stream": True}
+        asked = {
+            "model": "m",
+            "prompt": "a",
+            "max_tokens": self._max_tokens,
+            "ignore_eos": True,
+            "stream": True,
+        }
         try:
-            with httpx.stream("POST", f"{self._url}/v1/completions", json=asked, timeout=limit_s(120)) as answer:
+            with httpx.stream(
+                "POST", f"{self._url}/v1/completions", json=asked, timeout=limit_s(120)
+            ) as answer:
                 for text in answer.iter_text():
                     self.text += text
         except httpx.HTTPError as error:
@@ -53,9 +62,20 @@ def test_answers_finish_after_one_signal_and_say_so_when_cut_by_two(
     gpt.init_weights(1)
     folder = write_model(tmp_path / "model", gpt.eval(), tokenizer)
     log = tmp_path / "requests.jsonl"
-    command = [*RAYMILL, "serve", str(folder), "--port", str(free_port()), "--model-name", "m", "--json"]
+    command = [
+        *RAYMILL,
+        "serve",
+        str(folder),
+        "--port",
+        str(free_port()),
+        "--model-name",
+        "m",
+        "--json",
+    ]
     command += ["--cluster.num-nodes", "1", "--http.request-log", str(log)]
-    server = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+    )
     try:
         assert server.stdout is not None
         url = json.loads(server.stdout.readline())["url"]

@@ -1,4 +1,5 @@
-"""A sharded run of four workers in groups of two loses a node of one: two train, one is spare and replaces the next loss.
+"""A sharded run of four workers in groups of two loses a node of one: two train, one is spare and
+replaces the next loss.
 
 Everything is real: raylets of one worker each, Ray Train, and nodes that are killed and added.
 """
@@ -19,14 +20,27 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 def run_config(folder: Path, run_id: str, **scaling: Any) -> RunConfig:
     return tiny_run(
-        folder, run_id, num_steps=120, save_every_steps=40, batch_size=32, lane_size=2, dropout=0.1, **scaling
+        folder,
+        run_id,
+        num_steps=120,
+        save_every_steps=40,
+        batch_size=32,
+        lane_size=2,
+        dropout=0.1,
+        **scaling,
     )
 
 
 def test_a_lost_worker_of_whole_groups__leaves_a_spare_for_the_next_loss(tmp_path: Path) -> None:
     number_texts(tmp_path / "corpus")
     alone = run_config(tmp_path, "alone", min_workers=1, max_workers=1)
-    groups = {"shard": "parameters", "shard_group": 2, "min_workers": 1, "max_workers": 4, "resize_check_s": 1}
+    groups = {
+        "shard": "parameters",
+        "shard_group": 2,
+        "min_workers": 1,
+        "max_workers": 4,
+        "resize_check_s": 1,
+    }
     config = run_config(tmp_path, "groups", **groups)
     with connected(ClusterConfig(num_nodes=5), cpus_per_node=1) as connection:
         expected = run_stage(connection, "jobs.pretrain", alone)
@@ -37,7 +51,9 @@ def test_a_lost_worker_of_whole_groups__leaves_a_spare_for_the_next_loss(tmp_pat
     print(result["world_sizes"], ledger.events("spares"))
     assert (result["parameter_hash"], losses(config)) == (expected["parameter_hash"], losses(alone))
     assert result["world_sizes"][0] == 4
-    assert {*result["world_sizes"]} <= {4, 2}, "three would be one group, of more workers than were asked for"
+    assert {*result["world_sizes"]} <= {4, 2}, (
+        "three would be one group, of more workers than were asked for"
+    )
     sizes = {line["step"]: line["world_size"] for line in ledger.steps}
     assert (sizes[49], sizes[79]) == (2, 2), "the spare one replaced the second loss"
     first = ledger.events("spares")[0]

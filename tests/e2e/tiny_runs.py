@@ -1,4 +1,5 @@
-"""Runs of a tiny model on texts of numbers, each with its own storage folder, and what their ledgers hold."""
+"""Runs of a tiny model on texts of numbers, each with its own storage folder, and what their
+ledgers hold."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,8 @@ def tiny_run(
     train: Mapping[str, Any] | None = None,
     **scaling: Any,
 ) -> RunConfig:
-    """Returns the settings of a run on `folder/corpus` that keeps everything in `folder/storage`."""
+    """Returns the settings of a run on `folder/corpus` that keeps everything in
+    `folder/storage`."""
     values = {
         "run_id": run_id,
         "model": {"preset": "tiny", "dropout": dropout, **(model or {})},

@@ -1,4 +1,5 @@
-"""Runs each test here in a quick variant on the CPU, and on the GPU where there is one (`make test-gpu`)."""
+"""Runs each test here in a quick variant on the CPU, and on the GPU where there is one (`make
+test-gpu`)."""
 
 import pytest
 import torch

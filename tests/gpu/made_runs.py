@@ -1,6 +1,8 @@
-"""Small runs for any device: their settings, rows that are a function of their number, and a step as training takes it.
+"""Small runs for any device: their settings, rows that are a function of their number, and a step
+as training takes it.
 
-It imports neither Ray nor a client of any storage, as what it is used by must run where only PyTorch is installed.
+It imports neither Ray nor a client of any storage, as what it is used by must run where only
+PyTorch is installed.
 """
 
 import dataclasses
@@ -25,8 +27,8 @@ from model.gpt import GPT
 
 EOT_ID = 0
 
-# (tokens of a row, width, heads, layers, sequences of a lane): what a CPU computes in milliseconds, and shapes for which
-# a GPU takes the kernels of a real run.
+# (tokens of a row, width, heads, layers, sequences of a lane): what a CPU computes in milliseconds,
+# and shapes for which a GPU takes the kernels of a real run.
 _SIZES = {"cpu": (24, 24, 2, 2, 2), "cuda": (256, 256, 4, 4, 4)}
 
 
@@ -40,7 +42,13 @@ def made_config(
 ) -> RunConfig:
     """Returns the settings of a run on the device, with changes of the model and of `train`."""
     length, width, heads, layers, size = _SIZES[device.type]
-    shape = {"vocab_size": 101, "n_positions": length, "n_layer": layers, "n_head": heads, "n_embd": width}
+    shape = {
+        "vocab_size": 101,
+        "n_positions": length,
+        "n_layer": layers,
+        "n_head": heads,
+        "n_embd": width,
+    }
     settings = {
         "global_batch_size": num_lanes * size,
         "micro_batch_size": size,
@@ -49,7 +57,8 @@ def made_config(
     }
     return RunConfig.model_validate(
         {
-            # Wide enough that attention is far from uniform, so that a wrong score changes the loss.
+            # Wide enough that attention is far from uniform, so that a wrong score changes the
+            # loss.
             "model": shape | {"initializer_range": 0.1} | (model or {}),
             "train": settings | train,
             "scaling": {"max_workers": 1, "use_gpu": device.type == "cuda", "shard": shard},
@@ -70,7 +79,10 @@ class MadeRows:
 
     def samples(self, indices: Any) -> tuple[Tensor, Tensor]:
         rows = np.stack(
-            [np.random.default_rng(int(n)).integers(self.vocab_size, size=self.seq_len + 1) for n in indices]
+            [
+                np.random.default_rng(int(n)).integers(self.vocab_size, size=self.seq_len + 1)
+                for n in indices
+            ]
         )
         rows[rows % 10 == 0] = EOT_ID
         batch = torch.from_numpy(rows)  # (B, T + 1)
@@ -99,15 +111,20 @@ class MadeRun:
         *,
         draw: Callable[[GPT], None] | None = None,
     ) -> None:
-        """`draw` sets the weights on the device; without it they are those of a real run, drawn on the host."""
+        """`draw` sets the weights on the device; without it they are those of a real run, drawn on
+        the host."""
         self.config, self.device, self.group = config, device, group or WorkerGroup(0, 1)
         self.rows = MadeRows.of(config)
         self.eot_id = EOT_ID if config.train.document_mask else None
         with device if draw else nullcontext():
             model = GPT(config.model)
         draw(model) if draw else model.init_weights(config.train.seed)
-        sharding = Sharding.of(config.scaling, rank=self.group.rank, world_size=self.group.world_size)
-        self.state = TrainState(model.train(), config.train, device=device, group=self.group, sharding=sharding)
+        sharding = Sharding.of(
+            config.scaling, rank=self.group.rank, world_size=self.group.world_size
+        )
+        self.state = TrainState(
+            model.train(), config.train, device=device, group=self.group, sharding=sharding
+        )
         rows: Any = self.rows
         with as_in_training(config):
             self.gradient = BatchGradient(config, self.state, rows, self.group, eot_id=self.eot_id)
@@ -137,7 +154,8 @@ class MadeRun:
 
 @contextmanager
 def as_in_training(config: RunConfig) -> Iterator[None]:
-    """Lasts while PyTorch rounds as in training: in exact mode an operation without fixed order raises."""
+    """Lasts while PyTorch rounds as in training: in exact mode an operation without fixed order
+    raises."""
     settle_rounding(config)
     try:
         yield

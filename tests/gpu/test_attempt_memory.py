@@ -1,4 +1,5 @@
-"""What a worker computes with is given back: a self-test and an attempt leave no byte of the device's memory behind."""
+"""What a worker computes with is given back: a self-test and an attempt leave no byte of the
+device's memory behind."""
 
 import gc
 
@@ -17,13 +18,18 @@ def allocated_bytes(device: torch.device) -> int:
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
     tensors = [value for value in gc.get_objects() if issubclass(type(value), Tensor)]
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors
+    }
     return sum(storages.values())
 
 
 @pytest.mark.parametrize("compute", ["auto", "plain"])
-def test_a_self_test_and_an_attempt_leave_no_memory_behind(device: torch.device, compute: str) -> None:
-    """After a first one, which makes what the libraries keep: workspaces, and compiled kernels on a GPU."""
+def test_a_self_test_and_an_attempt_leave_no_memory_behind(
+    device: torch.device, compute: str
+) -> None:
+    """After a first one, which makes what the libraries keep: workspaces, and compiled kernels on a
+    GPU."""
     config = made_config(device, precision="bf16", compute=compute)
     allocated = []
     for _ in range(3):
@@ -34,7 +40,9 @@ def test_a_self_test_and_an_attempt_leave_no_memory_behind(device: torch.device,
         run.step(1)
         run.step(2)
         run.close()
-        assert allocated_bytes(device) >= allocated[-1] + 4 * run.state.values.nbytes, "the state itself is seen"
+        assert allocated_bytes(device) >= allocated[-1] + 4 * run.state.values.nbytes, (
+            "the state itself is seen"
+        )
         del run
         allocated.append(allocated_bytes(device))
     print(allocated)

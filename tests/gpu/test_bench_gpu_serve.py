@@ -1,4 +1,5 @@
-"""The benchmark of a GPU's endpoint runs here in its tiny form, raymill with vLLM's CPU build beside that alone."""
+"""The benchmark of a GPU's endpoint runs here in its tiny form, raymill with vLLM's CPU build
+beside that alone."""
 
 import json
 import os
@@ -22,23 +23,31 @@ COMMAND = [sys.executable, "-m", "tests.benchmarks.bench_gpu_serve", "--device",
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="no vLLM in .venv-vllm; `make bench-serve` installs it")
+@pytest.mark.skipif(
+    not VLLM_PYTHON.exists(), reason="no vLLM in .venv-vllm; `make bench-serve` installs it"
+)
 def test_it_measures_both_servers() -> None:
     command = [*COMMAND, "--rounds", "1", "--vllm-python", str(VLLM_PYTHON)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit_s(240), check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=limit_s(240), check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["machine"]["vllm"].startswith("0.32") and result["machine"]["card"] == "none"
     assert [row["streams"] for row in result["rows"]] == list(TINY_STREAMS)
     for row in result["rows"]:
-        assert row["ratio"] == pytest.approx(row["raymill_tokens_per_s"] / row["vllm_tokens_per_s"], rel=0.01)
+        assert row["ratio"] == pytest.approx(
+            row["raymill_tokens_per_s"] / row["vllm_tokens_per_s"], rel=0.01
+        )
         assert row["raymill_itl_p50_ms"] <= row["raymill_itl_p99_ms"] > 0
     assert "aim: at least 0.9" in done.stdout
 
 
 def test_without_vllm_it_says_what_it_needs() -> None:
-    done = subprocess.run([*COMMAND, "--vllm-python", "/nowhere"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*COMMAND, "--vllm-python", "/nowhere"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
     assert "name the Python of an environment with vLLM" in done.stderr
 
@@ -71,7 +80,11 @@ def test_many_streams_come_from_several_processes(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(http_load, "closed_loop", closed_loop)
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        load = loaded(f"http://127.0.0.1:{server.server_port}", [[1]] * 96, num_streams=2 * STREAMS_OF_A_CLIENT)
+        load = loaded(
+            f"http://127.0.0.1:{server.server_port}",
+            [[1]] * 96,
+            num_streams=2 * STREAMS_OF_A_CLIENT,
+        )
         server.shutdown()
     assert load.num_tokens == 96 * NEW_TOKENS and len(load.ttft_s) == 96 and load.wall_s > 0
 

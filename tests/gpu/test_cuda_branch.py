@@ -1,4 +1,5 @@
-"""A lane along its CUDA branches, without a GPU: nothing waits for its values, all of it is there, in the right types."""
+"""A lane along its CUDA branches, without a GPU: nothing waits for its values, all of it is there,
+in the right types."""
 
 import json
 import os
@@ -29,8 +30,9 @@ WAITING = {
     "equal",
 }
 
-# Operations that raise on a GPU in exact mode (the docstring of torch.use_deterministic_algorithms), as far as GPT-2 could
-# come to use them. A cumulative sum of integers would be allowed, and is not used on the GPU either.
+# Operations that raise on a GPU in exact mode (the docstring of
+# torch.use_deterministic_algorithms), as far as GPT-2 could come to use them. A cumulative sum of
+# integers would be allowed, and is not used on the GPU either.
 UNORDERED = {
     "cumsum",
     "put_",
@@ -49,9 +51,18 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if torch.version.cuda is not None:
         pytest.skip("this PyTorch has CUDA: `make test-gpu` proves more")
     if shutil.which("g++") is None:
-        pytest.skip("no g++ on this machine, which compiles what lets PyTorch take itself to have a GPU")
-    library, torch_folder = tmp_path_factory.mktemp("cuda") / "fake_cuda.so", Path(torch.__file__).parent
-    places = [f"-I{torch_folder}/include", f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib"]
+        pytest.skip(
+            "no g++ on this machine, which compiles what lets PyTorch take itself to have a GPU"
+        )
+    library, torch_folder = (
+        tmp_path_factory.mktemp("cuda") / "fake_cuda.so",
+        Path(torch.__file__).parent,
+    )
+    places = [
+        f"-I{torch_folder}/include",
+        f"-L{torch_folder}/lib",
+        f"-Wl,-rpath,{torch_folder}/lib",
+    ]
     source = Path(__file__).with_name("fake_cuda.cpp")
     compile_it = [
         "g++",
@@ -98,15 +109,26 @@ def test_nothing_waits_and_all_of_it_is_on_the_gpu(traces: dict[str, Any], case:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_products_are_in_the_runs_precision_and_the_rest_in_fp32(traces: dict[str, Any], case: str) -> None:
+def test_products_are_in_the_runs_precision_and_the_rest_in_fp32(
+    traces: dict[str, Any], case: str
+) -> None:
     types, product = traces[case]["types"], "torch.float32" if "fp32" in case else "torch.bfloat16"
     assert types["mm"] == types["addmm"] == types["gelu"] == [product]
-    for name in ("native_layer_norm", "native_layer_norm_backward", "_log_softmax", "embedding", "add", "add_"):
+    for name in (
+        "native_layer_norm",
+        "native_layer_norm_backward",
+        "_log_softmax",
+        "embedding",
+        "add",
+        "add_",
+    ):
         assert types[name] == ["torch.float32"], name
     assert traces[case]["loss"] == "torch.float32"
 
 
-def test_documents_are_borders_and_no_mask_where_flash_attention_can_compute(traces: dict[str, Any]) -> None:
+def test_documents_are_borders_and_no_mask_where_flash_attention_can_compute(
+    traces: dict[str, Any],
+) -> None:
     for case in CASES:
         has_borders = {"_varlen_attn", "_varlen_attn_backward"} <= set(traces[case]["operations"])
         assert has_borders == (case in ("documents", "documents, recomputed"))
@@ -121,21 +143,28 @@ def test_a_plans_memory_is_what_the_lane_takes(traces: dict[str, Any], case: str
     matrices = 2 * 12 * model.n_embd**2 * model.n_layer  # in bf16, the rest of what autograd keeps
     if config.train.recompute:
         head, matrices = head - num_tokens * block_bytes(config), 0
-    assert traces[case]["kept_bytes"] == pytest.approx(activation_bytes(config) + head + matrices, rel=1e-3)
+    assert traces[case]["kept_bytes"] == pytest.approx(
+        activation_bytes(config) + head + matrices, rel=1e-3
+    )
     parts = gpu_memory(config, layout_of(model), world_size=1)
     assert 1 <= sum(parts.values()) / traces[case]["peak_bytes"] < 1.1
 
 
 def test_heads_that_share_keys_and_values__keep_them_once(traces: dict[str, Any]) -> None:
-    configs = {case: run_config(LLAMA | LLAMA_CASES[case], document_mask=True) for case in LLAMA_CASES}
+    configs = {
+        case: run_config(LLAMA | LLAMA_CASES[case], document_mask=True) for case in LLAMA_CASES
+    }
     all_heads, few_heads = configs.values()
     width, kv_width = all_heads.model.n_embd, few_heads.model.kv_width
     assert width == 4 * kv_width
     num_tokens = BATCH_SIZE * SEQ_LEN
     kept = [traces[case]["kept_bytes"] for case in LLAMA_CASES]
-    spared_matrices = 2 * 2 * width * (width - kv_width)  # in bf16, those that make the keys and values
+    # In bf16, those that make the keys and values
+    spared_matrices = 2 * 2 * width * (width - kv_width)
     spared_values = 2 * 2 * num_tokens * (width - kv_width)
     num_layers = all_heads.model.n_layer
-    assert kept[0] - kept[1] == pytest.approx(num_layers * (spared_values + spared_matrices), rel=0.01)
+    assert kept[0] - kept[1] == pytest.approx(
+        num_layers * (spared_values + spared_matrices), rel=0.01
+    )
     planned = [activation_bytes(config) for config in configs.values()]
     assert planned[0] - planned[1] == num_layers * spared_values

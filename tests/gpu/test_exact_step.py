@@ -1,4 +1,5 @@
-"""The exact step on a device: the gradient is float64 autograd's, and the bits are the same for any number of ranks."""
+"""The exact step on a device: the gradient is float64 autograd's, and the bits are the same for any
+number of ranks."""
 
 import json
 import os
@@ -35,14 +36,19 @@ def test_the_gradient_is_that_of_float64_autograd(
     device: torch.device, compute: str, precision: str, tied: bool, document_mask: bool
 ) -> None:
     """`auto` is compiled kernels on a GPU."""
-    shape, settings = {"tie_word_embeddings": tied}, {"compute": compute, "document_mask": document_mask}
+    shape, settings = (
+        {"tie_word_embeddings": tied},
+        {"compute": compute, "document_mask": document_mask},
+    )
     config = made_config(device, num_lanes=3, model=shape, precision=precision, **settings)
     error = gradient_error(config, device)
     print(error)
     assert error.is_rounding, error
 
 
-def test_an_error_of_the_gradient_is_seen(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_gradient_is_seen(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Shows that the test above can fail."""
     of_step = BatchGradient.of_step
 
@@ -57,10 +63,18 @@ def test_an_error_of_the_gradient_is_seen(device: torch.device, monkeypatch: pyt
     assert not gradient_error(made_config(device, precision="bf16"), device).is_rounding
 
 
-def test_the_bits_do_not_depend_on_the_number_of_ranks(device: torch.device, tmp_path: Path) -> None:
+def test_the_bits_do_not_depend_on_the_number_of_ranks(
+    device: torch.device, tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "tests.gpu.worlds", device.type, str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit_s(120), check=False)
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=limit_s(120), check=False
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.keys() == CASES[device.type].keys()
@@ -83,7 +97,12 @@ def test_computing_activations_again_changes_no_bit(device: torch.device, comput
     shape = {"dropout": 0.1}
     gradients = []
     for recompute in (False, True):
-        run = MadeRun(made_config(device, model=shape, precision="bf16", compute=compute, recompute=recompute), device)
+        run = MadeRun(
+            made_config(
+                device, model=shape, precision="bf16", compute=compute, recompute=recompute
+            ),
+            device,
+        )
         run.gradient_of(1)
         gradients.append(run.state.gradient.clone())
         run.close()
@@ -95,7 +114,10 @@ def test_a_lane_of_several_micro_batches_has_their_gradient(device: torch.device
     gradients = []
     for size in (1, 2):
         config = made_config(device)
-        half = {"micro_batch_size": config.train.micro_batch_size // 2, "micro_batches_per_lane": size}
+        half = {
+            "micro_batch_size": config.train.micro_batch_size // 2,
+            "micro_batches_per_lane": size,
+        }
         run = MadeRun(made_config(device, **half), device)
         run.gradient_of(1)
         gradients.append(run.state.gradient.clone())
@@ -109,22 +131,31 @@ def test_an_update_is_adamws(device: torch.device, weight_decay: float) -> None:
     config = made_config(device, weight_decay=weight_decay, grad_clip=0.0)
     run, rate, betas = MadeRun(config, device), 1e-2, (config.train.beta1, config.train.beta2)
     weights = {name: value.detach().double() for name, value in run.state.model.named_parameters()}
-    first, second = ({name: torch.zeros_like(value) for name, value in weights.items()} for _ in range(2))
+    first, second = (
+        {name: torch.zeros_like(value) for name, value in weights.items()} for _ in range(2)
+    )
     for step in (1, 2):
         run.step(step, learning_rate=rate)
         for name, grad in run.state.by_parameter(run.state.gradient).items():
             first[name] = betas[0] * first[name] + (1 - betas[0]) * grad.double()
             second[name] = betas[1] * second[name] + (1 - betas[1]) * grad.double() ** 2
-            mean, root = first[name] / (1 - betas[0] ** step), (second[name] / (1 - betas[1] ** step)).sqrt()
+            mean, root = (
+                first[name] / (1 - betas[0] ** step),
+                (second[name] / (1 - betas[1] ** step)).sqrt(),
+            )
             decay = weight_decay if grad.dim() >= 2 else 0.0
             weights[name] = weights[name] * (1 - rate * decay) - rate * mean / (root + 1e-8)
     run.close()
     for name, value in run.state.model.named_parameters():
-        torch.testing.assert_close(value.detach().double(), weights[name], rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            value.detach().double(), weights[name], rtol=1e-5, atol=1e-6, msg=name
+        )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_validation_and_samples_are_allowed_in_exact_mode(device: torch.device, precision: str) -> None:
+def test_validation_and_samples_are_allowed_in_exact_mode(
+    device: torch.device, precision: str
+) -> None:
     """PyTorch raises in it for an operation whose order is not fixed."""
     config = made_config(device, precision=precision, document_mask=True)
     run = MadeRun(config, device)
@@ -136,14 +167,21 @@ def test_validation_and_samples_are_allowed_in_exact_mode(device: torch.device, 
         ]
         model = run.state.model.eval()
         answers = [
-            generate(model, [3, 1, 4], max_tokens=12, params=SamplingParams(temperature=0.8, top_p=0.9, seed=7))
+            generate(
+                model,
+                [3, 1, 4],
+                max_tokens=12,
+                params=SamplingParams(temperature=0.8, top_p=0.9, seed=7),
+            )
             for _ in range(2)
         ]
     run.close()
     assert figures[0] == figures[1]
     batch = [part.to(device) for part in rows.rows(range(10))]
     expected, _ = loss_and_gradients(model, config.model, batch[0], batch[1], eot_id=run.eot_id)
-    assert figures[0].figures["val_loss"] == pytest.approx(expected, abs={"fp32": 1e-5, "bf16": 1e-2}[precision])
+    assert figures[0].figures["val_loss"] == pytest.approx(
+        expected, abs={"fp32": 1e-5, "bf16": 1e-2}[precision]
+    )
     assert answers[0] == answers[1]
     assert len(answers[0]) == 12
 
@@ -152,7 +190,9 @@ def test_a_run_has_the_losses_that_it_has_on_a_cpu(device: torch.device) -> None
     """In fp32, up to rounding, at a rate that does not enlarge it."""
     config = made_config(device, num_lanes=2)
     runs = [MadeRun(config, place) for place in (device, torch.device("cpu"))]
-    found, expected = ([run.step(step, learning_rate=1e-4) for step in range(1, 11)] for run in runs)
+    found, expected = (
+        [run.step(step, learning_rate=1e-4) for step in range(1, 11)] for run in runs
+    )
     for run in runs:
         run.close()
     assert found == pytest.approx(expected, abs=1e-3)

@@ -1,4 +1,5 @@
-"""A GPU that never ends its kernel holds the others up, and is told from one that waits in a message."""
+"""A GPU that never ends its kernel holds the others up, and is told from one that waits in a
+message."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ pytestmark = pytest.mark.gpu
 _HALF_A_SECOND = 1 << 30  # clock cycles
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device on this machine")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="PyTorch finds no CUDA device on this machine"
+)
 def test_marks_count_once_the_stream_has_come_to_them() -> None:
     device, progress = torch.device("cuda", 0), Progress()
     torch.cuda._sleep(_HALF_A_SECOND)  # its own work
@@ -39,7 +42,12 @@ def test_a_worker_whose_gpu_is_stuck_is_ended_alone(tmp_path: Path, shard: str) 
     from tests.jobs.runs import tiny_plan
 
     settings: dict[str, Any] = {
-        "train": {"micro_batch_size": 1, "eval_every_steps": 8, "precision": "bf16", "compute": "plain"},
+        "train": {
+            "micro_batch_size": 1,
+            "eval_every_steps": 8,
+            "precision": "bf16",
+            "compute": "plain",
+        },
         "checkpoint": {"save_every_steps": 2, "num_to_keep": 9},
         "scaling": {"max_workers": 2, "use_gpu": True, "shard": shard, "hang_timeout_s": 5.0},
     }

@@ -1,4 +1,5 @@
-"""What trains and what proves it on a GPU needs PyTorch and a few small packages: no Ray, no storage client."""
+"""What trains and what proves it on a GPU needs PyTorch and a few small packages: no Ray, no
+storage client."""
 
 import os
 import subprocess
@@ -6,7 +7,17 @@ import sys
 
 from tests.repository import REPOSITORY
 
-REFUSED = ["ray", "boto3", "botocore", "pyarrow", "tokenizers", "huggingface_hub", "orjson", "fastapi", "rich"]
+REFUSED = [
+    "ray",
+    "boto3",
+    "botocore",
+    "pyarrow",
+    "tokenizers",
+    "huggingface_hub",
+    "orjson",
+    "fastapi",
+    "rich",
+]
 
 IMPORT = """
 import importlib, sys
@@ -33,4 +44,7 @@ def test_it_is_imported_where_nothing_else_is_installed() -> None:
 def test_a_refused_module_fails() -> None:
     """Shows that the test above can fail."""
     command = [sys.executable, "-c", IMPORT, "rich.table", ",".join(REFUSED)]
-    assert "No module named 'rich'" in subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    assert (
+        "No module named 'rich'"
+        in subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    )

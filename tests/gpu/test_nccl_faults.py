@@ -1,4 +1,5 @@
-"""Workers that lose one another over NCCL: the survivors' processes live, no step is lost unseen, and no bit differs."""
+"""Workers that lose one another over NCCL: the survivors' processes live, no step is lost unseen,
+and no bit differs."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ def plan_in(folder: Path, *, sharded: bool) -> RunPlan:
 
 def outcome(plan: RunPlan) -> tuple[list[float], str]:
     ledger = Ledger.read(plan.run)
-    return [line["loss"] for line in ledger.steps], ledger.events("checkpoint")[-1]["parameter_hash"]
+    return [line["loss"] for line in ledger.steps], ledger.events("checkpoint")[-1][
+        "parameter_hash"
+    ]
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -43,7 +46,9 @@ def outcome(plan: RunPlan) -> tuple[list[float], str]:
     ],
     ids=["killed", "cut off"],
 )
-def test_survivors_live_and_the_run_ends_with_its_bits(tmp_path: Path, sharded: bool, cut_offs: list[CutOff]) -> None:
+def test_survivors_live_and_the_run_ends_with_its_bits(
+    tmp_path: Path, sharded: bool, cut_offs: list[CutOff]
+) -> None:
     undisturbed = plan_in(tmp_path / "undisturbed", sharded=False)
     run_in_rounds(undisturbed, tmp_path / "undisturbed", [], world_size=1)
     plan = plan_in(tmp_path / "disturbed", sharded=sharded)

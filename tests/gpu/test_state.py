@@ -1,4 +1,5 @@
-"""The state of a run on a device: copied beside the steps, restored in pieces, with the same bits, in bounded memory."""
+"""The state of a run on a device: copied beside the steps, restored in pieces, with the same bits,
+in bounded memory."""
 
 import itertools
 import threading
@@ -38,11 +39,17 @@ def write(slots: Slots, header: Header, pieces: Iterator[Tensor]) -> None:
 def pieces_of(state: TrainState, folder: Path, step: int, size: int) -> Iterator[StatePiece]:
     for rank in range(NUM_SHARES):
         slots = Slots.at(str(folder / f"{rank}"))
-        (slot,) = [slot for slot in range(2) if (head := slots.header(slot)) is not None and head.step == step]
+        (slot,) = [
+            slot
+            for slot in range(2)
+            if (head := slots.header(slot)) is not None and head.step == step
+        ]
         header = slots.header(slot)
         assert header is not None
         assert slots.is_whole(slot)
-        values = torch.from_numpy(slots.data(slot)[: header.num_bytes]).view(torch.float32).view(3, -1)
+        values = (
+            torch.from_numpy(slots.data(slot)[: header.num_bytes]).view(torch.float32).view(3, -1)
+        )
         parts = state.layout.parts(rank, world_size=NUM_SHARES)
         for name, tensor in zip(header.names, values, strict=True):
             for start in range(0, len(tensor), size):
@@ -67,7 +74,9 @@ def test_a_state_that_was_copied_beside_the_steps_continues_with_the_same_bits(
     assert torch.equal(run.state.values, undisturbed.state.values)
     for step in (3, 4):
         other.state.load_state(step, pieces_of(other.state, tmp_path, step, 7777))
-        assert torch.equal(torch.cat([other.state.values, *other.state.vectors.values()]).cpu(), expected[step])
+        assert torch.equal(
+            torch.cat([other.state.values, *other.state.vectors.values()]).cpu(), expected[step]
+        )
     assert other.step(5) == undisturbed.step(5)
     assert torch.equal(other.state.values, undisturbed.state.values)
     for each in (run, undisturbed, other):
@@ -97,7 +106,9 @@ def test_an_update_waits_for_a_slow_copy(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device on this machine")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="PyTorch finds no CUDA device on this machine"
+)
 def test_copies_and_a_restore_take_a_piece_of_the_gpus_memory_at_most(tmp_path: Path) -> None:
     device = torch.device("cuda", 0)
     run = MadeRun(made_config(device, model={"n_embd": 1024, "n_layer": 8}), device)

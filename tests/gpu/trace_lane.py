@@ -1,9 +1,11 @@
-"""Traces a lane along its CUDA branches, on tensors that have a shape and a device but no memory, and prints what it saw.
+"""Traces a lane along its CUDA branches, on tensors that have a shape and a device but no memory,
+and prints what it saw.
 
     python -m tests.gpu.trace_lane LIBRARY
 
-LIBRARY is `fake_cuda.cpp`, compiled. Prints a JSON object by case: see `traced`, and `planted` for what it refuses. Attention without documents is traced as
-matrix products: only a PyTorch with CUDA chooses among its fused kernels.
+LIBRARY is `fake_cuda.cpp`, compiled. Prints a JSON object by case: see `traced`, and `planted` for
+what it refuses. Attention without documents is traced as matrix products: only a PyTorch with CUDA
+chooses among its fused kernels.
 """
 
 import ctypes
@@ -38,7 +40,11 @@ CASES: dict[str, dict[str, Any]] = {
     "documents, recomputed": {"document_mask": True, "recompute": True},
     "documents, fp32": {"document_mask": True, "precision": "fp32"},
 }
-LLAMA: dict[str, Any] = {"architecture": "llama", "activation_function": "swiglu", "tie_word_embeddings": False}
+LLAMA: dict[str, Any] = {
+    "architecture": "llama",
+    "activation_function": "swiglu",
+    "tie_word_embeddings": False,
+}
 LLAMA_CASES: dict[str, dict[str, Any]] = {
     "llama, 32 heads": {"n_kv_head": 32},
     "llama, 8 of 32 heads": {"n_kv_head": 8},
@@ -60,7 +66,8 @@ def run_config(model: dict[str, Any] | None = None, **train: Any) -> RunConfig:
 
 
 class Seen(TorchDispatchMode):
-    """The operations that reach the device, the types of what they return, and the bytes that are alive at a time."""
+    """The operations that reach the device, the types of what they return, and the bytes that are
+    alive at a time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,8 +83,12 @@ class Seen(TorchDispatchMode):
         if func.namespace != "prim":
             name = func.overloadpacket.__name__
             self.operations.add(name)
-            self.devices |= {f"{name}: {tensor.device}" for tensor in tensors if tensor.device.type != "cuda"}
-            self.types.setdefault(name, set()).update(str(t.dtype) for t in tree_leaves(out) if isinstance(t, Tensor))
+            self.devices |= {
+                f"{name}: {tensor.device}" for tensor in tensors if tensor.device.type != "cuda"
+            }
+            self.types.setdefault(name, set()).update(
+                str(t.dtype) for t in tree_leaves(out) if isinstance(t, Tensor)
+            )
         for tensor in tensors:
             self.count(tensor)
         return out
@@ -97,8 +108,8 @@ class Seen(TorchDispatchMode):
 
 
 def traced(config: RunConfig) -> dict[str, Any]:
-    """Returns the operations of forward, loss, backward, the sum of lanes and the update; what was not on the GPU; types;
-    and the bytes that forward keeps for backward beside the parameters."""
+    """Returns the operations of forward, loss, backward, the sum of lanes and the update; what was
+    not on the GPU; types; and the bytes that forward keeps for backward beside the parameters."""
     device, kept = torch.device("cuda"), {}
     with FakeTensorMode(), device:
         state = TrainState(GPT(config.model).train(), config.train, device=device)
@@ -109,7 +120,11 @@ def traced(config: RunConfig) -> dict[str, Any]:
         if config.train.document_mask:
             is_bf16 = config.train.precision == "bf16"
             documents = Documents(torch.zeros(65, dtype=torch.int32), SEQ_LEN)
-            mask = documents if is_bf16 else torch.zeros(BATCH_SIZE, 1, SEQ_LEN, SEQ_LEN, dtype=torch.bool)
+            mask = (
+                documents
+                if is_bf16
+                else torch.zeros(BATCH_SIZE, 1, SEQ_LEN, SEQ_LEN, dtype=torch.bool)
+            )
             batch = MicroBatch(ids, ids, ids, mask)
         own = {parameter.untyped_storage()._cdata for parameter in state.model.parameters()}
 
@@ -123,7 +138,10 @@ def traced(config: RunConfig) -> dict[str, Any]:
         for tensor in (state.values, state.gradient, *state.vectors.values()):
             seen.count(tensor)
         with seen, sums.turn(StepPlan(Sharding(), num_lanes=2, num_micro_batches=1), 1):
-            with autocast(config, device), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with (
+                autocast(config, device),
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            ):
                 loss = state.model.loss(*batch, scale=1e-4)
             loss.backward()
         with seen:
@@ -139,7 +157,8 @@ def traced(config: RunConfig) -> dict[str, Any]:
 
 
 def planted() -> dict[str, str]:
-    """Returns what happens to operations that wait for a GPU's values, or that take place on the host."""
+    """Returns what happens to operations that wait for a GPU's values, or that take place on the
+    host."""
     found = {}
     with FakeTensorMode(), torch.device("cuda"):
         for name, operation in {"item": torch.Tensor.item, "nonzero": torch.Tensor.nonzero}.items():

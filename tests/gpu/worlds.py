@@ -1,9 +1,11 @@
-"""Trains small runs in worlds of 1, 1 again, 2 and 4 ranks that share one device, and prints their hashes.
+"""Trains small runs in worlds of 1, 1 again, 2 and 4 ranks that share one device, and prints their
+hashes.
 
     python -m tests.gpu.worlds cpu|cuda FOLDER [CASE ...]
 
-Each rank is a process with its own context on the device, and runs training's own code. Prints one JSON object: by
-case, a list of (world's size, every rank's hash, losses). Imports neither Ray nor a client of any storage.
+Each rank is a process with its own context on the device, and runs training's own code. Prints one
+JSON object: by case, a list of (world's size, every rank's hash, losses). Imports neither Ray nor a
+client of any storage.
 """
 
 import hashlib
@@ -48,14 +50,17 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def pass_through_the_host() -> None:
-    """Sends a GPU's messages through the host's memory: NCCL refuses two ranks on one card, and gloo sends none from a
-    GPU. All else about the exchange is the product's."""
+    """Sends a GPU's messages through the host's memory: NCCL refuses two ranks on one card, and
+    gloo sends none from a GPU. All else about the exchange is the product's."""
     batch, all_to_all = dist.batch_isend_irecv, dist.all_to_all_single
-    # As older versions of PyTorch call it: a machine with a GPU that is only to prove this may have one.
+    # As older versions of PyTorch call it: a machine with a GPU that is only to prove this may have
+    # one.
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
     def staged_batch(messages: list[dist.P2POp]) -> list[dist.Work]:
-        staged = [dist.P2POp(message.op, message.tensor.cpu(), message.peer) for message in messages]
+        staged = [
+            dist.P2POp(message.op, message.tensor.cpu(), message.peer) for message in messages
+        ]
         for work in batch(staged):
             work.wait()
         for message, host in zip(messages, staged, strict=True):
@@ -63,7 +68,9 @@ def pass_through_the_host() -> None:
                 message.tensor.copy_(host.tensor)
         return []
 
-    def staged_all_to_all(found: Tensor, own: Tensor, found_lengths: list[int], own_lengths: list[int]) -> None:
+    def staged_all_to_all(
+        found: Tensor, own: Tensor, found_lengths: list[int], own_lengths: list[int]
+    ) -> None:
         staged = found.cpu()
         all_to_all(staged, own.cpu(), found_lengths, own_lengths)
         found.copy_(staged)
@@ -87,7 +94,9 @@ def run_rank(rank: int, device_type: str, folder: Path, names: list[str]) -> dic
             continue
         store = f"file://{folder}/world-{number}"
         # A rank whose peer has failed ends too, so that the error is seen.
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(minutes=1))
+        dist.init_process_group(
+            "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(minutes=1)
+        )
         group = WorkerGroup(rank, size)
         for name in names:
             run = MadeRun(made_config(device, **CASES[device.type][name]), device, group)
@@ -105,5 +114,7 @@ if __name__ == "__main__":
     names = sys.argv[3:] or list(CASES[device_type])
     # Forked while this process has no other thread, and before any of them has touched the GPU.
     with multiprocessing.get_context("fork").Pool(max(WORLDS)) as pool:
-        ranks = pool.starmap(run_rank, [(r, device_type, folder, names) for r in range(max(WORLDS))], chunksize=1)
+        ranks = pool.starmap(
+            run_rank, [(r, device_type, folder, names) for r in range(max(WORLDS))], chunksize=1
+        )
     print(json.dumps(ranks[0]))

@@ -1,4 +1,5 @@
-"""Notes what a process makes to compute, and tells what of it is alive: states, parameters, sums and flat buffers."""
+"""Notes what a process makes to compute, and tells what of it is alive: states, parameters, sums
+and flat buffers."""
 
 import weakref
 from collections import Counter
@@ -9,14 +10,17 @@ from jobs.exact.state.train_state import TrainState
 
 
 class AttemptWitness:
-    """Watches every `BatchGradient` that this process makes from now on, a self-test's too, with the state below it."""
+    """Watches every `BatchGradient` that this process makes from now on, a self-test's too, with
+    the state below it."""
 
     def __init__(self) -> None:
         self.num_watched = 0
         self._made: list[tuple[str, weakref.ref[Any]]] = []
         make = BatchGradient.__init__
 
-        def watched(gradient: BatchGradient, config: Any, state: TrainState, *rest: Any, **options: Any) -> None:
+        def watched(
+            gradient: BatchGradient, config: Any, state: TrainState, *rest: Any, **options: Any
+        ) -> None:
             make(gradient, config, state, *rest, **options)
             self._note(gradient, state)
 

@@ -1,8 +1,10 @@
-"""Crashes a tiny run at each failpoint and resumes it, in forked processes: NUM_SEEDS crashes of each.
+"""Crashes a tiny run at each failpoint and resumes it, in forked processes: NUM_SEEDS crashes of
+each.
 
 `python -m tests.jobs.failpoint_runs STORAGE_URI TOKENS_IN NUM_SEEDS FAILPOINT …`
 
-Prints a line of JSON for each: what the crash left, where a fresh process resumed, and the hash at the run's end.
+Prints a line of JSON for each: what the crash left, where a fresh process resumed, and the hash at
+the run's end.
 """
 
 import json
@@ -29,7 +31,8 @@ from model.files.checkpoint_folder import verify_checkpoint
 from model.files.failpoints import VARIABLE
 from tests.jobs.runs import tiny_plan
 
-SAVING = ("before_manifest", "mid_manifest", "after_manifest", "before_rename", "after_rename")  # once a checkpoint
+# Once a checkpoint
+SAVING = ("before_manifest", "mid_manifest", "after_manifest", "before_rename", "after_rename")
 NUM_STEPS = 10
 
 save = CheckpointWriter.save
@@ -71,7 +74,9 @@ def crash(plan: RunPlan, failpoint: str, seed: int) -> dict[str, Any]:
     published = [line["step"] for line in ledger.events("checkpoint")]
     complete = checkpoints.names
     with tempfile.TemporaryDirectory() as scratch:
-        damaged = [name for name in complete if verify_checkpoint(checkpoints.fetch(name, Path(scratch)))]
+        damaged = [
+            name for name in complete if verify_checkpoint(checkpoints.fetch(name, Path(scratch)))
+        ]
     ended = in_child(lambda: train(plan, rank=0, world_size=1))
     after = Ledger.read(plan.run)
     return {
@@ -94,7 +99,11 @@ def main(storage_uri: str, tokens_in: str, num_seeds: int, places: list[str]) ->
     torch.set_num_threads(1)  # a forked process has one thread
     checkpoint = {"save_every_steps": 2, "num_to_keep": 1}
     first = tiny_plan(
-        storage_uri, tokens_in=tokens_in, num_steps=NUM_STEPS, train={"sample_prompts": []}, checkpoint=checkpoint
+        storage_uri,
+        tokens_in=tokens_in,
+        num_steps=NUM_STEPS,
+        train={"sample_prompts": []},
+        checkpoint=checkpoint,
     )
     for seed in range(-1, num_seeds):
         for failpoint in places if seed >= 0 else ["none"]:

@@ -1,6 +1,8 @@
-"""Real training in processes that meet by a store, each with its watchdog, where a fault lets all of them hang.
+"""Real training in processes that meet by a store, each with its watchdog, where a fault lets all
+of them hang.
 
-Writes into a rank's log when it met the others, and when it rescued its state. A rank that was ended is started again.
+Writes into a rank's log when it met the others, and when it rescued its state. A rank that was
+ended is started again.
 """
 
 import os
@@ -31,7 +33,8 @@ _STOPPED = "link-stopped"
 
 @dataclass(frozen=True)
 class Fault:
-    """What befalls the ranks once: at a failpoint, or after a step their link, or a kernel that never ends."""
+    """What befalls the ranks once: at a failpoint, or after a step their link, or a kernel that
+    never ends."""
 
     ranks: tuple[int, ...]
     failpoint: str = ""
@@ -39,8 +42,11 @@ class Fault:
     kernel_after_step: int = 0
 
 
-def run_with(fault: Fault, plan: RunPlan, folder: Path, *, world_size: int) -> tuple[list[list[str]], list[int]]:
-    """Trains the plan to its end. Returns the lines of each rank's log, and the ranks that were started again."""
+def run_with(
+    fault: Fault, plan: RunPlan, folder: Path, *, world_size: int
+) -> tuple[list[list[str]], list[int]]:
+    """Trains the plan to its end. Returns the lines of each rank's log, and the ranks that were
+    started again."""
     logs = [folder / f"{rank}.log" for rank in range(world_size)]
     replaced: list[int] = []
 
@@ -50,7 +56,11 @@ def run_with(fault: Fault, plan: RunPlan, folder: Path, *, world_size: int) -> t
         return process
 
     def are_done() -> bool:
-        pausing = [rank for rank in fault.ranks if logs[rank].exists() and "pauses" in logs[rank].read_text()]
+        pausing = [
+            rank
+            for rank in fault.ranks
+            if logs[rank].exists() and "pauses" in logs[rank].read_text()
+        ]
         if len(pausing) == 2 and not (folder / _STOPPED).exists():
             first, second = (processes[rank].pid for rank in pausing)
             assert first is not None and second is not None, "both are started"
@@ -65,14 +75,18 @@ def run_with(fault: Fault, plan: RunPlan, folder: Path, *, world_size: int) -> t
     with meeting_place("127.0.0.1") as address:
         processes = [start(rank, fault) for rank in range(world_size)]
         try:
-            wait_until(are_done, timeout_s=40, why=lambda: [log.read_text()[-2000:] for log in logs])
+            wait_until(
+                are_done, timeout_s=40, why=lambda: [log.read_text()[-2000:] for log in logs]
+            )
         finally:
             for process in processes:
                 process.kill()
     return [log.read_text().splitlines() for log in logs], replaced
 
 
-def _train(plan: RunPlan, address: str, rank: int, world_size: int, folder: Path, fault: Fault | None) -> None:
+def _train(
+    plan: RunPlan, address: str, rank: int, world_size: int, folder: Path, fault: Fault | None
+) -> None:
     into_log(folder / f"{rank}.log")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     is_struck = fault is not None and rank in fault.ranks
@@ -104,7 +118,9 @@ def _train(plan: RunPlan, address: str, rank: int, world_size: int, folder: Path
         tell("met", os.getpid())
         train(plan, rank=rank, world_size=world_size, meeting=meeting, pulse=pulse)
 
-    with watched(plan.run.uri, rank=rank, hang_timeout_s=timeout_s, waiting_places=WAITING_PLACES) as pulse:
+    with watched(
+        plan.run.uri, rank=rank, hang_timeout_s=timeout_s, waiting_places=WAITING_PLACES
+    ) as pulse:
         rendezvous = Rendezvous(
             address,
             group="group",

@@ -1,4 +1,5 @@
-"""A corpus of what people, exporters and disks do to files, with what must be kept of it and why the rest is dropped."""
+"""A corpus of what people, exporters and disks do to files, with what must be kept of it and why
+the rest is dropped."""
 
 import gzip
 import json
@@ -38,7 +39,8 @@ class HostileCorpus:
         return self.kept[-1]
 
     def add(self, name: str | bytes, content: bytes, *, drops: Iterable[str] = ()) -> None:
-        Path(os.fsdecode(os.path.join(os.fsencode(self.folder), os.fsencode(name)))).write_bytes(content)  # noqa: PTH118
+        path = Path(os.fsdecode(os.fsencode(self.folder) + b"/" + os.fsencode(name)))
+        path.write_bytes(content)
         self.drops.update(drops)
 
 
@@ -86,12 +88,23 @@ def _add_lines(corpus: HostileCorpus) -> None:
     }
     good = [line(corpus.fresh()) for _ in bad]
     # The same text in another case, with other blanks, and with its accents apart.
-    same = [line(corpus.fresh("Café CRÈME")), line(f"  café\u00a0crème\r\n{corpus._fresh} "), line("")]
+    same = [
+        line(corpus.fresh("Café CRÈME")),
+        line(f"  café\u00a0crème\r\n{corpus._fresh} "),
+        line(""),
+    ]
     same[2] = line(corpus.kept[-1].replace("é", "e\u0301").replace("È", "E\u0300"))
     mixed = b"".join(part for pair in zip(bad, good, strict=True) for part in pair)
-    corpus.add("lines.jsonl", mixed + wide + b"".join(same), drops=[*bad.values(), "duplicate", "duplicate"])
     corpus.add(
-        "crlf.jsonl", b"\xef\xbb\xbf" + line(corpus.fresh()).replace(b"\n", b"\r\n\r\n") + line(corpus.fresh())[:-1]
+        "lines.jsonl",
+        mixed + wide + b"".join(same),
+        drops=[*bad.values(), "duplicate", "duplicate"],
+    )
+    corpus.add(
+        "crlf.jsonl",
+        b"\xef\xbb\xbf"
+        + line(corpus.fresh()).replace(b"\n", b"\r\n\r\n")
+        + line(corpus.fresh())[:-1],
     )
     corpus.add("empty.jsonl", b"")
     corpus.add("utf-16.jsonl", '{"text": "x"}'.encode("utf-16"), drops=["binary"])
@@ -107,7 +120,9 @@ def _add_archives(corpus: HostileCorpus) -> None:
 def _add_tables(corpus: HostileCorpus) -> None:
     texts = pa.string()
     pq.write_table(pa.table({"text": pa.array([], texts)}), corpus.folder / "no-rows.parquet")
-    with pq.ParquetWriter(corpus.folder / "empty-groups.parquet", pa.schema({"text": texts})) as writer:
+    with pq.ParquetWriter(
+        corpus.folder / "empty-groups.parquet", pa.schema({"text": texts})
+    ) as writer:
         for rows in ([], [corpus.fresh()], [], [corpus.fresh(), corpus.fresh()], []):
             writer.write_table(pa.table({"text": pa.array(rows, texts)}), row_group_size=10)
     for name, dictionary in (("plain", False), ("dictionary", True)):
@@ -120,7 +135,9 @@ def _add_tables(corpus: HostileCorpus) -> None:
             }
         )
         path = corpus.folder / f"{name}.parquet"
-        pq.write_table(table, path, row_group_size=40, use_dictionary=dictionary, compression="none")
+        pq.write_table(
+            table, path, row_group_size=40, use_dictionary=dictionary, compression="none"
+        )
     rows = [corpus.fresh().encode(), None, b"", PNG, b"x" * (MAX_DOCUMENT_BYTES + 1)]
     pq.write_table(pa.table({"text": pa.array(rows, pa.binary())}), corpus.folder / "bytes.parquet")
     corpus.drops.update(["missing_text", "empty", "binary", "too_long"])
@@ -143,7 +160,11 @@ def _add_csv(corpus: HostileCorpus) -> None:
     add("rows.csv", "\n".join(rows).encode(), drops=["missing_text", "invalid_csv", "too_long"])
     add("old-mac.csv", f"text,n\r{fresh()},1\r{fresh()},2\r".encode())
     add("empty.csv", b"")
-    add("stray-quote.csv", f'text\n{fresh()}\n"never closed\n{fresh()}\n'.encode(), drops=["invalid_csv"])
+    add(
+        "stray-quote.csv",
+        f'text\n{fresh()}\n"never closed\n{fresh()}\n'.encode(),
+        drops=["invalid_csv"],
+    )
 
 
 def _add_names(corpus: HostileCorpus) -> None:

@@ -1,4 +1,5 @@
-"""Trains a tiny run over real gloo processes: one worker, two with shards, and two of which one is slow.
+"""Trains a tiny run over real gloo processes: one worker, two with shards, and two of which one is
+slow.
 
 python -m tests.jobs.insight_worlds FOLDER
 """
@@ -20,7 +21,8 @@ from tests.time_limits import slowness
 
 NUM_STEPS = 20
 SLOW_BY_S = 0.06 * slowness()  # a lane, which a busy machine's exchange must not take too
-WORLDS = {"one": 1, "sharded": 2, "divided": 2, "slow": 2}  # the slow one last, as what slows it stays
+# The slow one last, as what slows it stays
+WORLDS = {"one": 1, "sharded": 2, "divided": 2, "slow": 2}
 SHARDS = {"sharded": "optimizer", "divided": "parameters"}
 
 
@@ -57,7 +59,9 @@ def train_world(name: str, rank: int, folder: Path) -> None:
             return forward(model, token_ids, **options)
 
         GPT.forward = slow_forward  # type: ignore[method-assign]
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{name}", rank=rank, world_size=WORLDS[name])
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet-{name}", rank=rank, world_size=WORLDS[name]
+    )
     train(plan_of(name, folder), rank=rank, world_size=WORLDS[name])
     dist.destroy_process_group()
 

@@ -1,6 +1,8 @@
-"""A worker of a group that meets by a store, adds up all ranks' numbers round by round, and may be killed.
+"""A worker of a group that meets by a store, adds up all ranks' numbers round by round, and may be
+killed.
 
-Prints its process id when it has come and when it has met the others, and the sum of each round; a lost worker makes all begin again.
+Prints its process id when it has come and when it has met the others, and the sum of each round; a
+lost worker makes all begin again.
 """
 
 import os
@@ -21,7 +23,9 @@ def tell(*words: object) -> None:
     os.write(1, f"{' '.join(map(str, words))}\n".encode())
 
 
-def meet(address: str, rank: int, world_size: int, num_rounds: int, *, log: Path, how: str | None = None) -> None:
+def meet(
+    address: str, rank: int, world_size: int, num_rounds: int, *, log: Path, how: str | None = None
+) -> None:
     """`how` is one of the ways to work below, or None for the sound one."""
     into_log(log)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -42,7 +46,9 @@ def meet(address: str, rank: int, world_size: int, num_rounds: int, *, log: Path
             others = [other for other in range(world_size) if other != rank]
             received = [torch.empty_like(own) for _ in others]
             sends = [dist.P2POp(dist.isend, own, other) for other in others]
-            receives = [dist.P2POp(dist.irecv, x, other) for x, other in zip(received, others, strict=True)]
+            receives = [
+                dist.P2POp(dist.irecv, x, other) for x, other in zip(received, others, strict=True)
+            ]
             for message in dist.batch_isend_irecv(sends + receives):
                 message.wait()
             dist.all_reduce(own)
@@ -57,14 +63,17 @@ def meet(address: str, rank: int, world_size: int, num_rounds: int, *, log: Path
 
     def broken(meeting: Meeting) -> None:
         tell("met", os.getpid())
-        raise dist.DistBackendError("NCCL error: unhandled system error\nno space for a segment in /dev/shm")
+        raise dist.DistBackendError(
+            "NCCL error: unhandled system error\nno space for a segment in /dev/shm"
+        )
 
     def elsewhere(meeting: Meeting) -> None:
         meetings.append(meeting)
         if len(meetings) > 1:
             return work(meeting)
         tell("met", os.getpid())
-        meeting.aborted.wait()  # as a copy to a GPU does that is busy with a lost worker's message, until that is aborted
+        # As a copy to a GPU does that is busy with a lost worker's message, until that is aborted
+        meeting.aborted.wait()
         time.sleep(2)  # longer than one may stay that still waits for others
         raise LostPeerError("a step")
 

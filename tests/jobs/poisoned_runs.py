@@ -1,4 +1,5 @@
-"""Real training in processes of their own, whose loss turns to NaN at chosen lanes, or that die at a chosen step."""
+"""Real training in processes of their own, whose loss turns to NaN at chosen lanes, or that die at
+a chosen step."""
 
 import os
 import tempfile
@@ -19,8 +20,10 @@ from tests.time_limits import limit_s
 
 @dataclass(frozen=True)
 class Faults:
-    poisoned: frozenset[tuple[int, int]] = frozenset()  # (step, lane): the loss there is NaN, and so is its gradient
-    scaled: tuple[tuple[int, float], ...] = ()  # (step, factor): the loss of the whole step is so many times larger
+    # (step, lane): the loss there is NaN, and so is its gradient
+    poisoned: frozenset[tuple[int, int]] = frozenset()
+    # (step, factor): the loss of the whole step is so many times larger
+    scaled: tuple[tuple[int, float], ...] = ()
     dies_at: int | None = None  # the step in whose middle the process ends, as by SIGKILL
 
 
@@ -28,7 +31,10 @@ def run_world(plan: RunPlan, faults: Faults = Faults(), *, world_size: int = 1) 
     """Trains the plan, with one process for each rank, to its end or to the fault's."""
     with tempfile.TemporaryDirectory() as folder:
         meeting = str(Path(folder) / "meeting")
-        processes = [worker_process(_work, plan, faults, rank, world_size, meeting) for rank in range(world_size)]
+        processes = [
+            worker_process(_work, plan, faults, rank, world_size, meeting)
+            for rank in range(world_size)
+        ]
         for process in processes:
             process.start()
         for process in processes:
@@ -43,16 +49,22 @@ def run_world(plan: RunPlan, faults: Faults = Faults(), *, world_size: int = 1) 
 def _work(plan: RunPlan, faults: Faults, rank: int, world_size: int, meeting: str) -> None:
     backward = BatchGradient._backward
 
-    def faulty(self: BatchGradient, loss_of: Any, step: int, lane: int, *rest: Any, scale: float) -> Tensor:
+    def faulty(
+        self: BatchGradient, loss_of: Any, step: int, lane: int, *rest: Any, scale: float
+    ) -> Tensor:
         if step == faults.dies_at:
             os._exit(137)
         if (step, lane) in faults.poisoned:
             scale = float("nan")
-        return backward(self, loss_of, step, lane, *rest, scale=scale * dict(faults.scaled).get(step, 1.0))
+        return backward(
+            self, loss_of, step, lane, *rest, scale=scale * dict(faults.scaled).get(step, 1.0)
+        )
 
     BatchGradient._backward = faulty  # type: ignore[method-assign, assignment]
     if world_size > 1:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size
+        )
     train(plan, rank=rank, world_size=world_size)
     if world_size > 1:
         dist.destroy_process_group()

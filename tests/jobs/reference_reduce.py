@@ -1,4 +1,5 @@
-"""The exact sum as its definition reads, without buckets, reuse or overlap: what the fast one is compared with."""
+"""The exact sum as its definition reads, without buckets, reuse or overlap: what the fast one is
+compared with."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,9 @@ def reduce_lanes(subtrees: Sequence[range], *, lane_value: Callable[[int], Tenso
     return [tree_sum(subtree, leaf) for subtree in subtrees]
 
 
-def reduce_worlds(world_size: int, *, num_lanes: int, lane_value: Callable[[int], Tensor]) -> Tensor:
+def reduce_worlds(
+    world_size: int, *, num_lanes: int, lane_value: Callable[[int], Tensor]
+) -> Tensor:
     """The whole sum, as a world of this size splits it."""
     by_node: dict[range, Tensor] = {}
     for subtrees in subtrees_of_ranks(num_lanes, world_size):

@@ -35,11 +35,17 @@ def make_store(storage_uri: str, tokenizer: Tokenizer, texts: dict[Split, str]) 
     shards = []
     for split, text in texts.items():
         documents = re.findall(r"(?:\S+\s*){1,20}", text)
-        ids = [token for document in documents for token in [*tokenizer.encode(document), tokenizer.eot_id]]
+        ids = [
+            token
+            for document in documents
+            for token in [*tokenizer.encode(document), tokenizer.eot_id]
+        ]
         content = np.array(ids, token_dtype(tokenizer.vocab_size)).tobytes()
         store.write_bytes(f"{split}.bin", content)
         digest = hashlib.sha256(content).hexdigest()
-        shards.append(Shard(f"{split}.bin", split, 0, len(content) // 2, 1, len(text.encode()), digest))
+        shards.append(
+            Shard(f"{split}.bin", split, 0, len(content) // 2, 1, len(text.encode()), digest)
+        )
     manifest = manifest_of(shards, tokenizer=tokenizer)
     store.write_bytes(TOKENIZER, tokenizer.to_json())
     store.write_bytes(MANIFEST, manifest.to_json())
@@ -85,15 +91,22 @@ def tiny_plan(
     return plan
 
 
-def trained_run(storage_uri: str, *, precision: str = "fp32", document_mask: bool = False) -> RunPlan:
-    """Trains a run of eight steps that validates at steps 4 and 8 and saves at 3, 6 and 8. It waits for each
-    checkpoint: on a busy machine a newer one would take the place of one that is not stored yet."""
+def trained_run(
+    storage_uri: str, *, precision: str = "fp32", document_mask: bool = False
+) -> RunPlan:
+    """Trains a run of eight steps that validates at steps 4 and 8 and saves at 3, 6 and 8. It waits
+    for each checkpoint: on a busy machine a newer one would take the place of one that is not
+    stored yet."""
     plan = tiny_plan(storage_uri, train={"precision": precision, "document_mask": document_mask})
     save = CheckpointWriter.save
 
-    def save_and_wait(writer: CheckpointWriter, metadata: Metadata, state: TrainState, *, must: bool) -> None:
+    def save_and_wait(
+        writer: CheckpointWriter, metadata: Metadata, state: TrainState, *, must: bool
+    ) -> None:
         save(writer, metadata, state, must=must)
-        wait_until(lambda: any(f"{metadata.step:09}" in name for name in RunCheckpoints(plan.run).names))
+        wait_until(
+            lambda: any(f"{metadata.step:09}" in name for name in RunCheckpoints(plan.run).names)
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CheckpointWriter, "save", save_and_wait)

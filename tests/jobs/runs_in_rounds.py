@@ -1,7 +1,8 @@
-"""Real training in processes that meet by a store, one of whose gathers ends as an abort of NCCL's leaves it.
+"""Real training in processes that meet by a store, one of whose gathers ends as an abort of NCCL's
+leaves it.
 
-Writes into a rank's log what it kept and what it rescued: the step, and the hash of the weights then; and as an attempt
-begins, after how many watched ones, and what of these is alive.
+Writes into a rank's log what it kept and what it rescued: the step, and the hash of the weights
+then; and as an attempt begins, after how many watched ones, and what of these is alive.
 """
 
 import json
@@ -35,9 +36,10 @@ from tests.jobs.worker_processes import exit_code, into_log, worker_process
 class CutOff:
     """What befalls a rank at a gather of a step, the first or a later one.
 
-    It finds no table (`zeros`), the one of the step before (`stale`), that of another round (`round`), or the whole
-    table, after its watcher began to abort (`aborted`). Or it is killed before (`killed`). Or it dies at a failpoint,
-    whatever the step: `how` is then what the variable says.
+    It finds no table (`zeros`), the one of the step before (`stale`), that of another round
+    (`round`), or the whole table, after its watcher began to abort (`aborted`). Or it is killed
+    before (`killed`). Or it dies at a failpoint, whatever the step: `how` is then what the variable
+    says.
     """
 
     rank: int
@@ -46,12 +48,17 @@ class CutOff:
     number: int = 0
 
 
-def run_in_rounds(plan: RunPlan, folder: Path, cut_offs: Sequence[CutOff], *, world_size: int = 2) -> list[list[str]]:
-    """Trains the plan to its end, and starts again a rank that was killed. Returns the lines of each rank's log."""
+def run_in_rounds(
+    plan: RunPlan, folder: Path, cut_offs: Sequence[CutOff], *, world_size: int = 2
+) -> list[list[str]]:
+    """Trains the plan to its end, and starts again a rank that was killed. Returns the lines of
+    each rank's log."""
     logs = [folder / f"{rank}.log" for rank in range(world_size)]
 
     def start(rank: int, cut_offs: Sequence[CutOff]) -> BaseProcess:
-        process = worker_process(_train_in_rounds, plan, address, rank, world_size, logs[rank], cut_offs)
+        process = worker_process(
+            _train_in_rounds, plan, address, rank, world_size, logs[rank], cut_offs
+        )
         process.start()
         return process
 
@@ -59,9 +66,13 @@ def run_in_rounds(plan: RunPlan, folder: Path, cut_offs: Sequence[CutOff], *, wo
         processes = [start(rank, cut_offs) for rank in range(world_size)]
         for cut in cut_offs:
             if cut.how == "killed" or ":" in cut.how:
-                assert exit_code(processes[cut.rank]) == (-signal.SIGKILL if cut.how == "killed" else 137)
+                assert exit_code(processes[cut.rank]) == (
+                    -signal.SIGKILL if cut.how == "killed" else 137
+                )
                 processes[cut.rank] = start(cut.rank, ())
-        assert {exit_code(process) for process in processes} == {0}, [log.read_text() for log in logs]
+        assert {exit_code(process) for process in processes} == {0}, [
+            log.read_text() for log in logs
+        ]
     return [log.read_text().splitlines() for log in logs]
 
 
@@ -78,7 +89,9 @@ def _train_in_rounds(
         torch.cuda.set_device(rank)
     pulse = Pulse({})
     settings: dict[str, Any] = {"rank": rank, "world_size": world_size}
-    rendezvous = Rendezvous(address, group="group", use_gpu=use_gpu, progress=lambda: pulse.num_steps, **settings)
+    rendezvous = Rendezvous(
+        address, group="group", use_gpu=use_gpu, progress=lambda: pulse.num_steps, **settings
+    )
     to_come = {(cut.step, cut.number): cut.how for cut in cut_offs if cut.rank == rank}
     gather, tables = dist.all_gather_single, dict[torch.Size, Tensor]()
     meetings: list[Meeting] = []

@@ -1,4 +1,5 @@
-"""Counts the bytes that this process sends to other ranks while a gradient or a sharded update is exchanged."""
+"""Counts the bytes that this process sends to other ranks while a gradient or a sharded update is
+exchanged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +15,23 @@ class SentBytes:
 
 @contextmanager
 def sent_bytes() -> Iterator[SentBytes]:
-    """Counts messages from rank to rank and what is gathered from all, as they are handed to torch."""
-    sent, stock = SentBytes(), (dist.batch_isend_irecv, dist.all_to_all_single, dist.all_gather_single)
+    """Counts messages from rank to rank and what is gathered from all, as they are handed to
+    torch."""
+    sent, stock = (
+        SentBytes(),
+        (dist.batch_isend_irecv, dist.all_to_all_single, dist.all_gather_single),
+    )
     exchange, all_to_all, all_gather = stock
 
     def counted_exchange(messages: list[dist.P2POp]) -> Any:
-        sent.num_bytes += sum(message.tensor.nbytes for message in messages if message.op is dist.isend)
+        sent.num_bytes += sum(
+            message.tensor.nbytes for message in messages if message.op is dist.isend
+        )
         return exchange(messages)
 
-    def counted_all_to_all(found: Tensor, own: Tensor, found_lengths: list[int], own_lengths: list[int]) -> Any:
+    def counted_all_to_all(
+        found: Tensor, own: Tensor, found_lengths: list[int], own_lengths: list[int]
+    ) -> Any:
         sent.num_bytes += own.nbytes - own_lengths[dist.get_rank()] * own.itemsize
         return all_to_all(found, own, found_lengths, own_lengths)
 

@@ -1,7 +1,9 @@
-"""Trains tiny runs in worlds of forked processes over gloo, whose checkpoints are in shards, and prints lines of JSON.
+"""Trains tiny runs in worlds of forked processes over gloo, whose checkpoints are in shards, and
+prints lines of JSON.
 
 python -m tests.jobs.sharded_runs STORAGE_URI TOKENS_IN FOLDER 0                     resizes one run
-python -m tests.jobs.sharded_runs STORAGE_URI TOKENS_IN FOLDER NUM_SEEDS FAILPOINT …  crashes runs of two workers
+python -m tests.jobs.sharded_runs STORAGE_URI TOKENS_IN FOLDER NUM_SEEDS FAILPOINT …  crashes runs
+of two workers
 """
 
 import json
@@ -42,20 +44,32 @@ STAGES: list[tuple[int, Shard, int | None]] = [
     (3, "parameters", None),
     (4, "gradients", 2),
 ]
-"""The world at steps 1 and 2, 3 and 4, and so on; the weights' last checkpoint before each is in other files."""
+"""The world at steps 1 and 2, 3 and 4, and so on; the weights' last checkpoint before each is in
+other files."""
 
 WAYS: list[Shard] = ["optimizer", "gradients", "parameters"]
 """To shard a run whose worker crashes."""
 
-VISITS = {"after_lease": 1, "mid_delete": 3, "before_manifest": 6, "after_manifest": 6, "after_shard": 6}
-"""How often a rank passes a failpoint, if that is not for each of twelve files; rank 0 alone passes the first four."""
+VISITS = {
+    "after_lease": 1,
+    "mid_delete": 3,
+    "before_manifest": 6,
+    "after_manifest": 6,
+    "after_shard": 6,
+}
+"""How often a rank passes a failpoint, if that is not for each of twelve files; rank 0 alone passes
+the first four."""
 
 save = Attempt.save
 
 
-def save_and_wait(self: Attempt, step: int, validation: dict[str, Any], *, must: bool = False) -> None:
+def save_and_wait(
+    self: Attempt, step: int, validation: dict[str, Any], *, must: bool = False
+) -> None:
     """Returns once each rank knows the checkpoint to be published."""
-    assert len({*self.group.gather(self.number)}) == 1, "or no snapshot of several workers would be whole"
+    assert len({*self.group.gather(self.number)}) == 1, (
+        "or no snapshot of several workers would be whole"
+    )
     save(self, step, validation, must=must)
     name, checkpoints = checkpoint_name(step, self.generation), RunCheckpoints(self.plan.run)
     while not all(self.group.gather(name in checkpoints.names)):
@@ -63,7 +77,11 @@ def save_and_wait(self: Attempt, step: int, validation: dict[str, Any], *, must:
 
 
 def train_world(
-    plan: RunPlan, world_size: int, folder: Path, *, prepare: Callable[[int], None] = lambda rank: None
+    plan: RunPlan,
+    world_size: int,
+    folder: Path,
+    *,
+    prepare: Callable[[int], None] = lambda rank: None,
 ) -> list[int]:
     """Returns the exit code of each rank."""
     meeting, children = tempfile.mktemp(dir=folder), []
@@ -73,7 +91,9 @@ def train_world(
             try:
                 prepare(rank)
                 Attempt.save = save_and_wait  # type: ignore[method-assign]
-                dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+                dist.init_process_group(
+                    "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size
+                )
                 train(plan, rank=rank, world_size=world_size)
             except BaseException:
                 traceback.print_exc()
@@ -102,7 +122,8 @@ def note_copies(path: Path, rank: int) -> None:
 
 
 def resizes(plan: RunPlan, folder: Path) -> dict[str, Any]:
-    """Returns the exit codes, and for each stage what its ranks copied: a rank and the bytes of one copy."""
+    """Returns the exit codes, and for each stage what its ranks copied: a rank and the bytes of one
+    copy."""
     codes, copied = [], []
     for stage, (world_size, shard, group) in enumerate(STAGES, start=1):
         path = folder / f"copies-{stage}"
@@ -127,7 +148,9 @@ def crash(plan: RunPlan, failpoint: str, seed: int, folder: Path) -> dict[str, A
     checkpoints = RunCheckpoints(plan.run)
     complete = checkpoints.names
     with tempfile.TemporaryDirectory() as scratch:
-        damaged = [name for name in complete if verify_checkpoint(checkpoints.fetch(name, Path(scratch)))]
+        damaged = [
+            name for name in complete if verify_checkpoint(checkpoints.fetch(name, Path(scratch)))
+        ]
     world_size, shard, group = choice.choice(STAGES)
     ended = train_world(sharded(plan, shard, group), world_size, folder)
     after = Ledger.read(plan.run)
@@ -168,7 +191,9 @@ def main(storage_uri: str, tokens_in: str, folder: Path, num_seeds: int, places:
         print(json.dumps(resizes(named("resized"), folder)), flush=True)
     for seed in range(num_seeds):
         for failpoint in places:
-            print(json.dumps(crash(named(f"{failpoint}-{seed}"), failpoint, seed, folder)), flush=True)
+            print(
+                json.dumps(crash(named(f"{failpoint}-{seed}"), failpoint, seed, folder)), flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from jobs.exact.state.sharding import Sharding
 
 
 def sharding(shard: Shard, *, rank: int = 0, world_size: int, group: int | None = None) -> Sharding:
-    """Returns the sharding of one of so many ranks, of which `group` hold a copy together: all of them if None."""
+    """Returns the sharding of one of so many ranks, of which `group` hold a copy together: all of
+    them if None."""
     scaling = ScalingConfig(shard=shard, shard_group=group, max_workers=1)
     return Sharding.of(scaling, rank=rank, world_size=world_size)
 

@@ -1,4 +1,5 @@
-"""Writes one state after another into slots until it is killed, and prints each step that it has written.
+"""Writes one state after another into slots until it is killed, and prints each step that it has
+written.
 
 python -m tests.jobs.slot_writer PATH STEP
 """

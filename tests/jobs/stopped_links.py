@@ -1,4 +1,5 @@
-"""Stops TCP connections without closing them, as a cable does that is pulled: whatever arrives is dropped."""
+"""Stops TCP connections without closing them, as a cable does that is pulled: whatever arrives is
+dropped."""
 
 import ctypes
 import os
@@ -8,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _SO_ATTACH_FILTER = 26  # of Linux; needs no rights
-_DROP_ALL = struct.pack("HBBI", 0x06, 0, 0, 0)  # one instruction of BPF: return 0 bytes of the packet
+# One instruction of BPF: return 0 bytes of the packet
+_DROP_ALL = struct.pack("HBBI", 0x06, 0, 0, 0)
 _PIDFD_GETFD = 438
 
 Link = tuple[int, int]
@@ -39,7 +41,8 @@ def links(pid: int) -> Iterator[tuple[Link, socket.socket]]:
 
 
 def stop_between(first: int, second: int) -> int:
-    """Stops all connections between two processes at both ends, for good; returns how many ends there are."""
+    """Stops all connections between two processes at both ends, for good; returns how many ends
+    there are."""
     program = ctypes.create_string_buffer(_DROP_ALL)
     option = struct.pack("HL", 1, ctypes.addressof(program))
     ends = {link: connection for pid in (first, second) for link, connection in links(pid)}

@@ -33,19 +33,32 @@ def manifest_of(
 
 
 def write_shard(
-    storage: Storage, number: int, size: int, *, split: Split = "train", source: int = 0, vocab_size: int = 1000
+    storage: Storage,
+    number: int,
+    size: int,
+    *,
+    split: Split = "train",
+    source: int = 0,
+    vocab_size: int = 1000,
 ) -> tuple[Shard, np.ndarray]:
     """Writes random tokens, a function of the number."""
-    tokens = np.random.default_rng(number).integers(0, vocab_size, size).astype(token_dtype(vocab_size))
+    tokens = (
+        np.random.default_rng(number).integers(0, vocab_size, size).astype(token_dtype(vocab_size))
+    )
     name = f"{'shard' if split == 'train' else 'val'}-{number:05d}.bin"
     storage.write_bytes(name, tokens.tobytes())
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()
     return Shard(name, split, source, size, 1, 4 * size, digest), tokens.astype(np.int64)
 
 
-def make_store(storage: Storage, *, sizes: Sequence[int], vocab_size: int = 1000, val_size: int = 0) -> np.ndarray:
+def make_store(
+    storage: Storage, *, sizes: Sequence[int], vocab_size: int = 1000, val_size: int = 0
+) -> np.ndarray:
     """Makes a finished store with train shards of the given sizes; returns their tokens."""
-    written = [write_shard(storage, number, size, vocab_size=vocab_size) for number, size in enumerate(sizes)]
+    written = [
+        write_shard(storage, number, size, vocab_size=vocab_size)
+        for number, size in enumerate(sizes)
+    ]
     val, _ = write_shard(storage, len(sizes), val_size, split="val", vocab_size=vocab_size)
     manifest = manifest_of([*(shard for shard, _ in written), val], vocab_size=vocab_size)
     storage.write_bytes(MANIFEST, manifest.to_json())

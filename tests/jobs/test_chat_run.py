@@ -1,4 +1,5 @@
-"""A model that is trained on conversations answers over HTTP, in its own template, and ends its answers itself."""
+"""A model that is trained on conversations answers over HTTP, in its own template, and ends its
+answers itself."""
 
 import asyncio
 import json
@@ -29,7 +30,15 @@ from model.text.tokenizer import train_bpe
 from tests.jobs.runs import newest_checkpoint
 from tests.serving.endpoint_parts import replica_client
 
-FACTS = {"2+3": "5", "7+1": "8", "9-4": "5", "sky?": "blue", "grass?": "green", "snow?": "white", "bye": "see you"}
+FACTS = {
+    "2+3": "5",
+    "7+1": "8",
+    "9-4": "5",
+    "sky?": "blue",
+    "grass?": "green",
+    "snow?": "white",
+    "bye": "see you",
+}
 NUM_STEPS = 160
 TEMPLATES = {
     "plain": None,
@@ -46,39 +55,58 @@ def asks(question: str, note: int = 3) -> list[dict[str, str]]:
 
 
 def corpus(folder: Path) -> Path:
-    """Writes conversations of one question and of two, each under many notes, so that both splits have every fact."""
+    """Writes conversations of one question and of two, each under many notes, so that both splits
+    have every fact."""
     found, facts = [], list(FACTS.items())
     for note in range(24):
         for number, (question, answer) in enumerate(facts):
             messages = [*asks(question, note), {"role": "assistant", "content": answer}]
             if note % 2:
                 again, second = facts[(number + note) % len(facts)]
-                messages += [{"role": "user", "content": again}, {"role": "assistant", "content": second}]
+                messages += [
+                    {"role": "user", "content": again},
+                    {"role": "assistant", "content": second},
+                ]
             found.append(json.dumps({"messages": messages}))
     (folder / "facts.jsonl").write_text("\n".join(found))
     return folder / "facts.jsonl"
 
 
-@pytest.fixture(scope="module", params=["plain", "own", pytest.param("bos", marks=pytest.mark.slow)])
-def plan(request: pytest.FixtureRequest, ray_workers: int, tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
+@pytest.fixture(
+    scope="module", params=["plain", "own", pytest.param("bos", marks=pytest.mark.slow)]
+)
+def plan(
+    request: pytest.FixtureRequest, ray_workers: int, tmp_path_factory: pytest.TempPathFactory
+) -> RunPlan:
     """A run that has been trained, in this process, on what Ray's workers have tokenized."""
     folder, template = tmp_path_factory.mktemp(request.param), TEMPLATES[request.param]
     source = corpus(folder)
-    backend = tokenizers.Tokenizer.from_str(train_bpe([source.read_text()], vocab_size=300).to_json().decode())
+    backend = tokenizers.Tokenizer.from_str(
+        train_bpe([source.read_text()], vocab_size=300).to_json().decode()
+    )
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"] if template else [])
     if request.param == "bos":
         backend.add_special_tokens(["<bos>"])
         added = [("<bos>", backend.token_to_id("<bos>"))]
-        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=added)
+        backend.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=added
+        )
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_text(backend.to_str())
     if template:
-        (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        (folder / "tokenizer" / "tokenizer_config.json").write_text(
+            json.dumps({"chat_template": template})
+        )
     tokenizer, _ = load_tokenizer(str(folder / "tokenizer"))
     config = RunConfig.model_validate(
         {
             "run_id": "chat",
-            "model": {"preset": "tiny", "n_embd": 64, "n_positions": 80, "vocab_size": tokenizer.vocab_size},
+            "model": {
+                "preset": "tiny",
+                "n_embd": 64,
+                "n_positions": 80,
+                "vocab_size": tokenizer.vocab_size,
+            },
             "data": {
                 "format": "chat",
                 "source": str(source),
@@ -109,7 +137,9 @@ def plan(request: pytest.FixtureRequest, ray_workers: int, tmp_path_factory: pyt
 
 
 def test_it_answers_and_stops_over_http(plan: RunPlan) -> None:
-    async def answer(http: httpx.AsyncClient, messages: list[dict[str, str]], **asked: Any) -> dict[str, Any]:
+    async def answer(
+        http: httpx.AsyncClient, messages: list[dict[str, str]], **asked: Any
+    ) -> dict[str, Any]:
         body = {"model": "tiny", "messages": messages, "temperature": 0} | asked
         response = await http.post("/v1/chat/completions", json=body)
         assert response.status_code == 200, response.text
@@ -136,21 +166,39 @@ def test_it_answers_and_stops_over_http(plan: RunPlan) -> None:
             [cut] = (await answer(http, asks("sky?"), stop=["ue"]))["choices"]
             assert (cut["message"]["content"], cut["finish_reason"]) == ("bl", "stop")
             [endless] = (await answer(http, asks("sky?"), ignore_eos=True, max_tokens=9))["choices"]
-            assert endless["finish_reason"] == "length" and endless["message"]["content"].startswith("blue")
+            assert endless["finish_reason"] == "length" and endless["message"][
+                "content"
+            ].startswith("blue")
             asked = (await answer(http, asks("sky?"), return_token_ids=True))["prompt_token_ids"]
             assert asked[0] == tokenizer.start_id and asked.count(tokenizer.start_id) == 1
-            body = {"model": "tiny", "prompt": "sky?", "max_tokens": 1, "echo": True, "return_token_ids": True}
+            body = {
+                "model": "tiny",
+                "prompt": "sky?",
+                "max_tokens": 1,
+                "echo": True,
+                "return_token_ids": True,
+            }
             [text] = (await http.post("/v1/completions", json=body)).json()["choices"]
-            assert text["prompt_token_ids"] == tokenizer.encode_whole("sky?") and text["text"].startswith("sky?")
-            turns = [*asks("2+3", note=5), {"role": "assistant", "content": "5"}, {"role": "user", "content": "snow?"}]
+            assert text["prompt_token_ids"] == tokenizer.encode_whole("sky?") and text[
+                "text"
+            ].startswith("sky?")
+            turns = [
+                *asks("2+3", note=5),
+                {"role": "assistant", "content": "5"},
+                {"role": "user", "content": "snow?"},
+            ]
             assert (await answer(http, turns))["choices"][0]["message"]["content"] == "white"
             body = {"model": "tiny", "messages": asks("bye"), "temperature": 0, "stream": True}
             lines = (await http.post("/v1/chat/completions", json=body)).text.splitlines()
-            parts = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+            parts = [
+                json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")
+            ]
             assert "".join(part["delta"]["content"] for part in parts) == "see you"
             assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + ["stop"]
             if Chat(tokenizer).end_of_turn != tokenizer.eot_id:
-                refused = await http.post("/v1/chat/completions", json=body | {"messages": asks("bye")[::-1]})
+                refused = await http.post(
+                    "/v1/chat/completions", json=body | {"messages": asks("bye")[::-1]}
+                )
                 error = refused.json()["error"]
                 assert (refused.status_code, error["param"]) == (400, "messages")
                 assert error["message"].endswith("refuses the messages: the system speaks first")
@@ -174,16 +222,27 @@ def test_evaluation_counts_what_training_counts(plan: RunPlan) -> None:
     # Each answer has an end besides its bytes; the split's last tokens fill no row.
     answers = TextConfig(source=[str(plan.config.data.source[0])], format="chat")
     whole = evaluate(EvaluateConfig(checkpoint=str(checkpoint), data=answers))
-    assert whole["tokens"] > 5 * found["tokens"] and whole["loss"] < 1  # rows cut some answers from their questions
+    # Rows cut some answers from their questions
+    assert whole["tokens"] > 5 * found["tokens"] and whole["loss"] < 1
 
 
-def test_an_export_answers_in_transformers_and_stops_there_too(plan: RunPlan, tmp_path: Path) -> None:
+def test_an_export_answers_in_transformers_and_stops_there_too(
+    plan: RunPlan, tmp_path: Path
+) -> None:
     checkpoint = newest_checkpoint(plan)
     export(str(checkpoint), str(tmp_path / "export"), storage_uri=plan.config.storage.uri)
     before, after = tokenizer_in(checkpoint), tokenizer_in(tmp_path / "export")
     assert before is not None and after is not None and before.chat is not None
-    reader, model = (kind.from_pretrained(tmp_path / "export") for kind in (AutoTokenizer, AutoModelForCausalLM))
-    asked = reader.apply_chat_template(asks("sky?"), add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    reader, model = (
+        kind.from_pretrained(tmp_path / "export") for kind in (AutoTokenizer, AutoModelForCausalLM)
+    )
+    asked = reader.apply_chat_template(
+        asks("sky?"), add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
     answer = model.generate(asked, max_new_tokens=20, do_sample=False)[0, asked.shape[1] :].tolist()
     assert answer == [*after.encode("blue"), Chat(after).end_of_turn]
-    assert after.chat == before.chat == read_manifest(split_uri(f"{plan.tokens_uri}/manifest.json")[0]).chat
+    assert (
+        after.chat
+        == before.chat
+        == read_manifest(split_uri(f"{plan.tokens_uri}/manifest.json")[0]).chat
+    )

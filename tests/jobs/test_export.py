@@ -1,4 +1,5 @@
-"""The export is a valid checkpoint that transformers reads, with the source's weights and without training state."""
+"""The export is a valid checkpoint that transformers reads, with the source's weights and without
+training state."""
 
 import json
 import os
@@ -15,7 +16,13 @@ from jobs.export import export
 from model.config import GPTConfig
 from model.files.bounded_text import TextError
 from model.files.checkpoint import load_model
-from model.files.checkpoint_folder import TRAIN_STATE, CheckpointError, Metadata, read_metadata, verify_checkpoint
+from model.files.checkpoint_folder import (
+    TRAIN_STATE,
+    CheckpointError,
+    Metadata,
+    read_metadata,
+    verify_checkpoint,
+)
 from model.files.stored_tokenizer import load_tokenizer
 from model.gpt import GPT
 from model.text.tokenizer import train_bpe
@@ -32,7 +39,12 @@ def checkpoint(tmp_path: Path) -> Path:
     model = GPT(GPTConfig(tokenizer.vocab_size, n_positions=32, n_layer=2, n_head=2, n_embd=16))
     model.init_weights(7)
     metadata = Metadata(
-        run_id="run", step=3, tokens_seen=96, data_manifest_hash="data", code_version="code", val_loss=2.5
+        run_id="run",
+        step=3,
+        tokens_seen=96,
+        data_manifest_hash="data",
+        code_version="code",
+        val_loss=2.5,
     )
     folder = tmp_path / "source"
     save_model(
@@ -84,7 +96,9 @@ def test_an_export_to_s3_arrives_whole(checkpoint: Path, tmp_path: Path, s3_buck
         export(str(checkpoint), uri, storage_uri=str(tmp_path))
 
 
-def test_it_overwrites_nothing_and_takes_no_damaged_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+def test_it_overwrites_nothing_and_takes_no_damaged_checkpoint(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "target"
     target.mkdir()
     (target / "thesis.txt").write_text("mine")
@@ -101,12 +115,20 @@ def test_it_overwrites_nothing_and_takes_no_damaged_checkpoint(checkpoint: Path,
     assert not (tmp_path / "new").exists()
 
 
-def test_the_command_prints_one_result_or_one_line_of_error(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_command_prints_one_result_or_one_line_of_error(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "cluster.cli", "export", str(checkpoint), "export", "--json"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     first, second = (
         subprocess.run(
-            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=limit_s(60), check=False
+            command,
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=limit_s(60),
+            check=False,
         )
         for _ in range(2)
     )
@@ -115,4 +137,7 @@ def test_the_command_prints_one_result_or_one_line_of_error(checkpoint: Path, tm
     assert result["checkpoint"] == str(tmp_path / "export")
     assert json.loads((tmp_path / "export" / "config.json").read_text())["model_type"] == "gpt2"
     assert second.returncode == 1
-    assert second.stderr.splitlines()[-1] == f"error: {tmp_path}/export exists and is not empty; name a new folder"
+    assert (
+        second.stderr.splitlines()[-1]
+        == f"error: {tmp_path}/export exists and is not empty; name a new folder"
+    )

@@ -1,4 +1,5 @@
-"""A corpus of one text trains, validated on its end or on texts of its own; what cannot train is refused at once."""
+"""A corpus of one text trains, validated on its end or on texts of its own; what cannot train is
+refused at once."""
 
 import dataclasses
 import json
@@ -54,30 +55,38 @@ def written(path: Path, text: str) -> Path:
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher itself is the only worker."""
     monkeypatch.setattr(
-        stage, "_train", lambda plan: train(dataclasses.replace(plan, launch=None), rank=0, world_size=1)
+        stage,
+        "_train",
+        lambda plan: train(dataclasses.replace(plan, launch=None), rank=0, world_size=1),
     )
 
 
 def check_proofs(config: RunConfig, result: dict[str, Any]) -> None:
-    """Two workers that take the steps again get the same bits, and one that resumes; evaluation gives the trainer's own
-    validation loss."""
+    """Two workers that take the steps again get the same bits, and one that resumes; evaluation
+    gives the trainer's own validation loss."""
     run = run_storage(config)
     again = replay(run, steps=range(1, 9), num_workers=2)
     assert (again["equal"], again["hashes"]) == (True, 4)
     resumed = replay(run, steps=range(6, 9))
     assert (resumed["equal"], resumed["hashes"]) == (True, 2)
     assert "step-000000004" in resumed["from_checkpoint"]
-    found = evaluate(EvaluateConfig(checkpoint=result["checkpoint"], batch_size=2, storage=config.storage))
+    found = evaluate(
+        EvaluateConfig(checkpoint=result["checkpoint"], batch_size=2, storage=config.storage)
+    )
     assert found["loss"] == pytest.approx(result["val_loss"], abs=1e-6)
     assert found["bits_per_byte"] == pytest.approx(result["val_bits_per_byte"], abs=1e-6)
     assert read_metadata(Path(result["checkpoint"])).val_loss == result["val_loss"]
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_the_end_of_one_text_is_held_out(ray_workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_end_of_one_text_is_held_out(
+    ray_workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = small_run(tmp_path, [written(tmp_path / "one.txt", make_text(4000))])
     result = pretrain(config)
-    said = re.search(r"the last ([\d,]+) of ([\d,]+) tokens are held out to validate", capsys.readouterr().err)
+    said = re.search(
+        r"the last ([\d,]+) of ([\d,]+) tokens are held out to validate", capsys.readouterr().err
+    )
     assert said is not None
     held_out, total = (int(number.replace(",", "")) for number in said.groups())
     assert 0.04 * total < held_out <= 0.05 * total + 1
@@ -89,7 +98,9 @@ def test_the_end_of_one_text_is_held_out(ray_workers: int, tmp_path: Path, capsy
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_pipeline__lists_the_corpus_once(ray_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipeline__lists_the_corpus_once(
+    ray_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A listing of a million files takes 13.5 s, and two of them may tell of different files."""
     listed: list[str] = []
 
@@ -106,9 +117,12 @@ def test_pipeline__lists_the_corpus_once(ray_workers: int, tmp_path: Path, monke
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_texts_of_their_own_validate_where_nothing_is_held_out(ray_workers: int, tmp_path: Path) -> None:
+def test_texts_of_their_own_validate_where_nothing_is_held_out(
+    ray_workers: int, tmp_path: Path
+) -> None:
     sets = {
-        name: str(written(tmp_path / f"{name}.txt", make_text(400, seed=seed))) for name, seed in (("a", 1), ("b", 2))
+        name: str(written(tmp_path / f"{name}.txt", make_text(400, seed=seed)))
+        for name, seed in (("a", 1), ("b", 2))
     }
     source = written(tmp_path / "one.txt", make_text(1000))
     config = small_run(tmp_path, [source], val_fraction=0.0, validation=sets)
@@ -126,7 +140,11 @@ ROWS = "\n".join([json.dumps({"text": SHORT})] * 3)
 @pytest.mark.parametrize(
     ("texts", "data", "message"),
     [
-        ({"a.txt": "too short"}, {}, r"the text has \d+ tokens to train on, a row needs 33 .* lower train\.seq_len$"),
+        (
+            {"a.txt": "too short"},
+            {},
+            r"the text has \d+ tokens to train on, a row needs 33 .* lower train\.seq_len$",
+        ),
         ({"a.csv": f"text\n{SHORT}"}, {}, r"the text has \d+ tokens, .* a row to validate need 66"),
         (
             {"a.jsonl": ROWS, "b.txt": SHORT, "c.txt": SHORT},
@@ -134,8 +152,16 @@ ROWS = "\n".join([json.dumps({"text": SHORT})] * 3)
             r"the text has \d+ tokens, .* a row to validate need 66",
         ),
         ({"a.txt": make_text(900)}, {"val_fraction": 0.0}, "data.validation names no text"),
-        ({"a.txt": make_text(900), "b.txt": "short"}, {"weights": [1, 1]}, r"data\.source\[1\] has \d+ tokens"),
-        ({"a.txt": make_text(900)}, {"validation": {"short": "SHORT"}}, r"data\.validation\.short=.* a row needs 33"),
+        (
+            {"a.txt": make_text(900), "b.txt": "short"},
+            {"weights": [1, 1]},
+            r"data\.source\[1\] has \d+ tokens",
+        ),
+        (
+            {"a.txt": make_text(900)},
+            {"validation": {"short": "SHORT"}},
+            r"data\.validation\.short=.* a row needs 33",
+        ),
     ],
 )
 def test_what_cannot_train_is_refused_before_a_worker_starts(

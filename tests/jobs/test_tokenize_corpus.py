@@ -1,4 +1,5 @@
-"""Corpus to token store: the same bytes for any workers, kills and places; everything kept or counted; clear errors."""
+"""Corpus to token store: the same bytes for any workers, kills and places; everything kept or
+counted; clear errors."""
 
 import hashlib
 import json
@@ -49,7 +50,10 @@ def shard_ids(result: dict, file: str) -> list[int]:
 
 def test_result_manifest_and_files_agree(result: dict) -> None:
     manifest, folder = manifest_of(result), Path(result["manifest"]).parent
-    assert result["manifest_hash"] == hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    assert (
+        result["manifest_hash"]
+        == hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    )
     assert result["shards"] == {shard.file: shard.sha256 for shard in manifest.shards}
     assert {shard.split for shard in manifest.shards} == {"train", "val"}
     assert len(manifest.shards) > 20
@@ -60,8 +64,16 @@ def test_result_manifest_and_files_agree(result: dict) -> None:
         assert len(ids) == shard.tokens
         assert ids.count(manifest.eot_id) == shard.documents
         assert ids[-1] == manifest.eot_id
-    assert result["tokens"] == result["train_tokens"] + result["val_tokens"] == sum(s.tokens for s in manifest.shards)
-    names = {path.name for path in folder.rglob("*") if path.is_file() and ".partial-lock" not in path.name}
+    assert (
+        result["tokens"]
+        == result["train_tokens"] + result["val_tokens"]
+        == sum(s.tokens for s in manifest.shards)
+    )
+    names = {
+        path.name
+        for path in folder.rglob("*")
+        if path.is_file() and ".partial-lock" not in path.name
+    }
     assert names == {*result["shards"], "manifest.json", "sources.json", "tokenizer.json"}
 
 
@@ -76,7 +88,9 @@ def test_every_document_is_kept_once_or_counted(result: dict, corpus: Path) -> N
     texts = list(dict.fromkeys(document.text for document in all_documents if not document.drop))
     assert result["documents"] == len(texts) == 601
     assert result["bytes"] == sum(len(text.encode()) for text in texts)
-    assert result["dropped"] == dict.fromkeys([str(reason) for reason in Drop if reason not in CHAT_DROPS], 0) | {
+    assert result["dropped"] == dict.fromkeys(
+        [str(reason) for reason in Drop if reason not in CHAT_DROPS], 0
+    ) | {
         "empty": 1,
         "binary": 1,
         "invalid_json": 1,
@@ -105,9 +119,9 @@ def test_every_document_is_kept_once_or_counted(result: dict, corpus: Path) -> N
     assert stored["train"] == [text for text in texts if not held_out(text)]
     assert stored["val"] == [text for text in texts if held_out(text)]
     reasons = {"empty", "binary", "invalid_json", "missing_text", "duplicate"}
-    assert {reason: len(samples) for reason, samples in manifest.drop_samples.items()} == dict.fromkeys(reasons, 1) | {
-        "duplicate": 2
-    }
+    assert {
+        reason: len(samples) for reason, samples in manifest.drop_samples.items()
+    } == dict.fromkeys(reasons, 1) | {"duplicate": 2}
     assert manifest.drop_samples["invalid_json"][0].preview.startswith("{broken")
 
 
@@ -117,10 +131,17 @@ def test_one_worker_killed_half_way_and_started_again_makes_the_same_bytes(
 ) -> None:
     config_file = tmp_path / "config.json"
     config_file.write_text(data_config(str(corpus), tmp_path / "storage").model_dump_json())
-    command = [sys.executable, str(REPOSITORY / "tests/jobs/tokenize_once.py"), str(config_file), "1"]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "tests/jobs/tokenize_once.py"),
+        str(config_file),
+        "1",
+    ]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"}
 
-    job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    job = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     written: list[Path] = []
     deadline_s = time.monotonic() + limit_s(60)
     while len(written) < 4 and time.monotonic() < deadline_s and job.poll() is None:
@@ -134,7 +155,9 @@ def test_one_worker_killed_half_way_and_started_again_makes_the_same_bytes(
     job.wait()
     folder = written[0].parent
     survivors = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
-    assert 4 <= len(survivors) < len(result["shards"]), "the job was to be killed between two shards"
+    assert 4 <= len(survivors) < len(result["shards"]), (
+        "the job was to be killed between two shards"
+    )
     assert not (folder / "manifest.json").exists()
     vouched = {
         shard["file"]
@@ -157,10 +180,14 @@ def test_one_worker_killed_half_way_and_started_again_makes_the_same_bytes(
         key: result[key] for key in result if key != "manifest"
     }
     untouched = {name for name in vouched if not name.endswith(spoiled.removeprefix("shard"))}
-    assert {name: (folder / name).stat().st_mtime_ns for name in untouched} == {n: survivors[n] for n in untouched}
+    assert {name: (folder / name).stat().st_mtime_ns for name in untouched} == {
+        n: survivors[n] for n in untouched
+    }
 
 
-def test_s3_sources_and_storage_give_the_same_manifest(result: dict, corpus: Path, s3_bucket: str) -> None:
+def test_s3_sources_and_storage_give_the_same_manifest(
+    result: dict, corpus: Path, s3_bucket: str
+) -> None:
     open_storage(f"s3://{s3_bucket}").upload_folder(corpus, "data/texts")
     remote = tokenize(data_config(f"s3://{s3_bucket}/data/texts", f"s3://{s3_bucket}/raymill"))
     assert remote["manifest"].startswith(f"s3://{s3_bucket}/raymill/tokens/")
@@ -207,7 +234,9 @@ def test_a_finished_store_is_reused_a_damaged_one_mended_a_changed_corpus_made_a
 
 
 @pytest.mark.parametrize(("policy", "documents", "dropped"), [("replace", 3, 0), ("skip", 2, 1)])
-def test_invalid_utf8_is_counted(policy: str, documents: int, dropped: int, ray_workers: int, tmp_path: Path) -> None:
+def test_invalid_utf8_is_counted(
+    policy: str, documents: int, dropped: int, ray_workers: int, tmp_path: Path
+) -> None:
     for name, content in {"a": b"good text", "b": b"caf\xe9", "c": "café".encode()}.items():
         (tmp_path / f"{name}.txt").write_bytes(content)
     result = tokenize(data_config(str(tmp_path), tmp_path / "storage", invalid_utf8=policy))
@@ -219,11 +248,15 @@ def test_invalid_utf8_is_counted(policy: str, documents: int, dropped: int, ray_
 def test_invalid_utf8_can_stop_the_job(ray_workers: int, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"good")
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
-    settings = {"invalid_utf8": "fail", "tokenizer_sample_bytes": 4}  # the tokenizer's sample ends before the bad file
-    with pytest.raises(UserError, match=r"b\.txt is not UTF-8 at byte 3; convert the file") as caught:
+    # The tokenizer's sample ends before the bad file
+    settings = {"invalid_utf8": "fail", "tokenizer_sample_bytes": 4}
+    with pytest.raises(
+        UserError, match=r"b\.txt is not UTF-8 at byte 3; convert the file"
+    ) as caught:
         tokenize(data_config(str(tmp_path), tmp_path / "storage", **settings))
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"b\.txt is not UTF-8 at byte 3"):  # the tokenizer meets it first
+    # The tokenizer meets it first
+    with pytest.raises(UserError, match=r"b\.txt is not UTF-8 at byte 3"):
         tokenize(data_config(str(tmp_path), tmp_path / "storage", invalid_utf8="fail"))
 
 
@@ -256,4 +289,7 @@ def test_small_corpora_still_train_and_validate(
     for number in range(num_documents):
         (tmp_path / f"{number}.txt").write_text(f"document number {number} " * 20)
     result = tokenize(data_config(str(tmp_path), tmp_path / "storage", val_fraction=val_fraction))
-    assert {"T": result["train_tokens"] > 0, "V": result["val_tokens"] > 0} == {"T": True, "V": "V" in splits}
+    assert {"T": result["train_tokens"] > 0, "V": result["val_tokens"] > 0} == {
+        "T": True,
+        "V": "V" in splits,
+    }

@@ -1,4 +1,5 @@
-"""Tokenizes the corpus of a config file on a fresh one-node cluster and prints the result: a job to be killed."""
+"""Tokenizes the corpus of a config file on a fresh one-node cluster and prints the result: a job to
+be killed."""
 
 import json
 import sys

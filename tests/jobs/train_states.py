@@ -71,5 +71,9 @@ def pieces_of(state: TrainState, rank: int, *, world_size: int) -> Iterator[Stat
 
 def stored(*files: Mapping[str, Tensor]) -> StoredTensors:
     """Returns tensors as safetensors files have them."""
-    contents = {f"file {n}": b"".join(safetensors_pieces(tensors)) for n, tensors in enumerate(files)}
-    return StoredTensors(contents, lambda file, start, end: contents[file][start:end], source="memory")
+    contents = {
+        f"file {n}": b"".join(safetensors_pieces(tensors)) for n, tensors in enumerate(files)
+    }
+    return StoredTensors(
+        contents, lambda file, start, end: contents[file][start:end], source="memory"
+    )

@@ -1,9 +1,11 @@
-"""Trains a small model over real gloo processes, for worlds of several sizes in turn, and prints the results.
+"""Trains a small model over real gloo processes, for worlds of several sizes in turn, and prints
+the results.
 
     python -m tests.jobs.train_worlds MAX_WORLD_SIZE FOLDER [more]
 
-The last word takes the cases of the longer suite. Prints one JSON object: by case and world, the parameter hash and losses of every rank, and the bytes sent a step.
-The world "resized" is one run whose world has another size at each step, and whose state is sharded in another way.
+The last word takes the cases of the longer suite. Prints one JSON object: by case and world, the
+parameter hash and losses of every rank, and the bytes sent a step. The world "resized" is one run
+whose world has another size at each step, and whose state is sharded in another way.
 """
 
 import itertools
@@ -78,7 +80,12 @@ class Case:
             "dropout": 0.1,
         }
         if self.llama:
-            model |= {"architecture": "llama", "activation_function": "swiglu", "n_kv_head": 2, "n_embd": 80}
+            model |= {
+                "architecture": "llama",
+                "activation_function": "swiglu",
+                "n_kv_head": 2,
+                "n_embd": 80,
+            }
         if self.one_block:
             model |= {"n_layer": 1, "n_embd": 1, "n_head": 1}
         train = {
@@ -93,7 +100,10 @@ class Case:
             "exact": self.exact,
         }
         if self.start_lanes:
-            train |= {"batch_ramp_start": 2 * self.start_lanes, "batch_ramp_tokens": 20 * 2 * SEQ_LEN}
+            train |= {
+                "batch_ramp_start": 2 * self.start_lanes,
+                "batch_ramp_tokens": 20 * 2 * SEQ_LEN,
+            }
         return RunConfig.model_validate(
             {
                 "model": model,
@@ -101,7 +111,9 @@ class Case:
                 "scaling": {
                     "max_workers": 1,
                     "shard": self.shard,
-                    "shard_group": self.group if self.shard in ("gradients", "parameters") else None,
+                    "shard_group": self.group
+                    if self.shard in ("gradients", "parameters")
+                    else None,
                 },
             }
         )
@@ -113,7 +125,9 @@ CASES = [
     Case("bf16", "relu", shard="parameters"),
     Case(compute="plain", shard="parameters", group=2),
     Case(recompute=True, documents=True, micro_batches=3),
-    Case("bf16", compute="plain", recompute=True, documents=True, micro_batches=2, shard="parameters"),
+    Case(
+        "bf16", compute="plain", recompute=True, documents=True, micro_batches=2, shard="parameters"
+    ),
     Case("bf16", recompute=True, documents=True, micro_batches=2, shard="gradients", group=2),
     Case(num_lanes=8, shard="gradients"),
     Case(num_lanes=8, shard="parameters", recompute=True),
@@ -129,7 +143,9 @@ CASES = [
 MORE_CASES = [
     Case("bf16", shard="optimizer"),
     Case("bf16", "relu", compute="plain", shard="gradients"),
-    Case("bf16", compute="plain", recompute=True, documents=True, micro_batches=2, shard="optimizer"),
+    Case(
+        "bf16", compute="plain", recompute=True, documents=True, micro_batches=2, shard="optimizer"
+    ),
     Case(num_lanes=8),
     Case(num_lanes=13, start_lanes=5, shard="optimizer"),
     Case(llama=True, recompute=True),
@@ -139,19 +155,23 @@ MORE_CASES = [
 
 
 class MadeRows:
-    """Rows that are a function of their sample's number. Of conversations, another share of the targets counts in each
-    row, and in every fifth none."""
+    """Rows that are a function of their sample's number. Of conversations, another share of the
+    targets counts in each row, and in every fifth none."""
 
     def __init__(self, *, chat: bool = False) -> None:
         self._chat = chat
 
     def samples(self, indices: Any) -> tuple[Tensor, Tensor]:
-        rows = [np.random.default_rng(int(index)).integers(VOCAB, size=SEQ_LEN + 1) for index in indices]
+        rows = [
+            np.random.default_rng(int(index)).integers(VOCAB, size=SEQ_LEN + 1) for index in indices
+        ]
         batch = torch.from_numpy(np.stack(rows))
         batch[:, SEQ_LEN // 2] = EOT
         inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
         if self._chat:
-            counted = [np.random.default_rng((7, int(i))).random(SEQ_LEN) < int(i) % 5 / 6 for i in indices]
+            counted = [
+                np.random.default_rng((7, int(i))).random(SEQ_LEN) < int(i) % 5 / 6 for i in indices
+            ]
             targets[~torch.from_numpy(np.stack(counted))] = IGNORE_INDEX
         return inputs, targets
 
@@ -169,9 +189,14 @@ class Trainer:
         model.init_weights(0)
         sharding = Sharding.of(config.scaling, rank=group.rank, world_size=group.world_size)
         self.state = TrainState(model, config.train, device=CPU, group=group, sharding=sharding)
+        rows: Any = MadeRows(chat=case.chat)
         self.gradient = BatchGradient(
-            config, self.state, MadeRows(chat=case.chat), group, eot_id=EOT if case.documents else None
-        )  # type: ignore[arg-type]
+            config,
+            self.state,
+            rows,
+            group,
+            eot_id=EOT if case.documents else None,
+        )
 
     def steps(self, steps: range) -> list[float]:
         losses = []
@@ -189,8 +214,11 @@ class Trainer:
         return hash_of_weights(self.state, self.group, step=NUM_STEPS)
 
 
-def worlds(rank: int, max_world_size: int, folder: Path) -> Iterator[tuple[str, WorkerGroup, range]]:
-    """Yields the worlds that the rank is part of: a name, the group, and the steps to take in it."""
+def worlds(
+    rank: int, max_world_size: int, folder: Path
+) -> Iterator[tuple[str, WorkerGroup, range]]:
+    """Yields the worlds that the rank is part of: a name, the group, and the steps to take in
+    it."""
     plan = [(f"{size}", size, range(1, NUM_STEPS + 1)) for size in range(1, max_world_size + 1)]
     plan += [("resized", size, range(step, step + 1)) for step, size in enumerate(RESIZES, start=1)]
     for number, (name, size, steps) in enumerate(plan):
@@ -203,7 +231,8 @@ def worlds(rank: int, max_world_size: int, folder: Path) -> Iterator[tuple[str, 
 
 
 class FileSnapshots(Snapshots):
-    """Snapshots whose memory is files, of nodes of two ranks each; a rank reads the files of its own node."""
+    """Snapshots whose memory is files, of nodes of two ranks each; a rank reads the files of its
+    own node."""
 
     def __init__(self, group: WorkerGroup, folder: Path) -> None:
         super().__init__(None, group)
@@ -226,7 +255,9 @@ class FileSnapshots(Snapshots):
                 if header := Slots.at(str(path)).header(slot):
                     assert Slots.at(str(path)).is_whole(slot)
                     found.append(Holding(path.parent.name, path.name, slot, header))
-        snapshot = choose(found, explained_step=NUM_STEPS, at_least=0, is_left_out=lambda step: False)
+        snapshot = choose(
+            found, explained_step=NUM_STEPS, at_least=0, is_left_out=lambda step: False
+        )
         assert snapshot is not None
         return snapshot
 
@@ -236,8 +267,8 @@ class FileSnapshots(Snapshots):
 
 
 def hand_over(trainer: Trainer, group: WorkerGroup, path: Path, step: int) -> None:
-    """Hands the state to the next world, as in-memory snapshots do after even steps, and checkpoints after the others:
-    in shards where the state is."""
+    """Hands the state to the next world, as in-memory snapshots do after even steps, and
+    checkpoints after the others: in shards where the state is."""
     if step % 2 == 0:
         FileSnapshots(group, path).after_step(step, trainer.state, attempt=step, carried={})
     elif not trainer.state.sharding.is_whole:
@@ -256,7 +287,10 @@ def hand_over(trainer: Trainer, group: WorkerGroup, path: Path, step: int) -> No
 def taken_over(case: Case, group: WorkerGroup, path: Path, step: int) -> Trainer:
     if step % 2:
         trainer = Trainer(case, group)
-        files = [torch.load(file, weights_only=False) for file in path.parent.glob(f"{path.name}-{step}-*.pt")]
+        files = [
+            torch.load(file, weights_only=False)
+            for file in path.parent.glob(f"{path.name}-{step}-*.pt")
+        ]
         restore(trainer.state, stored(*itertools.chain(*files)))
         return trainer
     trainer, memory = Trainer(case, group), FileSnapshots(group, path)
@@ -264,7 +298,9 @@ def taken_over(case: Case, group: WorkerGroup, path: Path, step: int) -> Trainer
     return trainer
 
 
-def run_rank(rank: int, max_world_size: int, folder: Path, cases: list[Case]) -> list[dict[str, Any]]:
+def run_rank(
+    rank: int, max_world_size: int, folder: Path, cases: list[Case]
+) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     snapshots.NUM_SHARES = {"cpu": 3}  # as on GPUs: of the ranks of a node each writes some
     snapshots.CHUNK_BYTES = 40_000  # no share is one piece
@@ -276,8 +312,16 @@ def run_rank(rank: int, max_world_size: int, folder: Path, cases: list[Case]) ->
                 continue
             path, now = folder / f"state-{number}", case
             if name == "resized":  # and sharded otherwise at each step
-                now = replace(case, shard=get_args(Shard)[(number + steps.start) % 4], group=(None, 2)[steps.start % 2])
-            trainer = taken_over(now, group, path, steps.start - 1) if steps.start > 1 else Trainer(now, group)
+                now = replace(
+                    case,
+                    shard=get_args(Shard)[(number + steps.start) % 4],
+                    group=(None, 2)[steps.start % 2],
+                )
+            trainer = (
+                taken_over(now, group, path, steps.start - 1)
+                if steps.start > 1
+                else Trainer(now, group)
+            )
             losses = trainer.steps(steps)
             if name == "resized":
                 resized[case] += losses
@@ -300,8 +344,14 @@ def run_rank(rank: int, max_world_size: int, folder: Path, cases: list[Case]) ->
 
 
 if __name__ == "__main__":
-    world_size, folder, cases = int(sys.argv[1]), Path(sys.argv[2]), MORE_CASES if sys.argv[3:] else CASES
+    world_size, folder, cases = (
+        int(sys.argv[1]),
+        Path(sys.argv[2]),
+        MORE_CASES if sys.argv[3:] else CASES,
+    )
     # Forked while this process has no other thread: torch is imported once for all ranks.
     with multiprocessing.get_context("fork").Pool(world_size) as pool:
-        results = pool.starmap(run_rank, [(rank, world_size, folder, cases) for rank in range(world_size)], chunksize=1)
+        results = pool.starmap(
+            run_rank, [(rank, world_size, folder, cases) for rank in range(world_size)], chunksize=1
+        )
     print(json.dumps(results[0]))

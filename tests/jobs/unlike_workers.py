@@ -1,4 +1,5 @@
-"""Trains with two workers that round differently, each in a process of its own on a node of its own name."""
+"""Trains with two workers that round differently, each in a process of its own on a node of its own
+name."""
 
 import os
 import tempfile
@@ -21,10 +22,13 @@ def with_scaling(plan: RunPlan, **changed: Any) -> RunPlan:
 
 
 def train_unlike_workers(plan: RunPlan, folder: Path) -> Ledger:
-    """Trains to the end. The workers have one and two threads, for which products are cut in other places."""
+    """Trains to the end. The workers have one and two threads, for which products are cut in other
+    places."""
     plans = [with_scaling(plan, threads_per_worker=threads) for threads in (1, 2)]
     meeting, log = tempfile.mktemp(dir=folder), folder / "log"
-    processes = [worker_process(_train, plan, rank, meeting, log) for rank, plan in enumerate(plans)]
+    processes = [
+        worker_process(_train, plan, rank, meeting, log) for rank, plan in enumerate(plans)
+    ]
     for process in processes:
         process.start()
     assert [exit_code(process) for process in processes] == [0, 0], log.read_text()

@@ -1,4 +1,5 @@
-"""Starts processes that train or meet: a server forks each of them, so that PyTorch is imported once and not once each."""
+"""Starts processes that train or meet: a server forks each of them, so that PyTorch is imported
+once and not once each."""
 
 import multiprocessing
 import os
@@ -18,7 +19,8 @@ _PRELOADED = [
 
 
 def worker_process(target: Callable[..., object], *arguments: Any) -> BaseProcess:
-    """Returns a process that is not started. Its environment is the server's: what it needs is among its arguments."""
+    """Returns a process that is not started. Its environment is the server's: what it needs is
+    among its arguments."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     return context.Process(target=target, args=arguments)

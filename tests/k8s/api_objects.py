@@ -1,6 +1,8 @@
-"""The objects of a Kubernetes API in memory, and what it does with a write: defaults, owners, versions, subresources.
+"""The objects of a Kubernetes API in memory, and what it does with a write: defaults, owners,
+versions, subresources.
 
-It answers as `kube-apiserver` 1.36 with KubeRay's CRDs was observed to. Not a Kubernetes: nothing here admits or schedules.
+It answers as `kube-apiserver` 1.36 with KubeRay's CRDs was observed to. Not a Kubernetes: nothing
+here admits or schedules.
 """
 
 import copy
@@ -17,7 +19,13 @@ from tests.k8s.schema_rules import crd_problems
 
 Object = dict[str, Any]
 
-GROUP_DEFAULTS = {"maxReplicas": 2147483647, "minReplicas": 0, "numOfHosts": 1, "priority": 0, "replicas": 0}
+GROUP_DEFAULTS = {
+    "maxReplicas": 2147483647,
+    "minReplicas": 0,
+    "numOfHosts": 1,
+    "priority": 0,
+    "replicas": 0,
+}
 """Defaults that the CRDs fill into a worker group; a test compares them."""
 
 RAY_DEFAULTS: dict[str, Object] = {
@@ -28,8 +36,13 @@ RAY_DEFAULTS: dict[str, Object] = {
 
 OPERATOR = "kuberay-operator"
 _WITH_STATUS = {*RAY_DEFAULTS, "Pod", "StatefulSet", "ResourceQuota", "Namespace"}
-_CLAIM_DEFAULTS = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "status": {"phase": "Pending"}}
-"""Defaults of each claim of a StatefulSet, whose list is one field: they make it differ from every manifest's."""
+_CLAIM_DEFAULTS = {
+    "apiVersion": "v1",
+    "kind": "PersistentVolumeClaim",
+    "status": {"phase": "Pending"},
+}
+"""Defaults of each claim of a StatefulSet, whose list is one field: they make it differ from every
+manifest's."""
 
 NAMESPACED = {
     "/api/v1": "ConfigMap Event PersistentVolumeClaim Pod ResourceQuota Secret Service ServiceAccount",
@@ -72,7 +85,8 @@ class RefusedError(Exception):
 
 
 class ApiObjects:
-    """Holds objects by their paths, such as `/api/v1/namespaces/raymill/pods/head`. Every change has a number."""
+    """Holds objects by their paths, such as `/api/v1/namespaces/raymill/pods/head`. Every change
+    has a number."""
 
     def __init__(self, *, namespaces: tuple[str, ...] = ("raymill",)) -> None:
         self.lock = threading.RLock()
@@ -80,7 +94,9 @@ class ApiObjects:
         self._owners: dict[str, Owners] = {}
         self._version = 0
         for name in namespaces:
-            self.put(f"/api/v1/namespaces/{name}", {"kind": "Namespace", "metadata": {"name": name}})
+            self.put(
+                f"/api/v1/namespaces/{name}", {"kind": "Namespace", "metadata": {"name": name}}
+            )
 
     def get(self, path: str) -> Object | None:
         with self.lock:
@@ -92,17 +108,20 @@ class ApiObjects:
             return found
 
     def put(self, path: str, value: Object, *, manager: str = OPERATOR) -> Object:
-        """Writes the whole object with its status, as KubeRay and the kubelet do by an Update of both."""
+        """Writes the whole object with its status, as KubeRay and the kubelet do by an Update of
+        both."""
         with self.lock:
             value = copy.deepcopy(value)
             value.setdefault("metadata", {}).pop("managedFields", None)
             before = self._objects.get(path, {})
-            self._owners.setdefault(path, Owners()).update(before, value, Manager(manager, "Update"))
+            self._owners.setdefault(path, Owners()).update(
+                before, value, Manager(manager, "Update")
+            )
             return self._store(path, value)
 
     def delete(self, path: str) -> None:
-        """Deletes the object with what it owns; a namespace with what is in it. What has finalizers only bears a mark
-        until these are removed, and with it its namespace."""
+        """Deletes the object with what it owns; a namespace with what is in it. What has finalizers
+        only bears a mark until these are removed, and with it its namespace."""
         with self.lock:
             inside = self._inside(path)
             for other in inside:
@@ -116,12 +135,15 @@ class ApiObjects:
             del self._objects[path], self._owners[path]
             for other, owned in list(self._objects.items()):
                 if any(
-                    owner["uid"] == value["metadata"]["uid"] for owner in owned["metadata"].get("ownerReferences", [])
+                    owner["uid"] == value["metadata"]["uid"]
+                    for owner in owned["metadata"].get("ownerReferences", [])
                 ):
                     self.delete(other)
             if "/namespaces/" in path:
                 space = "/api/v1/namespaces/" + path.split("/namespaces/")[1].partition("/")[0]
-                if "deletionTimestamp" in self._objects.get(space, {}).get("metadata", {}) and not self._inside(space):
+                if "deletionTimestamp" in self._objects.get(space, {}).get(
+                    "metadata", {}
+                ) and not self._inside(space):
                     self.delete(space)
 
     def finalize(self, path: str) -> Object | None:
@@ -136,24 +158,39 @@ class ApiObjects:
     def _inside(self, path: str) -> list[str]:
         """Returns the paths of what is in a namespace; of nothing for other objects."""
         is_namespace = path.startswith("/api/v1/namespaces/") and path.count("/") == 4
-        return [o for o in self._objects if is_namespace and f"/namespaces/{path.rpartition('/')[2]}/" in o]
+        return [
+            o
+            for o in self._objects
+            if is_namespace and f"/namespaces/{path.rpartition('/')[2]}/" in o
+        ]
 
     def list(self, collection: str, selector: str = "") -> Object:
-        """Returns the objects directly below `collection` that have all labels of `selector`; items do not say their kind."""
+        """Returns the objects directly below `collection` that have all labels of `selector`; items
+        do not say their kind."""
         pairs = [pair for pair in selector.replace("==", "=").split(",") if pair]
         wanted = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
         present = {pair for pair in pairs if "=" not in pair}
         with self.lock:
             items = [
-                {key: item for key, item in (self.get(path) or {}).items() if key not in ("apiVersion", "kind")}
+                {
+                    key: item
+                    for key, item in (self.get(path) or {}).items()
+                    if key not in ("apiVersion", "kind")
+                }
                 for path, value in self._objects.items()
                 if path.rpartition("/")[0] == collection
                 and wanted.items() <= value["metadata"].get("labels", {}).items()
                 and present <= value["metadata"].get("labels", {}).keys()
             ]
-            return {"kind": "List", "metadata": {"resourceVersion": str(self._version)}, "items": items}
+            return {
+                "kind": "List",
+                "metadata": {"resourceVersion": str(self._version)},
+                "items": items,
+            }
 
-    def create(self, collection: str, value: Object, *, manager: str, dry_run: bool = False) -> Object:
+    def create(
+        self, collection: str, value: Object, *, manager: str, dry_run: bool = False
+    ) -> Object:
         path = f"{collection}/{value['metadata']['name']}"
         with self.lock:
             self._namespace_of(path)
@@ -165,11 +202,16 @@ class ApiObjects:
     def apply(self, path: str, body: Object, *, manager: str, force: bool, dry_run: bool) -> Object:
         """Applies on the server's side."""
         if not manager:
-            raise RefusedError(422, "Invalid", "fieldManager: Required value: is required for apply patch")
+            raise RefusedError(
+                422, "Invalid", "fieldManager: Required value: is required for apply patch"
+            )
         with self.lock:
             _check_scope(path)
             self._namespace_of(path)
-            live, owners = self._objects.get(path, {}), copy.deepcopy(self._owners.get(path, Owners()))
+            live, owners = (
+                self._objects.get(path, {}),
+                copy.deepcopy(self._owners.get(path, Owners())),
+            )
             wanted = self._writable(body, path)
             version = body["metadata"].get("resourceVersion")
             if version is not None and version != live.get("metadata", {}).get("resourceVersion"):
@@ -177,9 +219,13 @@ class ApiObjects:
             who = Manager(manager, "Apply")
             if not force and (conflicts := owners.conflicts(live, wanted, who)):
                 raise _conflict(conflicts, body["apiVersion"])
-            value = owners.apply(live, wanted, who) | {key: body[key] for key in ("apiVersion", "kind")}
+            value = owners.apply(live, wanted, who) | {
+                key: body[key] for key in ("apiVersion", "kind")
+            }
             value["metadata"] |= {
-                key: body["metadata"][key] for key in ("name", "namespace") if key in body["metadata"]
+                key: body["metadata"][key]
+                for key in ("name", "namespace")
+                if key in body["metadata"]
             }
             value = defaulted({key: item for key, item in value.items() if key != "status"})
             if problems := crd_problems([value]) if CRDS.is_dir() else []:
@@ -191,8 +237,11 @@ class ApiObjects:
             self._owners[path] = owners
             return self._store(path, value)
 
-    def patch(self, path: str, content_type: str, body: Any, *, manager: str = OPERATOR) -> Object | None:
-        """Applies a JSON patch or a merge patch to an object or its `/status`; returns None if there is no such object."""
+    def patch(
+        self, path: str, content_type: str, body: Any, *, manager: str = OPERATOR
+    ) -> Object | None:
+        """Applies a JSON patch or a merge patch to an object or its `/status`; returns None if
+        there is no such object."""
         with self.lock:
             main, is_status = path.removesuffix("/status"), path.endswith("/status")
             live = self._objects.get(main)
@@ -204,7 +253,8 @@ class ApiObjects:
                     change(value, step)
             else:
                 value = merged(value, body)
-            if live.get("kind") in _WITH_STATUS:  # a write changes the status or all else, never both
+            # A write changes the status or all else, never both
+            if live.get("kind") in _WITH_STATUS:
                 rest = live if is_status else value
                 status = value if is_status else live
                 value = {key: item for key, item in rest.items() if key != "status"}
@@ -218,11 +268,21 @@ class ApiObjects:
                 self._owners[main].update(live, value, who)
             return self._store(main, value)
 
-    def event(self, of: Object, reason: str, message: str, *, kind: str = "Normal", at: str = "") -> None:
+    def event(
+        self, of: Object, reason: str, message: str, *, kind: str = "Normal", at: str = ""
+    ) -> None:
         """Records an event, in the form that older controllers use."""
         metadata = of["metadata"]
-        name, namespace = f"{metadata['name']}.{uuid.uuid4().hex[:16]}", metadata.get("namespace", "raymill")
-        about = {"kind": of["kind"], "name": metadata["name"], "namespace": namespace, "uid": metadata.get("uid", "")}
+        name, namespace = (
+            f"{metadata['name']}.{uuid.uuid4().hex[:16]}",
+            metadata.get("namespace", "raymill"),
+        )
+        about = {
+            "kind": of["kind"],
+            "name": metadata["name"],
+            "namespace": namespace,
+            "uid": metadata.get("uid", ""),
+        }
         at = at or now()
         event = {
             "metadata": {"name": name, "namespace": namespace},
@@ -243,22 +303,34 @@ class ApiObjects:
         kept = (before or {}).get("metadata", {})
         metadata = value.setdefault("metadata", {})
         metadata["uid"] = kept.get("uid", metadata.get("uid") or str(uuid.uuid4()))
-        metadata["creationTimestamp"] = kept.get("creationTimestamp", metadata.get("creationTimestamp") or now())
+        metadata["creationTimestamp"] = kept.get(
+            "creationTimestamp", metadata.get("creationTimestamp") or now()
+        )
         is_changed = before is None or value.get("spec") != before.get("spec")
         metadata["generation"] = kept.get("generation", 0) + is_changed
         metadata["resourceVersion"] = str(self._version)
         self._objects[path] = value
         found = self.get(path)
         assert found is not None
-        if "deletionTimestamp" in metadata and kept.get("finalizers") and not metadata.get("finalizers"):
+        if (
+            "deletionTimestamp" in metadata
+            and kept.get("finalizers")
+            and not metadata.get("finalizers")
+        ):
             self.delete(path)
         return found
 
     def _writable(self, body: Object, path: str) -> Object:
         """Returns what an apply may write of the object."""
         held = ("uid", "resourceVersion", "generation", "creationTimestamp", "managedFields")
-        wanted = {key: item for key, item in body.items() if key != "status" or body["kind"] not in _WITH_STATUS}
-        wanted["metadata"] = {key: item for key, item in body["metadata"].items() if key not in held}
+        wanted = {
+            key: item
+            for key, item in body.items()
+            if key != "status" or body["kind"] not in _WITH_STATUS
+        }
+        wanted["metadata"] = {
+            key: item for key, item in body["metadata"].items() if key not in held
+        }
         assert body["metadata"]["name"] == path.rpartition("/")[2]
         return wanted
 
@@ -281,10 +353,14 @@ class ApiObjects:
 
 
 def defaulted(value: Object) -> Object:
-    """Returns the object with the defaults of Ray's CRDs, and with those of a StatefulSet that are in a list."""
+    """Returns the object with the defaults of Ray's CRDs, and with those of a StatefulSet that are
+    in a list."""
     if value.get("kind") == "StatefulSet":
         claims = value["spec"].get("volumeClaimTemplates", [])
-        filled = [_CLAIM_DEFAULTS | claim | {"spec": {"volumeMode": "Filesystem"} | claim["spec"]} for claim in claims]
+        filled = [
+            _CLAIM_DEFAULTS | claim | {"spec": {"volumeMode": "Filesystem"} | claim["spec"]}
+            for claim in claims
+        ]
         value["spec"] = value["spec"] | ({"volumeClaimTemplates": filled} if filled else {})
         return value
     if value.get("kind") not in RAY_DEFAULTS or "spec" not in value:
@@ -292,7 +368,9 @@ def defaulted(value: Object) -> Object:
     value["spec"] = RAY_DEFAULTS[value["kind"]] | value["spec"]
     cluster = cluster_spec(value)
     if "workerGroupSpecs" in cluster:
-        cluster["workerGroupSpecs"] = [GROUP_DEFAULTS | group for group in cluster["workerGroupSpecs"]]
+        cluster["workerGroupSpecs"] = [
+            GROUP_DEFAULTS | group for group in cluster["workerGroupSpecs"]
+        ]
     return value
 
 
@@ -337,7 +415,9 @@ def merged(value: Any, change: Any) -> Any:
 
 def change(value: Any, step: Object) -> None:
     """Applies one operation of RFC 6902: test, add, replace or remove."""
-    *parents, last = [part.replace("~1", "/").replace("~0", "~") for part in step["path"].strip("/").split("/")]
+    *parents, last = [
+        part.replace("~1", "/").replace("~0", "~") for part in step["path"].strip("/").split("/")
+    ]
     for part in parents:
         value = value[int(part)] if isinstance(value, list) else value[part]
     if step["op"] == "test":
@@ -345,7 +425,9 @@ def change(value: Any, step: Object) -> None:
         if found != step["value"]:
             message = f"testing value {step['path']} failed: it is {json.dumps(found)}"
             raise RefusedError(
-                422, "Invalid", f"the server rejected our request due to an error in our request: {message}"
+                422,
+                "Invalid",
+                f"the server rejected our request due to an error in our request: {message}",
             )
     elif step["op"] == "remove":
         del value[int(last) if isinstance(value, list) else last]

@@ -1,8 +1,8 @@
-"""The few routes of a Kubernetes API that Ray's autoscaler, `raymill cluster` and `kubectl apply` use, over the objects
-of `api_objects.py`.
+"""The few routes of a Kubernetes API that Ray's autoscaler, `raymill cluster` and `kubectl apply`
+use, over the objects of `api_objects.py`.
 
-Not a Kubernetes: nothing here schedules or admits. HTTPS on loopback, with a certificate authority made for the
-occasion; who has no certificate of it is not heard.
+Not a Kubernetes: nothing here schedules or admits. HTTPS on loopback, with a certificate authority
+made for the occasion; who has no certificate of it is not heard.
 """
 
 import datetime
@@ -58,8 +58,11 @@ class ApiStandIn(ApiObjects):
         context.load_cert_chain(folder / "server.crt", folder / "server.key")
         context.load_verify_locations(folder / "ca.crt")
         context.verify_mode = ssl.CERT_REQUIRED
-        # The handshake is the handler's, in its own thread: a client that is slow with it keeps nobody else waiting.
-        self._server.socket = context.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
+        # The handshake is the handler's, in its own thread: a client that is slow with it keeps
+        # nobody else waiting.
+        self._server.socket = context.wrap_socket(
+            self._server.socket, server_side=True, do_handshake_on_connect=False
+        )
         self.port = self._server.server_address[1]
 
     @contextmanager
@@ -87,8 +90,14 @@ class ApiStandIn(ApiObjects):
     def kubeconfig(self) -> Path:
         """Writes a file by which the official client finds it."""
         path = self.folder / "kubeconfig"
-        cluster = {"server": f"https://127.0.0.1:{self.port}", "certificate-authority": str(self.folder / "ca.crt")}
-        user = {"client-certificate": str(self.folder / "client.crt"), "client-key": str(self.folder / "client.key")}
+        cluster = {
+            "server": f"https://127.0.0.1:{self.port}",
+            "certificate-authority": str(self.folder / "ca.crt"),
+        }
+        user = {
+            "client-certificate": str(self.folder / "client.crt"),
+            "client-key": str(self.folder / "client.key"),
+        }
         config = {
             "apiVersion": "v1",
             "kind": "Config",
@@ -106,29 +115,53 @@ class ApiStandIn(ApiObjects):
         for table, is_namespaced in ((NAMESPACED, True), (CLUSTER_WIDE, False)):
             for root, names in table.items():
                 for kind in names.split():
-                    described = {"name": plural(kind), "singularName": "", "kind": kind, "namespaced": is_namespaced}
+                    described = {
+                        "name": plural(kind),
+                        "singularName": "",
+                        "kind": kind,
+                        "namespaced": is_namespaced,
+                    }
                     described["verbs"] = ["get", "list", "create", "patch"]
                     kinds.setdefault(root, {})[kind] = described
         if path == "/api":
             return {"kind": "APIVersions", "versions": ["v1"]}
         if path == "/apis":
             names = [root.split("/")[2:] for root in kinds if root != "/api/v1"]
-            versions = {name: {"groupVersion": f"{name}/{version}", "version": version} for name, version in names}
-            groups = [{"name": name, "versions": [it], "preferredVersion": it} for name, it in versions.items()]
+            versions = {
+                name: {"groupVersion": f"{name}/{version}", "version": version}
+                for name, version in names
+            }
+            groups = [
+                {"name": name, "versions": [it], "preferredVersion": it}
+                for name, it in versions.items()
+            ]
             return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
         if path not in kinds:
             return None
         group_version = path.removeprefix("/apis/").removeprefix("/api/")
-        return {"kind": "APIResourceList", "groupVersion": group_version, "resources": [*kinds[path].values()]}
+        return {
+            "kind": "APIResourceList",
+            "groupVersion": group_version,
+            "resources": [*kinds[path].values()],
+        }
 
     def _certificates(self) -> None:
-        authority_key, name = ec.generate_private_key(ec.SECP256R1()), _name("raymill test authority")
+        authority_key, name = (
+            ec.generate_private_key(ec.SECP256R1()),
+            _name("raymill test authority"),
+        )
         authority = _certificate(authority_key, name, authority_key, name, is_authority=True)
         for who in ("server", "client"):
             key = ec.generate_private_key(ec.SECP256R1())
             certificate = _certificate(key, _name(who), authority_key, name, is_authority=False)
-            (self.folder / f"{who}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-            pem = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+            (self.folder / f"{who}.crt").write_bytes(
+                certificate.public_bytes(serialization.Encoding.PEM)
+            )
+            pem = (
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
             (self.folder / f"{who}.key").write_bytes(key.private_bytes(*pem))
         (self.folder / "ca.crt").write_bytes(authority.public_bytes(serialization.Encoding.PEM))
 
@@ -137,19 +170,39 @@ def _name(common: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
 
 
-def _certificate(key: Any, name: x509.Name, issuer_key: Any, issuer: x509.Name, *, is_authority: bool) -> Any:
+def _certificate(
+    key: Any, name: x509.Name, issuer_key: Any, issuer: x509.Name, *, is_authority: bool
+) -> Any:
     now = datetime.datetime.now(datetime.UTC)
-    builder = x509.CertificateBuilder().subject_name(name).issuer_name(issuer).public_key(key.public_key())
-    builder = builder.serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(hours=1))
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+    )
+    builder = builder.serial_number(x509.random_serial_number()).not_valid_before(
+        now - datetime.timedelta(hours=1)
+    )
     builder = builder.not_valid_after(now + datetime.timedelta(days=1))
-    builder = builder.add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
+    builder = builder.add_extension(
+        x509.BasicConstraints(ca=is_authority, path_length=None), critical=True
+    )
     addresses = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
     builder = builder.add_extension(addresses, critical=False)
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     issuer_identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key())
-    builder = builder.add_extension(identifier, critical=False).add_extension(issuer_identifier, critical=False)
-    usage = dict.fromkeys(("content_commitment", "key_encipherment", "data_encipherment", "key_agreement"), False)
-    usage |= {"crl_sign": is_authority, "key_cert_sign": is_authority, "encipher_only": False, "decipher_only": False}
+    builder = builder.add_extension(identifier, critical=False).add_extension(
+        issuer_identifier, critical=False
+    )
+    usage = dict.fromkeys(
+        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement"), False
+    )
+    usage |= {
+        "crl_sign": is_authority,
+        "key_cert_sign": is_authority,
+        "encipher_only": False,
+        "decipher_only": False,
+    }
     builder = builder.add_extension(x509.KeyUsage(digital_signature=True, **usage), critical=True)
     return builder.sign(issuer_key, hashes.SHA256())
 
@@ -160,7 +213,9 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
         timeout = 30
 
         def do_GET(self) -> None:
-            self._answer(lambda url, query: api.get(url) or self._listed(url, query) or api.discovered(url))
+            self._answer(
+                lambda url, query: api.get(url) or self._listed(url, query) or api.discovered(url)
+            )
 
         def do_PATCH(self) -> None:
             content_type, body = self.headers["Content-Type"], self._body()
@@ -169,7 +224,9 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
                 manager = query.get("fieldManager", "")
                 if content_type.startswith("application/apply-patch"):
                     force = query.get("force") == "true"
-                    return api.apply(url, body, manager=manager, force=force, dry_run="dryRun" in query)
+                    return api.apply(
+                        url, body, manager=manager, force=force, dry_run="dryRun" in query
+                    )
                 return api.patch(url, content_type, body, manager=manager or self._client())
 
             self._answer(patched)
@@ -198,14 +255,20 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
             self._answer(deleted)
 
         def _listed(self, url: str, query: Query) -> Object | None:
-            return api.list(url, query.get("labelSelector", "")) if url.rpartition("/")[2] in _COLLECTIONS else None
+            return (
+                api.list(url, query.get("labelSelector", ""))
+                if url.rpartition("/")[2] in _COLLECTIONS
+                else None
+            )
 
         def _client(self) -> str:
             """Returns the field manager of a request that names none."""
             return self.headers.get("User-Agent", "").partition("/")[0]
 
         def _body(self) -> Any:
-            return yaml.load(self.rfile.read(int(self.headers["Content-Length"])), Loader=yaml.CSafeLoader)
+            return yaml.load(
+                self.rfile.read(int(self.headers["Content-Length"])), Loader=yaml.CSafeLoader
+            )
 
         def _answer(self, ask: Callable[[str, Query], Object | None], status: int = 200) -> None:
             is_apply = self.headers.get("Content-Type", "").startswith("application/apply-patch")
@@ -215,7 +278,9 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
             if fault is not None:
                 api.faults.remove(fault)
             if fault is not None and fault[1] is Fault.BUSY:
-                self._send(429, b"too many requests\n", "text/plain; charset=utf-8", {"Retry-After": "1"})
+                self._send(
+                    429, b"too many requests\n", "text/plain; charset=utf-8", {"Retry-After": "1"}
+                )
                 return
             if fault is not None and fault[1] is Fault.CUT:
                 self.close_connection = True
@@ -225,21 +290,38 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
                 return
             try:
                 if api.forbidden & set(parts.path.split("/")) and self.command != "GET":
-                    raise RefusedError(403, "Forbidden", f'User "somebody" cannot {self.command} {parts.path}')
-                value = ask(parts.path, {key: values[0] for key, values in parse_qs(parts.query).items()})
+                    raise RefusedError(
+                        403, "Forbidden", f'User "somebody" cannot {self.command} {parts.path}'
+                    )
+                value = ask(
+                    parts.path, {key: values[0] for key, values in parse_qs(parts.query).items()}
+                )
                 if value is None:
                     *_, what, name = parts.path.split("/")
-                    raise RefusedError(404, "NotFound", f'{what} "{name}" not found', {"name": name, "kind": what})
+                    raise RefusedError(
+                        404, "NotFound", f'{what} "{name}" not found', {"name": name, "kind": what}
+                    )
             except RefusedError as error:
                 status = error.code
-                value = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": error.code}
-                value |= {"reason": error.reason, "message": error.message, "details": error.details or {}}
+                value = {
+                    "kind": "Status",
+                    "apiVersion": "v1",
+                    "status": "Failure",
+                    "code": error.code,
+                }
+                value |= {
+                    "reason": error.reason,
+                    "message": error.message,
+                    "details": error.details or {},
+                }
             if fault is not None and fault[1] is Fault.LOST:
                 self.close_connection = True
                 return
             self._send(status, json.dumps(value).encode(), "application/json")
 
-        def _send(self, status: int, body: bytes, content_type: str, headers: dict[str, str] | None = None) -> None:
+        def _send(
+            self, status: int, body: bytes, content_type: str, headers: dict[str, str] | None = None
+        ) -> None:
             self.send_response(status)
             for name, text in (headers or {}).items():
                 self.send_header(name, text)
@@ -255,5 +337,7 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
 
 
 _COLLECTIONS = {"customresourcedefinitions"} | {
-    plural(kind) for table in (NAMESPACED, CLUSTER_WIDE) for kind in " ".join(table.values()).split()
+    plural(kind)
+    for table in (NAMESPACED, CLUSTER_WIDE)
+    for kind in " ".join(table.values()).split()
 }

@@ -1,4 +1,5 @@
-"""Runs `raymill cluster` in this process against a stand-in for the API, and says which rights it needed."""
+"""Runs `raymill cluster` in this process against a stand-in for the API, and says which rights it
+needed."""
 
 import functools
 import json
@@ -19,12 +20,17 @@ Right = tuple[str, str, str]
 
 
 @contextmanager
-def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Iterator[ApiStandIn]:
-    """Serves a stand-in that `raymill cluster` finds, and checks that all requests but applying are an operator's rights."""
+def stand_in(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> Iterator[ApiStandIn]:
+    """Serves a stand-in that `raymill cluster` finds, and checks that all requests but applying are
+    an operator's rights."""
     with ApiStandIn(folder, **settings).serving() as api:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig()))
         yield api
-        assert {_right(line) for line in api.requests if not _is_anybodys(line)} <= operators_rights()
+        assert {
+            _right(line) for line in api.requests if not _is_anybodys(line)
+        } <= operators_rights()
 
 
 @functools.cache
@@ -39,8 +45,9 @@ def operators_rights() -> frozenset[Right]:
 
 
 def _is_anybodys(request: str) -> bool:
-    """Says whether a request is an apply, which tests look at themselves, or one of an administrator who applies
-    `platform` and looks for what is left over, or asks which kinds there are, as everybody may."""
+    """Says whether a request is an apply, which tests look at themselves, or one of an
+    administrator who applies `platform` and looks for what is left over, or asks which kinds there
+    are, as everybody may."""
     path = request.partition(" ")[2]
     is_administrators = "labelSelector=app.kubernetes.io%2Fpart-of" in path
     return request.startswith("APPLY") or is_administrators or "/namespaces/" not in path
@@ -51,7 +58,11 @@ def _right(request: str) -> Right:
     root, _, rest = path.partition("?")[0].partition("/namespaces/raymill/")
     resource, _, name = rest.partition("/")
     group = root.split("/")[2] if root.startswith("/apis/") else ""
-    return group, resource, {"GET": "get" if name else "list", "POST": "create"}.get(method, method.lower())
+    return (
+        group,
+        resource,
+        {"GET": "get" if name else "list", "POST": "create"}.get(method, method.lower()),
+    )
 
 
 class Asked:
@@ -82,6 +93,9 @@ def cluster_behind(api: ApiStandIn, owner: Manifest) -> Manifest:
     mine = [
         item["metadata"]["name"]
         for item in api.list(f"{RAY}/rayclusters")["items"]
-        if any(o["uid"] == owner["metadata"]["uid"] for o in item["metadata"].get("ownerReferences", []))
+        if any(
+            o["uid"] == owner["metadata"]["uid"]
+            for o in item["metadata"].get("ownerReferences", [])
+        )
     ]
     return ray_object(api, "RayCluster", mine[-1])

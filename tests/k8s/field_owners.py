@@ -1,7 +1,8 @@
 """Says who owns which field of an object, as Kubernetes keeps it in `managedFields`. Pure.
 
-A field is a path of keys. Every list is one field: Ray's CRDs give `workerGroupSpecs` no list type, so whoever changes
-one key in it owns all of it. (The lists that do have a type are not written by two managers here.)
+A field is a path of keys. Every list is one field: Ray's CRDs give `workerGroupSpecs` no list type,
+so whoever changes one key in it owns all of it. (The lists that do have a type are not written by
+two managers here.)
 """
 
 import copy
@@ -50,8 +51,11 @@ class Owners:
             if _at(before, path) != value:
                 self.of[path] = {manager}
 
-    def conflicts(self, live: Object, wanted: Object, manager: Manager) -> list[tuple[Manager, Path]]:
-        """Returns the fields that others own and an apply of `wanted` would change, compared before defaults are filled in."""
+    def conflicts(
+        self, live: Object, wanted: Object, manager: Manager
+    ) -> list[tuple[Manager, Path]]:
+        """Returns the fields that others own and an apply of `wanted` would change, compared before
+        defaults are filled in."""
         return sorted(
             (
                 (owner, path)
@@ -64,12 +68,15 @@ class Owners:
         )
 
     def apply(self, live: Object, wanted: Object, manager: Manager) -> Object:
-        """Returns the object with `wanted` in it, and without what the manager applied earlier and no longer does.
+        """Returns the object with `wanted` in it, and without what the manager applied earlier and
+        no longer does.
 
         The manager then owns `wanted`, with others where they agree.
         """
         result, fields = copy.deepcopy(live), leaves(wanted)
-        for path in [path for path, owners in self.of.items() if manager in owners and path not in fields]:
+        for path in [
+            path for path, owners in self.of.items() if manager in owners and path not in fields
+        ]:
             self.of[path].discard(manager)
             if not self.of[path]:
                 del self.of[path]
@@ -89,7 +96,12 @@ class Owners:
                 for key in path:
                     at = at.setdefault(f"f:{key}", {})
         return [
-            {"manager": owner.name, "operation": owner.operation, "fieldsType": "FieldsV1", "fieldsV1": fields}
+            {
+                "manager": owner.name,
+                "operation": owner.operation,
+                "fieldsType": "FieldsV1",
+                "fieldsV1": fields,
+            }
             | ({"subresource": owner.subresource} if owner.subresource else {})
             for owner, fields in found.items()
         ]

@@ -1,4 +1,5 @@
-"""Rules on the life of pods: how a pod ends, what a node drain may evict, priorities, the quota, spot nodes."""
+"""Rules on the life of pods: how a pod ends, what a node drain may evict, priorities, the quota,
+spot nodes."""
 
 from tests.k8s.manifests import (
     CLUSTER_KINDS,
@@ -16,7 +17,10 @@ from tests.k8s.manifests import (
 _SPOT = "raymill/capacity"  # key of the label and the taint of spot nodes
 _SPOT_NOTICE_S = 25  # the least that a cloud gives
 _SPOT_WAIT_S = 900
-_STAYS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
+_STAYS = {
+    "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+    "karpenter.sh/do-not-disrupt": "true",
+}
 _PRIORITIES = {"submitter": "raymill-batch", "head": "raymill-head", "redis": "raymill-head"}
 
 
@@ -30,22 +34,33 @@ def termination_problems(objects: list[Manifest]) -> list[str]:
     problems = []
     for pod in ray_pods(objects):
         grace_s = pod.spec.get("terminationGracePeriodSeconds", 30)
-        command = pod.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])
+        command = (
+            pod.container.get("lifecycle", {})
+            .get("preStop", {})
+            .get("exec", {})
+            .get("command", ["sleep", "0"])
+        )
         needed_s = float(command[1]) + _drain_s(pod, objects)
         if grace_s < 60 or grace_s <= needed_s:
-            problems.append(f"{pod.where}: {grace_s} s of grace, but at least 60 and over {needed_s:.0f} are needed")
+            problems.append(
+                f"{pod.where}: {grace_s} s of grace, but at least 60 and over {needed_s:.0f} are needed"
+            )
     return problems
 
 
 def disruption_problems(objects: list[Manifest]) -> list[str]:
-    """A PodDisruptionBudget over pods without a scale subresource takes an integer minAvailable only.
+    """A PodDisruptionBudget over pods without a scale subresource takes an integer minAvailable
+    only.
 
     It lets a drain end: its pods are more than it keeps, or they end by themselves.
     """
     problems = []
     budgets = of_kind(objects, "PodDisruptionBudget")
     for budget in budgets:
-        if type(budget["spec"].get("minAvailable")) is not int or "maxUnavailable" in budget["spec"]:
+        if (
+            type(budget["spec"].get("minAvailable")) is not int
+            or "maxUnavailable" in budget["spec"]
+        ):
             problems.append(f"{name_of(budget)}: must say minAvailable, as an integer")
     for manifest in of_kind(objects, *CLUSTER_KINDS):
         component = manifest["metadata"]["labels"].get("app.kubernetes.io/component")
@@ -58,10 +73,18 @@ def disruption_problems(objects: list[Manifest]) -> list[str]:
                 if o["spec"]["selector"]["matchLabels"].items() <= labels
             ]
             ends = role == "head" and manifest["kind"] == "RayJob"
-            if kept and not ends and not any(type(least) is int and least < number for least in kept):
-                problems.append(f"{name_of(manifest)}: its {role}'s PodDisruptionBudget lets no node be drained")
+            if (
+                kept
+                and not ends
+                and not any(type(least) is int and least < number for least in kept)
+            ):
+                problems.append(
+                    f"{name_of(manifest)}: its {role}'s PodDisruptionBudget lets no node be drained"
+                )
             if not kept and component == "completions" and role == "worker" and lowest > 1:
-                problems.append(f"{name_of(manifest)}: no PodDisruptionBudget keeps one of its workers")
+                problems.append(
+                    f"{name_of(manifest)}: no PodDisruptionBudget keeps one of its workers"
+                )
     return problems
 
 
@@ -71,7 +94,9 @@ def stay_problems(objects: list[Manifest]) -> list[str]:
     for pod in pods(objects):
         told = _STAYS.items() <= pod.template["metadata"].get("annotations", {}).items()
         if told is not (pod.role != "worker"):
-            problems.append(f"{pod.where}: a node autoscaler {'cannot move it' if told else 'would move it'}")
+            problems.append(
+                f"{pod.where}: a node autoscaler {'cannot move it' if told else 'would move it'}"
+            )
     return problems
 
 
@@ -88,11 +113,17 @@ def priority_problems(objects: list[Manifest]) -> list[str]:
     """Heads stay longest, then the endpoint; resumable work neither stays nor evicts others."""
     problems = []
     classes = {o["metadata"]["name"]: o for o in of_kind(objects, "PriorityClass")}
-    if not classes["raymill-head"]["value"] > classes["raymill-serving"]["value"] > classes["raymill-batch"]["value"]:
+    if (
+        not classes["raymill-head"]["value"]
+        > classes["raymill-serving"]["value"]
+        > classes["raymill-batch"]["value"]
+    ):
         problems.append("the priorities are not in the order head, serving, batch")
     if classes["raymill-batch"].get("preemptionPolicy") != "Never":
         problems.append("PriorityClass/raymill-batch: a job would take the room of others")
-    problems += [f"{name_of(o)}: is every pod's" for o in classes.values() if o.get("globalDefault")]
+    problems += [
+        f"{name_of(o)}: is every pod's" for o in classes.values() if o.get("globalDefault")
+    ]
     for pod in pods(objects):
         serves = pod.template["metadata"]["labels"]["app.kubernetes.io/component"] == "completions"
         expected = _PRIORITIES.get(pod.role, "raymill-serving" if serves else "raymill-batch")
@@ -102,7 +133,8 @@ def priority_problems(objects: list[Manifest]) -> list[str]:
 
 
 def quota_problems(objects: list[Manifest]) -> list[str]:
-    """The namespace is bounded, opens no port to the outside, and has room for each cluster at its largest."""
+    """The namespace is bounded, opens no port to the outside, and has room for each cluster at its
+    largest."""
     (quota,) = of_kind(objects, "ResourceQuota")
     hard = quota["spec"]["hard"]
     problems = [
@@ -119,11 +151,17 @@ def quota_problems(objects: list[Manifest]) -> list[str]:
         for resource in ("cpu", "memory", "nvidia.com/gpu"):
             wanted = sum(
                 number
-                * quantity(group["template"]["spec"]["containers"][0]["resources"]["requests"].get(resource, "0"))
+                * quantity(
+                    group["template"]["spec"]["containers"][0]["resources"]["requests"].get(
+                        resource, "0"
+                    )
+                )
                 for group, number in groups
             )
             if wanted > quantity(hard.get(f"requests.{resource}", "0")):
-                problems.append(f"{name_of(manifest)}: at its largest it exceeds the quota of {resource}")
+                problems.append(
+                    f"{name_of(manifest)}: at its largest it exceeds the quota of {resource}"
+                )
     return problems
 
 
@@ -144,7 +182,8 @@ def spot_problems(objects: list[Manifest]) -> list[str]:
 
 
 def _fallback_problems(objects: list[Manifest]) -> list[str]:
-    """If no spot node comes, an equal group on demand takes over, after the autoscaler's time limit."""
+    """If no spot node comes, an equal group on demand takes over, after the autoscaler's time
+    limit."""
     problems = []
     for manifest in of_kind(objects, *CLUSTER_KINDS):
         cluster, name = cluster_spec(manifest), name_of(manifest)
@@ -153,11 +192,20 @@ def _fallback_problems(objects: list[Manifest]) -> list[str]:
         others = [g for g in groups if g not in spot]
         for group in spot:
             resources = group["template"]["spec"]["containers"][0]["resources"]
-            equal = [g for g in others if g["template"]["spec"]["containers"][0]["resources"] == resources]
+            equal = [
+                g
+                for g in others
+                if g["template"]["spec"]["containers"][0]["resources"] == resources
+            ]
             if not any(g.get("priority", 0) < group.get("priority", 0) for g in equal):
-                problems.append(f"{name}: group {group['groupName']} has no group on demand behind it")
+                problems.append(
+                    f"{name}: group {group['groupName']} has no group on demand behind it"
+                )
             told = {v["name"]: v["value"] for v in cluster["autoscalerOptions"].get("env", [])}
-            if float(told.get("RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S", 3600)) > _SPOT_WAIT_S:
+            if (
+                float(told.get("RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S", 3600))
+                > _SPOT_WAIT_S
+            ):
                 problems.append(f"{name}: waits over {_SPOT_WAIT_S} s for spot nodes")
     return problems
 

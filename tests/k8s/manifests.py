@@ -40,7 +40,11 @@ OVERLAYS = sorted(folder.name for folder in (K8S / "overlays").iterdir())
 KUSTOMIZATIONS = [
     "base",
     *(f"overlays/{name}" for name in OVERLAYS),
-    *(f"overlays/{overlay} + components/{name}" for name, overlay in COMPONENTS.items() if name not in _IN_OVERLAYS),
+    *(
+        f"overlays/{overlay} + components/{name}"
+        for name, overlay in COMPONENTS.items()
+        if name not in _IN_OVERLAYS
+    ),
 ]
 """The kustomizations that `render` takes."""
 
@@ -50,12 +54,15 @@ CLUSTER_KINDS = ("RayCluster", "RayJob", "RayService")
 GPU = "nvidia.com/gpu"
 Manifest = dict[str, Any]
 Rule = Callable[[list[Manifest]], list[str]]
-"""Takes all objects of one kustomization and returns what is wrong, in words; an empty result means that nothing is."""
+"""Takes all objects of one kustomization and returns what is wrong, in words; an empty result means
+that nothing is."""
 
 
 @functools.cache
 def _render(folder: Path) -> str:
-    return subprocess.run([kubectl(), "kustomize", str(folder)], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [kubectl(), "kustomize", str(folder)], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def kubectl() -> str:
@@ -66,9 +73,12 @@ def kubectl() -> str:
 
 
 def render(kustomization: str) -> list[Manifest]:
-    """Returns fresh objects, so that a test may spoil them. Components behind a + are added to the folder before it."""
+    """Returns fresh objects, so that a test may spoil them. Components behind a + are added to the
+    folder before it."""
     folder, *components = kustomization.split(" + ")
-    return list(yaml.load_all(_render_with(folder, tuple(components), None), Loader=yaml.CSafeLoader))
+    return list(
+        yaml.load_all(_render_with(folder, tuple(components), None), Loader=yaml.CSafeLoader)
+    )
 
 
 def render_into(namespace: str, kustomization: str) -> list[Manifest]:
@@ -81,9 +91,16 @@ def _render_with(folder: str, components: tuple[str, ...], namespace: str | None
     if not components and namespace is None:
         return _render(K8S / folder)
     with tempfile.TemporaryDirectory() as own:
-        near = {name: os.path.relpath((K8S / name).resolve(), Path(own).resolve()) for name in (folder, *components)}
-        overlay: Manifest = {"resources": [near[folder]], "components": [near[name] for name in components]}
-        if folder != "overlays/kueue":  # whose kinds kustomize does not know, nor that some have no namespace
+        near = {
+            name: os.path.relpath((K8S / name).resolve(), Path(own).resolve())
+            for name in (folder, *components)
+        }
+        overlay: Manifest = {
+            "resources": [near[folder]],
+            "components": [near[name] for name in components],
+        }
+        # Whose kinds kustomize does not know, nor that some have no namespace
+        if folder != "overlays/kueue":
             overlay["namespace"] = namespace or "raymill"
         (Path(own) / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
         return _render(Path(own))
@@ -102,11 +119,13 @@ def of_kind(objects: list[Manifest], *kinds: str) -> list[Manifest]:
 
 
 def find(objects: list[Manifest], name: str) -> Manifest:
-    """Returns the object called `Kind/name`, without the hash that kustomize appends to a ConfigMap's name."""
+    """Returns the object called `Kind/name`, without the hash that kustomize appends to a
+    ConfigMap's name."""
     (found,) = (
         manifest
         for manifest in objects
-        if name_of(manifest) == name or (manifest["kind"] == "ConfigMap" and name_of(manifest)[:-11] == name)
+        if name_of(manifest) == name
+        or (manifest["kind"] == "ConfigMap" and name_of(manifest)[:-11] == name)
     )
     return found
 

@@ -1,10 +1,11 @@
-"""Does what KubeRay 1.7, Kubernetes' controllers, a scheduler and a kubelet do to the objects of `api_objects.py`, a look
-at a time.
+"""Does what KubeRay 1.7, Kubernetes' controllers, a scheduler and a kubelet do to the objects of
+`api_objects.py`, a look at a time.
 
-It acts as the real operator was observed to, or as its source says: what it writes and therefore owns, the events and
-conditions that it leaves, which changes of a RayService reach a cluster that runs, that a job which has ended is not
-looked at again, that Redis is cleaned before a cluster goes, and that surplus pods are the autoscaler's to remove, which
-runs if the head does. Pods only bear marks. A test says what becomes of them with `fates`.
+It acts as the real operator was observed to, or as its source says: what it writes and therefore
+owns, the events and conditions that it leaves, which changes of a RayService reach a cluster that
+runs, that a job which has ended is not looked at again, that Redis is cleaned before a cluster
+goes, and that surplus pods are the autoscaler's to remove, which runs if the head does. Pods only
+bear marks. A test says what becomes of them with `fates`.
 """
 
 import copy
@@ -35,8 +36,15 @@ _NOT_HASHED = ("replicas", "minReplicas", "maxReplicas", "scaleStrategy")
 
 def unscheduled(message: str) -> Fate:
     """Returns the fate of a pod that the scheduler finds no node for."""
-    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
-    return {"phase": "Pending", "conditions": [condition]}, [("Warning", "FailedScheduling", message)]
+    condition = {
+        "type": "PodScheduled",
+        "status": "False",
+        "reason": "Unschedulable",
+        "message": message,
+    }
+    return {"phase": "Pending", "conditions": [condition]}, [
+        ("Warning", "FailedScheduling", message)
+    ]
 
 
 def unmounted(message: str) -> Fate:
@@ -74,7 +82,8 @@ class OperatorStandIn:
     api: ApiObjects
     namespace: str = "raymill"
     fates: list[tuple[Callable[[Object], bool], Fate]] = field(default_factory=list)
-    """Conditions with fates: a pod gets the fate of the first that it fulfills, and runs if it fulfills none."""
+    """Conditions with fates: a pod gets the fate of the first that it fulfills, and runs if it
+    fulfills none."""
     cleanup_s: float = 300
     """Time that a cluster's last pod has to clean Redis."""
 
@@ -95,17 +104,24 @@ class OperatorStandIn:
             for name in self._names(self._path("pods")):
                 self._pod(name)
 
-    def end_job(self, name: str, *, deployment: str = "Complete", status: str = "SUCCEEDED") -> None:
+    def end_job(
+        self, name: str, *, deployment: str = "Complete", status: str = "SUCCEEDED"
+    ) -> None:
         """Ends a job; its cluster stays for a while."""
         job = self.api.get(f"{self._path('rayjobs')}/{name}")
         assert job is not None
-        self._set_status(job, job["status"] | {"jobDeploymentStatus": deployment, "jobStatus": status})
+        self._set_status(
+            job, job["status"] | {"jobDeploymentStatus": deployment, "jobStatus": status}
+        )
 
     def _refusal(self, cluster: Object) -> tuple[str, str] | None:
         """Returns the event by which KubeRay leaves a cluster as it is, without a status."""
         name = cluster["metadata"]["name"]
         if len(name) > _LONGEST_NAME:
-            return "InvalidRayClusterMetadata", f"RayCluster name should be no more than {_LONGEST_NAME} characters"
+            return (
+                "InvalidRayClusterMetadata",
+                f"RayCluster name should be no more than {_LONGEST_NAME} characters",
+            )
         account = cluster["spec"]["headGroupSpec"]["template"]["spec"]["serviceAccountName"]
         if self.api.get(f"{self._path('serviceaccounts')}/{account}") is None:
             said = f"Failed to reconcile RayCluster {self._full(cluster)}. ServiceAccount {account} is not found"
@@ -118,7 +134,9 @@ class OperatorStandIn:
             if "status" not in cluster and not self._was_told(cluster, refusal[0]):
                 self.api.event(cluster, *refusal, kind="Warning")
             return
-        finalizers = ["ray.io/gcs-ft-redis-cleanup-finalizer"] if "gcsFaultToleranceOptions" in spec else []
+        finalizers = (
+            ["ray.io/gcs-ft-redis-cleanup-finalizer"] if "gcsFaultToleranceOptions" in spec else []
+        )
         if finalizers and "finalizers" not in metadata:
             metadata["finalizers"] = finalizers
             cluster = self._rewrite(cluster)
@@ -140,38 +158,68 @@ class OperatorStandIn:
             for pod in pods:
                 self.api.delete(f"{self._path('pods')}/{pod['metadata']['name']}")
             suspended = {"type": "RayClusterSuspended", "status": "True"}
-            self._set_status(cluster, status | {"state": "suspended", "conditions": [_head_ready(None), suspended]})
+            self._set_status(
+                cluster,
+                status | {"state": "suspended", "conditions": [_head_ready(None), suspended]},
+            )
             return
         failure = self._make_pods(cluster, pods)
         pods = self._pods_of(cluster)
-        head = next((pod for pod in pods if pod["metadata"]["labels"]["ray.io/node-type"] == "head"), None)
+        head = next(
+            (pod for pod in pods if pod["metadata"]["labels"]["ray.io/node-type"] == "head"), None
+        )
         workers = [pod for pod in pods if pod is not head]
         suspended = {"type": "RayClusterSuspended", "status": "False"}
         status["conditions"] = [_head_ready(head), *([failure] if failure else []), suspended]
-        status["readyWorkerReplicas"] = sum(pod["status"].get("phase") == "Running" for pod in workers)
+        status["readyWorkerReplicas"] = sum(
+            pod["status"].get("phase") == "Running" for pod in workers
+        )
         has_all = len(pods) == status["desiredWorkerReplicas"] + 1 and not failure
-        state = (cluster.get("status") or {}).get("state")  # stays what it was, also "suspended", until all pods run
-        state = "ready" if has_all and all(pod["status"].get("phase") == "Running" for pod in pods) else state
+        # Stays what it was, also "suspended", until all pods run
+        state = (cluster.get("status") or {}).get("state")
+        state = (
+            "ready"
+            if has_all and all(pod["status"].get("phase") == "Running" for pod in pods)
+            else state
+        )
         self._set_status(cluster, status | ({"state": state} if state else {}))
 
     def _was_told(self, about: Object, reason: str) -> bool:
         events = self.api.list(self._path("events"))["items"]
-        return any((e["involvedObject"]["uid"], e["reason"]) == (about["metadata"]["uid"], reason) for e in events)
+        return any(
+            (e["involvedObject"]["uid"], e["reason"]) == (about["metadata"]["uid"], reason)
+            for e in events
+        )
 
     def _end_cluster(self, cluster: Object, pods: list[Object]) -> None:
-        """Ends the pods of a deleted cluster that has its state in Redis, and lets go of it once that is cleaned, or its
-        time is over."""
+        """Ends the pods of a deleted cluster that has its state in Redis, and lets go of it once
+        that is cleaned, or its time is over."""
         name = f"{cluster['metadata']['name']}-redis-cleanup"
-        cleaning = [pod for pod in pods if pod["metadata"]["labels"]["ray.io/node-type"] == "redis-cleanup"]
+        cleaning = [
+            pod for pod in pods if pod["metadata"]["labels"]["ray.io/node-type"] == "redis-cleanup"
+        ]
         for pod in pods:
             if pod not in cleaning:
                 self.api.delete(f"{self._path('pods')}/{pod['metadata']['name']}")
         if not cleaning:
-            job = self.api.put(f"{self._path('jobs')}/{name}", {"kind": "Job", "metadata": self._owned(cluster, name)})
-            self.api.event(cluster, "CreatedRedisCleanupJob", f"Created Redis cleanup Job {self.namespace}/{name}")
+            job = self.api.put(
+                f"{self._path('jobs')}/{name}",
+                {"kind": "Job", "metadata": self._owned(cluster, name)},
+            )
+            self.api.event(
+                cluster,
+                "CreatedRedisCleanupJob",
+                f"Created Redis cleanup Job {self.namespace}/{name}",
+            )
             template = cluster["spec"]["headGroupSpec"]["template"]
-            labels = template["metadata"]["labels"] | {"ray.io/is-ray-node": "yes", "ray.io/group": "headgroup"}
-            labels |= {"ray.io/cluster": cluster["metadata"]["name"], "ray.io/node-type": "redis-cleanup"}
+            labels = template["metadata"]["labels"] | {
+                "ray.io/is-ray-node": "yes",
+                "ray.io/group": "headgroup",
+            }
+            labels |= {
+                "ray.io/cluster": cluster["metadata"]["name"],
+                "ray.io/node-type": "redis-cleanup",
+            }
             self._make_pod(job, f"{name}-{secrets.token_hex(3)[:5]}", labels, template["spec"])
         elif (
             cleaning[0]["status"].get("phase") == "Succeeded"
@@ -181,15 +229,19 @@ class OperatorStandIn:
             self.api.put(f"{self._path('rayclusters')}/{cluster['metadata']['name']}", cluster)
 
     def _make_pods(self, cluster: Object, pods: list[Object]) -> Object | None:
-        """Makes missing pods; returns the condition that says why it could not. Surplus ones are removed if the head's
-        autoscaler is there, which names them; KubeRay by itself removes none."""
+        """Makes missing pods; returns the condition that says why it could not. Surplus ones are
+        removed if the head's autoscaler is there, which names them; KubeRay by itself removes
+        none."""
         full = self._full(cluster)
         autoscales = any(
-            pod["metadata"]["labels"]["ray.io/node-type"] == "head" and pod["status"].get("phase") == "Running"
+            pod["metadata"]["labels"]["ray.io/node-type"] == "head"
+            and pod["status"].get("phase") == "Running"
             for pod in pods
         )
         groups = [("head", "headgroup", cluster["spec"]["headGroupSpec"], 1)]
-        groups += [("worker", g["groupName"], g, _desired(g)) for g in cluster["spec"]["workerGroupSpecs"]]
+        groups += [
+            ("worker", g["groupName"], g, _desired(g)) for g in cluster["spec"]["workerGroupSpecs"]
+        ]
         for kind, name, group, desired in groups:
             mine = [pod for pod in pods if pod["metadata"]["labels"]["ray.io/group"] == name]
             for pod in mine[desired:] if autoscales else []:
@@ -202,12 +254,22 @@ class OperatorStandIn:
                 if used >= most:
                     refused = f'pods "{pod_name}" is forbidden: exceeded quota: raymill, requested: pods=1, used: pods={used}, limited: pods={most}'
                     said = f"Failed to create {kind} Pod for the cluster {full}, {refused}"
-                    self.api.event(cluster, f"FailedToCreate{kind.capitalize()}Pod", said, kind="Warning")
+                    self.api.event(
+                        cluster, f"FailedToCreate{kind.capitalize()}Pod", said, kind="Warning"
+                    )
                     reason = f"FailedCreate{kind.capitalize()}Pod"
                     message = f"{reason}\n{refused}"  # as errors that Go joins
-                    return {"type": "ReplicaFailure", "status": "True", "reason": reason, "message": message}
+                    return {
+                        "type": "ReplicaFailure",
+                        "status": "True",
+                        "reason": reason,
+                        "message": message,
+                    }
                 labels = group["template"].get("metadata", {}).get("labels", {})
-                labels = labels | {"ray.io/cluster": cluster["metadata"]["name"], "ray.io/is-ray-node": "yes"}
+                labels = labels | {
+                    "ray.io/cluster": cluster["metadata"]["name"],
+                    "ray.io/is-ray-node": "yes",
+                }
                 labels |= {"ray.io/node-type": kind, "ray.io/group": name}
                 self._make_pod(cluster, pod_name, labels, group["template"]["spec"])
                 said = f"Created {kind} Pod {self.namespace}/{pod_name}"
@@ -227,42 +289,68 @@ class OperatorStandIn:
             self._set_status(job, {"jobDeploymentStatus": "Suspended"})
             return
         if not status.get("rayClusterName"):
-            status = {"jobDeploymentStatus": "Initializing", "rayClusterName": f"{name}-{secrets.token_hex(3)[:5]}"}
+            status = {
+                "jobDeploymentStatus": "Initializing",
+                "rayClusterName": f"{name}-{secrets.token_hex(3)[:5]}",
+            }
             status["startTime"] = now()
             self._make_cluster(job, status["rayClusterName"], {})
             said = f"Created RayCluster {self.namespace}/{status['rayClusterName']}"
             self.api.event(job, "CreatedRayCluster", said)
         cluster = self.api.get(f"{clusters}/{status['rayClusterName']}")
         if _seconds_since(status["startTime"]) > job["spec"].get("activeDeadlineSeconds", math.inf):
-            self._set_status(job, status | {"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded"})
+            self._set_status(
+                job, status | {"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded"}
+            )
             return
-        if state == "Initializing" and cluster and (cluster.get("status") or {}).get("state") == "ready":
+        if (
+            state == "Initializing"
+            and cluster
+            and (cluster.get("status") or {}).get("state") == "ready"
+        ):
             path = f"{self._path('jobs')}/{name}"
             submitter = self.api.put(path, {"kind": "Job", "metadata": self._owned(job, name)})
-            self.api.event(job, "CreatedRayJobSubmitter", f"Created Kubernetes Job {self.namespace}/{name}")
+            self.api.event(
+                job, "CreatedRayJobSubmitter", f"Created Kubernetes Job {self.namespace}/{name}"
+            )
             template = job["spec"]["submitterPodTemplate"]
-            labels = template["metadata"]["labels"] | {"job-name": name, "batch.kubernetes.io/job-name": name}
-            self._make_pod(submitter, f"{name}-{secrets.token_hex(3)[:5]}", labels, template["spec"])
+            labels = template["metadata"]["labels"] | {
+                "job-name": name,
+                "batch.kubernetes.io/job-name": name,
+            }
+            self._make_pod(
+                submitter, f"{name}-{secrets.token_hex(3)[:5]}", labels, template["spec"]
+            )
             status |= {"jobDeploymentStatus": "Running", "jobStatus": "PENDING"}
         self._set_status(job, status)
 
     def _service(self, service: Object) -> None:
-        """Keeps a new cluster pending until its head is up. Of an active one it compares only the hash, which leaves out
-        the bounds of its groups."""
+        """Keeps a new cluster pending until its head is up. Of an active one it compares only the
+        hash, which leaves out the bounds of its groups."""
         status, metadata = service.get("status") or {}, service["metadata"]
         active = (status.get("activeServiceStatus") or {}).get("rayClusterName")
         pending = (status.get("pendingServiceStatus") or {}).get("rayClusterName")
         clusters = self._path("rayclusters")
-        is_suspending = any(c["type"] == "Suspending" and c["status"] == "True" for c in status.get("conditions", []))
-        if service["spec"].get("suspend") or is_suspending:  # it is gone through with, even if it is resumed meanwhile
+        is_suspending = any(
+            c["type"] == "Suspending" and c["status"] == "True"
+            for c in status.get("conditions", [])
+        )
+        # It is gone through with, even if it is resumed meanwhile
+        if service["spec"].get("suspend") or is_suspending:
             for name in filter(None, (active, pending)):
                 found = self.api.get(f"{clusters}/{name}")
                 if found and "deletionTimestamp" not in found["metadata"]:
                     self.api.delete(f"{clusters}/{name}")
                     said = f"Deleted the RayCluster {self.namespace}/{name} during suspend"
                     self.api.event(service, "DeletedRayCluster", said)
-            are_left = any(self.api.get(f"{clusters}/{name}") for name in filter(None, (active, pending)))
-            kept = {key: status[key] for key in ("activeServiceStatus", "pendingServiceStatus") if key in status}
+            are_left = any(
+                self.api.get(f"{clusters}/{name}") for name in filter(None, (active, pending))
+            )
+            kept = {
+                key: status[key]
+                for key in ("activeServiceStatus", "pendingServiceStatus")
+                if key in status
+            }
             condition = {"type": "Suspending" if are_left else "Suspended", "status": "True"}
             self._set_status(service, (kept if are_left else {}) | {"conditions": [condition]})
             return
@@ -274,7 +362,8 @@ class OperatorStandIn:
             kept = int(before[_NUM_GROUPS])
             if before[_HASH] == _hash(goal, len(goal["workerGroupSpecs"])):
                 return
-            if before[_HASH] == _hash(goal, kept):  # groups behind the known ones: the one change that it takes over
+            # Groups behind the known ones: the one change that it takes over
+            if before[_HASH] == _hash(goal, kept):
                 cluster["spec"] = copy.deepcopy(goal)
                 cluster["metadata"]["annotations"] |= _marks(goal)
                 self.api.put(f"{clusters}/{active}", cluster)
@@ -285,7 +374,8 @@ class OperatorStandIn:
             said = f"Created the RayCluster {self.namespace}/{pending}"
             self.api.event(service, "CreatedRayCluster", said)
             said = f'Failed to create the RayCluster {self.namespace}/{pending}: rayclusters.ray.io "{pending}" already exists'
-            self.api.event(service, "FailedToCreateRayCluster", said, kind="Warning")  # it races with its own cache
+            # It races with its own cache
+            self.api.event(service, "FailedToCreateRayCluster", said, kind="Warning")
         cluster = self.api.get(f"{clusters}/{pending}")
         status = {"pendingServiceStatus": {"rayClusterName": pending}}
         status |= {"activeServiceStatus": {"rayClusterName": active}} if active else {}
@@ -304,12 +394,17 @@ class OperatorStandIn:
             spec = copy.deepcopy(owner["spec"]["template"]["spec"])
             for template in owner["spec"].get("volumeClaimTemplates", []):
                 claim = f"{template['metadata']['name']}-{name}"
-                made = {"kind": "PersistentVolumeClaim", "metadata": {"name": claim, "namespace": self.namespace}}
+                made = {
+                    "kind": "PersistentVolumeClaim",
+                    "metadata": {"name": claim, "namespace": self.namespace},
+                }
                 made = self.api.put(f"{self._path('persistentvolumeclaims')}/{claim}", made)
                 if storage_class := template["spec"].get("storageClassName"):
                     said = f'storageclass.storage.k8s.io "{storage_class}" not found'
                     self.api.event(made, "ProvisioningFailed", said, kind="Warning")
-                spec["volumes"].append({"name": "data", "persistentVolumeClaim": {"claimName": claim}})
+                spec["volumes"].append(
+                    {"name": "data", "persistentVolumeClaim": {"claimName": claim}}
+                )
             self._make_pod(owner, name, owner["spec"]["template"]["metadata"]["labels"], spec)
 
     def _pod(self, name: str) -> None:
@@ -317,7 +412,9 @@ class OperatorStandIn:
         pod = self.api.get(path)
         assert pod is not None
         cleans = pod["metadata"]["labels"].get("ray.io/node-type") == "redis-cleanup"
-        status, events = next((fate for fits, fate in self.fates if fits(pod)), _SUCCEEDED if cleans else RUNNING)
+        status, events = next(
+            (fate for fits, fate in self.fates if fits(pod)), _SUCCEEDED if cleans else RUNNING
+        )
         if pod["status"] != status:
             self.api.put(path, pod | {"status": status}, manager="kubelet")
             for kind, reason, message in events:
@@ -333,14 +430,24 @@ class OperatorStandIn:
         metadata = self._owned(owner, name) | {"labels": before.get("labels", {})}
         metadata["annotations"] = before.get("annotations", {}) | annotations
         spec = copy.deepcopy(cluster_spec(owner))
-        cluster = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": metadata, "spec": spec}
+        cluster = {
+            "apiVersion": "ray.io/v1",
+            "kind": "RayCluster",
+            "metadata": metadata,
+            "spec": spec,
+        }
         self._rewrite(cluster)
 
     def _rewrite(self, value: Object) -> Object:
-        """Updates the whole object from Go's structs, in which a group always has its `scaleStrategy`."""
+        """Updates the whole object from Go's structs, in which a group always has its
+        `scaleStrategy`."""
         cluster = cluster_spec(value)
-        cluster["workerGroupSpecs"] = [{"scaleStrategy": {}} | group for group in cluster["workerGroupSpecs"]]
-        return self.api.put(f"{self._path(value['kind'].lower() + 's')}/{value['metadata']['name']}", value)
+        cluster["workerGroupSpecs"] = [
+            {"scaleStrategy": {}} | group for group in cluster["workerGroupSpecs"]
+        ]
+        return self.api.put(
+            f"{self._path(value['kind'].lower() + 's')}/{value['metadata']['name']}", value
+        )
 
     def _set_status(self, value: Object, status: Object) -> None:
         path = f"{self._path(value['kind'].lower() + 's')}/{value['metadata']['name']}"
@@ -390,15 +497,24 @@ def _seconds_since(text: str) -> float:
 
 
 def _desired(group: Object) -> int:
-    """Returns how many pods a group should have: KubeRay keeps `replicas` within the bounds without writing it."""
+    """Returns how many pods a group should have: KubeRay keeps `replicas` within the bounds without
+    writing it."""
     if group.get("suspend"):
         return 0
-    return int(min(max(group["replicas"], group["minReplicas"]), group["maxReplicas"]) * group["numOfHosts"])
+    return int(
+        min(max(group["replicas"], group["minReplicas"]), group["maxReplicas"])
+        * group["numOfHosts"]
+    )
 
 
 def _head_ready(head: Object | None) -> Object:
     if head is None:
-        return {"type": "HeadPodReady", "status": "False", "reason": "HeadPodNotFound", "message": "Head Pod not found"}
+        return {
+            "type": "HeadPodReady",
+            "status": "False",
+            "reason": "HeadPodNotFound",
+            "message": "Head Pod not found",
+        }
     ready = next((c for c in head["status"].get("conditions", []) if c["type"] == "Ready"), None)
     if ready is None:
         return {"type": "HeadPodReady", "status": "False", "reason": "Unknown", "message": ""}

@@ -1,8 +1,8 @@
 """A RayCluster whose pods are real Ray nodes on this machine, scaled by Ray's own autoscaler.
 
-It does what KubeRay's operator and a kubelet would do for one RayCluster, and Ray's autoscaler runs as in its sidecar:
-it asks `api_stand_in.py` for more or fewer pods. `pod_process.py` says what a pod is. Not a Kubernetes: no scheduler,
-no containers, no probes but those of `service_stand_in.py`.
+It does what KubeRay's operator and a kubelet would do for one RayCluster, and Ray's autoscaler runs
+as in its sidecar: it asks `api_stand_in.py` for more or fewer pods. `pod_process.py` says what a
+pod is. Not a Kubernetes: no scheduler, no containers, no probes but those of `service_stand_in.py`.
 
 One thread starts the processes, and ends them all.
 """
@@ -35,8 +35,9 @@ from tests.time_limits import limit_s, slowness
 from tests.waiting import wait_until
 
 MAX_STARTS = 12
-"""The largest number of pods that a machine as fast as the reference starts: a cluster that flaps must not fill it with
-processes. A slow machine starts more, as Ray ends a node whose agents have not answered after a fixed 30 s."""
+"""The largest number of pods that a machine as fast as the reference starts: a cluster that flaps
+must not fill it with processes. A slow machine starts more, as Ray ends a node whose agents have
+not answered after a fixed 30 s."""
 
 _POLL_S = 0.3
 _START_TIMEOUT_S = limit_s(90)
@@ -64,9 +65,9 @@ class PodCluster:
         redis: Redis | None = None,
         without_nodes: str | None = None,
     ) -> None:
-        """Takes all `objects` of a kustomization, and runs the cluster of `Kind/name`. The Kubernetes nodes have
-        room for `num_nodes` of its worker pods; further ones stay Pending, as do all of the group `without_nodes`.
-        `redis` stands for the one that it names."""
+        """Takes all `objects` of a kustomization, and runs the cluster of `Kind/name`. The
+        Kubernetes nodes have room for `num_nodes` of its worker pods; further ones stay Pending, as
+        do all of the group `without_nodes`. `redis` stands for the one that it names."""
         owner = find(objects, name)
         self.name, self.namespace = owner["metadata"]["name"], owner["metadata"]["namespace"]
         self.num_nodes, self._without_nodes = num_nodes, without_nodes
@@ -75,7 +76,9 @@ class PodCluster:
         self._spec = cluster_spec(owner)
         self._redis = redis
         assert (redis is not None) == ("gcsFaultToleranceOptions" in self._spec)
-        self._config_maps = {item["metadata"]["name"]: item["data"] for item in of_kind(objects, "ConfigMap")}
+        self._config_maps = {
+            item["metadata"]["name"]: item["data"] for item in of_kind(objects, "ConfigMap")
+        }
         self._folder = Path(tempfile.mkdtemp(prefix="pods-"))  # Ray's socket paths must stay short
         self._gcs_port, self._dashboard_port = free_port(), free_port()
         self._token = secrets.token_hex(32)
@@ -102,13 +105,15 @@ class PodCluster:
         return JobSubmissionClient(self.jobs_url, headers=self.headers)
 
     def submit(self, entrypoint: str, *, num_gpus: int = 0) -> str:
-        """Submits a job and returns its id. A head answers before the agent that starts jobs is there, for which Ray waits
-        10 s."""
+        """Submits a job and returns its id. A head answers before the agent that starts jobs is
+        there, for which Ray waits 10 s."""
         taken: list[str] = []
 
         def is_taken() -> bool:
             try:
-                taken.append(self.jobs.submit_job(entrypoint=entrypoint, entrypoint_num_gpus=num_gpus))
+                taken.append(
+                    self.jobs.submit_job(entrypoint=entrypoint, entrypoint_num_gpus=num_gpus)
+                )
             except RuntimeError as error:
                 if "No available agent" not in str(error):
                     raise
@@ -144,14 +149,16 @@ class PodCluster:
             process.kill()
 
     def kill_head(self) -> None:
-        """Sends SIGKILL to all processes of the head's pod, its autoscaler included; it is restarted."""
+        """Sends SIGKILL to all processes of the head's pod, its autoscaler included; it is
+        restarted."""
         with self._lock:
             assert self._head is not None
             self._head.kill()
             self._end_autoscaler()
 
     def take_back_node_of(self, name: str) -> None:
-        """Reclaims a spot node as a cloud does: its pod gets SIGTERM, and there is one node less."""
+        """Reclaims a spot node as a cloud does: its pod gets SIGTERM, and there is one node
+        less."""
         with self._lock:
             self.num_nodes -= 1
             self._tell_to_end(self._pods[name])
@@ -159,7 +166,9 @@ class PodCluster:
     def is_up(self) -> bool:
         """Tells whether the head answers."""
         try:
-            return httpx.get(f"{self.jobs_url}/api/v0/nodes", headers=self.headers, timeout=limit_s(30)).is_success
+            return httpx.get(
+                f"{self.jobs_url}/api/v0/nodes", headers=self.headers, timeout=limit_s(30)
+            ).is_success
         except httpx.TransportError:
             return False
 
@@ -172,7 +181,10 @@ class PodCluster:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._ended.set()
         self._thread.join()
@@ -198,40 +210,72 @@ class PodCluster:
             self._end_all()
 
     def _start_head(self) -> None:
-        """Starts the head with the autoscaler, a container of the same pod. A head that ends while it starts, for which Ray
-        gives it 30 s, is started again, as a kubelet does."""
+        """Starts the head with the autoscaler, a container of the same pod. A head that ends while
+        it starts, for which Ray gives it 30 s, is started again, as a kubelet does."""
         while not self._head_starts():
             continue
-        command = [sys.executable, "-m", "ray.scripts.scripts", "kuberay-autoscaler", "--cluster-name", self.name]
-        command += ["--cluster-namespace", self.namespace, "--gcs-address", f"127.0.0.1:{self._gcs_port}"]
+        command = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "kuberay-autoscaler",
+            "--cluster-name",
+            self.name,
+        ]
+        command += [
+            "--cluster-namespace",
+            self.namespace,
+            "--gcs-address",
+            f"127.0.0.1:{self._gcs_port}",
+        ]
         further = {"RAY_HEAD_POD_NAME": f"{self.name}-head", "KUBERAY_CRD_VER": "v1"}
-        further |= {variable["name"]: variable["value"] for variable in self._spec["autoscalerOptions"].get("env", [])}
+        further |= {
+            variable["name"]: variable["value"]
+            for variable in self._spec["autoscalerOptions"].get("env", [])
+        }
         environment = self._environment | self._api.environment | further
-        self._autoscaler = start_bound(command, log=self._folder / "autoscaler.log", environment=environment)
+        self._autoscaler = start_bound(
+            command, log=self._folder / "autoscaler.log", environment=environment
+        )
 
     def _head_starts(self) -> bool:
         """Tells whether it answers; if not, it has ended."""
         group = self._spec["headGroupSpec"]
         flags = ["--head", "--port", str(self._gcs_port), "--dashboard-host", "127.0.0.1"]
-        flags += ["--dashboard-port", str(self._dashboard_port), "--ray-client-server-port", str(free_port())]
+        flags += [
+            "--dashboard-port",
+            str(self._dashboard_port),
+            "--ray-client-server-port",
+            str(free_port()),
+        ]
         state = {}
         if self._redis is not None:
-            state = {"RAY_REDIS_ADDRESS": self._redis.address, "REDIS_PASSWORD": self._redis.password}
-            state["RAY_external_storage_namespace"] = self.name  # the operator takes the cluster's UID
+            state = {
+                "RAY_REDIS_ADDRESS": self._redis.address,
+                "REDIS_PASSWORD": self._redis.password,
+            }
+            # The operator takes the cluster's UID
+            state["RAY_external_storage_namespace"] = self.name
             flags += ["--redis-password", self._redis.password]
         name = f"{self.name}-head"
         self._head = self._start(name, "headgroup", group, flags, state)
-        self._api.put(self._pod_path(name), self._pod_object(name, "headgroup", group, kind="head", is_running=True))
+        self._api.put(
+            self._pod_path(name),
+            self._pod_object(name, "headgroup", group, kind="head", is_running=True),
+        )
         deadline_s = time.monotonic() + _START_TIMEOUT_S
         while not self.is_up():
             if self._head.has_ended():
                 return False
-            assert time.monotonic() < deadline_s, f"{_START_TIMEOUT_S:.0f} s were too short for the head to answer"
+            assert time.monotonic() < deadline_s, (
+                f"{_START_TIMEOUT_S:.0f} s were too short for the head to answer"
+            )
             assert not self._ended.wait(_POLL_S), "ended while starting"
         return True
 
     def _keep_head(self) -> None:
-        """Restarts a head that was lost. Callers that ask for the pods meanwhile do not have to wait."""
+        """Restarts a head that was lost. Callers that ask for the pods meanwhile do not have to
+        wait."""
         assert self._head is not None
         with self._lock:
             has_ended = self._head.has_ended()
@@ -239,13 +283,16 @@ class PodCluster:
                 f"the autoscaler ended: {self.autoscaler_log()[-3000:]}"
             )
         if has_ended:
-            assert self._redis is not None, f"the head ended: {self._head.log.read_text(errors='replace')[-3000:]}"
+            assert self._redis is not None, (
+                f"the head ended: {self._head.log.read_text(errors='replace')[-3000:]}"
+            )
             self._end_autoscaler()
             self._start_head()
 
     def _reconcile(self) -> None:
         """Compares the desired cluster with the actual one, once."""
-        for pod in list(self._pods.values()):  # the operator deletes pods that have ended, and makes others
+        # The operator deletes pods that have ended, and makes others
+        for pod in list(self._pods.values()):
             if pod.process.has_ended() if pod.process else pod.is_leaving:
                 del self._pods[pod.name]
                 self._api.delete(self._pod_path(pod.name))
@@ -253,13 +300,18 @@ class PodCluster:
             for name in group.get("scaleStrategy", {}).get("workersToDelete", []):
                 if name in self._pods:
                     self._tell_to_end(self._pods[name])
-            mine = [pod for pod in self._pods.values() if pod.group["groupName"] == group["groupName"]]
+            mine = [
+                pod for pod in self._pods.values() if pod.group["groupName"] == group["groupName"]
+            ]
             for _ in range(group["replicas"] - sum(not pod.is_leaving for pod in mine)):
                 pod = _Pod(f"{self.name}-{group['groupName']}-{secrets.token_hex(3)}", group)
                 self._pods[pod.name] = pod
                 self._show(pod)
         for pod in self._pods.values():
-            has_room = len(self._running()) < self.num_nodes and pod.group["groupName"] != self._without_nodes
+            has_room = (
+                len(self._running()) < self.num_nodes
+                and pod.group["groupName"] != self._without_nodes
+            )
             if pod.process is None and not pod.is_leaving and has_room:
                 flags = ["--address", f"127.0.0.1:{self._gcs_port}"]
                 pod.process = self._start(pod.name, pod.group["groupName"], pod.group, flags, {})
@@ -267,7 +319,9 @@ class PodCluster:
 
     def _running(self) -> list[PodProcess]:
         with self._lock:
-            return [pod.process for pod in self._pods.values() if pod.process and not pod.is_leaving]
+            return [
+                pod.process for pod in self._pods.values() if pod.process and not pod.is_leaving
+            ]
 
     def _tell_to_end(self, pod: _Pod) -> None:
         if pod.is_leaving:
@@ -275,7 +329,9 @@ class PodCluster:
         pod.is_leaving = True
         if pod.process is not None:
             pod.process.tell_to_end()
-        change = {"metadata": {"deletionTimestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}}
+        change = {
+            "metadata": {"deletionTimestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        }
         self._api.patch(self._pod_path(pod.name), "application/merge-patch+json", change)
 
     def _start(
@@ -288,11 +344,23 @@ class PodCluster:
         environment: dict[str, str] = {}
         for source in container.get("envFrom", []):
             environment |= self._config_maps[source["configMapRef"]["name"]]
-        environment |= {variable["name"]: variable["value"] for variable in container.get("env", [])}
+        environment |= {
+            variable["name"]: variable["value"] for variable in container.get("env", [])
+        }
         environment |= {"RAY_CLOUD_INSTANCE_ID": name, "RAY_NODE_TYPE_NAME": group_name}
-        environment |= {"RAY_enable_autoscaler_v2": "1", "RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
+        environment |= {
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+        }
         environment |= self._environment | further
-        return PodProcess(name, group, flags, number=self._num_starts, environment=environment, folder=self._folder)
+        return PodProcess(
+            name,
+            group,
+            flags,
+            number=self._num_starts,
+            environment=environment,
+            folder=self._folder,
+        )
 
     @property
     def _environment(self) -> dict[str, str]:
@@ -301,7 +369,8 @@ class PodCluster:
             "RAY_ADDRESS": f"127.0.0.1:{self._gcs_port}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self._folder / "token"),
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps addresses on loopback, see cluster/local/start_node.py
+            # Keeps addresses on loopback, see cluster/local/start_node.py
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "PYTHONPATH": str(REPOSITORY),  # where the image has its working directory
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }
@@ -318,8 +387,11 @@ class PodCluster:
                 process.kill()
 
     def _ray_cluster(self) -> Manifest:
-        """Returns the object that the operator makes from the manifest; `replicas` is `minReplicas` at first."""
-        groups = [group | {"replicas": group["minReplicas"]} for group in self._spec["workerGroupSpecs"]]
+        """Returns the object that the operator makes from the manifest; `replicas` is `minReplicas`
+        at first."""
+        groups = [
+            group | {"replicas": group["minReplicas"]} for group in self._spec["workerGroupSpecs"]
+        ]
         metadata = {"name": self.name, "namespace": self.namespace}
         spec = self._spec | {"workerGroupSpecs": groups}
         return {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": metadata, "spec": spec}
@@ -329,11 +401,17 @@ class PodCluster:
         value = self._pod_object(pod.name, name, pod.group, kind="worker", is_running=is_running)
         self._api.put(self._pod_path(pod.name), value)
 
-    def _pod_object(self, name: str, group_name: str, group: Manifest, *, kind: str, is_running: bool) -> Manifest:
+    def _pod_object(
+        self, name: str, group_name: str, group: Manifest, *, kind: str, is_running: bool
+    ) -> Manifest:
         labels = {"ray.io/cluster": self.name, "ray.io/node-type": kind, "ray.io/group": group_name}
         status: Manifest = {"phase": "Pending"}
         if is_running:
-            status = {"phase": "Running", "podIP": "127.0.0.1", "containerStatuses": [{"state": {"running": {}}}]}
+            status = {
+                "phase": "Running",
+                "podIP": "127.0.0.1",
+                "containerStatuses": [{"state": {"running": {}}}],
+            }
         metadata = {"name": name, "namespace": self.namespace, "labels": labels}
         return {"metadata": metadata, "spec": group["template"]["spec"], "status": status}
 

@@ -1,4 +1,5 @@
-"""Everything that the manifests start exists and fits: entry points, embedded settings, and pods that can hold the work."""
+"""Everything that the manifests start exists and fits: entry points, embedded settings, and pods
+that can hold the work."""
 
 import importlib
 import importlib.util
@@ -15,14 +16,29 @@ from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDep
 
 from cluster.settings.run import EvaluateConfig, RunConfig
 from cluster.settings.serve import ServeConfig
-from tests.k8s.manifests import CLUSTER_KINDS, GPU, Manifest, cluster_spec, find, name_of, of_kind, quantity
+from tests.k8s.manifests import (
+    CLUSTER_KINDS,
+    GPU,
+    Manifest,
+    cluster_spec,
+    find,
+    name_of,
+    of_kind,
+    quantity,
+)
 
 VLLM_IMAGE = "raymill-gpu"  # k8s/Dockerfile's `gpu` build
-_GPU_PRODUCTS = {"nvidia.com/gpu.product", "eks.amazonaws.com/instance-gpu-name", "cloud.google.com/gke-accelerator"}
+_GPU_PRODUCTS = {
+    "nvidia.com/gpu.product",
+    "eks.amazonaws.com/instance-gpu-name",
+    "cloud.google.com/gke-accelerator",
+}
 
 
 def run_config(objects: list[Manifest]) -> RunConfig:
-    return RunConfig.model_validate(yaml.safe_load(find(objects, "ConfigMap/run-config")["data"]["run.yaml"]))
+    return RunConfig.model_validate(
+        yaml.safe_load(find(objects, "ConfigMap/run-config")["data"]["run.yaml"])
+    )
 
 
 def evaluate_config(objects: list[Manifest]) -> EvaluateConfig:
@@ -44,7 +60,9 @@ def config_problems(objects: list[Manifest]) -> list[str]:
     try:
         run = run_config(objects)
         if run.run_id is None or not run.data.source:
-            problems.append("run.yaml: a job that is retried needs a run_id, and any job a data.source")
+            problems.append(
+                "run.yaml: a job that is retried needs a run_id, and any job a data.source"
+            )
     except ValidationError as error:
         problems.append(f"run.yaml: {error}")
     try:
@@ -66,7 +84,9 @@ def config_problems(objects: list[Manifest]) -> list[str]:
             (deployment, ServeDeploySchema),
             (http, HTTPOptionsSchema),
         ]
-        levels += [(application, ServeApplicationSchema) for application in deployment["applications"]]
+        levels += [
+            (application, ServeApplicationSchema) for application in deployment["applications"]
+        ]
         for values, schema in levels:  # Ray Serve ignores a field that it does not know
             unknown = sorted(values.keys() - schema.model_fields.keys())
             problems += [f"{name_of(service)}: serveConfigV2: {key} is unknown" for key in unknown]
@@ -82,7 +102,9 @@ def entry_problems(objects: list[Manifest]) -> list[str]:
             if importlib.util.find_spec(module) is None:
                 problems.append(f"{name_of(job)}: no module {module}")
         groups = [cluster_spec(job)["headGroupSpec"]]
-        problems += _mount_problems(name_of(job), groups, path, kind="configMap", volume="run-config")
+        problems += _mount_problems(
+            name_of(job), groups, path, kind="configMap", volume="run-config"
+        )
         if PurePosixPath(path).name not in find(objects, "ConfigMap/run-config")["data"]:
             problems.append(f"{name_of(job)}: {path} is not among the settings")
     for service in of_kind(objects, "RayService"):
@@ -92,23 +114,32 @@ def entry_problems(objects: list[Manifest]) -> list[str]:
             module, _, name = application["import_path"].partition(":")
             builder = getattr(importlib.import_module(module), name, None)
             if builder is None or not _builds_from_serve_config(builder):
-                problems.append(f"{name_of(service)}: {application['import_path']} is no builder from a ServeConfig")
+                problems.append(
+                    f"{name_of(service)}: {application['import_path']} is no builder from a ServeConfig"
+                )
             path = application["args"]["api_key_file"]
-            problems += _mount_problems(name_of(service), groups, path, kind="secret", volume="api-keys")
+            problems += _mount_problems(
+                name_of(service), groups, path, kind="secret", volume="api-keys"
+            )
     return problems
 
 
 def _builds_from_serve_config(builder: Callable[..., Any]) -> bool:
-    """Ray Serve makes the arguments an object of the annotated class; with any other annotation they stay a dict."""
+    """Ray Serve makes the arguments an object of the annotated class; with any other annotation
+    they stay a dict."""
     signature = inspect.signature(builder)
     annotations = [parameter.annotation for parameter in signature.parameters.values()]
     return annotations == [ServeConfig] and signature.return_annotation is serve.Application
 
 
-def _mount_problems(name: str, groups: list[Manifest], path: str, *, kind: str, volume: str) -> list[str]:
+def _mount_problems(
+    name: str, groups: list[Manifest], path: str, *, kind: str, volume: str
+) -> list[str]:
     for group in groups:
         spec = group["template"]["spec"]
-        mounts = {mount["name"]: mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]}
+        mounts = {
+            mount["name"]: mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]
+        }
         volumes = {v["name"] for v in spec["volumes"] if kind in v}
         if volume not in volumes or mounts.get(volume) != str(PurePosixPath(path).parent):
             return [f"{name}: {path} is not mounted from {kind} {volume}"]
@@ -118,10 +149,21 @@ def _mount_problems(name: str, groups: list[Manifest], path: str, *, kind: str, 
 def storage_problems(objects: list[Manifest]) -> list[str]:
     """Jobs publish where the endpoint looks, which is not a pod's own disk."""
     written = run_config(objects).storage.uri
-    problems = [] if written.startswith("s3://") else [f"{written} goes with its pod: storage.uri must be s3://"]
-    readers = {name_of(service): serve_config(service).storage.uri for service in of_kind(objects, "RayService")}
+    problems = (
+        []
+        if written.startswith("s3://")
+        else [f"{written} goes with its pod: storage.uri must be s3://"]
+    )
+    readers = {
+        name_of(service): serve_config(service).storage.uri
+        for service in of_kind(objects, "RayService")
+    }
     readers["evaluate.yaml"] = evaluate_config(objects).storage.uri
-    problems += [f"jobs write to {written}, {name} reads from {uri}" for name, uri in readers.items() if uri != written]
+    problems += [
+        f"jobs write to {written}, {name} reads from {uri}"
+        for name, uri in readers.items()
+        if uri != written
+    ]
     return problems
 
 
@@ -132,12 +174,25 @@ def capacity_problems(objects: list[Manifest]) -> list[str]:
     evaluator, evaluation = find(objects, "RayJob/evaluate"), evaluate_config(objects)
     checks = [
         (evaluator, evaluation.threads_per_worker, 0, evaluation.num_workers, "evaluating workers"),
-        (trainer, scaling.threads_per_worker, int(scaling.use_gpu), scaling.max_workers, "training workers"),
-        (server, replicas.threads_per_replica, _gpus_a_replica(server), replicas.max_replicas, "replicas"),
+        (
+            trainer,
+            scaling.threads_per_worker,
+            int(scaling.use_gpu),
+            scaling.max_workers,
+            "training workers",
+        ),
+        (
+            server,
+            replicas.threads_per_replica,
+            _gpus_a_replica(server),
+            replicas.max_replicas,
+            "replicas",
+        ),
     ]
     problems = []
     for manifest, cpus, gpus, wanted, what in checks:
-        for group in cluster_spec(manifest)["workerGroupSpecs"]:  # each alone: a second one stands in for the first
+        # Each alone: a second one stands in for the first
+        for group in cluster_spec(manifest)["workerGroupSpecs"]:
             places = _places(group, cpus, gpus=gpus)
             if places != wanted:
                 problems.append(
@@ -145,7 +200,9 @@ def capacity_problems(objects: list[Manifest]) -> list[str]:
                 )
     lowest = sum(group["minReplicas"] for group in cluster_spec(server)["workerGroupSpecs"])
     if lowest < replicas.min_replicas:
-        problems.append(f"{name_of(server)}: keeps {lowest} pods for {replicas.min_replicas} replicas")
+        problems.append(
+            f"{name_of(server)}: keeps {lowest} pods for {replicas.min_replicas} replicas"
+        )
     return problems
 
 
@@ -155,27 +212,36 @@ def _gpus_a_replica(service: Manifest) -> int:
 
 
 def gpu_problems(objects: list[Manifest]) -> list[str]:
-    """A group with GPUs names their product, tolerates their taint and, unless it serves, goes down to none.
+    """A group with GPUs names their product, tolerates their taint and, unless it serves, goes down
+    to none.
 
     Pods that need no GPU get none, and vLLM computes where the image has it.
     """
     problems = []
     for manifest in of_kind(objects, *CLUSTER_KINDS):
         for group in cluster_spec(manifest)["workerGroupSpecs"]:
-            spec, where = group["template"]["spec"], f"{name_of(manifest)} group {group['groupName']}"
+            spec, where = (
+                group["template"]["spec"],
+                f"{name_of(manifest)} group {group['groupName']}",
+            )
             if not _gpus(group):
                 continue
-            if not any(toleration["key"] == "nvidia.com/gpu" for toleration in spec.get("tolerations", [])):
+            if not any(
+                toleration["key"] == "nvidia.com/gpu" for toleration in spec.get("tolerations", [])
+            ):
                 problems.append(f"{where}: does not tolerate the taint of GPU nodes")
             if not _GPU_PRODUCTS & spec.get("nodeSelector", {}).keys():
                 problems.append(f"{where}: takes whatever GPU there is")
-            if "cloud.google.com/gke-accelerator" in spec.get("nodeSelector", {}) and not _finds_gke_driver(objects):
+            if "cloud.google.com/gke-accelerator" in spec.get(
+                "nodeSelector", {}
+            ) and not _finds_gke_driver(objects):
                 problems.append(f"{where}: does not look where GKE puts the driver")
             if group["minReplicas"] != 0 and manifest["kind"] != "RayService":
                 problems.append(f"{where}: holds GPUs while idle")
             by_run = name_of(manifest) == "RayJob/pretrain" and run_config(objects).scaling.use_gpu
             by_replicas = manifest["kind"] == "RayService" and _gpus_a_replica(manifest) > 0
-            if not by_run and not by_replicas and manifest["kind"] != "RayCluster":  # whose users know
+            # Whose users know
+            if not by_run and not by_replicas and manifest["kind"] != "RayCluster":
                 problems.append(f"{where}: asks for GPUs that nothing uses")
     for service in of_kind(objects, "RayService"):
         images = [
@@ -183,12 +249,17 @@ def gpu_problems(objects: list[Manifest]) -> list[str]:
             for group in cluster_spec(service)["workerGroupSpecs"]
         ]
         if serve_config(service).engine.runs_vllm and images != [VLLM_IMAGE] * len(images):
-            problems.append(f"{name_of(service)}: vLLM is to compute, which only the image {VLLM_IMAGE} has")
+            problems.append(
+                f"{name_of(service)}: vLLM is to compute, which only the image {VLLM_IMAGE} has"
+            )
     return problems
 
 
 def _finds_gke_driver(objects: list[Manifest]) -> bool:
-    return find(objects, "ConfigMap/ray-environment")["data"].get("LD_LIBRARY_PATH") == "/usr/local/nvidia/lib64"
+    return (
+        find(objects, "ConfigMap/ray-environment")["data"].get("LD_LIBRARY_PATH")
+        == "/usr/local/nvidia/lib64"
+    )
 
 
 def _gpus(group: Manifest) -> int:

@@ -1,4 +1,5 @@
-"""The manifests' endpoint on real Ray nodes: RayService `completions` of the base, with a tiny model."""
+"""The manifests' endpoint on real Ray nodes: RayService `completions` of the base, with a tiny
+model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,7 +35,9 @@ class ServedPods:
         """Returns the application's status as the head reports it, or None while it does not."""
         try:
             answer = httpx.get(
-                f"{self.pods.jobs_url}/api/serve/applications/", headers=self.pods.headers, timeout=limit_s(30)
+                f"{self.pods.jobs_url}/api/serve/applications/",
+                headers=self.pods.headers,
+                timeout=limit_s(30),
             )
         except httpx.TransportError:
             return None
@@ -43,10 +46,14 @@ class ServedPods:
     def why(self) -> str:
         """Returns the state, for the message of a wait that failed."""
         answer = httpx.get(
-            f"{self.pods.jobs_url}/api/serve/applications/", headers=self.pods.headers, timeout=limit_s(30)
+            f"{self.pods.jobs_url}/api/serve/applications/",
+            headers=self.pods.headers,
+            timeout=limit_s(30),
         )
         deployments = answer.json()["applications"]["raymill"]["deployments"]
-        replicas = {name: [r["state"] for r in found["replicas"]] for name, found in deployments.items()}
+        replicas = {
+            name: [r["state"] for r in found["replicas"]] for name, found in deployments.items()
+        }
         log = self.pods.autoscaler_log()[-4000:]
         return f"{len(self.pods.running)} pods, {len(self.service.ready)} ready; replicas {replicas}; {log}"
 
@@ -62,8 +69,8 @@ class ServedPods:
 
 @contextmanager
 def served_pods(checkpoint: Path, folder: Path, **replicas: Any) -> Iterator[ServedPods]:
-    """Returns the objects as rendered, except that a pod has one CPU and goes away after 15 s without work, not 120, that its address is its
-    own, and that clients need no key."""
+    """Returns the objects as rendered, except that a pod has one CPU and goes away after 15 s
+    without work, not 120, that its address is its own, and that clients need no key."""
     objects = render("base")
     owner = find(objects, "RayService/completions")
     (group,) = cluster_spec(owner)["workerGroupSpecs"]
@@ -82,7 +89,9 @@ def served_pods(checkpoint: Path, folder: Path, **replicas: Any) -> Iterator[Ser
 
     with ExitStack() as stack:
         redis = stack.enter_context(redis_server(folder / "redis"))
-        pods = stack.enter_context(PodCluster(objects, "RayService/completions", num_nodes=4, redis=redis))
+        pods = stack.enter_context(
+            PodCluster(objects, "RayService/completions", num_nodes=4, redis=redis)
+        )
         port = settings["http_options"]["port"]
         service = ServiceStandIn(lambda: pods.addresses, target_port=port, probe_path="/-/healthz")
         served = ServedPods(pods, stack.enter_context(service.serving()))

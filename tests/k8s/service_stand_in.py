@@ -1,7 +1,8 @@
-"""Stands in for a Kubernetes Service: each new connection goes to a ready pod, the next one to the next pod.
+"""Stands in for a Kubernetes Service: each new connection goes to a ready pod, the next one to the
+next pod.
 
-A pod is ready while its probe answers 200 and it is not told to end. Connections that are open stay where they are, as
-with kube-proxy. Only bytes are passed on.
+A pod is ready while its probe answers 200 and it is not told to end. Connections that are open stay
+where they are, as with kube-proxy. Only bytes are passed on.
 """
 
 import asyncio
@@ -31,7 +32,9 @@ class ServiceStandIn:
     @contextmanager
     def serving(self) -> Iterator["ServiceStandIn"]:
         started, loop = threading.Event(), asyncio.new_event_loop()
-        thread = threading.Thread(target=loop.run_until_complete, args=(self._serve(started),), daemon=True)
+        thread = threading.Thread(
+            target=loop.run_until_complete, args=(self._serve(started),), daemon=True
+        )
         thread.start()
         assert started.wait(limit_s(10))
         try:
@@ -55,13 +58,21 @@ class ServiceStandIn:
         async with httpx.AsyncClient(timeout=_PROBE_S) as http:
             while True:
                 addresses = self.addresses()
-                answers = await asyncio.gather(*(self._is_ready(http, address) for address in addresses))
-                self.ready = [address for address, is_ready in zip(addresses, answers, strict=True) if is_ready]
+                answers = await asyncio.gather(
+                    *(self._is_ready(http, address) for address in addresses)
+                )
+                self.ready = [
+                    address
+                    for address, is_ready in zip(addresses, answers, strict=True)
+                    if is_ready
+                ]
                 await asyncio.sleep(_PROBE_S)
 
     async def _is_ready(self, http: httpx.AsyncClient, address: str) -> bool:
         try:
-            return (await http.get(f"http://{address}:{self.target_port}{self.probe_path}")).is_success
+            return (
+                await http.get(f"http://{address}:{self.target_port}{self.probe_path}")
+            ).is_success
         except httpx.TransportError:
             return False
 

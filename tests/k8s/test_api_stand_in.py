@@ -1,4 +1,5 @@
-"""The stand-in for the API behaves, as far as `raymill cluster` needs, as Kubernetes 1.36 with KubeRay's CRDs did."""
+"""The stand-in for the API behaves, as far as `raymill cluster` needs, as Kubernetes 1.36 with
+KubeRay's CRDs did."""
 
 from typing import Any
 
@@ -35,7 +36,9 @@ def shared() -> dict[str, Any]:
 @pytest.mark.skipif(not CRDS.is_dir(), reason="KubeRay's CRDs are not beside the checkout")
 def test_its_defaults_are_those_of_the_crds() -> None:
     for kind, defaults in RAY_DEFAULTS.items():
-        definition = yaml.load((CRDS / f"ray.io_{kind.lower()}s.yaml").read_bytes(), Loader=yaml.CSafeLoader)
+        definition = yaml.load(
+            (CRDS / f"ray.io_{kind.lower()}s.yaml").read_bytes(), Loader=yaml.CSafeLoader
+        )
         (version,) = (v for v in definition["spec"]["versions"] if v["name"] == "v1")
         assert version["subresources"] == {"status": {}}
         spec = version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
@@ -44,10 +47,14 @@ def test_its_defaults_are_those_of_the_crds() -> None:
         groups = (spec[inside]["properties"] if inside else spec)["workerGroupSpecs"]
         assert "x-kubernetes-list-type" not in groups, "the list is atomic"
         fields = groups["items"]["properties"]
-        assert {key: item["default"] for key, item in fields.items() if "default" in item} == GROUP_DEFAULTS
+        assert {
+            key: item["default"] for key, item in fields.items() if "default" in item
+        } == GROUP_DEFAULTS
 
 
-def test_an_apply_is_repeated_until_somebody_else_writes(api: ApiObjects, shared: dict[str, Any]) -> None:
+def test_an_apply_is_repeated_until_somebody_else_writes(
+    api: ApiObjects, shared: dict[str, Any]
+) -> None:
     made = applied(api, shared)
     assert made["spec"]["workerGroupSpecs"][0]["replicas"] == 0, "a default"
     assert applied(api, shared)["metadata"]["uid"] == made["metadata"]["uid"]
@@ -77,14 +84,18 @@ def test_a_patch_takes_the_list_that_it_writes_in(api: ApiObjects, shared: dict[
         applied(api, shared)
 
 
-def test_two_who_apply_the_same_share_it_and_what_one_drops_goes(api: ApiObjects, shared: dict[str, Any]) -> None:
+def test_two_who_apply_the_same_share_it_and_what_one_drops_goes(
+    api: ApiObjects, shared: dict[str, Any]
+) -> None:
     applied(api, shared)
     part = {key: shared[key] for key in ("apiVersion", "kind", "metadata")}
     part["spec"] = {"rayVersion": shared["spec"]["rayVersion"]}
     applied(api, part, manager="kubectl")
     queued = shared | {"spec": shared["spec"] | {"suspend": True}}
     assert applied(api, queued)["spec"]["suspend"] is True
-    unversioned = shared | {"spec": {key: item for key, item in shared["spec"].items() if key != "rayVersion"}}
+    unversioned = shared | {
+        "spec": {key: item for key, item in shared["spec"].items() if key != "rayVersion"}
+    }
     after = applied(api, unversioned)["spec"]
     assert "suspend" not in after
     assert after["rayVersion"] == shared["spec"]["rayVersion"], "it is kubectl's too"
@@ -103,7 +114,9 @@ def test_a_status_is_written_as_a_subresource_only(api: ApiObjects, shared: dict
     api.patch(SHARED, "application/merge-patch+json", {"status": {"state": "ready"}})
     assert "status" not in api.get(SHARED)
     api.patch(
-        f"{SHARED}/status", "application/merge-patch+json", {"status": {"state": "ready"}, "spec": {"suspend": True}}
+        f"{SHARED}/status",
+        "application/merge-patch+json",
+        {"status": {"state": "ready"}, "spec": {"suspend": True}},
     )
     assert api.get(SHARED)["status"] == {"state": "ready"}
     assert "suspend" not in api.get(SHARED)["spec"]
@@ -130,13 +143,22 @@ def test_a_dry_run_changes_nothing(api: ApiObjects, shared: dict[str, Any]) -> N
 
 
 def test_a_services_cluster_is_not_told_of_new_bounds(api: ApiObjects) -> None:
-    operator, path = OperatorStandIn(api), "/apis/ray.io/v1/namespaces/raymill/rayservices/completions"
+    operator, path = (
+        OperatorStandIn(api),
+        "/apis/ray.io/v1/namespaces/raymill/rayservices/completions",
+    )
     service = find(render("base"), "RayService/completions")
     api.apply(path, service, manager="raymill", force=False, dry_run=False)
     operator.look()
     active = api.get(path)["status"]["activeServiceStatus"]["rayClusterName"]
     before = api.get(f"{SHARED.rpartition('/')[0]}/{active}")
-    bounds = [{"op": "replace", "path": "/spec/rayClusterConfig/workerGroupSpecs/0/maxReplicas", "value": 9}]
+    bounds = [
+        {
+            "op": "replace",
+            "path": "/spec/rayClusterConfig/workerGroupSpecs/0/maxReplicas",
+            "value": 9,
+        }
+    ]
     api.patch(path, JSON_PATCH, bounds)
     operator.look()
     assert api.get(f"{SHARED.rpartition('/')[0]}/{active}")["spec"] == before["spec"]

@@ -1,4 +1,5 @@
-"""`raymill cluster apply` works any number of times, on what KubeRay, the autoscaler, Kueue and `scale` wrote since."""
+"""`raymill cluster apply` works any number of times, on what KubeRay, the autoscaler, Kueue and
+`scale` wrote since."""
 
 import copy
 import subprocess
@@ -26,7 +27,9 @@ def two_pods() -> list[dict[str, object]]:
 
 def test_every_object_is_applied_and_twice_is_once(api: ApiStandIn, asked: Asked) -> None:
     names = [name_of(manifest) for manifest in render("overlays/kueue")]
-    assert asked("apply", "kueue", "--component", "pretrain", "--dry-run") == {"checked": ["RayJob/pretrain"]}
+    assert asked("apply", "kueue", "--component", "pretrain", "--dry-run") == {
+        "checked": ["RayJob/pretrain"]
+    }
     assert api.get(f"{RAY}/rayjobs/pretrain") is None
     assert asked("apply", "kueue") == {"applied": names}
     for path in (
@@ -49,9 +52,18 @@ def test_what_the_autoscaler_and_scale_set_stays(api: ApiStandIn, asked: Asked) 
     operator.look()
     replicas = [
         *two_pods(),
-        {"op": "add", "path": "/spec/workerGroupSpecs/0/scaleStrategy", "value": {"workersToDelete": ["a"]}},
+        {
+            "op": "add",
+            "path": "/spec/workerGroupSpecs/0/scaleStrategy",
+            "value": {"workersToDelete": ["a"]},
+        },
     ]
-    api.patch(f"{RAY}/rayclusters/shared", "application/json-patch+json", replicas, manager="python-requests")
+    api.patch(
+        f"{RAY}/rayclusters/shared",
+        "application/json-patch+json",
+        replicas,
+        manager="python-requests",
+    )
     asked("scale", "shared", "--max", "7")
     asked("scale", "completions", "--max", "5")
     asked("scale", "completions", "--min", "2")
@@ -72,11 +84,25 @@ def test_what_the_autoscaler_and_scale_set_stays(api: ApiStandIn, asked: Asked) 
     assert group_of(api, "RayJob", "pretrain")["maxReplicas"] == 0
 
 
-def test_kubectl_undoes_what_the_autoscaler_and_scale_set(api: ApiStandIn, asked: Asked, tmp_path: Path) -> None:
-    """Has kubectl itself apply, which sends the whole list of worker groups; the stand-in has no schemas for it to check."""
-    flags = ["-l", "app.kubernetes.io/component=shared", "--validate=false", "--cache-dir", str(tmp_path)]
+def test_kubectl_undoes_what_the_autoscaler_and_scale_set(
+    api: ApiStandIn, asked: Asked, tmp_path: Path
+) -> None:
+    """Has kubectl itself apply, which sends the whole list of worker groups; the stand-in has no
+    schemas for it to check."""
+    flags = [
+        "-l",
+        "app.kubernetes.io/component=shared",
+        "--validate=false",
+        "--cache-dir",
+        str(tmp_path),
+    ]
     asked("apply", "dev")
-    api.patch(f"{RAY}/rayclusters/shared", "application/json-patch+json", two_pods(), manager="python-requests")
+    api.patch(
+        f"{RAY}/rayclusters/shared",
+        "application/json-patch+json",
+        two_pods(),
+        manager="python-requests",
+    )
     asked("scale", "shared", "--max", "7")
     group = group_of(api, "RayCluster", "shared")
     assert (group["replicas"], group["maxReplicas"]) == (2, 7)
@@ -105,7 +131,8 @@ def test_bounds_that_the_overlay_changes_reach_what_runs(api: ApiStandIn, asked:
     most = group_of(api, "RayService", "completions")["maxReplicas"]
     assert most != group["maxReplicas"]
     service = ray_object(api, "RayService", "completions")
-    cluster_spec(service)["workerGroupSpecs"][0]["maxReplicas"] = 9  # as an overlay of before had it
+    # As an overlay of before had it
+    cluster_spec(service)["workerGroupSpecs"][0]["maxReplicas"] = 9
     api.put(f"{RAY}/rayservices/completions", service)
     cluster = ray_object(api, "RayCluster", before)
     cluster["spec"]["workerGroupSpecs"][0]["maxReplicas"] = 9
@@ -162,7 +189,9 @@ def test_what_is_refused_is_said_and_the_rest_is_applied(api: ApiStandIn, asked:
 
     api.not_installed.add("ray.io")
     result = asked("apply", "dev", code=1)
-    assert "its kind is not installed: apply KubeRay's operator" in result["failed"]["RayJob/pretrain"]
+    assert (
+        "its kind is not installed: apply KubeRay's operator" in result["failed"]["RayJob/pretrain"]
+    )
 
 
 def test_who_may_not_apply_the_platform_is_told_once_who_may(api: ApiStandIn, asked: Asked) -> None:
@@ -179,18 +208,26 @@ def test_a_dry_run_on_an_empty_cluster_checks_what_it_can(
 ) -> None:
     with stand_in(tmp_path, monkeypatch, namespaces=()) as api:
         result = asked("apply", "dev", "--dry-run")
-        assert "Namespace/raymill" in result["checked"] and "PriorityClass/raymill-head" in result["checked"]
+        assert (
+            "Namespace/raymill" in result["checked"]
+            and "PriorityClass/raymill-head" in result["checked"]
+        )
         assert "RayJob/pretrain" in result["not_checked"]
         assert "apply the component `platform`, then check again" in result["note"]
         assert len(result["checked"]) + len(result["not_checked"]) == len(render("overlays/dev"))
         assert api.get("/api/v1/namespaces/raymill") is None
         api.not_installed.add("ray.io")
-        assert "kind is not installed" in asked("apply", "dev", "--dry-run", code=1)["failed"]["RayJob/pretrain"]
+        assert (
+            "kind is not installed"
+            in asked("apply", "dev", "--dry-run", code=1)["failed"]["RayJob/pretrain"]
+        )
         api.not_installed.clear()
         assert len(asked("apply", "dev")["applied"]) == len(render("overlays/dev"))
 
 
-def test_all_goes_into_another_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Asked) -> None:
+def test_all_goes_into_another_namespace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Asked
+) -> None:
     with stand_in(tmp_path, monkeypatch, namespaces=()) as api:
         assert "failed" not in asked("apply", "dev", "-n", "elsewhere")
         assert api.get("/apis/ray.io/v1/namespaces/elsewhere/rayjobs/pretrain") is not None
@@ -221,9 +258,16 @@ def test_what_kubectl_applied_is_taken_over_and_what_it_alone_had_goes(
         result = asked("apply", "dev")
         assert "failed" not in result and len(result["applied"]) == len(older)
     policy = api.get(f"{policies}/dns")
-    assert policy["spec"]["egress"] == find(render("overlays/dev"), "NetworkPolicy/dns")["spec"]["egress"]
-    assert not policy["metadata"].get("annotations"), "kubectl's last manifest, and what the version no longer has"
-    rules = api.get("/apis/rbac.authorization.k8s.io/v1/namespaces/raymill/roles/raymill-operator")["rules"]
+    assert (
+        policy["spec"]["egress"]
+        == find(render("overlays/dev"), "NetworkPolicy/dns")["spec"]["egress"]
+    )
+    assert not policy["metadata"].get("annotations"), (
+        "kubectl's last manifest, and what the version no longer has"
+    )
+    rules = api.get("/apis/rbac.authorization.k8s.io/v1/namespaces/raymill/roles/raymill-operator")[
+        "rules"
+    ]
     assert rules == find(render("overlays/dev"), "Role/raymill-operator")["rules"]
     head = ray_object(api, "RayCluster", "shared")["spec"]["headGroupSpec"]
     assert "enableIngress" not in head
@@ -240,13 +284,19 @@ def test_what_kubectl_applied_is_taken_over_and_what_it_alone_had_goes(
     api.requests.clear()  # which an administrator made
 
 
-def test_what_a_version_no_longer_has_is_named_with_the_line_that_removes_it(api: ApiStandIn, asked: Asked) -> None:
+def test_what_a_version_no_longer_has_is_named_with_the_line_that_removes_it(
+    api: ApiStandIn, asked: Asked
+) -> None:
     asked("apply", "dev")
     budgets = "/apis/policy/v1/namespaces/raymill/poddisruptionbudgets"
     old = copy.deepcopy(find(render("overlays/dev"), "PodDisruptionBudget/pretrain-head"))
     old["metadata"]["name"] = "pretrain-workers"
     api.put(f"{budgets}/pretrain-workers", old)
-    settings = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"labels": dict(old["metadata"]["labels"])}}
+    settings = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"labels": dict(old["metadata"]["labels"])},
+    }
     job = ray_object(api, "RayJob", "pretrain")
     (used,) = (
         volume["configMap"]["name"]
@@ -254,7 +304,10 @@ def test_what_a_version_no_longer_has_is_named_with_the_line_that_removes_it(api
         if volume["name"] == "run-config"
     )
     for name in (used, "run-config-older"):
-        api.put(f"{CORE}/configmaps/{name}", settings | {"metadata": settings["metadata"] | {"name": name}})
+        api.put(
+            f"{CORE}/configmaps/{name}",
+            settings | {"metadata": settings["metadata"] | {"name": name}},
+        )
     run = copy.deepcopy(job)
     run["metadata"] |= {"name": "run-x-1", "annotations": {"raymill/run-id": "x"}}
     api.put(f"{RAY}/rayjobs/run-x-1", run)
@@ -263,11 +316,19 @@ def test_what_a_version_no_longer_has_is_named_with_the_line_that_removes_it(api
 
     for words in (("--dry-run",), ("--component", "platform"), ()):
         result = asked("apply", "dev", *words)
-        assert set(result["leftovers"]) == {"ConfigMap/run-config-older", "PodDisruptionBudget/pretrain-workers"}
+        assert set(result["leftovers"]) == {
+            "ConfigMap/run-config-older",
+            "PodDisruptionBudget/pretrain-workers",
+        }
     command = result["remove"].split()
     assert command[:4] == ["kubectl", "-n", "raymill", "delete"]
-    assert set(command[4:]) == {"configmap/run-config-older", "poddisruptionbudget/pretrain-workers"}
-    assert "leftovers" not in asked("apply", "dev", "--component", "pretrain"), "an operator may not list them"
+    assert set(command[4:]) == {
+        "configmap/run-config-older",
+        "poddisruptionbudget/pretrain-workers",
+    }
+    assert "leftovers" not in asked("apply", "dev", "--component", "pretrain"), (
+        "an operator may not list them"
+    )
 
 
 def test_a_kind_of_the_whole_cluster_is_applied_under_another_namespace(
@@ -276,14 +337,20 @@ def test_a_kind_of_the_whole_cluster_is_applied_under_another_namespace(
     """To kustomize, Kueue's kinds of cluster scope look as if they had a namespace."""
     with stand_in(tmp_path, monkeypatch, namespaces=("elsewhere",)) as api:
         assert "failed" not in asked("apply", "kueue", "-n", "elsewhere")
-        for path in ("clusterqueues/raymill", "resourceflavors/raymill", "namespaces/elsewhere/localqueues/raymill"):
+        for path in (
+            "clusterqueues/raymill",
+            "resourceflavors/raymill",
+            "namespaces/elsewhere/localqueues/raymill",
+        ):
             found = api.get(f"/apis/kueue.x-k8s.io/v1beta2/{path}")
             assert found is not None, path
             assert ("namespace" in found["metadata"]) is ("namespaces/" in path)
         api.requests.clear()
 
 
-def test_an_apply_that_loses_the_api_says_what_it_has_applied(api: ApiStandIn, asked: Asked) -> None:
+def test_an_apply_that_loses_the_api_says_what_it_has_applied(
+    api: ApiStandIn, asked: Asked
+) -> None:
     names = [name_of(manifest) for manifest in render("overlays/dev")]
     api.faults += [("APPLY /apis/ray.io/v1/namespaces/raymill/rayjobs/pretrain", Fault.LOST)] * 99
     result = asked("apply", "dev", code=1)

@@ -1,4 +1,5 @@
-"""Ray's own autoscaler scales the rendered manifests: pods come and go, and the results stay the same.
+"""Ray's own autoscaler scales the rendered manifests: pods come and go, and the results stay the
+same.
 
 `process_pods.py` says what is real here and what is not.
 """
@@ -33,8 +34,8 @@ NUM_STEPS, NUM_FEW_STEPS = 600, 150
 
 
 def spot_cluster() -> list[Manifest]:
-    """Returns the overlay `spot` as rendered, except that a pod has one CPU, drains for 5 s, not 20, and goes after 15 s
-    without work, not 300."""
+    """Returns the overlay `spot` as rendered, except that a pod has one CPU, drains for 5 s, not
+    20, and goes after 15 s without work, not 300."""
     objects = render("overlays/spot")
     group, fallback = cluster_spec(find(objects, "RayJob/pretrain"))["workerGroupSpecs"]
     assert group["template"]["spec"]["nodeSelector"]["raymill/capacity"] == "spot"
@@ -47,8 +48,8 @@ def spot_cluster() -> list[Manifest]:
 
 
 def node_cluster() -> list[Manifest]:
-    """Returns the overlay `gpu-node` as rendered, except that a node has 2 GPUs and CPUs instead of 8 and 64, and that a
-    pod goes after 15 s without work, not 300."""
+    """Returns the overlay `gpu-node` as rendered, except that a node has 2 GPUs and CPUs instead of
+    8 and 64, and that a pod goes after 15 s without work, not 300."""
     objects = render("overlays/gpu-node")
     (group,) = cluster_spec(find(objects, "RayJob/pretrain"))["workerGroupSpecs"]
     resources = group["template"]["spec"]["containers"][0]["resources"]
@@ -68,16 +69,29 @@ def make_small(group: Manifest, *, gpus: int) -> None:
 
 
 def run_config(
-    objects: list[Manifest], folder: Path, *, num_steps: int, min_workers: int = 1, max_workers: int = 3
+    objects: list[Manifest],
+    folder: Path,
+    *,
+    num_steps: int,
+    min_workers: int = 1,
+    max_workers: int = 3,
 ) -> RunConfig:
-    """Returns the overlay's settings for a tiny model on CPUs: a worker takes the CPU of a GPU pod, the only ones there."""
+    """Returns the overlay's settings for a tiny model on CPUs: a worker takes the CPU of a GPU pod,
+    the only ones there."""
     texts = {"train": make_text(30_000), "val": make_text(400, seed=1)}
     store = str(folder / "made")
     make_store(store, train_bpe(texts.values(), vocab_size=300), texts)  # type: ignore[arg-type]
     values = yaml.safe_load(find(objects, "ConfigMap/run-config")["data"]["run.yaml"])
-    values |= {"model": {"preset": "tiny", "dropout": 0.1}, "data": {"source": f"tokens://{store}/tokens/made"}}
+    values |= {
+        "model": {"preset": "tiny", "dropout": 0.1},
+        "data": {"source": f"tokens://{store}/tokens/made"},
+    }
     values["storage"] = {"uri": str(folder / "storage")}
-    values["scaling"] |= {"min_workers": min_workers, "max_workers": max_workers, "threads_per_worker": 1}
+    values["scaling"] |= {
+        "min_workers": min_workers,
+        "max_workers": max_workers,
+        "threads_per_worker": 1,
+    }
     values["scaling"] |= {"use_gpu": False, "resize_check_s": 2}
     values["checkpoint"] |= {"save_every_steps": 25}
     values["train"] = {
@@ -106,7 +120,12 @@ class Watched:
             assert self.pods.problem is None, self.pods.problem
             return condition()
 
-        wait_until(comes_true, timeout_s=timeout_s, poll_s=0.2, why=lambda: self.pods.autoscaler_log()[-4000:])
+        wait_until(
+            comes_true,
+            timeout_s=timeout_s,
+            poll_s=0.2,
+            why=lambda: self.pods.autoscaler_log()[-4000:],
+        )
 
     def end_of(self, job: str) -> JobStatus:
         self.until(lambda: self.pods.jobs.get_job_status(job).is_terminal(), timeout_s=240)
@@ -120,7 +139,11 @@ class Watched:
 
         def started() -> bool:
             starts = Ledger.read(self.run).events("start")
-            return bool(starts) and starts[-1]["attempt"] > after and starts[-1]["world_size"] == number
+            return (
+                bool(starts)
+                and starts[-1]["attempt"] > after
+                and starts[-1]["world_size"] == number
+            )
 
         self.until(started)
         start = self.last_start()
@@ -131,7 +154,9 @@ class Watched:
 def entrypoint_of(objects: list[Manifest], config: RunConfig, folder: Path) -> str:
     """Returns the job's entry point, with its settings in `folder`."""
     write_config(config, folder / "run.yaml")
-    return str(find(objects, "RayJob/pretrain")["spec"]["entrypoint"]).replace("/config/", f"{folder}/")
+    return str(find(objects, "RayJob/pretrain")["spec"]["entrypoint"]).replace(
+        "/config/", f"{folder}/"
+    )
 
 
 def test_a_run_has_its_gpu_group_grow_and_shrink_and_its_bits_stay(tmp_path: Path) -> None:
@@ -168,9 +193,12 @@ def test_a_run_has_its_gpu_group_grow_and_shrink_and_its_bits_stay(tmp_path: Pat
         watched.say("no pods")
 
 
-def test_pods_of_several_gpus_carry_several_workers_each_and_their_bits_stay(tmp_path: Path) -> None:
-    """Has the run wait for all four workers. With fewer it would take some hundred steps until the killed pod's successor
-    is there, and the local run, one core's work, would have to take them all again."""
+def test_pods_of_several_gpus_carry_several_workers_each_and_their_bits_stay(
+    tmp_path: Path,
+) -> None:
+    """Has the run wait for all four workers. With fewer it would take some hundred steps until the
+    killed pod's successor is there, and the local run, one core's work, would have to take them all
+    again."""
     objects = node_cluster()
     config = run_config(objects, tmp_path, num_steps=NUM_FEW_STEPS, min_workers=4, max_workers=4)
     entrypoint, run = entrypoint_of(objects, config, tmp_path), run_storage(config)
@@ -212,15 +240,16 @@ def test_where_no_spot_node_comes_a_pod_on_demand_does(tmp_path: Path) -> None:
 
 
 def test_a_job_that_lost_its_cluster_resumes_its_run_on_the_next(tmp_path: Path) -> None:
-    """Shows what follows a RayJob that failed, by its `backoffLimit` or a new submission: its head ran the driver, so
-    with it the whole cluster is lost."""
+    """Shows what follows a RayJob that failed, by its `backoffLimit` or a new submission: its head
+    ran the driver, so with it the whole cluster is lost."""
     objects = spot_cluster()
     config = run_config(objects, tmp_path, num_steps=NUM_FEW_STEPS)
     assert find(objects, "RayJob/pretrain")["spec"]["backoffLimit"] > 0
     entrypoint, run = entrypoint_of(objects, config, tmp_path), run_storage(config)
 
     def on_a_new_cluster(is_enough: Callable[[Ledger], bool]) -> JobStatus:
-        """Returns the job's status once it has ended or the ledger shows enough steps; then the cluster is gone at once."""
+        """Returns the job's status once it has ended or the ledger shows enough steps; then the
+        cluster is gone at once."""
         with PodCluster(objects, "RayJob/pretrain", num_nodes=1) as pods:
             jobs, job_id = pods.jobs, pods.submit(entrypoint)
 
@@ -228,10 +257,17 @@ def test_a_job_that_lost_its_cluster_resumes_its_run_on_the_next(tmp_path: Path)
                 assert pods.problem is None, pods.problem
                 return jobs.get_job_status(job_id).is_terminal() or is_enough(Ledger.read(run))
 
-            wait_until(has_done_enough, timeout_s=200, poll_s=0.1, why=lambda: jobs.get_job_logs(job_id)[-4000:])
+            wait_until(
+                has_done_enough,
+                timeout_s=200,
+                poll_s=0.1,
+                why=lambda: jobs.get_job_logs(job_id)[-4000:],
+            )
             return jobs.get_job_status(job_id)
 
-    assert on_a_new_cluster(lambda ledger: len(ledger.events("checkpoint")) >= 2) == JobStatus.RUNNING
+    assert (
+        on_a_new_cluster(lambda ledger: len(ledger.events("checkpoint")) >= 2) == JobStatus.RUNNING
+    )
     assert on_a_new_cluster(lambda ledger: False) == JobStatus.SUCCEEDED
     ledger = Ledger.read(run)
     assert [start["step"] >= 50 for start in ledger.events("start")] == [False, True]

@@ -1,4 +1,5 @@
-"""`raymill cluster` prints its results and errors, through the official client and against a stand-in for the API."""
+"""`raymill cluster` prints its results and errors, through the official client and against a
+stand-in for the API."""
 
 from pathlib import Path
 
@@ -12,11 +13,15 @@ from tests.k8s.manifests import OVERLAYS, find, render
 from tests.k8s.operator_stand_in import OperatorStandIn
 
 
-def test_render_prints_what_kustomize_makes(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+def test_render_prints_what_kustomize_makes(
+    asked: Asked, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["cluster", "render", "gpu", "--component", "pretrain"]) == 0
     (job,) = yaml.safe_load_all(capsys.readouterr().out)
     assert job == find(render("overlays/gpu"), "RayJob/pretrain")
-    assert "expected one of completions, evaluate" in asked.refused("render", "dev", "--component", "x", code=2)
+    assert "expected one of completions, evaluate" in asked.refused(
+        "render", "dev", "--component", "x", code=2
+    )
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -33,7 +38,9 @@ def test_an_overlay_takes_another_namespace(overlay: str, asked: Asked) -> None:
     assert "unknown overlay 'nothing'" in error
 
 
-def test_status_says_what_is_wanted_what_runs_and_what_is_suspended(api: ApiStandIn, asked: Asked) -> None:
+def test_status_says_what_is_wanted_what_runs_and_what_is_suspended(
+    api: ApiStandIn, asked: Asked
+) -> None:
     operator = OperatorStandIn(api)
     asked("apply", "dev")
     operator.look()
@@ -46,11 +53,14 @@ def test_status_says_what_is_wanted_what_runs_and_what_is_suspended(api: ApiStan
         "RayService/completions",
     ]
     assert said["RayCluster/shared"][1:] == ["workers: 0 to 2 pods, 0 wanted, 0 running"]
-    assert said["RayJob/pretrain"][1:] == ["trainers: 1 to 2 pods, 1 wanted, 1 running"]  # `replicas` is 0
+    # `replicas` is 0
+    assert said["RayJob/pretrain"][1:] == ["trainers: 1 to 2 pods, 1 wanted, 1 running"]
     assert said["RayService/completions"][1:] == ["servers: 1 to 2 pods, 1 wanted, 1 running"]
     asked("scale", "rayjob/pretrain", "--group", "trainers", "--min", "0", "--max", "0")
     operator.look()
-    assert asked("status", "pretrain")["RayJob/pretrain"][1:] == ["trainers: 0 to 0 pods, 0 wanted, 0 running"]
+    assert asked("status", "pretrain")["RayJob/pretrain"][1:] == [
+        "trainers: 0 to 0 pods, 0 wanted, 0 running"
+    ]
     asked("scale", "pretrain", "--suspend")
     operator.look()
     assert asked("status", "pretrain")["RayJob/pretrain"] == [
@@ -63,23 +73,33 @@ def test_status_shows_a_service_whose_next_cluster_starts(api: ApiStandIn, asked
     operator = OperatorStandIn(api)
     asked("apply", "dev")
     operator.look()
-    operator.fates = [(lambda pod: pod["metadata"]["name"] not in running, ({"phase": "Pending"}, []))]
-    running = [item["metadata"]["name"] for item in api.list("/api/v1/namespaces/raymill/pods")["items"]]
+    operator.fates = [
+        (lambda pod: pod["metadata"]["name"] not in running, ({"phase": "Pending"}, []))
+    ]
+    running = [
+        item["metadata"]["name"] for item in api.list("/api/v1/namespaces/raymill/pods")["items"]
+    ]
     service = api.get(f"{RAY}/rayservices/completions")
     service["spec"]["rayClusterConfig"]["rayVersion"] = "2.60.1"
     api.put(f"{RAY}/rayservices/completions", service)
     operator.look()
     service = api.get(f"{RAY}/rayservices/completions")
-    active, pending = (service["status"][f"{which}ServiceStatus"]["rayClusterName"] for which in ("active", "pending"))
+    active, pending = (
+        service["status"][f"{which}ServiceStatus"]["rayClusterName"]
+        for which in ("active", "pending")
+    )
     assert asked("status", "completions")["RayService/completions"][1:] == [
         f"{active}: servers: 1 to 2 pods, 1 wanted, 1 running",
         f"{pending}: servers: 1 to 2 pods, 1 wanted, 0 running",
     ]
     assert list(asked("status"))[-1] == "RayService/completions"
-    assert asked("status", pending)[f"RayCluster/{pending}"][0] == "waits for its head"  # not "(Unknown)"
+    # Not "(Unknown)"
+    assert asked("status", pending)[f"RayCluster/{pending}"][0] == "waits for its head"
 
 
-def test_errors_are_for_people(api: ApiStandIn, asked: Asked, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_errors_are_for_people(
+    api: ApiStandIn, asked: Asked, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert "has no RayCluster, RayJob or RayService" in asked.refused("status")
     assert "has no nothing; it has none" in asked.refused("status", "nothing")
     settings = yaml.safe_load(api.kubeconfig().read_text())

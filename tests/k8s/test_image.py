@@ -1,6 +1,8 @@
-"""Reads the Dockerfile and its packages' hashes, and runs the image's code and kernels as a pod runs them.
+"""Reads the Dockerfile and its packages' hashes, and runs the image's code and kernels as a pod
+runs them.
 
-`image_root.py` says what it runs in: a built image where there is one, else the Dockerfile's steps followed here.
+`image_root.py` says what it runs in: a built image where there is one, else the Dockerfile's steps
+followed here.
 """
 
 import json
@@ -31,7 +33,9 @@ cluster: {num_nodes: 1}
 def _instructions() -> list[tuple[str, str]]:
     text = (K8S / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return [(name, " ".join(rest.split())) for name, _, rest in (line.partition(" ") for line in lines)]
+    return [
+        (name, " ".join(rest.split())) for name, _, rest in (line.partition(" ") for line in lines)
+    ]
 
 
 def _stage(name: str) -> list[tuple[str, str]]:
@@ -47,7 +51,9 @@ def _stage(name: str) -> list[tuple[str, str]]:
 
 
 def test_base_is_pinned_and_can_be_replaced() -> None:
-    arguments = dict(rest.partition("=")[::2] for name, rest in _instructions() if name == "ARG" and "=" in rest)
+    arguments = dict(
+        rest.partition("=")[::2] for name, rest in _instructions() if name == "ARG" and "=" in rest
+    )
     assert arguments.keys() == {"BASE_IMAGE", "BUILD", "PIP_OPTIONS"}
     assert re.fullmatch(r"docker\.io/library/python:3\.11\.\d+-slim-\w+", arguments["BASE_IMAGE"])
     assert arguments["BUILD"] == "cpu"
@@ -68,11 +74,19 @@ def test_ends_as_the_user_that_pods_run_as() -> None:
 
 
 def test_copies_what_is_there_and_all_the_code() -> None:
-    copied = [rest.split()[:-1] for name, rest in _instructions() if name == "COPY" and "--from=" not in rest]
+    copied = [
+        rest.split()[:-1]
+        for name, rest in _instructions()
+        if name == "COPY" and "--from=" not in rest
+    ]
     sources = {source for sources in copied for source in sources}
     assert [source for source in sources if not (REPOSITORY / source).exists()] == []
     assert set(CODE_FOLDERS) <= sources
-    allowed = {line[1:] for line in Path(K8S / "Dockerfile.dockerignore").read_text().splitlines() if line[0] == "!"}
+    allowed = {
+        line[1:]
+        for line in Path(K8S / "Dockerfile.dockerignore").read_text().splitlines()
+        if line[0] == "!"
+    }
     assert allowed == sources
 
 
@@ -85,22 +99,37 @@ def test_the_kernels_are_compiled_in_a_stage_and_found_at_run_time() -> None:
 
 def test_no_compiler_is_left_but_the_one_that_vllm_needs() -> None:
     compilers = {
-        name: [word for _, rest in _stage(name) for word in rest.split() if word in ("g++", "gcc", "clang")]
+        name: [
+            word
+            for _, rest in _stage(name)
+            for word in rest.split()
+            if word in ("g++", "gcc", "clang")
+        ]
         for name in ("kernels", "runtime", "packages-cpu", "packages-gpu", "")
     }
-    assert compilers == {"kernels": ["g++"], "runtime": [], "packages-cpu": [], "packages-gpu": ["gcc"], "": []}
+    assert compilers == {
+        "kernels": ["g++"],
+        "runtime": [],
+        "packages-cpu": [],
+        "packages-gpu": ["gcc"],
+        "": [],
+    }
 
 
 def test_vllm_is_where_the_endpoint_looks_for_it() -> None:
     [made] = [rest for name, rest in _stage("packages-gpu") if name == "RUN" and "venv" in rest]
-    [(variable, python)] = [rest.split("=") for name, rest in _stage("packages-gpu") if name == "ENV"]
+    [(variable, python)] = [
+        rest.split("=") for name, rest in _stage("packages-gpu") if name == "ENV"
+    ]
     assert variable == VLLM_PYTHON_VARIABLE
     assert f"python -m venv {Path(python).parent.parent} &&" in made
 
 
 def test_every_package_comes_by_its_hash() -> None:
     installs = [rest for name, rest in _instructions() if name == "RUN" and "pip install" in rest]
-    files = [re.findall(r"--requirement (\S+)", rest) for rest in installs if "--require-hashes" in rest]
+    files = [
+        re.findall(r"--requirement (\S+)", rest) for rest in installs if "--require-hashes" in rest
+    ]
     assert sorted(file for found in files for file in found) == [
         ".ci/image-cpu.txt",
         ".ci/image-gpu.txt",
@@ -118,17 +147,24 @@ def test_the_list_of_packages_has_a_hash_each_and_is_of_the_tested_versions(buil
     assert len(entries) == text.count("==") == len({name for name, _, _ in entries})
     versions = {name: version for name, version, _ in entries}
     assert any(name.startswith("nvidia-") for name in versions) is (build != "cpu")
-    assert not [version for version in versions.values() if "+" in version]  # which an index by another name lacks
+    # Which an index by another name lacks
+    assert not [version for version in versions.values() if "+" in version]
     if build != "vllm":  # whose environment is its own
         pinned = dict(re.findall(r"^([\w.-]+)(?:\[.*\])?==(\S+)$", _constraints(), re.MULTILINE))
         named = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pinned.items()}
-        assert {name: (v, named[name]) for name, v in versions.items() if name in named and v != named[name]} == {}
+        assert {
+            name: (v, named[name])
+            for name, v in versions.items()
+            if name in named and v != named[name]
+        } == {}
         assert {"ray", "torch", "setuptools", "numpy", "safetensors"} <= versions.keys()
 
 
 def test_ray_is_the_version_that_the_manifests_name() -> None:
     (pinned,) = re.findall(r"^ray(?:\[.*\])?==(\S+)$", _constraints(), re.MULTILINE)
-    named = {cluster_spec(manifest)["rayVersion"] for manifest in of_kind(render("base"), *CLUSTER_KINDS)}
+    named = {
+        cluster_spec(manifest)["rayVersion"] for manifest in of_kind(render("base"), *CLUSTER_KINDS)
+    }
     assert named == {pinned}
 
 

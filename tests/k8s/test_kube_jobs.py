@@ -1,4 +1,5 @@
-"""`raymill submit --kuberay` makes a RayJob that obeys every rule, started once, reported and stopped."""
+"""`raymill submit --kuberay` makes a RayJob that obeys every rule, started once, reported and
+stopped."""
 
 import json
 import os
@@ -52,9 +53,14 @@ def test_a_rendered_job_obeys_the_rules_of_all_manifests(overlay: str, stage: st
     assert builtin_problems(made) == []
     assert not CRDS.is_dir() or crd_problems(made) == []
     job, settings = made
-    module = {"tokenize": "jobs.tokenize_corpus", "pretrain": "jobs.pretrain", "pipeline": "jobs.pipeline"}[stage]
+    module = {
+        "tokenize": "jobs.tokenize_corpus",
+        "pretrain": "jobs.pretrain",
+        "pipeline": "jobs.pipeline",
+    }[stage]
     assert (
-        job["spec"]["entrypoint"] == f"python -m cluster.stages.run_mirrored --job run-demo-1 {module} /config/run.yaml"
+        job["spec"]["entrypoint"]
+        == f"python -m cluster.stages.run_mirrored --job run-demo-1 {module} /config/run.yaml"
     )
     assert yaml.safe_load(settings["data"]["run.yaml"])["run_id"] == "Demo_1"
 
@@ -72,22 +78,35 @@ def test_the_group_holds_the_runs_workers() -> None:
     assert group(max_workers=8, threads_per_worker=4, use_gpu=True)["maxReplicas"] == 8
     with pytest.raises(AdmissionError, match="threads_per_worker=3, and the pods have 2 CPUs"):
         group(max_workers=2, threads_per_worker=3)
-    with pytest.raises(AdmissionError, match=r"needs about 9.0 GB of memory, and the pods have 6.4 GB"):
-        rayjob(render("base"), config(), "pretrain", name="x", needs={"worker_bytes": 9_000_000_000})
+    with pytest.raises(
+        AdmissionError, match=r"needs about 9.0 GB of memory, and the pods have 6.4 GB"
+    ):
+        rayjob(
+            render("base"), config(), "pretrain", name="x", needs={"worker_bytes": 9_000_000_000}
+        )
 
 
 def test_names_are_kubernetes_own_and_tell_runs_apart() -> None:
     assert rayjob_name("demo", 1) == "run-demo-1"
-    names = [rayjob_name(run_id, 12) for run_id in ("Demo_1", "demo-1", "demo.1", "x" * 64, "x" * 63)]
+    names = [
+        rayjob_name(run_id, 12) for run_id in ("Demo_1", "demo-1", "demo.1", "x" * 64, "x" * 63)
+    ]
     assert len(set(names)) == 5
-    assert all(len(name) <= 47 and name == name.lower() and "_" not in name and "." not in name for name in names)
+    assert all(
+        len(name) <= 47 and name == name.lower() and "_" not in name and "." not in name
+        for name in names
+    )
 
 
 @pytest.fixture
 def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiStandIn]:
     with stand_in(tmp_path, monkeypatch) as api:
         yield api
-        applied = {line.split("/namespaces/raymill/")[1].split("/")[0] for line in api.requests if "APPLY" in line}
+        applied = {
+            line.split("/namespaces/raymill/")[1].split("/")[0]
+            for line in api.requests
+            if "APPLY" in line
+        }
         assert {(what, verb) for what in applied for verb in ("create", "patch")} <= {
             (what, verb) for _, what, verb in operators_rights()
         }
@@ -98,7 +117,9 @@ def words(s3_bucket: str, tmp_path: Path) -> list[str]:
     """Returns the result of a submission that is accepted."""
     uri = f"s3://{s3_bucket}/store"
     open_storage(f"s3://{s3_bucket}").write_bytes("corpus/a.txt", b"words")
-    values = config(data={"source": f"s3://{s3_bucket}/corpus"}, storage={"uri": uri}).model_dump(mode="json")
+    values = config(data={"source": f"s3://{s3_bucket}/corpus"}, storage={"uri": uri}).model_dump(
+        mode="json"
+    )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     return ["submit", "pretrain", str(tmp_path / "run.yaml"), "--kuberay", "dev"]
 
@@ -134,14 +155,20 @@ def test_a_run_is_submitted_once_told_of_stopped_and_resumed(
         ("Running", "RUNNING", "running"),
         ("Retrying", "FAILED", "pending"),
     ):
-        api.put(f"{RAY}/rayjobs/{name}", job | {"status": {"jobDeploymentStatus": deployment, "jobStatus": status}})
+        api.put(
+            f"{RAY}/rayjobs/{name}",
+            job | {"status": {"jobDeploymentStatus": deployment, "jobStatus": status}},
+        )
         assert asked(capsys, "status", "Demo_1", *storage)["state"] == state, deployment
     assert asked(capsys, *words)["new"] is False, "one that KubeRay starts again"
     failed = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}
     api.put(f"{RAY}/rayjobs/{name}", job | {"status": failed})
     assert asked(capsys, "status", "Demo_1", *storage, code=1)["state"] == "failed"
 
-    api.put(f"{RAY}/rayjobs/{name}", job | {"status": {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}})
+    api.put(
+        f"{RAY}/rayjobs/{name}",
+        job | {"status": {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}},
+    )
     began_s = time.monotonic()
     stopped = asked(capsys, "stop", "Demo_1", *storage)
     assert (stopped["state"], stopped["was_live"]) == ("stopped", True)
@@ -163,9 +190,14 @@ def test_a_run_is_submitted_once_told_of_stopped_and_resumed(
 
 @pytest.mark.parametrize("reason", ["DeadlineExceeded", "JobStatusCheckTimeoutExceeded"])
 def test_a_job_that_kuberay_does_not_retry_has_failed_and_is_submitted_again(
-    api: ApiStandIn, words: list[str], s3_bucket: str, capsys: pytest.CaptureFixture[str], reason: str
+    api: ApiStandIn,
+    words: list[str],
+    s3_bucket: str,
+    capsys: pytest.CaptureFixture[str],
+    reason: str,
 ) -> None:
-    """`backoffLimit` is for a job that failed, not for one out of time or out of KubeRay's sight (a lost head)."""
+    """`backoffLimit` is for a job that failed, not for one out of time or out of KubeRay's sight (a
+    lost head)."""
     operator = OperatorStandIn(api)
     job = f"{RAY}/rayjobs/{asked(capsys, *words)['job']}"
     operator.look()
@@ -180,7 +212,12 @@ def test_a_job_that_kuberay_does_not_retry_has_failed_and_is_submitted_again(
     assert (found["status"]["jobDeploymentStatus"], found["status"]["reason"]) == ("Failed", reason)
     (lines,) = asked(capsys, "cluster", "status", job.rpartition("/")[2]).values()
     assert lines[0] == f"has failed ({reason})"
-    assert asked(capsys, "status", "Demo_1", "--storage.uri", f"s3://{s3_bucket}/store", code=1)["state"] == "failed"
+    assert (
+        asked(capsys, "status", "Demo_1", "--storage.uri", f"s3://{s3_bucket}/store", code=1)[
+            "state"
+        ]
+        == "failed"
+    )
     again = asked(capsys, *words)
     assert (again["new"], again["number"]) == (True, 2)
 
@@ -193,7 +230,9 @@ def test_the_job_goes_into_another_namespace(
     own = tmp_path / "own"
     own.mkdir()
     resource = os.path.relpath(K8S / "overlays/dev", own)
-    (own / "kustomization.yaml").write_text(yaml.safe_dump({"namespace": "mine", "resources": [resource]}))
+    (own / "kustomization.yaml").write_text(
+        yaml.safe_dump({"namespace": "mine", "resources": [resource]})
+    )
     words[-1] = str(own)
     assert main(words) == 2
     assert "the overlay's namespace is mine, not raymill: give -n mine" in capsys.readouterr().err
@@ -207,7 +246,11 @@ JOB, SETTINGS = "APPLY /apis/ray.io", "APPLY /api/v1"
 @pytest.mark.parametrize("request_", [JOB, SETTINGS])
 @pytest.mark.parametrize("fault", list(Fault))
 def test_a_request_that_fails_once_is_made_again(
-    api: ApiStandIn, words: list[str], capsys: pytest.CaptureFixture[str], request_: str, fault: Fault
+    api: ApiStandIn,
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    request_: str,
+    fault: Fault,
 ) -> None:
     api.faults = [(request_, fault)]
     name = asked(capsys, *words)["job"]
@@ -220,12 +263,20 @@ def test_a_request_that_fails_once_is_made_again(
 @pytest.mark.parametrize("request_", [JOB, SETTINGS])
 @pytest.mark.parametrize("fault", list(Fault))
 def test_a_submission_that_fails_leaves_nothing(
-    api: ApiStandIn, words: list[str], capsys: pytest.CaptureFixture[str], request_: str, fault: Fault
+    api: ApiStandIn,
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    request_: str,
+    fault: Fault,
 ) -> None:
     api.faults = [(request_, fault)] * 99
     assert main(words) == 1
     assert api.list(f"{RAY}/rayjobs")["items"] == []
-    assert [o for o in api.list(f"{CORE}/configmaps")["items"] if o["metadata"]["name"].startswith("run-")] == []
+    assert [
+        o
+        for o in api.list(f"{CORE}/configmaps")["items"]
+        if o["metadata"]["name"].startswith("run-")
+    ] == []
     api.faults = []
     capsys.readouterr()
     again = asked(capsys, *words)
@@ -239,15 +290,23 @@ def test_a_submission_that_nothing_answers_is_completed_by_the_next(
     lost = (SETTINGS, "DELETE", f"GET {RAY}/rayjobs/run-")
     api.faults = [(request, Fault.CUT) for request in lost for _ in range(9)]
     assert main(words) == 1
-    assert "may be there all the same: `raymill submit` again completes it" in capsys.readouterr().err
+    assert (
+        "may be there all the same: `raymill submit` again completes it" in capsys.readouterr().err
+    )
     (left,) = api.list(f"{RAY}/rayjobs")["items"]
     name = left["metadata"]["name"]
     api.faults = []
     again = asked(capsys, *words)
     assert (again["job"], again["number"], again["new"]) == (name, 1, False)
-    assert api.get(f"{CORE}/configmaps/{name}")["metadata"]["ownerReferences"][0]["uid"] == left["metadata"]["uid"]
+    assert (
+        api.get(f"{CORE}/configmaps/{name}")["metadata"]["ownerReferences"][0]["uid"]
+        == left["metadata"]["uid"]
+    )
     assert asked(capsys, *words)["job"] == name, "and any number of times"
-    assert asked(capsys, "stop", "Demo_1", "--storage.uri", f"s3://{s3_bucket}/store")["was_live"] is True
+    assert (
+        asked(capsys, "stop", "Demo_1", "--storage.uri", f"s3://{s3_bucket}/store")["was_live"]
+        is True
+    )
     assert api.list(f"{RAY}/rayjobs")["items"] == []
     assert api.get(f"{CORE}/configmaps/{name}") is None, "its owner is gone"
 
@@ -264,14 +323,20 @@ def test_a_job_that_no_record_names_is_found_by_its_annotation(
     ended = stray["metadata"] | {"name": "run-demo-8"}
     api.put(f"{RAY}/rayjobs/run-demo-8", stray | failed | {"metadata": ended})
     open_storage(f"s3://{s3_bucket}/store/runs/Demo_1").delete("jobs/submitted.json")
-    api.put(f"{RAY}/rayjobs/run-demo-9", stray | {"metadata": stray["metadata"] | {"name": "run-demo-9"}})
+    api.put(
+        f"{RAY}/rayjobs/run-demo-9",
+        stray | {"metadata": stray["metadata"] | {"name": "run-demo-9"}},
+    )
     assert main(words) == 1
     said = capsys.readouterr().err
     assert "has another job of run Demo_1, run-demo-9: `raymill stop Demo_1" in said
 
     api.delete(f"{RAY}/rayjobs/run-demo-9")
     second = asked(capsys, *words)["job"]
-    api.put(f"{RAY}/rayjobs/run-demo-9", stray | {"metadata": stray["metadata"] | {"name": "run-demo-9"}})
+    api.put(
+        f"{RAY}/rayjobs/run-demo-9",
+        stray | {"metadata": stray["metadata"] | {"name": "run-demo-9"}},
+    )
     asked(capsys, "stop", "Demo_1", *storage)
     left = [o["metadata"]["name"] for o in api.list(f"{RAY}/rayjobs")["items"]]
     assert left == ["run-demo-8"], f"neither {second} nor run-demo-9"
@@ -287,7 +352,10 @@ def test_a_job_without_hope_has_failed_while_kuberay_tries_it_again(
     log.close(Ended(HOPELESS, False, None, 2.0))
     job = api.get(f"{RAY}/rayjobs/{first}")
     assert job is not None
-    api.put(f"{RAY}/rayjobs/{first}", job | {"status": {"jobDeploymentStatus": "Retrying", "jobStatus": "FAILED"}})
+    api.put(
+        f"{RAY}/rayjobs/{first}",
+        job | {"status": {"jobDeploymentStatus": "Retrying", "jobStatus": "FAILED"}},
+    )
     assert asked(capsys, "status", "Demo_1", *storage, code=1)["state"] == "failed"
     second = asked(capsys, *words)
     assert (second["new"], second["number"]) == (True, 2)

@@ -83,7 +83,9 @@ _STATES: list[tuple[dict[str, Any], str, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("manifest", "status", "says"), _STATES, ids=[says for _, _, says in _STATES])
+@pytest.mark.parametrize(
+    ("manifest", "status", "says"), _STATES, ids=[says for _, _, says in _STATES]
+)
 def test_a_status_is_one_sentence(manifest: dict[str, Any], status: str, says: str) -> None:
     text = sentence(manifest | {"status": yaml.safe_load(status)})
     assert says in text
@@ -92,10 +94,15 @@ def test_a_status_is_one_sentence(manifest: dict[str, Any], status: str, says: s
 
 def test_a_job_in_a_queue_says_which() -> None:
     queued = find(render("overlays/kueue"), "RayJob/pretrain")
-    assert sentence(queued) == "is suspended: it has no pods; Kueue starts it when the queue raymill has room"
+    assert (
+        sentence(queued)
+        == "is suspended: it has no pods; Kueue starts it when the queue raymill has room"
+    )
 
 
-_SCHEDULED = "conditions: [{type: PodScheduled, status: 'False', reason: Unschedulable, message: %s}]"
+_SCHEDULED = (
+    "conditions: [{type: PodScheduled, status: 'False', reason: Unschedulable, message: %s}]"
+)
 _FULL = '"0/5 nodes are available: 2 node(s) had untolerated taint {nvidia.com/gpu: present}, 3 Insufficient nvidia.com/gpu. preemption: 0/5 nodes are available"'
 _PODS: list[tuple[str, str, str]] = [
     (_SCHEDULED % _FULL, "[]", "no node of 5 has room: 2 have the taint nvidia.com/gpu, which it does not tolerate, 3 lack nvidia.com/gpu"),
@@ -181,28 +188,49 @@ _OF_OTHERS = [{"reason": "FailedMount", "message": "of a pod of that name", "las
 @pytest.mark.parametrize(("status", "events", "says"), _PODS, ids=[says for _, _, says in _PODS])
 def test_a_pending_pod_says_why(status: str, events: str, says: str) -> None:
     gates = {"schedulingGates": [{"name": "kueue.x-k8s.io/admission"}]}
-    pod = {"metadata": {"name": "p"}, "spec": gates, "status": {"phase": "Pending"} | yaml.safe_load(status)}
+    pod = {
+        "metadata": {"name": "p"},
+        "spec": gates,
+        "status": {"phase": "Pending"} | yaml.safe_load(status),
+    }
     pod["metadata"]["uid"] = "u"
     assert is_pending(pod)
-    of_it = [event | {"involvedObject": {"kind": "Pod", "name": "p", "uid": "u"}} for event in yaml.safe_load(events)]
-    others = [event | {"involvedObject": {"kind": "Pod", "name": "p", "uid": "before"}} for event in _OF_OTHERS]
+    of_it = [
+        event | {"involvedObject": {"kind": "Pod", "name": "p", "uid": "u"}}
+        for event in yaml.safe_load(events)
+    ]
+    others = [
+        event | {"involvedObject": {"kind": "Pod", "name": "p", "uid": "before"}}
+        for event in _OF_OTHERS
+    ]
     assert says in why_pending(pod, [*of_it, *others])
 
 
 def test_a_pod_that_leaves_or_runs_is_not_pending() -> None:
-    running = {"metadata": {}, "status": {"phase": "Running", "containerStatuses": [{"state": {"running": {}}}]}}
+    running = {
+        "metadata": {},
+        "status": {"phase": "Running", "containerStatuses": [{"state": {"running": {}}}]},
+    }
     assert not is_pending(running)
     assert not is_pending({"metadata": {"deletionTimestamp": "t"}, "status": {"phase": "Pending"}})
 
 
 def test_a_quota_that_is_used_up_is_named() -> None:
     message = 'pods "p" is forbidden: exceeded quota: raymill, requested: requests.nvidia.com/gpu=1, used: requests.nvidia.com/gpu=16, limited: requests.nvidia.com/gpu=16'
-    event = {"type": "Warning", "reason": "FailedToCreateWorkerPod", "message": message, "lastTimestamp": "2"}
+    event = {
+        "type": "Warning",
+        "reason": "FailedToCreateWorkerPod",
+        "message": message,
+        "lastTimestamp": "2",
+    }
     assert (
         why_not_made(_CLUSTER, [event])
         == "no more pods: the quota raymill is used up (requested: requests.nvidia.com/gpu=1)"
     )
-    assert why_not_made(_CLUSTER, [{"type": "Normal", "reason": "CreatedWorkerPod", "message": "m"}]) is None
+    assert (
+        why_not_made(_CLUSTER, [{"type": "Normal", "reason": "CreatedWorkerPod", "message": "m"}])
+        is None
+    )
     later = {
         "reason": "CreatedWorkerPod",
         "message": "m",

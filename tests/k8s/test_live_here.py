@@ -1,4 +1,5 @@
-"""`make test-live` itself works on the stand-ins for the API and the operator: what it asks, waits for and removes.
+"""`make test-live` itself works on the stand-ins for the API and the operator: what it asks, waits
+for and removes.
 
 They are no Kubernetes. That a real one behaves so is what it is for.
 """
@@ -37,8 +38,8 @@ _UNPLACED = {
 
 
 class _Cluster(ApiStandIn):
-    """Serves KubeRay's CRDs, and controllers that look again and again: with three nodes, one of them tainted, no volumes,
-    no GPUs and no image."""
+    """Serves KubeRay's CRDs, and controllers that look again and again: with three nodes, one of
+    them tainted, no volumes, no GPUs and no image."""
 
     def __init__(self, folder: Path, *, has_controllers: bool) -> None:
         super().__init__(folder, namespaces=("default",))
@@ -48,29 +49,48 @@ class _Cluster(ApiStandIn):
             names = {"kind": kind, "plural": f"{kind.lower()}s"}
             spec = {"group": "ray.io", "names": names, "scope": "Namespaced", "versions": []}
             self.put(
-                f"{crds}/{names['plural']}.ray.io", {"metadata": {"name": f"{names['plural']}.ray.io"}, "spec": spec}
+                f"{crds}/{names['plural']}.ray.io",
+                {"metadata": {"name": f"{names['plural']}.ray.io"}, "spec": spec},
             )
-        for name, taints in (("cpu-1", []), ("cpu-2", []), ("gpu-1", [{"key": "gpu", "effect": "NoSchedule"}])):
-            self.put(f"/api/v1/nodes/{name}", {"kind": "Node", "metadata": {"name": name}, "spec": {"taints": taints}})
+        for name, taints in (
+            ("cpu-1", []),
+            ("cpu-2", []),
+            ("gpu-1", [{"key": "gpu", "effect": "NoSchedule"}]),
+        ):
+            self.put(
+                f"/api/v1/nodes/{name}",
+                {"kind": "Node", "metadata": {"name": name}, "spec": {"taints": taints}},
+            )
 
     def delete(self, path: str) -> None:
-        """Deletes, except that an API server alone only marks a namespace: its controller does the rest."""
+        """Deletes, except that an API server alone only marks a namespace: its controller does the
+        rest."""
         if self.has_controllers or path.split("/")[-2] != "namespaces":
             super().delete(path)
         elif path in self._objects:
             self._objects[path]["metadata"]["deletionTimestamp"] = now()
 
-    def create(self, collection: str, value: Object, *, manager: str, dry_run: bool = False) -> Object:
+    def create(
+        self, collection: str, value: Object, *, manager: str, dry_run: bool = False
+    ) -> Object:
         if collection.endswith("/pods"):
             self._admit(collection, value["metadata"]["name"])
         if not collection.endswith("/subjectaccessreviews"):
             return super().create(collection, value, manager=manager, dry_run=dry_run)
         asked = value["spec"]["resourceAttributes"]
-        what = f"{asked['resource']}/{asked['subresource']}" if "subresource" in asked else asked["resource"]
-        role = self.get(f"/apis/rbac.authorization.k8s.io/v1/namespaces/{asked['namespace']}/roles/raymill-operator")
+        what = (
+            f"{asked['resource']}/{asked['subresource']}"
+            if "subresource" in asked
+            else asked["resource"]
+        )
+        role = self.get(
+            f"/apis/rbac.authorization.k8s.io/v1/namespaces/{asked['namespace']}/roles/raymill-operator"
+        )
         assert role is not None
         allowed = any(
-            asked.get("group", "") in rule["apiGroups"] and what in rule["resources"] and asked["verb"] in rule["verbs"]
+            asked.get("group", "") in rule["apiGroups"]
+            and what in rule["resources"]
+            and asked["verb"] in rule["verbs"]
             for rule in role["rules"]
         )
         return value | {"status": {"allowed": allowed}}
@@ -90,7 +110,10 @@ class _Cluster(ApiStandIn):
             (functools.partial(_has, word), unscheduled(f"0/3 nodes are available: {message}"))
             for word, message in _UNPLACED.items()
         ]
-        fates += [(self._lacks_its_keys, unmounted(missing)), (lambda pod: True, unpulled("raymill:0.1.0"))]
+        fates += [
+            (self._lacks_its_keys, unmounted(missing)),
+            (lambda pod: True, unpulled("raymill:0.1.0")),
+        ]
         while not ended.wait(0.3):
             with self.lock:
                 for item in self.list("/api/v1/namespaces")["items"]:
@@ -106,19 +129,33 @@ def _has(word: str, pod: Object) -> bool:
     return word in str(pod["spec"])
 
 
-@pytest.mark.parametrize(("has_controllers", "says"), [(True, "18 passed, 1 skipped"), (False, "5 passed, 14 skipped")])
+@pytest.mark.parametrize(
+    ("has_controllers", "says"), [(True, "18 passed, 1 skipped"), (False, "5 passed, 14 skipped")]
+)
 def test_it_passes_and_leaves_nothing(has_controllers: bool, says: str, tmp_path: Path) -> None:
-    """Skips the run, which needs an image, and on an API server alone all that needs an operator."""
+    """Skips the run, which needs an image, and on an API server alone all that needs an
+    operator."""
     ended = threading.Event()
     with _Cluster(tmp_path, has_controllers=has_controllers).serving() as api:
         before = set(api._objects)
         thread = threading.Thread(target=api.operate, args=(ended,))
         thread.start()
         try:
-            environment = {name: value for name, value in os.environ.items() if name not in (IMAGE, STORAGE)}
+            environment = {
+                name: value for name, value in os.environ.items() if name not in (IMAGE, STORAGE)
+            }
             start_s = time.monotonic()
             done = subprocess.run(
-                [sys.executable, "-m", "pytest", "-q", "-n0", "-m", "live", "tests/k8s/test_live.py"],
+                [
+                    sys.executable,
+                    "-m",
+                    "pytest",
+                    "-q",
+                    "-n0",
+                    "-m",
+                    "live",
+                    "tests/k8s/test_live.py",
+                ],
                 cwd=REPOSITORY,
                 env=environment | {KUBECONFIG: str(api.kubeconfig())},
                 capture_output=True,

@@ -6,12 +6,26 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.k8s import life_rules, network_rules, operator_rules, run_rules, schema_rules, security_rules
+from tests.k8s import (
+    life_rules,
+    network_rules,
+    operator_rules,
+    run_rules,
+    schema_rules,
+    security_rules,
+)
 from tests.k8s.manifests import CRDS, Manifest, find, render
 
 _RULES = {
     rule.__name__: rule
-    for module in (operator_rules, security_rules, life_rules, network_rules, run_rules, schema_rules)
+    for module in (
+        operator_rules,
+        security_rules,
+        life_rules,
+        network_rules,
+        run_rules,
+        schema_rules,
+    )
     for rule in module.RULES
 }
 _VIOLATIONS: list[dict[str, Any]] = yaml.safe_load(
@@ -24,7 +38,9 @@ _SHORTHANDS = {
 }
 
 
-@pytest.mark.parametrize("violation", _VIOLATIONS, ids=lambda violation: f"{violation['rule']}: {violation['says']}")
+@pytest.mark.parametrize(
+    "violation", _VIOLATIONS, ids=lambda violation: f"{violation['rule']}: {violation['says']}"
+)
 def test_is_caught(violation: dict[str, Any]) -> None:
     if violation["rule"] == "crd_problems" and not CRDS.is_dir():
         pytest.skip(f"no KubeRay CRDs at {CRDS}")
@@ -41,7 +57,11 @@ _SERVE_VIOLATIONS: list[tuple[str, dict[str, Any], str]] = [
     ("entry_problems", {"args": {"api_key_file": "/etc/keys"}}, "/etc/keys is not mounted"),
     ("storage_problems", {"args": {"storage": {"uri": "s3://other"}}}, "reads from s3://other"),
     ("capacity_problems", {"args": {"replicas": {"max_replicas": 9}}}, "ask for up to 9"),
-    ("gpu_problems", {"args": {"engine": {"device": "cuda"}}}, "which only the image raymill-gpu has"),
+    (
+        "gpu_problems",
+        {"args": {"engine": {"device": "cuda"}}},
+        "which only the image raymill-gpu has",
+    ),
 ]
 
 
@@ -58,7 +78,9 @@ def test_is_caught_inside_the_serve_config(rule: str, change: dict[str, Any], sa
 
 
 def test_every_rule_has_a_violation() -> None:
-    planted = {violation["rule"] for violation in _VIOLATIONS} | {rule for rule, _, _ in _SERVE_VIOLATIONS}
+    planted = {violation["rule"] for violation in _VIOLATIONS} | {
+        rule for rule, _, _ in _SERVE_VIOLATIONS
+    }
     assert planted == set(_RULES)
 
 
@@ -80,12 +102,15 @@ def _place(manifest: Manifest, path: str) -> tuple[Any, Any]:
     """Returns the container of the field that `path` names, and its key there."""
     for short, long in _SHORTHANDS.items():
         path = long + path.removeprefix(short) if path.startswith(short) else path
-    inside = {"RayJob": "spec.rayClusterSpec.", "RayService": "spec.rayClusterConfig."}.get(manifest["kind"], "spec.")
+    inside = {"RayJob": "spec.rayClusterSpec.", "RayService": "spec.rayClusterConfig."}.get(
+        manifest["kind"], "spec."
+    )
     path = path.replace("cluster.", inside)
     steps = path.split(".")
     value: Any = manifest
     while steps:
-        # Keys may hold dots themselves (`run.yaml`, `nvidia.com/gpu`): the last one is all that is no key on its own.
+        # Keys may hold dots themselves (`run.yaml`, `nvidia.com/gpu`): the last one is all that is
+        # no key on its own.
         if isinstance(value, list):
             step: Any = int(steps[0])
         elif len(steps) == 1 or steps[0] not in value:

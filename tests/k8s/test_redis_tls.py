@@ -1,4 +1,5 @@
-"""The Redis of component `redis-tls` and a Ray head agree on TLS, without which Redis does not answer."""
+"""The Redis of component `redis-tls` and a Ray head agree on TLS, without which Redis does not
+answer."""
 
 import secrets
 import socket
@@ -24,18 +25,36 @@ def test_a_head_keeps_its_state_in_redis_by_tls(tmp_path: Path) -> None:
     """Starts Redis with the test's own certificate, folder, address and port."""
     make = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=redis -addext subjectAltName=DNS:redis,IP:127.0.0.1"
     subprocess.run(
-        [*make.split(), "-keyout", "tls.key", "-out", "tls.crt"], cwd=tmp_path, check=True, capture_output=True
+        [*make.split(), "-keyout", "tls.key", "-out", "tls.crt"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
     )
     (tmp_path / "ca.crt").write_bytes((tmp_path / "tls.crt").read_bytes())
-    objects, port, password = render("overlays/gpu + components/redis-tls"), free_port(), secrets.token_hex(16)
+    objects, port, password = (
+        render("overlays/gpu + components/redis-tls"),
+        free_port(),
+        secrets.token_hex(16),
+    )
     (server,) = [pod for pod in pods(objects) if pod.role == "redis"]
-    script = server.container["args"][0].replace(SECRET, str(tmp_path)).replace("/data", str(tmp_path))
+    script = (
+        server.container["args"][0].replace(SECRET, str(tmp_path)).replace("/data", str(tmp_path))
+    )
     script = script.replace("tls-port 6379", f"bind 127.0.0.1\ntls-port {port}")
     log = tmp_path / "redis.log"
-    process = start_bound([*server.container["command"], script], log=log, environment={"REDIS_PASSWORD": password})
+    process = start_bound(
+        [*server.container["command"], script], log=log, environment={"REDIS_PASSWORD": password}
+    )
     try:
-        wait_until(lambda: "Ready to accept connections tls" in log.read_text(), timeout_s=20, why=log.read_text)
-        with socket.create_connection(("127.0.0.1", port), timeout=5) as plain, pytest.raises(ConnectionResetError):
+        wait_until(
+            lambda: "Ready to accept connections tls" in log.read_text(),
+            timeout_s=20,
+            why=log.read_text,
+        )
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=5) as plain,
+            pytest.raises(ConnectionResetError),
+        ):
             plain.sendall(b"PING\r\n")
             plain.recv(100)
         shared = cluster_spec(find(objects, "RayCluster/shared"))
@@ -46,9 +65,14 @@ def test_a_head_keeps_its_state_in_redis_by_tls(tmp_path: Path) -> None:
         redis = Redis(f"{scheme}://127.0.0.1:{port}", password)
         with PodCluster(objects, "RayCluster/shared", num_nodes=0, redis=redis) as cluster:
             job = cluster.submit("true")
-            wait_until(lambda: cluster.jobs.get_job_status(job).is_terminal(), why=lambda: "the job does not end")
+            wait_until(
+                lambda: cluster.jobs.get_job_status(job).is_terminal(),
+                why=lambda: "the job does not end",
+            )
         assert (tmp_path / "appendonlydir").is_dir()
-        assert b"RAY" in b"".join(path.read_bytes() for path in (tmp_path / "appendonlydir").iterdir())
+        assert b"RAY" in b"".join(
+            path.read_bytes() for path in (tmp_path / "appendonlydir").iterdir()
+        )
     finally:
         process.kill()
         process.wait()

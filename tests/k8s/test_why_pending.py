@@ -1,4 +1,5 @@
-"""`raymill cluster why-pending` gives reasons, and stops giving them, as Kubernetes 1.36 and KubeRay 1.7 leave a cluster."""
+"""`raymill cluster why-pending` gives reasons, and stops giving them, as Kubernetes 1.36 and
+KubeRay 1.7 leave a cluster."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,8 @@ def labelled(key: str, value: str) -> Callable[[dict[str, Any]], bool]:
 
 
 def test_all_that_was_asked_for_runs(asked: Asked, operator: OperatorStandIn) -> None:
-    operator.look()  # whose race leaves "FailedToCreateRayCluster ... already exists" with the service
+    # Whose race leaves "FailedToCreateRayCluster ... already exists" with the service
+    operator.look()
     assert asked("why-pending") == NOTHING
 
 
@@ -34,7 +36,12 @@ def test_a_quota_is_named_for_a_job_and_no_more_once_it_is_raised(
 
     def set_quota(pods: int) -> None:
         change = {"spec": {"hard": {"pods": str(pods)}}}
-        api.patch(f"{CORE}/resourcequotas/raymill", "application/merge-patch+json", change, manager="kubectl-patch")
+        api.patch(
+            f"{CORE}/resourcequotas/raymill",
+            "application/merge-patch+json",
+            change,
+            manager="kubectl-patch",
+        )
 
     set_quota(len(api.list(f"{CORE}/pods")["items"]) + 2)
     asked("scale", "rayjob/pretrain", "--min", "6", "--max", "6")
@@ -49,7 +56,9 @@ def test_a_quota_is_named_for_a_job_and_no_more_once_it_is_raised(
     assert asked("why-pending", cluster) == NOTHING
 
 
-def test_a_submitter_that_has_no_node_is_shown(api: ApiStandIn, asked: Asked, operator: OperatorStandIn) -> None:
+def test_a_submitter_that_has_no_node_is_shown(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
     message = "0/3 nodes are available: 1 Insufficient cpu, 2 node(s) had untolerated taint(s). no new claims to deallocate, preemption: not eligible due to preemptionPolicy=Never."
     operator.fates = [(labelled("raymill/role", "submitter"), unscheduled(message))]
     operator.look()
@@ -77,12 +86,19 @@ def test_a_service_that_starts_shows_its_pending_cluster(
 ) -> None:
     message = 'MountVolume.SetUp failed for volume "api-keys" : secret "api-keys" not found'
     is_head = labelled("ray.io/node-type", "head")
-    operator.fates = [(lambda pod: is_head(pod) and "completions" in pod["metadata"]["name"], unmounted(message))]
+    operator.fates = [
+        (lambda pod: is_head(pod) and "completions" in pod["metadata"]["name"], unmounted(message))
+    ]
     operator.look()
     said = asked("why-pending", "completions")
     assert list(said.values()) == [f"a volume cannot be mounted: {message}"]
-    cluster = ray_object(api, "RayService", "completions")["status"]["pendingServiceStatus"]["rayClusterName"]
-    assert asked("status", "completions")["RayService/completions"][0] == "does not answer yet (Initializing)"
+    cluster = ray_object(api, "RayService", "completions")["status"]["pendingServiceStatus"][
+        "rayClusterName"
+    ]
+    assert (
+        asked("status", "completions")["RayService/completions"][0]
+        == "does not answer yet (Initializing)"
+    )
     assert f"RayCluster/{cluster}" not in asked("status"), "it is a part of the service"
 
 
@@ -102,17 +118,23 @@ def test_events_of_an_object_that_had_the_name_before_say_nothing(
     assert asked("why-pending", "completions") == NOTHING
 
 
-def test_a_newer_success_is_believed(api: ApiStandIn, asked: Asked, operator: OperatorStandIn) -> None:
+def test_a_newer_success_is_believed(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
     operator.look()
     job = ray_object(api, "RayJob", "pretrain")
     said = "Failed to create RayCluster raymill/pretrain-a: quota"
     api.event(job, "FailedToCreateRayCluster", said, kind="Warning", at="2999-01-01T00:00:00Z")
     assert "RayJob/pretrain" in asked("why-pending", "pretrain")
-    api.event(job, "CreatedRayCluster", "Created RayCluster raymill/pretrain-a", at="2999-01-01T00:00:09Z")
+    api.event(
+        job, "CreatedRayCluster", "Created RayCluster raymill/pretrain-a", at="2999-01-01T00:00:09Z"
+    )
     assert asked("why-pending", "pretrain") == NOTHING
 
 
-def test_a_submitter_that_cannot_be_made_is_shown(api: ApiStandIn, asked: Asked, operator: OperatorStandIn) -> None:
+def test_a_submitter_that_cannot_be_made_is_shown(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
     operator.look()
     (submitter,) = api.list(f"{CORE}/pods", "job-name=pretrain")["items"]
     api.delete(f"{CORE}/pods/{submitter['metadata']['name']}")
@@ -124,21 +146,34 @@ def test_a_submitter_that_cannot_be_made_is_shown(api: ApiStandIn, asked: Asked,
     }
 
 
-def test_what_is_suspended_or_not_looked_at_says_so(api: ApiStandIn, asked: Asked, operator: OperatorStandIn) -> None:
+def test_what_is_suspended_or_not_looked_at_says_so(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
     assert "is the operator running" in asked("why-pending", "pretrain")["RayJob/pretrain"]
     operator.look()
     asked("scale", "completions", "--suspend")
     operator.look()
-    assert asked("why-pending", "completions")["RayService/completions"].startswith("is suspended: it has no pods")
+    assert asked("why-pending", "completions")["RayService/completions"].startswith(
+        "is suspended: it has no pods"
+    )
 
 
-def test_a_missing_account_of_the_head_is_shown(api: ApiStandIn, asked: Asked, operator: OperatorStandIn) -> None:
+def test_a_missing_account_of_the_head_is_shown(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
     for account in ("ray-head", "serving-head"):
         api.delete(f"{CORE}/serviceaccounts/{account}")
     operator.look()
-    for name, account in (("shared", "ray-head"), ("evaluate", "ray-head"), ("completions", "serving-head")):
+    for name, account in (
+        ("shared", "ray-head"),
+        ("evaluate", "ray-head"),
+        ("completions", "serving-head"),
+    ):
         (reason,) = asked("why-pending", name).values()
-        assert reason.startswith("KubeRay cannot go on: ") and f"ServiceAccount {account} is not found" in reason
+        assert (
+            reason.startswith("KubeRay cannot go on: ")
+            and f"ServiceAccount {account} is not found" in reason
+        )
     assert "is not found" in asked("status", "shared")["RayCluster/shared"][0]
 
 
@@ -147,7 +182,9 @@ def test_an_object_that_kuberay_refuses_is_not_put_down_to_the_operator(
 ) -> None:
     shared = ray_object(api, "RayCluster", "shared")
     name = "shared-" + "x" * 56
-    api.put(f"{RAY}/rayclusters/{name}", shared | {"metadata": {"name": name, "namespace": "raymill"}})
+    api.put(
+        f"{RAY}/rayclusters/{name}", shared | {"metadata": {"name": name, "namespace": "raymill"}}
+    )
     assert "is the operator running" in asked("why-pending", name)[f"RayCluster/{name}"]
     operator.look()
     expected = "KubeRay refuses it: RayCluster name should be no more than 53 characters"
@@ -172,7 +209,9 @@ def test_what_an_operator_that_is_gone_has_not_made_is_shown(
     assert asked("why-pending", "shared") == {"RayCluster/shared": gone}
 
 
-def test_a_job_without_its_cluster_is_shown(api: ApiStandIn, asked: Asked, operator: OperatorStandIn) -> None:
+def test_a_job_without_its_cluster_is_shown(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
     operator.look()
     cluster = cluster_behind(api, ray_object(api, "RayJob", "pretrain"))["metadata"]["name"]
     for pod in api.list(f"{CORE}/pods", f"ray.io/cluster={cluster}")["items"]:
@@ -182,11 +221,18 @@ def test_a_job_without_its_cluster_is_shown(api: ApiStandIn, asked: Asked, opera
     assert asked("why-pending", "pretrain")["RayJob/pretrain"].startswith(said)
 
 
-def test_a_quota_for_workers_is_told_in_one_line(api: ApiStandIn, asked: Asked, operator: OperatorStandIn) -> None:
+def test_a_quota_for_workers_is_told_in_one_line(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
     operator.look()
     cluster = ray_object(api, "RayCluster", "shared")
     refused = 'pods "shared-x" is forbidden: maximum cpu usage per Container is 1, but limit is 2'
     condition = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreateWorkerPod"}
     condition["message"] = f"FailedCreateWorkerPod\n{refused}"
-    api.put(f"{RAY}/rayclusters/shared", cluster | {"status": cluster["status"] | {"conditions": [condition]}})
-    assert asked("why-pending", "shared") == {"RayCluster/shared": f"a pod cannot be made: {refused}"}
+    api.put(
+        f"{RAY}/rayclusters/shared",
+        cluster | {"status": cluster["status"] | {"conditions": [condition]}},
+    )
+    assert asked("why-pending", "shared") == {
+        "RayCluster/shared": f"a pod cannot be made: {refused}"
+    }

@@ -44,7 +44,9 @@ def test_kernels__number_of_each_name__is_that_of_the_c_enum() -> None:
         return [name.lower() for name in listed.split(", ")]
 
     assert members("Activation") == sorted(ACTIVATIONS, key=lambda name: ACTIVATIONS[name])
-    assert members("Architecture") == sorted(ARCHITECTURES, key=lambda name: ARCHITECTURES[name].kernels.number)
+    assert members("Architecture") == sorted(
+        ARCHITECTURES, key=lambda name: ARCHITECTURES[name].kernels.number
+    )
 
 
 def test_third_architecture__is_a_record_and_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,12 +63,18 @@ def test_third_architecture__is_a_record_and_its_modules(monkeypatch: pytest.Mon
     assert config_from_hf(config_to_hf(config, start_id=0, end_ids=[0])) == config
     ids = torch.arange(40).reshape(2, 20)
     model.loss(ids, ids).backward()
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.any() for parameter in model.parameters()
+    )
 
 
-def test_settings_of_another_architecture_are_refused_for_a_third_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_another_architecture_are_refused_for_a_third_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     add_gated_gpt2(monkeypatch)
-    with pytest.raises(ValueError, match="n_kv_head is a setting of architecture llama; gated has none"):
+    with pytest.raises(
+        ValueError, match="n_kv_head is a setting of architecture llama; gated has none"
+    ):
         gated_config(n_kv_head=1)
     with pytest.raises(ValueError, match="expected for gated: swiglu"):
         GPTConfig(architecture=NAME)

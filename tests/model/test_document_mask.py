@@ -1,4 +1,5 @@
-"""The document mask: a document in a packed row computes as if it were alone, and without the mask nothing changes."""
+"""The document mask: a document in a packed row computes as if it were alone, and without the mask
+nothing changes."""
 
 import torch
 
@@ -11,7 +12,8 @@ EOT = 96
 
 
 def packed(*lengths: int, first_is_cut: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Returns a row (1, T + 1) of random documents, and its parts, each with the end-of-text token before it."""
+    """Returns a row (1, T + 1) of random documents, and its parts, each with the end-of-text token
+    before it."""
     generator = torch.Generator().manual_seed(sum(lengths))
     end = torch.tensor([EOT])
     documents = [torch.randint(0, EOT, (length,), generator=generator) for length in lengths]
@@ -31,18 +33,26 @@ def test_positions_and_mask_by_example() -> None:
 
 
 def test_conversations_are_apart_but_their_turns_are_not() -> None:
-    """An end-of-text token that is counted ends an answer; one that is not begins a conversation, as does BOS."""
+    """An end-of-text token that is counted ends an answer; one that is not begins a conversation,
+    as does BOS."""
     inputs = torch.tensor([[5, EOT, EOT, 6, 7, EOT, 8, 9]])
-    targets = torch.tensor([[EOT, IGNORE_INDEX, IGNORE_INDEX, 7, EOT, IGNORE_INDEX, IGNORE_INDEX, 3]])
+    targets = torch.tensor(
+        [[EOT, IGNORE_INDEX, IGNORE_INDEX, 7, EOT, IGNORE_INDEX, IGNORE_INDEX, 3]]
+    )
     assert document_positions(inputs, targets, eot_id=EOT).tolist() == [[0, 1, 0, 1, 2, 3, 4, 5]]
     assert document_positions(inputs, eot_id=EOT).tolist() == [[0, 0, 0, 1, 2, 0, 1, 2]]
-    inside = torch.tensor([[EOT, 6, 7, 8]]), torch.tensor([[6, 7, 8, EOT]])  # a row within a long answer
+    # A row within a long answer
+    inside = torch.tensor([[EOT, 6, 7, 8]]), torch.tensor([[6, 7, 8, EOT]])
     assert document_positions(*inside, eot_id=EOT).tolist() == [[0, 1, 2, 3]]
 
 
 def test_a_document_computes_as_if_it_were_alone(model: GPT) -> None:
-    """Checks logits and gradients of documents that start inside the row, at its front, cut, and empty."""
-    rows = [packed(*lengths, first_is_cut=cut) for lengths, cut in [((7, 12, 0, 9), True), ((1, 5, 21), False)]]
+    """Checks logits and gradients of documents that start inside the row, at its front, cut, and
+    empty."""
+    rows = [
+        packed(*lengths, first_is_cut=cut)
+        for lengths, cut in [((7, 12, 0, 9), True), ((1, 5, 21), False)]
+    ]
     parameters = list(model.parameters())
     for tokens, parts in rows:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -60,7 +70,8 @@ def test_a_document_computes_as_if_it_were_alone(model: GPT) -> None:
         expected = torch.autograd.grad(torch.stack(losses).sum(), parameters)
         for gradient, other in zip(torch.autograd.grad(loss, parameters), expected, strict=True):
             torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-4)
-        assert (model.loss(inputs, targets) - loss).abs().item() > 1e-2  # unmasked they do see each other
+        # Unmasked they do see each other
+        assert (model.loss(inputs, targets) - loss).abs().item() > 1e-2
 
 
 def test_without_an_end_the_mask_is_the_causal_one() -> None:

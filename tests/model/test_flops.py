@@ -12,10 +12,16 @@ from tests.model.small_models import small_model
 def test_it_counts_what_torch_counts(*, tied: bool) -> None:
     model = small_model(n_layer=3, n_embd=128, tie_word_embeddings=tied)
     token_ids = torch.zeros(2, 48, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
         model.loss(token_ids, token_ids).backward()
-    # torch counts matrix products only; ours adds 6 for each bias and LayerNorm weight, under 2% at this width
-    assert flops_per_token(model.config, 48) == pytest.approx(counter.get_total_flops() / token_ids.numel(), rel=0.02)
+    # torch counts matrix products only; ours adds 6 for each bias and LayerNorm weight, under 2% at
+    # this width
+    assert flops_per_token(model.config, 48) == pytest.approx(
+        counter.get_total_flops() / token_ids.numel(), rel=0.02
+    )
 
 
 def test_gpt3_on_300b_tokens() -> None:

@@ -22,7 +22,9 @@ def random_ids(*shape: int, vocab_size: int = 97, seed: int = 1) -> torch.Tensor
 
 def plain_loss(model: GPT, token_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     logits = model.logits(model(token_ids))
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
+    return F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=IGNORE_INDEX
+    )
 
 
 def gradients(model: GPT, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -40,7 +42,9 @@ def test_parameter_count_is_that_of_the_real_module(preset: str) -> None:
 
 def test_published_parameter_counts() -> None:
     assert num_parameters(GPTConfig(**preset_fields({"preset": "gpt2-124m"}))) == 124_439_808
-    assert num_parameters(GPTConfig(**preset_fields({"preset": "gpt3-175b"}))) == pytest.approx(174.6e9, rel=1e-3)
+    assert num_parameters(GPTConfig(**preset_fields({"preset": "gpt3-175b"}))) == pytest.approx(
+        174.6e9, rel=1e-3
+    )
 
 
 def test_initial_weights_are_gpt2s_and_a_function_of_the_seed() -> None:
@@ -53,18 +57,27 @@ def test_initial_weights_are_gpt2s_and_a_function_of_the_seed() -> None:
     assert not torch.equal(state["transformer.wte.weight"], other["transformer.wte.weight"])
     assert state["transformer.wte.weight"].std().item() == pytest.approx(0.02, rel=0.03)
     assert state["transformer.h.3.attn.c_attn.weight"].std().item() == pytest.approx(0.02, rel=0.03)
-    assert state["transformer.h.3.mlp.c_proj.weight"].std().item() == pytest.approx(0.02 / 4, rel=0.03)
+    assert state["transformer.h.3.mlp.c_proj.weight"].std().item() == pytest.approx(
+        0.02 / 4, rel=0.03
+    )
     assert (state["transformer.h.3.ln_1.weight"] == 1).all()
     assert (state["transformer.h.3.mlp.c_fc.bias"] == 0).all()
     # An untrained model knows nothing: its loss is that of a uniform guess.
     ids = random_ids(4, 32, vocab_size=500)
-    assert models[0].loss(ids, ids.roll(1)).item() / ids.numel() == pytest.approx(math.log(500), abs=0.1)
+    assert models[0].loss(ids, ids.roll(1)).item() / ids.numel() == pytest.approx(
+        math.log(500), abs=0.1
+    )
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_exact", "relu"])
 def test_gradients_equal_finite_differences(activation: str) -> None:
     model = small_model(
-        vocab_size=11, n_positions=6, n_head=2, n_embd=8, activation_function=activation, tie_word_embeddings=False
+        vocab_size=11,
+        n_positions=6,
+        n_head=2,
+        n_embd=8,
+        activation_function=activation,
+        tie_word_embeddings=False,
     ).double()
     token_ids, targets = random_ids(2, 5, vocab_size=11), random_ids(2, 5, vocab_size=11, seed=2)
     targets[0, 1] = IGNORE_INDEX
@@ -78,9 +91,9 @@ def test_gradients_equal_finite_differences(activation: str) -> None:
             parameter.add_(direction, alpha=-2 * h)
             below = model.loss(token_ids, targets).item()
             parameter.add_(direction, alpha=h)
-        assert (exact[name] * direction).sum().item() == pytest.approx((above - below) / (2 * h), rel=1e-5, abs=1e-6), (
-            name
-        )
+        assert (exact[name] * direction).sum().item() == pytest.approx(
+            (above - below) / (2 * h), rel=1e-5, abs=1e-6
+        ), name
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 60, 512])
@@ -96,7 +109,8 @@ def test_chunked_loss_equals_plain_cross_entropy(chunk_tokens: int, *, tied: boo
             chunked_loss(model, token_ids, targets, chunk_tokens=chunk_tokens),
         )
         torch.testing.assert_close(chunked, plain, rtol=tolerance, atol=0)
-        expected, found = gradients(model, plain / 3), gradients(model, chunked / 3)  # a scaled loss scales them
+        # A scaled loss scales them
+        expected, found = gradients(model, plain / 3), gradients(model, chunked / 3)
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=tolerance)
 
@@ -113,7 +127,9 @@ def test_loss_of_masked_positions_is_the_sum_over_the_others(model: GPT) -> None
 
 def test_loss_and_gradients_are_the_same_bits_every_time(model: GPT) -> None:
     token_ids, targets = random_ids(4, 40), random_ids(4, 40, seed=2)
-    first, again = (gradients(model, chunked_loss(model, token_ids, targets, chunk_tokens=64)) for _ in range(2))
+    first, again = (
+        gradients(model, chunked_loss(model, token_ids, targets, chunk_tokens=64)) for _ in range(2)
+    )
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 

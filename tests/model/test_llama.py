@@ -1,4 +1,5 @@
-"""Llama's shape: the logits and the text of transformers' LlamaForCausalLM, in folders that both read and write."""
+"""Llama's shape: the logits and the text of transformers' LlamaForCausalLM, in folders that both
+read and write."""
 
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,18 @@ SHAPES: list[dict[str, Any]] = [
     {"n_kv_head": 1, "tie_word_embeddings": False},
     {"n_kv_head": 2, "rope_factor": 4.0},
     {"n_kv_head": 2, "n_inner": 72, **LLAMA3},
-    {"n_head": 2, "n_embd": 40, "n_layer": 3, "tie_word_embeddings": False, "layer_norm_epsilon": 1e-6, **LLAMA3},
+    {
+        "n_head": 2,
+        "n_embd": 40,
+        "n_layer": 3,
+        "tie_word_embeddings": False,
+        "layer_norm_epsilon": 1e-6,
+        **LLAMA3,
+    },
 ]
-METADATA = Metadata(run_id="r", step=1, tokens_seen=1, data_manifest_hash="0" * 64, code_version="v")
+METADATA = Metadata(
+    run_id="r", step=1, tokens_seen=1, data_manifest_hash="0" * 64, code_version="v"
+)
 GREEDY = SamplingParams(temperature=0)
 
 
@@ -54,7 +64,9 @@ def check_equal(ours: GPT, theirs: LlamaForCausalLM) -> None:
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits, rtol=0, atol=1e-4)
     prompt = ids[:1, :9]
-    text = theirs.generate(prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 9:]
+    text = theirs.generate(
+        prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0, 9:]
     assert generate(ours, prompt[0].tolist(), max_tokens=64, params=GREEDY) == text.tolist()
 
 
@@ -107,13 +119,18 @@ def test_a_folder_of_transformers_is_read_as_it_is(tmp_path: Path, shape: dict[s
     [
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type is yarn"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+            "rope_type is yarn",
+        ),
         ({"head_dim": 64}, "head_dim is 64"),
         ({"num_key_value_heads": 5}, "n_kv_head=5"),
         ({"model_type": "mistral"}, "expected 'gpt2' or 'llama'"),
     ],
 )
-def test_what_would_compute_something_else_is_refused_by_name(changes: dict[str, Any], word: str) -> None:
+def test_what_would_compute_something_else_is_refused_by_name(
+    changes: dict[str, Any], word: str
+) -> None:
     with pytest.raises(UnsupportedModelError, match=word):
         config_from_hf(LlamaConfig().to_dict() | changes)
 
@@ -123,7 +140,10 @@ def test_what_would_compute_something_else_is_refused_by_name(changes: dict[str,
     [
         ({"activation_function": "gelu"}, "expected for llama: swiglu"),
         ({"architecture": "gpt2"}, "expected for gpt2: gelu"),
-        ({"architecture": "gpt2", "activation_function": "relu", "n_kv_head": 2}, "n_kv_head is a setting of"),
+        (
+            {"architecture": "gpt2", "activation_function": "relu", "n_kv_head": 2},
+            "n_kv_head is a setting of",
+        ),
         ({"n_kv_head": 3}, "does not divide n_head=4"),
         ({"n_head": 4, "n_embd": 36}, "even number"),
     ],
@@ -138,9 +158,13 @@ def test_counts_are_those_of_the_model(shape: dict[str, Any]) -> None:
     model = small_llama(**shape)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert list(shapes.items()) == list(parameter_shapes(model.config).items())
-    assert num_parameters(model.config) == sum(parameter.numel() for parameter in model.parameters())
+    assert num_parameters(model.config) == sum(
+        parameter.numel() for parameter in model.parameters()
+    )
     multiplied = sum(
-        p.numel() for n, p in model.named_parameters() if model.config.tie_word_embeddings or "embed" not in n
+        p.numel()
+        for n, p in model.named_parameters()
+        if model.config.tie_word_embeddings or "embed" not in n
     )
     attention = 12 * model.config.n_layer * model.config.n_embd * 8
     assert flops_per_token(model.config, 8) == 6 * multiplied + attention
@@ -176,10 +200,15 @@ def test_an_xray_draws_the_tokens_of_generate_and_shows_each_heads_weights() -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
-def test_shared_heads_on_a_cpu__have_the_bits_of_repeated_ones(dtype: torch.dtype, masked: bool) -> None:
-    """PyTorch's own way to share heads sums the gradients of keys and values in another order there."""
+def test_shared_heads_on_a_cpu__have_the_bits_of_repeated_ones(
+    dtype: torch.dtype, masked: bool
+) -> None:
+    """PyTorch's own way to share heads sums the gradients of keys and values in another order
+    there."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v, w = (torch.randn(2, 33, heads, 9, generator=generator).to(dtype) for heads in (6, 1, 1, 6))
+    q, k, v, w = (
+        torch.randn(2, 33, heads, 9, generator=generator).to(dtype) for heads in (6, 1, 1, 6)
+    )
     mask = document_mask(torch.arange(33).remainder(10).expand(2, 33)) if masked else None
 
     def shared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -187,7 +216,9 @@ def test_shared_heads_on_a_cpu__have_the_bits_of_repeated_ones(dtype: torch.dtyp
 
     def repeated(*values: Tensor) -> Tensor:
         parts = (part.repeat_interleave(6 // part.shape[2], 2).transpose(1, 2) for part in values)
-        return F.scaled_dot_product_attention(*parts, attn_mask=mask, is_causal=not masked).transpose(1, 2)
+        return F.scaled_dot_product_attention(
+            *parts, attn_mask=mask, is_causal=not masked
+        ).transpose(1, 2)
 
     results = []
     for attend in (shared, repeated):

@@ -1,4 +1,5 @@
-"""Every way to compute gives the gradients of autograd in float64, and recomputing changes no bit."""
+"""Every way to compute gives the gradients of autograd in float64, and recomputing changes no
+bit."""
 
 import copy
 import itertools
@@ -36,7 +37,11 @@ def stock_gradients(model: GPT) -> dict[str, Tensor]:
     use_operations(model, PLAIN)
     logits = F.linear(model(INPUTS), model.head_weight)
     F.cross_entropy(logits.flatten(0, 1), TARGETS.flatten(), reduction="sum").backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def check_gradients(model: GPT, *, upstream: float, within: float) -> None:
@@ -49,7 +54,8 @@ def check_gradients(model: GPT, *, upstream: float, within: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("upstream", "tied", "ops"), itertools.product([1.0, 2.0, 0.5], [True, False], [PLAIN, CPU, recomputed(PLAIN)])
+    ("upstream", "tied", "ops"),
+    itertools.product([1.0, 2.0, 0.5], [True, False], [PLAIN, CPU, recomputed(PLAIN)]),
 )
 def test_gradients_are_those_of_autograd(upstream: float, tied: bool, ops: Operations) -> None:
     model = with_operations(ops, tie_word_embeddings=tied)
@@ -67,7 +73,9 @@ def test_gradients_in_sinks_are_those_of_autograd(upstream: float, tied: bool) -
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             assert parameter.grad is not None
-            assert parameter.grad.data_ptr() == sinks[parameter].data_ptr(), f"{name} is not in its sink"
+            assert parameter.grad.data_ptr() == sinks[parameter].data_ptr(), (
+                f"{name} is not in its sink"
+            )
 
 
 @pytest.mark.parametrize("ops", [PLAIN, CPU], ids=["plain", "cpu"])
@@ -82,7 +90,9 @@ def test_gradients_in_bf16_are_near_those_of_autograd(ops: Operations) -> None:
 def test_a_loss_keeps_its_gradient_for_a_second_backward() -> None:
     model = with_operations(PLAIN)
     loss = model.loss(INPUTS, TARGETS)
-    first = torch.autograd.grad(loss, list(model.parameters()), torch.tensor(3.0), retain_graph=True)
+    first = torch.autograd.grad(
+        loss, list(model.parameters()), torch.tensor(3.0), retain_graph=True
+    )
     second = torch.autograd.grad(loss, list(model.parameters()), torch.tensor(3.0))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -107,7 +117,9 @@ def test_recomputing_changes_no_bit(ops: Operations) -> None:
             loss = model.loss(INPUTS, TARGETS, positions, document_mask(positions))
         return [*torch.autograd.grad(loss, list(model.parameters())), loss.detach()]
 
-    assert all(torch.equal(a, b) for a, b in zip(gradients(ops), gradients(recomputed(ops)), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(gradients(ops), gradients(recomputed(ops)), strict=True)
+    )
 
 
 def test_packed_documents_are_those_of_the_mask() -> None:
@@ -120,7 +132,9 @@ def test_packed_documents_are_those_of_the_mask() -> None:
     assert begins == sorted(begins) and begins[0] == 0 and begins[-1] == tokens.numel()
     seen = torch.zeros(tokens.numel(), tokens.numel(), dtype=torch.bool)
     for start, stop in itertools.pairwise(begins):
-        seen[start:stop, start:stop] = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
+        seen[start:stop, start:stop] = torch.ones(
+            stop - start, stop - start, dtype=torch.bool
+        ).tril()
     assert torch.equal(seen, torch.block_diag(*document_mask(positions)[:, 0]).bool())
 
 

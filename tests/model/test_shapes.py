@@ -43,7 +43,9 @@ def test_gpt2_small_is_pinned() -> None:
     }
     assert found["block: scores"].times == 12
     assert found["logits, a chunk"].times == 8
-    assert sum(stage.times * math.prod(stage.shape) for stage in weights(GPTConfig())) == 124_439_808
+    assert (
+        sum(stage.times * math.prod(stage.shape) for stage in weights(GPTConfig())) == 124_439_808
+    )
 
 
 def test_whole_logits_would_take_13_gb() -> None:
@@ -83,5 +85,7 @@ def test_parameter_shapes_are_the_models_in_its_order() -> None:
     for values in ({"preset": "gpt2-124m"}, {"preset": "seed"}, untied):
         config = GPTConfig(**preset_fields(values))
         with torch.device("meta"):
-            named = [(name, tuple(parameter.shape)) for name, parameter in GPT(config).named_parameters()]
+            named = [
+                (name, tuple(parameter.shape)) for name, parameter in GPT(config).named_parameters()
+            ]
         assert list(parameter_shapes(config).items()) == named

@@ -14,12 +14,19 @@ from model.files.checkpoint_folder import Metadata
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer, train_bpe
 from tests.checkpoints import save_model
-from tests.serving.tiny_models import FRAGILE_POSITION, LONG_CONTEXT_TOKENS, RUN_ID, lively_model, write_model
+from tests.serving.tiny_models import (
+    FRAGILE_POSITION,
+    LONG_CONTEXT_TOKENS,
+    RUN_ID,
+    lively_model,
+    write_model,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """In an empty folder: endpoints without a storage of their own keep their state in `.raymill` there."""
+    """In an empty folder: endpoints without a storage of their own keep their state in `.raymill`
+    there."""
     with contextlib.chdir(tmp_path_factory.mktemp("cwd")):
         yield
 
@@ -27,7 +34,9 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return train_bpe(
-        ["the quick brown fox jumps over the lazy dog, and naïve cafés sell €5 tea\n" * 9], vocab_size=300, normalize=[]
+        ["the quick brown fox jumps over the lazy dog, and naïve cafés sell €5 tea\n" * 9],
+        vocab_size=300,
+        normalize=[],
     )
 
 
@@ -56,7 +65,9 @@ def checkpoint(model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="session")
 def prompts(model: GPT) -> list[list[int]]:
     """Eight, of 1 to 57 tokens."""
-    return [[(7 * i + 11 * k) % model.config.vocab_size for k in range(1 + 8 * i)] for i in range(8)]
+    return [
+        [(7 * i + 11 * k) % model.config.vocab_size for k in range(1 + 8 * i)] for i in range(8)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -69,14 +80,16 @@ def long_model(tokenizer: Tokenizer) -> GPT:
 
 
 @pytest.fixture(scope="session")
-def long_checkpoint(long_model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def long_checkpoint(
+    long_model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     return write_model(tmp_path_factory.mktemp("checkpoints") / "long-1", long_model, tokenizer)
 
 
 @pytest.fixture(scope="session")
 def fragile_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model, whose logits are no numbers from position `FRAGILE_POSITION` on; as a folder of transformers,
-    since raymill writes no such weights."""
+    """The same model, whose logits are no numbers from position `FRAGILE_POSITION` on; as a folder
+    of transformers, since raymill writes no such weights."""
     folder = tmp_path_factory.mktemp("checkpoints") / "fragile"
     folder.mkdir()
     for name in ("config.json", "tokenizer.json"):

@@ -58,7 +58,9 @@ def bad_checkpoint(kind: str, folder: Path, other: Path, tokenizer: Tokenizer) -
         (place / "config.json").write_text('{"model_type": "gpt2", "vocab_size": "many"}')
     else:
         size = 290 if kind == "vocabulary" else tokenizer.vocab_size
-        theirs = train_bpe([f"{kind}: another text, with other words in it; " * 9], vocab_size=size, normalize=[])
+        theirs = train_bpe(
+            [f"{kind}: another text, with other words in it; " * 9], vocab_size=size, normalize=[]
+        )
         shape = GPTConfig(vocab_size=size, n_positions=128, n_layer=1, n_head=2, n_embd=32)
         gpt = GPT(shape)
         gpt.init_weights(3)
@@ -68,7 +70,10 @@ def bad_checkpoint(kind: str, folder: Path, other: Path, tokenizer: Tokenizer) -
 
 def greedy_texts(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[str]:
     params = SamplingParams(temperature=0.0)
-    outputs = [generate(model, ids, max_tokens=MAX_TOKENS, params=params, eos_id=tokenizer.eot_id) for ids in prompts]
+    outputs = [
+        generate(model, ids, max_tokens=MAX_TOKENS, params=params, eos_id=tokenizer.eot_id)
+        for ids in prompts
+    ]
     return [tokenizer.decode(output) for output in outputs]
 
 
@@ -76,7 +81,9 @@ class Admin:
     """An operator."""
 
     def __init__(self, url: str, key: str) -> None:
-        self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=limit_s(60))
+        self.http = httpx.Client(
+            base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=limit_s(60)
+        )
 
     def promote(self, checkpoint: Path | str, **terms: Any) -> httpx.Response:
         return self.http.post("/admin/promote", json={"checkpoint": str(checkpoint), **terms})
@@ -119,8 +126,8 @@ class Answers:
 
 
 class Load:
-    """`num_connections` clients, each asking again and again on its own connection, every second time as a stream.
-    Each answer must be the greedy text of the one version that it names."""
+    """`num_connections` clients, each asking again and again on its own connection, every second
+    time as a stream. Each answer must be the greedy text of the one version that it names."""
 
     def __init__(
         self,
@@ -140,7 +147,9 @@ class Load:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        threads = [threading.Thread(target=self._ask, args=(i, a)) for i, a in enumerate(self.connections)]
+        threads = [
+            threading.Thread(target=self._ask, args=(i, a)) for i, a in enumerate(self.connections)
+        ]
         for thread in threads:
             thread.start()
         try:
@@ -169,12 +178,19 @@ class Load:
     def _ask(self, number: int, answers: Answers) -> None:
         headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
         limits = httpx.Limits(max_connections=1)
-        with httpx.Client(base_url=self._url, timeout=limit_s(60), limits=limits, headers=headers) as http:
+        with httpx.Client(
+            base_url=self._url, timeout=limit_s(60), limits=limits, headers=headers
+        ) as http:
             count = number
             while not self._ending.is_set():
                 count += 1
                 prompt = count % len(self._prompts)
-                asked = {"model": "tiny", "prompt": self._prompts[prompt], "max_tokens": MAX_TOKENS, "temperature": 0}
+                asked = {
+                    "model": "tiny",
+                    "prompt": self._prompts[prompt],
+                    "max_tokens": MAX_TOKENS,
+                    "temperature": 0,
+                }
                 asked["user"] = f"user-{number}"
                 began_s = time.monotonic()
                 status, version, text = self._completion(http, asked | {"stream": count % 2 == 0})
@@ -188,7 +204,11 @@ class Load:
         version = answer.headers.get("x-model-version", "none")
         if answer.status_code != 200 or not asked["stream"]:
             body = answer.json()
-            return answer.status_code, version, body["choices"][0]["text"] if "choices" in body else answer.text
+            return (
+                answer.status_code,
+                version,
+                body["choices"][0]["text"] if "choices" in body else answer.text,
+            )
         *events, done = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
         if done != "[DONE]":
             return answer.status_code, version, f"no end: {done}"
@@ -199,7 +219,14 @@ class Load:
 
 
 def promote_under_load(
-    admin: Admin, load: Load, checkpoint: Path, other: Path, *, before: int, after: int, **terms: Any
+    admin: Admin,
+    load: Load,
+    checkpoint: Path,
+    other: Path,
+    *,
+    before: int,
+    after: int,
+    **terms: Any,
 ) -> None:
     """Every connection sees the old version and then the new one, and every answer is right."""
     old, new = version(checkpoint), version(other)
@@ -211,5 +238,7 @@ def promote_under_load(
     assert load.num_answers >= before + after
     for answers in load.connections:
         assert set(answers.versions) == {old, new}
-        assert answers.versions == sorted(answers.versions, key=lambda v: v == new), "the old version came back"
+        assert answers.versions == sorted(answers.versions, key=lambda v: v == new), (
+            "the old version came back"
+        )
     assert admin.delivery["live"]["version"] == new

@@ -1,4 +1,5 @@
-"""Endpoints on a Ray of the tests, a replica without Ray, and what tests ask either besides completions."""
+"""Endpoints on a Ray of the tests, a replica without Ray, and what tests ask either besides
+completions."""
 
 import asyncio
 import contextlib
@@ -31,7 +32,9 @@ from tests.time_limits import limit_s
 
 
 @contextmanager
-def ray_cluster(*, num_cpus: int = 2, environment: Mapping[str, str] | None = None) -> Iterator[Path]:
+def ray_cluster(
+    *, num_cpus: int = 2, environment: Mapping[str, str] | None = None
+) -> Iterator[Path]:
     """Gives the folder of Ray's logs."""
     with local_ray(num_cpus=num_cpus, environment=environment) as logs:
         try:
@@ -41,8 +44,8 @@ def ray_cluster(*, num_cpus: int = 2, environment: Mapping[str, str] | None = No
 
 
 class Endpoints:
-    """The endpoints of several test files on one Ray, one after the other. A file takes over the proxy that the file
-    before has left, and the whole endpoint where both want the same."""
+    """The endpoints of several test files on one Ray, one after the other. A file takes over the
+    proxy that the file before has left, and the whole endpoint where both want the same."""
 
     def __init__(self, ray_logs: Path) -> None:
         self.ray_logs = ray_logs
@@ -86,7 +89,11 @@ def metric(http: httpx.Client, name: str, **labels: str) -> float:
 def metric_sum(text: str, name: str, **labels: str) -> float:
     """The same of the text of /metrics."""
     lines = re.findall(rf"^{re.escape(name)}{{(.*)}} (.*)$", text, re.MULTILINE)
-    return sum(float(v) for found, v in lines if all(f'{k}="{label}"' in found for k, label in labels.items()))
+    return sum(
+        float(v)
+        for found, v in lines
+        if all(f'{k}="{label}"' in found for k, label in labels.items())
+    )
 
 
 def assert_error(answer: httpx.Response, status: int) -> dict[str, Any]:
@@ -97,7 +104,12 @@ def assert_error(answer: httpx.Response, status: int) -> dict[str, Any]:
     error: dict[str, Any] = answer.json()["error"]
     assert set(answer.json()) == {"error"} and set(error) == {"message", "type", "param", "code"}
     assert error["message"].isprintable() and len(error["message"]) < 500
-    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kinds = {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        429: "rate_limit_error",
+    }
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     assert error["type"] == kind
     return error
@@ -132,12 +144,18 @@ def num_running_replicas() -> int | None:
 
 @asynccontextmanager
 async def replica_app(
-    folder: Path, *, name: str, config: ServeConfig | None = None, access: AccessRules | CurrentAccess | None = None
+    folder: Path,
+    *,
+    name: str,
+    config: ServeConfig | None = None,
+    access: AccessRules | CurrentAccess | None = None,
 ) -> AsyncIterator[tuple[ASGIApp, Versions]]:
     """A replica's routes and its engine process, without Ray."""
     config = config or ServeConfig()
     live = version_of(read_served_model(folder, name=name), checkpoint=str(folder))
-    versions = Versions(config, Delivery(deployment="test", model_name=name, live=live), on_live_death=print)
+    versions = Versions(
+        config, Delivery(deployment="test", model_name=name, live=live), on_live_death=print
+    )
     await versions.wait_until_live()
     metrics = ReplicaMetrics(versions=versions, replica="r", start_s=1.0)
     try:
@@ -145,7 +163,9 @@ async def replica_app(
             build_http_app(
                 versions=versions,
                 metrics=metrics,
-                access=access if isinstance(access, CurrentAccess) else CurrentAccess(access or AccessRules()),
+                access=access
+                if isinstance(access, CurrentAccess)
+                else CurrentAccess(access or AccessRules()),
                 usage=KeyUsage(),
                 admin=APIRouter(),
             ),
@@ -157,14 +177,21 @@ async def replica_app(
 
 @asynccontextmanager
 async def replica_client(
-    folder: Path, *, config: ServeConfig | None = None, access: AccessRules | None = None, key: str | None = None
+    folder: Path,
+    *,
+    config: ServeConfig | None = None,
+    access: AccessRules | None = None,
+    key: str | None = None,
 ) -> AsyncIterator[tuple[httpx.AsyncClient, Versions]]:
     """A client of `replica_app`, which serves the model under the name "tiny"."""
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     async with (
         replica_app(folder, name="tiny", config=config, access=access) as (app, versions),
         httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://test", timeout=limit_s(60), headers=headers
+            transport=httpx.ASGITransport(app),
+            base_url="http://test",
+            timeout=limit_s(60),
+            headers=headers,
         ) as http,
     ):
         yield http, versions
@@ -176,7 +203,8 @@ Run = Callable[[Check], None]
 
 @contextmanager
 def shared_replica(folder: Path, **settings: Any) -> Iterator[Run]:
-    """Gives a function that runs a test's body beside one `replica_client` that all of them share."""
+    """Gives a function that runs a test's body beside one `replica_client` that all of them
+    share."""
     with asyncio.Runner() as runner:
         context = replica_client(folder, **settings)
         http, versions = runner.run(context.__aenter__())
@@ -188,7 +216,9 @@ def shared_replica(folder: Path, **settings: Any) -> Iterator[Run]:
 async def loopback_server(app: ASGIApp) -> AsyncIterator[str]:
     """The routes on a loopback port, in this event loop. Gives the URL."""
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, lifespan="off", log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=port, lifespan="off", log_level="warning")
+    )
     serving = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)

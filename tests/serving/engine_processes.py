@@ -26,7 +26,9 @@ asyncio.run(main())
 
 @asynccontextmanager
 async def engine(checkpoint: Path, *, num_slots: int = 4) -> AsyncIterator[EngineClient]:
-    client = await EngineClient.start(checkpoint, config=EngineConfig(max_num_seqs=num_slots), eos_id=None, threads=1)
+    client = await EngineClient.start(
+        checkpoint, config=EngineConfig(max_num_seqs=num_slots), eos_id=None, threads=1
+    )
     try:
         yield client
     finally:

@@ -7,12 +7,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.settings.serve import HttpConfig
 from serving.protocol.tracing import NO_TRACER
-from serving.proxy.front_door import FrontDoor, Outcome
+from serving.proxy.ending import Outcome
+from serving.proxy.front_door import FrontDoor
 from serving.proxy.key_check import ASKED_PATH
 from serving.proxy.request_log import LogRequest, no_log
 from tests.time_limits import limit_s
 
-OK = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+OK = {
+    "type": "http.response.start",
+    "status": 200,
+    "headers": [(b"content-type", b"text/event-stream")],
+}
 
 
 def scope(*headers: tuple[bytes, bytes], path: str = "/v1/completions") -> Scope:
@@ -33,7 +38,8 @@ def open_to_all(app: ASGIApp) -> ASGIApp:
 
 
 async def answered(door: ASGIApp, *messages: Message, about: Scope) -> list[Message]:
-    """What goes out to a client that sends `messages`, or else a small body, and then stays on the line."""
+    """What goes out to a client that sends `messages`, or else a small body, and then stays on the
+    line."""
     sent: list[Message] = []
     incoming = list(messages) or [{"type": "http.request", "body": b"{}", "more_body": False}]
 
@@ -57,8 +63,8 @@ def ask(
     count: Callable[[Outcome, str], None] = lambda outcome, version: None,
     log: LogRequest = no_log,
 ) -> list[Message]:
-    """What goes out to a client that sends `messages`, and then stays on the line. `app` is behind a new front door,
-    unless it is one."""
+    """What goes out to a client that sends `messages`, and then stays on the line. `app` is behind
+    a new front door, unless it is one."""
     config = HttpConfig(body_timeout_s=limit_s(0.05))
     door = (
         app

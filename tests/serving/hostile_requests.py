@@ -1,5 +1,5 @@
-"""Requests that must be refused, each with its right answer, as one table. Those that need a raw socket, time or a
-second model are in test_hostile.py under the same numbers."""
+"""Requests that must be refused, each with its right answer, as one table. Those that need a raw
+socket, time or a second model are in test_hostile.py under the same numbers."""
 
 import gzip
 import json
@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MODEL, KEY = "tiny", "sk-test"
-COMPLETIONS, CHAT, EMBEDDINGS = "POST /v1/completions", "POST /v1/chat/completions", "POST /v1/embeddings"
+COMPLETIONS, CHAT, EMBEDDINGS = (
+    "POST /v1/completions",
+    "POST /v1/chat/completions",
+    "POST /v1/embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -19,12 +23,18 @@ class Hostile:
     status: int
     code: str | None = None
     param: str | None = None
-    body: bytes | Callable[[], bytes] = b""  # a large one is made when it is sent, not wherever tests are collected
+    # A large one is made when it is sent, not wherever tests are collected
+    body: bytes | Callable[[], bytes] = b""
     headers: dict[str, str] = field(default_factory=dict)
 
 
 def raw(
-    number: int, name: str, content: bytes | Callable[[], bytes], status: int, code: str | None = None, **more: Any
+    number: int,
+    name: str,
+    content: bytes | Callable[[], bytes],
+    status: int,
+    code: str | None = None,
+    **more: Any,
 ) -> Hostile:
     return Hostile(number, name, COMPLETIONS, status, code, body=content, **more)
 
@@ -38,7 +48,11 @@ def completion(
 
 
 def chat(number: int, name: str, param: str, *, code: str | None = None, **fields: Any) -> Hostile:
-    content = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 1} | fields
+    content = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 1,
+    } | fields
     return Hostile(number, name, CHAT, 400, code, param, json.dumps(content).encode())
 
 
@@ -50,7 +64,13 @@ def embedding(
 
 
 def literal(number: int, name: str, text: str) -> Hostile:
-    return raw(number, name, b'{"model":"tiny","prompt":"x","temperature":' + text.encode() + b"}", 400, "invalid_json")
+    return raw(
+        number,
+        name,
+        b'{"model":"tiny","prompt":"x","temperature":' + text.encode() + b"}",
+        400,
+        "invalid_json",
+    )
 
 
 INVALID_JSON = [
@@ -60,7 +80,13 @@ INVALID_JSON = [
     raw(3, "a number", b"3", 400, "invalid_json"),
     raw(4, "invalid UTF-8", b'{"model":"tiny","prompt":"\xff"}', 400, "invalid_json"),
     raw(5, "UTF-16", '{"model":"tiny","prompt":"x"}'.encode("utf-16"), 400, "invalid_json"),
-    raw(5, "byte order mark", '{"model":"tiny","prompt":"x"}'.encode("utf-8-sig"), 400, "invalid_json"),
+    raw(
+        5,
+        "byte order mark",
+        '{"model":"tiny","prompt":"x"}'.encode("utf-8-sig"),
+        400,
+        "invalid_json",
+    ),
     raw(6, "half a surrogate pair", b'{"model":"tiny","prompt":"\\ud800"}', 400, "invalid_json"),
     literal(8, "NaN", "NaN"),
     literal(8, "Infinity", "-Infinity"),
@@ -68,12 +94,30 @@ INVALID_JSON = [
     literal(8, "a number of 400 digits", "9" * 400),
     literal(13, "5,000 digits", "9" * 5000),
     *(
-        raw(8, f"{name} NaN", b'{"model":"tiny","prompt":"x","%b":NaN}' % name.encode(), 400, "invalid_json")
+        raw(
+            8,
+            f"{name} NaN",
+            b'{"model":"tiny","prompt":"x","%b":NaN}' % name.encode(),
+            400,
+            "invalid_json",
+        )
         for name in ("min_tokens", "prompt_logprobs", "stop_token_ids")
     ),
-    raw(30, "stop_token_ids twice", b'{"prompt":"x","stop_token_ids":[1],"stop_token_ids":[2]}', 400, "invalid_json"),
+    raw(
+        30,
+        "stop_token_ids twice",
+        b'{"prompt":"x","stop_token_ids":[1],"stop_token_ids":[2]}',
+        400,
+        "invalid_json",
+    ),
     raw(30, "a key twice", b'{"model":"tiny","model":"tiny","prompt":"x"}', 400, "invalid_json"),
-    raw(31, "nested 100,000 deep", b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "invalid_json"),
+    raw(
+        31,
+        "nested 100,000 deep",
+        b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        400,
+        "invalid_json",
+    ),
     raw(31, "nested 33 deep", b'{"prompt":' + b"[" * 32 + b"]" * 32 + b"}", 400, "invalid_json"),
 ]
 

@@ -51,7 +51,9 @@ class Ask:
     max_tokens: int
 
 
-def greedy_asks(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], *, max_tokens: int) -> list[Ask]:
+def greedy_asks(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], *, max_tokens: int
+) -> list[Ask]:
     greedy = SamplingParams(temperature=0.0)
 
     def text_of(prompt: list[int]) -> str:
@@ -81,7 +83,8 @@ class Load:
         streams: bool = True,
         pause_s: float = 0.0,
     ) -> None:
-        """Closed loop: each client asks again `pause_s` after it has its answer, until `until`. Every second streams."""
+        """Closed loop: each client asks again `pause_s` after it has its answer, until `until`.
+        Every second streams."""
         rng = random.Random(seed)
 
         async def client(http: httpx.AsyncClient, streamed: bool) -> None:
@@ -94,7 +97,8 @@ class Load:
                 group.create_task(client(http, streams and i % 2 == 1))
 
     async def run_arrivals(self, rate_per_s: float, *, num_requests: int) -> None:
-        """Open loop: requests arrive whether or not others have been answered. Every second one streams."""
+        """Open loop: requests arrive whether or not others have been answered. Every second one
+        streams."""
         async with self._http() as http, asyncio.TaskGroup() as group:
             start_s = time.monotonic()
             for i in range(num_requests):
@@ -107,21 +111,42 @@ class Load:
         parts_s: list[float] = []
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                end, detail = await self._end_of(http, self.asks[prompt], texts, parts_s, streamed=streamed)
+                end, detail = await self._end_of(
+                    http, self.asks[prompt], texts, parts_s, streamed=streamed
+                )
         except TimeoutError:
             end, detail = End.STUCK, ""
         except httpx.TransportError as error:
             end, detail = End.CUT, repr(error)
         ttft_s = parts_s[0] - start_s if parts_s else None
         self.outcomes.append(
-            Outcome(end, streamed, prompt, "".join(texts), start_s, time.monotonic() - start_s, detail, ttft_s)
+            Outcome(
+                end,
+                streamed,
+                prompt,
+                "".join(texts),
+                start_s,
+                time.monotonic() - start_s,
+                detail,
+                ttft_s,
+            )
         )
 
     async def _end_of(
-        self, http: httpx.AsyncClient, ask: Ask, texts: list[str], parts_s: list[float], *, streamed: bool
+        self,
+        http: httpx.AsyncClient,
+        ask: Ask,
+        texts: list[str],
+        parts_s: list[float],
+        *,
+        streamed: bool,
     ) -> tuple[End, str]:
         """Puts what arrives into `texts`, and when each part of a stream did into `parts_s`."""
-        body: dict[str, Any] = {"model": self.model, "prompt": ask.prompt_ids, "max_tokens": ask.max_tokens}
+        body: dict[str, Any] = {
+            "model": self.model,
+            "prompt": ask.prompt_ids,
+            "max_tokens": ask.max_tokens,
+        }
         body |= {"temperature": 0, "ignore_eos": True, "stream": streamed}
         async with http.stream("POST", "/v1/completions", json=body) as answer:
             if answer.status_code != 200:
@@ -147,12 +172,14 @@ class Load:
             return ends[0] if ends else (End.CUT, "the stream ended without [DONE] or an error")
 
     def _http(self) -> httpx.AsyncClient:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None if self.keep_alive else 0)
+        limits = httpx.Limits(
+            max_connections=None, max_keepalive_connections=None if self.keep_alive else 0
+        )
         return httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits)
 
     def check(self, *, allowed: set[tuple[bool, End]]) -> Counter[tuple[bool, End]]:
-        """That each request ended in one of the `allowed` (streamed, end), and that no text is wrong: a whole answer
-        is that of the model, a broken one its beginning. Gives the counts."""
+        """That each request ended in one of the `allowed` (streamed, end), and that no text is
+        wrong: a whole answer is that of the model, a broken one its beginning. Gives the counts."""
         for outcome in self.outcomes:
             assert (outcome.streamed, outcome.end) in allowed, outcome
             expected = self.asks[outcome.prompt].text

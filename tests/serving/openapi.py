@@ -1,5 +1,5 @@
-"""The endpoint's OpenAPI document, which it does not publish: request bodies from its own models, with what their
-validators accept; answers as OpenAI has them."""
+"""The endpoint's OpenAPI document, which it does not publish: request bodies from its own models,
+with what their validators accept; answers as OpenAI has them."""
 
 from typing import Annotated, Any, Literal
 
@@ -168,7 +168,12 @@ def _schema(accepted: Any) -> dict[str, Any]:
     return TypeAdapter(accepted).json_schema()
 
 
-PROMPTS = _schema(str | TokenIds | Annotated[list[str], SeveralPrompts] | Annotated[list[TokenIds], SeveralPrompts])
+PROMPTS = _schema(
+    str
+    | TokenIds
+    | Annotated[list[str], SeveralPrompts]
+    | Annotated[list[TokenIds], SeveralPrompts]
+)
 ACCEPTED: dict[tuple[str, str], dict[str, Any]] = {
     ("CompletionRequest", "prompt"): PROMPTS,
     ("EmbeddingRequest", "input"): PROMPTS,
@@ -179,7 +184,9 @@ ACCEPTED: dict[tuple[str, str], dict[str, Any]] = {
 }
 for _model in ("CompletionRequest", "ChatRequest"):
     ACCEPTED |= {
-        (_model, "stop"): _schema(StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]),
+        (_model, "stop"): _schema(
+            StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+        ),
         (_model, "seed"): _schema(Annotated[int, Field(ge=-(2**63), lt=2**63)]),
         (_model, "logit_bias"): {
             "type": "object",
@@ -209,9 +216,15 @@ def openapi() -> dict[str, Any]:
                 "post": {
                     "requestBody": {"required": True, "content": _json(request.__name__)},
                     "responses": {
-                        "200": {"description": "done", "content": _json(answer.__name__) | _events(path)},
+                        "200": {
+                            "description": "done",
+                            "content": _json(answer.__name__) | _events(path),
+                        },
                         **{
-                            str(status): {"description": "refused", "content": _json(ErrorAnswer.__name__)}
+                            str(status): {
+                                "description": "refused",
+                                "content": _json(ErrorAnswer.__name__),
+                            }
                             for status in (400, 404, 413, 415)
                         },
                     },
@@ -238,5 +251,9 @@ def _json(model: str) -> dict[str, Any]:
 
 def _events(path: str) -> dict[str, Any]:
     """Where the answer may be a stream: the shape of each of its events."""
-    event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string", "minLength": 1}}}
+    event = {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"data": {"type": "string", "minLength": 1}},
+    }
     return {"text/event-stream": {"schema": event}} if path.endswith("completions") else {}

@@ -32,13 +32,20 @@ class Collector:
 
     def take(self, data: bytes) -> None:
         for of_process in ExportTraceServiceRequest.FromString(data).resource_spans:
-            [service] = [a.value.string_value for a in of_process.resource.attributes if a.key == "service.name"]
+            [service] = [
+                a.value.string_value
+                for a in of_process.resource.attributes
+                if a.key == "service.name"
+            ]
             for scope in of_process.scope_spans:
                 self.spans += [_seen(service, span) for span in scope.spans]
 
     def of(self, trace_id: str) -> list[Seen]:
         """The spans of a trace, in order of their starts."""
-        return sorted((span for span in self.spans if span.trace_id == trace_id), key=lambda span: span.start_ns)
+        return sorted(
+            (span for span in self.spans if span.trace_id == trace_id),
+            key=lambda span: span.start_ns,
+        )
 
 
 def _seen(service: str, span: Any) -> Seen:
@@ -56,8 +63,13 @@ def collector() -> Iterator[tuple[str, Collector]]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             data = self.rfile.read(int(self.headers["content-length"]))
-            assert self.path == "/v1/traces" and self.headers["content-type"] == "application/x-protobuf"
-            kept.take(gzip.decompress(data) if self.headers.get("content-encoding") == "gzip" else data)
+            assert (
+                self.path == "/v1/traces"
+                and self.headers["content-type"] == "application/x-protobuf"
+            )
+            kept.take(
+                gzip.decompress(data) if self.headers.get("content-encoding") == "gzip" else data
+            )
             self.send_response(200)
             self.send_header("content-length", "0")
             self.end_headers()

@@ -16,7 +16,8 @@ def read_to_end(connection: socket.socket) -> bytes:
 
 
 def drip(address: tuple[str, int], start: bytes, *, drop: bytes) -> tuple[float, bytes]:
-    """Sends `start`, then `drop` again and again until the connection ends: after how long, and with which answer."""
+    """Sends `start`, then `drop` again and again until the connection ends: after how long, and
+    with which answer."""
     with socket.create_connection(address, timeout=0.1) as connection:
         began = time.monotonic()
         connection.sendall(start)

@@ -1,4 +1,5 @@
-"""`raymill serve` as a process on local nodes of its own, with the processes that tests and benchmarks end."""
+"""`raymill serve` as a process on local nodes of its own, with the processes that tests and
+benchmarks end."""
 
 import json
 import signal
@@ -35,8 +36,19 @@ class ServeCommand:
 
 @contextmanager
 def serve_command(checkpoint: Path, folder: Path, *words: str) -> Iterator[ServeCommand]:
-    """Serves the checkpoint until the context is left; `words` are further flags. Its files are in the folder."""
-    command = [*RAYMILL, "serve", str(checkpoint), "--port", str(free_port()), "--model-name", MODEL, "--json", *words]
+    """Serves the checkpoint until the context is left; `words` are further flags. Its files are in
+    the folder."""
+    command = [
+        *RAYMILL,
+        "serve",
+        str(checkpoint),
+        "--port",
+        str(free_port()),
+        "--model-name",
+        MODEL,
+        "--json",
+        *words,
+    ]
     log = folder / "serve.log"
     with log.open("ab") as said:
         process = subprocess.Popen(

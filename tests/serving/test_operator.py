@@ -1,5 +1,5 @@
-"""What an operator sees of a real endpoint: a line for each request, an entry for each order, and one trace through all
-its processes."""
+"""What an operator sees of a real endpoint: a line for each request, an entry for each order, and
+one trace through all its processes."""
 
 import contextlib
 import importlib.util
@@ -36,7 +36,8 @@ MODEL, SECRET_TEXT = "tiny", "the quick brown secret"
 ASKED = {"model": MODEL, "prompt": SECRET_TEXT, "max_tokens": 6, "ignore_eos": True, "seed": 3}
 MANY = {"prompt": [SECRET_TEXT] * 8, "n": 8, "max_tokens": 100, "stream": True}
 needs_exporter = pytest.mark.skipif(
-    importlib.util.find_spec("opentelemetry.exporter.otlp") is None, reason="needs `pip install raymill[tracing]`"
+    importlib.util.find_spec("opentelemetry.exporter.otlp") is None,
+    reason="needs `pip install raymill[tracing]`",
 )
 
 
@@ -100,12 +101,24 @@ def test_each_answer_has_a_line(operator: Operator, stream: bool) -> None:
     options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     answer, line = operator.ask(json=ASKED | {"n": 2} | options)
     usage = (
-        json.loads(answer.text.split("\n\n")[-3].removeprefix("data: "))["usage"] if stream else answer.json()["usage"]
+        json.loads(answer.text.split("\n\n")[-3].removeprefix("data: "))["usage"]
+        if stream
+        else answer.json()["usage"]
     )
-    assert (line["key"], line["route"], line["stream"], line["status"]) == ("alice", "/v1/completions", stream, 200)
+    assert (line["key"], line["route"], line["stream"], line["status"]) == (
+        "alice",
+        "/v1/completions",
+        stream,
+        200,
+    )
     assert (line["reason"], line["model_version"]) == ("length", answer.headers["x-model-version"])
-    assert (line["prompt_tokens"], line["completion_tokens"]) == (usage["prompt_tokens"], usage["completion_tokens"])
-    assert 0 <= line["queue_s"] <= line["first_token_s"] <= line["total_s"] and line["attempts"] == 1
+    assert (line["prompt_tokens"], line["completion_tokens"]) == (
+        usage["prompt_tokens"],
+        usage["completion_tokens"],
+    )
+    assert (
+        0 <= line["queue_s"] <= line["first_token_s"] <= line["total_s"] and line["attempts"] == 1
+    )
     text = (operator.folder / "requests.jsonl").read_text()
     assert "secret" not in text and ALICE not in text
 
@@ -125,12 +138,26 @@ def test_each_answer_has_a_line(operator: Operator, stream: bool) -> None:
     ],
 )  # fmt: skip
 def test_each_refusal_has_a_line_with_its_reason(
-    operator: Operator, path: str, key: str, asked: dict[str, Any], status: int, reason: str, name: str | None
+    operator: Operator,
+    path: str,
+    key: str,
+    asked: dict[str, Any],
+    status: int,
+    reason: str,
+    name: str | None,
 ) -> None:
     answer, line = operator.ask(path, key=key, **asked)
-    assert (answer.status_code, line["status"], line["reason"], line["key"]) == (status, status, reason, name)
+    assert (answer.status_code, line["status"], line["reason"], line["key"]) == (
+        status,
+        status,
+        reason,
+        name,
+    )
     if reason == "expired_api_key":
-        assert "API key old has expired (2026-01-01T00:00:00+00:00)" in answer.json()["error"]["message"]
+        assert (
+            "API key old has expired (2026-01-01T00:00:00+00:00)"
+            in answer.json()["error"]["message"]
+        )
 
 
 def test_what_no_replica_has_seen_has_a_line_too(operator: Operator) -> None:
@@ -150,11 +177,18 @@ def test_what_no_replica_has_seen_has_a_line_too(operator: Operator) -> None:
 
 
 def test_a_key_has_a_limit_of_its_own(operator: Operator) -> None:
-    with operator.client(BOB) as http, http.stream("POST", "/v1/completions", json=ASKED | MANY) as first:
+    with (
+        operator.client(BOB) as http,
+        http.stream("POST", "/v1/completions", json=ASKED | MANY) as first,
+    ):
         lines = first.iter_lines()  # the answer ends with its iterator
         next(lines)
         answer, line = operator.ask(key=BOB, json=ASKED)
-        assert (answer.status_code, line["reason"], line["key"]) == (429, "rate_limit_exceeded", "bob")
+        assert (answer.status_code, line["reason"], line["key"]) == (
+            429,
+            "rate_limit_exceeded",
+            "bob",
+        )
         assert operator.ask(key=ALICE, json=ASKED)[0].status_code == 200
 
 
@@ -168,19 +202,25 @@ def test_a_client_that_leaves_has_a_line(operator: Operator, has_begun: bool) ->
         with (
             contextlib.nullcontext() if has_begun else pytest.raises(httpx.ReadTimeout),
             operator.client() as http,
-            http.stream("POST", "/v1/completions", json=ASKED | MANY, headers=headers, timeout=timeout_s) as answer,
+            http.stream(
+                "POST", "/v1/completions", json=ASKED | MANY, headers=headers, timeout=timeout_s
+            ) as answer,
         ):
             next(answer.iter_lines())
     finally:
         os.kill(engine.pid, signal.SIGCONT)
     line = operator.line(headers["x-request-id"])
-    known = ("alice", 200) if has_begun else (None, None)  # its replica tells both with the first byte
+    # Its replica tells both with the first byte
+    known = ("alice", 200) if has_begun else (None, None)
     assert (line["reason"], (line["key"], line["status"])) == ("client_left", known)
     assert (line["completion_tokens"] or 0) >= int(has_begun)
 
 
 def test_a_key_with_a_long_queue_keeps_no_other_waiting(operator: Operator) -> None:
-    with operator.client() as http, http.stream("POST", "/v1/completions", json=ASKED | MANY) as many:
+    with (
+        operator.client() as http,
+        http.stream("POST", "/v1/completions", json=ASKED | MANY) as many,
+    ):
         lines = many.iter_lines()
         next(lines)
         answer, line = operator.ask(key=BOB, json=ASKED)
@@ -233,7 +273,10 @@ def test_orders_are_kept_with_who_gave_them(operator: Operator, checkpoint: Path
 
 
 def trace(operator: Operator, trace_id: str, num_spans: int) -> list[Seen]:
-    wait_until(lambda: len(operator.traces.of(trace_id)) >= num_spans, why=lambda: operator.traces.of(trace_id))
+    wait_until(
+        lambda: len(operator.traces.of(trace_id)) >= num_spans,
+        why=lambda: operator.traces.of(trace_id),
+    )
     spans = operator.traces.of(trace_id)
     assert len(spans) == num_spans, spans
     return spans
@@ -246,14 +289,31 @@ def test_a_streamed_request_is_one_trace_through_all_processes(operator: Operato
     _, line = operator.ask(json=ASKED | {"stream": True}, headers=headers)
     spans = {span.name: span for span in trace(operator, trace_id, 6)}
     door, attempt, replica = spans["POST /v1/completions"], spans["attempt"], spans["replica"]
-    assert (door.parent_id, attempt.parent_id, replica.parent_id) == (client_span, door.span_id, attempt.span_id)
-    assert (door.service, attempt.service, replica.service) == ("raymill-proxy", "raymill-proxy", "raymill-replica")
+    assert (door.parent_id, attempt.parent_id, replica.parent_id) == (
+        client_span,
+        door.span_id,
+        attempt.span_id,
+    )
+    assert (door.service, attempt.service, replica.service) == (
+        "raymill-proxy",
+        "raymill-proxy",
+        "raymill-replica",
+    )
     queue, prefill, decode = stages = [spans[name] for name in ("queue", "prefill", "decode")]
     assert {stage.parent_id for stage in stages} == {replica.span_id}
     assert door.start_ns <= attempt.start_ns <= queue.start_ns <= queue.end_ns <= prefill.end_ns
-    assert abs(prefill.end_ns - decode.start_ns) < 10_000 and decode.start_ns <= decode.end_ns <= door.end_ns
-    assert replica.attributes["gen_ai.usage.output_tokens"] == 6 and replica.attributes["raymill.key"] == "alice"
-    assert (line["trace_id"], door.attributes["raymill.request_id"]) == (trace_id, line["request_id"])
+    assert (
+        abs(prefill.end_ns - decode.start_ns) < 10_000
+        and decode.start_ns <= decode.end_ns <= door.end_ns
+    )
+    assert (
+        replica.attributes["gen_ai.usage.output_tokens"] == 6
+        and replica.attributes["raymill.key"] == "alice"
+    )
+    assert (line["trace_id"], door.attributes["raymill.request_id"]) == (
+        trace_id,
+        line["request_id"],
+    )
     assert SECRET_TEXT not in repr(spans)
 
 
@@ -261,13 +321,17 @@ def test_a_streamed_request_is_one_trace_through_all_processes(operator: Operato
 def test_what_the_client_does_not_sample_is_not_kept(operator: Operator) -> None:
     ids = [secrets.token_hex(16) for _ in range(2)]
     for trace_id, flag in zip(ids, ("00", "01"), strict=True):
-        operator.ask(json=ASKED, headers={"traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-{flag}"})
+        operator.ask(
+            json=ASKED, headers={"traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-{flag}"}
+        )
     trace(operator, ids[1], 6)
     assert operator.traces.of(ids[0]) == []
 
 
 @needs_exporter
-def test_a_request_that_outlives_its_replica_is_one_trace_with_both_attempts(operator: Operator) -> None:
+def test_a_request_that_outlives_its_replica_is_one_trace_with_both_attempts(
+    operator: Operator,
+) -> None:
     trace_id = secrets.token_hex(16)
     found: list[tuple[Any, dict[str, Any]]] = []
 
@@ -276,7 +340,8 @@ def test_a_request_that_outlives_its_replica_is_one_trace_with_both_attempts(ope
         found.append(operator.ask(json=ASKED | {"stream": True}, headers=headers))
 
     [engine] = children_with("serving.engine_process.run_engine")
-    os.kill(engine.pid, signal.SIGSTOP)  # so nothing is answered until the replica misses its heartbeat, and ends
+    # So nothing is answered until the replica misses its heartbeat, and ends
+    os.kill(engine.pid, signal.SIGSTOP)
     asking = threading.Thread(target=ask)
     asking.start()
     asking.join()
@@ -287,6 +352,8 @@ def test_a_request_that_outlives_its_replica_is_one_trace_with_both_attempts(ope
     [door] = [span for span in spans if span.name.startswith("POST")]
     first, second = [span for span in spans if span.name == "attempt"]
     [served] = [span for span in spans if span.name == "replica"]
-    assert first.parent_id == second.parent_id == door.span_id and served.parent_id == second.span_id
+    assert (
+        first.parent_id == second.parent_id == door.span_id and served.parent_id == second.span_id
+    )
     assert (first.is_error, second.is_error, door.is_error) == (True, False, False)
     assert [first.attributes["raymill.attempt"], second.attributes["raymill.attempt"]] == [1, 2]

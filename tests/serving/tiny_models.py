@@ -24,9 +24,11 @@ def lively_model(
     seed: int = 1,
     architecture: ArchitectureName = "gpt2",
 ) -> GPT:
-    """Returns a model with widely spread weights (0.3 instead of 0.02), whose greedy output does not repeat one token.
-    Llama's has one head of keys and values for two of queries."""
-    shape: dict[str, Any] = {"n_kv_head": 1, "activation_function": "swiglu"} if architecture == "llama" else {}
+    """Returns a model with widely spread weights (0.3 instead of 0.02), whose greedy output does
+    not repeat one token. Llama's has one head of keys and values for two of queries."""
+    shape: dict[str, Any] = (
+        {"n_kv_head": 1, "activation_function": "swiglu"} if architecture == "llama" else {}
+    )
     config = GPTConfig(
         vocab_size=tokenizer.vocab_size,
         n_positions=128,
@@ -42,9 +44,17 @@ def lively_model(
     return gpt.eval()
 
 
-def write_model(folder: Path, model: GPT, tokenizer: Tokenizer, *, step: int = 1, to_train: bool = False) -> Path:
-    metadata = Metadata(run_id=RUN_ID, step=step, tokens_seen=step, data_manifest_hash=None, code_version="test")
-    train_state = {f"exp_avg.{name}": tensor for name, tensor in model.state_dict().items()} if to_train else None
+def write_model(
+    folder: Path, model: GPT, tokenizer: Tokenizer, *, step: int = 1, to_train: bool = False
+) -> Path:
+    metadata = Metadata(
+        run_id=RUN_ID, step=step, tokens_seen=step, data_manifest_hash=None, code_version="test"
+    )
+    train_state = (
+        {f"exp_avg.{name}": tensor for name, tensor in model.state_dict().items()}
+        if to_train
+        else None
+    )
     save_model(folder, model=model, tokenizer=tokenizer, metadata=metadata, train_state=train_state)
     return folder
 

@@ -1,4 +1,5 @@
-"""vLLM in the environment that `make bench-serve` installs for it, models that it takes, and what its processes hold."""
+"""vLLM in the environment that `make bench-serve` installs for it, models that it takes, and what
+its processes hold."""
 
 import contextlib
 import threading
@@ -16,13 +17,21 @@ from tests.repository import REPOSITORY
 from tests.serving.tiny_models import lively_model
 
 VLLM_PYTHON = REPOSITORY / ".venv-vllm" / "bin" / "python"
-installed = pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="no vLLM in .venv-vllm; `make bench-serve` installs it")
+installed = pytest.mark.skipif(
+    not VLLM_PYTHON.exists(), reason="no vLLM in .venv-vllm; `make bench-serve` installs it"
+)
 SAMPLE_S = 0.05
 
 
 def vllm_config(**settings: object) -> EngineConfig:
     return EngineConfig.model_validate(
-        {"backend": "vllm", "vllm_python": str(VLLM_PYTHON), "max_num_seqs": 4, "kv_cache_tokens": 1024} | settings
+        {
+            "backend": "vllm",
+            "vllm_python": str(VLLM_PYTHON),
+            "max_num_seqs": 4,
+            "kv_cache_tokens": 1024,
+        }
+        | settings
     )
 
 
@@ -32,7 +41,8 @@ def vllm_model(tokenizer: Tokenizer, *, seed: int, architecture: ArchitectureNam
 
 
 def memory_bytes(process: psutil.Process) -> int:
-    """What the process and its children have in memory, each page that several of them share counted once (PSS)."""
+    """What the process and its children have in memory, each page that several of them share
+    counted once (PSS)."""
     total = 0
     for one in [process, *process.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,1 +1,2 @@
-"""The state that training changes, in flat buffers: laid out, divided among ranks, updated, gathered, copied."""
+"""The state that training changes, in flat buffers: laid out, divided among ranks, updated,
+gathered, copied."""

@@ -15,9 +15,11 @@ _FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class AdamW:
-    vectors: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")  # the first and the second moment
+    # The first and the second moment
+    vectors: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     unit: ClassVar[Unit] = Unit.VALUE
-    bytes_per_value: ClassVar[int] = 7 * _FP32_BYTES  # reads value, gradient and moments, writes all but the gradient
+    # Reads value, gradient and moments, writes all but the gradient
+    bytes_per_value: ClassVar[int] = 7 * _FP32_BYTES
 
     beta1: float
     beta2: float
@@ -37,11 +39,13 @@ class AdamW:
         learning_rate: float,
         weight_decay: float,
     ) -> None:
-        # The planner asks this rule, and starts without PyTorch. The optimizer's class would import torch._dynamo,
-        # which takes a second.
+        # The planner asks this rule, and starts without PyTorch. The optimizer's class would import
+        # torch._dynamo, which takes a second.
         from torch.optim.adamw import adamw
 
-        first_moments, second_moments = zip(*(stretch.vectors for stretch in stretches), strict=True)
+        first_moments, second_moments = zip(
+            *(stretch.vectors for stretch in stretches), strict=True
+        )
         adamw(
             [stretch.values for stretch in stretches],
             [stretch.gradient for stretch in stretches],
@@ -60,5 +64,6 @@ class AdamW:
         )
 
     def flops(self, shape: Sequence[int]) -> float:
-        """Returns 14 for each value: 3 for the first moment, 4 for the second, 1 for the decay, 6 for the quotient."""
+        """Returns 14 for each value: 3 for the first moment, 4 for the second, 1 for the decay, 6
+        for the quotient."""
         return 14.0 * prod(shape)

@@ -1,8 +1,9 @@
 """Lays out the parameters in flat buffers, and cuts these into buckets, parts and blocks.
 
-Matrices come first, then the biases and LayerNorms, which have no decay, each in the order in which backward finishes
-their gradients. A bucket is exchanged as soon as backward is done with it. Every rank owns a part of each bucket, in
-whole blocks. Blocks do not depend on the world size: the gradient's norm is summed over them.
+Matrices come first, then the biases and LayerNorms, which have no decay, each in the order in which
+backward finishes their gradients. A bucket is exchanged as soon as backward is done with it. Every
+rank owns a part of each bucket, in whole blocks. Blocks do not depend on the world size: the
+gradient's norm is summed over them.
 """
 
 import re
@@ -23,14 +24,16 @@ BLOCK = 1024  # values in a block
 
 PIECE_VALUES = 16 << 20  # copied at a time from a GPU: 64 MiB of fp32, twice in pinned memory
 
-NUM_SENDINGS = 8  # stretches of an update that is sent: one is on its way while the next is computed
+# Stretches of an update that is sent: one is on its way while the next is computed
+NUM_SENDINGS = 8
 
-# Parameters start at multiples of 64 bytes, as torch's own allocations do: vector kernels may round differently on
-# other alignments.
+# Parameters start at multiples of 64 bytes, as torch's own allocations do: vector kernels may round
+# differently on other alignments.
 _ALIGNMENT = 16
 
 _BUCKET_UNIT = 16 * BLOCK  # worlds of up to 16 ranks, if a power of two, divide a bucket evenly
-_OF_BLOCK = re.compile(r"\D*\.(\d+)\.")  # in any architecture, the first number in a name is its block's
+# In any architecture, the first number in a name is its block's
+_OF_BLOCK = re.compile(r"\D*\.(\d+)\.")
 _MAX_BUCKET = 384 * _BUCKET_UNIT  # 25 MB of fp32, as DistributedDataParallel's
 
 
@@ -44,9 +47,11 @@ class FlatLayout:
 
     @classmethod
     def of(cls, shapes: Mapping[str, Sequence[int]]) -> "FlatLayout":
-        """Lays out parameters by name and shape, given in the model's order (`model.shapes.parameter_shapes`)."""
+        """Lays out parameters by name and shape, given in the model's order
+        (`model.shapes.parameter_shapes`)."""
         backward_order = [*shapes.items()][::-1]
-        # Matrices and embeddings decay; biases and LayerNorms, which are vectors, do not (GPT-3, appendix B).
+        # Matrices and embeddings decay; biases and LayerNorms, which are vectors, do not (GPT-3,
+        # appendix B).
         matrices = [(name, shape) for name, shape in backward_order if len(shape) >= 2]
         vectors = [(name, shape) for name, shape in backward_order if len(shape) < 2]
         places: dict[str, Span] = {}
@@ -80,7 +85,8 @@ class FlatLayout:
 
     @cached_property
     def buckets(self) -> list[Span]:
-        """Stretches of whole blocks of values, which begin where a block of the decoder does, or just before."""
+        """Stretches of whole blocks of values, which begin where a block of the decoder does, or
+        just before."""
         cuts = {0, self.size}
         for block in self.decoder_blocks:
             cuts.add(block.start - block.start % BLOCK)
@@ -96,8 +102,8 @@ class FlatLayout:
         return PackedSpans(parts)
 
     def pieces(self, spans: PackedSpans) -> Iterator[tuple[str, Span, Span]]:
-        """Yields the stretches of parameters in some spans: the parameter's name, the place in the parameter, and the
-        place in the packed values of the spans."""
+        """Yields the stretches of parameters in some spans: the parameter's name, the place in the
+        parameter, and the place in the packed values of the spans."""
         names = [*self.places]
         parameters = PackedSpans([*self.places.values()])
         starts = [home.start for home in parameters.homes]

@@ -1,12 +1,15 @@
-"""Brings weights together from the members that own parts of them, for as long as the model computes with them.
+"""Brings weights together from the members that own parts of them, for as long as the model
+computes with them.
 
-(ZeRO-3, arXiv 1910.02054; as PyTorch's FSDP, arXiv 2304.11277.) Embeddings, biases and LayerNorms are gathered once a
-step, as fp32. The matrices of the decoder's blocks take turns in two slots of memory, block n in slot n % 2: each is
-gathered while the block before it computes, again for backward, and in bf16 where the model computes in it. They are
-then bf16 parameters, with the same products.
+(ZeRO-3, arXiv 1910.02054; as PyTorch's FSDP, arXiv 2304.11277.) Embeddings, biases and LayerNorms
+are gathered once a step, as fp32. The matrices of the decoder's blocks take turns in two slots of
+memory, block n in slot n % 2: each is gathered while the block before it computes, again for
+backward, and in bf16 where the model computes in it. They are then bf16 parameters, with the same
+products.
 
-Kernels may be chosen by where a matrix lies in memory, so each lies as aligned as unsharded: in fp32 at the same
-address modulo `ALIGNMENT_BYTES`, and in bf16 as autocast's copies, each of which is memory of its own.
+Kernels may be chosen by where a matrix lies in memory, so each lies as aligned as unsharded: in
+fp32 at the same address modulo `ALIGNMENT_BYTES`, and in bf16 as autocast's copies, each of which
+is memory of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,7 +48,8 @@ class Home:
 
 
 class _Rest:
-    """Memory for a stretch outside the decoder's blocks, which exists while the weights are in use."""
+    """Memory for a stretch outside the decoder's blocks, which exists while the weights are in
+    use."""
 
     def __init__(self, home: Home, device: torch.device) -> None:
         self.home = home
@@ -55,7 +59,8 @@ class _Rest:
         self._parameters: list[tuple[Span, nn.Parameter]] = []
 
     def add(self, place: Span, parameter: nn.Parameter) -> None:
-        """Makes a parameter, whose place in the flat layout is given, one of those that are views of the memory."""
+        """Makes a parameter, whose place in the flat layout is given, one of those that are views
+        of the memory."""
         self._parameters.append((self.home.place_of(place), parameter))
 
     def view(self, place: Span) -> Tensor:
@@ -77,7 +82,8 @@ class _Rest:
 
 
 class GatheredWeights:
-    """Makes the model's parameters views of memory that is filled while `in_use`, from each member's `own_values`."""
+    """Makes the model's parameters views of memory that is filled while `in_use`, from each
+    member's `own_values`."""
 
     def __init__(
         self,
@@ -89,8 +95,8 @@ class GatheredWeights:
         block_type: torch.dtype,
         apart: bool,
     ) -> None:
-        """`own_values` has this member's parts of all buckets, end to end. With `apart` each matrix of a block begins
-        at an aligned place."""
+        """`own_values` has this member's parts of all buckets, end to end. With `apart` each matrix
+        of a block begins at an aligned place."""
         device = own_values.device
         self._own_values = own_values
         self._peers = peers
@@ -102,7 +108,9 @@ class GatheredWeights:
         self._numbers = {id(block): number for number, block in enumerate(model.blocks)}
         self._homes = [block_homes(layout, span, block_type, apart=apart) for span in spans]
         longest = max(homes[-1].stop for homes in self._homes)
-        self._slots = [large_zeros(longest, dtype=block_type, device=device) for _ in range(_NUM_SLOTS)]
+        self._slots = [
+            large_zeros(longest, dtype=block_type, device=device) for _ in range(_NUM_SLOTS)
+        ]
         self._held: list[int | None] = [None] * _NUM_SLOTS  # the number of the block in each slot
 
         between = _between(spans, layout.size)
@@ -115,7 +123,8 @@ class GatheredWeights:
         views: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
             place = layout.places[name]
-            views[name] = self._view(place).view(parameter.shape).data  # the slot is filled in between
+            # The slot is filled in between
+            views[name] = self._view(place).view(parameter.shape).data
         model.load_state_dict(views, assign=True)
         for name, parameter in model.named_parameters():
             place = layout.places[name]
@@ -133,7 +142,8 @@ class GatheredWeights:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Lasts while the model computes, between two updates; all members enter and leave together."""
+        """Lasts while the model computes, between two updates; all members enter and leave
+        together."""
         self._held = [None] * _NUM_SLOTS
         for rest in self._rests:
             self._gather(rest.allocated(), [rest.home])
@@ -145,7 +155,8 @@ class GatheredWeights:
         self._side_work.close()
 
     def operations(self, ops: Operations) -> Operations:
-        """Returns operations that wait for a block's matrices, forward and backward, and begin to gather the next."""
+        """Returns operations that wait for a block's matrices, forward and backward, and begin to
+        gather the next."""
 
         def block(module: nn.Module, *values: object) -> Tensor:
             number = self._numbers[id(module)]
@@ -158,7 +169,8 @@ class GatheredWeights:
         return ops._replace(block=block)
 
     def _prepare(self, number: int, following: int) -> None:
-        """Returns with a block's matrices there; the other slot is free for those of the following one."""
+        """Returns with a block's matrices there; the other slot is free for those of the following
+        one."""
         if not self._is_begun(number):
             self._begin(number)
         self._side_work.wait()
@@ -198,8 +210,8 @@ def block_homes(
     *,
     apart: bool,
 ) -> list[Home]:
-    """Returns where the matrices of a block lie in a slot: as in the flat layout, or each at an aligned place. Matrices
-    that need no gap between them are one stretch, and travel together."""
+    """Returns where the matrices of a block lie in a slot: as in the flat layout, or each at an
+    aligned place. Matrices that need no gap between them are one stretch, and travel together."""
     if not apart:
         return [_as_in_the_layout(span, dtype)]
     unit = ALIGNMENT_BYTES // dtype.itemsize

@@ -1,11 +1,12 @@
-"""Copies the training state to the host beside the training: from a GPU in pieces through pinned memory, by a thread.
+"""Copies the training state to the host beside the training: from a GPU in pieces through pinned
+memory, by a thread.
 
     training      step ── update ── forward, backward ── (wait) ── update ──
     GPU's copies              piece 1 ── piece 2 ── piece 3 …
     thread                             piece 1 ── piece 2 ── piece 3 …        into a snapshot or a checkpoint's copy
 
-The next update waits until what it would overwrite is copied. On a CPU the copy is synchronous; a thread would compete
-with the step for cores.
+The next update waits until what it would overwrite is copied. On a CPU the copy is synchronous; a
+thread would compete with the step for cores.
 """
 
 import time
@@ -23,7 +24,8 @@ from jobs.exact.state.flat_layout import PIECE_VALUES
 from jobs.run.step_timer import StepTimer
 
 Take = Callable[[Iterator[Tensor]], object]
-"""Takes values end to end, in pieces on the host (n,), each of which is valid until the next one is asked for."""
+"""Takes values end to end, in pieces on the host (n,), each of which is valid until the next one is
+asked for."""
 
 
 @dataclass
@@ -48,8 +50,8 @@ class _Arriving(NamedTuple):
 
 
 class HostCopies:
-    """Takes the copies of one device's tensors, one after another; with `beside` in a thread, through two buffers, one
-    of which is filled from the device while the other one is read."""
+    """Takes the copies of one device's tensors, one after another; with `beside` in a thread,
+    through two buffers, one of which is filled from the device while the other one is read."""
 
     def __init__(
         self,
@@ -143,7 +145,8 @@ class HostCopies:
 
 
 def packed(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """Yields views of the tensors (n,), in order, in lists of `size` values together; the last has fewer."""
+    """Yields views of the tensors (n,), in order, in lists of `size` values together; the last has
+    fewer."""
     views: list[Tensor] = []
     room = size
     for tensor in tensors:

@@ -1,4 +1,5 @@
-"""Answers who holds what of the training state: which ranks divide it, and what each of them keeps, sums and sends."""
+"""Answers who holds what of the training state: which ranks divide it, and what each of them keeps,
+sums and sends."""
 
 from dataclasses import dataclass
 
@@ -10,8 +11,8 @@ from cluster.settings.shard import NOTHING, Divided, divided_by
 class Sharding:
     """How the ranks of an attempt divide the training state among them, as one of them sees it.
 
-    `num_holders` ranks, which follow each other, hold one copy of the state together. A rank alone holds one where
-    nothing is divided.
+    `num_holders` ranks, which follow each other, hold one copy of the state together. A rank alone
+    holds one where nothing is divided.
 
         rank        0   1   2   3   4   5
         copy        0   0   0   1   1   1       with three holders
@@ -38,8 +39,9 @@ class Sharding:
         return cls(divided, rank, world_size, num_holders)
 
     def is_divided(self, name: str) -> bool:
-        """Reports whether each rank holds only its own parts of "values", "gradient" or one of the update rule's
-        vectors. The lengths do not tell: all blocks of a very small model may be one rank's."""
+        """Reports whether each rank holds only its own parts of "values", "gradient" or one of the
+        update rule's vectors. The lengths do not tell: all blocks of a very small model may be one
+        rank's."""
         match name:
             case "values":
                 return self.divided.values
@@ -88,7 +90,8 @@ class Sharding:
 
     @property
     def group_size(self) -> int:
-        """The number of ranks g of a group, which follow each other: 1 where each rank sums whole gradients."""
+        """The number of ranks g of a group, which follow each other: 1 where each rank sums whole
+        gradients."""
         return self.num_holders if self.divided.gradient else 1
 
     @property
@@ -114,7 +117,8 @@ class Sharding:
 
     @property
     def sends_sums(self) -> bool:
-        """Whether counterparts send one another the whole sum of each part; else only the part's owner needs it."""
+        """Whether counterparts send one another the whole sum of each part; else only the part's
+        owner needs it."""
         return self.is_whole or self.divided.gradient
 
     @property

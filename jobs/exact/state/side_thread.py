@@ -11,15 +11,16 @@ Call = Callable[..., None]
 
 
 class SideThread:
-    """Runs calls in a thread, where at most `max_waiting` wait, if that is not 0. A call that fails ends the work:
-    `wait` raises its error."""
+    """Runs calls in a thread, where at most `max_waiting` wait, if that is not 0. A call that fails
+    ends the work: `wait` raises its error."""
 
     streams: Sequence[torch.cuda.Stream] = ()  # on which calls run
 
     def __init__(self, max_waiting: int = 0) -> None:
         self._calls: queue.Queue[partial[None] | None] = queue.Queue(max_waiting)
         self._error: BaseException | None = None
-        # A daemon: a process whose peers are gone must be able to end while a call still waits for them.
+        # A daemon: a process whose peers are gone must be able to end while a call still waits for
+        # them.
         threading.Thread(target=self._run, name="exchange", daemon=True).start()
 
     def submit(self, call: Call, *arguments: object) -> None:
@@ -46,7 +47,8 @@ class SideThread:
 
 
 class SideStream:
-    """Runs calls that only enqueue kernels and collectives, which then run beside the caller's stream."""
+    """Runs calls that only enqueue kernels and collectives, which then run beside the caller's
+    stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)

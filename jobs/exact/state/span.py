@@ -1,4 +1,5 @@
-"""Spans of a flat vector: neighboring values, by the place of the first and the place after the last."""
+"""Spans of a flat vector: neighboring values, by the place of the first and the place after the
+last."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The values of a vector from `start` to before `stop`; it has none where it does not stop after its start."""
+    """The values of a vector from `start` to before `stop`; it has none where it does not stop
+    after its start."""
 
     start: int
     stop: int
@@ -43,7 +45,8 @@ class Span:
 
 @dataclass(frozen=True)
 class PackedSpans:
-    """Spans of a vector, in order, whose values also lie end to end in another vector, the packed one."""
+    """Spans of a vector, in order, whose values also lie end to end in another vector, the packed
+    one."""
 
     spans: Sequence[Span]
 
@@ -71,7 +74,8 @@ class PackedSpans:
         return cuts
 
     def overlaps(self, other: "PackedSpans") -> Iterator[tuple[Span, Span]]:
-        """For each overlap with the other spans, yields its place in this packed vector and in the other one."""
+        """For each overlap with the other spans, yields its place in this packed vector and in the
+        other one."""
         i = j = 0
         while i < len(self.spans) and j < len(other.spans):
             span, other_span = self.spans[i], other.spans[j]

@@ -1,11 +1,13 @@
-"""Holds and updates the state that a training step changes: weights and the update rule's vectors, in flat buffers.
+"""Holds and updates the state that a training step changes: weights and the update rule's vectors,
+in flat buffers.
 
-The model's parameters and gradients are views into flat fp32 buffers (`flat_layout`) of P values, so a gradient is
-summed, clipped and applied as one vector. The weights come in an order of their own: those that decay lie before
-`layout.boundary`. With `scaling.shard`, a rank keeps part of this state only for the parts it owns
-(ZeRO, arXiv 1910.02054): of the rule's vectors, with `gradients` of the gradient too, and with `parameters` of the
-weights too, which it gathers to compute (`gathered_weights`). It updates its own parts, and sends them to all that keep
-the weights whole: the same bits, because the rule (`rules`) works value by value.
+The model's parameters and gradients are views into flat fp32 buffers (`flat_layout`) of P values,
+so a gradient is summed, clipped and applied as one vector. The weights come in an order of their
+own: those that decay lie before `layout.boundary`. With `scaling.shard`, a rank keeps part of this
+state only for the parts it owns (ZeRO, arXiv 1910.02054): of the rule's vectors, with `gradients`
+of the gradient too, and with `parameters` of the weights too, which it gathers to compute
+(`gathered_weights`). It updates its own parts, and sends them to all that keep the weights whole:
+the same bits, because the rule (`rules`) works value by value.
 """
 
 import math
@@ -45,7 +47,8 @@ class StatePiece(NamedTuple):
 
 
 class _Sending(NamedTuple):
-    """What is updated at a time. Where other ranks need the new weights, it is sent while the next is updated."""
+    """What is updated at a time. Where other ranks need the new weights, it is sent while the next
+    is updated."""
 
     buckets: Sequence[Span]  # of which these stretches are this rank's parts
     stretches: Sequence[Stretch]
@@ -54,8 +57,8 @@ class _Sending(NamedTuple):
 class TrainState:
     """The model, its flat buffers and its optimizer.
 
-    `values`, `gradient` and each of the update rule's `vectors` are flat: of the whole layout (P,), or where they are
-    divided, with the packed values of the spans in `owned`.
+    `values`, `gradient` and each of the update rule's `vectors` are flat: of the whole layout (P,),
+    or where they are divided, with the packed values of the spans in `owned`.
     """
 
     def __init__(
@@ -67,8 +70,8 @@ class TrainState:
         group: WorkerGroup = ALONE,
         sharding: Sharding | None = None,
     ) -> None:
-        """Without `sharding` each rank holds a whole copy. A model on torch's device `meta` has no values yet: it takes
-        no memory beside the state's."""
+        """Without `sharding` each rank holds a whole copy. A model on torch's device `meta` has no
+        values yet: it takes no memory beside the state's."""
         self.model = model
         self.config = config
         self.device = device
@@ -76,15 +79,20 @@ class TrainState:
         self.shapes = parameter_shapes(model.config)
         self.layout = FlatLayout.of(self.shapes)
         self.rule = update_rule(config)
-        assert self.rule.unit is Unit.VALUE, "parts begin and end inside parameters: no rank has whole matrices"
+        assert self.rule.unit is Unit.VALUE, (
+            "parts begin and end inside parameters: no rank has whole matrices"
+        )
         self.copies = HostCopies(device)
         self.sharding = sharding or Sharding(rank=group.rank, world_size=group.world_size)
         self.peers = Peers(self.sharding.holders, group)
-        """The ranks that together hold one copy of the state, this rank among them; there may be several copies."""
+        """The ranks that together hold one copy of the state, this rank among them; there may be
+        several copies."""
         self._group = group
         self.owned = self.layout.whole
         if not self.sharding.is_whole:
-            self.owned = self.layout.parts(self.sharding.place, world_size=self.sharding.num_holders)
+            self.owned = self.layout.parts(
+                self.sharding.place, world_size=self.sharding.num_holders
+            )
         self.gradient = self._zeros("gradient")
         self.vectors = {name: self._zeros(name) for name in self.rule.vectors}
         self.values = self._zeros("values")
@@ -104,7 +112,8 @@ class TrainState:
 
     def _gathered_weights(self) -> GatheredWeights:
         numerics = self.config.numerics
-        has_flat_copy = self.device.type == "cpu" and self.config.compute in ("auto", "cpu")  # for its own operations
+        # For its own operations
+        has_flat_copy = self.device.type == "cpu" and self.config.compute in ("auto", "cpu")
         return GatheredWeights(
             self.model,
             self.layout,
@@ -123,14 +132,15 @@ class TrainState:
                 parameter.grad = self.layout.view(self.gradient, name, parameter)
 
     def kept(self, name: str) -> PackedSpans:
-        """Returns the spans of the layout that this rank has of "values", "gradient" or one of the rule's vectors."""
+        """Returns the spans of the layout that this rank has of "values", "gradient" or one of the
+        rule's vectors."""
         return self.owned if self.sharding.is_divided(name) else self.layout.whole
 
     def weights_in_use(self) -> AbstractContextManager[None]:
         """Lasts while the model computes, between two updates.
 
-        Where the weights are sharded, each use gathers them from all ranks: so all enter and leave together, and call
-        the model equally often.
+        Where the weights are sharded, each use gathers them from all ranks: so all enter and leave
+        together, and call the model equally often.
         """
         return self.gathered.in_use() if self.gathered else nullcontext()
 
@@ -143,7 +153,8 @@ class TrainState:
             self._side_work.close()
 
     def _numbers_of_sendings(self) -> list[range]:
-        """Returns the numbers of the owned spans that are updated at a time: all, or if others wait for them, some."""
+        """Returns the numbers of the owned spans that are updated at a time: all, or if others wait
+        for them, some."""
         count = len(self.owned.spans)
         num_sendings = NUM_SENDINGS if self.sharding.sends_values else 1
         numbers_of_sendings: list[range] = []
@@ -174,8 +185,8 @@ class TrainState:
         *,
         decays: bool,
     ) -> Stretch:
-        """Returns views of the flat buffers at a place of the layout; in those that are divided, its values lie at
-        `packed`."""
+        """Returns views of the flat buffers at a place of the layout; in those that are divided,
+        its values lie at `packed`."""
 
         def view(name: str, flat: Tensor) -> Tensor:
             span = packed if self.sharding.is_divided(name) else place
@@ -196,14 +207,15 @@ class TrainState:
         learning_rate: float,
         timer: StepTimer | None = None,
     ) -> None:
-        """Updates the weights by the rule, on every rank, with the gradient of the whole batch and its norm, once the
-        copies of the state before it are taken.
+        """Updates the weights by the rule, on every rank, with the gradient of the whole batch and
+        its norm, once the copies of the state before it are taken.
 
-        Where other holders wait for the updated weights, those of some buckets go round while the next ones are
-        computed; what is left of that in the end is phase `sync` of the timer.
+        Where other holders wait for the updated weights, those of some buckets go round while the
+        next ones are computed; what is left of that in the end is phase `sync` of the timer.
         """
         self.copies.wait(timer)
-        self.num_updates += 1  # from here on this is not the state of the step before, whatever fails
+        # From here on this is not the state of the step before, whatever fails
+        self.num_updates += 1
         grad_clip = self.config.grad_clip
         scale = grad_clip / norm if grad_clip and norm > grad_clip else 1.0
         for sending in self._sendings:
@@ -218,7 +230,8 @@ class TrainState:
                 self._side_work.wait()
 
     def _send(self, buckets: Sequence[Span]) -> None:
-        """Brings the weights of some buckets together, each part from the rank that has updated it."""
+        """Brings the weights of some buckets together, each part from the rank that has updated
+        it."""
         for bucket in buckets:
             self.peers.gather(self.values, bucket)
 
@@ -229,8 +242,9 @@ class TrainState:
         *,
         bucket: int,
     ) -> Tensor:
-        """Returns the values at a stretch of a bucket on rank 0, from the owners of its parts; all ranks call together,
-        and the others get nothing. `packed` has this rank's parts of all buckets."""
+        """Returns the values at a stretch of a bucket on rank 0, from the owners of its parts; all
+        ranks call together, and the others get nothing. `packed` has this rank's parts of all
+        buckets."""
         is_receiver = self._group.rank == 0
         received = packed.new_empty(len(span) if is_receiver else 0)
         if not self.sharding.writes:
@@ -252,7 +266,8 @@ class TrainState:
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """The values and the rule's vectors, each whole, or if it is divided, this rank's own values."""
+        """The values and the rule's vectors, each whole, or if it is divided, this rank's own
+        values."""
         return {"values": self.values, **self.vectors}
 
     def by_parameter(self, flat: Tensor) -> dict[str, Tensor]:
@@ -263,7 +278,8 @@ class TrainState:
         return views
 
     def is_finite(self) -> bool:
-        """Reports whether every weight is finite, in one pass and without allocating; on all ranks alike."""
+        """Reports whether every weight is finite, in one pass and without allocating; on all ranks
+        alike."""
         is_finite = True
         if len(self.values):
             smallest, largest = self.values.aminmax()
@@ -284,9 +300,9 @@ class TrainState:
         *,
         world_size: int,
     ) -> dict[str, list[Tensor]]:
-        """Returns views of the state in a rank's parts of the flat buffers, which lie end to end in the order of
-        `FlatLayout.parts`; where the optimizer is sharded, that rank must be this one. The shares of all ranks of any
-        world make the whole state."""
+        """Returns views of the state in a rank's parts of the flat buffers, which lie end to end in
+        the order of `FlatLayout.parts`; where the optimizer is sharded, that rank must be this one.
+        The shares of all ranks of any world make the whole state."""
         parts = self.layout.parts(rank, world_size=world_size)
         share: dict[str, list[Tensor]] = {}
         for name, flat in self.parts.items():
@@ -295,8 +311,8 @@ class TrainState:
         return share
 
     def load_state(self, num_updates: int, pieces: Iterable[StatePiece]) -> None:
-        """Loads the whole state; each rank takes the values that it keeps. A piece is used before the next
-        one is asked for."""
+        """Loads the whole state; each rank takes the values that it keeps. A piece is used before
+        the next one is asked for."""
         self.set_num_updates(num_updates)
         num_loaded = 0
         for piece in pieces:

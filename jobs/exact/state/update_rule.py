@@ -1,4 +1,5 @@
-"""The interface of a rule that updates weights: what it keeps beside them, what its owner must hold, what it costs."""
+"""The interface of a rule that updates weights: what it keeps beside them, what its owner must
+hold, what it costs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ class Stretch:
 
 
 class UpdateRule(Protocol):
-    """Changes weights by their gradient. A new rule is a file with one class, and a line in `rules`."""
+    """Changes weights by their gradient. A new rule is a file with one class, and a line in
+    `rules`."""
 
     vectors: ClassVar[tuple[str, ...]]
     """The names of what the rule keeps for each value, as checkpoints have them too."""

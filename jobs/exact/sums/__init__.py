@@ -1,1 +1,2 @@
-"""Sums of gradients along a fixed tree over lanes: who adds what, and what goes from rank to rank."""
+"""Sums of gradients along a fixed tree over lanes: who adds what, and what goes from rank to
+rank."""

@@ -1,10 +1,12 @@
-"""Finishes the sum of a step's gradient among ranks, its peers, bucket by bucket, while backward continues.
+"""Finishes the sum of a step's gradient among ranks, its peers, bucket by bucket, while backward
+continues.
 
-The sum is one binary tree over all lanes (`exact_reduce`), whichever peer computed a lane: so its bits do not depend on
-the number of peers. Each peer comes with the sums of some subtrees, those of its own lanes. It sends each part of a
-bucket to the part's owner, adds its own part of all subtrees along the rest of the tree, and, with `sends_sums`, sends
-the result to all. With one subtree for each peer, that is as many bytes as a ring all-reduce sends. Messages go from
-and into permanent buffers.
+The sum is one binary tree over all lanes (`exact_reduce`), whichever peer computed a lane: so its
+bits do not depend on the number of peers. Each peer comes with the sums of some subtrees, those of
+its own lanes. It sends each part of a bucket to the part's owner, adds its own part of all subtrees
+along the rest of the tree, and, with `sends_sums`, sends the result to all. With one subtree for
+each peer, that is as many bytes as a ring all-reduce sends. Messages go from and into permanent
+buffers.
 """
 
 from collections.abc import Sequence
@@ -22,9 +24,9 @@ from jobs.exact.sums.step_totals import block_square_sums
 class BucketExchange:
     """Exchanges the sums in `buffers`, each as long as the gradient.
 
-    The first of them hold this peer's subtree sums, one each, and the very first becomes the whole sum. Without
-    `sends_sums`, as with a sharded optimizer, only this peer's parts of it become whole. `most_subtrees` is the largest
-    number of subtrees that all peers have together.
+    The first of them hold this peer's subtree sums, one each, and the very first becomes the whole
+    sum. Without `sends_sums`, as with a sharded optimizer, only this peer's parts of it become
+    whole. `most_subtrees` is the largest number of subtrees that all peers have together.
     """
 
     def __init__(
@@ -50,7 +52,8 @@ class BucketExchange:
         num_received = most_subtrees * longest if len(peers) > 1 else 0
         self._received = buffers[0].new_empty(num_received)
         self.block_sums: list[Tensor] = []
-        """The sums of squares (`step_totals`) of this peer's parts of the whole sum, in the order of buckets."""
+        """The sums of squares (`step_totals`) of this peer's parts of the whole sum, in the order
+        of buckets."""
 
     def begin(
         self,
@@ -59,7 +62,8 @@ class BucketExchange:
     ) -> None:
         """Prepares for the buckets of a step of so many lanes.
 
-        `subtrees` has those of each peer, as ranges of lanes; two or more peers have at least two together.
+        `subtrees` has those of each peer, as ranges of lanes; two or more peers have at least two
+        together.
         """
         self._root = range(num_lanes)
         self._num_subtrees = [len(nodes) for nodes in subtrees]
@@ -69,7 +73,8 @@ class BucketExchange:
         self.block_sums = []
 
     def exchange(self, bucket: int) -> None:
-        """Exchanges a bucket whose subtree sums are final; every peer takes the buckets in order."""
+        """Exchanges a bucket whose subtree sums are final; every peer takes the buckets in
+        order."""
         result = self._own_parts[bucket].of(self._buffers[0])
         if len(self._peers) > 1:
             self._receive(bucket)
@@ -79,7 +84,8 @@ class BucketExchange:
             self._peers.gather(self._buffers[0], self._buckets[bucket])
 
     def _receive(self, bucket: int) -> None:
-        """Exchanges the first subtree sum of each peer, then the second of each peer that has two, and so on."""
+        """Exchanges the first subtree sum of each peer, then the second of each peer that has two,
+        and so on."""
         own_length = len(self._own_parts[bucket])
         start = 0
         for number in range(max(self._num_subtrees)):
@@ -95,7 +101,8 @@ class BucketExchange:
             start += len(target)
 
     def _add_up(self, result: Tensor) -> None:
-        """Puts the whole sum of a part (P,) into `result`, from all subtree sums as received, its own among them."""
+        """Puts the whole sum of a part (P,) into `result`, from all subtree sums as received, its
+        own among them."""
         count = len(self._order)
         length = len(result)
         rows = self._received[: count * length].view(count, length)

@@ -1,8 +1,9 @@
 """Sums a rank's lanes along the tree as backward brings their gradients, parameter by parameter.
 
-A hook of autograd stores each parameter's gradient in a flat buffer, or adds it there, at once, unless backward has
-written it there itself: nothing is zeroed or cloned between lanes. A lane of several micro-batches adds them up in
-order first. In the last lane, a bucket whose parameters are all done is final.
+A hook of autograd stores each parameter's gradient in a flat buffer, or adds it there, at once,
+unless backward has written it there itself: nothing is zeroed or cloned between lanes. A lane of
+several micro-batches adds them up in order first. In the last lane, a bucket whose parameters are
+all done is final.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +22,9 @@ from model.training.training_memory import large_zeros
 
 
 class FinalBuckets:
-    """Counts the gradients that a backward pass has finished, and calls `on_final` with each bucket whose gradients are
-    all finished: in the order of buckets, the same on every rank, whatever order backward takes."""
+    """Counts the gradients that a backward pass has finished, and calls `on_final` with each bucket
+    whose gradients are all finished: in the order of buckets, the same on every rank, whatever
+    order backward takes."""
 
     def __init__(
         self,
@@ -54,12 +56,15 @@ class FinalBuckets:
             self._next += 1
 
 
-def hand_over_gradients(parameters: Mapping[str, nn.Parameter], take: Callable[[str, nn.Parameter], None]) -> None:
-    """Lets backward call `take`, a method, with the name and the parameter whenever it has finished a gradient, for as
-    long as the method's object lives.
+def hand_over_gradients(
+    parameters: Mapping[str, nn.Parameter], take: Callable[[str, nn.Parameter], None]
+) -> None:
+    """Lets backward call `take`, a method, with the name and the parameter whenever it has finished
+    a gradient, for as long as the method's object lives.
 
-    The hooks hold that object weakly. PyTorch keeps them in C++, where Python's garbage collector does not see a cycle:
-    held strongly, the object would keep the parameters, and all that they are views of, for the life of the process.
+    The hooks hold that object weakly. PyTorch keeps them in C++, where Python's garbage collector
+    does not see a cycle: held strongly, the object would keep the parameters, and all that they are
+    views of, for the life of the process.
     """
     taker = WeakMethod(take)
 
@@ -73,9 +78,11 @@ def hand_over_gradients(parameters: Mapping[str, nn.Parameter], take: Callable[[
 
 
 class LaneSums:
-    """Sums into `buffers`, flat buffers (P,) each; calls `on_final` with each bucket, in order, when it is final.
+    """Sums into `buffers`, flat buffers (P,) each; calls `on_final` with each bucket, in order,
+    when it is final.
 
-    With `lends` the first backward pass of a lane is lent the buffers as sinks: `model.cpu_ops` writes gradients there.
+    With `lends` the first backward pass of a lane is lent the buffers as sinks: `model.cpu_ops`
+    writes gradients there.
     """
 
     def __init__(
@@ -89,7 +96,8 @@ class LaneSums:
         self._lends = lends
         self._final = FinalBuckets(state.layout, on_final)
         self._parameters = dict(state.model.named_parameters())
-        self._views: dict[str, list[Tensor]] = {name: [] for name in self._parameters}  # in each buffer
+        # In each buffer
+        self._views: dict[str, list[Tensor]] = {name: [] for name in self._parameters}
         for buffer in buffers:
             for name, view in state.by_parameter(buffer).items():
                 self._views[name].append(view)
@@ -156,7 +164,8 @@ class LaneSums:
 
 
 def add_up(views: list[Tensor], step: LaneStep) -> None:
-    """Adds up the subtrees that a step completes, into lower and lower buffers; each buffer has a view of one place."""
+    """Adds up the subtrees that a step completes, into lower and lower buffers; each buffer has a
+    view of one place."""
     for number in range(step.merges):
         right = step.buffer - number
         views[right - 1].add_(views[right])

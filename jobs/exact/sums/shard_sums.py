@@ -1,8 +1,10 @@
-"""Sums the gradients of a group's micro-batches along the tree: each member sums the parts that it owns.
+"""Sums the gradients of a group's micro-batches along the tree: each member sums the parts that it
+owns.
 
-A bucket goes to the owners of its parts as soon as backward has finished it: an owner gets a piece from each member at
-once, and adds them in order. No member ever holds a whole gradient (ZeRO-2, arXiv 1910.02054). In bf16, the gradients
-of the blocks' matrices are bf16 numbers and travel as such: no bit is lost. Sums are fp32.
+A bucket goes to the owners of its parts as soon as backward has finished it: an owner gets a piece
+from each member at once, and adds them in order. No member ever holds a whole gradient (ZeRO-2,
+arXiv 1910.02054). In bf16, the gradients of the blocks' matrices are bf16 numbers and travel as
+such: no bit is lost. Sums are fp32.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,10 +24,11 @@ from model.operations import product_type
 
 
 class ShardSums:
-    """Sums into `buffers`, each of which has this member's parts (P / g,) end to end. In the last turn it calls
-    `on_final`, beside backward, with each bucket whose parts are summed.
+    """Sums into `buffers`, each of which has this member's parts (P / g,) end to end. In the last
+    turn it calls `on_final`, beside backward, with each bucket whose parts are summed.
 
-    With `lends` backward is lent memory for the largest gradient, which `model.cpu_ops` then makes only once.
+    With `lends` backward is lent memory for the largest gradient, which `model.cpu_ops` then makes
+    only once.
     """
 
     def __init__(
@@ -142,7 +145,8 @@ def _is_full(bucket: Span, places: Iterable[Span]) -> bool:
 
 
 def _stretches(layout: FlatLayout, place: Span) -> list[tuple[int, Span, Span]]:
-    """Returns each bucket that has values of a parameter, and their places in the bucket and in the parameter."""
+    """Returns each bucket that has values of a parameter, and their places in the bucket and in the
+    parameter."""
     stretches: list[tuple[int, Span, Span]] = []
     for number, bucket in enumerate(layout.buckets):
         overlap = bucket & place

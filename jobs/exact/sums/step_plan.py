@@ -1,9 +1,11 @@
-"""Says who computes what in a step: the ranks are R groups of g members each, and a group has a few subtrees.
+"""Says who computes what in a step: the ranks are R groups of g members each, and a group has a few
+subtrees.
 
-Where nothing but the optimizer is sharded, g is 1: a rank takes the lanes of its subtrees in order. Else the members of
-a group take its micro-batches in turns, one each, in order: the owner of a shard then gets g neighboring pieces at
-once, and sums them along the same tree in few buffers. In the last turn, a member that has none left computes the last
-micro-batch again: its result is not used, but all send the same messages in the same order.
+Where nothing but the optimizer is sharded, g is 1: a rank takes the lanes of its subtrees in order.
+Else the members of a group take its micro-batches in turns, one each, in order: the owner of a
+shard then gets g neighboring pieces at once, and sums them along the same tree in few buffers. In
+the last turn, a member that has none left computes the last micro-batch again: its result is not
+used, but all send the same messages in the same order.
 """
 
 from collections.abc import Sequence
@@ -29,7 +31,8 @@ class StepPlan:
 
     @cached_property
     def steps(self) -> list[LaneStep]:
-        """The steps of the sums: one for each lane, or with members that share one out, for each micro-batch."""
+        """The steps of the sums: one for each lane, or with members that share one out, for each
+        micro-batch."""
         return lane_steps(self.subtrees[self.sharding.group], num_pieces=self._num_pieces)
 
     @property

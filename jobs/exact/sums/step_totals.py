@@ -1,6 +1,8 @@
-"""Makes the figures of a step's whole batch, its loss and its gradient's norm, from what each rank has of them.
+"""Makes the figures of a step's whole batch, its loss and its gradient's norm, from what each rank
+has of them.
 
-Losses are summed along the lanes' tree, the norm in the order of the flat buffer's blocks of values.
+Losses are summed along the lanes' tree, the norm in the order of the flat buffer's blocks of
+values.
 """
 
 from collections.abc import Sequence
@@ -27,7 +29,8 @@ class Measured(NamedTuple):
 
 
 class StepTotals:
-    """Gathers what all ranks have, and with it the proof that every message of the step has arrived."""
+    """Gathers what all ranks have, and with it the proof that every message of the step has
+    arrived."""
 
     def __init__(
         self,
@@ -38,9 +41,11 @@ class StepTotals:
         device: torch.device,
     ) -> None:
         self._group = group
-        # The ranks in the order of their parts: the members' parts of a bucket, and the groups' parts of these.
+        # The ranks in the order of their parts: the members' parts of a bucket, and the groups'
+        # parts of these.
         ranks = sorted(range(sharding.world_size), key=lambda rank: rank % sharding.group_size)
-        sizes = torch.tensor([_part_sizes(layout, sharding, rank) for rank in ranks])  # (W, buckets)
+        # (W, buckets)
+        sizes = torch.tensor([_part_sizes(layout, sharding, rank) for rank in ranks])
         self._num_blocks = int(sizes.sum(1).max())
         self._block_order = _block_order(ranks, sizes, device=device)
 
@@ -52,9 +57,10 @@ class StepTotals:
         block_sums: Sequence[Tensor],
         losses: Sequence[Tensor],
     ) -> Measured:
-        """Returns the sum of the losses, from those of this rank's counted micro-batches in order, each with the number
-        of tokens that it counts (2,), and the gradient's norm, from the sums of squares of this rank's parts. Raises
-        `LostPeerError` where a message of the step did not arrive."""
+        """Returns the sum of the losses, from those of this rank's counted micro-batches in order,
+        each with the number of tokens that it counts (2,), and the gradient's norm, from the sums
+        of squares of this rank's parts. Raises `LostPeerError` where a message of the step did not
+        arrive."""
         sums = torch.cat(list(block_sums))
         padding = sums.new_zeros(self._num_blocks - len(sums))
         losses_and_counts = [loss.double() for loss in losses]
@@ -88,7 +94,8 @@ def _sum_of_losses(plan: StepPlan, losses: Tensor) -> float:
 
 
 def _part_sizes(layout: FlatLayout, sharding: Sharding, rank: int) -> list[int]:
-    """Returns the blocks of each bucket whose sums the rank makes: of its member's part, the part of its group."""
+    """Returns the blocks of each bucket whose sums the rank makes: of its member's part, the part
+    of its group."""
     group, member = divmod(rank, sharding.group_size)
     sizes: list[int] = []
     for bucket in layout.buckets:
@@ -104,10 +111,11 @@ def _block_order(
     *,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the rank (N,) that has each block of the flat buffer, and the block's place (N,) among that rank's own.
+    """Returns the rank (N,) that has each block of the flat buffer, and the block's place (N,)
+    among that rank's own.
 
-    `sizes` (W, buckets) has the blocks of each of the ranks. The order is that of every step, and takes seconds of
-    Python for 512 ranks.
+    `sizes` (W, buckets) has the blocks of each of the ranks. The order is that of every step, and
+    takes seconds of Python for 512 ranks.
     """
     starts = sizes.cumsum(1) - sizes
     counts = sizes.T.flatten()  # bucket by bucket, rank by rank
@@ -119,10 +127,12 @@ def _block_order(
 
 
 def block_square_sums(values: Tensor) -> Tensor:
-    """Returns sums of squares (P / BLOCK,), in float64, of values (P,) that begin at a block; the last may be short.
+    """Returns sums of squares (P / BLOCK,), in float64, of values (P,) that begin at a block; the
+    last may be short.
 
-    A block has the same bits whichever blocks are computed with it: CUDA's kernel gives each of fewer than 16 rows more
-    threads (ATen/native/cuda/Reduce.cuh). Within a block fp32 suffices, in half the time of float64.
+    A block has the same bits whichever blocks are computed with it: CUDA's kernel gives each of
+    fewer than 16 rows more threads (ATen/native/cuda/Reduce.cuh). Within a block fp32 suffices, in
+    half the time of float64.
     """
     end = len(values) - len(values) % BLOCK
     whole_blocks = values[:end].view(-1, BLOCK)

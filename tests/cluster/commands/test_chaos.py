@@ -1,4 +1,5 @@
-"""Faults on purpose: how they are written down, and that the ledger decides when and whom they hit."""
+"""Faults on purpose: how they are written down, and that the ledger decides when and whom they
+hit."""
 
 import signal
 import subprocess
@@ -26,7 +27,9 @@ def test_faults_come_in_the_order_of_their_steps() -> None:
     ]
 
 
-@pytest.mark.parametrize("word", ["", "kill-node", "kill-node@", "kill-node@x", "kill-node@-1", "kill@3", "@3", "3"])
+@pytest.mark.parametrize(
+    "word", ["", "kill-node", "kill-node@", "kill-node@x", "kill-node@-1", "kill@3", "@3", "3"]
+)
 def test_other_words_are_refused_with_the_known_ones(word: str) -> None:
     with pytest.raises(ConfigError) as refused:
         parse_faults(["kill-node@4", word])
@@ -36,7 +39,9 @@ def test_other_words_are_refused_with_the_known_ones(word: str) -> None:
 @pytest.fixture
 def sleepers() -> Iterator[list[subprocess.Popen[bytes]]]:
     """Two real processes that stand for the workers of ranks 0 and 1."""
-    processes = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)
+    ]
     yield processes
     for process in processes:
         process.kill()
@@ -48,7 +53,9 @@ def test_the_highest_rank_is_killed_once_its_step_is_done(
 ) -> None:
     config = RunConfig(run_id="r", storage=StorageConfig(uri=str(tmp_path)))
     ledger = LedgerWriter(open_storage(str(tmp_path)).child("runs/r"))
-    workers = [{"pid": process.pid, "node": f"node-{rank}"} for rank, process in enumerate(sleepers)]
+    workers = [
+        {"pid": process.pid, "node": f"node-{rank}"} for rank, process in enumerate(sleepers)
+    ]
     cluster = LocalCluster(num_nodes=1, cpus_per_node=1)  # never started: its nodes are not needed
     with chaos(parse_faults(["kill-worker@2"]), cluster=cluster, config=config):
         ledger.event("start", attempt=1, world_size=2, step=0, checkpoint=None, workers=workers)

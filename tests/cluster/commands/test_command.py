@@ -1,4 +1,5 @@
-"""The records of commands: what each reads is what its command line takes, and nothing is written into it."""
+"""The records of commands: what each reads is what its command line takes, and nothing is written
+into it."""
 
 import importlib
 import json
@@ -27,7 +28,9 @@ def accepted(command: Command) -> set[Argument[Any]]:
     arguments = set()
     for argument in command.arguments:
         arguments |= set(argument.arguments) if isinstance(argument, OneOf) else {argument}
-    is_always_set = {argument for argument in arguments if isinstance(argument, Switch) and argument.required}
+    is_always_set = {
+        argument for argument in arguments if isinstance(argument, Switch) and argument.required
+    }
     return {argument for argument in arguments - is_always_set if isinstance(argument, Argument)}
 
 
@@ -51,7 +54,11 @@ def read(function: FunctionType, seen: set[FunctionType]) -> set[Argument[Any]]:
         value = known.get(name)
         if isinstance(value, Argument):
             result.add(value)
-        elif isinstance(value, FunctionType) and value.__module__.startswith("cluster.commands.") and value not in seen:
+        elif (
+            isinstance(value, FunctionType)
+            and value.__module__.startswith("cluster.commands.")
+            and value not in seen
+        ):
             result |= read(value, seen)
     return result
 
@@ -59,7 +66,8 @@ def read(function: FunctionType, seen: set[FunctionType]) -> set[Argument[Any]]:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_a_command_reads_the_arguments_that_it_takes_and_no_others(command: Command) -> None:
     assert isinstance(command.run, FunctionType)
-    assert read(command.run, set()) == accepted(command) - {CONFIG, CONFIG_FLAG}  # which `Arguments.config` reads
+    # Which `Arguments.config` reads
+    assert read(command.run, set()) == accepted(command) - {CONFIG, CONFIG_FLAG}
 
 
 def test_an_argument_that_is_read_and_not_taken_would_be_seen() -> None:
@@ -101,4 +109,7 @@ def test_a_preset_over_a_files_numbers_is_told_by_each_command_that_reads_both(
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps({"model": {"preset": "tiny", "n_layer": 9}}))
     assert main(["inspect", str(path), "--shapes", "--model.preset", "demo"]) == 0
-    assert capsys.readouterr().err == f"model.n_layer: 9 of {path} stays, with the rest of --model.preset demo\n"
+    assert (
+        capsys.readouterr().err
+        == f"model.n_layer: 9 of {path} stays, with the rest of --model.preset demo\n"
+    )

@@ -1,4 +1,5 @@
-"""A real bash completes a line: commands, flags, presets, and the runs and checkpoints of the storage."""
+"""A real bash completes a line: commands, flags, presets, and the runs and checkpoints of the
+storage."""
 
 import os
 import shlex
@@ -30,7 +31,8 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder with two runs, of which one has two checkpoints, and with the command in `bin`."""
+    """Returns a folder with two runs, of which one has two checkpoints, and with the command in
+    `bin`."""
     folder = tmp_path_factory.mktemp("typed")
     for step in (50, 100):
         write_tiny(folder / f".raymill/runs/first/checkpoints/step-{step:09}-0001", step=step)
@@ -62,7 +64,10 @@ def completions(line: str, folder: Path) -> set[str]:
     [
         ("raymill pre", ["pretrain"]),
         ("raymill checkpoint ", ["show", "list"]),
-        ("raymill pretrain --train.max", ["--train.max-tokens", "--train.max-skipped-steps", "--train.max-rollbacks"]),
+        (
+            "raymill pretrain --train.max",
+            ["--train.max-tokens", "--train.max-skipped-steps", "--train.max-rollbacks"],
+        ),
         ("raymill pretrain --model.preset small", ["small-10m"]),
         ("raymill pretrain --train.recompute ", ["true", "false"]),
         ("raymill evaluate --precision ", ["auto", "fp32", "bf16"]),

@@ -34,11 +34,14 @@ from tests.time_limits import limit_s
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A corpus, a checkpoint, a run with settings, a run that is running, and a folder that is no run."""
+    """A corpus, a checkpoint, a run with settings, a run that is running, and a folder that is no
+    run."""
     folder = tmp_path_factory.mktemp("person")
     (folder / "text.txt").write_text("to be or not to be\n" * 100)
     write_tiny(folder / "step-1")
-    config = RunConfig.model_validate({"run_id": "begun", "model": {"preset": "tiny"}, "train": {"seed": 1}})
+    config = RunConfig.model_validate(
+        {"run_id": "begun", "model": {"preset": "tiny"}, "train": {"seed": 1}}
+    )
     run = folder / ".raymill/runs/begun"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(to_yaml(config))
@@ -71,7 +74,9 @@ class JobsApiStandIn(BaseHTTPRequestHandler):
             "/api/version": {"ray_version": metadata.version("ray")},
             "/api/v0/nodes": {"data": {"result": {"result": [{"resources_total": self.node}]}}},
             "/api/cluster_status": {
-                "data": {"clusterStatus": {"autoscalingStatus": "up" if self.has_autoscaler else ""}}
+                "data": {
+                    "clusterStatus": {"autoscalingStatus": "up" if self.has_autoscaler else ""}
+                }
             },
         }
         answer = answers.get(self.path.partition("?")[0])
@@ -132,33 +137,71 @@ MISTAKES = {
     "no such checkpoint": (["evaluate", "step-7"], "unknown checkpoint"),
     "nothing to evaluate": (["evaluate"], "nothing is published in"),
     "no such checkpoint by flag": (["evaluate", "--checkpoint", "step-7"], "unknown checkpoint"),
-    "two checkpoints": (["evaluate", "step-1", "--checkpoint", "step-7"], "two checkpoints, step-1 and"),
+    "two checkpoints": (
+        ["evaluate", "step-1", "--checkpoint", "step-7"],
+        "two checkpoints, step-1 and",
+    ),
     "no checkpoint there": (["serve", "notes"], "manifest.json is missing"),
     "nothing to export": (["export", "latest", "out"], "nothing is published in"),
     "port in use": (["serve", "step-1", "--port", "PORT"], "is in use by another process"),
     "no such source": (["pretrain", "--data.source", "nowhere.txt"], "nothing is at"),
-    "no such source to preview": (["data", "preview", "--data.source", "nowhere.txt"], "data.source: nothing is at"),
+    "no such source to preview": (
+        ["data", "preview", "--data.source", "nowhere.txt"],
+        "data.source: nothing is at",
+    ),
     "empty pattern": (["tokenize", "--data.source", "*.jsonl"], "nothing is at"),
-    "no such validation set": (["pretrain", *TINY, "--data.validation", "news=none.txt"], "nothing is at"),
-    "no GPU": ([*TEXT, "--scaling.use-gpu", "true"], "scaling.use_gpu needs a Ray cluster with GPUs"),
-    "no GPU to serve": (["serve", "step-1", "--engine.device", "cuda"], "engine.device=cuda needs a Ray cluster with"),
+    "no such validation set": (
+        ["pretrain", *TINY, "--data.validation", "news=none.txt"],
+        "nothing is at",
+    ),
+    "no GPU": (
+        [*TEXT, "--scaling.use-gpu", "true"],
+        "scaling.use_gpu needs a Ray cluster with GPUs",
+    ),
+    "no GPU to serve": (
+        ["serve", "step-1", "--engine.device", "cuda"],
+        "engine.device=cuda needs a Ray cluster with",
+    ),
     "no memory": ([*TEXT, "--model.preset", "gpt3-175b", *SHORT], "a worker needs about"),
-    "no GPU there": ([*TEXT, *AT_SMALL, "--scaling.use-gpu", "true"], "scaling.use_gpu needs GPUs, and http://"),
+    "no GPU there": (
+        [*TEXT, *AT_SMALL, "--scaling.use-gpu", "true"],
+        "scaling.use_gpu needs GPUs, and http://",
+    ),
     "no GPU to serve there": (
-        ["serve", "step-1", *AT_SMALL, "--engine.device", "cuda", "--engine.tensor-parallel-size", "2"],
+        [
+            "serve",
+            "step-1",
+            *AT_SMALL,
+            "--engine.device",
+            "cuda",
+            "--engine.tensor-parallel-size",
+            "2",
+        ],
         "engine.device=cuda needs a node with 2 GPUs, and http://",
     ),
-    "no memory there": ([*TEXT, *AT_SMALL, "--model.preset", "gpt2-1.5b", *SHORT], "(the largest node has 10.0 GB)"),
-    "no room there": ([*TEXT, *AT_SMALL, "--scaling.threads-per-worker", "5"], "has room for 0 now"),
+    "no memory there": (
+        [*TEXT, *AT_SMALL, "--model.preset", "gpt2-1.5b", *SHORT],
+        "(the largest node has 10.0 GB)",
+    ),
+    "no room there": (
+        [*TEXT, *AT_SMALL, "--scaling.threads-per-worker", "5"],
+        "has room for 0 now",
+    ),
     "nobody there": (
         [*TEXT, "--cluster.address", "http://127.0.0.1:9"],
         "no Ray Jobs API answers at http://127.0.0.1:9",
     ),
     "no key": (["serve", "step-1", "--host", "0.0.0.0"], "host is 0.0.0.0, which others can reach"),
     "running already": ([*TEXT, "--run-id", "busy"], "`raymill status busy` shows it"),
-    "no place": (["tokenize", *TEXT[1:], "--storage.uri", "/proc/nope"], "/proc/nope cannot be written"),
+    "no place": (
+        ["tokenize", *TEXT[1:], "--storage.uri", "/proc/nope"],
+        "/proc/nope cannot be written",
+    ),
     "nor there": ([*TEXT, "--storage.uri", "/sys/nope"], "/sys/nope cannot be written"),
-    "a preset over a shape": (["pretrain", "run.yaml", "--model.preset", "gpt3-175b"], "model.n_layer: 2"),
+    "a preset over a shape": (
+        ["pretrain", "run.yaml", "--model.preset", "gpt3-175b"],
+        "model.n_layer: 2",
+    ),
     "other settings": (["pretrain", *TINY, "--train.seed", "2"], "train.seed was 1, now 2"),
     "no run": (["report", "notes"], "unknown run 'notes'"),
     "nor to look at": (["verify", "./notes"], "unknown run './notes'"),
@@ -166,7 +209,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_cheap_mistake_is_one_line_before_a_cluster_starts(name: str, folder: Path, port: int, small: str) -> None:
+def test_a_cheap_mistake_is_one_line_before_a_cluster_starts(
+    name: str, folder: Path, port: int, small: str
+) -> None:
     argv, words = MISTAKES[name]
     places = {"PORT": str(port), "SMALL": small}
     process = started([places.get(word, word) for word in argv], folder)
@@ -185,11 +230,16 @@ def test_a_cheap_mistake_is_one_line_before_a_cluster_starts(name: str, folder: 
     [
         ([*TEXT, "--scaling.use-gpu", "true"], "scaling.use_gpu needs GPUs"),
         ([*TEXT, "--model.preset", "gpt2-1.5b", *SHORT], "a worker needs about"),
-        (["serve", "step-1", "--engine.device", "cuda"], "engine.device=cuda needs a node with 1 GPU"),
+        (
+            ["serve", "step-1", "--engine.device", "cuda"],
+            "engine.device=cuda needs a node with 1 GPU",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_cluster_that_autoscales_is_waited_for(argv: list[str], words: str, folder: Path, growing: str) -> None:
+def test_a_cluster_that_autoscales_is_waited_for(
+    argv: list[str], words: str, folder: Path, growing: str
+) -> None:
     process = started([*argv, "--cluster.address", growing], folder)
     assert process.stderr is not None
     try:
@@ -198,7 +248,9 @@ def test_a_cluster_that_autoscales_is_waited_for(argv: list[str], words: str, fo
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     assert first.startswith(words), first
-    assert first.endswith("; the cluster autoscales, so more nodes may come, and the job waits for them\n")
+    assert first.endswith(
+        "; the cluster autoscales, so more nodes may come, and the job waits for them\n"
+    )
     assert second.startswith(("pretrain: run ", "serve: ")), "the command goes on"
 
 
@@ -208,7 +260,10 @@ def test_without_words_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> 
 
 
 WORDS = {
-    "tokenize": (["tokenize", "--data.source", "text.txt", "--run-id", "t"], "tokenize: run t, on "),
+    "tokenize": (
+        ["tokenize", "--data.source", "text.txt", "--run-id", "t"],
+        "tokenize: run t, on ",
+    ),
     "pretrain": (["pretrain", *TINY, "--train.seed", "1"], "pretrain: run begun, "),
     "pipeline": (["pipeline", *TINY, "--train.seed", "1"], "pipeline: run begun, "),
     "submit": (["submit", "pretrain", *TINY], "submit: pretrain of run begun; checking"),
@@ -217,7 +272,10 @@ WORDS = {
     "export": (["export", "step-1", "exported"], "export: /"),
     "report": (["report", "begun"], "report: /"),
     "probe": (["probe", "begun"], "probe: /"),
-    "data preview": (["data", "preview", "--data.source", "text.txt"], "data preview: reading a sample"),
+    "data preview": (
+        ["data", "preview", "--data.source", "text.txt"],
+        "data preview: reading a sample",
+    ),
     "data verify": (["data", "verify", "nowhere"], "data verify: nowhere"),
     "demo": (["demo"], "demo: "),
 }
@@ -240,7 +298,9 @@ def test_something_speaks_within_a_second(name: str, folder: Path) -> None:
     assert times.user + times.system < 1
 
 
-def test_a_list_of_runs_says_where_it_looked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_of_runs_says_where_it_looked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["list", "--storage.uri", str(tmp_path)]) == 0
     assert capsys.readouterr().err.startswith(f"no runs in {tmp_path}: `raymill pretrain`")
     jobs = tmp_path / "runs/second/jobs/20260101-000000-abcd"
@@ -248,7 +308,9 @@ def test_a_list_of_runs_says_where_it_looked(tmp_path: Path, capsys: pytest.Capt
     (jobs / "started.json").write_text(
         '{"job": "raymill-1", "stage": "pretrain", "host": "desk", "time": 1767225600.0}'
     )
-    (jobs / "ended.json").write_text('{"exit_code": 0, "stopped": false, "result": null, "time": 1767225700.0}')
+    (jobs / "ended.json").write_text(
+        '{"exit_code": 0, "stopped": false, "result": null, "time": 1767225700.0}'
+    )
     (tmp_path / "runs/second/ledger.jsonl").write_text(
         '{"step": 60, "tokens_seen": 1, "loss": 2.0, "world_size": 2}\n{"event": "finish", "step": 60}\n'
     )
@@ -270,16 +332,42 @@ def test_a_list_of_runs_says_where_it_looked(tmp_path: Path, capsys: pytest.Capt
     assert main(["status", "second", "--storage.uri", str(tmp_path)]) == 0
     shown = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
     assert {"stage pretrain", "step 60", "loss 2", "kind of job by hand", "place desk"} <= shown
-    assert not any(line.startswith(("number", "submissions")) for line in shown), "it was submitted by nobody"
+    assert not any(line.startswith(("number", "submissions")) for line in shown), (
+        "it was submitted by nobody"
+    )
     started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1767225600)).split()
-    known = ["second", "pretrain", "succeeded", "60", "2", *started, "by", "hand", "desk", "raymill-1"]
+    known = [
+        "second",
+        "pretrain",
+        "succeeded",
+        "60",
+        "2",
+        *started,
+        "by",
+        "hand",
+        "desk",
+        "raymill-1",
+    ]
     assert row.split() == known
 
 
-RECORD = {"run_id": "bad", "stage": "pretrain", "backend": "local", "where": "desk", "job": "j", "number": 1}
+RECORD = {
+    "run_id": "bad",
+    "stage": "pretrain",
+    "backend": "local",
+    "where": "desk",
+    "job": "j",
+    "number": 1,
+}
 UNREADABLE = {
-    "a newer record": ("jobs/submitted.json", json.dumps(RECORD | {"submitted": 1.0, "later": 1}).encode()),
-    "an unknown backend": ("jobs/submitted.json", json.dumps(RECORD | {"submitted": 1.0, "backend": "slurm"}).encode()),
+    "a newer record": (
+        "jobs/submitted.json",
+        json.dumps(RECORD | {"submitted": 1.0, "later": 1}).encode(),
+    ),
+    "an unknown backend": (
+        "jobs/submitted.json",
+        json.dumps(RECORD | {"submitted": 1.0, "backend": "slurm"}).encode(),
+    ),
     "no record": ("jobs/submitted.json", b"[]"),
     "an empty start": ("jobs/20260101-000000-abcd/started.json", b""),
     "an end that is not text": ("jobs/20260101-000000-abcd/ended.json", b"\xff"),
@@ -294,8 +382,12 @@ def test_a_run_that_cannot_be_read_is_named_and_the_others_are_listed(
     for run in ("bad", "good"):
         jobs = tmp_path / f"runs/{run}/jobs/20260101-000000-abcd"
         jobs.mkdir(parents=True)
-        (jobs / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
-        (jobs / "ended.json").write_text('{"exit_code": 0, "stopped": false, "result": null, "time": 2.0}')
+        (jobs / "started.json").write_text(
+            '{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}'
+        )
+        (jobs / "ended.json").write_text(
+            '{"exit_code": 0, "stopped": false, "result": null, "time": 2.0}'
+        )
     name, content = UNREADABLE[damage]
     path = tmp_path / "runs/bad" / name
     path.write_bytes(content)
@@ -308,17 +400,22 @@ def test_a_run_that_cannot_be_read_is_named_and_the_others_are_listed(
 
 
 def record_log(storage: Path, log: str, *, exit_code: int, stopped: bool) -> list[str]:
-    """Records the only launch of a run, which has ended, and returns the words that ask for its log."""
+    """Records the only launch of a run, which has ended, and returns the words that ask for its
+    log."""
     folder = storage / "runs/second/jobs/20260101-000000-abcd"
     folder.mkdir(parents=True)
-    (folder / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
+    (folder / "started.json").write_text(
+        '{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}'
+    )
     ended = {"exit_code": exit_code, "stopped": stopped, "result": None, "time": 2.0}
     (folder / "ended.json").write_text(json.dumps(ended))
     (folder / "log-000000000000").write_text(log)
     return ["logs", "second", "--storage.uri", str(storage)]
 
 
-def test_logs_leave_out_what_ray_says_to_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_logs_leave_out_what_ray_says_to_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     alarming = "[2026-01-01 00:00:00,123 E 12 34] core_worker.cc:2157: Actor with class name X cannot be created\n"
     log = f"attempt 1: 2 workers\n{alarming}(raylet) bash: warning\nsaved\n"
     words = record_log(tmp_path, log, exit_code=0, stopped=False)
@@ -330,7 +427,9 @@ def test_logs_leave_out_what_ray_says_to_itself(tmp_path: Path, capsys: pytest.C
     assert alarming in capsys.readouterr().out
 
 
-def test_the_log_of_a_stopped_run_ends_with_a_plain_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_of_a_stopped_run_ends_with_a_plain_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     stack = "*** SIGTERM received at time=1795955368 on cpu 0 ***\nPC: @     0x7fba53ca676e  (unknown)  (unknown)\n"
     log = f"WAITING for 2 workers\n{stack}    @     0x7fba53c4bd70  (unknown)\n"
     words = record_log(tmp_path, log, exit_code=143, stopped=True)
@@ -348,11 +447,18 @@ def test_a_log_moves_no_cursor(
 ) -> None:
     folder = tmp_path / "runs/second/jobs/20260101-000000-abcd"
     folder.mkdir(parents=True)
-    (folder / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
-    (folder / "ended.json").write_text('{"exit_code": 0, "stopped": false, "result": null, "time": 2.0}')
+    (folder / "started.json").write_text(
+        '{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}'
+    )
+    (folder / "ended.json").write_text(
+        '{"exit_code": 0, "stopped": false, "result": null, "time": 2.0}'
+    )
     (folder / "log-000000000000").write_text("\x1b]0;name\x07\x1b[2J.txt\n")
     words = ["logs", "second", "--storage.uri", str(tmp_path)]
-    for at_terminal, shown in ((False, "\x1b]0;name\x07\x1b[2J.txt\n"), (True, "\\x1b]0;name\\x07\\x1b[2J.txt\n")):
+    for at_terminal, shown in (
+        (False, "\x1b]0;name\x07\x1b[2J.txt\n"),
+        (True, "\\x1b]0;name\\x07\\x1b[2J.txt\n"),
+    ):
         monkeypatch.setattr(sys.stdout, "isatty", lambda at_terminal=at_terminal: at_terminal)
         assert main(words) == 0
         assert capsys.readouterr().out == shown
@@ -360,7 +466,9 @@ def test_a_log_moves_no_cursor(
         assert capsys.readouterr().out.startswith(shown)
 
 
-def test_the_published_ones_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_published_ones_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     storage = open_storage(str(tmp_path))
     for number, run_id in enumerate(("first", "second", "third"), start=1):
         write_tiny(tmp_path / run_id, step=number, run_id=run_id, val_loss=4 - number / 3)
@@ -377,12 +485,22 @@ def test_the_published_ones_are_told_apart(tmp_path: Path, capsys: pytest.Captur
     assert all(row.startswith(time.strftime("%Y-%m-%d ")) for row in rows)
     shutil.rmtree(tmp_path / "first")
     assert main(["checkpoint", "list", "--storage.uri", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[2:] == ["first", "1", "-", "gone", str(tmp_path / "first")]
+    assert capsys.readouterr().out.splitlines()[1].split()[2:] == [
+        "first",
+        "1",
+        "-",
+        "gone",
+        str(tmp_path / "first"),
+    ]
 
 
-def test_a_run_that_waits_has_no_report_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_waits_has_no_report_yet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "runs/waiting/jobs/20260101-000000-abcd"
     folder.mkdir(parents=True)
-    (folder / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
+    (folder / "started.json").write_text(
+        '{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}'
+    )
     assert main(["report", "waiting", "--storage.uri", str(tmp_path)]) == 1
     assert "run 'waiting' has no step yet" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""What a newcomer mistypes is answered in one line: what was wrong, what was expected, what to do, and nothing else."""
+"""What a newcomer mistypes is answered in one line: what was wrong, what was expected, what to do,
+and nothing else."""
 
 import json
 from pathlib import Path
@@ -16,19 +17,47 @@ MISTAKES: dict[str, tuple[list[str], list[str], list[str]]] = {
         ["choose from", "invalid choice"],
     ),
     "lr": ([*TEXT, "--lr", "1e-3"], ["--lr", "did you mean train.learning_rate?"], ["--help?"]),
-    "train.lr": ([*TEXT, "--train.lr", "1e-3"], ["did you mean train.learning_rate?"], ["train.seed"]),
-    "train.steps": ([*TEXT, "--train.steps", "9"], ["train.max_tokens", "`raymill plan` says"], ["train.seed"]),
+    "train.lr": (
+        [*TEXT, "--train.lr", "1e-3"],
+        ["did you mean train.learning_rate?"],
+        ["train.seed"],
+    ),
+    "train.steps": (
+        [*TEXT, "--train.steps", "9"],
+        ["train.max_tokens", "`raymill plan` says"],
+        ["train.seed"],
+    ),
     "batch size": ([*TEXT, "--train.batch-size", "8"], ["train.global_batch_size"], ["micro"]),
-    "a number": ([*TEXT, "--train.max-tokens", "20X"], ["a whole number, such as 20000000, 20M or 1e6"], ["integer"]),
-    "bytes": ([*TEXT, "--data.shard-bytes", "64 miles"], ["(of bytes: 64MiB, 2GB)", "'64 miles'"], ["integer"]),
-    "an ending": ([*TEXT, "--data.text-endings", "md"], ["expected an ending, such as .md"], ["pattern", "match"]),
-    "an ending that is read": ([*TEXT, "--data.text-endings", ".csv"], [".csv is read already"], ["Value error"]),
+    "a number": (
+        [*TEXT, "--train.max-tokens", "20X"],
+        ["a whole number, such as 20000000, 20M or 1e6"],
+        ["integer"],
+    ),
+    "bytes": (
+        [*TEXT, "--data.shard-bytes", "64 miles"],
+        ["(of bytes: 64MiB, 2GB)", "'64 miles'"],
+        ["integer"],
+    ),
+    "an ending": (
+        [*TEXT, "--data.text-endings", "md"],
+        ["expected an ending, such as .md"],
+        ["pattern", "match"],
+    ),
+    "an ending that is read": (
+        [*TEXT, "--data.text-endings", ".csv"],
+        [".csv is read already"],
+        ["Value error"],
+    ),
     "a text for a section": (
         ["pretrain", "data.yaml"],
         ["data: expected `name: value` lines", "source"],
         ["dictionary"],
     ),
-    "a run id": ([*TEXT, "--run-id", "my run"], ["letters, digits", "at most 64", "'my run'"], ["^[A-Z", "pattern"]),
+    "a run id": (
+        [*TEXT, "--run-id", "my run"],
+        ["letters, digits", "at most 64", "'my run'"],
+        ["^[A-Z", "pattern"],
+    ),
     "indentation": (
         ["pretrain", "indent.yaml"],
         ["line 3, column 8, at 'seed: 1'", "indented like"],
@@ -50,7 +79,11 @@ MISTAKES: dict[str, tuple[list[str], list[str], list[str]]] = {
         ["data.source: nothing is at", "check the path"],
         ["looked for"],
     ),
-    "a configuration": (["pretrain", "none.yaml"], ["cannot read the configuration none.yaml"], ["Errno"]),
+    "a configuration": (
+        ["pretrain", "none.yaml"],
+        ["cannot read the configuration none.yaml"],
+        ["Errno"],
+    ),
 }
 
 
@@ -69,7 +102,9 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_folder")
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_named_with_what_was_expected(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_named_with_what_was_expected(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv, words, misleading = MISTAKES[name]
     assert main(argv) == 2
     [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -78,7 +113,9 @@ def test_a_mistake_is_named_with_what_was_expected(name: str, capsys: pytest.Cap
 
 
 @pytest.mark.usefixtures("_folder")
-def test_a_replay_of_a_run_without_a_step_says_that_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_replay_of_a_run_without_a_step_says_that_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     Path(".raymill/runs/begun/ledger.jsonl").write_text("")
     assert main(["replay", "begun", "--steps", "1..5"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]

@@ -1,4 +1,5 @@
-"""The cost of a command line before it does anything: processor time and imported modules, of real processes.
+"""The cost of a command line before it does anything: processor time and imported modules, of real
+processes.
 
 Processor time of the child alone counts, so that a busy machine changes little; the least of three.
 """
@@ -32,11 +33,17 @@ def measured(argv: list[str], folder: Path, **variables: str) -> tuple[float, se
         imports.seek(0)
         lines = imports.read().splitlines()
         assert process.returncode == 0, lines[-1]
-        packages = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines if line.startswith("import")}
+        packages = {
+            line.rpartition("|")[2].strip().partition(".")[0]
+            for line in lines
+            if line.startswith("import")
+        }
         return used.ru_utime + used.ru_stime, packages, out.read()
 
 
-def check(argv: list[str], folder: Path, *, limit_s: float, banned: set[str], **variables: str) -> str:
+def check(
+    argv: list[str], folder: Path, *, limit_s: float, banned: set[str], **variables: str
+) -> str:
     """Returns what the command printed."""
     cpu_s, packages, shown = measured(argv, folder, **variables)
     assert not packages & banned
@@ -49,7 +56,12 @@ def check(argv: list[str], folder: Path, *, limit_s: float, banned: set[str], **
 
 
 def test_the_first_help_answers_at_once(tmp_path: Path) -> None:
-    shown = check(["--help"], tmp_path, limit_s=0.4, banned=HEAVY | {"httpx", "numpy", "pydantic", "rich", "yaml"})
+    shown = check(
+        ["--help"],
+        tmp_path,
+        limit_s=0.4,
+        banned=HEAVY | {"httpx", "numpy", "pydantic", "rich", "yaml"},
+    )
     abouts = {command.name: command.help for command in COMMANDS if " " not in command.name}
     for section in SECTIONS:
         abouts |= section.groups
@@ -57,7 +69,12 @@ def test_the_first_help_answers_at_once(tmp_path: Path) -> None:
 
 
 def test_the_version_names_the_code(tmp_path: Path) -> None:
-    shown = check(["--version"], tmp_path, limit_s=0.4, banned=HEAVY | {"httpx", "numpy", "pydantic", "rich", "yaml"})
+    shown = check(
+        ["--version"],
+        tmp_path,
+        limit_s=0.4,
+        banned=HEAVY | {"httpx", "numpy", "pydantic", "rich", "yaml"},
+    )
     assert shown == f"raymill {version()}, code {code_version()}\n"
 
 
@@ -68,7 +85,9 @@ def test_each_help_answers_at_once(name: str, tmp_path: Path) -> None:
 
 
 def test_a_plan_needs_neither_pytorch_nor_ray(tmp_path: Path) -> None:
-    shown = check(["plan", str(REPOSITORY / "jobs/configs/demo.yaml")], tmp_path, limit_s=2, banned=HEAVY)
+    shown = check(
+        ["plan", str(REPOSITORY / "jobs/configs/demo.yaml")], tmp_path, limit_s=2, banned=HEAVY
+    )
     assert "parameters" in shown
 
 
@@ -78,10 +97,18 @@ def test_a_list_needs_neither_pytorch_nor_ray(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "word"),
-    [("raymill pre", "pretrain"), ("raymill pretrain --train.exact", "--train.exact"), ("raymill serve la", "latest")],
+    [
+        ("raymill pre", "pretrain"),
+        ("raymill pretrain --train.exact", "--train.exact"),
+        ("raymill serve la", "latest"),
+    ],
 )
-def test_a_shell_that_completes_a_line_waits_for_neither(line: str, word: str, tmp_path: Path) -> None:
+def test_a_shell_that_completes_a_line_waits_for_neither(
+    line: str, word: str, tmp_path: Path
+) -> None:
     asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
     answer = tmp_path / "answer"
-    check([], tmp_path, limit_s=0.8, banned=HEAVY, **asked, _ARGCOMPLETE_STDOUT_FILENAME=str(answer))
+    check(
+        [], tmp_path, limit_s=0.8, banned=HEAVY, **asked, _ARGCOMPLETE_STDOUT_FILENAME=str(answer)
+    )
     assert answer.read_text().strip() == word

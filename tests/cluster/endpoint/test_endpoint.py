@@ -1,4 +1,5 @@
-"""The endpoint as `raymill complete` and `raymill promote` see it, in front of a server that answers as one does."""
+"""The endpoint as `raymill complete` and `raymill promote` see it, in front of a server that
+answers as one does."""
 
 import json
 import re
@@ -54,30 +55,49 @@ def served(answer: Any) -> Iterator[str]:
     ("num_prompt_tokens", "asked", "expected"),
     [(3, None, 61), (0, None, 64), (64, None, 1), (3, 7, 7), (None, None, 64)],
 )
-def test_a_completion_takes_what_fits(num_prompt_tokens: int | None, asked: int | None, expected: int) -> None:
+def test_a_completion_takes_what_fits(
+    num_prompt_tokens: int | None, asked: int | None, expected: int
+) -> None:
     """`num_prompt_tokens` None: an endpoint without /tokenize."""
     bodies: list[dict[str, Any]] = []
 
     def answer(path: str, body: dict[str, Any]) -> tuple[int, str]:
         if path == "/tokenize":
             known = num_prompt_tokens is not None
-            return (200 if known else 404), json.dumps({"count": num_prompt_tokens, "max_model_len": CONTEXT})
+            return (200 if known else 404), json.dumps(
+                {"count": num_prompt_tokens, "max_model_len": CONTEXT}
+            )
         bodies.append(body)
-        return 200, 'data: {"choices": [{"text": "hi", "finish_reason": "length"}]}\n\ndata: [DONE]\n\n'
+        return (
+            200,
+            'data: {"choices": [{"text": "hi", "finish_reason": "length"}]}\n\ndata: [DONE]\n\n',
+        )
 
     with served(answer) as url:
         request = {"prompt": "import os", "max_tokens": asked}
-        assert stream_completion(Endpoint(url, "second", None), request, on_text=lambda text: None)["text"] == "hi"
+        assert (
+            stream_completion(Endpoint(url, "second", None), request, on_text=lambda text: None)[
+                "text"
+            ]
+            == "hi"
+        )
     assert [body["max_tokens"] for body in bodies] == [expected]
 
 
 @pytest.mark.parametrize("words", [["x"], ["--follow", "run"]])
 def test_a_promotion_that_is_not_allowed_is_refused_before_anything_is_read(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It took a minute on a busy machine, most of it for PyTorch."""
-    monkeypatch.setattr(delivery_commands, "_gate_rows", lambda *_: pytest.fail("the gate's rows were read"))
-    with served(lambda path, body: (404, json.dumps({"error": {"message": "There is nothing"}}))) as url:
+    monkeypatch.setattr(
+        delivery_commands, "_gate_rows", lambda *_: pytest.fail("the gate's rows were read")
+    )
+    with served(
+        lambda path, body: (404, json.dumps({"error": {"message": "There is nothing"}}))
+    ) as url:
         assert main(["promote", *words, "--url", url, "--storage.uri", str(tmp_path)]) == 1
     assert "asks for an admin key: give --admin-key-file" in capsys.readouterr().err
 
@@ -85,7 +105,13 @@ def test_a_promotion_that_is_not_allowed_is_refused_before_anything_is_read(
 def state(phase: str, **fields: Any) -> dict[str, Any]:
     terms = {"canary_percent": 5.0, "watch_s": 60.0}
     live = {"checkpoint": "/old"}
-    return {"phase": phase, "live": live, "candidate": None, "terms": terms, "outcome": None} | fields
+    return {
+        "phase": phase,
+        "live": live,
+        "candidate": None,
+        "terms": terms,
+        "outcome": None,
+    } | fields
 
 
 def test_a_promotion_is_reported_while_it_lasts(
@@ -94,7 +120,12 @@ def test_a_promotion_is_reported_while_it_lasts(
     (key := tmp_path / "key").write_text("k\n")
     new = {"checkpoint": "/new"}
     watching = state("watching", live=new)
-    states = [state("loading", candidate=new), watching, watching, state("steady", live=new, terms=None)]
+    states = [
+        state("loading", candidate=new),
+        watching,
+        watching,
+        state("steady", live=new, terms=None),
+    ]
     monkeypatch.setattr(delivery, "POLL_S", 0.01)
     monkeypatch.setattr(delivery, "SAY_S", 0.0)
 
@@ -114,12 +145,19 @@ def test_a_promotion_is_reported_while_it_lasts(
 
 def test_a_canary_is_reported_with_its_share() -> None:
     said = progress_of(state("canary", candidate={"checkpoint": "/new"}), phase_s=12.0)
-    assert said == "canary: /new serves 5% of the clients (an API key keeps its version), and is watched for 48 s more"
+    assert (
+        said
+        == "canary: /new serves 5% of the clients (an API key keeps its version), and is watched for 48 s more"
+    )
 
 
 def test_a_refused_promotion_says_why(tmp_path: Any) -> None:
     (key := tmp_path / "key").write_text("k\n")
-    outcome = {"result": "refused", "reason": "its loss is worse", "version": {"checkpoint": "/new"}}
+    outcome = {
+        "result": "refused",
+        "reason": "its loss is worse",
+        "version": {"checkpoint": "/new"},
+    }
     body = json.dumps({"delivery": state("steady", outcome=outcome), "phase_s": 1.0})
     with (
         served(lambda path, asked: (200, body)) as url,
@@ -134,7 +172,12 @@ def test_a_text_may_hold_what_ends_lines_elsewhere() -> None:
     chunk = json.dumps({"choices": [{"text": text, "finish_reason": "stop"}]}, ensure_ascii=False)
     with served(lambda path, body: (200, f"data: {chunk}\n\ndata: [DONE]\n\n")) as url:
         request = {"prompt": "x", "max_tokens": 8}
-        assert stream_completion(Endpoint(url, "second", None), request, on_text=lambda _: None)["text"] == text
+        assert (
+            stream_completion(Endpoint(url, "second", None), request, on_text=lambda _: None)[
+                "text"
+            ]
+            == text
+        )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +195,9 @@ def test_only_for_another_machine_a_proxy_is_asked(url: str, asks: bool) -> None
     assert Endpoint(url, "", None).asks_proxies is asks
 
 
-def test_no_proxy_stands_before_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_proxy_stands_before_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # where nothing listens
@@ -174,7 +219,9 @@ def test_no_proxy_stands_before_this_machine(tmp_path: Path, monkeypatch: pytest
     "content", ['{"error": "no such thing"}', "[1]", "<html>no such thing</html>", '{"error": []}']
 )
 @pytest.mark.parametrize("status", [400, 404, 502])
-def test_what_another_kind_of_server_answers_is_quoted(content: str, status: int, tmp_path: Path) -> None:
+def test_what_another_kind_of_server_answers_is_quoted(
+    content: str, status: int, tmp_path: Path
+) -> None:
     (key := tmp_path / "key").write_text("k\n")
     with served(lambda path, body: (status, content)) as url:
         endpoint = Endpoint(url, "second", None, str(key))
@@ -185,7 +232,12 @@ def test_what_another_kind_of_server_answers_is_quoted(content: str, status: int
 
 
 @pytest.mark.parametrize(
-    ("host", "url"), [("127.0.0.1", "http://127.0.0.1:8000"), ("::1", "http://[::1]:8000"), ("gpu", "http://gpu:8000")]
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("gpu", "http://gpu:8000"),
+    ],
 )
 def test_an_address_with_colons_stands_in_brackets(host: str, url: str) -> None:
     assert url_of(host, 8000) == url and httpx.URL(url).host == host

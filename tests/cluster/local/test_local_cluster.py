@@ -1,4 +1,5 @@
-"""The local cluster, with real raylets: out of others' reach, nodes come and go, and nothing outlives its owner."""
+"""The local cluster, with real raylets: out of others' reach, nodes come and go, and nothing
+outlives its owner."""
 
 import io
 import ipaddress
@@ -23,7 +24,12 @@ import psutil
 import pytest
 
 from cluster.local.jobs_api import ClusterError
-from cluster.local.local_cluster import NODE_NAME_VARIABLE, LocalCluster, free_port, require_free_port
+from cluster.local.local_cluster import (
+    NODE_NAME_VARIABLE,
+    LocalCluster,
+    free_port,
+    require_free_port,
+)
 from cluster.storage.process_identity import kill
 from model.errors import UserError
 from tests.repository import REPOSITORY
@@ -36,17 +42,24 @@ pytestmark = pytest.mark.cluster
 def alive_nodes(cluster: LocalCluster) -> set[str]:
     """Ids of the nodes that the head counts as alive, asked as anyone with the token may."""
     headers = {"Authorization": f"Bearer {cluster.token}"}
-    answer = httpx.get(f"{cluster.jobs_url}/api/v0/nodes", headers=headers, timeout=limit_s(30)).raise_for_status()
+    answer = httpx.get(
+        f"{cluster.jobs_url}/api/v0/nodes", headers=headers, timeout=limit_s(30)
+    ).raise_for_status()
     nodes: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
     return {node["node_id"] for node in nodes if node["state"] == "ALIVE"}
 
 
 def started_since(before: set[psutil.Process]) -> list[psutil.Process]:
-    return [process for process in psutil.Process().children(recursive=True) if process not in before]
+    return [
+        process for process in psutil.Process().children(recursive=True) if process not in before
+    ]
 
 
-def looked_at(before: set[psutil.Process], look: Callable[[psutil.Process], Any]) -> list[tuple[psutil.Process, Any]]:
-    """Returns the cluster's processes and what `look` finds; one may end, and be a zombie, while it is looked at."""
+def looked_at(
+    before: set[psutil.Process], look: Callable[[psutil.Process], Any]
+) -> list[tuple[psutil.Process, Any]]:
+    """Returns the cluster's processes and what `look` finds; one may end, and be a zombie, while it
+    is looked at."""
     found = []
     for process in started_since(before):
         with suppress(psutil.Error):
@@ -93,9 +106,13 @@ def cluster(before: set[psutil.Process], said: io.StringIO) -> Iterator[LocalClu
         yield cluster
 
 
-def test_a_node_that_is_lost_while_it_starts_is_started_once_more(cluster: LocalCluster, said: io.StringIO) -> None:
+def test_a_node_that_is_lost_while_it_starts_is_started_once_more(
+    cluster: LocalCluster, said: io.StringIO
+) -> None:
     assert cluster.node_names == ["head", "node-1"]
-    assert "the local cluster's node-1 ended while starting; it is started again\n" in said.getvalue()
+    assert (
+        "the local cluster's node-1 ended while starting; it is started again\n" in said.getvalue()
+    )
 
 
 def test_it_is_out_of_others_reach(cluster: LocalCluster, before: set[psutil.Process]) -> None:
@@ -115,27 +132,39 @@ def test_it_is_out_of_others_reach(cluster: LocalCluster, before: set[psutil.Pro
     assert stat.S_IMODE(token_path.parent.stat().st_mode) == 0o700
     command_lines = looked_at(before, psutil.Process.cmdline)
     assert command_lines
-    assert not any(cluster.token in " ".join(words) for _, words in command_lines)  # everyone may read those
+    # Everyone may read those
+    assert not any(cluster.token in " ".join(words) for _, words in command_lines)
 
 
-@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}], ids=["no token", "wrong token"])
+@pytest.mark.parametrize(
+    "headers", [{}, {"Authorization": "Bearer wrong"}], ids=["no token", "wrong token"]
+)
 def test_jobs_need_the_token(cluster: LocalCluster, headers: dict[str, str]) -> None:
     url = f"{cluster.jobs_url}/api/jobs/"
     assert httpx.get(url, headers=headers, timeout=limit_s(30)).status_code in (401, 403)
-    assert httpx.post(url, headers=headers, json={"entrypoint": "true"}, timeout=limit_s(30)).status_code in (401, 403)
+    assert httpx.post(
+        url, headers=headers, json={"entrypoint": "true"}, timeout=limit_s(30)
+    ).status_code in (401, 403)
     right = {"Authorization": f"Bearer {cluster.token}"}
     assert httpx.get(url, headers=right, timeout=limit_s(30)).json() == []
 
 
-def test_workers_have_the_niceness_of_their_owner(cluster: LocalCluster, before: set[psutil.Process]) -> None:
-    """Workers of Ray's own settings are 15 above it: whatever else the machine does would halt training and serving."""
+def test_workers_have_the_niceness_of_their_owner(
+    cluster: LocalCluster, before: set[psutil.Process]
+) -> None:
+    """Workers of Ray's own settings are 15 above it: whatever else the machine does would halt
+    training and serving."""
     url, headers = f"{cluster.jobs_url}/api/jobs/", {"Authorization": f"Bearer {cluster.token}"}
     task = "import ray, time; ray.init(); ray.get(ray.remote(lambda: time.sleep(86399)).remote())"
     asked = {"entrypoint": f"python -c '{task}'", "submission_id": "sleeper"}
     httpx.post(url, headers=headers, json=asked, timeout=limit_s(60)).raise_for_status()
 
     def workers() -> list[psutil.Process]:
-        return [process for process, name in looked_at(before, psutil.Process.name) if name.startswith("ray::<lambda>")]
+        return [
+            process
+            for process, name in looked_at(before, psutil.Process.name)
+            if name.startswith("ray::<lambda>")
+        ]
 
     wait_until(workers)
     assert {process.nice() for process in workers()} == {psutil.Process().nice()}
@@ -143,7 +172,8 @@ def test_workers_have_the_niceness_of_their_owner(cluster: LocalCluster, before:
 
 
 def test_nodes_come_and_go(cluster: LocalCluster, before: set[psutil.Process]) -> None:
-    """A node that a thread added outlives the thread: the kernel would end it with its own starter."""
+    """A node that a thread added outlives the thread: the kernel would end it with its own
+    starter."""
     assert cluster.node_names == ["head", "node-1"]
     first = alive_nodes(cluster)
     assert len(first) == 2
@@ -168,11 +198,15 @@ def test_nodes_come_and_go(cluster: LocalCluster, before: set[psutil.Process]) -
 
 
 @pytest.mark.slow
-def test_a_lost_head_is_started_again_and_finds_its_nodes(cluster: LocalCluster, before: set[psutil.Process]) -> None:
+def test_a_lost_head_is_started_again_and_finds_its_nodes(
+    cluster: LocalCluster, before: set[psutil.Process]
+) -> None:
     def pids() -> set[int]:
         at_head = of_node("head", before)
         names = looked_at(before, psutil.Process.name)
-        return {process.pid for process, name in names if name == "raylet" and process not in at_head}
+        return {
+            process.pid for process, name in names if name == "raylet" and process not in at_head
+        }
 
     assert not cluster.lost_head()
     names, others = cluster.node_names, pids()
@@ -204,10 +238,14 @@ AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
 
 @pytest.mark.parametrize("waits_for_agents", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_killed_owner_leaves_nothing_running(waits_for_agents: bool) -> None:
-    folder = tempfile.mkdtemp(prefix="own-")  # Ray's socket paths must stay short, so not below tmp_path
+    # Ray's socket paths must stay short, so not below tmp_path
+    folder = tempfile.mkdtemp(prefix="own-")
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": folder}
     owner = subprocess.Popen(
-        [sys.executable, "-m", "tests.cluster.own_cluster"], env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE
+        [sys.executable, "-m", "tests.cluster.own_cluster"],
+        env=environment,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
     )
     agents: list[psutil.Process] = []
     try:
@@ -219,7 +257,11 @@ def test_a_killed_owner_leaves_nothing_running(waits_for_agents: bool) -> None:
         assert {process.name() for process in agents} == AGENTS
         owner.kill()
         assert owner.wait(limit_s(10)) == -signal.SIGKILL
-        ending = processes if waits_for_agents else [process for process in processes if process not in agents]
+        ending = (
+            processes
+            if waits_for_agents
+            else [process for process in processes if process not in agents]
+        )
         _, remaining = psutil.wait_procs(ending, timeout=limit_s(120 if waits_for_agents else 20))
         assert remaining == []
     finally:
@@ -229,8 +271,11 @@ def test_a_killed_owner_leaves_nothing_running(waits_for_agents: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_node_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The last failure is one line with the node's own last words, the machine's state and a log that is kept."""
+def test_a_node_that_cannot_start_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last failure is one line with the node's own last words, the machine's state and a log
+    that is kept."""
     children = set(psutil.Process().children(recursive=True))
     cluster = LocalCluster(num_nodes=1, cpus_per_node=1)
     monkeypatch.setenv("PYTHONHOME", "/nonexistent")  # no Python starts with it
@@ -247,7 +292,10 @@ def test_a_node_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, caps
     assert log.read_text().count("No module named 'encodings'") == 3
     log.unlink()
     said = "ended while starting and said: ModuleNotFoundError: No module named 'encodings'; it is started again\n"
-    assert capsys.readouterr().err == "starting a local cluster of 1 node\n" + 2 * f"the local cluster's head {said}"
+    assert (
+        capsys.readouterr().err
+        == "starting a local cluster of 1 node\n" + 2 * f"the local cluster's head {said}"
+    )
     assert started_since(children) == []
     assert not Path(cluster.environment["RAY_AUTH_TOKEN_PATH"]).parent.exists()
 

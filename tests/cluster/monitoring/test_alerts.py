@@ -15,7 +15,9 @@ MONITORING = REPOSITORY / "k8s" / "monitoring"
 RULES = (MONITORING / "prometheus/rules.yaml").read_text(encoding="utf-8")
 DECLARED = [rule for group in yaml.safe_load(RULES)["groups"] for rule in group["rules"]]
 ALERTS = {rule["alert"]: rule["expr"] for rule in DECLARED}
-SCRAPED = yaml.safe_load((MONITORING / "prometheus/scrape.yaml").read_text(encoding="utf-8"))["scrape_configs"][0]
+SCRAPED = yaml.safe_load((MONITORING / "prometheus/scrape.yaml").read_text(encoding="utf-8"))[
+    "scrape_configs"
+][0]
 
 RUN = '{run="a"}'
 DEPLOYMENT = '{application="raymill",deployment="Replica"}'
@@ -25,7 +27,8 @@ OF_VERSION = '{application="raymill",replica="r",version="v"'
 
 TRAINS = {
     f"ray_raymill_train_running{RUN}": "1x600",
-    f"ray_raymill_train_last_step_timestamp_seconds{RUN}": "0+60x600",  # time() is 0 at the start, then 60 a minute
+    # time() is 0 at the start, then 60 a minute
+    f"ray_raymill_train_last_step_timestamp_seconds{RUN}": "0+60x600",
     f"ray_raymill_train_last_checkpoint_timestamp_seconds{RUN}": "0+60x600",
     f"ray_raymill_train_step_seconds{RUN}": "1x600",
     f"ray_raymill_train_skipped_steps{RUN}": "3x600",
@@ -55,11 +58,18 @@ def node(kind: str, job: str = "raymill") -> str:
 
 
 def times(name: str, *, quick_up_to: str) -> dict[str, str]:
-    """A histogram's series of which a thousand values a minute lie under `quick_up_to`, and all under the next bound."""
+    """A histogram's series of which a thousand values a minute lie under `quick_up_to`, and all
+    under the next bound."""
     bounds = metrics()[name].buckets
     series = {}
     for bound in (*map(str, bounds), "+Inf"):
-        count = 1000 if float(bound) > float(quick_up_to) else 900 if float(bound) == float(quick_up_to) else 0
+        count = (
+            1000
+            if float(bound) > float(quick_up_to)
+            else 900
+            if float(bound) == float(quick_up_to)
+            else 0
+        )
         series[f'ray_{name.replace(":", "_")}_bucket{OF_VERSION},le="{bound}"}}'] = f"0+{count}x600"
     return series
 
@@ -94,7 +104,8 @@ OLD = {of_version("v", "ok"): "0+100x600", of_version("v", "invalid"): "0+1x600"
 
 
 def new_version(*, invalid: int) -> dict[str, str]:
-    """The answers of a version that was promoted after 200 minutes, of which so many in a hundred are invalid."""
+    """The answers of a version that was promoted after 200 minutes, of which so many in a hundred
+    are invalid."""
     return {
         of_version("w", "ok"): f"_x200 0+{100 - invalid}x400",
         of_version("w", "invalid"): f"_x200 0+{invalid}x400",
@@ -109,19 +120,45 @@ RUNNING = f"ray_raymill_train_running{RUN}"
 FULL = {"RaymillQueueAtItsLimit"}
 ASKED = (answers("ok"), answers("refused"))
 
-# (what happens, series unlike those of FINE with None for those that are missing, minute, alerts that fire)
+# (what happens, series unlike those of FINE with None for those that are missing, minute, alerts
+# that fire)
 CASES: list[tuple[str, dict[str, str | None], int, set[str]]] = [
     ("all is well", {}, 400, set()),
     ("no step since the first", {LAST_STEP: "1x600"}, 20, {"RaymillTrainingStalled"}),
-    ("such a time is usual", {LAST_STEP: "1x600", f"ray_raymill_train_step_seconds{RUN}": "100x600"}, 20, set()),
-    ("the run has ended", {LAST_STEP: "1x600", LAST_CHECKPOINT: "1x600", RUNNING: "1x10 0x600"}, 400, set()),
+    (
+        "such a time is usual",
+        {LAST_STEP: "1x600", f"ray_raymill_train_step_seconds{RUN}": "100x600"},
+        20,
+        set(),
+    ),
+    (
+        "the run has ended",
+        {LAST_STEP: "1x600", LAST_CHECKPOINT: "1x600", RUNNING: "1x10 0x600"},
+        400,
+        set(),
+    ),
     ("no checkpoint since the first", {LAST_CHECKPOINT: "1x600"}, 150, {"RaymillNoCheckpoint"}),
     ("no checkpoint at all", {LAST_CHECKPOINT: None}, 150, {"RaymillNoCheckpoint"}),
     ("no checkpoint yet", {LAST_CHECKPOINT: None}, 100, set()),
-    ("a step skipped", {f"ray_raymill_train_skipped_steps{RUN}": "0x20 1x600"}, 25, {"RaymillTrainingNotFinite"}),
+    (
+        "a step skipped",
+        {f"ray_raymill_train_skipped_steps{RUN}": "0x20 1x600"},
+        25,
+        {"RaymillTrainingNotFinite"},
+    ),
     ("long since", {f"ray_raymill_train_skipped_steps{RUN}": "0x20 1x600"}, 60, set()),
-    ("a rollback", {f"ray_raymill_train_rollbacks{RUN}": "0x20 1x600"}, 25, {"RaymillTrainingNotFinite"}),
-    ("restarts", {f"ray_raymill_train_restarts{RUN}": "0x20 1 2 3 4x600"}, 30, {"RaymillRestartLoop"}),
+    (
+        "a rollback",
+        {f"ray_raymill_train_rollbacks{RUN}": "0x20 1x600"},
+        25,
+        {"RaymillTrainingNotFinite"},
+    ),
+    (
+        "restarts",
+        {f"ray_raymill_train_restarts{RUN}": "0x20 1 2 3 4x600"},
+        30,
+        {"RaymillRestartLoop"},
+    ),
     ("some restarts", {f"ray_raymill_train_restarts{RUN}": "0x20 1 2 3x600"}, 30, set()),
     (
         "2% fail",
@@ -138,9 +175,19 @@ CASES: list[tuple[str, dict[str, str | None], int, set[str]]] = [
         {"RaymillEndpointErrorBudgetFastBurn", "RaymillEndpointErrorBudgetSlowBurn"},
     ),
     ("drained", {DRAINING: "1x600"}, 40, {"RaymillEndpointDrained"}),
-    ("drained while nobody asks", {DRAINING: "1x600"} | dict.fromkeys(ASKED, "0x600"), 40, {"RaymillEndpointDrained"}),
+    (
+        "drained while nobody asks",
+        {DRAINING: "1x600"} | dict.fromkeys(ASKED, "0x600"),
+        40,
+        {"RaymillEndpointDrained"},
+    ),
     ("drained for a while", {DRAINING: "0x10 1x20 0x600"}, 35, set()),
-    ("all are refused", {answers("ok"): "0x600", answers("refused"): "0+9x600"}, 400, FULL | {"RaymillAllRefused"}),
+    (
+        "all are refused",
+        {answers("ok"): "0x600", answers("refused"): "0+9x600"},
+        400,
+        FULL | {"RaymillAllRefused"},
+    ),
     (
         "so they are at a new endpoint",
         {answers("ok"): None, answers("refused"): "0+9x600"},
@@ -148,20 +195,50 @@ CASES: list[tuple[str, dict[str, str | None], int, set[str]]] = [
         FULL | {"RaymillAllRefused"},
     ),
     ("most are refused", {answers("refused"): "0+9000x600"}, 400, FULL),
-    ("all were refused for a moment", {answers("ok"): "0+1000x300 300000x3 300000+1000x300"}, 305, set()),
+    (
+        "all were refused for a moment",
+        {answers("ok"): "0+1000x300 300000x3 300000+1000x300"},
+        305,
+        set(),
+    ),
     ("first tokens are slow", times(TTFT, quick_up_to="5.0"), 30, {"RaymillFirstTokenSlow"}),
     ("first tokens are rather slow", times(TTFT, quick_up_to="2.5"), 30, set()),
     ("tokens are slow", times(ITL, quick_up_to="0.5"), 30, {"RaymillTokensSlow"}),
     ("tokens are rather slow", times(ITL, quick_up_to="0.3"), 30, set()),
     ("a version fails", {ended("error"): "0+20x600"}, 30, {"RaymillVersionFails"}),
     ("a version fails now and then", {ended("error"): "0+5x600"}, 30, set()),
-    ("a promotion was refused", {ended_promotion("refused"): "0x10 1x600"}, 11, {"RaymillPromotionFailed"}),
-    ("a promotion was rolled back", {ended_promotion("rolled_back"): "0x10 1x600"}, 11, {"RaymillPromotionFailed"}),
+    (
+        "a promotion was refused",
+        {ended_promotion("refused"): "0x10 1x600"},
+        11,
+        {"RaymillPromotionFailed"},
+    ),
+    (
+        "a promotion was rolled back",
+        {ended_promotion("rolled_back"): "0x10 1x600"},
+        11,
+        {"RaymillPromotionFailed"},
+    ),
     ("and the next one went well", {ended_promotion("refused"): "0x10 1x10 0x600"}, 25, set()),
-    ("a new version refuses", OLD | new_version(invalid=40), 210, {"RaymillRefusalsAfterPromotion"}),
+    (
+        "a new version refuses",
+        OLD | new_version(invalid=40),
+        210,
+        {"RaymillRefusalsAfterPromotion"},
+    ),
     ("a new version refuses a little", OLD | new_version(invalid=5), 210, set()),
-    ("as the version before did", OLD | {of_version("v", "invalid"): "0+60x600"} | new_version(invalid=40), 210, set()),
-    ("a version that has long been there", OLD | {of_version("v", "invalid"): "0x200 0+90x400"}, 210, set()),
+    (
+        "as the version before did",
+        OLD | {of_version("v", "invalid"): "0+60x600"} | new_version(invalid=40),
+        210,
+        set(),
+    ),
+    (
+        "a version that has long been there",
+        OLD | {of_version("v", "invalid"): "0x200 0+90x400"},
+        210,
+        set(),
+    ),
     ("the storage takes no state", {STORED: "1x10 0x600"}, 20, {"RaymillStateNotStored"}),
     ("the storage took none for a moment", {STORED: "1x10 0x3 1x600"}, 20, set()),
     ("a node does not answer", {node("worker"): "1x10 0x600"}, 20, {"RaymillTargetDown"}),
@@ -173,13 +250,28 @@ CASES: list[tuple[str, dict[str, str | None], int, set[str]]] = [
     ),
     ("somebody else's target", {node("worker", "other"): "0x600"}, 20, set()),
     ("a node left", {node("worker"): "1x10 _x600"}, 40, set()),
-    ("the head does not answer", {node("head"): "1x10 0x600"}, 20, {"RaymillTargetDown", "RaymillHeadMissing"}),
+    (
+        "the head does not answer",
+        {node("head"): "1x10 0x600"},
+        20,
+        {"RaymillTargetDown", "RaymillHeadMissing"},
+    ),
     ("the head is gone", {node("head"): "1x10 _x600"}, 40, {"RaymillHeadMissing"}),
     ("the head is replaced", {node("head"): "1x10 0x2 1x600"}, 20, set()),
     ("a cluster has ended", {node("head"): "1x10 _x600", node("worker"): "1x10 _x600"}, 40, set()),
-    ("an endpoint is gone", dict.fromkeys((WANTED, HEALTHY, DRAINING), "1x10 _x600"), 40, {"RaymillEndpointGone"}),
+    (
+        "an endpoint is gone",
+        dict.fromkeys((WANTED, HEALTHY, DRAINING), "1x10 _x600"),
+        40,
+        {"RaymillEndpointGone"},
+    ),
     ("long since", dict.fromkeys((WANTED, HEALTHY, DRAINING), "1x10 _x600"), 120, set()),
-    ("only Ray Serve's controller is gone", dict.fromkeys((WANTED, HEALTHY), "1x10 _x600"), 40, set()),
+    (
+        "only Ray Serve's controller is gone",
+        dict.fromkeys((WANTED, HEALTHY), "1x10 _x600"),
+        40,
+        set(),
+    ),
     (
         "only the replicas are, as nobody asks",
         {WANTED: "1x10 0x600", HEALTHY: "1x10 0x600", DRAINING: "0x10 _x600"},
@@ -223,8 +315,15 @@ def test_every_alert_says_what_it_means_and_what_to_do() -> None:
 
 
 def test_the_alerts_burn_the_budget_that_the_dashboard_shows() -> None:
-    panels = {panel["title"]: panel for panel in documents()["raymill-slo"]["panels"] if panel["type"] != "row"}
-    burn = {target["legendFormat"]: target["expr"] for target in panels["Burn rate of the error budget"]["targets"]}
+    panels = {
+        panel["title"]: panel
+        for panel in documents()["raymill-slo"]["panels"]
+        if panel["type"] != "row"
+    }
+    burn = {
+        target["legendFormat"]: target["expr"]
+        for target in panels["Burn rate of the error budget"]["targets"]
+    }
     for speed, factor, windows in (("Fast", "14.4", ("1h", "5m")), ("Slow", "6", ("6h", "30m"))):
         expr = ALERTS[f"RaymillEndpointErrorBudget{speed}Burn"]
         for condition, window in zip(expr.split(" and "), windows, strict=True):
@@ -251,7 +350,14 @@ def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
             for alert in ALERTS
         ]
         inputs = [{"series": name, "values": values} for name, values in series.items()]
-        tests.append({"name": what, "interval": "1m", "input_series": inputs, "promql_expr_test": expectations})
+        tests.append(
+            {
+                "name": what,
+                "interval": "1m",
+                "input_series": inputs,
+                "promql_expr_test": expectations,
+            }
+        )
     test_file = {"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": tests}
     (tmp_path / "tests.yaml").write_text(yaml.safe_dump(test_file))
     promtool(tmp_path, "check", "rules", "rules.yaml")

@@ -1,4 +1,5 @@
-"""The dashboards and the files made of them: known metrics, valid queries, no overlap, distinct colors."""
+"""The dashboards and the files made of them: known metrics, valid queries, no overlap, distinct
+colors."""
 
 import json
 import os
@@ -28,10 +29,14 @@ def panels_of(body: dict[str, Any]) -> list[dict[str, Any]]:
 
 def queries() -> list[str]:
     found = [
-        target["expr"] for body in documents().values() for panel in panels_of(body) for target in panel["targets"]
+        target["expr"]
+        for body in documents().values()
+        for panel in panels_of(body)
+        for target in panel["targets"]
     ]
     return [
-        re.sub(r"\$__rate_interval", "1m", expr).replace("$run", "r").replace("$application", "a") for expr in found
+        re.sub(r"\$__rate_interval", "1m", expr).replace("$run", "r").replace("$application", "a")
+        for expr in found
     ]
 
 
@@ -60,14 +65,18 @@ def test_a_dashboard_can_be_read(uid: str) -> None:
     taken: set[tuple[int, int]] = set()
     for panel in body["panels"]:
         place = panel["gridPos"]
-        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        cells = {
+            (place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])
+        }
         assert not cells & taken and place["x"] + place["w"] <= 24, panel["title"]
         taken |= cells
     for panel in panels_of(body):
         field = panel["fieldConfig"]
         assert panel["type"] in ("timeseries", "stat")
         assert panel["description"] and panel["title"]
-        assert field["defaults"]["unit"] in UNITS or field["defaults"]["unit"].startswith("suffix: ")
+        assert field["defaults"]["unit"] in UNITS or field["defaults"]["unit"].startswith(
+            "suffix: "
+        )
         assert all(target["legendFormat"] for target in panel["targets"])
         legends = [target["legendFormat"] for target in panel["targets"]]
         assert len(set(legends)) == len(legends)
@@ -91,7 +100,9 @@ def test_metrics_of_runs_are_chosen_by_run() -> None:
 def test_the_files_in_k8s_are_what_make_dashboards_makes() -> None:
     committed = {path: (MONITORING / path).read_text(encoding="utf-8") for path in made()}
     assert made() == committed, "run: make dashboards"
-    assert len(documents()) == sum(path.startswith("dashboards/") for path in committed), "a dashboard that is not made"
+    assert len(documents()) == sum(path.startswith("dashboards/") for path in committed), (
+        "a dashboard that is not made"
+    )
 
 
 @pytest.mark.parametrize("url", [None, "http://here:9090"])
@@ -100,11 +111,21 @@ def test_export_copies_the_files_with_the_address_of_prometheus(
 ) -> None:
     given = [] if url is None else ["--prometheus-url", url]
     assert cli.main(["dashboards", "export", str(tmp_path), *given]) == 0
-    written = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
-    committed = {path.relative_to(MONITORING): path.read_text() for path in MONITORING.rglob("*") if path.is_file()}
+    written = {
+        path.relative_to(tmp_path): path.read_text()
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    }
+    committed = {
+        path.relative_to(MONITORING): path.read_text()
+        for path in MONITORING.rglob("*")
+        if path.is_file()
+    }
     changed = [path.as_posix() for path in committed if written.pop(path) != committed[path]]
     assert written == {} and changed == ([] if url is None else ["provisioning/datasource.yaml"])
-    (source,) = yaml.safe_load((tmp_path / "provisioning/datasource.yaml").read_text())["datasources"]
+    (source,) = yaml.safe_load((tmp_path / "provisioning/datasource.yaml").read_text())[
+        "datasources"
+    ]
     assert source["url"] == (url or IN_CLUSTER_PROMETHEUS)
 
 
@@ -116,23 +137,31 @@ def test_prometheus_takes_the_files(tmp_path: Path) -> None:
     promtool(tmp_path, "check", "config", "prometheus.yml")
 
 
-def test_the_component_makes_what_grafana_s_sidecar_and_the_operator_look_for(tmp_path: Path) -> None:
+def test_the_component_makes_what_grafana_s_sidecar_and_the_operator_look_for(
+    tmp_path: Path,
+) -> None:
     kustomization = {
         "resources": [],
         "namespace": "raymill",
-        "components": [os.path.relpath(folder, tmp_path) for folder in (MONITORING, MONITORING / "operator")],
+        "components": [
+            os.path.relpath(folder, tmp_path) for folder in (MONITORING, MONITORING / "operator")
+        ],
     }
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
     objects = render_folder(tmp_path)
     assert {body["metadata"]["namespace"] for body in objects} == {"raymill"}
     config_maps = {body["metadata"]["name"]: body for body in of_kind(objects, "ConfigMap")}
     dashboards = {
-        name for name, body in config_maps.items() if body["metadata"]["labels"].get("grafana_dashboard") == "1"
+        name
+        for name, body in config_maps.items()
+        if body["metadata"]["labels"].get("grafana_dashboard") == "1"
     }
     assert dashboards == documents().keys()
     for uid in dashboards:
         assert json.loads(config_maps[uid]["data"][f"{uid}.json"]) == documents()[uid]
-    (source,) = yaml.safe_load(config_maps["raymill-grafana-datasource"]["data"]["datasource.yaml"])["datasources"]
+    (source,) = yaml.safe_load(
+        config_maps["raymill-grafana-datasource"]["data"]["datasource.yaml"]
+    )["datasources"]
     assert source["uid"] == "raymill-prometheus"
     (rule,) = of_kind(objects, "PrometheusRule")
     assert rule["spec"] == yaml.safe_load((MONITORING / "prometheus/rules.yaml").read_text())

@@ -1,4 +1,5 @@
-"""Raymill's requests to Grafana, against a recording stub and, if GRAFANA_URL is set, a real Grafana."""
+"""Raymill's requests to Grafana, against a recording stub and, if GRAFANA_URL is set, a real
+Grafana."""
 
 import os
 import time
@@ -14,7 +15,9 @@ from cluster.settings.parser import ConfigError
 from tests.cluster.grafana_stub import GrafanaStub, grafana_stub
 from tests.command_line import raymill_here
 
-KILL = Annotation(time_s=1700000000.5, kind="kill", subject="run:demo", text="rank 1 & its node died")
+KILL = Annotation(
+    time_s=1700000000.5, kind="kill", subject="run:demo", text="rank 1 & its node died"
+)
 
 
 @pytest.fixture
@@ -46,13 +49,20 @@ def test_push_diff_push(stub: GrafanaStub, capsys: pytest.CaptureFixture[str]) -
     code, result, _ = raymill_here("dashboards", "diff", capsys=capsys)
     assert (code, result["equal"]) == (1, False)
     assert (result["raymill-cost"], result["raymill-slo"]) == (["panels[1].title"], ["missing"])
-    _, result, _ = raymill_here(*push[:2], "--prometheus-url", "http://elsewhere:9090", capsys=capsys)
+    _, result, _ = raymill_here(
+        *push[:2], "--prometheus-url", "http://elsewhere:9090", capsys=capsys
+    )
     expected = {"data source": "updated", "raymill-cost": "updated", "raymill-slo": "created"}
     assert {name: how for name, how in result.items() if how != "unchanged"} == expected
 
 
 @pytest.mark.parametrize(
-    "failure", [(503, '{"message": "starting"}'), (502, "<html>a message</html>"), (429, '{"message": "slow down"}')]
+    "failure",
+    [
+        (503, '{"message": "starting"}'),
+        (502, "<html>a message</html>"),
+        (429, '{"message": "slow down"}'),
+    ],
 )
 def test_what_may_help_is_tried_again(failure: tuple[int, str], stub: GrafanaStub) -> None:
     stub.failures = [failure] * 3
@@ -64,9 +74,14 @@ def test_what_may_help_is_tried_again(failure: tuple[int, str], stub: GrafanaStu
 
 @pytest.mark.parametrize(
     ("failure", "words"),
-    [((403, '{"message": "no permission"}'), "no permission"), ((200, "<html>Sign in</html>"), "else than JSON")],
+    [
+        ((403, '{"message": "no permission"}'), "no permission"),
+        ((200, "<html>Sign in</html>"), "else than JSON"),
+    ],
 )
-def test_what_cannot_help_is_told_at_once(failure: tuple[int, str], words: str, stub: GrafanaStub) -> None:
+def test_what_cannot_help_is_told_at_once(
+    failure: tuple[int, str], words: str, stub: GrafanaStub
+) -> None:
     stub.failures = [failure]
     with pytest.raises(GrafanaError, match=words):
         Grafana.from_environment().push_folder()
@@ -80,12 +95,21 @@ def test_an_answer_without_a_body_is_one(stub: GrafanaStub) -> None:
 
 def test_an_annotation_is_there_once_also_where_the_answer_is_lost(stub: GrafanaStub) -> None:
     stub.lost_answers = 1
-    assert [Grafana.from_environment().annotate(KILL) for _ in range(2)] == ["unchanged", "unchanged"]
-    expected = {"time": 1700000000500, "tags": ["raymill", "kill", "run:demo"], "text": "rank 1 & its node died"}
+    assert [Grafana.from_environment().annotate(KILL) for _ in range(2)] == [
+        "unchanged",
+        "unchanged",
+    ]
+    expected = {
+        "time": 1700000000500,
+        "tags": ["raymill", "kill", "run:demo"],
+        "text": "rank 1 & its node died",
+    }
     assert stub.annotations == [expected]
 
 
-def test_a_grafana_that_is_away_holds_up_nobody(stub: GrafanaStub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_grafana_that_is_away_holds_up_nobody(
+    stub: GrafanaStub, capsys: pytest.CaptureFixture[str]
+) -> None:
     annotator = Annotator.from_environment()
     assert annotator is not None
     stub.failures = [(503, "")] * 8
@@ -106,7 +130,10 @@ def test_a_grafana_that_is_away_holds_up_nobody(stub: GrafanaStub, capsys: pytes
     ],
 )
 def test_a_misuse_is_told_and_leaves_with_2(
-    variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    variables: dict[str, str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name in ("GRAFANA_URL", "GRAFANA_TOKEN", "GRAFANA_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
@@ -119,7 +146,9 @@ def test_a_misuse_is_told_and_leaves_with_2(
     assert Annotator.from_environment() is None  # and training continues without
 
 
-def test_the_token_may_lie_in_a_file(stub: GrafanaStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_may_lie_in_a_file(
+    stub: GrafanaStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("GRAFANA_TOKEN")
     monkeypatch.setenv("GRAFANA_TOKEN_FILE", str(tmp_path / "token"))
     for token, expected in ((stub.token, "created"), ("wrong", None)):
@@ -138,7 +167,10 @@ def test_differences_are_those_that_matter() -> None:
     assert differences(wanted, {"a": [1]}) == ["a"]
 
 
-@pytest.mark.skipif("GRAFANA_URL" not in os.environ, reason="no GRAFANA_URL: a real Grafana is asked only where named")
+@pytest.mark.skipif(
+    "GRAFANA_URL" not in os.environ,
+    reason="no GRAFANA_URL: a real Grafana is asked only where named",
+)
 def test_a_real_grafana_keeps_what_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     assert raymill_here("dashboards", "push", capsys=capsys)[0] == 0
     assert raymill_here("dashboards", "diff", capsys=capsys)[0] == 0

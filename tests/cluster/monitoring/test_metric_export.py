@@ -1,4 +1,5 @@
-"""Every metric of the table goes from a process's registry through Ray's metrics to a real Prometheus."""
+"""Every metric of the table goes from a process's registry through Ray's metrics to a real
+Prometheus."""
 
 import json
 import re
@@ -46,7 +47,8 @@ def test_prometheus_gets_every_metric_with_its_value(metrics_port: int, tmp_path
 
         wait_until(all_have_come, timeout_s=60)
         for name in ours - {name for name in ours if name.endswith(("_bucket", "_count", "_sum"))}:
-            # On a busy machine a scrape may be late, after which Prometheus takes a series for stale.
+            # On a busy machine a scrape may be late, after which Prometheus takes a series for
+            # stale.
             query = f"last_over_time({name}[1h])"
             wait_until(lambda query=query: server.get("query", query=query)["result"])
             (series,) = server.get("query", query=query)["result"]
@@ -70,7 +72,9 @@ def test_an_ended_version_leaves_the_node_s_metrics(metrics_port: int) -> None:
     def versions() -> set[str]:
         exported.publish()
         text = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics", timeout=limit_s(30)).text
-        return set(re.findall(r'^ray_raymill_version_answers_total{.*version="(\w+)"', text, re.MULTILINE))
+        return set(
+            re.findall(r'^ray_raymill_version_answers_total{.*version="(\w+)"', text, re.MULTILINE)
+        )
 
     wait_until(lambda: versions() == {"old", "new"}, timeout_s=60)
     exported.end(version="old")

@@ -1,4 +1,5 @@
-"""The metric table against the code: every name is exported by one process, and nothing is exported besides."""
+"""The metric table against the code: every name is exported by one process, and nothing is exported
+besides."""
 
 import re
 from pathlib import Path
@@ -22,7 +23,7 @@ from serving.api.metrics import ABORTED, Role
 from serving.delivery.promotion import Phase as PromotionPhase
 from serving.delivery.promotion import Result
 from serving.engine.messages import FinishReason
-from serving.proxy.front_door import Outcome
+from serving.proxy.ending import Outcome
 from tests.dashboards.panels import ROLES
 from tests.metric_series import SERIES, metrics_of, series_of
 from tests.repository import REPOSITORY
@@ -31,7 +32,9 @@ OURS = tuple(exporter for exporter in Exporter if exporter is not Exporter.RAY)
 
 
 def test_names_are_there_once() -> None:
-    written = (REPOSITORY / "cluster/monitoring/metrics.yaml").read_text(encoding="utf-8").count("unit: ")
+    written = (
+        (REPOSITORY / "cluster/monitoring/metrics.yaml").read_text(encoding="utf-8").count("unit: ")
+    )
     assert len(metrics()) == written > 50
     assert len(SERIES) == sum(len(series_of(metric)) for metric in metrics().values())
 
@@ -43,7 +46,11 @@ def test_what_an_exporter_has_leaves_under_the_names_of_the_table(exporter: Expo
         child = exported.of(metric.name, **dict.fromkeys(metric.labels, "y"))
         child.observe(1) if metric.kind is Kind.HISTOGRAM else child.inc(1)
     samples = [sample for family in exported.collectors.collect() for sample in family.samples]
-    names = {f"ray_{sample.name.replace(':', '_')}" for sample in samples if not sample.name.endswith("_created")}
+    names = {
+        f"ray_{sample.name.replace(':', '_')}"
+        for sample in samples
+        if not sample.name.endswith("_created")
+    }
     assert names == {name for metric in metrics_of(exporter) for name in series_of(metric)}
     exported.publish()  # Ray takes names, labels and values
 
@@ -62,8 +69,13 @@ def test_nothing_else_makes_metrics() -> None:
         for path in sources("cluster", "jobs", "serving")
         if makers & set(re.findall(r"^(?:from|import) ([\w.]+)", path.read_text(), re.MULTILINE))
     }
-    passing_on = {"serving/api/ingress.py", "serving/api/metrics.py", "serving/engine_process/run_engine.py"}
-    assert making == {"cluster/monitoring/metric_export.py"} | passing_on  # what is made there, and what vLLM makes
+    passing_on = {
+        "serving/api/ingress.py",
+        "serving/api/metrics.py",
+        "serving/engine_process/run_engine.py",
+    }
+    # What is made there, and what vLLM makes
+    assert making == {"cluster/monitoring/metric_export.py"} | passing_on
 
 
 def test_the_endpoints_code_has_each_of_its_metrics() -> None:
@@ -90,7 +102,9 @@ def test_the_known_values_of_labels_are_those_of_the_code() -> None:
 
 
 @pytest.mark.parametrize("exporter", [Exporter.REPLICA, Exporter.PROXY])
-def test_the_series_of_a_process_are_bounded_however_many_versions_it_serves(exporter: Exporter) -> None:
+def test_the_series_of_a_process_are_bounded_however_many_versions_it_serves(
+    exporter: Exporter,
+) -> None:
     exported = Metrics(exporter, **dict.fromkeys(COMMON_LABELS[exporter], "x"))
 
     def make(version: str) -> None:
@@ -109,8 +123,14 @@ def test_the_series_of_a_process_are_bounded_however_many_versions_it_serves(exp
     versions = {sample.labels["version"] for sample in samples if "version" in sample.labels}
     assert versions == {"live", "47", "48", "49"} and len(versions) == MAX_VERSIONS
     num_series = sum(not sample.name.endswith("_created") for sample in samples)
-    comment = (REPOSITORY / "cluster/monitoring/metrics.yaml").read_text(encoding="utf-8").partition("\n\n")[0]
-    assert re.search(rf"a {exporter}(?: has at most)? {num_series}\b", comment, re.IGNORECASE), num_series
+    comment = (
+        (REPOSITORY / "cluster/monitoring/metrics.yaml")
+        .read_text(encoding="utf-8")
+        .partition("\n\n")[0]
+    )
+    assert re.search(rf"a {exporter}(?: has at most)? {num_series}\b", comment, re.IGNORECASE), (
+        num_series
+    )
 
 
 def test_each_name_of_a_key_has_as_many_series_as_the_table_says() -> None:
@@ -118,5 +138,9 @@ def test_each_name_of_a_key_has_as_many_series_as_the_table_says() -> None:
     KeyMetrics(exported).keep({f"key-{number}" for number in range(50)})
     samples = [sample for family in exported.collectors.collect() for sample in family.samples]
     num_series = sum(not sample.name.endswith("_created") for sample in samples)
-    comment = (REPOSITORY / "cluster/monitoring/metrics.yaml").read_text(encoding="utf-8").partition("\n\n")[0]
+    comment = (
+        (REPOSITORY / "cluster/monitoring/metrics.yaml")
+        .read_text(encoding="utf-8")
+        .partition("\n\n")[0]
+    )
     assert f"{num_series // 50} series for each name" in comment and num_series % 50 == 0

@@ -1,4 +1,5 @@
-"""A job's log in its run's storage: whole lines in order, bounded, past an outage, for a reader who comes later."""
+"""A job's log in its run's storage: whole lines in order, bounded, past an outage, for a reader who
+comes later."""
 
 import json
 import threading
@@ -20,7 +21,11 @@ WELL = Ended(0, False, {"loss": 1.5}, 2.0)
 
 @pytest.fixture(params=["local", "s3"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    root = str(tmp_path) if request.param == "local" else f"s3://{request.getfixturevalue('s3_bucket')}/store"
+    root = (
+        str(tmp_path)
+        if request.param == "local"
+        else f"s3://{request.getfixturevalue('s3_bucket')}/store"
+    )
     return open_storage(root).child("runs/demo")
 
 
@@ -51,7 +56,9 @@ def test_a_reader_sees_whole_lines_as_they_come_and_how_it_ended(run: Storage) -
     assert text(run, "first") == "one\nzwei Ä\nthree\n"
 
 
-def test_a_log_is_bounded_and_says_what_it_leaves_out(run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_is_bounded_and_says_what_it_leaves_out(
+    run: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(job_log, "_INTERVAL_S", 0.01)
     log = JobLog(run, "long", STARTED, launch_bytes=3 * (256 << 10))
     lines = [f"{number:07d} {'x' * 1000}\n" for number in range(2500)]  # ten segments
@@ -68,7 +75,9 @@ def test_a_log_is_bounded_and_says_what_it_leaves_out(run: Storage, monkeypatch:
     at = shown.index(left_out)
     assert shown[:at] == lines[:at] and at > 100  # how it began
     assert shown[at + 1 :] == lines[-(len(shown) - at - 1) :]  # how it ended
-    assert int(left_out[1:].split()[0].replace(",", "")) == sum(map(len, lines)) - sum(map(len, shown)) + len(left_out)
+    assert int(left_out[1:].split()[0].replace(",", "")) == sum(map(len, lines)) - sum(
+        map(len, shown)
+    ) + len(left_out)
 
 
 def test_old_launches_make_room(run: Storage) -> None:
@@ -78,7 +87,9 @@ def test_old_launches_make_room(run: Storage) -> None:
     assert not run.list("jobs/launch-00/")
 
 
-def test_an_outage_neither_holds_up_the_writer_nor_costs_lines(proxy: FaultProxy, s3_bucket: str) -> None:
+def test_an_outage_neither_holds_up_the_writer_nor_costs_lines(
+    proxy: FaultProxy, s3_bucket: str
+) -> None:
     run = open_storage(f"s3://{s3_bucket}/runs/demo")
     log = JobLog(run, "first", STARTED)
     log.write(b"before\n")

@@ -26,7 +26,12 @@ RAY_BLOCK = [
     "",
     "\traise",
 ]
-OWN_LINES = ["run r: 8 steps", "attempt 1: 2 workers, from step 0", "(an aside of the stage's own)", "2026 was a year"]
+OWN_LINES = [
+    "run r: 8 steps",
+    "attempt 1: 2 workers, from step 0",
+    "(an aside of the stage's own)",
+    "2026 was a year",
+]
 
 
 def view_lines(tmp_path: Path, lines: list[str]) -> str:
@@ -51,12 +56,18 @@ def test_rays_lines_go_to_the_file_only(tmp_path: Path, capfd: pytest.CaptureFix
 
 
 def test_the_stack_of_a_crash_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    crash = ["*** SIGSEGV received at time=1795955368 on cpu 0 ***", "PC: @ 0x7fba  (unknown)", "    @ 0x7fbb  f()"]
+    crash = [
+        "*** SIGSEGV received at time=1795955368 on cpu 0 ***",
+        "PC: @ 0x7fba  (unknown)",
+        "    @ 0x7fbb  f()",
+    ]
     view_lines(tmp_path, [OWN_LINES[0], *crash])
     assert capfd.readouterr().err.splitlines() == [OWN_LINES[0], *crash]
 
 
-def test_a_workers_error_is_shown_though_ray_says_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_workers_error_is_shown_though_ray_says_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     error = "(RayTrainWorker pid=12, ip=127.0.0.1) FloatingPointError: step 3 has loss nan"
     view_lines(tmp_path, [*RAY_BLOCK, error, "    more of Ray's"])
     assert capfd.readouterr().err.splitlines() == [error]
@@ -65,7 +76,8 @@ def test_a_workers_error_is_shown_though_ray_says_it(tmp_path: Path, capfd: pyte
 def test_reports_are_rare_when_piped(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten reports a second for a while: one line per interval and label, and always the last one."""
+    """Ten reports a second for a while: one line per interval and label, and always the last
+    one."""
     clock = iter(number / 10 for number in range(1000))
     reports = [report("training", step / 30, capfd) for step in range(300)]
     other, last = report("tokenizing", 1, capfd), report("training", 10, capfd)
@@ -86,7 +98,9 @@ def test_bytes_are_reported_to_the_end(capfd: pytest.CaptureFixture[str]) -> Non
     assert (lines[-1]["done"], lines[-1]["total"], lines[-1]["unit"]) == (3.0, 3.0, "MB")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None
+)
 @given(text=st.text(st.characters(blacklist_categories=["Cs", "Cc", "Zl", "Zp"])))
 def test_no_text_breaks_the_view(tmp_path: Path, text: str) -> None:
     assert view_lines(tmp_path, [text]).endswith(f"{text}\n")

@@ -9,18 +9,33 @@ from cluster.output.result_text import counted, lines, printable, put
 
 
 def test_what_is_not_printable_is_escaped() -> None:
-    assert printable("plain äöü 漢字\u3000\xa0🙂\n\tindented") == "plain äöü 漢字\u3000\xa0🙂\n\tindented"
-    assert printable("\x1b[2J\r\x07\x9b\u202e\u2028\ud800") == r"\x1b[2J\r\x07\x9b\u202e\u2028\ud800"
+    assert (
+        printable("plain äöü 漢字\u3000\xa0🙂\n\tindented")
+        == "plain äöü 漢字\u3000\xa0🙂\n\tindented"
+    )
+    assert (
+        printable("\x1b[2J\r\x07\x9b\u202e\u2028\ud800") == r"\x1b[2J\r\x07\x9b\u202e\u2028\ud800"
+    )
     assert printable("two\nlines", keep="") == r"two\nlines"
 
 
 def test_a_result_has_rounded_figures_and_no_python() -> None:
-    result = {"lr": (0.0005999996803580646, 0.0009999999857763931), "steps": [1, 2], "none": None, "no": []}
+    result = {
+        "lr": (0.0005999996803580646, 0.0009999999857763931),
+        "steps": [1, 2],
+        "none": None,
+        "no": [],
+    }
     assert list(lines(result)) == ["lr     0.0006, 0.001", "steps  1, 2", "none   -", "no     none"]
 
 
 def test_a_count_agrees_with_its_noun() -> None:
-    assert [counted(number, "run") for number in (0, 1, 2, 1234)] == ["0 runs", "1 run", "2 runs", "1,234 runs"]
+    assert [counted(number, "run") for number in (0, 1, 2, 1234)] == [
+        "0 runs",
+        "1 run",
+        "2 runs",
+        "1,234 runs",
+    ]
 
 
 @pytest.mark.parametrize("at_terminal", [True, False])

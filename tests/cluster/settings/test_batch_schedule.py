@@ -1,4 +1,5 @@
-"""The batch's schedule: samples end to end, a batch that only grows, and a number of tokens that is never exceeded."""
+"""The batch's schedule: samples end to end, a batch that only grows, and a number of tokens that is
+never exceeded."""
 
 import time
 
@@ -25,7 +26,8 @@ def schedules(draw: st.DrawFn) -> BatchSchedule:
 
 
 def step_by_step(schedule: BatchSchedule) -> list[int]:
-    """The lanes of each step, by the definition: linear in the tokens seen before, rounded down; one step beyond."""
+    """The lanes of each step, by the definition: linear in the tokens seen before, rounded down;
+    one step beyond."""
     lanes, tokens = [], 0
     while tokens <= schedule.max_tokens:
         share = tokens / schedule.ramp_tokens if tokens < schedule.ramp_tokens else 1.0
@@ -56,7 +58,9 @@ def test_batches_follow_each_other_and_never_shrink(schedule: BatchSchedule) -> 
             assert schedule.num_lanes(step) == schedule.full_lanes
         end = batch.stop
         assert schedule.tokens_seen(step) == end * schedule.seq_len
-        assert schedule.tokens_seen(step) - schedule.tokens_seen(step - 1) == schedule.step_tokens(step)
+        assert schedule.tokens_seen(step) - schedule.tokens_seen(step - 1) == schedule.step_tokens(
+            step
+        )
         assert schedule.samples_of(1, step) == range(end)
 
 
@@ -67,14 +71,26 @@ def test_the_tokens_are_used_up_and_never_exceeded(schedule: BatchSchedule) -> N
     assert schedule.tokens_seen(steps) <= schedule.max_tokens < schedule.tokens_seen(steps + 1)
 
 
-@given(lanes=st.integers(1, 64), size=st.integers(1, 9), length=st.integers(1, 64), max_tokens=st.integers(1, 10**12))
-def test_without_a_ramp_it_is_multiplication(lanes: int, size: int, length: int, max_tokens: int) -> None:
-    schedule = BatchSchedule(seq_len=length, lane_size=size, full_lanes=lanes, max_tokens=max_tokens, start_lanes=lanes)
+@given(
+    lanes=st.integers(1, 64),
+    size=st.integers(1, 9),
+    length=st.integers(1, 64),
+    max_tokens=st.integers(1, 10**12),
+)
+def test_without_a_ramp_it_is_multiplication(
+    lanes: int, size: int, length: int, max_tokens: int
+) -> None:
+    schedule = BatchSchedule(
+        seq_len=length, lane_size=size, full_lanes=lanes, max_tokens=max_tokens, start_lanes=lanes
+    )
     batch = lanes * size
     assert schedule.max_steps == max_tokens // (batch * length)
     for step in (1, 2, 1000, 10**9):
         assert schedule.samples(step) == range((step - 1) * batch, step * batch)
-        assert (schedule.tokens_seen(step), schedule.step_tokens(step)) == (step * batch * length, batch * length)
+        assert (schedule.tokens_seen(step), schedule.step_tokens(step)) == (
+            step * batch * length,
+            batch * length,
+        )
 
 
 def test_a_long_ramp_costs_its_stages_and_not_its_steps() -> None:
@@ -91,7 +107,12 @@ def test_a_long_ramp_costs_its_stages_and_not_its_steps() -> None:
     assert 95_000 < gpt3.max_steps < 115_000
     assert gpt3.tokens_seen(gpt3.max_steps) <= 300_000_000_000
     long = BatchSchedule(
-        seq_len=1, lane_size=1, full_lanes=100, max_tokens=10**8, start_lanes=50, ramp_tokens=75 * 10**6
+        seq_len=1,
+        lane_size=1,
+        full_lanes=100,
+        max_tokens=10**8,
+        start_lanes=50,
+        ramp_tokens=75 * 10**6,
     )
     assert long.max_steps > 10**6
     assert sum(long.samples(step).stop for step in range(10**6, 10**6 + 1000))

@@ -1,4 +1,5 @@
-"""`raymill init` writes a file that is valid, whose comments are the settings' own help, and that a run takes."""
+"""`raymill init` writes a file that is valid, whose comments are the settings' own help, and that a
+run takes."""
 
 import json
 from argparse import SUPPRESS
@@ -19,11 +20,16 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dotted(values: dict[str, Any]) -> dict[str, Any]:
-    return {f"{branch}.{name}": value for branch, settings in values.items() for name, value in settings.items()}
+    return {
+        f"{branch}.{name}": value
+        for branch, settings in values.items()
+        for name, value in settings.items()
+    }
 
 
 def comments(text: str) -> dict[str, str]:
-    """Returns the comment above each setting of the file, as one line, by the setting's dotted name."""
+    """Returns the comment above each setting of the file, as one line, by the setting's dotted
+    name."""
     result, section, words = {}, "", list[str]()
     for line in text.splitlines():
         name, _, value = line.strip().partition(":")
@@ -46,7 +52,9 @@ def manual() -> dict[str, str]:
     return {action.dest: str(action.help) for action in actions if action.help != SUPPRESS}
 
 
-def test_the_file_is_valid_and_each_comment_is_the_settings_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_file_is_valid_and_each_comment_is_the_settings_help(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["init"]) == 0
     said = capsys.readouterr()
     assert said.out.split() == ["file", "run.yaml"]
@@ -54,10 +62,19 @@ def test_the_file_is_valid_and_each_comment_is_the_settings_help(capsys: pytest.
     text = Path("run.yaml").read_text()
     config = read_config(Path("run.yaml"), RunConfig)
     written = dotted(yaml.safe_load(text))
-    everything = dotted({name: vars(value) for name, value in config if not isinstance(value, str | None)})
+    everything = dotted(
+        {name: vars(value) for name, value in config if not isinstance(value, str | None)}
+    )
     assert written.keys() - {"model.preset"} <= everything.keys()
-    assert all(everything[path] == value for path, value in written.items() if path != "model.preset")
-    assert {"data.source", "train.max_tokens", "train.global_batch_size", "storage.uri"} <= written.keys()
+    assert all(
+        everything[path] == value for path, value in written.items() if path != "model.preset"
+    )
+    assert {
+        "data.source",
+        "train.max_tokens",
+        "train.global_batch_size",
+        "storage.uri",
+    } <= written.keys()
     assert comments(text) == {path: manual()[path] for path in written}
     assert max_steps(config) > 1000
 
@@ -68,7 +85,10 @@ def test_a_file_that_is_there_stays(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.startswith("error: mine.yaml is there already")
     assert Path("mine.yaml").read_text() == "model: {preset: tiny}\n"
     assert main(["init", "nowhere/run.yaml"]) == 1
-    assert capsys.readouterr().err == "error: cannot write nowhere/run.yaml: No such file or directory\n"
+    assert (
+        capsys.readouterr().err
+        == "error: cannot write nowhere/run.yaml: No such file or directory\n"
+    )
 
 
 def test_a_run_takes_the_file_once_it_names_a_corpus(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,5 @@
-"""The configuration tree: what fits together, what is refused and in which words, and that YAML keeps all of it."""
+"""The configuration tree: what fits together, what is refused and in which words, and that YAML
+keeps all of it."""
 
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,19 @@ def test_steps_use_the_tokens_up_and_never_exceed_them(
 
 def test_sequences_are_as_long_as_the_context_unless_said() -> None:
     assert seq_len(validate_config({"model": {"preset": "tiny"}}, RunConfig)) == 64
-    assert seq_len(validate_config({"model": {"preset": "tiny"}, "train": {"seq_len": 7}}, RunConfig)) == 7
+    assert (
+        seq_len(validate_config({"model": {"preset": "tiny"}, "train": {"seq_len": 7}}, RunConfig))
+        == 7
+    )
 
 
 def test_fields_override_their_preset() -> None:
-    config = validate_config({"model": {"preset": "tiny", "n_layer": 3, "activation_function": "relu"}}, RunConfig)
-    assert config.model == GPTConfig(n_layer=3, n_head=2, n_embd=32, n_positions=64, activation_function="relu")
+    config = validate_config(
+        {"model": {"preset": "tiny", "n_layer": 3, "activation_function": "relu"}}, RunConfig
+    )
+    assert config.model == GPTConfig(
+        n_layer=3, n_head=2, n_embd=32, n_positions=64, activation_function="relu"
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,8 +90,17 @@ def test_fields_override_their_preset() -> None:
                     "tokenizer": "/t",
                     "validation": {"news-1.a": "/n.txt"},
                 },
-                "model": {"preset": "tiny", "n_inner": 65, "dropout": 0.1, "tie_word_embeddings": False},
-                "train": {"learning_rate": 1e-3, "warmup_tokens": 0, "sample_prompts": ["a: b\n# c", "no", "∂"]},
+                "model": {
+                    "preset": "tiny",
+                    "n_inner": 65,
+                    "dropout": 0.1,
+                    "tie_word_embeddings": False,
+                },
+                "train": {
+                    "learning_rate": 1e-3,
+                    "warmup_tokens": 0,
+                    "sample_prompts": ["a: b\n# c", "no", "∂"],
+                },
                 "scaling": {"min_workers": 2, "max_workers": 8},
             },
             RunConfig,
@@ -126,29 +143,50 @@ def test_a_tree_cannot_be_changed() -> None:
     ("values", "words"),
     [
         ({"trian": {}}, ["unknown setting trian", "did you mean train?"]),
-        ({"train": {"learning_rat": 1}}, ["unknown setting train.learning_rat", "did you mean train.learning_rate?"]),
+        (
+            {"train": {"learning_rat": 1}},
+            ["unknown setting train.learning_rat", "did you mean train.learning_rate?"],
+        ),
         ({"train": {"qqq": 1}}, ["unknown setting train.qqq"]),
         ({"model": {"n_heads": 2}}, ["'n_heads'", "n_head,"]),
         ({"model": {"preset": "tinny"}}, ["'tinny'", "tiny"]),
         ({"model": {"n_embd": 32, "n_head": 3}}, ["n_head=3", "n_embd=32", "divisors"]),
         ({"model": {"n_layer": 2.5}}, ["model.n_layer", "a whole number", "2.5"]),
-        ({"model": {"activation_function": "gelo"}}, ["activation_function", "'gelo'", "gelu_exact"]),
+        (
+            {"model": {"activation_function": "gelo"}},
+            ["activation_function", "'gelo'", "gelu_exact"],
+        ),
         (
             {"train": {"global_batch_size": 10, "micro_batch_size": 4}},
             ["train.micro_batch_size=4", "train.global_batch_size=10"],
         ),
         (
-            {"train": {"global_batch_size": 8, "micro_batch_size": 4}, "scaling": {"max_workers": 3}},
+            {
+                "train": {"global_batch_size": 8, "micro_batch_size": 4},
+                "scaling": {"max_workers": 3},
+            },
             ["scaling.max_workers=3", "2 lanes"],
         ),
-        ({"model": {"preset": "tiny"}, "train": {"seq_len": 65}}, ["train.seq_len=65", "model.n_positions=64"]),
-        ({"model": {"preset": "tiny"}, "train": {"max_tokens": 4095}}, ["train.max_tokens=4095", "4096"]),
+        (
+            {"model": {"preset": "tiny"}, "train": {"seq_len": 65}},
+            ["train.seq_len=65", "model.n_positions=64"],
+        ),
+        (
+            {"model": {"preset": "tiny"}, "train": {"max_tokens": 4095}},
+            ["train.max_tokens=4095", "4096"],
+        ),
         (
             {"train": {"batch_ramp_tokens": 10**5, "batch_ramp_start": 8}},
             ["scaling.max_workers=2", "1 lane ", "train.batch_ramp_start"],
         ),
-        ({"train": {"batch_ramp_tokens": 10**5}}, ["train.batch_ramp_tokens", "train.batch_ramp_start", "both"]),
-        ({"train": {"batch_ramp_start": 16}}, ["train.batch_ramp_tokens", "train.batch_ramp_start", "both"]),
+        (
+            {"train": {"batch_ramp_tokens": 10**5}},
+            ["train.batch_ramp_tokens", "train.batch_ramp_start", "both"],
+        ),
+        (
+            {"train": {"batch_ramp_start": 16}},
+            ["train.batch_ramp_tokens", "train.batch_ramp_start", "both"],
+        ),
         (
             {"train": {"batch_ramp_tokens": 10**5, "batch_ramp_start": 12}},
             ["train.batch_ramp_start=12", "multiple", "train.micro_batch_size=8"],
@@ -160,7 +198,14 @@ def test_a_tree_cannot_be_changed() -> None:
         ({"train": {"schedule": "linear"}}, ["train.schedule", "'cosine' or 'wsd'", "'linear'"]),
         ({"train": {"cooldown_tokens": 5}}, ["train.cooldown_tokens=5", "train.schedule=wsd"]),
         (
-            {"train": {"schedule": "wsd", "cooldown_tokens": 60, "warmup_tokens": 50, "decay_tokens": 100}},
+            {
+                "train": {
+                    "schedule": "wsd",
+                    "cooldown_tokens": 60,
+                    "warmup_tokens": 50,
+                    "decay_tokens": 100,
+                }
+            },
             ["train.cooldown_tokens=60", "train.warmup_tokens=50", "100 tokens"],
         ),
         ({"data": {"validation": {"a/b": "x.txt"}}}, ["data.validation.a/b", "letters, digits"]),
@@ -177,7 +222,9 @@ def test_a_tree_cannot_be_changed() -> None:
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_named_with_its_numbers(values: dict[str, Any], words: list[str]) -> None:
+def test_what_does_not_fit_is_named_with_its_numbers(
+    values: dict[str, Any], words: list[str]
+) -> None:
     message = refusal(values)
     assert all(word in message for word in words), message
 

@@ -1,4 +1,5 @@
-"""Who computes is decided by the device, and settings that the engine does not have are refused with a word."""
+"""Who computes is decided by the device, and settings that the engine does not have are refused
+with a word."""
 
 import argparse
 from pathlib import Path
@@ -22,7 +23,12 @@ def settled(*flags: str, yaml: str = "", folder: Path) -> ServeConfig:
 
 @pytest.mark.parametrize(
     ("device", "backend", "is_vllm"),
-    [("cpu", "auto", False), ("cpu", "raymill", False), ("cpu", "vllm", True), ("cuda", "auto", True)],
+    [
+        ("cpu", "auto", False),
+        ("cpu", "raymill", False),
+        ("cpu", "vllm", True),
+        ("cuda", "auto", True),
+    ],
 )
 def test_a_gpu_is_vllms_and_a_cpu_raymills(device: str, backend: str, is_vllm: bool) -> None:
     assert EngineConfig.model_validate({"device": device, "backend": backend}).runs_vllm is is_vllm
@@ -35,7 +41,10 @@ def test_a_gpu_is_vllms_and_a_cpu_raymills(device: str, backend: str, is_vllm: b
         ("{vllm_args: {enforce_eager: true}}", "expected backend=vllm or device=cuda"),
         ("{tensor_parallel_size: 2}", "expected backend=vllm or device=cuda"),
         ("{backend: vllm, batch_invariant: true}", "batch_invariant needs device=cuda"),
-        ("{device: cuda, vllm_args: {max_num_seqs: 8}}", "cannot have max_num_seqs: set engine.max_num_seqs"),
+        (
+            "{device: cuda, vllm_args: {max_num_seqs: 8}}",
+            "cannot have max_num_seqs: set engine.max_num_seqs",
+        ),
         ("{device: cuda, vllm_args: ['{1']}", "expected one JSON object"),
         ("{device: cuda, vllm_args: 3}", "engine.vllm_args: expected .*, not 3"),
     ],
@@ -60,7 +69,9 @@ def test_vllms_arguments_come_from_the_file_or_as_json(tmp_path: Path) -> None:
 
 
 def test_every_refusal_says_what_to_do_instead() -> None:
-    settings = {f"engine.{name}" for name in EngineConfig.model_fields} | set(ServeConfig.model_fields)
+    settings = {f"engine.{name}" for name in EngineConfig.model_fields} | set(
+        ServeConfig.model_fields
+    )
     settings |= {"replicas.max_replicas"}
     for instead in NOT_VLLM_ARGS.values():
         if instead.startswith("set "):
@@ -69,7 +80,17 @@ def test_every_refusal_says_what_to_do_instead() -> None:
 
 def test_a_gpu_takes_on_more_unless_the_settings_say_otherwise(tmp_path: Path) -> None:
     cpu, gpu = settled(folder=tmp_path), settled("--engine.device", "cuda", folder=tmp_path)
-    assert (cpu.max_ongoing_requests, cpu.target_ongoing_requests, cpu.engine.waiting_room) == (64, 8, 128)
-    assert (gpu.max_ongoing_requests, gpu.target_ongoing_requests, gpu.engine.waiting_room) == (1024, 128, 1024)
-    own = settled("--engine.max-waiting", "0", "--replicas.max-ongoing-requests", "5", folder=tmp_path)
+    assert (cpu.max_ongoing_requests, cpu.target_ongoing_requests, cpu.engine.waiting_room) == (
+        64,
+        8,
+        128,
+    )
+    assert (gpu.max_ongoing_requests, gpu.target_ongoing_requests, gpu.engine.waiting_room) == (
+        1024,
+        128,
+        1024,
+    )
+    own = settled(
+        "--engine.max-waiting", "0", "--replicas.max-ongoing-requests", "5", folder=tmp_path
+    )
     assert (own.max_ongoing_requests, own.engine.waiting_room) == (5, 0)

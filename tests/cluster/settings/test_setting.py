@@ -1,4 +1,5 @@
-"""What a setting shapes: said of each one of the data and of the training, by itself, and by no list elsewhere."""
+"""What a setting shapes: said of each one of the data and of the training, by itself, and by no
+list elsewhere."""
 
 import pytest
 

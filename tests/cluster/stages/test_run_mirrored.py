@@ -1,4 +1,5 @@
-"""The process of a job: its stage's output kept in the run's storage, its exit code passed on, each stage once."""
+"""The process of a job: its stage's output kept in the run's storage, its exit code passed on, each
+stage once."""
 
 import json
 import os
@@ -30,7 +31,15 @@ def run(tmp_path: Path) -> Storage:
 
 def start(folder: Path, *words: str) -> "subprocess.Popen[str]":
     (folder / "noisy.txt").write_text("\n".join(words))
-    command = [sys.executable, "-m", "cluster.stages.run_mirrored", "--job", "demo.1", STAGE, str(folder / "run.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "cluster.stages.run_mirrored",
+        "--job",
+        "demo.1",
+        STAGE,
+        str(folder / "run.yaml"),
+    ]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=environment, text=True, **pipes)
@@ -47,7 +56,13 @@ def wait_for_line(process: "subprocess.Popen[str]", line: str) -> None:
 
 def test_output_result_and_exit_code_are_kept(run: Storage, tmp_path: Path) -> None:
     progress = 'raymill-progress: {"label": "training", "done": %d, "total": 9, "unit": "steps", "note": ""}'
-    words = ["say hello", "complain oh", f"say {progress % 1}", f"say {progress % 2}", f"say {progress % 9}"]
+    words = [
+        "say hello",
+        "complain oh",
+        f"say {progress % 1}",
+        f"say {progress % 2}",
+        f"say {progress % 9}",
+    ]
     process = start(tmp_path, *words, "say raymill-result: {cut", f"say {'z' * 70_000}", "result 7")
     out, err = process.communicate(timeout=limit_s(60))
     assert (process.returncode, err) == (0, "")

@@ -1,4 +1,5 @@
-"""A person who starts a stage reads its progress, and one line of error with the place of the whole log."""
+"""A person who starts a stage reads its progress, and one line of error with the place of the whole
+log."""
 
 import asyncio
 import sys
@@ -22,7 +23,9 @@ from cluster.stages.stage import Connection, _follow, run_stage, stage_main
 from cluster.stages.stage_module import StageFailedError
 
 
-def test_a_process_shows_its_own_reports_as_progress_where_it_is_asked_to(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_process_shows_its_own_reports_as_progress_where_it_is_asked_to(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     with reports_shown():
         report_progress("verifying", done=3, total=3, unit="MB")
     report_progress("verifying", done=3, total=3, unit="MB")
@@ -59,9 +62,19 @@ class EndedJob:
 @pytest.mark.parametrize(
     ("log", "code", "kind", "words"),
     [
-        ("listing\nerror: the corpus is empty\n", 1, StageFailedError, "the corpus is empty (the whole log is in "),
+        (
+            "listing\nerror: the corpus is empty\n",
+            1,
+            StageFailedError,
+            "the corpus is empty (the whole log is in ",
+        ),
         ("error: no such setting\n", 2, ConfigError, "no such setting (the whole log is in "),
-        ("listing\n", 137, StageFailedError, "job j ended with exit code 137 (the whole log is in "),
+        (
+            "listing\n",
+            137,
+            StageFailedError,
+            "job j ended with exit code 137 (the whole log is in ",
+        ),
     ],
 )
 def test_a_failed_job_is_one_line_of_error(
@@ -76,7 +89,10 @@ def test_a_failed_job_is_one_line_of_error(
     with pytest.raises(kind) as failed, ProgressView(path, waiting="starting the job") as view:
         asyncio.run(_follow(EndedJob(log, driver_exit_code=code), "j", view))  # type: ignore[arg-type]
     assert str(failed.value) == f"{words}{path})"
-    assert capfd.readouterr().err.splitlines() == ["starting the job", *(["listing"] if "listing" in log else [])]
+    assert capfd.readouterr().err.splitlines() == [
+        "starting the job",
+        *(["listing"] if "listing" in log else []),
+    ]
     assert path.read_text() == log
 
 
@@ -86,7 +102,10 @@ def test_an_interrupt_has_the_job_save_and_says_what_is_saved(
     def interrupted(*asked: object) -> None:
         raise KeyboardInterrupt
 
-    job = EndedJob("attempt 1\nerror: run r is saved at step 41 of 60 and has ended, as asked\n", JobStatus.RUNNING)
+    job = EndedJob(
+        "attempt 1\nerror: run r is saved at step 41 of 60 and has ended, as asked\n",
+        JobStatus.RUNNING,
+    )
     monkeypatch.setattr(stage, "_jobs_client", lambda connection: job)
     monkeypatch.setattr(stage, "submit_stage", lambda *asked, **settings: "j")
     monkeypatch.setattr(stage, "_follow", interrupted)
@@ -104,14 +123,19 @@ def test_an_interrupt_has_the_job_save_and_says_what_is_saved(
     job.status = JobStatus.RUNNING
     with pytest.raises(KeyboardInterrupt):
         run_stage(connection, "serving.app", ServeConfig.model_validate({"storage": storage}))
-    assert capfd.readouterr().err.splitlines()[1] == "stopping: the job ends", "an endpoint has nothing to save"
+    assert capfd.readouterr().err.splitlines()[1] == "stopping: the job ends", (
+        "an endpoint has nothing to save"
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "in_job"), [(["run.yaml"], False), ([], True), (["run.yaml", "--run-id", "r"], True)]
 )
 def test_a_stage_that_is_no_job_names_the_command_that_submits_it(
-    words: list[str], in_job: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    in_job: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refuse(config: RunConfig) -> Never:
         raise AssertionError("it must not run")
@@ -126,7 +150,10 @@ def test_a_stage_that_is_no_job_names_the_command_that_submits_it(
 
 @pytest.mark.parametrize("known", [[], ["--run-id", "mine"]])
 def test_an_interrupted_command_says_how_to_continue(
-    tmp_path: Path, known: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    known: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     @contextmanager
     def interrupted(*asked: object, **settings: object) -> Iterator[None]:

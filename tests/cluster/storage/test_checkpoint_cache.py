@@ -1,4 +1,5 @@
-"""The copies of remote checkpoints: bounded, whole, without the training state, and never taken from who needs them."""
+"""The copies of remote checkpoints: bounded, whole, without the training state, and never taken
+from who needs them."""
 
 import os
 import signal
@@ -60,7 +61,9 @@ def test_what_was_used_least_recently_makes_room(run: Storage, tmp_path: Path) -
     assert kept() == {f"step-{step}" for step in (0, *range(3, MAX_COPIES + 2))}
 
 
-def test_the_bound_is_one_of_bytes_too(run: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bound_is_one_of_bytes_too(
+    run: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoints = upload(run, tmp_path, 1, 2, 3)
     size = sum(path.stat().st_size for path in fetch(checkpoints[0]).iterdir())
     monkeypatch.setattr(checkpoint_cache, "MAX_BYTES", 2 * size + size // 2)
@@ -110,13 +113,17 @@ def test_replicas_that_start_together_fetch_once_and_see_whole_copies(
 
     monkeypatch.setattr(S3Storage, "download_file", counted)
     with ThreadPoolExecutor(8) as threads:
-        folders = list(threads.map(lambda i: resolve_checkpoint(checkpoints[i % 2].uri, run.uri), range(16)))
+        folders = list(
+            threads.map(lambda i: resolve_checkpoint(checkpoints[i % 2].uri, run.uri), range(16))
+        )
     assert len(set(folders)) == 2 and set(downloads.values()) == {1}
     for folder in folders:
         assert not verify_checkpoint(folder, to_train=False)
         assert not (folder / TRAIN_STATE).exists()
         load_model(folder)
-    assert any(TRAIN_STATE in problem for problem in verify_checkpoint(folders[0])), "training cannot continue from it"
+    assert any(TRAIN_STATE in problem for problem in verify_checkpoint(folders[0])), (
+        "training cannot continue from it"
+    )
 
 
 def test_what_a_killed_process_left_is_no_copy(run: Storage, tmp_path: Path) -> None:
@@ -139,7 +146,12 @@ def test_a_damaged_copy_is_fetched_again(run: Storage, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_transformers_is_copied_with_all_that_a_model_needs(run: Storage) -> None:
-    needed = ["config.json", "merges.txt", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    needed = [
+        "config.json",
+        "merges.txt",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
     needed += ["model.safetensors.index.json", "vocab.json"]
     for name in [*needed, "pytorch_model.bin", "README.md", "onnx/model.onnx"]:
         run.write_bytes(f"gpt2/{name}", name.encode())

@@ -1,4 +1,5 @@
-"""Copies of remote files on a node: proven, within the bound, each fetched once by whichever process comes first."""
+"""Copies of remote files on a node: proven, within the bound, each fetched once by whichever
+process comes first."""
 
 import hashlib
 import logging
@@ -45,7 +46,9 @@ def stored(storage: Storage, *numbers: int, size: int = SIZE) -> list[Entry]:
     contents = {f"file-{number}": random.Random(number).randbytes(size) for number in numbers}
     for key, content in contents.items():
         storage.write_bytes(key, content)
-    return [Entry(key, size, hashlib.sha256(content).hexdigest()) for key, content in contents.items()]
+    return [
+        Entry(key, size, hashlib.sha256(content).hexdigest()) for key, content in contents.items()
+    ]
 
 
 def are_here(cache: FileCache, files: list[Entry]) -> list[bool]:
@@ -55,7 +58,9 @@ def are_here(cache: FileCache, files: list[Entry]) -> list[bool]:
 def process(storage: Storage, folder: Path, files: list[Entry]) -> subprocess.Popen[str]:
     named = [f"{file.key}:{file.size}:{file.version}" for file in files]
     command = [sys.executable, "-c", WANT, storage.uri, str(folder), *named]
-    return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {}, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=os.environ | {}, stdout=subprocess.PIPE, text=True
+    )
 
 
 def test_the_copies_are_the_files(storage: Storage, tmp_path: Path) -> None:
@@ -67,7 +72,9 @@ def test_the_copies_are_the_files(storage: Storage, tmp_path: Path) -> None:
         assert (cache.folder / file.version).read_bytes() == storage.read_bytes(file.key)
 
 
-def test_the_processes_of_a_node_fetch_each_file_once(storage: Storage, proxy: FaultProxy, tmp_path: Path) -> None:
+def test_the_processes_of_a_node_fetch_each_file_once(
+    storage: Storage, proxy: FaultProxy, tmp_path: Path
+) -> None:
     files = stored(storage, *range(30))
     proxy.spoil = lambda method, path: Stalled(0.05)
     processes = [process(storage, tmp_path / "cache", files) for _ in range(3)]
@@ -76,7 +83,9 @@ def test_the_processes_of_a_node_fetch_each_file_once(storage: Storage, proxy: F
     assert len(proxy.ranges) == len(files)
 
 
-def test_what_a_killed_process_left_half_is_fetched_again(storage: Storage, proxy: FaultProxy, tmp_path: Path) -> None:
+def test_what_a_killed_process_left_half_is_fetched_again(
+    storage: Storage, proxy: FaultProxy, tmp_path: Path
+) -> None:
     files = stored(storage, 1, 2)
     proxy.spoil = lambda method, path: Stalled(30)
     killed = process(storage, tmp_path / "cache", files)
@@ -126,7 +135,10 @@ def test_an_altered_file_is_named_and_not_kept(storage: Storage, tmp_path: Path)
     cache.want(files)
     wait_until(lambda: cache.altered and all(are_here(cache, [files[0], files[2]])))
     (said,) = cache.altered
-    assert f"/store/file-2 has SHA-256 {hashlib.sha256(bytes(SIZE)).hexdigest()[:12]}…, the manifest says" in said
+    assert (
+        f"/store/file-2 has SHA-256 {hashlib.sha256(bytes(SIZE)).hexdigest()[:12]}…, the manifest says"
+        in said
+    )
     assert are_here(cache, files) == [True, False, True]
 
 

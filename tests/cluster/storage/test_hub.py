@@ -1,4 +1,5 @@
-"""hf:// corpora and models, against a stub of the Hub: pinned to a commit, read by ranges, and errors that say what to do."""
+"""hf:// corpora and models, against a stub of the Hub: pinned to a commit, read by ranges, and
+errors that say what to do."""
 
 import io
 import pickle
@@ -29,7 +30,9 @@ LINES = b"".join(b'{"text": "line %d"}\n' % number for number in range(1000))
 
 def table() -> bytes:
     sink = io.BytesIO()
-    pq.write_table(pa.table({"text": [f"row {number}" for number in range(5000)]}), sink, row_group_size=1000)
+    pq.write_table(
+        pa.table({"text": [f"row {number}" for number in range(5000)]}), sink, row_group_size=1000
+    )
     return sink.getvalue()
 
 
@@ -58,7 +61,9 @@ def test_files_folders_and_patterns(hub: HubStub) -> None:
     assert (location, commit) == (f"{ROOT}@{hub.branches['main']}", hub.branches["main"])
 
     def names(pattern: str) -> list[str]:
-        return [entry.key.removeprefix(f"{location}/") for entry in glob_uris(f"{location}/{pattern}")]
+        return [
+            entry.key.removeprefix(f"{location}/") for entry in glob_uris(f"{location}/{pattern}")
+        ]
 
     assert names("") == names("**") == sorted(FILES)
     assert names("data") == names("data/") == sorted(FILES)[1:]
@@ -73,7 +78,9 @@ def test_files_folders_and_patterns(hub: HubStub) -> None:
 
 def test_a_listing_and_the_file_itself_tell_the_same_version(hub: HubStub) -> None:
     entries = open_storage(ROOT).list()
-    assert {entry.key: entry.size for entry in entries} == {name: len(data) for name, data in FILES.items()}
+    assert {entry.key: entry.size for entry in entries} == {
+        name: len(data) for name, data in FILES.items()
+    }
     assert [open_storage(ROOT).stat(entry.key) for entry in entries] == entries
     assert len({entry.version for entry in entries}) == len(FILES)
     assert open_storage(ROOT).stat("data") is None
@@ -140,12 +147,18 @@ def test_uris_and_pickling(hub: HubStub, tmp_path: Path) -> None:
     assert pinned(f"{ROOT}@v%2F1/**")[1] == hub.branches["v/1"]
     storage = pickle.loads(pickle.dumps(open_storage(f"{ROOT}@v%2F1"))).child("data")
     storage.download_file("x.txt", tmp_path / "x.txt")
-    assert (tmp_path / "x.txt").read_bytes() == b"on a branch with a slash" == storage.read_bytes("x.txt")
+    assert (
+        (tmp_path / "x.txt").read_bytes()
+        == b"on a branch with a slash"
+        == storage.read_bytes("x.txt")
+    )
     assert pinned("s3://bucket/x") == ("s3://bucket/x", "")
     assert pinned("some/folder") == ("some/folder", "")
 
 
-def test_a_model_is_fetched_once_for_each_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_model_is_fetched_once_for_each_commit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     files = {
@@ -160,15 +173,22 @@ def test_a_model_is_fetched_once_for_each_commit(monkeypatch: pytest.MonkeyPatch
         assert absolute_uri("hf://owner/texts/onnx") == "hf://owner/texts@main/onnx"
         uri, folder = find_checkpoint("hf://owner/texts@main", str(tmp_path))
         assert uri == f"hf://owner/texts@{first}"
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == dict(list(files.items())[:2])
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == dict(
+            list(files.items())[:2]
+        )
         stub.asked.clear()
         assert find_checkpoint(uri, str(tmp_path)) == (uri, folder)
         assert not [path for method, path, *_ in stub.asked if "/resolve/" in path]
         second = stub.commit(files | {"model.safetensors": b"others"})
         newer, other = find_checkpoint("hf://owner/texts", str(tmp_path))
-        assert (newer, (other / "model.safetensors").read_bytes()) == (f"hf://owner/texts@{second}", b"others")
+        assert (newer, (other / "model.safetensors").read_bytes()) == (
+            f"hf://owner/texts@{second}",
+            b"others",
+        )
         assert find_checkpoint(uri, str(tmp_path)) == (uri, folder)
-        with pytest.raises(NotFoundError, match=r"datasets/owner/texts@main: no such repository .* is a model"):
+        with pytest.raises(
+            NotFoundError, match=r"datasets/owner/texts@main: no such repository .* is a model"
+        ):
             pinned(ROOT)
 
 
@@ -180,7 +200,9 @@ def test_it_is_read_only(hub: HubStub) -> None:
         lambda: storage.upload_file(Path(__file__), "x"),
         lambda: storage.upload_folder(Path(__file__).parent, "x"),
     ):
-        with pytest.raises(StorageError, match=r"@main.* can only be read; write to a folder or to s3://"):
+        with pytest.raises(
+            StorageError, match=r"@main.* can only be read; write to a folder or to s3://"
+        ):
             action()
     assert storage.local_path("data/a.jsonl") is None
     assert hub.asked == []
@@ -217,11 +239,15 @@ def test_missing_dataset_and_revision_are_one_line(hub: HubStub, uri: str, text:
         with pytest.raises(NotFoundError, match=text) as caught:
             action(uri)
         assert "\n" not in str(caught.value)
-    with pytest.raises(NotFoundError, match=r"data/none\.jsonl: there is no such file; check the URI"):
+    with pytest.raises(
+        NotFoundError, match=r"data/none\.jsonl: there is no such file; check the URI"
+    ):
         open_storage(ROOT).open("data/none.jsonl")
 
 
-def test_denied_gated_offline_and_out_of_reach(hub: HubStub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_denied_gated_offline_and_out_of_reach(
+    hub: HubStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     for status, text in (
         (401, r"access denied \(401\); check HF_TOKEN"),
@@ -237,7 +263,9 @@ def test_denied_gated_offline_and_out_of_reach(hub: HubStub, monkeypatch: pytest
     with pytest.raises(StorageError, match="the repository is gated; accept its terms"):
         pinned(ROOT)
     monkeypatch.setenv("HF_ENDPOINT", "http://user:sesame@127.0.0.1:9")
-    with pytest.raises(StorageError, match=r"127\.0\.0\.1:9 cannot be reached \(ConnectError\); check") as caught:
+    with pytest.raises(
+        StorageError, match=r"127\.0\.0\.1:9 cannot be reached \(ConnectError\); check"
+    ) as caught:
         pinned(ROOT)
     assert "sesame" not in str(caught.value)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -246,10 +274,19 @@ def test_denied_gated_offline_and_out_of_reach(hub: HubStub, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    "uri", ["hf://datasets/owner", "hf://spaces/owner/texts", "hf://datasets/owner/texts@/x", "hf://", f"{ROOT}//a"]
+    "uri",
+    [
+        "hf://datasets/owner",
+        "hf://spaces/owner/texts",
+        "hf://datasets/owner/texts@/x",
+        "hf://",
+        f"{ROOT}//a",
+    ],
 )
 def test_another_form_is_refused(uri: str) -> None:
-    with pytest.raises(StorageError, match="expected hf://owner/name@revision/path for a model, or hf://datasets"):
+    with pytest.raises(
+        StorageError, match="expected hf://owner/name@revision/path for a model, or hf://datasets"
+    ):
         open_storage(uri)
     with pytest.raises(StorageError, match="leaves its folder"):
         open_storage(f"{ROOT}/a/../../b")

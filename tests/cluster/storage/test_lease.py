@@ -1,4 +1,5 @@
-"""A lease: one of many gets it, the dead lose it, a stopped holder is fenced, and outages are sat out."""
+"""A lease: one of many gets it, the dead lose it, a stopped holder is fenced, and outages are sat
+out."""
 
 import json
 import os
@@ -38,10 +39,22 @@ def short(storage: Storage, *, timeout_s: float = limit_s(20)) -> Lease:
 
 
 @contextmanager
-def holder(uri: str, *, timeout_s: float = limit_s(20)) -> Iterator[tuple[subprocess.Popen[str], Callable[[str], str]]]:
-    """A process that waits for a line before it takes the lease, and a way to send it one and get its answer."""
-    command = [sys.executable, "-m", "tests.cluster.lease_holder", uri, str(INTERVAL_S), str(timeout_s)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+def holder(
+    uri: str, *, timeout_s: float = limit_s(20)
+) -> Iterator[tuple[subprocess.Popen[str], Callable[[str], str]]]:
+    """A process that waits for a line before it takes the lease, and a way to send it one and get
+    its answer."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.cluster.lease_holder",
+        uri,
+        str(INTERVAL_S),
+        str(timeout_s),
+    ]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdin and process.stdout
 
         def answer(line: str) -> str:
@@ -62,11 +75,16 @@ def stored(storage: Storage) -> dict[str, object]:
     return content
 
 
-def test_a_held_lease_is_refused_naming_its_holder_and_released_at_the_end(storage: Storage) -> None:
+def test_a_held_lease_is_refused_naming_its_holder_and_released_at_the_end(
+    storage: Storage,
+) -> None:
     with short(storage) as first:
         first.check()
         started_s = time.monotonic()
-        with pytest.raises(LeaseHeldError, match=rf"/RUNNING is held by process {os.getpid()} on \S+ since 2.*; wait"):
+        with pytest.raises(
+            LeaseHeldError,
+            match=rf"/RUNNING is held by process {os.getpid()} on \S+ since 2.*; wait",
+        ):
             short(storage).__enter__()
         assert time.monotonic() - started_s < limit_s(5)  # by the next beat, not by the timeout
         first.check()
@@ -120,7 +138,9 @@ def test_one_of_many_processes_takes_over_from_a_dead_one(uri: str, storage: Sto
         assert sorted(answers) == ["held 2", "refused", "refused"]
 
 
-def test_a_killed_holder_is_replaced_at_once_even_before_it_is_reaped(uri: str, storage: Storage) -> None:
+def test_a_killed_holder_is_replaced_at_once_even_before_it_is_reaped(
+    uri: str, storage: Storage
+) -> None:
     with holder(uri) as (victim, answer):
         assert answer("go") == "held 1"
         victim.send_signal(signal.SIGKILL)
@@ -133,7 +153,9 @@ def test_a_killed_holder_is_replaced_at_once_even_before_it_is_reaped(uri: str, 
             lease.check()
 
 
-def test_a_stopped_holder_is_replaced_after_the_timeout_and_fenced(uri: str, storage: Storage) -> None:
+def test_a_stopped_holder_is_replaced_after_the_timeout_and_fenced(
+    uri: str, storage: Storage
+) -> None:
     timeout_s = limit_s(0.4)  # in which the holder must show itself
     with holder(uri, timeout_s=timeout_s) as (victim, answer):
         assert answer("go") == "held 1"
@@ -160,7 +182,9 @@ def test_a_holder_that_wakes_after_everything_ended_does_not_go_on(storage: Stor
     assert not storage.exists("RUNNING")
 
 
-def test_a_holder_that_does_not_know_yet_that_it_lost_leaves_the_other_lease_alone(storage: Storage) -> None:
+def test_a_holder_that_does_not_know_yet_that_it_lost_leaves_the_other_lease_alone(
+    storage: Storage,
+) -> None:
     with Lease(storage, interval_s=60, timeout_s=120):
         theirs = json.dumps(stored(storage) | {"owner": "another"}).encode()
         storage.write_bytes("RUNNING", theirs)
@@ -176,10 +200,15 @@ def test_what_is_no_lease_is_watched_and_replaced(storage: Storage, content: byt
         lease.check()
 
 
-def test_another_process_with_the_number_of_a_dead_one_does_not_keep_its_lease(storage: Storage) -> None:
+def test_another_process_with_the_number_of_a_dead_one_does_not_keep_its_lease(
+    storage: Storage,
+) -> None:
     with short(storage):
         dead = stored(storage) | {"owner": "another", "generation": 7}
-    for changed, is_at_once in (({"started_s": float(str(dead["started_s"])) - 60}, True), ({"machine": "b"}, False)):
+    for changed, is_at_once in (
+        ({"started_s": float(str(dead["started_s"])) - 60}, True),
+        ({"machine": "b"}, False),
+    ):
         storage.write_bytes("RUNNING", json.dumps(dead | changed).encode())
         started_s = time.monotonic()
         with short(storage, timeout_s=limit_s(0.5)) as lease:

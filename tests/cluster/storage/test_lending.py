@@ -45,5 +45,8 @@ def test_lending_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert read_loan(run) is None
     for wrong in ("nan", "inf", "0", "-5"):
         assert main(["lend", "r1", "--workers", "1", "--for", wrong, *storage]) == 2
-        assert capsys.readouterr().err == f"error: --for {wrong}: expected seconds above 0; --return ends a loan\n"
+        assert (
+            capsys.readouterr().err
+            == f"error: --for {wrong}: expected seconds above 0; --return ends a loan\n"
+        )
     assert read_loan(run) is None

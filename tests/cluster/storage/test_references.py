@@ -19,7 +19,11 @@ from tests.checkpoints import write_tiny
 def root(tmp_path: Path) -> Path:
     """A storage with a run that took steps 10 and 20, the latter twice."""
     for step, attempt in ((10, 1), (20, 1), (20, 2)):
-        write_tiny(tmp_path / f"store/runs/first/checkpoints/step-{step:09d}-{attempt:04d}", step=step, run_id="first")
+        write_tiny(
+            tmp_path / f"store/runs/first/checkpoints/step-{step:09d}-{attempt:04d}",
+            step=step,
+            run_id="first",
+        )
     return tmp_path / "store"
 
 
@@ -31,11 +35,16 @@ def test_a_word_is_a_run_or_a_step_of_one(root: Path) -> None:
     assert checkpoint_uri("first@20", str(root)) == str(newest)
     assert checkpoint_uri("latest", str(root)) == "latest"
     assert checkpoint_uri("s3://b/c", str(root)) == "s3://b/c"
-    assert checkpoint_uri("second", str(root)) == str(Path.cwd() / "second"), "neither a run nor here"
-    with pytest.raises(CheckpointError, match="has no checkpoint of step 15; it has those of steps 10, 20"):
+    assert checkpoint_uri("second", str(root)) == str(Path.cwd() / "second"), (
+        "neither a run nor here"
+    )
+    with pytest.raises(
+        CheckpointError, match="has no checkpoint of step 15; it has those of steps 10, 20"
+    ):
         checkpoint_uri("first@15", str(root))
     with pytest.raises(
-        CheckpointError, match="step-99: no folder with files is there; beside it are step-000000010-0001"
+        CheckpointError,
+        match="step-99: no folder with files is there; beside it are step-000000010-0001",
     ):
         named_checkpoint(str(folder / "step-99"), str(root))
 

@@ -1,4 +1,5 @@
-"""The registry: what is published is found again, damaged checkpoints never are, and numbers are taken once."""
+"""The registry: what is published is found again, damaged checkpoints never are, and numbers are
+taken once."""
 
 import json
 import logging
@@ -58,7 +59,8 @@ def test_the_newest_publication_is_the_latest(root: Path) -> None:
 
 
 def test_what_is_published_is_the_checkpoint_that_the_reference_names(root: Path) -> None:
-    """A run's folder means its newest checkpoint, and `latest` the newest published one, wherever that lies."""
+    """A run's folder means its newest checkpoint, and `latest` the newest published one, wherever
+    that lies."""
     storage = open_storage(str(root))
     first, second = steps(root, 1, 2)
     assert publish(storage, str(first)).checkpoint == str(first)
@@ -90,18 +92,25 @@ def test_other_files_beside_the_publications_are_left_alone(root: Path) -> None:
         storage.write_bytes(f"registry/{name}", b"a note")
     published.append(publish(storage, str(second)))
     assert publications(storage) == published
-    assert (root / "registry/000002.json").is_file() and resolve_checkpoint("latest", str(root)) == second
+    assert (root / "registry/000002.json").is_file() and resolve_checkpoint(
+        "latest", str(root)
+    ) == second
 
 
 @pytest.mark.parametrize(
-    ("val_loss", "data", "is_better"), [(3.5, "d", True), (3.5, "e", False), (1.5, "d", False), (None, "d", False)]
+    ("val_loss", "data", "is_better"),
+    [(3.5, "d", True), (3.5, "e", False), (1.5, "d", False), (None, "d", False)],
 )
-def test_a_publication_says_what_it_displaces(root: Path, val_loss: float | None, data: str, is_better: bool) -> None:
+def test_a_publication_says_what_it_displaces(
+    root: Path, val_loss: float | None, data: str, is_better: bool
+) -> None:
     storage, big, toy = open_storage(str(root)), root / "big", root / "toy"
     write_tiny(big, step=400, run_id="big", val_loss=2.104)
     write_tiny(toy, step=1060, run_id="toy", val_loss=val_loss, data=data)
     publish(storage, str(big))
-    assert what_latest_became(storage) == "latest is now step 400 of run big (validation loss 2.104)"
+    assert (
+        what_latest_became(storage) == "latest is now step 400 of run big (validation loss 2.104)"
+    )
     publish(storage, str(toy))
     said = what_latest_became(storage)
     assert said.startswith("latest is now step 1,060 of run toy")
@@ -121,7 +130,9 @@ def test_a_folder_of_transformers_is_not_published(root: Path) -> None:
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_latest_is_named_and_passed_over(root: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_latest_is_named_and_passed_over(
+    root: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
     storage = open_storage(str(root))
     older, newer = steps(root, 1, 2)
     for folder in (older, newer):
@@ -144,14 +155,18 @@ def test_nothing_published_says_what_to_do(root: Path) -> None:
 def test_only_valid_checkpoints_are_published(root: Path) -> None:
     (folder,) = steps(root, 1)
     damage(folder, "tokenizer.json", "flip")
-    with pytest.raises(CheckpointError, match=r"step-000000001 is not valid: .*tokenizer\.json is altered"):
+    with pytest.raises(
+        CheckpointError, match=r"step-000000001 is not valid: .*tokenizer\.json is altered"
+    ):
         publish(open_storage(str(root)), str(folder))
     with pytest.raises(CheckpointError, match="unknown checkpoint"):
         publish(open_storage(str(root)), str(root / "nowhere"))
     assert publications(open_storage(str(root))) == []
 
 
-def test_a_checkpoint_is_named_by_its_folder_or_its_run(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_checkpoint_is_named_by_its_folder_or_its_run(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first, second, third = steps(root, 9, 10, 11)
     assert resolve_checkpoint(str(first), str(root)) == first
     assert resolve_checkpoint(f"file://{second}", str(root)) == second
@@ -180,7 +195,8 @@ def test_what_is_meant_is_known_before_anything_is_read(root: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not valid: manifest\.json is missing"):
         named_checkpoint(str(second), str(root))
     with pytest.raises(
-        CheckpointError, match=r"unknown checkpoint r: .*; expected latest, a run's id, run@step, or the path"
+        CheckpointError,
+        match=r"unknown checkpoint r: .*; expected latest, a run's id, run@step, or the path",
     ):
         named_checkpoint("r", str(root))
     shutil.rmtree(first)
@@ -191,11 +207,15 @@ def test_what_is_meant_is_known_before_anything_is_read(root: Path) -> None:
 @pytest.mark.parametrize("number", [0, 2])
 def test_an_unknown_checkpoint_is_named(root: Path, number: int) -> None:
     steps(root, *range(1, number))
-    with pytest.raises(CheckpointError, match=f"unknown checkpoint {root}/runs/r/checkpoints/step-7"):
+    with pytest.raises(
+        CheckpointError, match=f"unknown checkpoint {root}/runs/r/checkpoints/step-7"
+    ):
         resolve_checkpoint(f"{root}/runs/r/checkpoints/step-7", str(root))
 
 
-def test_a_remote_checkpoint_is_copied_here(root: Path, s3_bucket: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_remote_checkpoint_is_copied_here(
+    root: Path, s3_bucket: str, caplog: pytest.LogCaptureFixture
+) -> None:
     uri = f"s3://{s3_bucket}/some"
     storage = open_storage(uri)
     folders = steps(root, 1, 2)
@@ -208,7 +228,11 @@ def test_a_remote_checkpoint_is_copied_here(root: Path, s3_bucket: str, caplog: 
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == {
         path.name: path.read_bytes() for path in folders[1].iterdir() if path.name != TRAIN_STATE
     }
-    assert resolve_checkpoint(f"{uri}/runs/r", uri) == resolve_checkpoint(f"{uri}/{names[1]}", uri) == copy
+    assert (
+        resolve_checkpoint(f"{uri}/runs/r", uri)
+        == resolve_checkpoint(f"{uri}/{names[1]}", uri)
+        == copy
+    )
 
     # The folder is replaced by another checkpoint: the copy of the old one is not taken for it.
     storage.upload_folder(folders[0], names[1], last=MANIFEST)
@@ -224,25 +248,34 @@ def test_a_remote_checkpoint_is_copied_here(root: Path, s3_bucket: str, caplog: 
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
-def test_publishers_never_share_a_number(root: Path, place: str, request: pytest.FixtureRequest) -> None:
+def test_publishers_never_share_a_number(
+    root: Path, place: str, request: pytest.FixtureRequest
+) -> None:
     (folder,) = steps(root, 1)
     uri = str(root) if place == "local" else f"s3://{request.getfixturevalue('s3_bucket')}"
     storage = open_storage(uri)
     with ThreadPoolExecutor(8) as threads:
         published = list(threads.map(lambda _: publish(storage, str(folder)), range(16)))
-    assert [entry.key for entry in storage.list("registry/")] == [f"registry/{n:06d}.json" for n in range(1, 17)]
-    assert sorted(entry.time for entry in publications(storage)) == sorted(entry.time for entry in published)
+    assert [entry.key for entry in storage.list("registry/")] == [
+        f"registry/{n:06d}.json" for n in range(1, 17)
+    ]
+    assert sorted(entry.time for entry in publications(storage)) == sorted(
+        entry.time for entry in published
+    )
 
 
 @dataclass(frozen=True)
 class RetentionBeforeWrite(LocalStorage):
-    """A folder whose run deletes a checkpoint just before a publication is written, as retention may."""
+    """A folder whose run deletes a checkpoint just before a publication is written, as retention
+    may."""
 
     superseded: tuple[str, ...] = ()
 
     def write_bytes(self, key: str, data: bytes, **conditions: Any) -> str:
         checkpoints = RunCheckpoints(self.child("runs/r"))
-        checkpoints.delete(name for name in self.superseded if name in checkpoints.names and name in data.decode())
+        checkpoints.delete(
+            name for name in self.superseded if name in checkpoints.names and name in data.decode()
+        )
         return super().write_bytes(key, data, **conditions)
 
 
@@ -258,7 +291,9 @@ def test_publish__refuses_a_checkpoint_that_retention_deleted_meanwhile(root: Pa
     kept, doomed = steps(root, 1, 2)
     storage = RetentionBeforeWrite(root, superseded=(doomed.name,))
     earlier = publish(storage, str(kept))
-    with pytest.raises(CheckpointError, match=r"was deleted while it was being published.*checkpoint.num_to_keep"):
+    with pytest.raises(
+        CheckpointError, match=r"was deleted while it was being published.*checkpoint.num_to_keep"
+    ):
         publish(storage, str(doomed))
     assert publications(storage) == [earlier]
 
@@ -267,11 +302,15 @@ def test_what_endpoints_serve_is_known(root: Path) -> None:
     storage = open_storage(str(root))
     assert served_checkpoints(storage) == set()
     for name, uris in (("a", ["/x", "/y"]), ("b", ["/y", "s3://bucket/z"])):
-        storage.write_bytes(f"endpoints/{name}.json", json.dumps({"pinned": uris, "delivery": {}}).encode())
+        storage.write_bytes(
+            f"endpoints/{name}.json", json.dumps({"pinned": uris, "delivery": {}}).encode()
+        )
     assert served_checkpoints(storage) == {"/x", "/y", "s3://bucket/z"}
 
 
-def test_latest_reads_no_more_publications_than_it_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latest_reads_no_more_publications_than_it_must(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage = open_storage(str(tmp_path / "mill"))
     write_tiny(tmp_path / "one")
     for _ in range(20):

@@ -1,4 +1,5 @@
-"""Reading from S3 through a proxy that misbehaves: the bytes come back whole, or one line says what to do."""
+"""Reading from S3 through a proxy that misbehaves: the bytes come back whole, or one line says what
+to do."""
 
 import pytest
 
@@ -36,21 +37,26 @@ def test_a_range_answered_short_is_continued(proxy: FaultProxy, uri: str) -> Non
 
 def test_a_body_that_always_breaks_off_ends_in_one_line(proxy: FaultProxy, uri: str) -> None:
     proxy.script = [Cut(5)] * 9
-    with pytest.raises(StorageError, match=f"{uri}/file: the transfer broke off 4 times; run again"):
+    with pytest.raises(
+        StorageError, match=f"{uri}/file: the transfer broke off 4 times; run again"
+    ):
         open_storage(uri).read_bytes("file")
     assert proxy.ranges == [None, "bytes=5-", "bytes=10-", "bytes=15-"]
 
 
 def test_a_refusal_that_breaks_off_ends_in_one_line(proxy: FaultProxy, uri: str) -> None:
-    """botocore reads such an answer after its own handling of errors: that of its HTTP library comes through, unless
-    the reset overtakes the whole answer, which is then asked for again."""
+    """botocore reads such an answer after its own handling of errors: that of its HTTP library
+    comes through, unless the reset overtakes the whole answer, which is then asked for again."""
     found = set()
     for _ in range(20):
         proxy.script = [Cut(50, "reset")]
         with pytest.raises(StorageError) as caught:
             open_storage(uri).read_bytes("missing")
         found.add(str(caught.value).removeprefix(f"{uri}/missing"))
-    assert found <= {": an answer broke off (ProtocolError); run again", " does not exist; check the URI"}
+    assert found <= {
+        ": an answer broke off (ProtocolError); run again",
+        " does not exist; check the URI",
+    }
 
 
 def test_an_object_replaced_between_two_attempts_is_noticed(proxy: FaultProxy, uri: str) -> None:
@@ -58,7 +64,9 @@ def test_an_object_replaced_between_two_attempts_is_noticed(proxy: FaultProxy, u
     with storage.open("file") as file:
         storage.write_bytes("file", DATA[::-1])
         proxy.script = [Cut(600 * KIB)]
-        with pytest.raises(StorageError, match=f"{uri}/file was changed or removed by another process"):
+        with pytest.raises(
+            StorageError, match=f"{uri}/file was changed or removed by another process"
+        ):
             file.read()
 
 
@@ -66,7 +74,9 @@ def test_overload_is_waited_out_and_named_when_it_stays(proxy: FaultProxy, uri: 
     proxy.script = [Refused(503, "SlowDown"), Refused(503, "SlowDown")]
     assert open_storage(uri).read_bytes("file") == DATA
     proxy.script = [Refused(503, "SlowDown")] * 9
-    with pytest.raises(StorageError, match=r"overloaded \(SlowDown\) and stayed so; run again later"):
+    with pytest.raises(
+        StorageError, match=r"overloaded \(SlowDown\) and stayed so; run again later"
+    ):
         open_storage(uri).read_bytes("file")
 
 
@@ -75,17 +85,31 @@ def test_overload_is_waited_out_and_named_when_it_stays(proxy: FaultProxy, uri: 
     [
         (404, "NoSuchBucket", r"there is no bucket '.*' at http://.*; create it"),
         (403, "AccessDenied", r"access denied \(AccessDenied\); check the credentials"),
-        (403, "InvalidAccessKeyId", r"does not know this access key \(InvalidAccessKeyId\); check AWS_ACCESS_KEY_ID"),
+        (
+            403,
+            "InvalidAccessKeyId",
+            r"does not know this access key \(InvalidAccessKeyId\); check AWS_ACCESS_KEY_ID",
+        ),
         (403, "SignatureDoesNotMatch", r"secret key does not fit .*; check AWS_SECRET_ACCESS_KEY"),
         (501, "NotImplemented", r"the store lacks something .* conditional writes; use another"),
-        (400, "ExpiredToken", r"the session token is expired or invalid \(ExpiredToken\); get new credentials"),
+        (
+            400,
+            "ExpiredToken",
+            r"the session token is expired or invalid \(ExpiredToken\); get new credentials",
+        ),
         (403, "RequestTimeTooSkewed", "clock is wrong .*; set it"),
         (301, "PermanentRedirect", "the bucket lies in another region .*; set AWS_DEFAULT_REGION"),
-        (400, "AuthorizationHeaderMalformed", "the bucket lies in another region .*; set AWS_DEFAULT_REGION"),
+        (
+            400,
+            "AuthorizationHeaderMalformed",
+            "the bucket lies in another region .*; set AWS_DEFAULT_REGION",
+        ),
         (418, "Teapot", "S3 answered Teapot; run again, or see the store's own log"),
     ],
 )
-def test_refusals_are_one_line_with_a_remedy(proxy: FaultProxy, uri: str, status: int, code: str, text: str) -> None:
+def test_refusals_are_one_line_with_a_remedy(
+    proxy: FaultProxy, uri: str, status: int, code: str, text: str
+) -> None:
     proxy.script = [Refused(status, code)] * 9
     with pytest.raises(StorageError, match=text) as caught:
         open_storage(uri).read_bytes("file")

@@ -57,7 +57,12 @@ def test_listing_is_sorted_and_versions_follow_the_bytes(storage: Storage) -> No
     assert storage.list() == []
     for key in ("b/2", "a", "b/10", "b-1"):
         storage.write_bytes(key, key.encode())
-    assert [(entry.key, entry.size) for entry in storage.list()] == [("a", 1), ("b-1", 3), ("b/10", 4), ("b/2", 3)]
+    assert [(entry.key, entry.size) for entry in storage.list()] == [
+        ("a", 1),
+        ("b-1", 3),
+        ("b/10", 4),
+        ("b/2", 3),
+    ]
     assert [entry.key for entry in storage.list("b/")] == ["b/10", "b/2"]
     assert [entry.key for entry in storage.list("b")] == ["b-1", "b/10", "b/2"]
     assert [entry.key for entry in storage.child("b").list()] == ["10", "2"]
@@ -148,7 +153,9 @@ def test_processes_that_count_in_one_local_file_lose_no_count(tmp_path: Path) ->
     assert open_storage(str(tmp_path)).read_bytes("counter") == b"90"
 
 
-def test_a_local_version_differs_where_the_clock_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_version_differs_where_the_clock_goes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage = open_storage(str(tmp_path))
     monkeypatch.setattr(time, "time_ns", iter([5_000, 5_000, 4_000, 3_000]).__next__)
     versions = [storage.write_bytes("file", b"x") for _ in range(4)]
@@ -185,27 +192,47 @@ def test_folders_travel_whole_with_the_manifest_last(
     storage.upload_folder(source, "run/1", last="manifest.json")
     assert order == ["a.bin", "deep/file", "z.bin", "manifest.json"]
     storage.download_folder("run/1", target, last="manifest.json")
-    copied = {path.relative_to(target).as_posix(): path.read_text() for path in target.rglob("*") if path.is_file()}
+    copied = {
+        path.relative_to(target).as_posix(): path.read_text()
+        for path in target.rglob("*")
+        if path.is_file()
+    }
     assert copied == {name: name for name in ("manifest.json", "a.bin", "z.bin", "deep/file")}
     with pytest.raises(NotFoundError, match="is empty or does not exist"):
         storage.download_folder("run/2", target)
 
 
-def test_patterns_folders_and_files_name_the_same_on_disk_and_s3(storage: Storage, root: str) -> None:
-    for key in ("data/a.txt", "data/b.jsonl", "data/sub/c.txt", "data/sub/deeper/d.txt", "data/[x].txt", "other.txt"):
+def test_patterns_folders_and_files_name_the_same_on_disk_and_s3(
+    storage: Storage, root: str
+) -> None:
+    for key in (
+        "data/a.txt",
+        "data/b.jsonl",
+        "data/sub/c.txt",
+        "data/sub/deeper/d.txt",
+        "data/[x].txt",
+        "other.txt",
+    ):
         storage.write_bytes(key, b"text")
 
     def names(pattern: str) -> list[str]:
         return [entry.key.removeprefix(f"{root}/") for entry in glob_uris(f"{root}/{pattern}")]
 
-    everything = ["data/[x].txt", "data/a.txt", "data/b.jsonl", "data/sub/c.txt", "data/sub/deeper/d.txt"]
+    everything = [
+        "data/[x].txt",
+        "data/a.txt",
+        "data/b.jsonl",
+        "data/sub/c.txt",
+        "data/sub/deeper/d.txt",
+    ]
     assert names("data") == names("data/") == names("data/**") == everything
     assert names("data/*.txt") == ["data/[x].txt", "data/a.txt"]
     assert names("data/**/*.txt") == [name for name in everything if name.endswith(".txt")]
     assert names("data/*/?.txt") == ["data/sub/c.txt"]
     assert names("data/[ab].*") == ["data/a.txt", "data/b.jsonl"]
     assert names("data/[!a].*") == ["data/b.jsonl"]
-    assert names("data/[x].txt") == ["data/[x].txt"]  # a file of that very name goes before the pattern
+    # A file of that very name goes before the pattern
+    assert names("data/[x].txt") == ["data/[x].txt"]
     assert names("data/a.txt") == ["data/a.txt"]
     assert names("**/c.txt") == ["data/sub/c.txt"]
     with pytest.raises(NotFoundError, match="nothing is at"):
@@ -216,7 +243,9 @@ def test_odd_names_on_disk_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "two\nlines").mkdir()
     for name in ("two\nlines/a.txt", "~t.txt"):
         (tmp_path / name).write_text("text")
-    assert [entry.key for entry in glob_uris(f"{tmp_path}/**/a.txt")] == [f"{tmp_path}/two\nlines/a.txt"]
+    assert [entry.key for entry in glob_uris(f"{tmp_path}/**/a.txt")] == [
+        f"{tmp_path}/two\nlines/a.txt"
+    ]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/homes/reader")
     assert absolute_uri("~t.txt") == f"{tmp_path}/~t.txt"
@@ -231,13 +260,18 @@ def test_keys_stay_below_their_root(storage: Storage) -> None:
 
 def test_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert open_storage("runs").uri == f"{tmp_path}/runs" == open_storage(f"file://{tmp_path}/runs").uri
+    assert (
+        open_storage("runs").uri
+        == f"{tmp_path}/runs"
+        == open_storage(f"file://{tmp_path}/runs").uri
+    )
     assert absolute_uri("s3://bucket/prefix/") == "s3://bucket/prefix"
     folder, name = split_uri("runs/a.txt")
     assert (folder.uri, name) == (f"{tmp_path}/runs", "a.txt")
     assert open_storage("s3://bucket").child("a").child("b").uri == "s3://bucket/a/b"
     with pytest.raises(
-        StorageError, match=r"cannot open 'gs://bucket/x': expected a path, file:///.*, s3://.* or hf://"
+        StorageError,
+        match=r"cannot open 'gs://bucket/x': expected a path, file:///.*, s3://.* or hf://",
     ):
         open_storage("gs://bucket/x")
     with pytest.raises(StorageError) as caught:
@@ -263,13 +297,18 @@ def test_links_that_loop_end(tmp_path: Path) -> None:
         ("a/*.txt", ["a/here.txt"]),
     ],
 )
-def test_linked_folders_below_which_files_might_match_are_named(pattern: str, names: list[str], tmp_path: Path) -> None:
+def test_linked_folders_below_which_files_might_match_are_named(
+    pattern: str, names: list[str], tmp_path: Path
+) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "here.txt").write_text("x")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     (tmp_path / "a" / "gone").symlink_to(tmp_path / "nowhere")
     (tmp_path / "other").symlink_to(tmp_path / "a")
-    found = [entry.key.removeprefix(f"{tmp_path}/") for entry in glob_uris(f"{tmp_path}/{pattern}", names_links=True)]
+    found = [
+        entry.key.removeprefix(f"{tmp_path}/")
+        for entry in glob_uris(f"{tmp_path}/{pattern}", names_links=True)
+    ]
     assert found == names
 
 
@@ -281,10 +320,13 @@ def test_only_regular_files_are_listed_and_nothing_hangs(tmp_path: Path) -> None
     (tmp_path / "device.txt").symlink_to("/dev/zero")
     os.mkfifo(tmp_path / "pipe.txt")
     with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(os.path.relpath(tmp_path / "socket.txt"))  # an absolute path may be too long for a socket
+        # An absolute path may be too long for a socket
+        listening.bind(os.path.relpath(tmp_path / "socket.txt"))
         storage = open_storage(str(tmp_path))
         assert [entry.key for entry in storage.list()] == ["a.txt", "link.txt"]
-        assert [entry.key for entry in glob_uris(f"{tmp_path}/*.txt")] == [f"{tmp_path}/{n}.txt" for n in ("a", "link")]
+        assert [entry.key for entry in glob_uris(f"{tmp_path}/*.txt")] == [
+            f"{tmp_path}/{n}.txt" for n in ("a", "link")
+        ]
         for name in ("pipe.txt", "device.txt", "socket.txt", "itself.txt", "nothing.txt", "."):
             with pytest.raises(StorageError, match=f"{tmp_path}/?{name}".removesuffix(".")):
                 storage.open(name)
@@ -303,11 +345,16 @@ def test_a_folder_that_cannot_be_read_is_named() -> None:
         if user == 0:  # whom no mode keeps out
             os.seteuid(65534)
         try:
-            with pytest.raises(StorageError, match=f"{folder}/closed: permission denied; check the path, its rights"):
+            with pytest.raises(
+                StorageError,
+                match=f"{folder}/closed: permission denied; check the path, its rights",
+            ):
                 open_storage(name).list()
             with pytest.raises(StorageError, match="closed: permission denied"):
                 glob_uris(f"{folder}/**/*.txt")
-            assert [entry.key for entry in glob_uris(f"{folder}/open/*.txt")] == [f"{folder}/open/a.txt"]
+            assert [entry.key for entry in glob_uris(f"{folder}/open/*.txt")] == [
+                f"{folder}/open/a.txt"
+            ]
         finally:
             os.seteuid(user)
 
@@ -330,7 +377,9 @@ def test_an_object_that_changes_while_read_is_named(s3_bucket: str) -> None:
     with storage.open("big") as file:
         assert file.read(10) == b"a" * 10
         storage.write_bytes("big", b"b" * (9 << 20))
-        with pytest.raises(StorageError, match=f"s3://{s3_bucket}/big was changed or removed by another process"):
+        with pytest.raises(
+            StorageError, match=f"s3://{s3_bucket}/big was changed or removed by another process"
+        ):
             file.read()
 
 
@@ -346,17 +395,23 @@ def test_missing_bucket_is_one_clear_sentence(s3_server: str) -> None:
         lambda: storage.upload_file(Path(__file__), "x"),
     ]
     for action in actions:
-        with pytest.raises(StorageError, match=r"there is no bucket 'no-such-bucket' at .*; create it") as caught:
+        with pytest.raises(
+            StorageError, match=r"there is no bucket 'no-such-bucket' at .*; create it"
+        ) as caught:
             action()
         assert "\n" not in str(caught.value)
         assert "secret" not in str(caught.value)
 
 
-def test_unreachable_endpoint_and_missing_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unreachable_endpoint_and_missing_credentials(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "sesame")
-    with pytest.raises(StorageError, match=r"http://127\.0\.0\.1:9 cannot be reached; check AWS_ENDPOINT_URL"):
+    with pytest.raises(
+        StorageError, match=r"http://127\.0\.0\.1:9 cannot be reached; check AWS_ENDPOINT_URL"
+    ):
         open_storage("s3://bucket").list()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:10")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")

@@ -1,4 +1,5 @@
-"""Jobs that are refused before one is spent, and the words. No cluster: nodes are as Ray would describe them."""
+"""Jobs that are refused before one is spent, and the words. No cluster: nodes are as Ray would
+describe them."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,12 @@ def config(tmp_path: Path, **branches: Any) -> RunConfig:
         "storage": {"uri": str(tmp_path / "store")},
     }
     values["data"] = {"source": str(tmp_path / "texts/*.txt"), "vocab_size": 300}
-    values["train"] = {"max_tokens": 10_000, "seq_len": 32, "global_batch_size": 8, "micro_batch_size": 1}
+    values["train"] = {
+        "max_tokens": 10_000,
+        "seq_len": 32,
+        "global_batch_size": 8,
+        "micro_batch_size": 1,
+    }
     return validate_config(values | branches, RunConfig)
 
 
@@ -91,16 +97,23 @@ def test_other_settings_than_the_run_was_begun_with_are_refused(texts: Path) -> 
     open_storage(run.storage.uri).write_bytes("runs/demo/config.yaml", to_yaml(before).encode())
     checked_needs(run, Folders.SAME)
     changed = run.model_copy(update={"train": run.train.model_copy(update={"learning_rate": 1e-3})})
-    with pytest.raises(AdmissionError, match=r"run demo has other settings: train.learning_rate was 0.0006, now 0.001"):
+    with pytest.raises(
+        AdmissionError,
+        match=r"run demo has other settings: train.learning_rate was 0.0006, now 0.001",
+    ):
         checked_needs(changed, Folders.SAME)
 
 
 def test_sources_and_storage_are_looked_at(texts: Path, s3_bucket: str) -> None:
     missing = config(texts, data={"source": [str(texts / "texts"), f"s3://{s3_bucket}/corpus"]})
-    with pytest.raises(AdmissionError, match=f"data.source: nothing is at 's3://{s3_bucket}/corpus'"):
+    with pytest.raises(
+        AdmissionError, match=f"data.source: nothing is at 's3://{s3_bucket}/corpus'"
+    ):
         checked_needs(missing, Folders.SAME)
     nowhere = config(texts, storage={"uri": "s3://no-such-bucket/x"})
-    with pytest.raises(AdmissionError, match=r"there is no bucket 'no-such-bucket'.*`raymill storage check"):
+    with pytest.raises(
+        AdmissionError, match=r"there is no bucket 'no-such-bucket'.*`raymill storage check"
+    ):
         checked_needs(nowhere, Folders.SAME)
     with pytest.raises(StorageError, match="cannot open 'ftp://x'"):
         checked_needs(config(texts, storage={"uri": "ftp://x"}), Folders.SAME)
@@ -109,7 +122,9 @@ def test_sources_and_storage_are_looked_at(texts: Path, s3_bucket: str) -> None:
 def test_a_folder_of_this_machine_is_nothing_for_others(
     texts: Path, s3_bucket: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(AdmissionError, match=r"is a folder of this machine; the job needs --storage.uri s3://"):
+    with pytest.raises(
+        AdmissionError, match=r"is a folder of this machine; the job needs --storage.uri s3://"
+    ):
         checked_needs(config(texts), Folders.NONE)
     with pytest.raises(AdmissionError, match="is on this machine, and the job is not; upload it"):
         checked_needs(config(texts, storage={"uri": f"s3://{s3_bucket}/store"}), Folders.NONE)

@@ -20,7 +20,9 @@ def test_the_words_of_ray_are_escaped(
 
     (tmp_path / "run.yaml").write_text("run_id: a\ndata: {source: /tmp}\n")
     monkeypatch.setattr(run_local_job, "connected", connected)
-    monkeypatch.setattr(sys, "argv", ["run_local_job", "jobs.pretrain", str(tmp_path / "run.yaml"), "a"])
+    monkeypatch.setattr(
+        sys, "argv", ["run_local_job", "jobs.pretrain", str(tmp_path / "run.yaml"), "a"]
+    )
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGTERM)
     try:

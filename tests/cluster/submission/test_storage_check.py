@@ -1,4 +1,5 @@
-"""`raymill storage check` finds each thing that can be wrong with a storage, says it, and leaves nothing behind."""
+"""`raymill storage check` finds each thing that can be wrong with a storage, says it, and leaves
+nothing behind."""
 
 import errno
 import json
@@ -25,8 +26,14 @@ def problem(uri: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["local", "s3"])
-def test_a_good_storage_passes_and_is_as_before(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    uri = str(tmp_path) if kind == "local" else f"s3://{request.getfixturevalue('s3_bucket')}/some/prefix"
+def test_a_good_storage_passes_and_is_as_before(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    uri = (
+        str(tmp_path)
+        if kind == "local"
+        else f"s3://{request.getfixturevalue('s3_bucket')}/some/prefix"
+    )
     open_storage(uri).write_bytes("kept", b"x")
     assert check_storage(uri) == (STEPS, "")
     assert [entry.key for entry in open_storage(uri).list()] == ["kept"]
@@ -38,7 +45,9 @@ def test_a_folder_that_was_not_there_is_not_there_afterwards(tmp_path: Path) -> 
     assert not (tmp_path / "a").exists()
 
 
-def test_the_command_says_what_is_wrong(s3_server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_what_is_wrong(
+    s3_server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["storage", "check", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["usable"], found["problem"], found["passed"]) == (True, "", STEPS)
@@ -62,19 +71,27 @@ def test_the_command_says_what_is_wrong(s3_server: str, tmp_path: Path, capsys: 
         (301, "PermanentRedirect", "lies in another region"),
     ],
 )
-def test_a_refusal_is_told_in_words(proxy: FaultProxy, s3_bucket: str, status: int, code: str, words: str) -> None:
+def test_a_refusal_is_told_in_words(
+    proxy: FaultProxy, s3_bucket: str, status: int, code: str, words: str
+) -> None:
     proxy.spoil = lambda method, path: None if method == "HEAD" else Refused(status, code)
     assert re.search(words, problem(f"s3://{s3_bucket}/x"))
 
 
 def test_a_store_that_can_only_be_read(proxy: FaultProxy, s3_bucket: str) -> None:
-    proxy.spoil = lambda method, path: Refused(403, "AccessDenied") if method in ("PUT", "DELETE") else None
-    assert "can be listed but not written, at least by these credentials" in problem(f"s3://{s3_bucket}/x")
+    proxy.spoil = lambda method, path: (
+        Refused(403, "AccessDenied") if method in ("PUT", "DELETE") else None
+    )
+    assert "can be listed but not written, at least by these credentials" in problem(
+        f"s3://{s3_bucket}/x"
+    )
 
 
 def test_a_store_without_conditional_writes(proxy: FaultProxy, s3_bucket: str) -> None:
     proxy.dropped_headers = ("if-none-match",)
-    assert "takes an object that exists already without looking at its condition" in problem(f"s3://{s3_bucket}/x")
+    assert "takes an object that exists already without looking at its condition" in problem(
+        f"s3://{s3_bucket}/x"
+    )
     proxy.dropped_headers = ("if-match",)
     assert "takes an object that replaces another version without" in problem(f"s3://{s3_bucket}/x")
     proxy.dropped_headers = ()
@@ -85,7 +102,9 @@ def test_a_store_without_conditional_writes(proxy: FaultProxy, s3_bucket: str) -
 
 
 def test_a_store_that_gives_back_other_bytes(proxy: FaultProxy, s3_bucket: str) -> None:
-    proxy.spoil = lambda method, path: Cut(100, "lied") if method == "GET" and "list-type" not in path else None
+    proxy.spoil = lambda method, path: (
+        Cut(100, "lied") if method == "GET" and "list-type" not in path else None
+    )
     assert "broke off" in problem(f"s3://{s3_bucket}/x")
 
 

@@ -1,4 +1,5 @@
-"""Submitted jobs on a real Ray cluster that asks for a token: submitted once, followed, stopped, resumed, and reported later."""
+"""Submitted jobs on a real Ray cluster that asks for a token: submitted once, followed, stopped,
+resumed, and reported later."""
 
 import io
 import json
@@ -110,12 +111,23 @@ def run(folder: Path) -> Storage:
 def test_a_wrong_or_missing_token_is_named_at_once_by_each_command(
     cluster: LocalCluster, folder: Path, run: Storage
 ) -> None:
-    wrong, submit = folder / "wrong", ["submit", "pretrain", "run.yaml", "--address", cluster.jobs_url]
+    wrong, submit = (
+        folder / "wrong",
+        ["submit", "pretrain", "run.yaml", "--address", cluster.jobs_url],
+    )
     wrong.write_text("not-the-token-of-this-cluster")
     cases = [
         (Person(folder), submit, f"{cluster.jobs_url} asks for a token"),
-        (Person(folder), [*submit, "--token-file", "wrong"], "refuses the token from wrong (--token-file)"),
-        (Person(folder, RAY_AUTH_TOKEN="wrong-one"), submit, "refuses the token from RAY_AUTH_TOKEN"),
+        (
+            Person(folder),
+            [*submit, "--token-file", "wrong"],
+            "refuses the token from wrong (--token-file)",
+        ),
+        (
+            Person(folder, RAY_AUTH_TOKEN="wrong-one"),
+            submit,
+            "refuses the token from RAY_AUTH_TOKEN",
+        ),
         (Person(folder), [*submit, "--token-file", "nowhere"], "no token can be read from nowhere"),
     ]
     for who, words, expected in cases:
@@ -129,18 +141,30 @@ def test_a_wrong_or_missing_token_is_named_at_once_by_each_command(
     assert not run.list()  # nothing was spent
 
 
-def test_a_job_that_cannot_fit_is_not_submitted(person: Person, cluster: LocalCluster, run: Storage) -> None:
+def test_a_job_that_cannot_fit_is_not_submitted(
+    person: Person, cluster: LocalCluster, run: Storage
+) -> None:
     words = ["submit", "pretrain", "run.yaml", "--address", cluster.jobs_url]
     done = person.call(
-        *words, "--scaling.min-workers", "2", "--scaling.max-workers", "2", "--scaling.threads-per-worker", "2"
+        *words,
+        "--scaling.min-workers",
+        "2",
+        "--scaling.max-workers",
+        "2",
+        "--scaling.threads-per-worker",
+        "2",
     )
     assert done.code == 1
     assert "scaling.min_workers=2 workers of 2 CPUs each do not fit" in done.err
     assert "has room for 1 now" in done.err
     assert not run.list()
-    done = person.call("pretrain", "run.yaml", "--cluster.address", cluster.jobs_url, "--scaling.use-gpu", "true")
+    done = person.call(
+        "pretrain", "run.yaml", "--cluster.address", cluster.jobs_url, "--scaling.use-gpu", "true"
+    )
     assert (done.code, done.err.count("\n")) == (1, 1)
-    assert done.err.startswith(f"error: scaling.use_gpu needs GPUs, and {cluster.jobs_url} has none now")
+    assert done.err.startswith(
+        f"error: scaling.use_gpu needs GPUs, and {cluster.jobs_url} has none now"
+    )
     assert not run.list()
     assert person.ask(*words, "--dry-run")["admitted"] is True
     assert not run.list()
@@ -151,7 +175,12 @@ def test_submitted_once_stopped_resumed_and_reported_afterwards(
 ) -> None:
     words = ["submit", "pretrain", "run.yaml", "--address", cluster.jobs_url]
     first = person.ask(*words)
-    assert (first["new"], first["job"], first["backend"], first["where"]) == (True, "demo.1", "ray", cluster.jobs_url)
+    assert (first["new"], first["job"], first["backend"], first["where"]) == (
+        True,
+        "demo.1",
+        "ray",
+        cluster.jobs_url,
+    )
     second = person.ask(*words)
     assert (second["new"], second["job"]) == (False, "demo.1")
     other = person.call("submit", "tokenize", "run.yaml", "--address", cluster.jobs_url)
@@ -166,7 +195,9 @@ def test_submitted_once_stopped_resumed_and_reported_afterwards(
     assert (stranger["state"], "asks for a token" in stranger["note"]) == ("running", True)
     assert Person(folder).call("stop", "demo").code == 1
     listed = person.ask("list")["jobs"]
-    assert [(row["job"], row["stage"], row["state"]) for row in listed] == [("demo.1", "pretrain", "running")]
+    assert [(row["job"], row["stage"], row["state"]) for row in listed] == [
+        ("demo.1", "pretrain", "running")
+    ]
 
     stopped = person.ask("stop", "demo")
     assert (stopped["state"], stopped["was_live"]) == ("stopped", True)
@@ -182,11 +213,18 @@ def test_submitted_once_stopped_resumed_and_reported_afterwards(
     assert followed.code == 0, followed.err
     assert f"training: {NUM_STEPS} of {NUM_STEPS} steps" in followed.out
     assert f"from step {shown['step']}" in followed.out
-    assert [LogReader(run, launch).started().job for launch in launches(run)] == ["demo.1", "demo.2"]
+    assert [LogReader(run, launch).started().job for launch in launches(run)] == [
+        "demo.1",
+        "demo.2",
+    ]
 
     cluster.stop()
     shown = person.ask("status", "demo")
-    assert (shown["state"], shown["step"], shown["result"]["step"]) == ("succeeded", NUM_STEPS, NUM_STEPS)
+    assert (shown["state"], shown["step"], shown["result"]["step"]) == (
+        "succeeded",
+        NUM_STEPS,
+        NUM_STEPS,
+    )
     lines = person.ask("logs", "demo", "--all")["lines"]
     assert sum(line.startswith("== pretrain on ") for line in lines) == 2
     assert [row["state"] for row in person.ask("list")["jobs"]] == ["succeeded"]
@@ -234,4 +272,7 @@ def test_a_local_job_continues_under_a_new_head(folder: Path) -> None:
     followed = person.call("logs", "-f", "headless")
     assert followed.code == 0, followed.err
     assert person.ask("status", "headless")["job"] == "headless.1"
-    assert sum(line.startswith("== ") for line in person.ask("logs", "headless", "--all")["lines"]) == 2
+    assert (
+        sum(line.startswith("== ") for line in person.ask("logs", "headless", "--all")["lines"])
+        == 2
+    )

@@ -1,4 +1,5 @@
-"""The steps of the cleaning without a cluster: tasks in this process, in a random order, on a store in a folder."""
+"""The steps of the cleaning without a cluster: tasks in this process, in a random order, on a store
+in a folder."""
 
 import pickle
 import random
@@ -33,7 +34,9 @@ class InProcess:
         self._random = random.Random(seed)
         self.num_tasks = 0
 
-    def __call__(self, items: Sequence[Item], work: Callable[[Item], bytes], /) -> Iterator[Result[Item]]:
+    def __call__(
+        self, items: Sequence[Item], work: Callable[[Item], bytes], /
+    ) -> Iterator[Result[Item]]:
         for item in self._random.sample(items, len(items)):
             self.num_tasks += 1
             yield Result(item, work(pickle.loads(pickle.dumps(item))), rss_bytes=0)
@@ -48,8 +51,8 @@ def store_index(
     drops: Sequence[int] | None = None,
     digest: bytes = bytes(32),
 ) -> tuple[bytes, int]:
-    """Stores the index of a chunk by its documents' hashes (N, 16) or signatures (N, 128); returns what `index_corpus`
-    does."""
+    """Stores the index of a chunk by its documents' hashes (N, 16) or signatures (N, 128); returns
+    what `index_corpus` does."""
     values = hashes if hashes is not None else signatures
     assert values is not None
     index = ChunkIndex(
@@ -68,10 +71,15 @@ WHOLE = 1 << 30
 
 
 def exact_duplicates(
-    folder: Path, chunks: Sequence[np.ndarray], *, run: InProcess, least: int = 1, task_bytes: int = WHOLE
+    folder: Path,
+    chunks: Sequence[np.ndarray],
+    *,
+    run: InProcess,
+    least: int = 1,
+    task_bytes: int = WHOLE,
 ) -> list[int]:
-    """Returns the numbers of the documents to drop, by the hashes (N, 16) of each chunk. A section has at least so many
-    documents."""
+    """Returns the numbers of the documents to drop, by the hashes (N, 16) of each chunk. A section
+    has at least so many documents."""
     store = open_storage(str(folder))
     sizes = [store_index(store, number, hashes=hashes)[1] for number, hashes in enumerate(chunks)]
     search = Deduplication(store, sizes, DataConfig(selection_task_bytes=task_bytes), run=run)

@@ -1,4 +1,5 @@
-"""Contamination: what shares a run of words with a validation document, by brute force and through the filter."""
+"""Contamination: what shares a run of words with a validation document, by brute force and through
+the filter."""
 
 import json
 import random
@@ -32,17 +33,33 @@ def made_texts(count: int, rng: random.Random) -> list[str]:
 
 def runs_of(text: str) -> set[tuple[str, ...]]:
     words = text.split()
-    return {tuple(words[place : place + SIZE]) for place in range(max(1, len(words) - SIZE + 1))} if words else set()
+    return (
+        {tuple(words[place : place + SIZE]) for place in range(max(1, len(words) - SIZE + 1))}
+        if words
+        else set()
+    )
 
 
 def decided(
-    texts: list[str], codes: list[int], folder: Path, store: Storage, *, seed: int = 0, task_bytes: int = WHOLE
+    texts: list[str],
+    codes: list[int],
+    folder: Path,
+    store: Storage,
+    *,
+    seed: int = 0,
+    task_bytes: int = WHOLE,
 ) -> list[int]:
-    """Returns the codes after decontamination, having checked that a second call changes nothing."""
+    """Returns the codes after decontamination, having checked that a second call changes
+    nothing."""
     chunks = chunks_of(texts, folder)
     data = DataConfig(decontaminate_ngram=SIZE, selection_task_bytes=task_bytes)
     for chunk in chunks:
-        store_codes(store, chunk.number, bytes(32).hex(), bytes(codes[20 * chunk.number : 20 * chunk.number + 20]))
+        store_codes(
+            store,
+            chunk.number,
+            bytes(32).hex(),
+            bytes(codes[20 * chunk.number : 20 * chunk.number + 20]),
+        )
     found = [decontaminate(store, chunks, data, run=InProcess(seed + again)) for again in (0, 1)]
     after = [code for chunk in chunks for code in stored_codes(store, chunk.number)[1]]
     assert found == [after.count(CONTAMINATED)] * 2
@@ -62,23 +79,34 @@ def chunks_of(texts: list[str], folder: Path) -> list[Chunk]:
 @pytest.mark.parametrize("most_filter_bytes", [1, 1 << 20])
 @pytest.mark.parametrize("seed", range(3))
 def test_what_shares_a_run_with_a_validation_document_is_contaminated(
-    seed: int, most_filter_bytes: int, task_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seed: int,
+    most_filter_bytes: int,
+    task_bytes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also with a filter so full that it lets everything pass."""
     monkeypatch.setattr(decontamination, "_MOST_FILTER_BYTES", most_filter_bytes)
     rng = random.Random(seed)
     texts = made_texts(150, rng)
     codes = rng.choices([0, HELD_OUT, DUPLICATE], [90, 4, 6], k=len(texts))
-    held_out = set().union(*(runs_of(text) for text, code in zip(texts, codes, strict=True) if code == HELD_OUT))
+    held_out = set().union(
+        *(runs_of(text) for text, code in zip(texts, codes, strict=True) if code == HELD_OUT)
+    )
     expected = [
         CONTAMINATED if code == 0 and runs_of(text) & held_out else code
         for text, code in zip(texts, codes, strict=True)
     ]
     assert expected.count(CONTAMINATED) > 3 and expected.count(0) > 3
     store = open_storage(f"{tmp_path}/store")
-    assert decided(texts, codes, tmp_path / "texts", store, seed=seed, task_bytes=task_bytes) == expected
+    assert (
+        decided(texts, codes, tmp_path / "texts", store, seed=seed, task_bytes=task_bytes)
+        == expected
+    )
     folder = f"index/selection-{task_bytes}"
-    filters, partitions = (len(store.list(f"{folder}/{name}")) for name in ("held-out/filter", "training/partition"))
+    filters, partitions = (
+        len(store.list(f"{folder}/{name}")) for name in ("held-out/filter", "training/partition")
+    )
     if task_bytes == WHOLE:
         assert (filters, partitions) == (1, 1)
     else:  # more of them where more n-grams pass
@@ -88,7 +116,9 @@ def test_what_shares_a_run_with_a_validation_document_is_contaminated(
 
 def test_without_validation_documents_nothing_is_read_twice(tmp_path: Path) -> None:
     texts = made_texts(40, random.Random(0))
-    assert decided(texts, [0] * 40, tmp_path / "texts", open_storage(f"{tmp_path}/store")) == [0] * 40
+    assert (
+        decided(texts, [0] * 40, tmp_path / "texts", open_storage(f"{tmp_path}/store")) == [0] * 40
+    )
     assert not open_storage(f"{tmp_path}/store").list(f"index/selection-{WHOLE}/training")
 
 

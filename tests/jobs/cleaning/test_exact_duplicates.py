@@ -1,4 +1,5 @@
-"""Exact duplicates: the first in canonical order stays, however sections and partitions are cut, in bounded memory."""
+"""Exact duplicates: the first in canonical order stays, however sections and partitions are cut, in
+bounded memory."""
 
 import subprocess
 import sys
@@ -37,12 +38,15 @@ def as_hashes(numbers: list[int]) -> np.ndarray:
 def test_the_first_of_equal_hashes_stays(
     parts: list[list[int]], buffer_bytes: int, least: int, task_bytes: int, seed: int
 ) -> None:
-    """In any number of sections and partitions, whatever the order of the tasks and the size of the buffers."""
+    """In any number of sections and partitions, whatever the order of the tasks and the size of the
+    buffers."""
     numbers = list(chain.from_iterable(parts))
     with TemporaryDirectory(dir=MEMORY) as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(disk_buckets, "_BUFFER_BYTES", buffer_bytes)
         chunks = list(map(as_hashes, parts))
-        dropped = exact_duplicates(Path(folder), chunks, run=InProcess(seed), least=least, task_bytes=task_bytes)
+        dropped = exact_duplicates(
+            Path(folder), chunks, run=InProcess(seed), least=least, task_bytes=task_bytes
+        )
     assert dropped == [place for place, number in enumerate(numbers) if number in numbers[:place]]
 
 
@@ -58,7 +62,9 @@ def test_a_hash_that_a_section_repeats_is_sent_once(tmp_path: Path) -> None:
     """So no partition grows with the copies of one document."""
     crowd = [as_hashes([1] * 1000)] * 3
     assert len(exact_duplicates(tmp_path, crowd, run=InProcess())) == 2999
-    sent = Exchange(open_storage(str(tmp_path)), f"index/selection-{WHOLE}/hashes", 3, 1).received(0, HASHED)
+    sent = Exchange(open_storage(str(tmp_path)), f"index/selection-{WHOLE}/hashes", 3, 1).received(
+        0, HASHED
+    )
     assert list(map(len, sent)) == [1, 1, 1]
 
 
@@ -96,7 +102,9 @@ print(peak_bytes() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
-@pytest.mark.parametrize(("kind", "chunks", "most"), [("exact", 500, 100 << 20), ("near", 100, 300 << 20)])
+@pytest.mark.parametrize(
+    ("kind", "chunks", "most"), [("exact", 500, 100 << 20), ("near", 100, 300 << 20)]
+)
 def test_memory_is_bounded(kind: str, chunks: int, most: int) -> None:
     """10^6 documents exactly, 2*10^5 nearly: that of a partition of 32 MiB and some buffers."""
     with TemporaryDirectory(dir=MEMORY) as folder:

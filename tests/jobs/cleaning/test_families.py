@@ -21,9 +21,11 @@ SIZE = 50  # documents of each section
 Pairs = list[tuple[int, int]]
 
 
-def later_than_first(folder: str, pairs: Pairs, *, num_sections: int, seed: int = 0) -> tuple[list[int], int]:
-    """Returns the documents that are not the first of their family, and the number of turns. Any section may find a
-    pair."""
+def later_than_first(
+    folder: str, pairs: Pairs, *, num_sections: int, seed: int = 0
+) -> tuple[list[int], int]:
+    """Returns the documents that are not the first of their family, and the number of turns. Any
+    section may find a pair."""
     sizes = [SIZE] * num_sections
     links = Exchange(open_storage(folder), "links", num_sections, num_sections)
     found: list[Pairs] = [[] for _ in sizes]
@@ -59,7 +61,9 @@ def expected(pairs: Pairs, num_documents: int) -> list[int]:
     seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
-def test_all_but_the_first_of_each_component_are_found(num_sections: int, pairs: Pairs, seed: int) -> None:
+def test_all_but_the_first_of_each_component_are_found(
+    num_sections: int, pairs: Pairs, seed: int
+) -> None:
     pairs = [(left % (SIZE * num_sections), right % (SIZE * num_sections)) for left, right in pairs]
     with TemporaryDirectory(dir=MEMORY) as folder:
         found, _ = later_than_first(folder, pairs, num_sections=num_sections, seed=seed)
@@ -67,10 +71,12 @@ def test_all_but_the_first_of_each_component_are_found(num_sections: int, pairs:
 
 
 @pytest.mark.parametrize(
-    ("shape", "most"), [("path in order", 20), ("path in any order", 20), ("crowd", 3), ("tree", 20), ("none", 1)]
+    ("shape", "most"),
+    [("path in order", 20), ("path in any order", 20), ("crowd", 3), ("tree", 20), ("none", 1)],
 )
 def test_turns_are_few_whatever_the_shape(shape: str, most: int, tmp_path: Path) -> None:
-    """A rule that looks at neighbors alone would take a turn for each of the 399 links of a path."""
+    """A rule that looks at neighbors alone would take a turn for each of the 399 links of a
+    path."""
     places = list(range(400))
     if shape != "path in order":
         random.Random(1).shuffle(places)

@@ -1,4 +1,5 @@
-"""Near-duplicates: unbiased estimates, planted copies of every kind found, unrelated documents left alone."""
+"""Near-duplicates: unbiased estimates, planted copies of every kind found, unrelated documents left
+alone."""
 
 import ast
 import random
@@ -23,7 +24,9 @@ from jobs.corpus.text_hashes import normalized, word_ngrams
 from tests.jobs.cleaning.in_process import MEMORY, WHOLE, InProcess, near_duplicates, signature
 
 PROSE = [re.sub(r"\s+", " ", part) for text in topics.values() for part in text.split("\n\n")]
-SENTENCES = [part for text in PROSE for part in re.split(r"(?<=[.:]) ", text) if part.count(" ") > 5]
+SENTENCES = [
+    part for text in PROSE for part in re.split(r"(?<=[.:]) ", text) if part.count(" ") > 5
+]
 
 
 def ngrams_of(text: str) -> np.ndarray:
@@ -37,7 +40,9 @@ def jaccard(left: np.ndarray, right: np.ndarray) -> float:
 
 @given(st.integers(0, 300), st.integers(0, 300), st.integers(0, 300), st.integers(0, 2**32))
 @settings(max_examples=25, deadline=None, derandomize=True)
-def test_the_estimate_is_unbiased_and_as_narrow_as_stated(shared: int, left: int, right: int, seed: int) -> None:
+def test_the_estimate_is_unbiased_and_as_narrow_as_stated(
+    shared: int, left: int, right: int, seed: int
+) -> None:
     union = shared + left + right
     if not (shared + left and shared + right):
         return
@@ -45,10 +50,14 @@ def test_the_estimate_is_unbiased_and_as_narrow_as_stated(shared: int, left: int
     estimates = []
     for _ in range(200):
         hashes = rng.integers(0, 2**64, union, dtype=np.uint64)
-        pair = signature(hashes[: shared + left]), signature(np.append(hashes[:shared], hashes[shared + left :]))
+        pair = (
+            signature(hashes[: shared + left]),
+            signature(np.append(hashes[:shared], hashes[shared + left :])),
+        )
         estimates.append(float(similarity(*pair)))
     expected = shared / union
-    # Bins that got no hash borrow another's: with fewer hashes than bins the estimate is less narrow.
+    # Bins that got no hash borrow another's: with fewer hashes than bins the estimate is less
+    # narrow.
     deviation = (1.3 if union >= 128 else 2.0) * (expected * (1 - expected) / 128) ** 0.5
     assert abs(np.mean(estimates) - expected) <= 5 * deviation / 200**0.5 + 2e-4
     assert np.std(estimates) <= deviation + 2e-3
@@ -78,12 +87,17 @@ def test_bands_find_a_pair_at_the_threshold_and_few_far_below(threshold: float) 
 
 def replace_words(text: str, rng: random.Random) -> str:
     share = rng.uniform(0.02, 0.05)
-    return " ".join(rng.choice(["lorem", "ipsum", "dolor"]) if rng.random() < share else w for w in text.split())
+    return " ".join(
+        rng.choice(["lorem", "ipsum", "dolor"]) if rng.random() < share else w for w in text.split()
+    )
 
 
 def add_sentence(text: str, rng: random.Random) -> str:
     parts = text.split(". ")
-    parts.insert(rng.randrange(len(parts) + 1), "Here somebody put one more sentence into what was written before")
+    parts.insert(
+        rng.randrange(len(parts) + 1),
+        "Here somebody put one more sentence into what was written before",
+    )
     return ". ".join(parts)
 
 
@@ -98,7 +112,9 @@ def add_frame(text: str, rng: random.Random) -> str:
 
 
 def change_punctuation(text: str, rng: random.Random) -> str:
-    return re.sub(r"[.,]", lambda match: match[0] if rng.random() < 0.75 else rng.choice(["", ";", "!"]), text)
+    return re.sub(
+        r"[.,]", lambda match: match[0] if rng.random() < 0.75 else rng.choice(["", ";", "!"]), text
+    )
 
 
 KINDS = [replace_words, add_sentence, remove_sentence, add_frame, change_punctuation]
@@ -112,7 +128,8 @@ def unrelated_documents(count: int, *, seed: int) -> list[str]:
     documents = []
     for _ in range(count):
         sentences = [
-            " ".join(rng.choices(words, cum_weights=borders, k=rng.randint(8, 25))) for _ in range(rng.randint(5, 25))
+            " ".join(rng.choices(words, cum_weights=borders, k=rng.randint(8, 25)))
+            for _ in range(rng.randint(5, 25))
         ]
         documents.append(". ".join(sentences))
     return documents
@@ -135,8 +152,9 @@ Corpus = tuple[list[np.ndarray], list[tuple[int, int]], list[float]]
 
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
-    """N-grams of documents, then of changed copies of the first ones; (original, copy) of each planted pair; and how
-    like an earlier one each document is that is no copy: the standard library repeats some docstrings, nearly."""
+    """N-grams of documents, then of changed copies of the first ones; (original, copy) of each
+    planted pair; and how like an earlier one each document is that is no copy: the standard library
+    repeats some docstrings, nearly."""
     texts = [*unrelated_documents(2500, seed=0), *docstrings()]
     num_unrelated = len(texts)
     rng = random.Random(1)
@@ -150,8 +168,15 @@ def highest_similarities(sets: list[np.ndarray]) -> list[float]:
     holders: dict[int, list[int]] = {}
     highest = []
     for place, ngrams in enumerate(sets):
-        shared = Counter(earlier for ngram in set(ngrams.tolist()) for earlier in holders.get(ngram, []))
-        highest.append(max((jaccard(ngrams, sets[earlier]) for earlier, _ in shared.most_common(5)), default=0.0))
+        shared = Counter(
+            earlier for ngram in set(ngrams.tolist()) for earlier in holders.get(ngram, [])
+        )
+        highest.append(
+            max(
+                (jaccard(ngrams, sets[earlier]) for earlier, _ in shared.most_common(5)),
+                default=0.0,
+            )
+        )
         for ngram in set(ngrams.tolist()):
             holders.setdefault(ngram, []).append(place)
     return highest
@@ -166,10 +191,18 @@ def test_planted_copies_are_found_and_unrelated_documents_stay(
     dropped = set(near_duplicates(tmp_path, np.array_split(signatures, 5), threshold=threshold))
     similar = {copy: jaccard(sets[original], sets[copy]) for original, copy in pairs}
     for kind, name in enumerate(KINDS):
-        due = [copy for original, copy in pairs if original % len(KINDS) == kind and similar[copy] >= threshold]
+        due = [
+            copy
+            for original, copy in pairs
+            if original % len(KINDS) == kind and similar[copy] >= threshold
+        ]
         assert len(due) >= 20, name
         assert len(dropped.intersection(due)) >= 0.95 * len(due), name
-    unrelated = [place for place, similarity_before in enumerate(highest) if similarity_before < threshold / 2]
+    unrelated = [
+        place
+        for place, similarity_before in enumerate(highest)
+        if similarity_before < threshold / 2
+    ]
     assert len(unrelated) > 2900
     assert len(dropped.intersection(unrelated)) <= 0.01 * len(unrelated)
 
@@ -178,19 +211,25 @@ def versions(count: int, rng: random.Random) -> list[str]:
     """Chains of texts, each a change of an earlier one or new."""
     texts = [" ".join(rng.sample(SENTENCES, 6))]
     while len(texts) < count:
-        texts.append(add_sentence(rng.choice(texts), rng) if rng.random() < 0.7 else " ".join(rng.sample(SENTENCES, 6)))
+        texts.append(
+            add_sentence(rng.choice(texts), rng)
+            if rng.random() < 0.7
+            else " ".join(rng.sample(SENTENCES, 6))
+        )
     return texts
 
 
 def expected_drops(signatures: np.ndarray, threshold: float, *, window: int) -> list[int]:
-    """Compares each document with those before it that share a band, `window` of them for each band, and keeps the first
-    of those that similar pairs connect."""
+    """Compares each document with those before it that share a band, `window` of them for each
+    band, and keeps the first of those that similar pairs connect."""
     bands, rows = bands_for(threshold)
     cut = signatures[:, : bands * rows].reshape(len(signatures), bands, rows)
     family_of = list(range(len(signatures)))
     for later in range(len(signatures)):
         shares = (cut[later] == cut[:later]).all(axis=2)  # (earlier, bands)
-        for place in {place for band in shares.T for place in np.flatnonzero(band)[-window:].tolist()}:
+        for place in {
+            place for band in shares.T for place in np.flatnonzero(band)[-window:].tolist()
+        }:
             if similarity(signatures[later], signatures[place]) >= least_estimate(threshold):
                 joined = family_of[later], family_of[place]
                 family_of = [min(joined) if family in joined else family for family in family_of]
@@ -219,8 +258,11 @@ def test_of_those_that_similar_pairs_connect_the_first_is_kept(
     sizes: tuple[int, int],
     splits: tuple[int, int],
 ) -> None:
-    """A brute-force comparison decides the same, however the corpus is cut into chunks, sections and partitions."""
-    signatures = np.array([signature(ngrams_of(text)) for text in versions(60, random.Random(seed))])
+    """A brute-force comparison decides the same, however the corpus is cut into chunks, sections
+    and partitions."""
+    signatures = np.array(
+        [signature(ngrams_of(text)) for text in versions(60, random.Random(seed))]
+    )
     if crowd:
         signatures[:, : bands_for(threshold)[1]] = 7  # all meet in the first band
     with TemporaryDirectory(dir=MEMORY) as folder, pytest.MonkeyPatch.context() as patch:
@@ -230,7 +272,12 @@ def test_of_those_that_similar_pairs_connect_the_first_is_kept(
         patch.setattr(deduplication, "_BLOCK", sizes[1])
         patch.setattr(exchange, "_SLICE_BYTES", sizes[0] + 300)
         parts = [signatures[start:end] for start, end in pairwise(cuts)]
-        options = {"threshold": threshold, "run": InProcess(seed), "least": splits[0], "task_bytes": splits[1]}
+        options = {
+            "threshold": threshold,
+            "run": InProcess(seed),
+            "least": splits[0],
+            "task_bytes": splits[1],
+        }
         found = near_duplicates(Path(folder), parts, **options)
     assert found == expected_drops(signatures, threshold, window=window)
 
@@ -239,8 +286,8 @@ def test_of_those_that_similar_pairs_connect_the_first_is_kept(
 def test_work_in_a_crowd_is_bounded_and_a_chain_is_followed(
     num_chunks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Documents that share a header: each is compared with at most 64 earlier ones a band, in its section and then
-    beyond it. Copies beside each other are found."""
+    """Documents that share a header: each is compared with at most 64 earlier ones a band, in its
+    section and then beyond it. Copies beside each other are found."""
     rng = np.random.default_rng(0)
     signatures = rng.integers(0, 2**16, (600, 128), dtype=np.uint16)
     bands, rows = bands_for(0.7)
@@ -248,7 +295,9 @@ def test_work_in_a_crowd_is_bounded_and_a_chain_is_followed(
     signatures[400] = signatures[399]  # in different sections, if there are several
     compared: list[int] = []
     compare: Callable[..., np.ndarray] = duplicates.similarity
-    monkeypatch.setattr(duplicates, "similarity", lambda a, b: (compared.append(len(a)), compare(a, b))[1])
+    monkeypatch.setattr(
+        duplicates, "similarity", lambda a, b: (compared.append(len(a)), compare(a, b))[1]
+    )
     assert near_duplicates(tmp_path, np.array_split(signatures, num_chunks), threshold=0.7) == [400]
     assert 600 * 60 < sum(compared) <= 600 * 64 + bands
 
@@ -257,5 +306,7 @@ def test_a_section_sends_no_more_of_a_crowd_than_a_window_sees(tmp_path: Path) -
     """So no partition grows with the documents that share a header."""
     crowd = np.tile(np.arange(128, dtype=np.uint16), (500, 1))
     assert near_duplicates(tmp_path, [crowd, crowd], threshold=0.7) == list(range(1, 1000))
-    sent = Exchange(open_storage(str(tmp_path)), f"index/selection-{WHOLE}/bands", 2, 1).received(0, BANDED)
+    sent = Exchange(open_storage(str(tmp_path)), f"index/selection-{WHOLE}/bands", 2, 1).received(
+        0, BANDED
+    )
     assert list(map(len, sent)) == [128 * bands_for(0.7)[0]] * 2

@@ -8,14 +8,18 @@ from cluster.settings.data import QualityRule
 from jobs.cleaning.quality_rules import failed_rule
 
 RULES = list(get_args(QualityRule))
-PROSE = "the cat and a dog went to see of what that house had been made before winter came again\n" * 4
+PROSE = (
+    "the cat and a dog went to see of what that house had been made before winter came again\n" * 4
+)
 
 
 def text_of(words: int, *, letters: int) -> str:
     """Returns words of three letters and longer ones, with `letters` letters in all."""
     rest, long = letters - 3 * words, 20
     return " ".join(
-        ["a" * (3 + long)] * (rest // long) + ["a" * (3 + rest % long)] + ["aaa"] * (words - rest // long - 1)
+        ["a" * (3 + long)] * (rest // long)
+        + ["a" * (3 + rest % long)]
+        + ["aaa"] * (words - rest // long - 1)
     )
 
 
@@ -30,7 +34,11 @@ EDGES: list[tuple[QualityRule, str, str]] = [
     ("symbol_ratio", "word " * 9 + "so…", "word " * 8 + "so…"),
     ("symbol_ratio", "word " * 8 + "#tag so…", "word " * 7 + "#tag so…"),
     ("line_marks", "\n\n".join(["  • item"] * 9 + ["prose"]), "\n\n".join(["  • item"] * 10)),
-    ("line_marks", "\n".join(["- item"] * 18 + ["prose"] * 2), "\n".join(["- item"] * 19 + ["prose"])),
+    (
+        "line_marks",
+        "\n".join(["- item"] * 18 + ["prose"] * 2),
+        "\n".join(["- item"] * 19 + ["prose"]),
+    ),
     ("line_marks", "\n".join(LINES[:7] + ["more... "] * 3), "\n".join(LINES[:6] + ["more..."] * 4)),
     ("line_marks", "\r\n".join(LINES[:7] + ["more…"] * 3), "\r\n".join(LINES[:6] + ["more…"] * 4)),
     ("alphabetic_words", "word b2, (c) Ω! 5", "word b2, (c) 1, 5"),

@@ -1,4 +1,5 @@
-"""Selection: what is kept and where it goes, checked against plain loops, whatever the order of arrival."""
+"""Selection: what is kept and where it goes, checked against plain loops, whatever the order of
+arrival."""
 
 import hashlib
 from itertools import chain
@@ -20,7 +21,9 @@ from jobs.corpus.documents import Drop
 from jobs.corpus.text_hashes import document_hash, word_ngrams
 from tests.jobs.cleaning.in_process import MEMORY, InProcess, signature, store_index
 
-chunks_of_texts = st.lists(st.lists(st.text("abcde", max_size=2).map(str.encode), max_size=12), min_size=1, max_size=5)
+chunks_of_texts = st.lists(
+    st.lists(st.text("abcde", max_size=2).map(str.encode), max_size=12), min_size=1, max_size=5
+)
 
 
 def index(store: Storage, number: int, texts: list[bytes]) -> tuple[bytes, int]:
@@ -30,23 +33,31 @@ def index(store: Storage, number: int, texts: list[bytes]) -> tuple[bytes, int]:
         store,
         number,
         hashes=np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16),
-        signatures=np.array([signature(word_ngrams(text, 3)) for text in texts]).reshape(-1, SIGNATURE_SIZE),
+        signatures=np.array([signature(word_ngrams(text, 3)) for text in texts]).reshape(
+            -1, SIGNATURE_SIZE
+        ),
         drops=[0 if text else DROP_CODES.index(Drop.EMPTY) for text in texts],
         digest=hashlib.sha256(b"".join(texts)).digest(),
     )
 
 
-def select(chunks: list[list[bytes]], *, seed: int = 0, **data: object) -> tuple[Summary, list[list[int]]]:
+def select(
+    chunks: list[list[bytes]], *, seed: int = 0, **data: object
+) -> tuple[Summary, list[list[int]]]:
     with TemporaryDirectory(dir=MEMORY) as folder:
         store = open_storage(folder)
         indexed = [index(store, number, texts) for number, texts in enumerate(chunks)]
-        summary = selection.select(store, indexed, DataConfig.model_validate(data), run=InProcess(seed))
+        summary = selection.select(
+            store, indexed, DataConfig.model_validate(data), run=InProcess(seed)
+        )
         return summary, [list(stored_codes(store, number)[1]) for number in range(len(chunks))]
 
 
 @settings(max_examples=50)
 @given(chunks_of_texts, st.sampled_from([0.0, 0.1, 0.5, 0.9]), st.booleans())
-def test_decisions_equal_a_plain_loop_in_any_order(chunks: list[list[bytes]], val_fraction: float, dedup: bool) -> None:
+def test_decisions_equal_a_plain_loop_in_any_order(
+    chunks: list[list[bytes]], val_fraction: float, dedup: bool
+) -> None:
     summary, codes = select(chunks, val_fraction=val_fraction, dedup=dedup)
     seen: set[bytes] = set()
     expected = []
@@ -95,7 +106,9 @@ def test_near_duplicates_are_dropped_under_their_own_reason() -> None:
     words = [f"word{number}" for number in range(300)]
     text = " ".join(words).encode()
     edited = " ".join([*words[:150], "other", *words[151:]]).encode()
-    _, codes = select([[text, b"something else"], [edited, text]], near_dedup_threshold=0.8, val_fraction=0.0)
+    _, codes = select(
+        [[text, b"something else"], [edited, text]], near_dedup_threshold=0.8, val_fraction=0.0
+    )
     near, exact = DROP_CODES.index(Drop.NEAR_DUPLICATE), DROP_CODES.index(Drop.DUPLICATE)
     assert codes == [[0, 0], [near, exact]]
     assert select([[text], [edited]], val_fraction=0.0)[1] == [[0], [0]]
@@ -112,27 +125,38 @@ def test_the_only_document_trains() -> None:
     """Also where its hash is among those that validate."""
     texts = [b"%d" % number for number in range(100)]
     for val_fraction in (0.05, 0.5):
-        assert {codes[0] for text in texts for codes in select([[text]], val_fraction=val_fraction)[1]} == {0}
+        assert {
+            codes[0] for text in texts for codes in select([[text]], val_fraction=val_fraction)[1]
+        } == {0}
 
 
-def test_a_capped_validation_split_is_the_part_with_the_least_hashes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_capped_validation_split_is_the_part_with_the_least_hashes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """So a document that a smaller split holds out is held out by a larger one."""
     texts = [b"%d" % number for number in range(5000)]
     (wide,) = select([texts], val_fraction=0.5)[1]
     assert capsys.readouterr().err.count("holds out") == 0
     summary, (codes,) = select([texts], val_fraction=0.5, val_max_documents=200)
     assert 150 < codes.count(HELD_OUT) < 250
-    assert {place for place, code in enumerate(codes) if code} <= {place for place, code in enumerate(wide) if code}
-    assert f"{wide.count(HELD_OUT):,} documents that data.val_fraction holds out" in capsys.readouterr().err
+    assert {place for place, code in enumerate(codes) if code} <= {
+        place for place, code in enumerate(wide) if code
+    }
+    assert (
+        f"{wide.count(HELD_OUT):,} documents that data.val_fraction holds out"
+        in capsys.readouterr().err
+    )
     assert summary.documents == 5000
     assert select([texts], val_fraction=0.5, val_max_documents=3000)[1] == [wide]
 
 
 def test_a_second_run_repeats_nothing(tmp_path: Path) -> None:
-    """All that a run stored before it was killed is used; what is gone is made again, with the same bytes."""
+    """All that a run stored before it was killed is used; what is gone is made again, with the same
+    bytes."""
     store = open_storage(str(tmp_path))
     texts = [
-        [b"%d of the texts that differ in one word" % (number % 17) for number in range(n, n + 9)] for n in (0, 5, 9)
+        [b"%d of the texts that differ in one word" % (number % 17) for number in range(n, n + 9)]
+        for n in (0, 5, 9)
     ]
     indexed = [index(store, number, own) for number, own in enumerate(texts)]
     config = DataConfig(near_dedup_threshold=0.5, val_fraction=0.3, selection_task_bytes=2000)

@@ -1,4 +1,5 @@
-"""Chunks: the same whatever the files are called; together they hold each byte range once; none crosses a source."""
+"""Chunks: the same whatever the files are called; together they hold each byte range once; none
+crosses a source."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -10,7 +11,9 @@ from cluster.settings.data import DataConfig
 from jobs.corpus.chunks import is_divisible, plan_chunks, whole_file
 from jobs.corpus.listing import CorpusFile
 
-kinds = st.sampled_from([("txt", ""), ("jsonl", ""), ("jsonl", ".gz"), ("csv", ""), ("parquet", ""), ("txt", ".zst")])
+kinds = st.sampled_from(
+    [("txt", ""), ("jsonl", ""), ("jsonl", ".gz"), ("csv", ""), ("parquet", ""), ("txt", ".zst")]
+)
 DATA = DataConfig(shard_bytes=100, max_document_bytes=150)
 
 
@@ -20,7 +23,11 @@ def corpora(draw: st.DrawFn) -> list[CorpusFile]:
     for number in range(draw(st.integers(1, 12))):
         kind, compression = draw(kinds)
         source = draw(st.integers(files[-1].source, files[-1].source + 1)) if files else 0
-        files.append(CorpusFile(number, f"/f{number}", source, draw(st.integers(0, 500)), "v", kind, compression))
+        files.append(
+            CorpusFile(
+                number, f"/f{number}", source, draw(st.integers(0, 500)), "v", kind, compression
+            )
+        )
     return files
 
 
@@ -41,8 +48,14 @@ def test_each_byte_is_in_one_chunk_of_its_source(files: list[CorpusFile]) -> Non
         assert all(before[1] == after[0] for before, after in pairwise(own))
     for chunk in chunks:
         assert {part.file.source for part in chunk.parts} == {chunk.source}
-        divided = [part for part in chunk.parts if part.file.kind in ("jsonl", "parquet") and not part.file.compression]
-        assert all(part.end - part.start <= 100 for part in divided if part.file.number not in pieces)
+        divided = [
+            part
+            for part in chunk.parts
+            if part.file.kind in ("jsonl", "parquet") and not part.file.compression
+        ]
+        assert all(
+            part.end - part.start <= 100 for part in divided if part.file.number not in pieces
+        )
     renamed = [replace(file, uri=f"/elsewhere{file.uri}") for file in files]
     again = plan_chunks(renamed, pieces, DATA)
     assert [[(p.file.number, p.start, p.end) for p in c.parts] for c in again] == [

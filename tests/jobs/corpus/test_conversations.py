@@ -12,7 +12,9 @@ SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 FORMS: dict[str, dict[str, Any]] = {
     "messages": {"messages": [ASKED, ANSWERED | {"weight": 1}], "prompt": "c", "completion": "d"},
     "ShareGPT": {"conversations": SHAREGPT, "id": "x"},
-    "ShareGPT by roles": {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]},
+    "ShareGPT by roles": {
+        "conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]
+    },
     "conversations of messages": {"conversations": [ASKED, ANSWERED]},
     "prompt and completion": {"prompt": "a", "completion": "b"},
     "prompt and completion of messages": {"prompt": [ASKED], "completion": [ANSWERED]},
@@ -27,12 +29,19 @@ def test_each_form_gives_the_messages(name: str) -> None:
 
 def test_a_system_text_beside_a_conversation_is_its_first_message() -> None:
     system = {"role": "system", "content": "be kind"}
-    assert messages_of({"system": "be kind", "conversations": SHAREGPT}) == [system, ASKED, ANSWERED]
+    assert messages_of({"system": "be kind", "conversations": SHAREGPT}) == [
+        system,
+        ASKED,
+        ANSWERED,
+    ]
     assert messages_of({"system": "", "conversations": SHAREGPT}) == [ASKED, ANSWERED]
 
 
 def test_an_unknown_name_stays_for_the_reader_to_judge() -> None:
-    assert messages_of({"conversations": [{"from": "observation", "value": "a"}]})[0]["role"] == "observation"
+    assert (
+        messages_of({"conversations": [{"from": "observation", "value": "a"}]})[0]["role"]
+        == "observation"
+    )
 
 
 NO_FORMS: dict[str, Any] = {

@@ -1,4 +1,5 @@
-"""No document depends on how a file is cut: whole, cut at any size, and as an archive of one or two members."""
+"""No document depends on how a file is cut: whole, cut at any size, and as an archive of one or two
+members."""
 
 import gzip
 import json
@@ -19,9 +20,8 @@ from jobs.corpus.file_pieces import _part, cut_file
 from jobs.corpus.listing import list_corpus
 from model.errors import UserError
 
-Outcome = (
-    list[tuple[str, str | None, bool]] | str
-)  # text, reason to drop it, and whether bytes were replaced; or an error
+# Text, reason to drop it, and whether bytes were replaced; or an error.
+Outcome = list[tuple[str, str | None, bool]] | str
 MARK = b"\xef\xbb\xbf"
 WHOLE = 1 << 24
 Pack = Callable[[bytes], bytes]
@@ -35,7 +35,11 @@ def outcome(
         path = Path(folder, "texts", f"a.{ending}")
         path.parent.mkdir()
         path.write_bytes(content)
-        source = {"source": str(path.parent), "shard_bytes": shard_bytes, "max_document_bytes": most_bytes}
+        source = {
+            "source": str(path.parent),
+            "shard_bytes": shard_bytes,
+            "max_document_bytes": most_bytes,
+        }
         data = DataConfig.model_validate(source | {"invalid_utf8": invalid_utf8})
         [file] = list_corpus(data.source).files
         pieces: dict[int, list[Part]] = {}
@@ -43,9 +47,17 @@ def outcome(
         try:
             if file.size > shard_bytes and not is_divisible(file):
                 key = cut_file(Chunk(0, 0, [whole_file(file)]), store=store, data=data).decode()
-                pieces[0] = [_part(file, store.child(key).uri, entry) for entry in store.child(key).entries("0")]
+                pieces[0] = [
+                    _part(file, store.child(key).uri, entry)
+                    for entry in store.child(key).entries("0")
+                ]
             chunks = plan_chunks([file], pieces, data)
-            documents = [found for chunk in chunks for part in chunk.parts for found in read_documents(part, data)]
+            documents = [
+                found
+                for chunk in chunks
+                for part in chunk.parts
+                for found in read_documents(part, data)
+            ]
         except UserError as error:
             return type(error).__name__
     return [(found.text, found.drop, found.replaced) for found in documents]
@@ -63,15 +75,39 @@ def packed(content: bytes, place: int) -> dict[str, bytes]:
     }
 
 
-BITS = [MARK, b"\r\n", b"\n", b"\r", b'"', b'""', b",", b'"a, ""b"" c"', b"word ", b" ", "é漢".encode()]
-HOSTILE_BITS = [b"\0", b"\xff\xfe", b"\xed\xa0\x80", "\u2028".encode(), b"\x1a", b"\x85", b"\\", b"{", b"}"]
+BITS = [
+    MARK,
+    b"\r\n",
+    b"\n",
+    b"\r",
+    b'"',
+    b'""',
+    b",",
+    b'"a, ""b"" c"',
+    b"word ",
+    b" ",
+    "é漢".encode(),
+]
+HOSTILE_BITS = [
+    b"\0",
+    b"\xff\xfe",
+    b"\xed\xa0\x80",
+    "\u2028".encode(),
+    b"\x1a",
+    b"\x85",
+    b"\\",
+    b"{",
+    b"}",
+]
 noise = st.lists(st.sampled_from([*BITS, *HOSTILE_BITS]), max_size=40).map(b"".join)
 
 
 @st.composite
 def tables(draw: st.DrawFn) -> bytes:
     """Makes csv whose rows each have a line end of their own."""
-    header = draw(st.sampled_from([b"id,text", b"text", b'"text","i\rd"', b'"te\nxt",text', b"text,"]))
+    header = draw(
+        st.sampled_from([b"id,text", b"text", b'"text","i\rd"', b'"te\nxt",text', b"text,"])
+    )
     content = draw(st.sampled_from([b"", MARK, MARK + MARK])) + header
     for number in range(draw(st.integers(0, 12))):
         cell = draw(noise)
@@ -86,9 +122,17 @@ def json_lines(draw: st.DrawFn) -> bytes:
     lines = []
     for _ in range(draw(st.integers(0, 12))):
         text = draw(noise)
-        good = json.dumps({"text": text.decode(errors="surrogateescape")}, ensure_ascii=draw(st.booleans()))
-        line = draw(st.sampled_from([good.encode(errors="surrogateescape"), text.replace(b"\n", b"")]))
-        lines.append(draw(st.sampled_from([b"", b"", MARK])) + line + draw(st.sampled_from([b"\n", b"\r\n", b"\n\n"])))
+        good = json.dumps(
+            {"text": text.decode(errors="surrogateescape")}, ensure_ascii=draw(st.booleans())
+        )
+        line = draw(
+            st.sampled_from([good.encode(errors="surrogateescape"), text.replace(b"\n", b"")])
+        )
+        lines.append(
+            draw(st.sampled_from([b"", b"", MARK]))
+            + line
+            + draw(st.sampled_from([b"\n", b"\r\n", b"\n\n"]))
+        )
     return b"".join(lines)
 
 
@@ -96,7 +140,9 @@ CASES = [("csv", tables()), ("jsonl", json_lines()), ("txt", noise)]
 
 
 @pytest.mark.parametrize(("kind", "contents"), CASES, ids=[kind for kind, _ in CASES])
-def test_documents_are_the_same_whole_and_cut_at_any_size(kind: str, contents: st.SearchStrategy[bytes]) -> None:
+def test_documents_are_the_same_whole_and_cut_at_any_size(
+    kind: str, contents: st.SearchStrategy[bytes]
+) -> None:
     @settings(max_examples=60)
     @given(
         content=contents,
@@ -105,7 +151,9 @@ def test_documents_are_the_same_whole_and_cut_at_any_size(kind: str, contents: s
         most_bytes=st.sampled_from([40, 1000]),
         invalid_utf8=st.sampled_from(["replace", "skip", "fail"]),
     )
-    def check(content: bytes, shard_bytes: int, place: int, most_bytes: int, invalid_utf8: str) -> None:
+    def check(
+        content: bytes, shard_bytes: int, place: int, most_bytes: int, invalid_utf8: str
+    ) -> None:
         options = {"most_bytes": most_bytes, "invalid_utf8": invalid_utf8}
         expected = outcome(content, kind, shard_bytes=WHOLE, **options)  # type: ignore[arg-type]
         for pack, stored in packed(content, place).items():
@@ -143,7 +191,9 @@ def test_one_document_larger_than_a_shard_is_not_lost(ending: str, head: bytes) 
     assert outcome(stored, ending, shard_bytes=10, most_bytes=1000) == [(text, None, False)]
 
 
-def test_rows_of_a_file_whose_lines_end_with_cr_are_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_file_whose_lines_end_with_cr_are_read_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A file of many rows is no line over the limit."""
     monkeypatch.setattr("jobs.corpus.documents._LINE_MARGIN_BYTES", 100)
     content = b"id,text\r" + rows(range(400), b"\r")

@@ -1,4 +1,5 @@
-"""Readers: every ending gives the same documents, unusable ones are named by reason, damaged files stop the job."""
+"""Readers: every ending gives the same documents, unusable ones are named by reason, damaged files
+stop the job."""
 
 import gzip
 import json
@@ -19,7 +20,11 @@ from jobs.corpus.file_pieces import cut_file
 from jobs.corpus.listing import CorpusError, list_corpus, most_is_skipped, said_skipped
 from tests.cluster.fault_proxy import running_proxy
 
-TEXTS = ["first document\r\nwith two lines\n", "zweites Dokument: ÄÖÜ 你好 😀", "  third, blanks kept  "]
+TEXTS = [
+    "first document\r\nwith two lines\n",
+    "zweites Dokument: ÄÖÜ 你好 😀",
+    "  third, blanks kept  ",
+]
 
 PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 
@@ -28,7 +33,9 @@ def read(uri: Path | str, **settings: Any) -> list[Document]:
     return list(read_documents(whole_file(list_corpus(str(uri)).files[0]), DataConfig(**settings)))
 
 
-def read_in_chunks(uri: Path | str, *, shard_bytes: int, max_document_bytes: int = 1 << 20) -> list[Document]:
+def read_in_chunks(
+    uri: Path | str, *, shard_bytes: int, max_document_bytes: int = 1 << 20
+) -> list[Document]:
     """Returns the documents of all parts of the file, of which there must be several."""
     files = list_corpus(str(uri)).files
     data = DataConfig(shard_bytes=shard_bytes, max_document_bytes=max_document_bytes)
@@ -71,7 +78,9 @@ def test_txt_and_its_archives(tmp_path: Path, ending: str) -> None:
 def test_archives_of_several_members_are_read_to_the_end(tmp_path: Path) -> None:
     for ending in (".gz", ".zst"):
         path = tmp_path / f"a.jsonl{ending}"
-        path.write_bytes(b"".join(PACKERS[ending](json.dumps({"text": text}).encode() + b"\n") for text in TEXTS))
+        path.write_bytes(
+            b"".join(PACKERS[ending](json.dumps({"text": text}).encode() + b"\n") for text in TEXTS)
+        )
         assert kept(path) == TEXTS
 
 
@@ -81,15 +90,25 @@ def test_parquet(tmp_path: Path) -> None:
     columns = {"text": texts, "label": texts, "number": list(range(len(texts)))}
     table = pa.table(
         columns,
-        schema=pa.schema({"text": pa.string(), "label": pa.dictionary(pa.int32(), pa.string()), "number": pa.int64()}),
+        schema=pa.schema(
+            {
+                "text": pa.string(),
+                "label": pa.dictionary(pa.int32(), pa.string()),
+                "number": pa.int64(),
+            }
+        ),
     )
     pq.write_table(table, path, row_group_size=300)
     documents = read(path)
-    assert [document.text for document in documents if not document.drop] == [text for text in texts if text]
+    assert [document.text for document in documents if not document.drop] == [
+        text for text in texts if text
+    ]
     assert documents[3] == Document(3, drop=Drop.MISSING_TEXT)
     assert read(path, text_field="label") == documents
     assert read_in_chunks(path, shard_bytes=2000) == documents
-    with pytest.raises(CorpusError, match=r"no column 'body'; set data.text_field to one of text, label, number"):
+    with pytest.raises(
+        CorpusError, match=r"no column 'body'; set data.text_field to one of text, label, number"
+    ):
         read(path, text_field="body")
     with pytest.raises(CorpusError, match=r"'number' of .* holds int64, not strings"):
         read(path, text_field="number")
@@ -110,7 +129,14 @@ def test_reasons_to_drop_a_text_file(tmp_path: Path) -> None:
         path = tmp_path / f"{reason}.txt"
         path.write_bytes(content)
         assert drops(path, max_document_bytes=100) == [reason]
-    for blank in (" \n\t\r\n ", "\u3000\u3000", "\u00a0", "\ufeff\ufeff", "\u200b\n\u2060 ", "\x1c"):
+    for blank in (
+        " \n\t\r\n ",
+        "\u3000\u3000",
+        "\u00a0",
+        "\ufeff\ufeff",
+        "\u200b\n\u2060 ",
+        "\x1c",
+    ):
         path.write_text(blank)
         assert drops(path) == [Drop.EMPTY], repr(blank)
     path.write_bytes("UTF-16 text".encode("utf-16"))
@@ -152,9 +178,15 @@ def test_the_text_parts_of_a_message_are_its_text(tmp_path: Path) -> None:
     """As OpenAI's format has them; a part that is no text makes the message none."""
     text, image = {"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "u"}}
     turns = [[text, {"type": "text", "text": "b"}], [text, image], [], [{"type": "text"}]]
-    lines = [{"messages": [{"role": "user", "content": turn}, {"role": "assistant", "content": "c"}]} for turn in turns]
+    lines = [
+        {"messages": [{"role": "user", "content": turn}, {"role": "assistant", "content": "c"}]}
+        for turn in turns
+    ]
     found = read(write_lines(tmp_path / "a.jsonl", lines), format="chat")
-    assert found[0].messages == ({"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"})
+    assert found[0].messages == (
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": "c"},
+    )
     assert [document.drop for document in found[1:]] == [Drop.NO_MESSAGES] * 3
 
 
@@ -209,8 +241,12 @@ def test_a_warning_says_when_most_bytes_are_skipped(tmp_path: Path) -> None:
 
 
 def test_replaced_bytes_of_a_conversation_are_counted(tmp_path: Path) -> None:
-    turns = b'{"messages": [{"role": "user", "content": "a%s"}, {"role": "assistant", "content": "b"}]}'
-    path = write_lines(tmp_path / "a.jsonl", [turns % content for content in (b"", b"\xff", b"\\ud800")])
+    turns = (
+        b'{"messages": [{"role": "user", "content": "a%s"}, {"role": "assistant", "content": "b"}]}'
+    )
+    path = write_lines(
+        tmp_path / "a.jsonl", [turns % content for content in (b"", b"\xff", b"\\ud800")]
+    )
     assert [document.replaced for document in read(path, format="chat")] == [False, True, True]
 
 
@@ -236,14 +272,18 @@ def test_byte_order_mark_is_not_text(tmp_path: Path) -> None:
         ("b.jsonl", b'{"text": "one"}\n{"text": "caf\\ud800"}\n', "caf\ufffd\ufffd\ufffd", 19),
     ],
 )
-def test_policies_for_invalid_utf8(tmp_path: Path, name: str, content: bytes, replaced: str, position: int) -> None:
+def test_policies_for_invalid_utf8(
+    tmp_path: Path, name: str, content: bytes, replaced: str, position: int
+) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     documents = read(path, invalid_utf8="replace")
     assert documents[-1].text == replaced
     assert [document.replaced for document in documents] == [False] * (len(documents) - 1) + [True]
     assert drops(path, invalid_utf8="skip")[-1] == Drop.INVALID_UTF8
-    with pytest.raises(CorpusError, match=f"{name} is not UTF-8 at byte {position}; convert the file"):
+    with pytest.raises(
+        CorpusError, match=f"{name} is not UTF-8 at byte {position}; convert the file"
+    ):
         read(path, invalid_utf8="fail")
 
 
@@ -253,11 +293,17 @@ def test_a_truncated_file_is_named(tmp_path: Path, ending: str) -> None:
     if ending == ".parquet":
         pq.write_table(pa.table({"text": TEXTS * 100}), path)
     else:
-        content = b"".join(json.dumps({"text": f"{text} {n}"}).encode() + b"\n" for n in range(500) for text in TEXTS)
+        content = b"".join(
+            json.dumps({"text": f"{text} {n}"}).encode() + b"\n"
+            for n in range(500)
+            for text in TEXTS
+        )
         path.write_bytes(PACKERS[path.suffix](content))
     assert kept(path)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(CorpusError, match=f"corpus{ending} cannot be read to its end .*; replace the file"):
+    with pytest.raises(
+        CorpusError, match=f"corpus{ending} cannot be read to its end .*; replace the file"
+    ):
         read(path)
 
 
@@ -269,7 +315,9 @@ def test_listing_is_in_canonical_order_and_names_what_it_skips(tmp_path: Path) -
     names = [Path(entry.uri).relative_to(tmp_path).as_posix() for entry in listing.files]
     assert names == ["z/1.txt", "z/2.JSONL.GZ", "a/b.parquet"]
     assert listing.skipped == [f"{tmp_path}/a/c.pdf", f"{tmp_path}/a/readme.md"]
-    with pytest.raises(CorpusError, match=r"c\.pdf has an unknown ending; expected \.txt \.jsonl \.csv \.parquet"):
+    with pytest.raises(
+        CorpusError, match=r"c\.pdf has an unknown ending; expected \.txt \.jsonl \.csv \.parquet"
+    ):
         list_corpus(f"{tmp_path}/a/c.pdf")
     with pytest.raises(CorpusError, match=r"none of 1 file at .* has a known ending"):
         list_corpus(f"{tmp_path}/a/*.pdf")
@@ -286,7 +334,11 @@ def test_s3_documents_are_the_local_ones(tmp_path: Path, s3_bucket: str) -> None
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet")
     open_storage(f"s3://{s3_bucket}").upload_folder(tmp_path, "corpus")
     remote = list_corpus(f"s3://{s3_bucket}/corpus")
-    assert [file.uri.rpartition("/")[2] for file in remote.files] == ["a.jsonl", "a.jsonl.zst", "a.parquet"]
+    assert [file.uri.rpartition("/")[2] for file in remote.files] == [
+        "a.jsonl",
+        "a.jsonl.zst",
+        "a.parquet",
+    ]
     for file in remote.files:
         assert read(file.uri) == read(tmp_path / file.uri.rpartition("/")[2])
     with pytest.raises(StorageError, match=r"none.jsonl.gz"):
@@ -297,7 +349,9 @@ def test_an_object_in_a_folder_without_a_name_is_refused(s3_server: str, s3_buck
     """Its key, cut at slashes and joined again, is another one's."""
     client = boto3.client("s3", endpoint_url=s3_server)
     client.put_object(Bucket=s3_bucket, Key="texts/a//b.txt", Body=b"text")
-    with pytest.raises(CorpusError, match=r"texts/a//b\.txt is in a folder without a name.*; rename it"):
+    with pytest.raises(
+        CorpusError, match=r"texts/a//b\.txt is in a folder without a name.*; rename it"
+    ):
         list_corpus(f"s3://{s3_bucket}/texts")
 
 
@@ -314,17 +368,30 @@ def test_an_archive_that_changed_after_its_listing_is_not_cut(tmp_path: Path) ->
     path.write_bytes(gzip.compress(b"one"))
     chunk = Chunk(0, 0, [whole_file(list_corpus(str(path)).files[0])])
     path.write_bytes(gzip.compress(b"two"))
-    with pytest.raises(ConflictError, match=r"a\.txt\.gz was changed after it was listed; run again"):
+    with pytest.raises(
+        ConflictError, match=r"a\.txt\.gz was changed after it was listed; run again"
+    ):
         cut_file(chunk, store=open_storage(f"{tmp_path}/store"), data=DataConfig())
 
 
 def test_csv_records_with_quotes_line_ends_and_missing_fields(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    rows = ["id,text", "1,plain", '2,"with, comma"', '3,"two\nlines and ""quotes"""', "4", '5,""', "", '6,"last"']
+    rows = [
+        "id,text",
+        "1,plain",
+        '2,"with, comma"',
+        '3,"two\nlines and ""quotes"""',
+        "4",
+        '5,""',
+        "",
+        '6,"last"',
+    ]
     path.write_text("\r\n".join(rows), newline="")
     assert kept(path) == ["plain", "with, comma", 'two\nlines and "quotes"', "last"]
     assert [drop for drop in drops(path) if drop] == [Drop.MISSING_TEXT, Drop.EMPTY]
-    with pytest.raises(CorpusError, match=r"no column 'body'; set data\.text_field to one of id, text"):
+    with pytest.raises(
+        CorpusError, match=r"no column 'body'; set data\.text_field to one of id, text"
+    ):
         read(path, text_field="body")
 
 
@@ -334,7 +401,9 @@ def test_a_csv_header_that_is_not_utf8_costs_no_record(tmp_path: Path) -> None:
         path.write_bytes(line_end.join([b"text,cat\xe9gorie", b"hello,1", b"caf\xe9,2", b""]))
         assert kept(path, invalid_utf8="replace") == ["hello", "caf\ufffd"]
         assert drops(path, invalid_utf8="skip") == [None, Drop.INVALID_UTF8]
-    with pytest.raises(CorpusError, match="no column 'body'; set data\\.text_field to one of text, cat\ufffdgorie"):
+    with pytest.raises(
+        CorpusError, match="no column 'body'; set data\\.text_field to one of text, cat\ufffdgorie"
+    ):
         read(path, invalid_utf8="skip", text_field="body")
 
 
@@ -343,7 +412,11 @@ def test_a_stray_quote_costs_its_line_only(tmp_path: Path) -> None:
     path.write_text('text\none\n"never closed\n' + "".join(f"line {n}\n" for n in range(200_000)))
     documents = read(path, max_document_bytes=1000)
     assert [document.drop for document in documents if document.drop] == [Drop.INVALID_CSV]
-    assert [document.text for document in documents if not document.drop][:3] == ["one", "line 0", "line 1"]
+    assert [document.text for document in documents if not document.drop][:3] == [
+        "one",
+        "line 0",
+        "line 1",
+    ]
     assert len(documents) == 200_002
 
 
@@ -362,7 +435,12 @@ def test_a_row_that_is_no_csv_is_counted_and_costs_no_other(tmp_path: Path) -> N
     ]
     path.write_text("\n".join(rows), newline="")
     documents = read(path)
-    assert [document.text for document in documents if not document.drop] == ["quoted, and whole", "one", "x ", "last"]
+    assert [document.text for document in documents if not document.drop] == [
+        "quoted, and whole",
+        "one",
+        "x ",
+        "last",
+    ]
     dropped = {document.preview: document.drop for document in documents if document.drop}
     assert dropped == dict.fromkeys([rows[1], rows[3], rows[5]], Drop.INVALID_CSV)
     path.write_text("\r".join(rows), newline="")
@@ -371,7 +449,9 @@ def test_a_row_that_is_no_csv_is_counted_and_costs_no_other(tmp_path: Path) -> N
     ]
 
 
-def test_a_record_that_crosses_the_limit_by_its_last_line_is_one_that_is_too_long(tmp_path: Path) -> None:
+def test_a_record_that_crosses_the_limit_by_its_last_line_is_one_that_is_too_long(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "a.csv"
     path.write_text(f'text,id\n"good, one",1\n"{"a" * 700_000}\n{"b" * 700_000}",2\nlast,3\n')
     documents = read(path, max_document_bytes=100_000)
@@ -407,7 +487,10 @@ def test_a_text_without_line_ends_is_cut_between_characters(tmp_path: Path) -> N
 def test_a_bomb_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(bytes(100 << 20)))
-    with pytest.raises(CorpusError, match=r"a\.txt\.gz unpacks to more than 67108864 bytes; .*max_compression_ratio"):
+    with pytest.raises(
+        CorpusError,
+        match=r"a\.txt\.gz unpacks to more than 67108864 bytes; .*max_compression_ratio",
+    ):
         read(path, max_document_bytes=200 << 20)
 
 
@@ -422,6 +505,12 @@ def test_a_listed_object_is_read_by_one_request(
         open_storage(f"s3://{s3_bucket}").upload_folder(tmp_path, "corpus")
         files = list_corpus(f"s3://{s3_bucket}/corpus").files
         proxy.spoil = lambda method, path: requests.append(f"{method} {path}")
-        documents = [document for file in files for document in read_documents(whole_file(file), DataConfig())]
+        documents = [
+            document
+            for file in files
+            for document in read_documents(whole_file(file), DataConfig())
+        ]
     assert [document.text for document in documents] == [f"text {number}" for number in range(5)]
-    assert [request.rpartition("/")[2] for request in requests] == [f"{number}.txt" for number in range(5)]
+    assert [request.rpartition("/")[2] for request in requests] == [
+        f"{number}.txt" for number in range(5)
+    ]

@@ -1,4 +1,5 @@
-"""A corpus of hostile files through the stage: each costs its own documents only. Exit codes, tokenizers, stores."""
+"""A corpus of hostile files through the stage: each costs its own documents only. Exit codes,
+tokenizers, stores."""
 
 import gzip
 import json
@@ -51,16 +52,23 @@ def result(ray_workers: int, corpus: HostileCorpus, storage: Path) -> dict[str, 
     return tokenize(data_config(str(corpus.folder), storage, **SETTINGS))
 
 
-def test_every_text_is_kept_and_every_other_is_counted(result: dict[str, Any], corpus: HostileCorpus) -> None:
+def test_every_text_is_kept_and_every_other_is_counted(
+    result: dict[str, Any], corpus: HostileCorpus
+) -> None:
     assert Counter(texts_of(result)) == Counter(corpus.kept)
-    assert {reason: count for reason, count in result["dropped"].items() if count} == dict(corpus.drops)
+    assert {reason: count for reason, count in result["dropped"].items() if count} == dict(
+        corpus.drops
+    )
     assert manifest_of(result).replaced_utf8 == 1
     assert len(result["shards"]) > 8
 
 
 def test_the_end_of_text_id_stands_after_documents_only(result: dict[str, Any]) -> None:
     store, manifest = split_uri(result["manifest"])[0], manifest_of(result)
-    ids = [np.frombuffer(store.read_bytes(s.file), token_dtype(manifest.vocab_size)) for s in manifest.shards]
+    ids = [
+        np.frombuffer(store.read_bytes(s.file), token_dtype(manifest.vocab_size))
+        for s in manifest.shards
+    ]
     assert sum(int((part == manifest.eot_id).sum()) for part in ids) == result["documents"]
 
 
@@ -77,7 +85,8 @@ def test_names_of_files_forge_no_line(
     lines = capfd.readouterr().err.splitlines()
     linked = f"{corpus.folder}/folder/up/"
     assert any(
-        line.startswith("skipped 1 file of unknown ending, such as") and f"1 linked folder, such as {linked!r}" in line
+        line.startswith("skipped 1 file of unknown ending, such as")
+        and f"1 linked folder, such as {linked!r}" in line
         for line in lines
     )
     sources = json.loads(Path(result["manifest"]).with_name("sources.json").read_bytes())
@@ -100,7 +109,8 @@ def test_too_many_unreadable_documents_stop_the_job(
     settings = SETTINGS | {"tokenizer": tokenizer, "max_unreadable_fraction": 0.01}
     counts = r"17 of 677 documents cannot be read \(7 binary, 2 invalid_json, 2 invalid_csv, 6 missing_text\)"
     expected = (
-        counts + r", more than the share of data\.max_unreadable_fraction=0\.01; `raymill data preview` shows some"
+        counts
+        + r", more than the share of data\.max_unreadable_fraction=0\.01; `raymill data preview` shows some"
     )
     with pytest.raises(CorpusError, match=expected):
         tokenize(data_config(str(corpus.folder), storage if is_finished else tmp_path, **settings))
@@ -113,7 +123,8 @@ def as_a_stage(config: Any, folder: Path) -> subprocess.CompletedProcess[str]:
     address = ray.get_runtime_context().gcs_address
     return subprocess.run(
         [sys.executable, "-m", "jobs.tokenize_corpus", str(folder / "run.yaml")],
-        env=os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"},
+        env=os.environ
+        | {"RAY_ADDRESS": address, "PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"},
         capture_output=True,
         text=True,
         timeout=limit_s(60),
@@ -149,11 +160,16 @@ def test_a_stage_ends_with_one_line_and_says_that_another_attempt_is_hopeless(
     assert "Traceback" not in done.stderr
 
 
-def test_an_empty_corpus_is_named_before_a_gpu_is_asked_for(ray_workers: int, tmp_path: Path) -> None:
+def test_an_empty_corpus_is_named_before_a_gpu_is_asked_for(
+    ray_workers: int, tmp_path: Path
+) -> None:
     (tmp_path / "a.txt").write_text(" \n")
     config = data_config(f"{tmp_path}/a.txt", tmp_path / "storage")
-    scaling = config.scaling.model_copy(update={"use_gpu": True})  # there is none: to wait for it would take forever
-    with pytest.raises(UserError, match=r"the corpus is empty: 1 file, 1 document dropped \(1 empty\)"):
+    # There is none: to wait for it would take forever
+    scaling = config.scaling.model_copy(update={"use_gpu": True})
+    with pytest.raises(
+        UserError, match=r"the corpus is empty: 1 file, 1 document dropped \(1 empty\)"
+    ):
         pretrain(config.model_copy(update={"scaling": scaling}))
 
 
@@ -163,15 +179,26 @@ def kill_worker(chunk: Chunk) -> bytes:
     return b"done"
 
 
-def test_a_file_that_kills_its_reader_stops_the_job_by_name(ray_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_kills_its_reader_stops_the_job_by_name(
+    ray_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(data_tasks, "_MAX_RETRIES", 1)
-    files = [CorpusFile(n, name, 0, 1, "v", "parquet") for n, name in enumerate(("a.txt", "poison.parquet", "b.txt"))]
-    with pytest.raises(UserError, match=r"a worker died each time at one of \d files, .*poison\.parquet.* first; "):
-        for result in run_tasks([Chunk(file.number, 0, [whole_file(file)]) for file in files], kill_worker):
+    files = [
+        CorpusFile(n, name, 0, 1, "v", "parquet")
+        for n, name in enumerate(("a.txt", "poison.parquet", "b.txt"))
+    ]
+    with pytest.raises(
+        UserError, match=r"a worker died each time at one of \d files, .*poison\.parquet.* first; "
+    ):
+        for result in run_tasks(
+            [Chunk(file.number, 0, [whole_file(file)]) for file in files], kill_worker
+        ):
             assert result.content == b"done"
 
 
-def changed_tokenizer(result: dict[str, Any], folder: Path, change: Callable[[dict[str, Any]], Any]) -> str:
+def changed_tokenizer(
+    result: dict[str, Any], folder: Path, change: Callable[[dict[str, Any]], Any]
+) -> str:
     content = json.loads(Path(result["manifest"]).with_name("tokenizer.json").read_bytes())
     change(content)
     folder.mkdir(exist_ok=True)
@@ -182,7 +209,9 @@ def changed_tokenizer(result: dict[str, Any], folder: Path, change: Callable[[di
 def spread_ids(content: dict[str, Any]) -> None:
     """Makes the ids of merged tokens and of the end of text larger than 16 bits."""
     vocab = content["model"]["vocab"]
-    content["model"]["vocab"] = {token: number if number < 256 else number + 70_000 for token, number in vocab.items()}
+    content["model"]["vocab"] = {
+        token: number if number < 256 else number + 70_000 for token, number in vocab.items()
+    }
     content["added_tokens"][0]["id"] += 70_000
     content["model"]["vocab"]["<|endoftext|>"] = content["added_tokens"][0]["id"]
 
@@ -205,33 +234,49 @@ def test_a_tokenizer_that_tiktoken_cannot_express_gives_its_own_ids_slowly(
 ) -> None:
     def add_token(content: dict[str, Any]) -> None:
         added = content["added_tokens"][0]
-        content["added_tokens"].append(added | {"id": added["id"] + 1, "content": "hostile", "special": False})
+        content["added_tokens"].append(
+            added | {"id": added["id"] + 1, "content": "hostile", "special": False}
+        )
 
     text = "a hostile text, hostilely written"
     (tmp_path / "a.txt").write_text(text)
     uri = changed_tokenizer(result, tmp_path / "tokenizer", add_token)
     slow = tokenize(data_config(f"{tmp_path}/a.txt", tmp_path, tokenizer=uri))
     said = capfd.readouterr().err
-    assert "encoding with `tokenizers`, about eight times slower than with tiktoken's core: it has added tokens" in said
+    assert (
+        "encoding with `tokenizers`, about eight times slower than with tiktoken's core: it has added tokens"
+        in said
+    )
     tokenizer = Tokenizer.from_json(Path(uri).read_bytes())
-    ids = np.frombuffer(Path(slow["manifest"]).with_name("shard-00000.bin").read_bytes(), "<u2").tolist()
+    ids = np.frombuffer(
+        Path(slow["manifest"]).with_name("shard-00000.bin").read_bytes(), "<u2"
+    ).tolist()
     assert ids == [*tokenizer.encode(text), tokenizer.eot_id]
     assert tokenizer.eot_id + 1 in ids
 
 
-def test_a_spoiled_store_is_refused_as_a_source(result: dict[str, Any], corpus: HostileCorpus, tmp_path: Path) -> None:
+def test_a_spoiled_store_is_refused_as_a_source(
+    result: dict[str, Any], corpus: HostileCorpus, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(Path(result["manifest"]).parent, copy)
     config = data_config([f"tokens://{copy}"], tmp_path / "storage")
     name = next(iter(result["shards"]))
     (copy / name).unlink()
-    with pytest.raises(TokenStoreError, match=f"{copy}/{name} is missing, the manifest says .* bytes; tokenize again"):
+    with pytest.raises(
+        TokenStoreError,
+        match=f"{copy}/{name} is missing, the manifest says .* bytes; tokenize again",
+    ):
         tokenize(config)
     manifest = json.loads((copy / "manifest.json").read_bytes())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
-    with pytest.raises(TokenStoreError, match="the token store has format 99, not 2; tokenize again"):
+    with pytest.raises(
+        TokenStoreError, match="the token store has format 99, not 2; tokenize again"
+    ):
         tokenize(config)
-    (copy / "manifest.json").write_text(json.dumps(manifest | {"shards": [{"file": "../../etc/passwd"}]}))
+    (copy / "manifest.json").write_text(
+        json.dumps(manifest | {"shards": [{"file": "../../etc/passwd"}]})
+    )
     with pytest.raises(TokenStoreError, match=r"manifest\.json is damaged .*; tokenize again"):
         tokenize(config)
     assert not list((tmp_path / "storage").glob("tokens/*/manifest.json"))

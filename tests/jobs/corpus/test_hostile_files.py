@@ -1,4 +1,5 @@
-"""Hostile files, read without a cluster: an unreadable file stops the job by name; memory stays small."""
+"""Hostile files, read without a cluster: an unreadable file stops the job by name; memory stays
+small."""
 
 import gzip
 import json
@@ -49,22 +50,40 @@ STOPS: dict[str, tuple[bytes, str]] = {
     "second-member-truncated.jsonl.gz": (gzip.compress(LINES) + gzip.compress(LINES)[:-1], BROKEN),
     "no-gzip.txt.gz": (b"plain text", BROKEN),
     "no-zstd.txt.zst": (b"plain text", BROKEN),
-    "bomb.txt.gz": (gzip.compress(bytes(65 << 20)), "unpacks to more than 67108864 bytes; take it out"),
-    "bomb.jsonl.zst": (zstandard.compress(bytes(65 << 20)), "unpacks to more than 67108864 bytes; take it out"),
+    "bomb.txt.gz": (
+        gzip.compress(bytes(65 << 20)),
+        "unpacks to more than 67108864 bytes; take it out",
+    ),
+    "bomb.jsonl.zst": (
+        zstandard.compress(bytes(65 << 20)),
+        "unpacks to more than 67108864 bytes; take it out",
+    ),
     "truncated.parquet": (TABLE[:-9], BROKEN),
     "empty.parquet": (b"", BROKEN),
     "text.parquet": (b"no table at all", BROKEN),
     "name.parquet": (flipped(TABLE, b"text", b"t\xe7xt"), BROKEN),
-    "no-column.parquet": (damaged_parquet(body=["x"]), r"has no column 'text'; set data\.text_field to one of body"),
+    "no-column.parquet": (
+        damaged_parquet(body=["x"]),
+        r"has no column 'text'; set data\.text_field to one of body",
+    ),
     "number.parquet": (damaged_parquet(text=[1]), "'text' of .* holds int64, not strings"),
-    "list.parquet": (damaged_parquet(text=[["x"]]), "'text' of .* holds list<element: string>, not strings"),
+    "list.parquet": (
+        damaged_parquet(text=[["x"]]),
+        "'text' of .* holds list<element: string>, not strings",
+    ),
     "extension.parquet": (
         damaged_parquet(text=pa.array([b"0" * 16], pa.uuid())),
         "'text' of .* holds extension<arrow.uuid>, not strings",
     ),
-    "no-column.csv": (b"id,body\n1,x\n", r"has no column 'text'; set data\.text_field to one of id, body"),
+    "no-column.csv": (
+        b"id,body\n1,x\n",
+        r"has no column 'text'; set data\.text_field to one of id, body",
+    ),
     "open-header.csv": (b'id,"text\n1,x\n', "the header of .* does not end: a quote is not closed"),
-    "utf-16.csv": ("id,text\n1,x\n".encode("utf-16"), "is binary or UTF-16, not text in UTF-8; convert it"),
+    "utf-16.csv": (
+        "id,text\n1,x\n".encode("utf-16"),
+        "is binary or UTF-16, not text in UTF-8; convert it",
+    ),
 }
 
 
@@ -83,7 +102,10 @@ def test_a_file_that_nobody_could_judge_stops_the_job_by_name(name: str, tmp_pat
 
 def test_no_pickle_of_a_parquet_file_is_loaded(tmp_path: Path) -> None:
     payload = f"cos\nsystem\n(S'touch {tmp_path}/loaded'\ntR.".encode()
-    metadata = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": payload}
+    metadata = {
+        b"ARROW:extension:name": b"arrow.py_extension_type",
+        b"ARROW:extension:metadata": payload,
+    }
     schema = pa.schema([pa.field("text", pa.string(), metadata=metadata)])
     pq.write_table(pa.table({"text": ["a text"]}, schema=schema), tmp_path / "a.parquet")
     assert preview(data_config(str(tmp_path), "unused"))["examples"][0]["text"] == "a text"
@@ -92,23 +114,34 @@ def test_no_pickle_of_a_parquet_file_is_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["empty-groups", "plain", "dictionary"])
 @pytest.mark.parametrize("shard_bytes", [211, 900])
-def test_byte_ranges_together_give_each_row_once(name: str, shard_bytes: int, tmp_path: Path) -> None:
+def test_byte_ranges_together_give_each_row_once(
+    name: str, shard_bytes: int, tmp_path: Path
+) -> None:
     make_hostile_corpus(tmp_path / "texts")
     files = list_corpus(f"{tmp_path}/texts/{name}.parquet").files
     chunks = plan_chunks(files, {}, DataConfig(shard_bytes=shard_bytes))
     parts = [part for chunk in chunks for part in chunk.parts]
     rows = pq.read_table(files[0].uri, columns=["text"]).column("text").to_pylist()
     assert len(parts) > 1
-    assert [document.text for part in parts for document in read_documents(part, DataConfig())] == rows
+    assert [
+        document.text for part in parts for document in read_documents(part, DataConfig())
+    ] == rows
 
 
-def test_misuse_and_failure_on_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_misuse_and_failure_on_the_command_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.parquet").write_bytes(TABLE[:-9])
     assert main(["data", "preview", "--data.source", str(tmp_path)]) == 1
-    assert f"error: {tmp_path}/a.parquet cannot be read to its end" in (streams := capfd.readouterr()).err
+    assert (
+        f"error: {tmp_path}/a.parquet cannot be read to its end"
+        in (streams := capfd.readouterr()).err
+    )
     assert "Traceback" not in streams.err
     assert main(["tokenize", "--data.source", str(tmp_path), "--data.weights", "1", "2"]) == 2
-    assert "2 weights for 1 sources; give one a source, or none" in (streams := capfd.readouterr()).err
+    assert (
+        "2 weights for 1 sources; give one a source, or none" in (streams := capfd.readouterr()).err
+    )
     assert streams.err.startswith("error: ") and streams.err.count("\n") == 1
 
 
@@ -123,7 +156,9 @@ def uploaded(bucket: str, name: str, folder: Path) -> str:
     """Returns the URI of 2 MB of documents in a bucket, which are also kept locally."""
     texts = [f"{text}, {number}" for number in range(20_000) for text in ("one text", "another")]
     if name.endswith(".parquet"):
-        pq.write_table(pa.table({"text": texts}), folder / name, row_group_size=10_000, use_dictionary=False)
+        pq.write_table(
+            pa.table({"text": texts}), folder / name, row_group_size=10_000, use_dictionary=False
+        )
     else:
         lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
         (folder / name).write_bytes(gzip.compress(lines, 1) if name.endswith(".gz") else lines)
@@ -132,11 +167,16 @@ def uploaded(bucket: str, name: str, folder: Path) -> str:
 
 
 def texts_at(uri: str) -> list[str]:
-    return [document.text for document in read_documents(whole_file(list_corpus(uri).files[0]), DataConfig())]
+    return [
+        document.text
+        for document in read_documents(whole_file(list_corpus(uri).files[0]), DataConfig())
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
-def test_a_body_reset_midway_is_resumed(proxy: FaultProxy, s3_bucket: str, name: str, tmp_path: Path) -> None:
+def test_a_body_reset_midway_is_resumed(
+    proxy: FaultProxy, s3_bucket: str, name: str, tmp_path: Path
+) -> None:
     uri = uploaded(s3_bucket, name, tmp_path)
     proxy.script = [Cut(after=50_000, kind="reset"), Cut(after=10_000), None]
     assert texts_at(uri) == texts_at(str(tmp_path / name))
@@ -152,7 +192,9 @@ def test_a_refused_object_is_one_line_and_exit_code_1(
     assert main(["data", "preview", "--data.source", uri]) == 1
     said, error = capsys.readouterr().err.splitlines()
     assert said == "data preview: reading a sample of the corpus"
-    assert re.fullmatch(f"error: {uri}.*: access denied .AccessDenied.; check the credentials and .*", error)
+    assert re.fullmatch(
+        f"error: {uri}.*: access denied .AccessDenied.; check the credentials and .*", error
+    )
 
 
 READ = """
@@ -178,7 +220,10 @@ HUGE: dict[str, tuple[bytes, tuple[int, str]]] = {
     "lines.txt.gz": (gzip.compress(b"a line\n" * (4 << 20), 1), (0, "None")),
     "line.jsonl": (b'{"text": "' + b"x" * (30 << 20) + b'"}\n', (1, "too_long")),
     "field.csv": (b'text\n"' + b"x" * (30 << 20) + b'"\n', (1, "too_long")),
-    "lines-in-quotes.csv": (b'text\n"' + b"some words here\n" * (1 << 17) + b'"\n', (0, "invalid_csv")),
+    "lines-in-quotes.csv": (
+        b'text\n"' + b"some words here\n" * (1 << 17) + b'"\n',
+        (0, "invalid_csv"),
+    ),
 }
 
 
@@ -188,7 +233,9 @@ def test_a_huge_document_is_read_in_little_memory(name: str, tmp_path: Path) -> 
     (tmp_path / name).write_bytes(content)
     small = tmp_path / f"small{name[name.index('.') :]}"
     small.write_bytes(
-        {".csv": b"text\nx\n", ".jsonl": b'{"text": "x"}\n', ".gz": gzip.compress(b"x")}.get(small.suffix, b"x")
+        {".csv": b"text\nx\n", ".jsonl": b'{"text": "x"}\n', ".gz": gzip.compress(b"x")}.get(
+            small.suffix, b"x"
+        )
     )
     output = subprocess.run(
         [sys.executable, "-c", READ, small, tmp_path / name], env=os.environ | {"PYTHONPATH": str(REPOSITORY)},

@@ -1,4 +1,5 @@
-"""Sources that change, hide, repeat or lie far away: the stage stops by name, or keeps everything once."""
+"""Sources that change, hide, repeat or lie far away: the stage stops by name, or keeps everything
+once."""
 
 import gzip
 import json
@@ -56,8 +57,14 @@ def truncate_unnoticed(path: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "truncated, its date kept": (truncate_unnoticed, r"b\.jsonl was changed after it was listed; run again"),
-    "replaced": (lambda path: path.write_bytes(LINES[::-1]), r"b\.jsonl was changed after it was listed; run again"),
+    "truncated, its date kept": (
+        truncate_unnoticed,
+        r"b\.jsonl was changed after it was listed; run again",
+    ),
+    "replaced": (
+        lambda path: path.write_bytes(LINES[::-1]),
+        r"b\.jsonl was changed after it was listed; run again",
+    ),
     "removed": (Path.unlink, r"b\.jsonl does not exist"),
 }
 
@@ -82,34 +89,61 @@ def test_an_object_replaced_during_the_run_stops_it(
     storage.write_bytes("a.jsonl", LINES)
     after_listing(lambda: storage.write_bytes("a.jsonl", LINES[::-1]))
     with pytest.raises(
-        UserError, match=f"s3://{s3_bucket}/texts/a.jsonl was changed or removed by another process; run again"
+        UserError,
+        match=f"s3://{s3_bucket}/texts/a.jsonl was changed or removed by another process; run again",
     ):
         tokenize(data_config(f"s3://{s3_bucket}/texts", tmp_path, tokenizer=tokenizer))
 
 
-def test_missing_objects_and_odd_keys(tokenizer: str, s3_server: str, s3_bucket: str, tmp_path: Path) -> None:
+def test_missing_objects_and_odd_keys(
+    tokenizer: str, s3_server: str, s3_bucket: str, tmp_path: Path
+) -> None:
     uri = f"s3://{s3_bucket}/texts"
     with pytest.raises(NotFoundError, match=f"nothing is at '{uri}/none.jsonl'"):
         tokenize(data_config(f"{uri}/none.jsonl", tmp_path, tokenizer=tokenizer))
-    keys = ["a#b", "100%25 a", "名前 😀", "a..b", "[x]*?", " lead", "+plus&=", "x" * 200, "a/../b", "empty"]
+    keys = [
+        "a#b",
+        "100%25 a",
+        "名前 😀",
+        "a..b",
+        "[x]*?",
+        " lead",
+        "+plus&=",
+        "x" * 200,
+        "a/../b",
+        "empty",
+    ]
     client = boto3.client("s3", endpoint_url=s3_server)
     for key in keys:
-        client.put_object(Bucket=s3_bucket, Key=f"texts/{key}.txt", Body=b"" if key == "empty" else key.encode())
+        client.put_object(
+            Bucket=s3_bucket, Key=f"texts/{key}.txt", Body=b"" if key == "empty" else key.encode()
+        )
     client.put_object(Bucket=s3_bucket, Key="texts/folder/")
     result = tokenize(data_config(uri, tmp_path, tokenizer=tokenizer))
     assert sorted(texts_of(result)) == sorted(keys[:-1])
     assert result["dropped"]["empty"] == 1
 
 
-def test_the_hub_gives_the_shards_of_the_same_files_on_disk(ray_workers: int, tmp_path: Path) -> None:
+def test_the_hub_gives_the_shards_of_the_same_files_on_disk(
+    ray_workers: int, tmp_path: Path
+) -> None:
     folder = make_corpus(tmp_path / "texts", num_documents=60)
     local = tokenize(data_config(str(folder), tmp_path / "local", shard_bytes=60_000))
-    config = data_config("hf://datasets/owner/texts@main/data", tmp_path / "remote", shard_bytes=60_000)
+    config = data_config(
+        "hf://datasets/owner/texts@main/data", tmp_path / "remote", shard_bytes=60_000
+    )
     (tmp_path / "config.json").write_text(config.model_dump_json())
     with running_hub() as hub:
-        commit = hub.commit({f"data/{path.name}": path.read_bytes() for path in sorted(folder.iterdir())})
+        commit = hub.commit(
+            {f"data/{path.name}": path.read_bytes() for path in sorted(folder.iterdir())}
+        )
         done = subprocess.run(
-            [sys.executable, REPOSITORY / "tests/jobs/tokenize_once.py", tmp_path / "config.json", "2"],
+            [
+                sys.executable,
+                REPOSITORY / "tests/jobs/tokenize_once.py",
+                tmp_path / "config.json",
+                "2",
+            ],
             env=os.environ
             | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
             | {"PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"},
@@ -130,7 +164,9 @@ def test_thousands_of_tiny_files_make_few_shards(tokenizer: str, tmp_path: Path)
     (tmp_path / "texts").mkdir()
     for number in range(5000):
         (tmp_path / "texts" / f"{number:04d}.txt").write_text(f"tiny {number}")
-    config = data_config(f"{tmp_path}/texts", tmp_path / "storage", tokenizer=tokenizer, shard_bytes=1 << 20)
+    config = data_config(
+        f"{tmp_path}/texts", tmp_path / "storage", tokenizer=tokenizer, shard_bytes=1 << 20
+    )
     result = tokenize(config)
     assert result["documents"] == 5000
     assert len(result["shards"]) == 20
@@ -147,5 +183,7 @@ def test_a_fault_in_a_piece_names_the_file_and_its_byte(tokenizer: str, tmp_path
     lines = LINES + b'{"text": "caf\xe9"}\n'
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines, 0))
     settings = {"tokenizer": tokenizer, "shard_bytes": 2000, "invalid_utf8": "fail"}
-    with pytest.raises(UserError, match=f"{tmp_path}/a.jsonl.gz is not UTF-8 at byte {lines.index(0xE9)}; convert"):
+    with pytest.raises(
+        UserError, match=f"{tmp_path}/a.jsonl.gz is not UTF-8 at byte {lines.index(0xE9)}; convert"
+    ):
         tokenize(data_config(str(tmp_path), tmp_path / "storage", **settings))

@@ -1,4 +1,5 @@
-"""Corpora of very many small files: listed and sampled within bounds, refused above a number, and packed into few files."""
+"""Corpora of very many small files: listed and sampled within bounds, refused above a number, and
+packed into few files."""
 
 import gzip
 import json
@@ -50,7 +51,11 @@ print(len(chunks), len(places), len(written), time.process_time(), resource.getr
 
 def test_a_million_files_are_planned_and_sampled_in_bounded_memory_and_time() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PLAN, str(NUM_FILES)], capture_output=True, text=True, check=True, timeout=limit_s(200)
+        [sys.executable, "-c", PLAN, str(NUM_FILES)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=limit_s(200),
     )
     num_chunks, num_places, num_bytes, seconds, peak_kib = map(float, done.stdout.split())
     assert num_chunks == -(-NUM_FILES // 512)
@@ -67,18 +72,24 @@ def write_texts(folder: Path, num_files: int = 60) -> None:
     for number in range(num_files):
         text = " ".join("".join(rng.choices("aeioustrnlm", k=5)) for _ in range(rng.randint(1, 80)))
         name = ("a-{0}.txt", "b/{0}.txt", "b.d/{0}.TXT", "b/x{0}.txt.gz")[number % 4].format(number)
-        (folder / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+        (folder / name).write_bytes(
+            gzip.compress(text.encode()) if name.endswith("gz") else text.encode()
+        )
     (folder / "b" / "empty.txt").write_bytes(b"")
     (folder / "b" / "marked.txt").write_bytes(b"\xef\xbb\xbfwith a mark")
     (folder / "b" / "latin.txt").write_bytes("Ein Stück".encode("latin-1"))
     (folder / "b" / "binary.txt").write_bytes(b"\x00\x01")
-    (folder / "c-long.txt").write_text("\n".join(f"line {number} of a long text" for number in range(200)))
+    (folder / "c-long.txt").write_text(
+        "\n".join(f"line {number} of a long text" for number in range(200))
+    )
     (folder / "readme.md").write_text("not a corpus file")
 
 
 def documents(source: str, data: DataConfig) -> list[tuple[str, object, bool]]:
     found = []
-    for chunk in plan_chunks(list_corpus(source).files, {}, data.model_copy(update={"shard_bytes": 4000})):
+    for chunk in plan_chunks(
+        list_corpus(source).files, {}, data.model_copy(update={"shard_bytes": 4000})
+    ):
         for part in chunk.parts:
             found += [(each.text, each.drop, each.replaced) for each in read_documents(part, data)]
     return found
@@ -120,14 +131,18 @@ def test_a_source_that_cannot_be_packed_leaves_the_destination_as_it_is(tmp_path
     for name, (kind, words) in refused.items():
         with pytest.raises(kind, match=words):
             pack(f"{tmp_path}/{name}", f"{tmp_path}/packed", DataConfig())
-    with pytest.raises(CorpusError, match=r"texts/packed is in .*texts, .*; name a folder elsewhere"):
+    with pytest.raises(
+        CorpusError, match=r"texts/packed is in .*texts, .*; name a folder elsewhere"
+    ):
         pack(f"{tmp_path}/texts", f"{tmp_path}/texts/packed", DataConfig())
     assert {path.name for path in tmp_path.iterdir()} == {"texts", "notes"}
     assert not (tmp_path / "texts" / "packed").exists()
     assert pack(f"{tmp_path}/texts", f"{tmp_path}/packed", DataConfig())["files"] == 65
 
 
-def test_the_command_packs_for_the_stage(ray_workers: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_packs_for_the_stage(
+    ray_workers: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     write_texts(tmp_path / "texts")
     assert main(["data", "pack", f"{tmp_path}/texts", f"{tmp_path}/packed", "--json"]) == 0
     result = json.loads(capfd.readouterr().out.splitlines()[-1])
@@ -145,8 +160,11 @@ def test_the_command_packs_for_the_stage(ray_workers: int, tmp_path: Path, capfd
     (tmp_path / "texts" / "a.jsonl").write_text('{"text": "a"}')
     assert main(["data", "pack", f"{tmp_path}/texts", f"{tmp_path}/half"]) == 1
     assert "a.jsonl is no .txt file" in capfd.readouterr().err
-    assert main(["data", "preview", "--data.source", f"{tmp_path}/half"]) == 1  # what is there is not all
-    assert "half/PACKING-IS-NOT-FINISHED.parquet cannot be read to its end" in capfd.readouterr().err
+    # What is there is not all
+    assert main(["data", "preview", "--data.source", f"{tmp_path}/half"]) == 1
+    assert (
+        "half/PACKING-IS-NOT-FINISHED.parquet cannot be read to its end" in capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
@@ -163,9 +181,12 @@ def test_too_many_files_are_refused_with_the_way_out_before_all_are_listed(
     (tmp_path / "more").mkdir()
     for number in range(10):
         open_storage(source).write_bytes(f"more/{number}.txt", b"text")
-    with pytest.raises(CorpusError, match=r"has more than 20 files; `raymill data pack .*/texts DEST` writes \.txt"):
+    with pytest.raises(
+        CorpusError, match=r"has more than 20 files; `raymill data pack .*/texts DEST` writes \.txt"
+    ):
         list_corpus(source)
-    assert len(list_corpus([f"{source}/b", f"{source}/**/*.gz", f"{source}/b/*"]).files) < 15  # each once
+    # Each once
+    assert len(list_corpus([f"{source}/b", f"{source}/**/*.gz", f"{source}/b/*"]).files) < 15
 
 
 def test_chunks_travel_whole(tmp_path: Path) -> None:

@@ -18,14 +18,19 @@ from jobs.corpus.text_borders import csv_lines, cut_stream, cut_text, lines, rec
 from model.text.tokenizer import train_bpe
 
 contents = st.lists(
-    st.sampled_from([b"\n", b"a", b"bc ", "ä語".encode(), b'"', b",", b"\r", b"x" * 30]), max_size=60
+    st.sampled_from([b"\n", b"a", b"bc ", "ä語".encode(), b'"', b",", b"\r", b"x" * 30]),
+    max_size=60,
 ).map(b"".join)
 
 
 @given(contents, st.lists(st.integers(0, 400), max_size=4))
 def test_ranges_together_give_each_line_once(content: bytes, borders: list[int]) -> None:
     cuts = sorted({0, len(content), *(border for border in borders if border < len(content))})
-    found = [piece for start, end in pairwise(cuts) for piece in lines(io.BytesIO(content), start, end, limit=1000)]
+    found = [
+        piece
+        for start, end in pairwise(cuts)
+        for piece in lines(io.BytesIO(content), start, end, limit=1000)
+    ]
     assert [line for _, line, _ in found] == re.findall(rb"[^\n]*\n|[^\n]+", content)
     assert all(content[offset : offset + len(line)] == line for offset, line, _ in found)
 
@@ -74,18 +79,25 @@ def rows_of(content: bytes) -> list[list[str]]:
 
 @given(contents, st.integers(20, 60))
 def test_after_a_stray_quote_the_next_line_begins_a_record(content: bytes, limit: int) -> None:
-    starts = {0, *(line_end.end() for line_end in re.finditer(rb"\r\n?|\n", content))} - {len(content)}
+    starts = {0, *(line_end.end() for line_end in re.finditer(rb"\r\n?|\n", content))} - {
+        len(content)
+    }
     found = list(records(io.BytesIO(content), limit=limit))
     ends = [record.offset + len(record.content) for record in found]
     covered = {
-        start for record, end in zip(found, ends, strict=True) for start in starts if record.offset <= start < end
+        start
+        for record, end in zip(found, ends, strict=True)
+        for start in starts
+        if record.offset <= start < end
     }
     assert covered == starts  # every line is in a record
     assert all(record.offset in starts for record in found)
 
 
 @given(contents, st.integers(3, 60), st.integers(1, 9))
-def test_lines_of_csv_end_with_cr_lf_or_both_wherever_blocks_do(content: bytes, limit: int, block_bytes: int) -> None:
+def test_lines_of_csv_end_with_cr_lf_or_both_wherever_blocks_do(
+    content: bytes, limit: int, block_bytes: int
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_borders, "_BLOCK_BYTES", block_bytes)
         found = list(csv_lines(io.BytesIO(content), limit=limit))
@@ -94,11 +106,15 @@ def test_lines_of_csv_end_with_cr_lf_or_both_wherever_blocks_do(content: bytes, 
         line if len(line.rstrip(b"\r\n")) < limit else line[:limit] for line in expected
     ]
     assert all(content[offset : offset + len(line)] == line for offset, line, _ in found)
-    assert [is_whole for _, _, is_whole in found] == [len(line.rstrip(b"\r\n")) < limit for line in expected]
+    assert [is_whole for _, _, is_whole in found] == [
+        len(line.rstrip(b"\r\n")) < limit for line in expected
+    ]
 
 
 @given(contents, st.integers(20, 60))
-def test_records_that_begin_anew_are_the_same_without_what_was_before(content: bytes, limit: int) -> None:
+def test_records_that_begin_anew_are_the_same_without_what_was_before(
+    content: bytes, limit: int
+) -> None:
     found = list(records(io.BytesIO(content), limit=limit))
     for number, record in enumerate(found):
         if record.is_fresh and record.offset:
@@ -108,7 +124,8 @@ def test_records_that_begin_anew_are_the_same_without_what_was_before(content: b
 
 
 def test_lines_that_all_open_a_quote_are_read_twice_at_most() -> None:
-    content = b'"x","never closed\n' * 20_000  # each closes the quote of the one before and opens its own
+    # Each closes the quote of the one before and opens its own
+    content = b'"x","never closed\n' * 20_000
     found = list(records(io.BytesIO(content), limit=1 << 18))
     assert [record.content for record in found] == content.splitlines(keepends=True)
     assert not any(record.is_whole for record in found)

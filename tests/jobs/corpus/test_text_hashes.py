@@ -12,7 +12,10 @@ from jobs.corpus.text_hashes import document_hash, is_blank, ngrams_by_text, nor
 
 UNSPACED = "中文とテ。กขລཀကខ𠀀"
 texts = st.text(
-    st.one_of(st.sampled_from("aB \t\n\x1c\x85\u00a0\u2003\u3000éßİ" + UNSPACED), st.characters(codec="utf-8"))
+    st.one_of(
+        st.sampled_from("aB \t\n\x1c\x85\u00a0\u2003\u3000éßİ" + UNSPACED),
+        st.characters(codec="utf-8"),
+    )
 )
 words = st.lists(st.text(st.sampled_from("ab" + UNSPACED), min_size=1, max_size=12), max_size=12)
 
@@ -20,7 +23,9 @@ words = st.lists(st.text(st.sampled_from("ab" + UNSPACED), min_size=1, max_size=
 @given(texts)
 @example("".join(map(chr, range(0xD800))))
 def test_normalized_is_nfc_case_folded_and_split_at_white_space(text: str) -> None:
-    assert normalized(text) == " ".join(unicodedata.normalize("NFC", text).casefold().split()).encode()
+    assert (
+        normalized(text) == " ".join(unicodedata.normalize("NFC", text).casefold().split()).encode()
+    )
 
 
 def test_every_white_space_of_unicode_is_a_blank() -> None:
@@ -37,7 +42,13 @@ def test_a_text_of_blanks_and_invisible_characters_is_blank(text: str) -> None:
 def test_what_is_not_blank_has_a_normalized_text() -> None:
     nothing_assigned = range(0x40000, 0xE0000, 64)
     for char in map(
-        chr, [*range(0xD800), *range(0xE000, 0x40000), *nothing_assigned, *range(0xE0000, sys.maxunicode + 1)]
+        chr,
+        [
+            *range(0xD800),
+            *range(0xE000, 0x40000),
+            *nothing_assigned,
+            *range(0xE0000, sys.maxunicode + 1),
+        ],
     ):
         assert is_blank(char.encode()) or normalized(char), repr(char)
 
@@ -52,25 +63,44 @@ def test_equal_but_for_case_blanks_and_form_is_equal() -> None:
 def reference_words(text: str) -> list[str]:
     """A character of `UNSPACED` is a word; other words end at blanks, and at 64 bytes."""
     spaced = "".join(f" {char} " if char in UNSPACED else char for char in text)
-    return [word[first : first + 64] for word in spaced.split() for first in range(0, len(word), 64)]
+    return [
+        word[first : first + 64] for word in spaced.split() for first in range(0, len(word), 64)
+    ]
 
 
 @given(st.lists(words, min_size=1, max_size=6), st.integers(1, 5))
 @example([["a" * 63, "a" * 64, "a" * 65, "a" * 129, "b" * 64 + "a"]], 1)
 @example([["中a中", "a", "𠀀a𠀀𠀀", "กa"]], 2)
-def test_runs_have_equal_hashes_exactly_if_their_words_are_equal(word_lists: list[list[str]], n: int) -> None:
+def test_runs_have_equal_hashes_exactly_if_their_words_are_equal(
+    word_lists: list[list[str]], n: int
+) -> None:
     runs, hashes = [], []
     for text in (" ".join(word_list) for word_list in word_lists):
         expected = reference_words(text)
         size = min(n, len(expected))
-        runs += [tuple(expected[start : start + size]) for start in range(len(expected) - size + 1) if size]
+        runs += [
+            tuple(expected[start : start + size])
+            for start in range(len(expected) - size + 1)
+            if size
+        ]
         hashes += word_ngrams(text.encode(), n).tolist()
     assert len(hashes) == len(runs)
     assert len(set(zip(hashes, runs, strict=True))) == len(set(hashes)) == len(set(runs))
 
 
 def test_order_borders_and_length_count() -> None:
-    variants = [b"ab c d", b"a bc d", b"c ab d", b"ab c d d", b"ab c", b"abcd", b"abc d", b"a", b"aa", b"a a"]
+    variants = [
+        b"ab c d",
+        b"a bc d",
+        b"c ab d",
+        b"ab c d d",
+        b"ab c",
+        b"abcd",
+        b"abc d",
+        b"a",
+        b"aa",
+        b"a a",
+    ]
     assert len({word_ngrams(text, 8)[0] for text in variants}) == len(variants)
 
 

@@ -1,4 +1,5 @@
-"""A step's gradient as training computes it: that of autograd; dropout that every process draws alike."""
+"""A step's gradient as training computes it: that of autograd; dropout that every process draws
+alike."""
 
 import dataclasses
 import gc
@@ -34,9 +35,17 @@ print(dropout_seed(0, step=3, micro_batch=5), torch.rand(3).tolist())
 
 @pytest.mark.parametrize(
     ("num_lanes", "micro_batches", "tied", "compute"),
-    [(1, 1, True, "cpu"), (3, 1, True, "plain"), (8, 1, True, "cpu"), (3, 2, False, "cpu"), (8, 1, False, "plain")],
+    [
+        (1, 1, True, "cpu"),
+        (3, 1, True, "plain"),
+        (8, 1, True, "cpu"),
+        (3, 2, False, "cpu"),
+        (8, 1, False, "plain"),
+    ],
 )
-def test_of_a_step_is_autograds(num_lanes: int, micro_batches: int, tied: bool, compute: str) -> None:
+def test_of_a_step_is_autograds(
+    num_lanes: int, micro_batches: int, tied: bool, compute: str
+) -> None:
     config = Case(num_lanes=num_lanes, micro_batches=micro_batches, compute=compute).config()
     shape = dataclasses.replace(config.model, dropout=0.0, tie_word_embeddings=tied)
     config = config.model_copy(update={"model": shape})
@@ -44,7 +53,9 @@ def test_of_a_step_is_autograds(num_lanes: int, micro_batches: int, tied: bool, 
     model.init_weights(0)
     rows = MadeRows()
     inputs, targets = rows.samples(range(2 * num_lanes * micro_batches))
-    expected = torch.autograd.grad(model.loss(inputs, targets) / targets.numel(), list(model.parameters()))
+    expected = torch.autograd.grad(
+        model.loss(inputs, targets) / targets.numel(), list(model.parameters())
+    )
 
     state = TrainState(model, config.train, device=CPU)
     gradient = BatchGradient(config, state, rows, WorkerGroup(0, 1), eot_id=None)  # type: ignore[arg-type]
@@ -56,8 +67,11 @@ def test_of_a_step_is_autograds(num_lanes: int, micro_batches: int, tied: bool, 
 
 
 @pytest.mark.parametrize(("compute", "documents"), [("cpu", True), ("plain", False)])
-def test_of_conversations_is_that_of_the_mean_over_counted_tokens(compute: str, documents: bool) -> None:
-    """Held against PyTorch's cross-entropy of all logits, over micro-batches of which each counts as many as it has."""
+def test_of_conversations_is_that_of_the_mean_over_counted_tokens(
+    compute: str, documents: bool
+) -> None:
+    """Held against PyTorch's cross-entropy of all logits, over micro-batches of which each counts
+    as many as it has."""
     config = Case(num_lanes=3, micro_batches=2, compute=compute).config()
     config = config.model_copy(update={"model": dataclasses.replace(config.model, dropout=0.0)})
     model = GPT(config.model)
@@ -78,17 +92,27 @@ def test_of_conversations_is_that_of_the_mean_over_counted_tokens(compute: str, 
     gradient.close()
     assert measured.num_counted == sum(counts)
     assert measured.loss == pytest.approx(mean.item(), rel=1e-5)
-    assert measured.norm == pytest.approx(float(torch.cat([each.flatten() for each in expected]).norm()), rel=1e-5)
+    assert measured.norm == pytest.approx(
+        float(torch.cat([each.flatten() for each in expected]).norm()), rel=1e-5
+    )
     for (name, parameter), whole in zip(model.named_parameters(), expected, strict=True):
         assert parameter.grad is not None
         assert (parameter.grad - whole).norm() / whole.norm() < 1e-5, name
 
 
 def test_a_batch_that_grows_through_250_lane_counts__of_512_ranks__begins_at_once() -> None:
-    """Counts calls of Python's and C's functions: asking each rank for each subtree of each count made fifty times as many."""
+    """Counts calls of Python's and C's functions: asking each rank for each subtree of each count
+    made fifty times as many."""
     config = RunConfig.model_validate(
         {
-            "model": {"preset": "tiny", "n_positions": 8, "n_embd": 8, "n_head": 1, "n_layer": 1, "vocab_size": 300},
+            "model": {
+                "preset": "tiny",
+                "n_positions": 8,
+                "n_embd": 8,
+                "n_head": 1,
+                "n_layer": 1,
+                "vocab_size": 300,
+            },
             "train": {
                 "global_batch_size": 761,
                 "micro_batch_size": 1,
@@ -125,7 +149,9 @@ def test_a_batch_that_grows_through_250_lane_counts__of_512_ranks__begins_at_onc
 def test_dropout_is_the_same_in_every_process() -> None:
     """Python's own hashes differ between the processes."""
     drawn = {
-        subprocess.check_output([sys.executable, "-c", DROPOUT], env=os.environ | {"PYTHONHASHSEED": seed})
+        subprocess.check_output(
+            [sys.executable, "-c", DROPOUT], env=os.environ | {"PYTHONHASHSEED": seed}
+        )
         for seed in ("0", "4242")
     }
     assert len(drawn) == 1

@@ -1,6 +1,8 @@
-"""Bytes and messages of a step's exchange, counted as the code that runs hands them over, without anybody to receive them.
+"""Bytes and messages of a step's exchange, counted as the code that runs hands them over, without
+anybody to receive them.
 
-This process is rank 0 of as many as are asked for. What it would receive is whatever its memory holds.
+This process is rank 0 of as many as are asked for. What it would receive is whatever its memory
+holds.
 """
 
 from collections.abc import Iterator
@@ -59,7 +61,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sent]:
                 sent.add(message.peer, message.tensor.nbytes)
         return []
 
-    def all_to_all(found: Tensor, own: Tensor, found_lengths: list[int], own_lengths: list[int]) -> None:
+    def all_to_all(
+        found: Tensor, own: Tensor, found_lengths: list[int], own_lengths: list[int]
+    ) -> None:
         for peer, length in enumerate(own_lengths):
             sent.add(peer, length * own.itemsize)
 
@@ -100,7 +104,9 @@ def sent_by_rank_0(
         model.init_weights(0)
         workers = WorkerGroup(0, world_size)
         divided = Sharding.of(config.scaling, rank=0, world_size=world_size)
-        state = TrainState(model, config.train, device=torch.device("cpu"), group=workers, sharding=divided)
+        state = TrainState(
+            model, config.train, device=torch.device("cpu"), group=workers, sharding=divided
+        )
         gradient = BatchGradient(config, state, Rows(), workers, eot_id=None)  # type: ignore[arg-type]
         with counted(monkeypatch) as sent:
             gradient.of_step(1, StepTimer())
@@ -128,8 +134,12 @@ def test_groups_of_a_node_send_an_eighth_through_its_network_cards(
     groups = sent_by_rank_0(monkeypatch, "gradients", world_size, group=NODE, lanes=world_size)
     for name, sent in (("flat", flat), ("groups", groups)):
         shares = [part / ring(world_size) for part in (sent.within, sent.between)]
-        print(f"{world_size} ranks, {name}: {shares[0]:.3f} + {shares[1]:.3f} of a ring, {sent.num_messages} messages")
-    assert flat.within + flat.between == pytest.approx(ring(world_size), rel=0.1), "parts are whole blocks"
+        print(
+            f"{world_size} ranks, {name}: {shares[0]:.3f} + {shares[1]:.3f} of a ring, {sent.num_messages} messages"
+        )
+    assert flat.within + flat.between == pytest.approx(ring(world_size), rel=0.1), (
+        "parts are whole blocks"
+    )
     if world_size == NODE:
         assert groups.between == 0
         return
@@ -137,9 +147,13 @@ def test_groups_of_a_node_send_an_eighth_through_its_network_cards(
     assert groups.num_messages < 1.2 * flat.num_messages * (NODE + world_size // NODE) / world_size
 
 
-def test_a_world_that_lost_one_of_eight_sends_little_more_than_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_world_that_lost_one_of_eight_sends_little_more_than_a_ring(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     sent = sent_by_rank_0(monkeypatch, "none", 7, lanes=64)
-    assert sent.within <= 1.5 * 1.02 * ring(7), "rank 0 has two subtrees; seven have eleven, 1.29 times a ring's"
+    assert sent.within <= 1.5 * 1.02 * ring(7), (
+        "rank 0 has two subtrees; seven have eleven, 1.29 times a ring's"
+    )
 
 
 def test_bf16_halves_what_leaves_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +161,10 @@ def test_bf16_halves_what_leaves_the_blocks(monkeypatch: pytest.MonkeyPatch) -> 
         precision: sent_by_rank_0(monkeypatch, "parameters", 8, lanes=8, precision=precision).within
         for precision in ("fp32", "bf16")
     }
-    blocks = sum(map(len, layout_of(RunConfig.model_validate({"model": SIZE}).model).decoder_blocks))
-    # Forward, backward and the gradient pass on each block's parts; its last two are still there for backward.
+    blocks = sum(
+        map(len, layout_of(RunConfig.model_validate({"model": SIZE}).model).decoder_blocks)
+    )
+    # Forward, backward and the gradient pass on each block's parts; its last two are still there
+    # for backward.
     passes = (3 * blocks - 2 * blocks / 3) * 7 / 8
     assert sent["fp32"] - sent["bf16"] == pytest.approx(2 * passes, rel=0.02)

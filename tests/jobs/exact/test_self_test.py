@@ -1,4 +1,5 @@
-"""The self-test passes on this processor in every way to compute, and names what a planted fault breaks."""
+"""The self-test passes on this processor in every way to compute, and names what a planted fault
+breaks."""
 
 import itertools
 from typing import Any
@@ -37,7 +38,8 @@ def test_a_healthy_processor_passes(train: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("preset", ["gpt2-124m", "gpt3-6.7b", "llama3.2-1b", "seed"])
 def test_a_healthy_processor_passes_in_bf16_however_wide_the_heads_are(preset: str) -> None:
-    """64, 128, 64 and 768 values: with logits that grow with the width, rounding would look like a fault."""
+    """64, 128, 64 and 768 values: with logits that grow with the width, rounding would look like a
+    fault."""
     train = {"precision": "bf16", "compute": "plain"}
     self_test(RunConfig.model_validate({"model": {"preset": preset}, "train": train}), CPU)
 
@@ -67,7 +69,9 @@ def unsteady(hidden: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tens
     ],
     ids=["wrong", "unsteady"],
 )
-def test_a_planted_fault_is_named(ops: Operations, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_is_named(
+    ops: Operations, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compute, "PLAIN", ops)
     with pytest.raises(UserError, match=message):
         self_test(config(compute="plain"), CPU)

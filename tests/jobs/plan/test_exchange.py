@@ -10,17 +10,28 @@ from jobs.exact.state.flat_layout import FlatLayout
 from jobs.plan.exchange import MESSAGE_S, Exchange, exchange
 from jobs.plan.memory import layout_of
 
-OPTIONS = PlanConfig(gpu="a100", network_gbit_per_s=80)  # 300 GB/s within a node, 10 GB/s between nodes
+# 300 GB/s within a node, 10 GB/s between nodes
+OPTIONS = PlanConfig(gpu="a100", network_gbit_per_s=80)
 LANE_S = 3.0
 
 
-def run(*, precision: str = "bf16", micro_batches: int = 1, recompute: bool = False, **scaling: Any) -> RunConfig:
-    train = {"micro_batch_size": 2, "micro_batches_per_lane": micro_batches, "global_batch_size": 128 * micro_batches}
+def run(
+    *, precision: str = "bf16", micro_batches: int = 1, recompute: bool = False, **scaling: Any
+) -> RunConfig:
+    train = {
+        "micro_batch_size": 2,
+        "micro_batches_per_lane": micro_batches,
+        "global_batch_size": 128 * micro_batches,
+    }
     train |= {"precision": precision, "recompute": recompute, "max_tokens": 10**9}
-    return RunConfig.model_validate({"model": {"preset": "gpt3-1.3b"}, "train": train, "scaling": scaling})
+    return RunConfig.model_validate(
+        {"model": {"preset": "gpt3-1.3b"}, "train": train, "scaling": scaling}
+    )
 
 
-def exchanged(config: RunConfig, world_size: int, layout: FlatLayout | None = None, lane_s: float = LANE_S) -> Exchange:
+def exchanged(
+    config: RunConfig, world_size: int, layout: FlatLayout | None = None, lane_s: float = LANE_S
+) -> Exchange:
     layout = layout or layout_of(config.model)
     return exchange(config, layout, OPTIONS, world_size=world_size, num_lanes=64, lane_s=lane_s)
 
@@ -40,7 +51,9 @@ def test_a_flat_exchange_is_bound_by_its_slowest_link() -> None:
     assert seconds_of_bytes(two) == pytest.approx(two.traffic.card_bytes / 1e10, rel=1e-6)
     assert two.traffic.num_messages == 2 * len(layout.buckets) * 15
     # Seven ranks have one subtree of 8 lanes, or this one and one of 2.
-    assert exchanged(run(), 7, layout).traffic.link_bytes == pytest.approx(4e9 * 6 / 7 * 3, rel=0.01)
+    assert exchanged(run(), 7, layout).traffic.link_bytes == pytest.approx(
+        4e9 * 6 / 7 * 3, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -50,7 +63,8 @@ def test_groups_of_a_node_send_an_eighth_through_each_card(precision: str) -> No
     found = exchanged(config, 64)
     ring = 8 * num_values * 7 / 8  # of one GPU of each of 8 nodes
     assert found.traffic.card_bytes == pytest.approx(ring / 8)
-    # A lane's gradients go to their owners as computed, embeddings in fp32; the weights come back after the update.
+    # A lane's gradients go to their owners as computed, embeddings in fp32; the weights come back
+    # after the update.
     assert found.traffic.link_bytes == pytest.approx((width + 4) * num_values * 7 / 8, rel=0.1)
     assert found.traffic.card_bytes < exchanged(run(precision=precision), 64).traffic.card_bytes / 7
 
@@ -59,7 +73,8 @@ def test_parameters_are_gathered_twice_for_each_micro_batch() -> None:
     matrices = 24 * 12 * 2048**2
     layout = layout_of(run().model)
     rest = 4 * (layout.size - matrices)
-    whole, again = 2 * matrices, 2 * matrices * 22 / 24  # in a turn of the pass two blocks are there already
+    # In a turn of the pass two blocks are there already
+    whole, again = 2 * matrices, 2 * matrices * 22 / 24
     for lanes_each, world_size in ((1, 64), (2, 32), (8, 8)):
         found = exchanged(run(shard="parameters", shard_group=8), world_size).traffic
         inside = whole + (2 * lanes_each - 1) * again + lanes_each * (whole + rest) + rest
@@ -68,9 +83,13 @@ def test_parameters_are_gathered_twice_for_each_micro_batch() -> None:
         assert found.card_bytes == pytest.approx(8 * layout.size / 8 * (nodes - 1) / nodes)
     over_nodes = exchanged(run(shard="parameters", shard_group=32), 64).traffic
     between = 8 * layout.size / 32 / 2
-    assert over_nodes.card_bytes == pytest.approx((2 * whole + again + 2 * rest) * 24 / 32 + between)
+    assert over_nodes.card_bytes == pytest.approx(
+        (2 * whole + again + 2 * rest) * 24 / 32 + between
+    )
     pieces = exchanged(run(shard="parameters", shard_group=8, micro_batches=4), 64).traffic
-    assert pieces.link_bytes == pytest.approx((whole + 7 * again + 4 * (whole + rest) + rest) * 7 / 8)
+    assert pieces.link_bytes == pytest.approx(
+        (whole + 7 * again + 4 * (whole + rest) + rest) * 7 / 8
+    )
 
 
 def test_computing_hides_what_is_sent_beside_it() -> None:
@@ -97,7 +116,9 @@ def test_a_stretch_of_an_update_hides_the_sending_of_the_one_before() -> None:
     assert zero_1.exposed_s == pytest.approx(gather_s - 7 / 8 * update_s, rel=0.01)
 
 
-@pytest.mark.parametrize("scaling", [{}, {"shard": "gradients", "shard_group": 8}, {"shard": "parameters"}])
+@pytest.mark.parametrize(
+    "scaling", [{}, {"shard": "gradients", "shard_group": 8}, {"shard": "parameters"}]
+)
 def test_so_many_sequences_compute_for_as_long_as_they_exchange(scaling: dict[str, Any]) -> None:
     config, sequence_s = run(**scaling), 0.1
     found = exchanged(config, 64, lane_s=2 * sequence_s)

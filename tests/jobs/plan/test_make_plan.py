@@ -1,4 +1,5 @@
-"""The planner against known runs, against what the trainer really allocates, and where its inputs disagree."""
+"""The planner against known runs, against what the trainer really allocates, and where its inputs
+disagree."""
 
 import json
 from pathlib import Path
@@ -29,7 +30,10 @@ from model.gpt import GPT
 from tests.jobs.runs import trained_run
 from tests.repository import REPOSITORY
 
-GPT3 = {"model": {"preset": "gpt3-175b"}, "train": {"max_tokens": 300_000_000_000, "precision": "bf16"}}
+GPT3 = {
+    "model": {"preset": "gpt3-175b"},
+    "train": {"max_tokens": 300_000_000_000, "precision": "bf16"},
+}
 
 
 def planned(run: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -39,7 +43,11 @@ def planned(run: dict[str, Any], **options: Any) -> dict[str, Any]:
 def small(**train: Any) -> dict[str, Any]:
     """A run that gives no cause for a warning."""
     train = {"max_tokens": 10_000_000_000, "precision": "bf16", "global_batch_size": 512} | train
-    return {"model": {"preset": "gpt2-124m"}, "train": train, "checkpoint": {"save_every_steps": 500}}
+    return {
+        "model": {"preset": "gpt2-124m"},
+        "train": train,
+        "checkpoint": {"save_every_steps": 500},
+    }
 
 
 def test_gpt3_as_its_paper_counts_it() -> None:
@@ -50,8 +58,11 @@ def test_gpt3_as_its_paper_counts_it() -> None:
 
 
 def test_gpt3_on_1024_a100_with_recomputation() -> None:
-    """Narayanan et al., 2021, section 5.1: 8 N D / (1024 x 140 TFLOP/s) is 33.9 days for 175 billion parameters."""
-    assert gpu_days(parameter_flops(175e9, 300e9, recompute=True), 140e12) / 1024 == pytest.approx(33.9, abs=0.05)
+    """Narayanan et al., 2021, section 5.1: 8 N D / (1024 x 140 TFLOP/s) is 33.9 days for 175
+    billion parameters."""
+    assert gpu_days(parameter_flops(175e9, 300e9, recompute=True), 140e12) / 1024 == pytest.approx(
+        33.9, abs=0.05
+    )
     run = GPT3 | {"train": GPT3["train"] | {"recompute": True}}
     plan = planned(run, gpu="a100", count=1024, sustained_tflops=140)
     assert plan["days"] == pytest.approx(33.9, rel=0.003)
@@ -71,14 +82,20 @@ def test_an_mfu_is_a_share_of_the_peak_with_attention() -> None:
     assert plan["days"] * 86400 == pytest.approx(plan["model_flops"] / (512 * 0.5 * 989e12))
     assert plan["tokens_per_s"] * plan["days"] * 86400 == pytest.approx(300e9)
     assert plan["cost"] == pytest.approx(plan["gpu_days"] * 24 * 3.0)
-    assert planned(GPT3, gpu="h100", count=512, mfu=0.5, price=1.5)["cost"] == pytest.approx(plan["cost"] / 2)
+    assert planned(GPT3, gpu="h100", count=512, mfu=0.5, price=1.5)["cost"] == pytest.approx(
+        plan["cost"] / 2
+    )
 
 
 def test_intervals_by_young_and_daly() -> None:
-    assert checkpoint_interval_s(1, 1e6) == pytest.approx(2**0.5 * 1e3, rel=1e-3)  # Young's, for a small cost
-    assert checkpoint_interval_s(60, 3600) == pytest.approx(617.9, abs=0.1)  # Daly's equation 37, by hand
+    # Young's, for a small cost
+    assert checkpoint_interval_s(1, 1e6) == pytest.approx(2**0.5 * 1e3, rel=1e-3)
+    # Daly's equation 37, by hand
+    assert checkpoint_interval_s(60, 3600) == pytest.approx(617.9, abs=0.1)
     assert checkpoint_interval_s(10, 4) == 4
-    assert mean_time_between_failures_s(50_000, 16_384) / 3600 == pytest.approx(3.05, abs=0.01), "Llama 3: every 3 h"
+    assert mean_time_between_failures_s(50_000, 16_384) / 3600 == pytest.approx(3.05, abs=0.01), (
+        "Llama 3: every 3 h"
+    )
     chances = {"cost_s": 60.0, "restart_s": 120.0, "mtbf_s": 36_000.0}
     best = checkpoint_interval_s(60, 36_000)
     shares = [goodput(interval_s=interval, **chances) for interval in (best / 3, best, 3 * best)]
@@ -89,10 +106,23 @@ def test_intervals_by_young_and_daly() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu"])
 def test_activations_are_those_that_autograd_keeps(precision: str, activation: Any) -> None:
-    of_llama: Any = {"architecture": "llama", "n_kv_head": 2, "n_inner": 160} if activation == "swiglu" else {}
-    shape = GPTConfig(301, n_positions=32, n_layer=3, n_head=4, n_embd=64, activation_function=activation, **of_llama)
+    of_llama: Any = (
+        {"architecture": "llama", "n_kv_head": 2, "n_inner": 160} if activation == "swiglu" else {}
+    )
+    shape = GPTConfig(
+        301,
+        n_positions=32,
+        n_layer=3,
+        n_head=4,
+        n_embd=64,
+        activation_function=activation,
+        **of_llama,
+    )
     config = RunConfig.model_validate(
-        {"model": vars(shape), "train": {"micro_batch_size": 4, "precision": precision, "max_tokens": 10**6}}
+        {
+            "model": vars(shape),
+            "train": {"micro_batch_size": 4, "precision": precision, "max_tokens": 10**6},
+        }
     )
     model = GPT(shape)
     model.init_weights(0)
@@ -101,7 +131,8 @@ def test_activations_are_those_that_autograd_keeps(precision: str, activation: A
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        is_weight = tensor.shape in {parameter.shape for parameter in model.parameters()}  # or its copy in bf16
+        # Or its copy in bf16
+        is_weight = tensor.shape in {parameter.shape for parameter in model.parameters()}
         if storage.data_ptr() not in weights and not is_weight:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -114,20 +145,30 @@ def test_activations_are_those_that_autograd_keeps(precision: str, activation: A
         loss = model.loss(token_ids, token_ids)
     # A ReLU keeps its output, which the layer after it keeps anyway; GELU its input.
     spared = 3 * 4 * 32 * 256 * (2 if precision == "bf16" else 4) if activation == "relu" else 0
-    assert sum(kept.values()) == pytest.approx(activation_bytes(config) - spared, rel=0.05 if of_llama else 0.03)
+    assert sum(kept.values()) == pytest.approx(
+        activation_bytes(config) - spared, rel=0.05 if of_llama else 0.03
+    )
     loss.backward()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("shard", "group"), [("none", None), ("optimizer", None), ("gradients", 2), ("parameters", 2), ("parameters", 4)]
+    ("shard", "group"),
+    [("none", None), ("optimizer", None), ("gradients", 2), ("parameters", 2), ("parameters", 4)],
 )
-def test_what_a_worker_keeps_has_the_planned_sizes(precision: str, shard: str, group: int | None) -> None:
+def test_what_a_worker_keeps_has_the_planned_sizes(
+    precision: str, shard: str, group: int | None
+) -> None:
     """Of one of four workers, made without the other ones."""
     config = RunConfig.model_validate(
         {
             "model": {"preset": "small-10m", "vocab_size": 3000},
-            "train": {"global_batch_size": 32, "micro_batch_size": 1, "max_tokens": 10**6, "precision": precision},
+            "train": {
+                "global_batch_size": 32,
+                "micro_batch_size": 1,
+                "max_tokens": 10**6,
+                "precision": precision,
+            },
             "scaling": {"shard": shard, "shard_group": group},
         }
     )
@@ -136,27 +177,46 @@ def test_what_a_worker_keeps_has_the_planned_sizes(precision: str, shard: str, g
     largest = max(parameter.numel() for parameter in model.parameters())
     embeddings = model.transformer.wte.weight.nbytes + model.transformer.wpe.weight.nbytes
     sharding = Sharding.of(config.scaling, rank=1, world_size=4)
-    state = TrainState(model, config.train, device=torch.device("cpu"), group=workers, sharding=sharding)
+    state = TrainState(
+        model, config.train, device=torch.device("cpu"), group=workers, sharding=sharding
+    )
     parts = gpu_memory(config, layout_of(config.model), world_size=4)
     num_buffers = StepPlan(sharding, 32, 1).num_buffers
-    assert num_buffers == {"none": 3, "optimizer": 3, "gradients": 4}.get(shard, 4 if group == 2 else 5)
+    assert num_buffers == {"none": 3, "optimizer": 3, "gradients": 4}.get(
+        shard, 4 if group == 2 else 5
+    )
     assert parts["weights"] == pytest.approx(state.values.nbytes, rel=0.02)
     assert parts["gradients"] == pytest.approx(state.gradient.nbytes, rel=0.02)
-    assert parts["optimizer"] == pytest.approx(sum(moment.nbytes for moment in state.vectors.values()), rel=0.02)
-    assert parts["lane_sums"] == pytest.approx((num_buffers - 1) * state.gradient.nbytes + 4 * largest, rel=0.02)
+    assert parts["optimizer"] == pytest.approx(
+        sum(moment.nbytes for moment in state.vectors.values()), rel=0.02
+    )
+    assert parts["lane_sums"] == pytest.approx(
+        (num_buffers - 1) * state.gradient.nbytes + 4 * largest, rel=0.02
+    )
     passing = {
-        weights.untyped_storage().data_ptr(): weights.untyped_storage().nbytes() for weights in model.parameters()
+        weights.untyped_storage().data_ptr(): weights.untyped_storage().nbytes()
+        for weights in model.parameters()
     }
-    assert parts["two_blocks"] == pytest.approx(sum(passing.values()) if shard == "parameters" else 0, rel=0.01)
-    assert parts["embeddings"] == {"gradients": embeddings, "parameters": 2 * embeddings}.get(shard, 0)
+    assert parts["two_blocks"] == pytest.approx(
+        sum(passing.values()) if shard == "parameters" else 0, rel=0.01
+    )
+    assert parts["embeddings"] == {"gradients": embeddings, "parameters": 2 * embeddings}.get(
+        shard, 0
+    )
     state.close()
 
 
 def test_the_memory_of_1_3b_is_as_its_table_says() -> None:
-    """The columns of the table in k8s/scale.md: one of eight GPUs, with a batch of 512 sequences."""
+    """The columns of the table in k8s/scale.md: one of eight GPUs, with a batch of 512
+    sequences."""
     both = {"recompute": True, "micro_batches_per_lane": 16}
     columns = [{}, {"recompute": True}, {"micro_batches_per_lane": 16}, both, both, both, both]
-    sizes = {"global_batch_size": 512, "micro_batch_size": 4, "max_tokens": 10**10, "precision": "bf16"}
+    sizes = {
+        "global_batch_size": 512,
+        "micro_batch_size": 4,
+        "max_tokens": 10**10,
+        "precision": "bf16",
+    }
     shards = ["none", "none", "none", "none", "optimizer", "gradients", "parameters"]
     runs = [
         {"model": {"preset": "gpt3-1.3b"}, "train": sizes | column, "scaling": {"shard": shard}}
@@ -172,7 +232,9 @@ def test_the_memory_of_1_3b_is_as_its_table_says() -> None:
 def test_a_checkpoint_has_the_planned_bytes(tmp_path: Path) -> None:
     plan = trained_run(str(tmp_path))
     folder = max((tmp_path / "runs").glob("*/checkpoints/step-*"))
-    found = sum((folder / name).stat().st_size for name in ("model.safetensors", "train_state.safetensors"))
+    found = sum(
+        (folder / name).stat().st_size for name in ("model.safetensors", "train_state.safetensors")
+    )
     planned_bytes = make_plan(plan.config, PlanConfig())["checkpoint"]["bytes"]
     assert planned_bytes == pytest.approx(found, rel=0.1)  # a header of a few kB
 
@@ -203,26 +265,38 @@ def test_a_model_too_large_is_said_first_and_how_it_fits() -> None:
     assert "--scaling.shard parameters --scaling.shard-group" in plan["warnings"][0]
     assert plan["memory_bytes"]["weights"] == pytest.approx(4 * 174.6e9, rel=1e-3)
     assert plan["memory_bytes"]["optimizer"] == pytest.approx(8 * 174.6e9 / 1024, rel=1e-3)
-    assert plan["memory_bytes"]["total"] == sum(v for k, v in plan["memory_bytes"].items() if k != "total")
+    assert plan["memory_bytes"]["total"] == sum(
+        v for k, v in plan["memory_bytes"].items() if k != "total"
+    )
     advised = plan["advice"]
     assert advised["memory_bytes"]["total"] < 72e9
     followed = {"train": GPT3["train"] | advised["train"], "scaling": advised["scaling"]}
-    assert planned(GPT3 | followed, gpu="a100", count=1024)["memory_bytes"] == advised["memory_bytes"]
+    assert (
+        planned(GPT3 | followed, gpu="a100", count=1024)["memory_bytes"] == advised["memory_bytes"]
+    )
     few = planned(GPT3, gpu="a100", count=64)
     assert few["advice"] is None
     assert "No sharding makes it fit 64 of them" in few["warnings"][0]
 
 
 def test_the_cheapest_sharding_that_fits_is_named() -> None:
-    run = {"model": {"preset": "gpt3-2.7b"}, "train": {"precision": "bf16", "global_batch_size": 512}}
+    run = {
+        "model": {"preset": "gpt3-2.7b"},
+        "train": {"precision": "bf16", "global_batch_size": 512},
+    }
     run["train"] |= {"max_tokens": 10**11, "micro_batch_size": 4, "warmup_tokens": 10**8}  # type: ignore[operator]
     for hardware in ({"gpu": "a100", "count": 128}, {"gpu": "a100-40gb", "count": 16}):
         plan = planned(run, **hardware)
         way, costs = plan["advice"]["scaling"], {}
         for shard in ("optimizer", "gradients", "parameters"):
             for group in (2, 4, 8, 16, hardware["count"]):
-                scaling = {"shard": shard} | ({"shard_group": group} if shard != "optimizer" else {})
-                other = planned(run | {"scaling": scaling, "train": run["train"] | plan["advice"]["train"]}, **hardware)
+                scaling = {"shard": shard} | (
+                    {"shard_group": group} if shard != "optimizer" else {}
+                )
+                other = planned(
+                    run | {"scaling": scaling, "train": run["train"] | plan["advice"]["train"]},
+                    **hardware,
+                )
                 if not any("does not fit" in text for text in other["warnings"]):
                     costs[shard, scaling.get("shard_group")] = other["exchange"]["exposed_s"]
         assert costs[way["shard"], way.get("shard_group")] == min(costs.values())
@@ -240,10 +314,16 @@ def test_the_cheapest_sharding_that_fits_is_named() -> None:
         ({"decay_tokens": 5 * 10**9}, {}, "for the last 50% of the run"),
         ({"seq_len": 512}, {}, "later positions are never trained"),
         ({"recompute": True}, {}, "train.recompute changes no days"),
-        ({}, {"count": 64, "network_gbit_per_s": 0.1}, "bound by the network: a step exchanges for"),
+        (
+            {},
+            {"count": 64, "network_gbit_per_s": 0.1},
+            "bound by the network: a step exchanges for",
+        ),
     ],
 )
-def test_inputs_that_disagree(train: dict[str, Any], options: dict[str, Any], said: str | None) -> None:
+def test_inputs_that_disagree(
+    train: dict[str, Any], options: dict[str, Any], said: str | None
+) -> None:
     if said == "64 GPUs":
         train, said = {"global_batch_size": 512, "micro_batch_size": 8}, "100 GPUs for 64 lanes"
     warnings = planned(small(**train), **{"count": 8} | options)["warnings"]
@@ -255,13 +335,18 @@ def test_inputs_that_disagree(train: dict[str, Any], options: dict[str, Any], sa
 
 def test_an_exchange_that_computing_does_not_hide_is_said_with_a_sharding_that_helps() -> None:
     """1.3B on eight nodes: half of a step would be exchange."""
-    run = {"model": {"preset": "gpt3-1.3b"}, "train": {"precision": "bf16", "global_batch_size": 512}}
+    run = {
+        "model": {"preset": "gpt3-1.3b"},
+        "train": {"precision": "bf16", "global_batch_size": 512},
+    }
     run["train"] |= {"max_tokens": 10**11, "micro_batch_size": 4}  # type: ignore[operator]
     hardware = {"gpu": "h100", "count": 64}
     plan = planned(run, **hardware)
     advised = plan["exchange"]["advice"]
     assert advised["scaling"]["shard_group"] <= 8, "within a node"
-    (warning,) = [text for text in plan["warnings"] if "Computing does not hide the exchange" in text]
+    (warning,) = [
+        text for text in plan["warnings"] if "Computing does not hide the exchange" in text
+    ]
     flags = f"--scaling.shard {advised['scaling']['shard']} --scaling.shard-group {advised['scaling']['shard_group']}"
     assert "0.191 s, 51% more, so it takes 0.567 s" in warning
     assert f"{flags} makes it {advised['step_s']:.3g} s" in warning
@@ -273,14 +358,25 @@ def test_an_exchange_that_computing_does_not_hide_is_said_with_a_sharding_that_h
     assert planned(run, gpu="h100", count=8)["exchange"]["advice"] is None
 
 
-def test_a_run_on_cpus_is_not_measured_by_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_on_cpus_is_not_measured_by_a_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nobody asked for a GPU: of what one would say, only the size of the model is left."""
     run = {"model": {"preset": "tiny"}, "train": {"max_tokens": 60_000, "precision": "fp32"}}
     (said,) = planned(run)["warnings"]
     assert said.startswith("The run computes on 2 workers' CPUs")
     assert len(planned(run, gpu="a100")["warnings"]) > 1
     assert len(planned(run | {"scaling": {"use_gpu": True}})["warnings"]) > 1
-    words = ["plan", "--storage.uri", str(tmp_path), "--model.preset", "tiny", "--train.max-tokens", "60000", "--json"]
+    words = [
+        "plan",
+        "--storage.uri",
+        str(tmp_path),
+        "--model.preset",
+        "tiny",
+        "--train.max-tokens",
+        "60000",
+        "--json",
+    ]
     assert main(words) == 0
     warnings = json.loads(capsys.readouterr().out.splitlines()[-1])["warnings"]
     assert warnings[0].startswith("The run computes on 2 workers' CPUs")
@@ -305,20 +401,34 @@ def test_the_table_is_aligned_and_has_its_units() -> None:
     assert max(map(len, lines)) <= 120
     assert "  operations, 6 N D         3.14e+23 FLOPs = 3,638 petaflop/s-days" in lines
     assert any(
-        line.startswith("  AdamW's moments") and line.split()[-4:-1] == ["1.397", "TB", size(moments)[:-3]]
+        line.startswith("  AdamW's moments")
+        and line.split()[-4:-1] == ["1.397", "TB", size(moments)[:-3]]
         for line in lines
     )
     assert size(2.5e15) == "2.5 PB"
     assert size(12, "/s") == "12 B/s"
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["--model.preset", "gpt3-175b", "--train.max-tokens", "300000000000", "--gpu", "a100", "--count", "1024"]
+    words = [
+        "--model.preset",
+        "gpt3-175b",
+        "--train.max-tokens",
+        "300000000000",
+        "--gpu",
+        "a100",
+        "--count",
+        "1024",
+    ]
     assert main(["plan", "--json", *words]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["total_flops"] == pytest.approx(3.14e23, rel=2e-3)
     assert found["gpu_days"] == pytest.approx(1024 * found["days"])
     assert {"cost", "checkpoint", "exchange", "data", "advice", "warnings"} <= found.keys()
-    assert {"weights", "gradients", "optimizer", "activations", "logits_chunk"} <= found["memory_bytes"].keys()
+    assert {"weights", "gradients", "optimizer", "activations", "logits_chunk"} <= found[
+        "memory_bytes"
+    ].keys()
     assert main(["plan", "--gpu", "a1000"]) == 2

@@ -1,4 +1,5 @@
-"""Scale on paper: the simulation against its formulas, and the page against the command that it shows."""
+"""Scale on paper: the simulation against its formulas, and the page against the command that it
+shows."""
 
 import shlex
 from itertools import pairwise
@@ -16,7 +17,11 @@ PAGE = REPOSITORY / "k8s" / "scale.md"
 
 
 def documented() -> tuple[RunConfig, PlanConfig]:
-    (command,) = [line for line in PAGE.read_text().splitlines() if line.startswith("raymill plan --simulate ")]
+    (command,) = [
+        line
+        for line in PAGE.read_text().splitlines()
+        if line.startswith("raymill plan --simulate ")
+    ]
     words = shlex.split(command)[1:]
     arguments = command_parser(words).parse_args(words)
     assert arguments.simulate
@@ -26,7 +31,9 @@ def documented() -> tuple[RunConfig, PlanConfig]:
 
 def test_the_page_holds_what_its_command_prints() -> None:
     written = PAGE.read_text().partition("<!-- begin -->\n")[2].partition("<!-- end -->")[0]
-    assert written.strip() == scale_table(scales(*documented())), "paste the command's output between the marks"
+    assert written.strip() == scale_table(scales(*documented())), (
+        "paste the command's output between the marks"
+    )
 
 
 def test_more_gpus_compute_faster_and_wait_longer() -> None:
@@ -49,10 +56,14 @@ def sharded(config: RunConfig, shard: str, group: int | None = None) -> RunConfi
 def test_zero_1_lightens_snapshots() -> None:
     config, options = documented()
     whole, shares = scales(config, options)[-1], scales(sharded(config, "optimizer"), options)[-1]
-    assert shares["snapshot_s"] == pytest.approx(whole["snapshot_s"] / 4096 * 8), "the 8 GPUs of a node divide it"
+    assert shares["snapshot_s"] == pytest.approx(whole["snapshot_s"] / 4096 * 8), (
+        "the 8 GPUs of a node divide it"
+    )
     assert shares["snapshot_wait_s"] == 0 < whole["snapshot_wait_s"] < whole["snapshot_s"]
     assert shares["snapshot_every"] < whole["snapshot_every"]
-    assert shares["exposed_s"] == pytest.approx(whole["exposed_s"], rel=1e-5), "an update of a 4,096th hides little"
+    assert shares["exposed_s"] == pytest.approx(whole["exposed_s"], rel=1e-5), (
+        "an update of a 4,096th hides little"
+    )
 
 
 def test_groups_of_a_node_spare_the_network_and_the_storage() -> None:
@@ -72,7 +83,13 @@ def test_groups_of_a_node_spare_the_network_and_the_storage() -> None:
 @pytest.mark.parametrize("shard", ["optimizer", "gradients", "parameters"])
 def test_every_rank_of_a_sharded_run_stores_its_own_parts(shard: str) -> None:
     config, options = documented()
-    for whole, shares in zip(scales(config, options), scales(sharded(config, shard), options), strict=True):
+    for whole, shares in zip(
+        scales(config, options), scales(sharded(config, shard), options), strict=True
+    ):
         num_nodes = max(1, shares["num_gpus"] // options.gpus_per_node)
-        assert shares["checkpoint_store_s"] == pytest.approx(whole["checkpoint_store_s"] / num_nodes)
-        assert shares["checkpoint_wait_s"] == 0, "a step computes for longer than the copy of a share takes"
+        assert shares["checkpoint_store_s"] == pytest.approx(
+            whole["checkpoint_store_s"] / num_nodes
+        )
+        assert shares["checkpoint_wait_s"] == 0, (
+            "a step computes for longer than the copy of a share takes"
+        )

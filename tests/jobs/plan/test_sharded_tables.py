@@ -11,25 +11,40 @@ from jobs.plan.table import Figures
 from tests.repository import REPOSITORY
 
 PAGE = " ".join((REPOSITORY / "k8s" / "scale.md").read_text().split())
-MOVED = "{x[traffic][link_bytes]:size} | {x[traffic][card_bytes]:size} | {x[traffic][num_messages]:,}"
+MOVED = (
+    "{x[traffic][link_bytes]:size} | {x[traffic][card_bytes]:size} | {x[traffic][num_messages]:,}"
+)
 
 
 def planned(model: str, count: int, shard: str, group: int | None, **train: Any) -> dict[str, Any]:
     train = {"max_tokens": 300_000_000_000, "precision": "bf16"} | train
     scaling = {"shard": shard, "shard_group": group}
-    config = RunConfig.model_validate({"model": {"preset": model}, "train": train, "scaling": scaling})
+    config = RunConfig.model_validate(
+        {"model": {"preset": model}, "train": train, "scaling": scaling}
+    )
     return make_plan(config, PlanConfig(gpu="h100", count=count))
 
 
 @pytest.mark.parametrize("count", [8, 64, 512])
 @pytest.mark.parametrize(
-    ("shard", "group"), [("none", None), ("optimizer", None), ("gradients", 8), ("parameters", 8), ("parameters", None)]
+    ("shard", "group"),
+    [
+        ("none", None),
+        ("optimizer", None),
+        ("gradients", 8),
+        ("parameters", 8),
+        ("parameters", None),
+    ],
 )
 def test_1_3b_in_each_way(count: int, shard: str, group: int | None) -> None:
     plan = planned("gpt3-1.3b", count, shard, group, global_batch_size=4096, micro_batch_size=1)
     x, memory = plan["exchange"], plan["memory_bytes"]["total"]
     heads = f"| {count} | {shard} | {group or (count if shard == 'parameters' else '–')} | "
-    row = "{memory:size} | " + MOVED + " | {x[seconds]:seconds} | {x[exposed_s]:seconds} | {efficiency:.0%} |"
+    row = (
+        "{memory:size} | "
+        + MOVED
+        + " | {x[seconds]:seconds} | {x[exposed_s]:seconds} | {efficiency:.0%} |"
+    )
     row = heads + Figures().format(row, memory=memory, x=x, efficiency=x["compute_s"] / x["step_s"])
     assert row in PAGE, f"expected {row}"
 
@@ -53,7 +68,11 @@ def test_gpt3_on_1024_gpus(*, shard: str, group: int, at_a_time: int, recompute:
     fits = not any("does not fit" in text for text in plan["warnings"])
     assert fits == (memory <= 72e9)
     heads = f"| {shard} | {group:,} | {at_a_time} | {'yes' if recompute else 'no'} | "
-    row = "{memory:size}{fits} | " + MOVED + " | {x[seconds]:seconds} | {x[exposed_s]:seconds} | {x[days]:,.3g} |"
+    row = (
+        "{memory:size}{fits} | "
+        + MOVED
+        + " | {x[seconds]:seconds} | {x[exposed_s]:seconds} | {x[days]:,.3g} |"
+    )
     row = heads + Figures().format(row, memory=memory, fits="" if fits else ", too much", x=x)
     assert row in PAGE, f"expected {row}"
 

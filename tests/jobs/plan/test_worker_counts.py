@@ -15,9 +15,16 @@ H100 = PlanConfig(gpu="h100")
 
 def run_of_64(**scaling: Any) -> RunConfig:
     """1.3B on eight nodes of eight GPUs, where a group of eight is a node's."""
-    train = {"precision": "bf16", "global_batch_size": 512, "micro_batch_size": 4, "max_tokens": 10**10}
+    train = {
+        "precision": "bf16",
+        "global_batch_size": 512,
+        "micro_batch_size": 4,
+        "max_tokens": 10**10,
+    }
     sharded = {"shard": "parameters", "shard_group": 8, "use_gpu": True, "max_workers": 64}
-    return RunConfig.model_validate({"model": {"preset": "gpt3-1.3b"}, "train": train, "scaling": sharded | scaling})
+    return RunConfig.model_validate(
+        {"model": {"preset": "gpt3-1.3b"}, "train": train, "scaling": sharded | scaling}
+    )
 
 
 @pytest.mark.parametrize("num_workers", [15, 56, 61, 64])
@@ -69,10 +76,22 @@ def test_counts_to_run__are_all_where_there_is_no_choice(scaling: dict[str, Any]
     [
         (64, {}, None),
         (4, {}, None),  # one group of all, no larger than asked for
-        (63, {}, r"groups of 9, .* \(0.566 s a step\). An elastic run uses 56 .* \(0.565 s a step\) and keeps 7 spare"),
+        (
+            63,
+            {},
+            r"groups of 9, .* \(0.566 s a step\). An elastic run uses 56 .* \(0.565 s a step\) and keeps 7 spare",
+        ),
         (61, {}, r"groups of 61, .* \(0.908 s a step\). An elastic run uses 56"),
-        (15, {}, r"groups of 15, .* An elastic run uses them all: the 8 that are whole groups are slower \(3.01 s"),
-        (63, {"min_workers": 60}, r"scaling.min_workers 60 rules out the 56 that are whole groups \(0.565 s a step\)"),
+        (
+            15,
+            {},
+            r"groups of 15, .* An elastic run uses them all: the 8 that are whole groups are slower \(3.01 s",
+        ),
+        (
+            63,
+            {"min_workers": 60},
+            r"scaling.min_workers 60 rules out the 56 that are whole groups \(0.565 s a step\)",
+        ),
         (63, {"shard_group": None}, None),
     ],
 )
@@ -90,17 +109,24 @@ def test_uneven_groups(num_workers: int, scaling: dict[str, Any], text: str | No
 
 def test_uneven_groups__say_what_a_run_does_on_unknown_hardware() -> None:
     warning = uneven_groups(run_of_64(use_gpu=False, shard_group=2), None, 3)
-    assert "reach across nodes. An elastic run uses 2 in groups of 2 and keeps 1 spare. The planner does not" in str(
-        warning
+    assert (
+        "reach across nodes. An elastic run uses 2 in groups of 2 and keeps 1 spare. The planner does not"
+        in str(warning)
     )
 
 
 @pytest.mark.parametrize(
     ("nodes", "found"),
     [
-        ([{"CPU": 96.0, "GPU": 8.0, "accelerator_type:H100": 1.0}, {"CPU": 4.0}], PlanConfig(gpu="h100")),
+        (
+            [{"CPU": 96.0, "GPU": 8.0, "accelerator_type:H100": 1.0}, {"CPU": 4.0}],
+            PlanConfig(gpu="h100"),
+        ),
         ([{"GPU": 1.0, "accelerator_type:L4": 1.0}] * 3, PlanConfig(gpu="l4", gpus_per_node=1)),
-        ([{"GPU": 1.0, "accelerator_type:L4": 1.0}, {"GPU": 1.0, "accelerator_type:T4": 1.0}], None),
+        (
+            [{"GPU": 1.0, "accelerator_type:L4": 1.0}, {"GPU": 1.0, "accelerator_type:T4": 1.0}],
+            None,
+        ),
         ([{"GPU": 1.0, "accelerator_type:H20": 1.0}], None),  # in no table
         ([{"GPU": 1.0}], None),
         ([{"CPU": 8.0}], None),

@@ -27,7 +27,11 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 
 def test_a_run_and_its_repetition_are_equal(usual: Storage, tmp_path: Path) -> None:
     result = diff(usual, trained(tmp_path, eval_every_steps=3, layer_statistics_every_steps=2))
-    assert (result["verdict"], result["equal"], result["settings"]) == ("equal for 8 steps", True, {})
+    assert (result["verdict"], result["equal"], result["settings"]) == (
+        "equal for 8 steps",
+        True,
+        {},
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,7 +65,11 @@ def test_a_changed_line_is_found_at_its_step(usual: Storage, tmp_path: Path, ste
     copy = open_storage(str(tmp_path)).child("runs/tiny")
     change_line(copy, step, loss=Ledger.read(usual).steps[step - 1]["loss"] + 1e-9)
     result = diff(usual, copy)
-    assert (result["step"], list(result["fields"]), result["equal_steps"]) == (step, ["loss"], step - 1)
+    assert (result["step"], list(result["fields"]), result["equal_steps"]) == (
+        step,
+        ["loss"],
+        step - 1,
+    )
 
 
 def test_a_difference_is_a_table_with_a_column_for_each_run(usual: Storage, tmp_path: Path) -> None:
@@ -77,7 +85,14 @@ def test_a_difference_is_a_table_with_a_column_for_each_run(usual: Storage, tmp_
 
 
 def line(step: int, **fields: Any) -> dict[str, Any]:
-    return {"step": step, "loss": 1.0, "lr": 0.1, "time": 1.0, "world_size": 1, "attempt": 1} | fields
+    return {
+        "step": step,
+        "loss": 1.0,
+        "lr": 0.1,
+        "time": 1.0,
+        "world_size": 1,
+        "attempt": 1,
+    } | fields
 
 
 def test_of_the_lines_of_a_step_the_last_counts() -> None:
@@ -92,12 +107,16 @@ def test_hashes_and_skips_and_rollbacks_are_compared() -> None:
     found = first_difference(step_values(Ledger(a)), step_values(Ledger(b)), steps=[1, 2])
     assert found == Difference(2, {"parameter_hash": ("aa", "bb")})
     hashed = [line(1), line(2, parameter_hash="aa")]
-    assert first_difference(step_values(Ledger(hashed)), step_values(Ledger(a)), steps=[1, 2]) is None
+    assert (
+        first_difference(step_values(Ledger(hashed)), step_values(Ledger(a)), steps=[1, 2]) is None
+    )
     skipped = [line(1), {"event": "skip", "step": 2, "samples": [4, 8], "reason": "loss nan"}]
     found = first_difference(step_values(Ledger(skipped)), step_values(Ledger(a)), steps=[1, 2])
     assert found == Difference(2, {"skipped": (True, False)})
-    rolled = Ledger([line(1), line(2), line(3), {"event": "rollback", "first": 2, "last": 3}, line(4)])
-    assert list(step_values(rolled)) == [1, 4]
-    assert first_difference(step_values(Ledger(a)), step_values(rolled), steps=[1, 2]) == Difference(
-        2, {"step": (2, None)}
+    rolled = Ledger(
+        [line(1), line(2), line(3), {"event": "rollback", "first": 2, "last": 3}, line(4)]
     )
+    assert list(step_values(rolled)) == [1, 4]
+    assert first_difference(
+        step_values(Ledger(a)), step_values(rolled), steps=[1, 2]
+    ) == Difference(2, {"step": (2, None)})

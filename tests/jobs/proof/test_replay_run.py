@@ -1,4 +1,5 @@
-"""Steps taken again have the ledger's bits, on one worker and on two; where they do not, the step is named."""
+"""Steps taken again have the ledger's bits, on one worker and on two; where they do not, the step
+is named."""
 
 import shutil
 from pathlib import Path
@@ -35,8 +36,13 @@ def run(storage_uri: Path, tmp_path: Path) -> Storage:
 def test_bits_are_equal(run: Storage, steps: range, checkpoint: int | None, hashes: int) -> None:
     before = run.read_bytes("ledger.jsonl")
     result = replay(run, steps=steps)
-    assert (result["equal"], result["verdict"]) == (True, f"bits equal for steps {steps[0]}..{steps[-1]}")
-    assert (result["from_checkpoint"] or "").startswith("" if checkpoint is None else f"step-{checkpoint:09d}")
+    assert (result["equal"], result["verdict"]) == (
+        True,
+        f"bits equal for steps {steps[0]}..{steps[-1]}",
+    )
+    assert (result["from_checkpoint"] or "").startswith(
+        "" if checkpoint is None else f"step-{checkpoint:09d}"
+    )
     assert (result["from_checkpoint"] is None) == (checkpoint is None)
     assert result["hashes"] == hashes
     assert run.read_bytes("ledger.jsonl") == before, "the run itself is not touched"
@@ -51,7 +57,9 @@ def test_a_changed_learning_rate_is_found_at_its_first_step(run: Storage) -> Non
     change_setting(run, learning_rate=1.1e-2)
     result = replay(run, steps=range(4, 9))
     assert (result["equal"], result["step"]) == (False, 4)
-    assert list(result["fields"]) == ["lr"], "the loss of step 4 is that of the checkpoint's weights"
+    assert list(result["fields"]) == ["lr"], (
+        "the loss of step 4 is that of the checkpoint's weights"
+    )
 
 
 def test_a_changed_order_of_samples_is_found_at_its_first_step(run: Storage) -> None:
@@ -82,12 +90,19 @@ def test_a_damaged_checkpoint_is_passed_over(run: Storage) -> None:
 
 
 def test_what_cannot_be_taken_again_is_said(run: Storage, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"steps 5\.\.12 are not in the ledger of .*, which has 1\.\.8"):
+    with pytest.raises(
+        UserError, match=r"steps 5\.\.12 are not in the ledger of .*, which has 1\.\.8"
+    ):
         replay(run, steps=range(5, 13))
     with pytest.raises(ConfigError, match="the run has 2 lanes"):
         replay(run, steps=range(5, 7), num_workers=3)
     ledger = Ledger.read(run)
-    for text, steps in {"..": range(1, 9), "3": range(3, 4), "3..": range(3, 9), "2..4": range(2, 5)}.items():
+    for text, steps in {
+        "..": range(1, 9),
+        "3": range(3, 4),
+        "3..": range(3, 9),
+        "2..4": range(2, 5),
+    }.items():
         assert parse_steps(text, ledger) == steps
     for text in ("", "4..2", "0..3", "a..b", "1..2..3", "1-5"):
         with pytest.raises(ConfigError, match=r"expected A\.\.B"):

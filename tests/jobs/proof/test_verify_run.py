@@ -36,7 +36,9 @@ def test_an_unaltered_run_is_valid(run: Storage) -> None:
     assert (result["checkpoints"], result["shards"]) == (3, 2)
 
 
-def test_the_commands_show_their_progress_to_a_person(run: Storage, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_show_their_progress_to_a_person(
+    run: Storage, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main(["verify", run.uri]) == 0
     (store,) = {entry.key.split("/")[0] for entry in open_storage(f"{run.uri}/../../tokens").list()}
     assert main(["data", "verify", store, "--storage.uri", f"{run.uri}/../.."]) == 0

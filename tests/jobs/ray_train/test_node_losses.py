@@ -1,6 +1,8 @@
-"""A node is lost right after a step has its line, on a real cluster: the workers that are left hand that step's state on.
+"""A node is lost right after a step has its line, on a real cluster: the workers that are left hand
+that step's state on.
 
-A node that is killed closes its connections within a second; one that is cut off, as by a loss of power, closes none.
+A node that is killed closes its connections within a second; one that is cut off, as by a loss of
+power, closes none.
 """
 
 import threading
@@ -131,5 +133,7 @@ def test_a_lost_node_costs_no_completed_step(
         run_stage(connection, "jobs.pretrain", config)
     thread.join()
     ledger = ledger_of(config)
-    assert [start["from_memory"] for start in ledger.events("start")] == [False] + [True] * len(losses)
+    assert [start["from_memory"] for start in ledger.events("start")] == [False] + [True] * len(
+        losses
+    )
     assert lost_steps(ledger) == [0] * len(losses)

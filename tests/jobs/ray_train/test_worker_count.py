@@ -1,4 +1,5 @@
-"""The number of workers that an elastic run keeps: fewer while some are lent, and spares where all would be slower."""
+"""The number of workers that an elastic run keeps: fewer while some are lent, and spares where all
+would be slower."""
 
 import pytest
 
@@ -18,9 +19,17 @@ from jobs.ray_train.worker_count import WorkerCount, workers_to_run
         (1, 0, 2, 0, 1),  # Ray Train itself refuses fewer than min_workers
     ],
 )
-def test_workers_to_run(possible: int, num_lent: int, num_running: int, num_free: int, to_run: int) -> None:
+def test_workers_to_run(
+    possible: int, num_lent: int, num_running: int, num_free: int, to_run: int
+) -> None:
     found = workers_to_run(
-        possible, num_lent=num_lent, min_workers=2, max_workers=4, num_running=num_running, num_free=num_free, counts={}
+        possible,
+        num_lent=num_lent,
+        min_workers=2,
+        max_workers=4,
+        num_running=num_running,
+        num_free=num_free,
+        counts={},
     )
     assert found == WorkerCount(to_run, spares=0)
 
@@ -48,4 +57,7 @@ def test_workers_to_run__keeps_spares_where_the_plan_says_so(
     possible: int, num_lent: int, num_running: int, num_free: int, found: WorkerCount
 ) -> None:
     sizes = {"num_lent": num_lent, "num_running": num_running, "num_free": num_free}
-    assert workers_to_run(possible, min_workers=1, max_workers=64, **sizes, counts=WHOLE_NODES) == found
+    assert (
+        workers_to_run(possible, min_workers=1, max_workers=64, **sizes, counts=WHOLE_NODES)
+        == found
+    )

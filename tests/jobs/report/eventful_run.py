@@ -14,7 +14,8 @@ TOKENS_PER_STEP = 8 * 64
 
 
 def eventful_lines() -> list[dict[str, Any]]:
-    """300 steps: 2 workers, a kill at step 123, 1 worker from 120 on, 2 from 200 on, a kill at 265, 2 from 260 on."""
+    """300 steps: 2 workers, a kill at step 123, 1 worker from 120 on, 2 from 200 on, a kill at 265,
+    2 from 260 on."""
     rng = random.Random(0)
     clock = 1_700_000_000.0
     lines: list[dict[str, Any]] = []
@@ -30,9 +31,13 @@ def eventful_lines() -> list[dict[str, Any]]:
         workers = [{"pid": 100 + rank, "node": f"node-{rank + 1}"} for rank in range(world_size)]
         checkpoint = f"step-{first - 1:09d}" if first > 1 else None
         start = {"event": "start", "attempt": attempt, "world_size": world_size, "step": first - 1}
-        add({**start, "checkpoint": checkpoint, "workers": workers}, after_s=5.0 if attempt > 1 else 0.0)
+        add(
+            {**start, "checkpoint": checkpoint, "workers": workers},
+            after_s=5.0 if attempt > 1 else 0.0,
+        )
         for step in range(first, last + 1):
-            saving_s = 0.2 if step % 40 == 1 and step > 1 else 0.0  # of the step before, in the line that follows it
+            # Of the step before, in the line that follows it
+            saving_s = 0.2 if step % 40 == 1 and step > 1 else 0.0
             wall_s = 1.0 / world_size + rng.uniform(0, 0.05) + saving_s
             add(
                 {
@@ -59,25 +64,42 @@ def eventful_lines() -> list[dict[str, Any]]:
             )
             if step % 50 == 0:
                 loss = 2.4 + 3.5 * math.exp(-step / 60)
-                samples = [{"prompt": "<script>alert(1)</script>", "text": f" & what step {step} says"}]
-                validation = {"event": "validation", "step": step, "val_loss": loss, "val_bits_per_byte": loss / 2}
+                samples = [
+                    {"prompt": "<script>alert(1)</script>", "text": f" & what step {step} says"}
+                ]
+                validation = {
+                    "event": "validation",
+                    "step": step,
+                    "val_loss": loss,
+                    "val_bits_per_byte": loss / 2,
+                }
                 add({**validation, "samples": samples}, after_s=0.1)
             if step % 40 == 0:
-                saved = {"event": "checkpoint", "step": step, "checkpoint": f"/mill/step-{step:09d}"}
+                saved = {
+                    "event": "checkpoint",
+                    "step": step,
+                    "checkpoint": f"/mill/step-{step:09d}",
+                }
                 add({**saved, "parameter_hash": f"{step:064x}", "seconds": 0.9}, after_s=0.0)
     add({"event": "finish", "step": 300}, after_s=0.0)
     return lines
 
 
 def write_run(run: Storage, lines: list[dict[str, Any]]) -> None:
-    config = {"run_id": "eventful", "train": {"max_tokens": 300 * TOKENS_PER_STEP, "global_batch_size": 8}}
-    settings = RunConfig.model_validate(config | {"model": {"preset": "tiny"}, "scaling": {"max_workers": 1}})
+    config = {
+        "run_id": "eventful",
+        "train": {"max_tokens": 300 * TOKENS_PER_STEP, "global_batch_size": 8},
+    }
+    settings = RunConfig.model_validate(
+        config | {"model": {"preset": "tiny"}, "scaling": {"max_workers": 1}}
+    )
     run.write_bytes("config.yaml", to_yaml(settings).encode())
     run.write_bytes(LEDGER, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 class Page(html.parser.HTMLParser):
-    """What a reader gets of a page: its texts, its images, and everything that names another resource."""
+    """What a reader gets of a page: its texts, its images, and everything that names another
+    resource."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -90,7 +112,9 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = {name: value or "" for name, value in attrs}
         self.tags.add(tag)
-        self.references += [value for name, value in values.items() if name in ("src", "srcset", "href")]
+        self.references += [
+            value for name, value in values.items() if name in ("src", "srcset", "href")
+        ]
         if tag == "img":
             self.images.append(values)
 

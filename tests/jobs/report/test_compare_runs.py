@@ -33,7 +33,11 @@ def test_two_runs(tmp_path: Path) -> None:
     assert result["figures"]["Steps"] == ["123 of 300, unfinished", "300 of 300"]
     assert Path(result["figure"]).read_bytes().startswith(b"\x89PNG")
     page = Page(Path(result["html"]).read_text())
-    assert page.cells[page.cells.index("train.learning_rate") :][:3] == ["train.learning_rate", "0.0001", "0.001"]
+    assert page.cells[page.cells.index("train.learning_rate") :][:3] == [
+        "train.learning_rate",
+        "0.0001",
+        "0.001",
+    ]
     assert "slow ends at" in page.images[0]["alt"]
     assert all(reference.startswith("data:") for reference in page.references)
     shown = as_table(result).splitlines()
@@ -41,7 +45,9 @@ def test_two_runs(tmp_path: Path) -> None:
     assert ["train.learning_rate", "0.0001", "0.001"] in [line.split() for line in shown]
     steps = [line.split("  ") for line in shown if "123 of 300, unfinished" in line]
     assert [line[-1].strip() for line in steps] == ["300 of 300"], "each run has its column"
-    assert compare(*runs, storage_uri=storage.uri)["html"] == result["html"], "the same runs have one page"
+    assert compare(*runs, storage_uri=storage.uri)["html"] == result["html"], (
+        "the same runs have one page"
+    )
 
 
 def test_one_run_is_no_comparison(tmp_path: Path) -> None:

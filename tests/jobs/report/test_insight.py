@@ -1,4 +1,5 @@
-"""Real workers: every rank's phases in the ledger, the slow one named, and the same numbers for any world."""
+"""Real workers: every rank's phases in the ledger, the slow one named, and the same numbers for any
+world."""
 
 import os
 import subprocess
@@ -39,7 +40,9 @@ def test_every_rank_is_recorded(folder: Path, name: str) -> None:
         assert event["lanes"] == [2 / WORLDS[name]] * WORLDS[name]
         walls = [sum(seconds.values()) for seconds in event["ranks"]]
         assert max(walls) == pytest.approx(min(walls), rel=0.3), "ranks keep step"
-        assert all({"load", "forward", "loss", "backward"} <= seconds.keys() for seconds in event["ranks"])
+        assert all(
+            {"load", "forward", "loss", "backward"} <= seconds.keys() for seconds in event["ranks"]
+        )
 
 
 def test_layers_have_the_same_numbers_for_any_world(folder: Path) -> None:
@@ -57,7 +60,11 @@ def test_worlds_differ_in_nothing_that_diff_compares(folder: Path) -> None:
     """With a parameter hash at every fourth step, as well as at the checkpoint."""
     runs = [run_storage(plan_of(name, folder).config) for name in ("one", "divided")]
     result = diff(*runs)
-    assert (result["equal"], result["equal_steps"], result["verdict"]) == (True, NUM_STEPS, "equal for 20 steps")
+    assert (result["equal"], result["equal_steps"], result["verdict"]) == (
+        True,
+        NUM_STEPS,
+        "equal for 20 steps",
+    )
     hashes = [line["step"] for line in Ledger.read(runs[1]).steps if "parameter_hash" in line]
     assert hashes == [4, 8, 12, 16, 20]
 

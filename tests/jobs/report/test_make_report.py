@@ -1,4 +1,5 @@
-"""The report tells a run from its ledger alone: figures, one page without outside requests, and what was lost."""
+"""The report tells a run from its ledger alone: figures, one page without outside requests, and
+what was lost."""
 
 import base64
 import json
@@ -83,7 +84,10 @@ def test_statistics_are_those_of_the_ledger(eventful: Storage) -> None:
     assert values["Goodput"].startswith(f"{useful_s / wall_s:.1%} ")
     idle_s = sum(stop.seconds or 0 for stop in ledger.interruptions())
     again_s = sum(line["wall_s"] for line in steps if line not in ledger.steps)
-    assert values["Time lost"] == f"{idle_s + again_s:.1f} s, {again_s:.1f} s of it in steps taken again"
+    assert (
+        values["Time lost"]
+        == f"{idle_s + again_s:.1f} s, {again_s:.1f} s of it in steps taken again"
+    )
 
 
 def test_page_and_figures(eventful: Storage, tmp_path: Path) -> None:
@@ -107,7 +111,9 @@ def test_page_and_figures(eventful: Storage, tmp_path: Path) -> None:
     verdict = why_slow(Ledger.read(eventful))["verdict"]
     assert verdict in page.cells
     assert verdict in page.images[4]["alt"], "the waterfall has it too"
-    assert re.fullmatch(r"\$0\.00\d+ at \$0\.05 for a CPU-hour, an assumption \(--price\)", page.value_of("Cost"))
+    assert re.fullmatch(
+        r"\$0\.00\d+ at \$0\.05 for a CPU-hour, an assumption \(--price\)", page.value_of("Cost")
+    )
     assert page.value_of("train.global_batch_size") == "8"
     said = r"attempt 2: workers 1 on node-1; from checkpoint step-000000120; 3 steps lost, 6\.\d s between steps"
     assert re.fullmatch(said, page.value_of("resize 2 → 1"))
@@ -116,8 +122,18 @@ def test_page_and_figures(eventful: Storage, tmp_path: Path) -> None:
 
 def test_layers_are_drawn_where_they_were_measured(eventful: Storage) -> None:
     def measured(step: int, size: float) -> dict[str, Any]:
-        layers = {"layers": ["wpe", "h.0.attn"], "weight_norm": [1.0, 1.0], "update_ratio": [0.0, None]}
-        return {"event": "layers", "time": 0.0, "step": step, "gradient_norm": [size, 2 * size], **layers}
+        layers = {
+            "layers": ["wpe", "h.0.attn"],
+            "weight_norm": [1.0, 1.0],
+            "update_ratio": [0.0, None],
+        }
+        return {
+            "event": "layers",
+            "time": 0.0,
+            "step": step,
+            "gradient_norm": [size, 2 * size],
+            **layers,
+        }
 
     lines = eventful_lines()
     write_run(eventful, [*lines, *(measured(step, 100 / step) for step in (50, 100, 100, 300))])
@@ -136,7 +152,10 @@ def test_a_real_run_is_drawn_even_when_unfinished(tmp_path: Path) -> None:
     ledger = Ledger.read(plan.run)
     assert page.value_of("Steps") == "8 of 8"
     assert page.value_of("Parameter hash") == ledger.events("checkpoint")[-1]["parameter_hash"]
-    assert page.value_of("Validation loss") == f"{ledger.events('validation')[-1]['val_loss']:.4f} nats/token"
+    assert (
+        page.value_of("Validation loss")
+        == f"{ledger.events('validation')[-1]['val_loss']:.4f} nats/token"
+    )
     assert page.value_of("Restarts").startswith("0")
     assert page.cells[page.cells.index("kept") :][1:3] == ["2", "100.00%"]
 
@@ -152,7 +171,10 @@ def test_a_price_makes_the_cost(eventful: Storage) -> None:
 
 
 def test_an_mfu_is_drawn_where_it_is_known(eventful: Storage) -> None:
-    write_run(eventful, [line | {"mfu": 0.41} if "event" not in line else line for line in eventful_lines()])
+    write_run(
+        eventful,
+        [line | {"mfu": 0.41} if "event" not in line else line for line in eventful_lines()],
+    )
     result = make_report(eventful)
     assert result["figures"].keys() == FIGURES | {"mfu"}
     page = Page(Path(result["html"]).read_text())
@@ -171,7 +193,9 @@ def test_a_report_in_s3(s3_bucket: str) -> None:
 def test_runs_are_found_by_id_and_by_folder(eventful: Storage, tmp_path: Path) -> None:
     for reference in ("eventful", eventful.uri, f"file://{eventful.uri}"):
         assert find_run(reference, str(tmp_path)).uri == eventful.uri
-    with pytest.raises(UserError, match=r"unknown run 'evenful': no ledger.jsonl in .*/runs/evenful.* has eventful"):
+    with pytest.raises(
+        UserError, match=r"unknown run 'evenful': no ledger.jsonl in .*/runs/evenful.* has eventful"
+    ):
         find_run("evenful", str(tmp_path))
     with pytest.raises(UserError, match=r"unknown run .*/none': .* has no runs"):
         find_run(str(tmp_path / "none"), str(tmp_path / "empty"))
@@ -181,9 +205,20 @@ def test_runs_are_found_by_id_and_by_folder(eventful: Storage, tmp_path: Path) -
 
 
 def test_the_command_prints_one_result(eventful: Storage, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cluster.cli", "report", "eventful", "--storage.uri", str(tmp_path), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "cluster.cli",
+        "report",
+        "eventful",
+        "--storage.uri",
+        str(tmp_path),
+        "--json",
+    ]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s(60), check=True)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=limit_s(60), check=True
+    )
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["figures"].keys() == FIGURES
 
@@ -195,22 +230,31 @@ def test_smoothing_keeps_attempts_apart() -> None:
     assert smoothed(sizes, ledger).tolist() == pytest.approx(sizes)
     ramp = smoothed([float(line["step"]) for line in ledger.steps], ledger)
     assert ramp[50] == pytest.approx(51)
-    assert ramp[0] == pytest.approx(2.5)  # the mean of steps 1 to 4: nothing is made up before the first
+    # The mean of steps 1 to 4: nothing is made up before the first
+    assert ramp[0] == pytest.approx(2.5)
     assert smoothed([3.0], Ledger(steps[:1])).tolist() == [3.0]
 
 
 def test_a_short_run_is_smoothed_too() -> None:
     ledger = Ledger([line for line in eventful_lines() if "event" not in line][:60])
     losses = [line["loss"] for line in ledger.steps]
-    assert np.abs(np.diff(smoothed(losses, ledger), 2)).mean() < 0.5 * np.abs(np.diff(losses, 2)).mean()
+    assert (
+        np.abs(np.diff(smoothed(losses, ledger), 2)).mean()
+        < 0.5 * np.abs(np.diff(losses, 2)).mean()
+    )
 
 
-@pytest.mark.parametrize(("measured", "width"), [([50], 1.0), ([40, 50], 1.0), (list(range(1, 61)), 1.0)])
-def test_a_measurement_of_layers_is_drawn_where_it_was_made(measured: list[int], width: float) -> None:
+@pytest.mark.parametrize(
+    ("measured", "width"), [([50], 1.0), ([40, 50], 1.0), (list(range(1, 61)), 1.0)]
+)
+def test_a_measurement_of_layers_is_drawn_where_it_was_made(
+    measured: list[int], width: float
+) -> None:
     """And not over all of the steps around it, which nobody measured."""
     fields = {"layers": ["wte", "ln_f"], "gradient_norm": [1.0, 2.0], "weight_norm": [3.0, 4.0]}
     events = [
-        {"event": "layers", "time": 1.0, "step": step, **fields, "update_ratio": [1e-3, 2e-3]} for step in measured
+        {"event": "layers", "time": 1.0, "step": step, **fields, "update_ratio": [1e-3, 2e-3]}
+        for step in measured
     ]
     steps = [line for line in eventful_lines() if "event" not in line][:60]
     ledger = Ledger([*steps, *events])
@@ -219,14 +263,23 @@ def test_a_measurement_of_layers_is_drawn_where_it_was_made(measured: list[int],
     mesh = axes.collections[0]
     columns = mesh.get_array().reshape(2, -1)
     edges = mesh.get_coordinates()[0, :, 0]
-    drawn = [(edges[n] + edges[n + 1]) / 2 for n in range(columns.shape[1]) if not np.ma.is_masked(columns[:, n])]
+    drawn = [
+        (edges[n] + edges[n + 1]) / 2
+        for n in range(columns.shape[1])
+        if not np.ma.is_masked(columns[:, n])
+    ]
     assert drawn == measured
     assert np.diff(edges)[::2].tolist() == pytest.approx([width] * len(measured))
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(1.24, "1.2 s"), (61, "1 min 01 s"), (3661.4, "1 h 01 min 01 s"), (360000, "100 h 00 min 00 s")],
+    [
+        (1.24, "1.2 s"),
+        (61, "1 min 01 s"),
+        (3661.4, "1 h 01 min 01 s"),
+        (360000, "100 h 00 min 00 s"),
+    ],
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text

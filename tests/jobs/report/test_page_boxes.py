@@ -1,4 +1,5 @@
-"""A report's and a comparison's page as Chromium lays them out: no heading is broken, and no row is cut off."""
+"""A report's and a comparison's page as Chromium lays them out: no heading is broken, and no row is
+cut off."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,8 +39,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     storage = open_storage(str(tmp_path_factory.mktemp("pages")))
     runs = [storage.child(f"runs/{name}") for name in ("first", "second")]
     measured = {"val_loss": 3.0, "val_bits_per_byte": 1.5}
-    sets = {f"text {number}": measured for number in range(4)}  # as many rows as a run may well have
-    events = [line | {"sets": sets} if line.get("event") == "validation" else line for line in eventful_lines()]
+    # As many rows as a run may well have
+    sets = {f"text {number}": measured for number in range(4)}
+    events = [
+        line | {"sets": sets} if line.get("event") == "validation" else line
+        for line in eventful_lines()
+    ]
     for run in runs:
         write_run(run, events)
     compared = compare(*runs, storage_uri=storage.uri)
@@ -53,7 +58,9 @@ def opened(browser: Browser, path: str, *, width: int) -> Page:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_no_heading_of_a_table_is_broken(width: str, browser: Browser, pages: dict[str, str]) -> None:
+def test_no_heading_of_a_table_is_broken(
+    width: str, browser: Browser, pages: dict[str, str]
+) -> None:
     page = opened(browser, pages["report"], width=WIDTHS[width])
     lines = dict(page.evaluate(LINES_OF_HEADINGS))
     assert {"Step", "Event", "Time (UTC)"} <= lines.keys()

@@ -8,7 +8,15 @@ from jobs.report.figures import parts
 from jobs.report.why_slow import why_slow
 from jobs.run.ledger import Ledger
 
-USUAL = {"load": 0.002, "forward": 0.03, "loss": 0.01, "backward": 0.05, "sync": 0.003, "update": 0.004, "stall": 0.001}
+USUAL = {
+    "load": 0.002,
+    "forward": 0.03,
+    "loss": 0.01,
+    "backward": 0.05,
+    "sync": 0.003,
+    "update": 0.004,
+    "stall": 0.001,
+}
 
 
 def made(
@@ -22,8 +30,8 @@ def made(
     finish_after_s: float = 0.0,
     validated: tuple[int, ...] = (),
 ) -> Ledger:
-    """A run whose steps all look alike. `starts`: further attempts, by the step that each comes after, and the step
-    that it goes on from. `validated`: the steps after which it validated."""
+    """A run whose steps all look alike. `starts`: further attempts, by the step that each comes
+    after, and the step that it goes on from. `validated`: the steps after which it validated."""
     clock, attempt = 1000.0, 0
     lines: list[dict[str, Any]] = []
     wall_s = max(sum(seconds.values()) for seconds in ranks)
@@ -32,14 +40,26 @@ def made(
         nonlocal attempt
         attempt += 1
         workers = [{"pid": number, "node": f"node-{number}"} for number in range(len(ranks))]
-        fields = {"attempt": attempt, "world_size": len(ranks), "step": step, "checkpoint": None, "workers": workers}
+        fields = {
+            "attempt": attempt,
+            "world_size": len(ranks),
+            "step": step,
+            "checkpoint": None,
+            "workers": workers,
+        }
         lines.append({"event": "start", "time": clock, **fields})
 
     start(0)
     step, left = 0, dict(starts or {})
     while step < num_steps:
         step, clock = step + 1, clock + wall_s
-        fields = {"world_size": len(ranks), "attempt": attempt, "wall_s": wall_s, "mfu": mfu, "seconds": ranks[0]}
+        fields = {
+            "world_size": len(ranks),
+            "attempt": attempt,
+            "wall_s": wall_s,
+            "mfu": mfu,
+            "seconds": ranks[0],
+        }
         lines.append({"time": clock, "step": step, **fields})
         if step % 10 == 0:
             window = {"attempt": attempt, "ranks": ranks, "lanes": lanes or [4.0] * len(ranks)}
@@ -66,21 +86,45 @@ CASES: dict[str, tuple[Ledger, str, list[str]]] = {
     "compute": (made([USUAL]), "compute", ["97% of the wall time", "unknown share", "100.0 ms"]),
     "compute on a GPU": (made([USUAL], mfu=0.41), "compute", ["41% of the peak"]),
     "data": (made([of(load=0.1)] * 2), "data", ["51% of the wall time", "waiting for rows"]),
-    "communication": (made([of(sync=0.06)] * 2), "communication", ["2 workers", "38% of the wall time"]),
-    "straggler": (made(SLOW), "straggler", ["after it rank 1 on node-1: it takes 1.87 times", "44% of the wall time"]),
-    "lanes": (made(UNEVEN, lanes=[4.0, 2.0]), "lanes", ["4 a step and others 2", "train.micro_batch_size"]),
+    "communication": (
+        made([of(sync=0.06)] * 2),
+        "communication",
+        ["2 workers", "38% of the wall time"],
+    ),
+    "straggler": (
+        made(SLOW),
+        "straggler",
+        ["after it rank 1 on node-1: it takes 1.87 times", "44% of the wall time"],
+    ),
+    "lanes": (
+        made(UNEVEN, lanes=[4.0, 2.0]),
+        "lanes",
+        ["4 a step and others 2", "train.micro_batch_size"],
+    ),
     "checkpoints": (made([of(checkpoint=0.05)]), "checkpoints", ["33% of the wall time"]),
-    "the last checkpoint": (made([USUAL], finish_after_s=8.0), "checkpoints", ["80% of the wall time"]),
+    "the last checkpoint": (
+        made([USUAL], finish_after_s=8.0),
+        "checkpoints",
+        ["80% of the wall time"],
+    ),
     "snapshots": (made([of(snapshot=0.05)]), "snapshots", ["33% of the wall time"]),
     "validation": (
         made(VALIDATING, validated=(10, 20)),
         "validation",
         ["50% of the wall time", "raise train.eval_every"],
     ),
-    "the last validation": (made(VALIDATING, validated=(20,)), "validation", ["50%", "; lower train.eval_max_tokens"]),
+    "the last validation": (
+        made(VALIDATING, validated=(20,)),
+        "validation",
+        ["50%", "; lower train.eval_max_tokens"],
+    ),
     "restarts": (made([USUAL], starts={15: 10}), "restarts", ["1 of them", "5 steps taken again"]),
     "other": (made([of(stall=0.1)]), "other", ["50% of the wall time"]),
-    "untimed, by an earlier version": (made([{"step": 0.1}]), "other", ["no phase of a step claims"]),
+    "untimed, by an earlier version": (
+        made([{"step": 0.1}]),
+        "other",
+        ["no phase of a step claims"],
+    ),
 }
 
 
@@ -95,7 +139,9 @@ def test_each_cause_is_found(name: str) -> None:
     assert all(share >= 0 for share in found["shares"].values())
     assert found["bound"] == max(found["shares"], key=found["shares"].__getitem__)
     assert found["evidence"]["share"] == found["shares"][found["bound"]]
-    assert ("Computing takes the largest part" in found["verdict"]) == (found["bound"] == "compute" != bound)
+    assert ("Computing takes the largest part" in found["verdict"]) == (
+        found["bound"] == "compute" != bound
+    )
 
 
 def test_the_last_validation_is_not_to_be_made_rarer() -> None:
@@ -117,7 +163,8 @@ def test_steps_without_a_window_count_by_rank_0() -> None:
 
 
 def test_the_sentence_begins_with_the_largest_part_and_says_of_which_kind_a_time_is() -> None:
-    """The exchange takes a third and computing more: the sentence says both, and the figure has the same parts."""
+    """The exchange takes a third and computing more: the sentence says both, and the figure has the
+    same parts."""
     ledger = made([of(sync=0.05), of(sync=0.05, validation=0.02)])
     found = why_slow(ledger)
     assert (found["bound"], found["fix_first"], found["verdict"].partition(";")[0]) == (
@@ -125,7 +172,10 @@ def test_the_sentence_begins_with_the_largest_part_and_says_of_which_kind_a_time
         "communication",
         f"Computing takes the largest part, {found['shares']['compute']:.0%} of the wall time",
     )
-    assert f"after it the exchange between 2 workers: {found['shares']['communication']:.0%} of" in found["verdict"]
+    assert (
+        f"after it the exchange between 2 workers: {found['shares']['communication']:.0%} of"
+        in found["verdict"]
+    )
     assert "in the median" in found["verdict"]
     assert "in the mean" in found["verdict"]
     drawn = parts(ledger)

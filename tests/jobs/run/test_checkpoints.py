@@ -1,4 +1,5 @@
-"""A run's checkpoints: the newest whole one is found, damaged ones are named, and thinning keeps what it must."""
+"""A run's checkpoints: the newest whole one is found, damaged ones are named, and thinning keeps
+what it must."""
 
 import logging
 import os
@@ -105,8 +106,12 @@ def test_leftovers_are_no_checkpoints(run: Storage, tmp_path: Path) -> None:
     """A crash leaves files before their manifest, and the folders that a local write works in."""
     checkpoints = save(run, 1)
     write_tiny(tmp_path / "torn", step=2)
-    run.upload_folder(tmp_path / "torn", f"checkpoints/.{checkpoint_name(3)}.writing", last=MANIFEST)
-    run.upload_folder(tmp_path / "torn", f"checkpoints/.{checkpoint_name(4)}.replaced", last=MANIFEST)
+    run.upload_folder(
+        tmp_path / "torn", f"checkpoints/.{checkpoint_name(3)}.writing", last=MANIFEST
+    )
+    run.upload_folder(
+        tmp_path / "torn", f"checkpoints/.{checkpoint_name(4)}.replaced", last=MANIFEST
+    )
     (tmp_path / "torn" / MANIFEST).unlink()
     run.upload_folder(tmp_path / "torn", f"checkpoints/{checkpoint_name(2)}")
     assert checkpoints.names == [checkpoint_name(1)]
@@ -127,7 +132,9 @@ def test_thinning_leaves_nothing_of_what_it_deletes(run: Storage, tmp_path: Path
         assert verify_checkpoint(checkpoints.fetch(name, tmp_path / "scratch")) == []
 
 
-def test_a_deletion_cut_short_leaves_no_checkpoint_and_is_ended_by_the_next(run: Storage, tmp_path: Path) -> None:
+def test_a_deletion_cut_short_leaves_no_checkpoint_and_is_ended_by_the_next(
+    run: Storage, tmp_path: Path
+) -> None:
     """The manifest goes first, so the rest is no checkpoint, whenever a kill comes."""
     checkpoints = save(run, 1, 2, 3, 4)
     run.delete(f"checkpoints/{checkpoint_name(1)}/{MANIFEST}")
@@ -145,7 +152,9 @@ def test_an_unfinished_upload_goes_once_two_newer_ones_are_verified(run: Storage
     checkpoints = save(run, 1, 2, 3)
     run.delete(f"checkpoints/{checkpoint_name(2)}/{MANIFEST}")
     thin_out(checkpoints)
-    assert run.list(f"checkpoints/{checkpoint_name(2)}/"), "older than one verified checkpoint alone"
+    assert run.list(f"checkpoints/{checkpoint_name(2)}/"), (
+        "older than one verified checkpoint alone"
+    )
     save(run, 4)
     thin_out(checkpoints)
     assert not run.list(f"checkpoints/{checkpoint_name(2)}/")
@@ -191,4 +200,6 @@ def test_parts_of_uploads_that_never_ended_are_freed(s3_bucket: str, tmp_path: P
         client.create_multipart_upload(Bucket=s3_bucket, Key=key)
     RunCheckpoints(run).recover()
     uploads = client.list_multipart_uploads(Bucket=s3_bucket)["Uploads"]
-    assert [upload["Key"] for upload in uploads] == ["runs/r2/checkpoints/x"], "another run's is not ours"
+    assert [upload["Key"] for upload in uploads] == ["runs/r2/checkpoints/x"], (
+        "another run's is not ours"
+    )

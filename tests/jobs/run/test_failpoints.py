@@ -1,4 +1,5 @@
-"""A crash at any point of saving: a fresh process finds a whole checkpoint, never an older one, and ends with the same bits."""
+"""A crash at any point of saving: a fresh process finds a whole checkpoint, never an older one, and
+ends with the same bits."""
 
 import json
 import os
@@ -26,7 +27,9 @@ def check_crashes(storage_uri: str, folder: Path, *, num_seeds: int, places: set
     environment = os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(REPOSITORY)}
     arguments = [storage_uri, str(folder / "tokens"), str(num_seeds), *sorted(places)]
     command = [sys.executable, "-m", "tests.jobs.failpoint_runs", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY, check=True)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY, check=True
+    )
     found: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
     undisturbed, *crashed = found
     assert undisturbed["code"] == undisturbed["ended"] == 0
@@ -63,7 +66,9 @@ def test_twenty_seeds_of_crashes(s3_bucket: str, tmp_path: Path, is_remote: bool
     check_crashes(uri, tmp_path, num_seeds=20, places=FAILPOINTS if is_remote else LOCAL)
 
 
-def test_an_unarmed_failpoint_does_nothing_and_an_armed_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unarmed_failpoint_does_nothing_and_an_armed_one_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     failpoint("before_file")
     monkeypatch.setenv(VARIABLE, "before_file:3:raise")

@@ -1,4 +1,5 @@
-"""A run is deleted by name, and what no run needs is found; nothing goes that something else rests on."""
+"""A run is deleted by name, and what no run needs is found; nothing goes that something else rests
+on."""
 
 import json
 from pathlib import Path
@@ -19,7 +20,8 @@ from tests.jobs.runs import make_store, make_text
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Three runs, of which `third` began from `first`, the latest is of `second`, and `empty` never took a step."""
+    """Three runs, of which `third` began from `first`, the latest is of `second`, and `empty` never
+    took a step."""
     root = tmp_path / "store"
     text = make_text(300)
     identities = []
@@ -33,13 +35,17 @@ def root(tmp_path: Path) -> Path:
         values = {"run_id": name, "model": {"preset": "tiny"}, "train": {"init_from": init_from}}
         (root / f"runs/{name}/config.yaml").write_text(to_yaml(RunConfig.model_validate(values)))
         lines = ({"event": "start", "data_identity": identities[0]}, {"step": 1, "loss": 1.0})
-        (root / f"runs/{name}/ledger.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        (root / f"runs/{name}/ledger.jsonl").write_text(
+            "".join(f"{json.dumps(line)}\n" for line in lines)
+        )
     publish(open_storage(str(root)), str(root / "runs/second/checkpoints/step-000000001-0001"))
     torn = root / "runs/third/checkpoints/step-000000002-0001"
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"part")
     (root / "runs/empty").mkdir()
-    (root / "runs/empty/config.yaml").write_text(to_yaml(RunConfig.model_validate({"run_id": "empty"})))
+    (root / "runs/empty/config.yaml").write_text(
+        to_yaml(RunConfig.model_validate({"run_id": "empty"}))
+    )
     return root
 
 
@@ -50,7 +56,9 @@ def asked(capsys: pytest.CaptureFixture[str], root: Path, *words: str, code: int
     return json.loads(said.out.splitlines()[-1]) if code == 0 else said.err
 
 
-def test_what_nothing_needs_is_named_and_then_deleted(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_nothing_needs_is_named_and_then_deleted(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     named = asked(capsys, root, "gc")
     found = {str(Path(row["uri"]).relative_to(root)): row["why"] for row in named["leftovers"]}
     assert found == {
@@ -65,17 +73,30 @@ def test_what_nothing_needs_is_named_and_then_deleted(root: Path, capsys: pytest
     assert asked(capsys, root, "gc")["leftovers"] == []
 
 
-def test_a_run_that_waits_or_runs_is_left_alone(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record = {"run_id": "empty", "stage": "pretrain", "backend": "kuberay", "where": "raymill", "job": "j", "number": 1}
+def test_a_run_that_waits_or_runs_is_left_alone(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {
+        "run_id": "empty",
+        "stage": "pretrain",
+        "backend": "kuberay",
+        "where": "raymill",
+        "job": "j",
+        "number": 1,
+    }
     (root / "runs/empty/jobs").mkdir()
     (root / "runs/empty/jobs/submitted.json").write_text(json.dumps(record | {"submitted": 1.0}))
     assert "runs/empty" not in str(asked(capsys, root, "gc")["leftovers"])
     with Lease(open_storage(str(root / "runs/third")), lease_key("pretrain")):
         assert "runs/third is running (pretrain)" in asked(capsys, root, "gc", code=1)
-        assert "is running (pretrain): `raymill stop` ends it first" in asked(capsys, root, "delete", "third", code=1)
+        assert "is running (pretrain): `raymill stop` ends it first" in asked(
+            capsys, root, "delete", "third", code=1
+        )
 
 
-def test_a_run_is_deleted_unless_something_rests_on_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_deleted_unless_something_rests_on_it(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "is what run third began from" in asked(capsys, root, "delete", "first", "--yes", code=1)
     assert "is latest" in asked(capsys, root, "delete", "second", "--yes", code=1)
     pinned = {"pinned": [str(root / "runs/third/checkpoints/step-000000001-0001")]}
@@ -94,7 +115,9 @@ def test_a_run_is_deleted_unless_something_rests_on_it(root: Path, capsys: pytes
 def test_delete__keeps_a_run_whose_folder_is_the_start_of_another_one(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = RunConfig.model_validate({"run_id": "third", "train": {"init_from": str(root / "runs/first")}})
+    config = RunConfig.model_validate(
+        {"run_id": "third", "train": {"init_from": str(root / "runs/first")}}
+    )
     (root / "runs/third/config.yaml").write_text(to_yaml(config))
     assert "is what run third began from" in asked(capsys, root, "delete", "first", "--yes", code=1)
     assert (root / "runs/first/ledger.jsonl").exists()

@@ -1,4 +1,5 @@
-"""The ledger: appended lines read back, torn ends dropped, lost steps superseded, recoveries and futile attempts counted."""
+"""The ledger: appended lines read back, torn ends dropped, lost steps superseded, recoveries and
+futile attempts counted."""
 
 import json
 from pathlib import Path
@@ -17,7 +18,9 @@ def lines_of(*words: tuple[Any, ...]) -> Ledger:
     for at, *rest in words:
         if rest[0] == "start":
             _, attempt, step = rest
-            lines.append({"event": "start", "time": at, "attempt": attempt, "step": step, "world_size": 2})
+            lines.append(
+                {"event": "start", "time": at, "attempt": attempt, "step": step, "world_size": 2}
+            )
         else:
             lines.append({"time": at, "step": rest[0], "loss": at})
     return Ledger(lines)
@@ -60,7 +63,9 @@ def test_a_torn_last_line_is_dropped_and_written_over(run: Storage) -> None:
     assert Ledger.read(run).lines == []
 
 
-@pytest.mark.parametrize("damaged", [b"\0" * 50, b'{"step": 2, "\xff": 1}', b"7", b"[]", b"null", b""], ids=repr)
+@pytest.mark.parametrize(
+    "damaged", [b"\0" * 50, b'{"step": 2, "\xff": 1}', b"7", b"[]", b"null", b""], ids=repr
+)
 def test_a_damaged_line_is_named(damaged: bytes, tmp_path: Path) -> None:
     run = open_storage(str(tmp_path))
     whole = b'{"time": 1.0, "step": 1, "loss": 2.0}\n'
@@ -69,13 +74,22 @@ def test_a_damaged_line_is_named(damaged: bytes, tmp_path: Path) -> None:
     assert len(tail.read()) == 1
     run.write_bytes(LEDGER, whole + damaged + b"\n" + whole)
     for read in (lambda: Ledger.read(run), tail.read):
-        with pytest.raises(UserError, match=f"^{tmp_path}/{LEDGER}, line 2 is damaged: expected an object of JSON"):
+        with pytest.raises(
+            UserError, match=f"^{tmp_path}/{LEDGER}, line 2 is damaged: expected an object of JSON"
+        ):
             read()
 
 
 def test_of_a_step_taken_twice_the_last_line_counts() -> None:
-    ledger = lines_of((0, "start", 1, 0), (1, 1), (2, 2), (3, 3), (5, "start", 2, 1), (6, 2), (7, 3), (8, 4))
-    assert [(line["step"], line["loss"]) for line in ledger.steps] == [(1, 1), (2, 6), (3, 7), (4, 8)]
+    ledger = lines_of(
+        (0, "start", 1, 0), (1, 1), (2, 2), (3, 3), (5, "start", 2, 1), (6, 2), (7, 3), (8, 4)
+    )
+    assert [(line["step"], line["loss"]) for line in ledger.steps] == [
+        (1, 1),
+        (2, 6),
+        (3, 7),
+        (4, 8),
+    ]
     assert len(ledger.lines) == 8, "nothing is rewritten"
 
 
@@ -83,9 +97,18 @@ def test_recoveries_count_lost_steps_and_seconds() -> None:
     ledger = lines_of(
         *((0, "start", 1, 0), (1, 1), (2, 2), (3, 3)),
         *((7, "start", 2, 1), (9.5, 2)),  # steps 2 and 3 were lost
-        *((12, "start", 3, 2), (13, "start", 4, 2), (14, 3)),  # none lost; attempt 3 came to nothing
+        # None lost; attempt 3 came to nothing
+        *((12, "start", 3, 2), (13, "start", 4, 2), (14, 3)),
         (20, "start", 5, 3),  # no step yet
     )
-    assert [(stop.attempt, stop.lost_steps, stop.seconds) for stop in ledger.recoveries()] == [(2, 2, 6.5), (4, 0, 4.5)]
-    assert [(stop.attempt, stop.step) for stop in ledger.interruptions()] == [(2, 1), (3, 2), (4, 2), (5, 3)]
+    assert [(stop.attempt, stop.lost_steps, stop.seconds) for stop in ledger.recoveries()] == [
+        (2, 2, 6.5),
+        (4, 0, 4.5),
+    ]
+    assert [(stop.attempt, stop.step) for stop in ledger.interruptions()] == [
+        (2, 1),
+        (3, 2),
+        (4, 2),
+        (5, 3),
+    ]
     assert lines_of((0, "start", 1, 0), (1, "start", 2, 0), (2, 1)).recoveries() == []

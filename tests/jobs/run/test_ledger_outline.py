@@ -1,4 +1,5 @@
-"""The outline of a ledger answers a new attempt as the whole ledger does, and reads each line once and few of them."""
+"""The outline of a ledger answers a new attempt as the whole ledger does, and reads each line once
+and few of them."""
 
 import json
 import random
@@ -16,14 +17,27 @@ from jobs.run.ledger_outline import MEASUREMENTS, LedgerOutline, last_step
 from jobs.workers.failures import why_give_up
 from model.errors import UserError
 
-STEP: dict[str, Any] = {"loss": 2.1, "grad_norm": 0.2, "world_size": 2, "seconds": {"load": 0.1}, "wall_s": 1.2}
+STEP: dict[str, Any] = {
+    "loss": 2.1,
+    "grad_norm": 0.2,
+    "world_size": 2,
+    "seconds": {"load": 0.1},
+    "wall_s": 1.2,
+}
 
 
 def made_lines(rng: random.Random, num_attempts: int) -> Iterator[Line]:
-    """Yields a run's lines as its attempts write them: steps that are lost, skipped and rolled back, events among them."""
+    """Yields a run's lines as its attempts write them: steps that are lost, skipped and rolled
+    back, events among them."""
     saved = 0
     for attempt in range(1, num_attempts + 1):
-        yield {"event": "start", "time": 1.0, "attempt": attempt, "world_size": rng.randint(1, 4), "step": saved}
+        yield {
+            "event": "start",
+            "time": 1.0,
+            "attempt": attempt,
+            "world_size": rng.randint(1, 4),
+            "step": saved,
+        }
         last = saved + rng.randint(0, 30)
         for step in range(saved + 1, last + 1):
             if rng.random() < 0.05:
@@ -33,7 +47,12 @@ def made_lines(rng: random.Random, num_attempts: int) -> Iterator[Line]:
             name = rng.choice([*MEASUREMENTS, "checkpoint", *[""] * 12])
             if name:
                 saved = step if name == "checkpoint" else saved
-                yield {"event": name, "time": 1.0, "step": step, "checkpoint": f"checkpoints/{step}"}
+                yield {
+                    "event": name,
+                    "time": 1.0,
+                    "step": step,
+                    "checkpoint": f"checkpoints/{step}",
+                }
         end = rng.choice(["failure", "rollback", "gave_up", ""])
         if end == "rollback" and last > saved:
             yield {"event": end, "time": 1.0, "first": saved + 1, "last": last}
@@ -52,8 +71,11 @@ def answers(ledger: Ledger) -> list[Any]:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_an_outline_answers_as_the_whole_ledger(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read at once, and in turns while the run goes on; in blocks of a few lines, of which the longest fills several."""
+def test_an_outline_answers_as_the_whole_ledger(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read at once, and in turns while the run goes on; in blocks of a few lines, of which the
+    longest fills several."""
     monkeypatch.setattr(ledgers, "_BLOCK_BYTES", 500)
     rng = random.Random(seed)
     lines = [*made_lines(rng, rng.randint(0, 12))]
@@ -62,7 +84,9 @@ def test_an_outline_answers_as_the_whole_ledger(seed: int, tmp_path: Path, monke
     for line in lines:
         fields = dict(line)
         name = fields.pop("event", None)
-        writer.event(name, **fields, note="x" * rng.choice([0, 2000])) if name else writer.step(**fields)
+        writer.event(name, **fields, note="x" * rng.choice([0, 2000])) if name else writer.step(
+            **fields
+        )
         if rng.random() < 0.1:
             in_turns.add(writer.blocks(start=in_turns.num_bytes))
     whole = Ledger.read(run)
@@ -75,7 +99,9 @@ def test_an_outline_answers_as_the_whole_ledger(seed: int, tmp_path: Path, monke
         assert num_steps <= 1 + len(outline.events())
 
 
-def test_an_outline_parses_neither_steps_nor_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outline_parses_neither_steps_nor_measurements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, parsed = open_storage(str(tmp_path)), []
     parse = ledger_outline.parsed_line
 
@@ -100,24 +126,35 @@ def test_an_outline_parses_neither_steps_nor_measurements(tmp_path: Path, monkey
 
 
 def test_lines_that_another_program_wrote_in_its_own_way_are_read(tmp_path: Path) -> None:
-    lines: list[Line] = [{"time": 1.0, "step": 1}, {"time": 2.0, "event": "rollback", "first": 1, "last": 1}]
+    lines: list[Line] = [
+        {"time": 1.0, "step": 1},
+        {"time": 2.0, "event": "rollback", "first": 1, "last": 1},
+    ]
     lines += [{"time": 3.0, "step": 2}, {"step": 3, "time": 4.0}]
     for separators in ((",", ":"), (", ", " : ")):
-        content = b"".join(json.dumps(line, separators=separators).encode() + b"\n" for line in lines)
+        content = b"".join(
+            json.dumps(line, separators=separators).encode() + b"\n" for line in lines
+        )
         outline = LedgerOutline("a ledger").add([content])
         assert outline.rollbacks == ((1, 1),)
         assert [line["step"] for line in outline.steps] == [3]
 
 
-@pytest.mark.parametrize("damaged", [b"\0" * 50, b'{"event": "start", "\xff": 1}', b"7", b"null", b""], ids=repr)
+@pytest.mark.parametrize(
+    "damaged", [b"\0" * 50, b'{"event": "start", "\xff": 1}', b"7", b"null", b""], ids=repr
+)
 def test_a_damaged_line_that_counts_is_named(damaged: bytes, tmp_path: Path) -> None:
     step = b'{"time": 1.0, "step": 1, "loss": 2.0}\n'
     content = step + step + damaged + b"\n" + b'{"event": "start", "world_size": 1}\n'
-    with pytest.raises(UserError, match=r"^a ledger, line 3 is damaged: expected an object of JSON"):
+    with pytest.raises(
+        UserError, match=r"^a ledger, line 3 is damaged: expected an object of JSON"
+    ):
         LedgerOutline("a ledger").add([content])
 
 
-def test_an_unfinished_last_line_is_no_part_of_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_last_line_is_no_part_of_the_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However long it is."""
     run = open_storage(str(tmp_path))
     for length in (5, 100, 1000):

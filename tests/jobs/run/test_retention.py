@@ -1,4 +1,5 @@
-"""Retention: whatever the settings, the newest, the best, the milestones, the pinned and two verified ones stay."""
+"""Retention: whatever the settings, the newest, the best, the milestones, the pinned and two
+verified ones stay."""
 
 import json
 from pathlib import Path
@@ -17,7 +18,9 @@ STEPS = st.sets(st.integers(1, 60), max_size=25)
 
 
 @given(st.integers(0, 10**8), st.integers(0, 9999), st.integers(0, 10**8), st.integers(0, 9999))
-def test_names_are_in_the_order_of_steps_and_then_of_writers(a: int, g: int, b: int, h: int) -> None:
+def test_names_are_in_the_order_of_steps_and_then_of_writers(
+    a: int, g: int, b: int, h: int
+) -> None:
     assert (checkpoint_name(a, g) < checkpoint_name(b, h)) == ((a, g) < (b, h))
     assert step_of(checkpoint_name(a, g)) == a
 
@@ -67,7 +70,9 @@ def test_what_may_go(
     assert complete & pinned <= left
     measured = sorted(complete & losses.keys(), key=lambda step: (losses[step], step))
     assert set(measured[: keep.keep_best]) <= left
-    milestones = {step for step in complete if keep.keep_every_steps and step % keep.keep_every_steps == 0}
+    milestones = {
+        step for step in complete if keep.keep_every_steps and step % keep.keep_every_steps == 0
+    }
     assert milestones <= left
     most = keep.num_to_keep + 2 + keep.keep_best + len(complete & pinned) + len(milestones)
     assert len(left) <= most, "everything else goes"
@@ -76,7 +81,9 @@ def test_what_may_go(
 
 @pytest.mark.parametrize("are_served", [False, True])
 def test_a_run_keeps_what_endpoints_serve(tmp_path: Path, *, are_served: bool) -> None:
-    plan = tiny_plan(str(tmp_path), checkpoint={"save_every_steps": 1, "num_to_keep": 1, "keep_best": 0})
+    plan = tiny_plan(
+        str(tmp_path), checkpoint={"save_every_steps": 1, "num_to_keep": 1, "keep_best": 0}
+    )
     uris = [plan.run.child(f"checkpoints/{checkpoint_name(step, 1)}").uri for step in range(1, 9)]
     pinned = json.dumps({"pinned": uris if are_served else []}).encode()
     open_storage(str(tmp_path)).write_bytes("endpoints/e.json", pinned)

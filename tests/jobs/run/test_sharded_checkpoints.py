@@ -1,4 +1,5 @@
-"""Checkpoints in shards: what one world saves any other resumes, with the bits of one worker, and crashes cost nothing."""
+"""Checkpoints in shards: what one world saves any other resumes, with the bits of one worker, and
+crashes cost nothing."""
 
 import json
 import os
@@ -35,7 +36,9 @@ PLACES = {
 }
 
 
-def run(storage_uri: str, folder: Path, *, num_seeds: int = 0, places: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def run(
+    storage_uri: str, folder: Path, *, num_seeds: int = 0, places: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
     (folder / "tmp").mkdir()
     environment = os.environ | {"TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(REPOSITORY)}
     tokens_in = str(folder / "tokens") if num_seeds else storage_uri
@@ -43,7 +46,13 @@ def run(storage_uri: str, folder: Path, *, num_seeds: int = 0, places: tuple[str
     command = [sys.executable, "-m", "tests.jobs.sharded_runs", *arguments]
     timeout_s = limit_s(120 * (1 + num_seeds * len(places)))
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY, check=True, timeout=timeout_s
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=REPOSITORY,
+        check=True,
+        timeout=timeout_s,
     )
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -56,7 +65,9 @@ def test_any_world_resumes_what_any_other_saved(
     undisturbed, resized = run(uri, tmp_path)
     assert {*undisturbed["codes"], *resized["codes"]} == {0}
     runs = [open_storage(uri).child(f"runs/{name}") for name in ("undisturbed", "resized")]
-    expected, found = ([line["parameter_hash"] for line in Ledger.read(of).events("checkpoint")] for of in runs)
+    expected, found = (
+        [line["parameter_hash"] for line in Ledger.read(of).events("checkpoint")] for of in runs
+    )
     assert found == expected
     assert len(found) == NUM_STEPS // 2
     assert [line["loss"] for line in Ledger.read(runs[0]).steps] == [
@@ -66,25 +77,39 @@ def test_any_world_resumes_what_any_other_saved(
     assert checked["problems"] == []
     assert checked["checkpoints"] == NUM_STEPS // 2
     checkpoints = RunCheckpoints(runs[1])
-    for name, (world_size, shard, group), recorded in zip(checkpoints.names, STAGES, expected, strict=True):
+    for name, (world_size, shard, group), recorded in zip(
+        checkpoints.names, STAGES, expected, strict=True
+    ):
         folder = checkpoints.fetch(name, tmp_path / "fetched")
         count = (group or world_size) if shard != "none" else 0
         assert sum("-shard-" in path.name for path in folder.iterdir()) == 2 * count
-        assert not any(path.name.startswith("report-") for path in folder.iterdir()), "reports are gone"
-        assert parameter_hash(load_model(folder).state_dict()) == recorded == read_metadata(folder).parameter_hash
+        assert not any(path.name.startswith("report-") for path in folder.iterdir()), (
+            "reports are gone"
+        )
+        assert (
+            parameter_hash(load_model(folder).state_dict())
+            == recorded
+            == read_metadata(folder).parameter_hash
+        )
     shapes = parameter_shapes(read_config(folder))
     layout = FlatLayout.of(shapes)
     for copied, (world_size, shard, group) in zip(resized["copied"], STAGES, strict=True):
         count = (group or world_size) if shard != "none" else 1
         shares = [12 * layout.parts(rank, world_size=count).num_values for rank in range(count)]
-        assert {(rank, num_bytes) for rank, num_bytes in copied} == {*enumerate(shares)}, "each its own share, no more"
-    shapes_of_all = {"step": ()} | {stored_name(part, name): shapes[name] for part in PARTS for name in shapes}
+        assert {(rank, num_bytes) for rank, num_bytes in copied} == {*enumerate(shares)}, (
+            "each its own share, no more"
+        )
+    shapes_of_all = {"step": ()} | {
+        stored_name(part, name): shapes[name] for part in PARTS for name in shapes
+    }
     for names in zip(*(RunCheckpoints(each).names for each in runs), strict=True):
         unsharded, tensors = (
             stored_state(RunCheckpoints(each), name).whole(shapes_of_all)
             for each, name in zip(runs, names, strict=True)
         )
-        assert all(torch.equal(tensors[key], unsharded[key]) for key in shapes_of_all), "what a resume restores"
+        assert all(torch.equal(tensors[key], unsharded[key]) for key in shapes_of_all), (
+            "what a resume restores"
+        )
     monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)  # its cache
     copies = []
     for name in checkpoints.names:
@@ -96,13 +121,19 @@ def test_any_world_resumes_what_any_other_saved(
 
 
 def check_crashes(storage_uri: str, folder: Path, *, num_seeds: int, places: set[str]) -> None:
-    undisturbed, *crashed = run(storage_uri, folder, num_seeds=num_seeds, places=tuple(sorted(places)))
+    undisturbed, *crashed = run(
+        storage_uri, folder, num_seeds=num_seeds, places=tuple(sorted(places))
+    )
     assert undisturbed["codes"] == [0]
-    expected = Ledger.read(open_storage(storage_uri).child("runs/undisturbed")).events("checkpoint")[-1]
+    expected = Ledger.read(open_storage(storage_uri).child("runs/undisturbed")).events(
+        "checkpoint"
+    )[-1]
     for crash in crashed:
         print(crash)
         assert crash["codes"][crash["rank"]] == 137
-        assert crash["codes"][1 - crash["rank"]] == 1 or crash["complete"] == NUM_STEPS, "it lost the other one"
+        assert crash["codes"][1 - crash["rank"]] == 1 or crash["complete"] == NUM_STEPS, (
+            "it lost the other one"
+        )
         assert {*crash["ended"]} == {0}
         assert crash["damaged"] == []
         assert crash["complete"] <= crash["went_on_from"]
@@ -130,7 +161,9 @@ def test_twenty_seeds_of_crashes(s3_bucket: str, tmp_path: Path, is_remote: bool
 def test_a_listing_whose_first_page_is_older_than_the_last_report_refuses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = ShardedCheckpoint(RunCheckpoints(open_storage(str(tmp_path))), "step-000000001-0001", 1)
+    checkpoint = ShardedCheckpoint(
+        RunCheckpoints(open_storage(str(tmp_path))), "step-000000001-0001", 1
+    )
     spooled = tmp_path / "spooled"
     spooled.mkdir()
     file = checkpoint.file("model.safetensors", 0)
@@ -157,5 +190,7 @@ def test_a_copy_that_only_computes_trains_nothing(tmp_path: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_bytes())
     del manifest["files"]["train_state.safetensors"]
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"has no train_state\.safetensors: training can't continue from it"):
+    with pytest.raises(
+        CheckpointError, match=r"has no train_state\.safetensors: training can't continue from it"
+    ):
         stored_state(RunCheckpoints(run), folder.name)

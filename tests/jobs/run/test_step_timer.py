@@ -61,7 +61,11 @@ def test_what_a_device_has_not_done_counts_later() -> None:
 
 def test_phases_of_a_real_run_sum_to_its_wall_time(tmp_path: Path) -> None:
     """The ledger's own clock agrees, and few moments belong to no phase."""
-    plan = tiny_plan(str(tmp_path), num_steps=60, train={"layer_statistics_every_steps": 20, "eval_every_steps": 20})
+    plan = tiny_plan(
+        str(tmp_path),
+        num_steps=60,
+        train={"layer_statistics_every_steps": 20, "eval_every_steps": 20},
+    )
     train(plan, rank=0, world_size=1)
     steps = Ledger.read(plan.run).steps
     sums: dict[str, float] = {}
@@ -72,6 +76,15 @@ def test_phases_of_a_real_run_sum_to_its_wall_time(tmp_path: Path) -> None:
     wall_s = steps[-1]["time"] - steps[0]["time"]
     assert sum(sums.values()) == pytest.approx(wall_s, rel=0.05)
     assert sums["stall"] < 0.15 * wall_s
-    expected = {"load", "forward", "loss", "backward", "update", "statistics", "validation", "checkpoint"}
+    expected = {
+        "load",
+        "forward",
+        "loss",
+        "backward",
+        "update",
+        "statistics",
+        "validation",
+        "checkpoint",
+    }
     assert expected <= sums.keys()
     assert sums["backward"] > sums["loss"] > 0

@@ -1,4 +1,5 @@
-"""The fence: writers are numbered, the newest one writes, and a launcher that was replaced no longer gets a number."""
+"""The fence: writers are numbered, the newest one writes, and a launcher that was replaced no
+longer gets a number."""
 
 import threading
 from pathlib import Path
@@ -34,14 +35,18 @@ def test_attempts_of_a_replaced_launcher_are_turned_away(run: Storage) -> None:
     Fence(run, launcher=old)
     new = Fence(run, launcher=None).generation
     assert new == 3
-    with pytest.raises(LeaseLostError, match=r"launcher 3 on .* took this run over from launcher 1"):
+    with pytest.raises(
+        LeaseLostError, match=r"launcher 3 on .* took this run over from launcher 1"
+    ):
         Fence(run, launcher=old)
     Fence(run, launcher=new).check()
 
 
 def test_of_many_at_once_each_gets_a_number_of_its_own(tmp_path: Path) -> None:
     run, fences = open_storage(str(tmp_path)), []
-    threads = [threading.Thread(target=lambda: fences.append(Fence(run, launcher=0))) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: fences.append(Fence(run, launcher=0))) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -50,7 +55,9 @@ def test_of_many_at_once_each_gets_a_number_of_its_own(tmp_path: Path) -> None:
     max(fences, key=lambda fence: fence.generation).check()
 
 
-def test_a_lost_answer_costs_a_number_at_most(s3_bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_answer_costs_a_number_at_most(
+    s3_bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = open_storage(f"s3://{s3_bucket}/r")
     with running_proxy(s3_server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
@@ -61,7 +68,8 @@ def test_a_lost_answer_costs_a_number_at_most(s3_bucket: str, s3_server: str, mo
 
 
 def test_a_stale_writer_s_lines_reach_nobody(run: Storage) -> None:
-    """The old writer continues like a rank that was stopped meanwhile: it neither writes nor hides the new one's lines."""
+    """The old writer continues like a rank that was stopped meanwhile: it neither writes nor hides
+    the new one's lines."""
     old = LedgerWriter(run, Fence(run, launcher=0))
     old.event("start", attempt=1, world_size=1, step=0)
     old.mirror()

@@ -1,4 +1,5 @@
-"""Saving beside the training: it copies and goes on; the newest wins; outages are told of once and end nothing."""
+"""Saving beside the training: it copies and goes on; the newest wins; outages are told of once and
+end nothing."""
 
 import logging
 import os
@@ -39,8 +40,16 @@ TOKENIZER = train_bpe(["to be or not to be"], vocab_size=257)
 class Saving:
     """One writer of a run, and a state that each step changes."""
 
-    def __init__(self, run: Storage, keep: CheckpointConfig | None = None, *, pinned: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-        model = GPT(GPTConfig(**preset_fields({"preset": "tiny", "n_layer": 1, "vocab_size": TOKENIZER.vocab_size})))
+    def __init__(
+        self, run: Storage, keep: CheckpointConfig | None = None, *, pinned: set[str] = frozenset()
+    ) -> None:  # type: ignore[assignment]
+        model = GPT(
+            GPTConfig(
+                **preset_fields(
+                    {"preset": "tiny", "n_layer": 1, "vocab_size": TOKENIZER.vocab_size}
+                )
+            )
+        )
         model.init_weights(0)
         self.run = run
         self.state = TrainState(model, TrainConfig(), device=torch.device("cpu"))
@@ -48,7 +57,9 @@ class Saving:
         self.ledger = LedgerWriter(run, self.fence)
         self.checkpoints = RunCheckpoints(run, self.fence)
         keep = keep or CheckpointConfig()
-        publisher = Publisher(self.checkpoints, self.ledger, keep, pinned=lambda: pinned, val_losses={})
+        publisher = Publisher(
+            self.checkpoints, self.ledger, keep, pinned=lambda: pinned, val_losses={}
+        )
         self.writer = CheckpointWriter(publisher, TOKENIZER)
 
     def step(self, step: int, *, val_loss: float | None = None) -> str:
@@ -85,7 +96,9 @@ def run(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     return open_storage(f"s3://{request.getfixturevalue('s3_bucket')}/runs/r")
 
 
-def test_the_copy_of_its_moment_is_stored_while_the_state_changes(run: Storage, tmp_path: Path) -> None:
+def test_the_copy_of_its_moment_is_stored_while_the_state_changes(
+    run: Storage, tmp_path: Path
+) -> None:
     saving = Saving(run)
     hashes, moments = {}, {}
     for step in (1, 2, 3):
@@ -101,7 +114,11 @@ def test_the_copy_of_its_moment_is_stored_while_the_state_changes(run: Storage, 
         step = line["step"]
         folder = saving.checkpoints.fetch(checkpoint_name(step, 1), tmp_path / "scratch")
         assert verify_checkpoint(folder) == []
-        assert line["parameter_hash"] == hashes[step] == parameter_hash(load_model(folder).state_dict())
+        assert (
+            line["parameter_hash"]
+            == hashes[step]
+            == parameter_hash(load_model(folder).state_dict())
+        )
         saved = load_file(folder / "train_state.safetensors")
         assert saved.keys() == moments[step].keys()
         assert all(torch.equal(saved[name], tensor) for name, tensor in moments[step].items())
@@ -109,7 +126,9 @@ def test_the_copy_of_its_moment_is_stored_while_the_state_changes(run: Storage, 
     assert list(saving.checkpoints.spool.iterdir()) == []
 
 
-def test_the_newest_takes_the_place_of_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_newest_takes_the_place_of_what_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saving, go = Saving(open_storage(str(tmp_path))), threading.Event()
     publish = saving.checkpoints.publish
 
@@ -155,7 +174,8 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
 
 
 def test_a_stale_writer_publishes_nothing_and_is_told(run: Storage) -> None:
-    """It was stopped between its copy and its publication, and goes on once its successor is at work."""
+    """It was stopped between its copy and its publication, and goes on once its successor is at
+    work."""
     saving = Saving(run)
     saving.step(1)
     saving.wait_for(1)
@@ -185,7 +205,11 @@ def test_a_stale_writer_publishes_nothing_and_is_told(run: Storage) -> None:
 
 
 def test_a_store_that_is_down_is_told_of_once_and_has_the_newest_soon_after(
-    s3_bucket: str, s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    s3_bucket: str,
+    s3_server: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with running_proxy(s3_server) as proxy:
@@ -212,7 +236,11 @@ def test_a_store_that_is_down_is_told_of_once_and_has_the_newest_soon_after(
     assert slowest_s < limit_s(1)
     assert back_s < limit_s(30)
     assert [step_of(name) for name in names] == [1, 59]
-    outages = [line["event"] for line in ledger.events("storage_down", "storage_back") if line["what"] == "checkpoints"]
+    outages = [
+        line["event"]
+        for line in ledger.events("storage_down", "storage_back")
+        if line["what"] == "checkpoints"
+    ]
     assert outages == ["storage_down", "storage_back"]
     assert caplog.text.count("checkpoints: the storage is down") == 1
     assert [line["step"] for line in ledger.steps] == list(range(1, 60))
@@ -237,7 +265,10 @@ def test_what_an_outage_left_in_the_spool_is_found_by_the_next_attempt(
     following.checkpoints.recover()
     folder = following.checkpoints.find(tmp_path / "scratch")[0]
     assert folder is not None
-    assert (folder.name, parameter_hash(load_model(folder).state_dict())) == (checkpoint_name(7, 1), expected)
+    assert (folder.name, parameter_hash(load_model(folder).state_dict())) == (
+        checkpoint_name(7, 1),
+        expected,
+    )
     assert list(following.checkpoints.spool.glob("step-*")) == []
     following.finish()
 
@@ -307,7 +338,10 @@ def test_a_folder_that_is_read_only_for_a_while_is_waited_for(tmp_path: Path) ->
     finally:
         os.system(f"umount -l {folder}")
     ledger = saving.finish()
-    assert [line["event"] for line in ledger.events("storage_down", "storage_back")] == ["storage_down", "storage_back"]
+    assert [line["event"] for line in ledger.events("storage_down", "storage_back")] == [
+        "storage_down",
+        "storage_back",
+    ]
     assert "Read-only file system" in ledger.events("storage_down")[0]["reason"]
     assert [line["step"] for line in ledger.steps] == [1, 2, 3, 4, 5]
 

@@ -1,4 +1,5 @@
-"""Each worker's own thread stores its shard: all of them the same steps, of values that are finite, in no more memory."""
+"""Each worker's own thread stores its shard: all of them the same steps, of values that are finite,
+in no more memory."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -67,7 +68,9 @@ def states(request: pytest.FixtureRequest) -> Iterator[list[TrainState]]:
             model = GPT(config)
         group = Together(rank, NUM_RANKS, barrier=barrier, values=values)
         divided = sharding(request.param, rank=rank, world_size=2)
-        state = TrainState(model, TrainConfig(precision="fp32"), device=CPU, group=group, sharding=divided)
+        state = TrainState(
+            model, TrainConfig(precision="fp32"), device=CPU, group=group, sharding=divided
+        )
         state.load_weights(initial_weights(config, 0))
         found.append(state)
     yield found
@@ -113,7 +116,11 @@ class Saving:
             code_version="c",
             generation=self.fence.generation,
         )
-        (saved,) = {*self.on_all(lambda rank: self.writers[rank].save(metadata, self.states[rank], must=must))}
+        (saved,) = {
+            *self.on_all(
+                lambda rank: self.writers[rank].save(metadata, self.states[rank], must=must)
+            )
+        }
         return saved
 
     def finish(self) -> Ledger:
@@ -122,7 +129,9 @@ class Saving:
         return Ledger.read(self.run)
 
 
-def test_the_shards_of_a_moment_are_stored_while_the_state_changes(tmp_path: Path, states: list[TrainState]) -> None:
+def test_the_shards_of_a_moment_are_stored_while_the_state_changes(
+    tmp_path: Path, states: list[TrainState]
+) -> None:
     saving, config = Saving(tmp_path, states), states[0].model.config
     for seed in (1, 2, 3):
         for state in states:
@@ -176,7 +185,10 @@ def test_a_step_that_one_rank_stores_is_stored_by_all(
 def test_the_newest_takes_the_place_of_what_waits_on_all_ranks(
     tmp_path: Path, states: list[TrainState], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    goes, saving = [held_up(monkeypatch, rank) for rank in range(NUM_RANKS)], Saving(tmp_path, states)
+    goes, saving = (
+        [held_up(monkeypatch, rank) for rank in range(NUM_RANKS)],
+        Saving(tmp_path, states),
+    )
     assert saving.save(1)
     wait_until(lambda: all(writer._begun for writer in saving.writers))
     for step in range(2, 9):
@@ -188,7 +200,9 @@ def test_the_newest_takes_the_place_of_what_waits_on_all_ranks(
 
 
 @pytest.mark.parametrize("part", ["values", *AdamW.vectors])
-def test_values_that_are_not_finite_are_never_published(tmp_path: Path, states: list[TrainState], part: str) -> None:
+def test_values_that_are_not_finite_are_never_published(
+    tmp_path: Path, states: list[TrainState], part: str
+) -> None:
     saving = Saving(tmp_path, states)
     assert saving.save(1)
     wait_until(lambda: len(saving.checkpoints.names) == 1)
@@ -235,7 +249,9 @@ def test_a_shard_takes_the_memory_of_its_own_values_once(
     monkeypatch.setattr(ShardWriter, "_store_own", watched_store)
     monkeypatch.setattr(Together, "gather", lambda self, value: [value] * NUM_RANKS)
     saving = Saving(tmp_path, states)
-    monkeypatch.setattr(saving, "on_all", lambda work: [watched(work, rank) for rank in range(NUM_RANKS)])
+    monkeypatch.setattr(
+        saving, "on_all", lambda work: [watched(work, rank) for rank in range(NUM_RANKS)]
+    )
     assert saving.save(1)
     wait_until(lambda: len(saving.checkpoints.names) == 1)
     assert len(seen) == NUM_RANKS and max(seen) <= 8, "the number of updates"
@@ -269,7 +285,10 @@ def test_a_shard_that_storage_lost_is_never_published(
 
 
 def test_a_rank_that_dies_while_the_others_finish_is_replaced(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"train": {"sample_prompts": []}, "checkpoint": {"save_every_steps": 4}}
+    settings: dict[str, Any] = {
+        "train": {"sample_prompts": []},
+        "checkpoint": {"save_every_steps": 4},
+    }
     undisturbed = tiny_plan(str(tmp_path / "undisturbed"), **settings)
     train(undisturbed, rank=0, world_size=1)
     plan = tiny_plan(str(tmp_path / "disturbed"), scaling={"shard": "parameters"}, **settings)

@@ -1,4 +1,5 @@
-"""The choice of a snapshot, of its readers, of second copies and of the interval: plain values in and out."""
+"""The choice of a snapshot, of its readers, of second copies and of the interval: plain values in
+and out."""
 
 from dataclasses import replace
 
@@ -20,13 +21,28 @@ from jobs.snapshots.choice import (
 from jobs.snapshots.slots import NUM_SLOTS, Header
 
 
-def held(node: str, step: int, *, rank: int = 0, world_size: int = 1, attempt: int = 1, area: str = "state") -> Holding:
+def held(
+    node: str,
+    step: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    attempt: int = 1,
+    area: str = "state",
+) -> Holding:
     header = Header(attempt, step, rank, world_size, step, [], {}, sequence=step)
     return Holding(node, area, step % 2, header)
 
 
-def choice_of(*holdings: Holding, explained_step: int = 100, at_least: int = 0, left_out: range = range(0)):
-    return choose(holdings, explained_step=explained_step, at_least=at_least, is_left_out=lambda step: step in left_out)
+def choice_of(
+    *holdings: Holding, explained_step: int = 100, at_least: int = 0, left_out: range = range(0)
+):
+    return choose(
+        holdings,
+        explained_step=explained_step,
+        at_least=at_least,
+        is_left_out=lambda step: step in left_out,
+    )
 
 
 def test_the_newest_state_that_any_node_holds_is_taken() -> None:
@@ -66,14 +82,23 @@ def test_a_sharded_state_needs_every_share_of_one_step_attempt_and_world() -> No
     assert choice.header.step == 7
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 6), st.integers(0, 2), st.sampled_from([1, 2, 3]))))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from("abc"), st.integers(1, 6), st.integers(0, 2), st.sampled_from([1, 2, 3])
+        )
+    )
+)
 def test_a_choice_is_complete_and_none_newer_is(found: list[tuple[str, int, int, int]]) -> None:
-    holdings = [held(node, step, rank=rank % world, world_size=world) for node, step, rank, world in found]
+    holdings = [
+        held(node, step, rank=rank % world, world_size=world) for node, step, rank, world in found
+    ]
     headers = [share.header for share in holdings]
 
     def complete(step: int) -> bool:
         return any(
-            {head.rank for head in headers if head.step == step and head.world_size == world} == set(range(world))
+            {head.rank for head in headers if head.step == step and head.world_size == world}
+            == set(range(world))
             for world in (1, 2, 3)
         )
 
@@ -85,7 +110,9 @@ def test_a_choice_is_complete_and_none_newer_is(found: list[tuple[str, int, int,
     assert choice is not None
     assert choice.header.step == steps[-1]
     world = choice.header.world_size
-    assert [{share.header.rank for share in holders} for holders in choice.shares] == [{rank} for rank in range(world)]
+    assert [{share.header.rank for share in holders} for holders in choice.shares] == [
+        {rank} for rank in range(world)
+    ]
 
 
 def test_a_rank_whose_node_holds_a_share_brings_it() -> None:
@@ -104,7 +131,9 @@ def test_a_state_on_one_node_is_copied_to_another_and_to_the_same_one_again() ->
 
 def test_a_state_that_two_nodes_train_is_not_copied_nor_what_an_older_attempt_left() -> None:
     assert copies([held("a", 8), held("b", 7)], ["a", "b", "c"]) == []
-    assert copies([held("a", 8, attempt=2), held("b", 7)], ["a", "b"]) == [(held("a", 8, attempt=2), "b")]
+    assert copies([held("a", 8, attempt=2), held("b", 7)], ["a", "b"]) == [
+        (held("a", 8, attempt=2), "b")
+    ]
     assert copies([held("a", 8)], ["a"]) == []
     assert copies([], ["a", "b"]) == []
 
@@ -114,9 +143,14 @@ def test_shares_are_spread_over_the_other_nodes() -> None:
     assert [node for _, node in copies(shares, ["a", "b", "c"])] == ["b", "c"]
 
 
-@pytest.mark.parametrize(("node_of_rank", "group_size"), [("AB", 2), ("AAAB", 2), ("AAAABB", 3), ("ABBB", 2)])
-def test_whichever_node_is_lost_a_whole_state_of_the_copied_step_is_left(node_of_rank: str, group_size: int) -> None:
-    """The shares of which two nodes write one move on too: a step is whole only if it was copied of all."""
+@pytest.mark.parametrize(
+    ("node_of_rank", "group_size"), [("AB", 2), ("AAAB", 2), ("AAAABB", 3), ("ABBB", 2)]
+)
+def test_whichever_node_is_lost_a_whole_state_of_the_copied_step_is_left(
+    node_of_rank: str, group_size: int
+) -> None:
+    """The shares of which two nodes write one move on too: a step is whole only if it was copied of
+    all."""
     nodes = sorted({*node_of_rank})
 
     def written(*steps: int) -> list[Holding]:
@@ -129,7 +163,9 @@ def test_whichever_node_is_lost_a_whole_state_of_the_copied_step_is_left(node_of
 
     wanted = copies(written(9, 10), nodes)
     assert {share.header.step for share, _ in wanted} == {10}
-    assert copies(written(10, 9)[::-1], nodes) == wanted, "in whichever order the nodes answer: each copy takes memory"
+    assert copies(written(10, 9)[::-1], nodes) == wanted, (
+        "in whichever order the nodes answer: each copy takes memory"
+    )
     copied = [replace(share, node=target, area=COPIES + share.area) for share, target in wanted]
     pinned = [share for share, _ in wanted if num_slots(share.area) > NUM_SLOTS]
     for lost in nodes:
@@ -142,7 +178,10 @@ def test_whichever_node_is_lost_a_whole_state_of_the_copied_step_is_left(node_of
 def test_groups_that_have_each_share_on_two_nodes_copy_and_pin_nothing(node_of_rank: str) -> None:
     areas = [sharded_area(rank, 2, node_of_rank) for rank in range(len(node_of_rank))]
     assert len({*areas}) == len(areas) and {*map(num_slots, areas)} == {NUM_SLOTS}
-    shares = [held(node, 8, rank=rank % 2, world_size=2, area=areas[rank]) for rank, node in enumerate(node_of_rank)]
+    shares = [
+        held(node, 8, rank=rank % 2, world_size=2, area=areas[rank])
+        for rank, node in enumerate(node_of_rank)
+    ]
     assert copies(shares, ["A", "B"]) == []
 
 

@@ -1,4 +1,5 @@
-"""Two slots in shared memory: a writer that is killed at any moment leaves one of them whole, and damage is seen."""
+"""Two slots in shared memory: a writer that is killed at any moment leaves one of them whole, and
+damage is seen."""
 
 import random
 import signal
@@ -17,12 +18,15 @@ from tests.jobs.slot_writer import NUM_BYTES, arrays, header_of, mapped
 
 
 def whole_steps(slots: Slots) -> list[int]:
-    """Returns the steps of the whole slots, oldest first, after checking that their data are those of their step."""
+    """Returns the steps of the whole slots, oldest first, after checking that their data are those
+    of their step."""
     steps = []
     for slot in range(2):
         header = slots.header(slot)
         if header is not None and slots.is_whole(slot):
-            for array, expected in zip(slots.data(slot)[:NUM_BYTES].reshape(3, -1), arrays(header.step), strict=True):
+            for array, expected in zip(
+                slots.data(slot)[:NUM_BYTES].reshape(3, -1), arrays(header.step), strict=True
+            ):
                 assert np.array_equal(array, expected)
             steps.append(header.step)
     return sorted(steps)
@@ -39,13 +43,17 @@ def test_the_two_newest_are_kept(path: Path) -> None:
     for step in range(1, 6):
         slots.write(header_of(step), arrays(step))
     assert whole_steps(mapped(path)) == [4, 5]
-    newest = max((mapped(path).header(slot) for slot in range(2)), key=lambda found: found.step if found else 0)
+    newest = max(
+        (mapped(path).header(slot) for slot in range(2)),
+        key=lambda found: found.step if found else 0,
+    )
     assert newest is not None
     assert newest.carried == {"losses": [0.1, 0.2]}
 
 
 def test_a_writer_killed_at_any_moment_leaves_a_whole_slot(path: Path) -> None:
-    """Real SIGKILLs; the newest whole state is the last one that the writer reported, or a later one."""
+    """Real SIGKILLs; the newest whole state is the last one that the writer reported, or a later
+    one."""
     rng, step = random.Random(7), 0
     slots = mapped(path)
     for _ in range(8):
@@ -85,7 +93,9 @@ def test_a_copy_that_stops_half_way_leaves_the_other_slot(
 
 @settings(max_examples=20, deadline=None)
 @given(place=st.integers(0, NUM_BYTES - 1), bit=st.integers(0, 7))
-def test_a_flipped_bit_is_seen(place: int, bit: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_flipped_bit_is_seen(
+    place: int, bit: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     slots = mapped(tmp_path_factory.mktemp("slots") / "slots")
     slots.write(header_of(1), arrays(1))
     newest = slots.write(header_of(2), arrays(2))
@@ -95,7 +105,9 @@ def test_a_flipped_bit_is_seen(place: int, bit: int, tmp_path_factory: pytest.Te
 
 @settings(max_examples=20, deadline=None)
 @given(place=st.integers(0, 200), bit=st.integers(0, 7))
-def test_a_damaged_header_is_no_header(place: int, bit: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_damaged_header_is_no_header(
+    place: int, bit: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     path = tmp_path_factory.mktemp("slots") / "slots"
     slots = mapped(path)
     slots.write(header_of(1), arrays(1))

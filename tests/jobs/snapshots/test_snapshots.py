@@ -1,4 +1,5 @@
-"""A training state through a keeper's memory and back: the same bits, of the right run only, within its bounds."""
+"""A training state through a keeper's memory and back: the same bits, of the right run only, within
+its bounds."""
 
 import itertools
 import threading
@@ -43,7 +44,9 @@ def make_memory(*, max_bytes: int = 1 << 30) -> Keeper:
 
 
 def header_of(*, step: int = 1, attempt: int = 1) -> Header:
-    return Header(attempt, step, rank=0, world_size=1, num_updates=step, names=["values"], carried={})
+    return Header(
+        attempt, step, rank=0, world_size=1, num_updates=step, names=["values"], carried={}
+    )
 
 
 def whole(memory: Keeper) -> list[Holding]:
@@ -73,7 +76,8 @@ def test_a_damaged_one_is_held_and_known_to_be_damaged() -> None:
 
 
 class LargeKeeper(Keeper):
-    """A keeper that has 1.3 billion parameters to read, and so takes longer than an answer without reading may."""
+    """A keeper that has 1.3 billion parameters to read, and so takes longer than an answer without
+    reading may."""
 
     def is_whole(self, held: Holding) -> bool:
         time.sleep(ANSWER_S + 0.5)
@@ -82,9 +86,13 @@ class LargeKeeper(Keeper):
 
 @pytest.mark.cluster
 def test_a_large_state_has_the_time_to_be_read_and_a_damaged_one_is_named(
-    ray_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ray_workers: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Both slots were read within 2 s or the keeper was left out, so a large run silently had no snapshots."""
+    """Both slots were read within 2 s or the keeper was left out, so a large run silently had no
+    snapshots."""
     keeper = ray.remote(**AS_ACTOR)(LargeKeeper).remote(node="a", max_bytes=1 << 30)
     slots = Slots.at(ray.get(keeper.open.remote("state", SIZE, 1)))
     write(slots, header_of(step=6))
@@ -137,15 +145,24 @@ def test_a_share_is_copied_from_keeper_to_keeper_and_a_lack_of_room_is_reported(
 ) -> None:
     state = make_state()
     num_bytes = 12 * state.layout.size
-    room = {"a": Slots.bytes_needed(num_bytes), "b": Slots.bytes_needed(num_bytes) - 1, "c": 1 << 30}
-    keepers = {node: ray.remote(**AS_ACTOR)(Keeper).remote(node=node, max_bytes=room[node]) for node in room}
+    room = {
+        "a": Slots.bytes_needed(num_bytes),
+        "b": Slots.bytes_needed(num_bytes) - 1,
+        "c": 1 << 30,
+    }
+    keepers = {
+        node: ray.remote(**AS_ACTOR)(Keeper).remote(node=node, max_bytes=room[node])
+        for node in room
+    }
     ray.get([keeper.holdings.remote() for keeper in keepers.values()])  # they are there
     monkeypatch.setattr(jobs.snapshots.snapshots, "find_keepers", lambda launch: keepers)
     reasons = {}
     for node in "ab":
         snapshots = Snapshots(None, WorkerGroup(0, 1))
         snapshots._launch, snapshots._node, snapshots._node_of_rank = "this process", node, [node]
-        reasons[node] = [snapshots.after_step(step, state, attempt=1, carried={}) for step in (1, 2, 3)]
+        reasons[node] = [
+            snapshots.after_step(step, state, attempt=1, carried={}) for step in (1, 2, 3)
+        ]
     assert reasons["a"] == [None, None, None]
     assert reasons["b"][1:] == [None, None]
     assert "node b allows 0.0 GB for them (checkpoint.snapshot_bytes" in reasons["b"][0]
@@ -159,17 +176,24 @@ def test_a_share_is_copied_from_keeper_to_keeper_and_a_lack_of_room_is_reported(
     assert ray.get(keepers["c"].is_whole.remote(copied))
     gone = replace(newest, header=replace(newest.header, step=9, sequence=99))
     ray.get(keepers["c"].copy.remote(gone, keepers["a"]))
-    assert ray.get(keepers["c"].holdings.remote()) == [copied], "what is lost on its way is not kept"
+    assert ray.get(keepers["c"].holdings.remote()) == [copied], (
+        "what is lost on its way is not kept"
+    )
 
 
 @pytest.mark.cluster
 def test_shares_that_are_written_all_the_time_are_copied_of_one_step(ray_workers: int) -> None:
-    """Two ranks of a sharded state write every 20 ms; while they do, their nodes' keepers copy from each other, and what
-    is left of one step after the loss of any node is whole."""
+    """Two ranks of a sharded state write every 20 ms; while they do, their nodes' keepers copy from
+    each other, and what is left of one step after the loss of any node is whole."""
     nodes = ["a", "b"]
-    keepers = {node: ray.remote(**AS_ACTOR)(Keeper).remote(node=node, max_bytes=1 << 30) for node in nodes}
+    keepers = {
+        node: ray.remote(**AS_ACTOR)(Keeper).remote(node=node, max_bytes=1 << 30) for node in nodes
+    }
     areas = {node: sharded_area(rank, 2, nodes) for rank, node in enumerate(nodes)}
-    slots = {node: Slots.at(ray.get(keepers[node].open.remote(areas[node], SIZE, 1)), 3) for node in nodes}
+    slots = {
+        node: Slots.at(ray.get(keepers[node].open.remote(areas[node], SIZE, 1)), 3)
+        for node in nodes
+    }
     assert {num_slots(area) for area in areas.values()} == {3}
     ended = threading.Event()
 
@@ -200,7 +224,9 @@ def test_shares_that_are_written_all_the_time_are_copied_of_one_step(ray_workers
             assert all(ray.get(keepers[held.node].is_whole.remote(held)) for held in copied)
             for lost in nodes:  # whichever node is lost, the other has a whole state
                 left = [held for held in listed() if held.node != lost]
-                found = choose(left, explained_step=10**9, at_least=0, is_left_out=lambda step: False)
+                found = choose(
+                    left, explained_step=10**9, at_least=0, is_left_out=lambda step: False
+                )
                 assert found is not None
                 steps.add(found.header.step)
             assert {held.header.step for held in kept} <= steps
@@ -216,7 +242,8 @@ def test_memory_is_bounded_kept_and_given_back() -> None:
     write(opened(memory, "copy-state"), header_of(step=4, attempt=2))
     assert isinstance(memory.open("third", SIZE, 1), NoRoom)
     assert [held.header.step for held in whole(memory)] == [4, 4]
-    write(opened(memory, "state"), header_of(step=5, attempt=2))  # the next group takes the same memory
+    # The next group takes the same memory
+    write(opened(memory, "state"), header_of(step=5, attempt=2))
     assert sorted(held.header.step for held in whole(memory) if held.area == "state") == [4, 5]
     memory.close_older(2)
     assert len(whole(memory)) == 3
@@ -235,13 +262,17 @@ def test_areas_of_older_attempts_are_freed_for_want_of_room_alone_the_oldest_fir
         return sorted(memory._areas)
 
     assert isinstance(memory.open("too-large", 50 * SIZE, 9), NoRoom)
-    assert areas() == ["never-written", "of-1", "of-2", "of-3"], "what would make no room is not freed"
+    assert areas() == ["never-written", "of-1", "of-2", "of-3"], (
+        "what would make no room is not freed"
+    )
     opened(memory, "next", attempt=3)
     assert areas() == ["next", "of-1", "of-2", "of-3"]
     opened(memory, "another", attempt=3)
     opened(memory, "a-third", attempt=3)
     assert areas() == ["a-third", "another", "next", "of-3"]
-    assert isinstance(memory.open("a-fourth", SIZE, 3), NoRoom), "an attempt frees nothing of its own"
+    assert isinstance(memory.open("a-fourth", SIZE, 3), NoRoom), (
+        "an attempt frees nothing of its own"
+    )
 
 
 class OneKeeper(Snapshots):
@@ -272,18 +303,23 @@ def keeper_with_room(
 
 def steps_held(keeper: Any) -> list[tuple[int, int]]:
     """Returns the attempt and the step of all that is held."""
-    return sorted((held.header.attempt, held.header.step) for held in ray.get(keeper.holdings.remote()))
+    return sorted(
+        (held.header.attempt, held.header.step) for held in ray.get(keeper.holdings.remote())
+    )
 
 
 @pytest.mark.cluster
 def test_where_one_set_has_room_the_first_step_after_a_resize_takes_the_place_of_what_it_began_from(
     keeper_with_room: Callable[[int], Any],
 ) -> None:
-    """Two of four workers had their shares on this node; a worker of the new group has another share, of the same size."""
+    """Two of four workers had their shares on this node; a worker of the new group has another
+    share, of the same size."""
     state = make_state()
     num_bytes = 12 * state.layout.size
     quarter = np.zeros(num_bytes // 4 // 8 * 8, np.uint8)
-    keeper = keeper_with_room(max(Slots.bytes_needed(num_bytes), 2 * Slots.bytes_needed(quarter.nbytes)))
+    keeper = keeper_with_room(
+        max(Slots.bytes_needed(num_bytes), 2 * Slots.bytes_needed(quarter.nbytes))
+    )
     for rank in range(2):
         path = ray.get(keeper.open.remote(f"group-0-rank-{rank}-of-4", quarter.nbytes, 1))
         Slots.at(path).write(replace(header_of(step=100), rank=rank, world_size=4), [quarter])
@@ -299,7 +335,8 @@ def test_where_one_set_has_room_the_first_step_after_a_resize_takes_the_place_of
 def test_the_ledger_has_when_snapshots_end_and_begin_and_until_then_the_older_set_stays(
     keeper_with_room: Callable[[int], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A share of the run takes 1.2 MB. Another user's area leaves 0.7 MB of the memory, until step 6."""
+    """A share of the run takes 1.2 MB. Another user's area leaves 0.7 MB of the memory, until step
+    6."""
     keeper = keeper_with_room(4_000_000)
     path = ray.get(keeper.open.remote("older", SIZE, 0))
     write(Slots.at(path), replace(header_of(attempt=0), carried={"line": None}))
@@ -318,7 +355,10 @@ def test_the_ledger_has_when_snapshots_end_and_begin_and_until_then_the_older_se
     plan = tiny_plan(str(tmp_path), num_steps=10)
     train(plan, rank=0, world_size=1)
     events = Ledger.read(plan.run).events("snapshots_off", "snapshots_on")
-    assert [(event["event"], event["step"]) for event in events] == [("snapshots_off", 1), ("snapshots_on", 8)]
+    assert [(event["event"], event["step"]) for event in events] == [
+        ("snapshots_off", 1),
+        ("snapshots_on", 8),
+    ]
     assert "one more share takes 0.0 GB" in events[0]["reason"]
     assert held_before[6] == [(0, 1)]
     assert held_before[8] == [(1, 6), (1, 7)]
@@ -349,7 +389,9 @@ class OwnMemory(Snapshots):
     raise_after: ClassVar[dict[int, Exception]] = {}  # by step
     every_steps = 1
 
-    def __init__(self, launch: str | None, group: WorkerGroup, *, memory: Keeper | None = None) -> None:
+    def __init__(
+        self, launch: str | None, group: WorkerGroup, *, memory: Keeper | None = None
+    ) -> None:
         super().__init__(None, WorkerGroup(0, 1))
         self._launch, self._group = "this process", group
         self._node, self._node_of_rank = "a", ["a"] * group.world_size
@@ -368,10 +410,16 @@ class OwnMemory(Snapshots):
         return None
 
     def newest(
-        self, *, explained_step: int = 100, at_least: int = 0, is_left_out: Callable[[int], bool] = lambda step: False
+        self,
+        *,
+        explained_step: int = 100,
+        at_least: int = 0,
+        is_left_out: Callable[[int], bool] = lambda step: False,
     ) -> Snapshot | None:
         held = whole(self.memory)
-        return choose(held, explained_step=explained_step, at_least=at_least, is_left_out=is_left_out)
+        return choose(
+            held, explained_step=explained_step, at_least=at_least, is_left_out=is_left_out
+        )
 
     def _read(self, held: Holding, spans: list[range]) -> Iterator[Bytes]:
         for span in spans:
@@ -419,7 +467,9 @@ def test_the_workers_of_a_node_write_a_state_together_and_in_a_rescue_each_what_
     apply(state, first, learning_rate=RATE)
     for rank in ranks:
         rank.after_step(1, state, attempt=1, carried={})
-    assert {held.area: held.header.step for held in whole(memory)} == {f"share-{share}-of-3": 1 for share in range(3)}
+    assert {held.area: held.header.step for held in whole(memory)} == {
+        f"share-{share}-of-3": 1 for share in range(3)
+    }
     apply(state, second, learning_rate=RATE)
     ranks[1].after_step(2, state, attempt=1, carried={})
     assert sorted(held.area for held in whole(memory) if held.header.step == 2) == ["share-1-of-3"]
@@ -446,8 +496,8 @@ def test_the_workers_of_a_node_write_a_state_together_and_in_a_rescue_each_what_
 def test_a_step_with_a_line_is_kept_wherever_another_worker_is_lost(
     owner: type, name: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The calls are those in which a worker waits for others, or takes long, between an update and the next exchange.
-    Snapshots are due every fourth step."""
+    """The calls are those in which a worker waits for others, or takes long, between an update and
+    the next exchange. Snapshots are due every fourth step."""
     monkeypatch.setattr(OwnMemory, "memory", make_memory(), raising=False)
     monkeypatch.setattr(OwnMemory, "every_steps", 4)
     monkeypatch.setattr(jobs.training.open_attempt, "Snapshots", OwnMemory)
@@ -490,20 +540,31 @@ def test_a_run_that_continues_from_memory_clears_what_the_lost_attempt_left_in_t
     left.mkdir(parents=True, exist_ok=True)
     (left / "model.safetensors").write_bytes(b"half of it")
     train(plan, rank=0, world_size=1)
-    assert [start["from_memory"] for start in Ledger.read(plan.run).events("start")] == [False, True]
+    assert [start["from_memory"] for start in Ledger.read(plan.run).events("start")] == [
+        False,
+        True,
+    ]
     assert list(checkpoints.spool.glob("*step-*")) == []
 
 
 @pytest.mark.parametrize(("dropout", "beside"), [(0.0, False), (0.1, True)])
 @pytest.mark.parametrize(
-    ("every_steps", "error"), [(1, KilledError()), (4, RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed"))]
+    ("every_steps", "error"),
+    [(1, KilledError()), (4, RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed"))],
 )
 def test_a_run_that_continues_from_memory_ends_with_the_bits_of_an_undisturbed_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float, beside: bool, every_steps: int, error: Exception
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dropout: float,
+    beside: bool,
+    every_steps: int,
+    error: Exception,
 ) -> None:
-    """One worker, killed right after the snapshots of steps 2 and 7, between which a checkpoint comes; or one that
-    loses another then, with no snapshot due."""
-    monkeypatch.setattr(jobs.exact.state.train_state, "HostCopies", partial(HostCopies, beside=beside))
+    """One worker, killed right after the snapshots of steps 2 and 7, between which a checkpoint
+    comes; or one that loses another then, with no snapshot due."""
+    monkeypatch.setattr(
+        jobs.exact.state.train_state, "HostCopies", partial(HostCopies, beside=beside)
+    )
     monkeypatch.setattr(OwnMemory, "memory", make_memory(), raising=False)
     monkeypatch.setattr(OwnMemory, "raise_after", {2: error, 7: error}, raising=False)
     monkeypatch.setattr(OwnMemory, "every_steps", every_steps)
@@ -526,4 +587,6 @@ def test_a_run_that_continues_from_memory_ends_with_the_bits_of_an_undisturbed_o
     assert [recovery.lost_steps for recovery in ledgers[1].recoveries()] == [0, 0]
     hashes = [ledger.events("checkpoint")[-1]["parameter_hash"] for ledger in ledgers]
     assert hashes[0] == hashes[1]
-    assert [line["loss"] for line in ledgers[0].steps] == [line["loss"] for line in ledgers[1].steps]
+    assert [line["loss"] for line in ledgers[0].steps] == [
+        line["loss"] for line in ledgers[1].steps
+    ]

@@ -1,4 +1,5 @@
-"""The batch plan: each row once per epoch, each sample of a step on one rank, whatever the world size."""
+"""The batch plan: each row once per epoch, each sample of a step on one rank, whatever the world
+size."""
 
 import itertools
 
@@ -18,7 +19,12 @@ def one_source(seed: int, num_rows: int, window_rows: int) -> SampleOrder:
     return SampleOrder(seed, window_rows, (num_rows,))
 
 
-@given(seed=seeds, epoch=st.integers(0, 1000), num_rows=st.integers(1, 2000), window_rows=st.integers(40, 2500))
+@given(
+    seed=seeds,
+    epoch=st.integers(0, 1000),
+    num_rows=st.integers(1, 2000),
+    window_rows=st.integers(40, 2500),
+)
 def test_an_epoch_takes_each_row_once_window_after_window(
     seed: int, epoch: int, num_rows: int, window_rows: int
 ) -> None:
@@ -30,7 +36,9 @@ def test_an_epoch_takes_each_row_once_window_after_window(
         assert sorted(rows[window].tolist()) == list(window)
 
 
-@given(seed=seeds, num_rows=st.integers(1, 2**40), window_rows=st.integers(1, 2**41), data=st.data())
+@given(
+    seed=seeds, num_rows=st.integers(1, 2**40), window_rows=st.integers(1, 2**41), data=st.data()
+)
 def test_a_sample_alone_is_the_same_as_among_others(
     seed: int, num_rows: int, window_rows: int, data: st.DataObject
 ) -> None:
@@ -44,10 +52,17 @@ def test_a_sample_alone_is_the_same_as_among_others(
 def test_seeds_epochs_windows_and_sources_order_differently_and_evenly() -> None:
     orders = {}
     for seed in range(20):
-        rows = one_source(seed, 2000, 1000).rows(np.arange(10 * 2000))[1].reshape(10, 2, 1000) % 1000
-        orders |= {(seed, epoch, window): tuple(rows[epoch, window]) for epoch in range(10) for window in range(2)}
+        rows = (
+            one_source(seed, 2000, 1000).rows(np.arange(10 * 2000))[1].reshape(10, 2, 1000) % 1000
+        )
+        orders |= {
+            (seed, epoch, window): tuple(rows[epoch, window])
+            for epoch in range(10)
+            for window in range(2)
+        }
     assert len(set(orders.values())) == 400
-    # Place 0 falls evenly on ten ranges of rows: 40 each, and chi² with 9 degrees of freedom exceeds 28 once in 1,000.
+    # Place 0 falls evenly on ten ranges of rows: 40 each, and chi² with 9 degrees of freedom
+    # exceeds 28 once in 1,000.
     counts = np.bincount([order[0] // 100 for order in orders.values()], minlength=10)
     assert ((counts - 40) ** 2 / 40).sum() < 28
     # Neighbors in the epoch are no neighbors in the store.
@@ -68,13 +83,27 @@ def test_the_order_is_pinned() -> None:
 
 
 @pytest.mark.parametrize(
-    "weights", [(0.7, 0.3), (0.01, 0.99), (0.5, 0.25, 0.125, 0.125), (1 / 3, 1 / 3, 1 / 3), (0.4, 0.2, 0.2, 0.1, 0.1)]
+    "weights",
+    [
+        (0.7, 0.3),
+        (0.01, 0.99),
+        (0.5, 0.25, 0.125, 0.125),
+        (1 / 3, 1 / 3, 1 / 3),
+        (0.4, 0.2, 0.2, 0.1, 0.1),
+    ],
 )
 @pytest.mark.parametrize("seq_len", [64, 1024, 4096])
 def test_any_million_tokens_honour_the_weights(weights: tuple[float, ...], seq_len: int) -> None:
     order = SampleOrder(0, 1000, (10**9,) * len(weights), weights)
     num_samples = 1_000_000 // seq_len
-    for start in [0, 1, 4_321, 9_990, 10**6 + 17, *np.random.default_rng(0).integers(0, 10**9, 20).tolist()]:
+    for start in [
+        0,
+        1,
+        4_321,
+        9_990,
+        10**6 + 17,
+        *np.random.default_rng(0).integers(0, 10**9, 20).tolist(),
+    ]:
         sources, _ = order.rows(np.arange(start, start + num_samples))
         shares = np.bincount(sources, minlength=len(weights)) / num_samples
         assert np.abs(shares - weights).max() < 0.01, start
@@ -100,7 +129,12 @@ def test_a_source_of_hardly_any_weight_still_gets_its_turn() -> None:
 
 @pytest.mark.parametrize(
     "weights",
-    [(1.0,) * 10_001, (1.0, 3.0) * 10_000, (4000.0, 4000.0, *(0.25,) * 8000), (1e9, *(1e-3,) * 9_999)],
+    [
+        (1.0,) * 10_001,
+        (1.0, 3.0) * 10_000,
+        (4000.0, 4000.0, *(0.25,) * 8000),
+        (1e9, *(1e-3,) * 9_999),
+    ],
     ids=[
         "10,001 equal ones",
         "20,000 of two weights",
@@ -111,19 +145,30 @@ def test_a_source_of_hardly_any_weight_still_gets_its_turn() -> None:
 def test_each_of_very_many_sources_gets_its_turn(weights: tuple[float, ...]) -> None:
     """One of 10,001 got none, and with two large ones a share was below zero."""
     counts = counts_of_sources(weights)
-    sources, _ = SampleOrder(0, 1000, (10,) * len(weights), weights).rows(np.arange(counts.sum(), counts.sum() + 100))
+    sources, _ = SampleOrder(0, 1000, (10,) * len(weights), weights).rows(
+        np.arange(counts.sum(), counts.sum() + 100)
+    )
     assert sources.max() < len(weights)
     assert counts.min() >= 1
     expected = np.maximum(1, np.array(weights) / sum(weights) * counts.sum())
-    assert (counts <= np.ceil(expected)).all(), "none gets more than its share, and one if that is below one"
-    assert counts[np.array(weights) == max(weights)].min() > counts[np.array(weights) == min(weights)].max() - 1
+    assert (counts <= np.ceil(expected)).all(), (
+        "none gets more than its share, and one if that is below one"
+    )
+    assert (
+        counts[np.array(weights) == max(weights)].min()
+        > counts[np.array(weights) == min(weights)].max() - 1
+    )
 
 
-def samples_of_rank(step: int, rank: int, world_size: int, num_lanes: int, micro_batch_size: int) -> np.ndarray:
+def samples_of_rank(
+    step: int, rank: int, world_size: int, num_lanes: int, micro_batch_size: int
+) -> np.ndarray:
     size = num_lanes * micro_batch_size
     batch = range(step * size, (step + 1) * size)
     lanes = itertools.chain(*subtrees_of_ranks(num_lanes, world_size)[rank])
-    return np.concatenate([batch[lane * micro_batch_size : (lane + 1) * micro_batch_size] for lane in lanes])
+    return np.concatenate(
+        [batch[lane * micro_batch_size : (lane + 1) * micro_batch_size] for lane in lanes]
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -136,9 +181,15 @@ def samples_of_rank(step: int, rank: int, world_size: int, num_lanes: int, micro
     data=st.data(),
 )
 def test_resizes_leave_every_row_to_be_seen_once_an_epoch(
-    seed: int, sizes: list[int], window_rows: int, micro_batch_size: int, worlds: list[int], data: st.DataObject
+    seed: int,
+    sizes: list[int],
+    window_rows: int,
+    micro_batch_size: int,
+    worlds: list[int],
+    data: st.DataObject,
 ) -> None:
-    """The world changes at random steps, and falls back to the last checkpoint each time: a step taken again is the same."""
+    """The world changes at random steps, and falls back to the last checkpoint each time: a step
+    taken again is the same."""
     weights = tuple(1 / len(sizes) for _ in sizes) if len(sizes) > 1 else ()
     order = SampleOrder(seed, window_rows, tuple(sizes), weights)
     taken: dict[int, tuple[int, int]] = {}
@@ -152,7 +203,9 @@ def test_resizes_leave_every_row_to_be_seen_once_an_epoch(
                 rows = zip(*(part.tolist() for part in order.rows(indices)), strict=True)
                 assert not batch.keys() & set(indices.tolist())
                 batch |= dict(zip(indices.tolist(), rows, strict=True))
-            assert sorted(batch) == list(range(step * 5 * micro_batch_size, (step + 1) * 5 * micro_batch_size))
+            assert sorted(batch) == list(
+                range(step * 5 * micro_batch_size, (step + 1) * 5 * micro_batch_size)
+            )
             assert all(taken.setdefault(sample, row) == row for sample, row in batch.items())
         step += 1
     assert sorted(taken) == list(range(len(taken)))

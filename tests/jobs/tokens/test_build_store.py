@@ -1,4 +1,5 @@
-"""The whole stage in this process: what it trusts of the store that it finds, and when it makes another."""
+"""The whole stage in this process: what it trusts of the store that it finds, and when it makes
+another."""
 
 import gzip
 import json
@@ -53,7 +54,9 @@ def test_a_store_whose_cleanup_was_killed_is_repaired_whole(
     """An archive's pieces are evidence only as long as all of them are there."""
     texts = [f"text number {number}" for number in range(400)]
     archive = write(tmp_path / "texts" / "a.jsonl.gz", texts)
-    config = data_config(str(archive), tmp_path / "storage", tokenizer=tokenizer, shard_bytes=2000, val_fraction=0.0)
+    config = data_config(
+        str(archive), tmp_path / "storage", tokenizer=tokenizer, shard_bytes=2000, val_fraction=0.0
+    )
     delete, deleted = LocalStorage.delete, list[str]()
 
     def delete_some(storage: LocalStorage, key: str, **conditions: Any) -> None:
@@ -77,15 +80,23 @@ def test_a_store_whose_cleanup_was_killed_is_repaired_whole(
     assert not list(store.glob("unpacked/*/*"))
 
 
-def test_a_store_of_shards_that_are_others_now_is_made_again(tokenizer: str, tmp_path: Path) -> None:
+def test_a_store_of_shards_that_are_others_now_is_made_again(
+    tokenizer: str, tmp_path: Path
+) -> None:
     texts = {name: [f"text {name} {number}" for number in range(10)] for name in ("a", "b")}
     made = {
-        name: tokenize(data_config(str(write(tmp_path / f"{name}.jsonl", own)), tmp_path / name, tokenizer=tokenizer))
+        name: tokenize(
+            data_config(
+                str(write(tmp_path / f"{name}.jsonl", own)), tmp_path / name, tokenizer=tokenizer
+            )
+        )
         for name, own in texts.items()
     }
     latest = tmp_path / "latest"
     for name, own in texts.items():
         shutil.rmtree(latest, ignore_errors=True)
         shutil.copytree(Path(made[name]["manifest"]).parent, latest)
-        copied = tokenize(data_config(f"tokens://{latest}", tmp_path / "storage", tokenizer=tokenizer))
+        copied = tokenize(
+            data_config(f"tokens://{latest}", tmp_path / "storage", tokenizer=tokenizer)
+        )
         assert sorted(texts_of(copied)) == sorted(own)

@@ -1,4 +1,5 @@
-"""A store of conversations: its exact bytes, what is dropped and said, and what a reader gets of it."""
+"""A store of conversations: its exact bytes, what is dropped and said, and what a reader gets of
+it."""
 
 import hashlib
 import json
@@ -32,16 +33,29 @@ ALTERNATING = (
 
 def conversation(number: int, num_turns: int = 1) -> dict[str, Any]:
     turns = [
-        [{"role": "user", "content": f"{number}+{turn}"}, {"role": "assistant", "content": str(number + turn)}]
+        [
+            {"role": "user", "content": f"{number}+{turn}"},
+            {"role": "assistant", "content": str(number + turn)},
+        ]
         for turn in range(num_turns)
     ]
     return {"messages": [message for turn in turns for message in turn], "id": number}
 
 
 BAD = {
-    "no_messages": [{"text": "hi"}, {"messages": "hi"}, {"messages": []}, {"messages": [{"role": "user"}]}, [1]],
-    "unknown_role": [{"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]}],
-    "no_answer": [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}],
+    "no_messages": [
+        {"text": "hi"},
+        {"messages": "hi"},
+        {"messages": []},
+        {"messages": [{"role": "user"}]},
+        [1],
+    ],
+    "unknown_role": [
+        {"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    ],
+    "no_answer": [
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}
+    ],
 }
 
 
@@ -67,22 +81,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("plain", "own"):
         (folder / name).mkdir()
         (folder / name / "tokenizer.json").write_bytes(tokenizer)
-    (folder / "own" / "tokenizer_config.json").write_text(json.dumps({"chat_template": ALTERNATING}))
+    (folder / "own" / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": ALTERNATING})
+    )
     return folder
 
 
-def made(folder: Path, storage: Path, *, tokenizer: str = "plain", **settings: Any) -> dict[str, Any]:
+def made(
+    folder: Path, storage: Path, *, tokenizer: str = "plain", **settings: Any
+) -> dict[str, Any]:
     data = {"format": "chat", "tokenizer": str(folder / tokenizer), "shard_bytes": 600} | settings
     return tokenize(data_config(str(folder / "corpus.jsonl"), storage, **data))
 
 
 @pytest.fixture(scope="module")
-def result(folder: Path, ray_workers: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def result(
+    folder: Path, ray_workers: int, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     return made(folder, tmp_path_factory.mktemp("storage"))
 
 
 def conversations(manifest: Manifest, content: bytes) -> list[list[tuple[int, bool]]]:
-    """Returns the (id, is counted) of each conversation in a shard, by the rule of the format alone."""
+    """Returns the (id, is counted) of each conversation in a shard, by the rule of the format
+    alone."""
     stored = np.frombuffer(content, "<i2").tolist()
     pairs = [(value, True) if value >= 0 else (~value, False) for value in stored]
     starts = [place for place, pair in enumerate(pairs) if pair == (manifest.start_id, False)]
@@ -90,42 +111,68 @@ def conversations(manifest: Manifest, content: bytes) -> list[list[tuple[int, bo
     return [pairs[start:end] for start, end in zip(starts, [*starts[1:], len(pairs)], strict=True)]
 
 
-def test_the_bytes_are_what_the_template_writes_with_signs(result: dict[str, Any], folder: Path) -> None:
+def test_the_bytes_are_what_the_template_writes_with_signs(
+    result: dict[str, Any], folder: Path
+) -> None:
     store, _ = split_uri(result["manifest"])
     manifest, (tokenizer, _) = read_manifest(store), load_tokenizer(str(folder / "plain"))
     assert manifest.chat is not None and manifest.chat.chat_template == PLAIN_TEMPLATE
     assert json.loads(store.read_bytes(MANIFEST))["format_version"] == 3
-    found = [c for shard in manifest.shards for c in conversations(manifest, store.read_bytes(shard.file))]
+    found = [
+        c
+        for shard in manifest.shards
+        for c in conversations(manifest, store.read_bytes(shard.file))
+    ]
     expected = {}
     for number in range(60):
-        ids, counted = Chat(tokenizer, manifest.chat).conversation(conversation(number, 1 + number % 3)["messages"])
+        ids, counted = Chat(tokenizer, manifest.chat).conversation(
+            conversation(number, 1 + number % 3)["messages"]
+        )
         expected[tokenizer.decode(ids)] = [*zip(ids, counted, strict=True)]
     by_text = {tokenizer.decode([token_id for token_id, _ in pairs]): pairs for pairs in found}
-    broken = "<|endoftext|>User:\n\ufffd\nAssistant:\né\ufffd<|endoftext|>\n"  # lone surrogates are three bytes each
+    # Lone surrogates are three bytes each
+    broken = "<|endoftext|>User:\n\ufffd\nAssistant:\né\ufffd<|endoftext|>\n"
     assert {text: pairs for text, pairs in by_text.items() if "é" not in text} == expected
     assert [text for text in by_text if "é" in text] == [broken.replace("\ufffd", "\ufffd" * 3)]
     assert len(found) == result["documents"] == 61
-    answers = sum(len(str(n + turn)) for n in range(60) for turn in range(1 + n % 3)) + len("é".encode()) + 9
+    answers = (
+        sum(len(str(n + turn)) for n in range(60) for turn in range(1 + n % 3))
+        + len("é".encode())
+        + 9
+    )
     assert result["bytes"] == answers  # by which bits per byte are those of answers
 
 
 FORMS_OF_LINES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "conversations": lambda line: {
-        "conversations": [{"from": NAMES[turn["role"]], "value": turn["content"]} for turn in line["messages"]]
+        "conversations": [
+            {"from": NAMES[turn["role"]], "value": turn["content"]} for turn in line["messages"]
+        ]
     },
-    "prompt and completion": lambda line: {"prompt": line["messages"][:-1], "completion": line["messages"][-1:]},
+    "prompt and completion": lambda line: {
+        "prompt": line["messages"][:-1],
+        "completion": line["messages"][-1:],
+    },
 }
 NAMES = {"user": "human", "assistant": "gpt"}
 
 
 @pytest.mark.parametrize("form", FORMS_OF_LINES)
-def test_another_form_of_the_same_conversations_makes_the_same_shards(form: str, folder: Path, tmp_path: Path) -> None:
+def test_another_form_of_the_same_conversations_makes_the_same_shards(
+    form: str, folder: Path, tmp_path: Path
+) -> None:
     stores = []
     for written in (dict, FORMS_OF_LINES[form]):
         lines = [json.dumps(written(conversation(number, 1 + number % 3))) for number in range(20)]
         (tmp_path / "turns.jsonl").write_text("\n".join(lines))
-        settings: dict[str, Any] = {"format": "chat", "tokenizer": str(folder / "plain"), "shard_bytes": 1 << 20}
-        stores.append(tokenize(data_config(str(tmp_path / "turns.jsonl"), tmp_path / "storage", **settings)))
+        settings: dict[str, Any] = {
+            "format": "chat",
+            "tokenizer": str(folder / "plain"),
+            "shard_bytes": 1 << 20,
+        }
+        stores.append(
+            tokenize(data_config(str(tmp_path / "turns.jsonl"), tmp_path / "storage", **settings))
+        )
     usual, other = stores
     assert (other["documents"], other["shards"]) == (20, usual["shards"])
 
@@ -136,7 +183,10 @@ def test_any_number_of_workers_and_chunks_makes_the_same_conversations(
     again = made(folder, tmp_path / "again")
     assert (again["manifest_hash"], again["shards"]) == (result["manifest_hash"], result["shards"])
     whole = made(folder, tmp_path / "whole", shard_bytes=1 << 20)
-    assert (whole["documents"], whole["train_tokens"]) == (result["documents"], result["train_tokens"])
+    assert (whole["documents"], whole["train_tokens"]) == (
+        result["documents"],
+        result["train_tokens"],
+    )
     assert len(whole["shards"]) == 2 < len(result["shards"])
 
 
@@ -144,7 +194,11 @@ def test_a_reader_gets_ids_and_the_targets_that_count(result: dict[str, Any]) ->
     store, _ = split_uri(result["manifest"])
     manifest = read_manifest(store)
     stored = np.concatenate(
-        [np.frombuffer(store.read_bytes(s.file), "<i2") for s in manifest.shards if s.split == "train"]
+        [
+            np.frombuffer(store.read_bytes(s.file), "<i2")
+            for s in manifest.shards
+            if s.split == "train"
+        ]
     ).astype(int)
     stream = TokenStream(store, split="train", seq_len=16)
     inputs, targets = stream.rows(range(stream.count_rows()))
@@ -155,7 +209,9 @@ def test_a_reader_gets_ids_and_the_targets_that_count(result: dict[str, Any]) ->
     assert 0.1 < expected.count(IGNORE_INDEX) / length < 0.95
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 15, "<i2"), ((1 << 15) + 1, "<i4"), (1 << 17, "<i4")])
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(1 << 15, "<i2"), ((1 << 15) + 1, "<i4"), (1 << 17, "<i4")]
+)
 def test_a_sign_has_a_bit_of_its_own(vocab_size: int, dtype: str) -> None:
     assert token_dtype(vocab_size, signed=True) == np.dtype(dtype)
 
@@ -167,7 +223,9 @@ def test_what_cannot_be_used_is_counted_under_its_reason(result: dict[str, Any])
     assert "tool" in manifest.drop_samples["unknown_role"][0].preview
 
 
-def test_a_template_refuses_in_its_own_words(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_template_refuses_in_its_own_words(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = [conversation(number) for number in range(20)]
     lines[7]["messages"] = lines[7]["messages"][::-1]
     (tmp_path / "turns.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -186,25 +244,39 @@ def test_a_template_refuses_in_its_own_words(folder: Path, tmp_path: Path, capsy
 def test_long_conversations_are_said_once_with_their_number(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = data_config(str(folder / "corpus.jsonl"), tmp_path, format="chat", tokenizer=str(folder / "plain"))
+    config = data_config(
+        str(folder / "corpus.jsonl"), tmp_path, format="chat", tokenizer=str(folder / "plain")
+    )
     config = config.model_copy(update={"train": config.train.model_copy(update={"seq_len": 40})})
     tokenize(config)
     found = capsys.readouterr().err
     manifest = read_manifest(split_uri(tokenize(config)["manifest"])[0])
-    store = open_storage(str(tmp_path)).child("tokens").child(Path(tokenize(config)["manifest"]).parent.name)
-    lengths = [len(c) for s in manifest.shards for c in conversations(manifest, store.read_bytes(s.file))]
+    store = (
+        open_storage(str(tmp_path))
+        .child("tokens")
+        .child(Path(tokenize(config)["manifest"]).parent.name)
+    )
+    lengths = [
+        len(c) for s in manifest.shards for c in conversations(manifest, store.read_bytes(s.file))
+    ]
     number = sum(length > 40 for length in lengths)
     assert 0 < number < 61
     assert found.count(f"{number} of 61 conversations have more than train.seq_len=40 tokens") == 1
     assert "conversations have more" not in capsys.readouterr().err
 
 
-def test_other_files_and_other_stores_are_refused(folder: Path, result: dict[str, Any], tmp_path: Path) -> None:
+def test_other_files_and_other_stores_are_refused(
+    folder: Path, result: dict[str, Any], tmp_path: Path
+) -> None:
     (tmp_path / "a.txt").write_text("User: hi")
-    with pytest.raises(UserError, match=r"data\.format=chat reads \.jsonl files, and .*a\.txt is none"):
+    with pytest.raises(
+        UserError, match=r"data\.format=chat reads \.jsonl files, and .*a\.txt is none"
+    ):
         tokenize(data_config(str(tmp_path / "a.txt"), tmp_path / "storage", format="chat"))
     store = f"tokens://{Path(result['manifest']).parent}"
-    with pytest.raises(CorpusError, match=r"made with another tokenizer .*, BOS, data\.format or chat template"):
+    with pytest.raises(
+        CorpusError, match=r"made with another tokenizer .*, BOS, data\.format or chat template"
+    ):
         tokenize(data_config(store, tmp_path / "storage"))
     copied = tokenize(data_config(store, tmp_path / "storage", format="chat"))
     assert copied["tokens"] == result["tokens"]
@@ -215,20 +287,35 @@ def test_a_tokenizer_with_bos_begins_every_document_with_it(folder: Path, tmp_pa
     backend = tokenizers.Tokenizer.from_str((folder / "plain" / "tokenizer.json").read_text())
     backend.add_special_tokens(["<bos>"])
     bos = backend.token_to_id("<bos>")
-    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", bos)]
+    )
     (tmp_path / "tokenizer.json").write_text(backend.to_str())
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{number}+{number}"}) for number in range(30)))
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"{number}+{number}"}) for number in range(30))
+    )
     tokenizer = Tokenizer.from_json((tmp_path / "tokenizer.json").read_bytes())
-    result = tokenize(data_config(str(tmp_path / "a.jsonl"), tmp_path / "storage", tokenizer=str(tmp_path)))
+    result = tokenize(
+        data_config(str(tmp_path / "a.jsonl"), tmp_path / "storage", tokenizer=str(tmp_path))
+    )
     store, _ = split_uri(result["manifest"])
     manifest = read_manifest(store)
-    ids = np.concatenate([np.frombuffer(store.read_bytes(s.file), "<u2") for s in manifest.shards]).tolist()
+    ids = np.concatenate(
+        [np.frombuffer(store.read_bytes(s.file), "<u2") for s in manifest.shards]
+    ).tolist()
     assert (manifest.bos_id, manifest.start_id, ids.count(bos)) == (bos, bos, 30)
     documents = {tuple(tokenizer.encode_whole(f"{number}+{number}")) for number in range(30)}
     ends = [place + 1 for place, token in enumerate(ids) if token == tokenizer.eot_id]
-    assert {tuple(ids[start : end - 1]) for start, end in zip([0, *ends], ends, strict=False)} == documents
+    assert {
+        tuple(ids[start : end - 1]) for start, end in zip([0, *ends], ends, strict=False)
+    } == documents
     chat = tokenize(
-        data_config(str(folder / "corpus.jsonl"), tmp_path / "storage", tokenizer=str(tmp_path), format="chat")
+        data_config(
+            str(folder / "corpus.jsonl"),
+            tmp_path / "storage",
+            tokenizer=str(tmp_path),
+            format="chat",
+        )
     )
     manifest = read_manifest(split_uri(chat["manifest"])[0])
     content = split_uri(chat["manifest"])[0].read_bytes(manifest.shards[0].file)
@@ -243,4 +330,6 @@ def test_a_manifest_of_text_has_the_fields_that_it_had(tmp_path: Path) -> None:
     values = json.loads(split_uri(result["manifest"])[0].read_bytes(MANIFEST))
     assert not values.keys() & {"chat", "bos_id"} and values["format_version"] == 2
     assert "template_refused" not in values["dropped"]
-    assert result["manifest_hash"] == hashlib.sha256(Path(result["manifest"]).read_bytes()).hexdigest()
+    assert (
+        result["manifest_hash"] == hashlib.sha256(Path(result["manifest"]).read_bytes()).hexdigest()
+    )

@@ -1,4 +1,5 @@
-"""A store of very many shards: its manifest has lists in their place, and is read, checked and repaired as any other."""
+"""A store of very many shards: its manifest has lists in their place, and is read, checked and
+repaired as any other."""
 
 import hashlib
 import json
@@ -14,7 +15,14 @@ from jobs.corpus.chunks import default_shard_bytes
 from jobs.corpus.listing import CorpusFile
 from jobs.tokens import token_store
 from jobs.tokens.build_store import tokenize
-from jobs.tokens.token_store import MANIFEST, SPLITS, Manifest, Shard, TokenStoreError, read_manifest
+from jobs.tokens.token_store import (
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    Shard,
+    TokenStoreError,
+    read_manifest,
+)
 from jobs.tokens.token_stream import TokenStream
 from tests.jobs.corpora import data_config, make_corpus
 from tests.jobs.stores import manifest_of, write_shard
@@ -33,7 +41,9 @@ def write_store(storage: Storage, *, weights: tuple[float, ...] = ()) -> Manifes
     shards = []
     for number, size in SIZES.items():
         split: Any = "val" if number in (1, 1001, 100_001) else "train"
-        shards.append(write_shard(storage, number, size, split=split, source=int(number >= 1000))[0])
+        shards.append(
+            write_shard(storage, number, size, split=split, source=int(number >= 1000))[0]
+        )
     manifest = manifest_of(shards, weights=weights)
     for name, content in manifest.with_lists()[1].items():
         storage.write_bytes(name, content)
@@ -52,20 +62,33 @@ def test_rows_and_figures_are_those_of_a_store_without_lists(
 ) -> None:
     plain = open_storage(str(tmp_path / "plain"))
     write_store(plain, weights=weights)
-    expected = {split: TokenStream(plain, split=split, seq_len=5, seed=3, window_rows=7) for split in SPLITS}
+    expected = {
+        split: TokenStream(plain, split=split, seq_len=5, seed=3, window_rows=7) for split in SPLITS
+    }
     few()
-    root = str(tmp_path / "lists") if place == "local" else f"s3://{request.getfixturevalue('s3_bucket')}/store"
+    root = (
+        str(tmp_path / "lists")
+        if place == "local"
+        else f"s3://{request.getfixturevalue('s3_bucket')}/store"
+    )
     storage = open_storage(root)
     manifest = write_store(storage, weights=weights)
     names = {entry.key for entry in storage.list("list-")}
     assert names == {
-        *("list-0-shard-00.json", "list-0-val-00.json", "list-1-shard-01.json", "list-1-shard-02.json"),
+        *(
+            "list-0-shard-00.json",
+            "list-0-val-00.json",
+            "list-1-shard-01.json",
+            "list-1-shard-02.json",
+        ),
         *("list-1-val-01.json", "list-1-shard-100.json", "list-1-val-100.json"),
     }
     for split, stream in expected.items():
         found = TokenStream(storage, split=split, seq_len=5, seed=3, window_rows=7)
         assert found.count_rows() == stream.count_rows()
-        assert found.rows(range(found.count_rows()))[1].equal(stream.rows(range(found.count_rows()))[1])
+        assert found.rows(range(found.count_rows()))[1].equal(
+            stream.rows(range(found.count_rows()))[1]
+        )
         assert found.bytes_per_token(3) == stream.bytes_per_token(3)
         if split == "train":
             assert found.samples(range(90))[0].equal(stream.samples(range(90))[0])
@@ -89,18 +112,24 @@ def test_a_reader_opens_the_lists_that_it_needs(few: Callable[[], None], tmp_pat
         path.unlink()
     assert val.rows(range(17))[0].shape == (17, 5)
     assert train.rows(range(20))[0].shape == (20, 5)
-    with pytest.raises(TokenStoreError, match=r"list-1-shard-01\.json is missing or altered; tokenize again"):
+    with pytest.raises(
+        TokenStoreError, match=r"list-1-shard-01\.json is missing or altered; tokenize again"
+    ):
         train.rows(range(30))
     with pytest.raises(TokenStoreError, match=r"list-1-shard-01\.json is missing or altered"):
         read_manifest(storage)
 
 
-def test_a_lost_shard_of_a_list_is_named_when_it_is_opened(few: Callable[[], None], tmp_path: Path) -> None:
+def test_a_lost_shard_of_a_list_is_named_when_it_is_opened(
+    few: Callable[[], None], tmp_path: Path
+) -> None:
     few()
     storage = open_storage(str(tmp_path))
     write_store(storage)
     (tmp_path / "shard-00999.bin").unlink()
-    with pytest.raises(TokenStoreError, match=r"shard-00999\.bin is missing, the manifest says 140 bytes"):
+    with pytest.raises(
+        TokenStoreError, match=r"shard-00999\.bin is missing, the manifest says 140 bytes"
+    ):
         TokenStream(storage, split="train", seq_len=5).rows([0])
     with pytest.raises(TokenStoreError, match=r"shard-00999\.bin is missing"):
         read_manifest(storage)
@@ -124,14 +153,22 @@ def test_a_store_with_lists_is_made_looked_at_and_repaired(
         assert main(["data", command, "--storage.uri", str(tmp_path / "storage"), "--json"]) == 0
         capfd.readouterr()
 
-    names = {path.name for path in folder.rglob("*") if path.is_file() and ".partial-lock" not in path.name}
+    names = {
+        path.name
+        for path in folder.rglob("*")
+        if path.is_file() and ".partial-lock" not in path.name
+    }
     shards = {shard.file for shard in read_manifest(open_storage(str(folder))).shards}
     assert names == {*shards, *made["shards"], MANIFEST, "sources.json", "tokenizer.json"}
     content = (folder / "shard-00002.bin").read_bytes()
     (folder / "shard-00002.bin").unlink()
     assert tokenize(config) == made
     assert (folder / "shard-00002.bin").read_bytes() == content
-    assert names == {path.name for path in folder.rglob("*") if path.is_file() and ".partial-lock" not in path.name}
+    assert names == {
+        path.name
+        for path in folder.rglob("*")
+        if path.is_file() and ".partial-lock" not in path.name
+    }
 
 
 def of_size(num_bytes: int, compression: str = "") -> list[CorpusFile]:
@@ -140,16 +177,30 @@ def of_size(num_bytes: int, compression: str = "") -> list[CorpusFile]:
 
 @pytest.mark.parametrize(
     ("corpus_gib", "shard_mib"),
-    [(0.001, 16), (64, 16), (65, 32), (128, 32), (1000, 256), (1024, 256), (1025, 512), (10**4, 512)],
+    [
+        (0.001, 16),
+        (64, 16),
+        (65, 32),
+        (128, 32),
+        (1000, 256),
+        (1024, 256),
+        (1025, 512),
+        (10**4, 512),
+    ],
 )
 def test_shards_grow_with_the_corpus(corpus_gib: float, shard_mib: int) -> None:
     assert default_shard_bytes(of_size(int(corpus_gib * 2**30))) == shard_mib << 20
-    assert default_shard_bytes(of_size(int(corpus_gib * 2**30 / 3), ".zst")) == shard_mib << 20  # of text
+    # Of text
+    assert default_shard_bytes(of_size(int(corpus_gib * 2**30 / 3), ".zst")) == shard_mib << 20
 
 
-def test_a_small_corpus_makes_the_store_that_it_always_made(ray_workers: int, tmp_path: Path) -> None:
+def test_a_small_corpus_makes_the_store_that_it_always_made(
+    ray_workers: int, tmp_path: Path
+) -> None:
     corpus = make_corpus(tmp_path / "texts", num_documents=40)
     sized = tokenize(data_config(str(corpus), tmp_path / "storage", shard_bytes=16 << 20))
     by_default = tokenize(data_config(str(corpus), tmp_path / "storage", shard_bytes=0))
     assert by_default == sized  # the very same place
-    assert isinstance(read_manifest(open_storage(str(Path(sized["manifest"]).parent))).shards[0], Shard)
+    assert isinstance(
+        read_manifest(open_storage(str(Path(sized["manifest"]).parent))).shards[0], Shard
+    )

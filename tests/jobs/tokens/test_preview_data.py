@@ -1,4 +1,5 @@
-"""The preview: estimates that the job then confirms, without a cluster; and `raymill data` at the command line."""
+"""The preview: estimates that the job then confirms, without a cluster; and `raymill data` at the
+command line."""
 
 import csv
 import gzip
@@ -27,7 +28,8 @@ from tests.time_limits import limit_s
 def test_a_small_corpus_is_previewed_whole(
     ray_workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And its figures are the job's own: by the same tokenizer, and with the same one of two documents that are alike."""
+    """And its figures are the job's own: by the same tokenizer, and with the same one of two
+    documents that are alike."""
     corpus = make_corpus(tmp_path / "texts", num_documents=80)
     (corpus / "f.jsonl").write_text(json.dumps({"text": "A TEXT IN CAPITAL LETTERS " * 20}))
     (corpus / "g.txt").write_text("a text in capital letters " * 20)
@@ -35,39 +37,62 @@ def test_a_small_corpus_is_previewed_whole(
     seen = preview(config)
     done = tokenize(config)
     assert not seen["is_estimate"]
-    assert seen["replaced_utf8"] == stats(find_store(None, str(tmp_path / "storage")))["replaced_utf8"] == 1
+    assert (
+        seen["replaced_utf8"]
+        == stats(find_store(None, str(tmp_path / "storage")))["replaced_utf8"]
+        == 1
+    )
     assert seen["documents"] == done["documents"]
     assert seen["dropped"] == {reason: count for reason, count in done["dropped"].items() if count}
     assert seen["tokens"] == done["tokens"]
     stage, made = seen["stage"], Path(done["manifest"]).parent
-    assert stage["store_bytes"] == pytest.approx(sum(path.stat().st_size for path in made.glob("*.bin")), rel=0.05)
+    assert stage["store_bytes"] == pytest.approx(
+        sum(path.stat().st_size for path in made.glob("*.bin")), rel=0.05
+    )
     assert stage["chunks"] == pytest.approx(len(list(made.glob("shard-*.bin"))), rel=0.5)
     assert 0 < stage["worker_seconds"] < limit_s(60)
     assert 2**28 < stage["worker_memory_bytes"] < 2**30
-    assert seen["drop_samples"]["invalid_json"] == [{"file": f"{tmp_path}/texts/a.jsonl", "preview": "{broken"}]
+    assert seen["drop_samples"]["invalid_json"] == [
+        {"file": f"{tmp_path}/texts/a.jsonl", "preview": "{broken"}
+    ]
     assert seen["examples"][0]["file"] == f"{tmp_path}/texts/a.jsonl"
-    assert (seen["skipped_files"], seen["skipped_bytes"]) == ({".md": 1}, {".md": len("no corpus file")})
+    assert (seen["skipped_files"], seen["skipped_bytes"]) == (
+        {".md": 1},
+        {".md": len("no corpus file")},
+    )
     said = capsys.readouterr().err
     assert "skipped 1 file of unknown ending, such as" in said
     assert "WARNING" not in said
 
 
 @pytest.mark.parametrize("settings", [{"near_dedup_threshold": 0.8}, {"decontaminate_ngram": 13}])
-def test_what_the_job_may_drop_besides_makes_it_an_estimate(settings: dict[str, Any], tmp_path: Path) -> None:
-    config = data_config(str(make_corpus(tmp_path / "texts", num_documents=30)), tmp_path / "storage", **settings)
+def test_what_the_job_may_drop_besides_makes_it_an_estimate(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = data_config(
+        str(make_corpus(tmp_path / "texts", num_documents=30)), tmp_path / "storage", **settings
+    )
     assert preview(config)["is_estimate"]
 
 
-def test_the_tokens_that_begin_and_end_a_document_are_counted(ray_workers: int, tmp_path: Path) -> None:
+def test_the_tokens_that_begin_and_end_a_document_are_counted(
+    ray_workers: int, tmp_path: Path
+) -> None:
     """Of a tokenizer that begins each text with a token of its own."""
     corpus = make_corpus(tmp_path / "texts", num_documents=30)
-    started = tokenizers.Tokenizer.from_str(train_bpe(["some words " * 9], vocab_size=300).to_json().decode())
+    started = tokenizers.Tokenizer.from_str(
+        train_bpe(["some words " * 9], vocab_size=300).to_json().decode()
+    )
     start = "<|endoftext|>"
     started.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A", pair=f"{start} $A $B", special_tokens=[(start, started.token_to_id(start))]
+        single=f"{start} $A",
+        pair=f"{start} $A $B",
+        special_tokens=[(start, started.token_to_id(start))],
     )
     (tmp_path / "tokenizer.json").write_text(started.to_str())
-    config = data_config(str(corpus), tmp_path / "storage", tokenizer=str(tmp_path / "tokenizer.json"))
+    config = data_config(
+        str(corpus), tmp_path / "storage", tokenizer=str(tmp_path / "tokenizer.json")
+    )
     assert preview(config)["tokens"] == tokenize(config)["tokens"]
 
 
@@ -104,7 +129,9 @@ def write_alike(folder: Path, texts: list[str], kind: str) -> None:
     """Writes the texts in one file, with a note beside each where a kind has fields."""
     folder.mkdir(parents=True)
     notes = [f"{number} {'note ' * 60}" for number in range(len(texts))]
-    lines = "\n".join(json.dumps({"id": note, "text": text}) for note, text in zip(notes, texts, strict=True))
+    lines = "\n".join(
+        json.dumps({"id": note, "text": text}) for note, text in zip(notes, texts, strict=True)
+    )
     match kind:
         case "jsonl":
             (folder / "a.jsonl").write_text(lines)
@@ -112,13 +139,17 @@ def write_alike(folder: Path, texts: list[str], kind: str) -> None:
             (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
         case "txt.zst":
             for number in range(0, len(texts), 500):
-                content = pa.compress("\n".join(texts[number:][:500]).encode(), codec="zstd", asbytes=True)
+                content = pa.compress(
+                    "\n".join(texts[number:][:500]).encode(), codec="zstd", asbytes=True
+                )
                 (folder / f"{number}.txt.zst").write_bytes(content)
         case "csv":
             with (folder / "a.csv").open("w", newline="") as file:
                 csv.writer(file).writerows([("text", "id"), *zip(texts, notes, strict=True)])
         case "parquet":
-            pq.write_table(pa.table({"text": texts, "id": notes}), folder / "a.parquet", row_group_size=3000)
+            pq.write_table(
+                pa.table({"text": texts, "id": notes}), folder / "a.parquet", row_group_size=3000
+            )
 
 
 KINDS = ("jsonl", "jsonl.gz", "txt.zst", "csv", "parquet")
@@ -146,7 +177,9 @@ def test_each_kind_of_file_is_estimated_by_its_own_bytes(
 
 def test_nothing_to_keep_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\0\1")
-    with pytest.raises(CorpusError, match=r"the corpus is empty: 1 file, 1 document dropped \(1 binary\)"):
+    with pytest.raises(
+        CorpusError, match=r"the corpus is empty: 1 file, 1 document dropped \(1 binary\)"
+    ):
         preview(data_config(f"{tmp_path}/a.txt", tmp_path / "storage"))
 
 
@@ -175,9 +208,16 @@ def test_the_commands(ray_workers: int, tmp_path: Path, capfd: pytest.CaptureFix
     assert main(["data", "stats", "nothing-here", *flags]) == 1
 
 
-def test_a_hostile_corpus_drives_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    escape = "\x1b]52;c;eHg=\x07 \x9b2J \u202etxet\r"  # sets the clipboard, clears the screen, turns the line around
-    rows = [f"{{{escape}", json.dumps({"text": f"kept {escape}"}), json.dumps({"text": "kept äöü 漢字\u3000"})]
+def test_a_hostile_corpus_drives_no_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Sets the clipboard, clears the screen, turns the line around
+    escape = "\x1b]52;c;eHg=\x07 \x9b2J \u202etxet\r"
+    rows = [
+        f"{{{escape}",
+        json.dumps({"text": f"kept {escape}"}),
+        json.dumps({"text": "kept äöü 漢字\u3000"}),
+    ]
     (tmp_path / f"{escape[:4]}.jsonl").write_text("\n".join(rows), newline="")
     assert main(["data", "preview", "--data.source", str(tmp_path)]) == 0
     (tmp_path / "a.csv").write_text(f"{escape}\n")

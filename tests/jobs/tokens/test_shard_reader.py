@@ -1,4 +1,5 @@
-"""Reading shards: within the bound in memory and open files, ahead of need, and with the storage's own errors."""
+"""Reading shards: within the bound in memory and open files, ahead of need, and with the storage's
+own errors."""
 
 import threading
 import time
@@ -18,7 +19,9 @@ from tests.jobs.stores import write_shard
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
-FILE, OTHER, MISSING = (Shard(name, "train", 0, 1000, 1, 1000, name) for name in ("file", "other", "missing"))
+FILE, OTHER, MISSING = (
+    Shard(name, "train", 0, 1000, 1, 1000, name) for name in ("file", "other", "missing")
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ def storage(tmp_path: Path) -> Watched:
 
 
 def reader_of(storage: Storage, dtype: str) -> ShardReader:
-    return ShardReader(storage, np.dtype(dtype), near=FileCache(storage, Path("/nowhere"), max_bytes=0))
+    return ShardReader(
+        storage, np.dtype(dtype), near=FileCache(storage, Path("/nowhere"), max_bytes=0)
+    )
 
 
 def elsewhere(storage: Storage) -> ShardReader:
@@ -87,7 +92,8 @@ def test_what_is_read_ahead_is_read_once_and_few_at_a_time(storage: Watched) -> 
     reader.read_ahead(wanted[:15])
     wait_until(lambda: len(storage.reads) == _NUM_THREADS)
     time.sleep(0.05)
-    assert storage.reads == ranges_of(wanted[:_NUM_THREADS])  # on their way although no read waits for them
+    # On their way although no read waits for them
+    assert storage.reads == ranges_of(wanted[:_NUM_THREADS])
     storage.gate.set()
     for piece in wanted[:15]:
         assert reader.read(piece, scattered=True)[0] == piece.start % 250
@@ -98,7 +104,9 @@ def test_what_is_read_ahead_is_read_once_and_few_at_a_time(storage: Watched) -> 
 
 def test_a_new_wish_replaces_the_old_one(storage: Watched) -> None:
     cache = elsewhere(storage)
-    old, new = ([Piece(shard, start, start + 100) for start in (0, 100, 200)] for shard in (FILE, OTHER))
+    old, new = (
+        [Piece(shard, start, start + 100) for start in (0, 100, 200)] for shard in (FILE, OTHER)
+    )
     cache.read_ahead(old)
     cache.read_ahead(new)
     assert [cache.read(piece, scattered=True).tobytes() for piece in new] == [bytes(100)] * 3
@@ -140,4 +148,7 @@ def test_remote_tokens_are_the_shards(scattered: bool, s3_bucket: str) -> None:
     if scattered:
         reader.read_ahead(pieces)
     for piece in pieces:
-        assert reader.read(piece, scattered=scattered).tolist() == tokens[piece.start : piece.end].tolist()
+        assert (
+            reader.read(piece, scattered=scattered).tolist()
+            == tokens[piece.start : piece.end].tolist()
+        )

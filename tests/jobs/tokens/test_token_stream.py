@@ -1,4 +1,5 @@
-"""The token stream: rows are the concatenated shards, on disk and in S3, and a damaged store is named."""
+"""The token stream: rows are the concatenated shards, on disk and in S3, and a damaged store is
+named."""
 
 import hashlib
 import itertools
@@ -20,12 +21,22 @@ from tests.jobs.stores import make_store, manifest_of, write_shard
 from tests.time_limits import limit_s
 
 
-def make_mixture(storage: Storage, *, weights: tuple[float, ...] = (0.75, 0.25)) -> list[np.ndarray]:
+def make_mixture(
+    storage: Storage, *, weights: tuple[float, ...] = (0.75, 0.25)
+) -> list[np.ndarray]:
     """Makes a store of two sources in three and two shards; returns the train tokens of each."""
     sizes = [(0, 50), (0, 7), (0, 100), (1, 90), (1, 34)]
-    written = [write_shard(storage, number, size, source=source) for number, (source, size) in enumerate(sizes)]
-    storage.write_bytes(MANIFEST, manifest_of([shard for shard, _ in written], weights=weights).to_json())
-    return [np.concatenate([ids for shard, ids in written if shard.source == source]) for source in (0, 1)]
+    written = [
+        write_shard(storage, number, size, source=source)
+        for number, (source, size) in enumerate(sizes)
+    ]
+    storage.write_bytes(
+        MANIFEST, manifest_of([shard for shard, _ in written], weights=weights).to_json()
+    )
+    return [
+        np.concatenate([ids for shard, ids in written if shard.source == source])
+        for source in (0, 1)
+    ]
 
 
 def test_manifest_reads_back_equal(tmp_path: Path) -> None:
@@ -43,7 +54,9 @@ def test_manifest_reads_back_equal(tmp_path: Path) -> None:
 def test_rows_are_the_shards_end_to_end(
     place: str, vocab_size: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    root = str(tmp_path) if place == "local" else f"s3://{request.getfixturevalue('s3_bucket')}/store"
+    root = (
+        str(tmp_path) if place == "local" else f"s3://{request.getfixturevalue('s3_bucket')}/store"
+    )
     storage = open_storage(root)
     tokens = make_store(storage, sizes=[5, 40, 1, 3, 52], vocab_size=vocab_size)
     stream = TokenStream(storage, split="train", seq_len=10)
@@ -54,7 +67,11 @@ def test_rows_are_the_shards_end_to_end(
     assert inputs.reshape(-1).tolist() == tokens[:100].tolist()
     assert targets.reshape(-1).tolist() == tokens[1:101].tolist()
     inputs, targets = stream.rows([7, 2, 7])
-    assert inputs.tolist() == [tokens[70:80].tolist(), tokens[20:30].tolist(), tokens[70:80].tolist()]
+    assert inputs.tolist() == [
+        tokens[70:80].tolist(),
+        tokens[20:30].tolist(),
+        tokens[70:80].tolist(),
+    ]
     with pytest.raises(IndexError, match="rows 3 to 10 were asked for, the stream has 10"):
         stream.rows([3, 10])
 
@@ -78,12 +95,17 @@ def test_each_source_is_a_stream_of_its_own(tmp_path: Path) -> None:
 def test_a_source_without_a_row_is_named(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     make_mixture(storage, weights=(0.5, 0.25, 0.25))
-    with pytest.raises(TokenStoreError, match=r"the train split of source 2 has 0 tokens, a row needs 11"):
+    with pytest.raises(
+        TokenStoreError, match=r"the train split of source 2 has 0 tokens, a row needs 11"
+    ):
         TokenStream(storage, split="train", seq_len=10)
 
 
-def test_read_ahead_fetches_what_is_used_and_little_else(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On S3, rows in shuffled order: the bytes fetched are the bytes used, each once, before they are asked for."""
+def test_read_ahead_fetches_what_is_used_and_little_else(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On S3, rows in shuffled order: the bytes fetched are the bytes used, each once, before they
+    are asked for."""
     storage = open_storage(f"s3://{s3_bucket}/store")
     tokens = make_store(storage, sizes=[300_000, 200_001, 150_000])
     stream = TokenStream(storage, split="train", seq_len=256, window_rows=1 << 20)
@@ -111,7 +133,10 @@ def test_splits_are_apart(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     make_store(storage, sizes=[100], val_size=31)
     assert TokenStream(storage, split="val", seq_len=10).count_rows() == 3
-    with pytest.raises(TokenStoreError, match=r"the val split .* has 31 tokens, a row needs 33 .*lower train.seq_len"):
+    with pytest.raises(
+        TokenStoreError,
+        match=r"the val split .* has 31 tokens, a row needs 33 .*lower train.seq_len",
+    ):
         TokenStream(storage, split="val", seq_len=32)
 
 
@@ -129,7 +154,9 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
     shard = tmp_path / "shard-00001.bin"
     content = shard.read_bytes()
     shard.write_bytes(content[:-2])
-    with pytest.raises(TokenStoreError, match=r"shard-00001\.bin has 98 bytes, the manifest says 100 bytes"):
+    with pytest.raises(
+        TokenStoreError, match=r"shard-00001\.bin has 98 bytes, the manifest says 100 bytes"
+    ):
         TokenStream(storage, split="train", seq_len=8)
     shard.unlink()
     with pytest.raises(TokenStoreError, match=r"shard-00001\.bin is missing"):
@@ -139,12 +166,16 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(TokenStoreError, match=r"manifest\.json is damaged"):
         TokenStream(storage, split="train", seq_len=8)
     (tmp_path / MANIFEST).unlink()
-    with pytest.raises(TokenStoreError, match=r"holds no manifest.json: tokenizing was not finished"):
+    with pytest.raises(
+        TokenStoreError, match=r"holds no manifest.json: tokenizing was not finished"
+    ):
         TokenStream(storage, split="train", seq_len=8)
 
 
 @pytest.mark.parametrize("weights", [(), (0.6, 0.4)])
-def test_an_epoch_of_a_resized_run_reads_each_token_once(weights: tuple[float, ...], tmp_path: Path) -> None:
+def test_an_epoch_of_a_resized_run_reads_each_token_once(
+    weights: tuple[float, ...], tmp_path: Path
+) -> None:
     """Worlds of 1 to 5 workers, each with its own stream that is opened again at a random step."""
     storage = open_storage(str(tmp_path))
     sources = make_mixture(storage, weights=weights)
@@ -154,12 +185,17 @@ def test_an_epoch_of_a_resized_run_reads_each_token_once(weights: tuple[float, .
     step = 0
     while step < 12:
         world_size, until = int(random.integers(1, 6)), step + int(random.integers(1, 4))
-        streams = [TokenStream(storage, split="train", seq_len=10, seed=1, window_rows=5) for _ in range(world_size)]
+        streams = [
+            TokenStream(storage, split="train", seq_len=10, seed=1, window_rows=5)
+            for _ in range(world_size)
+        ]
         for step in range(step, until):  # noqa: B020
             for rank, stream in enumerate(streams):
                 for lane in itertools.chain(*subtrees_of_ranks(5, world_size)[rank]):
                     samples = range(10 * step + 2 * lane, 10 * step + 2 * lane + 2)
-                    for sample, ids in zip(samples, stream.samples(samples)[0].tolist(), strict=True):
+                    for sample, ids in zip(
+                        samples, stream.samples(samples)[0].tolist(), strict=True
+                    ):
                         assert taken.setdefault(sample, ids) == ids
         step = max(0, until - int(random.integers(0, 2)))  # some restarts lose a step
     assert sorted(taken) == list(range(len(taken)))
@@ -189,7 +225,11 @@ def test_a_fresh_process_is_at_any_step_at_once(tmp_path: Path) -> None:
         "print(stream.count_rows(), tuple(inputs.shape), time.process_time())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True, timeout=limit_s(60)
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=limit_s(60),
     )
     result, seconds = done.stdout.rsplit(maxsplit=1)
     assert result == "9999999 (512, 8)"

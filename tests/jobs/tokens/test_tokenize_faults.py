@@ -1,7 +1,8 @@
-"""Tokenizing under SIGKILL of a worker, a node and the driver at random moments: always the same bytes.
+"""Tokenizing under SIGKILL of a worker, a node and the driver at random moments: always the same
+bytes.
 
-Everything is real: raylets, Ray Data, SIGKILL. A seed draws the moment and the victim; the suite tries a few, the
-slow suite ten of each kind.
+Everything is real: raylets, Ray Data, SIGKILL. A seed draws the moment and the victim; the suite
+tries a few, the slow suite ten of each kind.
 """
 
 import os
@@ -52,7 +53,9 @@ def start(cluster: LocalCluster, corpus: Path, folder: Path) -> subprocess.Popen
     write_config(data_config(str(corpus), folder / "storage", **SETTINGS), folder / "run.yaml")
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.tokenize_corpus", str(folder / "run.yaml")],
-        env=os.environ | cluster.environment | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(REPOSITORY)},
+        env=os.environ
+        | cluster.environment
+        | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -68,8 +71,8 @@ def finish(job: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def is_outlived(job: subprocess.Popen[str]) -> bool:
-    """Reports whether the driver survives a node's death: it ends with the node that it is attached to, which is any one
-    where all share an address."""
+    """Reports whether the driver survives a node's death: it ends with the node that it is attached
+    to, which is any one where all share an address."""
     try:
         return job.wait(timeout=limit_s(10)) == 0
     except subprocess.TimeoutExpired:
@@ -79,14 +82,26 @@ def is_outlived(job: subprocess.Popen[str]) -> bool:
 def wait_for_progress(folder: Path, *, files: int) -> None:
     """Waits until the store holds so many files: indexes, decisions, shards."""
     storage = open_storage(str(folder / "storage"))
-    wait_until(lambda: len(storage.list("tokens/")) >= files, poll_s=0.01, why=lambda: "the job wrote nothing")
+    wait_until(
+        lambda: len(storage.list("tokens/")) >= files,
+        poll_s=0.01,
+        why=lambda: "the job wrote nothing",
+    )
 
 
 def workers_of(cluster: LocalCluster) -> list[psutil.Process]:
     """Returns the node's workers without its agents, with which it would die."""
-    own = [child for node in cluster._nodes.values() for child in psutil.Process(node.pid).children(recursive=True)]
+    own = [
+        child
+        for node in cluster._nodes.values()
+        for child in psutil.Process(node.pid).children(recursive=True)
+    ]
     titles = {process: " ".join(process.cmdline()[:1]) for process in own if process.is_running()}
-    return [process for process, title in titles.items() if title.startswith("ray::") and "Agent" not in title]
+    return [
+        process
+        for process, title in titles.items()
+        if title.startswith("ray::") and "Agent" not in title
+    ]
 
 
 class Contest(NamedTuple):
@@ -99,7 +114,9 @@ class Contest(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def contest(cluster: LocalCluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Contest:
+def contest(
+    cluster: LocalCluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Contest:
     """The first run of the module, which nothing kills; a second one is started into its store."""
     folder = tmp_path_factory.mktemp("contest")
     first = start(cluster, corpus, folder)
@@ -123,11 +140,16 @@ def test_two_runs_into_one_store_are_refused(contest: Contest) -> None:
 
 
 def seeds() -> list[Any]:
-    return [pytest.param(seed, marks=() if seed in QUICK_SEEDS else pytest.mark.slow) for seed in ALL_SEEDS]
+    return [
+        pytest.param(seed, marks=() if seed in QUICK_SEEDS else pytest.mark.slow)
+        for seed in ALL_SEEDS
+    ]
 
 
 @pytest.mark.parametrize("seed", seeds())
-@pytest.mark.parametrize("victim", ["worker", pytest.param("node", marks=pytest.mark.slow), "driver"])
+@pytest.mark.parametrize(
+    "victim", ["worker", pytest.param("node", marks=pytest.mark.slow), "driver"]
+)
 def test_a_kill_changes_no_byte(
     cluster: LocalCluster, corpus: Path, contest: Contest, victim: str, seed: int, tmp_path: Path
 ) -> None:
@@ -138,9 +160,14 @@ def test_a_kill_changes_no_byte(
         job.send_signal(signal.SIGKILL)
         job.communicate()
         assert not list((tmp_path / "storage").glob("tokens/*/manifest.json"))
-        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "storage").glob("tokens/*/shard-*.bin")}
+        before = {
+            path: path.stat().st_mtime_ns
+            for path in (tmp_path / "storage").glob("tokens/*/shard-*.bin")
+        }
         result = finish(start(cluster, corpus, tmp_path))
-        assert {path: path.stat().st_mtime_ns for path in before} == before, "a shard was made twice"
+        assert {path: path.stat().st_mtime_ns for path in before} == before, (
+            "a shard was made twice"
+        )
     elif victim == "node":
         cluster.kill_node(rng.choice(cluster.node_names[1:]))
         cluster.add_node(wait=False)

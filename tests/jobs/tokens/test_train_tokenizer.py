@@ -1,4 +1,5 @@
-"""The tokenizer stage: same corpus, same tokenizer; trained once, or loaded from where it is named."""
+"""The tokenizer stage: same corpus, same tokenizer; trained once, or loaded from where it is
+named."""
 
 import gzip
 import hashlib
@@ -51,11 +52,18 @@ def test_it_is_trained_once_until_what_shapes_it_changes(ray_workers: int, tmp_p
     assert ensure_tokenizer(data_config(str(corpus), tmp_path))[1] != uri
 
 
-def test_a_named_tokenizer_is_loaded(ray_workers: int, corpus: Path, tmp_path: Path, s3_bucket: str) -> None:
+def test_a_named_tokenizer_is_loaded(
+    ray_workers: int, corpus: Path, tmp_path: Path, s3_bucket: str
+) -> None:
     tokenizer, uri = ensure_tokenizer(data_config(str(corpus), tmp_path))
     storage, name = split_uri(uri)
     open_storage(f"s3://{s3_bucket}/given").write_bytes(name, storage.read_bytes(name))
-    for given in (uri, str(Path(uri).parent), f"s3://{s3_bucket}/given", f"s3://{s3_bucket}/given/tokenizer.json"):
+    for given in (
+        uri,
+        str(Path(uri).parent),
+        f"s3://{s3_bucket}/given",
+        f"s3://{s3_bucket}/given/tokenizer.json",
+    ):
         loaded, loaded_uri = ensure_tokenizer(data_config("unused", tmp_path, tokenizer=given))
         assert loaded.hash == tokenizer.hash
         assert loaded_uri.endswith("tokenizer.json")
@@ -78,17 +86,33 @@ def test_a_small_corpus_is_sampled_whole(tmp_path: Path) -> None:
         (tmp_path / f"{number}.txt").write_text(text)
     files = list_corpus(str(tmp_path)).files
     assert list(sample_texts(files, DataConfig())) == ["first ", "zweite Ä", "third"]
-    assert list(sample_texts(files, DataConfig(dedup=False))) == ["first ", "first ", "zweite Ä", "third"]
+    assert list(sample_texts(files, DataConfig(dedup=False))) == [
+        "first ",
+        "first ",
+        "zweite Ä",
+        "third",
+    ]
 
 
-ALPHABETS = ["abcdefgh", "ijklmnop", "qrstuvwx", "ABCDEFGH", "IJKLMNOP", "QRSTUVWX", "äöüéèàçñ", "абвгдежз"]
+ALPHABETS = [
+    "abcdefgh",
+    "ijklmnop",
+    "qrstuvwx",
+    "ABCDEFGH",
+    "IJKLMNOP",
+    "QRSTUVWX",
+    "äöüéèàçñ",
+    "абвгдежз",
+]
 
 
 def write_sorted(folder: Path, kind: str, *, num_documents: int = 1600) -> None:
     """Writes a corpus in which one alphabet follows the other."""
     rng = random.Random(0)
     folder.mkdir(parents=True)
-    letters = [ALPHABETS[number * len(ALPHABETS) // num_documents] for number in range(num_documents)]
+    letters = [
+        ALPHABETS[number * len(ALPHABETS) // num_documents] for number in range(num_documents)
+    ]
     texts = [" ".join("".join(rng.choices(own, k=5)) for _ in range(30)) for own in letters]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     match kind:
@@ -103,12 +127,15 @@ def write_sorted(folder: Path, kind: str, *, num_documents: int = 1600) -> None:
                 (folder / f"{number:04d}.txt").write_text(text)
         case "archives":
             for number in range(0, num_documents, 100):
-                (folder / f"{number:04d}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[number:][:100]).encode()))
+                (folder / f"{number:04d}.jsonl.gz").write_bytes(
+                    gzip.compress("\n".join(lines[number:][:100]).encode())
+                )
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt", "files", "archives"])
 def test_the_sample_comes_from_all_over_a_sorted_corpus(kind: str, tmp_path: Path) -> None:
-    """The sample has the wanted size, equal shares, and the same text whatever the files are called."""
+    """The sample has the wanted size, equal shares, and the same text whatever the files are
+    called."""
     for name in ("here", "there"):
         write_sorted(tmp_path / name / "texts", kind)
     data = DataConfig(tokenizer_sample_bytes=150_000, max_document_bytes=20_000)
@@ -144,12 +171,15 @@ def test_little_of_a_large_corpus_is_read_and_every_document_may_be(
 
 def test_an_empty_corpus_stops_the_training(ray_workers: int, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\x00")
-    with pytest.raises(UserError, match=r"the corpus is empty: 1 file, 1 document dropped \(1 binary\)"):
+    with pytest.raises(
+        UserError, match=r"the corpus is empty: 1 file, 1 document dropped \(1 binary\)"
+    ):
         ensure_tokenizer(data_config(str(tmp_path), tmp_path / "storage"))
 
 
 def test_a_word_of_a_megabyte_takes_no_hours(tmp_path: Path) -> None:
-    bases = "".join(random.Random(0).choices("ACGT", k=200_000))  # in one piece this trains for half a minute
+    # In one piece this trains for half a minute
+    bases = "".join(random.Random(0).choices("ACGT", k=200_000))
     (tmp_path / "a.txt").write_text(bases)
     files = list_corpus(f"{tmp_path}/a.txt").files
     pieces = list(sample_texts(files, DataConfig()))

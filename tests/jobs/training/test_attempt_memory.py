@@ -1,4 +1,5 @@
-"""Nothing of an attempt is alive after it, whichever way it was left, and a worker's memory does not grow by losses."""
+"""Nothing of an attempt is alive after it, whichever way it was left, and a worker's memory does
+not grow by losses."""
 
 import gc
 import json
@@ -30,9 +31,11 @@ def witness() -> Iterator[AttemptWitness]:
     made.close()
 
 
-def alive_at_attempts(plan: RunPlan, folder: Path, cut_offs: Sequence[CutOff]) -> list[tuple[int, dict[str, int]]]:
-    """Trains in two processes. Returns, as each attempt of rank 0 begins, how many gradients its process has made, and
-    what of those is alive."""
+def alive_at_attempts(
+    plan: RunPlan, folder: Path, cut_offs: Sequence[CutOff]
+) -> list[tuple[int, dict[str, int]]]:
+    """Trains in two processes. Returns, as each attempt of rank 0 begins, how many gradients its
+    process has made, and what of those is alive."""
     logs = run_in_rounds(plan, folder, cut_offs)
     lines = [line.split(maxsplit=2) for line in logs[0] if line.startswith("alive")]
     assert Ledger.read(plan.run).events("finish")
@@ -41,11 +44,17 @@ def alive_at_attempts(plan: RunPlan, folder: Path, cut_offs: Sequence[CutOff]) -
 
 @pytest.mark.parametrize("shard", get_args(Shard))
 def test_nothing_of_an_attempt_is_alive_after_a_loss(tmp_path: Path, shard: Shard) -> None:
-    """The first attempt ends within its first step, the second within the step after, when the other is killed."""
-    settings: dict[str, Any] = {"train": {"eval_every_steps": 8, "sample_prompts": []}, "scaling": {"shard": shard}}
+    """The first attempt ends within its first step, the second within the step after, when the
+    other is killed."""
+    settings: dict[str, Any] = {
+        "train": {"eval_every_steps": 8, "sample_prompts": []},
+        "scaling": {"shard": shard},
+    }
     plan = tiny_plan(str(tmp_path / "run"), num_steps=4, **settings)
     begun = alive_at_attempts(plan, tmp_path, [CutOff(0, 1, "zeros"), CutOff(1, 2, "killed")])
-    assert begun == [(0, {}), (3, {}), (6, {})], "two gradients of the self-test, and one of the attempt"
+    assert begun == [(0, {}), (3, {}), (6, {})], (
+        "two gradients of the self-test, and one of the attempt"
+    )
 
 
 def test_nothing_of_stock_data_parallelism_is_alive_after_a_loss(tmp_path: Path) -> None:
@@ -65,8 +74,12 @@ def test_nothing_of_an_attempt_is_alive_after_a_rollback(
         alive.append(witness.alive())
         return begin(*arguments, **options)
 
-    def poisoned(self: BatchGradient, loss_of: Any, step: int, number: int, *rest: Any, scale: float) -> Tensor:
-        return backward(self, loss_of, step, number, *rest, scale=float("nan") if step == 5 else scale)
+    def poisoned(
+        self: BatchGradient, loss_of: Any, step: int, number: int, *rest: Any, scale: float
+    ) -> Tensor:
+        return backward(
+            self, loss_of, step, number, *rest, scale=float("nan") if step == 5 else scale
+        )
 
     monkeypatch.setattr(train_loop, "open_attempt", watched)
     monkeypatch.setattr(BatchGradient, "_backward", poisoned)
@@ -96,7 +109,8 @@ def test_nothing_is_alive_of_an_attempt_that_could_not_begin(
 
 
 def test_resident_memory_is_flat_over_losses() -> None:
-    """Where autograd's hooks hold the sums, as this shows too, a loss leaves twice the weights and more."""
+    """Where autograd's hooks hold the sums, as this shows too, a loss leaves twice the weights and
+    more."""
     growth = {}
     for strong in (False, True):
         memory = in_own_process(num_losses=4, strong=strong)

@@ -1,4 +1,5 @@
-"""A run whose batch grows and whose learning rate cools down: the same bits in any world and after any restart."""
+"""A run whose batch grows and whose learning rate cools down: the same bits in any world and after
+any restart."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
 def test_the_ledger_counts_what_each_step_took(trained: RunPlan) -> None:
     ledger = Ledger.read(trained.run)
     ends = [2 * sum(LANES[: number + 1]) for number in range(len(LANES))]
-    assert [line["samples"] for line in ledger.steps] == [list(pair) for pair in zip([0, *ends], ends, strict=False)]
+    assert [line["samples"] for line in ledger.steps] == [
+        list(pair) for pair in zip([0, *ends], ends, strict=False)
+    ]
     assert [line["tokens_seen"] for line in ledger.steps] == [ROW * end for end in ends]
     assert ledger.events("finish")[-1]["step"] == len(LANES)
     assert read_metadata(newest_checkpoint(trained)).tokens_seen == ROW * ends[-1]
@@ -57,7 +60,8 @@ def test_the_rate_is_a_function_of_the_tokens(trained: RunPlan) -> None:
 
 def test_two_workers_and_a_kill_give_the_same_bits(trained: RunPlan, tmp_path: Path) -> None:
     plan = ramped_plan(tmp_path)
-    run_world(plan, Faults(dies_at=5), world_size=2)  # the checkpoint before is of step 3, amid the ramp
+    # The checkpoint before is of step 3, amid the ramp
+    run_world(plan, Faults(dies_at=5), world_size=2)
     run_world(plan, world_size=2)
     ledger = Ledger.read(plan.run)
     assert len(ledger.events("start")) == 2

@@ -1,4 +1,5 @@
-"""Bad steps are skipped, rolled back or end the run: the decisions by themselves, and in real training by real faults."""
+"""Bad steps are skipped, rolled back or end the run: the decisions by themselves, and in real
+training by real faults."""
 
 import math
 from dataclasses import asdict, replace
@@ -24,19 +25,28 @@ def policy(*, spike_factor: float = 0.0) -> RunConfig:
     train = {"max_skipped_steps": 2, "max_rollbacks": 2, "spike_factor": spike_factor}
     batch = {"global_batch_size": 1, "micro_batch_size": 1, "seq_len": 8, "max_tokens": 60 * 8}
     branches = {"checkpoint": {"save_every_steps": 5}, "scaling": {"max_workers": 1}}
-    return RunConfig.model_validate({"model": {"preset": "tiny"}, "train": train | batch} | branches)
+    return RunConfig.model_validate(
+        {"model": {"preset": "tiny"}, "train": train | batch} | branches
+    )
 
 
 POLICY = policy()
 
 
 def judge(
-    state: GuardState, step: int, *, loss: float = 3.0, norm: float = 1.0, config: RunConfig = POLICY
+    state: GuardState,
+    step: int,
+    *,
+    loss: float = 3.0,
+    norm: float = 1.0,
+    config: RunConfig = POLICY,
 ) -> Decision:
     return decide(state, config, step=step, loss=loss, grad_norm=norm)
 
 
-@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (3.0, math.inf), (3.0, math.nan)])
+@pytest.mark.parametrize(
+    ("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (3.0, math.inf), (3.0, math.nan)]
+)
 def test_what_is_not_finite_is_skipped(loss: float, norm: float) -> None:
     decision = judge(GuardState(last_applied=6), 7, loss=loss, norm=norm)
     assert decision.verdict is Verdict.SKIP
@@ -48,9 +58,11 @@ def test_what_is_not_finite_is_skipped(loss: float, norm: float) -> None:
     ("state", "step", "window"),
     [
         (GuardState(last_applied=12, skipped_in_a_row=2), 15, (11, 15)),
-        (GuardState(last_applied=10, skipped_in_a_row=2), 13, (6, 13)),  # the state of step 10 is the present one
+        # The state of step 10 is the present one
+        (GuardState(last_applied=10, skipped_in_a_row=2), 13, (6, 13)),
         (GuardState(last_applied=3, skipped_in_a_row=2), 6, (1, 6)),  # back to fresh weights
-        (GuardState(last_applied=10, skipped_in_a_row=2, rollbacks=((11, 15),)), 18, (6, 18)),  # further back
+        # Further back
+        (GuardState(last_applied=10, skipped_in_a_row=2, rollbacks=((11, 15),)), 18, (6, 18)),
     ],
 )
 def test_a_rollback_leaves_out_the_updates_since_an_earlier_save(
@@ -65,11 +77,17 @@ def test_a_rollback_leaves_out_the_updates_since_an_earlier_save(
     ("state", "step", "obstacle"),
     [
         (GuardState(last_applied=0, skipped_in_a_row=2), 3, "no earlier state"),
-        (GuardState(last_applied=40, skipped_in_a_row=2, rollbacks=((6, 9), (21, 25))), 43, "train.max_rollbacks=2"),
+        (
+            GuardState(last_applied=40, skipped_in_a_row=2, rollbacks=((6, 9), (21, 25))),
+            43,
+            "train.max_rollbacks=2",
+        ),
         (GuardState(last_applied=57, skipped_in_a_row=2), 60, "no data is left"),
     ],
 )
-def test_a_run_that_has_nothing_left_to_try_stops(state: GuardState, step: int, obstacle: str) -> None:
+def test_a_run_that_has_nothing_left_to_try_stops(
+    state: GuardState, step: int, obstacle: str
+) -> None:
     decision = judge(state, step, loss=math.nan)
     assert decision.verdict is Verdict.STOP
     assert obstacle in decision.reason
@@ -80,7 +98,8 @@ def test_spikes_are_measured_against_the_steps_before() -> None:
     config = policy(spike_factor=6.0)
     state = GuardState()
     for step in range(1, SPIKE_WINDOW + 1):
-        assert judge(state, step, loss=1e9 * (step == 1), config=config).verdict is Verdict.APPLY  # nothing to compare
+        # Nothing to compare
+        assert judge(state, step, loss=1e9 * (step == 1), config=config).verdict is Verdict.APPLY
         state = judge(state, step, loss=3.0 + step / 100, config=config).state
     # The median of the window is 3.325, and the median deviation from it 0.16.
     assert state.losses == tuple(3.0 + step / 100 for step in range(1, SPIKE_WINDOW + 1))
@@ -96,7 +115,9 @@ def test_spikes_are_measured_against_the_steps_before() -> None:
     kept=st.sets(st.integers(1, 12).map(lambda n: 5 * n)),
     kills=st.lists(st.integers(1, 60), max_size=4),
 )
-def test_kills_and_missing_checkpoints_change_no_decision(bad: set[int], kept: set[int], kills: list[int]) -> None:
+def test_kills_and_missing_checkpoints_change_no_decision(
+    bad: set[int], kept: set[int], kills: list[int]
+) -> None:
     """Whatever checkpoints survive a kill, the run comes to the same updates and the same end."""
 
     def run(kept: set[int], kills: list[int]) -> tuple[tuple[int, ...], Verdict]:
@@ -167,7 +188,8 @@ def test_a_skipped_step_changes_no_bit_of_weights_and_moments(tmp_path: Path) ->
 
 
 def test_poison_does_the_same_at_any_world_size_and_after_any_kill(tmp_path: Path) -> None:
-    """Steps 6 to 8 are bad: back to step 3, on with step 9. The same for 2 workers and for runs that were killed."""
+    """Steps 6 to 8 are bad: back to step 3, on with step 9. The same for 2 workers and for runs
+    that were killed."""
     faults = poisoned(6, 7, 8, 11)
     plans = [plan_in(tmp_path / name) for name in ("alone", "two", "killed", "bare")]
     run_world(plans[0], faults)
@@ -176,7 +198,8 @@ def test_poison_does_the_same_at_any_world_size_and_after_any_kill(tmp_path: Pat
         run_world(plans[2], replace(faults, dies_at=dies_at))
     run_world(plans[2], faults, world_size=2)
     run_world(plans[3], replace(faults, dies_at=9))
-    plans[3].run.delete("ledger.jsonl")  # nothing is left of it but its newest checkpoint, which is to be left out
+    # Nothing is left of it but its newest checkpoint, which is to be left out
+    plans[3].run.delete("ledger.jsonl")
     run_world(plans[3], faults)
     hashes, losses = zip(*map(outcome, plans), strict=True)
     assert len(set(hashes)) == 1
@@ -200,7 +223,8 @@ def test_a_spike_is_skipped_alike_by_all(tmp_path: Path) -> None:
 
 
 def test_a_validation_loss_that_is_not_finite_is_none_in_the_checkpoint(tmp_path: Path) -> None:
-    """The weights are finite, and the logits are not: the save of step 2 raised what ended the attempt."""
+    """The weights are finite, and the logits are not: the save of step 2 raised what ended the
+    attempt."""
     plan = plan_in(tmp_path, learning_rate=1e30, max_tokens=2 * 4 * 32, eval_every_steps=1)
     run_world(plan)
     ledger = Ledger.read(plan.run)
@@ -210,7 +234,9 @@ def test_a_validation_loss_that_is_not_finite_is_none_in_the_checkpoint(tmp_path
     assert ledger.events("finish")
 
 
-def test_weights_that_overflow_reach_no_checkpoint_and_stop_the_run_with_a_reason(tmp_path: Path) -> None:
+def test_weights_that_overflow_reach_no_checkpoint_and_stop_the_run_with_a_reason(
+    tmp_path: Path,
+) -> None:
     plan = plan_in(tmp_path, learning_rate=1e38, max_rollbacks=1)
     run_world(plan)
     ledger, checkpoints = Ledger.read(plan.run), RunCheckpoints(plan.run)

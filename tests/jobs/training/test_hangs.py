@@ -1,4 +1,5 @@
-"""All workers hang while their processes live: the culprit is named and ended, the others live on, and no bit differs."""
+"""All workers hang while their processes live: the culprit is named and ended, the others live on,
+and no bit differs."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ def plan_in(folder: Path, **scaling: Any) -> RunPlan:
 
 def outcome(plan: RunPlan) -> tuple[list[float], str]:
     ledger = Ledger.read(plan.run)
-    return [line["loss"] for line in ledger.steps], ledger.events("checkpoint")[-1]["parameter_hash"]
+    return [line["loss"] for line in ledger.steps], ledger.events("checkpoint")[-1][
+        "parameter_hash"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,8 @@ def processes(log: list[str]) -> list[str]:
 def test_one_whose_own_work_never_ends_is_ended_alone(
     tmp_path: Path, shard: str, undisturbed: tuple[list[float], str]
 ) -> None:
-    """It stands before a message in the thread that exchanges, as a GPU does in a kernel that never ends."""
+    """It stands before a message in the thread that exchanges, as a GPU does in a kernel that never
+    ends."""
     plan = plan_in(tmp_path, shard=shard)
     fault = Fault((1,), failpoint="before_message:60:sleep")
     logs, replaced = run_with(fault, plan, tmp_path, world_size=2)
@@ -79,9 +83,12 @@ def test_the_ends_of_a_stopped_link_are_named_and_all_meet_again(
 def test_one_that_never_sends_its_message_cannot_leave_and_is_replaced(
     tmp_path: Path, undisturbed: tuple[list[float], str]
 ) -> None:
-    """Within a message, so that nothing tells it from the others: only that it cannot leave the round."""
+    """Within a message, so that nothing tells it from the others: only that it cannot leave the
+    round."""
     plan = plan_in(tmp_path)
-    logs, replaced = run_with(Fault((1,), failpoint="in_message:60:sleep"), plan, tmp_path, world_size=3)
+    logs, replaced = run_with(
+        Fault((1,), failpoint="in_message:60:sleep"), plan, tmp_path, world_size=3
+    )
     assert replaced == [1]
     assert [len(set(processes(log))) for log in logs] == [1, 2, 1]
     assert outcome(plan) == undisturbed

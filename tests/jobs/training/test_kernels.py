@@ -1,4 +1,5 @@
-"""A run that computes with compiled kernels has one hash for any number of workers, and shares its kernels."""
+"""A run that computes with compiled kernels has one hash for any number of workers, and shares its
+kernels."""
 
 import hashlib
 from pathlib import Path
@@ -12,7 +13,9 @@ from tests.jobs.runs import tiny_plan
 pytestmark = pytest.mark.slow  # compiles
 
 
-def test_worlds_and_attempts_compute_with_the_same_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worlds_and_attempts_compute_with_the_same_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hashes = []
     for world_size in (1, 2):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / f"cache-{world_size}"))

@@ -53,7 +53,9 @@ def test_norms_are_those_of_the_parameters() -> None:
     model.loss(torch.randint(64, (2, 16)), torch.randint(64, (2, 16))).backward()
     before = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
     gradients = {
-        name: parameter.grad.double() for name, parameter in model.named_parameters() if parameter.grad is not None
+        name: parameter.grad.double()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
     }
     statistics = LayerStatistics(state, WorkerGroup(0, 1), StepTimer(), every_steps=3)
     with statistics.around_update(2):

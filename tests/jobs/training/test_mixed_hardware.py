@@ -11,7 +11,13 @@ import torch
 from cluster.settings.run import RunConfig
 from jobs.pretrain import unfinished
 from jobs.run.ledger import Ledger
-from jobs.training.mixed_hardware import changes, differences, hardware, settle_rounding, why_refused
+from jobs.training.mixed_hardware import (
+    changes,
+    differences,
+    hardware,
+    settle_rounding,
+    why_refused,
+)
 from jobs.training.train_loop import train
 from jobs.watching.run_watcher import message_of
 from tests.jobs.runs import tiny_plan
@@ -30,7 +36,9 @@ def test_like_workers_have_no_differences() -> None:
 
 def test_each_difference_names_its_ranks_and_their_nodes() -> None:
     own = {"cpu": "A", "torch": "2.8", "threads": "1"}
-    lines = differences([own, own | {"cpu": "B"}, own | {"threads": "4"}, own | {"gpu": "H100"}], nodes="aabb")
+    lines = differences(
+        [own, own | {"cpu": "B"}, own | {"threads": "4"}, own | {"gpu": "H100"}], nodes="aabb"
+    )
     assert lines == [
         "cpu: A (rank 0 2 3 on a b), B (rank 1 on a)",
         "gpu: H100 (rank 3 on b), none (rank 0 1 2 on a b)",
@@ -54,7 +62,10 @@ def test_unlike_workers__are_named_and_train_nothing_until_that_is_allowed(tmp_p
     ledger = train_unlike_workers(plan, tmp_path)
     assert [line["event"] for line in ledger.lines] == ["gave_up"]
     reason = str(unfinished(plan, ledger))
-    assert "threads: 1 (rank 0 on node-0), 2 (rank 1 on node-1). Give the run workers that are alike" in reason
+    assert (
+        "threads: 1 (rank 0 on node-0), 2 (rank 1 on node-1). Give the run workers that are alike"
+        in reason
+    )
     assert "scaling.mixed_hardware=allow" in reason
     ledger = train_unlike_workers(with_scaling(plan, mixed_hardware="allow"), tmp_path)
     assert ledger.events("finish")
@@ -79,10 +90,14 @@ def test_a_resume_on_other_hardware__waits_until_that_is_allowed(tmp_path: Path)
     try:
         train(replace(plan, until=3), rank=0, world_size=1)
         train(replace(other, until=5), rank=0, world_size=1)
-        assert "threads: 1 until now, 2 from here on" in str(unfinished(plan, Ledger.read(plan.run)))
+        assert "threads: 1 until now, 2 from here on" in str(
+            unfinished(plan, Ledger.read(plan.run))
+        )
         assert len(Ledger.read(plan.run).steps) == 3
         train(replace(plan, until=5), rank=0, world_size=1)
-        assert not Ledger.read(plan.run).events("tolerance_mode"), "on what it began with it goes on as before"
+        assert not Ledger.read(plan.run).events("tolerance_mode"), (
+            "on what it began with it goes on as before"
+        )
         train(replace(with_scaling(other, mixed_hardware="allow"), until=6), rank=0, world_size=1)
         train(plan, rank=0, world_size=1)
     finally:
@@ -97,14 +112,19 @@ def test_a_resume_on_other_hardware__waits_until_that_is_allowed(tmp_path: Path)
 
 def settle(log: Path, use_gpu: bool) -> None:
     into_log(log)
-    config = RunConfig.model_validate({"model": {"preset": "tiny"}, "scaling": {"max_workers": 1, "use_gpu": use_gpu}})
+    config = RunConfig.model_validate(
+        {"model": {"preset": "tiny"}, "scaling": {"max_workers": 1, "use_gpu": use_gpu}}
+    )
     settle_rounding(config)
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert torch.get_float32_matmul_precision() == "highest"
     if use_gpu:
         assert torch._inductor.config.deterministic
-        assert (os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["NVIDIA_TF32_OVERRIDE"]) == (":4096:8", "0")
+        assert (os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["NVIDIA_TF32_OVERRIDE"]) == (
+            ":4096:8",
+            "0",
+        )
     else:
         assert "torch._inductor.config" not in sys.modules, "a second of each start"
 

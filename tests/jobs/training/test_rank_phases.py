@@ -32,7 +32,10 @@ def test_stragglers_take_longer_for_a_lane(ranks: list[RankTime], slow: dict[int
 def test_a_straggler_is_named_in_its_second_window_and_once() -> None:
     phases = RankPhases(WorkerGroup(0, 2))
     usual, slow = [rank(10), rank(10)], [rank(10), rank(20)]
-    told = [bool(phases.new_stragglers(ranks)) for ranks in (slow, usual, slow, slow, slow, usual, slow, slow)]
+    told = [
+        bool(phases.new_stragglers(ranks))
+        for ranks in (slow, usual, slow, slow, slow, usual, slow, slow)
+    ]
     assert told == [False, False, False, True, False, False, False, True]
 
 

@@ -1,4 +1,5 @@
-"""What befalls a whole run: outages cost it no restart, stale ranks and second launchers no bit, corruption one checkpoint."""
+"""What befalls a whole run: outages cost it no restart, stale ranks and second launchers no bit,
+corruption one checkpoint."""
 
 import os
 import pickle
@@ -47,7 +48,11 @@ def long_plan(storage_uri: str, *, tokens_in: str | None = None) -> RunPlan:
     """Of 300 steps that saves at each tenth."""
     settings = {"eval_every_steps": 100}
     return tiny_plan(
-        storage_uri, tokens_in=tokens_in, num_steps=300, train=settings, checkpoint={"save_every_steps": 10}
+        storage_uri,
+        tokens_in=tokens_in,
+        num_steps=300,
+        train=settings,
+        checkpoint={"save_every_steps": 10},
     )
 
 
@@ -61,7 +66,8 @@ def test_a_store_out_of_reach_costs_no_restart_and_no_time(
     undisturbed: tuple[str, list[float]],
     fault: str,
 ) -> None:
-    """From the first steps until long after the last one; or at 1 KB/s, with which no checkpoint ever arrives."""
+    """From the first steps until long after the last one; or at 1 KB/s, with which no checkpoint
+    ever arrives."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     plan = long_plan(f"s3://{s3_bucket}/storage", tokens_in=str(tmp_path))
     with running_proxy(s3_server) as proxy:
@@ -81,7 +87,9 @@ def test_a_store_out_of_reach_costs_no_restart_and_no_time(
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     ledger = Ledger.read(plan.run)
     longest_s = max(line["wall_s"] for line in ledger.steps)
-    print(f"{fault}: the run ended {back_s:.1f} s after the store's return, its longest step took {longest_s:.3f} s")
+    print(
+        f"{fault}: the run ended {back_s:.1f} s after the store's return, its longest step took {longest_s:.3f} s"
+    )
     assert back_s < limit_s(30)
     assert longest_s < limit_s(1.5)
     assert len(ledger.events("start")) == 1
@@ -104,7 +112,9 @@ def test_a_rank_that_was_stopped_and_goes_on_after_its_replacement(
     (tmp_path / "plan").write_bytes(pickle.dumps(plan))
     environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "tests.jobs.stale_rank", str(tmp_path / "plan")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY) as stale:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY
+    ) as stale:
         wait_until(lambda: bool(RunCheckpoints(plan.run).names))
         stale.send_signal(signal.SIGSTOP)
         fresh = subprocess.Popen(command, env=environment, cwd=REPOSITORY)
@@ -116,15 +126,23 @@ def test_a_rank_that_was_stopped_and_goes_on_after_its_replacement(
     ledger = Ledger.read(plan.run)
     generations = [line["generation"] for line in ledger.events("checkpoint")]
     assert generations == sorted(generations), "none of the old one's after the new one's start"
-    assert [line["attempt"] for line in ledger.steps] == sorted(line["attempt"] for line in ledger.steps)
+    assert [line["attempt"] for line in ledger.steps] == sorted(
+        line["attempt"] for line in ledger.steps
+    )
     attempts = [line["attempt"] for line in ledger.lines if "event" not in line]
     assert attempts == sorted(attempts)
     assert (final_hash(plan), [line["loss"] for line in ledger.steps]) == undisturbed
 
 
-def test_a_second_launcher_is_refused_and_a_stale_one_s_attempts_end_quietly(tmp_path: Path) -> None:
+def test_a_second_launcher_is_refused_and_a_stale_one_s_attempts_end_quietly(
+    tmp_path: Path,
+) -> None:
     plan = tiny_plan(str(tmp_path))
-    with Lease(plan.run), pytest.raises(LeaseHeldError, match=r"RUNNING is held by process \d+"), Lease(plan.run):
+    with (
+        Lease(plan.run),
+        pytest.raises(LeaseHeldError, match=r"RUNNING is held by process \d+"),
+        Lease(plan.run),
+    ):
         pass
     old, new = (Fence(plan.run, launcher=None).generation for _ in range(2))
     train(replace(plan, launcher=old), rank=0, world_size=1)
@@ -135,7 +153,9 @@ def test_a_second_launcher_is_refused_and_a_stale_one_s_attempts_end_quietly(tmp
 
 def test_a_killed_launcher_s_lease_is_free_at_once(tmp_path: Path) -> None:
     code = f"from cluster.storage.lease import Lease; from cluster.storage.uris import open_storage; import time\nwith Lease(open_storage({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=REPOSITORY) as launcher:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=REPOSITORY
+    ) as launcher:
         assert launcher.stdout is not None
         assert launcher.stdout.readline() == b"held\n"
         launcher.kill()
@@ -146,15 +166,21 @@ def test_a_killed_launcher_s_lease_is_free_at_once(tmp_path: Path) -> None:
 
 
 def stopped(plan: RunPlan, tmp_path: Path) -> Storage:
-    """The run after eight steps that saved at 2, 4, 6 and 8, as a kill before its `finish` leaves it."""
+    """The run after eight steps that saved at 2, 4, 6 and 8, as a kill before its `finish` leaves
+    it."""
     train(plan, rank=0, world_size=1)
     content = plan.run.read_bytes("ledger.jsonl")
-    plan.run.write_bytes("ledger.jsonl", b"".join(line for line in content.splitlines(True) if b'"finish"' not in line))
+    plan.run.write_bytes(
+        "ledger.jsonl",
+        b"".join(line for line in content.splitlines(True) if b'"finish"' not in line),
+    )
     return plan.run
 
 
 def eight_steps(tmp_path: Path, *, save_every_steps: int = 4) -> RunPlan:
-    return tiny_plan(str(tmp_path), checkpoint={"save_every_steps": save_every_steps, "num_to_keep": 9})
+    return tiny_plan(
+        str(tmp_path), checkpoint={"save_every_steps": save_every_steps, "num_to_keep": 9}
+    )
 
 
 @pytest.mark.chaos
@@ -170,14 +196,23 @@ def test_a_corrupt_newest_is_marked_told_of_and_passed_over(tmp_path: Path, how:
         (folder / "manifest.json").write_text("no JSON")
     else:
         is_gone = how == "no manifest"
-        damage(folder, "manifest.json" if is_gone else "train_state.safetensors", "remove" if is_gone else how)
+        damage(
+            folder,
+            "manifest.json" if is_gone else "train_state.safetensors",
+            "remove" if is_gone else how,
+        )
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     train(plan, rank=0, world_size=1)
     ledger = Ledger.read(run)
-    assert [(line["step"], line["checkpoint"]) for line in ledger.events("start")] == [(0, None), (4, older)]
+    assert [(line["step"], line["checkpoint"]) for line in ledger.events("start")] == [
+        (0, None),
+        (4, older),
+    ]
     (event,) = ledger.events("checkpoint_damaged")
     assert event["checkpoint"].endswith(newest)
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != QUARANTINED} == before
+    assert {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name != QUARANTINED
+    } == before
     assert (folder / QUARANTINED).read_text() == "\n".join(event["problems"])
     assert final_hash(plan) == expected
     assert step_of(RunCheckpoints(run).names[-1]) == 8
@@ -235,9 +270,14 @@ def test_a_checkpoint_of_another_shape_is_refused_readably(tmp_path: Path) -> No
     plan = eight_steps(tmp_path)
     stopped(plan, tmp_path)
     model = replace(plan.config.model, n_layer=plan.config.model.n_layer + 1)
-    train(replace(plan, config=plan.config.model_copy(update={"model": model})), rank=0, world_size=1)
+    train(
+        replace(plan, config=plan.config.model_copy(update={"model": model})), rank=0, world_size=1
+    )
     reason = Ledger.read(plan.run).events("gave_up")[-1]["reason"]
-    assert re.search(r"step-000000008-0001 of run tiny has n_layer 2, expected 3\. Set these as they were", reason)
+    assert re.search(
+        r"step-000000008-0001 of run tiny has n_layer 2, expected 3\. Set these as they were",
+        reason,
+    )
     train(replace(plan, tokenizer_json=plan.tokenizer_json + b" "), rank=0, world_size=1)
     assert "has another tokenizer" in Ledger.read(plan.run).events("gave_up")[-1]["reason"]
     assert len(Ledger.read(plan.run).events("start")) == 1

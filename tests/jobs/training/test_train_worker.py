@@ -21,9 +21,13 @@ NCCL = (
 )
 
 
-def test_a_group_that_can_never_start_gives_up_in_the_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_that_can_never_start_gives_up_in_the_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its first message fails, before an attempt has a line in the ledger."""
-    plan = tiny_plan(str(tmp_path), scaling={"max_workers": 1, "max_fruitless_attempts": 3, "hang_timeout_s": 0})
+    plan = tiny_plan(
+        str(tmp_path), scaling={"max_workers": 1, "max_fruitless_attempts": 3, "hang_timeout_s": 0}
+    )
     note(plan.run, "failure", rank=0, kind=Kind.DIED, reason="an earlier one")
     num_messages = 0
 

@@ -1,4 +1,5 @@
-"""A step whose messages did not all arrive, though none failed: it is not applied, written or kept, and no bit is lost."""
+"""A step whose messages did not all arrive, though none failed: it is not applied, written or kept,
+and no bit is lost."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,18 @@ from jobs.training.train_loop import train
 from tests.jobs.runs import tiny_plan
 from tests.jobs.runs_in_rounds import CutOff, run_in_rounds
 
-CUT_OFFS = [CutOff(1, 3, "zeros"), CutOff(0, 5, "stale"), CutOff(0, 6, "aborted"), CutOff(1, 7, "round")]
+CUT_OFFS = [
+    CutOff(1, 3, "zeros"),
+    CutOff(0, 5, "stale"),
+    CutOff(0, 6, "aborted"),
+    CutOff(1, 7, "round"),
+]
 
 
 @pytest.mark.parametrize("shard", get_args(Shard))
 def test_a_step_that_is_not_proven_leaves_no_trace(tmp_path: Path, shard: Shard) -> None:
-    """The rank that is cut off holds what an aborted gather leaves. The other one has a whole step, and may write it."""
+    """The rank that is cut off holds what an aborted gather leaves. The other one has a whole step,
+    and may write it."""
     settings: dict[str, Any] = {
         "train": {"eval_every_steps": 8},
         "checkpoint": {"save_every_steps": 2, "num_to_keep": 9},
@@ -26,7 +33,8 @@ def test_a_step_that_is_not_proven_leaves_no_trace(tmp_path: Path, shard: Shard)
     train(undisturbed, rank=0, world_size=1)
     settings["scaling"] = {"shard": shard}
     cut_offs = CUT_OFFS
-    if shard in ("optimizer", "gradients"):  # the second gather of a step follows that of the updated weights
+    # The second gather of a step follows that of the updated weights
+    if shard in ("optimizer", "gradients"):
         cut_offs = [replace(cut, number=1) for cut in CUT_OFFS if cut.rank == 0]
     plan = tiny_plan(str(tmp_path / "disturbed"), **settings)
     lines = [[line.split() for line in log] for log in run_in_rounds(plan, tmp_path, cut_offs)]
@@ -48,7 +56,9 @@ def test_a_step_that_is_not_proven_leaves_no_trace(tmp_path: Path, shard: Shard)
                 )
     ledgers = [Ledger.read(each.run) for each in (undisturbed, plan)]
     written = {(line["attempt"], line["step"]) for line in ledgers[1].lines if "event" not in line}
-    assert {(attempt, cut.step) for attempt, cut in enumerate(cut_offs, 1) if cut.rank == 0}.isdisjoint(written)
+    assert {
+        (attempt, cut.step) for attempt, cut in enumerate(cut_offs, 1) if cut.rank == 0
+    }.isdisjoint(written)
     losses = [[line["loss"] for line in ledger.steps] for ledger in ledgers]
     assert losses[0] == losses[1]
     hashes = [ledger.events("checkpoint")[-1]["parameter_hash"] for ledger in ledgers]

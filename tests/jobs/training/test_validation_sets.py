@@ -1,4 +1,5 @@
-"""Further validation sets: their figures are those of their texts, in any world, and one too small is named."""
+"""Further validation sets: their figures are those of their texts, in any world, and one too small
+is named."""
 
 import dataclasses
 import json
@@ -34,7 +35,8 @@ TEXTS = {"news": make_text(500, seed=2), "law-2.a": make_text(90, seed=3)}
 
 
 def plan_with_sets(folder: Path) -> RunPlan:
-    plan = tiny_plan(str(folder), train={"eval_max_tokens": 20 * SEQ_LEN})  # less than the first set has
+    # Less than the first set has
+    plan = tiny_plan(str(folder), train={"eval_max_tokens": 20 * SEQ_LEN})
     uris = {}
     for name, text in TEXTS.items():
         make_store(str(folder / name), Tokenizer.from_json(plan.tokenizer_json), {"train": text})
@@ -57,7 +59,9 @@ def validations(plan: RunPlan) -> list[tuple[int, Any]]:
 def test_a_sets_figures_are_those_of_its_text(trained: RunPlan, name: str) -> None:
     text, tokenizer = TEXTS[name], Tokenizer.from_json(trained.tokenizer_json)
     documents = re.findall(r"(?:\S+\s*){1,20}", text)  # as `make_store` cuts it
-    ids = [token for document in documents for token in [*tokenizer.encode(document), tokenizer.eot_id]]
+    ids = [
+        token for document in documents for token in [*tokenizer.encode(document), tokenizer.eot_id]
+    ]
     num_rows = min(20, (len(ids) - 1) // SEQ_LEN)
     assert num_rows == 20 or name == "law-2.a"
     model = load_model(newest_checkpoint(trained))
@@ -89,7 +93,9 @@ def test_each_batch_is_a_sign_of_life(tmp_path: Path) -> None:
             super().at(place)
 
     train(plan_with_sets(tmp_path), rank=0, world_size=1, pulse=Seen({}))
-    assert places.count(Place.VALIDATION) > 2 * 20 / 2, "two validations of 20 rows of a set, two rows in a batch"
+    assert places.count(Place.VALIDATION) > 2 * 20 / 2, (
+        "two validations of 20 rows of a set, two rows in a batch"
+    )
 
 
 def test_sets_change_nothing_else(trained: RunPlan, tmp_path: Path) -> None:
@@ -113,17 +119,23 @@ def test_the_report_shows_the_sets(trained: RunPlan) -> None:
     assert rows["Validation set law-2.a"] == expected
     make_report(trained.run)
     page = trained.run.read_bytes("report/index.html").decode()
-    assert f"law-2.a {figures['val_loss']:.3f}" in page  # what the loss figure says to those who do not see it
+    # What the loss figure says to those who do not see it
+    assert f"law-2.a {figures['val_loss']:.3f}" in page
     assert f"law-2.a {expected}" in page  # the events
 
 
-def test_each_set_becomes_a_store_of_its_own_or_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_set_becomes_a_store_of_its_own_or_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[RunConfig] = []
 
     def tokenize(config: RunConfig) -> dict[str, Any]:
         asked.append(config)
         tokens = 33 if config.data.source == ["/good.txt"] else 32
-        return {"manifest": join_uri(str(tmp_path / "tokens" / str(len(asked))), MANIFEST), "train_tokens": tokens}
+        return {
+            "manifest": join_uri(str(tmp_path / "tokens" / str(len(asked))), MANIFEST),
+            "train_tokens": tokens,
+        }
 
     monkeypatch.setattr(pretrain, "tokenize", tokenize)
     config = RunConfig.model_validate(
@@ -146,9 +158,15 @@ def test_each_set_becomes_a_store_of_its_own_or_is_refused(tmp_path: Path, monke
     assert (data.tokenizer, data.text_field, data.dedup) == ("/t/tokenizer.json", "body", True)
     assert asked[0].storage == config.storage
 
-    short = config.data.model_copy(update={"validation": {"good": "/good.txt", "short": "/short.txt"}})
-    with pytest.raises(TokenStoreError, match=r"data\.validation\.short=/short\.txt has 32 tokens, a row needs 33"):
-        validation_stores(config.model_copy(update={"data": short}), tokenizer_uri="/t/tokenizer.json")
+    short = config.data.model_copy(
+        update={"validation": {"good": "/good.txt", "short": "/short.txt"}}
+    )
+    with pytest.raises(
+        TokenStoreError, match=r"data\.validation\.short=/short\.txt has 32 tokens, a row needs 33"
+    ):
+        validation_stores(
+            config.model_copy(update={"data": short}), tokenizer_uri="/t/tokenizer.json"
+        )
 
 
 def test_the_final_figures_have_the_sets(trained: RunPlan) -> None:
@@ -164,7 +182,9 @@ def test_the_stores_of_a_run_are_told_apart(trained: RunPlan, tmp_path: Path) ->
     stores = {name: dataclasses.replace(made, source_hash=name) for name in ("news", "text")}
     for name, manifest in stores.items():
         storage.write_bytes(f"tokens/{name}/{MANIFEST}", manifest.to_json())
-        storage.write_bytes(f"tokens/{name}/{SOURCES}", json.dumps({"sources": [f"/{name}.txt"]}).encode())
+        storage.write_bytes(
+            f"tokens/{name}/{SOURCES}", json.dumps({"sources": [f"/{name}.txt"]}).encode()
+        )
     start = {"event": "start", "data_identity": stores["text"].identity}
     start["validated_on"] = {"headlines": stores["news"].identity}
     storage.write_bytes("runs/first/ledger.jsonl", json.dumps(start).encode() + b"\n")
@@ -172,5 +192,7 @@ def test_the_stores_of_a_run_are_told_apart(trained: RunPlan, tmp_path: Path) ->
         find_store(None, storage.uri, uses_in=token_uses)
     news, text = str(refused.value).partition("there are ")[2].split("; ")
     date = r"made \d{4}-\d\d-\d\d [\d:]+"
-    assert re.fullmatch(rf"news of /news.txt \({date}, validation set headlines of run first\)", news), news
+    assert re.fullmatch(
+        rf"news of /news.txt \({date}, validation set headlines of run first\)", news
+    ), news
     assert re.fullmatch(rf"text of /text.txt \({date}, run first trains on it\)", text), text

@@ -1,4 +1,5 @@
-"""A run that begins from weights that transformers wrote: they are its step 0, and a resume has the same bits."""
+"""A run that begins from weights that transformers wrote: they are its step 0, and a resume has the
+same bits."""
 
 import shutil
 from dataclasses import replace
@@ -67,7 +68,9 @@ def hashes(plan: RunPlan) -> list[str]:
     return [line["parameter_hash"] for line in Ledger.read(plan.run).events("checkpoint")]
 
 
-def test_the_weights_of_a_folder_are_step_0_and_a_resume_has_the_bits_of_one_go(tmp_path: Path) -> None:
+def test_the_weights_of_a_folder_are_step_0_and_a_resume_has_the_bits_of_one_go(
+    tmp_path: Path,
+) -> None:
     tokenizer_json = tiny_plan(str(tmp_path / "storage")).tokenizer_json
     source = source_folder(tmp_path / "source", tokenizer_json)
     whole = begun(tmp_path, "whole", source)
@@ -81,7 +84,12 @@ def test_the_weights_of_a_folder_are_step_0_and_a_resume_has_the_bits_of_one_go(
     train(replace(parts, until=5), rank=0, world_size=1)
     train(parts, rank=0, world_size=1)
     assert hashes(parts)[-1] == hashes(whole)[-1] != expected
-    assert changed_settings(parts.run, parts.config.model_copy(update={"model": type(parts.config.model)()})) == []
+    assert (
+        changed_settings(
+            parts.run, parts.config.model_copy(update={"model": type(parts.config.model)()})
+        )
+        == []
+    )
     found = replay(run_storage(whole.config), steps=range(1, 9), num_workers=2)
     assert found["equal"], found["verdict"]
     assert found["from_checkpoint"] == "step-000000000"
@@ -111,17 +119,30 @@ def test_a_model_on_the_hub_is_recorded_by_its_commit_and_its_branch_may_move(
             train = plan.config.train.model_copy(update={"init_from": reference})
             return changed_settings(plan.run, plan.config.model_copy(update={"train": train}))
 
-        assert changed("hf://owner/texts@main") == changed("hf://owner/texts@v1") == changed(pinned) == []
-        for other in (f"hf://owner/texts@{'0' * 40}", "hf://owner/others@main", "hf://owner/texts@main/nested"):
+        assert (
+            changed("hf://owner/texts@main")
+            == changed("hf://owner/texts@v1")
+            == changed(pinned)
+            == []
+        )
+        for other in (
+            f"hf://owner/texts@{'0' * 40}",
+            "hf://owner/others@main",
+            "hf://owner/texts@main/nested",
+        ):
             assert changed(other) == [f"train.init_from was {pinned}, now {other}"]
 
 
-def test_a_run_whose_source_is_gone_resumes_with_the_tokenizer_of_its_step_0(tmp_path: Path) -> None:
+def test_a_run_whose_source_is_gone_resumes_with_the_tokenizer_of_its_step_0(
+    tmp_path: Path,
+) -> None:
     plan = tiny_plan(str(tmp_path / "storage"))
     source = source_folder(tmp_path / "source", plan.tokenizer_json)
     (source / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
     train_config = plan.config.train.model_copy(update={"init_from": str(source)})
-    asked = plan.config.model_copy(update={"run_id": "alone", "model": GPTConfig(), "train": train_config})
+    asked = plan.config.model_copy(
+        update={"run_id": "alone", "model": GPTConfig(), "train": train_config}
+    )
     config, run = like_its_source(asked), run_storage(asked)
     before, _ = load_tokenizer(str(config.data.tokenizer))
     begin(run, config, before)
@@ -130,7 +151,11 @@ def test_a_run_whose_source_is_gone_resumes_with_the_tokenizer_of_its_step_0(tmp
     resumed = like_its_source(asked)
     after, _ = load_tokenizer(str(resumed.data.tokenizer))
     assert before.chat is not None
-    assert (after.to_json(), after.hash, after.chat) == (before.to_json(), before.hash, before.chat), "the store's key"
+    assert (after.to_json(), after.hash, after.chat) == (
+        before.to_json(),
+        before.hash,
+        before.chat,
+    ), "the store's key"
     assert (resumed.model, resumed.train) == (config.model, config.train)
     assert changed_settings(run, resumed) == []
 
@@ -142,14 +167,20 @@ def test_a_template_that_does_not_end_is_refused_before_anything_starts(tmp_path
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     (source / "chat_template.jinja").write_text(loop)
     train_config = plan.config.train.model_copy(update={"init_from": str(source)})
-    asked = plan.config.model_copy(update={"run_id": "loops", "model": GPTConfig(), "train": train_config})
+    asked = plan.config.model_copy(
+        update={"run_id": "loops", "model": GPTConfig(), "train": train_config}
+    )
     has_ray = ray.is_initialized()
-    with pytest.raises(TextError, match=r"source/tokenizer\.json: .* 3 s of processor time .*chat_template\.jinja"):
+    with pytest.raises(
+        TextError, match=r"source/tokenizer\.json: .* 3 s of processor time .*chat_template\.jinja"
+    ):
         pretrain(asked)
     assert ray.is_initialized() == has_ray and not run_storage(asked).list()
 
 
-def test_a_run_without_its_first_checkpoint_never_begins_with_random_weights(tmp_path: Path) -> None:
+def test_a_run_without_its_first_checkpoint_never_begins_with_random_weights(
+    tmp_path: Path,
+) -> None:
     plan = tiny_plan(str(tmp_path / "storage"))
     source = source_folder(tmp_path / "source", plan.tokenizer_json)
     run = begun(tmp_path, "gone", source)
@@ -164,9 +195,15 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     source = source_folder(tmp_path / "source", plan.tokenizer_json)
     with pytest.raises(CheckpointError):
         begun(tmp_path, "none", tmp_path / "nothing")
-    config = plan.config.model_copy(update={"train": plan.config.train.model_copy(update={"init_from": str(source)})})
+    config = plan.config.model_copy(
+        update={"train": plan.config.train.model_copy(update={"init_from": str(source)})}
+    )
     with pytest.raises(ConfigError, match="architecture is gpt2, there llama"):
-        begin(open_storage(str(tmp_path / "other")), like_its_source(config), Tokenizer.from_json(plan.tokenizer_json))
+        begin(
+            open_storage(str(tmp_path / "other")),
+            like_its_source(config),
+            Tokenizer.from_json(plan.tokenizer_json),
+        )
 
 
 def test_a_padded_vocabulary_is_refused_with_what_to_do_about_it(tmp_path: Path) -> None:

@@ -28,7 +28,13 @@ def step(number: int, at_s: float, *, world_size: int = 2, loss: float = 3.0) ->
 
 
 def start(attempt: int, at_s: float, *, world_size: int, after: int) -> Line:
-    return {"event": "start", "time": at_s, "attempt": attempt, "world_size": world_size, "step": after}
+    return {
+        "event": "start",
+        "time": at_s,
+        "attempt": attempt,
+        "world_size": world_size,
+        "step": after,
+    }
 
 
 EVENTFUL: list[Line] = [

@@ -33,7 +33,8 @@ def figures(tmp_path: Path) -> dict[tuple[str, str], float]:
 
 
 def test_a_deliberate_pause_is_neither_a_failure_nor_lost_time() -> None:
-    """Ctrl-C after step 5, resumed 100 s later: every reader of the ledger leaves these seconds out."""
+    """Ctrl-C after step 5, resumed 100 s later: every reader of the ledger leaves these seconds
+    out."""
     lines = [
         start(1, 100, world_size=2, after=0),
         *(step(n, 100.0 + n) for n in range(1, 6)),
@@ -54,7 +55,11 @@ def test_a_deliberate_pause_is_neither_a_failure_nor_lost_time() -> None:
     assert values["Restarts"].startswith("0,")
     assert values["Time lost"].startswith("0.0 s")
     found = why_slow(ledger)
-    assert (found["bound"], found["evidence"]["restarts"], found["shares"]["restarts"]) == ("compute", 0, 0.0)
+    assert (found["bound"], found["evidence"]["restarts"], found["shares"]["restarts"]) == (
+        "compute",
+        0,
+        0.0,
+    )
     figures = RunFigures(config)
     for line in lines:
         figures.add(line)
@@ -70,7 +75,8 @@ def test_a_failure_after_a_pause_has_its_own_seconds_only() -> None:
             {"event": "preempted", "time": 102, "step": 1, "notice": "stop"},
             start(2, 200, world_size=2, after=1),
             step(2, 201),
-            {"event": "preempted", "time": 202, "step": 2, "notice": "save"},  # a node that is about to go
+            # A node that is about to go
+            {"event": "preempted", "time": 202, "step": 2, "notice": "save"},
             start(3, 205, world_size=1, after=2),
             step(3, 207),
         ]
@@ -79,7 +85,9 @@ def test_a_failure_after_a_pause_has_its_own_seconds_only() -> None:
     assert [(found.attempt, found.seconds) for found in ledger.recoveries()] == [(3, 6)]
 
 
-def test_figures_agree_with_the_ledgers_other_readers(figures: dict[tuple[str, str], float]) -> None:
+def test_figures_agree_with_the_ledgers_other_readers(
+    figures: dict[tuple[str, str], float],
+) -> None:
     ledger = Ledger(EVENTFUL)
     useful_s = sum(line["wall_s"] for line in ledger.steps)
     expected: dict[tuple[str, str], float] = {
@@ -113,17 +121,28 @@ def test_every_metric_of_a_launcher_is_exported(figures: dict[tuple[str, str], f
         assert bool(label) == bool(metric.labels) and (not metric.values or label in metric.values)
         exporter.of(metric.name, **dict.fromkeys(metric.labels, label)).set(value)
     exported = {f"raymill_{name}" for name, _ in figures}
-    assert exported | TOLD_BY_THE_WATCHER == {metric.name for metric in metrics_of(Exporter.LAUNCHER)}
+    assert exported | TOLD_BY_THE_WATCHER == {
+        metric.name for metric in metrics_of(Exporter.LAUNCHER)
+    }
 
 
 def test_every_metric_of_a_corpus_is_exported(capsys: pytest.CaptureFixture[str]) -> None:
     with DataProgress("tokenizing", total_bytes=10, num_tasks=2) as progress:
         progress.drop({"duplicate": 3})
         progress.advance(10, documents=4, tokens=5, rss_bytes=6)
-        samples = [sample for family in progress.metrics.collectors.collect() for sample in family.samples]
-    values = {sample.name: sample.value for sample in samples if not sample.name.endswith("_created")}
-    assert {f"ray_{name}" for name in values} == {name for of in metrics_of(Exporter.DATA) for name in series_of(of)}
-    assert (values["raymill_data_dropped_documents_total"], values["raymill_data_queued_tasks"]) == (3, 1)
+        samples = [
+            sample for family in progress.metrics.collectors.collect() for sample in family.samples
+        ]
+    values = {
+        sample.name: sample.value for sample in samples if not sample.name.endswith("_created")
+    }
+    assert {f"ray_{name}" for name in values} == {
+        name for of in metrics_of(Exporter.DATA) for name in series_of(of)
+    }
+    assert (
+        values["raymill_data_dropped_documents_total"],
+        values["raymill_data_queued_tasks"],
+    ) == (3, 1)
 
 
 def test_each_line_of_a_growing_ledger_is_read_once(tmp_path: Path) -> None:
@@ -131,7 +150,12 @@ def test_each_line_of_a_growing_ledger_is_read_once(tmp_path: Path) -> None:
     tail = LedgerTail(run)
     assert tail.read() == []
     whole = b'{"step": 1}\n{"step": 2}\n'
-    for content, new in ((whole[:5], []), (whole[:15], [1]), (whole[:15], []), (whole + b'{"st', [2])):
+    for content, new in (
+        (whole[:5], []),
+        (whole[:15], [1]),
+        (whole[:15], []),
+        (whole + b'{"st', [2]),
+    ):
         run.write_bytes(LEDGER, content)
         assert [line["step"] for line in tail.read()] == new
     assert tail.ledger.lines == Ledger.read(run).lines
@@ -145,7 +169,9 @@ def write_curves(run: Storage, lines: list[Line]) -> None:
 
 
 @pytest.mark.parametrize("where", ["disk", "s3"])
-def test_tensorboard_shows_each_step_that_counts(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_tensorboard_shows_each_step_that_counts(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     root = str(tmp_path) if where == "disk" else f"s3://{request.getfixturevalue('s3_bucket')}/run"
     run = open_storage(root)
     run.write_bytes("tensorboard/events.out.tfevents.1.raymill", b"of an earlier launch")
@@ -167,4 +193,9 @@ def test_names_of_curves(tmp_path: Path) -> None:
     run = open_storage(str(tmp_path))
     write_curves(run, EVENTFUL)
     tags: set[Any] = {value.tag for event in events_of(run) for value in event.summary.value}
-    assert {"train/learning_rate", "train/mfu", "train/validation_loss/val", "train/validation_loss/news"} <= tags
+    assert {
+        "train/learning_rate",
+        "train/mfu",
+        "train/validation_loss/val",
+        "train/validation_loss/news",
+    } <= tags

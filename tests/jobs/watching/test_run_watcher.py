@@ -1,4 +1,5 @@
-"""The launcher's eye on a finished run: what it says, draws and annotates is what the ledger tells, once."""
+"""The launcher's eye on a finished run: what it says, draws and annotates is what the ledger tells,
+once."""
 
 from pathlib import Path
 
@@ -24,8 +25,11 @@ def test_a_run_is_told_of_and_annotated_once_however_often_it_is_launched(
         with watching(plan, snapshot_time_s=lambda: None):
             plan.run.write_bytes(LEDGER, ledger)
         said = capsys.readouterr().err
-        assert "attempt 1: 1 worker, from step 0" in said and '"label": "training", "done": 8' in said
-        with watching(plan, snapshot_time_s=lambda: None):  # a later launch, which finds these lines there
+        assert (
+            "attempt 1: 1 worker, from step 0" in said and '"label": "training", "done": 8' in said
+        )
+        # A later launch, which finds these lines there
+        with watching(plan, snapshot_time_s=lambda: None):
             pass
         said = capsys.readouterr().err
         assert "attempt 1" not in said and '"label": "training", "done": 8' in said
@@ -37,11 +41,15 @@ def test_a_run_is_told_of_and_annotated_once_however_often_it_is_launched(
     ]
     assert {note["tags"][2] for note in grafana.annotations} == {"run:tiny"}
     events = [line for line in Ledger.read(plan.run).events() if line["event"] == "checkpoint"]
-    assert [note["time"] for note in grafana.annotations[:3]] == [round(1000 * line["time"]) for line in events]
+    assert [note["time"] for note in grafana.annotations[:3]] == [
+        round(1000 * line["time"]) for line in events
+    ]
     curve = {
         event.step: value.simple_value
         for event in events_of(open_storage(plan.run.uri))
         for value in event.summary.value
         if value.tag == "train/loss"
     }
-    assert curve == pytest.approx({line["step"]: line["loss"] for line in Ledger.read(plan.run).steps})
+    assert curve == pytest.approx(
+        {line["step"]: line["loss"] for line in Ledger.read(plan.run).steps}
+    )

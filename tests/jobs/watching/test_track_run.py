@@ -67,7 +67,10 @@ def test_mlflow_has_each_step_that_counts_once(run: Storage, mlflow: Any) -> Non
     assert curve(mlflow, "train/validation_loss/val") == validations
     kept = of_run(mlflow)
     assert kept.info.run_name == "eventful" and kept.info.status == "FINISHED"
-    assert kept.data.params["train.learning_rate"] == "0.001" and len(kept.data.params["train.sample_prompts"]) == 6000
+    assert (
+        kept.data.params["train.learning_rate"] == "0.001"
+        and len(kept.data.params["train.sample_prompts"]) == 6000
+    )
     assert len(kept.data.params) > 80  # all settings
 
 
@@ -93,7 +96,9 @@ def test_a_run_is_followed_to_its_end_and_taken_up_again(run: Storage, mlflow: A
     assert before["sent_steps"] + after["sent_steps"] == len(steps)
 
 
-def test_a_server_that_is_not_there_is_reported(mlflow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_not_there_is_reported(
+    mlflow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow as module
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

@@ -7,9 +7,7 @@ from jobs.run.ledger import Line
 from jobs.workers.failures import Kind, main_cause, why_give_up
 from jobs.workers.placement import waiting_for
 
-GLOO = (
-    "Traceback (most recent call last):\n  …\nRuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer"
-)
+GLOO = "Traceback (most recent call last):\n  …\nRuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer"
 MEMORY = "Traceback (most recent call last):\n  …\nRuntimeError: not enough memory: you tried to allocate 123 bytes.\n"
 UNAVAILABLE = (
     "The actor 24a72b is unavailable: The actor is temporarily unavailable: RpcError: RPC error: failed to connect to all "
@@ -51,25 +49,41 @@ def raised(reason: str) -> Line:
     [
         ([], None),
         ([START, DIED] * 2, None),
-        ([START, DIED] * 3, "3 attempts in a row got no further than step 0; the last failure was: killed"),
+        (
+            [START, DIED] * 3,
+            "3 attempts in a row got no further than step 0; the last failure was: killed",
+        ),
         ([DIED] * 3, "3 attempts in a row"),  # none came as far as to say that it started
         ([START] * 3, "no failure was reported"),
-        ([START, step(4), *[START, step(3), DIED] * 2], None),  # the attempt that got further does not count
+        # The attempt that got further does not count
+        ([START, step(4), *[START, step(3), DIED] * 2], None),
         ([START, step(4), *[START, step(3), DIED] * 3], "no further than step 4"),
         ([*[START, DIED] * 2, START, step(1), DIED, START, step(2), DIED], None),
         ([*[START, DIED] * 3, {"event": "gave_up"}, START, DIED], None),  # resumed
         (
-            [START, raised("no memory at 0x7f01, pid 17"), START, raised("no memory at 0x8e02, pid 41")],
+            [
+                START,
+                raised("no memory at 0x7f01, pid 17"),
+                START,
+                raised("no memory at 0x8e02, pid 41"),
+            ],
             "same error twice",
         ),
         ([START, raised("one thing"), START, raised("another")], None),
         ([START, raised("one"), START, step(1), raised("one")], None),
-        ([{"event": "failure", "kind": "user_error", "reason": "shard 3 is damaged"}], "shard 3 is damaged"),
+        (
+            [{"event": "failure", "kind": "user_error", "reason": "shard 3 is damaged"}],
+            "shard 3 is damaged",
+        ),
     ],
 )
 def test_when_to_give_up(lines: list[Line], expected: str | None) -> None:
     reason = why_give_up(lines, max_fruitless_attempts=3)
-    assert reason is None if expected is None else expected in (reason or "").replace("came twice", "twice")
+    assert (
+        reason is None
+        if expected is None
+        else expected in (reason or "").replace("came twice", "twice")
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,7 +91,11 @@ def test_when_to_give_up(lines: list[Line], expected: str | None) -> None:
     [
         ([{"CPU": 4.0}, {"CPU": 4.0}], {"CPU": 8.0}, None),
         ([{"CPU": 3.0}, {"CPU": 3.0}], {"CPU": 6.0}, None),
-        ([{"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 2.0}], {"CPU": 4.0}, "room for 1 on 3 nodes, 1 of them free: add nodes"),
+        (
+            [{"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 2.0}],
+            {"CPU": 4.0},
+            "room for 1 on 3 nodes, 1 of them free: add nodes",
+        ),
         ([{"CPU": 4.0}], {}, "room for 2 on 1 node, 0 of them free: the rest is taken"),
         ([], {}, "needs 2 workers of 2 CPUs"),
     ],

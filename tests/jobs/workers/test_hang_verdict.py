@@ -13,8 +13,11 @@ from jobs.workers.watchdog import Hang, Health, Place
 TIMEOUT_S = 30.0
 
 
-def standing(stood_s: float = 40.0, *, step: int = 7, is_waiting: bool = True, **messages: tuple[int, int]) -> Standing:
-    """`messages` has the begun and finished ones by the ranks that exchange: `all`, or their digits."""
+def standing(
+    stood_s: float = 40.0, *, step: int = 7, is_waiting: bool = True, **messages: tuple[int, int]
+) -> Standing:
+    """`messages` has the begun and finished ones by the ranks that exchange: `all`, or their
+    digits."""
     names = {
         name_of(range(4) if name == "all" else range_of([*map(int, name[1:])])): counts
         for name, counts in messages.items()
@@ -46,7 +49,10 @@ def test_one_that_is_behind_in_its_message_is_ended() -> None:
     hang = judged(IN_SIXTH, IN_FIFTH, IN_SIXTH, IN_SIXTH)
     assert hang is not None
     assert (hang.health, hang.ended, hang.seconds, hang.step) == (Health.BEHIND, [1], 40.0, 7)
-    assert hang.reason == "rank 1 was furthest back, in a message that all others had behind them or waited for"
+    assert (
+        hang.reason
+        == "rank 1 was furthest back, in a message that all others had behind them or waited for"
+    )
 
 
 def test_two_in_the_same_message_are_named_and_end_the_round_alone() -> None:
@@ -71,7 +77,8 @@ def test_who_is_blocked_again_at_the_same_step_loses_one_suspect_after_the_other
 
 
 def test_one_that_waits_for_a_blocked_one_is_no_suspect() -> None:
-    """Rank 0 and 1 are blocked in their group; their counterparts 2 and 3 wait for them, one another's group for these."""
+    """Rank 0 and 1 are blocked in their group; their counterparts 2 and 3 wait for them, one
+    another's group for these."""
     assert ended(
         standing(t01=(5, 4), t02=(2, 2)),
         standing(t01=(5, 4), t13=(2, 2)),
@@ -81,8 +88,12 @@ def test_one_that_waits_for_a_blocked_one_is_no_suspect() -> None:
 
 
 def test_groups_with_more_messages_are_not_taken_for_further_ones() -> None:
-    """A group of more lanes has more messages of its own: only those of the same ranks are compared."""
-    group = [standing(t01=(50, 50), t02=(3, 2)), standing(is_waiting=False, t01=(50, 50), t13=(2, 2))]
+    """A group of more lanes has more messages of its own: only those of the same ranks are
+    compared."""
+    group = [
+        standing(t01=(50, 50), t02=(3, 2)),
+        standing(is_waiting=False, t01=(50, 50), t13=(2, 2)),
+    ]
     others = [standing(t23=(20, 20), t02=(3, 2)), standing(t23=(20, 20), t13=(3, 2))]
     assert ended(*group, *others) == (Health.STUCK, [1], [1])
 
@@ -118,10 +129,14 @@ def test_nobody_is_blamed_while_one_moves(rank: int) -> None:
         (Place.VALIDATION, False, 60.0, 1200),
     ],
 )
-def test_the_bound_of_each_place(place: Place, is_waiting: bool, usual_step_s: float | None, bound_s: float) -> None:
+def test_the_bound_of_each_place(
+    place: Place, is_waiting: bool, usual_step_s: float | None, bound_s: float
+) -> None:
     other = replace(IN_SIXTH, stood_s=5000.0, usual_step_s=usual_step_s)
     for stood_s, expected in ((bound_s - 1, False), (bound_s + 1, True)):
-        one = replace(IN_FIFTH, place=place, is_waiting=is_waiting, usual_step_s=usual_step_s, stood_s=stood_s)
+        one = replace(
+            IN_FIFTH, place=place, is_waiting=is_waiting, usual_step_s=usual_step_s, stood_s=stood_s
+        )
         hang = judged(one, other, other, other)
         assert (hang is not None) is expected, (stood_s, hang)
 

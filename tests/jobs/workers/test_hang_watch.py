@@ -1,4 +1,5 @@
-"""Where workers stand, over a real store and with a clock by hand: who is heard, and when rank 0 judges."""
+"""Where workers stand, over a real store and with a clock by hand: who is heard, and when rank 0
+judges."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -35,7 +36,9 @@ class Workers:
         host, _, port = address.rpartition(":")
         self.now_s = 0.0
         self.beats = [Beat(Place.STEP, 5, 0.5, [Waits.WORKERS], []) for _ in range(2)]
-        self.stores = [CountedStore(dist.TCPStore(host, int(port), is_master=False)) for _ in range(2)]
+        self.stores = [
+            CountedStore(dist.TCPStore(host, int(port), is_master=False)) for _ in range(2)
+        ]
         self.watches = [self._watch(rank) for rank in range(2)]
 
     def _watch(self, rank: int) -> HangWatch:
@@ -96,10 +99,13 @@ def test_a_move_of_one_starts_the_time_again(workers: Workers) -> None:
     ],
     ids=["an outage", "an outage in a message", "preparations"],
 )
-def test_an_outage_or_preparations_are_no_standstill_however_long(workers: Workers, beat: Beat) -> None:
+def test_an_outage_or_preparations_are_no_standstill_however_long(
+    workers: Workers, beat: Beat
+) -> None:
     workers.beats[1] = beat
     assert workers.judged_after(3600) is None
-    workers.beats[1] = Beat(Place.STEP, 5, 0.5, [Waits.WORKERS], [])  # it is over, and no mark was made yet
+    # It is over, and no mark was made yet
+    workers.beats[1] = Beat(Place.STEP, 5, 0.5, [Waits.WORKERS], [])
     assert workers.judged_after(TIMEOUT_S - 1) is None
 
 

@@ -1,4 +1,5 @@
-"""A run's precision: chosen where it trains, recorded, kept on any hardware, and reported where a processor emulates it."""
+"""A run's precision: chosen where it trains, recorded, kept on any hardware, and reported where a
+processor emulates it."""
 
 import socket
 from pathlib import Path
@@ -49,14 +50,20 @@ def test_a_resume_keeps_it(recorded: str, tmp_path: Path, monkeypatch: pytest.Mo
     plan = tiny_plan(str(tmp_path), train={"precision": recorded})
     asked = plan.config.train.model_copy(update={"precision": "auto"})
     tokenizer = Tokenizer.from_json(plan.tokenizer_json)
-    assert _enter(plan.run, plan.config.model_copy(update={"train": asked}), tokenizer) == plan.config
+    assert (
+        _enter(plan.run, plan.config.model_copy(update={"train": asked}), tokenizer) == plan.config
+    )
     assert _enter(plan.run, plan.config, tokenizer) == plan.config
     other = asked.model_copy(update={"precision": "bf16" if recorded == "fp32" else "fp32"})
-    with pytest.raises(ConfigError, match=rf"train\.precision was {recorded}, now {other.precision}"):
+    with pytest.raises(
+        ConfigError, match=rf"train\.precision was {recorded}, now {other.precision}"
+    ):
         _enter(plan.run, plan.config.model_copy(update={"train": other}), tokenizer)
 
 
-def test_the_ledger_says_once_that_other_hardware_emulates_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ledger_says_once_that_other_hardware_emulates_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = tiny_plan(str(tmp_path), train={"precision": "bf16"}, checkpoint={"save_every_steps": 2})
     monkeypatch.setattr(run_precision, "fast_precision", lambda device: "bf16")
     train(plan, rank=0, world_size=1)
@@ -69,7 +76,9 @@ def test_the_ledger_says_once_that_other_hardware_emulates_it(tmp_path: Path, mo
     assert plan.run.read_bytes("ledger.jsonl").startswith(ledger)
     (line,) = Ledger.read(plan.run).events("precision")
     assert (line["precision"], line["fast"], line["attempt"]) == ("bf16", "fp32", 2)
-    assert message_of(line) == "the run computes in bf16, as it began, which this processor emulates"
+    assert (
+        message_of(line) == "the run computes in bf16, as it began, which this processor emulates"
+    )
 
 
 def test_a_run_in_fp32_is_told_of_a_faster_precision() -> None:

@@ -1,4 +1,5 @@
-"""Notices: a checkpoint at the end of the step in which one is heard, and a run that continues or ends resumable."""
+"""Notices: a checkpoint at the end of the step in which one is heard, and a run that continues or
+ends resumable."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,8 @@ def test_sigterm_and_drains_save_at_the_end_of_the_step_and_the_run_goes_on(plan
     train(plan, rank=0, world_size=1, signals=lambda: next(news))
     events = Ledger.read(plan.run).events("preempted")
     assert [(line["step"], line["notice"]) for line in events] == [(2, "save"), (5, "save")]
-    assert set(saved_steps(plan)) <= {2, 5, 8}  # one that waits to be stored may be replaced by a newer one
+    # One that waits to be stored may be replaced by a newer one
+    assert set(saved_steps(plan)) <= {2, 5, 8}
     assert Ledger.read(plan.run).events("finish")
 
 

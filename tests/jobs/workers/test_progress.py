@@ -69,7 +69,9 @@ def test_a_message_that_fails_is_left() -> None:
     assert not progress.is_in_message(on_gpu=False)
 
 
-def test_a_kernel_that_never_ends_is_no_message_and_a_message_that_never_ends_is_one(stream: Stream) -> None:
+def test_a_kernel_that_never_ends_is_no_message_and_a_message_that_never_ends_is_one(
+    stream: Stream,
+) -> None:
     """The thread is long past both."""
     progress = Progress()
     progress.end_pass(CUDA)

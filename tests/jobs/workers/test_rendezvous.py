@@ -1,4 +1,5 @@
-"""Workers meet, lose one another at random moments, and meet again with the replacement: no other worker is restarted."""
+"""Workers meet, lose one another at random moments, and meet again with the replacement: no other
+worker is restarted."""
 
 import random
 import threading
@@ -57,7 +58,8 @@ class Group:
         return [line.split()[1:] for line in lines if line.startswith(word)]
 
     def wait_for_meeting(self, number: int) -> None:
-        """Waits until the newest process of every rank has met the others, at least for the `number`-th time in all."""
+        """Waits until the newest process of every rank has met the others, at least for the
+        `number`-th time in all."""
 
         def met(rank: int) -> bool:
             lines = self.lines(rank, "met")
@@ -71,7 +73,13 @@ class Group:
 
 
 @pytest.mark.parametrize(
-    "victims", [pytest.param([1], marks=pytest.mark.slow), [0], pytest.param([2, 0], marks=pytest.mark.slow), [1, 1]]
+    "victims",
+    [
+        pytest.param([1], marks=pytest.mark.slow),
+        [0],
+        pytest.param([2, 0], marks=pytest.mark.slow),
+        [1, 1],
+    ],
 )
 def test_only_the_lost_are_started_again(victims: list[int], tmp_path: Path) -> None:
     rng = random.Random(str(victims))
@@ -83,10 +91,14 @@ def test_only_the_lost_are_started_again(victims: list[int], tmp_path: Path) -> 
             time.sleep(rng.random() / 4)
             group.replace(victim)
             group.wait_for_meeting(1)
-            assert [p.pid == pid for p, pid in zip(group.processes, before, strict=True)].count(False) == 1
+            assert [p.pid == pid for p, pid in zip(group.processes, before, strict=True)].count(
+                False
+            ) == 1
         assert group.exit_codes() == [0] * WORLD_SIZE
         for rank in range(WORLD_SIZE):
-            whole = [["sum", str(number), str(float(3 + 3 * number))][1:] for number in range(ROUNDS)]
+            whole = [
+                ["sum", str(number), str(float(3 + 3 * number))][1:] for number in range(ROUNDS)
+            ]
             assert group.lines(rank, "sum")[-ROUNDS:] == whole
         assert group.num_started == WORLD_SIZE + len(victims)
 
@@ -146,7 +158,8 @@ def test_one_that_cannot_leave_a_round_that_is_over_ends(tmp_path: Path) -> None
 
         def all_are_done() -> bool:
             for rank, process in enumerate(group.processes):
-                if process.exitcode == 1:  # another one that waited for the deaf one's message may end with it
+                # Another one that waited for the deaf one's message may end with it
+                if process.exitcode == 1:
                     group.processes[rank] = group.start(rank)
             return all(process.exitcode == 0 for process in group.processes)
 
@@ -187,7 +200,10 @@ class CountedStore:
 def test_a_look_for_the_others_costs_as_many_keys_for_any_number_of_them(world_size: int) -> None:
     """A thread stands for a rank, as the store cannot tell."""
     with meeting_place("127.0.0.1") as address:
-        ranks = [Rendezvous(address, group="g", rank=rank, world_size=world_size) for rank in range(world_size)]
+        ranks = [
+            Rendezvous(address, group="g", rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
         stores = [CountedStore(rendezvous._store) for rendezvous in ranks]
         for rendezvous, store in zip(ranks, stores, strict=True):
             rendezvous._store = store  # type: ignore[assignment]
@@ -197,7 +213,9 @@ def test_a_look_for_the_others_costs_as_many_keys_for_any_number_of_them(world_s
             assert not any(answer.done() for answer in early)
             assert ranks[0]._all(0, "came")
             assert all(answer.result() for answer in early)
-        num_looks, num_keys = (sum(getattr(store, name) for store in stores) for name in ("num_looks", "num_keys"))
+        num_looks, num_keys = (
+            sum(getattr(store, name) for store in stores) for name in ("num_looks", "num_keys")
+        )
         print(f"{world_size} ranks: {num_keys} keys in {num_looks} looks")
         assert num_keys <= 2 * num_looks
 
@@ -230,7 +248,10 @@ def test_an_abort_that_hangs_ends_the_process_and_says_so(tmp_path: Path) -> Non
         process = worker_process(hang, address, tmp_path / "log")
         process.start()
         assert exit_code(process) == 1
-    assert "rank 0 could not abort its messages in 0.1 s: it ends, to be replaced" in (tmp_path / "log").read_text()
+    assert (
+        "rank 0 could not abort its messages in 0.1 s: it ends, to be replaced"
+        in (tmp_path / "log").read_text()
+    )
 
 
 def test_a_watch_whose_meeting_place_is_gone_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,7 +260,12 @@ def test_a_watch_whose_meeting_place_is_gone_says_so(capsys: pytest.CaptureFixtu
     def work(meeting: Meeting) -> None:
         time.sleep(limit_s(1))  # the watch has found the place
         place.close()
-        wait_until(lambda: said.append(capsys.readouterr().err) or "no longer notices lost workers" in "".join(said))
+        wait_until(
+            lambda: (
+                said.append(capsys.readouterr().err)
+                or "no longer notices lost workers" in "".join(said)
+            )
+        )
 
     with ExitStack() as place, pytest.raises(RuntimeError):
         alone(place.enter_context(meeting_place("127.0.0.1"))).attend(work)
@@ -252,10 +278,15 @@ def test_a_backend_that_never_connects_is_given_up_and_one_that_did_once_finds_t
     names: list[str] = []
 
     def refuse(*args: object, **more: object) -> None:
-        raise dist.DistBackendError("NCCL error: unhandled system error\nno space for a segment in /dev/shm")
+        raise dist.DistBackendError(
+            "NCCL error: unhandled system error\nno space for a segment in /dev/shm"
+        )
 
     with meeting_place("127.0.0.1") as address:
-        with monkeypatch.context() as patch, pytest.raises(FruitlessError, match=r"met 2 times .* /dev/shm"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(FruitlessError, match=r"met 2 times .* /dev/shm"),
+        ):
             patch.setattr(distributed_c10d, "_new_process_group_helper", refuse)
             alone(address, max_fruitless=2).attend(lambda meeting: None)
         for number in range(2):

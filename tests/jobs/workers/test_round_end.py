@@ -1,4 +1,5 @@
-"""The workers that are left leave a round when it is ended from outside, also where nothing tells them of the lost one."""
+"""The workers that are left leave a round when it is ended from outside, also where nothing tells
+them of the lost one."""
 
 import os
 import signal
@@ -31,7 +32,9 @@ def started(address: str, folder: Path) -> list[BaseProcess]:
 
 def count(folder: Path, rank: int, word: str) -> int:
     log = folder / f"{rank}.log"
-    return sum(line.startswith(word) for line in log.read_text().splitlines()) if log.exists() else 0
+    return (
+        sum(line.startswith(word) for line in log.read_text().splitlines()) if log.exists() else 0
+    )
 
 
 @pytest.mark.parametrize("is_noticed", [False, True])
@@ -45,7 +48,9 @@ def test_who_is_left_leaves_the_round(is_noticed: bool, tmp_path: Path) -> None:
             assert lost.pid is not None
             os.kill(lost.pid, signal.SIGKILL if is_noticed else signal.SIGSTOP)
             if is_noticed:
-                wait_until(lambda: all(count(tmp_path, rank, f"rank {rank} lost") for rank in (0, 2)))
+                wait_until(
+                    lambda: all(count(tmp_path, rank, f"rank {rank} lost") for rank in (0, 2))
+                )
             else:
                 assert not count(tmp_path, 0, "rank 0 lost")
             round_end = RoundEnd(address, group="group", lost=[1])
@@ -53,7 +58,9 @@ def test_who_is_left_leaves_the_round(is_noticed: bool, tmp_path: Path) -> None:
             assert not round_end.is_left_by(1)
             assert all(count(tmp_path, rank, f"rank {rank} lost") == 1 for rank in (0, 2))
             again = RoundEnd(address, group="group", lost=[1])
-            assert again.is_left_by(0) and again.is_left_by(2), "a round that is over is not ended twice"
+            assert again.is_left_by(0) and again.is_left_by(2), (
+                "a round that is over is not ended twice"
+            )
         finally:
             for process in processes:
                 process.kill()

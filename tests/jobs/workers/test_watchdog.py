@@ -1,4 +1,5 @@
-"""The watchdog: its verdicts in a table, and real processes that stop, stand still, or are merely slow."""
+"""The watchdog: its verdicts in a table, and real processes that stop, stand still, or are merely
+slow."""
 
 import json
 import math
@@ -45,12 +46,14 @@ READING = [Waits.STORAGE]
         (Place.STEP, 10.0, [], 1, 201, Health.STUCK),
         (Place.STEP, 0.1, COLLECTIVE, 1, 100, Health.WELL),  # a victim is not blamed
         (Place.STEP, 0.1, COLLECTIVE, 1, 751, Health.FORSAKEN),
-        (Place.STEP, 0.1, READING, 1, 3600, Health.WELL),  # an outage of the storage ends no training
+        # An outage of the storage ends no training
+        (Place.STEP, 0.1, READING, 1, 3600, Health.WELL),
         (Place.AROUND, None, [], 1, 3600, Health.WELL),
         (Place.AROUND, None, [], 31, 31, Health.SILENT),
         (Place.FIRST_STEP, None, [], 1, 200, Health.WELL),
         (Place.VALIDATION, 0.1, [], 1, 301, Health.STUCK),
-        (Place.VALIDATION, 60.0, [], 1, 1199, Health.WELL),  # a model with long steps has long validations and saves
+        # A model with long steps has long validations and saves
+        (Place.VALIDATION, 60.0, [], 1, 1199, Health.WELL),
         (Place.VALIDATION, 60.0, [], 1, 1201, Health.STUCK),
         (Place.SAVE, 60.0, [], 1, 1199, Health.WELL),
     ],
@@ -83,7 +86,9 @@ def test_who_hangs(
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_the_modules_in_a_stack_show_what_a_worker_waits_for(module: ModuleType, expected: list[Waits]) -> None:
+def test_the_modules_in_a_stack_show_what_a_worker_waits_for(
+    module: ModuleType, expected: list[Waits]
+) -> None:
     """The real modules count, wherever they lie: renaming one gets no healthy worker killed."""
     code = compile("def look(beat):\n    return beat()\n", str(module.__file__), "exec")
     names: dict[str, Any] = {}
@@ -93,7 +98,9 @@ def test_the_modules_in_a_stack_show_what_a_worker_waits_for(module: ModuleType,
     assert Beat.from_json(json.loads(json.dumps(asdict(beat)))) == beat
 
 
-def test_a_worker_waits_for_others_while_it_is_in_a_message_wherever_its_training_thread_is() -> None:
+def test_a_worker_waits_for_others_while_it_is_in_a_message_wherever_its_training_thread_is() -> (
+    None
+):
     """On a GPU a message holds up whatever the host asks of the device next."""
     pulse = Pulse({})
     before = pulse.beat()
@@ -148,7 +155,9 @@ def stacks(run_uri: Path) -> str:
 
 
 @pytest.mark.parametrize(("how", "verdict"), [("stop", "silent"), ("stand", "stuck")])
-def test_a_hanging_worker_is_killed_and_its_stack_kept(tmp_path: Path, how: str, verdict: str) -> None:
+def test_a_hanging_worker_is_killed_and_its_stack_kept(
+    tmp_path: Path, how: str, verdict: str
+) -> None:
     began = time.monotonic()
     worker = start(tmp_path, how)
     assert worker.wait(limit_s(20)) == -signal.SIGKILL

@@ -1,4 +1,5 @@
-"""The proof that all messages of a step have arrived: each way in which it can fail, with the gather of a real group's shape."""
+"""The proof that all messages of a step have arrived: each way in which it can fail, with the
+gather of a real group's shape."""
 
 from collections.abc import Callable
 
@@ -19,7 +20,9 @@ def group() -> WorkerGroup:
     return WorkerGroup(0, 2, Meeting(ROUND))
 
 
-def gathered(monkeypatch: pytest.MonkeyPatch, peer: list[float], then: Callable[[], None] = lambda: None) -> None:
+def gathered(
+    monkeypatch: pytest.MonkeyPatch, peer: list[float], then: Callable[[], None] = lambda: None
+) -> None:
     """Makes the other rank's row of the next table be `peer`."""
 
     def gather(table: Tensor, own: Tensor) -> None:
@@ -30,13 +33,17 @@ def gathered(monkeypatch: pytest.MonkeyPatch, peer: list[float], then: Callable[
     monkeypatch.setattr(dist, "all_gather_single", gather)
 
 
-def test_a_table_with_all_stamps_holds_every_vector(group: WorkerGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_with_all_stamps_holds_every_vector(
+    group: WorkerGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gathered(monkeypatch, [3.5, 0, 0, ROUND, STEP])
     assert group.proven(OWN, step=STEP, width=3).tolist() == [[1.5, 2.5, 0], [3.5, 0, 0]]
 
 
 @pytest.mark.parametrize(
-    "stamp", [(0, 0), (ROUND, STEP - 1), (ROUND - 1, STEP)], ids=["nothing", "the step before", "another round"]
+    "stamp",
+    [(0, 0), (ROUND, STEP - 1), (ROUND - 1, STEP)],
+    ids=["nothing", "the step before", "another round"],
 )
 def test_a_missing_stamp_names_its_rank(
     group: WorkerGroup, monkeypatch: pytest.MonkeyPatch, stamp: tuple[int, int]
@@ -49,12 +56,17 @@ def test_a_missing_stamp_names_its_rank(
     assert is_lost_peer(raised.value)
 
 
-def test_one_that_was_aborted_neither_vouches_nor_believes(group: WorkerGroup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL's aborted messages return as if they had arrived, so the flag is looked at before and after."""
+def test_one_that_was_aborted_neither_vouches_nor_believes(
+    group: WorkerGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's aborted messages return as if they had arrived, so the flag is looked at before and
+    after."""
     gathered(monkeypatch, [ROUND, STEP], then=group.meeting.aborted.set)
     with pytest.raises(LostPeerError, match="this one's messages were aborted"):
         group.prove(STEP, torch.device("cpu"))
-    monkeypatch.setattr(dist, "all_gather_single", lambda table, own: pytest.fail("it vouched for its messages"))
+    monkeypatch.setattr(
+        dist, "all_gather_single", lambda table, own: pytest.fail("it vouched for its messages")
+    )
     with pytest.raises(LostPeerError, match="this one's messages were aborted"):
         group.prove(STEP, torch.device("cpu"))
 

@@ -1,4 +1,5 @@
-"""What a stranger's template writes, and an end to one that does not end, without a thread or an event loop."""
+"""What a stranger's template writes, and an end to one that does not end, without a thread or an
+event loop."""
 
 from pathlib import Path
 

@@ -14,7 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from model.files.checkpoint import load_model, parameter_hash
-from model.files.checkpoint_folder import CheckpointError, Metadata, read_metadata, verify_checkpoint
+from model.files.checkpoint_folder import (
+    CheckpointError,
+    Metadata,
+    read_metadata,
+    verify_checkpoint,
+)
 from model.files.stored_tokenizer import load_tokenizer
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
@@ -22,7 +27,12 @@ from tests.checkpoints import into_shards, save_model
 from tests.model.small_models import small_model
 
 METADATA = Metadata(
-    run_id="run-1", step=7, tokens_seen=448, data_manifest_hash="ab" * 32, code_version="0.1.0", val_loss=1.5
+    run_id="run-1",
+    step=7,
+    tokens_seen=448,
+    data_manifest_hash="ab" * 32,
+    code_version="0.1.0",
+    val_loss=1.5,
 )
 LAST, ENTRY = "model-shard-00002-of-00002.safetensors", {"size": 1, "sha256": "0"}
 TRAIN_STATE = {"exp_avg.transformer.wte.weight": torch.arange(6.0), "step": torch.tensor(7.0)}
@@ -65,7 +75,9 @@ def test_metadata_of_a_newer_raymill_is_read_as_far_as_it_is_known(checkpoint: P
     ],
     ids=str,
 )
-def test_metadata_without_what_it_must_have_is_named(checkpoint: Path, content: object, words: str) -> None:
+def test_metadata_without_what_it_must_have_is_named(
+    checkpoint: Path, content: object, words: str
+) -> None:
     (checkpoint / "raymill.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=f"raymill.json in {checkpoint}") as refused:
         read_metadata(checkpoint)
@@ -73,19 +85,27 @@ def test_metadata_without_what_it_must_have_is_named(checkpoint: Path, content: 
     assert "use another checkpoint" in str(refused.value)
 
 
-def test_everything_comes_back_with_the_same_bits(checkpoint: Path, model: GPT, tokenizer: Tokenizer) -> None:
+def test_everything_comes_back_with_the_same_bits(
+    checkpoint: Path, model: GPT, tokenizer: Tokenizer
+) -> None:
     assert verify_checkpoint(checkpoint) == []
     loaded = load_model(checkpoint)
     assert loaded.config == model.config
     assert not loaded.training
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     assert parameter_hash(loaded.state_dict()) == parameter_hash(model.state_dict())
-    assert read_metadata(checkpoint) == replace(METADATA, parameter_hash=parameter_hash(model.state_dict()))
+    assert read_metadata(checkpoint) == replace(
+        METADATA, parameter_hash=parameter_hash(model.state_dict())
+    )
     train_state = load_file(checkpoint / "train_state.safetensors")
     assert all(torch.equal(train_state[name], tensor) for name, tensor in TRAIN_STATE.items())
     read = load_tokenizer(checkpoint)
     assert read is not None
-    assert read.hash == tokenizer.hash == hashlib.sha256((checkpoint / "tokenizer.json").read_bytes()).hexdigest()
+    assert (
+        read.hash
+        == tokenizer.hash
+        == hashlib.sha256((checkpoint / "tokenizer.json").read_bytes()).hexdigest()
+    )
     assert load_model(checkpoint, dtype=torch.bfloat16).head_weight.dtype == torch.bfloat16
 
 
@@ -94,7 +114,9 @@ def test_parameter_hash_is_the_documented_encoding() -> None:
         "b": torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T,  # not contiguous: the order is row-major
         "a": torch.tensor(1.0, dtype=torch.bfloat16),
     }
-    encoding = b"a\0bfloat16\0\0" + b"\x80\x3f" + b"b\0float32\x002,2\0" + struct.pack("<4f", 1, 3, 2, 4)
+    encoding = (
+        b"a\0bfloat16\0\0" + b"\x80\x3f" + b"b\0float32\x002,2\0" + struct.pack("<4f", 1, 3, 2, 4)
+    )
     assert parameter_hash(state) == hashlib.sha256(encoding).hexdigest()
 
 
@@ -102,7 +124,12 @@ def test_parameter_hash_sees_name_dtype_shape_and_each_bit() -> None:
     base = {"w": torch.zeros(2, 3)}
     flipped = torch.zeros(2, 3)
     flipped[1, 2] = -0.0
-    others = [{"v": base["w"]}, {"w": torch.zeros(3, 2)}, {"w": torch.zeros(2, 3, dtype=torch.int32)}, {"w": flipped}]
+    others = [
+        {"v": base["w"]},
+        {"w": torch.zeros(3, 2)},
+        {"w": torch.zeros(2, 3, dtype=torch.int32)},
+        {"w": flipped},
+    ]
     assert len({parameter_hash(state) for state in [base, *others]}) == 5
 
 
@@ -119,7 +146,11 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize("is_sharded", [False, True])
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
 def test_any_altered_torn_or_missing_file_is_named(
-    checkpoint: Path, damage: Callable[[Path], None], is_sharded: bool, model: GPT, tokenizer: Tokenizer
+    checkpoint: Path,
+    damage: Callable[[Path], None],
+    is_sharded: bool,
+    model: GPT,
+    tokenizer: Tokenizer,
 ) -> None:
     if is_sharded:
         into_shards(checkpoint, 3)
@@ -131,7 +162,10 @@ def test_any_altered_torn_or_missing_file_is_named(
         problems = verify_checkpoint(checkpoint)
         assert any(name in problem for problem in problems), (name, problems)
         if name.startswith("train_state") and damage is Path.unlink:  # a replica's copy has none
-            assert parameter_hash(load_model(checkpoint).state_dict()) == read_metadata(checkpoint).parameter_hash
+            assert (
+                parameter_hash(load_model(checkpoint).state_dict())
+                == read_metadata(checkpoint).parameter_hash
+            )
             continue
         with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
             load_model(checkpoint)
@@ -140,9 +174,18 @@ def test_any_altered_torn_or_missing_file_is_named(
 @pytest.mark.parametrize(
     ("manifest", "said"),
     [
-        ({"format_version": 3, "files": {}}, "format_version 3, this version of raymill reads 1 and 2"),
-        ({"format_version": 2, "files": {LAST: ENTRY}}, "does not list model-shard-00001-of-00002.safetensors"),
-        ({"format_version": 1, "files": {"../x": {"size": 1, "sha256": "0"}}}, "manifest.json is altered"),
+        (
+            {"format_version": 3, "files": {}},
+            "format_version 3, this version of raymill reads 1 and 2",
+        ),
+        (
+            {"format_version": 2, "files": {LAST: ENTRY}},
+            "does not list model-shard-00001-of-00002.safetensors",
+        ),
+        (
+            {"format_version": 1, "files": {"../x": {"size": 1, "sha256": "0"}}},
+            "manifest.json is altered",
+        ),
         ({"format_version": 1, "files": {}}, "does not list model.safetensors"),
         ({"format_version": 1, "files": 3}, "manifest.json is altered"),
         ([], "manifest.json is altered"),
@@ -161,7 +204,8 @@ def test_a_missing_checkpoint_is_said(tmp_path: Path) -> None:
 
 
 def crash_at(folder: Path, point: int, model: GPT, tokenizer: Tokenizer) -> bool:
-    """Writes step 8 in a child process that dies before its `point`-th write, sync or rename; tells whether it died."""
+    """Writes step 8 in a child process that dies before its `point`-th write, sync or rename; tells
+    whether it died."""
     child = os.fork()
     if child == 0:
         calls = iter(range(1000))
@@ -193,8 +237,10 @@ def test_a_crash_anywhere_while_writing_leaves_nothing_or_a_whole_checkpoint(
         num_points += 1
     assert num_points >= 12
     assert load_model(folder).head_weight.equal(new.head_weight)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-8"]  # what the crashes left was cleared away
-    # Replacing has one more moment, between its two renames, when the folder is absent: never is it torn.
+    # What the crashes left was cleared away
+    assert [path.name for path in tmp_path.iterdir()] == ["step-8"]
+    # Replacing has one more moment, between its two renames, when the folder is absent: never is it
+    # torn.
     absent = 0
     for point in range(num_points + 1):
         write(folder, old, tokenizer, step=8)

@@ -18,7 +18,9 @@ from model.text.tokenizer import Tokenizer, train_bpe
 from tests.checkpoints import save_model
 from tests.model.small_models import small_model
 
-METADATA = Metadata(run_id="r", step=1, tokens_seen=1, data_manifest_hash="0" * 64, code_version="v")
+METADATA = Metadata(
+    run_id="r", step=1, tokens_seen=1, data_manifest_hash="0" * 64, code_version="v"
+)
 ACTIVATIONS = {"gelu_new": "gelu", "gelu": "gelu_exact", "relu": "relu"}
 
 
@@ -34,19 +36,24 @@ def random_hf_model(**changes: Any) -> GPT2LMHeadModel:
     }
     model = GPT2LMHeadModel(GPT2Config(**(shape | changes))).eval()
     for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)  # biases and LayerNorms are constant at first
+        # Biases and LayerNorms are constant at first
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
     return model
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @torch.no_grad()
-def test_a_model_saved_by_transformers_gives_its_logits(tmp_path: Path, activation: str, *, tied: bool) -> None:
+def test_a_model_saved_by_transformers_gives_its_logits(
+    tmp_path: Path, activation: str, *, tied: bool
+) -> None:
     theirs = random_hf_model(activation_function=activation, tie_word_embeddings=tied, n_inner=80)
     theirs.save_pretrained(tmp_path)
     ours = load_model(tmp_path)
     token_ids = torch.randint(0, 97, (3, 48))
-    torch.testing.assert_close(ours.logits(ours(token_ids)), theirs(token_ids).logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        ours.logits(ours(token_ids)), theirs(token_ids).logits, rtol=0, atol=1e-4
+    )
     assert ours.config.activation_function == ACTIVATIONS[activation]
     assert load_tokenizer(tmp_path) is None
 
@@ -58,7 +65,10 @@ def test_transformers_reads_a_checkpoint_as_it_is(
     tmp_path: Path, tokenizer: Tokenizer, activation: str, *, tied: bool
 ) -> None:
     ours = small_model(
-        activation_function=activation, tie_word_embeddings=tied, n_inner=80, vocab_size=tokenizer.vocab_size
+        activation_function=activation,
+        tie_word_embeddings=tied,
+        n_inner=80,
+        vocab_size=tokenizer.vocab_size,
     )
     save_model(
         tmp_path / "c",
@@ -68,7 +78,9 @@ def test_transformers_reads_a_checkpoint_as_it_is(
     )
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "c").eval()
     token_ids = torch.randint(0, tokenizer.vocab_size, (3, 48))
-    torch.testing.assert_close(theirs(token_ids).logits, ours.logits(ours(token_ids)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        theirs(token_ids).logits, ours.logits(ours(token_ids)), rtol=0, atol=1e-4
+    )
     assert theirs.config.eos_token_id == tokenizer.eot_id
     assert (theirs.lm_head.weight is theirs.transformer.wte.weight) == tied
 
@@ -96,13 +108,18 @@ def test_transformers_reads_the_tokenizer_as_it_is(
 def test_older_files_without_prefix_and_with_mask_buffers_load(tmp_path: Path) -> None:
     theirs = random_hf_model()
     theirs.save_pretrained(tmp_path)
-    bare = {name.removeprefix("transformer."): tensor for name, tensor in theirs.transformer.state_dict().items()}
+    bare = {
+        name.removeprefix("transformer."): tensor
+        for name, tensor in theirs.transformer.state_dict().items()
+    }
     bare["h.0.attn.bias"] = torch.ones(1, 1, 48, 48)
     bare["h.0.attn.masked_bias"] = torch.tensor(-1e4)
     bare["lm_head.weight"] = bare["wte.weight"].clone()
     save_file(bare, tmp_path / "model.safetensors", metadata={"format": "pt"})
     ours, token_ids = load_hf(tmp_path), torch.randint(0, 97, (1, 20))
-    torch.testing.assert_close(ours.logits(ours(token_ids)), theirs(token_ids).logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        ours.logits(ours(token_ids)), theirs(token_ids).logits, rtol=0, atol=1e-4
+    )
     bare["lm_head.weight"] += 1
     save_file(bare, tmp_path / "model.safetensors")
     with pytest.raises(UnsupportedModelError, match=r"lm_head\.weight differs"):
@@ -115,7 +132,9 @@ def test_sharded_weights_load(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ours, token_ids = load_hf(tmp_path), torch.randint(0, 97, (1, 20))
-    torch.testing.assert_close(ours.logits(ours(token_ids)), theirs(token_ids).logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        ours.logits(ours(token_ids)), theirs(token_ids).logits, rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(

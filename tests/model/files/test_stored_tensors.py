@@ -1,4 +1,5 @@
-"""Values of stored tensors: the same ones however they are cut and wherever they begin, in few and small reads."""
+"""Values of stored tensors: the same ones however they are cut and wherever they begin, in few and
+small reads."""
 
 import random
 from itertools import pairwise
@@ -9,7 +10,12 @@ import torch
 from torch import Tensor
 
 import model.files.stored_tensors
-from model.files.checkpoint import load_model, parameter_hash, safetensors_pieces, stored_parameter_hash
+from model.files.checkpoint import (
+    load_model,
+    parameter_hash,
+    safetensors_pieces,
+    stored_parameter_hash,
+)
 from model.files.checkpoint_folder import CheckpointError, read_metadata, verify_checkpoint
 from model.files.stored_tensors import StoredTensors, stretch_name
 from tests.checkpoints import into_shards, write_tiny
@@ -26,7 +32,9 @@ class Files:
     """Safetensors in memory, and the reads of them."""
 
     def __init__(self, *files: dict[str, Tensor]) -> None:
-        self.contents = {f"{n}": b"".join(safetensors_pieces(tensors)) for n, tensors in enumerate(files)}
+        self.contents = {
+            f"{n}": b"".join(safetensors_pieces(tensors)) for n, tensors in enumerate(files)
+        }
         self.reads: list[range] = []
 
     def read(self, file: str, start: int, end: int) -> bytes:
@@ -66,7 +74,9 @@ def test_any_place_has_the_values_of_the_tensor(seed: int, monkeypatch: pytest.M
     assert max(map(len, files.reads)) <= model.files.stored_tensors._READ_BYTES
     whole = stored.whole({name: tensor.shape for name, tensor in TENSORS.items()})
     assert all(torch.equal(whole[name], tensor) for name, tensor in TENSORS.items())
-    assert {name: tensor.dtype for name, tensor in whole.items()} == {n: tensor.dtype for n, tensor in TENSORS.items()}
+    assert {name: tensor.dtype for name, tensor in whole.items()} == {
+        n: tensor.dtype for n, tensor in TENSORS.items()
+    }
 
 
 def test_neighbors_in_a_file_are_one_read() -> None:
@@ -93,7 +103,9 @@ def test_what_is_not_there_is_an_error_in_words() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_checkpoint_in_shards_is_the_same_one(tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_in_shards_is_the_same_one(
+    tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(model.files.stored_tensors, "_HASHED_VALUES", 1000)
     write_tiny(tmp_path)
     before, metadata = load_model(tmp_path).state_dict(), read_metadata(tmp_path)

@@ -31,7 +31,9 @@ def test_sampling_with_the_cache_equals_sampling_without(model: GPT, seed: int) 
         with torch.inference_mode():
             logits = model.logits(model(torch.tensor([sequence]))[0, -1])
         output = sequence[len(PROMPT) :]
-        sequence.append(sample(logits, params, prompt_ids=PROMPT, output_ids=output, position=place))
+        sequence.append(
+            sample(logits, params, prompt_ids=PROMPT, output_ids=output, position=place)
+        )
     assert cached == sequence[len(PROMPT) :]
     assert len(cached) == 30
     # Taken up again in the middle, a sequence goes on as it would have.
@@ -41,7 +43,15 @@ def test_sampling_with_the_cache_equals_sampling_without(model: GPT, seed: int) 
 
 
 def test_requests_without_a_seed_differ(model: GPT) -> None:
-    assert len({tuple(generate(model, PROMPT, max_tokens=20, params=SamplingParams())) for _ in range(3)}) > 1
+    assert (
+        len(
+            {
+                tuple(generate(model, PROMPT, max_tokens=20, params=SamplingParams()))
+                for _ in range(3)
+            }
+        )
+        > 1
+    )
 
 
 def test_it_ends_before_the_end_of_text(model: GPT) -> None:
@@ -53,7 +63,9 @@ def test_it_ends_before_the_end_of_text(model: GPT) -> None:
 
 def test_context_overflow_names_both_numbers(model: GPT) -> None:
     assert len(generate(model, PROMPT, max_tokens=43, params=GREEDY)) == 43
-    with pytest.raises(ContextLengthError, match="context length is 48 tokens, but 49 were requested"):
+    with pytest.raises(
+        ContextLengthError, match="context length is 48 tokens, but 49 were requested"
+    ):
         generate(model, PROMPT, max_tokens=44, params=GREEDY)
     with pytest.raises(ContextLengthError, match="no token"):
         generate(model, [], max_tokens=1, params=GREEDY)
@@ -62,7 +74,8 @@ def test_context_overflow_names_both_numbers(model: GPT) -> None:
 
 
 class OnGpu(torch.Tensor):
-    """Logits that refuse the operations that deterministic mode refuses on a GPU, until they are on the CPU."""
+    """Logits that refuse the operations that deterministic mode refuses on a GPU, until they are on
+    the CPU."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -73,7 +86,9 @@ class OnGpu(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def test_a_validation_can_sample_in_deterministic_mode_on_a_gpu(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_validation_can_sample_in_deterministic_mode_on_a_gpu(
+    model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings: dict[str, Any] = {"max_tokens": 5, "params": SamplingParams(temperature=0.8, seed=1)}
     expected = generate(model, [1, 2, 3], **settings)
     of_hidden = model.logits

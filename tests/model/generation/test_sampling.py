@@ -57,12 +57,16 @@ def test_draws_follow_the_reference_distribution(rule: str) -> None:
     counts = np.bincount(sample_batch(LOGITS.expand(num_draws, -1), rows), minlength=len(LOGITS))
     possible = expected > 0
     assert counts[~possible].sum() == 0
-    statistic = ((counts - num_draws * expected)[possible] ** 2 / (num_draws * expected[possible])).sum()
+    statistic = (
+        (counts - num_draws * expected)[possible] ** 2 / (num_draws * expected[possible])
+    ).sum()
     assert statistic < chi_square_999(int(possible.sum()) - 1)
 
 
 def test_the_rules_differ() -> None:
-    assert len({tuple(reference(LOGITS.tolist(), params)) for params in RULES.values()}) == len(RULES)
+    assert len({tuple(reference(LOGITS.tolist(), params)) for params in RULES.values()}) == len(
+        RULES
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -82,7 +86,9 @@ def test_distribution_equals_the_definition(
 
 
 def test_random_numbers_are_uniform_and_a_function_of_seed_and_position() -> None:
-    numbers = np.array([uniform(seed, position) for seed in (0, -5, 2**63) for position in range(2000)])
+    numbers = np.array(
+        [uniform(seed, position) for seed in (0, -5, 2**63) for position in range(2000)]
+    )
     assert len(set(numbers)) == len(numbers)
     counts = np.histogram(numbers, bins=50, range=(0, 1))[0]
     assert ((counts - 120) ** 2 / 120).sum() < chi_square_999(49)
@@ -92,9 +98,14 @@ def test_random_numbers_are_uniform_and_a_function_of_seed_and_position() -> Non
 
 def test_temperature_zero_takes_the_first_of_the_most_probable() -> None:
     greedy = SamplingParams(temperature=0)
-    assert sample(torch.tensor([1.0, 3.0, 3.0, 2.0]), greedy, prompt_ids=[], output_ids=[], position=0) == 1
+    assert (
+        sample(torch.tensor([1.0, 3.0, 3.0, 2.0]), greedy, prompt_ids=[], output_ids=[], position=0)
+        == 1
+    )
     almost = SamplingParams(temperature=1e-4, seed=1)
-    assert all(sample(LOGITS, almost, prompt_ids=[], output_ids=[], position=i) == 0 for i in range(50))
+    assert all(
+        sample(LOGITS, almost, prompt_ids=[], output_ids=[], position=i) == 0 for i in range(50)
+    )
 
 
 def test_penalties_and_bias_have_their_definitions() -> None:
@@ -102,7 +113,9 @@ def test_penalties_and_bias_have_their_definitions() -> None:
 
     def best(logits: list[float], **settings: Any) -> int:
         params = SamplingParams(temperature=0, **settings)
-        return sample(torch.tensor(logits), params, prompt_ids=prompt, output_ids=output, position=5)
+        return sample(
+            torch.tensor(logits), params, prompt_ids=prompt, output_ids=output, position=5
+        )
 
     # presence: off each token of the output, once; the prompt does not count
     assert best([1.0, 2.05, 1.4, 2.0], presence_penalty=0.6) == 1
@@ -129,15 +142,25 @@ def test_a_row_gets_the_same_token_alone_and_in_any_batch() -> None:
         SamplingParams(temperature=0),
         SamplingParams(repetition_penalty=1.3, presence_penalty=1.0),
     ]
-    rows = [SamplingRow(replace(kinds[b % len(kinds)], seed=b), [1, 2, b], [5, b, b], 6 + b) for b in range(24)]
+    rows = [
+        SamplingRow(replace(kinds[b % len(kinds)], seed=b), [1, 2, b], [5, b, b], 6 + b)
+        for b in range(24)
+    ]
     alone = [
-        sample(logits[b], row.params, prompt_ids=row.prompt_ids, output_ids=row.output_ids, position=row.position)
+        sample(
+            logits[b],
+            row.params,
+            prompt_ids=row.prompt_ids,
+            output_ids=row.output_ids,
+            position=row.position,
+        )
         for b, row in enumerate(rows)
     ]
     assert sample_batch(logits, rows) == alone
     order = torch.randperm(24, generator=generator).tolist()
     assert sample_batch(logits[order], [rows[b] for b in order]) == [alone[b] for b in order]
-    assert sample_batch(logits + 1e-6 * torch.randn(24, 1000, generator=generator), rows) == alone  # rounding noise
+    # Rounding noise
+    assert sample_batch(logits + 1e-6 * torch.randn(24, 1000, generator=generator), rows) == alone
 
 
 def test_a_seed_is_drawn_once_and_kept() -> None:
@@ -154,7 +177,9 @@ def test_logits_that_are_no_numbers_are_an_error(temperature: float, bad: list[f
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_forbidden_tokens_are_never_drawn_and_the_others_keep_their_shares(temperature: float) -> None:
+def test_forbidden_tokens_are_never_drawn_and_the_others_keep_their_shares(
+    temperature: float,
+) -> None:
     logits = torch.tensor([4.0, 3.0, 2.0, -5.0]).expand(400, 4)
     params = SamplingParams(temperature=temperature, seed=3)
     rows = [SamplingRow(params, [0], [0], place, forbidden_ids={0, 3}) for place in range(400)]
@@ -162,5 +187,7 @@ def test_forbidden_tokens_are_never_drawn_and_the_others_keep_their_shares(tempe
     if temperature == 0:
         assert set(drawn) == {1}
     else:
-        assert set(drawn) == {1, 2} and drawn.count(1) / 400 == pytest.approx(math.e / (1 + math.e), abs=0.08)
+        assert set(drawn) == {1, 2} and drawn.count(1) / 400 == pytest.approx(
+            math.e / (1 + math.e), abs=0.08
+        )
     assert logits[0].tolist() == [4.0, 3.0, 2.0, -5.0]  # which log-probabilities are taken from

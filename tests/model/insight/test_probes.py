@@ -36,7 +36,8 @@ def test_a_task_is_solved_by_looking_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_model_that_learned_nothing_is_at_chance(name: str) -> None:
-    chance = 1 / 4 if name == "few-shot" else 1 / VOCAB  # a guess among the keys' values, or among all tokens
+    # A guess among the keys' values, or among all tokens
+    chance = 1 / 4 if name == "few-shot" else 1 / VOCAB
     assert accuracy(small_model(), made(name)) < chance + 0.1
 
 
@@ -48,7 +49,9 @@ def test_the_same_seed_asks_the_same() -> None:
 
 @pytest.mark.parametrize("seq_len", [7, 8, 15])
 def test_sequences_too_short_for_a_task_are_refused(seq_len: int) -> None:
-    with pytest.raises(UserError, match=rf"sequences of {seq_len} tokens, the few-shot task needs 16"):
+    with pytest.raises(
+        UserError, match=rf"sequences of {seq_len} tokens, the few-shot task needs 16"
+    ):
         probe(small_model(), seq_len=seq_len)
 
 
@@ -57,10 +60,14 @@ def test_the_shortest_sequences_ask_each_task_something() -> None:
 
 
 class LookingBack:
-    """A model that continues as the context did the last time; where that is unknown, with token 0."""
+    """A model that continues as the context did the last time; where that is unknown, with token
+    0."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = [[by_looking_back([*row, 0], place + 1) or 0 for place in range(len(row))] for row in ids.tolist()]
+        rows = [
+            [by_looking_back([*row, 0], place + 1) or 0 for place in range(len(row))]
+            for row in ids.tolist()
+        ]
         return torch.nn.functional.one_hot(torch.tensor(rows), VOCAB).float()  # (B, T, V)
 
     def logits(self, hidden: Tensor) -> Tensor:

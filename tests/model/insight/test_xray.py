@@ -25,12 +25,16 @@ def full_logits(model: GPT, token_ids: list[int]) -> torch.Tensor:
         return model.logits(model(torch.tensor([token_ids]))[0])
 
 
-@pytest.mark.parametrize("shape", [{}, {"n_head": 1, "activation_function": "relu"}, {"tie_word_embeddings": False}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"n_head": 1, "activation_function": "relu"}, {"tie_word_embeddings": False}]
+)
 def test_logits_are_those_of_the_model(shape: dict[str, object]) -> None:
     model = small_model(seed=3, **shape)
     query = run_query(model, PROMPT, max_tokens=9, params=GREEDY)
     assert len(query.token_ids) == 16 and len(query.logits) == 15  # the last token is not read
-    torch.testing.assert_close(query.logits, full_logits(model, query.token_ids[:-1]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        query.logits, full_logits(model, query.token_ids[:-1]), atol=1e-5, rtol=0
+    )
 
 
 @given(cuts=st.sets(st.integers(1, 19)), seed=st.integers(0, 99))
@@ -44,15 +48,20 @@ def test_reading_in_pieces_is_reading_at_once(cuts: set[int], seed: int) -> None
 def test_weights_times_values_are_the_attention_output_of_the_model(model: GPT) -> None:
     theirs: list[torch.Tensor] = []
     hooks = [
-        block.attn.register_forward_hook(lambda _m, _i, output: theirs.append(output)) for block in model.transformer.h
+        block.attn.register_forward_hook(lambda _m, _i, output: theirs.append(output))
+        for block in model.transformer.h
     ]
     full_logits(model, PROMPT)
     for hook in hooks:
         hook.remove()
     reading = Reader(model).read(PROMPT)
     assert len(theirs) == len(reading.attention) == 2
-    for block, attention, output in zip(model.transformer.h, reading.attention, theirs, strict=True):
-        mixed = torch.einsum("htp,hpd->thd", attention.weights, attention.values).reshape(1, len(PROMPT), -1)
+    for block, attention, output in zip(
+        model.transformer.h, reading.attention, theirs, strict=True
+    ):
+        mixed = torch.einsum("htp,hpd->thd", attention.weights, attention.values).reshape(
+            1, len(PROMPT), -1
+        )
         with torch.no_grad():
             torch.testing.assert_close(block.attn.c_proj(mixed), output, atol=1e-5, rtol=0)
 
@@ -70,7 +79,9 @@ def test_attention_is_lower_triangular_and_its_rows_sum_to_one(dtype: torch.dtyp
             assert all(abs(row.double().sum().item() - 1) < 1e-5 and row.min() >= 0 for row in rows)
 
 
-@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=0.9, top_k=20, top_p=0.8, seed=4)])
+@pytest.mark.parametrize(
+    "params", [GREEDY, SamplingParams(temperature=0.9, top_k=20, top_p=0.8, seed=4)]
+)
 def test_tokens_are_those_of_generate(model: GPT, params: SamplingParams) -> None:
     expected = generate(model, PROMPT, max_tokens=20, params=params)
     query = run_query(model, PROMPT, max_tokens=20, params=params)
@@ -98,11 +109,17 @@ def test_predictions_and_scores_agree_with_the_distribution(model: GPT) -> None:
         entropy = -sum(p * math.log(p) for p in probabilities[row].tolist() if p > 0)
         assert prediction.entropy_nats == pytest.approx(entropy, abs=1e-4)
         order = probabilities[row].argsort(descending=True, stable=True)[:6].tolist()
-        assert [c.token_id for c in prediction.top] == order and [c.rank for c in prediction.top] == [1, 2, 3, 4, 5, 6]
+        assert [c.token_id for c in prediction.top] == order and [
+            c.rank for c in prediction.top
+        ] == [1, 2, 3, 4, 5, 6]
         for candidate in prediction.top:
             assert candidate.logit == logits[row, candidate.token_id]
-            assert candidate.probability == pytest.approx(probabilities[row, candidate.token_id].item(), abs=1e-6)
-            assert score(logits[row : row + 1], [candidate.token_id]) == [pytest.approx(candidate, abs=1e-6)]
+            assert candidate.probability == pytest.approx(
+                probabilities[row, candidate.token_id].item(), abs=1e-6
+            )
+            assert score(logits[row : row + 1], [candidate.token_id]) == [
+                pytest.approx(candidate, abs=1e-6)
+            ]
     [tied] = predictions(torch.tensor([[2.0, 1.0, 2.0]]), num_top=3)
     assert sorted(c.rank for c in tied.top) == [1, 1, 3]
     assert predictions(torch.tensor([[0.0, -math.inf]]), num_top=1)[0].entropy_nats == 0
@@ -110,7 +127,9 @@ def test_predictions_and_scores_agree_with_the_distribution(model: GPT) -> None:
 
 def test_spans_are_contiguous_and_stages_have_the_shapes_of_a_query(model: GPT) -> None:
     ticks = itertools.count()
-    query: Query = run_query(model, PROMPT, max_tokens=2, params=GREEDY, clock=lambda: float(next(ticks)))
+    query: Query = run_query(
+        model, PROMPT, max_tokens=2, params=GREEDY, clock=lambda: float(next(ticks))
+    )
     assert [s.name for s in query.spans] == ["prefill", "sample", "decode", "sample"]
     assert all(b.start_s == a.end_s for a, b in itertools.pairwise(query.spans))
     shapes = [(s.name, s.layer, s.shape) for s in query.readings[0].stages]

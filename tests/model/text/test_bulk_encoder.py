@@ -1,4 +1,5 @@
-"""tiktoken's core gives the ids of `tokenizers` for every vocabulary it accepts; the others are refused."""
+"""tiktoken's core gives the ids of `tokenizers` for every vocabulary it accepts; the others are
+refused."""
 
 import json
 import random
@@ -83,9 +84,21 @@ def edited(tokenizer: Tokenizer, edit: Edit) -> Tokenizer:
 
 
 def split(pattern: str) -> Edit:
-    before = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    bytes_after = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return lambda content: content.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [before, bytes_after]})
+    before = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    bytes_after = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
+    return lambda content: content.update(
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [before, bytes_after]}
+    )
 
 
 def permute_ids(content: dict[str, Any]) -> None:
@@ -142,7 +155,9 @@ VARIANTS: dict[str, Edit] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ids_are_those_of_tokenizers(variant: str, trained: Tokenizer, texts: list[str], corpus: list[str]) -> None:
+def test_ids_are_those_of_tokenizers(
+    variant: str, trained: Tokenizer, texts: list[str], corpus: list[str]
+) -> None:
     tokenizer = edited(trained, VARIANTS[variant])
     encoder, reason = bulk_encoder(tokenizer)
     assert reason is None
@@ -156,7 +171,8 @@ def test_ids_are_those_of_tokenizers(variant: str, trained: Tokenizer, texts: li
 
 
 @pytest.mark.parametrize(
-    "normalize", [["nfc"], ["lowercase"], ["collapse_spaces"], ["nfc", "lowercase", "collapse_spaces"]]
+    "normalize",
+    [["nfc"], ["lowercase"], ["collapse_spaces"], ["nfc", "lowercase", "collapse_spaces"]],
 )
 def test_normalizers_run_first(normalize: list[str], texts: list[str]) -> None:
     tokenizer = train_bpe(texts[:20], vocab_size=1000, normalize=normalize)
@@ -189,7 +205,9 @@ def test_both_regex_engines_have_the_same_letters_numbers_and_blanks() -> None:
     ranks = {bytes([byte]): byte for byte in range(256)}
     for kind in (r"\p{L}", r"\p{N}", r"\s"):
         pieces = pre_tokenizers.Split(Regex(kind), "removed", invert=True).pre_tokenize_str(text)
-        encoding = tiktoken.Encoding("class", pat_str=kind, mergeable_ranks=ranks, special_tokens={})
+        encoding = tiktoken.Encoding(
+            "class", pat_str=kind, mergeable_ranks=ranks, special_tokens={}
+        )
         members = bytes(encoding.encode_ordinary(text)).decode()
         assert members == "".join(piece for piece, _ in pieces)
         assert len(members) >= 25
@@ -224,11 +242,23 @@ def merge_one_token_twice(content: dict[str, Any]) -> None:
 REFUSED: list[tuple[Edit, str]] = [
     (bpe(dropout=0.1), "dropout=0.1"),
     (lambda content: content.update(pre_tokenizer=None), "another pattern than GPT-2's"),
-    (lambda content: content["pre_tokenizer"].update(add_prefix_space=True), "another pattern than GPT-2's"),
-    (lambda content: content["pre_tokenizer"].update(use_regex=False), "another pattern than GPT-2's"),
-    (lambda content: content["added_tokens"][0].update(special=False), "added tokens that are not special"),
     (
-        lambda content: (add_a_token_that_its_bytes_do_not_make(content), bpe(ignore_merges=True)(content)),
+        lambda content: content["pre_tokenizer"].update(add_prefix_space=True),
+        "another pattern than GPT-2's",
+    ),
+    (
+        lambda content: content["pre_tokenizer"].update(use_regex=False),
+        "another pattern than GPT-2's",
+    ),
+    (
+        lambda content: content["added_tokens"][0].update(special=False),
+        "added tokens that are not special",
+    ),
+    (
+        lambda content: (
+            add_a_token_that_its_bytes_do_not_make(content),
+            bpe(ignore_merges=True)(content),
+        ),
         "ignore_merges",
     ),
     (merge_one_token_twice, "one token at two priorities"),
@@ -238,8 +268,12 @@ REFUSED: list[tuple[Edit, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("edit", "reason"), REFUSED, ids=[f"{i}-{reason}" for i, (_, reason) in enumerate(REFUSED)])
-def test_what_cannot_be_expressed_is_refused_with_the_reason(edit: Edit, reason: str, trained: Tokenizer) -> None:
+@pytest.mark.parametrize(
+    ("edit", "reason"), REFUSED, ids=[f"{i}-{reason}" for i, (_, reason) in enumerate(REFUSED)]
+)
+def test_what_cannot_be_expressed_is_refused_with_the_reason(
+    edit: Edit, reason: str, trained: Tokenizer
+) -> None:
     with pytest.raises(NotExpressibleError, match=reason) as refusal:
         BulkEncoder(edited(trained, edit))
     assert "\n" not in str(refusal.value)
@@ -264,7 +298,10 @@ def test_the_fallback_gives_the_same_ids_and_says_why(trained: Tokenizer, texts:
 
 @pytest.mark.parametrize(
     "tamper",
-    [lambda tokens: [token for token in tokens if token != "Ġthe"], lambda tokens: [*tokens[:256], *tokens[:255:-1]]],
+    [
+        lambda tokens: [token for token in tokens if token != "Ġthe"],
+        lambda tokens: [*tokens[:256], *tokens[:255:-1]],
+    ],
 )
 def test_the_proof_catches_a_wrong_merge_table(
     tamper: Callable[[list[str]], list[str]], trained: Tokenizer, monkeypatch: pytest.MonkeyPatch

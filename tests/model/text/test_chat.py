@@ -1,4 +1,5 @@
-"""Chat templates: what is trained on is what is served, answers alone are counted, and no message writes a control token."""
+"""Chat templates: what is trained on is what is served, answers alone are counted, and no message
+writes a control token."""
 
 import json
 from pathlib import Path
@@ -29,7 +30,14 @@ LLAMA3 = """\
 {{ bos_token }}{% for message in messages %}\
 {{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
-SPECIALS = ["<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SPECIALS = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
 
 TURNS = [
     {"role": "system", "content": "be brief"},
@@ -45,14 +53,21 @@ def plain() -> Tokenizer:
     return train_bpe([TEXT] * 3, vocab_size=300)
 
 
-def with_specials(plain: Tokenizer, template: str | None, *, bos: bool = False, eos: str = "<|im_end|>") -> Tokenizer:
-    """Returns a tokenizer like those of chat models; with `bos`, its post-processor puts one before a text, as Llama 3's."""
+def with_specials(
+    plain: Tokenizer, template: str | None, *, bos: bool = False, eos: str = "<|im_end|>"
+) -> Tokenizer:
+    """Returns a tokenizer like those of chat models; with `bos`, its post-processor puts one before
+    a text, as Llama 3's."""
     backend = tokenizers.Tokenizer.from_str(plain.to_json().decode())
     backend.add_special_tokens(SPECIALS)
     if bos:
         added = ("<|begin_of_text|>", backend.token_to_id("<|begin_of_text|>"))
-        before = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[added])
-        backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), before])
+        before = processors.TemplateProcessing(
+            single="<|begin_of_text|> $A", special_tokens=[added]
+        )
+        backend.post_processor = processors.Sequence(
+            [processors.ByteLevel(trim_offsets=False), before]
+        )
     chat = ChatFormat(template, "<|begin_of_text|>" if bos else "", eos) if template else None
     return Tokenizer(json.loads(backend.to_str()), chat)
 
@@ -60,7 +75,9 @@ def with_specials(plain: Tokenizer, template: str | None, *, bos: bool = False, 
 def written(tokenizer: Tokenizer, folder: Path) -> Path:
     """Writes what a checkpoint says of its tokenizer."""
     folder.mkdir()
-    metadata = Metadata(run_id="r", step=1, tokens_seen=1, data_manifest_hash=None, code_version="c")
+    metadata = Metadata(
+        run_id="r", step=1, tokens_seen=1, data_manifest_hash=None, code_version="c"
+    )
     config = GPTConfig(vocab_size=tokenizer.vocab_size, n_positions=64)
     for name, content in descriptions(config, tokenizer, metadata).items():
         (folder / name).write_bytes(content)
@@ -90,22 +107,36 @@ def test_the_plain_template_counts_answers_and_their_ends(plain: Tokenizer) -> N
 
 
 def test_a_tokenizers_own_template_counts_answers_and_their_ends(plain: Tokenizer) -> None:
-    text, counted = counted_text(with_specials(plain, CHATML), [*TURNS, {"role": "user", "content": "unanswered"}])
+    text, counted = counted_text(
+        with_specials(plain, CHATML), [*TURNS, {"role": "user", "content": "unanswered"}]
+    )
     assert text == (
         "<|endoftext|><|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nwhat is 2+3?<|im_end|>\n"
         "<|im_start|>assistant\n5<|im_end|>\n<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\nhello 5<|im_end|>\n"
     )
     assert counted == ["5<|im_end|>", "hello 5<|im_end|>"]
-    text, counted = counted_text(with_specials(plain, LLAMA3, bos=True, eos="<|eot_id|>"), TURNS[1:3])
+    text, counted = counted_text(
+        with_specials(plain, LLAMA3, bos=True, eos="<|eot_id|>"), TURNS[1:3]
+    )
     header = "<|start_header_id|>{}<|end_header_id|>\n\n".format
-    assert text == f"<|begin_of_text|>{header('user')}what is 2+3?<|eot_id|>{header('assistant')}5<|eot_id|>"
+    assert (
+        text
+        == f"<|begin_of_text|>{header('user')}what is 2+3?<|eot_id|>{header('assistant')}5<|eot_id|>"
+    )
     assert counted == ["5<|eot_id|>"]
 
 
 @pytest.mark.parametrize("template", [None, CHATML, LLAMA3])
-def test_what_is_trained_on_is_what_every_server_writes(plain: Tokenizer, template: str | None, tmp_path: Path) -> None:
-    """The checkpoint's own files make transformers and our endpoint ask what the training has before an answer."""
-    tokenizer = with_specials(plain, template, bos=template == LLAMA3, eos="<|eot_id|>") if template else plain
+def test_what_is_trained_on_is_what_every_server_writes(
+    plain: Tokenizer, template: str | None, tmp_path: Path
+) -> None:
+    """The checkpoint's own files make transformers and our endpoint ask what the training has
+    before an answer."""
+    tokenizer = (
+        with_specials(plain, template, bos=template == LLAMA3, eos="<|eot_id|>")
+        if template
+        else plain
+    )
     trained = Tokenizer(json.loads(tokenizer.to_json()), format_to_train(tokenizer))
     folder = written(trained, tmp_path / "checkpoint")
     served = load_tokenizer(folder)
@@ -117,7 +148,11 @@ def test_what_is_trained_on_is_what_every_server_writes(plain: Tokenizer, templa
     assert hf.apply_chat_template(TURNS[:2], add_generation_prompt=True)["input_ids"] == ids[:first]
     assert hf.apply_chat_template(TURNS)["input_ids"] == ids
     config = json.loads((folder / "config.json").read_bytes())
-    ends = config["eos_token_id"] if isinstance(config["eos_token_id"], list) else [config["eos_token_id"]]
+    ends = (
+        config["eos_token_id"]
+        if isinstance(config["eos_token_id"], list)
+        else [config["eos_token_id"]]
+    )
     assert ends[0] == ids[last] == Chat(served).end_of_turn and trained.eot_id in ends
     assert format_to_train(served) == trained.chat  # whoever trains on from there changes nothing
 
@@ -140,16 +175,28 @@ def test_the_text_of_a_control_token_in_a_message_is_letters(plain: Tokenizer) -
     ("template", "messages", "words"),
     [
         (CHATML, [TURNS[1], TURNS[1], TURNS[2]], "refuses the messages: roles must alternate"),
-        ("{{ messages[5].content }}", TURNS[1:3], "refuses the messages: list object has no element 5"),
-        ("{% for", TURNS[1:3], "refuses the messages"),
-        ("{{ cycler.__init__.__globals__ }}", TURNS[1:3], "refuses the messages: .*unsafe|undefined"),
         (
-            CHATML.replace("message['content'] | trim", "(message['content'] if loop.last else '…')"),
+            "{{ messages[5].content }}",
+            TURNS[1:3],
+            "refuses the messages: list object has no element 5",
+        ),
+        ("{% for", TURNS[1:3], "refuses the messages"),
+        (
+            "{{ cycler.__init__.__globals__ }}",
+            TURNS[1:3],
+            "refuses the messages: .*unsafe|undefined",
+        ),
+        (
+            CHATML.replace(
+                "message['content'] | trim", "(message['content'] if loop.last else '…')"
+            ),
             TURNS[1:],
             "writes earlier turns otherwise once later ones follow",
         ),
         (
-            CHATML.replace("+ '<|im_end|>' +", "+ ('' if 'hello' in message['content'] else '<|im_end|>') +"),
+            CHATML.replace(
+                "+ '<|im_end|>' +", "+ ('' if 'hello' in message['content'] else '<|im_end|>') +"
+            ),
             TURNS[1:],
             "does not end every answer",
         ),
@@ -174,7 +221,12 @@ def test_a_template_from_which_no_model_could_learn_to_stop_is_refused(plain: To
         ("tokenizer_config.json", {"chat_template": CHATML}),
         (
             "tokenizer_config.json",
-            {"chat_template": [{"name": "tools", "template": "x"}, {"name": "default", "template": CHATML}]},
+            {
+                "chat_template": [
+                    {"name": "tools", "template": "x"},
+                    {"name": "default", "template": CHATML},
+                ]
+            },
         ),
         ("chat_template.jinja", CHATML),
     ],
@@ -197,8 +249,16 @@ def test_a_post_processors_bos_begins_a_whole_text(plain: Tokenizer) -> None:
     tokenizer = with_specials(plain, None, bos=True)
     bos = tokenizer.special_ids["<|begin_of_text|>"]
     assert (tokenizer.bos_id, tokenizer.start_id) == (bos, bos)
-    assert tokenizer.encode_whole("hello") == [bos, *plain.encode("hello")] == tokenizer.backend.encode("hello").ids
-    assert (plain.bos_id, plain.start_id, plain.encode_whole("hello")) == (None, plain.eot_id, plain.encode("hello"))
+    assert (
+        tokenizer.encode_whole("hello")
+        == [bos, *plain.encode("hello")]
+        == tokenizer.backend.encode("hello").ids
+    )
+    assert (plain.bos_id, plain.start_id, plain.encode_whole("hello")) == (
+        None,
+        plain.eot_id,
+        plain.encode("hello"),
+    )
     chat = format_to_train(tokenizer)  # which has no template of its own
     assert (chat.chat_template, chat.bos_token, chat.eos_token) == (
         PLAIN_TEMPLATE,

@@ -10,8 +10,14 @@ def test_torchs_fused_adamw_is_the_formula_in_float64() -> None:
     lr, beta1, beta2, eps, decay = 6e-4, 0.9, 0.95, 1e-8, 0.1
     generator = torch.Generator().manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(50, generator=generator, dtype=torch.float64))
-    optimizer = torch.optim.AdamW([parameter], lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay, fused=True)
-    w, m, v = parameter.detach().clone(), torch.zeros(50, dtype=torch.float64), torch.zeros(50, dtype=torch.float64)
+    optimizer = torch.optim.AdamW(
+        [parameter], lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay, fused=True
+    )
+    w, m, v = (
+        parameter.detach().clone(),
+        torch.zeros(50, dtype=torch.float64),
+        torch.zeros(50, dtype=torch.float64),
+    )
     for t in range(1, 101):
         gradient = torch.randn(50, generator=generator, dtype=torch.float64) * 10 ** (t % 5 - 2)
         parameter.grad = gradient.clone()
@@ -25,7 +31,11 @@ def test_torchs_fused_adamw_is_the_formula_in_float64() -> None:
 
 def gpt3_rate(tokens_seen: float) -> float:
     return learning_rate(
-        int(tokens_seen), peak=6e-4, warmup_tokens=375_000_000, decay_tokens=260_000_000_000, min_ratio=0.1
+        int(tokens_seen),
+        peak=6e-4,
+        warmup_tokens=375_000_000,
+        decay_tokens=260_000_000_000,
+        min_ratio=0.1,
     )
 
 

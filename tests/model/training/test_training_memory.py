@@ -1,4 +1,5 @@
-"""Memory that training lends the model changes no bits, and no new memory is needed after the first step."""
+"""Memory that training lends the model changes no bits, and no new memory is needed after the first
+step."""
 
 import subprocess
 import sys
@@ -36,7 +37,10 @@ def loss_and_gradients(precision: torch.dtype, scratch: Scratch | None) -> list[
     targets = torch.randint(VOCAB_SIZE, (NUM_TOKENS,), generator=generator)
     targets[::7] = IGNORE_INDEX
     is_rounded = precision == torch.bfloat16
-    with lent(scratch_memory, scratch), torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_rounded):
+    with (
+        lent(scratch_memory, scratch),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_rounded),
+    ):
         loss = cross_entropy(hidden, weight, targets, scale=1 / 64, chunk_tokens=CHUNK_TOKENS)
     loss.backward()
     assert hidden.grad is not None and weight.grad is not None
@@ -65,10 +69,15 @@ def test_scratch_holds_the_scores_of_the_largest_chunk_and_is_used_again() -> No
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_is_kept() -> None:
     faults = {
-        keeps: int(subprocess.check_output([sys.executable, "-c", FAULTS_OF_ALLOCATIONS.format(keeps=keeps)]))
+        keeps: int(
+            subprocess.check_output(
+                [sys.executable, "-c", FAULTS_OF_ALLOCATIONS.format(keeps=keeps)]
+            )
+        )
         for keeps in (False, True)
     }
-    assert faults[True] < faults[False] / 4  # not 0: the pieces that are free must first grow to fit
+    # Not 0: the pieces that are free must first grow to fit
+    assert faults[True] < faults[False] / 4
 
 
 @pytest.mark.parametrize("size", [0, 5, 1 << 20, (1 << 21) + 3])

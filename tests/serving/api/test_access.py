@@ -50,7 +50,9 @@ def test_an_empty_key_file_lets_nobody_in_by_mistake(tmp_path: Path) -> None:
 def test_what_an_editor_writes_before_the_first_key_is_no_part_of_it(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("one\ntwo\n", encoding="utf-8-sig")
     assert [key.hash for key in read_keys(tmp_path / "keys")] == [hashed("one"), hashed("two")]
-    assert Endpoint("http://x", "", str(tmp_path / "keys")).headers == {"Authorization": "Bearer one"}
+    assert Endpoint("http://x", "", str(tmp_path / "keys")).headers == {
+        "Authorization": "Bearer one"
+    }
 
 
 @pytest.mark.parametrize("line", ["#alice", "# alice", "  # name=alice"])
@@ -77,13 +79,21 @@ def test_a_line_may_have_a_name_an_expiry_and_limits(tmp_path: Path) -> None:
     "words",
     [
         *("alice", "nam=alice", "name=", "name=a/b", "name=a name=b", f"name={'a' * 65}"),
-        *("max_requests=0", "max_requests=-1", "max_requests=many", "expires=tomorrow", "expires=2027-13-01"),
+        *(
+            "max_requests=0",
+            "max_requests=-1",
+            "max_requests=many",
+            "expires=tomorrow",
+            "expires=2027-13-01",
+        ),
         *("tokens_per_minute=0", "tokens_per_minute=1e6", "tokens_per_day=", "tokens_per_hour=9"),
     ],
 )
 def test_a_line_that_cannot_be_read_is_named_and_not_quoted(tmp_path: Path, words: str) -> None:
     (tmp_path / "keys").write_text(f"one\nsk-secret {words}\n")
-    with pytest.raises(UserError, match=r"keys, line 2: expected a key, and after it any of name=NAME") as caught:
+    with pytest.raises(
+        UserError, match=r"keys, line 2: expected a key, and after it any of name=NAME"
+    ) as caught:
         read_keys(tmp_path / "keys")
     assert "secret" not in str(caught.value)
 
@@ -166,14 +176,19 @@ def test_without_admin_keys_there_is_no_admin(users: tuple[ApiKey, ...]) -> None
     with pytest.raises(ApiError) as caught:
         authorize("/admin/promote", [(b"authorization", b"Bearer user")], AccessRules(users))
     assert caught.value.status == 404
-    assert authorize("/v1/models", [(b"authorization", b"Bearer user")], AccessRules(users)) == (users or (None,))[0]
+    assert (
+        authorize("/v1/models", [(b"authorization", b"Bearer user")], AccessRules(users))
+        == (users or (None,))[0]
+    )
 
 
 def test_a_key_is_for_users_or_for_admins(tmp_path: Path) -> None:
     (tmp_path / "user").write_text("one\ntwo\n")
     (tmp_path / "admin").write_text("two\n")
     with pytest.raises(UserError, match="opens /admin only"):
-        read_rules(ServeConfig(api_key_file=str(tmp_path / "user"), admin_key_file=str(tmp_path / "admin")))
+        read_rules(
+            ServeConfig(api_key_file=str(tmp_path / "user"), admin_key_file=str(tmp_path / "admin"))
+        )
 
 
 class Files:
@@ -197,7 +212,9 @@ class Files:
         ]
 
 
-def test_keys_are_added_and_revoked_as_the_files_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_are_added_and_revoked_as_the_files_change(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     files = Files(tmp_path)
     assert files.opened("one", "two", "three", "root", "root2") == [True, True, False, True, False]
     files.user.write_text("two\nthree\n")
@@ -223,14 +240,18 @@ def test_a_bad_key_file_keeps_the_keys_from_before_and_says_so_once(
     files.admin.write_text("root2\n")
     if content != b"root\n":
         assert files.opened("one", "root", "root2") == [True, False, True]
-    assert caplog.text.count("Its keys from before stay valid") == 1 and files.user.exists() is (content is not None)
+    assert caplog.text.count("Its keys from before stay valid") == 1 and files.user.exists() is (
+        content is not None
+    )
     files.user.write_text("three\n")
     assert files.opened("one", "three", "root2") == [False, True, True]
 
 
 def test_a_machine_without_the_files_keeps_the_keys_that_it_was_given(tmp_path: Path) -> None:
     rules = AccessRules(keys("one"), keys("root"))
-    access = CurrentAccess(rules, user_file=str(tmp_path / "user"), admin_file=str(tmp_path / "admin"))
+    access = CurrentAccess(
+        rules, user_file=str(tmp_path / "user"), admin_file=str(tmp_path / "admin")
+    )
     access.reload()
     assert access.rules == rules and not (tmp_path / "user").exists()
 
@@ -257,7 +278,9 @@ def test_without_key_files_nothing_is_read(tmp_path: Path) -> None:
         ("off", "/v1/completions", "user", 200),
     ],
 )
-def test_who_may_look_inside_a_query(xray: XrayAccess, path: str, key: str | None, status: int) -> None:
+def test_who_may_look_inside_a_query(
+    xray: XrayAccess, path: str, key: str | None, status: int
+) -> None:
     rules = AccessRules(keys("user"), keys("root"), xray)
     headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
     try:
@@ -269,7 +292,9 @@ def test_who_may_look_inside_a_query(xray: XrayAccess, path: str, key: str | Non
 
 
 @pytest.mark.parametrize(("host", "expected"), [("127.0.0.1", "user"), ("0.0.0.0", "admin")])
-def test_users_look_inside_by_themselves_on_loopback_only(host: str, expected: str, tmp_path: Path) -> None:
+def test_users_look_inside_by_themselves_on_loopback_only(
+    host: str, expected: str, tmp_path: Path
+) -> None:
     settings = {"host": host, "api_key_file": str(tmp_path / "keys")}
     assert read_rules(ServeConfig.model_validate(settings)).xray == expected
     assert read_rules(ServeConfig.model_validate(settings | {"xray": "off"})).xray == "off"
@@ -277,5 +302,7 @@ def test_users_look_inside_by_themselves_on_loopback_only(host: str, expected: s
 
 def test_without_admin_keys_only_the_setting_opens_the_x_ray() -> None:
     with pytest.raises(ApiError, match="xray to user") as refused:
-        authorize("/v1/xray", [(b"authorization", b"Bearer user")], AccessRules(keys("user"), (), "admin"))
+        authorize(
+            "/v1/xray", [(b"authorization", b"Bearer user")], AccessRules(keys("user"), (), "admin")
+        )
     assert refused.value.status == 403

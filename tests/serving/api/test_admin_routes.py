@@ -20,5 +20,7 @@ from serving.api.admin_routes import is_allowed
         ("hf://OTHER/NAME@main", ["hf://OWNER"], False),
     ],
 )
-def test_a_checkpoint_lies_under_an_allowed_place(reference: str, allowed: list[str], *, expected: bool) -> None:
+def test_a_checkpoint_lies_under_an_allowed_place(
+    reference: str, allowed: list[str], *, expected: bool
+) -> None:
     assert is_allowed(reference, allowed) is expected

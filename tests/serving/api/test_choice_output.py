@@ -1,4 +1,5 @@
-"""Each choice of a prompt has the prompt's log-probabilities; special tokens have them too, but are no text."""
+"""Each choice of a prompt has the prompt's log-probabilities; special tokens have them too, but are
+no text."""
 
 import asyncio
 from pathlib import Path
@@ -22,7 +23,13 @@ from tests.serving.endpoint_parts import loopback_server, replica_app
 def test_each_choice_has_the_log_probabilities_of_the_prompt(
     checkpoint: Path, prompts: list[list[int]], prefix_cache: bool
 ) -> None:
-    asked: dict[str, Any] = {"model": "tiny", "prompt": prompts[6:], "echo": True, "logprobs": 2, "seed": 1}
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": prompts[6:],
+        "echo": True,
+        "logprobs": 2,
+        "seed": 1,
+    }
     asked |= {"max_tokens": 6, "ignore_eos": True}
 
     async def scenario() -> None:
@@ -43,13 +50,20 @@ def test_each_choice_has_the_log_probabilities_of_the_prompt(
                 together = await choices(n=3)
                 assert [together[0], together[3]["logprobs"]] == [alone[0], alone[1]["logprobs"]]
                 for index, choice in enumerate(together):
-                    num_prompt, expected = len(prompts[6 + index // 3]), alone[index // 3]["logprobs"]
+                    num_prompt, expected = (
+                        len(prompts[6 + index // 3]),
+                        alone[index // 3]["logprobs"],
+                    )
                     for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
                         assert choice["logprobs"][name][:num_prompt] == expected[name][:num_prompt]
                         assert len(choice["logprobs"][name]) == num_prompt + 6
-            one_letter = next(token for token in together[1]["logprobs"]["tokens"][-4:] if token.isascii())
+            one_letter = next(
+                token for token in together[1]["logprobs"]["tokens"][-4:] if token.isascii()
+            )
             stopped = await choices(n=3, stop=[one_letter])
-            assert len(stopped) == 6 and all(choice["finish_reason"] in ("stop", "length") for choice in stopped)
+            assert len(stopped) == 6 and all(
+                choice["finish_reason"] in ("stop", "length") for choice in stopped
+            )
 
     asyncio.run(scenario())
 
@@ -73,7 +87,8 @@ def test_a_special_token_is_no_text_but_has_an_entry(tokenizer: Tokenizer) -> No
     the, fox, letters = (tokenizer.encode(text) for text in ("the", " fox", tokenizer.end_of_text))
     token_ids = [*the, tokenizer.eot_id, *fox, *letters, tokenizer.eot_id]
     parts = answered(tokenizer, token_ids, logprobs=0, return_token_ids=True)
-    assert [len(part.tokens or []) for part in parts] == [1] * len(token_ids)  # nothing is held back in a stream
+    # Nothing is held back in a stream
+    assert [len(part.tokens or []) for part in parts] == [1] * len(token_ids)
     whole = join_parts(parts)
     assert whole.text == f"the fox{tokenizer.end_of_text}" and whole.token_ids == token_ids
     entries = [(entry.token_id, entry.text_offset) for entry in whole.tokens or []]

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from serving.api.detokenizer import Detokenizer
 
 
-def pieces(tokens: Sequence[bytes], stop: Sequence[str] = (), *, min_tokens: int = 0) -> tuple[list[str], bool]:
+def pieces(
+    tokens: Sequence[bytes], stop: Sequence[str] = (), *, min_tokens: int = 0
+) -> tuple[list[str], bool]:
     detokenizer = Detokenizer(stop=stop, min_tokens=min_tokens)
     given_out = []
     for token in tokens:
@@ -22,7 +24,9 @@ def pieces(tokens: Sequence[bytes], stop: Sequence[str] = (), *, min_tokens: int
     return given_out, detokenizer.stopped
 
 
-def cut_at_first_complete_stop(text: str, stop: Sequence[str], *, after: int = 0) -> tuple[str, bool]:
+def cut_at_first_complete_stop(
+    text: str, stop: Sequence[str], *, after: int = 0
+) -> tuple[str, bool]:
     """The definition, one character at a time."""
     for end in range(after + 1, len(text) + 1):
         ends = [s for s in stop if text[:end].endswith(s)]
@@ -74,7 +78,9 @@ def test_text_is_given_out_as_soon_as_it_is_final() -> None:
     assert pieces([b"on", b"e\n", b"tw", b"o"], ["\n\n"])[0] == ["on", "e", "\ntw", "o", ""]
 
 
-@pytest.mark.parametrize(("tokens", "text"), [([b"x\n", b"\ny"], "x"), ([b"x", b"\n\n"], "x"), ([b"\n\n"], "")])
+@pytest.mark.parametrize(
+    ("tokens", "text"), [([b"x\n", b"\ny"], "x"), ([b"x", b"\n\n"], "x"), ([b"\n\n"], "")]
+)
 def test_a_stop_string_over_a_token_border_ends_the_text(tokens: list[bytes], text: str) -> None:
     given_out, stopped = pieces(tokens, ["\n\n"])
     assert "".join(given_out) == text

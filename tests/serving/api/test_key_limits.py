@@ -1,4 +1,5 @@
-"""Limits of a key on one replica: requests in flight, tokens that are reserved and corrected, invalid bodies."""
+"""Limits of a key on one replica: requests in flight, tokens that are reserved and corrected,
+invalid bodies."""
 
 import asyncio
 import contextlib
@@ -35,11 +36,16 @@ class Replica:
         self.limits = KeyLimits(self.usage, self.metrics, max_requests=self.max_requests)
 
     def tokens_wait_s(self, key: ApiKey, num_tokens: int) -> int:
-        """How long the key has to wait for so many tokens, which it does not take; 0 if it has them."""
+        """How long the key has to wait for so many tokens, which it does not take; 0 if it has
+        them."""
         try:
             reservation = self.limits.reserve(key, num_tokens)
         except ApiError as error:
-            assert (error.status, error.code, error.body()["error"]["type"]) == (429, "rate_limit_exceeded", "tokens")
+            assert (error.status, error.code, error.body()["error"]["type"]) == (
+                429,
+                "rate_limit_exceeded",
+                "tokens",
+            )
             return int(error.headers["Retry-After"])
         reservation.settle(prompt_tokens=0, generated_tokens=0)
         return 0
@@ -73,7 +79,11 @@ def test_requests_in_flight_are_counted_by_name() -> None:
                 raise ValueError("x")
         async with limits.running(a), limits.running(a):
             pass
-        assert replica.num_refused(a.name, Refusal.REQUESTS) == replica.num_refused("wide", Refusal.REQUESTS) == 1
+        assert (
+            replica.num_refused(a.name, Refusal.REQUESTS)
+            == replica.num_refused("wide", Refusal.REQUESTS)
+            == 1
+        )
         without_limit = Replica().limits
         async with contextlib.AsyncExitStack() as running:
             for key in (a, a, a, wide, wide, wide):
@@ -83,7 +93,9 @@ def test_requests_in_flight_are_counted_by_name() -> None:
     asyncio.run(scenario())
 
 
-def test_a_request_waits_for_the_end_of_one_elsewhere_before_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_waits_for_the_end_of_one_elsewhere_before_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(key_limits, "ROOM_POLL_S", 0.001)
     key = ApiKey.read("a name=alice max_requests=1")
 
@@ -105,7 +117,9 @@ def test_a_request_waits_for_the_end_of_one_elsewhere_before_it_is_refused(monke
             asking = asyncio.create_task(ask())
             await asyncio.sleep(0.01)
             assert not asking.done()
-            assert "its limit of 1" in await refused(here.limits, key), "one waits for the one place already"
+            assert "its limit of 1" in await refused(here.limits, key), (
+                "one waits for the one place already"
+            )
         exchange(there)
         exchange(here)
         await asking
@@ -148,7 +162,9 @@ def test_of_two_quotas_the_one_that_takes_longer_speaks() -> None:
     replica.now_s = 60.0
     with pytest.raises(ApiError) as caught:
         replica.limits.reserve(key, 500)
-    assert caught.value.headers["Retry-After"] == str(round(86.4 * 100 - 60)), "86.4 s for each token"
+    assert caught.value.headers["Retry-After"] == str(round(86.4 * 100 - 60)), (
+        "86.4 s for each token"
+    )
     assert "alice: 1000 tokens per day, 600 used, 500 requested" in caught.value.message
     assert replica.num_refused("alice", Refusal.TOKENS_PER_DAY) == 1
     assert replica.num_refused("alice", Refusal.TOKENS_PER_MINUTE) == 1
@@ -156,7 +172,9 @@ def test_of_two_quotas_the_one_that_takes_longer_speaks() -> None:
 
 def test_what_no_waiting_makes_possible_is_not_to_be_tried_again() -> None:
     replica, key = Replica(), ApiKey.read("a name=alice tokens_per_minute=600")
-    with pytest.raises(ApiError, match="too large for the key alice: 600 tokens per minute, 601 requested") as caught:
+    with pytest.raises(
+        ApiError, match="too large for the key alice: 600 tokens per minute, 601 requested"
+    ) as caught:
         replica.limits.reserve(key, 601)
     assert caught.value.headers == {"x-should-retry": "false"}
 
@@ -191,7 +209,12 @@ def test_the_series_of_a_name_begin_and_end_with_it() -> None:
 
     def names() -> set[str]:
         families = exported.collectors.collect()
-        return {sample.labels["key"] for family in families for sample in family.samples if "key" in sample.labels}
+        return {
+            sample.labels["key"]
+            for family in families
+            for sample in family.samples
+            if "key" in sample.labels
+        }
 
     metrics.keep({"alice", "bob"})
     assert names() == {"alice", "bob"}

@@ -1,4 +1,5 @@
-"""The limits of a key hold for all replicas together: real replicas over HTTP, with a coordinator between them."""
+"""The limits of a key hold for all replicas together: real replicas over HTTP, with a coordinator
+between them."""
 
 import asyncio
 import contextlib
@@ -56,7 +57,9 @@ class Link:
     num_answers: int = 0
 
     def __post_init__(self) -> None:
-        self.exchange = SimpleNamespace(remote=lambda *report: self._asked(lambda one: one.exchange(*report)))
+        self.exchange = SimpleNamespace(
+            remote=lambda *report: self._asked(lambda one: one.exchange(*report))
+        )
         self.begin = SimpleNamespace(remote=lambda *live: self._asked(lambda one: one.begin(*live)))
 
     async def _asked(self, call: Callable[[Coordinator], Coroutine[Any, Any, Any]]) -> Any:
@@ -73,7 +76,9 @@ class Fleet:
     def __init__(self, checkpoint: Path, storage: Path) -> None:
         engine = EngineConfig(max_num_seqs=2)
         storage_config = StorageConfig(uri=str(storage))
-        self.config = ServeConfig(checkpoint=str(checkpoint), model_name=MODEL, engine=engine, storage=storage_config)
+        self.config = ServeConfig(
+            checkpoint=str(checkpoint), model_name=MODEL, engine=engine, storage=storage_config
+        )
         self.links: list[Link] = []
         self.followers: list[Follower] = []
         self.urls: list[str] = []
@@ -86,10 +91,15 @@ class Fleet:
     @contextlib.asynccontextmanager
     async def replica(self) -> AsyncIterator[int]:
         """Starts one more replica, and gives its number."""
-        number, link = len(self.links), Link(self)
-        follower = Follower(self.config, link, deployment="d", replica=f"r{number}", on_live_death=print)  # type: ignore[arg-type]
+        number = len(self.links)
+        link: Any = Link(self)
+        follower = Follower(
+            self.config, link, deployment="d", replica=f"r{number}", on_live_death=print
+        )
         await follower.start()
-        keys = tuple(ApiKey.read(f"sk-{name} name={name} {limits}") for name, limits in KEYS.items())
+        keys = tuple(
+            ApiKey.read(f"sk-{name} name={name} {limits}") for name, limits in KEYS.items()
+        )
         app = build_http_app(
             versions=follower.versions,
             metrics=ReplicaMetrics(versions=follower.versions, replica=f"r{number}", start_s=1.0),
@@ -110,14 +120,19 @@ class Fleet:
         headers = {"Authorization": f"Bearer sk-{name}", "x-request-id": "r"}
         return httpx.AsyncClient(base_url=self.urls[number], headers=headers, timeout=limit_s(60))
 
-    async def ask(self, number: int, name: str, path: str = "/v1/completions", **fields: Any) -> httpx.Response:
+    async def ask(
+        self, number: int, name: str, path: str = "/v1/completions", **fields: Any
+    ) -> httpx.Response:
         async with self.client(number, name) as http:
             return await http.post(path, json=ASKED | fields)
 
     @contextlib.asynccontextmanager
     async def streaming(self, number: int, name: str) -> AsyncIterator[None]:
         """A request that runs."""
-        async with self.client(number, name) as http, http.stream("POST", "/v1/completions", json=ENDLESS) as answer:
+        async with (
+            self.client(number, name) as http,
+            http.stream("POST", "/v1/completions", json=ENDLESS) as answer,
+        ):
             assert answer.status_code == 200
             lines = answer.aiter_lines()  # the answer ends with its iterator
             await anext(lines)
@@ -145,7 +160,9 @@ class Fleet:
 
 
 @pytest.fixture(scope="module")
-def run(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
+def run(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., None]]:
     """Runs a test's body beside a fleet that all of them share."""
     fleet = Fleet(checkpoint, tmp_path_factory.mktemp("storage"))
     with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:
@@ -175,7 +192,9 @@ def no_tokens(answer: httpx.Response) -> str:
 Run = Callable[[Callable[[Fleet], Coroutine[Any, Any, None]]], None]
 
 
-def test_a_request_on_one_replica_counts_on_the_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_on_one_replica_counts_on_the_other(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def check(fleet: Fleet) -> None:
         async with fleet.streaming(0, "one"):
             await fleet.heard()
@@ -184,18 +203,24 @@ def test_a_request_on_one_replica_counts_on_the_other(run: Run, monkeypatch: pyt
             assert answer.headers["Retry-After"] == "1"
             assert (await fleet.ask(1, "free")).status_code == 200
         monkeypatch.setattr(key_limits, "FRESH_S", limit_s(1.5))
-        assert (await fleet.ask(1, "one")).status_code == 200, "it waits until the end there is known here"
+        assert (await fleet.ask(1, "one")).status_code == 200, (
+            "it waits until the end there is known here"
+        )
 
     run(check)
 
 
-def test_the_requests_of_a_replica_that_dies_end_with_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_requests_of_a_replica_that_dies_end_with_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def check(fleet: Fleet) -> None:
         async with fleet.streaming(0, "dying"):
             await fleet.heard()
             refusal(await fleet.ask(1, "dying"))
             with fleet.cut(0):
-                await wait_in_loop_until(lambda: fleet.followers[1].usage.num_elsewhere("dying") == 0)
+                await wait_in_loop_until(
+                    lambda: fleet.followers[1].usage.num_elsewhere("dying") == 0
+                )
                 assert (await fleet.ask(1, "dying")).status_code == 200
 
     run(check)
@@ -203,7 +228,10 @@ def test_the_requests_of_a_replica_that_dies_end_with_it(run: Run, monkeypatch: 
 
 def test_tokens_used_on_one_replica_are_used_up_on_the_other(run: Run) -> None:
     async def check(fleet: Fleet) -> None:
-        used = [(await fleet.ask(number, "day", max_tokens=37)).json()["usage"]["total_tokens"] for number in (0, 1)]
+        used = [
+            (await fleet.ask(number, "day", max_tokens=37)).json()["usage"]["total_tokens"]
+            for number in (0, 1)
+        ]
         assert used == [40, 40]
         await fleet.heard()
         for number in (0, 1):
@@ -225,17 +253,26 @@ def test_a_minute_s_tokens_come_back(run: Run) -> None:
         assert 0 < int(answer.headers["Retry-After"]) <= 60
         while (answer := await fleet.ask(1, "minute", max_tokens=7)).status_code == 429:
             await asyncio.sleep(int(answer.headers["Retry-After"]))
-        assert answer.status_code == 200 and time.monotonic() - began_s >= 6, "ten of a hundred tokens"
+        assert answer.status_code == 200 and time.monotonic() - began_s >= 6, (
+            "ten of a hundred tokens"
+        )
 
     run(check)
 
 
 def test_a_chat_that_leaves_its_length_open_reserves_its_prompt_alone(run: Run) -> None:
     async def check(fleet: Fleet) -> None:
-        chat = {"model": MODEL, "messages": [{"role": "user", "content": "the quick"}], "ignore_eos": True}
+        chat = {
+            "model": MODEL,
+            "messages": [{"role": "user", "content": "the quick"}],
+            "ignore_eos": True,
+        }
         async with fleet.client(0, "open") as http:
             answer = await http.post("/v1/chat/completions", json=chat | {"max_tokens": 101})
-            assert "too large for the key open" in no_tokens(answer) and "Retry-After" not in answer.headers
+            assert (
+                "too large for the key open" in no_tokens(answer)
+                and "Retry-After" not in answer.headers
+            )
             answer = await http.post("/v1/chat/completions", json=chat)
             assert answer.status_code == 200, answer.text
         used = answer.json()["usage"]["total_tokens"]
@@ -276,10 +313,15 @@ def test_invalid_bodies_sent_to_one_replica_are_held_against_the_key_at_the_othe
         async with fleet.client(0, "invalid") as first, fleet.client(1, "invalid") as second:
             for http in (first, second):
                 for _ in range(20):  # neither refuses so many by itself
-                    assert (await http.post("/tokenize", content=body, headers=headers)).status_code in (400, 429)
+                    assert (
+                        await http.post("/tokenize", content=body, headers=headers)
+                    ).status_code in (400, 429)
             await fleet.heard()
             for http in (first, second):
-                assert "invalid bodies" in refusal(await http.post("/tokenize", json={"prompt": "a"}))["message"]
+                assert (
+                    "invalid bodies"
+                    in refusal(await http.post("/tokenize", json={"prompt": "a"}))["message"]
+                )
         assert (await fleet.ask(0, "free")).status_code == 200
 
     run(check)
@@ -306,7 +348,9 @@ def test_without_the_coordinator_each_replica_gives_its_share(run: Run) -> None:
             await running.enter_async_context(fleet.streaming(0, "shared"))
             await fleet.heard()
             running.enter_context(fleet.cut(0, 1))
-            await wait_in_loop_until(lambda: all(follower.usage.is_alone for follower in fleet.followers))
+            await wait_in_loop_until(
+                lambda: all(follower.usage.is_alone for follower in fleet.followers)
+            )
             await running.enter_async_context(fleet.streaming(0, "shared"))
             refusal(await fleet.ask(0, "shared"))  # two of four run here
             await running.enter_async_context(fleet.streaming(1, "shared"))
@@ -321,7 +365,9 @@ def test_each_key_sees_its_own_counters(run: Run) -> None:
             before = counters((await http.get("/metrics")).text)
             answer = await http.post("/v1/completions", json=ASKED)
             usage = answer.json()["usage"]
-            await http.post("/v1/completions", json=ASKED | {"prompt": [[1]] * 250, "n": 8, "max_tokens": -1})
+            await http.post(
+                "/v1/completions", json=ASKED | {"prompt": [[1]] * 250, "n": 8, "max_tokens": -1}
+            )
             after = counters((await http.get("/metrics")).text)
         grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
         assert grown["raymill:key_requests_total"] == 2
@@ -333,7 +379,9 @@ def test_each_key_sees_its_own_counters(run: Run) -> None:
         assert "vllm:prompt_tokens_total" in text
 
     def counters(text: str) -> dict[str, float]:
-        lines = [line for line in text.splitlines() if 'key="free"' in line and "reason" not in line]
+        lines = [
+            line for line in text.splitlines() if 'key="free"' in line and "reason" not in line
+        ]
         return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
     run(check)

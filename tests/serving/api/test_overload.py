@@ -1,5 +1,6 @@
-"""Five times more requests than can be answered: who is taken in waits little, others are told so at once, the engine
-does as much as without them, and memory is flat. Whatever is scarce: slots, blocks of the KV cache, or time to read.
+"""Five times more requests than can be answered: who is taken in waits little, others are told so
+at once, the engine does as much as without them, and memory is flat. Whatever is scarce: slots,
+blocks of the KV cache, or time to read.
 """
 
 import asyncio
@@ -15,7 +16,13 @@ from cluster.settings.serve import EngineConfig, ServeConfig
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
 from serving.app import run
-from tests.serving.endpoint_parts import children_with, free_port, loopback_server, ray_cluster, replica_app
+from tests.serving.endpoint_parts import (
+    children_with,
+    free_port,
+    loopback_server,
+    ray_cluster,
+    replica_app,
+)
 from tests.serving.load import End, Load, Outcome, greedy_asks, percentile
 from tests.serving.tiny_models import LONG_CONTEXT_TOKENS
 from tests.time_limits import slowness
@@ -24,10 +31,12 @@ pytestmark = pytest.mark.cluster
 
 MODEL = "long"
 LATE_S = 0.2  # another step, and what HTTP takes while others use the processors too
-STALL_S = 2.0  # in which a busy machine may let the slowest request stand; without admission it would wait 10 s
+# In which a busy machine may let the slowest request stand; without admission it would wait 10 s
+STALL_S = 2.0
 OVERLOAD = 5
 MIN_BUSY = 0.7  # share of the engine's room that is used meanwhile
-MIN_GOODPUT = 0.5  # of what is answered without a queue: 0.93 to 1.05 on a quiet machine, 0.6 on one that others use
+# Of what is answered without a queue: 0.93 to 1.05 on a quiet machine, 0.6 on one that others use
+MIN_GOODPUT = 0.5
 MAX_GROWTH_BYTES = 48 << 20
 
 
@@ -36,7 +45,8 @@ class Traffic:
     """Requests of one kind, and the engine that they come to."""
 
     engine: EngineConfig
-    num_together: int  # requests that fill the engine, and do not wait, however slow the processor is
+    # Requests that fill the engine, and do not wait, however slow the processor is
+    num_together: int
     prompts: Sequence[list[int]]
     max_tokens: int
     is_reading: bool = False  # most of an answer's time goes into its prompt
@@ -94,7 +104,11 @@ async def overload(
         return sum(process.memory_info().rss for process in processes)
 
     def taken() -> list[Outcome]:
-        load.check(allowed={(streamed, end) for streamed in (False, True) for end in (End.DONE, End.REFUSED)})
+        load.check(
+            allowed={
+                (streamed, end) for streamed in (False, True) for end in (End.DONE, End.REFUSED)
+            }
+        )
         outcomes, load.outcomes = load.outcomes, []
         return outcomes
 
@@ -119,7 +133,9 @@ async def overload(
         unloaded_s=max(outcome.latency_s for outcome in unloaded),
         median_s=percentile([outcome.latency_s for outcome in accepted], 0.5),
         p99_s=percentile([outcome.latency_s for outcome in accepted], 0.99),
-        ttft_p99_s=percentile([outcome.ttft_s for outcome in accepted if outcome.ttft_s is not None], 0.99),
+        ttft_p99_s=percentile(
+            [outcome.ttft_s for outcome in accepted if outcome.ttft_s is not None], 0.99
+        ),
         goodput=len(accepted) / took_s / capacity_per_s,
         busy=sum(used) / len(used) if used else None,
         num_accepted=len(accepted),
@@ -137,19 +153,28 @@ def check(seen: Overloaded, traffic: Traffic, *, num_requests: int) -> None:
     assert seen.num_refused > num_requests / 2
     assert seen.goodput >= MIN_GOODPUT
     assert seen.busy is None or seen.busy >= MIN_BUSY
-    late_s, stall_s, longest_queue_s = LATE_S * slowness(), STALL_S * slowness(), traffic.engine.max_queue_s
-    own_s = 2 * seen.unloaded_s if traffic.is_reading else 0.0  # its prompt is read between others' tokens
+    late_s, stall_s, longest_queue_s = (
+        LATE_S * slowness(),
+        STALL_S * slowness(),
+        traffic.engine.max_queue_s,
+    )
+    # Its prompt is read between others' tokens
+    own_s = 2 * seen.unloaded_s if traffic.is_reading else 0.0
     assert seen.ttft_p99_s <= longest_queue_s + own_s + stall_s
     answer_s = max(own_s, seen.unloaded_s)
     assert seen.median_s <= answer_s + max(seen.unloaded_s, longest_queue_s + late_s)
     assert seen.p99_s <= answer_s + max(seen.unloaded_s, longest_queue_s + stall_s)
-    assert seen.num_refused_late <= seen.num_refused / 10, "who is refused should hear of it at once"
+    assert seen.num_refused_late <= seen.num_refused / 10, (
+        "who is refused should hear of it at once"
+    )
     assert seen.refused_median_s <= late_s
     assert seen.growth_bytes < MAX_GROWTH_BYTES
 
 
 def load_of(traffic: Traffic, model: GPT, tokenizer: Tokenizer, *, url: str) -> Load:
-    return Load(url, MODEL, greedy_asks(model, tokenizer, traffic.prompts, max_tokens=traffic.max_tokens))
+    return Load(
+        url, MODEL, greedy_asks(model, tokenizer, traffic.prompts, max_tokens=traffic.max_tokens)
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,13 +210,21 @@ def test_five_times_too_many_for_a_replica(
 
 
 @pytest.mark.slow
-def test_five_times_too_many_for_an_endpoint(long_checkpoint: Path, long_model: GPT, tokenizer: Tokenizer) -> None:
-    config = ServeConfig(checkpoint=str(long_checkpoint), model_name=MODEL, port=free_port(), engine=ANSWERS.engine)
+def test_five_times_too_many_for_an_endpoint(
+    long_checkpoint: Path, long_model: GPT, tokenizer: Tokenizer
+) -> None:
+    config = ServeConfig(
+        checkpoint=str(long_checkpoint), model_name=MODEL, port=free_port(), engine=ANSWERS.engine
+    )
     with ray_cluster():
         load = load_of(ANSWERS, long_model, tokenizer, url=str(run(config)["url"]))
         processes = [
-            p for word in ("ServeReplica:raymill:Replica", "ProxyActor", "long-1") for p in children_with(word)
+            p
+            for word in ("ServeReplica:raymill:Replica", "ProxyActor", "long-1")
+            for p in children_with(word)
         ]
         assert len(processes) == 3, processes
-        seen = asyncio.run(overload(load, num_together=ANSWERS.num_together, num_requests=400, processes=processes))
+        seen = asyncio.run(
+            overload(load, num_together=ANSWERS.num_together, num_requests=400, processes=processes)
+        )
         check(seen, ANSWERS, num_requests=400)

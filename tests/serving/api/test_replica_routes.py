@@ -1,4 +1,5 @@
-"""A replica's own routes, without Ray: large bodies and who waits for them, requests that change nothing, usage."""
+"""A replica's own routes, without Ray: large bodies and who waits for them, requests that change
+nothing, usage."""
 
 import asyncio
 import json
@@ -20,7 +21,13 @@ from serving.engine.messages import SequenceRequest
 from serving.engine_process.client import EngineClient, Generation
 from serving.protocol import harmless_fields
 from serving.protocol.protocol import CompletionRequest
-from tests.serving.endpoint_parts import Run, loopback_server, replica_app, replica_client, shared_replica
+from tests.serving.endpoint_parts import (
+    Run,
+    loopback_server,
+    replica_app,
+    replica_client,
+    shared_replica,
+)
 from tests.serving.harmless_values import values
 from tests.waiting import wait_in_loop_until
 
@@ -33,23 +40,39 @@ LARGE: dict[str, tuple[str, dict[str, Any], int]] = {
     "names": ("/tokenize", {"prompt": TEXT[: MEGABYTE // 4], "return_token_strs": True}, 200),
     "ids": ("/detokenize", {"tokens": [100] * (MEGABYTE // 5)}, 200),
     "ids of a prompt": ("/v1/completions", {"model": MODEL, "prompt": [1] * (MEGABYTE // 3)}, 400),
-    "a long chat": ("/v1/chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": TEXT}]}, 400),
-    "biases": ("/v1/completions", {"model": MODEL, "prompt": "x", "logit_bias": dict.fromkeys(range(80_000), 0)}, 400),
+    "a long chat": (
+        "/v1/chat/completions",
+        {"model": MODEL, "messages": [{"role": "user", "content": TEXT}]},
+        400,
+    ),
+    "biases": (
+        "/v1/completions",
+        {"model": MODEL, "prompt": "x", "logit_bias": dict.fromkeys(range(80_000), 0)},
+        400,
+    ),
 }
 ASKED = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 6, "ignore_eos": True, "seed": 3}
-CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "the quick"}], "max_tokens": 6, "seed": 3}
+CHAT = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "the quick"}],
+    "max_tokens": 6,
+    "seed": 3,
+}
 
 
 @pytest.fixture(scope="module")
 def run(checkpoint: Path) -> Iterator[Run]:
-    config = ServeConfig(replicas=ReplicaConfig(max_ongoing_requests=OF_ALL, max_requests_per_key=PER_KEY))
+    config = ServeConfig(
+        replicas=ReplicaConfig(max_ongoing_requests=OF_ALL, max_requests_per_key=PER_KEY)
+    )
     access = AccessRules(tuple(map(ApiKey.read, KEYS)))
     with shared_replica(checkpoint, config=config, access=access, key=KEYS[0]) as run:
         yield run
 
 
 async def longest_stretch_s(work: Coroutine[Any, Any, None]) -> float:
-    """Processor time that the event loop spends in one go, which other streams' tokens would wait for."""
+    """Processor time that the event loop spends in one go, which other streams' tokens would wait
+    for."""
     longest = 0.0
 
     async def watch() -> None:
@@ -106,7 +129,9 @@ def test_no_large_body_holds_up_the_event_loop(run: Run, name: str) -> None:
 
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
         async def ask() -> None:
-            async with http.stream("POST", path, content=body, headers={"Content-Type": "application/json"}) as answer:
+            async with http.stream(
+                "POST", path, content=body, headers={"Content-Type": "application/json"}
+            ) as answer:
                 assert answer.status_code == status
 
         assert await longest_stretch_s(ask()) < 0.03
@@ -125,7 +150,9 @@ def test_a_monitor_may_ask_with_head(checkpoint: Path) -> None:
                 whole, head = await http.get(path), await http.head(path)
                 assert whole.content and (head.status_code, head.content) == (200, b"")
                 same = ("content-type", "content-length", "x-model-version")
-                assert [head.headers[name] for name in same] == [whole.headers[name] for name in same]
+                assert [head.headers[name] for name in same] == [
+                    whole.headers[name] for name in same
+                ]
             assert (await http.head("/v1/completions")).status_code == 405
 
     asyncio.run(scenario())
@@ -133,8 +160,12 @@ def test_a_monitor_may_ask_with_head(checkpoint: Path) -> None:
 
 def test_tokens_and_back(run: Run, tokenizer: Tokenizer) -> None:
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
-        answer = (await http.post("/tokenize", json={"prompt": "naïve fox", "return_token_strs": True})).json()
-        assert answer["tokens"] == tokenizer.encode("naïve fox") and answer["count"] == len(answer["tokens"])
+        answer = (
+            await http.post("/tokenize", json={"prompt": "naïve fox", "return_token_strs": True})
+        ).json()
+        assert answer["tokens"] == tokenizer.encode("naïve fox") and answer["count"] == len(
+            answer["tokens"]
+        )
         assert len(answer["token_strs"]) == answer["count"] and answer["max_model_len"] == 128
         back = (await http.post("/detokenize", json={"tokens": answer["tokens"]})).json()
         assert back == {"prompt": "naïve fox"}
@@ -149,12 +180,16 @@ def test_tokens_and_back(run: Run, tokenizer: Tokenizer) -> None:
     [(KEYS[:1] * 6, PER_KEY, "rate_limit_exceeded"), (KEYS * PER_KEY, OF_ALL, "overloaded")],
     ids=["of one key", "of all"],
 )
-@pytest.mark.parametrize(("path", "fields"), [("/tokenize", {"prompt": TEXT[:9000]}), ("/detokenize", {"tokens": [9]})])
+@pytest.mark.parametrize(
+    ("path", "fields"), [("/tokenize", {"prompt": TEXT[:9000]}), ("/detokenize", {"tokens": [9]})]
+)
 def test_tools_count_for_their_key_and_for_the_replica(
     run: Run, keys: tuple[str, ...], num_answers: int, code: str, path: str, fields: dict[str, Any]
 ) -> None:
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
-        asked = (http.post(path, json=fields, headers={"Authorization": f"Bearer {key}"}) for key in keys)
+        asked = (
+            http.post(path, json=fields, headers={"Authorization": f"Bearer {key}"}) for key in keys
+        )
         answers = await asyncio.gather(*asked)
         refused = [answer for answer in answers if answer.status_code == 429]
         assert len(refused) == len(keys) - num_answers
@@ -181,7 +216,9 @@ def test_fields_that_change_nothing_change_no_token(run: Run) -> None:
 
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
         for path, asked in (("/v1/completions", ASKED), ("/v1/chat/completions", CHAT)):
-            plain, with_all = [(await http.post(path, json=fields)).json() for fields in (asked, asked | harmless)]
+            plain, with_all = [
+                (await http.post(path, json=fields)).json() for fields in (asked, asked | harmless)
+            ]
             assert plain["choices"] == with_all["choices"] and plain["usage"] == with_all["usage"]
 
     run(check)
@@ -189,19 +226,27 @@ def test_fields_that_change_nothing_change_no_token(run: Run) -> None:
 
 def test_a_chat_goes_on_with_its_own_answer(run: Run) -> None:
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
-        message = (await http.post("/v1/chat/completions", json=CHAT)).json()["choices"][0]["message"]
-        written = {"annotations": None, "audio": None, "function_call": None, "tool_calls": None}  # by openai-python
+        message = (await http.post("/v1/chat/completions", json=CHAT)).json()["choices"][0][
+            "message"
+        ]
+        # By openai-python
+        written = {"annotations": None, "audio": None, "function_call": None, "tool_calls": None}
         plain = {"role": "assistant", "content": message["content"]}
         answers = [
             (
                 await http.post(
-                    "/v1/chat/completions", json=CHAT | {"messages": [*CHAT["messages"], sent, *CHAT["messages"]]}
+                    "/v1/chat/completions",
+                    json=CHAT | {"messages": [*CHAT["messages"], sent, *CHAT["messages"]]},
                 )
             )
             for sent in (plain, message, message | written)
         ]
         assert [answer.status_code for answer in answers] == [200] * 3
-        assert answers[0].json()["choices"] == answers[1].json()["choices"] == answers[2].json()["choices"]
+        assert (
+            answers[0].json()["choices"]
+            == answers[1].json()["choices"]
+            == answers[2].json()["choices"]
+        )
 
     run(check)
 
@@ -209,25 +254,42 @@ def test_a_chat_goes_on_with_its_own_answer(run: Run) -> None:
 def test_the_newer_name_of_the_limit_counts(run: Run) -> None:
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
         for path, asked in (("/v1/completions", ASKED), ("/v1/chat/completions", CHAT)):
-            answer = (await http.post(path, json=asked | {"ignore_eos": True, "max_completion_tokens": 3})).json()
+            answer = (
+                await http.post(path, json=asked | {"ignore_eos": True, "max_completion_tokens": 3})
+            ).json()
             assert answer["usage"]["completion_tokens"] == 3
 
     run(check)
 
 
-@pytest.mark.parametrize(("path", "asked"), [("/v1/completions", ASKED | {"n": 2}), ("/v1/chat/completions", CHAT)])
+@pytest.mark.parametrize(
+    ("path", "asked"), [("/v1/completions", ASKED | {"n": 2}), ("/v1/chat/completions", CHAT)]
+)
 @pytest.mark.parametrize("is_continuous", [True, False])
-def test_usage_so_far_in_every_part(run: Run, path: str, asked: dict[str, Any], is_continuous: bool) -> None:
-    options = {"include_usage": True, "continuous_usage_stats": is_continuous, "include_obfuscation": False}
+def test_usage_so_far_in_every_part(
+    run: Run, path: str, asked: dict[str, Any], is_continuous: bool
+) -> None:
+    options = {
+        "include_usage": True,
+        "continuous_usage_stats": is_continuous,
+        "include_obfuscation": False,
+    }
 
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
-        answer = await http.post(path, json=asked | {"stream": True, "stream_options": options, "ignore_eos": True})
+        answer = await http.post(
+            path, json=asked | {"stream": True, "stream_options": options, "ignore_eos": True}
+        )
         *events, done = answer.text.strip().split("\n\n")
         usages = [json.loads(event.removeprefix("data: "))["usage"] for event in events]
         assert done == "data: [DONE]" and usages[-1] is not None
         counts = [usage["completion_tokens"] for usage in usages if usage is not None]
-        assert counts == ([*range(1, counts[-1] + 1), counts[-1]] if is_continuous else [counts[-1]])
-        assert all(u is None or u["total_tokens"] == u["prompt_tokens"] + u["completion_tokens"] for u in usages)
+        assert counts == (
+            [*range(1, counts[-1] + 1), counts[-1]] if is_continuous else [counts[-1]]
+        )
+        assert all(
+            u is None or u["total_tokens"] == u["prompt_tokens"] + u["completion_tokens"]
+            for u in usages
+        )
 
     run(check)
 
@@ -241,7 +303,10 @@ def test_usage_says_what_the_cache_had_but_not_of_other_keys(checkpoint: Path, s
     async def cached(keys: tuple[str, ...], fields: list[dict[str, int]]) -> list[int | None]:
         access = AccessRules(tuple(map(ApiKey.read, keys)))
         seen: list[int | None] = []
-        async with replica_client(checkpoint, config=ServeConfig(engine=engine), access=access) as (http, _):
+        async with replica_client(checkpoint, config=ServeConfig(engine=engine), access=access) as (
+            http,
+            _,
+        ):
             for key in keys or ("none",):
                 for more in fields:
                     headers = {"Authorization": f"Bearer {key}"}
@@ -258,7 +323,9 @@ def test_usage_says_what_the_cache_had_but_not_of_other_keys(checkpoint: Path, s
 
 
 @pytest.mark.parametrize("clips", [False, True])
-def test_a_limit_that_does_not_fit_is_clipped_where_the_endpoint_says_so(checkpoint: Path, *, clips: bool) -> None:
+def test_a_limit_that_does_not_fit_is_clipped_where_the_endpoint_says_so(
+    checkpoint: Path, *, clips: bool
+) -> None:
     config = ServeConfig(engine=EngineConfig(clip_max_tokens=clips))
     prompts = [[5] * 120, [6] * 100]
 
@@ -266,14 +333,19 @@ def test_a_limit_that_does_not_fit_is_clipped_where_the_endpoint_says_so(checkpo
         async with replica_client(checkpoint, config=config) as (http, _):
             asked = ASKED | {"max_tokens": 4096}
             whole = await http.post("/v1/completions", json=asked | {"prompt": prompts})
-            chat = await http.post("/v1/chat/completions", json=CHAT | {"max_tokens": 4096, "ignore_eos": True})
+            chat = await http.post(
+                "/v1/chat/completions", json=CHAT | {"max_tokens": 4096, "ignore_eos": True}
+            )
             assert [whole.status_code, chat.status_code] == ([200, 200] if clips else [400, 400])
             if clips:
                 assert whole.json()["usage"]["completion_tokens"] == 8 + 28
                 assert chat.json()["usage"]["total_tokens"] == 128
                 assert chat.json()["choices"][0]["finish_reason"] == "length"
             full = await http.post("/v1/completions", json=asked | {"prompt": [7] * 128})
-            assert full.status_code == 400 and full.json()["error"]["code"] == "context_length_exceeded"
+            assert (
+                full.status_code == 400
+                and full.json()["error"]["code"] == "context_length_exceeded"
+            )
 
     asyncio.run(scenario())
 
@@ -295,8 +367,10 @@ def test_a_body_that_is_not_declared_as_json_is_told_the_header(run: Run) -> Non
 
 
 def test_a_key_that_fills_the_queue_fills_it_for_itself(checkpoint: Path) -> None:
-    """Neither its sequences nor its requests are in the way of another key, up to the same number."""
-    engine = EngineConfig(max_num_seqs=2, max_waiting=6, kernels="torch")  # slower, so that all eight are there once
+    """Neither its sequences nor its requests are in the way of another key, up to the same
+    number."""
+    # slower, so that all eight are there once
+    engine = EngineConfig(max_num_seqs=2, max_waiting=6, kernels="torch")
     config = ServeConfig(engine=engine, replicas=ReplicaConfig(max_ongoing_requests=8))
     long = ASKED | {"max_tokens": 100}
 
@@ -305,7 +379,9 @@ def test_a_key_that_fills_the_queue_fills_it_for_itself(checkpoint: Path) -> Non
         async with replica_client(checkpoint, config=config, access=access) as (http, versions):
 
             def ask(key: str, fields: dict[str, Any]) -> asyncio.Task[httpx.Response]:
-                post = http.post("/v1/completions", json=fields, headers={"Authorization": f"Bearer {key}"})
+                post = http.post(
+                    "/v1/completions", json=fields, headers={"Authorization": f"Bearer {key}"}
+                )
                 return asyncio.create_task(post)
 
             first = [ask(KEYS[0], long) for _ in range(8)]
@@ -316,7 +392,9 @@ def test_a_key_that_fills_the_queue_fills_it_for_itself(checkpoint: Path) -> Non
             assert "limit of 8 running and waiting sequences" in refused.json()["error"]["message"]
             answers = await asyncio.gather(*others)
             assert [answer.status_code for answer in answers] == [200, 200]
-            assert sum(task.done() for task in first) <= 5, "others' turn came before its own last ones"
+            assert sum(task.done() for task in first) <= 5, (
+                "others' turn came before its own last ones"
+            )
             assert {answer.status_code for answer in await asyncio.gather(*first)} == {200}
             assert answers[0].json()["choices"] == (await ask(KEYS[0], ASKED)).json()["choices"]
 

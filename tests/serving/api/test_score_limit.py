@@ -1,5 +1,5 @@
-"""The number of log-probabilities in an answer over HTTP: a chat without a limit of its own gets what has room, and a
-stream's new tokens take none."""
+"""The number of log-probabilities in an answer over HTTP: a chat without a limit of its own gets
+what has room, and a stream's new tokens take none."""
 
 import json
 from collections.abc import Iterator
@@ -37,7 +37,9 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("num_choices", [1, 2])
-def test_a_chat_without_a_limit_gets_as_many_tokens_as_its_scores_have_room(run: Run, num_choices: int) -> None:
+def test_a_chat_without_a_limit_gets_as_many_tokens_as_its_scores_have_room(
+    run: Run, num_choices: int
+) -> None:
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
         answer = await http.post("/v1/chat/completions", json=CHAT | {"n": num_choices})
         assert answer.status_code == 200, answer.text
@@ -53,22 +55,38 @@ def test_a_limit_that_the_client_names_is_kept_or_refused(run: Run) -> None:
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
         refused = await http.post("/v1/chat/completions", json=CHAT | {"max_completion_tokens": 60})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprobs")
-        fewer = await http.post("/v1/chat/completions", json=CHAT | {"max_completion_tokens": 60, "top_logprobs": 3})
+        fewer = await http.post(
+            "/v1/chat/completions", json=CHAT | {"max_completion_tokens": 60, "top_logprobs": 3}
+        )
         assert fewer.json()["usage"]["completion_tokens"] == 60
-        plain = await http.post("/v1/chat/completions", json=CHAT | {"logprobs": False, "top_logprobs": 0})
-        assert plain.json()["usage"]["total_tokens"] == 128, "an answer without scores fills the context"
+        plain = await http.post(
+            "/v1/chat/completions", json=CHAT | {"logprobs": False, "top_logprobs": 0}
+        )
+        assert plain.json()["usage"]["total_tokens"] == 128, (
+            "an answer without scores fills the context"
+        )
 
     run(check)
 
 
 def test_a_streams_new_tokens_do_not_count_as_none_is_held(run: Run) -> None:
-    asked = {"model": "tiny", "prompt": [5] * 40, "max_tokens": 80, "ignore_eos": True, "logprobs": 20, "stream": True}
+    asked = {
+        "model": "tiny",
+        "prompt": [5] * 40,
+        "max_tokens": 80,
+        "ignore_eos": True,
+        "logprobs": 20,
+        "stream": True,
+    }
 
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
         answer = await http.post("/v1/completions", json=asked)
         assert answer.status_code == 200, answer.text
         *events, done = answer.text.strip().split("\n\n")
-        parts = [json.loads(event.removeprefix("data: "))["choices"][0]["logprobs"]["tokens"] for event in events]
+        parts = [
+            json.loads(event.removeprefix("data: "))["choices"][0]["logprobs"]["tokens"]
+            for event in events
+        ]
         assert done == "data: [DONE]" and sum(map(len, parts)) == 80
         echoed = await http.post("/v1/completions", json=asked | {"echo": True, "n": 2})
         assert echoed.status_code == 400, "each choice's copy of the prompt is held"

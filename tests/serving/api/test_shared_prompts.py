@@ -1,4 +1,5 @@
-"""The choices of a request whose prompt is scored: the engine reads the prompt once, and each choice shows its scores."""
+"""The choices of a request whose prompt is scored: the engine reads the prompt once, and each
+choice shows its scores."""
 
 import re
 from collections.abc import Iterator
@@ -17,7 +18,14 @@ from tests.serving.endpoint_parts import Run, metric_sum, shared_replica
 PROMPT = [(7 * place) % 250 for place in range(100)]
 NUM_CHOICES = 8
 BLOCK_TOKENS = 16
-ASKED: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 3, "ignore_eos": True, "seed": 1, "n": 8}
+ASKED: dict[str, Any] = {
+    "model": "tiny",
+    "prompt": PROMPT,
+    "max_tokens": 3,
+    "ignore_eos": True,
+    "seed": 1,
+    "n": 8,
+}
 SCORES = [None, Candidates(-1.0, [], 1)]
 
 
@@ -32,14 +40,18 @@ async def computed(http: httpx.AsyncClient) -> float:
     return metric_sum((await http.get("/metrics")).text, "vllm:iteration_tokens_total_sum")
 
 
-@pytest.mark.parametrize("fields", [{"echo": True, "logprobs": 2}, {"prompt_logprobs": 2}, {}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"echo": True, "logprobs": 2}, {"prompt_logprobs": 2}, {}], ids=str
+)
 def test_choices_read_their_prompt_once(run: Run, fields: dict[str, Any]) -> None:
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
-        prompt = [token_id + len(fields) for token_id in PROMPT]  # which the cache does not have yet
+        # Which the cache does not have yet
+        prompt = [token_id + len(fields) for token_id in PROMPT]
         before = await computed(http)
         answer = await http.post("/v1/completions", json=ASKED | {"prompt": prompt} | fields)
         assert answer.status_code == 200, answer.text
-        num_drawn = NUM_CHOICES * (ASKED["max_tokens"] - 1)  # the first one comes with the prompt's last token
+        # The first one comes with the prompt's last token
+        num_drawn = NUM_CHOICES * (ASKED["max_tokens"] - 1)
         num_read = await computed(http) - before - num_drawn
         rest = len(prompt) % BLOCK_TOKENS  # no full block, so each choice reads it
         assert num_read == len(prompt) + (NUM_CHOICES - 1) * rest
@@ -48,7 +60,13 @@ def test_choices_read_their_prompt_once(run: Run, fields: dict[str, Any]) -> Non
 
 
 def test_each_choice_is_as_if_it_had_read_its_prompt_alone(run: Run) -> None:
-    asked = ASKED | {"echo": True, "logprobs": 2, "prompt_logprobs": 1, "prompt": [PROMPT, [3, 4, 5]], "n": 3}
+    asked = ASKED | {
+        "echo": True,
+        "logprobs": 2,
+        "prompt_logprobs": 1,
+        "prompt": [PROMPT, [3, 4, 5]],
+        "n": 3,
+    }
 
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
         choices = (await http.post("/v1/completions", json=asked)).json()["choices"]
@@ -61,7 +79,9 @@ def test_each_choice_is_as_if_it_had_read_its_prompt_alone(run: Run) -> None:
             assert choice["prompt_logprobs"] == first["prompt_logprobs"]
             for name, values in choice["logprobs"].items():
                 assert values[: len(prompt)] == first["logprobs"][name][: len(prompt)]
-        parts = await http.post("/v1/completions", json=asked | {"stream": True, "prompt_logprobs": None})
+        parts = await http.post(
+            "/v1/completions", json=asked | {"stream": True, "prompt_logprobs": None}
+        )
         assert len(re.findall('"tokens":\\[', parts.text)) == 6 * ASKED["max_tokens"]
 
     run(check)

@@ -1,4 +1,5 @@
-"""Holds a conversation with an endpoint by LangChain, in the clients' environment, and prints JSON: URL MODEL QUESTION…"""
+"""Holds a conversation with an endpoint by LangChain, in the clients' environment, and prints JSON:
+URL MODEL QUESTION…"""
 
 import functools
 import json
@@ -15,8 +16,13 @@ history = [SystemMessage("be brief")]
 for number, question in enumerate(questions):
     history.append(HumanMessage(question))
     # The second one in parts, as applications show it.
-    answer = functools.reduce(operator.add, chat.stream(history)) if number == 1 else chat.invoke(history)
-    # An answer as it came, with all that the library adds to it, and one that an application has kept as text.
+    answer = (
+        functools.reduce(operator.add, chat.stream(history))
+        if number == 1
+        else chat.invoke(history)
+    )
+    # An answer as it came, with all that the library adds to it, and one that an application has
+    # kept as text.
     history.append(answer if number == 0 else AIMessage(answer.content))
 embeddings = OpenAIEmbeddings(**to, check_embedding_ctx_length=False, chunk_size=256)
 print(

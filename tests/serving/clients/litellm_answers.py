@@ -1,4 +1,5 @@
-"""Asks an endpoint by litellm, in the clients' environment, and prints the answers as JSON: URL MODEL."""
+"""Asks an endpoint by litellm, in the clients' environment, and prints the answers as JSON: URL
+MODEL."""
 
 import json
 import sys
@@ -21,8 +22,12 @@ vectors = litellm.embedding(model=f"openai/{model}", input=["fox", "lazy dog"], 
 print(
     json.dumps(
         {
-            "chat": litellm.completion(**asked, **to, metadata={"team": "a"}, user="u").choices[0].message.content,
-            "streamed": "".join(part.choices[0].delta.content or "" for part in parts if part.choices),
+            "chat": litellm.completion(**asked, **to, metadata={"team": "a"}, user="u")
+            .choices[0]
+            .message.content,
+            "streamed": "".join(
+                part.choices[0].delta.content or "" for part in parts if part.choices
+            ),
             "text": text.choices[0].text,
             "embeddings": [found["embedding"] for found in vectors.data],
         }

@@ -12,7 +12,9 @@ from serving.delivery.audit_log import AuditLog
 NUM_REPLICAS = 4
 
 
-def test_replicas_add_entries_at_once_and_the_oldest_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replicas_add_entries_at_once_and_the_oldest_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(audit_log, "MAX_ENTRIES", 10)
     monkeypatch.setattr(audit_log, "MAX_TRIES", 1000)
     config = ServeConfig.model_validate({"storage": {"uri": str(tmp_path)}, "model_name": "m"})

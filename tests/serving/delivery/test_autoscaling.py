@@ -1,4 +1,5 @@
-"""The number of replicas, decided over a simulated day: waits stay short, replicas do not flap, and few are kept."""
+"""The number of replicas, decided over a simulated day: waits stay short, replicas do not flap, and
+few are kept."""
 
 import heapq
 import inspect
@@ -28,7 +29,12 @@ DAY_S, SERVICE_S, COLD_START_S, WAIT_SLO_S = 86_400, 8.0, 20, 10.0
 
 
 def context(
-    num_requests: float = 28, *, waiting: float = 0, kv_use: float = 0, num_replicas: int = 2, **state: History
+    num_requests: float = 28,
+    *,
+    waiting: float = 0,
+    kv_use: float = 0,
+    num_replicas: int = 2,
+    **state: History,
 ) -> AutoscalingContext:
     """What Ray Serve shows the policy. Of the cache and the queue each replica reports its part."""
     about = NOTHING_KNOWN | {
@@ -91,7 +97,9 @@ def test_a_spike_of_a_second_starts_nothing_and_a_lull_of_a_minute_ends_nothing(
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.tuples(st.integers(1, 250), st.integers(0, 200)), max_size=12), st.integers(0, 8))
+@given(
+    st.lists(st.tuples(st.integers(1, 250), st.integers(0, 200)), max_size=12), st.integers(0, 8)
+)
 def test_whatever_the_load_nothing_ends_within_minutes_of_having_been_started(
     loads: list[tuple[int, float]], num_replicas: int
 ) -> None:
@@ -118,8 +126,8 @@ class Day:
 
 
 def arrivals(seed: int) -> np.ndarray:
-    """Requests in each second of a day: a sine of 0.4 to 4 a second, six bursts of three times as many for five
-    minutes, and two hours of silence."""
+    """Requests in each second of a day: a sine of 0.4 to 4 a second, six bursts of three times as
+    many for five minutes, and two hours of silence."""
     rng = np.random.default_rng(seed)
     second = np.arange(DAY_S)
     rate = 2.2 - 1.8 * np.cos(2 * np.pi * (second / DAY_S - 0.15))
@@ -150,7 +158,9 @@ def live(seed: int, *, fixed: int | None = None) -> Day:
         if fixed is None:
             waiting, in_use = len(queue) / NUM_SLOTS, len(running) / NUM_SLOTS
             seen = context(len(queue) + len(running), waiting=waiting, kv_use=in_use)
-            decided, history = POLICY.decide(POLICY.wanted_replicas(seen), target, history, now_s=now_s)
+            decided, history = POLICY.decide(
+                POLICY.wanted_replicas(seen), target, history, now_s=now_s
+            )
             target = min(decided, MAX_REPLICAS)
             more = target - num_ready - len(starting)
             starting += [now_s + COLD_START_S] * more
@@ -191,7 +201,8 @@ def test_the_policy_survives_the_way_to_the_controller() -> None:
 
 
 def test_a_clock_that_steps_back_delays_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the old code nothing changed for as long as the step was: the wall clock counted, and entries lay ahead."""
+    """On the old code nothing changed for as long as the step was: the wall clock counted, and
+    entries lay ahead."""
     busy = 100 * POLICY.target_ongoing_requests
     history: History = ()
     for now_s in (5000.0, 5001.0, 1000.0, 1000.0 + POLICY.scale_up_after_s + 1):

@@ -1,4 +1,5 @@
-"""Chat templates in a promotion: what fails is refused while it loads, and rolled back by what clients send later."""
+"""Chat templates in a promotion: what fails is refused while it loads, and rolled back by what
+clients send later."""
 
 import asyncio
 import json
@@ -40,14 +41,22 @@ def chat_folder(tokenizer: Tokenizer, place: Path, template: str, *, seed: int) 
     return folder
 
 
-def test_a_candidate_whose_template_is_broken_gets_no_request(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Neither the order to promote it is obeyed, nor does a replica load it if another process has taken the order."""
-    live, broken = (chat_folder(tokenizer, tmp_path, template, seed=i) for i, template in enumerate((GOOD, BROKEN), 1))
+def test_a_candidate_whose_template_is_broken_gets_no_request(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Neither the order to promote it is obeyed, nor does a replica load it if another process has
+    taken the order."""
+    live, broken = (
+        chat_folder(tokenizer, tmp_path, template, seed=i)
+        for i, template in enumerate((GOOD, BROKEN), 1)
+    )
     state = Delivery(deployment="d", model_name="tiny", live=served(live, 1))
     loading = {"phase": Phase.LOADING, "candidate": served(broken, 2), "terms": Terms(watch_s=1)}
 
     async def scenario() -> None:
-        versions = Versions(ServeConfig(engine=EngineConfig(max_num_seqs=2)), state, on_live_death=print)
+        versions = Versions(
+            ServeConfig(engine=EngineConfig(max_num_seqs=2)), state, on_live_death=print
+        )
         await versions.wait_until_live()
         with pytest.raises(ApiError, match="cannot write a user's message") as refused:
             await _read_candidate(str(broken), versions.live, ServeConfig())
@@ -60,11 +69,15 @@ def test_a_candidate_whose_template_is_broken_gets_no_request(tokenizer: Tokeniz
     asyncio.run(scenario())
 
 
-def test_a_chat_that_the_version_before_can_write_is_the_new_ones_failure(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_chat_that_the_version_before_can_write_is_the_new_ones_failure(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     """The version before answers it. A chat that both refuse is its client's mistake."""
     refuses_z = REFUSES_Q.replace("q", "z")
     old = chat_folder(tokenizer, tmp_path, refuses_z + GOOD, seed=1)
-    new = chat_folder(tokenizer, tmp_path, refuses_z + REFUSES_Q.replace("'q'", "'quick'") + GOOD, seed=2)
+    new = chat_folder(
+        tokenizer, tmp_path, refuses_z + REFUSES_Q.replace("'q'", "'quick'") + GOOD, seed=2
+    )
     config = ServeConfig(engine=EngineConfig(max_num_seqs=2), model_name="tiny")
     state = Delivery(
         deployment="d", model_name="tiny", phase=Phase.WATCHING, live=served(new, 2), previous=served(old, 1),
@@ -77,7 +90,9 @@ def test_a_chat_that_the_version_before_can_write_is_the_new_ones_failure(tokeni
         await wait_in_loop_until(lambda: versions.report()[1].status == "ready")
         metrics = ReplicaMetrics(versions=versions, replica="r", start_s=1.0)
         access = CurrentAccess(AccessRules())
-        app = build_http_app(versions=versions, metrics=metrics, access=access, usage=KeyUsage(), admin=APIRouter())
+        app = build_http_app(
+            versions=versions, metrics=metrics, access=access, usage=KeyUsage(), admin=APIRouter()
+        )
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(app), base_url="http://test", timeout=limit_s(60)
         ) as http:
@@ -98,7 +113,9 @@ def test_a_chat_that_the_version_before_can_write_is_the_new_ones_failure(tokeni
             assert versions.report()[2].stats.errors == 1
             shown = (await http.get("/metrics")).text
             refused = [line for line in shown.splitlines() if "chats_refused" in line]
-            assert any(versions.live.model.version in line and line.endswith(" 2.0") for line in refused)
+            assert any(
+                versions.live.model.version in line and line.endswith(" 2.0") for line in refused
+            )
         await versions.close()
 
     asyncio.run(scenario())

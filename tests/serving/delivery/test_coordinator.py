@@ -1,4 +1,5 @@
-"""The coordinator outlives itself: its state is in the storage, a folder or S3, or it says that it is not."""
+"""The coordinator outlives itself: its state is in the storage, a folder or S3, or it says that it
+is not."""
 
 import asyncio
 import json
@@ -79,7 +80,12 @@ async def promoted(one: Coordinator) -> None:
     await one.begin("tiny", OLD)
     await one.promote(NEW, Terms(watch_s=1000))
     reply = await one.exchange("one", ReplicaReport("r", 1, {1: READY, 2: READY}))
-    assert reply.is_ours and reply.delivery is not None and reply.delivery.phase is Phase.WATCHING and reply.is_stored
+    assert (
+        reply.is_ours
+        and reply.delivery is not None
+        and reply.delivery.phase is Phase.WATCHING
+        and reply.is_stored
+    )
 
 
 def test_what_was_promoted_is_known_after_the_death_of_the_coordinator(root: Root) -> None:
@@ -124,9 +130,10 @@ def test_a_canary_and_the_history_are_known_too(root: Root) -> None:
         state = (await coordinator(root).status())["delivery"]
         assert state["phase"] == "canary" and state["terms"]["canary_percent"] == 12.5
         assert state["candidate"]["serial"] == 3
-        assert [(ended["version"]["serial"], ended["result"], ended["reason"]) for ended in state["history"]] == [
-            (2, "rolled_back", "too slow")
-        ]
+        assert [
+            (ended["version"]["serial"], ended["result"], ended["reason"])
+            for ended in state["history"]
+        ] == [(2, "rolled_back", "too slow")]
 
     asyncio.run(check())
 
@@ -137,12 +144,16 @@ def test_an_endpoint_that_is_started_anew_serves_what_it_is_told(root: Root) -> 
         await promoted(old)
         new = coordinator(root, "two")
         stranger = await new.exchange("one", ReplicaReport("r"))
-        assert not stranger.is_ours and stranger.delivery is None, "a replica of the deployment before asks on"
+        assert not stranger.is_ours and stranger.delivery is None, (
+            "a replica of the deployment before asks on"
+        )
         with pytest.raises(DeliveryError, match="no replica has started"):
             await new.promote(NEW, Terms(watch_s=0))
         await old.drain(True)  # the last word of the old one is in the storage now
         assert (await new.begin("tiny", OLD)).live.version == "old"
-        assert (await new.begin("tiny", NEW)).live.version == "old", "the first replica's word counts"
+        assert (await new.begin("tiny", NEW)).live.version == "old", (
+            "the first replica's word counts"
+        )
         with pytest.raises(DeliveryError, match="could not be stored"):
             await old.roll_back("why")
             await old.promote(NEW, Terms(watch_s=0))
@@ -206,18 +217,26 @@ def test_a_stale_coordinator_adopts_what_a_newer_one_has_stored(root: Root) -> N
         for _ in range(2):
             await newer.exchange("one", READY_ALL)
         assert stored(root)["delivery"]["phase"] == "steady"
-        assert (await stale.exchange("one", ReplicaReport("old"))).delivery.live.version == "old", "it knows of nothing"
+        assert (await stale.exchange("one", ReplicaReport("old"))).delivery.live.version == "old", (
+            "it knows of nothing"
+        )
 
         assert (await stale.drain(True)).live.version == "new"
         found = stored(root)
-        assert found["delivery"]["live"]["version"] == "new" and found["delivery"]["draining"] is True
+        assert (
+            found["delivery"]["live"]["version"] == "new" and found["delivery"]["draining"] is True
+        )
         assert served_checkpoints(root.storage) == {"/old", "/new"}
         assert (await stale.exchange("one", ReplicaReport("old"))).delivery.live.version == "new"
         assert (await coordinator(root).exchange("one", READY_ALL)).delivery.live.version == "new"
 
-        with pytest.raises(DeliveryError, match="another coordinator of this endpoint has changed the state"):
+        with pytest.raises(
+            DeliveryError, match="another coordinator of this endpoint has changed the state"
+        ):
             await newer.roll_back("why")
-        assert stored(root)["delivery"]["live"]["version"] == "new", "the order was for a state that is no more"
+        assert stored(root)["delivery"]["live"]["version"] == "new", (
+            "the order was for a state that is no more"
+        )
         assert (await newer.roll_back("why")).phase is Phase.LOADING
 
     asyncio.run(check())
@@ -263,7 +282,9 @@ def test_the_last_good_state_outlives_a_damaged_file(how: str, tmp_path: Path) -
 
         file.write_bytes(damaged)
         if how != "no deployment":  # what it pins can still be read
-            assert served_checkpoints(root.storage) == {"/old", "/new"}, "retention keeps what the copy names"
+            assert served_checkpoints(root.storage) == {"/old", "/new"}, (
+                "retention keeps what the copy names"
+            )
         again = coordinator(root)
         reply = await again.exchange("one", ReplicaReport("r"))
         assert reply.delivery is not None and reply.delivery.live.version == "new"
@@ -291,7 +312,9 @@ def test_a_damaged_state_without_a_copy_says_what_to_do(
         [copy] = (tmp_path / "endpoints" / "last-good").glob("[!.]*.json")
         copy.unlink()
         damage(root, b"{")
-        with pytest.raises(StorageError, match="the checkpoints that its endpoint needs are not known: restore"):
+        with pytest.raises(
+            StorageError, match="the checkpoints that its endpoint needs are not known: restore"
+        ):
             served_checkpoints(root.storage)
         one = coordinator(root)
         for asked in (
@@ -306,7 +329,9 @@ def test_a_damaged_state_without_a_copy_says_what_to_do(
         assert file.read_bytes() == b"{", "it does not invent a state"
         damage(root, json.dumps(good).encode())
         reply = await one.exchange("one", READY_ALL)
-        assert reply.delivery is not None and reply.delivery.live.version == "new", "it goes on once that is done"
+        assert reply.delivery is not None and reply.delivery.live.version == "new", (
+            "it goes on once that is done"
+        )
 
     with caplog.at_level(logging.ERROR):
         asyncio.run(check())
@@ -318,12 +343,18 @@ def test_an_endpoint_is_not_started_over_a_damaged_state(tmp_path: Path, checkpo
     (tmp_path / "endpoints").mkdir()
     (tmp_path / "endpoints" / "mine.json").write_text("{")
     delivery = DeliveryConfig(endpoint="mine")
-    config = ServeConfig(checkpoint=str(checkpoint), storage=StorageConfig(uri=str(tmp_path)), delivery=delivery)
-    with pytest.raises(UserError, match=r"mine\.json is damaged .*restore the file from a backup, or delete it"):
+    config = ServeConfig(
+        checkpoint=str(checkpoint), storage=StorageConfig(uri=str(tmp_path)), delivery=delivery
+    )
+    with pytest.raises(
+        UserError, match=r"mine\.json is damaged .*restore the file from a backup, or delete it"
+    ):
         run(config)
 
 
-def test_an_endpoint_that_starts_drained_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_endpoint_that_starts_drained_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     root = Root(str(tmp_path), lambda: None)
 
     async def check() -> None:
@@ -359,8 +390,11 @@ def failing(num_sequences: int) -> ReplicaReport:
     return ReplicaReport("r", 2, {1: READY, 2: bad})
 
 
-def test_a_storage_that_hangs_holds_up_no_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the old code no replica heard anything before the storage had answered, and one that gave up undid it."""
+def test_a_storage_that_hangs_holds_up_no_rollback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the old code no replica heard anything before the storage had answered, and one that gave
+    up undid it."""
     monkeypatch.setattr(coordinator_module, "STORING_S", 0.2)
 
     async def check() -> None:
@@ -387,7 +421,9 @@ def test_a_storage_that_hangs_holds_up_no_rollback(tmp_path: Path, monkeypatch: 
     asyncio.run(check())
 
 
-def test_reports_are_answered_while_an_order_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_are_answered_while_an_order_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(coordinator_module, "STORING_S", limit_s(30))
 
     async def check() -> None:

@@ -1,4 +1,5 @@
-"""An endpoint whose state and checkpoints are on S3: what was promoted is live on the next cluster, too."""
+"""An endpoint whose state and checkpoints are on S3: what was promoted is live on the next cluster,
+too."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,10 +31,14 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 def endpoint(config: ServeConfig) -> Iterator[Admin]:
     """On a cluster of its own, as from a Ray Serve config file."""
     with ray_cluster():
-        serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
+        serve.start(
+            proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port}
+        )
         serve.run(build_app(config), name="raymill", route_prefix="/", blocking=False)
         url = f"http://{config.host}:{config.port}"
-        wait_until(lambda: httpx.get(f"{url}/ready", timeout=limit_s(30)).status_code == 200, timeout_s=60)
+        wait_until(
+            lambda: httpx.get(f"{url}/ready", timeout=limit_s(30)).status_code == 200, timeout_s=60
+        )
         yield Admin(url, ADMIN_KEY)
 
 
@@ -77,7 +82,9 @@ def test_what_was_promoted_on_s3_is_live_on_the_next_cluster(
             ("promoted", ""),
         ]
         answer = httpx.post(
-            f"{admin.http.base_url}/v1/completions", json={"model": "tiny", "prompt": [1]}, timeout=limit_s(60)
+            f"{admin.http.base_url}/v1/completions",
+            json={"model": "tiny", "prompt": [1]},
+            timeout=limit_s(60),
         )
         assert answer.status_code == 200
         served = str(read_metadata(tmp_path / "step-8").parameter_hash)[:16]

@@ -1,4 +1,5 @@
-"""A replica that serves outlives whatever fails in the control plane: it is away for a while, and nothing else."""
+"""A replica that serves outlives whatever fails in the control plane: it is away for a while, and
+nothing else."""
 
 import asyncio
 import logging
@@ -87,15 +88,23 @@ def test_a_coordinator_that_fails_touches_no_replica_that_serves(
                 follower.versions.check_health()
                 assert follower.away_s > 0, name
                 assert (
-                    follower.versions.live.engine.alive and follower.versions.live.model.version == state.live.version
+                    follower.versions.live.engine.alive
+                    and follower.versions.live.model.version == state.live.version
                 )
                 state = state.model_copy(update={"draining": not state.draining})
                 handle.answer = lambda state=state: Reply(is_ours=True, delivery=state)  # type: ignore[misc]
                 await wait_in_loop_until(lambda: follower.away_s == 0)
                 assert follower.versions.delivery == state, name
-                said = [record for record in caplog.records if record.name == "serving.delivery.follower"]
+                said = [
+                    record
+                    for record in caplog.records
+                    if record.name == "serving.delivery.follower"
+                ]
                 assert [record.levelname for record in said] == ["ERROR", "WARNING"], (name, said)
-                assert "without the coordinator" in said[0].message and "answers again" in said[1].message
+                assert (
+                    "without the coordinator" in said[0].message
+                    and "answers again" in said[1].message
+                )
         finally:
             await follower.close()
 

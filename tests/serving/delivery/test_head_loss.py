@@ -1,4 +1,5 @@
-"""The head of the manifests' endpoint is lost under load: its state is in Redis, and no request fails."""
+"""The head of the manifests' endpoint is lost under load: its state is in Redis, and no request
+fails."""
 
 import asyncio
 import time
@@ -42,7 +43,11 @@ def test_no_request_fails_while_the_head_is_lost(
 
             async with asyncio.TaskGroup() as group:
                 group.create_task(lose_the_head())
-                group.create_task(load.run_clients(4, until=is_over.is_set, max_requests=20_000, seed=1, pause_s=0.1))
+                group.create_task(
+                    load.run_clients(
+                        4, until=is_over.is_set, max_requests=20_000, seed=1, pause_s=0.1
+                    )
+                )
 
         asyncio.run(under_load())
         counts = load.check(allowed=WELL)

@@ -33,7 +33,9 @@ OLD = Version(serial=1, checkpoint="/old", version="aa")
 NEW = Version(checkpoint="/new", version="bb")
 STEADY = Delivery(deployment="d", model_name="m", live=OLD)
 READY = SlotReport(SlotStatus.READY)
-TERMS = Terms(watch_s=10, max_loss_increase=0.1, max_error_rate=0.1, max_latency_ratio=2, load_timeout_s=100)
+TERMS = Terms(
+    watch_s=10, max_loss_increase=0.1, max_error_rate=0.1, max_latency_ratio=2, load_timeout_s=100
+)
 
 
 def reports(*slots: dict[int, SlotReport], epoch: int = 1) -> list[ReplicaReport]:
@@ -55,7 +57,11 @@ def watching() -> Delivery:
 
 
 def named(run_id: str) -> Version:
-    return Version(checkpoint=f"/runs/{run_id}/checkpoints/step-000000001", version=run_id, lineage={"run_id": run_id})
+    return Version(
+        checkpoint=f"/runs/{run_id}/checkpoints/step-000000001",
+        version=run_id,
+        lineage={"run_id": run_id},
+    )
 
 
 def test_the_model_is_called_as_its_run_and_earlier_names_stay_valid() -> None:
@@ -83,9 +89,15 @@ def test_no_replica_switches_before_all_have_loaded_the_candidate() -> None:
     switched = step(state, {1: READY, 2: READY}, {1: READY, 2: READY})
     assert switched.phase is Phase.WATCHING and switched.epoch == state.epoch + 1
     assert switched.live.checkpoint == "/new" and switched.previous == OLD
-    assert switched.needed == [switched.live, OLD], "the old version stays loaded, so that it can return at once"
+    assert switched.needed == [switched.live, OLD], (
+        "the old version stays loaded, so that it can return at once"
+    )
     settled = step(switched, {2: READY}, elapsed_s=10)
-    assert settled.phase is Phase.STEADY and settled.needed == [switched.live] and settled.previous == OLD
+    assert (
+        settled.phase is Phase.STEADY
+        and settled.needed == [switched.live]
+        and settled.previous == OLD
+    )
     assert settled.outcome is not None and settled.outcome.result == "promoted"
     assert settled.history == (settled.outcome,)
 
@@ -100,7 +112,12 @@ def test_no_replica_switches_before_all_have_loaded_the_candidate() -> None:
 )
 def test_a_candidate_that_one_replica_finds_bad_is_refused(slot: SlotReport, reason: str) -> None:
     refused = step(loading(), {1: READY, 2: READY}, {1: READY, 2: slot})
-    assert (refused.phase, refused.live, refused.needed, refused.epoch) == (Phase.STEADY, OLD, [OLD], 1)
+    assert (refused.phase, refused.live, refused.needed, refused.epoch) == (
+        Phase.STEADY,
+        OLD,
+        [OLD],
+        1,
+    )
     assert refused.outcome is not None and refused.outcome.result == "refused"
     assert re.search(reason, refused.outcome.reason)
 
@@ -115,7 +132,9 @@ def test_loading_has_a_limit() -> None:
     assert step(loading(), {1: READY}, elapsed_s=101).phase is Phase.STEADY
 
 
-def stats(sequences: int, *, errors: int = 0, s_per_token: float = 0.01, streams: int = 4) -> SlotReport:
+def stats(
+    sequences: int, *, errors: int = 0, s_per_token: float = 0.01, streams: int = 4
+) -> SlotReport:
     """A replica's report on a version that has answered so many sequences, `streams` at a time."""
     counted = VersionStats(sequences, errors)
     for _ in range(10 * sequences // streams):
@@ -132,7 +151,8 @@ def stats(sequences: int, *, errors: int = 0, s_per_token: float = 0.01, streams
         (stats(100, errors=11), False),
         (SlotReport(SlotStatus.FAILED, "died"), False),
         (SlotReport(SlotStatus.READY, loss=3.09, live_loss=3.0), True),
-        (SlotReport(SlotStatus.READY, loss=3.11, live_loss=3.0), False),  # of a replica that has joined meanwhile
+        # Of a replica that has joined meanwhile
+        (SlotReport(SlotStatus.READY, loss=3.11, live_loss=3.0), False),
         (stats(MIN_JUDGED_SEQUENCES, s_per_token=0.0199), True),
         (stats(MIN_JUDGED_SEQUENCES, s_per_token=0.0201), False),
         (stats(MIN_JUDGED_SEQUENCES - 1, s_per_token=9), True),
@@ -160,7 +180,8 @@ def test_errors_and_slowness_roll_back(new: SlotReport, *, stays: bool, canary: 
     ],
 )
 def test_a_version_is_compared_in_steps_of_like_size(new: SlotReport, *, stays: bool) -> None:
-    """On the old code an equal model that was promoted at the start of a busy hour was rolled back."""
+    """On the old code an equal model that was promoted at the start of a busy hour was rolled
+    back."""
     after = step(watching(), {1: stats(500, streams=1), 2: new}, elapsed_s=5)
     assert (after.phase is Phase.WATCHING) is stays
 
@@ -179,13 +200,16 @@ def test_a_mixture_of_sizes_is_compared_with_the_same_mixture() -> None:
 
 def test_what_a_dead_replica_saw_counts() -> None:
     seen = reports({2: stats(100, errors=50)})
-    assert advance(watching(), reports({1: READY, 2: READY}), gone=seen, elapsed_s=1).phase is Phase.STEADY
+    assert (
+        advance(watching(), reports({1: READY, 2: READY}), gone=seen, elapsed_s=1).phase
+        is Phase.STEADY
+    )
 
 
 @pytest.mark.parametrize("canary", [None, 10.0])
 def test_weights_that_may_have_ended_the_only_engine_go(canary: float | None) -> None:
-    """In any phase; not for a replica that had an engine for each version, has said that it leaves, or had older
-    weights."""
+    """In any phase; not for a replica that had an engine for each version, has said that it leaves,
+    or had older weights."""
     shared = SlotReport(SlotStatus.READY, in_place=True)
     states = [loading(canary_percent=canary)]
     states.append(step(states[0], {1: READY, 2: shared}))
@@ -198,13 +222,21 @@ def test_weights_that_may_have_ended_the_only_engine_go(canary: float | None) ->
     ][:3]
     for state in states[: 3 if canary else 2]:
         present = reports({1: READY, 2: SlotReport(SlotStatus.LOADING, in_place=True)})
-        for slots, is_leaving in [({1: shared, 2: READY}, False), ({2: shared}, True), ({1: shared}, False)]:
+        for slots, is_leaving in [
+            ({1: shared, 2: READY}, False),
+            ({2: shared}, True),
+            ({1: shared}, False),
+        ]:
             gone = [ReplicaReport("gone", 1, slots, is_leaving=is_leaving)]
             assert advance(state, present, gone=gone, elapsed_s=1) == state
-        after = advance(state, present, gone=[ReplicaReport("gone", 1, {1: READY, 2: shared})], elapsed_s=1)
+        after = advance(
+            state, present, gone=[ReplicaReport("gone", 1, {1: READY, 2: shared})], elapsed_s=1
+        )
         assert after.phase is Phase.STEADY and after.live == OLD
         assert after.outcome is not None and "gone has ended" in after.outcome.reason
-        assert after.outcome.result == ("refused" if state.phase is Phase.LOADING else "rolled_back")
+        assert after.outcome.result == (
+            "refused" if state.phase is Phase.LOADING else "rolled_back"
+        )
 
 
 def test_a_canary_becomes_live_by_itself_or_when_asked() -> None:
@@ -263,17 +295,21 @@ def test_one_promotion_at_a_time() -> None:
 
 
 def test_a_coordinator_that_lost_its_last_decision_makes_a_newer_one() -> None:
-    assert advance(STEADY, reports({1: READY}, epoch=7), elapsed_s=0).route == Route(epoch=8, primary=1)
+    assert advance(STEADY, reports({1: READY}, epoch=7), elapsed_s=0).route == Route(
+        epoch=8, primary=1
+    )
 
 
 EVENTS = st.lists(
-    st.sampled_from(["promote", "canary", "finish", "rollback", "ready", "bad", "failing", "time"]), max_size=30
+    st.sampled_from(["promote", "canary", "finish", "rollback", "ready", "bad", "failing", "time"]),
+    max_size=30,
 )
 
 
 @given(EVENTS)
 def test_whatever_happens_somebody_serves(events: Sequence[str]) -> None:
-    """The route leads to loaded versions only, epochs and serials never fall, and what is stored comes back."""
+    """The route leads to loaded versions only, epochs and serials never fall, and what is stored
+    comes back."""
     state = STEADY
     for event in events:
         before = state
@@ -300,11 +336,15 @@ def test_whatever_happens_somebody_serves(events: Sequence[str]) -> None:
             assert state == before
         loaded = {version.serial for version in state.needed}
         assert {state.route.primary, state.route.canary} <= loaded | {0}
-        assert all(version in state.known for version in state.needed), "what is loaded must not be deleted"
+        assert all(version in state.known for version in state.needed), (
+            "what is loaded must not be deleted"
+        )
         assert state.epoch >= before.epoch and state.last_serial >= before.last_serial
         if state.route.primary != before.route.primary:
             assert state.epoch > before.epoch
-            assert {state.route.primary} <= {version.serial for version in before.needed}, "nobody had loaded it"
+            assert {state.route.primary} <= {version.serial for version in before.needed}, (
+                "nobody had loaded it"
+            )
         assert Delivery.model_validate_json(state.model_dump_json()) == state
         assert Route.from_header(state.route.to_header()) == state.route
 

@@ -24,13 +24,17 @@ ROWS = ((1, 2, 3, 4, 5), (7, 8, 9))
 def other(model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     gpt = GPT(model.config)
     gpt.init_weights(2)
-    return write_model(tmp_path_factory.mktemp("checkpoints") / "step-8", gpt.eval(), tokenizer, step=8)
+    return write_model(
+        tmp_path_factory.mktemp("checkpoints") / "step-8", gpt.eval(), tokenizer, step=8
+    )
 
 
 @asynccontextmanager
 async def joined(state: Delivery) -> AsyncIterator[Versions]:
     """A replica that starts when the state is so already."""
-    versions = Versions(ServeConfig(engine=EngineConfig(max_num_seqs=2)), state, on_live_death=print)
+    versions = Versions(
+        ServeConfig(engine=EngineConfig(max_num_seqs=2)), state, on_live_death=print
+    )
     try:
         await versions.wait_until_live()
         yield versions
@@ -38,12 +42,22 @@ async def joined(state: Delivery) -> AsyncIterator[Versions]:
         await versions.close()
 
 
-@pytest.mark.parametrize("phase", [pytest.param(Phase.CANARY, marks=pytest.mark.slow), Phase.WATCHING])
-def test_a_replica_that_joins_a_promotion_measures_the_gates_rows(phase: Phase, checkpoint: Path, other: Path) -> None:
+@pytest.mark.parametrize(
+    "phase", [pytest.param(Phase.CANARY, marks=pytest.mark.slow), Phase.WATCHING]
+)
+def test_a_replica_that_joins_a_promotion_measures_the_gates_rows(
+    phase: Phase, checkpoint: Path, other: Path
+) -> None:
     old, new = served(checkpoint, 1), served(other, 2)
-    places = {"live": new, "previous": old} if phase is Phase.WATCHING else {"live": old, "candidate": new}
+    places = (
+        {"live": new, "previous": old}
+        if phase is Phase.WATCHING
+        else {"live": old, "candidate": new}
+    )
     terms = Terms(watch_s=1000, gate_rows=ROWS, canary_percent=10.0)
-    state = Delivery(deployment="d", model_name="tiny", phase=phase, terms=terms, last_serial=2, **places)
+    state = Delivery(
+        deployment="d", model_name="tiny", phase=phase, terms=terms, last_serial=2, **places
+    )
 
     async def scenario() -> None:
         async with joined(state) as versions:
@@ -55,7 +69,9 @@ def test_a_replica_that_joins_a_promotion_measures_the_gates_rows(phase: Phase, 
     asyncio.run(scenario())
 
 
-def test_a_number_that_two_coordinators_gave_is_not_taken_for_the_same_version(checkpoint: Path, other: Path) -> None:
+def test_a_number_that_two_coordinators_gave_is_not_taken_for_the_same_version(
+    checkpoint: Path, other: Path
+) -> None:
     """What served goes on until what is wanted now is loaded."""
     state = Delivery(deployment="d", model_name="tiny", live=served(checkpoint, 1))
 
@@ -64,7 +80,9 @@ def test_a_number_that_two_coordinators_gave_is_not_taken_for_the_same_version(c
             before = versions.live.model.version
             versions.adopt(state.model_copy(update={"live": served(other, 1)}), asked_at_s=0)
             assert versions.live.model.version == before
-            await wait_in_loop_until(lambda: versions.live.model.version == served(other, 1).version)
+            await wait_in_loop_until(
+                lambda: versions.live.model.version == served(other, 1).version
+            )
             versions.adopt(versions.delivery, asked_at_s=0)
             await wait_in_loop_until(lambda: set(versions.report()) == {1})
 
@@ -74,7 +92,8 @@ def test_a_number_that_two_coordinators_gave_is_not_taken_for_the_same_version(c
 def test_a_request_uses_routes_of_this_endpoint_only_and_one_version_after_a_death(
     checkpoint: Path, other: Path
 ) -> None:
-    """The proxy also knows the route of the endpoint before, whose epochs and serials say nothing here."""
+    """The proxy also knows the route of the endpoint before, whose epochs and serials say nothing
+    here."""
     new, old = served(other, 2), served(checkpoint, 1)
     state = Delivery(
         deployment="d", model_name="tiny", origin="b", epoch=2, phase=Phase.WATCHING, live=new, previous=old,

@@ -1,4 +1,5 @@
-"""One Ray for the files of this folder, and an endpoint without keys for those that need nothing else."""
+"""One Ray for the files of this folder, and an endpoint without keys for those that need nothing
+else."""
 
 import contextlib
 import shutil
@@ -39,7 +40,9 @@ def run_checkpoint(
 
 @pytest.fixture(scope="module")
 def open_config(run_checkpoint: Path) -> ServeConfig:
-    return ServeConfig(checkpoint=str(run_checkpoint), model_name=MODEL, engine=EngineConfig(max_num_seqs=8))
+    return ServeConfig(
+        checkpoint=str(run_checkpoint), model_name=MODEL, engine=EngineConfig(max_num_seqs=8)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""Generated requests on a real endpoint: each gets 200 or a 4xx in OpenAI's shape, and the same replica serves on."""
+"""Generated requests on a real endpoint: each gets 200 or a 4xx in OpenAI's shape, and the same
+replica serves on."""
 
 import json
 from collections.abc import Iterator
@@ -25,13 +26,21 @@ from tests.time_limits import limit_s
 
 pytestmark = pytest.mark.cluster
 
-ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize", "/detokenize", "/v1/xray")
+ROUTES = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/embeddings",
+    "/tokenize",
+    "/detokenize",
+    "/v1/xray",
+)
 TIMEOUT_S = limit_s(30)  # an answer that takes longer counts as none
 VOCAB_SIZE = 300
 bounded = settings(
     deadline=None,
     print_blob=True,
-    phases=[Phase.explicit, Phase.generate],  # what failed is printed; making it smaller would take minutes
+    # What failed is printed; making it smaller would take minutes
+    phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -39,9 +48,14 @@ bounded = settings(
 @pytest.fixture
 def http(open_url: str, run_checkpoint: Path) -> Iterator[httpx.Client]:
     before = engine_and_replica(run_checkpoint)
-    with httpx.Client(base_url=open_url, timeout=TIMEOUT_S, headers={"Content-Type": "application/json"}) as http:
+    with httpx.Client(
+        base_url=open_url, timeout=TIMEOUT_S, headers={"Content-Type": "application/json"}
+    ) as http:
         yield http
-        answer = http.post("/v1/completions", json={"model": MODEL, "prompt": "x", "max_tokens": 3, "ignore_eos": True})
+        answer = http.post(
+            "/v1/completions",
+            json={"model": MODEL, "prompt": "x", "max_tokens": 3, "ignore_eos": True},
+        )
         assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 3
     assert engine_and_replica(run_checkpoint) == before
 
@@ -55,7 +69,10 @@ def anything() -> st.SearchStrategy[Any]:
         | st.text(max_size=20)
     )
     return st.recursive(
-        scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4)
+        scalars,
+        lambda inner: (
+            st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4)
+        ),
     )
 
 
@@ -76,11 +93,17 @@ GENERATION = SAMPLING | {
     "n": st.integers(1, 8),
     "stream": st.booleans(),
     "stream_options": st.fixed_dictionaries(
-        {}, optional={"include_usage": st.booleans(), "continuous_usage_stats": st.booleans() | st.none()}
+        {},
+        optional={
+            "include_usage": st.booleans(),
+            "continuous_usage_stats": st.booleans() | st.none(),
+        },
     ),
     "stop": st.text(min_size=1, max_size=5) | st.lists(st.text(min_size=1, max_size=3), max_size=4),
     "user": TEXTS,
-    "logit_bias": st.dictionaries(st.integers(0, VOCAB_SIZE).map(str), number(-100, 100), max_size=5),
+    "logit_bias": st.dictionaries(
+        st.integers(0, VOCAB_SIZE).map(str), number(-100, 100), max_size=5
+    ),
     "presence_penalty": number(-2, 2),
     "frequency_penalty": number(-2, 2),
     "repetition_penalty": st.floats(0, 2),
@@ -96,15 +119,20 @@ GENERATION = SAMPLING | {
 MESSAGE = st.fixed_dictionaries(
     {
         "role": st.sampled_from(["system", "developer", "user", "assistant", "tool"]),
-        "content": TEXTS | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXTS}), max_size=3),
+        "content": TEXTS
+        | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXTS}), max_size=3),
     },
     optional={"name": TEXTS},
 )
 NEW_TOKENS = st.integers(0, 9) | st.integers(0, 200)
 REQUIRED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
-    "/v1/completions": {"prompt": TEXTS | IDS | st.lists(TEXTS, max_size=5) | st.lists(IDS, max_size=5)},
+    "/v1/completions": {
+        "prompt": TEXTS | IDS | st.lists(TEXTS, max_size=5) | st.lists(IDS, max_size=5)
+    },
     "/v1/chat/completions": {"messages": st.lists(MESSAGE, max_size=4), "max_tokens": NEW_TOKENS},
-    "/v1/embeddings": {"input": TEXTS | IDS | st.lists(TEXTS, max_size=5) | st.lists(IDS, max_size=5)},
+    "/v1/embeddings": {
+        "input": TEXTS | IDS | st.lists(TEXTS, max_size=5) | st.lists(IDS, max_size=5)
+    },
     "/tokenize": {"prompt": TEXTS},
     "/detokenize": {"tokens": IDS},
     "/v1/xray": {"prompt": TEXTS | IDS},
@@ -120,7 +148,11 @@ OPTIONAL: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "parse_special": st.booleans(),
     },
     "/v1/chat/completions": GENERATION
-    | {"max_completion_tokens": NEW_TOKENS, "logprobs": st.booleans(), "top_logprobs": st.integers(0, 21)},
+    | {
+        "max_completion_tokens": NEW_TOKENS,
+        "logprobs": st.booleans(),
+        "top_logprobs": st.integers(0, 21),
+    },
     "/v1/embeddings": {"encoding_format": st.sampled_from(["float", "base64"]), "user": TEXTS},
     "/tokenize": {
         "add_special_tokens": st.booleans(),
@@ -141,12 +173,15 @@ OPTIONAL: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 
 @st.composite
 def bodies(draw: st.DrawFn, route: str) -> dict[str, Any]:
-    """Mostly fields that are right, so that they are read and meet each other; one in eight is anything."""
+    """Mostly fields that are right, so that they are read and meet each other; one in eight is
+    anything."""
 
     def value(field: st.SearchStrategy[Any]) -> Any:
         return draw(anything() if draw(st.integers(0, 7)) == 0 else field)
 
-    names = draw(st.lists(st.sampled_from(sorted(OPTIONAL[route]) or [""]), unique=True, max_size=6))
+    names = draw(
+        st.lists(st.sampled_from(sorted(OPTIONAL[route]) or [""]), unique=True, max_size=6)
+    )
     body = {name: value(OPTIONAL[route][name]) for name in names if name}
     body |= {name: value(field) for name, field in REQUIRED[route].items()}
     return body | {"model": value(st.just(MODEL))}
@@ -160,8 +195,17 @@ def check_answer(body: dict[str, Any], answer: httpx.Response) -> None:
         *events, done, rest = answer.text.split("\n\n")
         assert (done, rest) == ("data: [DONE]", "")
         parts = [json.loads(event.removeprefix("data: ")) for event in events]
-        reasons = [c["finish_reason"] for part in parts for c in part["choices"] if c["finish_reason"] is not None]
-        assert reasons and set(reasons) <= {"stop", "length"} and len(reasons) % (body.get("n") or 1) == 0
+        reasons = [
+            c["finish_reason"]
+            for part in parts
+            for c in part["choices"]
+            if c["finish_reason"] is not None
+        ]
+        assert (
+            reasons
+            and set(reasons) <= {"stop", "length"}
+            and len(reasons) % (body.get("n") or 1) == 0
+        )
     else:
         assert isinstance(strict_json(answer.text), dict)
 
@@ -183,11 +227,20 @@ def test_any_fields_get_an_answer(http: httpx.Client, route: str, data: st.DataO
 
 @pytest.mark.parametrize("route", ["/v1/completions", "/v1/xray"])
 @pytest.mark.parametrize(
-    "fields", [{"temperature": 5e-324}, {"temperature": 1, "top_p": 5e-324, "top_k": 2}, {"temperature": 2e-5}]
+    "fields",
+    [
+        {"temperature": 5e-324},
+        {"temperature": 1, "top_p": 5e-324, "top_k": 2},
+        {"temperature": 2e-5},
+    ],
 )
-def test_the_smallest_numbers_are_greedy(http: httpx.Client, route: str, fields: dict[str, float]) -> None:
+def test_the_smallest_numbers_are_greedy(
+    http: httpx.Client, route: str, fields: dict[str, float]
+) -> None:
     asked = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 5, "seed": 1}
-    greedy, small = (http.post(route, json=asked | more).json() for more in ({"temperature": 0}, fields))
+    greedy, small = (
+        http.post(route, json=asked | more).json() for more in ({"temperature": 0}, fields)
+    )
     if route == "/v1/completions":
         assert small["choices"] == greedy["choices"]
     else:
@@ -199,8 +252,11 @@ schema = schemathesis.openapi.from_dict(openapi())
 
 @schema.parametrize()
 @settings(bounded, max_examples=60)
-def test_the_schema_and_the_endpoint_agree(case: schemathesis.Case, open_url: str, http: httpx.Client) -> None:
-    """Answers have the shapes, types and status codes of the schema, and a body that is not of it is refused."""
+def test_the_schema_and_the_endpoint_agree(
+    case: schemathesis.Case, open_url: str, http: httpx.Client
+) -> None:
+    """Answers have the shapes, types and status codes of the schema, and a body that is not of it
+    is refused."""
     case.call_and_validate(
         base_url=open_url,
         timeout=TIMEOUT_S,

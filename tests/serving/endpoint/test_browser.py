@@ -1,4 +1,5 @@
-"""The x-ray page in a real Chromium, on a real endpoint: what it shows is what the endpoint says."""
+"""The x-ray page in a real Chromium, on a real endpoint: what it shows is what the endpoint
+says."""
 
 import re
 import time
@@ -71,17 +72,28 @@ class Watched:
         expect.set_options(timeout=1e3 * limit_s(20))
         page.on("console", self._heard)
         page.on("pageerror", lambda error: self.problems.append(str(error)))
-        page.on("request", lambda r: None if r.url.startswith((url, "data:")) else self.problems.append(r.url))
+        page.on(
+            "request",
+            lambda r: None if r.url.startswith((url, "data:")) else self.problems.append(r.url),
+        )
 
     def _heard(self, message: ConsoleMessage) -> None:
-        """Keeps errors and warnings; the browser reports each answer 429, which the page repeats until it has another."""
+        """Keeps errors and warnings; the browser reports each answer 429, which the page repeats
+        until it has another."""
         if message.type in {"error", "warning"} and "429 (Too Many Requests)" not in message.text:
             self.problems.append(message.text)
 
 
-@pytest.fixture(params=[pytest.param(DESKTOP, id="desktop"), pytest.param(PHONE, id="phone", marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=[
+        pytest.param(DESKTOP, id="desktop"),
+        pytest.param(PHONE, id="phone", marks=pytest.mark.slow),
+    ]
+)
 def watched(request: pytest.FixtureRequest, browser: Browser, open_url: str) -> Iterator[Watched]:
-    context = browser.new_context(viewport=request.param, color_scheme="dark" if request.param is PHONE else "light")
+    context = browser.new_context(
+        viewport=request.param, color_scheme="dark" if request.param is PHONE else "light"
+    )
     watched = Watched(context.new_page(), open_url)
     watched.page.goto(open_url)
     expect(watched.page.locator("#model")).to_contain_text("step 7")
@@ -115,8 +127,17 @@ def ask(page: Page, *, seed: int = 5, max_tokens: int = 12) -> None:
 
 
 def expected_text(url: str, **fields: Any) -> dict[str, Any]:
-    asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 12, "temperature": 0.8, "top_p": 0.95, "seed": 5}
-    while (answer := httpx.post(f"{url}/v1/xray", json=asked | fields, timeout=limit_s(30))).status_code == 429:
+    asked = {
+        "model": "tiny",
+        "prompt": PROMPT,
+        "max_tokens": 12,
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "seed": 5,
+    }
+    while (
+        answer := httpx.post(f"{url}/v1/xray", json=asked | fields, timeout=limit_s(30))
+    ).status_code == 429:
         time.sleep(0.05)  # the page's own
     assert answer.status_code == 200, answer.text
     return dict(answer.json())
@@ -137,7 +158,9 @@ def test_tokens_appear_with_their_probabilities_and_alternatives(page: Page, ope
         index += steps
         expect(tokens.nth(index)).to_be_focused()
         alternatives = answer["predictions"][index - 1]["top"]
-        for candidate, row in zip(alternatives, detail.locator("table").nth(1).locator("tbody tr").all(), strict=True):
+        for candidate, row in zip(
+            alternatives, detail.locator("table").nth(1).locator("tbody tr").all(), strict=True
+        ):
             expect(row).to_contain_text(f"{candidate['logit']:.3f}")
         expect(detail).to_contain_text(f"{answer['tokens'][index]['id']}, ")
     page.keyboard.press("Home")
@@ -168,7 +191,9 @@ def test_a_map_is_drawn_for_each_layer_and_head(page: Page, open_url: str) -> No
         "rows => rows.map(r => [...r.querySelectorAll('td')].map(c => Number(c.textContent)))"
     )
     for index, weights in enumerate(cells):
-        assert sum(weights) == pytest.approx(1, abs=0.0005 * len(row)) and not any(weights[index + 1 :])
+        assert sum(weights) == pytest.approx(1, abs=0.0005 * len(row)) and not any(
+            weights[index + 1 :]
+        )
 
 
 def test_tabs_and_sliders_work_by_keyboard(page: Page, open_url: str) -> None:
@@ -182,7 +207,9 @@ def test_tabs_and_sliders_work_by_keyboard(page: Page, open_url: str) -> None:
         expect(page.locator(f"#{tab.get_attribute('aria-controls')}")).to_be_visible()
         expect(page.locator("[id^=view-]:visible")).to_have_count(1)
     stages = page.locator("#stage-table tbody tr")
-    expect(stages.filter(has_text="layer 1: attention")).to_contain_text(re.compile(r"\[1, 2, (\d+), \1\]"))
+    expect(stages.filter(has_text="layer 1: attention")).to_contain_text(
+        re.compile(r"\[1, 2, (\d+), \1\]")
+    )
     expect(stages.filter(has_text="logits")).to_contain_text(re.compile(r"\[1, \d+, 300\]"))
     page.keyboard.press("End")
     page.locator("#step").focus()
@@ -202,11 +229,21 @@ def test_the_times_add_up_to_the_whole(page: Page) -> None:
     page.locator("#tab-time").click()
     rows = page.locator("#gantt tbody tr")
     names = rows.locator("th").all_inner_texts()
-    assert names == ["queue", "tokenize", "prefill", "sample", "decode", "detokenize", "inspect", "network"]
+    assert names == [
+        "queue",
+        "tokenize",
+        "prefill",
+        "sample",
+        "decode",
+        "detokenize",
+        "inspect",
+        "network",
+    ]
     times_ms = [float(text) for text in rows.locator("td:nth-child(3)").all_inner_texts()]
     whole = re.search(r"whole ([\d.]+) ms", page.locator("#gantt-sum").inner_text())
     assert whole is not None and sum(times_ms) == pytest.approx(float(whole[1]), rel=0.05)
-    assert rows.locator("svg .bar").count() >= 7 + 11 + 12 - 1  # one a token where there is one a token
+    # One a token where there is one a token
+    assert rows.locator("svg .bar").count() >= 7 + 11 + 12 - 1
     expect(page.locator("#streamed")).to_contain_text("first token after")
 
 

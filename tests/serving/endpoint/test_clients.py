@@ -1,5 +1,5 @@
-"""Clients that others wrote, unchanged, each with its usual call, against a real endpoint. Nothing is fetched. A browser is
-in test_cross_origin.py, and more of openai in test_endpoint.py."""
+"""Clients that others wrote, unchanged, each with its usual call, against a real endpoint. Nothing
+is fetched. A browser is in test_cross_origin.py, and more of openai in test_endpoint.py."""
 
 import json
 import os
@@ -33,7 +33,9 @@ add_cli_args(parser)
 main(parser.parse_args())
 """
 OFFLINE = {
-    **dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "VLLM_NO_USAGE_STATS"), "1"),
+    **dict.fromkeys(
+        ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "VLLM_NO_USAGE_STATS"), "1"
+    ),
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # or it asks GitHub for prices
     "LANGSMITH_TRACING": "false",
 }
@@ -50,7 +52,13 @@ def run_client(command: Sequence[str | Path], *, folder: Path) -> str:
     """Returns what it prints."""
     environment = os.environ | OFFLINE | {"HF_HOME": str(folder / "hf")}
     done = subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=limit_s(400), check=False
+        command,
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=limit_s(400),
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -59,7 +67,9 @@ def run_client(command: Sequence[str | Path], *, folder: Path) -> str:
 def num_sequences(url: str) -> int:
     text = httpx.get(f"{url}/metrics", timeout=limit_s(30)).text
     return sum(
-        int(float(line.split()[-1])) for line in text.splitlines() if line.startswith("vllm:request_success_total{")
+        int(float(line.split()[-1]))
+        for line in text.splitlines()
+        if line.startswith("vllm:request_success_total{")
     )
 
 
@@ -100,11 +110,19 @@ def samples(folder: Path, task: str) -> list[dict[str, Any]]:
 def log_likelihood(model: GPT, context_ids: list[int], ids: list[int]) -> float:
     """Of `ids` after the context, from the logits of one forward pass."""
     logprobs = model.logits(model(torch.tensor([context_ids + ids])))[0].log_softmax(-1)
-    return float(sum(logprobs[len(context_ids) - 1 + i, token_id] for i, token_id in enumerate(ids)))
+    return float(
+        sum(logprobs[len(context_ids) - 1 + i, token_id] for i, token_id in enumerate(ids))
+    )
 
 
 def greedy_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_tokens: int) -> str:
-    ids = generate(model, tokenizer.encode(prompt), max_tokens=max_tokens, params=GREEDY, eos_id=tokenizer.eot_id)
+    ids = generate(
+        model,
+        tokenizer.encode(prompt),
+        max_tokens=max_tokens,
+        params=GREEDY,
+        eos_id=tokenizer.eot_id,
+    )
     return tokenizer.decode(ids)
 
 
@@ -112,7 +130,9 @@ def spoken(turns: list[tuple[str, str]]) -> str:
     return "".join(f"{speaker}:\n{text}\n" for speaker, text in turns) + "Assistant:\n"
 
 
-def reply(model: GPT, tokenizer: Tokenizer, turns: list[tuple[str, str]], *, max_tokens: int) -> str:
+def reply(
+    model: GPT, tokenizer: Tokenizer, turns: list[tuple[str, str]], *, max_tokens: int
+) -> str:
     """What the model says next in a chat."""
     return greedy_text(model, tokenizer, spoken(turns), max_tokens=max_tokens).split("\nUser:")[0]
 
@@ -123,13 +143,22 @@ def mean_of(model: GPT, token_ids: list[int]) -> torch.Tensor:
 
 
 def assert_same_vector(found: list[float], expected: torch.Tensor) -> None:
-    torch.testing.assert_close(torch.tensor(found, dtype=torch.float32), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(found, dtype=torch.float32), expected, atol=1e-4, rtol=1e-4
+    )
 
 
-def test_openai_gets_vllms_fields_and_embeddings(open_url: str, model: GPT, tokenizer: Tokenizer) -> None:
+def test_openai_gets_vllms_fields_and_embeddings(
+    open_url: str, model: GPT, tokenizer: Tokenizer
+) -> None:
     texts = ["the quick fox", "naïve cafés sell €5 tea"]
     with openai.OpenAI(base_url=f"{open_url}/v1", api_key="none needed", max_retries=0) as client:
-        asked: dict[str, Any] = {"return_token_ids": True, "min_tokens": 5, "stop_token_ids": [1], "prompt_logprobs": 2}
+        asked: dict[str, Any] = {
+            "return_token_ids": True,
+            "min_tokens": 5,
+            "stop_token_ids": [1],
+            "prompt_logprobs": 2,
+        }
         answer: Any = client.completions.create(
             model=MODEL, prompt=texts, max_tokens=9, temperature=0, logprobs=20, extra_body=asked
         )
@@ -146,9 +175,13 @@ def test_openai_gets_vllms_fields_and_embeddings(open_url: str, model: GPT, toke
 
 
 @installed
-def test_litellm_completes_chats_and_embeds(open_url: str, model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_litellm_completes_chats_and_embeds(
+    open_url: str, model: GPT, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     found = json.loads(
-        run_client([str(CLIENTS_PYTHON), SCRIPTS / "litellm_answers.py", open_url, MODEL], folder=tmp_path)
+        run_client(
+            [str(CLIENTS_PYTHON), SCRIPTS / "litellm_answers.py", open_url, MODEL], folder=tmp_path
+        )
     )
     expected = reply(model, tokenizer, [("User", "the quick fox")], max_tokens=12)
     assert found["chat"] == found["streamed"] == expected
@@ -176,7 +209,9 @@ def test_langchain_holds_a_conversation_of_three_turns(
 
 @installed
 @pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
-def test_guidellm_measures_every_request(open_url: str, checkpoint: Path, tmp_path: Path, route: str) -> None:
+def test_guidellm_measures_every_request(
+    open_url: str, checkpoint: Path, tmp_path: Path, route: str
+) -> None:
     report = tmp_path / "report.json"
     settings = {
         "--backend": f"kind=openai_http,target={open_url},model={MODEL},request_format={route}",
@@ -196,9 +231,18 @@ def test_guidellm_measures_every_request(open_url: str, checkpoint: Path, tmp_pa
 @installed
 @pytest.mark.parametrize("batch_size", [1, 256])
 def test_lm_eval_reads_what_the_model_says(
-    open_url: str, checkpoint: Path, model: GPT, tokenizer: Tokenizer, tmp_path: Path, batch_size: int
+    open_url: str,
+    checkpoint: Path,
+    model: GPT,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    batch_size: int,
 ) -> None:
-    questions = QUESTIONS if batch_size == 1 else [f"{question} {i}" for i in range(32) for question in QUESTIONS]
+    questions = (
+        QUESTIONS
+        if batch_size == 1
+        else [f"{question} {i}" for i in range(32) for question in QUESTIONS]
+    )
     write_tasks(tmp_path, questions)
     before = num_sequences(open_url)
     settings = {
@@ -210,9 +254,23 @@ def test_lm_eval_reads_what_the_model_says(
         "num_concurrent": 4,
         "max_retries": 1,
     }
-    command = [str(CLIENTS_PYTHON), "-m", "lm_eval", "--model", "local-completions", "--tasks", "choosing,going_on"]
+    command = [
+        str(CLIENTS_PYTHON),
+        "-m",
+        "lm_eval",
+        "--model",
+        "local-completions",
+        "--tasks",
+        "choosing,going_on",
+    ]
     command += ["--model_args", ",".join(f"{name}={value}" for name, value in settings.items())]
-    command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples"]
+    command += [
+        "--include_path",
+        str(tmp_path),
+        "--output_path",
+        str(tmp_path / "out"),
+        "--log_samples",
+    ]
     command += ["--batch_size", str(batch_size)]
     run_client(command, folder=tmp_path)
 
@@ -222,14 +280,24 @@ def test_lm_eval_reads_what_the_model_says(
         for choice, [response] in zip(CHOICES, sample["resps"], strict=True):
             ids = tokenizer.encode(f"{question} {choice}")[len(context_ids) :]
             expected = log_likelihood(model, context_ids, ids)
-            assert float(response[0]) == pytest.approx(expected, abs=1e-3), (question, choice, sample["arguments"])
+            assert float(response[0]) == pytest.approx(expected, abs=1e-3), (
+                question,
+                choice,
+                sample["arguments"],
+            )
     for question, sample in zip(questions, samples(tmp_path / "out", "going_on"), strict=True):
-        assert sample["resps"] == [[greedy_text(model, tokenizer, question, max_tokens=12).split("\n")[0]]]
+        assert sample["resps"] == [
+            [greedy_text(model, tokenizer, question, max_tokens=12).split("\n")[0]]
+        ]
 
 
-@pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="no vLLM in .venv-vllm; `make bench-serve` installs it")
+@pytest.mark.skipif(
+    not VLLM_PYTHON.exists(), reason="no vLLM in .venv-vllm; `make bench-serve` installs it"
+)
 @pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
-def test_vllm_bench_serve_gets_every_token(open_url: str, checkpoint: Path, tmp_path: Path, route: str) -> None:
+def test_vllm_bench_serve_gets_every_token(
+    open_url: str, checkpoint: Path, tmp_path: Path, route: str
+) -> None:
     settings = {
         "--backend": "openai-chat" if "chat" in route else "openai",
         "--base-url": open_url,
@@ -244,8 +312,17 @@ def test_vllm_bench_serve_gets_every_token(open_url: str, checkpoint: Path, tmp_
         "--result-dir": tmp_path,
         "--result-filename": "result.json",
     }
-    command = [str(VLLM_PYTHON), "-c", VLLM_BENCH, "--ignore-eos", "--save-result", "--disable-tqdm"]
-    run_client([*command, *(str(word) for item in settings.items() for word in item)], folder=tmp_path)
+    command = [
+        str(VLLM_PYTHON),
+        "-c",
+        VLLM_BENCH,
+        "--ignore-eos",
+        "--save-result",
+        "--disable-tqdm",
+    ]
+    run_client(
+        [*command, *(str(word) for item in settings.items() for word in item)], folder=tmp_path
+    )
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["completed"], result["failed"], result["total_output_tokens"]) == (12, 0, 12 * 8)
     assert result["median_itl_ms"] > 0

@@ -1,4 +1,5 @@
-"""Pages of other origins: those that `http.cors_origins` names may use the endpoint in a real Chromium, others may not."""
+"""Pages of other origins: those that `http.cors_origins` names may use the endpoint in a real
+Chromium, others may not."""
 
 import threading
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from tests.time_limits import limit_s
 KEY = "sk-cross-origin"
 pytestmark = pytest.mark.cluster
 
-# What a web application does: it lists the models, streams a completion, asks for embeddings, and reads refusals.
+# What a web application does: it lists the models, streams a completion, asks for embeddings, and
+# reads refusals.
 APPLICATION = """async ([url, key, model]) => {
   const ask = async (path, body, more = {}) => {
     const headers = {"Content-Type": "application/json", "Authorization": `Bearer ${key}`, "X-Stainless-Lang": "js"};
@@ -72,7 +74,10 @@ def origins() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def url(
-    endpoints: Endpoints, run_checkpoint: Path, origins: list[str], tmp_path_factory: pytest.TempPathFactory
+    endpoints: Endpoints,
+    run_checkpoint: Path,
+    origins: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> str:
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(f"{KEY}\n")
@@ -108,18 +113,26 @@ def test_what_a_browser_asks_beforehand_needs_no_key(url: str, origins: list[str
 def test_a_key_is_needed_all_the_same(url: str, origins: list[str]) -> None:
     answer = httpx.get(f"{url}/v1/models", headers={"Origin": origins[0]}, timeout=limit_s(30))
     assert answer.status_code == 401 and answer.headers["access-control-allow-origin"] == origins[0]
-    plain = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}, timeout=limit_s(30))
-    assert plain.status_code == 200 and not [name for name in plain.headers if name.startswith("access-control-allow")]
+    plain = httpx.get(
+        f"{url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}, timeout=limit_s(30)
+    )
+    assert plain.status_code == 200 and not [
+        name for name in plain.headers if name.startswith("access-control-allow")
+    ]
 
 
 @needs_chromium
-def test_an_application_of_a_named_origin_works_and_any_other_does_not(url: str, origins: list[str]) -> None:
+def test_an_application_of_a_named_origin_works_and_any_other_does_not(
+    url: str, origins: list[str]
+) -> None:
     with running_chromium() as browser:
         page = browser.new_page()
         page.goto(origins[0])
         found = page.evaluate(APPLICATION, [url, KEY, MODEL])
         page.goto(origins[1])
-        failure = page.evaluate(f"fetch('{url}/health').then(() => 'it could read', (error) => error.message)")
+        failure = page.evaluate(
+            f"fetch('{url}/health').then(() => 'it could read', (error) => error.message)"
+        )
     assert found["models"] == [MODEL] and found["numVectors"] == 2
     assert all(found["headers"])
     *parts, done = found["events"].strip().split("\n\n")

@@ -1,4 +1,5 @@
-"""Checkpoints promoted, refused and rolled back on a real Ray Serve with two replicas, under load."""
+"""Checkpoints promoted, refused and rolled back on a real Ray Serve with two replicas, under
+load."""
 
 import hashlib
 import os
@@ -22,7 +23,14 @@ from model.text.tokenizer import Tokenizer
 from serving.delivery.promotion import Route
 from serving.protocol.errors import DRAINING_HEADER
 from tests.command_line import raymill_here
-from tests.serving.delivery_parts import Admin, Load, bad_checkpoint, greedy_texts, promote_under_load, version
+from tests.serving.delivery_parts import (
+    Admin,
+    Load,
+    bad_checkpoint,
+    greedy_texts,
+    promote_under_load,
+    version,
+)
 from tests.serving.endpoint_parts import Endpoints, children_with
 from tests.serving.tiny_models import FRAGILE_POSITION, write_model
 from tests.time_limits import limit_s
@@ -55,7 +63,12 @@ def other(other_model: GPT, tokenizer: Tokenizer, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(
-    model: GPT, other_model: GPT, checkpoint: Path, other: Path, tokenizer: Tokenizer, prompts: list[list[int]]
+    model: GPT,
+    other_model: GPT,
+    checkpoint: Path,
+    other: Path,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
 ) -> dict[str, list[str]]:
     """The greedy answers of both models to `prompts`, which all differ."""
     found = {version(checkpoint): greedy_texts(model, tokenizer, prompts)}
@@ -101,14 +114,24 @@ def load(url: str, prompts: list[list[int]], texts: dict[str, list[str]]) -> Loa
 
 
 def test_a_promotion_under_load_fails_and_mixes_nothing(
-    admin: Admin, url: str, checkpoint: Path, other: Path, prompts: list[list[int]], texts: dict[str, list[str]]
+    admin: Admin,
+    url: str,
+    checkpoint: Path,
+    other: Path,
+    prompts: list[list[int]],
+    texts: dict[str, list[str]],
 ) -> None:
     promote_under_load(admin, load(url, prompts, texts), checkpoint, other, before=100, after=100)
 
 
 @pytest.mark.slow
 def test_a_promotion_under_two_thousand_requests(
-    admin: Admin, url: str, checkpoint: Path, other: Path, prompts: list[list[int]], texts: dict[str, list[str]]
+    admin: Admin,
+    url: str,
+    checkpoint: Path,
+    other: Path,
+    prompts: list[list[int]],
+    texts: dict[str, list[str]],
 ) -> None:
     promote_under_load(admin, load(url, prompts, texts), checkpoint, other, before=1000, after=1000)
 
@@ -118,9 +141,13 @@ def test_the_old_engine_ends_and_the_new_lineage_shows(
 ) -> None:
     assert admin.promote(other, watch_s=1000).status_code == 202
     admin.wait_for("watching")
-    assert len(children_with("serving.engine_process.run_engine")) == 4, "the old version could return at once"
+    assert len(children_with("serving.engine_process.run_engine")) == 4, (
+        "the old version could return at once"
+    )
     assert admin.promote(checkpoint).status_code == 409
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}, timeout=limit_s(30)) as http:
+    with httpx.Client(
+        base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}, timeout=limit_s(30)
+    ) as http:
         card = http.get("/v1/models/tiny").json()
         assert card["lineage"]["step"] == 8 and card["version"] == version(other)
         assert card["delivery"]["phase"] == "watching"
@@ -130,7 +157,10 @@ def test_the_old_engine_ends_and_the_new_lineage_shows(
     assert pinned == {str(checkpoint), str(other)}
     assert admin.http.post("/admin/rollback", json={}).status_code == 200
     state = admin.delivery
-    assert state["live"]["version"] == version(checkpoint) and state["outcome"]["result"] == "rolled_back"
+    assert (
+        state["live"]["version"] == version(checkpoint)
+        and state["outcome"]["result"] == "rolled_back"
+    )
     wait_until(lambda: len(children_with("serving.engine_process.run_engine")) == 2, timeout_s=10)
 
 
@@ -173,36 +203,50 @@ def test_a_bad_checkpoint_is_refused_and_nobody_notices(
             assert said["result"] == "refused"
             found = said["reason"]
         else:
-            assert answer.status_code == 400 and answer.json()["error"]["code"] == "checkpoint_refused"
+            assert (
+                answer.status_code == 400 and answer.json()["error"]["code"] == "checkpoint_refused"
+            )
             found = answer.json()["error"]["message"]
         assert re.search(message, found), found
         load.wait_for_more(4)
     assert load.wrong == [] and set(load.connections[0].versions) == {version(checkpoint)}
-    assert admin.delivery["epoch"] == epoch and admin.delivery["live"]["version"] == version(checkpoint)
+    assert admin.delivery["epoch"] == epoch and admin.delivery["live"]["version"] == version(
+        checkpoint
+    )
 
 
 def test_a_version_that_fails_later_returns_by_itself(
     admin: Admin, url: str, checkpoint: Path, fragile_checkpoint: Path, prompts: list[list[int]]
 ) -> None:
-    """The gate's rows are shorter than where its logits end; what it fails to answer, the old version does."""
+    """The gate's rows are shorter than where its logits end; what it fails to answer, the old
+    version does."""
     short, long = prompts[5][:30], (prompts[7] * 3)[: FRAGILE_POSITION - 4]
     asked = {"model": "tiny", "prompt": long, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}, timeout=limit_s(30)) as http:
+    with httpx.Client(
+        base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}, timeout=limit_s(30)
+    ) as http:
         expected = http.post("/v1/completions", json=asked).json()["choices"]
         assert admin.promote(fragile_checkpoint, gate_rows=[short], watch_s=1000).status_code == 202
         admin.wait_for("watching")
         for _ in range(20):
             answer = http.post("/v1/completions", json=asked)
             assert answer.status_code == 200, answer.text
-            assert answer.json()["choices"] == expected and answer.headers["x-model-version"] == version(checkpoint)
+            assert answer.json()["choices"] == expected and answer.headers[
+                "x-model-version"
+            ] == version(checkpoint)
     state = admin.wait_for("steady", timeout_s=10)
     assert state["live"]["version"] == version(checkpoint)
-    assert state["outcome"]["result"] == "rolled_back" and "sequences failed" in state["outcome"]["reason"]
+    assert (
+        state["outcome"]["result"] == "rolled_back"
+        and "sequences failed" in state["outcome"]["reason"]
+    )
 
 
 def ask(http: httpx.Client, **fields: object) -> str:
     """The version that answers."""
-    answer = http.post("/v1/completions", json={"model": "tiny", "prompt": [1], "max_tokens": 1, **fields})
+    answer = http.post(
+        "/v1/completions", json={"model": "tiny", "prompt": [1], "max_tokens": 1, **fields}
+    )
     assert answer.status_code == 200, answer.text
     return str(answer.headers["x-model-version"])
 
@@ -214,7 +258,10 @@ def test_a_canary_has_its_share_of_the_keys_until_it_is_finished(
     assert admin.promote(other, canary_percent=25, watch_s=1000).status_code == 202
     serial = admin.wait_for("canary")["candidate"]["serial"]
     route = Route(epoch=0, primary=0, canary=serial, percent=25)
-    expected = [new if route.serial_for(hashlib.sha256(key.encode()).hexdigest()) == serial else old for key in KEYS]
+    expected = [
+        new if route.serial_for(hashlib.sha256(key.encode()).hexdigest()) == serial else old
+        for key in KEYS
+    ]
     assert 0 < expected.count(new) < len(KEYS) / 2
     with httpx.Client(base_url=url, timeout=limit_s(30)) as http:
 
@@ -235,33 +282,48 @@ def test_a_canary_has_its_share_of_the_keys_until_it_is_finished(
 
 
 @pytest.mark.slow
-def test_a_killed_replica_comes_back_with_what_is_live(admin: Admin, url: str, checkpoint: Path, other: Path) -> None:
-    """One is killed while the candidate is loaded, one after the switch; none serves what it was started with."""
+def test_a_killed_replica_comes_back_with_what_is_live(
+    admin: Admin, url: str, checkpoint: Path, other: Path
+) -> None:
+    """One is killed while the candidate is loaded, one after the switch; none serves what it was
+    started with."""
     before = {replica["replica"] for replica in admin.status()["replicas"]}
     assert admin.promote(other, watch_s=0).status_code == 202
     kill_replica()
     state = admin.wait_for("steady")
     assert state["outcome"]["result"] == "promoted" and state["live"]["version"] == version(other)
     kill_replica()
-    wait_until(lambda: {r["replica"] for r in admin.status()["replicas"]}.isdisjoint(before), timeout_s=60)
+    wait_until(
+        lambda: {r["replica"] for r in admin.status()["replicas"]}.isdisjoint(before), timeout_s=60
+    )
     wait_until(lambda: len(admin.status()["replicas"]) == 2, timeout_s=60)
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}, timeout=limit_s(30)) as http:
+    with httpx.Client(
+        base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}, timeout=limit_s(30)
+    ) as http:
         assert {ask(http) for _ in range(30)} == {version(other)}
     state = admin.promoted(checkpoint, watch_s=0)
-    assert len(children_with("serving.engine_process.run_engine")) >= 2 and state["previous"]["version"] == version(
-        other
-    )
+    assert len(children_with("serving.engine_process.run_engine")) >= 2 and state["previous"][
+        "version"
+    ] == version(other)
 
 
 def kill_replica() -> None:
     """The one that has run longest."""
-    engines = sorted(children_with("serving.engine_process.run_engine"), key=lambda process: process.create_time())
+    engines = sorted(
+        children_with("serving.engine_process.run_engine"),
+        key=lambda process: process.create_time(),
+    )
     os.kill(engines[0].ppid(), signal.SIGKILL)
 
 
 @pytest.mark.slow
 def test_a_killed_coordinator_forgets_nothing(
-    admin: Admin, url: str, checkpoint: Path, other: Path, prompts: list[list[int]], texts: dict[str, list[str]]
+    admin: Admin,
+    url: str,
+    checkpoint: Path,
+    other: Path,
+    prompts: list[list[int]],
+    texts: dict[str, list[str]],
 ) -> None:
     load = Load(url, prompts, texts, num_connections=4, key=KEYS[0])
     with load.running():
@@ -283,26 +345,45 @@ def test_a_killed_coordinator_forgets_nothing(
 
 
 def test_a_drained_endpoint_takes_nothing_new(admin: Admin, url: str) -> None:
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}, timeout=limit_s(30)) as http:
+    with httpx.Client(
+        base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}, timeout=limit_s(30)
+    ) as http:
 
         def statuses() -> set[int]:
-            return {http.post("/v1/completions", json={"model": "tiny", "prompt": [1]}).status_code for _ in range(8)}
+            return {
+                http.post("/v1/completions", json={"model": "tiny", "prompt": [1]}).status_code
+                for _ in range(8)
+            }
 
         assert admin.http.post("/admin/drain", json={}).json()["draining"] is True
         wait_until(lambda: statuses() == {503}, timeout_s=10)
         not_ready = httpx.get(f"{url}/ready", timeout=limit_s(30)).json()["error"]
         assert not_ready["code"] == "draining" and "POST /admin/drain" in not_ready["message"]
-        assert DRAINING_HEADER in http.post("/v1/completions", json={"model": "tiny", "prompt": [1]}).headers
+        assert (
+            DRAINING_HEADER
+            in http.post("/v1/completions", json={"model": "tiny", "prompt": [1]}).headers
+        )
         assert admin.http.post("/admin/drain", json={"drain": False}).json()["draining"] is False
         wait_until(lambda: statuses() == {200}, timeout_s=10)
 
 
 def test_the_commands_of_an_operator(
-    admin: Admin, url: str, checkpoint: Path, other: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    admin: Admin,
+    url: str,
+    checkpoint: Path,
+    other: Path,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def raymill(*words: str) -> tuple[int, dict[str, Any], str]:
         return raymill_here(
-            words[0], "--url", url, "--admin-key-file", str(folder / "admin"), *words[1:], capsys=capsys
+            words[0],
+            "--url",
+            url,
+            "--admin-key-file",
+            str(folder / "admin"),
+            *words[1:],
+            capsys=capsys,
         )
 
     old, new = version(checkpoint), version(other)
@@ -313,9 +394,17 @@ def test_the_commands_of_an_operator(
     text.write_text("the quick brown fox jumps over the lazy dog, and naïve cafés sell €5 tea")
     gate = ["--gate-source", str(text), "--max-loss-increase", "100"]
     code, result, said = raymill("promote", str(other), "--canary", "50", *gate)
-    assert code == 0 and (result["phase"], result["live"], result["candidate"]) == ("canary", old, new), said
+    assert code == 0 and (result["phase"], result["live"], result["candidate"]) == (
+        "canary",
+        old,
+        new,
+    ), said
     code, result, said = raymill("promote", "--finish")
-    assert code == 0 and (result["phase"], result["live"], result["previous"]) == ("steady", new, old), said
+    assert code == 0 and (result["phase"], result["live"], result["previous"]) == (
+        "steady",
+        new,
+        old,
+    ), said
     code, result, said = raymill("rollback")
     assert code == 0 and (result["phase"], result["live"]) == ("steady", old), said
     code, result, said = raymill("promote", str(folder / "nowhere"), *gate)

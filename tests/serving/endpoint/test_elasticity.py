@@ -1,4 +1,5 @@
-"""Replicas that come and go with the load: one, three, and one again without a failed request, and none at all."""
+"""Replicas that come and go with the load: one, three, and one again without a failed request, and
+none at all."""
 
 import asyncio
 import time
@@ -17,7 +18,8 @@ from tests.waiting import wait_until
 
 MODEL = "tiny"
 NUM_REPLICAS = 3
-MANY, FEW = 16, 3  # clients; few fill one replica to three quarters, and are on all of them when two have to go
+# clients; few fill one replica to three quarters, and are on all of them when two have to go
+MANY, FEW = 16, 3
 REPLICAS = ReplicaConfig(
     min_replicas=1,
     max_replicas=NUM_REPLICAS,
@@ -27,7 +29,8 @@ REPLICAS = ReplicaConfig(
     scale_to_zero_after_s=8,
 )
 BY_QUEUE = EngineConfig(max_num_seqs=4, max_queue_s=300)
-BY_CACHE = EngineConfig(max_num_seqs=100, max_queue_s=300, kv_cache_tokens=512, prefix_cache=False)  # four requests
+# Four requests
+BY_CACHE = EngineConfig(max_num_seqs=100, max_queue_s=300, kv_cache_tokens=512, prefix_cache=False)
 WELL = {(False, End.DONE), (True, End.DONE)}
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -35,9 +38,15 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 @pytest.mark.parametrize("engine", [BY_QUEUE, BY_CACHE], ids=["queue", "cache"])
 def test_one_three_one_and_again(
-    engine: EngineConfig, endpoints: Endpoints, long_checkpoint: Path, long_model: GPT, tokenizer: Tokenizer
+    engine: EngineConfig,
+    endpoints: Endpoints,
+    long_checkpoint: Path,
+    long_model: GPT,
+    tokenizer: Tokenizer,
 ) -> None:
-    config = ServeConfig(checkpoint=str(long_checkpoint), model_name=MODEL, engine=engine, replicas=REPLICAS)
+    config = ServeConfig(
+        checkpoint=str(long_checkpoint), model_name=MODEL, engine=engine, replicas=REPLICAS
+    )
     asks = greedy_asks(long_model, tokenizer, [list(range(60))], max_tokens=64)
     load = Load(str(endpoints.deployed(config)["url"]), MODEL, asks)
 
@@ -48,7 +57,9 @@ def test_one_three_one_and_again(
 
         async def watch() -> None:
             nonlocal reached_s
-            await asyncio.to_thread(wait_until, lambda: num_running_replicas() == num_replicas, timeout_s=120)
+            await asyncio.to_thread(
+                wait_until, lambda: num_running_replicas() == num_replicas, timeout_s=120
+            )
             reached_s = time.monotonic()
 
         def is_over() -> bool:
@@ -56,7 +67,9 @@ def test_one_three_one_and_again(
 
         async with asyncio.TaskGroup() as group:
             group.create_task(watch())
-            group.create_task(load.run_clients(num_clients, until=is_over, max_requests=20_000, seed=1))
+            group.create_task(
+                load.run_clients(num_clients, until=is_over, max_requests=20_000, seed=1)
+            )
         assert reached_s is not None
         return reached_s - start_s
 
@@ -67,14 +80,22 @@ def test_one_three_one_and_again(
 
 
 def test_to_nothing_and_back(
-    endpoints: Endpoints, checkpoint: Path, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]]
+    endpoints: Endpoints,
+    checkpoint: Path,
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
 ) -> None:
     config = ServeConfig(
         checkpoint=str(checkpoint),
         model_name=MODEL,
         replicas=REPLICAS.model_copy(update={"min_replicas": 0}),
     )
-    load = Load(str(endpoints.deployed(config)["url"]), MODEL, greedy_asks(model, tokenizer, prompts, max_tokens=60))
+    load = Load(
+        str(endpoints.deployed(config)["url"]),
+        MODEL,
+        greedy_asks(model, tokenizer, prompts, max_tokens=60),
+    )
     idle_s = wait_until(lambda: num_running_replicas() == 0, timeout_s=60)
 
     async def ask_together() -> None:

@@ -57,7 +57,11 @@ def load(url: str, asks: list[Ask]) -> Load:
 
 def replicas(checkpoint: Path) -> list[psutil.Process]:
     """Each is the parent of its engine process."""
-    return [parent for engine in children_with(str(checkpoint)) if (parent := engine.parent()) is not None]
+    return [
+        parent
+        for engine in children_with(str(checkpoint))
+        if (parent := engine.parent()) is not None
+    ]
 
 
 def is_gone(process: psutil.Process) -> bool:
@@ -70,8 +74,9 @@ def all_replicas_run(checkpoint: Path) -> bool:
 
 
 def gauges(url: str) -> dict[str, Gauges]:
-    """Running, waiting and cache use of each replica: /metrics is that of the replica that answers. Nothing while one
-    of them does not, as the proxy learns of a new one a moment after Ray Serve."""
+    """Running, waiting and cache use of each replica: /metrics is that of the replica that answers.
+    Nothing while one of them does not, as the proxy learns of a new one a moment after Ray
+    Serve."""
     found: dict[str, Gauges] = {}
     for _ in range(50):
         replica, values = gauges_of_one(url)
@@ -92,9 +97,11 @@ def gauges_of_one(url: str) -> tuple[str, Gauges]:
 
 
 def last_busy_s(url: str) -> float:
-    """Waits until each replica has shown that it is idle, and returns the seconds after which one was last seen busy.
+    """Waits until each replica has shown that it is idle, and returns the seconds after which one
+    was last seen busy.
 
-    For 10 s after a load, Ray Serve may send all requests to one of them: it remembers the other's queue so long.
+    For 10 s after a load, Ray Serve may send all requests to one of them: it remembers the other's
+    queue so long.
     """
     start_s, last_s, idle = time.monotonic(), 0.0, set()
     while len(idle) < NUM_REPLICAS:
@@ -133,7 +140,8 @@ def both_replicas_are_back_and_idle(url: str, checkpoint: Path) -> Iterator[None
 def test_a_replica_that_dies_or_hangs_under_load(
     load: Load, checkpoint: Path, fault: signal.Signals, gone_within_s: float, num_faults: int
 ) -> None:
-    """Requests without a first byte are answered by the other replica, streams that are cut say so."""
+    """Requests without a first byte are answered by the other replica, streams that are cut say
+    so."""
     gone_after_s: list[float] = []
 
     async def scenario() -> None:
@@ -146,8 +154,12 @@ def test_a_replica_that_dies_or_hangs_under_load(
                 await asyncio.to_thread(wait_until, partial(both_are_busy, load.url), timeout_s=30)
                 victim = replicas(checkpoint)[0]
                 os.kill(victim.pid, fault)
-                gone_after_s.append(await asyncio.to_thread(wait_until, partial(is_gone, victim), timeout_s=20))
-                await asyncio.to_thread(wait_until, partial(all_replicas_run, checkpoint), timeout_s=60)
+                gone_after_s.append(
+                    await asyncio.to_thread(wait_until, partial(is_gone, victim), timeout_s=20)
+                )
+                await asyncio.to_thread(
+                    wait_until, partial(all_replicas_run, checkpoint), timeout_s=60
+                )
             await answered(40)
             over = True
 
@@ -157,7 +169,9 @@ def test_a_replica_that_dies_or_hangs_under_load(
                 await asyncio.sleep(0.05)
 
         async with asyncio.timeout(limit_s(150)), asyncio.TaskGroup() as group:
-            group.create_task(load.run_clients(NUM_CLIENTS, until=lambda: over, max_requests=20_000, seed=1))
+            group.create_task(
+                load.run_clients(NUM_CLIENTS, until=lambda: over, max_requests=20_000, seed=1)
+            )
             group.create_task(faults())
 
     asyncio.run(scenario())
@@ -174,7 +188,13 @@ def test_streams_that_clients_leave_free_everything(load: Load, url: str, num_st
     rng = random.Random(2)
 
     async def leave(http: httpx.AsyncClient, room: asyncio.Semaphore) -> None:
-        body = {"model": MODEL, "prompt": [1], "max_tokens": 127, "ignore_eos": True, "stream": True}
+        body = {
+            "model": MODEL,
+            "prompt": [1],
+            "max_tokens": 127,
+            "ignore_eos": True,
+            "stream": True,
+        }
         async with room, http.stream("POST", "/v1/completions", json=body) as answer:
             assert answer.status_code == 200
             num_events = rng.randrange(40)
@@ -185,7 +205,10 @@ def test_streams_that_clients_leave_free_everything(load: Load, url: str, num_st
 
     async def scenario() -> None:
         room = asyncio.Semaphore(NUM_CLIENTS)
-        async with httpx.AsyncClient(base_url=url, timeout=limit_s(60)) as http, asyncio.TaskGroup() as group:
+        async with (
+            httpx.AsyncClient(base_url=url, timeout=limit_s(60)) as http,
+            asyncio.TaskGroup() as group,
+        ):
             for _ in range(num_streams):
                 group.create_task(leave(http, room))
 

@@ -1,4 +1,5 @@
-"""Hostile requests on a real endpoint: each gets its right answer, and the same replica serves the next one."""
+"""Hostile requests on a real endpoint: each gets its right answer, and the same replica serves the
+next one."""
 
 import asyncio
 import contextlib
@@ -80,11 +81,17 @@ def processes(url: str, fragile_checkpoint: Path) -> set[int]:
 
 
 @pytest.fixture(autouse=True)
-def same_replica_serves_on(url: str, processes: set[int], fragile_checkpoint: Path) -> Iterator[None]:
-    """After each test: a valid request gets 200, from the processes that were there at the start."""
+def same_replica_serves_on(
+    url: str, processes: set[int], fragile_checkpoint: Path
+) -> Iterator[None]:
+    """After each test: a valid request gets 200, from the processes that were there at the
+    start."""
     yield
     answer = httpx.post(
-        f"{url}/v1/completions", json=completion(), headers={"Authorization": f"Bearer {KEY}"}, timeout=limit_s(20)
+        f"{url}/v1/completions",
+        json=completion(),
+        headers={"Authorization": f"Bearer {KEY}"},
+        timeout=limit_s(20),
     )
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["completion_tokens"] == 1
@@ -102,7 +109,11 @@ def flood(**fields: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: f"{case.number} {case.name}")
 def test_refused(http: httpx.Client, case: Hostile) -> None:
-    headers = [(name, value) for name, value in http.headers.items() if name not in map(str.lower, case.headers)]
+    headers = [
+        (name, value)
+        for name, value in http.headers.items()
+        if name not in map(str.lower, case.headers)
+    ]
     answer = httpx.request(
         case.route.split()[0],
         f"{http.base_url}".rstrip("/") + case.route.split()[1],
@@ -135,7 +146,9 @@ def parsed(answer: bytes) -> tuple[int, dict[str, str], bytes]:
 
 
 @pytest.mark.parametrize(("number", "request_bytes", "status"), FRAMINGS)
-def test_framing_and_headers(address: tuple[str, int], number: int, request_bytes: bytes, status: int) -> None:
+def test_framing_and_headers(
+    address: tuple[str, int], number: int, request_bytes: bytes, status: int
+) -> None:
     answer = exchange(address, request_bytes)
     if number in (42, 59) and not answer:
         return  # closed with bytes unread: the kernel may drop the answer
@@ -145,13 +158,17 @@ def test_framing_and_headers(address: tuple[str, int], number: int, request_byte
     assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
 
 
-@pytest.mark.parametrize("name", ["x-session-id", "session_id", "serve-multiplexed-model-id", "traceparent", "cookie"])
+@pytest.mark.parametrize(
+    "name", ["x-session-id", "session_id", "serve-multiplexed-model-id", "traceparent", "cookie"]
+)
 def test_43_a_header_that_is_no_utf_8_is_no_failure(address: tuple[str, int], name: str) -> None:
     asked = post(json.dumps(completion()).encode(), more=f"{name}: PLACE\r\nConnection: close\r\n")
     assert parsed(exchange(address, asked.replace(b"PLACE", b"\xff\xfe")))[0] == 200
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_43_no_bytes_make_a_5xx(address: tuple[str, int], data: st.DataObject) -> None:
     whole = post(json.dumps(completion()).encode(), more="Connection: close\r\n")
@@ -174,7 +191,9 @@ def test_49_500_clients_that_go_leave_nothing_behind(
     def leave(times: int) -> None:
         for i in range(times):
             with socket.create_connection(address, timeout=limit_s(5)) as connection:
-                connection.sendall(post(json.dumps(completion(max_tokens=100, stream=True, seed=i)).encode()))
+                connection.sendall(
+                    post(json.dumps(completion(max_tokens=100, stream=True, seed=i)).encode())
+                )
                 if i % 3:  # a third leaves before the answer
                     assert connection.recv(100).startswith(b"HTTP/1.1 200")
         wait_until(lambda: idle(http), timeout_s=5)
@@ -201,13 +220,21 @@ def test_41_everything_under_admin_needs_an_admin_key(url: str, path: str) -> No
 def test_41_keys_are_added_and_revoked_while_it_serves(url: str, keys: Path) -> None:
     def statuses(path: str, *names: str) -> list[int]:
         headers = [{"Authorization": f"Bearer {name}"} for name in names]
-        return [httpx.get(f"{url}{path}", headers=header, timeout=limit_s(30)).status_code for header in headers]
+        return [
+            httpx.get(f"{url}{path}", headers=header, timeout=limit_s(30)).status_code
+            for header in headers
+        ]
 
     users, admins = (keys / "user").read_text(), (keys / "admin").read_text()
     (keys / "user").write_text(f"{KEY}\nsk-added\n")
-    wait_until(lambda: statuses("/v1/models", "sk-added", LIMITED_KEY, KEY) == [200, 401, 200], timeout_s=10)
+    wait_until(
+        lambda: statuses("/v1/models", "sk-added", LIMITED_KEY, KEY) == [200, 401, 200],
+        timeout_s=10,
+    )
     (keys / "admin").write_text("sk-admin-2\n")
-    wait_until(lambda: statuses("/admin/nowhere", "sk-admin-2", ADMIN_KEY) == [404, 401], timeout_s=10)
+    wait_until(
+        lambda: statuses("/admin/nowhere", "sk-admin-2", ADMIN_KEY) == [404, 401], timeout_s=10
+    )
     (keys / "user").write_text("")
     (keys / "admin").unlink()
     time.sleep(2 * RELOAD_S)
@@ -220,18 +247,22 @@ def test_41_keys_are_added_and_revoked_while_it_serves(url: str, keys: Path) -> 
 
 
 def test_41_a_key_of_a_megabyte_is_no_key(url: str) -> None:
-    answer = httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer " + "x" * 50_000}, timeout=limit_s(30))
+    answer = httpx.get(
+        f"{url}/v1/models", headers={"Authorization": "Bearer " + "x" * 50_000}, timeout=limit_s(30)
+    )
     assert_error(answer, 401)
 
 
 @pytest.mark.parametrize("given", ["x" * 10_000, "ü", "a b", "", "../x", "a;b"])
 def test_45_a_strange_request_id_is_replaced(url: str, given: str) -> None:
-    answer = httpx.get(f"{url}/health", headers=[(b"x-request-id", given.encode())], timeout=limit_s(30))
+    answer = httpx.get(
+        f"{url}/health", headers=[(b"x-request-id", given.encode())], timeout=limit_s(30)
+    )
     [request_id] = answer.headers.get_list("x-request-id")
     assert request_id != given and re.fullmatch(r"[A-Za-z0-9-]{1,64}", request_id)
-    assert httpx.get(f"{url}/health", headers={"x-request-id": "mine-1"}, timeout=limit_s(30)).headers.get_list(
-        "x-request-id"
-    ) == ["mine-1"]
+    assert httpx.get(
+        f"{url}/health", headers={"x-request-id": "mine-1"}, timeout=limit_s(30)
+    ).headers.get_list("x-request-id") == ["mine-1"]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +274,9 @@ def test_45_a_strange_request_id_is_replaced(url: str, given: str) -> None:
         (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /health HTTP/1.1\r\nx: ", b"a"),
     ],
 )
-def test_46_headers_that_drip_end_in_time(address: tuple[str, int], start: bytes, drop: bytes) -> None:
+def test_46_headers_that_drip_end_in_time(
+    address: tuple[str, int], start: bytes, drop: bytes
+) -> None:
     seconds, _ = drip(address, start, drop=drop)
     assert 0.5 * BOUNDS.header_timeout_s < seconds < BOUNDS.header_timeout_s + limit_s(2)
 
@@ -263,7 +296,9 @@ def test_47_a_body_that_drips_gets_408(address: tuple[str, int], drop: bytes) ->
     assert json.loads(body)["error"]["code"] == "request_timeout"
 
 
-def test_48_a_reader_that_stops_is_cut_and_its_slots_are_free(address: tuple[str, int], http: httpx.Client) -> None:
+def test_48_a_reader_that_stops_is_cut_and_its_slots_are_free(
+    address: tuple[str, int], http: httpx.Client
+) -> None:
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(address)
@@ -275,7 +310,9 @@ def test_48_a_reader_that_stops_is_cut_and_its_slots_are_free(address: tuple[str
 
 
 def idle(http: httpx.Client) -> bool:
-    return metric(http, "vllm:num_requests_running") + metric(http, "vllm:num_requests_waiting") == 0
+    return (
+        metric(http, "vllm:num_requests_running") + metric(http, "vllm:num_requests_waiting") == 0
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -291,7 +328,10 @@ def test_49_a_client_that_goes_frees_its_slots_within_a_second(
 
 
 def test_50_idle_connections_make_room_for_others(address: tuple[str, int], url: str) -> None:
-    connections = [socket.create_connection(address, timeout=limit_s(5)) for _ in range(3 * BOUNDS.max_connections)]
+    connections = [
+        socket.create_connection(address, timeout=limit_s(5))
+        for _ in range(3 * BOUNDS.max_connections)
+    ]
     try:
         assert httpx.get(f"{url}/health", timeout=limit_s(30)).status_code == 200
         assert read_to_end(connections[0]) == b""  # the oldest one is closed
@@ -301,21 +341,31 @@ def test_50_idle_connections_make_room_for_others(address: tuple[str, int], url:
 
 
 def test_51_pipelined_requests_are_answered_in_order(address: tuple[str, int]) -> None:
-    first, second = (json.dumps(completion(prompt=[i], echo=True, logprobs=0)).encode() for i in (65, 66))
+    first, second = (
+        json.dumps(completion(prompt=[i], echo=True, logprobs=0)).encode() for i in (65, 66)
+    )
     bad = post(b"{")
     answer = exchange(address, post(first) + bad + post(second, more="Connection: close\r\n"))
     assert [int(s) for s in re.findall(rb"HTTP/1\.1 (\d+)", answer)] == [200, 400, 200]
-    texts = [json.loads(body)["choices"][0]["text"] for body in re.findall(rb'\{"id".*?\}\}', answer)]
+    texts = [
+        json.loads(body)["choices"][0]["text"] for body in re.findall(rb'\{"id".*?\}\}', answer)
+    ]
     assert len(texts) == 2 and texts[0] != texts[1]
 
 
-def test_52_a_flood_gets_429_with_retry_after_and_the_shape_of_openai(url: str, http: httpx.Client) -> None:
+def test_52_a_flood_gets_429_with_retry_after_and_the_shape_of_openai(
+    url: str, http: httpx.Client
+) -> None:
     async def ask_all() -> list[httpx.Response]:
         headers = {"Authorization": f"Bearer {KEY}"}
         limits = httpx.Limits(max_connections=38)
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=limit_s(60), limits=limits) as client:
+        async with httpx.AsyncClient(
+            base_url=url, headers=headers, timeout=limit_s(60), limits=limits
+        ) as client:
             asked = completion(max_tokens=100)
-            return await asyncio.gather(*(client.post("/v1/completions", json=asked) for _ in range(200)))
+            return await asyncio.gather(
+                *(client.post("/v1/completions", json=asked) for _ in range(200))
+            )
 
     answers = asyncio.run(ask_all())
     refused = [answer for answer in answers if answer.status_code != 200]
@@ -331,7 +381,9 @@ def test_52_one_key_has_its_own_limit(url: str, http: httpx.Client) -> None:
             asked = completion(max_tokens=FRAGILE_POSITION - 1)
             return await asyncio.gather(
                 *(
-                    client.post("/v1/completions", json=asked, headers={"Authorization": f"Bearer {key}"})
+                    client.post(
+                        "/v1/completions", json=asked, headers={"Authorization": f"Bearer {key}"}
+                    )
                     for key in [LIMITED_KEY] * 16 + [KEY] * 2
                 )
             )
@@ -343,7 +395,9 @@ def test_52_one_key_has_its_own_limit(url: str, http: httpx.Client) -> None:
     assert other.status_code == another.status_code == 200
 
 
-def test_57_logits_that_are_no_numbers_fail_their_own_request_only(url: str, http: httpx.Client) -> None:
+def test_57_logits_that_are_no_numbers_fail_their_own_request_only(
+    url: str, http: httpx.Client
+) -> None:
     broken = completion(prompt=[1] * FRAGILE_POSITION, max_tokens=5)
     good = completion(prompt=[1], max_tokens=FRAGILE_POSITION - 1, seed=1)
     expected = http.post("/v1/completions", json=good).json()["choices"]
@@ -351,14 +405,22 @@ def test_57_logits_that_are_no_numbers_fail_their_own_request_only(url: str, htt
     async def ask_both() -> list[httpx.Response]:
         headers = {"Authorization": f"Bearer {KEY}"}
         async with httpx.AsyncClient(base_url=url, headers=headers, timeout=limit_s(60)) as client:
-            return await asyncio.gather(*(client.post("/v1/completions", json=asked) for asked in [good, broken] * 3))
+            return await asyncio.gather(
+                *(client.post("/v1/completions", json=asked) for asked in [good, broken] * 3)
+            )
 
     answers = asyncio.run(ask_both())
     for fine, failed in zip(answers[::2], answers[1::2], strict=True):
         assert fine.json()["choices"] == expected
         assert assert_error(failed, 500)["code"] == "internal_error"
-    events = http.post("/v1/completions", json=broken | {"prompt": [1] * (FRAGILE_POSITION - 2), "stream": True}).text
-    assert len(events.strip().split("\n\n")) == 3 + 1 and '"error"' in events and "[DONE]" not in events
+    events = http.post(
+        "/v1/completions", json=broken | {"prompt": [1] * (FRAGILE_POSITION - 2), "stream": True}
+    ).text
+    assert (
+        len(events.strip().split("\n\n")) == 3 + 1
+        and '"error"' in events
+        and "[DONE]" not in events
+    )
 
 
 @pytest.mark.parametrize("asked", ["nan", "-1", "1e9", "inf", "x", "0", "\xff"])
@@ -373,7 +435,9 @@ def test_53_a_timeout_is_kept_before_and_within_a_stream(http: httpx.Client) -> 
 
     assert_error(http.post("/v1/completions", json=flood(stream=False), headers=within(0.2)), 408)
     for timeout_s in (0.2, 0.8, 3.2):  # in which a busy machine must send the first byte
-        with http.stream("POST", "/v1/completions", json=flood(), headers=within(timeout_s)) as answer:
+        with http.stream(
+            "POST", "/v1/completions", json=flood(), headers=within(timeout_s)
+        ) as answer:
             lines = [line for line in answer.iter_lines() if line]
         if answer.status_code == 200:
             break
@@ -382,7 +446,9 @@ def test_53_a_timeout_is_kept_before_and_within_a_stream(http: httpx.Client) -> 
     wait_until(lambda: idle(http), timeout_s=2)
 
 
-@pytest.mark.parametrize("prompt", ["NUL \x00 and \x1b[31m", "", SECRET_PROMPT, "<script>", "\U0001f600" * 5])
+@pytest.mark.parametrize(
+    "prompt", ["NUL \x00 and \x1b[31m", "", SECRET_PROMPT, "<script>", "\U0001f600" * 5]
+)
 def test_7_54_any_text_is_a_prompt(http: httpx.Client, prompt: str) -> None:
     answer = http.post("/v1/completions", json=completion(prompt=prompt, echo=True))
     assert answer.status_code == 200
@@ -412,7 +478,8 @@ def test_errors_are_the_right_exceptions_of_the_client_library(url: str) -> None
 
     def ask(client: openai.OpenAI, **fields: Any) -> Any:
         return client.chat.completions.create(
-            **{"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 1} | fields
+            **{"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+            | fields
         )
 
     with client() as user, client("sk-wrong") as stranger:
@@ -426,6 +493,14 @@ def test_errors_are_the_right_exceptions_of_the_client_library(url: str) -> None
         with pytest.raises(openai.PermissionDeniedError):
             user.with_options(base_url=f"{url}/admin").models.list()
         with pytest.raises(openai.APIError) as cut:
-            list(ask(user, max_tokens=100, n=8, stream=True, extra_headers={"x-request-timeout-seconds": "0.05"}))
+            list(
+                ask(
+                    user,
+                    max_tokens=100,
+                    n=8,
+                    stream=True,
+                    extra_headers={"x-request-timeout-seconds": "0.05"},
+                )
+            )
         assert not isinstance(cut.value, openai.APIConnectionError)
         assert ask(user).choices[0].message.role == "assistant"

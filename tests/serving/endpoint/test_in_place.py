@@ -1,4 +1,5 @@
-"""Checkpoints promoted, refused and rolled back with one engine's memory: vLLM's CPU build, whose weights are replaced."""
+"""Checkpoints promoted, refused and rolled back with one engine's memory: vLLM's CPU build, whose
+weights are replaced."""
 
 import contextlib
 import re
@@ -19,7 +20,14 @@ from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
 from tests.command_line import RAYMILL, environment
-from tests.serving.delivery_parts import Admin, Load, bad_checkpoint, greedy_texts, promote_under_load, version
+from tests.serving.delivery_parts import (
+    Admin,
+    Load,
+    bad_checkpoint,
+    greedy_texts,
+    promote_under_load,
+    version,
+)
 from tests.serving.endpoint_parts import Endpoints, children_with
 from tests.serving.tiny_models import lively_model, write_model
 from tests.serving.vllm_parts import installed, memory_bytes, peak_memory, vllm_config, vllm_model
@@ -57,7 +65,9 @@ def other(models: list[GPT], tokenizer: Tokenizer, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def texts(models: list[GPT], live: Path, other: Path, tokenizer: Tokenizer, prompts: list[list[int]]) -> Texts:
+def texts(
+    models: list[GPT], live: Path, other: Path, tokenizer: Tokenizer, prompts: list[list[int]]
+) -> Texts:
     found = [greedy_texts(model, tokenizer, prompts) for model in models[:2]]
     assert all(a != b for a, b in zip(*found, strict=True))
     return dict(zip([version(live), version(other)], found, strict=True))
@@ -99,7 +109,13 @@ def rows(model: GPT, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def test_a_promotion_under_two_thousand_requests_in_the_memory_of_one_engine(
-    admin: Admin, url: str, live: Path, other: Path, prompts: list[list[int]], texts: Texts, models: list[GPT]
+    admin: Admin,
+    url: str,
+    live: Path,
+    other: Path,
+    prompts: list[list[int]],
+    texts: Texts,
+    models: list[GPT],
 ) -> None:
     """As with an engine for each version: nothing fails, and nothing is mixed."""
     warm, load, process = Load(url, prompts, texts), Load(url, prompts, texts), engine()
@@ -108,7 +124,9 @@ def test_a_promotion_under_two_thousand_requests_in_the_memory_of_one_engine(
     before = memory_bytes(process)
     gate = rows(models[1], prompts)
     with peak_memory(process) as peak:
-        promote_under_load(admin, load, live, other, before=1000, after=1000, gate_rows=gate, max_loss_increase=100)
+        promote_under_load(
+            admin, load, live, other, before=1000, after=1000, gate_rows=gate, max_loss_increase=100
+        )
     assert engine().pid == process.pid, "no second engine, and no new one"
     print(
         f"{load.num_answers} requests on {len(load.connections)} connections, {len(load.wrong)} wrong or failed; the "
@@ -119,7 +137,8 @@ def test_a_promotion_under_two_thousand_requests_in_the_memory_of_one_engine(
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [("nan", "not finite"), ("worse", "worse by more than 0.5"), ("deeper", "another shape")]
+    ("kind", "message"),
+    [("nan", "not finite"), ("worse", "worse by more than 0.5"), ("deeper", "another shape")],
 )
 def test_a_bad_checkpoint_is_refused_and_nobody_notices(
     kind: str, message: str, admin: Admin, url: str, live: Path, other: Path, folder: Path, tokenizer: Tokenizer,
@@ -130,16 +149,22 @@ def test_a_bad_checkpoint_is_refused_and_nobody_notices(
     elif kind == "nan":
         place = bad_checkpoint("nan", folder, other, tokenizer)
     else:
-        place = write_model(folder / "deeper", lively_model(tokenizer, n_embd=192), tokenizer, step=3)
+        place = write_model(
+            folder / "deeper", lively_model(tokenizer, n_embd=192), tokenizer, step=3
+        )
     load, epoch = Load(url, prompts, texts, num_connections=4), admin.delivery["epoch"]
     with load.running():
         load.wait_for_more(8)
         gate = rows(models[0], prompts) if kind == "worse" else []
-        assert (answer := admin.promote(place, gate_rows=gate, max_loss_increase=0.5)).status_code == 202, answer.text
+        assert (
+            answer := admin.promote(place, gate_rows=gate, max_loss_increase=0.5)
+        ).status_code == 202, answer.text
         outcome = admin.wait_for("steady")["outcome"]
         load.wait_for_more(8)
     assert outcome["result"] == "refused" and re.search(message, outcome["reason"]), outcome
-    assert load.wrong == [] and {v for answers in load.connections for v in answers.versions} == {version(live)}
+    assert load.wrong == [] and {v for answers in load.connections for v in answers.versions} == {
+        version(live)
+    }
     assert admin.delivery["epoch"] == epoch
 
 
@@ -160,7 +185,9 @@ def test_a_canary_takes_turns_and_the_version_before_returns_at_once(
         admin.wait_for("steady")
         with httpx.Client(base_url=url, timeout=limit_s(30)) as http:
             asked = {"model": "tiny", "prompt": [1], "max_tokens": 1}
-            assert http.post("/v1/completions", json=asked).headers["x-model-version"] == version(live)
+            assert http.post("/v1/completions", json=asked).headers["x-model-version"] == version(
+                live
+            )
         took_s = time.monotonic() - began_s
         load.wait_for_more(100)
     assert load.wrong == []
@@ -176,7 +203,8 @@ def test_a_canary_takes_turns_and_the_version_before_returns_at_once(
 def test_weights_that_end_the_only_engine_do_not_stay(
     admin: Admin, url: str, live: Path, other: Path, prompts: list[list[int]]
 ) -> None:
-    """Played by a kill at that moment: the replica ends with its engine, and another one begins with what is live."""
+    """Played by a kill at that moment: the replica ends with its engine, and another one begins
+    with what is live."""
     replica = admin.status()["replicas"][0]["replica"]
     terms = {"gate_rows": [prompts[5]] * 100, "max_loss_increase": 100.0, "watch_s": 1000}
     assert admin.promote(other, **terms).status_code == 202
@@ -194,9 +222,14 @@ def test_weights_that_end_the_only_engine_do_not_stay(
 
     wait_until(has_ended, timeout_s=90)
     outcome = admin.delivery["outcome"]  # rolled back if its gate had passed by then
-    assert outcome["result"] in ("refused", "rolled_back") and f"{replica} has ended" in outcome["reason"], outcome
+    assert (
+        outcome["result"] in ("refused", "rolled_back")
+        and f"{replica} has ended" in outcome["reason"]
+    ), outcome
     with httpx.Client(base_url=url, timeout=limit_s(30)) as http:
-        answer = http.post("/v1/completions", json={"model": "tiny", "prompt": [1], "max_tokens": 1})
+        answer = http.post(
+            "/v1/completions", json={"model": "tiny", "prompt": [1], "max_tokens": 1}
+        )
     assert answer.status_code == 200 and answer.headers["x-model-version"] == version(live)
 
 
@@ -204,7 +237,8 @@ def test_a_run_is_followed_over_ten_checkpoints(
     admin: Admin, url: str, folder: Path, models: list[GPT], tokenizer: Tokenizer, prompts: list[list[int]],
     texts: Texts,
 ) -> None:  # fmt: skip
-    """`raymill promote --follow` beside clients that never stop, each answer that of the version that it names."""
+    """`raymill promote --follow` beside clients that never stop, each answer that of the version
+    that it names."""
     run = folder / "storage/runs/followed/checkpoints"
     run.mkdir(parents=True)
     ready = [
@@ -212,13 +246,25 @@ def test_a_run_is_followed_over_ten_checkpoints(
         for step, model in enumerate(models[2:], start=10)
     ]
     known = texts | {
-        version(place): greedy_texts(model, tokenizer, prompts) for place, model in zip(ready, models[2:], strict=True)
+        version(place): greedy_texts(model, tokenizer, prompts)
+        for place, model in zip(ready, models[2:], strict=True)
     }
-    command = [*RAYMILL, "promote", "--follow", "followed", "--url", url, "--admin-key-file", str(folder / "admin")]
+    command = [
+        *RAYMILL,
+        "promote",
+        "--follow",
+        "followed",
+        "--url",
+        url,
+        "--admin-key-file",
+        str(folder / "admin"),
+    ]
     command += ["--storage.uri", str(folder / "storage"), "--gate-source", "none", "--watch-s", "0"]
     load = Load(url, prompts, known, num_connections=8)
     with load.running(), (folder / "follow.log").open("w") as said:
-        follower = subprocess.Popen(command, cwd=folder, env=environment(), stdout=said, stderr=said)
+        follower = subprocess.Popen(
+            command, cwd=folder, env=environment(), stdout=said, stderr=said
+        )
         try:
             for place in ready:
                 place.rename(run / f"step-{place.name.removeprefix('hidden-'):0>9}")
@@ -242,4 +288,6 @@ def test_a_run_is_followed_over_ten_checkpoints(
         order = list(dict.fromkeys(answers.versions))
         assert [v for v in known if v in order] == order, "an older version came back"
     assert len(children_with("serving.engine_process.run_engine")) == 1
-    print(f"{load.num_answers} answers of {NUM_FOLLOWED + 1} versions, the longest took {load.longest_s:.1f} s")
+    print(
+        f"{load.num_answers} answers of {NUM_FOLLOWED + 1} versions, the longest took {load.longest_s:.1f} s"
+    )

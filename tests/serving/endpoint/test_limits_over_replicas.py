@@ -23,7 +23,9 @@ OFTEN = 16  # requests of which surely some would come to either replica
 
 
 @pytest.fixture(scope="module")
-def url(endpoints: Endpoints, run_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def url(
+    endpoints: Endpoints, run_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> str:
     folder = tmp_path_factory.mktemp("limits")
     (folder / "keys").write_text(
         "sk-one name=one max_requests=1\nsk-day name=day tokens_per_day=100\nsk-free name=free\n"
@@ -41,7 +43,9 @@ def url(endpoints: Endpoints, run_checkpoint: Path, tmp_path_factory: pytest.Tem
 
 @contextlib.contextmanager
 def client(url: str, name: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer sk-{name}"}, timeout=limit_s(60)) as http:
+    with httpx.Client(
+        base_url=url, headers={"Authorization": f"Bearer sk-{name}"}, timeout=limit_s(60)
+    ) as http:
         yield http
 
 
@@ -50,7 +54,8 @@ def ask(http: httpx.Client) -> httpx.Response:
 
 
 def refused_by_all(http: httpx.Client) -> list[httpx.Response]:
-    """Waits until both replicas have heard of what runs and was charged, and then returns many answers at once."""
+    """Waits until both replicas have heard of what runs and was charged, and then returns many
+    answers at once."""
     wait_until(lambda: all(ask(http).status_code == 429 for _ in range(3)))
     with ThreadPoolExecutor(OFTEN) as threads:
         return list(threads.map(ask, [http] * OFTEN))
@@ -58,11 +63,16 @@ def refused_by_all(http: httpx.Client) -> list[httpx.Response]:
 
 def test_one_request_is_one_whatever_replica_it_runs_on(url: str) -> None:
     with client(url, "one") as http:
-        with client(url, "one") as other, other.stream("POST", "/v1/completions", json=ENDLESS) as running:
+        with (
+            client(url, "one") as other,
+            other.stream("POST", "/v1/completions", json=ENDLESS) as running,
+        ):
             lines = running.iter_lines()
             next(lines)
             answers = refused_by_all(http)  # soon: the proxy cuts off who does not read
-            assert {assert_error(answer, 429)["code"] for answer in answers} == {"rate_limit_exceeded"}
+            assert {assert_error(answer, 429)["code"] for answer in answers} == {
+                "rate_limit_exceeded"
+            }
             with client(url, "free") as free:
                 assert ask(free).status_code == 200
         wait_until(lambda: ask(http).status_code == 200)

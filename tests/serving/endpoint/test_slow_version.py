@@ -1,4 +1,5 @@
-"""A version that is too slow: it passes the gate, goes live under load, and is rolled back by itself on its latency."""
+"""A version that is too slow: it passes the gate, goes live under load, and is rolled back by
+itself on its latency."""
 
 from pathlib import Path
 
@@ -57,11 +58,15 @@ def test_a_version_that_is_too_slow_returns_by_itself(
         assert admin.promote(large).status_code == 202
         state = admin.wait_for("steady", timeout_s=180)
         load.wait_for_more(50)
-    print(f"{state['outcome']['reason']}; {load.num_answers} answers, of which {len(load.wrong)} were wrong")
+    print(
+        f"{state['outcome']['reason']}; {load.num_answers} answers, of which {len(load.wrong)} were wrong"
+    )
     assert load.wrong == []
     answered = [version for answers in load.connections for version in answers.versions]
     print(f"the slow version gave {answered.count(versions[1])} answers")
     assert answered.count(versions[1]) >= 20
-    assert state["outcome"]["result"] == "rolled_back" and "ms a token" in state["outcome"]["reason"]
+    assert (
+        state["outcome"]["result"] == "rolled_back" and "ms a token" in state["outcome"]["reason"]
+    )
     assert state["live"]["version"] == versions[0]
     assert all(answers.versions[-1] == versions[0] for answers in load.connections)

@@ -107,7 +107,8 @@ def test_a_held_block_holds_what_its_holders_think(actions: list[tuple[bool, int
 
 
 def test_one_request_at_a_time_touches_few_blocks() -> None:
-    """What nobody could find is reused first, so that a cache in memory grows with what is held and what is kept."""
+    """What nobody could find is reused first, so that a cache in memory grows with what is held and
+    what is kept."""
     pool = BlockPool(100, keep_prefixes=False)
     touched: set[int] = set()
     for number in range(20):

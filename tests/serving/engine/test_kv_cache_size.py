@@ -1,4 +1,5 @@
-"""The size of the KV cache: whole contexts where memory allows, less where it does not, and words where nothing fits."""
+"""The size of the KV cache: whole contexts where memory allows, less where it does not, and words
+where nothing fits."""
 
 import dataclasses
 
@@ -28,17 +29,33 @@ LLAMA_1B = dataclasses.replace(
 GIB = 1 << 30
 
 
-def tokens(shape: GPTConfig, *, free_gib: float, total_gib: float = 64, weights_gib: float = 0, **settings: int) -> int:
+def tokens(
+    shape: GPTConfig,
+    *,
+    free_gib: float,
+    total_gib: float = 64,
+    weights_gib: float = 0,
+    **settings: int,
+) -> int:
     config = EngineConfig.model_validate(settings)
     room = Memory(int(free_gib * GIB), int(total_gib * GIB))
     return kv_cache_tokens(
-        shape, config, dtype="float32", num_seqs=16, weight_bytes=int(weights_gib * GIB), memory=room
+        shape,
+        config,
+        dtype="float32",
+        num_seqs=16,
+        weight_bytes=int(weights_gib * GIB),
+        memory=room,
     )
 
 
 def test_a_tokens_bytes_are_those_of_its_key_and_value_heads() -> None:
     assert bytes_per_token(SMOLLM2, "float32") == 2 * 30 * 3 * 64 * 4
-    assert bytes_per_token(SMOLLM2, "int8") == bytes_per_token(SMOLLM2, "bfloat16") == 2 * 30 * 3 * 64 * 2
+    assert (
+        bytes_per_token(SMOLLM2, "int8")
+        == bytes_per_token(SMOLLM2, "bfloat16")
+        == 2 * 30 * 3 * 64 * 2
+    )
 
 
 def test_the_default_is_whole_contexts_where_they_fit() -> None:
@@ -64,7 +81,9 @@ def test_without_room_for_one_context_the_error_names_bytes_and_what_to_set() ->
 def test_a_shorter_context_needs_less_and_a_longer_one_is_refused() -> None:
     assert tokens(LLAMA_1B, free_gib=64, max_context=2048) == 16 * 2048
     assert tokens(LLAMA_1B, free_gib=64, max_context=2048, kv_cache_tokens=4096) == 4096
-    with pytest.raises(UserError, match="max_context=8193 is more than the context of this model, 8192"):
+    with pytest.raises(
+        UserError, match="max_context=8193 is more than the context of this model, 8192"
+    ):
         tokens(SMOLLM2, free_gib=64, max_context=8193)
     with pytest.raises(UserError, match="kv_cache_tokens=4096 is less than one context"):
         tokens(SMOLLM2, free_gib=64, kv_cache_tokens=4096)
@@ -72,7 +91,9 @@ def test_a_shorter_context_needs_less_and_a_longer_one_is_refused() -> None:
 
 def test_what_is_set_is_refused_only_if_it_never_fits() -> None:
     assert tokens(SMOLLM2, free_gib=1, kv_cache_tokens=131072) == 131072
-    with pytest.raises(UserError, match=r"takes 5\.62 GiB, and this machine or container has 4\.00 GiB in all"):
+    with pytest.raises(
+        UserError, match=r"takes 5\.62 GiB, and this machine or container has 4\.00 GiB in all"
+    ):
         tokens(SMOLLM2, free_gib=1, total_gib=4, kv_cache_tokens=131072)
 
 
@@ -84,7 +105,10 @@ def test_vllms_cache_has_the_bytes_of_key_and_value_heads() -> None:
     halved = config.model_copy(update={"tensor_parallel_size": 2})
     assert cache_bytes(SMOLLM2, halved, 16) == blocks * BLOCK_TOKENS * 2 * 30 * 2 * 64 * 2
     shorter = EngineConfig(backend="vllm", max_context=1024, dtype="bfloat16")
-    assert cache_bytes(SMOLLM2, shorter, 16) == (16 * 1024 // BLOCK_TOKENS + SPARE_BLOCKS) * BLOCK_TOKENS * 23040
+    assert (
+        cache_bytes(SMOLLM2, shorter, 16)
+        == (16 * 1024 // BLOCK_TOKENS + SPARE_BLOCKS) * BLOCK_TOKENS * 23040
+    )
 
 
 def test_vllm_reads_as_many_tokens_at_once_as_asked() -> None:

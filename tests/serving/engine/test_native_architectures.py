@@ -1,4 +1,5 @@
-"""The kernels are told the architecture: a gate in the middle does not turn GPT-2's blocks into Llama's."""
+"""The kernels are told the architecture: a gate in the middle does not turn GPT-2's blocks into
+Llama's."""
 
 import pytest
 import torch

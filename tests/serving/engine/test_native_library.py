@@ -1,4 +1,5 @@
-"""The kernels are compiled, kept, baked into an image and loaded; where they cannot be had, PyTorch computes."""
+"""The kernels are compiled, kept, baked into an image and loaded; where they cannot be had, PyTorch
+computes."""
 
 import logging
 import os
@@ -23,7 +24,8 @@ SOURCE = 'extern "C" __attribute__((visibility("default"))) int answer() { retur
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the compiled libraries; their source is one function, which takes a third of a second."""
+    """The folder of the compiled libraries; their source is one function, which takes a third of a
+    second."""
     for variable in (native_library.MARCH_VARIABLE, native_library.FOLDER_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -44,8 +46,15 @@ def compiler(path: Path, script: str) -> str:
 
 
 def noexec_folder() -> Path | None:
-    places = (Path(p.mountpoint) for p in psutil.disk_partitions(all=True) if "noexec" in p.opts.split(","))
-    return next((place for place in places if place.parts[1:2] != ("proc",) and os.access(place, os.W_OK)), None)
+    places = (
+        Path(p.mountpoint)
+        for p in psutil.disk_partitions(all=True)
+        if "noexec" in p.opts.split(",")
+    )
+    return next(
+        (place for place in places if place.parts[1:2] != ("proc",) and os.access(place, os.W_OK)),
+        None,
+    )
 
 
 def test_a_library_is_kept_in_a_folder_of_ones_own_and_compiled_anew_for_another_source(
@@ -74,7 +83,9 @@ def test_a_library_is_loaded_whatever_the_umask(cache: Path, tmp_path: Path) -> 
 def test_a_library_that_was_cut_short_is_never_found(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CXX", compiler(tmp_path / "cxx", 'for made; do :; done; echo half > "$made"; kill -9 $$'))
+    monkeypatch.setenv(
+        "CXX", compiler(tmp_path / "cxx", 'for made; do :; done; echo half > "$made"; kill -9 $$')
+    )
     with pytest.raises(NoNativeLibraryError, match="cannot compile native/ \\(exit status -9\\)"):
         load_library()
     assert list(cache.iterdir()) == []
@@ -135,17 +146,22 @@ def test_pytorch_computes_where_the_kernels_cannot_be_had(
             build_engine(model, EngineConfig(), eos_id=None, threads=1)
         with pytest.raises(UserError, match=f"(?s)engine.kernels=native, but .*{said}"):
             build_engine(model, EngineConfig(kernels="native"), eos_id=None, threads=1)
-        with pytest.raises(UserError, match=f"(?s)engine.dtype=int8 needs the native kernels, but .*{said}"):
+        with pytest.raises(
+            UserError, match=f"(?s)engine.dtype=int8 needs the native kernels, but .*{said}"
+        ):
             build_engine(model, EngineConfig(dtype="int8"), eos_id=None, threads=1)
     finally:
         if trouble == "noexec":
             shutil.rmtree(os.environ["XDG_CACHE_HOME"])
-    assert time.monotonic() - start_s < limit_s(15)  # a quarter of what the one that hangs would take once
+    # A quarter of what the one that hangs would take once
+    assert time.monotonic() - start_s < limit_s(15)
     [warning] = caplog.messages
     assert warning.startswith("PyTorch computes")
 
 
-def test_an_image_has_a_library_for_each_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_has_a_library_for_each_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     targets, folder = TARGETS[platform.machine()], tmp_path / "baked"
     paths = bake(folder)
     assert len(paths) == len(targets) == len(list(folder.iterdir()))
@@ -159,11 +175,15 @@ def test_an_image_has_a_library_for_each_processor(tmp_path: Path, monkeypatch: 
     with pytest.raises(NoNativeLibraryError, match="no C\\+\\+ compiler"):
         load_library()
     monkeypatch.setenv(native_library.MARCH_VARIABLE, march)
-    with pytest.raises(NoNativeLibraryError, match=f"RAYMILL_KERNELS_MARCH={march}, but this processor has no "):
+    with pytest.raises(
+        NoNativeLibraryError, match=f"RAYMILL_KERNELS_MARCH={march}, but this processor has no "
+    ):
         load_library()
 
 
-def test_what_was_baked_from_other_sources_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_baked_from_other_sources_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bake(tmp_path / "baked")
     monkeypatch.setenv(native_library.FOLDER_VARIABLE, str(tmp_path / "baked"))
     write_source(tmp_path, answer=43)

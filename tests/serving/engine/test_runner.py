@@ -24,7 +24,12 @@ from tests.checkpoints import write_tiny
     ],
 )
 def test_auto_keeps_to_the_checkpoint_and_to_the_processor(
-    trained: str | None, fast: Precision, dtype: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: str | None,
+    fast: Precision,
+    dtype: str,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_tiny(tmp_path / "checkpoint", precision=trained)
     monkeypatch.setattr(runner, "fast_precision", lambda device: fast)

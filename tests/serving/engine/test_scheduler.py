@@ -15,7 +15,12 @@ WATCHER = 99  # a sequence that has begun to draw tokens, so that prompts are re
 
 
 def request(
-    seq_id: int, *, num_prompt: int = 1, max_tokens: int = 3, ignore_eos: bool = False, prompt_logprobs: bool = False
+    seq_id: int,
+    *,
+    num_prompt: int = 1,
+    max_tokens: int = 3,
+    ignore_eos: bool = False,
+    prompt_logprobs: bool = False,
 ) -> SequenceRequest:
     return SequenceRequest(
         seq_id=seq_id,
@@ -37,7 +42,9 @@ def scheduler(
 ) -> Scheduler:
     """A watched one has a place and a block more than it says, for its watcher."""
     pool = BlockPool(num_blocks + watched, keep_prefixes=keep_prefixes)
-    target = Scheduler(pool, max_num_seqs=max_num_seqs + watched, eos_id=EOS, prefill_tokens_per_step=budget)
+    target = Scheduler(
+        pool, max_num_seqs=max_num_seqs + watched, eos_id=EOS, prefill_tokens_per_step=budget
+    )
     if watched:
         target.add(request(WATCHER, max_tokens=15))
         step(target)
@@ -121,7 +128,8 @@ def test_the_same_start_of_a_prompt_is_read_once() -> None:
     target.add(request(0, num_prompt=40, max_tokens=1))
     assert step(target) == [(0, 0, 40)]
     target.add(request(1, num_prompt=50, max_tokens=1))
-    target.add(request(2, num_prompt=32, max_tokens=1))  # its last token has to be read for the first one drawn
+    # Its last token has to be read for the first one drawn
+    target.add(request(2, num_prompt=32, max_tokens=1))
     assert step(target) == [(1, 32, 50), (2, 16, 32)]
     assert (target.num_looked_up, target.num_found) == (50 + 32, 32 + 16)
     target.add(request(3, num_prompt=40, max_tokens=1, prompt_logprobs=True))
@@ -180,8 +188,15 @@ def test_waiting_and_running_sequences_are_cancelled() -> None:
     assert step(target) == [(3, 0, 1)]
 
 
-@given(st.lists(st.tuples(st.sampled_from(["add", "step", "step", "cancel"]), st.integers(0, 60)), max_size=60))
-def test_whatever_happens_tokens_are_read_once_and_everybody_ends(actions: list[tuple[str, int]]) -> None:
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["add", "step", "step", "cancel"]), st.integers(0, 60)),
+        max_size=60,
+    )
+)
+def test_whatever_happens_tokens_are_read_once_and_everybody_ends(
+    actions: list[tuple[str, int]],
+) -> None:
     pool = BlockPool(12, keep_prefixes=True)
     target = Scheduler(pool, max_num_seqs=3, eos_id=EOS, prefill_tokens_per_step=10)
     added: list[Sequence] = []
@@ -192,11 +207,17 @@ def test_whatever_happens_tokens_are_read_once_and_everybody_ends(actions: list[
     def run_step() -> None:
         plan = target.plan()
         budget = 10 if any(c.sequence.output_ids for c in plan) else 10 * UNWATCHED
-        assert len(plan) <= 3 and sum(c.last - c.first for c in plan if not c.sequence.output_ids) <= budget
+        assert (
+            len(plan) <= 3
+            and sum(c.last - c.first for c in plan if not c.sequence.output_ids) <= budget
+        )
         for chunk in plan:
             sequence = chunk.sequence
             assert chunk.first == sequence.num_read < chunk.last <= sequence.num_tokens
-            assert len(sequence.blocks) * 16 >= len(sequence.request.prompt_ids) + sequence.request.max_tokens
+            assert (
+                len(sequence.blocks) * 16
+                >= len(sequence.request.prompt_ids) + sequence.request.max_tokens
+            )
             if sequence.request.seq_id not in order:
                 order.append(sequence.request.seq_id)
             if target.advance(chunk, 5 if chunk.draws else None) is not None:
@@ -205,7 +226,9 @@ def test_whatever_happens_tokens_are_read_once_and_everybody_ends(actions: list[
 
     for action, number in actions:
         if action == "add":
-            added.append(target.add(request(len(added), num_prompt=1 + number, max_tokens=1 + number % 4)))
+            added.append(
+                target.add(request(len(added), num_prompt=1 + number, max_tokens=1 + number % 4))
+            )
         elif action == "cancel" and added:
             seq_id = number % len(added)
             if seq_id not in finished:

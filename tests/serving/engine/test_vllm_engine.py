@@ -1,4 +1,5 @@
-"""vLLM behind the API in the engine's place, in the environment that `make bench-serve` installs for it."""
+"""vLLM behind the API in the engine's place, in the environment that `make bench-serve` installs
+for it."""
 
 import asyncio
 import re
@@ -42,9 +43,16 @@ def folder(model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFa
 
 
 def test_without_vllm_its_environment_is_asked_for(folder: Path) -> None:
-    for python, message in [(None, "name the Python of its environment"), ("/nowhere/python", "cannot run /nowhere/p")]:
+    for python, message in [
+        (None, "name the Python of its environment"),
+        ("/nowhere/python", "cannot run /nowhere/p"),
+    ]:
         with pytest.raises(UserError, match=message):
-            asyncio.run(EngineClient.start(folder, config=vllm_config(vllm_python=python), eos_id=None, threads=1))
+            asyncio.run(
+                EngineClient.start(
+                    folder, config=vllm_config(vllm_python=python), eos_id=None, threads=1
+                )
+            )
 
 
 @installed
@@ -55,7 +63,10 @@ def test_without_vllm_its_environment_is_asked_for(folder: Path) -> None:
         ({"device": "cuda"}, "device=cuda, but vLLM 0.32.0 computes on cpu here"),
         ({"dtype": "int8"}, "dtype=int8 is not vLLM's"),
         ({"vllm_args": {"gpu_memory_utilisation": 0.5}}, "did you mean gpu_memory_utilization?"),
-        ({"vllm_args": {"gpu_memory_utilization": 1.5}}, "vLLM refuses its settings: .*gpu_memory_utilization"),
+        (
+            {"vllm_args": {"gpu_memory_utilization": 1.5}},
+            "vLLM refuses its settings: .*gpu_memory_utilization",
+        ),
         ({"tensor_parallel_size": 3}, "vLLM refuses its settings: .*heads"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -64,7 +75,9 @@ def test_what_vllm_does_not_have_is_refused_with_a_word(
     folder: Path, settings: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        asyncio.run(EngineClient.start(folder, config=vllm_config(**settings), eos_id=None, threads=1))
+        asyncio.run(
+            EngineClient.start(folder, config=vllm_config(**settings), eos_id=None, threads=1)
+        )
 
 
 @installed
@@ -76,7 +89,9 @@ def test_its_tokens_and_log_probabilities_are_the_models(
 ) -> None:
     model = vllm_model(tokenizer, seed=5, architecture=architecture)
     folder = write_model(tmp_path / "step-1", model, tokenizer)
-    prompts = [[(7 * i + 11 * k) % model.config.vocab_size for k in range(1 + 9 * i)] for i in range(6)]
+    prompts = [
+        [(7 * i + 11 * k) % model.config.vocab_size for k in range(1 + 9 * i)] for i in range(6)
+    ]
 
     async def answers() -> list[list[TokenEvent]]:
         settings = vllm_config(tensor_parallel_size=tensor_parallel_size)
@@ -86,13 +101,24 @@ def test_its_tokens_and_log_probabilities_are_the_models(
             left = client.submit([SequenceRequest(client.next_seq_id(), [1, 2, 3], 100, GREEDY)])
             generations = [
                 client.submit(
-                    [SequenceRequest(client.next_seq_id(), p, 20, GREEDY, num_logprobs=3, num_prompt_logprobs=3)]
+                    [
+                        SequenceRequest(
+                            client.next_seq_id(),
+                            p,
+                            20,
+                            GREEDY,
+                            num_logprobs=3,
+                            num_prompt_logprobs=3,
+                        )
+                    ]
                 )
                 for p in prompts
             ]
             left.close()
             whole = [[event async for event in generation] for generation in generations]
-            empty = SequenceRequest(client.next_seq_id(), prompts[3], 0, GREEDY, num_logprobs=0, num_prompt_logprobs=0)
+            empty = SequenceRequest(
+                client.next_seq_id(), prompts[3], 0, GREEDY, num_logprobs=0, num_prompt_logprobs=0
+            )
             whole.append([event async for event in client.submit([empty])])
         finally:
             await client.close()
@@ -112,13 +138,17 @@ def test_its_tokens_and_log_probabilities_are_the_models(
             )
             assert [i for i, _ in event.logprobs.top] == expected[place].topk(3).indices.tolist()
         assert_scores(events[0], expected, prompt)
-    assert [(event.token_id, event.finish_reason) for event in scored] == [(None, FinishReason.LENGTH)]
+    assert [(event.token_id, event.finish_reason) for event in scored] == [
+        (None, FinishReason.LENGTH)
+    ]
     assert_scores(scored[0], logprobs(model, prompts[3]), prompts[3])
 
 
 def assert_scores(event: TokenEvent, expected: torch.Tensor, prompt: list[int]) -> None:
     assert event.prompt_logprobs is not None and event.prompt_logprobs[0] is None
-    found = [candidates.logprob for candidates in event.prompt_logprobs[1:] if candidates is not None]
+    found = [
+        candidates.logprob for candidates in event.prompt_logprobs[1:] if candidates is not None
+    ]
     wanted = [expected[place, token_id].item() for place, token_id in enumerate(prompt[1:])]
     assert found == pytest.approx(wanted, abs=1e-4)
 
@@ -149,11 +179,16 @@ def test_it_reports_its_steps_its_queue_and_its_cache_as_our_engine_does(folder:
     seen = Seen()
 
     async def scenario() -> None:
-        settings = vllm_config(max_num_seqs=1, prefill_tokens_per_step=128, vllm_args={"block_size": 32})
+        settings = vllm_config(
+            max_num_seqs=1, prefill_tokens_per_step=128, vllm_args={"block_size": 32}
+        )
         client = await EngineClient.start(folder, config=settings, eos_id=None, threads=1)
         try:
             prompt = list(range(1, 101))
-            requests = [SequenceRequest(client.next_seq_id(), prompt, 4, GREEDY, ignore_eos=True) for _ in range(2)]
+            requests = [
+                SequenceRequest(client.next_seq_id(), prompt, 4, GREEDY, ignore_eos=True)
+                for _ in range(2)
+            ]
             async for _event in client.submit(requests, observer=seen):
                 pass
         finally:
@@ -161,8 +196,21 @@ def test_it_reports_its_steps_its_queue_and_its_cache_as_our_engine_does(folder:
 
     asyncio.run(scenario())
     # The second prompt of 100 tokens is in the cache up to its last whole block of 32.
-    steps = [(step.num_tokens, step.num_looked_up, step.num_found) for step in seen.steps if step.num_tokens]
-    assert steps == [(100, 100, 0), (1, 0, 0), (1, 0, 0), (1, 0, 0), (4, 100, 96), (1, 0, 0), (1, 0, 0), (1, 0, 0)]
+    steps = [
+        (step.num_tokens, step.num_looked_up, step.num_found)
+        for step in seen.steps
+        if step.num_tokens
+    ]
+    assert steps == [
+        (100, 100, 0),
+        (1, 0, 0),
+        (1, 0, 0),
+        (1, 0, 0),
+        (4, 100, 96),
+        (1, 0, 0),
+        (1, 0, 0),
+        (1, 0, 0),
+    ]
     first, second = seen.waits_s
     assert first < second and second > sum(step.step_s for step in seen.steps[1:4]) > 0
 
@@ -171,24 +219,37 @@ def test_it_reports_its_steps_its_queue_and_its_cache_as_our_engine_does(folder:
 @pytest.mark.slow
 def test_the_api_before_it_is_the_same(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     async def check() -> None:
-        settings = ServeConfig(model_name="tiny", engine=vllm_config(vllm_args={"gpu_memory_utilization": 0.31}))
-        async with replica_app(folder, name="tiny", config=settings) as (app, versions), loopback_server(app) as url:
+        settings = ServeConfig(
+            model_name="tiny", engine=vllm_config(vllm_args={"gpu_memory_utilization": 0.31})
+        )
+        async with (
+            replica_app(folder, name="tiny", config=settings) as (app, versions),
+            loopback_server(app) as url,
+        ):
             client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
             prompt = tokenizer.encode("the quick")
-            text = tokenizer.decode(generate(model, prompt, max_tokens=12, params=GREEDY, eos_id=tokenizer.eot_id))
-            whole = await client.completions.create(model="tiny", prompt="the quick", max_tokens=12, temperature=0)
+            text = tokenizer.decode(
+                generate(model, prompt, max_tokens=12, params=GREEDY, eos_id=tokenizer.eot_id)
+            )
+            whole = await client.completions.create(
+                model="tiny", prompt="the quick", max_tokens=12, temperature=0
+            )
             assert whole.choices[0].text == text
             stream = await client.completions.create(
                 model="tiny", prompt="the quick", max_tokens=12, temperature=0, stream=True
             )
             assert "".join([part.choices[0].text async for part in stream]) == text
             sampled = [
-                await client.completions.create(model="tiny", prompt=prompt, max_tokens=12, temperature=1, seed=4)
+                await client.completions.create(
+                    model="tiny", prompt=prompt, max_tokens=12, temperature=1, seed=4
+                )
                 for _ in range(2)
             ]
             assert sampled[0].choices[0].text == sampled[1].choices[0].text
             async with httpx.AsyncClient(base_url=url, timeout=limit_s(30)) as http:
-                refused = await http.post("/v1/completions", json={"model": "tiny", "prompt": prompt * 99})
+                refused = await http.post(
+                    "/v1/completions", json={"model": "tiny", "prompt": prompt * 99}
+                )
                 await http.get("/metrics")  # which asks vLLM for its own
                 await asyncio.sleep(limit_s(0.2))
                 shown = (await http.get("/metrics")).text
@@ -197,8 +258,11 @@ def test_the_api_before_it_is_the_same(folder: Path, model: GPT, tokenizer: Toke
             names = re.findall(r"^# TYPE (\S+)", shown, re.MULTILINE)
             assert len(names) == len(set(names))
             ended = re.findall(r"vllm:request_success_total\{.*\} (.*)", shown)
-            assert sum(map(float, ended)) == 4  # counted by the replica, and not by vLLM a second time
-            [queries] = re.findall(r'vllm:prefix_cache_queries_total\{.*model_name="tiny".*\} (.*)', shown)
+            # Counted by the replica, and not by vLLM a second time
+            assert sum(map(float, ended)) == 4
+            [queries] = re.findall(
+                r'vllm:prefix_cache_queries_total\{.*model_name="tiny".*\} (.*)', shown
+            )
             assert float(queries) >= 4 * len(prompt)
             assert 'gpu_memory_utilization="0.31"' in shown  # vLLM was given this argument
 
@@ -217,9 +281,13 @@ def damaged(folder: Path, copy: Path, name: str, first: int) -> Path:
 
 @installed
 @pytest.mark.slow
-def test_logits_that_are_no_numbers_end_their_own_sequence(folder: Path, model: GPT, tmp_path: Path) -> None:
+def test_logits_that_are_no_numbers_end_their_own_sequence(
+    folder: Path, model: GPT, tmp_path: Path
+) -> None:
     fragile = damaged(folder, tmp_path / "fragile", "wpe.weight", FRAGILE_POSITION)
-    good = [[(7 * i + 11 * k) % model.config.vocab_size for k in range(3 + 20 * i)] for i in range(4)]
+    good = [
+        [(7 * i + 11 * k) % model.config.vocab_size for k in range(3 + 20 * i)] for i in range(4)
+    ]
     bad = [k % model.config.vocab_size for k in range(FRAGILE_POSITION - 3)]
     expected = [generate(model, prompt, max_tokens=20, params=GREEDY) for prompt in good]
 
@@ -227,16 +295,21 @@ def test_logits_that_are_no_numbers_end_their_own_sequence(folder: Path, model: 
         client = await EngineClient.start(fragile, config=vllm_config(), eos_id=None, threads=1)
 
         async def answer(prompt: list[int], max_tokens: int = 20) -> list[TokenEvent]:
-            request = SequenceRequest(client.next_seq_id(), prompt, max_tokens, GREEDY, num_logprobs=1)
+            request = SequenceRequest(
+                client.next_seq_id(), prompt, max_tokens, GREEDY, num_logprobs=1
+            )
             return [event async for event in client.submit([request])]
 
         try:
             for turn in range(3):
                 *answers, failed = await asyncio.gather(*map(answer, good), answer(bad))
                 assert [[event.token_id for event in events] for events in answers] == expected
-                # Blocks of the cache come back after those that failed, whose NaN vLLM's kernels may read at once.
+                # Blocks of the cache come back after those that failed, whose NaN vLLM's kernels
+                # may read at once.
                 num_tokens = 4 if turn == 0 else len(failed) - 1
-                assert [event.finish_reason for event in failed] == [None] * num_tokens + [FinishReason.ERROR]
+                assert [event.finish_reason for event in failed] == [None] * num_tokens + [
+                    FinishReason.ERROR
+                ]
             assert client.num_failed_sequences == 3
             [scored] = await answer(bad + [1] * 8, max_tokens=0)
             assert (scored.token_id, scored.finish_reason) == (None, FinishReason.ERROR)
@@ -271,10 +344,18 @@ def test_weights_that_are_no_numbers_are_never_served(folder: Path, tmp_path: Pa
 
 @installed
 @pytest.mark.slow
-def test_fields_of_vllm_mean_the_same_on_both_engines(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+def test_fields_of_vllm_mean_the_same_on_both_engines(
+    folder: Path, model: GPT, tokenizer: Tokenizer
+) -> None:
     prompt_ids = tokenizer.encode("the quick fox")
     free = generate(model, prompt_ids, max_tokens=12, params=GREEDY)
-    asked = {"model": "tiny", "prompt": [prompt_ids, [1, 2, 3]], "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    asked = {
+        "model": "tiny",
+        "prompt": [prompt_ids, [1, 2, 3]],
+        "temperature": 0,
+        "max_tokens": 12,
+        "ignore_eos": True,
+    }
     cases: list[dict[str, Any]] = [
         {"return_token_ids": True, "stop_token_ids": [free[3], free[3]]},
         {"return_token_ids": True, "stop_token_ids": free[3:6], "min_tokens": 8},
@@ -289,12 +370,20 @@ def test_fields_of_vllm_mean_the_same_on_both_engines(folder: Path, model: GPT, 
             replica_client(folder) as (ours, _),
         ):
             for fields in cases:
-                answers = [await http.post("/v1/completions", json=asked | fields) for http in (theirs, ours)]
+                answers = [
+                    await http.post("/v1/completions", json=asked | fields)
+                    for http in (theirs, ours)
+                ]
                 assert [answer.status_code for answer in answers] == [200, 200], answers[0].text
-                for found, expected in zip(*(answer.json()["choices"] for answer in answers), strict=True):
+                for found, expected in zip(
+                    *(answer.json()["choices"] for answer in answers), strict=True
+                ):
                     assert_alike(found, expected)
             refused = await theirs.post("/v1/embeddings", json={"model": "tiny", "input": "x"})
-            assert (refused.status_code, refused.json()["error"]["code"]) == (400, "unsupported_by_backend")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (
+                400,
+                "unsupported_by_backend",
+            )
 
     asyncio.run(check())
 
@@ -324,20 +413,30 @@ def test_a_prompt_that_fills_the_context_ends_no_engine(
     asked = {"model": "tiny", "max_tokens": 0, "prompt_logprobs": 0}
 
     async def check() -> None:
-        async with replica_client(folder, config=ServeConfig(engine=vllm_config())) as (http, versions):
+        async with replica_client(folder, config=ServeConfig(engine=vllm_config())) as (
+            http,
+            versions,
+        ):
             refused = await http.post("/v1/completions", json=asked | {"prompt": full})
             assert refused.json()["error"]["code"] == "context_length_exceeded"
-            assert (await http.post("/v1/completions", json=asked | {"prompt": full[:-1]})).status_code == 200
+            assert (
+                await http.post("/v1/completions", json=asked | {"prompt": full[:-1]})
+            ).status_code == 200
 
             live = versions.live
             [row] = await rows_of_gate(PromoteRequest(checkpoint="latest", gate_rows=[full]), live)
             expected = logprobs(model, full)[range(len(row) - 1), list(row[1:])]
-            assert await live.loss([row], at_once=True) == pytest.approx(-expected.mean().item(), abs=1e-4)
+            assert await live.loss([row], at_once=True) == pytest.approx(
+                -expected.mean().item(), abs=1e-4
+            )
 
-            monkeypatch.setattr(live.engine, "facts", live.engine.facts._replace(least_tokens=0))  # vLLM sees it
+            # vLLM sees it
+            monkeypatch.setattr(live.engine, "facts", live.engine.facts._replace(least_tokens=0))
             failed = await http.post("/v1/completions", json=asked | {"prompt": full})
             assert failed.status_code == 500, failed.text
-            assert (await http.post("/v1/completions", json=asked | {"prompt": full[:-1]})).status_code == 200
+            assert (
+                await http.post("/v1/completions", json=asked | {"prompt": full[:-1]})
+            ).status_code == 200
             assert live.engine.alive and not live.engine.num_open_sequences
 
     asyncio.run(check())

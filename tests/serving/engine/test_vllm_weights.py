@@ -1,4 +1,5 @@
-"""Weights that are replaced in a running vLLM compute what they compute in one that was started with them."""
+"""Weights that are replaced in a running vLLM compute what they compute in one that was started
+with them."""
 
 import asyncio
 import time
@@ -25,25 +26,46 @@ pytestmark = [installed, pytest.mark.slow]
 
 GREEDY = SamplingParams(temperature=0.0)
 MEMORY_RATIO = 1.25
-LLAMA = {"architecture": "llama", "activation_function": "swiglu", "n_head": 4, "n_kv_head": 2, "n_embd": 256}
+LLAMA = {
+    "architecture": "llama",
+    "activation_function": "swiglu",
+    "n_head": 4,
+    "n_kv_head": 2,
+    "n_embd": 256,
+}
 
 
 def models(tokenizer: Tokenizer, *, num: int, tied: bool = True, **shape: Any) -> list[GPT]:
     found = []
     for seed in range(num):
         sizes = {"n_positions": 128, "n_layer": 2, "n_head": 2, "n_embd": 128} | shape
-        gpt = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **sizes, initializer_range=0.2, tie_word_embeddings=tied))
+        gpt = GPT(
+            GPTConfig(
+                vocab_size=tokenizer.vocab_size,
+                **sizes,
+                initializer_range=0.2,
+                tie_word_embeddings=tied,
+            )
+        )
         gpt.init_weights(seed)
         found.append(gpt.eval())
     return found
 
 
-async def answers(client: EngineClient, prompts: list[list[int]], *, weights: int) -> list[list[TokenEvent]]:
+async def answers(
+    client: EngineClient, prompts: list[list[int]], *, weights: int
+) -> list[list[TokenEvent]]:
     generations = [
         client.submit(
             [
                 SequenceRequest(
-                    client.next_seq_id(), p, 20, GREEDY, num_logprobs=3, num_prompt_logprobs=0, weights=weights
+                    client.next_seq_id(),
+                    p,
+                    20,
+                    GREEDY,
+                    num_logprobs=3,
+                    num_prompt_logprobs=0,
+                    weights=weights,
                 )
             ]
         )
@@ -52,7 +74,9 @@ async def answers(client: EngineClient, prompts: list[list[int]], *, weights: in
     return [[event._replace(seq_id=0) async for event in generation] for generation in generations]
 
 
-async def fresh_answers(folder: Path, config: EngineConfig, prompts: list[list[int]]) -> list[list[TokenEvent]]:
+async def fresh_answers(
+    folder: Path, config: EngineConfig, prompts: list[list[int]]
+) -> list[list[TokenEvent]]:
     client = await EngineClient.start(folder, config=config, eos_id=None, threads=1)
     try:
         return await answers(client, prompts, weights=0)
@@ -81,11 +105,12 @@ def test_replaced_weights_compute_what_a_fresh_engine_does(
     prompts: list[list[int]],
     tmp_path: Path,
 ) -> None:
-    """Bit by bit: the tokens, their log-probabilities and the prompts', there and back again. The checkpoints are those
-    of a run that goes on, with a training state."""
+    """Bit by bit: the tokens, their log-probabilities and the prompts', there and back again. The
+    checkpoints are those of a run that goes on, with a training state."""
     found = models(tokenizer, num=2, tied=tied, **shape)
     folders = [
-        write_model(tmp_path / f"step-{i}", gpt, tokenizer, step=i, to_train=True) for i, gpt in enumerate(found)
+        write_model(tmp_path / f"step-{i}", gpt, tokenizer, step=i, to_train=True)
+        for i, gpt in enumerate(found)
     ]
     if num_files > 1:
         expected_files = [path.name for path in folders[0].iterdir()]
@@ -113,7 +138,9 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(
     tokenizer: Tokenizer, prompts: list[list[int]], tmp_path: Path
 ) -> None:
     folders = [
-        write_model(tmp_path / f"layers-{n_layer}", *models(tokenizer, num=1, n_layer=n_layer), tokenizer)
+        write_model(
+            tmp_path / f"layers-{n_layer}", *models(tokenizer, num=1, n_layer=n_layer), tokenizer
+        )
         for n_layer in (2, 3)
     ]
     nan = bad_checkpoint("nan", tmp_path, folders[0], tokenizer)
@@ -137,14 +164,20 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(
     asyncio.run(scenario())
 
 
-def test_the_engine_keeps_to_its_own_memory(tokenizer: Tokenizer, prompts: list[list[int]], tmp_path: Path) -> None:
+def test_the_engine_keeps_to_its_own_memory(
+    tokenizer: Tokenizer, prompts: list[list[int]], tmp_path: Path
+) -> None:
     """With weights that are most of it: 85 million parameters and a small cache."""
     large = models(tokenizer, num=2, n_layer=12, n_head=12, n_embd=768)
-    folders = [write_model(tmp_path / f"step-{i}", gpt, tokenizer, step=i) for i, gpt in enumerate(large)]
+    folders = [
+        write_model(tmp_path / f"step-{i}", gpt, tokenizer, step=i) for i, gpt in enumerate(large)
+    ]
     weights_bytes = (folders[0] / "model.safetensors").stat().st_size
 
     async def scenario() -> None:
-        client = await EngineClient.start(folders[0], config=vllm_config(dtype="float32"), eos_id=None, threads=1)
+        client = await EngineClient.start(
+            folders[0], config=vllm_config(dtype="float32"), eos_id=None, threads=1
+        )
         process = psutil.Process(client.pid)
         try:
             await answers(client, prompts, weights=0)

@@ -1,4 +1,5 @@
-"""Who waits for whom: a key for itself, and no other key for long, on the real engine too and with the same tokens."""
+"""Who waits for whom: a key for itself, and no other key for long, on the real engine too and with
+the same tokens."""
 
 import asyncio
 from collections import defaultdict
@@ -77,12 +78,18 @@ def test_those_behind_are_those_that_a_new_one_would_pass() -> None:
 
 
 ACTIONS = st.lists(
-    st.tuples(st.sampled_from("abc"), st.integers(2, 50), st.sampled_from(["put", "put", "take", "remove"]))
+    st.tuples(
+        st.sampled_from("abc"),
+        st.integers(2, 50),
+        st.sampled_from(["put", "put", "take", "remove"]),
+    )
 )
 
 
 @given(ACTIONS)
-def test_whatever_happens_each_key_has_its_order_and_loses_nothing(actions: list[tuple[str, int, str]]) -> None:
+def test_whatever_happens_each_key_has_its_order_and_loses_nothing(
+    actions: list[tuple[str, int, str]],
+) -> None:
     queue, waiting, came_out = FairQueue(), defaultdict[str, list[int]](list), []
     key_of: dict[int, str] = {}
 
@@ -97,7 +104,9 @@ def test_whatever_happens_each_key_has_its_order_and_loses_nothing(actions: list
             queue.put(sequence(seq_id, num_tokens), key=key)
             key_of[seq_id] = key
             waiting[key].append(seq_id)
-            assert len(queue) == sum(map(len, waiting.values())) and set(before).isdisjoint(waiting[key])
+            assert len(queue) == sum(map(len, waiting.values())) and set(before).isdisjoint(
+                waiting[key]
+            )
         elif action == "take" and len(queue):
             take()
         elif action == "remove" and waiting[key]:
@@ -107,7 +116,10 @@ def test_whatever_happens_each_key_has_its_order_and_loses_nothing(actions: list
     assert not any(waiting.values())
 
 
-@given(st.lists(st.integers(2, 50), min_size=30, max_size=30), st.lists(st.integers(2, 50), min_size=30, max_size=30))
+@given(
+    st.lists(st.integers(2, 50), min_size=30, max_size=30),
+    st.lists(st.integers(2, 50), min_size=30, max_size=30),
+)
 def test_keys_that_wait_get_the_same_number_of_tokens(of_a: list[int], of_b: list[int]) -> None:
     queue = FairQueue()
     sizes = dict(enumerate(of_a)) | dict(enumerate(of_b, 100))
@@ -133,16 +145,23 @@ def asked(client: EngineClient, prompt_ids: list[int]) -> SequenceRequest:
     return SequenceRequest(client.next_seq_id(), prompt_ids, LONGEST, GREEDY)
 
 
-def test_a_key_with_a_long_queue_keeps_no_other_waiting(checkpoint: Path, model: GPT, prompts: list[list[int]]) -> None:
+def test_a_key_with_a_long_queue_keeps_no_other_waiting(
+    checkpoint: Path, model: GPT, prompts: list[list[int]]
+) -> None:
     async def scenario() -> None:
         async with engine(checkpoint, num_slots=2) as client:
             ended: list[str] = []
-            many = [collect("a", client.submit([asked(client, prompts[i % 8])], key="a"), ended) for i in range(24)]
+            many = [
+                collect("a", client.submit([asked(client, prompts[i % 8])], key="a"), ended)
+                for i in range(24)
+            ]
             tasks = [asyncio.create_task(one) for one in many]
             assert client.ahead("a")[1] == client.num_open_sequences == 24
             assert client.ahead("b")[1] <= 3
             few = [
-                asyncio.create_task(collect("b", client.submit([asked(client, prompts[i])], key="b"), ended))
+                asyncio.create_task(
+                    collect("b", client.submit([asked(client, prompts[i])], key="b"), ended)
+                )
                 for i in range(3)
             ]
             outputs = await asyncio.gather(*tasks, *few)
@@ -150,7 +169,9 @@ def test_a_key_with_a_long_queue_keeps_no_other_waiting(checkpoint: Path, model:
             assert len(ended) - 1 - ended[::-1].index("b") <= 9
             for i, output in enumerate(outputs):
                 prompt = prompts[i % 8]  # 24 is a multiple of 8
-                assert output == generate(model, prompt, max_tokens=LONGEST, params=GREEDY, eos_id=None)
+                assert output == generate(
+                    model, prompt, max_tokens=LONGEST, params=GREEDY, eos_id=None
+                )
             assert (client.num_open_sequences, client.ahead("a")[1]) == (0, 0)
 
     asyncio.run(scenario())

@@ -1,4 +1,5 @@
-"""A request without finite logits has the replica test itself: damaged weights end it, a single request does not."""
+"""A request without finite logits has the replica test itself: damaged weights end it, a single
+request does not."""
 
 import asyncio
 from pathlib import Path

@@ -16,10 +16,16 @@ def test_a_cgroup_limits_what_is_free(tmp_path: Path, version: int) -> None:
     inner = groups / ("memory/pod/c" if version == 1 else "pod/c")
     (proc / "self").mkdir(parents=True)
     inner.mkdir(parents=True)
-    (proc / "meminfo").write_text("MemTotal: 33554432 kB\nMemFree: 1 kB\nMemAvailable: 16777216 kB\n")
+    (proc / "meminfo").write_text(
+        "MemTotal: 33554432 kB\nMemFree: 1 kB\nMemAvailable: 16777216 kB\n"
+    )
     (proc / "self/cgroup").write_text("4:memory:/pod/c\n0::/\n" if version == 1 else "0::/pod/c\n")
     assert memory(proc, groups) == Memory(16 * GIB, 32 * GIB)
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    names = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        if version == 1
+        else ("memory.max", "memory.current")
+    )
     files = "total_inactive_file" if version == 1 else "inactive_file"
     figures = {names[0]: 6 * GIB, names[1]: 2 * GIB, "memory.stat": f"anon 1\n{files} {GIB}\n"}
     for name, value in figures.items():

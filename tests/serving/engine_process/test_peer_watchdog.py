@@ -47,7 +47,9 @@ def test_silence_counts_only_the_time_in_which_we_listened() -> None:
 
 
 def test_a_stopped_replica_is_killed_by_its_engine(checkpoint: Path) -> None:
-    replica = subprocess.Popen([sys.executable, "-c", START, checkpoint], stdout=subprocess.PIPE, text=True)
+    replica = subprocess.Popen(
+        [sys.executable, "-c", START, checkpoint], stdout=subprocess.PIPE, text=True
+    )
     assert replica.stdout is not None
     child = psutil.Process(int(replica.stdout.readline()))
     os.kill(replica.pid, signal.SIGSTOP)
@@ -59,7 +61,9 @@ def test_a_stopped_replica_is_killed_by_its_engine(checkpoint: Path) -> None:
 
 
 def open_request(client: EngineClient) -> SequenceRequest:
-    return SequenceRequest(client.next_seq_id(), [1], 127, SamplingParams(temperature=0.0), ignore_eos=True)
+    return SequenceRequest(
+        client.next_seq_id(), [1], 127, SamplingParams(temperature=0.0), ignore_eos=True
+    )
 
 
 @pytest.mark.parametrize("idle", [True, False])
@@ -68,7 +72,8 @@ def test_a_stopped_engine_is_killed_by_its_replica(checkpoint: Path, idle: bool)
         async with engine(checkpoint) as client:
             notices: list[str] = []
             client.on_death = notices.append
-            os.kill(client.pid, signal.SIGSTOP)  # before the request, which it would otherwise soon have answered
+            # Before the request, which it would otherwise soon have answered
+            os.kill(client.pid, signal.SIGSTOP)
             generation = None if idle else client.submit([open_request(client)])
             await wait_in_loop_until(lambda: bool(notices), timeout_s=NOTICED_S)
             assert "-9" in notices[0]

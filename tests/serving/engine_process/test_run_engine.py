@@ -1,4 +1,5 @@
-"""The engine process: same tokens through the socket, and its death and its replica's are noticed by the other."""
+"""The engine process: same tokens through the socket, and its death and its replica's are noticed
+by the other."""
 
 import asyncio
 import contextlib
@@ -48,7 +49,9 @@ from tests.waiting import wait_in_loop_until
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def request(client: EngineClient, prompt_ids: list[int], *, max_tokens: int = 20) -> SequenceRequest:
+def request(
+    client: EngineClient, prompt_ids: list[int], *, max_tokens: int = 20
+) -> SequenceRequest:
     return SequenceRequest(client.next_seq_id(), prompt_ids, max_tokens, GREEDY)
 
 
@@ -72,12 +75,25 @@ def test_messages_arrive_whole_however_they_are_cut() -> None:
 def test_messages_survive_the_wire() -> None:
     sampling = SamplingParams(temperature=0.5, logit_bias=((3, -1.5), (7, 2.0)), seed=2**63 - 1)
     sent = SequenceRequest(
-        1, [1, 2], 3, sampling, ignore_eos=True, stop_token_ids=(5, 6), min_tokens=2, num_logprobs=2, embed=True
+        1,
+        [1, 2],
+        3,
+        sampling,
+        ignore_eos=True,
+        stop_token_ids=(5, 6),
+        min_tokens=2,
+        num_logprobs=2,
+        embed=True,
     )
     message = json.loads(encode_message({"submit": asdict(sent)}))
     assert parse_request(message["submit"]) == sent
     event = TokenEvent(
-        1, 5, FinishReason.STOP, Candidates(-0.5, [(5, -0.5)], 1), [None, Candidates(-1.0, [], 7)], "AACAPw=="
+        1,
+        5,
+        FinishReason.STOP,
+        Candidates(-0.5, [(5, -0.5)], 1),
+        [None, Candidates(-1.0, [], 7)],
+        "AACAPw==",
     )
     message = json.loads(encode_message(StepReport([event], 1, 2, 0.25, 30, 31, 40, 16, 0.5)))
     report = parse_report(message)
@@ -91,7 +107,9 @@ def test_tokens_equal_generate_and_cancel_frees_the_slot(
     async def scenario() -> None:
         async with engine(checkpoint) as client:
             generations = [client.submit([request(client, prompt)]) for prompt in prompts]
-            for prompt, output in zip(prompts, await asyncio.gather(*map(collect, generations)), strict=True):
+            for prompt, output in zip(
+                prompts, await asyncio.gather(*map(collect, generations)), strict=True
+            ):
                 assert output == generate(model, prompt, max_tokens=20, params=GREEDY, eos_id=None)
             assert client.num_open_sequences == 0
 
@@ -101,7 +119,10 @@ def test_tokens_equal_generate_and_cancel_frees_the_slot(
                 most = max(most, client.num_open_sequences)
                 outputs.setdefault(event.seq_id, []).append(event.token_id)
             assert most == 2 and client.num_open_sequences == 0
-            expected = [generate(model, prompt, max_tokens=20, params=GREEDY, eos_id=None) for prompt in prompts]
+            expected = [
+                generate(model, prompt, max_tokens=20, params=GREEDY, eos_id=None)
+                for prompt in prompts
+            ]
             assert [outputs[seq_id] for seq_id in sorted(outputs)] == expected
             left = client.submit([request(client, [1]) for _ in range(50)], at_once=2)
             await anext(aiter(left))
@@ -140,7 +161,9 @@ def test_a_killed_engine_ends_open_requests_and_is_no_longer_alive(checkpoint: P
 
 
 def test_the_engine_ends_with_its_replica(checkpoint: Path) -> None:
-    parent = subprocess.Popen([sys.executable, "-c", START, checkpoint], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", START, checkpoint], stdout=subprocess.PIPE, text=True
+    )
     assert parent.stdout is not None
     child_pid = int(parent.stdout.readline())
     assert psutil.pid_exists(child_pid)
@@ -153,7 +176,11 @@ def test_the_engine_ends_with_its_replica(checkpoint: Path) -> None:
 
 def test_an_unusable_checkpoint_is_an_error_for_people(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=str(tmp_path)):
-        asyncio.run(EngineClient.start(tmp_path, config=EngineConfig(max_num_seqs=1), eos_id=None, threads=1))
+        asyncio.run(
+            EngineClient.start(
+                tmp_path, config=EngineConfig(max_num_seqs=1), eos_id=None, threads=1
+            )
+        )
 
 
 class Recorded:
@@ -161,7 +188,11 @@ class Recorded:
 
     def __init__(self, connection: socket.socket) -> None:
         self.sent: list[list[Any]] = []
-        self.fileno, self.recv, self._sendall = connection.fileno, connection.recv, connection.sendall
+        self.fileno, self.recv, self._sendall = (
+            connection.fileno,
+            connection.recv,
+            connection.sendall,
+        )
 
     def sendall(self, data: bytes) -> None:
         self.sent.append([json.loads(line) for line in data.splitlines()])
@@ -174,7 +205,9 @@ def test_reports_wait_for_each_other_unless_a_sequence_begins_or_ends(
 ) -> None:
     monkeypatch.setattr("serving.engine_process.run_engine.HELD_S", held_s)
     pool, runner = BlockPool(64, keep_prefixes=True), TorchRunner(model, num_blocks=64)
-    target = Engine(runner, Scheduler(pool, max_num_seqs=1, prefill_tokens_per_step=96, eos_id=None))
+    target = Engine(
+        runner, Scheduler(pool, max_num_seqs=1, prefill_tokens_per_step=96, eos_id=None)
+    )
     ours, theirs = socket.socketpair()
     ours.settimeout(limit_s(60))
     connection = Recorded(theirs)
@@ -185,17 +218,25 @@ def test_reports_wait_for_each_other_unless_a_sequence_begins_or_ends(
 
     with ours, ours.makefile("rb") as file:
         for seq_id, max_tokens in enumerate((4, 10)):
-            ours.sendall(encode_message({"submit": asdict(SequenceRequest(seq_id, [seq_id, 2], max_tokens, GREEDY))}))
+            ours.sendall(
+                encode_message(
+                    {"submit": asdict(SequenceRequest(seq_id, [seq_id, 2], max_tokens, GREEDY))}
+                )
+            )
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         lines = [json.loads(file.readline()) for _ in range(sum(together))]
     thread.join(limit_s(60))
     assert [len(messages) for messages in connection.sent] == together
     assert [message for messages in connection.sent for message in messages] == lines
-    events = [event for line in lines if isinstance(line, list) for event in parse_report(line).events]
+    events = [
+        event for line in lines if isinstance(line, list) for event in parse_report(line).events
+    ]
     for seq_id, max_tokens in enumerate((4, 10)):
         tokens = [event.token_id for event in events if event.seq_id == seq_id]
-        assert tokens == generate(model, [seq_id, 2], max_tokens=max_tokens, params=GREEDY, eos_id=None)
+        assert tokens == generate(
+            model, [seq_id, 2], max_tokens=max_tokens, params=GREEDY, eos_id=None
+        )
 
 
 class HeldRunner(TorchRunner):
@@ -211,10 +252,13 @@ class HeldRunner(TorchRunner):
 
 
 def test_what_a_step_begins_with_is_told_before_it_computes(model: GPT) -> None:
-    """On a slow processor a step takes longer than `engine.max_queue_s`, which must not look like a wait."""
+    """On a slow processor a step takes longer than `engine.max_queue_s`, which must not look like a
+    wait."""
     runner = HeldRunner(model)
     pool = BlockPool(64, keep_prefixes=True)
-    target = Engine(runner, Scheduler(pool, max_num_seqs=2, prefill_tokens_per_step=96, eos_id=None))
+    target = Engine(
+        runner, Scheduler(pool, max_num_seqs=2, prefill_tokens_per_step=96, eos_id=None)
+    )
     ours, theirs = socket.socketpair()
     ours.settimeout(limit_s(60))
 
@@ -224,7 +268,11 @@ def test_what_a_step_begins_with_is_told_before_it_computes(model: GPT) -> None:
 
     with ours:
         for seq_id in range(3):
-            ours.sendall(encode_message({"submit": asdict(SequenceRequest(seq_id, [seq_id, 2, 3], 1, GREEDY))}))
+            ours.sendall(
+                encode_message(
+                    {"submit": asdict(SequenceRequest(seq_id, [seq_id, 2, 3], 1, GREEDY))}
+                )
+            )
         threading.Thread(target=run, daemon=True).start()
         lines = ours.makefile("rb")
         assert json.loads(lines.readline()) == {"admission": [[0, 1], 2, 1, [0, 0]]}
@@ -266,7 +314,9 @@ except UserError as error:
 def test_without_memory_for_the_cache_an_error_names_its_bytes(kernels: str) -> None:
     """On the old code the native kernels ended the process without a word."""
     command = [sys.executable, "-c", WITHOUT_MEMORY, kernels]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=limit_s(60), check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=limit_s(60), check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "no memory for the weights and a KV cache of 262144 tokens, 2.00 GiB" in done.stdout
 

@@ -15,7 +15,9 @@ class Line:
 
     def __init__(self, *, num_slots: int) -> None:
         self.now_s = 0.0
-        self.queue = SequenceQueue(num_slots=num_slots, tokens_per_step=PROMPT_TOKENS, clock=lambda: self.now_s)
+        self.queue = SequenceQueue(
+            num_slots=num_slots, tokens_per_step=PROMPT_TOKENS, clock=lambda: self.now_s
+        )
         self._ids = count()
 
     def enter(self, *, num_prompt_tokens: int = PROMPT_TOKENS) -> int:
@@ -23,7 +25,9 @@ class Line:
         self.queue.enter(seq_id, num_prompt_tokens=num_prompt_tokens)
         return seq_id
 
-    def step(self, took_s: float, *, num_read: int = 0, num_running: int = 0, kv_cache_usage: float = 0.0) -> None:
+    def step(
+        self, took_s: float, *, num_read: int = 0, num_running: int = 0, kv_cache_usage: float = 0.0
+    ) -> None:
         self.now_s += took_s
         self.queue.observe_step(StepReport([], num_running, 0, kv_cache_usage, num_read))
 
@@ -123,12 +127,15 @@ def test_an_idle_engine_keeps_nobody_waiting_however_slowly_it_reads(tokens_per_
         line.queue.leave(seq_id)
         assert line.queue.wait_s() == 0
     line.enter()
-    assert line.queue.wait_s() == pytest.approx(PROMPT_TOKENS / tokens_per_s, rel=0.2), "behind another's prompt"
+    assert line.queue.wait_s() == pytest.approx(PROMPT_TOKENS / tokens_per_s, rel=0.2), (
+        "behind another's prompt"
+    )
 
 
 def test_a_short_prompt_says_nothing_of_the_pace_of_reading() -> None:
     line = Line(num_slots=16)
-    line.start(read_s=0.1, num_prompt_tokens=1)  # a whole step for one token, as in a replica's self-test
+    # A whole step for one token, as in a replica's self-test
+    line.start(read_s=0.1, num_prompt_tokens=1)
     for _ in range(16):
         line.enter(num_prompt_tokens=1000)
     assert line.queue.wait_s() == 0

@@ -1,4 +1,5 @@
-"""Versions that take turns in one engine: each answer is whole and its own version's, and everybody gets a turn."""
+"""Versions that take turns in one engine: each answer is whole and its own version's, and everybody
+gets a turn."""
 
 import itertools
 import os
@@ -80,7 +81,9 @@ class Scene:
         self.ends: dict[int, FinishReason] = {}
         self.begun: set[int] = set()
 
-    def submit(self, seq_id: int, prompt: list[int], weights: int, *, max_tokens: int = MAX_TOKENS) -> None:
+    def submit(
+        self, seq_id: int, prompt: list[int], weights: int, *, max_tokens: int = MAX_TOKENS
+    ) -> None:
         self.tokens[seq_id] = []
         self.turns.submit(SequenceRequest(seq_id, prompt, max_tokens, GREEDY, weights=weights))
 
@@ -107,9 +110,14 @@ def models(tokenizer: Tokenizer) -> list[GPT]:
 
 
 @pytest.fixture(scope="module")
-def folders(models: list[GPT], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def folders(
+    models: list[GPT], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
     place = tmp_path_factory.mktemp("turns")
-    return [write_model(place / f"step-{step}", model, tokenizer, step=step) for step, model in enumerate(models)]
+    return [
+        write_model(place / f"step-{step}", model, tokenizer, step=step)
+        for step, model in enumerate(models)
+    ]
 
 
 def answer(model: GPT, prompt: list[int], *, max_tokens: int = MAX_TOKENS) -> list[int]:
@@ -159,13 +167,17 @@ def test_running_sequences_finish_with_their_weights_and_new_ones_wait(
         assert not any(scene.tokens[seq_id] for seq_id in (3, 4, 5, 6))
     assert {report.num_running for report in reports} <= {0, 3} and reports[0].num_waiting == 4
     between = scene.step()
-    assert (between.events, between.num_prompt_tokens) == ([], 0), "no prompt took as long as the weights"
+    assert (between.events, between.num_prompt_tokens) == ([], 0), (
+        "no prompt took as long as the weights"
+    )
     scene.finish()
     for seq_id, weights in enumerate([0, 0, 0, 0, 0, 1, 0]):
         assert scene.tokens[seq_id] == answer(models[weights], prompts[seq_id])
 
 
-def test_under_load_of_two_versions_each_turn_has_its_time(folders: list[Path], prompts: list[list[int]]) -> None:
+def test_under_load_of_two_versions_each_turn_has_its_time(
+    folders: list[Path], prompts: list[list[int]]
+) -> None:
     scene = Scene(folders)
     began = {0: [0.0], 1: []}  # when each version began to answer after the other one
     current = 0
@@ -182,7 +194,9 @@ def test_under_load_of_two_versions_each_turn_has_its_time(folders: list[Path], 
     assert all(MIN_TURN_S <= length <= MIN_TURN_S + 1 for length in lengths), lengths
 
 
-def test_a_turn_without_work_ends_at_once(folders: list[Path], models: list[GPT], prompts: list[list[int]]) -> None:
+def test_a_turn_without_work_ends_at_once(
+    folders: list[Path], models: list[GPT], prompts: list[list[int]]
+) -> None:
     scene = Scene(folders)
     for seq_id, weights in enumerate([1, 0, 1, 0]):
         scene.submit(seq_id, prompts[1], weights, max_tokens=1)
@@ -190,7 +204,9 @@ def test_a_turn_without_work_ends_at_once(folders: list[Path], models: list[GPT]
         assert scene.tokens[seq_id] == answer(models[weights], prompts[1], max_tokens=1)
 
 
-def test_those_who_wait_for_nobody_go_on(folders: list[Path], models: list[GPT], prompts: list[list[int]]) -> None:
+def test_those_who_wait_for_nobody_go_on(
+    folders: list[Path], models: list[GPT], prompts: list[list[int]]
+) -> None:
     """The only sequence of the other version leaves."""
     scene = Scene(folders)
     scene.submit(0, prompts[1], 0)
@@ -205,7 +221,11 @@ def test_those_who_wait_for_nobody_go_on(folders: list[Path], models: list[GPT],
 
 
 def test_weights_that_do_not_fit_end_their_own_sequences(
-    folders: list[Path], models: list[GPT], prompts: list[list[int]], tokenizer: Tokenizer, tmp_path: Path
+    folders: list[Path],
+    models: list[GPT],
+    prompts: list[list[int]],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
 ) -> None:
     altered = write_model(tmp_path / "altered", models[1], tokenizer)
     scene = Scene([folders[0], folders[1], altered])
@@ -214,8 +234,11 @@ def test_weights_that_do_not_fit_end_their_own_sequences(
         scene.submit(seq_id, prompts[1], weights)
     scene.finish()
     assert {seq_id for seq_id, end in scene.ends.items() if end is FinishReason.ERROR} == {1, 4}
-    assert scene.tokens[3] == answer(models[1], prompts[1]) and scene.tokens[2] == answer(models[0], prompts[1])
-    scene.turns.add_weights(1, altered)  # weights that have computed must be there: the process ends otherwise
+    assert scene.tokens[3] == answer(models[1], prompts[1]) and scene.tokens[2] == answer(
+        models[0], prompts[1]
+    )
+    # Weights that have computed must be there: the process ends otherwise
+    scene.turns.add_weights(1, altered)
     os.utime(altered / "model.safetensors", ns=(2, 2))
     scene.submit(5, prompts[1], 0)
     scene.finish()

@@ -1,4 +1,5 @@
-"""The arithmetic of a quota: what a bucket admits, for how long it makes a key wait, and when it is full again."""
+"""The arithmetic of a quota: what a bucket admits, for how long it makes a key wait, and when it is
+full again."""
 
 import math
 
@@ -55,7 +56,9 @@ def test_a_bucket_admits_no_more_than_its_size_and_its_rate_in_any_stretch_of_ti
 
 
 @given(st.floats(0, 200), AMOUNTS)
-def test_the_wait_that_is_told_is_enough_and_no_longer_than_needed(debt_s: float, amount: int) -> None:
+def test_the_wait_that_is_told_is_enough_and_no_longer_than_needed(
+    debt_s: float, amount: int
+) -> None:
     debt = Debt(debt_s, now_s=0.0)
     wait_s = QUOTA.wait_s(debt.left_s(0.0), amount)
     assert QUOTA.wait_s(debt.left_s(wait_s + 1e-6), amount) == 0

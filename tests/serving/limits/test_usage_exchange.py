@@ -1,4 +1,5 @@
-"""Replicas and the coordinator sum up what keys use, whatever is lost between them and whoever dies."""
+"""Replicas and the coordinator sum up what keys use, whatever is lost between them and whoever
+dies."""
 
 import pickle
 from dataclasses import dataclass, field
@@ -39,7 +40,9 @@ class World:
     def exchange(self, *names: str, answer_is_lost: bool = False) -> None:
         for name in names:
             report = self.replicas[name].report()
-            answer = pickle.loads(pickle.dumps(self.board.exchange(name, pickle.loads(pickle.dumps(report)))))
+            answer = pickle.loads(
+                pickle.dumps(self.board.exchange(name, pickle.loads(pickle.dumps(report))))
+            )
             if not answer_is_lost:
                 self.replicas[name].adopt(answer, report, asked_at_s=self.now_s)
 
@@ -173,7 +176,8 @@ STEPS = st.tuples(
 def test_the_sum_is_that_of_one_bucket_but_for_the_age_of_the_reports(
     steps: list[tuple[int, float, float, str]],
 ) -> None:
-    """Never below what one bucket for all would have; above it by no more than the time that reports take."""
+    """Never below what one bucket for all would have; above it by no more than the time that
+    reports take."""
     names = ["a", "b", "c", "d"]
     world = World()
     world.start(*names)

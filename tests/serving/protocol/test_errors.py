@@ -15,8 +15,15 @@ def raised() -> Iterator[tuple[str, set[str]]]:
     """Yields the name of each error that is raised, and the names of the values that it gets."""
     for path in (REPOSITORY / "serving").rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "error_of":
-                yield ast.literal_eval(call.args[0]), {str(keyword.arg) for keyword in call.keywords} - {"param"}
+            if (
+                isinstance(call, ast.Call)
+                and isinstance(call.func, ast.Name)
+                and call.func.id == "error_of"
+            ):
+                yield (
+                    ast.literal_eval(call.args[0]),
+                    {str(keyword.arg) for keyword in call.keywords} - {"param"},
+                )
 
 
 def test_each_error_is_raised_with_what_its_words_need() -> None:

@@ -70,10 +70,18 @@ def test_every_line_is_an_object(way: str) -> None:
     for entry in entries:
         facts = (entry["process"], entry["replica"], entry["version"])
         assert facts == ("replica", "app#Replica#x", code_version()[:VERSION_CHARS])
-        assert datetime.now(UTC) - datetime.fromisoformat(entry["time"]) < timedelta(seconds=limit_s(60))
+        assert datetime.now(UTC) - datetime.fromisoformat(entry["time"]) < timedelta(
+            seconds=limit_s(60)
+        )
     first, failed, warned, _, again, last = entries
-    assert (first["level"], first["logger"], "request_id" in first) == ("WARNING", "serving.somewhere", False)
-    assert failed["request_id"] == "from-the-gate" and failed["exception"].endswith("ValueError: why")
+    assert (first["level"], first["logger"], "request_id" in first) == (
+        "WARNING",
+        "serving.somewhere",
+        False,
+    )
+    assert failed["request_id"] == "from-the-gate" and failed["exception"].endswith(
+        "ValueError: why"
+    )
     assert "UserWarning: old" in warned["message"]
     assert again["request_id"] == "from-ray"
     assert last["level"] == "CRITICAL" and last["exception"].endswith("KeyError: 'the end'")
@@ -85,7 +93,10 @@ def test_text_stays_what_python_writes() -> None:
 
 
 def test_an_engine_process_logs_as_its_replica_does(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(FORMAT_VARIABLE, "json")
     monkeypatch.setenv(REPLICA_VARIABLE, "app#Replica#x")
@@ -98,5 +109,11 @@ def test_an_engine_process_logs_as_its_replica_does(
 
     asyncio.run(scenario())
     [entry] = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
-    assert (entry["process"], entry["replica"], entry["level"]) == ("engine", "app#Replica#x", "WARNING")
-    assert entry["message"].startswith("PyTorch computes") and entry["logger"].endswith("run_engine")
+    assert (entry["process"], entry["replica"], entry["level"]) == (
+        "engine",
+        "app#Replica#x",
+        "WARNING",
+    )
+    assert entry["message"].startswith("PyTorch computes") and entry["logger"].endswith(
+        "run_engine"
+    )

@@ -1,4 +1,5 @@
-"""Requests that are right are understood, and each kind of wrong one gets a 400 that names the field."""
+"""Requests that are right are understood, and each kind of wrong one gets a 400 that names the
+field."""
 
 import json
 from typing import Any
@@ -155,14 +156,20 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
         (b"3", "must be a JSON object"),
         (b"\xff\xfe", "not valid UTF-8"),
         ('{"model":"m","prompt":"hi"}'.encode("utf-16"), "not valid UTF-8"),
-        (b'{"model":"m","prompt":"hi","temperature":NaN}', "expected a JSON value: line 1 column 42"),
+        (
+            b'{"model":"m","prompt":"hi","temperature":NaN}',
+            "expected a JSON value: line 1 column 42",
+        ),
         (b'{"model":"m","prompt":"hi","temperature":-Infinity}', "line 1 column 4"),
         (b'{"model":"m","prompt":"hi","temperature":1e999}', "number is infinity"),
         (b'{"model":"m","prompt":"hi","n":' + b"9" * 5000 + b"}", "number is infinity"),
         (b'{"model":"m","model":"m","prompt":"hi"}', "the key model occurs twice"),
         (b'{"prompt":' + b"[" * 500 + b"]" * 500 + b"}", "at most 32 levels"),
         (b'{"prompt":' + b"[" * 15_000 + b"]" * 15_000 + b"}", "depth limit exceeded"),
-        (b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "more than 20000 lists and objects"),
+        (
+            b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+            "more than 20000 lists and objects",
+        ),
         (b'{"model":"m","prompt":"\\ud800"}', "no low surrogate in string: line 1 column 24"),
         (b'{"model":"m","prompt":"\\udc00\\ud800"}', "surrogate in string: line 1 column 24"),
     ],
@@ -173,7 +180,9 @@ def test_what_is_no_strict_json_object_is_refused(raw: bytes, problem: str) -> N
 
 
 def test_a_surrogate_pair_is_a_character() -> None:
-    assert parse_completion(b'{"model":"m","prompt":"\\ud83d\\ude00"}').prompt == ["\N{GRINNING FACE}"]
+    assert parse_completion(b'{"model":"m","prompt":"\\ud83d\\ude00"}').prompt == [
+        "\N{GRINNING FACE}"
+    ]
 
 
 def test_an_unknown_field_is_refused_with_a_suggestion() -> None:
@@ -269,17 +278,33 @@ def test_a_part_of_a_text_may_say_where_a_cache_ends() -> None:
 
 
 def test_what_other_libraries_write_is_understood() -> None:
-    silent = parse_chat(chat_body(messages=[{"role": "assistant", "content": None, "name": None}])).messages
-    assert plain_text([message.model_dump(exclude_none=True) for message in silent]) == "Assistant:\n\n"
+    silent = parse_chat(
+        chat_body(messages=[{"role": "assistant", "content": None, "name": None}])
+    ).messages
+    assert (
+        plain_text([message.model_dump(exclude_none=True) for message in silent])
+        == "Assistant:\n\n"
+    )
     assert parse_completion(body(seed=3.0)).seed == 3
     assert parse_chat(chat_body(max_tokens=-1)).max_tokens is None
     assert parse_completion(body(max_tokens=5, max_completion_tokens=7)).token_limit == 7
     both = parse_chat(chat_body(max_tokens=5, max_completion_tokens=7))
-    assert (both.max_tokens, both.max_completion_tokens) == (5, 7)  # the second counts, see test_harmless_fields.py
+    # The second counts, see test_harmless_fields.py
+    assert (both.max_tokens, both.max_completion_tokens) == (5, 7)
     options = {"include_usage": None, "continuous_usage_stats": True, "include_obfuscation": False}
     parsed = parse_completion(body(stream=True, stream_options=options)).stream_options
-    assert parsed is not None and (parsed.include_usage, parsed.continuous_usage_stats) == (False, True)
-    assert len(parse_completion(body(prompt=["x"] * 256, stop=list("abcdefghijklmnop"), logprobs=20)).prompt) == 256
+    assert parsed is not None and (parsed.include_usage, parsed.continuous_usage_stats) == (
+        False,
+        True,
+    )
+    assert (
+        len(
+            parse_completion(
+                body(prompt=["x"] * 256, stop=list("abcdefghijklmnop"), logprobs=20)
+            ).prompt
+        )
+        == 256
+    )
 
 
 def embedding_body(**fields: Any) -> bytes:
@@ -290,21 +315,31 @@ def embedding_body(**fields: Any) -> bytes:
     ("fields", "param", "code"),
     [
         ({"input": None}, "input", "missing_required_parameter"),
-        *(({"input": value}, "input", "invalid_value") for value in ([], [""] * 257, {}, 3, [1, "a"], [[]])),
-        *(({"encoding_format": value}, "encoding_format", "invalid_value") for value in ("int8", 1, ["float"])),
+        *(
+            ({"input": value}, "input", "invalid_value")
+            for value in ([], [""] * 257, {}, 3, [1, "a"], [[]])
+        ),
+        *(
+            ({"encoding_format": value}, "encoding_format", "invalid_value")
+            for value in ("int8", 1, ["float"])
+        ),
         ({"dimensions": 8}, "dimensions", "unsupported_parameter"),
         ({"truncate_prompt_tokens": 8}, "truncate_prompt_tokens", "unsupported_parameter"),
         ({"prompt": "x"}, "prompt", "unknown_parameter"),
     ],
 )
-def test_a_wrong_field_of_an_embedding_is_named(fields: dict[str, Any], param: str, code: str) -> None:
+def test_a_wrong_field_of_an_embedding_is_named(
+    fields: dict[str, Any], param: str, code: str
+) -> None:
     with pytest.raises(ApiError) as caught:
         parse_request(embedding_body(**fields), EmbeddingRequest)
     assert (caught.value.status, caught.value.param, caught.value.code) == (400, param, code)
 
 
 def test_what_embedding_clients_send_is_understood() -> None:
-    sent = embedding_body(input=[[1, 2]], encoding_format="base64", user="u", dimensions=None, metadata={})
+    sent = embedding_body(
+        input=[[1, 2]], encoding_format="base64", user="u", dimensions=None, metadata={}
+    )
     parsed = parse_request(sent, EmbeddingRequest)
     assert (parsed.input, parsed.encoding_format) == ([[1, 2]], "base64")
 
@@ -319,7 +354,9 @@ def test_json_may_be_32_levels_deep() -> None:
 
 
 def chat_body(**fields: Any) -> bytes:
-    return json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}]} | fields).encode()
+    return json.dumps(
+        {"model": "m", "messages": [{"role": "user", "content": "hi"}]} | fields
+    ).encode()
 
 
 @pytest.mark.parametrize(
@@ -330,14 +367,26 @@ def chat_body(**fields: Any) -> bytes:
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "messages.0.content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0.content",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]},
+            "messages.0.content",
+        ),
         ({"max_tokens": -2}, "max_tokens"),
         ({"max_completion_tokens": -1}, "max_completion_tokens"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
         ({"messages": [{"role": "assistant"}]}, "messages.0.content"),
-        ({"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]}, "messages.0.refusal"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]},
+            "messages.0.refusal",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
+            "messages.0.tool_calls",
+        ),
         ({"messages": [{"role": "user", "content": "x", "contnet": None}]}, "messages.0.contnet"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"logprobs": 2}, "logprobs"),
@@ -366,8 +415,14 @@ def test_a_chat_is_rendered_turn_by_turn() -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=3), children, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda children: (
+        st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=3), children, max_size=3)
+    ),
     max_leaves=8,
 )
 

@@ -10,7 +10,9 @@ from serving.protocol.strict_json import MAX_CONTAINERS, parse_json_object
 
 
 @pytest.mark.parametrize("part", ["[]", "{}", '{"":[]}', '[["]"]]'])
-def test_a_broad_body_is_refused_before_it_is_parsed(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broad_body_is_refused_before_it_is_parsed(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the old code a megabyte of it held Python's lock for half a second."""
     body = ('{"x":[' + ",".join([part] * MAX_CONTAINERS) + "]}").encode()
 
@@ -23,7 +25,9 @@ def test_a_broad_body_is_refused_before_it_is_parsed(part: str, monkeypatch: pyt
     assert refused.value.code == "invalid_json"
 
 
-@pytest.mark.parametrize("text", ["[{" * MAX_CONTAINERS, '\\"[\\' * MAX_CONTAINERS, "[\n]" * MAX_CONTAINERS])
+@pytest.mark.parametrize(
+    "text", ["[{" * MAX_CONTAINERS, '\\"[\\' * MAX_CONTAINERS, "[\n]" * MAX_CONTAINERS]
+)
 def test_brackets_in_a_text_do_not_count(text: str) -> None:
     body = json.dumps({"prompt": text, "stop": ["[", '"{']}).encode()
     assert parse_json_object(body)["prompt"] == text

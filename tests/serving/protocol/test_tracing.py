@@ -1,4 +1,5 @@
-"""A request's spans are one trace through all processes, with or without the client's part of it."""
+"""A request's spans are one trace through all processes, with or without the client's part of
+it."""
 
 import time
 
@@ -16,7 +17,9 @@ def test_spans_of_two_processes_are_one_trace(client: str | None) -> None:
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     proxy, replica = provider.get_tracer("proxy"), provider.get_tracer("replica")
-    headers = [] if client is None else [(b"traceparent", f"00-{client}-00f067aa0ba902b7-01".encode())]
+    headers = (
+        [] if client is None else [(b"traceparent", f"00-{client}-00f067aa0ba902b7-01".encode())]
+    )
     asked = Span.of_request(proxy, "POST", [*headers, (b"host", b"x")])
     attempt = asked.child("attempt", {"number": 1, "unknown": None})
     forwarded = attempt.forward([*headers, (b"host", b"x")])
@@ -38,5 +41,7 @@ def test_spans_of_two_processes_are_one_trace(client: str | None) -> None:
     assert {f"{span.context.trace_id:032x}" for span in spans.values()} == {asked.trace_id}
     assert client in (None, asked.trace_id)
     assert dict(spans["attempt"].attributes) == {"number": 1}
-    assert spans["attempt"].status.status_code is StatusCode.ERROR and dict(spans["POST"].attributes) == {"status": 500}
+    assert spans["attempt"].status.status_code is StatusCode.ERROR and dict(
+        spans["POST"].attributes
+    ) == {"status": 500}
     assert 0.99 < (spans["queue"].end_time - spans["queue"].start_time) / 1e9 < 1.01

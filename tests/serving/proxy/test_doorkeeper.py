@@ -1,4 +1,5 @@
-"""The order to end a proxy: nothing new is taken, open streams become whole, and what remains gets an error event."""
+"""The order to end a proxy: nothing new is taken, open streams become whole, and what remains gets
+an error event."""
 
 import asyncio
 import json
@@ -8,11 +9,21 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from cluster.endpoint.local_end import CUT, DRAIN, door_of, doors_at, drain, entrance_of, order, order_all
+from cluster.endpoint.local_end import (
+    CUT,
+    DRAIN,
+    door_of,
+    doors_at,
+    drain,
+    entrance_of,
+    order,
+    order_all,
+)
 from cluster.settings.serve import HttpConfig
 from serving.protocol.tracing import NO_TRACER
 from serving.proxy.doorkeeper import Doorkeeper
-from serving.proxy.front_door import FrontDoor, Outcome
+from serving.proxy.ending import Outcome
+from serving.proxy.front_door import FrontDoor
 from serving.proxy.key_check import ASKED_PATH
 from tests.serving.front_door_parts import OK, scope
 from tests.waiting import wait_in_loop_until
@@ -74,7 +85,10 @@ def test_an_endpoint_that_ends_finishes_its_streams_and_takes_no_more() -> None:
         draining = asyncio.create_task(asyncio.to_thread(drain, door.entrance, on_open=seen.append))
         await wait_in_loop_until(lambda: seen == [1])
         await door.begin()
-        assert door.sent[2]["status"] == 503 and json.loads(door.sent[3]["body"])["error"]["code"] == "ending"
+        assert (
+            door.sent[2]["status"] == 503
+            and json.loads(door.sent[3]["body"])["error"]["code"] == "ending"
+        )
         assert not first.done() and not draining.done()
         door.finish.set()
         await first
@@ -90,7 +104,9 @@ def test_what_does_not_finish_in_time_ends_with_an_error_event_and_no_client_is_
         door = Door()
         first = door.begin()
         await wait_in_loop_until(lambda: len(door.sent) == 2)
-        num_cut = await asyncio.to_thread(drain, door.entrance, on_open=lambda _: None, longest_s=0.1)
+        num_cut = await asyncio.to_thread(
+            drain, door.entrance, on_open=lambda _: None, longest_s=0.1
+        )
         await first
         assert num_cut == 1
         assert b'"error"' in door.sent[-1]["body"] and not door.sent[-1].get("more_body", False)
@@ -114,7 +130,10 @@ def test_an_unknown_order_changes_nothing_and_orders_may_be_repeated() -> None:
 
 def test_an_endpoint_of_several_proxies_ends_once_all_have_finished() -> None:
     async def scenario() -> None:
-        doors = [Door(entrance=(entrance := new_entrance()), pid=1), Door(entrance=entrance, pid=22)]
+        doors = [
+            Door(entrance=(entrance := new_entrance()), pid=1),
+            Door(entrance=entrance, pid=22),
+        ]
         assert doors_at(entrance) == [door.name for door in doors]
         streams = [door.begin() for door in doors]
         await wait_in_loop_until(lambda: all(len(door.sent) == 2 for door in doors))

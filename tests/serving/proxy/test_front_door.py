@@ -1,4 +1,5 @@
-"""The front door before a stand-in for Ray Serve: what it hands on, when it asks again, and how it ends an answer."""
+"""The front door before a stand-in for Ray Serve: what it hands on, when it asks again, and how it
+ends an answer."""
 
 import asyncio
 import json
@@ -18,8 +19,9 @@ from serving.delivery.routed_request import RETRY_HEADER
 from serving.protocol.errors import DRAINING_HEADER
 from serving.protocol.request_facts import FACTS
 from serving.protocol.tracing import NO_TRACER
-from serving.proxy import front_door
-from serving.proxy.front_door import FrontDoor, Outcome, clean_request_id
+from serving.proxy import exchange
+from serving.proxy.ending import Outcome
+from serving.proxy.front_door import FrontDoor, clean_request_id
 from serving.proxy.quarantine import QUARANTINE_S, Quarantine
 from serving.proxy.request_log import no_log
 from serving.proxy.token_relay import ASK_HEADER
@@ -74,7 +76,9 @@ def test_a_request_that_ended_its_replicas_is_not_tried_again() -> None:
         if (await receive())["body"] != b"poison":
             await whole(send)
 
-    door = FrontDoor(open_to_all(end), config=HttpConfig(), count=lambda *_: None, log=no_log, tracer=NO_TRACER)
+    door = FrontDoor(
+        open_to_all(end), config=HttpConfig(), count=lambda *_: None, log=no_log, tracer=NO_TRACER
+    )
     door._quarantine = Quarantine(clock=lambda: now_s)
     poison = {"type": "http.request", "body": b"poison", "more_body": False}
     assert error(ask(door, dict(poison)))["code"] == "replicas_ended" and calls == 2
@@ -108,7 +112,13 @@ def knows_nothing(times: int) -> ASGIApp:
         if calls > times:
             await whole(send)
             return
-        await send({"type": "http.response.start", "status": 404, "headers": [(b"content-type", b"text/plain")]})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 404,
+                "headers": [(b"content-type", b"text/plain")],
+            }
+        )
         await send({"type": "http.response.body", "body": b"Path '/v1/completions' not found."})
 
     return app
@@ -124,8 +134,12 @@ def test_a_proxy_that_has_just_started_answers_once_it_knows_the_application(pat
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "*"])
-def test_an_application_that_is_not_there_is_not_waited_for_long(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(front_door, "ROUTE_TIMEOUT_S", 0.1 if path == "/v1/completions" else limit_s(60))
+def test_an_application_that_is_not_there_is_not_waited_for_long(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        exchange, "ROUTE_TIMEOUT_S", 0.1 if path == "/v1/completions" else limit_s(60)
+    )
     sent = ask(knows_nothing(10**6), path=path)
     assert len(sent) == 2 and sent[0]["status"] == 404 and error(sent)["code"] == "not_found"
 
@@ -145,7 +159,9 @@ def test_a_client_that_has_gone_is_not_served_again() -> None:
         await receive()
         assert (await receive())["type"] == "http.disconnect"
 
-    sent = ask(app, {"type": "http.request", "body": b"", "more_body": False}, {"type": "http.disconnect"})
+    sent = ask(
+        app, {"type": "http.request", "body": b"", "more_body": False}, {"type": "http.disconnect"}
+    )
     assert (calls, sent) == (1, [])
 
 
@@ -191,14 +207,28 @@ def test_headers_that_ray_serve_would_obey_are_kept_from_it() -> None:
         ),
     )
     headers = dict(seen)
-    assert set(headers) == {b"host", b"x-request-timeout-seconds", b"x-request-id", b"x-mine", ASK_HEADER}
+    assert set(headers) == {
+        b"host",
+        b"x-request-timeout-seconds",
+        b"x-request-id",
+        b"x-mine",
+        ASK_HEADER,
+    }
     assert headers[b"x-request-timeout-seconds"] == b"1e9"
     assert headers[b"x-request-id"].isalnum()
 
 
 def test_a_redeployed_endpoint_has_the_newest_route_of_its_own() -> None:
-    """Epochs begin at 1 again, while old replicas still answer. The higher epoch of the endpoint before was kept."""
-    answered = ["5:3:0:0.0:old", "1:1:0:0.0:new", "5:3:0:0.0:old", "2:2:0:0.0:new", "1:1:0:0.0:new", "6:4:0:0.0:old"]
+    """Epochs begin at 1 again, while old replicas still answer. The higher epoch of the endpoint
+    before was kept."""
+    answered = [
+        "5:3:0:0.0:old",
+        "1:1:0:0.0:new",
+        "5:3:0:0.0:old",
+        "2:2:0:0.0:new",
+        "1:1:0:0.0:new",
+        "6:4:0:0.0:old",
+    ]
     seen: list[set[str]] = []
 
     async def replica(scope: Scope, receive: Receive, send: Send) -> None:
@@ -206,11 +236,20 @@ def test_a_redeployed_endpoint_has_the_newest_route_of_its_own() -> None:
         await send({**OK, "headers": [(b"x-route", answered[len(seen) - 1].encode())]})
         await send({"type": "http.response.body", "body": b""})
 
-    door = FrontDoor(open_to_all(replica), config=HttpConfig(), count=lambda *_: None, log=no_log, tracer=NO_TRACER)
+    door = FrontDoor(
+        open_to_all(replica),
+        config=HttpConfig(),
+        count=lambda *_: None,
+        log=no_log,
+        tracer=NO_TRACER,
+    )
     for _ in answered:
         ask(door, headers=((b"x-route", b"9:9:0:0.0:new"),))  # a client may not choose
     assert seen[0] == set() and seen[1] == {answered[0]}
-    assert seen[2] == seen[3] == {answered[0], answered[1]} and seen[4] == seen[5] == {answered[0], answered[3]}
+    assert seen[2] == seen[3] == {answered[0], answered[1]} and seen[4] == seen[5] == {
+        answered[0],
+        answered[3],
+    }
 
 
 def test_each_completion_is_counted_once_by_how_its_client_saw_it_end() -> None:
@@ -226,14 +265,22 @@ def test_each_completion_is_counted_once_by_how_its_client_saw_it_end() -> None:
         await receive()
         await receive()
 
-    body, gone = {"type": "http.request", "body": b"{}", "more_body": False}, {"type": "http.disconnect"}
+    body, gone = (
+        {"type": "http.request", "body": b"{}", "more_body": False},
+        {"type": "http.disconnect"},
+    )
     cases: list[tuple[ASGIApp, list[Message], Outcome, tuple[int | None, str, int]]] = [
         (dies(1, whole), [], Outcome.OK, (200, "ok", 2)),
         (says(400), [], Outcome.INVALID, (400, "bad_request", 1)),
         (says(429), [], Outcome.REFUSED, (429, "too_many_requests", 1)),
         (says(500), [], Outcome.FAILED, (500, "internal_server_error", 1)),
         (says(503), [], Outcome.FAILED, (503, "service_unavailable", 1)),
-        (says(503, (DRAINING_HEADER.encode(), b"1")), [], Outcome.DRAINED, (503, "service_unavailable", 1)),
+        (
+            says(503, (DRAINING_HEADER.encode(), b"1")),
+            [],
+            Outcome.DRAINED,
+            (503, "service_unavailable", 1),
+        ),
         (dies(2, whole), [], Outcome.FAILED, (500, "replicas_ended", 2)),
         (dies(0, half), [], Outcome.CUT, (200, "interrupted", 1)),
         (leaves, [body, gone], Outcome.LEFT, (None, "client_left", 1)),
@@ -249,8 +296,12 @@ def test_each_completion_is_counted_once_by_how_its_client_saw_it_end() -> None:
             log=lambda logged=logged, **fields: logged.append(fields),
         )
         assert counted == [(expected, "")]
-        assert [(fields["status"], fields["reason"], fields["attempts"]) for fields in logged] == [line]
-        assert all(fields["route"] == "/v1/completions" and fields["total_s"] >= 0 for fields in logged)
+        assert [(fields["status"], fields["reason"], fields["attempts"]) for fields in logged] == [
+            line
+        ]
+        assert all(
+            fields["route"] == "/v1/completions" and fields["total_s"] >= 0 for fields in logged
+        )
 
 
 @pytest.mark.parametrize("is_whole", [True, False])
@@ -267,7 +318,9 @@ def test_what_the_replica_knows_is_logged_and_goes_no_further(is_whole: bool) ->
 
     async def answer(send: Send) -> None:
         await send({**OK, FACTS: facts})
-        await send({"type": "http.response.body", "body": b"data: 1\n\ndata: 2\n\n", "more_body": True})
+        await send(
+            {"type": "http.response.body", "body": b"data: 1\n\ndata: 2\n\n", "more_body": True}
+        )
         if is_whole:
             last = {FACTS: facts | {"completion_tokens": 7, "reason": "stop"}}
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", **last})
@@ -283,12 +336,16 @@ def test_what_the_replica_knows_is_logged_and_goes_no_further(is_whole: bool) ->
     assert not any(FACTS in message for message in sent)
     [line] = logged
     assert (line["key"], line["prompt_tokens"]) == ("alice", 3)
-    assert (line["completion_tokens"], line["reason"]) == ((7, "stop") if is_whole else (2, "interrupted"))
+    assert (line["completion_tokens"], line["reason"]) == (
+        (7, "stop") if is_whole else (2, "interrupted")
+    )
 
 
 @pytest.mark.parametrize("trace", [None, "5a" * 16])
 def test_without_a_collector_a_client_s_trace_goes_on_and_none_begins(trace: str | None) -> None:
-    headers = () if trace is None else ((b"traceparent", f"00-{trace}-00f067aa0ba902b7-01".encode()),)
+    headers = (
+        () if trace is None else ((b"traceparent", f"00-{trace}-00f067aa0ba902b7-01".encode()),)
+    )
     seen: list[tuple[bytes, bytes]] = []
     logged: list[dict[str, Any]] = []
 
@@ -343,7 +400,9 @@ def test_serve_refuses_it_before_a_cluster_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
-    monkeypatch.setattr("cluster.stages.stage.connected", lambda *_, **__: pytest.fail("a cluster was started"))
+    monkeypatch.setattr(
+        "cluster.stages.stage.connected", lambda *_, **__: pytest.fail("a cluster was started")
+    )
     assert main(["serve", "latest"]) == 1
     assert "RAY_SERVE_ENABLE_HA_PROXY=1" in capsys.readouterr().err
 

@@ -1,4 +1,5 @@
-"""A connection's bounds over a real socket, without Ray: trailers, pipelined requests, and what a flood of them costs."""
+"""A connection's bounds over a real socket, without Ray: trailers, pipelined requests, and what a
+flood of them costs."""
 
 import asyncio
 import contextlib
@@ -37,8 +38,8 @@ class Protocol(BoundedHttpProtocol):
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the request's path, body and headers, after the seconds of `x-sleep`; looks for a disconnect meanwhile, as
-    Ray Serve does."""
+    """Answers with the request's path, body and headers, after the seconds of `x-sleep`; looks for
+    a disconnect meanwhile, as Ray Serve does."""
     body = (await receive())["body"].decode()
     headers = {name.decode(): value.decode() for name, value in scope["headers"]}
     with contextlib.suppress(TimeoutError):
@@ -57,7 +58,13 @@ class Server:
         app = FrontDoor(echo, config=BOUNDS, count=lambda *_: None, log=no_log, tracer=NO_TRACER)
         self.port = free_port()
         config = uvicorn.Config(
-            app, port=self.port, http=Protocol, loop=loop, lifespan="off", log_level="critical", timeout_keep_alive=1
+            app,
+            port=self.port,
+            http=Protocol,
+            loop=loop,
+            lifespan="off",
+            log_level="critical",
+            timeout_keep_alive=1,
         )
         self.uvicorn = uvicorn.Server(config)
         self.cpu_s = 0.0
@@ -89,10 +96,22 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
 def test_trailers_become_no_headers_of_any_request(server: Server) -> None:
     trailers = b"authorization: Bearer x\r\nx-forwarded-for: 1.2.3.4\r\nx-one: 1\r\n\r\n"
     with server.connection() as connection:
-        connection.sendall(CHUNKED + trailers + START + b"x-two: 2\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
-        first, second = (json.loads(line)["headers"] for line in re.findall(rb"(\{.*\})\n", read_to_end(connection)))
+        connection.sendall(
+            CHUNKED
+            + trailers
+            + START
+            + b"x-two: 2\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+        )
+        first, second = (
+            json.loads(line)["headers"]
+            for line in re.findall(rb"(\{.*\})\n", read_to_end(connection))
+        )
     assert set(first) - {"x-request-id", "x-raymill-relay"} == {"host", "transfer-encoding"}
-    assert second["x-two"] == "2" and not second.keys() & {"authorization", "x-forwarded-for", "x-one"}
+    assert second["x-two"] == "2" and not second.keys() & {
+        "authorization",
+        "x-forwarded-for",
+        "x-one",
+    }
 
 
 SLOW = START + b"x-sleep: 60\r\nContent-Length: 1\r\n\r\na"
@@ -108,9 +127,18 @@ SLOW = START + b"x-sleep: 60\r\nContent-Length: 1\r\n\r\na"
         (SLOW + START, b"a:\r\n", False),
         (SLOW + START + b"a: ", b"aaaa", False),
     ],
-    ids=["headers", "trailers", "one trailer", "a chunk's extension", "pipelined headers", "one pipelined header"],
+    ids=[
+        "headers",
+        "trailers",
+        "one trailer",
+        "a chunk's extension",
+        "pipelined headers",
+        "one pipelined header",
+    ],
 )
-def test_a_flood_takes_neither_memory_nor_time(server: Server, start: bytes, drop: bytes, is_answered: bool) -> None:
+def test_a_flood_takes_neither_memory_nor_time(
+    server: Server, start: bytes, drop: bytes, is_answered: bool
+) -> None:
     before = psutil.Process().memory_info().rss
     with server.connection() as connection:
         connection.sendall(start)
@@ -154,13 +182,17 @@ def test_a_deep_pipeline_is_answered_in_order_and_read_bit_by_bit(server: Server
         assert isinstance(protocol, Protocol)
         wait_until(lambda: protocol.pipeline)
         time.sleep(0.3)  # in which it would read more
-        assert 0 < len(protocol.pipeline) <= PIECE_BYTES // len(b"GET /0 HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert (
+            0 < len(protocol.pipeline) <= PIECE_BYTES // len(b"GET /0 HTTP/1.1\r\nHost: a\r\n\r\n")
+        )
         answer = read_to_end(connection)
     paths = [path.decode() for path in re.findall(rb'"path": "/(\w+)"', answer)]
     assert paths == ["slow", *map(str, range(count)), "last"]
 
 
-OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+OFFER = (
+    b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+)
 HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
@@ -193,12 +225,18 @@ def asked(server: Server, path: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def filled(server: Server, head: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[socket.socket]]:
+def filled(
+    server: Server, head: bytes, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[socket.socket]]:
     """As many connections as the server has, all with the same start of a request."""
-    bounds = BOUNDS.model_copy(update={"max_connections": 8, "body_timeout_s": 600.0, "header_timeout_s": 600.0})
+    bounds = BOUNDS.model_copy(
+        update={"max_connections": 8, "body_timeout_s": 600.0, "header_timeout_s": 600.0}
+    )
     monkeypatch.setattr(Protocol, "bounds", bounds)
     with contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(server.connection()) for _ in range(bounds.max_connections)]
+        connections = [
+            stack.enter_context(server.connection()) for _ in range(bounds.max_connections)
+        ]
         for connection in connections:
             connection.sendall(head)
         wait_until(lambda: len(server.uvicorn.server_state.connections) == bounds.max_connections)
@@ -226,10 +264,14 @@ def test_a_slow_body_goes_before_a_connection_that_is_kept_alive(
         assert b'"/kept"' in read_to_end(connections[0])
 
 
-def test_where_all_are_answered_probes_are_answered_too(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_all_are_answered_probes_are_answered_too(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     busy = b"GET /busy HTTP/1.1\r\nHost: a\r\nx-sleep: %.1f\r\n\r\n" % limit_s(2)
     with filled(server, busy, monkeypatch) as connections:
-        wait_until(lambda: all(p.cycle is not None for p in server.uvicorn.server_state.connections))
+        wait_until(
+            lambda: all(p.cycle is not None for p in server.uvicorn.server_state.connections)
+        )
         assert b'"/health"' in asked(server, b"/health")
         refused = asked(server, b"/x")
         assert refused.startswith(b"HTTP/1.1 503 ") and b"all are in use" in refused

@@ -1,4 +1,5 @@
-"""A stranger's body is not read: a replica is asked about the key first, and remembered for a while."""
+"""A stranger's body is not read: a replica is asked about the key first, and remembered for a
+while."""
 
 import asyncio
 from typing import Any
@@ -7,7 +8,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from cluster.settings.serve import HttpConfig
 from serving.protocol.tracing import NO_TRACER
-from serving.proxy.front_door import FrontDoor, Outcome
+from serving.proxy.ending import Outcome
+from serving.proxy.front_door import FrontDoor
 from serving.proxy.key_check import ASKED_PATH
 from tests.serving.front_door_parts import answered, scope, whole
 from tests.time_limits import limit_s
@@ -38,12 +40,20 @@ class Endpoint:
         if asked["path"] == ASKED_PATH:
             assert asked["method"] == "GET"
             status = 503 if self.is_away else 200 if KNOWN in asked["headers"] else 401
-            await send({"type": "http.response.start", "status": status, "headers": [(b"x-model-version", b"1")]})
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": status,
+                    "headers": [(b"x-model-version", b"1")],
+                }
+            )
             await send({"type": "http.response.body", "body": b"who are you?"})
         else:
             await whole(send)
 
-    async def ask(self, *headers: tuple[bytes, bytes], body: list[Message] | None = None) -> list[Message]:
+    async def ask(
+        self, *headers: tuple[bytes, bytes], body: list[Message] | None = None
+    ) -> list[Message]:
         return await answered(self.door, *(body or []), about=scope(*headers))
 
 
@@ -57,7 +67,9 @@ def test_a_stranger_is_refused_without_a_body_and_asked_about_once() -> None:
             assert headers[b"connection"] == b"close" and headers[b"x-request-id"]
         assert endpoint.paths == [ASKED_PATH]
         assert endpoint.outcomes == [Outcome.INVALID] * 3
-        assert endpoint.lines[-1]["status"] == 401 and endpoint.lines[-1]["reason"] == "unauthorized"
+        assert (
+            endpoint.lines[-1]["status"] == 401 and endpoint.lines[-1]["reason"] == "unauthorized"
+        )
 
     asyncio.run(scenario())
 

@@ -1,4 +1,5 @@
-"""The loss of a proxy of `raymill serve`: its connections end, and the other one answers everything that comes later."""
+"""The loss of a proxy of `raymill serve`: its connections end, and the other one answers everything
+that comes later."""
 
 import asyncio
 import time
@@ -33,11 +34,15 @@ class Loss:
 
     def met(self, outcome: Outcome) -> bool:
         """Tells whether the request was open at the time."""
-        return outcome.started_s <= self.ended_s and outcome.started_s + outcome.latency_s >= self.began_s
+        return (
+            outcome.started_s <= self.ended_s
+            and outcome.started_s + outcome.latency_s >= self.began_s
+        )
 
 
 def num_listening(port: int) -> int:
-    """Returns how many processes take connections at the port, which the kernel spreads over them."""
+    """Returns how many processes take connections at the port, which the kernel spreads over
+    them."""
     sockets = psutil.net_connections("tcp4")
     return sum(end.status == psutil.CONN_LISTEN and end.laddr.port == port for end in sockets)
 
@@ -48,8 +53,15 @@ def test_requests_that_come_after_the_loss_of_a_proxy_are_answered(
     """Each of the two is lost once, and is back before the other is lost."""
     with serve_command(checkpoint, tmp_path) as served:
         port = httpx.URL(served.url).port or 0
-        wait_until(lambda: num_listening(port) == 2, why=lambda: f"{num_listening(port)} proxies, not 2")
-        load = Load(served.url, MODEL, greedy_asks(model, tokenizer, prompts, max_tokens=40), keep_alive=False)
+        wait_until(
+            lambda: num_listening(port) == 2, why=lambda: f"{num_listening(port)} proxies, not 2"
+        )
+        load = Load(
+            served.url,
+            MODEL,
+            greedy_asks(model, tokenizer, prompts, max_tokens=40),
+            keep_alive=False,
+        )
         losses: list[Loss] = []
 
         async def answered(num_more: int) -> None:
@@ -71,7 +83,9 @@ def test_requests_that_come_after_the_loss_of_a_proxy_are_answered(
         async def under_load() -> None:
             is_over = asyncio.Event()
             async with asyncio.timeout(limit_s(120)), asyncio.TaskGroup() as group:
-                group.create_task(load.run_clients(NUM_CLIENTS, until=is_over.is_set, max_requests=20_000, seed=1))
+                group.create_task(
+                    load.run_clients(NUM_CLIENTS, until=is_over.is_set, max_requests=20_000, seed=1)
+                )
                 group.create_task(lose_both(is_over))
 
         asyncio.run(under_load())

@@ -19,7 +19,9 @@ def test_the_oldest_unfinished_body_goes_when_all_together_are_too_large() -> No
         may_end = asyncio.Event()
 
         async def send(num_parts: int) -> bytes | None:
-            messages: list[Message] = [{"type": "http.request", "body": PART, "more_body": True}] * num_parts
+            messages: list[Message] = [
+                {"type": "http.request", "body": PART, "more_body": True}
+            ] * num_parts
 
             async def receive() -> Message:
                 if messages:
@@ -35,7 +37,9 @@ def test_the_oldest_unfinished_body_goes_when_all_together_are_too_large() -> No
         await asyncio.sleep(0)
         third = asyncio.create_task(send(1))
         await asyncio.sleep(0)
-        assert bodies._num_bytes == 3 * len(PART), "the first one's bytes go at once, although it has not ended yet"
+        assert bodies._num_bytes == 3 * len(PART), (
+            "the first one's bytes go at once, although it has not ended yet"
+        )
         with pytest.raises(ApiError) as refused:
             await first
         assert refused.value.status == 429 and refused.value.headers["Connection"] == "close"

@@ -1,4 +1,5 @@
-"""The request log's lines: whole, in order, soon, and bounded; where they go, and what happens if they cannot."""
+"""The request log's lines: whole, in order, soon, and bounded; where they go, and what happens if
+they cannot."""
 
 import asyncio
 import itertools
@@ -30,17 +31,23 @@ def test_a_line_has_every_field_and_comes_soon(tmp_path: Path) -> None:
             for i in range(40):
                 log.add(request_id=f"{round_number}-{i}", status=200)
             await wait_in_loop_until(
-                lambda n=round_number: path.exists() and path.read_text().count("\n") == 40 * (n + 1)
+                lambda n=round_number: (
+                    path.exists() and path.read_text().count("\n") == 40 * (n + 1)
+                )
             )
 
     asyncio.run(scenario())
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line["request_id"] for line in lines] == [f"{n}-{i}" for n in range(3) for i in range(40)]
+    assert [line["request_id"] for line in lines] == [
+        f"{n}-{i}" for n in range(3) for i in range(40)
+    ]
     assert lines[0] == dict.fromkeys(FIELDS) | {"request_id": "0-0", "status": 200}
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_large_file_is_put_aside_with_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_file_is_put_aside_with_whole_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "requests.jsonl"
     monkeypatch.setattr(request_log, "MAX_FILE_BYTES", 2_000)
     monkeypatch.setattr(request_log, "WRITE_AFTER_S", 0.0)
@@ -53,13 +60,23 @@ def test_a_large_file_is_put_aside_with_whole_lines(tmp_path: Path, monkeypatch:
 
     asyncio.run(scenario())
     files = [tmp_path / "requests.jsonl.1", path]
-    assert files[0].stat().st_size < 3_000 and sorted(tmp_path.iterdir()) == sorted(filter(Path.exists, files))
-    kept = [json.loads(line)["request_id"] for file in files if file.exists() for line in file.read_text().splitlines()]
+    assert files[0].stat().st_size < 3_000 and sorted(tmp_path.iterdir()) == sorted(
+        filter(Path.exists, files)
+    )
+    kept = [
+        json.loads(line)["request_id"]
+        for file in files
+        if file.exists()
+        for line in file.read_text().splitlines()
+    ]
     assert kept == [str(i) for i in range(30 - len(kept), 30)] and len(kept) > 5
 
 
-def test_proxies_of_one_machine_put_their_file_aside_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two have opened it when the first one puts it aside: the second one's lines are in the next file."""
+def test_proxies_of_one_machine_put_their_file_aside_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two have opened it when the first one puts it aside: the second one's lines are in the next
+    file."""
     path = tmp_path / "requests.jsonl"
     path.write_bytes(b"x" * 1_000)
     monkeypatch.setattr(request_log, "MAX_FILE_BYTES", 1_000)
@@ -118,7 +135,9 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize(
-    "target", ["-", "/proc/{pid}/fd/1"], ids=["its own output", "that of another process, as a pod's"]
+    "target",
+    ["-", "/proc/{pid}/fd/1"],
+    ids=["its own output", "that of another process, as a pod's"],
 )
 def test_lines_go_to_a_pipe(target: str) -> None:
     """A pod's first process has the container's log as its output, and Ray's proxies do not."""
@@ -129,7 +148,9 @@ def test_lines_go_to_a_pipe(target: str) -> None:
     try:
         target = target.format(pid=holder.pid)
         output = write if target == "-" else subprocess.DEVNULL
-        subprocess.run([sys.executable, "-c", PROGRAM, target], stdout=output, check=True, cwd=REPOSITORY)
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM, target], stdout=output, check=True, cwd=REPOSITORY
+        )
     finally:
         os.close(write)
         assert holder.stdin is not None

@@ -1,5 +1,5 @@
-"""The socket that streamed answers take from a replica to its proxy: same answer, same endings, two messages through
-Ray Serve."""
+"""The socket that streamed answers take from a replica to its proxy: same answer, same endings, two
+messages through Ray Serve."""
 
 import asyncio
 import json
@@ -116,11 +116,15 @@ def body(sent: list[Message]) -> bytes:
         stops_before_it_says_so,
     ],
 )
-def test_an_answer_arrives_whole_and_in_order(answer: Callable[[RelayWriter, Send], Awaitable[None]]) -> None:
+def test_an_answer_arrives_whole_and_in_order(
+    answer: Callable[[RelayWriter, Send], Awaitable[None]],
+) -> None:
     sent = ask(replica(answer))
     assert without_request_id(sent[0]) == OK  # and without the header that is between us
     assert body(sent) == b"".join(PARTS)
-    assert [message.get("more_body", False) for message in sent[1:]] == [True] * (len(sent) - 2) + [False]
+    assert [message.get("more_body", False) for message in sent[1:]] == [True] * (len(sent) - 2) + [
+        False
+    ]
 
 
 @pytest.mark.parametrize("answer", [breaks_off, says_that_it_ended, dies_after_its_start])
@@ -194,7 +198,9 @@ def test_a_slow_client_gets_parts_joined_and_holds_up_no_other() -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("value", [b"", b"x/1", b"../1", b"0" * 32 + b"/1", b"\xff/1", b"x/" + b"9" * 30, b"x/-1"])
+@pytest.mark.parametrize(
+    "value", [b"", b"x/1", b"../1", b"0" * 32 + b"/1", b"\xff/1", b"x/" + b"9" * 30, b"x/-1"]
+)
 def test_whoever_names_another_socket_is_answered_the_usual_way(value: bytes) -> None:
     assert asyncio.run(RelayClient().open([(ASK_HEADER, value)])) is None
 

@@ -1,5 +1,5 @@
-"""Strangers' chat templates and tokenizers in their bounded process: the same tokens as in this one, and an end to each
-text that takes too much."""
+"""Strangers' chat templates and tokenizers in their bounded process: the same tokens as in this
+one, and an end to each text that takes too much."""
 
 import asyncio
 import json
@@ -45,7 +45,9 @@ def probed(folder: Path, bounds: Bounds = BOUNDS) -> ChatProbe:
     return asyncio.run(read())
 
 
-def test_a_bounded_reader_gives_the_tokens_of_this_process(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_bounded_reader_gives_the_tokens_of_this_process(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     folder = with_template(checkpoint, tmp_path / "good", GOOD)
     tokenizer = load_tokenizer(folder)
     assert tokenizer is not None
@@ -69,7 +71,9 @@ def test_a_bounded_reader_gives_the_tokens_of_this_process(checkpoint: Path, tmp
 
 
 @pytest.mark.parametrize("template", [None, PLAIN_TEMPLATE])
-def test_raymills_own_programs_run_in_this_process(checkpoint: Path, tmp_path: Path, template: str | None) -> None:
+def test_raymills_own_programs_run_in_this_process(
+    checkpoint: Path, tmp_path: Path, template: str | None
+) -> None:
     folder = with_template(checkpoint, tmp_path / "own", template)
     texts = asyncio.run(open_reader(folder))
     assert isinstance(texts, TrustedReader)
@@ -91,14 +95,20 @@ def test_a_chat_that_takes_too_long_ends_alone(checkpoint: Path, tmp_path: Path)
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("bomb", ["{% set x = 'a' %}{% for i in range(99999) %}{{ x.ljust(99999) }}{% endfor %}"])
-def test_a_template_gets_no_more_memory_than_its_bound(checkpoint: Path, tmp_path: Path, bomb: str) -> None:
+@pytest.mark.parametrize(
+    "bomb", ["{% set x = 'a' %}{% for i in range(99999) %}{{ x.ljust(99999) }}{% endfor %}"]
+)
+def test_a_template_gets_no_more_memory_than_its_bound(
+    checkpoint: Path, tmp_path: Path, bomb: str
+) -> None:
     folder = with_template(checkpoint, tmp_path / "bomb", bomb)
     probe = probed(folder, Bounds(memory_bytes=1 << 30, request_cpu_s=60))
     assert not probe.hashes and probe.refusals
 
 
-def test_a_folder_whose_template_never_ends_is_refused_at_load(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_folder_whose_template_never_ends_is_refused_at_load(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     """In the time of a request: a minute is for reading the tokenizer alone."""
     folder = with_template(checkpoint, tmp_path / "slow", LOOP)
     with pytest.raises(TextError, match=r"1\.5 s of processor time"):
@@ -108,8 +118,18 @@ def test_a_folder_whose_template_never_ends_is_refused_at_load(checkpoint: Path,
 def test_a_pattern_of_its_own_is_a_strangers_program(checkpoint: Path, tmp_path: Path) -> None:
     folder = as_transformers_folder(checkpoint, tmp_path / "pattern")
     content = json.loads((folder / "tokenizer.json").read_bytes())
-    split = {"type": "Split", "pattern": {"Regex": "(a+)+$|."}, "behavior": "Isolated", "invert": False}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$|."},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
     (folder / "tokenizer.json").write_text(json.dumps(content))
     tokenizer = load_tokenizer(folder)
@@ -129,7 +149,10 @@ def test_a_pattern_of_its_own_is_a_strangers_program(checkpoint: Path, tmp_path:
     [
         (GOOD, ""),
         ("{% for m in messages %}{{ m.content ", "cannot write a user's message"),
-        ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + GOOD, "a system's message"),
+        (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + GOOD,
+            "a system's message",
+        ),
         (GOOD.replace("eos_token", "''"), "another token"),
         (None, "no chat template"),
     ],

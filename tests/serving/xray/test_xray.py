@@ -59,7 +59,9 @@ def processes() -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def folder(checkpoint: Path, model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(
+    checkpoint: Path, model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The served checkpoint, an earlier one of its run in two attempts, and one of another run."""
     run_folder = tmp_path_factory.mktemp("run")
     served = run_folder / "step-7"
@@ -71,7 +73,10 @@ def folder(checkpoint: Path, model: GPT, tokenizer: Tokenizer, tmp_path_factory:
         (3, "other", {"step": 5, "run_id": "another"}),
     ):
         save_model(
-            run_folder / name, model=early(model, seed), tokenizer=tokenizer, metadata=replace(metadata, **changes)
+            run_folder / name,
+            model=early(model, seed),
+            tokenizer=tokenizer,
+            metadata=replace(metadata, **changes),
         )
     (run_folder / "step-9").mkdir()  # torn
     return served
@@ -85,7 +90,9 @@ def early(model: GPT, seed: int) -> GPT:
 
 def test_an_answer_shows_the_models_own_numbers(run: Run, model: GPT, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(PROMPT)
-    expected = generate(model, ids, max_tokens=12, params=SamplingParams(temperature=0.0), eos_id=tokenizer.eot_id)
+    expected = generate(
+        model, ids, max_tokens=12, params=SamplingParams(temperature=0.0), eos_id=tokenizer.eot_id
+    )
     assert len(expected) == 12
     sequence = ids + expected
     with torch.no_grad():
@@ -99,15 +106,26 @@ def test_an_answer_shows_the_models_own_numbers(run: Run, model: GPT, tokenizer:
         assert answer["text"] == tokenizer.decode(expected) and answer["finish_reason"] == "length"
         assert [t["generated"] for t in tokens] == [False] * len(ids) + [True] * 12
         data = b"".join(map(tokenizer.token_bytes, sequence))
-        assert [data[slice(*t["bytes"])] for t in tokens] == [tokenizer.token_bytes(i) for i in sequence]
+        assert [data[slice(*t["bytes"])] for t in tokens] == [
+            tokenizer.token_bytes(i) for i in sequence
+        ]
         assert tokens[0]["probability"] is None
         for position, token in enumerate(tokens[1:]):
             assert token["logit"] == pytest.approx(logits[position, token["id"]].item(), abs=1e-5)
-            assert token["probability"] == pytest.approx(probabilities[position, token["id"]].item(), abs=1e-5)
-            assert token["rank"] == 1 + int((logits[position] > logits[position, token["id"]]).sum())
+            assert token["probability"] == pytest.approx(
+                probabilities[position, token["id"]].item(), abs=1e-5
+            )
+            assert token["rank"] == 1 + int(
+                (logits[position] > logits[position, token["id"]]).sum()
+            )
         table = model.transformer.wte.weight.detach()
-        assert [t["embedding_norm"] for t in tokens] == pytest.approx(table[sequence].norm(dim=-1).tolist(), rel=1e-5)
-        assert all(len(t["nearest"]) == 5 and t["id"] not in [n["id"] for n in t["nearest"]] for t in tokens)
+        assert [t["embedding_norm"] for t in tokens] == pytest.approx(
+            table[sequence].norm(dim=-1).tolist(), rel=1e-5
+        )
+        assert all(
+            len(t["nearest"]) == 5 and t["id"] not in [n["id"] for n in t["nearest"]]
+            for t in tokens
+        )
 
         num_read = len(sequence) - 1
         assert len(answer["predictions"]) == num_read
@@ -116,7 +134,12 @@ def test_an_answer_shows_the_models_own_numbers(run: Run, model: GPT, tokenizer:
             entropy = -(probabilities[position] * probabilities[position].log()).sum().item()
             assert prediction["entropy_nats"] == pytest.approx(entropy, abs=1e-4)
 
-        assert [(m["layer"], m["head"]) for m in answer["attention"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        assert [(m["layer"], m["head"]) for m in answer["attention"]] == [
+            (0, 0),
+            (0, 1),
+            (1, 0),
+            (1, 1),
+        ]
         for attention in answer["attention"]:
             assert [len(row) for row in attention["rows"]] == list(range(1, num_read + 1))
             assert all(abs(sum(row) - 1) <= 1e-5 and min(row) >= 0 for row in attention["rows"])
@@ -126,8 +149,16 @@ def test_an_answer_shows_the_models_own_numbers(run: Run, model: GPT, tokenizer:
         assert list(shapes)[:4] == [
             (n, None) for n in ("normalize", "tokenize", "token embedding", "position embedding")
         ]
-        assert shapes["tokenize", None] == [1, length] and shapes["token embedding", None] == [1, length, 32]
-        assert shapes["attention", 1] == [1, 2, length, length] and shapes["logits", None] == [1, length, 300]
+        assert shapes["tokenize", None] == [1, length] and shapes["token embedding", None] == [
+            1,
+            length,
+            32,
+        ]
+        assert shapes["attention", 1] == [1, 2, length, length] and shapes["logits", None] == [
+            1,
+            length,
+            300,
+        ]
         assert list(shapes)[-1] == ("sampling", None) and len(shapes) == 12
 
     run(check)
@@ -154,11 +185,15 @@ def test_a_seed_gives_the_tokens_of_a_completion(run: Run) -> None:
     sampling = {"max_tokens": 16, "temperature": 0.9, "top_p": 0.8, "top_k": 40, "seed": 12}
 
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
-        completion = (await http.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT} | sampling)).json()
+        completion = (
+            await http.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT} | sampling)
+        ).json()
         answer = await look(http, **sampling)
         assert answer["text"] == completion["choices"][0]["text"] and answer["seed"] == 12
         assert all(0 < t["drawn_probability"] <= 1 for t in answer["tokens"] if t["generated"])
-        assert any(t["drawn_probability"] > t["probability"] for t in answer["tokens"] if t["generated"])
+        assert any(
+            t["drawn_probability"] > t["probability"] for t in answer["tokens"] if t["generated"]
+        )
 
     run(check)
 
@@ -177,8 +212,13 @@ def test_one_layer_of_a_sequence_as_ids_equals_that_of_the_whole(run: Run) -> No
     run(check)
 
 
-def test_a_checkpoint_of_the_run_can_be_asked(run: Run, folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    assert {step: path.name for step, path in run_checkpoints(folder).items()} == {3: "step-3-2", 7: "step-7"}
+def test_a_checkpoint_of_the_run_can_be_asked(
+    run: Run, folder: Path, model: GPT, tokenizer: Tokenizer
+) -> None:
+    assert {step: path.name for step, path in run_checkpoints(folder).items()} == {
+        3: "step-3-2",
+        7: "step-7",
+    }
     ids = tokenizer.encode(PROMPT)
     greedy = SamplingParams(temperature=0.0)
     expected = generate(early(model, 2), ids, max_tokens=10, params=greedy, eos_id=tokenizer.eot_id)
@@ -189,15 +229,21 @@ def test_a_checkpoint_of_the_run_can_be_asked(run: Run, folder: Path, model: GPT
         assert answer["step"] == 3 and answer["text"] == tokenizer.decode(expected)
         assert (await look(http, max_tokens=10))["step"] == 7
         for step in (5, 9):
-            refused = await http.post("/v1/xray", json={"model": "tiny", "prompt": "x", "step": step})
+            refused = await http.post(
+                "/v1/xray", json={"model": "tiny", "prompt": "x", "step": step}
+            )
             assert refused.status_code == 404 and "3, 7" in refused.json()["error"]["message"]
 
     run(check)
 
 
 @pytest.mark.parametrize("ended", ["refused", "rolled_back", "promoted"])
-def test_a_checkpoint_that_was_refused_or_rolled_back_is_not_shown(run: Run, folder: Path, ended: str) -> None:
-    version = version_of(read_served_model(folder.with_name("step-3-2"), name=None), checkpoint="elsewhere")
+def test_a_checkpoint_that_was_refused_or_rolled_back_is_not_shown(
+    run: Run, folder: Path, ended: str
+) -> None:
+    version = version_of(
+        read_served_model(folder.with_name("step-3-2"), name=None), checkpoint="elsewhere"
+    )
     ends = [Outcome(version=version, result=result, reason="why") for result in ("refused", ended)]
 
     async def check(http: httpx.AsyncClient, versions: Versions) -> None:
@@ -212,7 +258,12 @@ def test_a_checkpoint_that_was_refused_or_rolled_back_is_not_shown(run: Run, fol
             assert (shown, answer.status_code) == ([3, 7], 200)
         else:
             error = answer.json()["error"]
-            assert (shown, answer.status_code, error["code"], error["param"]) == ([7], 403, "step_withdrawn", "step")
+            assert (shown, answer.status_code, error["code"], error["param"]) == (
+                [7],
+                403,
+                "step_withdrawn",
+                "step",
+            )
 
     run(check)
 
@@ -235,16 +286,21 @@ def test_a_checkpoint_that_was_refused_or_rolled_back_is_not_shown(run: Run, fol
         ({"model": "gpt-4"}, 404, "model"),
     ],
 )
-def test_a_request_over_a_limit_is_refused_by_name(run: Run, fields: Body, status: int, param: str) -> None:
+def test_a_request_over_a_limit_is_refused_by_name(
+    run: Run, fields: Body, status: int, param: str
+) -> None:
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
         answer = await http.post("/v1/xray", json={"model": "tiny", "prompt": PROMPT} | fields)
-        assert answer.status_code == status and answer.json()["error"]["param"] == param, answer.text
+        assert answer.status_code == status and answer.json()["error"]["param"] == param, (
+            answer.text
+        )
 
     run(check)
 
 
 def test_one_at_a_time_and_beside_the_engine(run: Run) -> None:
-    """While an x-ray waits for its process, a second one is refused at once and completions go on."""
+    """While an x-ray waits for its process, a second one is refused at once and completions go
+    on."""
 
     async def check(http: httpx.AsyncClient, versions: Versions) -> None:
         await look(http)
@@ -259,7 +315,9 @@ def test_one_at_a_time_and_beside_the_engine(run: Run) -> None:
         assert not slow.done()
         process.resume()
         assert len((await slow)["tokens"]) > 4
-        assert process.nice() > psutil.Process().nice() and [p.pid for p in processes()] == [process.pid]
+        assert process.nice() > psutil.Process().nice() and [p.pid for p in processes()] == [
+            process.pid
+        ]
 
     run(check)
 
@@ -292,7 +350,10 @@ def test_one_that_is_given_up_does_not_answer_the_next(run: Run) -> None:
         with pytest.raises(asyncio.CancelledError):
             await slow
         assert not psutil.pid_exists(process.pid)
-        assert "".join(t["text"] for t in (await look(http, prompt="fox", max_tokens=0))["tokens"]) == "fox"
+        assert (
+            "".join(t["text"] for t in (await look(http, prompt="fox", max_tokens=0))["tokens"])
+            == "fox"
+        )
 
     run(check)
 
@@ -303,7 +364,9 @@ def test_the_page_is_open_and_what_it_shows_is_not(folder: Path) -> None:
             answer = await http.get(path)
             assert answer.status_code == 200 and len(answer.text) > 500
             policy = answer.headers["content-security-policy"]
-            assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'")
+            assert policy.startswith(
+                "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'"
+            )
             assert "unsafe" not in policy and answer.headers["x-content-type-options"] == "nosniff"
         assert (await http.get("/page/../xray.py")).status_code in {401, 404}
         assert (await http.get("/page/index.html")).status_code == 401
@@ -328,15 +391,22 @@ def test_an_int8_endpoint_is_looked_into_as_well(folder: Path) -> None:
         config = ServeConfig(engine=EngineConfig(dtype="int8"))
         async with replica_client(folder, config=config) as (http, _):
             fields = {"model": "tiny", "prompt": PROMPT, "max_tokens": 3, "temperature": 0}
-            assert (await http.post("/v1/completions", json=fields)).json()["usage"]["completion_tokens"] == 3
+            assert (await http.post("/v1/completions", json=fields)).json()["usage"][
+                "completion_tokens"
+            ] == 3
             assert len((await look(http))["tokens"]) > 4
 
     asyncio.run(main())
 
 
-def test_weights_of_its_own_are_refused_where_memory_is_scarce(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy in another type than the file's is private memory, beside the engine's, in the same pod."""
-    monkeypatch.setattr(xray_module, "memory", lambda: Memory(free_bytes=1 << 10, total_bytes=1 << 20))
+def test_weights_of_its_own_are_refused_where_memory_is_scarce(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy in another type than the file's is private memory, beside the engine's, in the same
+    pod."""
+    monkeypatch.setattr(
+        xray_module, "memory", lambda: Memory(free_bytes=1 << 10, total_bytes=1 << 20)
+    )
     before = processes()
 
     async def main() -> None:

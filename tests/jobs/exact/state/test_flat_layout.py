@@ -1,4 +1,5 @@
-"""The flat layout: parts of whole blocks that cover each value once, buckets in the order of backward."""
+"""The flat layout: parts of whole blocks that cover each value once, buckets in the order of
+backward."""
 
 import itertools
 
@@ -30,7 +31,8 @@ def test_parts_cover_each_value_once_in_whole_blocks(num_values: int, world_size
 
 
 def test_buckets_of_real_shapes() -> None:
-    """A few for a small model, 4 to 25 MB for larger ones, and powers of two divide all but the last evenly."""
+    """A few for a small model, 4 to 25 MB for larger ones, and powers of two divide all but the
+    last evenly."""
     sizes = {}
     for preset in ("small-10m", "gpt2-124m"):
         layout = FlatLayout.of(parameter_shapes(GPTConfig(**preset_fields({"preset": preset}))))
@@ -53,7 +55,10 @@ def test_backward_finishes_matrices_in_the_order_of_the_buffer() -> None:
     places = [layout.places[name].start for name in finished if name.endswith("c_fc.weight")]
     assert places == sorted(places)
     # The vectors come last, so that only the last bucket waits for all blocks.
-    assert all((layout.places[name].start < layout.boundary) == (p.dim() > 1) for name, p in model.named_parameters())
+    assert all(
+        (layout.places[name].start < layout.boundary) == (p.dim() > 1)
+        for name, p in model.named_parameters()
+    )
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -65,4 +70,6 @@ def test_a_blocks_sum_does_not_depend_on_its_neighbours(threads: int) -> None:
     for first, end in [(0, 1), (299, 300), (17, 19), (100, 257), (1, 300)]:
         assert torch.equal(block_square_sums(vector[first * BLOCK : end * BLOCK]), whole[first:end])
     torch.set_num_threads(before)
-    assert norm_of(block_square_sums(vector)) == pytest.approx(float(vector.double().norm()), rel=1e-6)
+    assert norm_of(block_square_sums(vector)) == pytest.approx(
+        float(vector.double().norm()), rel=1e-6
+    )

@@ -1,4 +1,5 @@
-"""Where weights lie in memory: kernels may be chosen by that, so it is the same for any way to share a run."""
+"""Where weights lie in memory: kernels may be chosen by that, so it is the same for any way to
+share a run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,8 +34,9 @@ class _WeightsInUse(Exception):  # noqa: N818 (nothing is wrong)
 
 
 class Rows:
-    """Asked for rows, it notes where the weights lie that the model is about to compute with, and ends the step. Of a
-    block's matrices those are copies in bf16, where the model computes with such."""
+    """Asked for rows, it notes where the weights lie that the model is about to compute with, and
+    ends the step. Of a block's matrices those are copies in bf16, where the model computes with
+    such."""
 
     def __init__(self, model: GPT) -> None:
         self._model = model
@@ -64,9 +66,20 @@ def rank_0_of(world_size: int) -> Iterator[WorkerGroup]:
 
 
 def config_of(width: int, *, llama: bool, precision: str, compute: str) -> RunConfig:
-    model = {"preset": "tiny", "n_layer": 3, "n_embd": 2 * width, "n_head": 1, "vocab_size": 301, "n_positions": 9}
+    model = {
+        "preset": "tiny",
+        "n_layer": 3,
+        "n_embd": 2 * width,
+        "n_head": 1,
+        "vocab_size": 301,
+        "n_positions": 9,
+    }
     if llama:
-        model |= {"architecture": "llama", "activation_function": "swiglu", "n_inner": 3 * width + 1}
+        model |= {
+            "architecture": "llama",
+            "activation_function": "swiglu",
+            "n_inner": 3 * width + 1,
+        }
     train = {
         "global_batch_size": 8,
         "micro_batch_size": 1,
@@ -81,7 +94,9 @@ def weight_places(config: RunConfig, shard: Shard, world_size: int) -> dict[str,
     """Returns where each weight lies with which rank 0 computes, modulo 256 bytes."""
     with rank_0_of(world_size) as group:
         divided = sharding(shard, world_size=world_size)
-        state = TrainState(GPT(config.model), config.train, device=CPU, group=group, sharding=divided)
+        state = TrainState(
+            GPT(config.model), config.train, device=CPU, group=group, sharding=divided
+        )
         rows = Rows(state.model)
         gradient = BatchGradient(config, state, rows, group, eot_id=None)  # type: ignore[arg-type]
         for flat in (state.values, state.gradient, *state.vectors.values()):
@@ -94,13 +109,19 @@ def weight_places(config: RunConfig, shard: Shard, world_size: int) -> dict[str,
 
 
 @settings(max_examples=8)
-@given(st.integers(1, 150), st.booleans(), st.sampled_from(["fp32", "bf16"]), st.randoms(use_true_random=False))
+@given(
+    st.integers(1, 150),
+    st.booleans(),
+    st.sampled_from(["fp32", "bf16"]),
+    st.randoms(use_true_random=False),
+)
 def test_weights_lie_at_the_same_places_modulo_256_bytes__however_a_run_is_sharded(
     width: int, llama: bool, precision: str, random: Any
 ) -> None:
     config = config_of(width, llama=llama, precision=precision, compute="cpu")
     expected = weight_places(config, "none", 1)
-    rest = [bytearray(random.randrange(1, 4000)) for _ in range(20)]  # so that memory begins elsewhere
+    # So that memory begins elsewhere
+    rest = [bytearray(random.randrange(1, 4000)) for _ in range(20)]
     for shard in get_args(Shard):
         world_size = random.randrange(2, 5)
         assert weight_places(config, shard, world_size) == expected, (shard, world_size)
@@ -109,7 +130,9 @@ def test_weights_lie_at_the_same_places_modulo_256_bytes__however_a_run_is_shard
 
 @settings(max_examples=8)
 @given(st.integers(1, 150), st.booleans())
-def test_bf16_matrices_are_as_aligned_as_the_copies_that_autocast_makes(width: int, llama: bool) -> None:
+def test_bf16_matrices_are_as_aligned_as_the_copies_that_autocast_makes(
+    width: int, llama: bool
+) -> None:
     config = config_of(width, llama=llama, precision="bf16", compute="plain")
     places = weight_places(config, "parameters", 3)
     layout = layout_of(config.model)
@@ -117,7 +140,9 @@ def test_bf16_matrices_are_as_aligned_as_the_copies_that_autocast_makes(width: i
         if any(span.start <= place.start < span.stop for span in layout.decoder_blocks):
             assert places[name] == 0, name
         else:
-            assert places[name] == 4 * place.start % MODULUS, "autocast copies them, or they are read in fp32"
+            assert places[name] == 4 * place.start % MODULUS, (
+                "autocast copies them, or they are read in fp32"
+            )
 
 
 def test_matrices_of_usual_widths_travel_together() -> None:

@@ -1,4 +1,5 @@
-"""Copies beside the training: the values of their moment, in bounded pieces, and before the next update."""
+"""Copies beside the training: the values of their moment, in bounded pieces, and before the next
+update."""
 
 import threading
 from collections.abc import Iterator
@@ -24,7 +25,9 @@ def test_pieces_are_the_values_end_to_end(lengths: list[int], piece_values: int)
         for piece in copies.pieces(tensors):
             pieces.append(piece.clone())
             memory.add(piece.untyped_storage().data_ptr())
-        assert torch.equal(torch.cat([torch.empty(0), *pieces]), torch.cat([torch.empty(0), *tensors]))
+        assert torch.equal(
+            torch.cat([torch.empty(0), *pieces]), torch.cat([torch.empty(0), *tensors])
+        )
         assert all(len(piece) == piece_values for piece in pieces[:-1])
         assert len(memory) <= 2
 

@@ -1,4 +1,5 @@
-"""Messages that were aborted: none begins after that, as on a GPU it would leave the thread unable to send more."""
+"""Messages that were aborted: none begins after that, as on a GPU it would leave the thread unable
+to send more."""
 
 import pytest
 import torch

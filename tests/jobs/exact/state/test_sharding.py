@@ -1,4 +1,5 @@
-"""Who holds what: each copy of the state is whole, one is stored, and sums of the gradient meet in each part once."""
+"""Who holds what: each copy of the state is whole, one is stored, and sums of the gradient meet in
+each part once."""
 
 from collections import Counter
 from typing import get_args
@@ -17,11 +18,15 @@ SIZES = st.sampled_from([(1, None), (4, None), (4, 2), (6, 3), (6, 1), (12, 4), 
 def of_ranks(shard: Shard, world_size: int, group: int | None) -> list[Sharding]:
     in_groups = shard in ("gradients", "parameters")
     size = group if in_groups else None
-    return [sharding(shard, rank=rank, world_size=world_size, group=size) for rank in range(world_size)]
+    return [
+        sharding(shard, rank=rank, world_size=world_size, group=size) for rank in range(world_size)
+    ]
 
 
 @given(st.sampled_from(get_args(Shard)), SIZES)
-def test_copies_are_whole_and_one_of_them_is_stored(shard: Shard, sizes: tuple[int, int | None]) -> None:
+def test_copies_are_whole_and_one_of_them_is_stored(
+    shard: Shard, sizes: tuple[int, int | None]
+) -> None:
     ranks = of_ranks(shard, *sizes)
     for rank in ranks:
         assert rank.holders[rank.place] == rank.rank
@@ -34,7 +39,9 @@ def test_copies_are_whole_and_one_of_them_is_stored(shard: Shard, sizes: tuple[i
 
 
 @given(st.sampled_from(get_args(Shard)), SIZES)
-def test_counterparts_are_one_member_of_each_group(shard: Shard, sizes: tuple[int, int | None]) -> None:
+def test_counterparts_are_one_member_of_each_group(
+    shard: Shard, sizes: tuple[int, int | None]
+) -> None:
     ranks = of_ranks(shard, *sizes)
     for rank in ranks:
         assert rank.rank in rank.counterparts
@@ -55,7 +62,9 @@ def test_what_is_divided_says_what_is_sent(
     shard: Shard, divided: set[str], sends_sums: bool, sends_values: bool
 ) -> None:
     of_four = sharding(shard, rank=1, world_size=4)
-    assert {name for name in ("values", "gradient", "exp_avg") if of_four.is_divided(name)} == divided
+    assert {
+        name for name in ("values", "gradient", "exp_avg") if of_four.is_divided(name)
+    } == divided
     assert (of_four.sends_sums, of_four.sends_values) == (sends_sums, sends_values)
     assert of_four.is_sole_copy == (shard != "none")
     assert sharding(shard, world_size=1) == Sharding(), "a rank alone has nobody to divide with"

@@ -1,4 +1,5 @@
-"""Spans against sets of the places that they have, and packed spans against the values that they pick out."""
+"""Spans against sets of the places that they have, and packed spans against the values that they
+pick out."""
 
 import torch
 from hypothesis import given
@@ -40,7 +41,9 @@ def test_a_span_is_the_set_of_its_places(a: Span, b: Span, by: int) -> None:
 
 
 @given(packed_spans(), spans)
-def test_packed_spans_lie_end_to_end_and_are_cut_where_their_values_are(packed: PackedSpans, cut: Span) -> None:
+def test_packed_spans_lie_end_to_end_and_are_cut_where_their_values_are(
+    packed: PackedSpans, cut: Span
+) -> None:
     values = values_of(packed)
     assert packed.num_values == len(values)
     for span, home in zip(packed.spans, packed.homes, strict=True):

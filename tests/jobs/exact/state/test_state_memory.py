@@ -1,6 +1,8 @@
-"""Saving and restoring 1.3 billion parameters: nothing large is ever made on the device beside what training holds.
+"""Saving and restoring 1.3 billion parameters: nothing large is ever made on the device beside what
+training holds.
 
-The device is torch's `meta`, whose tensors have sizes and no memory, and the process group one that moves nothing.
+The device is torch's `meta`, whose tensors have sizes and no memory, and the process group one that
+moves nothing.
 """
 
 import json
@@ -70,7 +72,9 @@ def state(request: pytest.FixtureRequest) -> Iterator[TrainState]:
     with META:
         gpt = GPT(LARGE)
     divided = sharding(request.param, world_size=8)
-    yield TrainState(gpt, TrainConfig(precision="fp32"), device=META, group=WorkerGroup(0, 8), sharding=divided)
+    yield TrainState(
+        gpt, TrainConfig(precision="fp32"), device=META, group=WorkerGroup(0, 8), sharding=divided
+    )
     dist.destroy_process_group()
 
 
@@ -78,7 +82,9 @@ def held_by(state: TrainState) -> list[Tensor]:
     return [state.values, state.gradient, *state.vectors.values()]
 
 
-@pytest.mark.parametrize("nodes", ["aaaaaaaa", "abbbbbbb", "baaaaaaa"], ids=["read here", "sent", "received"])
+@pytest.mark.parametrize(
+    "nodes", ["aaaaaaaa", "abbbbbbb", "baaaaaaa"], ids=["read here", "sent", "received"]
+)
 def test_a_restore_needs_a_piece_at_a_time(state: TrainState, nodes: str) -> None:
     shares = []
     for rank in range(8):
@@ -121,10 +127,11 @@ def test_of_a_checkpoint_is_read_what_is_kept_and_nothing_is_made(
     assert 0.99 * kept < num_read <= kept + 8
 
 
-def test_sharded_weights_come_together_bucket_by_bucket(state: TrainState, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        dist, "batch_isend_irecv", lambda messages: []
-    )  # which has no way to pass on what has no memory
+def test_sharded_weights_come_together_bucket_by_bucket(
+    state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The real one has no way to pass on what has no memory.
+    monkeypatch.setattr(dist, "batch_isend_irecv", lambda messages: [])
     if not state.sharding.divided.values:
         assert len(state.values) == state.layout.size
         return

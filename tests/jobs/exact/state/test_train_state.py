@@ -1,4 +1,5 @@
-"""The flat training state: views of one buffer, AdamW as torch has it, and the same bits after a round trip."""
+"""The flat training state: views of one buffer, AdamW as torch has it, and the same bits after a
+round trip."""
 
 import itertools
 import math
@@ -27,7 +28,16 @@ from jobs.workers.failures import LostPeerError
 from jobs.workers.worker_group import WorkerGroup
 from model.files.checkpoint import parameter_hash
 from tests.jobs.shardings import sharding
-from tests.jobs.train_states import RATE, apply, gradients, make_model, make_state, moments, pieces_of, stored
+from tests.jobs.train_states import (
+    RATE,
+    apply,
+    gradients,
+    make_model,
+    make_state,
+    moments,
+    pieces_of,
+    stored,
+)
 from tests.time_limits import limit_s
 
 
@@ -78,8 +88,14 @@ def test_a_step_is_torchs_adamw_with_decay_on_matrices_only() -> None:
     decayed = {name for name in parameters if not name.endswith("bias") and "ln_" not in name}
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for name, p in parameters.items() if name in decayed], "weight_decay": 0.3},
-            {"params": [p for name, p in parameters.items() if name not in decayed], "weight_decay": 0.0},
+            {
+                "params": [p for name, p in parameters.items() if name in decayed],
+                "weight_decay": 0.3,
+            },
+            {
+                "params": [p for name, p in parameters.items() if name not in decayed],
+                "weight_decay": 0.0,
+            },
         ],
         lr=RATE,
         betas=(0.9, 0.95),
@@ -135,7 +151,9 @@ def test_nothing_that_is_not_a_number_passes_unseen() -> None:
 @given(st.integers(1, 200_000), st.integers(0, 3))
 def test_the_norm_is_the_euclidean_one(size: int, seed: int) -> None:
     vector = torch.randn(size, generator=torch.Generator().manual_seed(seed))
-    assert norm_of(block_square_sums(vector)) == pytest.approx(float(vector.double().norm()), rel=1e-6)
+    assert norm_of(block_square_sums(vector)) == pytest.approx(
+        float(vector.double().norm()), rel=1e-6
+    )
 
 
 @contextmanager
@@ -146,7 +164,9 @@ def sending_state() -> Iterator[TrainState]:
         config = TrainConfig(grad_clip=0.0)
         model = make_model(n_embd=96, n_inner=384)
         halves = sharding("optimizer", world_size=2)
-        state = TrainState(model, config, device=torch.device("cpu"), group=WorkerGroup(0, 2), sharding=halves)
+        state = TrainState(
+            model, config, device=torch.device("cpu"), group=WorkerGroup(0, 2), sharding=halves
+        )
         assert len(state.layout.buckets) > 2
         yield state
         state.close()
@@ -154,7 +174,9 @@ def sending_state() -> Iterator[TrainState]:
         dist.destroy_process_group()
 
 
-def test_updated_weights_go_round_while_the_next_are_updated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_updated_weights_go_round_while_the_next_are_updated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with sending_state() as state:
         state.gradient.fill_(1.0)
         before = state.values.clone()
@@ -163,7 +185,9 @@ def test_updated_weights_go_round_while_the_next_are_updated(monkeypatch: pytest
 
         def gather(peers: Peers, flat: Tensor, bucket: Span) -> None:
             own_part = part_of(bucket, 0, world_size=2)
-            assert not (own_part.of(flat) == own_part.of(before)).all(), "sent before it was updated"
+            assert not (own_part.of(flat) == own_part.of(before)).all(), (
+                "sent before it was updated"
+            )
             begun.set()
             assert ended.wait(limit_s(10))
             sent.append(bucket)
@@ -173,7 +197,9 @@ def test_updated_weights_go_round_while_the_next_are_updated(monkeypatch: pytest
 
         def update(rule: AdamW, stretches: Sequence[Stretch], *, learning_rate: float) -> None:
             nonlocal num_updated, num_calls
-            assert not num_updated or begun.wait(limit_s(10)), "nothing is sent while the second stretch is updated"
+            assert not num_updated or begun.wait(limit_s(10)), (
+                "nothing is sent while the second stretch is updated"
+            )
             assert not sent
             adamw(rule, stretches, learning_rate=learning_rate)
             num_calls += 1
@@ -191,7 +217,8 @@ def test_updated_weights_go_round_while_the_next_are_updated(monkeypatch: pytest
 def test_a_step_whose_weights_do_not_come_back__fails_and_is_not_taken_for_the_one_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`Snapshots.rescue` keeps a state whose number of updates is still that of the last whole step."""
+    """`Snapshots.rescue` keeps a state whose number of updates is still that of the last whole
+    step."""
     with sending_state() as state:
 
         def gather(peers: Peers, flat: Tensor, bucket: Span) -> None:
@@ -212,7 +239,9 @@ def test_moments_carry_on_with_the_same_bits(num_before: int) -> None:
         apply(whole, gradient, learning_rate=RATE)
     kept = moments(whole)
     names = [name for name, _ in whole.model.named_parameters()]
-    assert set(kept) == {"step"} | {f"{m}.{name}" for m in ("exp_avg", "exp_avg_sq") for name in names}
+    assert set(kept) == {"step"} | {
+        f"{m}.{name}" for m in ("exp_avg", "exp_avg_sq") for name in names
+    }
     assert int(kept["step"]) == num_before
     assert kept["exp_avg.transformer.wte.weight"].shape == whole.model.get_parameter(names[0]).shape
 
@@ -235,7 +264,9 @@ def test_parts_of_any_world_make_the_state_in_any_other() -> None:
         for rank in range(world_size):
             group = WorkerGroup(rank, world_size)
             part = sharding("optimizer", rank=rank, world_size=world_size)
-            state = TrainState(make_model(), TrainConfig(), device=torch.device("cpu"), group=group, sharding=part)
+            state = TrainState(
+                make_model(), TrainConfig(), device=torch.device("cpu"), group=group, sharding=part
+            )
             restore(state, stored(moments(whole), dict(whole.model.state_dict())))
             ranks.append(state)
         fresh = make_state(make_model())

@@ -1,4 +1,5 @@
-"""Exact training over real gloo processes: one parameter hash and one loss column for any number of them."""
+"""Exact training over real gloo processes: one parameter hash and one loss column for any number of
+them."""
 
 import functools
 import json
@@ -24,7 +25,17 @@ from jobs.plan.memory import layout_of
 from jobs.saving.stored_state import hash_of_weights
 from jobs.workers.worker_group import WorkerGroup
 from tests.jobs.reference_reduce import reduce_worlds
-from tests.jobs.train_worlds import CASES, CPU, EOT, MORE_CASES, NUM_STEPS, SEQ_LEN, Case, MadeRows, Trainer
+from tests.jobs.train_worlds import (
+    CASES,
+    CPU,
+    EOT,
+    MORE_CASES,
+    NUM_STEPS,
+    SEQ_LEN,
+    Case,
+    MadeRows,
+    Trainer,
+)
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
@@ -40,7 +51,8 @@ Outcome = dict[str, Any]
 
 def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
     params = [
-        pytest.param(case, marks=[pytest.mark.slow] if case in MORE_CASES else [], id=str(case)) for case in cases
+        pytest.param(case, marks=[pytest.mark.slow] if case in MORE_CASES else [], id=str(case))
+        for case in cases
     ]
     return pytest.mark.parametrize("case", params)
 
@@ -52,10 +64,26 @@ def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], list[O
     @functools.cache
     def outcomes(*more: str) -> list[Outcome]:
         folder = tmp_path_factory.mktemp("worlds")
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.jobs.train_worlds", str(MAX_WORLD_SIZE), str(folder), *more]
+        environment = os.environ | {
+            "PYTHONPATH": str(REPOSITORY),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "tests.jobs.train_worlds",
+            str(MAX_WORLD_SIZE),
+            str(folder),
+            *more,
+        ]
         done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=limit_s(120), check=False
+            command,
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=limit_s(120),
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         found: list[Outcome] = json.loads(done.stdout.splitlines()[-1])
@@ -70,7 +98,8 @@ def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], list[O
 
 @functools.cache
 def reference(case: Case) -> tuple[str, list[float]]:
-    """Returns the hash and losses of one process that follows the definition: each lane's gradient, then the tree."""
+    """Returns the hash and losses of one process that follows the definition: each lane's gradient,
+    then the tree."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     trainer, config = Trainer(case, WorkerGroup(0, 1)), case.config()
@@ -105,7 +134,8 @@ def reference(case: Case) -> tuple[str, list[float]]:
             return state.gradient.clone()
 
         summed = reduce_worlds(1, num_lanes=num_lanes, lane_value=lane_value)
-        of_counted = num_lanes * case.micro_batches * 2 * SEQ_LEN / sum(counts)  # the mean is over counted tokens
+        # The mean is over counted tokens
+        of_counted = num_lanes * case.micro_batches * 2 * SEQ_LEN / sum(counts)
         losses.append(float(tree_sum(range(num_lanes), lane_losses.get)) * of_counted)
         first_sample += num_lanes * case.micro_batches * 2
         state.gradient.copy_(summed * of_counted)
@@ -128,7 +158,9 @@ def test_any_world_and_any_resizes_give_the_reference_bits(
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_stock_ddp_has_other_bits_in_each_world(runs_of: Callable[[Case], list[Outcome]], chat: bool) -> None:
+def test_stock_ddp_has_other_bits_in_each_world(
+    runs_of: Callable[[Case], list[Outcome]], chat: bool
+) -> None:
     """Shows that the test above can fail; the losses are the same up to rounding."""
     runs = runs_of(Case(exact=False, chat=chat))
     assert len({run["hashes"][0] for run in runs}) > 2
@@ -142,7 +174,9 @@ def test_cases_differ() -> None:
 
 
 @each(WHOLE)
-def test_powers_of_two_send_a_rings_bytes(runs_of: Callable[[Case], list[Outcome]], case: Case) -> None:
+def test_powers_of_two_send_a_rings_bytes(
+    runs_of: Callable[[Case], list[Outcome]], case: Case
+) -> None:
     for run in runs_of(case):
         if run["world"] in "245":
             overhead = run["bytes_per_step"] / run["ring_bytes"] - 1
@@ -152,7 +186,9 @@ def test_powers_of_two_send_a_rings_bytes(runs_of: Callable[[Case], list[Outcome
 
 
 @each(case for case in EVEN if case.start_lanes is None)
-def test_the_planner_knows_what_is_sent(runs_of: Callable[[Case], list[Outcome]], case: Case) -> None:
+def test_the_planner_knows_what_is_sent(
+    runs_of: Callable[[Case], list[Outcome]], case: Case
+) -> None:
     config = case.config()
     layout = layout_of(config.model)
     for run in runs_of(case):
@@ -162,11 +198,15 @@ def test_the_planner_knows_what_is_sent(runs_of: Callable[[Case], list[Outcome]]
         group = Sharding.of(config.scaling, rank=0, world_size=world_size).group_size
         if group > 1 and num_lanes % world_size:
             continue  # some compute again what another one sends
-        busiest = exchange(config, layout, PlanConfig(), world_size=world_size, num_lanes=num_lanes, lane_s=1.0)
+        busiest = exchange(
+            config, layout, PlanConfig(), world_size=world_size, num_lanes=num_lanes, lane_s=1.0
+        )
         groups = world_size // group
         sums = between_all(4 * layout.size / group, size=groups, near=groups, num_calls=1)
         counts = [len(subtrees) for subtrees in subtrees_of_ranks(num_lanes, groups)]
-        planned = num_bytes(busiest.traffic) - (max(counts) - sum(counts) / len(counts)) * num_bytes(sums)
+        planned = num_bytes(busiest.traffic) - (
+            max(counts) - sum(counts) / len(counts)
+        ) * num_bytes(sums)
         assert run["bytes_per_step"] == pytest.approx(planned, rel=0.03), run["world"]
 
 

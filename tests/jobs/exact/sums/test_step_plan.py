@@ -1,4 +1,5 @@
-"""Who computes what in a step: every micro-batch counts once, and the members of a group have equally many turns."""
+"""Who computes what in a step: every micro-batch counts once, and the members of a group have
+equally many turns."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,17 +10,24 @@ from tests.jobs.shardings import in_groups
 
 
 @given(st.integers(1, 40), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
-def test_each_micro_batch_counts_once(num_lanes: int, of_lane: int, num_groups: int, group_size: int) -> None:
+def test_each_micro_batch_counts_once(
+    num_lanes: int, of_lane: int, num_groups: int, group_size: int
+) -> None:
     num_groups = min(num_groups, num_lanes)
     world_size = num_groups * group_size
-    plans = [StepPlan(in_groups(rank, world_size, group_size), num_lanes, of_lane) for rank in range(world_size)]
+    plans = [
+        StepPlan(in_groups(rank, world_size, group_size), num_lanes, of_lane)
+        for rank in range(world_size)
+    ]
     counted = [number for numbers in plans[0].counted for number in numbers]
     assert sorted(counted) == [*range(num_lanes * of_lane)]
     for rank, plan in enumerate(plans):
         computed = [number for turn in plan.turns for number in turn]
         own = plan.counted[rank]
         assert computed[: len(own)] == own
-        assert len(computed) - len(own) <= (group_size > 1), "at most one is computed for company's sake"
+        assert len(computed) - len(own) <= (group_size > 1), (
+            "at most one is computed for company's sake"
+        )
         assert len(plan.turns) == len(plans[rank - rank % group_size].turns)
         assert rank in plan.sharding.counterparts
 

@@ -1,4 +1,5 @@
-"""The figures of a step, where a group has fewer lanes than members: some ranks then have no loss of their own."""
+"""The figures of a step, where a group has fewer lanes than members: some ranks then have no loss
+of their own."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,10 @@ class Table:
     barrier: Barrier = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rows, self.barrier = [torch.empty(0)] * self.world_size, Barrier(self.world_size, timeout=30)
+        self.rows, self.barrier = (
+            [torch.empty(0)] * self.world_size,
+            Barrier(self.world_size, timeout=30),
+        )
 
     def of(self, rank: int) -> WorkerGroup:
         table = self
@@ -51,8 +55,12 @@ def losses_of(numbers: Sequence[int]) -> list[Tensor]:
     return [torch.tensor(1.0 / (number + 3)) for number in numbers]
 
 
-@pytest.mark.parametrize(("num_lanes", "world_size", "group_size"), [(11, 10, 2), (13, 12, 4), (16, 15, 5), (8, 4, 2)])
-def test_ranks_without_a_loss_know_the_same_figures(num_lanes: int, world_size: int, group_size: int) -> None:
+@pytest.mark.parametrize(
+    ("num_lanes", "world_size", "group_size"), [(11, 10, 2), (13, 12, 4), (16, 15, 5), (8, 4, 2)]
+)
+def test_ranks_without_a_loss_know_the_same_figures(
+    num_lanes: int, world_size: int, group_size: int
+) -> None:
     layout, table = FlatLayout.of({"transformer.h.0.w": (64, 3 * BLOCK)}), Table(world_size)
     gradient = torch.randn(layout.size, generator=torch.Generator().manual_seed(0))
 
@@ -68,13 +76,16 @@ def test_ranks_without_a_loss_know_the_same_figures(num_lanes: int, world_size: 
     with ThreadPoolExecutor(world_size) as ranks:
         found = [*ranks.map(figures, range(world_size))]
     assert any(count == 0 for count, *_ in found) == (world_size != 4)
-    loss = tree_sum(range(num_lanes), lambda node: losses_of([node.start])[0] if len(node) == 1 else None)
+    loss = tree_sum(
+        range(num_lanes), lambda node: losses_of([node.start])[0] if len(node) == 1 else None
+    )
     expected = (float(loss), norm_of(block_square_sums(gradient)), 5 * num_lanes)
     assert {tuple(measured) for _, *measured in found} == {expected}
 
 
 def own_parts(layout: FlatLayout, sharding: Sharding) -> list[Span]:
-    """Returns the parts whose sums a rank makes: of its member's part of each bucket, that of its group."""
+    """Returns the parts whose sums a rank makes: of its member's part of each bucket, that of its
+    group."""
     size, num_groups = sharding.group_size, sharding.num_groups
     members = [part_of(bucket, sharding.rank % size, world_size=size) for bucket in layout.buckets]
     return [part_of(place, sharding.rank // size, world_size=num_groups) for place in members]
