@@ -40,11 +40,8 @@ class Outage:
         if self._tries == 1:
             _log.warning("%s: the storage is down, %s: %s", self._what, self._effect, error)
             self._report("storage_down", what=self._what, reason=str(error))
-        return (
-            min(_FIRST_WAIT_S * 2 ** (self._tries - 1), _LONGEST_WAIT_S)
-            if self._tries < 20
-            else _LONGEST_WAIT_S
-        )
+        num_doublings = min(self._tries - 1, 20)  # 2 to the power of 1,100 fits no float
+        return min(_FIRST_WAIT_S * 2**num_doublings, _LONGEST_WAIT_S)
 
     def over(self) -> None:
         """Records that the storage answered."""
