@@ -98,10 +98,11 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def _side_by_side(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """Returns the value of each run by name, empty where a run has none of that name."""
-    names: dict[str, None] = {}
-    for values in runs:
-        names |= dict.fromkeys(values)
-    return {name: [values.get(name, "") for values in runs] for name in names}
+    by_name: dict[str, list[str]] = {}
+    for number, values in enumerate(runs):
+        for name, value in values.items():
+            by_name.setdefault(name, [""] * len(runs))[number] = value
+    return by_name
 
 
 def _rows(values_by_name: Mapping[str, Sequence[str]]) -> list[list[str]]:
