@@ -22,7 +22,7 @@ from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan, open_held_out, open_stream, open_validation_sets
 from jobs.run.sharded_checkpoints import stored_state
-from jobs.run.storage_retry import patiently
+from jobs.run.storage_retry import patiently, tell_nobody
 from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.saving.saver import Saver, SavesNothing
 from jobs.saving.shard_writer import ShardWriter
@@ -133,7 +133,7 @@ def _continued(
     config = plan.config
     state, guard, restored_step = _restored(plan, start, snapshots, device, group, opened)
     first_step, guard = replace(guard, rollbacks=start.rollbacks).entering(restored_step + 1)
-    tell = writer.ledger.event if writer else _tell_nobody
+    tell = writer.ledger.event if writer else tell_nobody
     train_rows = open_stream(plan)
     # A checkpoint has the template that its conversations were written with.
     tokenizer = Tokenizer.from_json(plan.tokenizer_json, train_rows.manifest.chat)
@@ -199,10 +199,6 @@ def _validator(
         eot_id=eot_id,
         tell=tell,
     )
-
-
-def _tell_nobody(event: str, **fields: Any) -> None:
-    """Stands in for the ledger, which rank 0 alone writes."""
 
 
 def _saver(
