@@ -63,10 +63,6 @@ def build_http_app(
     clips = config.engine.clip_max_tokens
     # Interactive documentation and a schema would show strangers what this endpoint can do.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.include_router(page_router())
-    app.include_router(admin)
-    app.include_router(tool_router(max_waiting=config.max_ongoing_requests))
-    add_state_routes(app, versions=versions, metrics=metrics)
     limits = KeyLimits(usage, metrics.by_key, max_requests=config.replicas.max_requests_per_key)
     add_error_handlers(app, limits)
     relay = RelayClient()
@@ -150,6 +146,11 @@ def build_http_app(
         RoutedRequest.of(request).take(name)
         return RoutedRequest.of(request).card()
 
+    # After the routes that most requests ask for: they are tried in this order
+    app.include_router(page_router())
+    app.include_router(admin)
+    app.include_router(tool_router(max_waiting=config.max_ongoing_requests))
+    add_state_routes(app, versions=versions, metrics=metrics)
     return Gate(app, access=access, versions=versions, limits=limits)
 
 
