@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # The suite starts hundreds of processes: where this is set, each compiles every module again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-chaos test-gpu test-live lint format audit bench bench-train bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
+.PHONY: demo test areas test-all test-chaos test-gpu test-live lint format audit bench bench-train bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
@@ -27,8 +27,19 @@ demo: $(INSTALLED)
 # file that it is given, for 18 s of processor time if it is given all: those with slow tests alone are left out.
 SLOW = $(shell grep -rlE '^(pytestmark.*|    pytest\.)mark\.slow' tests --include='test_*.py')
 
+# `make test AREA=jobs/exact` runs the tests of one folder of tests/ that start no cluster, in about a minute.
+AREA ?=
+ifeq ($(AREA),)
 test: $(INSTALLED)
 	$(BIN)/pytest -m "not slow" --numprocesses 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(SLOW))
+else
+test: $(INSTALLED)
+	$(BIN)/pytest -m "not slow and not cluster" --numprocesses 2 --dist loadfile $(addprefix --ignore=,$(SLOW)) tests/$(AREA)
+endif
+
+# Runs the areas one after another, and writes their seconds into tests/README.md.
+areas: $(INSTALLED)
+	$(BIN)/python -m tests.areas $(AREA)
 
 test-all: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED)
 	$(BIN)/pytest
@@ -89,7 +100,7 @@ bench-gpu-serve: $(BENCH_INSTALLED)
 
 # The pictures in the READMEs, from the newest demo's run.
 pictures: $(INSTALLED)
-	$(BIN)/python -m tests.pictures
+	$(BIN)/python -m tests.drawings.pictures
 
 # The dashboards of tests/dashboards, into k8s/monitoring, where `raymill dashboards` finds them.
 dashboards: $(INSTALLED)

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.cli import command_parser
 from cluster.settings.code_folders import CODE_FOLDERS
-from tests.processes_picture import PICTURE, draw
+from tests.drawings.processes_picture import PICTURE, draw
 from tests.readmes import READMES, Command, all_commands, blocks_of_commands
 from tests.repository import REPOSITORY
 
