@@ -8,7 +8,7 @@ import yaml
 
 from tests.k8s.manifests import CLUSTER_KINDS, Manifest, cluster_spec, name_of, of_kind, pods
 
-# See k8s/README.md
+# See docs/explanation/threat-model.md
 _EXTERNAL_SECRETS = {"api-keys", "huggingface", "redis", "redis-tls", "registry", "s3-credentials"}
 _CLUSTER_SCOPED = {
     "Namespace",
