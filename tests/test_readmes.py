@@ -108,6 +108,16 @@ def test_each_link_leads_somewhere(readme: Path) -> None:
     assert not gone
 
 
+OF_THE_CODE = [path for path in READMES if path.parent.name != "tests"]  # which names its own
+
+
+@pytest.mark.parametrize("readme", OF_THE_CODE, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_each_file_of_the_code_that_is_named_is_there(readme: Path) -> None:
+    folders = "|".join((*CODE_FOLDERS, "tests", "k8s", "docs"))
+    named = re.findall(rf"`((?:{folders})/[\w./-]+)`", readme.read_text(encoding="utf-8"))
+    assert [name for name in named if not (REPOSITORY / name).exists()] == []
+
+
 def test_the_tree_names_every_folder_of_code_and_no_other() -> None:
     [tree] = re.findall(r"^## The tree\n+```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     named: set[str] = set()

@@ -25,7 +25,7 @@ class TrainConfig(ShapingSettings):
     micro_batches_per_lane: PositiveInt = shaping(
         1,
         "micro-batches that are added up in order before the exact sum takes them, as one lane: more need "
-        "less memory and pass less often over the gradient; they are part of the bits. A lane's size "
+        "less memory and pass less often over the gradient. Changing it changes the bits. A lane's size "
         "divides global_batch_size",
         shapes=Shapes.RUN,
     )
