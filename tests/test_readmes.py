@@ -108,6 +108,24 @@ def test_each_link_leads_somewhere(readme: Path) -> None:
     assert not gone
 
 
+def headings(page: Path) -> set[str]:
+    """Returns the anchors of a page's headings, as the repository's page and the site name them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_each_anchor_is_a_heading(readme: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]*\.md)?#([\w-]+)\)", readme.read_text(encoding="utf-8"))
+    gone = []
+    for file, anchor in links:
+        page = (readme.parent / file).resolve() if file else readme
+        if anchor not in headings(page):
+            gone.append(f"{file}#{anchor}")
+    assert gone == []
+
+
 OF_THE_CODE = [path for path in READMES if path.parent.name != "tests"]  # which names its own
 
 
