@@ -11,7 +11,8 @@ root_doc = "index"
 html_theme = "furo"
 html_title = "raymill"
 html_show_copyright = False
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 myst_heading_anchors = 4  # as the repository's page names them, so that links work in both
 
 _DOCS = Path(__file__).parent.resolve()

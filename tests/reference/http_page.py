@@ -20,7 +20,7 @@ from serving.protocol.protocol import (
     TokenizeRequest,
 )
 from serving.xray.xray import XrayRequest
-from tests.reference.markdown import MADE, cell, code, sentence, table
+from tests.reference.markdown import MADE, cell, code, listed, sentence, table
 from tests.reference.settings_page import bounds_of
 
 BODIES: dict[str, tuple[str, type[Request], str]] = {
@@ -107,10 +107,9 @@ def _rows(request: str, model: type[Request]) -> list[list[str]]:
     return [
         [
             code(name),
-            _type(info.annotation),
-            _default(info),
-            bounds_of(info),
             cell(sentence(meaning(request, name))),
+            listed(_type(info.annotation), bounds_of(info)),
+            _default(info),
         ]
         for name, info in model.model_fields.items()
     ]
@@ -133,7 +132,7 @@ def page() -> str:
     text = MADE + _INTRODUCTION
     for title, (request, model, about) in BODIES.items():
         text += f"## {title}\n\n{about}\n\n"
-        text += table(("field", "type", "default", "bounds", "meaning"), _rows(request, model))
+        text += table(("field", "meaning", "type, bounds", "default"), _rows(request, model))
     text += "## Fields that are accepted with harmless values\n\n"
     text += "Nothing is stored, billed, padded or cut because of them.\n\n"
     text += table(("fields of a request", "values"), _harmless(dict(FIELDS)))

@@ -20,6 +20,11 @@ def cell(text: str) -> str:
     return words
 
 
+def listed(*words: str) -> str:
+    """Returns the words that are not empty, in one cell."""
+    return ", ".join(word for word in words if word)
+
+
 def code(text: str) -> str:
     """Returns a text in the letters of code, for a cell."""
     words = " ".join(text.split()).replace("|", "\\|")

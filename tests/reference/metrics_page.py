@@ -1,7 +1,7 @@
 """The page of all metrics."""
 
 from cluster.monitoring.metric_table import COMMON_LABELS, Exporter, Metric, metrics
-from tests.reference.markdown import MADE, cell, code, sentence, table
+from tests.reference.markdown import MADE, cell, code, listed, sentence, table
 
 _INTRODUCTION = """\
 # Metrics
@@ -26,7 +26,8 @@ def _row(metric: Metric) -> list[str]:
     if metric.values:
         labels += f" ({', '.join(metric.values)})"
     unit = metric.unit.removeprefix("suffix: ").replace("short", "")
-    return [code(metric.name), metric.kind.value, unit, labels, cell(sentence(metric.help))]
+    about = cell(sentence(metric.help))
+    return [code(metric.name), about, listed(metric.kind.value, unit), labels]
 
 
 def page() -> str:
@@ -36,5 +37,5 @@ def page() -> str:
         every = f" Every one has the labels {common}." if common else ""
         rows = [_row(metric) for metric in metrics().values() if metric.exporter is exporter]
         text += f"## {title}\n\n{about}{every}\n\n"
-        text += table(("metric", "kind", "unit", "labels", "meaning"), rows)
+        text += table(("metric", "meaning", "kind, unit", "labels"), rows)
     return text

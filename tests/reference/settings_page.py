@@ -16,7 +16,7 @@ from cluster.settings.serve import ServeConfig
 from cluster.settings.setting import Settings, Shapes
 from model.config import PRESETS, GPTConfig, num_parameters, preset_fields
 from model.hardware.gpus import GPUS
-from tests.reference.markdown import MADE, cell, code, sentence, table, template
+from tests.reference.markdown import MADE, cell, code, listed, sentence, table, template
 from tests.repository import REPOSITORY
 
 TREES: dict[str, tuple[type[Settings], str]] = {
@@ -150,7 +150,8 @@ def _bound(value: float) -> str:
     """Returns a number as people write it; large ones are powers of two."""
     power = int(abs(value)).bit_length() - 1
     is_power = abs(value) == 2**power and power > 20
-    return f"{'-' if value < 0 else ''}2^{power}" if is_power else f"{value:,g}"
+    shown = f"{int(value):,}" if value == int(value) else f"{value:g}"
+    return f"{'-' if value < 0 else ''}2^{power}" if is_power else shown
 
 
 def _fields(root: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
@@ -199,12 +200,12 @@ def _row(leaf: Leaf, info: FieldInfo | None) -> list[str]:
     bounds = ""
     if info is not None:
         meaning, bounds = str(info.description), bounds_of(info)
-    unit, default = unit_of(leaf.path, leaf.kind), _default(leaf.path, leaf.default)
-    about = cell(sentence(meaning))
-    return [code(leaf.path), type_of(leaf), unit, default, bounds, about, _shapes(info)]
+    value = listed(type_of(leaf), unit_of(leaf.path, leaf.kind), bounds)
+    default = _default(leaf.path, leaf.default)
+    return [code(leaf.path), cell(sentence(meaning)), value, default, _shapes(info)]
 
 
-_HEAD = ("setting", "type", "unit", "default", "bounds", "meaning", "shapes")
+_HEAD = ("setting", "meaning", "type, unit, bounds", "default", "shapes")
 
 
 def _tree(title: str, root: type[Settings], about: str) -> str:
