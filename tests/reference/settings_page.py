@@ -22,11 +22,14 @@ from tests.repository import REPOSITORY
 TREES: dict[str, tuple[type[Settings], str]] = {
     "A run": (
         RunConfig,
-        "Of `raymill tokenize`, `pretrain`, `pipeline`, `submit`, `plan`, `inspect` and `data preview`.",
+        "Used by `raymill tokenize`, `pretrain`, `pipeline`, `submit`, `plan`, `inspect` and `data preview`.",
     ),
-    "An evaluation": (EvaluateConfig, "Of `raymill evaluate`."),
-    "The endpoint": (ServeConfig, "Of `raymill serve`, and of `args` in a Ray Serve config file."),
-    "A plan": (PlanConfig, "Of `raymill plan`, beside the settings of a run."),
+    "An evaluation": (EvaluateConfig, "Used by `raymill evaluate`."),
+    "The endpoint": (
+        ServeConfig,
+        "Used by `raymill serve`, and by `args` in a Ray Serve config file.",
+    ),
+    "A plan": (PlanConfig, "Used by `raymill plan`, beside the settings of a run."),
 }
 _INTRODUCTION = """\
 # Settings
