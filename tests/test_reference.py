@@ -8,6 +8,7 @@ import pytest
 from cluster.cli import COMMANDS
 from cluster.monitoring.metric_table import metrics
 from cluster.settings.leaves import leaves
+from jobs.corpus.documents import Drop
 from model.tables import read_table
 from serving.protocol import errors
 from tests.reference.http_page import BODIES, meaning, words
@@ -50,6 +51,7 @@ def test_every_metric_and_every_named_error_has_a_row() -> None:
     assert [name for name in metrics() if f"| `{name}` |" not in page("metrics.md")] == []
     known = read_table(errors.__file__, "errors")
     codes = {entry.get("code", name) for name, entry in known.items()}
+    codes |= {drop.value for drop in Drop}
     assert [code for code in codes if f"| `{code}` |" not in page("errors.md")] == []
 
 

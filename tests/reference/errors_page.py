@@ -1,10 +1,12 @@
 """The page of errors, with what to do about each."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
 from typing import Any
 
+from jobs.corpus.documents import Drop
 from model.tables import read_table
 from serving.protocol import errors
 from tests.reference.markdown import MADE, cell, code, sentence, table, template
@@ -35,6 +37,12 @@ _STORAGE = """\
 ## Storage
 
 Why a storage or the Hugging Face hub cannot be used as asked. `raymill storage check URI` tries everything that a run needs.
+
+"""
+_DROPS = """\
+## Why a document is dropped
+
+`raymill data report` counts the documents by these reasons, with samples.
 
 """
 _LIMITS = """\
@@ -90,6 +98,20 @@ def _reasons(kind: str) -> list[list[str]]:
     ]
 
 
+def _drops() -> list[list[str]]:
+    """Returns the reasons to drop a document, with the comments that stand beside them."""
+    source = inspect.getsource(Drop)
+    rows, above = [], ""
+    for line in source.splitlines():
+        comment = line.partition("# ")[2]
+        match = re.match(r"    [A-Z_0-9]+ = \"(\w+)\"", line)
+        if match:
+            about = comment or above or f"fails the rule `{match[1]}` of `data.quality_rules`"
+            rows.append([code(match[1]), cell(sentence(about))])
+        above = "" if match else comment
+    return rows
+
+
 def _sentences() -> list[list[str]]:
     known = read_table(str(REPOSITORY / "jobs/report/why_slow.py"), "why_slow")
     return [
@@ -107,4 +129,5 @@ def page() -> str:
         _STORAGE + "### S3\n\n" + table(("the store's word", "reason and remedy"), _reasons("s3"))
     )
     text += "### Hugging Face\n\n" + table(("the hub's word", "reason and remedy"), _reasons("hub"))
+    text += _DROPS + table(("reason", "meaning"), _drops())
     return text + _LIMITS + table(("cause", "sentence"), _sentences())
