@@ -44,9 +44,9 @@ class TextConfig(ShapingSettings):
     )
     format: Literal["text", "chat"] = shaping(
         "text",
-        'text; or chat: lines of JSON with messages, a list of {"role": …, "content": …}, with ShareGPT\'s '
-        "conversations, or with a prompt and its completion, written by the tokenizer's chat template (or a plain "
-        "one), of which the loss counts the assistant's answers alone",
+        "text; or chat: conversations as lines of JSON, written by the tokenizer's chat template or a "
+        'plain one. A line has messages (a list of {"role": …, "content": …}), ShareGPT\'s '
+        "conversations, or a prompt and its completion. The loss counts only the assistant's answers",
         shapes=Shapes.BY_ITSELF,
     )
     text_field: str = shaping(
@@ -152,8 +152,8 @@ class DataConfig(TextConfig):
     )
     val_fraction: float = shaping(
         0.05,
-        "share of documents held out, chosen by each document's own hash; of the end of the text where "
-        "they are too few",
+        "share of documents held out, chosen by each document's own hash; where there are too few "
+        "documents, the end of the text",
         ge=0,
         lt=1,
         shapes=Shapes.STORE,

@@ -96,7 +96,8 @@ class TrainConfig(ShapingSettings):
     )
     recompute: bool = shaping(
         False,
-        "keep each block's input alone for backward, which computes the rest again: less memory, the same bits",
+        "keep only each block's input for backward and compute the rest again: less memory, the same "
+        "bits",
         shapes=Shapes.RUN,
     )
     exact: bool = shaping(
@@ -135,7 +136,7 @@ class TrainConfig(ShapingSettings):
     )
     document_mask: bool = shaping(
         False,
-        "no token attends to another document in its row; positions restart at each",
+        "no token attends to another document in its row; positions restart at each document",
         shapes=Shapes.RUN,
     )
     eval_every_steps: PositiveInt = shaping(

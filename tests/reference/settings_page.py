@@ -14,6 +14,7 @@ from cluster.settings.plan import PlanConfig
 from cluster.settings.run import EvaluateConfig, RunConfig
 from cluster.settings.serve import ServeConfig
 from cluster.settings.setting import Settings, Shapes
+from model.architecture import ARCHITECTURES
 from model.config import PRESETS, GPTConfig, num_parameters, preset_fields
 from model.hardware.gpus import GPUS
 from tests.reference.markdown import MADE, cell, code, listed, sentence, table, template
@@ -205,7 +206,10 @@ def _row(leaf: Leaf, info: FieldInfo | None) -> list[str]:
         meaning, bounds = str(info.description), bounds_of(info)
     value = listed(type_of(leaf), unit_of(leaf.path, leaf.kind), bounds)
     default = _default(leaf.path, leaf.default)
-    return [code(leaf.path), cell(sentence(meaning)), value, default, _shapes(info)]
+    first = re.split(r"[:;, ]", meaning)[0]
+    is_name = first in (*leaf.choices, *ARCHITECTURES)
+    about = cell(meaning if is_name else sentence(meaning))
+    return [code(leaf.path), about, value, default, _shapes(info)]
 
 
 _HEAD = ("setting", "meaning", "type, unit, bounds", "default", "shapes")
