@@ -108,7 +108,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     model = load_model(folder, verify=False)  # which `find_checkpoint` has just done
     rows = _rows(folder, model, config.model_copy(update={"checkpoint": checkpoint}))
     numerics = rows.run.train.numerics
-    if rows.device == "cpu" and emulates(numerics, "cpu"):
+    if rows.device == "cpu" and emulates(numerics):
         say(
             f"this processor emulates {numerics.name}, in which the checkpoint's run computed, and is slow at it "
             f"(--precision {FP32.name} is faster, but gives another loss than the trainer's)"

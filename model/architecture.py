@@ -114,7 +114,7 @@ class KernelNames:
     """What the CPU kernels are given besides a block's norms, in the order of
     serving/engine/native/decoder.cpp."""
 
-    number: int  # of the architecture
+    number: int  # of the architecture that has such blocks
     matrices: tuple[tuple[str, ...], ...]  # those of one tuple lie side by side, as one matrix
 
 

@@ -5,6 +5,7 @@ Weights, sums and the optimizer are fp32. What products of matrices compute in, 
 from that, a record tells; another type is a row here. This module does not import PyTorch.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,14 @@ class Numerics:
     # less
     tolerance: float
     needs_units: bool  # of a processor, which emulates it without them, and is slow
+    # The loss is multiplied by it, so that small gradients are not rounded to zero in the type, and
+    # the batch's gradient is divided by it. It never changes: the same steps have the same bits.
+    loss_scale: float
+
+    def __post_init__(self) -> None:
+        # Any other number would round what it multiplies.
+        if math.frexp(self.loss_scale)[0] != 0.5:
+            raise ValueError(f"loss_scale is {self.loss_scale}, expected a power of two")
 
     @property
     def is_rounded(self) -> bool:
@@ -46,6 +55,7 @@ FP32 = Numerics(
     has_flash_attention=False,
     tolerance=1e-4,  # a healthy device: 2e-6
     needs_units=False,
+    loss_scale=1.0,
 )
 
 BF16 = Numerics(
@@ -55,6 +65,7 @@ BF16 = Numerics(
     has_flash_attention=True,
     tolerance=5e-2,  # a healthy device: 2e-2
     needs_units=True,
+    loss_scale=1.0,
 )
 
 NUMERICS: dict[str, Numerics] = {record.name: record for record in (FP32, BF16)}

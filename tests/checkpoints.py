@@ -63,6 +63,19 @@ def write_tiny(
     )
 
 
+def metadata_of(step: int, *, generation: int = 0, val_loss: float | None = None) -> Metadata:
+    """Returns the metadata of a run's checkpoint that no token store is known of."""
+    return Metadata(
+        run_id="r",
+        step=step,
+        tokens_seen=step,
+        data_manifest_hash=None,
+        code_version="c",
+        generation=generation,
+        val_loss=val_loss,
+    )
+
+
 def save_model(
     folder: Path,
     *,

@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-from importlib import metadata
 from pathlib import Path
 
 CODE_FOLDERS = ("model", "cluster", "jobs", "serving")
@@ -13,6 +12,8 @@ CODE_ROOT = Path(__file__).resolve().parents[2]
 
 def version() -> str:
     """Returns the installed version; a job's copy has none."""
+    from importlib import metadata  # noqa: PLC0415 (a seventh of the time of `raymill --help`)
+
     try:
         return metadata.version("raymill")
     except metadata.PackageNotFoundError:

@@ -11,6 +11,9 @@ from model.numerics import NUMERICS, Numerics, Precision
 Compute = Literal["plain", "compiled", "cpu"]
 """Ways to compute a training step."""
 
+Optimizer = Literal["adamw"]
+"""The rules that update weights: `jobs.exact.state.rules` makes each."""
+
 
 class TrainConfig(ShapingSettings):
     """The way from tokens to weights. The global batch is the same for any number of workers."""
@@ -70,6 +73,9 @@ class TrainConfig(ShapingSettings):
         None,
         "end of schedule wsd, tokens; 20% of the horizon when unset",
         shapes=Shapes.RUN,
+    )
+    optimizer: Optimizer = shaping(
+        "adamw", "rule that updates the weights by their gradient", shapes=Shapes.RUN
     )
     weight_decay: NonNegativeFloat = shaping(
         0.1,

@@ -99,42 +99,31 @@ def decontaminate(
     def partitions(share: float) -> int:
         return partitions_for(int(num_bytes * share), task_bytes=data.selection_task_bytes)
 
-    def sent(exchange: Exchange, label: str, code: int, known: ValidationNgrams | None) -> int:
-        send = partial(exchange.send, pieces=partial(_ngrams, data=data, code=code, known=known))
-        return sum(map(int, run_step(label, texts, send, run=run))) // _NGRAM.itemsize
+    def send(exchange: Exchange, label: str, code: int, known: ValidationNgrams | None) -> int:
+        work = partial(exchange.send, pieces=partial(_ngrams, data=data, code=code, known=known))
+        return run_step(label, texts, work, run=run) // _NGRAM.itemsize
 
     folder = selection_folder(data)
-    held_out = Exchange(store, f"{folder}/held-out", len(texts), partitions(data.val_fraction))
-    num_ngrams = sent(held_out, "reading validation n-grams", HELD_OUT, None)
+    least = partitions(data.val_fraction)
+    held_out = Exchange(store, f"{folder}/held-out", len(texts), least)
+    num_ngrams = send(held_out, "reading validation n-grams", HELD_OUT, None)
     if not num_ngrams:
         return 0
-    filter_bytes = (
-        min(_MOST_FILTER_BYTES, num_ngrams * _BITS_PER_NGRAM // 8) // held_out.num_partitions + 1
-    )
+    filter_bytes = min(_MOST_FILTER_BYTES, num_ngrams * _BITS_PER_NGRAM // 8) // least + 1
     known = ValidationNgrams(held_out, filter_bytes)
-    for _ in run_step(
-        "making the filter", range(held_out.num_partitions), known.store_filter, run=run
-    ):
-        pass
-    passing = -math.expm1(-num_ngrams / (8 * filter_bytes * held_out.num_partitions))
+    run_step("making the filter", range(least), known.store_filter, run=run)
+    passing = -math.expm1(-num_ngrams / (8 * filter_bytes * least))
     if passing > 0.1:
         say(
             f"{passing:.0%} of n-grams are compared with those of validation; data.val_max_documents makes them fewer"
         )
     # A multiple, so that each partition's n-grams are in one partition of validation's.
-    num_partitions = held_out.num_partitions * max(
-        1, partitions(passing) // held_out.num_partitions
-    )
+    num_partitions = least * max(1, partitions(passing) // least)
     training = Exchange(store, f"{folder}/training", len(texts), num_partitions)
-    sent(training, "reading training n-grams", 0, known)
+    send(training, "reading training n-grams", 0, known)
     work = partial(compare, known=known, training=training)
-    for _ in run_step("comparing n-grams", range(training.num_partitions), work, run=run):
-        pass
-    return sum(
-        map(
-            int, run_step("storing contamination", texts, partial(mark, training=training), run=run)
-        )
-    )
+    run_step("comparing n-grams", range(num_partitions), work, run=run)
+    return run_step("storing contamination", texts, partial(mark, training=training), run=run)
 
 
 def _ngrams(

@@ -30,7 +30,6 @@ from jobs.cleaning.duplicates import (
 )
 from jobs.cleaning.exchange import (
     Exchange,
-    Item,
     Piece,
     Runner,
     Section,
@@ -57,8 +56,11 @@ class Deduplication:
     ) -> None:
         """`sizes` are the documents of each chunk."""
         threshold = data.near_dedup_threshold
-        self._store, self._threshold, self._run = store, threshold or 1.0, run
-        self._task_bytes, self._folder = data.selection_task_bytes, selection_folder(data)
+        self._store, self._threshold = store, threshold or 1.0
+        self._run = run
+        self._step = partial(run_step, run=run)
+        self._task_bytes = data.selection_task_bytes
+        self._folder = selection_folder(data)
         self._sizes, self._num_documents = sizes, sum(sizes)
         num_bands, _ = duplicates.bands_for(self._threshold)
         self._banded_bytes = BANDED.itemsize * num_bands
@@ -70,40 +72,38 @@ class Deduplication:
         each section."""
         hashes = self._exchange("hashes", self._num_documents * HASHED.itemsize)
         if len(self.sections) > 1:
-            self._step(
-                "finding duplicates", self.sections, partial(hashes.send, pieces=_send_hashes)
+            send = partial(hashes.send, pieces=_send_hashes)
+            self._step("finding duplicates", self.sections, send)
+            decide = partial(
+                hashes.decide, by=duplicates.repeats_across, dtype=HASHED, answers=ROWS
             )
-            work = partial(hashes.decide, by=duplicates.repeats_across, dtype=HASHED, answers=ROWS)
-            self._step("comparing sections", range(hashes.num_partitions), work)
+            self._step("comparing sections", range(hashes.num_partitions), decide)
         return Decisions(Drop.DUPLICATE, partial(_repeated_rows, hashes=hashes))
 
     def near(self, exact: Decisions | None = None) -> Decisions:
         """Compares what `exact` leaves.
 
-        Partitions name pairs of documents in different sections; the later one's section asks that
-        of the earlier one for its signature, once for all pairs, and compares them. Then sections
-        join the families that span them.
+        Partitions name pairs of documents in different sections. The later document's section asks
+        the earlier one's section for that document's signature, once for all pairs, and compares
+        them. Then sections join the families that span them.
         """
         bands = self._exchange("bands", self._num_documents * self._banded_bytes)
         join = partial(_join_and_send_bands, threshold=self._threshold, exact=exact)
         send = partial(bands.send, pieces=join)
         if len(self.sections) == 1:
-            return Decisions(
-                Drop.NEAR_DUPLICATE, partial(_rows_joined_inside, send=send, bands=bands)
-            )
+            rows = partial(_rows_joined_inside, send=send, bands=bands)
+            return Decisions(Drop.NEAR_DUPLICATE, rows)
         self._step("finding near-duplicates", self.sections, send)
 
-        work = partial(bands.decide, by=duplicates.pairs_across, dtype=BANDED, answers=PAIR)
-        self._step("pairing sections", range(bands.num_partitions), work)
+        decide = partial(bands.decide, by=duplicates.pairs_across, dtype=BANDED, answers=PAIR)
+        self._step("pairing sections", range(bands.num_partitions), decide)
 
-        questions = Exchange(
-            self._store, f"{self._folder}/asked", len(self.sections), len(self.sections)
-        )
+        num_sections = len(self.sections)
+        questions = Exchange(self._store, f"{self._folder}/asked", num_sections, num_sections)
         ask = partial(questions.send, pieces=partial(_ask_for_signatures, bands=bands))
         self._step("asking for signatures", self.sections, ask)
-        self._step(
-            "sending signatures", self.sections, partial(send_signatures, questions=questions)
-        )
+        answer = partial(send_signatures, questions=questions)
+        self._step("sending signatures", self.sections, answer)
 
         links = replace(questions, name=f"{self._folder}/links")
         compare = partial(
@@ -116,10 +116,6 @@ class Deduplication:
     def _exchange(self, name: str, num_bytes: int) -> Exchange:
         num_partitions = partitions_for(num_bytes, task_bytes=self._task_bytes)
         return Exchange(self._store, f"{self._folder}/{name}", len(self.sections), num_partitions)
-
-    def _step(self, label: str, items: Sequence[Item], work: Callable[[Item], bytes]) -> None:
-        for _ in run_step(label, items, work, run=self._run):
-            pass
 
 
 def _send_hashes(section: Section, exchange: Exchange) -> Iterator[Piece]:
@@ -204,14 +200,16 @@ def _ask_for_signatures(
 def _earlier_documents(section: Section, bands: Exchange) -> Hashes:
     """Returns the documents of other sections with which those of a section are compared, in order,
     each once."""
-    sorted_ones, new_ones, num_new = np.empty(0, np.uint64), list[Hashes](), 0
+    in_order = np.empty(0, np.uint64)
+    waiting: list[Hashes] = []
+    num_waiting = 0
     for pairs in bands.answers(section.number, PAIR):
-        new_ones.append(document(pairs["earlier_section"], pairs["earlier_row"]))
-        num_new += len(pairs)
-        if num_new > len(sorted_ones):  # so that all sorts together take a few times the last one
-            sorted_ones = duplicates.distinct(np.concatenate([sorted_ones, *new_ones]))
-            new_ones, num_new = [], 0
-    return duplicates.distinct(np.concatenate([sorted_ones, *new_ones]))
+        waiting.append(document(pairs["earlier_section"], pairs["earlier_row"]))
+        num_waiting += len(pairs)
+        if num_waiting > len(in_order):  # so that all sorts together take a few times the last one
+            in_order = duplicates.distinct(np.concatenate([in_order, *waiting]))
+            waiting, num_waiting = [], 0
+    return duplicates.distinct(np.concatenate([in_order, *waiting]))
 
 
 def send_signatures(section: Section, *, questions: Exchange) -> bytes:
@@ -222,10 +220,8 @@ def send_signatures(section: Section, *, questions: Exchange) -> bytes:
             for chunk in section.chunks:
                 file.write(read_signatures(questions.store, chunk))
             for rows in questions.received(section.number, ROW):
-                yield (
-                    file.read(rows[first : first + _BLOCK]).tobytes()
-                    for first in range(0, len(rows), _BLOCK)
-                )
+                starts = range(0, len(rows), _BLOCK)
+                yield (file.read(rows[start : start + _BLOCK]).tobytes() for start in starts)
 
     return questions.answer(section.number, pieces())
 
@@ -251,9 +247,8 @@ def _compare(
             for pairs in bands.answers(section.number, PAIR):
                 for start in range(0, len(pairs), _BLOCK):
                     block = pairs[start : start + _BLOCK]
-                    others = np.searchsorted(
-                        earlier, document(block["earlier_section"], block["earlier_row"])
-                    )
+                    earlier_ones = document(block["earlier_section"], block["earlier_row"])
+                    others = np.searchsorted(earlier, earlier_ones)
                     later = num_earlier + block["row"]
                     duplicates.join_similar(later, others, families, file.read, threshold=threshold)
             rows = np.arange(file.num_rows - num_earlier)

@@ -50,9 +50,8 @@ def index_corpus(
     Needs Ray."""
     total_bytes = sum(chunk.bytes for chunk in chunks)
     indexed = [(b"", 0)] * len(chunks)
-    with DataProgress(
-        "indexing documents", total_bytes=total_bytes, num_tasks=len(chunks)
-    ) as progress:
+    label = "indexing documents"
+    with DataProgress(label, total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
         for result in run_tasks(chunks, partial(index_chunk, store=store, data=data)):
             digest = result.content[:32]
             num_documents = int.from_bytes(result.content[32:], "little")
@@ -92,9 +91,8 @@ def read_index(store: Storage, chunk: int) -> ChunkIndex:
 
 def read_signatures(store: Storage, chunk: int) -> Signatures:
     """Returns the signatures (N, 128) of a chunk's documents."""
-    return np.frombuffer(store.read_bytes(_signatures_key(chunk)), "<u2").reshape(
-        -1, SIGNATURE_SIZE
-    )
+    content = store.read_bytes(_signatures_key(chunk))
+    return np.frombuffer(content, "<u2").reshape(-1, SIGNATURE_SIZE)
 
 
 def _index_key(chunk: int) -> str:

@@ -113,9 +113,8 @@ class Exchange:
         self, partition: int, by: Decide, dtype: np.dtype[Any], answers: np.dtype[Any]
     ) -> Iterator[Piece]:
         by_section = list(self.received(partition, dtype))
-        sections = np.repeat(
-            np.arange(len(by_section), dtype=np.int32), [len(records) for records in by_section]
-        )
+        sizes = [len(records) for records in by_section]
+        sections = np.repeat(np.arange(len(by_section), dtype=np.int32), sizes)
         records = np.concatenate(by_section)
         del by_section
         with BucketFile(answers, num_buckets=self.num_sections) as buckets:
@@ -171,9 +170,12 @@ def read_pieces(
     store: Storage, keys: Sequence[str], number: int, dtype: np.dtype[Any]
 ) -> Iterator[Records]:
     """Yields one piece of each object."""
-    return _in_order(
-        lambda key: np.frombuffer(_read(store, key, *_borders(store, key, number)), dtype), keys
-    )
+
+    def piece(key: str) -> Records:
+        first, end = _borders(store, key, number)
+        return np.frombuffer(_read(store, key, first, end), dtype)
+
+    return _in_order(piece, keys)
 
 
 def _in_order(read: Callable[[Item], Read], items: Sequence[Item]) -> Iterator[Read]:
@@ -196,6 +198,13 @@ def _number(content: bytes) -> int:
 
 
 def run_step(
+    label: str, items: Sequence[Item], work: Callable[[Item], bytes], *, run: Runner
+) -> int:
+    """Runs a task for each item; returns the sum of their results, which are in decimal digits."""
+    return sum(map(int, step_results(label, items, work, run=run)))
+
+
+def step_results(
     label: str, items: Sequence[Item], work: Callable[[Item], bytes], *, run: Runner
 ) -> Iterator[bytes]:
     """Yields the content of each task's result, in the order in which tasks finish, and shows

@@ -43,9 +43,7 @@ def join_families(
     for turn in count(1):
         stars = replace(links, name=f"{links.name}-{turn}")
         work = partial(_turn, sizes=sizes, links=links, stars=stars, is_large=turn % 2 == 1)
-        num_crossed = sum(
-            map(int, run_step(f"joining near-duplicates, turn {turn}", sections, work, run=run))
-        )
+        num_crossed = run_step(f"joining near-duplicates, turn {turn}", sections, work, run=run)
         if num_crossed == 0:
             break
         links = stars
@@ -76,18 +74,17 @@ def _turn(
         np.minimum.at(first_neighbors, batch["row"], batch["other"])
     num_crossed = 0
     for batch in links.answers(section.number, LINK):
-        center, first = documents[batch["row"]], first_neighbors[batch["row"]]
+        center = documents[batch["row"]]
+        first = first_neighbors[batch["row"]]
         is_crossed = (first < center) & (first != batch["other"])
         num_crossed += int(np.count_nonzero(is_crossed))
 
     def pieces() -> Iterator[Piece]:
         with BucketFile(LINK, num_buckets=stars.num_sections) as buckets:
             for batch in links.answers(section.number, LINK):
-                center, first, other = (
-                    documents[batch["row"]],
-                    first_neighbors[batch["row"]],
-                    batch["other"],
-                )
+                center = documents[batch["row"]]
+                first = first_neighbors[batch["row"]]
+                other = batch["other"]
                 chosen = (other > center) == is_large
                 moved = other if is_large else np.where(other == first, center, other)
                 buckets.add(link(moved[chosen], first[chosen]))

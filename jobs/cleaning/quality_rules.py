@@ -51,9 +51,9 @@ def _line_marks(text: str, words: list[str]) -> bool:
     lines = [line for line in map(str.strip, text.splitlines()) if line]
     bullets = sum(line.startswith(_BULLETS) for line in lines)
     ellipses = sum(line.endswith(_ELLIPSES) for line in lines)
-    return bullets <= _MOST_BULLET_LINES * len(lines) and ellipses <= _MOST_ELLIPSIS_LINES * len(
-        lines
-    )
+    few_bullets = bullets <= _MOST_BULLET_LINES * len(lines)
+    few_ellipses = ellipses <= _MOST_ELLIPSIS_LINES * len(lines)
+    return few_bullets and few_ellipses
 
 
 def _alphabetic_words(text: str, words: list[str]) -> bool:
@@ -64,10 +64,10 @@ def _alphabetic_words(text: str, words: list[str]) -> bool:
 
 
 def _stop_words(text: str, words: list[str]) -> bool:
-    found = set()  # different ones, in either case
+    different = set()  # in either case
     for match in _STOP_WORDS.finditer(text):
-        found.add(match[0].lower())
-        if len(found) == _LEAST_STOP_WORDS:
+        different.add(match[0].lower())
+        if len(different) == _LEAST_STOP_WORDS:
             return True
     return False
 

@@ -17,7 +17,8 @@ from cluster.settings.data import DataConfig
 from cluster.storage.uris import Storage
 from jobs.cleaning.deduplication import Decisions, Deduplication
 from jobs.cleaning.document_index import DROP_CODES, INDEX, section_indexes, selection_folder
-from jobs.cleaning.exchange import Runner, Section, run_step
+from jobs.cleaning.exchange import Runner, Section, step_results
+from jobs.corpus.documents import Drop
 from jobs.corpus.ray_data_tasks import run_tasks
 
 HELD_OUT = 255  # the code of a document that validates; 0 trains, and the others are drop codes
@@ -52,7 +53,7 @@ def select(
     def settled(val_below: int) -> npt.NDArray[np.void]:
         key = f"{selection_folder(data)}/settled-{val_below:x}"
         work = partial(settle, store=store, key=key, decisions=decisions, val_below=val_below)
-        contents = run_step("storing decisions", search.sections, work, run=run)
+        contents = step_results("storing decisions", search.sections, work, run=run)
         return np.frombuffer(b"".join(contents), _SETTLED)
 
     val_below = int(data.val_fraction * 2**64)
@@ -76,9 +77,7 @@ def select(
     digests = "".join(digest.hex() for digest, _ in indexed)
     return Summary(
         documents=int(counts[0] + counts[HELD_OUT]),
-        dropped={
-            str(reason): int(counts[code]) for code, reason in enumerate(DROP_CODES) if reason
-        },
+        dropped={str(reason): int(counts[DROP_CODES.index(reason)]) for reason in Drop},
         source_hash=hashlib.sha256(digests.encode()).hexdigest(),
     )
 
@@ -92,9 +91,9 @@ def settle(
     content = store.find_bytes(key)
     if content is not None and len(content) == _SETTLED.itemsize:
         return content
-    dropped = [
-        (DROP_CODES.index(decision.reason), decision.rows(section)) for decision in decisions
-    ]
+    dropped = []
+    for decision in decisions:
+        dropped.append((DROP_CODES.index(decision.reason), decision.rows(section)))
     settled = np.zeros(1, _SETTLED)
     settled["least"] = _NO_HASH
     for chunk, first, index in section_indexes(store, section.chunks):

@@ -65,6 +65,7 @@ class BatchGradient:
         # The matrices, for operations that do not round them themselves
         self._rounded: Tensor | None = None
         numerics = config.train.numerics
+        self._loss_scale = numerics.loss_scale
         if self._lends and numerics.is_rounded and not state.gathered:
             size = state.layout.boundary
             self._rounded = large_zeros(size, dtype=product_type(numerics), device=state.device)
@@ -131,7 +132,7 @@ class BatchGradient:
             )
         # Only now is it known how many tokens the batch counts: so far, the sums are divided by all
         # that it has.
-        scale = self._schedule.step_tokens(step) / max(1, measured.num_counted)
+        scale = self._schedule.step_tokens(step) / max(1, measured.num_counted) / self._loss_scale
         if scale != 1.0:
             self._state.gradient.mul_(scale)
         return Measured(measured.loss * scale, measured.norm * scale, measured.num_counted)
@@ -218,8 +219,8 @@ class BatchGradient:
         *,
         scale: float,
     ) -> Tensor:
-        """Returns `scale` times a micro-batch's share of the batch's loss and the number of tokens
-        that it counts (2,), after its gradient went to the parameters.
+        """Returns `scale` and the loss scale times a micro-batch's share of the batch's loss, and
+        the number of tokens that it counts (2,), after its gradient went to the parameters.
 
         Nothing in it waits for a GPU, which computes while the next rows are read.
         """
@@ -230,6 +231,7 @@ class BatchGradient:
             rows = patiently(lambda: self._rows.samples(samples), "tokens")
             batch = micro_batch(rows, config, device, eot_id=self._eot_id)
         _seed(dropout_seed(config.train.seed, step=step, micro_batch=number), device)
+        scale *= self._loss_scale
         with timer.phase("forward"), autocast(config, device):
             loss: Tensor = loss_of(batch, timer, scale=scale / self._schedule.step_tokens(step))
         progress = self._group.meeting.progress

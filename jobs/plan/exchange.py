@@ -92,35 +92,10 @@ def exchange(
     """
     train = config.train
     sharding = Sharding.of(config.scaling, rank=0, world_size=world_size)
-    group, num_groups, num_holders = sharding.group_size, sharding.num_groups, sharding.num_holders
-    near = min(world_size, options.gpus_per_node)
-    within = partial(between_all, size=group, near=min(group, near))
-    between = partial(between_all, size=num_groups, near=max(1, near // group))
-    passes = math.ceil(math.ceil(num_lanes / num_groups) * train.micro_batches_per_lane / group)
-    subtrees = subtrees_of_ranks(num_lanes, min(num_groups, num_lanes))
-
-    matrices = sum(map(len, layout.decoder_blocks))
-    num_buckets = len(layout.buckets)
-    num_calls = round(num_buckets * matrices / layout.size)
-    products = within(product_bytes(config) * matrices, num_calls=num_calls)
-    others = within(FP32_BYTES * (layout.size - matrices), num_calls=num_buckets - num_calls)
-    whole = between(FP32_BYTES * layout.size / group, num_calls=num_buckets)
-    last = whole * (max(map(len, subtrees)) + sharding.sends_sums)
-    updated = Traffic()
-    if sharding.sends_values:
-        num_bytes = FP32_BYTES * layout.size
-        updated = between_all(
-            num_bytes, size=num_holders, near=min(num_holders, near), num_calls=num_buckets
-        )
-    elif sharding.divided.values:
-        updated = others
-    first = again = Traffic()  # the weights of a pass
-    if sharding.divided.values:
-        # The last two blocks are there when a pass turns round
-        share = max(0.0, 1 - 2 / config.model.n_layer)
-        again = within(product_bytes(config) * matrices * share, num_calls=round(num_calls * share))
-        first = products
-    backward = again + products + others
+    group = sharding.group_size
+    lanes_of_group = math.ceil(num_lanes / sharding.num_groups)
+    passes = math.ceil(lanes_of_group * train.micro_batches_per_lane / group)
+    sent = _sendings(config, layout, options, sharding, num_lanes=num_lanes)
 
     micro_batch_s = lane_s / train.micro_batches_per_lane
     forward_share = 1 / 4 if train.recompute else 1 / 3
@@ -129,13 +104,14 @@ def exchange(
     beside_update_s = 0.0
     # All but the first stretch of an update is computed beside the sending of another one
     if sharding.sends_values:
-        beside_update_s = _update_s(config, layout, options) / num_holders * (1 - 1 / NUM_SENDINGS)
+        share_s = _update_s(config, layout, options) / sharding.num_holders
+        beside_update_s = share_s * (1 - 1 / NUM_SENDINGS)
     parts = [  # what is sent, the seconds that hide it, and how many times
-        (first, forward_s, 1),
-        (again, forward_s, passes - 1),
-        (backward, backward_s, passes - 1),
-        (backward + last, backward_s, 1),
-        (updated, beside_update_s, 1),
+        (sent.first_weights, forward_s, 1),
+        (sent.weights, forward_s, passes - 1),
+        (sent.backward, backward_s, passes - 1),
+        (sent.backward + sent.sums, backward_s, 1),
+        (sent.updated, beside_update_s, 1),
     ]
     seconds = [(traffic.seconds(options), hiding_s, times) for traffic, hiding_s, times in parts]
     total_s = sum(each_s * times for each_s, _, times in seconds)
@@ -149,6 +125,63 @@ def exchange(
         counted_in="train.micro_batch_size"
         if group > 1
         else "train.global_batch_size for each GPU",
+    )
+
+
+@dataclass(frozen=True)
+class _Sendings:
+    """What a GPU sends, by the part of a step that may hide it."""
+
+    first_weights: Traffic  # during the first forward pass
+    weights: Traffic  # during each later one
+    backward: Traffic  # during each backward pass
+    sums: Traffic  # during the last one, besides
+    updated: Traffic  # during the update
+
+
+def _sendings(
+    config: RunConfig,
+    layout: FlatLayout,
+    options: PlanConfig,
+    sharding: Sharding,
+    *,
+    num_lanes: int,
+) -> _Sendings:
+    group, num_groups, num_holders = sharding.group_size, sharding.num_groups, sharding.num_holders
+    near = min(sharding.world_size, options.gpus_per_node)
+    within = partial(between_all, size=group, near=min(group, near))
+    between = partial(between_all, size=num_groups, near=max(1, near // group))
+    subtrees = subtrees_of_ranks(num_lanes, min(num_groups, num_lanes))
+
+    matrices = sum(map(len, layout.decoder_blocks))
+    num_buckets = len(layout.buckets)
+    num_calls = round(num_buckets * matrices / layout.size)
+    products = within(product_bytes(config) * matrices, num_calls=num_calls)
+    others = within(FP32_BYTES * (layout.size - matrices), num_calls=num_buckets - num_calls)
+    whole = between(FP32_BYTES * layout.size / group, num_calls=num_buckets)
+    sums = whole * (max(map(len, subtrees)) + sharding.sends_sums)
+    updated = Traffic()
+    if sharding.sends_values:
+        num_bytes = FP32_BYTES * layout.size
+        updated = between_all(
+            num_bytes, size=num_holders, near=min(num_holders, near), num_calls=num_buckets
+        )
+    elif sharding.divided.values:
+        updated = others
+    first_weights = weights = Traffic()
+    if sharding.divided.values:
+        # The last two blocks are there when a pass turns round
+        share = max(0.0, 1 - 2 / config.model.n_layer)
+        weights = within(
+            product_bytes(config) * matrices * share, num_calls=round(num_calls * share)
+        )
+        first_weights = products
+    return _Sendings(
+        first_weights=first_weights,
+        weights=weights,
+        backward=weights + products + others,
+        sums=sums,
+        updated=updated,
     )
 
 

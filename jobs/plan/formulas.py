@@ -29,7 +29,7 @@ def state_bytes_per_value(rule: UpdateRule) -> int:
 
 
 def gpu_days(flops: float, flops_per_s: float) -> float:
-    """Returns the days that one GPU takes which sustains so many FLOP/s."""
+    """Returns the days that one GPU needs if it sustains so many FLOP/s."""
     return flops / (flops_per_s * DAY_S)
 
 
@@ -54,12 +54,12 @@ def goodput(*, interval_s: float, cost_s: float, restart_s: float, mtbf_s: float
     """Returns the share of the time that goes into steps that count, by Young's first-order model:
     an interval ends with a cost, and every failure loses half an interval and a restart. It is 0
     where failures come faster."""
-    return max(
-        0.0, interval_s / (interval_s + cost_s) * (1 - (interval_s / 2 + restart_s) / mtbf_s)
-    )
+    without_failures = interval_s / (interval_s + cost_s)
+    return max(0.0, without_failures * (1 - (interval_s / 2 + restart_s) / mtbf_s))
 
 
 def storing_s(num_bytes: float, options: PlanConfig, *, writers: int) -> float:
     """Returns the seconds in which storage takes a checkpoint, from the nodes of all writers at
     once."""
-    return num_bytes / (options.storage_bytes_per_s * math.ceil(writers / options.gpus_per_node))
+    num_nodes = math.ceil(writers / options.gpus_per_node)
+    return num_bytes / (options.storage_bytes_per_s * num_nodes)

@@ -4,6 +4,7 @@ rates.
 It imports neither PyTorch nor Ray, so that `raymill plan` answers at once.
 """
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +16,7 @@ from cluster.settings.run import (
     seq_len,
     with_precision,
 )
+from cluster.settings.train import TrainConfig
 from jobs.exact.state.flat_layout import FlatLayout
 from jobs.exact.state.rules import update_rule
 from jobs.exact.state.sharding import Sharding
@@ -40,15 +42,37 @@ from model.config import flops_per_token, num_parameters
 def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
     """Returns figures by name, in FLOPs, seconds, bytes and dollars unless the name says
     otherwise."""
-    count, gpu = options.count or config.scaling.max_workers, options.hardware
-    config = with_precision(config, gpu.fast_numerics.name)
-    schedule, num_tokens, size = (
-        batch_schedule(config),
-        config.train.max_tokens,
-        num_parameters(config.model),
-    )
+    count = options.count or config.scaling.max_workers
+    config = with_precision(config, options.hardware.fast_numerics.name)
     layout = layout_of(config.model)
+    plan = _computing(config, options, count)
+    step_s = plan["step_s"]
+    plan["memory_bytes"] = _memory(config, layout, count)
+    plan["gpu_memory_bytes"] = options.hardware.memory_bytes
+    plan["advice"] = _advice(config, options, layout, count, step_s)
+    plan["host_memory_bytes"] = host_memory(
+        config, layout, world_size=count, gpus_per_node=options.gpus_per_node
+    )
+    moved = _exchange(config, options, layout, count, step_s)
+    plan["exchange"] = asdict(moved) | {
+        "messages_s": moved.traffic.messages_s,
+        "step_s": moved.step_s,
+        "days": moved.step_s * plan["steps"] / DAY_S,
+        "advice": _faster(config, options, layout, count, step_s),
+    }
+    plan["checkpoint"] = _checkpoint(config, options, plan["parameters"], count, step_s)
+    plan["data"] = _data(config, plan["tokens_per_s"])
+    plan["warnings"] = warnings(config, options, plan)
+    return plan
 
+
+def _computing(config: RunConfig, options: PlanConfig, count: int) -> dict[str, Any]:
+    """Returns the operations of the run, and what they take of so many GPUs that compute all the
+    time."""
+    gpu = options.hardware
+    schedule = batch_schedule(config)
+    num_tokens = config.train.max_tokens
+    size = num_parameters(config.model)
     # Two counts of the same work. A sustained rate goes with 6 N D, as in papers; an MFU is a share
     # of the model's own operations, attention's scores among them, as in the ledger.
     total_flops = parameter_flops(size, num_tokens)
@@ -60,9 +84,8 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
         rate = options.mfu * gpu.peak_flops_per_s
         days = gpu_days(model_flops, rate)
     price = gpu.price_per_hour if options.price is None else options.price
-    step_s = days / count * DAY_S / schedule.max_steps
-
-    plan: dict[str, Any] = {
+    run_s = days / count * DAY_S
+    return {
         "parameters": size,
         "tokens": num_tokens,
         "tokens_per_parameter": num_tokens / size,
@@ -80,32 +103,20 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
         "days": days / count,
         "price_per_gpu_hour": price,
         "cost": days * 24 * price,
-        "step_s": step_s,
-        "tokens_per_s": num_tokens / (days / count * DAY_S),
+        "step_s": run_s / schedule.max_steps,
+        "tokens_per_s": num_tokens / run_s,
     }
-    plan["memory_bytes"] = _memory(config, layout, count)
-    plan["gpu_memory_bytes"] = gpu.memory_bytes
-    plan["advice"] = _advice(config, options, layout, count, step_s)
-    plan["host_memory_bytes"] = host_memory(
-        config, layout, world_size=count, gpus_per_node=options.gpus_per_node
-    )
-    moved = _exchange(config, options, layout, count, step_s)
-    plan["exchange"] = asdict(moved) | {
-        "messages_s": moved.traffic.messages_s,
-        "step_s": moved.step_s,
-        "days": moved.step_s * schedule.max_steps / DAY_S,
-        "advice": _faster(config, options, layout, count, step_s),
-    }
-    plan["checkpoint"] = _checkpoint(config, options, size, count, step_s)
+
+
+def _data(config: RunConfig, tokens_per_s: float) -> dict[str, float]:
     id_bytes = token_dtype(config.model.vocab_size).itemsize
-    plan["data"] = {
-        "read_bytes_per_s": id_bytes * plan["tokens_per_s"],
+    num_tokens = config.train.max_tokens
+    return {
+        "read_bytes_per_s": id_bytes * tokens_per_s,
         "store_bytes": id_bytes * num_tokens,
         "text_bytes": TEXT_BYTES_PER_TOKEN * num_tokens,
-        "text_bytes_per_s": TEXT_BYTES_PER_TOKEN * plan["tokens_per_s"],
+        "text_bytes_per_s": TEXT_BYTES_PER_TOKEN * tokens_per_s,
     }
-    plan["warnings"] = warnings(config, options, plan)
-    return plan
 
 
 _LEAST = {"recompute": True, "micro_batch_size": 1, "micro_batches_per_lane": 1}
@@ -122,22 +133,25 @@ def _advice(
         return None
     ways_to_shard = _ways_to_shard(options, count)
     for train in ({}, {"recompute": True}, _LEAST):
-        ways = [(each, _changed(config, train=train, scaling=each)) for each in ways_to_shard]
-        fitting = [(each, way) for each, way in ways if _fits(_memory(way, layout, count), options)]
-        if fitting:
-            scaling, way = min(
-                fitting,
-                key=lambda found: _exchange(found[1], options, layout, count, step_s).exposed_s,
-            )
-            changed = {
-                name: value for name, value in train.items() if value != getattr(config.train, name)
-            }
-            return {
-                "scaling": scaling,
-                "train": changed,
-                "memory_bytes": _memory(way, layout, count),
-            }
+        changed = _different(train, config.train)
+        least_exposed_s = math.inf
+        advice = None
+        for scaling in ways_to_shard:
+            way = _changed(config, train=train, scaling=scaling)
+            memory = _memory(way, layout, count)
+            if not _fits(memory, options):
+                continue
+            exposed_s = _exchange(way, options, layout, count, step_s).exposed_s
+            if exposed_s < least_exposed_s:
+                least_exposed_s = exposed_s
+                advice = {"scaling": scaling, "train": changed, "memory_bytes": memory}
+        if advice is not None:
+            return advice
     return None
+
+
+def _different(changes: dict[str, Any], settings: TrainConfig) -> dict[str, Any]:
+    return {name: value for name, value in changes.items() if value != getattr(settings, name)}
 
 
 def _ways_to_shard(options: PlanConfig, count: int) -> list[dict[str, Any]]:

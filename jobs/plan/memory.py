@@ -12,11 +12,11 @@ from cluster.settings.run import (
     RunConfig,
     batch_schedule,
     planned_vocabulary,
+    run_storage,
     seq_len,
     way_to_compute,
     with_precision,
 )
-from cluster.storage.uris import open_storage
 from jobs.exact.state.flat_layout import BLOCK, PIECE_VALUES, FlatLayout
 from jobs.exact.state.rules import update_rule
 from jobs.exact.state.sharding import Sharding
@@ -50,32 +50,32 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int) -> dic
     one.
     """
     sharding = Sharding.of(config.scaling, rank=0, world_size=world_size)
-    per_lane, width = config.train.micro_batches_per_lane, product_bytes(config)
-    group, num_lanes = sharding.group_size, batch_schedule(config).full_lanes
+    per_lane = config.train.micro_batches_per_lane
+    width = product_bytes(config)
+    group = sharding.group_size
+    num_lanes = batch_schedule(config).full_lanes
     num_groups = min(sharding.num_groups, num_lanes)
-    first_ranks = [
-        replace(sharding, rank=n * group, world_size=num_groups * group) for n in range(num_groups)
-    ]
-    num_buffers = max(StepPlan(rank, num_lanes, per_lane).num_buffers for rank in first_ranks)
-    own = layout.size / group
-    second = max(map(len, layout.places.values())) * (
-        way_to_compute(config) == "cpu" and num_lanes > num_groups
-    )
+    num_buffers = 0
+    for number in range(num_groups):
+        first_rank = replace(sharding, rank=number * group, world_size=num_groups * group)
+        num_buffers = max(num_buffers, StepPlan(first_rank, num_lanes, per_lane).num_buffers)
+    own_values = layout.size / group
+    second = 0
     if group == 1 and per_lane > 1:
         second = layout.size  # what autograd adds the lane's micro-batches up in
+    elif way_to_compute(config) == "cpu" and num_lanes > num_groups:
+        second = max(map(len, layout.places.values()))
+    num_vectors = len(update_rule(config.train).vectors)
     is_whole = not sharding.divided.values
     block = max(map(len, layout.decoder_blocks))
     rest = layout.boundary - sum(map(len, layout.decoder_blocks))  # the embeddings
     rounded = config.train.numerics.rounded_bytes * (layout.boundary if is_whole else rest)
     return {
-        "weights": FP32_BYTES * (layout.size if is_whole else own),
+        "weights": FP32_BYTES * (layout.size if is_whole else own_values),
         "bf16_weights": float(rounded),  # in autocast's cache
-        "gradients": FP32_BYTES * own,
-        "lane_sums": FP32_BYTES * ((num_buffers - 1) * own + second),
-        "optimizer": len(update_rule(config.train).vectors)
-        * FP32_BYTES
-        * layout.size
-        / sharding.num_holders,
+        "gradients": FP32_BYTES * own_values,
+        "lane_sums": FP32_BYTES * ((num_buffers - 1) * own_values + second),
+        "optimizer": FP32_BYTES * num_vectors * layout.size / sharding.num_holders,
         "embeddings": float(FP32_BYTES * rest * ((group > 1) + (not is_whole))),
         "two_blocks": float(0 if is_whole else 2 * width * block),
         "block_gradients": float(width * block if group > 1 else 0),
@@ -128,8 +128,9 @@ def logits_chunk_bytes(config: RunConfig) -> float:
     """Returns the bytes of the scores (V, K) of a chunk of tokens, from which the cross-entropy
     makes their gradients, and of the head's gradient (V, C) where the activations are still there:
     all scores (B, T, V) never exist."""
-    model, tokens = config.model, config.train.micro_batch_size * seq_len(config)
-    numerics, compute = config.train.numerics, way_to_compute(config)
+    model, numerics = config.model, config.train.numerics
+    tokens = config.train.micro_batch_size * seq_len(config)
+    compute = way_to_compute(config)
     rounded = numerics.rounded_bytes
     # Fused kernels read the scores and write their gradients. Plain operations have five copies in
     # fp32 at a time, and a mask; those for CPUs write over the scores.
@@ -138,11 +139,10 @@ def logits_chunk_bytes(config: RunConfig) -> float:
         "plain": 21 + rounded,
         "cpu": FP32_BYTES + rounded,
     }[compute]
-    head = (0 if compute == "cpu" else FP32_BYTES) + rounded
-    num_scores = model.vocab_size * min(
-        CHUNK_TOKENS if compute == "cpu" else GPU_CHUNK_TOKENS, tokens
-    )
-    return float(score * num_scores + head * model.vocab_size * model.n_embd)
+    is_on_cpu = compute == "cpu"
+    head = (0 if is_on_cpu else FP32_BYTES) + rounded
+    chunk_tokens = min(CHUNK_TOKENS if is_on_cpu else GPU_CHUNK_TOKENS, tokens)
+    return float(model.vocab_size * (score * chunk_tokens + head * model.n_embd))
 
 
 def host_memory(
@@ -171,27 +171,29 @@ def _received_bytes(layout: FlatLayout, *, world_size: int, group: int, num_lane
     subtree sum, and of each member's gradient."""
     if world_size == 1:
         return 0.0
-    bucket, num_groups = max(map(len, layout.buckets)), world_size // group
-    subtrees = subtrees_of_ranks(num_lanes, min(num_groups, num_lanes))
-    part = -(-bucket // BLOCK // world_size) * BLOCK
-    return float(
-        FP32_BYTES * (part * sum(map(len, subtrees)) * (num_groups > 1) + bucket * (group > 1))
-    )
+    bucket = max(map(len, layout.buckets))
+    num_groups = world_size // group
+    num_values = bucket if group > 1 else 0
+    if num_groups > 1:
+        subtrees = subtrees_of_ranks(num_lanes, min(num_groups, num_lanes))
+        part = -(-bucket // BLOCK // world_size) * BLOCK
+        num_values += part * sum(map(len, subtrees))
+    return float(FP32_BYTES * num_values)
 
 
 def worker_needs(config: RunConfig) -> dict[str, Any]:
     """Returns `worker_bytes` of a node's memory and `device_bytes` of a GPU's, which a worker
     needs, and `problems` in words: settings that differ from those that the run began with."""
     planned, scaling = planned_vocabulary(config), config.scaling
+    layout = layout_of(planned.model)
+    training = 0.0
     # As precision `auto` is settled where the workers run, there must be room for either
-    training = max(
-        sum(gpu_memory(each, layout_of(each.model), world_size=scaling.min_workers).values())
-        for each in (with_precision(planned, numerics.name) for numerics in NUMERICS.values())
-    )
+    for numerics in NUMERICS.values():
+        settled = with_precision(planned, numerics.name)
+        parts = gpu_memory(settled, layout, world_size=scaling.min_workers)
+        training = max(training, sum(parts.values()))
     on_device = training if scaling.use_gpu else 0.0
-    reason = why_not_resumed(
-        open_storage(config.storage.uri).child(f"runs/{config.run_id}"), config
-    )
+    reason = why_not_resumed(run_storage(config), config)
     return {
         "worker_bytes": round(_PROCESS_BYTES + training - on_device),
         "device_bytes": round(on_device),

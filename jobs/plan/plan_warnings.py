@@ -37,19 +37,15 @@ def warnings(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> li
 
 
 def _memory(options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
-    needed, has, advice = (
-        plan["memory_bytes"]["total"],
-        options.hardware.memory_bytes,
-        plan["advice"],
-    )
+    needed = plan["memory_bytes"]["total"]
+    has = options.hardware.memory_bytes
+    advice = plan["advice"]
     if needed <= FULL_MEMORY * has:
         return
     way_out = f"No sharding makes it fit {plan['count']:,} of them. What follows is arithmetic."
     if advice is not None:
-        flags = " ".join(
-            [_flags("scaling", advice["scaling"]), _flags("train", advice["train"])]
-        ).strip()
-        way_out = f"{flags} makes it {advice['memory_bytes']['total'] / 1e9:,.1f} GB."
+        flags = f"{_flags('scaling', advice['scaling'])} {_flags('train', advice['train'])}"
+        way_out = f"{flags.strip()} makes it {advice['memory_bytes']['total'] / 1e9:,.1f} GB."
     yield (
         f"The run does not fit its GPUs: each needs {needed / 1e9:,.1f} GB, and the {options.gpu} has "
         f"{has / 1e9:,.0f} GB, a tenth of it for allocator and libraries. {way_out}"
@@ -64,33 +60,9 @@ def _flags(branch: str, settings: Mapping[str, Any]) -> str:
 
 
 def _on_gpus(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
-    lanes, count, step_s = batch_schedule(config).num_lanes(1), plan["count"], plan["step_s"]
-    if count > lanes:
-        yield (
-            f"{count:,} GPUs for {lanes:,} lanes: train.global_batch_size {config.train.global_batch_size:,} / "
-            f"train.micro_batch_size {config.train.micro_batch_size} gives only {lanes:,} of them work, while the days "
-            f"below assume that {count:,} are busy. That takes a batch of at least "
-            f"{count * config.train.micro_batch_size:,} sequences."
-        )
-    elif lanes % count:
-        busy = lanes / count / -(-lanes // count)
-        yield (
-            f"{lanes:,} lanes do not divide among {count:,} GPUs: some compute {-(-lanes // count)} a step, others "
-            f"{lanes // count} and wait: {1 - busy:.0%} of the GPUs' time is lost, which the days below leave out."
-        )
-    numerics, fast = config.train.numerics, options.hardware.fast_numerics
-    if not numerics.is_rounded and options.sustained_tflops is None:
-        yield (
-            f"train.precision is {numerics.name}, and the MFU is a share of the peak of "
-            f"{fast.name if fast.is_rounded else 'fp16'}, {options.hardware.peak_flops_per_s / 1e12:,.0f} TFLOP/s: "
-            f"{f'set --train.precision {fast.name}, or ' if fast.is_rounded else ''}say with --sustained-tflops what "
-            f"{numerics.name} sustains."
-        )
-    if config.train.recompute and options.sustained_tflops is None:
-        yield (
-            "train.recompute changes no days with --mfu, which does not count repeated operations; it does with "
-            "--sustained-tflops."
-        )
+    yield from _lanes(config, plan["count"])
+    if options.sustained_tflops is None:
+        yield from _share_of_peak(config, options)
     moved = plan["exchange"]
     if moved["seconds"] > moved["compute_s"]:
         yield (
@@ -106,15 +78,57 @@ def _on_gpus(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> It
             f"--count is {options.count:,} and scaling.max_workers {workers:,}: the plan has other GPUs than the run "
             "would have workers."
         )
+    yield from _keeping(config, plan)
+
+
+def _lanes(config: RunConfig, count: int) -> Iterator[str]:
+    lanes = batch_schedule(config).num_lanes(1)
+    if count > lanes:
+        yield (
+            f"{count:,} GPUs for {lanes:,} lanes: train.global_batch_size {config.train.global_batch_size:,} / "
+            f"train.micro_batch_size {config.train.micro_batch_size} gives only {lanes:,} of them work, while the days "
+            f"below assume that {count:,} are busy. That takes a batch of at least "
+            f"{count * config.train.micro_batch_size:,} sequences."
+        )
+    elif lanes % count:
+        most = -(-lanes // count)
+        busy = lanes / count / most
+        yield (
+            f"{lanes:,} lanes do not divide among {count:,} GPUs: some compute {most} a step, others "
+            f"{lanes // count} and wait: {1 - busy:.0%} of the GPUs' time is lost, which the days below leave out."
+        )
+
+
+def _share_of_peak(config: RunConfig, options: PlanConfig) -> Iterator[str]:
+    numerics, fast = config.train.numerics, options.hardware.fast_numerics
+    if not numerics.is_rounded:
+        name_of_peak = fast.name if fast.is_rounded else "fp16"
+        advice = f"set --train.precision {fast.name}, or " if fast.is_rounded else ""
+        yield (
+            f"train.precision is {numerics.name}, and the MFU is a share of the peak of "
+            f"{name_of_peak}, {options.hardware.peak_flops_per_s / 1e12:,.0f} TFLOP/s: "
+            f"{advice}say with --sustained-tflops what {numerics.name} sustains."
+        )
+    if config.train.recompute:
+        yield (
+            "train.recompute changes no days with --mfu, which does not count repeated operations; it does with "
+            "--sustained-tflops."
+        )
+
+
+def _keeping(config: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
+    """Warns of snapshots without room, and of checkpoints that come too often."""
     host = plan["host_memory_bytes"]
     snapshots = host["snapshots"] + host["copies_of_another_node"]
-    if (allowed := config.checkpoint.snapshot_bytes) is not None and 0 < allowed < snapshots:
+    allowed = config.checkpoint.snapshot_bytes
+    if allowed is not None and 0 < allowed < snapshots:
         yield (
             f"Snapshots need {snapshots / 1e9:,.1f} GB of each node's memory and checkpoint.snapshot_bytes allows "
             f"{allowed / 1e9:,.1f} GB: without them a failure costs all steps since the last checkpoint."
         )
-    between_s = config.checkpoint.save_every_steps * step_s
-    if between_s < (store_s := plan["checkpoint"]["store_s"]):
+    between_s = config.checkpoint.save_every_steps * plan["step_s"]
+    store_s = plan["checkpoint"]["store_s"]
+    if between_s < store_s:
         yield (
             f"Checkpoints come every {between_s:,.3g} s, {config.checkpoint.save_every_steps:,} steps, and storing one "
             f"takes {store_s:,.3g} s: those that come meanwhile are passed over "
@@ -123,7 +137,8 @@ def _on_gpus(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> It
 
 
 def _sharding(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
-    if uneven := uneven_groups(config, StepTimes(config, options), plan["count"]):
+    uneven = uneven_groups(config, StepTimes(config, options), plan["count"])
+    if uneven:
         yield uneven
         return
     moved, advice = plan["exchange"], plan["exchange"]["advice"]
@@ -142,7 +157,8 @@ def _sharding(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> I
 def _schedule(config: RunConfig) -> Iterator[str]:
     train = config.train
     horizon = train.decay_tokens or train.max_tokens
-    if (warmup := warmup_tokens(config)) >= train.max_tokens:
+    warmup = warmup_tokens(config)
+    if warmup >= train.max_tokens:
         yield (
             f"The warm-up of {warmup:,} tokens is as long as the run of {train.max_tokens:,}: the learning rate never "
             "reaches its peak."

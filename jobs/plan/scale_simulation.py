@@ -52,12 +52,11 @@ def scales(config: RunConfig, options: PlanConfig) -> list[Row]:
 
 
 def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int) -> Row:
-    gpu, lanes = options.hardware, batch_schedule(config).full_lanes
-    step_tokens = lanes * batch_schedule(config).lane_tokens
-    rate = options.mfu * gpu.peak_flops_per_s
-    lane_s = (
-        flops_per_token(config.model, seq_len(config)) * batch_schedule(config).lane_tokens / rate
-    )
+    gpu, schedule = options.hardware, batch_schedule(config)
+    lanes = schedule.full_lanes
+    step_tokens = lanes * schedule.lane_tokens
+    lane_flops = flops_per_token(config.model, seq_len(config)) * schedule.lane_tokens
+    lane_s = lane_flops / (options.mfu * gpu.peak_flops_per_s)
     moved = exchange(config, layout, options, world_size=size, num_lanes=lanes, lane_s=lane_s)
     compute_s, step_s = moved.compute_s, moved.step_s
 
@@ -110,19 +109,23 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
 
 def scale_table(rows: Sequence[Row]) -> str:
     """Formats the tables of `scales.txt` over the numbers of GPUs."""
-    tables = [table.splitlines() for table in template("scales.txt").split("\n\n")]
-    lines = [
-        [heads, *(Figures().format(line, **scale, mtbf_h=scale["mtbf_s"] / 3600) for scale in rows)]
-        for heads, line in tables
-    ]
-    return "\n\n".join(map(_aligned, lines))
+    tables = []
+    for table in template("scales.txt").split("\n\n"):
+        heads, line = table.splitlines()
+        lines = [heads]
+        for row in rows:
+            lines.append(Figures().format(line, **row, mtbf_h=row["mtbf_s"] / 3600))
+        tables.append(_aligned(lines))
+    return "\n\n".join(tables)
 
 
 def _aligned(lines: Sequence[str]) -> str:
     """Returns the lines of a table with columns of one width, and a rule below the first line."""
     heads, *rows = [line.strip("| ").split(" | ") for line in lines]
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    return "\n".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))} |"
-        for cells in (heads, ["-" * width for width in widths], *rows)
-    )
+    rule = ["-" * width for width in widths]
+    aligned = []
+    for cells in (heads, rule, *rows):
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        aligned.append(f"| {' | '.join(padded)} |")
+    return "\n".join(aligned)

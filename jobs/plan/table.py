@@ -45,9 +45,7 @@ def table(plan: Mapping[str, Any], options: PlanConfig) -> str:
         tflops=plan["flops_per_s_per_gpu"] / 1e12,
         wall_s=plan["days"] * 86_400,
         gpu_memory=_memory(plan["memory_bytes"], plan["advice"], plan["gpu_memory_bytes"]),
-        node_memory="\n".join(
-            f"  {_PARTS[k]:<{_LABEL}}{size(v)}" for k, v in plan["host_memory_bytes"].items() if v
-        ),
+        node_memory=_node_memory(plan["host_memory_bytes"]),
         **plan,
     )
     wrapper = textwrap.TextWrapper(_WIDTH, initial_indent="  ", subsequent_indent="    ")
@@ -76,21 +74,33 @@ class Figures(string.Formatter):
 
 def size(num_bytes: float, per: str = "") -> str:
     """Formats bytes with four digits and a decimal prefix: `2.095 TB`."""
-    factor, prefix = next(((f, p) for f, p in _PREFIXES if num_bytes >= f), (1, ""))
+    factor, prefix = next((row for row in _PREFIXES if num_bytes >= row[0]), _PREFIXES[-1])
     return f"{num_bytes / factor:.4g} {prefix}B{per}"
 
 
 def _memory(parts: Mapping[str, float], advice: Mapping[str, Any] | None, has: float) -> str:
-    columns = {"as set": parts} | ({"as advised": advice["memory_bytes"]} if advice else {})
-    named = [name for name in parts if any(column[name] for column in columns.values())]
-    rows = [
-        ("", [*columns]),
-        *((_PARTS[name], [size(column[name]) for column in columns.values()]) for name in named),
-    ]
+    columns = {"as set": parts}
+    if advice:
+        columns["as advised"] = advice["memory_bytes"]
+    rows = [("", [*columns])]
+    for name in parts:
+        sizes = [column[name] for column in columns.values()]
+        if any(sizes):
+            rows.append((_PARTS[name], [size(num_bytes) for num_bytes in sizes]))
     rows.append(("of", [size(has)] * len(columns)))
-    return "\n".join(
-        f"  {name:<{_LABEL}}{''.join(f'{value:>13}' for value in values)}" for name, values in rows
-    )
+    lines = []
+    for label, values in rows:
+        cells = "".join(f"{value:>13}" for value in values)
+        lines.append(f"  {label:<{_LABEL}}{cells}")
+    return "\n".join(lines)
+
+
+def _node_memory(parts: Mapping[str, float]) -> str:
+    lines = []
+    for name, num_bytes in parts.items():
+        if num_bytes:
+            lines.append(f"  {_PARTS[name]:<{_LABEL}}{size(num_bytes)}")
+    return "\n".join(lines)
 
 
 def _assumptions(plan: Mapping[str, Any], options: PlanConfig) -> Iterator[str]:

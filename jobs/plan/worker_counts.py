@@ -29,13 +29,10 @@ def hardware_of(nodes: Sequence[Mapping[str, float]]) -> PlanConfig | None:
     gpus_per_node = 0
     for node in nodes:
         num_gpus = int(node.get("GPU", 0))
-        if num_gpus:
-            kinds |= {
-                name.removeprefix(_ACCELERATOR).lower()
-                for name in node
-                if name.startswith(_ACCELERATOR)
-            }
-            gpus_per_node = max(gpus_per_node, num_gpus)
+        gpus_per_node = max(gpus_per_node, num_gpus)
+        for name in node:
+            if num_gpus and name.startswith(_ACCELERATOR):
+                kinds.add(name.removeprefix(_ACCELERATOR).lower())
     if len(kinds) != 1 or not kinds <= GPUS.keys():
         return None
     return PlanConfig(gpu=kinds.pop(), gpus_per_node=gpus_per_node)
@@ -67,10 +64,15 @@ class StepTimes:
     def seconds(self, num_workers: int) -> float:
         """Returns the seconds of a step, with what computing does not hide of the exchange."""
         lanes = batch_schedule(self.config).full_lanes
-        sizes = {"world_size": num_workers, "num_lanes": lanes}
-        return exchange(
-            self.config, self._layout, self.hardware, **sizes, lane_s=self._lane_s
-        ).step_s
+        moved = exchange(
+            self.config,
+            self._layout,
+            self.hardware,
+            world_size=num_workers,
+            num_lanes=lanes,
+            lane_s=self._lane_s,
+        )
+        return moved.step_s
 
 
 def counts_to_run(config: RunConfig, times: StepTimes | None) -> dict[int, int]:
@@ -113,12 +115,12 @@ def uneven_groups(config: RunConfig, times: StepTimes | None, num_workers: int) 
     )
     if to_run == whole:
         text += f" An elastic run uses {whole:,} in groups of {asked:,}{whole_take}"
-        reason = (
-            ""
-            if times
-            else " The planner does not know this hardware, so no group is larger than asked for."
-        )
-        return f"{text} and keeps {num_workers - whole:,} spare.{reason}"
+        text += f" and keeps {num_workers - whole:,} spare."
+        if times is None:
+            text += (
+                " The planner does not know this hardware, so no group is larger than asked for."
+            )
+        return text
     if whole < scaling.min_workers:
         least = f"scaling.min_workers {scaling.min_workers:,}"
         return f"{text} {least} rules out the {whole:,} that are whole groups{whole_take}."

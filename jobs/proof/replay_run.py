@@ -18,7 +18,7 @@ from cluster.output.progress import say
 from cluster.output.result_text import counted
 from cluster.settings.code_folders import code_version
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import batch_schedule, to_yaml
+from cluster.settings.run import RunConfig, batch_schedule, to_yaml
 from cluster.storage.uris import Storage
 from jobs.proof.diff_runs import first_difference, step_values
 from jobs.run.checkpoints import RunCheckpoints, step_of
@@ -45,9 +45,9 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
     Raises `UserError` for steps that the ledger does not have, `TokenStoreError` where the data is
     gone.
     """
-    config, ledger = recorded_config(run), Ledger.read(run)
+    config = recorded_config(run)
+    ledger = Ledger.read(run)
     recorded = step_values(ledger)
-    compared = [step for step in steps if step in recorded]  # a rollback may have left some out
     if steps[0] not in recorded or steps[-1] not in recorded:
         raise UserError(
             f"steps {steps[0]}..{steps[-1]} are not in the ledger of {run.uri}, which has "
@@ -58,37 +58,25 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
         raise ConfigError(
             f"--workers {num_workers}: the run has {num_lanes} lanes, and each worker needs one"
         )
-    identity = data_identity(ledger)
-    tokens = find_tokens(run, identity)
     with tempfile.TemporaryDirectory(prefix="raymill-replay-") as folder:
-        branches = {
-            "storage": config.storage.model_copy(update={"uri": folder}),
-            # Whether this hardware computes the same bits is what is asked.
-            "scaling": config.scaling.model_copy(update={"mixed_hardware": "allow"}),
-        }
-        plan = RunPlan(
-            config=config.model_copy(update=branches),
-            tokens_uri=tokens.uri,
-            tokenizer_json=tokens.read_bytes(TOKENIZER),
-            code_version=code_version(),
-            until=steps[-1],
-            division=division(last_start(ledger, identity)),
-        )
+        plan = _scratch_plan(run, config, ledger, folder=folder, until=steps[-1])
         start = _lay_out(run, ledger, plan, before=steps[0])
-        say(
-            f"taking steps {step_of(start) + 1 if start else 1} to {steps[-1]} again, {counted(num_workers, 'worker')}"
-        )
+        first = step_of(start) + 1 if start else 1
+        say(f"taking steps {first} to {steps[-1]} again, {counted(num_workers, 'worker')}")
         _train(plan, num_workers=num_workers, folder=Path(folder))
         replayed = step_values(Ledger.read(plan.run))
+    compared = [step for step in steps if step in recorded]  # a rollback may have left some out
     parted = first_difference(recorded, replayed, steps=compared)
     is_same_code = all(
         event.get("code_version") == plan.code_version for event in ledger.events("start")
     )
+    verdict = f"bits equal for steps {steps[0]}..{steps[-1]}"
+    if parted:
+        verdict = f"bits part at {parted}"
+        if not is_same_code:
+            verdict += "; this is not the code that trained the run"
     return {
-        "verdict": (
-            f"bits part at {parted}" if parted else f"bits equal for steps {steps[0]}..{steps[-1]}"
-        )
-        + ("" if is_same_code or not parted else "; this is not the code that trained the run"),
+        "verdict": verdict,
         "equal": parted is None,
         "step": parted.step if parted else None,
         "fields": parted.fields if parted else {},
@@ -102,21 +90,41 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
     }
 
 
+def _scratch_plan(
+    run: Storage, config: RunConfig, ledger: Ledger, *, folder: str, until: int
+) -> RunPlan:
+    identity = data_identity(ledger)
+    tokens = find_tokens(run, identity)
+    branches = {
+        "storage": config.storage.model_copy(update={"uri": folder}),
+        # Whether this hardware computes the same bits is what is asked.
+        "scaling": config.scaling.model_copy(update={"mixed_hardware": "allow"}),
+    }
+    return RunPlan(
+        config=config.model_copy(update=branches),
+        tokens_uri=tokens.uri,
+        tokenizer_json=tokens.read_bytes(TOKENIZER),
+        code_version=code_version(),
+        until=until,
+        division=division(last_start(ledger, identity)),
+    )
+
+
 def _lay_out(run: Storage, ledger: Ledger, plan: RunPlan, *, before: int) -> str | None:
     """Makes the scratch run look like the run killed after its newest valid checkpoint before the
     step. Returns that checkpoint's name, or None where there is none."""
     plan.run.write_bytes(CONFIG_FILE, to_yaml(plan.config).encode())
     guard = GuardState(rollbacks=ledger.rollbacks)
     with tempfile.TemporaryDirectory(prefix="raymill-fetch-") as scratch:
-        found, _ = RunCheckpoints(run).find(
-            Path(scratch), left_out=lambda n: n >= before or guard.leaves_out(n)
+        newest, _ = RunCheckpoints(run).find(
+            Path(scratch), left_out=lambda step: step >= before or guard.leaves_out(step)
         )
-        if found is None:
+        if newest is None:
             return None
-        place = plan.run.local_path(f"checkpoints/{found.name}")
+        place = plan.run.local_path(f"checkpoints/{newest.name}")
         assert place is not None
-        shutil.copytree(found, place)
-    step = step_of(found.name)
+        shutil.copytree(newest, place)
+    step = step_of(newest.name)
     ends = [
         n
         for n, line in enumerate(ledger.lines, 1)
@@ -124,7 +132,7 @@ def _lay_out(run: Storage, ledger: Ledger, plan: RunPlan, *, before: int) -> str
     ]
     lines = ledger.lines[: ends[-1]] if ends else []
     plan.run.write_bytes(LEDGER, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    return found.name
+    return newest.name
 
 
 def _train(plan: RunPlan, *, num_workers: int, folder: Path) -> None:

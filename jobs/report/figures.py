@@ -1,7 +1,7 @@
 """Draws the figures of a run over its steps, as PNG."""
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -54,31 +54,16 @@ def draw(picture: Picture, ledger: Ledger) -> bytes:
 
 def pictures(ledger: Ledger) -> dict[str, Picture]:
     """Returns what there is to draw, by name."""
-    first, last = ledger.steps[0], ledger.steps[-1]
-    validations = ledger.events("validation")
-    span = f"steps {first['step']} to {last['step']}"
-    stops = (
-        "; ".join(f"{stop.label} after step {stop.step}" for stop in ledger.interruptions())
-        or "no interruption"
-    )
-    phases = {name: float(np.mean(seconds)) for name, seconds in seconds_by_phase(ledger).items()}
-    of_step = ", ".join(
-        f"{name} {seconds / sum(phases.values()):.0%}" for name, seconds in phases.items()
-    )
-    spent = ", ".join(f"{name} {share:.0%}" for name, share in parts(ledger).items())
+    span = f"steps {ledger.steps[0]['step']} to {ledger.steps[-1]['step']}"
+    labels = [f"{stop.label} after step {stop.step}" for stop in ledger.interruptions()]
+    stops = "; ".join(labels) or "no interruption"
     verdict = why_slow(ledger)["verdict"]
     rates = [line["lr"] for line in ledger.steps]
-    loss = (
-        f"Training loss over {span}, from {first['loss']:.3f} to {last['loss']:.3f} nats per token"
-    )
-    if validations:
-        loss += f", and validation loss, {validations[-1]['val_loss']:.3f} at its end"
-        sets = validations[-1].get("sets", {})
-        loss += "".join(f", {name} {figures['val_loss']:.3f}" for name, figures in sets.items())
-    found = {
+    by_name = {
         "loss": Picture(
             "Loss, and workers",
-            f"{loss}; below it the number of workers, by attempt {', '.join(map(str, ledger.world_sizes))}. "
+            f"{_losses_in_words(ledger, span)}; below it the number of workers, by attempt "
+            f"{', '.join(map(str, ledger.world_sizes))}. "
             f"Marked: {stops}, {counted(len(ledger.events('checkpoint')), 'checkpoint')}.",
             _loss,
             below=_world_size,
@@ -96,12 +81,14 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
         ),
         "step_time": Picture(
             "Time of a step",
-            f"Mean time of a step of rank 0 by phase, stacked, over {span}: {of_step}.",
+            f"Mean time of a step of rank 0 by phase, stacked, over {span}: "
+            f"{_phases_in_words(ledger)}.",
             _step_time,
         ),
         "waterfall": Picture(
             "Where the wall time of the run goes",
-            f"The parts of the wall time, one after another from left to right: {spent}. {verdict}",
+            f"The parts of the wall time, one after another from left to right: "
+            f"{_in_words(parts(ledger))}. {verdict}",
             partial(waterfall, verdict=verdict),
             is_over_steps=False,
         ),
@@ -109,16 +96,43 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
     known = [line["mfu"] for line in ledger.steps if line["mfu"] is not None]
     if known:
         text = f"Model FLOPs utilization over {span}; the median is {np.median(known):.1%} of the GPUs' bf16 peak."
-        found["mfu"] = Picture("Model FLOPs utilization", text, _mfu)
-    if ledger.events("layers"):
-        for field in ("gradient_norm", "weight_norm", "update_ratio"):
-            title = f"{field.replace('_', ' ').capitalize()} of each layer"
-            text = (
-                f"{title} over {span}, as a heat map on a logarithmic scale: a strip at each step that was measured, "
-                "the embeddings lowest."
-            )
-            found[f"layer_{field}"] = Picture(title, text, partial(_layers, field=field))
-    return found
+        by_name["mfu"] = Picture("Model FLOPs utilization", text, _mfu)
+    return by_name | _pictures_of_layers(ledger, span)
+
+
+def _losses_in_words(ledger: Ledger, span: str) -> str:
+    first, last = ledger.steps[0]["loss"], ledger.steps[-1]["loss"]
+    words = f"Training loss over {span}, from {first:.3f} to {last:.3f} nats per token"
+    validations = ledger.events("validation")
+    if validations:
+        words += f", and validation loss, {validations[-1]['val_loss']:.3f} at its end"
+        for name, figures in validations[-1].get("sets", {}).items():
+            words += f", {name} {figures['val_loss']:.3f}"
+    return words
+
+
+def _phases_in_words(ledger: Ledger) -> str:
+    means = {name: float(np.mean(seconds)) for name, seconds in seconds_by_phase(ledger).items()}
+    step_s = sum(means.values())
+    return _in_words({name: mean_s / step_s for name, mean_s in means.items()})
+
+
+def _in_words(shares_by_name: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares_by_name.items())
+
+
+def _pictures_of_layers(ledger: Ledger, span: str) -> dict[str, Picture]:
+    by_name: dict[str, Picture] = {}
+    if not ledger.events("layers"):
+        return by_name
+    for field in ("gradient_norm", "weight_norm", "update_ratio"):
+        title = f"{field.replace('_', ' ').capitalize()} of each layer"
+        text = (
+            f"{title} over {span}, as a heat map on a logarithmic scale: a strip at each step that was measured, "
+            "the embeddings lowest."
+        )
+        by_name[f"layer_{field}"] = Picture(title, text, partial(_layers, field=field))
+    return by_name
 
 
 def smoothed(values: Sequence[float], ledger: Ledger) -> Array:
@@ -164,16 +178,7 @@ def _mark_interruptions(axes: Axes, ledger: Ledger) -> None:
         places = [stop.step + 0.5 for stop in ledger.interruptions() if stop.label.startswith(kind)]
         if places:
             whole = axes.get_xaxis_transform()  # y in shares of the axes
-            axes.vlines(
-                places,
-                0,
-                1,
-                color=color,
-                linestyle=line,
-                linewidth=1.4,
-                label=kind,
-                transform=whole,
-            )
+            axes.vlines(places, 0, 1, color=color, ls=line, lw=1.4, label=kind, transform=whole)
 
 
 def _plot_smoothed(axes: Axes, ledger: Ledger, field: str, *, label: str) -> None:
@@ -191,26 +196,20 @@ def _plot_smoothed(axes: Axes, ledger: Ledger, field: str, *, label: str) -> Non
 def _loss(axes: Axes, ledger: Ledger) -> None:
     axes.set_ylabel("loss (nats/token)")
     _plot_smoothed(axes, ledger, "loss", label="training")
-    if validations := {line["step"]: line["val_loss"] for line in ledger.events("validation")}:
-        axes.plot(
-            *zip(*sorted(validations.items()), strict=True),
-            "D-",
-            color=ACCENT,
-            ms=5,
-            label="validation",
-        )
-    sets = {line["step"]: line.get("sets", {}) for line in ledger.events("validation")}
-    for number, name in enumerate(
-        dict.fromkeys(name for measured in sets.values() for name in measured)
-    ):
-        points = [
-            (step, measured[name]["val_loss"])
-            for step, measured in sorted(sets.items())
-            if name in measured
-        ]
+    validations = {line["step"]: line for line in ledger.events("validation")}
+    whole: list[tuple[int, float]] = []
+    by_set: dict[str, list[tuple[int, float]]] = {}
+    for step, line in sorted(validations.items()):
+        whole.append((step, line["val_loss"]))
+        for name, figures in line.get("sets", {}).items():
+            by_set.setdefault(name, []).append((step, figures["val_loss"]))
+    if whole:
+        axes.plot(*zip(*whole, strict=True), "D-", color=ACCENT, ms=5, label="validation")
+    for number, (name, points) in enumerate(by_set.items()):
         color = PHASES[(2 + number) % len(PHASES)]
         axes.plot(*zip(*points, strict=True), "s--", color=color, ms=4, label=f"validation, {name}")
-    if saved := sorted({line["step"] for line in ledger.events("checkpoint")}):
+    saved = sorted({line["step"] for line in ledger.events("checkpoint")})
+    if saved:
         floor = axes.get_xaxis_transform()  # y in shares of the axes
         axes.plot(
             saved, [0.02] * len(saved), "^", color=TEXT, ms=5, transform=floor, label="checkpoint"
@@ -220,15 +219,9 @@ def _loss(axes: Axes, ledger: Ledger) -> None:
 def _learning_rate(axes: Axes, ledger: Ledger) -> None:
     axes.set_ylabel("learning rate (dimensionless)")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    steps = [line["step"] for line in ledger.steps]
     rates = [line["lr"] for line in ledger.steps]
-    axes.plot(
-        [line["step"] for line in ledger.steps],
-        rates,
-        ".-",
-        color=SERIES,
-        ms=3,
-        label="learning rate",
-    )
+    axes.plot(steps, rates, ".-", color=SERIES, ms=3, label="learning rate")
     axes.set_ylim(0, 1.1 * max(rates))
 
 
@@ -242,15 +235,9 @@ def _throughput(axes: Axes, ledger: Ledger) -> None:
 def _mfu(axes: Axes, ledger: Ledger) -> None:
     axes.set_ylabel("share of the bf16 peak (%)")
     known = [line for line in ledger.steps if line["mfu"] is not None]
+    steps = [line["step"] for line in known]
     values = [100 * line["mfu"] for line in known]
-    axes.plot(
-        [line["step"] for line in known],
-        values,
-        ".",
-        color=SERIES,
-        markersize=3,
-        label="MFU, each step",
-    )
+    axes.plot(steps, values, ".", color=SERIES, markersize=3, label="MFU, each step")
     axes.set_ylim(0, 1.1 * max(values))
 
 
@@ -264,11 +251,8 @@ def _world_size(axes: Axes, ledger: Ledger) -> None:
 
 def _step_time(axes: Axes, ledger: Ledger) -> None:
     phases = {name: smoothed(seconds, ledger) for name, seconds in seconds_by_phase(ledger).items()}
-    unit, factor = (
-        ("ms", 1000.0)
-        if np.sum([seconds.mean() for seconds in phases.values()]) < 1
-        else ("s", 1.0)
-    )
+    step_s = sum(seconds.mean() for seconds in phases.values())
+    unit, factor = ("ms", 1000.0) if step_s < 1 else ("s", 1.0)
     axes.set_ylabel(f"time per step ({unit})")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     steps = [line["step"] for line in ledger.steps]
@@ -301,7 +285,9 @@ def _layers(axes: Axes, ledger: Ledger, *, field: str) -> None:
     # Every second one is what lies between two measurements
     strips = np.full((len(names), len(edges) - 1), np.nan)
     strips[:, ::2] = values
-    low, high = (np.nanmin(values), np.nanmax(values)) if np.isfinite(values).any() else (1.0, 10.0)
+    low, high = 1.0, 10.0
+    if np.isfinite(values).any():
+        low, high = np.nanmin(values), np.nanmax(values)
     scale = LogNorm(low, max(high, 1.01 * low))
     mesh = axes.pcolormesh(
         edges, np.arange(len(names) + 1) - 0.5, strips, norm=scale, cmap="cividis"
@@ -319,9 +305,9 @@ _LEAST_SHARE = 0.0005
 def parts(ledger: Ledger) -> dict[str, float]:
     """Returns the shares of the wall time by what it went into: the figures by which `why-slow`
     judges."""
-    found = shares(ledger)
-    spent = {f"computing: {phase}": share for phase, share in found.computing.items()}
-    spent |= {cause: share for cause, share in found.by_cause.items() if cause != "compute"}
+    measured = shares(ledger)
+    spent = {f"computing: {phase}": share for phase, share in measured.computing.items()}
+    spent |= {cause: share for cause, share in measured.by_cause.items() if cause != "compute"}
     return {name: share for name, share in spent.items() if share >= _LEAST_SHARE}
 
 

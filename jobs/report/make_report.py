@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.storage.uris import Storage, join_uri
 from jobs.report.figures import draw, pictures
-from jobs.report.page import cells, document, pairs, picture, table
+from jobs.report.page import cells, document, grid, pairs, picture, table
 from jobs.report.why_slow import why_slow
 from jobs.run.find_run import begun_ledger, data_identity, find_tokens
 from jobs.run.history import cost_rows, event_rows, flattened, recorded_config, statistics
@@ -44,29 +44,23 @@ def make_report(run: Storage, *, price: float | None = None) -> dict[str, Any]:
 
 
 def _events(ledger: Ledger) -> str:
-    rows = [
-        cells(
-            [
-                time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line["time"])),
-                str(line.get("step", "")),
-                name,
-                text,
-            ]
-        )
-        for line, name, text in event_rows(ledger)
-    ]
+    rows = []
+    for line, name, text in event_rows(ledger):
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line["time"]))
+        rows.append(cells([at, str(line.get("step", "")), name, text]))
     return table("Events of the run", ("Time (UTC)", "Step", "Event", "What it says"), rows)
 
 
 def _samples(ledger: Ledger) -> str:
     """Returns a table of the prompts' continuations by step; nothing where the run has no
     prompts."""
-    rows = [
-        cells([f"{line['step']:,}", f"{line['val_loss']:.4f}", f"{line['val_bits_per_byte']:.4f}"])
-        + f'<td class="text"><b>{escape(sample["prompt"])}</b>{escape(sample["text"])}</td>'
-        for line in {line["step"]: line for line in ledger.events("validation")}.values()
-        for sample in line["samples"]
-    ]
+    validations = {line["step"]: line for line in ledger.events("validation")}
+    rows = []
+    for step, line in validations.items():
+        measured = [f"{step:,}", f"{line['val_loss']:.4f}", f"{line['val_bits_per_byte']:.4f}"]
+        for sample in line["samples"]:
+            text = f"<b>{escape(sample['prompt'])}</b>{escape(sample['text'])}"
+            rows.append(f'{cells(measured)}<td class="text">{text}</td>')
     heads = ("Step", "Loss (nats/token)", "Bits per byte", "Prompt and continuation")
     return table("Samples by step", heads, rows) if rows else ""
 
@@ -81,8 +75,5 @@ def _drops(run: Storage, ledger: Ledger) -> str:
     counts = {"kept": manifest.total("documents")}
     counts |= {f"dropped: {reason}": count for reason, count in manifest.dropped.items() if count}
     total = sum(counts.values())
-    rows = [
-        f'<th scope="row">{escape(n)}</th>{cells([f"{c:,}", f"{c / total:.2%}"])}'
-        for n, c in counts.items()
-    ]
-    return table("Documents", ("", "Number", "Share"), rows)
+    rows = [(name, f"{count:,}", f"{count / total:.2%}") for name, count in counts.items()]
+    return grid("Documents", ("", "Number", "Share"), rows)

@@ -35,11 +35,8 @@ def document(title: str, body: str) -> str:
 
 def grid(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a table whose first column names its rows."""
-    return table(
-        caption,
-        heads,
-        [f'<th scope="row">{escape(name)}</th>{cells(values)}' for name, *values in rows],
-    )
+    lines = [f'<th scope="row">{escape(name)}</th>{cells(values)}' for name, *values in rows]
+    return table(caption, heads, lines)
 
 
 def picture(description: str, png: bytes) -> str:
@@ -47,11 +44,10 @@ def picture(description: str, png: bytes) -> str:
 
 
 def pairs(rows: Iterable[tuple[str, str]]) -> str:
-    body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>\n'
-        for name, value in rows
-    )
-    return f"<table><tbody>{body}</tbody></table>"
+    lines = [
+        f'<tr><th scope="row">{escape(name)}</th>{cells([value])}</tr>\n' for name, value in rows
+    ]
+    return f"<table><tbody>{''.join(lines)}</tbody></table>"
 
 
 def cells(values: Iterable[str]) -> str:

@@ -33,37 +33,35 @@ def probe_run(run: Storage) -> dict[str, Any]:
     names = checkpoints.names
     if not names:
         raise UserError(f"{run.uri} keeps no checkpoint yet; try again once it has one")
-    found = []
+    probed = []
     for number, name in enumerate(names, start=1):
         with tempfile.TemporaryDirectory(prefix="raymill-probe-") as scratch:
             folder = checkpoints.fetch(name, Path(scratch))
             metadata, model = read_metadata(folder), load_model(folder)
-        found.append(
-            {
-                "step": metadata.step,
-                "tokens_seen": metadata.tokens_seen,
-                "val_loss": metadata.val_loss,
-                "val_bits_per_byte": metadata.val_bits_per_byte,
-                **{
-                    name: round(share, 4)
-                    for name, share in probe(model, seq_len=seq_len(config)).items()
-                },
-            }
-        )
+        figures: dict[str, Any] = {
+            "step": metadata.step,
+            "tokens_seen": metadata.tokens_seen,
+            "val_loss": metadata.val_loss,
+            "val_bits_per_byte": metadata.val_bits_per_byte,
+        }
+        for task, accuracy in probe(model, seq_len=seq_len(config)).items():
+            figures[task] = round(accuracy, 4)
+        probed.append(figures)
         say(f"probed {number} of {counted(len(names), 'checkpoint')}")
-    run.write_bytes("report/probes.png", draw(found))
-    return {"checkpoints": found, "figure": join_uri(run.uri, "report/probes.png")}
+    run.write_bytes("report/probes.png", draw(probed))
+    return {"checkpoints": probed, "figure": join_uri(run.uri, "report/probes.png")}
 
 
-def draw(found: list[dict[str, Any]]) -> bytes:
+def draw(checkpoints: list[dict[str, Any]]) -> bytes:
     figure = new_figure()
     axes = titled(figure, "What checkpoints do in context", x="optimizer step", y="accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    steps = [line["step"] for line in found]
-    for name in TASKS:
-        look, color = _LOOKS[name]
-        axes.plot(steps, [checkpoint[name] for checkpoint in found], look, color=color, label=name)
+    steps = [checkpoint["step"] for checkpoint in checkpoints]
+    for task in TASKS:
+        look, color = _LOOKS[task]
+        accuracies = [checkpoint[task] for checkpoint in checkpoints]
+        axes.plot(steps, accuracies, look, color=color, label=task)
     axes.axhline(0.25, color=TEXT, linewidth=0.8, linestyle=":", label="a guess at few-shot")
     axes.set_ylim(-0.02, 1.02)
     return png(figure)

@@ -1,6 +1,7 @@
 """Says in one sentence what bounds a run, with the numbers that show it, from its ledger alone."""
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -37,6 +38,25 @@ class Window:
     num_steps: int
     world_size: int
     ranks: list[RankTime]  # rank 0 alone where no event records the others
+
+    @property
+    def lanes(self) -> list[float]:
+        return [rank.num_lanes for rank in self.ranks]
+
+    @property
+    def exposed_s(self) -> float:
+        """The seconds in the exchange after the last rank has arrived, when none waits for
+        another."""
+        return self.num_steps * min(rank.seconds.get("sync", 0.0) for rank in self.ranks)
+
+    def usual_s(self, slow: Collection[int]) -> dict[str, float]:
+        """Returns the seconds by phase in the mean of the ranks, without the slow ones."""
+        usual = [rank.seconds for number, rank in enumerate(self.ranks) if number not in slow]
+        means = {}
+        for phase in (*PHASES, REST):
+            seconds = [by_phase.get(phase, 0.0) for by_phase in usual]
+            means[phase] = self.num_steps * float(np.mean(seconds))
+        return means
 
 
 @dataclass(frozen=True)
@@ -80,38 +100,31 @@ def shares(ledger: Ledger) -> Shares:
     ratios: dict[int, float] = {}
     for window in windows:
         slow = stragglers(window.ranks)
-        usual = [rank.seconds for number, rank in enumerate(window.ranks) if number not in slow]
-        mean = {
-            name: window.num_steps * float(np.mean([seconds.get(name, 0.0) for seconds in usual]))
-            for name in (*PHASES, REST)
-        }
-        exposed_s = window.num_steps * min(rank.seconds.get("sync", 0.0) for rank in window.ranks)
-        waited_s = mean["sync"] - exposed_s
-        for name in _COMPUTING:
-            computing[name] += mean[name]
+        usual_s = window.usual_s(slow)
+        waited_s = usual_s["sync"] - window.exposed_s
+        for phase in _COMPUTING:
+            computing[phase] += usual_s[phase]
         for cause, phase in _PHASE_OF.items():
-            sums[cause] += mean[phase]
-        sums["other"] += mean["statistics"] + mean[REST]
+            sums[cause] += usual_s[phase]
+        sums["other"] += usual_s["statistics"] + usual_s[REST]
         if window.world_size == 1:  # nothing is exchanged
-            computing["sync"] += exposed_s
+            computing["sync"] += window.exposed_s
             continue
-        sums["communication"] += exposed_s
+        sums["communication"] += window.exposed_s
         if slow:
             rank = max(slow, key=slow.__getitem__)
             sums["straggler"] += waited_s
             held_up[rank] += waited_s
             ratios[rank] = max(ratios.get(rank, 0.0), slow[rank])
-        elif max(rank.num_lanes for rank in window.ranks) > min(
-            rank.num_lanes for rank in window.ranks
-        ):
+        elif max(window.lanes) > min(window.lanes):
             sums["lanes"] += waited_s
         else:
             sums["communication"] += waited_s
     sums["compute"] = sum(computing.values())
     between_s = sum(max(0.0, stop.seconds or 0.0) for stop in ledger.recoveries())
     sums["restarts"] = between_s + sum(line["wall_s"] for line in lost_steps(ledger))
-    if finish := ledger.events("finish"):  # which waits for the last checkpoint
-        sums["checkpoints"] += max(0.0, finish[-1]["time"] - ledger.steps[-1]["time"])
+    for finish in ledger.events("finish")[-1:]:  # which waits for the last checkpoint
+        sums["checkpoints"] += max(0.0, finish["time"] - ledger.steps[-1]["time"])
     wall_s = max(ledger.wall_s, sum(sums.values()))
     sums["other"] += wall_s - sum(sums.values())
     slowest = max(held_up, key=held_up.__getitem__, default=None)
@@ -120,7 +133,7 @@ def shares(ledger: Ledger) -> Shares:
         {phase: seconds / wall_s for phase, seconds in computing.items()},
         wall_s,
         None if slowest is None else (slowest, ratios[slowest]),
-        [rank.num_lanes for rank in windows[-1].ranks],
+        windows[-1].lanes,
     )
 
 
@@ -132,36 +145,36 @@ def why_run_is_slow(run: Storage) -> dict[str, Any]:
 def why_slow(ledger: Ledger) -> dict[str, Any]:
     """Returns `verdict`, a sentence; `bound`, the largest cause; `fix_first`, the largest one
     besides computing, None where that is small; `evidence`; and `shares` of the wall time."""
-    found = shares(ledger)
+    measured = shares(ledger)
     steps = ledger.steps
     step_s = float(np.median([line["wall_s"] for line in steps]))
     peak = [line["mfu"] for line in steps if line["mfu"] is not None]
     evidence: dict[str, Any] = {
-        "share": round(found.by_cause[found.bound], 4),
+        "share": round(measured.by_cause[measured.bound], 4),
         "median_step_s": round(step_s, 6),
         "mean_step_s": round(float(np.mean([line["wall_s"] for line in steps])), 6),
         "steps": len(steps),
         "share_of_peak": round(float(np.median(peak)), 4) if peak else None,
         "world_size": steps[-1]["world_size"],
-        "lanes": found.lanes,
+        "lanes": measured.lanes,
         "restarts": len(ledger.world_sizes) - 1 - len(ledger.pauses),
         "lost_steps": len(lost_steps(ledger)),
         "checkpoints": len(ledger.events("checkpoint")),
     }
-    if found.straggler and found.by_cause["straggler"] >= LEAST_SHARE:
-        rank, ratio = found.straggler
-        worker = ledger.events("start")[-1]["workers"]
+    if measured.straggler and measured.by_cause["straggler"] >= LEAST_SHARE:
+        rank, ratio = measured.straggler
+        workers = ledger.events("start")[-1]["workers"]
         evidence["straggler"] = {
             "rank": rank,
-            "node": worker[rank]["node"] if rank < len(worker) else None,
+            "node": workers[rank]["node"] if rank < len(workers) else None,
             "ratio": round(ratio, 2),
         }
     return {
-        "verdict": _sentence(found, evidence, advice=_validation_advice(ledger)),
-        "bound": found.bound,
-        "fix_first": found.fix_first,
+        "verdict": _sentence(measured, evidence, advice=_validation_advice(ledger)),
+        "bound": measured.bound,
+        "fix_first": measured.fix_first,
         "evidence": evidence,
-        "shares": {cause: round(share, 4) for cause, share in found.by_cause.items()},
+        "shares": {cause: round(share, 4) for cause, share in measured.by_cause.items()},
     }
 
 
@@ -175,31 +188,28 @@ def _validation_advice(ledger: Ledger) -> str:
     return "raise train.eval_every_steps or lower train.eval_max_tokens"
 
 
-def _sentence(found: Shares, evidence: dict[str, Any], *, advice: str) -> str:
+def _sentence(measured: Shares, evidence: dict[str, Any], *, advice: str) -> str:
     """Writes the verdict. It begins with the largest part of the wall time; where that is
     computing, the largest other part follows."""
-    peak, lanes, slow = (
-        evidence["share_of_peak"],
-        evidence["lanes"],
-        evidence.get("straggler") or {},
-    )
-    cause = found.fix_first or found.bound
+    peak = evidence["share_of_peak"]
+    cause = measured.fix_first or measured.bound
     values = {
         **evidence,
-        **slow,
+        **evidence.get("straggler", {}),
         "advice": advice,
-        "share": f"{found.by_cause[cause]:.0%} of the wall time",
+        "share": f"{measured.by_cause[cause]:.0%} of the wall time",
         "peak": "an unknown share of the peak" if peak is None else f"{peak:.0%} of the peak",
-        "most": f"{max(lanes):g}",
-        "least": f"{min(lanes):g}",
+        "most": f"{max(evidence['lanes']):g}",
+        "least": f"{min(evidence['lanes']):g}",
     }
     who, verb, how = (part.format(**values) for part in _SENTENCES[cause])
     step = f"a step takes {_duration(evidence['median_step_s'])} in the median, "
     step += f"{_duration(evidence['mean_step_s'])} in the mean"
-    if found.bound == cause:
+    if measured.bound == cause:
         return f"{who} {verb} the run: {how}; {step}."
-    who, computing = who[0].lower() + who[1:], found.by_cause["compute"]
-    return f"Computing takes the largest part, {computing:.0%} of the wall time; after it {who}: {how}; {step}."
+    computing = f"{measured.by_cause['compute']:.0%} of the wall time"
+    after_it = f"{who[0].lower()}{who[1:]}: {how}"
+    return f"Computing takes the largest part, {computing}; after it {after_it}; {step}."
 
 
 def _windows(ledger: Ledger) -> list[Window]:
@@ -211,12 +221,12 @@ def _windows(ledger: Ledger) -> list[Window]:
         waiting = []
         for line in lines:
             waiting.append(line)
-            if event := recorded.get((line["step"], attempt)):
+            event = recorded.get((line["step"], attempt))
+            if event:
                 windows.append(Window(len(waiting), line["world_size"], from_fields(event)))
                 waiting = []
-        windows += [
-            Window(1, line["world_size"], [RankTime(line["seconds"], 0.0)]) for line in waiting
-        ]
+        for line in waiting:
+            windows.append(Window(1, line["world_size"], [RankTime(line["seconds"], 0.0)]))
     return windows
 
 

@@ -20,6 +20,7 @@ QUARANTINED = "QUARANTINED"
 """A file in a damaged checkpoint's folder that says what is wrong. Nothing reads or deletes such a
 checkpoint."""
 
+_MARKS = {MANIFEST, QUARANTINED}
 _SPOOL = ".spool"
 _NAME = re.compile(r"step-\d{9}(-\d{4,})?")
 _MIN_VERIFIED = 2
@@ -79,24 +80,21 @@ class RunCheckpoints:
     @property
     def names(self) -> list[str]:
         """The complete checkpoints that are not known to be damaged, oldest first."""
-        return sorted(
-            name
-            for name, files in self._folders().items()
-            if MANIFEST in files and QUARANTINED not in files
-        )
+        folders = self._folders()
+        return sorted(name for name in folders if folders[name] & _MARKS == {MANIFEST})
 
     @property
     def torn(self) -> list[str]:
         """The checkpoints that lack their manifest and are not known to be damaged, oldest
         first."""
-        return sorted(
-            name for name, files in self._folders().items() if not files & {MANIFEST, QUARANTINED}
-        )
+        folders = self._folders()
+        return sorted(name for name in folders if not folders[name] & _MARKS)
 
     @property
     def quarantined(self) -> list[str]:
         """The checkpoints that are known to be damaged."""
-        return sorted(name for name, files in self._folders().items() if QUARANTINED in files)
+        folders = self._folders()
+        return sorted(name for name in folders if QUARANTINED in folders[name])
 
     @property
     def spool(self) -> Path:
@@ -142,9 +140,11 @@ class RunCheckpoints:
 
     def publish_manifest(self, name: str, manifest: bytes) -> None:
         """Makes a checkpoint whole, of which all other files are stored."""
-        folder, files = self.folder(name), json.loads(manifest)["files"]
+        folder = self.folder(name)
+        files = json.loads(manifest)["files"]
         sizes = {entry.key: entry.size for entry in folder.list()}
-        if wrong := [file for file, entry in files.items() if sizes.get(file) != entry["size"]]:
+        wrong = [file for file, entry in files.items() if sizes.get(file) != entry["size"]]
+        if wrong:
             self._arrived.clear()
             raise StorageError(
                 f"{folder.uri}: {', '.join(wrong)} did not arrive whole; uploading them again"
@@ -181,7 +181,9 @@ class RunCheckpoints:
         """Returns the newest complete and unaltered checkpoint in a local folder, and the problems
         of each newer one, by name; `left_out` excludes steps."""
         damaged: dict[str, list[str]] = {}
-        for name in reversed([name for name in self.names if not left_out(step_of(name))]):
+        for name in reversed(self.names):
+            if left_out(step_of(name)):
+                continue
             folder = self.fetch(name, scratch)
             problems = verify_checkpoint(folder)
             if not problems:

@@ -13,23 +13,21 @@ def find_run(reference: str, storage_uri: str) -> Storage:
     """Returns the run's storage, from its id under `storage_uri` or its folder's path or URI.
     Raises `UserError`."""
     runs = open_storage(storage_uri).child("runs")
-    candidates = (
-        [open_storage(reference)]
-        if "/" in reference
-        else [runs.child(reference), open_storage(reference)]
-    )
+    candidates = [open_storage(reference)]
+    if "/" not in reference:
+        candidates.insert(0, runs.child(reference))
     for run in candidates:
         if run.exists(LEDGER):
             return run
-    if begun := next((run for run in candidates if any(run.list("jobs/"))), None):
-        raise UserError(
-            f"run {reference!r} has no step yet, and so no {LEDGER} in {begun.uri}; `raymill status` says what it does"
-        )
-    known = _begun_runs(runs)
-    raise UserError(
-        f"unknown run {reference!r}: no {LEDGER} in {' or '.join(run.uri for run in candidates)}; "
-        + (f"{runs.uri} has {', '.join(known[-8:])}" if known else f"{runs.uri} has no runs")
-    )
+    for run in candidates:
+        if any(run.list("jobs/")):
+            raise UserError(
+                f"run {reference!r} has no step yet, and so no {LEDGER} in {run.uri}; "
+                "`raymill status` says what it does"
+            )
+    places = " or ".join(run.uri for run in candidates)
+    known = ", ".join(_begun_runs(runs)[-8:]) or "no runs"
+    raise UserError(f"unknown run {reference!r}: no {LEDGER} in {places}; {runs.uri} has {known}")
 
 
 def begun_ledger(run: Storage) -> Ledger:
@@ -61,9 +59,8 @@ def token_uses(storage: Storage) -> dict[str, list[str]]:
 
 
 def _begun_runs(runs: Storage) -> list[str]:
-    return sorted(
-        {entry.key.split("/")[0] for entry in runs.list() if entry.key.endswith(f"/{LEDGER}")}
-    )
+    ledgers = [entry.key for entry in runs.list() if entry.key.endswith(f"/{LEDGER}")]
+    return sorted({key.split("/")[0] for key in ledgers})
 
 
 def last_start(ledger: Ledger, identity: str | None) -> Line:

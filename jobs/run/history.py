@@ -3,7 +3,7 @@ figures."""
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -16,7 +16,7 @@ from cluster.settings.setting import Shapes, names_shaping
 from cluster.settings.train import TrainConfig
 from cluster.storage.registry import LATEST
 from cluster.storage.uris import Storage
-from jobs.run.ledger import Ledger, Line
+from jobs.run.ledger import Interruption, Ledger, Line
 from model.config import GPTConfig
 
 CONFIG_FILE = "config.yaml"
@@ -42,7 +42,8 @@ def changed_settings(run: Storage, now: RunConfig) -> list[str]:
     # The shape is that of the weights that it began from
     if now.train.init_from and now.model == GPTConfig():
         now = now.model_copy(update={"model": before.model})
-    if (start := before.train.init_from) and _may_have_named(str(now.train.init_from), start):
+    start = before.train.init_from
+    if start and _may_have_named(str(now.train.init_from), start):
         now = now.model_copy(update={"train": now.train.model_copy(update={"init_from": start})})
     return [
         f"{name} was {old}, now {new}"
@@ -79,98 +80,92 @@ def why_not_resumed(run: Storage, config: RunConfig) -> str:
     if not run.exists(CONFIG_FILE):
         return ""
     # The recorded vocabulary is the tokenizer's, which may not be there yet for these settings.
-    changed = [
-        text for text in changed_settings(run, config) if not text.startswith("model.vocab_size ")
-    ]
-    return (
-        f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id"
-        if changed
-        else ""
-    )
+    changes = changed_settings(run, config)
+    changes = [text for text in changes if not text.startswith("model.vocab_size ")]
+    if not changes:
+        return ""
+    return f"run {config.run_id} has other settings: {'; '.join(changes)}. Choose another --run-id"
 
 
 def lost_steps(ledger: Ledger) -> list[Line]:
     """Returns the lines of steps that were lost and taken again."""
-    counted = {id(line) for line in ledger.steps}
-    return [line for line in _step_lines(ledger) if id(line) not in counted]
+    ids_that_count = {id(line) for line in ledger.steps}
+    return [line for line in _step_lines(ledger) if id(line) not in ids_that_count]
 
 
 def seconds_by_phase(ledger: Ledger) -> dict[str, list[float]]:
     """Returns rank 0's seconds in each phase, of each step that counts; the phases sum to the
     step's wall time."""
-    steps = ledger.steps
-    return {
-        name: [line["seconds"].get(name, 0.0) for line in steps]
-        for name in (*PHASES, REST, UNTIMED)
-        if any(line["seconds"].get(name) for line in steps)
-    }
+    by_phase = {}
+    for phase in (*PHASES, REST, UNTIMED):
+        seconds = [line["seconds"].get(phase, 0.0) for line in ledger.steps]
+        if any(seconds):
+            by_phase[phase] = seconds
+    return by_phase
 
 
 def statistics(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
     """Returns (name, value with its unit) of the run's summary, all of it from the ledger but the
     planned steps."""
-    steps, again, wall_s, pauses = (
-        ledger.steps,
-        lost_steps(ledger),
-        ledger.wall_s,
-        ledger.pauses.values(),
-    )
-    stops = [stop for stop in ledger.interruptions() if stop.pause_s is None]
-    useful_s = sum(line["wall_s"] for line in steps)
-    again_s = sum(line["wall_s"] for line in again)
-    idle_s = sum(stop.seconds or 0.0 for stop in stops)
-    kind, hours = worker_hours(ledger, config)
-    numbers = ", ".join(
-        f"{first}–{last}" if last > first else f"{first}" for first, last in lost_ranges(ledger)
-    )
+    steps, wall_s = ledger.steps, ledger.wall_s
     last = steps[-1]
+    end = "" if ledger.events("finish") else ", unfinished"
+    useful_s = sum(line["wall_s"] for line in steps)
+    kind, hours = worker_hours(ledger, config)
     rows = [
         ("Tokens trained on", f"{last['tokens_seen']:,}"),
-        (
-            "Steps",
-            f"{last['step']:,} of {max_steps(config):,}"
-            + ("" if ledger.events("finish") else ", unfinished"),
-        ),
+        ("Steps", f"{last['step']:,} of {max_steps(config):,}{end}"),
         ("Wall time", duration(wall_s)),
         (f"{kind}-hours", f"{hours:,.4g}"),
         ("Workers, by attempt", ", ".join(map(str, ledger.world_sizes))),
-        (
-            "Restarts",
-            f"{len(stops)}, {sum(stop.is_resize for stop in stops)} of them with another number of workers",
-        ),
-        ("Steps lost and taken again", f"{len(again)}" + (f" ({numbers})" if again else "")),
-        ("Time lost", f"{idle_s + again_s:,.1f} s, {again_s:,.1f} s of it in steps taken again"),
+        *_rows_of_losses(ledger),
         ("Goodput", f"{useful_s / wall_s:.1%} of the wall time went into steps that count"),
-        *(
-            [("Paused", f"{duration(sum(pauses))} on request, not in the wall time")]
-            if pauses
-            else []
-        ),
+    ]
+    pauses = ledger.pauses.values()
+    if pauses:
+        rows.append(("Paused", f"{duration(sum(pauses))} on request, not in the wall time"))
+    rows += [
         ("Precision", config.train.precision),
         ("Throughput", f"{last['tokens_seen'] / useful_s:,.0f} tokens/s"),
         ("Training loss", f"{steps[0]['loss']:.4f} → {last['loss']:.4f} nats/token"),
     ]
-    if known := [line["mfu"] for line in steps if line["mfu"] is not None]:
+    known = [line["mfu"] for line in steps if line["mfu"] is not None]
+    if known:
         rows.append(("Model FLOPs utilization", f"{sum(known) / len(known):.1%} of the GPUs' peak"))
-    if validations := ledger.events("validation"):
-        rows.append(("Validation loss", f"{validations[-1]['val_loss']:.4f} nats/token"))
-        rows.append(("Bits per byte", f"{validations[-1]['val_bits_per_byte']:.4f}"))
-        for name, figures in validations[-1].get("sets", {}).items():
+    for validation in ledger.events("validation")[-1:]:
+        rows.append(("Validation loss", f"{validation['val_loss']:.4f} nats/token"))
+        rows.append(("Bits per byte", f"{validation['val_bits_per_byte']:.4f}"))
+        for name, figures in validation.get("sets", {}).items():
             rows.append((f"Validation set {name}", _figures(figures)))
-    if checkpoints := ledger.events("checkpoint"):
-        rows.append(("Checkpoint", checkpoints[-1]["checkpoint"]))
-        rows.append(("Parameter hash", checkpoints[-1]["parameter_hash"]))
+    for checkpoint in ledger.events("checkpoint")[-1:]:
+        rows.append(("Checkpoint", checkpoint["checkpoint"]))
+        rows.append(("Parameter hash", checkpoint["parameter_hash"]))
     return rows
+
+
+def _rows_of_losses(ledger: Ledger) -> list[tuple[str, str]]:
+    """Returns what failures and resizes cost the run."""
+    stops = [stop for stop in ledger.interruptions() if stop.pause_s is None]
+    num_resizes = sum(stop.is_resize for stop in stops)
+    again = lost_steps(ledger)
+    numbers = [f"{first}–{last}" if last > first else f"{first}" for first, last in _ranges(again)]
+    where = f" ({', '.join(numbers)})" if again else ""
+    again_s = sum(line["wall_s"] for line in again)
+    lost_s = again_s + sum(stop.seconds or 0.0 for stop in stops)
+    return [
+        ("Restarts", f"{len(stops)}, {num_resizes} of them with another number of workers"),
+        ("Steps lost and taken again", f"{len(again)}{where}"),
+        ("Time lost", f"{lost_s:,.1f} s, {again_s:,.1f} s of it in steps taken again"),
+    ]
 
 
 def worker_hours(ledger: Ledger, config: RunConfig) -> tuple[str, float]:
     """Returns the kind of device, `GPU` or `CPU`, and its hours in all steps, including those taken
     again."""
     worker_s = sum(line["world_size"] * line["wall_s"] for line in _step_lines(ledger))
-    kind, units = (
-        ("GPU", 1) if config.scaling.use_gpu else ("CPU", config.scaling.threads_per_worker)
-    )
-    return kind, worker_s * units / 3600
+    if config.scaling.use_gpu:
+        return "GPU", worker_s / 3600
+    return "CPU", worker_s * config.scaling.threads_per_worker / 3600
 
 
 def cost_rows(ledger: Ledger, config: RunConfig, *, price: float | None) -> list[tuple[str, str]]:
@@ -185,8 +180,12 @@ def cost_rows(ledger: Ledger, config: RunConfig, *, price: float | None) -> list
 
 def lost_ranges(ledger: Ledger) -> list[tuple[int, int]]:
     """Returns the first and last step of each stretch of steps that were lost together."""
+    return _ranges(lost_steps(ledger))
+
+
+def _ranges(lines: Sequence[Line]) -> list[tuple[int, int]]:
     ranges: list[tuple[int, int]] = []
-    for line in lost_steps(ledger):
+    for line in lines:
         if ranges and line["step"] == ranges[-1][1] + 1:
             ranges[-1] = (ranges[-1][0], line["step"])
         else:
@@ -202,19 +201,21 @@ def event_rows(ledger: Ledger) -> list[tuple[Line, str, str]]:
         if line["event"] in _MEASUREMENTS:
             continue
         name, text = line["event"], _described(line)
-        if name == "start" and (stop := stops.get(line["attempt"])):
+        if name == "start" and line["attempt"] in stops:
+            stop = stops[line["attempt"]]
             name = stop.label
-            if stop.pause_s is not None:
-                text += f"; the run had been asked to stop {duration(stop.pause_s)} before"
-            else:
-                text += f"; {counted(stop.lost_steps, 'step')} lost"
-                text += (
-                    f", {stop.seconds:.1f} s between steps"
-                    if stop.seconds is not None
-                    else ", no step completed"
-                )
+            text += f"; {_what_it_cost(stop)}"
         rows.append((line, name, text))
     return rows
+
+
+def _what_it_cost(stop: Interruption) -> str:
+    if stop.pause_s is not None:
+        return f"the run had been asked to stop {duration(stop.pause_s)} before"
+    lost = f"{counted(stop.lost_steps, 'step')} lost"
+    if stop.seconds is None:
+        return f"{lost}, no step completed"
+    return f"{lost}, {stop.seconds:.1f} s between steps"
 
 
 def duration(seconds: float) -> str:
@@ -234,15 +235,14 @@ def _described(line: Line) -> str:
             source = f"checkpoint {line['checkpoint']}" if line["checkpoint"] else "fresh weights"
             return f"attempt {line['attempt']}: workers {place}; from {source}"
         case "validation":
-            sets = [
-                f"; {name} {_figures(figures)}" for name, figures in line.get("sets", {}).items()
-            ]
-            return _figures(line) + "".join(sets)
+            words = [_figures(line)]
+            for name, figures in line.get("sets", {}).items():
+                words.append(f"{name} {_figures(figures)}")
+            return "; ".join(words)
         case "checkpoint":
             return f"{line['checkpoint']}, parameter hash {line['parameter_hash'][:12]}…, {line['seconds']:.2f} s"
-    return ", ".join(
-        f"{name} {value}" for name, value in line.items() if name not in ("event", "time", "step")
-    )
+    fields = {name: line[name] for name in line if name not in ("event", "time", "step")}
+    return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
 def _figures(measured: Mapping[str, Any]) -> str:
@@ -259,11 +259,10 @@ def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, s
         if isinstance(value, dict):
             yield from flattened(value, f"{prefix}{name}.")
         else:
-            shown = (
-                ""
-                if value is None
-                else ", ".join(map(str, value))
-                if isinstance(value, list)
-                else str(value)
-            )
-            yield f"{prefix}{name}", shown
+            yield f"{prefix}{name}", _shown(value)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

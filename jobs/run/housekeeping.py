@@ -39,15 +39,15 @@ class Leftover:
 def delete_run(run: Storage, storage: Storage, *, yes: bool) -> dict[str, Any]:
     """Deletes the run's folder if `yes`, and returns what that is. Raises `UserError` for a run
     that is running or that something else needs, and `StorageError`."""
-    if stages := _running(run):
+    stages = _running(run)
+    if stages:
         raise UserError(f"{run.uri} is running ({', '.join(stages)}): `raymill stop` ends it first")
-    needed = [
-        f"{uri} {why}"
-        for uri, why in _needed(storage, besides=run).items()
-        if f"{uri}/".startswith(f"{run.uri}/")
-    ]
-    if needed:
-        raise UserError(f"{run.uri} stays: {'; '.join(needed)}")
+    reasons = []
+    for uri, why in _needed(storage, besides=run).items():
+        if f"{uri}/".startswith(f"{run.uri}/"):
+            reasons.append(f"{uri} {why}")
+    if reasons:
+        raise UserError(f"{run.uri} stays: {'; '.join(reasons)}")
     folder = _leftover(run, "asked for")
     return _removed(storage, [folder], yes=yes)
 
@@ -58,17 +58,19 @@ def collect(storage: Storage, *, yes: bool) -> dict[str, Any]:
     about to use any of them."""
     runs = [storage.child(f"runs/{name}") for name in _names(storage, "runs/")]
     for run in runs:
-        if stages := _running(run):
+        stages = _running(run)
+        if stages:
             raise UserError(
                 f"{run.uri} is running ({', '.join(stages)}): what it needs is known when it has ended"
             )
     needed = _needed(storage, besides=None)
-    leftovers = [
-        _leftover(run, "it has no step")
-        for run in runs
-        if not _is_begun(run) and not _is_awaited(run)
-    ]
-    begun = [run for run in runs if _is_begun(run)]
+    begun: list[Storage] = []
+    leftovers: list[Leftover] = []
+    for run in runs:
+        if _is_begun(run):
+            begun.append(run)
+        elif not _is_awaited(run):
+            leftovers.append(_leftover(run, "it has no step"))
     for run in begun:
         checkpoints = RunCheckpoints(run)
         for name, why in _broken(checkpoints):
@@ -89,12 +91,10 @@ def _unused_stores(storage: Storage, runs: list[Storage]) -> list[Leftover]:
     identities: set[str] = set()
     sources: set[str] = set()
     for run in runs:
-        config = recorded_config(run)
+        data = recorded_config(run).data
         identities |= {start["data_identity"] for start in Ledger.read(run).events("start")}
-        sources |= {uri.removeprefix(TOKENS) for uri in config.data.validation.values()}
-        sources |= {
-            uri.removeprefix(TOKENS) for uri in config.data.source if uri.startswith(TOKENS)
-        }
+        stores = [uri for uri in data.source if uri.startswith(TOKENS)]
+        sources |= {uri.removeprefix(TOKENS) for uri in [*stores, *data.validation.values()]}
     unused = []
     for name in _names(storage, "tokens/"):
         store = storage.child(f"tokens/{name}")
@@ -102,9 +102,8 @@ def _unused_stores(storage: Storage, runs: list[Storage]) -> list[Leftover]:
             continue
         if read_manifest(store).identity in identities:
             continue
-        if sources.isdisjoint(
-            json.loads(store.find_bytes(SOURCES) or b'{"sources": []}')["sources"]
-        ):
+        listed = json.loads(store.find_bytes(SOURCES) or b'{"sources": []}')["sources"]
+        if sources.isdisjoint(listed):
             unused.append(_leftover(store, "no run was trained on it"))
     return unused
 
@@ -113,7 +112,8 @@ def _needed(storage: Storage, *, besides: Storage | None) -> dict[str, str]:
     """Returns the locations that have to stay, with the reason of each; a run's own start is no
     reason to keep it."""
     needed = dict.fromkeys(served_checkpoints(storage), "is served, or what an endpoint returns to")
-    if newest := next(newest_first(storage), None):
+    newest = next(newest_first(storage), None)
+    if newest:
         needed[newest.checkpoint] = "is latest"
     for name in _names(storage, "runs/"):
         run = storage.child(f"runs/{name}")
@@ -134,8 +134,8 @@ def _is_begun(run: Storage) -> bool:
 
 
 def _is_awaited(run: Storage) -> bool:
-    """Says whether the run was submitted, and no launch of it has ended: it may wait for a cluster
-    or a queue."""
+    """Reports whether the run was submitted, and no launch of it has ended: it may wait for a
+    cluster or a queue."""
     names = launches(run)
     return read_record(run) is not None and (not names or LogReader(run, names[-1]).ended() is None)
 

@@ -128,7 +128,8 @@ class LedgerWriter:
         while size:
             start = max(0, size - _BLOCK_BYTES)
             piece = os.pread(self._file.fileno(), size - start, start)
-            if end := piece.rfind(b"\n") + 1:
+            end = piece.rfind(b"\n") + 1
+            if end:
                 return start + end
             size = start
         return 0
@@ -202,11 +203,9 @@ class Interruption:
     def label(self) -> str:
         if self.pause_s is not None:
             return "resume"
-        return (
-            f"resize {self.previous_world_size} → {self.world_size}"
-            if self.is_resize
-            else "restart"
-        )
+        if self.is_resize:
+            return f"resize {self.previous_world_size} → {self.world_size}"
+        return "restart"
 
 
 @dataclass(frozen=True)
@@ -225,12 +224,8 @@ class Ledger:
         """Returns the whole lines of what follows the first `num_before`. Raises `UserError` for a
         damaged one."""
         lines = content.rpartition(b"\n")[0].splitlines()
-        return cls(
-            [
-                parsed_line(line, uri, number)
-                for number, line in enumerate(lines, start=num_before + 1)
-            ]
-        )
+        numbered = enumerate(lines, start=num_before + 1)
+        return cls([parsed_line(line, uri, number) for number, line in numbered])
 
     @property
     def steps(self) -> list[Line]:
@@ -241,15 +236,13 @@ class Ledger:
             if "event" not in line:
                 by_step[line["step"]] = line
             elif line["event"] == "rollback":
-                by_step = {
-                    n: kept for n, kept in by_step.items() if not line["first"] <= n <= line["last"]
-                }
+                for step in range(line["first"], line["last"] + 1):
+                    by_step.pop(step, None)
         return [by_step[step] for step in sorted(by_step)]
 
     def events(self, *names: str) -> list[Line]:
-        return [
-            line for line in self.lines if "event" in line and (not names or line["event"] in names)
-        ]
+        events = [line for line in self.lines if "event" in line]
+        return [line for line in events if not names or line["event"] in names]
 
     @property
     def rollbacks(self) -> tuple[tuple[int, int], ...]:
@@ -277,7 +270,7 @@ class Ledger:
         return float(self.lines[-1]["time"] - self.lines[0]["time"] - sum(self.pauses.values()))
 
     def interruptions(self) -> list[Interruption]:
-        found: list[Interruption] = []
+        stops: list[Interruption] = []
         begun: Line | None = None  # a start after which no step was completed yet
         last_step: Line | None = None  # without a requested stop after it
         saved: Line | None = None  # for such a stop
@@ -288,19 +281,22 @@ class Ledger:
             elif line.get("event") == "start":
                 if world_size:
                     pause_s = round(line["time"] - saved["time"], 3) if saved else None
-                    found.append(
-                        Interruption(
-                            line["attempt"], line["step"], line["world_size"], world_size, pause_s
-                        )
+                    stop = Interruption(
+                        attempt=line["attempt"],
+                        step=line["step"],
+                        world_size=line["world_size"],
+                        previous_world_size=world_size,
+                        pause_s=pause_s,
                     )
+                    stops.append(stop)
                 begun, saved, world_size = line, None, line["world_size"]
             elif "event" not in line:
-                if found and begun and last_step:
+                if stops and begun and last_step:
                     lost = last_step["step"] - begun["step"]
                     seconds = round(line["time"] - last_step["time"], 3)
-                    found[-1] = replace(found[-1], lost_steps=lost, seconds=seconds)
+                    stops[-1] = replace(stops[-1], lost_steps=lost, seconds=seconds)
                 begun, last_step = None, line
-        return found
+        return stops
 
     def recoveries(self) -> list[Interruption]:
         """Returns the interruptions between two steps of a run that had not been asked to stop."""
@@ -313,10 +309,10 @@ def parsed_line(line: bytes, uri: str, number: int) -> Line:
     try:
         return {**json.loads(line)}
     except (ValueError, TypeError):
-        damage = (
-            f"expected an object of JSON, not {line[:40]!r}; restore the file, or remove that line"
-        )
-        raise UserError(f"{uri}, line {number} is damaged: {damage}") from None
+        raise UserError(
+            f"{uri}, line {number} is damaged: expected an object of JSON, not {line[:40]!r}; restore the file, or "
+            "remove that line"
+        ) from None
 
 
 def is_stop(line: Line) -> bool:
@@ -338,12 +334,12 @@ class LedgerTail:
         if entry is None or entry.size <= self._size:
             return []
         content = self._run.read_bytes(LEDGER, start=self._size).rpartition(b"\n")[0] + b"\n"
-        new = Ledger.parse(
-            content, f"{self._run.uri}/{LEDGER}", num_before=len(self.ledger.lines)
-        ).lines
-        self._size += len(content) if new else 0
-        self.ledger.lines.extend(new)
-        return new
+        uri = f"{self._run.uri}/{LEDGER}"
+        added = Ledger.parse(content, uri, num_before=len(self.ledger.lines))
+        if added.lines:
+            self._size += len(content)
+            self.ledger.lines.extend(added.lines)
+        return added.lines
 
 
 def _version(run: Storage) -> str | None:
@@ -357,15 +353,12 @@ def _spooled(run: Storage, *, generation: int) -> Path:
 
     Each writer has its own file: a stale writer may still be appending to its own.
     """
-    stored, spool = run.find_bytes(LEDGER) or b"", node_spool(run)
+    stored = run.find_bytes(LEDGER) or b""
+    spool = node_spool(run)
     left = {path: path.read_bytes() for path in spool.glob("ledger-*")}
-    begun = max(
-        [content for content in left.values() if content.startswith(stored)],
-        key=len,
-        default=stored,
-    )
+    longer = [content for content in left.values() if content.startswith(stored)]
     path = spool / f"ledger-{generation:04d}.jsonl"
-    path.write_bytes(begun)
+    path.write_bytes(max(longer, key=len, default=stored))
     for other in left.keys() - {path}:
         other.unlink()
     return path

@@ -62,8 +62,10 @@ class ShardedCheckpoint:
             return None
         sizes = self._sizes()  # that listing's first pages may be older than the last report
         reports = [json.loads(self._folder.read_bytes(file)) for file in wanted]
-        files = [item for report in reports if "refused" not in report for item in report.items()]
-        wrong = [file for file, entry in files if sizes.get(file) != entry["size"]]
+        wrong = []
+        for report in reports:
+            if "refused" not in report:
+                wrong += [file for file in report if sizes.get(file) != report[file]["size"]]
         return [{"refused": f"{', '.join(wrong)} did not arrive whole"}] if wrong else reports
 
     def _sizes(self) -> dict[str, int]:
@@ -71,21 +73,21 @@ class ShardedCheckpoint:
 
     def parameter_hash(self, shapes: Mapping[str, Sequence[int]]) -> str:
         files = [self.file(layout.WEIGHTS, index) for index in range(self._count)]
-        return StoredTensors(
-            files, self._folder.read_bytes, source=self._folder.uri
-        ).parameter_hash(shapes)
+        weights = StoredTensors(files, self._folder.read_bytes, source=self._folder.uri)
+        return weights.parameter_hash(shapes)
 
     def complete(self, descriptions: Mapping[str, bytes], reports: Reports) -> None:
         """Publishes the checkpoint, whose shards are stored. After an error another call continues.
         Raises `LeaseLostError`."""
-        files = {file: entry for report in reports for file, entry in report.items()}
+        files: dict[str, Any] = {}
+        for report in reports:
+            files |= report
         for file, content in descriptions.items():
             self._checkpoints.check_fence()
             self._folder.write_bytes(file, content)
             files[file] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        self._checkpoints.publish_manifest(
-            self.name, manifest_of(files, version=layout.SHARDED_VERSION)
-        )
+        manifest = manifest_of(files, version=layout.SHARDED_VERSION)
+        self._checkpoints.publish_manifest(self.name, manifest)
         with suppress(StorageError):  # nobody reads them any more
             for index in range(self._count):
                 self._folder.delete(self.file(_REPORT, index))
@@ -100,7 +102,8 @@ def stored_state(checkpoints: RunCheckpoints, name: str) -> StoredTensors:
         *layout.tensor_files(layout.WEIGHTS, files),
         *layout.tensor_files(layout.TRAIN_STATE, files),
     ]
-    if missing := [file for file in wanted if file not in files]:
+    missing = [file for file in wanted if file not in files]
+    if missing:
         raise layout.CheckpointError(
             f"{folder.uri} has no {', '.join(missing)}: training can't continue from it"
         )

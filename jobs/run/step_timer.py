@@ -86,9 +86,8 @@ class StepTimer:
             sums[name] = sums.get(name, 0.0) + elapsed_s
             self._spans.popleft()
         num_lanes, self._num_lanes = self._num_lanes, 0
-        return StepTime(
-            wall_s, {name: sums[name] for name in (*PHASES, REST) if name in sums}, num_lanes
-        )
+        in_order = {name: sums[name] for name in (*PHASES, REST) if name in sums}
+        return StepTime(wall_s, in_order, num_lanes)
 
     def _now_s(self) -> float:
         """Returns the moment just marked if it is on the host's clock, so that the phases sum to

@@ -11,7 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.uris import NotFoundError, Storage, StorageError
@@ -21,6 +21,10 @@ _log = logging.getLogger(__name__)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 5.0
 
 Result = TypeVar("Result")
+
+
+def tell_nobody(event: str, **fields: Any) -> None:
+    """Stands in for the ledger's `event` where there is no ledger to write: rank 0 alone has it."""
 
 
 class Outage:
@@ -40,11 +44,8 @@ class Outage:
         if self._tries == 1:
             _log.warning("%s: the storage is down, %s: %s", self._what, self._effect, error)
             self._report("storage_down", what=self._what, reason=str(error))
-        return (
-            min(_FIRST_WAIT_S * 2 ** (self._tries - 1), _LONGEST_WAIT_S)
-            if self._tries < 20
-            else _LONGEST_WAIT_S
-        )
+        num_doublings = min(self._tries - 1, 20)  # 2 to the power of 1,100 fits no float
+        return min(_FIRST_WAIT_S * 2**num_doublings, _LONGEST_WAIT_S)
 
     def over(self) -> None:
         """Records that the storage answered."""
@@ -57,7 +58,7 @@ class Outage:
 def patiently(call: Callable[[], Result], what: str) -> Result:
     """Retries the call while the storage is down; raises at once for a missing file or a lost
     lease."""
-    outage = Outage(what, lambda name, **fields: None, effect="waiting for it")
+    outage = Outage(what, tell_nobody, effect="waiting for it")
     while True:
         try:
             result = call()

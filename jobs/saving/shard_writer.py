@@ -24,7 +24,7 @@ from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.sharded_checkpoints import Reports, ShardedCheckpoint
-from jobs.run.storage_retry import Outage
+from jobs.run.storage_retry import Outage, tell_nobody
 from jobs.saving.publisher import Publisher
 from jobs.saving.saving_thread import SavingThread
 from jobs.saving.stored_state import fill, own_stretches
@@ -78,7 +78,7 @@ class ShardWriter(SavingThread[Shard, Shard]):
         # By an earlier attempt; no worker of this one has saved yet
         for left in checkpoints.spool.glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)
-        tell = publisher.ledger.event if publisher else lambda name, **fields: None
+        tell = publisher.ledger.event if publisher else tell_nobody
         super().__init__("shards", Outage("checkpoints", tell))
 
     def save(self, metadata: Metadata, state: TrainState, *, must: bool) -> bool:

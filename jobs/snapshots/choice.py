@@ -11,7 +11,7 @@ from jobs.snapshots.slots import NUM_SLOTS, Header
 MAX_SHARE = 0.01  # of a step's time that snapshots may cost
 # Begins the name of an area with copies of a share, before the name of the share's own
 COPIES = "copy-"
-ONLY = "only-"  # begins that of a share of a state of which a node has a part alone
+ONLY = "only-"  # begins the name of an area where the node has a part of the state alone
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Holding:
 class Snapshot:
     """A state whose every share is held."""
 
-    shares: list[list[Holding]]  # the holdings of each, by rank
+    shares: list[list[Holding]]  # the holdings of each share, by rank
 
     @property
     def header(self) -> Header:
@@ -65,8 +65,10 @@ def choose(
 def reader_of(holders: Container[str], node_of_rank: Sequence[str]) -> int | None:
     """Returns the rank that reads a share for all: the first whose node is a holder, or else rank
     0, from another node. None where every rank's own node is one."""
-    local = [rank for rank, node in enumerate(node_of_rank) if node in holders]
-    return None if len(local) == len(node_of_rank) else min(local, default=0)
+    local_ranks = [rank for rank, node in enumerate(node_of_rank) if node in holders]
+    if len(local_ranks) == len(node_of_rank):
+        return None
+    return min(local_ranks, default=0)
 
 
 def copies(holdings: Iterable[Holding], nodes: Sequence[str]) -> list[tuple[Holding, str]]:
@@ -76,11 +78,10 @@ def copies(holdings: Iterable[Holding], nodes: Sequence[str]) -> list[tuple[Hold
     node is lost."""
     holdings = list(holdings)
     attempt = max((held.header.attempt for held in holdings), default=0)
-    written = [
-        held
-        for held in holdings
-        if held.header.attempt == attempt and not held.area.startswith(COPIES)
-    ]
+    written = []
+    for held in holdings:
+        if held.header.attempt == attempt and not held.area.startswith(COPIES):
+            written.append(held)
     newest = choose(written, explained_step=sys.maxsize, at_least=0, is_left_out=lambda step: False)
     if newest is None or len(nodes) < 2:
         return []
@@ -90,7 +91,10 @@ def copies(holdings: Iterable[Holding], nodes: Sequence[str]) -> list[tuple[Hold
     shares = [min(holders, key=lambda held: held.area) for holders in newest.shares]
     if all(len(writers[share.header.rank]) > 1 for share in shares):
         return []
-    load = {node: sum(held.node == node for held in holdings) for node in nodes}
+    load = dict.fromkeys(nodes, 0)
+    for held in holdings:
+        if held.node in load:
+            load[held.node] += 1
     wanted = []
     for share in shares:
         with_copy = {held.node for held in holdings if held.area == COPIES + share.area}

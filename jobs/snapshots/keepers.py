@@ -125,9 +125,9 @@ class Keeper:
         """Reports whether the slot was not written again since and its data match its checksum;
         reads all of them."""
         slots = self._areas.get(held.area)
-        return (
-            slots is not None and slots.holds(held.header, held.slot) and slots.is_whole(held.slot)
-        )
+        if slots is None or not slots.holds(held.header, held.slot):
+            return False
+        return slots.is_whole(held.slot)
 
     def pin(self, held: Holding, seconds: float) -> bool:
         """Keeps a slot from being written for so long. Returns False if it was written again
@@ -153,10 +153,8 @@ class Keeper:
         area, num_bytes = COPIES + held.area, held.header.num_bytes
         if isinstance(self.open(area, num_bytes, held.header.attempt), NoRoom):
             return False
-        spans = [
-            range(start, min(start + CHUNK_BYTES, num_bytes))
-            for start in range(0, num_bytes, CHUNK_BYTES)
-        ]
+        starts = range(0, num_bytes, CHUNK_BYTES)
+        spans = [range(start, min(start + CHUNK_BYTES, num_bytes)) for start in starts]
         # The other keeper ended, most likely with its node; the older copy is left
         with suppress(RayError, LostError):
             slots = self._areas.get(area)
@@ -212,9 +210,11 @@ def read_s(num_bytes: int) -> float:
 
 def ask(references: Mapping[Key, Any], *, timeout_s: float = ANSWER_S) -> dict[Key, Any]:
     """Returns the answers of the keepers that are alive."""
+    answers: dict[Key, Any] = {}
+    if not references:
+        return answers
     keys = {reference: key for key, reference in references.items()}
-    ready, _ = ray.wait(list(keys), num_returns=len(keys), timeout=timeout_s) if keys else ([], [])
-    answers = {}
+    ready, _ = ray.wait(list(keys), num_returns=len(keys), timeout=timeout_s)
     for reference in ready:
         with suppress(RayError):  # a dead actor raises one of several kinds
             answers[keys[reference]] = ray.get(reference)
@@ -230,14 +230,14 @@ def ask_patiently(
     late = references.keys() - answers.keys()
     if late:
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        answers |= ask(
-            {key: references[key] for key in late if nodes[key] in alive}, timeout_s=_PATIENCE_S
-        )
+        awaited = {key: references[key] for key in late if nodes[key] in alive}
+        answers |= ask(awaited, timeout_s=_PATIENCE_S)
     return answers
 
 
-def _all_agree(references: Mapping[Key, Any], *, timeout_s: float = ANSWER_S) -> bool:
-    return sum(ask(references, timeout_s=timeout_s).values()) == len(references)
+def _all_agree(references: Sequence[Any], *, timeout_s: float = ANSWER_S) -> bool:
+    answers = ask(dict(enumerate(references)), timeout_s=timeout_s)
+    return sum(answers.values()) == len(references)
 
 
 def copy_to_second_nodes(
@@ -251,15 +251,12 @@ def copy_to_second_nodes(
     node was lost."""
     wanted = copies(holdings, nodes)
     shares = [held for held, _ in wanted]
-    pins = {
-        number: keepers[held.node].pin.remote(held, math.inf) for number, held in enumerate(shares)
-    }
+    pins = [keepers[held.node].pin.remote(held, math.inf) for held in shares]
     are_copied = bool(wanted) and _all_agree(pins)
     if are_copied:
-        made = {
-            n: keepers[target].copy.remote(held, keepers[held.node])
-            for n, (held, target) in enumerate(wanted)
-        }
+        made = []
+        for held, target in wanted:
+            made.append(keepers[target].copy.remote(held, keepers[held.node]))
         num_bytes = sum(held.header.num_bytes for held in shares) // max(1, len(nodes))
         are_copied = _all_agree(made, timeout_s=_COPY_S + read_s(num_bytes))
     stay = [held for held in shares if held.area.startswith(ONLY)] if are_copied else kept
@@ -300,19 +297,17 @@ class Keepers:
             self._start_missing()
             if time.monotonic() < copied_until:
                 continue
-            answers = ask(
-                {node: keeper.holdings.remote() for node, keeper in self._keepers.items()}
-            )
+            questions = {node: keeper.holdings.remote() for node, keeper in self._keepers.items()}
+            answers = ask(questions)
             holdings = list(chain.from_iterable(answers.values()))
             newest = max((held.header.step for held in holdings), default=-1)
             if newest != self._newest_step:
                 self._newest_step, self.snapshot_time_s = newest, time.time()
             start = time.monotonic()
             self._kept = copy_to_second_nodes(self._keepers, holdings, list(answers), self._kept)
-            num_bytes = sum(
-                held.header.num_bytes for held in holdings if held.header.step == newest
-            )
-            # Small states are no work: what takes long is waiting for answers.
+            newest_shares = [held.header for held in holdings if held.header.step == newest]
+            num_bytes = sum(header.num_bytes for header in newest_shares)
+            # Small states are no work: waiting for answers is what takes long
             took_s = min(time.monotonic() - start, num_bytes / READ_BYTES_PER_S)
             copied_until = time.monotonic() + took_s / _COPY_SHARE
 

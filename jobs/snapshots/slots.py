@@ -1,5 +1,5 @@
-"""Stores a share of the training state in node-local memory, in two slots written in turn, or three
-of which one stays while it is pinned; a kill at any moment leaves one whole.
+"""Stores a share of the training state in node-local memory, in two slots that are written in turn;
+with a third, one of them stays while it is pinned. A kill at any moment leaves a slot whole.
 
     slot = magic (8) | header length (4) | header CRC-32 (4) | header, JSON … | pin (8) | data, from _DATA_OFFSET on
 
@@ -143,7 +143,8 @@ class Slots:
         sequence = 1 + max(0, *sequences)
         start = slot * self._slot_bytes
         self._memory[start : start + len(_MAGIC)] = bytes(len(_MAGIC))
-        data, checksum = self.data(slot), Checksum()
+        data = self.data(slot)
+        checksum = Checksum()
         for piece in pieces:
             checksum.add(piece, into=data)
         if header.checksum not in (None, checksum.value):
@@ -158,9 +159,8 @@ class Slots:
 
     def pin(self, slot: int, seconds: float) -> None:
         """Has writers use the other slot for so long, at most."""
-        _PIN.pack_into(
-            self._memory, slot * self._slot_bytes + _PIN_OFFSET, time.monotonic() + seconds
-        )
+        until = time.monotonic() + seconds
+        _PIN.pack_into(self._memory, slot * self._slot_bytes + _PIN_OFFSET, until)
 
     def _is_pinned(self, slot: int) -> bool:
         (until,) = _PIN.unpack_from(self._memory, slot * self._slot_bytes + _PIN_OFFSET)
@@ -178,8 +178,9 @@ class Slots:
 
     def is_whole(self, slot: int) -> bool:
         """Reports whether the slot is sealed and its data match the header's checksum."""
-        header, checksum = self.header(slot), Checksum()
+        header = self.header(slot)
         if header is None:
             return False
+        checksum = Checksum()
         checksum.add(self.data(slot)[: header.num_bytes])
         return checksum.value == header.checksum

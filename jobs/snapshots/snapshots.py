@@ -107,15 +107,14 @@ class Snapshots:
             if not damaged:
                 return snapshot
             for held in damaged:
-                step = held.header.step
-                say(
-                    f"the snapshot of step {step} on node {held.node} is damaged or cannot be read; not used"
-                )
+                name = f"the snapshot of step {held.header.step} on node {held.node}"
+                say(f"{name} is damaged or cannot be read; not used")
             holdings = [held for held in holdings if held not in damaged]
 
     def restore(self, snapshot: Snapshot, state: TrainState) -> dict[str, Any]:
         """Loads the state on every rank; returns `carried`."""
-        pieces = (piece for holders in snapshot.shares for piece in self._pieces(holders, state))
+        shares = (self._pieces(holders, state) for holders in snapshot.shares)
+        pieces = itertools.chain.from_iterable(shares)
         state.load_state(snapshot.header.num_updates, pieces)
         return snapshot.header.carried
 
@@ -144,11 +143,9 @@ class Snapshots:
             place = Span(span.start // _FP32_BYTES, span.stop // _FP32_BYTES)
             values = torch.empty(0) if chunk is None else torch.from_numpy(chunk.view(np.float32))
             if reader is not None and self._group.world_size > 1:
-                values = (
-                    values.to(state.device)
-                    if len(values)
-                    else torch.empty(len(place), device=state.device)
-                )
+                if chunk is None:
+                    values = torch.empty(len(place), device=state.device)
+                values = values.to(state.device)
                 dist.broadcast(values, reader)
             yield StatePiece(name, parts.cut(place), values)
 
@@ -228,18 +225,17 @@ class Snapshots:
         copies = []
         for share in shares:
             header = Header(
-                attempt,
-                step,
-                share.rank,
-                share.count,
-                state.num_updates,
-                list(share.tensors),
-                carried,
+                attempt=attempt,
+                step=step,
+                rank=share.rank,
+                world_size=share.count,
+                num_updates=state.num_updates,
+                names=list(share.tensors),
+                carried=carried,
             )
             _, slots = self._memory[share.area]
-            copies.append(
-                state.copies.start("snapshot", share.views, partial(_write_pieces, slots, header))
-            )
+            write = partial(_write_pieces, slots, header)
+            copies.append(state.copies.start("snapshot", share.views, write))
         return copies
 
     def _shares(self, state: TrainState, *, is_rescue: bool) -> list[Share]:
@@ -262,9 +258,9 @@ class Snapshots:
     def _opened(self, shares: Sequence[Share], attempt: int) -> bool:
         """Maps this worker's memory on its node. Returns False while the node has no living keeper
         with room."""
-        self._memory = {
-            area: (path, slots) for area, (path, slots) in self._memory.items() if slots.is_at(path)
-        }
+        for area, (path, slots) in list(self._memory.items()):
+            if not slots.is_at(path):
+                del self._memory[area]
         missing = [share for share in shares if share.area not in self._memory]
         if missing and time.monotonic() >= self._retry_at:
             self._retry_at = time.monotonic() + _RETRY_S
@@ -273,18 +269,17 @@ class Snapshots:
 
     def _map(self, shares: Sequence[Share], attempt: int) -> None:
         """Asks this node's keeper for the areas of shares, and maps those that it has room for."""
+        self._why_none = f"node {self._node} has no keeper that answers"
         keeper = find_keepers(str(self._launch)).get(self._node)
         if keeper is None:
-            self._why_none = f"node {self._node} has no keeper that answers"
             return
-        questions = {
-            share.area: keeper.open.remote(share.area, share.num_bytes, attempt) for share in shares
-        }
+        questions = {}
+        for share in shares:
+            questions[share.area] = keeper.open.remote(share.area, share.num_bytes, attempt)
         answers = ask_patiently(questions, dict.fromkeys(questions, self._node))
         refusals = [answer.reason for answer in answers.values() if isinstance(answer, NoRoom)]
-        self._why_none = (
-            refusals[0] if refusals else f"node {self._node} has no keeper that answers"
-        )
+        if refusals:
+            self._why_none = refusals[0]
         for area, answer in answers.items():
             if not isinstance(answer, NoRoom):
                 self._memory[area] = answer, Slots.at(answer, num_slots(area))
@@ -293,9 +288,10 @@ class Snapshots:
         """Agrees on one interval for all ranks, because the shares of a state must be of one step.
         Returns what `after_step` does."""
         written = [copies for copies in self._copies if copies is not None]
-        done = written[:-1]  # the last may be in flight
-        exposed_s = [sum(copy.exposed_s for copy in copies) for copies in done]
-        cost_s = min(exposed_s, default=0.0)
+        costs_s = []
+        for copies in written[:-1]:  # the last may be in flight
+            costs_s.append(sum(copy.exposed_s for copy in copies))
+        cost_s = min(costs_s, default=0.0)
         step_s = median(self._step_s) if self._step_s else float("inf")
         wrote_all = len(written) == len(self._copies) > 1
         reason = self._why_none if self._copies[-1] is None else ""
@@ -317,10 +313,8 @@ def _damaged(snapshot: Snapshot, keepers: Mapping[str, Any]) -> list[Holding]:
     Only what is chosen is read: both slots of 1.3B parameters take a keeper 4 to 8 s.
     """
     chosen = list(itertools.chain.from_iterable(snapshot.shares))
-    questions = {
-        number: keepers[held.node].is_whole.remote(held) for number, held in enumerate(chosen)
-    }
-    nodes = {number: held.node for number, held in enumerate(chosen)}
+    nodes = dict(enumerate(held.node for held in chosen))
+    questions = {n: keepers[nodes[n]].is_whole.remote(held) for n, held in enumerate(chosen)}
     num_bytes = sum(held.header.num_bytes for held in chosen)
     are_whole = ask_patiently(questions, nodes, timeout_s=read_s(num_bytes))
     return [held for number, held in enumerate(chosen) if not are_whole.get(number)]

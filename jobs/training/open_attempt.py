@@ -22,7 +22,7 @@ from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan, open_held_out, open_stream, open_validation_sets
 from jobs.run.sharded_checkpoints import stored_state
-from jobs.run.storage_retry import patiently
+from jobs.run.storage_retry import patiently, tell_nobody
 from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.saving.saver import Saver, SavesNothing
 from jobs.saving.shard_writer import ShardWriter
@@ -133,15 +133,15 @@ def _continued(
     config = plan.config
     state, guard, restored_step = _restored(plan, start, snapshots, device, group, opened)
     first_step, guard = replace(guard, rollbacks=start.rollbacks).entering(restored_step + 1)
-    tell = writer.ledger.event if writer else _tell_nobody
+    tell = writer.ledger.event if writer else tell_nobody
     train_rows = open_stream(plan)
     # A checkpoint has the template that its conversations were written with.
     tokenizer = Tokenizer.from_json(plan.tokenizer_json, train_rows.manifest.chat)
     saver = _saver(plan, state, group, writer, tokenizer)
     opened.callback(saver.abandon)
     kernels = prepared(plan, group, device, workers.kinds[group.rank])
-    sets = open_validation_sets(plan)
     eot_id = tokenizer.start_id if config.train.document_mask else None
+    validator = _validator(plan, state, group, tokenizer, eot_id=eot_id, tell=tell)
     gradient = BatchGradient(config, state, train_rows, group, eot_id=eot_id)
     opened.callback(gradient.close)
     notices = Notices(plan.run, group, signals)
@@ -159,16 +159,7 @@ def _continued(
         manifest=train_rows.manifest,
         schedule=batch_schedule(config),
         gradient=gradient,
-        validator=Validator(
-            config,
-            state,
-            group,
-            held_out=open_held_out(plan),
-            sets=sets,
-            tokenizer=tokenizer,
-            eot_id=eot_id,
-            tell=tell,
-        ),
+        validator=validator,
         record=StepRecord(plan, state, group, writer=writer, attempt=number, nodes=workers.nodes),
         snapshots=snapshots,
         saver=saver,
@@ -178,14 +169,36 @@ def _continued(
     )
     if writer:
         _record_start(attempt, writer, start, workers, restored_step=restored_step, kernels=kernels)
-    if start.snapshot and restored_step - start.saved_step >= config.checkpoint.save_every_steps:
-        # The checkpoint that was due had not been stored yet.
-        attempt.save(restored_step, start.snapshot.header.carried["validation"])
+    _save_what_was_due(attempt, start, restored_step)
     return attempt
 
 
-def _tell_nobody(event: str, **fields: Any) -> None:
-    """Stands in for the ledger, which rank 0 alone writes."""
+def _save_what_was_due(attempt: Attempt, start: _Start, restored_step: int) -> None:
+    """Saves the state of a snapshot where a checkpoint was due and had not been stored yet."""
+    save_every_steps = attempt.plan.config.checkpoint.save_every_steps
+    if start.snapshot and restored_step - start.saved_step >= save_every_steps:
+        attempt.save(restored_step, start.snapshot.header.carried["validation"])
+
+
+def _validator(
+    plan: RunPlan,
+    state: TrainState,
+    group: WorkerGroup,
+    tokenizer: Tokenizer,
+    *,
+    eot_id: int | None,
+    tell: Callable[..., None],
+) -> Validator:
+    return Validator(
+        plan.config,
+        state,
+        group,
+        held_out=open_held_out(plan),
+        sets=open_validation_sets(plan),
+        tokenizer=tokenizer,
+        eot_id=eot_id,
+        tell=tell,
+    )
 
 
 def _saver(

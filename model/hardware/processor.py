@@ -50,10 +50,9 @@ def cpu_precision(features: Set[str], environment: Mapping[str, str]) -> Precisi
     return (BF16 if found and not is_held else FP32).name
 
 
-def emulates(numerics: Numerics, device: Device) -> bool:
-    """Tells whether this machine's CPU, or its current GPU, has no units for such products, and is
-    slow at them."""
-    return numerics.needs_units and NUMERICS[fast_precision(device)] != numerics
+def emulates(numerics: Numerics) -> bool:
+    """Tells whether this machine's CPU has no units for such products, and is slow at them."""
+    return numerics.needs_units and NUMERICS[fast_precision("cpu")] != numerics
 
 
 def cpu_features() -> frozenset[str]:

@@ -4,6 +4,7 @@ records, and /status and /audit."""
 import asyncio
 import time
 from collections.abc import Awaitable, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -56,56 +57,15 @@ class DrainRequest(Body):
 
 def admin_router(follower: Follower) -> APIRouter:
     router = APIRouter(prefix="/admin")
-    coordinator, config = follower.coordinator, follower.config
-    audit = AuditLog(config)
-
-    async def obey(
-        request: Request, order: str, asked: Body, result: Awaitable[Delivery]
-    ) -> dict[str, Any]:
-        """Returns the endpoint's state after an order, which is in the audit log then, also if it
-        was refused."""
-        before = follower.versions.delivery.live
-        entry = asked.model_dump(exclude={"gate_rows", "gate_text"})
-        key = RoutedRequest.of(request).facts.key
-        request_id = request.headers.get("x-request-id")
-        entry = {
-            "time": timestamp(time.time()),
-            "key": key,
-            "request_id": request_id,
-            "order": order,
-            "asked": entry,
-        }
-        entry |= {"old": before.model_dump(include=SHOWN), "new": None, "result": "internal_error"}
-        try:
-            after = await result
-            new = after.candidate or after.live
-            entry |= {"new": new.model_dump(include=SHOWN), "result": "obeyed"}
-            return after.shown()
-        except ApiError as error:
-            entry["result"] = f"{error.code}: {error.message}"
-            raise
-        finally:
-            await asyncio.to_thread(audit.add, entry)
+    coordinator = follower.coordinator
+    audit = AuditLog(follower.config)
+    obey = partial(_obey, follower, audit)
 
     @router.post("/promote", status_code=202)
     async def promote(request: Request) -> dict[str, Any]:
         """Answers once the promotion has begun; /admin/status reports its progress."""
         asked = await read_request(request, PromoteRequest)
-
-        async def begin() -> Delivery:
-            live = follower.versions.live
-            candidate = await _read_candidate(asked.checkpoint, live, config)
-            gate_rows = await rows_of_gate(asked, live)
-            given = asked.model_dump(
-                include={"canary_percent", "watch_s", "max_loss_increase"}, exclude_none=True
-            )
-            rules = config.delivery.model_dump(
-                exclude={"endpoint", "weights", "allowed_checkpoints"}
-            )
-            terms = Terms(**rules | given | {"gate_rows": gate_rows})
-            return await _asked(coordinator.promote.remote(candidate, terms))
-
-        return await obey(request, "promote", asked, begin())
+        return await obey(request, "promote", asked, _promoted(follower, asked))
 
     @router.post("/finish")
     async def finish(request: Request) -> dict[str, Any]:
@@ -141,6 +101,53 @@ def admin_router(follower: Follower) -> APIRouter:
     return router
 
 
+async def _obey(
+    follower: Follower,
+    audit: AuditLog,
+    request: Request,
+    order: str,
+    asked: Body,
+    result: Awaitable[Delivery],
+) -> dict[str, Any]:
+    """Returns the endpoint's state after an order, which is in the audit log then, also if it was
+    refused."""
+    before = follower.versions.delivery.live
+    entry = {
+        "time": timestamp(time.time()),
+        "key": RoutedRequest.of(request).facts.key,
+        "request_id": request.headers.get("x-request-id"),
+        "order": order,
+        "asked": asked.model_dump(exclude={"gate_rows", "gate_text"}),
+        "old": before.model_dump(include=SHOWN),
+        "new": None,
+        "result": "internal_error",
+    }
+    try:
+        after = await result
+        new = after.candidate or after.live
+        entry |= {"new": new.model_dump(include=SHOWN), "result": "obeyed"}
+        return after.shown()
+    except ApiError as error:
+        entry["result"] = f"{error.code}: {error.message}"
+        raise
+    finally:
+        await asyncio.to_thread(audit.add, entry)
+
+
+async def _promoted(follower: Follower, asked: PromoteRequest) -> Delivery:
+    """Returns the endpoint's state once the promotion has begun."""
+    config = follower.config
+    live = follower.versions.live
+    candidate = await _read_candidate(asked.checkpoint, live, config)
+    gate_rows = await rows_of_gate(asked, live)
+    given = asked.model_dump(
+        include={"canary_percent", "watch_s", "max_loss_increase"}, exclude_none=True
+    )
+    rules = config.delivery.model_dump(exclude={"endpoint", "weights", "allowed_checkpoints"})
+    terms = Terms(**rules | given | {"gate_rows": gate_rows})
+    return await _asked(follower.coordinator.promote.remote(candidate, terms))
+
+
 async def _read_candidate(reference: str, live: LoadedVersion, config: ServeConfig) -> Version:
     """Reads the candidate, and writes a few conversations by its chat template. Raises `ApiError`
     (400) for what cannot replace the live version."""
@@ -157,20 +164,14 @@ async def _read_candidate(reference: str, live: LoadedVersion, config: ServeConf
         model = await asyncio.to_thread(
             read_served_model, folder, name=live.model.name, max_context=limit
         )
-    except (
-        UserError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:  # the last ones from a foreign config.json
-        message = (
-            str(error)
-            if isinstance(error, UserError)
-            else f"{reference} is not a checkpoint: {error!r}"
-        )
+    except UserError as error:
+        message = str(error)
+    # The last ones come from a foreign config.json
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        message = f"{reference} is not a checkpoint: {error!r}"
     else:
-        if not (problem := misfit(live.model, model) or chat_misfit(live.texts.probe, texts.probe)):
+        problem = misfit(live.model, model) or chat_misfit(live.texts.probe, texts.probe)
+        if not problem:
             return version_of(model, checkpoint=uri)
         message = f"checkpoint {uri} {problem}"
     raise ApiError(message, param="checkpoint", code="checkpoint_refused")
@@ -204,14 +205,10 @@ async def rows_of_gate(
         [text] = await version.texts.encoded([asked.gate_text], PLAIN_ENCODING)
         whole = live.require_tokenizer().encode_whole(text) if isinstance(text, str) else text
         token_ids = whole[:MAX_GATE_TOKENS]
-        rows = [
-            *rows,
-            *(
-                token_ids[start : start + longest]
-                for start in range(0, len(token_ids) - 1, longest)
-            ),
-        ]
-    if (num_tokens := sum(map(len, rows))) > MAX_GATE_TOKENS:
+        starts = range(0, len(token_ids) - 1, longest)
+        rows = [*rows, *(token_ids[start : start + longest] for start in starts)]
+    num_tokens = sum(map(len, rows))
+    if num_tokens > MAX_GATE_TOKENS:
         raise ApiError(
             f"gate_rows: {num_tokens} tokens, at most {MAX_GATE_TOKENS} are measured",
             param="gate_rows",

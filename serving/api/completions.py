@@ -143,10 +143,8 @@ class Completion:
             self._has_failed = True
             raise error_of("engine_unavailable") from None
         finally:
-            self.facts.reason, self.facts.last_token_s = (
-                "+".join(sorted({*reasons.values()})) or None,
-                time.monotonic(),
-            )
+            self.facts.reason = "+".join(sorted({*reasons.values()})) or None
+            self.facts.last_token_s = time.monotonic()
             self.facts.completion_tokens = self._num_output_tokens
 
     def _part_of(self, event: TokenEvent) -> Part:
@@ -202,30 +200,12 @@ async def start_completion(
     charged by `reserve`. Raises `ApiError`: 400 for a request that cannot be served, 429 if there
     is no room for it now or its key has no tokens left, 503 without an engine."""
     model, engine, key = version.model, version.engine, facts.key or ""
-    # The engine gets no more of a request than keep it busy. The rest waits here, and leaves room
-    # for other requests.
-    num_slots = engine.facts.max_num_seqs
-    at_once = min(
-        len(request.prompt) * request.n, 2 * num_slots, num_slots + config.engine.waiting_room
-    )
+    at_once = _num_at_once(request, engine, config)
     refuse_when_full(engine, at_once, config, key=key)
     _require_possible(request, model)
     if answer.EMBEDS and not engine.facts.embeds:
         raise error_of("unsupported_by_backend")
-    # In the event loop other streams' tokens would wait for the milliseconds that a long prompt
-    # takes.
-    least_tokens, asked_tokens = engine.facts.least_tokens, request.token_limit
-    room = max(
-        min(asked_tokens, 1) if config.engine.clip_max_tokens else asked_tokens, least_tokens
-    )
-    read = partial(
-        model.prompt_ids, max_tokens=room, param=answer.PROMPT_FIELD, how=request.encoding
-    )
-    try:
-        texts = await version.texts.encoded(request.prompt, request.encoding)
-    except TextError as error:
-        raise ApiError(str(error), param=answer.PROMPT_FIELD, code="invalid_value") from None
-    prompts = await asyncio.to_thread(lambda: [read(prompt) for prompt in texts])
+    prompts = await _read_prompts(request, answer, version, config)
     refuse_when_full(engine, at_once, config, key=key)
     sequences = _sequences(
         request,
@@ -262,10 +242,48 @@ async def start_completion(
         reservation=reservation,
         shows_cache=not key or config.engine.prefix_cache_scope == "key",
     )
-    max_queue_s = config.engine.max_queue_s
+    await _begin(completion, max_queue_s=config.engine.max_queue_s)
+    return completion
+
+
+def _num_at_once(request: CompletionRequest, engine: EngineClient, config: ServeConfig) -> int:
+    """Returns how many sequences of a request the engine gets at once: no more than keep it busy.
+    The others wait here, and leave room for other requests."""
+    num_slots = engine.facts.max_num_seqs
+    most = min(2 * num_slots, num_slots + config.engine.waiting_room)
+    return min(len(request.prompt) * request.n, most)
+
+
+async def _read_prompts(
+    request: CompletionRequest, answer: Answer, version: LoadedVersion, config: ServeConfig
+) -> list[list[int]]:
+    """Returns the prompts' tokens. Raises `ApiError` (400) for a prompt that leaves too few tokens
+    to draw."""
+    room = request.token_limit
+    if config.engine.clip_max_tokens:
+        room = min(room, 1)
+    read = partial(
+        version.model.prompt_ids,
+        max_tokens=max(room, version.engine.facts.least_tokens),
+        param=answer.PROMPT_FIELD,
+        how=request.encoding,
+    )
+    try:
+        texts = await version.texts.encoded(request.prompt, request.encoding)
+    except TextError as error:
+        raise ApiError(str(error), param=answer.PROMPT_FIELD, code="invalid_value") from None
+    # In the event loop other streams' tokens would wait for the milliseconds that a long prompt
+    # takes.
+    return await asyncio.to_thread(lambda: [read(text) for text in texts])
+
+
+async def _begin(completion: Completion, *, max_queue_s: float) -> None:
+    """Returns with the first token, or closes the completion. Raises `ApiError`: 429 if the engine
+    has not begun after so long."""
+    facts = completion.facts
     try:
         async with asyncio.timeout(max_queue_s):
-            await generation.has_begun.wait()
+            await completion.generation.has_begun.wait()
         facts.begun_s = time.monotonic()
         await completion.begin()
         facts.first_token_s = time.monotonic()
@@ -277,7 +295,6 @@ async def start_completion(
             f"The request has waited for {max_queue_s:g} s, which is the most; try again later"
         )
         raise overloaded(message, retry_after_s=math.ceil(max_queue_s)) from None
-    return completion
 
 
 def _sequences(

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.settings.code_folders import code_version
+from cluster.settings.serve import ServeConfig
 from model.files.bounded_text import TextError
 from model.text.chat import ChatError
 from serving.api.access import CurrentAccess, authorize
@@ -60,33 +61,87 @@ def build_http_app(
 ) -> ASGIApp:
     """Builds the application of all routes, behind `access` and the limits of keys."""
     config = versions.config
-    clips = config.engine.clip_max_tokens
     # Interactive documentation and a schema would show strangers what this endpoint can do.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.include_router(page_router())
     app.include_router(admin)
     app.include_router(tool_router(max_waiting=config.max_ongoing_requests))
     add_state_routes(app, versions=versions, metrics=metrics)
+    add_model_routes(app)
     limits = KeyLimits(usage, metrics.by_key, max_requests=config.replicas.max_requests_per_key)
     add_error_handlers(app, limits)
-    relay = RelayClient()
+    add_completion_routes(app, CompletionService(config, metrics, limits))
+    return Gate(app, access=access, versions=versions, limits=limits)
+
+
+class CompletionService:
+    """Answers completions by the version that a request takes, or by the version before."""
+
+    def __init__(self, config: ServeConfig, metrics: ReplicaMetrics, limits: KeyLimits) -> None:
+        self.config = config
+        self.metrics = metrics
+        self._limits = limits
+        self._relay = RelayClient()
+
+    async def answer(
+        self,
+        parsed: CompletionRequest,
+        shape: Callable[[ServedModel], Answer],
+        request: Request,
+        *,
+        version: LoadedVersion,
+        headers: Mapping[str, str] | None = None,
+    ) -> Response:
+        routed = RoutedRequest.of(request)
+        try:
+            completion = await start_completion(
+                parsed,
+                answer=shape(version.model),
+                version=version,
+                metrics=self.metrics,
+                config=self.config,
+                facts=routed.facts,
+                reserve=partial(self._limits.reserve, key_of(request)),
+            )
+            if parsed.stream:
+                return EventStream(completion, headers=headers or {}, relay=self._relay)
+            try:
+                body = await completion.respond()
+            finally:
+                completion.close()
+        except ApiError as error:
+            # Nothing has gone out yet, so the version before can answer what a new version fails to
+            # answer.
+            other = routed.take_other() if error.status >= 500 else None
+            if other is None:
+                raise
+            return await self.answer(parsed, shape, request, version=other, headers=headers)
+        return Response(body, media_type="application/json", headers=headers)
+
+
+def add_completion_routes(app: FastAPI, service: CompletionService) -> None:
+    """Adds the routes on which the model reads and writes."""
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         parsed = await read_request(request, CompletionRequest)
         version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
-        return await answer(parsed, TextAnswer, request, version=version)
+        return await service.answer(parsed, TextAnswer, request, version=version)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         parsed = await read_request(request, ChatRequest)
         routed = RoutedRequest.of(request)
-        version = routed.take(parsed.model, user=parsed.user)
+        taken_version = routed.take(parsed.model, user=parsed.user)
         completion, version = await written_chat(
-            parsed, version, routed, metrics=metrics, clips=clips
+            parsed,
+            taken_version,
+            routed,
+            metrics=service.metrics,
+            clips=service.config.engine.clip_max_tokens,
         )
         note = None if version.model.is_chat_tuned else NOTE_HEADER
-        return await answer(completion, ChatAnswer, request, version=version, headers=note)
+        return await service.answer(completion, ChatAnswer, request, version=version, headers=note)
 
     @app.post("/v1/responses")
     async def responses() -> Response:
@@ -106,40 +161,11 @@ def build_http_app(
             temperature=0.0,
             add_special_tokens=parsed.add_special_tokens,
         )
-        return await answer(reading, shape, request, version=version)
+        return await service.answer(reading, shape, request, version=version)
 
-    async def answer(
-        parsed: CompletionRequest,
-        shape: Callable[[ServedModel], Answer],
-        request: Request,
-        *,
-        version: LoadedVersion,
-        headers: Mapping[str, str] | None = None,
-    ) -> Response:
-        try:
-            completion = await start_completion(
-                parsed,
-                answer=shape(version.model),
-                version=version,
-                metrics=metrics,
-                config=config,
-                facts=RoutedRequest.of(request).facts,
-                reserve=partial(limits.reserve, key_of(request)),
-            )
-            if parsed.stream:
-                return EventStream(completion, headers=headers or {}, relay=relay)
-            try:
-                body = await completion.respond()
-            finally:
-                completion.close()
-        except ApiError as error:
-            # Nothing has gone out yet, so the version before can answer what a new version fails to
-            # answer.
-            other = RoutedRequest.of(request).take_other() if error.status >= 500 else None
-            if other is None:
-                raise
-            return await answer(parsed, shape, request, version=other, headers=headers)
-        return Response(body, media_type="application/json", headers=headers)
+
+def add_model_routes(app: FastAPI) -> None:
+    """Adds the routes that list the served model."""
 
     @app.api_route("/v1/models", methods=STATE_METHODS)
     async def list_models(request: Request) -> dict[str, Any]:
@@ -149,8 +175,6 @@ def build_http_app(
     async def get_model(request: Request, name: str) -> dict[str, Any]:
         RoutedRequest.of(request).take(name)
         return RoutedRequest.of(request).card()
-
-    return Gate(app, access=access, versions=versions, limits=limits)
 
 
 def add_state_routes(app: FastAPI, *, versions: Versions, metrics: ReplicaMetrics) -> None:
@@ -229,7 +253,8 @@ async def written_chat(
     except (ChatError, TextError) as error:
         metrics.of(version.model.version).chats_refused.inc()
         refusal = ApiError(str(error), param=ChatAnswer.PROMPT_FIELD, code="invalid_value")
-    if (other := routed.take_other()) is None:
+    other = routed.take_other()
+    if other is None:
         raise refusal
     try:
         completion = await as_completion(request, other, clips=clips)

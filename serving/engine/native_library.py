@@ -60,7 +60,8 @@ Linux names them."""
 
 
 class NoNativeLibraryError(Exception):
-    """The kernels are not available here; the message says why."""
+    """The kernels are not available here, or compute another model than the one that is asked for;
+    the message says why."""
 
 
 def load_library() -> ctypes.CDLL:

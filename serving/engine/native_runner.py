@@ -6,6 +6,7 @@ Shapes: N tokens of all readings, M rows, C model width, V vocabulary, W blocks 
 
 import ctypes
 from collections.abc import Sequence
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -13,17 +14,19 @@ from torch import Tensor, nn
 
 from model.architecture import Activation
 from model.gpt import GPT, Projection
-from model.llama import frequencies
-from serving.engine.native_library import load_library
+from model.llama import Linear, frequencies
+from serving.engine.native_library import NoNativeLibraryError, load_library
 from serving.engine.runner import Reading, Survey
 
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
 ACTIVATIONS: dict[Activation, int] = {"gelu": 0, "gelu_exact": 1, "relu": 2, "swiglu": 3}
 HEAD, TOKENS = 0, 1  # after the last layer
 
+_REFUSAL_BYTES = 200
+
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int
 _FUNCTIONS = {
-    "raymill_create": [_POINTER, _NUMBER, _NUMBER, _POINTER],
+    "raymill_create": [_POINTER, _NUMBER, _NUMBER, _POINTER, _POINTER, _NUMBER],
     "raymill_set_norm": [_POINTER, _NUMBER, _NUMBER, _POINTER, _POINTER],
     "raymill_set_matrix": [_POINTER, *[_NUMBER] * 4, _POINTER, _NUMBER, _NUMBER, _POINTER],
     "raymill_forward": [_POINTER, _POINTER],
@@ -67,9 +70,10 @@ class NativeRunner:
     """
 
     def __init__(self, model: GPT, *, dtype: str, num_blocks: int, threads: int) -> None:
-        """Raises `NoNativeLibraryError` if the kernels are not available, and `MemoryError` without
-        the memory for weights and cache."""
+        """Raises `NoNativeLibraryError` if the kernels are not available or do not compute this
+        model, and `MemoryError` without the memory for weights and cache."""
         self._library = load_library()
+        _refuse_unread_parameters(model)
         for name, arguments in _FUNCTIONS.items():
             getattr(self._library, name).argtypes = arguments
         self._library.raymill_create.restype = ctypes.c_void_p
@@ -91,11 +95,21 @@ class NativeRunner:
         )
         embedding = model.body.position_embedding
         positions = _as_float(frequencies(config) if embedding is None else embedding.weight)
+        refusal = ctypes.create_string_buffer(_REFUSAL_BYTES)
         self._decoder = ctypes.c_void_p(
             self._library.raymill_create(
-                ctypes.byref(shape), KINDS[dtype], threads, positions.data_ptr()
+                ctypes.byref(shape),
+                KINDS[dtype],
+                threads,
+                positions.data_ptr(),
+                refusal,
+                _REFUSAL_BYTES,
             )
         )
+        if refusal.value:
+            raise NoNativeLibraryError(
+                f"the kernels cannot compute {config.architecture}: {refusal.value.decode()}"
+            )
         if self._decoder.value is None:
             raise MemoryError("the KV cache")
         for layer, block in enumerate(model.blocks):
@@ -169,17 +183,59 @@ class NativeRunner:
             raise MemoryError("the weights")
 
 
+def _refuse_unread_parameters(model: GPT) -> None:
+    """Raises `NoNativeLibraryError`, which names the first parameter that the kernels would not be
+    given: without it they would compute another model."""
+    network = model.config.network
+    modules: list[nn.Module | None] = [
+        model.body.token_embedding,
+        model.body.position_embedding,
+        model.last_norm,
+    ]
+    if not model.config.tie_word_embeddings:
+        modules.append(model.lm_head)
+    for block in model.blocks:
+        for name in (*network.parameters.norms, *chain.from_iterable(network.kernels.matrices)):
+            modules.append(block.get_submodule(name))
+    read: set[Tensor] = set()
+    for module in modules:
+        named = dict(module.named_parameters()) if module else {}
+        read |= {named[name] for name in ("weight", "bias") if name in named}
+    for name, parameter in model.named_parameters():
+        if parameter not in read:
+            raise NoNativeLibraryError(
+                f"the kernels cannot compute {model.config.architecture}: they do not read {name}"
+            )
+
+
 def _side_by_side(projections: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
     """Returns the weights (in, out) of projections of the same inputs as one matrix, and their
-    biases as one."""
-    weights, biases = list[Tensor](), list[Tensor]()
-    for projection in projections:
-        weight = projection.get_parameter("weight")
-        weights.append(weight if isinstance(projection, Projection) else weight.T)
-        if isinstance(projection, Projection):
-            biases.append(projection.bias)
+    biases as one: zeros for a projection without, where another has one."""
+    weights = [_weight(projection) for projection in projections]
+    biases = [dict(projection.named_parameters()).get("bias") for projection in projections]
     matrix = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)
-    return matrix, torch.cat(biases) if biases else None
+    if all(bias is None for bias in biases):
+        return matrix, None
+    whole = torch.zeros(matrix.shape[1])
+    parts = whole.split([weight.shape[1] for weight in weights])
+    for part, bias in zip(parts, biases, strict=True):
+        if bias is not None:
+            part.copy_(bias.detach())
+    return matrix, whole
+
+
+def _weight(projection: nn.Module) -> Tensor:
+    """Returns the weight (in, out). Only of known classes it is known which side is which: the
+    sizes do not tell where they are equal."""
+    match projection:
+        case Projection():
+            return projection.weight
+        case Linear() | nn.Linear():
+            return projection.weight.T
+        case _:
+            raise NoNativeLibraryError(
+                f"the kernels do not know how {type(projection).__name__} stores its weight"
+            )
 
 
 def _as_float(values: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ class Stretch:
 
 
 class UpdateRule(Protocol):
-    """Changes weights by their gradient. A new rule is a file with one class, and a line in
-    `rules`."""
+    """Changes weights by their gradient. A new rule is a file with one class, a word of the setting
+    `optimizer`, and a case in `rules`."""
 
     vectors: ClassVar[tuple[str, ...]]
     """The names of what the rule keeps for each value, as checkpoints have them too."""

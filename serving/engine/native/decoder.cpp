@@ -7,17 +7,16 @@
 // Shapes: N tokens of a pass, C width, H heads of width D (DP with padding), G heads of keys and values, each for H / G
 // neighboring heads, F feed-forward width, V vocabulary.
 
+#include <cstdio>
+
 #include "matrix.h"
 #include "numbers.h"
+#include "shape.h"
 #include "team.h"
 
 namespace {
 
 constexpr int BLOCK = 16;  // positions of a KV cache block
-
-// The numbers of both are those of native_runner.py.
-enum Architecture : int32_t { GPT2, LLAMA };
-enum Activation : int32_t { GELU, GELU_EXACT, RELU, SWIGLU };
 
 F32 activate(F32 x, Activation activation) {
     switch (activation) {
@@ -30,22 +29,6 @@ F32 activate(F32 x, Activation activation) {
     }
     return x;
 }
-
-struct Shape {
-    int32_t layers, width, heads, kv_heads, ffn_width, vocabulary, positions;
-    Architecture architecture;
-    Activation activation;
-    int32_t num_blocks;
-    float epsilon;
-
-    bool has_rotation() const { return architecture == LLAMA; }  // of queries and keys; GPT-2 adds its positions
-    bool has_rms_norm() const { return architecture == LLAMA; }
-    bool is_gated() const { return activation == SWIGLU; }
-    int head_width() const { return width / heads; }
-    int kv_width() const { return kv_heads * head_width(); }
-    int qkv_width() const { return width + 2 * kv_width(); }
-    int ffn_in_width() const { return is_gated() ? 2 * ffn_width : ffn_width; }  // the gate comes before what it gates
-};
 
 struct Norm {
     std::vector<float> weight, bias;
@@ -397,15 +380,20 @@ private:
 extern "C" {
 
 // `kind`: 0 is fp32, 1 bf16, 2 int8.
-// Null without the memory for its cache.
-void* raymill_create(const Shape* shape, int kind, int num_threads, const float* positions) {
+// Null without the memory for its cache; and null with the reason in `refusal` (size,), in words, where it would compute
+// something else than what the numbers mean.
+void* raymill_create(const Shape* shape, int kind, int num_threads, const float* positions, char* refusal, int size) {
     try {
+        shape->is_llama(), shape->is_gated();  // throw
         switch (kind) {
             case 0: return static_cast<Decoder*>(new DecoderOf<Fp32>(*shape, num_threads, positions));
             case 1: return static_cast<Decoder*>(new DecoderOf<Bf16>(*shape, num_threads, positions));
             case 2: return static_cast<Decoder*>(new DecoderOf<Int8>(*shape, num_threads, positions));
-            default: return nullptr;
+            default: throw std::invalid_argument("they know no type of number " + std::to_string(kind));
         }
+    } catch (const std::invalid_argument& error) {
+        std::snprintf(refusal, size, "%s", error.what());
+        return nullptr;
     } catch (const std::bad_alloc&) {
         return nullptr;
     }

@@ -7,22 +7,26 @@ import os
 import subprocess
 import sys
 from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.settings.run import RunConfig, batch_schedule
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.state.train_state import TrainState
 from jobs.exact.sums.step_plan import StepPlan
+from jobs.exact.sums.step_totals import Measured
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
 from model.attention import document_mask, document_positions
 from model.gpt import GPT
 from model.linear_cross_entropy import IGNORE_INDEX
+from model.numerics import NUMERICS
 from tests.jobs.train_worlds import CPU, EOT, Case, MadeRows
 
 DROPOUT = """
@@ -98,6 +102,47 @@ def test_of_conversations_is_that_of_the_mean_over_counted_tokens(
     for (name, parameter), whole in zip(model.named_parameters(), expected, strict=True):
         assert parameter.grad is not None
         assert (parameter.grad - whole).norm() / whole.norm() < 1e-5, name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("exact", "compute", "chat"),
+    [(True, "cpu", True), (True, "plain", False), (False, "cpu", True)],
+)
+def test_gradient__with_another_loss_scale__has_the_same_bits(
+    exact: bool, compute: str, chat: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power of two rounds nothing, neither where the loss is multiplied nor where the gradient
+    is divided."""
+    config = Case(precision, num_lanes=3, exact=exact, compute=compute).config()
+
+    def gradient_and_figures(loss_scale: float) -> tuple[Tensor, Measured]:
+        record = dataclasses.replace(NUMERICS[precision], loss_scale=loss_scale)
+        monkeypatch.setitem(NUMERICS, precision, record)
+        model = GPT(config.model)
+        model.init_weights(0)
+        state = TrainState(model, config.train, device=CPU)
+        rows = MadeRows(chat=chat)
+        gradient = BatchGradient(config, state, rows, WorkerGroup(0, 1), eot_id=None)  # type: ignore[arg-type]
+        measured = gradient.of_step(1, StepTimer())
+        gradient.close()
+        return state.gradient, measured
+
+    plain, plain_figures = gradient_and_figures(1.0)
+    scaled_losses: list[float] = []
+    loss_of = GPT.loss_of
+
+    def noted(*args: Any, **options: Any) -> Tensor:
+        loss = loss_of(*args, **options)
+        scaled_losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(GPT, "loss_of", noted)
+    scaled, scaled_figures = gradient_and_figures(2.0**10)
+    assert sum(scaled_losses) > 100 * plain_figures.loss, "nothing was scaled"
+    assert plain.any()
+    assert torch.equal(scaled, plain)
+    assert scaled_figures == plain_figures
 
 
 def test_a_batch_that_grows_through_250_lane_counts__of_512_ranks__begins_at_once() -> None:

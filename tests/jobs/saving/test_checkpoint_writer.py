@@ -26,9 +26,10 @@ from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.saving.publisher import Publisher
 from model.config import GPTConfig, preset_fields
 from model.files.checkpoint import load_model, parameter_hash
-from model.files.checkpoint_folder import Metadata, verify_checkpoint
+from model.files.checkpoint_folder import verify_checkpoint
 from model.gpt import GPT
 from model.text.tokenizer import train_bpe
+from tests.checkpoints import metadata_of
 from tests.cluster.fault_proxy import running_proxy
 from tests.jobs.train_states import moments as moments_of
 from tests.time_limits import limit_s
@@ -67,15 +68,7 @@ class Saving:
         self.state.gradient.normal_()
         self.state.apply(norm=1.0, learning_rate=1e-2)
         self.ledger.step(step=step, loss=1.0)
-        metadata = Metadata(
-            run_id="r",
-            step=step,
-            tokens_seen=step,
-            data_manifest_hash=None,
-            code_version="c",
-            val_loss=val_loss,
-            generation=self.fence.generation,
-        )
+        metadata = metadata_of(step, generation=self.fence.generation, val_loss=val_loss)
         self.writer.save(metadata, self.state, must=False)
         return parameter_hash(self.state.model.state_dict())
 

@@ -28,9 +28,10 @@ from jobs.training.train_loop import train
 from jobs.workers.worker_group import WorkerGroup
 from model.config import GPTConfig, preset_fields
 from model.files.checkpoint import load_model, parameter_hash
-from model.files.checkpoint_folder import Metadata, verify_checkpoint
+from model.files.checkpoint_folder import verify_checkpoint
 from model.gpt import GPT, initial_weights
 from model.text.tokenizer import train_bpe
+from tests.checkpoints import metadata_of
 from tests.jobs.new_memory import NewMemory
 from tests.jobs.runs import tiny_plan
 from tests.jobs.runs_in_rounds import CutOff, run_in_rounds
@@ -108,19 +109,11 @@ class Saving:
     def save(self, step: int, *, must: bool = False) -> bool:
         """Returns whether the ranks saved, which they must agree on."""
         self.ledger.step(step=step, loss=1.0)
-        metadata = Metadata(
-            run_id="r",
-            step=step,
-            tokens_seen=step,
-            data_manifest_hash=None,
-            code_version="c",
-            generation=self.fence.generation,
+        metadata = metadata_of(step, generation=self.fence.generation)
+        answers = self.on_all(
+            lambda rank: self.writers[rank].save(metadata, self.states[rank], must=must)
         )
-        (saved,) = {
-            *self.on_all(
-                lambda rank: self.writers[rank].save(metadata, self.states[rank], must=must)
-            )
-        }
+        (saved,) = {*answers}
         return saved
 
     def finish(self) -> Ledger:

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 
 from model.config import GPTConfig
 from model.files.checkpoint import descriptions
-from model.files.checkpoint_folder import Metadata
 from model.files.stored_tokenizer import load_tokenizer
 from model.text.chat import PLAIN_TEMPLATE, Chat, ChatError, format_to_train, plain_text
 from model.text.chat_format import ChatFormat
 from model.text.tokenizer import Tokenizer, TokenizerError, train_bpe
+from tests.checkpoints import metadata_of
 
 TEXT = "User:\nwhat is 2+3?\nAssistant:\n5\nsystem user assistant be brief hello again "
 CHATML = """\
@@ -75,11 +75,8 @@ def with_specials(
 def written(tokenizer: Tokenizer, folder: Path) -> Path:
     """Writes what a checkpoint says of its tokenizer."""
     folder.mkdir()
-    metadata = Metadata(
-        run_id="r", step=1, tokens_seen=1, data_manifest_hash=None, code_version="c"
-    )
     config = GPTConfig(vocab_size=tokenizer.vocab_size, n_positions=64)
-    for name, content in descriptions(config, tokenizer, metadata).items():
+    for name, content in descriptions(config, tokenizer, metadata_of(1)).items():
         (folder / name).write_bytes(content)
     return folder
 

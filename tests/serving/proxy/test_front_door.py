@@ -3,7 +3,7 @@ ends an answer."""
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -28,23 +28,39 @@ from serving.proxy.token_relay import ASK_HEADER
 from tests.serving.front_door_parts import OK, ask, half, open_to_all, scope, whole
 from tests.time_limits import limit_s
 
+Answer = Callable[[Send], Awaitable[None]]
+
 
 def error(sent: list[Message]) -> dict[str, Any]:
     return dict(json.loads(sent[1]["body"])["error"])
 
 
-def dies(times: int, answer: Callable[[Send], Any]) -> ASGIApp:
-    """Ray Serve with replicas that die before they answer: it returns without a word."""
+def changing(times: int, first: Answer, later: Answer) -> ASGIApp:
+    """Ray Serve that gives so many requests its first answer, and the others a later one."""
     calls = 0
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         nonlocal calls
         calls += 1
         assert (await receive())["body"] == b"{}"
-        if calls > times:
-            await answer(send)
+        await (later if calls > times else first)(send)
 
     return app
+
+
+async def nothing(_send: Send) -> None:
+    """What Ray Serve says when a replica has died before it answered."""
+
+
+async def not_found(send: Send) -> None:
+    """What Ray Serve says in a proxy that has not heard of the application yet."""
+    headers = [(b"content-type", b"text/plain")]
+    await send({"type": "http.response.start", "status": 404, "headers": headers})
+    await send({"type": "http.response.body", "body": b"Path '/v1/completions' not found."})
+
+
+def dies(times: int, answer: Answer) -> ASGIApp:
+    return changing(times, nothing, answer)
 
 
 @pytest.mark.parametrize("deaths", [0, 1])
@@ -101,34 +117,11 @@ def test_an_order_is_given_once_and_its_sender_is_told_what_to_look_at() -> None
     assert dict(sent[0]["headers"])[b"x-should-retry"] == b"false"
 
 
-def knows_nothing(times: int) -> ASGIApp:
-    """Ray Serve in a proxy that hears of the application after so many requests."""
-    calls = 0
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        nonlocal calls
-        calls += 1
-        assert (await receive())["body"] == b"{}"
-        if calls > times:
-            await whole(send)
-            return
-        await send(
-            {
-                "type": "http.response.start",
-                "status": 404,
-                "headers": [(b"content-type", b"text/plain")],
-            }
-        )
-        await send({"type": "http.response.body", "body": b"Path '/v1/completions' not found."})
-
-    return app
-
-
 @pytest.mark.parametrize("path", ["/v1/completions", "/admin/rollback"])
 def test_a_proxy_that_has_just_started_answers_once_it_knows_the_application(path: str) -> None:
     """It shares its port with others, so clients come before it does."""
     logged: list[dict[str, Any]] = []
-    sent = ask(knows_nothing(3), path=path, log=lambda **fields: logged.append(fields))
+    sent = ask(changing(3, not_found, whole), path=path, log=lambda **fields: logged.append(fields))
     assert len(sent) == 2 and sent[0]["status"] == 200
     assert [(line["status"], line["attempts"]) for line in logged] == [(200, 1)]
 
@@ -140,7 +133,7 @@ def test_an_application_that_is_not_there_is_not_waited_for_long(
     monkeypatch.setattr(
         exchange, "ROUTE_TIMEOUT_S", 0.1 if path == "/v1/completions" else limit_s(60)
     )
-    sent = ask(knows_nothing(10**6), path=path)
+    sent = ask(changing(10**6, not_found, whole), path=path)
     assert len(sent) == 2 and sent[0]["status"] == 404 and error(sent)["code"] == "not_found"
 
 
