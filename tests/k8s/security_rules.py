@@ -328,8 +328,8 @@ def secret_problems(objects: list[Manifest]) -> list[str]:
 
 
 def reference_problems(objects: list[Manifest]) -> list[str]:
-    """Every ConfigMap that a pod names is among the objects, and every Secret is one that the
-    README lists."""
+    """Every ConfigMap that a pod names is among the objects, and every Secret is one that
+    docs/how-to/kubernetes.md lists."""
     config_maps = {config["metadata"]["name"] for config in of_kind(objects, "ConfigMap")}
     pulling = [
         secret["name"]
