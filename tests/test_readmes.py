@@ -22,6 +22,7 @@ from tests.repository import REPOSITORY
 
 PARSER = command_parser()
 MOST_WORDS = 1200  # of a folder's README
+MOST_WORDS_OF_A_PARAGRAPH = 120
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
@@ -106,6 +107,26 @@ def test_each_link_leads_somewhere(readme: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", readme.read_text())
     gone = [link for link in links if "://" not in link and not (readme.parent / link).exists()]
     assert not gone
+
+
+def paragraphs(text: str) -> list[str]:
+    """Returns the paragraphs and the items of lists, without code, tables and headings."""
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.split(r"\n\s*\n|\n(?=\s*(?:[-*] |\d+\. ))", prose)
+    return [block for block in blocks if not block.lstrip().startswith(("|", "#", "<!--"))]
+
+
+PROSE = [path for path in READMES if path.name != "scale.md"]  # figures, with words between them
+
+
+@pytest.mark.parametrize("readme", PROSE, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_no_paragraph_is_longer_than_a_reader_keeps_in_mind(readme: Path) -> None:
+    long = [
+        (len(block.split()), block[:60])
+        for block in paragraphs(readme.read_text(encoding="utf-8"))
+        if len(block.split()) > MOST_WORDS_OF_A_PARAGRAPH
+    ]
+    assert long == []
 
 
 def headings(page: Path) -> set[str]:
