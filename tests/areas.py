@@ -9,6 +9,7 @@ start a cluster, and the slow ones, belong to `make test` and `make test-all`.
 
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from tests.repository import REPOSITORY
 README = REPOSITORY / "tests" / "README.md"
 BEGIN, END = "<!-- areas: begin -->", "<!-- areas: end -->"
 _ROW = re.compile(r"^\| `([\w/]+)` \|.*$", re.MULTILINE)
-_HEAD = "| area | tests | seconds | measured |\n| --- | --- | --- | --- |"
+_HEAD = "| area | tests | seconds | CPU-seconds | measured |\n| --- | --- | --- | --- | --- |"
 _SUMMARY = re.compile(r"(\d+) passed")
 
 
@@ -50,18 +51,25 @@ def with_rows(text: str, measured: dict[str, str]) -> str:
     return "\n".join([before + BEGIN, _HEAD, *lines, END + after])
 
 
+def cpu_s() -> float:
+    """Returns the processor time of all processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def measure(area: str) -> str:
     """Runs the area's tests, and returns its row. Raises `SystemExit` where one fails."""
-    start_s = time.monotonic()
+    start_s, start_cpu_s = time.monotonic(), cpu_s()
     command = ["make", "--no-print-directory", "test", f"AREA={area}"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    seconds = time.monotonic() - start_s
+    seconds, cpu_seconds = time.monotonic() - start_s, cpu_s() - start_cpu_s
     if done.returncode != 0:
         sys.exit(f"{done.stdout}{done.stderr}\n{area} failed")
     passed = _SUMMARY.findall(done.stdout)
     day, processor = datetime.now(UTC).date().isoformat(), cpu_field("model name")
     machine = f"{day}, {os.cpu_count()} cores of {processor}"
-    return f"| `{area}` | {passed[-1] if passed else 0} | {seconds:.0f} | {machine} |"
+    count = passed[-1] if passed else 0
+    return f"| `{area}` | {count} | {seconds:.0f} | {cpu_seconds:.0f} | {machine} |"
 
 
 def main(chosen: Sequence[str]) -> None:
