@@ -5,9 +5,7 @@ A base model has no template, as it was never taught to chat; it continues text.
 shows it a dialogue, and every answer says so in the header `x-model-note`.
 """
 
-import asyncio
 from collections.abc import Iterator
-from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
@@ -112,8 +110,7 @@ async def as_completion(
     messages = [message.model_dump(exclude_none=True) for message in request.messages]
     rendered_ids = await version.texts.chat_ids(messages)
     room = 1 if clips or max_tokens is None else max_tokens
-    check = partial(model.prompt_ids, rendered_ids, max_tokens=room, param=ChatAnswer.PROMPT_FIELD)
-    prompt_ids = await asyncio.to_thread(check)
+    prompt_ids = model.prompt_ids(rendered_ids, max_tokens=room, param=ChatAnswer.PROMPT_FIELD)
     shared = {name: getattr(request, name) for name in GenerationRequest.model_fields}
     if not model.is_chat_tuned:
         # Or a base model would continue with the next turn, whoever's it is.

@@ -52,29 +52,28 @@ class ChoiceOutput:
         """Returns the part of the choice that this event makes final. It may be empty: a stream has
         a part for each token, so that a client sees when tokens arrive."""
         is_first, self._started = not self._started, True
-        text = self._echo(event.prompt_logprobs) if is_first and self._request.echo else ""
+        asked = self._request
+        text = self._echo(event.prompt_logprobs) if is_first and asked.echo else ""
         if event.token_id is not None:
             self.num_output_tokens += 1
-            offset = self._echoed_chars + self._detokenizer.num_chars
-            self._entries.append(TokenEntry(event.token_id, event.logprobs, offset))
+            if asked.logprobs is not None:
+                offset = self._echoed_chars + self._detokenizer.num_chars
+                self._entries.append(TokenEntry(event.token_id, event.logprobs, offset))
             # The end-of-text token is not text but has an entry: lm-eval takes the last one for the
             # new token's.
             if event.finish_reason is not FinishReason.STOP:
                 text += self._detokenizer.push(
-                    self._model.text_bytes(event.token_id, stop=self._request.stop)
+                    self._model.text_bytes(event.token_id, stop=asked.stop)
                 )
         if event.finish_reason is not None:
             text += self._detokenizer.finish()
         finish_reason = FinishReason.STOP if self._detokenizer.stopped else event.finish_reason
-        entries = self._take_entries(
-            all_of_them=finish_reason is not None and not self._detokenizer.stopped
-        )
+        all_of_them = finish_reason is not None and not self._detokenizer.stopped
         token_ids = [] if event.token_id is None else [event.token_id]
-        asked = self._request
         return Part(
             self._index,
             text,
-            None if asked.logprobs is None else entries,
+            None if asked.logprobs is None else self._take_entries(all_of_them=all_of_them),
             finish_reason,
             token_ids=token_ids if asked.return_token_ids else None,
             prompt_ids=self._sequence.prompt_ids if asked.return_token_ids and is_first else None,

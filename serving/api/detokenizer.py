@@ -41,16 +41,19 @@ class Detokenizer:
         return self._release(final=True)
 
     def _release(self, *, final: bool) -> str:
-        num_final = _first_complete(self._held, self._stop, after=self._num_uncut)
-        self.stopped = num_final is not None
-        if num_final is None:
-            num_final = len(self._held) - (
-                0 if final else _longest_start_of_stop(self._held, self._stop)
-            )
+        num_final = self._num_final(final=final) if self._stop else len(self._held)
         text, self._held = self._held[:num_final], "" if self.stopped else self._held[num_final:]
         self.num_released_chars += len(text)
         self._num_uncut = max(0, self._num_uncut - len(text))
         return text
+
+    def _num_final(self, *, final: bool) -> int:
+        """Returns how many of the held characters no stop string can take back any more."""
+        num_final = _first_complete(self._held, self._stop, after=self._num_uncut)
+        self.stopped = num_final is not None
+        if num_final is not None:
+            return num_final
+        return len(self._held) - (0 if final else _longest_start_of_stop(self._held, self._stop))
 
 
 def _first_complete(text: str, stop: Sequence[str], *, after: int) -> int | None:

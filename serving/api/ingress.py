@@ -63,14 +63,15 @@ def build_http_app(
     config = versions.config
     # Interactive documentation and a schema would show strangers what this endpoint can do.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    limits = KeyLimits(usage, metrics.by_key, max_requests=config.replicas.max_requests_per_key)
+    add_error_handlers(app, limits)
+    # The routes that most requests ask for come first: they are tried in this order.
+    add_completion_routes(app, CompletionService(config, metrics, limits))
+    add_model_routes(app)
     app.include_router(page_router())
     app.include_router(admin)
     app.include_router(tool_router(max_waiting=config.max_ongoing_requests))
     add_state_routes(app, versions=versions, metrics=metrics)
-    add_model_routes(app)
-    limits = KeyLimits(usage, metrics.by_key, max_requests=config.replicas.max_requests_per_key)
-    add_error_handlers(app, limits)
-    add_completion_routes(app, CompletionService(config, metrics, limits))
     return Gate(app, access=access, versions=versions, limits=limits)
 
 

@@ -13,9 +13,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
+
+import orjson
 
 from cluster.settings.serve import EngineConfig
 from model.errors import UserError
@@ -47,6 +48,12 @@ class EngineDiedError(Exception):
     """The engine process has ended and gives no more answers."""
 
 
+def submission(request: SequenceRequest) -> bytes:
+    """Returns the message that gives the engine a sequence. orjson writes a dataclass as it is:
+    `asdict` would copy each token of the prompt, and take 90 µs for 128 of them."""
+    return orjson.dumps({"submit": request}, option=orjson.OPT_APPEND_NEWLINE)
+
+
 class StepObserver(Protocol):
     """Hears how long sequences have waited, and of each step that works on them."""
 
@@ -71,7 +78,8 @@ class Generation:
         self._open = {request.seq_id for request in requests}
         self.key = key  # name of the API key, or empty
         self.unsent = deque(requests)  # these are not in line yet
-        self._events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
+        self._events: deque[TokenEvent | None] = deque()
+        self._has_events = asyncio.Event()
         self.entered_s: dict[int, float] = {}  # when each sequence got in line
         # By sequence that has begun, tokens of its prompt that the cache had
         self.num_found: dict[int, int] = {}
@@ -87,7 +95,10 @@ class Generation:
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         """Yields the events. Raises `EngineDiedError` when the engine dies."""
         while self._open:
-            event = await self._events.get()
+            if not self._events:
+                self._has_events.clear()
+                await self._has_events.wait()
+            event = self._events.popleft()
             if event is None:
                 raise EngineDiedError(self._client.death_notice)
             if event.seq_id in self._open:  # not cancelled since this was sent
@@ -101,7 +112,8 @@ class Generation:
 
     def put(self, event: TokenEvent | None) -> None:
         self.has_begun.set()
-        self._events.put_nowait(event)
+        self._events.append(event)
+        self._has_events.set()
 
 
 class EngineClient:
@@ -299,7 +311,7 @@ class EngineClient:
         while self._held and len(self._generations) - len(self._held) < places + math.ceil(
             SPARE_SHARE * places
         ):
-            self._writer.write(encode_message({"submit": asdict(self._held.take())}))
+            self._writer.write(submission(self._held.take()))
 
     async def _messages(self) -> AsyncIterator[Any]:
         """Yields what the engine process sends until it ends."""

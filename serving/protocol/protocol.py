@@ -35,7 +35,7 @@ Prompts = list[str] | list[list[int]]
 
 
 def _is_token_ids(value: Any) -> bool:
-    return all(type(token_id) is int for token_id in value)
+    return set(map(type, value)) <= {int}
 
 
 def _prompts(value: Any) -> Prompts:

@@ -76,7 +76,9 @@ def shown(name: str) -> str:
 def _depth(value: dict[str, Any] | list[Any]) -> int:
     """Returns how many objects and lists are within each other."""
     inner = value.values() if isinstance(value, dict) else value
-    return 1 + max((_depth(v) for v in inner if isinstance(v, dict | list)), default=0)
+    if {dict, list}.isdisjoint(map(type, inner)):  # as in a long list of token ids
+        return 1
+    return 1 + max(_depth(v) for v in inner if isinstance(v, dict | list))
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -88,12 +88,12 @@ class RelayedAnswer:
             self._pump.cancel()
             await asyncio.wait([self._pump])
 
-    def put(self, frame: Frame, data: bytes) -> None:
+    def put(self, frame: int, data: bytes) -> None:
         match frame:
-            case Frame.START:
-                self.on_start(_start_message(data))
             case Frame.PART:
                 self._arrived.feed_data(data)
+            case Frame.START:
+                self.on_start(_start_message(data))
             case Frame.END:
                 self._arrived.feed_eof()
                 self._ended.set()
@@ -152,7 +152,7 @@ class _Incoming(asyncio.Protocol):
             if end + length > len(data):
                 break
             if (answer := self._answers.get(number)) is not None:  # its client has not left
-                answer.put(Frame(frame), data[end : end + length])
+                answer.put(frame, data[end : end + length])
             start, end = end + length, end + length + _FRAME.size
         self._unread = data[start:]
 
@@ -179,7 +179,7 @@ class RelayWriter:
         self.connection.flush()
 
     def _send(self, frame: Frame, data: bytes) -> None:
-        self.connection.write(_FRAME.pack(self.number, frame, len(data)) + data)
+        self.connection.write(self.number, frame, data)
 
 
 class RelayClient:
@@ -221,25 +221,33 @@ class RelayClient:
 
 
 class _Outgoing(asyncio.Protocol):
-    """A replica's connection to a proxy. Sends what all answers of one step have in one write."""
+    """A replica's connection to a proxy. Sends what all answers of one step have in one write, and
+    what one of them has in one frame."""
 
     def connection_made(self, transport: asyncio.WriteTransport) -> None:  # type: ignore[override]
         self._transport = transport
-        self._waiting = bytearray()
+        self._waiting: list[tuple[int, Frame, list[bytes]]] = []  # number, kind, data in pieces
 
     @property
     def is_closing(self) -> bool:
         return self._transport.is_closing()
 
-    def write(self, data: bytes) -> None:
+    def write(self, number: int, frame: Frame, data: bytes) -> None:
         if self.is_closing:
             raise ConnectionError("the proxy has gone")
         if not self._waiting:
             # After the tasks that the same step has woken
             asyncio.get_running_loop().call_soon(self.flush)
-        self._waiting += data
+        if frame is Frame.PART and self._waiting and self._waiting[-1][:2] == (number, frame):
+            self._waiting[-1][2].append(data)
+        else:
+            self._waiting.append((number, frame, [data]))
 
     def flush(self) -> None:
-        if self._waiting:
-            self._transport.write(bytes(self._waiting))
+        frames = []
+        for number, frame, pieces in self._waiting:
+            data = b"".join(pieces)
+            frames += [_FRAME.pack(number, frame, len(data)), data]
+        if frames:
+            self._transport.write(b"".join(frames))
             self._waiting.clear()

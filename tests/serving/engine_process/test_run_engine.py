@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from serving.engine.messages import (
 from serving.engine.runner import Reading
 from serving.engine.scheduler import Scheduler
 from serving.engine.torch_runner import TorchRunner
-from serving.engine_process.client import EngineClient, EngineDiedError, Generation
+from serving.engine_process.client import EngineClient, EngineDiedError, Generation, submission
 from serving.engine_process.run_engine import Channel, build_engine, run_engine, warm_up
 from tests.repository import REPOSITORY
 from tests.serving.engine_processes import START, engine
@@ -85,8 +84,8 @@ def test_messages_survive_the_wire() -> None:
         num_logprobs=2,
         embed=True,
     )
-    message = json.loads(encode_message({"submit": asdict(sent)}))
-    assert parse_request(message["submit"]) == sent
+    [line, rest] = submission(sent).split(b"\n")
+    assert parse_request(json.loads(line)["submit"]) == sent and not rest
     event = TokenEvent(
         1,
         5,
@@ -218,11 +217,7 @@ def test_reports_wait_for_each_other_unless_a_sequence_begins_or_ends(
 
     with ours, ours.makefile("rb") as file:
         for seq_id, max_tokens in enumerate((4, 10)):
-            ours.sendall(
-                encode_message(
-                    {"submit": asdict(SequenceRequest(seq_id, [seq_id, 2], max_tokens, GREEDY))}
-                )
-            )
+            ours.sendall(submission(SequenceRequest(seq_id, [seq_id, 2], max_tokens, GREEDY)))
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         lines = [json.loads(file.readline()) for _ in range(sum(together))]
@@ -268,11 +263,7 @@ def test_what_a_step_begins_with_is_told_before_it_computes(model: GPT) -> None:
 
     with ours:
         for seq_id in range(3):
-            ours.sendall(
-                encode_message(
-                    {"submit": asdict(SequenceRequest(seq_id, [seq_id, 2, 3], 1, GREEDY))}
-                )
-            )
+            ours.sendall(submission(SequenceRequest(seq_id, [seq_id, 2, 3], 1, GREEDY)))
         threading.Thread(target=run, daemon=True).start()
         lines = ours.makefile("rb")
         assert json.loads(lines.readline()) == {"admission": [[0, 1], 2, 1, [0, 0]]}

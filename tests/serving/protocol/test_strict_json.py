@@ -6,7 +6,7 @@ import pytest
 
 from serving.protocol import strict_json
 from serving.protocol.errors import ApiError
-from serving.protocol.strict_json import MAX_CONTAINERS, parse_json_object
+from serving.protocol.strict_json import MAX_CONTAINERS, MAX_DEPTH, parse_json_object
 
 
 @pytest.mark.parametrize("part", ["[]", "{}", '{"":[]}', '[["]"]]'])
@@ -36,3 +36,14 @@ def test_brackets_in_a_text_do_not_count(text: str) -> None:
 def test_as_many_as_are_allowed_are_read() -> None:
     body = {"x": [[]] * (MAX_CONTAINERS - 2)}
     assert parse_json_object(json.dumps(body).encode()) == body
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_lists_beside_numbers_count_for_the_depth(more: int) -> None:
+    lists = "[" * (MAX_DEPTH - 2 + more) + "]" * (MAX_DEPTH - 2 + more)
+    body = f'{{"x":[1,{lists}]}}'.encode()
+    if not more:
+        assert parse_json_object(body)["x"][0] == 1
+        return
+    with pytest.raises(ApiError, match="nested too deeply"):
+        parse_json_object(body)

@@ -4,13 +4,23 @@ messages through Ray Serve."""
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.proxy import token_relay as relay
-from serving.proxy.token_relay import ASK_HEADER, YES_HEADER, Relay, RelayClient, RelayWriter
+from serving.proxy.token_relay import (
+    ASK_HEADER,
+    YES_HEADER,
+    Frame,
+    Relay,
+    RelayClient,
+    RelayedAnswer,
+    RelayWriter,
+)
 from tests.serving.front_door_parts import OK, ask, half
+from tests.waiting import wait_in_loop_until
 
 PARTS = [f"data: {i}\n\n".encode() for i in range(100)]
 START = OK | {"headers": [*OK["headers"], (YES_HEADER, b"1")]}
@@ -162,6 +172,32 @@ def test_nothing_remains_of_a_replica_that_died_before_its_start() -> None:
 
     assert body(ask(app)) == b"".join(PARTS)
     assert len(set(numbers)) == 2
+
+
+def test_what_a_step_gives_one_answer_is_one_frame() -> None:
+    """Each frame wakes a task of the proxy."""
+    frames: list[tuple[int, int, bytes]] = []
+
+    @dataclass(eq=False)
+    class Recorded(RelayedAnswer):
+        def put(self, frame: int, data: bytes) -> None:
+            frames.append((self.number, frame, data))
+
+    async def run() -> None:
+        server, client = Relay(), RelayClient()
+        answers = [await server.open(on_start=lambda _: None) for _ in range(2)]
+        for answer in answers:
+            server.answers[answer.number] = Recorded(server, answer.number, answer.on_start)
+            writer = await client.open([answer.header])
+            assert writer is not None
+            for part in PARTS[:3]:
+                writer.write(part)
+        writer.end()
+        await wait_in_loop_until(lambda: len(frames) == 3)
+
+    asyncio.run(run())
+    joined = b"".join(PARTS[:3])
+    assert frames == [(0, Frame.PART, joined), (1, Frame.PART, joined), (1, Frame.END, b"")]
 
 
 def test_a_slow_client_gets_parts_joined_and_holds_up_no_other() -> None:
