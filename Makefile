@@ -90,6 +90,7 @@ bench-data: $(BENCH_INSTALLED)
 PRESET ?= gpt2-124m
 bench-serve: $(BENCH_INSTALLED) $(VLLM_INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_serve --preset $(PRESET)
+	$(BIN)/python -m tests.benchmarks.bench_serve --preset $(PRESET) --mixed
 
 # With any Python that has PyTorch, pydantic, PyYAML and psutil: python -m tests.benchmarks.bench_gpu
 bench-gpu: $(INSTALLED)

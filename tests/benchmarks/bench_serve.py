@@ -1,6 +1,6 @@
 """Serving in numbers: raymill's endpoint beside vLLM's CPU build and `transformers.generate`.
 
-    python -m tests.benchmarks.bench_serve [--preset gpt2-124m] [--rounds 3] [--requests 64]
+    python -m tests.benchmarks.bench_serve [--preset gpt2-124m] [--rounds 3] [--requests 64] [--mixed]
 
 GPT-2's 124M shape, or another preset's, with random weights, two threads, prompts of 128 random
 tokens, 64 greedy new tokens, 1 and 16 streams, each of which sends its next request when its last
@@ -14,6 +14,10 @@ the endpoint's speed in that of its engine alone; `bandwidth_fraction` the rate 
 stream's tokens read the weights, of that at which this machine reads memory. Prints a table as it
 goes and, last, one JSON object. A contender that is missing or fails ends it with exit code 1.
 
+Requests of one size run in step: all end, and the next ones are read, at the same time. With
+`--mixed` 16 streams send prompts of 32 to 512 tokens and ask for 16 to 128, as users would; vLLM,
+the endpoint and its engine answer those.
+
 All are held to AVX2 by RAYMILL_KERNELS_MARCH=x86-64-v3 ONEDNN_MAX_CPU_ISA=AVX2
 ATEN_CPU_CAPABILITY=avx2.
 """
@@ -21,6 +25,7 @@ ATEN_CPU_CAPABILITY=avx2.
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -40,7 +45,15 @@ from model.gpt import GPT
 from model.hardware.processor import fast_precision
 from model.text.tokenizer import Tokenizer, from_gpt2_files, train_bpe
 from serving.engine.native_library import MARCH_VARIABLE
-from tests.benchmarks.http_load import MODEL, NEW_TOKENS, PROMPT_TOKENS, BenchError, Load
+from tests.benchmarks.http_load import (
+    MIXED_PROMPT_TOKENS,
+    MODEL,
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    BenchError,
+    Load,
+    mixed_new_tokens,
+)
 from tests.benchmarks.serve_contenders import Contender, LineContender, Raymill, vllm_on_cpu
 from tests.checkpoints import save_model
 from tests.repository import REPOSITORY
@@ -105,6 +118,14 @@ def random_prompts(
     return [[source.randrange(vocab_size - 1) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
 
+def mixed_prompts(count: int, *, seed: str, vocab_size: int) -> list[list[int]]:
+    """Returns prompts whose lengths are drawn evenly on a scale of logarithms."""
+    source = random.Random(seed)
+    shortest, longest = map(math.log, MIXED_PROMPT_TOKENS)
+    lengths = [round(math.exp(source.uniform(shortest, longest))) for _ in range(count)]
+    return [[source.randrange(vocab_size - 1) for _ in range(length)] for length in lengths]
+
+
 def read_bandwidth() -> float:
     """Returns bytes per second, in a process of its own with as many threads as all others have."""
     command = [sys.executable, "-m", "tests.benchmarks.serve_process", "bandwidth", "-", "-"]
@@ -159,6 +180,27 @@ def take_turns(
                 print(row(f"{number}  {contender.name}", num_streams, [load]), flush=True)
             contender.pause()
     return rounds, http_cpu_s
+
+
+def take_mixed_turns(
+    contenders: list[Contender], *, num_rounds: int, num_requests: int, vocab_size: int
+) -> Rounds:
+    """Prints the loads of mixed requests. The order of contenders turns round by round."""
+    rounds: Rounds = defaultdict(list)
+    num_streams = STREAMS[0]
+    for number in range(num_rounds + 1):  # the first one warms up
+        prompts = mixed_prompts(num_requests, seed=f"mixed {number}", vocab_size=vocab_size)
+        num_tokens = sum(map(mixed_new_tokens, prompts))
+        for contender in contenders if number % 2 else reversed(contenders):
+            contender.resume()
+            load = contender.measure(prompts, num_streams=num_streams, is_mixed=True)
+            contender.pause()
+            if load.num_tokens != num_tokens:
+                raise BenchError(f"{contender.name} gave {load.num_tokens} of {num_tokens} tokens")
+            if number > 0:
+                rounds[contender.name, num_streams].append(load)
+                print(row(f"{number}  {contender.name}", num_streams, [load]), flush=True)
+    return rounds
 
 
 def requests_of(contender: Contender, num_streams: int, num_requests: int) -> int:
@@ -246,6 +288,28 @@ def figures(
     return {"bandwidth_fraction": round(read / bandwidth, 3)} | result | cpu_ms
 
 
+def mixed_figures(rounds: Rounds) -> dict[str, float]:
+    """Returns medians of the rounds' ratios: above 1 raymill is the better one."""
+    ours, theirs, engine = (rounds[name, STREAMS[0]] for name in ("raymill", "vllm", "engine"))
+    result = {
+        "mixed_vllm_ratio": _median_ratio(ours, theirs, lambda load: load.tokens_per_s),
+        "mixed_http_over_engine": _median_ratio(ours, engine, lambda load: load.tokens_per_s),
+    }
+    for place, percentile in enumerate(("p50", "p99")):
+        result[f"mixed_ttft_{percentile}_ratio"] = _median_ratio(
+            ours, theirs, lambda load, place=place: 1 / percentiles_ms(load.ttft_s)[place]
+        )
+        result[f"mixed_itl_{percentile}_ratio"] = _median_ratio(
+            ours, theirs, lambda load, place=place: 1 / percentiles_ms(load.itl_s)[place]
+        )
+    return result
+
+
+def _median_ratio(ours: list[Load], theirs: list[Load], of: Callable[[Load], float]) -> float:
+    ratios = [of(our) / of(their) for our, their in zip(ours, theirs, strict=True)]
+    return round(statistics.median(ratios), 3)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -255,10 +319,14 @@ def main() -> int:
     parser.add_argument(
         "--requests", type=int, default=64, help="of a round with 16 streams; a tenth with one"
     )
+    parser.add_argument("--mixed", action="store_true", help="requests of many sizes instead")
     arguments = parser.parse_args()
     try:
         result = compare(
-            arguments.preset, num_rounds=arguments.rounds, num_requests=arguments.requests
+            arguments.preset,
+            num_rounds=arguments.rounds,
+            num_requests=arguments.requests,
+            is_mixed=arguments.mixed,
         )
     except BenchError as error:
         print(f"no comparison: {error}", file=sys.stderr)
@@ -267,7 +335,7 @@ def main() -> int:
     return 0
 
 
-def compare(preset: str, *, num_rounds: int, num_requests: int) -> dict[str, float]:
+def compare(preset: str, *, num_rounds: int, num_requests: int, is_mixed: bool) -> dict[str, float]:
     config = GPTConfig(**PRESETS[preset] | {"n_positions": N_POSITIONS})
     dtype = "bfloat16" if fast_precision("cpu") == "bf16" else "float32"
     held_to = os.environ.get(MARCH_VARIABLE)
@@ -283,16 +351,30 @@ def compare(preset: str, *, num_rounds: int, num_requests: int) -> dict[str, flo
     checkpoint = write_model(FOLDER / preset, config)
     bandwidth = read_bandwidth()
     with contextlib.ExitStack() as running:
-        contenders: list[Contender] = []
-        for contender in (
+        contenders: list[Contender] = [
             vllm_on_cpu(checkpoint, dtype=dtype, log=FOLDER / "vllm.log"),
             LineContender("engine", checkpoint, dtype=dtype, log=FOLDER / "engine.log"),
-            LineContender("transformers", checkpoint, dtype=dtype, log=FOLDER / "transformers.log"),
             Raymill("raymill", checkpoint, dtype=dtype, log=FOLDER / "raymill.log"),
-            Raymill("raymill-int8", checkpoint, dtype="int8", log=FOLDER / "raymill-int8.log"),
-        ):
-            contenders.append(running.enter_context(contender))
+        ]
+        if not is_mixed:
+            log = FOLDER / "transformers.log"
+            contenders += [
+                LineContender("transformers", checkpoint, dtype=dtype, log=log),
+                Raymill("raymill-int8", checkpoint, dtype="int8", log=FOLDER / "raymill-int8.log"),
+            ]
+        for contender in contenders:
+            running.enter_context(contender)
             contender.pause()
+        if is_mixed:
+            rounds = take_mixed_turns(
+                contenders,
+                num_rounds=num_rounds,
+                num_requests=num_requests,
+                vocab_size=config.vocab_size,
+            )
+            for (name, num_streams), loads in rounds.items():
+                print(row(name, num_streams, loads))
+            return mixed_figures(rounds)
         rounds, http_cpu_s = take_turns(
             contenders,
             num_rounds=num_rounds,

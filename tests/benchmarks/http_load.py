@@ -10,6 +10,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ import aiohttp
 
 PROMPT_TOKENS = 128
 NEW_TOKENS = 64
+# Of mixed requests, whose streams do not run in step
+MIXED_PROMPT_TOKENS = (32, 512)
+MIXED_NEW_TOKENS = (16, 128)
 MODEL = "bench"  # the name that all servers give the model
 TIMEOUT_S = 600.0  # of one request, while other work keeps the cores busy
 # One process receives about 15,000 tokens a second, less than a GPU generates
@@ -42,6 +46,12 @@ class Load:
         return self.num_tokens / self.wall_s
 
 
+def mixed_new_tokens(prompt: list[int]) -> int:
+    """Returns how many tokens a mixed request asks for. It is drawn by the prompt, so that every
+    contender is asked for the same."""
+    return random.Random(prompt[0]).randint(*MIXED_NEW_TOKENS)
+
+
 def request_body(prompt: list[int], *, new_tokens: int) -> bytes:
     """Returns a greedy request, answered to its full length."""
     fields = {
@@ -56,18 +66,21 @@ def request_body(prompt: list[int], *, new_tokens: int) -> bytes:
     return json.dumps(fields).encode()
 
 
-def loaded(url: str, prompts: list[list[int]], *, num_streams: int) -> Load:
+def loaded(url: str, prompts: list[list[int]], *, num_streams: int, is_mixed: bool = False) -> Load:
     """Lets several processes be the client where there are cores for them. Raises `BenchError`."""
     num_clients = max(1, min(num_streams // STREAMS_OF_A_CLIENT, (os.cpu_count() or 1) // 4))
     if num_clients == 1:
-        return asyncio.run(closed_loop(url, prompts, num_streams=num_streams))
+        return asyncio.run(closed_loop(url, prompts, num_streams=num_streams, is_mixed=is_mixed))
     context = multiprocessing.get_context("fork")  # another one would import PyTorch for each
     together, results = context.Barrier(num_clients), context.Queue()
 
     def work(number: int) -> None:
         together.wait(TIMEOUT_S)
         share = closed_loop(
-            url, prompts[number::num_clients], num_streams=num_streams // num_clients
+            url,
+            prompts[number::num_clients],
+            num_streams=num_streams // num_clients,
+            is_mixed=is_mixed,
         )
         try:
             results.put(asyncio.run(share))
@@ -94,17 +107,27 @@ def loaded(url: str, prompts: list[list[int]], *, num_streams: int) -> Load:
 
 
 async def closed_loop(
-    url: str, prompts: list[list[int]], *, num_streams: int, new_tokens: int = NEW_TOKENS
+    url: str,
+    prompts: list[list[int]],
+    *,
+    num_streams: int,
+    new_tokens: int = NEW_TOKENS,
+    is_mixed: bool = False,
 ) -> Load:
     """Lets each stream send the next prompt when its last answer has ended. Raises `BenchError`."""
-    load, bodies = Load(), iter([request_body(prompt, new_tokens=new_tokens) for prompt in prompts])
+    load = Load()
+    requests: list[tuple[int, bytes]] = []  # tokens that are asked for, body
+    for prompt in prompts:
+        count = mixed_new_tokens(prompt) if is_mixed else new_tokens
+        requests.append((count, request_body(prompt, new_tokens=count)))
+    next_up = iter(requests)
     connector = aiohttp.TCPConnector(limit=num_streams)
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         start_s = time.perf_counter()
         try:
             await asyncio.gather(
-                *(_stream(session, url, bodies, load, new_tokens) for _ in range(num_streams))
+                *(_stream(session, url, next_up, load) for _ in range(num_streams))
             )
         except (aiohttp.ClientError, TimeoutError) as error:
             raise BenchError(f"{url}: {error!r}") from None
@@ -113,10 +136,10 @@ async def closed_loop(
 
 
 async def _stream(
-    session: aiohttp.ClientSession, url: str, bodies: Iterator[bytes], load: Load, new_tokens: int
+    session: aiohttp.ClientSession, url: str, next_up: Iterator[tuple[int, bytes]], load: Load
 ) -> None:
     headers = {"Content-Type": "application/json"}
-    for body in bodies:
+    for new_tokens, body in next_up:
         received, arrivals_s = b"", [time.perf_counter()]
         async with session.post(f"{url}/v1/completions", data=body, headers=headers) as response:
             async for chunk in response.content.iter_any():

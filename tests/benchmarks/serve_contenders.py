@@ -79,7 +79,9 @@ class Contender(ABC):
         self._end()
 
     @abstractmethod
-    def measure(self, prompts: list[list[int]], *, num_streams: int) -> Load:
+    def measure(
+        self, prompts: list[list[int]], *, num_streams: int, is_mixed: bool = False
+    ) -> Load:
         """Raises `BenchError` unless it does everything that was asked for."""
 
     def pause(self) -> None:
@@ -153,19 +155,22 @@ class LineContender(Contender):
         command = [sys.executable, "-m", "tests.benchmarks.serve_process", role, str(folder), dtype]
         super().__init__(role, command, environment={"OMP_NUM_THREADS": str(NUM_THREADS)}, log=log)
 
-    def measure(self, prompts: list[list[int]], *, num_streams: int) -> Load:
+    def measure(
+        self, prompts: list[list[int]], *, num_streams: int, is_mixed: bool = False
+    ) -> Load:
         assert self._process.stdin is not None
-        self._process.stdin.write(
-            json.dumps({"prompts": prompts, "num_streams": num_streams}).encode() + b"\n"
-        )
+        request = {"prompts": prompts, "num_streams": num_streams, "is_mixed": is_mixed}
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
         return Load(**self._read_answer(ANSWER_TIMEOUT_S))
 
 
 class HttpContender(Contender):
     url: str
 
-    def measure(self, prompts: list[list[int]], *, num_streams: int) -> Load:
-        return loaded(self.url, prompts, num_streams=num_streams)
+    def measure(
+        self, prompts: list[list[int]], *, num_streams: int, is_mixed: bool = False
+    ) -> Load:
+        return loaded(self.url, prompts, num_streams=num_streams, is_mixed=is_mixed)
 
 
 class Raymill(HttpContender):

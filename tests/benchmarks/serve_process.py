@@ -5,7 +5,7 @@ transformers.
 
 A line of JSON says that it is ready. The endpoint, for which SETTINGS are groups of `ServeConfig`
 as JSON, lives until its standard input ends. The others then answer each line `{"prompts",
-"num_streams"}` with `{"num_tokens", "wall_s"}`.
+"num_streams", "is_mixed"}` with `{"num_tokens", "wall_s"}`.
 """
 
 import json
@@ -19,12 +19,12 @@ from unittest import mock
 import torch
 
 from cluster.settings.serve import EngineConfig
-from tests.benchmarks.http_load import MODEL, NEW_TOKENS, BenchError
+from tests.benchmarks.http_load import MODEL, NEW_TOKENS, BenchError, mixed_new_tokens
 
 NUM_THREADS = 2
 NUM_SLOTS = 16
 BANDWIDTH_BYTES = 1 << 30
-Generate = Callable[[list[list[int]], int], int]
+Generate = Callable[[list[list[int]], int, bool], int]
 
 
 def engine_config(dtype: str) -> EngineConfig:
@@ -65,12 +65,13 @@ def engine_alone(folder: Path, dtype: str) -> Generate:
     engine = build_engine(model, engine_config(dtype), eos_id=None, threads=NUM_THREADS)
     greedy = SamplingParams(temperature=0.0)
 
-    def generate(prompts: list[list[int]], num_streams: int) -> int:
+    def generate(prompts: list[list[int]], num_streams: int, is_mixed: bool) -> int:
         num_tokens, next_up = 0, iter(enumerate(prompts))
 
         def submit_next() -> None:
             for number, prompt in next_up:
-                engine.submit(SequenceRequest(number, prompt, NEW_TOKENS, greedy, ignore_eos=True))
+                new_tokens = mixed_new_tokens(prompt) if is_mixed else NEW_TOKENS
+                engine.submit(SequenceRequest(number, prompt, new_tokens, greedy, ignore_eos=True))
                 return
 
         for _ in range(num_streams):
@@ -92,7 +93,9 @@ def transformers_alone(folder: Path, dtype: str) -> Generate:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
-    def generate(prompts: list[list[int]], num_streams: int) -> int:
+    def generate(prompts: list[list[int]], num_streams: int, is_mixed: bool) -> int:
+        if is_mixed:
+            raise BenchError("its batches take prompts of one length")
         num_tokens = 0
         for start in range(0, len(prompts), num_streams):
             batch = torch.tensor(prompts[start : start + num_streams])
@@ -128,7 +131,7 @@ def answer_lines(generate: Generate) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         start = time.perf_counter()
-        num_tokens = generate(request["prompts"], request["num_streams"])
+        num_tokens = generate(request["prompts"], request["num_streams"], request["is_mixed"])
         say({"num_tokens": num_tokens, "wall_s": time.perf_counter() - start})
 
 
