@@ -6,6 +6,7 @@ INSTALLED := $(VENV)/.installed
 TRACKING_INSTALLED := $(VENV)/.installed-tracking
 CLIENTS_VENV := .venv-clients
 CLIENTS_INSTALLED := $(CLIENTS_VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.installed-docs
 BENCH_INSTALLED := $(VENV)/.installed-bench
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
@@ -18,7 +19,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # The suite starts hundreds of processes: where this is set, each compiles every module again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-chaos test-gpu test-live lint format audit bench bench-train bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
+.PHONY: demo test areas reference docs test-all test-chaos test-gpu test-live lint format audit bench bench-train bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
@@ -27,8 +28,19 @@ demo: $(INSTALLED)
 # file that it is given, for 18 s of processor time if it is given all: those with slow tests alone are left out.
 SLOW = $(shell grep -rlE '^(pytestmark.*|    pytest\.)mark\.slow' tests --include='test_*.py')
 
+# `make test AREA=jobs/exact` runs the tests of one folder of tests/ that start no cluster, in about a minute.
+AREA ?=
+ifeq ($(AREA),)
 test: $(INSTALLED)
 	$(BIN)/pytest -m "not slow" --numprocesses 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(SLOW))
+else
+test: $(INSTALLED)
+	$(BIN)/pytest -m "not slow and not cluster" --numprocesses 2 --dist loadfile $(addprefix --ignore=,$(SLOW)) tests/$(AREA)
+endif
+
+# Runs the areas one after another, and writes their seconds into tests/README.md.
+areas: $(INSTALLED)
+	$(BIN)/python -m tests.areas $(AREA)
 
 test-all: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED)
 	$(BIN)/pytest
@@ -88,9 +100,18 @@ bench-gpu: $(INSTALLED)
 bench-gpu-serve: $(BENCH_INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_gpu_serve
 
-# The pictures in the READMEs, from the newest demo's run.
+# The pages of docs/reference, from the settings, commands, errors, metrics and fields that the code declares.
+reference: $(INSTALLED)
+	$(BIN)/python -m tests.reference.make_reference
+
+# The site, in build/docs. A link that leads nowhere is an error.
+docs: reference $(DOCS_INSTALLED)
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --builder dirhtml docs build/docs
+	@echo "Built: build/docs/index.html; $(BIN)/python -m http.server --directory build/docs shows it"
+
+# The pictures of the documents, from the newest demo's run.
 pictures: $(INSTALLED)
-	$(BIN)/python -m tests.pictures
+	$(BIN)/python -m tests.drawings.pictures
 
 # The dashboards of tests/dashboards, into k8s/monitoring, where `raymill dashboards` finds them.
 dashboards: $(INSTALLED)
@@ -107,6 +128,10 @@ $(INSTALLED): pyproject.toml .ci/constraints.txt
 
 $(TRACKING_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[tracking]'
+	touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[docs]'
 	touch $@
 
 $(CLIENTS_INSTALLED): pyproject.toml .ci/clients.txt

@@ -9,7 +9,7 @@ from typing import Any
 from model.architecture import ARCHITECTURES, Activation, Architecture, ArchitectureName, Parameter
 from model.tables import read_table
 
-# Many times what was ever trained: a plan counts each block, of a typing error for minutes
+# Far above any real model: `plan` loops over blocks, so a typing error would hang it for minutes
 _MOST = {"n_layer": 10_000}
 
 

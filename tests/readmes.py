@@ -1,4 +1,4 @@
-"""The commands that the READMEs tell a reader to type."""
+"""The commands that the READMEs and the pages of docs/ tell a reader to type."""
 
 import re
 import shlex
@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster.settings.code_folders import CODE_FOLDERS
 from tests.repository import REPOSITORY
 
-FOLDERS = (*CODE_FOLDERS, "k8s", "tests")
+FOLDERS = (*CODE_FOLDERS, "k8s", "tests", "docs")
 READMES = sorted(
     [
         *REPOSITORY.glob("*.md"),

@@ -13,11 +13,16 @@ import pytest
 
 from cluster.cli import command_parser
 from cluster.settings.code_folders import CODE_FOLDERS
-from tests.processes_picture import PICTURE, draw
+from cluster.settings.flags import read_config
+from cluster.settings.parser import ConfigError
+from cluster.settings.run import RunConfig
+from tests.drawings.processes_picture import PICTURE, draw
 from tests.readmes import READMES, Command, all_commands, blocks_of_commands
 from tests.repository import REPOSITORY
 
 PARSER = command_parser()
+MOST_WORDS = 1200  # of a folder's README
+MOST_WORDS_OF_A_PARAGRAPH = 120
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
@@ -32,14 +37,6 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
     return {}
 
 
-def command_names() -> set[str]:
-    """Returns all commands, also those of two words."""
-    names = set()
-    for name, parser in subcommands(PARSER).items():
-        names |= {f"{name} {inner}" for inner in subcommands(parser)} or {name}
-    return names
-
-
 @pytest.mark.parametrize("command", all_commands("raymill"), ids=place)
 def test_each_command_is_taken_as_it_stands(command: Command) -> None:
     PARSER.parse_args(command.words[1:])
@@ -47,7 +44,8 @@ def test_each_command_is_taken_as_it_stands(command: Command) -> None:
 
 ASKING = [
     (serve, curl)
-    for block in blocks_of_commands(REPOSITORY / "README.md")
+    for readme in READMES
+    for block in blocks_of_commands(readme)
     for serve in block
     if serve.program == "raymill" and serve.words[1] == "serve"
     for curl in block
@@ -59,7 +57,7 @@ ASKING = [
 def test_each_curl_asks_for_the_model_that_is_served_above_it(
     serve: Command, curl: Command
 ) -> None:
-    assert len(ASKING) == 2
+    assert len(ASKING) == 4
     arguments = PARSER.parse_args(serve.words[1:])
     body = json.loads(curl.words[curl.words.index("-d") + 1])
     assert body["model"] == arguments.model_name
@@ -70,21 +68,14 @@ def test_each_curl_asks_for_the_model_that_is_served_above_it(
 @pytest.mark.parametrize("command", all_commands("make"), ids=place)
 def test_each_target_is_one_of_the_makefile(command: Command) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
-    assert set(command.words[1:]) <= targets
+    asked = {word for word in command.words[1:] if "=" not in word}
+    assert asked <= targets | {".venv/.installed"}
 
 
 @pytest.mark.parametrize("command", all_commands("kubectl"), ids=place)
 def test_each_manifest_that_is_to_be_applied_is_there(command: Command) -> None:
     for folder in [word for word in command.words if word.startswith("k8s/")]:
         assert (REPOSITORY / folder / "kustomization.yaml").is_file()
-
-
-def test_the_table_has_every_command() -> None:
-    text = (REPOSITORY / "cluster" / "guide.md").read_text()
-    rows = [row.split(" | ")[0] for row in re.findall(r"^\| `raymill (.*)", text, re.MULTILINE)]
-    words = {word for row in rows for word in re.findall(r"[a-z-]+", row)}
-    missing = {name for name in command_names() if not set(name.split()) <= words}
-    assert not missing, f"not in the table of cluster/guide.md: {sorted(missing)}"
 
 
 def setting_names() -> set[str]:
@@ -105,7 +96,9 @@ def test_each_setting_that_is_named_exists(readme: Path) -> None:
     # Which begins file names, too
     sections = "|".join({name.split(".")[0] for name in names} - {"model"})
     assert {"train.exact", "data.source", "replicas.max_replicas"} <= names
-    named = re.findall(rf"(?<![\w/.-])(?:{sections})\.[a-z_]{{3,}}\b(?![(/.-])", readme.read_text())
+    named = re.findall(
+        rf"(?<![\w/.-])(?<!-m )(?:{sections})\.[a-z_]{{3,}}\b(?![(/.-])", readme.read_text()
+    )
     assert {name for name in named if name not in names} == set()
 
 
@@ -114,6 +107,54 @@ def test_each_link_leads_somewhere(readme: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", readme.read_text())
     gone = [link for link in links if "://" not in link and not (readme.parent / link).exists()]
     assert not gone
+
+
+def paragraphs(text: str) -> list[str]:
+    """Returns the paragraphs and the items of lists, without code, tables and headings."""
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.split(r"\n\s*\n|\n(?=\s*(?:[-*] |\d+\. ))", prose)
+    return [block for block in blocks if not block.lstrip().startswith(("|", "#", "<!--"))]
+
+
+PROSE = [path for path in READMES if path.name != "scale.md"]  # figures, with words between them
+
+
+@pytest.mark.parametrize("readme", PROSE, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_no_paragraph_is_longer_than_a_reader_keeps_in_mind(readme: Path) -> None:
+    long = [
+        (len(block.split()), block[:60])
+        for block in paragraphs(readme.read_text(encoding="utf-8"))
+        if len(block.split()) > MOST_WORDS_OF_A_PARAGRAPH
+    ]
+    assert long == []
+
+
+def headings(page: Path) -> set[str]:
+    """Returns the anchors of a page's headings, as the repository's page and the site name them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_each_anchor_is_a_heading(readme: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]*\.md)?#([\w-]+)\)", readme.read_text(encoding="utf-8"))
+    gone = []
+    for file, anchor in links:
+        page = (readme.parent / file).resolve() if file else readme
+        if anchor not in headings(page):
+            gone.append(f"{file}#{anchor}")
+    assert gone == []
+
+
+OF_THE_CODE = [path for path in READMES if path.parent.name != "tests"]  # which names its own
+
+
+@pytest.mark.parametrize("readme", OF_THE_CODE, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_each_file_of_the_code_that_is_named_is_there(readme: Path) -> None:
+    folders = "|".join((*CODE_FOLDERS, "tests", "k8s", "docs"))
+    named = re.findall(rf"`((?:{folders})/[\w./-]+)`", readme.read_text(encoding="utf-8"))
+    assert [name for name in named if not (REPOSITORY / name).exists()] == []
 
 
 def test_the_tree_names_every_folder_of_code_and_no_other() -> None:
@@ -129,7 +170,7 @@ def test_the_tree_names_every_folder_of_code_and_no_other() -> None:
         for path in (REPOSITORY / folder).rglob("__init__.py")
     }
     assert len(there) > 25
-    assert named - {"k8s", "tests"} == there
+    assert named - {"docs", "k8s", "tests"} == there
 
 
 def test_what_to_read_first_is_there() -> None:
@@ -139,7 +180,44 @@ def test_what_to_read_first_is_there() -> None:
 
 
 def test_the_root_readme_is_read_in_five_minutes() -> None:
-    assert README.count("\n") < 250
+    assert README.count("\n") < 200
+
+
+FOLDER_READMES = [REPOSITORY / folder / "README.md" for folder in (*CODE_FOLDERS, "k8s")]
+
+
+@pytest.mark.parametrize("readme", FOLDER_READMES, ids=lambda path: path.parent.name)
+def test_a_folders_readme_is_its_picture_its_table_and_what_to_read_first(readme: Path) -> None:
+    text = readme.read_text(encoding="utf-8")
+    assert len(text.split()) < MOST_WORDS
+    assert re.search(r"read first", text, re.IGNORECASE)
+    assert "](../docs/" in text, "the rest is in docs/"
+
+
+def test_the_settings_file_of_the_how_to_page_is_taken(tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs/how-to/run-file.md").read_text(encoding="utf-8")
+    [text] = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    config = read_config(tmp_path / "run.yaml", RunConfig)
+    assert config.train.max_tokens == 20_000_000
+    # What stands there as a comment is taken too.
+    (tmp_path / "all.yaml").write_text(re.sub(r"# (?=[a-z_]+: )", "", text), encoding="utf-8")
+    with pytest.raises(ConfigError, match="2 weights for 1 source"):
+        read_config(tmp_path / "all.yaml", RunConfig)
+
+
+def test_every_page_is_reached_from_the_readme_in_two_clicks() -> None:
+    reached = set(links_of(REPOSITORY / "README.md"))
+    for page in [page for page in reached if page.suffix == ".md"]:
+        reached |= set(links_of(page))
+    pages = set((REPOSITORY / "docs").rglob("*.md"))
+    assert len(pages) > 30
+    assert pages - reached == set()
+
+
+def links_of(page: Path) -> list[Path]:
+    links = re.findall(r"\]\(([^)#:]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    return [(page.parent / link).resolve() for link in links]
 
 
 def test_the_picture_of_the_processes_is_the_one_that_the_code_draws() -> None:

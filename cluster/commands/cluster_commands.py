@@ -220,7 +220,7 @@ CLUSTER = Section(
         ),
         Command(
             "stop",
-            "have a run save and end, submitted or started by hand; the same run id continues it",
+            "save and stop a run, submitted or started by hand; the same run id resumes it",
             stop,
             [RUN_ID, TOKEN_FILE, STORAGE],
         ),

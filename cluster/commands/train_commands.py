@@ -360,7 +360,7 @@ TRAIN = Section(
         ),
         Command(
             "lend",
-            "have a running elastic run shrink for a while, and grow again",
+            "shrink a running elastic run for a while; it grows again",
             lend,
             [RUN_ID, OneOf((NUM_LENT, END_LOAN), required=True), LOAN_S, STORAGE],
         ),

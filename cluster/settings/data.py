@@ -44,9 +44,9 @@ class TextConfig(ShapingSettings):
     )
     format: Literal["text", "chat"] = shaping(
         "text",
-        'text; or chat: lines of JSON with messages, a list of {"role": …, "content": …}, with ShareGPT\'s '
-        "conversations, or with a prompt and its completion, written by the tokenizer's chat template (or a plain "
-        "one), of which the loss counts the assistant's answers alone",
+        "text; or chat: conversations as lines of JSON, written by the tokenizer's chat template or a "
+        'plain one. A line has messages (a list of {"role": …, "content": …}), ShareGPT\'s '
+        "conversations, or a prompt and its completion. The loss counts only the assistant's answers",
         shapes=Shapes.BY_ITSELF,
     )
     text_field: str = shaping(
@@ -76,7 +76,8 @@ class DataConfig(TextConfig):
 
     weights: list[PositiveFloat] = shaping(
         [],
-        "share of the training rows from each source, relative to each other; by their sizes when empty",
+        "share of the training rows from each source, relative to each other; a source that is too small "
+        "for its share repeats; by their sizes when empty",
         shapes=Shapes.STORE,
     )
     validation: dict[SetName, str] = shaping(
@@ -132,8 +133,8 @@ class DataConfig(TextConfig):
     )
     near_dedup_threshold: float | None = shaping(
         None,
-        "keep the first of documents that are at least this similar (Jaccard, word 3-grams; from 0.1) or "
-        "are joined by such",
+        "drop documents at least this similar (Jaccard, word 3-grams; from 0.1) to an earlier one, directly "
+        "or through a chain",
         ge=0.1,
         le=1,
         shapes=Shapes.STORE,
@@ -151,8 +152,8 @@ class DataConfig(TextConfig):
     )
     val_fraction: float = shaping(
         0.05,
-        "share of documents held out, chosen by each document's own hash; of the end of the text where "
-        "they are too few",
+        "share of documents held out, chosen by each document's own hash; where there are too few "
+        "documents, the end of the text",
         ge=0,
         lt=1,
         shapes=Shapes.STORE,
@@ -169,8 +170,8 @@ class DataConfig(TextConfig):
     )
     selection_task_bytes: PositiveInt = shaping(
         32 << 20,
-        "bytes of records, of 12 or 20 each, that a task which looks for duplicates is given; its memory "
-        "is a few times as much, and no document's fate depends on it",
+        "record bytes per deduplication task, of 12 or 20 bytes a record (memory is a few times this); does "
+        "not change the result",
         shapes=Shapes.NOTHING,
     )
 

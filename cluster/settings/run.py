@@ -49,15 +49,15 @@ class ScalingConfig(Settings):
     use_gpu: bool = setting(False, "one GPU per worker")
     shard: Shard = setting(
         "none",
-        "what a worker keeps its own part of alone: optimizer, AdamW's moments (ZeRO-1); gradients, their "
-        "sums too (ZeRO-2); parameters, the weights too (ZeRO-3). The bits are the same, and a resume may "
-        "choose another one",
+        "what each worker keeps only its own part of: optimizer, AdamW's moments (ZeRO-1); gradients, "
+        "their sums too (ZeRO-2); parameters, the weights too (ZeRO-3). The bits are the same, and a "
+        "resume may choose another one",
     )
     shard_group: PositiveInt | None = setting(
         None,
-        "workers that hold one copy of what shard=gradients or parameters divides, usually a node's. "
-        "Where that does not divide the workers, an elastic run keeps some of them spare, or the next "
-        "larger number that does holds a copy. All of them when unset",
+        "workers that together hold one copy of what shard=gradients or parameters divides, usually a "
+        "node's; all of them when unset. If it does not divide the workers, an elastic run keeps "
+        "some of them spare, or takes the next larger number that does",
     )
     mixed_hardware: Literal["refuse", "allow"] = setting(
         "refuse",
@@ -68,8 +68,8 @@ class ScalingConfig(Settings):
     # half of the scratch space that the manifests give a pod
     shard_cache_bytes: NonNegativeInt = setting(
         8 << 30,
-        "bytes of each node's disk for copies of the shards of a remote token store; where the current "
-        "window of rows and the next one have room, reading takes few requests",
+        "bytes of each node's disk for copies of a remote token store's shards; with room for two "
+        "windows of rows, reading takes few requests",
     )
     resize_check_s: PositiveFloat = setting(
         10.0, "seconds between looks for newly available workers"
@@ -79,8 +79,8 @@ class ScalingConfig(Settings):
     )
     hang_timeout_s: NonNegativeFloat = setting(
         30.0,
-        "silent seconds after which a worker is killed, and seconds without a message or pass of any "
-        "worker after which the one that holds the others up is; 0 never does",
+        "seconds of silence after which a worker is killed, and seconds without progress of any "
+        "worker after which the one that holds up the others is killed; 0 never kills",
     )
     price_per_device_hour: NonNegativeFloat | None = setting(
         None,

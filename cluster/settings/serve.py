@@ -49,7 +49,7 @@ class ReplicaConfig(Settings):
         "requests of one API key in flight on all replicas together; more get 429",
     )
     scale_up_after_s: NonNegativeFloat = setting(
-        2.0, "seconds of such load before replicas are added"
+        2.0, "seconds of higher load before replicas are added"
     )
     scale_down_after_s: NonNegativeFloat = setting(
         180.0, "seconds of lower load before replicas are drained"
@@ -237,7 +237,7 @@ class DeliveryConfig(Settings):
     )
     max_latency_ratio: PositiveFloat | None = setting(
         3.0,
-        "largest ratio of a new version's time for a step to that of the one before, for as many "
+        "largest ratio of a new version's time per step to the previous version's, at equally many "
         "sequences; not judged when unset",
     )
 

@@ -28,7 +28,7 @@ class TrainConfig(ShapingSettings):
     micro_batches_per_lane: PositiveInt = shaping(
         1,
         "micro-batches that are added up in order before the exact sum takes them, as one lane: more need "
-        "less memory and pass less often over the gradient; they are part of the bits. A lane's size "
+        "less memory and pass less often over the gradient. Changing it changes the bits. A lane's size "
         "divides global_batch_size",
         shapes=Shapes.RUN,
     )
@@ -102,7 +102,8 @@ class TrainConfig(ShapingSettings):
     )
     recompute: bool = shaping(
         False,
-        "keep each block's input alone for backward, which computes the rest again: less memory, the same bits",
+        "keep only each block's input for backward and compute the rest again: less memory, the same "
+        "bits",
         shapes=Shapes.RUN,
     )
     exact: bool = shaping(
@@ -141,7 +142,7 @@ class TrainConfig(ShapingSettings):
     )
     document_mask: bool = shaping(
         False,
-        "no token attends to another document in its row; positions restart at each",
+        "no token attends to another document in its row; positions restart at each document",
         shapes=Shapes.RUN,
     )
     eval_every_steps: PositiveInt = shaping(

@@ -44,7 +44,7 @@ _STRINGS = (
     pa.large_binary(),
     pa.binary_view(),
 )
-# A template writes all again for each answer: of ten times as many in a hundred times as long
+# The template re-renders the conversation for each answer, so its time is quadratic
 _MAX_MESSAGES = 1000
 _PREVIEW_BYTES = 200
 

@@ -77,8 +77,8 @@ class Attempt:
         return unless_not_finite(decision, config, step=step, is_finite=self.state.is_finite)
 
     def save(self, step: int, validation: dict[str, Any], *, must: bool = False) -> None:
-        """Has the state stored while training continues. With `must` it is, whatever is still being
-        stored."""
+        """Has the state stored while training continues. `must` waits for a save in progress instead
+        of skipping this one."""
         metadata = Metadata(
             run_id=str(self.plan.config.run_id),
             step=step,

@@ -72,11 +72,10 @@ class WorkerGroup:
         """Returns a table (W, width), in float64, with every rank's vector `own`, of `width` values
         at most.
 
-        With it, every rank has all that the ranks sent one another before. For each puts its stamp
-        beside its vector only after its host has seen its own messages arrive, which costs a GPU
-        the time to start a few kernels; and the table is made of zeros, as a gather that was
-        aborted leaves what lay in that memory, perhaps the table of the step before. Raises
-        `LostPeerError`.
+        On return, all earlier messages have arrived: a rank adds its stamp only after its host has
+        seen its own messages arrive, which costs a GPU the time to start a few kernels. The table
+        is made of zeros, since an aborted gather leaves what lay in that memory, perhaps the table
+        of the step before. Raises `LostPeerError`.
         """
         self._settle(own.device, step)
         stamp = own.new_tensor([self.meeting.number, step])

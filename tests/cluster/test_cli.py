@@ -15,63 +15,14 @@ from typing import Any
 
 import pytest
 
-from cluster.cli import COMMANDS as RECORDS
-from cluster.cli import main
+from cluster.cli import COMMANDS, main
+from cluster.commands.command import Argument, Command, OneOf, SettingAs, SettingsOf
 from cluster.settings.leaves import leaves
 from cluster.settings.run import RunConfig
 from model.files.checkpoint_folder import MANIFEST
 from tests.checkpoints import DAMAGES, damage, write_tiny
 from tests.command_line import RAYMILL, environment, raymill
 from tests.time_limits import limit_s
-
-COMMANDS = {
-    "tokenize": ["CONFIG", "--data.source", "--storage.uri", "--json"],
-    "pretrain": [
-        "--train.learning-rate",
-        "--scaling.max-workers",
-        "--cluster.address",
-        "--chaos",
-        "--model.n-layer",
-    ],
-    "pipeline": ["--checkpoint.save-every-steps"],
-    "submit": [
-        "{tokenize,pretrain,pipeline}",
-        "--address",
-        "--kuberay",
-        "--dry-run",
-        "--token-file",
-        "--run-id",
-    ],
-    "list": ["--storage.uri", "--json"],
-    "status": ["RUN", "--storage.uri", "--json"],
-    "logs": ["RUN", "--follow", "--all"],
-    "stop": ["RUN", "--token-file", "--json"],
-    "storage check": ["URI", "--json"],
-    "plan": ["CONFIG", "--gpu", "--count", "--mfu", "--sustained-tflops", "--price", "--simulate"],
-    "inspect": ["CONFIG", "--shapes", "--model.preset"],
-    "evaluate": ["CHECKPOINT", "--max-tokens", "--precision"],
-    "export": ["DESTINATION", "--storage.uri"],
-    "report": ["RUN", "--storage.uri"],
-    "compare": ["RUN", "--storage.uri"],
-    "why-slow": ["RUN", "--json"],
-    "verify": ["RUN", "--json"],
-    "replay": ["RUN", "--steps A..B", "--workers", "--json"],
-    "diff": ["RUN RUN", "--json"],
-    "probe": ["RUN", "--json"],
-    "publish": ["CHECKPOINT"],
-    "checkpoint show": ["CHECKPOINT", "--json"],
-    "checkpoint list": ["--storage.uri"],
-    "serve": ["--port", "--api-key-file", "--replicas.max-replicas"],
-    "complete": ["PROMPT", "--max-tokens", "--url"],
-    "promote": ["--canary", "--finish", "--follow RUN", "--gate-source", "--admin-key-file"],
-    "rollback": ["--url", "--admin-key-file"],
-    "cluster render": ["OVERLAY", "--component"],
-    "cluster apply": ["--dry-run", "--namespace"],
-    "cluster scale": ["NAME", "--group", "--min", "--max", "--suspend", "--resume"],
-    "cluster status": ["--json"],
-    "cluster why-pending": ["--namespace"],
-    "demo": ["--keep"],
-}
 
 
 @pytest.fixture(autouse=True)
@@ -89,13 +40,31 @@ def last_json(output: str) -> dict[str, Any]:
     return value
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_is_the_manual(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def words_of(part: Argument[Any] | SettingAs | OneOf | SettingsOf) -> list[str]:
+    """Returns what a command's manual says of a part of its record."""
+    match part:
+        case SettingAs():
+            return [part.name]
+        case OneOf():
+            return [word for argument in part.arguments for word in words_of(argument)]
+        case SettingsOf():
+            paths = [leaf.path for leaf in leaves(part.tree())]
+            return [f"--{path.replace('_', '-')}" for path in paths if path != part.positional]
+    if part.names.startswith("-"):
+        return part.names.split()
+    return [part.metavar or part.names]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_help__lists_each_argument_and_setting_of_the_record(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        main([*name.split(), "--help"])
+        main([*command.name.split(), "--help"])
     assert ended.value.code == 0
-    manual = capsys.readouterr().out.lower()
-    assert all(word.lower() in manual for word in COMMANDS[name])
+    manual = capsys.readouterr().out
+    words = ["--json", *(word for part in command.arguments for word in words_of(part))]
+    assert [word for word in words if f" {word}" not in manual] == []
 
 
 def manual(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -114,7 +83,7 @@ def test_the_first_help_has_each_command_once_below_its_section(
     listed = [
         line.split()[0] for line in shown.splitlines() if line.startswith("  ") and line[2] != " "
     ]
-    assert sorted(listed) == sorted({command.name.split()[0] for command in RECORDS})
+    assert sorted(listed) == sorted({command.name.split()[0] for command in COMMANDS})
     assert (
         listed.index("demo") < listed.index("pretrain") < listed.index("serve") < listed.index("gc")
     )
@@ -168,7 +137,7 @@ def test_inspect_shows_shapes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_first_help_names_every_command() -> None:
     done = raymill("--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert all(f" {name.split()[0]} " in done.stdout for name in COMMANDS)
+    assert all(f" {command.name.split()[0]} " in done.stdout for command in COMMANDS)
     assert "Exit codes: 0 done, 1 failed, 2 misused" in done.stdout
 
 

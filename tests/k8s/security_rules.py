@@ -8,7 +8,7 @@ import yaml
 
 from tests.k8s.manifests import CLUSTER_KINDS, Manifest, cluster_spec, name_of, of_kind, pods
 
-# See k8s/README.md
+# See docs/explanation/threat-model.md
 _EXTERNAL_SECRETS = {"api-keys", "huggingface", "redis", "redis-tls", "registry", "s3-credentials"}
 _CLUSTER_SCOPED = {
     "Namespace",
@@ -328,8 +328,8 @@ def secret_problems(objects: list[Manifest]) -> list[str]:
 
 
 def reference_problems(objects: list[Manifest]) -> list[str]:
-    """Every ConfigMap that a pod names is among the objects, and every Secret is one that the
-    README lists."""
+    """Every ConfigMap that a pod names is among the objects, and every Secret is one that
+    docs/how-to/kubernetes.md lists."""
     config_maps = {config["metadata"]["name"] for config in of_kind(objects, "ConfigMap")}
     pulling = [
         secret["name"]

@@ -228,7 +228,7 @@ def test_goes_into_another_namespace(kustomization: str) -> None:
     assert [subject["kind"] for subject in subjects] == ["Group"]
 
 
-def test_the_group_may_do_what_the_readme_tells_it_to_watch_and_repeat() -> None:
+def test_the_group_may_do_what_the_page_tells_it_to_watch_and_repeat() -> None:
     rules = find(render("base"), "Role/raymill-operator")["rules"]
     rights = {
         (resource, verb)

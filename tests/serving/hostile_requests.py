@@ -1,5 +1,7 @@
-"""Requests that must be refused, each with its right answer, as one table. Those that need a raw
-socket, time or a second model are in test_hostile.py under the same numbers."""
+"""Requests that must be refused, each with its right answer, as one table. The protocol refuses most
+bodies in process (protocol/test_hostile_bodies.py); the rest, and ten of those, are sent to an
+endpoint. Those that need a raw socket, time or a second model are in endpoint/test_hostile.py under
+the same numbers."""
 
 import gzip
 import json
@@ -217,7 +219,47 @@ OUTSIDE_THE_BODY = [
       for path in ("/docs", "/redoc", "/openapi.json", "/-/routes", "/docs/oauth2-redirect")),
 ]  # fmt: skip
 
-TABLE = INVALID_JSON + WRONG_VALUES + OUTSIDE_THE_BODY
+BODIES = INVALID_JSON + WRONG_VALUES
+
+NEEDS_THE_MODEL = {
+    "longer than the context",
+    "token id -1",
+    "token id 1000000",
+    "token id 9223372036854775808",
+    "token id 1180591620717411303424",
+    "a bias beyond the vocabulary",
+    "a path as model",
+    "a line break in the model",
+    "a long model",
+    "another model",
+    "a token id -1 to stop at",
+    "a token id 300 to stop at",
+    "a token id 1000000 to stop at",
+    "a token id 1180591620717411303424 to sto",
+    "min_tokens 2",
+    "min_tokens above a chat's max_tokens",
+}
+"""Bodies that only a replica can refuse, by its vocabulary, its context and the models that it
+serves."""
+
+TEN_OF_THE_PROTOCOL = {
+    "empty body",
+    "invalid UTF-8",
+    "NaN",
+    "5,000 digits",
+    "nested 100,000 deep",
+    "n True",
+    "unknown field",
+    "tools",
+    "unknown role",
+    "no input",
+}
+"""Bodies that are sent to an endpoint too, though the protocol refuses them by itself."""
+
+AT_THE_ENDPOINT = [
+    *(case for case in BODIES if case.name in NEEDS_THE_MODEL | TEN_OF_THE_PROTOCOL),
+    *OUTSIDE_THE_BODY,
+]
 
 HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cluster.settings.flags import add_config_arguments, read_config, validate_config
-from cluster.settings.parser import ConfigError, Parser
+from cluster.settings.flags import read_config, validate_config
+from cluster.settings.parser import ConfigError
 from cluster.settings.run import (
     EvaluateConfig,
     RunConfig,
@@ -121,17 +121,6 @@ def test_the_configurations_in_the_repository_are_valid() -> None:
     assert paths
     for path in paths:
         read_config(path, RunConfig)
-
-
-def test_the_readme_names_every_setting() -> None:
-    text = (REPOSITORY / "jobs" / "README.md").read_text()
-    names = set()
-    for tree in (RunConfig, EvaluateConfig):
-        parser = Parser()
-        add_config_arguments(parser, tree)
-        names |= {action.dest for action in parser._actions if action.dest != "help"}
-    assert len(names) > 80
-    assert [name for name in names if f"`{name}`" not in text] == []
 
 
 def test_a_tree_cannot_be_changed() -> None:

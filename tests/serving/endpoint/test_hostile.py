@@ -22,7 +22,15 @@ from cluster.settings.serve import EngineConfig, HttpConfig, ReplicaConfig, Serv
 from model.text.tokenizer import Tokenizer
 from serving.api.access import RELOAD_S
 from tests.serving.endpoint_parts import Endpoints, assert_error, engine_and_replica, metric
-from tests.serving.hostile_requests import FRAMINGS, HEAD, KEY, MODEL, TABLE, Hostile, post
+from tests.serving.hostile_requests import (
+    AT_THE_ENDPOINT,
+    FRAMINGS,
+    HEAD,
+    KEY,
+    MODEL,
+    Hostile,
+    post,
+)
 from tests.serving.raw_http import drip, read_to_end
 from tests.serving.tiny_models import FRAGILE_POSITION
 from tests.time_limits import limit_s
@@ -107,7 +115,7 @@ def flood(**fields: Any) -> dict[str, Any]:
     return completion(prompt=[[1]] * 27, n=4, max_tokens=FRAGILE_POSITION - 1, stream=True) | fields
 
 
-@pytest.mark.parametrize("case", TABLE, ids=lambda case: f"{case.number} {case.name}")
+@pytest.mark.parametrize("case", AT_THE_ENDPOINT, ids=lambda case: f"{case.number} {case.name}")
 def test_refused(http: httpx.Client, case: Hostile) -> None:
     headers = [
         (name, value)

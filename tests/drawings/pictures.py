@@ -1,7 +1,7 @@
-"""Makes the READMEs' pictures: the processes, a finished run, the endpoint that serves it, the
+"""Makes the documents' pictures: the processes, a finished run, the endpoint that serves it, the
 dashboard of a canary, the memory of a worker and of an endpoint. `make pictures` runs it.
 
-    python -m tests.pictures [RUN_FOLDER]
+    python -m tests.drawings.pictures [RUN_FOLDER]
 
 RUN_FOLDER is the newest demo's if left out; `make demo` makes one. The PNGs are small: 1000 pixels
 wide, in 64 colors.
@@ -21,11 +21,12 @@ from cluster.settings.serve import ServeConfig
 from serving.app import run
 from tests.benchmarks.bench_attempt_memory import picture_of_memory
 from tests.benchmarks.bench_serving_memory import picture_of_serving_memory
-from tests.canary_picture import picture_of_canary
-from tests.processes_picture import PICTURE, draw
+from tests.drawings.canary_picture import picture_of_canary
+from tests.drawings.processes_picture import PICTURE, draw
 from tests.repository import REPOSITORY
 from tests.serving.endpoint_parts import free_port, ray_cluster
 
+IMAGES = REPOSITORY / "docs" / "images"
 FIGURES = ("loss", "waterfall")  # of the run's report
 WIDTH = 1000
 NUM_COLORS = 64
@@ -46,15 +47,15 @@ def main() -> int:
         print("no Prometheus; apt-get install prometheus", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as scratch:
-        save(picture_of_canary(Path(scratch)), REPOSITORY / "serving" / "canary.png")
-    save(picture_of_memory(), REPOSITORY / "jobs" / "memory.png")
-    save(picture_of_serving_memory(), REPOSITORY / "serving" / "memory.png")
+        save(picture_of_canary(Path(scratch)), IMAGES / "canary.png")
+    save(picture_of_memory(), IMAGES / "worker-memory.png")
+    save(picture_of_serving_memory(), IMAGES / "endpoint-memory.png")
     for name in FIGURES:
-        save((folder / "report" / f"{name}.png").read_bytes(), REPOSITORY / "jobs" / f"{name}.png")
+        save((folder / "report" / f"{name}.png").read_bytes(), IMAGES / f"{name}.png")
     checkpoint = max((folder / "checkpoints").glob("step-*"))
     with ray_cluster():
         url = run(ServeConfig(checkpoint=str(checkpoint), port=free_port()))["url"]
-        save(picture_of_xray(url, chromium=chromium), REPOSITORY / "serving" / "xray.png")
+        save(picture_of_xray(url, chromium=chromium), IMAGES / "xray.png")
     return 0
 
 

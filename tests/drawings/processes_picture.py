@@ -19,7 +19,7 @@ from jobs.run.ledger import LEDGER
 from jobs.tokens.token_store import MANIFEST
 from tests.repository import REPOSITORY
 
-PICTURE = REPOSITORY / "cluster" / "processes.svg"
+PICTURE = REPOSITORY / "docs" / "images" / "processes.svg"
 WIDTH, HEIGHT = 1000, 680
 STYLE = """
 text { font-family: Helvetica, Arial, sans-serif; font-size: 13px; fill: #1f2933; }

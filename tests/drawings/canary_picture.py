@@ -1,5 +1,5 @@
 """Makes the picture of the canary dashboard: a real endpoint under load, a real canary that is
-slower, and its rollback by itself, as a real Prometheus saw them. `python -m tests.canary_picture
+slower, and its rollback by itself, as a real Prometheus saw them. `python -m tests.drawings.canary_picture
 FILE` makes this picture alone.
 """
 
@@ -24,7 +24,7 @@ from model.gpt import GPT
 from model.text.tokenizer import train_bpe
 from serving.app import run
 from tests.cluster.grafana_stub import grafana_stub
-from tests.dashboard_picture import draw
+from tests.drawings.dashboard_picture import draw
 from tests.local_ray import local_ray
 from tests.prometheus import prometheus
 from tests.serving.delivery_parts import Admin

@@ -1,0 +1,140 @@
+"""The page of the HTTP interface: routes, and the fields of their requests."""
+
+import json
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from model.tables import read_table
+from serving.api.admin_routes import DrainRequest, PromoteRequest, RollbackRequest
+from serving.api.chat import ChatRequest, Message
+from serving.protocol import protocol
+from serving.protocol.harmless_fields import FIELDS, MESSAGE_FIELDS
+from serving.protocol.protocol import (
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    Request,
+    StreamOptions,
+    TokenizeRequest,
+)
+from serving.xray.xray import XrayRequest
+from tests.reference.markdown import MADE, cell, code, listed, sentence, table
+from tests.reference.settings_page import bounds_of
+
+BODIES: dict[str, tuple[str, type[Request], str]] = {
+    "Completions": ("", CompletionRequest, "`POST /v1/completions`."),
+    "Options of a stream": ("stream_options", StreamOptions, "The field `stream_options`."),
+    "Chat": ("chat", ChatRequest, "`POST /v1/chat/completions`."),
+    "A message of a chat": ("message", Message, "An entry of `messages`."),
+    "Embeddings": ("embedding", EmbeddingRequest, "`POST /v1/embeddings`."),
+    "Tokenize": ("tokenize", TokenizeRequest, "`POST /tokenize`."),
+    "Detokenize": ("detokenize", DetokenizeRequest, "`POST /detokenize`."),
+    "X-ray": ("xray", XrayRequest, "`POST /v1/xray`."),
+    "Promote": ("promote", PromoteRequest, "`POST /admin/promote`."),
+    "Roll back": ("rollback", RollbackRequest, "`POST /admin/rollback`."),
+    "Drain": ("drain", DrainRequest, "`POST /admin/drain`."),
+}
+_INTRODUCTION = """\
+# HTTP interface
+
+OpenAI's completions and chat API, vLLM's tokenize, and routes of our own. Bodies are strict JSON of at most 1 MiB. A field that
+is null counts as missing.
+
+**What would change the answer is refused, everything else is accepted.** A field that neither OpenAI's nor vLLM's interface
+has is refused as `unknown_parameter`, and a field of theirs whose value would change the answer as `unsupported_parameter`, with
+a hint what to do. [Errors](errors.md) lists all errors.
+
+| route | key | what it does |
+| --- | --- | --- |
+| `POST /v1/completions` | user | continues prompts |
+| `POST /v1/chat/completions` | user | answers conversations |
+| `POST /v1/embeddings` | user | the mean of a text's hidden states after the final norm |
+| `GET /v1/models`, `/v1/models/{id}` | user | the models, with run, step, parameters, data manifest, tokenizer and code |
+| `POST /tokenize`, `/detokenize` | user | text to token ids, and back |
+| `GET /version`, `/metrics` | user | the code's version; the metrics of the replica that answers |
+| `POST /v1/xray`, `GET /v1/xray` | user or admin | looks inside a query; the limits and the run's steps |
+| `GET /`, `/page/…` | none | the x-ray page, which asks for the key if there is one |
+| `GET`, `HEAD` `/health`, `/ready` | none | the process answers; the engine runs and has passed its self-test |
+| `GET /-/healthz` | none | Ray Serve's own, which Kubernetes asks for |
+| `POST /v1/responses` | user | 404, with a hint where to ask instead |
+| `POST /admin/promote`, `/finish`, `/rollback`, `/drain` | admin | see [Delivery](../explanation/delivery.md) |
+| `GET /admin/status`, `/admin/audit` | admin | the endpoint's versions and history; its last 1,000 orders |
+
+A key is sent as `Authorization: Bearer KEY`. Each answer carries `x-request-id` (the client's own if it is 1 to 64 of
+`A-Za-z0-9-`), and each answer of a replica `x-model-version`, which is also the `system_fingerprint` of a completion.
+
+"""
+_WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+
+
+def words() -> dict[str, dict[str, str]]:
+    """Returns the meaning of each field, by the request's name; `all` has what requests share."""
+    known: dict[str, Any] = read_table(protocol.__file__, "fields")
+    return known
+
+
+def meaning(request: str, field: str) -> str:
+    """Raises `KeyError` for a field that serving/protocol/fields.toml has no words for."""
+    known = words()
+    return known.get(request, {}).get(field) or known["all"][field]
+
+
+def _type(kind: Any) -> str:
+    if kind in _WORDS:
+        return _WORDS[kind]
+    if get_origin(kind) is Literal:
+        return ", ".join(code(word) for word in get_args(kind))
+    if getattr(kind, "__metadata__", None) is not None:
+        return _type(get_args(kind)[0])
+    if get_origin(kind) in (list, tuple):
+        return "list"
+    if get_origin(kind) is dict or (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        return "object"
+    inner = [_type(part) for part in get_args(kind) if part is not type(None)]
+    return " or ".join(dict.fromkeys(inner))
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "required"
+    default = info.get_default(call_default_factory=True)
+    return code(json.dumps(default)) if default not in (None, (), {}, []) else ""
+
+
+def _rows(request: str, model: type[Request]) -> list[list[str]]:
+    return [
+        [
+            code(name),
+            cell(sentence(meaning(request, name))),
+            listed(_type(info.annotation), bounds_of(info)),
+            _default(info),
+        ]
+        for name, info in model.model_fields.items()
+    ]
+
+
+def _harmless(known: dict[str, Any]) -> list[list[str]]:
+    by_values: dict[str, list[str]] = {}
+    for name, values in known.items():
+        shown = ", ".join(_harmless_value(value) for value in values) or "null only"
+        by_values.setdefault(shown, []).append(name)
+    return [[", ".join(map(code, names)), shown] for shown, names in by_values.items()]
+
+
+def _harmless_value(value: Any) -> str:
+    kinds = {bool: "true or false", str: "any text", dict: "any object"}
+    return kinds[value] if isinstance(value, type) else code(json.dumps(value))
+
+
+def page() -> str:
+    text = MADE + _INTRODUCTION
+    for title, (request, model, about) in BODIES.items():
+        text += f"## {title}\n\n{about}\n\n"
+        text += table(("field", "meaning", "type, bounds", "default"), _rows(request, model))
+    text += "## Fields that are accepted with harmless values\n\n"
+    text += "Nothing is stored, billed, padded or cut because of them.\n\n"
+    text += table(("fields of a request", "values"), _harmless(dict(FIELDS)))
+    text += table(("fields of a message", "values"), _harmless(dict(MESSAGE_FIELDS)))
+    return text
