@@ -196,7 +196,7 @@ def _way_in_words(teams: TeamPlan) -> str:
     if not teams.levels:
         return f"a message to each of {others:,} others"
     if not teams.unfinished:
-        return f"halving {len(teams.levels)} times, neighbors on a node first"
+        return f"halving {len(teams.levels)} times, neighbors first"
     [left_over] = teams.left_over.values()
     size = max(len(team.members) for team in left_over)
     return f"halving in teams of up to {size:,}, then a message to the owners of parts"

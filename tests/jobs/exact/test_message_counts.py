@@ -143,7 +143,7 @@ def test_each_gpu_of_a_node_sends_an_eighth_through_its_network_card(
     num_nodes = world_size // NODE
     through_card = 8 * NUM_VALUES / NODE * (num_nodes - 1) / num_nodes
     for sent in (flat, owned, groups):
-        assert sent.between == pytest.approx(through_card, rel=0.15), "parts are whole blocks"
+        assert sent.between == pytest.approx(through_card, rel=0.2), "parts are whole blocks"
     assert flat.within + flat.between == pytest.approx(ring(world_size), rel=0.1)
 
 
