@@ -1,8 +1,13 @@
 """Halving and doubling against the tree as it is defined, bit by bit, for any number of peers and
 lanes, and the messages that they take."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +26,8 @@ from jobs.exact.sums.exact_reduce import subtrees_of_ranks, tree_sum
 from jobs.exact.sums.halving import HalvedSums, Room
 from jobs.exact.sums.teams import TeamPlan, team_plan
 from tests.jobs.wires import WiredPeers, run_peers
+from tests.repository import REPOSITORY
+from tests.time_limits import limit_s
 
 CPU = torch.device("cpu")
 
@@ -79,6 +86,23 @@ def test_any_world_has_the_trees_bits(num_peers: int, num_lanes: int, sizes: lis
     for is_owned in (False, True):
         expected, results, _ = exchanged(num_lanes, num_peers, buckets, is_owned=is_owned)
         assert all(torch.equal(result, expected) for result in results)
+
+
+def test_real_processes_of_some_worlds_have_the_trees_bits(tmp_path: Path) -> None:
+    """On any nodes, and with parts that ranks must own."""
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "tests.jobs.exchange_worlds", str(tmp_path), "3", "7", "8"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=limit_s(60), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout.splitlines()[-1])
+    assert len(outcomes) == 3 * 2 * 3 * 3
+    assert [outcome for outcome in outcomes if not outcome["is_right"]] == []
 
 
 @pytest.mark.parametrize("num_peers", [2, 4, 8, 16, 32])
