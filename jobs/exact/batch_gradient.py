@@ -86,11 +86,8 @@ class BatchGradient:
         state = self._state
         sums_parts = state.sharding.divided.gradient
         num_buffers = 0
-        most_subtrees = 0
         for num_lanes in self._schedule.lane_counts:  # a batch that grows may have thousands
-            plan = self._new_plan(num_lanes)
-            num_buffers = max(num_buffers, plan.num_buffers)
-            most_subtrees = max(most_subtrees, plan.num_subtrees)
+            num_buffers = max(num_buffers, self._new_plan(num_lanes).num_buffers)
         buffers = [state.gradient]
         while len(buffers) < num_buffers:
             buffers.append(large_zeros(len(state.gradient), device=state.device))
@@ -99,8 +96,7 @@ class BatchGradient:
             state.owned.homes if sums_parts else state.layout.buckets,
             buffers,
             Peers(state.sharding.counterparts, self._group),
-            most_subtrees=most_subtrees,
-            sends_sums=state.sharding.sends_sums,
+            owners=state.sharding.owners,
         )
         self._side_work = side_work(state.device, max_waiting=_MAX_WAITING if sums_parts else 0)
         self._sums: LaneSums | ShardSums
@@ -168,7 +164,8 @@ class BatchGradient:
     def _exact_gradient(self, step: int, timer: StepTimer) -> Measured:
         plan = self._plan(step)
         losses: list[Tensor] = []
-        self._exchange.begin(plan.subtrees, plan.num_lanes)
+        num_subtrees = len(plan.subtrees[self._state.sharding.group])
+        self._exchange.begin(plan.teams, num_subtrees=num_subtrees)
         for turn, numbers in enumerate(plan.turns):
             with self._sums.turn(plan, turn):
                 for number in numbers:

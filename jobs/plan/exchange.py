@@ -1,21 +1,27 @@
 """Computes what the exchange of a step sends within a node and through network cards, and what
 computing hides of it.
 
-P values of the flat buffers, W GPUs in groups of g members, K subtree sums that a group has before
-it meets the others. Where no gradients are sharded each GPU is a group, and the groups' exchange is
-all there is.
+P values of the flat buffers, W GPUs in groups of g members. Where no gradients are sharded each GPU
+is a group, and the groups' exchange is all there is. Its messages are those that the code counts
+before it sends them (`exact/sums/teams`, `exact/state/doubling`).
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
+from jobs.exact.state.division import seats_of
+from jobs.exact.state.doubling import gather_messages, teams_to_gather
 from jobs.exact.state.flat_layout import NUM_SENDINGS, FlatLayout
+from jobs.exact.state.messages import Message, joined_buckets, numbers_of_sendings
 from jobs.exact.state.rules import update_rule
 from jobs.exact.state.sharding import Sharding
+from jobs.exact.state.span import Span
 from jobs.exact.sums.exact_reduce import subtrees_of_ranks
+from jobs.exact.sums.teams import TeamPlan, team_plan
 from jobs.plan.formulas import FP32_BYTES
 from model.shapes import parameter_shapes
 
@@ -57,6 +63,28 @@ def between_all(num_bytes: float, *, size: int, near: int, num_calls: int) -> Tr
     return Traffic(on_links, on_cards, num_calls * (size - 1))
 
 
+def of_busiest(
+    messages: Iterable[Message],
+    num_bytes: float,
+    *,
+    num_calls: int,
+    nodes: Sequence[int],
+    options: PlanConfig,
+) -> Traffic:
+    """Returns what the GPU sends that takes longest, if its messages, each a share of so many
+    bytes, are sent in as many calls; `nodes` has the node of each sender and receiver."""
+    near_shares = [0.0] * len(nodes)
+    far_shares = [0.0] * len(nodes)
+    counts = [0] * len(nodes)
+    for sender, receiver, share in messages:
+        shares = near_shares if nodes[sender] == nodes[receiver] else far_shares
+        shares[sender] += share
+        counts[sender] += num_calls
+    senders = set(zip(near_shares, far_shares, counts, strict=True))
+    traffics = [Traffic(num_bytes * near, num_bytes * far, count) for near, far, count in senders]
+    return max(traffics, key=lambda traffic: traffic.seconds(options))
+
+
 @dataclass(frozen=True)
 class Exchange:
     """The exchange of a step, and the computing beside it."""
@@ -67,6 +95,7 @@ class Exchange:
     compute_s: float  # of the GPU with most lanes
     least_sequences: int  # from so many on, computing takes as long as the exchange
     counted_in: str  # the setting that has them
+    way: str  # in words: how groups finish their sums
 
     @property
     def step_s(self) -> float:
@@ -106,25 +135,101 @@ def exchange(
     if sharding.sends_values:
         share_s = _update_s(config, layout, options) / sharding.num_holders
         beside_update_s = share_s * (1 - 1 / NUM_SENDINGS)
+    sums_s = sent.sums.seconds(options)
+    # The last bundle is final when backward is over
+    before_last_s = sums_s - sums_s / len(_joined_between_groups(layout, sharding))
     parts = [  # what is sent, the seconds that hide it, and how many times
         (sent.first_weights, forward_s, 1),
         (sent.weights, forward_s, passes - 1),
         (sent.backward, backward_s, passes - 1),
-        (sent.backward + sent.sums, backward_s, 1),
+        (
+            sent.backward + sent.sums,
+            min(backward_s, sent.backward.seconds(options) + before_last_s),
+            1,
+        ),
         (sent.updated, beside_update_s, 1),
     ]
-    seconds = [(traffic.seconds(options), hiding_s, times) for traffic, hiding_s, times in parts]
-    total_s = sum(each_s * times for each_s, _, times in seconds)
+    total_s = 0.0
+    exposed_s = 0.0
+    for traffic, hiding_s, times in parts:
+        seconds = traffic.seconds(options)
+        total_s += seconds * times
+        exposed_s += max(0.0, seconds - hiding_s) * times
     sequence_s = micro_batch_s / train.micro_batch_size * (passes if group > 1 else 1)
     return Exchange(
         traffic=sum((traffic * times for traffic, _, times in parts), Traffic()),
         seconds=total_s,
-        exposed_s=sum(max(0.0, each_s - hiding_s) * times for each_s, hiding_s, times in seconds),
+        exposed_s=exposed_s,
         compute_s=passes * micro_batch_s,
         least_sequences=math.ceil(total_s / sequence_s),
         counted_in="train.micro_batch_size"
         if group > 1
         else "train.global_batch_size for each GPU",
+        way=_way_in_words(_teams(num_lanes, min(sharding.num_groups, num_lanes))),
+    )
+
+
+@lru_cache(maxsize=64)
+def _teams(num_lanes: int, num_groups: int) -> TeamPlan:
+    return team_plan([range(num_lanes)], subtrees_of_ranks(num_lanes, num_groups))
+
+
+def _way_in_words(teams: TeamPlan) -> str:
+    others = teams.num_peers - 1
+    if not others:
+        return "their group alone"
+    if not teams.levels:
+        return f"a message to each of {others:,} others"
+    if not teams.unfinished:
+        return f"halving {len(teams.levels)} times, neighbors first"
+    [left_over] = teams.left_over.values()
+    size = max(len(team.members) for team in left_over)
+    return f"halving in teams of up to {size:,}, then a message to the owners of parts"
+
+
+def _joined_between_groups(layout: FlatLayout, sharding: Sharding) -> list[Sequence[Span]]:
+    size = sharding.group_size
+    buckets = layout.buckets if size == 1 else layout.parts(0, world_size=size).homes
+    return joined_buckets(buckets, sharding.num_groups)
+
+
+def _nodes_by_seat(num_groups: int, size: int, options: PlanConfig) -> list[int]:
+    """Returns the node of the first GPU of each group, in the order in which groups halve sums."""
+    nodes = [group * size // options.gpus_per_node for group in range(num_groups)]
+    return [nodes[group] for group in seats_of(nodes)]
+
+
+def between_groups(
+    layout: FlatLayout, sharding: Sharding, options: PlanConfig, *, num_lanes: int
+) -> Traffic:
+    """Returns what one GPU sends to those of other groups that have the same place there."""
+    num_groups, size = min(sharding.num_groups, num_lanes), sharding.group_size
+    busiest = partial(
+        of_busiest,
+        num_bytes=FP32_BYTES * layout.size / size,
+        num_calls=len(_joined_between_groups(layout, sharding)),
+        nodes=_nodes_by_seat(num_groups, size, options),
+        options=options,
+    )
+    sums = busiest(_teams(num_lanes, num_groups).messages())
+    if not sharding.sends_sums:
+        return sums
+    return sums + busiest(gather_messages(num_groups, teams_to_gather(num_groups)))
+
+
+def between_holders(layout: FlatLayout, sharding: Sharding, options: PlanConfig) -> Traffic:
+    """Returns what one GPU sends so that all holders of a copy have the updated weights."""
+    num_holders = sharding.num_holders
+    num_calls = 0
+    for numbers in numbers_of_sendings(len(layout.buckets)):
+        buckets = layout.buckets[numbers.start : numbers.stop]
+        num_calls += len(joined_buckets(buckets, num_holders))
+    return of_busiest(
+        gather_messages(num_holders, teams_to_gather(num_holders)),
+        FP32_BYTES * layout.size,
+        num_calls=num_calls,
+        nodes=_nodes_by_seat(num_holders, 1, options),
+        options=options,
     )
 
 
@@ -147,25 +252,18 @@ def _sendings(
     *,
     num_lanes: int,
 ) -> _Sendings:
-    group, num_groups, num_holders = sharding.group_size, sharding.num_groups, sharding.num_holders
+    group = sharding.group_size
     near = min(sharding.world_size, options.gpus_per_node)
     within = partial(between_all, size=group, near=min(group, near))
-    between = partial(between_all, size=num_groups, near=max(1, near // group))
-    subtrees = subtrees_of_ranks(num_lanes, min(num_groups, num_lanes))
 
     matrices = sum(map(len, layout.decoder_blocks))
     num_buckets = len(layout.buckets)
     num_calls = round(num_buckets * matrices / layout.size)
     products = within(product_bytes(config) * matrices, num_calls=num_calls)
     others = within(FP32_BYTES * (layout.size - matrices), num_calls=num_buckets - num_calls)
-    whole = between(FP32_BYTES * layout.size / group, num_calls=num_buckets)
-    sums = whole * (max(map(len, subtrees)) + sharding.sends_sums)
     updated = Traffic()
     if sharding.sends_values:
-        num_bytes = FP32_BYTES * layout.size
-        updated = between_all(
-            num_bytes, size=num_holders, near=min(num_holders, near), num_calls=num_buckets
-        )
+        updated = between_holders(layout, sharding, options)
     elif sharding.divided.values:
         updated = others
     first_weights = weights = Traffic()
@@ -180,7 +278,7 @@ def _sendings(
         first_weights=first_weights,
         weights=weights,
         backward=weights + products + others,
-        sums=sums,
+        sums=between_groups(layout, sharding, options, num_lanes=num_lanes),
         updated=updated,
     )
 

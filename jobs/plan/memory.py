@@ -17,11 +17,13 @@ from cluster.settings.run import (
     way_to_compute,
     with_precision,
 )
-from jobs.exact.state.flat_layout import BLOCK, PIECE_VALUES, FlatLayout
+from jobs.exact.state.flat_layout import PIECE_VALUES, FlatLayout
+from jobs.exact.state.messages import joined_buckets
 from jobs.exact.state.rules import update_rule
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.sums.exact_reduce import subtrees_of_ranks
 from jobs.exact.sums.step_plan import StepPlan
+from jobs.exact.sums.teams import team_plan
 from jobs.plan.exchange import product_bytes
 from jobs.plan.formulas import FP32_BYTES, state_bytes_per_value
 from jobs.run.history import why_not_resumed
@@ -81,9 +83,7 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int) -> dic
         "block_gradients": float(width * block if group > 1 else 0),
         "activations": activation_bytes(config),
         "logits_chunk": logits_chunk_bytes(config),
-        "exchange": _received_bytes(
-            layout, world_size=world_size, group=group, num_lanes=num_lanes
-        ),
+        "exchange": _received_bytes(layout, sharding, num_lanes=num_lanes),
     }
 
 
@@ -166,19 +166,24 @@ def host_memory(
     }
 
 
-def _received_bytes(layout: FlatLayout, *, world_size: int, group: int, num_lanes: int) -> float:
-    """Returns the bytes of what comes from other ranks: for one bucket, this rank's part of each
-    subtree sum, and of each member's gradient."""
-    if world_size == 1:
-        return 0.0
+def _received_bytes(layout: FlatLayout, sharding: Sharding, *, num_lanes: int) -> float:
+    """Returns the bytes of what comes from other ranks, for the longest bundle of buckets: half of
+    it, or this rank's part of each team's sum; for the longest bucket, each member's gradient; and
+    with a sharded optimizer the bundle itself, packed for each subtree sum."""
+    size = sharding.group_size
+    num_groups = min(sharding.num_groups, num_lanes)
     bucket = max(map(len, layout.buckets))
-    num_groups = world_size // group
-    num_values = bucket if group > 1 else 0
+    received = bucket if size > 1 else 0
     if num_groups > 1:
-        subtrees = subtrees_of_ranks(num_lanes, min(num_groups, num_lanes))
-        part = -(-bucket // BLOCK // world_size) * BLOCK
-        num_values += part * sum(map(len, subtrees))
-    return float(FP32_BYTES * num_values)
+        buckets = layout.buckets if size == 1 else layout.parts(0, world_size=size).homes
+        joined = joined_buckets(buckets, num_groups)
+        bundle = max(together[-1].stop - together[0].start for together in joined)
+        subtrees = subtrees_of_ranks(num_lanes, num_groups)
+        teams = team_plan([range(num_lanes)], subtrees)
+        received += round(bundle * teams.most_received)
+        if not sharding.sends_sums and num_groups > 2:
+            received += bundle * max(map(len, subtrees))
+    return float(FP32_BYTES * received)
 
 
 def worker_needs(config: RunConfig) -> dict[str, Any]:

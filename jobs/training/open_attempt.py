@@ -131,7 +131,9 @@ def _continued(
     """Returns the attempt from where rank 0 lets all continue, once every rank is ready for its
     first step."""
     config = plan.config
-    state, guard, restored_step = _restored(plan, start, snapshots, device, group, opened)
+    state, guard, restored_step = _restored(
+        plan, start, snapshots, device, group, opened, workers.nodes
+    )
     first_step, guard = replace(guard, rollbacks=start.rollbacks).entering(restored_step + 1)
     tell = writer.ledger.event if writer else tell_nobody
     train_rows = open_stream(plan)
@@ -295,13 +297,16 @@ def _restored(
     device: torch.device,
     group: WorkerGroup,
     opened: ExitStack,
+    nodes: Sequence[str],
 ) -> tuple[TrainState, GuardState, int]:
     """Returns the state of the snapshot or the checkpoint, or fresh weights, with its guard and its
     step."""
     config = plan.config
     with torch.device("meta"):
         model = GPT(config.model)
-    sharding = Sharding.of(config.scaling, rank=group.rank, world_size=group.world_size)
+    sharding = Sharding.of(
+        config.scaling, rank=group.rank, world_size=group.world_size, nodes=nodes
+    )
     state = TrainState(model, config.train, device=device, group=group, sharding=sharding)
     opened.callback(state.close)
     if start.snapshot:

@@ -1,10 +1,12 @@
 """Answers who holds what of the training state: which ranks divide it, and what each of them keeps,
 sums and sends."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from cluster.settings.run import ScalingConfig
 from cluster.settings.shard import NOTHING, Divided, divided_by
+from jobs.exact.state.division import seats_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,9 @@ class Sharding:
     rank: int = 0
     world_size: int = 1
     num_holders: int = 1
+    seats: tuple[int, ...] = ()
+    """The groups in the order in which they halve sums (`division`): by default, of their
+    numbers."""
 
     @classmethod
     def of(
@@ -31,12 +36,18 @@ class Sharding:
         *,
         rank: int,
         world_size: int,
+        nodes: Sequence[object] = (),
     ) -> "Sharding":
+        """`nodes` has the node of each rank, if it is known."""
         divided = divided_by(scaling.shard)
         num_holders = scaling.group_size(world_size) if divided.vectors else 1
         if num_holders == 1:
             divided = NOTHING
-        return cls(divided, rank, world_size, num_holders)
+        sharding = cls(divided, rank, world_size, num_holders)
+        if not nodes:
+            return sharding
+        nodes_of_groups = nodes[:: sharding.group_size]
+        return replace(sharding, seats=tuple(seats_of(nodes_of_groups)))
 
     def is_divided(self, name: str) -> bool:
         """Reports whether each rank holds only its own parts of "values", "gradient" or one of the
@@ -109,9 +120,14 @@ class Sharding:
         return self.rank % self.group_size
 
     @property
+    def seated_groups(self) -> Sequence[int]:
+        return self.seats or range(self.num_groups)
+
+    @property
     def counterparts(self) -> list[int]:
-        """The ranks with this rank's place in each group, which exchange sums."""
-        return [*range(self.member, self.world_size, self.group_size)]
+        """The ranks with this rank's place in each group, which exchange sums, in the order of
+        their groups' seats."""
+        return [group * self.group_size + self.member for group in self.seated_groups]
 
     # Messages of a step.
 
@@ -120,6 +136,17 @@ class Sharding:
         """Whether counterparts send one another the whole sum of each part; else only the part's
         owner needs it."""
         return self.is_whole or self.divided.gradient
+
+    @property
+    def owners(self) -> Sequence[int] | None:
+        """The number of the part of each bucket that each counterpart owns; None where any part may
+        be anyone's."""
+        return None if self.sends_sums else self.counterparts
+
+    @property
+    def seated_holders(self) -> Sequence[int]:
+        """The holders of this rank's copy, in the order in which they gather updated weights."""
+        return self.holders if self.divided.gradient else self.counterparts
 
     @property
     def sends_values(self) -> bool:

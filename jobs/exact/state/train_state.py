@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from cluster.settings.train import TrainConfig
-from jobs.exact.state.flat_layout import NUM_SENDINGS, FlatLayout, parts_of
+from jobs.exact.state.bundle import Bundle, bundles_of
+from jobs.exact.state.flat_layout import FlatLayout, parts_of
 from jobs.exact.state.gathered_weights import GatheredWeights
 from jobs.exact.state.host_copies import HostCopies
+from jobs.exact.state.messages import numbers_of_sendings
 from jobs.exact.state.peers import Peers
 from jobs.exact.state.rules import update_rule
 from jobs.exact.state.sharding import Sharding
@@ -50,7 +52,7 @@ class _Sending(NamedTuple):
     """What is updated at a time. Where other ranks need the new weights, it is sent while the next
     is updated."""
 
-    buckets: Sequence[Span]  # of which these stretches are this rank's parts
+    bundles: Sequence[Bundle]  # of which these stretches are this rank's parts
     stretches: Sequence[Stretch]
 
 
@@ -87,6 +89,7 @@ class TrainState:
         self.peers = Peers(self.sharding.holders, group)
         """The ranks that together hold one copy of the state, this rank among them; there may be
         several copies."""
+        self._receivers = Peers(self.sharding.seated_holders, group)  # of updated weights
         self._group = group
         self.owned = self.layout.whole
         if not self.sharding.is_whole:
@@ -156,14 +159,7 @@ class TrainState:
         """Returns the numbers of the owned spans that are updated at a time: all, or if others wait
         for them, some."""
         count = len(self.owned.spans)
-        num_sendings = NUM_SENDINGS if self.sharding.sends_values else 1
-        numbers_of_sendings: list[range] = []
-        for number in range(num_sendings):
-            start = number * count // num_sendings
-            stop = (number + 1) * count // num_sendings
-            if start < stop:
-                numbers_of_sendings.append(range(start, stop))
-        return numbers_of_sendings
+        return numbers_of_sendings(count) if self.sharding.sends_values else [range(count)]
 
     def _sending_of(self, numbers: range) -> _Sending:
         """Lists the stretches of some of this rank's spans."""
@@ -176,7 +172,13 @@ class TrainState:
                 if not part.is_empty:
                     packed = part.shifted(home.start - span.start)
                     stretches.append(self._stretch(part, packed, decays=decays))
-        return _Sending(self.layout.buckets[numbers.start : numbers.stop], stretches)
+        bundles: list[Bundle] = []
+        if self.sharding.sends_values:
+            buckets = self.layout.buckets[numbers.start : numbers.stop]
+            sharding = self.sharding
+            owners = [rank % sharding.num_holders for rank in sharding.seated_holders]
+            bundles = bundles_of(buckets, sharding.num_holders, owners=owners)
+        return _Sending(bundles, stretches)
 
     def _stretch(
         self,
@@ -224,16 +226,16 @@ class TrainState:
                     stretch.gradient.mul_(scale)
             self.rule.update(sending.stretches, learning_rate=learning_rate)
             if self._side_work:
-                self._side_work.submit(self._send, sending.buckets)
+                self._side_work.submit(self._send, sending.bundles)
         if self._side_work:
             with timer.phase("sync") if timer else nullcontext():
                 self._side_work.wait()
 
-    def _send(self, buckets: Sequence[Span]) -> None:
+    def _send(self, bundles: Sequence[Bundle]) -> None:
         """Brings the weights of some buckets together, each part from the rank that has updated
         it."""
-        for bucket in buckets:
-            self.peers.gather(self.values, bucket)
+        for bundle in bundles:
+            bundle.gather(self._receivers, self.values)
 
     def brought(
         self,

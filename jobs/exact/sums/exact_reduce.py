@@ -3,9 +3,9 @@ lane.
 
 Floating-point addition is not associative, so the order of a sum is part of its result. Here the
 order is a fixed binary tree over the lanes [0, num_lanes), each node split at its middle. A rank
-computes the lanes of a few subtrees and sums each (`lane_sums`). The ranks exchange these sums by
-bucket and part, and each finishes the tree over its own parts (`bucket_exchange`). With a
-power-of-two world each rank has exactly one subtree.
+computes the lanes of a few subtrees and sums each (`lane_sums`). The ranks finish the tree together
+(`bucket_exchange`). With a power-of-two world each rank has exactly one subtree, and siblings pair
+level by level (`teams`).
 """
 
 from collections.abc import Callable, Sequence

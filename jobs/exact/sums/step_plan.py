@@ -14,6 +14,7 @@ from functools import cached_property
 
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.sums.exact_reduce import LaneStep, lane_steps, num_buffers, subtrees_of_ranks
+from jobs.exact.sums.teams import TeamPlan, team_plan
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,10 @@ class StepPlan:
 
     @cached_property
     def subtrees(self) -> Sequence[Sequence[range]]:
-        """The subtrees of each group."""
-        return subtrees_of_ranks(self.num_lanes, self.sharding.num_groups)
+        """The subtrees of each group: neighbors in their seats have neighboring lanes."""
+        by_seat = subtrees_of_ranks(self.num_lanes, self.sharding.num_groups)
+        by_group = dict(zip(self.sharding.seated_groups, by_seat, strict=True))
+        return [by_group[group] for group in range(self.sharding.num_groups)]
 
     @cached_property
     def steps(self) -> list[LaneStep]:
@@ -39,10 +42,11 @@ class StepPlan:
     def num_buffers(self) -> int:
         return num_buffers(self.subtrees[self.sharding.group], num_pieces=self._num_pieces)
 
-    @property
-    def num_subtrees(self) -> int:
-        """The number of all groups' subtrees."""
-        return sum(map(len, self.subtrees))
+    @cached_property
+    def teams(self) -> TeamPlan:
+        """Which groups finish the sum of all lanes together, by their seats."""
+        by_seat = subtrees_of_ranks(self.num_lanes, self.sharding.num_groups)
+        return team_plan([range(self.num_lanes)], by_seat)
 
     @cached_property
     def turns(self) -> list[list[int]]:

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jobs.exact.state.flat_layout import BLOCK, FlatLayout, part_of
+from jobs.exact.state.bundle import bundles_of
+from jobs.exact.state.flat_layout import BLOCK, FlatLayout
 from jobs.exact.state.sharding import Sharding
+from jobs.exact.state.span import Span
 from jobs.exact.sums.exact_reduce import tree_sum
 from jobs.exact.sums.step_plan import StepPlan
 from jobs.workers.worker_group import WorkerGroup
@@ -41,13 +43,16 @@ class StepTotals:
         device: torch.device,
     ) -> None:
         self._group = group
-        # The ranks in the order of their parts: the members' parts of a bucket, and the groups'
-        # parts of these.
-        ranks = sorted(range(sharding.world_size), key=lambda rank: rank % sharding.group_size)
-        # (W, buckets)
-        sizes = torch.tensor([_part_sizes(layout, sharding, rank) for rank in ranks])
-        self._num_blocks = int(sizes.sum(1).max())
-        self._block_order = _block_order(ranks, sizes, device=device)
+        blocks_of_ranks = _blocks_of_ranks(layout, sharding)
+        self._num_blocks = max(map(len, blocks_of_ranks))
+        # The rank (N,) that sums each block of the flat buffer, and the block's place (N,) among
+        # that rank's own.
+        owners = torch.empty(layout.size // BLOCK, dtype=torch.int64)
+        places = torch.empty_like(owners)
+        for rank, blocks in enumerate(blocks_of_ranks):
+            owners[blocks] = rank
+            places[blocks] = torch.arange(len(blocks))
+        self._block_order = (owners.to(device), places.to(device))
 
     def finish(
         self,
@@ -93,37 +98,30 @@ def _sum_of_losses(plan: StepPlan, losses: Tensor) -> float:
     return float(tree_sum(range(plan.num_lanes), loss_of_lane))
 
 
-def _part_sizes(layout: FlatLayout, sharding: Sharding, rank: int) -> list[int]:
-    """Returns the blocks of each bucket whose sums the rank makes: of its member's part, the part
-    of its group."""
-    group, member = divmod(rank, sharding.group_size)
-    sizes: list[int] = []
-    for bucket in layout.buckets:
-        members_part = part_of(bucket, member, world_size=sharding.group_size)
-        part = part_of(members_part, group, world_size=sharding.num_groups)
-        sizes.append(len(part) // BLOCK)
-    return sizes
+def _blocks_of_ranks(layout: FlatLayout, sharding: Sharding) -> list[Tensor]:
+    """Returns the numbers of the blocks whose sums each rank makes, in its order: of its member's
+    parts of the buckets, the parts of its group."""
+    blocks_of_ranks = [torch.empty(0)] * sharding.world_size
+    for member in range(sharding.group_size):
+        owned, buckets = layout.whole, layout.buckets
+        if sharding.group_size > 1:
+            owned = layout.parts(member, world_size=sharding.group_size)
+            buckets = owned.homes
+        blocks = _blocks_at(owned.spans)
+        bundles = bundles_of(buckets, sharding.num_groups, owners=sharding.owners)
+        for seat, group in enumerate(sharding.seated_groups):
+            own_blocks: list[Tensor] = []
+            for bundle in bundles:
+                for part in bundle.parts(seat):
+                    own_blocks.append(blocks[part.start // BLOCK : part.stop // BLOCK])
+            rank = group * sharding.group_size + member
+            blocks_of_ranks[rank] = torch.cat(own_blocks)
+    return blocks_of_ranks
 
 
-def _block_order(
-    ranks: Sequence[int],
-    sizes: Tensor,
-    *,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Returns the rank (N,) that has each block of the flat buffer, and the block's place (N,)
-    among that rank's own.
-
-    `sizes` (W, buckets) has the blocks of each of the ranks. The order is that of every step, and
-    takes seconds of Python for 512 ranks.
-    """
-    starts = sizes.cumsum(1) - sizes
-    counts = sizes.T.flatten()  # bucket by bucket, rank by rank
-    owners = torch.tensor(ranks).repeat(sizes.shape[1]).repeat_interleave(counts)
-    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    starts_of_blocks = starts.T.flatten().repeat_interleave(counts)
-    places = torch.arange(len(first)) - first + starts_of_blocks
-    return owners.to(device), places.to(device)
+def _blocks_at(spans: Sequence[Span]) -> Tensor:
+    """Returns the numbers of the blocks at some places of the layout."""
+    return torch.cat([torch.arange(span.start // BLOCK, span.stop // BLOCK) for span in spans])
 
 
 def block_square_sums(values: Tensor) -> Tensor:

@@ -61,17 +61,19 @@ def test_zero_1_lightens_snapshots() -> None:
     )
     assert shares["snapshot_wait_s"] == 0 < whole["snapshot_wait_s"] < whole["snapshot_s"]
     assert shares["snapshot_every"] < whole["snapshot_every"]
-    assert shares["exposed_s"] == pytest.approx(whole["exposed_s"], rel=1e-5), (
-        "an update of a 4,096th hides little"
+    sums_s = whole["exposed_s"] / 2
+    assert shares["exposed_s"] > whole["exchange_s"] / 2 - sums_s, (
+        "an update of a 4,096th hides little of what the weights take to go round"
     )
 
 
-def test_groups_of_a_node_spare_the_network_and_the_storage() -> None:
+def test_groups_of_a_node_spare_the_storage() -> None:
     config, options = documented()
     flat, nodes = (scales(each, options) for each in (config, sharded(config, "gradients", 8)))
     for all_alike, in_groups in zip(flat[1:], nodes[1:], strict=True):
-        assert in_groups["card_bytes"] < all_alike["card_bytes"] / 7
-        assert in_groups["exposed_s"] < all_alike["exposed_s"]
+        assert in_groups["card_bytes"] == pytest.approx(all_alike["card_bytes"]), (
+            "neighbors begin either way"
+        )
     assert nodes[-1]["snapshot_s"] == flat[-1]["snapshot_s"], "a node has all shares either way"
     assert nodes[-1]["checkpoint_store_s"] == flat[-1]["checkpoint_store_s"], "one node stores it"
     for shard in ("gradients", "parameters"):

@@ -16,13 +16,22 @@ MOVED = (
 )
 
 
-def planned(model: str, count: int, shard: str, group: int | None, **train: Any) -> dict[str, Any]:
+def planned(
+    model: str,
+    count: int,
+    shard: str,
+    group: int | None,
+    *,
+    network_gbit_per_s: float = 400,
+    **train: Any,
+) -> dict[str, Any]:
     train = {"max_tokens": 300_000_000_000, "precision": "bf16"} | train
     scaling = {"shard": shard, "shard_group": group}
     config = RunConfig.model_validate(
         {"model": {"preset": model}, "train": train, "scaling": scaling}
     )
-    return make_plan(config, PlanConfig(gpu="h100", count=count))
+    options = PlanConfig(gpu="h100", count=count, network_gbit_per_s=network_gbit_per_s)
+    return make_plan(config, options)
 
 
 @pytest.mark.parametrize("count", [8, 64, 512])
@@ -46,6 +55,33 @@ def test_1_3b_in_each_way(count: int, shard: str, group: int | None) -> None:
         + " | {x[seconds]:seconds} | {x[exposed_s]:seconds} | {efficiency:.0%} |"
     )
     row = heads + Figures().format(row, memory=memory, x=x, efficiency=x["compute_s"] / x["step_s"])
+    assert row in PAGE, f"expected {row}"
+
+
+@pytest.mark.parametrize(
+    ("model", "lanes", "count"), [("gpt3-1.3b", 128, 512), ("gpt3-6.7b", 512, 2048)]
+)
+@pytest.mark.parametrize("link_gb", [50, 100, 200, 400])
+@pytest.mark.parametrize("shard", ["gradients", "parameters"])
+def test_a_lane_of_8192_tokens_for_four_gpus(
+    model: str, lanes: int, count: int, link_gb: int, shard: str
+) -> None:
+    """Beside what eight GPUs take for as many tokens each, on links of so many GB/s."""
+    sizes = {"global_batch_size": 4 * lanes, "micro_batch_size": 1, "micro_batches_per_lane": 4}
+    few, many = (
+        planned(model, size, shard, 8, network_gbit_per_s=8 * link_gb, **sizes)["exchange"]
+        for size in (8, count)
+    )
+    row = Figures().format(
+        "| {model} | {count:,} | {shard} | {link_gb} GB/s | {x[traffic][num_messages]:,} | {x[compute_s]:seconds} | "
+        "{x[exposed_s]:seconds} | {efficiency:.0%} |",
+        model=model,
+        count=count,
+        shard=shard,
+        link_gb=link_gb,
+        x=many,
+        efficiency=8 * few["step_s"] / (count * many["step_s"]),
+    )
     assert row in PAGE, f"expected {row}"
 
 

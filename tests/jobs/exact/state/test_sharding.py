@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.settings.run import ScalingConfig
 from cluster.settings.shard import Shard
 from jobs.exact.state.sharding import Sharding
+from jobs.exact.sums.exact_reduce import subtrees_of_ranks
+from jobs.exact.sums.step_plan import StepPlan
 from tests.jobs.shardings import sharding
 
 SIZES = st.sampled_from([(1, None), (4, None), (4, 2), (6, 3), (6, 1), (12, 4), (7, 7)])
@@ -47,6 +50,24 @@ def test_counterparts_are_one_member_of_each_group(
         assert rank.rank in rank.counterparts
         assert [ranks[number].group for number in rank.counterparts] == [*range(rank.num_groups)]
         assert {ranks[number].member for number in rank.counterparts} == {rank.member}
+
+
+def test_counterparts_sit_by_their_nodes() -> None:
+    """Three nodes of three workers: two of each halve among themselves first."""
+    nodes = [*"aaabbbccc"]
+    ranks = [
+        Sharding.of(ScalingConfig(max_workers=1), rank=rank, world_size=9, nodes=nodes)
+        for rank in range(9)
+    ]
+    assert ranks[0].counterparts == [0, 1, 3, 4, 6, 7, 2, 5, 8]
+    plans = [StepPlan(rank, 9, 1) for rank in ranks]
+    by_seat = subtrees_of_ranks(9, 9)
+    assert plans[0].subtrees[3] == by_seat[2], "neighbors have neighboring lanes"
+    assert all(plan.subtrees == plans[0].subtrees for plan in plans)
+    in_pairs = ScalingConfig(shard="gradients", shard_group=2, max_workers=1)
+    groups = Sharding.of(in_pairs, rank=3, world_size=12, nodes=[*"aabbaabbaabb"])
+    assert groups.seated_groups == (0, 2, 1, 3, 4, 5), "groups 0, 2 and 4 are on one node"
+    assert groups.counterparts == [1, 5, 3, 7, 9, 11]
 
 
 @pytest.mark.parametrize(

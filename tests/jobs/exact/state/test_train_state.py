@@ -17,7 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.settings.train import TrainConfig
 from jobs.exact.state.adamw import AdamW
-from jobs.exact.state.flat_layout import BLOCK, part_of
+from jobs.exact.state.bundle import Bundle
+from jobs.exact.state.flat_layout import BLOCK
 from jobs.exact.state.peers import Peers
 from jobs.exact.state.span import Span
 from jobs.exact.state.train_state import TrainState
@@ -183,14 +184,14 @@ def test_updated_weights_go_round_while_the_next_are_updated(
         begun, ended = threading.Event(), threading.Event()
         sent: list[Span] = []
 
-        def gather(peers: Peers, flat: Tensor, bucket: Span) -> None:
-            own_part = part_of(bucket, 0, world_size=2)
-            assert not (own_part.of(flat) == own_part.of(before)).all(), (
-                "sent before it was updated"
-            )
+        def gather(bundle: Bundle, peers: Peers, flat: Tensor) -> None:
+            for own_part in bundle.parts(0):
+                assert not (own_part.of(flat) == own_part.of(before)).all(), (
+                    "sent before it was updated"
+                )
             begun.set()
             assert ended.wait(limit_s(10))
-            sent.append(bucket)
+            sent.append(bundle.span)
 
         num_updated = num_calls = 0
         adamw = AdamW.update
@@ -207,10 +208,12 @@ def test_updated_weights_go_round_while_the_next_are_updated(
             if num_updated == state.owned.num_values:
                 ended.set()
 
-        monkeypatch.setattr(Peers, "gather", gather)
+        monkeypatch.setattr(Bundle, "gather", gather)
         monkeypatch.setattr(AdamW, "update", update)
         state.apply(norm=1.0, learning_rate=RATE)
-        assert sent == state.layout.buckets, "none is missing once the step is taken"
+        ends = [span.stop for span in sent]
+        assert ends[-1] == state.layout.size, "none is missing once the step is taken"
+        assert [span.start for span in sent] == [0, *ends[:-1]]
         assert num_calls > 2
 
 
@@ -225,7 +228,7 @@ def test_a_step_whose_weights_do_not_come_back__fails_and_is_not_taken_for_the_o
             if bucket != state.layout.buckets[0]:
                 raise LostPeerError("the connection was closed")
 
-        monkeypatch.setattr(Peers, "gather", gather)
+        monkeypatch.setattr(Bundle, "gather", gather)
         with pytest.raises(LostPeerError, match="the connection was closed"):
             state.apply(norm=1.0, learning_rate=RATE)
         assert state.num_updates == 1

@@ -17,10 +17,12 @@ from torch import Tensor
 from cluster.settings.plan import PlanConfig
 from jobs.exact.batch_gradient import dropout_seed
 from jobs.exact.compute import autocast, micro_batch, num_counted
+from jobs.exact.state.doubling import gather_messages, teams_to_gather
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.sums.exact_reduce import subtrees_of_ranks, tree_sum
 from jobs.exact.sums.step_totals import block_square_sums, norm_of
-from jobs.plan.exchange import Traffic, between_all, exchange
+from jobs.exact.sums.teams import team_plan
+from jobs.plan.exchange import Traffic, between_groups, exchange
 from jobs.plan.memory import layout_of
 from jobs.saving.stored_state import hash_of_weights
 from jobs.workers.worker_group import WorkerGroup
@@ -195,18 +197,21 @@ def test_the_planner_knows_what_is_sent(
         if run["world"] not in "2345":
             continue
         world_size, num_lanes = int(run["world"]), case.num_lanes
-        group = Sharding.of(config.scaling, rank=0, world_size=world_size).group_size
+        sharding = Sharding.of(config.scaling, rank=0, world_size=world_size)
+        group, groups = sharding.group_size, sharding.num_groups
         if group > 1 and num_lanes % world_size:
             continue  # some compute again what another one sends
+        options = PlanConfig()
         busiest = exchange(
-            config, layout, PlanConfig(), world_size=world_size, num_lanes=num_lanes, lane_s=1.0
+            config, layout, options, world_size=world_size, num_lanes=num_lanes, lane_s=1.0
         )
-        groups = world_size // group
-        sums = between_all(4 * layout.size / group, size=groups, near=groups, num_calls=1)
-        counts = [len(subtrees) for subtrees in subtrees_of_ranks(num_lanes, groups)]
-        planned = num_bytes(busiest.traffic) - (
-            max(counts) - sum(counts) / len(counts)
-        ) * num_bytes(sums)
+        between = between_groups(layout, sharding, options, num_lanes=num_lanes)
+        subtrees = subtrees_of_ranks(num_lanes, groups)
+        messages = [*team_plan([range(num_lanes)], subtrees).messages()]
+        if sharding.sends_sums:
+            messages += gather_messages(groups, teams_to_gather(groups))
+        mean = sum(message.share for message in messages) / groups * 4 * layout.size / group
+        planned = num_bytes(busiest.traffic) - num_bytes(between) + mean
         assert run["bytes_per_step"] == pytest.approx(planned, rel=0.03), run["world"]
 
 

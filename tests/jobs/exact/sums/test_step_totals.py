@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.exact.state.flat_layout import BLOCK, FlatLayout, part_of
+from jobs.exact.state.bundle import bundles_of
+from jobs.exact.state.flat_layout import BLOCK, FlatLayout
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.span import Span
 from jobs.exact.sums.exact_reduce import tree_sum
@@ -84,8 +85,12 @@ def test_ranks_without_a_loss_know_the_same_figures(
 
 
 def own_parts(layout: FlatLayout, sharding: Sharding) -> list[Span]:
-    """Returns the parts whose sums a rank makes: of its member's part of each bucket, that of its
-    group."""
+    """Returns the places of the values whose sums a rank makes: of its member's part of each
+    bucket, that of its group."""
     size, num_groups = sharding.group_size, sharding.num_groups
-    members = [part_of(bucket, sharding.rank % size, world_size=size) for bucket in layout.buckets]
-    return [part_of(place, sharding.rank // size, world_size=num_groups) for place in members]
+    owned = layout.parts(sharding.member, world_size=size)
+    places: list[Span] = []
+    for bundle in bundles_of(owned.homes, num_groups, owners=None):
+        for part in bundle.parts(sharding.group):
+            places += owned.cut(part)
+    return places

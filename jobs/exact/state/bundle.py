@@ -1,0 +1,123 @@
+"""Joins neighboring buckets that are exchanged together, and brings their parts into the order of
+halving.
+
+Buckets are joined where their messages would be too short (`messages`). Where nobody must own a
+certain part, parts are cut so that they lie in the right order (`division`). With a sharded
+optimizer the n-th rank owns the n-th part of each bucket, whose moments it keeps. These parts are
+packed for the exchange:
+
+    two buckets of four ranks   0 1 2 3 | 0 1 2 3
+    packed                      00 22 11 33
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from jobs.exact.state.division import Division, order_of_parts
+from jobs.exact.state.doubling import gather, teams_to_gather
+from jobs.exact.state.flat_layout import BLOCK, part_of
+from jobs.exact.state.messages import joined_buckets
+from jobs.exact.state.peers import Peers
+from jobs.exact.state.span import Span
+
+
+class Bundle:
+    """Neighboring buckets of flat buffers, with the parts that peers have of them."""
+
+    def __init__(
+        self,
+        buckets: Sequence[Span],
+        num_peers: int,
+        *,
+        owners: Sequence[int] | None,
+    ) -> None:
+        """`owners` has the number of the part of each bucket that each peer must have; without
+        them, a peer has any part of all together."""
+        self.num_buckets = len(buckets)
+        self.span = Span(buckets[0].start, buckets[-1].stop)
+        if owners is None:
+            self.division = Division.of(len(self.span), num_peers=num_peers)
+            self._parts = [
+                [self.division.part(peer).shifted(self.span.start)] for peer in range(num_peers)
+            ]
+            self._is_in_order = True
+            return
+        self._parts = [_parts_of_owner(buckets, owner, num_peers) for owner in owners]
+        order = order_of_parts(num_peers)
+        bounds = [0]
+        packed: list[Span] = []
+        for peer in order:
+            packed += self._parts[peer]
+            bounds.append(bounds[-1] + sum(map(len, self._parts[peer])))
+        self.division = Division(order, bounds)
+        self._is_in_order = all(part.stop == after.start for part, after in pairwise(packed))
+
+    def parts(self, peer: int) -> list[Span]:
+        """Returns the places of a peer's values in a flat buffer, in order."""
+        return self._parts[peer]
+
+    def packed(self, flat: Tensor) -> Tensor:
+        """Returns the values in a flat buffer with the parts in order: a view, if they lie so."""
+        values = self.span.of(flat)
+        if self._is_in_order:
+            return values
+        blocks = self._blocks.to(flat.device)
+        return values.view(-1, BLOCK).index_select(0, blocks).flatten()
+
+    def unpack_part(self, packed: Tensor, flat: Tensor, peer: int) -> None:
+        """Puts a peer's part of the packed values to its places in a flat buffer."""
+        if self._is_in_order:
+            return
+        part = self.division.part(peer).of(packed)
+        places = [place.of(flat) for place in self._parts[peer]]
+        for place, values in zip(places, part.split([*map(len, places)]), strict=True):
+            place.copy_(values)
+
+    def gather(self, peers: Peers, flat: Tensor) -> None:
+        """Completes the values in a flat buffer, of which each peer has its own part."""
+        teams = teams_to_gather(len(peers))
+        if self._is_in_order:
+            gather(peers, self.span.of(flat), self.division, teams)
+            return
+        packed = flat.new_empty(len(self.span))
+        own_values = [part.of(flat) for part in self._parts[peers.index]]
+        torch.cat(own_values, out=self.division.part(peers.index).of(packed))
+        gather(peers, packed, self.division, teams)
+        places = self._places.to(flat.device)
+        rows = self.span.of(flat).view(-1, BLOCK)
+        torch.index_select(packed.view(-1, BLOCK), 0, places, out=rows)
+
+    @cached_property
+    def _blocks(self) -> Tensor:
+        """The number of each packed block in the buckets."""
+        blocks: list[Tensor] = []
+        for peer in self.division.order:
+            for part in self._parts[peer]:
+                in_span = part.shifted(-self.span.start)
+                blocks.append(torch.arange(in_span.start // BLOCK, in_span.stop // BLOCK))
+        return torch.cat(blocks)
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """The packed place of each block of the buckets."""
+        return self._blocks.argsort()
+
+
+def bundles_of(
+    buckets: Sequence[Span],
+    num_peers: int,
+    *,
+    owners: Sequence[int] | None,
+) -> list[Bundle]:
+    bundles: list[Bundle] = []
+    for joined in joined_buckets(buckets, num_peers):
+        bundles.append(Bundle(joined, num_peers, owners=owners))
+    return bundles
+
+
+def _parts_of_owner(buckets: Sequence[Span], owner: int, num_peers: int) -> list[Span]:
+    return [part_of(bucket, owner, world_size=num_peers) for bucket in buckets]
