@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from serving.engine.block_pool import BLOCK_TOKENS, BlockPool, root_of
 from serving.engine.messages import Candidates, FinishReason, SequenceRequest
 
-UNWATCHED = 4  # factor for the prompt tokens of a step that no running sequence waits for
+MOST_TIMES = 4
+"""The most by which the prompt tokens of a step are multiplied."""
 
 
 @dataclass(eq=False)
@@ -57,7 +58,9 @@ class Scheduler:
     prompt once.
 
     A step gives each running sequence its next token, and reads up to `prefill_tokens_per_step`
-    prompt tokens while the running sequences wait. If none has a token yet, it reads more.
+    prompt tokens while the running sequences wait. Where more sequences wait for their first token
+    than for their next one, it reads that many times more, up to `MOST_TIMES`: a burst of requests
+    is answered sooner, and there are few that it delays.
     """
 
     def __init__(
@@ -97,9 +100,7 @@ class Scheduler:
 
     def plan(self) -> list[Chunk]:
         """Admits what fits, and returns what this step reads."""
-        budget = self._prefill_tokens_per_step
-        if not any(sequence.output_ids for sequence in self._running.values()):
-            budget *= UNWATCHED
+        budget = self._prompt_budget()
         chunks = []
         self.admitted, self.found = [], []
         self.num_prompt_tokens = self.num_looked_up = self.num_found = 0
@@ -152,6 +153,14 @@ class Scheduler:
             self._release(self._running[seq_id])
             return
         self._waiting = deque(s for s in self._waiting if s.request.seq_id != seq_id)
+
+    def _prompt_budget(self) -> int:
+        """Returns how many prompt tokens this step reads at most."""
+        num_answered = sum(bool(sequence.output_ids) for sequence in self._running.values())
+        num_free = self._max_num_seqs - len(self._running)
+        num_unanswered = len(self._running) - num_answered + min(self.num_waiting, num_free)
+        times = num_unanswered / num_answered if num_answered else MOST_TIMES
+        return int(self._prefill_tokens_per_step * min(max(times, 1), MOST_TIMES))
 
     def _admit(self) -> Sequence | None:
         if not self._waiting or len(self._running) >= self._max_num_seqs:

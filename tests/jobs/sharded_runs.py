@@ -29,6 +29,7 @@ from jobs.exact.state.host_copies import HostCopies, HostCopy, Take
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, step_of
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
+from jobs.run.storage_retry import patiently
 from jobs.training.attempt import Attempt
 from jobs.training.train_loop import train
 from model.files.checkpoint_folder import verify_checkpoint
@@ -72,7 +73,12 @@ def save_and_wait(
     )
     save(self, step, validation, must=must)
     name, checkpoints = checkpoint_name(step, self.generation), RunCheckpoints(self.plan.run)
-    while not all(self.group.gather(name in checkpoints.names)):
+
+    def is_published() -> bool:
+        """Moto answers with 500 where it lists what another request deletes."""
+        return patiently(lambda: name in checkpoints.names, "checkpoints")
+
+    while not all(self.group.gather(is_published())):
         time.sleep(0.005)
 
 

@@ -25,7 +25,7 @@ from serving.engine.engine import Engine
 from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent
 from serving.engine.native_runner import NativeRunner
 from serving.engine.runner import Reading
-from serving.engine.scheduler import UNWATCHED
+from serving.engine.scheduler import MOST_TIMES
 from serving.engine.torch_runner import TorchRunner
 from serving.engine_process.run_engine import build_engine
 
@@ -373,7 +373,7 @@ def test_the_bits_do_not_depend_on_what_shares_a_step_nor_on_chunks_nor_on_the_c
 def test_a_cached_prompt_is_not_read_again(
     engine_of: EngineOf, model: GPT, prompts: list[list[int]]
 ) -> None:
-    engine = engine_of(model, max_num_seqs=1, prefill_tokens_per_step=16 // UNWATCHED)
+    engine = engine_of(model, max_num_seqs=1, prefill_tokens_per_step=16 // MOST_TIMES)
     prompt = prompts[7]  # 57 tokens: four steps of 16, or one when three blocks are there already
     steps: list[list[tuple[int, int, int]]] = []
     for seq_id in range(2):

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from model.generation.sampling_params import SamplingParams
 from serving.engine.block_pool import BlockPool
 from serving.engine.messages import FinishReason, SequenceRequest
-from serving.engine.scheduler import UNWATCHED, Chunk, Scheduler, Sequence
+from serving.engine.scheduler import MOST_TIMES, Chunk, Scheduler, Sequence
 
 EOS = 0
-WATCHER = 99  # a sequence that has begun to draw tokens, so that prompts are read within the budget
+WATCHERS = range(90, 94)
+"""Sequences that draw tokens, as many as other ones wait at most, so that prompts are read within
+the budget."""
 
 
 def request(
@@ -40,13 +42,18 @@ def scheduler(
     keep_prefixes: bool = False,
     watched: bool = False,
 ) -> Scheduler:
-    """A watched one has a place and a block more than it says, for its watcher."""
-    pool = BlockPool(num_blocks + watched, keep_prefixes=keep_prefixes)
+    """A watched one has more places and blocks than it says, for its watchers."""
+    watchers = WATCHERS if watched else ()
+    pool = BlockPool(num_blocks + len(watchers), keep_prefixes=keep_prefixes)
     target = Scheduler(
-        pool, max_num_seqs=max_num_seqs + watched, eos_id=EOS, prefill_tokens_per_step=budget
+        pool,
+        max_num_seqs=max_num_seqs + len(watchers),
+        eos_id=EOS,
+        prefill_tokens_per_step=budget,
     )
+    for seq_id in watchers:
+        target.add(request(seq_id, max_tokens=15))
     if watched:
-        target.add(request(WATCHER, max_tokens=15))
         step(target)
     return target
 
@@ -57,7 +64,7 @@ def step(target: Scheduler, *, token_id: int = 5) -> list[tuple[int, int, int]]:
     read = [(chunk.sequence.request.seq_id, chunk.first, chunk.last) for chunk in plan]
     for chunk in plan:
         target.advance(chunk, token_id if chunk.draws else None)
-    return [(seq_id, first, last) for seq_id, first, last in read if seq_id != WATCHER]
+    return [(seq_id, first, last) for seq_id, first, last in read if seq_id not in WATCHERS]
 
 
 def test_a_sequence_waits_is_read_and_frees_its_place() -> None:
@@ -110,6 +117,29 @@ def test_prompts_are_read_in_chunks_within_the_budget_while_others_go_on() -> No
     assert step(target) == [(0, 4, 5), (1, 6, 16)]
     assert step(target) == [(0, 5, 6), (1, 16, 25), (2, 0, 1)]
     assert step(target) == [(0, 6, 7), (1, 25, 26), (2, 1, 3), (3, 0, 1)]
+
+
+def test_a_burst_is_read_faster_the_fewer_sequences_wait_for_their_next_token() -> None:
+    target = scheduler(max_num_seqs=16, budget=10)
+
+    def num_read() -> int:
+        return sum(last - first for _, first, last in step(target) if last - first > 1)
+
+    for seq_id in range(12):
+        target.add(request(seq_id, num_prompt=20, max_tokens=15))
+    assert num_read() == 40  # nobody waits for a next token: MOST_TIMES
+    assert num_read() == 40  # 2 do, and 10 for their first: 5 times, bounded
+    assert num_read() == 20  # 4 do, and 8 for their first: twice
+    assert num_read() == 14  # 5 do, and 7 for their first; in the next step too
+    assert num_read() == 14
+    assert num_read() == 10  # 6 do, and 6
+
+
+def test_sequences_without_a_place_make_no_burst() -> None:
+    target = scheduler(max_num_seqs=2, budget=10, watched=True)
+    for seq_id in range(50):
+        target.add(request(seq_id, num_prompt=30, max_tokens=9))
+    assert step(target) == [(0, 0, 10)]
 
 
 def test_a_sequence_waits_for_blocks_for_all_that_it_may_get() -> None:
@@ -206,11 +236,8 @@ def test_whatever_happens_tokens_are_read_once_and_everybody_ends(
 
     def run_step() -> None:
         plan = target.plan()
-        budget = 10 if any(c.sequence.output_ids for c in plan) else 10 * UNWATCHED
-        assert (
-            len(plan) <= 3
-            and sum(c.last - c.first for c in plan if not c.sequence.output_ids) <= budget
-        )
+        num_prompt_tokens = sum(c.last - c.first for c in plan if not c.sequence.output_ids)
+        assert len(plan) <= 3 and num_prompt_tokens <= 10 * MOST_TIMES
         for chunk in plan:
             sequence = chunk.sequence
             assert chunk.first == sequence.num_read < chunk.last <= sequence.num_tokens
