@@ -114,10 +114,9 @@ def exchange(
     """Returns the exchange of a step of so many lanes, each of which computes for `lane_s`.
 
     The gradients of a micro-batch go to their owners during its own backward pass, and weights come
-    during the pass that needs them. Groups send 4 (K + 1) (P - P/W) bytes where each is one GPU,
-    which the last backward pass alone hides: to the owners of parts, and what these have summed to
-    all. Updated weights go round while later ones are updated, which hides little; where the
-    weights are sharded, nothing hides what is sent for the next step.
+    during the pass that needs them. Groups finish their sums during the last backward pass. Updated
+    weights go round while later ones are updated, which hides little; where the weights are
+    sharded, nothing hides what is sent for the next step.
     """
     train = config.train
     sharding = Sharding.of(config.scaling, rank=0, world_size=world_size)
@@ -138,15 +137,12 @@ def exchange(
     sums_s = sent.sums.seconds(options)
     # The last bundle is final when backward is over
     before_last_s = sums_s - sums_s / len(_joined_between_groups(layout, sharding))
+    last_backward_s = min(backward_s, sent.backward.seconds(options) + before_last_s)
     parts = [  # what is sent, the seconds that hide it, and how many times
         (sent.first_weights, forward_s, 1),
         (sent.weights, forward_s, passes - 1),
         (sent.backward, backward_s, passes - 1),
-        (
-            sent.backward + sent.sums,
-            min(backward_s, sent.backward.seconds(options) + before_last_s),
-            1,
-        ),
+        (sent.backward + sent.sums, last_backward_s, 1),
         (sent.updated, beside_update_s, 1),
     ]
     total_s = 0.0
@@ -156,15 +152,14 @@ def exchange(
         total_s += seconds * times
         exposed_s += max(0.0, seconds - hiding_s) * times
     sequence_s = micro_batch_s / train.micro_batch_size * (passes if group > 1 else 1)
+    of_each_gpu = "train.global_batch_size for each GPU"
     return Exchange(
         traffic=sum((traffic * times for traffic, _, times in parts), Traffic()),
         seconds=total_s,
         exposed_s=exposed_s,
         compute_s=passes * micro_batch_s,
         least_sequences=math.ceil(total_s / sequence_s),
-        counted_in="train.micro_batch_size"
-        if group > 1
-        else "train.global_batch_size for each GPU",
+        counted_in="train.micro_batch_size" if group > 1 else of_each_gpu,
         way=_way_in_words(_teams(num_lanes, min(sharding.num_groups, num_lanes))),
     )
 
