@@ -62,7 +62,9 @@ def nodes(num_nodes: int, mbit: float) -> Iterator[list[str]]:
         yield names
     finally:
         for name in names:
-            subprocess.run(f"ip netns del {name}".split(), check=False, capture_output=True)
+            # A namespace lasts a little longer than its name, and its end of the link with it.
+            for command in (f"ip link del {name}v", f"ip netns del {name}"):
+                subprocess.run(command.split(), check=False, capture_output=True)
         _run(f"ip link del {BRIDGE}")
 
 
