@@ -118,7 +118,9 @@ def last_busy_s(url: str) -> float:
 
 
 def both_are_busy(url: str) -> bool:
-    return [running for running, _, _ in gauges(url).values()] == [NUM_SLOTS] * NUM_REPLICAS
+    """Not whether all slots are taken: on a busy machine no look may fall on such a moment."""
+    num_running = [running for running, _, _ in gauges(url).values()]
+    return len(num_running) == NUM_REPLICAS and min(num_running) > 0
 
 
 @pytest.fixture(autouse=True)
