@@ -27,7 +27,9 @@ class RankTime:
 
     @property
     def lane_s(self) -> float:
-        """Seconds of work on one lane, in which nothing waits for another rank."""
+        """Seconds of work on one lane. Nothing in it waits for another rank, unless parameters are
+        sharded: then their forward and backward passes wait for each other's weights, and all
+        ranks look as slow as the slowest."""
         return sum(self.seconds.get(name, 0.0) for name in _WORK) / max(1.0, self.num_lanes)
 
 
