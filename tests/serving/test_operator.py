@@ -207,9 +207,9 @@ def test_a_client_that_leaves_has_a_line(operator: Operator, has_begun: bool) ->
             ) as answer,
         ):
             next(answer.iter_lines())
+        line = operator.line(headers["x-request-id"])  # before the engine could answer after all
     finally:
         os.kill(engine.pid, signal.SIGCONT)
-    line = operator.line(headers["x-request-id"])
     # Its replica tells both with the first byte
     known = ("alice", 200) if has_begun else (None, None)
     assert (line["reason"], (line["key"], line["status"])) == ("client_left", known)
