@@ -120,7 +120,7 @@ class BatchGradient:
         only this rank's parts of the gradient."""
         with timer.phase("load"):
             self._read_ahead(step)
-        with self._state.weights_in_use(), lent(weight_copies, self._rounded_weights()):
+        with self._state.weights_in_use(timer), lent(weight_copies, self._rounded_weights()):
             measured = (
                 self._exact_gradient(step, timer)
                 if self._is_exact
@@ -167,7 +167,7 @@ class BatchGradient:
         num_subtrees = len(plan.subtrees[self._state.sharding.group])
         self._exchange.begin(plan.teams, num_subtrees=num_subtrees)
         for turn, numbers in enumerate(plan.turns):
-            with self._sums.turn(plan, turn):
+            with self._sums.turn(plan, turn), self._side_work.timed_by(timer):
                 for number in numbers:
                     loss = self._backward(self._loss, step, number, timer, scale=1.0)
                     losses.append(loss)

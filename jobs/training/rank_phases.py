@@ -27,9 +27,8 @@ class RankTime:
 
     @property
     def lane_s(self) -> float:
-        """Seconds of work on one lane. Nothing in it waits for another rank, unless parameters are
-        sharded: then their forward and backward passes wait for each other's weights, and all
-        ranks look as slow as the slowest."""
+        """Seconds of work on one lane, in which nothing waits for another rank: what waits for
+        weights or for room in the exchange, within a pass, is `sync`."""
         return sum(self.seconds.get(name, 0.0) for name in _WORK) / max(1.0, self.num_lanes)
 
 

@@ -23,6 +23,7 @@ from jobs.exact.state.flat_layout import FlatLayout
 from jobs.exact.state.peers import Peers
 from jobs.exact.state.side_thread import side_work
 from jobs.exact.state.span import PackedSpans, Span
+from jobs.run.step_timer import StepTimer
 from model.gpt import GPT
 from model.operations import Operations
 from model.training.training_memory import ALIGNMENT_BYTES, aligned, large_zeros, room_to_align
@@ -141,14 +142,16 @@ class GatheredWeights:
         return rest.view(place)
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self, timer: StepTimer | None) -> Iterator[None]:
         """Lasts while the model computes, between two updates; all members enter and leave
-        together."""
+        together. The timer learns how long the model waits for weights."""
         self._held = [None] * _NUM_SLOTS
-        for rest in self._rests:
-            self._gather(rest.allocated(), [rest.home])
-        yield
-        self._side_work.wait()
+        with self._side_work.timed_by(timer):
+            for rest in self._rests:
+                self._side_work.submit(self._gather, rest.allocated(), [rest.home])
+            self._side_work.wait()
+            yield
+            self._side_work.wait()
         self._release()
 
     def close(self) -> None:

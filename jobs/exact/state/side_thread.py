@@ -2,15 +2,36 @@
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
 
+from jobs.run.step_timer import StepTimer
+
 Call = Callable[..., None]
 
 
-class SideThread:
+class _TimedWaits:
+    """Counts the caller's waits as the phase `sync` of a step, in whatever phase they come."""
+
+    _timer: StepTimer | None = None
+
+    @contextmanager
+    def timed_by(self, timer: StepTimer | None) -> Iterator[None]:
+        """Lasts as long as the timer measures the caller's step."""
+        self._timer = timer
+        try:
+            yield
+        finally:
+            self._timer = None
+
+    def _waits(self) -> AbstractContextManager[None]:
+        return self._timer.phase("sync") if self._timer else nullcontext()
+
+
+class SideThread(_TimedWaits):
     """Runs calls in a thread, where at most `max_waiting` wait, if that is not 0. A call that fails
     ends the work: `wait` raises its error."""
 
@@ -24,11 +45,13 @@ class SideThread:
         threading.Thread(target=self._run, name="exchange", daemon=True).start()
 
     def submit(self, call: Call, *arguments: object) -> None:
-        self._calls.put(partial(call, *arguments))
+        with self._waits():
+            self._calls.put(partial(call, *arguments))
 
     def wait(self) -> None:
         """Waits until all submitted calls have run."""
-        self._calls.join()
+        with self._waits():
+            self._calls.join()
         if self._error is not None:
             raise self._error
 
@@ -46,7 +69,7 @@ class SideThread:
             self._calls.task_done()
 
 
-class SideStream:
+class SideStream(_TimedWaits):
     """Runs calls that only enqueue kernels and collectives, which then run beside the caller's
     stream."""
 
@@ -61,7 +84,8 @@ class SideStream:
 
     def wait(self) -> None:
         """Makes the caller's stream wait, not the caller."""
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        with self._waits():
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def close(self) -> None:
         pass

@@ -139,13 +139,13 @@ class TrainState:
         rule's vectors."""
         return self.owned if self.sharding.is_divided(name) else self.layout.whole
 
-    def weights_in_use(self) -> AbstractContextManager[None]:
+    def weights_in_use(self, timer: StepTimer | None = None) -> AbstractContextManager[None]:
         """Lasts while the model computes, between two updates.
 
         Where the weights are sharded, each use gathers them from all ranks: so all enter and leave
-        together, and call the model equally often.
+        together, and call the model equally often. The timer learns how long the model waits.
         """
-        return self.gathered.in_use() if self.gathered else nullcontext()
+        return self.gathered.in_use(timer) if self.gathered else nullcontext()
 
     def close(self) -> None:
         """Ends the work beside the training thread."""
