@@ -28,7 +28,13 @@ from cluster.storage.uris import Storage, open_storage, split_uri
 from jobs.corpus.listing import list_corpus
 from jobs.plan.worker_counts import StepTimes, counts_to_run, hardware_of, uneven_groups
 from jobs.ray_train.callbacks import FailureRecorder, SignalListener
-from jobs.ray_train.worker_backend import Drains, NodeLosses, Trainer, WorkerBackend
+from jobs.ray_train.worker_backend import (
+    Drains,
+    LeftOutNodes,
+    NodeLosses,
+    Trainer,
+    WorkerBackend,
+)
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.history import CONFIG_FILE, changed_settings, recorded_config
 from jobs.run.ledger import Ledger
@@ -268,6 +274,7 @@ def _trainer(plan: RunPlan, address: str, counts: Mapping[int, int]) -> Trainer:
     """Returns what trains the run; `counts` has the number of workers to run by the number that
     could."""
     scaling = plan.config.scaling
+    storage = open_storage(plan.config.storage.uri)
     is_elastic = scaling.min_workers < scaling.max_workers
     os.environ |= _RAY_TRAIN | (_ELASTIC_RAY_TRAIN if is_elastic else {})
     callbacks = [
@@ -275,9 +282,11 @@ def _trainer(plan: RunPlan, address: str, counts: Mapping[int, int]) -> Trainer:
         SignalListener(),
         Drains(),
         NodeLosses(is_elastic=is_elastic, address=address),
+        LeftOutNodes(storage),
     ]
     return Trainer(
         train_worker,
+        storage=storage,
         run=plan.run,
         counts=counts,
         train_loop_config={"plan": plan, "address": address},

@@ -153,6 +153,12 @@ CANARIES = [
         "callback.before_worker_group_abort(",
     ),
     Canary(
+        f"{CALLBACK}.ControllerCallback.on_controller_start_worker_group",
+        "self scaling_config num_workers",
+        f"{TRAIN}.execution.controller.controller",
+        "selector = callback.on_controller_start_worker_group(",
+    ),
+    Canary(
         f"{CALLBACK}.ReplicaGroupCallback.after_replica_group_start",
         "self replica_group",
         f"{GROUP}.execution_group",

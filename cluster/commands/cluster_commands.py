@@ -40,6 +40,9 @@ from cluster.storage.uris import absolute_uri, open_storage
 from model.errors import UserError
 
 _PLACE = Argument[str]("uri", "a path, file:// or s3://bucket/prefix", metavar="URI")
+_NODE = Argument[str | None](
+    "node", "its name; without one, those that are left out are listed", nargs="?", metavar="NODE"
+)
 _FOLDER = Argument[Path]("folder", "such as k8s/monitoring", parse=Path)
 
 
@@ -101,6 +104,21 @@ def cluster_why_pending(arguments: Arguments) -> Result:
     from cluster.commands import kube_commands
 
     return kube_commands.pending(arguments)
+
+
+def cluster_release(arguments: Arguments) -> Result:
+    from jobs.workers.left_out_nodes import left_out, take_back
+
+    storage = open_storage(arguments[STORAGE])
+    node = arguments[_NODE]
+    known = {str(place["node"]): place for place in left_out(storage)}
+    if node is None:
+        text = table(["node", "node_id", "reason"], [*known.values()]) or "no node is left out"
+        return Result({"left_out": [*known.values()]}, text)
+    if not take_back(storage, node):
+        names = f"those that are: {', '.join(known)}" if known else "no node is"
+        raise UserError(f"node {node!r} is not left out under {storage.uri}; {names}")
+    return Result({"released": node}, f"node {node} gets training workers again")
 
 
 def dashboards_push(arguments: Arguments) -> Result:
@@ -253,6 +271,12 @@ CLUSTER = Section(
             "say why pods do not run yet",
             cluster_why_pending,
             [NAMESPACE, KUBE_OBJECTS],
+        ),
+        Command(
+            "cluster release",
+            "let a node get training workers again that was left out, since a worker there was found wrong",
+            cluster_release,
+            [_NODE, STORAGE],
         ),
         Command(
             "dashboards push",

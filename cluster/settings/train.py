@@ -170,6 +170,12 @@ class TrainConfig(ShapingSettings):
         "steps between parameter hashes in the ledger; 0 at checkpoints only",
         shapes=Shapes.RUN,
     )
+    audit_every_steps: NonNegativeInt | None = shaping(
+        None,
+        "steps between audits, in which each worker computes a lane of another one too and all compare their "
+        "copies of the state; the least that costs 1% of the time when unset; 0 never",
+        shapes=Shapes.NOTHING,
+    )
 
     @model_validator(mode="after")
     def _cooldown_fits(self) -> Self:

@@ -7,6 +7,7 @@ tokens of all lanes.
 """
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from itertools import chain
@@ -22,7 +23,9 @@ from jobs.exact.compute import MicroBatch, autocast, choose_operations, micro_ba
 from jobs.exact.state.peers import Peers
 from jobs.exact.state.side_thread import side_work
 from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.audit import Audit, Audits
 from jobs.exact.sums.bucket_exchange import BucketExchange
+from jobs.exact.sums.checksum import TurnChecksum, checksums_of_state, from_halves, halves_of
 from jobs.exact.sums.lane_sums import LaneSums
 from jobs.exact.sums.shard_sums import ShardSums
 from jobs.exact.sums.step_plan import StepPlan
@@ -52,7 +55,9 @@ class BatchGradient:
         group: WorkerGroup,
         *,
         eot_id: int | None,
+        nodes: Sequence[str] = (),
     ) -> None:
+        """`nodes` has the node of each rank where ranks are to audit one another."""
         self._config = config
         self._state = state
         self._rows = rows
@@ -73,6 +78,12 @@ class BatchGradient:
         self._new_plan = partial(StepPlan, state.sharding, num_micro_batches=num_micro_batches)
         self._plan_of_count = lru_cache(maxsize=_MAX_PLANS)(self._new_plan)
         self._is_exact = config.train.exact
+        self.audits = Audits.of(
+            config.train.audit_every_steps if self._is_exact and nodes else 0,
+            self._new_plan(self._schedule.full_lanes),
+            nodes,
+            seed=config.train.seed,
+        )
         if self._is_exact:
             self._sum_up()
         else:
@@ -131,16 +142,33 @@ class BatchGradient:
         scale = self._schedule.step_tokens(step) / max(1, measured.num_counted) / self._loss_scale
         if scale != 1.0:
             self._state.gradient.mul_(scale)
-        return Measured(measured.loss * scale, measured.norm * scale, measured.num_counted)
+        return measured._replace(loss=measured.loss * scale, norm=measured.norm * scale)
 
     def _read_ahead(self, step: int) -> None:
         """Has this worker's rows of the step and of the next one read."""
         last = min(step + 1, self._schedule.max_steps)
         samples: list[range] = []
         for number_of_step in range(step, last + 1):
-            for numbers in self._plan(number_of_step).turns:
+            turns = [*self._plan(number_of_step).turns]
+            if audit := self.audit_of_step(number_of_step):
+                turns.append(self._other_turn(number_of_step, audit))
+            for numbers in turns:
                 samples += [self._samples_of(number_of_step, number) for number in numbers]
         self._rows.read_ahead(np.concatenate(samples))
+
+    def audit_of_step(self, step: int) -> Audit | None:
+        """Returns what is computed twice in a step, None where nothing is."""
+        return self.audits.of_step(step, self._plan(step))
+
+    def num_turns(self, step: int) -> int:
+        """Returns how many turns this rank takes in a step."""
+        return len(self._plan(step).turns)
+
+    def _other_turn(self, step: int, audit: Audit) -> list[int]:
+        """Returns the micro-batches of the turn that this rank computes though it is another
+        rank's."""
+        subject = audit.subjects[self._group.rank]
+        return self._plan(step).turns_of(subject)[audit.turns[subject]]
 
     def close(self) -> None:
         """Ends the work beside the training thread."""
@@ -163,15 +191,23 @@ class BatchGradient:
 
     def _exact_gradient(self, step: int, timer: StepTimer) -> Measured:
         plan = self._plan(step)
+        audit = self.audit_of_step(step)
+        own_checksum = TurnChecksum(self._state.layout, self._state.device) if audit else None
         losses: list[Tensor] = []
         num_subtrees = len(plan.subtrees[self._state.sharding.group])
         self._exchange.begin(plan.teams, num_subtrees=num_subtrees)
         for turn, numbers in enumerate(plan.turns):
-            with self._sums.turn(plan, turn), self._side_work.timed_by(timer):
+            is_checked = audit and turn == audit.turns[self._group.rank]
+            checksum = own_checksum if is_checked else None
+            with self._sums.turn(plan, turn, checksum), self._side_work.timed_by(timer):
                 for number in numbers:
                     loss = self._backward(self._loss, step, number, timer, scale=1.0)
                     losses.append(loss)
         counted = losses[: len(plan.counted[self._group.rank])]
+        checksums: list[Tensor] = []
+        if audit and own_checksum:
+            other = self._checksum_of(step, self._other_turn(step, audit), timer)
+            checksums = [own_checksum.total, other, *checksums_of_state(self._state)]
         with timer.phase("sync"):
             self._side_work.wait()
             return self._totals.finish(
@@ -179,7 +215,30 @@ class BatchGradient:
                 plan,
                 block_sums=self._exchange.block_sums,
                 losses=counted,
+                checksums=checksums,
             )
+
+    def _checksum_of(self, step: int, numbers: Sequence[int], timer: StepTimer) -> Tensor:
+        """Returns the checksum of the gradient of any rank's turn, which is computed for that
+        alone."""
+        checksum = TurnChecksum(self._state.layout, self._state.device)
+        with self._sums.again(self._plan(step), checksum), self._side_work.timed_by(timer):
+            for number in numbers:
+                self._backward(self._loss, step, number, timer, scale=1.0)
+        return checksum.total
+
+    def answers(
+        self, step: int, turns: Sequence[tuple[int, int]], timer: StepTimer
+    ) -> list[list[int]]:
+        """Has every rank compute some turns of a step, each given as its rank and its number there.
+        Returns their checksums: for each turn, that of every rank."""
+        totals: list[Tensor] = []
+        with self._state.weights_in_use(timer), lent(weight_copies, self._rounded_weights()):
+            for rank, turn in turns:
+                numbers = self._plan(step).turns_of(rank)[turn]
+                totals.append(self._checksum_of(step, numbers, timer))
+        by_rank = self._group.gather(from_halves(halves_of(totals).tolist()))
+        return [list(answers) for answers in zip(*by_rank, strict=True)]
 
     def _stock_gradient(self, step: int, timer: StepTimer) -> Measured:
         """Uses stock DistributedDataParallel: local accumulation, one all-reduce overlapped with

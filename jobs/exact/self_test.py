@@ -19,6 +19,7 @@ from jobs.exact.state.train_state import ALONE, TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.tokens.batch_plan import Indices
 from model.errors import UserError
+from model.files.checkpoint import parameter_hash
 from model.gpt import GPT
 from model.operations import PLAIN, use_operations
 
@@ -58,11 +59,12 @@ class _Rows:
         pass
 
 
-def self_test(config: RunConfig, device: torch.device) -> None:
-    """Raises `UserError`, which names the operation, where a gradient is wrong or is another one
-    the next time."""
+def self_test(config: RunConfig, device: torch.device) -> str:
+    """Returns the SHA-256 of a tiny step's gradients, which workers with the same hardware have in
+    common. Raises `UserError`, which names the operation, where a gradient is wrong or is another
+    one the next time."""
     tiny = _in_tiny(config)
-    _check(tiny, device, exact=_in_float64(tiny))
+    gradients = _check(tiny, device, exact=_in_float64(tiny))
     if way_to_compute(config) == "compiled":
         shape = dataclasses.replace(config.model, n_layer=1, dropout=0.0)
         block = _with(
@@ -73,9 +75,11 @@ def self_test(config: RunConfig, device: torch.device) -> None:
         )
         plain_train = block.train.model_copy(update={"compute": "plain"})
         plain = block.model_copy(update={"train": plain_train})
-        _check(block, device, exact=_gradients(plain, device))
+        of_block = _check(block, device, exact=_gradients(plain, device))
+        gradients |= {f"block.{name}": gradient for name, gradient in of_block.items()}
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the run lays out differently
+    return parameter_hash(gradients)
 
 
 def _check(
@@ -83,7 +87,8 @@ def _check(
     device: torch.device,
     *,
     exact: dict[str, Tensor],
-) -> None:
+) -> dict[str, Tensor]:
+    """Returns the gradients that were checked."""
     gradients = _gradients(config, device)
     again = _gradients(config, device)
     within = config.train.numerics.tolerance
@@ -103,6 +108,7 @@ def _check(
                 f"{_what(name, device)} gives {name} another gradient each time, so that no run would have the same "
                 "bits twice: nothing was trained. Try --train.compute plain, or --train.exact false without equal bits"
             )
+    return gradients
 
 
 def _what(name: str, device: torch.device) -> str:
@@ -198,6 +204,7 @@ def _with(
 ) -> RunConfig:
     """Returns the run with another shape of the model, in steps of two lanes of one micro-batch."""
     step = {
+        "audit_every_steps": 0,
         "micro_batch_size": micro_batch_size,
         "micro_batches_per_lane": 1,
         "global_batch_size": 2 * micro_batch_size,

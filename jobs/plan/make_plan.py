@@ -20,6 +20,8 @@ from cluster.settings.train import TrainConfig
 from jobs.exact.state.flat_layout import FlatLayout
 from jobs.exact.state.rules import update_rule
 from jobs.exact.state.sharding import Sharding
+from jobs.exact.sums.audit import cost_of_audits, steps_between
+from jobs.exact.sums.step_plan import StepPlan
 from jobs.plan.exchange import Exchange, exchange
 from jobs.plan.formulas import (
     DAY_S,
@@ -61,6 +63,7 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
         "advice": _faster(config, options, layout, count, step_s),
     }
     plan["checkpoint"] = _checkpoint(config, options, plan["parameters"], count, step_s)
+    plan["audits"] = _audits(config, count)
     plan["data"] = _data(config, plan["tokens_per_s"])
     plan["warnings"] = warnings(config, options, plan)
     return plan
@@ -105,6 +108,23 @@ def _computing(config: RunConfig, options: PlanConfig, count: int) -> dict[str, 
         "cost": days * 24 * price,
         "step_s": run_s / schedule.max_steps,
         "tokens_per_s": num_tokens / run_s,
+    }
+
+
+def _audits(config: RunConfig, count: int) -> dict[str, Any]:
+    """Returns how often so many GPUs check one another, what that costs of a step's time, and in
+    how many steps a GPU is found that is wrong in one lane of a hundred."""
+    sharding = Sharding.of(config.scaling, rank=0, world_size=count)
+    lanes = batch_schedule(config).full_lanes
+    every_steps = config.train.audit_every_steps
+    if not config.train.exact or every_steps == 0 or sharding.num_groups > lanes:
+        return {"every_steps": 0, "cost": 0.0, "found_after_steps": 0}
+    full_step = StepPlan(sharding, lanes, config.train.micro_batches_per_lane)
+    every_steps = every_steps or steps_between(full_step)
+    return {
+        "every_steps": every_steps,
+        "cost": cost_of_audits(full_step, every_steps),
+        "found_after_steps": 100 * every_steps,
     }
 
 

@@ -2,7 +2,7 @@
 would be slower."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from cluster.storage.uris import Storage
 from jobs.ray_train.worker_count import WorkerCount, workers_to_run
 from jobs.run.storage_retry import patiently
 from jobs.workers.incident_notes import note
+from jobs.workers.left_out_nodes import left_out_ids
 
 
 class LendingPolicy(ElasticScalingPolicy):
@@ -26,10 +27,14 @@ class LendingPolicy(ElasticScalingPolicy):
     """
 
     def __init__(
-        self, scaling_config: ScalingConfig, run: Storage, counts: Mapping[int, int]
+        self,
+        scaling_config: ScalingConfig,
+        storage: Storage,
+        run: Storage,
+        counts: Mapping[int, int],
     ) -> None:
         super().__init__(scaling_config)
-        self._run, self._counts = run, counts
+        self._storage, self._run, self._counts = storage, run, counts
         self._num_running = 0
         self._count = WorkerCount(0)
 
@@ -67,7 +72,9 @@ class LendingPolicy(ElasticScalingPolicy):
         free = ray.available_resources()
         needs = config._resources_per_worker_not_none
         self._count = workers_to_run(
-            super()._count_possible_workers(reserved_resources),
+            super()._count_possible_workers(
+                _without(reserved_resources, left_out_ids(self._storage))
+            ),
             num_lent=self._lender.num_lent(),
             min_workers=config.min_workers,
             max_workers=config.max_workers,
@@ -78,3 +85,12 @@ class LendingPolicy(ElasticScalingPolicy):
             counts=self._counts,
         )
         return self._count.to_run
+
+
+def _without(reserved_resources: Any, node_ids: Collection[str]) -> Any:
+    """Returns the resources by node that Ray Train has reserved, without those of some nodes."""
+    return {
+        node_id: resources
+        for node_id, resources in reserved_resources.items()
+        if node_id not in node_ids
+    }

@@ -17,7 +17,11 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
-from ray.train.v2._internal.execution.callback import ReplicaGroupCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.callback import (
+    ControllerCallback,
+    ReplicaGroupCallback,
+    WorkerGroupCallback,
+)
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util import placement_group_table, remove_placement_group
@@ -25,7 +29,8 @@ from ray.util import placement_group_table, remove_placement_group
 from cluster.storage.uris import Storage
 from jobs.ray_train.cluster_view import gone_nodes, renew_view, wait_until_known
 from jobs.ray_train.lending_policy import LendingPolicy
-from jobs.workers.failures import is_lost_node
+from jobs.workers.failures import is_left_out, is_lost_node
+from jobs.workers.left_out_nodes import left_out_ids, selector
 from jobs.workers.round_end import RoundEnd
 
 _NO_PLACE_S = 6.0
@@ -71,16 +76,16 @@ class NodeLosses(WorkerGroupCallback):
         if not errors:
             return
         workers = self._worker_group.get_workers()
+        if any(is_left_out(error) for error in errors.values()):
+            _end_all(worker_group_status, "CorruptionError: another worker was found wrong")
+            return
         gone = gone_nodes({workers[rank].metadata.node_id for rank in errors})
         if not gone and not any(is_lost_node(error) for error in errors.values()):
             return
         self._let_survivors_rescue(lost=errors.keys())
         wait_until_known(gone, timeout_s=_DEATH_KNOWN_S)
         renew_view()
-        for status in worker_group_status.worker_statuses.values():
-            status.error = status.error or RuntimeError(
-                "Connection closed: the node of another worker has died"
-            )
+        _end_all(worker_group_status, "Connection closed: the node of another worker has died")
 
     def _let_survivors_rescue(self, *, lost: Collection[int]) -> None:
         """Returns once each worker on a living node has left its step and put the state of the last
@@ -132,6 +137,12 @@ class NodeLosses(WorkerGroupCallback):
         self._ended.set()
 
 
+def _end_all(worker_group_status: Any, reason: str) -> None:
+    """Ends the whole group: Ray Train then plans all its workers' places again."""
+    for status in worker_group_status.worker_statuses.values():
+        status.error = status.error or RuntimeError(reason)
+
+
 def _watch(place: Any, ended: threading.Event) -> None:
     lost_at: float | None = None
     while not ended.wait(_POLL_S):
@@ -147,6 +158,18 @@ def _watch(place: Any, ended: threading.Event) -> None:
                 )
                 os._exit(1)
             return
+
+
+class LeftOutNodes(ControllerCallback):
+    """Places no worker on a node that is left out, since one there was found wrong."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def on_controller_start_worker_group(
+        self, *, scaling_config: Any, num_workers: int
+    ) -> dict[str, str] | None:
+        return selector(left_out_ids(self._storage)) or None
 
 
 class Drains(PreemptionCallback, ReplicaGroupCallback):
@@ -171,15 +194,25 @@ class Trainer(TorchTrainer):
     has the number to run by the number that could, where they differ."""
 
     def __init__(
-        self, *args: Any, run: Storage, counts: Mapping[int, int], **settings: Any
+        self,
+        *args: Any,
+        storage: Storage,
+        run: Storage,
+        counts: Mapping[int, int],
+        **settings: Any,
     ) -> None:
         super().__init__(*args, **settings)
-        self._run, self._counts = run, counts
+        self._storage, self._run, self._counts = storage, run, counts
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         stock = parts["scaling_policy"]
         if isinstance(stock, ElasticScalingPolicy):
-            parts["scaling_policy"] = LendingPolicy(stock.scaling_config, self._run, self._counts)
+            parts["scaling_policy"] = LendingPolicy(
+                stock.scaling_config,
+                self._storage,
+                self._run,
+                self._counts,
+            )
         return super()._initialize_and_run_controller(**parts)
 
     def _create_default_callbacks(self) -> list[Any]:

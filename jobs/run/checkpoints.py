@@ -38,6 +38,12 @@ def step_of(name: str) -> int:
     return int(name.split("-")[1])
 
 
+def generation_of(name: str) -> int:
+    """Returns the number of its writer, 0 where the name has none."""
+    _, _, *generation = name.split("-")
+    return int(generation[0]) if generation else 0
+
+
 def superseded(
     complete: Collection[str],
     incomplete: Collection[str],

@@ -42,16 +42,19 @@ def choose(
     explained_step: int,
     at_least: int,
     is_left_out: Callable[[int], bool],
+    after_attempt: int = 0,
 ) -> Snapshot | None:
     """Returns the newest complete state, or None when the checkpoint of step `at_least` is newer.
 
     `explained_step` is the ledger's last step, which a state must not be ahead of. `is_left_out`
-    reports the steps whose updates a rollback took back.
+    reports the steps whose updates a rollback took back. States of attempts up to `after_attempt`
+    are void.
     """
     states: dict[tuple[int, int, int], dict[int, list[Holding]]] = {}
     for held in holdings:
         head = held.header
-        if at_least <= head.step <= explained_step and not is_left_out(head.step):
+        is_void = head.attempt <= after_attempt or is_left_out(head.step)
+        if at_least <= head.step <= explained_step and not is_void:
             shares = states.setdefault((head.step, head.attempt, head.world_size), {})
             shares.setdefault(head.rank, []).append(held)
     complete = [key for key, shares in states.items() if len(shares) == key[2]]

@@ -87,7 +87,12 @@ class Snapshots:
         self._whole: tuple[int, int, dict[str, Any], int] | None = None
 
     def newest(
-        self, *, explained_step: int, at_least: int, is_left_out: Callable[[int], bool]
+        self,
+        *,
+        explained_step: int,
+        at_least: int,
+        is_left_out: Callable[[int], bool],
+        after_attempt: int,
     ) -> Snapshot | None:
         """Returns the snapshot that `choose` takes of all that the keepers hold; called by rank
         0."""
@@ -99,7 +104,11 @@ class Snapshots:
         holdings: list[Holding] = list(itertools.chain.from_iterable(answers.values()))
         while True:
             snapshot = choose(
-                holdings, explained_step=explained_step, at_least=at_least, is_left_out=is_left_out
+                holdings,
+                explained_step=explained_step,
+                at_least=at_least,
+                is_left_out=is_left_out,
+                after_attempt=after_attempt,
             )
             if snapshot is None:
                 return None

@@ -8,6 +8,7 @@ from typing import Any
 from cluster.settings.run import BatchSchedule, RunConfig, cooldown_tokens, max_steps, warmup_tokens
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.silent_faults import corrupt
 from jobs.exact.sums.step_totals import Measured
 from jobs.run.run_plan import RunPlan
 from jobs.saving.saver import Saver
@@ -15,6 +16,7 @@ from jobs.snapshots.snapshots import Snapshots
 from jobs.tokens.token_store import Manifest
 from jobs.training.guards import Decision, GuardState, Verdict, decide, unless_not_finite
 from jobs.training.run_writer import RunWriter
+from jobs.training.sentinel import Sentinel
 from jobs.training.step_record import StepRecord
 from jobs.training.validation import Validator
 from jobs.workers.preemption import Notices
@@ -38,6 +40,7 @@ class Attempt:
     manifest: Manifest  # of the tokens to train on
     schedule: BatchSchedule
     gradient: BatchGradient
+    sentinel: Sentinel
     validator: Validator
     record: StepRecord
     snapshots: Snapshots
@@ -58,6 +61,16 @@ class Attempt:
             cooldown_tokens=cooldown_tokens(config),
         )
 
+    def measure(self, step: int) -> Measured | None:
+        """Puts the gradient of the step's whole batch into the state's buffer. Returns its figures,
+        and None where a worker was found wrong and the run must go back. Raises what
+        `Sentinel.cleared` does."""
+        timer = self.record.timer
+        measured = self.sentinel.cleared(step, self.gradient.of_step(step, timer), timer)
+        if measured and not self.plan.config.train.exact:
+            self.group.prove(step, self.state.device)
+        return measured
+
     def update(self, step: int, measured: Measured) -> Decision:
         """Decides what to do with the step's gradient, and applies it where that is the decision.
 
@@ -70,6 +83,9 @@ class Attempt:
         if decision.verdict is Verdict.APPLY:
             with timer.phase("update"), self.record.layers.around_update(step):
                 self.state.apply(norm=measured.norm, learning_rate=self.rate(step), timer=timer)
+            corrupt("weights", self.state.values)
+            for vector in self.state.vectors.values():
+                corrupt("vectors", vector)
             if self.state.sharding.sends_values:
                 self.group.prove(step, self.state.device)
         if not saves(config, step):
@@ -115,6 +131,12 @@ class Attempt:
         self.saver.finish()
         if self.writer:
             self.writer.finish(step=step if step == max_steps(self.plan.config) else None)
+
+    def go_back(self) -> bool:
+        """Ends the attempt where the ledger says from which earlier state the next one
+        continues. Returns True."""
+        self.finish(None)
+        return True
 
     def leave(self, step: int, decision: Decision) -> bool:
         """Ends the attempt at a step that cannot stand. Returns whether another attempt

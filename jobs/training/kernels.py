@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -15,11 +16,19 @@ from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
 from jobs.training.mixed_hardware import Hardware
 from jobs.workers.worker_group import WorkerGroup
+from model.errors import UserError
 
 
-def prepared(plan: RunPlan, group: WorkerGroup, device: torch.device, kind: Hardware) -> str | None:
-    """Returns once this worker, of a kind of hardware, has passed its self-test: the hash of its
-    compiled kernels, None where it has none.
+class Prepared(NamedTuple):
+    """What a worker computes with."""
+
+    kernels: str | None  # the hash of its compiled kernels, if it has any
+    self_test: str  # the hash of its self-test's gradients, empty where it failed
+    problem: str = ""  # why it failed
+
+
+def prepared(plan: RunPlan, group: WorkerGroup, device: torch.device, kind: Hardware) -> Prepared:
+    """Returns once this worker, of a kind of hardware, has taken its self-test.
 
     Those are on every rank the kernels that the run's storage has for rank 0's hardware, or that
     rank 0 compiles now. Whoever can write to that storage can thus run code in the workers, as
@@ -27,15 +36,20 @@ def prepared(plan: RunPlan, group: WorkerGroup, device: torch.device, kind: Hard
     """
     test = partial(self_test, plan.config, device)
     if way_to_compute(plan.config) != "compiled":
-        test()
-        return None
+        return _tested(None, test)
     kernels = group.broadcast(_kept(plan.run, kind, test) if group.rank == 0 else None)
     torch.compiler.load_cache_artifacts(kernels)
-    test()
-    return hashlib.sha256(kernels).hexdigest()
+    return _tested(hashlib.sha256(kernels).hexdigest(), test)
 
 
-def _kept(run: Storage, on: Hardware, compiles: Callable[[], None]) -> bytes:
+def _tested(kernels: str | None, test: Callable[[], str]) -> Prepared:
+    try:
+        return Prepared(kernels, test())
+    except UserError as error:
+        return Prepared(kernels, "", str(error))
+
+
+def _kept(run: Storage, on: Hardware, compiles: Callable[[], object]) -> bytes:
     name = f"kernels/{hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()[:16]}.bin"
     if (kept := patiently(lambda: run.find_bytes(name), name)) is not None:
         return kept

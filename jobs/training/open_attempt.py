@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, assert_never
 
+import ray
 import torch
 
 from cluster.local.local_cluster import NODE_NAME_VARIABLE
@@ -27,6 +28,7 @@ from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.saving.saver import Saver, SavesNothing
 from jobs.saving.shard_writer import ShardWriter
 from jobs.saving.stored_state import restore
+from jobs.sentinel.way_back import WayBack, pending, void
 from jobs.snapshots.choice import Snapshot
 from jobs.snapshots.snapshots import Snapshots
 from jobs.tokens.division import HeldOut
@@ -42,6 +44,7 @@ from jobs.training.mixed_hardware import (
     why_refused,
 )
 from jobs.training.run_writer import RunWriter
+from jobs.training.sentinel import AuditedAttempt, Sentinel
 from jobs.training.step_record import StepRecord
 from jobs.training.validation import Validator
 from jobs.workers.failures import why_give_up
@@ -74,6 +77,7 @@ class _Start:
     checkpoint: str | None = None
     snapshot: Snapshot | None = None
     saved_step: int = 0  # of the newest checkpoint, which is no newer than the snapshot
+    owed: WayBack | None = None  # whose proof the run owes
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,11 @@ def open_attempt(
         if config.scaling.use_gpu
         else torch.device("cpu")
     )
-    place = {"pid": os.getpid(), "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname())}
+    place = {
+        "pid": os.getpid(),
+        "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname()),
+        "node_id": ray.get_runtime_context().get_node_id() if plan.launch else None,
+    }
     workers = _Workers(*zip(*group.gather((place, hardware(device))), strict=True))
     snapshots = Snapshots(plan.launch, group)
     # Rank 0 chooses the checkpoint for all: another rank might see a newer or a damaged one.
@@ -131,9 +139,7 @@ def _continued(
     """Returns the attempt from where rank 0 lets all continue, once every rank is ready for its
     first step."""
     config = plan.config
-    state, guard, restored_step = _restored(
-        plan, start, snapshots, device, group, opened, workers.nodes
-    )
+    state, guard, restored_step = _restored(plan, start, snapshots, device, group, opened, workers)
     first_step, guard = replace(guard, rollbacks=start.rollbacks).entering(restored_step + 1)
     tell = writer.ledger.event if writer else tell_nobody
     train_rows = open_stream(plan)
@@ -141,14 +147,18 @@ def _continued(
     tokenizer = Tokenizer.from_json(plan.tokenizer_json, train_rows.manifest.chat)
     saver = _saver(plan, state, group, writer, tokenizer)
     opened.callback(saver.abandon)
-    kernels = prepared(plan, group, device, workers.kinds[group.rank])
+    ready = prepared(plan, group, device, workers.kinds[group.rank])
     eot_id = tokenizer.start_id if config.train.document_mask else None
     validator = _validator(plan, state, group, tokenizer, eot_id=eot_id, tell=tell)
-    gradient = BatchGradient(config, state, train_rows, group, eot_id=eot_id)
+    nodes = () if start.unlike else workers.nodes
+    gradient = BatchGradient(config, state, train_rows, group, eot_id=eot_id, nodes=nodes)
     opened.callback(gradient.close)
     notices = Notices(plan.run, group, signals)
     opened.callback(notices.close)
     number = 1 + start.num_attempts
+    audited = AuditedAttempt(number, first_step, workers.places, owed=start.owed)
+    sentinel = Sentinel(plan, gradient, state, group, audited, writer=writer)
+    sentinel.compare_self_tests(ready.self_test, ready.problem, workers.kinds)
     group.gather("prepared")  # else the first step would seem to take what others still prepare
     attempt = Attempt(
         plan=plan,
@@ -161,6 +171,7 @@ def _continued(
         manifest=train_rows.manifest,
         schedule=batch_schedule(config),
         gradient=gradient,
+        sentinel=sentinel,
         validator=validator,
         record=StepRecord(plan, state, group, writer=writer, attempt=number, nodes=workers.nodes),
         snapshots=snapshots,
@@ -170,7 +181,7 @@ def _continued(
         writer=writer,
     )
     if writer:
-        _record_start(attempt, writer, start, workers, restored_step=restored_step, kernels=kernels)
+        _record_start(attempt, writer, start, workers, restored_step, ready.kernels)
     _save_what_was_due(attempt, start, restored_step)
     return attempt
 
@@ -250,17 +261,36 @@ def _choose(
     refusal = why_refused(config, read, unlike)
     if refusal:
         return Hopeless(refusal)
-    start = _Start(len(read.world_sizes), writer.fence.generation, unlike, read.rollbacks)
+    start = _Start(
+        len(read.world_sizes),
+        writer.fence.generation,
+        unlike,
+        read.rollbacks,
+        owed=pending(read.lines),
+    )
     left_out = GuardState(rollbacks=read.rollbacks).leaves_out
+    ways_back = void(read.lines)
+    writer.set_aside(ways_back)
     saved_step = writer.newest_step(left_out=left_out)
     snapshot = _newest_snapshot(
-        config, writer, snapshots, read, at_least=saved_step, is_left_out=left_out
+        config,
+        writer,
+        snapshots,
+        read,
+        at_least=saved_step,
+        is_left_out=left_out,
+        after_attempt=ways_back[-1].attempt if ways_back else 0,
     )
     if snapshot is not None:
         # What is due is saved from the snapshot
         patiently(writer.checkpoints.clear_spool, "checkpoints")
         return replace(start, snapshot=snapshot, saved_step=saved_step)
-    newest = patiently(partial(writer.newest_checkpoint, left_out=left_out), "checkpoints")
+    find = partial(
+        writer.newest_checkpoint,
+        left_out=left_out,
+        may_start_over=bool(ways_back and ways_back[-1].to_step == 0),
+    )
+    newest = patiently(find, "checkpoints")
     return replace(start, checkpoint=newest)
 
 
@@ -272,10 +302,16 @@ def _newest_snapshot(
     *,
     at_least: int,
     is_left_out: Callable[[int], bool],
+    after_attempt: int,
 ) -> Snapshot | None:
     """Returns the newest snapshot of a step that the ledger has, or of the step after it, whose
     line a lost rank 0 had no time to write."""
-    newest = partial(snapshots.newest, at_least=at_least, is_left_out=is_left_out)
+    newest = partial(
+        snapshots.newest,
+        at_least=at_least,
+        is_left_out=is_left_out,
+        after_attempt=after_attempt,
+    )
     recorded = max(
         (line["step"] for line in read.lines if line.get("event") in (None, "skip")), default=0
     )
@@ -297,7 +333,7 @@ def _restored(
     device: torch.device,
     group: WorkerGroup,
     opened: ExitStack,
-    nodes: Sequence[str],
+    workers: _Workers,
 ) -> tuple[TrainState, GuardState, int]:
     """Returns the state of the snapshot or the checkpoint, or fresh weights, with its guard and its
     step."""
@@ -305,7 +341,7 @@ def _restored(
     with torch.device("meta"):
         model = GPT(config.model)
     sharding = Sharding.of(
-        config.scaling, rank=group.rank, world_size=group.world_size, nodes=nodes
+        config.scaling, rank=group.rank, world_size=group.world_size, nodes=workers.nodes
     )
     state = TrainState(model, config.train, device=device, group=group, sharding=sharding)
     opened.callback(state.close)
@@ -333,7 +369,6 @@ def _record_start(
     writer: RunWriter,
     start: _Start,
     workers: _Workers,
-    *,
     restored_step: int,
     kernels: str | None,
 ) -> None:

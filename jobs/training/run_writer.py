@@ -2,21 +2,24 @@
 continues."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from cluster.storage.registry import publications, served_checkpoints
 from cluster.storage.uris import open_storage
-from jobs.run.checkpoints import RunCheckpoints, step_of
+from jobs.run.checkpoints import RunCheckpoints, generation_of, step_of
 from jobs.run.ledger import LEDGER, Ledger, LedgerWriter
 from jobs.run.ledger_outline import LedgerOutline, last_step
 from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
 from jobs.run.writer_generation import Fence
 from jobs.saving.publisher import Publisher, checkpoint_fields
+from jobs.sentinel.way_back import Void
 from model.files.checkpoint_folder import CheckpointError, read_metadata
 from model.files.hf_config import read_config
+
+_NOT_PROVEN = "a worker that computed for it was found wrong, and its steps were taken again"
 
 
 class RunWriter:
@@ -46,15 +49,34 @@ class RunWriter:
         again."""
         return self._outline.add(self.ledger.blocks(start=self._outline.num_bytes))
 
+    def kept_steps(self) -> list[int]:
+        """Returns the steps of the stored checkpoints."""
+        names = patiently(lambda: self.checkpoints.names, "checkpoints")
+        return [step_of(name) for name in names]
+
+    def set_aside(self, ways_back: Sequence[Void]) -> None:
+        """Marks the checkpoints behind which the run went back, since a worker was found wrong."""
+
+        def mark() -> None:
+            self.checkpoints.recover()
+            for name in self.checkpoints.names:
+                if any(way.covers(step_of(name), generation_of(name)) for way in ways_back):
+                    self.checkpoints.quarantine(name, [_NOT_PROVEN])
+
+        if ways_back:
+            patiently(mark, "checkpoints")
+
     def newest_step(self, *, left_out: Callable[[int], bool]) -> int:
         """Returns the step of the newest checkpoint that no rollback left out, whole or not; 0
         where there is none."""
         names = patiently(lambda: self.checkpoints.names, "checkpoints")
         return max((step for name in names if not left_out(step := step_of(name))), default=0)
 
-    def newest_checkpoint(self, *, left_out: Callable[[int], bool]) -> str | None:
+    def newest_checkpoint(
+        self, *, left_out: Callable[[int], bool], may_start_over: bool
+    ) -> str | None:
         """Returns the newest whole checkpoint of a step that no rollback left out; None when the
-        run has none.
+        run has none, or `may_start_over`.
 
         Damaged ones are marked, and recorded in the ledger. Raises `CheckpointError` when all
         checkpoints are damaged, as a run never silently starts over, and when the newest has
@@ -78,7 +100,8 @@ class RunWriter:
             self.ledger.event(
                 "checkpoint_damaged", checkpoint=self.checkpoints.uri(torn), problems=problems
             )
-        if name is None and (quarantined := self.checkpoints.quarantined):
+        quarantined = self.checkpoints.quarantined
+        if name is None and quarantined and not may_start_over:
             raise CheckpointError(
                 f"all checkpoints of {self._plan.run.uri} are damaged: {', '.join(quarantined)}. None was deleted; "
                 "restore one from a copy and remove its file QUARANTINED, or choose another --run-id"

@@ -12,6 +12,7 @@ from jobs.run.run_plan import RunPlan
 from jobs.training.attempt import Attempt, saves, validates
 from jobs.training.guards import Verdict
 from jobs.training.open_attempt import Hopeless, open_attempt
+from jobs.training.sentinel import CorruptionError
 from jobs.workers.failures import is_lost_peer
 from jobs.workers.heartbeat import Pulse
 from jobs.workers.preemption import Notice
@@ -53,6 +54,9 @@ def _attempt_continues(
             return False
         try:
             return take_steps(attempt, pulse)
+        except CorruptionError:
+            attempt.finish(None)
+            raise
         except RuntimeError as error:
             if is_lost_peer(error):
                 attempt.snapshots.rescue(attempt.state)
@@ -69,13 +73,15 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
         pulse.at(Place.STEP if step > attempt.first_step else Place.FIRST_STEP)
         attempt.group.meeting.progress.step = step
         attempt.notices.ask()
-        measured = attempt.gradient.of_step(step, timer)
-        if not config.train.exact:
-            attempt.group.prove(step, attempt.state.device)
+        measured = attempt.measure(step)
+        if measured is None:
+            return attempt.go_back()
         decision = attempt.update(step, measured)
         if decision.verdict in (Verdict.ROLL_BACK, Verdict.STOP):
             return attempt.leave(step, decision)
         attempt.guard = decision.state
+        if attempt.sentinel.is_refuted(step):
+            return attempt.go_back()
 
         validation: dict[str, Any] = {}
         if validates(config, step):

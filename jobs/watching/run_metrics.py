@@ -73,6 +73,8 @@ class RunFigures:
                     self._lose(step)
             case "skip":
                 self._counts["train_skipped_steps"] += 1
+            case "corruption" | "undecided":
+                self._counts["train_corruptions"] += 1
             case "failure" | "hang":
                 self._failures[line.get("kind", "hang")] += 1
             case "checkpoint":
@@ -83,7 +85,14 @@ class RunFigures:
         yield from self._curves.values()
         yield Sample("train_planned_steps", max_steps(self._config))
         yield Sample("train_world_size", self._world_size)
-        for name in ("restarts", "resizes", "lost_steps", "skipped_steps", "rollbacks"):
+        for name in (
+            "restarts",
+            "resizes",
+            "lost_steps",
+            "skipped_steps",
+            "rollbacks",
+            "corruptions",
+        ):
             yield Sample(f"train_{name}", self._counts[f"train_{name}"])
         yield from (Sample("train_failures", count, kind) for kind, count in self._failures.items())
         yield from (Sample(name, at_s) for name, at_s in self._last_times.items())

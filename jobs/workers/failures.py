@@ -14,6 +14,7 @@ class Kind(StrEnum):
 
     USER_ERROR = "user_error"  # only the user can fix it: another attempt fails again
     RAISED = "raised"  # any other exception of the training code
+    CORRUPTED = "corrupted"  # it was found wrong, and all workers start again without its node
     DIED = "died"  # the worker's process ended, or its node did
     LOST = "lost"  # a worker's connection to another one broke: that one's failure is the cause
 
@@ -24,6 +25,7 @@ _DIED = re.compile(
     rf"actor (is dead|died|\w+ is unavailable)|worker process has died|{_NODE_DIED.pattern}",
     re.IGNORECASE,
 )
+_CORRUPTED = re.compile(r"CorruptionError")
 _LOST = re.compile(
     r"gloo|NCCL|Connection (closed|reset)|caused pair closure|DistBackendError|DistNetworkError|LostPeerError"
 )
@@ -49,21 +51,28 @@ def is_lost_node(error: Exception) -> bool:
     return bool(_NODE_DIED.search(str(error)))
 
 
+def is_left_out(error: Exception) -> bool:
+    """Reports whether a worker ended since one of them was found wrong."""
+    return bool(_CORRUPTED.search(str(error)))
+
+
 def main_cause(errors: Mapping[int, str]) -> tuple[int, Kind, str]:
     """Returns (rank, kind, reason in one line) of the error that explains most, from the text of
     each rank's error."""
     found = []
     for rank, text in errors.items():
         reason = one_line(text)
-        kind = (
-            Kind.DIED
-            if _DIED.search(reason)
-            else Kind.LOST
-            if _LOST.search(reason)
-            else Kind.RAISED
-        )
+        kind = _kind(reason)
         found.append((list(Kind).index(kind), rank, kind, reason))
     return min(found)[1:]
+
+
+def _kind(reason: str) -> Kind:
+    if _CORRUPTED.search(reason):
+        return Kind.CORRUPTED
+    if _DIED.search(reason):
+        return Kind.DIED
+    return Kind.LOST if _LOST.search(reason) else Kind.RAISED
 
 
 def one_line(text: str) -> str:
@@ -90,6 +99,9 @@ def why_give_up(lines: Sequence[Line], *, max_fruitless_attempts: int) -> str | 
                 failures.append(line)
             case "gave_up":
                 num_starts, failures = 0, []
+            case "corruption" | "undecided" | "refuted" if line["to_step"] is not None:
+                # The workers that are left take these steps again
+                furthest, num_starts, failures = line["to_step"], 0, []
             case None if line["step"] > furthest:
                 furthest, num_starts, failures = line["step"], 0, []
     last = failures[-1] if failures else None

@@ -1,14 +1,18 @@
 """Named places where a test may stop the process: RAYMILL_FAILPOINT=NAME:NTH:exit|sleep|raise.
 
 The NTH time the process passes the place, it dies as if by SIGKILL, sleeps forever, or gets an
-`OSError`.
+`OSError`. RAYMILL_FAILPOINT=NAME:SHARE:flip makes a share of what the place computes wrong in one
+bit, as a device does that corrupts silently; with flip_nth only the NTH is.
 """
 
 import os
+import random
 import threading
 import time
 
 VARIABLE = "RAYMILL_FAILPOINT"
+
+_FLIPS = ("flip", "flip_nth")
 
 _counting = threading.Lock()
 _passed: dict[str, int] = {}
@@ -20,10 +24,8 @@ def failpoint(name: str) -> None:
     if not armed.startswith(f"{name}:"):
         return
     _, nth, action = armed.split(":")
-    with _counting:
-        _passed[armed] = _passed.get(armed, 0) + 1
-        if _passed[armed] != int(nth):
-            return
+    if action in _FLIPS or not _is_nth(armed, int(nth)):
+        return
     match action:
         case "exit":
             os._exit(137)
@@ -32,4 +34,23 @@ def failpoint(name: str) -> None:
         case "raise":
             raise OSError(f"failpoint {name}")
         case _:
-            raise ValueError(f"{VARIABLE} ends in {action!r}, expected exit, sleep or raise")
+            raise ValueError(
+                f"{VARIABLE} ends in {action!r}, expected exit, sleep, raise, flip or flip_nth"
+            )
+
+
+def flips(name: str) -> bool:
+    """Reports whether this time what the place computes is to be wrong in a bit."""
+    armed = os.environ.get(VARIABLE, "")
+    if not armed.startswith(f"{name}:"):
+        return False
+    _, when, action = armed.split(":")
+    if action == "flip_nth":
+        return _is_nth(armed, int(when))
+    return action == "flip" and random.SystemRandom().random() < float(when)
+
+
+def _is_nth(armed: str, nth: int) -> bool:
+    with _counting:
+        _passed[armed] = _passed.get(armed, 0) + 1
+        return _passed[armed] == nth

@@ -15,6 +15,7 @@ _PRELOADED = [
     "tests.jobs.poisoned_runs",
     "tests.jobs.runs_in_rounds",
     "tests.jobs.hanging_runs",
+    "tests.jobs.faulty_runs",
 ]
 
 

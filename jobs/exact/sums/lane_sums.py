@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from jobs.exact.state.flat_layout import FlatLayout
 from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.checksum import TurnChecksum
 from jobs.exact.sums.exact_reduce import LaneStep
+from jobs.exact.sums.silent_faults import corrupt
 from jobs.exact.sums.step_plan import StepPlan
 from model.cpu_ops.loans import Scratch, gradient_sinks, lent, scratch_memory
 from model.training.training_memory import large_zeros
@@ -102,35 +104,52 @@ class LaneSums:
             for name, view in state.by_parameter(buffer).items():
                 self._views[name].append(view)
         self._step: LaneStep | None = None
+        self._checksum: TurnChecksum | None = None
         self._largest = max(self._parameters.values(), key=nn.Parameter.numel)
         self._second: Tensor | None = None
         self._scratch = Scratch()
         hand_over_gradients(self._parameters, self._take)
 
     @contextmanager
-    def turn(self, plan: StepPlan, turn: int) -> Iterator[None]:
-        """Lasts for the forward and backward passes of one lane."""
+    def turn(
+        self, plan: StepPlan, turn: int, checksum: TurnChecksum | None = None
+    ) -> Iterator[None]:
+        """Lasts for the forward and backward passes of one lane, of which the checksum may be
+        wanted."""
+        self._step = plan.steps[turn]
+        self._is_last = turn == len(plan.turns) - 1
+        if self._is_last:
+            self._final.begin()
+        with self._passes(plan, checksum):
+            yield
+
+    @contextmanager
+    def again(self, plan: StepPlan, checksum: TurnChecksum) -> Iterator[None]:
+        """Lasts for the passes of a lane of which only the checksum is wanted."""
+        self._step = None
+        with self._passes(plan, checksum):
+            yield
+
+    @contextmanager
+    def _passes(self, plan: StepPlan, checksum: TurnChecksum | None) -> Iterator[None]:
+        self._checksum = checksum
         self._num_passes = dict.fromkeys(self._parameters, 0)
         self._num_micro_batches = plan.num_micro_batches
         for parameter in self._parameters.values():
             parameter.grad = None
-        self._step = plan.steps[turn]
         self._num_done = 0
-        self._is_last = turn == len(plan.turns) - 1
-        if self._is_last:
-            self._final.begin()
         self._sinks = self._sinks_of(self._step) if self._lends else {}
         try:
             with lent(gradient_sinks, self._sinks), lent(scratch_memory, self._scratch):
                 yield
         finally:
-            self._step = None
+            self._step = self._checksum = None
             for name, parameter in self._parameters.items():
                 parameter.grad = self._views[name][0]
         assert self._num_done == len(self._parameters), "a parameter got no gradient"
 
-    def _sinks_of(self, step: LaneStep) -> dict[nn.Parameter, Tensor]:
-        if not step.adds:
+    def _sinks_of(self, step: LaneStep | None) -> dict[nn.Parameter, Tensor]:
+        if step and not step.adds:
             sinks: dict[nn.Parameter, Tensor] = {}
             for name, parameter in self._parameters.items():
                 sinks[parameter] = self._views[name][step.buffer]
@@ -142,7 +161,7 @@ class LaneSums:
         return {self._largest: self._second}
 
     def _take(self, name: str, parameter: nn.Parameter) -> None:
-        if self._step is None:
+        if self._step is None and self._checksum is None:
             return
         self._sinks.pop(parameter, None)  # the next micro-batch would write over it
         self._num_passes[name] += 1
@@ -150,17 +169,25 @@ class LaneSums:
             return  # autograd adds the next one to this parameter's gradient
         gradient = parameter.grad
         assert gradient is not None
+        if parameter is self._largest:
+            corrupt("gradient", gradient)
+        if self._checksum:
+            self._checksum.add(name, gradient)
+        if self._step:
+            self._add(name, gradient, self._step)
+        parameter.grad = None
+        self._num_done += 1
+        if self._step and self._is_last:
+            self._final.finish(name)
+
+    def _add(self, name: str, gradient: Tensor, step: LaneStep) -> None:
         views = self._views[name]
-        target = views[self._step.buffer]
-        if self._step.adds:
+        target = views[step.buffer]
+        if step.adds:
             target.add_(gradient)
         elif gradient.data_ptr() != target.data_ptr():
             target.copy_(gradient)
-        add_up(views, self._step)
-        parameter.grad = None
-        self._num_done += 1
-        if self._is_last:
-            self._final.finish(name)
+        add_up(views, step)
 
 
 def add_up(views: list[Tensor], step: LaneStep) -> None:

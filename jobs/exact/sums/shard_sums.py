@@ -17,7 +17,9 @@ from jobs.exact.state.flat_layout import FlatLayout, parts_of
 from jobs.exact.state.side_thread import SideStream, SideThread
 from jobs.exact.state.span import Span
 from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.checksum import TurnChecksum
 from jobs.exact.sums.lane_sums import FinalBuckets, add_up, hand_over_gradients
+from jobs.exact.sums.silent_faults import corrupt
 from jobs.exact.sums.step_plan import StepPlan
 from model.cpu_ops.loans import Scratch, gradient_sinks, lent, scratch_memory
 from model.operations import product_type
@@ -61,37 +63,62 @@ class ShardSums:
         self._stretches = {name: _stretches(layout, place) for name, place in layout.places.items()}
         self._pieces: dict[int, Tensor] = {}  # of the buckets that backward has begun
         self._plan: StepPlan | None = None
+        self._checksum: TurnChecksum | None = None
         self._scratch = Scratch()
         self._largest = max(self._parameters.values(), key=nn.Parameter.numel)
         hand_over_gradients(self._parameters, self._take)
 
     @contextmanager
-    def turn(self, plan: StepPlan, turn: int) -> Iterator[None]:
-        """Lasts for the forward and backward pass of one micro-batch."""
+    def turn(
+        self, plan: StepPlan, turn: int, checksum: TurnChecksum | None = None
+    ) -> Iterator[None]:
+        """Lasts for the forward and backward pass of one micro-batch, of which the checksum may be
+        wanted."""
         self._plan = plan
         self._turn = turn
-        self._num_done = 0
         self._final.begin()
+        with self._pass(checksum):
+            yield
+
+    @contextmanager
+    def again(self, plan: StepPlan, checksum: TurnChecksum) -> Iterator[None]:
+        """Lasts for the pass of a micro-batch of which only the checksum is wanted."""
+        self._plan = None
+        with self._pass(checksum):
+            yield
+
+    @contextmanager
+    def _pass(self, checksum: TurnChecksum | None) -> Iterator[None]:
+        self._checksum = checksum
+        self._num_done = 0
         sinks = {self._largest: torch.empty_like(self._largest)} if self._lends else {}
         try:
             with lent(gradient_sinks, sinks), lent(scratch_memory, self._scratch):
                 yield
         finally:
-            self._plan = None
+            self._plan = self._checksum = None
         assert self._num_done == len(self._parameters), "a parameter got no gradient"
 
     def _take(self, name: str, parameter: nn.Parameter) -> None:
-        if self._plan is None:
+        if self._plan is None and self._checksum is None:
             return
         assert parameter.grad is not None
         gradient = parameter.grad.flatten()
         parameter.grad = None
+        self._num_done += 1
+        if parameter is self._largest:
+            corrupt("gradient", gradient)
+        if self._checksum:
+            self._checksum.add(name, gradient)
+        if self._plan:
+            self._put_into_buckets(name, gradient)
+
+    def _put_into_buckets(self, name: str, gradient: Tensor) -> None:
         for bucket, in_bucket, in_parameter in self._stretches[name]:
             if bucket not in self._pieces:
                 self._pieces[bucket] = self._new_piece(bucket, gradient.device)
             target = in_bucket.of(self._pieces[bucket])
             target.copy_(in_parameter.of(gradient))
-        self._num_done += 1
         self._final.finish(name)
 
     def _new_piece(self, bucket: int, device: torch.device) -> Tensor:

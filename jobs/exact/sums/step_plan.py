@@ -51,14 +51,19 @@ class StepPlan:
     @cached_property
     def turns(self) -> list[list[int]]:
         """The numbers of the micro-batches that this rank computes in each of its turns."""
-        numbers = self._numbers(self.sharding.group)
+        return self.turns_of(self.sharding.rank)
+
+    def turns_of(self, rank: int) -> list[list[int]]:
+        """Returns the same of any rank."""
         size = self.sharding.group_size
+        group, member = divmod(rank, size)
+        numbers = self._numbers(group)
         if size == 1:
             k = self.num_micro_batches
             return [numbers[start : start + k] for start in range(0, len(numbers), k)]
         turns: list[list[int]] = []
         for start in range(0, len(numbers), size):
-            place = min(start + self.sharding.member, len(numbers) - 1)
+            place = min(start + member, len(numbers) - 1)
             turns.append([numbers[place]])
         return turns
 

@@ -17,6 +17,8 @@ from jobs.exact.state.bundle import bundles_of
 from jobs.exact.state.flat_layout import BLOCK, FlatLayout
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.span import Span
+from jobs.exact.sums.audit import NUM_CHECKSUMS, Shown
+from jobs.exact.sums.checksum import from_halves, halves_of
 from jobs.exact.sums.exact_reduce import tree_sum
 from jobs.exact.sums.step_plan import StepPlan
 from jobs.workers.worker_group import WorkerGroup
@@ -28,6 +30,7 @@ class Measured(NamedTuple):
     loss: float  # nats per counted token
     norm: float  # of the gradient
     num_counted: int  # tokens that the loss counts
+    shown: Sequence[Shown] = ()  # by rank, in an audited step
 
 
 class StepTotals:
@@ -61,24 +64,33 @@ class StepTotals:
         *,
         block_sums: Sequence[Tensor],
         losses: Sequence[Tensor],
+        checksums: Sequence[Tensor] = (),
     ) -> Measured:
         """Returns the sum of the losses, from those of this rank's counted micro-batches in order,
         each with the number of tokens that it counts (2,), and the gradient's norm, from the sums
-        of squares of this rank's parts. Raises `LostPeerError` where a message of the step did not
+        of squares of this rank's parts. In an audited step, where each rank gives its checksums, it
+        also returns those of all. Raises `LostPeerError` where a message of the step did not
         arrive."""
         sums = torch.cat(list(block_sums))
         padding = sums.new_zeros(self._num_blocks - len(sums))
         losses_and_counts = [loss.double() for loss in losses]
-        row = torch.cat([sums, padding, *losses_and_counts])
+        halves = [halves_of(checksums)] if checksums else []
+        row = torch.cat([sums, padding, *halves, *losses_and_counts])
         table = row[None]
+        end_of_halves = self._num_blocks + (2 * NUM_CHECKSUMS if checksums else 0)
         if self._group.world_size > 1:
-            most_counted = max(map(len, plan.counted))
-            table = self._group.proven(row, step=step, width=self._num_blocks + 2 * most_counted)
-        figures = table[:, self._num_blocks :].unflatten(1, (-1, 2)).cpu()  # (W, most counted, 2)
+            width = end_of_halves + 2 * max(map(len, plan.counted))
+            table = self._group.proven(row, step=step, width=width)
+        figures = table[:, end_of_halves:].unflatten(1, (-1, 2)).cpu()  # (W, most counted, 2)
+        shown: list[Shown] = []
+        if checksums:
+            for numbers in table[:, self._num_blocks : end_of_halves].tolist():
+                shown.append(Shown(*from_halves(numbers)))
         return Measured(
             loss=_sum_of_losses(plan, figures[..., 0].float()),
             norm=norm_of(table[self._block_order]),
             num_counted=int(figures[..., 1].sum()),
+            shown=tuple(shown),
         )
 
 

@@ -33,6 +33,7 @@ TRAINS = {
     f"ray_raymill_train_step_seconds{RUN}": "1x600",
     f"ray_raymill_train_skipped_steps{RUN}": "3x600",
     f"ray_raymill_train_rollbacks{RUN}": "1x600",
+    f"ray_raymill_train_corruptions{RUN}": "1x600",
     f"ray_raymill_train_restarts{RUN}": "7x600",
 }
 
@@ -152,6 +153,12 @@ CASES: list[tuple[str, dict[str, str | None], int, set[str]]] = [
         {f"ray_raymill_train_rollbacks{RUN}": "0x20 1x600"},
         25,
         {"RaymillTrainingNotFinite"},
+    ),
+    (
+        "a worker that is wrong",
+        {f"ray_raymill_train_corruptions{RUN}": "0x20 1x600"},
+        25,
+        {"RaymillTrainingCorruption"},
     ),
     (
         "restarts",

@@ -1,0 +1,110 @@
+"""Says what is computed a second time, by whom and in which steps: a lane's gradient has the same
+bits wherever it is computed, so a second opinion needs no tolerance.
+
+In an audited step each rank computes one more turn, another rank's, on another node where there is
+one. The turn is drawn anew each time. Both make a checksum of its gradient, and all ranks see all
+of them. An audited step also compares the copies of the state.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jobs.exact.state.sharding import Sharding
+from jobs.exact.sums.step_plan import StepPlan
+
+COST = 0.01
+"""The share of a step's time that audits may take by default."""
+
+_TURNS_OF_AUDIT = 2
+"""What an audit costs at most: one turn more, and the checksums of two gradients and of the state,
+which take less time than another one (`bench_sentinel`)."""
+
+NUM_CHECKSUMS = 4
+"""What each rank shows in an audited step, see `Shown`."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The checksums that one rank shows in an audited step."""
+
+    own_turn: int  # of its turn that another rank computes too
+    other_turn: int  # of the other rank's turn that it computes
+    values: int  # of the weights that it holds, before the update
+    vectors: int  # of all that the update rule keeps, as far as it holds that
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Who computes what a second time in one step."""
+
+    turns: Sequence[int]  # by rank: which of its turns is checked
+    subjects: Sequence[int]  # by rank: whose turn it computes
+
+
+@dataclass(frozen=True)
+class Audits:
+    """The audits of an attempt; a seed and a step decide them, the same on all ranks."""
+
+    every_steps: int  # 0: none
+    seed: int
+    shifts: Sequence[int]
+    """By how many a rank's number and its subject's may differ: so that as few as possible share
+    a node."""
+
+    @classmethod
+    def of(
+        cls, every_steps: int | None, plan: StepPlan, nodes: Sequence[object], *, seed: int
+    ) -> "Audits":
+        """`plan` is that of a full batch, and `nodes` has each rank's node. Without `every_steps`
+        it is the least that costs `COST` at most."""
+        if every_steps is None:
+            every_steps = steps_between(plan)
+        return cls(every_steps, seed, _shifts(nodes))
+
+    def of_step(self, step: int, plan: StepPlan) -> Audit | None:
+        """Returns None where the step is not audited."""
+        if not self.every_steps or step % self.every_steps:
+            return None
+        world_size = plan.sharding.world_size
+        shift = self.shifts[self._draw(step, "shift") % len(self.shifts)]
+        turns: list[int] = []
+        for rank in range(world_size):
+            turns.append(self._draw(step, f"turn of {rank}") % len(plan.turns_of(rank)))
+        return Audit(turns, [(rank + shift) % world_size for rank in range(world_size)])
+
+    def _draw(self, step: int, what: str) -> int:
+        digest = hashlib.blake2b(f"audit:{self.seed}:{step}:{what}".encode(), digest_size=8)
+        return int.from_bytes(digest.digest())
+
+
+def steps_between(plan: StepPlan) -> int:
+    """Returns the least number of steps between audits that costs `COST` at most."""
+    ranks = range(plan.sharding.world_size)
+    fewest_turns = min(len(plan.turns_of(rank)) for rank in ranks)
+    return math.ceil(_TURNS_OF_AUDIT / (COST * fewest_turns))
+
+
+def cost_of_audits(plan: StepPlan, every_steps: int) -> float:
+    """Returns the share of the time that audits take at most at this interval."""
+    return _TURNS_OF_AUDIT / (len(plan.turns) * every_steps)
+
+
+def holders_of(sharding: Sharding, name: str) -> list[int]:
+    """Returns for each rank a number that it shares with all that hold the same of "values" or of
+    the rule's vectors."""
+    if not sharding.is_divided(name):
+        return [0] * sharding.world_size
+    return [rank % sharding.num_holders for rank in range(sharding.world_size)]
+
+
+def _shifts(nodes: Sequence[object]) -> list[int]:
+    size = len(nodes)
+    num_shared: dict[int, int] = {}
+    for shift in range(1, size):
+        pairs = zip(nodes, [*nodes[shift:], *nodes[:shift]], strict=True)
+        num_shared[shift] = sum(node == other for node, other in pairs)
+    fewest = min(num_shared.values(), default=0)
+    # A rank alone can only compute its own turn again
+    return [shift for shift, shared in num_shared.items() if shared == fewest] or [0]

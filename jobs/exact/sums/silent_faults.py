@@ -1,0 +1,18 @@
+"""Makes values wrong without a sign, as a device does that corrupts silently: for tests."""
+
+import random
+
+from torch import Tensor
+
+from jobs.exact.sums.checksum import words_of
+from model.files.failpoints import flips
+
+_chance = random.SystemRandom()
+
+
+def corrupt(name: str, values: Tensor) -> None:
+    """Flips a random bit of a random value, in place, where a test wants that at this place."""
+    if values.numel() and flips(name):
+        words = words_of(values.view(-1))
+        bit = _chance.randrange(8 * words.element_size() - 1)  # leaves out the sign
+        words[_chance.randrange(len(words))] ^= 1 << bit

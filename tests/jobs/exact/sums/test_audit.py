@@ -1,0 +1,64 @@
+"""Who computes what a second time."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.exact.sums.audit import Audits, steps_between
+from jobs.exact.sums.step_plan import StepPlan
+from tests.jobs.shardings import in_groups
+
+
+def plan_of(rank: int, world_size: int, group_size: int, num_lanes: int = 12) -> StepPlan:
+    return StepPlan(in_groups(rank, world_size, group_size), num_lanes, 2)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 50), st.integers(0, 9))
+def test_each_turn_is_computed_by_one_other_rank_and_all_ranks_know_whose(
+    num_groups: int, group_size: int, step: int, seed: int
+) -> None:
+    world_size = num_groups * group_size
+    plans = [plan_of(rank, world_size, group_size) for rank in range(world_size)]
+    nodes = range(world_size)
+    audits = [Audits.of(1, plan, nodes, seed=seed) for plan in plans]
+    found = [at.of_step(step, plan) for at, plan in zip(audits, plans, strict=True)]
+    audit = found[0]
+    assert audit is not None
+    assert found == [audit] * world_size
+    assert sorted(audit.subjects) == [*range(world_size)]
+    if world_size > 1:
+        assert all(rank != subject for rank, subject in enumerate(audit.subjects))
+    for plan, turn in zip(plans, audit.turns, strict=True):
+        assert 0 <= turn < len(plan.turns)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "num_shared"),
+    [("aabb", 0), ("aaabbb", 0), ("abab", 0), ("aab", 1), ("aaaa", 4), ("aaab", 2)],
+)
+def test_it_is_a_rank_on_another_node_where_there_is_one(nodes: str, num_shared: int) -> None:
+    plan = plan_of(0, len(nodes), 1)
+    for step in range(1, 20):
+        audit = Audits.of(1, plan, nodes, seed=3).of_step(step, plan)
+        assert audit is not None
+        pairs = [nodes[rank] == nodes[subject] for rank, subject in enumerate(audit.subjects)]
+        assert sum(pairs) == num_shared
+
+
+def test_every_turn_is_drawn_in_time() -> None:
+    plan = plan_of(0, 2, 1)
+    audits = Audits.of(3, plan, "ab", seed=1)
+    drawn = [audits.of_step(step, plan) for step in range(1, 300)]
+    steps = [step for step, audit in enumerate(drawn, start=1) if audit]
+    assert {later - earlier for earlier, later in pairwise(steps)} == {3}
+    assert {audit.turns[0] for audit in drawn if audit} == {*range(len(plan.turns))}
+
+
+def test_by_default_an_audit_costs_one_percent_at_most() -> None:
+    plan = plan_of(0, 2, 1)
+    assert len(plan.turns) == 6
+    assert steps_between(plan) == 34  # two turns more in 204
+    assert Audits.of(None, plan, "ab", seed=1).every_steps == 34
+    assert Audits.of(0, plan, "ab", seed=1).of_step(34, plan) is None

@@ -1,0 +1,114 @@
+"""Who is wrong, from what ranks have shown: whoever contradicts what most say."""
+
+import pytest
+
+from jobs.exact.sums.audit import Audit, Shown
+from jobs.sentinel.verdict import (
+    Turn,
+    Undecided,
+    What,
+    disputed_turns,
+    most_common,
+    named_later,
+    of_copies,
+    of_self_tests,
+    of_turns,
+)
+
+RIGHT, WRONG, OTHER = 7, 8, 9
+ONE_COPY_EACH = [[0, 0, 0], [0, 0, 0]]
+
+
+def shown(*, own: int = RIGHT, other: int = RIGHT, values: int = 1, vectors: int = 2) -> Shown:
+    return Shown(own, other, values, vectors)
+
+
+def test_ranks_that_agree_dispute_nothing() -> None:
+    audit = Audit(turns=[0, 1, 0], subjects=[1, 2, 0])
+    assert disputed_turns(audit, [shown()] * 3) == []
+    assert of_copies([shown()] * 3, holders=ONE_COPY_EACH).is_clean
+
+
+@pytest.mark.parametrize(
+    ("rows", "answers", "rank", "repeats"),
+    [
+        # Rank 1's own turn, which rank 0 computes too
+        ([shown(), shown(own=WRONG), shown()], [RIGHT, RIGHT, RIGHT], 1, False),
+        ([shown(), shown(own=WRONG), shown()], [RIGHT, WRONG, RIGHT], 1, True),
+        ([shown(), shown(own=WRONG), shown()], [RIGHT, OTHER, RIGHT], 1, True),
+        # The one that computes it again is wrong
+        ([shown(other=WRONG), shown(), shown()], [RIGHT, RIGHT, RIGHT], 0, False),
+        # Of two workers, the one that repeats itself is right
+        ([shown(), shown(own=WRONG)], [RIGHT, OTHER], 1, True),
+        ([shown(), shown(own=WRONG)], [RIGHT, RIGHT], 1, False),
+    ],
+)
+def test_a_disputed_turn_is_decided_by_what_most_say(
+    rows: list[Shown], answers: list[int], rank: int, repeats: bool
+) -> None:
+    size = len(rows)
+    audit = Audit(turns=[3] * size, subjects=[(number + 1) % size for number in range(size)])
+    disputed = disputed_turns(audit, rows)
+    assert disputed == [Turn(1, 3)]
+    verdict = of_turns(audit, rows, disputed, [answers])
+    [corruption] = verdict.corruptions
+    assert (corruption.rank, corruption.repeats, corruption.right) == (rank, repeats, RIGHT)
+    assert not verdict.undecided
+
+
+def test_two_workers_that_each_repeat_their_answer_cannot_be_told_apart() -> None:
+    audit, rows = Audit(turns=[0, 0], subjects=[1, 0]), [shown(), shown(own=WRONG)]
+    verdict = of_turns(audit, rows, disputed_turns(audit, rows), [[RIGHT, WRONG]])
+    assert verdict.undecided == [Undecided(What.GRADIENT, {1: WRONG, 0: RIGHT})]
+    assert not verdict.corruptions
+
+
+def test_a_copy_that_differs_from_the_others_is_wrong() -> None:
+    rows = [shown(), shown(values=5), shown(vectors=6)]
+    found = of_copies(rows, holders=ONE_COPY_EACH).corruptions
+    assert [(at.what, at.rank, at.shown, at.right) for at in found] == [
+        (What.WEIGHTS, 1, 5, 1),
+        (What.VECTORS, 2, 6, 2),
+    ]
+
+
+def test_only_ranks_that_hold_the_same_part_are_compared() -> None:
+    rows = [shown(vectors=1), shown(vectors=2), shown(vectors=1), shown(vectors=2)]
+    assert of_copies(rows, holders=[[0, 0, 0, 0], [0, 1, 0, 1]]).is_clean
+    assert not of_copies(rows, holders=[[0, 0, 0, 0], [0, 0, 0, 0]]).is_clean
+
+
+def test_of_two_copies_the_steps_taken_again_name_the_wrong_one() -> None:
+    rows = [shown(values=5), shown(values=1)]
+    verdict = of_copies(rows, holders=[[0, 0], [0, 0]])
+    assert verdict.undecided == [Undecided(What.WEIGHTS, {0: 5, 1: 1})]
+    [corruption] = named_later(What.WEIGHTS, {0: 5, 1: 1}, [shown(), shown()])
+    assert (corruption.rank, corruption.shown, corruption.right) == (0, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("hashes", "kinds", "wrong", "undecided"),
+    [
+        (["a", "a", "a"], "xxx", [], 0),
+        (["a", "b", "a"], "xxx", [1], 0),
+        (["a", "", "a"], "xxx", [1], 0),  # it failed
+        (["", "a"], "xx", [0], 0),
+        (["a", "b"], "xx", [], 1),
+        (["a", "b"], "xy", [], 0),  # unlike hardware promises nothing
+    ],
+)
+def test_self_tests_of_equal_hardware_must_agree(
+    hashes: list[str], kinds: str, wrong: list[int], undecided: int
+) -> None:
+    verdict = of_self_tests(hashes, [*kinds])
+    assert [corruption.rank for corruption in verdict.corruptions] == wrong
+    assert len(verdict.undecided) == undecided
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"), [([1], 1), ([1, 2], None), ([1, 2, 1], 1), ([1, 1, 2, 2, 3], None)]
+)
+def test_the_most_common_answer_is_one_that_no_other_equals(
+    answers: list[int], expected: int | None
+) -> None:
+    assert most_common(answers) == expected

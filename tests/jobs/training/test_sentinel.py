@@ -1,0 +1,125 @@
+"""A worker that corrupts silently is found and named, and the run ends with the clean run's
+weights."""
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.settings.shard import Shard
+from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.ledger import Ledger
+from jobs.run.run_plan import RunPlan
+from tests.jobs.faulty_runs import FAULTY, Fault, run_with_fault
+from tests.jobs.runs import tiny_plan
+
+NUM_STEPS = 12
+LANES = 4
+
+
+def plan_of(folder: Path, *, lanes: int = LANES, num_steps: int = NUM_STEPS, **how: Any) -> RunPlan:
+    shard, group = how.pop("shard", "none"), how.pop("group", None)
+    train = {
+        "global_batch_size": 2 * lanes,
+        "max_tokens": num_steps * 2 * lanes * 32,
+        "sample_prompts": [],
+        "eval_every_steps": 1000,
+        "audit_every_steps": 1,
+    }
+    scaling = {"max_workers": min(4, lanes), "shard": shard, "shard_group": group}
+    return tiny_plan(str(folder / "storage"), train=train | how, scaling=scaling)
+
+
+def final_hash(ledger: Ledger) -> str:
+    assert ledger.events("finish"), ledger.events("gave_up")
+    return str(ledger.events("checkpoint")[-1]["parameter_hash"])
+
+
+def clean_hash(folder: Path, **how: Any) -> str:
+    plan = plan_of(folder / "clean", **how)
+    return final_hash(run_with_fault(plan, folder / "clean", None, world_size=1))
+
+
+def faulty(folder: Path, fault: Fault, world_size: int, **how: Any) -> tuple[RunPlan, Ledger]:
+    plan = plan_of(folder, **how)
+    return plan, run_with_fault(plan, folder, fault, world_size=world_size)
+
+
+def named(ledger: Ledger) -> set[str]:
+    return {event["node"] for event in ledger.events("corruption", "named")}
+
+
+def test_wrong_gradients_leave_a_node_out_and_the_rest_ends_with_the_clean_runs_weights(
+    tmp_path: Path,
+) -> None:
+    fault = Fault(rank=1, failpoint="gradient:0.3:flip")
+    plan, ledger = faulty(tmp_path, fault, 2, shard="parameters", num_steps=30)
+    found = ledger.events("corruption")
+    assert found[-1]["measure"] == "left_out"
+    assert named(ledger) == {FAULTY}
+    assert [start["world_size"] for start in ledger.events("start")] == [2, 1]
+    void = [event for event in ledger.events("checkpoint") if event["step"] > found[-1]["to_step"]]
+    assert void or found[-1]["step"] <= 3
+    assert final_hash(ledger) == clean_hash(tmp_path, num_steps=30)
+    hashes = {event["parameter_hash"] for event in ledger.events("checkpoint")[-1:]}
+    assert hashes == {final_hash(ledger)}
+    assert RunCheckpoints(plan.run).names, "what is proven can be read"
+
+
+def test_a_wrong_copy_of_the_weights_sends_the_run_back_and_is_named_by_the_steps_taken_again(
+    tmp_path: Path,
+) -> None:
+    fault = Fault(rank=0, failpoint="weights:5:flip_nth")
+    _, ledger = faulty(tmp_path, fault, 2)
+    [undecided] = ledger.events("undecided")
+    assert undecided["what"] == "weights"
+    assert undecided["to_step"] <= 5
+    assert named(ledger) == {FAULTY}
+    assert final_hash(ledger) == clean_hash(tmp_path)
+
+
+def test_a_worker_that_fails_its_self_test_trains_nothing(tmp_path: Path) -> None:
+    fault = Fault(rank=2, failpoint="gradient:1:flip", from_the_start=True)
+    _, ledger = faulty(tmp_path, fault, 3)
+    [found] = ledger.events("corruption")
+    assert (found["node"], found["what"], found["step"]) == (FAULTY, "self_test", 0)
+    assert [start["world_size"] for start in ledger.events("start")] == [2]
+    assert final_hash(ledger) == clean_hash(tmp_path)
+
+
+GRADIENTS = ("gradient:1:flip", "gradient:0.1:flip", "gradient:0.01:flip")
+COPIES = ("weights:7:flip_nth", "vectors:7:flip_nth")
+CELLS = [
+    *itertools.product((2, 3, 4), ("none", "parameters"), (None,), GRADIENTS),
+    # A part of the state that one rank alone holds is compared with nothing
+    *itertools.product((2, 3, 4), ("none",), (None,), COPIES),
+    *itertools.product((4,), ("gradients", "parameters"), (2,), COPIES),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+@pytest.mark.parametrize(("world_size", "shard", "group", "failpoint"), CELLS)
+def test_whatever_is_wrong_the_run_ends_with_the_clean_runs_weights(
+    tmp_path: Path, world_size: int, shard: str, group: int | None, failpoint: str
+) -> None:
+    """Every lane is computed twice here, so that no wrong one can pass."""
+    seed = int(os.environ.get("RAYMILL_TEST_SEED", "0"))
+    expected = clean_hash(tmp_path, lanes=world_size, seed=seed)
+    fault = Fault(rank=seed % world_size, failpoint=failpoint)
+    how = {"lanes": world_size, "shard": shard, "group": group, "seed": seed}
+    _, ledger = faulty(tmp_path / "faulty", fault, world_size, **how)
+    assert final_hash(ledger) == expected
+    assert named(ledger) <= {FAULTY}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["none", "optimizer", "parameters"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_clean_steps_give_no_alarm(tmp_path: Path, world_size: int, shard: Shard) -> None:
+    plan = plan_of(tmp_path, num_steps=200, shard=shard)
+    ledger = run_with_fault(plan, tmp_path, None, world_size=world_size)
+    assert len(ledger.steps) == 200
+    assert not ledger.events("corruption", "undecided", "named", "refuted")
