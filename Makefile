@@ -19,7 +19,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # The suite starts hundreds of processes: where this is set, each compiles every module again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test areas reference docs test-all test-chaos test-gpu test-live lint format audit bench bench-train bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
+.PHONY: demo test areas reference docs test-all test-slice test-chaos test-gpu test-live lint format audit bench bench-train bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
@@ -44,6 +44,14 @@ areas: $(INSTALLED)
 
 test-all: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED)
 	$(BIN)/pytest
+
+# One slice of the slow tests (tests/slices.py), by default another one for each commit, so that as many commits as there are
+# slices run them all. A session that takes longer than LIMIT_S ends, and says in which test it was.
+SLICES ?= 14
+SLICE ?= $(shell $(BIN)/python -m tests.slices $(SLICES))
+LIMIT_S ?= 960
+test-slice: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED)
+	$(BIN)/pytest -m slow --slice $(SLICE) --limit-s $(LIMIT_S) --durations 10 tests
 
 COMPUTE ?= cpu
 SHARD ?= none

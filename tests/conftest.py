@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.cluster.fault_proxy import FaultProxy, running_proxy
 from tests.lanes import LaneScheduling, place
+from tests.slices import Slice, SlicePlugin, TimeLimit
 from tests.time_limits import slowness
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -25,6 +26,25 @@ settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("any machine")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slice", metavar="K/N", type=Slice.parse, help="one slice, see slices.py")
+    parser.addoption(
+        "--limit-s", type=float, help="end the session after these seconds, and say in which test"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (chosen := config.getoption("--slice")) is not None:
+        config.pluginmanager.register(SlicePlugin(chosen))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    plugins = session.config.pluginmanager
+    if (seconds := session.config.getoption("--limit-s")) is not None:
+        say = plugins.getplugin("terminalreporter").write_line
+        plugins.register(TimeLimit(seconds, say=say))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

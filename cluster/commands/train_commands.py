@@ -47,6 +47,9 @@ _FILE = Argument[Path](
     "file", "run.yaml when unset", nargs="?", parse=Path, default=Path("run.yaml")
 )
 _KEEP = Switch("--keep", "keep the endpoint up until Ctrl-C")
+_QUICK = Switch(
+    "--quick", "end in a minute: fewer steps, one node, a worker killed, no evaluation, no report"
+)
 _PRESET = Argument[str](
     "--preset",
     "the model's shape: GPT-2's, or Llama's of as many parameters",
@@ -61,13 +64,21 @@ _SHAPES_ROW = "  {:<28}{:<15}{:<24}{:>14}{:>7}  {}"
 
 
 def demo(arguments: Arguments) -> Result:
+    is_quick, storage_uri = arguments[_QUICK], arguments[STORAGE]
+    between = "" if is_quick else "an evaluation, a report, "
     say(
-        "demo: a corpus, its tokens, training with a node killed on purpose, an evaluation, a report and an endpoint"
+        f"demo: a corpus, its tokens, training with a kill on purpose, {between}an endpoint, and the steps around "
+        "the kill again"
     )
 
     from cluster.commands.demo import run_demo
 
-    return Result(run_demo(arguments[STORAGE], preset=arguments[_PRESET], keep=arguments[_KEEP]))
+    values = run_demo(
+        storage_uri, preset=arguments[_PRESET], is_quick=is_quick, keep=arguments[_KEEP]
+    )
+    serving = as_typed(storage_uri, "raymill serve latest --port 8000")
+    after = f"{serving}, then open http://127.0.0.1:8000 in a browser to look inside an answer"
+    return Result(values, text="", next=after)
 
 
 def init(arguments: Arguments) -> Result:
@@ -312,9 +323,9 @@ BEGIN = Section(
     (
         Command(
             "demo",
-            "train and serve a small model on a 3-node local cluster, with a node killed on purpose",
+            "train and serve a small model on a local cluster, with a node killed on purpose",
             demo,
-            [_KEEP, _PRESET, STORAGE],
+            [_QUICK, _KEEP, _PRESET, STORAGE],
         ),
         Command(
             "init",

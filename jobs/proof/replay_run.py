@@ -40,7 +40,7 @@ def replay_steps(run: Storage, *, steps: str, workers: int) -> dict[str, Any]:
 
 def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any]:
     """Takes the steps again in a scratch folder, from the nearest checkpoint before them, with the
-    recorded settings.
+    recorded settings. `parameter_hash` of the result is that of the weights after the last step.
 
     Raises `UserError` for steps that the ledger does not have, `TokenStoreError` where the data is
     gone.
@@ -86,6 +86,7 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
             "parameter_hash" in recorded[step] and "parameter_hash" in replayed[step]
             for step in compared
         ),
+        "parameter_hash": replayed.get(steps[-1], {}).get("parameter_hash"),
         "same_code": is_same_code,
     }
 

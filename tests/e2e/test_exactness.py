@@ -24,6 +24,8 @@ pytestmark = pytest.mark.cluster
 NUM_STEPS = 60
 HASH_EVERY = 10
 SIZES = (1, 2, 3, 4)
+QUICK_SIZES = (1, 3)
+"""Worlds of one to five have the same bits in ../jobs/exact/sums/test_bucket_exchange.py, too."""
 LLAMA = {"architecture": "llama", "activation_function": "swiglu", "n_kv_head": 1}
 
 
@@ -90,7 +92,10 @@ def test_kills_and_resizes_lose_no_step(disturbed: tuple[RunConfig, dict[str, An
     assert len(losses(config)) == NUM_STEPS
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param(size, marks=[] if size in QUICK_SIZES else pytest.mark.slow) for size in SIZES],
+)
 def test_any_number_of_workers_gives_the_same_bits(
     disturbed: tuple[RunConfig, dict[str, Any]], size: int
 ) -> None:

@@ -179,23 +179,25 @@ def crash(plan: RunPlan, failpoint: str, seed: int, folder: Path) -> dict[str, A
     }
 
 
-def main(storage_uri: str, tokens_in: str, folder: Path, num_seeds: int, places: list[str]) -> None:
+def main(
+    storage_uri: str, tokens_in: str, folder: Path, seeds: list[int], places: list[str]
+) -> None:
     torch.set_num_threads(1)  # a forked process has one thread
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     first = tiny_plan(
         storage_uri,
         tokens_in=tokens_in,
         train={"precision": "bf16", "global_batch_size": 8, "max_tokens": NUM_STEPS * 8 * 32},
-        checkpoint={"save_every_steps": 2, "num_to_keep": 1 if num_seeds else 9},
+        checkpoint={"save_every_steps": 2, "num_to_keep": 1 if seeds else 9},
     )
 
     def named(run_id: str) -> RunPlan:
         return replace(first, config=first.config.model_copy(update={"run_id": run_id}))
 
     print(json.dumps({"codes": train_world(named("undisturbed"), 1, folder)}), flush=True)
-    if not num_seeds:
+    if not seeds:
         print(json.dumps(resizes(named("resized"), folder)), flush=True)
-    for seed in range(num_seeds):
+    for seed in seeds:
         for failpoint in places:
             print(
                 json.dumps(crash(named(f"{failpoint}-{seed}"), failpoint, seed, folder)), flush=True
@@ -203,4 +205,4 @@ def main(storage_uri: str, tokens_in: str, folder: Path, num_seeds: int, places:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4]), sys.argv[5:])

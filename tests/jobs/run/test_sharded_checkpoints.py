@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,14 @@ PLACES = {
 
 
 def run(
-    storage_uri: str, folder: Path, *, num_seeds: int = 0, places: tuple[str, ...] = ()
+    storage_uri: str, folder: Path, *, seeds: Sequence[int] = (), places: tuple[str, ...] = ()
 ) -> list[dict[str, Any]]:
     (folder / "tmp").mkdir()
     environment = os.environ | {"TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(REPOSITORY)}
-    tokens_in = str(folder / "tokens") if num_seeds else storage_uri
-    arguments = [storage_uri, tokens_in, str(folder), str(num_seeds), *places]
+    tokens_in = str(folder / "tokens") if seeds else storage_uri
+    arguments = [storage_uri, tokens_in, str(folder), json.dumps([*seeds]), *places]
     command = [sys.executable, "-m", "tests.jobs.sharded_runs", *arguments]
-    timeout_s = limit_s(120 * (1 + num_seeds * len(places)))
+    timeout_s = limit_s(120 * (1 + len(seeds) * len(places)))
     done = subprocess.run(
         command,
         stdout=subprocess.PIPE,
@@ -120,10 +121,10 @@ def test_any_world_resumes_what_any_other_saved(
     assert all(copy == copies[0] for copy in copies)
 
 
-def check_crashes(storage_uri: str, folder: Path, *, num_seeds: int, places: set[str]) -> None:
-    undisturbed, *crashed = run(
-        storage_uri, folder, num_seeds=num_seeds, places=tuple(sorted(places))
-    )
+def check_crashes(
+    storage_uri: str, folder: Path, *, seeds: Sequence[int], places: set[str]
+) -> None:
+    undisturbed, *crashed = run(storage_uri, folder, seeds=seeds, places=tuple(sorted(places)))
     assert undisturbed["codes"] == [0]
     expected = Ledger.read(open_storage(storage_uri).child("runs/undisturbed")).events(
         "checkpoint"
@@ -147,15 +148,18 @@ def check_crashes(storage_uri: str, folder: Path, *, num_seeds: int, places: set
 
 
 def test_a_crash_of_one_worker(tmp_path: Path) -> None:
-    check_crashes(str(tmp_path / "storage"), tmp_path, num_seeds=1, places=PLACES)
+    check_crashes(str(tmp_path / "storage"), tmp_path, seeds=[0], places=PLACES)
 
 
 @pytest.mark.chaos
 @pytest.mark.slow
+@pytest.mark.parametrize("first_seed", range(0, 20, 5))
 @pytest.mark.parametrize("is_remote", [False, True])
-def test_twenty_seeds_of_crashes(s3_bucket: str, tmp_path: Path, is_remote: bool) -> None:
+def test_twenty_seeds_of_crashes(
+    s3_bucket: str, tmp_path: Path, is_remote: bool, first_seed: int
+) -> None:
     uri = f"s3://{s3_bucket}/storage" if is_remote else str(tmp_path / "storage")
-    check_crashes(uri, tmp_path, num_seeds=20, places=PLACES)
+    check_crashes(uri, tmp_path, seeds=range(first_seed, first_seed + 5), places=PLACES)
 
 
 def test_a_listing_whose_first_page_is_older_than_the_last_report_refuses_nothing(

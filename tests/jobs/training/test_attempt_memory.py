@@ -108,6 +108,7 @@ def test_nothing_is_alive_of_an_attempt_that_could_not_begin(
     assert not witness.alive()
 
 
+@pytest.mark.slow  # the tests above prove it by what is alive
 def test_resident_memory_is_flat_over_losses() -> None:
     """Where autograd's hooks hold the sums, as this shows too, a loss leaves twice the weights and
     more."""

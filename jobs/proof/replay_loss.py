@@ -1,0 +1,50 @@
+"""Takes the steps around a run's first lost worker again, by one undisturbed worker, and compares
+their bits with the ledger."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from cluster.storage.uris import Storage
+from jobs.proof.replay_run import replay
+from jobs.run.checkpoints import RunCheckpoints, step_of
+from jobs.run.find_run import begun_ledger
+from jobs.run.history import recorded_config
+from jobs.run.ledger import Ledger
+from jobs.training.attempt import saves
+from model.errors import UserError
+
+
+def replay_around_loss(run: Storage) -> dict[str, Any]:
+    """Returns `replay`'s result for `steps_around_loss`, with the first and the last of the
+    `steps`.
+
+    Raises `UserError` for a run that lost no worker, and what `replay` raises.
+    """
+    ledger, config = begun_ledger(run), recorded_config(run)
+    saved_steps = (event["step"] for event in ledger.events("checkpoint"))
+    steps = steps_around_loss(
+        ledger,
+        kept_steps=map(step_of, RunCheckpoints(run).names),
+        hashed_steps=(step for step in saved_steps if saves(config, step)),  # there again, too
+    )
+    if steps is None:
+        raise UserError(
+            f"{run.uri} lost no worker between two of its steps, so there are none to take again: a "
+            "kill has to come earlier, or the run has to take more steps"
+        )
+    return replay(run, steps=steps, num_workers=1) | {"steps": [steps[0], steps[-1]]}
+
+
+def steps_around_loss(
+    ledger: Ledger, *, kept_steps: Iterable[int], hashed_steps: Iterable[int]
+) -> range | None:
+    """Returns the steps after the newest kept checkpoint before the first recovery, or after the
+    run's beginning, up to the next step whose weights have a hash. Returns None where nothing was
+    lost."""
+    recoveries = ledger.recoveries()
+    if not recoveries:
+        return None
+    resumed_at = recoveries[0].step
+    before = max((step for step in kept_steps if step <= resumed_at), default=0)
+    after = min((step for step in hashed_steps if step > resumed_at), default=None)
+    return None if after is None else range(before + 1, after + 1)
