@@ -35,13 +35,18 @@ def held(
 
 
 def choice_of(
-    *holdings: Holding, explained_step: int = 100, at_least: int = 0, left_out: range = range(0)
+    *holdings: Holding,
+    explained_step: int = 100,
+    at_least: int = 0,
+    left_out: range = range(0),
+    after_attempt: int = 0,
 ):
     return choose(
         holdings,
         explained_step=explained_step,
         at_least=at_least,
         is_left_out=lambda step: step in left_out,
+        after_attempt=after_attempt,
     )
 
 
@@ -68,6 +73,14 @@ def test_what_a_rollback_left_out_stays_out() -> None:
     choice = choice_of(held("a", 4), held("a", 5), held("a", 6), left_out=range(5, 7))
     assert choice is not None
     assert choice.header.step == 4
+
+
+def test_what_an_attempt_with_a_worker_that_was_wrong_has_left_stays_out() -> None:
+    holdings = [held("a", 8, attempt=1), held("a", 6, attempt=2), held("b", 6, attempt=2)]
+    choice = choice_of(*holdings, after_attempt=1)
+    assert choice is not None
+    assert choice.header.step == 6
+    assert choice_of(*holdings, after_attempt=2) is None
 
 
 def test_a_sharded_state_needs_every_share_of_one_step_attempt_and_world() -> None:

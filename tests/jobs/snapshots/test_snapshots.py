@@ -102,7 +102,9 @@ def test_a_large_state_has_the_time_to_be_read_and_a_damaged_one_is_named(
     monkeypatch.setattr(jobs.snapshots.snapshots, "find_keepers", lambda launch: {"a": keeper})
     snapshots = Snapshots(None, WorkerGroup(0, 1))
     snapshots._launch = "this process"
-    found = snapshots.newest(explained_step=9, at_least=0, is_left_out=lambda step: False)
+    found = snapshots.newest(
+        explained_step=9, at_least=0, is_left_out=lambda step: False, after_attempt=0
+    )
     assert found is not None and found.header.step == 6
     assert "the snapshot of step 7 on node a is damaged" in capsys.readouterr().err
 
@@ -415,10 +417,15 @@ class OwnMemory(Snapshots):
         explained_step: int = 100,
         at_least: int = 0,
         is_left_out: Callable[[int], bool] = lambda step: False,
+        after_attempt: int = 0,
     ) -> Snapshot | None:
         held = whole(self.memory)
         return choose(
-            held, explained_step=explained_step, at_least=at_least, is_left_out=is_left_out
+            held,
+            explained_step=explained_step,
+            at_least=at_least,
+            is_left_out=is_left_out,
+            after_attempt=after_attempt,
         )
 
     def _read(self, held: Holding, spans: list[range]) -> Iterator[Bytes]:
