@@ -311,6 +311,7 @@ def saved_weights(config: ForeignConfig, folder: Path) -> dict[str, "Tensor"]:
     """Returns the parameters in a folder that transformers saved, in fp32 and by the names of its
     modules, which the files of older versions do not have. Raises `ForeignModelError`."""
     transformers = imported()
+    transformers.logging.disable_progress_bar()
     try:
         module, found = transformers.AutoModelForCausalLM.from_pretrained(
             folder,

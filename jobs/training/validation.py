@@ -175,6 +175,7 @@ def samples(model: Decoder, tokenizer: Tokenizer, config: TrainConfig) -> list[d
             prompt_ids,
             max_tokens=min(SAMPLE_TOKENS, model.config.n_positions - len(prompt_ids)),
             params=SamplingParams(temperature=0.8, seed=config.seed),
+            num_ids=tokenizer.vocab_size,
         )
         own_ids = [*itertools.takewhile(lambda token_id: token_id != tokenizer.eot_id, new_ids)]
         found.append({"prompt": prompt, "text": tokenizer.decode(own_ids)})

@@ -23,8 +23,11 @@ def generate(
     max_tokens: int,
     params: SamplingParams,
     eos_id: int | None = None,
+    num_ids: int | None = None,
 ) -> list[int]:
-    """Returns up to `max_tokens` new tokens; ends before `eos_id`, which is not returned.
+    """Returns up to `max_tokens` new tokens; ends before `eos_id`, which is not returned. With
+    `num_ids` the tokens are among so many: an embedding may have more rows than the tokenizer has
+    ids.
 
     Raises `ContextLengthError` when the prompt is empty, or exceeds the context together with
     `max_tokens`.
@@ -55,7 +58,7 @@ def generate(
         hidden = model(token_ids, kv_cache=cache, positions=positions)  # (1, T, C)
         # On the CPU: a GPU's cumulative sums of floats are not deterministic, and training refuses
         # such operations.
-        logits = model.logits(hidden[0, -1]).cpu()  # (V,)
+        logits = model.logits(hidden[0, -1])[:num_ids].cpu()  # (V,)
         token = sample(
             logits, params, prompt_ids=prompt_ids, output_ids=output_ids, position=len(sequence)
         )
