@@ -35,12 +35,12 @@ from jobs.tokens.division import BY_DOCUMENTS, Division, HeldOut, texts_of, toke
 from jobs.tokens.token_store import Split, TokenStoreError, read_manifest
 from jobs.tokens.token_stream import TokenStream
 from jobs.tokens.train_tokenizer import TOKENIZER_FILE
+from model.decoder import Decoder
 from model.errors import UserError
-from model.files.checkpoint import load_model, parameter_hash
+from model.files.checkpoint import load_decoder, parameter_hash
 from model.files.checkpoint_folder import CheckpointError, is_hf_folder, read_metadata
-from model.files.hf_config import read_config
+from model.files.hf_config import read_shape
 from model.files.stored_tokenizer import load_tokenizer
-from model.gpt import GPT
 from model.hardware.processor import Device, emulates
 from model.numerics import FP32
 
@@ -105,7 +105,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     checkpoint, folder = find_checkpoint(config.checkpoint, config.storage.uri)
     say(f"evaluating {checkpoint}")
-    model = load_model(folder, verify=False)  # which `find_checkpoint` has just done
+    model = load_decoder(folder, verify=False)  # which `find_checkpoint` has just done
     rows = _rows(folder, model, config.model_copy(update={"checkpoint": checkpoint}))
     numerics = rows.run.train.numerics
     if rows.device == "cpu" and emulates(numerics):
@@ -125,7 +125,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     )
     return {
         "checkpoint": checkpoint,
-        "parameter_hash": parameter_hash(model.state_dict()),
+        "parameter_hash": parameter_hash(dict(model.named_parameters())),
         "tokens": num_tokens,
         "bytes": round(num_bytes),
         "loss": loss,
@@ -141,7 +141,7 @@ def perplexity(loss: float) -> float | None:
     return math.exp(loss) if loss <= math.log(sys.float_info.max) else None
 
 
-def _rows(folder: Path, model: GPT, config: EvaluateConfig) -> Rows:
+def _rows(folder: Path, model: Decoder, config: EvaluateConfig) -> Rows:
     trained: RunConfig | None = None  # the settings of the checkpoint's run, where it is known
     if not is_hf_folder(folder):
         run = storage_of(config).child(f"runs/{read_metadata(folder).run_id}")
@@ -170,12 +170,12 @@ def _rows(folder: Path, model: GPT, config: EvaluateConfig) -> Rows:
     )
 
 
-def _as_trained(trained: RunConfig | None, model: GPT, config: EvaluateConfig) -> RunConfig:
+def _as_trained(trained: RunConfig | None, model: Decoder, config: EvaluateConfig) -> RunConfig:
     """Returns the run with the evaluation's precision, and without a GPU where this cluster has
     none."""
     if trained is None:
         plain = {"precision": FP32.name if config.precision == "auto" else config.precision}
-        return RunConfig.model_validate({"model": vars(model.config), "train": plain})
+        return RunConfig.model_validate({"model": model.config, "train": plain})
     if config.precision != "auto":
         trained = trained.model_copy(
             update={"train": trained.train.model_copy(update={"precision": config.precision})}
@@ -238,7 +238,7 @@ def _documents(folder: Path, config: EvaluateConfig) -> HeldOutText:
     return HeldOutText(split_uri(store["manifest"])[0], "train")
 
 
-def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[tuple[float, int]]:
+def _batch_losses(model: Decoder, rows: Rows, config: EvaluateConfig) -> list[tuple[float, int]]:
     """Returns the summed loss of each batch and how many tokens it counts, in order. A task whose
     worker dies is run again."""
     num_batches = len(rows.batches)
@@ -273,7 +273,7 @@ def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[tuple[
 
 
 def _worker_losses(
-    model: GPT, rows: Rows, batches: range, num_threads: int
+    model: Decoder, rows: Rows, batches: range, num_threads: int
 ) -> Iterator[tuple[int, tuple[float, int]]]:
     """Yields the number of each of the worker's batches, its summed loss and how many tokens that
     counts."""
@@ -297,7 +297,7 @@ def gate_rows(checkpoint: str, storage_uri: str) -> dict[str, Any]:
         found, folder = find_checkpoint(checkpoint, storage_uri)
         config = EvaluateConfig(checkpoint=found, storage=StorageConfig(uri=storage_uri))
         text = validation_texts(folder, config)[0]
-        row_tokens = min(read_config(folder).n_positions, GATE_TOKENS, text.num_tokens - 1)
+        row_tokens = min(read_shape(folder).n_positions, GATE_TOKENS, text.num_tokens - 1)
         stream = text.open(seq_len=row_tokens)
     except UserError as error:
         return {"rows": [], "reason": str(error)}

@@ -8,7 +8,7 @@ from typing import Any
 from cluster.storage.registry import resolve_checkpoint
 from cluster.storage.uris import absolute_uri, open_storage, split_uri
 from model.files.bounded_text import require_bounded_text
-from model.files.checkpoint import load_model, write_checkpoint
+from model.files.checkpoint import load_decoder, write_checkpoint
 from model.files.checkpoint_folder import (
     MANIFEST,
     CheckpointError,
@@ -42,11 +42,11 @@ def export(checkpoint: str, destination: str, *, storage_uri: str) -> dict[str, 
         folder = local or Path(scratch) / "checkpoint"
         tokenizer, metadata = load_tokenizer(source), read_metadata(source)
         assert tokenizer is not None, "only plain Hugging Face folders may lack one"
-        model = load_model(source, verify=False)  # which `resolve_checkpoint` has just done
+        model = load_decoder(source, verify=False)  # which `resolve_checkpoint` has just done
         copied = write_checkpoint(
             folder,
             config=model.config,
-            state=model.state_dict(),
+            state=dict(model.named_parameters()),
             tokenizer=tokenizer,
             metadata=metadata,
             train_state=None,

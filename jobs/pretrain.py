@@ -1,7 +1,6 @@
 """Stage: trains the model on the token store with Ray Train, elastically, and publishes the final
 checkpoint."""
 
-import dataclasses
 import os
 import secrets
 import sys
@@ -54,6 +53,7 @@ from jobs.workers.failures import one_line
 from jobs.workers.placement import workers_precision
 from jobs.workers.preemption import stopping_on_sigterm
 from jobs.workers.rendezvous import meeting_place
+from model.config import Shape, with_vocabulary
 from model.text.tokenizer import Tokenizer
 
 _RAY_TRAIN = {
@@ -159,8 +159,7 @@ def train_on(text: PreparedText) -> dict[str, Any]:
     tokens = split_uri(text.figures["manifest"])[0]
     division = divided(config, tokens)
     sets = validation_stores(config, tokenizer_uri=text.tokenizer_uri)
-    model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
-    config = config.model_copy(update={"model": model})
+    config = config.model_copy(update={"model": _shape_for(config, tokenizer)})
     run, storage = run_storage(config), open_storage(config.storage.uri)
     with Lease(run) as lease:
         config = _enter(run, config, tokenizer)
@@ -190,6 +189,13 @@ def train_on(text: PreparedText) -> dict[str, Any]:
             publish(storage, checkpoint)
             say(what_latest_became(storage))
         return _figures(run, ledger, checkpoint)
+
+
+def _shape_for(config: RunConfig, tokenizer: Tokenizer) -> Shape:
+    try:
+        return with_vocabulary(config.model, tokenizer.vocab_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _enter(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> RunConfig:

@@ -1,12 +1,13 @@
 """The shape of a decoder, GPT-2's or Llama's, in GPT-2's own terms, presets, counts of parameters
-and operations."""
+and operations of any shape."""
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, assert_never
 
 from model.architecture import ARCHITECTURES, Activation, Architecture, ArchitectureName, Parameter
+from model.foreign_config import NOT_OF_THE_MODEL, ForeignConfig
 from model.tables import read_table
 
 # Far above any real model: `plan` loops over blocks, so a typing error would hang it for minutes
@@ -135,6 +136,45 @@ class GPTConfig:
         return self.num_kv_heads * self.head_dim
 
 
+Shape = GPTConfig | ForeignConfig
+"""Of a model: one of ours, or whatever transformers has."""
+
+
+def shape_differences(before: Shape, now: Shape) -> dict[str, tuple[Any, Any]]:
+    """Returns both values of each setting that differs."""
+    old, new = _settings(before), _settings(now)
+    differences: dict[str, tuple[Any, Any]] = {}
+    for name in new | old:
+        values = old.get(name), new.get(name)
+        if values[0] != values[1]:
+            differences[name] = values
+    return differences
+
+
+def _settings(config: Shape) -> dict[str, Any]:
+    match config:
+        case GPTConfig():
+            return asdict(config)
+        case ForeignConfig():
+            values = config.values
+            return {name: values[name] for name in values if name not in NOT_OF_THE_MODEL}
+        case _:
+            assert_never(config)
+
+
+def with_context(config: Shape, num_tokens: int) -> Shape:
+    """Returns the shape with a context of at most so many tokens."""
+    if num_tokens >= config.n_positions:
+        return config
+    match config:
+        case GPTConfig():
+            return replace(config, n_positions=num_tokens)
+        case ForeignConfig():
+            return config.with_context(num_tokens)
+        case _:
+            assert_never(config)
+
+
 def lengths(config: GPTConfig) -> dict[str, int]:
     """Returns the length of each side that a parameter may have, by its `Dim`."""
     width = config.n_embd
@@ -148,12 +188,42 @@ def lengths(config: GPTConfig) -> dict[str, int]:
     }
 
 
-def num_parameters(config: GPTConfig) -> int:
+def num_parameters(config: Shape) -> int:
     """Returns the number of trainable parameters, embeddings included, a tied head counted once."""
+    if isinstance(config, ForeignConfig):
+        return config.num_parameters
     names = config.network.parameters
     head = 0 if config.tie_word_embeddings else config.vocab_size * config.n_embd
     around_blocks = _size(config, [*names.before.values(), *names.after.values()])
     return around_blocks + config.n_layer * _size(config, names.block.values()) + head
+
+
+def num_active_parameters(config: Shape) -> int:
+    """Returns how many of them compute a token: all but the experts that it is not sent to."""
+    match config:
+        case GPTConfig():
+            return num_parameters(config)
+        case ForeignConfig():
+            return config.num_active_parameters
+        case _:
+            assert_never(config)
+
+
+def with_vocabulary(config: Shape, num_ids: int) -> Shape:
+    """Returns the shape for a tokenizer of so many ids. An embedding of transformers' models may
+    have more rows, and stays as it is; `ValueError` is raised where it has fewer."""
+    match config:
+        case GPTConfig():
+            return replace(config, vocab_size=num_ids)
+        case ForeignConfig():
+            if num_ids > config.vocab_size:
+                raise ValueError(
+                    f"the tokenizer has {num_ids} ids and config.json vocab_size {config.vocab_size}, expected at "
+                    "least as many: name the model's own tokenizer, or lower data.vocab_size"
+                )
+            return config
+        case _:
+            assert_never(config)
 
 
 def _size(config: GPTConfig, parameters: Iterable[Parameter]) -> int:
@@ -181,13 +251,15 @@ def preset_fields(values: dict[str, Any]) -> dict[str, Any]:
     return PRESETS.get(preset, {}) | values
 
 
-def flops_per_token(config: GPTConfig, seq_len: int) -> int:
+def flops_per_token(config: Shape, seq_len: int) -> int:
     """Counts forward and backward: 6 for each parameter that multiplies, and 12 x layers x width x
     seq_len for the attention scores and their use (PaLM, 2022, appendix B, which does not discount
     the causal half either).
 
     Position embeddings, and token embeddings beside an untied head, are looked up, not multiplied.
     """
+    if isinstance(config, ForeignConfig):
+        return config.flops_per_token(seq_len)
     before = config.network.parameters.before.values()
     looked_up = _size(config, [parameter for parameter in before if parameter.is_looked_up])
     if not config.tie_word_embeddings:

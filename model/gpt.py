@@ -20,7 +20,8 @@ from model.architecture import GPT2, LLAMA, Activation, Initial
 from model.attention import Mask, attention
 from model.body import Block, Body
 from model.config import GPTConfig
-from model.kv_cache import Cache, Window
+from model.decoder import Decoder
+from model.kv_cache import Cache, KVCache, Window
 from model.llama import Llama
 from model.operations import PLAIN, Operations, embedding
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, parameter_shapes, parameters
@@ -186,11 +187,10 @@ BODIES: dict[str, type[Body]] = {GPT2.name: Transformer, LLAMA.name: Llama}
 """What computes each architecture, between token ids and the output head."""
 
 
-class GPT(nn.Module):
-    """The decoder, GPT-2 or Llama. Its weights are uninitialized memory until `init_weights` or
-    `load_state_dict`."""
+class GPT(Decoder):
+    """The decoder, GPT-2 or Llama."""
 
-    ops: Operations = PLAIN
+    config: GPTConfig
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -229,6 +229,10 @@ class GPT(nn.Module):
         for name, values in initial_weights(self.config, seed):
             self.get_parameter(name).copy_(values)
 
+    def new_cache(self, num_tokens: int) -> KVCache:
+        weight = self.head_weight
+        return KVCache(self.config, max_len=num_tokens, dtype=weight.dtype, device=weight.device)
+
     def forward(
         self,
         token_ids: Tensor,
@@ -257,20 +261,6 @@ class GPT(nn.Module):
         """Returns logits (..., V), at least fp32, from hidden (..., C)."""
         logits = F.linear(hidden, self.head_weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    def loss(
-        self,
-        token_ids: Tensor,
-        targets: Tensor,
-        positions: Tensor | None = None,
-        mask: Mask = None,
-        scale: float = 1.0,
-    ) -> Tensor:
-        """Returns `scale` times the summed cross-entropy (a scalar, at least fp32) of targets (B,
-        T); IGNORE_INDEX is not counted."""
-        return self.loss_of(
-            self.forward(token_ids, positions=positions, mask=mask), targets, scale=scale
-        )
 
     def loss_of(self, hidden: Tensor, targets: Tensor, *, scale: float = 1.0) -> Tensor:
         """Returns `scale` times the loss of targets (B, T) from hidden (B, T, C), what `forward`

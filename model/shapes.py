@@ -6,11 +6,16 @@ V vocabulary, K tokens of a chunk.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import assert_never
 
 from model.architecture import HEAD, Parameter
-from model.config import GPTConfig, lengths, num_parameters
+from model.config import GPTConfig, Shape, lengths, num_parameters
+from model.foreign_config import ForeignConfig
+
+_NUMBER = re.compile(r"\.\d+\.")
 
 CHUNK_TOKENS = 1024
 """How many tokens' logits a CPU computes together."""
@@ -37,50 +42,39 @@ class Stage:
 
 
 def stages(
-    config: GPTConfig, *, batch_size: int, seq_len: int, bytes_per_value: int = 4
+    config: Shape, *, batch_size: int, seq_len: int, bytes_per_value: int = 4
 ) -> list[Stage]:
     """Returns the stages in the order of the forward pass; a block's are listed once and count
     `n_layer` times.
 
     With autocast to bf16 (`bytes_per_value` 2) the residual stream, LayerNorms and the loss keep
-    fp32.
+    fp32. Of a model of transformers only what lies between its layers is known.
     """
-    layers, small, head_dim = config.n_layer, bytes_per_value, config.head_dim
-    names = config.network.stages
     num_tokens = batch_size * seq_len
     chunk = min(CHUNK_TOKENS, num_tokens)
-    sides = lengths(config) | {
-        "B": batch_size,
-        "T": seq_len,
-        "H": config.n_head,
-        "D": head_dim,
-        "K": chunk,
-    }
-    projections = [
-        (f"block: {name}", dims, small, layers * count, "")
-        for name, dims, count in names.projections
-    ]
-    gate = [("block: feed-forward, gate", "B T F", small, layers, "")] if names.has_gate else []
+    sides = {"B": batch_size, "T": seq_len, "H": config.n_head, "D": config.head_dim, "K": chunk}
+    match config:
+        case GPTConfig():
+            sides |= lengths(config)
+            names = config.network.stages
+            embeddings, norm = f"{names.embeddings}: the residual stream", names.norm
+            of_blocks = _stages_of_blocks(config, bytes_per_value)
+        case ForeignConfig():
+            sides |= {"C": config.n_embd, "V": config.vocab_size}
+            embeddings, norm = "of tokens: the residual stream", "norm"
+            of_blocks = [("block", "B T C", 4, config.n_layer, "as transformers computes it")]
+        case _:
+            assert_never(config)
     rows = [
         ("token ids", "B T", 8, 1, ""),
-        ("embeddings", "B T C", 4, 1, f"{names.embeddings}: the residual stream"),
-        (f"block: {names.norm} 1", "B T C", 4, layers, ""),
-        *projections,
-        ("block: each in heads", "B H T D", small, 3 * layers, "a view"),
-        ("block: scores", "B H T T", small, layers, f"over sqrt({head_dim}); never whole"),
-        ("block: attention", "B H T D", small, layers, ""),
-        ("block: projection", "B T C", small, layers, "added to the residual stream"),
-        (f"block: {names.norm} 2", "B T C", 4, layers, ""),
-        *gate,
-        ("block: feed-forward, up", "B T F", small, layers, ""),
-        (f"block: {config.activation_function}", "B T F", small, layers, ""),
-        ("block: feed-forward, down", "B T C", small, layers, "added to the residual stream"),
-        (f"last {names.norm}", "B T C", 4, 1, ""),
+        ("embeddings", "B T C", 4, 1, embeddings),
+        *of_blocks,
+        (f"last {norm}", "B T C", 4, 1, ""),
         ("logits", "B T V", 4, 1, "never whole"),
         (
             "logits, a chunk",
             "V K",
-            small,
+            bytes_per_value,
             -(-num_tokens // chunk),
             "all of them that exist at a time",
         ),
@@ -92,8 +86,35 @@ def stages(
     ]
 
 
-def weights(config: GPTConfig) -> list[Stage]:
-    """Returns the parameters, in fp32; a block's are listed once and count `n_layer` times."""
+def _stages_of_blocks(config: GPTConfig, small: int) -> list[tuple[str, str, int, int, str]]:
+    """Returns name, dims, bytes of a value, times and note of what all blocks make together; `small`
+    bytes has what autocast computes."""
+    layers, names = config.n_layer, config.network.stages
+    projections = [
+        (f"block: {name}", dims, small, layers * count, "")
+        for name, dims, count in names.projections
+    ]
+    gate = [("block: feed-forward, gate", "B T F", small, layers, "")] if names.has_gate else []
+    return [
+        (f"block: {names.norm} 1", "B T C", 4, layers, ""),
+        *projections,
+        ("block: each in heads", "B H T D", small, 3 * layers, "a view"),
+        ("block: scores", "B H T T", small, layers, f"over sqrt({config.head_dim}); never whole"),
+        ("block: attention", "B H T D", small, layers, ""),
+        ("block: projection", "B T C", small, layers, "added to the residual stream"),
+        (f"block: {names.norm} 2", "B T C", 4, layers, ""),
+        *gate,
+        ("block: feed-forward, up", "B T F", small, layers, ""),
+        (f"block: {config.activation_function}", "B T F", small, layers, ""),
+        ("block: feed-forward, down", "B T C", small, layers, "added to the residual stream"),
+    ]
+
+
+def weights(config: Shape) -> list[Stage]:
+    """Returns the parameters, in fp32; a block's are listed once and count `n_layer` times, but
+    where blocks differ."""
+    if isinstance(config, ForeignConfig):
+        return _weights_by_shape(config)
     prefix, sides = f"{config.network.parameters.prefix}.", lengths(config)
     rows = [
         Stage(
@@ -106,6 +127,18 @@ def weights(config: GPTConfig) -> list[Stage]:
         for name, parameter in parameters(config, layers="*").items()
     ]
     assert sum(stage.times * math.prod(stage.shape) for stage in rows) == num_parameters(config)
+    return rows
+
+
+def _weights_by_shape(config: ForeignConfig) -> list[Stage]:
+    """Returns the parameters, of which those of layers that have the same name and shape are one."""
+    times: dict[tuple[str, tuple[int, ...]], int] = {}
+    for name, shape in config.parameter_shapes.items():
+        key = _NUMBER.sub(".*.", name, count=1), shape
+        times[key] = times.get(key, 0) + 1
+    rows: list[Stage] = []
+    for (name, shape), count in times.items():
+        rows.append(Stage(name, " ".join(map(str, shape)), shape, 4, count))
     return rows
 
 
@@ -125,9 +158,11 @@ def parameters(
     return {f"{names.prefix}.{name}": parameter for name, parameter in named.items()} | head
 
 
-def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each parameter by its name, in the order of `GPT.named_parameters`; a
-    tied head has none."""
+def parameter_shapes(config: Shape) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each parameter by its name, in the order of the model's
+    `named_parameters`; a tied head has none."""
+    if isinstance(config, ForeignConfig):
+        return config.parameter_shapes
     sides = lengths(config)
     return {name: _shape(parameter.dims, sides) for name, parameter in parameters(config).items()}
 

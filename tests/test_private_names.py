@@ -37,6 +37,14 @@ PROTOCOL = f"{HTTP}.HttpToolsProtocol"
 FLOW = "uvicorn.protocols.http.flow_control.FlowControl"
 
 CANARIES = [
+    # model/decoders/foreign.py: the rule by which a model's modules get their first values, and the
+    # constants that layers share.
+    Canary(
+        "transformers.modeling_utils.PreTrainedModel._init_weights",
+        "self module",
+        "transformers.modeling_utils",
+        "self._init_weights(module)",
+    ),
     # cluster/local/start_node.py: one machine may have several nodes, their ports are on loopback,
     # and none is Ray Client's; a raylet on busy cores has longer than 30 s.
     Canary(

@@ -206,7 +206,7 @@ def plan(arguments: Arguments) -> Result:
 def inspect(arguments: Arguments) -> Result:
     """Shows the shapes of one lane: train.micro_batch_size sequences of train.seq_len tokens."""
     from cluster.settings.run import RunConfig, planned_vocabulary, seq_len, with_precision
-    from model.config import num_parameters
+    from model.config import num_active_parameters, num_parameters
     from model.hardware.processor import fast_precision
     from model.numerics import BF16
     from model.shapes import stages, weights
@@ -219,9 +219,17 @@ def inspect(arguments: Arguments) -> Result:
     parameters = weights(config.model)
     size = num_parameters(config.model)
     title = f"A lane of {batch_size} x {tokens:,} tokens, {config.train.precision}"
-    text = _shapes(title, batch) + _shapes(f"\n{size:,} parameters", parameters)
+    active = num_active_parameters(config.model)
+    of_a_token = f", {active:,} of them for each token" if active < size else ""
+    text = _shapes(title, batch) + _shapes(f"\n{size:,} parameters{of_a_token}", parameters)
     return Result(
-        {"parameters": size, "stages": _values(batch), "weights": _values(parameters)}, text=text
+        {
+            "parameters": size,
+            "active_parameters": active,
+            "stages": _values(batch),
+            "weights": _values(parameters),
+        },
+        text=text,
     )
 
 

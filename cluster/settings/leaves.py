@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from model.config import PRESETS, GPTConfig
+from cluster.settings.run import CONFIG, CONFIG_HELP
+from model.config import PRESETS, GPTConfig, Shape
 
 FIRST_TO_CHANGE = (
     "data.source",
@@ -55,7 +56,7 @@ def leaves(root: type[BaseModel], prefix: str = "") -> list[Leaf]:
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             result += leaves(kind, f"{prefix}{name}.")
-        elif kind is GPTConfig:
+        elif kind == Shape:
             result += _of_the_model(f"{prefix}{name}")
         else:
             result.append(_leaf(f"{prefix}{name}", info))
@@ -68,6 +69,8 @@ def branches(root: type[BaseModel]) -> dict[str, str]:
     result = {}
     for name, info in root.model_fields.items():
         kind = info.annotation
+        if kind == Shape:
+            kind = GPTConfig
         if isinstance(kind, type) and (issubclass(kind, BaseModel) or kind is GPTConfig):
             result[name] = str(kind.__doc__).partition(".")[0]
     return result
@@ -77,6 +80,7 @@ def _of_the_model(prefix: str) -> list[Leaf]:
     names = tuple(PRESETS)
     about = f"shape by name, one of {', '.join(names)}; seed and seed-96 have one head, ReLU, and 12 or 96 layers"
     result = [Leaf(f"{prefix}.preset", about, str | None, names, None)]
+    result.append(Leaf(f"{prefix}.{CONFIG}", CONFIG_HELP, str | None, (), None))
     kinds = get_type_hints(GPTConfig)
     for field in dataclasses.fields(GPTConfig):
         kind, default = kinds[field.name], field.default

@@ -8,36 +8,96 @@ by a setting.
 """
 
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, assert_never
 
 import yaml
 from pydantic import (
+    GetCoreSchemaHandler,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
 )
 from pydantic.functional_serializers import PlainSerializer
-from pydantic.functional_validators import BeforeValidator, model_validator
+from pydantic.functional_validators import WrapValidator, model_validator
 
 from cluster.settings.batch_schedule import BatchSchedule
 from cluster.settings.data import DataConfig, TextConfig
 from cluster.settings.setting import Settings, setting
 from cluster.settings.shard import Shard, divided_by
 from cluster.settings.train import Compute, TrainConfig
-from cluster.storage.uris import Storage, open_storage
-from model.config import GPTConfig, preset_fields
+from cluster.storage.uris import Storage, StorageError, open_storage, split_uri
+from model.config import GPTConfig, Shape, preset_fields, with_vocabulary
+from model.files.hf_config import shape_from_hf
+from model.foreign_config import ForeignConfig
 from model.numerics import Precision
 
+CONFIG = "config"
+"""The setting that names a config.json, or has its content."""
 
-def _model_shape(value: Any) -> Any:
-    return preset_fields(value) if isinstance(value, dict) else value
+CONFIG_HELP = (
+    "config.json of any causal language model of transformers, a path or URI, in place of a preset and of all "
+    "other fields; needs the extra hf unless it is a GPT-2's or a Llama's"
+)
 
 
-ModelShape = Annotated[
-    GPTConfig, BeforeValidator(_model_shape), PlainSerializer(dataclasses.asdict)
-]
+def _validated(value: Any, as_ours: Callable[[Any], GPTConfig]) -> Shape:
+    if isinstance(value, ForeignConfig):
+        return value
+    if not isinstance(value, dict):
+        return as_ours(value)
+    if value.get(CONFIG) is None:
+        return as_ours(preset_fields({name: value[name] for name in value if name != CONFIG}))
+    others = sorted(name for name, given in value.items() if name != CONFIG and given is not None)
+    if others:
+        raise ValueError(
+            f"config is set, so {', '.join(others)} must not be: change the config.json instead"
+        )
+    content = value[CONFIG]
+    return shape_from_hf(content if isinstance(content, dict) else _read(str(content)))
+
+
+def _read(uri: str) -> dict[str, Any]:
+    """Raises `ValueError`, or `StorageError` where the storage cannot be asked."""
+    folder, name = split_uri(uri)
+    try:
+        content = folder.find_bytes(name)
+    except (IsADirectoryError, StorageError) as error:
+        raise ValueError(f"config={uri} cannot be read: {error}") from error
+    if content is None:
+        raise ValueError(f"config={uri} does not exist; name a config.json")
+    try:
+        values = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"config={uri} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config={uri} holds no settings; expected a model's config.json")
+    return values
+
+
+def _dumped(shape: Shape) -> dict[str, Any]:
+    match shape:
+        case GPTConfig():
+            return dataclasses.asdict(shape)
+        case ForeignConfig():
+            return {CONFIG: shape.values}
+        case _:
+            assert_never(shape)
+
+
+class _AsSettings:
+    """Tells pydantic how a shape is read and written; problems are those of our fields."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return handler.generate_schema(
+            Annotated[GPTConfig, WrapValidator(_validated), PlainSerializer(_dumped)]
+        )
+
+
+ModelShape = Annotated[Shape, _AsSettings()]
 
 
 class ScalingConfig(Settings):
@@ -178,6 +238,10 @@ class RunConfig(Settings):
             raise ValueError(
                 "train.compute=cpu is for CPUs, and scaling.use_gpu is set; leave out one of them"
             )
+        if train.compute == "cpu" and isinstance(self.model, ForeignConfig):
+            raise ValueError(
+                "train.compute=cpu has operations of our own shapes alone, and model.config is set; leave it out"
+            )
         if divided_by(self.scaling.shard).vectors and not train.exact:
             raise ValueError(
                 f"scaling.shard={self.scaling.shard} needs train.exact: shards are what the exact sum's workers own"
@@ -218,9 +282,8 @@ def planned_vocabulary(config: RunConfig) -> RunConfig:
     trains a tokenizer, else the model's."""
     if not config.data.source or config.data.tokenizer is not None:
         return config
-    return config.model_copy(
-        update={"model": dataclasses.replace(config.model, vocab_size=config.data.vocab_size)}
-    )
+    shape = with_vocabulary(config.model, config.data.vocab_size)
+    return config.model_copy(update={"model": shape})
 
 
 def with_precision(config: RunConfig, precision: Precision) -> RunConfig:
@@ -233,8 +296,11 @@ def with_precision(config: RunConfig, precision: Precision) -> RunConfig:
 
 
 def way_to_compute(config: RunConfig) -> Compute:
-    """Returns `train.compute`, with `auto` settled by the workers' device."""
+    """Returns `train.compute`, with `auto` settled by the workers' device and by who made the
+    model's modules."""
     if config.train.compute == "auto":
+        if isinstance(config.model, ForeignConfig):
+            return "plain"
         return "compiled" if config.scaling.use_gpu else "cpu"
     return config.train.compute
 

@@ -35,7 +35,7 @@ from jobs.run.storage_retry import patiently
 from jobs.tokens.token_stream import TokenStream
 from jobs.workers.worker_group import WorkerGroup
 from model.cpu_ops.loans import Places, lent, weight_copies
-from model.gpt import GPT
+from model.decoder import Decoder
 from model.operations import product_type
 from model.training.training_memory import large_zeros
 
@@ -330,7 +330,7 @@ def _seed(seed: int, device: torch.device) -> None:
 class _ScaledLoss(nn.Module):
     """The scaled loss as a forward pass, which DistributedDataParallel can wrap."""
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: Decoder) -> None:
         super().__init__()
         self.model = model
 

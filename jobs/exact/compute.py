@@ -10,13 +10,14 @@ from cluster.settings.run import RunConfig, way_to_compute
 from jobs.exact.state.gathered_weights import GatheredWeights
 from model.attention import Mask, document_mask, document_positions, packed_documents
 from model.cpu_ops import operations as cpu_ops
-from model.gpt import GPT
+from model.decoder import Decoder
+from model.foreign_config import ForeignConfig
 from model.linear_cross_entropy import IGNORE_INDEX
 from model.operations import PLAIN, compiled, product_type, recomputed, use_operations
 
 
 class MicroBatch(NamedTuple):
-    """Rows that are computed together, on the device, as `GPT.loss` takes them: B sequences of T
+    """Rows that are computed together, on the device, as `Decoder.loss` takes them: B sequences of T
     tokens."""
 
     inputs: Tensor  # (B, T)
@@ -26,7 +27,7 @@ class MicroBatch(NamedTuple):
 
 
 def choose_operations(
-    model: GPT,
+    model: Decoder,
     config: RunConfig,
     gathered: GatheredWeights | None = None,
 ) -> None:
@@ -51,7 +52,15 @@ def choose_operations(
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     numerics = config.train.numerics
-    return torch.autocast(device.type, dtype=product_type(numerics), enabled=numerics.is_rounded)
+    # Its cache would keep a rounded copy of each weight until the end of a pass, and round the
+    # gradients of those that are used twice once more
+    is_foreign = isinstance(config.model, ForeignConfig)
+    return torch.autocast(
+        device.type,
+        dtype=product_type(numerics),
+        enabled=numerics.is_rounded,
+        cache_enabled=not is_foreign,
+    )
 
 
 def micro_batch(
@@ -65,6 +74,7 @@ def micro_batch(
 
     With `eot_id` the documents in a row see nothing of each other: FlashAttention, which has
     neither fp32 nor dropout here, gets their borders; other ways to attend get a mask.
+    transformers' modules make their masks of the positions.
     """
 
     def moved(values: Tensor) -> Tensor:
@@ -76,6 +86,8 @@ def micro_batch(
     if eot_id is None:
         return MicroBatch(moved(inputs), moved(targets), None, None)
     positions = document_positions(inputs, targets, eot_id=eot_id)
+    if isinstance(config.model, ForeignConfig):
+        return MicroBatch(moved(inputs), moved(targets), moved(positions), None)
     if (
         device.type == "cuda"
         and config.train.numerics.has_flash_attention

@@ -3,7 +3,8 @@ the same one twice.
 
 A tiny step goes the whole way of a real one, in the run's own precision, and is held against
 autograd in float64. Fused kernels are then compiled for the run's own shape, which is held against
-plain operations in one block.
+plain operations in one block. Of a model of transformers, whose operations are PyTorch's, a few of
+its own layers are tested too (`foreign_test`).
 """
 
 import dataclasses
@@ -15,17 +16,23 @@ from torch import Tensor
 from cluster.settings.run import RunConfig, seq_len, way_to_compute
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.compute import micro_batch
+from jobs.exact.foreign_test import test_foreign
 from jobs.exact.state.train_state import ALONE, TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.tokens.batch_plan import Indices
+from model.config import GPTConfig
 from model.errors import UserError
 from model.files.checkpoint import parameter_hash
+from model.foreign_config import ForeignConfig
 from model.gpt import GPT
 from model.operations import PLAIN, use_operations
 
 _FROM_KINK = 4.0  # values spread by less than 1
 _EOT = 3
 _SEED = 1
+
+# What most models of transformers are like
+_LLAMA = GPTConfig(architecture="llama", activation_function="swiglu")
 
 _OPERATIONS = {
     "ln_f": "the last norm, or the head's loss",
@@ -63,9 +70,11 @@ def self_test(config: RunConfig, device: torch.device) -> str:
     """Returns the SHA-256 of a tiny step's gradients, which workers with the same hardware have in
     common. Raises `UserError`, which names the operation, where a gradient is wrong or is another
     one the next time."""
+    if isinstance(config.model, ForeignConfig):
+        test_foreign(config, device)
     tiny = _in_tiny(config)
     gradients = _check(tiny, device, exact=_in_float64(tiny))
-    if way_to_compute(config) == "compiled":
+    if isinstance(config.model, GPTConfig) and way_to_compute(config) == "compiled":
         shape = dataclasses.replace(config.model, n_layer=1, dropout=0.0)
         block = _with(
             config,
@@ -154,6 +163,7 @@ def _in_float64(config: RunConfig) -> dict[str, Tensor]:
 
 
 def _model(config: RunConfig) -> GPT:
+    assert isinstance(config.model, GPTConfig)
     model = GPT(config.model)
     model.init_weights(_SEED)
     if config.model.activation_function == "relu":
@@ -182,13 +192,14 @@ def _in_tiny(config: RunConfig) -> RunConfig:
     its softmax would take rounding to bf16 for a fault.
     """
     width = 2 * config.model.head_dim
+    like = config.model if isinstance(config.model, GPTConfig) else _LLAMA
     shape = dataclasses.replace(
-        config.model,
+        like,
         vocab_size=97,
         n_positions=64,
         n_layer=2,
         n_head=2,
-        n_kv_head=1 if config.model.network.groups_heads else None,
+        n_kv_head=1 if like.network.groups_heads else None,
         n_embd=width,
         n_inner=None,
         dropout=0.0,

@@ -38,7 +38,7 @@ from jobs.plan.memory import gpu_memory, host_memory, layout_of
 from jobs.plan.plan_warnings import FULL_MEMORY, TOLERATED_EXPOSURE, warnings
 from jobs.plan.table import table
 from jobs.tokens.token_store import token_dtype
-from model.config import flops_per_token, num_parameters
+from model.config import flops_per_token, num_active_parameters, num_parameters
 
 
 def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
@@ -76,13 +76,14 @@ def _computing(config: RunConfig, options: PlanConfig, count: int) -> dict[str, 
     schedule = batch_schedule(config)
     num_tokens = config.train.max_tokens
     size = num_parameters(config.model)
+    active = num_active_parameters(config.model)
     # Two counts of the same work. A sustained rate goes with 6 N D, as in papers; an MFU is a share
     # of the model's own operations, attention's scores among them, as in the ledger.
-    total_flops = parameter_flops(size, num_tokens)
+    total_flops = parameter_flops(active, num_tokens)
     model_flops = float(flops_per_token(config.model, seq_len(config)) * num_tokens)
     if options.sustained_tflops is not None:
         rate = options.sustained_tflops * 1e12
-        days = gpu_days(parameter_flops(size, num_tokens, recompute=config.train.recompute), rate)
+        days = gpu_days(parameter_flops(active, num_tokens, recompute=config.train.recompute), rate)
     else:
         rate = options.mfu * gpu.peak_flops_per_s
         days = gpu_days(model_flops, rate)
@@ -90,6 +91,7 @@ def _computing(config: RunConfig, options: PlanConfig, count: int) -> dict[str, 
     run_s = days / count * DAY_S
     return {
         "parameters": size,
+        "active_parameters": active,
         "tokens": num_tokens,
         "tokens_per_parameter": num_tokens / size,
         "step_tokens": schedule.step_tokens(schedule.max_steps),

@@ -6,7 +6,7 @@ the flat buffers.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, assert_never
 
 from cluster.settings.run import (
     RunConfig,
@@ -28,7 +28,9 @@ from jobs.plan.exchange import product_bytes
 from jobs.plan.formulas import FP32_BYTES, state_bytes_per_value
 from jobs.run.history import why_not_resumed
 from jobs.snapshots.slots import NUM_SLOTS
-from model.config import GPTConfig
+from model.architecture import LLAMA, KeptValues
+from model.config import GPTConfig, Shape
+from model.foreign_config import ForeignConfig
 from model.numerics import NUMERICS
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, parameter_shapes
 
@@ -37,7 +39,7 @@ _PROCESS_BYTES = 0.5e9
 GB)."""
 
 
-def layout_of(model: GPTConfig) -> FlatLayout:
+def layout_of(model: Shape) -> FlatLayout:
     """Returns the flat layout of a model without making it: no machine may be able to hold it."""
     return FlatLayout.of(parameter_shapes(model))
 
@@ -104,7 +106,7 @@ def block_bytes(config: RunConfig) -> int:
     Attention's scores are never kept (FlashAttention), only a number for each head; LayerNorms keep
     two."""
     model, numerics = config.model, config.train.numerics
-    kept, c = model.network.kept, model.n_embd
+    kept, c = _kept_by(model), model.n_embd
     own_inputs = kept.own_inputs if numerics.is_rounded else 0
     values = (4 + own_inputs) * c + 2 * _kept_key_width(config) + kept.of_ffn * model.ffn_width
     numbers = model.n_head + kept.norm_numbers
@@ -113,6 +115,19 @@ def block_bytes(config: RunConfig) -> int:
         + numerics.product_bytes * values
         + 2 * c * bool(model.dropout)
     )
+
+
+def _kept_by(model: Shape) -> KeptValues:
+    """Returns what a block keeps of each token. A layer of transformers counts as one of Llama's,
+    with the experts that a token is sent to: what it really keeps is not known before it has
+    run."""
+    match model:
+        case GPTConfig():
+            return model.network.kept
+        case ForeignConfig():
+            return LLAMA.kept
+        case _:
+            assert_never(model)
 
 
 def _kept_key_width(config: RunConfig) -> int:

@@ -42,6 +42,7 @@ def table(plan: Mapping[str, Any], options: PlanConfig) -> str:
     ]
     figures = Figures().format(
         template("plan.txt"),
+        of_a_token=_of_a_token(plan),
         tflops=plan["flops_per_s_per_gpu"] / 1e12,
         wall_s=plan["days"] * 86_400,
         gpu_memory=_memory(plan["memory_bytes"], plan["advice"], plan["gpu_memory_bytes"]),
@@ -52,6 +53,11 @@ def table(plan: Mapping[str, Any], options: PlanConfig) -> str:
     assumed = map(wrapper.fill, _assumptions(plan, options))
     sections = ["\n".join(warned), figures, "\n".join(["Assumed", *assumed])]
     return "\n\n".join(filter(None, sections))
+
+
+def _of_a_token(plan: Mapping[str, Any]) -> str:
+    active, size = plan["active_parameters"], plan["parameters"]
+    return f", {active:,} of them for each token" if active < size else ""
 
 
 def template(name: str) -> str:

@@ -15,7 +15,7 @@ from jobs.exact.state.flat_layout import FlatLayout
 from jobs.plan.exchange import exchange
 from jobs.plan.formulas import parameter_flops
 from jobs.plan.memory import layout_of
-from model.config import flops_per_token, num_parameters
+from model.config import flops_per_token, num_active_parameters
 from model.hardware.gpus import GPUS
 
 _ACCELERATOR = "accelerator_type:"
@@ -55,7 +55,7 @@ class StepTimes:
         lane_tokens = batch_schedule(config).lane_tokens
         if hardware.sustained_tflops is not None:
             flops = parameter_flops(
-                num_parameters(config.model), lane_tokens, recompute=config.train.recompute
+                num_active_parameters(config.model), lane_tokens, recompute=config.train.recompute
             )
             return flops / (hardware.sustained_tflops * 1e12)
         flops = float(flops_per_token(config.model, seq_len(config)) * lane_tokens)

@@ -14,7 +14,7 @@ from jobs.report.page import PHASES, TEXT, new_figure, png, titled
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.history import recorded_config
 from model.errors import UserError
-from model.files.checkpoint import load_model
+from model.files.checkpoint import load_decoder
 from model.files.checkpoint_folder import read_metadata
 from model.insight.probes import TASKS, probe
 
@@ -37,7 +37,7 @@ def probe_run(run: Storage) -> dict[str, Any]:
     for number, name in enumerate(names, start=1):
         with tempfile.TemporaryDirectory(prefix="raymill-probe-") as scratch:
             folder = checkpoints.fetch(name, Path(scratch))
-            metadata, model = read_metadata(folder), load_model(folder)
+            metadata, model = read_metadata(folder), load_decoder(folder)
         figures: dict[str, Any] = {
             "step": metadata.step,
             "tokens_seen": metadata.tokens_seen,

@@ -17,7 +17,7 @@ from cluster.settings.train import TrainConfig
 from cluster.storage.registry import LATEST
 from cluster.storage.uris import Storage
 from jobs.run.ledger import Interruption, Ledger, Line
-from model.config import GPTConfig
+from model.config import GPTConfig, shape_differences
 
 CONFIG_FILE = "config.yaml"
 ASSUMED_PRICES = {"GPU": 2.0, "CPU": 0.05}  # dollars per hour: round numbers near what clouds ask
@@ -63,14 +63,14 @@ def _may_have_named(reference: str, checkpoint: str) -> bool:
 def training_differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Returns both values of each setting of the model, and of those that shape the run, that
     differs."""
-    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
-    shaping = {"model": new["model"].keys(), "train": names_shaping(TrainConfig, Shapes.RUN)}
     differences = {}
-    for branch, names in shaping.items():
-        for name in new[branch]:
-            values = old[branch][name], new[branch][name]
-            if name in names and values[0] != values[1]:
-                differences[f"{branch}.{name}"] = values
+    for name, values in shape_differences(before.model, now.model).items():
+        differences[f"model.{name}"] = values
+    names = names_shaping(TrainConfig, Shapes.RUN)
+    old, new = before.train.model_dump(mode="json"), now.train.model_dump(mode="json")
+    for name in new:
+        if name in names and old[name] != new[name]:
+            differences[f"train.{name}"] = old[name], new[name]
     return differences
 
 

@@ -12,7 +12,7 @@ from cluster.settings.run import CheckpointConfig
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, superseded
 from jobs.run.ledger import LedgerWriter
 from jobs.run.sharded_checkpoints import Reports, ShardedCheckpoint
-from model.config import GPTConfig
+from model.config import Shape
 from model.files.checkpoint import descriptions
 from model.files.checkpoint_folder import Metadata, verify_checkpoint
 from model.shapes import parameter_shapes
@@ -60,7 +60,7 @@ class Publisher:
         reports: Reports,
         metadata: Metadata,
         *,
-        config: GPTConfig,
+        config: Shape,
         tokenizer: Tokenizer,
     ) -> Metadata | None:
         """Publishes a checkpoint whose shards are all stored. Returns its metadata with the

@@ -29,7 +29,7 @@ from jobs.saving.publisher import Publisher
 from jobs.saving.saving_thread import SavingThread
 from jobs.saving.stored_state import fill, own_stretches
 from jobs.workers.worker_group import WorkerGroup
-from model.config import GPTConfig
+from model.config import Shape
 from model.files.checkpoint import NotFiniteError, check_finite, safetensors_pieces
 from model.files.checkpoint_folder import TRAIN_STATE, WEIGHTS, Metadata
 from model.files.durable_files import write_file
@@ -68,7 +68,7 @@ class ShardWriter(SavingThread[Shard, Shard]):
         group: WorkerGroup,
         *,
         publisher: Publisher | None,
-        config: GPTConfig,
+        config: Shape,
         tokenizer: Tokenizer,
     ) -> None:
         """Rank 0 has the publisher; the others' checkpoints know no fence."""

@@ -2,9 +2,10 @@
 of its update."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, assert_never
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,10 @@ from torch import Tensor
 from jobs.exact.state.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
+from model import foreign_config
 from model.architecture import ParameterNames
+from model.config import GPTConfig, Shape
+from model.foreign_config import ForeignConfig
 
 
 class LayerStatistics:
@@ -23,8 +27,8 @@ class LayerStatistics:
         self, state: TrainState, group: WorkerGroup, timer: StepTimer, *, every_steps: int
     ) -> None:
         self._state, self._group, self._timer, self._every_steps = state, group, timer, every_steps
-        self._names = state.model.config.network.parameters
-        layers = [layer_of(name, self._names) for name, _ in state.model.named_parameters()]
+        self._layer_of = _layers_by_name(state.model.config)
+        layers = [self._layer_of(name) for name, _ in state.model.named_parameters()]
         self._layers = list(dict.fromkeys(layers))
         self.fields: dict[str, Any] | None = None
         """The ledger's event `layers` of the last update, where that was measured, on rank 0."""
@@ -75,7 +79,7 @@ class LayerStatistics:
             )
             values = place.of(flat)
             norm = torch.linalg.vector_norm(values, dtype=torch.float64)
-            sums[self._layers.index(layer_of(name, self._names))] += norm.square()
+            sums[self._layers.index(self._layer_of(name))] += norm.square()
         sums = sums.cpu()
         if is_divided:
             if state.sharding.copy:  # the first one has all of it
@@ -83,6 +87,17 @@ class LayerStatistics:
             with self._group.message():
                 dist.all_reduce(sums)
         return sums
+
+
+def _layers_by_name(shape: Shape) -> Callable[[str], str]:
+    """Returns what names the layer of a parameter."""
+    match shape:
+        case GPTConfig():
+            return partial(layer_of, names=shape.network.parameters)
+        case ForeignConfig():
+            return foreign_config.layer_of
+        case _:
+            assert_never(shape)
 
 
 def layer_of(parameter: str, names: ParameterNames) -> str:

@@ -52,8 +52,8 @@ from jobs.workers.incident_notes import write_down
 from jobs.workers.placement import at_odds
 from jobs.workers.preemption import Notices
 from jobs.workers.worker_group import WorkerGroup
+from model.decoders.make import initial_weights, new_decoder
 from model.files.checkpoint_folder import CheckpointError
-from model.gpt import GPT, initial_weights
 from model.text.tokenizer import Tokenizer
 from model.training.training_memory import keep_freed_memory
 
@@ -339,7 +339,7 @@ def _restored(
     step."""
     config = plan.config
     with torch.device("meta"):
-        model = GPT(config.model)
+        model = new_decoder(config.model)
     sharding = Sharding.of(
         config.scaling, rank=group.rank, world_size=group.world_size, nodes=workers.nodes
     )

@@ -3,7 +3,6 @@ continues."""
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from cluster.storage.registry import publications, served_checkpoints
@@ -16,8 +15,9 @@ from jobs.run.storage_retry import patiently
 from jobs.run.writer_generation import Fence
 from jobs.saving.publisher import Publisher, checkpoint_fields
 from jobs.sentinel.way_back import Void
+from model.config import shape_differences
 from model.files.checkpoint_folder import CheckpointError, read_metadata
-from model.files.hf_config import read_config
+from model.files.hf_config import read_shape
 
 _NOT_PROVEN = "a worker that computed for it was found wrong, and its steps were taken again"
 
@@ -114,12 +114,11 @@ class RunWriter:
         return name
 
     def _check_settings(self, folder: Path) -> None:
-        saved = asdict(read_config(folder))
-        wanted = asdict(self._plan.config.model)
         differing = [
-            f"{key} {saved[key]}, expected {wanted[key]}"
-            for key in wanted
-            if saved[key] != wanted[key]
+            f"{name} {saved}, expected {wanted}"
+            for name, (saved, wanted) in shape_differences(
+                read_shape(folder), self._plan.config.model
+            ).items()
         ]
         if (folder / "tokenizer.json").read_bytes() != self._plan.tokenizer_json:
             differing.append("another tokenizer than is under tokenizers/ now")

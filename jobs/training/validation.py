@@ -19,9 +19,9 @@ from jobs.exact.state.train_state import TrainState
 from jobs.run.storage_retry import patiently
 from jobs.tokens.token_stream import TokenStream
 from jobs.workers.worker_group import WorkerGroup
+from model.decoder import Decoder
 from model.generation.generate import generate
 from model.generation.sampling_params import SamplingParams
-from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 64
@@ -163,7 +163,7 @@ def check_prompts(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 
 @torch.no_grad()
-def samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[dict[str, str]]:
+def samples(model: Decoder, tokenizer: Tokenizer, config: TrainConfig) -> list[dict[str, str]]:
     """Returns each `prompt` and its continuation `text`, with a fixed seed. Whatever is drawn, the
     model computes as often as on all ranks, which may have to gather its weights each time."""
     model.eval()
@@ -175,6 +175,7 @@ def samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[dict[
             prompt_ids,
             max_tokens=min(SAMPLE_TOKENS, model.config.n_positions - len(prompt_ids)),
             params=SamplingParams(temperature=0.8, seed=config.seed),
+            num_ids=tokenizer.vocab_size,
         )
         own_ids = [*itertools.takewhile(lambda token_id: token_id != tokenizer.eot_id, new_ids)]
         found.append({"prompt": prompt, "text": tokenizer.decode(own_ids)})

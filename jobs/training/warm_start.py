@@ -1,8 +1,6 @@
 """Begins a run from weights that exist: they become its checkpoint of step 0, from which it resumes
 like from any."""
 
-from dataclasses import asdict
-
 import torch
 
 from cluster.output.progress import say
@@ -16,10 +14,10 @@ from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.run_plan import run_storage
 from jobs.saving.stored_state import stored_name
-from model.config import GPTConfig
-from model.files.checkpoint import load_model, write_checkpoint
+from model.config import GPTConfig, shape_differences
+from model.files.checkpoint import load_decoder, write_checkpoint
 from model.files.checkpoint_folder import Metadata
-from model.files.hf_config import read_config
+from model.files.hf_config import read_shape
 from model.files.stored_tokenizer import load_tokenizer
 from model.text.tokenizer import Tokenizer
 
@@ -38,7 +36,7 @@ def like_its_source(config: RunConfig) -> RunConfig:
         shape, train = before.model, config.train
     else:
         tokenizer, folder = find_checkpoint(config.train.init_from, config.storage.uri)
-        shape = read_config(folder)
+        shape = read_shape(folder)
         train = config.train.model_copy(update={"init_from": tokenizer})
     data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or tokenizer})
     shape = shape if config.model == GPTConfig() else config.model
@@ -50,20 +48,20 @@ def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
     process's memory, with the vectors of an optimizer that has not begun. Raises `ConfigError` for
     another shape or vocabulary."""
     uri, folder = find_checkpoint(str(config.train.init_from), config.storage.uri)
-    model, own = load_model(folder, verify=False), load_tokenizer(folder)
+    model, own = load_decoder(folder, verify=False), load_tokenizer(folder)
     num_ids, num_rows = tokenizer.vocab_size, model.config.vocab_size
     # padded: no setting helps
-    if num_ids != num_rows and (own is None or own.hash == tokenizer.hash):
+    is_padded = num_ids != num_rows and isinstance(model.config, GPTConfig)
+    if is_padded and (own is None or own.hash == tokenizer.hash):
         raise ConfigError(
             f"train.init_from={uri}: the tokenizer has {num_ids} ids and the embedding {num_rows} rows, expected equal "
             f"numbers. Store these weights with an embedding of {num_ids} rows first (in transformers, "
             f"model.resize_token_embeddings({num_ids}))"
         )
-    wanted, found = asdict(config.model), asdict(model.config)
     problems = [
-        f"model.{name} is {wanted[name]}, there {found[name]}"
-        for name in wanted
-        if wanted[name] != found[name] and name not in ("dropout", "initializer_range")
+        f"model.{name} is {wanted}, there {saved}"
+        for name, (wanted, saved) in shape_differences(config.model, model.config).items()
+        if name not in ("dropout", "initializer_range")
     ]
     if own is not None and own.hash != tokenizer.hash:
         problems.append("data.tokenizer is another one than there")

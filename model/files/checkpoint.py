@@ -18,12 +18,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.config import GPTConfig
+from model.config import Shape
+from model.decoder import Decoder
 from model.files import checkpoint_folder
 from model.files.durable_files import move_into_place, sync, write_file
 from model.files.failpoints import failpoint
 from model.files.hf import build_model, load_hf
-from model.files.hf_config import config_to_hf, read_config, tokenizer_config_to_hf
+from model.files.hf_config import (
+    config_to_hf,
+    read_shape,
+    require_own_shape,
+    tokenizer_config_to_hf,
+)
 from model.files.stored_tensors import DTYPES, StoredTensors, hashed_name, stored_in
 from model.gpt import GPT
 from model.shapes import parameter_shapes
@@ -56,7 +62,7 @@ def parameter_hash(state: Mapping[str, Tensor]) -> str:
 def write_checkpoint(
     folder: Path,
     *,
-    config: GPTConfig,
+    config: Shape,
     state: Mapping[str, Tensor],
     tokenizer: Tokenizer,
     metadata: checkpoint_folder.Metadata,
@@ -101,7 +107,7 @@ def write_checkpoint(
 
 
 def descriptions(
-    config: GPTConfig, tokenizer: Tokenizer, metadata: checkpoint_folder.Metadata
+    config: Shape, tokenizer: Tokenizer, metadata: checkpoint_folder.Metadata
 ) -> dict[str, bytes]:
     """Returns the files that tell what a checkpoint's weights are."""
     start, chat, ends = (
@@ -172,11 +178,22 @@ def check_finite(*states: Mapping[str, Tensor], step: int) -> None:
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool = True) -> GPT:
+    """Returns a `GPT` as `load_decoder` does. Raises `UnsupportedModelError` for a model that it
+    can't compute."""
+    require_own_shape(folder)
+    model = load_decoder(folder, dtype=dtype, verify=verify)
+    assert isinstance(model, GPT)
+    return model
+
+
+def load_decoder(
+    folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool = True
+) -> Decoder:
     """Returns the model in evaluation mode. A folder that transformers saved, without manifest, is
     not verified.
 
-    Raises `CheckpointError` naming what is wrong, `UnsupportedModelError` for a model that `GPT`
-    can't compute.
+    Raises `CheckpointError` naming what is wrong, `UnsupportedModelError` or `ForeignModelError` for
+    a model that can't be computed.
     """
     if checkpoint_folder.is_hf_folder(folder):
         return load_hf(folder).to(dtype)
@@ -184,7 +201,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool
         raise checkpoint_folder.CheckpointError(
             f"checkpoint {folder} is not valid: {'; '.join(problems)}. Use another checkpoint"
         )
-    config, shards = read_config(folder), shards_in(folder)
+    config, shards = read_shape(folder), shards_in(folder)
     weights = (
         shards.whole(parameter_shapes(config))
         if shards
@@ -205,7 +222,7 @@ def stored_parameter_hash(folder: Path) -> str:
     """Returns the hash of the weights in a checkpoint's folder, of which a part is in memory at a
     time."""
     stored = shards_in(folder) or stored_in(folder, [checkpoint_folder.WEIGHTS])
-    return stored.parameter_hash(parameter_shapes(read_config(folder)))
+    return stored.parameter_hash(parameter_shapes(read_shape(folder)))
 
 
 def _json(value: Any) -> bytes:

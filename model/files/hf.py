@@ -1,4 +1,4 @@
-"""Loads a GPT-2 or a Llama from a folder that Hugging Face's transformers saved."""
+"""Loads a model from a folder that Hugging Face's transformers saved."""
 
 import json
 from pathlib import Path
@@ -8,20 +8,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.config import GPTConfig
-from model.files.hf_config import UnsupportedModelError, config_from_hf
-from model.gpt import GPT
+from model.config import GPTConfig, Shape
+from model.decoder import Decoder
+from model.decoders.make import new_decoder
+from model.files.hf_config import UnsupportedModelError, shape_from_hf
+from model.foreign_config import ForeignConfig, saved_weights
 
 
-def load_hf(folder: Path) -> GPT:
+def load_hf(folder: Path) -> Decoder:
     """Returns the model of a folder that `save_pretrained` wrote, in evaluation mode and in the
-    stored dtype.
+    stored dtype; transformers' own modules in fp32.
 
-    Raises `UnsupportedModelError` for another architecture, pickled weights, missing or unexpected
-    parameters.
+    Raises `UnsupportedModelError` or `ForeignModelError` for what is no causal language model,
+    pickled weights, missing or unexpected parameters.
     """
     try:
-        config = config_from_hf(json.loads((folder / "config.json").read_bytes()))
+        config = shape_from_hf(json.loads((folder / "config.json").read_bytes()))
+        if isinstance(config, ForeignConfig):
+            weight_files(folder)  # refuses pickles
+            return build_model(config, saved_weights(config, folder), source=folder)
         weights = {
             name: tensor
             for file in weight_files(folder)
@@ -75,10 +80,10 @@ def normalize_names(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, 
     return named
 
 
-def build_model(config: GPTConfig, weights: dict[str, Tensor], *, source: Path) -> GPT:
-    """Returns a `GPT` that adopts the tensors themselves, so that they are in memory only once."""
+def build_model(config: Shape, weights: dict[str, Tensor], *, source: Path) -> Decoder:
+    """Returns a model that adopts the tensors themselves, so that they are in memory only once."""
     with torch.device("meta"):
-        model = GPT(config)
+        model = new_decoder(config)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(expected.keys() | found.keys()):
@@ -87,6 +92,6 @@ def build_model(config: GPTConfig, weights: dict[str, Tensor], *, source: Path) 
                 f"{source}: parameter {name} has shape {found.get(name, 'none (it is missing)')}, "
                 f"config.json makes it {expected.get(name, 'none (it is unknown)')}"
             )
-    model.load_state_dict(weights, assign=True)
+    model.adopt(weights)
     # Adopted tensors require no gradient; a parameter of the model does.
     return model.requires_grad_(True).eval()

@@ -1,13 +1,15 @@
-"""Hugging Face's config.json of a GPT-2 or a Llama, to and from `GPTConfig`. This module does not
-import PyTorch."""
+"""Hugging Face's config.json, to and from the shape of a model. This module does not import
+PyTorch."""
 
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from model.architecture import ARCHITECTURES, Activation, Architecture
-from model.config import GPTConfig
+from model.config import GPTConfig, Shape
 from model.errors import UserError
-from model.files.checkpoint_folder import read_json
+from model.files.checkpoint_folder import CheckpointError, read_json
+from model.foreign_config import ForeignConfig
 
 _ACTIVATIONS: tuple[tuple[str, Activation], ...] = (
     ("gelu_new", "gelu"),
@@ -28,8 +30,23 @@ class UnsupportedModelError(UserError):
     """A Hugging Face folder holds no GPT-2 and no Llama that this package can compute exactly."""
 
 
-def config_to_hf(config: GPTConfig, *, start_id: int, end_ids: list[int]) -> dict[str, Any]:
-    """Returns the content of config.json; `end_ids` end what is generated."""
+def config_to_hf(config: Shape, *, start_id: int, end_ids: list[int]) -> dict[str, Any]:
+    """Returns the content of config.json; `end_ids` end what is generated. That of a model of
+    transformers is what it was but for the tokenizer's ids and the type in which weights are
+    stored."""
+    ends = end_ids[0] if len(end_ids) == 1 else end_ids
+    match config:
+        case GPTConfig():
+            return _own_config_to_hf(config, start_id=start_id, ends=ends)
+        case ForeignConfig():
+            values = config.values
+            values.pop("torch_dtype", None)  # as the type was called
+            return values | {"dtype": "float32", "bos_token_id": start_id, "eos_token_id": ends}
+        case _:
+            assert_never(config)
+
+
+def _own_config_to_hf(config: GPTConfig, *, start_id: int, ends: int | list[int]) -> dict[str, Any]:
     hf = config.network.hf
     values: dict[str, Any] = {
         "architectures": [hf.class_name],
@@ -39,10 +56,7 @@ def config_to_hf(config: GPTConfig, *, start_id: int, end_ids: list[int]) -> dic
     values |= {name: _value_to_hf(config, ours) for name, ours in (hf.names | hf.copies).items()}
     if config.network.has_rotation:
         values |= _rope_to_hf(config)
-    values |= {
-        "bos_token_id": start_id,
-        "eos_token_id": end_ids[0] if len(end_ids) == 1 else end_ids,
-    }
+    values |= {"bos_token_id": start_id, "eos_token_id": ends}
     return values | hf.fixed
 
 
@@ -61,7 +75,7 @@ def _rope_to_hf(config: GPTConfig) -> dict[str, Any]:
     return {"head_dim": config.head_dim, "rope_theta": config.rope_theta, "rope_scaling": scaling}
 
 
-def tokenizer_config_to_hf(config: GPTConfig, **tokens: str | None) -> dict[str, Any]:
+def tokenizer_config_to_hf(config: Shape, **tokens: str | None) -> dict[str, Any]:
     """Returns the content of tokenizer_config.json, with its special `tokens` and perhaps a chat
     template."""
     return {
@@ -147,4 +161,32 @@ def _rope_from_hf(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> GPTConfig:
+    """Returns the shape of a GPT-2 or a Llama. Raises `UnsupportedModelError` for others."""
     return config_from_hf(read_json(folder / "config.json"))
+
+
+def require_own_shape(folder: Path) -> None:
+    """Raises `UnsupportedModelError` for a model that transformers computes and `GPT` does not. What
+    else is wrong with the folder is said when it is loaded."""
+    with suppress(CheckpointError):
+        kind = read_json(folder / "config.json").get("model_type")
+        if kind not in list(ARCHITECTURES):
+            expected = " or ".join(map(repr, ARCHITECTURES))
+            raise UnsupportedModelError(
+                f"config.json: model_type is {kind!r}, raymill's own code computes {expected}. vLLM serves others: set "
+                "engine.backend to vllm, and engine.vllm_python to the Python of an environment that has it (pip "
+                "install vllm)"
+            )
+
+
+def shape_from_hf(values: dict[str, Any]) -> Shape:
+    """Returns the shape of any config.json: `GPTConfig` where that is a GPT-2's or a Llama's. Raises
+    `UnsupportedModelError` or `ForeignModelError`."""
+    if values.get("model_type") in list(ARCHITECTURES):
+        return config_from_hf(values)
+    return ForeignConfig.of(values)
+
+
+def read_shape(folder: Path) -> Shape:
+    """Returns the shape of the model in a folder, as `shape_from_hf` does."""
+    return shape_from_hf(read_json(folder / "config.json"))

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 
 import torch
 
+from model.decoder import Decoder
 from model.errors import UserError
 from model.generation.sampling import sample
 from model.generation.sampling_params import SamplingParams
-from model.gpt import GPT
-from model.kv_cache import KVCache
 
 
 class ContextLengthError(UserError):
@@ -18,14 +17,17 @@ class ContextLengthError(UserError):
 
 @torch.inference_mode()
 def generate(
-    model: GPT,
+    model: Decoder,
     prompt_ids: Sequence[int],
     *,
     max_tokens: int,
     params: SamplingParams,
     eos_id: int | None = None,
+    num_ids: int | None = None,
 ) -> list[int]:
-    """Returns up to `max_tokens` new tokens; ends before `eos_id`, which is not returned.
+    """Returns up to `max_tokens` new tokens; ends before `eos_id`, which is not returned. With
+    `num_ids` the tokens are among so many: an embedding may have more rows than the tokenizer has
+    ids.
 
     Raises `ContextLengthError` when the prompt is empty, or exceeds the context together with
     `max_tokens`.
@@ -44,18 +46,19 @@ def generate(
         )
     assert not model.training, "dropout would disturb the answer: call model.eval()"
     params = params.with_seed()
-    parameter = next(model.parameters())
-    cache = KVCache(model.config, max_len=total, dtype=parameter.dtype, device=parameter.device)
+    device = next(model.parameters()).device
+    cache = model.new_cache(total)
     output_ids: list[int] = []
     while len(output_ids) < max_tokens:
         sequence = [*prompt_ids, *output_ids]
-        first = len(sequence) - 1 if output_ids else 0  # earlier positions are cached
-        token_ids = torch.tensor([sequence[first:]], device=parameter.device)  # (1, T)
-        positions = torch.arange(first, len(sequence), device=parameter.device)[None]  # (1, T)
+        is_cached = output_ids and cache is not None
+        first = len(sequence) - 1 if is_cached else 0
+        token_ids = torch.tensor([sequence[first:]], device=device)  # (1, T)
+        positions = torch.arange(first, len(sequence), device=device)[None]  # (1, T)
         hidden = model(token_ids, kv_cache=cache, positions=positions)  # (1, T, C)
         # On the CPU: a GPU's cumulative sums of floats are not deterministic, and training refuses
         # such operations.
-        logits = model.logits(hidden[0, -1]).cpu()  # (V,)
+        logits = model.logits(hidden[0, -1])[:num_ids].cpu()  # (V,)
         token = sample(
             logits, params, prompt_ids=prompt_ids, output_ids=output_ids, position=len(sequence)
         )

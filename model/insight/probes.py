@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.decoder import Decoder
 from model.errors import UserError
-from model.gpt import GPT
 
 _NUM_SEQUENCES = 64
 _MAX_TOKENS = 256
@@ -70,7 +70,7 @@ TASKS = {"copy": copy, "induction": induction, "few-shot": few_shot}
 
 
 @torch.inference_mode()
-def accuracy(model: GPT, task: Task) -> float:
+def accuracy(model: Decoder, task: Task) -> float:
     """Returns the share of the asked tokens that the model finds likeliest."""
     hidden = model.forward(task.ids[:, :-1])  # (B, T - 1, C)
     asked = task.asked[1:]
@@ -78,7 +78,7 @@ def accuracy(model: GPT, task: Task) -> float:
     return float((found == task.ids[:, 1:][:, asked]).double().mean())
 
 
-def probe(model: GPT, *, seq_len: int) -> dict[str, float]:
+def probe(model: Decoder, *, seq_len: int) -> dict[str, float]:
     """Returns the accuracy by task, on sequences of at most `seq_len` tokens, the longest the model
     was trained on.
 

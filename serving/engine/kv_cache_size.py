@@ -4,7 +4,7 @@ memory allows."""
 from typing import NamedTuple
 
 from cluster.settings.serve import EngineConfig
-from model.config import GPTConfig
+from model.config import Shape
 from model.errors import UserError
 from serving.engine.block_pool import BLOCK_TOKENS
 
@@ -23,13 +23,13 @@ class Memory(NamedTuple):
     total_bytes: int
 
 
-def bytes_per_token(shape: GPTConfig, dtype: str) -> int:
+def bytes_per_token(shape: Shape, dtype: str) -> int:
     """Returns the bytes of a token's keys and values in all layers."""
     head_width = -(-shape.head_dim // _LANES) * _LANES
     return 2 * shape.n_layer * shape.num_kv_heads * head_width * NUMBER_BYTES[dtype]
 
 
-def served_context(shape: GPTConfig, max_context: int | None) -> int:
+def served_context(shape: Shape, max_context: int | None) -> int:
     """Returns the tokens of a sequence that are served at most. Raises `UserError` for more than
     the model has."""
     if max_context is not None and max_context > shape.n_positions:
@@ -40,7 +40,7 @@ def served_context(shape: GPTConfig, max_context: int | None) -> int:
 
 
 def kv_cache_tokens(
-    shape: GPTConfig,
+    shape: Shape,
     config: EngineConfig,
     *,
     dtype: str,

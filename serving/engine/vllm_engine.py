@@ -19,7 +19,7 @@ from typing import Any
 from cluster.settings.parser import suggestion
 from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, EngineConfig
 from model.errors import UserError
-from model.files.hf_config import read_config
+from model.files.hf_config import read_shape
 from serving.engine.kv_cache_size import served_context
 from serving.engine.messages import (
     Admission,
@@ -328,7 +328,7 @@ def _arguments(checkpoint: Path, config: EngineConfig) -> Any:
         f"{name}{suggestion(name, known)}" for name in config.vllm_args if name not in known
     ]:
         raise UserError(f"engine.vllm_args: vLLM {vllm.__version__} has no argument {unknown[0]}")
-    shape = read_config(checkpoint)
+    shape = read_shape(checkpoint)
     num_seqs, num_tokens = config.max_num_seqs, config.prefill_tokens_per_step
     if config.device == "cpu":
         num_seqs = num_seqs or CPU_NUM_SEQS

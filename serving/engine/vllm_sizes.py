@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cluster.settings.serve import EngineConfig
-from model.config import GPTConfig
+from model.config import Shape
 from model.generation.sampling_params import SamplingParams
 from serving.engine.kv_cache_size import served_context
 
@@ -14,7 +14,7 @@ SPARE_BLOCKS = 8  # vLLM keeps one for itself and cuts off the last
 BLOCK_TOKENS = 128  # vLLM's largest, on CPUs
 
 
-def cache_bytes(shape: GPTConfig, config: EngineConfig, num_seqs: int | None) -> int | None:
+def cache_bytes(shape: Shape, config: EngineConfig, num_seqs: int | None) -> int | None:
     """Returns the bytes on each device for as many tokens as our engine has room for. None, on a
     GPU without a setting, lets vLLM decide. Heads of keys and values are split over the devices;
     each has one at least."""

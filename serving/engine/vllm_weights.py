@@ -15,7 +15,7 @@ from model.files.checkpoint import safetensors_pieces, shards_in
 from model.files.checkpoint_folder import WEIGHTS
 from model.files.durable_files import write_file
 from model.files.hf import weight_files
-from model.files.hf_config import read_config
+from model.files.hf_config import read_shape
 from model.shapes import parameter_shapes
 
 
@@ -34,7 +34,7 @@ def weights_alone(checkpoint: Path) -> Iterator[Path]:
         for file in [checkpoint / "config.json", *indexes, *files]:
             (Path(place) / file.name).symlink_to(file.absolute())
         if shards:
-            whole = shards.whole(parameter_shapes(read_config(checkpoint)))
+            whole = shards.whole(parameter_shapes(read_shape(checkpoint)))
             write_file(Path(place) / WEIGHTS, safetensors_pieces(whole))
             del whole
         yield Path(place)
@@ -44,7 +44,7 @@ def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the tensors that vLLM loads, by their names without the prefix that
     some files lack."""
     if shards_in(checkpoint):
-        shapes = parameter_shapes(read_config(checkpoint))
+        shapes = parameter_shapes(read_shape(checkpoint))
         return {name.removeprefix("transformer."): shape for name, shape in shapes.items()}
     shapes = {}
     for file in weight_files(checkpoint):
@@ -53,7 +53,7 @@ def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
                 shapes[name.removeprefix("transformer.")] = tuple(
                     tensors.get_slice(name).get_shape()
                 )
-    if read_config(checkpoint).tie_word_embeddings:
+    if read_shape(checkpoint).tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
     return {
         name: shape
@@ -83,7 +83,7 @@ def _tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     """Yields one tensor after the other. A file that stayed open would stay in memory as far as it
     has been read."""
     if shards := shards_in(checkpoint):
-        for name, shape in parameter_shapes(read_config(checkpoint)).items():
+        for name, shape in parameter_shapes(read_shape(checkpoint)).items():
             yield name, shards.whole({name: shape})[name]
         return
     for file in weight_files(checkpoint):

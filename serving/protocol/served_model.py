@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from model.config import GPTConfig
+from model.config import Shape, shape_differences, with_context
 from model.files.checkpoint_folder import CheckpointError, Metadata, is_hf_folder, read_metadata
-from model.files.hf_config import config_from_hf
+from model.files.hf_config import shape_from_hf
 from model.files.stored_tokenizer import load_tokenizer
 from model.text.tokenizer import PLAIN_ENCODING, PromptEncoding, Tokenizer, TokenizerError
 from serving.protocol.errors import ApiError, error_of
@@ -26,7 +26,7 @@ class ServedModel:
 
     name: str
     created: int  # when the checkpoint was written, unix seconds
-    config: GPTConfig
+    config: Shape
     tokenizer: Tokenizer | None  # a folder saved by transformers may have none
     metadata: Metadata | None  # only in raymill's own checkpoints
     version: str  # a hash of the weights
@@ -146,9 +146,9 @@ def read_served_model(
     """Reads a folder. With `max_context` the model is known by this shorter context. Raises
     `CheckpointError` if it cannot be served, and `UnsupportedModelError` for another model."""
     config_file = folder / "config.json"
-    config = config_from_hf(json.loads(config_file.read_bytes()))
+    config = shape_from_hf(json.loads(config_file.read_bytes()))
     if max_context is not None:
-        config = dataclasses.replace(config, n_positions=min(max_context, config.n_positions))
+        config = with_context(config, max_context)
     tokenizer = load_tokenizer(folder)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
@@ -191,11 +191,12 @@ def misfit(live: ServedModel, candidate: ServedModel) -> str:
 def is_of_one_kind(one: ServedModel, other: ServedModel) -> bool:
     """Returns whether an engine that was started with `one` computes `other` once it has its
     weights."""
+    of_training_only = {"dropout", "initializer_range"}
+    if shape_differences(one.config, other.config).keys() - of_training_only:
+        return False
 
     def kind(model: ServedModel) -> tuple[Any, ...]:
-        # Of training only
-        shape = dataclasses.replace(model.config, dropout=0.0, initializer_range=1.0)
-        return shape, model.eos_id, model.metadata and model.metadata.precision
+        return model.eos_id, model.metadata and model.metadata.precision
 
     return kind(one) == kind(other)
 

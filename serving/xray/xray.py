@@ -19,7 +19,7 @@ from pydantic import Field, PlainValidator
 
 from model.config import num_parameters
 from model.files.checkpoint_folder import MANIFEST, read_metadata
-from model.files.hf_config import config_from_hf
+from model.files.hf_config import shape_from_hf
 from serving.engine_process.child_process import Child, kill_child, start_child
 from serving.engine_process.machine_memory import memory
 from serving.protocol.errors import error_of, overloaded
@@ -150,7 +150,7 @@ class Xray:
     def _require_memory(self, num_models: int) -> None:
         """Raises `ApiError` (503) if the weights take too much of the free memory. In the type that
         is stored they are the file's pages, which the engine's process has in memory too."""
-        config = config_from_hf(json.loads((self._folder / "config.json").read_bytes()))
+        config = shape_from_hf(json.loads((self._folder / "config.json").read_bytes()))
         needed = num_parameters(config) * NUMBER_BYTES[self._dtype]
         stored = sum(file.stat().st_size for file in self._folder.glob("model*.safetensors"))
         is_mapped = abs(stored - needed) < MAPPED_WITHIN * needed

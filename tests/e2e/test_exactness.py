@@ -17,6 +17,7 @@ from cluster.settings.run import ClusterConfig, RunConfig, run_storage
 from cluster.stages.stage import Connection, connected, run_stage
 from jobs.proof.replay_run import replay
 from tests.e2e.tiny_runs import losses, tiny_run
+from tests.foreign_models import small
 from tests.jobs.corpora import number_texts
 
 pytestmark = pytest.mark.cluster
@@ -27,6 +28,7 @@ SIZES = (1, 2, 3, 4)
 QUICK_SIZES = (1, 3)
 """Worlds of one to five have the same bits in ../jobs/exact/sums/test_bucket_exchange.py, too."""
 LLAMA = {"architecture": "llama", "activation_function": "swiglu", "n_kv_head": 1}
+EXPERTS = {"config": small("qwen3_moe").values}
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +46,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(
     scope="module",
-    params=["cpu", *(pytest.param(w, marks=pytest.mark.slow) for w in ("plain", "llama"))],
+    params=[
+        "cpu",
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ("plain", "llama", "experts")),
+    ],
 )
 def way(request: pytest.FixtureRequest) -> str:
-    """Two ways to compute GPT-2's shape, and Llama's in bf16."""
+    """Two ways to compute GPT-2's shape, Llama's in bf16, and experts by transformers."""
     return request.param
 
 
 def run_config(
     folder: Path, run_id: str, way: str, *, exact: bool = True, **scaling: Any
 ) -> RunConfig:
-    is_llama = way == "llama"
-    how = {"compute": "cpu", "precision": "bf16"} if is_llama else {"compute": way}
+    model, how = {
+        "llama": (LLAMA, {"compute": "cpu", "precision": "bf16"}),
+        "experts": (EXPERTS, {"precision": "bf16", "document_mask": True, "recompute": True}),
+    }.get(way, (None, {"compute": way}))
     return tiny_run(
         folder,
         f"{run_id}-{way}",
@@ -63,7 +70,7 @@ def run_config(
         eval_every_steps=20,
         save_every_steps=20,
         dropout=0.1,
-        model=LLAMA if is_llama else None,
+        model=model,
         train={"exact": exact, "hash_every_steps": HASH_EVERY} | how,
         **scaling,
     )

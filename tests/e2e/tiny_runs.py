@@ -30,7 +30,9 @@ def tiny_run(
     `folder/storage`."""
     values = {
         "run_id": run_id,
-        "model": {"preset": "tiny", "dropout": dropout, **(model or {})},
+        "model": model
+        if model and "config" in model
+        else {"preset": "tiny", "dropout": dropout, **(model or {})},
         "data": {"source": str(folder / "corpus"), "vocab_size": 300, "val_fraction": 0.2},
         "train": {
             "max_tokens": num_steps * batch_size * SEQ_LEN,

@@ -1,9 +1,9 @@
 """Trains a small model over real gloo processes, for worlds of several sizes in turn, and prints
 the results.
 
-    python -m tests.jobs.train_worlds MAX_WORLD_SIZE FOLDER [more]
+    python -m tests.jobs.train_worlds MAX_WORLD_SIZE FOLDER [SUITE]
 
-The last word takes the cases of the longer suite. Prints one JSON object: by case and world, the
+The last word names other cases, of `SUITES`. Prints one JSON object: by case and world, the
 parameter hash and losses of every rank, and the bytes sent a step. The world "resized" is one run
 whose world has another size at each step, and whose state is sharded in another way.
 """
@@ -14,6 +14,7 @@ import multiprocessing
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -35,8 +36,10 @@ from jobs.snapshots.choice import Holding, Snapshot, choose
 from jobs.snapshots.slots import NUM_SLOTS, Bytes, Slots
 from jobs.snapshots.snapshots import Share, Snapshots
 from jobs.workers.worker_group import WorkerGroup
-from model.gpt import GPT
+from model.decoders.make import new_decoder
 from model.linear_cross_entropy import IGNORE_INDEX
+from model.numerics import Precision
+from tests.foreign_models import FAMILIES, small
 from tests.jobs.sent_bytes import sent_bytes
 from tests.jobs.train_states import stored, whole
 
@@ -62,6 +65,7 @@ class Case:
     llama: bool = False
     chat: bool = False  # rows of conversations, of which some targets do not count
     one_block: bool = False  # a model of so few values that one rank owns all parts
+    family: str = ""  # of a model of transformers, in place of ours
 
     @property
     def numbers(self) -> "Case":
@@ -69,7 +73,7 @@ class Case:
         return replace(self, shard="none", group=None, exact=True, recompute=False)
 
     def config(self) -> RunConfig:
-        model = {
+        model: Any = {
             "preset": "tiny",
             "vocab_size": VOCAB,
             "n_positions": SEQ_LEN,
@@ -88,6 +92,8 @@ class Case:
             }
         if self.one_block:
             model |= {"n_layer": 1, "n_embd": 1, "n_head": 1}
+        if self.family:
+            model = small(self.family)
         train = {
             "global_batch_size": 2 * self.micro_batches * self.num_lanes,
             "micro_batch_size": 2,
@@ -154,6 +160,39 @@ MORE_CASES = [
 """Those of the longer suite."""
 
 
+FOREIGN_CASES = [
+    Case(compute="plain", family="qwen3", num_lanes=5),
+    Case(compute="plain", family="qwen3", num_lanes=5, shard="parameters", recompute=True),
+    Case("bf16", "gelu", 5, "parameters", compute="plain", family="gemma3_text", documents=True),
+    Case(compute="plain", family="qwen3_moe", num_lanes=5, shard="gradients", micro_batches=2),
+]
+
+
+def _each_way(family: str) -> Iterator[Case]:
+    """Yields a family's cases: sharded in each way, in fp32 and in bf16."""
+    ways = itertools.product(get_args(Precision), get_args(Shard))
+    for number, (precision, shard) in enumerate(ways):
+        yield Case(
+            precision,
+            num_lanes=5,
+            shard=shard,
+            compute="plain",
+            recompute=number % 2 == 1,
+            micro_batches=2,
+            documents=family != "bloom",
+            chat=True,
+            family=family,
+        )
+
+
+SUITES = {
+    "short": CASES,
+    "more": MORE_CASES,
+    "foreign": FOREIGN_CASES,
+    **{family: [*_each_way(family)] for family in FAMILIES},
+}
+
+
 class MadeRows:
     """Rows that are a function of their sample's number. Of conversations, another share of the
     targets counts in each row, and in every fifth none."""
@@ -185,7 +224,8 @@ class Trainer:
     def __init__(self, case: Case, group: WorkerGroup) -> None:
         config, self.group = case.config(), group
         torch.use_deterministic_algorithms(case.exact)
-        model = GPT(config.model)
+        with torch.device("meta") if case.family else nullcontext():
+            model = new_decoder(config.model)
         model.init_weights(0)
         sharding = Sharding.of(config.scaling, rank=group.rank, world_size=group.world_size)
         self.state = TrainState(model, config.train, device=CPU, group=group, sharding=sharding)
@@ -344,11 +384,9 @@ def run_rank(
 
 
 if __name__ == "__main__":
-    world_size, folder, cases = (
-        int(sys.argv[1]),
-        Path(sys.argv[2]),
-        MORE_CASES if sys.argv[3:] else CASES,
-    )
+    world_size, folder = int(sys.argv[1]), Path(sys.argv[2])
+    [suite] = sys.argv[3:] or ["short"]
+    cases = SUITES[suite]
     # Forked while this process has no other thread: torch is imported once for all ranks.
     with multiprocessing.get_context("fork").Pool(world_size) as pool:
         results = pool.starmap(

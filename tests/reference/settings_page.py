@@ -15,7 +15,7 @@ from cluster.settings.run import EvaluateConfig, RunConfig
 from cluster.settings.serve import ServeConfig
 from cluster.settings.setting import Settings, Shapes
 from model.architecture import ARCHITECTURES
-from model.config import PRESETS, GPTConfig, num_parameters, preset_fields
+from model.config import PRESETS, GPTConfig, Shape, num_parameters, preset_fields
 from model.hardware.gpus import GPUS
 from tests.reference.markdown import MADE, cell, code, listed, sentence, table, template
 from tests.repository import REPOSITORY
@@ -165,7 +165,7 @@ def _fields(root: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             fields |= _fields(kind, f"{prefix}{name}.")
-        elif kind is not GPTConfig:
+        elif kind != Shape:
             fields[f"{prefix}{name}"] = info
     return fields
 

@@ -24,7 +24,7 @@ from jobs.exact.state.peers import Peers
 from jobs.exact.state.side_thread import side_work
 from jobs.exact.state.span import PackedSpans, Span
 from jobs.run.step_timer import StepTimer
-from model.gpt import GPT
+from model.decoder import Decoder
 from model.operations import Operations
 from model.training.training_memory import ALIGNMENT_BYTES, aligned, large_zeros, room_to_align
 
@@ -88,7 +88,7 @@ class GatheredWeights:
 
     def __init__(
         self,
-        model: GPT,
+        model: Decoder,
         layout: FlatLayout,
         own_values: Tensor,
         peers: Peers,
@@ -119,14 +119,14 @@ class GatheredWeights:
         self._move_parameters(model, layout)
         self._release()
 
-    def _move_parameters(self, model: GPT, layout: FlatLayout) -> None:
+    def _move_parameters(self, model: Decoder, layout: FlatLayout) -> None:
         """Makes each parameter a view of the memory that will hold it."""
         views: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
             place = layout.places[name]
             # The slot is filled in between
             views[name] = self._view(place).view(parameter.shape).data
-        model.load_state_dict(views, assign=True)
+        model.adopt(views)
         for name, parameter in model.named_parameters():
             place = layout.places[name]
             for rest in self._rests:

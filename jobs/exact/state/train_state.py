@@ -32,7 +32,7 @@ from jobs.exact.state.span import PackedSpans, Span
 from jobs.exact.state.update_rule import Stretch, Unit
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
-from model.gpt import GPT
+from model.decoder import Decoder
 from model.operations import product_type
 from model.shapes import parameter_shapes
 from model.training.training_memory import large_zeros
@@ -65,7 +65,7 @@ class TrainState:
 
     def __init__(
         self,
-        model: GPT,
+        model: Decoder,
         config: TrainConfig,
         *,
         device: torch.device,
@@ -115,6 +115,7 @@ class TrainState:
 
     def _gathered_weights(self) -> GatheredWeights:
         numerics = self.config.numerics
+        is_rounded = numerics.is_rounded and self.model.rounds_matrices
         # For its own operations
         has_flat_copy = self.device.type == "cpu" and self.config.compute in ("auto", "cpu")
         return GatheredWeights(
@@ -122,13 +123,18 @@ class TrainState:
             self.layout,
             self.values,
             self.peers,
-            block_type=product_type(numerics),
-            apart=numerics.is_rounded and not has_flat_copy,
+            block_type=self.matrix_type,
+            apart=is_rounded and not has_flat_copy,
         )
+
+    @property
+    def matrix_type(self) -> torch.dtype:
+        """The type in which the matrices of blocks, and their gradients, travel."""
+        return product_type(self.config.numerics) if self.model.rounds_matrices else torch.float32
 
     def _make_parameters_views(self) -> None:
         views = self.by_parameter(self.values)
-        self.model.load_state_dict({name: view.data for name, view in views.items()}, assign=True)
+        self.model.adopt({name: view.data for name, view in views.items()})
         for name, parameter in self.model.named_parameters():
             parameter.grad = None
             if not self.sharding.divided.gradient:

@@ -22,7 +22,6 @@ from jobs.exact.sums.lane_sums import FinalBuckets, add_up, hand_over_gradients
 from jobs.exact.sums.silent_faults import corrupt
 from jobs.exact.sums.step_plan import StepPlan
 from model.cpu_ops.loans import Scratch, gradient_sinks, lent, scratch_memory
-from model.operations import product_type
 
 
 class ShardSums:
@@ -53,12 +52,11 @@ class ShardSums:
         self._on_final = on_final
         self._parameters = dict(state.model.named_parameters())
         self._final = FinalBuckets(layout, self._send)
-        gradient_type = product_type(state.config.numerics)
         self._types: list[torch.dtype] = []  # of each bucket
         self._has_gaps: list[bool] = []
         for bucket in layout.buckets:
             has_matrices_only = _is_full(bucket, layout.decoder_blocks)
-            self._types.append(gradient_type if has_matrices_only else torch.float32)
+            self._types.append(state.matrix_type if has_matrices_only else torch.float32)
             self._has_gaps.append(not _is_full(bucket, layout.places.values()))
         self._stretches = {name: _stretches(layout, place) for name, place in layout.places.items()}
         self._pieces: dict[int, Tensor] = {}  # of the buckets that backward has begun

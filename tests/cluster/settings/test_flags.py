@@ -20,7 +20,7 @@ from cluster.settings.plan import PlanConfig
 from cluster.settings.run import EvaluateConfig, RunConfig
 from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, ServeConfig
 from cluster.settings.setting import Settings
-from model.config import GPTConfig
+from model.config import GPTConfig, Shape
 from model.hardware.gpus import GPUS
 
 YAML = """
@@ -159,7 +159,8 @@ def test_null_unsets(file: str, word: str) -> None:
 def literal_values(root: type, prefix: str = "") -> dict[str, tuple[Any, ...]]:
     """Returns the values of each setting that has a few names for values, by its dotted name."""
     values = {}
-    for name, kind in get_type_hints(root).items():
+    for name, declared in get_type_hints(root).items():
+        kind = GPTConfig if declared == Shape else declared
         if (isinstance(kind, type) and issubclass(kind, Settings)) or kind is GPTConfig:
             values |= literal_values(kind, f"{prefix}{name}.")
         else:

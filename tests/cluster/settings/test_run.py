@@ -20,10 +20,12 @@ from cluster.settings.run import (
     max_steps,
     seq_len,
     to_yaml,
+    way_to_compute,
     write_config,
 )
 from cluster.settings.serve import ServeConfig
 from model.config import GPTConfig
+from tests.foreign_models import small
 from tests.repository import REPOSITORY
 
 
@@ -230,3 +232,52 @@ def test_a_group_is_never_smaller_than_asked_for(world_size: int, asked: int) ->
     assert world_size % size == 0
     assert size >= min(asked, world_size)
     assert all(world_size % smaller for smaller in range(asked, size))
+
+
+def test_a_config_file__is_the_models_shape_and_its_content_is_recorded(tmp_path: Path) -> None:
+    foreign = small("qwen3")
+    file = tmp_path / "config.json"
+    file.write_text(foreign.content)
+    config = validate_config({"model": {"config": str(file)}, "train": {"seq_len": 32}}, RunConfig)
+    assert config.model == foreign
+    assert way_to_compute(config) == "plain"
+    file.unlink()
+    write_config(config, tmp_path / "run.yaml")
+    assert read_config(tmp_path / "run.yaml", RunConfig) == config
+
+
+def test_a_config_file__of_a_shape_of_ours__is_computed_by_our_code(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"model_type": "llama", "num_hidden_layers": 2}')
+    config = validate_config({"model": {"config": str(file)}}, RunConfig)
+    assert isinstance(config.model, GPTConfig)
+    assert (config.model.architecture, config.model.n_layer) == ("llama", 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "problem"),
+    [
+        (
+            {"config": "CONFIG", "n_layer": 3, "preset": "tiny"},
+            {},
+            "so n_layer, preset must not be",
+        ),
+        ({"config": "CONFIG"}, {"compute": "cpu"}, "train.compute=cpu has operations of our own"),
+        ({"config": "CONFIG"}, {"seq_len": 65}, "train.seq_len=65 exceeds model.n_positions=64"),
+        ({"config": "FOLDER/none.json"}, {}, "does not exist; name a config.json"),
+        ({"config": "FOLDER"}, {}, "cannot be read"),
+        ({"config": "FOLDER/text"}, {}, "is not JSON"),
+        ({"config": "FOLDER/list"}, {}, "holds no settings"),
+    ],
+)
+def test_a_config_file__that_does_not_fit__is_said(
+    tmp_path: Path, model: dict[str, Any], train: dict[str, Any], problem: str
+) -> None:
+    (tmp_path / "config.json").write_text(small("qwen3").content)
+    (tmp_path / "text").write_text("{")
+    (tmp_path / "list").write_text("[]")
+    words = {"CONFIG": f"{tmp_path}/config.json", "FOLDER": f"{tmp_path}"}
+    place = model["config"]
+    for word, path in words.items():
+        place = place.replace(word, path)
+    assert problem in refusal({"model": model | {"config": place}, "train": train})

@@ -22,8 +22,9 @@ from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.ledger import Ledger
 from jobs.run.sharded_checkpoints import ShardedCheckpoint, stored_state
 from jobs.saving.stored_state import stored_name
-from model.files.checkpoint import load_model, parameter_hash, read_config
+from model.files.checkpoint import load_model, parameter_hash
 from model.files.checkpoint_folder import MANIFEST, CheckpointError, read_metadata
+from model.files.hf_config import read_config
 from model.shapes import parameter_shapes
 from tests.checkpoints import write_tiny
 from tests.jobs.sharded_runs import NUM_STEPS, STAGES

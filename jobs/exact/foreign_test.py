@@ -1,0 +1,122 @@
+"""Checks before a worker trains a model of transformers that its module can be trained exactly.
+
+A model with a few of its layers, as wide as they are, computes rows of random tokens. What differs
+between families is asked of the module itself: nothing here knows one.
+
+Shapes: B sequences, T tokens of each, C width.
+"""
+
+import torch
+from torch import Tensor
+
+from cluster.settings.run import RunConfig
+from jobs.exact.compute import autocast, choose_operations
+from model.decoders.foreign import ForeignModel
+from model.errors import UserError
+from model.foreign_config import ForeignConfig
+from model.linear_cross_entropy import IGNORE_INDEX
+
+_SEED = 1
+_NUM_ROWS, _ROW_TOKENS = 2, 32
+_NOT_SEEN = 1e-3
+"""The largest relative difference that tokens which are not seen may make. They may make some:
+experts compute together whatever tokens they are sent."""
+
+
+def test_foreign(config: RunConfig, device: torch.device) -> None:
+    """Raises `UserError`, which names what cannot be exact: a module whose tokens see what follows
+    them, or documents beside their own, one with parameters that have no gradient, constants that
+    change, or another gradient each time."""
+    shape = config.model
+    assert isinstance(shape, ForeignConfig)
+    model = ForeignModel(shape.narrowed())
+    model.init_weights(_SEED)
+    model = model.to(device)
+    choose_operations(model, config)
+    generator = torch.Generator().manual_seed(_SEED)
+    drawn = torch.randint(model.config.vocab_size, (_NUM_ROWS, _ROW_TOKENS), generator=generator)
+    tokens = drawn.to(device)
+
+    _require_causal(model, tokens)
+    if config.train.document_mask:
+        _require_documents(model, tokens)
+    constants = [buffer.clone() for buffer in model.buffers()]
+    first = _gradients(model, tokens, config)
+    again = _gradients(model, tokens, config)
+    for name, gradient in first.items():
+        if not torch.equal(gradient, again[name]):
+            raise UserError(
+                f"the gradient of {name} in a model of type {shape.model_type!r} is another one each time, so that no "
+                "run would have the same bits twice: nothing was trained. --train.exact false trains without equal bits"
+            )
+    for before, buffer in zip(constants, model.buffers(), strict=True):
+        if not torch.equal(before, buffer):
+            raise UserError(
+                f"a model of type {shape.model_type!r} changes constants of its own while it trains, which no "
+                "checkpoint has: it cannot be trained exactly"
+            )
+
+
+def _require_causal(model: ForeignModel, tokens: Tensor) -> None:
+    half = _ROW_TOKENS // 2
+    others = tokens.clone()
+    others[:, half:] = (tokens[:, half:] + 1) % model.config.vocab_size
+    if _differ(model, tokens, others, slice(0, half)):
+        raise UserError(
+            f"a model of type {model.config.model_type!r} sees the tokens that follow, which it is to predict: it is "
+            "no causal language model"
+        )
+
+
+def _require_documents(model: ForeignModel, tokens: Tensor) -> None:
+    kind = model.config.model_type
+    if not model.takes_positions:
+        raise UserError(
+            f"train.document_mask is set, and a model of type {kind!r} is not told where documents begin: leave it out"
+        )
+    half = _ROW_TOKENS // 2
+    positions = torch.arange(_ROW_TOKENS, device=tokens.device).expand_as(tokens) % half
+    others = tokens.clone()
+    others[:, :half] = (tokens[:, :half] + 1) % model.config.vocab_size
+    if _differ(model, tokens, others, slice(half, None), positions=positions):
+        raise UserError(
+            f"train.document_mask is set, and a model of type {kind!r} sees other documents in a row all the same: "
+            "leave it out"
+        )
+
+
+@torch.no_grad()
+def _differ(
+    model: ForeignModel,
+    tokens: Tensor,
+    others: Tensor,
+    places: slice,
+    *,
+    positions: Tensor | None = None,
+) -> bool:
+    """Reports whether other tokens elsewhere make other hidden states at some places."""
+    model.eval()
+    one = model(tokens, positions=positions)[:, places]
+    other = model(others, positions=positions)[:, places]
+    model.train()
+    return not bool((one - other).norm() <= _NOT_SEEN * one.norm())
+
+
+def _gradients(model: ForeignModel, tokens: Tensor, config: RunConfig) -> dict[str, Tensor]:
+    """Returns the gradient of each parameter. Raises `UserError` where one has none."""
+    model.zero_grad()
+    targets = tokens.roll(-1, dims=1)
+    targets[:, -1] = IGNORE_INDEX
+    torch.manual_seed(_SEED)  # of dropout
+    with autocast(config, tokens.device):
+        loss = model.loss(tokens, targets)
+    loss.backward()
+    gradients: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            raise UserError(
+                f"{name} in a model of type {model.config.model_type!r} gets no gradient, as training would expect: "
+                "this kind of model is not trained"
+            )
+        gradients[name] = parameter.grad
+    return gradients

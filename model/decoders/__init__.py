@@ -1,0 +1,1 @@
+"""The decoders of any shape, and how one is made."""

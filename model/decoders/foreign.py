@@ -1,0 +1,342 @@
+"""A causal language model whose module is transformers' own, as a `Decoder`.
+
+Names, layers, head and initial weights are the module's: nothing here knows a family of models.
+
+Shapes: B sequences, T tokens of each, C = n_embd, V vocabulary, N = B x T, K tokens of a chunk.
+"""
+
+import copy
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import Mask
+from model.decoder import Decoder
+from model.foreign_config import ForeignConfig, ForeignModelError, empty_module, imported
+from model.kv_cache import Cache
+from model.linear_cross_entropy import IGNORE_INDEX
+from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS
+
+_NUMBERED = re.compile(
+    r"\D*\.\d+\."
+)  # as `jobs.exact.state.flat_layout` finds a block's parameters
+
+
+class Layer:
+    """One decoder layer, which `ops.block` may compute in its own way."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._returns_tuple = False
+
+    def __call__(self, x: Tensor, named: Mapping[str, Any]) -> Tensor:
+        """Returns what the layer makes of x (B, T, C)."""
+        result = type(self.module).forward(self.module, x, **named)
+        self._returns_tuple = isinstance(result, tuple)
+        y: Tensor = result[0] if self._returns_tuple else result
+        return y
+
+    def as_returned(self, y: Tensor) -> Tensor | tuple[Tensor]:
+        """Returns y as the layer itself would: some families have a tuple."""
+        return (y,) if self._returns_tuple else y
+
+
+class ForeignModel(Decoder):
+    """transformers' own module, whose parameters are on torch's device `meta` until `adopt`."""
+
+    config: ForeignConfig
+
+    # Some of its matrices may be read by something else than products
+    rounds_matrices = False
+
+    def __init__(self, config: ForeignConfig) -> None:
+        super().__init__()
+        self.config = config
+        module = empty_module(config)
+        _refuse_own_tensors(module)
+        rule: Any = module._init_weights
+        self._rule: Callable[[nn.Module], None] = rule
+        # Its children and not itself, so that parameters have its names
+        for name, child in module.named_children():
+            self.add_module(name, child)
+        inside, layers = _layers_of(module, config)
+        self._inside = f"{inside}."  # what the names of the layers' parameters begin with
+        self._body_name, _, _ = inside.partition(".")
+        self._layers = [Layer(layer) for layer in layers]
+        for layer in self._layers:
+            layer.module.forward = partial(_compute_layer, self, layer)
+        self._check_names()
+        self._make_buffers()
+        self._head = self._head_alone(module)
+
+    @property
+    def blocks(self) -> Sequence[Layer]:
+        return self._layers
+
+    @property
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What the head computes with: a tied embedding too."""
+        parameters: dict[nn.Parameter, None] = {}
+        for name, child in self.named_children():
+            if name != self._body_name:
+                parameters |= dict.fromkeys(child.parameters())
+        return [*parameters]
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether it is told the positions of tokens, by which documents in a row are kept
+        apart."""
+        body = self.get_submodule(self._body_name)
+        return "position_ids" in inspect.signature(type(body).forward).parameters
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        *,
+        kv_cache: Cache | None = None,
+        positions: Tensor | None = None,
+        mask: Mask = None,
+    ) -> Tensor:
+        """Returns hidden states (B, T, C) after the final norm, from token_ids (B, T). Where
+        positions (B, T) begin again, transformers begins another document, of which its own masks
+        let no token see the one before."""
+        assert kv_cache is None and mask is None, "transformers makes its own masks"
+        named = {} if positions is None else {"position_ids": positions}
+        body = self.get_submodule(self._body_name)
+        hidden: Tensor = body(input_ids=token_ids, use_cache=False, **named)[0]
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Returns logits (..., V), at least fp32, from hidden (..., C), scaled or capped as the
+        model does."""
+        rows = hidden.reshape(1, -1, hidden.shape[-1])
+        logits: Tensor = self._head(inputs_embeds=rows, use_cache=False).logits[0]
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return wide.view(*hidden.shape[:-1], -1)
+
+    def loss_of(self, hidden: Tensor, targets: Tensor, *, scale: float = 1.0) -> Tensor:
+        rows, labels = hidden.flatten(0, 1), targets.flatten()  # (N, C), (N,)
+        size = GPU_CHUNK_TOKENS if hidden.is_cuda else CHUNK_TOKENS
+        has_gradient = torch.is_grad_enabled()
+        total: Tensor = _HeadLoss.apply(
+            self, size, labels, has_gradient, rows, *self.head_parameters
+        )
+        return total * scale
+
+    def init_weights(self, seed: int) -> None:
+        self.adopt(dict(initial_weights(self.config, seed)))
+
+    def new_cache(self, num_tokens: int) -> None:
+        return None
+
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """Makes the tensors themselves the parameters, those that are tied in all of their places;
+        buffers go to their device."""
+        places: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            places.setdefault(parameter, []).append(name)
+        for names in places.values():
+            adopted = nn.Parameter(weights[names[0]])
+            for name in names:
+                place, _, last = name.rpartition(".")
+                setattr(self.get_submodule(place), last, adopted)
+        device = next(iter(weights.values())).device
+        for module in self.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(name, buffer.to(device), persistent=False)
+
+    def pieces(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yields what may be made one after the other: each layer, and each module around them that
+        has parameters."""
+        layers = {id(layer.module) for layer in self._layers}
+        for name, module in self.named_modules():
+            is_around = not name.startswith(self._inside)
+            has_parameters = next(module.parameters(recurse=False), None) is not None
+            if id(module) in layers or (is_around and has_parameters):
+                yield name, module
+
+    def initialize(self, module: nn.Module) -> None:
+        """Gives a module, and what it consists of, values by the model's own rule."""
+        with torch.no_grad(), torch.device("cpu"):
+            module.apply(self._rule)
+
+    def _check_names(self) -> None:
+        """Raises `ForeignModelError` where a number in a parameter's name is not its layer's."""
+        for name, _ in self.named_parameters():
+            if bool(_NUMBERED.match(name)) != name.startswith(self._inside):
+                raise ForeignModelError(
+                    f"config.json: model_type {self.config.model_type!r} has layers beside those of its decoder, "
+                    f"such as that of {name}, which raymill does not train"
+                )
+
+    def _head_alone(self, module: nn.Module) -> Callable[..., Any]:
+        """Returns what computes the head alone, by the whole module's own code: a view of it, in
+        which something else takes the place of its body."""
+        head = copy.copy(module)
+        head._modules = {**module._modules, self._body_name: _Given()}
+        hidden = torch.empty(1, 1, self.config.n_embd, device="meta")
+        try:
+            shape = head(inputs_embeds=hidden, use_cache=False).logits.shape
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise ForeignModelError(
+                f"config.json: the head of model_type {self.config.model_type!r} cannot be computed alone ({error}), "
+                "as raymill does so that all logits never exist at a time"
+            ) from error
+        assert shape == (1, 1, self.config.vocab_size), shape
+        return head.__call__
+
+    def _make_buffers(self) -> None:
+        """Computes the constants that layers share, such as the frequencies of rotary positions."""
+        for name, module in self.named_modules():
+            buffers = dict(module.named_buffers(recurse=False))
+            if not buffers:
+                continue
+            kept = [buffer for buffer in module.state_dict() if buffer in buffers]
+            if kept:
+                raise ForeignModelError(
+                    f"config.json: model_type {self.config.model_type!r} keeps {name}.{kept[0]} beside its parameters, "
+                    "which raymill would neither train nor store"
+                )
+            for buffer, values in buffers.items():
+                empty = torch.empty(values.shape, dtype=values.dtype, device="cpu")
+                module.register_buffer(buffer, _marked(empty), persistent=False)
+            with torch.no_grad(), torch.device("cpu"):
+                self._rule(module)
+            for buffer, values in module.named_buffers(recurse=False):
+                _require_values(f"{name}.{buffer}", values)
+
+
+def _compute_layer(
+    model: ForeignModel, layer: Layer, x: Tensor, **named: Any
+) -> Tensor | tuple[Tensor]:
+    """Takes the place of a layer's own `forward`."""
+    return layer.as_returned(model.ops.block(layer, x, named))
+
+
+def _refuse_own_tensors(module: nn.Module) -> None:
+    for name, _ in module.named_parameters(recurse=False):
+        raise ForeignModelError(
+            f"{type(module).__name__} has a parameter {name} outside its layers and its head, which raymill does not "
+            "train"
+        )
+
+
+def _layers_of(module: nn.Module, config: ForeignConfig) -> tuple[str, nn.ModuleList]:
+    """Returns the name of the decoder's layers, and these."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.ModuleList) and len(part) == config.n_layer:
+            return name, part
+    raise ForeignModelError(
+        f"config.json: model_type {config.model_type!r} has no list of {config.n_layer} layers, which raymill would "
+        "share out to workers"
+    )
+
+
+class _Given(nn.Module):
+    """Takes the place of all but the head: what it is given are the hidden states."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
+        return imported().modeling_outputs.MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def initial_weights(config: ForeignConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Yields fresh weights by the model's own rule, of which one layer is in memory at a time. Each
+    piece draws from a generator of its own, on the CPU: the values depend on the seed alone."""
+    model = ForeignModel(config)
+    wanted = {name for name, _ in model.named_parameters()}
+    for name, piece in model.pieces():
+        is_layer = next(piece.children(), None) is not None
+        piece.to_empty(device="cpu", recurse=is_layer)
+        for parameter in piece.parameters():
+            _marked(parameter.data)
+        with _seeded(f"weights:{seed}:{name}"):
+            piece.apply(_as_constructed)
+            model.initialize(piece)
+        for short, parameter in piece.named_parameters():
+            whole = f"{name}.{short}"
+            _require_values(whole, parameter)
+            if whole in wanted:
+                yield whole, parameter.detach()
+        piece.to("meta")
+
+
+def _as_constructed(module: nn.Module) -> None:
+    """Draws as PyTorch's constructors do, for what the model's rule leaves as they made it."""
+    reset = getattr(module, "reset_parameters", None)
+    if callable(reset) and type(module).__module__.startswith("torch.nn."):
+        reset()
+
+
+@contextmanager
+def _seeded(name: str) -> Iterator[None]:
+    """Lasts while the process's generator draws what a name says, and leaves it as it was."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int.from_bytes(digest) >> 1)
+        yield
+
+
+def _marked(values: Tensor) -> Tensor:
+    """Makes values recognizable as not set."""
+    return values.fill_(torch.nan) if values.is_floating_point() else values.zero_()
+
+
+def _require_values(name: str, values: Tensor) -> None:
+    if bool(values.isnan().any()):
+        raise ForeignModelError(
+            f"transformers' rule for new weights leaves {name} without values; begin from weights that exist "
+            "(train.init_from)"
+        )
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The summed cross-entropy of the model's own head, whose logits exist for a chunk of tokens at
+    a time: each chunk is turned into its share of the gradients in the forward pass, as in
+    `linear_cross_entropy`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        model: ForeignModel,
+        chunk_tokens: int,
+        targets: Tensor,
+        with_grad: bool,
+        hidden: Tensor,
+        *parameters: nn.Parameter,
+    ) -> Tensor:
+        losses: list[Tensor] = []
+        grads_hidden: list[Tensor] = []
+        sums: list[Tensor | None] = [None] * len(parameters)
+        chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+        for some, labels in chunks:
+            with torch.set_grad_enabled(with_grad):
+                h = some.detach().requires_grad_(with_grad)  # (K, C)
+                logits = model.logits(h)  # (K, V)
+                loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+                of_chunk = loss.sum()
+            losses.append(loss.detach())
+            if not with_grad:
+                continue
+            of_hidden, *of_parameters = torch.autograd.grad(
+                of_chunk, [h, *parameters], allow_unused=True
+            )
+            grads_hidden.append(of_hidden)
+            for number, gradient in enumerate(of_parameters):
+                before = sums[number]
+                sums[number] = gradient if before is None else before.add_(gradient)
+        if with_grad:
+            ctx.save_for_backward(torch.cat(grads_hidden), *sums)
+        return torch.cat(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [None if saved is None else saved * grads[0] for saved in ctx.saved_tensors]
+        return None, None, None, None, *gradients

@@ -1,0 +1,333 @@
+"""The shape of a decoder that transformers computes: the content of its config.json, and what
+follows from it.
+
+`GPT` computes two shapes with code of its own; any other causal language model is transformers' own
+module (`model.decoders.foreign`). This module imports transformers and PyTorch only when it is asked for
+something that a config.json alone does not tell.
+"""
+
+import functools
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from model.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FIRST_VERSION, NEXT_MAJOR = (5, 24), (6, 0)
+"""The versions of transformers whose modules are trained, as in the extra `hf`."""
+
+_WITHOUT_POSITIONS = 2048
+"""The context of a model that has no number of positions, as with ALiBi: the one that BLOOM was
+trained with."""
+
+_NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k")
+_EXPERT = ".experts."
+_IN_BLOCK = re.compile(r"(\w+\.\d+\.\w+)\.")  # `layers.0.mlp` of a parameter's name
+NOT_OF_THE_MODEL = frozenset(
+    ("dtype", "torch_dtype", "transformers_version", "bos_token_id", "eos_token_id")
+)
+"""What a checkpoint's config.json may say otherwise: how weights are stored, and the tokenizer's
+ids."""
+
+_DROPOUT = re.compile(r"dropout|pdrop|drop_rate")
+
+
+class ForeignModelError(UserError):
+    """transformers is missing, or has no module for this config.json that can be trained
+    exactly."""
+
+
+@dataclass(frozen=True)
+class ForeignConfig:
+    """A causal language model of transformers. Two are equal if their config.json says the same."""
+
+    content: str
+    """config.json, with sorted keys: a text, as a dictionary has no hash."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Raises `ForeignModelError` for what transformers cannot compute, or raymill not train."""
+        config = cls(json.dumps(values, sort_keys=True))
+        config.refuse_what_is_not_exact()
+        return config
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What config.json says."""
+        values: dict[str, Any] = json.loads(self.content)
+        return values
+
+    @property
+    def hf(self) -> Any:
+        """transformers' own config, with its defaults. Nothing changes it."""
+        return _parsed(self.content)
+
+    def refuse_what_is_not_exact(self) -> None:
+        """Raises `ForeignModelError`, naming the setting."""
+        if self.values.get("quantization_config"):
+            raise ForeignModelError(
+                "config.json: quantization_config is set; expected weights of full precision, which training needs"
+            )
+        if self.hf.is_encoder_decoder or self.hf.get_text_config() is not self.hf:
+            raise ForeignModelError(
+                f"config.json: model_type {self.model_type!r} is not a decoder of text alone; name the config.json of "
+                "its text model"
+            )
+        for name in ("layerdrop", "layer_drop"):
+            if getattr(self.hf, name, 0.0):
+                raise ForeignModelError(
+                    f"config.json: {name} leaves layers out at random, whose gradients then do not exist; set it to 0"
+                )
+        if getattr(self.hf, "output_router_logits", False):
+            raise ForeignModelError(
+                "config.json: output_router_logits adds a loss over a batch's routing, which is not trained; set it "
+                "to false"
+            )
+
+    @property
+    def model_type(self) -> str:
+        return str(self.values.get("model_type"))
+
+    @property
+    def vocab_size(self) -> int:
+        """The rows of the embedding; the tokenizer may have fewer ids."""
+        return int(self.hf.vocab_size)
+
+    @property
+    def n_positions(self) -> int:
+        """The context length in tokens."""
+        longest = getattr(self.hf, "max_position_embeddings", None)
+        return int(longest or self.values.get("seq_length") or _WITHOUT_POSITIONS)
+
+    @property
+    def n_layer(self) -> int:
+        return int(self.hf.num_hidden_layers)
+
+    @property
+    def n_embd(self) -> int:
+        return int(self.hf.hidden_size)
+
+    @property
+    def n_head(self) -> int:
+        return int(self.hf.num_attention_heads)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return int(getattr(self.hf, "num_key_value_heads", None) or self.n_head)
+
+    @property
+    def head_dim(self) -> int:
+        return int(getattr(self.hf, "head_dim", None) or self.n_embd // self.n_head)
+
+    @property
+    def kv_width(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def ffn_width(self) -> int:
+        """The width of the feed-forward layer that a token passes: of its experts together."""
+        dense = getattr(self.hf, "intermediate_size", None) or 4 * self.n_embd
+        if not self.num_experts:
+            return int(dense)
+        of_expert = getattr(self.hf, "moe_intermediate_size", None) or dense
+        return int(of_expert) * self.num_active_experts
+
+    @property
+    def num_experts(self) -> int:
+        """The experts of a layer; 0 where it has none."""
+        return _first_number(self.hf, _NUM_EXPERTS)
+
+    @property
+    def num_active_experts(self) -> int:
+        """The experts that compute a token."""
+        return min(self.num_experts, _first_number(self.hf, _EXPERTS_OF_A_TOKEN) or 1)
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        return bool(getattr(self.hf, "tie_word_embeddings", False))
+
+    @property
+    def dropout(self) -> float:
+        """The largest dropout probability."""
+        probabilities = [0.0]
+        for name, value in self.hf.to_dict().items():
+            if _DROPOUT.search(name) and isinstance(value, float) and "classifier" not in name:
+                probabilities.append(value)
+        return max(probabilities)
+
+    @property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter by transformers' name, in its order; a tied head has none."""
+        return dict(_parameter_shapes(self.content))
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(map(math.prod, self.parameter_shapes.values()))
+
+    @property
+    def num_active_parameters(self) -> int:
+        """The parameters that compute a token: of a layer's experts only those that it is sent
+        to."""
+        active = 0
+        for name, shape in self.parameter_shapes.items():
+            size = math.prod(shape)
+            if self.num_experts and _EXPERT in name:
+                size = size * self.num_active_experts // self.num_experts
+            active += size
+        return active
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Counts as `model.config.flops_per_token` does, the experts of a token alone."""
+        looked_up = 0 if self.tie_word_embeddings else self.vocab_size * self.n_embd
+        attention = 12 * self.n_layer * self.n_head * self.head_dim * seq_len
+        return 6 * (self.num_active_parameters - looked_up) + attention
+
+    def with_context(self, num_tokens: int) -> Self:
+        """Returns the model as one with a context of so many tokens."""
+        values = self.values | {"max_position_embeddings": num_tokens}
+        return type(self)(json.dumps(values, sort_keys=True))
+
+    def narrowed(self) -> Self:
+        """Returns the model with few layers, one of each kind if their kinds take turns, and few
+        tokens, for a test: as wide as it is, as a narrower one may not exist."""
+        values = self.hf.to_dict()
+        num_layers = min(self.n_layer, _num_kinds(values, self.n_layer))
+        for name, value in values.items():
+            if isinstance(value, list) and len(value) == self.n_layer:
+                values[name] = value[:num_layers]
+        layers = self.hf.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        return type(self)(
+            json.dumps(
+                values | {layers: num_layers, "vocab_size": 64, "pad_token_id": None},
+                sort_keys=True,
+            )
+        )
+
+
+def layer_of(parameter: str) -> str:
+    """Returns `layers.0.self_attn`, `layers.0.mlp` …, `embed_tokens`, `norm` or `lm_head`."""
+    in_block = _IN_BLOCK.search(parameter)
+    return in_block[1] if in_block else parameter.split(".")[-2]
+
+
+def _first_number(config: Any, names: tuple[str, ...]) -> int:
+    numbers = [getattr(config, name, None) for name in names]
+    return next((int(number) for number in numbers if number), 0)
+
+
+def _num_kinds(values: Mapping[str, Any], num_layers: int) -> int:
+    """Returns how many layers from the first have each kind that there is, at least two."""
+    kinds = values.get("layer_types")
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        return 2
+    return max(2, 1 + max(map(kinds.index, kinds)))
+
+
+@functools.cache
+def _parsed(content: str) -> Any:
+    transformers = imported()
+    values = json.loads(content)
+    kind = values.get("model_type")
+    if kind not in list(transformers.CONFIG_MAPPING):  # it may be a list, which has no hash
+        raise _no_causal_model(kind)
+    try:
+        return transformers.CONFIG_MAPPING[kind].from_dict(values)
+    except Exception as error:  # its checks raise classes of several packages
+        raise ForeignModelError(f"config.json: {' '.join(str(error).split())}") from error
+
+
+@functools.cache
+def _parameter_shapes(content: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    module = empty_module(ForeignConfig(content))
+    return tuple((name, tuple(weights.shape)) for name, weights in module.named_parameters())
+
+
+def imported() -> Any:
+    """Returns transformers. Raises `ForeignModelError` where it is missing."""
+    try:
+        import transformers  # noqa: PLC0415 (optional, and takes a second)
+    except ImportError as error:
+        raise ForeignModelError(
+            f"this model is computed by transformers, which is not installed ({error}): pip install 'raymill[hf]'"
+        ) from None
+    return transformers
+
+
+def _no_causal_model(kind: object) -> ForeignModelError:
+    return ForeignModelError(
+        f"config.json: model_type is {kind!r}, of which transformers {imported().__version__} has no causal language "
+        "model; expected a decoder's, such as 'qwen3', 'gemma3_text' or 'olmo2'"
+    )
+
+
+def empty_module(config: ForeignConfig) -> "nn.Module":
+    """Returns transformers' module without values, on torch's device `meta`. Code that comes with a
+    model is never run.
+
+    Attention is PyTorch's where that computes the model, and experts take turns: kernels that group
+    them round otherwise on other machines.
+    """
+    import torch  # noqa: PLC0415 (takes a second, which reading a config.json need not)
+
+    transformers = imported()
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if not FIRST_VERSION <= version < NEXT_MAJOR:
+        raise ForeignModelError(
+            f"transformers {transformers.__version__} is installed, expected at least "
+            f"{'.'.join(map(str, FIRST_VERSION))} and below {NEXT_MAJOR[0]}: pip install 'raymill[hf]'"
+        )
+    if type(config.hf) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _no_causal_model(config.model_type)
+    own_copy = type(config.hf).from_dict(config.hf.to_dict())  # a module writes into it
+    with torch.device("meta"):
+        module = transformers.AutoModelForCausalLM.from_config(own_copy, **_options(config))
+    assert isinstance(module, torch.nn.Module)
+    return module
+
+
+def _options(config: ForeignConfig) -> dict[str, Any]:
+    """Returns how transformers makes a module."""
+    import torch  # noqa: PLC0415 (as above)
+
+    # PyTorch's attention leaves out what caps its logits
+    has_caps = bool(getattr(config.hf, "attn_logit_softcapping", None))
+    return {
+        "trust_remote_code": False,
+        "dtype": torch.float32,
+        "attn_implementation": "eager" if has_caps else None,
+        "experts_implementation": "eager",
+    }
+
+
+def saved_weights(config: ForeignConfig, folder: Path) -> dict[str, "Tensor"]:
+    """Returns the parameters in a folder that transformers saved, in fp32 and by the names of its
+    modules, which the files of older versions do not have. Raises `ForeignModelError`."""
+    transformers = imported()
+    transformers.logging.disable_progress_bar()
+    try:
+        module, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **_options(config),
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ForeignModelError(
+            f"{folder}: transformers cannot load it: {' '.join(str(error).split())}"
+        ) from error
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if names := sorted(map(str, found[problem])):
+            raise ForeignModelError(
+                f"{folder}: {problem.replace('_', ' ')} in the weights: {', '.join(names[:3])}; expected those that "
+                "config.json makes"
+            )
+    return {name: weights.detach() for name, weights in module.named_parameters()}

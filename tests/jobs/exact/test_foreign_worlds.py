@@ -1,0 +1,202 @@
+"""Models of transformers in the exact engine: one hash for any number of workers, however the state
+is sharded, and the steps of a plain loop with PyTorch's AdamW."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from cluster.settings.run import RunConfig
+from jobs.exact.foreign_test import test_foreign as check_foreign
+from jobs.exact.self_test import self_test
+from jobs.workers.worker_group import WorkerGroup
+from model.errors import UserError
+from model.foreign_config import ForeignConfig
+from tests.foreign_models import FAMILIES, QUICK, WITH_DROPOUT, small
+from tests.jobs.train_worlds import CPU, SUITES, Case, MadeRows, Trainer
+from tests.repository import REPOSITORY
+from tests.time_limits import limit_s
+
+MAX_WORLD_SIZE = 5
+
+Outcome = dict[str, Any]
+Runs = Callable[[str], list[Outcome]]
+
+
+@pytest.fixture(scope="module")
+def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Returns the results of a suite's cases in real processes, in worlds of 1 to 5 and in one of
+    changing size, which is sharded in another way at each step."""
+
+    @functools.cache
+    def outcomes(suite: str) -> list[Outcome]:
+        folder = tmp_path_factory.mktemp("worlds")
+        environment = os.environ | {
+            "PYTHONPATH": str(REPOSITORY),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "tests.jobs.train_worlds", str(MAX_WORLD_SIZE)]
+        done = subprocess.run(
+            [*command, str(folder), suite],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=limit_s(180),
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        results: list[Outcome] = json.loads(done.stdout.splitlines()[-1])
+        return results
+
+    return outcomes
+
+
+@functools.cache
+def of_one_process(case: Case) -> str:
+    """Returns the hash of one process that shards nothing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trainer = Trainer(case, WorkerGroup(0, 1))
+    trainer.steps(range(1, 5))
+    torch.set_num_threads(threads)
+    return trainer.hash
+
+
+def check_one_hash(cases: list[Case], runs: list[Outcome]) -> None:
+    for case in cases:
+        mine = [run for run in runs if run["case"] == asdict(case)]
+        assert [run["world"] for run in mine] == ["1", "2", "3", "4", "5", "resized"]
+        hashes = {value for run in mine for value in run["hashes"]}
+        assert hashes == {of_one_process(case.numbers)}, case
+        assert len({tuple(run["losses"]) for run in mine}) == 1, case
+
+
+def test_three_families__in_any_world_and_sharding__have_one_hash(runs_of: Runs) -> None:
+    cases = SUITES["foreign"]
+    assert {case.family for case in cases} == set(QUICK)
+    check_one_hash(cases, runs_of("foreign"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family__in_any_world_and_sharding__has_one_hash(family: str, runs_of: Runs) -> None:
+    check_one_hash(SUITES[family], runs_of(family))
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name in FAMILIES
+        if name not in WITH_DROPOUT  # a loop draws it otherwise
+    ],
+)
+def test_ten_steps__of_a_family__are_those_of_a_plain_loop_with_pytorchs_adamw(family: str) -> None:
+    case = Case(compute="plain", family=family, num_lanes=3)
+    train = case.config().train
+    trainer = Trainer(case, WorkerGroup(0, 1))
+    values = case.config().model
+    assert isinstance(values, ForeignConfig)
+    twin = transformers.AutoModelForCausalLM.from_config(
+        transformers.CONFIG_MAPPING[family].from_dict(values.values), dtype=torch.float32
+    )
+    start = {
+        name: weight.detach().clone() for name, weight in trainer.state.model.named_parameters()
+    }
+    twin.load_state_dict(start, strict=False)
+
+    parameters = list(twin.parameters())
+    groups = [
+        {
+            "params": [one for one in parameters if one.ndim >= 2],
+            "weight_decay": train.weight_decay,
+        },
+        {"params": [one for one in parameters if one.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(train.beta1, train.beta2), eps=1e-8)
+    losses = []
+    for step in range(10):
+        inputs, targets = MadeRows().samples(range(6 * step, 6 * step + 6))
+        logits = twin(input_ids=inputs).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, train.grad_clip)
+        optimizer.step()
+        losses.append(loss.item())
+
+    assert trainer.steps(range(1, 11)) == pytest.approx(losses, rel=1e-4)
+    expected = dict(twin.named_parameters())
+    for name, weight in trainer.state.model.named_parameters():
+        moved = (expected[name] - start[name]).norm()
+        # AdamW moves a value as far for a gradient of nearly zero, whose sign rounding decides
+        assert (weight - expected[name]).norm() <= 4e-2 * moved, name
+
+
+def config_of(family: str, *, document_mask: bool = False, **changes: Any) -> RunConfig:
+    config = Case(compute="plain", family=family, documents=document_mask).config()
+    return config.model_copy(update={"model": small(family, **changes)})
+
+
+def test_self_test__of_a_foreign_model__passes() -> None:
+    self_test(config_of("qwen3", document_mask=True), CPU)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_self_test__of_each_family__passes(family: str) -> None:
+    self_test(config_of(family, document_mask=family != "bloom"), CPU)
+
+
+def test_self_test__of_a_model_that_sees_what_follows__refuses_it() -> None:
+    with pytest.raises(UserError, match="sees the tokens that follow"):
+        check_foreign(config_of("qwen3", is_causal=False), CPU)
+
+
+def test_self_test__of_documents_for_a_model_without_positions__refuses_them() -> None:
+    with pytest.raises(UserError, match="not told where documents begin"):
+        check_foreign(config_of("bloom", document_mask=True), CPU)
+
+
+def test_self_test__of_a_parameter_without_gradient__names_it() -> None:
+    # It only chooses experts, and its bias is moved by other rules than gradients
+    config = config_of("qwen3", document_mask=False)
+    with pytest.MonkeyPatch.context() as patch:
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+
+        forward = Qwen3MLP.forward
+
+        def without_gradient(self: Any, x: Any) -> Any:
+            with torch.no_grad():
+                return forward(self, x)
+
+        patch.setattr(Qwen3MLP, "forward", without_gradient)
+        with pytest.raises(
+            UserError, match=r"model\.layers\.0\.mlp\.\w+\.weight .*gets no gradient"
+        ):
+            check_foreign(config, CPU)
+
+
+def test_self_test__of_a_gradient_that_is_another_one_each_time__refuses_it() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+
+        forward, calls = Qwen3MLP.forward, []
+
+        def drifting(self: Any, x: Any) -> Any:
+            calls.append(1)
+            return forward(self, x) * (1 + 1e-6 * len(calls))
+
+        patch.setattr(Qwen3MLP, "forward", drifting)
+        with pytest.raises(UserError, match="another one each time"):
+            check_foreign(config_of("qwen3"), CPU)
