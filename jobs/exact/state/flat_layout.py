@@ -139,6 +139,9 @@ class FlatLayout:
 
     def parts(self, rank: int, *, world_size: int) -> PackedSpans:
         """Returns the rank's part of each bucket, in the order of buckets; a part may be empty."""
+        if not self.matrices:  # a planner's buckets are thousands, each with a part of every rank
+            parts = [part_of(bucket, rank, world_size=world_size) for bucket in self.buckets]
+            return PackedSpans(parts)
         return PackedSpans([parts[rank] for parts in self.divided(world_size)])
 
     def divided(self, world_size: int) -> Sequence[Sequence[Span]]:
