@@ -33,12 +33,22 @@ class Initial(Enum):
 
 
 @dataclass(frozen=True)
+class Fused:
+    """How a parameter is made of several matrices that lie side by side."""
+
+    axis: int  # along which it is cut into them
+    dims: tuple[Dim, ...]  # the side of each along that axis
+
+
+@dataclass(frozen=True)
 class Parameter:
-    """One parameter, or that of each block."""
+    """One parameter, or that of each block. One of a block that has two sides is a hidden matrix:
+    it multiplies activations."""
 
     dims: tuple[Dim, ...]
     initial: Initial
     is_looked_up: bool = False  # rows are taken from it, and nothing is multiplied
+    fused: Fused | None = None
 
 
 def _normal(*dims: Dim) -> Parameter:
@@ -54,6 +64,9 @@ def _bias(dim: Dim) -> Parameter:
 
 
 _NORM = Parameter(("C",), Initial.ONES)
+
+# GPT-2's, (in, out)
+_QUERY_KEY_VALUE = Parameter(("C", "3C"), Initial.NORMAL, fused=Fused(1, ("C", "C", "C")))
 
 HEAD = _normal("V", "C")
 """The output head, where the token embedding is not the same."""
@@ -165,7 +178,7 @@ GPT2 = Architecture(
         block={  # a projection's weight is (in, out)
             "ln_1.weight": _NORM,
             "ln_1.bias": _bias("C"),
-            "attn.c_attn.weight": _normal("C", "3C"),
+            "attn.c_attn.weight": _QUERY_KEY_VALUE,
             "attn.c_attn.bias": _bias("3C"),
             "attn.c_proj.weight": _into_the_stream("C", "C"),
             "attn.c_proj.bias": _bias("C"),

@@ -7,15 +7,18 @@ V vocabulary, K tokens of a chunk.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from model.architecture import HEAD, Parameter
 from model.config import GPTConfig, Shape, lengths, num_parameters
 from model.foreign_config import ForeignConfig
 
 _NUMBER = re.compile(r"\.\d+\.")
+
+if TYPE_CHECKING:  # shapes are counted without PyTorch
+    from torch import Tensor
 
 CHUNK_TOKENS = 1024
 """How many tokens' logits a CPU computes together."""
@@ -165,6 +168,55 @@ def parameter_shapes(config: Shape) -> dict[str, tuple[int, ...]]:
         return config.parameter_shapes
     sides = lengths(config)
     return {name: _shape(parameter.dims, sides) for name, parameter in parameters(config).items()}
+
+
+@dataclass(frozen=True)
+class HiddenMatrix:
+    """A parameter of a block that multiplies activations: one matrix, or several side by side."""
+
+    shape: tuple[int, int]  # as it is stored, (in, out) or (out, in)
+    axis: int  # along which it is cut
+    sides: tuple[int, ...]  # of the matrices along that axis
+
+    @property
+    def piece_shapes(self) -> list[tuple[int, int]]:
+        rows, columns = self.shape
+        if self.axis == 0:
+            return [(side, columns) for side in self.sides]
+        return [(rows, side) for side in self.sides]
+
+    def cut(self, values: "Tensor") -> "Sequence[Tensor]":
+        """Returns each matrix as a view of the parameter's values (n,)."""
+        return values.view(self.shape).split(self.sides, dim=self.axis)
+
+
+def hidden_matrices(config: Shape) -> dict[str, HiddenMatrix]:
+    """Returns the parameters of the blocks that have two sides, by name, in the order of the
+    model's `named_parameters`. What a model of transformers stores as one is taken for one
+    matrix."""
+    if isinstance(config, ForeignConfig):
+        foreign: dict[str, HiddenMatrix] = {}
+        for name, shape in config.parameter_shapes.items():
+            if len(shape) == 2 and _NUMBER.search(name):
+                rows, columns = shape
+                foreign[name] = HiddenMatrix((rows, columns), 0, (rows,))
+        return foreign
+    names = config.network.parameters
+    sides = lengths(config)
+    of_block: dict[str, HiddenMatrix] = {}
+    for name, parameter in names.block.items():
+        if len(parameter.dims) == 2:
+            rows, columns = _shape(parameter.dims, sides)
+            matrix = HiddenMatrix((rows, columns), 0, (rows,))
+            if parameter.fused:
+                pieces = _shape(parameter.fused.dims, sides)
+                matrix = HiddenMatrix((rows, columns), parameter.fused.axis, pieces)
+            of_block[name] = matrix
+    matrices: dict[str, HiddenMatrix] = {}
+    for layer in range(config.n_layer):
+        for name, matrix in of_block.items():
+            matrices[f"{names.prefix}.{names.blocks}.{layer}.{name}"] = matrix
+    return matrices
 
 
 def _shape(dims: Iterable[str], sides: Mapping[str, int]) -> tuple[int, ...]:

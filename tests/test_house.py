@@ -43,6 +43,11 @@ VIOLATIONS = [
         "jobs/exact/state/peers.py",
         "import jobs.exact.sums.step_plan",
     ),
+    (
+        "exact sums stand on the state",
+        "jobs/exact/rules/muon.py",
+        "import jobs.exact.state.peers",
+    ),
     ("exact sums stand on the state", "jobs/exact/new_room/__init__.py", ""),
     ("serving", "serving/engine/engine.py", "import serving.protocol.errors"),
     ("serving", "serving/new_room/__init__.py", ""),
@@ -209,7 +214,7 @@ text = f"{way} and bf16"
     [
         ("model/architecture.py", ARCHITECTURES),
         ("model/numerics.py", NUMERICS),
-        ("jobs/exact/state/rules.py", get_args(Optimizer)),
+        ("jobs/exact/rules/rules.py", get_args(Optimizer)),
     ],
     ids=["architecture", "precision", "optimizer"],
 )

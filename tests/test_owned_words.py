@@ -9,11 +9,14 @@ import pytest
 
 from cluster.settings.code_folders import CODE_FOLDERS
 from cluster.settings.shard import Shard
-from jobs.exact.state.adamw import AdamW
+from jobs.exact.rules.adamw import AdamW
+from jobs.exact.rules.muon import Muon
 from tests.repository import REPOSITORY
 
 SHARD_OWNER = "cluster/settings/shard.py"
-RULE_OWNER = "jobs/exact/state/adamw.py"
+RULE_OWNERS = dict.fromkeys(AdamW.vectors, "jobs/exact/rules/adamw.py") | dict.fromkeys(
+    Muon.matrix_vectors, "jobs/exact/rules/muon.py"
+)
 
 WORDS = set(get_args(Shard)) - {"none"}
 """The choices of `scaling.shard` that are words of no other setting; "none" counts where it is
@@ -83,9 +86,9 @@ def test_the_one_decision_has_no_other_case() -> None:
     assert ast.unparse(last) == "case _:\n    assert_never(shard)"
 
 
-@pytest.mark.parametrize("vector", AdamW.vectors)
+@pytest.mark.parametrize("vector", RULE_OWNERS)
 def test_an_update_rule_alone_names_its_vectors(vector: str) -> None:
     named = [
         file for file, source in product_files().items() if vector in strings_of(ast.parse(source))
     ]
-    assert named == [RULE_OWNER]
+    assert named == [RULE_OWNERS[vector]]

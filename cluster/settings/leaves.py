@@ -79,8 +79,12 @@ def branches(root: type[BaseModel]) -> dict[str, str]:
 def _of_the_model(prefix: str) -> list[Leaf]:
     names = tuple(PRESETS)
     about = f"shape by name, one of {', '.join(names)}; seed and seed-96 have one head, ReLU, and 12 or 96 layers"
-    result = [Leaf(f"{prefix}.preset", about, str | None, names, None)]
-    result.append(Leaf(f"{prefix}.{CONFIG}", CONFIG_HELP, str | None, (), None))
+    depth = "layers, with all that follows from them: width, heads, optimizer, learning rate, batch, tokens, warm-up"
+    result = [
+        Leaf(f"{prefix}.preset", about, str | None, names, None),
+        Leaf(f"{prefix}.{CONFIG}", CONFIG_HELP, str | None, (), None),
+        Leaf(f"{prefix}.depth", depth, int | None, (), None),
+    ]
     kinds = get_type_hints(GPTConfig)
     for field in dataclasses.fields(GPTConfig):
         kind, default = kinds[field.name], field.default

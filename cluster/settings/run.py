@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic.functional_serializers import PlainSerializer
 from pydantic.functional_validators import WrapValidator, model_validator
 
+from cluster.settings import recipe
 from cluster.settings.batch_schedule import BatchSchedule
 from cluster.settings.data import DataConfig, TextConfig
 from cluster.settings.setting import Settings, setting
@@ -109,7 +110,7 @@ class ScalingConfig(Settings):
     use_gpu: bool = setting(False, "one GPU per worker")
     shard: Shard = setting(
         "none",
-        "what each worker keeps only its own part of: optimizer, AdamW's moments (ZeRO-1); gradients, "
+        "what each worker keeps only its own part of: optimizer, its moments (ZeRO-1); gradients, "
         "their sums too (ZeRO-2); parameters, the weights too (ZeRO-3). The bits are the same, and a "
         "resume may choose another one",
     )
@@ -227,6 +228,11 @@ class RunConfig(Settings):
     storage: StorageConfig = StorageConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_the_depth(cls, values: Any) -> Any:
+        return recipe.with_depth(values) if isinstance(values, dict) else values
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         train = self.train
@@ -328,7 +334,7 @@ def warmup_tokens(config: RunConfig) -> int:
     unset."""
     if config.train.warmup_tokens is not None:
         return config.train.warmup_tokens
-    return min(375_000_000, config.train.max_tokens // 50)
+    return recipe.warmup_tokens(config.train.max_tokens)
 
 
 def cooldown_tokens(config: RunConfig) -> int | None:

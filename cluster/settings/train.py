@@ -11,8 +11,8 @@ from model.numerics import NUMERICS, Numerics, Precision
 Compute = Literal["plain", "compiled", "cpu"]
 """Ways to compute a training step."""
 
-Optimizer = Literal["adamw"]
-"""The rules that update weights: `jobs.exact.state.rules` makes each."""
+Optimizer = Literal["adamw", "muon"]
+"""The rules that update weights: `jobs.exact.rules.rules` makes each."""
 
 
 class TrainConfig(ShapingSettings):
@@ -75,15 +75,21 @@ class TrainConfig(ShapingSettings):
         shapes=Shapes.RUN,
     )
     optimizer: Optimizer = shaping(
-        "adamw", "rule that updates the weights by their gradient", shapes=Shapes.RUN
+        "adamw",
+        "rule that updates the weights by their gradient: adamw; or muon for the matrices of the blocks, "
+        "with adamw for embeddings, head, biases and norms",
+        shapes=Shapes.RUN,
     )
     weight_decay: NonNegativeFloat = shaping(
         0.1,
-        "AdamW decay of matrices; biases and LayerNorms have none",
+        "decay of matrices, decoupled from the gradient; biases and LayerNorms have none",
         shapes=Shapes.RUN,
     )
     beta1: float = shaping(0.9, "AdamW, decay of the first moment", ge=0, lt=1, shapes=Shapes.RUN)
     beta2: float = shaping(0.95, "AdamW, decay of the second moment", ge=0, lt=1, shapes=Shapes.RUN)
+    momentum: float = shaping(
+        0.95, "muon, decay of the momentum of matrices", ge=0, lt=1, shapes=Shapes.RUN
+    )
     grad_clip: NonNegativeFloat = shaping(
         1.0, "largest norm of the summed gradient; 0 never clips", shapes=Shapes.RUN
     )

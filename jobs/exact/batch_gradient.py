@@ -103,11 +103,12 @@ class BatchGradient:
         while len(buffers) < num_buffers:
             buffers.append(large_zeros(len(state.gradient), device=state.device))
         self._totals = StepTotals(state.layout, state.sharding, self._group, device=state.device)
+        owners = state.sharding.owners
         self._exchange = BucketExchange(
             state.owned.homes if sums_parts else state.layout.buckets,
             buffers,
             Peers(state.sharding.counterparts, self._group),
-            owners=state.sharding.owners,
+            parts=state.layout.parts_of_owners(owners) if owners else None,
         )
         self._side_work = side_work(state.device, max_waiting=_MAX_WAITING if sums_parts else 0)
         self._sums: LaneSums | ShardSums

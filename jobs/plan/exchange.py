@@ -17,13 +17,12 @@ from jobs.exact.state.division import seats_of
 from jobs.exact.state.doubling import gather_messages, teams_to_gather
 from jobs.exact.state.flat_layout import NUM_SENDINGS, FlatLayout
 from jobs.exact.state.messages import Message, joined_buckets, numbers_of_sendings
-from jobs.exact.state.rules import update_rule
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.span import Span
 from jobs.exact.sums.exact_reduce import subtrees_of_ranks
 from jobs.exact.sums.teams import TeamPlan, team_plan
 from jobs.plan.formulas import FP32_BYTES
-from model.shapes import parameter_shapes
+from jobs.plan.update import update_bytes, update_flops
 
 MESSAGE_S = 5e-6
 """Seconds that a message between two GPUs takes besides its bytes: an assumption, of the order of
@@ -132,7 +131,7 @@ def exchange(
     beside_update_s = 0.0
     # All but the first stretch of an update is computed beside the sending of another one
     if sharding.sends_values:
-        share_s = _update_s(config, layout, options) / sharding.num_holders
+        share_s = _update_s(config, options) / sharding.num_holders
         beside_update_s = share_s * (1 - 1 / NUM_SENDINGS)
     sums_s = sent.sums.seconds(options)
     # The last bundle is final when backward is over
@@ -278,13 +277,11 @@ def _sendings(
     )
 
 
-def _update_s(config: RunConfig, layout: FlatLayout, options: PlanConfig) -> float:
+def _update_s(config: RunConfig, options: PlanConfig) -> float:
     """Returns the seconds in which one GPU would update all parameters: those of what the rule
     reads and writes, or of its operations."""
-    rule = update_rule(config.train)
-    bytes_s = rule.bytes_per_value * layout.size / options.hardware.memory_bytes_per_s
-    flops = sum(rule.flops(shape) for shape in parameter_shapes(config.model).values())
-    return max(bytes_s, flops / (options.mfu * options.hardware.peak_flops_per_s))
+    bytes_s = update_bytes(config) / options.hardware.memory_bytes_per_s
+    return max(bytes_s, update_flops(config) / (options.mfu * options.hardware.peak_flops_per_s))
 
 
 def product_bytes(config: RunConfig) -> int:

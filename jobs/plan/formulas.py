@@ -6,7 +6,6 @@ N parameters, D tokens.
 import math
 
 from cluster.settings.plan import PlanConfig
-from jobs.exact.state.update_rule import UpdateRule
 
 DAY_S = 86_400
 FP32_BYTES = 4
@@ -20,12 +19,6 @@ def parameter_flops(num_parameters: float, num_tokens: float, *, recompute: bool
     pass, twice that in backward (Kaplan et al., 2020, section 2.1; the GPT-3 paper's count,
     appendix D). With activations computed again, 8 N D (Narayanan et al., 2021, section 5.1)."""
     return (8.0 if recompute else 6.0) * num_parameters * num_tokens
-
-
-def state_bytes_per_value(rule: UpdateRule) -> int:
-    """Returns the bytes of a checkpoint or a snapshot for each parameter: of the weight and of the
-    rule's vectors."""
-    return FP32_BYTES * (1 + len(rule.vectors))
 
 
 def gpu_days(flops: float, flops_per_s: float) -> float:

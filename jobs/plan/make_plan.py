@@ -14,11 +14,11 @@ from cluster.settings.run import (
     batch_schedule,
     planned_vocabulary,
     seq_len,
+    warmup_tokens,
     with_precision,
 )
 from cluster.settings.train import TrainConfig
 from jobs.exact.state.flat_layout import FlatLayout
-from jobs.exact.state.rules import update_rule
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.sums.audit import cost_of_audits, steps_between
 from jobs.exact.sums.step_plan import StepPlan
@@ -31,12 +31,12 @@ from jobs.plan.formulas import (
     gpu_days,
     mean_time_between_failures_s,
     parameter_flops,
-    state_bytes_per_value,
     storing_s,
 )
 from jobs.plan.memory import gpu_memory, host_memory, layout_of
 from jobs.plan.plan_warnings import FULL_MEMORY, TOLERATED_EXPOSURE, warnings
 from jobs.plan.table import table
+from jobs.plan.update import stored_bytes, update_flops
 from jobs.tokens.token_store import token_dtype
 from model.config import flops_per_token, num_active_parameters, num_parameters
 
@@ -46,7 +46,7 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
     otherwise."""
     count = options.count or config.scaling.max_workers
     config = with_precision(config, options.hardware.fast_numerics.name)
-    layout = layout_of(config.model)
+    layout = layout_of(config)
     plan = _computing(config, options, count)
     step_s = plan["step_s"]
     plan["memory_bytes"] = _memory(config, layout, count)
@@ -62,7 +62,7 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
         "days": moved.step_s * plan["steps"] / DAY_S,
         "advice": _faster(config, options, layout, count, step_s),
     }
-    plan["checkpoint"] = _checkpoint(config, options, plan["parameters"], count, step_s)
+    plan["checkpoint"] = _checkpoint(config, options, count, step_s)
     plan["audits"] = _audits(config, count)
     plan["data"] = _data(config, plan["tokens_per_s"])
     plan["warnings"] = warnings(config, options, plan)
@@ -90,6 +90,10 @@ def _computing(config: RunConfig, options: PlanConfig, count: int) -> dict[str, 
     price = gpu.price_per_hour if options.price is None else options.price
     run_s = days / count * DAY_S
     return {
+        "n_layer": config.model.n_layer,
+        "n_head": config.model.n_head,
+        "n_embd": config.model.n_embd,
+        "seq_len": seq_len(config),
         "parameters": size,
         "active_parameters": active,
         "tokens": num_tokens,
@@ -99,6 +103,11 @@ def _computing(config: RunConfig, options: PlanConfig, count: int) -> dict[str, 
         "precision": config.train.precision,
         "total_flops": total_flops,
         "model_flops": model_flops,
+        "optimizer": config.train.optimizer,
+        "learning_rate": config.train.learning_rate,
+        "warmup_tokens": warmup_tokens(config),
+        "update_flops": update_flops(config),
+        "update_share": update_flops(config) * schedule.max_steps / model_flops,
         "petaflop_s_days": gpu_days(total_flops, 1e15),
         "gpu": options.gpu,
         "count": count,
@@ -241,9 +250,9 @@ def _exchange(
 
 
 def _checkpoint(
-    config: RunConfig, options: PlanConfig, size: int, count: int, step_s: float
+    config: RunConfig, options: PlanConfig, count: int, step_s: float
 ) -> dict[str, float]:
-    num_bytes = state_bytes_per_value(update_rule(config.train)) * size
+    num_bytes = stored_bytes(config)
     writers = Sharding.of(config.scaling, rank=0, world_size=count).num_holders
     cost_s = num_bytes / writers / options.hardware.host_bytes_per_s
     mtbf_s = mean_time_between_failures_s(options.mtbf_gpu_hours, count)

@@ -17,15 +17,16 @@ from cluster.settings.run import (
     way_to_compute,
     with_precision,
 )
+from jobs.exact.rules.rules import matrix_costs, update_rule
 from jobs.exact.state.flat_layout import PIECE_VALUES, FlatLayout
 from jobs.exact.state.messages import joined_buckets
-from jobs.exact.state.rules import update_rule
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.sums.exact_reduce import subtrees_of_ranks
 from jobs.exact.sums.step_plan import StepPlan
 from jobs.exact.sums.teams import team_plan
 from jobs.plan.exchange import product_bytes
-from jobs.plan.formulas import FP32_BYTES, state_bytes_per_value
+from jobs.plan.formulas import FP32_BYTES
+from jobs.plan.update import most_optimizer_bytes, most_values, state_bytes
 from jobs.run.history import why_not_resumed
 from jobs.snapshots.slots import NUM_SLOTS
 from model.architecture import LLAMA, KeptValues
@@ -39,9 +40,11 @@ _PROCESS_BYTES = 0.5e9
 GB)."""
 
 
-def layout_of(model: Shape) -> FlatLayout:
-    """Returns the flat layout of a model without making it: no machine may be able to hold it."""
-    return FlatLayout.of(parameter_shapes(model))
+def layout_of(config: RunConfig) -> FlatLayout:
+    """Returns the flat layout of a run without making its model: no machine may be able to hold
+    it."""
+    costs = matrix_costs(update_rule(config.train), config.model)
+    return FlatLayout.of(parameter_shapes(config.model), matrix_costs=costs)
 
 
 def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int) -> dict[str, float]:
@@ -63,13 +66,12 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int) -> dic
     for number in range(num_groups):
         first_rank = replace(sharding, rank=number * group, world_size=num_groups * group)
         num_buffers = max(num_buffers, StepPlan(first_rank, num_lanes, per_lane).num_buffers)
-    own_values = layout.size / group
+    own_values = most_values(layout, num_holders=group)
     second = 0
     if group == 1 and per_lane > 1:
         second = layout.size  # what autograd adds the lane's micro-batches up in
     elif way_to_compute(config) == "cpu" and num_lanes > num_groups:
         second = max(map(len, layout.places.values()))
-    num_vectors = len(update_rule(config.train).vectors)
     is_whole = not sharding.divided.values
     block = max(map(len, layout.decoder_blocks))
     rest = layout.boundary - sum(map(len, layout.decoder_blocks))  # the embeddings
@@ -79,7 +81,7 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int) -> dic
         "bf16_weights": float(rounded),  # in autocast's cache
         "gradients": FP32_BYTES * own_values,
         "lane_sums": FP32_BYTES * ((num_buffers - 1) * own_values + second),
-        "optimizer": FP32_BYTES * num_vectors * layout.size / sharding.num_holders,
+        "optimizer": most_optimizer_bytes(config, layout, num_holders=sharding.num_holders),
         "embeddings": float(FP32_BYTES * rest * ((group > 1) + (not is_whole))),
         "two_blocks": float(0 if is_whole else 2 * width * block),
         "block_gradients": float(width * block if group > 1 else 0),
@@ -168,7 +170,7 @@ def host_memory(
     two of another node's shares (`snapshots/choice`); a checkpoint that is being stored and one
     that waits, on rank 0's node, or its GPUs' shards of them where the state is sharded; and two
     pieces of each GPU's copies (`exact/state/host_copies`)."""
-    state = state_bytes_per_value(update_rule(config.train)) * layout.size
+    state = state_bytes(config, layout)
     num_ranks = min(world_size, gpus_per_node)
     holders = Sharding.of(config.scaling, rank=0, world_size=world_size).num_holders
     shares = state * (num_ranks / holders if holders > 1 else 1.0)
@@ -205,7 +207,7 @@ def worker_needs(config: RunConfig) -> dict[str, Any]:
     """Returns `worker_bytes` of a node's memory and `device_bytes` of a GPU's, which a worker
     needs, and `problems` in words: settings that differ from those that the run began with."""
     planned, scaling = planned_vocabulary(config), config.scaling
-    layout = layout_of(planned.model)
+    layout = layout_of(planned)
     training = 0.0
     # As precision `auto` is settled where the workers run, there must be room for either
     for numerics in NUMERICS.values():

@@ -10,7 +10,6 @@ from typing import Any
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, batch_schedule, seq_len, with_precision
 from jobs.exact.state.flat_layout import FlatLayout
-from jobs.exact.state.rules import update_rule
 from jobs.exact.state.sharding import Sharding
 from jobs.plan.exchange import exchange
 from jobs.plan.formulas import (
@@ -18,11 +17,11 @@ from jobs.plan.formulas import (
     checkpoint_interval_s,
     goodput,
     mean_time_between_failures_s,
-    state_bytes_per_value,
     storing_s,
 )
 from jobs.plan.memory import layout_of
 from jobs.plan.table import Figures, template
+from jobs.plan.update import state_bytes
 from jobs.snapshots.choice import interval
 from jobs.tokens.token_store import token_dtype
 from model.config import flops_per_token
@@ -43,7 +42,7 @@ Row = Mapping[str, Any]
 def scales(config: RunConfig, options: PlanConfig) -> list[Row]:
     """Returns a row for each number of GPUs that all have a lane of the batch."""
     config = with_precision(config, options.hardware.fast_numerics.name)
-    layout = layout_of(config.model)
+    layout = layout_of(config)
     return [
         _scale(config, options, layout, size)
         for size in WORLD_SIZES
@@ -61,7 +60,7 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
     compute_s, step_s = moved.compute_s, moved.step_s
 
     sharding = Sharding.of(config.scaling, rank=0, world_size=size)
-    state = state_bytes_per_value(update_rule(config.train)) * layout.size
+    state = state_bytes(config, layout)
     holders = sharding.num_holders
     # A piece moves while another one is written
     copy_bytes_per_s = min(gpu.host_bytes_per_s, COPY_BYTES_PER_S)

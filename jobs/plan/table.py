@@ -20,7 +20,7 @@ _PARTS = {
     "bf16_weights": "weights rounded to bf16",
     "gradients": "gradients, fp32",
     "lane_sums": "sums of lanes",
-    "optimizer": "AdamW's moments",
+    "optimizer": "optimizer's moments",
     "activations": "activations",
     "logits_chunk": "logits, a chunk",
     "embeddings": "embeddings, gradient",

@@ -47,7 +47,7 @@ class StepTimes:
 
     @cached_property
     def _layout(self) -> FlatLayout:
-        return layout_of(self.config.model)
+        return layout_of(self.config)
 
     @cached_property
     def _lane_s(self) -> float:

@@ -23,7 +23,7 @@ from jobs.run.checkpoints import checkpoint_name
 from jobs.run.storage_retry import Outage
 from jobs.saving.publisher import Publisher
 from jobs.saving.saving_thread import SavingThread
-from jobs.saving.stored_state import fill, vectors_by_name
+from jobs.saving.stored_state import cut_up, fill, vectors_by_name
 from model.files.checkpoint import NotFiniteError, write_checkpoint
 from model.files.checkpoint_folder import Metadata
 from model.text.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ class Copy:
     """A copy of the state after a step, in its own memory."""
 
     metadata: Metadata
-    flat: Tensor  # (V, P): the weights and the update rule's vectors
+    flat: Tensor  # (n,): the weights and the update rule's vectors, end to end
     write: Callable[[Path], Metadata]  # writes them into a folder, as `write_checkpoint` does
     taken_at_s: float  # on the monotonic clock
     from_device: HostCopy
@@ -60,13 +60,10 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
                 self._free.append(self._pending.flat)
                 self._pending = None
             # Writing to used memory is twice as fast as to fresh pages.
-            flat = (
-                self._free.pop() if self._free else torch.empty(len(state.parts), state.layout.size)
-            )
-        buffers = dict(zip(state.parts, flat, strict=True))
-        copy = state.copies.start(
-            "checkpoint", [*state.parts.values()], partial(fill, flat.flatten())
-        )
+            lengths = {name: len(part) for name, part in state.parts.items()}
+            flat = self._free.pop() if self._free else torch.empty(sum(lengths.values()))
+        buffers = cut_up(flat, lengths)
+        copy = state.copies.start("checkpoint", [*state.parts.values()], partial(fill, flat))
         write = partial(
             write_checkpoint,
             config=state.model.config,

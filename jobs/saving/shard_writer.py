@@ -27,7 +27,7 @@ from jobs.run.sharded_checkpoints import Reports, ShardedCheckpoint
 from jobs.run.storage_retry import Outage, tell_nobody
 from jobs.saving.publisher import Publisher
 from jobs.saving.saving_thread import SavingThread
-from jobs.saving.stored_state import fill, own_stretches
+from jobs.saving.stored_state import cut_up, fill, own_stretches
 from jobs.workers.worker_group import WorkerGroup
 from model.config import Shape
 from model.files.checkpoint import NotFiniteError, check_finite, safetensors_pieces
@@ -44,7 +44,7 @@ class Shard:
 
     metadata: Metadata
     checkpoint: ShardedCheckpoint
-    flat: Tensor  # (V, P / g): the weights and the update rule's vectors
+    flat: Tensor  # (n,): this worker's weights and vectors of the update rule, end to end
     # Views of it, by the file that would hold them whole
     tensors: Mapping[str, Mapping[str, Tensor]]
     taken_at_s: float  # on the monotonic clock
@@ -94,12 +94,11 @@ class ShardWriter(SavingThread[Shard, Shard]):
             name = checkpoint_name(metadata.step, metadata.generation)
             start_s = time.monotonic()
             shares = state.share(self._sharding.place, world_size=self._sharding.num_holders)
-            flat = (
-                self._free.pop() if self._free else torch.empty(len(shares), state.owned.num_values)
-            )
-            weights, train_state = own_stretches(state, dict(zip(shares, flat, strict=True)))
+            lengths = {name: sum(map(len, views)) for name, views in shares.items()}
+            flat = self._free.pop() if self._free else torch.empty(sum(lengths.values()))
+            weights, train_state = own_stretches(state, cut_up(flat, lengths))
             tensors = list(chain.from_iterable(shares.values()))
-            from_device = state.copies.start("checkpoint", tensors, partial(fill, flat.flatten()))
+            from_device = state.copies.start("checkpoint", tensors, partial(fill, flat))
             checkpoint = ShardedCheckpoint(self._checkpoints, name, self._sharding.num_holders)
             files = {WEIGHTS: weights, TRAIN_STATE: train_state}
             with self._changed:

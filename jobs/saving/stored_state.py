@@ -29,11 +29,12 @@ def restore(state: TrainState, stored: StoredTensors) -> None:
 
 
 def vectors_by_name(state: TrainState, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the whole tensors of a training state, from the update rule's flat vectors (P,)."""
+    """Returns the whole tensors of a training state, from the update rule's flat vectors."""
     tensors = {"step": torch.tensor(state.num_updates, dtype=torch.int64)}
-    for vector in state.rule.vectors:
-        for name, view in state.by_parameter(flat[vector]).items():
-            tensors[stored_name(vector, name)] = view
+    for vector in state.vectors:
+        for name, _, packed in state.layout.pieces(state.extent(vector)):
+            values = packed.of(flat[vector])
+            tensors[stored_name(vector, name)] = values.view(state.shapes[name])
     return tensors
 
 
@@ -46,12 +47,13 @@ def own_stretches(
     train_state = (
         {} if state.sharding.place else {"step": torch.tensor(state.num_updates, dtype=torch.int64)}
     )
-    for name, in_parameter, packed in state.layout.pieces(state.owned):
-        for part in state.parts:
-            tensors = weights if part == "values" else train_state
-            tensors[stretch_name(stored_name(part, name), in_parameter.start)] = packed.of(
-                flat[part]
-            )
+    place, num_holders = state.sharding.place, state.sharding.num_holders
+    for part in state.parts:
+        tensors = weights if part == "values" else train_state
+        spans = state.spans_of_share(part, place, world_size=num_holders)
+        for name, in_parameter, packed in state.layout.pieces(spans):
+            stretch = stretch_name(stored_name(part, name), in_parameter.start)
+            tensors[stretch] = packed.of(flat[part])
     return weights, train_state
 
 
@@ -82,6 +84,12 @@ def fill(flat: Tensor, pieces: Iterator[Tensor]) -> None:
     for piece in pieces:
         flat[start : start + len(piece)].copy_(piece)
         start += len(piece)
+
+
+def cut_up(flat: Tensor, lengths: Mapping[str, int]) -> dict[str, Tensor]:
+    """Returns the stretches of a vector that belong to some names, end to end."""
+    stretches = flat.split([*lengths.values()])
+    return dict(zip(lengths, stretches, strict=True))
 
 
 def stored_name(part: str, parameter: str) -> str:

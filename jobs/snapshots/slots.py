@@ -45,7 +45,7 @@ class Header:
     rank: int  # the owner of this share of the state
     world_size: int  # number of shares
     num_updates: int
-    names: list[str]  # of the tensors, which lie end to end and have equal lengths
+    names: list[str]  # of the tensors, which lie end to end
     carried: dict[str, Any]  # the rest of the state
     sequence: int = 0  # grows with each write, which sets it and the next two
     num_bytes: int = 0

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cluster.output.progress import say
 from jobs.exact.state.host_copies import HostCopy
-from jobs.exact.state.span import Span
+from jobs.exact.state.span import PackedSpans, Span
 from jobs.exact.state.train_state import StatePiece, TrainState
 from jobs.snapshots.choice import (
     Holding,
@@ -133,18 +133,22 @@ class Snapshots:
         header = holders[0].header
         by_node = {held.node: held for held in holders}
         reader = reader_of(by_node, self._node_of_rank)
-        parts = state.layout.parts(header.rank, world_size=header.world_size)
-        tensor_bytes = header.num_bytes // len(header.names)
+        spans_of_names: dict[str, PackedSpans] = {}
         names: list[str] = []
         in_tensor: list[range] = []  # bytes of one tensor
         in_share: list[range] = []  # the same bytes of the share, whose tensors lie end to end
-        for number, name in enumerate(header.names):
-            first = number * tensor_bytes
+        first = 0
+        for name in header.names:
+            spans = state.spans_of_share(name, header.rank, world_size=header.world_size)
+            spans_of_names[name] = spans
+            tensor_bytes = _FP32_BYTES * spans.num_values
             for start in range(0, tensor_bytes, CHUNK_BYTES):
                 stop = min(start + CHUNK_BYTES, tensor_bytes)
                 names.append(name)
                 in_tensor.append(range(start, stop))
                 in_share.append(range(first + start, first + stop))
+            first += tensor_bytes
+        assert first == header.num_bytes, f"{header.num_bytes} bytes, expected {first}"
         chunks: Iterable[Bytes | None] = itertools.repeat(None)
         if reader in (None, self._group.rank):
             chunks = self._read(by_node.get(self._node, holders[0]), in_share)
@@ -156,7 +160,7 @@ class Snapshots:
                     values = torch.empty(len(place), device=state.device)
                 values = values.to(state.device)
                 dist.broadcast(values, reader)
-            yield StatePiece(name, parts.cut(place), values)
+            yield StatePiece(name, spans_of_names[name].cut(place), values)
 
     def _read(self, held: Holding, spans: list[range]) -> Iterable[Bytes]:
         """Returns these bytes of a share, in place where it is in this node's memory."""

@@ -9,7 +9,7 @@ from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage
-from jobs.exact.state.rules import update_rule
+from jobs.exact.rules.rules import matrices_of, update_rule, vectors_of
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.run_plan import run_storage
@@ -71,8 +71,10 @@ def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
         )
     weights = dict(model.named_parameters())
     train_state = {"step": torch.tensor(0, dtype=torch.int64)}
-    for vector in update_rule(config.train).vectors:
-        for name, values in weights.items():
+    rule = update_rule(config.train)
+    matrices = matrices_of(rule, config.model)
+    for name, values in weights.items():
+        for vector in vectors_of(rule, matrices.get(name)):
             train_state[stored_name(vector, name)] = torch.zeros_like(values)
     checkpoints = RunCheckpoints(run)
     spooled = checkpoints.spool / checkpoint_name(0)

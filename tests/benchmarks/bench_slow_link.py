@@ -80,7 +80,7 @@ def exchanged(
     layout: FlatLayout,
 ) -> None:
     room = Room(torch.device("cpu"))
-    for bundle in bundles_of(layout.buckets, len(peers), owners=None):
+    for bundle in bundles_of(layout.buckets, len(peers), parts=None):
         vectors = [bundle.packed(flat) for flat in flats]
         HalvedSums(peers, plan, room).finish(vectors, bundle.division)
         complete(peers, vectors[0], bundle.division)

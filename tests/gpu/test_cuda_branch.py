@@ -146,7 +146,7 @@ def test_a_plans_memory_is_what_the_lane_takes(traces: dict[str, Any], case: str
     assert traces[case]["kept_bytes"] == pytest.approx(
         activation_bytes(config) + head + matrices, rel=1e-3
     )
-    parts = gpu_memory(config, layout_of(model), world_size=1)
+    parts = gpu_memory(config, layout_of(config), world_size=1)
     assert 1 <= sum(parts.values()) / traces[case]["peak_bytes"] < 1.1
 
 

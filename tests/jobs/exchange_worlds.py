@@ -48,7 +48,8 @@ def exchanged(sharding: Sharding, group: WorkerGroup, num_lanes: int) -> dict[st
     subtrees = plan.subtrees[group.rank]
     buffers = [sum_of(node) for node in subtrees]
     peers = Peers(sharding.counterparts, group)
-    exchange = BucketExchange(LAYOUT.buckets, buffers, peers, owners=sharding.owners)
+    parts_of_peers = LAYOUT.parts_of_owners(sharding.owners) if sharding.owners else None
+    exchange = BucketExchange(LAYOUT.buckets, buffers, peers, parts=parts_of_peers)
     exchange.begin(plan.teams, num_subtrees=len(subtrees))
     with sent_bytes() as sent:
         for number in range(len(LAYOUT.buckets)):

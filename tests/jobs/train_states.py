@@ -55,18 +55,18 @@ def whole(state: TrainState) -> dict[str, Tensor]:
 
 
 def moments(state: TrainState) -> dict[str, Tensor]:
-    """Returns a copy of AdamW's state by parameter, which is not sharded."""
+    """Returns a copy of the optimizer's state by parameter, which is not sharded."""
     return vectors_by_name(state, whole(state))
 
 
 def pieces_of(state: TrainState, rank: int, *, world_size: int) -> Iterator[StatePiece]:
     """Yields a rank's share of the state, in pieces that end anywhere."""
-    parts = state.layout.parts(rank, world_size=world_size)
     for name, views in state.share(rank, world_size=world_size).items():
-        values = torch.cat(views)
+        spans = state.spans_of_share(name, rank, world_size=world_size)
+        values = torch.cat([torch.empty(0), *views])
         for start in range(0, len(values), 7777):
             span = Span(start, min(start + 7777, len(values)))
-            yield StatePiece(name, parts.cut(span), span.of(values).clone())
+            yield StatePiece(name, spans.cut(span), span.of(values).clone())
 
 
 def stored(*files: Mapping[str, Tensor]) -> StoredTensors:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from cluster.settings.run import RunConfig
 from cluster.settings.shard import Shard
+from cluster.settings.train import Optimizer
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.train_state import TrainState
@@ -66,6 +67,7 @@ class Case:
     chat: bool = False  # rows of conversations, of which some targets do not count
     one_block: bool = False  # a model of so few values that one rank owns all parts
     family: str = ""  # of a model of transformers, in place of ours
+    optimizer: Optimizer = "adamw"
 
     @property
     def numbers(self) -> "Case":
@@ -104,6 +106,7 @@ class Case:
             "max_tokens": 1000 * SEQ_LEN,
             "precision": self.precision,
             "exact": self.exact,
+            "optimizer": self.optimizer,
         }
         if self.start_lanes:
             train |= {
@@ -143,6 +146,10 @@ CASES = [
     Case(chat=True, documents=True, micro_batches=2, num_lanes=5, shard="gradients"),
     Case("bf16", chat=True, compute="plain", shard="parameters", group=2),
     *(Case(one_block=True, shard=shard) for shard in get_args(Shard)),
+    Case(optimizer="muon"),
+    Case(optimizer="muon", shard="optimizer"),
+    Case(optimizer="muon", llama=True, shard="gradients", group=2),
+    Case("bf16", optimizer="muon", compute="plain", shard="parameters"),
     Case(exact=False),
     Case(exact=False, chat=True),
 ]
@@ -156,6 +163,9 @@ MORE_CASES = [
     Case(num_lanes=13, start_lanes=5, shard="optimizer"),
     Case(llama=True, recompute=True),
     Case("bf16", llama=True, compute="plain", recompute=True, shard="gradients"),
+    Case("bf16", optimizer="muon", llama=True, shard="optimizer"),
+    Case("bf16", optimizer="muon", num_lanes=8, shard="gradients"),
+    Case(optimizer="muon", llama=True, micro_batches=2, shard="parameters", group=2),
 ]
 """Those of the longer suite."""
 
@@ -315,7 +325,9 @@ def hand_over(trainer: Trainer, group: WorkerGroup, path: Path, step: int) -> No
         state = trainer.state
         if state.sharding.writes:
             shares = state.share(state.sharding.place, world_size=state.sharding.num_holders)
-            shard = own_stretches(state, {name: torch.cat(views) for name, views in shares.items()})
+            shard = own_stretches(
+                state, {name: torch.cat([torch.empty(0), *views]) for name, views in shares.items()}
+            )
             torch.save(shard, f"{path}-{step}-{group.rank}.pt")
     else:
         flat, state = whole(trainer.state), trainer.state

@@ -3,8 +3,8 @@ halving.
 
 Buckets are joined where their messages would be too short (`messages`). Where nobody must own a
 certain part, parts are cut so that they lie in the right order (`division`). With a sharded
-optimizer the n-th rank owns the n-th part of each bucket, whose moments it keeps. These parts are
-packed for the exchange:
+optimizer the n-th rank owns the n-th part of each bucket, for which it keeps the rule's vectors.
+These parts are packed for the exchange:
 
     two buckets of four ranks   0 1 2 3 | 0 1 2 3
     packed                      00 22 11 33
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jobs.exact.state.division import Division, order_of_parts
 from jobs.exact.state.doubling import gather, teams_to_gather
-from jobs.exact.state.flat_layout import BLOCK, part_of
+from jobs.exact.state.flat_layout import BLOCK
 from jobs.exact.state.messages import joined_buckets
 from jobs.exact.state.peers import Peers
 from jobs.exact.state.span import Span
@@ -33,20 +33,20 @@ class Bundle:
         buckets: Sequence[Span],
         num_peers: int,
         *,
-        owners: Sequence[int] | None,
+        parts: Sequence[Sequence[Span]] | None,
     ) -> None:
-        """`owners` has the number of the part of each bucket that each peer must have; without
-        them, a peer has any part of all together."""
+        """`parts` has the part of each bucket that each peer must have; without them, a peer has
+        any part of all together."""
         self.num_buckets = len(buckets)
         self.span = Span(buckets[0].start, buckets[-1].stop)
-        if owners is None:
+        if parts is None:
             self.division = Division.of(len(self.span), num_peers=num_peers)
             self._parts = [
                 [self.division.part(peer).shifted(self.span.start)] for peer in range(num_peers)
             ]
             self._is_in_order = True
             return
-        self._parts = [_parts_of_owner(buckets, owner, num_peers) for owner in owners]
+        self._parts = [[*parts_of_peer] for parts_of_peer in zip(*parts, strict=True)]
         order = order_of_parts(num_peers)
         bounds = [0]
         packed: list[Span] = []
@@ -111,13 +111,14 @@ def bundles_of(
     buckets: Sequence[Span],
     num_peers: int,
     *,
-    owners: Sequence[int] | None,
+    parts: Sequence[Sequence[Span]] | None,
 ) -> list[Bundle]:
+    """Returns bundles of all buckets; `parts` has the part of each that each peer must have."""
     bundles: list[Bundle] = []
+    start = 0
     for joined in joined_buckets(buckets, num_peers):
-        bundles.append(Bundle(joined, num_peers, owners=owners))
+        stop = start + len(joined)
+        bundle = Bundle(joined, num_peers, parts=parts[start:stop] if parts else None)
+        bundles.append(bundle)
+        start = stop
     return bundles
-
-
-def _parts_of_owner(buckets: Sequence[Span], owner: int, num_peers: int) -> list[Span]:
-    return [part_of(bucket, owner, world_size=num_peers) for bucket in buckets]

@@ -1,6 +1,7 @@
 """Spans of a flat vector: neighboring values, by the place of the first and the place after the
 last."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,6 +65,21 @@ class PackedSpans:
     def num_values(self) -> int:
         return self.homes[-1].stop if self.homes else 0
 
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [span.start for span in self.spans]
+
+    def home_of(self, span: Span) -> Span:
+        """Returns where the values of a span, which lies within one of these, lie in the packed
+        vector."""
+        number = bisect_right(self._starts, span.start) - 1
+        assert span.stop <= self.spans[number].stop, f"{span} is in no one of the spans"
+        return span.shifted(self.homes[number].start - self.spans[number].start)
+
+    def __and__(self, other: "PackedSpans") -> "PackedSpans":
+        """Returns the spans of what lies in these and in the other ones."""
+        return PackedSpans([overlap for _, _, overlap in self._meetings(other)])
+
     def cut(self, packed: Span) -> list[Span]:
         """Returns the spans of the values that lie at `packed` in the packed vector."""
         cuts: list[Span] = []
@@ -76,15 +92,19 @@ class PackedSpans:
     def overlaps(self, other: "PackedSpans") -> Iterator[tuple[Span, Span]]:
         """For each overlap with the other spans, yields its place in this packed vector and in the
         other one."""
+        for i, j, overlap in self._meetings(other):
+            to_home = self.homes[i].start - self.spans[i].start
+            to_other_home = other.homes[j].start - other.spans[j].start
+            yield overlap.shifted(to_home), overlap.shifted(to_other_home)
+
+    def _meetings(self, other: "PackedSpans") -> Iterator[tuple[int, int, Span]]:
+        """Yields each overlap with the other spans, after the numbers of the two."""
         i = j = 0
         while i < len(self.spans) and j < len(other.spans):
-            span, other_span = self.spans[i], other.spans[j]
-            overlap = span & other_span
+            overlap = self.spans[i] & other.spans[j]
             if not overlap.is_empty:
-                to_home = self.homes[i].start - span.start
-                to_other_home = other.homes[j].start - other_span.start
-                yield overlap.shifted(to_home), overlap.shifted(to_other_home)
-            if span.stop <= other_span.stop:
+                yield i, j, overlap
+            if self.spans[i].stop <= other.spans[j].stop:
                 i += 1
             else:
                 j += 1

@@ -7,7 +7,7 @@ own: those that decay lie before `layout.boundary`. With `scaling.shard`, a rank
 state only for the parts it owns (ZeRO, arXiv 1910.02054): of the rule's vectors, with `gradients`
 of the gradient too, and with `parameters` of the weights too, which it gathers to compute
 (`gathered_weights`). It updates its own parts, and sends them to all that keep the weights whole:
-the same bits, because the rule (`rules`) works value by value.
+the same bits, because the rule (`rules`) works value by value, or on matrices that no part cuts.
 """
 
 import math
@@ -19,17 +19,23 @@ import torch
 from torch import Tensor
 
 from cluster.settings.train import TrainConfig
+from jobs.exact.rules.rules import (
+    all_vectors,
+    matrices_of,
+    matrix_costs,
+    update_rule,
+    vectors_of,
+)
+from jobs.exact.rules.update_rule import Stretch
 from jobs.exact.state.bundle import Bundle, bundles_of
-from jobs.exact.state.flat_layout import FlatLayout, parts_of
+from jobs.exact.state.flat_layout import FlatLayout
 from jobs.exact.state.gathered_weights import GatheredWeights
 from jobs.exact.state.host_copies import HostCopies
 from jobs.exact.state.messages import numbers_of_sendings
 from jobs.exact.state.peers import Peers
-from jobs.exact.state.rules import update_rule
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.side_thread import side_work
 from jobs.exact.state.span import PackedSpans, Span
-from jobs.exact.state.update_rule import Stretch, Unit
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
 from model.decoder import Decoder
@@ -59,8 +65,9 @@ class _Sending(NamedTuple):
 class TrainState:
     """The model, its flat buffers and its optimizer.
 
-    `values`, `gradient` and each of the update rule's `vectors` are flat: of the whole layout (P,),
-    or where they are divided, with the packed values of the spans in `owned`.
+    `values`, `gradient` and each of the update rule's `vectors` are flat, with the packed values of
+    the spans in `kept`: of the whole layout (P,), or where they are divided, of those in `owned`.
+    Some of the rule's vectors exist for some parameters only.
     """
 
     def __init__(
@@ -79,11 +86,10 @@ class TrainState:
         self.device = device
         self.num_updates = 0
         self.shapes = parameter_shapes(model.config)
-        self.layout = FlatLayout.of(self.shapes)
         self.rule = update_rule(config)
-        assert self.rule.unit is Unit.VALUE, (
-            "parts begin and end inside parameters: no rank has whole matrices"
-        )
+        self._matrices = matrices_of(self.rule, model.config)
+        costs = matrix_costs(self.rule, model.config)
+        self.layout = FlatLayout.of(self.shapes, matrix_costs=costs)
         self.copies = HostCopies(device)
         self.sharding = sharding or Sharding(rank=group.rank, world_size=group.world_size)
         self.peers = Peers(self.sharding.holders, group)
@@ -96,8 +102,9 @@ class TrainState:
             self.owned = self.layout.parts(
                 self.sharding.place, world_size=self.sharding.num_holders
             )
+        self._kept = {name: self._spans_kept(name) for name in self._names_of_parts}
         self.gradient = self._zeros("gradient")
-        self.vectors = {name: self._zeros(name) for name in self.rule.vectors}
+        self.vectors = {name: self._zeros(name) for name in all_vectors(self.rule)}
         self.values = self._zeros("values")
         if not any(parameter.is_meta for parameter in model.parameters()):
             self.load_weights(model.named_parameters())
@@ -112,6 +119,16 @@ class TrainState:
     def _zeros(self, name: str) -> Tensor:
         size = self.kept(name).num_values
         return large_zeros(size, device=self.device)
+
+    @property
+    def _names_of_parts(self) -> Sequence[str]:
+        return ("gradient", "values", *all_vectors(self.rule))
+
+    def _spans_kept(self, name: str) -> PackedSpans:
+        extent = self.extent(name)
+        if not self.sharding.is_divided(name):
+            return extent
+        return self.owned if extent is self.layout.whole else self.owned & extent
 
     def _gathered_weights(self) -> GatheredWeights:
         numerics = self.config.numerics
@@ -143,7 +160,18 @@ class TrainState:
     def kept(self, name: str) -> PackedSpans:
         """Returns the spans of the layout that this rank has of "values", "gradient" or one of the
         rule's vectors."""
-        return self.owned if self.sharding.is_divided(name) else self.layout.whole
+        return self._kept[name]
+
+    def extent(self, name: str) -> PackedSpans:
+        """Returns the spans of the layout for which there are values of this name on all ranks
+        together: one of the rule's vectors may exist for its matrices alone, or for all else."""
+        is_of_matrices = name in self.rule.matrix_vectors
+        is_of_others = name in self.rule.vectors
+        if is_of_matrices and not is_of_others:
+            return self.layout.in_matrices
+        if is_of_others and not is_of_matrices:
+            return self.layout.outside_matrices
+        return self.layout.whole
 
     def weights_in_use(self, timer: StepTimer | None = None) -> AbstractContextManager[None]:
         """Lasts while the model computes, between two updates.
@@ -171,41 +199,42 @@ class TrainState:
         """Lists the stretches of some of this rank's spans."""
         stretches: list[Stretch] = []
         for number in numbers:
-            span, home = self.owned.spans[number], self.owned.homes[number]
+            span = self.owned.spans[number]
             decayed = span & Span(0, self.layout.boundary)
             undecayed = span & Span(self.layout.boundary, self.layout.size)
             for part, decays in ((decayed, True), (undecayed, False)):
-                if not part.is_empty:
-                    packed = part.shifted(home.start - span.start)
-                    stretches.append(self._stretch(part, packed, decays=decays))
+                for name, place in self.layout.stretches(part):
+                    stretches.append(self._stretch(name, place, decays=decays))
         bundles: list[Bundle] = []
         if self.sharding.sends_values:
             buckets = self.layout.buckets[numbers.start : numbers.stop]
             sharding = self.sharding
             owners = [rank % sharding.num_holders for rank in sharding.seated_holders]
-            bundles = bundles_of(buckets, sharding.num_holders, owners=owners)
+            parts = self.layout.parts_of_owners(owners, numbers=numbers)
+            bundles = bundles_of(buckets, sharding.num_holders, parts=parts)
         return _Sending(bundles, stretches)
 
     def _stretch(
         self,
+        name: str | None,
         place: Span,
-        packed: Span,
         *,
         decays: bool,
     ) -> Stretch:
-        """Returns views of the flat buffers at a place of the layout; in those that are divided,
-        its values lie at `packed`."""
+        """Returns views of the flat buffers at a place of the layout, which is that of a matrix if
+        it has a name."""
+        matrix = self._matrices[name] if name else None
 
-        def view(name: str, flat: Tensor) -> Tensor:
-            span = packed if self.sharding.is_divided(name) else place
-            return span.of(flat)
+        def view(part: str, flat: Tensor) -> Tensor:
+            return self.kept(part).home_of(place).of(flat)
 
         return Stretch(
             values=view("values", self.values),
             gradient=view("gradient", self.gradient),
-            vectors=[view(name, flat) for name, flat in self.vectors.items()],
+            vectors=[view(part, self.vectors[part]) for part in vectors_of(self.rule, matrix)],
             count=torch.zeros((), device=self.device),
             decays=decays,
+            matrix=matrix,
         )
 
     def apply(
@@ -257,7 +286,7 @@ class TrainState:
         received = packed.new_empty(len(span) if is_receiver else 0)
         if not self.sharding.writes:
             return received
-        parts = parts_of(self.layout.buckets[bucket], world_size=len(self.peers))
+        parts = self.layout.divided(len(self.peers))[bucket]
         overlaps = [part & span for part in parts]
         own_overlap = overlaps[self.sharding.place]
         sources: list[Tensor] = []
@@ -308,15 +337,19 @@ class TrainState:
         *,
         world_size: int,
     ) -> dict[str, list[Tensor]]:
-        """Returns views of the state in a rank's parts of the flat buffers, which lie end to end in
-        the order of `FlatLayout.parts`; where the optimizer is sharded, that rank must be this one.
+        """Returns views of the state in a rank's parts of the flat buffers, in the order of
+        `spans_of_share`; where the optimizer is sharded, that rank must be this one.
         The shares of all ranks of any world make the whole state."""
-        parts = self.layout.parts(rank, world_size=world_size)
         share: dict[str, list[Tensor]] = {}
         for name, flat in self.parts.items():
-            places = parts.homes if self.sharding.is_divided(name) else parts.spans
-            share[name] = [place.of(flat) for place in places]
+            kept = self.kept(name)
+            spans = self.spans_of_share(name, rank, world_size=world_size).spans
+            share[name] = [kept.home_of(span).of(flat) for span in spans]
         return share
+
+    def spans_of_share(self, name: str, rank: int, *, world_size: int) -> PackedSpans:
+        """Returns the spans of the layout of which a rank's share has the values of this name."""
+        return self.layout.parts(rank, world_size=world_size) & self.extent(name)
 
     def load_state(self, num_updates: int, pieces: Iterable[StatePiece]) -> None:
         """Loads the whole state; each rank takes the values that it keeps. A piece is used before
@@ -326,7 +359,7 @@ class TrainState:
         for piece in pieces:
             num_loaded += len(piece.values)
             self._load(piece)
-        expected = (1 + len(self.vectors)) * self.layout.size
+        expected = sum(self.extent(name).num_values for name in self.parts)
         assert num_loaded == expected, f"{num_loaded} of {expected} values"
 
     def _load(self, piece: StatePiece) -> None:

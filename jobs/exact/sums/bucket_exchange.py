@@ -24,8 +24,8 @@ class BucketExchange:
     """Exchanges the sums in `buffers`, each as long as the gradient.
 
     The first of them hold this peer's subtree sums, one each, and the very first becomes the whole
-    sum. With `owners`, as with a sharded optimizer, each peer owns the part of that number of each
-    bucket, and only its own parts become whole.
+    sum. With `parts`, as with a sharded optimizer, each peer owns its part of each bucket, and only
+    its own parts become whole.
     """
 
     def __init__(
@@ -34,15 +34,15 @@ class BucketExchange:
         buffers: list[Tensor],
         peers: Peers,
         *,
-        owners: Sequence[int] | None,
+        parts: Sequence[Sequence[Span]] | None,
     ) -> None:
         self._buffers = buffers
         self._peers = peers
-        self._is_owned = owners is not None
+        self._is_owned = parts is not None
         self._room = Room(buffers[0].device)
         self._bundles: dict[int, Bundle] = {}  # by the number of the last bucket
         last = -1
-        for bundle in bundles_of(buckets, len(peers), owners=owners):
+        for bundle in bundles_of(buckets, len(peers), parts=parts):
             last += bundle.num_buckets
             self._bundles[last] = bundle
         self.block_sums: list[Tensor] = []

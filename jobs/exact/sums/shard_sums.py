@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from jobs.exact.state.flat_layout import FlatLayout, parts_of
+from jobs.exact.state.flat_layout import FlatLayout
 from jobs.exact.state.side_thread import SideStream, SideThread
 from jobs.exact.state.span import Span
 from jobs.exact.state.train_state import TrainState
@@ -46,7 +46,7 @@ class ShardSums:
         self._buffers = buffers
         self._peers = state.peers
         self._homes = state.owned.homes  # of each bucket's part in the buffers
-        self._lengths = [_part_lengths(bucket, len(self._peers)) for bucket in layout.buckets]
+        self._lengths = [[*map(len, parts)] for parts in layout.divided(len(self._peers))]
         self._side_work = side_work
         self._lends = lends
         self._on_final = on_final
@@ -158,10 +158,6 @@ class ShardSums:
             add_up(views, step)
         if turn == len(plan.turns) - 1:
             self._on_final(bucket)
-
-
-def _part_lengths(bucket: Span, num_peers: int) -> list[int]:
-    return [len(part) for part in parts_of(bucket, world_size=num_peers)]
 
 
 def _is_full(bucket: Span, places: Iterable[Span]) -> bool:

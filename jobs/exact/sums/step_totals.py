@@ -120,7 +120,8 @@ def _blocks_of_ranks(layout: FlatLayout, sharding: Sharding) -> list[Tensor]:
             owned = layout.parts(member, world_size=sharding.group_size)
             buckets = owned.homes
         blocks = _blocks_at(owned.spans)
-        bundles = bundles_of(buckets, sharding.num_groups, owners=sharding.owners)
+        parts = layout.parts_of_owners(sharding.owners) if sharding.owners else None
+        bundles = bundles_of(buckets, sharding.num_groups, parts=parts)
         for seat, group in enumerate(sharding.seated_groups):
             own_blocks: list[Tensor] = []
             for bundle in bundles:

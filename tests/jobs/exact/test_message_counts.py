@@ -120,7 +120,7 @@ def sent_by_rank_0(
     return sent
 
 
-NUM_VALUES = layout_of(RunConfig.model_validate({"model": SIZE}).model).size
+NUM_VALUES = layout_of(RunConfig.model_validate({"model": SIZE})).size
 
 
 def ring(world_size: int) -> float:
@@ -155,7 +155,7 @@ def test_the_planner_counts_the_messages_that_are_sent(
     sent = sent_by_rank_0(monkeypatch, shard, world_size, lanes=2 * world_size)
     config = RunConfig.model_validate({"model": SIZE, "scaling": {"shard": shard}})
     sharding = Sharding.of(config.scaling, rank=0, world_size=world_size)
-    layout, options = layout_of(config.model), PlanConfig(gpus_per_node=NODE)
+    layout, options = layout_of(config), PlanConfig(gpus_per_node=NODE)
     planned = between_groups(layout, sharding, options, num_lanes=2 * world_size)
     if shard == "optimizer":
         planned += between_holders(layout, sharding, options)
@@ -181,9 +181,7 @@ def test_bf16_halves_what_leaves_the_blocks(monkeypatch: pytest.MonkeyPatch) -> 
         precision: sent_by_rank_0(monkeypatch, "parameters", 8, lanes=8, precision=precision).within
         for precision in ("fp32", "bf16")
     }
-    blocks = sum(
-        map(len, layout_of(RunConfig.model_validate({"model": SIZE}).model).decoder_blocks)
-    )
+    blocks = sum(map(len, layout_of(RunConfig.model_validate({"model": SIZE})).decoder_blocks))
     # Forward, backward and the gradient pass on each block's parts; its last two are still there
     # for backward.
     passes = (3 * blocks - 2 * blocks / 3) * 7 / 8

@@ -32,7 +32,7 @@ def run(
 def exchanged(
     config: RunConfig, world_size: int, layout: FlatLayout | None = None, lane_s: float = LANE_S
 ) -> Exchange:
-    layout = layout or layout_of(config.model)
+    layout = layout or layout_of(config)
     return exchange(config, layout, OPTIONS, world_size=world_size, num_lanes=64, lane_s=lane_s)
 
 
@@ -65,7 +65,7 @@ def test_the_messages_of_more_nodes_grow_with_the_logarithm_of_their_number() ->
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_groups_of_a_node_send_an_eighth_through_each_card(precision: str) -> None:
     config = run(precision=precision, shard="gradients", shard_group=8)
-    num_values, width = layout_of(config.model).size, 2 if precision == "bf16" else 4
+    num_values, width = layout_of(config).size, 2 if precision == "bf16" else 4
     found = exchanged(config, 64)
     ring = 8 * num_values * 7 / 8  # of one GPU of each of 8 nodes
     assert found.traffic.card_bytes == pytest.approx(ring / 8)
@@ -78,7 +78,7 @@ def test_groups_of_a_node_send_an_eighth_through_each_card(precision: str) -> No
 
 def test_parameters_are_gathered_twice_for_each_micro_batch() -> None:
     matrices = 24 * 12 * 2048**2
-    layout = layout_of(run().model)
+    layout = layout_of(run())
     rest = 4 * (layout.size - matrices)
     # In a turn of the pass two blocks are there already
     whole, again = 2 * matrices, 2 * matrices * 22 / 24
@@ -102,7 +102,7 @@ def test_parameters_are_gathered_twice_for_each_micro_batch() -> None:
 def test_computing_hides_what_is_sent_beside_it() -> None:
     for config in (run(), run(shard="gradients", shard_group=8), run(shard="parameters")):
         slow, fast = exchanged(config, 64, lane_s=1e6), exchanged(config, 64, lane_s=1e-9)
-        update_s = 28 * layout_of(config.model).size / 8 / 2e12
+        update_s = 28 * layout_of(config).size / 8 / 2e12
         sent_beside_it_s = 7 / 8 * update_s if config.scaling.shard == "gradients" else 0.0
         assert fast.exposed_s == pytest.approx(fast.seconds - sent_beside_it_s, rel=1e-3)
         assert slow.exposed_s < 0.2 * slow.seconds
@@ -120,7 +120,7 @@ def test_computing_hides_what_is_sent_beside_it() -> None:
 def test_a_stretch_of_an_update_hides_the_sending_of_the_one_before() -> None:
     """By an A100's 2 TB/s: an eighth of the update has nothing before it."""
     config = run(shard="optimizer")
-    layout, zero_1 = layout_of(config.model), exchanged(config, 8, lane_s=1e6)
+    layout, zero_1 = layout_of(config), exchanged(config, 8, lane_s=1e6)
     sums_s = 4 * layout.size * 7 / 8 / 300e9 + 3 * len(layout.buckets) * MESSAGE_S
     gather_s = sums_s
     update_s = 28 * layout.size / 8 / 2e12

@@ -180,7 +180,7 @@ def test_what_a_worker_keeps_has_the_planned_sizes(
     state = TrainState(
         model, config.train, device=torch.device("cpu"), group=workers, sharding=sharding
     )
-    parts = gpu_memory(config, layout_of(config.model), world_size=4)
+    parts = gpu_memory(config, layout_of(config), world_size=4)
     num_buffers = StepPlan(sharding, 32, 1).num_buffers
     assert num_buffers == {"none": 3, "optimizer": 3, "gradients": 4}.get(
         shard, 4 if group == 2 else 5
@@ -239,12 +239,58 @@ def test_a_checkpoint_has_the_planned_bytes(tmp_path: Path) -> None:
     assert planned_bytes == pytest.approx(found, rel=0.1)  # a header of a few kB
 
 
+@pytest.mark.parametrize("shard", ["none", "optimizer", "gradients", "parameters"])
+def test_muons_state__is_planned_for_the_worker_that_has_most(shard: str) -> None:
+    config = RunConfig.model_validate(
+        {
+            "model": {"preset": "demo", "vocab_size": 1024},
+            "train": {"optimizer": "muon", "precision": "fp32"},
+            "scaling": {"shard": shard},
+        }
+    )
+    moments: list[int] = []
+    gradients: list[int] = []
+    for rank in range(3):
+        with torch.device("meta"):
+            model = GPT(config.model)
+        group = WorkerGroup(rank=rank, world_size=3)
+        sharding = Sharding.of(config.scaling, rank=rank, world_size=3)
+        state = TrainState(
+            model, config.train, device=torch.device("cpu"), group=group, sharding=sharding
+        )
+        moments.append(sum(moment.nbytes for moment in state.vectors.values()))
+        gradients.append(state.gradient.nbytes)
+        state.close()
+    parts = gpu_memory(config, layout_of(config), world_size=3)
+    assert parts["optimizer"] == max(moments)
+    assert parts["gradients"] == max(gradients)
+
+
+def test_muons_update__costs_about_what_its_products_do() -> None:
+    """GPT-2's 124M parameters, by the formula of the rule; a checkpoint has less than AdamW's."""
+    plans = {
+        optimizer: planned(
+            {
+                "model": {"preset": "gpt2-124m"},
+                "train": {"global_batch_size": 480, "optimizer": optimizer, "precision": "bf16"},
+            }
+        )
+        for optimizer in ("adamw", "muon")
+    }
+    assert plans["adamw"]["update_share"] < 1e-4
+    products = 12 * 5 * (24 + 36) * 768**3
+    assert plans["muon"]["update_flops"] == pytest.approx(products, rel=1e-3)
+    assert 0.003 < plans["muon"]["update_share"] < 0.005
+    saved = plans["adamw"]["checkpoint"]["bytes"] - plans["muon"]["checkpoint"]["bytes"]
+    assert saved == 4 * 12 * 12 * 768**2, "a number for each value of a matrix"
+
+
 def test_memory_beside_the_gpus() -> None:
     def beside(**scaling: Any) -> dict[str, float]:
         config = RunConfig.model_validate(small() | {"scaling": scaling})
         return host_memory(config, layout, world_size=16, gpus_per_node=8)
 
-    layout = layout_of(RunConfig.model_validate(small()).model)
+    layout = layout_of(RunConfig.model_validate(small()))
     state = 12 * layout.size
     assert beside()["snapshots"] == beside()["checkpoints"] == 2 * state
     assert beside()["copies_of_another_node"] == 0, "every node has the whole state"
@@ -418,7 +464,7 @@ def test_the_table_is_aligned_and_has_its_units() -> None:
     assert max(map(len, lines)) <= 120
     assert "  operations, 6 N D         3.14e+23 FLOPs = 3,638 petaflop/s-days" in lines
     assert any(
-        line.startswith("  AdamW's moments")
+        line.startswith("  optimizer's moments")
         and line.split()[-4:-1] == ["1.397", "TB", size(moments)[:-3]]
         for line in lines
     )

@@ -14,7 +14,7 @@ import torch
 
 from cluster.storage.folder import LocalStorage
 from cluster.storage.uris import Entry, open_storage
-from jobs.exact.state.adamw import AdamW
+from jobs.exact.rules.adamw import AdamW
 from jobs.exact.state.flat_layout import FlatLayout
 from jobs.export import export
 from jobs.proof.verify_run import verify

@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from cluster.settings.run import CheckpointConfig
 from cluster.settings.train import TrainConfig
 from cluster.storage.uris import open_storage
-from jobs.exact.state.adamw import AdamW
+from jobs.exact.rules.adamw import AdamW
 from jobs.exact.state.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.ledger import Ledger, LedgerWriter

@@ -135,7 +135,7 @@ def test_bf16_matrices_are_as_aligned_as_the_copies_that_autocast_makes(
 ) -> None:
     config = config_of(width, llama=llama, precision="bf16", compute="plain")
     places = weight_places(config, "parameters", 3)
-    layout = layout_of(config.model)
+    layout = layout_of(config)
     for name, place in layout.places.items():
         if any(span.start <= place.start < span.stop for span in layout.decoder_blocks):
             assert places[name] == 0, name
@@ -147,7 +147,7 @@ def test_bf16_matrices_are_as_aligned_as_the_copies_that_autocast_makes(
 
 def test_matrices_of_usual_widths_travel_together() -> None:
     model = {"n_layer": 2, "n_head": 4, "n_embd": 256, "vocab_size": 301, "n_positions": 16}
-    layout = layout_of(RunConfig.model_validate({"model": model}).model)
+    layout = layout_of(RunConfig.model_validate({"model": model}))
     for span in layout.decoder_blocks:
         (home,) = block_homes(layout, span, torch.bfloat16, apart=True)
         assert (home.span, home.start) == (span, 0)

@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import model.files.stored_tensors
 from cluster.settings.shard import Shard
 from cluster.settings.train import TrainConfig
-from jobs.exact.state.adamw import AdamW
+from jobs.exact.rules.adamw import AdamW
 from jobs.exact.state.flat_layout import BLOCK
 from jobs.exact.state.train_state import TrainState
 from jobs.saving.stored_state import restore

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.settings.train import TrainConfig
-from jobs.exact.state.adamw import AdamW
+from jobs.exact.rules.adamw import AdamW
+from jobs.exact.rules.update_rule import Stretch
 from jobs.exact.state.bundle import Bundle
 from jobs.exact.state.flat_layout import BLOCK
 from jobs.exact.state.peers import Peers
 from jobs.exact.state.span import Span
 from jobs.exact.state.train_state import TrainState
-from jobs.exact.state.update_rule import Stretch
 from jobs.exact.sums.step_totals import block_square_sums, norm_of
 from jobs.saving.stored_state import restore
 from jobs.workers.failures import LostPeerError

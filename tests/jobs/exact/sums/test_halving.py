@@ -1,9 +1,11 @@
 """Halving and doubling against the tree as it is defined, bit by bit, for any number of peers and
 lanes, and the messages that they take."""
 
+import itertools
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -46,6 +48,14 @@ def sum_of(lanes: list[Tensor], node: range) -> Tensor:
     return tree_sum(node, lambda node: lanes[node.start].clone() if len(node) == 1 else None)
 
 
+def uneven_parts(bucket: Span, num_peers: int) -> list[Span]:
+    """Parts as whole matrices leave them: some peers have several blocks, others none."""
+    num_blocks = len(bucket) // BLOCK
+    chosen = random.Random(f"{bucket} {num_peers}").choices(range(num_blocks + 1), k=num_peers - 1)
+    cuts = [bucket.start, *(bucket.start + cut * BLOCK for cut in sorted(chosen)), bucket.stop]
+    return [Span(start, stop) for start, stop in itertools.pairwise(cuts)]
+
+
 def plan_of(num_lanes: int, num_peers: int) -> TeamPlan:
     return team_plan([range(num_lanes)], subtrees_of_ranks(num_lanes, num_peers))
 
@@ -57,8 +67,8 @@ def exchanged(
     lanes = lanes_of(num_lanes, buckets[-1].stop)
     subtrees = subtrees_of_ranks(num_lanes, num_peers)
     plan = plan_of(num_lanes, num_peers)
-    owners = [*reversed(range(num_peers))] if is_owned else None
-    bundle = Bundle(buckets, num_peers, owners=owners)
+    parts = [uneven_parts(bucket, num_peers)[::-1] for bucket in buckets] if is_owned else None
+    bundle = Bundle(buckets, num_peers, parts=parts)
 
     def run(peers: Peers) -> Tensor:
         sums = [sum_of(lanes, node) for node in subtrees[peers.index]]

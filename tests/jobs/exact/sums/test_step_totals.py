@@ -90,7 +90,7 @@ def own_parts(layout: FlatLayout, sharding: Sharding) -> list[Span]:
     size, num_groups = sharding.group_size, sharding.num_groups
     owned = layout.parts(sharding.member, world_size=size)
     places: list[Span] = []
-    for bundle in bundles_of(owned.homes, num_groups, owners=None):
+    for bundle in bundles_of(owned.homes, num_groups, parts=None):
         for part in bundle.parts(sharding.group):
             places += owned.cut(part)
     return places

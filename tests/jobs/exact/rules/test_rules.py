@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 
 from cluster.settings.train import Optimizer, TrainConfig
-from jobs.exact.state.rules import update_rule
+from jobs.exact.rules.rules import update_rule
 
 
 def test_update_rule__for_each_word_of_the_setting__is_of_a_class_of_its_own() -> None:

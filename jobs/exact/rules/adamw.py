@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
-from jobs.exact.state.update_rule import Stretch, Unit
+from jobs.exact.rules.update_rule import Stretch, Unit
+from model.shapes import HiddenMatrix
 
 _EPSILON = 1e-8
 """Added to the root of the second moment."""
@@ -15,11 +16,10 @@ _FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class AdamW:
+    unit: ClassVar[Unit] = Unit.VALUE
     # The first and the second moment
     vectors: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
-    unit: ClassVar[Unit] = Unit.VALUE
-    # Reads value, gradient and moments, writes all but the gradient
-    bytes_per_value: ClassVar[int] = 7 * _FP32_BYTES
+    matrix_vectors: ClassVar[tuple[str, ...]] = ()
 
     beta1: float
     beta2: float
@@ -63,7 +63,12 @@ class AdamW:
             eps=_EPSILON,
         )
 
-    def flops(self, shape: Sequence[int]) -> float:
+    def flops(self, shape: Sequence[int], matrix: HiddenMatrix | None = None) -> float:
         """Returns 14 for each value: 3 for the first moment, 4 for the second, 1 for the decay, 6
         for the quotient."""
         return 14.0 * prod(shape)
+
+    def bytes_moved(self, shape: Sequence[int], matrix: HiddenMatrix | None = None) -> float:
+        """Counts value, gradient and moments, which are read, and all but the gradient, which are
+        written."""
+        return 7.0 * _FP32_BYTES * prod(shape)
