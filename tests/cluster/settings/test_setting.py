@@ -47,4 +47,5 @@ def test_keys_of_stores_and_tokenizers_have_the_settings_that_they_had() -> None
 
 
 def test_a_run_is_resumed_with_the_training_settings_that_it_began_with() -> None:
-    assert names_shaping(TrainConfig, Shapes.RUN) == TrainConfig.model_fields.keys()
+    free = {"audit_every_steps"}  # no bit depends on it, and an interval may fit other workers
+    assert names_shaping(TrainConfig, Shapes.RUN) == TrainConfig.model_fields.keys() - free

@@ -15,6 +15,7 @@ from jobs.exact.state.bundle import bundles_of
 from jobs.exact.state.flat_layout import BLOCK, FlatLayout
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.span import Span
+from jobs.exact.sums.audit import NUM_CHECKSUMS, Shown
 from jobs.exact.sums.exact_reduce import tree_sum
 from jobs.exact.sums.step_plan import StepPlan
 from jobs.exact.sums.step_totals import StepTotals, block_square_sums, norm_of
@@ -72,7 +73,9 @@ def test_ranks_without_a_loss_know_the_same_figures(
         parts = [part.of(gradient) for part in own_parts(layout, sharding)]
         sums = [block_square_sums(part) for part in parts]
         losses = [torch.stack([loss, torch.tensor(5.0)]) for loss in losses_of(plan.counted[rank])]
-        return len(losses), *totals.finish(1, plan, block_sums=sums, losses=losses)
+        checksums = [torch.tensor(-(rank + 1) << 40 | number) for number in range(NUM_CHECKSUMS)]
+        found = totals.finish(1, plan, block_sums=sums, losses=losses, checksums=checksums)
+        return len(losses), *found
 
     with ThreadPoolExecutor(world_size) as ranks:
         found = [*ranks.map(figures, range(world_size))]
@@ -80,7 +83,11 @@ def test_ranks_without_a_loss_know_the_same_figures(
     loss = tree_sum(
         range(num_lanes), lambda node: losses_of([node.start])[0] if len(node) == 1 else None
     )
-    expected = (float(loss), norm_of(block_square_sums(gradient)), 5 * num_lanes)
+    shown = [
+        Shown(*[(-(rank + 1) << 40 | number) % 2**64 for number in range(NUM_CHECKSUMS)])
+        for rank in range(world_size)
+    ]
+    expected = (float(loss), norm_of(block_square_sums(gradient)), 5 * num_lanes, tuple(shown))
     assert {tuple(measured) for _, *measured in found} == {expected}
 
 
