@@ -121,7 +121,8 @@ def test_a_checkpoint__is_a_folder_that_transformers_loads(run: RunPlan, tmp_pat
     given = small("qwen3_moe", vocab_size=PADDED_VOCAB).values
     ids = {"bos_token_id": tokenizer.start_id, "eos_token_id": tokenizer.eot_id}
     stored = json.loads((folder / "config.json").read_bytes())
-    assert stored == given | ids | {"dtype": "float32"}
+    added = {"architectures": ["Qwen3MoeForCausalLM"], "dtype": "float32"}
+    assert stored == given | ids | added, "without the name, vLLM would take it for no generator"
     assert AutoTokenizer.from_pretrained(folder).encode("tell me") == tokenizer.encode("tell me")
 
 
