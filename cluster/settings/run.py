@@ -238,10 +238,8 @@ class RunConfig(Settings):
             raise ValueError(
                 "train.compute=cpu is for CPUs, and scaling.use_gpu is set; leave out one of them"
             )
-        if train.compute == "cpu" and isinstance(self.model, ForeignConfig):
-            raise ValueError(
-                "train.compute=cpu has operations of our own shapes alone, and model.config is set; leave it out"
-            )
+        if reason := why_not_computed(self.model, train):
+            raise ValueError(reason)
         if divided_by(self.scaling.shard).vectors and not train.exact:
             raise ValueError(
                 f"scaling.shard={self.scaling.shard} needs train.exact: shards are what the exact sum's workers own"
@@ -293,6 +291,16 @@ def with_precision(config: RunConfig, precision: Precision) -> RunConfig:
     return config.model_copy(
         update={"train": config.train.model_copy(update={"precision": precision})}
     )
+
+
+def why_not_computed(shape: Shape, train: TrainConfig) -> str:
+    """Returns why the model cannot be computed as set; empty where it can."""
+    if isinstance(shape, ForeignConfig) and train.compute not in ("auto", "plain"):
+        return (
+            f"train.compute={train.compute} is for our own shapes, and this model is transformers'; leave it out, or "
+            "set plain"
+        )
+    return ""
 
 
 def way_to_compute(config: RunConfig) -> Compute:
