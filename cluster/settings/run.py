@@ -238,8 +238,7 @@ class RunConfig(Settings):
             raise ValueError(
                 "train.compute=cpu is for CPUs, and scaling.use_gpu is set; leave out one of them"
             )
-        if reason := why_not_computed(self.model, train):
-            raise ValueError(reason)
+        require_computed(self.model, train)
         if divided_by(self.scaling.shard).vectors and not train.exact:
             raise ValueError(
                 f"scaling.shard={self.scaling.shard} needs train.exact: shards are what the exact sum's workers own"
@@ -293,14 +292,13 @@ def with_precision(config: RunConfig, precision: Precision) -> RunConfig:
     )
 
 
-def why_not_computed(shape: Shape, train: TrainConfig) -> str:
-    """Returns why the model cannot be computed as set; empty where it can."""
+def require_computed(shape: Shape, train: TrainConfig) -> None:
+    """Raises `ValueError` where the model cannot be computed as set."""
     if isinstance(shape, ForeignConfig) and train.compute not in ("auto", "plain"):
-        return (
+        raise ValueError(
             f"train.compute={train.compute} is for our own shapes, and this model is transformers'; leave it out, or "
             "set plain"
         )
-    return ""
 
 
 def way_to_compute(config: RunConfig) -> Compute:
