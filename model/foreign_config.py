@@ -32,10 +32,17 @@ _EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k")
 _EXPERT = ".experts."
 _IN_BLOCK = re.compile(r"(\w+\.\d+\.\w+)\.")  # `layers.0.mlp` of a parameter's name
 NOT_OF_THE_MODEL = frozenset(
-    ("dtype", "torch_dtype", "transformers_version", "bos_token_id", "eos_token_id")
+    (
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "bos_token_id",
+        "eos_token_id",
+    )
 )
-"""What a checkpoint's config.json may say otherwise: how weights are stored, and the tokenizer's
-ids."""
+"""What a checkpoint's config.json may say otherwise: the module's name, how weights are stored, and
+the tokenizer's ids."""
 
 _DROPOUT = re.compile(r"dropout|pdrop|drop_rate")
 
@@ -95,6 +102,11 @@ class ForeignConfig:
     @property
     def model_type(self) -> str:
         return str(self.values.get("model_type"))
+
+    @property
+    def class_name(self) -> str:
+        """The name of transformers' module, by which vLLM knows that it generates."""
+        return str(imported().MODEL_FOR_CAUSAL_LM_MAPPING[type(self.hf)].__name__)
 
     @property
     def vocab_size(self) -> int:

@@ -244,10 +244,7 @@ class RunConfig(Settings):
             raise ValueError(
                 "train.compute=cpu is for CPUs, and scaling.use_gpu is set; leave out one of them"
             )
-        if train.compute == "cpu" and isinstance(self.model, ForeignConfig):
-            raise ValueError(
-                "train.compute=cpu has operations of our own shapes alone, and model.config is set; leave it out"
-            )
+        require_computed(self.model, train)
         if divided_by(self.scaling.shard).vectors and not train.exact:
             raise ValueError(
                 f"scaling.shard={self.scaling.shard} needs train.exact: shards are what the exact sum's workers own"
@@ -299,6 +296,15 @@ def with_precision(config: RunConfig, precision: Precision) -> RunConfig:
     return config.model_copy(
         update={"train": config.train.model_copy(update={"precision": precision})}
     )
+
+
+def require_computed(shape: Shape, train: TrainConfig) -> None:
+    """Raises `ValueError` where the model cannot be computed as set."""
+    if isinstance(shape, ForeignConfig) and train.compute not in ("auto", "plain"):
+        raise ValueError(
+            f"train.compute={train.compute} is for our own shapes, and this model is transformers'; leave it out, or "
+            "set plain"
+        )
 
 
 def way_to_compute(config: RunConfig) -> Compute:

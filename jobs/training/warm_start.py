@@ -6,7 +6,7 @@ import torch
 from cluster.output.progress import say
 from cluster.settings.code_folders import code_version
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import RunConfig
+from cluster.settings.run import RunConfig, require_computed
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage
 from jobs.exact.rules.rules import matrices_of, update_rule, vectors_of
@@ -38,6 +38,10 @@ def like_its_source(config: RunConfig) -> RunConfig:
         tokenizer, folder = find_checkpoint(config.train.init_from, config.storage.uri)
         shape = read_shape(folder)
         train = config.train.model_copy(update={"init_from": tokenizer})
+    try:
+        require_computed(shape, train)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or tokenizer})
     shape = shape if config.model == GPTConfig() else config.model
     return config.model_copy(update={"data": data, "model": shape, "train": train})

@@ -32,14 +32,14 @@ class UnsupportedModelError(UserError):
 
 def config_to_hf(config: Shape, *, start_id: int, end_ids: list[int]) -> dict[str, Any]:
     """Returns the content of config.json; `end_ids` end what is generated. That of a model of
-    transformers is what it was but for the tokenizer's ids and the type in which weights are
-    stored."""
+    transformers is what it was, with the module's name, the tokenizer's ids and the type in which
+    weights are stored."""
     ends = end_ids[0] if len(end_ids) == 1 else end_ids
     match config:
         case GPTConfig():
             return _own_config_to_hf(config, start_id=start_id, ends=ends)
         case ForeignConfig():
-            values = config.values
+            values = {"architectures": [config.class_name]} | config.values
             values.pop("torch_dtype", None)  # as the type was called
             return values | {"dtype": "float32", "bos_token_id": start_id, "eos_token_id": ends}
         case _:

@@ -262,7 +262,7 @@ def test_a_config_file__of_a_shape_of_ours__is_computed_by_our_code(tmp_path: Pa
             {},
             "so n_layer, preset must not be",
         ),
-        ({"config": "CONFIG"}, {"compute": "cpu"}, "train.compute=cpu has operations of our own"),
+        ({"config": "CONFIG"}, {"compute": "cpu"}, "train.compute=cpu is for our own shapes"),
         ({"config": "CONFIG"}, {"seq_len": 65}, "train.seq_len=65 exceeds model.n_positions=64"),
         ({"config": "FOLDER/none.json"}, {}, "does not exist; name a config.json"),
         ({"config": "FOLDER"}, {}, "cannot be read"),

@@ -121,7 +121,8 @@ def test_a_checkpoint__is_a_folder_that_transformers_loads(run: RunPlan, tmp_pat
     given = small("qwen3_moe", vocab_size=PADDED_VOCAB).values
     ids = {"bos_token_id": tokenizer.start_id, "eos_token_id": tokenizer.eot_id}
     stored = json.loads((folder / "config.json").read_bytes())
-    assert stored == given | ids | {"dtype": "float32"}
+    added = {"architectures": ["Qwen3MoeForCausalLM"], "dtype": "float32"}
+    assert stored == given | ids | added, "without the name, vLLM would take it for no generator"
     assert AutoTokenizer.from_pretrained(folder).encode("tell me") == tokenizer.encode("tell me")
 
 
@@ -173,6 +174,12 @@ def test_the_weights_of_a_saved_folder__are_step_0_of_a_run(family: str, tmp_pat
     settings["train"]["init_from"] = str(source)
     config = like_its_source(RunConfig.model_validate(settings))
     assert isinstance(config.model, ForeignConfig)
+    with pytest.raises(ConfigError, match="compute=compiled is for our own shapes"):
+        like_its_source(
+            RunConfig.model_validate(
+                settings | {"train": settings["train"] | {"compute": "compiled"}}
+            )
+        )
     plan = replace(plan, config=config)
     begin(plan.run, config, Tokenizer.from_json(plan.tokenizer_json))
     plan.run.write_bytes("config.yaml", to_yaml(config).encode())
