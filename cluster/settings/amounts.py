@@ -18,7 +18,7 @@ _BYTES |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)}
 
 _Words = Callable[[dict[str, Any]], str]
 _WHOLE = "expected a whole number, such as 20000000, 20M or 1e6"
-_BYTES = f"{_WHOLE} (of bytes: 64MiB, 2GB)"
+_WHOLE_BYTES = f"{_WHOLE} (of bytes: 64MiB, 2GB)"
 _LINES = "expected `name: value` lines below it"
 
 _EXPECTED: dict[str, _Words] = {
@@ -69,7 +69,7 @@ def expectation(problem: dict[str, Any], *, siblings: list[str]) -> str | None:
     own. `siblings` are the names of the settings below the one that is wrong."""
     kind = str(problem["type"])
     if kind.startswith("int_"):
-        return _BYTES if str(problem["loc"][-1]).endswith("_bytes") else _WHOLE
+        return _WHOLE_BYTES if str(problem["loc"][-1]).endswith("_bytes") else _WHOLE
     if kind in ("model_type", "model_attributes_type", "dict_type", "dataclass_type"):
         return f"{_LINES}, such as `{siblings[0]}: …`" if siblings else _LINES
     words = _EXPECTED.get(kind)
