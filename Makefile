@@ -19,7 +19,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # The suite starts hundreds of processes: where this is set, each compiles every module again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test areas reference docs test-all test-chaos test-gpu test-live lint format audit bench bench-train bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
+.PHONY: demo test areas reference docs test-all test-chaos test-gpu test-live lint format audit bench bench-train bench-loss bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
@@ -82,6 +82,10 @@ bench-train: $(INSTALLED)
 
 bench-sharded: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_sharded
+
+TASK ?= 1m
+bench-loss: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.bench_loss --task $(TASK)
 
 bench-data: $(BENCH_INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_data

@@ -1,6 +1,8 @@
-"""Whole numbers as people write them: `20M` tokens, `64MiB`, `1e6`."""
+"""Values as people write them: whole numbers such as `20M` tokens, `64MiB` or `1e6`, and in our
+words, what was expected in place of a value that pydantic refuses."""
 
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, get_args
 
@@ -13,6 +15,33 @@ _BYTES |= {
     f"{prefix}{end}": 1000**power for power, prefix in enumerate("kmgt", 1) for end in ("", "b")
 }
 _BYTES |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)}
+
+_Words = Callable[[dict[str, Any]], str]
+_WHOLE = "expected a whole number, such as 20000000, 20M or 1e6"
+_WHOLE_BYTES = f"{_WHOLE} (of bytes: 64MiB, 2GB)"
+_LINES = "expected `name: value` lines below it"
+
+_EXPECTED: dict[str, _Words] = {
+    "float_parsing": lambda context: "expected a number, such as 0.001 or 1e-3",
+    "float_type": lambda context: "expected a number, such as 0.001 or 1e-3",
+    "finite_number": lambda context: "expected a finite number",
+    "bool_parsing": lambda context: "expected true or false",
+    "bool_type": lambda context: "expected true or false",
+    "string_type": lambda context: "expected a text",
+    "list_type": lambda context: "expected a list, such as [a, b]",
+    "literal_error": lambda context: f"expected {context['expected']}",
+    "greater_than": lambda context: f"expected more than {context['gt']:g}",
+    "greater_than_equal": lambda context: f"expected at least {context['ge']:g}",
+    "less_than": lambda context: f"expected less than {context['lt']:g}",
+    "less_than_equal": lambda context: f"expected at most {context['le']:g}",
+    "string_pattern_mismatch": lambda context: (
+        "expected an ending, such as .md"
+        if context["pattern"].startswith(r"^\.")
+        else "expected letters, digits and `.`, `_` or `-`"
+        + (", at most 64, and a letter or a digit first" if "{0,63}" in context["pattern"] else "")
+    ),
+}
+"""Words by the type of the problem, from its bounds."""
 
 
 def whole_number(text: str, *, is_bytes: bool) -> int | None:
@@ -33,3 +62,15 @@ def is_whole_number(annotation: Any) -> bool:
     if getattr(annotation, "__metadata__", None) is not None:  # Annotated: the type, and its bounds
         return is_whole_number(kinds[0])
     return annotation is int or any(is_whole_number(kind) for kind in kinds)
+
+
+def expectation(problem: dict[str, Any], *, siblings: list[str]) -> str | None:
+    """Returns what was expected in place of the value, and None for a problem that has words of its
+    own. `siblings` are the names of the settings below the one that is wrong."""
+    kind = str(problem["type"])
+    if kind.startswith("int_"):
+        return _WHOLE_BYTES if str(problem["loc"][-1]).endswith("_bytes") else _WHOLE
+    if kind in ("model_type", "model_attributes_type", "dict_type", "dataclass_type"):
+        return f"{_LINES}, such as `{siblings[0]}: …`" if siblings else _LINES
+    words = _EXPECTED.get(kind)
+    return None if words is None else words(problem.get("ctx", {}))

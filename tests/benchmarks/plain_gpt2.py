@@ -1,4 +1,5 @@
-"""GPT-2 and its training step in plain PyTorch, after nanoGPT: `bench_train` compares with them.
+"""GPT-2 and its training step in plain PyTorch, after nanoGPT: `bench_train` and `bench_loss` compare
+with them.
 
 B sequences, T tokens of each, C width. Linear layers, SDPA, the whole logits at once, fused AdamW,
 clipping.
@@ -24,12 +25,24 @@ class Shape:
     n_embd: int
 
 
+class SplitProjections(nn.Module):
+    """Query, key and value as matrices of their own, which Muon orthogonalizes one by one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=2)
+
+
 class Attention(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, *, is_fused: bool) -> None:
         super().__init__()
         self.n_head = shape.n_head
-        self.qkv = nn.Linear(shape.n_embd, 3 * shape.n_embd)
-        self.proj = nn.Linear(shape.n_embd, shape.n_embd)
+        width = shape.n_embd
+        self.qkv = nn.Linear(width, 3 * width) if is_fused else SplitProjections(width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape  # noqa: N806
@@ -41,10 +54,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, *, is_fused: bool) -> None:
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(shape.n_embd), nn.LayerNorm(shape.n_embd)
-        self.attention = Attention(shape)
+        self.attention = Attention(shape, is_fused=is_fused)
         self.up = nn.Linear(shape.n_embd, 4 * shape.n_embd)
         self.down = nn.Linear(4 * shape.n_embd, shape.n_embd)
 
@@ -54,14 +67,15 @@ class Block(nn.Module):
 
 
 class PlainGPT2(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, *, is_fused: bool = True, is_tied: bool = True) -> None:
         super().__init__()
         self.tokens = nn.Embedding(shape.vocab_size, shape.n_embd)
         self.positions = nn.Embedding(shape.n_positions, shape.n_embd)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
+        self.blocks = nn.ModuleList(Block(shape, is_fused=is_fused) for _ in range(shape.n_layer))
         self.ln_f = nn.LayerNorm(shape.n_embd)
         self.head = nn.Linear(shape.n_embd, shape.vocab_size, bias=False)
-        self.head.weight = self.tokens.weight
+        if is_tied:
+            self.head.weight = self.tokens.weight
         for parameter in self.parameters():
             if parameter.dim() >= 2:
                 nn.init.normal_(parameter, std=0.02)

@@ -139,6 +139,9 @@ class FlatLayout:
 
     def parts(self, rank: int, *, world_size: int) -> PackedSpans:
         """Returns the rank's part of each bucket, in the order of buckets; a part may be empty."""
+        if not self.matrices:  # a planner's buckets are thousands, each with a part of every rank
+            parts = [part_of(bucket, rank, world_size=world_size) for bucket in self.buckets]
+            return PackedSpans(parts)
         return PackedSpans([parts[rank] for parts in self.divided(world_size)])
 
     def divided(self, world_size: int) -> Sequence[Sequence[Span]]:
@@ -147,10 +150,17 @@ class FlatLayout:
             self._divisions[world_size] = self._divided(world_size)
         return self._divisions[world_size]
 
-    def parts_of_owners(self, owners: Sequence[int]) -> Sequence[Sequence[Span]]:
-        """Returns each bucket's parts in the order of their owners' numbers."""
+    def parts_of_owners(
+        self,
+        owners: Sequence[int],
+        *,
+        numbers: range | None = None,
+    ) -> Sequence[Sequence[Span]]:
+        """Returns each bucket's parts in the order of their owners' numbers: of the buckets of
+        these numbers, or of all."""
+        numbers = numbers or range(len(self.buckets))
         parts_of_buckets: list[list[Span]] = []
-        for parts in self.divided(len(owners)):
+        for parts in self.divided(len(owners))[numbers.start : numbers.stop]:
             parts_of_buckets.append([parts[owner] for owner in owners])
         return parts_of_buckets
 

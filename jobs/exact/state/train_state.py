@@ -204,7 +204,7 @@ class TrainState:
             buckets = self.layout.buckets[numbers.start : numbers.stop]
             sharding = self.sharding
             owners = [rank % sharding.num_holders for rank in sharding.seated_holders]
-            parts = self.layout.parts_of_owners(owners)[numbers.start : numbers.stop]
+            parts = self.layout.parts_of_owners(owners, numbers=numbers)
             bundles = bundles_of(buckets, sharding.num_holders, parts=parts)
         return _Sending(bundles, stretches)
 

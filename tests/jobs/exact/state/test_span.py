@@ -60,3 +60,14 @@ def test_overlaps_pair_equal_values_and_leave_none_out(a: PackedSpans, b: Packed
         assert values == b_values[in_b.start : in_b.stop]
         shared += values
     assert shared == sorted(set(a_values) & set(b_values))
+
+
+@given(packed_spans(), packed_spans())
+def test_what_lies_in_two_packed_spans__is_in_each_of_them_and_has_a_home(
+    packed: PackedSpans, other: PackedSpans
+) -> None:
+    common = packed & other
+    assert values_of(common) == sorted(set(values_of(packed)) & set(values_of(other)))
+    for span in common.spans:
+        home = packed.home_of(span)
+        assert values_of(packed)[home.start : home.stop] == sorted(places(span))
