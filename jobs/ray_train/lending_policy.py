@@ -37,6 +37,7 @@ class LendingPolicy(ElasticScalingPolicy):
         self._storage, self._run, self._counts = storage, run, counts
         self._num_running = 0
         self._count = WorkerCount(0)
+        self._left_out: set[str] = set()  # ids of nodes, as the storage had them at the last start
 
     def after_controller_start(self, train_run_context: Any) -> None:
         self._lender = Lender(self._run)
@@ -54,6 +55,7 @@ class LendingPolicy(ElasticScalingPolicy):
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         self._num_running = 0
+        self._left_out = left_out_ids(self._storage)
         return self._noted(super().make_decision_for_non_running_worker_group())
 
     def _noted(self, decision: Any) -> Any:
@@ -72,9 +74,7 @@ class LendingPolicy(ElasticScalingPolicy):
         free = ray.available_resources()
         needs = config._resources_per_worker_not_none
         self._count = workers_to_run(
-            super()._count_possible_workers(
-                _without(reserved_resources, left_out_ids(self._storage))
-            ),
+            super()._count_possible_workers(_without(reserved_resources, self._left_out)),
             num_lent=self._lender.num_lent(),
             min_workers=config.min_workers,
             max_workers=config.max_workers,
