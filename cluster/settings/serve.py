@@ -10,7 +10,7 @@ from cluster.settings.run import ClusterConfig, StorageConfig
 from cluster.settings.setting import Settings, setting
 from model.tables import read_table
 
-CPU_NUM_SEQS, CPU_PREFILL_TOKENS = 16, 128  # of settings that are unset; on a GPU vLLM has its own
+CPU_NUM_SEQS, CPU_PREFILL_TOKENS = 16, 256  # of settings that are unset; on a GPU vLLM has its own
 
 NOT_VLLM_ARGS: dict[str, str] = read_table(__file__, "not_vllm_args")
 """vLLM's arguments that follow from other settings, and what to do instead."""
@@ -141,7 +141,7 @@ class EngineConfig(Settings):
     )
     prefill_tokens_per_step: PositiveInt | None = setting(
         None,
-        "prompt tokens that a step reads while running sequences wait; 128 when unset, on a GPU vLLM's own number",
+        "prompt tokens that a step reads while running sequences wait; 256 when unset, on a GPU vLLM's own number",
     )
 
     @property

@@ -52,6 +52,7 @@ class Engine:
         events: list[TokenEvent] = []
         if chunks:
             hidden = self._runner.forward([_reading(chunk) for chunk in chunks])  # (N, C)
+            scheduler.learn_speed(chunks, seconds=time.perf_counter() - began_s)
             by_chunk = hidden.split([chunk.last - chunk.first for chunk in chunks])
             drawing: list[Chunk] = []
             last_rows: list[Tensor] = []

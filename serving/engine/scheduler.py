@@ -7,8 +7,14 @@ from typing import Any, NamedTuple
 from serving.engine.block_pool import BLOCK_TOKENS, BlockPool, root_of
 from serving.engine.messages import Candidates, FinishReason, SequenceRequest
 
-MOST_TIMES = 4
+MOST_TIMES = 8
 """The most by which the prompt tokens of a step are multiplied."""
+
+DELAYED_BY_ONE = 2
+"""Sequences that may be delayed for each one that is answered sooner, with full multiples."""
+
+LONGEST_BURST_S = 1.0
+"""That a multiplied step takes, by what prompt tokens have cost."""
 
 
 @dataclass(eq=False)
@@ -58,9 +64,9 @@ class Scheduler:
     prompt once.
 
     A step gives each running sequence its next token, and reads up to `prefill_tokens_per_step`
-    prompt tokens while the running sequences wait. Where more sequences wait for their first token
-    than for their next one, it reads that many times more, up to `MOST_TIMES`: a burst of requests
-    is answered sooner, and there are few that it delays.
+    prompt tokens while the running sequences wait. Where many sequences wait for their first token
+    beside those that wait for their next one, it reads several times more, up to `MOST_TIMES` and
+    `LONGEST_BURST_S`: a burst of requests is answered sooner, and there are few that it delays.
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class Scheduler:
         self.admitted: list[int] = []  # sequences, by the latest plan
         self.found: list[int] = []  # of each of them, tokens that the cache had
         self.num_prompt_tokens = 0  # read by the latest plan, or found in the cache
+        self._prompt_tokens_per_s: float | None = None  # of the latest step that read many
         # Prompt tokens that it looked for in the cache, and found there
         self.num_looked_up = self.num_found = 0
 
@@ -140,6 +147,13 @@ class Scheduler:
         self._release(sequence)
         return FinishReason.STOP if stops else FinishReason.LENGTH
 
+    def learn_speed(self, chunks: list[Chunk], *, seconds: float) -> None:
+        """Learns from a step how fast prompts are read. One that reads few of their tokens tells
+        nothing: it waits for the weights."""
+        num_read = sum(c.last - c.first for c in chunks if not c.sequence.output_ids)
+        if num_read >= self._prefill_tokens_per_step:
+            self._prompt_tokens_per_s = num_read / seconds
+
     def fail(self, sequence: Sequence) -> FinishReason:
         """Ends a sequence whose blocks no other may share."""
         self.pool.forget(sequence.blocks)
@@ -159,8 +173,12 @@ class Scheduler:
         num_answered = sum(bool(sequence.output_ids) for sequence in self._running.values())
         num_free = self._max_num_seqs - len(self._running)
         num_unanswered = len(self._running) - num_answered + min(self.num_waiting, num_free)
-        times = num_unanswered / num_answered if num_answered else MOST_TIMES
-        return int(self._prefill_tokens_per_step * min(max(times, 1), MOST_TIMES))
+        least = self._prefill_tokens_per_step
+        if self._prompt_tokens_per_s is None:
+            return least
+        times = DELAYED_BY_ONE * num_unanswered / num_answered if num_answered else MOST_TIMES
+        burst = min(least * min(times, MOST_TIMES), self._prompt_tokens_per_s * LONGEST_BURST_S)
+        return max(least, int(burst))
 
     def _admit(self) -> Sequence | None:
         if not self._waiting or len(self._running) >= self._max_num_seqs:

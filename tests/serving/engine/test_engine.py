@@ -21,11 +21,11 @@ from model.files.checkpoint import load_model
 from model.generation.generate import generate
 from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
+from serving.engine import scheduler
 from serving.engine.engine import Engine
 from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent
 from serving.engine.native_runner import NativeRunner
 from serving.engine.runner import Reading
-from serving.engine.scheduler import MOST_TIMES
 from serving.engine.torch_runner import TorchRunner
 from serving.engine_process.run_engine import build_engine
 
@@ -371,9 +371,10 @@ def test_the_bits_do_not_depend_on_what_shares_a_step_nor_on_chunks_nor_on_the_c
 
 
 def test_a_cached_prompt_is_not_read_again(
-    engine_of: EngineOf, model: GPT, prompts: list[list[int]]
+    engine_of: EngineOf, model: GPT, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = engine_of(model, max_num_seqs=1, prefill_tokens_per_step=16 // MOST_TIMES)
+    monkeypatch.setattr(scheduler, "MOST_TIMES", 1)
+    engine = engine_of(model, max_num_seqs=1, prefill_tokens_per_step=16)
     prompt = prompts[7]  # 57 tokens: four steps of 16, or one when three blocks are there already
     steps: list[list[tuple[int, int, int]]] = []
     for seq_id in range(2):

@@ -11,9 +11,6 @@ from serving.engine.messages import FinishReason, SequenceRequest
 from serving.engine.scheduler import MOST_TIMES, Chunk, Scheduler, Sequence
 
 EOS = 0
-WATCHERS = range(90, 94)
-"""Sequences that draw tokens, as many as other ones wait at most, so that prompts are read within
-the budget."""
 
 
 def request(
@@ -40,31 +37,21 @@ def scheduler(
     num_blocks: int = 100,
     budget: int = 100,
     keep_prefixes: bool = False,
-    watched: bool = False,
 ) -> Scheduler:
-    """A watched one has more places and blocks than it says, for its watchers."""
-    watchers = WATCHERS if watched else ()
-    pool = BlockPool(num_blocks + len(watchers), keep_prefixes=keep_prefixes)
-    target = Scheduler(
-        pool,
-        max_num_seqs=max_num_seqs + len(watchers),
+    return Scheduler(
+        BlockPool(num_blocks, keep_prefixes=keep_prefixes),
+        max_num_seqs=max_num_seqs,
         eos_id=EOS,
         prefill_tokens_per_step=budget,
     )
-    for seq_id in watchers:
-        target.add(request(seq_id, max_tokens=15))
-    if watched:
-        step(target)
-    return target
 
 
 def step(target: Scheduler, *, token_id: int = 5) -> list[tuple[int, int, int]]:
     """What was read: (sequence, first, last)."""
     plan = target.plan()
-    read = [(chunk.sequence.request.seq_id, chunk.first, chunk.last) for chunk in plan]
     for chunk in plan:
         target.advance(chunk, token_id if chunk.draws else None)
-    return [(seq_id, first, last) for seq_id, first, last in read if seq_id not in WATCHERS]
+    return [(chunk.sequence.request.seq_id, chunk.first, chunk.last) for chunk in plan]
 
 
 def test_a_sequence_waits_is_read_and_frees_its_place() -> None:
@@ -96,7 +83,7 @@ def _admitted(target: Scheduler, of: SequenceRequest) -> Chunk:
 
 
 def test_a_plan_tells_whom_it_admits_and_counts_prompt_tokens_read_or_in_the_cache() -> None:
-    target = scheduler(budget=20, keep_prefixes=True, watched=True)
+    target = scheduler(budget=20, keep_prefixes=True)
     target.add(request(0, num_prompt=30, max_tokens=9))
     step(target)
     assert (target.admitted, target.num_prompt_tokens) == ([0], 20)
@@ -110,7 +97,7 @@ def test_a_plan_tells_whom_it_admits_and_counts_prompt_tokens_read_or_in_the_cac
 
 
 def test_prompts_are_read_in_chunks_within_the_budget_while_others_go_on() -> None:
-    target = scheduler(max_num_seqs=8, budget=10, watched=True)
+    target = scheduler(max_num_seqs=8, budget=10)
     for seq_id, num_prompt in enumerate([4, 25, 3, 1]):
         target.add(request(seq_id, num_prompt=num_prompt, max_tokens=9))
     assert step(target) == [(0, 0, 4), (1, 0, 6)]
@@ -120,23 +107,51 @@ def test_prompts_are_read_in_chunks_within_the_budget_while_others_go_on() -> No
 
 
 def test_a_burst_is_read_faster_the_fewer_sequences_wait_for_their_next_token() -> None:
-    target = scheduler(max_num_seqs=16, budget=10)
+    target = scheduler(max_num_seqs=40, budget=10)
+    learn_speed(target, tokens_per_s=1e6)
 
     def num_read() -> int:
         return sum(last - first for _, first, last in step(target) if last - first > 1)
 
-    for seq_id in range(12):
+    for seq_id in range(30):
         target.add(request(seq_id, num_prompt=20, max_tokens=15))
-    assert num_read() == 40  # nobody waits for a next token: MOST_TIMES
-    assert num_read() == 40  # 2 do, and 10 for their first: 5 times, bounded
-    assert num_read() == 20  # 4 do, and 8 for their first: twice
-    assert num_read() == 14  # 5 do, and 7 for their first; in the next step too
-    assert num_read() == 14
-    assert num_read() == 10  # 6 do, and 6
+    assert num_read() == 80  # nobody waits for a next token: MOST_TIMES
+    assert num_read() == 80  # 4 do, and 26 for their first: 13 times, bounded
+    assert num_read() == 55  # 8 do, and 22 for their first: 5.5 times
+    assert num_read() == 40  # 10 do, and 20 for their first
+    assert num_read() == 30  # 12 do, and 18
+    assert num_read() == 22
+
+
+def test_a_burst_takes_a_second_at_most_by_what_its_tokens_have_cost() -> None:
+    def first_step(*, tokens_per_s: float | None) -> list[tuple[int, int, int]]:
+        target = scheduler(max_num_seqs=4, budget=10)
+        if tokens_per_s is not None:
+            learn_speed(target, tokens_per_s=tokens_per_s)
+        target.add(request(0, num_prompt=300))
+        return step(target)
+
+    assert first_step(tokens_per_s=None) == [(0, 0, 10)]  # nothing is known yet
+    assert first_step(tokens_per_s=37) == [(0, 0, 37)]
+    assert first_step(tokens_per_s=2) == [(0, 0, 10)]
+    assert first_step(tokens_per_s=1000) == [(0, 0, 10 * MOST_TIMES)]
+
+
+def test_a_step_that_reads_few_prompt_tokens_tells_nothing_about_their_speed() -> None:
+    target = scheduler(max_num_seqs=4, budget=10)
+    learn_speed(target, tokens_per_s=1000)
+    target.learn_speed([Chunk(target.add(request(0)), 0, 1)], seconds=5.0)
+    target.add(request(1, num_prompt=300))
+    assert step(target) == [(0, 0, 1), (1, 0, 79)]
+
+
+def learn_speed(target: Scheduler, *, tokens_per_s: float) -> None:
+    read = Chunk(Sequence(request(99, num_prompt=100)), 0, 100)
+    target.learn_speed([read], seconds=100 / tokens_per_s)
 
 
 def test_sequences_without_a_place_make_no_burst() -> None:
-    target = scheduler(max_num_seqs=2, budget=10, watched=True)
+    target = scheduler(max_num_seqs=2, budget=10)
     for seq_id in range(50):
         target.add(request(seq_id, num_prompt=30, max_tokens=9))
     assert step(target) == [(0, 0, 10)]
@@ -168,7 +183,7 @@ def test_the_same_start_of_a_prompt_is_read_once() -> None:
 
 
 def test_a_prompt_that_is_being_read_is_waited_for_and_shared() -> None:
-    target = scheduler(max_num_seqs=8, keep_prefixes=True, budget=30, watched=True)
+    target = scheduler(max_num_seqs=8, keep_prefixes=True, budget=30)
     for seq_id in range(3):  # the choices of one request
         target.add(request(seq_id, num_prompt=50, max_tokens=2))
     target.add(request(3, num_prompt=4))  # came later
@@ -178,7 +193,7 @@ def test_a_prompt_that_is_being_read_is_waited_for_and_shared() -> None:
 
 
 def test_a_prompt_is_read_once_for_all_choices_where_the_first_gives_its_logprobs() -> None:
-    target = scheduler(max_num_seqs=8, keep_prefixes=True, budget=30, watched=True)
+    target = scheduler(max_num_seqs=8, keep_prefixes=True, budget=30)
     for seq_id in range(3):
         target.add(request(seq_id, num_prompt=50, max_tokens=2, prompt_logprobs=seq_id == 0))
     assert step(target) == [(0, 0, 30)]
@@ -187,7 +202,7 @@ def test_a_prompt_is_read_once_for_all_choices_where_the_first_gives_its_logprob
 
 
 def test_a_reader_that_leaves_makes_nobody_wait() -> None:
-    target = scheduler(keep_prefixes=True, budget=30, watched=True)
+    target = scheduler(keep_prefixes=True, budget=30)
     for seq_id in range(2):
         target.add(request(seq_id, num_prompt=50))
     assert step(target) == [(0, 0, 30)]
@@ -202,7 +217,7 @@ def test_what_a_failed_sequence_left_is_found_by_nobody() -> None:
     target.advance(chunk, None)
     assert target.fail(chunk.sequence) is FinishReason.ERROR
     target.add(request(1, num_prompt=40, max_tokens=1))
-    assert step(target) == [(1, 0, 20)]
+    assert step(target) == [(1, 0, 5)]
 
 
 def test_waiting_and_running_sequences_are_cancelled() -> None:
@@ -272,11 +287,12 @@ def test_whatever_happens_tokens_are_read_once_and_everybody_ends(
 
 def test_prompts_are_read_in_larger_steps_while_no_sequence_waits_for_its_next_token() -> None:
     target = scheduler(max_num_seqs=3, budget=10)
-    target.add(request(0, num_prompt=50, max_tokens=9))
-    assert step(target) == [(0, 0, 40)]
-    target.add(request(1, num_prompt=50, max_tokens=9))
-    assert step(target) == [(0, 40, 50), (1, 0, 30)]
-    assert step(target) == [(0, 50, 51), (1, 30, 40)]
+    learn_speed(target, tokens_per_s=1e6)
+    target.add(request(0, num_prompt=90, max_tokens=9))
+    assert step(target) == [(0, 0, 80)]
+    target.add(request(1, num_prompt=100, max_tokens=9))
+    assert step(target) == [(0, 80, 90), (1, 0, 70)]
+    assert step(target) == [(0, 90, 91), (1, 70, 90)]  # one waits for each
 
 
 def test_a_scope_finds_its_own_prompts_only() -> None:
