@@ -20,16 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.settings.run import RunConfig, batch_schedule, way_to_compute
 from jobs.exact.compute import MicroBatch, autocast, choose_operations, micro_batch, num_counted
-from jobs.exact.state.peers import Peers
-from jobs.exact.state.side_thread import side_work
 from jobs.exact.state.train_state import TrainState
 from jobs.exact.sums.audit import Audit, Audits
-from jobs.exact.sums.bucket_exchange import BucketExchange
+from jobs.exact.sums.batch_sum import BatchSum
 from jobs.exact.sums.checksum import TurnChecksum, checksums_of_state, from_halves, halves_of
-from jobs.exact.sums.lane_sums import LaneSums
-from jobs.exact.sums.shard_sums import ShardSums
 from jobs.exact.sums.step_plan import StepPlan
-from jobs.exact.sums.step_totals import Measured, StepTotals, block_square_sums, norm_of
+from jobs.exact.sums.step_totals import Measured, block_square_sums, norm_of
 from jobs.run.step_timer import StepTimer
 from jobs.run.storage_retry import patiently
 from jobs.tokens.token_stream import TokenStream
@@ -40,8 +36,6 @@ from model.operations import product_type
 from model.training.training_memory import large_zeros
 
 _MAX_PLANS = 4  # kept: a step needs its own and the next one's
-# Buckets on their way to the owners of their parts, beside the one that is being sent
-_MAX_WAITING = 3
 
 
 class BatchGradient:
@@ -64,8 +58,8 @@ class BatchGradient:
         self._group = group
         self._eot_id = eot_id
         self._schedule = batch_schedule(config)
-        choose_operations(state.model, config, state.gathered)
-        self._loss = _ScaledLoss(state.model)
+        choose_operations(state.decoder, config, state.gathered)
+        self._loss = _ScaledLoss(state.decoder)
         self._lends = way_to_compute(config) == "cpu"
         # The matrices, for operations that do not round them themselves
         self._rounded: Tensor | None = None
@@ -85,47 +79,13 @@ class BatchGradient:
             seed=config.train.seed,
         )
         if self._is_exact:
-            self._sum_up()
+            # A batch that grows may have thousands of plans
+            plans = (self._new_plan(count) for count in self._schedule.lane_counts)
+            self._sum = BatchSum(state, group, plans, lends=self._lends)
         else:
             self._stock = (
                 DistributedDataParallel(self._loss) if group.world_size > 1 else self._loss
             )
-
-    def _sum_up(self) -> None:
-        """Makes what the exact sum needs: its buffers, the sums of a turn, and the exchange between
-        the groups."""
-        state = self._state
-        sums_parts = state.sharding.divided.gradient
-        num_buffers = 0
-        for num_lanes in self._schedule.lane_counts:  # a batch that grows may have thousands
-            num_buffers = max(num_buffers, self._new_plan(num_lanes).num_buffers)
-        buffers = [state.gradient]
-        while len(buffers) < num_buffers:
-            buffers.append(large_zeros(len(state.gradient), device=state.device))
-        self._totals = StepTotals(state.layout, state.sharding, self._group, device=state.device)
-        owners = state.sharding.owners
-        self._exchange = BucketExchange(
-            state.owned.homes if sums_parts else state.layout.buckets,
-            buffers,
-            Peers(state.sharding.counterparts, self._group),
-            parts=state.layout.parts_of_owners(owners) if owners else None,
-        )
-        self._side_work = side_work(state.device, max_waiting=_MAX_WAITING if sums_parts else 0)
-        self._sums: LaneSums | ShardSums
-        exchange = self._exchange.exchange
-        if sums_parts:
-            self._sums = ShardSums(
-                state,
-                buffers,
-                self._side_work,
-                lends=self._lends,
-                on_final=exchange,
-            )
-        elif self._group.world_size > 1:
-            submit = partial(self._side_work.submit, exchange)
-            self._sums = LaneSums(state, buffers, lends=self._lends, on_final=submit)
-        else:
-            self._sums = LaneSums(state, buffers, lends=self._lends, on_final=exchange)
 
     def of_step(self, step: int, timer: StepTimer) -> Measured:
         """Puts the gradient of the whole batch into the state's buffer; with a sharded optimizer,
@@ -174,7 +134,7 @@ class BatchGradient:
     def close(self) -> None:
         """Ends the work beside the training thread."""
         if self._is_exact:
-            self._side_work.close()
+            self._sum.close()
 
     def _rounded_weights(self) -> Places:
         """Returns the matrices as the lanes of a step compute with them, valid for that step
@@ -194,36 +154,25 @@ class BatchGradient:
         plan = self._plan(step)
         audit = self.audit_of_step(step)
         own_checksum = TurnChecksum(self._state.layout, self._state.device) if audit else None
-        losses: list[Tensor] = []
-        num_subtrees = len(plan.subtrees[self._state.sharding.group])
-        self._exchange.begin(plan.teams, num_subtrees=num_subtrees)
-        for turn, numbers in enumerate(plan.turns):
-            is_checked = audit and turn == audit.turns[self._group.rank]
-            checksum = own_checksum if is_checked else None
-            with self._sums.turn(plan, turn, checksum), self._side_work.timed_by(timer):
-                for number in numbers:
-                    loss = self._backward(self._loss, step, number, timer, scale=1.0)
-                    losses.append(loss)
-        counted = losses[: len(plan.counted[self._group.rank])]
+        losses = self._sum.add_up(
+            plan,
+            lambda number: self._backward(self._loss, step, number, timer, scale=1.0),
+            timer,
+            checked_turn=audit.turns[self._group.rank] if audit else None,
+            checksum=own_checksum,
+        )
         checksums: list[Tensor] = []
         if audit and own_checksum:
             other = self._checksum_of(step, self._other_turn(step, audit), timer)
             checksums = [own_checksum.total, other, *checksums_of_state(self._state)]
         with timer.phase("sync"):
-            self._side_work.wait()
-            return self._totals.finish(
-                step,
-                plan,
-                block_sums=self._exchange.block_sums,
-                losses=counted,
-                checksums=checksums,
-            )
+            return self._sum.finish(step, plan, losses=losses, checksums=checksums)
 
     def _checksum_of(self, step: int, numbers: Sequence[int], timer: StepTimer) -> Tensor:
         """Returns the checksum of the gradient of any rank's turn, which is computed for that
         alone."""
         checksum = TurnChecksum(self._state.layout, self._state.device)
-        with self._sums.again(self._plan(step), checksum), self._side_work.timed_by(timer):
+        with self._sum.again(self._plan(step), checksum, timer):
             for number in numbers:
                 self._backward(self._loss, step, number, timer, scale=1.0)
         return checksum.total

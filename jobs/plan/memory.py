@@ -33,7 +33,7 @@ from model.architecture import LLAMA, KeptValues
 from model.config import GPTConfig, Shape
 from model.foreign_config import ForeignConfig
 from model.numerics import NUMERICS
-from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, parameter_shapes
+from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, hidden_matrices, parameter_shapes
 
 _PROCESS_BYTES = 0.5e9
 """Memory of Python, PyTorch and Ray in a worker that trains a tiny model (measured: 0.4 to 0.5
@@ -43,7 +43,7 @@ GB)."""
 def layout_of(config: RunConfig) -> FlatLayout:
     """Returns the flat layout of a run without making its model: no machine may be able to hold
     it."""
-    costs = matrix_costs(update_rule(config.train), config.model)
+    costs = matrix_costs(update_rule(config.train), hidden_matrices(config.model))
     return FlatLayout.of(parameter_shapes(config.model), matrix_costs=costs)
 
 

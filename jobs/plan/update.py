@@ -8,13 +8,13 @@ from jobs.exact.rules.rules import matrices_of, update_rule, vectors_of
 from jobs.exact.state.flat_layout import FlatLayout
 from jobs.exact.state.span import PackedSpans
 from jobs.plan.formulas import FP32_BYTES
-from model.shapes import parameter_shapes
+from model.shapes import hidden_matrices, parameter_shapes
 
 
 def update_flops(config: RunConfig) -> float:
     """Returns the operations of one update of all weights, which does not depend on the batch."""
     rule = update_rule(config.train)
-    matrices = matrices_of(rule, config.model)
+    matrices = matrices_of(rule, hidden_matrices(config.model))
     flops = 0.0
     for name, shape in parameter_shapes(config.model).items():
         flops += rule.flops(shape, matrices.get(name))
@@ -24,7 +24,7 @@ def update_flops(config: RunConfig) -> float:
 def update_bytes(config: RunConfig) -> float:
     """Returns the bytes that one update of all weights reads and writes."""
     rule = update_rule(config.train)
-    matrices = matrices_of(rule, config.model)
+    matrices = matrices_of(rule, hidden_matrices(config.model))
     num_bytes = 0.0
     for name, shape in parameter_shapes(config.model).items():
         num_bytes += rule.bytes_moved(shape, matrices.get(name))
@@ -34,7 +34,7 @@ def update_bytes(config: RunConfig) -> float:
 def stored_bytes(config: RunConfig) -> float:
     """Returns the bytes of a checkpoint: of the weights and of the update rule's vectors."""
     rule = update_rule(config.train)
-    matrices = matrices_of(rule, config.model)
+    matrices = matrices_of(rule, hidden_matrices(config.model))
     num_values = 0
     for name, shape in parameter_shapes(config.model).items():
         num_values += prod(shape) * (1 + len(vectors_of(rule, matrices.get(name))))

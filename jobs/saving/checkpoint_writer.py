@@ -19,11 +19,11 @@ from torch import Tensor
 from cluster.storage.uris import StorageError
 from jobs.exact.state.host_copies import HostCopy
 from jobs.exact.state.train_state import TrainState
+from jobs.exact.stored_state import cut_up, fill, vectors_by_name
 from jobs.run.checkpoints import checkpoint_name
 from jobs.run.storage_retry import Outage
 from jobs.saving.publisher import Publisher
 from jobs.saving.saving_thread import SavingThread
-from jobs.saving.stored_state import cut_up, fill, vectors_by_name
 from model.files.checkpoint import NotFiniteError, write_checkpoint
 from model.files.checkpoint_folder import Metadata
 from model.text.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
         copy = state.copies.start("checkpoint", [*state.parts.values()], partial(fill, flat))
         write = partial(
             write_checkpoint,
-            config=state.model.config,
+            config=state.decoder.config,
             state=state.by_parameter(buffers["values"]),
             tokenizer=self._tokenizer,
             metadata=metadata,

@@ -22,12 +22,12 @@ from torch import Tensor
 from jobs.exact.state.host_copies import HostCopy
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.train_state import TrainState
+from jobs.exact.stored_state import cut_up, fill, own_stretches
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.sharded_checkpoints import Reports, ShardedCheckpoint
 from jobs.run.storage_retry import Outage, tell_nobody
 from jobs.saving.publisher import Publisher
 from jobs.saving.saving_thread import SavingThread
-from jobs.saving.stored_state import cut_up, fill, own_stretches
 from jobs.workers.worker_group import WorkerGroup
 from model.config import Shape
 from model.files.checkpoint import NotFiniteError, check_finite, safetensors_pieces

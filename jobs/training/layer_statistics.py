@@ -27,7 +27,7 @@ class LayerStatistics:
         self, state: TrainState, group: WorkerGroup, timer: StepTimer, *, every_steps: int
     ) -> None:
         self._state, self._group, self._timer, self._every_steps = state, group, timer, every_steps
-        self._layer_of = _layers_by_name(state.model.config)
+        self._layer_of = _layers_by_name(state.decoder.config)
         layers = [self._layer_of(name) for name, _ in state.model.named_parameters()]
         self._layers = list(dict.fromkeys(layers))
         self.fields: dict[str, Any] | None = None

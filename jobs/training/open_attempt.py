@@ -19,6 +19,7 @@ from cluster.storage.registry import metadata_of
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.train_state import TrainState
+from jobs.exact.stored_state import restore
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan, open_held_out, open_stream, open_validation_sets
@@ -27,7 +28,6 @@ from jobs.run.storage_retry import patiently, tell_nobody
 from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.saving.saver import Saver, SavesNothing
 from jobs.saving.shard_writer import ShardWriter
-from jobs.saving.stored_state import restore
 from jobs.sentinel.way_back import WayBack, pending, void
 from jobs.snapshots.choice import Snapshot
 from jobs.snapshots.snapshots import Snapshots

@@ -15,13 +15,13 @@ from cluster.storage.uris import open_storage
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.train_state import TrainState
+from jobs.exact.stored_state import hash_of_weights
 from jobs.exact.sums.audit import Shown, holders_of
 from jobs.exact.sums.step_totals import Measured
 from jobs.run.ledger import Line
 from jobs.run.run_plan import RunPlan
 from jobs.run.step_timer import StepTimer
 from jobs.run.storage_retry import patiently
-from jobs.saving.stored_state import hash_of_weights
 from jobs.sentinel.measures import (
     Measure,
     corruptions_of_node,

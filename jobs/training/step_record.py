@@ -8,9 +8,9 @@ import torch
 
 from cluster.settings.run import batch_schedule, seq_len
 from jobs.exact.state.train_state import TrainState
+from jobs.exact.stored_state import hash_of_weights
 from jobs.run.run_plan import RunPlan
 from jobs.run.step_timer import CudaClock, StepTimer
-from jobs.saving.stored_state import hash_of_weights
 from jobs.training.layer_statistics import LayerStatistics
 from jobs.training.rank_phases import WINDOW_STEPS, RankPhases, as_fields
 from jobs.training.run_writer import RunWriter

@@ -10,15 +10,16 @@ from cluster.settings.run import RunConfig, require_computed
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage
 from jobs.exact.rules.rules import matrices_of, update_rule, vectors_of
+from jobs.exact.stored_state import stored_name
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.run_plan import run_storage
-from jobs.saving.stored_state import stored_name
 from model.config import GPTConfig, shape_differences
 from model.files.checkpoint import load_decoder, write_checkpoint
 from model.files.checkpoint_folder import Metadata
 from model.files.hf_config import read_shape
 from model.files.stored_tokenizer import load_tokenizer
+from model.shapes import hidden_matrices
 from model.text.tokenizer import Tokenizer
 
 
@@ -76,7 +77,7 @@ def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
     weights = dict(model.named_parameters())
     train_state = {"step": torch.tensor(0, dtype=torch.int64)}
     rule = update_rule(config.train)
-    matrices = matrices_of(rule, config.model)
+    matrices = matrices_of(rule, hidden_matrices(config.model))
     for name, values in weights.items():
         for vector in vectors_of(rule, matrices.get(name)):
             train_state[stored_name(vector, name)] = torch.zeros_like(values)

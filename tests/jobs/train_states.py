@@ -9,8 +9,8 @@ from torch import Tensor
 from cluster.settings.train import TrainConfig
 from jobs.exact.state.span import Span
 from jobs.exact.state.train_state import StatePiece, TrainState
+from jobs.exact.stored_state import vectors_by_name
 from jobs.exact.sums.step_totals import block_square_sums, norm_of
-from jobs.saving.stored_state import vectors_by_name
 from model.config import GPTConfig, preset_fields
 from model.files.checkpoint import safetensors_pieces
 from model.files.stored_tensors import StoredTensors

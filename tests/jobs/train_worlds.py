@@ -30,8 +30,8 @@ from cluster.settings.train import Optimizer
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.train_state import TrainState
+from jobs.exact.stored_state import hash_of_weights, own_stretches, restore, vectors_by_name
 from jobs.run.step_timer import StepTimer
-from jobs.saving.stored_state import hash_of_weights, own_stretches, restore, vectors_by_name
 from jobs.snapshots import snapshots
 from jobs.snapshots.choice import Holding, Snapshot, choose
 from jobs.snapshots.slots import NUM_SLOTS, Bytes, Slots

@@ -7,8 +7,7 @@ from cluster.settings.train import TrainConfig
 from jobs.exact.rules.adamw import AdamW
 from jobs.exact.rules.muon import Muon
 from jobs.exact.rules.update_rule import Unit, UpdateRule
-from model.config import Shape
-from model.shapes import HiddenMatrix, hidden_matrices
+from model.shapes import HiddenMatrix
 
 
 def update_rule(train: TrainConfig) -> UpdateRule:
@@ -22,21 +21,22 @@ def update_rule(train: TrainConfig) -> UpdateRule:
             assert_never(train.optimizer)
 
 
-def matrices_of(rule: UpdateRule, model: Shape) -> Mapping[str, HiddenMatrix]:
-    """Returns the parameters of which a rank must own all or nothing, by name."""
+def matrices_of(rule: UpdateRule, hidden: Mapping[str, HiddenMatrix]) -> Mapping[str, HiddenMatrix]:
+    """Returns those of a model's hidden matrices, by name, of which a rank must own all or
+    nothing."""
     match rule.unit:
         case Unit.VALUE:
             return {}
         case Unit.MATRIX:
-            return hidden_matrices(model)
+            return hidden
         case _:
             assert_never(rule.unit)
 
 
-def matrix_costs(rule: UpdateRule, model: Shape) -> dict[str, float]:
+def matrix_costs(rule: UpdateRule, hidden: Mapping[str, HiddenMatrix]) -> dict[str, float]:
     """Returns the operations by which these are divided evenly among ranks (`FlatLayout.of`)."""
     costs: dict[str, float] = {}
-    for name, matrix in matrices_of(rule, model).items():
+    for name, matrix in matrices_of(rule, hidden).items():
         costs[name] = rule.flops(matrix.shape, matrix)
     return costs
 

@@ -26,7 +26,7 @@ from jobs.exact.rules.rules import (
     update_rule,
     vectors_of,
 )
-from jobs.exact.rules.update_rule import Stretch
+from jobs.exact.rules.update_rule import Stretch, UpdateRule
 from jobs.exact.state.bundle import Bundle, bundles_of
 from jobs.exact.state.flat_layout import FlatLayout
 from jobs.exact.state.gathered_weights import GatheredWeights
@@ -38,9 +38,8 @@ from jobs.exact.state.side_thread import side_work
 from jobs.exact.state.span import PackedSpans, Span
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
-from model.decoder import Decoder
+from model.decoder import Decoder, Trainable
 from model.operations import product_type
-from model.shapes import parameter_shapes
 from model.training.training_memory import large_zeros
 
 ALONE = WorkerGroup(rank=0, world_size=1)
@@ -72,23 +71,25 @@ class TrainState:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Trainable,
         config: TrainConfig,
         *,
         device: torch.device,
         group: WorkerGroup = ALONE,
         sharding: Sharding | None = None,
+        rule: UpdateRule | None = None,
     ) -> None:
-        """Without `sharding` each rank holds a whole copy. A model on torch's device `meta` has no
-        values yet: it takes no memory beside the state's."""
+        """Without `sharding` each rank holds a whole copy, and without `rule` the settings choose
+        it. A model on torch's device `meta` has no values yet: it takes no memory beside the
+        state's."""
         self.model = model
         self.config = config
         self.device = device
         self.num_updates = 0
-        self.shapes = parameter_shapes(model.config)
-        self.rule = update_rule(config)
-        self._matrices = matrices_of(self.rule, model.config)
-        costs = matrix_costs(self.rule, model.config)
+        self.shapes = {name: tuple(weights.shape) for name, weights in model.named_parameters()}
+        self.rule = rule or update_rule(config)
+        self._matrices = matrices_of(self.rule, model.hidden_matrices)
+        costs = matrix_costs(self.rule, model.hidden_matrices)
         self.layout = FlatLayout.of(self.shapes, matrix_costs=costs)
         self.copies = HostCopies(device)
         self.sharding = sharding or Sharding(rank=group.rank, world_size=group.world_size)
@@ -136,13 +137,19 @@ class TrainState:
         # For its own operations
         has_flat_copy = self.device.type == "cpu" and self.config.compute in ("auto", "cpu")
         return GatheredWeights(
-            self.model,
+            self.decoder,
             self.layout,
             self.values,
             self.peers,
             block_type=self.matrix_type,
             apart=is_rounded and not has_flat_copy,
         )
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model, which is one in every run of raymill's own."""
+        assert isinstance(self.model, Decoder), "this is no decoder"
+        return self.model
 
     @property
     def matrix_type(self) -> torch.dtype:

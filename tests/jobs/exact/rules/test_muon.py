@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs.exact.rules.muon import Muon, orthogonalized
-from jobs.saving.stored_state import restore
+from jobs.exact.stored_state import restore
 from model.config import GPTConfig
 from model.files.checkpoint import parameter_hash
 from model.gpt import GPT

@@ -23,7 +23,7 @@ from cluster.settings.train import TrainConfig
 from jobs.exact.rules.adamw import AdamW
 from jobs.exact.state.flat_layout import BLOCK
 from jobs.exact.state.train_state import TrainState
-from jobs.saving.stored_state import restore
+from jobs.exact.stored_state import restore
 from jobs.snapshots.choice import Holding, Snapshot
 from jobs.snapshots.keepers import CHUNK_BYTES
 from jobs.snapshots.slots import Bytes, Header

@@ -23,8 +23,8 @@ from jobs.exact.state.flat_layout import BLOCK
 from jobs.exact.state.peers import Peers
 from jobs.exact.state.span import Span
 from jobs.exact.state.train_state import TrainState
+from jobs.exact.stored_state import restore
 from jobs.exact.sums.step_totals import block_square_sums, norm_of
-from jobs.saving.stored_state import restore
 from jobs.workers.failures import LostPeerError
 from jobs.workers.worker_group import WorkerGroup
 from model.files.checkpoint import parameter_hash

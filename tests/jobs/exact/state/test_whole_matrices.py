@@ -15,7 +15,7 @@ from jobs.exact.rules.rules import matrix_costs, update_rule
 from jobs.exact.state.flat_layout import BLOCK, FlatLayout, part_of
 from jobs.exact.state.span import PackedSpans, Span
 from jobs.exact.state.whole_matrices import WholeMatrix, parts_of_matrices
-from model.shapes import parameter_shapes
+from model.shapes import hidden_matrices, parameter_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -122,7 +122,7 @@ def test_matrices_of_a_real_shape__cost_ranks_about_the_same(world_size: int) ->
         {"model": {"preset": "gpt2-124m"}, "train": {"optimizer": "muon"}}
     )
     shapes = parameter_shapes(config.model)
-    costs = matrix_costs(update_rule(config.train), config.model)
+    costs = matrix_costs(update_rule(config.train), hidden_matrices(config.model))
     layout = FlatLayout.of(shapes, matrix_costs=costs)
     work = [0.0] * world_size
     for rank in range(world_size):

@@ -19,12 +19,12 @@ from jobs.exact.batch_gradient import dropout_seed
 from jobs.exact.compute import autocast, micro_batch, num_counted
 from jobs.exact.state.doubling import gather_messages, teams_to_gather
 from jobs.exact.state.sharding import Sharding
+from jobs.exact.stored_state import hash_of_weights
 from jobs.exact.sums.exact_reduce import subtrees_of_ranks, tree_sum
 from jobs.exact.sums.step_totals import block_square_sums, norm_of
 from jobs.exact.sums.teams import team_plan
 from jobs.plan.exchange import Traffic, between_groups, exchange
 from jobs.plan.memory import layout_of
-from jobs.saving.stored_state import hash_of_weights
 from jobs.workers.worker_group import WorkerGroup
 from tests.jobs.reference_reduce import reduce_worlds
 from tests.jobs.train_worlds import (

@@ -1,0 +1,264 @@
+"""The exact engine for any PyTorch module: the same bits for any number of workers, without
+raymill's data, models and runs.
+
+    engine = ExactEngine(model, loss, num_lanes=8, rule=AdamW(0.9, 0.95, weight_decay=0.1))
+    while (step := engine.num_steps) < 1000:
+        figures = engine.step(lambda lane: batch_of(step, lane), learning_rate=1e-3)
+
+A step's batch is a fixed number of lanes, whatever the number of workers. Each worker computes some
+of them, and their gradients are added along a fixed tree (`sums.exact_reduce`).
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cluster.settings.run import ScalingConfig
+from cluster.settings.shard import Shard
+from cluster.settings.train import TrainConfig
+from jobs.exact.any_module import AnyModule
+from jobs.exact.first_lanes import fault_of
+from jobs.exact.rules.adamw import AdamW
+from jobs.exact.rules.muon import Muon
+from jobs.exact.rules.update_rule import UpdateRule
+from jobs.exact.state.sharding import Sharding
+from jobs.exact.state.train_state import ALONE, TrainState
+from jobs.exact.stored_state import hash_of_weights, own_stretches, restore
+from jobs.exact.sums.batch_sum import BatchSum
+from jobs.exact.sums.step_plan import StepPlan
+from jobs.run.step_timer import StepTime, StepTimer
+from jobs.workers.worker_group import WorkerGroup
+from model.errors import UserError
+from model.files.checkpoint import safetensors_pieces
+from model.files.stored_tensors import StoredTensors
+
+__all__ = ["AdamW", "ExactEngine", "Muon", "StepFigures"]
+
+Batch = TypeVar("Batch")
+
+_FACTS = "exact.json"
+_NUM_CHECKED_LANES = 2
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What a step has measured, equal on every worker but for its time."""
+
+    loss: float  # the mean over lanes
+    gradient_norm: float  # before it is clipped
+    time: StepTime  # of this worker, by phase
+
+
+class ExactEngine(Generic[Batch]):
+    """Trains a module with the same bits for any number of workers, also one that changes.
+
+    What it needs of the loss, a function of the module and one lane's batch:
+
+    - it returns a scalar, of which the engine takes the mean over all lanes;
+    - it depends on nothing but the weights, the batch, and torch's default random generator, which
+      is seeded by step and lane before each call. So does the batch on step and lane;
+    - it gives each trained parameter a gradient, in one part.
+
+    Before the first step each worker computes its first two lanes twice. What shows a difference
+    there, or a buffer that the forward pass changes, is refused by name.
+
+    Where torch.distributed has been initialized, by `torchrun`, by Ray Train's `TorchTrainer` or by
+    hand, all its processes are the workers. All call each method together, in the same order.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[nn.Module, Batch], Tensor],
+        *,
+        num_lanes: int,
+        rule: UpdateRule,
+        shard: Shard = "none",
+        grad_clip: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """`model` is in fp32 on its device, with the same weights on every worker; its parameters
+        become views of the engine's buffers. `shard` divides the rule's vectors among workers
+        ("optimizer"), and the sums of the gradient too ("gradients"). 0 does not clip.
+
+        Raises `UserError` for what cannot be trained exactly.
+        """
+        self._model = AnyModule(model)
+        self._loss = loss
+        self._seed = seed
+        self._num_lanes = num_lanes
+        self._group = _group()
+        if num_lanes < self._group.world_size:
+            raise UserError(
+                f"{self._group.world_size} workers share {num_lanes} lanes, and each needs one: have "
+                "more lanes, or fewer workers"
+            )
+        if shard == "parameters":
+            raise UserError(
+                'shard="parameters" gathers the weights of a decoder\'s blocks while they compute, which a '
+                'module in general does not tell: use "gradients"'
+            )
+        torch.use_deterministic_algorithms(True)
+        sharding = Sharding.of(
+            ScalingConfig(max_workers=self._group.world_size, shard=shard),
+            rank=self._group.rank,
+            world_size=self._group.world_size,
+        )
+        self._state = TrainState(
+            self._model,
+            TrainConfig(grad_clip=grad_clip),
+            device=self._model.device,
+            group=self._group,
+            sharding=sharding,
+            rule=rule,
+        )
+        self._plan = StepPlan(sharding, num_lanes, num_micro_batches=1)
+        self._sum = BatchSum(self._state, self._group, [self._plan])
+        self._timer = StepTimer()
+        self._is_checked = False
+        self._require_equal_weights()
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps taken so far, also before the state was loaded."""
+        return self._state.num_updates
+
+    @property
+    def lanes(self) -> Sequence[int]:
+        """The numbers of the lanes that this worker computes in a step, in order."""
+        return [lane for turn in self._plan.turns for lane in turn]
+
+    def step(self, batch_of: Callable[[int], Batch], *, learning_rate: float) -> StepFigures:
+        """Takes one step on the batch of all lanes: `batch_of` gives that of a lane, the same
+        whenever and wherever it is called. Raises `UserError` in the first step for a loss that
+        cannot be exact, and `LostPeerError` if a message did not arrive."""
+        step = self.num_steps + 1
+
+        def backward(lane: int) -> Tensor:
+            return self._backward(step, lane, batch_of)
+
+        if not self._is_checked:
+            self._check(backward)
+        losses = self._sum.add_up(self._plan, backward, self._timer)
+        with self._timer.phase("sync"):
+            measured = self._sum.finish(step, self._plan, losses=losses)
+        with self._timer.phase("update"):
+            self._state.apply(norm=measured.norm, learning_rate=learning_rate)
+        return StepFigures(measured.loss, measured.norm, self._timer.take())
+
+    def weights_hash(self) -> str:
+        """Returns the SHA-256 of the trained weights, by name, shape and bytes."""
+        return hash_of_weights(self._state, self._group, step=self.num_steps)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes what this worker has to store into a folder: nothing, where another one has the
+        same. Files of all workers in one folder are the whole state."""
+        state, sharding = self._state, self._state.sharding
+        if not sharding.writes:
+            return
+        flat: dict[str, Tensor] = {}
+        shares = state.share(sharding.place, world_size=sharding.num_holders)
+        for name, views in shares.items():
+            flat[name] = torch.cat([torch.empty(0), *(view.cpu() for view in views)])
+        weights, vectors = own_stretches(state, flat)
+        path = Path(folder) / _file_name(sharding.place, sharding.num_holders)
+        with path.open("wb") as file:
+            file.writelines(safetensors_pieces(weights | vectors))
+        if sharding.place == 0:
+            facts = self._facts | {"num_files": sharding.num_holders}
+            (path.parent / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+    def load(self, folder: str | Path) -> None:
+        """Loads the state that any number of workers has saved, however they had divided it. Raises
+        `UserError` if it was trained with other lanes, another seed or rule."""
+        path = Path(folder)
+        try:
+            facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"{path} has no {_FACTS}: it is no folder of ExactEngine.save"
+            ) from None
+        for name, value in self._facts.items():
+            if facts[name] != value:
+                raise UserError(
+                    f"{path} was trained with {name} {facts[name]}, and this engine has {value}: with "
+                    "another one the bits would be others"
+                )
+        num_files = facts["num_files"]
+        files = [_file_name(place, num_files) for place in range(num_files)]
+
+        def read(file: str, *, start: int, end: int) -> bytes:
+            with (path / file).open("rb") as opened:
+                opened.seek(start)
+                return opened.read(end - start)
+
+        restore(self._state, StoredTensors(files, read, source=path))
+
+    def close(self) -> None:
+        """Ends the threads beside training."""
+        self._sum.close()
+        self._state.close()
+
+    @property
+    def _facts(self) -> dict[str, object]:
+        """What the bits depend on, besides the loss and its batches."""
+        rule = repr(self._state.rule)
+        return {"num_lanes": self._num_lanes, "seed": self._seed, "rule": rule}
+
+    def _backward(self, step: int, lane: int, batch_of: Callable[[int], Batch]) -> Tensor:
+        """Returns a lane's share of the loss, and 1 (2,), after its gradient went to the
+        parameters."""
+        with self._timer.phase("load"):
+            batch = batch_of(lane)
+        torch.manual_seed(lane_seed(self._seed, step=step, lane=lane))
+        with self._timer.phase("forward"):
+            loss = self._loss(self._model.module, batch)
+            if loss.dim():
+                raise UserError(
+                    f"the loss of lane {lane} has the shape {tuple(loss.shape)}, expected a scalar"
+                )
+            loss = loss.float() / self._num_lanes
+        with self._timer.phase("backward"):
+            loss.backward()
+        return torch.stack([loss.detach(), torch.ones_like(loss)])
+
+    def _check(self, backward: Callable[[int], Tensor]) -> None:
+        fault = fault_of(self._model, backward, self.lanes[:_NUM_CHECKED_LANES])
+        for rank, other in enumerate(self._group.gather(fault)):
+            if other is not None:
+                raise UserError(f"worker {rank}: {other}")
+        self._is_checked = True
+
+    def _require_equal_weights(self) -> None:
+        hashes = self._group.gather(self.weights_hash())
+        for rank, other in enumerate(hashes):
+            if other != hashes[0]:
+                raise UserError(
+                    f"worker {rank} begins with other weights than worker 0: seed torch before the model "
+                    "is made, or load the same weights on all"
+                )
+
+
+def lane_seed(seed: int, *, step: int, lane: int) -> int:
+    """Returns 63 bits of BLAKE2b: the same for any worker that computes the lane, and in any
+    version of Python."""
+    digest = hashlib.blake2b(f"lane:{seed}:{step}:{lane}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def _group() -> WorkerGroup:
+    """Returns torch.distributed's workers, or this process alone."""
+    if dist.is_available() and dist.is_initialized():
+        return WorkerGroup(dist.get_rank(), dist.get_world_size())
+    return ALONE
+
+
+def _file_name(place: int, num_files: int) -> str:
+    return f"exact-{place:05}-of-{num_files:05}.safetensors"

@@ -1,0 +1,113 @@
+"""Sums the gradients of a step's lanes over all ranks, whatever a lane computes."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+from torch import Tensor
+
+from jobs.exact.state.peers import Peers
+from jobs.exact.state.side_thread import side_work
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.bucket_exchange import BucketExchange
+from jobs.exact.sums.checksum import TurnChecksum
+from jobs.exact.sums.lane_sums import LaneSums
+from jobs.exact.sums.shard_sums import ShardSums
+from jobs.exact.sums.step_plan import StepPlan
+from jobs.exact.sums.step_totals import Measured, StepTotals
+from jobs.run.step_timer import StepTimer
+from jobs.workers.worker_group import WorkerGroup
+from model.training.training_memory import large_zeros
+
+# Buckets on their way to the owners of their parts, beside the one that is being sent
+_MAX_WAITING = 3
+
+
+class BatchSum:
+    """Puts the gradient of a whole batch into the state's buffer; with a sharded optimizer, only
+    this rank's parts of it."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        group: WorkerGroup,
+        plans: Iterable[StepPlan],
+        *,
+        lends: bool = False,
+    ) -> None:
+        """`plans` has all that `add_up` is going to get. With `lends` backward is lent memory that
+        `model.cpu_ops` writes gradients into."""
+        self._state = state
+        sums_parts = state.sharding.divided.gradient
+        num_buffers = max(plan.num_buffers for plan in plans)
+        buffers = [state.gradient]
+        while len(buffers) < num_buffers:
+            buffers.append(large_zeros(len(state.gradient), device=state.device))
+        self._totals = StepTotals(state.layout, state.sharding, group, device=state.device)
+        owners = state.sharding.owners
+        self._exchange = BucketExchange(
+            state.owned.homes if sums_parts else state.layout.buckets,
+            buffers,
+            Peers(state.sharding.counterparts, group),
+            parts=state.layout.parts_of_owners(owners) if owners else None,
+        )
+        self._side_work = side_work(state.device, max_waiting=_MAX_WAITING if sums_parts else 0)
+        self._sums: LaneSums | ShardSums
+        exchange = self._exchange.exchange
+        if sums_parts:
+            self._sums = ShardSums(state, buffers, self._side_work, lends=lends, on_final=exchange)
+        elif group.world_size > 1:
+            submit = partial(self._side_work.submit, exchange)
+            self._sums = LaneSums(state, buffers, lends=lends, on_final=submit)
+        else:
+            self._sums = LaneSums(state, buffers, lends=lends, on_final=exchange)
+
+    def add_up(
+        self,
+        plan: StepPlan,
+        backward: Callable[[int], Tensor],
+        timer: StepTimer,
+        *,
+        checked_turn: int | None = None,
+        checksum: TurnChecksum | None = None,
+    ) -> list[Tensor]:
+        """Calls `backward` with the number of each micro-batch of this rank, in order: it brings
+        gradients to the parameters and returns what `finish` is to get of them (2,). The checksum
+        is made of one turn."""
+        losses: list[Tensor] = []
+        num_subtrees = len(plan.subtrees[self._state.sharding.group])
+        self._exchange.begin(plan.teams, num_subtrees=num_subtrees)
+        for turn, numbers in enumerate(plan.turns):
+            wanted = checksum if turn == checked_turn else None
+            with self._sums.turn(plan, turn, wanted), self._side_work.timed_by(timer):
+                for number in numbers:
+                    losses.append(backward(number))
+        return losses[: len(plan.counted[self._state.sharding.rank])]
+
+    @contextmanager
+    def again(self, plan: StepPlan, checksum: TurnChecksum, timer: StepTimer) -> Iterator[None]:
+        """Lasts for the passes of a turn of which only the checksum is wanted."""
+        with self._sums.again(plan, checksum), self._side_work.timed_by(timer):
+            yield
+
+    def finish(
+        self,
+        step: int,
+        plan: StepPlan,
+        *,
+        losses: Sequence[Tensor],
+        checksums: Sequence[Tensor] = (),
+    ) -> Measured:
+        """Waits for the last sums, and returns the figures of the batch (`StepTotals.finish`)."""
+        self._side_work.wait()
+        return self._totals.finish(
+            step,
+            plan,
+            block_sums=self._exchange.block_sums,
+            losses=losses,
+            checksums=checksums,
+        )
+
+    def close(self) -> None:
+        """Ends the work beside the training thread."""
+        self._side_work.close()
