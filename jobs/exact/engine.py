@@ -1,9 +1,9 @@
 """The exact engine for any PyTorch module: the same bits for any number of workers, without
 raymill's data, models and runs.
 
-    engine = ExactEngine(model, loss, num_lanes=8, rule=AdamW(0.9, 0.95, weight_decay=0.1))
-    while (step := engine.num_steps) < 1000:
-        figures = engine.step(lambda lane: batch_of(step, lane), learning_rate=1e-3)
+    exact = ExactEngine(model, loss, num_lanes=8, rule=AdamW(0.9, 0.95, weight_decay=0.1))
+    while (step := exact.num_steps) < 1000:
+        figures = exact.step(lambda lane: batch_of(step, lane), learning_rate=1e-3)
 
 A step's batch is a fixed number of lanes, whatever the number of workers. Each worker computes some
 of them, and their gradients are added along a fixed tree (`sums.exact_reduce`).

@@ -120,7 +120,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(_WORLD_SIZE):
-            process = context.Process(target=work, args=(rank, folder, arguments.rounds), daemon=True)
+            process = context.Process(
+                target=work, args=(rank, folder, arguments.rounds), daemon=True
+            )
             process.start()
             processes.append(process)
         for process in processes:

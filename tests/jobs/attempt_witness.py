@@ -44,7 +44,7 @@ class AttemptWitness:
             "flat buffer": [state.values, state.gradient, *state.vectors.values()],
         }
         if gradient._is_exact:
-            kinds["sums"] = [gradient._sums]
-            kinds["flat buffer"] += gradient._exchange._buffers
+            kinds["sums"] = [gradient._sum._sums]
+            kinds["flat buffer"] += gradient._sum._exchange._buffers
         for kind, values in kinds.items():
             self._made += [(kind, weakref.ref(value)) for value in values]

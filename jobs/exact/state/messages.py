@@ -42,11 +42,13 @@ def joined_buckets(buckets: Sequence[Span], num_peers: int) -> list[Sequence[Spa
     least = min(num_peers * LEAST_MESSAGE, num_values // _LEAST_NUM_BUNDLES)
     joined: list[Sequence[Span]] = []
     together: list[Span] = []
+    num_together = 0
     for bucket in buckets:
         together.append(bucket)
-        if sum(map(len, together)) >= least:
+        num_together += len(bucket)
+        if num_together >= least:
             joined.append(together)
-            together = []
+            together, num_together = [], 0
     if together:
         joined.append(together)
     return joined
