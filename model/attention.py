@@ -14,12 +14,16 @@ from torch import Tensor
 from model.kv_cache import Window, for_each_head
 from model.linear_cross_entropy import IGNORE_INDEX
 
+_LEAST_DOCUMENTS = 64
+_USUAL_TOKENS = 128  # of the shortest documents that rows usually have, in the mean
+_GROWTH = 4
+
 
 class Documents(NamedTuple):
     """The documents in rows of tokens, for attention without a mask: B x T tokens end to end are so
     many sequences."""
 
-    starts: Tensor  # (documents + 1,), int32: where each begins, and the end; the last may be empty
+    starts: Tensor  # (size + 1,), int32: where each begins, and the end; the last may be empty
     longest: int  # tokens, at most
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -71,13 +75,23 @@ def document_mask(positions: Tensor) -> Tensor:
 
 
 def packed_documents(positions: Tensor) -> Documents:
-    """Returns the documents at `positions` (B, T), on a CPU, as the number of documents decides a
-    shape. Empty ones make that a power of two, so that a compiled model meets few shapes."""
+    """Returns the documents at `positions` (B, T), on a CPU, as their number decides a shape. Empty
+    ones pad it to one size for all rows, as a compiled model is compiled for each."""
     begins = (positions == 0).flatten().nonzero().flatten()
-    size = max(64, 1 << (len(begins) - 1).bit_length())
+    size = _padded(len(begins), num_tokens=positions.numel())
     starts = torch.full((size + 1,), positions.numel(), dtype=torch.int32)
     starts[: len(begins)] = begins
     return Documents(starts, positions.shape[1])
+
+
+def _padded(num_documents: int, *, num_tokens: int) -> int:
+    """Returns the number of documents in so many tokens, with empty ones: the same whatever rows
+    are read, unless documents are very short. Four sizes more are enough for any."""
+    usual = num_tokens // _USUAL_TOKENS
+    size = max(_LEAST_DOCUMENTS, 1 << (usual - 1).bit_length())
+    while size < num_documents:
+        size *= _GROWTH
+    return size
 
 
 def attention(

@@ -19,6 +19,15 @@ from model.linear_cross_entropy import linear_cross_entropy, losses_and_gradient
 from model.numerics import Numerics
 
 
+class Compilations:
+    """Counts the graphs of operations that PyTorch has begun to compile in this process."""
+
+    number = 0
+
+
+compilations = Compilations()
+
+
 class Operations(NamedTuple):
     """Shapes: N tokens, C width, V vocabulary."""
 
@@ -50,6 +59,23 @@ def _block(block: nn.Module, *values: Any) -> Tensor:
     return y
 
 
+def _count_compilation() -> bool:
+    """Counts one. The compiler takes what it returns for constant: so it calls it while it traces a
+    graph, and compiled kernels never do."""
+    compilations.number += 1
+    return True
+
+
+def _block_to_compile(block: nn.Module, *values: Any) -> Tensor:
+    _count_compilation()
+    return _block(block, *values)
+
+
+def _chunk_to_compile(h: Tensor, w: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    _count_compilation()
+    return losses_and_gradients(h, w, targets)
+
+
 PLAIN = Operations(_embed, _affine, F.linear, _block, linear_cross_entropy)
 
 
@@ -66,8 +92,9 @@ def compiled(backend: "str | Callable[..., Any]" = "inductor") -> Operations:
     # The compiler, too, then chooses kernels by rule and not by timing, which would make bits
     # depend on the moment.
     torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())
+    torch.compiler.assume_constant_result(_count_compilation)
     fused = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
-    block, chunk = fused(_block), fused(losses_and_gradients)
+    block, chunk = fused(_block_to_compile), fused(_chunk_to_compile)
 
     def block_in_training(module: nn.Module, *values: Any) -> Tensor:
         y: Tensor = (block if torch.is_grad_enabled() else _block)(module, *values)

@@ -30,9 +30,7 @@ from jobs.run.step_timer import StepTimer
 from jobs.run.storage_retry import patiently
 from jobs.tokens.token_stream import TokenStream
 from jobs.workers.worker_group import WorkerGroup
-from model.cpu_ops.loans import Places, lent, weight_copies
 from model.decoder import Decoder
-from model.operations import product_type
 from model.training.training_memory import large_zeros
 
 _MAX_PLANS = 4  # kept: a step needs its own and the next one's
@@ -61,13 +59,7 @@ class BatchGradient:
         choose_operations(state.decoder, config, state.gathered)
         self._loss = _ScaledLoss(state.decoder)
         self._lends = way_to_compute(config) == "cpu"
-        # The matrices, for operations that do not round them themselves
-        self._rounded: Tensor | None = None
-        numerics = config.train.numerics
-        self._loss_scale = numerics.loss_scale
-        if self._lends and numerics.is_rounded and not state.gathered:
-            size = state.layout.boundary
-            self._rounded = large_zeros(size, dtype=product_type(numerics), device=state.device)
+        self._loss_scale = config.train.numerics.loss_scale
         num_micro_batches = config.train.micro_batches_per_lane
         self._new_plan = partial(StepPlan, state.sharding, num_micro_batches=num_micro_batches)
         self._plan_of_count = lru_cache(maxsize=_MAX_PLANS)(self._new_plan)
@@ -92,7 +84,7 @@ class BatchGradient:
         only this rank's parts of the gradient."""
         with timer.phase("load"):
             self._read_ahead(step)
-        with self._state.weights_in_use(timer), lent(weight_copies, self._rounded_weights()):
+        with self._state.weights_in_use(timer):
             measured = (
                 self._exact_gradient(step, timer)
                 if self._is_exact
@@ -136,20 +128,6 @@ class BatchGradient:
         if self._is_exact:
             self._sum.close()
 
-    def _rounded_weights(self) -> Places:
-        """Returns the matrices as the lanes of a step compute with them, valid for that step
-        only."""
-        rounded = self._rounded
-        if rounded is None:
-            return {}
-        layout = self._state.layout
-        rounded.copy_(self._state.values[: len(rounded)])
-        copies: dict[nn.Parameter, Tensor] = {}
-        for name, weights in self._state.model.named_parameters():
-            if layout.places[name].start < len(rounded):
-                copies[weights] = layout.view(rounded, name, weights)
-        return copies
-
     def _exact_gradient(self, step: int, timer: StepTimer) -> Measured:
         plan = self._plan(step)
         audit = self.audit_of_step(step)
@@ -183,7 +161,7 @@ class BatchGradient:
         """Has every rank compute some turns of a step, each given as its rank and its number there.
         Returns their checksums: for each turn, that of every rank."""
         totals: list[Tensor] = []
-        with self._state.weights_in_use(timer), lent(weight_copies, self._rounded_weights()):
+        with self._state.weights_in_use(timer):
             for rank, turn in turns:
                 numbers = self._plan(step).turns_of(rank)[turn]
                 totals.append(self._checksum_of(step, numbers, timer))

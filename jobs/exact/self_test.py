@@ -1,10 +1,15 @@
 """Checks before a worker trains that its device computes the gradient that the model defines, and
 the same one twice.
 
-A tiny step goes the whole way of a real one, in the run's own precision, and is held against
-autograd in float64. Fused kernels are then compiled for the run's own shape, which is held against
-plain operations in one block. Of a model of transformers, whose operations are PyTorch's, a few of
-its own layers are tested too (`foreign_test`).
+A tiny step goes the whole way of a real one, with the run's own precision, documents and
+recomputation, and is held against autograd in float64. Fused kernels are then compiled for one
+block of the run's own shape, which is held against plain operations. No other way to compute draws
+the same dropout: so these two are without. The run's own dropout follows, which must give the same
+gradients twice, about as long as without it. Thus the kernels that the run trains with are compiled
+here, and their gradients are hashed.
+
+Of a model of transformers, whose operations are PyTorch's, a few of its own layers are tested too
+(`foreign_test`).
 """
 
 import dataclasses
@@ -26,6 +31,9 @@ from model.errors import UserError
 from model.foreign_config import ForeignConfig
 from model.gpt import GPT
 from model.operations import PLAIN, use_operations
+
+_MOST_LONGER = 10.0
+"""How many times as long, or as short, dropout that drops nearly nothing may make a gradient."""
 
 _FROM_KINK = 4.0  # values spread by less than 1
 _EOT = 3
@@ -74,21 +82,28 @@ def self_test(config: RunConfig, device: torch.device) -> str:
         test_foreign(config, device)
     tiny = _in_tiny(config)
     gradients = _check(tiny, device, exact=_in_float64(tiny))
-    if isinstance(config.model, GPTConfig) and way_to_compute(config) == "compiled":
-        shape = dataclasses.replace(config.model, n_layer=1, dropout=0.0)
-        block = _with(
-            config,
-            shape,
-            micro_batch_size=config.train.micro_batch_size,
-            seq_len=seq_len(config),
-        )
-        plain_train = block.train.model_copy(update={"compute": "plain"})
-        plain = block.model_copy(update={"train": plain_train})
-        of_block = _check(block, device, exact=_gradients(plain, device))
-        gradients |= {f"block.{name}": gradient for name, gradient in of_block.items()}
+    if isinstance(config.model, GPTConfig):
+        gradients |= _dropped(tiny, device, config.model.dropout, like=gradients)
+        if way_to_compute(config) == "compiled":
+            gradients |= _of_block(config, config.model, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the run lays out differently
     return _hash(gradients)
+
+
+def _of_block(config: RunConfig, shape: GPTConfig, device: torch.device) -> dict[str, Tensor]:
+    """Returns the gradients of one block, which the run's own kernels computed."""
+    block = _with(
+        config,
+        dataclasses.replace(shape, n_layer=1, dropout=0.0),
+        micro_batch_size=config.train.micro_batch_size,
+        seq_len=seq_len(config),
+    )
+    plain_train = block.train.model_copy(update={"compute": "plain"})
+    plain = block.model_copy(update={"train": plain_train})
+    gradients = _check(block, device, exact=_gradients(plain, device))
+    gradients |= _dropped(block, device, shape.dropout, like=gradients)
+    return {f"block.{name}": gradient for name, gradient in gradients.items()}
 
 
 def _hash(gradients: dict[str, Tensor]) -> str:
@@ -106,8 +121,7 @@ def _check(
     exact: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     """Returns the gradients that were checked."""
-    gradients = _gradients(config, device)
-    again = _gradients(config, device)
+    gradients = _steady_gradients(config, device)
     within = config.train.numerics.tolerance
     # From the loss backward: what comes after a wrong operation is wrong too
     for name in reversed(exact):
@@ -120,6 +134,42 @@ def _check(
                 f"wider type, and {within:g} is allowed in {config.train.precision}: nothing was trained. Try --train."
                 "compute plain, and another version of PyTorch or of the driver"
             )
+    return gradients
+
+
+def _dropped(
+    config: RunConfig,
+    device: torch.device,
+    dropout: float,
+    *,
+    like: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Returns the gradients with the run's dropout, if it has any; `like` are those without it."""
+    if not dropout:
+        return {}
+    assert isinstance(config.model, GPTConfig)
+    shape = dataclasses.replace(config.model, dropout=dropout)
+    gradients = _steady_gradients(config.model_copy(update={"model": shape}), device)
+    most = _MOST_LONGER / (1 - dropout)
+    for name in reversed(like):
+        ratio = float(gradients[name].double().norm() / like[name].double().norm())
+        if not 1 / most < ratio < most:  # it may be NaN
+            raise UserError(
+                f"{_what(name, device)} has, with dropout {dropout:g}, a gradient of {name} that is {ratio:.1g} times "
+                f"as long as without it, and {1 / most:.1g} to {most:.1g} is allowed: nothing was trained. Try --train."
+                "compute plain, and another version of PyTorch or of the driver"
+            )
+    return {f"dropout.{name}": gradient for name, gradient in gradients.items()}
+
+
+def _steady_gradients(config: RunConfig, device: torch.device) -> dict[str, Tensor]:
+    """Returns gradients that are the same twice, unless equal bits are not asked for."""
+    gradients = _gradients(config, device)
+    if not config.train.exact:
+        return gradients
+    again = _gradients(config, device)
+    # From the loss backward: what comes after an unsteady operation is unsteady too
+    for name in reversed(gradients):
         if not torch.equal(gradients[name], again[name]):
             raise UserError(
                 f"{_what(name, device)} gives {name} another gradient each time, so that no run would have the same "
@@ -215,7 +265,7 @@ def _in_tiny(config: RunConfig) -> RunConfig:
     )
     way = way_to_compute(config)
     compute = "plain" if way == "compiled" else way
-    return _with(config, shape, micro_batch_size=2, seq_len=64, compute=compute)
+    return _with(config, shape, micro_batch_size=2, seq_len=64, compute=compute, exact=True)
 
 
 def _with(
@@ -229,7 +279,6 @@ def _with(
         "global_batch_size": 2 * micro_batch_size,
         "batch_ramp_tokens": 0,
         "batch_ramp_start": None,
-        "exact": True,
     }
     train = config.train.model_copy(update=step | changes)
     return config.model_copy(update={"model": shape, "train": train})

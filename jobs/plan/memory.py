@@ -78,7 +78,8 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int) -> dic
     rounded = config.train.numerics.rounded_bytes * (layout.boundary if is_whole else rest)
     return {
         "weights": FP32_BYTES * (layout.size if is_whole else own_values),
-        "bf16_weights": float(rounded),  # in autocast's cache
+        # Of blocks for good, and of embeddings in autocast's cache
+        "bf16_weights": float(rounded),
         "gradients": FP32_BYTES * own_values,
         "lane_sums": FP32_BYTES * ((num_buffers - 1) * own_values + second),
         "optimizer": most_optimizer_bytes(config, layout, num_holders=sharding.num_holders),

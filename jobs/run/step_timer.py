@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 
 from cluster.monitoring.metric_table import PHASES, REST, Phase
+from model.operations import compilations
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class StepTime:
     wall_s: float
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
     num_lanes: int = 0  # backward passes in it
+    num_compiled: int = 0  # graphs, which take their time in one of the phases
 
 
 class HostClock:
@@ -57,6 +59,7 @@ class StepTimer:
         self._mark: Any = self._clock.mark()
         self._spans: deque[tuple[str, Any, Any]] = deque()
         self._num_lanes = 0
+        self._num_compiled = compilations.number
         self._taken = self._now_s()
 
     def phase(self, name: Phase) -> Self:
@@ -86,8 +89,10 @@ class StepTimer:
             sums[name] = sums.get(name, 0.0) + elapsed_s
             self._spans.popleft()
         num_lanes, self._num_lanes = self._num_lanes, 0
+        num_compiled = compilations.number - self._num_compiled
+        self._num_compiled += num_compiled
         in_order = {name: sums[name] for name in (*PHASES, REST) if name in sums}
-        return StepTime(wall_s, in_order, num_lanes)
+        return StepTime(wall_s, in_order, num_lanes, num_compiled)
 
     def _now_s(self) -> float:
         """Returns the moment just marked if it is on the host's clock, so that the phases sum to

@@ -64,7 +64,7 @@ class RankPhases:
     def close_window(self) -> list[RankTime]:
         """Returns the ranks in the window that ends with the last step; all ranks call this
         together."""
-        window, self._window = self._window, []
+        window, self._window = _without_compilation(self._window), []
         seconds = [
             statistics.fmean(step.seconds.get(name, 0.0) for step in window) for name in _NAMES
         ]
@@ -79,6 +79,13 @@ class RankPhases:
         new = lasting - self._named
         self._slow, self._named = set(found), lasting
         return {number: found[number] for number in new}
+
+
+def _without_compilation(window: list[StepTime]) -> list[StepTime]:
+    """Returns the steps in which nothing was compiled, which one rank may do alone: all, if there
+    are no such steps."""
+    usual = [step for step in window if not step.num_compiled]
+    return usual or window
 
 
 def as_fields(ranks: list[RankTime]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from types import ModuleType
 from cluster.settings.code_folders import CODE_ROOT
 from jobs.workers.watchdog import Beat, Hang, Place, Waits
 from jobs.workers.worker_group import Meeting
+from model.operations import compilations
 
 BEAT_S = 1.0
 
@@ -40,6 +41,7 @@ class Pulse:
         self.hang: Hang | None = None  # on which this worker's watchdog has to act
         self._step_s: deque[float] = deque(maxlen=_NUM_STEPS)
         self._step_start: float | None = None
+        self._num_compiled = 0  # graphs, before the place was reached
         self._thread_id = threading.get_ident()
 
     def at(self, place: Place) -> None:
@@ -48,10 +50,17 @@ class Pulse:
         if place is Place.STEP:
             self.num_steps += 1
             # No validation or checkpoint in between
-            if self._place is Place.STEP and self._step_start is not None:
+            if self._place_now is Place.STEP and self._step_start is not None:
                 self._step_s.append(now - self._step_start)
             self._step_start = now
         self._place, self._num_moves = place, self._num_moves + 1
+        self._num_compiled = compilations.number
+
+    @property
+    def _place_now(self) -> Place:
+        """A step that compiles takes as long as a first one."""
+        compiles = compilations.number > self._num_compiled
+        return Place.FIRST_STEP if compiles and self._place is Place.STEP else self._place
 
     def beat(self) -> Beat:
         innermost = sys._current_frames().get(self._thread_id)
@@ -66,7 +75,7 @@ class Pulse:
             waits_for.append(Waits.WORKERS)
         num_moves = self._num_moves + self.meeting.progress.num_marks()
         return Beat(
-            self._place, num_moves, usual, waits_for, traceback.format_list(stack), self.hang
+            self._place_now, num_moves, usual, waits_for, traceback.format_list(stack), self.hang
         )
 
 

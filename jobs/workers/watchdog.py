@@ -38,7 +38,7 @@ _FORSAKEN_FACTOR = 20
 class Place(StrEnum):
     # Starting and finishing, both of which wait for storage as long as it takes
     AROUND = "around the steps"
-    FIRST_STEP = "first step"  # of an attempt
+    FIRST_STEP = "first step"  # of an attempt, or another one in which kernels are compiled
     STEP = "step"
     VALIDATION = "validation"
     SAVE = "save"

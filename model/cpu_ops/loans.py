@@ -1,5 +1,5 @@
-"""Memory that training on a CPU lends the model for the time of a step: where gradients go, copies
-of the weights, scratch.
+"""Memory that training on a CPU lends the model for the time of a step: where gradients go, and
+scratch.
 
 Each loan lasts as long as its context, as autocast does. Outside of it, and for a parameter that a
 mapping does not name, the operations compute the same numbers in fresh memory.
@@ -23,10 +23,6 @@ gradient_sinks: ContextVar[Places] = ContextVar("gradient sinks")
 """A loss whose forward pass runs meanwhile writes these parameters' gradients there, over the
 earlier values. Each takes one forward and one backward pass; `parameter.grad` must be None and
 becomes the sink itself."""
-
-weight_copies: ContextVar[Places] = ContextVar("weight copies")
-"""Forward passes use these copies, in autocast's type, instead of converting the weights each
-time."""
 
 scratch_memory: ContextVar["Scratch | None"] = ContextVar("scratch memory")
 """Operations on a CPU take memory from there."""
@@ -54,7 +50,7 @@ class Scratch:
 
 @contextmanager
 def lent(variable: ContextVar[_T], value: _T) -> Iterator[None]:
-    """Lends the value to the model as one of the three above."""
+    """Lends the value to the model as one of the two above."""
     token = variable.set(value)
     try:
         yield

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.cpu_ops.loans import scratch_like, sink_of, weight_copies
+from model.cpu_ops.loans import scratch_like, sink_of
 from model.linear_cross_entropy import IGNORE_INDEX, compute_dtype
 from model.operations import PLAIN
 
@@ -33,7 +33,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = compute_dtype(x)
-    return _Product.apply(x.to(dtype), weight, bias, _in_type(weight, dtype), sink_of(weight))
+    w = weight.detach().to(dtype)
+    return _Product.apply(x.to(dtype), weight, bias, w, sink_of(weight))
 
 
 class _Product(torch.autograd.Function):
@@ -227,8 +228,13 @@ class _Sum:
 
 
 def _in_type(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    copy: Tensor | None = weight_copies.get({}).get(weight)  # type: ignore[call-overload]
-    return copy if copy is not None and copy.dtype == dtype else weight.detach().to(dtype)
+    """Returns a weight that no product keeps for backward: in scratch memory, if it has another
+    type."""
+    values = weight.detach()
+    if values.dtype == dtype:
+        return values
+    scratch = scratch_like(values.new_empty(0, dtype=dtype), "weight", values.shape)
+    return values.to(dtype) if scratch is None else scratch.copy_(values)
 
 
 CPU = PLAIN._replace(embed=embed, affine=affine, linear=linear, cross_entropy=cross_entropy)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.config import GPTConfig
 
@@ -67,12 +67,15 @@ def mean_loss(
 
 
 def loss_and_gradients(
-    model: nn.Module, config: GPTConfig, inputs: Tensor, targets: Tensor, *, eot_id: int | None
+    values: Mapping[str, Tensor],
+    config: GPTConfig,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    eot_id: int | None,
 ) -> tuple[float, dict[str, Tensor]]:
-    """Returns the mean loss and its gradient by parameter, in float64 on the model's device."""
-    weights = {
-        name: value.detach().double().requires_grad_() for name, value in model.named_parameters()
-    }
+    """Returns the mean loss and its gradient by parameter, in float64 on the values' device."""
+    weights = {name: value.detach().double().requires_grad_() for name, value in values.items()}
     loss = mean_loss(weights, config, inputs, targets, eot_id=eot_id)
     return float(loss.detach()), dict(
         zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True)

@@ -39,9 +39,8 @@ class GradientError:
 def gradient_error(config: RunConfig, device: torch.device) -> GradientError:
     """Takes the gradient of step 1 with all of its lanes, as training does."""
     run = MadeRun(config, device)
-    loss, expected = loss_and_gradients(
-        run.state.model, config.model, *run.batch(1), eot_id=run.eot_id
-    )
+    weights = run.state.by_parameter(run.state.values)
+    loss, expected = loss_and_gradients(weights, config.model, *run.batch(1), eot_id=run.eot_id)
     measured = run.gradient_of(1)
     found = {
         name: grad.double() for name, grad in run.state.by_parameter(run.state.gradient).items()

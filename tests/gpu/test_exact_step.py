@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.compute import autocast
 from jobs.exact.self_test import self_test
 from jobs.exact.state.train_state import TrainState
 from jobs.exact.sums.step_totals import Measured
@@ -166,19 +167,21 @@ def test_validation_and_samples_are_allowed_in_exact_mode(
             for _ in range(2)
         ]
         model = run.state.model.eval()
-        answers = [
-            generate(
-                model,
-                [3, 1, 4],
-                max_tokens=12,
-                params=SamplingParams(temperature=0.8, top_p=0.9, seed=7),
-            )
-            for _ in range(2)
-        ]
+        with run.state.weights_in_use(), autocast(config, device):
+            answers = [
+                generate(
+                    model,
+                    [3, 1, 4],
+                    max_tokens=12,
+                    params=SamplingParams(temperature=0.8, top_p=0.9, seed=7),
+                )
+                for _ in range(2)
+            ]
     run.close()
     assert figures[0] == figures[1]
     batch = [part.to(device) for part in rows.rows(range(10))]
-    expected, _ = loss_and_gradients(model, config.model, batch[0], batch[1], eot_id=run.eot_id)
+    weights = run.state.by_parameter(run.state.values)
+    expected, _ = loss_and_gradients(weights, config.model, batch[0], batch[1], eot_id=run.eot_id)
     assert figures[0].figures["val_loss"] == pytest.approx(
         expected, abs={"fp32": 1e-5, "bf16": 1e-2}[precision]
     )

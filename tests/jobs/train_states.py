@@ -28,7 +28,9 @@ def make_model(**changes: Any) -> GPT:
 
 
 def make_state(model: GPT | None = None, **settings: Any) -> TrainState:
-    config = TrainConfig(**({"weight_decay": 0.3, "grad_clip": 0.0} | settings))
+    config = TrainConfig(
+        **({"precision": "fp32", "weight_decay": 0.3, "grad_clip": 0.0} | settings)
+    )
     return TrainState(model or make_model(), config, device=torch.device("cpu"))
 
 

@@ -1,11 +1,12 @@
 """Trains a small model over real gloo processes, for worlds of several sizes in turn, and prints
 the results.
 
-    python -m tests.jobs.train_worlds MAX_WORLD_SIZE FOLDER [SUITE]
+    python -m tests.jobs.train_worlds MAX_WORLD_SIZE|SIZE,SIZE,… FOLDER [SUITE]
 
 The last word names other cases, of `SUITES`. Prints one JSON object: by case and world, the
-parameter hash and losses of every rank, and the bytes sent a step. The world "resized" is one run
-whose world has another size at each step, and whose state is sharded in another way.
+parameter hash and losses of every rank, and the bytes sent a step. Up to a size, all worlds are
+tried, and one "resized": that is one run whose world has another size at each step, and whose state
+is sharded in another way.
 """
 
 import itertools
@@ -68,6 +69,11 @@ class Case:
     one_block: bool = False  # a model of so few values that one rank owns all parts
     family: str = ""  # of a model of transformers, in place of ours
     optimizer: Optimizer = "adamw"
+    num_layers: int = 3
+    vocab_size: int = VOCAB
+    is_tied: bool = True
+    dropout: float = 0.1
+    grad_clip: float = 1.0
 
     @property
     def numbers(self) -> "Case":
@@ -77,13 +83,14 @@ class Case:
     def config(self) -> RunConfig:
         model: Any = {
             "preset": "tiny",
-            "vocab_size": VOCAB,
+            "vocab_size": self.vocab_size,
             "n_positions": SEQ_LEN,
-            "n_layer": 3,
+            "n_layer": self.num_layers,
             "n_embd": 72,
             "n_head": 4,
             "activation_function": self.activation,
-            "dropout": 0.1,
+            "dropout": self.dropout,
+            "tie_word_embeddings": self.is_tied,
         }
         if self.llama:
             model |= {
@@ -107,6 +114,7 @@ class Case:
             "precision": self.precision,
             "exact": self.exact,
             "optimizer": self.optimizer,
+            "grad_clip": self.grad_clip,
         }
         if self.start_lanes:
             train |= {
@@ -195,9 +203,34 @@ def _each_way(family: str) -> Iterator[Case]:
         )
 
 
+ODD_CASES = [
+    Case("bf16", vocab_size=331, shard="parameters", documents=True),  # 331 is a prime
+    Case(num_layers=1, is_tied=False, shard="gradients"),
+    Case("bf16", num_layers=1, num_lanes=4, micro_batches=3, shard="optimizer"),
+    Case("bf16", num_lanes=6, is_tied=False, recompute=True, compute="plain"),
+    Case("bf16", "relu", num_lanes=11, documents=True, recompute=True, shard="gradients"),
+    Case("bf16", num_lanes=5, micro_batches=3, compute="plain", documents=True),
+    Case("bf16", num_lanes=5, micro_batches=3, documents=True),
+    Case(optimizer="muon", shard="optimizer", is_tied=False, num_lanes=6, vocab_size=307),
+    Case("bf16", optimizer="muon", llama=True, recompute=True, num_lanes=5, shard="parameters"),
+    Case("bf16", num_lanes=5, shard="parameters", compute="plain", family="qwen3_moe"),
+    Case(grad_clip=0.0, num_lanes=9, micro_batches=3, shard="optimizer"),
+    Case("bf16", grad_clip=0.01, num_lanes=4, llama=True, is_tied=False, chat=True),
+    Case(num_layers=2, dropout=0.5, num_lanes=12, start_lanes=4, shard="gradients"),
+]
+MANY_CASES = [
+    Case(num_lanes=13),
+    Case("bf16", num_lanes=10, documents=True, shard="optimizer"),
+    Case("bf16", num_lanes=9, compute="plain", shard="gradients"),
+    Case("bf16", num_lanes=10, recompute=True, shard="parameters", group=3),
+]
+"""Those for worlds of six and nine."""
+
 SUITES = {
     "short": CASES,
     "more": MORE_CASES,
+    "odd": ODD_CASES,
+    "many": MANY_CASES,
     "foreign": FOREIGN_CASES,
     **{family: [*_each_way(family)] for family in FAMILIES},
 }
@@ -264,13 +297,13 @@ class Trainer:
         return hash_of_weights(self.state, self.group, step=NUM_STEPS)
 
 
-def worlds(
-    rank: int, max_world_size: int, folder: Path
-) -> Iterator[tuple[str, WorkerGroup, range]]:
+def worlds(rank: int, sizes: str, folder: Path) -> Iterator[tuple[str, WorkerGroup, range]]:
     """Yields the worlds that the rank is part of: a name, the group, and the steps to take in
     it."""
-    plan = [(f"{size}", size, range(1, NUM_STEPS + 1)) for size in range(1, max_world_size + 1)]
-    plan += [("resized", size, range(step, step + 1)) for step, size in enumerate(RESIZES, start=1)]
+    plan = [(f"{size}", size, range(1, NUM_STEPS + 1)) for size in sizes_of(sizes)]
+    if "," not in sizes:
+        for step, size in enumerate(RESIZES, start=1):
+            plan.append(("resized", size, range(step, step + 1)))
     for number, (name, size, steps) in enumerate(plan):
         if rank < size:
             store = f"file://{folder}/world-{number}"
@@ -278,6 +311,12 @@ def worlds(
             yield name, WorkerGroup(rank, size), steps
             dist.barrier()
             dist.destroy_process_group()
+
+
+def sizes_of(word: str) -> list[int]:
+    """Returns the sizes of worlds that are listed, or those up to one."""
+    listed = [int(size) for size in word.split(",")]
+    return listed if len(listed) > 1 else [*range(1, listed[0] + 1)]
 
 
 class FileSnapshots(Snapshots):
@@ -350,15 +389,13 @@ def taken_over(case: Case, group: WorkerGroup, path: Path, step: int) -> Trainer
     return trainer
 
 
-def run_rank(
-    rank: int, max_world_size: int, folder: Path, cases: list[Case]
-) -> list[dict[str, Any]]:
+def run_rank(rank: int, sizes: str, folder: Path, cases: list[Case]) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     snapshots.NUM_SHARES = {"cpu": 3}  # as on GPUs: of the ranks of a node each writes some
     snapshots.CHUNK_BYTES = 40_000  # no share is one piece
     found = []
     resized: dict[Case, list[float]] = {case: [] for case in cases}
-    for name, group, steps in worlds(rank, max_world_size, folder):
+    for name, group, steps in worlds(rank, sizes, folder):
         for number, case in enumerate(cases):
             if name == "resized" and not case.exact:
                 continue
@@ -396,12 +433,13 @@ def run_rank(
 
 
 if __name__ == "__main__":
-    world_size, folder = int(sys.argv[1]), Path(sys.argv[2])
+    sizes, folder = sys.argv[1], Path(sys.argv[2])
+    world_size = max(sizes_of(sizes))
     [suite] = sys.argv[3:] or ["short"]
     cases = SUITES[suite]
     # Forked while this process has no other thread: torch is imported once for all ranks.
     with multiprocessing.get_context("fork").Pool(world_size) as pool:
         results = pool.starmap(
-            run_rank, [(rank, world_size, folder, cases) for rank in range(world_size)], chunksize=1
+            run_rank, [(rank, sizes, folder, cases) for rank in range(world_size)], chunksize=1
         )
     print(json.dumps(results[0]))

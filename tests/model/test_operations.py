@@ -11,12 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import document_mask, document_positions, packed_documents
+from model.attention import Documents, document_mask, document_positions, packed_documents
 from model.cpu_ops.loans import gradient_sinks, lent
 from model.cpu_ops.operations import CPU
 from model.gpt import GPT
 from model.linear_cross_entropy import IGNORE_INDEX
-from model.operations import PLAIN, Operations, compiled, recomputed, use_operations
+from model.operations import (
+    PLAIN,
+    Operations,
+    compilations,
+    compiled,
+    recomputed,
+    use_operations,
+)
 from tests.model.small_models import chunked_loss, small_model
 
 TOKENS = torch.randint(97, (3, 21), generator=torch.Generator().manual_seed(1))
@@ -147,14 +154,64 @@ def test_all_blocks_are_one_graph_whatever_else_is_computed_between() -> None:
         return graph.forward
 
     model = with_operations(compiled(backend), n_layer=12)
+    before = compilations.number
     for _ in range(2):
         model.loss(INPUTS, TARGETS).backward()
         with torch.no_grad():
             model.loss(INPUTS[:2, :7], TARGETS[:2, :7])
     assert len(graphs) == 2  # the block's, and the head's loss
+    assert compilations.number - before == 2
     model.zero_grad()
     model.loss(INPUTS, TARGETS).backward()
     check_gradients(model, upstream=1.0, within=2e-6)
+
+
+def attend_by_borders(documents: Documents, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Does what the attention of CUDA does, which CPUs do not have."""
+    shape = q.shape  # (B, T, H, D)
+    places = torch.arange(shape[0] * shape[1])
+    numbers = torch.searchsorted(documents.starts, places, right=True)
+    seen = (numbers[:, None] == numbers[None, :]) & (places <= places[:, None])
+    q, k, v = (part.flatten(0, 1).transpose(0, 1) for part in (q, k, v))  # (H, B x T, D)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    return y.transpose(0, 1).reshape(shape)
+
+
+@pytest.mark.slow  # imports the compiler
+def test_documents_of_any_usual_number_are_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(Documents, "attend", attend_by_borders)
+    model = with_operations(compiled(backend))
+    plain = with_operations(PLAIN)
+    for num_documents in (1, 2, 7, 30, len(INPUTS.flatten())):
+        tokens = INPUTS.clone()
+        tokens.view(-1)[:: len(INPUTS.flatten()) // num_documents] = EOT
+        positions = document_positions(tokens, eot_id=EOT)
+        documents = packed_documents(positions)
+        loss = model.loss(tokens, TARGETS, positions, documents)
+        expected = plain.loss(tokens, TARGETS, positions, document_mask(positions))
+        torch.testing.assert_close(loss, expected)
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_borders_of_documents_are_padded_to_few_sizes(num_rows: int) -> None:
+    """However many documents there are: a compiled graph is compiled again for each size."""
+    length = 2048
+    sizes: dict[int, int] = {}
+    for num_tokens in (1, 2, 5, 30, 128, 500, length):  # of a document
+        positions = torch.arange(length).expand(num_rows, length) % num_tokens
+        starts = packed_documents(positions).starts
+        assert starts[-1] == num_rows * length
+        sizes[num_tokens] = len(starts)
+    assert len({sizes[num_tokens] for num_tokens in (128, 500, length)}) == 1
+    assert len(set(sizes.values())) <= 5
 
 
 @pytest.mark.slow  # compiles

@@ -1,18 +1,21 @@
-"""Brings weights together from the members that own parts of them, for as long as the model
-computes with them.
+"""Puts the weights where the model computes with them: rounded once a step, or brought together
+from the members that own parts of them.
 
-(ZeRO-3, arXiv 1910.02054; as PyTorch's FSDP, arXiv 2304.11277.) Embeddings, biases and LayerNorms
-are gathered once a step, as fp32. The matrices of the decoder's blocks take turns in two slots of
-memory, block n in slot n % 2: each is gathered while the block before it computes, again for
-backward, and in bf16 where the model computes in it. They are then bf16 parameters, with the same
-products.
+Where the model computes in bf16, the matrices of the decoder's blocks are bf16 parameters, however
+the run is sharded: so compiled kernels are one graph. Their products are those of fp32 parameters
+that autocast rounds, and so are their gradients, which are bf16 numbers.
 
-Kernels may be chosen by where a matrix lies in memory, so each lies as aligned as unsharded: in
-fp32 at the same address modulo `ALIGNMENT_BYTES`, and in bf16 as autocast's copies, each of which
-is memory of its own.
+Sharded weights are gathered (ZeRO-3, arXiv 1910.02054; as PyTorch's FSDP, arXiv 2304.11277).
+Embeddings, biases and LayerNorms are gathered once a step, as fp32. The matrices of blocks take
+turns in two slots of memory, block n in slot n % 2: each is gathered while the block before it
+computes, and again for backward. Whole weights have memory for the rounded matrices of all blocks.
+
+Kernels may be chosen by where a matrix lies in memory, so each lies as aligned whatever is sharded:
+in fp32 at the same address modulo `ALIGNMENT_BYTES`, and in bf16 as autocast's copies, each of
+which is memory of its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -46,6 +49,45 @@ class Home:
     def place_of(self, stretch: Span) -> Span:
         """Returns where the values of a stretch of the span lie."""
         return stretch.shifted(self.start - self.span.start)
+
+
+class RoundedMatrices:
+    """The matrices of the decoder's blocks in the type of their products, in memory that is filled
+    from the whole `values` once a step."""
+
+    def __init__(
+        self,
+        layout: FlatLayout,
+        values: Tensor,
+        *,
+        dtype: torch.dtype,
+        apart: bool,
+    ) -> None:
+        """With `apart` each matrix begins at an aligned place."""
+        self._values = values
+        self._homes: list[Home] = []
+        unit = ALIGNMENT_BYTES // dtype.itemsize
+        end = 0
+        for span in layout.decoder_blocks:
+            for home in block_homes(layout, span, dtype, apart=apart):
+                self._homes.append(Home(home.span, end + home.start))
+            end = -(-self._homes[-1].stop // unit) * unit
+        self._memory = large_zeros(end, dtype=dtype, device=values.device)
+
+    def views(self, places: Mapping[str, Span]) -> dict[str, Tensor]:
+        """Returns the matrices (n,) among the parameters that have these places in the layout."""
+        views: dict[str, Tensor] = {}
+        for name, place in places.items():
+            view = _view_at_home(place, self._homes, self._memory)
+            if view is not None:
+                views[name] = view
+        return views
+
+    def refresh(self) -> None:
+        """Rounds the values as they are now."""
+        for home in self._homes:
+            rounded = home.place_of(home.span).of(self._memory)
+            rounded.copy_(home.span.of(self._values))
 
 
 class _Rest:
@@ -135,9 +177,9 @@ class GatheredWeights:
 
     def _view(self, place: Span) -> Tensor:
         for number, homes in enumerate(self._homes):
-            for home in homes:
-                if place.meets(home.span):
-                    return home.place_of(place).of(self._slots[number % _NUM_SLOTS])
+            view = _view_at_home(place, homes, self._slots[number % _NUM_SLOTS])
+            if view is not None:
+                return view
         [rest] = [rest for rest in self._rests if place.meets(rest.home.span)]
         return rest.view(place)
 
@@ -204,6 +246,15 @@ class GatheredWeights:
     def _release(self) -> None:
         for rest in self._rests:
             rest.release()
+
+
+def _view_at_home(place: Span, homes: Sequence[Home], memory: Tensor) -> Tensor | None:
+    """Returns the view of a parameter, given its place in the flat layout; None where it has no
+    home in this memory."""
+    for home in homes:
+        if place.meets(home.span):
+            return home.place_of(place).of(memory)
+    return None
 
 
 def block_homes(

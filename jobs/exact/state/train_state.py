@@ -29,7 +29,7 @@ from jobs.exact.rules.rules import (
 from jobs.exact.rules.update_rule import Stretch, UpdateRule
 from jobs.exact.state.bundle import Bundle, bundles_of
 from jobs.exact.state.flat_layout import FlatLayout
-from jobs.exact.state.gathered_weights import GatheredWeights
+from jobs.exact.state.gathered_weights import GatheredWeights, RoundedMatrices
 from jobs.exact.state.host_copies import HostCopies
 from jobs.exact.state.messages import numbers_of_sendings
 from jobs.exact.state.peers import Peers
@@ -110,9 +110,14 @@ class TrainState:
         if not any(parameter.is_meta for parameter in model.parameters()):
             self.load_weights(model.named_parameters())
         self.gathered: GatheredWeights | None = None
+        self._rounded: RoundedMatrices | None = None
         if self.sharding.divided.values:
             self.gathered = self._gathered_weights()
         else:
+            if self._rounds_matrices:
+                self._rounded = RoundedMatrices(
+                    self.layout, self.values, dtype=self.matrix_type, apart=self._are_apart
+                )
             self._make_parameters_views()
         self._side_work = side_work(device) if self.sharding.sends_values else None
         self._sendings = [self._sending_of(numbers) for numbers in self._numbers_of_sendings()]
@@ -132,17 +137,13 @@ class TrainState:
         return self.owned if extent is self.layout.whole else self.owned & extent
 
     def _gathered_weights(self) -> GatheredWeights:
-        numerics = self.config.numerics
-        is_rounded = numerics.is_rounded and self.model.rounds_matrices
-        # For its own operations
-        has_flat_copy = self.device.type == "cpu" and self.config.compute in ("auto", "cpu")
         return GatheredWeights(
             self.decoder,
             self.layout,
             self.values,
             self.peers,
             block_type=self.matrix_type,
-            apart=is_rounded and not has_flat_copy,
+            apart=self._are_apart,
         )
 
     @property
@@ -153,15 +154,35 @@ class TrainState:
 
     @property
     def matrix_type(self) -> torch.dtype:
-        """The type in which the matrices of blocks, and their gradients, travel."""
-        return product_type(self.config.numerics) if self.model.rounds_matrices else torch.float32
+        """The type in which the model has the matrices of blocks, and in which they, and their
+        gradients, travel."""
+        return product_type(self.config.numerics) if self._rounds_matrices else torch.float32
+
+    @property
+    def _rounds_matrices(self) -> bool:
+        """Whether matrices of blocks are parameters in the type of products. DistributedDataParallel
+        would sum their gradients in it."""
+        if not self.config.exact or not self.model.rounds_matrices:
+            return False
+        return self.config.numerics.is_rounded
+
+    @property
+    def _are_apart(self) -> bool:
+        """Whether rounded matrices lie as autocast's copies would. For a CPU's own operations they
+        lie as in the layout, where earlier runs had them: those must keep their bits."""
+        is_for_cpus = self.device.type == "cpu" and self.config.compute in ("auto", "cpu")
+        return self._rounds_matrices and not is_for_cpus
 
     def _make_parameters_views(self) -> None:
         views = self.by_parameter(self.values)
+        if self._rounded:
+            for name, matrix in self._rounded.views(self.layout.places).items():
+                views[name] = matrix.view(views[name].shape)
         self.model.adopt({name: view.data for name, view in views.items()})
         for name, parameter in self.model.named_parameters():
             parameter.grad = None
-            if not self.sharding.divided.gradient:
+            is_sum = parameter.dtype == self.gradient.dtype
+            if is_sum and not self.sharding.divided.gradient:
                 parameter.grad = self.layout.view(self.gradient, name, parameter)
 
     def kept(self, name: str) -> PackedSpans:
@@ -181,12 +202,16 @@ class TrainState:
         return self.layout.whole
 
     def weights_in_use(self, timer: StepTimer | None = None) -> AbstractContextManager[None]:
-        """Lasts while the model computes, between two updates.
+        """Lasts while the model computes, between two updates: its matrices are rounded anew.
 
         Where the weights are sharded, each use gathers them from all ranks: so all enter and leave
         together, and call the model equally often. The timer learns how long the model waits.
         """
-        return self.gathered.in_use(timer) if self.gathered else nullcontext()
+        if self.gathered:
+            return self.gathered.in_use(timer)
+        if self._rounded:
+            self._rounded.refresh()
+        return nullcontext()
 
     def close(self) -> None:
         """Ends the work beside the training thread."""

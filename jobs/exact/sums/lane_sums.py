@@ -2,8 +2,8 @@
 
 A hook of autograd stores each parameter's gradient in a flat buffer, or adds it there, at once,
 unless backward has written it there itself: nothing is zeroed or cloned between lanes. A lane of
-several micro-batches adds them up in order first. In the last lane, a bucket whose parameters are
-all done is final.
+several micro-batches adds them up in order first, in fp32. In the last lane, a bucket whose
+parameters are all done is final.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from weakref import WeakMethod
 
+import torch
 from torch import Tensor, nn
 
 from jobs.exact.state.flat_layout import FlatLayout
@@ -105,8 +106,12 @@ class LaneSums:
                 self._views[name].append(view)
         self._step: LaneStep | None = None
         self._checksum: TurnChecksum | None = None
-        self._largest = max(self._parameters.values(), key=nn.Parameter.numel)
+        # Those whose gradients are fp32, as the buffers are
+        full = [one for one in self._parameters.values() if one.dtype == torch.float32]
+        self._largest = max(full, key=nn.Parameter.numel)
         self._second: Tensor | None = None
+        # Sums of a lane's micro-batches so far, of the other ones
+        self._begun: dict[str, Tensor] = {}
         self._scratch = Scratch()
         hand_over_gradients(self._parameters, self._take)
 
@@ -144,15 +149,19 @@ class LaneSums:
                 yield
         finally:
             self._step = self._checksum = None
+            self._begun.clear()
             for name, parameter in self._parameters.items():
-                parameter.grad = self._views[name][0]
+                view = self._views[name][0]
+                parameter.grad = view if parameter.dtype == view.dtype else None
         assert self._num_done == len(self._parameters), "a parameter got no gradient"
 
     def _sinks_of(self, step: LaneStep | None) -> dict[nn.Parameter, Tensor]:
         if step and not step.adds:
             sinks: dict[nn.Parameter, Tensor] = {}
             for name, parameter in self._parameters.items():
-                sinks[parameter] = self._views[name][step.buffer]
+                view = self._views[name][step.buffer]
+                if parameter.dtype == view.dtype:
+                    sinks[parameter] = view
             return sinks
         # A tied embedding without a sink has two whole gradients, which autograd adds.
         if self._second is None:
@@ -164,11 +173,9 @@ class LaneSums:
         if self._step is None and self._checksum is None:
             return
         self._sinks.pop(parameter, None)  # the next micro-batch would write over it
-        self._num_passes[name] += 1
-        if self._num_passes[name] < self._num_micro_batches:
-            return  # autograd adds the next one to this parameter's gradient
-        gradient = parameter.grad
-        assert gradient is not None
+        gradient = self._gradient_of_lane(name, parameter)
+        if gradient is None:
+            return
         if parameter is self._largest:
             corrupt("gradient", gradient)
         if self._checksum:
@@ -179,6 +186,25 @@ class LaneSums:
         self._num_done += 1
         if self._step and self._is_last:
             self._final.finish(name)
+
+    def _gradient_of_lane(self, name: str, parameter: nn.Parameter) -> Tensor | None:
+        """Returns the gradient of all micro-batches of the lane, None before the last one.
+
+        Autograd adds up those of an fp32 parameter. Those of a rounded matrix are rounded, and
+        their sum is not.
+        """
+        gradient = parameter.grad
+        assert gradient is not None
+        self._num_passes[name] += 1
+        is_last = self._num_passes[name] == self._num_micro_batches
+        if self._num_micro_batches == 1 or gradient.dtype == torch.float32:
+            return gradient if is_last else None
+        parameter.grad = None
+        if name in self._begun:
+            self._begun[name].add_(gradient)
+        else:
+            self._begun[name] = gradient.float()
+        return self._begun.pop(name) if is_last else None
 
     def _add(self, name: str, gradient: Tensor, step: LaneStep) -> None:
         views = self._views[name]

@@ -2,10 +2,6 @@
 is sharded, and the steps of a plain loop with PyTorch's AdamW."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -23,12 +19,10 @@ from model.errors import UserError
 from model.foreign_config import ForeignConfig
 from tests.foreign_models import FAMILIES, QUICK, WITH_DROPOUT, small
 from tests.jobs.train_worlds import CPU, SUITES, Case, MadeRows, Trainer
-from tests.repository import REPOSITORY
-from tests.time_limits import limit_s
+from tests.jobs.world_runs import Outcome, run_worlds
 
 MAX_WORLD_SIZE = 5
 
-Outcome = dict[str, Any]
 Runs = Callable[[str], list[Outcome]]
 
 
@@ -40,23 +34,7 @@ def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     @functools.cache
     def outcomes(suite: str) -> list[Outcome]:
         folder = tmp_path_factory.mktemp("worlds")
-        environment = os.environ | {
-            "PYTHONPATH": str(REPOSITORY),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "tests.jobs.train_worlds", str(MAX_WORLD_SIZE)]
-        done = subprocess.run(
-            [*command, str(folder), suite],
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=limit_s(180),
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        results: list[Outcome] = json.loads(done.stdout.splitlines()[-1])
-        return results
+        return run_worlds(folder, str(MAX_WORLD_SIZE), suite, within_s=180)
 
     return outcomes
 

@@ -2,21 +2,34 @@
 breaks."""
 
 import itertools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
+import torch
 from torch import Tensor
 
 from cluster.settings.run import RunConfig
+from cluster.settings.shard import Shard
 from jobs.exact import compute
+from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.self_test import self_test
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.step_totals import Measured, StepTotals
+from jobs.run.step_timer import StepTimer
+from model import gpt
+from model.config import GPTConfig
 from model.errors import UserError
-from model.operations import PLAIN, Operations
+from model.gpt import GPT
+from model.operations import PLAIN, Operations, compiled
+from tests.gpu.made_runs import EOT_ID, MadeRows
+from tests.jobs.lone_rank import rank_0_of
+from tests.jobs.shardings import sharding
 from tests.jobs.train_worlds import CPU
 
 
-def config(**train: Any) -> RunConfig:
-    model = {"preset": "tiny", "n_positions": 128, "dropout": 0.1}
+def config(shape: dict[str, Any] | None = None, **train: Any) -> RunConfig:
+    model = {"preset": "tiny", "n_positions": 128, "dropout": 0.1} | (shape or {})
     return RunConfig.model_validate({"model": model, "train": {"precision": "fp32"} | train})
 
 
@@ -42,6 +55,56 @@ def test_a_healthy_processor_passes_in_bf16_however_wide_the_heads_are(preset: s
     fault."""
     train = {"precision": "bf16", "compute": "plain"}
     self_test(RunConfig.model_validate({"model": {"preset": preset}, "train": train}), CPU)
+
+
+@pytest.mark.slow  # imports the compiler
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("document_mask", [False, True], ids=["whole rows", "documents"])
+def test_what_trains_is_compiled_in_the_test__however_a_run_is_sharded(
+    dropout: float, document_mask: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One graph for all: a rank of four then compiles nothing in its first step."""
+    torch.compiler.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(compute, "compiled", lambda: compiled(backend))
+    shape = {"n_layer": 3, "dropout": dropout}
+    settings = {"compute": "compiled", "precision": "bf16", "document_mask": document_mask}
+    settings |= {"micro_batch_size": 2, "global_batch_size": 16}
+    run = config(shape, **settings)
+    self_test(run, CPU)
+    tested = len(graphs)
+    assert tested == (3 if dropout else 2), "a block with and without dropout, and the head's loss"
+    for shard in get_args(Shard):
+        for micro_batches in (1, 2):
+            take_a_step(run, shard, micro_batches)
+            assert len(graphs) == tested, (shard, micro_batches)
+
+
+def take_a_step(run: RunConfig, shard: Shard, micro_batches: int) -> None:
+    """Computes a step as rank 0 of four, which the others send nothing."""
+    per_lane = {"micro_batches_per_lane": micro_batches}
+    run = run.model_copy(update={"train": run.train.model_copy(update=per_lane)})
+    with rank_0_of(4) as group, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(StepTotals, "finish", lambda *_, **__: Measured(0.0, 0.0, 1))
+        assert isinstance(run.model, GPTConfig)
+        state = TrainState(
+            GPT(run.model),
+            run.train,
+            device=CPU,
+            group=group,
+            sharding=sharding(shard, world_size=4),
+        )
+        eot_id = EOT_ID if run.train.document_mask else None
+        rows = MadeRows.of(run)
+        gradient = BatchGradient(run, state, rows, group, eot_id=eot_id)  # type: ignore[arg-type]
+        gradient.of_step(1, StepTimer())
+        gradient.close()
+        state.close()
 
 
 def wrong(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -75,3 +138,19 @@ def test_a_planted_fault_is_named(
     monkeypatch.setattr(compute, "PLAIN", ops)
     with pytest.raises(UserError, match=message):
         self_test(config(compute="plain"), CPU)
+
+
+def test_dropout_is_tested_too() -> None:
+    """It is part of the hash, and of what must be the same twice and about as long."""
+    hashes = {self_test(config({"dropout": dropout}), CPU) for dropout in (0.0, 0.1, 0.3)}
+    assert len(hashes) == 3
+
+
+@pytest.mark.parametrize("compute_way", ["plain", "cpu"])
+def test_a_fault_of_dropout_is_named(compute_way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drops_all(x: Tensor, p: float, training: bool) -> Tensor:
+        return 0.0 * x if p else x
+
+    monkeypatch.setattr(gpt.F, "dropout", drops_all)
+    with pytest.raises(UserError, match=r"has, with dropout 0\.1, a gradient of .* times as long"):
+        self_test(config(compute=compute_way), CPU)

@@ -8,6 +8,7 @@ import pytest
 from jobs.run.ledger import Ledger
 from jobs.run.step_timer import StepTimer
 from jobs.training.train_loop import train
+from model.operations import compilations
 from tests.jobs.runs import tiny_plan
 
 
@@ -57,6 +58,16 @@ def test_what_a_device_has_not_done_counts_later() -> None:
     assert timer.take().seconds == {"forward": 1.0, "stall": 1.0}
     clock.known_until = 10**9
     assert timer.take().seconds == {"backward": 1.0, "stall": 3.0}
+
+
+def test_graphs_that_are_compiled_meanwhile__count_in_their_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timer = StepTimer(clock=Ticks())
+    assert timer.take().num_compiled == 0
+    monkeypatch.setattr(compilations, "number", compilations.number + 2)
+    assert timer.take().num_compiled == 2
+    assert timer.take().num_compiled == 0
 
 
 def test_phases_of_a_real_run_sum_to_its_wall_time(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class Saving:
         )
         model.init_weights(0)
         self.run = run
-        self.state = TrainState(model, TrainConfig(), device=torch.device("cpu"))
+        self.state = TrainState(model, TrainConfig(precision="fp32"), device=torch.device("cpu"))
         self.fence = Fence(run, launcher=0)
         self.ledger = LedgerWriter(run, self.fence)
         self.checkpoints = RunCheckpoints(run, self.fence)

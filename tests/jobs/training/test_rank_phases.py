@@ -52,3 +52,15 @@ def test_a_window_holds_the_mean_of_its_steps() -> None:
     (alone,) = phases.close_window()
     assert alone.seconds["load"] == 1.0, "a window begins anew"
     assert from_fields(as_fields([alone])) == [RankTime({"load": 1.0}, 1.0)]
+
+
+def test_a_step_that_compiles__is_left_out_of_its_window() -> None:
+    """One rank may compile alone, and would seem to be a straggler."""
+    phases = RankPhases(WorkerGroup(0, 1))
+    phases.add(StepTime(1.0, {"forward": 1.0}, 1))
+    phases.add(StepTime(60.0, {"forward": 60.0}, 1, num_compiled=1))
+    (found,) = phases.close_window()
+    assert found.lane_s == 1.0
+    phases.add(StepTime(60.0, {"forward": 60.0}, 1, num_compiled=1))
+    (alone,) = phases.close_window()
+    assert alone.lane_s == 60.0, "there is no other step"

@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,10 +24,11 @@ from jobs.run import storage_retry as outage
 from jobs.saving import saving_thread
 from jobs.tokens import token_stream
 from jobs.training.train_worker import WAITING_PLACES
-from jobs.workers import worker_group
+from jobs.workers import heartbeat, worker_group
 from jobs.workers.heartbeat import Pulse
 from jobs.workers.incident_notes import INCIDENTS
 from jobs.workers.watchdog import HANGS, Beat, Health, Place, Waits, health
+from model.operations import compilations
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
@@ -110,6 +111,27 @@ def test_a_worker_waits_for_others_while_it_is_in_a_message_wherever_its_trainin
     after = pulse.beat()
     assert after.waits_for == []
     assert after.num_moves > before.num_moves, "each message is a move"
+
+
+def test_a_step_that_compiles__is_like_a_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take minutes, and does not count as one of the usual steps."""
+    now_s = 0.0
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: now_s))
+    pulse = Pulse({})
+    for _ in range(3):
+        pulse.at(Place.STEP)
+        now_s += 1.0
+    assert (pulse.beat().place, pulse.beat().usual_step_s) == (Place.STEP, 1.0)
+    monkeypatch.setattr(compilations, "number", compilations.number + 1)
+    compiling = pulse.beat()
+    assert compiling.place is Place.FIRST_STEP
+    assert health(compiling, silent_s=1, unmoved_s=200, hang_timeout_s=30) is Health.WELL
+    now_s += 200.0
+    pulse.at(Place.STEP)
+    assert pulse.beat().place is Place.STEP
+    now_s += 3.0
+    pulse.at(Place.STEP)
+    assert pulse.beat().usual_step_s == 1.0, "the median of 1, 1 and 3"
 
 
 WORKER = """

@@ -1,17 +1,13 @@
 """Where weights lie in memory: kernels may be chosen by that, so it is the same for any way to
 share a run."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, get_args
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.settings.run import RunConfig
 from cluster.settings.shard import Shard
@@ -20,9 +16,8 @@ from jobs.exact.state.gathered_weights import block_homes
 from jobs.exact.state.train_state import TrainState
 from jobs.plan.memory import layout_of
 from jobs.run.step_timer import StepTimer
-from jobs.workers.worker_group import WorkerGroup
-from model.cpu_ops.loans import weight_copies
 from model.gpt import GPT
+from tests.jobs.lone_rank import rank_0_of
 from tests.jobs.shardings import sharding
 from tests.jobs.train_worlds import CPU
 
@@ -35,8 +30,7 @@ class _WeightsInUse(Exception):  # noqa: N818 (nothing is wrong)
 
 class Rows:
     """Asked for rows, it notes where the weights lie that the model is about to compute with, and
-    ends the step. Of a block's matrices those are copies in bf16, where the model computes with
-    such."""
+    ends the step."""
 
     def __init__(self, model: GPT) -> None:
         self._model = model
@@ -46,23 +40,9 @@ class Rows:
         pass
 
     def samples(self, indices: Any) -> tuple[Tensor, Tensor]:
-        copies, of_blocks = weight_copies.get({}), {*self._model.blocks.parameters()}
         for name, parameter in self._model.named_parameters():
-            used = copies.get(parameter, parameter) if parameter in of_blocks else parameter
-            self.places[name] = used.data_ptr() % MODULUS
+            self.places[name] = parameter.data_ptr() % MODULUS
         raise _WeightsInUse
-
-
-@contextmanager
-def rank_0_of(world_size: int) -> Iterator[WorkerGroup]:
-    """Lasts while this process is one of so many, of which no other one sends anything."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    try:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(dist, "batch_isend_irecv", lambda messages: [])
-            yield WorkerGroup(0, world_size)
-    finally:
-        dist.destroy_process_group()
 
 
 def config_of(width: int, *, llama: bool, precision: str, compute: str) -> RunConfig:

@@ -162,7 +162,7 @@ def sending_state() -> Iterator[TrainState]:
     """Yields rank 0's state of two ranks with half of the moments each."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        config = TrainConfig(grad_clip=0.0)
+        config = TrainConfig(precision="fp32", grad_clip=0.0)
         model = make_model(n_embd=96, n_inner=384)
         halves = sharding("optimizer", world_size=2)
         state = TrainState(
@@ -268,7 +268,11 @@ def test_parts_of_any_world_make_the_state_in_any_other() -> None:
             group = WorkerGroup(rank, world_size)
             part = sharding("optimizer", rank=rank, world_size=world_size)
             state = TrainState(
-                make_model(), TrainConfig(), device=torch.device("cpu"), group=group, sharding=part
+                make_model(),
+                TrainConfig(precision="fp32"),
+                device=torch.device("cpu"),
+                group=group,
+                sharding=part,
             )
             restore(state, stored(moments(whole), dict(whole.model.state_dict())))
             ranks.append(state)

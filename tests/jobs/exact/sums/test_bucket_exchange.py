@@ -2,13 +2,8 @@
 them."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -38,8 +33,7 @@ from tests.jobs.train_worlds import (
     MadeRows,
     Trainer,
 )
-from tests.repository import REPOSITORY
-from tests.time_limits import limit_s
+from tests.jobs.world_runs import Outcome, run_worlds
 
 MAX_WORLD_SIZE = 5
 EXACT = [case for case in CASES + MORE_CASES if case.exact]
@@ -47,8 +41,6 @@ EVEN = [case for case in EXACT if not case.one_block and case.optimizer == "adam
 """Cases whose workers have parts of about the same size."""
 WHOLE = [case for case in EVEN if case.shard in ("none", "optimizer")]
 """Those whose workers sum whole gradients."""
-
-Outcome = dict[str, Any]
 
 
 def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
@@ -64,36 +56,13 @@ def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], list[O
     """Returns the results of real processes, in worlds of 1 to 5 and in one of changing size."""
 
     @functools.cache
-    def outcomes(*more: str) -> list[Outcome]:
+    def outcomes(suite: str) -> list[Outcome]:
         folder = tmp_path_factory.mktemp("worlds")
-        environment = os.environ | {
-            "PYTHONPATH": str(REPOSITORY),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [
-            sys.executable,
-            "-m",
-            "tests.jobs.train_worlds",
-            str(MAX_WORLD_SIZE),
-            str(folder),
-            *more,
-        ]
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=limit_s(120),
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        found: list[Outcome] = json.loads(done.stdout.splitlines()[-1])
-        return found
+        return run_worlds(folder, str(MAX_WORLD_SIZE), suite, within_s=120)
 
     def runs(case: Case) -> list[Outcome]:
-        more = ["more"] if case in MORE_CASES else []
-        return [outcome for outcome in outcomes(*more) if outcome["case"] == asdict(case)]
+        suite = "more" if case in MORE_CASES else "short"
+        return [outcome for outcome in outcomes(suite) if outcome["case"] == asdict(case)]
 
     return runs
 
@@ -101,10 +70,11 @@ def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], list[O
 @functools.cache
 def reference(case: Case) -> tuple[str, list[float]]:
     """Returns the hash and losses of one process that follows the definition: each lane's gradient,
-    then the tree."""
+    then the tree. Its weights are fp32, which autocast rounds at each use."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    trainer, config = Trainer(case, WorkerGroup(0, 1)), case.config()
+    trainer, config = Trainer(replace(case, exact=False), WorkerGroup(0, 1)), case.config()
+    torch.use_deterministic_algorithms(True)
     state, losses, first_sample = trainer.state, [], 0
     for step in range(1, NUM_STEPS + 1):
         num_lanes = {1: 5, 2: 7, 3: 9, 4: 13}[step] if case.start_lanes else case.num_lanes
