@@ -27,6 +27,8 @@ from tests.time_limits import limit_s
 NUM_STEPS = 240
 NUM_LONG_STEPS = 900
 
+ALARMS = ("corruption", "undecided", "named", "refuted")
+
 SETTINGS: dict[str, Any] = {
     "model": {"preset": "tiny", "dropout": 0.1},
     "data": {"vocab_size": 300, "val_fraction": 0.2},
@@ -37,6 +39,7 @@ SETTINGS: dict[str, Any] = {
         "seq_len": 64,
         "learning_rate": 3e-3,
         "eval_every_steps": 80,
+        "audit_every_steps": 10,
     },
     "checkpoint": {"save_every_steps": 40},
 }
@@ -127,9 +130,10 @@ class Arena:
         inject: Callable[[Watch], None],
         *,
         quiet: dict[str, Any] | None = None,
+        is_faulty: bool = False,
     ) -> tuple[dict[str, Any], Ledger]:
         """Returns the run's result while `inject` disturbs it from a thread; its bits must be those
-        of the quiet run."""
+        of the quiet run. Unless a node computes wrong, no audit may say that one does."""
         quiet = quiet or self.quiet
         watch, problems = Watch(config), []
 
@@ -152,6 +156,7 @@ class Arena:
         assert self.losses(config) == [
             line["loss"] for line in Ledger.read(open_storage(quiet["run_dir"])).steps
         ]
+        assert is_faulty or not ledger.events(*ALARMS)
         self.lost_steps += [recovery.lost_steps for recovery in ledger.recoveries()]
         return result, ledger
 

@@ -39,7 +39,8 @@ def test_a_faulty_node_is_left_out_and_the_bits_are_those_of_the_clean_run(
     config = arena.config(f"faulty-{what}", min_workers=2, max_workers=3)
     train = config.train.model_copy(update={"audit_every_steps": 2})
     with faulty_node(arena, fault) as name:
-        _, ledger = arena.run(config.model_copy(update={"train": train}), lambda watch: None)
+        audited = config.model_copy(update={"train": train})
+        _, ledger = arena.run(audited, lambda watch: None, is_faulty=True)
     found = ledger.events("corruption")
     assert {(event["node"], event["what"]) for event in found} == {(name, what)}
     assert found[-1]["measure"] == "left_out"

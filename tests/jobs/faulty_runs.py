@@ -43,7 +43,7 @@ def run_with_fault(plan: RunPlan, folder: Path, fault: Fault | None, *, world_si
         processes = []
         for rank in range(len(nodes)):
             log = folder / f"{start}-{rank}.log"
-            processes.append(worker_process(_work, plan, fault, rank, nodes, meeting, log))
+            processes.append(worker_process(work, plan, fault, rank, nodes, meeting, log))
         for process in processes:
             process.start()
         codes = {exit_code(process, timeout_s=120) for process in processes}
@@ -53,7 +53,7 @@ def run_with_fault(plan: RunPlan, folder: Path, fault: Fault | None, *, world_si
     raise AssertionError((folder / f"{start}-0.log").read_text())
 
 
-def _work(
+def work(
     plan: RunPlan, fault: Fault | None, rank: int, nodes: list[str], meeting: str, log: Path
 ) -> None:
     into_log(log)
