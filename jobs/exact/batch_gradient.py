@@ -31,7 +31,6 @@ from jobs.run.storage_retry import patiently
 from jobs.tokens.token_stream import TokenStream
 from jobs.workers.worker_group import WorkerGroup
 from model.decoder import Decoder
-from model.training.training_memory import large_zeros
 
 _MAX_PLANS = 4  # kept: a step needs its own and the next one's
 
