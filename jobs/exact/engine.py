@@ -88,7 +88,8 @@ class ExactEngine(Generic[Batch]):
         become views of the engine's buffers. `shard` divides the rule's vectors among workers
         ("optimizer"), and the sums of the gradient too ("gradients"). 0 does not clip.
 
-        Raises `UserError` for what cannot be trained exactly.
+        Turns on `torch.use_deterministic_algorithms`. Raises `UserError` for what cannot be
+        trained exactly.
         """
         self._model = AnyModule(model)
         self._loss = loss
@@ -124,6 +125,11 @@ class ExactEngine(Generic[Batch]):
         self._timer = StepTimer()
         self._is_checked = False
         self._require_equal_weights()
+
+    @property
+    def model(self) -> nn.Module:
+        """The module, whose parameters are the trained weights."""
+        return self._model.module
 
     @property
     def num_steps(self) -> int:

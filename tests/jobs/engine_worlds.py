@@ -1,9 +1,9 @@
 """Trains modules that raymill does not know by the exact engine, over real gloo processes, in
 worlds of several sizes, and prints the results.
 
-    python -m tests.jobs.engine_worlds MAX_WORLD_SIZE FOLDER
+    python -m tests.jobs.engine_worlds MAX_WORLD_SIZE FOLDER [adapters]
 
-Prints one JSON object: by case, the hash of the weights after training in each world, in one whose
+The last word names other cases. Prints one JSON object: by case, the hash of the weights after training in each world, in one whose
 size changes at each step, and by stock DistributedDataParallel.
 """
 
@@ -21,7 +21,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from transformers import ViTConfig, ViTForImageClassification, Wav2Vec2Config, Wav2Vec2Model
+from transformers import (
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 
 from cluster.settings.shard import Shard
 from jobs.exact.engine import AdamW, ExactEngine, Muon
@@ -109,12 +116,43 @@ def loss_of_speech(model: nn.Module, generator: torch.Generator) -> Tensor:
     return model(waves).last_hidden_state.square().mean()
 
 
+def adapter() -> nn.Module:
+    """A frozen Qwen3 with low-rank adapters (arXiv 2106.09685), by PEFT."""
+    from peft import LoraConfig, get_peft_model  # seconds that other cases do not need
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+    return get_peft_model(base(), config)
+
+
+def base() -> nn.Module:
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=101,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            intermediate_size=48,
+        )
+    )
+
+
+def loss_of_text(model: nn.Module, generator: torch.Generator) -> Tensor:
+    ids = torch.randint(101, (2, 12), generator=generator)
+    return model(input_ids=ids, labels=ids).loss
+
+
 CASES = {
     "convolutions": Case(convolutions, loss_of_images),
     "convolutions, sharded": Case(convolutions, loss_of_images, shard="gradients"),
     "vision": Case(vision, loss_of_vision, shard="optimizer"),
     "vision, Muon": Case(vision, loss_of_vision, rule=Muon(0.95, 0.1, ADAMW), shard="gradients"),
     "speech": Case(speech, loss_of_speech),
+}
+ADAPTERS = {
+    "adapter": Case(adapter, loss_of_text),
+    "adapter, sharded": Case(adapter, loss_of_text, shard="gradients"),
 }
 
 
@@ -175,14 +213,16 @@ def world(rank: int, world_size: int, folder: Path, name: str) -> Any:
         dist.destroy_process_group()
 
 
-def run_rank(rank: int, max_world_size: int, folder: Path) -> dict[str, dict[str, Any]]:
+def run_rank(
+    rank: int, max_world_size: int, folder: Path, cases: dict[str, Case]
+) -> dict[str, dict[str, Any]]:
     torch.set_num_threads(1)
-    results: dict[str, dict[str, Any]] = {name: {"ddp": {}} for name in CASES}
+    results: dict[str, dict[str, Any]] = {name: {"ddp": {}} for name in cases}
     for world_size in range(1, max_world_size + 1):
         with world(rank, world_size, folder, f"world-{world_size}") as is_member:
             if not is_member:
                 continue
-            for name, case in CASES.items():
+            for name, case in cases.items():
                 engine = new_engine(case)
                 losses = [take_step(engine) for _ in range(NUM_STEPS)]
                 results[name][str(world_size)] = {"hash": engine.weights_hash(), "losses": losses}
@@ -190,12 +230,12 @@ def run_rank(rank: int, max_world_size: int, folder: Path) -> dict[str, dict[str
                 if name == "convolutions":
                     stock = hash_by_stock_ddp(case, rank, world_size)
                     results[name]["ddp"][str(world_size)] = stock
-    losses_of_case: dict[str, list[float]] = {name: [] for name in CASES}
+    losses_of_case: dict[str, list[float]] = {name: [] for name in cases}
     for step, world_size in enumerate(RESIZES):
         with world(rank, world_size, folder, f"step-{step}") as is_member:
             if not is_member:
                 continue
-            for number, (name, case) in enumerate(CASES.items()):
+            for number, (name, case) in enumerate(cases.items()):
                 engine = new_engine(case)
                 if step:
                     engine.load(folder / f"state-{number}-{step}")
@@ -213,7 +253,10 @@ def run_rank(rank: int, max_world_size: int, folder: Path) -> dict[str, dict[str
 
 if __name__ == "__main__":
     size, path = int(sys.argv[1]), Path(sys.argv[2])
+    suite = ADAPTERS if sys.argv[3:] == ["adapters"] else CASES
     # Forked while this process has no other thread: torch is imported once for all ranks.
     with multiprocessing.get_context("fork").Pool(size) as pool:
-        found = pool.starmap(run_rank, [(rank, size, path) for rank in range(size)], chunksize=1)
+        found = pool.starmap(
+            run_rank, [(rank, size, path, suite) for rank in range(size)], chunksize=1
+        )
     print(json.dumps(found[0]))

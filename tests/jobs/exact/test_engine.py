@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jobs.exact.engine import AdamW, ExactEngine
 from model.errors import UserError
-from tests.jobs.engine_worlds import CASES, NUM_STEPS
+from tests.jobs.engine_worlds import ADAPTERS, CASES, NUM_STEPS, base, new_engine, take_step
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
@@ -25,10 +25,13 @@ MAX_WORLD_SIZE = 4
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return results_of(tmp_path_factory.mktemp("worlds"))
+
+
+def results_of(folder: Path, *words: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.jobs.engine_worlds", str(MAX_WORLD_SIZE)]
-    folder = tmp_path_factory.mktemp("worlds")
     done = subprocess.run(
-        [*command, str(folder)],
+        [*command, str(folder), *words],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -36,7 +39,8 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return results
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -47,6 +51,35 @@ def test_every_world_ends_with_the_same_bits_and_losses(worlds: dict[str, Any], 
         assert found == results["1"], name
     losses = results["1"]["losses"]
     assert len(losses) == NUM_STEPS == len(set(losses))
+
+
+@pytest.mark.slow
+def test_adapters_of_a_frozen_model_have_one_hash_too(tmp_path: Path) -> None:
+    results = results_of(tmp_path, "adapters")
+    hashes = {
+        found["hash"] for case in results.values() for name, found in case.items() if name != "ddp"
+    }
+    assert len(hashes) == 1
+    assert len(results) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("deterministic")
+def test_peft_stores_and_reads_a_trained_adapter(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    engine = new_engine(ADAPTERS["adapter"])
+    for _ in range(NUM_STEPS):
+        take_step(engine)
+    trained = engine.model
+    trained.save_pretrained(tmp_path / "adapter")
+    torch.manual_seed(0)
+    read = PeftModel.from_pretrained(base(), tmp_path / "adapter")
+    ids = torch.arange(10)[None]
+    assert torch.equal(read.eval()(ids).logits, trained.eval()(ids).logits)
+    engine.save(tmp_path)
+    [file] = tmp_path.glob("*.safetensors")
+    assert file.stat().st_size < 40_000, "the state is that of the adapter alone"
 
 
 def test_sharding_changes_no_bit(worlds: dict[str, Any]) -> None:
@@ -109,7 +142,7 @@ def test_a_step_equals_torchs_own_over_the_mean_of_all_lanes() -> None:
         norm = torch.nn.utils.clip_grad_norm_(expected.parameters(), 0.1)
         optimizer.step()
         figures = engine.step(batch_of, learning_rate=1e-2)
-        assert figures.loss == pytest.approx(float(loss), rel=1e-6)
+        assert figures.loss == pytest.approx(loss.item(), rel=1e-6)
         assert figures.gradient_norm == pytest.approx(float(norm), rel=1e-5)
     for ours, theirs in zip(module.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
