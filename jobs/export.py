@@ -1,5 +1,5 @@
 """Copies a checkpoint without its training state: a smaller checkpoint, and a folder that
-transformers reads."""
+transformers reads, or one GGUF file."""
 
 import tempfile
 from pathlib import Path
@@ -12,11 +12,49 @@ from model.files.checkpoint import load_decoder, write_checkpoint
 from model.files.checkpoint_folder import (
     MANIFEST,
     CheckpointError,
+    fingerprint,
     is_hf_folder,
     read_metadata,
     verify_checkpoint,
 )
+from model.files.gguf_file import write_gguf
 from model.files.stored_tokenizer import load_tokenizer
+
+
+def export_gguf(checkpoint: str, destination: str, *, storage_uri: str) -> dict[str, Any]:
+    """Writes the verified checkpoint's model and tokenizer as one GGUF file, local or remote.
+
+    Raises `CheckpointError`, or `GgufError` for what such a file does not hold.
+    """
+    if not destination.endswith(".gguf"):
+        raise CheckpointError(f"{destination}: expected the name of a file that ends in .gguf")
+    parent, name = split_uri(destination)
+    if parent.exists(name):
+        raise CheckpointError(f"{destination} exists; name a new file")
+    source = resolve_checkpoint(checkpoint, storage_uri)
+    require_bounded_text(source)
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise CheckpointError(f"{source} has no tokenizer.json, which a GGUF file needs")
+    model = load_decoder(source, verify=False)  # which `resolve_checkpoint` has just done
+    with tempfile.TemporaryDirectory(prefix="raymill-export-") as scratch:
+        file = Path(scratch) / name
+        written = write_gguf(
+            file,
+            name=name.removesuffix(".gguf"),
+            shape=model.config,
+            weights=dict(model.named_parameters()),
+            tokenizer=tokenizer,
+        )
+        sha256 = fingerprint(file)["sha256"]
+        parent.upload_file(file, name)
+    hashed = None if is_hf_folder(source) else read_metadata(source).parameter_hash
+    return {
+        "file": absolute_uri(destination),
+        "parameter_hash": hashed,
+        "sha256": sha256,
+        **written,
+    }
 
 
 def export(checkpoint: str, destination: str, *, storage_uri: str) -> dict[str, Any]:

@@ -54,6 +54,7 @@ from jobs.workers.placement import workers_precision
 from jobs.workers.preemption import stopping_on_sigterm
 from jobs.workers.rendezvous import meeting_place
 from model.config import Shape, with_vocabulary
+from model.foreign_config import ForeignConfig, require_version
 from model.text.tokenizer import Tokenizer
 
 _RAY_TRAIN = {
@@ -192,6 +193,8 @@ def train_on(text: PreparedText) -> dict[str, Any]:
 
 
 def _shape_for(config: RunConfig, tokenizer: Tokenizer) -> Shape:
+    if isinstance(config.model, ForeignConfig):
+        require_version()
     try:
         return with_vocabulary(config.model, tokenizer.vocab_size)
     except ValueError as error:

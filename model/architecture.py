@@ -131,6 +131,16 @@ class KernelNames:
     matrices: tuple[tuple[str, ...], ...]  # those of one tuple lie side by side, as one matrix
 
 
+@dataclass(frozen=True)
+class GgufLayout:
+    """How llama.cpp takes a model, where that is not as Hugging Face stores it."""
+
+    activation: Activation | None = None  # the only one that it computes
+    turns_neighbors: bool = False  # by rotary positions, instead of values half a head apart
+    transposed: tuple[str, ...] = ()  # endings of matrices that are (in, out)
+    has_rotation: bool = True
+
+
 @dataclass(frozen=True, eq=False)
 class Architecture:
     """What there is to know of an architecture besides the modules that compute it."""
@@ -144,6 +154,7 @@ class Architecture:
     stages: StageNames
     kept: KeptValues
     hf: HfKeys
+    gguf: GgufLayout
     kernels: KernelNames
 
     @property
@@ -225,6 +236,11 @@ GPT2 = Architecture(
         buffers=(".attn.bias", ".attn.masked_bias"),
         has_all_sizes=False,
     ),
+    gguf=GgufLayout(
+        activation="gelu",
+        transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
+        has_rotation=False,
+    ),
     kernels=KernelNames(
         number=0,
         matrices=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
@@ -299,6 +315,7 @@ LLAMA = Architecture(
         buffers=(".rotary_emb.inv_freq",),
         has_all_sizes=True,
     ),
+    gguf=GgufLayout(activation="swiglu", turns_neighbors=True),
     kernels=KernelNames(
         number=1,
         matrices=(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model.attention import Mask
 from model.config import Shape
-from model.kv_cache import Cache
+from model.kv_cache import Cache, ModuleCache
 from model.operations import PLAIN, Operations
 from model.shapes import HiddenMatrix, hidden_matrices
 
@@ -56,7 +56,7 @@ class Decoder(nn.Module, ABC):
         self,
         token_ids: Tensor,
         *,
-        kv_cache: Cache | None = None,
+        kv_cache: Cache | ModuleCache | None = None,
         positions: Tensor | None = None,
         mask: Mask = None,
     ) -> Tensor:
@@ -76,7 +76,7 @@ class Decoder(nn.Module, ABC):
         """Draws the weights."""
 
     @abstractmethod
-    def new_cache(self, num_tokens: int) -> Cache | None:
+    def new_cache(self, num_tokens: int) -> Cache | ModuleCache | None:
         """Returns a KV cache for one sequence of so many tokens; None for a model that computes a
         sequence from its first token each time."""
 

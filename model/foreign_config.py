@@ -204,7 +204,8 @@ class ForeignConfig:
 
     def with_context(self, num_tokens: int) -> Self:
         """Returns the model as one with a context of so many tokens."""
-        values = self.values | {"max_position_embeddings": num_tokens}
+        name = self.hf.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+        values = self.values | {name: num_tokens}
         return type(self)(json.dumps(values, sort_keys=True))
 
     def narrowed(self) -> Self:
@@ -273,6 +274,18 @@ def imported() -> Any:
     return transformers
 
 
+def require_version() -> None:
+    """Raises `ForeignModelError` for a transformers whose modules are not trained. A config.json and
+    the shapes of weights are read by others too, such as the one that vLLM brings."""
+    transformers = imported()
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if not FIRST_VERSION <= version < NEXT_MAJOR:
+        raise ForeignModelError(
+            f"transformers {transformers.__version__} is installed, expected at least "
+            f"{'.'.join(map(str, FIRST_VERSION))} and below {NEXT_MAJOR[0]}: pip install 'raymill[hf]'"
+        )
+
+
 def _no_causal_model(kind: object) -> ForeignModelError:
     return ForeignModelError(
         f"config.json: model_type is {kind!r}, of which transformers {imported().__version__} has no causal language "
@@ -290,12 +303,6 @@ def empty_module(config: ForeignConfig) -> "nn.Module":
     import torch  # noqa: PLC0415 (takes a second, which reading a config.json need not)
 
     transformers = imported()
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if not FIRST_VERSION <= version < NEXT_MAJOR:
-        raise ForeignModelError(
-            f"transformers {transformers.__version__} is installed, expected at least "
-            f"{'.'.join(map(str, FIRST_VERSION))} and below {NEXT_MAJOR[0]}: pip install 'raymill[hf]'"
-        )
     if type(config.hf) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise _no_causal_model(config.model_type)
     own_copy = type(config.hf).from_dict(config.hf.to_dict())  # a module writes into it

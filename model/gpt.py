@@ -21,7 +21,7 @@ from model.attention import Mask, attention
 from model.body import Block, Body
 from model.config import GPTConfig
 from model.decoder import Decoder
-from model.kv_cache import Cache, KVCache, Window
+from model.kv_cache import Cache, KVCache, ModuleCache, Window
 from model.llama import Llama
 from model.operations import PLAIN, Operations, embedding
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, parameter_shapes, parameters
@@ -237,7 +237,7 @@ class GPT(Decoder):
         self,
         token_ids: Tensor,
         *,
-        kv_cache: Cache | None = None,
+        kv_cache: Cache | ModuleCache | None = None,
         positions: Tensor | None = None,
         mask: Mask = None,
     ) -> Tensor:
@@ -254,6 +254,7 @@ class GPT(Decoder):
         window = None
         if kv_cache is not None:
             assert mask is None, "a KV cache makes its own mask"
+            assert not isinstance(kv_cache, ModuleCache)
             window = kv_cache.window(positions)
         return self.body(token_ids, positions, window, mask)
 

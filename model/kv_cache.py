@@ -5,7 +5,8 @@ tokens of a row, P positions up to the last new one.
 """
 
 import math
-from typing import Protocol, Self
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,13 @@ class Cache(Protocol):
 
     def window(self, positions: Tensor) -> Window:
         """Returns what new tokens at `positions` (B, T), which ascend by one within a row, see."""
+
+
+@dataclass
+class ModuleCache:
+    """What a module of another library keeps of one sequence, in its own form; None at first."""
+
+    states: Any = None
 
 
 def visible_mask(

@@ -43,6 +43,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 3, "hidden_dropout": 0.1},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma2": {"head_dim": 16, "sliding_window": 8, "final_logit_softcapping": 3.0},
+    "llama": {
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "gpt2": {
+        "n_layer": 3,
+        "n_embd": 48,
+        "n_head": 4,
+        "n_positions": 64,
+        "n_inner": 80,
+        "activation_function": "silu",
+        "scale_attn_by_inverse_layer_idx": True,
+        **dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0),
+    },
 }
 """By transformers' model_type: what its config.json says besides the common shape."""
 

@@ -31,6 +31,7 @@ from cluster.commands.command import (
     Result,
     Section,
     SettingsOf,
+    Switch,
 )
 from cluster.commands.train_commands import as_typed, checkpoint_given, named_by
 from cluster.output.progress import say
@@ -40,7 +41,25 @@ from cluster.storage.uris import absolute_uri, open_storage
 if TYPE_CHECKING:
     from cluster.settings.serve import ServeConfig
 
-_NEW_PLACE = Argument[str]("destination", "folder or s3:// URI to make")
+_NEW_PLACE = Argument[str]("destination", "folder or s3:// URI to make; with gguf a file")
+_GGUF = "gguf"
+_FORMAT = Argument[str](
+    "--format",
+    "folder, which transformers, vLLM and raymill read, or gguf, one file of llama.cpp's",
+    choices=("folder", _GGUF),
+    default="folder",
+)
+_REPOSITORY = Argument[str](
+    "repository", "model's repository on the Hub, hf://OWNER/NAME", metavar="hf://OWNER/NAME"
+)
+_LICENSE = Argument[str](
+    "--license",
+    "the Hub's word for the license, such as apache-2.0; unknown when unset",
+    default="unknown",
+    metavar="ID",
+)
+_CREATES = Switch("--create", "make the repository, a private one, where it is missing")
+_ONLY_CARD = Switch("--card", "print the model card, upload nothing")
 
 
 def serve(arguments: Arguments) -> Result:
@@ -136,11 +155,36 @@ def export(arguments: Arguments) -> Result:
     checkpoint = checkpoint_uri(arguments[CHECKPOINT], storage_uri)
     say(f"export: {named_checkpoint(checkpoint, storage_uri)} to {destination}")
 
-    from jobs.export import export as export_checkpoint  # imports PyTorch, which takes two seconds
+    # imports PyTorch, which takes two seconds
+    from jobs.export import export as export_checkpoint
+    from jobs.export import export_gguf
 
+    if arguments[_FORMAT] == _GGUF:
+        return Result(export_gguf(checkpoint, destination, storage_uri=storage_uri))
     exported = export_checkpoint(checkpoint, destination, storage_uri=storage_uri)
     return Result(
         exported, next=f"transformers.AutoModelForCausalLM.from_pretrained({destination!r})"
+    )
+
+
+def push(arguments: Arguments) -> Result:
+    from cluster.storage.references import checkpoint_uri
+    from cluster.storage.registry import named_checkpoint
+
+    repository, storage_uri = arguments[_REPOSITORY], arguments[STORAGE]
+    checkpoint = checkpoint_uri(arguments[CHECKPOINT], storage_uri)
+    say(f"push: {named_checkpoint(checkpoint, storage_uri)} to {repository}")
+
+    from jobs.push import Pushed  # imports PyTorch, which takes two seconds
+
+    pushed = Pushed.of(
+        checkpoint, repository, storage_uri=storage_uri, license_id=arguments[_LICENSE]
+    )
+    if arguments[_ONLY_CARD]:
+        return Result({"card": pushed.card}, text=pushed.card.rstrip("\n"))
+    uploaded = pushed.upload(creates=arguments[_CREATES])
+    return Result(
+        uploaded, next=f"transformers.AutoModelForCausalLM.from_pretrained({pushed.name!r})"
     )
 
 
@@ -188,7 +232,13 @@ SERVE = Section(
             "export",
             "copy a checkpoint without its training state, ready for Hugging Face",
             export,
-            [CHECKPOINT, _NEW_PLACE, STORAGE],
+            [CHECKPOINT, _NEW_PLACE, _FORMAT, STORAGE],
+        ),
+        Command(
+            "push",
+            "upload a checkpoint to the Hugging Face Hub, with a model card of its lineage",
+            push,
+            [CHECKPOINT, _REPOSITORY, _LICENSE, _CREATES, _ONLY_CARD, STORAGE],
         ),
     ),
 )

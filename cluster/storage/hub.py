@@ -1,5 +1,5 @@
-"""Repositories of the Hugging Face Hub, read only: hf://owner/name@revision/path is a model's,
-hf://datasets/owner/name a dataset's.
+"""Repositories of the Hugging Face Hub: hf://owner/name@revision/path is a model's,
+hf://datasets/owner/name a dataset's. They are read, and only `commit_folder` writes.
 
 The token comes from HF_TOKEN and the address from HF_ENDPOINT, as in all of Hugging Face's tools.
 huggingface_hub makes the requests and retries them for a while. Its `HfFileSystem` would not do: it
@@ -13,10 +13,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, BinaryIO, Never
 from urllib.parse import quote
 
-from huggingface_hub import HfApi, errors, get_hf_file_metadata, hf_hub_url, parse_hf_uri
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    errors,
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_url,
+    parse_hf_uri,
+)
 from huggingface_hub.file_download import HfFileMetadata
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
@@ -143,6 +152,32 @@ class HubStorage(interface.Storage):
                 f"{interface.join_uri(self.uri, key)}: {_endpoint()} ignores byte ranges; set HF_ENDPOINT"
             )
         return answer.content
+
+    def commit_folder(self, folder: Path, *, message: str, creates: bool) -> str:
+        """Writes a folder's files in one commit, and returns its hash; with `creates`, the
+        repository too, a private one. A branch never has a part of them. Raises `StorageError`."""
+        token = get_token()  # a person's login counts here too
+        if token is None:
+            raise interface.StorageError(
+                f"{self.uri}: writing needs a token: set HF_TOKEN to one that may write "
+                f"({_endpoint()}/settings/tokens), or log in with `hf auth login`"
+            )
+        api = HfApi(endpoint=_endpoint(), token=token)
+        additions = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+        with _explained_errors(self):
+            try:
+                if creates:
+                    api.create_repo(self.repository, private=True, exist_ok=True)
+                commit = api.create_commit(
+                    self.repository, additions, commit_message=message, revision=self.revision
+                )
+            except (RuntimeError, ValueError) as error:  # of one file, or of the card
+                is_of_file = isinstance(error, RuntimeError) and error.__cause__ is not None
+                reason = " ".join(str(error.__cause__ if is_of_file else error).split())
+                raise interface.StorageError(
+                    f"{self.uri}: the upload failed, and nothing was committed: {reason}; push again"
+                ) from error
+        return str(commit.oid)
 
     def _refuse(self, *arguments: Any, **options: Any) -> Never:
         raise interface.StorageError(

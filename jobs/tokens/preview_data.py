@@ -160,9 +160,9 @@ def _tokenizer(files: Sequence[CorpusFile], data: DataConfig, *, is_whole: bool)
 
 def _token_counts(texts: Sequence[str], tokenizer: Tokenizer) -> list[int]:
     """Returns each document's tokens in the store, with those that begin and end it."""
-    encode = bulk_encoder(tokenizer)[0].encode
+    encoder = bulk_encoder(tokenizer)[0]
     num_added = len(tokenizer.encode_whole("")) + 1
-    return [num_added + sum(len(encode(piece)) for piece in cut_text(text)) for text in texts]
+    return [num_added + sum(map(len, encoder.encode_pieces(cut_text(text)))) for text in texts]
 
 
 def _is_exact(sample: _Sample, listing: Listing, data: DataConfig) -> bool:

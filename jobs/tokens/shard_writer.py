@@ -171,10 +171,9 @@ class _ShardFile:
         """Returns the number of tokens. Raises `ChatError` for a conversation, of which nothing is
         then written."""
         if self._chat is None:
-            texts = (
-                self._encoder.encode(text).astype(self._dtype) for text in cut_text(document.text)
-            )
-            pieces, num_bytes = [self._front, *texts, self._end], document.size
+            texts = self._encoder.encode_pieces(cut_text(document.text))
+            ids_of_texts = (ids.astype(self._dtype) for ids in texts)
+            pieces, num_bytes = [self._front, *ids_of_texts, self._end], document.size
         else:
             ids, counted = self._chat.conversation(document.messages)
             pieces = [np.where(counted, ids, ~np.array(ids)).astype(self._dtype)]

@@ -178,6 +178,6 @@ def samples(model: Decoder, tokenizer: Tokenizer, config: TrainConfig) -> list[d
             num_ids=tokenizer.vocab_size,
         )
         own_ids = [*itertools.takewhile(lambda token_id: token_id != tokenizer.eot_id, new_ids)]
-        found.append({"prompt": prompt, "text": tokenizer.decode(own_ids)})
+        found.append({"prompt": prompt, "text": tokenizer.decode(own_ids, continues=True)})
     model.train()
     return found

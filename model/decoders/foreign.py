@@ -20,8 +20,13 @@ from torch import Tensor, nn
 
 from model.attention import Mask
 from model.decoder import Decoder
-from model.foreign_config import ForeignConfig, ForeignModelError, empty_module, imported
-from model.kv_cache import Cache
+from model.foreign_config import (
+    ForeignConfig,
+    ForeignModelError,
+    empty_module,
+    require_version,
+)
+from model.kv_cache import Cache, ModuleCache
 from model.linear_cross_entropy import IGNORE_INDEX
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS
 
@@ -35,6 +40,8 @@ class Layer:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        # Without itself and x
+        self._names = [*inspect.signature(type(module).forward).parameters][2:]
         self._returns_tuple = False
 
     def __call__(self, x: Tensor, named: Mapping[str, Any]) -> Tensor:
@@ -43,6 +50,10 @@ class Layer:
         self._returns_tuple = isinstance(result, tuple)
         y: Tensor = result[0] if self._returns_tuple else result
         return y
+
+    def by_name(self, values: Sequence[Any]) -> dict[str, Any]:
+        """Returns what follows x in a call by the names that `forward` has."""
+        return dict(zip(self._names, values, strict=False))
 
     def as_returned(self, y: Tensor) -> Tensor | tuple[Tensor]:
         """Returns y as the layer itself would: some families have a tuple."""
@@ -60,6 +71,7 @@ class ForeignModel(Decoder):
     def __init__(self, config: ForeignConfig) -> None:
         super().__init__()
         self.config = config
+        require_version()
         module = empty_module(config)
         _refuse_own_tensors(module)
         rule: Any = module._init_weights
@@ -94,25 +106,35 @@ class ForeignModel(Decoder):
     def takes_positions(self) -> bool:
         """Whether it is told the positions of tokens, by which documents in a row are kept
         apart."""
+        return "position_ids" in self._body_arguments
+
+    @property
+    def _body_arguments(self) -> Mapping[str, inspect.Parameter]:
         body = self.get_submodule(self._body_name)
-        return "position_ids" in inspect.signature(type(body).forward).parameters
+        return inspect.signature(type(body).forward).parameters
 
     def forward(
         self,
         token_ids: Tensor,
         *,
-        kv_cache: Cache | None = None,
+        kv_cache: Cache | ModuleCache | None = None,
         positions: Tensor | None = None,
         mask: Mask = None,
     ) -> Tensor:
         """Returns hidden states (B, T, C) after the final norm, from token_ids (B, T). Where
         positions (B, T) begin again, transformers begins another document, of which its own masks
         let no token see the one before."""
-        assert kv_cache is None and mask is None, "transformers makes its own masks"
-        named = {} if positions is None else {"position_ids": positions}
+        assert mask is None, "transformers makes its own masks"
+        named: dict[str, Any] = {} if positions is None else {"position_ids": positions}
         body = self.get_submodule(self._body_name)
-        hidden: Tensor = body(input_ids=token_ids, use_cache=False, **named)[0]
-        return hidden
+        if kv_cache is None:
+            hidden: Tensor = body(input_ids=token_ids, use_cache=False, **named)[0]
+            return hidden
+        assert isinstance(kv_cache, ModuleCache)
+        output = body(input_ids=token_ids, use_cache=True, cache=kv_cache.states, **named)
+        kv_cache.states = output.cache
+        after_norm: Tensor = output[0]
+        return after_norm
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns logits (..., V), at least fp32, from hidden (..., C), scaled or capped as the
@@ -134,8 +156,8 @@ class ForeignModel(Decoder):
     def init_weights(self, seed: int) -> None:
         self.adopt(dict(initial_weights(self.config, seed)))
 
-    def new_cache(self, num_tokens: int) -> None:
-        return None
+    def new_cache(self, num_tokens: int) -> ModuleCache | None:
+        return ModuleCache() if "cache" in self._body_arguments else None
 
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
         """Makes the tensors themselves the parameters, those that are tied in all of their places;
@@ -215,10 +237,10 @@ class ForeignModel(Decoder):
 
 
 def _compute_layer(
-    model: ForeignModel, layer: Layer, x: Tensor, **named: Any
+    model: ForeignModel, layer: Layer, x: Tensor, *others: Any, **named: Any
 ) -> Tensor | tuple[Tensor]:
     """Takes the place of a layer's own `forward`."""
-    return layer.as_returned(model.ops.block(layer, x, named))
+    return layer.as_returned(model.ops.block(layer, x, layer.by_name(others) | named))
 
 
 def _refuse_own_tensors(module: nn.Module) -> None:
@@ -243,8 +265,15 @@ def _layers_of(module: nn.Module, config: ForeignConfig) -> tuple[str, nn.Module
 class _Given(nn.Module):
     """Takes the place of all but the head: what it is given are the hidden states."""
 
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
-        return imported().modeling_outputs.MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> "_Hidden":
+        return _Hidden([inputs_embeds])
+
+
+class _Hidden(list[Tensor]):
+    """The output of a body that has hidden states alone, whatever else a head would pass on."""
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        return self[0] if name == "last_hidden_state" else None
 
 
 def initial_weights(config: ForeignConfig, seed: int) -> Iterator[tuple[str, Tensor]]:

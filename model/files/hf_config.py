@@ -9,7 +9,7 @@ from model.architecture import ARCHITECTURES, Activation, Architecture
 from model.config import GPTConfig, Shape
 from model.errors import UserError
 from model.files.checkpoint_folder import CheckpointError, read_json
-from model.foreign_config import ForeignConfig
+from model.foreign_config import ForeignConfig, ForeignModelError
 
 _ACTIVATIONS: tuple[tuple[str, Activation], ...] = (
     ("gelu_new", "gelu"),
@@ -28,6 +28,10 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 class UnsupportedModelError(UserError):
     """A Hugging Face folder holds no GPT-2 and no Llama that this package can compute exactly."""
+
+
+class OtherShapeError(UnsupportedModelError):
+    """A GPT-2 or a Llama has a setting that `GPT` does not compute, and transformers does."""
 
 
 def config_to_hf(config: Shape, *, start_id: int, end_ids: list[int]) -> dict[str, Any]:
@@ -92,7 +96,8 @@ def config_from_hf(values: dict[str, Any]) -> GPTConfig:
     dropout is three settings there, 0.1 by default; ours is `resid_pdrop`, which only further
     training would use.
 
-    Raises `UnsupportedModelError`, naming the setting, where `GPT` would compute something else.
+    Raises `OtherShapeError`, naming the setting, where `GPT` would compute something else, and
+    `UnsupportedModelError` for what is no model.
     """
     kind = values.get("model_type")
     if kind not in list(ARCHITECTURES):  # a file may hold a list, which has no hash
@@ -110,8 +115,8 @@ def config_from_hf(values: dict[str, Any]) -> GPTConfig:
 def _expect(name: str, value: Any, *expected: Any) -> None:
     if value not in expected:
         only = " or ".join(map(str, expected))
-        raise UnsupportedModelError(
-            f"config.json: {name} is {value}, only {only} is supported: the logits would be wrong"
+        raise OtherShapeError(
+            f"config.json: {name} is {value}, raymill's own code computes only {only}"
         )
 
 
@@ -134,8 +139,9 @@ def _from_hf(values: dict[str, Any], network: Architecture) -> GPTConfig:
 
 def _activation_from_hf(name: Any) -> Activation:
     if name not in list(ACTIVATION_FROM_HF):
-        raise UnsupportedModelError(
-            f"config.json: activation_function is {name!r}, expected one of {', '.join(ACTIVATION_FROM_HF)}"
+        raise OtherShapeError(
+            f"config.json: activation_function is {name!r}, raymill's own code computes only "
+            f"{', '.join(ACTIVATION_FROM_HF)}"
         )
     return ACTIVATION_FROM_HF[name]
 
@@ -169,22 +175,39 @@ def require_own_shape(folder: Path) -> None:
     """Raises `UnsupportedModelError` for a model that transformers computes and `GPT` does not. What
     else is wrong with the folder is said when it is loaded."""
     with suppress(CheckpointError):
-        kind = read_json(folder / "config.json").get("model_type")
-        if kind not in list(ARCHITECTURES):
-            expected = " or ".join(map(repr, ARCHITECTURES))
+        if reason := _why_not_own(read_json(folder / "config.json")):
             raise UnsupportedModelError(
-                f"config.json: model_type is {kind!r}, raymill's own code computes {expected}. vLLM serves others: set "
-                "engine.backend to vllm, and engine.vllm_python to the Python of an environment that has it (pip "
-                "install vllm)"
+                f"{reason}. vLLM serves others: set engine.backend to vllm, and engine.vllm_python to the Python of an "
+                "environment that has it (pip install vllm)"
             )
 
 
+def _why_not_own(values: dict[str, Any]) -> str:
+    """Returns why `GPT` does not compute a config.json; empty where it does, or nobody would."""
+    kind = values.get("model_type")
+    if kind not in list(ARCHITECTURES):
+        expected = " or ".join(map(repr, ARCHITECTURES))
+        return f"config.json: model_type is {kind!r}, raymill's own code computes {expected}"
+    with suppress(UnsupportedModelError):
+        try:
+            config_from_hf(values)
+        except OtherShapeError as error:
+            return str(error)
+    return ""
+
+
 def shape_from_hf(values: dict[str, Any]) -> Shape:
-    """Returns the shape of any config.json: `GPTConfig` where that is a GPT-2's or a Llama's. Raises
-    `UnsupportedModelError` or `ForeignModelError`."""
-    if values.get("model_type") in list(ARCHITECTURES):
+    """Returns the shape of any config.json: `GPTConfig` where `GPT` computes it, else that of
+    transformers' module. Raises `UnsupportedModelError` or `ForeignModelError`."""
+    if values.get("model_type") not in list(ARCHITECTURES):
+        return ForeignConfig.of(values)
+    try:
         return config_from_hf(values)
-    return ForeignConfig.of(values)
+    except OtherShapeError as other:
+        try:
+            return ForeignConfig.of(values)
+        except ForeignModelError as error:
+            raise ForeignModelError(f"{other}; transformers instead: {error}") from None
 
 
 def read_shape(folder: Path) -> Shape:

@@ -11,12 +11,15 @@ from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from model.errors import UserError
 from model.text.chat_format import ChatFormat
+from model.text.places import Place
 from model.text.tokenizer import Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant")
@@ -31,7 +34,7 @@ PLAIN_TEMPLATE = """\
 without tokens."""
 
 Message = Mapping[str, str]  # role, content and perhaps a name
-_Encode = Callable[[str], Iterable[int]]
+_Encode = Callable[[str, Place], Iterable[int]]
 # Stands in a special token's text that a message has; no text has this character (Unicode, 23.7)
 _MARK = "\ufdd0"
 _MAX_FACTOR = 1e12
@@ -102,7 +105,7 @@ class Chat:
         of an answer."""
         bos = "" if tokenizer.bos_id is None else tokenizer.token_bytes(tokenizer.bos_id).decode()
         self.format = chat or tokenizer.chat or ChatFormat(PLAIN_TEMPLATE, bos, "")
-        self._special_ids, self._encode = tokenizer.special_ids, encode or tokenizer.encode
+        self._tokenizer, self._encode = tokenizer, encode or tokenizer.encode
         self._specials = tokenizer.special_pattern
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -126,8 +129,8 @@ class Chat:
                 raise ChatError(
                     "the chat template writes earlier turns otherwise once later ones follow"
                 )
-            context = self._ids(prompt[len(before) :])
-            answer = self._ids(whole[len(prompt) :])
+            context = self._ids(prompt[len(before) :], after=before)
+            answer = self._ids(whole[len(prompt) :], after=prompt)
             if self.end_of_turn not in answer:
                 raise ChatError(
                     "the chat template does not end every answer with its end-of-turn token"
@@ -150,7 +153,7 @@ class Chat:
         except ChatError:
             return None
         found = self._specials.findall(after)
-        return self._special_ids[found[-1]] if found else None
+        return self._tokenizer.special_ids[found[-1]] if found else None
 
     def _escaped(self, message: Message) -> Message:
         """Puts a mark into the text of special tokens, so that it stays text in what the template
@@ -161,15 +164,15 @@ class Chat:
             for name, text in message.items()
         }
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, text: str, *, after: str = "") -> list[int]:
+        """Returns the ids of what the template has written after another text."""
         ids: list[int] = []
-        # texts, and between them special tokens
-        for number, piece in enumerate(self._specials.split(text)):
-            ids += (
-                [self._special_ids[piece]]
-                if number % 2
-                else map(int, self._encode(piece.replace(_MARK, "")))
-            )
+        place = self._tokenizer.place_after(after)
+        for piece, special_id in self._tokenizer.segments(text):
+            ids += map(int, self._encode(piece.replace(_MARK, ""), place))
+            place = Place.AFTER_SPECIAL
+            if special_id is not None:
+                ids.append(special_id)
         return ids
 
 
@@ -192,10 +195,21 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
+class _Answers(Extension):
+    """`{% generation %}` … `{% endgeneration %}`, by which some templates mark what an assistant
+    says: it is written as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @lru_cache(32)
 def _compiled(template: str) -> Template:
     environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Answers]
     )
     environment.globals["raise_exception"] = _refuse
     return environment.from_string(template)

@@ -1,27 +1,36 @@
-"""Byte-level BPE: text to token ids and back without loss, and training a vocabulary.
+"""Text to token ids and back, by any tokenizer.json, and training a vocabulary of byte-level BPE.
 
-Any text has ids and any id has bytes. The end-of-text token ends documents; the text
-`<|endoftext|>` that a user or a document wrote is not special and is encoded as its letters.
+Of a byte-level tokenizer any text has ids, without loss; of others, what they know. The end-of-text
+token ends documents; the text `<|endoftext|>` that a user or a document wrote is not special and is
+encoded as its letters.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from model.errors import UserError
 from model.text.chat_format import ChatFormat
+from model.text.places import Place, content_at, steps_of
+from model.text.token_bytes import TokenBytes, TokenizerError
 
 END_OF_TEXT = "<|endoftext|>"
 _ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>")
-"""Ours and GPT-2's, and what other byte-level tokenizers call it."""
+"""Ours and GPT-2's, and what other tokenizers call it."""
+
+_NAME_OF_END = re.compile(
+    r"[<\[][|｜]?(eos|eot|end[ _▁]?of[ _▁]?(text|sentence|document|sequence))(_token)?[|｜]?[>\]]",
+    re.IGNORECASE,
+)
+"""A special token that says so by its name: Gemma's `<eos>`, DeepSeek's, Cohere's."""
 
 NORMALIZERS: dict[str, normalizers.Normalizer] = {
     "nfc": normalizers.NFC(),
@@ -30,10 +39,6 @@ NORMALIZERS: dict[str, normalizers.Normalizer] = {
 }
 """The steps that `data.normalize` names; they run in the given order and are recorded in
 tokenizer.json."""
-
-
-class TokenizerError(UserError):
-    """A tokenizer is not byte-level BPE with an end-of-text token, or can't map a text or an id."""
 
 
 @dataclass(frozen=True)
@@ -49,66 +54,61 @@ PLAIN_ENCODING = PromptEncoding()
 
 
 class Tokenizer:
-    """Encodes and decodes with the content of a tokenizer.json. That content, in canonical form, is
-    its identity."""
+    """Encodes and decodes with the content of a tokenizer.json, which is its identity: in canonical
+    form for byte-level BPE, as it was stored for others."""
 
-    def __init__(self, content: dict[str, Any], chat: ChatFormat | None = None) -> None:
-        try:
-            self.backend = tokenizers.Tokenizer.from_str(json.dumps(content))  # to be read only
-        except Exception as error:  # the library's parser raises no narrower class
-            raise TokenizerError(f"tokenizer.json does not load: {error}") from error
-        pieces = [(content.get(part) or {}).get("type") for part in ("model", "decoder")]
-        if pieces != ["BPE", "ByteLevel"]:
-            raise TokenizerError(
-                f"the tokenizer's model and decoder are {pieces[0]} and {pieces[1]}, expected BPE and ByteLevel as in "
-                "GPT-2's: others can't represent every text"
-            )
-        ends = [
-            (end, token_id)
-            for end in _ENDS_OF_TEXT
-            if (token_id := self.backend.token_to_id(end)) is not None
-        ]
-        if not ends:
-            raise TokenizerError(
-                f"the tokenizer has no {END_OF_TEXT} token, which ends each document; add it"
-            )
-        self.end_of_text, self.eot_id = ends[0]
+    def __init__(
+        self,
+        content: dict[str, Any],
+        chat: ChatFormat | None = None,
+        *,
+        stored: bytes | None = None,
+    ) -> None:
+        """`stored` is the file that has the content. Raises `TokenizerError`."""
+        self.backend = _backend(content)  # to be read only
+        kinds = [(content.get(part) or {}).get("type") for part in ("model", "decoder")]
+        self._stored = None if kinds == ["BPE", "ByteLevel"] else stored
+        self._token_bytes = TokenBytes(self.backend, content)
+        self._require_way_back(content)
+        self.end_of_text, self.eot_id = _end_of_text(self.backend, content)
         self._content, self.chat = content, chat
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.backend.encode_special_tokens = True  # as the text that they are
+        self._backends = {Place.START: self.backend}
 
     @classmethod
     def from_json(cls, content: bytes, chat: ChatFormat | None = None) -> Self:
         try:
-            return cls(json.loads(content), chat)
+            return cls(json.loads(content), chat, stored=content)
         except ValueError as error:
             raise TokenizerError(f"tokenizer.json is not JSON: {error}") from error
 
     def to_json(self) -> bytes:
-        """Returns the canonical tokenizer.json: keys sorted, no spaces, UTF-8."""
+        """Returns the tokenizer.json: canonical (keys sorted, no spaces, UTF-8) for byte-level BPE,
+        else the bytes that it was read from."""
+        if self._stored is not None:
+            return self._stored
         return json.dumps(
             self._content, sort_keys=True, separators=(",", ":"), ensure_ascii=False
         ).encode()
 
-    @cached_property
-    def hash(self) -> str:
-        """The SHA-256, in hex, of the canonical tokenizer.json."""
-        return hashlib.sha256(self.to_json()).hexdigest()
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether its tokens are bytes, so that any text has ids without loss."""
+        return self._token_bytes.is_byte_level
 
     @cached_property
+    def hash(self) -> str:
+        """The SHA-256, in hex, of `to_json`."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+    @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
-        return max(self._bytes_of_id) + 1
+        return self._token_bytes.num_ids
 
     @cached_property
     def special_ids(self) -> dict[str, int]:
         """The id of each special token."""
-        special = {
-            added["content"]: added["id"]
-            for added in self._content["added_tokens"]
-            if added["special"]
-        }
+        special = {added["content"]: added["id"] for added in self._special_tokens}
         return special | {self.end_of_text: self.eot_id}
 
     @cached_property
@@ -124,7 +124,7 @@ class Tokenizer:
         text, whole = (
             self.backend.encode("a", add_special_tokens=added).ids for added in (False, True)
         )
-        front = whole[: whole.index(text[0])]
+        front = whole[: whole.index(text[0])] if text else []
         if len(front) > 1:
             raise TokenizerError(
                 f"tokenizer.json puts {len(front)} tokens before each text, expected one (BOS) or none"
@@ -151,68 +151,146 @@ class Tokenizer:
         writes_bos = how.parse_special and ids[:1] == [self.bos_id]
         return ids if writes_bos else [self.bos_id, *ids]
 
-    def encode(self, text: str) -> list[int]:
-        return self._encoded([text])[0]
+    def encode(self, text: str, place: Place = Place.START) -> list[int]:
+        """Returns the ids of a text, or of a piece of one that stands at `place`."""
+        return self._encoded([text], place)[0]
+
+    def segments(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """Yields the texts between the names of special tokens, each with the token that follows
+        it, the last with None. Some tokens take the blanks beside them."""
+        start, takes_blanks = 0, False
+        for match in self.special_pattern.finditer(text):
+            piece = text[start : match.start()]
+            piece = piece.lstrip() if takes_blanks else piece
+            yield (
+                piece.rstrip() if match[0] in self._takes_left else piece,
+                self.special_ids[match[0]],
+            )
+            start, takes_blanks = match.end(), match[0] in self._takes_right
+        yield text[start:].lstrip() if takes_blanks else text[start:], None
+
+    def place_after(self, text: str) -> Place:
+        """Returns where that stands which follows a text."""
+        if not text:
+            return Place.START
+        *_, (rest, _) = self.segments(text)
+        return Place.INSIDE if rest else Place.AFTER_SPECIAL
 
     def _parsed(self, text: str) -> list[int]:
         """Returns the ids of a text in which the text of a special token stands for the token."""
-        pieces = self.special_pattern.split(text)
-        texts, names = pieces[::2], pieces[1::2]
+        segments = [*self.segments(text)]
+        texts = [piece for piece, _ in segments]
+        encoded = self._encoded(texts[:1], Place.START)
+        encoded += self._encoded(texts[1:], Place.AFTER_SPECIAL)
         ids: list[int] = []
-        for number, text_ids in enumerate(self._encoded(texts)):
+        for text_ids, (_, special_id) in zip(encoded, segments, strict=True):
             ids += text_ids
-            if number < len(names):
-                ids.append(self.special_ids[names[number]])
+            if special_id is not None:
+                ids.append(special_id)
         return ids
 
-    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encoded(self, texts: Sequence[str], place: Place) -> list[list[int]]:
         try:  # as a batch, which computes no offsets
-            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+            encodings = self._backend_at(place).encode_batch_fast(texts, add_special_tokens=False)
         except TypeError as error:
             raise TokenizerError(
                 "the text holds a lone surrogate, which no UTF-8 text can; remove it"
             ) from error
-        return [encoding.ids for encoding in encodings]
+        if self.is_byte_level:
+            return [encoding.ids for encoding in encodings]
+        return [
+            encoding.ids
+            if self._control_ids.isdisjoint(encoding.ids)
+            else self._in_letters(text, place)
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Inverts `encode` up to the tokenizer's normalization; bytes that are not UTF-8 become
-        U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """Returns a token's bytes, which may be only a part of a character."""
-        if token_id not in self._bytes_of_id:
-            raise TokenizerError(
-                f"token id {token_id} is not in the vocabulary, which has {self.vocab_size} ids"
-            )
-        return self._bytes_of_id[token_id]
+    def _in_letters(self, text: str, place: Place) -> list[int]:
+        """Returns the ids of a text that has the name of a special token, which a vocabulary with
+        scores would take as a word of it: cut within each name."""
+        cuts = [match.start() + 1 for match in self.special_pattern.finditer(text)]
+        ids: list[int] = []
+        for start, end in pairwise([0, *cuts, len(text)]):
+            backend = self._backend_at(Place.INSIDE if start else place)
+            ids += backend.encode(text[start:end], add_special_tokens=False).ids
+        return ids
 
     @cached_property
-    def _bytes_of_id(self) -> dict[int, bytes]:
-        byte_of = byte_of_character()
-        table = {
-            token_id: bytes(byte_of[character] for character in token)
-            for token, token_id in self.backend.get_vocab(with_added_tokens=False).items()
-            if token != self.end_of_text
-        }
-        return table | {
-            added["id"]: added["content"].encode() for added in self._content["added_tokens"]
-        }
+    def _control_ids(self) -> set[int]:
+        """The special tokens that no text may become: all but the one for what is not known."""
+        model = self._content["model"]
+        unknown = self.backend.token_to_id(model.get("unk_token") or "")
+        return {*self.special_ids.values()} - {unknown, model.get("unk_id")}
+
+    def _backend_at(self, place: Place) -> tokenizers.Tokenizer:
+        if place not in self._backends:
+            content = content_at(place, self._content)
+            is_same = content == self._content
+            self._backends[place] = self.backend if is_same else _backend(content)
+        return self._backends[place]
+
+    def decode(self, ids: Sequence[int], *, continues: bool = False) -> str:
+        """Inverts `encode` up to the tokenizer's normalization; bytes that are not UTF-8 become
+        U+FFFD. With `continues` a text is before it, whose blank the first token may bring."""
+        pieces = [self.token_bytes(token_id) for token_id in ids]
+        if pieces and not continues:
+            pieces[0] = self.first_bytes(ids[0])
+        return b"".join(pieces).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Returns what a token adds to a text that has begun: perhaps a part of a character."""
+        return self._token_bytes.of(token_id)
+
+    def first_bytes(self, token_id: int) -> bytes:
+        """Returns what a token adds where no text is before it."""
+        return self._token_bytes.of_first(token_id)
+
+    @cached_property
+    def _special_tokens(self) -> list[dict[str, Any]]:
+        return [added for added in self._content.get("added_tokens") or [] if added["special"]]
+
+    @cached_property
+    def _takes_left(self) -> set[str]:
+        """The special tokens that take the blanks before them."""
+        return {added["content"] for added in self._special_tokens if added.get("lstrip")}
+
+    @cached_property
+    def _takes_right(self) -> set[str]:
+        return {added["content"] for added in self._special_tokens if added.get("rstrip")}
+
+    def _require_way_back(self, content: dict[str, Any]) -> None:
+        """Raises `TokenizerError` where bytes are written as characters that nothing reads."""
+        steps = steps_of(content.get("pre_tokenizer"), "pretokenizers")
+        steps += steps_of(content.get("normalizer"), "normalizers")
+        if not self.is_byte_level and any(step["type"] == "ByteLevel" for step in steps):
+            raise TokenizerError(
+                "the tokenizer writes bytes as ByteLevel's characters, but its decoder does not read them; expected "
+                'the decoder {"type": "ByteLevel"} in tokenizer.json'
+            )
 
 
-def byte_of_character() -> dict[str, int]:
-    """Returns the inverse of GPT-2's code of bytes as printable characters (`bytes_to_unicode` in
-    its release): a printable Latin-1 character stands for itself, the other 68 bytes are the
-    characters from U+0100 on."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + index): byte for index, byte in enumerate(others)
-    }
+def _backend(content: dict[str, Any]) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library's parser raises no narrower class
+        raise TokenizerError(f"tokenizer.json does not load: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # as the text that they are
+    return backend
+
+
+def _end_of_text(backend: tokenizers.Tokenizer, content: dict[str, Any]) -> tuple[str, int]:
+    """Returns the token that ends a document, and its id."""
+    added = [token["content"] for token in content.get("added_tokens") or [] if token["special"]]
+    named = [name for name in added if _NAME_OF_END.fullmatch(name)]
+    for name in (*_ENDS_OF_TEXT, *named):
+        if (token_id := backend.token_to_id(name)) is not None:
+            return name, token_id
+    raise TokenizerError(
+        f"the tokenizer has no {END_OF_TEXT} token, which ends each document, nor a special one of such a name, as "
+        "</s> or <eos>; add it"
+    )
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int, normalize: Sequence[str] = ()) -> Tokenizer:

@@ -46,6 +46,7 @@ class ChoiceOutput:
         self._entries: list[TokenEntry] = []  # those whose text is held back
         self._echoed_chars = 0
         self._started = False
+        self._is_text_begun = model.has_text(sequence.prompt_ids)
         self.num_output_tokens = 0
 
     def push(self, event: TokenEvent) -> Part:
@@ -62,9 +63,7 @@ class ChoiceOutput:
             # The end-of-text token is not text but has an entry: lm-eval takes the last one for the
             # new token's.
             if event.finish_reason is not FinishReason.STOP:
-                text += self._detokenizer.push(
-                    self._model.text_bytes(event.token_id, stop=asked.stop)
-                )
+                text += self._detokenizer.push(self._text_bytes(event.token_id))
         if event.finish_reason is not None:
             text += self._detokenizer.finish()
         finish_reason = FinishReason.STOP if self._detokenizer.stopped else event.finish_reason
@@ -83,6 +82,12 @@ class ChoiceOutput:
             embedding=event.embedding,
         )
 
+    def _text_bytes(self, token_id: int) -> bytes:
+        is_first = not self._is_text_begun
+        content = self._model.text_bytes(token_id, stop=self._request.stop, is_first=is_first)
+        self._is_text_begun = self._is_text_begun or self._model.has_text([token_id])
+        return content
+
     def _scored(
         self, prompt_logprobs: list[Candidates | None] | None, num_top: int | None
     ) -> list[tuple[int, Candidates | None]] | None:
@@ -100,11 +105,13 @@ class ChoiceOutput:
         text = ""
         unscored = [(token_id, None) for token_id in self._sequence.prompt_ids]
         scored = self._scored(prompt_logprobs, self._request.logprobs) or unscored
+        is_first = True
         for place, (token_id, candidates) in enumerate(scored):
             self._entries.append(TokenEntry(token_id, candidates, detokenizer.num_chars))
-            text += detokenizer.push(
-                b"" if self._is_added(place, token_id) else self._model.token_bytes(token_id)
-            )
+            if self._is_added(place, token_id):
+                continue
+            text += detokenizer.push(self._model.token_bytes(token_id, is_first=is_first))
+            is_first = is_first and not self._model.has_text([token_id])
         text += detokenizer.finish()
         self._echoed_chars = len(text)
         return text

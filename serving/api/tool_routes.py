@@ -92,5 +92,9 @@ def _tokenized(
 
 def _detokenized(request: DetokenizeRequest, model: ServedModel) -> dict[str, Any]:
     model.require_tokenizer()
-    text = b"".join(model.token_bytes(i) for i in model.checked_ids(request.tokens, param="tokens"))
-    return {"prompt": text.decode("utf-8", errors="replace")}
+    pieces: list[bytes] = []
+    is_first = True
+    for token_id in model.checked_ids(request.tokens, param="tokens"):
+        pieces.append(model.token_bytes(token_id, is_first=is_first))
+        is_first = is_first and not model.has_text([token_id])
+    return {"prompt": b"".join(pieces).decode("utf-8", errors="replace")}

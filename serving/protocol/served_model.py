@@ -14,7 +14,8 @@ from model.config import Shape, shape_differences, with_context
 from model.files.checkpoint_folder import CheckpointError, Metadata, is_hf_folder, read_metadata
 from model.files.hf_config import shape_from_hf
 from model.files.stored_tokenizer import load_tokenizer
-from model.text.tokenizer import PLAIN_ENCODING, PromptEncoding, Tokenizer, TokenizerError
+from model.text.token_bytes import TokenizerError
+from model.text.tokenizer import PLAIN_ENCODING, PromptEncoding, Tokenizer
 from serving.protocol.errors import ApiError, error_of
 
 _VERSION_CHARS = 16  # of a hash
@@ -83,21 +84,28 @@ class ServedModel:
             raise error_of("no_tokenizer", param="prompt", name=self.name)
         return self.tokenizer
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """Returns a token's bytes; none for an id that the tokenizer lacks, since a model's
-        vocabulary may be padded."""
+    def token_bytes(self, token_id: int, *, is_first: bool = False) -> bytes:
+        """Returns what a token adds to a text, perhaps as its first; nothing for an id that the
+        tokenizer lacks, since a model's vocabulary may be padded."""
         if self.tokenizer is None:
             return b""
+        bytes_of = self.tokenizer.first_bytes if is_first else self.tokenizer.token_bytes
         try:
-            return self.tokenizer.token_bytes(token_id)
+            return bytes_of(token_id)
         except TokenizerError:
             return b""
 
-    def text_bytes(self, token_id: int, *, stop: Sequence[str] = ()) -> bytes:
+    def text_bytes(
+        self, token_id: int, *, stop: Sequence[str] = (), is_first: bool = False
+    ) -> bytes:
         """Returns what a drawn token adds to a text: nothing if it is a special one, unless it is a
         stop string."""
-        token = self.token_bytes(token_id)
+        token = self.token_bytes(token_id, is_first=is_first)
         return b"" if token_id in self._special_ids and token.decode() not in stop else token
+
+    def has_text(self, token_ids: Sequence[int]) -> bool:
+        """Whether there is more among the tokens than special ones."""
+        return not self._special_ids.issuperset(token_ids)
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:

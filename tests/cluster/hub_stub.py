@@ -49,17 +49,17 @@ class HubStub:
 def running_hub(kind: str = "dataset") -> Iterator[HubStub]:
     hub = HubStub(kind)
 
-    class Handler(_Handler):
+    class Bound(Handler):
         stub = hub
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Bound) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         hub.url = f"http://127.0.0.1:{server.server_address[1]}"
         yield hub
         server.shutdown()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     stub: HubStub
     protocol_version = "HTTP/1.1"
 

@@ -1,6 +1,7 @@
 """The export is a valid checkpoint that transformers reads, with the source's weights and without
 training state."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.storage.uris import open_storage
-from jobs.export import export
+from jobs.export import export, export_gguf
 from model.config import GPTConfig
 from model.files.bounded_text import TextError
 from model.files.checkpoint import load_model
@@ -141,3 +142,22 @@ def test_the_command_prints_one_result_or_one_line_of_error(
         second.stderr.splitlines()[-1]
         == f"error: {tmp_path}/export exists and is not empty; name a new folder"
     )
+
+
+def test_an_export_as_gguf_is_one_file_with_the_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "small.gguf"
+    result = export_gguf(str(checkpoint), str(target), storage_uri=str(tmp_path))
+    assert result["file"] == str(target)
+    assert result["bytes"] == target.stat().st_size
+    assert result["sha256"] == hashlib.sha256(target.read_bytes()).hexdigest()
+    assert result["parameter_hash"] == read_metadata(checkpoint).parameter_hash
+    tokenizer, ours = (
+        AutoTokenizer.from_pretrained(tmp_path, gguf_file=target.name),
+        load_tokenizer(checkpoint),
+    )
+    assert ours is not None
+    assert tokenizer(TEXT)["input_ids"] == ours.encode(TEXT)
+    with pytest.raises(CheckpointError, match="exists; name a new file"):
+        export_gguf(str(checkpoint), str(target), storage_uri=str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"ends in \.gguf"):
+        export_gguf(str(checkpoint), str(tmp_path / "model"), storage_uri=str(tmp_path))

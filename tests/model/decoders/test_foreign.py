@@ -156,13 +156,34 @@ def test_a_model__that_was_pickled__computes_the_same() -> None:
     assert torch.equal(copied.loss(inputs, targets), model.loss(inputs, targets))
 
 
-def test_generate__without_a_cache__continues_as_transformers_does() -> None:
+def test_generate__of_a_foreign_model__continues_as_transformers_does() -> None:
     model = made(small("qwen3")).eval()
     prompt = [5, 9, 300, 17]
     expected = theirs(model).generate(
         torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None
     )
     assert generate(model, prompt, max_tokens=8, params=GREEDY) == expected[0, 4:].tolist()
+
+
+@each_family()
+def test_generate__with_the_modules_own_cache__reads_each_token_once(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made(small(family)).eval()
+    prompt = [5, 9, 300, 17, 8, 8, 21, 40, 3, 77]  # longer than a window of 8
+    num_read: list[int] = []
+    forward = ForeignModel.forward
+
+    def counted(self: ForeignModel, token_ids: Tensor, **named: Any) -> Tensor:
+        num_read.append(token_ids.shape[1])
+        return forward(self, token_ids, **named)
+
+    monkeypatch.setattr(ForeignModel, "forward", counted)
+    cached = generate(model, prompt, max_tokens=12, params=GREEDY)
+    assert num_read == [10] + 11 * [1]
+    monkeypatch.setattr(ForeignModel, "new_cache", lambda self, num_tokens: None)
+    assert generate(model, prompt, max_tokens=12, params=GREEDY) == cached
+    assert num_read[12:] == [*range(10, 22)]
 
 
 def test_active_parameters__of_experts__are_those_of_a_token() -> None:

@@ -1,19 +1,28 @@
 """This package and transformers read each other's folders and compute the same logits."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+)
 
-from model.files.checkpoint import load_model
+from model.config import GPTConfig
+from model.files.checkpoint import load_decoder, load_model
 from model.files.checkpoint_folder import Metadata
 from model.files.hf import load_hf
-from model.files.hf_config import UnsupportedModelError
+from model.files.hf_config import UnsupportedModelError, read_shape, shape_from_hf
 from model.files.stored_tokenizer import load_tokenizer
+from model.foreign_config import ForeignConfig, ForeignModelError
 from model.text.tokenizer import Tokenizer, train_bpe
 from tests.checkpoints import save_model
 from tests.model.small_models import small_model
@@ -159,6 +168,63 @@ def test_what_would_compute_something_else_is_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UnsupportedModelError, match=named):
         load_model(tmp_path)
+
+
+LLAMA_BEYOND_OURS = [
+    ({"attention_bias": True}, "attention_bias is True"),
+    ({"mlp_bias": True}, "mlp_bias is True"),
+    ({"hidden_act": "gelu"}, "hidden_act is gelu"),
+    (
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+        "rope_type is yarn",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), LLAMA_BEYOND_OURS)
+@torch.no_grad()
+def test_a_llama_that_our_own_code_does_not_compute_is_transformers(
+    changes: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    size |= {"intermediate_size": 48, "vocab_size": 97, "max_position_embeddings": 64}
+    theirs = AutoModelForCausalLM.from_config(LlamaConfig(**size, **changes)).eval()
+    theirs.save_pretrained(tmp_path)
+    shape = read_shape(tmp_path)
+    assert isinstance(shape, ForeignConfig) and shape.model_type == "llama"
+    model, token_ids = load_decoder(tmp_path), torch.randint(0, 97, (2, 40))
+    torch.testing.assert_close(
+        model.logits(model(token_ids)), theirs(token_ids).logits, rtol=0, atol=1e-5
+    )
+    with pytest.raises(UnsupportedModelError, match=rf"{named}.*set engine\.backend to vllm"):
+        load_model(tmp_path)
+
+
+def test_a_llama_that_our_own_code_computes_stays_ours(tmp_path: Path) -> None:
+    plain = LlamaConfig(num_hidden_layers=2).to_dict()
+    assert isinstance(shape_from_hf(plain), GPTConfig)
+    with pytest.raises(UnsupportedModelError, match="n_head=5 does not divide"):
+        shape_from_hf(
+            plain | {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": None}
+        )
+
+
+def test_without_transformers_such_a_llama_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = LlamaConfig().to_dict() | {"attention_bias": True, "rope_theta": 12345.0}
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    expected = r"attention_bias is True, .* only False; .*pip install 'raymill\[hf\]'"
+    with pytest.raises(ForeignModelError, match=expected):
+        shape_from_hf(values)
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from tokenizers import Regex, pre_tokenizers
 
 from model.text import bulk_encoder as module
 from model.text.bulk_encoder import BulkEncoder, NotExpressibleError, PlainEncoder, bulk_encoder
-from model.text.tokenizer import Tokenizer, TokenizerError, train_bpe
+from model.text.token_bytes import TokenizerError
+from model.text.tokenizer import Tokenizer, train_bpe
 
 Edit = Callable[[dict[str, Any]], object]
 

@@ -15,7 +15,8 @@ from model.files.checkpoint import descriptions
 from model.files.stored_tokenizer import load_tokenizer
 from model.text.chat import PLAIN_TEMPLATE, Chat, ChatError, format_to_train, plain_text
 from model.text.chat_format import ChatFormat
-from model.text.tokenizer import Tokenizer, TokenizerError, train_bpe
+from model.text.token_bytes import TokenizerError
+from model.text.tokenizer import Tokenizer, train_bpe
 from tests.checkpoints import metadata_of
 
 TEXT = "User:\nwhat is 2+3?\nAssistant:\n5\nsystem user assistant be brief hello again "
@@ -204,6 +205,18 @@ def test_what_a_template_cannot_write_is_said(
 ) -> None:
     with pytest.raises(ChatError, match=words):
         Chat(with_specials(plain, template)).conversation(messages)
+
+
+def test_a_template_that_marks_answers_for_transformers_writes_the_same(plain: Tokenizer) -> None:
+    written = "{{ message['content'] | trim + '<|im_end|>' + '\n' }}"
+    template = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    ask = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    marked = "{%- generation -%}" + written + "{%- endgeneration -%}"
+    conversations = [
+        Chat(with_specials(plain, template + text + ask)).conversation(TURNS)
+        for text in (written, marked)
+    ]
+    assert conversations[0] == conversations[1]
 
 
 def test_a_template_from_which_no_model_could_learn_to_stop_is_refused(plain: Tokenizer) -> None:

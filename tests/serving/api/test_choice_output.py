@@ -2,6 +2,7 @@
 no text."""
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 from cluster.settings.serve import EngineConfig, ServeConfig
 from model.config import GPTConfig
 from model.generation.sampling_params import SamplingParams
+from model.text.places import Place
 from model.text.tokenizer import Tokenizer
 from serving.api.choice_output import ChoiceOutput, Part, join_parts
 from serving.engine.messages import Candidates, FinishReason, SequenceRequest, TokenEvent
 from serving.protocol.protocol import CompletionRequest
 from serving.protocol.served_model import ServedModel
 from tests.serving.endpoint_parts import loopback_server, replica_app
+from tests.tokenizer_kinds import tokenizer_json
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
@@ -68,11 +71,14 @@ def test_each_choice_has_the_log_probabilities_of_the_prompt(
     asyncio.run(scenario())
 
 
-def answered(tokenizer: Tokenizer, token_ids: list[int], **fields: Any) -> list[Part]:
+def answered(
+    tokenizer: Tokenizer, token_ids: list[int], *, prompt_ids: Sequence[int] = (1,), **fields: Any
+) -> list[Part]:
     """The parts of a choice for which the engine draws these tokens."""
+    prompt = [*prompt_ids]
     model = ServedModel("m", 1, GPTConfig(vocab_size=tokenizer.vocab_size), tokenizer, None, "v")
-    request = CompletionRequest(model="m", prompt=[[1]], ignore_eos=True, **fields)
-    sequence = SequenceRequest(0, [1], len(token_ids), SamplingParams(), ignore_eos=True)
+    request = CompletionRequest(model="m", prompt=[prompt], ignore_eos=True, **fields)
+    sequence = SequenceRequest(0, prompt, len(token_ids), SamplingParams(), ignore_eos=True)
     output, parts = ChoiceOutput(0, sequence, request, model), []
     for place, token_id in enumerate(token_ids, start=1):
         reason = FinishReason.LENGTH if place == len(token_ids) else None
@@ -102,3 +108,28 @@ def test_a_special_token_that_is_a_stop_string_stops(tokenizer: Tokenizer) -> No
         parts = answered(tokenizer, [*the, tokenizer.eot_id, *fox], stop=stop)
         expected = "the" if stop == tokenizer.end_of_text else "th"
         assert (join_parts(parts).text, parts[-1].finish_reason) == (expected, FinishReason.STOP)
+
+
+@pytest.mark.parametrize("kind", ["llama-2", "mistral", "unigram", "wordpiece"])
+def test_an_answer_in_tokens_that_mark_words_keeps_the_blank_of_what_it_continues(
+    kind: str,
+) -> None:
+    tokenizer = Tokenizer.from_json(tokenizer_json(kind))
+    begin = [tokenizer.start_id]
+    ids = tokenizer.encode("the lazy dog")
+    alone = join_parts(answered(tokenizer, ids, prompt_ids=begin, logprobs=0))
+    assert alone.text == "the lazy dog"
+    prompt = [*begin, *tokenizer.encode("A quick")]
+    for token_ids in (ids, [tokenizer.eot_id, *ids]):  # a special token is no text
+        after = join_parts(answered(tokenizer, token_ids, prompt_ids=prompt))
+        assert after.text == " the lazy dog"
+    echoed = join_parts(answered(tokenizer, ids, prompt_ids=prompt, echo=True, max_tokens=9))
+    assert echoed.text == "A quick the lazy dog"
+
+
+def test_a_character_of_several_byte_tokens_arrives_whole() -> None:
+    tokenizer = Tokenizer.from_json(tokenizer_json("llama-2"))
+    ids = tokenizer.encode("fox 🙂!", Place.INSIDE)
+    parts = answered(tokenizer, ids, prompt_ids=tokenizer.encode("the"))
+    assert "".join(part.text for part in parts) == "fox 🙂!"
+    assert "🙂" in [part.text for part in parts]

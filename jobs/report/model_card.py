@@ -1,0 +1,131 @@
+"""Writes the model card of a checkpoint: README.md on the Hugging Face Hub, from its lineage."""
+
+from dataclasses import dataclass
+from typing import assert_never
+
+import yaml
+
+from model.config import GPTConfig, Shape, num_active_parameters, num_parameters
+from model.files.checkpoint_folder import Metadata
+from model.foreign_config import ForeignConfig
+from model.text.tokenizer import Tokenizer
+
+_NOT_RECORDED = "not recorded"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The repositories of the Hub that a run began from."""
+
+    base_model: str | None = None  # owner/name
+    datasets: tuple[str, ...] = ()
+
+
+def model_card(
+    name: str,
+    *,
+    shape: Shape,
+    tokenizer: Tokenizer,
+    metadata: Metadata,
+    origin: Origin,
+    license_id: str,
+) -> str:
+    """Returns the card, with the front matter that the Hub reads. `name` is the repository's."""
+    front: dict[str, object] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": license_id,
+        "tags": ["raymill"],
+    }
+    if origin.base_model:
+        front["base_model"] = origin.base_model
+    if origin.datasets:
+        front["datasets"] = [*origin.datasets]
+    rows = _lineage(shape, tokenizer, metadata, origin)
+    table = "\n".join(f"| {what} | {value} |" for what, value in rows.items())
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(front, sort_keys=False).rstrip("\n"),
+            "---",
+            "",
+            f"# {name.rpartition('/')[2]}",
+            "",
+            f"A causal language model ({_kind(shape)}), trained with raymill.",
+            "",
+            "| lineage | |",
+            "| --- | --- |",
+            table,
+            "",
+            _LICENSE_NOTE if license_id == "unknown" else f"The license is {license_id}.",
+            "",
+            "## Use",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            "```",
+            "",
+            f"vLLM serves it with `vllm serve {name}`, raymill with `raymill serve hf://{name}`.",
+            "",
+            "## Check",
+            "",
+            _CHECK,
+            "",
+        ]
+    )
+
+
+_LICENSE_NOTE = "The license of these weights is not known: ask their owner before you use them."
+
+_CHECK = (
+    "The SHA-256 of the weights is over all parameters in the order of their names: name, number type and shape, each "
+    "followed by a zero byte, and then the values, little-endian. manifest.json has the SHA-256 of each other file. "
+    "Whoever has the run's storage can take its steps again with `raymill replay`, which ends with the same hash."
+)
+
+
+def _lineage(
+    shape: Shape, tokenizer: Tokenizer, metadata: Metadata, origin: Origin
+) -> dict[str, str]:
+    active, total = num_active_parameters(shape), num_parameters(shape)
+    parameters = f"{total:,}" if active == total else f"{total:,}, {active:,} for each token"
+    rows = {
+        "run": f"`{metadata.run_id}`, step {metadata.step:,}",
+        "tokens seen": f"{metadata.tokens_seen:,}",
+        "parameters": parameters,
+        "context": f"{shape.n_positions:,} tokens",
+        "validation": _validation(metadata),
+        "computed in": metadata.precision or _NOT_RECORDED,
+        "SHA-256 of the weights": _code(metadata.parameter_hash),
+        "SHA-256 of the data's manifest": _code(metadata.data_manifest_hash),
+        "tokenizer": f"{tokenizer.vocab_size:,} ids, SHA-256 {_code(tokenizer.hash)}",
+        "version of the code": _code(metadata.code_version),
+    }
+    if origin.base_model:
+        rows["began from"] = f"[{origin.base_model}](https://huggingface.co/{origin.base_model})"
+    return rows
+
+
+def _validation(metadata: Metadata) -> str:
+    if metadata.val_loss is None:
+        return "none"
+    bits = metadata.val_bits_per_byte
+    loss = f"{metadata.val_loss:.4f} nats per token"
+    return loss if bits is None else f"{loss}, {bits:.4f} bits per byte"
+
+
+def _code(value: str | None) -> str:
+    return _NOT_RECORDED if value is None else f"`{value}`"
+
+
+def _kind(shape: Shape) -> str:
+    match shape:
+        case GPTConfig():
+            return shape.architecture
+        case ForeignConfig():
+            return shape.model_type
+        case _:
+            assert_never(shape)
