@@ -19,7 +19,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # The suite starts hundreds of processes: where this is set, each compiles every module again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test areas reference docs test-all test-slice test-chaos test-gpu test-live lint format audit bench bench-train bench-loss bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
+.PHONY: demo test areas reference docs test-all test-slice test-chaos test-gpu test-live lint format audit bench bench-train bench-foreign bench-loss bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
@@ -87,6 +87,10 @@ bench: bench-train bench-sharded bench-data bench-serve
 
 bench-train: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_train
+
+# Beside transformers' Trainer, which needs accelerate
+bench-foreign: $(BENCH_INSTALLED)
+	$(BIN)/python -m tests.benchmarks.bench_foreign
 
 bench-sharded: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_sharded

@@ -270,6 +270,7 @@ WORDS = {
     "evaluate": (["evaluate", "step-1"], "evaluate: /"),
     "serve": (["serve", "step-1"], "serve: /"),
     "export": (["export", "step-1", "exported"], "export: /"),
+    "push": (["push", "step-1", "hf://owner/name", "--card"], "push: /"),
     "report": (["report", "begun"], "report: /"),
     "probe": (["probe", "begun"], "probe: /"),
     "data preview": (
