@@ -58,20 +58,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LaneScheduli
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """A real S3 server (moto) on a free loopback port, and the environment that leads to it: Ray
-    workers started later inherit it. Gives its URL."""
-    from moto.server import ThreadedMotoServer
+    """A real S3 server, and the environment that leads to it: Ray workers started later inherit it.
+    Gives its URL."""
+    from tests.moto_server import moto_server
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    with moto_server() as url, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", url)
         patch.setenv("AWS_ACCESS_KEY_ID", "test-key")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret-never-shown")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        yield f"http://{host}:{port}"
-    server.stop()
+        yield url
 
 
 @pytest.fixture

@@ -2,9 +2,10 @@
 
     python -m tests.slices N        prints the slice of this commit, such as 3/14
 
-Every test file lies in one slice, so a new one has its place by itself. A file whose slow tests take
-longer than `LONGEST_PART_S` is dealt out test by test. The seconds stand in slow_seconds.toml, for
-files that take more than a minute; others with slow tests count as one minute.
+Every test file lies in one slice, so a new one has its place by itself. A file whose slow tests
+take longer than `LONGEST_PART_S` is dealt out test by test, unless its tests build on each other
+(the marker `in_order`). The seconds stand in slow_seconds.toml, for files that take more than a
+minute; others with slow tests count as one minute.
 """
 
 import os
@@ -34,6 +35,7 @@ _IMPORT_S = 0.1  # of a file without slow tests, which is imported all the same
 _END_S = 60.0  # that an interrupted session has for its teardown
 _DAY_S = 86_400
 _IS_SLOW = re.compile(r"\bmark\.slow\b")
+_IS_IN_ORDER = re.compile(r"\bmark\.in_order\b")
 
 Part = tuple[str, int, int]
 """A file, and which of how many parts of its slow tests."""
@@ -71,12 +73,24 @@ def seconds_of_files() -> dict[str, float]:
     return seconds
 
 
+@cache
+def files_in_order() -> frozenset[str]:
+    """Returns the files whose tests build on each other: one slice takes them all."""
+    paths = (REPOSITORY / "tests").rglob("test_*.py")
+    return frozenset(
+        path.relative_to(REPOSITORY).as_posix()
+        for path in paths
+        if _IS_IN_ORDER.search(path.read_text(encoding="utf-8"))
+    )
+
+
 def divided(seconds: Mapping[str, float], count: int) -> list[list[Part]]:
     """Returns the parts of each slice: the longest first, each to the slice that has least so
     far."""
     parts: list[tuple[float, Part]] = []
     for file, length in seconds.items():
-        num_parts = max(1, -int(-length // LONGEST_PART_S))
+        is_whole = file in files_in_order()
+        num_parts = 1 if is_whole else max(1, -int(-length // LONGEST_PART_S))
         for part in range(num_parts):
             parts.append((length / num_parts, (file, part, num_parts)))
     parts.sort(key=lambda item: (-item[0], item[1]))

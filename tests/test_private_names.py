@@ -45,6 +45,13 @@ CANARIES = [
         "transformers.modeling_utils",
         "self._init_weights(module)",
     ),
+    # tests/moto_server.py: what a listing of a bucket iterates over.
+    Canary(
+        "moto.s3.utils._VersionedKeyStore.items",
+        "self",
+        "moto.s3.models",
+        "for key_name, key in bucket.keys.items()",
+    ),
     # cluster/local/start_node.py: one machine may have several nodes, their ports are on loopback,
     # and none is Ray Client's; a raylet on busy cores has longer than 30 s.
     Canary(

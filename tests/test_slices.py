@@ -18,6 +18,7 @@ from tests.slices import (
     Slice,
     TimeLimit,
     divided,
+    files_in_order,
     known_seconds,
     number_of_commit,
     seconds_of_files,
@@ -82,6 +83,15 @@ def test_a_new_file_moves_no_file_of_the_table() -> None:
     after = divided(known | {"tests/jobs/test_new.py": 60.0}, 5)
     added = [set(new) - set(old) for new, old in zip(after, before, strict=True)]
     assert sorted(map(len, added)) == [0, 0, 0, 0, 1]
+
+
+def test_a_file_whose_tests_build_on_each_other_lies_in_one_slice() -> None:
+    readers = "tests/e2e/test_readme.py"
+    assert readers in files_in_order()
+    slices = divided({readers: 3 * LONGEST_PART_S, "tests/jobs/test_new.py": 3 * LONGEST_PART_S}, 5)
+    parts = list(chain.from_iterable(slices))
+    assert parts.count((readers, 0, 1)) == 1
+    assert [num_parts for _, _, num_parts in parts] == [1, 3, 3, 3]
 
 
 def test_the_slices_of_a_few_files_are_their_slow_tests() -> None:

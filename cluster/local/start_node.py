@@ -5,10 +5,11 @@ there, unless it believes that the machine cannot have several nodes
 (`RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0`); but then it refuses a second node. Both decisions are
 reversed here, in this one process. A head also gets no server of Ray Client, which nothing here
 uses and whose start takes a second of processor time. And Ray gives a raylet 30 s to come, which
-busy cores make too few. Ray 2.60 has no public setting for any of this; a test lists the listening
-sockets of a whole cluster.
+busy cores make too few: it has longer, unless it has ended. Ray 2.60 has no public setting for any
+of this; a test lists the listening sockets of a whole cluster.
 """
 
+import os
 import sys
 import time
 from typing import Any
@@ -32,9 +33,20 @@ def _patient_get_node(*arguments: Any) -> Any:
         try:
             return _get_node(*arguments)
         except RuntimeError:
-            if time.monotonic() > deadline_s:
+            if time.monotonic() > deadline_s or _has_lost_a_process():
                 raise
             time.sleep(0.1)
+
+
+def _has_lost_a_process() -> bool:
+    """Reports whether a process that was started here has ended, as a raylet does that waits 15 s
+    for its agent in vain. False where the system cannot tell."""
+    if not hasattr(os, "waitid"):
+        return False
+    try:
+        return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # there is none
+        return False
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from tests.readmes import Command, blocks_of_commands
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.in_order]
 
 SETTINGS: dict[str, Any] = {
     "model.preset": "tiny",

@@ -31,6 +31,8 @@ CANNOT_BE_SEEN_HERE = {
     for name, metric in SERIES.items()
     if metric.name in SEEN_ON_GPUS_ONLY | SEEN_WITH_AN_AUTOSCALER_ONLY
 }
+KEYS = [f"sk-{number}" for number in range(8)]
+"""Several, of which the canary has some: a key keeps its version."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,12 @@ def scrape_targets(cluster: LocalCluster) -> Path:
 
 def ask_an_endpoint(connection: Connection, folder: Path, server: Prometheus) -> None:
     """Asks an endpoint until Prometheus has seen its answers."""
+    (folder / "keys").write_text("\n".join(KEYS))
     (folder / "admin").write_text("sk-admin")
     config = ServeConfig.model_validate(
         {
             "port": free_port(),
+            "api_key_file": str(folder / "keys"),
             "admin_key_file": str(folder / "admin"),
             "storage": {"uri": str(folder / "store")},
             "delivery": {"watch_s": 3600},
@@ -113,9 +117,7 @@ def ask_an_endpoint(connection: Connection, folder: Path, server: Prometheus) ->
         timeout=limit_s(60),
     )
     assert answer.status_code == 202, answer.text
-    with httpx.Client(
-        base_url=endpoint.url, headers=endpoint.headers, timeout=limit_s(60)
-    ) as client:
+    with httpx.Client(base_url=endpoint.url, timeout=limit_s(60)) as client:
         request = {
             "model": endpoint.model,
             "prompt": "Document 3.",
@@ -123,13 +125,16 @@ def ask_an_endpoint(connection: Connection, folder: Path, server: Prometheus) ->
             "ignore_eos": True,
         }
 
+        def status(key: str, **fields: object) -> int:
+            headers = {"Authorization": f"Bearer {key}"}
+            return client.post(
+                "/v1/completions", json=request | fields, headers=headers
+            ).status_code
+
         def answers_are_seen() -> bool:
-            for stream in (False, True):
-                assert (
-                    client.post("/v1/completions", json=request | {"stream": stream}).status_code
-                    == 200
-                )
-            assert client.post("/v1/completions", json=request | {"n": -1}).status_code == 400
+            for key in KEYS:
+                assert {status(key, stream=stream) for stream in (False, True)} == {200}
+            assert status(KEYS[0], n=-1) == 400
             seen = server.get("query", query='ray_raymill_version_answers_total{outcome="ok"} > 2')[
                 "result"
             ]

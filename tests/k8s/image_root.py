@@ -90,7 +90,12 @@ def followed_root(made: Path) -> ImageRoot:
     if closed:  # Python lies in a home that others may not enter
         mounts += f"mount -t tmpfs -o mode=755 tmpfs {closed[0]}; mkdir -p {prefix}; mount --bind /mnt/base {prefix};"
         mounts += f"mount -o remount,ro {closed[0]};"
-    mounts += f"{_VOLUMES.format(root='')} mount -o remount,ro /mnt; mount -o remount,bind,ro /"
+    volumes = _VOLUMES.format(root="")
+    packages = sys.prefix
+    if Path(packages).is_relative_to("/tmp"):  # the new /tmp would hide this checkout's
+        mounts += f"mkdir /mnt/packages; mount --bind {packages} /mnt/packages;"
+        volumes += f"mkdir -p {packages}; mount --bind /mnt/packages {packages};"
+    mounts += f"{volumes} mount -o remount,ro /mnt; mount -o remount,bind,ro /"
     environment = {
         "HOME": "/tmp",
         "PYTHONPATH": "/mnt/app",
