@@ -167,6 +167,7 @@ class BatchGradient:
         """Ends the work beside the training thread."""
         if self._is_exact:
             self._side_work.close()
+            self._exchange.close()
 
     def _exact_gradient(self, step: int, timer: StepTimer) -> Measured:
         plan = self._plan(step)
@@ -189,6 +190,7 @@ class BatchGradient:
             checksums = [own_checksum.total, other, *checksums_of_state(self._state)]
         with timer.phase("sync"):
             self._side_work.wait()
+            self._exchange.wait()
             return self._totals.finish(
                 step,
                 plan,
