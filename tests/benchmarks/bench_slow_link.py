@@ -1,5 +1,5 @@
-"""The exchange of a step between nodes that are joined by a slow network: by halving, and with a
-message to each other worker.
+"""The exchange of a step between nodes that are joined by a slow network: with a message to each
+other worker, by halving, and by halving while the bundle before is gathered, as in training.
 
     python -m tests.benchmarks.bench_slow_link [--mbit 100] [--values 3000000]
 
@@ -9,6 +9,7 @@ a second from and to each node; workers of one node talk without a bound. It nee
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +27,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jobs.exact.state.bundle import bundles_of
+from jobs.exact.state.division import Division
 from jobs.exact.state.doubling import gather, teams_to_gather
 from jobs.exact.state.flat_layout import FlatLayout
 from jobs.exact.state.peers import Peers
+from jobs.exact.state.side_thread import SideThread
+from jobs.exact.sums.bucket_exchange import GATHER_TAG
 from jobs.exact.sums.exact_reduce import subtrees_of_ranks
 from jobs.exact.sums.halving import HalvedSums, Room
 from jobs.exact.sums.teams import TeamPlan, plan_without_pairings, team_plan
@@ -39,20 +44,23 @@ SHAPES = [(2, 1), (4, 1), (2, 2), (8, 1), (4, 2), (2, 4), (7, 1)]  # nodes, and 
 LANES = 16
 NUM_STEPS = 5  # of which the first one connects
 BRIDGE = "rmbench"
+# A namespace lasts a little longer than its name, and its end of a link with it.
+_NUMBERS = itertools.count()
 
 
 @contextmanager
 def nodes(num_nodes: int, mbit: float) -> Iterator[list[str]]:
     """Lasts while so many namespaces are joined by a bridge; yields their names."""
-    names = [f"{BRIDGE}{number}" for number in range(num_nodes)]
+    bridge = f"{BRIDGE}{next(_NUMBERS)}"
+    names = [f"{bridge}n{number}" for number in range(num_nodes)]
     shaped = f"root tbf rate {mbit}mbit burst 64kb latency 200ms"
-    _run(f"ip link add {BRIDGE} type bridge")
+    _run(f"ip link add {bridge} type bridge")
     try:
-        _run(f"ip link set {BRIDGE} up")
+        _run(f"ip link set {bridge} up")
         for number, name in enumerate(names):
             _run(f"ip netns add {name}")
             _run(f"ip link add {name}v type veth peer name net0 netns {name}")
-            _run(f"ip link set {name}v master {BRIDGE} up")
+            _run(f"ip link set {name}v master {bridge} up")
             inside = f"ip netns exec {name}"
             _run(f"{inside} ip addr add 10.83.0.{number + 1}/24 dev net0")
             _run(f"{inside} ip link set net0 up")
@@ -62,10 +70,9 @@ def nodes(num_nodes: int, mbit: float) -> Iterator[list[str]]:
         yield names
     finally:
         for name in names:
-            # A namespace lasts a little longer than its name, and its end of the link with it.
             for command in (f"ip link del {name}v", f"ip netns del {name}"):
                 subprocess.run(command.split(), check=False, capture_output=True)
-        _run(f"ip link del {BRIDGE}")
+        _run(f"ip link del {bridge}")
 
 
 def _run(command: str) -> None:
@@ -75,15 +82,21 @@ def _run(command: str) -> None:
 def exchanged(
     peers: Peers,
     plan: TeamPlan,
-    complete: Callable[[Peers, Tensor, object], None],
+    complete: Callable[[Peers, Tensor, Division], None],
     flats: list[Tensor],
     layout: FlatLayout,
+    beside: SideThread | None,
 ) -> None:
     room = Room(torch.device("cpu"))
     for bundle in bundles_of(layout.buckets, len(peers), parts=None):
         vectors = [bundle.packed(flat) for flat in flats]
         HalvedSums(peers, plan, room).finish(vectors, bundle.division)
-        complete(peers, vectors[0], bundle.division)
+        if beside:
+            beside.submit(complete, peers, vectors[0], bundle.division)
+        else:
+            complete(peers, vectors[0], bundle.division)
+    if beside:
+        beside.wait()
 
 
 def run_worker(rank: int, world_size: int, num_values: int, store: str) -> None:
@@ -94,15 +107,17 @@ def run_worker(rank: int, world_size: int, num_values: int, store: str) -> None:
     subtrees = subtrees_of_ranks(LANES, world_size)
     roots = [range(LANES)]
     singles = [range(peer, peer + 1) for peer in range(world_size)]
+    halving = (team_plan(roots, subtrees), teams_to_gather(world_size))
     ways = {
-        "message to each": (plan_without_pairings(roots, subtrees), singles),
-        "halving": (team_plan(roots, subtrees), teams_to_gather(world_size)),
+        "message to each": (plan_without_pairings(roots, subtrees), singles, None),
+        "halving": (*halving, None),
+        "halving and gathering": (*halving, SideThread()),
     }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     found: dict[str, dict[str, float]] = {}
-    results: list[Tensor] = []
-    for name, (plan, teams) in ways.items():
-        seconds: list[float] = []
-        for _ in range(NUM_STEPS):
+    results: dict[str, Tensor] = {}
+    for _ in range(NUM_STEPS):  # in turns
+        for name, (plan, teams, beside) in ways.items():
             generator = torch.Generator().manual_seed(rank)
             flats = [torch.randn(layout.size, generator=generator) for _ in subtrees[rank]]
             dist.barrier()
@@ -111,17 +126,18 @@ def run_worker(rank: int, world_size: int, num_values: int, store: str) -> None:
                 exchanged(
                     peers,
                     plan,
-                    lambda peers, values, division, teams=teams: gather(
-                        peers, values, division, teams
-                    ),
+                    partial(gather, teams=teams, tag=GATHER_TAG),
                     flats,
                     layout,
+                    beside,
                 )
             dist.barrier()
-            seconds.append(time.perf_counter() - start_s)
-        results.append(flats[0])
-        found[name] = {"seconds": statistics.median(seconds[1:]), "bytes": sent.num_bytes}
-    assert torch.equal(*results), "both ways have the same bits"
+            seconds[name].append(time.perf_counter() - start_s)
+            results[name] = flats[0]
+            found[name] = {"bytes": sent.num_bytes}
+    for name, result in results.items():
+        assert torch.equal(result, results["halving"]), "all ways have the same bits"
+        found[name]["seconds"] = statistics.median(seconds[name][1:])
     if rank == 0:
         print(json.dumps(found))
     dist.destroy_process_group()

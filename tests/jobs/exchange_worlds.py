@@ -54,6 +54,8 @@ def exchanged(sharding: Sharding, group: WorkerGroup, num_lanes: int) -> dict[st
     with sent_bytes() as sent:
         for number in range(len(LAYOUT.buckets)):
             exchange.exchange(number)
+        exchange.wait()
+    exchange.close()
     parts = LAYOUT.whole.spans
     if not sharding.sends_sums:
         parts = LAYOUT.parts(group.rank, world_size=group.world_size).spans

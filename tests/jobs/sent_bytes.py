@@ -1,6 +1,7 @@
 """Counts the bytes that this process sends to other ranks while a gradient or a sharded update is
 exchanged."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,16 @@ from torch import Tensor
 
 
 class SentBytes:
+    """Bytes, which several threads add."""
+
     num_bytes = 0
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def add(self, num_bytes: int) -> None:
+        with self._lock:
+            self.num_bytes += num_bytes
 
 
 @contextmanager
@@ -24,19 +34,17 @@ def sent_bytes() -> Iterator[SentBytes]:
     exchange, all_to_all, all_gather = stock
 
     def counted_exchange(messages: list[dist.P2POp]) -> Any:
-        sent.num_bytes += sum(
-            message.tensor.nbytes for message in messages if message.op is dist.isend
-        )
+        sent.add(sum(message.tensor.nbytes for message in messages if message.op is dist.isend))
         return exchange(messages)
 
     def counted_all_to_all(
         found: Tensor, own: Tensor, found_lengths: list[int], own_lengths: list[int]
     ) -> Any:
-        sent.num_bytes += own.nbytes - own_lengths[dist.get_rank()] * own.itemsize
+        sent.add(own.nbytes - own_lengths[dist.get_rank()] * own.itemsize)
         return all_to_all(found, own, found_lengths, own_lengths)
 
     def counted_gather(found: Tensor, own: Tensor) -> Any:
-        sent.num_bytes += found.nbytes - own.nbytes
+        sent.add(found.nbytes - own.nbytes)
         return all_gather(found, own)
 
     dist.batch_isend_irecv = counted_exchange

@@ -30,7 +30,9 @@ class WiredPeers:
     def __len__(self) -> int:
         return self._num_peers
 
-    def pass_on(self, sent: Sequence[Tensors], received: Sequence[Tensors]) -> None:
+    def pass_on(
+        self, sent: Sequence[Tensors], received: Sequence[Tensors], *, tag: int = 0
+    ) -> None:
         self.num_calls += 1
         kept = [values for peer, tensors in sent for values in tensors if peer == self.index]
         places = [values for peer, tensors in received for values in tensors if peer == self.index]

@@ -77,16 +77,16 @@ class Bundle:
         for place, values in zip(places, part.split([*map(len, places)]), strict=True):
             place.copy_(values)
 
-    def gather(self, peers: Peers, flat: Tensor) -> None:
+    def gather(self, peers: Peers, flat: Tensor, *, tag: int = 0) -> None:
         """Completes the values in a flat buffer, of which each peer has its own part."""
         teams = teams_to_gather(len(peers))
         if self._is_in_order:
-            gather(peers, self.span.of(flat), self.division, teams)
+            gather(peers, self.span.of(flat), self.division, teams, tag=tag)
             return
         packed = flat.new_empty(len(self.span))
         own_values = [part.of(flat) for part in self._parts[peers.index]]
         torch.cat(own_values, out=self.division.part(peers.index).of(packed))
-        gather(peers, packed, self.division, teams)
+        gather(peers, packed, self.division, teams, tag=tag)
         places = self._places.to(flat.device)
         rows = self.span.of(flat).view(-1, BLOCK)
         torch.index_select(packed.view(-1, BLOCK), 0, places, out=rows)

@@ -30,11 +30,14 @@ def gather(
     values: "Tensor",
     division: Division,
     teams: Sequence[range],
+    *,
+    tag: int = 0,
 ) -> None:
-    """Completes the values of a bucket (n,), of which each peer has its own part."""
+    """Completes the values of a bucket (n,), of which each peer has its own part. Messages that are
+    sent beside others, from another thread, need a tag of their own."""
     own_team = next(team for team in teams if peers.index in team)
     if len(teams) > 1:
-        _give_to_teams(peers, values, division, teams)
+        _give_to_teams(peers, values, division, teams, tag=tag)
     count = len(teams[0])
     while count > 1:
         # Peers of smaller teams join in late, and count a message as the others do.
@@ -46,7 +49,7 @@ def gather(
             number = own_team.start + partner
             sent = [(number, [division.piece(piece_of(place, count)).of(values)])]
             received = [(number, [division.piece(piece_of(partner, count)).of(values)])]
-        peers.pass_on(sent, received)
+        peers.pass_on(sent, received, tag=tag)
         count //= 2
 
 
@@ -85,6 +88,8 @@ def _give_to_teams(
     values: "Tensor",
     division: Division,
     teams: Sequence[range],
+    *,
+    tag: int,
 ) -> None:
     """Has each peer's part sent to the members of all teams whose pieces need it."""
     own_part = division.part(peers.index)
@@ -101,7 +106,7 @@ def _give_to_teams(
         overlap = division.part(peer) & own_piece
         if peer != peers.index and not overlap.is_empty:
             received.append((peer, [overlap.of(values)]))
-    peers.pass_on(sent, received)
+    peers.pass_on(sent, received, tag=tag)
 
 
 def _pieces(division: Division, teams: Sequence[range]) -> Iterator[tuple[int, Span]]:

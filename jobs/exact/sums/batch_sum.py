@@ -100,6 +100,7 @@ class BatchSum:
     ) -> Measured:
         """Waits for the last sums, and returns the figures of the batch (`StepTotals.finish`)."""
         self._side_work.wait()
+        self._exchange.wait()
         return self._totals.finish(
             step,
             plan,
@@ -111,3 +112,4 @@ class BatchSum:
     def close(self) -> None:
         """Ends the work beside the training thread."""
         self._side_work.close()
+        self._exchange.close()

@@ -5,6 +5,7 @@ This process is rank 0 of as many as are asked for. What it would receive is wha
 holds.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,12 +46,14 @@ class Sent:
     def __init__(self) -> None:
         self.within = self.between = 0  # bytes that stay on the node, and that leave it
         self.num_messages = 0
+        self._lock = threading.Lock()  # several threads send
 
     def add(self, peer: int, num_bytes: int) -> None:
         if peer and num_bytes:
-            self.num_messages += 1
-            self.within += num_bytes * (peer < NODE)
-            self.between += num_bytes * (peer >= NODE)
+            with self._lock:
+                self.num_messages += 1
+                self.within += num_bytes * (peer < NODE)
+                self.between += num_bytes * (peer >= NODE)
 
 
 @contextmanager
