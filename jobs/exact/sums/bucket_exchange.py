@@ -8,8 +8,8 @@ the whole sum. Unless only the part's owner needs it, they bring the parts toget
 in fewer messages. Messages go from and into permanent buffers.
 
 While a bundle's parts are brought together, the next bundle is halved: a link idles while a peer
-adds or waits for another one, so two bundles on their way took 16 to 24% less time over links of
-100 Mbit/s (`tests/benchmarks/bench_slow_link.py`).
+adds or waits for another one, so two bundles on their way took 8 to 24% less time over links of 100
+Mbit/s (`tests/benchmarks/bench_slow_link.py`).
 """
 
 from collections.abc import Sequence
