@@ -140,4 +140,5 @@ def test_stock_ddp_trains_too_but_with_other_bits(
     config = run_config(folder, "ddp", way, exact=False, min_workers=3, max_workers=3)
     result = run_stage(connection, "jobs.pretrain", config)
     assert result["parameter_hash"] != disturbed[1]["parameter_hash"]
-    assert losses(config) == pytest.approx(losses(disturbed[0]), rel=1e-3)
+    within = 1e-2 if way == "experts" else 1e-3  # rounding sends a token to another expert
+    assert losses(config) == pytest.approx(losses(disturbed[0]), rel=within)
