@@ -23,7 +23,7 @@ def moto_server() -> Iterator[str]:
         server.stop()
 
 
-def _items(store: dict[str, list[Any]]) -> list[tuple[str, Any]]:
+def _items(self: dict[str, list[Any]]) -> list[tuple[str, Any]]:
     """Returns a bucket's keys, each with its newest version. moto's own way fails, with a 500,
     where another request deletes one meanwhile; S3 never does."""
-    return [(key, versions[-1]) for key, versions in dict(store).items()]
+    return [(key, versions[-1]) for key, versions in dict(self).items()]

@@ -156,17 +156,21 @@ class TimeLimit:
     ) -> None:
         self._seconds, self._say, self._end_s = seconds, say, end_s
         self._test, self._began_s = "before the first test", time.monotonic()
+        self._is_over = False
         self._timer = threading.Timer(seconds, self._interrupt)
         self._timer.daemon = True
         self._timer.start()
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
+        if self._is_over:  # a callback of a library may have swallowed the interrupt
+            pytest.exit("the tests' limit is over", returncode=pytest.ExitCode.INTERRUPTED)
         self._test, self._began_s = f"in {nodeid}", time.monotonic()
 
     def pytest_unconfigure(self) -> None:
         self._timer.cancel()
 
     def _interrupt(self) -> None:
+        self._is_over = True
         self._say(
             f"\nthe tests' limit of {self._seconds:.0f} s ended {self._test}, "
             f"{time.monotonic() - self._began_s:.0f} s after that had begun"

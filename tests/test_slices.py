@@ -158,6 +158,8 @@ def test_a_session_that_takes_too_long_says_in_which_test(
     limit = TimeLimit(0.2, say=words.append, end_s=1e6)
     limit.pytest_runtest_logstart("tests/test_a.py::test_b")
     assert interrupted.wait(limit_s(5))
+    with pytest.raises(pytest.exit.Exception, match="limit is over"):
+        limit.pytest_runtest_logstart("tests/test_a.py::test_c")
     limit.pytest_unconfigure()
     assert "limit of 0 s ended in tests/test_a.py::test_b" in words[0]
 

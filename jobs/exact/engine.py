@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.settings.run import ScalingConfig
-from cluster.settings.shard import Shard
+from cluster.settings.shard import Shard, divided_by
 from cluster.settings.train import TrainConfig
 from jobs.exact.any_module import AnyModule
 from jobs.exact.first_lanes import fault_of
@@ -101,9 +101,9 @@ class ExactEngine(Generic[Batch]):
                 f"{self._group.world_size} workers share {num_lanes} lanes, and each needs one: have "
                 "more lanes, or fewer workers"
             )
-        if shard == "parameters":
+        if divided_by(shard).values:
             raise UserError(
-                'shard="parameters" gathers the weights of a decoder\'s blocks while they compute, which a '
+                f'shard="{shard}" gathers the weights of a decoder\'s blocks while they compute, which a '
                 'module in general does not tell: use "gradients"'
             )
         torch.use_deterministic_algorithms(True)

@@ -59,7 +59,8 @@ def pass_through_the_host() -> None:
 
     def staged_batch(messages: list[dist.P2POp]) -> list[dist.Work]:
         staged = [
-            dist.P2POp(message.op, message.tensor.cpu(), message.peer) for message in messages
+            dist.P2POp(message.op, message.tensor.cpu(), message.peer, tag=message.tag)
+            for message in messages
         ]
         for work in batch(staged):
             work.wait()
