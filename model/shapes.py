@@ -16,6 +16,7 @@ from model.config import GPTConfig, Shape, lengths, num_parameters
 from model.foreign_config import ForeignConfig
 
 _NUMBER = re.compile(r"\.\d+\.")
+_OF_LAYER = re.compile(r"(^|\.)\d+\.")  # of a parameter that lies in one of several layers
 
 if TYPE_CHECKING:  # shapes are counted without PyTorch
     from torch import Tensor
@@ -192,15 +193,9 @@ class HiddenMatrix:
 
 def hidden_matrices(config: Shape) -> dict[str, HiddenMatrix]:
     """Returns the parameters of the blocks that have two sides, by name, in the order of the
-    model's `named_parameters`. What a model of transformers stores as one is taken for one
-    matrix."""
+    model's `named_parameters`."""
     if isinstance(config, ForeignConfig):
-        foreign: dict[str, HiddenMatrix] = {}
-        for name, shape in config.parameter_shapes.items():
-            if len(shape) == 2 and _NUMBER.search(name):
-                rows, columns = shape
-                foreign[name] = HiddenMatrix((rows, columns), 0, (rows,))
-        return foreign
+        return hidden_matrices_by_name(config.parameter_shapes)
     names = config.network.parameters
     sides = lengths(config)
     of_block: dict[str, HiddenMatrix] = {}
@@ -216,6 +211,19 @@ def hidden_matrices(config: Shape) -> dict[str, HiddenMatrix]:
     for layer in range(config.n_layer):
         for name, matrix in of_block.items():
             matrices[f"{names.prefix}.{names.blocks}.{layer}.{name}"] = matrix
+    return matrices
+
+
+def hidden_matrices_by_name(
+    shapes: Mapping[str, Sequence[int]],
+) -> dict[str, HiddenMatrix]:
+    """Returns the same of a module of which only names and shapes are known. What it stores as one
+    is taken for one matrix."""
+    matrices: dict[str, HiddenMatrix] = {}
+    for name, shape in shapes.items():
+        if len(shape) == 2 and _OF_LAYER.search(name):
+            rows, columns = shape
+            matrices[name] = HiddenMatrix((rows, columns), 0, (rows,))
     return matrices
 
 

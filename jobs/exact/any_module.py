@@ -1,7 +1,6 @@
 """Any PyTorch module as the training state takes models, and what of one cannot be trained
 exactly."""
 
-import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -9,10 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.errors import UserError
-from model.shapes import HiddenMatrix
-
-_OF_LAYER = re.compile(r"(^|\.)\d+\.")
-"""What the name of a parameter has that lies in one of several layers."""
+from model.shapes import HiddenMatrix, hidden_matrices_by_name
 
 
 class AnyModule:
@@ -36,14 +32,9 @@ class AnyModule:
 
     @property
     def hidden_matrices(self) -> Mapping[str, HiddenMatrix]:
-        """Parameters with two sides whose name says that they lie in one of several layers. What a
-        module stores as one is taken for one matrix."""
-        matrices: dict[str, HiddenMatrix] = {}
-        for name, parameter in self._parameters.items():
-            if parameter.dim() == 2 and _OF_LAYER.search(name):
-                rows, columns = parameter.shape
-                matrices[name] = HiddenMatrix((rows, columns), 0, (rows,))
-        return matrices
+        return hidden_matrices_by_name(
+            {name: parameter.shape for name, parameter in self._parameters.items()}
+        )
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         return self._parameters.items()

@@ -6,7 +6,6 @@ schedule says, each of one micro-batch or of a few in order; its loss is the mea
 tokens of all lanes.
 """
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.settings.run import RunConfig, batch_schedule, way_to_compute
 from jobs.exact.compute import MicroBatch, autocast, choose_operations, micro_batch, num_counted
+from jobs.exact.dropout import dropout_seed, seed_dropout
 from jobs.exact.state.train_state import TrainState
 from jobs.exact.sums.audit import Audit, Audits
 from jobs.exact.sums.batch_sum import BatchSum
@@ -213,7 +213,7 @@ class BatchGradient:
             samples = self._samples_of(step, number)
             rows = patiently(lambda: self._rows.samples(samples), "tokens")
             batch = micro_batch(rows, config, device, eot_id=self._eot_id)
-        _seed(dropout_seed(config.train.seed, step=step, micro_batch=number), device)
+        seed_dropout(dropout_seed(config.train.seed, step=step, micro_batch=number), device)
         scale *= self._loss_scale
         with timer.phase("forward"), autocast(config, device):
             loss: Tensor = loss_of(batch, timer, scale=scale / self._schedule.step_tokens(step))
@@ -235,23 +235,6 @@ class BatchGradient:
         size = self._config.train.micro_batch_size
         first = number * size
         return self._schedule.samples(step)[first : first + size]
-
-
-def dropout_seed(seed: int, *, step: int, micro_batch: int) -> int:
-    """Returns 63 bits of BLAKE2b: the same for any rank that computes the rows, and in any version
-    of Python."""
-    digest = hashlib.blake2b(
-        f"dropout:{seed}:{step}:{micro_batch}".encode(), digest_size=8
-    ).digest()
-    return int.from_bytes(digest) >> 1
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    """Does what torch.manual_seed does, which takes 0.5 ms to record the stack for each kind of
-    unused device."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
 
 
 class _ScaledLoss(nn.Module):

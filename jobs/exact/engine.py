@@ -9,7 +9,6 @@ A step's batch is a fixed number of lanes, whatever the number of workers. Each 
 of them, and their gradients are added along a fixed tree (`sums.exact_reduce`).
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from cluster.settings.run import ScalingConfig
 from cluster.settings.shard import Shard, divided_by
 from cluster.settings.train import TrainConfig
 from jobs.exact.any_module import AnyModule
+from jobs.exact.dropout import dropout_seed, seed_dropout
 from jobs.exact.first_lanes import fault_of
 from jobs.exact.rules.adamw import AdamW
 from jobs.exact.rules.muon import Muon
@@ -199,6 +199,11 @@ class ExactEngine(Generic[Batch]):
                 )
         num_files = facts["num_files"]
         files = [_file_name(place, num_files) for place in range(num_files)]
+        for file in files:
+            if not (path / file).exists():
+                raise UserError(
+                    f"{path} has no {file}, one of the {num_files} files of this state: save it on all workers"
+                )
 
         def read(file: str, *, start: int, end: int) -> bytes:
             with (path / file).open("rb") as opened:
@@ -223,7 +228,8 @@ class ExactEngine(Generic[Batch]):
         parameters."""
         with self._timer.phase("load"):
             batch = batch_of(lane)
-        torch.manual_seed(lane_seed(self._seed, step=step, lane=lane))
+        seed = dropout_seed(self._seed, step=step, micro_batch=lane)
+        seed_dropout(seed, self._model.device)
         with self._timer.phase("forward"):
             loss = self._loss(self._model.module, batch)
             if loss.dim():
@@ -250,13 +256,6 @@ class ExactEngine(Generic[Batch]):
                     f"worker {rank} begins with other weights than worker 0: seed torch before the model "
                     "is made, or load the same weights on all"
                 )
-
-
-def lane_seed(seed: int, *, step: int, lane: int) -> int:
-    """Returns 63 bits of BLAKE2b: the same for any worker that computes the lane, and in any
-    version of Python."""
-    digest = hashlib.blake2b(f"lane:{seed}:{step}:{lane}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
 
 
 def _group() -> WorkerGroup:

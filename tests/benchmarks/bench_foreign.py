@@ -17,8 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,6 +42,7 @@ from model.decoders.make import new_decoder
 from model.foreign_config import ForeignConfig
 from model.training.training_memory import keep_freed_memory
 from tests.benchmarks.plain_gpt2 import training_step
+from tests.benchmarks.train_steps import RowsInMemory, exactly
 from tests.foreign_models import small
 
 NUM_WARM_UPS = 2
@@ -104,31 +104,6 @@ class Work:
         return AutoModelForCausalLM.from_config(self.shape.hf, dtype=torch.float32)
 
 
-class _Rows:
-    """Rows in memory, as the other contenders have them."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self._rows = rows.flatten(0, 1)
-
-    def samples(self, indices: Any) -> tuple[Tensor, Tensor]:
-        rows = self._rows[torch.as_tensor(indices) % len(self._rows)]
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-    def read_ahead(self, indices: Any) -> None:
-        pass
-
-
-@contextmanager
-def _exactly() -> Iterator[None]:
-    """Sets up this process as a raymill worker; no contender is obliged to do the same."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def raymill(work: Work) -> Round:
     train = {
         "global_batch_size": work.batch_size,
@@ -148,13 +123,13 @@ def raymill(work: Work) -> Round:
     state = TrainState(model.train(), config.train, device=torch.device("cpu"), group=group)
 
     def steps(num_steps: int) -> Seconds:
-        rows: Any = _Rows(work.rows(num_steps + NUM_WARM_UPS))
+        rows: Any = RowsInMemory(work.rows(num_steps + NUM_WARM_UPS))
         gradient, timer = BatchGradient(config, state, rows, group, eot_id=None), StepTimer()
         start = Seconds.now()
         for number in range(num_steps + NUM_WARM_UPS):
             if number == NUM_WARM_UPS:
                 start = Seconds.now()
-            with _exactly():
+            with exactly():
                 measured = gradient.of_step(number + 1, timer)
                 state.apply(norm=measured.norm, learning_rate=6e-4)
             timer.take()

@@ -76,11 +76,12 @@ class Cell:
         )
 
 
-class _Rows:
+class RowsInMemory:
     """Rows in memory, as the other contenders have them."""
 
-    def __init__(self, cell: Cell) -> None:
-        self._rows = cell.batches().flatten(0, 1)
+    def __init__(self, batches: Tensor) -> None:
+        """`batches` has tokens (number, B, T + 1)."""
+        self._rows = batches.flatten(0, 1)
 
     def samples(self, indices: Any) -> tuple[Tensor, Tensor]:
         rows = self._rows[torch.as_tensor(indices) % len(self._rows)]
@@ -91,7 +92,7 @@ class _Rows:
 
 
 @contextmanager
-def _exactly() -> Iterator[None]:
+def exactly() -> Iterator[None]:
     """Sets up this process as a raymill worker; no contender is obliged to do the same."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -108,11 +109,11 @@ def raymill(cell: Cell, compute: str = "cpu") -> Step:
     model = GPT(config.model)
     model.init_weights(0)
     state = TrainState(model.train(), config.train, device=torch.device("cpu"), group=group)
-    rows: Any = _Rows(cell)
+    rows: Any = RowsInMemory(cell.batches())
     gradient, timer = BatchGradient(config, state, rows, group, eot_id=None), StepTimer()
 
     def step(number: int) -> float:
-        with _exactly():
+        with exactly():
             measured = gradient.of_step(number + 1, timer)
             with timer.phase("update"):
                 state.apply(norm=measured.norm, learning_rate=6e-4)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 PAGE = 2
@@ -47,12 +48,18 @@ class HubStub:
 
 @contextmanager
 def running_hub(kind: str = "dataset") -> Iterator[HubStub]:
-    hub = HubStub(kind)
+    with running(HubStub(kind), Handler) as hub:
+        yield hub
 
-    class Bound(Handler):
-        stub = hub
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Bound) as server:
+HubT = TypeVar("HubT", bound=HubStub)
+
+
+@contextmanager
+def running(hub: HubT, handler: type[BaseHTTPRequestHandler]) -> Iterator[HubT]:
+    """Serves a stub, whose `url` is then known, by requests' handlers with that `stub`."""
+    bound = type("Bound", (handler,), {"stub": hub})
+    with ThreadingHTTPServer(("127.0.0.1", 0), bound) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         hub.url = f"http://127.0.0.1:{server.server_address[1]}"
         yield hub

@@ -11,14 +11,12 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import ThreadingHTTPServer
 from typing import Any
 
-from tests.cluster.hub_stub import LARGE, Handler, HubStub
+from tests.cluster.hub_stub import LARGE, Handler, HubStub, running
 
 WRITER, READER = "hf_writer", "hf_reader"
 """Tokens: one that may write, and one that may not."""
@@ -42,16 +40,8 @@ class WritableHub(HubStub):
 
 @contextmanager
 def running_writable_hub() -> Iterator[WritableHub]:
-    hub = WritableHub()
-
-    class Bound(WritingHandler):
-        stub = hub
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Bound) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    with running(WritableHub(), WritingHandler) as hub:
         yield hub
-        server.shutdown()
 
 
 class WritingHandler(Handler):

@@ -63,9 +63,13 @@ def convolutions() -> nn.Module:
     )
 
 
-def loss_of_images(model: nn.Module, generator: torch.Generator) -> Tensor:
+def images_of(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     images = torch.rand(4, 1, 16, 16, generator=generator)
-    labels = torch.randint(_NUM_CLASSES, (4,), generator=generator)
+    return images, torch.randint(_NUM_CLASSES, (4,), generator=generator)
+
+
+def loss_of_images(model: nn.Module, generator: torch.Generator) -> Tensor:
+    images, labels = images_of(generator)
     return cross_entropy(model(images), labels)
 
 
@@ -85,8 +89,7 @@ def vision() -> nn.Module:
 
 
 def loss_of_vision(model: nn.Module, generator: torch.Generator) -> Tensor:
-    images = torch.rand(4, 1, 16, 16, generator=generator)
-    labels = torch.randint(_NUM_CLASSES, (4,), generator=generator)
+    images, labels = images_of(generator)
     return model(pixel_values=images, labels=labels).loss
 
 

@@ -31,7 +31,7 @@ from tests.jobs.train_worlds import CPU, EOT, Case, MadeRows
 
 DROPOUT = """
 import torch
-from jobs.exact.batch_gradient import dropout_seed
+from jobs.exact.dropout import dropout_seed
 torch.manual_seed(dropout_seed(0, step=3, micro_batch=5))
 print(dropout_seed(0, step=3, micro_batch=5), torch.rand(3).tolist())
 """

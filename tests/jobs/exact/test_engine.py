@@ -212,6 +212,10 @@ def test_a_state_of_other_lanes_is_refused(tmp_path: Path) -> None:
     engine_of(nn.Linear(6, 6)).save(tmp_path)
     with pytest.raises(UserError, match="was trained with num_lanes 3, and this engine has 4"):
         engine_of(nn.Linear(6, 6), num_lanes=4).load(tmp_path)
+    [file] = tmp_path.glob("*.safetensors")
+    file.unlink()
+    with pytest.raises(UserError, match=f"has no {file.name}, one of the 1 files"):
+        engine_of(nn.Linear(6, 6)).load(tmp_path)
     with pytest.raises(UserError, match="is no folder of"):
         engine_of(nn.Linear(6, 6)).load(tmp_path / "elsewhere")
 

@@ -389,6 +389,18 @@ def test_a_cached_prompt_is_not_read_again(
     assert steps == [[(16, 57, 0), (16, 0, 0), (16, 0, 0), (9, 0, 0)], [(9, 57, 48)]]
 
 
+def test_a_burst_is_read_in_larger_steps_once_the_engine_has_seen_its_speed(
+    engine_of: EngineOf, model: GPT, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "LONGEST_BURST_S", 1e6)  # however slow this machine is now
+    engine = engine_of(model, max_num_seqs=1, prefill_tokens_per_step=4)
+    engine.submit(request(0, prompts[7], max_tokens=1))  # 57 tokens
+    steps: list[int] = []
+    while engine.has_work:
+        steps.append(engine.step().num_tokens)
+    assert steps == [4, 32, 21]
+
+
 def test_a_small_cache_makes_sequences_wait_and_nothing_else(
     engine_of: EngineOf, model: GPT, prompts: list[list[int]]
 ) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cluster.settings.plan import PlanConfig
-from jobs.exact.batch_gradient import dropout_seed
 from jobs.exact.compute import autocast, micro_batch, num_counted
+from jobs.exact.dropout import dropout_seed
 from jobs.exact.state.doubling import gather_messages, teams_to_gather
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.stored_state import hash_of_weights
