@@ -24,6 +24,7 @@ from cluster.settings.data import DataConfig
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import EvaluateConfig, RunConfig, StorageConfig, seq_len
 from cluster.stages.stage import stage_main
+from cluster.storage.bases import find_base
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage, absolute_uri, open_storage, split_uri
 from jobs.exact.compute import autocast, micro_batch, num_counted
@@ -105,7 +106,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     checkpoint, folder = find_checkpoint(config.checkpoint, config.storage.uri)
     say(f"evaluating {checkpoint}")
-    model = load_decoder(folder, verify=False)  # which `find_checkpoint` has just done
+    base = find_base(folder, config.storage.uri)
+    model = load_decoder(folder, base=base, verify=False)  # `find_checkpoint` has verified it
     rows = _rows(folder, model, config.model_copy(update={"checkpoint": checkpoint}))
     numerics = rows.run.train.numerics
     if rows.device == "cpu" and emulates(numerics):

@@ -5,19 +5,30 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from cluster.storage.bases import find_base
 from cluster.storage.registry import resolve_checkpoint
 from cluster.storage.uris import absolute_uri, open_storage, split_uri
+from model.config import Shape
 from model.files.bounded_text import require_bounded_text
-from model.files.checkpoint import load_decoder, write_checkpoint
+from model.files.checkpoint import (
+    load_decoder,
+    parameter_hash,
+    stored_weights,
+    write_checkpoint,
+)
 from model.files.checkpoint_folder import (
     MANIFEST,
     CheckpointError,
     fingerprint,
+    is_adapter,
     is_hf_folder,
     read_metadata,
     verify_checkpoint,
 )
 from model.files.gguf_file import write_gguf
+from model.files.hf_config import read_shape
 from model.files.stored_tokenizer import load_tokenizer
 
 
@@ -36,7 +47,8 @@ def export_gguf(checkpoint: str, destination: str, *, storage_uri: str) -> dict[
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise CheckpointError(f"{source} has no tokenizer.json, which a GGUF file needs")
-    model = load_decoder(source, verify=False)  # which `resolve_checkpoint` has just done
+    base = find_base(source, storage_uri)
+    model = load_decoder(source, base=base, verify=False)  # `resolve_checkpoint` has verified it
     with tempfile.TemporaryDirectory(prefix="raymill-export-") as scratch:
         file = Path(scratch) / name
         written = write_gguf(
@@ -57,9 +69,17 @@ def export_gguf(checkpoint: str, destination: str, *, storage_uri: str) -> dict[
     }
 
 
-def export(checkpoint: str, destination: str, *, storage_uri: str) -> dict[str, Any]:
+def _merged(adapter: Path, storage_uri: str) -> tuple[Shape, dict[str, Tensor]]:
+    """Returns the shape of an adapter's base, and its weights with the adapter."""
+    model = load_decoder(adapter, base=find_base(adapter, storage_uri), verify=False)
+    return model.config, {name: values.detach() for name, values in model.named_parameters()}
+
+
+def export(
+    checkpoint: str, destination: str, *, storage_uri: str, merge: bool = False
+) -> dict[str, Any]:
     """Writes the verified checkpoint to a new or empty folder, local or remote, and verifies the
-    copy.
+    copy. An adapter stays one, which PEFT loads, unless `merge` adds it to its base's weights.
 
     Raises `CheckpointError`.
     """
@@ -76,15 +96,22 @@ def export(checkpoint: str, destination: str, *, storage_uri: str) -> dict[str, 
     if is_hf_folder(source):
         raise CheckpointError(f"{source} is a plain Hugging Face folder already; copy it as it is")
     require_bounded_text(source)
+    if merge and not is_adapter(source):
+        raise CheckpointError(
+            f"{source} is a whole model, and --merge is for adapters: leave it out"
+        )
     with tempfile.TemporaryDirectory(prefix="raymill-export-") as scratch:
         folder = local or Path(scratch) / "checkpoint"
         tokenizer, metadata = load_tokenizer(source), read_metadata(source)
         assert tokenizer is not None, "only plain Hugging Face folders may lack one"
-        model = load_decoder(source, verify=False)  # which `resolve_checkpoint` has just done
+        shape, weights = read_shape(source), stored_weights(source)
+        if merge:
+            shape, weights = _merged(source, storage_uri)
+            metadata = metadata.without_base(parameter_hash(weights))
         copied = write_checkpoint(
             folder,
-            config=model.config,
-            state=dict(model.named_parameters()),
+            config=shape,
+            state=weights,
             tokenizer=tokenizer,
             metadata=metadata,
             train_state=None,

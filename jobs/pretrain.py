@@ -34,6 +34,7 @@ from jobs.ray_train.worker_backend import (
     Trainer,
     WorkerBackend,
 )
+from jobs.run.base import recorded_base
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.history import CONFIG_FILE, changed_settings, recorded_config
 from jobs.run.ledger import Ledger
@@ -173,6 +174,7 @@ def train_on(text: PreparedText) -> dict[str, Any]:
             launch=f"raymill-{secrets.token_hex(8)}",
             validation_uris=sets,
             division=division,
+            base=recorded_base(run),
         )
         say(_begins(config, Ledger.read(run)))
         _train(plan)

@@ -157,7 +157,8 @@ def _settings(config: Shape) -> dict[str, Any]:
             return asdict(config)
         case ForeignConfig():
             values = config.values
-            return {name: values[name] for name in values if name not in NOT_OF_THE_MODEL}
+            shape = {name: values[name] for name in values if name not in NOT_OF_THE_MODEL}
+            return shape if config.adapter is None else shape | {"adapter": config.adapter}
         case _:
             assert_never(config)
 

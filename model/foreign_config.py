@@ -11,10 +11,11 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from model.adapters.lora import Adapter, chosen_targets, linear_layers, put_into, stored_name
 from model.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,10 +55,14 @@ class ForeignModelError(UserError):
 
 @dataclass(frozen=True)
 class ForeignConfig:
-    """A causal language model of transformers. Two are equal if their config.json says the same."""
+    """A causal language model of transformers, perhaps with an adapter. Two are equal if their
+    config.json, and that of their adapter, say the same."""
 
     content: str
     """config.json, with sorted keys: a text, as a dictionary has no hash."""
+
+    adapter: Adapter | None = None
+    """What is trained beside weights that are frozen; None where all weights are trained."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -176,9 +181,22 @@ class ForeignConfig:
         return max(probabilities)
 
     @property
+    def base(self) -> Self:
+        """The model without its adapter."""
+        return replace(self, adapter=None)
+
+    def with_adapter(self, adapter: Adapter) -> Self:
+        """Returns the model with an adapter beside the layers that it names, or if it names none,
+        beside all linear layers of the blocks. Raises `AdapterError`."""
+        layers = _linear_layers(empty_module(self.base), self)
+        targets = chosen_targets(layers, adapter.targets)
+        return replace(self, adapter=replace(adapter, targets=targets))
+
+    @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter by transformers' name, in its order; a tied head has none."""
-        return dict(_parameter_shapes(self.content))
+        """The shape of each parameter that is trained by transformers' name, an adapter's by
+        PEFT's, in the module's order; a tied head has none."""
+        return dict(_parameter_shapes(self))
 
     @property
     def num_parameters(self) -> int:
@@ -186,9 +204,9 @@ class ForeignConfig:
 
     @property
     def num_active_parameters(self) -> int:
-        """The parameters that compute a token: of a layer's experts only those that it is sent
-        to."""
-        active = 0
+        """The parameters that compute a token, frozen ones too: of a layer's experts only those that
+        it is sent to."""
+        active = 0 if self.adapter is None else self.base.num_active_parameters
         for name, shape in self.parameter_shapes.items():
             size = math.prod(shape)
             if self.num_experts and _EXPERT in name:
@@ -197,16 +215,20 @@ class ForeignConfig:
         return active
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Counts as `model.config.flops_per_token` does, the experts of a token alone."""
+        """Counts as `model.config.flops_per_token` does, the experts of a token alone. Frozen weights
+        have no gradient: 4 for each."""
         looked_up = 0 if self.tie_word_embeddings else self.vocab_size * self.n_embd
         attention = 12 * self.n_layer * self.n_head * self.head_dim * seq_len
-        return 6 * (self.num_active_parameters - looked_up) + attention
+        without_gradient = (
+            0 if self.adapter is None else self.base.num_active_parameters - looked_up
+        )
+        return 6 * (self.num_active_parameters - looked_up) + attention - 2 * without_gradient
 
     def with_context(self, num_tokens: int) -> Self:
         """Returns the model as one with a context of so many tokens."""
         name = self.hf.attribute_map.get("max_position_embeddings", "max_position_embeddings")
         values = self.values | {name: num_tokens}
-        return type(self)(json.dumps(values, sort_keys=True))
+        return replace(self, content=json.dumps(values, sort_keys=True))
 
     def narrowed(self) -> Self:
         """Returns the model with few layers, one of each kind if their kinds take turns, and few
@@ -217,12 +239,8 @@ class ForeignConfig:
             if isinstance(value, list) and len(value) == self.n_layer:
                 values[name] = value[:num_layers]
         layers = self.hf.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-        return type(self)(
-            json.dumps(
-                values | {layers: num_layers, "vocab_size": 64, "pad_token_id": None},
-                sort_keys=True,
-            )
-        )
+        changes = {layers: num_layers, "vocab_size": 64, "pad_token_id": None}
+        return replace(self, content=json.dumps(values | changes, sort_keys=True))
 
 
 def layer_of(parameter: str) -> str:
@@ -258,9 +276,32 @@ def _parsed(content: str) -> Any:
 
 
 @functools.cache
-def _parameter_shapes(content: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    module = empty_module(ForeignConfig(content))
-    return tuple((name, tuple(weights.shape)) for name, weights in module.named_parameters())
+def _parameter_shapes(config: ForeignConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    shapes: list[tuple[str, tuple[int, ...]]] = []
+    for name, weights in empty_module(config).named_parameters():
+        if config.adapter is None:
+            shapes.append((name, tuple(weights.shape)))
+        elif weights.requires_grad:
+            shapes.append((stored_name(name), tuple(weights.shape)))
+    return tuple(shapes)
+
+
+def layers_of(module: "nn.Module", config: ForeignConfig) -> tuple[str, "nn.ModuleList"]:
+    """Returns the name of the decoder's layers, and these."""
+    from torch import nn  # noqa: PLC0415 (takes a second, which reading a config.json need not)
+
+    for name, part in module.named_modules():
+        if isinstance(part, nn.ModuleList) and len(part) == config.n_layer:
+            return name, part
+    raise ForeignModelError(
+        f"config.json: model_type {config.model_type!r} has no list of {config.n_layer} layers, which raymill would "
+        "share out to workers"
+    )
+
+
+def _linear_layers(module: "nn.Module", config: ForeignConfig) -> "dict[str, nn.Module]":
+    blocks, _ = layers_of(module, config)
+    return linear_layers(module, blocks)
 
 
 def imported() -> Any:
@@ -294,8 +335,9 @@ def _no_causal_model(kind: object) -> ForeignModelError:
 
 
 def empty_module(config: ForeignConfig) -> "nn.Module":
-    """Returns transformers' module without values, on torch's device `meta`. Code that comes with a
-    model is never run.
+    """Returns transformers' module without values, on torch's device `meta`, with the adapter if the
+    model has one: then what is frozen requires no gradient. Code that comes with a model is never
+    run.
 
     Attention is PyTorch's where that computes the model, and experts take turns: kernels that group
     them round otherwise on other machines.
@@ -309,6 +351,8 @@ def empty_module(config: ForeignConfig) -> "nn.Module":
     with torch.device("meta"):
         module = transformers.AutoModelForCausalLM.from_config(own_copy, **_options(config))
     assert isinstance(module, torch.nn.Module)
+    if config.adapter is not None:
+        put_into(module, config.adapter, _linear_layers(module, config))
     return module
 
 

@@ -49,6 +49,7 @@ _FORMAT = Argument[str](
     choices=("folder", _GGUF),
     default="folder",
 )
+_MERGE = Switch("--merge", "add an adapter to the weights that it stands on: a whole model")
 _REPOSITORY = Argument[str](
     "repository", "model's repository on the Hub, hf://OWNER/NAME", metavar="hf://OWNER/NAME"
 )
@@ -161,7 +162,9 @@ def export(arguments: Arguments) -> Result:
 
     if arguments[_FORMAT] == _GGUF:
         return Result(export_gguf(checkpoint, destination, storage_uri=storage_uri))
-    exported = export_checkpoint(checkpoint, destination, storage_uri=storage_uri)
+    exported = export_checkpoint(
+        checkpoint, destination, storage_uri=storage_uri, merge=arguments[_MERGE]
+    )
     return Result(
         exported, next=f"transformers.AutoModelForCausalLM.from_pretrained({destination!r})"
     )
@@ -232,7 +235,7 @@ SERVE = Section(
             "export",
             "copy a checkpoint without its training state, ready for Hugging Face",
             export,
-            [CHECKPOINT, _NEW_PLACE, _FORMAT, STORAGE],
+            [CHECKPOINT, _NEW_PLACE, _FORMAT, _MERGE, STORAGE],
         ),
         Command(
             "push",

@@ -28,16 +28,20 @@ from cluster.settings import recipe
 from cluster.settings.batch_schedule import BatchSchedule
 from cluster.settings.data import DataConfig, TextConfig
 from cluster.settings.setting import Settings, setting
-from cluster.settings.shard import Shard, divided_by
+from cluster.settings.shard import WHOLE, Shard, divided_by
 from cluster.settings.train import Compute, TrainConfig
 from cluster.storage.uris import Storage, StorageError, open_storage, split_uri
+from model.adapters.lora import Adapter
 from model.config import GPTConfig, Shape, preset_fields, with_vocabulary
-from model.files.hf_config import shape_from_hf
+from model.files.hf_config import config_to_hf, shape_from_hf
 from model.foreign_config import ForeignConfig
 from model.numerics import Precision
 
 CONFIG = "config"
 """The setting that names a config.json, or has its content."""
+
+_ADAPTER = "adapter"
+"""What a run that has begun records beside it: the adapter that `train.lora_rank` asked for."""
 
 CONFIG_HELP = (
     "config.json of any causal language model of transformers, a path or URI, in place of a preset and of all "
@@ -52,13 +56,17 @@ def _validated(value: Any, as_ours: Callable[[Any], GPTConfig]) -> Shape:
         return as_ours(value)
     if value.get(CONFIG) is None:
         return as_ours(preset_fields({name: value[name] for name in value if name != CONFIG}))
-    others = sorted(name for name, given in value.items() if name != CONFIG and given is not None)
+    allowed = (CONFIG, _ADAPTER)
+    others = sorted(name for name in value if name not in allowed and value[name] is not None)
     if others:
         raise ValueError(
             f"config is set, so {', '.join(others)} must not be: change the config.json instead"
         )
     content = value[CONFIG]
-    return shape_from_hf(content if isinstance(content, dict) else _read(str(content)))
+    values = content if isinstance(content, dict) else _read(str(content))
+    if value.get(_ADAPTER) is None:
+        return shape_from_hf(values)
+    return dataclasses.replace(ForeignConfig.of(values), adapter=Adapter(**value[_ADAPTER]))
 
 
 def _read(uri: str) -> dict[str, Any]:
@@ -84,7 +92,8 @@ def _dumped(shape: Shape) -> dict[str, Any]:
         case GPTConfig():
             return dataclasses.asdict(shape)
         case ForeignConfig():
-            return {CONFIG: shape.values}
+            adapter = {_ADAPTER: dataclasses.asdict(shape.adapter)} if shape.adapter else {}
+            return {CONFIG: shape.values, **adapter}
         case _:
             assert_never(shape)
 
@@ -278,6 +287,34 @@ def run_storage(config: RunConfig) -> Storage:
 def seq_len(config: RunConfig) -> int:
     """Returns the tokens of a training sequence."""
     return config.train.seq_len or config.model.n_positions
+
+
+def adapter_in(train: TrainConfig) -> Adapter | None:
+    """Returns the adapter that the settings ask for, if they do; without targets, it is for all
+    linear layers."""
+    if train.lora_rank is None:
+        return None
+    alpha = train.lora_alpha or 2 * train.lora_rank
+    return Adapter(train.lora_rank, alpha, tuple(train.lora_targets))
+
+
+def adapted(shape: Shape, train: TrainConfig) -> Shape:
+    """Returns the shape with the adapter that the settings ask for, if they do: transformers' module
+    then computes ours too. Raises `AdapterError` for layers that there are not."""
+    adapter = adapter_in(train)
+    if adapter is None:
+        return shape
+    if isinstance(shape, GPTConfig):
+        shape = ForeignConfig.of(config_to_hf(shape, start_id=0, end_ids=[0]))
+    return shape.with_adapter(adapter)
+
+
+def state_scaling(config: RunConfig) -> ScalingConfig:
+    """Returns what divides the training state: an adapter's is small, and whole on each worker;
+    `scaling.shard` then divides the frozen weights alone."""
+    if config.train.lora_rank is None:
+        return config.scaling
+    return config.scaling.model_copy(update={"shard": WHOLE, "shard_group": None})
 
 
 def planned_vocabulary(config: RunConfig) -> RunConfig:

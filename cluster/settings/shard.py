@@ -15,6 +15,7 @@ class Divided(NamedTuple):
 
 
 NOTHING = Divided()
+WHOLE: Shard = "none"
 
 
 def divided_by(shard: Shard) -> Divided:

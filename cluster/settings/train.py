@@ -126,6 +126,23 @@ class TrainConfig(ShapingSettings):
         "too); random weights when unset",
         shapes=Shapes.RUN,
     )
+    lora_rank: PositiveInt | None = shaping(
+        None,
+        "rank of a LoRA adapter that is trained beside the weights of train.init_from, which are frozen; all "
+        "weights are trained when unset",
+        shapes=Shapes.RUN,
+    )
+    lora_alpha: PositiveInt | None = shaping(
+        None,
+        "what the adapter adds is multiplied by lora_alpha / lora_rank; twice the rank when unset",
+        shapes=Shapes.RUN,
+    )
+    lora_targets: list[str] = shaping(
+        [],
+        "last names of the linear layers that get an adapter, such as q_proj and v_proj; all in the model's "
+        "blocks when empty",
+        shapes=Shapes.RUN,
+    )
     max_skipped_steps: NonNegativeInt = shaping(
         3,
         "bad steps in a row that are skipped before the run is rolled back",
@@ -197,6 +214,18 @@ class TrainConfig(ShapingSettings):
             raise ValueError(
                 f"train.cooldown_tokens={self.cooldown_tokens} after train.warmup_tokens={warmup} exceeds the horizon "
                 f"of {horizon} tokens (train.decay_tokens, or else train.max_tokens)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_has_a_base(self) -> Self:
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_targets):
+            name = "lora_alpha" if self.lora_alpha is not None else "lora_targets"
+            raise ValueError(f"train.{name} is for an adapter: set train.lora_rank too")
+        if self.lora_rank is not None and self.init_from is None:
+            raise ValueError(
+                f"train.lora_rank={self.lora_rank} trains an adapter, which needs weights to stand on: set "
+                "train.init_from"
             )
         return self
 

@@ -31,6 +31,7 @@ MAX_COPIES = 4  # the three that a delivery knows, and one to look at
 NEEDED = re.compile(
     r"manifest\.json|config\.json|raymill\.json|tokenizer\.json|tokenizer_config\.json|vocab\.json|merges\.txt"
     r"|chat_template\.jinja|model((-shard)?-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    r"|adapter_config\.json|adapter_model\.safetensors"
 )
 """Files that are copied, of raymill's checkpoints and of folders that transformers saved."""
 

@@ -138,12 +138,28 @@ class BatchGradient:
             checked_turn=audit.turns[self._group.rank] if audit else None,
             checksum=own_checksum,
         )
+        self._keep_in_step(step, timer)
         checksums: list[Tensor] = []
         if audit and own_checksum:
             other = self._checksum_of(step, self._other_turn(step, audit), timer)
             checksums = [own_checksum.total, other, *checksums_of_state(self._state)]
         with timer.phase("sync"):
             return self._sum.finish(step, plan, losses=losses, checksums=checksums)
+
+    def _keep_in_step(self, step: int, timer: StepTimer) -> None:
+        """Computes as often as the rank that has most to compute, where ranks of whole states
+        gather frozen weights together: what this brings is not used."""
+        if self._state.gathered is None or not self._state.sharding.is_whole:
+            return
+        plan = self._plan(step)
+        own_numbers = [*chain.from_iterable(plan.turns)]
+        most = max(map(len, plan.counted))
+        if len(own_numbers) == most:
+            return
+        unused = TurnChecksum(self._state.layout, self._state.device)
+        with self._sum.again(plan, unused, timer):
+            for _ in range(most - len(own_numbers)):
+                self._backward(self._loss, step, own_numbers[-1], timer, scale=1.0)
 
     def _checksum_of(self, step: int, numbers: Sequence[int], timer: StepTimer) -> Tensor:
         """Returns the checksum of the gradient of any rank's turn, which is computed for that

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from cluster.settings.run import RunConfig
 from jobs.exact.compute import autocast, choose_operations
+from model.decoders.adapted import AdaptedModel
 from model.decoders.foreign import ForeignModel
+from model.decoders.make import initial_weights, new_decoder
 from model.errors import UserError
 from model.foreign_config import ForeignConfig
 from model.linear_cross_entropy import IGNORE_INDEX
@@ -29,9 +31,7 @@ def test_foreign(config: RunConfig, device: torch.device) -> None:
     change, or another gradient each time."""
     shape = config.model
     assert isinstance(shape, ForeignConfig)
-    model = ForeignModel(shape.narrowed())
-    model.init_weights(_SEED)
-    model = model.to(device)
+    model = _narrow_model(shape).to(device)
     choose_operations(model, config)
     generator = torch.Generator().manual_seed(_SEED)
     drawn = torch.randint(model.config.vocab_size, (_NUM_ROWS, _ROW_TOKENS), generator=generator)
@@ -55,6 +55,16 @@ def test_foreign(config: RunConfig, device: torch.device) -> None:
                 f"a model of type {shape.model_type!r} changes constants of its own while it trains, which no "
                 "checkpoint has: it cannot be trained exactly"
             )
+
+
+def _narrow_model(shape: ForeignConfig) -> ForeignModel:
+    narrow = shape.narrowed()
+    model = new_decoder(narrow)
+    assert isinstance(model, ForeignModel)
+    if isinstance(model, AdaptedModel):
+        model.adopt_frozen(dict(initial_weights(narrow.base, _SEED)))
+    model.init_weights(_SEED)
+    return model
 
 
 def _require_causal(model: ForeignModel, tokens: Tensor) -> None:

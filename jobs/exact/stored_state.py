@@ -60,7 +60,7 @@ def own_stretches(
 def hash_of_weights(state: TrainState, group: WorkerGroup, *, step: int) -> str:
     """Returns the parameter hash on rank 0. Where the weights are sharded, all ranks call together,
     and rank 0 gets a stretch of a bucket at a time."""
-    if state.gathered is None:
+    if not state.sharding.divided.values:
         return parameter_hash(state.by_parameter(state.values))
     # Which have all values, so that these lie where they lie packed
     buckets = PackedSpans(state.layout.buckets)

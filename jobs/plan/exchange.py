@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 from cluster.settings.plan import PlanConfig
-from cluster.settings.run import RunConfig
+from cluster.settings.run import RunConfig, state_scaling
 from jobs.exact.state.division import seats_of
 from jobs.exact.state.doubling import gather_messages, teams_to_gather
 from jobs.exact.state.flat_layout import NUM_SENDINGS, FlatLayout
@@ -118,7 +118,7 @@ def exchange(
     sharded, nothing hides what is sent for the next step.
     """
     train = config.train
-    sharding = Sharding.of(config.scaling, rank=0, world_size=world_size)
+    sharding = Sharding.of(state_scaling(config), rank=0, world_size=world_size)
     group = sharding.group_size
     lanes_of_group = math.ceil(num_lanes / sharding.num_groups)
     passes = math.ceil(lanes_of_group * train.micro_batches_per_lane / group)

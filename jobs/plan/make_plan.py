@@ -11,9 +11,11 @@ from typing import Any
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import (
     RunConfig,
+    adapted,
     batch_schedule,
     planned_vocabulary,
     seq_len,
+    state_scaling,
     warmup_tokens,
     with_precision,
 )
@@ -45,6 +47,7 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
     """Returns figures by name, in FLOPs, seconds, bytes and dollars unless the name says
     otherwise."""
     count = options.count or config.scaling.max_workers
+    config = config.model_copy(update={"model": adapted(config.model, config.train)})
     config = with_precision(config, options.hardware.fast_numerics.name)
     layout = layout_of(config)
     plan = _computing(config, options, count)
@@ -125,7 +128,7 @@ def _computing(config: RunConfig, options: PlanConfig, count: int) -> dict[str, 
 def _audits(config: RunConfig, count: int) -> dict[str, Any]:
     """Returns how often so many GPUs check one another, what that costs of a step's time, and in
     how many steps a GPU is found that is wrong in one lane of a hundred."""
-    sharding = Sharding.of(config.scaling, rank=0, world_size=count)
+    sharding = Sharding.of(state_scaling(config), rank=0, world_size=count)
     lanes = batch_schedule(config).full_lanes
     every_steps = config.train.audit_every_steps
     if not config.train.exact or every_steps == 0 or sharding.num_groups > lanes:
@@ -253,7 +256,7 @@ def _checkpoint(
     config: RunConfig, options: PlanConfig, count: int, step_s: float
 ) -> dict[str, float]:
     num_bytes = stored_bytes(config)
-    writers = Sharding.of(config.scaling, rank=0, world_size=count).num_holders
+    writers = Sharding.of(state_scaling(config), rank=0, world_size=count).num_holders
     cost_s = num_bytes / writers / options.hardware.host_bytes_per_s
     mtbf_s = mean_time_between_failures_s(options.mtbf_gpu_hours, count)
     store_s = storing_s(num_bytes, options, writers=writers)

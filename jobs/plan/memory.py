@@ -14,6 +14,7 @@ from cluster.settings.run import (
     planned_vocabulary,
     run_storage,
     seq_len,
+    state_scaling,
     way_to_compute,
     with_precision,
 )
@@ -29,6 +30,7 @@ from jobs.plan.formulas import FP32_BYTES
 from jobs.plan.update import most_optimizer_bytes, most_values, state_bytes
 from jobs.run.history import why_not_resumed
 from jobs.snapshots.slots import NUM_SLOTS
+from model.adapters.lora import Adapter
 from model.architecture import LLAMA, KeptValues
 from model.config import GPTConfig, Shape
 from model.foreign_config import ForeignConfig
@@ -56,7 +58,7 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int) -> dic
     weights of two decoder blocks, and, as gradients on their way to their owners, about those of
     one.
     """
-    sharding = Sharding.of(config.scaling, rank=0, world_size=world_size)
+    sharding = Sharding.of(state_scaling(config), rank=0, world_size=world_size)
     per_lane = config.train.micro_batches_per_lane
     width = product_bytes(config)
     group = sharding.group_size
@@ -89,7 +91,25 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int) -> dic
         "activations": activation_bytes(config),
         "logits_chunk": logits_chunk_bytes(config),
         "exchange": _received_bytes(layout, sharding, num_lanes=num_lanes),
+        **_frozen(config, world_size=world_size),
     }
+
+
+def _frozen(config: RunConfig, *, world_size: int) -> dict[str, float]:
+    """Returns the bytes of what an adapter stands on, if there is one: whole, or a GPU's own parts
+    with what it gathers, the embeddings and two blocks."""
+    match config.model:
+        case ForeignConfig(adapter=Adapter()):
+            base = FlatLayout.of(config.model.base.parameter_shapes)
+        case _:
+            return {}
+    sharding = Sharding.of(config.scaling, rank=0, world_size=world_size)
+    if not sharding.divided.values:
+        return {"frozen": float(FP32_BYTES * base.size)}
+    blocks = [*map(len, base.decoder_blocks)]
+    gathered = base.size - sum(blocks) + 2 * max(blocks)
+    own_values = most_values(base, num_holders=sharding.num_holders)
+    return {"frozen": float(FP32_BYTES * (own_values + gathered))}
 
 
 def activation_bytes(config: RunConfig) -> float:
@@ -173,7 +193,7 @@ def host_memory(
     pieces of each GPU's copies (`exact/state/host_copies`)."""
     state = state_bytes(config, layout)
     num_ranks = min(world_size, gpus_per_node)
-    holders = Sharding.of(config.scaling, rank=0, world_size=world_size).num_holders
+    holders = Sharding.of(state_scaling(config), rank=0, world_size=world_size).num_holders
     shares = state * (num_ranks / holders if holders > 1 else 1.0)
     are_copied = holders == world_size > gpus_per_node
     return {

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.settings.plan import PlanConfig
-from cluster.settings.run import RunConfig, batch_schedule, seq_len, with_precision
+from cluster.settings.run import RunConfig, batch_schedule, seq_len, state_scaling, with_precision
 from jobs.exact.state.flat_layout import FlatLayout
 from jobs.exact.state.sharding import Sharding
 from jobs.plan.exchange import exchange
@@ -59,7 +59,7 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
     moved = exchange(config, layout, options, world_size=size, num_lanes=lanes, lane_s=lane_s)
     compute_s, step_s = moved.compute_s, moved.step_s
 
-    sharding = Sharding.of(config.scaling, rank=0, world_size=size)
+    sharding = Sharding.of(state_scaling(config), rank=0, world_size=size)
     state = state_bytes(config, layout)
     holders = sharding.num_holders
     # A piece moves while another one is written

@@ -27,6 +27,7 @@ _PARTS = {
     "two_blocks": "weights of two blocks",
     "block_gradients": "gradients on their way",
     "exchange": "received sums",
+    "frozen": "frozen weights, fp32",
     "total": "in all",
     "snapshots": "snapshots, two slots",
     "copies_of_another_node": "copies of another node's",

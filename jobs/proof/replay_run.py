@@ -21,6 +21,7 @@ from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, batch_schedule, to_yaml
 from cluster.storage.uris import Storage
 from jobs.proof.diff_runs import first_difference, step_values
+from jobs.run.base import recorded_base
 from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.find_run import begun_ledger, data_identity, division, find_tokens, last_start
 from jobs.run.history import CONFIG_FILE, recorded_config
@@ -108,6 +109,7 @@ def _scratch_plan(
         code_version=code_version(),
         until=until,
         division=division(last_start(ledger, identity)),
+        base=recorded_base(run),
     )
 
 

@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from cluster.output.progress import say
 from cluster.output.result_text import counted
 from cluster.settings.run import seq_len
+from cluster.storage.bases import find_base
 from cluster.storage.uris import Storage, join_uri
 from jobs.report.page import PHASES, TEXT, new_figure, png, titled
 from jobs.run.checkpoints import RunCheckpoints
@@ -37,7 +38,8 @@ def probe_run(run: Storage) -> dict[str, Any]:
     for number, name in enumerate(names, start=1):
         with tempfile.TemporaryDirectory(prefix="raymill-probe-") as scratch:
             folder = checkpoints.fetch(name, Path(scratch))
-            metadata, model = read_metadata(folder), load_decoder(folder)
+            metadata, base = read_metadata(folder), find_base(folder, config.storage.uri)
+            model = load_decoder(folder, base=base)
         figures: dict[str, Any] = {
             "step": metadata.step,
             "tokens_seen": metadata.tokens_seen,

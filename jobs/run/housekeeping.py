@@ -15,10 +15,12 @@ from cluster.output.job_log import LogReader, launches
 from cluster.settings.data import TOKENS
 from cluster.stages.run_mirrored import SILENCE_S, lease_key
 from cluster.stages.stage_module import STAGES
+from cluster.storage.bases import BASES
 from cluster.storage.lease import living_holder
 from cluster.storage.registry import newest_first, served_checkpoints
 from cluster.storage.uris import Storage, open_storage
 from cluster.submission.record import read_record
+from jobs.run.base import recorded_base
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.ledger import LEDGER, Ledger
@@ -53,9 +55,9 @@ def delete_run(run: Storage, storage: Storage, *, yes: bool) -> dict[str, Any]:
 
 
 def collect(storage: Storage, *, yes: bool) -> dict[str, Any]:
-    """Finds token stores that no run was trained on, checkpoints that are torn or damaged, and runs
-    without a step; deletes them if `yes`. Raises `UserError` while a run is running, which may be
-    about to use any of them."""
+    """Finds token stores that no run was trained on, bases that no run's adapter stands on,
+    checkpoints that are torn or damaged, and runs without a step; deletes them if `yes`. Raises
+    `UserError` while a run is running, which may be about to use any of them."""
     runs = [storage.child(f"runs/{name}") for name in _names(storage, "runs/")]
     for run in runs:
         stages = _running(run)
@@ -77,6 +79,7 @@ def collect(storage: Storage, *, yes: bool) -> dict[str, Any]:
             if checkpoints.uri(name) not in needed:
                 leftovers.append(_leftover(checkpoints.folder(name), why))
     leftovers += _unused_stores(storage, begun)
+    leftovers += _unused_bases(storage, runs)
     return _removed(storage, leftovers, yes=yes)
 
 
@@ -105,6 +108,20 @@ def _unused_stores(storage: Storage, runs: list[Storage]) -> list[Leftover]:
         listed = json.loads(store.find_bytes(SOURCES) or b'{"sources": []}')["sources"]
         if sources.isdisjoint(listed):
             unused.append(_leftover(store, "no run was trained on it"))
+    return unused
+
+
+def _unused_bases(storage: Storage, runs: list[Storage]) -> list[Leftover]:
+    """Returns the frozen weights on which no run's adapter stands."""
+    used: set[str] = set()
+    for run in runs:
+        base = recorded_base(run)
+        if base:
+            used.add(base.uri.rpartition("/")[2])
+    unused: list[Leftover] = []
+    for name in _names(storage, BASES):
+        if name not in used:
+            unused.append(_leftover(storage.child(f"{BASES}{name}"), "no adapter stands on it"))
     return unused
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from cluster.settings.run import RunConfig, max_steps, run_storage, seq_len
 from cluster.storage.uris import Storage, open_storage
+from jobs.run.base import Base
 from jobs.tokens.division import BY_DOCUMENTS, Division, HeldOut
 from jobs.tokens.token_store import Split
 from jobs.tokens.token_stream import TokenStream
@@ -27,6 +28,7 @@ class RunPlan:
     # Token store of each set in `data.validation`
     validation_uris: dict[str, str] = field(default_factory=dict)
     division: Division = BY_DOCUMENTS  # of the token store into what trains and what validates
+    base: Base | None = None  # the frozen weights that an adapter stands on
 
     @property
     def run(self) -> Storage:

@@ -106,8 +106,17 @@ class Attempt:
             precision=self.plan.config.train.precision,
             guard=asdict(self.guard),
             **validation,
+            **self._base,
         )
         self.saver.save(metadata, self.state, must=must)
+
+    @property
+    def _base(self) -> dict[str, Any]:
+        """What the metadata of an adapter says of its base."""
+        base = self.plan.base
+        if base is None:
+            return {}
+        return {"base": base.uri, "base_hash": base.parameter_hash, "base_source": base.source}
 
     def keep(self, step: int, validation: dict[str, Any]) -> None:
         """Begins a snapshot of the state after a step whose line the ledger has, if one is due.

@@ -51,7 +51,7 @@ class LayerStatistics:
         if self._group.rank and not state.gathered:
             return
         with self._timer.phase("statistics"):
-            is_divided = state.gathered is not None
+            is_divided = state.sharding.divided.values
             weight = self._square_sums(before, is_divided=is_divided)
             update = self._square_sums(before.sub_(state.values), is_divided=is_divided)
             ratios = _rounded((update / weight).sqrt())

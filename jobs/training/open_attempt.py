@@ -13,10 +13,11 @@ import ray
 import torch
 
 from cluster.local.local_cluster import NODE_NAME_VARIABLE
-from cluster.settings.run import RunConfig, batch_schedule, way_to_compute
+from cluster.settings.run import RunConfig, batch_schedule, state_scaling, way_to_compute
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.registry import metadata_of
 from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.frozen import freeze
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.train_state import TrainState
 from jobs.exact.stored_state import restore
@@ -52,6 +53,7 @@ from jobs.workers.incident_notes import write_down
 from jobs.workers.placement import at_odds
 from jobs.workers.preemption import Notices
 from jobs.workers.worker_group import WorkerGroup
+from model.decoders.adapted import AdaptedModel
 from model.decoders.make import initial_weights, new_decoder
 from model.files.checkpoint_folder import CheckpointError
 from model.text.tokenizer import Tokenizer
@@ -338,12 +340,7 @@ def _restored(
     """Returns the state of the snapshot or the checkpoint, or fresh weights, with its guard and its
     step."""
     config = plan.config
-    with torch.device("meta"):
-        model = new_decoder(config.model)
-    sharding = Sharding.of(
-        config.scaling, rank=group.rank, world_size=group.world_size, nodes=workers.nodes
-    )
-    state = TrainState(model, config.train, device=device, group=group, sharding=sharding)
+    state = _state_without_values(plan, device, group, workers)
     opened.callback(state.close)
     if start.snapshot:
         guard = GuardState.from_json(snapshots.restore(start.snapshot, state)["guard"])
@@ -362,6 +359,29 @@ def _restored(
         else GuardState(last_applied=metadata.step)
     )
     return state, guard, metadata.step
+
+
+def _state_without_values(
+    plan: RunPlan, device: torch.device, group: WorkerGroup, workers: _Workers
+) -> TrainState:
+    """Returns the state of the run's model, whose frozen weights, if it has any, are there."""
+    config = plan.config
+    with torch.device("meta"):
+        model = new_decoder(config.model)
+    divide = partial(Sharding.of, rank=group.rank, world_size=group.world_size, nodes=workers.nodes)
+    frozen = None
+    if isinstance(model, AdaptedModel):
+        assert plan.base is not None, "an adapter stands on a base"
+        folder = patiently(partial(plan.base.folder, config.storage.uri), "the base")
+        frozen = freeze(model, folder, device=device, sharding=divide(config.scaling), group=group)
+    return TrainState(
+        model,
+        config.train,
+        device=device,
+        group=group,
+        sharding=divide(state_scaling(config)),
+        frozen=frozen,
+    )
 
 
 def _record_start(

@@ -106,7 +106,9 @@ class RunWriter:
                 f"all checkpoints of {self._plan.run.uri} are damaged: {', '.join(quarantined)}. None was deleted; "
                 "restore one from a copy and remove its file QUARANTINED, or choose another --run-id"
             )
-        if name is None and (source := self._plan.config.train.init_from):
+        train = self._plan.config.train
+        source = None if train.lora_rank else train.init_from  # an adapter begins from a seed
+        if name is None and source:
             raise CheckpointError(
                 f"{self._plan.run.uri} began from {source}; its checkpoint of step 0 is gone: choose another --run-id"
             )

@@ -1,20 +1,25 @@
 """Begins a run from weights that exist: they become its checkpoint of step 0, from which it resumes
 like from any."""
 
+from pathlib import Path
+
 import torch
 
 from cluster.output.progress import say
 from cluster.settings.code_folders import code_version
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import RunConfig, require_computed
+from cluster.settings.run import RunConfig, adapted, require_computed
+from cluster.storage.bases import find_base
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage
 from jobs.exact.rules.rules import matrices_of, update_rule, vectors_of
 from jobs.exact.stored_state import stored_name
+from jobs.run.base import recorded_base, store_base
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.run_plan import run_storage
-from model.config import GPTConfig, shape_differences
+from model.config import GPTConfig, Shape, shape_differences
+from model.decoder import Decoder
 from model.files.checkpoint import load_decoder, write_checkpoint
 from model.files.checkpoint_folder import Metadata
 from model.files.hf_config import read_shape
@@ -33,27 +38,44 @@ def like_its_source(config: RunConfig) -> RunConfig:
     if run.exists(CONFIG_FILE):
         before = recorded_config(run)
         # What it began from may be gone by now
-        tokenizer = run.child(f"checkpoints/{checkpoint_name(0)}").uri
+        base = recorded_base(run)
+        tokenizer = base.uri if base else run.child(f"checkpoints/{checkpoint_name(0)}").uri
         shape, train = before.model, config.train
     else:
         tokenizer, folder = find_checkpoint(config.train.init_from, config.storage.uri)
-        shape = read_shape(folder)
+        shape = _shape_from(folder, config)
         train = config.train.model_copy(update={"init_from": tokenizer})
     try:
         require_computed(shape, train)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or tokenizer})
+    if train.lora_rank and config.model not in (GPTConfig(), shape):
+        raise ConfigError(
+            f"train.lora_rank={train.lora_rank} freezes the model of train.init_from, which brings its shape: leave "
+            "out what is set of the model"
+        )
     shape = shape if config.model == GPTConfig() else config.model
     return config.model_copy(update={"data": data, "model": shape, "train": train})
 
 
+def _shape_from(folder: Path, config: RunConfig) -> Shape:
+    """Returns the shape of what is trained from the weights in a folder: theirs, or with an adapter,
+    that of transformers' module for it."""
+    folder = find_base(folder, config.storage.uri) or folder
+    return adapted(read_shape(folder), config.train)
+
+
 def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
     """Stores the weights that `train.init_from` names as the run's first checkpoint, whole in this
-    process's memory, with the vectors of an optimizer that has not begun. Raises `ConfigError` for
-    another shape or vocabulary."""
+    process's memory, with the vectors of an optimizer that has not begun; those that an adapter
+    stands on, as its base. Raises `ConfigError` for another shape or vocabulary."""
     uri, folder = find_checkpoint(str(config.train.init_from), config.storage.uri)
-    model, own = load_decoder(folder, verify=False), load_tokenizer(folder)
+    base = find_base(folder, config.storage.uri)
+    model, own = load_decoder(folder, base=base, verify=False), load_tokenizer(folder)
+    if config.train.lora_rank is not None:
+        _freeze(config, model, tokenizer, own, uri=uri)
+        return
     num_ids, num_rows = tokenizer.vocab_size, model.config.vocab_size
     # padded: no setting helps
     is_padded = num_ids != num_rows and isinstance(model.config, GPTConfig)
@@ -101,3 +123,19 @@ def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
     )
     checkpoints.publish(spooled)
     say(f"begins from {uri}, whose parameters have the hash {written.parameter_hash}")
+
+
+def _freeze(
+    config: RunConfig, model: Decoder, tokenizer: Tokenizer, own: Tokenizer | None, *, uri: str
+) -> None:
+    """Stores the model as the base of the run's adapter. Raises `ConfigError` for another
+    vocabulary."""
+    if own is not None and own.hash != tokenizer.hash:
+        raise ConfigError(
+            f"train.init_from={uri}: data.tokenizer is another one than there. Set it as there, or leave it out"
+        )
+    weights = dict(model.named_parameters())
+    base = store_base(config, model.config, weights, tokenizer, source=uri)
+    say(
+        f"trains an adapter beside {uri}, frozen in {base.uri} with the parameter hash {base.parameter_hash}"
+    )

@@ -24,6 +24,7 @@ from model.foreign_config import (
     ForeignConfig,
     ForeignModelError,
     empty_module,
+    layers_of,
     require_version,
 )
 from model.kv_cache import Cache, ModuleCache
@@ -79,7 +80,7 @@ class ForeignModel(Decoder):
         # Its children and not itself, so that parameters have its names
         for name, child in module.named_children():
             self.add_module(name, child)
-        inside, layers = _layers_of(module, config)
+        inside, layers = layers_of(module, config)
         self._inside = f"{inside}."  # what the names of the layers' parameters begin with
         self._body_name, _, _ = inside.partition(".")
         self._layers = [Layer(layer) for layer in layers]
@@ -170,10 +171,14 @@ class ForeignModel(Decoder):
             for name in names:
                 place, _, last = name.rpartition(".")
                 setattr(self.get_submodule(place), last, adopted)
-        device = next(iter(weights.values())).device
+        self.move_constants(next(iter(weights.values())).device)
+
+    def move_constants(self, device: torch.device) -> None:
+        """Moves the module's constants, such as frequencies of rotary positions, to a device."""
         for module in self.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                module.register_buffer(name, buffer.to(device), persistent=False)
+                if not buffer.is_meta:
+                    module.register_buffer(name, buffer.to(device), persistent=False)
 
     def pieces(self) -> Iterator[tuple[str, nn.Module]]:
         """Yields what may be made one after the other: each layer, and each module around them that
@@ -192,7 +197,7 @@ class ForeignModel(Decoder):
 
     def _check_names(self) -> None:
         """Raises `ForeignModelError` where a number in a parameter's name is not its layer's."""
-        for name, _ in self.named_parameters():
+        for name, _ in nn.Module.named_parameters(self):  # by its place, whatever it is stored as
             if bool(_NUMBERED.match(name)) != name.startswith(self._inside):
                 raise ForeignModelError(
                     f"config.json: model_type {self.config.model_type!r} has layers beside those of its decoder, "
@@ -251,17 +256,6 @@ def _refuse_own_tensors(module: nn.Module) -> None:
         )
 
 
-def _layers_of(module: nn.Module, config: ForeignConfig) -> tuple[str, nn.ModuleList]:
-    """Returns the name of the decoder's layers, and these."""
-    for name, part in module.named_modules():
-        if isinstance(part, nn.ModuleList) and len(part) == config.n_layer:
-            return name, part
-    raise ForeignModelError(
-        f"config.json: model_type {config.model_type!r} has no list of {config.n_layer} layers, which raymill would "
-        "share out to workers"
-    )
-
-
 class _Given(nn.Module):
     """Takes the place of all but the head: what it is given are the hidden states."""
 
@@ -286,7 +280,7 @@ def initial_weights(config: ForeignConfig, seed: int) -> Iterator[tuple[str, Ten
         piece.to_empty(device="cpu", recurse=is_layer)
         for parameter in piece.parameters():
             _marked(parameter.data)
-        with _seeded(f"weights:{seed}:{name}"):
+        with seeded(f"weights:{seed}:{name}"):
             piece.apply(_as_constructed)
             model.initialize(piece)
         for short, parameter in piece.named_parameters():
@@ -305,7 +299,7 @@ def _as_constructed(module: nn.Module) -> None:
 
 
 @contextmanager
-def _seeded(name: str) -> Iterator[None]:
+def seeded(name: str) -> Iterator[None]:
     """Lasts while the process's generator draws what a name says, and leaves it as it was."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     with torch.random.fork_rng(devices=[]):

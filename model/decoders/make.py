@@ -9,7 +9,7 @@ from torch import Tensor
 from model import gpt
 from model.config import GPTConfig, Shape
 from model.decoder import Decoder
-from model.decoders import foreign
+from model.decoders import adapted, foreign
 from model.foreign_config import ForeignConfig
 
 
@@ -18,8 +18,10 @@ def new_decoder(shape: Shape) -> Decoder:
     match shape:
         case GPTConfig():
             return gpt.GPT(shape)
-        case ForeignConfig():
+        case ForeignConfig(adapter=None):
             return foreign.ForeignModel(shape)
+        case ForeignConfig():
+            return adapted.AdaptedModel(shape)
         case _:
             assert_never(shape)
 
@@ -29,7 +31,9 @@ def initial_weights(shape: Shape, seed: int) -> Iterator[tuple[str, Tensor]]:
     match shape:
         case GPTConfig():
             return gpt.initial_weights(shape, seed)
-        case ForeignConfig():
+        case ForeignConfig(adapter=None):
             return foreign.initial_weights(shape, seed)
+        case ForeignConfig():
+            return adapted.initial_weights(shape, seed)
         case _:
             assert_never(shape)

@@ -18,8 +18,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.adapters.lora import Adapter
 from model.config import Shape
 from model.decoder import Decoder
+from model.decoders.adapted import AdaptedModel
 from model.files import checkpoint_folder
 from model.files.durable_files import move_into_place, sync, write_file
 from model.files.failpoints import failpoint
@@ -31,6 +33,7 @@ from model.files.hf_config import (
     tokenizer_config_to_hf,
 )
 from model.files.stored_tensors import DTYPES, StoredTensors, hashed_name, stored_in
+from model.foreign_config import ForeignConfig
 from model.gpt import GPT
 from model.shapes import parameter_shapes
 from model.text.chat import Chat
@@ -67,8 +70,10 @@ def write_checkpoint(
     tokenizer: Tokenizer,
     metadata: checkpoint_folder.Metadata,
     train_state: Mapping[str, Tensor] | None,
+    alignment: int = 8,
 ) -> checkpoint_folder.Metadata:
-    """Writes the checkpoint and returns its metadata with the parameter hash set.
+    """Writes the checkpoint and returns its metadata with the parameter hash set. The first tensor
+    of a file begins at a multiple of `alignment` bytes.
 
     A crash at any point leaves `folder` absent or whole; an existing one is replaced by
     `move_into_place`. Raises `NotFiniteError` before anything is written, and `OSError`, after
@@ -79,12 +84,12 @@ def write_checkpoint(
     staging = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)  # what a crash left
     staging.mkdir(parents=True)
+    described = descriptions(config, tokenizer, metadata)
+    [weights] = checkpoint_folder.tensor_files(checkpoint_folder.WEIGHTS, described)
     contents: dict[str, Iterable[bytes | memoryview]] = {
-        checkpoint_folder.WEIGHTS: safetensors_pieces(state)
+        weights: safetensors_pieces(state, alignment)
     }
-    contents |= {
-        name: [content] for name, content in descriptions(config, tokenizer, metadata).items()
-    }
+    contents |= {name: [content] for name, content in described.items()}
     if train_state is not None:
         contents[checkpoint_folder.TRAIN_STATE] = safetensors_pieces(train_state)
     try:
@@ -119,19 +124,26 @@ def descriptions(
     if chat is not None:
         tokens = {name: value or None for name, value in dataclasses.asdict(chat).items()}
         ends = [*dict.fromkeys([Chat(tokenizer).end_of_turn or tokenizer.eot_id, tokenizer.eot_id])]
-    return {
+    files = {
         "config.json": _json(config_to_hf(config, start_id=tokenizer.start_id, end_ids=ends)),
         "tokenizer.json": tokenizer.to_json(),
         "tokenizer_config.json": _json(tokenizer_config_to_hf(config, **tokens)),
-        "raymill.json": _json(dataclasses.asdict(metadata)),
+        "raymill.json": _json(metadata.fields),
     }
+    match config:
+        case ForeignConfig(adapter=Adapter() as adapter):
+            base = metadata.base_source or metadata.base
+            files[checkpoint_folder.ADAPTER_CONFIG] = _json(adapter.to_peft(base))
+    return files
 
 
 def manifest_of(files: Mapping[str, Mapping[str, Any]], *, version: int) -> bytes:
     return _json({"format_version": version, "files": files})
 
 
-def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def safetensors_pieces(
+    tensors: Mapping[str, Tensor], alignment: int = 8
+) -> Iterator[bytes | memoryview]:
     """Yields a safetensors file in version 0.8's layout: the header, then the widest types first,
     by name.
 
@@ -149,7 +161,7 @@ def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memory
             "data_offsets": [start, end],
         }
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    encoded += b" " * (-(8 + len(encoded)) % alignment)
     yield len(encoded).to_bytes(8, "little") + encoded
     for name in names:
         content = (
@@ -187,10 +199,14 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool
 
 
 def load_decoder(
-    folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool = True
+    folder: Path,
+    *,
+    base: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    verify: bool = True,
 ) -> Decoder:
     """Returns the model in evaluation mode. A folder that transformers saved, without manifest, is
-    not verified.
+    not verified. An adapter needs the checkpoint of its `base`, and is merged with that.
 
     Raises `CheckpointError` naming what is wrong, `UnsupportedModelError` or `ForeignModelError` for
     a model that can't be computed.
@@ -201,13 +217,32 @@ def load_decoder(
         raise checkpoint_folder.CheckpointError(
             f"checkpoint {folder} is not valid: {'; '.join(problems)}. Use another checkpoint"
         )
-    config, shards = read_shape(folder), shards_in(folder)
-    weights = (
-        shards.whole(parameter_shapes(config))
-        if shards
-        else load_file(folder / checkpoint_folder.WEIGHTS)
-    )
+    config, weights = read_shape(folder), stored_weights(folder)
+    if isinstance(config, ForeignConfig) and config.adapter is not None:
+        if base is None:
+            raise checkpoint_folder.CheckpointError(
+                f"{folder} is an adapter, which computes nothing without its base: merge it (`raymill export --merge`)"
+            )
+        weights = _merged(AdaptedModel(config), weights, stored_weights(base))
+        config = read_shape(base)
     return build_model(config, weights, source=folder).to(dtype)
+
+
+def _merged(
+    model: AdaptedModel, weights: Mapping[str, Tensor], base: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    model.adopt_frozen(base)
+    model.adopt(weights)
+    return model.merged()
+
+
+def stored_weights(folder: Path) -> dict[str, Tensor]:
+    """Returns the weights in a checkpoint's folder, an adapter's by PEFT's names. Whole tensors on
+    disk are mapped into memory, and read as they are needed."""
+    shards = shards_in(folder)
+    if shards:
+        return shards.whole(parameter_shapes(read_shape(folder)))
+    return load_file(folder / checkpoint_folder.WEIGHTS)
 
 
 def shards_in(folder: Path) -> StoredTensors | None:

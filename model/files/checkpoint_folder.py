@@ -8,10 +8,10 @@ import hashlib
 import json
 import re
 from collections.abc import Collection
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, asdict, dataclass, replace
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from model.errors import UserError
 
@@ -19,6 +19,8 @@ from model.errors import UserError
 FORMAT_VERSION, SHARDED_VERSION = 1, 2
 MANIFEST = "manifest.json"
 WEIGHTS, TRAIN_STATE = "model.safetensors", "train_state.safetensors"
+# As PEFT names them: an adapter's settings, and its weights in place of the model's
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 REQUIRED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "raymill.json")
 
 _SHARD = re.compile(r"(?:model|train_state)-shard-\d{5}-of-(\d{5})\.safetensors")
@@ -46,6 +48,23 @@ class Metadata:
     val_loss: float | None = None  # nats per token
     val_bits_per_byte: float | None = None
     precision: str | None = None  # of the run's computations, fp32 or bf16
+    base: str | None = None  # URI of the checkpoint whose frozen weights an adapter stands on
+    base_hash: str | None = None  # the parameter hash of those
+    base_source: str | None = None  # where those came from, such as hf://OWNER/NAME@COMMIT
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What raymill.json says: that of a whole model says nothing of a base."""
+        fields = asdict(self)
+        if self.base is None:
+            del fields["base"], fields["base_hash"], fields["base_source"]
+        return fields
+
+    def without_base(self, parameter_hash: str) -> Self:
+        """Returns that of a whole model, which an adapter became."""
+        return replace(
+            self, parameter_hash=parameter_hash, base=None, base_hash=None, base_source=None
+        )
 
 
 def verify_checkpoint(folder: Path, *, to_train: bool = True) -> list[str]:
@@ -83,7 +102,9 @@ def shard_of(file: str, index: int, *, count: int) -> str:
 
 def tensor_files(whole: str, files: Collection[str]) -> list[str]:
     """Returns the file that a checkpoint with these has its tensors in, or where it is in shards,
-    those of the file."""
+    those of the file; an adapter's weights have a name of their own."""
+    if whole == WEIGHTS and ADAPTER_CONFIG in files:
+        return [ADAPTER_WEIGHTS]
     counts = [int(match[1]) for name in files if (match := _SHARD.fullmatch(name))]
     return (
         [shard_of(whole, index, count=counts[0]) for index in range(counts[0])]
@@ -127,6 +148,11 @@ def is_hf_folder(folder: Path) -> bool:
     return (folder / "config.json").exists() and not any(
         (folder / name).exists() for name in (MANIFEST, "raymill.json")
     )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Tells whether its weights are an adapter's, which stands on a base."""
+    return (folder / ADAPTER_CONFIG).exists()
 
 
 def manifest_files(folder: Path) -> dict[str, dict[str, Any]]:

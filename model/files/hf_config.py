@@ -2,13 +2,15 @@
 PyTorch."""
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, assert_never
 
+from model.adapters.lora import Adapter
 from model.architecture import ARCHITECTURES, Activation, Architecture
 from model.config import GPTConfig, Shape
 from model.errors import UserError
-from model.files.checkpoint_folder import CheckpointError, read_json
+from model.files.checkpoint_folder import ADAPTER_CONFIG, CheckpointError, is_adapter, read_json
 from model.foreign_config import ForeignConfig, ForeignModelError
 
 _ACTIVATIONS: tuple[tuple[str, Activation], ...] = (
@@ -174,6 +176,11 @@ def read_config(folder: Path) -> GPTConfig:
 def require_own_shape(folder: Path) -> None:
     """Raises `UnsupportedModelError` for a model that transformers computes and `GPT` does not. What
     else is wrong with the folder is said when it is loaded."""
+    if is_adapter(folder):
+        raise UnsupportedModelError(
+            f"{folder} is an adapter, and raymill's own engine computes whole models: `raymill export --merge` makes "
+            "one; vLLM serves adapters beside their base (engine.backend vllm)"
+        )
     with suppress(CheckpointError):
         if reason := _why_not_own(read_json(folder / "config.json")):
             raise UnsupportedModelError(
@@ -211,5 +218,10 @@ def shape_from_hf(values: dict[str, Any]) -> Shape:
 
 
 def read_shape(folder: Path) -> Shape:
-    """Returns the shape of the model in a folder, as `shape_from_hf` does."""
-    return shape_from_hf(read_json(folder / "config.json"))
+    """Returns the shape of the model in a folder, as `shape_from_hf` does; with an adapter, that of
+    transformers' module for it."""
+    values = read_json(folder / "config.json")
+    if not is_adapter(folder):
+        return shape_from_hf(values)
+    adapter = Adapter.from_peft(read_json(folder / ADAPTER_CONFIG))
+    return replace(ForeignConfig.of(values), adapter=adapter)

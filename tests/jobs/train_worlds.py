@@ -14,9 +14,11 @@ import json
 import multiprocessing
 import random
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,10 +27,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.settings.run import RunConfig
+from cluster.settings.run import RunConfig, state_scaling
 from cluster.settings.shard import Shard
 from cluster.settings.train import Optimizer
 from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.frozen import freeze
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.train_state import TrainState
 from jobs.exact.stored_state import hash_of_weights, own_stretches, restore, vectors_by_name
@@ -38,7 +41,12 @@ from jobs.snapshots.choice import Holding, Snapshot, choose
 from jobs.snapshots.slots import NUM_SLOTS, Bytes, Slots
 from jobs.snapshots.snapshots import Share, Snapshots
 from jobs.workers.worker_group import WorkerGroup
-from model.decoders.make import new_decoder
+from model.adapters.lora import Adapter
+from model.decoders.adapted import AdaptedModel
+from model.decoders.make import initial_weights, new_decoder
+from model.files.checkpoint import safetensors_pieces
+from model.files.checkpoint_folder import WEIGHTS
+from model.files.durable_files import write_file
 from model.linear_cross_entropy import IGNORE_INDEX
 from model.numerics import Precision
 from tests.foreign_models import FAMILIES, small
@@ -74,6 +82,7 @@ class Case:
     is_tied: bool = True
     dropout: float = 0.1
     grad_clip: float = 1.0
+    lora_rank: int | None = None  # of an adapter of the family's model
 
     @property
     def numbers(self) -> "Case":
@@ -103,6 +112,8 @@ class Case:
             model |= {"n_layer": 1, "n_embd": 1, "n_head": 1}
         if self.family:
             model = small(self.family)
+        if self.lora_rank:
+            model = model.with_adapter(Adapter(self.lora_rank, 2 * self.lora_rank, ()))
         train = {
             "global_batch_size": 2 * self.micro_batches * self.num_lanes,
             "micro_batch_size": 2,
@@ -115,6 +126,8 @@ class Case:
             "exact": self.exact,
             "optimizer": self.optimizer,
             "grad_clip": self.grad_clip,
+            "lora_rank": self.lora_rank,
+            "init_from": "the base" if self.lora_rank else None,
         }
         if self.start_lanes:
             train |= {
@@ -178,6 +191,29 @@ MORE_CASES = [
 """Those of the longer suite."""
 
 
+LORA_CASES = [
+    Case(compute="plain", family="qwen3", num_lanes=5, lora_rank=4),
+    Case(compute="plain", family="qwen3", num_lanes=5, lora_rank=4, shard="parameters"),
+    Case(
+        "bf16",
+        compute="plain",
+        family="gemma3_text",
+        num_lanes=5,
+        lora_rank=2,
+        shard="parameters",
+        recompute=True,
+        documents=True,
+        micro_batches=2,
+    ),
+    Case(
+        compute="plain",
+        family="gpt_neox",
+        num_lanes=7,
+        lora_rank=3,
+        optimizer="muon",
+        shard="optimizer",
+    ),
+]
 FOREIGN_CASES = [
     Case(compute="plain", family="qwen3", num_lanes=5),
     Case(compute="plain", family="qwen3", num_lanes=5, shard="parameters", recompute=True),
@@ -232,6 +268,7 @@ SUITES = {
     "odd": ODD_CASES,
     "many": MANY_CASES,
     "foreign": FOREIGN_CASES,
+    "lora": LORA_CASES,
     **{family: [*_each_way(family)] for family in FAMILIES},
 }
 
@@ -270,8 +307,20 @@ class Trainer:
         with torch.device("meta") if case.family else nullcontext():
             model = new_decoder(config.model)
         model.init_weights(0)
-        sharding = Sharding.of(config.scaling, rank=group.rank, world_size=group.world_size)
-        self.state = TrainState(model, config.train, device=CPU, group=group, sharding=sharding)
+        divide = partial(Sharding.of, rank=group.rank, world_size=group.world_size)
+        frozen = None
+        if isinstance(model, AdaptedModel):
+            with base_of(model) as folder:
+                sharding = divide(config.scaling)
+                frozen = freeze(model, folder, device=CPU, sharding=sharding, group=group)
+        self.state = TrainState(
+            model,
+            config.train,
+            device=CPU,
+            group=group,
+            sharding=divide(state_scaling(config)),
+            frozen=frozen,
+        )
         rows: Any = MadeRows(chat=case.chat)
         self.gradient = BatchGradient(
             config,
@@ -295,6 +344,15 @@ class Trainer:
     def hash(self) -> str:
         """On a rank that has whole weights, or rank 0; all ranks call together."""
         return hash_of_weights(self.state, self.group, step=NUM_STEPS)
+
+
+@contextmanager
+def base_of(model: AdaptedModel) -> Iterator[Path]:
+    """Lasts while there is a folder with the file of a random base."""
+    weights = dict(initial_weights(model.config.base, 1))
+    with tempfile.TemporaryDirectory() as folder:
+        write_file(Path(folder) / WEIGHTS, safetensors_pieces(weights, alignment=64))
+        yield Path(folder)
 
 
 def worlds(rank: int, sizes: str, folder: Path) -> Iterator[tuple[str, WorkerGroup, range]]:

@@ -22,7 +22,7 @@ from jobs.exact.state.span import PackedSpans, Span
 from jobs.exact.state.whole_matrices import WholeMatrix, buckets_of_matrices, parts_of_matrices
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 BLOCK = 1024  # values in a block
 
@@ -207,7 +207,7 @@ class FlatLayout:
             number = bisect_right(starts, in_parameters.start) - 1
             yield names[number], in_parameters.shifted(-starts[number]), in_spans
 
-    def view(self, flat: "Tensor", name: str, parameter: "nn.Parameter") -> "Tensor":
+    def view(self, flat: "Tensor", name: str, parameter: "Tensor") -> "Tensor":
         return self.places[name].of(flat).view(parameter.shape)
 
 

@@ -15,9 +15,10 @@ in fp32 at the same address modulo `ALIGNMENT_BYTES`, and in bf16 as autocast's 
 which is memory of its own.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,24 @@ from jobs.exact.state.peers import Peers
 from jobs.exact.state.side_thread import side_work
 from jobs.exact.state.span import PackedSpans, Span
 from jobs.run.step_timer import StepTimer
-from model.decoder import Decoder
 from model.operations import Operations
 from model.training.training_memory import ALIGNMENT_BYTES, aligned, large_zeros, room_to_align
 
 _TAG = 1  # of these messages: gloo keeps them apart from those of the exchange, in another thread
 _NUM_SLOTS = 2
+
+
+class Gatherable(Protocol):
+    """What is gathered of a model: its parameters, or what is frozen beside them."""
+
+    @property
+    def blocks(self) -> Iterable[object]:
+        """What `ops.block` is called with, in order."""
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
+
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """Makes the tensors themselves what the model computes with."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +112,9 @@ class _Rest:
         size = home.stop + room_to_align(torch.float32, device)
         self._memory = torch.empty(size, device=device)
         self._offset: int | None = None  # of the parameters' views in the memory
-        self._parameters: list[tuple[Span, nn.Parameter]] = []
+        self._parameters: list[tuple[Span, Tensor]] = []
 
-    def add(self, place: Span, parameter: nn.Parameter) -> None:
+    def add(self, place: Span, parameter: Tensor) -> None:
         """Makes a parameter, whose place in the flat layout is given, one of those that are views
         of the memory."""
         self._parameters.append((self.home.place_of(place), parameter))
@@ -130,7 +143,7 @@ class GatheredWeights:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Gatherable,
         layout: FlatLayout,
         own_values: Tensor,
         peers: Peers,
@@ -161,7 +174,7 @@ class GatheredWeights:
         self._move_parameters(model, layout)
         self._release()
 
-    def _move_parameters(self, model: Decoder, layout: FlatLayout) -> None:
+    def _move_parameters(self, model: Gatherable, layout: FlatLayout) -> None:
         """Makes each parameter a view of the memory that will hold it."""
         views: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():

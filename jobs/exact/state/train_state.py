@@ -78,10 +78,11 @@ class TrainState:
         group: WorkerGroup = ALONE,
         sharding: Sharding | None = None,
         rule: UpdateRule | None = None,
+        frozen: GatheredWeights | None = None,
     ) -> None:
         """Without `sharding` each rank holds a whole copy, and without `rule` the settings choose
-        it. A model on torch's device `meta` has no values yet: it takes no memory beside the
-        state's."""
+        it. `frozen` are weights beside the state that several ranks hold together. A model on
+        torch's device `meta` has no values yet: it takes no memory beside the state's."""
         self.model = model
         self.config = config
         self.device = device
@@ -109,7 +110,8 @@ class TrainState:
         self.values = self._zeros("values")
         if not any(parameter.is_meta for parameter in model.parameters()):
             self.load_weights(model.named_parameters())
-        self.gathered: GatheredWeights | None = None
+        self.gathered = frozen
+        """What all ranks have to gather together so that the model can compute."""
         self._rounded: RoundedMatrices | None = None
         if self.sharding.divided.values:
             self.gathered = self._gathered_weights()

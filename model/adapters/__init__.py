@@ -1,0 +1,1 @@
+"""What is trained beside weights that are frozen."""
