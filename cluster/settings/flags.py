@@ -24,6 +24,8 @@ from model.config import PRESETS
 
 Config = TypeVar("Config", bound=Settings)
 _SHOWN_CHARS = 60
+_PAIRS = {"data.validation": "NAME=SOURCE", "adapters": "NAME=CHECKPOINT"}
+"""The settings that are texts by name, and how a flag gives one."""
 
 
 def add_config_arguments(
@@ -142,9 +144,9 @@ def settings_from_flags(
                     f"{parent} holds {branch!r} in {file}; expected `name: value` lines"
                 )
         branch[name] = None if leaf.is_unset_by(value) else value
-        if path == "data.validation":
+        if form := _PAIRS.get(path):
             if wrong := [item for item in value if "=" not in item]:
-                raise ConfigError(f"--{path} {wrong[0]}: expected NAME=SOURCE")
+                raise ConfigError(f"--{path} {wrong[0]}: expected {form}")
             branch[name] = dict(item.split("=", 1) for item in value)
     return values
 
@@ -183,6 +185,8 @@ def settled(config: Config) -> Config:
                 update[name] = value.model_copy(update={"request_log": str(Path(log).absolute())})
             case str() if name == "checkpoint":
                 update[name] = checkpoint_uri(value, place)
+            case dict() if name == "adapters":
+                update[name] = {key: checkpoint_uri(uri, place) for key, uri in value.items()}
             case str() if name in ("api_key_file", "admin_key_file"):
                 update[name] = absolute_uri(value)
             case None if name == "run_id":

@@ -107,6 +107,14 @@ class EngineConfig(Settings):
         "further arguments of vLLM's engine, by their names in its EngineArgs; as a flag one JSON object",
     )
     tensor_parallel_size: PositiveInt = setting(1, "GPUs of one pod that share the model, by vLLM")
+    max_adapters: NonNegativeInt | None = setting(
+        None,
+        "adapters that vLLM computes at a time beside their base; when unset 8 where the endpoint begins with "
+        "one or names some (adapters), else 0",
+    )
+    max_adapter_rank: int = setting(
+        64, "largest rank of these adapters; a larger one takes more memory", ge=1, le=512
+    )
     batch_invariant: bool = setting(
         False,
         "have vLLM compute the same bits for a sequence whatever shares its steps, on GPUs that can; slower",
@@ -177,6 +185,11 @@ class EngineConfig(Settings):
             raise ValueError(
                 "batch_invariant needs device=cuda; on CPUs a sequence has the same bits in any batch by raymill's own "
                 "kernels (backend=raymill), and never by vLLM"
+            )
+        if self.max_adapters and not self.runs_vllm:
+            raise ValueError(
+                "max_adapters is vLLM's; expected backend=vllm or device=cuda, or adapters that `raymill export "
+                "--merge` has made whole"
             )
         for name in self.vllm_args.keys() & NOT_VLLM_ARGS.keys():
             raise ValueError(f"vllm_args cannot have {name}: {NOT_VLLM_ARGS[name]}")
@@ -249,6 +262,11 @@ class ServeConfig(Settings):
     checkpoint: str = setting(
         "latest", "path or URI of a checkpoint folder, or `latest`: the newest published one"
     )
+    adapters: dict[str, str] = setting(
+        {},
+        "adapters of the checkpoint to serve beside it, each as NAME=CHECKPOINT: the name that clients give "
+        "as model",
+    )
     model_name: str | None = setting(
         None, "id in /v1/models, whatever is promoted; the live run's id when unset"
     )
@@ -287,6 +305,22 @@ class ServeConfig(Settings):
     def target_ongoing_requests(self) -> float:
         """The number of requests per replica that autoscaling aims at."""
         return self.replicas.target_ongoing_requests or (128 if self.engine.device == "cuda" else 8)
+
+    @model_validator(mode="after")
+    def _adapters_have_an_engine(self) -> Self:
+        if self.adapters and not self.engine.runs_vllm:
+            raise ValueError(
+                "adapters are computed by vLLM; expected engine.backend=vllm or device=cuda, or adapters that "
+                "`raymill export --merge` has made whole"
+            )
+        most = self.engine.max_adapters
+        if most is not None and most < len(self.adapters):
+            raise ValueError(
+                f"engine.max_adapters={most} is less than the {len(self.adapters)} adapters that are named"
+            )
+        if self.model_name in self.adapters:
+            raise ValueError(f"model_name={self.model_name} is the name of an adapter too")
+        return self
 
     @model_validator(mode="after")
     def _in_place(self) -> Self:

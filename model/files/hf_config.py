@@ -217,6 +217,15 @@ def shape_from_hf(values: dict[str, Any]) -> Shape:
             raise ForeignModelError(f"{other}; transformers instead: {error}") from None
 
 
+def linear_layer_names(folder: Path) -> tuple[str, ...]:
+    """Returns the last names of the linear layers in the blocks of the model in a folder, as an
+    adapter has them. Needs transformers."""
+    shape = ForeignConfig.of(read_json(folder / "config.json"))
+    adapter = shape.with_adapter(Adapter(1, 1, ())).adapter
+    assert adapter is not None
+    return adapter.targets
+
+
 def read_shape(folder: Path) -> Shape:
     """Returns the shape of the model in a folder, as `shape_from_hf` does; with an adapter, that of
     transformers' module for it."""

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.settings.serve import ServeConfig
+from cluster.storage.bases import find_base
 from cluster.storage.registry import resolve_checkpoint
 from model.errors import UserError
+from model.files.hf_config import require_own_shape
 from serving.delivery.promotion import Version, VersionStats
 from serving.engine.messages import FinishReason
 from serving.engine_process.client import EngineClient
@@ -19,6 +21,7 @@ from serving.text.reader import TextReader, open_reader
 from serving.xray.xray import Xray
 
 DRAIN_POLL_S = 0.1
+MAX_ADAPTERS = 8  # where adapters are served and no setting says how many
 LONGEST_REQUEST_S = 600.0  # after this an unneeded engine ends, whatever still runs on it
 
 
@@ -83,7 +86,17 @@ class LoadedVersion:
             raise UserError(
                 f"{version.checkpoint} holds {model.version} now, but {version.version} was promoted"
             )
+        base = await asyncio.to_thread(find_base, folder, config.storage.uri)
+        if base is not None:
+            return await cls._adapter(
+                folder, base, model=model, texts=texts, config=config, others=others
+            )
         alive = [other for other in others if other.engine.alive]
+        if any(other.engine.max_adapters for other in alive):
+            raise UserError(
+                f"{version.checkpoint} is a whole model, and adapters are served, whose base nothing replaces: promote "
+                "an adapter of it, or serve the model as another endpoint"
+            )
         if alive and config.engine.runs_vllm and config.delivery.weights != "beside":
             for other in alive:
                 if is_of_one_kind(model, other.model):
@@ -97,11 +110,46 @@ class LoadedVersion:
                     "replace those in place, and a second engine may find no memory: serve it as another endpoint, or "
                     "set delivery.weights to beside if the memory is there"
                 )
-        threads = config.replicas.threads_per_replica
-        engine = await EngineClient.start(
-            folder, config=config.engine, eos_id=model.eos_id, threads=threads
-        )
+        engine = await _started(folder, model, config, has_adapters=bool(config.adapters))
         return cls(folder, model=model, texts=texts, engine=engine)
+
+    @classmethod
+    async def _adapter(
+        cls,
+        folder: Path,
+        base: Path,
+        *,
+        model: ServedModel,
+        texts: TextReader,
+        config: ServeConfig,
+        others: Sequence["LoadedVersion"],
+    ) -> "LoadedVersion":
+        """Returns an adapter on the engine that computes its base, which is started if there is no
+        other. Raises `UserError`."""
+        if not config.engine.runs_vllm:
+            require_own_shape(folder)  # which says what to do
+        if model.rank > config.engine.max_adapter_rank:
+            raise UserError(
+                f"{folder} has rank {model.rank}: set engine.max_adapter_rank to as much, it is "
+                f"{config.engine.max_adapter_rank}"
+            )
+        alive = [other for other in others if other.engine.alive]
+        if not alive:
+            engine = await _started(base, model, config, has_adapters=True)
+            weights = engine.share(folder)
+            engine.num_users -= 1  # nobody asks for the base itself
+            return cls(folder, model=model, texts=texts, engine=engine, weights=weights)
+        for other in alive:
+            if other.engine.max_adapters and other.model.base_hash == model.base_hash:
+                weights = other.engine.share(folder)
+                return cls(folder, model=model, texts=texts, engine=other.engine, weights=weights)
+        is_other = all(other.model.base_hash != model.base_hash for other in alive)
+        raise UserError(
+            f"{folder} is an adapter of {model.base_hash}, and {alive[0].model.base_hash} is served: serve it as "
+            "another endpoint"
+            if is_other
+            else f"{folder} is an adapter, and the endpoint was started without any: set engine.max_adapters"
+        )
 
     async def loss(self, rows: Sequence[Sequence[int]], *, at_once: bool) -> float:
         """Returns the nats per token over the rows, NaN if the logits are not finite. The rows are
@@ -130,3 +178,16 @@ class LoadedVersion:
         self.xray.close()
         self.texts.close()
         await self.engine.close()
+
+
+async def _started(
+    folder: Path, model: ServedModel, config: ServeConfig, *, has_adapters: bool
+) -> EngineClient:
+    """Returns an engine with the weights in a folder, and with room for adapters if it has any to
+    compute."""
+    most = config.engine.max_adapters
+    if most is None:
+        most = max(MAX_ADAPTERS, len(config.adapters)) if has_adapters else 0
+    settings = config.engine.model_copy(update={"max_adapters": most})
+    threads = config.replicas.threads_per_replica
+    return await EngineClient.start(folder, config=settings, eos_id=model.eos_id, threads=threads)

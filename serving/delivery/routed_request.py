@@ -50,6 +50,9 @@ class RoutedRequest:
         """Returns the version that answers the request. `model` may be any name under which a
         version was served here. During a canary the version depends on the API key, or else on
         `user` or the session header. Raises `ApiError` (404)."""
+        if adapter := self._versions.adapter(model):
+            self._hold(adapter)
+            return adapter
         if model is not None and model not in (names := self._versions.names):
             raise error_of("model_not_found", param="model", name=model[:64], served=names[0])
         self._hold(self._versions.pick(self.key or user or self._session))
@@ -90,6 +93,11 @@ class RoutedRequest:
             "x-model-version": held.model.version,
             ROUTE_HEADER: self._versions.route.to_header(),
         }
+
+    def adapter_cards(self) -> list[dict[str, Any]]:
+        """Returns the entries of the adapters that are served beside the model."""
+        parent = self._versions.names[0]
+        return [adapter.model.card() | {"parent": parent} for adapter in self._versions.adapters]
 
     def close(self) -> None:
         self._hold(None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from cluster.settings.serve import ServeConfig
 from cluster.storage.checkpoint_cache import Holds
+from cluster.storage.registry import find_checkpoint
 from model.errors import UserError
 from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.promotion import (
@@ -20,8 +21,10 @@ from serving.delivery.promotion import (
     SlotStatus,
     Version,
     VersionStats,
+    version_of,
 )
 from serving.engine_process.client import EngineClient
+from serving.protocol.served_model import read_served_model
 from serving.text.chat_misfit import chat_misfit, chat_notice
 
 # Before new weights get the only engine: two reports, as they may end it and the replica with it
@@ -81,6 +84,8 @@ class Versions:
         self._one_at_a_time = asyncio.Lock()  # engines are loaded while others serve
         self._ending: set[asyncio.Task[None]] = set()
         self._copies = Holds()
+        self._adapters: dict[str, LoadedVersion] = {}
+        """Those that the settings name, which are beside the versions of the model itself."""
         self._reconcile()
 
     async def wait_until_live(self) -> None:
@@ -90,6 +95,30 @@ class Versions:
             await asyncio.shield(live.loading)
             if live.problem and live.version == self.delivery.live:
                 raise RuntimeError(live.problem)
+        async with self._one_at_a_time:
+            for name, reference in self.config.adapters.items():
+                if name not in self._adapters:
+                    self._adapters[name] = await self._load_adapter(name, reference)
+
+    async def _load_adapter(self, name: str, reference: str) -> LoadedVersion:
+        """Raises `UserError` for an adapter that this endpoint cannot serve."""
+        uri, folder = await asyncio.to_thread(find_checkpoint, reference, self.config.storage.uri)
+        model = await asyncio.to_thread(read_served_model, folder, name=name)
+        if not model.rank:
+            raise UserError(f"adapters has {name}, and {uri} is a whole model: serve it by itself")
+        loaded = await LoadedVersion.load(
+            version_of(model, checkpoint=uri), name=name, config=self.config, others=[self.live]
+        )
+        await loaded.health.self_test()
+        return loaded
+
+    def adapter(self, name: str | None) -> LoadedVersion | None:
+        """Returns the named adapter; None where the name is the model's own, or none."""
+        return None if name is None else self._adapters.get(name)
+
+    @property
+    def adapters(self) -> list[LoadedVersion]:
+        return [*self._adapters.values()]
 
     def adopt(self, delivery: Delivery, *, asked_at_s: float) -> None:
         """Adopts the state that the coordinator returned to a question of `asked_at_s`. A route
@@ -124,7 +153,9 @@ class Versions:
 
     def other_than(self, failed: LoadedVersion) -> LoadedVersion | None:
         """Returns a version for a request that `failed` could not answer; None without a
-        promotion."""
+        promotion, and for an adapter, in whose place nothing answers."""
+        if failed in self._adapters.values():
+            return None
         return next((loaded for loaded in self._trusted if loaded is not failed), None)
 
     def check_health(self) -> None:
@@ -156,7 +187,7 @@ class Versions:
         return self.live.engine.queue.wait_s()
 
     async def close(self) -> None:
-        for loaded in self._loaded:
+        for loaded in [*self._adapters.values(), *self._loaded]:
             await loaded.close()
         self._copies.keep(())
 
@@ -184,7 +215,8 @@ class Versions:
         return wanted or (self._trusted or self._loaded)[0]
 
     def _reconcile(self) -> None:
-        self._copies.keep([version.checkpoint for version in self.delivery.known])
+        known = [version.checkpoint for version in self.delivery.known]
+        self._copies.keep([*known, *self.config.adapters.values()])
         needed = {version.serial: version for version in self.delivery.needed}
         for serial, version in needed.items():
             if (slot := self._slots.get(serial)) is not None and slot.version != version:

@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from cluster.settings.parser import suggestion
 from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, EngineConfig
 from model.errors import UserError
-from model.files.hf_config import read_shape
+from model.files.hf_config import linear_layer_names, read_shape
 from serving.engine.kv_cache_size import served_context
 from serving.engine.messages import (
     Admission,
@@ -51,13 +51,17 @@ os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 import vllm
 import vllm.envs
+from vllm.config.lora import MaxLoRARanks
 from vllm.exceptions import VLLMClientError
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
 
 LEAST_TOKENS = 1  # vLLM has no sequence that only reads; see `_events`
+
+_RANKS = sorted(get_args(MaxLoRARanks))  # for which vLLM has room
 
 _log = logging.getLogger(__name__)
 
@@ -80,6 +84,7 @@ class VllmEngine:
         self._not_finite: set[int] = set()  # those whose logits had NaN in the latest step
         self._has_nan_blocks = False  # in vLLM's cache, since the latest step
         self._starts = Starts()
+        self._adapters: dict[int, LoRARequest] = {}  # by the number that sequences name
         # Prompt tokens of the sequences that the latest step started
         self._looked_up = self._found = 0
         self._plans: list[Any] = []  # what vLLM's scheduler has decided in the latest step
@@ -107,6 +112,11 @@ class VllmEngine:
         )
         self._shapes = stored_shapes(checkpoint)
 
+    def add_adapter(self, number: int, checkpoint: Path) -> None:
+        """Lets sequences name an adapter of the weights that the engine was started with. vLLM reads
+        its files at its first sequence."""
+        self._adapters[number] = LoRARequest(f"{number}", number, str(checkpoint))
+
     @property
     def has_work(self) -> bool:
         return bool(self._requests or self._refused)
@@ -117,8 +127,11 @@ class VllmEngine:
         prompt: Any = {"prompt_token_ids": request.prompt_ids}
         if request.cache_scope:
             prompt["cache_salt"] = request.cache_scope
+        adapter = self._adapters.get(request.weights)
         try:
-            self._engine.add_request(str(request.seq_id), prompt, self._params(request))
+            self._engine.add_request(
+                str(request.seq_id), prompt, self._params(request), lora_request=adapter
+            )
         except (ValueError, VLLMClientError) as error:
             _log.error("vLLM refuses a sequence: %s", error)
             self._refused.add(request.seq_id)
@@ -321,6 +334,19 @@ def _require_device(config: EngineConfig) -> None:
         )
 
 
+def _of_adapters(checkpoint: Path, config: EngineConfig) -> dict[str, Any]:
+    """Returns vLLM's arguments for adapters, of which those of our runs stand beside the linear
+    layers of blocks. Beside the head, vLLM's CPU build would end at a prompt's log-probabilities."""
+    if not config.max_adapters:
+        return {}
+    return {
+        "enable_lora": True,
+        "lora_target_modules": [*linear_layer_names(checkpoint)],
+        "max_loras": config.max_adapters,
+        "max_lora_rank": next(rank for rank in _RANKS if rank >= config.max_adapter_rank),
+    }
+
+
 def _arguments(checkpoint: Path, config: EngineConfig) -> Any:
     """Returns vLLM's arguments. Raises `UserError` for names that it does not know."""
     known = sorted(field.name for field in dataclasses.fields(vllm.EngineArgs))
@@ -346,5 +372,6 @@ def _arguments(checkpoint: Path, config: EngineConfig) -> Any:
         tensor_parallel_size=config.tensor_parallel_size,
         generation_config="vllm",  # no defaults from the checkpoint's folder
         seed=0,
+        **_of_adapters(checkpoint, config),
         **config.vllm_args,
     )

@@ -126,7 +126,8 @@ class EngineClient:
     facts: EngineFacts
     queue: SequenceQueue
 
-    def __init__(self, child: Child) -> None:
+    def __init__(self, child: Child, *, max_adapters: int = 0) -> None:
+        self.max_adapters = max_adapters
         self._process, self._reader, self._writer = child
         self._seq_ids = itertools.count()
         self._weights = itertools.count(1)
@@ -172,7 +173,7 @@ class EngineClient:
                 pass_fds=fds,
                 python=python or sys.executable,
             )
-        client = cls(child)
+        client = cls(child, max_adapters=config.max_adapters or 0)
         messages = client._messages()
         first = await anext(messages, None)
         if first is None or "error" in first:

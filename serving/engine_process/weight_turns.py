@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import UserError
+from model.files.checkpoint_folder import is_adapter
 from serving.engine.messages import Admission, FinishReason, SequenceRequest, StepReport, TokenEvent
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class WeightTurns:
         self._engine = engine
         self._clock = clock
         self._checkpoints: dict[int, tuple[Path, list[Stamp]]] = {}
+        self._adapters: set[int] = set()
         self.add_weights(0, checkpoint)
         self._current = 0
         self._used = {0}
@@ -51,11 +53,18 @@ class WeightTurns:
         return self._engine.has_work or bool(self._waiting)
 
     def add_weights(self, weights: int, checkpoint: Path) -> None:
-        """Gives the number `weights` to a checkpoint, whose files must stay as they are."""
-        self._checkpoints[weights] = checkpoint, _stamps(checkpoint)
+        """Gives the number `weights` to a checkpoint, whose files must stay as they are. An adapter
+        takes no turns: the engine computes it beside its base, with which it was started and which
+        nothing then replaces."""
+        if is_adapter(checkpoint):
+            self._adapters.add(weights)
+            self._engine.add_adapter(weights, checkpoint)
+        else:
+            self._checkpoints[weights] = checkpoint, _stamps(checkpoint)
 
     def submit(self, request: SequenceRequest) -> None:
-        if request.weights == self._current and not self._is_over:
+        is_now = request.weights == self._current and not self._is_over
+        if is_now or request.weights in self._adapters:
             self._engine.submit(request)
         else:
             self._waiting[request.seq_id] = request

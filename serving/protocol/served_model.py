@@ -1,7 +1,6 @@
 """A served checkpoint as its replica knows it: name, shape, vocabulary and lineage, but no
 weights."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -10,8 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from model.adapters.lora import Adapter
 from model.config import Shape, shape_differences, with_context
-from model.files.checkpoint_folder import CheckpointError, Metadata, is_hf_folder, read_metadata
+from model.files.checkpoint_folder import (
+    ADAPTER_CONFIG,
+    CheckpointError,
+    Metadata,
+    is_adapter,
+    is_hf_folder,
+    read_json,
+    read_metadata,
+)
 from model.files.hf_config import shape_from_hf
 from model.files.stored_tokenizer import load_tokenizer
 from model.text.token_bytes import TokenizerError
@@ -31,6 +39,14 @@ class ServedModel:
     tokenizer: Tokenizer | None  # a folder saved by transformers may have none
     metadata: Metadata | None  # only in raymill's own checkpoints
     version: str  # a hash of the weights
+    rank: int = 0  # of an adapter
+
+    @property
+    def base_hash(self) -> str | None:
+        """The parameter hash of the weights that an engine is started with: an adapter's base."""
+        if self.metadata is None:
+            return None
+        return self.metadata.base_hash or self.metadata.parameter_hash
 
     @property
     def eos_id(self) -> int | None:
@@ -145,7 +161,7 @@ class ServedModel:
         if self.metadata is None:
             return None
         tokenizer_hash = None if self.tokenizer is None else self.tokenizer.hash
-        return dataclasses.asdict(self.metadata) | {"tokenizer_hash": tokenizer_hash}
+        return self.metadata.fields | {"tokenizer_hash": tokenizer_hash}
 
 
 def read_served_model(
@@ -155,6 +171,7 @@ def read_served_model(
     `CheckpointError` if it cannot be served, and `UnsupportedModelError` for another model."""
     config_file = folder / "config.json"
     config = shape_from_hf(json.loads(config_file.read_bytes()))
+    rank = Adapter.from_peft(read_json(folder / ADAPTER_CONFIG)).rank if is_adapter(folder) else 0
     if max_context is not None:
         config = with_context(config, max_context)
     tokenizer = load_tokenizer(folder)
@@ -176,6 +193,7 @@ def read_served_model(
         tokenizer=tokenizer,
         metadata=metadata,
         version=version,
+        rank=rank,
     )
 
 

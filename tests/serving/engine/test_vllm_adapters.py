@@ -1,0 +1,161 @@
+"""Adapters beside their base in one engine of vLLM: each answers what its merged model would."""
+
+import asyncio
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cluster.settings.serve import ServeConfig
+from jobs.run.base import Base
+from model.errors import UserError
+from model.generation.generate import generate
+from model.generation.sampling_params import SamplingParams
+from model.gpt import GPT
+from model.text.tokenizer import Tokenizer
+from serving.delivery.versions import Versions
+from tests.serving.adapter_parts import MadeAdapter, made_adapter, stored_base
+from tests.serving.endpoint_parts import replica_client
+from tests.serving.vllm_parts import installed, vllm_config, vllm_model
+
+GREEDY = SamplingParams(temperature=0.0)
+NUM_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def whole(tokenizer: Tokenizer) -> GPT:
+    return vllm_model(tokenizer, seed=5, architecture="llama")
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def base(storage: Path, whole: GPT, tokenizer: Tokenizer) -> Base:
+    return stored_base(storage, whole, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def adapters(storage: Path, base: Base, whole: GPT, tokenizer: Tokenizer) -> dict[str, MadeAdapter]:
+    made = {}
+    for seed, name in enumerate(("red", "blue"), start=1):
+        made[name] = made_adapter(storage, name, base, whole, tokenizer, seed=seed)
+    return made
+
+
+def config(storage: Path, adapters: dict[str, str], **engine: object) -> ServeConfig:
+    return ServeConfig.model_validate(
+        {
+            "adapters": adapters,
+            "model_name": "tiny",
+            "engine": vllm_config(dtype="float32", **engine).model_dump(),
+            "storage": {"uri": str(storage)},
+        }
+    )
+
+
+async def answered(http: httpx.AsyncClient, name: str, prompt: list[int]) -> str:
+    asked = {"model": name, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0}
+    answer = await http.post("/v1/completions", json=asked | {"ignore_eos": True})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model"] == name
+    return str(answer.json()["choices"][0]["text"])
+
+
+@installed
+@pytest.mark.slow
+def test_two_adapters_and_their_base__answer_at_once_as_their_merged_models(
+    storage: Path,
+    base: Base,
+    whole: GPT,
+    adapters: dict[str, MadeAdapter],
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+) -> None:
+    merged = {"tiny": whole} | {name: made.merged for name, made in adapters.items()}
+    expected = {}
+    for name, one in merged.items():
+        for number, prompt in enumerate(prompts[:4]):
+            ids = generate(one, prompt, max_tokens=NUM_TOKENS, params=GREEDY)
+            expected[name, number] = tokenizer.decode(ids)
+    assert len({expected[name, 1] for name in merged}) == 3
+
+    async def check(http: httpx.AsyncClient, versions: Versions) -> None:
+        listed = (await http.get("/v1/models")).json()["data"]
+        assert [card["id"] for card in listed] == ["tiny", "red", "blue"]
+        assert [card.get("parent") for card in listed] == [None, "tiny", "tiny"]
+        assert listed[1]["lineage"]["base_hash"] == base.parameter_hash
+        assert (await http.get("/v1/models/blue")).json()["version"] == listed[2]["version"]
+        asked = [answered(http, name, prompts[number]) for name, number in expected]
+        assert await asyncio.gather(*asked) == [*expected.values()]
+        answer = await http.post("/v1/completions", json={"model": "green", "prompt": "the"})
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == "model_not_found"
+
+    async def run() -> None:
+        places = {name: str(made.folder) for name, made in adapters.items()}
+        served = config(storage, places)
+        async with replica_client(base.folder(str(storage)), config=served) as parts:
+            await check(*parts)
+
+    asyncio.run(run())
+
+
+@installed
+@pytest.mark.slow
+def test_an_adapter_that_the_endpoint_begins_with__is_the_model(
+    storage: Path,
+    adapters: dict[str, MadeAdapter],
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+) -> None:
+    red = adapters["red"]
+    ids = generate(red.merged, prompts[1], max_tokens=NUM_TOKENS, params=GREEDY)
+
+    async def run() -> None:
+        async with replica_client(red.folder, config=config(storage, {})) as (http, _):
+            assert await answered(http, "tiny", prompts[1]) == tokenizer.decode(ids)
+
+    asyncio.run(run())
+
+
+@installed
+@pytest.mark.slow
+def test_an_adapter_that_cannot_be_served__is_refused_with_what_to_do(
+    storage: Path,
+    base: Base,
+    adapters: dict[str, MadeAdapter],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+) -> None:
+    other = vllm_model(tokenizer, seed=6, architecture="llama")
+    stranger = made_adapter(
+        tmp_path, "other", stored_base(tmp_path, other, tokenizer), other, tokenizer, seed=3
+    )
+    folder = base.folder(str(storage))
+    for place, message in ((stranger.folder, "is served"), (folder, "is a whole model")):
+
+        async def run(place: Path = place) -> None:
+            async with replica_client(folder, config=config(storage, {"red": str(place)})):
+                pass
+
+        with pytest.raises(UserError, match=message):
+            asyncio.run(run())
+
+
+def test_settings_of_adapters__that_no_engine_has__are_refused() -> None:
+    with pytest.raises(ValueError, match="adapters are computed by vLLM"):
+        ServeConfig.model_validate({"adapters": {"red": "runs/red"}})
+    with pytest.raises(ValueError, match="max_adapters=1 is less than the 2"):
+        ServeConfig.model_validate(
+            {
+                "adapters": {"red": "runs/red", "blue": "runs/blue"},
+                "engine": {"backend": "vllm", "max_adapters": 1},
+            }
+        )
+    with pytest.raises(ValueError, match="is the name of an adapter too"):
+        ServeConfig.model_validate(
+            {"adapters": {"red": "a"}, "model_name": "red", "engine": {"backend": "vllm"}}
+        )
