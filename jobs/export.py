@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cluster.storage.bases import find_base
 from cluster.storage.registry import resolve_checkpoint
-from cluster.storage.uris import absolute_uri, open_storage, split_uri
+from cluster.storage.uris import Storage, absolute_uri, open_storage, split_uri
 from model.config import Shape
 from model.files.bounded_text import require_bounded_text
 from model.files.checkpoint import (
@@ -75,15 +75,7 @@ def _merged(adapter: Path, storage_uri: str) -> tuple[Shape, dict[str, Tensor]]:
     return model.config, {name: values.detach() for name, values in model.named_parameters()}
 
 
-def export(
-    checkpoint: str, destination: str, *, storage_uri: str, merge: bool = False
-) -> dict[str, Any]:
-    """Writes the verified checkpoint to a new or empty folder, local or remote, and verifies the
-    copy. An adapter stays one, which PEFT loads, unless `merge` adds it to its base's weights.
-
-    Raises `CheckpointError`.
-    """
-    target = open_storage(destination)
+def _require_free(target: Storage) -> None:
     local = target.local_path("")
     occupied = (
         target.list()
@@ -92,6 +84,25 @@ def export(
     )
     if occupied:
         raise CheckpointError(f"{target.uri} exists and is not empty; name a new folder")
+
+
+def export(
+    checkpoint: str,
+    destination: str,
+    *,
+    storage_uri: str,
+    merge: bool = False,
+    is_public: bool = False,
+) -> dict[str, Any]:
+    """Writes the verified checkpoint to a new or empty folder, local or remote, and verifies the
+    copy. An adapter stays one, which PEFT loads, unless `merge` adds it to its base's weights. What
+    is public names no place of one's own.
+
+    Raises `CheckpointError`.
+    """
+    target = open_storage(destination)
+    local = target.local_path("")
+    _require_free(target)
     source = resolve_checkpoint(checkpoint, storage_uri)
     if is_hf_folder(source):
         raise CheckpointError(f"{source} is a plain Hugging Face folder already; copy it as it is")
@@ -104,6 +115,7 @@ def export(
         folder = local or Path(scratch) / "checkpoint"
         tokenizer, metadata = load_tokenizer(source), read_metadata(source)
         assert tokenizer is not None, "only plain Hugging Face folders may lack one"
+        metadata = metadata.public if is_public else metadata
         shape, weights = read_shape(source), stored_weights(source)
         if merge:
             shape, weights = _merged(source, storage_uri)

@@ -70,7 +70,9 @@ class Pushed:
         `StorageError`."""
         with tempfile.TemporaryDirectory(prefix="raymill-push-") as scratch:
             folder = Path(scratch) / "model"
-            exported = export(self.checkpoint, str(folder), storage_uri=self.storage_uri)
+            exported = export(
+                self.checkpoint, str(folder), storage_uri=self.storage_uri, is_public=True
+            )
             (folder / CARD).write_text(self.card)
             message = f"raymill: {self.checkpoint.rpartition('/')[2]}"
             try:

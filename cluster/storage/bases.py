@@ -31,7 +31,10 @@ def find_base(folder: Path, storage_uri: str) -> Path | None:
         return None
     metadata = read_metadata(folder)
     if metadata.base is None:
-        raise CheckpointError(f"raymill.json in {folder} does not name the adapter's base")
+        raise CheckpointError(
+            f"{folder} does not say where its base is, whose parameter hash is {metadata.base_hash}: use the "
+            "checkpoint in its run's storage"
+        )
     return verified_base(metadata.base, str(metadata.base_hash), storage_uri)
 
 

@@ -31,14 +31,17 @@ def model_card(
     license_id: str,
 ) -> str:
     """Returns the card, with the front matter that the Hub reads. `name` is the repository's."""
+    adapter = shape.adapter if isinstance(shape, ForeignConfig) else None
     front: dict[str, object] = {
-        "library_name": "transformers",
+        "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         "license": license_id,
         "tags": ["raymill"],
     }
     if origin.base_model:
         front["base_model"] = origin.base_model
+        if adapter:
+            front["base_model_relation"] = "adapter"
     if origin.datasets:
         front["datasets"] = [*origin.datasets]
     rows = _lineage(shape, tokenizer, metadata, origin)
@@ -51,7 +54,7 @@ def model_card(
             "",
             f"# {name.rpartition('/')[2]}",
             "",
-            f"A causal language model ({_kind(shape)}), trained with raymill.",
+            f"{'An adapter of a' if adapter else 'A'} causal language model ({_kind(shape)}), trained with raymill.",
             "",
             "| lineage | |",
             "| --- | --- |",
@@ -61,14 +64,7 @@ def model_card(
             "",
             "## Use",
             "",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-            "```",
-            "",
-            f"vLLM serves it with `vllm serve {name}`, raymill with `raymill serve hf://{name}`.",
+            *(_use_of_adapter(name, origin) if adapter else _use(name)),
             "",
             "## Check",
             "",
@@ -76,6 +72,35 @@ def model_card(
             "",
         ]
     )
+
+
+def _use(name: str) -> list[str]:
+    return [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        "```",
+        "",
+        f"vLLM serves it with `vllm serve {name}`, raymill with `raymill serve hf://{name}`.",
+    ]
+
+
+def _use_of_adapter(name: str, origin: Origin) -> list[str]:
+    base = origin.base_model or "BASE"
+    return [
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+        f'model = PeftModel.from_pretrained(base, "{name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        "```",
+        "",
+        f"vLLM serves it with `vllm serve {base} --enable-lora --lora-modules {name.rpartition('/')[2]}={name}`.",
+    ]
 
 
 _LICENSE_NOTE = "The license of these weights is not known: ask their owner before you use them."
@@ -92,6 +117,9 @@ def _lineage(
 ) -> dict[str, str]:
     active, total = num_active_parameters(shape), num_parameters(shape)
     parameters = f"{total:,}" if active == total else f"{total:,}, {active:,} for each token"
+    if isinstance(shape, ForeignConfig) and shape.adapter:
+        adapter = shape.adapter
+        parameters = f"{total:,}, of rank {adapter.rank}, beside {num_parameters(shape.base):,} that are frozen"
     rows = {
         "run": f"`{metadata.run_id}`, step {metadata.step:,}",
         "tokens seen": f"{metadata.tokens_seen:,}",
@@ -104,6 +132,8 @@ def _lineage(
         "tokenizer": f"{tokenizer.vocab_size:,} ids, SHA-256 {_code(tokenizer.hash)}",
         "version of the code": _code(metadata.code_version),
     }
+    if metadata.base_hash:
+        rows["SHA-256 of the frozen weights"] = _code(metadata.base_hash)
     if origin.base_model:
         rows["began from"] = f"[{origin.base_model}](https://huggingface.co/{origin.base_model})"
     return rows

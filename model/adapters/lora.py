@@ -6,6 +6,7 @@ parameters are PEFT's, so that PEFT and vLLM load what is stored. This module im
 PyTorch only when it is asked for a module.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -15,6 +16,7 @@ from model.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
+_ON_HUB = re.compile(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?")
 _PREFIX = "base_model.model."
 _SLOT = ".default."  # PEFT's name for the only adapter of a module
 _BASE = ".base_layer."
@@ -42,12 +44,14 @@ class Adapter:
         return self.alpha / self.rank
 
     def to_peft(self, base: str | None) -> dict[str, Any]:
-        """Returns the content of adapter_config.json, over a base by its path or name on the
-        Hub."""
+        """Returns the content of adapter_config.json, over a base by its path, or its place on the
+        Hub: hf://OWNER/NAME@REVISION."""
+        on_hub = _ON_HUB.fullmatch(base or "")
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base,
+            "base_model_name_or_path": on_hub[1] if on_hub else base,
+            "revision": on_hub[2] if on_hub else None,
             "r": self.rank,
             "lora_alpha": self.alpha,
             "lora_dropout": 0.0,

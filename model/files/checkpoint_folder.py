@@ -48,17 +48,23 @@ class Metadata:
     val_loss: float | None = None  # nats per token
     val_bits_per_byte: float | None = None
     precision: str | None = None  # of the run's computations, fp32 or bf16
-    base: str | None = None  # URI of the checkpoint whose frozen weights an adapter stands on
-    base_hash: str | None = None  # the parameter hash of those
+    base_hash: str | None = None  # of an adapter: the parameter hash of the weights it stands on
+    base: str | None = None  # URI of the checkpoint with those
     base_source: str | None = None  # where those came from, such as hf://OWNER/NAME@COMMIT
 
     @property
     def fields(self) -> dict[str, Any]:
         """What raymill.json says: that of a whole model says nothing of a base."""
         fields = asdict(self)
-        if self.base is None:
+        if self.base_hash is None:
             del fields["base"], fields["base_hash"], fields["base_source"]
         return fields
+
+    @property
+    def public(self) -> Self:
+        """The same for strangers: it names what is on the Hub, and no place of one's own."""
+        source = self.base_source or ""
+        return replace(self, base=None, base_source=source if source.startswith("hf://") else None)
 
     def without_base(self, parameter_hash: str) -> Self:
         """Returns that of a whole model, which an adapter became."""

@@ -19,6 +19,7 @@ from jobs.evaluate import evaluate
 from jobs.export import export
 from jobs.plan.make_plan import make_plan
 from jobs.proof.replay_run import replay
+from jobs.report.model_card import Origin, model_card
 from jobs.report.probe_run import probe_run
 from jobs.run.base import recorded_base
 from jobs.run.history import changed_settings, recorded_config
@@ -148,6 +149,38 @@ def test_a_checkpoint__is_loaded_by_peft_and_computes_as_the_merged_export(
     assert not (copy / "train_state.safetensors").exists()
     with pytest.raises(CheckpointError, match="--merge is for adapters"):
         export(str(merged), str(tmp_path / "again"), storage_uri=uri, merge=True)
+
+
+def test_what_strangers_get_of_an_adapter__names_no_place_of_one_s_own(
+    run: RunPlan, tmp_path: Path
+) -> None:
+    checkpoint, uri = newest_checkpoint(run), run.config.storage.uri
+    export(str(checkpoint), str(tmp_path / "there"), storage_uri=uri, is_public=True)
+    for name in ("raymill.json", "adapter_config.json", "config.json"):
+        assert str(tmp_path.parent) not in (tmp_path / "there" / name).read_text()
+    described = read_metadata(tmp_path / "there")
+    assert run.base is not None
+    assert (described.base, described.base_hash) == (None, run.base.parameter_hash)
+    with pytest.raises(CheckpointError, match="does not say where its base is"):
+        find_base(tmp_path / "there", uri)
+    tokenizer = Tokenizer.from_json(run.tokenizer_json)
+    card = model_card(
+        "owner/name",
+        shape=read_shape(checkpoint),
+        tokenizer=tokenizer,
+        metadata=described,
+        origin=Origin("Qwen/Qwen3-0.6B"),
+        license_id="mit",
+    )
+    for part in ("library_name: peft", "base_model: Qwen/Qwen3-0.6B", "of rank 4, beside"):
+        assert part in card
+    assert 'PeftModel.from_pretrained(base, "owner/name")' in card
+
+
+def test_a_base_on_the_hub__is_named_as_peft_names_it() -> None:
+    stored = Adapter(4, 8, ("q_proj",)).to_peft("hf://Qwen/Qwen3-0.6B@abc")
+    assert stored["base_model_name_or_path"] == "Qwen/Qwen3-0.6B"
+    assert stored["revision"] == "abc"
 
 
 def test_a_resumed_run__has_the_bits_of_one_go_and_shares_its_base(
