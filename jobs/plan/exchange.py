@@ -16,7 +16,12 @@ from cluster.settings.run import RunConfig, state_scaling
 from jobs.exact.state.division import seats_of
 from jobs.exact.state.doubling import gather_messages, teams_to_gather
 from jobs.exact.state.flat_layout import NUM_SENDINGS, FlatLayout
-from jobs.exact.state.messages import Message, joined_buckets, numbers_of_sendings
+from jobs.exact.state.messages import (
+    Message,
+    bundles_between_groups,
+    joined_buckets,
+    numbers_of_sendings,
+)
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.span import Span
 from jobs.exact.sums.exact_reduce import subtrees_of_ranks
@@ -135,7 +140,7 @@ def exchange(
         beside_update_s = share_s * (1 - 1 / NUM_SENDINGS)
     sums_s = sent.sums.seconds(options)
     # The last bundle is final when backward is over
-    before_last_s = sums_s - sums_s / len(_joined_between_groups(layout, sharding))
+    before_last_s = sums_s - sums_s / len(_bundles(layout, sharding))
     last_backward_s = min(backward_s, sent.backward.seconds(options) + before_last_s)
     parts = [  # what is sent, the seconds that hide it, and how many times
         (sent.first_weights, forward_s, 1),
@@ -181,10 +186,10 @@ def _way_in_words(teams: TeamPlan) -> str:
     return f"halving in teams of up to {size:,}, then a message to the owners of parts"
 
 
-def _joined_between_groups(layout: FlatLayout, sharding: Sharding) -> list[Sequence[Span]]:
-    size = sharding.group_size
-    buckets = layout.buckets if size == 1 else layout.parts(0, world_size=size).homes
-    return joined_buckets(buckets, sharding.num_groups)
+def _bundles(layout: FlatLayout, sharding: Sharding) -> list[Sequence[Span]]:
+    return bundles_between_groups(
+        layout, group_size=sharding.group_size, num_groups=sharding.num_groups
+    )
 
 
 def _nodes_by_seat(num_groups: int, size: int, options: PlanConfig) -> list[int]:
@@ -201,7 +206,7 @@ def between_groups(
     busiest = partial(
         of_busiest,
         num_bytes=FP32_BYTES * layout.size / size,
-        num_calls=len(_joined_between_groups(layout, sharding)),
+        num_calls=len(_bundles(layout, sharding)),
         nodes=_nodes_by_seat(num_groups, size, options),
         options=options,
     )

@@ -20,7 +20,7 @@ from cluster.settings.run import (
 )
 from jobs.exact.rules.rules import matrix_costs, update_rule
 from jobs.exact.state.flat_layout import PIECE_VALUES, FlatLayout
-from jobs.exact.state.messages import joined_buckets
+from jobs.exact.state.messages import bundles_between_groups
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.sums.exact_reduce import subtrees_of_ranks
 from jobs.exact.sums.step_plan import StepPlan
@@ -213,8 +213,7 @@ def _received_bytes(layout: FlatLayout, sharding: Sharding, *, num_lanes: int) -
     bucket = max(map(len, layout.buckets))
     received = bucket if size > 1 else 0
     if num_groups > 1:
-        buckets = layout.buckets if size == 1 else layout.parts(0, world_size=size).homes
-        joined = joined_buckets(buckets, num_groups)
+        joined = bundles_between_groups(layout, group_size=size, num_groups=num_groups)
         bundle = max(together[-1].stop - together[0].start for together in joined)
         subtrees = subtrees_of_ranks(num_lanes, num_groups)
         teams = team_plan([range(num_lanes)], subtrees)

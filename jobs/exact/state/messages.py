@@ -2,9 +2,10 @@
 would be too short."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
-from jobs.exact.state.flat_layout import NUM_SENDINGS
+from jobs.exact.state.flat_layout import NUM_SENDINGS, FlatLayout
 from jobs.exact.state.span import Span
 
 LEAST_MESSAGE = 1 << 18
@@ -52,6 +53,18 @@ def joined_buckets(buckets: Sequence[Span], num_peers: int) -> list[Sequence[Spa
     if together:
         joined.append(together)
     return joined
+
+
+@lru_cache(maxsize=256)
+def bundles_between_groups(
+    layout: FlatLayout, *, group_size: int, num_groups: int
+) -> list[Sequence[Span]]:
+    """Returns the buckets, or the first member's parts of them, that go together from one group to
+    the others. A planner asks for the same ones again and again."""
+    buckets: Sequence[Span] = layout.buckets
+    if group_size > 1:
+        buckets = layout.parts(0, world_size=group_size).homes
+    return joined_buckets(buckets, num_groups)
 
 
 def numbers_of_sendings(num_buckets: int) -> list[range]:

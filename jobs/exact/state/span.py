@@ -57,8 +57,9 @@ class PackedSpans:
         homes: list[Span] = []
         end = 0
         for span in self.spans:
-            homes.append(Span(end, end + len(span)))
-            end += len(span)
+            stop = end + len(span)
+            homes.append(Span(end, stop))
+            end = stop
         return homes
 
     @property
