@@ -6,18 +6,24 @@ between families is asked of the module itself: nothing here knows one.
 Shapes: B sequences, T tokens of each, C width.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
-from cluster.settings.run import RunConfig
+from cluster.settings.run import RunConfig, seq_len
 from jobs.exact.compute import autocast, choose_operations
 from model.decoders.foreign import ForeignModel
 from model.errors import UserError
 from model.foreign_config import ForeignConfig
 from model.linear_cross_entropy import IGNORE_INDEX
+from model.operations import compilations
+from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS
 
 _SEED = 1
 _NUM_ROWS, _ROW_TOKENS = 2, 32
+_COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch")
 _NOT_SEEN = 1e-3
 """The largest relative difference that tokens which are not seen may make. They may make some:
 experts compute together whatever tokens they are sent."""
@@ -55,6 +61,42 @@ def test_foreign(config: RunConfig, device: torch.device) -> None:
                 f"a model of type {shape.model_type!r} changes constants of its own while it trains, which no "
                 "checkpoint has: it cannot be trained exactly"
             )
+
+
+@contextmanager
+def one_graph_of_each_kind(config: RunConfig) -> Iterator[None]:
+    """Lasts while a few layers are compiled. Raises `UserError` where those of a model of
+    transformers cannot be, or where layers of one kind are no common graph: the rest would then be
+    compiled while the run trains, by each worker for itself."""
+    shape, num_before = config.model, compilations.number
+    if not isinstance(shape, ForeignConfig):
+        yield
+        return
+    advice = "nothing was trained. Leave train.compute out, or set plain"
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(_COMPILER):
+            raise
+        [reason, *_] = str(error).splitlines() or [type(error).__name__]
+        raise UserError(
+            f"train.compute=compiled: a model of type {shape.model_type!r} cannot be compiled ({reason}): {advice}"
+        ) from error
+    num_graphs = compilations.number - num_before
+    if num_graphs > _most_graphs(config, shape):
+        raise UserError(
+            f"train.compute=compiled: in a model of type {shape.model_type!r} each layer is another graph: {advice}"
+        )
+
+
+def _most_graphs(config: RunConfig, shape: ForeignConfig) -> int:
+    """Returns how many graphs there are: the head's for each size of a chunk, and those of a kind
+    of layer, in rows with and without a border of documents, with dropout and without."""
+    num_tokens = config.train.micro_batch_size * seq_len(config)
+    chunk = GPU_CHUNK_TOKENS if config.scaling.use_gpu else CHUNK_TOKENS
+    num_chunk_sizes = 1 + (num_tokens > chunk and num_tokens % chunk > 0)
+    num_ways = (1 + config.train.document_mask) * (1 + bool(shape.dropout))
+    return num_chunk_sizes + num_ways * shape.num_layer_kinds
 
 
 def _require_causal(model: ForeignModel, tokens: Tensor) -> None:

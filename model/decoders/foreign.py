@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import Mask
@@ -27,7 +26,6 @@ from model.foreign_config import (
     require_version,
 )
 from model.kv_cache import Cache, ModuleCache
-from model.linear_cross_entropy import IGNORE_INDEX
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS
 
 _NUMBERED = re.compile(
@@ -348,8 +346,7 @@ class _HeadLoss(torch.autograd.Function):
         for some, labels in chunks:
             with torch.set_grad_enabled(with_grad):
                 h = some.detach().requires_grad_(with_grad)  # (K, C)
-                logits = model.logits(h)  # (K, V)
-                loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+                loss = model.ops.head_losses(model, h, labels)  # (K,)
                 of_chunk = loss.sum()
             losses.append(loss.detach())
             if not with_grad:

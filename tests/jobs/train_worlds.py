@@ -203,6 +203,8 @@ def _each_way(family: str) -> Iterator[Case]:
         )
 
 
+COMPILED_FAMILIES = [*FOREIGN_CASES[1:3], [*_each_way("falcon")][-1]]
+
 ODD_CASES = [
     Case("bf16", vocab_size=331, shard="parameters", documents=True),  # 331 is a prime
     Case(num_layers=1, is_tied=False, shard="gradients"),
@@ -232,6 +234,7 @@ SUITES = {
     "odd": ODD_CASES,
     "many": MANY_CASES,
     "foreign": FOREIGN_CASES,
+    "compiled": [replace(case, compute="compiled") for case in COMPILED_FAMILIES],
     **{family: [*_each_way(family)] for family in FAMILIES},
 }
 

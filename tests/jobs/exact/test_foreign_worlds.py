@@ -22,6 +22,7 @@ from tests.jobs.train_worlds import CPU, SUITES, Case, MadeRows, Trainer
 from tests.jobs.world_runs import Outcome, run_worlds
 
 MAX_WORLD_SIZE = 5
+WITHIN_S = 300
 
 Runs = Callable[[str], list[Outcome]]
 
@@ -34,7 +35,7 @@ def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     @functools.cache
     def outcomes(suite: str) -> list[Outcome]:
         folder = tmp_path_factory.mktemp("worlds")
-        return run_worlds(folder, str(MAX_WORLD_SIZE), suite, within_s=180)
+        return run_worlds(folder, str(MAX_WORLD_SIZE), suite, within_s=WITHIN_S)
 
     return outcomes
 
@@ -63,6 +64,16 @@ def test_three_families__in_any_world_and_sharding__have_one_hash(runs_of: Runs)
     cases = SUITES["foreign"]
     assert {case.family for case in cases} == set(QUICK)
     check_one_hash(cases, runs_of("foreign"))
+
+
+@pytest.mark.slow  # compiles
+def test_three_families_that_are_compiled__in_any_world_and_sharding__have_one_hash(
+    runs_of: Runs,
+) -> None:
+    """One of them with dropout."""
+    cases = SUITES["compiled"]
+    assert [case.family for case in cases] == ["qwen3", "gemma3_text", "falcon"]
+    check_one_hash(cases, runs_of("compiled"))
 
 
 @pytest.mark.slow

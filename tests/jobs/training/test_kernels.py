@@ -3,18 +3,23 @@ kernels."""
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.run.ledger import Ledger
+from tests.foreign_models import small
 from tests.jobs.poisoned_runs import run_world
 from tests.jobs.runs import tiny_plan
 
 pytestmark = pytest.mark.slow  # compiles
 
 
+@pytest.mark.parametrize(
+    "model", [{}, {"config": small("qwen3", vocab_size=320).values}], ids=["ours", "transformers"]
+)
 def test_worlds_and_attempts_compute_with_the_same_kernels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashes = []
     for world_size in (1, 2):
@@ -23,6 +28,7 @@ def test_worlds_and_attempts_compute_with_the_same_kernels(
             str(tmp_path / str(world_size)),
             train={"compute": "compiled", "precision": "bf16", "hash_every_steps": 4},
             scaling={"max_workers": world_size},
+            **({"model": model} if model else {}),
         )
         run_world(plan, world_size=world_size)
         ledger = Ledger.read(plan.run)
