@@ -138,7 +138,7 @@ class ForeignModel(Decoder):
         """Returns logits (..., V), at least fp32, from hidden (..., C), scaled or capped as the
         model does."""
         rows = hidden.reshape(1, -1, hidden.shape[-1])
-        logits: Tensor = self._head(inputs_embeds=rows, use_cache=False).logits[0]
+        logits: Tensor = self._head(inputs_embeds=rows, use_cache=False).logits  # (1, ..., V)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return wide.view(*hidden.shape[:-1], -1)
 
@@ -364,5 +364,6 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [None if saved is None else saved * grads[0] for saved in ctx.saved_tensors]
+        # In place, as the largest is the head's, which is read once
+        gradients = [None if saved is None else saved.mul_(grads[0]) for saved in ctx.saved_tensors]
         return None, None, None, None, *gradients
