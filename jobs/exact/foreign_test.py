@@ -18,7 +18,7 @@ from model.decoders.foreign import ForeignModel
 from model.errors import UserError
 from model.foreign_config import ForeignConfig
 from model.linear_cross_entropy import IGNORE_INDEX
-from model.operations import compilations
+from model.operations import compilations, product_type
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS
 
 _SEED = 1
@@ -32,7 +32,7 @@ experts compute together whatever tokens they are sent."""
 def test_foreign(config: RunConfig, device: torch.device) -> None:
     """Raises `UserError`, which names what cannot be exact: a module whose tokens see what follows
     them, or documents beside their own, one with parameters that have no gradient, constants that
-    change, or another gradient each time."""
+    change, another gradient each time, or, in bf16, one with matrices that are rounded."""
     shape = config.model
     assert isinstance(shape, ForeignConfig)
     model = ForeignModel(shape.narrowed())
@@ -60,6 +60,29 @@ def test_foreign(config: RunConfig, device: torch.device) -> None:
             raise UserError(
                 f"a model of type {shape.model_type!r} changes constants of its own while it trains, which no "
                 "checkpoint has: it cannot be trained exactly"
+            )
+    if config.train.exact and config.train.numerics.is_rounded and model.rounds_matrices:
+        _require_products(model, tokens, config, expected=first)
+
+
+def _require_products(
+    model: ForeignModel, tokens: Tensor, config: RunConfig, *, expected: dict[str, Tensor]
+) -> None:
+    """Raises `UserError` where gradients are other ones with matrices of the layers that are
+    rounded before, as the state has them (`TrainState.matrix_type`)."""
+    inside = {id(one) for layer in model.blocks for one in layer.module.parameters()}
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        is_matrix = id(parameter) in inside and parameter.dim() >= 2
+        values = parameter.detach()
+        weights[name] = values.to(product_type(config.train.numerics)) if is_matrix else values
+    model.adopt(weights)
+    for name, gradient in _gradients(model, tokens, config).items():
+        if not torch.equal(gradient.float(), expected[name]):
+            raise UserError(
+                f"a model of type {model.config.model_type!r} reads matrices of its layers otherwise than in products "
+                f"(the gradient of {name} shows it), so that {config.train.precision} would round them twice: nothing "
+                "was trained. Set train.precision to fp32"
             )
 
 

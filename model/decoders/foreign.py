@@ -23,6 +23,7 @@ from model.foreign_config import (
     ForeignConfig,
     ForeignModelError,
     empty_module,
+    imported,
     require_version,
 )
 from model.kv_cache import Cache, ModuleCache
@@ -63,9 +64,6 @@ class ForeignModel(Decoder):
 
     config: ForeignConfig
 
-    # Some of its matrices may be read by something else than products
-    rounds_matrices = False
-
     def __init__(self, config: ForeignConfig) -> None:
         super().__init__()
         self.config = config
@@ -83,6 +81,7 @@ class ForeignModel(Decoder):
         self._layers = [Layer(layer) for layer in layers]
         for layer in self._layers:
             layer.module.forward = partial(_compute_layer, self, layer)
+        self.rounds_matrices = all(_multiplies_alone(layer.module) for layer in self._layers)
         self._check_names()
         self._make_buffers()
         self._head = self._head_alone(module)
@@ -247,6 +246,17 @@ def _refuse_own_tensors(module: nn.Module) -> None:
             f"{type(module).__name__} has a parameter {name} outside its layers and its head, which raymill does not "
             "train"
         )
+
+
+def _multiplies_alone(layer: nn.Module) -> bool:
+    """Reports whether each matrix in a layer is the weight of a linear module, whose product alone
+    reads it. Experts and modules with products of their own may read theirs in other ways."""
+    kinds = (nn.Linear, imported().Conv1D)
+    for module in layer.modules():
+        has_matrix = any(one.dim() >= 2 for one in module.parameters(recurse=False))
+        if has_matrix and type(module) not in kinds:
+            return False
+    return True
 
 
 def _layers_of(module: nn.Module, config: ForeignConfig) -> tuple[str, nn.ModuleList]:
