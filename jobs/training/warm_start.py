@@ -15,11 +15,12 @@ from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.run_plan import run_storage
 from model.config import GPTConfig, shape_differences
-from model.files.checkpoint import load_decoder, write_checkpoint
+from model.files.checkpoint import write_checkpoint
 from model.files.checkpoint_folder import Metadata
 from model.files.hf_config import read_shape
+from model.files.saved_parameters import saved_parameters
 from model.files.stored_tokenizer import load_tokenizer
-from model.shapes import hidden_matrices
+from model.shapes import hidden_matrices, parameter_shapes
 from model.text.tokenizer import Tokenizer
 
 
@@ -49,14 +50,14 @@ def like_its_source(config: RunConfig) -> RunConfig:
 
 
 def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Stores the weights that `train.init_from` names as the run's first checkpoint, whole in this
-    process's memory, with the vectors of an optimizer that has not begun. Raises `ConfigError` for
-    another shape or vocabulary."""
+    """Stores the weights that `train.init_from` names as the run's first checkpoint, with the
+    vectors of an optimizer that has not begun. One tensor is in this process's memory at a time
+    (`saved_parameters`). Raises `ConfigError` for another shape or vocabulary."""
     uri, folder = find_checkpoint(str(config.train.init_from), config.storage.uri)
-    model, own = load_decoder(folder, verify=False), load_tokenizer(folder)
-    num_ids, num_rows = tokenizer.vocab_size, model.config.vocab_size
+    shape, own = read_shape(folder), load_tokenizer(folder)
+    num_ids, num_rows = tokenizer.vocab_size, shape.vocab_size
     # padded: no setting helps
-    is_padded = num_ids != num_rows and isinstance(model.config, GPTConfig)
+    is_padded = num_ids != num_rows and isinstance(shape, GPTConfig)
     if is_padded and (own is None or own.hash == tokenizer.hash):
         raise ConfigError(
             f"train.init_from={uri}: the tokenizer has {num_ids} ids and the embedding {num_rows} rows, expected equal "
@@ -65,7 +66,7 @@ def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
         )
     problems = [
         f"model.{name} is {wanted}, there {saved}"
-        for name, (wanted, saved) in shape_differences(config.model, model.config).items()
+        for name, (wanted, saved) in shape_differences(config.model, shape).items()
         if name not in ("dropout", "initializer_range")
     ]
     if own is not None and own.hash != tokenizer.hash:
@@ -74,13 +75,14 @@ def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
         raise ConfigError(
             f"train.init_from={uri}: {'; '.join(problems)}. Set these as there, or leave them out"
         )
-    weights = dict(model.named_parameters())
+    weights = saved_parameters(folder)
     train_state = {"step": torch.tensor(0, dtype=torch.int64)}
     rule = update_rule(config.train)
     matrices = matrices_of(rule, hidden_matrices(config.model))
-    for name, values in weights.items():
+    zero = torch.zeros(())
+    for name, sides in parameter_shapes(shape).items():
         for vector in vectors_of(rule, matrices.get(name)):
-            train_state[stored_name(vector, name)] = torch.zeros_like(values)
+            train_state[stored_name(vector, name)] = zero.expand(sides)  # takes no memory
     checkpoints = RunCheckpoints(run)
     spooled = checkpoints.spool / checkpoint_name(0)
     metadata = Metadata(
