@@ -374,6 +374,18 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, as the largest is the head's, which is read once
-        gradients = [None if saved is None else saved.mul_(grads[0]) for saved in ctx.saved_tensors]
-        return None, None, None, None, *gradients
+        return None, None, None, None, *_times(ctx.saved_tensors, grads[0])
+
+
+def _times(gradients: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]:
+    """Multiplies gradients, in place where one has memory of its own: that of a head is large."""
+    storages = [None if one is None else one.untyped_storage().data_ptr() for one in gradients]
+    products: list[Tensor | None] = []
+    for one, storage in zip(gradients, storages, strict=True):
+        if one is None:
+            products.append(None)
+        elif storages.count(storage) == 1 and 0 not in one.stride():
+            products.append(one.mul_(factor))
+        else:
+            products.append(one * factor)
+    return products

@@ -4,7 +4,7 @@ is sharded, and the steps of a plain loop with PyTorch's AdamW."""
 import functools
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from jobs.workers.worker_group import WorkerGroup
 from model.decoders.foreign import ForeignModel
 from model.errors import UserError
 from model.foreign_config import ForeignConfig
+from model.numerics import Precision
 from tests.foreign_models import FAMILIES, QUICK, UNROUNDED, WITH_DROPOUT, small
 from tests.jobs.train_worlds import CPU, SUITES, Case, MadeRows, Trainer
 from tests.jobs.world_runs import Outcome, run_worlds
@@ -203,9 +204,10 @@ def test_self_test__of_a_foreign_model__passes() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", get_args(Precision))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_self_test__of_each_family__passes(family: str) -> None:
-    self_test(config_of(family, document_mask=family != "bloom"), CPU)
+def test_self_test__of_each_family__passes(family: str, precision: Precision) -> None:
+    self_test(config_of(family, document_mask=family != "bloom", precision=precision), CPU)
 
 
 def test_self_test__of_a_model_that_sees_what_follows__refuses_it() -> None:
