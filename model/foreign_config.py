@@ -46,6 +46,7 @@ NOT_OF_THE_MODEL = frozenset(
 the tokenizer's ids."""
 
 _DROPOUT = re.compile(r"dropout|pdrop|drop_rate")
+_OF_ANOTHER_HEAD = re.compile(r"classifier|summary")
 
 
 class ForeignModelError(UserError):
@@ -174,11 +175,16 @@ class ForeignConfig:
     @property
     def dropout(self) -> float:
         """The largest dropout probability."""
-        probabilities = [0.0]
+        return max([0.0, *self._dropouts.values()])
+
+    @property
+    def _dropouts(self) -> dict[str, float]:
+        probabilities: dict[str, float] = {}
         for name, value in self.hf.to_dict().items():
-            if _DROPOUT.search(name) and isinstance(value, float) and "classifier" not in name:
-                probabilities.append(value)
-        return max(probabilities)
+            is_dropout = _DROPOUT.search(name) and not _OF_ANOTHER_HEAD.search(name)
+            if is_dropout and isinstance(value, float):
+                probabilities[name] = value
+        return probabilities
 
     @property
     def base(self) -> Self:
@@ -231,16 +237,31 @@ class ForeignConfig:
         return replace(self, content=json.dumps(values, sort_keys=True))
 
     def narrowed(self) -> Self:
-        """Returns the model with few layers, one of each kind if their kinds take turns, and few
-        tokens, for a test: as wide as it is, as a narrower one may not exist."""
+        """Returns the model with few layers (`shortened`) and few tokens, for a test: as wide as it
+        is, as a narrower one may not exist."""
+        return self.shortened()._with({"vocab_size": 64, "pad_token_id": None})
+
+    def shortened(self) -> Self:
+        """Returns the model with few layers, one of each kind if their kinds take turns."""
         values = self.hf.to_dict()
-        num_layers = min(self.n_layer, _num_kinds(values, self.n_layer))
+        kinds = _kinds(values, self.n_layer)
+        num_layers = min(self.n_layer, max(2, 1 + max(map(kinds.index, kinds))))
         for name, value in values.items():
             if isinstance(value, list) and len(value) == self.n_layer:
                 values[name] = value[:num_layers]
         layers = self.hf.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-        changes = {layers: num_layers, "vocab_size": 64, "pad_token_id": None}
-        return replace(self, content=json.dumps(values | changes, sort_keys=True))
+        return replace(self, content=json.dumps(values | {layers: num_layers}, sort_keys=True))
+
+    @property
+    def num_layer_kinds(self) -> int:
+        return len(set(_kinds(self.hf.to_dict(), self.n_layer)))
+
+    def without_dropout(self) -> Self:
+        return self._with(dict.fromkeys(self._dropouts, 0.0))
+
+    def _with(self, changes: Mapping[str, Any]) -> Self:
+        content = json.dumps(self.hf.to_dict() | changes, sort_keys=True)
+        return replace(self, content=content)
 
 
 def layer_of(parameter: str) -> str:
@@ -254,12 +275,10 @@ def _first_number(config: Any, names: tuple[str, ...]) -> int:
     return next((int(number) for number in numbers if number), 0)
 
 
-def _num_kinds(values: Mapping[str, Any], num_layers: int) -> int:
-    """Returns how many layers from the first have each kind that there is, at least two."""
-    kinds = values.get("layer_types")
-    if not isinstance(kinds, list) or len(kinds) != num_layers:
-        return 2
-    return max(2, 1 + max(map(kinds.index, kinds)))
+def _kinds(values: Mapping[str, Any], num_layers: int) -> list[str]:
+    """Returns the kind of each layer: what the lists say that have a value for each."""
+    lists = [one for one in values.values() if isinstance(one, list) and len(one) == num_layers]
+    return [json.dumps([one[layer] for one in lists]) for layer in range(num_layers)]
 
 
 @functools.cache

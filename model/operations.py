@@ -15,8 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.linear_cross_entropy import linear_cross_entropy, losses_and_gradients
+from model.linear_cross_entropy import (
+    IGNORE_INDEX,
+    linear_cross_entropy,
+    losses_and_gradients,
+)
 from model.numerics import Numerics
+
+_MOST_GRAPHS = 64
+"""Of one function that is compiled: for each kind of layer those with a mask and without one, and
+those of the self-test. PyTorch's own limit is 8."""
 
 
 class Compilations:
@@ -44,6 +52,9 @@ class Operations(NamedTuple):
     block makes of x."""
     cross_entropy: Callable[..., Tensor]
     """As `linear_cross_entropy`."""
+    head_losses: Callable[..., Tensor]
+    """(decoder, h (K, C), targets (K,)): the loss of each token of a chunk (K,), by the code that the
+    decoder's head has."""
 
 
 def _embed(indices: Tensor, weight: Tensor, *, shared: bool) -> Tensor:
@@ -57,6 +68,11 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _block(block: nn.Module, *values: Any) -> Tensor:
     y: Tensor = block(*values)
     return y
+
+
+def _head_losses(decoder: Any, h: Tensor, targets: Tensor) -> Tensor:
+    logits = decoder.logits(h)  # (K, V)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 def _count_compilation() -> bool:
@@ -76,7 +92,12 @@ def _chunk_to_compile(h: Tensor, w: Tensor, targets: Tensor) -> tuple[Tensor, Te
     return losses_and_gradients(h, w, targets)
 
 
-PLAIN = Operations(_embed, _affine, F.linear, _block, linear_cross_entropy)
+def _head_to_compile(decoder: Any, h: Tensor, targets: Tensor) -> Tensor:
+    _count_compilation()
+    return _head_losses(decoder, h, targets)
+
+
+PLAIN = Operations(_embed, _affine, F.linear, _block, linear_cross_entropy, _head_losses)
 
 
 def recomputed(ops: Operations) -> Operations:
@@ -93,16 +114,25 @@ def compiled(backend: "str | Callable[..., Any]" = "inductor") -> Operations:
     # depend on the moment.
     torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())
     torch.compiler.assume_constant_result(_count_compilation)
+    torch.compiler.config.recompile_limit = _MOST_GRAPHS
     fused = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
-    block, chunk = fused(_block_to_compile), fused(_chunk_to_compile)
-
-    def block_in_training(module: nn.Module, *values: Any) -> Tensor:
-        y: Tensor = (block if torch.is_grad_enabled() else _block)(module, *values)
-        return y
-
+    chunk = fused(_chunk_to_compile)
     return PLAIN._replace(
-        block=block_in_training, cross_entropy=partial(linear_cross_entropy, chunk=chunk)
+        block=_in_training(fused(_block_to_compile), _block),
+        cross_entropy=partial(linear_cross_entropy, chunk=chunk),
+        head_losses=_in_training(fused(_head_to_compile), _head_losses),
     )
+
+
+def _in_training(
+    kernels: Callable[..., Tensor], plain: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """Returns an operation that has fused kernels where gradients are wanted."""
+
+    def computed(*values: Any) -> Tensor:
+        return (kernels if torch.is_grad_enabled() else plain)(*values)
+
+    return computed
 
 
 def product_type(numerics: Numerics) -> torch.dtype:

@@ -71,6 +71,9 @@ windows."""
 
 WITH_DROPOUT = ("falcon", "bloom")
 
+UNROUNDED = ("qwen3_moe", "mixtral", "falcon")
+"""Those with matrices outside linear modules: of experts, and with a product of their own."""
+
 
 def small(family: str, **changes: Any) -> ForeignConfig:
     """Returns the family's small model."""

@@ -337,10 +337,17 @@ def with_precision(config: RunConfig, precision: Precision) -> RunConfig:
 
 def require_computed(shape: Shape, train: TrainConfig) -> None:
     """Raises `ValueError` where the model cannot be computed as set."""
-    if isinstance(shape, ForeignConfig) and train.compute not in ("auto", "plain"):
+    if not isinstance(shape, ForeignConfig):
+        return
+    if train.compute == "cpu":
         raise ValueError(
-            f"train.compute={train.compute} is for our own shapes, and this model is transformers'; leave it out, or "
-            "set plain"
+            "train.compute=cpu is for our own shapes, and this model is transformers'; leave it out, or set plain or "
+            "compiled"
+        )
+    if train.compute == "compiled" and shape.num_experts:
+        raise ValueError(
+            f"train.compute=compiled: a model of type {shape.model_type!r} chooses the experts of each token by its "
+            "values, which is no fixed graph; leave it out, or set plain"
         )
 
 

@@ -103,7 +103,8 @@ class TrainConfig(ShapingSettings):
     compute: Literal["auto", Compute] = shaping(
         "auto",
         "operations of the model: PyTorch's own (plain), these in fused kernels (compiled), or some with "
-        "gradients written for CPUs (cpu); auto: compiled on GPUs, else cpu",
+        "gradients written for CPUs (cpu); auto: compiled on GPUs, else cpu, and plain for models of "
+        "transformers",
         shapes=Shapes.RUN,
     )
     recompute: bool = shaping(

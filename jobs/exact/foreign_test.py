@@ -6,20 +6,25 @@ between families is asked of the module itself: nothing here knows one.
 Shapes: B sequences, T tokens of each, C width.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
-from cluster.settings.run import RunConfig
+from cluster.settings.run import RunConfig, seq_len
 from jobs.exact.compute import autocast, choose_operations
-from model.decoders.adapted import AdaptedModel
 from model.decoders.foreign import ForeignModel
-from model.decoders.make import initial_weights, new_decoder
+from model.decoders.make import new_decoder
 from model.errors import UserError
 from model.foreign_config import ForeignConfig
 from model.linear_cross_entropy import IGNORE_INDEX
+from model.operations import compilations, product_type
+from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS
 
 _SEED = 1
 _NUM_ROWS, _ROW_TOKENS = 2, 32
+_COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch")
 _NOT_SEEN = 1e-3
 """The largest relative difference that tokens which are not seen may make. They may make some:
 experts compute together whatever tokens they are sent."""
@@ -28,7 +33,7 @@ experts compute together whatever tokens they are sent."""
 def test_foreign(config: RunConfig, device: torch.device) -> None:
     """Raises `UserError`, which names what cannot be exact: a module whose tokens see what follows
     them, or documents beside their own, one with parameters that have no gradient, constants that
-    change, or another gradient each time."""
+    change, another gradient each time, or, in bf16, one with matrices that are rounded."""
     shape = config.model
     assert isinstance(shape, ForeignConfig)
     model = _narrow_model(shape).to(device)
@@ -55,14 +60,70 @@ def test_foreign(config: RunConfig, device: torch.device) -> None:
                 f"a model of type {shape.model_type!r} changes constants of its own while it trains, which no "
                 "checkpoint has: it cannot be trained exactly"
             )
+    if config.train.exact and config.train.numerics.is_rounded and model.rounds_matrices:
+        _require_products(model, tokens, config, expected=first)
+
+
+def _require_products(
+    model: ForeignModel, tokens: Tensor, config: RunConfig, *, expected: dict[str, Tensor]
+) -> None:
+    """Raises `UserError` where gradients are other ones with matrices of the layers that are
+    rounded before, as the state has them (`TrainState.matrix_type`)."""
+    inside = {id(one) for layer in model.blocks for one in layer.module.parameters()}
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        is_matrix = id(parameter) in inside and parameter.dim() >= 2
+        values = parameter.detach()
+        weights[name] = values.to(product_type(config.train.numerics)) if is_matrix else values
+    model.adopt(weights)
+    for name, gradient in _gradients(model, tokens, config).items():
+        if not torch.equal(gradient.float(), expected[name]):
+            raise UserError(
+                f"a model of type {model.config.model_type!r} reads matrices of its layers otherwise than in products "
+                f"(the gradient of {name} shows it), so that {config.train.precision} would round them twice: nothing "
+                "was trained. Set train.precision to fp32"
+            )
+
+
+@contextmanager
+def one_graph_of_each_kind(config: RunConfig) -> Iterator[None]:
+    """Lasts while a few layers are compiled. Raises `UserError` where those of a model of
+    transformers cannot be, or where layers of one kind are no common graph: the rest would then be
+    compiled while the run trains, by each worker for itself."""
+    shape, num_before = config.model, compilations.number
+    if not isinstance(shape, ForeignConfig):
+        yield
+        return
+    advice = "nothing was trained. Leave train.compute out, or set plain"
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(_COMPILER):
+            raise
+        [reason, *_] = str(error).splitlines() or [type(error).__name__]
+        raise UserError(
+            f"train.compute=compiled: a model of type {shape.model_type!r} cannot be compiled ({reason}): {advice}"
+        ) from error
+    num_graphs = compilations.number - num_before
+    if num_graphs > _most_graphs(config, shape):
+        raise UserError(
+            f"train.compute=compiled: in a model of type {shape.model_type!r} each layer is another graph: {advice}"
+        )
+
+
+def _most_graphs(config: RunConfig, shape: ForeignConfig) -> int:
+    """Returns how many graphs there are: the head's for each size of a chunk, and those of a kind
+    of layer, in rows with and without a border of documents, with dropout and without."""
+    num_tokens = config.train.micro_batch_size * seq_len(config)
+    chunk = GPU_CHUNK_TOKENS if config.scaling.use_gpu else CHUNK_TOKENS
+    num_chunk_sizes = 1 + (num_tokens > chunk and num_tokens % chunk > 0)
+    num_ways = (1 + config.train.document_mask) * (1 + bool(shape.dropout))
+    return num_chunk_sizes + num_ways * shape.num_layer_kinds
 
 
 def _narrow_model(shape: ForeignConfig) -> ForeignModel:
-    narrow = shape.narrowed()
-    model = new_decoder(narrow)
+    model = new_decoder(shape.narrowed())
     assert isinstance(model, ForeignModel)
-    if isinstance(model, AdaptedModel):
-        model.adopt_frozen(dict(initial_weights(narrow.base, _SEED)))
     model.init_weights(_SEED)
     return model
 

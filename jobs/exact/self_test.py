@@ -9,12 +9,14 @@ gradients twice, about as long as without it. Thus the kernels that the run trai
 here, and their gradients are hashed.
 
 Of a model of transformers, whose operations are PyTorch's, a few of its own layers are tested too
-(`foreign_test`).
+(`foreign_test`). Its fused kernels are compiled for a layer of each kind, and for rows with and
+without a border of documents.
 """
 
 import dataclasses
 import hashlib
 import math
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -22,18 +24,24 @@ from torch import Tensor
 from cluster.settings.run import RunConfig, seq_len, way_to_compute
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.compute import micro_batch
-from jobs.exact.foreign_test import test_foreign
+from jobs.exact.foreign_test import one_graph_of_each_kind, test_foreign
 from jobs.exact.state.train_state import ALONE, TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.tokens.batch_plan import Indices
-from model.config import GPTConfig
+from model.config import GPTConfig, Shape
+from model.decoder import Decoder
+from model.decoders.make import new_decoder
 from model.errors import UserError
-from model.foreign_config import ForeignConfig
-from model.gpt import GPT
+from model.foreign_config import ForeignConfig, layer_of
 from model.operations import PLAIN, use_operations
 
 _MOST_LONGER = 10.0
 """How many times as long, or as short, dropout that drops nearly nothing may make a gradient."""
+
+_LEAST = 1e-3
+"""Of the whole gradient's length: a parameter of transformers' whose gradient is shorter is held
+against so much. One that has no effect, such as a bias of keys before a softmax, has rounding
+alone."""
 
 _FROM_KINK = 4.0  # values spread by less than 1
 _EOT = 3
@@ -63,11 +71,16 @@ class _Rows:
     def __init__(self, config: RunConfig) -> None:
         self._shape = (config.train.micro_batch_size, seq_len(config) + 1)
         self._vocab_size = config.model.vocab_size
+        self._is_foreign = isinstance(config.model, ForeignConfig)
 
     def samples(self, indices: Indices | range) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(int(indices[0]))
         rows = torch.randint(self._vocab_size, self._shape, generator=generator)
-        rows[:, self._shape[1] // 2] = _EOT
+        if self._is_foreign:
+            rows[rows == _EOT] += 1
+        # transformers has no mask for rows without a border, which is another graph
+        if not self._is_foreign or indices[0] == 0:
+            rows[:, self._shape[1] // 2] = _EOT
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def read_ahead(self, indices: Indices) -> None:
@@ -78,32 +91,50 @@ def self_test(config: RunConfig, device: torch.device) -> str:
     """Returns the SHA-256 of a tiny step's gradients, which workers with the same hardware have in
     common. Raises `UserError`, which names the operation, where a gradient is wrong or is another
     one the next time."""
-    if isinstance(config.model, ForeignConfig):
-        test_foreign(config, device)
+    shape = config.model
+    if isinstance(shape, ForeignConfig):
+        test_foreign(_in_plain(config), device)
     tiny = _in_tiny(config)
     gradients = _check(tiny, device, exact=_in_float64(tiny))
-    if isinstance(config.model, GPTConfig):
-        gradients |= _dropped(tiny, device, config.model.dropout, like=gradients)
-        if way_to_compute(config) == "compiled":
-            gradients |= _of_block(config, config.model, device)
+    if isinstance(shape, GPTConfig):
+        assert isinstance(tiny.model, GPTConfig)
+        dropping = dataclasses.replace(tiny.model, dropout=shape.dropout)
+        gradients |= _dropped(tiny, device, dropping, like=gradients)
+    if way_to_compute(config) == "compiled":
+        gradients |= _of_blocks(config, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the run lays out differently
     return _hash(gradients)
 
 
-def _of_block(config: RunConfig, shape: GPTConfig, device: torch.device) -> dict[str, Tensor]:
-    """Returns the gradients of one block, which the run's own kernels computed."""
-    block = _with(
+def _of_blocks(config: RunConfig, device: torch.device) -> dict[str, Tensor]:
+    """Returns the gradients of one block, or of one of each kind, which the run's own kernels
+    computed."""
+    match config.model:
+        case GPTConfig() as shape:
+            few: Shape = dataclasses.replace(shape, n_layer=1)
+            without: Shape = dataclasses.replace(shape, n_layer=1, dropout=0.0)
+        case ForeignConfig() as shape:
+            few = shape.shortened()
+            without = few.without_dropout()
+        case _:
+            assert_never(config.model)
+    blocks = _with(
         config,
-        dataclasses.replace(shape, n_layer=1, dropout=0.0),
+        without,
         micro_batch_size=config.train.micro_batch_size,
         seq_len=seq_len(config),
     )
-    plain_train = block.train.model_copy(update={"compute": "plain"})
-    plain = block.model_copy(update={"train": plain_train})
-    gradients = _check(block, device, exact=_gradients(plain, device))
-    gradients |= _dropped(block, device, shape.dropout, like=gradients)
+    exact = _gradients(_in_plain(blocks), device)
+    with one_graph_of_each_kind(config):
+        gradients = _check(blocks, device, exact=exact)
+        gradients |= _dropped(blocks, device, few, like=gradients)
     return {f"block.{name}": gradient for name, gradient in gradients.items()}
+
+
+def _in_plain(config: RunConfig) -> RunConfig:
+    train = config.train.model_copy(update={"compute": "plain"})
+    return config.model_copy(update={"train": train})
 
 
 def _hash(gradients: dict[str, Tensor]) -> str:
@@ -123,11 +154,12 @@ def _check(
     """Returns the gradients that were checked."""
     gradients = _steady_gradients(config, device)
     within = config.train.numerics.tolerance
+    least = _least_length(config, exact)
     # From the loss backward: what comes after a wrong operation is wrong too
     for name in reversed(exact):
         expected = exact[name].double()
         difference = gradients[name].double() - expected
-        error = float(difference.norm() / expected.norm())
+        error = float(difference.norm() / expected.norm().clamp(min=least))
         if not error < within:  # it may be NaN
             raise UserError(
                 f"{_what(name, device)} has a gradient of {name} that is {error:.1g} off, relative to autograd in a "
@@ -140,19 +172,21 @@ def _check(
 def _dropped(
     config: RunConfig,
     device: torch.device,
-    dropout: float,
+    shape: Shape,
     *,
     like: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Returns the gradients with the run's dropout, if it has any; `like` are those without it."""
+    """Returns the gradients of the same model with the run's dropout, if it has any; `like` are
+    those without it."""
+    dropout = shape.dropout
     if not dropout:
         return {}
-    assert isinstance(config.model, GPTConfig)
-    shape = dataclasses.replace(config.model, dropout=dropout)
     gradients = _steady_gradients(config.model_copy(update={"model": shape}), device)
     most = _MOST_LONGER / (1 - dropout)
+    least = _least_length(config, like)
     for name in reversed(like):
-        ratio = float(gradients[name].double().norm() / like[name].double().norm())
+        length, without = (one[name].double().norm().clamp(min=least) for one in (gradients, like))
+        ratio = float(length / without)
         if not 1 / most < ratio < most:  # it may be NaN
             raise UserError(
                 f"{_what(name, device)} has, with dropout {dropout:g}, a gradient of {name} that is {ratio:.1g} times "
@@ -160,6 +194,14 @@ def _dropped(
                 "compute plain, and another version of PyTorch or of the driver"
             )
     return {f"dropout.{name}": gradient for name, gradient in gradients.items()}
+
+
+def _least_length(config: RunConfig, gradients: dict[str, Tensor]) -> float:
+    """Returns what the length of a gradient counts for at least."""
+    if not isinstance(config.model, ForeignConfig):
+        return 0.0
+    lengths = [gradient.double().norm() for gradient in gradients.values()]
+    return _LEAST * float(torch.stack(lengths).norm())
 
 
 def _steady_gradients(config: RunConfig, device: torch.device) -> dict[str, Tensor]:
@@ -181,7 +223,7 @@ def _steady_gradients(config: RunConfig, device: torch.device) -> dict[str, Tens
 def _what(name: str, device: torch.device) -> str:
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "this processor"
     operations = [operation for part, operation in _OPERATIONS.items() if part in name]
-    return f"on {kind}, {operations[0]}"
+    return f"on {kind}, {[*operations, layer_of(name)][0]}"
 
 
 def _gradients(config: RunConfig, device: torch.device) -> dict[str, Tensor]:
@@ -220,16 +262,15 @@ def _in_float64(config: RunConfig) -> dict[str, Tensor]:
     return gradients
 
 
-def _model(config: RunConfig) -> GPT:
-    assert isinstance(config.model, GPTConfig)
-    model = GPT(config.model)
+def _model(config: RunConfig) -> Decoder:
+    model = new_decoder(config.model)
     model.init_weights(_SEED)
-    if config.model.activation_function == "relu":
+    if isinstance(config.model, GPTConfig) and config.model.activation_function == "relu":
         _keep_from_kink(model)
     return model
 
 
-def _keep_from_kink(model: GPT) -> None:
+def _keep_from_kink(model: Decoder) -> None:
     """Makes every value that ReLU sees far from zero, where rounding alone would decide about its
     gradient."""
     for name, bias in model.named_parameters():

@@ -38,6 +38,8 @@ def prepared(plan: RunPlan, group: WorkerGroup, device: torch.device, kind: Hard
     if way_to_compute(plan.config) != "compiled":
         return _tested(None, test)
     kernels = group.broadcast(_kept(plan.run, kind, test) if group.rank == 0 else None)
+    if kernels is None:
+        return _tested(None, test)
     torch.compiler.load_cache_artifacts(kernels)
     return _tested(hashlib.sha256(kernels).hexdigest(), test)
 
@@ -49,11 +51,15 @@ def _tested(kernels: str | None, test: Callable[[], str]) -> Prepared:
         return Prepared(kernels, "", str(error))
 
 
-def _kept(run: Storage, on: Hardware, compiles: Callable[[], object]) -> bytes:
+def _kept(run: Storage, on: Hardware, compiles: Callable[[], object]) -> bytes | None:
+    """Returns None where what compiles fails: then each worker says so for itself."""
     name = f"kernels/{hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()[:16]}.bin"
     if (kept := patiently(lambda: run.find_bytes(name), name)) is not None:
         return kept
-    compiles()
+    try:
+        compiles()
+    except UserError:
+        return None
     saved = torch.compiler.save_cache_artifacts()
     assert saved is not None, "something was compiled"
     kernels = saved[0]

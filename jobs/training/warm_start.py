@@ -1,9 +1,11 @@
 """Begins a run from weights that exist: they become its checkpoint of step 0, from which it resumes
 like from any."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cluster.output.progress import say
 from cluster.settings.code_folders import code_version
@@ -19,12 +21,12 @@ from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.run_plan import run_storage
 from model.config import GPTConfig, Shape, shape_differences
-from model.decoder import Decoder
 from model.files.checkpoint import load_decoder, write_checkpoint
 from model.files.checkpoint_folder import Metadata
 from model.files.hf_config import read_shape
+from model.files.saved_parameters import saved_parameters
 from model.files.stored_tokenizer import load_tokenizer
-from model.shapes import hidden_matrices
+from model.shapes import hidden_matrices, parameter_shapes
 from model.text.tokenizer import Tokenizer
 
 
@@ -67,18 +69,19 @@ def _shape_from(folder: Path, config: RunConfig) -> Shape:
 
 
 def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Stores the weights that `train.init_from` names as the run's first checkpoint, whole in this
-    process's memory, with the vectors of an optimizer that has not begun; those that an adapter
-    stands on, as its base. Raises `ConfigError` for another shape or vocabulary."""
+    """Stores the weights that `train.init_from` names as the run's first checkpoint, with the
+    vectors of an optimizer that has not begun; those that an adapter stands on, as its base. One
+    tensor is in this process's memory at a time (`saved_parameters`). Raises `ConfigError` for
+    another shape or vocabulary."""
     uri, folder = find_checkpoint(str(config.train.init_from), config.storage.uri)
-    base = find_base(folder, config.storage.uri)
-    model, own = load_decoder(folder, base=base, verify=False), load_tokenizer(folder)
+    base, own = find_base(folder, config.storage.uri), load_tokenizer(folder)
+    shape = read_shape(base or folder)
     if config.train.lora_rank is not None:
-        _freeze(config, model, tokenizer, own, uri=uri)
+        _freeze(config, shape, _weights_in(folder, base), tokenizer, own, uri=uri)
         return
-    num_ids, num_rows = tokenizer.vocab_size, model.config.vocab_size
+    num_ids, num_rows = tokenizer.vocab_size, shape.vocab_size
     # padded: no setting helps
-    is_padded = num_ids != num_rows and isinstance(model.config, GPTConfig)
+    is_padded = num_ids != num_rows and isinstance(shape, GPTConfig)
     if is_padded and (own is None or own.hash == tokenizer.hash):
         raise ConfigError(
             f"train.init_from={uri}: the tokenizer has {num_ids} ids and the embedding {num_rows} rows, expected equal "
@@ -87,7 +90,7 @@ def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
         )
     problems = [
         f"model.{name} is {wanted}, there {saved}"
-        for name, (wanted, saved) in shape_differences(config.model, model.config).items()
+        for name, (wanted, saved) in shape_differences(config.model, shape).items()
         if name not in ("dropout", "initializer_range")
     ]
     if own is not None and own.hash != tokenizer.hash:
@@ -96,13 +99,14 @@ def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
         raise ConfigError(
             f"train.init_from={uri}: {'; '.join(problems)}. Set these as there, or leave them out"
         )
-    weights = dict(model.named_parameters())
+    weights = _weights_in(folder, base)
     train_state = {"step": torch.tensor(0, dtype=torch.int64)}
     rule = update_rule(config.train)
     matrices = matrices_of(rule, hidden_matrices(config.model))
-    for name, values in weights.items():
+    zero = torch.zeros(())
+    for name, sides in parameter_shapes(shape).items():
         for vector in vectors_of(rule, matrices.get(name)):
-            train_state[stored_name(vector, name)] = torch.zeros_like(values)
+            train_state[stored_name(vector, name)] = zero.expand(sides)  # takes no memory
     checkpoints = RunCheckpoints(run)
     spooled = checkpoints.spool / checkpoint_name(0)
     metadata = Metadata(
@@ -125,17 +129,30 @@ def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
     say(f"begins from {uri}, whose parameters have the hash {written.parameter_hash}")
 
 
+def _weights_in(folder: Path, base: Path | None) -> Mapping[str, Tensor]:
+    """Returns the weights in a folder, one of which is in memory at a time, or those of an adapter
+    with its base, all at once."""
+    if base is None:
+        return saved_parameters(folder)
+    return dict(load_decoder(folder, base=base, verify=False).named_parameters())
+
+
 def _freeze(
-    config: RunConfig, model: Decoder, tokenizer: Tokenizer, own: Tokenizer | None, *, uri: str
+    config: RunConfig,
+    shape: Shape,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    own: Tokenizer | None,
+    *,
+    uri: str,
 ) -> None:
-    """Stores the model as the base of the run's adapter. Raises `ConfigError` for another
+    """Stores the weights as the base of the run's adapter. Raises `ConfigError` for another
     vocabulary."""
     if own is not None and own.hash != tokenizer.hash:
         raise ConfigError(
             f"train.init_from={uri}: data.tokenizer is another one than there. Set it as there, or leave it out"
         )
-    weights = dict(model.named_parameters())
-    base = store_base(config, model.config, weights, tokenizer, source=uri)
+    base = store_base(config, shape, weights, tokenizer, source=uri)
     say(
         f"trains an adapter beside {uri}, frozen in {base.uri} with the parameter hash {base.parameter_hash}"
     )

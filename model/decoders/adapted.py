@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.adapters.lora import base_name, stored_name
+from model.decoders import foreign
 from model.decoders.foreign import ForeignModel, seeded
 from model.foreign_config import ForeignConfig
 
@@ -20,6 +21,7 @@ class AdaptedModel(ForeignModel):
 
     def __init__(self, config: ForeignConfig) -> None:
         super().__init__(config)
+        self.rounds_matrices = False  # an adapter's are too small for their messages to matter
         self._frozen: dict[str, list[tuple[nn.Module, str]]] = {}
         """By the base's name of a tensor: the buffers that are it, several where it is tied."""
         tied: dict[nn.Parameter, str] = {}
@@ -47,7 +49,10 @@ class AdaptedModel(ForeignModel):
         self.move_constants(device)
 
     def init_weights(self, seed: int) -> None:
+        """Draws the adapter's weights, and the frozen ones too where there are none yet."""
         self.adopt(dict(initial_weights(self.config, seed)))
+        if any(values.is_meta for values in self.frozen.values()):
+            self.adopt_frozen(dict(foreign.initial_weights(self.config.base, seed)))
 
     @property
     def frozen(self) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import Mask
@@ -24,11 +23,11 @@ from model.foreign_config import (
     ForeignConfig,
     ForeignModelError,
     empty_module,
+    imported,
     layers_of,
     require_version,
 )
 from model.kv_cache import Cache, ModuleCache
-from model.linear_cross_entropy import IGNORE_INDEX
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS
 
 _NUMBERED = re.compile(
@@ -66,9 +65,6 @@ class ForeignModel(Decoder):
 
     config: ForeignConfig
 
-    # Some of its matrices may be read by something else than products
-    rounds_matrices = False
-
     def __init__(self, config: ForeignConfig) -> None:
         super().__init__()
         self.config = config
@@ -86,6 +82,7 @@ class ForeignModel(Decoder):
         self._layers = [Layer(layer) for layer in layers]
         for layer in self._layers:
             layer.module.forward = partial(_compute_layer, self, layer)
+        self.rounds_matrices = all(_multiplies_alone(layer.module) for layer in self._layers)
         self._check_names()
         self._make_buffers()
         self._head = self._head_alone(module)
@@ -141,7 +138,7 @@ class ForeignModel(Decoder):
         """Returns logits (..., V), at least fp32, from hidden (..., C), scaled or capped as the
         model does."""
         rows = hidden.reshape(1, -1, hidden.shape[-1])
-        logits: Tensor = self._head(inputs_embeds=rows, use_cache=False).logits[0]
+        logits: Tensor = self._head(inputs_embeds=rows, use_cache=False).logits  # (1, ..., V)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return wide.view(*hidden.shape[:-1], -1)
 
@@ -256,6 +253,17 @@ def _refuse_own_tensors(module: nn.Module) -> None:
         )
 
 
+def _multiplies_alone(layer: nn.Module) -> bool:
+    """Reports whether each matrix in a layer is the weight of a linear module, whose product alone
+    reads it. Experts and modules with products of their own may read theirs in other ways."""
+    kinds = (nn.Linear, imported().Conv1D)
+    for module in layer.modules():
+        has_matrix = any(one.dim() >= 2 for one in module.parameters(recurse=False))
+        if has_matrix and type(module) not in kinds:
+            return False
+    return True
+
+
 class _Given(nn.Module):
     """Takes the place of all but the head: what it is given are the hidden states."""
 
@@ -342,8 +350,7 @@ class _HeadLoss(torch.autograd.Function):
         for some, labels in chunks:
             with torch.set_grad_enabled(with_grad):
                 h = some.detach().requires_grad_(with_grad)  # (K, C)
-                logits = model.logits(h)  # (K, V)
-                loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+                loss = model.ops.head_losses(model, h, labels)  # (K,)
                 of_chunk = loss.sum()
             losses.append(loss.detach())
             if not with_grad:
@@ -361,5 +368,18 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [None if saved is None else saved * grads[0] for saved in ctx.saved_tensors]
-        return None, None, None, None, *gradients
+        return None, None, None, None, *_times(ctx.saved_tensors, grads[0])
+
+
+def _times(gradients: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]:
+    """Multiplies gradients, in place where one has memory of its own: that of a head is large."""
+    storages = [None if one is None else one.untyped_storage().data_ptr() for one in gradients]
+    products: list[Tensor | None] = []
+    for one, storage in zip(gradients, storages, strict=True):
+        if one is None:
+            products.append(None)
+        elif storages.count(storage) == 1 and 0 not in one.stride():
+            products.append(one.mul_(factor))
+        else:
+            products.append(one * factor)
+    return products

@@ -10,6 +10,8 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -149,15 +151,17 @@ def safetensors_pieces(
 
     Tensors on the CPU are written from where they are: they must not change meanwhile.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    # Of each tensor that a mapping may read from a file, no more than this is kept
+    kinds = {name: (tensor.dtype, [*tensor.shape]) for name, tensor in tensors.items()}
+    names = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
+        dtype, shape = kinds[name]
+        start, end = end, end + prod(shape) * dtype.itemsize
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": _NAMES[dtype],
+            "shape": shape,
             "data_offsets": [start, end],
         }
     encoded = json.dumps(header, separators=(",", ":")).encode()
@@ -179,7 +183,8 @@ def check_finite(*states: Mapping[str, Tensor], step: int) -> None:
         parts = tensor.detach().cpu().float().reshape(-1).split(1 << 20)
         return all(np.isfinite(part.numpy()).all() for part in parts)
 
-    tensors = [named for state in states for named in state.items()]
+    # One at a time, as a mapping may read each from a file
+    tensors = chain.from_iterable(state.items() for state in states)
     if damaged := [
         name for name, tensor in tensors if tensor.is_floating_point() and not is_finite(tensor)
     ]:

@@ -21,7 +21,12 @@ from torch import Tensor
 
 from model.files.checkpoint_folder import CheckpointError
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
 """By their name in safetensors."""
 
 Read = Callable[..., bytes]
@@ -36,6 +41,7 @@ class _Stretch(NamedTuple):
     file: str
     start: int  # of its bytes in the file
     dtype: torch.dtype
+    shape: tuple[int, ...] | None  # of the tensor, where that is whole
 
 
 class _Extent(NamedTuple):
@@ -74,8 +80,21 @@ class StoredTensors:
                 name, _, place = key.partition("@")
                 (start, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
                 values = range(int(place or 0), int(place or 0) + (end - start) // dtype.itemsize)
-                found.append((name, _Stretch(values, file, first + start, dtype)))
+                shape = None if place else tuple(entry["shape"])
+                found.append((name, _Stretch(values, file, first + start, dtype, shape)))
         return found
+
+    def holds(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        """Reports whether the tensors are these, and no other ones."""
+        if self._stretches.keys() != shapes.keys():
+            return False
+        for name, shape in shapes.items():
+            stretches = self._stretches[name]
+            num_values = sum(len(stretch.place) for stretch in stretches)
+            whole = stretches[0].shape
+            if num_values != prod(shape) or whole not in (None, tuple(shape)):
+                return False
+        return True
 
     def load(self, wanted: Iterable[tuple[str, range, Tensor]]) -> None:
         """Copies the values at places of tensors, counted in row-major order, into vectors.
@@ -128,7 +147,7 @@ class StoredTensors:
         first = max(
             0, bisect_right(stretches, place.start, key=lambda stretch: stretch.place.start) - 1
         )
-        for values, file, offset, dtype in takewhile(
+        for values, file, offset, dtype, _ in takewhile(
             lambda s: s.place.start < place.stop, stretches[first:]
         ):
             size, stop = dtype.itemsize, min(values.stop, place.stop)

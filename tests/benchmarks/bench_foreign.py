@@ -1,13 +1,15 @@
 """A model of transformers in raymill's exact step, beside transformers' own Trainer and a plain loop.
 
-    python -m tests.benchmarks.bench_foreign [--rounds 5] [--steps 20] [--tiny]
+    python -m tests.benchmarks.bench_foreign [--rounds 5] [--steps 20] [--compiled] [--tiny]
 
 One process, one thread, the same small Qwen3 with the same weights on the same batches in fp32. The
 contenders take turns round by round; a round is a number of steps after two that are not timed. Of
 a thread that waits for nothing, processor time is what a step takes on a quiet machine.
-raymill computes as `train.compute` plain, the only way that these models have, with the loss by
+raymill computes as `train.compute` plain, which is the default of these models, with the loss by
 chunks and the lane's gradient summed exactly. Trainer has its defaults (accelerate, fused AdamW),
-and neither logs nor saves. A ratio is the median of its rounds' ratios; above 1, raymill is faster.
+and neither logs nor saves. With --compiled, raymill computes as `train.compute` compiled, and the
+peers' forward and backward passes are under torch.compile. A ratio is the median of its rounds'
+ratios; above 1, raymill is faster.
 Prints a table and, last, one JSON object.
 """
 
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +85,7 @@ class Work:
     shape: ForeignConfig
     batch_size: int
     seq_len: int
+    is_compiled: bool = False
 
     @property
     def tokens_per_step(self) -> int:
@@ -106,6 +109,7 @@ class Work:
 
 def raymill(work: Work) -> Round:
     train = {
+        "compute": "compiled" if work.is_compiled else "plain",
         "global_batch_size": work.batch_size,
         "micro_batch_size": work.batch_size,
         "seq_len": work.seq_len,
@@ -145,7 +149,8 @@ def plain_loop(work: Work) -> Round:
         logits = model(input_ids=inputs).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    step = training_step(model, loss_of, is_bf16=False)
+    computed = torch.compile(loss_of, dynamic=False) if work.is_compiled else loss_of
+    step = training_step(model, computed, is_bf16=False)
 
     def steps(num_steps: int) -> Seconds:
         start = Seconds.now()
@@ -185,6 +190,7 @@ def trainer(work: Work) -> Round:
                 weight_decay=0.1,
                 lr_scheduler_type="constant",
                 use_cpu=True,
+                torch_compile=work.is_compiled,
                 report_to=[],
                 save_strategy="no",
                 logging_strategy="no",
@@ -207,11 +213,13 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="timed steps of a round")
+    parser.add_argument("--compiled", action="store_true", help="every contender compiled")
     parser.add_argument("--tiny", action="store_true", help="a shape that shows only that it runs")
     given = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     work = Work(small("qwen3"), 2, 32) if given.tiny else Work(small("qwen3", **SMALL), 4, 256)
+    work = replace(work, is_compiled=given.compiled)
     rounds = {"raymill": raymill(work)} | {name: make(work) for name, make in PEERS.items()}
     taken: dict[str, list[Seconds]] = {name: [] for name in rounds}
     for number in range(given.rounds):

@@ -239,6 +239,8 @@ def _each_way(family: str) -> Iterator[Case]:
         )
 
 
+COMPILED_FAMILIES = [*FOREIGN_CASES[1:3], [*_each_way("falcon")][-1]]
+
 ODD_CASES = [
     Case("bf16", vocab_size=331, shard="parameters", documents=True),  # 331 is a prime
     Case(num_layers=1, is_tied=False, shard="gradients"),
@@ -269,6 +271,7 @@ SUITES = {
     "many": MANY_CASES,
     "foreign": FOREIGN_CASES,
     "lora": LORA_CASES,
+    "compiled": [replace(case, compute="compiled") for case in COMPILED_FAMILIES],
     **{family: [*_each_way(family)] for family in FAMILIES},
 }
 

@@ -39,6 +39,7 @@ from jobs.exact.state.span import PackedSpans, Span
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
 from model.decoder import Decoder, Trainable
+from model.gpt import GPT
 from model.operations import product_type
 from model.training.training_memory import large_zeros
 
@@ -170,10 +171,11 @@ class TrainState:
 
     @property
     def _are_apart(self) -> bool:
-        """Whether rounded matrices lie as autocast's copies would. For a CPU's own operations they
-        lie as in the layout, where earlier runs had them: those must keep their bits."""
+        """Whether rounded matrices lie as autocast's copies would. For our own shapes' operations
+        on a CPU they lie as in the layout. Earlier runs had them so, and must keep their bits."""
         is_for_cpus = self.device.type == "cpu" and self.config.compute in ("auto", "cpu")
-        return self._rounds_matrices and not is_for_cpus
+        is_ours = isinstance(self.model, GPT)
+        return self._rounds_matrices and not (is_ours and is_for_cpus)
 
     def _make_parameters_views(self) -> None:
         views = self.by_parameter(self.values)

@@ -263,6 +263,7 @@ def test_a_config_file__of_a_shape_of_ours__is_computed_by_our_code(tmp_path: Pa
             "so n_layer, preset must not be",
         ),
         ({"config": "CONFIG"}, {"compute": "cpu"}, "train.compute=cpu is for our own shapes"),
+        ({"config": "EXPERTS"}, {"compute": "compiled"}, "a model of type 'qwen3_moe' chooses"),
         ({"config": "CONFIG"}, {"seq_len": 65}, "train.seq_len=65 exceeds model.n_positions=64"),
         ({"config": "FOLDER/none.json"}, {}, "does not exist; name a config.json"),
         ({"config": "FOLDER"}, {}, "cannot be read"),
@@ -276,7 +277,9 @@ def test_a_config_file__that_does_not_fit__is_said(
     (tmp_path / "config.json").write_text(small("qwen3").content)
     (tmp_path / "text").write_text("{")
     (tmp_path / "list").write_text("[]")
-    words = {"CONFIG": f"{tmp_path}/config.json", "FOLDER": f"{tmp_path}"}
+    (tmp_path / "experts.json").write_text(small("qwen3_moe").content)
+    words = {"CONFIG": f"{tmp_path}/config.json", "EXPERTS": f"{tmp_path}/experts.json"}
+    words |= {"FOLDER": f"{tmp_path}"}
     place = model["config"]
     for word, path in words.items():
         place = place.replace(word, path)

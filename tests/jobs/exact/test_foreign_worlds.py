@@ -4,7 +4,7 @@ is sharded, and the steps of a plain loop with PyTorch's AdamW."""
 import functools
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,13 +15,16 @@ from cluster.settings.run import RunConfig
 from jobs.exact.foreign_test import test_foreign as check_foreign
 from jobs.exact.self_test import self_test
 from jobs.workers.worker_group import WorkerGroup
+from model.decoders.foreign import ForeignModel
 from model.errors import UserError
 from model.foreign_config import ForeignConfig
-from tests.foreign_models import FAMILIES, QUICK, WITH_DROPOUT, small
+from model.numerics import Precision
+from tests.foreign_models import FAMILIES, QUICK, UNROUNDED, WITH_DROPOUT, small
 from tests.jobs.train_worlds import CPU, SUITES, Case, MadeRows, Trainer
 from tests.jobs.world_runs import Outcome, run_worlds
 
 MAX_WORLD_SIZE = 5
+WITHIN_S = 300
 
 Runs = Callable[[str], list[Outcome]]
 
@@ -34,7 +37,7 @@ def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     @functools.cache
     def outcomes(suite: str) -> list[Outcome]:
         folder = tmp_path_factory.mktemp("worlds")
-        return run_worlds(folder, str(MAX_WORLD_SIZE), suite, within_s=180)
+        return run_worlds(folder, str(MAX_WORLD_SIZE), suite, within_s=WITHIN_S)
 
     return outcomes
 
@@ -65,10 +68,27 @@ def test_three_families__in_any_world_and_sharding__have_one_hash(runs_of: Runs)
     check_one_hash(cases, runs_of("foreign"))
 
 
+@pytest.mark.slow  # compiles
+def test_three_families_that_are_compiled__in_any_world_and_sharding__have_one_hash(
+    runs_of: Runs,
+) -> None:
+    """One of them with dropout."""
+    cases = SUITES["compiled"]
+    assert [case.family for case in cases] == ["qwen3", "gemma3_text", "falcon"]
+    check_one_hash(cases, runs_of("compiled"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family__in_any_world_and_sharding__has_one_hash(family: str, runs_of: Runs) -> None:
     check_one_hash(SUITES[family], runs_of(family))
+    if family not in UNROUNDED:
+        sent = {
+            run["case"]["precision"]: run["bytes_per_step"]
+            for run in runs_of(family)
+            if run["case"]["shard"] == "parameters" and run["world"] == "4"
+        }
+        assert sent["bf16"] < 0.75 * sent["fp32"], "embeddings alone travel as fp32"
 
 
 @pytest.mark.parametrize(
@@ -121,8 +141,61 @@ def test_ten_steps__of_a_family__are_those_of_a_plain_loop_with_pytorchs_adamw(f
         assert (weight - expected[name]).norm() <= 4e-2 * moved, name
 
 
-def config_of(family: str, *, document_mask: bool = False, **changes: Any) -> RunConfig:
-    config = Case(compute="plain", family=family, documents=document_mask).config()
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name in FAMILIES
+        if name not in UNROUNDED
+    ],
+)
+def test_matrices_that_are_rounded_before__have_the_bits_of_autocast(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(
+        "bf16", num_lanes=3, compute="plain", family=family, micro_batches=2, recompute=True
+    )
+    trainer = Trainer(case, WorkerGroup(0, 1))
+    assert trainer.state.matrix_type == torch.bfloat16, "as which matrices travel"
+    trainer.steps(range(1, 4))
+
+    class Unrounded(ForeignModel):
+        def __init__(self, config: ForeignConfig) -> None:
+            super().__init__(config)
+            self.rounds_matrices = False
+
+    monkeypatch.setattr("model.decoders.foreign.ForeignModel", Unrounded)
+    other = Trainer(case, WorkerGroup(0, 1))
+    assert other.state.matrix_type == torch.float32
+    other.steps(range(1, 4))
+    assert trainer.hash == other.hash
+
+
+def test_matrices__that_something_else_than_a_linear_module_reads__stay_as_they_are() -> None:
+    for family in UNROUNDED:
+        assert not ForeignModel(small(family)).rounds_matrices, family
+
+
+def test_self_test__of_a_matrix_that_is_read_beside_its_product__refuses_bf16() -> None:
+    config = config_of("qwen3", precision="bf16")
+    check_foreign(config, CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+
+        forward = Qwen3MLP.forward
+
+        def beside(self: Any, x: Any) -> Any:
+            return forward(self, x) * self.up_proj.weight.norm()
+
+        patch.setattr(Qwen3MLP, "forward", beside)
+        with pytest.raises(UserError, match="otherwise than in products"):
+            check_foreign(config, CPU)
+
+
+def config_of(
+    family: str, *, document_mask: bool = False, precision: Any = "fp32", **changes: Any
+) -> RunConfig:
+    config = Case(precision, compute="plain", family=family, documents=document_mask).config()
     return config.model_copy(update={"model": small(family, **changes)})
 
 
@@ -131,9 +204,10 @@ def test_self_test__of_a_foreign_model__passes() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", get_args(Precision))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_self_test__of_each_family__passes(family: str) -> None:
-    self_test(config_of(family, document_mask=family != "bloom"), CPU)
+def test_self_test__of_each_family__passes(family: str, precision: Precision) -> None:
+    self_test(config_of(family, document_mask=family != "bloom", precision=precision), CPU)
 
 
 def test_self_test__of_a_model_that_sees_what_follows__refuses_it() -> None:

@@ -3,18 +3,28 @@ kernels."""
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cluster.settings.run import RunConfig
 from jobs.run.ledger import Ledger
+from jobs.training import kernels
+from jobs.training.kernels import Prepared
+from jobs.workers.worker_group import WorkerGroup
+from model.errors import UserError
+from tests.foreign_models import small
 from tests.jobs.poisoned_runs import run_world
 from tests.jobs.runs import tiny_plan
+from tests.jobs.train_worlds import CPU
 
-pytestmark = pytest.mark.slow  # compiles
 
-
+@pytest.mark.slow  # compiles
+@pytest.mark.parametrize(
+    "model", [{}, {"config": small("qwen3", vocab_size=320).values}], ids=["ours", "transformers"]
+)
 def test_worlds_and_attempts_compute_with_the_same_kernels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashes = []
     for world_size in (1, 2):
@@ -23,11 +33,25 @@ def test_worlds_and_attempts_compute_with_the_same_kernels(
             str(tmp_path / str(world_size)),
             train={"compute": "compiled", "precision": "bf16", "hash_every_steps": 4},
             scaling={"max_workers": world_size},
+            **({"model": model} if model else {}),
         )
         run_world(plan, world_size=world_size)
         ledger = Ledger.read(plan.run)
         hashes.append([step["parameter_hash"] for step in ledger.steps if "parameter_hash" in step])
         (start,) = ledger.events("start")
-        (kernels,) = plan.run.list("kernels/")
-        assert hashlib.sha256(plan.run.read_bytes(kernels.key)).hexdigest() == start["kernels"]
+        (kept,) = plan.run.list("kernels/")
+        assert hashlib.sha256(plan.run.read_bytes(kept.key)).hexdigest() == start["kernels"]
     assert hashes[0] and hashes[0] == hashes[1]
+
+
+def test_a_self_test_that_fails_before_kernels_are_kept__is_what_each_worker_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(config: RunConfig, device: object) -> str:
+        raise UserError("no common graph")
+
+    monkeypatch.setattr(kernels, "self_test", failing)
+    plan = tiny_plan(str(tmp_path), train={"compute": "compiled"})
+    ready = kernels.prepared(plan, WorkerGroup(0, 1), CPU, {})
+    assert ready == Prepared(None, "", "no common graph")
+    assert not plan.run.list("kernels/")

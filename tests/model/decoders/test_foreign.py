@@ -100,6 +100,25 @@ def test_loss__in_chunks__is_that_of_all_logits(
         assert model.loss(inputs, targets).item() == pytest.approx(whole.item(), rel=1e-6)
 
 
+def test_loss__of_a_head_whose_weights_share_a_gradient__scales_each_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = made(small("qwen3"))
+    head = model.lm_head
+    assert isinstance(head, torch.nn.Linear)
+    head.added = torch.nn.Parameter(torch.zeros(*head.weight.shape))
+    monkeypatch.setattr(head, "forward", lambda x: F.linear(x, head.weight + head.added))
+    inputs, targets = rows()
+    model.loss(inputs, targets, scale=0.25).backward()
+
+    weight = head.weight.detach().requires_grad_()
+    logits = F.linear(model(inputs).detach(), weight)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    (expected,) = torch.autograd.grad(0.25 * loss, weight)
+    for parameter in (head.weight, head.added):
+        assert (parameter.grad - expected).norm() <= 1e-5 * expected.norm()
+
+
 @pytest.mark.parametrize("family", QUICK)
 def test_initial_weights__of_a_seed__depend_on_nothing_else(family: str) -> None:
     config = small(family)
