@@ -139,11 +139,16 @@ class BatchGradient:
             checksum=own_checksum,
         )
         checksums: list[Tensor] = []
+        began = timer.moment()
         if audit and own_checksum:
             other = self._checksum_of(step, self._other_turn(step, audit), timer)
             checksums = [own_checksum.total, other, *checksums_of_state(self._state)]
+        ended = timer.moment()
         with timer.phase("sync"):
-            return self._sum.finish(step, plan, losses=losses, checksums=checksums)
+            measured = self._sum.finish(step, plan, losses=losses, checksums=checksums)
+        if audit is None:
+            return measured
+        return measured._replace(audit_s=timer.between_s(began, ended) or 0.0)
 
     def _checksum_of(self, step: int, numbers: Sequence[int], timer: StepTimer) -> Tensor:
         """Returns the checksum of the gradient of any rank's turn, which is computed for that

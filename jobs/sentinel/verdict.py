@@ -88,13 +88,15 @@ def of_state(shown: Sequence[Shown], what: What) -> list[int]:
 
 def named_later(what: What, earlier: Mapping[int, int], shown: Sequence[Shown]) -> list[Corruption]:
     """Returns who was wrong where ranks had shown different checksums of a part of the state, once
-    the steps that lead to it were taken again."""
+    the steps that lead to it were taken again. Nobody is named where all were wrong: a wrong copy
+    has wrong gradients, which reach all others in the next step, and it does not show whose was
+    wrong first."""
     now = of_state(shown, what)
     corruptions: list[Corruption] = []
     for rank, checksum in earlier.items():
         if rank < len(now) and checksum != now[rank]:
             corruptions.append(Corruption(what, rank, checksum, now[rank]))
-    return corruptions
+    return corruptions if len(corruptions) < len(earlier) else []
 
 
 def _differing(what: What, by_rank: Mapping[int, int], right: int) -> list[Corruption]:

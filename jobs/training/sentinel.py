@@ -45,6 +45,7 @@ from jobs.sentinel.way_back import (
     WayBack,
     audits_of_node,
     checkpoints_of,
+    proven_to,
     steps_to_compare,
     way_back,
     way_back_before,
@@ -94,6 +95,9 @@ class Sentinel:
         # The step before which all copies of the state were the same
         self._last_alike = attempt.first_step
         self._owed = attempt.owed
+        if writer and gradient.audits.every_steps:
+            known = proven_to(writer.outline().lines) or 0
+            writer.publisher.proven_to = min(known, attempt.first_step - 1)
 
     def cleared(self, step: int, measured: Measured, timer: StepTimer) -> Measured | None:
         """Returns the figures of a step in which nothing is in dispute any more, and None where the
@@ -103,6 +107,7 @@ class Sentinel:
             verdict = self._verdict(step, measured, timer)
             if verdict.is_clean:
                 self._last_alike = step
+                self._prove(step - 1)
                 self._name_later(step, measured.shown)
                 return measured
             if verdict.undecided:
@@ -161,6 +166,16 @@ class Sentinel:
         answers = self._gradient.answers(step, turns, timer)
         return of_turns(audit, measured.shown, disputed, answers)
 
+    def _prove(self, step: int) -> None:
+        """Has the run's checkpoints be proven up to a step, also where that is an earlier one."""
+        if self._writer:
+            self._writer.publisher.proven_to = step
+
+    def _go_back_to(self, way: WayBack) -> None:
+        assert self._writer is not None
+        proven = self._writer.publisher.proven_to
+        self._prove(min(proven or 0, way.to_step))
+
     @property
     def _nodes(self) -> list[str]:
         return [str(place["node"]) for place in self._places]
@@ -177,6 +192,8 @@ class Sentinel:
         known: dict[str, Any] = {"nodes": self._nodes, "earlier": lines, "now_s": time.time()}
         chosen = measure(corruptions, **known)
         way = self._way_back(step, chosen, corruptions, lines)
+        if way:
+            self._go_back_to(way)
         for corruption in corruptions:
             self._writer.ledger.event(
                 "corruption",
@@ -240,6 +257,7 @@ class Sentinel:
         tell = self._writer.ledger.event
         if found == proof.parameter_hash:
             tell("proven", **asdict(proof), attempt=self._number)
+            self._prove(proof.step)
             return False
         way: WayBack | None = None
         if owed.to_step > 0:
@@ -247,6 +265,7 @@ class Sentinel:
             checkpoints = checkpoints_of(lines, self._writer.kept_steps())
             earlier = [at for at in checkpoints if at.step <= owed.to_step]
             way = way_back(earlier, least_steps=owed.least_steps)
+            self._go_back_to(way)
         tell(
             "refuted",
             **asdict(proof),
@@ -269,6 +288,7 @@ class Sentinel:
         lines = self._writer.outline().lines
         checkpoints = checkpoints_of(lines, self._writer.kept_steps())
         way = way_back_before(checkpoints, audited_step=self._last_alike)
+        self._go_back_to(way)
         for at in undecided:
             self._writer.ledger.event(
                 "undecided",

@@ -91,9 +91,7 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
                     step, moves=partial(pulse.at, Place.VALIDATION)
                 )
         rate = attempt.rate(step)
-        attempt.record.write(
-            step, loss=measured.loss, lr=rate, grad_norm=measured.norm, skipped=decision.reason
-        )
+        attempt.record.write(step, measured, lr=rate, skipped=decision.reason)
         if step != last_step:  # a run is not done before its last checkpoint is
             with timer.phase("snapshot"):
                 attempt.keep(step, validation)

@@ -31,6 +31,7 @@ class Measured(NamedTuple):
     norm: float  # of the gradient
     num_counted: int  # tokens that the loss counts
     shown: Sequence[Shown] = ()  # by rank, in an audited step
+    audit_s: float | None = None  # in an audited step, what this rank's audit took
 
 
 class StepTotals:

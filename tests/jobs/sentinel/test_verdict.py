@@ -84,6 +84,8 @@ def test_of_two_copies_the_steps_taken_again_name_the_wrong_one() -> None:
     assert verdict.undecided == [Undecided(What.WEIGHTS, {0: 5, 1: 1})]
     [corruption] = named_later(What.WEIGHTS, {0: 5, 1: 1}, [shown(), shown()])
     assert (corruption.rank, corruption.shown, corruption.right) == (0, 5, 1)
+    later = [shown(values=7), shown(values=7)]
+    assert named_later(What.WEIGHTS, {0: 5, 1: 1}, later) == [], "one has made the other one wrong"
 
 
 @pytest.mark.parametrize(

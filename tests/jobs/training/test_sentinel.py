@@ -21,6 +21,7 @@ LANES = 4
 
 def plan_of(folder: Path, *, lanes: int = LANES, num_steps: int = NUM_STEPS, **how: Any) -> RunPlan:
     shard, group = how.pop("shard", "none"), how.pop("group", None)
+    checkpoint = how.pop("checkpoint", {"save_every_steps": 3})
     train = {
         "global_batch_size": 2 * lanes,
         "max_tokens": num_steps * 2 * lanes * 32,
@@ -29,7 +30,9 @@ def plan_of(folder: Path, *, lanes: int = LANES, num_steps: int = NUM_STEPS, **h
         "audit_every_steps": 1,
     }
     scaling = {"max_workers": min(4, lanes), "shard": shard, "shard_group": group}
-    return tiny_plan(str(folder / "storage"), train=train | how, scaling=scaling)
+    return tiny_plan(
+        str(folder / "storage"), train=train | how, scaling=scaling, checkpoint=checkpoint
+    )
 
 
 def final_hash(ledger: Ledger) -> str:
@@ -78,6 +81,27 @@ def test_a_wrong_copy_of_the_weights_sends_the_run_back_and_is_named_by_the_step
     assert undecided["to_step"] <= 5
     assert named(ledger) == {FAULTY}
     assert final_hash(ledger) == clean_hash(tmp_path)
+
+
+@pytest.mark.parametrize(("wrong_step", "is_named"), [(9, True), (8, False)])
+def test_a_run_that_keeps_one_checkpoint_has_a_proven_one_to_go_back_to(
+    tmp_path: Path, wrong_step: int, *, is_named: bool
+) -> None:
+    """A copy that has been wrong for a step has made the other one wrong too."""
+    saving = {"save_every_steps": 1, "num_to_keep": 1, "keep_best": 0}
+    plan = plan_of(tmp_path, audit_every_steps=5, num_steps=15, checkpoint=saving)
+    fault = Fault(rank=0, failpoint=f"weights:{wrong_step}:flip_nth")
+    ledger = run_with_fault(plan, tmp_path, fault, world_size=2)
+    [undecided] = ledger.events("undecided")
+    assert undecided["step"] == 10
+    assert 0 < undecided["to_step"] <= 4
+    assert named(ledger) == ({FAULTY} if is_named else set())
+    before = ledger.lines[: ledger.lines.index(undecided)]
+    saved = [line for line in before if line.get("event") == "checkpoint" and line["step"] > 5]
+    assert {line["proven_to"] for line in saved} == {4}
+    assert ledger.events("checkpoint")[-1]["proven_to"] == 14
+    assert [line["step"] for line in ledger.steps if "audit_seconds" in line] == [5, 10, 15]
+    assert final_hash(ledger) == clean_hash(tmp_path, num_steps=15)
 
 
 def test_a_worker_that_fails_its_self_test_trains_nothing(tmp_path: Path) -> None:
