@@ -6,6 +6,7 @@ schedule says, each of one micro-batch or of a few in order; its loss is the mea
 tokens of all lanes.
 """
 
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
@@ -20,10 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 from cluster.settings.run import RunConfig, batch_schedule, way_to_compute
 from jobs.exact.compute import MicroBatch, autocast, choose_operations, micro_batch, num_counted
 from jobs.exact.dropout import dropout_seed, seed_dropout
+from jobs.exact.state.flat_layout import BLOCK
 from jobs.exact.state.train_state import TrainState
 from jobs.exact.sums.audit import Audit, Audits
 from jobs.exact.sums.batch_sum import BatchSum
 from jobs.exact.sums.checksum import TurnChecksum, checksums_of_state, from_halves, halves_of
+from jobs.exact.sums.excerpt import Excerpt
 from jobs.exact.sums.step_plan import StepPlan
 from jobs.exact.sums.step_totals import Measured, block_square_sums, norm_of
 from jobs.run.step_timer import StepTimer
@@ -131,12 +134,14 @@ class BatchGradient:
         plan = self._plan(step)
         audit = self.audit_of_step(step)
         own_checksum = TurnChecksum(self._state.layout, self._state.device) if audit else None
+        excerpt = self._excerpt(step, plan) if audit else None
         losses = self._sum.add_up(
             plan,
             lambda number: self._backward(self._loss, step, number, timer, scale=1.0),
             timer,
             checked_turn=audit.turns[self._group.rank] if audit else None,
             checksum=own_checksum,
+            excerpt=excerpt,
         )
         checksums: list[Tensor] = []
         began = timer.moment()
@@ -146,9 +151,19 @@ class BatchGradient:
         ended = timer.moment()
         with timer.phase("sync"):
             measured = self._sum.finish(step, plan, losses=losses, checksums=checksums)
-        if audit is None:
+        if excerpt is None:
             return measured
-        return measured._replace(audit_s=timer.between_s(began, ended) or 0.0)
+        audit_s = timer.between_s(began, ended) or 0.0
+        begin_s = time.perf_counter()
+        with timer.phase("sync"):
+            sums = excerpt.repeated(self._group)
+        audit_s += time.perf_counter() - begin_s
+        return measured._replace(sums=sums, audit_s=audit_s)
+
+    def _excerpt(self, step: int, plan: StepPlan) -> Excerpt:
+        num_blocks = self._state.layout.size // BLOCK
+        span = self.audits.excerpt(step, plan, num_blocks=num_blocks)
+        return Excerpt(span, plan, self._state)
 
     def _checksum_of(self, step: int, numbers: Sequence[int], timer: StepTimer) -> Tensor:
         """Returns the checksum of the gradient of any rank's turn, which is computed for that

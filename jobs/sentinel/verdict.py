@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from jobs.exact.sums.audit import Audit, Shown
+from jobs.exact.sums.excerpt import Repeated, ShownSum
 
 
 class What(StrEnum):
     """What is wrong."""
 
     GRADIENT = "gradient"  # of a lane, or of a micro-batch where the gradient is sharded
+    SUM = "sum"  # of the gradients of some lanes
     WEIGHTS = "weights"  # a rank's copy of them
     VECTORS = "vectors"  # its copy of what the update rule keeps, as AdamW's moments
     SELF_TEST = "self_test"  # the gradient of the tiny step before a worker trains
@@ -143,6 +145,37 @@ def of_turns(
                 Corruption(What.GRADIENT, rank, answer, right, repeats=repeats, turn=turn)
             )
     return Verdict(corruptions, undecided)
+
+
+def of_sums(sums: Repeated) -> Verdict:
+    """Returns the verdict about the sums that ranks noted: what most find when all add up the same
+    is right. A wrong sum makes those wrong that others make of it, who are not to blame."""
+    undecided: list[Undecided] = []
+    wrong: list[tuple[ShownSum, Corruption]] = []
+    for noted, answers in zip(sums.shown, sums.answers, strict=True):
+        right = most_common(answers)
+        if right is None:
+            undecided.append(Undecided(What.SUM, dict(enumerate(answers))))
+            continue
+        given = [*enumerate(answers), (noted.rank, noted.checksum)]
+        for rank, answer in sorted({at for at in given if at[1] != right}):
+            is_noted = (rank, answer) == (noted.rank, noted.checksum)
+            repeats = is_noted and answers[rank] != right
+            wrong.append((noted, Corruption(What.SUM, rank, answer, right, repeats)))
+    by_rank: dict[int, Corruption] = {}
+    for noted, corruption in wrong:
+        is_made_of_wrong = any(_leads_to(before, noted) for before, _ in wrong)
+        if not is_made_of_wrong and (corruption.repeats or corruption.rank not in by_rank):
+            by_rank[corruption.rank] = corruption
+    return Verdict([*by_rank.values()], undecided[:1])
+
+
+def _leads_to(before: ShownSum, after: ShownSum) -> bool:
+    """Reports whether one sum is made of the other one."""
+    is_within = before.lanes.start >= after.lanes.start and before.lanes.stop <= after.lanes.stop
+    order_before = (len(before.lanes), before.is_last)
+    is_before = order_before < (len(after.lanes), after.is_last)
+    return is_within and is_before and before.span.meets(after.span)
 
 
 def of_self_tests(checksums: Sequence[str], kinds: Sequence[object]) -> Verdict:

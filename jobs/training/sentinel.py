@@ -38,6 +38,7 @@ from jobs.sentinel.verdict import (
     named_later,
     of_copies,
     of_self_tests,
+    of_sums,
     of_turns,
 )
 from jobs.sentinel.way_back import (
@@ -161,7 +162,7 @@ class Sentinel:
         assert audit is not None, "it has shown checksums"
         disputed = disputed_turns(audit, measured.shown)
         if not disputed:
-            return CLEAN
+            return of_sums(measured.sums) if measured.sums else CLEAN
         turns = [(turn.rank, turn.number) for turn in disputed]
         answers = self._gradient.answers(step, turns, timer)
         return of_turns(audit, measured.shown, disputed, answers)
@@ -279,9 +280,9 @@ class Sentinel:
     def _go_back_undecided(self, step: int, undecided: Sequence[Undecided]) -> None:
         """Has the ledger say that ranks hold different copies, and to which state from before the
         run goes back: the same steps, taken again, tell who was wrong. Raises `UserError` for
-        gradients, which differ again however often they are computed."""
+        gradients and sums, which differ again however often they are computed."""
         for at in undecided:
-            if at.what is What.GRADIENT:
+            if at.what in (What.GRADIENT, What.SUM):
                 raise UserError(self._why_undecided(step, at))
         if self._writer is None:
             return

@@ -104,6 +104,16 @@ def test_a_run_that_keeps_one_checkpoint_has_a_proven_one_to_go_back_to(
     assert final_hash(ledger) == clean_hash(tmp_path, num_steps=15)
 
 
+@pytest.mark.parametrize("failpoint", ["lane_sum:1:flip", "exchanged_sum:1:flip"])
+def test_a_worker_that_adds_up_wrong_is_named_and_left_out(tmp_path: Path, failpoint: str) -> None:
+    """The excerpt is the whole gradient of so small a model."""
+    _, ledger = faulty(tmp_path, Fault(rank=1, failpoint=failpoint), 2)
+    found = ledger.events("corruption")
+    assert {(event["node"], event["what"]) for event in found} == {(FAULTY, "sum")}
+    assert [event["measure"] for event in found] == ["taken_again", "left_out"]
+    assert final_hash(ledger) == clean_hash(tmp_path)
+
+
 def test_a_worker_that_fails_its_self_test_trains_nothing(tmp_path: Path) -> None:
     fault = Fault(rank=2, failpoint="gradient:1:flip", from_the_start=True)
     _, ledger = faulty(tmp_path, fault, 3)
@@ -137,6 +147,46 @@ def test_whatever_is_wrong_the_run_ends_with_the_clean_runs_weights(
     _, ledger = faulty(tmp_path / "faulty", fault, world_size, **how)
     assert final_hash(ledger) == expected
     assert named(ledger) <= {FAULTY}
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+@pytest.mark.parametrize("failpoint", ["lane_sum:0.1:flip", "exchanged_sum:0.3:flip"])
+@pytest.mark.parametrize("shard", ["none", "optimizer", "parameters"])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_whoever_adds_up_wrong_the_run_ends_with_the_clean_runs_weights(
+    tmp_path: Path, world_size: int, shard: Shard, failpoint: str
+) -> None:
+    """The excerpt is the whole gradient of so small a model, so that no wrong sum can pass."""
+    lanes = 2 * world_size + 1
+    # With one group that shares all there is nothing to exchange between groups
+    group = 2 if shard == "parameters" and world_size == 4 else None
+    fault = Fault(rank=world_size - 1, failpoint=failpoint)
+    _, ledger = faulty(tmp_path, fault, world_size, shard=shard, group=group, lanes=lanes)
+    assert final_hash(ledger) == clean_hash(tmp_path, lanes=lanes)
+    assert {event["what"] for event in ledger.events("corruption")} <= {"sum"}
+    assert named(ledger) <= {FAULTY}
+
+
+CASES: list[dict[str, Any]] = [
+    {"shard": "optimizer", "precision": "bf16", "micro_batches_per_lane": 2},
+    {"shard": "optimizer", "optimizer": "muon"},
+    {"shard": "parameters", "precision": "bf16", "micro_batches_per_lane": 2},
+    {"shard": "parameters", "optimizer": "muon"},
+    {"precision": "bf16", "micro_batches_per_lane": 2},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", CASES)
+def test_sums_that_are_added_up_again_have_the_same_bits(
+    tmp_path: Path, how: dict[str, Any]
+) -> None:
+    size = 10 * how.get("micro_batches_per_lane", 1)
+    plan = plan_of(tmp_path, global_batch_size=size, max_tokens=8 * size * 32, **how)
+    ledger = run_with_fault(plan, tmp_path, None, world_size=3)
+    assert len([line for line in ledger.steps if "audit_seconds" in line]) == 8
+    assert not ledger.events("corruption", "undecided")
 
 
 @pytest.mark.slow

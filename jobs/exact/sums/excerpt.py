@@ -1,0 +1,198 @@
+"""Notes what ranks add up at a few blocks of the gradient, so that others can add it up again.
+
+In an audited step every rank notes there the gradients of its turns, and each sum that it makes of
+them: those of its own subtrees, those with others on the way to the root, and the whole sum that it
+holds in the end. Every rank gets the notes of all, adds up the tree by itself, and shows a checksum
+of each sum that somebody noted. The rank that made the first wrong one was wrong.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from jobs.exact.state.bundle import Bundle
+from jobs.exact.state.flat_layout import FlatLayout
+from jobs.exact.state.span import PackedSpans, Span
+from jobs.exact.state.train_state import TrainState
+from jobs.exact.sums.checksum import checksum
+from jobs.exact.sums.exact_reduce import halves
+from jobs.exact.sums.step_plan import StepPlan
+from jobs.workers.worker_group import WorkerGroup
+
+
+class Leaf(NamedTuple):
+    """The gradient of one turn at a stretch of the layout."""
+
+    number: int  # of its micro-batch, of several that are a lane the first
+    start: int
+    values: Tensor
+
+
+class NotedSum(NamedTuple):
+    """The sum of some lanes at a stretch of the layout, as one rank has it."""
+
+    lanes: range
+    start: int
+    values: Tensor
+    is_last: bool = False  # what the rank holds when all is exchanged
+
+
+class Notes(NamedTuple):
+    """What one rank has noted in a step."""
+
+    leaves: list[Leaf]
+    sums: list[NotedSum]
+
+
+@dataclass(frozen=True)
+class ShownSum:
+    """A noted sum by its checksum."""
+
+    rank: int
+    lanes: range
+    span: Span  # of the layout
+    is_last: bool
+    checksum: int
+
+
+class Repeated(NamedTuple):
+    """The sums that ranks noted in a step, and what each rank found when it added up the same."""
+
+    shown: Sequence[ShownSum]
+    answers: Sequence[Sequence[int]]  # of each sum: by rank
+
+
+class Excerpt:
+    """One rank's notes of one step, at `span` of the layout: whole blocks."""
+
+    def __init__(self, span: Span, plan: StepPlan, state: TrainState) -> None:
+        sums_parts = state.sharding.divided.gradient
+        self._span, self._plan, self._state = span, plan, state
+        self.subtrees = plan.subtrees[state.sharding.group]
+        buffers = state.owned if sums_parts else state.layout.whole
+        self._homes = [*PackedSpans([span]).overlaps(buffers)]  # here, and in the sums' buffers
+        self._notes = Notes([], [])
+
+    def of_turn(self, numbers: Sequence[int]) -> "TurnNotes | None":
+        """Returns what notes the gradients of a turn's micro-batches; None where they do not
+        count."""
+        [first, *_] = numbers
+        counted = self._plan.counted[self._state.sharding.rank]
+        if first not in counted:
+            return None
+        return TurnNotes(self._span, self._state.layout, self._notes.leaves, first)
+
+    def of_bundle(self, bundle: Bundle) -> "BundleNotes":
+        """Returns what notes the sums of a bundle."""
+        places: list[tuple[int, Span]] = []
+        for in_excerpt, in_buffer in self._homes:
+            to_layout = self._span.start + in_excerpt.start - in_buffer.start
+            for flat, packed in bundle.packed_places(in_buffer):
+                places.append((flat.start + to_layout, packed))
+        return BundleNotes(places, self._notes.sums)
+
+    def repeated(self, group: WorkerGroup) -> Repeated:
+        """Notes what this rank holds once all is exchanged, and returns what all ranks have noted
+        and found; they call together."""
+        root = range(self._plan.num_lanes)
+        kept = self._state.kept("gradient")
+        for span in (PackedSpans([self._span]) & self._state.owned).spans:
+            values = kept.home_of(span).of(self._state.gradient).clone()
+            self._notes.sums.append(NotedSum(root, span.start, values, is_last=True))
+        notes = group.gather(_on_host(self._notes))
+        shown: list[ShownSum] = []
+        for rank, noted in enumerate(notes):
+            for one in noted.sums:
+                span = Span(one.start, one.start + len(one.values))
+                sum_of_it = _checksum_of(one.values, one.start)
+                shown.append(ShownSum(rank, one.lanes, span, one.is_last, sum_of_it))
+        own_answers = self._added_up(notes, shown)
+        by_rank = group.gather(own_answers)
+        return Repeated(shown, [*zip(*by_rank, strict=True)])
+
+    def _added_up(self, notes: Iterable[Notes], shown: Iterable[ShownSum]) -> list[int]:
+        """Returns the checksum of each sum that ranks have noted, made of their leaves."""
+        lanes = self._lanes(notes)
+        known: dict[range, Tensor] = {}
+
+        def sum_of(node: range) -> Tensor:
+            if len(node) == 1:
+                return lanes[node.start]
+            if node not in known:
+                left, right = halves(node)
+                known[node] = sum_of(left) + sum_of(right)
+            return known[node]
+
+        checksums: list[int] = []
+        for one in shown:
+            values = one.span.shifted(-self._span.start).of(sum_of(one.lanes))
+            checksums.append(_checksum_of(values, one.span.start))
+        return checksums
+
+    def _lanes(self, notes: Iterable[Notes]) -> list[Tensor]:
+        """Returns each lane's gradient: the sum of its micro-batches, in order."""
+        pieces: dict[int, Tensor] = {}
+        for noted in notes:
+            for number, start, values in noted.leaves:
+                if number not in pieces:
+                    pieces[number] = torch.zeros(len(self._span), device=self._state.device)
+                place = Span(start, start + len(values)).shifted(-self._span.start)
+                place.of(pieces[number]).copy_(values)
+        lanes: list[Tensor] = []
+        for lane in range(self._plan.num_lanes):
+            k = self._plan.num_micro_batches
+            numbers = [number for number in range(lane * k, (lane + 1) * k) if number in pieces]
+            [first, *others] = numbers
+            total = pieces[first]
+            for number in others:
+                total = total + pieces[number]
+            lanes.append(total)
+        return lanes
+
+
+class TurnNotes:
+    """Notes the gradients of one turn."""
+
+    def __init__(self, span: Span, layout: FlatLayout, leaves: list[Leaf], number: int) -> None:
+        self._span, self._layout, self._leaves, self._number = span, layout, leaves, number
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Takes a parameter's gradient of the whole turn."""
+        place = self._layout.places[name]
+        overlap = place & self._span
+        if not overlap.is_empty:
+            values = overlap.shifted(-place.start).of(gradient.flatten())
+            copied = values.to(torch.float32, copy=True)
+            self._leaves.append(Leaf(self._number, overlap.start, copied))
+
+
+class BundleNotes:
+    """Notes sums of a bundle's values: `places` has their first place in the layout, and where they
+    are among the packed values."""
+
+    def __init__(self, places: Sequence[tuple[int, Span]], sums: list[NotedSum]) -> None:
+        self._places, self._sums = places, sums
+
+    def add(self, lanes: range, span: Span, vector: Tensor) -> None:
+        """Takes the sum of some lanes, which a span of the packed values now has."""
+        for start, place in self._places:
+            overlap = place & span
+            if not overlap.is_empty:
+                values = overlap.of(vector).clone()
+                self._sums.append(NotedSum(lanes, start + overlap.start - place.start, values))
+
+
+def _on_host(notes: Notes) -> Notes:
+    leaves = [leaf._replace(values=leaf.values.cpu()) for leaf in notes.leaves]
+    sums = [noted._replace(values=noted.values.cpu()) for noted in notes.sums]
+    return Notes(leaves, sums)
+
+
+def _checksum_of(values: Tensor, start: int) -> int:
+    """Returns a checksum from 0 to 2^64 - 1. Which NaN a sum is depends on the order of its two
+    terms, which is free."""
+    one_nan = values.masked_fill(values.isnan(), torch.nan)
+    return int(checksum(one_nan, start=start)) % (1 << 64)
