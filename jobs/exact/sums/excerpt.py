@@ -17,17 +17,16 @@ from jobs.exact.state.bundle import Bundle
 from jobs.exact.state.flat_layout import FlatLayout
 from jobs.exact.state.span import PackedSpans, Span
 from jobs.exact.state.train_state import TrainState
-from jobs.exact.sums.checksum import checksum
+from jobs.exact.sums.checksum import checksum, words_of
 from jobs.exact.sums.exact_reduce import halves
 from jobs.exact.sums.step_plan import StepPlan
 from jobs.workers.worker_group import WorkerGroup
 
 
 class Leaf(NamedTuple):
-    """The gradient of one turn at a stretch of the layout."""
+    """The gradient of one turn at all places of the excerpt."""
 
     number: int  # of its micro-batch, of several that are a lane the first
-    start: int
     values: Tensor
 
 
@@ -38,6 +37,10 @@ class NotedSum(NamedTuple):
     start: int
     values: Tensor
     is_last: bool = False  # what the rank holds when all is exchanged
+
+    @property
+    def span(self) -> Span:
+        return Span(self.start, self.start + len(self.values))
 
 
 class Notes(NamedTuple):
@@ -59,10 +62,10 @@ class ShownSum:
 
 
 class Repeated(NamedTuple):
-    """The sums that ranks noted in a step, and what each rank found when it added up the same."""
+    """Sums that ranks noted in a step, and what each rank found when it added up the same."""
 
-    shown: Sequence[ShownSum]
-    answers: Sequence[Sequence[int]]  # of each sum: by rank
+    shown: list[ShownSum]
+    answers: list[list[int]]  # of each sum: by rank
 
 
 class Excerpt:
@@ -83,7 +86,9 @@ class Excerpt:
         counted = self._plan.counted[self._state.sharding.rank]
         if first not in counted:
             return None
-        return TurnNotes(self._span, self._state.layout, self._notes.leaves, first)
+        values = torch.zeros(len(self._span), device=self._state.device)
+        self._notes.leaves.append(Leaf(first, values))
+        return TurnNotes(self._span, self._state.layout, values)
 
     def of_bundle(self, bundle: Bundle) -> "BundleNotes":
         """Returns what notes the sums of a bundle."""
@@ -95,26 +100,32 @@ class Excerpt:
         return BundleNotes(places, self._notes.sums)
 
     def repeated(self, group: WorkerGroup) -> Repeated:
-        """Notes what this rank holds once all is exchanged, and returns what all ranks have noted
-        and found; they call together."""
+        """Notes what this rank holds once all is exchanged. Returns the sums for which a rank finds
+        another value than was noted; all call together."""
         root = range(self._plan.num_lanes)
         kept = self._state.kept("gradient")
         for span in (PackedSpans([self._span]) & self._state.owned).spans:
             values = kept.home_of(span).of(self._state.gradient).clone()
             self._notes.sums.append(NotedSum(root, span.start, values, is_last=True))
         notes = group.gather(_on_host(self._notes))
-        shown: list[ShownSum] = []
+        sums: list[tuple[int, NotedSum]] = []
         for rank, noted in enumerate(notes):
-            for one in noted.sums:
-                span = Span(one.start, one.start + len(one.values))
-                sum_of_it = _checksum_of(one.values, one.start)
-                shown.append(ShownSum(rank, one.lanes, span, one.is_last, sum_of_it))
-        own_answers = self._added_up(notes, shown)
-        by_rank = group.gather(own_answers)
-        return Repeated(shown, [*zip(*by_rank, strict=True)])
+            sums += [(rank, one) for one in noted.sums]
+        differing = group.gather(self._differing(notes, [one for _, one in sums]))
+        repeated = Repeated([], [])
+        for number, (rank, one) in enumerate(sums):
+            if not any(number in of_rank for of_rank in differing):
+                continue
+            shown = _checksum_of(one.values, one.start)
+            answers = [of_rank.get(number, shown) for of_rank in differing]
+            if {*answers} != {shown}:
+                repeated.shown.append(ShownSum(rank, one.lanes, one.span, one.is_last, shown))
+                repeated.answers.append(answers)
+        return repeated
 
-    def _added_up(self, notes: Iterable[Notes], shown: Iterable[ShownSum]) -> list[int]:
-        """Returns the checksum of each sum that ranks have noted, made of their leaves."""
+    def _differing(self, notes: Iterable[Notes], sums: Iterable[NotedSum]) -> dict[int, int]:
+        """Adds up the sums that ranks have noted, of their leaves. Returns by its number the
+        checksum of each that is another one."""
         lanes = self._lanes(notes)
         known: dict[range, Tensor] = {}
 
@@ -126,21 +137,19 @@ class Excerpt:
                 known[node] = sum_of(left) + sum_of(right)
             return known[node]
 
-        checksums: list[int] = []
-        for one in shown:
-            values = one.span.shifted(-self._span.start).of(sum_of(one.lanes))
-            checksums.append(_checksum_of(values, one.span.start))
-        return checksums
+        differing: dict[int, int] = {}
+        for number, noted in enumerate(sums):
+            values = noted.span.shifted(-self._span.start).of(sum_of(noted.lanes))
+            if not torch.equal(words_of(values), words_of(noted.values.to(values.device))):
+                differing[number] = _checksum_of(values, noted.start)
+        return differing
 
     def _lanes(self, notes: Iterable[Notes]) -> list[Tensor]:
         """Returns each lane's gradient: the sum of its micro-batches, in order."""
         pieces: dict[int, Tensor] = {}
         for noted in notes:
-            for number, start, values in noted.leaves:
-                if number not in pieces:
-                    pieces[number] = torch.zeros(len(self._span), device=self._state.device)
-                place = Span(start, start + len(values)).shifted(-self._span.start)
-                place.of(pieces[number]).copy_(values)
+            for number, values in noted.leaves:
+                pieces[number] = values.to(self._state.device)
         lanes: list[Tensor] = []
         for lane in range(self._plan.num_lanes):
             k = self._plan.num_micro_batches
@@ -154,10 +163,10 @@ class Excerpt:
 
 
 class TurnNotes:
-    """Notes the gradients of one turn."""
+    """Notes the gradients of one turn, at a span of the layout."""
 
-    def __init__(self, span: Span, layout: FlatLayout, leaves: list[Leaf], number: int) -> None:
-        self._span, self._layout, self._leaves, self._number = span, layout, leaves, number
+    def __init__(self, span: Span, layout: FlatLayout, values: Tensor) -> None:
+        self._span, self._layout, self._values = span, layout, values
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Takes a parameter's gradient of the whole turn."""
@@ -165,8 +174,7 @@ class TurnNotes:
         overlap = place & self._span
         if not overlap.is_empty:
             values = overlap.shifted(-place.start).of(gradient.flatten())
-            copied = values.to(torch.float32, copy=True)
-            self._leaves.append(Leaf(self._number, overlap.start, copied))
+            overlap.shifted(-self._span.start).of(self._values).copy_(values)
 
 
 class BundleNotes:
