@@ -22,6 +22,7 @@ from cluster.settings.run import RunConfig, batch_schedule, way_to_compute
 from jobs.exact.compute import MicroBatch, autocast, choose_operations, micro_batch, num_counted
 from jobs.exact.dropout import dropout_seed, seed_dropout
 from jobs.exact.state.flat_layout import BLOCK
+from jobs.exact.state.span import Span
 from jobs.exact.state.train_state import TrainState
 from jobs.exact.sums.audit import Audit, Audits
 from jobs.exact.sums.batch_sum import BatchSum
@@ -29,6 +30,7 @@ from jobs.exact.sums.checksum import TurnChecksum, checksums_of_state, from_halv
 from jobs.exact.sums.excerpt import Excerpt
 from jobs.exact.sums.step_plan import StepPlan
 from jobs.exact.sums.step_totals import Measured, block_square_sums, norm_of
+from jobs.exact.sums.update_notes import UpdateNotes
 from jobs.run.step_timer import StepTimer
 from jobs.run.storage_retry import patiently
 from jobs.tokens.token_stream import TokenStream
@@ -161,9 +163,18 @@ class BatchGradient:
         return measured._replace(sums=sums, audit_s=audit_s)
 
     def _excerpt(self, step: int, plan: StepPlan) -> Excerpt:
+        return Excerpt(self._excerpted(step, plan), plan, self._state)
+
+    def _excerpted(self, step: int, plan: StepPlan) -> Span:
         num_blocks = self._state.layout.size // BLOCK
-        span = self.audits.excerpt(step, plan, num_blocks=num_blocks)
-        return Excerpt(span, plan, self._state)
+        return self.audits.excerpt(step, plan, num_blocks=num_blocks)
+
+    def notes_of_update(self, step: int) -> UpdateNotes | None:
+        """Returns notes of the state before the update of a step, if others are to make that
+        again."""
+        if self.audit_of_step(step) is None or not self._state.sharding.is_sole_copy:
+            return None
+        return UpdateNotes(self._excerpted(step, self._plan(step)), self._state)
 
     def _checksum_of(self, step: int, numbers: Sequence[int], timer: StepTimer) -> Tensor:
         """Returns the checksum of the gradient of any rank's turn, which is computed for that

@@ -19,6 +19,7 @@ class What(StrEnum):
 
     GRADIENT = "gradient"  # of a lane, or of a micro-batch where the gradient is sharded
     SUM = "sum"  # of the gradients of some lanes
+    UPDATE = "update"  # of values that one rank alone owns
     WEIGHTS = "weights"  # a rank's copy of them
     VECTORS = "vectors"  # its copy of what the update rule keeps, as AdamW's moments
     SELF_TEST = "self_test"  # the gradient of the tiny step before a worker trains
@@ -147,21 +148,22 @@ def of_turns(
     return Verdict(corruptions, undecided)
 
 
-def of_sums(sums: Repeated) -> Verdict:
-    """Returns the verdict about the sums that ranks noted: what most find when all add up the same
-    is right. A wrong sum makes those wrong that others make of it, who are not to blame."""
+def of_repeated(what: What, repeated: Repeated) -> Verdict:
+    """Returns the verdict about sums or updates that ranks noted: what most find when all make the
+    same again is right. A wrong sum makes those wrong that others make of it, who are not to
+    blame."""
     undecided: list[Undecided] = []
     wrong: list[tuple[ShownSum, Corruption]] = []
-    for noted, answers in zip(sums.shown, sums.answers, strict=True):
+    for noted, answers in zip(repeated.shown, repeated.answers, strict=True):
         right = most_common(answers)
         if right is None:
-            undecided.append(Undecided(What.SUM, dict(enumerate(answers))))
+            undecided.append(Undecided(what, dict(enumerate(answers))))
             continue
         given = [*enumerate(answers), (noted.rank, noted.checksum)]
         for rank, answer in sorted({at for at in given if at[1] != right}):
             is_noted = (rank, answer) == (noted.rank, noted.checksum)
             repeats = is_noted and answers[rank] != right
-            wrong.append((noted, Corruption(What.SUM, rank, answer, right, repeats)))
+            wrong.append((noted, Corruption(what, rank, answer, right, repeats)))
     by_rank: dict[int, Corruption] = {}
     for noted, corruption in wrong:
         is_made_of_wrong = any(_leads_to(before, noted) for before, _ in wrong)

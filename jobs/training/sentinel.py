@@ -17,6 +17,7 @@ from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.train_state import TrainState
 from jobs.exact.stored_state import hash_of_weights
 from jobs.exact.sums.audit import Shown, holders_of
+from jobs.exact.sums.excerpt import Repeated
 from jobs.exact.sums.step_totals import Measured
 from jobs.run.ledger import Line
 from jobs.run.run_plan import RunPlan
@@ -37,8 +38,8 @@ from jobs.sentinel.verdict import (
     disputed_turns,
     named_later,
     of_copies,
+    of_repeated,
     of_self_tests,
-    of_sums,
     of_turns,
 )
 from jobs.sentinel.way_back import (
@@ -96,6 +97,8 @@ class Sentinel:
         # The step before which all copies of the state were the same
         self._last_alike = attempt.first_step
         self._owed = attempt.owed
+        self.update_again: Repeated | None = None
+        """What ranks found when they made the update of this step again."""
         if writer and gradient.audits.every_steps:
             known = proven_to(writer.outline().lines) or 0
             writer.publisher.proven_to = min(known, attempt.first_step - 1)
@@ -141,7 +144,21 @@ class Sentinel:
         if verdict.corruptions:
             raise CorruptionError(self._decided(0, verdict.corruptions).reason)
 
-    def is_refuted(self, step: int) -> bool:
+    def goes_back_after(self, step: int) -> bool:
+        """Returns whether the run must go back though a step is taken: an update was wrong, or the
+        step refutes what was stored. Raises what `cleared` does."""
+        again, self.update_again = self.update_again, None
+        verdict = of_repeated(What.UPDATE, again) if again else CLEAN
+        if verdict.undecided:
+            raise UserError(self._why_undecided(step, verdict.undecided[0]))
+        if verdict.corruptions:
+            decision = self._decided(step, verdict.corruptions)
+            if decision.measure is Measure.LEFT_OUT:
+                raise CorruptionError(decision.reason)
+            return True
+        return self._is_refuted(step)
+
+    def _is_refuted(self, step: int) -> bool:
         """Proves a step, where the run owes that. Returns whether the run must go back further,
         since these weights are others than those that were stored."""
         owed = self._owed
@@ -162,7 +179,7 @@ class Sentinel:
         assert audit is not None, "it has shown checksums"
         disputed = disputed_turns(audit, measured.shown)
         if not disputed:
-            return of_sums(measured.sums) if measured.sums else CLEAN
+            return of_repeated(What.SUM, measured.sums) if measured.sums else CLEAN
         turns = [(turn.rank, turn.number) for turn in disputed]
         answers = self._gradient.answers(step, turns, timer)
         return of_turns(audit, measured.shown, disputed, answers)

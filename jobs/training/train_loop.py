@@ -80,7 +80,7 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
         if decision.verdict in (Verdict.ROLL_BACK, Verdict.STOP):
             return attempt.leave(step, decision)
         attempt.guard = decision.state
-        if attempt.sentinel.is_refuted(step):
+        if attempt.sentinel.goes_back_after(step):
             return attempt.go_back()
 
         validation: dict[str, Any] = {}

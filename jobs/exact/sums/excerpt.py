@@ -6,7 +6,7 @@ holds in the end. Every rank gets the notes of all, adds up the tree by itself, 
 of each sum that somebody noted. The rank that made the first wrong one was wrong.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ class Leaf(NamedTuple):
 class NotedSum(NamedTuple):
     """The sum of some lanes at a stretch of the layout, as one rank has it."""
 
-    lanes: range
+    lanes: range  # none where it is no sum, but what an update has made
     start: int
     values: Tensor
     is_last: bool = False  # what the rank holds when all is exchanged
@@ -111,17 +111,7 @@ class Excerpt:
         sums: list[tuple[int, NotedSum]] = []
         for rank, noted in enumerate(notes):
             sums += [(rank, one) for one in noted.sums]
-        differing = group.gather(self._differing(notes, [one for _, one in sums]))
-        repeated = Repeated([], [])
-        for number, (rank, one) in enumerate(sums):
-            if not any(number in of_rank for of_rank in differing):
-                continue
-            shown = _checksum_of(one.values, one.start)
-            answers = [of_rank.get(number, shown) for of_rank in differing]
-            if {*answers} != {shown}:
-                repeated.shown.append(ShownSum(rank, one.lanes, one.span, one.is_last, shown))
-                repeated.answers.append(answers)
-        return repeated
+        return disputed(group, sums, self._differing(notes, [one for _, one in sums]))
 
     def _differing(self, notes: Iterable[Notes], sums: Iterable[NotedSum]) -> dict[int, int]:
         """Adds up the sums that ranks have noted, of their leaves. Returns by its number the
@@ -141,7 +131,7 @@ class Excerpt:
         for number, noted in enumerate(sums):
             values = noted.span.shifted(-self._span.start).of(sum_of(noted.lanes))
             if not torch.equal(words_of(values), words_of(noted.values.to(values.device))):
-                differing[number] = _checksum_of(values, noted.start)
+                differing[number] = checksum_of(values, noted.start)
         return differing
 
     def _lanes(self, notes: Iterable[Notes]) -> list[Tensor]:
@@ -193,13 +183,31 @@ class BundleNotes:
                 self._sums.append(NotedSum(lanes, start + overlap.start - place.start, values))
 
 
+def disputed(
+    group: WorkerGroup, noted: Sequence[tuple[int, NotedSum]], differing: Mapping[int, int]
+) -> Repeated:
+    """Returns what ranks have noted, each with its rank, where somebody found something else.
+    `differing` has the checksums that this rank found, by number; all call together."""
+    of_ranks = group.gather(differing)
+    repeated = Repeated([], [])
+    for number, (rank, one) in enumerate(noted):
+        if not any(number in of_rank for of_rank in of_ranks):
+            continue
+        shown = checksum_of(one.values, one.start)
+        answers = [of_rank.get(number, shown) for of_rank in of_ranks]
+        if {*answers} != {shown}:
+            repeated.shown.append(ShownSum(rank, one.lanes, one.span, one.is_last, shown))
+            repeated.answers.append(answers)
+    return repeated
+
+
 def _on_host(notes: Notes) -> Notes:
     leaves = [leaf._replace(values=leaf.values.cpu()) for leaf in notes.leaves]
     sums = [noted._replace(values=noted.values.cpu()) for noted in notes.sums]
     return Notes(leaves, sums)
 
 
-def _checksum_of(values: Tensor, start: int) -> int:
+def checksum_of(values: Tensor, start: int) -> int:
     """Returns a checksum from 0 to 2^64 - 1. Which NaN a sum is depends on the order of its two
     terms, which is free."""
     one_nan = values.masked_fill(values.isnan(), torch.nan)

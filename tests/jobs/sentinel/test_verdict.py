@@ -15,8 +15,8 @@ from jobs.sentinel.verdict import (
     most_common,
     named_later,
     of_copies,
+    of_repeated,
     of_self_tests,
-    of_sums,
     of_turns,
 )
 
@@ -130,7 +130,7 @@ def noted(
 
 def test_sums_that_all_add_up_alike_are_clean() -> None:
     sums = Repeated([noted(0, range(2)), noted(1, range(2, 4))], [[RIGHT] * 3, [RIGHT] * 3])
-    assert of_sums(sums).is_clean
+    assert of_repeated(What.SUM, sums).is_clean
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_sums_that_all_add_up_alike_are_clean() -> None:
 )
 def test_the_first_wrong_sum_is_to_blame(wrong: list[ShownSum], rank: int) -> None:
     shown = [replace(one, checksum=WRONG) for one in wrong]
-    verdict = of_sums(Repeated(shown, [[RIGHT] * 3 for _ in shown]))
+    verdict = of_repeated(What.SUM, Repeated(shown, [[RIGHT] * 3 for _ in shown]))
     [corruption] = verdict.corruptions
     assert (corruption.what, corruption.rank) == (What.SUM, rank)
     assert (corruption.shown, corruption.right, corruption.repeats) == (WRONG, RIGHT, False)
@@ -154,7 +154,7 @@ def test_the_first_wrong_sum_is_to_blame(wrong: list[ShownSum], rank: int) -> No
 def test_wrong_sums_at_different_places_have_different_culprits() -> None:
     first, second = noted(0, range(2), span=Span(0, 8)), noted(1, range(4), span=Span(8, 16))
     shown = [replace(first, checksum=WRONG), replace(second, checksum=WRONG)]
-    verdict = of_sums(Repeated(shown, [[RIGHT] * 3, [RIGHT] * 3]))
+    verdict = of_repeated(What.SUM, Repeated(shown, [[RIGHT] * 3, [RIGHT] * 3]))
     assert [corruption.rank for corruption in verdict.corruptions] == [0, 1]
 
 
@@ -170,12 +170,12 @@ def test_wrong_sums_at_different_places_have_different_culprits() -> None:
 def test_who_adds_up_wrong_once_more_repeats_it(
     checksum: int, answers: list[int], rank: int, *, repeats: bool
 ) -> None:
-    verdict = of_sums(Repeated([noted(1, range(2), checksum=checksum)], [answers]))
+    verdict = of_repeated(What.SUM, Repeated([noted(1, range(2), checksum=checksum)], [answers]))
     [corruption] = verdict.corruptions
     assert (corruption.rank, corruption.repeats) == (rank, repeats)
 
 
 def test_two_that_add_up_differently_cannot_be_told_apart() -> None:
-    verdict = of_sums(Repeated([noted(1, range(2))], [[RIGHT, WRONG]]))
+    verdict = of_repeated(What.SUM, Repeated([noted(1, range(2))], [[RIGHT, WRONG]]))
     assert not verdict.corruptions
     assert verdict.undecided == [Undecided(What.SUM, {0: RIGHT, 1: WRONG})]

@@ -114,6 +114,18 @@ def test_a_worker_that_adds_up_wrong_is_named_and_left_out(tmp_path: Path, failp
     assert final_hash(ledger) == clean_hash(tmp_path)
 
 
+@pytest.mark.parametrize("failpoint", ["weights:7:flip_nth", "vectors:7:flip_nth"])
+def test_a_wrong_update_of_what_one_worker_owns_sends_the_run_back(
+    tmp_path: Path, failpoint: str
+) -> None:
+    """Nobody else has a copy of it, and the other one is right: two can tell whose it was."""
+    _, ledger = faulty(tmp_path, Fault(rank=1, failpoint=failpoint), 2, shard="parameters")
+    [found] = ledger.events("corruption")
+    assert (found["node"], found["what"], found["measure"]) == (FAULTY, "update", "gone_back")
+    assert found["to_step"] < found["step"]
+    assert final_hash(ledger) == clean_hash(tmp_path)
+
+
 def test_a_worker_that_fails_its_self_test_trains_nothing(tmp_path: Path) -> None:
     fault = Fault(rank=2, failpoint="gradient:1:flip", from_the_start=True)
     _, ledger = faulty(tmp_path, fault, 3)
@@ -127,7 +139,8 @@ GRADIENTS = ("gradient:1:flip", "gradient:0.1:flip", "gradient:0.01:flip")
 COPIES = ("weights:7:flip_nth", "vectors:7:flip_nth")
 CELLS = [
     *itertools.product((2, 3, 4), ("none", "parameters"), (None,), GRADIENTS),
-    # A part of the state that one rank alone holds is compared with nothing
+    # A part of the state that one rank alone holds is updated again by all
+    *itertools.product((2, 3), ("optimizer", "parameters"), (None,), COPIES),
     *itertools.product((2, 3, 4), ("none",), (None,), COPIES),
     *itertools.product((4,), ("gradients", "parameters"), (2,), COPIES),
 ]
