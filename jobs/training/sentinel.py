@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, assert_never
+from typing import Any, NoReturn, assert_never
 
 from cluster.storage.uris import open_storage
 from jobs.exact.batch_gradient import BatchGradient
@@ -52,6 +52,7 @@ from jobs.sentinel.way_back import (
     way_back,
     way_back_before,
 )
+from jobs.training.kernels import tested_again
 from jobs.training.run_writer import RunWriter
 from jobs.workers.left_out_nodes import leave_out
 from jobs.workers.worker_group import WorkerGroup
@@ -133,6 +134,7 @@ class Sentinel:
         """Compares the gradients of the self-tests of workers with the same hardware, before they
         train; a self-test that failed has a problem in place of a checksum. Raises what `cleared`
         does, and `UserError` where the self-test fails on all."""
+        self._self_test = checksum
         checksums, problems = zip(*self._group.gather((checksum, problem)), strict=True)
         if not self._gradient.audits.every_steps or all(problems):
             if any(problems):
@@ -150,7 +152,7 @@ class Sentinel:
         again, self.update_again = self.update_again, None
         verdict = of_repeated(What.UPDATE, again) if again else CLEAN
         if verdict.undecided:
-            raise UserError(self._why_undecided(step, verdict.undecided[0]))
+            self._end_undecided(step, verdict.undecided[0])
         if verdict.corruptions:
             decision = self._decided(step, verdict.corruptions)
             if decision.measure is Measure.LEFT_OUT:
@@ -300,7 +302,7 @@ class Sentinel:
         gradients and sums, which differ again however often they are computed."""
         for at in undecided:
             if at.what in (What.GRADIENT, What.SUM):
-                raise UserError(self._why_undecided(step, at))
+                self._end_undecided(step, at)
         if self._writer is None:
             return
         lines = self._writer.outline().lines
@@ -334,13 +336,30 @@ class Sentinel:
                 node = at["nodes"][str(corruption.rank)]
                 self._writer.ledger.event("named", step=step, **_fields(corruption), node=node)
 
+    def _end_undecided(self, step: int, undecided: Undecided) -> NoReturn:
+        """Has the ranks take their self-tests again, of which they know the right answer: whoever
+        gives another one now is wrong. Raises `CorruptionError` where that tells some apart, and
+        `UserError` where all give the right one, or none does."""
+        is_right = tested_again(self._plan, self._state.device) == self._self_test
+        passes = self._group.gather(is_right)
+        shown = undecided.shown
+        right = [checksum for rank, checksum in shown.items() if passes[rank]]
+        wrong = [rank for rank in shown if not passes[rank]]
+        if not right or not wrong:
+            raise UserError(self._why_undecided(step, undecided))
+        corruptions: list[Corruption] = []
+        for rank in wrong:
+            at = Corruption(undecided.what, rank, shown[rank], right[0], repeats=True)
+            corruptions.append(at)
+        raise CorruptionError(self._decided(step, corruptions).reason)
+
     def _why_undecided(self, step: int, undecided: Undecided) -> str:
         names = " and ".join(f"rank {rank} on {self._nodes[rank]}" for rank in undecided.shown)
         when = f"at step {step}" if step else "in the self-test"
         return (
             f"{names} differ {when} in bits that must be the same. Each gives its own answer again, and nobody can "
-            "tell which is wrong: nothing of the step was applied. Give the run a third worker, which decides it, or "
-            "leave one of these nodes out; the same --run-id continues it"
+            "tell which is wrong, also not by their self-tests: nothing of the step was stored. Give the run a third "
+            "worker, which decides it, or leave one of these nodes out; the same --run-id continues it"
         )
 
 

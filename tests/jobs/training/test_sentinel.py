@@ -114,6 +114,29 @@ def test_a_worker_that_adds_up_wrong_is_named_and_left_out(tmp_path: Path, failp
     assert final_hash(ledger) == clean_hash(tmp_path)
 
 
+def test_of_two_that_repeat_their_answers_the_one_that_fails_its_self_test_is_left_out(
+    tmp_path: Path,
+) -> None:
+    _, ledger = faulty(tmp_path, Fault(rank=0, failpoint="gradient:1:stick"), 2)
+    [found] = ledger.events("corruption")
+    assert (found["node"], found["what"], found["measure"]) == (FAULTY, "gradient", "left_out")
+    assert found["repeats"]
+    assert [start["world_size"] for start in ledger.events("start")] == [2, 1]
+    assert final_hash(ledger) == clean_hash(tmp_path)
+
+
+def test_two_that_repeat_their_answers_and_pass_their_self_tests_stop_the_run(
+    tmp_path: Path,
+) -> None:
+    """A self-test has nothing to exchange, so it does not meet this fault."""
+    plan = plan_of(tmp_path)
+    fault = Fault(rank=0, failpoint="added_again:1:stick")
+    with pytest.raises(AssertionError, match="also not by their self-tests"):
+        run_with_fault(plan, tmp_path, fault, world_size=2)
+    assert not Ledger.read(plan.run).events("corruption")
+    assert not Ledger.read(plan.run).steps
+
+
 @pytest.mark.parametrize("failpoint", ["weights:7:flip_nth", "vectors:7:flip_nth"])
 def test_a_wrong_update_of_what_one_worker_owns_sends_the_run_back(
     tmp_path: Path, failpoint: str
