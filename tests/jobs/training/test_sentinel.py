@@ -83,7 +83,9 @@ def test_a_wrong_copy_of_the_weights_sends_the_run_back_and_is_named_by_the_step
     assert final_hash(ledger) == clean_hash(tmp_path)
 
 
-@pytest.mark.parametrize(("wrong_step", "is_named"), [(9, True), (8, False)])
+@pytest.mark.parametrize(
+    ("wrong_step", "is_named"), [(9, True), pytest.param(8, False, marks=pytest.mark.slow)]
+)
 def test_a_run_that_keeps_one_checkpoint_has_a_proven_one_to_go_back_to(
     tmp_path: Path, wrong_step: int, *, is_named: bool
 ) -> None:
@@ -104,7 +106,9 @@ def test_a_run_that_keeps_one_checkpoint_has_a_proven_one_to_go_back_to(
     assert final_hash(ledger) == clean_hash(tmp_path, num_steps=15)
 
 
-@pytest.mark.parametrize("failpoint", ["lane_sum:1:flip", "exchanged_sum:1:flip"])
+@pytest.mark.parametrize(
+    "failpoint", ["lane_sum:1:flip", pytest.param("exchanged_sum:1:flip", marks=pytest.mark.slow)]
+)
 def test_a_worker_that_adds_up_wrong_is_named_and_left_out(tmp_path: Path, failpoint: str) -> None:
     """The excerpt is the whole gradient of so small a model."""
     _, ledger = faulty(tmp_path, Fault(rank=1, failpoint=failpoint), 2)
@@ -137,7 +141,9 @@ def test_two_that_repeat_their_answers_and_pass_their_self_tests_stop_the_run(
     assert not Ledger.read(plan.run).steps
 
 
-@pytest.mark.parametrize("failpoint", ["weights:7:flip_nth", "vectors:7:flip_nth"])
+@pytest.mark.parametrize(
+    "failpoint", ["weights:7:flip_nth", pytest.param("vectors:7:flip_nth", marks=pytest.mark.slow)]
+)
 def test_a_wrong_update_of_what_one_worker_owns_sends_the_run_back(
     tmp_path: Path, failpoint: str
 ) -> None:
