@@ -136,15 +136,15 @@ def list_jobs(arguments: Arguments) -> Result:
 def status(arguments: Arguments) -> Result:
     run = _run(arguments)
     view = _view(arguments, run)
-    shown = describe(view) | _progress(run)
+    shown = describe(view) | _progress(run) | _left_out(run)
     if view.ended is not None and view.ended.result is not None:
         shown["result"] = view.ended.result
     return Result(shown, is_bad=view.state.is_bad)
 
 
 def _progress(run: Storage) -> dict[str, Any]:
-    """Returns figures of the newest step in the run's ledger. Raises `StorageError` where it is
-    damaged."""
+    """Returns figures of the newest step in the run's ledger, and to which step it is proven, if
+    that is audited. Raises `StorageError` where it is damaged."""
     entry = run.stat("ledger.jsonl")
     if entry is None:
         return {}
@@ -153,20 +153,29 @@ def _progress(run: Storage) -> dict[str, Any]:
     )[0]
     whole = content.split(b"\n")[entry.size > _TAIL_BYTES :]  # the first line may be cut
     try:
-        steps = [
-            line
-            for text in whole
-            if text and "step" in (line := json.loads(text)) and "event" not in line
-        ]
+        lines = [{**json.loads(text)} for text in whole if text]
     except (ValueError, TypeError):
         raise StorageError(
             f"{run.uri}/ledger.jsonl has a damaged line; `raymill report` says which"
         ) from None
-    return (
-        {name: steps[-1][name] for name in ("step", "tokens_seen", "loss", "world_size")}
-        if steps
-        else {}
-    )
+    steps = [line for line in lines if "step" in line and "event" not in line]
+    if not steps:
+        return {}
+
+    from jobs.sentinel.way_back import proven_to
+
+    proven = proven_to(lines)
+    figures = {name: steps[-1][name] for name in ("step", "tokens_seen", "loss", "world_size")}
+    return figures | ({} if proven is None else {"proven_to": proven})
+
+
+def _left_out(run: Storage) -> dict[str, Any]:
+    """Returns the nodes of the run's storage that get no training worker, if there are any."""
+    from jobs.workers.left_out_nodes import left_out
+
+    storage = open_storage(run.uri.rpartition("/runs/")[0])
+    nodes = sorted(str(place["node"]) for place in left_out(storage))
+    return {"nodes_left_out": nodes} if nodes else {}
 
 
 def logs(arguments: Arguments) -> Result:

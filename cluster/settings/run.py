@@ -337,6 +337,11 @@ def with_precision(config: RunConfig, precision: Precision) -> RunConfig:
 
 def require_computed(shape: Shape, train: TrainConfig) -> None:
     """Raises `ValueError` where the model cannot be computed as set."""
+    if train.lora_rank is not None and train.compute not in ("auto", "plain"):
+        raise ValueError(
+            f"train.compute={train.compute} is for whole models, and train.lora_rank asks for an adapter, whose layers "
+            "are PEFT's; leave it out, or set plain"
+        )
     if not isinstance(shape, ForeignConfig):
         return
     if train.compute == "cpu":

@@ -6,6 +6,7 @@ schedule says, each of one micro-batch or of a few in order; its loss is the mea
 tokens of all lanes.
 """
 
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
@@ -20,12 +21,16 @@ from torch.nn.parallel import DistributedDataParallel
 from cluster.settings.run import RunConfig, batch_schedule, way_to_compute
 from jobs.exact.compute import MicroBatch, autocast, choose_operations, micro_batch, num_counted
 from jobs.exact.dropout import dropout_seed, seed_dropout
+from jobs.exact.state.flat_layout import BLOCK
+from jobs.exact.state.span import Span
 from jobs.exact.state.train_state import TrainState
 from jobs.exact.sums.audit import Audit, Audits
 from jobs.exact.sums.batch_sum import BatchSum
 from jobs.exact.sums.checksum import TurnChecksum, checksums_of_state, from_halves, halves_of
+from jobs.exact.sums.excerpt import Excerpt
 from jobs.exact.sums.step_plan import StepPlan
 from jobs.exact.sums.step_totals import Measured, block_square_sums, norm_of
+from jobs.exact.sums.update_notes import UpdateNotes
 from jobs.run.step_timer import StepTimer
 from jobs.run.storage_retry import patiently
 from jobs.tokens.token_stream import TokenStream
@@ -131,20 +136,46 @@ class BatchGradient:
         plan = self._plan(step)
         audit = self.audit_of_step(step)
         own_checksum = TurnChecksum(self._state.layout, self._state.device) if audit else None
+        excerpt = self._excerpt(step, plan) if audit else None
         losses = self._sum.add_up(
             plan,
             lambda number: self._backward(self._loss, step, number, timer, scale=1.0),
             timer,
             checked_turn=audit.turns[self._group.rank] if audit else None,
             checksum=own_checksum,
+            excerpt=excerpt,
         )
         self._keep_in_step(step, timer)
         checksums: list[Tensor] = []
+        began = timer.moment()
         if audit and own_checksum:
             other = self._checksum_of(step, self._other_turn(step, audit), timer)
             checksums = [own_checksum.total, other, *checksums_of_state(self._state)]
+        ended = timer.moment()
         with timer.phase("sync"):
-            return self._sum.finish(step, plan, losses=losses, checksums=checksums)
+            measured = self._sum.finish(step, plan, losses=losses, checksums=checksums)
+        if excerpt is None:
+            return measured
+        audit_s = timer.between_s(began, ended) or 0.0
+        begin_s = time.perf_counter()
+        with timer.phase("sync"):
+            sums = excerpt.repeated(self._group)
+        audit_s += time.perf_counter() - begin_s
+        return measured._replace(sums=sums, audit_s=audit_s)
+
+    def _excerpt(self, step: int, plan: StepPlan) -> Excerpt:
+        return Excerpt(self._excerpted(step, plan), plan, self._state)
+
+    def _excerpted(self, step: int, plan: StepPlan) -> Span:
+        num_blocks = self._state.layout.size // BLOCK
+        return self.audits.excerpt(step, plan, num_blocks=num_blocks)
+
+    def notes_of_update(self, step: int) -> UpdateNotes | None:
+        """Returns notes of the state before the update of a step, if others are to make that
+        again."""
+        if self.audit_of_step(step) is None or not self._state.sharding.is_sole_copy:
+            return None
+        return UpdateNotes(self._excerpted(step, self._plan(step)), self._state)
 
     def _keep_in_step(self, step: int, timer: StepTimer) -> None:
         """Computes as often as the rank that has most to compute, where ranks of whole states

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from cluster.storage.uris import Storage, join_uri
+from jobs.report.audits import audit_rows, findings
 from jobs.report.figures import draw, pictures
 from jobs.report.page import cells, document, grid, pairs, picture, table
 from jobs.report.why_slow import why_slow
@@ -27,7 +28,7 @@ def make_report(run: Storage, *, price: float | None = None) -> dict[str, Any]:
         run.write_bytes(f"report/{name}.png", image)
         figures += picture(drawn.description, image)
         uris[name] = join_uri(run.uri, f"report/{name}.png")
-    samples, drops = _samples(ledger), _drops(run, ledger)
+    samples, drops, audits = _samples(ledger), _drops(run, ledger), _audits(ledger)
     title = f"Run {run.uri.rpartition('/')[2]}"
     body = f"""<h1>{escape(title)}</h1>
 <p>{escape(why_slow(ledger)["verdict"])}</p>
@@ -35,6 +36,7 @@ def make_report(run: Storage, *, price: float | None = None) -> dict[str, Any]:
 <h2>Curves</h2>
 {figures}{f"<h2>Samples</h2>{samples}" if samples else ""}
 {f"<h2>Documents</h2>{drops}" if drops else ""}
+{f"<h2>Audits</h2>{audits}" if audits else ""}
 <h2>Events</h2>
 {_events(ledger)}
 <details><summary>Settings</summary>{pairs(flattened(config.model_dump(mode="json")))}</details>
@@ -49,6 +51,16 @@ def _events(ledger: Ledger) -> str:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line["time"]))
         rows.append(cells([at, str(line.get("step", "")), name, text]))
     return table("Events of the run", ("Time (UTC)", "Step", "Event", "What it says"), rows)
+
+
+def _audits(ledger: Ledger) -> str:
+    """Returns what audits cost and found; nothing where there were none."""
+    rows = audit_rows(ledger)
+    if not rows:
+        return ""
+    told = [cells(finding.cells) for finding in findings(ledger)]
+    heads = ("Step", "Verdict", "Who", "What", "Time lost")
+    return pairs(rows) + (table("Verdicts", heads, told) if told else "")
 
 
 def _samples(ledger: Ledger) -> str:

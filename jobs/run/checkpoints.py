@@ -52,13 +52,15 @@ def superseded(
     verified: Collection[str],
     pinned: Collection[str] = (),
     val_losses: Mapping[str, float] | None = None,
+    proven_to: int | None = None,
 ) -> list[str]:
     """Returns the checkpoints to delete, oldest first; none before two were verified.
 
     Kept are the newest `keep.num_to_keep`, the `keep.keep_best` of the lowest validation loss, each
     `keep.keep_every_steps`-th step, that of step 0 with which a warm start begins, the pinned ones,
-    and the two newest verified ones. The `incomplete` remains of a crash are deleted once they are
-    older than those two.
+    the two newest verified ones, and the newest one that is proven: the run goes back there where a
+    worker is found wrong. The `incomplete` remains of a crash are deleted once they are older than
+    the two verified ones.
     """
     names = sorted(complete)
     trusted = [name for name in names if name in verified][-_MIN_VERIFIED:]
@@ -67,7 +69,8 @@ def superseded(
     losses = {name: loss for name, loss in (val_losses or {}).items() if name in names}
     best = sorted(losses, key=lambda name: (losses[name], name))[: keep.keep_best]
     begun_from = {name for name in names if step_of(name) == 0}
-    kept = {*names[-keep.num_to_keep :], *trusted, *best, *pinned, *begun_from}
+    proven = [name for name in names if proven_to is not None and step_of(name) <= proven_to]
+    kept = {*names[-keep.num_to_keep :], *trusted, *best, *pinned, *begun_from, *proven[-1:]}
     if keep.keep_every_steps:
         kept |= {name for name in names if step_of(name) % keep.keep_every_steps == 0}
     garbage = {name for name in incomplete if name < trusted[0] and name not in pinned}

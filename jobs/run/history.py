@@ -240,7 +240,9 @@ def _described(line: Line) -> str:
                 words.append(f"{name} {_figures(figures)}")
             return "; ".join(words)
         case "checkpoint":
-            return f"{line['checkpoint']}, parameter hash {line['parameter_hash'][:12]}…, {line['seconds']:.2f} s"
+            saved = f"{line['checkpoint']}, parameter hash {line['parameter_hash'][:12]}…, {line['seconds']:.2f} s"
+            proven = line.get("proven_to")
+            return saved if proven is None else f"{saved}; the run is proven to step {proven:,}"
     fields = {name: line[name] for name in line if name not in ("event", "time", "step")}
     return ", ".join(f"{name} {value}" for name, value in fields.items())
 

@@ -75,6 +75,14 @@ class StepTimer:
         self._switch()
         self._names.pop()
 
+    def moment(self) -> Any:
+        """Marks a moment on the timer's clock."""
+        return self._clock.mark()
+
+    def between_s(self, start: Any, end: Any) -> float | None:
+        """Returns the seconds between two moments, None where a GPU has not come to them yet."""
+        return self._clock.elapsed_s(start, end)
+
     def take(self) -> StepTime:
         """Returns the time since the last call."""
         self._switch()

@@ -36,6 +36,8 @@ class Publisher:
         self.checkpoints, self.ledger = checkpoints, ledger
         self.verified: set[str] = set()
         """Names of checkpoints that were read or written whole."""
+        self.proven_to: int | None = None
+        """The step up to which the run is proven so far; None where nothing is audited."""
         self._keep, self._pinned, self._val_losses = keep, pinned, val_losses
 
     def refuse(self, step: int, reason: str) -> None:
@@ -84,7 +86,7 @@ class Publisher:
             self._val_losses[name] = metadata.val_loss
         self.ledger.event(
             "checkpoint",
-            **checkpoint_fields(self.checkpoints.uri(name), metadata),
+            **checkpoint_fields(self.checkpoints.uri(name), metadata, proven_to=self.proven_to),
             seconds=round(time.monotonic() - taken_at_s, 6),
             exposed_seconds=round(exposed_s, 6),
         )
@@ -96,11 +98,14 @@ class Publisher:
             verified=self.verified,
             pinned=self._pinned(),
             val_losses=self._val_losses,
+            proven_to=self.proven_to,
         )
         self.checkpoints.delete(gone)
 
 
-def checkpoint_fields(uri: str, metadata: Metadata) -> dict[str, Any]:
+def checkpoint_fields(
+    uri: str, metadata: Metadata, *, proven_to: int | None = None
+) -> dict[str, Any]:
     """Returns what the ledger records of a published checkpoint."""
     return {
         "step": metadata.step,
@@ -108,4 +113,5 @@ def checkpoint_fields(uri: str, metadata: Metadata) -> dict[str, Any]:
         "parameter_hash": metadata.parameter_hash,
         "generation": metadata.generation,
         "val_loss": metadata.val_loss,
+        "proven_to": None if proven_to is None else min(proven_to, metadata.step),
     }

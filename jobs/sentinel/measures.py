@@ -66,6 +66,6 @@ def _measure_of(
             return Measure.LEFT_OUT
     if corruption.repeats:
         return Measure.LEFT_OUT
-    if corruption.what in (What.WEIGHTS, What.VECTORS):
+    if corruption.what in (What.WEIGHTS, What.VECTORS, What.UPDATE):
         return Measure.GONE_BACK
     return Measure.TAKEN_AGAIN

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from jobs.exact.sums.audit import Audit, Shown
+from jobs.exact.sums.excerpt import Repeated, ShownSum
 
 
 class What(StrEnum):
     """What is wrong."""
 
     GRADIENT = "gradient"  # of a lane, or of a micro-batch where the gradient is sharded
+    SUM = "sum"  # of the gradients of some lanes
+    UPDATE = "update"  # of values that one rank alone owns
     WEIGHTS = "weights"  # a rank's copy of them
     VECTORS = "vectors"  # its copy of what the update rule keeps, as AdamW's moments
     SELF_TEST = "self_test"  # the gradient of the tiny step before a worker trains
@@ -88,13 +91,15 @@ def of_state(shown: Sequence[Shown], what: What) -> list[int]:
 
 def named_later(what: What, earlier: Mapping[int, int], shown: Sequence[Shown]) -> list[Corruption]:
     """Returns who was wrong where ranks had shown different checksums of a part of the state, once
-    the steps that lead to it were taken again."""
+    the steps that lead to it were taken again. Nobody is named where all were wrong: a wrong copy
+    has wrong gradients, which reach all others in the next step, and it does not show whose was
+    wrong first."""
     now = of_state(shown, what)
     corruptions: list[Corruption] = []
     for rank, checksum in earlier.items():
         if rank < len(now) and checksum != now[rank]:
             corruptions.append(Corruption(what, rank, checksum, now[rank]))
-    return corruptions
+    return corruptions if len(corruptions) < len(earlier) else []
 
 
 def _differing(what: What, by_rank: Mapping[int, int], right: int) -> list[Corruption]:
@@ -141,6 +146,38 @@ def of_turns(
                 Corruption(What.GRADIENT, rank, answer, right, repeats=repeats, turn=turn)
             )
     return Verdict(corruptions, undecided)
+
+
+def of_repeated(what: What, repeated: Repeated) -> Verdict:
+    """Returns the verdict about sums or updates that ranks noted: what most find when all make the
+    same again is right. A wrong sum makes those wrong that others make of it, who are not to
+    blame."""
+    undecided: list[Undecided] = []
+    wrong: list[tuple[ShownSum, Corruption]] = []
+    for noted, answers in zip(repeated.shown, repeated.answers, strict=True):
+        right = most_common(answers)
+        if right is None:
+            undecided.append(Undecided(what, dict(enumerate(answers))))
+            continue
+        given = [*enumerate(answers), (noted.rank, noted.checksum)]
+        for rank, answer in sorted({at for at in given if at[1] != right}):
+            is_noted = (rank, answer) == (noted.rank, noted.checksum)
+            repeats = is_noted and answers[rank] != right
+            wrong.append((noted, Corruption(what, rank, answer, right, repeats)))
+    by_rank: dict[int, Corruption] = {}
+    for noted, corruption in wrong:
+        is_made_of_wrong = any(_leads_to(before, noted) for before, _ in wrong)
+        if not is_made_of_wrong and (corruption.repeats or corruption.rank not in by_rank):
+            by_rank[corruption.rank] = corruption
+    return Verdict([*by_rank.values()], undecided[:1])
+
+
+def _leads_to(before: ShownSum, after: ShownSum) -> bool:
+    """Reports whether one sum is made of the other one."""
+    is_within = before.lanes.start >= after.lanes.start and before.lanes.stop <= after.lanes.stop
+    order_before = (len(before.lanes), before.is_last)
+    is_before = order_before < (len(after.lanes), after.is_last)
+    return is_within and is_before and before.span.meets(after.span)
 
 
 def of_self_tests(checksums: Sequence[str], kinds: Sequence[object]) -> Verdict:

@@ -69,6 +69,45 @@ def void(lines: Iterable[Line]) -> list[Void]:
     return ways_back
 
 
+def proven_to(lines: Iterable[Line]) -> int | None:
+    """Returns the step up to which the ledger says that the run is proven, None where it says
+    nothing of that.
+
+    An audited step that stands has found what all ranks held before it the same. So have steps that
+    were taken again and led to the weights of a checkpoint. What the run went back behind is proven
+    no longer, nor is what an attempt takes again.
+    """
+    known = [*lines]
+    ways_back = void(known)
+    proven: int | None = None
+    for line in known:
+        match line.get("event"):
+            case None if "audit_seconds" in line:
+                proven = max(proven or 0, line["step"] - 1)
+            case "proven":
+                proven = max(proven or 0, line["step"])
+            case "checkpoint" if line.get("proven_to") is not None:
+                if not any(way.covers(line["step"], line["generation"]) for way in ways_back):
+                    proven = max(proven or 0, line["proven_to"])
+            case _:
+                last = _last_that_stands(line)
+                if proven is not None and last is not None:
+                    proven = min(proven, last)
+    return proven
+
+
+def _last_that_stands(line: Line) -> int | None:
+    """Returns the last step that an event leaves as it was, None where it changes none."""
+    match line.get("event"):
+        case "start":
+            return int(line["step"])
+        case "rollback":
+            return int(line["first"]) - 1
+        case event if event in _WAYS_BACK:
+            return None if line["to_step"] is None else int(line["to_step"])
+    return None
+
+
 def checkpoints_of(lines: Sequence[Line], kept_steps: Iterable[int]) -> list[Proof]:
     """Returns the step and the hash of each stored checkpoint that is not void, oldest first, but
     that of step 0. `kept_steps` are those of the checkpoints that still exist."""

@@ -81,11 +81,16 @@ class Attempt:
             self.guard, config, step=step, loss=measured.loss, grad_norm=measured.norm
         )
         if decision.verdict is Verdict.APPLY:
+            figures = {"norm": measured.norm, "learning_rate": self.rate(step)}
+            notes = self.gradient.notes_of_update(step)
             with timer.phase("update"), self.record.layers.around_update(step):
-                self.state.apply(norm=measured.norm, learning_rate=self.rate(step), timer=timer)
+                self.state.apply(**figures, timer=timer)
             corrupt("weights", self.state.values)
             for vector in self.state.vectors.values():
                 corrupt("vectors", vector)
+            if notes:
+                with timer.phase("sync"):
+                    self.sentinel.update_again = notes.repeated(self.group, **figures)
             if self.state.sharding.sends_values:
                 self.group.prove(step, self.state.device)
         if not saves(config, step):

@@ -44,6 +44,11 @@ def prepared(plan: RunPlan, group: WorkerGroup, device: torch.device, kind: Hard
     return _tested(hashlib.sha256(kernels).hexdigest(), test)
 
 
+def tested_again(plan: RunPlan, device: torch.device) -> str:
+    """Returns what `prepared` does of the self-test, taken once more by a worker that trains."""
+    return _tested(None, partial(self_test, plan.config, device)).self_test
+
+
 def _tested(kernels: str | None, test: Callable[[], str]) -> Prepared:
     try:
         return Prepared(kernels, test())

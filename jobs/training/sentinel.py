@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, assert_never
+from typing import Any, NoReturn, assert_never
 
 from cluster.storage.uris import open_storage
 from jobs.exact.batch_gradient import BatchGradient
@@ -17,6 +17,7 @@ from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.train_state import TrainState
 from jobs.exact.stored_state import hash_of_weights
 from jobs.exact.sums.audit import Shown, holders_of
+from jobs.exact.sums.excerpt import Repeated
 from jobs.exact.sums.step_totals import Measured
 from jobs.run.ledger import Line
 from jobs.run.run_plan import RunPlan
@@ -37,6 +38,7 @@ from jobs.sentinel.verdict import (
     disputed_turns,
     named_later,
     of_copies,
+    of_repeated,
     of_self_tests,
     of_turns,
 )
@@ -45,10 +47,12 @@ from jobs.sentinel.way_back import (
     WayBack,
     audits_of_node,
     checkpoints_of,
+    proven_to,
     steps_to_compare,
     way_back,
     way_back_before,
 )
+from jobs.training.kernels import tested_again
 from jobs.training.run_writer import RunWriter
 from jobs.workers.left_out_nodes import leave_out
 from jobs.workers.worker_group import WorkerGroup
@@ -94,6 +98,11 @@ class Sentinel:
         # The step before which all copies of the state were the same
         self._last_alike = attempt.first_step
         self._owed = attempt.owed
+        self.update_again: Repeated | None = None
+        """What ranks found when they made the update of this step again."""
+        if writer and gradient.audits.every_steps:
+            known = proven_to(writer.outline().lines) or 0
+            writer.publisher.proven_to = min(known, attempt.first_step - 1)
 
     def cleared(self, step: int, measured: Measured, timer: StepTimer) -> Measured | None:
         """Returns the figures of a step in which nothing is in dispute any more, and None where the
@@ -103,6 +112,7 @@ class Sentinel:
             verdict = self._verdict(step, measured, timer)
             if verdict.is_clean:
                 self._last_alike = step
+                self._prove(step - 1)
                 self._name_later(step, measured.shown)
                 return measured
             if verdict.undecided:
@@ -124,6 +134,7 @@ class Sentinel:
         """Compares the gradients of the self-tests of workers with the same hardware, before they
         train; a self-test that failed has a problem in place of a checksum. Raises what `cleared`
         does, and `UserError` where the self-test fails on all."""
+        self._self_test = checksum
         checksums, problems = zip(*self._group.gather((checksum, problem)), strict=True)
         if not self._gradient.audits.every_steps or all(problems):
             if any(problems):
@@ -135,7 +146,21 @@ class Sentinel:
         if verdict.corruptions:
             raise CorruptionError(self._decided(0, verdict.corruptions).reason)
 
-    def is_refuted(self, step: int) -> bool:
+    def goes_back_after(self, step: int) -> bool:
+        """Returns whether the run must go back though a step is taken: an update was wrong, or the
+        step refutes what was stored. Raises what `cleared` does."""
+        again, self.update_again = self.update_again, None
+        verdict = of_repeated(What.UPDATE, again) if again else CLEAN
+        if verdict.undecided:
+            self._end_undecided(step, verdict.undecided[0])
+        if verdict.corruptions:
+            decision = self._decided(step, verdict.corruptions)
+            if decision.measure is Measure.LEFT_OUT:
+                raise CorruptionError(decision.reason)
+            return True
+        return self._is_refuted(step)
+
+    def _is_refuted(self, step: int) -> bool:
         """Proves a step, where the run owes that. Returns whether the run must go back further,
         since these weights are others than those that were stored."""
         owed = self._owed
@@ -156,10 +181,20 @@ class Sentinel:
         assert audit is not None, "it has shown checksums"
         disputed = disputed_turns(audit, measured.shown)
         if not disputed:
-            return CLEAN
+            return of_repeated(What.SUM, measured.sums) if measured.sums else CLEAN
         turns = [(turn.rank, turn.number) for turn in disputed]
         answers = self._gradient.answers(step, turns, timer)
         return of_turns(audit, measured.shown, disputed, answers)
+
+    def _prove(self, step: int) -> None:
+        """Has the run's checkpoints be proven up to a step, also where that is an earlier one."""
+        if self._writer:
+            self._writer.publisher.proven_to = step
+
+    def _go_back_to(self, way: WayBack) -> None:
+        assert self._writer is not None
+        proven = self._writer.publisher.proven_to
+        self._prove(min(proven or 0, way.to_step))
 
     @property
     def _nodes(self) -> list[str]:
@@ -177,6 +212,8 @@ class Sentinel:
         known: dict[str, Any] = {"nodes": self._nodes, "earlier": lines, "now_s": time.time()}
         chosen = measure(corruptions, **known)
         way = self._way_back(step, chosen, corruptions, lines)
+        if way:
+            self._go_back_to(way)
         for corruption in corruptions:
             self._writer.ledger.event(
                 "corruption",
@@ -240,6 +277,7 @@ class Sentinel:
         tell = self._writer.ledger.event
         if found == proof.parameter_hash:
             tell("proven", **asdict(proof), attempt=self._number)
+            self._prove(proof.step)
             return False
         way: WayBack | None = None
         if owed.to_step > 0:
@@ -247,6 +285,7 @@ class Sentinel:
             checkpoints = checkpoints_of(lines, self._writer.kept_steps())
             earlier = [at for at in checkpoints if at.step <= owed.to_step]
             way = way_back(earlier, least_steps=owed.least_steps)
+            self._go_back_to(way)
         tell(
             "refuted",
             **asdict(proof),
@@ -260,15 +299,16 @@ class Sentinel:
     def _go_back_undecided(self, step: int, undecided: Sequence[Undecided]) -> None:
         """Has the ledger say that ranks hold different copies, and to which state from before the
         run goes back: the same steps, taken again, tell who was wrong. Raises `UserError` for
-        gradients, which differ again however often they are computed."""
+        gradients and sums, which differ again however often they are computed."""
         for at in undecided:
-            if at.what is What.GRADIENT:
-                raise UserError(self._why_undecided(step, at))
+            if at.what in (What.GRADIENT, What.SUM):
+                self._end_undecided(step, at)
         if self._writer is None:
             return
         lines = self._writer.outline().lines
         checkpoints = checkpoints_of(lines, self._writer.kept_steps())
         way = way_back_before(checkpoints, audited_step=self._last_alike)
+        self._go_back_to(way)
         for at in undecided:
             self._writer.ledger.event(
                 "undecided",
@@ -296,13 +336,30 @@ class Sentinel:
                 node = at["nodes"][str(corruption.rank)]
                 self._writer.ledger.event("named", step=step, **_fields(corruption), node=node)
 
+    def _end_undecided(self, step: int, undecided: Undecided) -> NoReturn:
+        """Has the ranks take their self-tests again, of which they know the right answer: whoever
+        gives another one now is wrong. Raises `CorruptionError` where that tells some apart, and
+        `UserError` where all give the right one, or none does."""
+        is_right = tested_again(self._plan, self._state.device) == self._self_test
+        passes = self._group.gather(is_right)
+        shown = undecided.shown
+        right = [checksum for rank, checksum in shown.items() if passes[rank]]
+        wrong = [rank for rank in shown if not passes[rank]]
+        if not right or not wrong:
+            raise UserError(self._why_undecided(step, undecided))
+        corruptions: list[Corruption] = []
+        for rank in wrong:
+            at = Corruption(undecided.what, rank, shown[rank], right[0], repeats=True)
+            corruptions.append(at)
+        raise CorruptionError(self._decided(step, corruptions).reason)
+
     def _why_undecided(self, step: int, undecided: Undecided) -> str:
         names = " and ".join(f"rank {rank} on {self._nodes[rank]}" for rank in undecided.shown)
         when = f"at step {step}" if step else "in the self-test"
         return (
             f"{names} differ {when} in bits that must be the same. Each gives its own answer again, and nobody can "
-            "tell which is wrong: nothing of the step was applied. Give the run a third worker, which decides it, or "
-            "leave one of these nodes out; the same --run-id continues it"
+            "tell which is wrong, also not by their self-tests: nothing of the step was stored. Give the run a third "
+            "worker, which decides it, or leave one of these nodes out; the same --run-id continues it"
         )
 
 

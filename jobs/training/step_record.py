@@ -9,6 +9,7 @@ import torch
 from cluster.settings.run import batch_schedule, seq_len
 from jobs.exact.state.train_state import TrainState
 from jobs.exact.stored_state import hash_of_weights
+from jobs.exact.sums.step_totals import Measured
 from jobs.run.run_plan import RunPlan
 from jobs.run.step_timer import CudaClock, StepTimer
 from jobs.training.layer_statistics import LayerStatistics
@@ -47,9 +48,7 @@ class StepRecord:
             state, group, self.timer, every_steps=train.layer_statistics_every_steps
         )
 
-    def write(
-        self, step: int, *, loss: float, lr: float, grad_norm: float, skipped: str = ""
-    ) -> None:
+    def write(self, step: int, measured: Measured, *, lr: float, skipped: str = "") -> None:
         """Writes the line of a completed step, which covers the time since the line before.
 
         A step whose update was not applied, for the reason `skipped`, gets an event instead.
@@ -61,6 +60,8 @@ class StepRecord:
                 fields["parameter_hash"] = (
                     hash_of_weights(self._state, self._group, step=step) or None
                 )
+        if measured.audit_s is not None:
+            fields["audit_seconds"] = round(measured.audit_s, 6)
         took = self.timer.take()
         self._phases.add(took)
         schedule, batch = self._schedule, self._schedule.samples(step)
@@ -80,8 +81,8 @@ class StepRecord:
             "tokens_seen": schedule.tokens_seen(step),
             "samples": samples,
             "lr": lr,
-            "loss": loss,
-            "grad_norm": grad_norm,
+            "loss": measured.loss,
+            "grad_norm": measured.norm,
             "world_size": self._group.world_size,
             "attempt": self._attempt,
             "seconds": {name: round(value, 6) for name, value in took.seconds.items()},

@@ -80,7 +80,7 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
         if decision.verdict in (Verdict.ROLL_BACK, Verdict.STOP):
             return attempt.leave(step, decision)
         attempt.guard = decision.state
-        if attempt.sentinel.is_refuted(step):
+        if attempt.sentinel.goes_back_after(step):
             return attempt.go_back()
 
         validation: dict[str, Any] = {}
@@ -91,9 +91,7 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
                     step, moves=partial(pulse.at, Place.VALIDATION)
                 )
         rate = attempt.rate(step)
-        attempt.record.write(
-            step, loss=measured.loss, lr=rate, grad_norm=measured.norm, skipped=decision.reason
-        )
+        attempt.record.write(step, measured, lr=rate, skipped=decision.reason)
         if step != last_step:  # a run is not done before its last checkpoint is
             with timer.phase("snapshot"):
                 attempt.keep(step, validation)

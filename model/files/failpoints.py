@@ -2,7 +2,8 @@
 
 The NTH time the process passes the place, it dies as if by SIGKILL, sleeps forever, or gets an
 `OSError`. RAYMILL_FAILPOINT=NAME:SHARE:flip makes a share of what the place computes wrong in one
-bit, as a device does that corrupts silently; with flip_nth only the NTH is.
+bit, as a device does that corrupts silently; with flip_nth only the NTH is. With stick it is the
+same bit of the same value each time, so that the same mistake is repeated.
 """
 
 import os
@@ -12,7 +13,8 @@ import time
 
 VARIABLE = "RAYMILL_FAILPOINT"
 
-_FLIPS = ("flip", "flip_nth")
+_STICKS = "stick"
+_FLIPS = ("flip", "flip_nth", _STICKS)
 
 _counting = threading.Lock()
 _passed: dict[str, int] = {}
@@ -35,7 +37,7 @@ def failpoint(name: str) -> None:
             raise OSError(f"failpoint {name}")
         case _:
             raise ValueError(
-                f"{VARIABLE} ends in {action!r}, expected exit, sleep, raise, flip or flip_nth"
+                f"{VARIABLE} ends in {action!r}, expected exit, sleep, raise, flip, flip_nth or stick"
             )
 
 
@@ -47,7 +49,13 @@ def flips(name: str) -> bool:
     _, when, action = armed.split(":")
     if action == "flip_nth":
         return _is_nth(armed, int(when))
-    return action == "flip" and random.SystemRandom().random() < float(when)
+    return action in _FLIPS and random.SystemRandom().random() < float(when)
+
+
+def sticks(name: str) -> bool:
+    """Reports whether what the place computes is wrong in the same bit each time."""
+    armed = os.environ.get(VARIABLE, "")
+    return armed.startswith(f"{name}:") and armed.endswith(f":{_STICKS}")
 
 
 def _is_nth(armed: str, nth: int) -> bool:

@@ -62,7 +62,7 @@ def seconds_of_step(attempt: Attempt, step: int) -> tuple[float, float]:
     measured = attempt.gradient.of_step(step, timer)
     with timer.phase("update"), attempt.record.layers.around_update(step):
         attempt.state.apply(norm=measured.norm, learning_rate=1e-4)
-    attempt.record.write(step, loss=measured.loss, lr=1e-4, grad_norm=measured.norm)
+    attempt.record.write(step, measured, lr=1e-4)
     attempt.record.compare_ranks(step)
     return time.perf_counter() - wall, time.thread_time() - cpu
 

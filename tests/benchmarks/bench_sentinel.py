@@ -1,12 +1,14 @@
 """The cost of audits: the same steps with an audit in each and with none, taking turns in one
-process.
+process, or with several workers in one run that audits every second step.
 
-    python -m tests.benchmarks.bench_sentinel [tiny|small-10m]
+    python -m tests.benchmarks.bench_sentinel [tiny|small-10m] [--workers 2]
 
 Prints one JSON object for each model. `by_default` is the share of the time that audits take at the
-interval that a run chooses by itself.
+interval that a run chooses by itself. Of several workers the processor time is told, of all their
+threads together: on a busy machine they wait for each other.
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -16,17 +18,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from jobs.run.run_plan import RunPlan
 from jobs.training.attempt import Attempt
 from jobs.training.open_attempt import open_attempt
 from jobs.workers.worker_group import WorkerGroup
 from tests.jobs.runs import tiny_plan
+from tests.jobs.worker_processes import exit_code, into_log, worker_process
 
 NUM_STEPS = {"tiny": 200, "small-10m": 40}
 SIDES = {"with": 1, "without": 0, "by default": None}
 NUM_LANES = 8
 
 
-def attempt_of(side: str, preset: str, folder: Path) -> Attempt:
+def plan_of(preset: str, folder: Path, *, every_steps: int | None, workers: int = 1) -> RunPlan:
     seq_len = 32 if preset == "tiny" else 128
     train = {
         "sample_prompts": [],
@@ -34,11 +41,20 @@ def attempt_of(side: str, preset: str, folder: Path) -> Attempt:
         "micro_batch_size": 2,
         "global_batch_size": 2 * NUM_LANES,
         "max_tokens": 10_000 * 2 * NUM_LANES * seq_len,
-        "audit_every_steps": SIDES[side],
+        "audit_every_steps": every_steps,
     }
     model = {"preset": preset, "n_positions": seq_len, "vocab_size": 300}
-    plan = tiny_plan(str(folder / side), tokens_in=str(folder), train=train, model=model)
-    attempt = open_attempt(plan, WorkerGroup(0, 1), ExitStack(), signals=lambda: None)
+    return tiny_plan(
+        str(folder / str(every_steps)),
+        tokens_in=str(folder),
+        train=train,
+        model=model,
+        scaling={"max_workers": workers},
+    )
+
+
+def opened(plan: RunPlan, group: WorkerGroup) -> Attempt:
+    attempt = open_attempt(plan, group, ExitStack(), signals=lambda: None)
     assert isinstance(attempt, Attempt)
     return attempt
 
@@ -54,7 +70,10 @@ def seconds_of_step(attempt: Attempt, step: int) -> tuple[float, float]:
 
 def measure(preset: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="raymill-bench-") as folder:
-        attempts = {side: attempt_of(side, preset, Path(folder)) for side in SIDES}
+        attempts: dict[str, Attempt] = {}
+        for side, every in SIDES.items():
+            plan = plan_of(preset, Path(folder), every_steps=every)
+            attempts[side] = opened(plan, WorkerGroup(0, 1))
         every_steps = attempts.pop("by default").gradient.audits.every_steps
         spent: dict[str, list[tuple[float, float]]] = {side: [] for side in attempts}
         for step in range(1, NUM_STEPS[preset] + 1):
@@ -73,6 +92,74 @@ def measure(preset: str) -> dict[str, Any]:
     return figures
 
 
+def take_steps(
+    plan: RunPlan, rank: int, workers: int, num_steps: int, folder: Path, log: Path
+) -> None:
+    """One of several workers: writes the processor seconds of each of its steps."""
+    into_log(log)
+    torch.set_num_threads(1)
+    meeting = f"file://{folder / 'meeting'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=workers)
+    attempt = opened(plan, WorkerGroup(rank, workers))
+    spent: list[float] = []
+    for step in range(1, num_steps + 1):
+        begun = time.process_time()
+        measured = attempt.measure(step)
+        assert measured is not None
+        attempt.state.apply(norm=measured.norm, learning_rate=1e-4)
+        spent.append(time.process_time() - begun)
+    (folder / f"{rank}.json").write_text(json.dumps(spent))
+    attempt.group.gather("done")
+    dist.destroy_process_group()
+
+
+def measure_workers(preset: str, workers: int) -> dict[str, Any]:
+    """Audits every second step: an audited step beside the mean of the two around it."""
+    num_steps = NUM_STEPS[preset] | 1
+    with tempfile.TemporaryDirectory(prefix="raymill-bench-") as name:
+        folder = Path(name)
+        plan = plan_of(preset, folder, every_steps=2, workers=workers)
+        processes = []
+        for rank in range(workers):
+            log = folder / f"{rank}.log"
+            processes.append(
+                worker_process(take_steps, plan, rank, workers, num_steps, folder, log)
+            )
+        for process in processes:
+            process.start()
+        codes = {exit_code(process, timeout_s=900) for process in processes}
+        assert codes == {0}, (folder / "0.log").read_text()
+        of_ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(workers)]
+    step_s = [sum(spent) for spent in zip(*of_ranks, strict=True)]
+    extra_s: list[float] = []
+    usual_s: list[float] = []
+    for place in range(3, num_steps - 1, 2):  # the first ones warm up
+        around_s = (step_s[place - 1] + step_s[place + 1]) / 2
+        usual_s.append(around_s)
+        extra_s.append(step_s[place] - around_s)
+    share = statistics.median(extra_s) / statistics.median(usual_s)
+    every_steps = -(-2 * workers * 100 // NUM_LANES)  # as `audit.steps_between`
+    return {
+        "preset": preset,
+        "lanes": NUM_LANES,
+        "workers": workers,
+        "every_steps": every_steps,
+        "cpu_step_ms": round(1000 * statistics.median(usual_s), 3),
+        "cpu_of_an_audit": round(share, 4),
+        "cpu_by_default": round(share / every_steps, 5),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("presets", nargs="*", default=[*NUM_STEPS])
+    parser.add_argument("--workers", type=int, default=1)
+    arguments = parser.parse_args()
+    for preset in arguments.presets:
+        workers = arguments.workers
+        figures = measure(preset) if workers == 1 else measure_workers(preset, workers)
+        sys.stdout.write(json.dumps(figures) + "\n")
+
+
 if __name__ == "__main__":
-    for preset in sys.argv[1:] or NUM_STEPS:
-        sys.stdout.write(json.dumps(measure(preset)) + "\n")
+    main()

@@ -10,7 +10,7 @@ These parts are packed for the exchange:
     packed                      00 22 11 33
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 
@@ -59,6 +59,19 @@ class Bundle:
     def parts(self, peer: int) -> list[Span]:
         """Returns the places of a peer's values in a flat buffer, in order."""
         return self._parts[peer]
+
+    def packed_places(self, span: Span) -> Iterator[tuple[Span, Span]]:
+        """Yields where values lie in a flat buffer, and where among the packed ones: those of a
+        span of whole blocks that lie in these buckets."""
+        overlap = self.span & span
+        if self._is_in_order and not overlap.is_empty:
+            yield overlap, overlap.shifted(-self.span.start)
+        if self._is_in_order:
+            return
+        for start in range(overlap.start, overlap.stop, BLOCK):
+            number = (start - self.span.start) // BLOCK
+            packed_start = int(self._places[number]) * BLOCK
+            yield Span(start, start + BLOCK), Span(packed_start, packed_start + BLOCK)
 
     def packed(self, flat: Tensor) -> Tensor:
         """Returns the values in a flat buffer with the parts in order: a view, if they lie so."""

@@ -289,8 +289,7 @@ class TrainState:
         self.copies.wait(timer)
         # From here on this is not the state of the step before, whatever fails
         self.num_updates += 1
-        grad_clip = self.config.grad_clip
-        scale = grad_clip / norm if grad_clip and norm > grad_clip else 1.0
+        scale = self.clipping(norm)
         for sending in self._sendings:
             if scale != 1.0:
                 for stretch in sending.stretches:
@@ -301,6 +300,11 @@ class TrainState:
         if self._side_work:
             with timer.phase("sync") if timer else nullcontext():
                 self._side_work.wait()
+
+    def clipping(self, norm: float) -> float:
+        """Returns what a gradient of this norm is multiplied with before an update."""
+        grad_clip = self.config.grad_clip
+        return grad_clip / norm if grad_clip and norm > grad_clip else 1.0
 
     def _send(self, bundles: Sequence[Bundle]) -> None:
         """Brings the weights of some buckets together, each part from the rank that has updated

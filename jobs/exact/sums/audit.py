@@ -3,7 +3,8 @@ bits wherever it is computed, so a second opinion needs no tolerance.
 
 In an audited step each rank computes one more turn, another rank's, on another node where there is
 one. The turn is drawn anew each time. Both make a checksum of its gradient, and all ranks see all
-of them. An audited step also compares the copies of the state.
+of them. An audited step also compares the copies of the state, and has all ranks make the additions
+of a few blocks of the gradient again (`excerpt`).
 """
 
 import hashlib
@@ -11,7 +12,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jobs.exact.state.flat_layout import BLOCK
 from jobs.exact.state.sharding import Sharding
+from jobs.exact.state.span import Span
 from jobs.exact.sums.step_plan import StepPlan
 
 COST = 0.01
@@ -20,6 +23,9 @@ COST = 0.01
 _TURNS_OF_AUDIT = 2
 """What an audit costs at most: one turn more, and the checksums of two gradients and of the state,
 which take less time than another one (`bench_sentinel`)."""
+
+_EXCERPT_BLOCKS = 64  # whose additions are made again: 256 KiB of each lane's gradient, at most
+_MOST_EXCERPTED = 1 << 20  # values of all lanes together, 4 MiB, which go to all ranks
 
 NUM_CHECKSUMS = 4
 """What each rank shows in an audited step, see `Shown`."""
@@ -73,6 +79,14 @@ class Audits:
         for rank in range(world_size):
             turns.append(self._draw(step, f"turn of {rank}") % len(plan.turns_of(rank)))
         return Audit(turns, [(rank + shift) % world_size for rank in range(world_size)])
+
+    def excerpt(self, step: int, plan: StepPlan, *, num_blocks: int) -> Span:
+        """Returns the blocks of the gradient, of so many, whose additions are made again in an
+        audited step."""
+        most_blocks = max(1, _MOST_EXCERPTED // (plan.num_lanes * BLOCK))
+        count = min(num_blocks, most_blocks, _EXCERPT_BLOCKS)
+        first = self._draw(step, "excerpt") % (num_blocks - count + 1)
+        return Span(first * BLOCK, (first + count) * BLOCK)
 
     def _draw(self, step: int, what: str) -> int:
         digest = hashlib.blake2b(f"audit:{self.seed}:{step}:{what}".encode(), digest_size=8)

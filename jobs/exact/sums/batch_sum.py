@@ -10,7 +10,8 @@ from jobs.exact.state.peers import Peers
 from jobs.exact.state.side_thread import side_work
 from jobs.exact.state.train_state import TrainState
 from jobs.exact.sums.bucket_exchange import BucketExchange
-from jobs.exact.sums.checksum import TurnChecksum
+from jobs.exact.sums.checksum import TurnChecksum, Witness
+from jobs.exact.sums.excerpt import Excerpt
 from jobs.exact.sums.lane_sums import LaneSums
 from jobs.exact.sums.shard_sums import ShardSums
 from jobs.exact.sums.step_plan import StepPlan
@@ -70,16 +71,21 @@ class BatchSum:
         *,
         checked_turn: int | None = None,
         checksum: TurnChecksum | None = None,
+        excerpt: Excerpt | None = None,
     ) -> list[Tensor]:
         """Calls `backward` with the number of each micro-batch of this rank, in order: it brings
         gradients to the parameters and returns what `finish` is to get of them (2,). The checksum
-        is made of one turn."""
+        is made of one turn; the excerpt notes something of all."""
         losses: list[Tensor] = []
         num_subtrees = len(plan.subtrees[self._state.sharding.group])
-        self._exchange.begin(plan.teams, num_subtrees=num_subtrees)
+        self._exchange.begin(plan.teams, num_subtrees=num_subtrees, excerpt=excerpt)
         for turn, numbers in enumerate(plan.turns):
-            wanted = checksum if turn == checked_turn else None
-            with self._sums.turn(plan, turn, wanted), self._side_work.timed_by(timer):
+            witnesses: list[Witness] = []
+            if checksum and turn == checked_turn:
+                witnesses.append(checksum)
+            if excerpt and (notes := excerpt.of_turn(numbers)):
+                witnesses.append(notes)
+            with self._sums.turn(plan, turn, witnesses), self._side_work.timed_by(timer):
                 for number in numbers:
                     losses.append(backward(number))
         return losses[: len(plan.counted[self._state.sharding.rank])]

@@ -20,6 +20,7 @@ from jobs.exact.state.bundle import Bundle, bundles_of
 from jobs.exact.state.peers import Peers
 from jobs.exact.state.side_thread import SideStream, SideThread, side_work
 from jobs.exact.state.span import Span
+from jobs.exact.sums.excerpt import BundleNotes, Excerpt
 from jobs.exact.sums.halving import HalvedSums, Room
 from jobs.exact.sums.step_totals import block_square_sums
 from jobs.exact.sums.teams import TeamPlan
@@ -58,10 +59,12 @@ class BucketExchange:
         self.block_sums: list[Tensor] = []
         """The sums of squares (`step_totals`) of this peer's parts of the whole sum, in order."""
 
-    def begin(self, plan: TeamPlan, *, num_subtrees: int) -> None:
-        """Prepares for the buckets of a step in which this peer comes with so many subtrees."""
+    def begin(self, plan: TeamPlan, *, num_subtrees: int, excerpt: Excerpt | None = None) -> None:
+        """Prepares for the buckets of a step in which this peer comes with so many subtrees. The
+        excerpt gets the sums of its blocks."""
         self._sums = HalvedSums(self._peers, plan, self._room)
         self._num_subtrees = num_subtrees
+        self._excerpt = excerpt
         self.block_sums = []
 
     def exchange(self, bucket: int) -> None:
@@ -71,7 +74,12 @@ class BucketExchange:
         if bundle is None:
             return
         vectors = [bundle.packed(buffer) for buffer in self._buffers[: self._num_subtrees]]
-        self._sums.finish(vectors, bundle.division)
+        notes: BundleNotes | None = None
+        if self._excerpt:
+            notes = self._excerpt.of_bundle(bundle)
+            for node, vector in zip(self._excerpt.subtrees, vectors, strict=True):
+                notes.add(node, Span(0, len(vector)), vector)
+        self._sums.finish(vectors, bundle.division, notes)
         result = bundle.division.part(self._peers.index).of(vectors[0])
         self.block_sums.append(block_square_sums(result))
         if self._is_owned:

@@ -7,6 +7,7 @@ Sums of integers are the same in any order, and so on any device.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +56,13 @@ def _checksum_of_kept(state: TrainState, name: str, flat: Tensor) -> Tensor:
     for home, span in zip(kept.homes, kept.spans, strict=True):
         total += checksum(home.of(flat), start=span.start)
     return total
+
+
+class Witness(Protocol):
+    """Sees the gradients of a turn before they are added to others."""
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Takes a parameter's gradient of the whole turn."""
 
 
 class TurnChecksum:

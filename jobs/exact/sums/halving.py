@@ -13,6 +13,8 @@ from torch import Tensor
 from jobs.exact.state.division import Division, Piece, owners
 from jobs.exact.state.peers import Peers, Tensors
 from jobs.exact.sums.exact_reduce import tree_sum
+from jobs.exact.sums.excerpt import BundleNotes
+from jobs.exact.sums.silent_faults import corrupt
 from jobs.exact.sums.teams import Swap, Team, TeamPlan
 
 
@@ -40,22 +42,28 @@ class HalvedSums:
         self._levels = plan.swaps(peers.index)
         self._unfinished = plan.unfinished
 
-    def finish(self, vectors: Sequence[Tensor], division: Division) -> None:
+    def finish(
+        self,
+        vectors: Sequence[Tensor],
+        division: Division,
+        notes: BundleNotes | None = None,
+    ) -> None:
         """Puts this peer's part of the k-th root's sum into the k-th of `vectors`.
 
         The vectors are one bucket of the buffers (n,): the first of them have the sums of this
-        peer's subtrees, which are used up.
+        peer's subtrees, which are used up. Each sum that this peer makes can be noted.
         """
         for swaps in self._levels:
-            self._swap(swaps, vectors, division)
+            self._swap(swaps, vectors, division, notes)
         if self._unfinished:
-            self._finish_at_owners(vectors, division)
+            self._finish_at_owners(vectors, division, notes)
 
     def _swap(
         self,
         swaps: Sequence[Swap],
         vectors: Sequence[Tensor],
         division: Division,
+        notes: BundleNotes | None,
     ) -> None:
         kept = [division.piece(swap.kept).of(vectors[swap.buffer]) for swap in swaps]
         arriving = self._room.views([len(half) for half in kept])
@@ -65,10 +73,18 @@ class HalvedSums:
             sent.append((swap.partner, [division.piece(swap.sent).of(vectors[swap.buffer])]))
             received.append((swap.partner, [half]))
         self._peers.pass_on(sent, received)
-        for half, other in zip(kept, arriving, strict=True):
+        for swap, half, other in zip(swaps, kept, arriving, strict=True):
             half.add_(other)
+            corrupt("exchanged_sum", half)
+            if notes:
+                notes.add(swap.node, division.piece(swap.kept), vectors[swap.buffer])
 
-    def _finish_at_owners(self, vectors: Sequence[Tensor], division: Division) -> None:
+    def _finish_at_owners(
+        self,
+        vectors: Sequence[Tensor],
+        division: Division,
+        notes: BundleNotes | None,
+    ) -> None:
         """Sends the owner of each part what the teams have of it, and adds up this peer's part."""
         teams: list[Team] = []
         for root in self._unfinished.values():
@@ -90,6 +106,9 @@ class HalvedSums:
         by_node = {team.node: row for team, row in zip(teams, rows, strict=True)}
         for number, root in self._unfinished.items():
             own_part.of(vectors[number]).copy_(tree_sum(root, by_node.get))
+            corrupt("exchanged_sum", own_part.of(vectors[number]))
+            if notes:
+                notes.add(root, own_part, vectors[number])
 
     def _to_owners(self, vector: Tensor, piece: Piece, division: Division) -> list[Tensors]:
         messages: list[Tensors] = []

@@ -6,7 +6,7 @@ several micro-batches adds them up in order first, in fp32. In the last lane, a 
 parameters are all done is final.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from weakref import WeakMethod
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jobs.exact.state.flat_layout import FlatLayout
 from jobs.exact.state.train_state import TrainState
-from jobs.exact.sums.checksum import TurnChecksum
+from jobs.exact.sums.checksum import Witness
 from jobs.exact.sums.exact_reduce import LaneStep
 from jobs.exact.sums.silent_faults import corrupt
 from jobs.exact.sums.step_plan import StepPlan
@@ -105,7 +105,7 @@ class LaneSums:
             for name, view in state.by_parameter(buffer).items():
                 self._views[name].append(view)
         self._step: LaneStep | None = None
-        self._checksum: TurnChecksum | None = None
+        self._witnesses: Sequence[Witness] = ()
         # Those whose gradients are fp32, as the buffers are
         full = [one for one in self._parameters.values() if one.dtype == torch.float32]
         self._largest = max(full, key=nn.Parameter.numel)
@@ -116,28 +116,26 @@ class LaneSums:
         hand_over_gradients(self._parameters, self._take)
 
     @contextmanager
-    def turn(
-        self, plan: StepPlan, turn: int, checksum: TurnChecksum | None = None
-    ) -> Iterator[None]:
-        """Lasts for the forward and backward passes of one lane, of which the checksum may be
-        wanted."""
+    def turn(self, plan: StepPlan, turn: int, witnesses: Sequence[Witness] = ()) -> Iterator[None]:
+        """Lasts for the forward and backward passes of one lane, whose gradients the witnesses
+        see."""
         self._step = plan.steps[turn]
         self._is_last = turn == len(plan.turns) - 1
         if self._is_last:
             self._final.begin()
-        with self._passes(plan, checksum):
+        with self._passes(plan, witnesses):
             yield
 
     @contextmanager
-    def again(self, plan: StepPlan, checksum: TurnChecksum) -> Iterator[None]:
-        """Lasts for the passes of a lane of which only the checksum is wanted."""
+    def again(self, plan: StepPlan, witness: Witness) -> Iterator[None]:
+        """Lasts for the passes of a lane whose gradients only the witness wants."""
         self._step = None
-        with self._passes(plan, checksum):
+        with self._passes(plan, [witness]):
             yield
 
     @contextmanager
-    def _passes(self, plan: StepPlan, checksum: TurnChecksum | None) -> Iterator[None]:
-        self._checksum = checksum
+    def _passes(self, plan: StepPlan, witnesses: Sequence[Witness]) -> Iterator[None]:
+        self._witnesses = witnesses
         self._num_passes = dict.fromkeys(self._parameters, 0)
         self._num_micro_batches = plan.num_micro_batches
         for parameter in self._parameters.values():
@@ -148,7 +146,8 @@ class LaneSums:
             with lent(gradient_sinks, self._sinks), lent(scratch_memory, self._scratch):
                 yield
         finally:
-            self._step = self._checksum = None
+            self._step = None
+            self._witnesses = ()
             self._begun.clear()
             for name, parameter in self._parameters.items():
                 view = self._views[name][0]
@@ -170,7 +169,7 @@ class LaneSums:
         return {self._largest: self._second}
 
     def _take(self, name: str, parameter: nn.Parameter) -> None:
-        if self._step is None and self._checksum is None:
+        if self._step is None and not self._witnesses:
             return
         self._sinks.pop(parameter, None)  # the next micro-batch would write over it
         gradient = self._gradient_of_lane(name, parameter)
@@ -178,8 +177,8 @@ class LaneSums:
             return
         if parameter is self._largest:
             corrupt("gradient", gradient)
-        if self._checksum:
-            self._checksum.add(name, gradient)
+        for witness in self._witnesses:
+            witness.add(name, gradient)
         if self._step:
             self._add(name, gradient, self._step)
         parameter.grad = None
@@ -211,6 +210,7 @@ class LaneSums:
         target = views[step.buffer]
         if step.adds:
             target.add_(gradient)
+            corrupt("lane_sum", target)
         elif gradient.data_ptr() != target.data_ptr():
             target.copy_(gradient)
         add_up(views, step)

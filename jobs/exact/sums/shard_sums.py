@@ -7,7 +7,7 @@ arXiv 1910.02054). In bf16, the gradients of the blocks' matrices are bf16 numbe
 such: no bit is lost. Sums are fp32.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +17,7 @@ from jobs.exact.state.flat_layout import FlatLayout
 from jobs.exact.state.side_thread import SideStream, SideThread
 from jobs.exact.state.span import Span
 from jobs.exact.state.train_state import TrainState
-from jobs.exact.sums.checksum import TurnChecksum
+from jobs.exact.sums.checksum import Witness
 from jobs.exact.sums.lane_sums import FinalBuckets, add_up, hand_over_gradients
 from jobs.exact.sums.silent_faults import corrupt
 from jobs.exact.sums.step_plan import StepPlan
@@ -61,44 +61,43 @@ class ShardSums:
         self._stretches = {name: _stretches(layout, place) for name, place in layout.places.items()}
         self._pieces: dict[int, Tensor] = {}  # of the buckets that backward has begun
         self._plan: StepPlan | None = None
-        self._checksum: TurnChecksum | None = None
+        self._witnesses: Sequence[Witness] = ()
         self._scratch = Scratch()
         self._largest = max(self._parameters.values(), key=nn.Parameter.numel)
         hand_over_gradients(self._parameters, self._take)
 
     @contextmanager
-    def turn(
-        self, plan: StepPlan, turn: int, checksum: TurnChecksum | None = None
-    ) -> Iterator[None]:
-        """Lasts for the forward and backward pass of one micro-batch, of which the checksum may be
-        wanted."""
+    def turn(self, plan: StepPlan, turn: int, witnesses: Sequence[Witness] = ()) -> Iterator[None]:
+        """Lasts for the forward and backward pass of one micro-batch, whose gradients the witnesses
+        see."""
         self._plan = plan
         self._turn = turn
         self._final.begin()
-        with self._pass(checksum):
+        with self._pass(witnesses):
             yield
 
     @contextmanager
-    def again(self, plan: StepPlan, checksum: TurnChecksum) -> Iterator[None]:
-        """Lasts for the pass of a micro-batch of which only the checksum is wanted."""
+    def again(self, plan: StepPlan, witness: Witness) -> Iterator[None]:
+        """Lasts for the pass of a micro-batch whose gradients only the witness wants."""
         self._plan = None
-        with self._pass(checksum):
+        with self._pass([witness]):
             yield
 
     @contextmanager
-    def _pass(self, checksum: TurnChecksum | None) -> Iterator[None]:
-        self._checksum = checksum
+    def _pass(self, witnesses: Sequence[Witness]) -> Iterator[None]:
+        self._witnesses = witnesses
         self._num_done = 0
         sinks = {self._largest: torch.empty_like(self._largest)} if self._lends else {}
         try:
             with lent(gradient_sinks, sinks), lent(scratch_memory, self._scratch):
                 yield
         finally:
-            self._plan = self._checksum = None
+            self._plan = None
+            self._witnesses = ()
         assert self._num_done == len(self._parameters), "a parameter got no gradient"
 
     def _take(self, name: str, parameter: nn.Parameter) -> None:
-        if self._plan is None and self._checksum is None:
+        if self._plan is None and not self._witnesses:
             return
         assert parameter.grad is not None
         gradient = parameter.grad.flatten()
@@ -106,8 +105,8 @@ class ShardSums:
         self._num_done += 1
         if parameter is self._largest:
             corrupt("gradient", gradient)
-        if self._checksum:
-            self._checksum.add(name, gradient)
+        for witness in self._witnesses:
+            witness.add(name, gradient)
         if self._plan:
             self._put_into_buckets(name, gradient)
 
@@ -153,6 +152,7 @@ class ShardSums:
             target = views[step.buffer]
             if step.adds:
                 target.add_(values)
+                corrupt("lane_sum", target)
             else:
                 target.copy_(values)
             add_up(views, step)

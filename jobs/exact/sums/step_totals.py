@@ -20,6 +20,7 @@ from jobs.exact.state.span import Span
 from jobs.exact.sums.audit import NUM_CHECKSUMS, Shown
 from jobs.exact.sums.checksum import from_halves, halves_of
 from jobs.exact.sums.exact_reduce import tree_sum
+from jobs.exact.sums.excerpt import Repeated
 from jobs.exact.sums.step_plan import StepPlan
 from jobs.workers.worker_group import WorkerGroup
 
@@ -31,6 +32,8 @@ class Measured(NamedTuple):
     norm: float  # of the gradient
     num_counted: int  # tokens that the loss counts
     shown: Sequence[Shown] = ()  # by rank, in an audited step
+    sums: Repeated | None = None  # in an audited step
+    audit_s: float | None = None  # in an audited step, what this rank's audit took
 
 
 class StepTotals:

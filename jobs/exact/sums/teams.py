@@ -55,6 +55,7 @@ class Swap:
     partner: int
     kept: Piece
     sent: Piece
+    node: range  # whose sum the kept piece has then
 
 
 @dataclass
@@ -188,10 +189,11 @@ def _swaps_of(peer: int, left: Team, right: Team) -> list[Swap]:
     pairs = zip(left.members, right.members, strict=True)
     for number, (left_member, right_member) in enumerate(pairs):
         first, second = left.piece(number).halves
+        node = range(left.node.start, right.node.stop)
         if peer == left_member.peer:
-            swap = Swap(left_member.buffer, right_member.peer, kept=first, sent=second)
+            swap = Swap(left_member.buffer, right_member.peer, first, second, node)
             swaps.append(swap)
         elif peer == right_member.peer:
-            swap = Swap(right_member.buffer, left_member.peer, kept=second, sent=first)
+            swap = Swap(right_member.buffer, left_member.peer, second, first, node)
             swaps.append(swap)
     return swaps

@@ -1,5 +1,5 @@
-"""Retention: whatever the settings, the newest, the best, the milestones, the pinned and two
-verified ones stay."""
+"""Retention: whatever the settings, the newest, the best, the milestones, the pinned, two verified
+ones and a proven one stay."""
 
 import json
 from pathlib import Path
@@ -37,6 +37,7 @@ def test_names_are_in_the_order_of_steps_and_then_of_writers(
     STEPS,
     STEPS,
     st.dictionaries(st.integers(1, 60), st.floats(0, 10)),
+    st.none() | st.integers(0, 60),
 )
 def test_what_may_go(
     complete: set[int],
@@ -45,6 +46,7 @@ def test_what_may_go(
     verified: set[int],
     pinned: set[int],
     losses: dict[int, float],
+    proven_to: int | None,
 ) -> None:
     incomplete -= complete
     gone = [
@@ -56,6 +58,7 @@ def test_what_may_go(
             pinned={checkpoint_name(step) for step in pinned},
             val_losses={checkpoint_name(step): loss for step, loss in losses.items()},
             incomplete={checkpoint_name(step) for step in incomplete},
+            proven_to=proven_to,
         )
     ]
     assert gone == sorted(set(gone))
@@ -74,7 +77,10 @@ def test_what_may_go(
         step for step in complete if keep.keep_every_steps and step % keep.keep_every_steps == 0
     }
     assert milestones <= left
+    proven = sorted(step for step in complete if proven_to is not None and step <= proven_to)
+    assert {*proven[-1:]} <= left, "the run goes back there where a worker is wrong"
     most = keep.num_to_keep + 2 + keep.keep_best + len(complete & pinned) + len(milestones)
+    most += len(proven[-1:])
     assert len(left) <= most, "everything else goes"
     assert set(gone) & incomplete == {step for step in incomplete - pinned if step < trusted[0]}
 

@@ -25,6 +25,8 @@ def event(node: str, *, age_s: float, name: str = "corruption") -> dict[str, Any
         (corruption(), [], Measure.TAKEN_AGAIN),
         (corruption(What.WEIGHTS), [], Measure.GONE_BACK),
         (corruption(What.VECTORS), [], Measure.GONE_BACK),
+        (corruption(What.SUM), [], Measure.TAKEN_AGAIN),
+        (corruption(What.UPDATE), [], Measure.GONE_BACK),
         (corruption(repeats=True), [], Measure.LEFT_OUT),
         (corruption(), [event("b", age_s=60)], Measure.LEFT_OUT),
         (corruption(), [event("b", age_s=60, name="named")], Measure.LEFT_OUT),

@@ -1,8 +1,12 @@
 """Who is wrong, from what ranks have shown: whoever contradicts what most say."""
 
+from dataclasses import replace
+
 import pytest
 
+from jobs.exact.state.span import Span
 from jobs.exact.sums.audit import Audit, Shown
+from jobs.exact.sums.excerpt import Repeated, ShownSum
 from jobs.sentinel.verdict import (
     Turn,
     Undecided,
@@ -11,12 +15,14 @@ from jobs.sentinel.verdict import (
     most_common,
     named_later,
     of_copies,
+    of_repeated,
     of_self_tests,
     of_turns,
 )
 
 RIGHT, WRONG, OTHER = 7, 8, 9
 ONE_COPY_EACH = [[0, 0, 0], [0, 0, 0]]
+BLOCKS = Span(0, 16)
 
 
 def shown(*, own: int = RIGHT, other: int = RIGHT, values: int = 1, vectors: int = 2) -> Shown:
@@ -84,6 +90,8 @@ def test_of_two_copies_the_steps_taken_again_name_the_wrong_one() -> None:
     assert verdict.undecided == [Undecided(What.WEIGHTS, {0: 5, 1: 1})]
     [corruption] = named_later(What.WEIGHTS, {0: 5, 1: 1}, [shown(), shown()])
     assert (corruption.rank, corruption.shown, corruption.right) == (0, 5, 1)
+    later = [shown(values=7), shown(values=7)]
+    assert named_later(What.WEIGHTS, {0: 5, 1: 1}, later) == [], "one has made the other one wrong"
 
 
 @pytest.mark.parametrize(
@@ -112,3 +120,62 @@ def test_the_most_common_answer_is_one_that_no_other_equals(
     answers: list[int], expected: int | None
 ) -> None:
     assert most_common(answers) == expected
+
+
+def noted(
+    rank: int, lanes: range, *, span: Span = BLOCKS, checksum: int = RIGHT, is_last: bool = False
+) -> ShownSum:
+    return ShownSum(rank, lanes, span, is_last, checksum)
+
+
+def test_sums_that_all_add_up_alike_are_clean() -> None:
+    sums = Repeated([noted(0, range(2)), noted(1, range(2, 4))], [[RIGHT] * 3, [RIGHT] * 3])
+    assert of_repeated(What.SUM, sums).is_clean
+
+
+@pytest.mark.parametrize(
+    ("wrong", "rank"),
+    [
+        # Its own lanes, so the sum of all is wrong too, which rank 0 makes, and everybody's copy
+        ([noted(1, range(2, 4)), noted(0, range(4))], 1),
+        ([noted(0, range(4)), noted(2, range(4), is_last=True)], 0),
+        ([noted(2, range(4), is_last=True)], 2),
+        ([noted(1, range(4), span=Span(0, 8)), noted(1, range(4), is_last=True)], 1),
+    ],
+)
+def test_the_first_wrong_sum_is_to_blame(wrong: list[ShownSum], rank: int) -> None:
+    shown = [replace(one, checksum=WRONG) for one in wrong]
+    verdict = of_repeated(What.SUM, Repeated(shown, [[RIGHT] * 3 for _ in shown]))
+    [corruption] = verdict.corruptions
+    assert (corruption.what, corruption.rank) == (What.SUM, rank)
+    assert (corruption.shown, corruption.right, corruption.repeats) == (WRONG, RIGHT, False)
+
+
+def test_wrong_sums_at_different_places_have_different_culprits() -> None:
+    first, second = noted(0, range(2), span=Span(0, 8)), noted(1, range(4), span=Span(8, 16))
+    shown = [replace(first, checksum=WRONG), replace(second, checksum=WRONG)]
+    verdict = of_repeated(What.SUM, Repeated(shown, [[RIGHT] * 3, [RIGHT] * 3]))
+    assert [corruption.rank for corruption in verdict.corruptions] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("checksum", "answers", "rank", "repeats"),
+    [
+        (WRONG, [RIGHT, WRONG, RIGHT], 1, True),
+        (WRONG, [RIGHT, OTHER, RIGHT], 1, True),
+        (RIGHT, [RIGHT, RIGHT, WRONG], 2, False),  # when it added up again
+        (RIGHT, [RIGHT, WRONG, RIGHT], 1, False),
+    ],
+)
+def test_who_adds_up_wrong_once_more_repeats_it(
+    checksum: int, answers: list[int], rank: int, *, repeats: bool
+) -> None:
+    verdict = of_repeated(What.SUM, Repeated([noted(1, range(2), checksum=checksum)], [answers]))
+    [corruption] = verdict.corruptions
+    assert (corruption.rank, corruption.repeats) == (rank, repeats)
+
+
+def test_two_that_add_up_differently_cannot_be_told_apart() -> None:
+    verdict = of_repeated(What.SUM, Repeated([noted(1, range(2))], [[RIGHT, WRONG]]))
+    assert not verdict.corruptions
+    assert verdict.undecided == [Undecided(What.SUM, {0: RIGHT, 1: WRONG})]

@@ -10,6 +10,7 @@ from jobs.sentinel.way_back import (
     audits_of_node,
     checkpoints_of,
     pending,
+    proven_to,
     steps_to_compare,
     void,
     way_back,
@@ -100,3 +101,39 @@ def test_a_proof_is_owed_until_it_is_proven_or_refuted() -> None:
     refuted = corruption(further) | {"event": "refuted"}
     assert pending([*lines, refuted]) == further
     assert pending([*lines, corruption(None) | {"event": "refuted"}]) is None
+
+
+def audited(step: int) -> dict[str, Any]:
+    return {"step": step, "audit_seconds": 0.1}
+
+
+def saved(step: int, proven: int | None, *, generation: int = 1) -> dict[str, Any]:
+    return checkpoint(step, generation=generation) | {"proven_to": proven}
+
+
+START = {"event": "start", "step": 0}
+GONE_BACK = corruption(WayBack(200, Proof(300, "wrong")))
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([START, {"step": 25}, checkpoint(20)], None),
+        ([START, saved(20, None)], None),
+        ([START, audited(25), {"step": 26}], 24),
+        ([START, audited(25), saved(20, 20)], 24),
+        ([saved(300, 274), {"step": 310}], 274),
+        ([audited(325), GONE_BACK], 200),
+        ([audited(325), corruption(None)], 324),
+        ([audited(325), GONE_BACK, {"event": "proven", "step": 300}], 300),
+        # Stored by the thread that saves after the run went back
+        ([audited(325), GONE_BACK, saved(320, 320)], 200),
+        ([audited(325), GONE_BACK, saved(320, 319, generation=2)], 319),
+        ([audited(325), {"event": "rollback", "first": 311}], 310),
+        ([audited(325), {"event": "start", "step": 300}], 300),
+    ],
+)
+def test_a_run_is_proven_to_what_its_last_audit_found_alike_unless_it_went_back(
+    lines: list[dict[str, Any]], expected: int | None
+) -> None:
+    assert proven_to(lines) == expected

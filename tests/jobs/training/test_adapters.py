@@ -261,6 +261,8 @@ def test_what_an_adapter_cannot_be__is_refused_by_name(run: RunPlan, folder: Pat
         RunConfig.model_validate(
             values | {"train": values["train"] | {"lora_rank": None, "lora_alpha": 3}}
         )
+    with pytest.raises(ValueError, match=r"train\.compute=compiled is for whole models"):
+        RunConfig.model_validate(values | {"train": values["train"] | {"compute": "compiled"}})
     with pytest.raises(AdapterError, match=r"'query'.*expected some of down_proj"):
         begun(folder, "unknown", folder / "qwen3", lora_targets=["query"])
     with pytest.raises(CheckpointError, match="computes nothing without its base"):

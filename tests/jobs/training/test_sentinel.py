@@ -21,6 +21,7 @@ LANES = 4
 
 def plan_of(folder: Path, *, lanes: int = LANES, num_steps: int = NUM_STEPS, **how: Any) -> RunPlan:
     shard, group = how.pop("shard", "none"), how.pop("group", None)
+    checkpoint = how.pop("checkpoint", {"save_every_steps": 3})
     train = {
         "global_batch_size": 2 * lanes,
         "max_tokens": num_steps * 2 * lanes * 32,
@@ -29,7 +30,9 @@ def plan_of(folder: Path, *, lanes: int = LANES, num_steps: int = NUM_STEPS, **h
         "audit_every_steps": 1,
     }
     scaling = {"max_workers": min(4, lanes), "shard": shard, "shard_group": group}
-    return tiny_plan(str(folder / "storage"), train=train | how, scaling=scaling)
+    return tiny_plan(
+        str(folder / "storage"), train=train | how, scaling=scaling, checkpoint=checkpoint
+    )
 
 
 def final_hash(ledger: Ledger) -> str:
@@ -80,6 +83,78 @@ def test_a_wrong_copy_of_the_weights_sends_the_run_back_and_is_named_by_the_step
     assert final_hash(ledger) == clean_hash(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("wrong_step", "is_named"), [(9, True), pytest.param(8, False, marks=pytest.mark.slow)]
+)
+def test_a_run_that_keeps_one_checkpoint_has_a_proven_one_to_go_back_to(
+    tmp_path: Path, wrong_step: int, *, is_named: bool
+) -> None:
+    """A copy that has been wrong for a step has made the other one wrong too."""
+    saving = {"save_every_steps": 1, "num_to_keep": 1, "keep_best": 0}
+    plan = plan_of(tmp_path, audit_every_steps=5, num_steps=15, checkpoint=saving)
+    fault = Fault(rank=0, failpoint=f"weights:{wrong_step}:flip_nth")
+    ledger = run_with_fault(plan, tmp_path, fault, world_size=2)
+    [undecided] = ledger.events("undecided")
+    assert undecided["step"] == 10
+    assert 0 < undecided["to_step"] <= 4
+    assert named(ledger) == ({FAULTY} if is_named else set())
+    before = ledger.lines[: ledger.lines.index(undecided)]
+    saved = [line for line in before if line.get("event") == "checkpoint" and line["step"] > 5]
+    assert {line["proven_to"] for line in saved} == {4}
+    assert ledger.events("checkpoint")[-1]["proven_to"] == 14
+    assert [line["step"] for line in ledger.steps if "audit_seconds" in line] == [5, 10, 15]
+    assert final_hash(ledger) == clean_hash(tmp_path, num_steps=15)
+
+
+@pytest.mark.parametrize(
+    "failpoint", ["lane_sum:1:flip", pytest.param("exchanged_sum:1:flip", marks=pytest.mark.slow)]
+)
+def test_a_worker_that_adds_up_wrong_is_named_and_left_out(tmp_path: Path, failpoint: str) -> None:
+    """The excerpt is the whole gradient of so small a model."""
+    _, ledger = faulty(tmp_path, Fault(rank=1, failpoint=failpoint), 2)
+    found = ledger.events("corruption")
+    assert {(event["node"], event["what"]) for event in found} == {(FAULTY, "sum")}
+    assert [event["measure"] for event in found] == ["taken_again", "left_out"]
+    assert final_hash(ledger) == clean_hash(tmp_path)
+
+
+def test_of_two_that_repeat_their_answers_the_one_that_fails_its_self_test_is_left_out(
+    tmp_path: Path,
+) -> None:
+    _, ledger = faulty(tmp_path, Fault(rank=0, failpoint="gradient:1:stick"), 2)
+    [found] = ledger.events("corruption")
+    assert (found["node"], found["what"], found["measure"]) == (FAULTY, "gradient", "left_out")
+    assert found["repeats"]
+    assert [start["world_size"] for start in ledger.events("start")] == [2, 1]
+    assert final_hash(ledger) == clean_hash(tmp_path)
+
+
+def test_two_that_repeat_their_answers_and_pass_their_self_tests_stop_the_run(
+    tmp_path: Path,
+) -> None:
+    """A self-test has nothing to exchange, so it does not meet this fault."""
+    plan = plan_of(tmp_path)
+    fault = Fault(rank=0, failpoint="added_again:1:stick")
+    with pytest.raises(AssertionError, match="also not by their self-tests"):
+        run_with_fault(plan, tmp_path, fault, world_size=2)
+    assert not Ledger.read(plan.run).events("corruption")
+    assert not Ledger.read(plan.run).steps
+
+
+@pytest.mark.parametrize(
+    "failpoint", ["weights:7:flip_nth", pytest.param("vectors:7:flip_nth", marks=pytest.mark.slow)]
+)
+def test_a_wrong_update_of_what_one_worker_owns_sends_the_run_back(
+    tmp_path: Path, failpoint: str
+) -> None:
+    """Nobody else has a copy of it, and the other one is right: two can tell whose it was."""
+    _, ledger = faulty(tmp_path, Fault(rank=1, failpoint=failpoint), 2, shard="parameters")
+    [found] = ledger.events("corruption")
+    assert (found["node"], found["what"], found["measure"]) == (FAULTY, "update", "gone_back")
+    assert found["to_step"] < found["step"]
+    assert final_hash(ledger) == clean_hash(tmp_path)
+
+
 def test_a_worker_that_fails_its_self_test_trains_nothing(tmp_path: Path) -> None:
     fault = Fault(rank=2, failpoint="gradient:1:flip", from_the_start=True)
     _, ledger = faulty(tmp_path, fault, 3)
@@ -93,7 +168,8 @@ GRADIENTS = ("gradient:1:flip", "gradient:0.1:flip", "gradient:0.01:flip")
 COPIES = ("weights:7:flip_nth", "vectors:7:flip_nth")
 CELLS = [
     *itertools.product((2, 3, 4), ("none", "parameters"), (None,), GRADIENTS),
-    # A part of the state that one rank alone holds is compared with nothing
+    # A part of the state that one rank alone holds is updated again by all
+    *itertools.product((2, 3), ("optimizer", "parameters"), (None,), COPIES),
     *itertools.product((2, 3, 4), ("none",), (None,), COPIES),
     *itertools.product((4,), ("gradients", "parameters"), (2,), COPIES),
 ]
@@ -113,6 +189,46 @@ def test_whatever_is_wrong_the_run_ends_with_the_clean_runs_weights(
     _, ledger = faulty(tmp_path / "faulty", fault, world_size, **how)
     assert final_hash(ledger) == expected
     assert named(ledger) <= {FAULTY}
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+@pytest.mark.parametrize("failpoint", ["lane_sum:0.1:flip", "exchanged_sum:0.3:flip"])
+@pytest.mark.parametrize("shard", ["none", "optimizer", "parameters"])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_whoever_adds_up_wrong_the_run_ends_with_the_clean_runs_weights(
+    tmp_path: Path, world_size: int, shard: Shard, failpoint: str
+) -> None:
+    """The excerpt is the whole gradient of so small a model, so that no wrong sum can pass."""
+    lanes = 2 * world_size + 1
+    # With one group that shares all there is nothing to exchange between groups
+    group = 2 if shard == "parameters" and world_size == 4 else None
+    fault = Fault(rank=world_size - 1, failpoint=failpoint)
+    _, ledger = faulty(tmp_path, fault, world_size, shard=shard, group=group, lanes=lanes)
+    assert final_hash(ledger) == clean_hash(tmp_path, lanes=lanes)
+    assert {event["what"] for event in ledger.events("corruption")} <= {"sum"}
+    assert named(ledger) <= {FAULTY}
+
+
+CASES: list[dict[str, Any]] = [
+    {"shard": "optimizer", "precision": "bf16", "micro_batches_per_lane": 2},
+    {"shard": "optimizer", "optimizer": "muon"},
+    {"shard": "parameters", "precision": "bf16", "micro_batches_per_lane": 2},
+    {"shard": "parameters", "optimizer": "muon"},
+    {"precision": "bf16", "micro_batches_per_lane": 2},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", CASES)
+def test_sums_that_are_added_up_again_have_the_same_bits(
+    tmp_path: Path, how: dict[str, Any]
+) -> None:
+    size = 10 * how.get("micro_batches_per_lane", 1)
+    plan = plan_of(tmp_path, global_batch_size=size, max_tokens=8 * size * 32, **how)
+    ledger = run_with_fault(plan, tmp_path, None, world_size=3)
+    assert len([line for line in ledger.steps if "audit_seconds" in line]) == 8
+    assert not ledger.events("corruption", "undecided")
 
 
 @pytest.mark.slow

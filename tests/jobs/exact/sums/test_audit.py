@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs.exact.state.flat_layout import BLOCK
 from jobs.exact.sums.audit import Audits, steps_between
 from jobs.exact.sums.step_plan import StepPlan
 from tests.jobs.shardings import in_groups
@@ -54,6 +55,24 @@ def test_every_turn_is_drawn_in_time() -> None:
     steps = [step for step, audit in enumerate(drawn, start=1) if audit]
     assert {later - earlier for earlier, later in pairwise(steps)} == {3}
     assert {audit.turns[0] for audit in drawn if audit} == {*range(len(plan.turns))}
+
+
+@pytest.mark.parametrize(("num_blocks", "num_lanes"), [(3, 4), (500, 4), (500, 64), (500, 5000)])
+def test_an_excerpt_is_whole_blocks_drawn_anew_each_time_and_bounded_over_all_lanes(
+    num_blocks: int, num_lanes: int
+) -> None:
+    plan = plan_of(0, 2, 1, num_lanes)
+    audits = Audits.of(1, plan, "ab", seed=1)
+    spans = [audits.excerpt(step, plan, num_blocks=num_blocks) for step in range(1, 200)]
+    assert spans == [
+        Audits.of(1, plan, "ab", seed=1).excerpt(step, plan, num_blocks=num_blocks)
+        for step in range(1, 200)
+    ], "the same on every rank"
+    for span in spans:
+        assert span.start % BLOCK == span.stop % BLOCK == 0
+        assert 0 <= span.start < span.stop <= num_blocks * BLOCK
+        assert len(span) * num_lanes <= 1 << 20 or len(span) == BLOCK
+    assert (len({*spans}) == 1) is (num_blocks == 3), "all blocks, if they are few"
 
 
 def test_by_default_an_audit_costs_one_percent_at_most() -> None:

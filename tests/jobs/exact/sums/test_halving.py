@@ -56,6 +56,22 @@ def uneven_parts(bucket: Span, num_peers: int) -> list[Span]:
     return [Span(start, stop) for start, stop in itertools.pairwise(cuts)]
 
 
+@pytest.mark.parametrize("is_owned", [False, True])
+@pytest.mark.parametrize("num_peers", [1, 2, 3, 4, 6])
+def test_values_are_found_among_the_packed_ones(num_peers: int, *, is_owned: bool) -> None:
+    buckets = [Span(2 * BLOCK, 9 * BLOCK), Span(9 * BLOCK, 20 * BLOCK)]
+    parts = [uneven_parts(bucket, num_peers)[::-1] for bucket in buckets] if is_owned else None
+    bundle = Bundle(buckets, num_peers, parts=parts)
+    flat = torch.arange(24 * BLOCK).float()
+    packed = bundle.packed(flat)
+    for span in (Span(0, 24 * BLOCK), Span(5 * BLOCK, 12 * BLOCK), Span(0, BLOCK)):
+        places = [*bundle.packed_places(span)]
+        for place, in_packed in places:
+            assert torch.equal(place.of(flat), in_packed.of(packed))
+        inside = span & bundle.span
+        assert sum(len(place) for place, _ in places) == len(inside)
+
+
 def plan_of(num_lanes: int, num_peers: int) -> TeamPlan:
     return team_plan([range(num_lanes)], subtrees_of_ranks(num_lanes, num_peers))
 

@@ -1,0 +1,38 @@
+"""`raymill status` tells to which step a run is proven, and which nodes get no worker."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main
+from cluster.storage.uris import open_storage
+from jobs.workers.left_out_nodes import leave_out, take_back
+
+
+def test_status_says_how_far_a_run_is_proven_and_who_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tmp_path / "runs/checked/jobs/20260101-000000-abcd"
+    job.mkdir(parents=True)
+    started = {"job": "raymill-1", "stage": "pretrain", "host": "desk", "time": 1767225600.0}
+    ended = {"exit_code": 0, "stopped": False, "result": None, "time": 1767225700.0}
+    (job / "started.json").write_text(json.dumps(started))
+    (job / "ended.json").write_text(json.dumps(ended))
+    ledger = tmp_path / "runs/checked/ledger.jsonl"
+    step = {"tokens_seen": 1, "loss": 2.0, "world_size": 2}
+    lines = [{"step": 50, "audit_seconds": 0.2, **step}, {"step": 60, **step}]
+
+    def shown() -> set[str]:
+        ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert main(["status", "checked", "--storage.uri", str(tmp_path)]) == 0
+        return {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+
+    assert {"step 60", "proven to step 49"} <= shown()
+    storage = open_storage(str(tmp_path))
+    leave_out(storage, {"node": "node-2", "node_id": "ab", "reason": "it was wrong"})
+    lines.append({"event": "corruption", "step": 75, "to_step": 40, "generation": 1, "attempt": 1})
+    assert {"step 60", "proven to step 40", "nodes left out node-2"} <= shown()
+    take_back(storage, "node-2")
+    del lines[0]["audit_seconds"]
+    assert not any(line.startswith(("proven", "nodes")) for line in shown())
