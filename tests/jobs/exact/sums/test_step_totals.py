@@ -18,7 +18,7 @@ from jobs.exact.state.span import Span
 from jobs.exact.sums.audit import NUM_CHECKSUMS, Shown
 from jobs.exact.sums.exact_reduce import tree_sum
 from jobs.exact.sums.step_plan import StepPlan
-from jobs.exact.sums.step_totals import StepTotals, block_square_sums, norm_of
+from jobs.exact.sums.step_totals import Measured, StepTotals, block_square_sums, norm_of
 from jobs.workers.worker_group import WorkerGroup
 from tests.jobs.shardings import in_groups
 
@@ -87,8 +87,9 @@ def test_ranks_without_a_loss_know_the_same_figures(
         Shown(*[(-(rank + 1) << 40 | number) % 2**64 for number in range(NUM_CHECKSUMS)])
         for rank in range(world_size)
     ]
-    expected = (float(loss), norm_of(block_square_sums(gradient)), 5 * num_lanes, tuple(shown))
-    assert {tuple(measured) for _, *measured in found} == {expected}
+    norm = norm_of(block_square_sums(gradient))
+    expected = Measured(float(loss), norm, 5 * num_lanes, tuple(shown))
+    assert {Measured(*measured) for _, *measured in found} == {expected}
 
 
 def own_parts(layout: FlatLayout, sharding: Sharding) -> list[Span]:
