@@ -56,7 +56,8 @@ def ask(http: httpx.Client) -> httpx.Response:
 def refused_by_all(http: httpx.Client) -> list[httpx.Response]:
     """Waits until both replicas have heard of what runs and was charged, and then returns many
     answers at once."""
-    wait_until(lambda: all(ask(http).status_code == 429 for _ in range(3)))
+    # One of the two alone would hardly get so many in a row
+    wait_until(lambda: all(ask(http).status_code == 429 for _ in range(OFTEN)))
     with ThreadPoolExecutor(OFTEN) as threads:
         return list(threads.map(ask, [http] * OFTEN))
 
