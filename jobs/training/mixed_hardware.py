@@ -43,6 +43,15 @@ def settle_rounding(config: RunConfig) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def gpu_of_worker(device: torch.device) -> dict[str, str]:
+    """Returns which GPU a worker computes on, by its name and by the UUID under which `nvidia-smi`
+    and a datacenter's tools know it; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    uuid = torch.cuda.get_device_properties(device).uuid
+    return {"device": f"{torch.cuda.get_device_name(device)} GPU-{uuid}"}
+
+
 def hardware(device: torch.device) -> Hardware:
     """Returns what decides how this worker rounds."""
     found = {

@@ -40,6 +40,7 @@ from jobs.training.mixed_hardware import (
     Hardware,
     changes,
     differences,
+    gpu_of_worker,
     hardware,
     settle_rounding,
     why_refused,
@@ -114,6 +115,7 @@ def open_attempt(
         "pid": os.getpid(),
         "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname()),
         "node_id": ray.get_runtime_context().get_node_id() if plan.launch else None,
+        **gpu_of_worker(device),
     }
     workers = _Workers(*zip(*group.gather((place, hardware(device))), strict=True))
     snapshots = Snapshots(plan.launch, group)
