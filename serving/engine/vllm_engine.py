@@ -46,6 +46,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing is sent anywhere
 os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
+# oneDNN keeps kernels for 1024 shapes, and each number of tokens is one: 350 MB, and no faster
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 # A fork would inherit our socket and a started CUDA
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
