@@ -210,8 +210,10 @@ def test_weights_that_end_the_only_engine_do_not_stay(
     assert admin.promote(other, **terms).status_code == 202
 
     def is_about_to() -> bool:
-        slots = admin.status()["replicas"][0]["slots"]
-        return any(slot["in_place"] for slot in slots.values())
+        state = admin.status()
+        candidate = state["delivery"]["candidate"]
+        slots = state["replicas"][0]["slots"]  # the live version's may be in place too
+        return candidate is not None and slots.get(str(candidate["serial"]), {}).get("in_place")
 
     wait_until(is_about_to, timeout_s=30)
     engine().kill()
