@@ -14,7 +14,6 @@ from model.config import Shape
 from model.files.bounded_text import require_bounded_text
 from model.files.checkpoint import (
     load_decoder,
-    parameter_hash,
     stored_weights,
     write_checkpoint,
 )
@@ -119,7 +118,7 @@ def export(
         shape, weights = read_shape(source), stored_weights(source)
         if merge:
             shape, weights = _merged(source, storage_uri)
-            metadata = metadata.without_base(parameter_hash(weights))
+            metadata = metadata.merged
         copied = write_checkpoint(
             folder,
             config=shape,
@@ -129,7 +128,7 @@ def export(
             train_state=None,
         )
         problems = verify_checkpoint(folder)
-        if copied != metadata:
+        if not merge and copied != metadata:
             problems.append(
                 f"its weights have the hash {copied.parameter_hash}, {source} records {metadata.parameter_hash}"
             )
@@ -143,6 +142,6 @@ def export(
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return {
         "checkpoint": absolute_uri(destination),
-        "parameter_hash": metadata.parameter_hash,
+        "parameter_hash": copied.parameter_hash,
         "files": files,
     }

@@ -22,7 +22,7 @@ from cluster.local.local_cluster import require_free_port
 from cluster.output.progress import say
 from cluster.settings.serve import ServeConfig
 from cluster.stages.stage import stage_main
-from cluster.storage.registry import find_checkpoint
+from cluster.storage.registry import find_checkpoint, named_checkpoint
 from cluster.storage.uris import open_storage
 from model.errors import UserError
 from model.files.bounded_text import require_bounded_text
@@ -56,6 +56,7 @@ def build_app(config: ServeConfig) -> serve.Application:
 def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
     require_ray_proxies()
     require_key(config)
+    config = _with_exact_adapters(config)
     replicas = config.replicas
     fixed = replicas.min_replicas == replicas.max_replicas
     # A full replica answers 429 itself. Ray Serve's own limit is higher, so that only a flood gets
@@ -98,6 +99,16 @@ def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
         coordinator=coordinator.bind(config, deployment=deployment),
         deployment=deployment,
     )
+
+
+def _with_exact_adapters(config: ServeConfig) -> ServeConfig:
+    """Returns the settings with the checkpoint that each named adapter is now: the same on all
+    replicas, also on those that start when its run has a newer one. Raises `CheckpointError`."""
+    exact = {
+        name: named_checkpoint(reference, config.storage.uri)
+        for name, reference in config.adapters.items()
+    }
+    return config.model_copy(update={"adapters": exact})
 
 
 def autoscaling(config: ServeConfig) -> AutoscalingConfig:

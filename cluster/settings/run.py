@@ -289,24 +289,15 @@ def seq_len(config: RunConfig) -> int:
     return config.train.seq_len or config.model.n_positions
 
 
-def adapter_in(train: TrainConfig) -> Adapter | None:
-    """Returns the adapter that the settings ask for, if they do; without targets, it is for all
-    linear layers."""
-    if train.lora_rank is None:
-        return None
-    alpha = train.lora_alpha or 2 * train.lora_rank
-    return Adapter(train.lora_rank, alpha, tuple(train.lora_targets))
-
-
 def adapted(shape: Shape, train: TrainConfig) -> Shape:
     """Returns the shape with the adapter that the settings ask for, if they do: transformers' module
     then computes ours too. Raises `AdapterError` for layers that there are not."""
-    adapter = adapter_in(train)
-    if adapter is None:
+    if train.lora_rank is None:
         return shape
     if isinstance(shape, GPTConfig):
         shape = ForeignConfig.of(config_to_hf(shape, start_id=0, end_ids=[0]))
-    return shape.with_adapter(adapter)
+    alpha = train.lora_alpha or 2 * train.lora_rank
+    return shape.with_adapter(Adapter(train.lora_rank, alpha, tuple(train.lora_targets)))
 
 
 def state_scaling(config: RunConfig) -> ScalingConfig:

@@ -136,7 +136,7 @@ class BatchGradient:
         plan = self._plan(step)
         audit = self.audit_of_step(step)
         own_checksum = TurnChecksum(self._state.layout, self._state.device) if audit else None
-        excerpt = self._excerpt(step, plan) if audit else None
+        excerpt = Excerpt(self._excerpted(step, plan), plan, self._state) if audit else None
         losses = self._sum.add_up(
             plan,
             lambda number: self._backward(self._loss, step, number, timer, scale=1.0),
@@ -162,9 +162,6 @@ class BatchGradient:
             sums = excerpt.repeated(self._group)
         audit_s += time.perf_counter() - begin_s
         return measured._replace(sums=sums, audit_s=audit_s)
-
-    def _excerpt(self, step: int, plan: StepPlan) -> Excerpt:
-        return Excerpt(self._excerpted(step, plan), plan, self._state)
 
     def _excerpted(self, step: int, plan: StepPlan) -> Span:
         num_blocks = self._state.layout.size // BLOCK

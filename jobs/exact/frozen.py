@@ -16,14 +16,13 @@ from jobs.exact.state.gathered_weights import GatheredWeights
 from jobs.exact.state.peers import Peers
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.span import PackedSpans
+from jobs.run.base import ALIGNMENT_BYTES
 from jobs.workers.worker_group import WorkerGroup
 from model.decoders.adapted import AdaptedModel, FrozenWeights
 from model.files.checkpoint import stored_weights
 from model.files.checkpoint_folder import WEIGHTS
 from model.files.stored_tensors import stored_in
 from model.training.training_memory import large_zeros
-
-_ALIGNMENT_BYTES = 64  # of a tensor's place, by which vector kernels may round
 
 
 def freeze(
@@ -71,4 +70,4 @@ def _loaded(folder: Path, layout: FlatLayout, spans: PackedSpans, device: torch.
 def _in_place(values: Tensor) -> Tensor:
     """Returns the tensor itself, or a copy where its place in memory is another kind of place than
     a buffer of the trainer would have."""
-    return values if values.data_ptr() % _ALIGNMENT_BYTES == 0 else values.clone()
+    return values if values.data_ptr() % ALIGNMENT_BYTES == 0 else values.clone()

@@ -1,7 +1,6 @@
 """The weights that a run of an adapter freezes: stored once, and found by every worker."""
 
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,9 +18,9 @@ from model.files.durable_files import move_into_place
 from model.text.tokenizer import Tokenizer
 
 BASE_FILE = "base.json"
-_ALIGNMENT_BYTES = 64
+ALIGNMENT_BYTES = 64
 """Tensors of a base begin at multiples of it in their file, as far as their sizes are such, so that
-workers compute with the file's own memory."""
+workers compute with the file's own memory: a tensor's place decides how vector kernels round."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,10 @@ def _store(
             tokenizer=tokenizer,
             metadata=metadata,
             train_state=None,
-            alignment=_ALIGNMENT_BYTES,
+            alignment=ALIGNMENT_BYTES,
         )
         if local is None:
             parent = open_storage(target.uri.rpartition("/")[0])
             parent.upload_folder(folder, target.uri.rpartition("/")[2], last=MANIFEST)
-        elif target.exists(MANIFEST):
-            shutil.rmtree(folder)
-        else:
+        elif not target.exists(MANIFEST):
             move_into_place(folder, local)

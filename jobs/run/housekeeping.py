@@ -79,7 +79,9 @@ def collect(storage: Storage, *, yes: bool) -> dict[str, Any]:
             if checkpoints.uri(name) not in needed:
                 leftovers.append(_leftover(checkpoints.folder(name), why))
     leftovers += _unused_stores(storage, begun)
-    leftovers += _unused_bases(storage, runs)
+    for base in _unused_bases(storage, runs):
+        if base.uri not in needed:
+            leftovers.append(base)
     return _removed(storage, leftovers, yes=yes)
 
 

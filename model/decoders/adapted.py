@@ -39,14 +39,10 @@ class AdaptedModel(ForeignModel):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         for path, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            yield stored_name(path), parameter
+            yield self.name_of(path), parameter
 
-    def adopt(self, weights: Mapping[str, Tensor]) -> None:
-        device = next(iter(weights.values())).device
-        for path, _ in [*nn.Module.named_parameters(self)]:
-            place, _, name = path.rpartition(".")
-            setattr(self.get_submodule(place), name, nn.Parameter(weights[stored_name(path)]))
-        self.move_constants(device)
+    def name_of(self, path: str) -> str:
+        return stored_name(path)
 
     def init_weights(self, seed: int) -> None:
         """Draws the adapter's weights, and the frozen ones too where there are none yet."""

@@ -157,24 +157,25 @@ class ForeignModel(Decoder):
     def new_cache(self, num_tokens: int) -> ModuleCache | None:
         return ModuleCache() if "cache" in self._body_arguments else None
 
+    def name_of(self, path: str) -> str:
+        """Returns the name by which the parameter at a path in the module is known."""
+        return path
+
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
         """Makes the tensors themselves the parameters, those that are tied in all of their places;
-        buffers go to their device."""
+        constants, such as frequencies of rotary positions, go to their device."""
         places: dict[nn.Parameter, list[str]] = {}
-        for name, parameter in self.named_parameters(remove_duplicate=False):
-            places.setdefault(parameter, []).append(name)
-        for names in places.values():
-            adopted = nn.Parameter(weights[names[0]])
-            for name in names:
-                place, _, last = name.rpartition(".")
+        for path, parameter in nn.Module.named_parameters(self, remove_duplicate=False):
+            places.setdefault(parameter, []).append(path)
+        for paths in places.values():
+            adopted = nn.Parameter(weights[self.name_of(paths[0])])
+            for path in paths:
+                place, _, last = path.rpartition(".")
                 setattr(self.get_submodule(place), last, adopted)
-        self.move_constants(next(iter(weights.values())).device)
-
-    def move_constants(self, device: torch.device) -> None:
-        """Moves the module's constants, such as frequencies of rotary positions, to a device."""
+        device = next(iter(weights.values())).device
         for module in self.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                if not buffer.is_meta:
+                if not buffer.is_meta:  # frozen weights that are not there yet
                     module.register_buffer(name, buffer.to(device), persistent=False)
 
     def pieces(self) -> Iterator[tuple[str, nn.Module]]:

@@ -66,11 +66,10 @@ class Metadata:
         source = self.base_source or ""
         return replace(self, base=None, base_source=source if source.startswith("hf://") else None)
 
-    def without_base(self, parameter_hash: str) -> Self:
-        """Returns that of a whole model, which an adapter became."""
-        return replace(
-            self, parameter_hash=parameter_hash, base=None, base_hash=None, base_source=None
-        )
+    @property
+    def merged(self) -> Self:
+        """The same of the whole model that an adapter makes with its base."""
+        return replace(self, parameter_hash=None, base=None, base_hash=None, base_source=None)
 
 
 def verify_checkpoint(folder: Path, *, to_train: bool = True) -> list[str]:

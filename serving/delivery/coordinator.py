@@ -58,7 +58,10 @@ class Coordinator:
         self._deployment = deployment
         self._name = endpoint_name(config)
         self._file = DeliveryFile(
-            open_storage(config.storage.uri), self._name, deployment=deployment
+            open_storage(config.storage.uri),
+            self._name,
+            deployment=deployment,
+            also_pinned=config.adapters.values(),
         )
         self._damage: DamagedStateError | None = None  # set if the stored state cannot be read
         self._delivery: Delivery | None = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from cluster.settings.serve import ServeConfig
 from cluster.storage.checkpoint_cache import Holds
-from cluster.storage.registry import find_checkpoint
+from cluster.storage.registry import metadata_of
 from model.errors import UserError
 from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.promotion import (
@@ -21,10 +21,9 @@ from serving.delivery.promotion import (
     SlotStatus,
     Version,
     VersionStats,
-    version_of,
 )
 from serving.engine_process.client import EngineClient
-from serving.protocol.served_model import read_served_model
+from serving.protocol.served_model import version_of_weights
 from serving.text.chat_misfit import chat_misfit, chat_notice
 
 # Before new weights get the only engine: two reports, as they may end it and the replica with it
@@ -96,18 +95,18 @@ class Versions:
             if live.problem and live.version == self.delivery.live:
                 raise RuntimeError(live.problem)
         async with self._one_at_a_time:
-            for name, reference in self.config.adapters.items():
+            for name, uri in self.config.adapters.items():
                 if name not in self._adapters:
-                    self._adapters[name] = await self._load_adapter(name, reference)
+                    self._adapters[name] = await self._load_adapter(name, uri)
 
-    async def _load_adapter(self, name: str, reference: str) -> LoadedVersion:
+    async def _load_adapter(self, name: str, uri: str) -> LoadedVersion:
         """Raises `UserError` for an adapter that this endpoint cannot serve."""
-        uri, folder = await asyncio.to_thread(find_checkpoint, reference, self.config.storage.uri)
-        model = await asyncio.to_thread(read_served_model, folder, name=name)
-        if not model.rank:
+        metadata = await asyncio.to_thread(metadata_of, uri)
+        if metadata is None or metadata.base_hash is None:
             raise UserError(f"adapters has {name}, and {uri} is a whole model: serve it by itself")
+        version = Version(checkpoint=uri, version=version_of_weights(metadata))
         loaded = await LoadedVersion.load(
-            version_of(model, checkpoint=uri), name=name, config=self.config, others=[self.live]
+            version, name=name, config=self.config, others=[self.live]
         )
         await loaded.health.self_test()
         return loaded

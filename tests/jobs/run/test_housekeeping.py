@@ -73,6 +73,21 @@ def test_what_nothing_needs_is_named_and_then_deleted(
     assert asked(capsys, root, "gc")["leftovers"] == []
 
 
+def test_a_base_goes_once_neither_an_adapter_nor_an_endpoint_needs_it(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("frozen", "served", "unused"):
+        write_tiny(root / f"bases/{name}", run_id="base")
+    base = {"uri": str(root / "bases/frozen"), "parameter_hash": "ab", "source": "somewhere"}
+    (root / "runs/first/base.json").write_text(json.dumps(base))
+    (root / "endpoints").mkdir()
+    pinned = {"pinned": [str(root / "bases/served")]}
+    (root / "endpoints/completions.json").write_text(json.dumps(pinned))
+    named = {row["uri"]: row["why"] for row in asked(capsys, root, "gc")["leftovers"]}
+    bases = {uri: why for uri, why in named.items() if "/bases/" in uri}
+    assert bases == {str(root / "bases/unused"): "no adapter stands on it"}
+
+
 def test_a_run_that_waits_or_runs_is_left_alone(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

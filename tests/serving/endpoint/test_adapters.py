@@ -7,6 +7,8 @@ import httpx
 import pytest
 
 from cluster.settings.serve import ServeConfig
+from cluster.storage.registry import served_checkpoints
+from cluster.storage.uris import open_storage
 from model.text.tokenizer import Tokenizer
 from tests.serving.adapter_parts import MadeAdapter, made_adapter, stored_base
 from tests.serving.delivery_parts import Admin, Load, greedy_texts, promote_under_load, version
@@ -40,7 +42,7 @@ def url(endpoints: Endpoints, adapters: dict[str, MadeAdapter], storage: Path) -
     config = ServeConfig.model_validate(
         {
             "checkpoint": str(adapters["red"].folder),
-            "adapters": {"green": str(adapters["green"].folder)},
+            "adapters": {"green": str(storage / "runs/green")},  # its newest checkpoint
             "model_name": "tiny",
             "admin_key_file": str(storage / "admin"),
             "storage": {"uri": str(storage)},
@@ -66,6 +68,7 @@ def test_an_adapter__is_promoted_under_load_and_rolled_back_on_the_same_engine(
     adapters: dict[str, MadeAdapter],
     tokenizer: Tokenizer,
     prompts: list[list[int]],
+    storage: Path,
 ) -> None:
     red, blue = adapters["red"].folder, adapters["blue"].folder
     texts = {}
@@ -83,6 +86,8 @@ def test_an_adapter__is_promoted_under_load_and_rolled_back_on_the_same_engine(
         assert named.headers["x-model-version"] == version(adapters["green"].folder)
         listed = [card["id"] for card in http.get("/v1/models").json()["data"]]
     assert listed == ["tiny", "green"]
+    needed = served_checkpoints(open_storage(str(storage)))
+    assert {str(made.folder) for made in adapters.values()} == needed, "no retention deletes them"
 
     back = Load(url, prompts, texts, num_connections=4)
     assert admin.promote(red, gate_rows=[], watch_s=1000).status_code == 202
