@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jobs.exact.state.train_state import TrainState
+from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.snapshots.snapshots import Snapshots
 from jobs.training import train_loop
@@ -30,6 +31,7 @@ from model.files.checkpoint import parameter_hash
 from model.files.failpoints import VARIABLE
 from tests.jobs.attempt_witness import AttemptWitness
 from tests.jobs.worker_processes import exit_code, into_log, worker_process
+from tests.waiting import wait_until
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,15 @@ class CutOff:
 
     It finds no table (`zeros`), the one of the step before (`stale`), that of another round
     (`round`), or the whole table, after its watcher began to abort (`aborted`). Or it is killed
-    before (`killed`). Or it dies at a failpoint, whatever the step: `how` is then what the variable
-    says.
+    before (`killed`), as soon as the run has a checkpoint of the step `saved`, where that is given.
+    Or it dies at a failpoint, whatever the step: `how` is then what the variable says.
     """
 
     rank: int
     step: int
     how: str
     number: int = 0
+    saved: int = 0
 
 
 def run_in_rounds(
@@ -76,6 +79,12 @@ def run_in_rounds(
     return [log.read_text().splitlines() for log in logs]
 
 
+def _is_saved(plan: RunPlan, step: int) -> bool:
+    """Tells whether the run has a checkpoint of a step; none is needed of step 0."""
+    saved = {event["step"] for event in Ledger.read(plan.run).events("checkpoint")}
+    return not step or step in saved
+
+
 def _train_in_rounds(
     plan: RunPlan, address: str, rank: int, world_size: int, log: Path, cut_offs: Sequence[CutOff]
 ) -> None:
@@ -92,15 +101,17 @@ def _train_in_rounds(
     rendezvous = Rendezvous(
         address, group="group", use_gpu=use_gpu, progress=lambda: pulse.num_steps, **settings
     )
-    to_come = {(cut.step, cut.number): cut.how for cut in cut_offs if cut.rank == rank}
+    to_come = {(cut.step, cut.number): cut for cut in cut_offs if cut.rank == rank}
     gather, tables = dist.all_gather_single, dict[torch.Size, Tensor]()
     meetings: list[Meeting] = []
     last = [0, 0]
 
     def cut_off(table: Tensor, own: Tensor) -> Any:
         last[:] = [int(own[-1]), last[1] + 1 if int(own[-1]) == last[0] else 0]
-        how = to_come.pop((last[0], last[1]), None)
-        if how == "killed":
+        cut = to_come.pop((last[0], last[1]), None)
+        how = cut.how if cut else None
+        if cut and how == "killed":
+            wait_until(lambda: _is_saved(plan, cut.saved))
             os.kill(os.getpid(), signal.SIGKILL)
         before, done = table.clone(), gather(table, own)
         match how:

@@ -45,7 +45,7 @@ def test_a_run_whose_worker_is_killed__ends_with_the_same_bits(
     tmp_path: Path, undisturbed: RunPlan, shard: Shard
 ) -> None:
     plan = tiny_plan(str(tmp_path / "disturbed"), scaling={"shard": shard}, **SETTINGS)
-    run_in_rounds(plan, tmp_path, [CutOff(1, 6, "killed")])
+    run_in_rounds(plan, tmp_path, [CutOff(1, 6, "killed", saved=4)])
     starts = [line["step"] for line in Ledger.read(plan.run).events("start")]
     assert starts == [0, 4], "it went on from the checkpoint of step 4"
     assert last_hash(plan) == last_hash(undisturbed)
