@@ -110,6 +110,7 @@ TOKEN_FILE = Argument[Path | None](
     parse=Path,
     metavar="FILE",
 )
+KEEPS_ON = Switch("--watch", "do so again every 30 s, until it is interrupted")
 FOLLOW_LOG = Switch("-f --follow", "until the job ends; exit code 1 unless it succeeded")
 ALL_LAUNCHES = Switch("--all", "print all launches that are kept, not only the last one")
 SHOWS_RAY = Switch("--ray", "include the lines of Ray and of its workers' processes")

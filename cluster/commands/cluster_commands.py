@@ -11,6 +11,7 @@ from cluster.commands.arguments import (
     CONFIG,
     FOLLOW_LOG,
     GROUP,
+    KEEPS_ON,
     KUBE_OBJECT,
     KUBE_OBJECTS,
     KUBERAY,
@@ -36,7 +37,7 @@ from cluster.commands.arguments import (
 from cluster.commands.command import Argument, Arguments, Command, OneOf, Result, Section
 from cluster.output.progress import say
 from cluster.output.result_text import counted, table
-from cluster.storage.uris import absolute_uri, open_storage
+from cluster.storage.uris import Storage, absolute_uri, open_storage
 from model.errors import UserError
 
 _PLACE = Argument[str]("uri", "a path, file:// or s3://bucket/prefix", metavar="URI")
@@ -106,6 +107,12 @@ def cluster_why_pending(arguments: Arguments) -> Result:
     return kube_commands.pending(arguments)
 
 
+def cluster_quarantine(arguments: Arguments) -> Result:
+    from cluster.commands import kube_commands
+
+    return kube_commands.quarantine(arguments)
+
+
 def cluster_release(arguments: Arguments) -> Result:
     from jobs.workers.left_out_nodes import left_out, take_back
 
@@ -118,7 +125,26 @@ def cluster_release(arguments: Arguments) -> Result:
     if not take_back(storage, node):
         names = f"those that are: {', '.join(known)}" if known else "no node is"
         raise UserError(f"node {node!r} is not left out under {storage.uri}; {names}")
-    return Result({"released": node}, f"node {node} gets training workers again")
+    result, text = {"released": node}, f"node {node} gets training workers again"
+    if kubernetes_node := known[node].get("kubernetes_node"):
+        result["note"] = _taken_from(kubernetes_node, storage)
+        text = f"{text}; {result['note']}"
+    return Result(result, text)
+
+
+def _taken_from(kubernetes_node: str, storage: Storage) -> str:
+    """Takes the mark from a node of Kubernetes, if that can be done from here. Returns what came
+    of it, in words."""
+    from cluster.commands import kube_commands
+
+    try:
+        kube_commands.mark_nodes(storage)
+    except UserError as error:
+        return (
+            f"the node {kubernetes_node} of Kubernetes keeps its taint until "
+            f"`raymill cluster quarantine` has run where it may change nodes: {error}"
+        )
+    return f"so does the node {kubernetes_node} of Kubernetes with pods"
 
 
 def dashboards_push(arguments: Arguments) -> Result:
@@ -271,6 +297,12 @@ CLUSTER = Section(
             "say why pods do not run yet",
             cluster_why_pending,
             [NAMESPACE, KUBE_OBJECTS],
+        ),
+        Command(
+            "cluster quarantine",
+            "taint the Kubernetes nodes on which a worker was found wrong, and untaint those that were released",
+            cluster_quarantine,
+            [STORAGE, KEEPS_ON],
         ),
         Command(
             "cluster release",

@@ -1,6 +1,8 @@
 """`raymill cluster`: applies the manifests to Kubernetes, and explains and scales what runs
 there."""
 
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,7 @@ import yaml
 from cluster.commands.arguments import (
     COMPONENT,
     GROUP,
+    KEEPS_ON,
     KUBE_OBJECT,
     KUBE_OBJECTS,
     LEAST_PODS,
@@ -18,6 +21,7 @@ from cluster.commands.arguments import (
     OVERLAY,
     OVERLAYS_NAMESPACE,
     RESUME,
+    STORAGE,
     SUSPEND,
 )
 from cluster.commands.command import Arguments, Result
@@ -25,14 +29,27 @@ from cluster.commands.completion import OVERLAYS, overlays
 from cluster.kube import status as kube
 from cluster.kube.kustomize import rendered_overlay
 from cluster.kube.leftovers import PART_OF_RAYMILL, kinds_of, leftovers, removal
+from cluster.kube.node_marks import (
+    as_kubectl,
+    conditioned,
+    is_marked,
+    owner_of,
+    tainted,
+    untainted,
+    wanted_marks,
+)
 from cluster.kube.pending import reasons, warning
 from cluster.kube.scale import Patch, bounds_of_owner, most_replicas, scale_group, suspend
+from cluster.local.jobs_api import ClusterError
+from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
+from cluster.storage.uris import Storage, StorageError, open_storage
 from model.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.kube.client import KubeApi
 
+_MARKS_EVERY_S = 30
 _PLATFORM = "platform"
 """The component with the namespace, rights and policies, which only an administrator can apply."""
 
@@ -172,6 +189,56 @@ def pending(arguments: Arguments) -> Result:
     for manifest in manifests:
         why |= reasons(manifest, _clusters_of(api, manifest), pods, events)
     return Result(why or {"pending": "nothing: every requested pod runs"})
+
+
+def quarantine(arguments: Arguments) -> Result:
+    storage = open_storage(arguments[STORAGE])
+    while arguments[KEEPS_ON]:
+        try:
+            changed = mark_nodes(storage)
+        except (ClusterError, StorageError) as error:
+            say(f"tried again in {_MARKS_EVERY_S} s: {error}")
+        else:
+            for what in ("marked", "released"):
+                for name in changed[what]:
+                    say(f"{what} {name}")
+        time.sleep(_MARKS_EVERY_S)
+    return Result(mark_nodes(storage))
+
+
+def mark_nodes(storage: Storage) -> dict[str, list[str]]:
+    """Marks the nodes of Kubernetes that a storage has as left out, and takes back its marks on
+    others. Returns which were changed, and which are not in this cluster. Raises `ClusterError`
+    with the commands for somebody who may."""
+    from jobs.workers.left_out_nodes import left_out
+
+    api, owner = _api(None), owner_of(storage.uri)
+    wanted = wanted_marks(left_out(storage))
+    marked: list[str] = []
+    released: list[str] = []
+    here: set[str] = set()
+    try:
+        for node in api.nodes():
+            name = node["metadata"]["name"]
+            here.add(name)
+            if name in wanted and _brought_into_line(api, name, wanted[name], owner):
+                marked.append(name)
+            elif name not in wanted and is_marked(node, owner):
+                _brought_into_line(api, name, None, owner)
+                released.append(name)
+    except ClusterError as error:
+        by_hand = "; ".join([str(error), *as_kubectl(wanted, owner)])
+        raise ClusterError(by_hand) from None
+    return {"marked": marked, "released": released, "not_here": sorted(wanted.keys() - here)}
+
+
+def _brought_into_line(api: "KubeApi", name: str, why: str | None, owner: str) -> bool:
+    """Writes a node's condition, and then its taint, by which an interrupted change is seen and
+    made again. Returns whether there was anything to change."""
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    change = tainted if why else untainted
+    is_told = api.change_node(name, lambda node: conditioned(node, why, now=now), of_status=True)
+    return api.change_node(name, lambda node: change(node, owner)) or is_told
 
 
 def _of_component(objects: list[kube.Object], component: str | None) -> list[kube.Object]:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 from cluster.kube.field_ownership import KUBECTL_APPLY, taken_over
@@ -82,6 +83,31 @@ class KubeApi:
         self._ask(
             "PATCH", path, query=query, body=patch, content_type="application/json-patch+json"
         )
+
+    def nodes(self) -> list[Object]:
+        """Returns the nodes of the cluster."""
+        listed: list[Object] = self._ask("GET", _path("v1", "Node", None))["items"]
+        return listed
+
+    def change_node(
+        self, name: str, change: Callable[[Object], Patch], *, of_status: bool = False
+    ) -> bool:
+        """Patches a node, or its status, by what `change` makes of it, anew when somebody has
+        written it meanwhile. Returns whether there was anything to change."""
+        path = f"{_path('v1', 'Node', None)}/{name}"
+        target = f"{path}/status" if of_status else path
+        query, content_type = [("fieldManager", FIELD_MANAGER)], "application/json-patch+json"
+        for tries_left in reversed(range(_TRIES)):
+            patch = change(self._ask("GET", path))
+            if not patch:
+                return False
+            try:
+                self._ask("PATCH", target, query=query, body=patch, content_type=content_type)
+                break
+            except _RefusedError as error:
+                if error.status not in (409, 422) or not tries_left:
+                    raise
+        return True
 
     def apply(self, manifest: Object, *, dry_run: bool = False, force: bool = False) -> Object:
         """Applies on the server's side, and returns the resulting object. Raises `ClusterError` if
@@ -291,9 +317,7 @@ class _RefusedError(ClusterError):
         what = path.rsplit("/namespaces/", maxsplit=1)[-1]
         message = said.get("message", "")
         if self.status == 403 and "exceeded quota" not in message:
-            is_operators = what.split("/")[1:2] and what.split("/")[1] in _OPERATORS_KINDS
-            group = "k8s/base/rbac.yaml gives the group raymill-operators that right"
-            return f"you may not {method} {what}: {group if is_operators else 'only an administrator may'} ({message})"
+            return f"you may not {method} {what}: {_who_may(what)} ({message})"
         if self.lacks_namespace:
             return f"{what}: the namespace is not there: apply the component `platform` first"
         if self.status == 404 and (
@@ -307,6 +331,16 @@ class _RefusedError(ClusterError):
         return (
             f"Kubernetes refused {method} {what} with {self.status}: {message}" if message else ""
         )
+
+
+def _who_may(what: str) -> str:
+    """Says who may do what was refused, by its path, without `namespaces` if it has that."""
+    kinds = what.split("/")
+    if kinds[1:2] and kinds[1] in _OPERATORS_KINDS:
+        return "k8s/base/rbac.yaml gives the group raymill-operators that right"
+    if kinds[:4] == ["", "api", "v1", "nodes"]:
+        return "k8s/components/node-marks gives the group raymill-operators that right"
+    return "only an administrator may"
 
 
 def _path(api_version: str, kind: str, namespace: str | None) -> str:

@@ -43,6 +43,7 @@ class Corruption:
     right: int
     repeats: bool = False  # it was wrong again when asked again
     turn: Turn | None = None  # whose gradient it is
+    votes: Sequence[int] = ()  # how many answers were the right one, and this one
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,12 @@ def named_later(what: What, earlier: Mapping[int, int], shown: Sequence[Shown]) 
 
 
 def _differing(what: What, by_rank: Mapping[int, int], right: int) -> list[Corruption]:
-    wrong = {rank: checksum for rank, checksum in by_rank.items() if checksum != right}
-    return [Corruption(what, rank, checksum, right) for rank, checksum in wrong.items()]
+    corruptions: list[Corruption] = []
+    for rank, checksum in by_rank.items():
+        if checksum != right:
+            votes = votes_for(right, checksum, [*by_rank.values()])
+            corruptions.append(Corruption(what, rank, checksum, right, votes=votes))
+    return corruptions
 
 
 def disputed_turns(audit: Audit, shown: Sequence[Shown]) -> list[Turn]:
@@ -134,17 +139,16 @@ def of_turns(
             (auditor, shown[auditor].other_turn),
             *enumerate(asked_again),
         ]
-        right = most_common([answer for _, answer in given])
+        answers_given = [answer for _, answer in given]
+        right = most_common(answers_given)
         if right is None:
             by_rank = {rank: asked_again[rank] for rank in (turn.rank, auditor)}
             undecided.append(Undecided(What.GRADIENT, by_rank))
             continue
         wrong = {rank: answer for rank, answer in given if answer != right}
         for rank, answer in sorted(wrong.items()):
-            repeats = asked_again[rank] != right
-            corruptions.append(
-                Corruption(What.GRADIENT, rank, answer, right, repeats=repeats, turn=turn)
-            )
+            repeats, votes = asked_again[rank] != right, votes_for(right, answer, answers_given)
+            corruptions.append(Corruption(What.GRADIENT, rank, answer, right, repeats, turn, votes))
     return Verdict(corruptions, undecided)
 
 
@@ -163,7 +167,8 @@ def of_repeated(what: What, repeated: Repeated) -> Verdict:
         for rank, answer in sorted({at for at in given if at[1] != right}):
             is_noted = (rank, answer) == (noted.rank, noted.checksum)
             repeats = is_noted and answers[rank] != right
-            wrong.append((noted, Corruption(what, rank, answer, right, repeats)))
+            votes = votes_for(right, answer, [shown for _, shown in given])
+            wrong.append((noted, Corruption(what, rank, answer, right, repeats, votes=votes)))
     by_rank: dict[int, Corruption] = {}
     for noted, corruption in wrong:
         is_made_of_wrong = any(_leads_to(before, noted) for before, _ in wrong)
@@ -197,7 +202,15 @@ def of_self_tests(checksums: Sequence[str], kinds: Sequence[object]) -> Verdict:
             continue
         for rank in ranks:
             if numbers[rank] != right or not checksums[rank]:
-                corruption = Corruption(What.SELF_TEST, rank, numbers[rank], right, repeats=True)
+                answers = [numbers[other] for other in ranks]
+                corruption = Corruption(
+                    What.SELF_TEST,
+                    rank,
+                    numbers[rank],
+                    right,
+                    repeats=True,
+                    votes=votes_for(right, numbers[rank], answers),
+                )
                 corruptions.append(corruption)
     return Verdict(corruptions, undecided)
 
@@ -208,3 +221,9 @@ def most_common(answers: Sequence[int]) -> int | None:
     if others and others[0][1] == count:
         return None
     return first
+
+
+def votes_for(right: int, shown: int, answers: Sequence[int]) -> tuple[int, int]:
+    """Returns how many of the answers were the right one, and how many the one that was shown."""
+    counts = Counter(answers)
+    return counts[right], counts[shown]

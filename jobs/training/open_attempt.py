@@ -51,6 +51,7 @@ from jobs.training.step_record import StepRecord
 from jobs.training.validation import Validator
 from jobs.workers.failures import why_give_up
 from jobs.workers.incident_notes import write_down
+from jobs.workers.left_out_nodes import KUBERNETES_NODE_VARIABLE
 from jobs.workers.placement import at_odds
 from jobs.workers.preemption import Notices
 from jobs.workers.worker_group import WorkerGroup
@@ -115,6 +116,7 @@ def open_attempt(
         "pid": os.getpid(),
         "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname()),
         "node_id": ray.get_runtime_context().get_node_id() if plan.launch else None,
+        "kubernetes_node": os.environ.get(KUBERNETES_NODE_VARIABLE),
         **gpu_of_worker(device),
     }
     workers = _Workers(*zip(*group.gather((place, hardware(device))), strict=True))

@@ -98,6 +98,7 @@ class Sentinel:
         # The step before which all copies of the state were the same
         self._last_alike = attempt.first_step
         self._owed = attempt.owed
+        self._began_s = 0.0  # to judge, when something differed
         self.update_again: Repeated | None = None
         """What ranks found when they made the update of this step again."""
         if writer and gradient.audits.every_steps:
@@ -109,6 +110,7 @@ class Sentinel:
         run must go back. Raises `CorruptionError` where a worker's node has no part in the run any
         more, and `UserError` where nobody can tell who is wrong."""
         while measured.shown:
+            self._began_s = time.perf_counter()
             verdict = self._verdict(step, measured, timer)
             if verdict.is_clean:
                 self._last_alike = step
@@ -134,7 +136,7 @@ class Sentinel:
         """Compares the gradients of the self-tests of workers with the same hardware, before they
         train; a self-test that failed has a problem in place of a checksum. Raises what `cleared`
         does, and `UserError` where the self-test fails on all."""
-        self._self_test = checksum
+        self._self_test, self._began_s = checksum, time.perf_counter()
         checksums, problems = zip(*self._group.gather((checksum, problem)), strict=True)
         if not self._gradient.audits.every_steps or all(problems):
             if any(problems):
@@ -150,6 +152,7 @@ class Sentinel:
         """Returns whether the run must go back though a step is taken: an update was wrong, or the
         step refutes what was stored. Raises what `cleared` does."""
         again, self.update_again = self.update_again, None
+        self._began_s = time.perf_counter()
         verdict = of_repeated(What.UPDATE, again) if again else CLEAN
         if verdict.undecided:
             self._end_undecided(step, verdict.undecided[0])
@@ -221,6 +224,7 @@ class Sentinel:
                 attempt=self._number,
                 generation=self._writer.fence.generation,
                 measure=chosen.value,
+                seconds=round(time.perf_counter() - self._began_s, 3),
                 **_fields(corruption),
                 **self._places[corruption.rank],
                 **(way.fields() if way else {"to_step": None}),
@@ -372,6 +376,7 @@ def _fields(corruption: Corruption) -> dict[str, Any]:
         "shown": f"{corruption.shown:016x}",
         "right": f"{corruption.right:016x}",
         "repeats": corruption.repeats,
+        "votes": [*corruption.votes],
     }
 
 

@@ -12,6 +12,8 @@ from cluster.storage.uris import Storage, StorageError
 
 FOLDER = "left-out"
 NODE_LABEL = "ray.io/node-id"  # which Ray gives each node
+KUBERNETES_NODE_VARIABLE = "RAYMILL_KUBERNETES_NODE"
+"""Environment variable with the name of the node of Kubernetes, in every pod that may train."""
 
 
 def leave_out(storage: Storage, place: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ RAY_DEFAULTS: dict[str, Object] = {
 }
 
 OPERATOR = "kuberay-operator"
-_WITH_STATUS = {*RAY_DEFAULTS, "Pod", "StatefulSet", "ResourceQuota", "Namespace"}
+_WITH_STATUS = {*RAY_DEFAULTS, "Node", "Pod", "StatefulSet", "ResourceQuota", "Namespace"}
 _CLAIM_DEFAULTS = {
     "apiVersion": "v1",
     "kind": "PersistentVolumeClaim",

@@ -22,6 +22,7 @@ COMPONENTS = {
     "eks": "dev",
     "gke": "gpu",
     "huggingface": "gpu",
+    "node-marks": "gpu",
     "ipc-lock": "gpu-node + components/efa",
     "proxy": "gpu",
     "pull-secret": "gpu",
