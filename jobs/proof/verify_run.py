@@ -1,5 +1,5 @@
-"""Recomputes the hashes of a run's checkpoints and of its data, and names what is not as it was
-recorded."""
+"""Recomputes the hashes of a run's checkpoints, of its data and of its ledger's lines, and names
+what is not as it was recorded."""
 
 import tempfile
 from pathlib import Path
@@ -10,7 +10,8 @@ from cluster.output.result_text import counted
 from cluster.storage.uris import Storage
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.find_run import data_identity, find_tokens
-from jobs.run.ledger import Ledger, Line
+from jobs.run.ledger import LEDGER, Ledger, Line
+from jobs.run.ledger_chain import chain_of
 from jobs.tokens import inspect_store
 from jobs.tokens.token_store import TokenStoreError
 from model.files.checkpoint import stored_parameter_hash
@@ -19,9 +20,12 @@ from model.files.checkpoint_folder import read_metadata, verify_checkpoint
 
 def verify(run: Storage) -> dict[str, Any]:
     """Returns `valid`, and `problems` by file. Reads every byte of checkpoints and shards."""
-    ledger, checkpoints = Ledger.read(run), RunCheckpoints(run)
+    written = run.find_bytes(LEDGER) or b""
+    ledger, checkpoints = Ledger.parse(written, f"{run.uri}/{LEDGER}"), RunCheckpoints(run)
     saved = {event["checkpoint"].rpartition("/")[2]: event for event in ledger.events("checkpoint")}
-    names, problems, metadata = checkpoints.names, [], []
+    chain = chain_of(written.rpartition(b"\n")[0].splitlines())
+    names, metadata = checkpoints.names, []
+    problems = [f"{LEDGER}, {problem}" for problem in chain.problems]
     newest = max(saved, default=None)
     if newest is not None and newest not in names:
         problems.append(f"{newest}: the ledger's newest checkpoint is missing or incomplete")
@@ -46,7 +50,7 @@ def verify(run: Storage) -> dict[str, Any]:
         ]
     except TokenStoreError as error:
         problems.append(str(error))
-    verdict = f"{counted(len(names), 'checkpoint')} and {counted(shards, 'shard')} are as recorded"
+    verdict = f"{counted(len(names), 'checkpoint')} and {counted(shards, 'shard')} are as recorded; {chain.summary}"
     return {
         "verdict": f"{counted(len(problems), 'problem')}: {'; '.join(problems)}"
         if problems
@@ -55,6 +59,9 @@ def verify(run: Storage) -> dict[str, Any]:
         "problems": problems,
         "checkpoints": len(names),
         "shards": shards,
+        "ledger_lines": chain.num_lines,
+        "ledger_head": chain.head,
+        "chained_from": chain.first,
     }
 
 

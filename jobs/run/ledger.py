@@ -2,7 +2,8 @@
 never rewritten.
 
 Steps that were lost to a failure are taken again and written again; the last line of a step counts.
-So a reader needs no index, and a crash costs at most an unfinished last line.
+So a reader needs no index, and a crash costs at most an unfinished last line. Each line has the hash
+of the one before (`ledger_chain`), which is for who proves the file, and not a field of the line.
 """
 
 import errno
@@ -17,6 +18,8 @@ from typing import Any
 
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.uris import AlreadyExistsError, ConflictError, Storage, StorageError
+from jobs.run.ledger_chain import KEY as CHAIN
+from jobs.run.ledger_chain import encoded, hash_of, head_of
 from jobs.run.storage_retry import Outage, node_spool, patiently
 from jobs.run.writer_generation import Fence
 from model.errors import UserError
@@ -52,7 +55,8 @@ class LedgerWriter:
         self._file = path.open("a+b", buffering=0)
         self._size = self._end_of_lines(os.fstat(self._file.fileno()).st_size)
         self._file.truncate(self._size)  # a crash's unfinished line
-        self._waiting = b""  # lines that the disk has not accepted yet
+        self._head = self._head_of_lines()
+        self._waiting: list[Line] = []  # that the disk has not accepted yet
         self._num_mirrored = 0
         self._lost: LeaseLostError | None = None
         self._outage = Outage("ledger", self.event)
@@ -134,6 +138,16 @@ class LedgerWriter:
             size = start
         return 0
 
+    def _head_of_lines(self) -> str | None:
+        """Returns the hash of the last line."""
+        start = max(0, self._size - 1)
+        while start:
+            start = max(0, start - _BLOCK_BYTES)
+            piece = os.pread(self._file.fileno(), self._size - start, start)
+            if not start or piece.count(b"\n", 0, -1):
+                return head_of(piece)
+        return None
+
     def _content(self) -> bytes:
         # A newer writer may have removed its name
         return os.pread(self._file.fileno(), self._size, 0)
@@ -142,13 +156,13 @@ class LedgerWriter:
         with self._appending:
             if self._lost is not None:
                 raise self._lost
-            self._waiting += json.dumps(line).encode() + b"\n"
+            self._waiting.append(line)
             try:
                 self._write_waiting()
             except LeaseLostError:
                 raise
             except (StorageError, OSError) as error:
-                if b"storage_down" not in self._waiting:
+                if "storage_down" not in [waiting.get("event") for waiting in self._waiting]:
                     self._outage.failed(error)
             else:
                 if not self._is_mirrored:
@@ -157,15 +171,18 @@ class LedgerWriter:
     def _write_waiting(self) -> None:
         if not self._is_mirrored and self._fence is not None:
             self._fence.check()
+        content, head = b"", self._head
+        for line in self._waiting:
+            written = encoded(line, head)
+            content, head = content + written + b"\n", hash_of(written)
         try:
-            written = self._file.write(self._waiting)
-            if written < len(self._waiting):
+            if self._file.write(content) < len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
         except OSError:
             self._file.truncate(self._size)
             raise
-        self._size += written
-        self._waiting = b""
+        self._size += len(content)
+        self._head, self._waiting = head, []
 
     def _keep_mirrored(self) -> None:
         pause_s = _MIRROR_INTERVAL_S
@@ -307,7 +324,9 @@ def parsed_line(line: bytes, uri: str, number: int) -> Line:
     """Returns a line of the ledger at the URI. Raises `UserError`, which names its number, where it
     is damaged."""
     try:
-        return {**json.loads(line)}
+        fields: Line = {**json.loads(line)}
+        fields.pop(CHAIN, None)
+        return fields
     except (ValueError, TypeError):
         raise UserError(
             f"{uri}, line {number} is damaged: expected an object of JSON, not {line[:40]!r}; restore the file, or "

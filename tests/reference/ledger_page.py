@@ -14,6 +14,10 @@ _INTRODUCTION = """\
 is ignored. Every number of the report and of `pretrain`'s result comes from these lines. Every line has `time`, in seconds of
 Unix time; the line of an event has its name under `event`, and the line of a step has none.
 
+Every line has the SHA-256 of the line before under `prev`, in hexadecimal and null in the first, so that a line that was
+changed, removed, added or moved is found by `raymill verify`. What was cut off at the end shows by the hash of the last line,
+which `raymill verify --json` prints as `ledger_head`. A ledger of an earlier version has a chain from its next line on.
+
 Steps that a failure cost are repeated and recorded again: of the lines of one step the last one counts. The time between a save
 that was requested (`preempted` with the notice `stop`) and the next `start` is a pause. A pause is no failure, no restart, and
 no part of wall time or goodput.

@@ -47,6 +47,17 @@ def test_the_commands_show_their_progress_to_a_person(
     assert "raymill-progress" not in said
 
 
+def test_a_line_of_the_ledger_that_was_edited_or_dropped_is_found(run: Storage) -> None:
+    lines = run.read_bytes(LEDGER).splitlines(keepends=True)
+    at = next(place for place, line in enumerate(lines) if b'"loss"' in line)
+    assert verify(run)["ledger_lines"] == len(lines)
+    edited = lines[at].replace(b'"loss": ', b'"loss": 1')
+    for instead, place in ((b"", at + 1), (edited, at + 2)):
+        run.write_bytes(LEDGER, b"".join([*lines[:at], instead, *lines[at + 1 :]]))
+        problems = verify(run)["problems"]
+        assert problems[0].startswith(f"ledger.jsonl, line {place} was written behind another")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "train_state.safetensors", "tokenizer.json"])
 def test_a_flipped_byte_of_a_checkpoint_is_found(run: Storage, name: str) -> None:
     flip_byte(checkpoint_folder(run, 6) / name)
@@ -98,6 +109,7 @@ def test_a_hash_that_the_ledger_does_not_have_is_found(run: Storage) -> None:
         if line.get("event") == "checkpoint" and line["step"] == 6:
             line["parameter_hash"] = "0" * 64
     run.write_bytes(LEDGER, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    (problem,) = verify(run)["problems"]
+    chain, problem = verify(run)["problems"]
     assert problem.startswith("step-000000006")
     assert "the ledger says 000000000000…" in problem
+    assert chain.startswith("ledger.jsonl, line ")
