@@ -108,6 +108,7 @@ def _scratch_plan(
         tokenizer_json=tokens.read_bytes(TOKENIZER),
         code_version=code_version(),
         until=until,
+        is_replay=True,
         division=division(last_start(ledger, identity)),
         base=recorded_base(run),
     )

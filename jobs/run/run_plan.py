@@ -22,7 +22,8 @@ class RunPlan:
     code_version: str
     # The driver's number among the run's writers; writers of older drivers are refused
     launcher: int = 0
-    until: int | None = None  # a replay ends after this step
+    until: int | None = None  # the step after which it ends before its time
+    is_replay: bool = False  # it compares hashes of its weights, and stores none
     # The name of the launch, by which its keepers are found; None without keepers
     launch: str | None = None
     # Token store of each set in `data.validation`

@@ -27,6 +27,7 @@ from jobs.run.run_plan import RunPlan, open_held_out, open_stream, open_validati
 from jobs.run.sharded_checkpoints import stored_state
 from jobs.run.storage_retry import patiently, tell_nobody
 from jobs.saving.checkpoint_writer import CheckpointWriter
+from jobs.saving.hash_recorder import HashRecorder
 from jobs.saving.saver import Saver, SavesNothing
 from jobs.saving.shard_writer import ShardWriter
 from jobs.sentinel.way_back import WayBack, pending, void
@@ -227,6 +228,8 @@ def _saver(
     writer: RunWriter | None,
     tokenizer: Tokenizer,
 ) -> Saver:
+    if plan.is_replay:
+        return HashRecorder(group, writer.ledger if writer else None)
     if not state.sharding.is_whole:
         return ShardWriter(
             writer.checkpoints if writer else RunCheckpoints(plan.run),  # rank 0's are fenced
