@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from cluster.storage.bases import find_base
-from cluster.storage.registry import resolve_checkpoint
+from cluster.storage.registry import find_checkpoint, resolve_checkpoint
 from cluster.storage.uris import Storage, absolute_uri, open_storage, split_uri
+from jobs.run.training_statement import training_of
 from model.config import Shape
 from model.files.bounded_text import require_bounded_text
 from model.files.checkpoint import (
@@ -20,6 +21,7 @@ from model.files.checkpoint import (
 from model.files.checkpoint_folder import (
     MANIFEST,
     CheckpointError,
+    Metadata,
     fingerprint,
     is_adapter,
     is_hf_folder,
@@ -28,6 +30,7 @@ from model.files.checkpoint_folder import (
 )
 from model.files.gguf_file import write_gguf
 from model.files.hf_config import read_shape
+from model.files.signature import SigningKey, sign
 from model.files.stored_tokenizer import load_tokenizer
 
 
@@ -85,6 +88,16 @@ def _require_free(target: Storage) -> None:
         raise CheckpointError(f"{target.uri} exists and is not empty; name a new folder")
 
 
+def _require_valid(copy: Path, copied: Metadata, wanted: Metadata | None, *, source: Path) -> None:
+    problems = verify_checkpoint(copy)
+    if wanted and copied != wanted:
+        problems.append(
+            f"its weights have the hash {copied.parameter_hash}, {source} records {wanted.parameter_hash}"
+        )
+    if problems:
+        raise CheckpointError(f"the copy {copy} is not valid: {'; '.join(problems)}; export again")
+
+
 def export(
     checkpoint: str,
     destination: str,
@@ -92,17 +105,18 @@ def export(
     storage_uri: str,
     merge: bool = False,
     is_public: bool = False,
+    key: SigningKey | None = None,
 ) -> dict[str, Any]:
     """Writes the verified checkpoint to a new or empty folder, local or remote, and verifies the
     copy. An adapter stays one, which PEFT loads, unless `merge` adds it to its base's weights. What
-    is public names no place of one's own.
+    is public names no place of one's own. With a key the copy is signed.
 
     Raises `CheckpointError`.
     """
     target = open_storage(destination)
     local = target.local_path("")
     _require_free(target)
-    source = resolve_checkpoint(checkpoint, storage_uri)
+    uri, source = find_checkpoint(checkpoint, storage_uri)
     if is_hf_folder(source):
         raise CheckpointError(f"{source} is a plain Hugging Face folder already; copy it as it is")
     require_bounded_text(source)
@@ -127,15 +141,9 @@ def export(
             metadata=metadata,
             train_state=None,
         )
-        problems = verify_checkpoint(folder)
-        if not merge and copied != metadata:
-            problems.append(
-                f"its weights have the hash {copied.parameter_hash}, {source} records {metadata.parameter_hash}"
-            )
-        if problems:
-            raise CheckpointError(
-                f"the copy {folder} is not valid: {'; '.join(problems)}; export again"
-            )
+        _require_valid(folder, copied, None if merge else metadata, source=source)
+        if key:
+            sign(folder, key, training_of(uri, source))
         if local is None:
             parent, name = split_uri(destination)
             parent.upload_folder(folder, name, last=MANIFEST)

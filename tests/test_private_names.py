@@ -45,6 +45,43 @@ CANARIES = [
         "transformers.modeling_utils",
         "self._init_weights(module)",
     ),
+    # model/files/signature.py: signs a statement of its own, and reads what was signed.
+    Canary(
+        "model_signing._signing.sign_ec_key.Signer.sign",
+        "self payload",
+        "model_signing._signing.sign_ec_key",
+        "MessageToJson(payload.statement.pb)",
+    ),
+    Canary(
+        "model_signing.signing.Config.sign",
+        "self model_path signature_path",
+        "model_signing.signing",
+        "signature = self._signer.sign(payload)",
+    ),
+    Canary(
+        "model_signing._signing.signing.Verifier._verify_signed_content",
+        "self signature",
+        "model_signing._signing.signing",
+        "payload_type, payload = self._verify_signed_content(signature)",
+    ),
+    Canary(
+        "model_signing.verifying.Config.verify",
+        "self model_path signature_path",
+        "model_signing.verifying",
+        "expected_manifest = self._verifier.verify(signature)",
+    ),
+    Canary(
+        "model_signing._signing.signing.dsse_payload_to_manifest",
+        "dsse_payload",
+        "model_signing._signing.signing",
+        "return dsse_payload_to_manifest(payload)",
+    ),
+    Canary(
+        "model_signing._signing.sign_sigstore_pb.Signature.read",
+        "path",
+        "model_signing.verifying",
+        "sigstore_pb.Signature.read(pathlib.Path(signature_path))",
+    ),
     # tests/moto_server.py: what a listing of a bucket iterates over.
     Canary(
         "moto.s3.utils._VersionedKeyStore.items",

@@ -39,6 +39,19 @@ NO_PUBLISH = SettingAs(
 )
 CONFIG = Argument[Path | None]("config", _OVERRIDDEN, nargs="?", parse=Path)
 CONFIG_FLAG = Argument[Path | None]("--config", _OVERRIDDEN, parse=Path)
+KEY = Argument[Path](
+    "--key",
+    "the private key, a PEM file; its passphrase is taken from RAYMILL_KEY_PASSPHRASE",
+    parse=Path,
+    required=True,
+    metavar="FILE",
+)
+SIGNED_BY = Argument[Path | None](
+    "--signed-by",
+    "also check that the holder of this public key, a PEM file, has signed the checkpoints",
+    parse=Path,
+    metavar="FILE",
+)
 STORAGE = Argument[str](
     "--storage.uri",
     "root of runs and registry",

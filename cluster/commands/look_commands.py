@@ -4,10 +4,12 @@ from cluster.commands.arguments import (
     CHECKPOINT,
     EXPERIMENT,
     FOLLOW_RUN,
+    KEY,
     NUM_PROCESSES,
     PRICE,
     RUN,
     RUNS,
+    SIGNED_BY,
     STEPS,
     STORAGE,
     TWO_RUNS,
@@ -52,8 +54,20 @@ def verify(arguments: Arguments) -> Result:
     from jobs.proof.verify_run import verify as verify_run
 
     with reports_shown():
-        verdict = verify_run(run)
+        verdict = verify_run(run, signed_by=arguments[SIGNED_BY])
     return Result(verdict, is_bad=not verdict["valid"])
+
+
+def sign(arguments: Arguments) -> Result:
+    checkpoint, storage_uri = arguments[CHECKPOINT], arguments[STORAGE]
+    say(f"sign: {checkpoint}")
+
+    from cluster.storage.references import checkpoint_uri
+    from jobs.proof.sign_checkpoint import sign_checkpoint
+    from model.files.signature import SigningKey
+
+    uri, key = checkpoint_uri(checkpoint, storage_uri), SigningKey.in_file(arguments[KEY])
+    return Result(sign_checkpoint(uri, key, storage_uri=storage_uri))
 
 
 def replay(arguments: Arguments) -> Result:
@@ -182,7 +196,16 @@ LOOK = Section(
             "why-slow", "say what bounds a run, and by which numbers", why_slow, [RUN, STORAGE]
         ),
         Command(
-            "verify", "recompute the hashes of a run's checkpoints and data", verify, [RUN, STORAGE]
+            "verify",
+            "recompute the hashes of a run's checkpoints, data and ledger",
+            verify,
+            [RUN, SIGNED_BY, STORAGE],
+        ),
+        Command(
+            "sign",
+            "sign a checkpoint, and what it was trained from",
+            sign,
+            [CHECKPOINT, KEY, STORAGE],
         ),
         Command("diff", "find the first step where two runs part", diff, [TWO_RUNS, STORAGE]),
         Command(

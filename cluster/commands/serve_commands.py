@@ -1,6 +1,7 @@
 """The commands of `raymill` from a checkpoint to answers. Each imports what it alone needs."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.commands.arguments import (
@@ -37,6 +38,7 @@ from cluster.commands.train_commands import as_typed, checkpoint_given, named_by
 from cluster.output.progress import say
 from cluster.output.result_text import put
 from cluster.storage.uris import absolute_uri, open_storage
+from model.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.settings.serve import ServeConfig
@@ -48,6 +50,12 @@ _FORMAT = Argument[str](
     "folder, which transformers, vLLM and raymill read, or gguf, one file of llama.cpp's",
     choices=("folder", _GGUF),
     default="folder",
+)
+_SIGN = Argument[Path | None](
+    "--sign",
+    "sign the copy with this private key, as `raymill sign` does",
+    parse=Path,
+    metavar="FILE",
 )
 _MERGE = Switch("--merge", "add an adapter to the weights that it stands on: a whole model")
 _REPOSITORY = Argument[str](
@@ -159,11 +167,15 @@ def export(arguments: Arguments) -> Result:
     # imports PyTorch, which takes two seconds
     from jobs.export import export as export_checkpoint
     from jobs.export import export_gguf
+    from model.files.signature import SigningKey
 
+    key = SigningKey.in_file(file) if (file := arguments[_SIGN]) else None
+    if key and arguments[_FORMAT] == _GGUF:
+        raise UserError("--sign is for folders: a GGUF file has no place for a signature")
     if arguments[_FORMAT] == _GGUF:
         return Result(export_gguf(checkpoint, destination, storage_uri=storage_uri))
     exported = export_checkpoint(
-        checkpoint, destination, storage_uri=storage_uri, merge=arguments[_MERGE]
+        checkpoint, destination, storage_uri=storage_uri, merge=arguments[_MERGE], key=key
     )
     return Result(
         exported, next=f"transformers.AutoModelForCausalLM.from_pretrained({destination!r})"
@@ -235,7 +247,7 @@ SERVE = Section(
             "export",
             "copy a checkpoint without its training state, ready for Hugging Face",
             export,
-            [CHECKPOINT, _NEW_PLACE, _FORMAT, _MERGE, STORAGE],
+            [CHECKPOINT, _NEW_PLACE, _FORMAT, _MERGE, _SIGN, STORAGE],
         ),
         Command(
             "push",

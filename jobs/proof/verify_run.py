@@ -8,6 +8,7 @@ from typing import Any
 from cluster.output.progress import say
 from cluster.output.result_text import counted
 from cluster.storage.uris import Storage
+from jobs.proof.sign_checkpoint import signature_problems
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.find_run import data_identity, find_tokens
 from jobs.run.ledger import LEDGER, Ledger, Line
@@ -18,8 +19,9 @@ from model.files.checkpoint import stored_parameter_hash
 from model.files.checkpoint_folder import read_metadata, verify_checkpoint
 
 
-def verify(run: Storage) -> dict[str, Any]:
-    """Returns `valid`, and `problems` by file. Reads every byte of checkpoints and shards."""
+def verify(run: Storage, *, signed_by: Path | None = None) -> dict[str, Any]:
+    """Returns `valid`, and `problems` by file. Reads every byte of checkpoints and shards. With a
+    public key all checkpoints must have been signed with its private key."""
     written = run.find_bytes(LEDGER) or b""
     ledger, checkpoints = Ledger.parse(written, f"{run.uri}/{LEDGER}"), RunCheckpoints(run)
     saved = {event["checkpoint"].rpartition("/")[2]: event for event in ledger.events("checkpoint")}
@@ -37,6 +39,8 @@ def verify(run: Storage) -> dict[str, Any]:
             problems += [f"{name}: {problem}" for problem in found]
             if not found:
                 metadata.append(read_metadata(folder))
+    if signed_by:
+        problems += signature_problems(run, names, signed_by)
     shards = 0
     try:
         store = find_tokens(run, data_identity(ledger))

@@ -1,0 +1,70 @@
+"""Signs a checkpoint together with what it was trained from, and checks the signatures of a run."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.output.progress import say
+from cluster.storage.registry import find_checkpoint
+from cluster.storage.uris import Storage, open_storage
+from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.ledger import LEDGER
+from jobs.run.training_statement import has_stated_line, ledger_lines, training_of
+from model.files.checkpoint_folder import CheckpointError, is_hf_folder, verify_checkpoint
+from model.files.signature import MODEL, TRAINING, SignatureError, SigningKey, check, sign
+
+
+def sign_checkpoint(reference: str, key: SigningKey, *, storage_uri: str) -> dict[str, Any]:
+    """Signs the checkpoint of a reference where it lies, once all its files are as its manifest
+    says. Raises `CheckpointError`, and `UserError` for a key that does not sign."""
+    checkpoint, found = find_checkpoint(reference, storage_uri)
+    if is_hf_folder(found):
+        raise CheckpointError(
+            f"{checkpoint} was saved by transformers, and says nothing of its training: raymill signs its own "
+            "checkpoints, and `model_signing sign` any folder"
+        )
+    place = open_storage(checkpoint)
+    with tempfile.TemporaryDirectory(prefix="raymill-sign-") as scratch:
+        folder = _whole(place, Path(scratch))
+        if problems := verify_checkpoint(folder):
+            raise CheckpointError(f"checkpoint {checkpoint} is not valid: {'; '.join(problems)}")
+        training = training_of(checkpoint, folder)
+        say(f"signing {checkpoint}")
+        sign(folder, key, training)
+        if place.local_path("") is None:
+            # The statement first: who sees the folder's signature sees the statement too
+            for name in (TRAINING, MODEL):
+                place.upload_file(folder / name, name)
+    return {"checkpoint": checkpoint, "files": [MODEL, TRAINING], "training": training}
+
+
+def _whole(place: Storage, scratch: Path) -> Path:
+    """Returns a folder with all files of the checkpoint, without earlier signatures of a remote
+    one."""
+    if (local := place.local_path("")) is not None:
+        return local
+    for entry in place.list():
+        if entry.key not in (MODEL, TRAINING):
+            place.download_file(entry.key, scratch / entry.key)
+    return scratch
+
+
+def signature_problems(run: Storage, names: Sequence[str], public_key: Path) -> list[str]:
+    """Returns what is wrong with the signatures of a run's checkpoints, and where the ledger is not
+    the one of which they state a line."""
+    problems: list[str] = []
+    lines = ledger_lines(run)
+    checkpoints = RunCheckpoints(run)
+    for name in names:
+        with tempfile.TemporaryDirectory(prefix="raymill-signatures-") as scratch:
+            try:
+                training = check(checkpoints.fetch(name, Path(scratch)), public_key)
+            except SignatureError as error:
+                problems.append(f"{name}: {error}")
+                continue
+        if not has_stated_line(lines, training):
+            problems.append(
+                f"{name}: {LEDGER} had another last line when it was signed: lines were changed or cut off"
+            )
+    return problems

@@ -1,0 +1,89 @@
+"""States what a checkpoint was trained from, for whoever signs it."""
+
+from pathlib import Path
+from typing import Any
+
+from cluster.storage.uris import Storage, open_storage
+from jobs.run.history import CONFIG_FILE
+from jobs.run.ledger import LEDGER, Ledger
+from jobs.run.ledger_chain import chain_of, hash_of
+from model.files.checkpoint_folder import CheckpointError, Metadata, fingerprint, read_metadata
+from model.files.signature import TRAINING_TYPE
+
+
+def training_of(checkpoint: str, folder: Path) -> dict[str, Any]:
+    """Returns what is stated of a checkpoint's training, by the fields of SLSA's provenance
+    (slsa.dev/spec/v1.0/provenance). Settings and the ledger's head are those of its run, where the
+    checkpoint lies in one."""
+    metadata = read_metadata(folder)
+    run = _run_of(checkpoint)
+    config = run.find_bytes(CONFIG_FILE) if run else None
+    return {
+        "buildDefinition": {
+            "buildType": TRAINING_TYPE,
+            "externalParameters": {CONFIG_FILE: config.decode()} if config else {},
+            "resolvedDependencies": _materials(metadata, folder, run),
+        },
+        "runDetails": {
+            "builder": {"id": "raymill", "version": {"code": metadata.code_version}},
+            "metadata": {
+                "invocationId": metadata.run_id,
+                "step": str(metadata.step),
+                "tokensSeen": str(metadata.tokens_seen),
+                "parameterHash": metadata.parameter_hash,
+            },
+            "byproducts": [_head_of(run)] if run else [],
+        },
+    }
+
+
+def _run_of(checkpoint: str) -> Storage | None:
+    """Returns the run in which a checkpoint lies; None where it lies elsewhere."""
+    above, _, folder = checkpoint.rpartition("/")[0].rpartition("/")
+    run = open_storage(above)
+    return run if folder == "checkpoints" and run.exists(LEDGER) else None
+
+
+def _materials(metadata: Metadata, folder: Path, run: Storage | None) -> list[dict[str, Any]]:
+    tokenizer = fingerprint(folder / "tokenizer.json")["sha256"]
+    materials = [_material("tokenizer.json", tokenizer)]
+    if metadata.data_manifest_hash:
+        materials.append(_material("the token store's manifest.json", metadata.data_manifest_hash))
+    if metadata.base_hash:
+        materials.append(_material("the base's parameters", metadata.base_hash))
+    begun = Ledger.read(run).events("checkpoint") if run else []
+    materials += [
+        _material("the parameters that it began from", line["parameter_hash"])
+        for line in begun
+        if line["step"] == 0
+    ]
+    return materials
+
+
+def _material(name: str, sha256: str) -> dict[str, Any]:
+    return {"name": name, "digest": {"sha256": sha256}}
+
+
+def _head_of(run: Storage) -> dict[str, Any]:
+    """Returns the ledger's last line: its chain is what makes it stand for all lines."""
+    lines = ledger_lines(run)
+    chain = chain_of(lines)
+    if chain.problems:
+        raise CheckpointError(
+            f"{run.uri}/{LEDGER} is not as it was written: {chain.problems[0]}. `raymill verify` says more"
+        )
+    head = str(chain.head)
+    return _material(f"{LEDGER}, line {chain.num_lines}", head)
+
+
+def ledger_lines(run: Storage) -> list[bytes]:
+    return (run.find_bytes(LEDGER) or b"").rpartition(b"\n")[0].splitlines()
+
+
+def has_stated_line(lines: list[bytes], training: dict[str, Any]) -> bool:
+    """Tells whether a ledger still has the line that was its last when a checkpoint was signed."""
+    for stated in training["runDetails"]["byproducts"]:
+        number = int(stated["name"].rpartition(" ")[2])
+        if number > len(lines) or hash_of(lines[number - 1]) != stated["digest"]["sha256"]:
+            return False
+    return True

@@ -1,0 +1,164 @@
+"""Signs a checkpoint's folder, and tells whether whoever had a key signed it, by OpenSSF's model
+signing (github.com/sigstore/model-transparency).
+
+    model.sig      all files of the folder; `model_signing verify` accepts it too
+    training.sig   an in-toto Statement about what manifest.json lists: what it was trained from
+
+Both are DSSE envelopes in Sigstore bundles.
+"""
+
+import importlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from model.errors import UserError
+from model.files.checkpoint_folder import MANIFEST, CheckpointError, fingerprint, manifest_files
+
+MODEL, TRAINING = "model.sig", "training.sig"
+TRAINING_TYPE = "urn:raymill:training:v1"
+"""The type of the Statement's predicate."""
+PASSPHRASE_VARIABLE = "RAYMILL_KEY_PASSPHRASE"  # noqa: S105 (its name)
+CURVES = "an elliptic curve P-256, P-384 or P-521"
+
+
+class SignatureError(CheckpointError):
+    """The checkpoint is not what the holder of a key has signed."""
+
+
+@dataclass(frozen=True)
+class SigningKey:
+    """A private key in a PEM file."""
+
+    file: Path
+    passphrase: str | None = None
+
+    @classmethod
+    def in_file(cls, file: Path) -> Self:
+        """Returns the key, whose passphrase is in the environment if it has one."""
+        return cls(file, os.environ.get(PASSPHRASE_VARIABLE))
+
+
+@dataclass(frozen=True)
+class _Payload:
+    """What the library's signers take: they ask for the statement alone."""
+
+    statement: Any
+
+
+def sign(folder: Path, key: SigningKey, training: dict[str, Any]) -> None:
+    """Writes both files into a folder with a manifest, over earlier ones. `training` is the
+    predicate of the Statement. Raises `UserError` for a key that does not sign."""
+    signing = _library("model_signing.signing").Config()
+    password: Any = key.passphrase.encode() if key.passphrase else None
+    try:
+        signing.use_elliptic_key_signer(private_key=key.file, password=password)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{key.file} is no private key to sign with: expected {CURVES} in a PEM file, and its passphrase "
+            f"in {PASSPHRASE_VARIABLE} if it has one ({error})"
+        ) from None
+    subject = _library("in_toto_attestation.v1.resource_descriptor").ResourceDescriptor(
+        name=MANIFEST, digest={"sha256": fingerprint(folder / MANIFEST)["sha256"]}
+    )
+    statement = _library("in_toto_attestation.v1.statement").Statement(
+        [subject.pb], TRAINING_TYPE, training
+    )
+    signing._signer.sign(_Payload(statement)).write(folder / TRAINING)
+    hashing = _library("model_signing.hashing").Config()
+    hashing.set_ignored_paths(paths=[folder / MODEL, folder / TRAINING])
+    signing.set_hashing_config(hashing).sign(folder, folder / MODEL)
+
+
+def check(folder: Path, public_key: Path) -> dict[str, Any]:
+    """Returns the predicate of the training's Statement, once the folder's files are those that the
+    holder of the key has signed. Files that `manifest.json` lists are compared with that alone: the
+    caller verifies them against it. The training state may be missing.
+
+    Raises `SignatureError`, and `UserError` for a file that is no public key.
+    """
+    verifying = _verifier(public_key)
+    manifest = _manifest(verifying, folder / MODEL, public_key)
+    signed = {item.identifier: item.digest.digest_hex for item in manifest.resource_descriptors()}
+    listed = manifest_files(folder)
+    here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    for name in sorted((here | signed.keys()) - {MODEL, TRAINING}):
+        if name not in signed:
+            raise SignatureError(f"{name} in {folder} was not there when {MODEL} was made")
+        if name not in here and name.startswith("train_state"):
+            continue
+        if name not in here:
+            raise SignatureError(f"{name} is missing in {folder}, and {MODEL} has it")
+        found = listed.get(name) or fingerprint(folder / name)
+        if found["sha256"] != signed[name]:
+            raise SignatureError(
+                f"{name} in {folder} is another than was signed: its SHA-256 is {found['sha256'][:12]}…, {MODEL} has "
+                f"{signed[name][:12]}…"
+            )
+    return _training(verifying, folder, public_key)
+
+
+def _training(verifying: Any, folder: Path, public_key: Path) -> dict[str, Any]:
+    content = _verified(verifying, folder / TRAINING, public_key)
+    wanted = fingerprint(folder / MANIFEST)["sha256"]
+    subjects = [subject["digest"].get("sha256") for subject in content.get("subject", [])]
+    if content.get("predicateType") != TRAINING_TYPE or subjects != [wanted]:
+        raise SignatureError(
+            f"{TRAINING} in {folder} is about another checkpoint: sign this one with `raymill sign`"
+        )
+    predicate: dict[str, Any] = content["predicate"]
+    return predicate
+
+
+def _verifier(public_key: Path) -> Any:
+    verifying = _library("model_signing.verifying").Config()
+    try:
+        return verifying.use_elliptic_key_verifier(public_key=public_key)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{public_key} is no public key: expected that of {CURVES} in a PEM file ({error})"
+        ) from None
+
+
+def _manifest(verifying: Any, path: Path, public_key: Path) -> Any:
+    """Returns the files that a bundle signs, with their hashes."""
+    content = _verified(verifying, path, public_key)
+    try:
+        return _library("model_signing._signing.signing").dsse_payload_to_manifest(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise SignatureError(f"{path} does not say what it signs ({error})") from None
+
+
+def _verified(verifying: Any, path: Path, public_key: Path) -> dict[str, Any]:
+    """Returns the in-toto Statement in a bundle, once the key's holder has signed it."""
+    if not path.is_file():
+        raise SignatureError(
+            f"{path.parent} is not signed: expected {path.name}, as `raymill sign` makes it"
+        )
+    try:
+        signature = _library("model_signing._signing.sign_sigstore_pb").Signature.read(path)
+        _, payload = verifying._verifier._verify_signed_content(signature)
+        content: dict[str, Any] = json.loads(payload)
+        return content
+    except _library("cryptography.exceptions").InvalidSignature:
+        raise SignatureError(
+            f"{path} was altered, or not signed with the key of {public_key}"
+        ) from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if "Key mismatch" in str(error):
+            raise SignatureError(
+                f"{path} was signed with another key than that of {public_key}"
+            ) from None
+        raise SignatureError(f"{path} is no signature ({type(error).__name__})") from None
+
+
+def _library(name: str) -> Any:
+    """Returns a module of what signs, which is optional, and takes half a second."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"{error}: `pip install 'raymill[sign]'` brings what signs and checks signatures"
+        ) from None
