@@ -46,6 +46,12 @@ KEY = Argument[Path](
     required=True,
     metavar="FILE",
 )
+SIGN = Argument[Path | None](
+    "--sign",
+    "sign what is written with this private key, as `raymill sign` does",
+    parse=Path,
+    metavar="FILE",
+)
 SIGNED_BY = Argument[Path | None](
     "--signed-by",
     "also check that the holder of this public key, a PEM file, has signed the checkpoints",
@@ -82,6 +88,18 @@ STEPS = Argument[str](
 )
 NUM_PROCESSES = Argument[int](
     "--workers", "processes that train; 1 when unset", parse=int, default=1
+)
+NUM_SAMPLES = Argument[int](
+    "--samples", "intervals between checkpoints that are computed again", parse=int, default=10
+)
+NONCE = Argument[str | None](
+    "--nonce", "what decides the lots, with the ledger's last line; drawn when unset"
+)
+AUDITS_FOLDER = Argument[Path](
+    "--to",
+    "folder for the report, where an interrupted audit goes on",
+    parse=Path,
+    default=Path("audit"),
 )
 EXPERIMENT = Argument[str](
     "--mlflow", "an experiment of MLflow", metavar="EXPERIMENT", required=True

@@ -1,14 +1,18 @@
 """The commands of `raymill` that look at runs and checkpoints. Each imports what it alone needs."""
 
 from cluster.commands.arguments import (
+    AUDITS_FOLDER,
     CHECKPOINT,
     EXPERIMENT,
     FOLLOW_RUN,
     KEY,
+    NONCE,
     NUM_PROCESSES,
+    NUM_SAMPLES,
     PRICE,
     RUN,
     RUNS,
+    SIGN,
     SIGNED_BY,
     STEPS,
     STORAGE,
@@ -68,6 +72,25 @@ def sign(arguments: Arguments) -> Result:
 
     uri, key = checkpoint_uri(checkpoint, storage_uri), SigningKey.in_file(arguments[KEY])
     return Result(sign_checkpoint(uri, key, storage_uri=storage_uri))
+
+
+def audit(arguments: Arguments) -> Result:
+    run = _run(arguments, "audit")
+
+    from jobs.proof.audit_run import Audit
+    from jobs.proof.audit_run import audit as audit_run
+    from model.files.signature import SigningKey
+
+    asked = Audit(
+        num_samples=arguments[NUM_SAMPLES],
+        nonce=arguments[NONCE],
+        num_workers=arguments[NUM_PROCESSES],
+        signed_by=arguments[SIGNED_BY],
+        key=SigningKey.in_file(file) if (file := arguments[SIGN]) else None,
+    )
+    with reports_shown():
+        verdict = audit_run(run, asked, arguments[AUDITS_FOLDER])
+    return Result(verdict, is_bad=not verdict["valid"])
 
 
 def replay(arguments: Arguments) -> Result:
@@ -206,6 +229,12 @@ LOOK = Section(
             "sign a checkpoint, and what it was trained from",
             sign,
             [CHECKPOINT, KEY, STORAGE],
+        ),
+        Command(
+            "audit",
+            "check a run as somebody who does not own its storage: signatures, hashes, and steps drawn by lot",
+            audit,
+            [RUN, NUM_SAMPLES, NONCE, NUM_PROCESSES, SIGNED_BY, SIGN, AUDITS_FOLDER, STORAGE],
         ),
         Command("diff", "find the first step where two runs part", diff, [TWO_RUNS, STORAGE]),
         Command(

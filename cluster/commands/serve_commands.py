@@ -1,7 +1,6 @@
 """The commands of `raymill` from a checkpoint to answers. Each imports what it alone needs."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.commands.arguments import (
@@ -19,6 +18,7 @@ from cluster.commands.arguments import (
     PROMOTED,
     PROMPT,
     SEED,
+    SIGN,
     STORAGE,
     TEMPERATURE,
     URL,
@@ -50,12 +50,6 @@ _FORMAT = Argument[str](
     "folder, which transformers, vLLM and raymill read, or gguf, one file of llama.cpp's",
     choices=("folder", _GGUF),
     default="folder",
-)
-_SIGN = Argument[Path | None](
-    "--sign",
-    "sign the copy with this private key, as `raymill sign` does",
-    parse=Path,
-    metavar="FILE",
 )
 _MERGE = Switch("--merge", "add an adapter to the weights that it stands on: a whole model")
 _REPOSITORY = Argument[str](
@@ -169,7 +163,7 @@ def export(arguments: Arguments) -> Result:
     from jobs.export import export_gguf
     from model.files.signature import SigningKey
 
-    key = SigningKey.in_file(file) if (file := arguments[_SIGN]) else None
+    key = SigningKey.in_file(file) if (file := arguments[SIGN]) else None
     if key and arguments[_FORMAT] == _GGUF:
         raise UserError("--sign is for folders: a GGUF file has no place for a signature")
     if arguments[_FORMAT] == _GGUF:
@@ -247,7 +241,7 @@ SERVE = Section(
             "export",
             "copy a checkpoint without its training state, ready for Hugging Face",
             export,
-            [CHECKPOINT, _NEW_PLACE, _FORMAT, _MERGE, _SIGN, STORAGE],
+            [CHECKPOINT, _NEW_PLACE, _FORMAT, _MERGE, SIGN, STORAGE],
         ),
         Command(
             "push",

@@ -51,25 +51,35 @@ class _Payload:
 def sign(folder: Path, key: SigningKey, training: dict[str, Any]) -> None:
     """Writes both files into a folder with a manifest, over earlier ones. `training` is the
     predicate of the Statement. Raises `UserError` for a key that does not sign."""
-    signing = _library("model_signing.signing").Config()
-    password: Any = key.passphrase.encode() if key.passphrase else None
-    try:
-        signing.use_elliptic_key_signer(private_key=key.file, password=password)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{key.file} is no private key to sign with: expected {CURVES} in a PEM file, and its passphrase "
-            f"in {PASSPHRASE_VARIABLE} if it has one ({error})"
-        ) from None
     subject = _library("in_toto_attestation.v1.resource_descriptor").ResourceDescriptor(
         name=MANIFEST, digest={"sha256": fingerprint(folder / MANIFEST)["sha256"]}
     )
     statement = _library("in_toto_attestation.v1.statement").Statement(
         [subject.pb], TRAINING_TYPE, training
     )
-    signing._signer.sign(_Payload(statement)).write(folder / TRAINING)
+    _signing(key)._signer.sign(_Payload(statement)).write(folder / TRAINING)
+    sign_files(folder, key)
+
+
+def sign_files(folder: Path, key: SigningKey) -> list[str]:
+    """Signs the files of any folder, and returns the signature's name. Raises `UserError`."""
     hashing = _library("model_signing.hashing").Config()
     hashing.set_ignored_paths(paths=[folder / MODEL, folder / TRAINING])
-    signing.set_hashing_config(hashing).sign(folder, folder / MODEL)
+    _signing(key).set_hashing_config(hashing).sign(folder, folder / MODEL)
+    return [MODEL]
+
+
+def _signing(key: SigningKey) -> Any:
+    signing = _library("model_signing.signing").Config()
+    password: Any = key.passphrase.encode() if key.passphrase else None
+    try:
+        signing.use_elliptic_key_signer(private_key=key.file, password=password)
+        return signing
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{key.file} is no private key to sign with: expected {CURVES} in a PEM file, and its passphrase "
+            f"in {PASSPHRASE_VARIABLE} if it has one ({error})"
+        ) from None
 
 
 def check(folder: Path, public_key: Path) -> dict[str, Any]:

@@ -1,0 +1,165 @@
+"""An audit finds what was forged: at once where it contradicts the record, and by lot where it does
+not."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main
+from cluster.settings.parser import ConfigError
+from cluster.storage.uris import Storage, open_storage
+from jobs.proof import audit_run
+from jobs.proof.audit_run import (
+    Audit,
+    Interval,
+    audit,
+    chance_unseen,
+    drawn_by_lot,
+    intervals_of,
+)
+from jobs.proof.verify_run import verify
+from jobs.run.ledger import LEDGER, Ledger
+from jobs.run.ledger_chain import encoded, hash_of
+from model.errors import UserError
+from model.files.signature import SigningKey
+from tests.jobs.runs import trained_run
+from tests.signing_keys import made_keys
+
+
+@pytest.fixture(scope="module")
+def storage_uri(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("storage")
+    trained_run(str(folder))
+    return folder
+
+
+@pytest.fixture
+def run(storage_uri: Path, tmp_path: Path) -> Storage:
+    """A copy of a run with checkpoints at 3, 6 and 8, to be spoiled."""
+    shutil.copytree(storage_uri, tmp_path / "copy")
+    return open_storage(str(tmp_path / "copy")).child("runs/tiny")
+
+
+def forge_loss(run: Storage, step: int) -> None:
+    """Makes a step look better, with a chain of lines that fit each other."""
+    forged: list[bytes] = []
+    head: str | None = None
+    for line in Ledger.read(run).lines:
+        if "event" not in line and line["step"] == step:
+            line["loss"] -= 0.5
+        forged.append(encoded(line, head))
+        head = hash_of(forged[-1])
+    run.write_bytes(LEDGER, b"\n".join(forged) + b"\n")
+
+
+def test_a_true_run_is_valid_and_says_what_may_be_unseen(run: Storage, tmp_path: Path) -> None:
+    found = audit(run, Audit(num_samples=2, nonce="mine"), tmp_path / "audit")
+    assert (found["valid"], found["problems"]) == (True, [])
+    assert found["intervals_of_run"] == 3
+    assert [at["equal"] for at in found["intervals"]] == [True, True]
+    assert found["unseen"]["1%"] == pytest.approx(1 / 3)
+    page = (tmp_path / "audit" / "index.html").read_text()
+    assert "2 of 3 intervals gave the same bits again" in page
+    assert "33.3%" in page
+
+
+def test_a_forged_loss_that_fits_its_chain_is_found_where_its_interval_is_drawn(
+    run: Storage, tmp_path: Path
+) -> None:
+    forge_loss(run, 5)
+    assert verify(run)["valid"], "nothing that is recorded contradicts it"
+    found = audit(run, Audit(num_samples=3), tmp_path / "audit")
+    [problem] = found["problems"]
+    assert problem.startswith("steps 4..6: bits part at step 5")
+
+
+def test_a_forged_interval_is_found_at_the_foretold_rate() -> None:
+    intervals = [Interval(10 * number + 1, 10 * number + 10) for number in range(40)]
+    forged = {*intervals[7:11]}
+    num_audits, num_samples = 200, 10
+    seen = 0
+    for number in range(num_audits):
+        drawn = drawn_by_lot(intervals, num_samples, head="head", nonce=str(number))
+        assert len({*drawn}) == num_samples
+        seen += bool(forged & {*drawn})
+    expected = 1 - chance_unseen(len(intervals), len(forged), num_samples)
+    spread = math.sqrt(expected * (1 - expected) / num_audits)
+    assert seen / num_audits == pytest.approx(expected, abs=4 * spread)
+
+
+def test_lots_depend_on_head_and_nonce_and_more_samples_begin_with_fewer() -> None:
+    intervals = [Interval(number, number) for number in range(1, 30)]
+
+    def drawn(num_samples: int, head: str, nonce: str) -> list[Interval]:
+        return drawn_by_lot(intervals, num_samples, head=head, nonce=nonce)
+
+    assert drawn(9, "a", "b")[:4] == drawn(4, "a", "b")
+    assert drawn(9, "a", "b") != drawn(9, "c", "b") != drawn(9, "c", "d")
+    assert {*drawn(99, "a", "b")} == {*intervals}
+    assert chance_unseen(20, 2, 99) == 0
+
+
+def test_intervals_lie_between_what_is_kept_without_what_a_rollback_left_out() -> None:
+    lines = [{"step": step} for step in (1, 2, 3, 4, 5, 6)]
+    lines += [{"event": "rollback", "first": 5, "last": 6}, {"step": 7}, {"step": 8}]
+    ledger = Ledger(lines)
+    assert intervals_of(ledger, [4, 8]) == [Interval(1, 4), Interval(7, 8)]
+    assert intervals_of(ledger, [8]) == [Interval(1, 8)]
+    assert intervals_of(ledger, [0, 4]) == [Interval(1, 4)]
+
+
+def test_an_interrupted_audit_goes_on(
+    run: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[range] = []
+    replay = audit_run.replay
+
+    def replay_once(run: Storage, *, steps: range, num_workers: int) -> dict[str, object]:
+        if len(taken) == 1:
+            taken.append(steps)
+            raise KeyboardInterrupt
+        taken.append(steps)
+        return replay(run, steps=steps, num_workers=num_workers)
+
+    monkeypatch.setattr(audit_run, "replay", replay_once)
+    with pytest.raises(KeyboardInterrupt):
+        audit(run, Audit(num_samples=3), tmp_path / "audit")
+    begun = json.loads((tmp_path / "audit/audit.json").read_bytes())
+    found = audit(run, Audit(num_samples=3), tmp_path / "audit")
+    assert found["valid"]
+    assert found["nonce"] == begun["nonce"]
+    assert len(taken) == 4, "the interval that was done is not taken again"
+    with pytest.raises(UserError, match=r"whose nonce is .*, not another: name another folder"):
+        audit(run, Audit(num_samples=3, nonce="another"), tmp_path / "audit")
+
+
+def test_what_cannot_be_audited_is_refused(run: Storage, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--samples 0: expected at least 1"):
+        audit(run, Audit(num_samples=0), tmp_path / "audit")
+    for entry in run.list("checkpoints/"):
+        run.delete(entry.key)
+    with pytest.raises(UserError, match="no checkpoint to which steps could be taken again"):
+        audit(run, Audit(num_samples=1), tmp_path / "audit")
+
+
+def test_the_command_writes_a_signed_report(
+    run: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    private, public = made_keys(tmp_path, "auditor")
+    folder = tmp_path / "audit"
+    told = ["--samples", "1", "--to", str(folder), "--sign", str(private)]
+    assert main(["audit", run.uri, *told]) == 0
+    said = capsys.readouterr()
+    assert "will be taken again, about" in said.err
+    assert "1 of 3 intervals gave the same bits again" in said.out
+    from model_signing.verifying import Config
+
+    verifying = Config().use_elliptic_key_verifier(public_key=public)
+    verifying.verify(folder, folder / "model.sig")
+    (folder / "audit.json").write_text("{}")
+    with pytest.raises(ValueError, match="Hash mismatch"):
+        verifying.verify(folder, folder / "model.sig")
+    assert SigningKey.in_file(private).passphrase is None
