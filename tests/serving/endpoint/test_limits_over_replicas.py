@@ -1,6 +1,7 @@
 """The limits of a key on a real endpoint of two replicas, which Ray Serve chooses among."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from tests.waiting import wait_until
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 ASKED = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 7, "ignore_eos": True}
-ENDLESS = ASKED | {"prompt": [[5, 6, 7]] * 200, "n": 8, "max_tokens": 100, "stream": True}
+LONG = ASKED | {"prompt": [[5, 6, 7]] * 200, "n": 8, "max_tokens": 100, "stream": True}
 OFTEN = 16  # requests of which surely some would come to either replica
 
 
@@ -53,24 +54,52 @@ def ask(http: httpx.Client) -> httpx.Response:
     return http.post("/v1/completions", json=ASKED)
 
 
+@contextlib.contextmanager
+def always_one_running(url: str, name: str) -> Iterator[None]:
+    """Has one long request after the other run until the end of the block, and reads them: the
+    proxy cuts off who does not read."""
+    is_over, has_begun = threading.Event(), threading.Event()
+
+    def read(http: httpx.Client) -> None:
+        with http.stream("POST", "/v1/completions", json=LONG) as running:
+            for _ in running.iter_lines():
+                has_begun.set()
+                if is_over.is_set():
+                    return
+
+    def keep_reading() -> None:
+        with client(url, name) as http:
+            while not is_over.is_set():
+                read(http)
+
+    with ThreadPoolExecutor(1) as threads:
+        reader = threads.submit(keep_reading)
+        try:
+            wait_until(lambda: has_begun.is_set() or reader.done())
+            yield
+        finally:
+            is_over.set()
+        reader.result()
+
+
 def refused_by_all(http: httpx.Client) -> list[httpx.Response]:
-    """Waits until both replicas have heard of what runs and was charged, and then returns many
-    answers at once."""
-    # One of the two alone would hardly get so many in a row
-    wait_until(lambda: all(ask(http).status_code == 429 for _ in range(OFTEN)))
+    """Waits until both replicas have heard of what runs and was charged, and refuse many requests
+    at once. Returns these answers."""
+    answers: list[httpx.Response] = []
+
+    def are_refused() -> bool:
+        answers[:] = threads.map(ask, [http] * OFTEN)
+        return all(answer.status_code == 429 for answer in answers)
+
     with ThreadPoolExecutor(OFTEN) as threads:
-        return list(threads.map(ask, [http] * OFTEN))
+        wait_until(are_refused)
+    return answers
 
 
 def test_one_request_is_one_whatever_replica_it_runs_on(url: str) -> None:
     with client(url, "one") as http:
-        with (
-            client(url, "one") as other,
-            other.stream("POST", "/v1/completions", json=ENDLESS) as running,
-        ):
-            lines = running.iter_lines()
-            next(lines)
-            answers = refused_by_all(http)  # soon: the proxy cuts off who does not read
+        with always_one_running(url, "one"):
+            answers = refused_by_all(http)
             assert {assert_error(answer, 429)["code"] for answer in answers} == {
                 "rate_limit_exceeded"
             }
