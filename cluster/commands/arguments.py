@@ -37,6 +37,12 @@ RUN_SETTINGS = SettingsOf(_run_config)
 NO_PUBLISH = SettingAs(
     "--no-publish", "leave `latest` as it is", setting="checkpoint.publish", value="false"
 )
+MAP_DOCUMENTS = SettingAs(
+    "--documents",
+    "give a finished token store the document map that it lacks, for `raymill where`",
+    setting="data.map_documents",
+    value="true",
+)
 CONFIG = Argument[Path | None]("config", _OVERRIDDEN, nargs="?", parse=Path)
 CONFIG_FLAG = Argument[Path | None]("--config", _OVERRIDDEN, parse=Path)
 STORAGE = Argument[str](
