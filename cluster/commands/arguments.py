@@ -76,6 +76,14 @@ STEPS = Argument[str](
 NUM_PROCESSES = Argument[int](
     "--workers", "processes that train; 1 when unset", parse=int, default=1
 )
+DOCUMENT = Argument[str | None](
+    "--document",
+    "a file of the corpus, or the end of its path; with the first byte (of the uncompressed text) or the row of one "
+    "of its documents",
+    metavar="FILE[:PLACE]",
+)
+TEXT = Argument[str | None]("--text", "the whole text of a document, exactly")
+STEP = Argument[int | None]("--step", "which documents it took", parse=int, metavar="N")
 EXPERIMENT = Argument[str](
     "--mlflow", "an experiment of MLflow", metavar="EXPERIMENT", required=True
 )

@@ -73,7 +73,7 @@ def tokenize(config: RunConfig, listing: Listing | None = None) -> dict[str, Any
     if manifest is None:
         with Lease(builder.store) as lease:
             manifest = builder.build(lease)
-    elif config.data.map_documents and not _is_mapped(builder.store, manifest):
+    elif config.data.map_documents and not _is_all_mapped(builder.store, manifest):
         with Lease(builder.store) as lease:
             replace(builder, work=builder.store.child(_MAPPING)).add_map(lease, manifest)
     _check_readable(manifest.total("documents"), manifest.dropped, config.data)
@@ -88,7 +88,7 @@ def tokenize(config: RunConfig, listing: Listing | None = None) -> dict[str, Any
         "train_tokens": manifest.total("tokens", "train"),
         "val_tokens": manifest.total("tokens", "val"),
         "val_bytes": manifest.total("bytes", "val"),
-        "document_map": _is_mapped(builder.store, manifest),
+        "document_map": builder.store.exists(DOCUMENTS),
     }
 
 
@@ -136,9 +136,10 @@ def _check_readable(documents: int, dropped: Mapping[str, int], data: DataConfig
         )
 
 
-def _is_mapped(store: Storage, manifest: stored.Manifest) -> bool:
+def _is_all_mapped(store: Storage, manifest: stored.Manifest) -> bool:
+    """Reports whether each shard has its table. One that was copied may have none so far."""
     mapped = read_map(store, manifest)
-    return mapped is not None and is_whole(store, mapped)
+    return mapped is not None and not mapped.unmapped and is_whole(store, mapped)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ stand beside the manifest, which does not know of them: a store without a map is
 on, and a map changes no store's hash. A reader takes a few blocks of a table, never all of it.
 """
 
-import dataclasses
 import hashlib
 import struct
 import zlib
@@ -73,7 +72,8 @@ class DocumentList:
     tables: list[DocumentTable]  # in the order of the manifest's shards
 
     def to_json(self) -> bytes:
-        return canonical_json(dataclasses.asdict(self))
+        # `asdict` would copy a list of millions of files
+        return canonical_json(vars(self) | {"tables": [vars(table) for table in self.tables]})
 
 
 _LIST = TypeAdapter(DocumentList)
@@ -211,15 +211,6 @@ class DocumentMap:
         """The shards without a table: copies of a store that had no map itself."""
         return [shard for shard in self.manifest.shards if shard.file not in self._tables]
 
-    def numbers_of(self, uri: str) -> list[int]:
-        """Returns the numbers of the files with this URI, or whose URIs end with it after a
-        slash."""
-        exact = [number for number, file in enumerate(self.files) if file[0] == uri]
-        if exact:
-            return exact
-        ending = f"/{uri.lstrip('/')}"
-        return [number for number, file in enumerate(self.files) if file[0].endswith(ending)]
-
     def holding(self, file: int) -> Iterator[ShardDocuments]:
         """Yields the documents of each shard that may hold some of a file."""
         for table in self.tables:
@@ -250,18 +241,16 @@ def is_whole(store: Storage, mapped: DocumentMap) -> bool:
     )
 
 
-def problems_of(mapped: DocumentMap) -> list[str]:
-    """Recomputes the hash of every table; returns what is altered, and what does not fit its
-    shard."""
-    problems = []
-    for table in mapped.tables:
-        content = mapped.store.find_bytes(table.file) or b""
-        documents = mapped.documents_of(table.shard)
-        if hashlib.sha256(content).hexdigest() != table.sha256:
-            problems.append(f"{table.file} is missing or altered")
-        elif documents is None or documents.shard.documents != table.documents:
-            problems.append(f"{table.file} has other documents than {table.shard}")
-    return problems
+def problem_of(mapped: DocumentMap, table: DocumentTable) -> str:
+    """Recomputes the hash of a table; says what is wrong with it, and nothing where it is as it
+    was written."""
+    content = mapped.store.find_bytes(table.file) or b""
+    documents = mapped.documents_of(table.shard)
+    if hashlib.sha256(content).hexdigest() != table.sha256:
+        return f"{table.file} is missing or altered"
+    if documents is None or documents.shard.documents != table.documents:
+        return f"{table.file} has other documents than {table.shard}"
+    return ""
 
 
 def moved(

@@ -5,12 +5,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from cluster.output.progress import progress
 from cluster.output.result_text import date_of
 from cluster.storage.uris import Storage, open_storage
-from jobs.tokens.document_map import DOCUMENTS, DocumentMap, problems_of
+from jobs.tokens.document_map import DOCUMENTS, DocumentMap, problem_of
 from jobs.tokens.shard_writer import file_sha256
 from jobs.tokens.token_store import (
     MANIFEST,
@@ -179,7 +180,9 @@ def _verify_map(store: Storage, manifest: Manifest) -> int:
     if not store.exists(DOCUMENTS):
         return 0
     mapped = DocumentMap(store, manifest)
-    if problems := problems_of(mapped):
+    with ThreadPoolExecutor(_READERS) as pool:
+        problems = [*filter(None, pool.map(partial(problem_of, mapped), mapped.tables))]
+    if problems:
         raise TokenStoreError(
             f"{len(problems)} of {len(mapped.tables)} tables of {store.uri}'s document map are not as recorded: "
             f"{'; '.join(problems[:10])}; delete them, and `raymill tokenize --documents` makes the same again"

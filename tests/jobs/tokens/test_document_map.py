@@ -90,6 +90,20 @@ def mapping(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
+def tokenize_until_killed(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the last pass after three chunks."""
+    written = build_store._written
+
+    def killed(*arguments: Any) -> Any:
+        results = written(*arguments)
+        yield from (next(results) for _ in range(3))
+        raise KilledError
+
+    with monkeypatch.context() as killing, pytest.raises(KilledError):
+        killing.setattr(build_store, "_written", killed)
+        tokenize(config)
+
+
 def test_each_document_lies_where_the_map_says(config: RunConfig) -> None:
     mapped = opened(tokenize(config))
     files = list_corpus(config.data.source).files
@@ -138,7 +152,9 @@ def test_the_map_leaves_the_manifest_and_the_key_as_they_were(tmp_path: Path) ->
     config = data_config(str(corpus), tmp_path / "storage", vocab_size=270)
     result = tokenize(config)
     assert result["manifest_hash"] == MANIFEST_HASH
+    before = {path: path.stat().st_mtime_ns for path in folder_of(result).iterdir()}
     assert tokenize(mapping(config)) == result
+    assert {path: path.stat().st_mtime_ns for path in folder_of(result).iterdir()} == before
     assert result["document_map"]
     assert RECORD.itemsize == 24
     table = (folder_of(result) / "shard-00000.docs").read_bytes()
@@ -159,16 +175,7 @@ def test_a_store_without_a_map_gets_the_same_one(
     assert tokenize(config) == made | {"document_map": False}, "it is used as it is"
 
     # A kill in the middle: the second launch goes on, and writes no table twice
-    written = build_store._written
-
-    def killed(*arguments: Any) -> Any:
-        results = written(*arguments)
-        yield from (next(results) for _ in range(3))
-        raise KilledError
-
-    with monkeypatch.context() as killing, pytest.raises(KilledError):
-        killing.setattr(build_store, "_written", killed)
-        tokenize(mapping(config))
+    tokenize_until_killed(mapping(config), monkeypatch)
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.docs")}
     assert kept
     assert len(kept) < len(expected) - 1
@@ -177,6 +184,25 @@ def test_a_store_without_a_map_gets_the_same_one(
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert {path: path.stat().st_mtime_ns for path in others} == others, "no shard was touched"
     assert not [path for path in folder.rglob("mapping/*") if path.is_file()]
+
+
+def test_a_store_that_was_begun_before_there_were_maps_is_finished_with_one(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = tokenize(config)
+    elsewhere = config.storage.model_copy(update={"uri": str(tmp_path / "begun")})
+    begun = config.model_copy(update={"storage": elsewhere})
+    tokenize_until_killed(begun, monkeypatch)
+    (folder,) = (tmp_path / "begun" / "tokens").iterdir()
+    for sidecar in folder.glob("shard-*.json"):
+        values = json.loads(sidecar.read_bytes())
+        del values["result"]["tables"]
+        sidecar.write_text(json.dumps(values))
+    for table in folder.glob("*.docs"):
+        table.unlink()
+    finished = tokenize(begun)
+    assert finished["manifest_hash"] == made["manifest_hash"]
+    assert map_bytes(folder) == map_bytes(folder_of(made))
 
 
 def test_a_map_is_not_made_from_other_texts(config: RunConfig) -> None:
@@ -219,11 +245,15 @@ def test_a_copied_store_brings_its_map(config: RunConfig, tmp_path: Path) -> Non
     }
     assert verify(mapped.store)["document_tables"] == len(mapped.manifest.shards)
 
+    brought = map_bytes(source)
     without_map(source)
     shutil.rmtree(tmp_path / "mixed" / "tokens")
     partly = opened(tokenize(mixed))
     assert {shard.source for shard in partly.unmapped} == {1}
     assert [document.shard.source for document in all_documents(partly)] == [0]
+    for name, content in brought.items():
+        (source / name).write_bytes(content)
+    assert all_documents(opened(tokenize(mapping(mixed)))) == all_documents(mapped)
 
 
 def test_verify_names_an_altered_table_and_a_strange_list(config: RunConfig) -> None:
