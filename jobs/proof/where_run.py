@@ -198,10 +198,13 @@ def _verdict(opened: _Run, asked: Asked, turns: Sequence[dict[str, Any]]) -> str
     steps = sorted({*by_outcome.get(Outcome.LEARNED, ())})
     if steps:
         return f"learned at {counted(len(steps), 'step')}, first {steps[0]}, last {steps[-1]}"
-    if not _stretches(opened, asked):
+    stretches = _stretches(opened, asked)
+    if not stretches:
         return "held out to validate the run, and not trained on"
+    if not any(opened.order.rows(stretch) for stretch in stretches):
+        return "not learned: it is in the last tokens of the text, which fill no whole row"
     if not turns:
-        return "not learned: the run ends before, or its last tokens fill no whole row"
+        return "not learned: the run ends before it takes a row with tokens of it that count"
     if coming := by_outcome.get(Outcome.NOT_TAKEN):
         return f"not learned yet: step {min(coming)} is to come, the run is at step {opened.outcomes.last_step}"
     said = (f"{outcome} at step {min(at)}" for outcome, at in by_outcome.items())

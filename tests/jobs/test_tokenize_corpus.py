@@ -19,6 +19,7 @@ from jobs.corpus.documents import CHAT_DROPS, Drop, read_documents
 from jobs.corpus.listing import CorpusError, list_corpus
 from jobs.corpus.text_hashes import document_hash, normalized
 from jobs.tokens.build_store import tokenize
+from jobs.tokens.document_map import DocumentMap
 from jobs.tokens.token_store import Manifest, read_manifest, token_dtype
 from jobs.tokens.train_tokenizer import ensure_tokenizer
 from model.errors import UserError
@@ -224,6 +225,16 @@ def test_s3_sources_and_storage_give_the_same_manifest(
     assert remote["manifest"].startswith(f"s3://{s3_bucket}/raymill/tokens/")
     assert remote["manifest_hash"] == result["manifest_hash"]
     assert remote["shards"] == result["shards"]
+    store = split_uri(remote["manifest"])[0]
+    expected = map_bytes(result)
+    del expected["documents.json"]  # which names the files
+    assert {name: store.read_bytes(name) for name in expected} == expected
+    mapped = DocumentMap(store, read_manifest(store))
+    documents = mapped.documents_of("shard-00001.bin")
+    assert documents is not None
+    last = documents.document(len(documents) - 1)
+    assert documents.number_at(last.end - 1) == len(documents) - 1
+    assert mapped.files[last.file][0].startswith(f"s3://{s3_bucket}/data/texts/")
     manifest = split_uri(remote["manifest"])[0].read_bytes("manifest.json").decode()
     assert s3_bucket not in manifest
     sources = json.loads(split_uri(remote["manifest"])[0].read_bytes("sources.json"))

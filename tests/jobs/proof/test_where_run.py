@@ -306,6 +306,12 @@ def test_a_file_that_changed_or_is_gone_is_named_with_its_steps(tmp_path: Path) 
     assert re.search(r"has changed since it was tokenized, from .* bytes", changed["file_now"])
     with pytest.raises(UserError, match=r"begins at 1; whether one was dropped .* has changed"):
         where(plan.run, document="a.jsonl:1")
+    verdicts = {
+        where(plan.run, document=f"{number}.txt")["documents"][0]["verdict"] for number in range(3)
+    }
+    assert (
+        "not learned: the run ends before it takes a row with tokens of it that count" in verdicts
+    )
     path.unlink()
     (gone,) = where(plan.run, document="a.jsonl:0")["documents"]
     assert gone["file_now"] == f"{path} is gone"

@@ -1,6 +1,7 @@
 """The document map: each document's place in the corpus and in the store, the same bytes however it
 is made, and what a store without one says."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -104,7 +105,19 @@ def tokenize_until_killed(config: RunConfig, monkeypatch: pytest.MonkeyPatch) ->
         tokenize(config)
 
 
+def write_long_files(folder: Path) -> None:
+    """Adds files that are cut: a table, the same as an archive, and a text."""
+    rows = "".join(f'{n},"row ""{n}"" \n{n * n} {"word " * 20}{n}"\n' for n in range(400))
+    (folder / "f.csv").write_text(f"number,text\n{rows}")
+    archived = rows.replace("row", "line").encode()
+    (folder / "g.csv.gz").write_bytes(gzip.compress(b"number,text\n" + archived, 0))
+    (folder / "h.txt").write_text("\n".join(f"a long text, part {n} of it" for n in range(3000)))
+
+
 def test_each_document_lies_where_the_map_says(config: RunConfig) -> None:
+    write_long_files(Path(config.data.source[0]))
+    settings = {"max_document_bytes": 20_000, "near_dedup_threshold": None}
+    config = config.model_copy(update={"data": config.data.model_copy(update=settings)})
     mapped = opened(tokenize(config))
     files = list_corpus(config.data.source).files
     texts = {
@@ -114,7 +127,7 @@ def test_each_document_lies_where_the_map_says(config: RunConfig) -> None:
     }
     tokenizer = Tokenizer.from_json(mapped.store.read_bytes(TOKENIZER))
     documents = all_documents(mapped)
-    assert len(documents) == mapped.manifest.total("documents") > 100
+    assert len(documents) == mapped.manifest.total("documents") > 900
     assert len({document.shard.file for document in documents}) > 5
     for document in documents:
         ids = tokens_of(mapped, document)
