@@ -2,10 +2,11 @@
 step took."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -128,20 +129,22 @@ def _steps_of(opened: _Run, asked: Asked) -> dict[str, Any]:
     count = sum(found.documents for found in asked.found)
     turns = _turns(opened, asked)
     learned = [turn["step"] for turn in turns if turn["outcome"] == Outcome.LEARNED]
-    note = file_note(mapped, asked.file)
-    known = {
+    num_tokens = sum(found.end - found.first.start for found in asked.found)
+    in_training = sum(stretch.end - stretch.start for stretch in _stretches(opened, asked))
+    return {
         "file": mapped.files[asked.file][0],
         "place": first.place if count == 1 else None,
         "documents": count,
-        "tokens": sum(found.end - found.first.start for found in asked.found),
+        "tokens": num_tokens,
+        "held_out_tokens": num_tokens - in_training,
         "text": first_words(mapped, opened.tokenizer, first),
         "verdict": _verdict(opened, asked, turns),
         "first_step": min(learned, default=None),
         "last_step": max(learned, default=None),
         "checkpoint_before": _checkpoint_before(opened, min(learned)) if learned else None,
-        "file_now": note or None,
+        "file_now": file_note(mapped, asked.file) or None,
+        "turns": turns,
     }
-    return known | {"turns": turns}
 
 
 def _turns(opened: _Run, asked: Asked) -> list[dict[str, Any]]:
@@ -223,10 +226,12 @@ def _checkpoint_before(opened: _Run, step: int) -> str | None:
 
 def _documents_of_step(opened: _Run, step: int) -> dict[str, Any]:
     """Returns the rows of a step, each with the documents that it teaches."""
-    rows = [(turn, [*_documents_of(opened, turn)]) for turn in opened.order.turns_of_step(step)]
-    documents = {document for _, parts in rows for document, _ in parts if document is not None}
-    words = partial(first_words, opened.mapped, opened.tokenizer)
+    turns = opened.order.turns_of_step(step)
     with ThreadPoolExecutor(_READERS) as pool:
+        parts_of_rows = [*pool.map(partial(_documents_of, opened), turns)]
+        every_part = chain.from_iterable(parts_of_rows)
+        documents = {document for document, _ in every_part if document is not None}
+        words = partial(first_words, opened.mapped, opened.tokenizer)
         texts = dict(zip(documents, pool.map(words, documents), strict=True))
     return {
         "store": opened.mapped.store.uri,
@@ -239,24 +244,26 @@ def _documents_of_step(opened: _Run, step: int) -> dict[str, Any]:
                 "epoch": turn.epoch + 1,
                 "documents": [_shown_part(opened, *part, texts) for part in parts],
             }
-            for turn, parts in rows
+            for turn, parts in zip(turns, parts_of_rows, strict=True)
         ],
     }
 
 
-def _documents_of(opened: _Run, turn: Turn) -> Iterable[tuple[MappedDocument | None, Piece]]:
-    """Yields the documents of a row, each with the piece of it that the row teaches; None for the
+def _documents_of(opened: _Run, turn: Turn) -> list[tuple[MappedDocument | None, Piece]]:
+    """Returns the documents of a row, each with the piece of it that the row teaches; None for the
     piece of a shard that has no table."""
+    parts: list[tuple[MappedDocument | None, Piece]] = []
     for piece in opened.order.pieces(opened.order.targets(turn)):
         documents = opened.mapped.documents_of(piece.shard.file)
         start = piece.start
         while documents and start < piece.end:
             document = documents.document(documents.number_at(start))
             end = min(piece.end, document.end)
-            yield document, Piece(piece.shard, start, end)
+            parts.append((document, Piece(piece.shard, start, end)))
             start = end
         if documents is None:
-            yield None, piece
+            parts.append((None, piece))
+    return parts
 
 
 def _shown_part(
@@ -286,8 +293,10 @@ def _document_as_text(document: dict[str, Any]) -> str:
     shown: dict[str, Any] = {"document": f"{document['file']}{place}"}
     if document["documents"] > 1:
         shown["documents"] = document["documents"]
-    shown |= {"tokens": document["tokens"], "text": document["text"]}
-    shown["verdict"] = document["verdict"]
+    shown["tokens"] = document["tokens"]
+    if document["held_out_tokens"]:
+        shown["of them held out"] = document["held_out_tokens"]
+    shown |= {"text": document["text"], "verdict": document["verdict"]}
     if document["first_step"] is not None:
         newest = document["checkpoint_before"]
         shown["checkpoint before"] = newest or f"none is kept before step {document['first_step']}"

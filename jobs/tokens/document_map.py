@@ -39,8 +39,9 @@ FileOfCorpus = tuple[str, int, str]
 """The URI, the size and the version of a file, as the listing of the corpus had them."""
 
 _PACKED = struct.Struct("<QQII")  # as RECORD, made in a tenth of the time
-_BLOCK_RECORDS = 4096  # read at once, 96 KiB
-_OPEN_BLOCKS = 64
+_BLOCK_RECORDS = 1024  # read at once to find one, 24 KiB
+_OPEN_BLOCKS, _OPEN_TABLES = 32, 64
+_SCANNED_RECORDS = 1 << 18  # read at once where all are looked at, 6 MiB
 
 
 class NoDocumentMapError(TokenStoreError):
@@ -131,7 +132,7 @@ class ShardDocuments:
     def __init__(self, store: Storage, shard: Shard, table: DocumentTable) -> None:
         self.shard, self.table = shard, table
         self._store = store
-        self._block = lru_cache(_OPEN_BLOCKS)(self._read)
+        self._block = lru_cache(_OPEN_BLOCKS)(self._read_block)
 
     def __len__(self) -> int:
         return self.table.documents
@@ -155,11 +156,12 @@ class ShardDocuments:
         return bisect_left(range(len(self)), (file, place), key=self._origin)
 
     def with_check(self, check: int, *, tokens: int) -> Iterator[MappedDocument]:
-        """Yields the documents of so many tokens with this check; reads the whole table, a block
-        at a time."""
-        for block in range(-(-len(self) // _BLOCK_RECORDS)):
-            for place in np.flatnonzero(self._block(block)["check"] == check).tolist():
-                document = self.document(block * _BLOCK_RECORDS + place)
+        """Yields the documents of so many tokens with this check; reads the whole table, some
+        megabytes at a time."""
+        for first in range(0, len(self), _SCANNED_RECORDS):
+            records = self._read(first, min(len(self), first + _SCANNED_RECORDS))
+            for place in np.flatnonzero(records["check"] == check).tolist():
+                document = self.document(first + place)
                 if document.tokens == tokens:
                     yield document
 
@@ -171,17 +173,18 @@ class ShardDocuments:
         block, place = divmod(number, _BLOCK_RECORDS)
         return self._block(block)[place]
 
-    def _read(self, block: int) -> Records:
+    def _read_block(self, block: int) -> Records:
         first = block * _BLOCK_RECORDS
-        wanted = min(_BLOCK_RECORDS, len(self) - first)
-        start = first * RECORD.itemsize
+        return self._read(first, min(len(self), first + _BLOCK_RECORDS))
+
+    def _read(self, first: int, end: int) -> Records:
+        """Returns the records from one number to another. Raises `NoDocumentMapError`."""
+        start, stop = first * RECORD.itemsize, end * RECORD.itemsize
         try:
-            content = self._store.read_bytes(
-                self.table.file, start=start, end=start + wanted * RECORD.itemsize
-            )
+            content = self._store.read_bytes(self.table.file, start=start, end=stop)
         except NotFoundError:
             content = b""
-        if len(content) != wanted * RECORD.itemsize:
+        if len(content) != stop - start:
             raise NoDocumentMapError(_damaged(self._store, self.table.file))
         return np.frombuffer(content, RECORD)
 
@@ -204,7 +207,7 @@ class DocumentMap:
         self._shards = {shard.file: shard for shard in manifest.shards}
         self.tables = known.tables
         self._tables = {table.shard: table for table in known.tables}
-        self.documents_of = lru_cache(_OPEN_BLOCKS)(self._open)
+        self.documents_of = lru_cache(_OPEN_TABLES)(self._open)
 
     @property
     def unmapped(self) -> list[Shard]:

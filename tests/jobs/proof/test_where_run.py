@@ -124,6 +124,9 @@ def test_both_directions_agree_for_every_document(plan: RunPlan) -> None:
         (found,) = where(plan.run, document=f"{file}:{place}")["documents"]
         turns = [tuple(turn[name] for name in fields) for turn in found["turns"]]
         assert turns == expected.get((file, place), [])
+        is_held_out = found["held_out_tokens"] == found["tokens"]
+        assert is_held_out == found["verdict"].startswith("held out")
+        assert is_held_out or not found["held_out_tokens"]
         learned = [turn[0] for turn in turns if turn[-1] == "learned"]
         assert found["first_step"] == min(learned, default=None)
         assert found["last_step"] == max(learned, default=None)
@@ -149,6 +152,7 @@ def test_a_whole_file_has_the_steps_of_its_documents(plan: RunPlan) -> None:
     (found,) = where(plan.run, document="web/a.jsonl")["documents"]
     assert found["documents"] > 10
     assert found["place"] is None
+    assert 0 < found["held_out_tokens"] < found["tokens"]
     samples = {
         row["sample"]: sum(part["tokens"] for part in row["documents"] if "a.jsonl" in part["file"])
         for step, _ in steps_taken(plan)

@@ -141,6 +141,7 @@ def test_documents_are_found_by_token_by_place_and_by_check(
 ) -> None:
     monkeypatch.setattr(document_map, "_BLOCK_RECORDS", 3)
     monkeypatch.setattr(document_map, "_OPEN_BLOCKS", 2)
+    monkeypatch.setattr(document_map, "_SCANNED_RECORDS", 4)
     mapped = opened(tokenize(config))
     for shard in mapped.manifest.shards:
         documents = mapped.documents_of(shard.file)
