@@ -37,6 +37,12 @@ RUN_SETTINGS = SettingsOf(_run_config)
 NO_PUBLISH = SettingAs(
     "--no-publish", "leave `latest` as it is", setting="checkpoint.publish", value="false"
 )
+MAP_DOCUMENTS = SettingAs(
+    "--documents",
+    "give a finished token store the document map that it lacks, for `raymill where`",
+    setting="data.map_documents",
+    value="true",
+)
 CONFIG = Argument[Path | None]("config", _OVERRIDDEN, nargs="?", parse=Path)
 CONFIG_FLAG = Argument[Path | None]("--config", _OVERRIDDEN, parse=Path)
 KEY = Argument[Path](
@@ -101,6 +107,14 @@ AUDITS_FOLDER = Argument[Path](
     parse=Path,
     default=Path("audit"),
 )
+DOCUMENT = Argument[str | None](
+    "--document",
+    "a file of the corpus, or the end of its path; with the first byte (of the uncompressed text) or the row of one "
+    "of its documents",
+    metavar="FILE[:PLACE]",
+)
+TEXT = Argument[str | None]("--text", "the whole text of a document, exactly")
+STEP = Argument[int | None]("--step", "which documents it took", parse=int, metavar="N")
 EXPERIMENT = Argument[str](
     "--mlflow", "an experiment of MLflow", metavar="EXPERIMENT", required=True
 )

@@ -2,7 +2,15 @@
 
 from typing import Literal
 
-from cluster.commands.arguments import CONFIG, NEW_FOLDER, RUN_SETTINGS, SOURCE, STORAGE, STORE
+from cluster.commands.arguments import (
+    CONFIG,
+    MAP_DOCUMENTS,
+    NEW_FOLDER,
+    RUN_SETTINGS,
+    SOURCE,
+    STORAGE,
+    STORE,
+)
 from cluster.commands.command import Arguments, Command, Result, Section
 from cluster.commands.train_commands import tokenize
 from cluster.output.progress import reports_shown, say
@@ -83,7 +91,12 @@ DATA = Section(
         Command(
             "data report", "show what was dropped and why, with samples", report, [STORE, STORAGE]
         ),
-        Command("tokenize", "turn a corpus into token shards", tokenize, [CONFIG, RUN_SETTINGS]),
+        Command(
+            "tokenize",
+            "turn a corpus into token shards",
+            tokenize,
+            [CONFIG, RUN_SETTINGS, MAP_DOCUMENTS],
+        ),
     ),
     groups={"data": "look at a corpus before a job is spent, and at a token store afterwards"},
 )

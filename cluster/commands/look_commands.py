@@ -3,6 +3,7 @@
 from cluster.commands.arguments import (
     AUDITS_FOLDER,
     CHECKPOINT,
+    DOCUMENT,
     EXPERIMENT,
     FOLLOW_RUN,
     KEY,
@@ -14,11 +15,13 @@ from cluster.commands.arguments import (
     RUNS,
     SIGN,
     SIGNED_BY,
+    STEP,
     STEPS,
     STORAGE,
+    TEXT,
     TWO_RUNS,
 )
-from cluster.commands.command import Arguments, Command, Result, Section
+from cluster.commands.command import Arguments, Command, OneOf, Result, Section
 from cluster.output.progress import reports_shown, say
 from cluster.storage.uris import Storage, open_storage
 
@@ -112,6 +115,19 @@ def diff(arguments: Arguments) -> Result:
     with reports_shown():
         verdict = diff_runs(first, second)
     return Result(verdict, text=as_text(verdict), is_bad=not verdict["equal"])
+
+
+def where(arguments: Arguments) -> Result:
+    run = _run(arguments, "where")
+
+    from jobs.proof.where_run import as_text
+    from jobs.proof.where_run import where as where_in_run
+
+    with reports_shown():
+        answer = where_in_run(
+            run, document=arguments[DOCUMENT], text=arguments[TEXT], step=arguments[STEP]
+        )
+    return Result(answer, text=as_text(answer))
 
 
 def probe(arguments: Arguments) -> Result:
@@ -242,6 +258,12 @@ LOOK = Section(
             "take steps of a run again and compare their bits",
             replay,
             [RUN, STEPS, NUM_PROCESSES, STORAGE],
+        ),
+        Command(
+            "where",
+            "find the steps that learned a document, or the documents of a step",
+            where,
+            [RUN, OneOf((DOCUMENT, TEXT, STEP), required=True), STORAGE],
         ),
         Command(
             "probe", "measure each checkpoint's copying, induction, few-shot", probe, [RUN, STORAGE]

@@ -13,6 +13,7 @@ from cluster.commands.arguments import (
     END_LOAN,
     FAULTS,
     LOAN_S,
+    MAP_DOCUMENTS,
     NAMED,
     NO_PUBLISH,
     NUM_LENT,
@@ -100,6 +101,7 @@ def init(arguments: Arguments) -> Result:
 def tokenize(arguments: Arguments) -> Result:
     values, _ = _run_stage(arguments, "tokenize", faults=[])
     words = ["pretrain" if word == "tokenize" else word for word in arguments.words]
+    words = [word for word in words if word != MAP_DOCUMENTS.name]
     return Result(values, next=f"`raymill {shlex.join(words)}`")
 
 

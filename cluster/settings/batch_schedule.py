@@ -63,6 +63,13 @@ class BatchSchedule:
         """Returns the samples of the steps from `first` to `last`."""
         return range(self.samples(first).start, self.samples(last).stop)
 
+    def step_of(self, sample: int) -> int:
+        """Returns the step that takes a sample, by its global index."""
+        lane = sample // self.lane_size
+        before = bisect_right(self.stages, lane, key=lambda stage: stage.lanes_before)
+        stage = self.stages[before - 1]
+        return stage.first_step + (lane - stage.lanes_before) // stage.num_lanes
+
     def step_tokens(self, step: int) -> int:
         return self.num_lanes(step) * self.lane_tokens
 

@@ -174,6 +174,12 @@ class DataConfig(TextConfig):
         "not change the result",
         shapes=Shapes.NOTHING,
     )
+    map_documents: bool = shaping(
+        False,
+        "make the document map of a finished token store that has none: its corpus is read and encoded again, "
+        "and has to make the same shards; a new store has one in any case",
+        shapes=Shapes.NOTHING,
+    )
 
     @model_validator(mode="after")
     def _one_weight_a_source(self) -> Self:

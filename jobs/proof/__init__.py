@@ -1,1 +1,1 @@
-"""Verify, replay and compare runs by their hashes."""
+"""Verify, replay and compare runs by their hashes, and join their steps with documents."""

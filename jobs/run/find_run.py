@@ -1,5 +1,6 @@
 """Finds a run by its id or its folder's path or URI, and the token store that it was trained on."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 
 from cluster.storage.uris import Storage, open_storage
@@ -78,14 +79,31 @@ def division(start: Line) -> Division:
 def find_tokens(run: Storage, identity: str | None) -> Storage:
     """Returns the finished token store with this identity, in the run's storage. Raises
     `TokenStoreError`."""
-    root = open_storage(run.uri.rpartition("/runs/")[0])
-    manifests = [entry.key for entry in root.list("tokens/") if entry.key.endswith(f"/{MANIFEST}")]
-    for key in manifests:
+    store = next(stores_with(run, identity), None)
+    if store is None:
+        root = _root(run)
+        raise TokenStoreError(
+            f"none of the {len(_manifests(root))} token stores under {root.uri}/tokens is the one that {run.uri} was "
+            f"trained on, of identity {(identity or 'unknown')[:12]}…; put it back there, or tokenize again with the "
+            "run's settings"
+        )
+    return store
+
+
+def stores_with(run: Storage, identity: str | None) -> Iterator[Storage]:
+    """Yields the finished token stores with this identity in the run's storage: more than one where
+    the same text was tokenized from two places."""
+    root = _root(run)
+    for key in _manifests(root):
         # A store that is damaged or of another format is not the right one.
         with suppress(ValueError, KeyError, TypeError, TokenStoreError):
             if Manifest.from_json(root.read_bytes(key)).identity == identity:
-                return root.child(key.removesuffix(f"/{MANIFEST}"))
-    raise TokenStoreError(
-        f"none of the {len(manifests)} token stores under {root.uri}/tokens is the one that {run.uri} was trained on, "
-        f"of identity {(identity or 'unknown')[:12]}…; put it back there, or tokenize again with the run's settings"
-    )
+                yield root.child(key.removesuffix(f"/{MANIFEST}"))
+
+
+def _root(run: Storage) -> Storage:
+    return open_storage(run.uri.rpartition("/runs/")[0])
+
+
+def _manifests(root: Storage) -> list[str]:
+    return [entry.key for entry in root.list("tokens/") if entry.key.endswith(f"/{MANIFEST}")]

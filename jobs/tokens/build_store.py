@@ -5,12 +5,16 @@ Two passes go over the chunks of the corpus. The first indexes the documents; fr
 further tasks decide, in canonical order, which documents are kept. The second writes the shards.
 Each task leaves its result in the store, so a job that was killed continues where it was. The
 manifest comes last: without one there is no store.
+
+The second pass also writes the document map. A finished store that has none gets it by the same two
+passes, which then leave the shards as they are and prove that they would be made again.
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, zip_longest
 from typing import Any
 
 from cluster.output.progress import say
@@ -31,6 +35,14 @@ from jobs.corpus.listing import CorpusError, Listing, list_corpus, most_is_skipp
 from jobs.corpus.progress import DataProgress
 from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.tokens import token_store as stored
+from jobs.tokens.document_map import (
+    DOCUMENTS,
+    TABLE_ENDING,
+    DocumentList,
+    FileOfCorpus,
+    is_whole,
+    read_map,
+)
 from jobs.tokens.ready_shards import copy_shards
 from jobs.tokens.shard_writer import RESULT, ChunkResult, ChunkWriter
 from jobs.tokens.train_tokenizer import ensure_tokenizer, text_sample
@@ -40,6 +52,7 @@ from model.text.chat_format import ChatFormat
 from model.text.tokenizer import Tokenizer
 
 _DELETING_THREADS = 8
+_MAPPING = "mapping"  # the folder of what leads to the map of a finished store
 
 
 def tokenize(config: RunConfig, listing: Listing | None = None) -> dict[str, Any]:
@@ -60,6 +73,9 @@ def tokenize(config: RunConfig, listing: Listing | None = None) -> dict[str, Any
     if manifest is None:
         with Lease(builder.store) as lease:
             manifest = builder.build(lease)
+    elif config.data.map_documents and not _is_all_mapped(builder.store, manifest):
+        with Lease(builder.store) as lease:
+            replace(builder, work=builder.store.child(_MAPPING)).add_map(lease, manifest)
     _check_readable(manifest.total("documents"), manifest.dropped, config.data)
     return {
         "manifest": join_uri(builder.store.uri, stored.MANIFEST),
@@ -72,6 +88,7 @@ def tokenize(config: RunConfig, listing: Listing | None = None) -> dict[str, Any
         "train_tokens": manifest.total("tokens", "train"),
         "val_tokens": manifest.total("tokens", "val"),
         "val_bytes": manifest.total("bytes", "val"),
+        "document_map": builder.store.exists(DOCUMENTS),
     }
 
 
@@ -95,7 +112,7 @@ def _builder(config: RunConfig, listing: Listing) -> "_Builder":
     shaping = [shape, listing.identity(), ready, tokenizer.hash]
     key = hashlib.sha256(stored.canonical_json(shaping)).hexdigest()[:12]
     store = open_storage(config.storage.uri).child(f"tokens/{key}")
-    return _Builder(data, listing, tokenizer, store, shape, chat, seq_len(config))
+    return _Builder(data, listing, tokenizer, store, store, shape, chat, seq_len(config))
 
 
 def _finished(store: Storage) -> stored.Manifest | None:
@@ -119,12 +136,19 @@ def _check_readable(documents: int, dropped: Mapping[str, int], data: DataConfig
         )
 
 
+def _is_all_mapped(store: Storage, manifest: stored.Manifest) -> bool:
+    """Reports whether each shard has its table. One that was copied may have none so far."""
+    mapped = read_map(store, manifest)
+    return mapped is not None and not mapped.unmapped and is_whole(store, mapped)
+
+
 @dataclass(frozen=True)
 class _Builder:
     data: DataConfig
     listing: Listing
     tokenizer: Tokenizer
     store: Storage
+    work: Storage  # of what leads to the shards: the store itself, unless it is finished
     shape: dict[str, Any]  # the settings that shape the shards
     chat: ChatFormat | None
     seq_len: int
@@ -139,14 +163,7 @@ class _Builder:
         is_bulk = self._is_bulk_proven()
         store.write_bytes(stored.TOKENIZER, tokenizer.to_json())
         store.write_bytes(stored.SOURCES, stored.canonical_json(listing.record()))
-        chunks = plan_chunks(listing.files, cut_files(store, listing.files, self.data), self.data)
-        summary = self._select(chunks)
-        results = copy_shards(
-            store, listing.token_stores, tokenizer, self.chat, first_chunk=len(chunks)
-        )
-        for chunk, result in self._write(chunks, is_bulk=is_bulk, dropped=summary.dropped):
-            results[chunk] = result
-            lease.check()
+        summary, results, files = self._results(lease, is_bulk=is_bulk, stores_shards=True)
         manifest = self._manifest(summary, results)
         for refused in manifest.drop_samples.get(Drop.TEMPLATE_REFUSED, [])[:1]:
             num_refused = manifest.dropped[Drop.TEMPLATE_REFUSED]
@@ -164,18 +181,79 @@ class _Builder:
         lease.check()
         for name, content in manifest.with_lists()[1].items():
             store.write_bytes(name, content)
+        self._list_documents(manifest, results, files)
         store.write_bytes(stored.MANIFEST, manifest.to_json())
         self._sweep()
         return manifest
 
+    def add_map(self, lease: Lease, manifest: stored.Manifest) -> None:
+        """Makes the document map of the finished store. Raises `TokenStoreError` where the corpus
+        does not make its shards again."""
+        say(f"mapping the documents of {self.store.uri}: its corpus is read and encoded again")
+        is_bulk = self._is_bulk_proven()
+        _, results, files = self._results(lease, is_bulk=is_bulk, stores_shards=False)
+        made = _shards_of(results)
+        if made != manifest.shards:
+            self._sweep()  # else what was found in these files would count for others
+            raise _other_shards(self.store, made, manifest.shards)
+        lease.check()
+        self._list_documents(manifest, results, files)
+        self._sweep()
+
+    def _results(
+        self, lease: Lease, *, is_bulk: bool, stores_shards: bool
+    ) -> tuple[Summary, dict[int, ChunkResult], list[FileOfCorpus]]:
+        """Makes what is missing of the shards and their tables. Returns which documents are kept,
+        the results of all chunks, and the files of the map."""
+        listing = self.listing
+        pieces = cut_files(self.work, listing.files, self.data)
+        chunks = plan_chunks(listing.files, pieces, self.data)
+        summary = self._select(chunks)
+        files = listing.identity()
+        results = copy_shards(
+            self.store,
+            listing.token_stores,
+            self.tokenizer,
+            self.chat,
+            first_chunk=len(chunks),
+            files=files,
+        )
+        writer = ChunkWriter(
+            self.store,
+            self.work,
+            self.tokenizer.to_json(),
+            self.data,
+            is_bulk,
+            self.chat,
+            self.seq_len,
+            stores_shards,
+        )
+        for chunk, result in _written(chunks, writer, summary.dropped):
+            results[chunk] = result
+            lease.check()
+        return summary, results, files
+
+    def _list_documents(
+        self,
+        manifest: stored.Manifest,
+        results: Mapping[int, ChunkResult],
+        files: list[FileOfCorpus],
+    ) -> None:
+        """Stores the list of the tables, without which there is no map."""
+        made = chain.from_iterable(results[number].tables for number in sorted(results))
+        tables = {table.shard: table for table in made}
+        ordered = [tables[shard.file] for shard in manifest.shards if shard.file in tables]
+        listed = DocumentList(manifest.hash, files, ordered)
+        self.store.write_bytes(DOCUMENTS, listed.to_json())
+
     def _sweep(self) -> None:
         """Deletes what led to the shards, with their sidecars."""
-        prefixes = (f"{INDEX}/", f"{PIECES}/", "shard-")
-        superseded = [entry.key for prefix in prefixes for entry in self.store.list(prefix)]
+        superseded: list[str] = []
+        for prefix in (f"{INDEX}/", f"{PIECES}/", "shard-"):
+            keys = (entry.key for entry in self.work.list(prefix))
+            superseded += (key for key in keys if not key.endswith((".bin", TABLE_ENDING)))
         with ThreadPoolExecutor(_DELETING_THREADS) as pool:
-            list(
-                pool.map(self.store.delete, [key for key in superseded if not key.endswith(".bin")])
-            )
+            list(pool.map(self.work.delete, superseded))
 
     def _is_bulk_proven(self) -> bool:
         """Reports whether tiktoken gives the tokenizer's ids, also for the front of the corpus, and
@@ -189,36 +267,16 @@ class _Builder:
 
     def _select(self, chunks: Sequence[Chunk]) -> Summary:
         """Decides which documents are kept, and stores that."""
-        summary = select(self.store, index_corpus(self.store, chunks, self.data), self.data)
+        summary = select(self.work, index_corpus(self.work, chunks, self.data), self.data)
         if not summary.documents and not self.listing.token_stores:
             raise empty_corpus(self.listing.files, summary.dropped)
         _check_readable(summary.documents, summary.dropped, self.data)
         if self.data.decontaminate_ngram:
-            contaminated = decontaminate(self.store, chunks, self.data)
+            contaminated = decontaminate(self.work, chunks, self.data)
             summary = replace(
                 summary, dropped=summary.dropped | {Drop.CONTAMINATED.value: contaminated}
             )
         return summary
-
-    def _write(
-        self, chunks: Sequence[Chunk], *, is_bulk: bool, dropped: Mapping[str, int]
-    ) -> Iterator[tuple[int, ChunkResult]]:
-        writer = ChunkWriter(
-            self.store, self.tokenizer.to_json(), self.data, is_bulk, self.chat, self.seq_len
-        )
-        total_bytes = sum(chunk.bytes for chunk in chunks)
-        with DataProgress("tokenizing", total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
-            progress.drop(dropped)
-            for answer in run_tasks(chunks, writer):
-                chunk, result = answer.item, RESULT.validate_json(answer.content)
-                tokens = sum(shard.tokens for shard in result.shards)
-                progress.advance(
-                    chunk.bytes,
-                    documents=result.documents,
-                    tokens=tokens,
-                    rss_bytes=answer.rss_bytes,
-                )
-                yield chunk.number, result
 
     def _manifest(self, summary: Summary, results: dict[int, ChunkResult]) -> stored.Manifest:
         """Returns the manifest of the results, in canonical order."""
@@ -241,7 +299,44 @@ class _Builder:
             dropped={r: n for r, n in dropped.items() if self.chat or r not in CHAT_DROPS},
             drop_samples=samples,
             replaced_utf8=sum(result.replaced for result in ordered),
-            shards=stored.in_order(shard for result in ordered for shard in result.shards),
+            shards=_shards_of(results),
             bos_id=self.tokenizer.bos_id,
             chat=self.chat,
         )
+
+
+def _other_shards(
+    store: Storage, made: Sequence[stored.Shard], expected: Sequence[stored.Shard]
+) -> stored.TokenStoreError:
+    pairs = zip_longest(made, expected)
+    first = next(before or now for now, before in pairs if now != before)
+    assert first is not None, "of a pair that differs one is there"
+    return stored.TokenStoreError(
+        f"the corpus does not make the shards of {store.uri} again, the first that differs is {first.file}: its files "
+        "have changed since; put them back as they were, or tokenize the text as it is now in another storage"
+    )
+
+
+def _shards_of(results: Mapping[int, ChunkResult]) -> tuple[stored.Shard, ...]:
+    """Returns the shards of all chunks, in canonical order."""
+    ordered = [results[number] for number in sorted(results)]
+    return stored.in_order(chain.from_iterable(result.shards for result in ordered))
+
+
+def _written(
+    chunks: Sequence[Chunk], writer: ChunkWriter, dropped: Mapping[str, int]
+) -> Iterator[tuple[int, ChunkResult]]:
+    """Yields the result of each chunk as it is written."""
+    total_bytes = sum(chunk.bytes for chunk in chunks)
+    with DataProgress("tokenizing", total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
+        progress.drop(dropped)
+        for answer in run_tasks(chunks, writer):
+            chunk, result = answer.item, RESULT.validate_json(answer.content)
+            tokens = sum(shard.tokens for shard in result.shards)
+            progress.advance(
+                chunk.bytes,
+                documents=result.documents,
+                tokens=tokens,
+                rss_bytes=answer.rss_bytes,
+            )
+            yield chunk.number, result

@@ -5,11 +5,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from cluster.output.progress import progress
 from cluster.output.result_text import date_of
 from cluster.storage.uris import Storage, open_storage
+from jobs.tokens.document_map import DOCUMENTS, DocumentMap, problem_of
 from jobs.tokens.shard_writer import file_sha256
 from jobs.tokens.token_store import (
     MANIFEST,
@@ -145,7 +147,8 @@ def report(store: Storage) -> dict[str, Any]:
 
 
 def verify(store: Storage) -> dict[str, Any]:
-    """Recomputes every shard's hash. Raises `TokenStoreError`, which names the altered shards."""
+    """Recomputes the hash of every shard, and of every table of the document map if there is one.
+    Raises `TokenStoreError`, which names those that are altered."""
     manifest = read_manifest(store)
     problems = []
     itemsize = manifest.dtype.itemsize
@@ -163,4 +166,25 @@ def verify(store: Storage) -> dict[str, Any]:
             f"{len(problems)} of {len(manifest.shards)} shards of {store.uri} are altered: {'; '.join(problems[:10])}; "
             "delete them and tokenize again, which makes the same bytes"
         )
-    return {"valid": True, "manifest_hash": manifest.hash, "shards": len(manifest.shards)}
+    return {
+        "valid": True,
+        "manifest_hash": manifest.hash,
+        "shards": len(manifest.shards),
+        "document_tables": _verify_map(store, manifest),
+    }
+
+
+def _verify_map(store: Storage, manifest: Manifest) -> int:
+    """Returns the number of tables of the document map, 0 without a map. Raises `TokenStoreError`
+    for one that is altered or another store's."""
+    if not store.exists(DOCUMENTS):
+        return 0
+    mapped = DocumentMap(store, manifest)
+    with ThreadPoolExecutor(_READERS) as pool:
+        problems = [*filter(None, pool.map(partial(problem_of, mapped), mapped.tables))]
+    if problems:
+        raise TokenStoreError(
+            f"{len(problems)} of {len(mapped.tables)} tables of {store.uri}'s document map are not as recorded: "
+            f"{'; '.join(problems[:10])}; delete them, and `raymill tokenize --documents` makes the same again"
+        )
+    return len(mapped.tables)

@@ -1,5 +1,5 @@
 """Writes the shards of one chunk in one task: reads the chunk, encodes its kept documents, and
-stores the shards.
+stores the shards, each with the table of its documents.
 
 A chunk's sidecar (`shard-00000.json`) records what its shards were made of and the hashes of their
 bytes. A chunk whose sidecar matches the task and the bytes is not written again; so a killed job
@@ -26,10 +26,12 @@ from jobs.corpus.chunks import Chunk, Part
 from jobs.corpus.documents import Document, Drop
 from jobs.corpus.listing import CorpusError
 from jobs.corpus.text_borders import cut_text
+from jobs.tokens.document_map import DocumentTable, TableWriter, table_file
 from jobs.tokens.token_store import (
     SPLITS,
     DropSample,
     Shard,
+    Split,
     canonical_json,
     shard_file,
     token_dtype,
@@ -48,6 +50,7 @@ class ChunkResult:
     """The shards and the counts of a chunk."""
 
     shards: list[Shard] = field(default_factory=list)
+    tables: list[DocumentTable] = field(default_factory=list)  # of the shards
     documents: int = 0
     replaced: int = 0
     refused: int = 0  # by the chat template
@@ -68,17 +71,19 @@ RESULT = TypeAdapter(ChunkResult)
 class ChunkWriter:
     """The settings that the writers of all chunks share, and the writing of one chunk."""
 
-    store: Storage
+    store: Storage  # of the shards
+    work: Storage  # of the decisions and the sidecars; the same unless only tables are missing
     tokenizer_json: bytes
     data: DataConfig
     is_bulk: bool  # whether the driver has proven that tiktoken gives the tokenizer's ids
     chat: ChatFormat | None = None  # of conversations
     seq_len: int = 0  # of the run
+    stores_shards: bool = True  # or the tables alone, beside shards that are there
 
     def __call__(self, chunk: Chunk) -> bytes:
         """Returns the `ChunkResult` as JSON once the shards and then their sidecar are stored."""
         tokenizer, encoder = _encoder(self.tokenizer_json, is_bulk=self.is_bulk)
-        digest, codes = stored_codes(self.store, chunk.number)
+        digest, codes = stored_codes(self.work, chunk.number)
         made_of = {
             "digest": digest,
             "codes": hashlib.sha256(codes).hexdigest(),
@@ -89,7 +94,7 @@ class ChunkWriter:
         result = self._finished(sidecar, made_of)
         if result is None:
             result = self._write(chunk, digest, codes, tokenizer, encoder)
-            self.store.write_bytes(
+            self.work.write_bytes(
                 sidecar, canonical_json({"made_of": made_of, "result": asdict(result)})
             )
         return RESULT.dump_json(result)
@@ -97,12 +102,13 @@ class ChunkWriter:
     def _finished(self, sidecar: str, made_of: dict[str, str]) -> ChunkResult | None:
         # Or the sidecar was cut off on a disk that lost power
         with suppress(NotFoundError, ValueError):
-            values = json.loads(self.store.read_bytes(sidecar))
+            values = json.loads(self.work.read_bytes(sidecar))
             result = RESULT.validate_python(values["result"])
-            are_whole = (
-                file_sha256(self.store, shard.file) == shard.sha256 for shard in result.shards
-            )
-            if values["made_of"] == made_of and all(are_whole):
+            hashes = {shard.file: shard.sha256 for shard in result.shards}
+            hashes |= {table.file: table.sha256 for table in result.tables}
+            are_whole = (file_sha256(self.store, file) == sha for file, sha in hashes.items())
+            is_mapped = len(result.tables) == len(result.shards)  # not by an earlier version
+            if values["made_of"] == made_of and is_mapped and all(are_whole):
                 return result
         return None
 
@@ -117,7 +123,11 @@ class ChunkWriter:
             chat = Chat(tokenizer, self.chat, encode=encoder.encode) if self.chat else None
             writers = {
                 split: _ShardFile(
-                    stack.enter_context((folder / name).open("w+b")), tokenizer, encoder, chat
+                    stack.enter_context((folder / name).open("w+b")),
+                    stack.enter_context((folder / table_file(name)).open("w+b")),
+                    tokenizer,
+                    encoder,
+                    chat,
                 )
                 for split, name in names.items()
             }
@@ -129,7 +139,8 @@ class ChunkWriter:
                     result.sample(str(DROP_CODES[code]), part, document)
                 else:
                     try:
-                        num_tokens = writers["val" if code == HELD_OUT else "train"].add(document)
+                        writer = writers["val" if code == HELD_OUT else "train"]
+                        num_tokens = writer.add(document, part)
                     except ChatError as error:
                         result.refused += 1
                         result.sample(
@@ -142,11 +153,19 @@ class ChunkWriter:
                 raise _changed(chunk)
             for split, writer in writers.items():
                 if writer.documents:
-                    result.shards.append(
-                        Shard(names[split], split, chunk.source, **writer.finished())
-                    )
-                    self.store.upload_file(folder / names[split], names[split])
+                    self._store(split, chunk, writer, result, folder)
         return result
+
+    def _store(
+        self, split: Split, chunk: Chunk, writer: "_ShardFile", result: ChunkResult, folder: Path
+    ) -> None:
+        """Stores a shard that is written, and its table."""
+        name = shard_file(split, chunk.number)
+        table = writer.table.finished(name)
+        result.shards.append(Shard(name, split, chunk.source, **writer.finished()))
+        result.tables.append(table)
+        for file in (name, table.file) if self.stores_shards else (table.file,):
+            self.store.upload_file(folder / file, file)
 
 
 def _changed(chunk: Chunk) -> CorpusError:
@@ -158,16 +177,22 @@ class _ShardFile:
     """A shard being written, in a local file because it may be larger than memory allows."""
 
     def __init__(
-        self, file: BinaryIO, tokenizer: Tokenizer, encoder: PlainEncoder, chat: Chat | None
+        self,
+        file: BinaryIO,
+        table: BinaryIO,
+        tokenizer: Tokenizer,
+        encoder: PlainEncoder,
+        chat: Chat | None,
     ) -> None:
         self._file, self._encoder, self._chat = file, encoder, chat
+        self.table = TableWriter(table)
         self._dtype = token_dtype(tokenizer.vocab_size, signed=chat is not None)
         self._front, self._end = (
             np.array(ids, self._dtype) for ids in (tokenizer.encode_whole(""), [tokenizer.eot_id])
         )
-        self._bytes = self.documents = 0
+        self._bytes = self._tokens = self.documents = 0
 
-    def add(self, document: Document) -> int:
+    def add(self, document: Document, part: Part) -> int:
         """Returns the number of tokens. Raises `ChatError` for a conversation, of which nothing is
         then written."""
         if self._chat is None:
@@ -183,17 +208,22 @@ class _ShardFile:
                 if message["role"] == "assistant"
             ]
             num_bytes = sum(len(answer.encode()) for answer in answers)
+        tokens = np.concatenate(pieces)
+        self.table.add(
+            tokens.data, start=self._tokens, file=part.file.number, place=document.offset
+        )
+        self._file.write(tokens.data)
         self.documents += 1
+        self._tokens += len(tokens)
         self._bytes += num_bytes
-        return self._file.write(np.concatenate(pieces).data) // self._dtype.itemsize
+        return len(tokens)
 
     def finished(self) -> dict[str, Any]:
         """Returns the figures of the `Shard`, whose bytes are in the file."""
-        tokens = self._file.tell() // self._dtype.itemsize
         self._file.seek(0)
         sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()  # type: ignore[arg-type]
         return {
-            "tokens": tokens,
+            "tokens": self._tokens,
             "documents": self.documents,
             "bytes": self._bytes,
             "sha256": sha256,

@@ -19,6 +19,7 @@ from jobs.corpus.documents import CHAT_DROPS, Drop, read_documents
 from jobs.corpus.listing import CorpusError, list_corpus
 from jobs.corpus.text_hashes import document_hash, normalized
 from jobs.tokens.build_store import tokenize
+from jobs.tokens.document_map import DocumentMap
 from jobs.tokens.token_store import Manifest, read_manifest, token_dtype
 from jobs.tokens.train_tokenizer import ensure_tokenizer
 from model.errors import UserError
@@ -74,7 +75,9 @@ def test_result_manifest_and_files_agree(result: dict) -> None:
         for path in folder.rglob("*")
         if path.is_file() and ".partial-lock" not in path.name
     }
-    assert names == {*result["shards"], "manifest.json", "sources.json", "tokenizer.json"}
+    tables = {name.replace(".bin", ".docs") for name in result["shards"]}
+    listed = {"manifest.json", "documents.json", "sources.json", "tokenizer.json"}
+    assert names == {*result["shards"], *tables, *listed}
 
 
 def test_every_document_is_kept_once_or_counted(result: dict, corpus: Path) -> None:
@@ -123,6 +126,34 @@ def test_every_document_is_kept_once_or_counted(result: dict, corpus: Path) -> N
         reason: len(samples) for reason, samples in manifest.drop_samples.items()
     } == dict.fromkeys(reasons, 1) | {"duplicate": 2}
     assert manifest.drop_samples["invalid_json"][0].preview.startswith("{broken")
+
+
+def map_bytes(result: dict) -> dict[str, bytes]:
+    """Returns the files of the store's document map, by name."""
+    folder = Path(result["manifest"]).parent
+    files = [*folder.glob("*.docs"), folder / "documents.json"]
+    return {path.name: path.read_bytes() for path in files}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_any_number_of_workers_makes_the_same_bytes(
+    result: dict, corpus: Path, num_workers: int, tmp_path: Path
+) -> None:
+    config_file = tmp_path / "config.json"
+    config_file.write_text(data_config(str(corpus), tmp_path / "storage").model_dump_json())
+    program = str(REPOSITORY / "tests/jobs/tokenize_once.py")
+    output = subprocess.run(
+        [sys.executable, program, str(config_file), str(num_workers)],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=limit_s(120),
+        check=True,
+    ).stdout
+    made = json.loads(output)
+    assert made["manifest_hash"] == result["manifest_hash"]
+    assert map_bytes(made) == map_bytes(result)
 
 
 @pytest.mark.slow
@@ -179,6 +210,7 @@ def test_one_worker_killed_half_way_and_started_again_makes_the_same_bytes(
     assert {key: resumed[key] for key in resumed if key != "manifest"} == {
         key: result[key] for key in result if key != "manifest"
     }
+    assert map_bytes(resumed) == map_bytes(result)
     untouched = {name for name in vouched if not name.endswith(spoiled.removeprefix("shard"))}
     assert {name: (folder / name).stat().st_mtime_ns for name in untouched} == {
         n: survivors[n] for n in untouched
@@ -193,6 +225,16 @@ def test_s3_sources_and_storage_give_the_same_manifest(
     assert remote["manifest"].startswith(f"s3://{s3_bucket}/raymill/tokens/")
     assert remote["manifest_hash"] == result["manifest_hash"]
     assert remote["shards"] == result["shards"]
+    store = split_uri(remote["manifest"])[0]
+    expected = map_bytes(result)
+    del expected["documents.json"]  # which names the files
+    assert {name: store.read_bytes(name) for name in expected} == expected
+    mapped = DocumentMap(store, read_manifest(store))
+    documents = mapped.documents_of("shard-00001.bin")
+    assert documents is not None
+    last = documents.document(len(documents) - 1)
+    assert documents.number_at(last.end - 1) == len(documents) - 1
+    assert mapped.files[last.file][0].startswith(f"s3://{s3_bucket}/data/texts/")
     manifest = split_uri(remote["manifest"])[0].read_bytes("manifest.json").decode()
     assert s3_bucket not in manifest
     sources = json.loads(split_uri(remote["manifest"])[0].read_bytes("sources.json"))
@@ -208,6 +250,9 @@ def test_renamed_files_give_the_same_manifest(result: dict, corpus: Path, tmp_pa
     again = tokenize(data_config(str(renamed), tmp_path / "storage"))
     assert again["shards"] == result["shards"]
     assert again["manifest_hash"] == result["manifest_hash"]
+    before, now = map_bytes(result), map_bytes(again)
+    assert before.pop("documents.json") != now.pop("documents.json"), "it names the files"
+    assert now == before
 
 
 def test_a_finished_store_is_reused_a_damaged_one_mended_a_changed_corpus_made_anew(

@@ -56,6 +56,7 @@ def test_batches_follow_each_other_and_never_shrink(schedule: BatchSchedule) -> 
         assert step == 1 or schedule.num_lanes(step) >= schedule.num_lanes(step - 1)
         if schedule.tokens_seen(step - 1) >= schedule.ramp_tokens:
             assert schedule.num_lanes(step) == schedule.full_lanes
+        assert {schedule.step_of(sample) for sample in batch} == {step}
         end = batch.stop
         assert schedule.tokens_seen(step) == end * schedule.seq_len
         assert schedule.tokens_seen(step) - schedule.tokens_seen(step - 1) == schedule.step_tokens(

@@ -49,6 +49,55 @@ def test_a_sample_alone_is_the_same_as_among_others(
     assert 0 <= rows.min() <= rows.max() < num_rows
 
 
+@given(
+    seed=seeds, num_rows=st.integers(1, 2**40), window_rows=st.integers(1, 2**41), data=st.data()
+)
+def test_the_sample_of_a_row_is_found_without_a_scan(
+    seed: int, num_rows: int, window_rows: int, data: st.DataObject
+) -> None:
+    """Of billions of rows, too: the permutation of a window has an inverse."""
+    window_rows = max(window_rows, num_rows // 50)
+    order = one_source(seed, num_rows, window_rows)
+    rows = data.draw(st.lists(st.integers(0, num_rows - 1), min_size=1, max_size=20))
+    epoch = data.draw(st.integers(0, 1000))
+    samples = order.samples_of(0, rows, epoch=epoch)
+    assert order.rows(samples)[1].tolist() == rows
+    assert set(order.epochs(samples).tolist()) == {epoch}
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    seed=seeds,
+    weights=st.one_of(st.just(()), weight_lists),
+    window_rows=st.integers(50, 1000),
+    num_samples=st.integers(0, 11_000),
+    data=st.data(),
+)
+def test_the_samples_of_all_rows_are_all_samples(
+    seed: int,
+    weights: tuple[float, ...],
+    window_rows: int,
+    num_samples: int,
+    data: st.DataObject,
+) -> None:
+    num_sources = max(1, len(weights))
+    sizes = data.draw(
+        st.lists(st.integers(300, 900), min_size=num_sources, max_size=num_sources).map(tuple)
+    )
+    order = SampleOrder(seed, window_rows, sizes, weights)
+    found: list[int] = []
+    for source, size in enumerate(sizes):
+        for epoch in range(num_epochs := order.num_epochs(source, num_samples)):
+            samples = order.samples_of(source, np.arange(size), epoch=epoch)
+            sources, rows = order.rows(samples)
+            assert (sources == source).all()
+            assert rows.tolist() == list(range(size))
+            found += samples[samples < num_samples].tolist()
+        later = order.samples_of(source, np.arange(size), epoch=num_epochs)
+        assert later.min() >= num_samples, "no sample is in an epoch behind those"
+    assert sorted(found) == list(range(num_samples))
+
+
 def test_seeds_epochs_windows_and_sources_order_differently_and_evenly() -> None:
     orders = {}
     for seed in range(20):

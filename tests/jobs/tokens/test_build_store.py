@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 from cluster.storage.folder import LocalStorage
-from jobs.cleaning import decontamination, document_index, selection
 from jobs.corpus import file_pieces
-from jobs.tokens import build_store, train_tokenizer
+from jobs.tokens import build_store
 from jobs.tokens.build_store import tokenize
 from model.text.tokenizer import train_bpe
-from tests.jobs.cleaning.in_process import InProcess
+from tests.jobs.cleaning.in_process import tokenize_in_process
 from tests.jobs.corpora import data_config, texts_of
 
 NUM_PIECES_DELETED = 2  # before the kill
@@ -27,11 +26,7 @@ class KilledError(BaseException):
 
 @pytest.fixture(autouse=True)
 def run_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = InProcess()
-    for module in (build_store, document_index, file_pieces, train_tokenizer):
-        monkeypatch.setattr(module, "run_tasks", run)
-    for function in (selection.select, decontamination.decontaminate):
-        monkeypatch.setitem(function.__kwdefaults__, "run", run)
+    tokenize_in_process(monkeypatch)
 
 
 @pytest.fixture

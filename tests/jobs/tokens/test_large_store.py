@@ -15,6 +15,7 @@ from jobs.corpus.chunks import default_shard_bytes
 from jobs.corpus.listing import CorpusFile
 from jobs.tokens import token_store
 from jobs.tokens.build_store import tokenize
+from jobs.tokens.document_map import DOCUMENTS
 from jobs.tokens.token_store import (
     MANIFEST,
     SPLITS,
@@ -159,7 +160,9 @@ def test_a_store_with_lists_is_made_looked_at_and_repaired(
         if path.is_file() and ".partial-lock" not in path.name
     }
     shards = {shard.file for shard in read_manifest(open_storage(str(folder))).shards}
-    assert names == {*shards, *made["shards"], MANIFEST, "sources.json", "tokenizer.json"}
+    tables = {name.replace(".bin", ".docs") for name in shards}
+    listed = {MANIFEST, DOCUMENTS, "sources.json", "tokenizer.json"}
+    assert names == {*shards, *tables, *made["shards"], *listed}
     content = (folder / "shard-00002.bin").read_bytes()
     (folder / "shard-00002.bin").unlink()
     assert tokenize(config) == made

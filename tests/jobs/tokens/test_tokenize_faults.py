@@ -67,7 +67,11 @@ def finish(job: subprocess.Popen[str]) -> dict[str, Any]:
     results = [found for line in output.splitlines() if (found := parse_result(line))]
     assert job.returncode == 0, f"the log ends:\n{log[-6000:]}"
     assert results
-    return {name: value for name, value in results[-1].items() if name != "manifest"}
+    result = dict(results[-1])
+    folder = Path(result.pop("manifest")).parent
+    tables = {path.name: path.read_bytes() for path in folder.glob("*.docs")}
+    assert len(tables) == len(result["shards"])
+    return result | tables | {"list of documents": (folder / "documents.json").read_bytes()}
 
 
 def is_outlived(job: subprocess.Popen[str]) -> bool:

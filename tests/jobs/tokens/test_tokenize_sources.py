@@ -163,6 +163,7 @@ def test_stats_and_verify_of_a_store(ray_workers: int, tmp_path: Path) -> None:
         "valid": True,
         "manifest_hash": result["manifest_hash"],
         "shards": len(result["shards"]),
+        "document_tables": len(result["shards"]),
     }
     name = next(iter(result["shards"]))
     path = Path(result["manifest"]).parent / name
