@@ -104,7 +104,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Raises `CheckpointError` for the checkpoint, `TokenStoreError` for the text to evaluate on.
     """
-    checkpoint, folder = find_checkpoint(config.checkpoint, config.storage.uri)
+    checkpoint, folder = find_checkpoint(
+        config.checkpoint, config.storage.uri, signed_by=config.storage.signed_by
+    )
     say(f"evaluating {checkpoint}")
     base = find_base(folder, config.storage.uri)
     model = load_decoder(folder, base=base, verify=False)  # `find_checkpoint` has verified it

@@ -170,7 +170,9 @@ def settled(config: Config) -> Config:
     for name, value in config:
         match value:
             case StorageConfig():
-                update[name] = value.model_copy(update={"uri": absolute_uri(value.uri)})
+                key = value.signed_by and str(Path(value.signed_by).absolute())
+                places = {"uri": absolute_uri(value.uri), "signed_by": key}
+                update[name] = value.model_copy(update=places)
             case TextConfig():
                 paths: dict[str, Any] = {"source": [_absolute_source(uri) for uri in value.source]}
                 if isinstance(value, DataConfig):

@@ -194,6 +194,11 @@ class StorageConfig(Settings):
     uri: str = setting(
         ".raymill", "root of tokens, runs and checkpoints: a path, file:// or s3://bucket/prefix"
     )
+    signed_by: str | None = setting(
+        None,
+        "public key, a PEM file; a checkpoint to begin from, evaluate or serve must be signed with its private "
+        "key (`raymill sign`)",
+    )
 
 
 class CheckpointConfig(Settings):

@@ -31,7 +31,7 @@ MAX_COPIES = 4  # the three that a delivery knows, and one to look at
 NEEDED = re.compile(
     r"manifest\.json|config\.json|raymill\.json|tokenizer\.json|tokenizer_config\.json|vocab\.json|merges\.txt"
     r"|chat_template\.jinja|model((-shard)?-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
-    r"|adapter_config\.json|adapter_model\.safetensors"
+    r"|adapter_config\.json|adapter_model\.safetensors|(model|training)\.sig"
 )
 """Files that are copied, of raymill's checkpoints and of folders that transformers saved."""
 
@@ -64,6 +64,11 @@ def fetch(storage: Storage) -> Path:
                 shutil.rmtree(copy, ignore_errors=True)  # a damaged one
                 partial.rename(copy)
     return copy
+
+
+def is_left_behind(name: str) -> bool:
+    """Tells whether a copy is without a file of the checkpoint."""
+    return NEEDED.fullmatch(name) is None
 
 
 def discard(copy: Path) -> None:

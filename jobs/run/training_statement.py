@@ -1,12 +1,17 @@
 """States what a checkpoint was trained from, for whoever signs it."""
 
+import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from cluster.storage.uris import Storage, open_storage
+from jobs.run.find_run import data_identity, find_tokens
 from jobs.run.history import CONFIG_FILE
 from jobs.run.ledger import LEDGER, Ledger
 from jobs.run.ledger_chain import chain_of, hash_of
+from jobs.tokens.document_map import DOCUMENTS
+from jobs.tokens.token_store import TokenStoreError
 from model.files.checkpoint_folder import CheckpointError, Metadata, fingerprint, read_metadata
 from model.files.signature import TRAINING_TYPE
 
@@ -51,12 +56,23 @@ def _materials(metadata: Metadata, folder: Path, run: Storage | None) -> list[di
         materials.append(_material("the token store's manifest.json", metadata.data_manifest_hash))
     if metadata.base_hash:
         materials.append(_material("the base's parameters", metadata.base_hash))
-    begun = Ledger.read(run).events("checkpoint") if run else []
-    materials += [
+    if run:
+        materials += _materials_of(run)
+    return materials
+
+
+def _materials_of(run: Storage) -> list[dict[str, Any]]:
+    ledger = Ledger.read(run)
+    materials = [
         _material("the parameters that it began from", line["parameter_hash"])
-        for line in begun
+        for line in ledger.events("checkpoint")
         if line["step"] == 0
     ]
+    with suppress(TokenStoreError):  # it may be gone by now
+        documents = find_tokens(run, data_identity(ledger)).find_bytes(DOCUMENTS)
+        if documents is not None:
+            sha256 = hashlib.sha256(documents).hexdigest()
+            materials.append(_material(f"the token store's {DOCUMENTS}", sha256))
     return materials
 
 

@@ -44,7 +44,9 @@ def like_its_source(config: RunConfig) -> RunConfig:
         tokenizer = base.uri if base else run.child(f"checkpoints/{checkpoint_name(0)}").uri
         shape, train = before.model, config.train
     else:
-        tokenizer, folder = find_checkpoint(config.train.init_from, config.storage.uri)
+        tokenizer, folder = find_checkpoint(
+            config.train.init_from, config.storage.uri, signed_by=config.storage.signed_by
+        )
         shape = _shape_from(folder, config)
         train = config.train.model_copy(update={"init_from": tokenizer})
     try:
@@ -73,7 +75,9 @@ def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
     vectors of an optimizer that has not begun; those that an adapter stands on, as its base. One
     tensor is in this process's memory at a time (`saved_parameters`). Raises `ConfigError` for
     another shape or vocabulary."""
-    uri, folder = find_checkpoint(str(config.train.init_from), config.storage.uri)
+    uri, folder = find_checkpoint(
+        str(config.train.init_from), config.storage.uri, signed_by=config.storage.signed_by
+    )
     base, own = find_base(folder, config.storage.uri), load_tokenizer(folder)
     shape = read_shape(base or folder)
     if config.train.lora_rank is not None:

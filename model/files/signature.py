@@ -10,6 +10,7 @@ Both are DSSE envelopes in Sigstore bundles.
 import importlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -82,22 +83,31 @@ def _signing(key: SigningKey) -> Any:
         ) from None
 
 
-def check(folder: Path, public_key: Path) -> dict[str, Any]:
+def is_of_training(name: str) -> bool:
+    """Tells whether a file has the training state, which what only computes is without."""
+    return name.startswith("train_state")
+
+
+def check(
+    folder: Path, public_key: Path, *, may_lack: Callable[[str], bool] = is_of_training
+) -> dict[str, Any]:
     """Returns the predicate of the training's Statement, once the folder's files are those that the
-    holder of the key has signed. Files that `manifest.json` lists are compared with that alone: the
-    caller verifies them against it. The training state may be missing.
+    holder of the key has signed; nothing of a folder without a manifest, as transformers saves it.
+    Files that `manifest.json` lists are compared with that alone: the caller verifies them against
+    it. What `may_lack` tells may be missing.
 
     Raises `SignatureError`, and `UserError` for a file that is no public key.
     """
     verifying = _verifier(public_key)
     manifest = _manifest(verifying, folder / MODEL, public_key)
     signed = {item.identifier: item.digest.digest_hex for item in manifest.resource_descriptors()}
-    listed = manifest_files(folder)
+    has_manifest = (folder / MANIFEST).exists()
+    listed = manifest_files(folder) if has_manifest else {}
     here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     for name in sorted((here | signed.keys()) - {MODEL, TRAINING}):
         if name not in signed:
             raise SignatureError(f"{name} in {folder} was not there when {MODEL} was made")
-        if name not in here and name.startswith("train_state"):
+        if name not in here and may_lack(name):
             continue
         if name not in here:
             raise SignatureError(f"{name} is missing in {folder}, and {MODEL} has it")
@@ -107,7 +117,7 @@ def check(folder: Path, public_key: Path) -> dict[str, Any]:
                 f"{name} in {folder} is another than was signed: its SHA-256 is {found['sha256'][:12]}…, {MODEL} has "
                 f"{signed[name][:12]}…"
             )
-    return _training(verifying, folder, public_key)
+    return _training(verifying, folder, public_key) if has_manifest else {}
 
 
 def _training(verifying: Any, folder: Path, public_key: Path) -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""Where a key is named, only what its holder has signed is begun from, evaluated or served."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main
+from cluster.storage.registry import find_checkpoint, publish
+from cluster.storage.uris import open_storage
+from jobs.proof.sign_checkpoint import sign_checkpoint
+from jobs.training.warm_start import like_its_source
+from model.files.checkpoint_folder import MANIFEST
+from model.files.signature import MODEL, SignatureError, SigningKey
+from tests.jobs.runs import tiny_plan, trained_run
+from tests.jobs.tampering import checkpoint_folder
+from tests.signing_keys import made_keys
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    private, public = made_keys(tmp_path_factory.mktemp("keys"), "ours")
+    return private, str(public)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, keys: tuple[Path, str]) -> Path:
+    """A storage with a run of which the checkpoint of step 6 is signed."""
+    folder = tmp_path_factory.mktemp("storage")
+    trained_run(str(folder))
+    sign_checkpoint(
+        str(checkpoint_folder(open_storage(str(folder)).child("runs/tiny"), 6)),
+        SigningKey(keys[0]),
+        storage_uri=str(folder),
+    )
+    return folder
+
+
+@pytest.fixture
+def checkpoints(trained: Path, tmp_path: Path) -> dict[int, str]:
+    """The checkpoints of a copy, to be spoiled, by step."""
+    shutil.copytree(trained, tmp_path / "copy")
+    run = open_storage(str(tmp_path / "copy")).child("runs/tiny")
+    return {step: str(checkpoint_folder(run, step)) for step in (3, 6, 8)}
+
+
+def test_a_signed_checkpoint_is_found_and_no_other(
+    checkpoints: dict[int, str], keys: tuple[Path, str], tmp_path: Path
+) -> None:
+    found, _ = find_checkpoint(checkpoints[6], str(tmp_path), signed_by=keys[1])
+    assert found == checkpoints[6]
+    with pytest.raises(SignatureError, match=r"is not signed: expected model\.sig"):
+        find_checkpoint(checkpoints[3], str(tmp_path), signed_by=keys[1])
+    _, other = made_keys(tmp_path, "other")
+    with pytest.raises(SignatureError, match="was signed with another key"):
+        find_checkpoint(checkpoints[6], str(tmp_path), signed_by=str(other))
+    (Path(checkpoints[6]) / "chat_template.jinja").write_text("{{ theirs }}")
+    with pytest.raises(SignatureError, match="was not there when"):
+        find_checkpoint(checkpoints[6], str(tmp_path), signed_by=keys[1])
+
+
+def test_a_newer_unsigned_one_is_refused_and_an_older_signed_one_does_not_do(
+    checkpoints: dict[int, str], keys: tuple[Path, str], tmp_path: Path
+) -> None:
+    storage = open_storage(str(tmp_path / "registry"))
+    publish(storage, checkpoints[6])
+    assert find_checkpoint("latest", storage.uri, signed_by=keys[1])[0] == checkpoints[6]
+    publish(storage, checkpoints[8])
+    with pytest.raises(SignatureError, match="is not signed"):
+        find_checkpoint("latest", storage.uri, signed_by=keys[1])
+
+
+def test_a_copy_without_the_training_state_is_checked(
+    checkpoints: dict[int, str], keys: tuple[Path, str], s3_bucket: str
+) -> None:
+    place = open_storage(f"s3://{s3_bucket}/storage")
+    place.upload_folder(Path(checkpoints[6]), "signed", last=MANIFEST)
+    _, copy = find_checkpoint(place.child("signed").uri, place.uri, signed_by=keys[1])
+    assert not (copy / "train_state.safetensors").exists()
+    assert (copy / MODEL).exists()
+
+
+def test_a_folder_of_transformers_is_signed_by_the_librarys_command(
+    keys: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "README.md"):
+        (folder / name).write_text("{}")
+    command = [sys.executable, "-m", "model_signing", "sign", "key", str(folder)]
+    command += ["--signature", str(folder / MODEL), "--private_key", str(keys[0])]
+    subprocess.run(command, check=True, capture_output=True)
+    assert find_checkpoint(str(folder), str(tmp_path), signed_by=keys[1])[1] == folder
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(SignatureError, match=r"config\.json .* is another than was signed"):
+        find_checkpoint(str(folder), str(tmp_path), signed_by=keys[1])
+
+
+def test_a_run_begins_from_signed_weights_alone(
+    checkpoints: dict[int, str], keys: tuple[Path, str], tmp_path: Path
+) -> None:
+    def config(step: int) -> object:
+        plan = tiny_plan(str(tmp_path / "run"), train={"init_from": checkpoints[step]})
+        storage = plan.config.storage.model_copy(update={"signed_by": keys[1]})
+        not_begun = {"storage": storage, "run_id": f"from-{step}"}
+        return like_its_source(plan.config.model_copy(update=not_begun))
+
+    assert config(6)
+    with pytest.raises(SignatureError, match="is not signed"):
+        config(3)
+
+
+def test_evaluate_refuses_before_it_starts_anything(
+    checkpoints: dict[int, str],
+    keys: tuple[Path, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    where = ["--storage.uri", str(tmp_path / "copy"), "--storage.signed-by", keys[1]]
+    assert main(["evaluate", checkpoints[3], *where]) != 0
+    assert "is not signed: expected model.sig" in capsys.readouterr().err
