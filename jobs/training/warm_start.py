@@ -44,9 +44,7 @@ def like_its_source(config: RunConfig) -> RunConfig:
         tokenizer = base.uri if base else run.child(f"checkpoints/{checkpoint_name(0)}").uri
         shape, train = before.model, config.train
     else:
-        tokenizer, folder = find_checkpoint(
-            config.train.init_from, config.storage.uri, signed_by=config.storage.signed_by
-        )
+        tokenizer, folder = _source(config)
         shape = _shape_from(folder, config)
         train = config.train.model_copy(update={"init_from": tokenizer})
     try:
@@ -63,6 +61,12 @@ def like_its_source(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": data, "model": shape, "train": train})
 
 
+def _source(config: RunConfig) -> tuple[str, Path]:
+    """Returns the URI of the weights to begin from, and a local folder with them."""
+    storage = config.storage
+    return find_checkpoint(str(config.train.init_from), storage.uri, signed_by=storage.signed_by)
+
+
 def _shape_from(folder: Path, config: RunConfig) -> Shape:
     """Returns the shape of what is trained from the weights in a folder: theirs, or with an adapter,
     that of transformers' module for it."""
@@ -75,9 +79,7 @@ def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
     vectors of an optimizer that has not begun; those that an adapter stands on, as its base. One
     tensor is in this process's memory at a time (`saved_parameters`). Raises `ConfigError` for
     another shape or vocabulary."""
-    uri, folder = find_checkpoint(
-        str(config.train.init_from), config.storage.uri, signed_by=config.storage.signed_by
-    )
+    uri, folder = _source(config)
     base, own = find_base(folder, config.storage.uri), load_tokenizer(folder)
     shape = read_shape(base or folder)
     if config.train.lora_rank is not None:
