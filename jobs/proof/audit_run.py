@@ -104,8 +104,9 @@ def intervals_of(ledger: Ledger, kept_steps: Sequence[int]) -> list[Interval]:
     a rollback left out are no part of them."""
     recorded = [line["step"] for line in ledger.lines if line.get("event") in (None, "skip")]
     steps = sorted({step for step in recorded if not _is_left_out(ledger, step)})
+    ends = {step for step in kept_steps if not _is_left_out(ledger, step)}
     intervals: list[Interval] = []
-    for before, end in pairwise(sorted({0, *kept_steps})):
+    for before, end in pairwise(sorted({0, *ends})):
         first, behind = bisect_right(steps, before), bisect_right(steps, end)
         if first < behind:
             intervals.append(Interval(steps[first], steps[behind - 1]))

@@ -116,27 +116,37 @@ def _scratch_plan(
 
 def _lay_out(run: Storage, ledger: Ledger, plan: RunPlan, *, before: int) -> str | None:
     """Makes the scratch run look like the run killed after its newest valid checkpoint before the
-    step. Returns that checkpoint's name, or None where there is none."""
+    step, and knowing what the run has left out since. Returns that checkpoint's name, or None where
+    there is none."""
     plan.run.write_bytes(CONFIG_FILE, to_yaml(plan.config).encode())
+    num_lines = 0
     guard = GuardState(rollbacks=ledger.rollbacks)
     with tempfile.TemporaryDirectory(prefix="raymill-fetch-") as scratch:
         newest, _ = RunCheckpoints(run).find(
             Path(scratch), left_out=lambda step: step >= before or guard.leaves_out(step)
         )
-        if newest is None:
-            return None
-        place = plan.run.local_path(f"checkpoints/{newest.name}")
-        assert place is not None
-        shutil.copytree(newest, place)
-    step = step_of(newest.name)
-    ends = [
-        n
-        for n, line in enumerate(ledger.lines, 1)
-        if line.get("event") in (None, "skip") and line["step"] == step
+        if newest is not None:
+            place = plan.run.local_path(f"checkpoints/{newest.name}")
+            assert place is not None
+            shutil.copytree(newest, place)
+            num_lines = _num_lines_to(ledger, step_of(newest.name))
+    lines = ledger.lines[:num_lines] + [
+        line for line in ledger.lines[num_lines:] if line.get("event") == "rollback"
     ]
-    lines = ledger.lines[: ends[-1]] if ends else []
     plan.run.write_bytes(LEDGER, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    return newest.name
+    return newest.name if newest else None
+
+
+def _num_lines_to(ledger: Ledger, step: int) -> int:
+    """Returns the number of the line of a step, of the last one if it was taken again."""
+    return max(
+        (
+            number
+            for number, line in enumerate(ledger.lines, start=1)
+            if line.get("event") in (None, "skip") and line["step"] == step
+        ),
+        default=0,
+    )
 
 
 def _train(plan: RunPlan, *, num_workers: int, folder: Path) -> None:

@@ -25,7 +25,10 @@ from jobs.run.ledger import LEDGER, Ledger
 from jobs.run.ledger_chain import encoded, hash_of
 from model.errors import UserError
 from model.files.signature import SigningKey
-from tests.jobs.runs import trained_run
+from tests.jobs.mapped_runs import mapped_plan
+from tests.jobs.poisoned_runs import Faults, run_world
+from tests.jobs.runs import tiny_plan, trained_run
+from tests.jobs.runs_in_rounds import CutOff, run_in_rounds
 from tests.signing_keys import made_keys
 
 
@@ -76,6 +79,31 @@ def test_a_forged_loss_that_fits_its_chain_is_found_where_its_interval_is_drawn(
     assert problem.startswith("steps 4..6: bits part at step 5")
 
 
+@pytest.mark.slow
+def test_a_sharded_run_of_which_a_worker_was_killed_is_audited_by_one(tmp_path: Path) -> None:
+    plan = tiny_plan(
+        str(tmp_path / "storage"),
+        train={"sample_prompts": []},
+        checkpoint={"save_every_steps": 2},
+        scaling={"shard": "parameters"},
+    )
+    run_in_rounds(plan, tmp_path, [CutOff(1, 6, "killed", saved=4)])
+    assert len(Ledger.read(plan.run).events("start")) == 2
+    found = audit(plan.run, Audit(num_samples=9), tmp_path / "audit")
+    assert found["problems"] == []
+    assert len(found["intervals"]) == found["intervals_of_run"] > 1
+
+
+@pytest.mark.slow
+def test_a_run_that_was_rolled_back_is_audited(tmp_path: Path) -> None:
+    plan = mapped_plan(tmp_path / "mapped", train={"max_skipped_steps": 1, "max_tokens": 2000})
+    run_world(plan, Faults(poisoned=frozenset({(7, 0), (8, 0)})))
+    assert Ledger.read(plan.run).rollbacks
+    found = audit(plan.run, Audit(num_samples=9), tmp_path / "audit")
+    assert found["problems"] == []
+    assert len(found["intervals"]) == found["intervals_of_run"] > 1
+
+
 def test_a_forged_interval_is_found_at_the_foretold_rate() -> None:
     intervals = [Interval(10 * number + 1, 10 * number + 10) for number in range(40)]
     forged = {*intervals[7:11]}
@@ -109,6 +137,7 @@ def test_intervals_lie_between_what_is_kept_without_what_a_rollback_left_out() -
     assert intervals_of(ledger, [4, 8]) == [Interval(1, 4), Interval(7, 8)]
     assert intervals_of(ledger, [8]) == [Interval(1, 8)]
     assert intervals_of(ledger, [0, 4]) == [Interval(1, 4)]
+    assert intervals_of(ledger, [4, 6, 8]) == [Interval(1, 4), Interval(7, 8)]
 
 
 def test_an_interrupted_audit_goes_on(
