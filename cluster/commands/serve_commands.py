@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cluster.commands.arguments import (
+    ADAPTER,
     ADMIN_KEY,
     API_KEY,
     CANARY_PERCENT,
@@ -218,6 +219,7 @@ SERVE = Section(
             promote,
             [
                 OneOf((PROMOTED, FINISH, FOLLOWED), required=True),
+                ADAPTER,
                 CANARY_PERCENT,
                 WATCH_S,
                 GATE_SOURCE,
@@ -228,7 +230,10 @@ SERVE = Section(
             ],
         ),
         Command(
-            "rollback", "serve the previous version again", rollback, [URL, ADMIN_KEY, STORAGE]
+            "rollback",
+            "serve the previous version again",
+            rollback,
+            [ADAPTER, URL, ADMIN_KEY, STORAGE],
         ),
         Command("publish", "make a checkpoint the latest one", publish, [CHECKPOINT, STORAGE]),
         Command(

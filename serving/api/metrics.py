@@ -14,7 +14,8 @@ from prometheus_client.registry import Collector
 from cluster.monitoring.metric_export import Metrics, by_version
 from cluster.monitoring.metric_table import Exporter, metrics
 from serving.api.key_metrics import KeyMetrics
-from serving.delivery.promotion import Phase, Result, VersionStats
+from serving.delivery.promotion import Phase, Result
+from serving.delivery.version_stats import VersionStats
 from serving.delivery.versions import Versions
 from serving.engine.messages import FinishReason, StepReport
 
@@ -59,8 +60,9 @@ class ReplicaMetrics:
     def publish(self, *, application: str) -> None:
         """Publishes, also the zeros of a version that has not answered yet: rates need a first
         value."""
-        for needed in self._versions.delivery.needed:
-            self.of(needed.version)
+        for line in self._versions.delivery.lines.values():
+            for needed in line.needed:
+                self.of(needed.version)
         self.exported.publish(application=application)
 
 

@@ -1,6 +1,7 @@
 """Adapters beside their base in one engine of vLLM: each answers what its merged model would."""
 
 import asyncio
+import time
 from pathlib import Path
 
 import httpx
@@ -8,12 +9,20 @@ import pytest
 
 from cluster.settings.serve import ServeConfig
 from jobs.run.base import Base
-from model.errors import UserError
 from model.generation.generate import generate
 from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
+from serving.delivery.promotion import (
+    Phase,
+    ReplicaReport,
+    Terms,
+    advance,
+    start,
+    version_of,
+)
 from serving.delivery.versions import Versions
+from serving.protocol.served_model import read_served_model
 from tests.serving.adapter_parts import MadeAdapter, made_adapter, stored_base
 from tests.serving.endpoint_parts import replica_client
 from tests.serving.vllm_parts import installed, vllm_config, vllm_model
@@ -64,6 +73,19 @@ async def answered(http: httpx.AsyncClient, name: str, prompt: list[int]) -> str
     return str(answer.json()["choices"][0]["text"])
 
 
+async def switched(versions: Versions, name: str, folder: Path) -> None:
+    """Promotes an adapter as far as to the watch, as the coordinator does for one replica."""
+    candidate = version_of(read_served_model(folder, name=None), checkpoint=str(folder))
+    line = start(versions.delivery.adapters[name], candidate, Terms(watch_s=1000))
+    while line.phase is not Phase.WATCHING:
+        versions.adopt(versions.delivery.with_line(name, line), asked_at_s=time.monotonic())
+        await asyncio.sleep(0.1)
+        slots = versions.adapters[name].report()
+        line = advance(line, [ReplicaReport("r", line.epoch, slots)], elapsed_s=0)
+        assert line.outcome is None, line.outcome
+    versions.adopt(versions.delivery.with_line(name, line), asked_at_s=time.monotonic())
+
+
 @installed
 @pytest.mark.slow
 def test_two_adapters_and_their_base__answer_at_once_as_their_merged_models(
@@ -93,6 +115,21 @@ def test_two_adapters_and_their_base__answer_at_once_as_their_merged_models(
         answer = await http.post("/v1/completions", json={"model": "green", "prompt": "the"})
         assert answer.status_code == 404
         assert answer.json()["error"]["code"] == "model_not_found"
+
+        now = expected | {("blue", number): expected["red", number] for number in range(4)}
+        promoting = asyncio.create_task(switched(versions, "blue", adapters["red"].folder))
+        while not promoting.done():
+            asked = [answered(http, name, prompts[number]) for name, number in expected]
+            texts = zip(expected, await asyncio.gather(*asked), strict=True)
+            for place, text in texts:
+                assert text in (expected[place], now[place])
+        await promoting
+        asked = [answered(http, name, prompts[number]) for name, number in expected]
+        assert await asyncio.gather(*asked) == [*now.values()]
+        card = (await http.get("/v1/models/blue")).json()
+        assert (card["id"], card["parent"]) == ("blue", "tiny")
+        assert card["version"] == listed[1]["version"]
+        assert card["delivery"]["previous"]["version"] == listed[2]["version"]
 
     async def run() -> None:
         places = {name: str(made.folder) for name, made in adapters.items()}
@@ -141,7 +178,7 @@ def test_an_adapter_that_cannot_be_served__is_refused_with_what_to_do(
             async with replica_client(folder, config=config(storage, {"red": str(place)})):
                 pass
 
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(RuntimeError, match=message):
             asyncio.run(run())
 
 
