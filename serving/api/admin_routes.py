@@ -123,12 +123,13 @@ async def _obey(
     """Returns the endpoint's state after an order, which is in the audit log then, also if it was
     refused."""
     before = follower.versions.delivery.lines.get(line)
+    hidden = {"gate_rows", "gate_text"} | (set() if line else {"adapter"})
     entry = {
         "time": timestamp(time.time()),
         "key": RoutedRequest.of(request).facts.key,
         "request_id": request.headers.get("x-request-id"),
         "order": order,
-        "asked": asked.model_dump(exclude={"gate_rows", "gate_text"}),
+        "asked": asked.model_dump(exclude=hidden),
         "old": before and before.live.model_dump(include=SHOWN),
         "new": None,
         "result": "internal_error",

@@ -145,7 +145,7 @@ def num_running_replicas() -> int | None:
 def delivery_of(folder: Path, *, name: str) -> Delivery:
     """The state of what begins with a checkpoint."""
     live = version_of(read_served_model(folder, name=name), checkpoint=str(folder))
-    return Delivery(deployment="test", model_name=name, live=live)
+    return Delivery(deployment="test", origin=name, model_name=name, live=live)
 
 
 @asynccontextmanager

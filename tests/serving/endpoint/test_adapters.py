@@ -249,7 +249,11 @@ def test_what_is_no_version_of_a_named_adapter__is_refused_with_what_to_do(
         refused = green.promote(adapters["red"].folder)
         assert refused.status_code == 409
         assert "for 5 adapters, and have 4: set engine.max_adapters" in refused.text
+        yellow = version(adapters["yellow"].folder)
         assert violet.order("rollback").status_code == 200
+        last = admin.http.get("/admin/audit").json()["orders"][-1]
+        assert (last["order"], last["asked"]["adapter"]) == ("rollback", "violet")
+        assert last["old"]["version"] == yellow != last["new"]["version"]
         assert violet.wait_for("steady")["live"]["version"] == version(adapters["blue"].folder)
     assert admin.delivery["phase"] == "steady"
 

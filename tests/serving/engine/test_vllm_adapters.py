@@ -21,6 +21,7 @@ from serving.delivery.promotion import (
     start,
     version_of,
 )
+from serving.delivery.route import ROUTE_HEADER, Route
 from serving.delivery.versions import Versions
 from serving.protocol.served_model import read_served_model
 from tests.serving.adapter_parts import MadeAdapter, made_adapter, stored_base
@@ -65,9 +66,10 @@ def config(storage: Path, adapters: dict[str, str], **engine: object) -> ServeCo
     )
 
 
-async def answered(http: httpx.AsyncClient, name: str, prompt: list[int]) -> str:
+async def answered(http: httpx.AsyncClient, name: str, prompt: list[int], **headers: str) -> str:
     asked = {"model": name, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0}
-    answer = await http.post("/v1/completions", json=asked | {"ignore_eos": True})
+    body = asked | {"ignore_eos": True}
+    answer = await http.post("/v1/completions", json=body, headers=headers)
     assert answer.status_code == 200, answer.text
     assert answer.json()["model"] == name
     return str(answer.json()["choices"][0]["text"])
@@ -130,6 +132,16 @@ def test_two_adapters_and_their_base__answer_at_once_as_their_merged_models(
         assert (card["id"], card["parent"]) == ("blue", "tiny")
         assert card["version"] == listed[1]["version"]
         assert card["delivery"]["previous"]["version"] == listed[2]["version"]
+
+        # Another replica has heard of a rollback, first of the other adapter, before this one
+        before = versions.adapters["blue"].delivery.previous
+        assert before is not None
+        for origin, text in (("red", now["blue", 1]), ("blue", expected["blue", 1])):
+            header = {
+                ROUTE_HEADER: Route(epoch=9, primary=before.serial, origin=origin).to_header()
+            }
+            assert await answered(http, "blue", prompts[1], **header) == text
+            assert await answered(http, "red", prompts[1], **header) == expected["red", 1]
 
     async def run() -> None:
         places = {name: str(made.folder) for name, made in adapters.items()}
