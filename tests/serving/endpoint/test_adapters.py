@@ -105,6 +105,13 @@ def green(url: str) -> Iterator[Admin]:
     green.http.close()
 
 
+@pytest.fixture
+def violet(url: str) -> Iterator[Admin]:
+    violet = Admin(url, ADMIN_KEY, adapter="violet")
+    yield violet
+    violet.http.close()
+
+
 def pinned(storage: Path) -> set[str]:
     return served_checkpoints(open_storage(str(storage)))
 
@@ -222,8 +229,8 @@ def test_what_is_no_version_of_a_named_adapter__is_refused_with_what_to_do(
     url: str,
     adapters: dict[str, MadeAdapter],
     unfit: dict[str, tuple[Path, str]],
-    admin: Admin,
     green: Admin,
+    violet: Admin,
     storage: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -240,22 +247,56 @@ def test_what_is_no_version_of_a_named_adapter__is_refused_with_what_to_do(
     blue = str(adapters["blue"].folder)
     assert main(["promote", blue, "--adapter", "pink", *words]) == 1
     assert "'pink'; this endpoint serves green, violet" in capsys.readouterr().err
-    violet = Admin(url, ADMIN_KEY, adapter="violet")
-    with contextlib.closing(violet.http):
-        refused = violet.order("rollback")
-        assert refused.status_code == 409 and "no earlier version" in refused.text
-        assert violet.promote(adapters["yellow"].folder, watch_s=1000).status_code == 202
-        violet.wait_for("watching")
-        refused = green.promote(adapters["red"].folder)
-        assert refused.status_code == 409
-        assert "for 5 adapters, and have 4: set engine.max_adapters" in refused.text
-        yellow = version(adapters["yellow"].folder)
-        assert violet.order("rollback").status_code == 200
-        last = admin.http.get("/admin/audit").json()["orders"][-1]
-        assert (last["order"], last["asked"]["adapter"]) == ("rollback", "violet")
-        assert last["old"]["version"] == yellow != last["new"]["version"]
-        assert violet.wait_for("steady")["live"]["version"] == version(adapters["blue"].folder)
-    assert admin.delivery["phase"] == "steady"
+    refused = violet.order("rollback")
+    assert refused.status_code == 409 and "no earlier version" in refused.text
+
+
+def test_a_named_adapter__has_a_gate_a_canary_and_a_place_of_its_own(
+    url: str,
+    adapters: dict[str, MadeAdapter],
+    prompts: list[list[int]],
+    admin: Admin,
+    green: Admin,
+    violet: Admin,
+) -> None:
+    blue, yellow = adapters["blue"].folder, adapters["yellow"].folder
+    terms = {"gate_rows": prompts[2:4], "watch_s": 1000, "canary_percent": 50}
+    assert violet.promote(yellow, **terms, max_loss_increase=100).status_code == 202
+    violet.wait_for("canary")
+    [replica] = admin.status()["replicas"]
+    measured = replica["adapters"]["violet"]["slots"]["2"]
+    assert 0 < measured["loss"] != measured["live_loss"] > 0
+    seen = {name: set[str]() for name in ("violet", "green", "tiny")}
+    with httpx.Client(base_url=url, timeout=limit_s(60)) as http:
+        for name, versions in seen.items():
+            for number in range(12):
+                asked = {"model": name, "prompt": "the", "max_tokens": 1, "user": f"user-{number}"}
+                versions.add(http.post("/v1/completions", json=asked).headers["x-model-version"])
+    assert seen == {
+        "violet": {version(blue), version(yellow)},
+        "green": {green.delivery["live"]["version"]},
+        "tiny": {admin.delivery["live"]["version"]},
+    }
+
+    refused = green.promote(adapters["red"].folder)
+    assert refused.status_code == 409
+    assert "for 5 adapters, and have 4: set engine.max_adapters" in refused.text
+    assert violet.order("finish").status_code == 200
+    assert violet.wait_for("watching")["live"]["version"] == version(yellow)
+    assert violet.order("rollback").status_code == 200
+    last = admin.http.get("/admin/audit").json()["orders"][-1]
+    assert (last["order"], last["asked"]["adapter"]) == ("rollback", "violet")
+    assert (last["old"]["version"], last["new"]["version"]) == (version(yellow), version(blue))
+    assert violet.wait_for("steady")["live"]["version"] == version(blue)
+
+    measured_worse = measured["loss"] > measured["live_loss"]
+    here, there = (blue, yellow) if measured_worse else (yellow, blue)
+    if not measured_worse:
+        violet.promoted(yellow, gate_rows=[], watch_s=0)
+    assert violet.promote(there, gate_rows=prompts[2:4], max_loss_increase=0).status_code == 202
+    ended = violet.wait_for("steady")
+    assert (ended["outcome"]["result"], ended["live"]["version"]) == ("refused", version(here))
+    assert "nats per token, the live version's" in ended["outcome"]["reason"]
 
 
 def test_a_whole_model__is_refused_where_adapters_are_served(
