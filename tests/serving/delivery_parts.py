@@ -117,7 +117,7 @@ class Admin:
         wait_until(is_there, timeout_s=timeout_s)
         return self.delivery
 
-    def promoted(self, checkpoint: Path, **terms: Any) -> dict[str, Any]:
+    def promoted(self, checkpoint: Path | str, **terms: Any) -> dict[str, Any]:
         """After the whole of a promotion."""
         assert (answer := self.promote(checkpoint, **terms)).status_code == 202, answer.text
         state = self.wait_for("steady")
