@@ -109,9 +109,9 @@ class EngineConfig(Settings):
     tensor_parallel_size: PositiveInt = setting(1, "GPUs of one pod that share the model, by vLLM")
     max_adapters: NonNegativeInt | None = setting(
         None,
-        "adapters that vLLM computes at a time beside their base, of which a new version of one that is named needs "
-        "a place of its own; when unset 8, or 2 more than are named, where the endpoint begins with one or names "
-        "some (adapters), else 0",
+        "adapters that vLLM computes at a time beside their base; while one that is named is promoted, both of its "
+        "versions count; when unset 8, or 2 more than are named if that is more, where the endpoint begins with one "
+        "or names some (adapters), else 0",
     )
     max_adapter_rank: int = setting(
         64, "largest rank of these adapters; a larger one takes more memory", ge=1, le=512

@@ -105,7 +105,8 @@ class Versions:
         while not (live := self._slots[self.delivery.live.serial]).usable:
             await asyncio.shield(live.loading)
             if live.problem and live.version == self.delivery.live:
-                raise RuntimeError(live.problem)
+                subject = f"the adapter {self._name}: " if self._name else ""
+                raise RuntimeError(subject + live.problem)
         for adapter in [*self.adapters.values()]:
             await adapter.wait_until_live()
 
