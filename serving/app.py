@@ -49,14 +49,14 @@ CONTROLLER_VARIABLES = {
 
 def build_app(config: ServeConfig) -> serve.Application:
     """Builds the application for a Ray Serve config file. As long as the settings name the same
-    checkpoint, it continues with what was promoted meanwhile, also on a new cluster."""
+    checkpoint, it continues with what was promoted meanwhile, also on a new cluster; so does each
+    adapter."""
     return _app(config, deployment=f"config file: {config.checkpoint}")
 
 
 def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
     require_ray_proxies()
     require_key(config)
-    config = _with_exact_adapters(config)
     replicas = config.replicas
     fixed = replicas.min_replicas == replicas.max_replicas
     # A full replica answers 429 itself. Ray Serve's own limit is higher, so that only a flood gets
@@ -101,16 +101,6 @@ def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
     )
 
 
-def _with_exact_adapters(config: ServeConfig) -> ServeConfig:
-    """Returns the settings with the checkpoint that each named adapter is now: the same on all
-    replicas, also on those that start when its run has a newer one. Raises `CheckpointError`."""
-    exact = {
-        name: named_checkpoint(reference, config.storage.uri)
-        for name, reference in config.adapters.items()
-    }
-    return config.model_copy(update={"adapters": exact})
-
-
 def autoscaling(config: ServeConfig) -> AutoscalingConfig:
     """Scales by `ScalingPolicy`, with figures of the last seconds and its own delays instead of Ray
     Serve's."""
@@ -138,6 +128,8 @@ def run(config: ServeConfig) -> dict[str, Any]:
     repair."""
     checkpoint, folder = find_checkpoint(config.checkpoint, storage_uri=config.storage.uri)
     require_bounded_text(folder)
+    for reference in config.adapters.values():
+        named_checkpoint(reference, config.storage.uri)
     model = read_served_model(folder, name=config.model_name)
     name = config.model_name or version_of(model, checkpoint=checkpoint).name
     deployment = f"started {uuid.uuid4().hex}"  # a new one, which begins with this checkpoint

@@ -176,6 +176,11 @@ SEED = Argument[int | None]("--seed", parse=int)
 PROMOTED = Argument[str | None](
     "checkpoint", f"{_REFERENCE}, or `latest`", nargs="?", completer=checkpoints
 )
+ADAPTER = Argument[str | None](
+    "--adapter",
+    "an adapter by its name, beside the model; the model itself when unset",
+    metavar="NAME",
+)
 FINISH = Switch("--finish", "give all requests to the current canary")
 FOLLOWED = Argument[str | None](
     "--follow",

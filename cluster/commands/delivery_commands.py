@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cluster.commands.arguments import (
+    ADAPTER,
     ADMIN_KEY,
     CANARY_PERCENT,
     FINISH,
@@ -105,7 +106,7 @@ def _operator(arguments: Arguments) -> Operator:
     endpoint = Endpoint.load(
         arguments[STORAGE], url=arguments[URL], admin_key_file=arguments[ADMIN_KEY]
     )
-    return Operator(endpoint)
+    return Operator(endpoint, adapter=arguments[ADAPTER])
 
 
 def _gate_rows(checkpoint: str, storage_uri: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cluster.commands.arguments import (
+    ADAPTER,
     ADMIN_KEY,
     API_KEY,
     CANARY_PERCENT,
@@ -224,6 +225,7 @@ SERVE = Section(
             promote,
             [
                 OneOf((PROMOTED, FINISH, FOLLOWED), required=True),
+                ADAPTER,
                 CANARY_PERCENT,
                 WATCH_S,
                 GATE_SOURCE,
@@ -234,7 +236,10 @@ SERVE = Section(
             ],
         ),
         Command(
-            "rollback", "serve the previous version again", rollback, [URL, ADMIN_KEY, STORAGE]
+            "rollback",
+            "serve the previous version again",
+            rollback,
+            [ADAPTER, URL, ADMIN_KEY, STORAGE],
         ),
         Command("publish", "make a checkpoint the latest one", publish, [CHECKPOINT, STORAGE]),
         Command(

@@ -26,10 +26,12 @@ class AwayError(UserError):
 
 
 class Operator:
-    """The operator of one endpoint, through its /admin routes."""
+    """The operator of one endpoint, through its /admin routes: of its model, or of one `adapter`
+    beside it. The states that its methods return are of that one."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, *, adapter: str | None = None) -> None:
         self._endpoint = endpoint
+        self._adapter = adapter
 
     def require_access(self) -> None:
         """Raises an error if no endpoint answers, or if it may not be changed with this key."""
@@ -41,13 +43,13 @@ class Operator:
         """Starts the promotion. Raises `RefusedError`."""
         reference = checkpoint if checkpoint == LATEST else absolute_uri(checkpoint)
         given = {name: value for name, value in (terms | gate).items() if value is not None}
-        return self._ask("POST", "/admin/promote", {"checkpoint": reference, **given})
+        return self._order("promote", {"checkpoint": reference, **given})
 
     def finish(self) -> dict[str, Any]:
-        return self._ask("POST", "/admin/finish", {})
+        return self._order("finish", {})
 
     def roll_back(self) -> dict[str, Any]:
-        return self._ask("POST", "/admin/rollback", {})
+        return self._order("rollback", {})
 
     def wait(self, *, until: tuple[str, ...] = ("steady",)) -> dict[str, Any]:
         """Returns the delivery's state once its phase is one of `until`. Reports each phase on the
@@ -56,10 +58,12 @@ class Operator:
         phase, said_s = "", 0.0
         while True:
             status = self._status()
-            state = status["delivery"]
+            state, phase_s = self._part_of(status["delivery"]), status["phase_s"]
+            if self._adapter is not None:
+                phase_s = status["adapters_phase_s"][self._adapter]
             if state["phase"] != phase or time.monotonic() - said_s > SAY_S:
                 phase, said_s = state["phase"], time.monotonic()
-                say(progress_of(state, phase_s=status["phase_s"]))
+                say(progress_of(state, phase_s=phase_s))
             outcome = state["outcome"]
             if outcome is not None and outcome["result"] != "promoted":
                 what = outcome["result"].replace("_", " ")
@@ -73,9 +77,24 @@ class Operator:
     def wait_until_steady(self) -> dict[str, Any]:
         """Returns the delivery's state once no promotion is in progress, whatever the last one's
         outcome."""
-        while (state := self._status()["delivery"])["phase"] != "steady":
+        while (state := self._part_of(self._status()["delivery"]))["phase"] != "steady":
             time.sleep(POLL_S)
-        return dict(state)
+        return state
+
+    def _order(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
+        subject = {} if self._adapter is None else {"adapter": self._adapter}
+        return self._part_of(self._ask("POST", f"/admin/{name}", body | subject))
+
+    def _part_of(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Returns the part of the endpoint's state that is about what this operator delivers.
+        Raises `UserError` for an unknown adapter."""
+        if self._adapter is None:
+            return dict(state)
+        known = state.get("adapters", {})
+        if self._adapter not in known:
+            served = ", ".join(known) or "none by a name of its own"
+            raise UserError(f"no adapter is called {self._adapter}; this endpoint serves {served}")
+        return dict(known[self._adapter])
 
     def _status(self) -> dict[str, Any]:
         """Returns the status, waiting for a replica or a coordinator that is being replaced."""

@@ -109,8 +109,9 @@ class EngineConfig(Settings):
     tensor_parallel_size: PositiveInt = setting(1, "GPUs of one pod that share the model, by vLLM")
     max_adapters: NonNegativeInt | None = setting(
         None,
-        "adapters that vLLM computes at a time beside their base; when unset 8 where the endpoint begins with "
-        "one or names some (adapters), else 0",
+        "adapters that vLLM computes at a time beside their base; while one that is named is promoted, both of its "
+        "versions count; when unset 8, or 2 more than are named if that is more, where the endpoint begins with one "
+        "or names some (adapters), else 0",
     )
     max_adapter_rank: int = setting(
         64, "largest rank of these adapters; a larger one takes more memory", ge=1, le=512
@@ -295,6 +296,13 @@ class ServeConfig(Settings):
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig(num_nodes=2)
     storage: StorageConfig = StorageConfig()
+
+    @property
+    def num_adapter_places(self) -> int:
+        """The number of adapters for which an engine has room that serves any: when unset also for
+        a promoted one, and for the model itself, which may be an adapter."""
+        most = self.engine.max_adapters
+        return max(8, len(self.adapters) + 2) if most is None else most
 
     @property
     def max_ongoing_requests(self) -> int:

@@ -18,7 +18,7 @@ from model.text.tokenizer import PLAIN_ENCODING
 from serving.delivery.audit_log import AuditLog
 from serving.delivery.follower import CoordinatorAwayError, Follower, answer_of
 from serving.delivery.loaded_version import LoadedVersion
-from serving.delivery.promotion import Delivery, DeliveryError, Terms, Version, version_of
+from serving.delivery.promotion import MODEL, Delivery, DeliveryError, Terms, Version, version_of
 from serving.delivery.routed_request import RoutedRequest
 from serving.protocol.errors import ApiError, error_of
 from serving.protocol.protocol import Request as Body
@@ -35,7 +35,17 @@ MAX_GATE_TOKENS = 16_384
 Row = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
 
 
-class PromoteRequest(Body):
+class Order(Body):
+    """The body of an order for one adapter, or without a name for the model itself."""
+
+    adapter: str | None = Field(None, min_length=1)
+
+    @property
+    def line(self) -> str:
+        return self.adapter or MODEL
+
+
+class PromoteRequest(Order):
     """The body of POST /admin/promote. Missing fields are as in the endpoint's settings under
     `delivery`."""
 
@@ -47,7 +57,7 @@ class PromoteRequest(Body):
     gate_text: str = ""
 
 
-class RollbackRequest(Body):
+class RollbackRequest(Order):
     reason: str = Field("an operator asked for it", max_length=200)
 
 
@@ -65,19 +75,19 @@ def admin_router(follower: Follower) -> APIRouter:
     async def promote(request: Request) -> dict[str, Any]:
         """Answers once the promotion has begun; /admin/status reports its progress."""
         asked = await read_request(request, PromoteRequest)
-        return await obey(request, "promote", asked, _promoted(follower, asked))
+        return await obey(request, "promote", asked, _promoted(follower, asked), asked.line)
 
     @router.post("/finish")
     async def finish(request: Request) -> dict[str, Any]:
-        asked = await read_request(request, Body)
-        return await obey(request, "finish", asked, _asked(coordinator.finish.remote()))
+        asked = await read_request(request, Order)
+        result = _asked(coordinator.finish.remote(asked.line))
+        return await obey(request, "finish", asked, result, asked.line)
 
     @router.post("/rollback")
     async def rollback(request: Request) -> dict[str, Any]:
         asked = await read_request(request, RollbackRequest)
-        return await obey(
-            request, "rollback", asked, _asked(coordinator.roll_back.remote(asked.reason))
-        )
+        result = _asked(coordinator.roll_back.remote(asked.reason, asked.line))
+        return await obey(request, "rollback", asked, result, asked.line)
 
     @router.post("/drain")
     async def drain(request: Request) -> dict[str, Any]:
@@ -108,23 +118,25 @@ async def _obey(
     order: str,
     asked: Body,
     result: Awaitable[Delivery],
+    line: str = MODEL,
 ) -> dict[str, Any]:
     """Returns the endpoint's state after an order, which is in the audit log then, also if it was
     refused."""
-    before = follower.versions.delivery.live
+    before = follower.versions.delivery.lines.get(line)
+    hidden = {"gate_rows", "gate_text"} | (set() if line else {"adapter"})
     entry = {
         "time": timestamp(time.time()),
         "key": RoutedRequest.of(request).facts.key,
         "request_id": request.headers.get("x-request-id"),
         "order": order,
-        "asked": asked.model_dump(exclude={"gate_rows", "gate_text"}),
-        "old": before.model_dump(include=SHOWN),
+        "asked": asked.model_dump(exclude=hidden),
+        "old": before and before.live.model_dump(include=SHOWN),
         "new": None,
         "result": "internal_error",
     }
     try:
         after = await result
-        new = after.candidate or after.live
+        new = after.line(line).candidate or after.line(line).live
         entry |= {"new": new.model_dump(include=SHOWN), "result": "obeyed"}
         return after.shown()
     except ApiError as error:
@@ -136,8 +148,12 @@ async def _obey(
 
 async def _promoted(follower: Follower, asked: PromoteRequest) -> Delivery:
     """Returns the endpoint's state once the promotion has begun."""
-    config = follower.config
-    live = follower.versions.live
+    config, versions = follower.config, follower.versions
+    try:
+        versions.delivery.line(asked.line)
+    except DeliveryError as error:
+        raise _conflict(error) from None
+    live = versions.line_of(asked.adapter).live
     candidate = await _read_candidate(asked.checkpoint, live, config)
     gate_rows = await rows_of_gate(asked, live)
     given = asked.model_dump(
@@ -145,7 +161,7 @@ async def _promoted(follower: Follower, asked: PromoteRequest) -> Delivery:
     )
     rules = config.delivery.model_dump(exclude={"endpoint", "weights", "allowed_checkpoints"})
     terms = Terms(**rules | given | {"gate_rows": gate_rows})
-    return await _asked(follower.coordinator.promote.remote(candidate, terms))
+    return await _asked(follower.coordinator.promote.remote(candidate, terms, asked.line))
 
 
 async def _read_candidate(reference: str, live: LoadedVersion, config: ServeConfig) -> Version:
@@ -221,6 +237,10 @@ async def _asked(call: Any) -> Any:
     try:
         return await answer_of(call)
     except DeliveryError as error:
-        raise ApiError(str(error), status=409, code="delivery_conflict") from None
+        raise _conflict(error) from None
     except CoordinatorAwayError:
         raise error_of("coordinator_unavailable") from None
+
+
+def _conflict(error: DeliveryError) -> ApiError:
+    return ApiError(str(error), status=409, code="delivery_conflict")

@@ -170,15 +170,11 @@ def add_model_routes(app: FastAPI) -> None:
 
     @app.api_route("/v1/models", methods=STATE_METHODS)
     async def list_models(request: Request) -> dict[str, Any]:
-        routed = RoutedRequest.of(request)
-        return {"object": "list", "data": [routed.card(), *routed.adapter_cards()]}
+        return {"object": "list", "data": RoutedRequest.of(request).cards()}
 
     @app.get("/v1/models/{name:path}")
     async def get_model(request: Request, name: str) -> dict[str, Any]:
-        routed = RoutedRequest.of(request)
-        routed.take(name)
-        named = [card for card in routed.adapter_cards() if card["id"] == name]
-        return named[0] if named else routed.card()
+        return RoutedRequest.of(request).card(name)
 
 
 def add_state_routes(app: FastAPI, *, versions: Versions, metrics: ReplicaMetrics) -> None:

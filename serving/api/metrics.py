@@ -14,7 +14,8 @@ from prometheus_client.registry import Collector
 from cluster.monitoring.metric_export import Metrics, by_version
 from cluster.monitoring.metric_table import Exporter, metrics
 from serving.api.key_metrics import KeyMetrics
-from serving.delivery.promotion import Phase, Result, VersionStats
+from serving.delivery.promotion import Phase, Result
+from serving.delivery.version_stats import VersionStats
 from serving.delivery.versions import Versions
 from serving.engine.messages import FinishReason, StepReport
 
@@ -47,9 +48,7 @@ class ReplicaMetrics:
             is_now = _whether(lambda: versions.delivery.phase, phase)
             exported.of("raymill:promotion_phase", phase=phase).set_function(is_now)
         for result in get_args(Result):
-            was_last = _whether(
-                lambda: versions.delivery.outcome and versions.delivery.outcome.result, result
-            )
+            was_last = partial(_has_ended, versions, result)
             exported.of("raymill:last_promotion", result=result).set_function(was_last)
         exported.collectors.register(EngineMetrics(versions, labels))
         self._versions = versions
@@ -59,8 +58,9 @@ class ReplicaMetrics:
     def publish(self, *, application: str) -> None:
         """Publishes, also the zeros of a version that has not answered yet: rates need a first
         value."""
-        for needed in self._versions.delivery.needed:
-            self.of(needed.version)
+        for line in self._versions.delivery.lines.values():
+            for needed in line.needed:
+                self.of(needed.version)
         self.exported.publish(application=application)
 
 
@@ -102,6 +102,12 @@ class VersionMetrics:
 def _whether(read: Callable[[], Any], value: str) -> Callable[[], bool]:
     """Returns what a gauge shows: whether `read` gives `value` at that moment."""
     return lambda: read() == value
+
+
+def _has_ended(versions: Versions, result: str) -> bool:
+    """Returns whether the last promotion of the model, or of an adapter, had this result."""
+    outcomes = [line.outcome for line in versions.delivery.lines.values()]
+    return any(outcome is not None and outcome.result == result for outcome in outcomes)
 
 
 def _plays(versions: Versions, version: str, role: Role) -> bool:

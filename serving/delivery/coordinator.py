@@ -8,21 +8,30 @@ import dataclasses
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from cluster.monitoring.grafana import Annotation, Annotator
 from cluster.settings.serve import ServeConfig
 from cluster.storage.uris import StorageError, open_storage
 from serving.delivery import promotion
+from serving.delivery.adapters import Order, begin_adapters, continued, on_line
 from serving.delivery.delivery_file import (
     DamagedStateError,
     DeliveryFile,
     NewerStateError,
     endpoint_name,
 )
-from serving.delivery.promotion import Delivery, DeliveryError, ReplicaReport, Terms, Version
+from serving.delivery.promotion import (
+    MODEL,
+    Delivery,
+    DeliveryError,
+    ReplicaReport,
+    Terms,
+    Version,
+)
 from serving.limits.usage_board import UsageBoard
 from serving.limits.usage_report import UsageAnswer, UsageReport
 from serving.protocol.json_log import Process, log_in
@@ -57,17 +66,18 @@ class Coordinator:
         log_in(config.log_format, Process.COORDINATOR)
         self._deployment = deployment
         self._name = endpoint_name(config)
+        self._named = config.adapters
+        self._num_adapter_places = config.num_adapter_places
         self._file = DeliveryFile(
-            open_storage(config.storage.uri),
-            self._name,
-            deployment=deployment,
-            also_pinned=config.adapters.values(),
+            open_storage(config.storage.uri), self._name, deployment=deployment
         )
         self._damage: DamagedStateError | None = None  # set if the stored state cannot be read
         self._delivery: Delivery | None = None
         self._stored: Delivery | None = None
         self._retry_at_s = 0.0
-        self._phase_began_s = time.monotonic()
+        # By line; of those that are not in it, and began before this coordinator
+        self._phase_began_s: dict[str, float] = {}
+        self._began_s = time.monotonic()
         self._reports: dict[str, tuple[float, ReplicaReport]] = {}
         self._usage = UsageBoard()
         self._lock = asyncio.Lock()  # one change at a time
@@ -99,16 +109,24 @@ class Coordinator:
         """Sets what a new endpoint serves; the first replica decides for all."""
         return await self._whole(self._begin(model_name, live))
 
-    async def promote(self, candidate: Version, terms: Terms) -> Delivery:
-        """Starts a promotion. Raises `DeliveryError` during another one, and if the storage does
-        not take the state."""
-        return await self._whole(self._promote(candidate, terms))
+    async def begin_adapters(
+        self, references: Mapping[str, str], versions: Mapping[str, Version]
+    ) -> Delivery:
+        """Has the endpoint serve adapters that its settings name; the first replica decides for
+        all."""
+        return await self._whole(self._begin_adapters(references, versions))
 
-    async def finish(self) -> Delivery:
-        return await self._whole(self._obey_alone(promotion.finish))
+    async def promote(self, candidate: Version, terms: Terms, line: str = MODEL) -> Delivery:
+        """Starts a promotion, of the model or of an adapter. Raises `DeliveryError` during another
+        one of the same, and if the storage does not take the state."""
+        return await self._whole(self._promote(candidate, terms, line))
 
-    async def roll_back(self, reason: str) -> Delivery:
-        return await self._whole(self._obey_alone(lambda state: promotion.roll_back(state, reason)))
+    async def finish(self, line: str = MODEL) -> Delivery:
+        return await self._whole(self._obey_alone(line, promotion.finish))
+
+    async def roll_back(self, reason: str, line: str = MODEL) -> Delivery:
+        order = partial(promotion.roll_back, reason=reason)
+        return await self._whole(self._obey_alone(line, order))
 
     async def drain(self, draining: bool) -> Delivery:
         return await self._whole(self._drain(draining))
@@ -127,12 +145,24 @@ class Coordinator:
                 self._adopt(self._newer)
                 self._newer = None
             if self._delivery is not None:
-                present, gone = self._by_presence()
-                elapsed_s = time.monotonic() - self._phase_began_s
-                advanced = promotion.advance(
-                    self._delivery, present, gone=gone, elapsed_s=elapsed_s
-                )
-                await self._change(advanced)
+                for name in self._delivery.lines:
+                    await self._advance_line(name)
+
+    async def _advance_line(self, name: str) -> None:
+        state, (present, gone) = self._begun(), self._by_presence()
+        if name not in state.lines:  # another coordinator has changed the state meanwhile
+            return
+        advanced = promotion.advance(
+            state.lines[name],
+            [report.of_line(name) for report in present],
+            gone=[report.of_line(name) for report in gone],
+            elapsed_s=self._phase_s(name),
+        )
+        is_same = advanced is state.lines[name]
+        await self._change(state if is_same else state.with_line(name, advanced))
+
+    def _phase_s(self, line: str) -> float:
+        return time.monotonic() - self._phase_began_s.get(line, self._began_s)
 
     async def _begin(self, model_name: str, live: Version) -> Delivery:
         async with self._lock:
@@ -146,10 +176,23 @@ class Coordinator:
             assert self._delivery is not None
             return self._delivery
 
-    async def _promote(self, candidate: Version, terms: Terms) -> Delivery:
+    async def _begin_adapters(
+        self, references: Mapping[str, str], versions: Mapping[str, Version]
+    ) -> Delivery:
+        async with self._lock:
+            for _ in range(2):  # also in a newer state of another coordinator
+                begun = begin_adapters(
+                    self._begun(), references, versions, new_origin=partial(secrets.token_hex, 4)
+                )
+                if await self._change(begun):
+                    break
+            return self._begun()
+
+    async def _promote(self, candidate: Version, terms: Terms, line: str) -> Delivery:
         async with self._lock:
             before = self._begun()
-            promoted = await self._obey(lambda state: promotion.start(state, candidate, terms))
+            order = partial(promotion.start, candidate=candidate, terms=terms)
+            promoted = await self._obey(line, order)
             if self._stored is not promoted:
                 await self._change(before)
                 raise DeliveryError(
@@ -158,9 +201,9 @@ class Coordinator:
                 )
             return promoted
 
-    async def _obey_alone(self, order: Callable[[Delivery], Delivery]) -> Delivery:
+    async def _obey_alone(self, line: str, order: Order) -> Delivery:
         async with self._lock:
-            return await self._obey(order)
+            return await self._obey(line, order)
 
     async def _drain(self, draining: bool) -> Delivery:
         async with self._lock:
@@ -176,7 +219,8 @@ class Coordinator:
         return {
             "delivery": state.shown(),
             "is_stored": self._stored is state,
-            "phase_s": round(time.monotonic() - self._phase_began_s, 1),
+            "phase_s": round(self._phase_s(MODEL), 1),
+            "adapters_phase_s": {name: round(self._phase_s(name), 1) for name in state.adapters},
             "replicas": [dataclasses.asdict(report) for report in present],
         }
 
@@ -187,10 +231,13 @@ class Coordinator:
             )
         return self._delivery
 
-    async def _obey(self, order: Callable[[Delivery], Delivery]) -> Delivery:
-        """Carries out an operator's order, but only on the state that the operator could see."""
-        if not await self._change(order(self._begun())):
+    async def _obey(self, line: str, order: Order) -> Delivery:
+        """Carries out an operator's order on a line, but only on the state that the operator could
+        see."""
+        ordered = on_line(line, order, num_places=self._num_adapter_places)
+        if not await self._change(ordered(self._begun())):
             now = self._begun()
+            now = now.lines.get(line, now)
             raise DeliveryError(
                 "another coordinator of this endpoint has changed the state meanwhile (two clusters have one while one "
                 f"replaces the other): the endpoint is {now.phase}, live is {now.live.checkpoint}; nothing was done, "
@@ -214,8 +261,9 @@ class Coordinator:
         damaged state without a copy the coordinator starts and reports it: replicas that serve need
         the coordinator for changes only."""
         try:
-            self._delivery = self._file.restore()
-            self._stored = None if self._file.is_damaged else self._delivery
+            restored = self._file.restore()
+            self._stored = None if self._file.is_damaged else restored
+            self._delivery = restored and continued(restored, self._named)
         except DamagedStateError as error:
             if self._damage is None:
                 _log.error("%s", error)
@@ -286,23 +334,32 @@ class Coordinator:
 
     def _adopt(self, state: Delivery) -> None:
         """Acts on a state: replicas hear of it with their next report."""
-        before = self._delivery
+        known = {} if self._delivery is None else self._delivery.lines
         self._delivery = state
-        if before is None or state.phase is not before.phase or state.live != before.live:
-            self._phase_began_s = time.monotonic()
-            outcome = f"; {state.outcome.result}: {state.outcome.reason}" if state.outcome else ""
-            text = f"{state.phase}, live is {state.live.checkpoint}{outcome}"
-            _log.warning("%s", text)
-            if self._annotator is not None:
-                self._annotator.add(
-                    Annotation(time.time(), "promotion", f"endpoint:{self._name}", text)
-                )
+        for name, line in state.lines.items():
+            before = known.get(name)
+            if before is None or line.phase is not before.phase or line.live != before.live:
+                self._phase_began_s[name] = time.monotonic()
+                self._tell(name, line)
+
+    def _tell(self, name: str, line: Delivery) -> None:
+        subject = f"adapter {name}: " if name else ""
+        outcome = f"; {line.outcome.result}: {line.outcome.reason}" if line.outcome else ""
+        text = f"{subject}{line.phase}, live is {line.live.checkpoint}{outcome}"
+        _log.warning("%s", text)
+        if self._annotator is not None:
+            self._annotator.add(
+                Annotation(time.time(), "promotion", f"endpoint:{self._name}", text)
+            )
 
 
 def _is_retreat(before: Delivery | None, after: Delivery) -> bool:
     """Tells whether a promotion ends without its version. What served before it is safe to serve,
     stored or not."""
-    is_new = (
-        before is not None and after.outcome is not None and after.outcome is not before.outcome
-    )
-    return is_new and after.outcome is not None and after.outcome.result != "promoted"
+    known = {} if before is None else before.lines
+    ended = [
+        line.outcome
+        for name, line in after.lines.items()
+        if name in known and line.outcome is not known[name].outcome
+    ]
+    return any(outcome is not None and outcome.result != "promoted" for outcome in ended)

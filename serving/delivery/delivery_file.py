@@ -20,7 +20,6 @@ the next write replaces the file.
 
 import logging
 import secrets
-from collections.abc import Iterable
 
 from pydantic import ValidationError
 
@@ -69,11 +68,7 @@ def endpoint_name(config: ServeConfig) -> str:
 class DeliveryFile:
     """One coordinator's view of the file. Its methods block, and run one at a time."""
 
-    def __init__(
-        self, storage: Storage, name: str, *, deployment: str, also_pinned: Iterable[str] = ()
-    ) -> None:
-        """`also_pinned` are checkpoints that the endpoint needs beside those of its state."""
-        self._also_pinned = [*also_pinned]
+    def __init__(self, storage: Storage, name: str, *, deployment: str) -> None:
         self.uri = join_uri(storage.uri, f"{ENDPOINTS}{name}.json")
         self._storage = storage
         self._key, self._copy_key = f"{ENDPOINTS}{name}.json", f"{LAST_GOOD}{name}.json"
@@ -119,11 +114,10 @@ class DeliveryFile:
             _log.warning("the state of this endpoint is stored, but no copy of it: %s", error)
 
     def _write(self, state: Delivery) -> bytes:
-        pinned = [*(version.checkpoint for version in state.known), *self._also_pinned]
         content = Stored(
             incarnation=self._incarnation,
             generation=self._generation + 1,
-            pinned=pinned,
+            pinned=state.pinned,
             delivery=state,
         )
         data = content.model_dump_json().encode()

@@ -6,6 +6,7 @@ long it has been alone. Its health depends on its own engines only.
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -19,7 +20,15 @@ from cluster.settings.serve import ServeConfig
 from cluster.storage.registry import find_checkpoint
 from model.files.bounded_text import require_bounded_text
 from serving.delivery.coordinator import Reply
-from serving.delivery.promotion import Delivery, DeliveryError, Phase, ReplicaReport, version_of
+from serving.delivery.promotion import (
+    MODEL,
+    Delivery,
+    DeliveryError,
+    Phase,
+    ReplicaReport,
+    Version,
+    version_of,
+)
 from serving.delivery.versions import Versions
 from serving.limits.key_usage import KeyUsage
 from serving.protocol.served_model import read_served_model
@@ -72,16 +81,20 @@ class Follower:
             return
         self._following.cancel()
         # The new version is not what ends this replica
-        is_promoting = self.versions.delivery.phase is not Phase.STEADY
+        lines = self.versions.delivery.lines.values()
+        is_promoting = any(line.phase is not Phase.STEADY for line in lines)
         if is_promoting or self.usage.has_news:
             with contextlib.suppress(CoordinatorAwayError, DeliveryError):
                 await self._exchange(self._report(is_leaving=True))
         await self.versions.close()
 
     def _report(self, *, is_leaving: bool = False) -> ReplicaReport:
-        return ReplicaReport(
-            self.replica, self.versions.delivery.epoch, self.versions.report(), is_leaving
-        )
+        reports = {
+            name: ReplicaReport(self.replica, line.delivery.epoch, line.report(), is_leaving)
+            for name, line in self.versions.lines.items()
+        }
+        model = reports.pop(MODEL)
+        return dataclasses.replace(model, adapters=reports)
 
     async def _exchange(self, report: ReplicaReport) -> Reply:
         """Reports, also what keys use here, and returns the coordinator's answer."""
@@ -97,29 +110,36 @@ class Follower:
     async def _join(self) -> Delivery:
         """Returns what to serve. Waits while the coordinator starts, or is still that of the
         previous deployment. The first replica of a new endpoint begins with the checkpoint of the
-        settings."""
+        settings, and the first one that finds more adapters in the settings begins with those."""
         report = ReplicaReport(self.replica)
         while True:
             try:
                 reply = await self._exchange(report)
                 if reply.delivery is not None:
-                    return reply.delivery
+                    return await self._with_adapters(reply.delivery)
                 if reply.is_ours:
-                    return await self._begin()
+                    return await self._with_adapters(await self._begin())
             except (CoordinatorAwayError, DeliveryError) as error:
                 self._warn("waiting for the coordinator", error)
             await asyncio.sleep(POLL_S)
 
     async def _begin(self) -> Delivery:
-        uri, folder = await asyncio.to_thread(
-            find_checkpoint, self.config.checkpoint, self.config.storage.uri
-        )
-        await asyncio.to_thread(require_bounded_text, folder)
-        model = await asyncio.to_thread(read_served_model, folder, name=self.config.model_name)
-        live = version_of(model, checkpoint=uri)
+        live = await asyncio.to_thread(_read_version, self.config.checkpoint, self.config)
         return await answer_of(
             self.coordinator.begin.remote(self.config.model_name or live.name, live)
         )
+
+    async def _with_adapters(self, state: Delivery) -> Delivery:
+        """Returns the state once it has the adapters of the settings."""
+        named = self.config.adapters
+        versions = {
+            name: await asyncio.to_thread(_read_version, reference, self.config)
+            for name, reference in named.items()
+            if name not in state.adapters
+        }
+        if not versions:
+            return state
+        return await answer_of(self.coordinator.begin_adapters.remote(named, versions))
 
     async def _follow(self) -> None:
         while True:
@@ -148,6 +168,13 @@ class Follower:
         # An unexpected error gets a traceback, which shows the bug.
         is_known = isinstance(error, CoordinatorAwayError | DeliveryError)
         _log.error("%s: %s", what, error, exc_info=None if is_known else error)
+
+
+def _read_version(reference: str, config: ServeConfig) -> Version:
+    """Returns the version of a checkpoint as it is now. Raises `CheckpointError`."""
+    uri, folder = find_checkpoint(reference, config.storage.uri)
+    require_bounded_text(folder)
+    return version_of(read_served_model(folder, name=None), checkpoint=uri)
 
 
 async def answer_of(call: Awaitable[Answered]) -> Answered:

@@ -12,7 +12,8 @@ from cluster.storage.bases import find_base
 from cluster.storage.registry import resolve_checkpoint
 from model.errors import UserError
 from model.files.hf_config import require_own_shape
-from serving.delivery.promotion import Version, VersionStats
+from serving.delivery.promotion import Version
+from serving.delivery.version_stats import VersionStats
 from serving.engine.messages import FinishReason
 from serving.engine_process.client import EngineClient
 from serving.engine_process.health import HealthCheck
@@ -21,7 +22,6 @@ from serving.text.reader import TextReader, open_reader
 from serving.xray.xray import Xray
 
 DRAIN_POLL_S = 0.1
-MAX_ADAPTERS = 8  # where adapters are served and no setting says how many
 LONGEST_REQUEST_S = 600.0  # after this an unneeded engine ends, whatever still runs on it
 
 
@@ -185,9 +185,7 @@ async def _started(
 ) -> EngineClient:
     """Returns an engine with the weights in a folder, and with room for adapters if it has any to
     compute."""
-    most = config.engine.max_adapters
-    if most is None:
-        most = max(MAX_ADAPTERS, len(config.adapters)) if has_adapters else 0
+    most = config.num_adapter_places if has_adapters else config.engine.max_adapters or 0
     settings = config.engine.model_copy(update={"max_adapters": most})
     threads = config.replicas.threads_per_replica
     return await EngineClient.start(folder, config=settings, eos_id=model.eos_id, threads=threads)

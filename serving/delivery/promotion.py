@@ -1,21 +1,21 @@
 """Decides which version serves which requests: from plain reports, without clock or cluster."""
 
-import hashlib
 import math
-import random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import chain
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from serving.delivery.route import Route
+from serving.delivery.version_stats import VersionStats, step_times_at_like_load
 from serving.protocol.served_model import ServedModel
 
-ROUTE_HEADER = "x-route"
+MODEL = ""  # the line of the model itself, see `Delivery.lines`
 MIN_ERRORS = 3  # fewer may be chance
 MIN_JUDGED_SEQUENCES = 20  # after which a version's speed is judged
-MIN_JUDGED_STEPS = 20  # of a size, of both versions
 HISTORY = 20  # promotions and rollbacks that are remembered
 
 
@@ -64,6 +64,10 @@ class Version(Record):
             else self.checkpoint.rstrip("/").rpartition("/")[2]
         )
 
+    @property
+    def is_adapter(self) -> bool:
+        return self.lineage is not None and self.lineage.get("base_hash") is not None
+
 
 class Terms(Record):
     """The conditions on which a candidate becomes the live version and stays it."""
@@ -92,9 +96,13 @@ class Outcome(Record):
 
 
 class Delivery(Record):
-    """The versions that are served and being promoted: all that survives a restart."""
+    """The versions that are served and being promoted: all that survives a restart.
 
-    deployment: str  # of the endpoint
+    An adapter that has a name of its own has a state of the same kind, without further adapters, so
+    that it is promoted like the model itself.
+    """
+
+    deployment: str  # of the endpoint; of an adapter, the reference that the settings name
     model_name: str  # of the first version, or the name that the settings give to all
     live: Version
     phase: Phase = Phase.STEADY
@@ -108,10 +116,29 @@ class Delivery(Record):
     outcome: Outcome | None = None  # of the last promotion, once it has ended
     history: tuple[Outcome, ...] = ()  # of the last ones, the oldest first
     draining: bool = False
+    adapters: dict[str, "Delivery"] = {}  # by the name that clients give as model
 
     def shown(self) -> dict[str, Any]:
         """Returns what /admin shows of it."""
-        return self.model_dump(mode="json", exclude={"terms": {"gate_rows"}})
+        shown = self.model_dump(mode="json", exclude={"terms": {"gate_rows"}, "adapters": True})
+        return shown | {"adapters": {name: line.shown() for name, line in self.adapters.items()}}
+
+    @property
+    def lines(self) -> dict[str, "Delivery"]:
+        """What is promoted by itself: the model, as `MODEL`, and each adapter by its name."""
+        return {MODEL: self, **self.adapters}
+
+    def line(self, name: str) -> "Delivery":
+        """Returns one of the lines. Raises `DeliveryError` for a name that is none of them."""
+        if name in self.lines:
+            return self.lines[name]
+        none = "none by a name of its own: start it with `--adapters NAME=CHECKPOINT`, on vLLM"
+        served = ", ".join(self.adapters) or none
+        raise DeliveryError(f"no adapter is called {name[:64]!a}; this endpoint serves {served}")
+
+    def with_line(self, name: str, line: "Delivery") -> "Delivery":
+        """Returns the state with another one of a line."""
+        return line if name == MODEL else self.having(adapters=self.adapters | {name: line})
 
     @property
     def stable(self) -> Version:
@@ -131,9 +158,21 @@ class Delivery(Record):
 
     @property
     def known(self) -> list[Version]:
-        """The versions whose checkpoints must not be deleted."""
+        """The versions of this line whose checkpoints must not be deleted."""
         versions = (self.live, self.candidate, self.previous)
         return [version for version in versions if version is not None]
+
+    @property
+    def pinned(self) -> list[str]:
+        """The checkpoints of all lines that must not be deleted."""
+        versions = chain.from_iterable(line.known for line in self.lines.values())
+        return [version.checkpoint for version in versions]
+
+    @property
+    def num_adapters(self) -> int:
+        """The number of adapters that each replica has loaded."""
+        versions = chain.from_iterable(line.needed for line in self.lines.values())
+        return sum(version.is_adapter for version in versions)
 
     @property
     def withdrawn(self) -> frozenset[str]:
@@ -173,82 +212,6 @@ class Delivery(Record):
 
 
 @dataclass(frozen=True)
-class Route:
-    """Says which version a request goes to."""
-
-    epoch: int
-    primary: int  # serial
-    canary: int = 0  # serial, 0 for none
-    percent: float = 0.0
-    # That of the `Delivery`; epochs and serials of different origins are not comparable
-    origin: str = ""
-
-    def is_newer_than(self, other: "Route") -> bool:
-        return self.origin == other.origin and self.epoch > other.epoch
-
-    def serial_for(self, key: str | None) -> int:
-        """Returns a version's serial: the same one for the same key, a random one without a key."""
-        if not self.canary:
-            return self.primary
-        digest = hashlib.sha256(f"{self.canary}:{key}".encode()).digest()
-        place = random.random() if key is None else int.from_bytes(digest[:8]) / 2**64
-        return self.canary if place * 100 < self.percent else self.primary
-
-    def to_header(self) -> str:
-        return f"{self.epoch}:{self.primary}:{self.canary}:{self.percent}:{self.origin}"
-
-    @classmethod
-    def from_header(cls, text: str) -> Self | None:
-        """Returns None if `text` is not a route."""
-        try:
-            epoch, primary, canary, percent, origin = text.split(":")
-            return cls(int(epoch), int(primary), int(canary), float(percent), origin)
-        except ValueError:
-            return None
-
-
-@dataclass
-class StepTimes:
-    """Steps of about the same size that read no prompt."""
-
-    count: int = 0
-    busy_s: float = 0.0
-
-    @property
-    def mean_s(self) -> float:
-        return self.busy_s / self.count
-
-
-@dataclass
-class VersionStats:
-    """Counts what a version has done on one replica, without the sequences of clients that left."""
-
-    sequences: int = 0
-    errors: int = 0
-    # By `step_size` of the sequences that got a token
-    steps: dict[int, StepTimes] = field(default_factory=dict)
-
-    def stepped(self, num_sequences: int, step_s: float) -> None:
-        """Counts a step that gave each of so many sequences a token, and did nothing else."""
-        times = self.steps.setdefault(step_size(num_sequences), StepTimes())
-        times.count += 1
-        times.busy_s += step_s
-
-    def add(self, other: "VersionStats") -> None:
-        self.sequences += other.sequences
-        self.errors += other.errors
-        for size, times in other.steps.items():
-            total = self.steps.setdefault(size, StepTimes())
-            total.count += times.count
-            total.busy_s += times.busy_s
-
-
-def step_size(num_sequences: int) -> int:
-    """Returns the class of steps with about as many sequences: 1, 2, 3 to 4, 5 to 8 and so on."""
-    return (num_sequences - 1).bit_length()
-
-
-@dataclass(frozen=True)
 class SlotReport:
     """A replica's report on one version."""
 
@@ -266,6 +229,13 @@ class ReplicaReport:
     epoch: int = 0
     slots: Mapping[int, SlotReport] = field(default_factory=dict)  # by serial
     is_leaving: bool = False  # it ends because it is not needed any more
+    adapters: Mapping[str, "ReplicaReport"] = field(default_factory=dict)
+
+    def of_line(self, name: str) -> "ReplicaReport":
+        """Returns what it reports on one line; nothing if it does not know the line yet."""
+        if name == MODEL:
+            return self
+        return self.adapters.get(name) or ReplicaReport(self.replica, is_leaving=self.is_leaving)
 
 
 def start(state: Delivery, candidate: Version, terms: Terms) -> Delivery:
@@ -412,21 +382,6 @@ def total(reports: Collection[ReplicaReport], serial: int) -> VersionStats:
         if serial in report.slots:
             stats.add(report.slots[serial].stats)
     return stats
-
-
-def step_times_at_like_load(new: VersionStats, old: VersionStats) -> tuple[float, float] | None:
-    """Returns the seconds of the new version's mean step, and those that the old one takes for the
-    same mixture of sizes. Prompts that are read, and more sequences at a time, make any version
-    slower. Returns None before each has made enough steps of sizes that the other has made too."""
-    num_steps, new_s, old_s = 0, 0.0, 0.0
-    for size, times in new.steps.items():
-        before = old.steps.get(size)
-        if before is None or min(times.count, before.count) < MIN_JUDGED_STEPS:
-            continue
-        num_steps += times.count
-        new_s += times.busy_s
-        old_s += times.count * before.mean_s
-    return (new_s / num_steps, old_s / num_steps) if num_steps else None
 
 
 def _switched(state: Delivery) -> Delivery:

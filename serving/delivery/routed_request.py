@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.types import Scope
 
 from serving.delivery.loaded_version import LoadedVersion
-from serving.delivery.promotion import ROUTE_HEADER, Route
+from serving.delivery.route import ROUTE_HEADER, Route
 from serving.delivery.versions import Versions
 from serving.protocol.errors import error_of
 from serving.protocol.request_facts import RequestFacts
@@ -20,7 +20,7 @@ from serving.protocol.request_facts import RequestFacts
 # From the front door: a replica has ended while it worked on this request
 RETRY_HEADER = b"x-raymill-retry"
 _SCOPE_KEY = "raymill.routed"
-_MAX_ORIGINS = 4
+_MAX_ORIGINS = 64  # of the model and of each adapter, also of an endpoint that was replaced
 
 
 class RoutedRequest:
@@ -33,6 +33,7 @@ class RoutedRequest:
         headers = Headers(scope=scope)
         self._versions = versions
         self._session = headers.get("x-session-id")
+        self._line = versions  # of the version that is held
         self._held: LoadedVersion | None = None
         self._is_second_try = RETRY_HEADER.decode() in headers
         self.key: str | None = None  # hash of the API key
@@ -47,22 +48,22 @@ class RoutedRequest:
         return routed
 
     def take(self, model: str | None = None, *, user: str | None = None) -> LoadedVersion:
-        """Returns the version that answers the request. `model` may be any name under which a
-        version was served here. During a canary the version depends on the API key, or else on
-        `user` or the session header. Raises `ApiError` (404)."""
-        if adapter := self._versions.adapter(model):
-            self._hold(adapter)
-            return adapter
-        if model is not None and model not in (names := self._versions.names):
+        """Returns the version that answers the request. `model` may be an adapter's name, or any
+        under which a version was served here. During a canary the version depends on the API key,
+        or else on `user` or the session header. Raises `ApiError` (404)."""
+        line = self._versions.line_of(model)
+        is_model = line is self._versions
+        if is_model and model is not None and model not in (names := line.names):
             raise error_of("model_not_found", param="model", name=model[:64], served=names[0])
-        self._hold(self._versions.pick(self.key or user or self._session))
+        self._line = line
+        self._hold(line.pick(self.key or user or self._session))
         assert self._held is not None
         return self._held
 
     def take_other(self) -> LoadedVersion | None:
         """Returns another version after one has failed, once; None if there is no other."""
         assert self._held is not None
-        other = None if self._is_second_try else self._versions.other_than(self._held)
+        other = None if self._is_second_try else self._line.other_than(self._held)
         if other is not None:
             self._is_second_try = True
             self._hold(other)
@@ -71,18 +72,21 @@ class RoutedRequest:
     @property
     def withdrawn(self) -> frozenset[str]:
         """The weights that were refused or rolled back, see `Delivery`."""
-        return self._versions.delivery.withdrawn
+        return self._line.delivery.withdrawn
 
-    def card(self) -> dict[str, Any]:
-        """Returns the model's entry under /v1/models, with the versions that are loaded or in
-        question."""
-        state = self._versions.delivery
+    def card(self, model: str | None = None) -> dict[str, Any]:
+        """Returns the entry under /v1/models of a name, or of the model itself, with the versions
+        that are loaded or in question. Raises `ApiError` (404)."""
+        shown = self.take(model).model.card()
+        if self._line is not self._versions:
+            shown["parent"] = self._versions.names[0]
+        state = self._line.delivery
         about = {"live": state.live, "candidate": state.candidate, "previous": state.previous}
-        shown = {
-            role: found and found.model_dump(include={"version", "lineage"})
-            for role, found in about.items()
+        versions = {
+            role: version and version.model_dump(include={"version", "lineage"})
+            for role, version in about.items()
         }
-        return self.take().model.card() | {"delivery": {"phase": state.phase, **shown}}
+        return shown | {"delivery": {"phase": state.phase, **versions}}
 
     @property
     def headers(self) -> dict[str, str]:
@@ -91,13 +95,15 @@ class RoutedRequest:
         held = self._held or self._versions.live
         return {
             "x-model-version": held.model.version,
-            ROUTE_HEADER: self._versions.route.to_header(),
+            ROUTE_HEADER: self._line.route.to_header(),
         }
 
-    def adapter_cards(self) -> list[dict[str, Any]]:
-        """Returns the entries of the adapters that are served beside the model."""
-        parent = self._versions.names[0]
-        return [adapter.model.card() | {"parent": parent} for adapter in self._versions.adapters]
+    def cards(self) -> list[dict[str, Any]]:
+        """Returns the entries under /v1/models: of the model, and of the adapters beside it."""
+        versions = self._versions
+        here = [name for name, line in versions.adapters.items() if versions.line_of(name) is line]
+        adapters = [self.card(name) for name in here]
+        return [self.card(), *adapters]
 
     def close(self) -> None:
         self._hold(None)
@@ -112,8 +118,9 @@ class RoutedRequest:
 
 
 class NewestRoutes:
-    """The newest routes that a proxy has seen in answers: one of each origin, as an endpoint that
-    is redeployed begins anew while replicas of the old one still answer."""
+    """The newest routes that a proxy has seen in answers: one of each origin, as each adapter has
+    its own, and an endpoint that is redeployed begins anew while replicas of the old one still
+    answer."""
 
     def __init__(self) -> None:
         # By origin; the one that was added last is the youngest

@@ -1,5 +1,5 @@
 """The versions on one replica: loads and ends engines as the state demands, and picks one for each
-request."""
+request. Adapters with names of their own have versions of their own."""
 
 import asyncio
 import copy
@@ -10,20 +10,19 @@ from dataclasses import dataclass, field
 
 from cluster.settings.serve import ServeConfig
 from cluster.storage.checkpoint_cache import Holds
-from cluster.storage.registry import metadata_of
 from model.errors import UserError
 from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.promotion import (
+    MODEL,
     Delivery,
     Phase,
-    Route,
     SlotReport,
     SlotStatus,
     Version,
-    VersionStats,
 )
+from serving.delivery.route import Route
+from serving.delivery.version_stats import VersionStats
 from serving.engine_process.client import EngineClient
-from serving.protocol.served_model import version_of_weights
 from serving.text.chat_misfit import chat_misfit, chat_notice
 
 # Before new weights get the only engine: two reports, as they may end it and the replica with it
@@ -68,56 +67,58 @@ class Slot:
 
 
 class Versions:
-    """All versions of one replica. All methods run in one event loop."""
+    """All versions of one line on one replica: of the model itself, or of an adapter by its name.
+    Those of the model have those of the `adapters`. All methods run in one event loop."""
 
     def __init__(
-        self, config: ServeConfig, delivery: Delivery, *, on_live_death: Callable[[str], None]
+        self,
+        config: ServeConfig,
+        delivery: Delivery,
+        *,
+        on_live_death: Callable[[str], None],
+        name: str = MODEL,
+        model: "Versions | None" = None,
     ) -> None:
-        """`on_live_death` is called when a live engine dies that no other version can replace."""
+        """`on_live_death` is called when a live engine dies that no other version can replace.
+        `model` are the versions on whose engine those of an adapter compute."""
         self._on_live_death = on_live_death
+        self._name = name
+        self._model = model
         self.config = config
         self.delivery = delivery
         self.route = delivery.route
         self._learned_at_s = 0.0
         self._slots: dict[int, Slot] = {}
-        self._one_at_a_time = asyncio.Lock()  # engines are loaded while others serve
+        # Engines are loaded while others serve
+        self._one_at_a_time: asyncio.Lock = (
+            asyncio.Lock() if model is None else model._one_at_a_time
+        )
         self._ending: set[asyncio.Task[None]] = set()
         self._copies = Holds()
-        self._adapters: dict[str, LoadedVersion] = {}
-        """Those that the settings name, which are beside the versions of the model itself."""
+        self.adapters: dict[str, Versions] = {}
         self._reconcile()
 
     async def wait_until_live(self) -> None:
-        """Returns when the live version answers. Raises `RuntimeError` if it cannot be loaded."""
+        """Returns when the live version answers, and that of each adapter. Raises `RuntimeError` if
+        one cannot be loaded."""
         # What is live may change meanwhile
         while not (live := self._slots[self.delivery.live.serial]).usable:
             await asyncio.shield(live.loading)
             if live.problem and live.version == self.delivery.live:
-                raise RuntimeError(live.problem)
-        async with self._one_at_a_time:
-            for name, uri in self.config.adapters.items():
-                if name not in self._adapters:
-                    self._adapters[name] = await self._load_adapter(name, uri)
-
-    async def _load_adapter(self, name: str, uri: str) -> LoadedVersion:
-        """Raises `UserError` for an adapter that this endpoint cannot serve."""
-        metadata = await asyncio.to_thread(metadata_of, uri)
-        if metadata is None or metadata.base_hash is None:
-            raise UserError(f"adapters has {name}, and {uri} is a whole model: serve it by itself")
-        version = Version(checkpoint=uri, version=version_of_weights(metadata))
-        loaded = await LoadedVersion.load(
-            version, name=name, config=self.config, others=[self.live]
-        )
-        await loaded.health.self_test()
-        return loaded
-
-    def adapter(self, name: str | None) -> LoadedVersion | None:
-        """Returns the named adapter; None where the name is the model's own, or none."""
-        return None if name is None else self._adapters.get(name)
+                subject = f"the adapter {self._name}: " if self._name else ""
+                raise RuntimeError(subject + live.problem)
+        for adapter in [*self.adapters.values()]:
+            await adapter.wait_until_live()
 
     @property
-    def adapters(self) -> list[LoadedVersion]:
-        return [*self._adapters.values()]
+    def lines(self) -> dict[str, "Versions"]:
+        """Those of the model itself, as `MODEL`, and those of each adapter by its name."""
+        return {MODEL: self, **self.adapters}
+
+    def line_of(self, model: str | None) -> "Versions":
+        """Returns the versions of the adapter of that name, or else those of the model itself."""
+        adapter = self.adapters.get(model or MODEL)
+        return adapter if adapter is not None and adapter._loaded else self
 
     def adopt(self, delivery: Delivery, *, asked_at_s: float) -> None:
         """Adopts the state that the coordinator returned to a question of `asked_at_s`. A route
@@ -125,11 +126,16 @@ class Versions:
         self.delivery = delivery
         if asked_at_s >= self._learned_at_s:
             self.route = delivery.route
+        for name, adapter in self.adapters.items():
+            if name in delivery.adapters:
+                adapter.adopt(delivery.adapters[name], asked_at_s=asked_at_s)
         self._reconcile()
 
     def learn(self, route: Route) -> None:
         """Adopts a route that a client has seen at another replica, which heard from the
         coordinator a moment earlier. No replica switches before all of them can."""
+        for adapter in self.adapters.values():
+            adapter.learn(route)
         slot = self._slots.get(route.primary)
         if route.is_newer_than(self.route) and slot is not None and slot.usable:
             self.route = route
@@ -152,9 +158,7 @@ class Versions:
 
     def other_than(self, failed: LoadedVersion) -> LoadedVersion | None:
         """Returns a version for a request that `failed` could not answer; None without a
-        promotion, and for an adapter, in whose place nothing answers."""
-        if failed in self._adapters.values():
-            return None
+        promotion."""
         return next((loaded for loaded in self._trusted if loaded is not failed), None)
 
     def check_health(self) -> None:
@@ -186,7 +190,9 @@ class Versions:
         return self.live.engine.queue.wait_s()
 
     async def close(self) -> None:
-        for loaded in [*self._adapters.values(), *self._loaded]:
+        for adapter in self.adapters.values():
+            await adapter.close()
+        for loaded in self._loaded:
             await loaded.close()
         self._copies.keep(())
 
@@ -213,9 +219,14 @@ class Versions:
         wanted = slot.usable if slot is not None else None
         return wanted or (self._trusted or self._loaded)[0]
 
+    @property
+    def _computing(self) -> list[LoadedVersion]:
+        """The versions whose engines another one may share."""
+        usable = [slot.usable for slot in self._slots.values() if slot.usable]
+        return usable if self._model is None else [*usable, *self._model._computing]
+
     def _reconcile(self) -> None:
-        known = [version.checkpoint for version in self.delivery.known]
-        self._copies.keep([*known, *self.config.adapters.values()])
+        self._copies.keep([version.checkpoint for version in self.delivery.known])
         needed = {version.serial: version for version in self.delivery.needed}
         for serial, version in needed.items():
             if (slot := self._slots.get(serial)) is not None and slot.version != version:
@@ -225,6 +236,7 @@ class Versions:
             if serial not in self._slots:
                 slot = self._slots[serial] = Slot(version)
                 slot.loading = asyncio.create_task(self._load(slot))
+        self._reconcile_adapters()
         if not self._slots[self.delivery.live.serial].usable:
             return  # the version that serves instead stays
         for serial in self._slots.keys() - needed.keys():
@@ -232,18 +244,32 @@ class Versions:
             self._ending.add(task)
             task.add_done_callback(self._ending.discard)
 
+    def _reconcile_adapters(self) -> None:
+        """Begins with the adapters that this replica's settings name, and keeps them: replicas with
+        other settings may share the state while one cluster replaces another."""
+        for name in self.config.adapters:
+            if name in self.delivery.adapters and name not in self.adapters:
+                self.adapters[name] = Versions(
+                    self.config,
+                    self.delivery.adapters[name],
+                    on_live_death=self._on_live_death,
+                    name=name,
+                    model=self,
+                )
+
     async def _load(self, slot: Slot) -> None:
         async with self._one_at_a_time:
             try:
-                name = self.config.model_name or slot.version.name
+                others = self._computing
+                if self._model is not None and not others:
+                    raise UserError("the model that this adapter stands on is not loaded")
+                name = self._name or self.config.model_name or slot.version.name
                 slot.loaded = loaded = await LoadedVersion.load(
-                    slot.version,
-                    name=name,
-                    config=self.config,
-                    others=[slot.usable for slot in self._slots.values() if slot.usable],
+                    slot.version, name=name, config=self.config, others=others
                 )
-                loaded.engine.on_death = self._engine_died
-                if loaded.weights:
+                if self._model is None:
+                    loaded.engine.on_death = self._engine_died
+                if loaded.weights and self.delivery.phase is not Phase.STEADY:
                     await asyncio.sleep(TELL_S)
                 if slot.version == self.delivery.candidate:
                     _require_like_chats(self.live, loaded)

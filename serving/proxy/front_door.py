@@ -23,7 +23,7 @@ from cluster.endpoint.local_end import door_of
 from cluster.monitoring.metric_export import Metrics, by_version
 from cluster.monitoring.metric_table import Exporter
 from cluster.settings.serve import HttpConfig
-from serving.delivery.promotion import ROUTE_HEADER
+from serving.delivery.route import ROUTE_HEADER
 from serving.delivery.routed_request import RETRY_HEADER, NewestRoutes
 from serving.protocol.errors import DRAINING_HEADER, ApiError, error_of
 from serving.protocol.json_log import CURRENT_REQUEST, Process, log_in

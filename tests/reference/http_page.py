@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from model.tables import read_table
-from serving.api.admin_routes import DrainRequest, PromoteRequest, RollbackRequest
+from serving.api.admin_routes import DrainRequest, Order, PromoteRequest, RollbackRequest
 from serving.api.chat import ChatRequest, Message
 from serving.protocol import protocol
 from serving.protocol.harmless_fields import FIELDS, MESSAGE_FIELDS
@@ -33,6 +33,7 @@ BODIES: dict[str, tuple[str, type[Request], str]] = {
     "Detokenize": ("detokenize", DetokenizeRequest, "`POST /detokenize`."),
     "X-ray": ("xray", XrayRequest, "`POST /v1/xray`."),
     "Promote": ("promote", PromoteRequest, "`POST /admin/promote`."),
+    "Finish": ("order", Order, "`POST /admin/finish`."),
     "Roll back": ("rollback", RollbackRequest, "`POST /admin/rollback`."),
     "Drain": ("drain", DrainRequest, "`POST /admin/drain`."),
 }

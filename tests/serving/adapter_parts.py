@@ -29,10 +29,17 @@ def stored_base(storage: Path, model: GPT, tokenizer: Tokenizer) -> Base:
 
 
 def made_adapter(
-    storage: Path, name: str, base: Base, model: GPT, tokenizer: Tokenizer, *, seed: int
+    storage: Path,
+    name: str,
+    base: Base,
+    model: GPT,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    rank: int = RANK,
 ) -> MadeAdapter:
     """Writes the checkpoint of a run of that name."""
-    settings = {"init_from": "there", "lora_rank": RANK}
+    settings = {"init_from": "there", "lora_rank": rank}
     train = RunConfig.model_validate({"train": settings}).train
     shape = adapted(model.config, train)
     assert isinstance(shape.adapter, Adapter)

@@ -20,7 +20,7 @@ from model.generation.generate import generate
 from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer, train_bpe
-from serving.delivery.promotion import Version, version_of
+from serving.delivery.promotion import MODEL, Version, version_of
 from serving.protocol.served_model import read_served_model
 from tests.serving.tiny_models import as_transformers_folder, write_model
 from tests.time_limits import limit_s
@@ -78,15 +78,20 @@ def greedy_texts(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]]) -> 
 
 
 class Admin:
-    """An operator."""
+    """An operator, of the model or of one adapter beside it."""
 
-    def __init__(self, url: str, key: str) -> None:
+    def __init__(self, url: str, key: str, *, adapter: str = MODEL) -> None:
+        self._adapter = adapter
         self.http = httpx.Client(
             base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=limit_s(60)
         )
 
     def promote(self, checkpoint: Path | str, **terms: Any) -> httpx.Response:
-        return self.http.post("/admin/promote", json={"checkpoint": str(checkpoint), **terms})
+        return self.order("promote", checkpoint=str(checkpoint), **terms)
+
+    def order(self, name: str, **fields: Any) -> httpx.Response:
+        subject = {"adapter": self._adapter} if self._adapter else {}
+        return self.http.post(f"/admin/{name}", json=subject | fields)
 
     def status(self) -> dict[str, Any]:
         answer = self.http.get("/admin/status")
@@ -95,20 +100,24 @@ class Admin:
 
     @property
     def delivery(self) -> dict[str, Any]:
-        return dict(self.status()["delivery"])
+        return self._part_of(self.status()["delivery"])
+
+    def _part_of(self, whole: dict[str, Any]) -> dict[str, Any]:
+        return dict(whole["adapters"][self._adapter] if self._adapter else whole)
 
     def wait_for(self, phase: str, *, timeout_s: float = 60) -> dict[str, Any]:
         """Until the endpoint is in the phase, and every replica serves accordingly."""
 
         def is_there() -> bool:
-            state = self.status()
-            epochs = {replica["epoch"] for replica in state["replicas"]}
-            return state["delivery"]["phase"] == phase and epochs == {state["delivery"]["epoch"]}
+            status = self.status()
+            state = self._part_of(status["delivery"])
+            epochs = {self._part_of(replica)["epoch"] for replica in status["replicas"]}
+            return state["phase"] == phase and epochs == {state["epoch"]}
 
         wait_until(is_there, timeout_s=timeout_s)
         return self.delivery
 
-    def promoted(self, checkpoint: Path, **terms: Any) -> dict[str, Any]:
+    def promoted(self, checkpoint: Path | str, **terms: Any) -> dict[str, Any]:
         """After the whole of a promotion."""
         assert (answer := self.promote(checkpoint, **terms)).status_code == 202, answer.text
         state = self.wait_for("steady")
@@ -137,8 +146,10 @@ class Load:
         *,
         num_connections: int = 16,
         key: str | None = None,
+        model: str = "tiny",
     ) -> None:
         self._url = url
+        self._model = model
         self._prompts = prompts
         self._texts = texts
         self._key = key
@@ -168,6 +179,10 @@ class Load:
         return [text for answers in self.connections for text in answers.wrong]
 
     @property
+    def versions(self) -> set[str]:
+        return {version for answers in self.connections for version in answers.versions}
+
+    @property
     def longest_s(self) -> float:
         return max(answers.longest_s for answers in self.connections)
 
@@ -186,7 +201,7 @@ class Load:
                 count += 1
                 prompt = count % len(self._prompts)
                 asked = {
-                    "model": "tiny",
+                    "model": self._model,
                     "prompt": self._prompts[prompt],
                     "max_tokens": MAX_TOKENS,
                     "temperature": 0,

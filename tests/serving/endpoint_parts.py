@@ -142,6 +142,12 @@ def num_running_replicas() -> int | None:
     return None if states else running
 
 
+def delivery_of(folder: Path, *, name: str) -> Delivery:
+    """The state of what begins with a checkpoint."""
+    live = version_of(read_served_model(folder, name=name), checkpoint=str(folder))
+    return Delivery(deployment="test", origin=name, model_name=name, live=live)
+
+
 @asynccontextmanager
 async def replica_app(
     folder: Path,
@@ -152,10 +158,12 @@ async def replica_app(
 ) -> AsyncIterator[tuple[ASGIApp, Versions]]:
     """A replica's routes and its engine process, without Ray."""
     config = config or ServeConfig()
-    live = version_of(read_served_model(folder, name=name), checkpoint=str(folder))
-    versions = Versions(
-        config, Delivery(deployment="test", model_name=name, live=live), on_live_death=print
-    )
+    adapters = {
+        adapter: delivery_of(Path(place), name=adapter)
+        for adapter, place in config.adapters.items()
+    }
+    state = delivery_of(folder, name=name).having(adapters=adapters)
+    versions = Versions(config, state, on_live_death=print)
     await versions.wait_until_live()
     metrics = ReplicaMetrics(versions=versions, replica="r", start_s=1.0)
     try:

@@ -166,6 +166,36 @@ def test_a_refused_promotion_says_why(tmp_path: Any) -> None:
         Operator(Endpoint(url, "", None, str(key))).wait()
 
 
+def test_the_operator_of_an_adapter_sees_and_changes_that_one_alone(tmp_path: Path) -> None:
+    (key := tmp_path / "key").write_text("k\n")
+    asked: list[tuple[str, Any]] = []
+    support = state("watching", live={"checkpoint": "/support/2"})
+    body = {
+        "delivery": state("steady") | {"adapters": {"support": support}},
+        "phase_s": 1.0,
+        "adapters_phase_s": {"support": 20.0},
+    }
+
+    def answer(path: str, given: Any) -> tuple[int, str]:
+        asked.append((path, given))
+        order = {"adapters": {"support": support}} | state("loading")
+        return 200, json.dumps(body if path == "/admin/status" else order)
+
+    with served(answer) as url:
+        operator = Operator(Endpoint(url, "", None, str(key)), adapter="support")
+        assert operator.roll_back() == support
+        operator.promote("/support/3", terms={}, gate={})
+        assert operator.wait(until=("watching",)) == support
+        stranger = Operator(Endpoint(url, "", None, str(key)), adapter="sql")
+        with pytest.raises(UserError, match=r"no adapter is called sql; .* serves support"):
+            stranger.wait_until_steady()
+    named = {"adapter": "support"}
+    assert asked[:2] == [
+        ("/admin/rollback", named),
+        ("/admin/promote", named | {"checkpoint": "/support/3"}),
+    ]
+
+
 def test_a_text_may_hold_what_ends_lines_elsewhere() -> None:
     """JSON has U+2028, U+2029 and U+0085 as they are, and httpx would end lines at them."""
     text = "one\u2028two\u2029three\x85four"

@@ -152,9 +152,10 @@ def test_each_version_of_a_canary_has_its_own_figures(checkpoint: Path, other: P
             "candidate": None,
             "epoch": 4,
         }
-        versions.adopt(
-            state.model_copy(update=is_over | {"outcome": outcome, "draining": True}), asked_at_s=0
-        )
+        refused = outcome.having(result="refused")
+        adapter = Delivery(deployment="d", model_name="sql", live=old, outcome=refused)
+        is_over |= {"outcome": outcome, "draining": True, "adapters": {"sql": adapter}}
+        versions.adopt(state.model_copy(update=is_over), asked_at_s=0)
         assert await seen(http, "raymill:version_role", role="stable") == {
             old.version: 1,
             new.version: 0,
@@ -165,7 +166,7 @@ def test_each_version_of_a_canary_has_its_own_figures(checkpoint: Path, other: P
         }
         assert await seen(http, "raymill:last_promotion") == {
             "promoted": 0,
-            "refused": 0,
+            "refused": 1,
             "rolled_back": 1,
         }
         assert await seen(http, "raymill:draining") == {"": 1}

@@ -30,8 +30,8 @@ from serving.delivery.promotion import (
     SlotStatus,
     Terms,
     Version,
-    VersionStats,
 )
+from serving.delivery.version_stats import VersionStats
 from tests.time_limits import limit_s
 from tests.waiting import wait_in_loop_until
 
@@ -186,6 +186,98 @@ def test_a_promotion_that_is_not_stored_does_not_begin(root: Root) -> None:
             await one.promote(NEW, Terms(watch_s=0))
         status = await one.status()
         assert status["delivery"]["phase"] == "steady" and status["is_stored"] is True
+
+    asyncio.run(check())
+
+
+def with_adapters(root: Root, **named: str) -> Coordinator:
+    """Its replicas have places for three adapters."""
+    settings = {
+        "storage": {"uri": root.uri},
+        "adapters": NAMED | named,
+        "engine": {"backend": "vllm", "max_adapters": 3},
+    }
+    return Coordinator(ServeConfig.model_validate(settings), deployment="one")
+
+
+NAMED = {"support": "runs/support", "sql": "runs/sql"}
+
+
+def adapter(place: str) -> Version:
+    return Version(checkpoint=place, version=place, lineage={"run_id": "r", "base_hash": "old"})
+
+
+def replica(name: str = "r", **adapters: tuple[int, dict[int, SlotReport]]) -> ReplicaReport:
+    """Its report; of each adapter the epoch and the slots."""
+    parts = {of_one: ReplicaReport(name, *part) for of_one, part in adapters.items()}
+    return ReplicaReport(name, 1, {1: READY}, adapters=parts)
+
+
+async def serving(one: Coordinator) -> None:
+    await one.begin("tiny", OLD)
+    await one.begin_adapters(NAMED, {name: adapter(f"/{name}/1") for name in NAMED})
+
+
+def test_an_adapter_is_promoted_by_its_name_and_known_after_a_restart(root: Root) -> None:
+    async def check() -> None:
+        one = with_adapters(root)
+        await serving(one)
+        assert served_checkpoints(root.storage) == {"/old", "/support/1", "/sql/1"}
+        await one.promote(adapter("/support/2"), Terms(watch_s=1000), "support")
+        with pytest.raises(DeliveryError, match="need places for 4 adapters, and have 3"):
+            await one.promote(adapter("/sql/2"), Terms(watch_s=0), "sql")
+        both = {1: READY, 2: READY}
+        await one.exchange("one", replica("late", sql=(1, {1: READY})))
+        reply = await one.exchange("one", replica(support=(1, both), sql=(1, {1: READY})))
+        assert reply.delivery is not None and reply.delivery.phase is Phase.STEADY
+        assert reply.delivery.adapters["support"].phase is Phase.LOADING, "not all replicas can"
+        reply = await one.exchange("one", replica("late", support=(1, both)))
+        assert reply.delivery is not None and reply.is_stored
+        assert reply.delivery.adapters["support"].live.version == "/support/2"
+        assert reply.delivery.adapters["sql"].live.version == "/sql/1"
+
+        again = with_adapters(root)
+        state = await again.begin_adapters(NAMED, {"support": adapter("/support/3")})
+        assert state.adapters["support"].live.version == "/support/2"
+        pinned = {"/old", "/support/2", "/support/1", "/sql/1"}
+        assert served_checkpoints(root.storage) == pinned
+        state = await again.roll_back("why", "support")
+        assert state.adapters["support"].live.version == "/support/1"
+        with pytest.raises(DeliveryError, match="no earlier version to return to"):
+            await again.roll_back("why", "sql")
+        with pytest.raises(DeliveryError, match="'help'; this endpoint serves support, sql"):
+            await again.roll_back("why", "help")
+        status = await again.status()
+        assert status["adapters_phase_s"].keys() == NAMED.keys()
+        assert status["delivery"]["adapters"]["support"]["outcome"]["result"] == "rolled_back"
+
+        named = NAMED | {"sql": "runs/sql@9"}
+        changed = with_adapters(root, **named)
+        reply = await changed.exchange("one", ReplicaReport("new"))
+        assert reply.delivery is not None and list(reply.delivery.adapters) == ["support"]
+        state = await changed.begin_adapters(named, {"sql": adapter("/sql/9")})
+        assert {name: line.live.version for name, line in state.adapters.items()} == {
+            "support": "/support/1",
+            "sql": "/sql/9",
+        }
+        assert served_checkpoints(root.storage) == {"/old", "/support/1", "/sql/9"}
+
+    asyncio.run(check())
+
+
+def test_an_adapter_that_one_replica_cannot_load_is_served_by_none(tmp_path: Path) -> None:
+    async def check() -> None:
+        one = with_adapters(Root(str(tmp_path), lambda: None))
+        await serving(one)
+        await one.promote(adapter("/support/2"), Terms(watch_s=0), "support")
+        bad = SlotReport(SlotStatus.FAILED, "it has rank 128")
+        await one.exchange("one", replica("bad", support=(1, {1: READY})))
+        await one.exchange("one", replica("good", support=(1, {1: READY, 2: READY})))
+        reply = await one.exchange("one", replica("bad", support=(1, {1: READY, 2: bad})))
+        assert reply.delivery is not None
+        line = reply.delivery.adapters["support"]
+        assert (line.phase, line.live.version, line.epoch) == (Phase.STEADY, "/support/1", 1)
+        assert line.outcome is not None and line.outcome.reason == "it has rank 128"
 
     asyncio.run(check())
 

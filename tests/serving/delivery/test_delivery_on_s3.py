@@ -11,14 +11,17 @@ from ray import serve
 
 from cluster.settings.run import StorageConfig
 from cluster.settings.serve import DeliveryConfig, ServeConfig
+from cluster.storage.registry import served_checkpoints
 from cluster.storage.uris import open_storage
 from model.files.checkpoint_folder import read_metadata
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
 from serving.app import build_app
-from tests.serving.delivery_parts import Admin
+from tests.serving.adapter_parts import made_adapter, stored_base
+from tests.serving.delivery_parts import Admin, version
 from tests.serving.endpoint_parts import free_port, ray_cluster
 from tests.serving.tiny_models import write_model
+from tests.serving.vllm_parts import installed, vllm_config, vllm_model
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
@@ -89,3 +92,43 @@ def test_what_was_promoted_on_s3_is_live_on_the_next_cluster(
         assert answer.status_code == 200
         served = str(read_metadata(tmp_path / "step-8").parameter_hash)[:16]
         assert answer.headers["x-model-version"] == served
+
+
+@installed
+def test_an_adapter_that_was_promoted_on_s3_is_live_on_the_next_cluster(
+    tokenizer: Tokenizer, s3_bucket: str, tmp_path: Path
+) -> None:
+    """Unless the settings there name another checkpoint for it."""
+    whole = vllm_model(tokenizer, seed=5, architecture="llama")
+    stored = stored_base(tmp_path, whole, tokenizer)
+    base = stored.folder(str(tmp_path))
+    places, versions = {}, {}
+    for seed, name in enumerate(("red", "blue", "green"), start=1):
+        folder = made_adapter(tmp_path, name, stored, whole, tokenizer, seed=seed).folder
+        places[name] = upload(folder, f"s3://{s3_bucket}/runs/{name}/checkpoints/{folder.name}")
+        versions[name] = version(folder)
+    (tmp_path / "admin").write_text(ADMIN_KEY)
+    config = ServeConfig.model_validate(
+        {
+            "checkpoint": upload(base, f"s3://{s3_bucket}/bases/{base.name}"),
+            "adapters": {"sql": f"s3://{s3_bucket}/runs/red", "tidy": places["green"]},
+            "port": free_port(),
+            "model_name": "tiny",
+            "admin_key_file": str(tmp_path / "admin"),
+            "storage": {"uri": f"s3://{s3_bucket}"},
+            "engine": vllm_config(dtype="float32").model_dump(),
+        }
+    )
+    needed = {config.checkpoint, *places.values()}
+    with endpoint(config) as admin:
+        sql = Admin(str(admin.http.base_url), ADMIN_KEY, adapter="sql")
+        assert sql.promoted(places["blue"], watch_s=0)["previous"]["version"] == versions["red"]
+        assert served_checkpoints(open_storage(config.storage.uri)) == needed
+    adapters = {"sql": f"s3://{s3_bucket}/runs/red", "tidy": places["red"]}
+    with endpoint(config.model_copy(update={"adapters": adapters})) as admin:
+        for name, run in (("sql", "blue"), ("tidy", "red")):
+            asked = {"model": name, "prompt": [1], "max_tokens": 1}
+            answer = admin.http.post("/v1/completions", json=asked)
+            assert answer.headers["x-model-version"] == versions[run]
+        needed = {config.checkpoint, places["red"], places["blue"]}
+        assert served_checkpoints(open_storage(config.storage.uri)) == needed

@@ -3,6 +3,7 @@ nothing else."""
 
 import asyncio
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ class Handle:
         self.answer = answer
         self.num_asked = 0
         self.last_asked: tuple[Any, ...] = ()
-        self.exchange = self.begin = SimpleNamespace(remote=self._remote)
+        self.exchange = self.begin = self.begin_adapters = SimpleNamespace(remote=self._remote)
 
     async def _remote(self, *arguments: Any) -> Any:
         self.num_asked += 1
@@ -139,6 +140,28 @@ def test_a_replica_that_cannot_start_can_be_closed(checkpoint: Path, tmp_path: P
         with pytest.raises(CheckpointError, match="unknown checkpoint"):
             await follower.start()
         await follower.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_begins_the_adapters_of_the_settings_that_have_not_begun(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """By their exact checkpoint, also where the settings name a run."""
+    newest = tmp_path / "runs/sql/checkpoints/step-000000007"
+    shutil.copytree(checkpoint, newest)
+
+    async def scenario() -> None:
+        handle = Handle(lambda: None)
+        follower, state = follower_of(handle, checkpoint)
+        places = {"support": "elsewhere", "sql": str(tmp_path / "runs/sql")}
+        follower.config = follower.config.model_copy(update={"adapters": places})
+        state = state.having(adapters={"support": state.having(deployment="elsewhere")})
+        asked = await follower._with_adapters(state)
+        assert asked is None and handle.num_asked == 1
+        named, versions = handle.last_asked
+        assert named == places and list(versions) == ["sql"]
+        assert versions["sql"].checkpoint == str(newest)
 
     asyncio.run(scenario())
 

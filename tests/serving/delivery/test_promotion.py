@@ -16,18 +16,17 @@ from serving.delivery.promotion import (
     DeliveryError,
     Phase,
     ReplicaReport,
-    Route,
     SlotReport,
     SlotStatus,
     Terms,
     Version,
-    VersionStats,
     advance,
     finish,
     roll_back,
     start,
-    step_times_at_like_load,
 )
+from serving.delivery.route import Route
+from serving.delivery.version_stats import VersionStats, step_times_at_like_load
 
 OLD = Version(serial=1, checkpoint="/old", version="aa")
 NEW = Version(checkpoint="/new", version="bb")

@@ -10,7 +10,8 @@ import pytest
 from cluster.settings.serve import EngineConfig, ServeConfig
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
-from serving.delivery.promotion import Delivery, Phase, Route, Terms
+from serving.delivery.promotion import Delivery, Phase, Terms
+from serving.delivery.route import Route
 from serving.delivery.routed_request import RETRY_HEADER, RoutedRequest
 from serving.delivery.versions import Versions
 from tests.serving.delivery_parts import served

@@ -20,7 +20,7 @@ from model.generation.generate import generate
 from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
-from serving.delivery.promotion import Route
+from serving.delivery.route import Route
 from serving.protocol.errors import DRAINING_HEADER
 from tests.command_line import raymill_here
 from tests.serving.delivery_parts import (

@@ -1,6 +1,7 @@
 """Adapters beside their base in one engine of vLLM: each answers what its merged model would."""
 
 import asyncio
+import time
 from pathlib import Path
 
 import httpx
@@ -8,12 +9,21 @@ import pytest
 
 from cluster.settings.serve import ServeConfig
 from jobs.run.base import Base
-from model.errors import UserError
 from model.generation.generate import generate
 from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
+from serving.delivery.promotion import (
+    Phase,
+    ReplicaReport,
+    Terms,
+    advance,
+    start,
+    version_of,
+)
+from serving.delivery.route import ROUTE_HEADER, Route
 from serving.delivery.versions import Versions
+from serving.protocol.served_model import read_served_model
 from tests.serving.adapter_parts import MadeAdapter, made_adapter, stored_base
 from tests.serving.endpoint_parts import replica_client
 from tests.serving.vllm_parts import installed, vllm_config, vllm_model
@@ -56,12 +66,26 @@ def config(storage: Path, adapters: dict[str, str], **engine: object) -> ServeCo
     )
 
 
-async def answered(http: httpx.AsyncClient, name: str, prompt: list[int]) -> str:
+async def answered(http: httpx.AsyncClient, name: str, prompt: list[int], **headers: str) -> str:
     asked = {"model": name, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0}
-    answer = await http.post("/v1/completions", json=asked | {"ignore_eos": True})
+    body = asked | {"ignore_eos": True}
+    answer = await http.post("/v1/completions", json=body, headers=headers)
     assert answer.status_code == 200, answer.text
     assert answer.json()["model"] == name
     return str(answer.json()["choices"][0]["text"])
+
+
+async def switched(versions: Versions, name: str, folder: Path) -> None:
+    """Promotes an adapter as far as to the watch, as the coordinator does for one replica."""
+    candidate = version_of(read_served_model(folder, name=None), checkpoint=str(folder))
+    line = start(versions.delivery.adapters[name], candidate, Terms(watch_s=1000))
+    while line.phase is not Phase.WATCHING:
+        versions.adopt(versions.delivery.with_line(name, line), asked_at_s=time.monotonic())
+        await asyncio.sleep(0.1)
+        slots = versions.adapters[name].report()
+        line = advance(line, [ReplicaReport("r", line.epoch, slots)], elapsed_s=0)
+        assert line.outcome is None, line.outcome
+    versions.adopt(versions.delivery.with_line(name, line), asked_at_s=time.monotonic())
 
 
 @installed
@@ -93,6 +117,31 @@ def test_two_adapters_and_their_base__answer_at_once_as_their_merged_models(
         answer = await http.post("/v1/completions", json={"model": "green", "prompt": "the"})
         assert answer.status_code == 404
         assert answer.json()["error"]["code"] == "model_not_found"
+
+        now = expected | {("blue", number): expected["red", number] for number in range(4)}
+        promoting = asyncio.create_task(switched(versions, "blue", adapters["red"].folder))
+        while not promoting.done():
+            asked = [answered(http, name, prompts[number]) for name, number in expected]
+            texts = zip(expected, await asyncio.gather(*asked), strict=True)
+            for place, text in texts:
+                assert text in (expected[place], now[place])
+        await promoting
+        asked = [answered(http, name, prompts[number]) for name, number in expected]
+        assert await asyncio.gather(*asked) == [*now.values()]
+        card = (await http.get("/v1/models/blue")).json()
+        assert (card["id"], card["parent"]) == ("blue", "tiny")
+        assert card["version"] == listed[1]["version"]
+        assert card["delivery"]["previous"]["version"] == listed[2]["version"]
+
+        # Another replica has heard of a rollback, first of the other adapter, before this one
+        before = versions.adapters["blue"].delivery.previous
+        assert before is not None
+        for origin, text in (("red", now["blue", 1]), ("blue", expected["blue", 1])):
+            header = {
+                ROUTE_HEADER: Route(epoch=9, primary=before.serial, origin=origin).to_header()
+            }
+            assert await answered(http, "blue", prompts[1], **header) == text
+            assert await answered(http, "red", prompts[1], **header) == expected["red", 1]
 
     async def run() -> None:
         places = {name: str(made.folder) for name, made in adapters.items()}
@@ -141,7 +190,7 @@ def test_an_adapter_that_cannot_be_served__is_refused_with_what_to_do(
             async with replica_client(folder, config=config(storage, {"red": str(place)})):
                 pass
 
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(RuntimeError, match=f"the adapter red: .* {message}"):
             asyncio.run(run())
 
 
