@@ -92,7 +92,12 @@ def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
     )(Coordinator)
     files = {"api_key_file": config.api_key_file, "admin_key_file": config.admin_key_file}
     # Replicas run elsewhere
-    absolute = {name: file and str(Path(file).absolute()) for name, file in files.items()}
+    absolute: dict[str, Any] = {
+        name: file and str(Path(file).absolute()) for name, file in files.items()
+    }
+    if (key := config.storage.signed_by) is not None:
+        places = {"signed_by": str(Path(key).absolute())}
+        absolute["storage"] = config.storage.model_copy(update=places)
     return replica.bind(
         config.model_copy(update=absolute),
         access=read_rules(config),
@@ -126,7 +131,10 @@ def run(config: ServeConfig) -> dict[str, Any]:
     as replicas have another working directory. Raises `UserError` for a port in use, an unusable
     checkpoint, or a damaged state of this endpoint, with which its coordinator would wait for a
     repair."""
-    checkpoint, folder = find_checkpoint(config.checkpoint, storage_uri=config.storage.uri)
+    storage = config.storage
+    checkpoint, folder = find_checkpoint(
+        config.checkpoint, storage.uri, signed_by=storage.signed_by
+    )
     require_bounded_text(folder)
     for reference in config.adapters.values():
         named_checkpoint(reference, config.storage.uri)

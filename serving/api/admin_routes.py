@@ -173,7 +173,9 @@ async def _read_candidate(reference: str, live: LoadedVersion, config: ServeConf
         )
         raise ApiError(message, param="checkpoint", code="checkpoint_refused")
     try:
-        uri, folder = await asyncio.to_thread(find_checkpoint, reference, config.storage.uri)
+        uri, folder = await asyncio.to_thread(
+            find_checkpoint, reference, config.storage.uri, signed_by=config.storage.signed_by
+        )
         texts = await open_reader(folder)  # first: it bounds what a stranger's tokenizer does
         texts.close()
         limit = config.engine.max_context

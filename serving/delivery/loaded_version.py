@@ -60,7 +60,12 @@ class LoadedVersion:
         """Returns once the version can be tested. It shares the engine of one of the `others` if
         the settings say so and it is of the same kind. Raises `UserError` for an unusable
         checkpoint."""
-        folder = await asyncio.to_thread(resolve_checkpoint, version.checkpoint, config.storage.uri)
+        folder = await asyncio.to_thread(
+            resolve_checkpoint,
+            version.checkpoint,
+            config.storage.uri,
+            signed_by=config.storage.signed_by,
+        )
         texts = await open_reader(folder)  # first: it bounds what a stranger's tokenizer does
         try:
             return await cls._load(folder, texts, version, name=name, config=config, others=others)
