@@ -3,14 +3,13 @@ not."""
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 
 from cluster.cli import main
 from cluster.settings.parser import ConfigError
-from cluster.storage.uris import Storage, open_storage
+from cluster.storage.uris import Storage
 from jobs.proof import audit_run
 from jobs.proof.audit_run import (
     Audit,
@@ -27,23 +26,9 @@ from model.errors import UserError
 from model.files.signature import SigningKey
 from tests.jobs.mapped_runs import mapped_plan
 from tests.jobs.poisoned_runs import Faults, run_world
-from tests.jobs.runs import tiny_plan, trained_run
+from tests.jobs.runs import tiny_plan
 from tests.jobs.runs_in_rounds import CutOff, run_in_rounds
 from tests.signing_keys import made_keys
-
-
-@pytest.fixture(scope="module")
-def storage_uri(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("storage")
-    trained_run(str(folder))
-    return folder
-
-
-@pytest.fixture
-def run(storage_uri: Path, tmp_path: Path) -> Storage:
-    """A copy of a run with checkpoints at 3, 6 and 8, to be spoiled."""
-    shutil.copytree(storage_uri, tmp_path / "copy")
-    return open_storage(str(tmp_path / "copy")).child("runs/tiny")
 
 
 def forge_loss(run: Storage, step: int) -> None:

@@ -1,32 +1,16 @@
 """Steps taken again have the ledger's bits, on one worker and on two; where they do not, the step
 is named."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from cluster.settings.parser import ConfigError
-from cluster.storage.uris import Storage, open_storage
+from cluster.storage.uris import Storage
 from jobs.proof.replay_run import parse_steps, replay
 from jobs.run.ledger import Ledger
 from model.errors import UserError
-from tests.jobs.runs import trained_run
 from tests.jobs.tampering import change_line, change_setting, checkpoint_folder, flip_byte
-
-
-@pytest.fixture(scope="module")
-def storage_uri(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("storage")
-    trained_run(str(folder))
-    return folder
-
-
-@pytest.fixture
-def run(storage_uri: Path, tmp_path: Path) -> Storage:
-    """A copy, to be spoiled."""
-    shutil.copytree(storage_uri, tmp_path / "copy")
-    return open_storage(str(tmp_path / "copy")).child("runs/tiny")
 
 
 @pytest.mark.parametrize(

@@ -12,22 +12,7 @@ from cluster.storage.uris import Storage, open_storage
 from jobs.proof.verify_run import verify
 from jobs.run.ledger import LEDGER
 from model.files.checkpoint_folder import MANIFEST, fingerprint
-from tests.jobs.runs import trained_run
 from tests.jobs.tampering import checkpoint_folder, flip_byte
-
-
-@pytest.fixture(scope="module")
-def storage_uri(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("storage")
-    trained_run(str(folder))
-    return folder
-
-
-@pytest.fixture
-def run(storage_uri: Path, tmp_path: Path) -> Storage:
-    """A copy, to be spoiled."""
-    shutil.copytree(storage_uri, tmp_path / "copy")
-    return open_storage(str(tmp_path / "copy")).child("runs/tiny")
 
 
 def test_an_unaltered_run_is_valid(run: Storage) -> None:
