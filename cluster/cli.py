@@ -132,7 +132,7 @@ def _overview() -> str:
         text += f"{section.title}:\n"
         for name, about in _listed(section).items():
             line = textwrap.fill(
-                about, width, initial_indent=f"  {name:12}", subsequent_indent=" " * 14
+                about, width, initial_indent=f"  {name:15}", subsequent_indent=" " * 17
             )
             text += f"{line}\n"
         text += "\n"

@@ -90,7 +90,11 @@ def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
         graceful_shutdown_timeout_s=1,
         **health,
     )(Coordinator)
-    files = {"api_key_file": config.api_key_file, "admin_key_file": config.admin_key_file}
+    files = {
+        "api_key_file": config.api_key_file,
+        "admin_key_file": config.admin_key_file,
+        "receipt_key_file": config.receipt_key_file,
+    }
     # Replicas run elsewhere
     absolute: dict[str, Any] = {
         name: file and str(Path(file).absolute()) for name, file in files.items()

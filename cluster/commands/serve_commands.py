@@ -1,6 +1,7 @@
 """The commands of `raymill` from a checkpoint to answers. Each imports what it alone needs."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.commands.arguments import (
@@ -51,6 +52,15 @@ _FORMAT = Argument[str](
     "folder, which transformers, vLLM and raymill read, or gguf, one file of llama.cpp's",
     choices=("folder", _GGUF),
     default="folder",
+)
+_REQUEST_FILE = Argument[Path]("request", "file with the request's body", parse=Path)
+_ANSWER_FILE = Argument[Path]("answer", "file with the answer, which has a receipt", parse=Path)
+_RECEIPT_KEY = Argument[Path](
+    "--signed-by",
+    "public key of the endpoint's receipts, a PEM file",
+    parse=Path,
+    required=True,
+    metavar="FILE",
 )
 _MERGE = Switch("--merge", "add an adapter to the weights that it stands on: a whole model")
 _REPOSITORY = Argument[str](
@@ -122,6 +132,22 @@ def complete(arguments: Arguments) -> Result:
     }
     show = (lambda text: None) if arguments.is_json else put
     return Result(stream_completion(endpoint, request, on_text=show), text="")
+
+
+def verify_answer(arguments: Arguments) -> Result:
+    from cluster.endpoint.receipt import verified
+
+    endpoint = None
+    if arguments[URL]:
+        from cluster.endpoint.endpoint import Endpoint
+
+        endpoint = Endpoint.load(
+            arguments[STORAGE], url=arguments[URL], api_key_file=arguments[API_KEY]
+        )
+    verdict = verified(
+        arguments[_REQUEST_FILE], arguments[_ANSWER_FILE], arguments[_RECEIPT_KEY], endpoint
+    )
+    return Result(verdict, is_bad=not verdict["valid"])
 
 
 def promote(arguments: Arguments) -> Result:
@@ -218,6 +244,12 @@ SERVE = Section(
             "complete a prompt at the endpoint that `raymill serve` started here",
             complete,
             [PROMPT, URL, API_KEY, MAX_TOKENS, TEMPERATURE, SEED, STORAGE],
+        ),
+        Command(
+            "verify-answer",
+            "check an answer's receipt, and with --url that the same weights answer the same there",
+            verify_answer,
+            [_REQUEST_FILE, _ANSWER_FILE, _RECEIPT_KEY, URL, API_KEY, STORAGE],
         ),
         Command(
             "promote",

@@ -280,6 +280,10 @@ class ServeConfig(Settings):
     admin_key_file: str | None = setting(
         None, "file like api_key_file with /admin's keys; no /admin when unset"
     )
+    receipt_key_file: str | None = setting(
+        None,
+        "private key, a PEM file, with which an answer is signed whose request asks for a receipt",
+    )
     xray: Literal["auto", "off", "admin", "user"] = setting(
         "auto",
         "who may look inside a query, in a process of its own with the model's memory: nobody (off), "

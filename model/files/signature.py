@@ -49,16 +49,35 @@ class _Payload:
     statement: Any
 
 
+class StatementSigner:
+    """Signs in-toto Statements: what is said of some bytes that are known by their hash."""
+
+    def __init__(self, key: SigningKey) -> None:
+        """Raises `UserError` for a key that does not sign."""
+        self._signer = _signing(key)._signer
+
+    def signed(
+        self, kind: str, *, subject: str, sha256: str, predicate: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Returns the bundle of a Statement whose predicate is of this type."""
+        described = _library("in_toto_attestation.v1.resource_descriptor").ResourceDescriptor(
+            name=subject, digest={"sha256": sha256}
+        )
+        statement = _library("in_toto_attestation.v1.statement").Statement(
+            [described.pb], kind, predicate
+        )
+        bundle: dict[str, Any] = json.loads(self._signer.sign(_Payload(statement)).bundle.to_json())
+        return bundle
+
+
 def sign(folder: Path, key: SigningKey, training: dict[str, Any]) -> None:
     """Writes both files into a folder with a manifest, over earlier ones. `training` is the
     predicate of the Statement. Raises `UserError` for a key that does not sign."""
-    subject = _library("in_toto_attestation.v1.resource_descriptor").ResourceDescriptor(
-        name=MANIFEST, digest={"sha256": fingerprint(folder / MANIFEST)["sha256"]}
+    manifest = fingerprint(folder / MANIFEST)["sha256"]
+    bundle = StatementSigner(key).signed(
+        TRAINING_TYPE, subject=MANIFEST, sha256=manifest, predicate=training
     )
-    statement = _library("in_toto_attestation.v1.statement").Statement(
-        [subject.pb], TRAINING_TYPE, training
-    )
-    _signing(key)._signer.sign(_Payload(statement)).write(folder / TRAINING)
+    (folder / TRAINING).write_text(json.dumps(bundle), encoding="utf-8")
     sign_files(folder, key)
 
 
@@ -123,11 +142,25 @@ def check(
 def _training(verifying: Any, folder: Path, public_key: Path) -> dict[str, Any]:
     content = _verified(verifying, folder / TRAINING, public_key)
     wanted = fingerprint(folder / MANIFEST)["sha256"]
-    subjects = [subject["digest"].get("sha256") for subject in content.get("subject", [])]
-    if content.get("predicateType") != TRAINING_TYPE or subjects != [wanted]:
+    if not _is_about(content, TRAINING_TYPE, wanted):
         raise SignatureError(
             f"{TRAINING} in {folder} is about another checkpoint: sign this one with `raymill sign`"
         )
+    predicate: dict[str, Any] = content["predicate"]
+    return predicate
+
+
+def _is_about(content: dict[str, Any], kind: str, sha256: str) -> bool:
+    subjects = [subject["digest"].get("sha256") for subject in content.get("subject", [])]
+    return content.get("predicateType") == kind and subjects == [sha256]
+
+
+def stated(bundle: Path, public_key: Path, *, kind: str, sha256: str) -> dict[str, Any]:
+    """Returns the predicate of the Statement in a file, once it is of this type, about the bytes
+    with this hash, and signed by the holder of the key. Raises `SignatureError`."""
+    content = _verified(_verifier(public_key), bundle, public_key)
+    if not _is_about(content, kind, sha256):
+        raise SignatureError(f"{bundle.name} is about something else")
     predicate: dict[str, Any] = content["predicate"]
     return predicate
 

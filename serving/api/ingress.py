@@ -32,6 +32,7 @@ from serving.limits.key_usage import KeyUsage
 from serving.protocol.errors import ApiError, error_of
 from serving.protocol.json_log import CURRENT_REQUEST
 from serving.protocol.protocol import CompletionRequest, EmbeddingRequest, read_request
+from serving.protocol.receipts import Receipts
 from serving.protocol.request_facts import FACTS
 from serving.protocol.served_model import ServedModel
 from serving.protocol.strict_json import MAX_BODY_BYTES
@@ -83,6 +84,7 @@ class CompletionService:
         self.metrics = metrics
         self._limits = limits
         self._relay = RelayClient()
+        self._receipts = Receipts(config)
 
     async def answer(
         self,
@@ -94,6 +96,7 @@ class CompletionService:
         headers: Mapping[str, str] | None = None,
     ) -> Response:
         routed = RoutedRequest.of(request)
+        self._receipts.require_possible(parsed)
         try:
             completion = await start_completion(
                 parsed,
@@ -117,6 +120,8 @@ class CompletionService:
             if other is None:
                 raise
             return await self.answer(parsed, shape, request, version=other, headers=headers)
+        if parsed.raymill and parsed.raymill.receipt:
+            body = await self._receipts.added(body, await request.body(), version.model)
         return Response(body, media_type="application/json", headers=headers)
 
 

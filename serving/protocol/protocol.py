@@ -110,9 +110,15 @@ class StreamOptions(Request):
     include_obfuscation: Flag = False  # there is none
 
 
+class RaymillOptions(Request):
+    """What only raymill has."""
+
+    receipt: Flag = False
+
+
 class GenerationRequest(Request):
     """The fields that completions and chats share. `top_k`, `min_p`, `repetition_penalty` and the
-    last five are vLLM's; the others, with their ranges and defaults, are OpenAI's."""
+    last six but `raymill` are vLLM's; the others, with their ranges and defaults, are OpenAI's."""
 
     harmless = harmless_fields.FIELDS
     model: str
@@ -137,6 +143,7 @@ class GenerationRequest(Request):
     min_tokens: int = Field(0, ge=0, le=2**31)
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool = False
+    raymill: RaymillOptions | None = None
 
     @model_validator(mode="after")
     def _fits_a_stream(self) -> Self:

@@ -107,6 +107,7 @@ def test_a_manual_has_the_settings_in_groups_and_the_most_used_first(
         "train",
         "scaling",
         "cluster",
+        "storage",
         "checkpoint",
     ]
     assert groups == ["positional arguments", "options", *wanted]

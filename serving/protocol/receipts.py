@@ -1,0 +1,73 @@
+"""Signs what was answered, for requests whose answers can be computed again."""
+
+import asyncio
+import json
+import time
+from pathlib import Path
+
+import orjson
+
+from cluster.settings.code_folders import code_version
+from cluster.settings.serve import EngineConfig, ServeConfig
+from model.files.receipt import FIELD, RECEIPT_TYPE, hash_of, hash_of_request
+from model.files.signature import SigningKey, StatementSigner
+from serving.protocol.errors import ApiError, error_of
+from serving.protocol.protocol import GenerationRequest
+from serving.protocol.request_facts import timestamp
+from serving.protocol.served_model import ServedModel
+
+
+class Receipts:
+    """The receipts of one endpoint; none where it has no key."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        """Raises `UserError` for a key that does not sign."""
+        file = config.receipt_key_file
+        self._signer = StatementSigner(SigningKey.in_file(Path(file))) if file else None
+        self._engine = config.engine
+
+    def require_possible(self, request: GenerationRequest) -> None:
+        """Raises `ApiError` (400) where a request asks for a receipt that nobody could check."""
+        if request.raymill is None or not request.raymill.receipt:
+            return
+        if self._signer is None:
+            raise error_of("no_receipts")
+        if self._engine.runs_vllm:
+            raise error_of("receipt_by_backend")
+        if request.stream:
+            raise ApiError("A receipt is given without stream=true only", param=FIELD)
+        if request.seed is None and request.temperature > 0:
+            raise ApiError(
+                "A receipt is given for answers that can be computed again: set seed, or temperature to 0",
+                param=FIELD,
+            )
+
+    async def added(self, answer: bytes, asked: bytes, model: ServedModel) -> bytes:
+        """Returns the answer with a receipt; `asked` is the request's body."""
+        return await asyncio.to_thread(self._added, answer, asked, model)
+
+    def _added(self, answer: bytes, asked: bytes, model: ServedModel) -> bytes:
+        assert self._signer is not None, "see require_possible"
+        fields = orjson.loads(answer)
+        receipt = self._signer.signed(
+            RECEIPT_TYPE,
+            subject="choices",
+            sha256=hash_of(fields["choices"]),
+            predicate={
+                "request": {"sha256": hash_of_request(json.loads(asked))},
+                "weights": {"sha256": _weights_of(model)},
+                "model": fields["model"],
+                "engine": _engine(self._engine),
+                "time": timestamp(time.time()),
+            },
+        )
+        return orjson.dumps(fields | {FIELD: {"receipt": receipt}})
+
+
+def _weights_of(model: ServedModel) -> str:
+    recorded = model.metadata.parameter_hash if model.metadata else None
+    return recorded or model.version
+
+
+def _engine(config: EngineConfig) -> dict[str, str]:
+    return {"name": "raymill", "device": config.device, "code": code_version()}
