@@ -55,8 +55,9 @@ test-slice: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED)
 
 COMPUTE ?= cpu
 SHARD ?= none
+SEEDS ?= 20
 test-chaos: $(INSTALLED)
-	$(BIN)/pytest -m chaos --compute $(COMPUTE) --shard $(SHARD) tests/chaos tests/jobs
+	RAYMILL_TEST_SEEDS=$(SEEDS) $(BIN)/pytest -m chaos --compute $(COMPUTE) --shard $(SHARD) tests/chaos tests/jobs
 
 # Where PyTorch finds no GPU each test is skipped and says so. It needs neither Ray nor the network:
 # PYTHONPATH=. pytest -m gpu tests/gpu does the same with a Python that has PyTorch, pydantic, PyYAML, hypothesis and pytest.

@@ -166,6 +166,7 @@ def test_a_worker_that_fails_its_self_test_trains_nothing(tmp_path: Path) -> Non
 
 GRADIENTS = ("gradient:1:flip", "gradient:0.1:flip", "gradient:0.01:flip")
 COPIES = ("weights:7:flip_nth", "vectors:7:flip_nth")
+SEEDS = range(int(os.environ.get("RAYMILL_TEST_SEEDS", "1")))
 CELLS = [
     *itertools.product((2, 3, 4), ("none", "parameters"), (None,), GRADIENTS),
     # A part of the state that one rank alone holds is updated again by all
@@ -177,12 +178,12 @@ CELLS = [
 
 @pytest.mark.slow
 @pytest.mark.chaos
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("world_size", "shard", "group", "failpoint"), CELLS)
 def test_whatever_is_wrong_the_run_ends_with_the_clean_runs_weights(
-    tmp_path: Path, world_size: int, shard: str, group: int | None, failpoint: str
+    tmp_path: Path, world_size: int, shard: str, group: int | None, failpoint: str, seed: int
 ) -> None:
     """Every lane is computed twice here, so that no wrong one can pass."""
-    seed = int(os.environ.get("RAYMILL_TEST_SEED", "0"))
     expected = clean_hash(tmp_path, lanes=world_size, seed=seed)
     fault = Fault(rank=seed % world_size, failpoint=failpoint)
     how = {"lanes": world_size, "shard": shard, "group": group, "seed": seed}
