@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from jobs.training.train_loop import train
 from model.files.checkpoint_folder import verify_checkpoint
 from model.files.failpoints import VARIABLE
 from tests.jobs.runs import tiny_plan
+from tests.time_limits import limit_s
 
 NUM_STEPS = 12
 STAGES: list[tuple[int, Shard, int | None]] = [
@@ -93,7 +95,12 @@ def train_world(
                 prepare(rank)
                 Attempt.save = save_and_wait  # type: ignore[method-assign]
                 dist.init_process_group(
-                    "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size
+                    "gloo",
+                    init_method=f"file://{meeting}",
+                    rank=rank,
+                    world_size=world_size,
+                    # Gloo may wait for a peer that has died, by itself for half an hour
+                    timeout=timedelta(seconds=limit_s(60)),
                 )
                 train(plan, rank=rank, world_size=world_size)
             except BaseException:
