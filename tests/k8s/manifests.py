@@ -29,6 +29,7 @@ COMPONENTS = {
     "rdma": "gpu-node",
     "redis-tls": "gpu",
     "serve-settings": "dev",
+    "signed": "gpu",
     "spot": "gpu-node",
     "topology": "kueue",
     "whole-node": "gpu",
