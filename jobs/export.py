@@ -10,6 +10,8 @@ from torch import Tensor
 from cluster.storage.bases import find_base
 from cluster.storage.registry import find_checkpoint, resolve_checkpoint
 from cluster.storage.uris import Storage, absolute_uri, open_storage, split_uri
+from jobs.report.bom import FILE as BOM
+from jobs.report.bom import bill_of_materials
 from jobs.run.training_statement import training_of
 from model.config import Shape
 from model.files.bounded_text import require_bounded_text
@@ -98,6 +100,22 @@ def _require_valid(copy: Path, copied: Metadata, wanted: Metadata | None, *, sou
         raise CheckpointError(f"the copy {copy} is not valid: {'; '.join(problems)}; export again")
 
 
+def _add_proofs(
+    copy: Path,
+    shape: Shape,
+    metadata: Metadata,
+    training: dict[str, Any],
+    *,
+    key: SigningKey | None,
+    has_bom: bool,
+) -> None:
+    if has_bom:
+        bom = bill_of_materials(copy, shape=shape, metadata=metadata, training=training)
+        (copy / BOM).write_text(bom, encoding="utf-8")
+    if key:
+        sign(copy, key, training)
+
+
 def export(
     checkpoint: str,
     destination: str,
@@ -106,10 +124,12 @@ def export(
     merge: bool = False,
     is_public: bool = False,
     key: SigningKey | None = None,
+    has_bom: bool = False,
 ) -> dict[str, Any]:
     """Writes the verified checkpoint to a new or empty folder, local or remote, and verifies the
     copy. An adapter stays one, which PEFT loads, unless `merge` adds it to its base's weights. What
-    is public names no place of one's own. With a key the copy is signed.
+    is public names no place of one's own. With a key the copy is signed,
+    and `has_bom` adds its bill of materials.
 
     Raises `CheckpointError`.
     """
@@ -142,8 +162,9 @@ def export(
             train_state=None,
         )
         _require_valid(folder, copied, None if merge else metadata, source=source)
-        if key:
-            sign(folder, key, training_of(uri, source))
+        if key or has_bom:
+            training = training_of(uri, source)
+            _add_proofs(folder, shape, copied, training, key=key, has_bom=has_bom)
         if local is None:
             parent, name = split_uri(destination)
             parent.upload_folder(folder, name, last=MANIFEST)

@@ -53,6 +53,7 @@ _FORMAT = Argument[str](
     choices=("folder", _GGUF),
     default="folder",
 )
+_BOM = Switch("--bom", "add a bill of materials of model and data (CycloneDX)")
 _REQUEST_FILE = Argument[Path]("request", "file with the request's body", parse=Path)
 _ANSWER_FILE = Argument[Path]("answer", "file with the answer, which has a receipt", parse=Path)
 _RECEIPT_KEY = Argument[Path](
@@ -191,12 +192,17 @@ def export(arguments: Arguments) -> Result:
     from model.files.signature import SigningKey
 
     key = SigningKey.in_file(file) if (file := arguments[SIGN]) else None
-    if key and arguments[_FORMAT] == _GGUF:
-        raise UserError("--sign is for folders: a GGUF file has no place for a signature")
+    if (key or arguments[_BOM]) and arguments[_FORMAT] == _GGUF:
+        raise UserError("--sign and --bom are for folders: a GGUF file has no place for them")
     if arguments[_FORMAT] == _GGUF:
         return Result(export_gguf(checkpoint, destination, storage_uri=storage_uri))
     exported = export_checkpoint(
-        checkpoint, destination, storage_uri=storage_uri, merge=arguments[_MERGE], key=key
+        checkpoint,
+        destination,
+        storage_uri=storage_uri,
+        merge=arguments[_MERGE],
+        key=key,
+        has_bom=arguments[_BOM],
     )
     return Result(
         exported, next=f"transformers.AutoModelForCausalLM.from_pretrained({destination!r})"
@@ -278,7 +284,7 @@ SERVE = Section(
             "export",
             "copy a checkpoint without its training state, ready for Hugging Face",
             export,
-            [CHECKPOINT, _NEW_PLACE, _FORMAT, _MERGE, SIGN, STORAGE],
+            [CHECKPOINT, _NEW_PLACE, _FORMAT, _MERGE, SIGN, _BOM, STORAGE],
         ),
         Command(
             "push",

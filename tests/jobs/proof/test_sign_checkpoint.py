@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
 from cluster.cli import main
 from cluster.storage.uris import Storage, open_storage
@@ -197,6 +199,29 @@ def test_a_copy_is_signed_by_its_own_files(run: Storage, keys: Keys, tmp_path: P
     training = check(tmp_path / "exported", keys[1])
     assert training["runDetails"]["metadata"]["step"] == "6"
     assert model_signing(tmp_path / "exported", keys[1]) == 0
+
+
+def test_a_bill_of_materials_names_files_and_data_and_is_signed_too(
+    run: Storage, keys: Keys, tmp_path: Path
+) -> None:
+    uri, copy = str(checkpoint_folder(run, 6)), tmp_path / "exported"
+    export(uri, str(copy), storage_uri=str(tmp_path), key=SigningKey(keys[0]), has_bom=True)
+    text = (copy / "bom.cdx.json").read_text()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    bom = json.loads(text)
+    model = bom["metadata"]["component"]
+    assert (model["type"], model["name"]) == ("machine-learning-model", "tiny")
+    files = {file["name"]: file["hashes"][0]["content"] for file in model["components"]}
+    weights = "model.safetensors"
+    assert files[weights] == fingerprint(copy / weights)["sha256"]
+    recorded = json.loads((copy / "raymill.json").read_bytes())
+    data = {part["name"]: part["hashes"][0]["content"] for part in bom["components"]}
+    assert data["the token store's manifest.json"] == recorded["data_manifest_hash"]
+    assert "raymill:parameters" in {each["name"] for each in model["properties"]}
+    check(copy, keys[1])
+    (copy / "bom.cdx.json").write_text("{}")
+    with pytest.raises(SignatureError, match="is another than was signed"):
+        check(copy, keys[1])
 
 
 def test_a_checkpoint_in_a_bucket_is_signed_there(
