@@ -7,6 +7,7 @@ signing (github.com/sigstore/model-transparency).
 Both are DSSE envelopes in Sigstore bundles.
 """
 
+import base64
 import importlib
 import json
 import os
@@ -163,6 +164,19 @@ def stated(bundle: Path, public_key: Path, *, kind: str, sha256: str) -> dict[st
         raise SignatureError(f"{bundle.name} is about something else")
     predicate: dict[str, Any] = content["predicate"]
     return predicate
+
+
+def statement_in(folder: Path) -> dict[str, Any] | None:
+    """Returns what a folder that `check` has found signed states of its training, without the run's
+    settings, which name places of one's own; None where nothing is stated."""
+    if not (folder / TRAINING).exists():
+        return None
+    bundle = json.loads((folder / TRAINING).read_bytes())
+    predicate = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))["predicate"]
+    return {
+        "materials": predicate["buildDefinition"]["resolvedDependencies"],
+        **predicate["runDetails"],
+    }
 
 
 def _verifier(public_key: Path) -> Any:

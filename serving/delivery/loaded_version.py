@@ -5,6 +5,7 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.settings.serve import ServeConfig
@@ -12,6 +13,7 @@ from cluster.storage.bases import find_base
 from cluster.storage.registry import resolve_checkpoint
 from model.errors import UserError
 from model.files.hf_config import require_own_shape
+from model.files.signature import statement_in
 from serving.delivery.promotion import Version
 from serving.delivery.version_stats import VersionStats
 from serving.engine.messages import FinishReason
@@ -91,6 +93,8 @@ class LoadedVersion:
             raise UserError(
                 f"{version.checkpoint} holds {model.version} now, but {version.version} was promoted"
             )
+        if config.storage.signed_by is not None:  # which `load` has checked
+            model = replace(model, statement=await asyncio.to_thread(statement_in, folder))
         base = await asyncio.to_thread(find_base, folder, config.storage.uri)
         if base is not None:
             return await cls._adapter(

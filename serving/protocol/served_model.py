@@ -40,6 +40,8 @@ class ServedModel:
     metadata: Metadata | None  # only in raymill's own checkpoints
     version: str  # a hash of the weights
     rank: int = 0  # of an adapter
+    # Of its training, where the endpoint asks for signatures
+    statement: dict[str, Any] | None = None
 
     @property
     def base_hash(self) -> str | None:
@@ -152,6 +154,7 @@ class ServedModel:
             "version": self.version,
             "chat_tuned": self.is_chat_tuned,
             "lineage": self.lineage,
+            **({"statement": self.statement} if self.statement else {}),
         }
 
     @property

@@ -82,4 +82,7 @@ def test_an_endpoint_takes_signed_checkpoints_alone(
     assert admin.delivery["live"]["version"] == version(checkpoints["first"])
     admin.promoted(checkpoints["signed"])
     assert admin.delivery["live"]["version"] == version(checkpoints["signed"])
+    card = admin.http.get("/v1/models").json()["data"][0]
+    assert card["statement"]["metadata"]["step"] == "8"
+    assert "tokenizer.json" in [material["name"] for material in card["statement"]["materials"]]
     admin.http.close()
