@@ -1,9 +1,16 @@
-"""Keys to sign with, made by `cryptography`."""
+"""Keys to sign with, in files and in a token of SoftHSM."""
 
+import subprocess
 from pathlib import Path
+from typing import Any
 
+import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+PIN = "1234"
+SOFTHSM = "/usr/lib/softhsm/libsofthsm2.so"  # where Debian has it
+P256 = bytes.fromhex("06082a8648ce3d030107")  # the curve's object identifier in DER
 
 
 def made_keys(folder: Path, name: str, *, passphrase: str = "") -> tuple[Path, Path]:
@@ -28,3 +35,55 @@ def _written(
     shape = serialization.PublicFormat.SubjectPublicKeyInfo
     public.write_bytes(key.public_key().public_bytes(pem, shape))
     return private, public
+
+
+def made_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
+    """Makes a token with a key that no file has. Returns the key's URI, and its public key's
+    file."""
+    import PyKCS11
+
+    (folder / "tokens").mkdir()
+    settings = folder / "softhsm2.conf"
+    settings.write_text(f"directories.tokendir = {folder}/tokens\nobjectstore.backend = file\n")
+    monkeypatch.setenv("SOFTHSM2_CONF", str(settings))
+    making = ["softhsm2-util", "--init-token", "--free", "--label", "raymill"]
+    subprocess.run([*making, "--pin", PIN, "--so-pin", PIN], check=True, capture_output=True)
+    library = PyKCS11.PyKCS11Lib()
+    library.load(SOFTHSM)
+    slot = next(
+        slot
+        for slot in library.getSlotList(tokenPresent=True)
+        if library.getTokenInfo(slot).label.strip() == "raymill"
+    )
+    session = library.openSession(slot, PyKCS11.CKF_SERIAL_SESSION | PyKCS11.CKF_RW_SESSION)
+    session.login(PIN)
+    public, _ = _generated(session)
+    point = bytes(session.getAttributeValue(public, [PyKCS11.CKA_EC_POINT])[0])
+    key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), point[2:])
+    session.logout()
+    session.closeSession()
+    file = folder / "token.pub"
+    shape = serialization.PublicFormat.SubjectPublicKeyInfo
+    file.write_bytes(key.public_bytes(serialization.Encoding.PEM, shape))
+    return f"pkcs11:token=raymill;object=release?module-path={SOFTHSM}&pin-value={PIN}", file
+
+
+def _generated(session: Any) -> tuple[Any, Any]:
+    from PyKCS11 import (
+        CK_TRUE,
+        CKA_EC_PARAMS,
+        CKA_ID,
+        CKA_LABEL,
+        CKA_SIGN,
+        CKA_TOKEN,
+        CKA_VERIFY,
+        CKM_EC_KEY_PAIR_GEN,
+        Mechanism,
+    )
+
+    both = [(CKA_TOKEN, CK_TRUE), (CKA_LABEL, "release"), (CKA_ID, (1,))]
+    return session.generateKeyPair(
+        [*both, (CKA_VERIFY, CK_TRUE), (CKA_EC_PARAMS, P256)],
+        [*both, (CKA_SIGN, CK_TRUE)],
+        mecha=Mechanism(CKM_EC_KEY_PAIR_GEN, None),
+    )

@@ -45,18 +45,16 @@ MAP_DOCUMENTS = SettingAs(
 )
 CONFIG = Argument[Path | None]("config", _OVERRIDDEN, nargs="?", parse=Path)
 CONFIG_FLAG = Argument[Path | None]("--config", _OVERRIDDEN, parse=Path)
-KEY = Argument[Path](
+KEY = Argument[str](
     "--key",
-    "the private key, a PEM file; its passphrase is taken from RAYMILL_KEY_PASSPHRASE",
-    parse=Path,
+    "the private key, a PEM file whose passphrase is taken from RAYMILL_KEY_PASSPHRASE, or a pkcs11: URI",
     required=True,
-    metavar="FILE",
+    metavar="KEY",
 )
-SIGN = Argument[Path | None](
+SIGN = Argument[str | None](
     "--sign",
     "sign what is written with this private key, as `raymill sign` does",
-    parse=Path,
-    metavar="FILE",
+    metavar="KEY",
 )
 SIGNED_BY = Argument[Path | None](
     "--signed-by",

@@ -73,7 +73,7 @@ def sign(arguments: Arguments) -> Result:
     from jobs.proof.sign_checkpoint import sign_checkpoint
     from model.files.signature import SigningKey
 
-    uri, key = checkpoint_uri(checkpoint, storage_uri), SigningKey.in_file(arguments[KEY])
+    uri, key = checkpoint_uri(checkpoint, storage_uri), SigningKey.at(arguments[KEY])
     return Result(sign_checkpoint(uri, key, storage_uri=storage_uri))
 
 
@@ -89,7 +89,7 @@ def audit(arguments: Arguments) -> Result:
         nonce=arguments[NONCE],
         num_workers=arguments[NUM_PROCESSES],
         signed_by=arguments[SIGNED_BY],
-        key=SigningKey.in_file(file) if (file := arguments[SIGN]) else None,
+        key=SigningKey.at(file) if (file := arguments[SIGN]) else None,
     )
     with reports_shown():
         verdict = audit_run(run, asked, arguments[AUDITS_FOLDER])

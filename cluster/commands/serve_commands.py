@@ -191,7 +191,7 @@ def export(arguments: Arguments) -> Result:
     from jobs.export import export_gguf
     from model.files.signature import SigningKey
 
-    key = SigningKey.in_file(file) if (file := arguments[SIGN]) else None
+    key = SigningKey.at(file) if (file := arguments[SIGN]) else None
     if (key or arguments[_BOM]) and arguments[_FORMAT] == _GGUF:
         raise UserError("--sign and --bom are for folders: a GGUF file has no place for them")
     if arguments[_FORMAT] == _GGUF:

@@ -23,6 +23,7 @@ MODEL, TRAINING = "model.sig", "training.sig"
 TRAINING_TYPE = "urn:raymill:training:v1"
 """The type of the Statement's predicate."""
 PASSPHRASE_VARIABLE = "RAYMILL_KEY_PASSPHRASE"  # noqa: S105 (its name)
+_PKCS11 = "pkcs11:"
 CURVES = "an elliptic curve P-256, P-384 or P-521"
 
 
@@ -32,15 +33,16 @@ class SignatureError(CheckpointError):
 
 @dataclass(frozen=True)
 class SigningKey:
-    """A private key in a PEM file."""
+    """A private key: a PEM file, or one that never leaves its token, by its URI of PKCS #11 (RFC
+    7512), such as `pkcs11:token=raymill;object=release?pin-source=/run/pin`."""
 
-    file: Path
-    passphrase: str | None = None
+    place: Path | str
+    passphrase: str | None = None  # of a file
 
     @classmethod
-    def in_file(cls, file: Path) -> Self:
+    def at(cls, place: Path | str) -> Self:
         """Returns the key, whose passphrase is in the environment if it has one."""
-        return cls(file, os.environ.get(PASSPHRASE_VARIABLE))
+        return cls(place, os.environ.get(PASSPHRASE_VARIABLE))
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,27 @@ def sign_files(folder: Path, key: SigningKey) -> list[str]:
 
 def _signing(key: SigningKey) -> Any:
     signing = _library("model_signing.signing").Config()
+    if str(key.place).startswith(_PKCS11):
+        return _signing_in_token(signing, str(key.place))
     password: Any = key.passphrase.encode() if key.passphrase else None
     try:
-        signing.use_elliptic_key_signer(private_key=key.file, password=password)
-        return signing
+        return signing.use_elliptic_key_signer(private_key=key.place, password=password)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{key.file} is no private key to sign with: expected {CURVES} in a PEM file, and its passphrase "
+            f"{key.place} is no private key to sign with: expected {CURVES} in a PEM file, and its passphrase "
             f"in {PASSPHRASE_VARIABLE} if it has one ({error})"
+        ) from None
+
+
+def _signing_in_token(signing: Any, uri: str) -> Any:
+    refusals = (_library("PyKCS11").PyKCS11Error, RuntimeError, ValueError, OSError)
+    try:
+        return signing.use_pkcs11_signer(pkcs11_uri=uri)
+    except refusals as error:
+        shown = uri.partition("?")[0]  # a PIN may follow
+        raise UserError(
+            f"{shown} leads to no private key to sign with: expected the token and object of {CURVES}, and behind a "
+            f"question mark module-path, and pin-source or pin-value ({error})"
         ) from None
 
 

@@ -23,7 +23,7 @@ class Receipts:
     def __init__(self, config: ServeConfig) -> None:
         """Raises `UserError` for a key that does not sign."""
         file = config.receipt_key_file
-        self._signer = StatementSigner(SigningKey.in_file(Path(file))) if file else None
+        self._signer = StatementSigner(SigningKey.at(Path(file))) if file else None
         self._engine = config.engine
 
     def require_possible(self, request: GenerationRequest) -> None:

@@ -176,4 +176,4 @@ def test_the_command_writes_a_signed_report(
     (folder / "audit.json").write_text("{}")
     with pytest.raises(ValueError, match="Hash mismatch"):
         verifying.verify(folder, folder / "model.sig")
-    assert SigningKey.in_file(private).passphrase is None
+    assert SigningKey.at(private).passphrase is None

@@ -22,7 +22,7 @@ from model.files.checkpoint_folder import MANIFEST, fingerprint
 from model.files.signature import MODEL, TRAINING, SignatureError, SigningKey, check
 from tests.jobs.runs import trained_run
 from tests.jobs.tampering import checkpoint_folder, flip_byte
-from tests.signing_keys import made_keys, made_rsa_keys
+from tests.signing_keys import PIN, made_keys, made_rsa_keys, made_token
 
 Keys = tuple[Path, Path]
 
@@ -189,8 +189,26 @@ def test_keys_that_do_not_sign_are_refused(
     with pytest.raises(UserError, match="is no public key"):
         check(folder, folder / MANIFEST)
     monkeypatch.setenv("RAYMILL_KEY_PASSPHRASE", "open sesame")
-    signed = sign_checkpoint(str(folder), SigningKey.in_file(sealed), storage_uri=str(tmp_path))
+    signed = sign_checkpoint(str(folder), SigningKey.at(sealed), storage_uri=str(tmp_path))
     assert signed["files"] == [MODEL, TRAINING]
+
+
+@pytest.mark.skipif(shutil.which("softhsm2-util") is None, reason="no softhsm2 makes a token here")
+def test_a_key_in_a_token_signs_and_never_leaves_it(
+    run: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint_folder(run, 6)
+    uri, public = made_token(tmp_path, monkeypatch)
+    sign_checkpoint(str(folder), SigningKey(uri), storage_uri=str(tmp_path))
+    assert check(folder, public)["runDetails"]["metadata"]["step"] == "6"
+    assert model_signing(folder, public) == 0
+    with pytest.raises(UserError, match=r"object=gone leads to no private key") as refused:
+        sign_checkpoint(
+            str(folder),
+            SigningKey(uri.replace("object=release", "object=gone")),
+            storage_uri=str(tmp_path),
+        )
+    assert f"={PIN}" not in str(refused.value)
 
 
 def test_a_copy_is_signed_by_its_own_files(run: Storage, keys: Keys, tmp_path: Path) -> None:
