@@ -1,12 +1,15 @@
 """Keys to sign with, in files and in a token of SoftHSM."""
 
 import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives import serialization
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID
 
 PIN = "1234"
 SOFTHSM = "/usr/lib/softhsm/libsofthsm2.so"  # where Debian has it
@@ -87,3 +90,40 @@ def _generated(session: Any) -> tuple[Any, Any]:
         [*both, (CKA_SIGN, CK_TRUE)],
         mecha=Mechanism(CKM_EC_KEY_PAIR_GEN, None),
     )
+
+
+def made_certificates(
+    folder: Path, *, first_day: int = -1, last_day: int = 30
+) -> tuple[Path, Path, Path]:
+    """Makes an authority, and a key with a certificate from it, valid between these days from
+    today. Returns the files of the key, of its certificate and of the authority's."""
+    private, _ = made_keys(folder, "certified")
+    key = serialization.load_pem_private_key(private.read_bytes(), None)
+    authority = ec.generate_private_key(ec.SECP256R1())
+    root = _certificate(authority.public_key(), "authority", authority, "authority", -400, 400)
+    leaf = _certificate(key.public_key(), "release", authority, "authority", first_day, last_day)
+    files = folder / "certificate.pem", folder / "authority.pem"
+    for file, certificate in zip(files, (leaf, root), strict=True):
+        file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    return private, *files
+
+
+def _certificate(
+    key: Any, name: str, issuer_key: Any, issuer: str, first_day: int, last_day: int
+) -> x509.Certificate:
+    subject, above = (
+        x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, each)]) for each in (name, issuer)
+    )
+    now, is_authority = datetime.now(UTC), name == issuer
+    uses = dict.fromkeys(
+        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement"), False
+    )
+    uses |= {"crl_sign": is_authority, "key_cert_sign": is_authority}
+    usage = x509.KeyUsage(digital_signature=True, encipher_only=False, decipher_only=False, **uses)
+    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(above).public_key(key)
+    builder = builder.serial_number(x509.random_serial_number())
+    builder = builder.not_valid_before(now + timedelta(days=first_day))
+    builder = builder.not_valid_after(now + timedelta(days=last_day))
+    basic = x509.BasicConstraints(ca=is_authority, path_length=None)
+    builder = builder.add_extension(basic, critical=True).add_extension(usage, critical=True)
+    return builder.sign(issuer_key, hashes.SHA256())

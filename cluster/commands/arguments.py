@@ -51,6 +51,12 @@ KEY = Argument[str](
     required=True,
     metavar="KEY",
 )
+CERTIFICATES = Argument[Path | None](
+    "--certificates",
+    "PEM file with the key's certificate and those that lead to a trusted one",
+    parse=Path,
+    metavar="FILE",
+)
 SIGN = Argument[str | None](
     "--sign",
     "sign what is written with this private key, as `raymill sign` does",
@@ -58,7 +64,8 @@ SIGN = Argument[str | None](
 )
 SIGNED_BY = Argument[Path | None](
     "--signed-by",
-    "also check that the holder of this public key, a PEM file, has signed the checkpoints",
+    "also check that the holder of this public key, a PEM file, or of a certificate below those in it, has signed "
+    "the checkpoints",
     parse=Path,
     metavar="FILE",
 )

@@ -2,6 +2,7 @@
 
 from cluster.commands.arguments import (
     AUDITS_FOLDER,
+    CERTIFICATES,
     CHECKPOINT,
     DOCUMENT,
     EXPERIMENT,
@@ -73,7 +74,10 @@ def sign(arguments: Arguments) -> Result:
     from jobs.proof.sign_checkpoint import sign_checkpoint
     from model.files.signature import SigningKey
 
-    uri, key = checkpoint_uri(checkpoint, storage_uri), SigningKey.at(arguments[KEY])
+    uri, key = (
+        checkpoint_uri(checkpoint, storage_uri),
+        SigningKey.at(arguments[KEY], arguments[CERTIFICATES]),
+    )
     return Result(sign_checkpoint(uri, key, storage_uri=storage_uri))
 
 
@@ -244,7 +248,7 @@ LOOK = Section(
             "sign",
             "sign a checkpoint, and what it was trained from",
             sign,
-            [CHECKPOINT, KEY, STORAGE],
+            [CHECKPOINT, KEY, CERTIFICATES, STORAGE],
         ),
         Command(
             "audit",

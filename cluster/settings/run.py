@@ -196,8 +196,8 @@ class StorageConfig(Settings):
     )
     signed_by: str | None = setting(
         None,
-        "public key, a PEM file; a checkpoint to begin from, evaluate or serve must be signed with its private "
-        "key (`raymill sign`)",
+        "public key or certificates, a PEM file; a checkpoint to begin from, evaluate or serve must be signed by "
+        "its holder (`raymill sign`)",
     )
 
 

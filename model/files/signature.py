@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +25,7 @@ TRAINING_TYPE = "urn:raymill:training:v1"
 """The type of the Statement's predicate."""
 PASSPHRASE_VARIABLE = "RAYMILL_KEY_PASSPHRASE"  # noqa: S105 (its name)
 _PKCS11 = "pkcs11:"
+_CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
 CURVES = "an elliptic curve P-256, P-384 or P-521"
 
 
@@ -38,11 +40,13 @@ class SigningKey:
 
     place: Path | str
     passphrase: str | None = None  # of a file
+    # A PEM file with the key's certificate, and behind it those that lead to a trusted one
+    certificates: Path | None = None
 
     @classmethod
-    def at(cls, place: Path | str) -> Self:
+    def at(cls, place: Path | str, certificates: Path | None = None) -> Self:
         """Returns the key, whose passphrase is in the environment if it has one."""
-        return cls(place, os.environ.get(PASSPHRASE_VARIABLE))
+        return cls(place, os.environ.get(PASSPHRASE_VARIABLE), certificates)
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,9 @@ def sign_files(folder: Path, key: SigningKey) -> list[str]:
 def _signing(key: SigningKey) -> Any:
     signing = _library("model_signing.signing").Config()
     if str(key.place).startswith(_PKCS11):
-        return _signing_in_token(signing, str(key.place))
+        return _signing_in_token(signing, str(key.place), key.certificates)
+    if key.certificates:
+        return _signing_with_certificate(signing, key.place, key.certificates)
     password: Any = key.passphrase.encode() if key.passphrase else None
     try:
         return signing.use_elliptic_key_signer(private_key=key.place, password=password)
@@ -106,10 +112,26 @@ def _signing(key: SigningKey) -> Any:
         ) from None
 
 
-def _signing_in_token(signing: Any, uri: str) -> Any:
+def _signing_with_certificate(signing: Any, key: Path | str, certificates: Path) -> Any:
+    try:
+        return signing.use_certificate_signer(
+            private_key=key, signing_certificate=certificates, certificate_chain=[certificates]
+        )
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{key} does not sign with {certificates}: expected {CURVES} in a PEM file without a passphrase, and "
+            f"a PEM file that begins with its certificate ({error})"
+        ) from None
+
+
+def _signing_in_token(signing: Any, uri: str, certificates: Path | None) -> Any:
     refusals = (_library("PyKCS11").PyKCS11Error, RuntimeError, ValueError, OSError)
     try:
-        return signing.use_pkcs11_signer(pkcs11_uri=uri)
+        if certificates is None:
+            return signing.use_pkcs11_signer(pkcs11_uri=uri)
+        return signing.use_pkcs11_certificate_signer(
+            pkcs11_uri=uri, signing_certificate=certificates, certificate_chain=[certificates]
+        )
     except refusals as error:
         shown = uri.partition("?")[0]  # a PIN may follow
         raise UserError(
@@ -197,10 +219,12 @@ def statement_in(folder: Path) -> dict[str, Any] | None:
 def _verifier(public_key: Path) -> Any:
     verifying = _library("model_signing.verifying").Config()
     try:
+        if _CERTIFICATE in public_key.read_bytes():
+            return verifying.use_certificate_verifier(certificate_chain=[public_key])
         return verifying.use_elliptic_key_verifier(public_key=public_key)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{public_key} is no public key: expected that of {CURVES} in a PEM file ({error})"
+            f"{public_key} is no public key: expected that of {CURVES}, or certificates, in a PEM file ({error})"
         ) from None
 
 
@@ -222,18 +246,47 @@ def _verified(verifying: Any, path: Path, public_key: Path) -> dict[str, Any]:
     try:
         signature = _library("model_signing._signing.sign_sigstore_pb").Signature.read(path)
         _, payload = verifying._verifier._verify_signed_content(signature)
+        _require_valid_now(signature, path)
         content: dict[str, Any] = json.loads(payload)
         return content
     except _library("cryptography.exceptions").InvalidSignature:
         raise SignatureError(
             f"{path} was altered, or not signed with the key of {public_key}"
         ) from None
+    except _library("OpenSSL.crypto").X509StoreContextError as error:
+        raise SignatureError(
+            f"{path} was signed with a certificate to which none in {public_key} leads ({error})"
+        ) from None
+    except SignatureError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if "Key mismatch" in str(error):
             raise SignatureError(
                 f"{path} was signed with another key than that of {public_key}"
             ) from None
         raise SignatureError(f"{path} is no signature ({type(error).__name__})") from None
+
+
+def _require_valid_now(signature: Any, path: Path) -> None:
+    """Raises `SignatureError` where the signing certificate, if there is one, has ended or not
+    begun: without a time stamp nobody knows when it signed."""
+    chain = signature.bundle.verification_material.x509_certificate_chain
+    if chain is None:
+        return
+    certificate = _library("cryptography.x509").load_der_x509_certificate(
+        chain.certificates[0].raw_bytes
+    )
+    now = datetime.now(UTC)
+    if now > certificate.not_valid_after_utc:
+        raise SignatureError(
+            f"{path} was signed with a certificate that ended on {certificate.not_valid_after_utc:%Y-%m-%d}: sign "
+            "it again with one that holds"
+        )
+    if now < certificate.not_valid_before_utc:
+        raise SignatureError(
+            f"{path} was signed with a certificate that begins on {certificate.not_valid_before_utc:%Y-%m-%d}, and "
+            f"this machine's clock says {now:%Y-%m-%d}: set the clock"
+        )
 
 
 def _library(name: str) -> Any:

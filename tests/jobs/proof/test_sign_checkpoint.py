@@ -22,7 +22,7 @@ from model.files.checkpoint_folder import MANIFEST, fingerprint
 from model.files.signature import MODEL, TRAINING, SignatureError, SigningKey, check
 from tests.jobs.runs import trained_run
 from tests.jobs.tampering import checkpoint_folder, flip_byte
-from tests.signing_keys import PIN, made_keys, made_rsa_keys, made_token
+from tests.signing_keys import PIN, made_certificates, made_keys, made_rsa_keys, made_token
 
 Keys = tuple[Path, Path]
 
@@ -209,6 +209,41 @@ def test_a_key_in_a_token_signs_and_never_leaves_it(
             storage_uri=str(tmp_path),
         )
     assert f"={PIN}" not in str(refused.value)
+
+
+def test_a_certificate_is_trusted_by_its_authority(run: Storage, tmp_path: Path) -> None:
+    folder = checkpoint_folder(run, 6)
+    key, certificate, authority = made_certificates(tmp_path)
+    signer = SigningKey(key, certificates=certificate)
+    sign_checkpoint(str(folder), signer, storage_uri=str(tmp_path))
+    assert check(folder, authority)["runDetails"]["metadata"]["step"] == "6"
+    (tmp_path / "others").mkdir()
+    _, _, other = made_certificates(tmp_path / "others")
+    with pytest.raises(SignatureError, match="to which none in"):
+        check(folder, other)
+    with pytest.raises(UserError, match="begins with its certificate"):
+        sign_checkpoint(
+            str(folder),
+            SigningKey(made_keys(tmp_path, "wrong")[0], certificates=certificate),
+            storage_uri=str(tmp_path),
+        )
+
+
+@pytest.mark.parametrize(
+    ("days", "message"), [((-20, -10), "that ended on"), ((10, 20), "set the clock")]
+)
+def test_a_certificate_that_does_not_hold_now_is_refused(
+    run: Storage, tmp_path: Path, days: tuple[int, int], message: str
+) -> None:
+    folder = checkpoint_folder(run, 6)
+    first_day, last_day = days
+    key, certificate, authority = made_certificates(
+        tmp_path, first_day=first_day, last_day=last_day
+    )
+    signer = SigningKey(key, certificates=certificate)
+    sign_checkpoint(str(folder), signer, storage_uri=str(tmp_path))
+    with pytest.raises(SignatureError, match=message):
+        check(folder, authority)
 
 
 def test_a_copy_is_signed_by_its_own_files(run: Storage, keys: Keys, tmp_path: Path) -> None:
