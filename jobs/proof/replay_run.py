@@ -60,8 +60,8 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
             f"--workers {num_workers}: the run has {num_lanes} lanes, and each worker needs one"
         )
     with tempfile.TemporaryDirectory(prefix="raymill-replay-") as folder:
-        plan = _scratch_plan(run, config, ledger, folder=folder, until=steps[-1])
-        start = _lay_out(run, ledger, plan, before=steps[0])
+        plan = scratch_plan(run, config, ledger, folder=folder, until=steps[-1])
+        start = lay_out(run, ledger, plan, before=steps[0])
         first = step_of(start) + 1 if start else 1
         say(f"taking steps {first} to {steps[-1]} again, {counted(num_workers, 'worker')}")
         _train(plan, num_workers=num_workers, folder=Path(folder))
@@ -92,9 +92,11 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
     }
 
 
-def _scratch_plan(
+def scratch_plan(
     run: Storage, config: RunConfig, ledger: Ledger, *, folder: str, until: int
 ) -> RunPlan:
+    """Returns the plan of a run in a scratch folder, which takes the run's steps on the tokens of
+    its last attempt. Raises `TokenStoreError` where these are gone."""
     identity = data_identity(ledger)
     tokens = find_tokens(run, identity)
     branches = {
@@ -114,7 +116,7 @@ def _scratch_plan(
     )
 
 
-def _lay_out(run: Storage, ledger: Ledger, plan: RunPlan, *, before: int) -> str | None:
+def lay_out(run: Storage, ledger: Ledger, plan: RunPlan, *, before: int) -> str | None:
     """Makes the scratch run look like the run killed after its newest valid checkpoint before the
     step. Returns that checkpoint's name, or None where there is none."""
     plan.run.write_bytes(CONFIG_FILE, to_yaml(plan.config).encode())
