@@ -56,7 +56,8 @@ def explain(run: Storage, step: int) -> dict[str, Any]:
     _require_known_bits(run, ledger, config, identity, step)
     with tempfile.TemporaryDirectory(prefix="raymill-explain-") as folder, ExitStack() as opened:
         plan = scratch_plan(run, config, ledger, folder=folder, until=step - 1)
-        start = lay_out(run, ledger, plan, before=step)
+        ended = [line for line in ledger.events("rollback") if line["last"] < step]
+        start = lay_out(run, ledger, plan, before=step, rollbacks=ended)
         first = step_of(start) + 1 if start else 1
         if first < step:
             say(f"taking steps {first} to {step - 1} again, 1 worker")
@@ -84,8 +85,8 @@ def _require_known_bits(
 
 
 def _before(plan: RunPlan, step: int, opened: ExitStack) -> Attempt:
-    """Takes the steps before this one. Returns the attempt that comes to it; rollbacks before it
-    end other attempts."""
+    """Takes the steps before this one. Returns the attempt that comes to it; a rollback on the way
+    ends another one."""
     group = WorkerGroup(0, 1, Meeting())
     while True:
         attempt_open = opened.enter_context(ExitStack())
@@ -118,17 +119,29 @@ def _explained(run: Storage, attempt: Attempt, step: int) -> dict[str, Any]:
     )
     lanes = parts.lanes(num_counted=whole.num_counted)
     rows = [row for row in parts.rows() if row.num_counted]
+    if not rows:
+        raise UserError(f"step {step} counts no token: its rows have no answer of a conversation")
     documents, no_documents = _documents(run, step)
     worst: list[dict[str, Any]] = []
     for row, (highest, grad_norm) in _worst(parts, lanes, rows).items():
-        in_step = row.sample - parts.samples.start
+        ranked: list[dict[str, Any]] = []
+        holding = [row.sample]
+        if documents:
+            in_step = row.sample - parts.samples.start
+            ranked = _with_losses(parts, row, documents[in_step])
+            holding = _holding(ranked[0], parts.samples, documents) or holding
+        without_row = _without(parts, whole, [row.sample])
         figures = {
             "highest": highest,
             **_shown(row),
             "grad_norm": _finite(grad_norm),
             "text": _text_of(attempt.plan, row),
-            "documents": _with_losses(parts, row, documents[in_step]) if documents else [],
-            "without_row": _without(parts, whole, [row.sample]),
+            "documents": ranked,
+            "document_rows": len(holding),
+            "without_row": without_row,
+            "without_document": (
+                _without(parts, whole, holding) if len(holding) > 1 else without_row
+            ),
             "without_lane": _without(parts, whole, parts.samples_of_lane(row.lane)),
         }
         worst.append(figures)
@@ -160,7 +173,8 @@ def _worst(
     """Returns the row with the highest loss of all, and the row with the largest gradient in the
     lane with the largest; of each, in what it is the highest and its gradient's norm. Often these
     are one row."""
-    steepest_lane = max(lanes, key=lambda lane: _rank(lane.grad_norm))
+    counted = [lane for lane in lanes if lane.num_counted]
+    steepest_lane = max(counted, key=lambda lane: _rank(lane.grad_norm))
     candidates = [row for row in rows if row.lane == steepest_lane.number]
     norms: dict[Row, float] = {}
     with progress("measuring rows", total=len(candidates), unit="rows") as advance:
@@ -203,6 +217,18 @@ def _with_losses(
     losses = parts.losses_within(row, [document["targets"] for document in documents])
     ranked = sorted(zip(losses, documents, strict=True), key=lambda pair: -_rank(pair[0]))
     return [document | {"loss": _finite(loss)} for loss, document in ranked]
+
+
+def _holding(
+    document: dict[str, Any], samples: range, documents: Sequence[Sequence[dict[str, Any]]]
+) -> list[int]:
+    """Returns the samples of a step that teach tokens of a document; none where it is not known."""
+    holding: list[int] = []
+    for sample, in_row in zip(samples, documents, strict=True):
+        places = [(one["file"], one["place"]) for one in in_row if one["file"] is not None]
+        if (document["file"], document["place"]) in places:
+            holding.append(sample)
+    return holding
 
 
 def _without(parts: StepParts, whole: TakenStep, left_out: Sequence[int]) -> dict[str, Any] | None:
@@ -290,7 +316,7 @@ def _verdict(result: dict[str, Any]) -> str:
             f"{head}: no row stands out; loss {loss} and gradient norm {norm}. The highest loss, "
             f"{_number(first['loss'])}, has {_place(first)}"
         )
-    without = first["without_row"]
+    without = first["without_document"]
     if without is None:
         return f"{head}: loss {loss} and gradient norm {norm} are those of all that counts, {_place(first)}"
     loss_without, norm_without = _number(without["loss"]), _number(without["grad_norm"])
@@ -303,15 +329,14 @@ def _verdict(result: dict[str, Any]) -> str:
     if not others:
         return f"{text}, and gradient norm {norm_without} in place of {norm}"
     (other,) = others
-    norm_without = _number(other["without_row"]["grad_norm"])
-    return (
-        f"{text}. Gradient norm {norm} comes most from {_place(other)}; without it {norm_without}"
-    )
+    text += f". Of gradient norm {norm}, the largest gradient is that of {_place(other)}"
+    without = other["without_document"]
+    return f"{text}; without it {_number(without['grad_norm'])}" if without else text
 
 
 def _falls(result: dict[str, Any], row: dict[str, Any], name: str) -> bool:
-    """Reports whether a figure of the step is lower without a row."""
-    return _rank_shown(row["without_row"][name]) < _rank_shown(result[name])
+    """Reports whether a figure of the step is lower without a row and the document's others."""
+    return _rank_shown(row["without_document"][name]) < _rank_shown(result[name])
 
 
 def _place(row: dict[str, Any]) -> str:
@@ -319,9 +344,12 @@ def _place(row: dict[str, Any]) -> str:
     if not row["documents"]:
         return f'{place} ("{shortened(row["text"])}")'
     document = row["documents"][0]
-    return f"{place}: {document_name(document)}" + (
-        f' ("{document["text"]}")' if "text" in document else ""
-    )
+    place += f": {document_name(document)}"
+    if "text" in document:
+        place += f' ("{document["text"]}")'
+    if row["document_rows"] > 1:
+        place += f", which has {row['document_rows']} rows of the step"
+    return place
 
 
 def _number(value: float | None) -> str:

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from jobs.run.base import recorded_base
 from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.find_run import begun_ledger, data_identity, division, find_tokens, last_start
 from jobs.run.history import CONFIG_FILE, recorded_config
-from jobs.run.ledger import LEDGER, Ledger
+from jobs.run.ledger import LEDGER, Ledger, Line
 from jobs.run.run_plan import RunPlan
 from jobs.tokens.token_store import TOKENIZER
 from jobs.training.guards import GuardState
@@ -116,9 +117,19 @@ def scratch_plan(
     )
 
 
-def lay_out(run: Storage, ledger: Ledger, plan: RunPlan, *, before: int) -> str | None:
+def lay_out(
+    run: Storage,
+    ledger: Ledger,
+    plan: RunPlan,
+    *,
+    before: int,
+    rollbacks: Sequence[Line] = (),
+) -> str | None:
     """Makes the scratch run look like the run killed after its newest valid checkpoint before the
-    step. Returns that checkpoint's name, or None where there is none."""
+    step. Returns that checkpoint's name, or None where there is none.
+
+    It leaves out what these rollbacks have left out; others it has to decide on again.
+    """
     plan.run.write_bytes(CONFIG_FILE, to_yaml(plan.config).encode())
     guard = GuardState(rollbacks=ledger.rollbacks)
     with tempfile.TemporaryDirectory(prefix="raymill-fetch-") as scratch:
@@ -126,6 +137,7 @@ def lay_out(run: Storage, ledger: Ledger, plan: RunPlan, *, before: int) -> str 
             Path(scratch), left_out=lambda step: step >= before or guard.leaves_out(step)
         )
         if newest is None:
+            _write_ledger(plan.run, rollbacks)
             return None
         place = plan.run.local_path(f"checkpoints/{newest.name}")
         assert place is not None
@@ -137,8 +149,13 @@ def lay_out(run: Storage, ledger: Ledger, plan: RunPlan, *, before: int) -> str 
         if line.get("event") in (None, "skip") and line["step"] == step
     ]
     lines = ledger.lines[: ends[-1]] if ends else []
-    plan.run.write_bytes(LEDGER, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    _write_ledger(plan.run, [*lines, *(line for line in rollbacks if line not in lines)])
     return newest.name
+
+
+def _write_ledger(run: Storage, lines: Sequence[Line]) -> None:
+    if lines:
+        run.write_bytes(LEDGER, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def _train(plan: RunPlan, *, num_workers: int, folder: Path) -> None:

@@ -105,7 +105,7 @@ def _row_text(row: dict[str, Any]) -> str:
 
 def worst_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns a table of the worst rows: of each its own figures, then those of the step without it,
-    and without its lane."""
+    without its lane, and without all rows of its document if there are more."""
     table: list[dict[str, Any]] = []
     for row in result["worst"]:
         names = ", ".join(dict.fromkeys(document_name(one) for one in row["documents"]))
@@ -115,6 +115,9 @@ def worst_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
             "the step without the row": row["without_row"] or {},
             "the step without the lane": row["without_lane"] or {},
         }
+        if row["document_rows"] > 1:
+            name = f"the step without {row['document_rows']} rows of the document"
+            parts[name] = row["without_document"] or {}
         for what, figures in parts.items():
             table.append(
                 {
