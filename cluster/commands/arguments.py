@@ -120,6 +120,9 @@ DOCUMENT = Argument[str | None](
 )
 TEXT = Argument[str | None]("--text", "the whole text of a document, exactly")
 STEP = Argument[int | None]("--step", "which documents it took", parse=int, metavar="N")
+EXPLAINED_STEP = Argument[int](
+    "--step", "the step to take apart", parse=int, metavar="N", required=True
+)
 EXPERIMENT = Argument[str](
     "--mlflow", "an experiment of MLflow", metavar="EXPERIMENT", required=True
 )

@@ -6,6 +6,7 @@ from cluster.commands.arguments import (
     CHECKPOINT,
     DOCUMENT,
     EXPERIMENT,
+    EXPLAINED_STEP,
     FOLLOW_RUN,
     KEY,
     NONCE,
@@ -132,6 +133,17 @@ def where(arguments: Arguments) -> Result:
             run, document=arguments[DOCUMENT], text=arguments[TEXT], step=arguments[STEP]
         )
     return Result(answer, text=as_text(answer))
+
+
+def explain(arguments: Arguments) -> Result:
+    run = _run(arguments, "explain")
+
+    from jobs.proof.explain_step import as_text
+    from jobs.proof.explain_step import explain as explain_step
+
+    with reports_shown():
+        explanation = explain_step(run, arguments[EXPLAINED_STEP])
+    return Result(explanation, text=as_text(explanation))
 
 
 def probe(arguments: Arguments) -> Result:
@@ -268,6 +280,12 @@ LOOK = Section(
             "find the steps that learned a document, or the documents of a step",
             where,
             [RUN, OneOf((DOCUMENT, TEXT, STEP), required=True), STORAGE],
+        ),
+        Command(
+            "explain",
+            "say which lane, row and document made a step's loss and gradient norm what they are",
+            explain,
+            [RUN, EXPLAINED_STEP, STORAGE],
         ),
         Command(
             "probe", "measure each checkpoint's copying, induction, few-shot", probe, [RUN, STORAGE]

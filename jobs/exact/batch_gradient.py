@@ -7,9 +7,9 @@ tokens of all lanes.
 """
 
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, partial
+from collections.abc import Container, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache, partial, reduce
 from itertools import chain
 
 import numpy as np
@@ -26,7 +26,13 @@ from jobs.exact.state.span import Span
 from jobs.exact.state.train_state import TrainState
 from jobs.exact.sums.audit import Audit, Audits
 from jobs.exact.sums.batch_sum import BatchSum
-from jobs.exact.sums.checksum import TurnChecksum, checksums_of_state, from_halves, halves_of
+from jobs.exact.sums.checksum import (
+    TurnChecksum,
+    Witness,
+    checksums_of_state,
+    from_halves,
+    halves_of,
+)
 from jobs.exact.sums.excerpt import Excerpt
 from jobs.exact.sums.step_plan import StepPlan
 from jobs.exact.sums.step_totals import Measured, block_square_sums, norm_of
@@ -36,6 +42,7 @@ from jobs.run.storage_retry import patiently
 from jobs.tokens.token_stream import TokenStream
 from jobs.workers.worker_group import WorkerGroup
 from model.decoder import Decoder
+from model.linear_cross_entropy import IGNORE_INDEX
 
 _MAX_PLANS = 4  # kept: a step needs its own and the next one's
 
@@ -60,6 +67,7 @@ class BatchGradient:
         self._group = group
         self._eot_id = eot_id
         self._schedule = batch_schedule(config)
+        self._left_out: Container[int] = ()
         choose_operations(state.decoder, config, state.gathered)
         self._loss = _ScaledLoss(state.decoder)
         self._lends = way_to_compute(config) == "cpu"
@@ -96,10 +104,52 @@ class BatchGradient:
             )
         # Only now is it known how many tokens the batch counts: so far, the sums are divided by all
         # that it has.
-        scale = self._schedule.step_tokens(step) / max(1, measured.num_counted) / self._loss_scale
+        scale = self.scale(step, measured.num_counted)
         if scale != 1.0:
             self._state.gradient.mul_(scale)
         return measured._replace(loss=measured.loss * scale, norm=measured.norm * scale)
+
+    def scale(self, step: int, num_counted: int) -> float:
+        """Returns what makes the mean over so many counted tokens of what the passes of a step
+        add up."""
+        return self._schedule.step_tokens(step) / max(1, num_counted) / self._loss_scale
+
+    @contextmanager
+    def leaving_out(self, samples: Container[int]) -> Iterator[None]:
+        """Lasts while the loss counts no token of these samples, given by their global indices: a
+        step's loss is then the mean over the tokens of the others."""
+        self._left_out = samples
+        try:
+            yield
+        finally:
+            self._left_out = ()
+
+    def of_lane(self, step: int, lane: int, witness: Witness, timer: StepTimer) -> Tensor:
+        """Returns a lane's part of the step's loss and the number of tokens that it counts (2,),
+        before `scale`; the witness sees its gradient, and the state's buffer stays as it is. Where
+        no other rank has a part of the gradient."""
+        k = self._config.train.micro_batches_per_lane
+        numbers = range(lane * k, (lane + 1) * k)
+        return reduce(torch.add, self._again(step, numbers, witness, timer))
+
+    @torch.no_grad()
+    def losses_of(
+        self, step: int, number: int, pieces: Sequence[tuple[int, slice]]
+    ) -> list[tuple[float, int]]:
+        """Returns the summed loss, in nats, of pieces of a micro-batch's rows, each given as its row
+        there and its targets, with the number of tokens that it counts."""
+        decoder = self._state.decoder
+        batch, _ = self._micro_batch(step, number)
+        self._seed_dropout(step, number)
+        losses: list[tuple[float, int]] = []
+        with autocast(self._config, self._state.device):
+            hidden = decoder(batch.inputs, positions=batch.positions, mask=batch.mask)  # (B, T, C)
+            for row, span in pieces:
+                # The shapes of training, for which the head may be compiled
+                targets = torch.full_like(batch.targets, IGNORE_INDEX)
+                targets[row, span] = batch.targets[row, span]
+                losses.append((float(decoder.loss_of(hidden, targets)), num_counted(targets)))
+        return losses
 
     def _read_ahead(self, step: int) -> None:
         """Has this worker's rows of the step and of the next one read."""
@@ -193,10 +243,18 @@ class BatchGradient:
         """Returns the checksum of the gradient of any rank's turn, which is computed for that
         alone."""
         checksum = TurnChecksum(self._state.layout, self._state.device)
-        with self._sum.again(self._plan(step), checksum, timer):
-            for number in numbers:
-                self._backward(self._loss, step, number, timer, scale=1.0)
+        self._again(step, numbers, checksum, timer)
         return checksum.total
+
+    def _again(
+        self, step: int, numbers: Sequence[int], witness: Witness, timer: StepTimer
+    ) -> list[Tensor]:
+        """Computes the micro-batches of a turn for a witness alone. Returns what `_backward` does
+        of each."""
+        with self._sum.again(self._plan(step), witness, timer):
+            return [
+                self._backward(self._loss, step, number, timer, scale=1.0) for number in numbers
+            ]
 
     def answers(
         self, step: int, turns: Sequence[tuple[int, int]], timer: StepTimer
@@ -254,10 +312,8 @@ class BatchGradient:
         config = self._config
         device = self._state.device
         with timer.phase("load"):
-            samples = self._samples_of(step, number)
-            rows = patiently(lambda: self._rows.samples(samples), "tokens")
-            batch = micro_batch(rows, config, device, eot_id=self._eot_id)
-        seed_dropout(dropout_seed(config.train.seed, step=step, micro_batch=number), device)
+            batch, count = self._micro_batch(step, number)
+        self._seed_dropout(step, number)
         scale *= self._loss_scale
         with timer.phase("forward"), autocast(config, device):
             loss: Tensor = loss_of(batch, timer, scale=scale / self._schedule.step_tokens(step))
@@ -266,9 +322,24 @@ class BatchGradient:
         with timer.phase("backward"):
             loss.backward()
         progress.end_pass(device)
+        return torch.stack([loss.detach(), loss.new_full((), count)])
+
+    def _micro_batch(self, step: int, number: int) -> tuple[MicroBatch, int]:
+        """Returns a micro-batch, and the number of tokens that its loss counts."""
+        samples = self._samples_of(step, number)
+        rows = patiently(lambda: self._rows.samples(samples), "tokens")
+        batch = micro_batch(rows, self._config, self._state.device, eot_id=self._eot_id)
         _, targets = rows
-        count = loss.new_full((), num_counted(targets))
-        return torch.stack([loss.detach(), count])
+        left_out = [sample in self._left_out for sample in samples]
+        if any(left_out):
+            # Behind the mask, which tells conversations by targets that do not count
+            targets = targets.masked_fill(torch.tensor(left_out)[:, None], IGNORE_INDEX)
+            batch = batch._replace(targets=targets.to(self._state.device))
+        return batch, num_counted(targets)
+
+    def _seed_dropout(self, step: int, number: int) -> None:
+        seed = dropout_seed(self._config.train.seed, step=step, micro_batch=number)
+        seed_dropout(seed, self._state.device)
 
     def _plan(self, step: int) -> StepPlan:
         return self._plan_of_count(self._schedule.num_lanes(step))

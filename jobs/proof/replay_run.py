@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from jobs.run.base import recorded_base
 from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.find_run import begun_ledger, data_identity, division, find_tokens, last_start
 from jobs.run.history import CONFIG_FILE, recorded_config
-from jobs.run.ledger import LEDGER, Ledger
+from jobs.run.ledger import LEDGER, Ledger, Line
 from jobs.run.run_plan import RunPlan
 from jobs.tokens.token_store import TOKENIZER
 from jobs.training.guards import GuardState
@@ -60,8 +61,9 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
             f"--workers {num_workers}: the run has {num_lanes} lanes, and each worker needs one"
         )
     with tempfile.TemporaryDirectory(prefix="raymill-replay-") as folder:
-        plan = _scratch_plan(run, config, ledger, folder=folder, until=steps[-1])
-        start = _lay_out(run, ledger, plan, before=steps[0])
+        plan = scratch_plan(run, config, ledger, folder=folder, until=steps[-1])
+        rollbacks = ledger.events("rollback")
+        start = lay_out(run, ledger, plan, before=steps[0], rollbacks=rollbacks)
         first = step_of(start) + 1 if start else 1
         say(f"taking steps {first} to {steps[-1]} again, {counted(num_workers, 'worker')}")
         _train(plan, num_workers=num_workers, folder=Path(folder))
@@ -92,9 +94,11 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
     }
 
 
-def _scratch_plan(
+def scratch_plan(
     run: Storage, config: RunConfig, ledger: Ledger, *, folder: str, until: int
 ) -> RunPlan:
+    """Returns the plan of a run in a scratch folder, which takes the run's steps on the tokens of
+    its last attempt. Raises `TokenStoreError` where these are gone."""
     identity = data_identity(ledger)
     tokens = find_tokens(run, identity)
     branches = {
@@ -114,10 +118,19 @@ def _scratch_plan(
     )
 
 
-def _lay_out(run: Storage, ledger: Ledger, plan: RunPlan, *, before: int) -> str | None:
+def lay_out(
+    run: Storage,
+    ledger: Ledger,
+    plan: RunPlan,
+    *,
+    before: int,
+    rollbacks: Sequence[Line] = (),
+) -> str | None:
     """Makes the scratch run look like the run killed after its newest valid checkpoint before the
-    step, and knowing what the run has left out since. Returns that checkpoint's name, or None where
-    there is none."""
+    step. Returns that checkpoint's name, or None where there is none.
+
+    It leaves out what these rollbacks have left out; others it has to decide on again.
+    """
     plan.run.write_bytes(CONFIG_FILE, to_yaml(plan.config).encode())
     num_lines = 0
     guard = GuardState(rollbacks=ledger.rollbacks)
@@ -130,10 +143,8 @@ def _lay_out(run: Storage, ledger: Ledger, plan: RunPlan, *, before: int) -> str
             assert place is not None
             shutil.copytree(newest, place)
             num_lines = _num_lines_to(ledger, step_of(newest.name))
-    lines = ledger.lines[:num_lines] + [
-        line for line in ledger.lines[num_lines:] if line.get("event") == "rollback"
-    ]
-    plan.run.write_bytes(LEDGER, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    lines = ledger.lines[:num_lines]
+    _write_ledger(plan.run, [*lines, *(line for line in rollbacks if line not in lines)])
     return newest.name if newest else None
 
 
@@ -147,6 +158,11 @@ def _num_lines_to(ledger: Ledger, step: int) -> int:
         ),
         default=0,
     )
+
+
+def _write_ledger(run: Storage, lines: Sequence[Line]) -> None:
+    if lines:
+        run.write_bytes(LEDGER, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def _train(plan: RunPlan, *, num_workers: int, folder: Path) -> None:

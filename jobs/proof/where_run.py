@@ -89,13 +89,7 @@ def _opened(run: Storage, step: int | None) -> _Run:
     outcomes, schedule = StepOutcomes(ledger), batch_schedule(config)
     identity = data_identity(ledger)
     if step is not None:
-        if not 1 <= step <= schedule.max_steps:
-            raise ConfigError(f"--step {step}: {run.uri} has steps 1 to {schedule.max_steps}")
-        if outcomes.outcome(step, outcomes.identity(step)) is Outcome.NOT_TAKEN:
-            raise UserError(
-                f"step {step} is not taken yet: {run.uri} is at step {outcomes.last_step} of {schedule.max_steps}"
-            )
-        identity = outcomes.identity(step)
+        identity = identity_of_step(run, outcomes, step, max_steps=schedule.max_steps)
     mapped = _mapped_store(run, identity)
     order = TrainingOrder(
         mapped.manifest,
@@ -108,8 +102,24 @@ def _opened(run: Storage, step: int | None) -> _Run:
     return _Run(run, config, identity, outcomes, mapped, order, tokenizer)
 
 
+def identity_of_step(
+    run: Storage, outcomes: StepOutcomes, step: int, *, max_steps: int
+) -> str | None:
+    """Returns the identity of the token store on which a step was taken. Raises `UserError` for one
+    that was not."""
+    if not 1 <= step <= max_steps:
+        raise ConfigError(f"--step {step}: {run.uri} has steps 1 to {max_steps}")
+    identity = outcomes.identity(step)
+    if outcomes.outcome(step, identity) is Outcome.NOT_TAKEN:
+        raise UserError(
+            f"step {step} is not taken yet: {run.uri} is at step {outcomes.last_step} of {max_steps}"
+        )
+    return identity
+
+
 def _mapped_store(run: Storage, identity: str | None) -> DocumentMap:
-    """Returns the map of a store with this identity, of any that has one. Raises `UserError`."""
+    """Returns the map of a store with this identity, of any that has one. Raises
+    `NoDocumentMapError`."""
     find_tokens(run, identity)  # says where it looked, if there is no such store
     why = ""
     for store in stores_with(run, identity):
@@ -117,7 +127,7 @@ def _mapped_store(run: Storage, identity: str | None) -> DocumentMap:
             return DocumentMap(store, read_manifest(store))
         except NoDocumentMapError as error:
             why = why or str(error)
-    raise UserError(
+    raise NoDocumentMapError(
         f"{why}; `raymill tokenize --documents` with the run's settings, which are in {run.uri}/{CONFIG_FILE}, makes "
         "it from the same files"
     )
@@ -242,7 +252,7 @@ def _documents_of_step(opened: _Run, step: int) -> dict[str, Any]:
                 "lane": turn.lane,
                 "sample": turn.sample,
                 "epoch": turn.epoch + 1,
-                "documents": [_shown_part(opened, *part, texts) for part in parts],
+                "documents": _shown_parts(opened, parts, texts),
             }
             for turn, parts in zip(turns, parts_of_rows, strict=True)
         ],
@@ -266,18 +276,23 @@ def _documents_of(opened: _Run, turn: Turn) -> list[tuple[MappedDocument | None,
     return parts
 
 
-def _shown_part(
-    opened: _Run, document: MappedDocument | None, piece: Piece, texts: dict[MappedDocument, str]
-) -> dict[str, Any]:
-    num_tokens = opened.num_counted(piece)
-    if document is None:
-        return {"file": None, "place": None, "tokens": num_tokens, "shard": piece.shard.file}
-    return {
-        "file": opened.mapped.files[document.file][0],
-        "place": document.place,
-        "tokens": num_tokens,
-        "text": texts[document],
-    }
+def _shown_parts(
+    opened: _Run,
+    parts: Sequence[tuple[MappedDocument | None, Piece]],
+    texts: dict[MappedDocument, str],
+) -> list[dict[str, Any]]:
+    """Returns what is said of the documents of a row, whose targets they share out in order."""
+    shown: list[dict[str, Any]] = []
+    first = 0
+    for document, piece in parts:
+        span = [first, first + piece.end - piece.start]
+        first = span[1]
+        part: dict[str, Any] = {"file": None, "place": None, "shard": piece.shard.file}
+        if document is not None:
+            file = opened.mapped.files[document.file][0]
+            part = {"file": file, "place": document.place, "text": texts[document]}
+        shown.append(part | {"tokens": opened.num_counted(piece), "targets": span})
+    return shown
 
 
 def as_text(result: dict[str, Any]) -> str:

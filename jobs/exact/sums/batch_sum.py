@@ -91,9 +91,9 @@ class BatchSum:
         return losses[: len(plan.counted[self._state.sharding.rank])]
 
     @contextmanager
-    def again(self, plan: StepPlan, checksum: TurnChecksum, timer: StepTimer) -> Iterator[None]:
-        """Lasts for the passes of a turn of which only the checksum is wanted."""
-        with self._sums.again(plan, checksum), self._side_work.timed_by(timer):
+    def again(self, plan: StepPlan, witness: Witness, timer: StepTimer) -> Iterator[None]:
+        """Lasts for the passes of a turn whose gradients only the witness wants."""
+        with self._sums.again(plan, witness), self._side_work.timed_by(timer):
             yield
 
     def finish(
