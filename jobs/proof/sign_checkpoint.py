@@ -52,11 +52,14 @@ def _whole(place: Storage, scratch: Path) -> Path:
 
 def signature_problems(run: Storage, names: Sequence[str], public_key: Path) -> list[str]:
     """Returns what is wrong with the signatures of a run's checkpoints, and where the ledger is not
-    the one of which they state a line."""
+    the one of which they state a line. The newest must be signed: what it states of the ledger
+    vouches for the hashes of earlier ones, which need not be."""
     problems: list[str] = []
     lines = ledger_lines(run)
     checkpoints = RunCheckpoints(run)
     for name in names:
+        if name != names[-1] and not run.exists(f"checkpoints/{name}/{MODEL}"):
+            continue
         with tempfile.TemporaryDirectory(prefix="raymill-signatures-") as scratch:
             try:
                 training = check(checkpoints.fetch(name, Path(scratch)), public_key)

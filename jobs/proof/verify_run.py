@@ -21,7 +21,8 @@ from model.files.checkpoint_folder import read_metadata, verify_checkpoint
 
 def verify(run: Storage, *, signed_by: Path | None = None) -> dict[str, Any]:
     """Returns `valid`, and `problems` by file. Reads every byte of checkpoints and shards. With a
-    public key all checkpoints must have been signed with its private key."""
+    public key the newest checkpoint must have been signed with its private key, and earlier ones if
+    they are signed."""
     written = run.find_bytes(LEDGER) or b""
     ledger, checkpoints = Ledger.parse(written, f"{run.uri}/{LEDGER}"), RunCheckpoints(run)
     saved = {event["checkpoint"].rpartition("/")[2]: event for event in ledger.events("checkpoint")}

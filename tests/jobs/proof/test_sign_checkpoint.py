@@ -104,6 +104,17 @@ def test_a_signed_run_is_valid_by_its_key_and_by_no_other(
     assert all(f"another key than that of {other}" in problem for problem in problems)
 
 
+def test_the_newest_checkpoint_must_be_signed_and_earlier_ones_need_not(
+    run: Storage, keys: Keys
+) -> None:
+    for name in (MODEL, TRAINING):
+        (checkpoint_folder(run, 3) / name).unlink()
+    assert verify(run, signed_by=keys[1])["problems"] == []
+    (checkpoint_folder(run, 8) / MODEL).unlink()
+    [problem] = verify(run, signed_by=keys[1])["problems"]
+    assert "is not signed" in problem
+
+
 def test_a_ledger_that_was_cut_off_since_is_found(run: Storage, keys: Keys) -> None:
     """Its chain is whole: only what was signed says that there were more lines."""
     lines = run.read_bytes(LEDGER).splitlines(keepends=True)
