@@ -16,18 +16,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cluster.output.progress import say
 from cluster.storage.lease import Lease
 from cluster.storage.uris import Storage
 from jobs.cleaning.disk_buckets import BucketFile, Records
 from jobs.cleaning.exchange import Exchange, Runner, Section, partitions_for, run_step, step_results
 from jobs.cleaning.exchange import Piece as SentPiece
 from jobs.tokens.shard_reader import Piece
+from jobs.tokens.shard_writer import file_sha256
 from jobs.tokens.token_store import Manifest, read_manifest
 from jobs.trace.trace_index import (
     INDEX,
     TRACE,
     IndexList,
     Part,
+    TraceIndexError,
     bytes_for,
     keys_of,
     part_bytes,
@@ -71,15 +74,27 @@ def index_store(store: Storage, *, run: Runner) -> dict[str, Any]:
 
 
 def _finished(store: Storage, manifest: Manifest) -> IndexList | None:
-    """Returns the list of the store's own index where each part is there in its full size."""
-    listed = read_list(store)
+    """Returns the list of the store's own index where each part is there as it was made."""
+    try:
+        listed = read_list(store)
+    except TraceIndexError:
+        return None
     if listed is None or listed.manifest_hash != manifest.hash:
         return None
-    sizes = {entry.key: entry.size for entry in store.child(TRACE).list()}
+    trace = store.child(TRACE)
     for part in listed.parts:
-        if sizes.get(part.file) != part_bytes(part.entries, listed.place_bytes):
+        num_bytes = part_bytes(part.entries, listed.place_bytes)
+        if not _is_stored(trace, part, num_bytes):
+            say(f"{trace.uri}/{part.file} is missing or altered: the index is made again")
             return None
     return listed
+
+
+def _is_stored(trace: Storage, part: Part, num_bytes: int) -> bool:
+    entry = trace.stat(part.file)
+    if entry is None or entry.size != num_bytes:
+        return False
+    return file_sha256(trace, part.file) == part.sha256
 
 
 def _build(store: Storage, manifest: Manifest, lease: Lease, run: Runner) -> IndexList:
@@ -175,17 +190,17 @@ def _store_part(number: int, *, sent: Exchange, folder: str, place_bytes: int) -
     is_new[1:] = records[1:] != records[:-1]
     records = records[is_new]
     content = part_content(keys_of(records["hash"]), records["place"], place_bytes=place_bytes)
-    entry = sent.store.stat(file)
-    if entry is None or entry.size != sum(map(len, content)):
+    digest = hashlib.sha256()
+    for table in content:
+        digest.update(table)
+    part = Part(file, len(records), digest.hexdigest())
+    if not _is_stored(sent.store, part, sum(map(len, content))):
         with tempfile.TemporaryDirectory(prefix="raymill-trace-") as temporary:
             path = Path(temporary, "part")
             with path.open("wb") as written:
                 written.writelines(content)
             sent.store.upload_file(path, file)
-    digest = hashlib.sha256()
-    for table in content:
-        digest.update(table)
-    return json.dumps(asdict(Part(file, len(records), digest.hexdigest()))).encode()
+    return json.dumps(asdict(part)).encode()
 
 
 def _sweep(trace: Storage, *, kept: set[str]) -> None:

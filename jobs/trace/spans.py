@@ -64,7 +64,8 @@ class SearchedStore:
 
     def __init__(self, store: Storage, manifest: Manifest, pieces: Iterable[Piece]) -> None:
         self.eot_id = np.uint64(manifest.eot_id)
-        near = FileCache(store, Path(), max_bytes=0)
+        # The copies that a training on this node has left there
+        near = FileCache(store, Path.home() / ".cache/raymill/shards", max_bytes=0)
         self._reader = ShardReader(store, manifest.dtype, near=near)
         sizes = [shard.tokens for shard in manifest.shards]
         firsts = [0, *accumulate(sizes)]

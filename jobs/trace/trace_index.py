@@ -116,7 +116,7 @@ def read_list(store: Storage) -> IndexList | None:
     if kind != (_FORMAT, WINDOW_TOKENS, GROUP_WINDOWS):
         raise TraceIndexError(
             f"{store.uri}/{TRACE}/{INDEX} has another format; `raymill trace index {store.uri}` "
-            "makes a new one once you have deleted it"
+            "makes a new one"
         )
     return listed
 
@@ -197,6 +197,6 @@ def _num_blocks(entries: int) -> int:
 
 def _damaged(store: Storage, file: str) -> TraceIndexError:
     return TraceIndexError(
-        f"{store.uri}/{TRACE}/{file} is missing or damaged; delete the folder {TRACE} there, and "
-        f"`raymill trace index {store.uri}` makes it again"
+        f"{store.uri}/{TRACE}/{file} is missing or damaged; `raymill trace index {store.uri}` makes "
+        "it again"
     )

@@ -15,7 +15,7 @@ from jobs.tokens.token_store import read_manifest
 from jobs.trace import build_index
 from jobs.trace.build_index import index_store
 from jobs.trace.local_tasks import LocalTasks
-from jobs.trace.trace_index import TRACE, TraceIndex
+from jobs.trace.trace_index import INDEX, TRACE, TraceIndex
 from jobs.trace.windows import LEAST_SPAN, chosen_windows
 from model.errors import UserError
 from tests.jobs.cleaning.in_process import InProcess
@@ -90,6 +90,24 @@ def test_a_build_that_was_ended_goes_on(folder: Path, tmp_path: Path, num_tasks:
     before = {path: path.stat().st_mtime_ns for path in (folder / TRACE).rglob("part-*")}
     assert index(folder, InProcess()) == expected
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_an_index_that_was_altered_is_made_again(folder: Path) -> None:
+    expected = index(folder, LocalTasks())
+    part = min((folder / TRACE).rglob("part-*"))
+    altered = bytearray(part.read_bytes())
+    altered[-1] ^= 1
+    part.write_bytes(altered)
+    assert index(folder, LocalTasks()) == expected
+    part.unlink()
+    assert index(folder, LocalTasks()) == expected
+    store, listed = open_storage(str(folder)), folder / TRACE / INDEX
+    other = listed.read_bytes().replace(b'"format_version": 1', b'"format_version": 2')
+    for content, why in ((b"{", r"is missing or damaged"), (other, r"has another format")):
+        listed.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{why}; `raymill trace index {folder}` makes"):
+            TraceIndex(store, read_manifest(store))
+        assert index(folder, LocalTasks()) == expected
 
 
 def test_each_window_that_is_chosen_is_in_the_index_once(folder: Path) -> None:

@@ -138,6 +138,20 @@ def test_a_span_longer_than_what_is_read_at_once_is_whole(tmp_path: object) -> N
     assert [(piece.start, piece.end) for piece in span.pieces] == [(100, 4900)]
 
 
+def test_spans_in_a_bucket_are_those_on_a_disk(tmp_path: object, s3_bucket: str) -> None:
+    rng = np.random.default_rng(1)
+    shards = [[*rng.integers(0, 900, 3000).tolist(), EOT] for _ in range(3)]
+    text = [*shards[0][100:400], *shards[1][7:30], 3, *shards[0][2900:3001], *shards[2][:50]]
+    answers = []
+    for uri in (str(tmp_path), f"s3://{s3_bucket}/store"):
+        storage = open_storage(uri)
+        store_of(storage, shards)
+        index_store(storage, run=LocalTasks())
+        answers.append(spans_of(storage, text))
+    assert answers[0] == answers[1]
+    assert [(span.start, span.end) for span in answers[0]] == [(0, 300), (300, 323), (324, 424)]
+
+
 def test_what_stands_very_often_is_counted_and_its_first_places_are_known(tmp_path: object) -> None:
     storage = open_storage(str(tmp_path))
     phrase = [*range(20), EOT]

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from cluster.settings.run import batch_schedule
 from cluster.storage.uris import Storage, open_storage
 from jobs.proof.where_run import where
 from jobs.run.run_plan import RunPlan, open_stream
+from jobs.tokens.division import HeldOut, divide
 from jobs.tokens.document_map import DOCUMENTS
-from jobs.tokens.token_store import MANIFEST
+from jobs.tokens.token_store import MANIFEST, read_manifest
 from jobs.trace.build_index import index_store
 from jobs.trace.local_tasks import LocalTasks
 from jobs.trace.trace_index import INDEX, TRACE
 from jobs.trace.trace_run import as_text, encoded, trace
 from model.errors import UserError
 from model.text.tokenizer import Tokenizer
-from tests.jobs.mapped_runs import mapped_plan
+from tests.jobs.mapped_runs import SEQ_LEN, mapped_plan
 from tests.jobs.poisoned_runs import Faults, run_world
 from tests.jobs.runs import make_text
 
@@ -32,21 +34,28 @@ PASSAGE = "жил старик со своею старухой у самого 
 SKIPPED, ROLLED_BACK = 2, (4, 8)
 
 
+def planted_plan(
+    folder: Path, texts: list[str], *, train: dict[str, Any], shard_bytes: int = 600
+) -> RunPlan:
+    """Returns the plan of a run on one file of these texts."""
+    corpus = folder / "texts" / "a.jsonl"
+    corpus.parent.mkdir()
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = {"source": [str(corpus)], "shard_bytes": shard_bytes}
+    return mapped_plan(folder, train=train, data=data)
+
+
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
     """A run that skips a step and rolls others back, on documents of which three quote the
     passage."""
-    folder = tmp_path_factory.mktemp("traced")
-    lines = []
+    texts = []
     for number in range(40):
         words = make_text(20, seed=number).strip()
         quoted = f"{words} {PASSAGE} {words}" if number in (7, 21, 30) else words
-        lines.append(json.dumps({"text": f"{number} {quoted}"}))
-    corpus = folder / "texts" / "a.jsonl"
-    corpus.parent.mkdir()
-    corpus.write_text("\n".join(lines) + "\n")
+        texts.append(f"{number} {quoted}")
     train = {"max_skipped_steps": 1, "max_tokens": 12_000}
-    plan = mapped_plan(folder, train=train, data={"source": [str(corpus)]})
+    plan = planted_plan(tmp_path_factory.mktemp("traced"), texts, train=train)
     run_world(plan, Faults(poisoned=frozenset({(SKIPPED, 0), (7, 0), (8, 0)})))
     index_store(open_storage(plan.tokens_uri), run=LocalTasks())
     return plan
@@ -127,6 +136,70 @@ def test_a_checkpoint_knows_no_later_step(plan: RunPlan) -> None:
             trace(plan.run, query(), min_tokens=12, step=step)
 
 
+def test_what_stands_very_often_is_counted_and_a_thousand_places_are_listed(
+    tmp_path: Path,
+) -> None:
+    texts = [f"{number} x {PASSAGE} y" for number in range(1300)]
+    plan = planted_plan(tmp_path, texts, train={"max_tokens": 400}, shard_bytes=1 << 20)
+    run_world(plan)
+    index_store(open_storage(plan.tokens_uri), run=LocalTasks())
+    answer = trace(plan.run, query(), min_tokens=12)
+    (span,) = answer["spans"]
+    in_training = read_manifest(open_storage(plan.tokens_uri)).total("documents", "train")
+    assert 1000 < in_training == span["occurrences"] == span["occurrences_at_most"]
+    assert len(span["places"]) == 1000
+    assert len({place["place"] for place in span["places"]}) == 1000
+    shown = as_text(answer)
+    assert f"occurrences  {span['occurrences']:,}\n" in shown
+    assert "of its first 1,000 occurrences" in shown
+    assert shown.endswith("and 995 more, which --json has\n")
+
+
+def test_a_run_of_one_text_is_traced_in_what_it_trains_on(tmp_path: Path) -> None:
+    """The end of the text is held out, whatever the store's splits are."""
+    held_out = PASSAGE[::-1]
+    words = make_text(400).strip()
+    text = tmp_path / "texts" / "one.txt"
+    text.parent.mkdir()
+    text.write_text(f"{words} {PASSAGE} {words} {held_out}")
+    plan = mapped_plan(tmp_path, train={"max_tokens": 400}, data={"source": [str(text)]})
+    manifest = read_manifest(open_storage(plan.tokens_uri))
+    divided = divide(manifest, seq_len=SEQ_LEN, val_fraction=0.15, has_sets=False)
+    assert divided.held_out is HeldOut.END
+    plan = replace(plan, division=divided)
+    run_world(plan)
+    index_store(open_storage(plan.tokens_uri), run=LocalTasks())
+    assert PASSAGE in span_in(plan.run, query())["text"]
+    assert not trace(plan.run, f"unheard {held_out} and so on", min_tokens=12)["spans"]
+
+
+def test_of_a_conversation_only_answers_are_learned(tmp_path: Path) -> None:
+    lines = []
+    for number in range(20):
+        asked, answered = (make_text(12, seed=seed).strip() for seed in (number, 100 + number))
+        values = {"prompt": asked, "completion": answered}
+        if number in (3, 12):
+            values["prompt" if number == 3 else "completion"] += f" {PASSAGE} {asked}"
+        lines.append(json.dumps(values) + "\n")
+    file = tmp_path / "texts" / "chat.jsonl"
+    file.parent.mkdir()
+    file.write_text("".join(lines))
+    data = {"source": [str(file)], "format": "chat", "val_fraction": 0.05}
+    plan = mapped_plan(tmp_path, train={"max_tokens": 2600}, data=data)
+    run_world(plan)
+    index_store(open_storage(plan.tokens_uri), run=LocalTasks())
+    span = span_in(plan.run, query())
+    first_bytes = [file.read_bytes().index(line.encode()) for line in (lines[3], lines[12])]
+    assert [place["place"] for place in span["places"]] == first_bytes
+    asked, answered = span["places"]
+    assert not asked["turns"]
+    assert answered["first_step"] >= 1
+    by_epoch = Counter[int]()
+    for turn in answered["turns"]:
+        by_epoch[turn["epoch"]] += turn["tokens"]
+    assert by_epoch[1] == span["tokens"]
+
+
 def test_text_of_nowhere_has_no_spans(plan: RunPlan) -> None:
     answer = trace(plan.run, "Quite another text, of which nobody wrote a word.", min_tokens=12)
     assert (answer["spans"], answer["traced_tokens"]) == ([], 0)
@@ -204,7 +277,7 @@ def test_a_part_that_is_cut_off_is_named(copied: Storage) -> None:
     (part,) = (store_of(copied) / TRACE).glob("*/part-*.idx")
     part.write_bytes(part.read_bytes()[:5])
     with pytest.raises(
-        UserError, match=r"part-00000\.idx is missing or damaged; delete the folder"
+        UserError, match=r"part-00000\.idx is missing or damaged; `raymill trace index"
     ):
         trace(copied, query(), min_tokens=12)
     index_store(open_storage(str(store_of(copied))), run=LocalTasks())
