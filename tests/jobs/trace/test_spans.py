@@ -100,6 +100,8 @@ def corpora(draw: st.DrawFn) -> tuple[list[Ids], Ids, int]:
         first = draw(st.integers(0, len(quoted) - 1))
         text += quoted[first : first + draw(st.integers(1, 50))]
         text += draw(st.lists(token, max_size=3))
+    for place in draw(st.lists(st.integers(0, len(text) - 1), max_size=3)):
+        text[place] = draw(token)
     return shards, text, draw(st.integers(LEAST_SPAN, LEAST_SPAN + 4))
 
 
@@ -136,6 +138,17 @@ def test_a_span_longer_than_what_is_read_at_once_is_whole(tmp_path: object) -> N
     (span,) = spans_of(storage, text)
     assert (span.start, span.end) == (1, 4801)
     assert [(piece.start, piece.end) for piece in span.pieces] == [(100, 4900)]
+
+
+def test_a_text_with_one_other_token_has_the_spans_on_its_two_sides(tmp_path: object) -> None:
+    storage = open_storage(str(tmp_path))
+    tokens = np.random.default_rng(0).integers(0, 900, 60).tolist()
+    store_of(storage, [[*tokens, EOT], [1, EOT]])
+    index_store(storage, run=LocalTasks())
+    for other in (12, 25, 40, 47):
+        text = [*tokens[:other], 950, *tokens[other + 1 :]]
+        spans = [(span.start, span.end) for span in spans_of(storage, text)]
+        assert spans == [(0, other), (other + 1, 60)]
 
 
 def test_spans_in_a_bucket_are_those_on_a_disk(tmp_path: object, s3_bucket: str) -> None:
