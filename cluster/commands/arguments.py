@@ -28,6 +28,13 @@ def amount(text: str) -> float:
     return value
 
 
+def count(text: str) -> int:
+    """Returns a whole number of at least 1."""
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
 _REFERENCE = "run id, run@step, path or URI of a checkpoint's or run's folder"
 _FOLDER_OF_RUN = "run id, or path or URI of a run's folder"
 _OVERRIDDEN = "YAML file; flags override its settings"
@@ -122,6 +129,25 @@ TEXT = Argument[str | None]("--text", "the whole text of a document, exactly")
 STEP = Argument[int | None]("--step", "which documents it took", parse=int, metavar="N")
 EXPLAINED_STEP = Argument[int](
     "--step", "the step to take apart", parse=int, metavar="N", required=True
+)
+TRACED_TEXT = Argument[str | None]("text", "the text; - reads standard input", nargs="?")
+TRACED_FILE = Argument[Path | None](
+    "--file", "a file that holds the text, in UTF-8", parse=Path, metavar="FILE"
+)
+MIN_TOKENS = Argument[int](
+    "--min-tokens",
+    "tokens of the shortest span; at least 12, and 12 when unset",
+    parse=int,
+    default=12,
+)
+LAST_STEP = Argument[int | None](
+    "--step",
+    "what the checkpoint of this step had learned; what the run has learned when unset",
+    parse=int,
+    metavar="N",
+)
+NUM_INDEXERS = Argument[int](
+    "--workers", "processes that index; 1 when unset", parse=count, default=1
 )
 EXPERIMENT = Argument[str](
     "--mlflow", "an experiment of MLflow", metavar="EXPERIMENT", required=True

@@ -1,5 +1,7 @@
 """The commands of `raymill` that look at runs and checkpoints. Each imports what it alone needs."""
 
+import sys
+
 from cluster.commands.arguments import (
     AUDITS_FOLDER,
     CERTIFICATES,
@@ -9,7 +11,10 @@ from cluster.commands.arguments import (
     EXPLAINED_STEP,
     FOLLOW_RUN,
     KEY,
+    LAST_STEP,
+    MIN_TOKENS,
     NONCE,
+    NUM_INDEXERS,
     NUM_PROCESSES,
     NUM_SAMPLES,
     PRICE,
@@ -20,12 +25,16 @@ from cluster.commands.arguments import (
     STEP,
     STEPS,
     STORAGE,
+    STORE,
     TEXT,
+    TRACED_FILE,
+    TRACED_TEXT,
     TWO_RUNS,
 )
 from cluster.commands.command import Arguments, Command, OneOf, Result, Section
 from cluster.output.progress import reports_shown, say
 from cluster.storage.uris import Storage, open_storage
+from model.errors import UserError
 
 
 def report(arguments: Arguments) -> Result:
@@ -144,6 +153,54 @@ def explain(arguments: Arguments) -> Result:
     with reports_shown():
         explanation = explain_step(run, arguments[EXPLAINED_STEP])
     return Result(explanation, text=as_text(explanation))
+
+
+def trace_index(arguments: Arguments) -> Result:
+    """Indexes the store that the command line names, or else the only one."""
+    store, storage_uri = arguments[STORE], arguments[STORAGE]
+    say(f"trace index: {store or f'the token store in {storage_uri}'}")
+
+    from jobs.run.find_run import token_uses
+    from jobs.tokens.inspect_store import find_store
+    from jobs.trace.build_index import index_store
+    from jobs.trace.local_tasks import LocalTasks
+
+    with reports_shown():
+        indexed = index_store(
+            find_store(store, storage_uri, uses_in=token_uses),
+            run=LocalTasks(arguments[NUM_INDEXERS]),
+        )
+    return Result(indexed, next="`raymill trace find RUN TEXT`")
+
+
+def trace_find(arguments: Arguments) -> Result:
+    text = _traced_text(arguments)
+    run = _run(arguments, "trace find")
+
+    from jobs.trace.trace_run import as_text, trace
+
+    with reports_shown():
+        answer = trace(run, text, min_tokens=arguments[MIN_TOKENS], step=arguments[LAST_STEP])
+    return Result(answer, text=as_text(answer))
+
+
+def _traced_text(arguments: Arguments) -> str:
+    """Returns the text of the command line, of a file, or of standard input. Raises
+    `UserError`."""
+    file, text = arguments[TRACED_FILE], arguments[TRACED_TEXT]
+    try:
+        if file is not None:
+            return file.read_bytes().decode()
+        if text == "-":
+            return sys.stdin.buffer.read().decode()
+    except OSError as error:
+        raise UserError(f"--file {file}: {error.strerror}; name a file that holds text") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file or 'standard input'} is no UTF-8 text, from byte {error.start}; convert it"
+        ) from error
+    assert text is not None, "one of the two is given"
+    return text
 
 
 def probe(arguments: Arguments) -> Result:
@@ -288,6 +345,18 @@ LOOK = Section(
             [RUN, EXPLAINED_STEP, STORAGE],
         ),
         Command(
+            "trace index",
+            "index a token store, so that texts can be traced to it",
+            trace_index,
+            [STORE, NUM_INDEXERS, STORAGE],
+        ),
+        Command(
+            "trace find",
+            "find a text's word-for-word spans in what a run trains on, and the steps that learned them",
+            trace_find,
+            [RUN, OneOf((TRACED_TEXT, TRACED_FILE), required=True), MIN_TOKENS, LAST_STEP, STORAGE],
+        ),
+        Command(
             "probe", "measure each checkpoint's copying, induction, few-shot", probe, [RUN, STORAGE]
         ),
         Command(
@@ -301,5 +370,8 @@ LOOK = Section(
         ),
         Command("checkpoint list", "list the published checkpoints", checkpoint_list, [STORAGE]),
     ),
-    groups={"checkpoint": "look at checkpoints"},
+    groups={
+        "trace": "go from a text to the steps that learned it",
+        "checkpoint": "look at checkpoints",
+    },
 )

@@ -6,11 +6,12 @@ learns those tokens, and only reads the one before them. Each sample of the run 
 order of `SampleOrder`, whose inverse gives the samples of a row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from cluster.settings.batch_schedule import BatchSchedule
 from jobs.tokens.batch_plan import SampleOrder
@@ -18,6 +19,8 @@ from jobs.tokens.division import Division, texts_of
 from jobs.tokens.shard_reader import Piece
 from jobs.tokens.token_store import Manifest, Shard
 from jobs.tokens.token_stream import ShardChain
+
+Marks = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,19 @@ class TrainingOrder:
         first = max(0, stretch.start - 1) // self.seq_len
         end = (stretch.end - 2) // self.seq_len + 1
         return range(first, max(first, min(end, self.order.num_rows[stretch.source])))
+
+    def tokens_by_row(
+        self, stretch: Stretch, rows: range, *, is_counted: Callable[[Piece], Marks] | None = None
+    ) -> list[int]:
+        """Returns how many tokens of a stretch each of its rows teaches. `is_counted` marks the
+        tokens of a piece that the loss counts, where it does not count all of them."""
+        borders = np.arange(rows.start, rows.stop + 1, dtype=np.int64) * self.seq_len + 1
+        borders = np.clip(borders, stretch.start, stretch.end) - stretch.start
+        if is_counted is None:
+            return np.diff(borders).tolist()
+        marks = np.concatenate([is_counted(piece) for piece in self.pieces(stretch)])
+        counted_before = np.concatenate([[0], np.cumsum(marks)])
+        return np.diff(counted_before[borders]).tolist()
 
     def targets(self, turn: Turn) -> Stretch:
         """Returns the tokens that a row teaches."""

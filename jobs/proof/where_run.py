@@ -2,14 +2,12 @@
 step took."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
-
-import numpy as np
 
 from cluster.output.result_text import counted, lines, table
 from cluster.settings.parser import ConfigError
@@ -24,7 +22,7 @@ from jobs.proof.stored_documents import (
     first_words,
     tokens_between,
 )
-from jobs.proof.training_order import Stretch, TrainingOrder, Turn
+from jobs.proof.training_order import Marks, Stretch, TrainingOrder, Turn
 from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.find_run import (
     begun_ledger,
@@ -57,11 +55,17 @@ class _Run:
     order: TrainingOrder
     tokenizer: Tokenizer
 
+    @property
+    def is_counted(self) -> Callable[[Piece], Marks] | None:
+        """Marks the tokens of a piece that the loss counts; None where it counts all of them."""
+        if self.mapped.manifest.chat is None:
+            return None
+        return lambda piece: tokens_between(self.mapped, *piece) >= 0
+
     def num_counted(self, piece: Piece) -> int:
         """Returns how many tokens of a piece the loss counts."""
-        if self.mapped.manifest.chat is None:
-            return piece.end - piece.start
-        return int((tokens_between(self.mapped, *piece) >= 0).sum())
+        is_counted = self.is_counted
+        return int(is_counted(piece).sum()) if is_counted else piece.end - piece.start
 
 
 def where(
@@ -162,7 +166,7 @@ def _turns(opened: _Run, asked: Asked) -> list[dict[str, Any]]:
     tokens: Counter[Turn] = Counter()
     for stretch in _stretches(opened, asked):
         rows = opened.order.rows(stretch)
-        counts = _tokens_by_row(opened, stretch, rows)
+        counts = opened.order.tokens_by_row(stretch, rows, is_counted=opened.is_counted)
         for turn in opened.order.turns(stretch.source, rows):
             tokens[turn] += counts[turn.row - rows.start]
     return [
@@ -190,18 +194,6 @@ def _stretches(opened: _Run, asked: Asked) -> list[Stretch]:
         start = joined.pop().start if meets else part.start
         joined.append(Stretch(part.source, start, part.end))
     return joined
-
-
-def _tokens_by_row(opened: _Run, stretch: Stretch, rows: range) -> Sequence[int]:
-    """Returns how many tokens of the stretch each row teaches: those that the loss counts."""
-    length = opened.order.seq_len
-    borders = np.arange(rows.start, rows.stop + 1, dtype=np.int64) * length + 1
-    borders = np.clip(borders, stretch.start, stretch.end) - stretch.start
-    if opened.mapped.manifest.chat is None:
-        return np.diff(borders).tolist()
-    tokens = [tokens_between(opened.mapped, *piece) for piece in opened.order.pieces(stretch)]
-    counted_before = np.concatenate([[0], np.cumsum(np.concatenate(tokens) >= 0)])
-    return np.diff(counted_before[borders]).tolist()
 
 
 def _verdict(opened: _Run, asked: Asked, turns: Sequence[dict[str, Any]]) -> str:

@@ -1,0 +1,1 @@
+"""From a text to the training steps at which its word-for-word spans were learned."""
