@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cluster.output.result_text import counted
 from cluster.storage.file_cache import FileCache
 from cluster.storage.uris import Storage
 from jobs.tokens.shard_reader import Piece, ShardReader
@@ -101,10 +102,13 @@ def find_spans(
         raise UserError(
             f"--min-tokens {min_tokens}: the index finds spans of {LEAST_SPAN} tokens or more"
         )
-    if not min_tokens <= len(ids) <= MOST_TEXT_TOKENS:
+    if len(ids) < min_tokens:
         raise UserError(
-            f"the text has {len(ids):,} tokens, and one of {min_tokens:,} to {MOST_TEXT_TOKENS:,} "
-            "can be traced"
+            f"the text has {counted(len(ids), 'token')}, and the shortest span {min_tokens:,}; give more of the text"
+        )
+    if len(ids) > MOST_TEXT_TOKENS:
+        raise UserError(
+            f"the text has {len(ids):,} tokens, and at most {MOST_TEXT_TOKENS:,} are traced at once; divide it"
         )
     starts, hashes = chosen_windows(ids, border=int(searched.eot_id))
     by_hash = _looked_up(index, hashes)

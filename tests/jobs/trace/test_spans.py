@@ -14,7 +14,7 @@ from jobs.tokens.division import whole
 from jobs.tokens.token_store import MANIFEST, Manifest, Shard, read_manifest, token_dtype
 from jobs.trace.build_index import index_store
 from jobs.trace.local_tasks import LocalTasks
-from jobs.trace.spans import SearchedStore, Span, find_spans
+from jobs.trace.spans import MOST_TEXT_TOKENS, SearchedStore, Span, find_spans
 from jobs.trace.trace_index import TraceIndex
 from jobs.trace.windows import LEAST_SPAN
 from model.errors import UserError
@@ -114,7 +114,7 @@ def test_all_maximal_spans_are_found_and_no_others(drawn: tuple[list[Ids], Ids, 
         manifest = store_of(storage, shards)
         index_store(storage, run=InProcess())
         if len(text) < min_tokens:
-            with pytest.raises(UserError, match="can be traced"):
+            with pytest.raises(UserError, match="give more of the text"):
                 spans_of(storage, text, min_tokens=min_tokens)
             return
         spans = spans_of(storage, text, min_tokens=min_tokens)
@@ -163,6 +163,15 @@ def test_spans_in_a_bucket_are_those_on_a_disk(tmp_path: object, s3_bucket: str)
         answers.append(spans_of(storage, text))
     assert answers[0] == answers[1]
     assert [(span.start, span.end) for span in answers[0]] == [(0, 300), (300, 323), (324, 424)]
+
+
+def test_a_text_that_is_too_long_is_refused(tmp_path: object) -> None:
+    storage = open_storage(str(tmp_path))
+    store_of(storage, [[*range(20), EOT], [1, EOT]])
+    index_store(storage, run=LocalTasks())
+    with pytest.raises(UserError, match=r"has 32,769 tokens, and at most 32,768 are .*; divide it"):
+        spans_of(storage, [1] * (MOST_TEXT_TOKENS + 1))
+    assert not spans_of(storage, [1] * MOST_TEXT_TOKENS)
 
 
 def test_what_stands_very_often_is_counted_and_its_first_places_are_known(tmp_path: object) -> None:

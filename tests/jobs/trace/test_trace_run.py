@@ -232,7 +232,7 @@ def test_people_and_programs_read_the_answers(
     for given, expected in (
         (["--file", str(tmp_path / "text")], "no UTF-8 text, from byte 3"),
         (["--file", str(tmp_path / "none")], "No such file"),
-        (["short"], "and one of 12 to"),
+        (["short"], "and the shortest span 12; give more"),
         ([query(), "--min-tokens", "5"], "finds spans of 12 tokens or more"),
     ):
         assert main(["trace", "find", "tiny", *given, *storage]) == 1
