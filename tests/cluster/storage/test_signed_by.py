@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import main
+from cluster.settings.run import EvaluateConfig, StorageConfig
 from cluster.storage.registry import find_checkpoint, publish
 from cluster.storage.uris import open_storage
+from jobs.evaluate import evaluate
 from jobs.proof.sign_checkpoint import sign_checkpoint
 from jobs.training.warm_start import like_its_source
 from model.files.checkpoint_folder import MANIFEST
@@ -112,12 +113,9 @@ def test_a_run_begins_from_signed_weights_alone(
         config(3)
 
 
-def test_evaluate_refuses_before_it_starts_anything(
-    checkpoints: dict[int, str],
-    keys: tuple[Path, str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_nothing_else_is_evaluated(
+    checkpoints: dict[int, str], keys: tuple[Path, str], tmp_path: Path
 ) -> None:
-    where = ["--storage.uri", str(tmp_path / "copy"), "--storage.signed-by", keys[1]]
-    assert main(["evaluate", checkpoints[3], *where]) != 0
-    assert "is not signed: expected model.sig" in capsys.readouterr().err
+    storage = StorageConfig(uri=str(tmp_path / "copy"), signed_by=keys[1])
+    with pytest.raises(SignatureError, match="is not signed"):
+        evaluate(EvaluateConfig(checkpoint=checkpoints[3], storage=storage))

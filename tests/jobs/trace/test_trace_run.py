@@ -136,6 +136,7 @@ def test_a_checkpoint_knows_no_later_step(plan: RunPlan) -> None:
             trace(plan.run, query(), min_tokens=12, step=step)
 
 
+@pytest.mark.slow
 def test_what_stands_very_often_is_counted_and_a_thousand_places_are_listed(
     tmp_path: Path,
 ) -> None:
@@ -155,6 +156,7 @@ def test_what_stands_very_often_is_counted_and_a_thousand_places_are_listed(
     assert shown.endswith("and 995 more, which --json has\n")
 
 
+@pytest.mark.slow
 def test_a_run_of_one_text_is_traced_in_what_it_trains_on(tmp_path: Path) -> None:
     """The end of the text is held out, whatever the store's splits are."""
     held_out = PASSAGE[::-1]
