@@ -113,7 +113,7 @@ class StreamOptions(Request):
 class RaymillOptions(Request):
     """What only raymill has."""
 
-    receipt: Flag = False
+    receipt: bool = False
 
 
 class GenerationRequest(Request):
