@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,22 @@ class Endpoint:
             else _bearer(Path(self.api_key_file), flag="--api-key-file")
         )
 
+    @contextmanager
+    def client(self, *, timeout_s: float) -> Iterator[httpx.Client]:
+        """Gives a client with the endpoint's key. Raises `UserError` where nothing answers."""
+        try:
+            with httpx.Client(
+                base_url=self.url,
+                headers=self.headers,
+                timeout=timeout_s,
+                trust_env=self.asks_proxies,
+            ) as client:
+                yield client
+        except httpx.TransportError as error:
+            raise UserError(
+                f"no endpoint answers at {self.url} ({error}): start one with `raymill serve`"
+            ) from None
+
     @property
     def admin_headers(self) -> dict[str, str]:
         if self.admin_key_file is None:
@@ -140,47 +157,37 @@ def stream_completion(
     start = time.perf_counter()
     texts: list[str] = []
     result: dict[str, Any] = {"model": endpoint.model, "prompt": request["prompt"], "ttft_s": None}
-    try:
-        with httpx.Client(
-            base_url=endpoint.url,
-            headers=endpoint.headers,
-            timeout=120,
-            trust_env=endpoint.asks_proxies,
-        ) as client:
-            if not endpoint.model:
-                models = client.get("/v1/models")
-                raise_for(models)
-                result["model"] = models.json()["data"][0]["id"]
-            if request["max_tokens"] is None:
-                request = request | {
-                    "max_tokens": _what_fits(client, result["model"], request["prompt"])
-                }
-            body = {
-                "model": result["model"],
-                "stream": True,
-                "stream_options": {"include_usage": True},
-            } | request
-            with client.stream("POST", "/v1/completions", json=body) as response:
-                if response.is_error:
-                    response.read()
-                raise_for(response)
-                for line in _lines(response):
-                    data = line.removeprefix(b"data: ")
-                    if not data or data == _DONE:
-                        continue
-                    chunk = json.loads(data)
-                    if "error" in chunk:
-                        raise UserError(f"the endpoint stopped: {chunk['error']['message']}")
-                    result |= {"usage": chunk["usage"]} if chunk.get("usage") else {}
-                    for choice in chunk["choices"]:
-                        result["ttft_s"] = result["ttft_s"] or round(time.perf_counter() - start, 4)
-                        result["finish_reason"] = choice["finish_reason"]
-                        texts.append(choice["text"])
-                        on_text(choice["text"])
-    except httpx.TransportError as error:
-        raise UserError(
-            f"no endpoint answers at {endpoint.url} ({error}): start one with `raymill serve`"
-        ) from None
+    with endpoint.client(timeout_s=120) as client:
+        if not endpoint.model:
+            models = client.get("/v1/models")
+            raise_for(models)
+            result["model"] = models.json()["data"][0]["id"]
+        if request["max_tokens"] is None:
+            request = request | {
+                "max_tokens": _what_fits(client, result["model"], request["prompt"])
+            }
+        body = {
+            "model": result["model"],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        } | request
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            if response.is_error:
+                response.read()
+            raise_for(response)
+            for line in _lines(response):
+                data = line.removeprefix(b"data: ")
+                if not data or data == _DONE:
+                    continue
+                chunk = json.loads(data)
+                if "error" in chunk:
+                    raise UserError(f"the endpoint stopped: {chunk['error']['message']}")
+                result |= {"usage": chunk["usage"]} if chunk.get("usage") else {}
+                for choice in chunk["choices"]:
+                    result["ttft_s"] = result["ttft_s"] or round(time.perf_counter() - start, 4)
+                    result["finish_reason"] = choice["finish_reason"]
+                    texts.append(choice["text"])
+                    on_text(choice["text"])
     return result | {"text": "".join(texts), "total_s": round(time.perf_counter() - start, 4)}
 
 

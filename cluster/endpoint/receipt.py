@@ -5,8 +5,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from cluster.endpoint.endpoint import Endpoint, raise_for
 from model.errors import UserError
 from model.files.receipt import FIELD, checked, hash_of
@@ -62,12 +60,7 @@ def _asked_again(endpoint: Endpoint, request: dict[str, Any], kind: str) -> dict
             f"an answer of the kind {kind!r} has no receipt; expected {', '.join(_ROUTES)}"
         )
     body = {name: value for name, value in request.items() if name != FIELD}
-    with httpx.Client(
-        base_url=endpoint.url,
-        headers=endpoint.headers,
-        timeout=600,
-        trust_env=endpoint.asks_proxies,
-    ) as client:
+    with endpoint.client(timeout_s=600) as client:
         response = client.post(_ROUTES[kind], json=body)
         raise_for(response)
         again: dict[str, Any] = response.json()

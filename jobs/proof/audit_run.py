@@ -32,6 +32,7 @@ from jobs.report.page import document, grid, pairs
 from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.find_run import begun_ledger
 from jobs.run.ledger import Ledger
+from jobs.training.guards import GuardState
 from model.errors import UserError
 from model.files.signature import SigningKey, sign_files
 
@@ -82,7 +83,8 @@ def audit(run: Storage, asked: Audit, folder: Path) -> dict[str, Any]:
         raise UserError(f"{run.uri} has no checkpoint to which steps could be taken again")
     drawn = drawn_by_lot(intervals, asked.num_samples, head=head, nonce=nonce)
     done: list[dict[str, Any]] = known.get("intervals", [])
-    to_do = [at for at in drawn if at.last not in [earlier["last"] for earlier in done]]
+    ended = {earlier["last"] for earlier in done}
+    to_do = [interval for interval in drawn if interval.last not in ended]
     _say_cost(ledger, to_do, num_workers=asked.num_workers)
     record = {
         "run": run.uri,
@@ -102,19 +104,16 @@ def audit(run: Storage, asked: Audit, folder: Path) -> dict[str, Any]:
 def intervals_of(ledger: Ledger, kept_steps: Sequence[int]) -> list[Interval]:
     """Returns the intervals that can be computed again: each ends at a kept checkpoint. Steps that
     a rollback left out are no part of them."""
-    recorded = [line["step"] for line in ledger.lines if line.get("event") in (None, "skip")]
-    steps = sorted({step for step in recorded if not _is_left_out(ledger, step)})
-    ends = {step for step in kept_steps if not _is_left_out(ledger, step)}
+    is_left_out = GuardState(rollbacks=ledger.rollbacks).leaves_out
+    recorded = {line["step"] for line in ledger.lines if line.get("event") in (None, "skip")}
+    steps = sorted(step for step in recorded if not is_left_out(step))
+    ends = {step for step in kept_steps if not is_left_out(step)}
     intervals: list[Interval] = []
     for before, end in pairwise(sorted({0, *ends})):
         first, behind = bisect_right(steps, before), bisect_right(steps, end)
         if first < behind:
             intervals.append(Interval(steps[first], steps[behind - 1]))
     return intervals
-
-
-def _is_left_out(ledger: Ledger, step: int) -> bool:
-    return any(first <= step <= last for first, last in ledger.rollbacks)
 
 
 def drawn_by_lot(

@@ -6,25 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from cluster.output.progress import say
-from cluster.storage.registry import find_checkpoint
+from cluster.storage.registry import named_checkpoint
 from cluster.storage.uris import Storage, open_storage
-from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import LEDGER
-from jobs.run.training_statement import has_stated_line, ledger_lines, training_of
-from model.files.checkpoint_folder import CheckpointError, is_hf_folder, verify_checkpoint
+from jobs.run.training_statement import has_stated_line, training_of
+from model.files.checkpoint_folder import MANIFEST, CheckpointError, verify_checkpoint
 from model.files.signature import MODEL, TRAINING, SignatureError, SigningKey, check, sign
 
 
 def sign_checkpoint(reference: str, key: SigningKey, *, storage_uri: str) -> dict[str, Any]:
     """Signs the checkpoint of a reference where it lies, once all its files are as its manifest
     says. Raises `CheckpointError`, and `UserError` for a key that does not sign."""
-    checkpoint, found = find_checkpoint(reference, storage_uri)
-    if is_hf_folder(found):
+    checkpoint = named_checkpoint(reference, storage_uri)
+    place = open_storage(checkpoint)
+    if not place.exists(MANIFEST):
         raise CheckpointError(
             f"{checkpoint} was saved by transformers, and says nothing of its training: raymill signs its own "
             "checkpoints, and `model_signing sign` any folder"
         )
-    place = open_storage(checkpoint)
     with tempfile.TemporaryDirectory(prefix="raymill-sign-") as scratch:
         folder = _whole(place, Path(scratch))
         if problems := verify_checkpoint(folder):
@@ -50,24 +49,18 @@ def _whole(place: Storage, scratch: Path) -> Path:
     return scratch
 
 
-def signature_problems(run: Storage, names: Sequence[str], public_key: Path) -> list[str]:
-    """Returns what is wrong with the signatures of a run's checkpoints, and where the ledger is not
-    the one of which they state a line. The newest must be signed: what it states of the ledger
-    vouches for the hashes of earlier ones, which need not be."""
-    problems: list[str] = []
-    lines = ledger_lines(run)
-    checkpoints = RunCheckpoints(run)
-    for name in names:
-        if name != names[-1] and not run.exists(f"checkpoints/{name}/{MODEL}"):
-            continue
-        with tempfile.TemporaryDirectory(prefix="raymill-signatures-") as scratch:
-            try:
-                training = check(checkpoints.fetch(name, Path(scratch)), public_key)
-            except SignatureError as error:
-                problems.append(f"{name}: {error}")
-                continue
-        if not has_stated_line(lines, training):
-            problems.append(
-                f"{name}: {LEDGER} had another last line when it was signed: lines were changed or cut off"
-            )
-    return problems
+def signature_problems(
+    folder: Path, lines: Sequence[bytes], public_key: Path, *, must: bool
+) -> list[str]:
+    """Returns what is wrong with the signature of a run's checkpoint, and whether the ledger, of
+    these lines, is not the one of which it states a line. `must` it be signed? The newest one's
+    statement vouches for the hashes of earlier ones, which need not be."""
+    if not must and not (folder / MODEL).exists():
+        return []
+    try:
+        training = check(folder, public_key)
+    except SignatureError as error:
+        return [str(error)]
+    if has_stated_line(lines, training):
+        return []
+    return [f"{LEDGER} had another last line when it was signed: lines were changed or cut off"]

@@ -26,7 +26,8 @@ def verify(run: Storage, *, signed_by: Path | None = None) -> dict[str, Any]:
     written = run.find_bytes(LEDGER) or b""
     ledger, checkpoints = Ledger.parse(written, f"{run.uri}/{LEDGER}"), RunCheckpoints(run)
     saved = {event["checkpoint"].rpartition("/")[2]: event for event in ledger.events("checkpoint")}
-    chain = chain_of(written.rpartition(b"\n")[0].splitlines())
+    lines = written.rpartition(b"\n")[0].splitlines()
+    chain = chain_of(lines)
     names, metadata = checkpoints.names, []
     problems = [f"{LEDGER}, {problem}" for problem in chain.problems]
     newest = max(saved, default=None)
@@ -37,11 +38,12 @@ def verify(run: Storage, *, signed_by: Path | None = None) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="raymill-verify-") as scratch:
             folder = checkpoints.fetch(name, Path(scratch))
             found = checkpoint_problems(folder, saved.get(name))
+            if signed_by:
+                is_newest = number == len(names)
+                found += signature_problems(folder, lines, signed_by, must=is_newest)
             problems += [f"{name}: {problem}" for problem in found]
             if not found:
                 metadata.append(read_metadata(folder))
-    if signed_by:
-        problems += signature_problems(run, names, signed_by)
     shards = 0
     try:
         store = find_tokens(run, data_identity(ledger))

@@ -1,6 +1,7 @@
 """States what a checkpoint was trained from, for whoever signs it."""
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,7 @@ def _material(name: str, sha256: str) -> dict[str, Any]:
 
 def _head_of(run: Storage) -> dict[str, Any]:
     """Returns the ledger's last line: its chain is what makes it stand for all lines."""
-    lines = ledger_lines(run)
-    chain = chain_of(lines)
+    chain = chain_of((run.find_bytes(LEDGER) or b"").rpartition(b"\n")[0].splitlines())
     if chain.problems:
         raise CheckpointError(
             f"{run.uri}/{LEDGER} is not as it was written: {chain.problems[0]}. `raymill verify` says more"
@@ -92,11 +92,7 @@ def _head_of(run: Storage) -> dict[str, Any]:
     return _material(f"{LEDGER}, line {chain.num_lines}", head)
 
 
-def ledger_lines(run: Storage) -> list[bytes]:
-    return (run.find_bytes(LEDGER) or b"").rpartition(b"\n")[0].splitlines()
-
-
-def has_stated_line(lines: list[bytes], training: dict[str, Any]) -> bool:
+def has_stated_line(lines: Sequence[bytes], training: dict[str, Any]) -> bool:
     """Tells whether a ledger still has the line that was its last when a checkpoint was signed."""
     for stated in training["runDetails"]["byproducts"]:
         number = int(stated["name"].rpartition(" ")[2])

@@ -179,27 +179,30 @@ def check(
 
 def _training(verifying: Any, folder: Path, public_key: Path) -> dict[str, Any]:
     content = _verified(verifying, folder / TRAINING, public_key)
-    wanted = fingerprint(folder / MANIFEST)["sha256"]
-    if not _is_about(content, TRAINING_TYPE, wanted):
+    training = _predicate(content, TRAINING_TYPE, fingerprint(folder / MANIFEST)["sha256"])
+    if training is None:
         raise SignatureError(
             f"{TRAINING} in {folder} is about another checkpoint: sign this one with `raymill sign`"
         )
+    return training
+
+
+def _predicate(content: dict[str, Any], kind: str, sha256: str) -> dict[str, Any] | None:
+    """Returns what a Statement says; None where it is of another type or about other bytes."""
+    subjects = [subject["digest"].get("sha256") for subject in content.get("subject", [])]
+    if content.get("predicateType") != kind or subjects != [sha256]:
+        return None
     predicate: dict[str, Any] = content["predicate"]
     return predicate
-
-
-def _is_about(content: dict[str, Any], kind: str, sha256: str) -> bool:
-    subjects = [subject["digest"].get("sha256") for subject in content.get("subject", [])]
-    return content.get("predicateType") == kind and subjects == [sha256]
 
 
 def stated(bundle: Path, public_key: Path, *, kind: str, sha256: str) -> dict[str, Any]:
     """Returns the predicate of the Statement in a file, once it is of this type, about the bytes
     with this hash, and signed by the holder of the key. Raises `SignatureError`."""
     content = _verified(_verifier(public_key), bundle, public_key)
-    if not _is_about(content, kind, sha256):
+    predicate = _predicate(content, kind, sha256)
+    if predicate is None:
         raise SignatureError(f"{bundle.name} is about something else")
-    predicate: dict[str, Any] = content["predicate"]
     return predicate
 
 

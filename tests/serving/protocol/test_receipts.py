@@ -163,6 +163,8 @@ def test_the_command_asks_an_endpoint_for_the_same_again(
             endpoint = Endpoint(url, "", None)
             return await asyncio.to_thread(verified, request, answer, keys[1], endpoint)
 
+    assert main(["verify-answer", *told, "--url", "http://127.0.0.1:1"]) == 1
+    assert "no endpoint answers at http://127.0.0.1:1" in capsys.readouterr().err
     verdict = asyncio.run(asked_again())
     assert verdict["valid"]
     assert verdict["verdict"].endswith("answers the same")
