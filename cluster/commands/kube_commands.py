@@ -221,10 +221,12 @@ def mark_nodes(storage: Storage) -> dict[str, list[str]]:
         for node in api.nodes():
             name = node["metadata"]["name"]
             here.add(name)
-            if name in wanted and _brought_into_line(api, name, wanted[name], owner):
+            why = wanted.get(name)
+            if why and (conditioned(node, why, now="") or tainted(node, owner)):
+                _bring_into_line(api, name, why, owner)
                 marked.append(name)
             elif name not in wanted and is_marked(node, owner):
-                _brought_into_line(api, name, None, owner)
+                _bring_into_line(api, name, None, owner)
                 released.append(name)
     except ClusterError as error:
         by_hand = "; ".join([str(error), *as_kubectl(wanted, owner)])
@@ -232,13 +234,13 @@ def mark_nodes(storage: Storage) -> dict[str, list[str]]:
     return {"marked": marked, "released": released, "not_here": sorted(wanted.keys() - here)}
 
 
-def _brought_into_line(api: "KubeApi", name: str, why: str | None, owner: str) -> bool:
+def _bring_into_line(api: "KubeApi", name: str, why: str | None, owner: str) -> None:
     """Writes a node's condition, and then its taint, by which an interrupted change is seen and
-    made again. Returns whether there was anything to change."""
+    made again."""
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     change = tainted if why else untainted
-    is_told = api.change_node(name, lambda node: conditioned(node, why, now=now), of_status=True)
-    return api.change_node(name, lambda node: change(node, owner)) or is_told
+    api.change_node(name, lambda node: conditioned(node, why, now=now), of_status=True)
+    api.change_node(name, lambda node: change(node, owner))
 
 
 def _of_component(objects: list[kube.Object], component: str | None) -> list[kube.Object]:

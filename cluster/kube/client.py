@@ -91,23 +91,22 @@ class KubeApi:
 
     def change_node(
         self, name: str, change: Callable[[Object], Patch], *, of_status: bool = False
-    ) -> bool:
+    ) -> None:
         """Patches a node, or its status, by what `change` makes of it, anew when somebody has
-        written it meanwhile. Returns whether there was anything to change."""
+        written it meanwhile."""
         path = f"{_path('v1', 'Node', None)}/{name}"
         target = f"{path}/status" if of_status else path
         query, content_type = [("fieldManager", FIELD_MANAGER)], "application/json-patch+json"
         for tries_left in reversed(range(_TRIES)):
             patch = change(self._ask("GET", path))
             if not patch:
-                return False
+                return
             try:
                 self._ask("PATCH", target, query=query, body=patch, content_type=content_type)
-                break
+                return
             except _RefusedError as error:
                 if error.status not in (409, 422) or not tries_left:
                     raise
-        return True
 
     def apply(self, manifest: Object, *, dry_run: bool = False, force: bool = False) -> Object:
         """Applies on the server's side, and returns the resulting object. Raises `ClusterError` if

@@ -55,7 +55,9 @@ def test_a_left_out_node_is_marked_and_a_released_one_taken_back(
     told = condition(nodes, "b")
     assert (told["type"], told["status"]) == ("RaymillComputesWrong", "True")
     assert told["message"] == PLACE["reason"]
+    nodes.requests.clear()
     assert asked("quarantine", *where) == marked | {"marked": []}, "and what is marked stays so"
+    assert nodes.requests == ["GET /api/v1/nodes"], "at the price of a list"
 
     released = asked("release", PLACE["node"], *where)
     assert released["note"] == "so does the node b of Kubernetes with pods"
