@@ -18,12 +18,11 @@ from jobs.exact.state.doubling import gather_messages, teams_to_gather
 from jobs.exact.state.flat_layout import NUM_SENDINGS, FlatLayout
 from jobs.exact.state.messages import (
     Message,
-    bundles_between_groups,
-    joined_buckets,
+    joined,
     numbers_of_sendings,
+    sizes_of_bundles,
 )
 from jobs.exact.state.sharding import Sharding
-from jobs.exact.state.span import Span
 from jobs.exact.sums.exact_reduce import subtrees_of_ranks
 from jobs.exact.sums.teams import TeamPlan, team_plan
 from jobs.plan.formulas import FP32_BYTES
@@ -140,7 +139,7 @@ def exchange(
         beside_update_s = share_s * (1 - 1 / NUM_SENDINGS)
     sums_s = sent.sums.seconds(options)
     # The last bundle is final when backward is over
-    before_last_s = sums_s - sums_s / len(_bundles(layout, sharding))
+    before_last_s = sums_s - sums_s / _num_bundles(layout, sharding)
     last_backward_s = min(backward_s, sent.backward.seconds(options) + before_last_s)
     parts = [  # what is sent, the seconds that hide it, and how many times
         (sent.first_weights, forward_s, 1),
@@ -186,10 +185,9 @@ def _way_in_words(teams: TeamPlan) -> str:
     return f"halving in teams of up to {size:,}, then a message to the owners of parts"
 
 
-def _bundles(layout: FlatLayout, sharding: Sharding) -> list[Sequence[Span]]:
-    return bundles_between_groups(
-        layout, group_size=sharding.group_size, num_groups=sharding.num_groups
-    )
+def _num_bundles(layout: FlatLayout, sharding: Sharding) -> int:
+    sizes = sizes_of_bundles(layout, group_size=sharding.group_size, num_groups=sharding.num_groups)
+    return len(sizes)
 
 
 def _nodes_by_seat(num_groups: int, size: int, options: PlanConfig) -> list[int]:
@@ -206,7 +204,7 @@ def between_groups(
     busiest = partial(
         of_busiest,
         num_bytes=FP32_BYTES * layout.size / size,
-        num_calls=len(_bundles(layout, sharding)),
+        num_calls=_num_bundles(layout, sharding),
         nodes=_nodes_by_seat(num_groups, size, options),
         options=options,
     )
@@ -221,8 +219,8 @@ def between_holders(layout: FlatLayout, sharding: Sharding, options: PlanConfig)
     num_holders = sharding.num_holders
     num_calls = 0
     for numbers in numbers_of_sendings(len(layout.buckets)):
-        buckets = layout.buckets[numbers.start : numbers.stop]
-        num_calls += len(joined_buckets(buckets, num_holders))
+        sizes = layout.bucket_sizes[numbers.start : numbers.stop]
+        num_calls += len(joined(sizes, num_holders))
     return of_busiest(
         gather_messages(num_holders, teams_to_gather(num_holders)),
         FP32_BYTES * layout.size,

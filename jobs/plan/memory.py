@@ -20,7 +20,7 @@ from cluster.settings.run import (
 )
 from jobs.exact.rules.rules import matrix_costs, update_rule
 from jobs.exact.state.flat_layout import PIECE_VALUES, FlatLayout
-from jobs.exact.state.messages import bundles_between_groups
+from jobs.exact.state.messages import sizes_of_bundles
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.sums.exact_reduce import subtrees_of_ranks
 from jobs.exact.sums.step_plan import StepPlan
@@ -210,11 +210,10 @@ def _received_bytes(layout: FlatLayout, sharding: Sharding, *, num_lanes: int) -
     with a sharded optimizer the bundle itself, packed for each subtree sum."""
     size = sharding.group_size
     num_groups = min(sharding.num_groups, num_lanes)
-    bucket = max(map(len, layout.buckets))
+    bucket = int(layout.bucket_sizes.max())
     received = bucket if size > 1 else 0
     if num_groups > 1:
-        joined = bundles_between_groups(layout, group_size=size, num_groups=num_groups)
-        bundle = max(together[-1].stop - together[0].start for together in joined)
+        bundle = max(sizes_of_bundles(layout, group_size=size, num_groups=num_groups))
         subtrees = subtrees_of_ranks(num_lanes, num_groups)
         teams = team_plan([range(num_lanes)], subtrees)
         received += round(bundle * teams.most_received)

@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jobs.exact.state.flat_layout import NUM_SENDINGS, FlatLayout
 from jobs.exact.state.span import Span
 
@@ -32,39 +35,40 @@ def most_cost(messages: Iterable[Message], num_peers: int) -> float:
     return max(costs)
 
 
-def joined_buckets(buckets: Sequence[Span], num_peers: int) -> list[Sequence[Span]]:
-    """Joins neighboring buckets so that the shortest messages, of one peer's part, are not too
-    short.
+def joined(sizes: NDArray[np.int64], num_peers: int) -> list[range]:
+    """Returns the numbers of the neighboring buckets of these sizes (N,) that go together, so that
+    the shortest messages, of one peer's part, are not too short.
 
     The last ones are exchanged when backward is over: so sixteen are left or more, if there are as
     many buckets.
     """
-    num_values = sum(map(len, buckets))
-    least = min(num_peers * LEAST_MESSAGE, num_values // _LEAST_NUM_BUNDLES)
-    joined: list[Sequence[Span]] = []
-    together: list[Span] = []
-    num_together = 0
-    for bucket in buckets:
-        together.append(bucket)
-        num_together += len(bucket)
-        if num_together >= least:
-            joined.append(together)
-            together, num_together = [], 0
-    if together:
-        joined.append(together)
-    return joined
+    ends = sizes.cumsum()
+    least = min(num_peers * LEAST_MESSAGE, int(sizes.sum()) // _LEAST_NUM_BUNDLES)
+    bundles: list[range] = []
+    first = 0
+    while first < len(sizes):
+        num_before = ends[first] - sizes[first]
+        last = max(first, int(ends.searchsorted(num_before + least)))
+        stop = min(last + 1, len(sizes))
+        bundles.append(range(first, stop))
+        first = stop
+    return bundles
+
+
+def joined_buckets(buckets: Sequence[Span], num_peers: int) -> list[Sequence[Span]]:
+    """Returns the buckets that go together."""
+    sizes = np.array([len(bucket) for bucket in buckets], np.int64)
+    return [buckets[numbers.start : numbers.stop] for numbers in joined(sizes, num_peers)]
 
 
 @lru_cache(maxsize=256)
-def bundles_between_groups(
-    layout: FlatLayout, *, group_size: int, num_groups: int
-) -> list[Sequence[Span]]:
-    """Returns the buckets, or the first member's parts of them, that go together from one group to
-    the others. A planner asks for the same ones again and again."""
-    buckets: Sequence[Span] = layout.buckets
-    if group_size > 1:
-        buckets = layout.parts(0, world_size=group_size).homes
-    return joined_buckets(buckets, num_groups)
+def sizes_of_bundles(layout: FlatLayout, *, group_size: int, num_groups: int) -> list[int]:
+    """Returns the number of values of the buckets, or of the first member's parts of them, that go
+    together from one group to the others. A planner asks for the same ones again and again."""
+    sizes = layout.part_sizes(0, world_size=group_size)
+    starts = [numbers.start for numbers in joined(sizes, num_groups)]
+    together: list[int] = np.add.reduceat(sizes, starts).tolist()
+    return together
 
 
 def numbers_of_sendings(num_buckets: int) -> list[range]:
