@@ -42,8 +42,13 @@ endif
 areas: $(INSTALLED)
 	$(BIN)/python -m tests.areas $(AREA)
 
+# The fast tests, then both halves of the slow ones side by side: their clusters mostly wait.
 test-all: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED)
-	$(BIN)/pytest
+	$(MAKE) test
+	$(MAKE) --jobs 2 --keep-going slow-half-1 slow-half-2
+
+slow-half-%:
+	$(BIN)/pytest -m slow --slice $*/2 --durations 10 tests
 
 # One slice of the slow tests (tests/slices.py), by default another one for each commit, so that as many commits as there are
 # slices run them all. A session that takes longer than LIMIT_S ends, and says in which test it was.
