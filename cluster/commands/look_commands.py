@@ -37,6 +37,7 @@ from cluster.commands.arguments import (
 )
 from cluster.commands.command import Arguments, Command, OneOf, Result, Section
 from cluster.output.progress import reports_shown, say
+from cluster.output.result_text import lines
 from cluster.storage.uris import Storage, open_storage
 from model.errors import UserError
 
@@ -90,7 +91,10 @@ def sign(arguments: Arguments) -> Result:
 
     uri = checkpoint_uri(checkpoint, storage_uri)
     key = SigningKey.at(arguments[KEY], arguments[CERTIFICATES], timestamp_url=arguments[TIMESTAMP])
-    return Result(sign_checkpoint(uri, key, storage_uri=storage_uri))
+    signed = sign_checkpoint(uri, key, storage_uri=storage_uri)
+    # People know the run's settings; the signed statement, and --json, have them all
+    shown = signed | {"training": signed["training"]["runDetails"]["metadata"]}
+    return Result(signed, text="".join(f"{line}\n" for line in lines(shown)))
 
 
 def audit(arguments: Arguments) -> Result:

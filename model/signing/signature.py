@@ -301,6 +301,7 @@ def _verified(verifying: Any, path: Path, signer: TrustedSigner) -> dict[str, An
     key = signer.public_key
     try:
         signature = library("model_signing._signing.sign_sigstore_pb").Signature.read(path)
+        _require_kind(signature.bundle.verification_material, path, key)
         _, payload = verifying._verifier._verify_signed_content(signature)
         _require_valid(signature.bundle, path, signer)
         content: dict[str, Any] = json.loads(payload)
@@ -319,6 +320,28 @@ def _verified(verifying: Any, path: Path, signer: TrustedSigner) -> dict[str, An
         if "Key mismatch" in str(error):
             raise SignatureError(f"{path} was signed with another key than that of {key}") from None
         raise SignatureError(f"{path} is no signature ({type(error).__name__})") from None
+
+
+def _require_kind(material: Any, path: Path, trusted: Path) -> None:
+    """Raises `SignatureError` where a certificate has signed and a key is trusted, or the other way
+    round."""
+    if material.certificate is not None:
+        raise SignatureError(
+            f"{path} was signed by an identity of an identity provider, which raymill does not check: "
+            "`model_signing verify sigstore` does"
+        )
+    is_certified = material.x509_certificate_chain is not None
+    if is_certified == (_CERTIFICATE in trusted.read_bytes()):
+        return
+    if is_certified:
+        raise SignatureError(
+            f"{path} was signed with a certificate, and {trusted} has a public key: name the file with a certificate "
+            "that leads to it"
+        )
+    raise SignatureError(
+        f"{path} was signed with a key that shows no certificate, and {trusted} has certificates: name the file with "
+        "its public key, or sign again with --certificates"
+    )
 
 
 def _require_valid(bundle: Any, path: Path, signer: TrustedSigner) -> None:

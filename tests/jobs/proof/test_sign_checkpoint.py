@@ -242,6 +242,19 @@ def test_a_certificate_is_trusted_by_its_authority(run: Storage, tmp_path: Path)
     _, _, other = made_certificates(tmp_path / "others")
     with pytest.raises(SignatureError, match="to which none in"):
         check(folder, TrustedSigner(other))
+    private, public = made_keys(tmp_path, "plain")
+    with pytest.raises(SignatureError, match=r"signed with a certificate, and .* has a public key"):
+        check(folder, TrustedSigner(public))
+    sign_checkpoint(str(folder), SigningKey(private), storage_uri=str(tmp_path))
+    with pytest.raises(SignatureError, match=r"no certificate, and .* has certificates"):
+        check(folder, TrustedSigner(authority))
+    sign_checkpoint(str(folder), signer, storage_uri=str(tmp_path))
+    bundle = json.loads((folder / MODEL).read_bytes())
+    material = bundle["verificationMaterial"]
+    material["certificate"] = material.pop("x509CertificateChain")["certificates"][0]
+    (folder / MODEL).write_text(json.dumps(bundle))
+    with pytest.raises(SignatureError, match="by an identity of an identity provider"):
+        check(folder, TrustedSigner(authority))
     with pytest.raises(UserError, match="begins with its certificate"):
         sign_checkpoint(
             str(folder),
@@ -350,6 +363,8 @@ def test_the_commands_sign_and_verify(
     assert main(["sign", "tiny@6", "--key", str(private), *where]) == 0
     assert main(["verify", run.uri, "--signed-by", str(public)]) == 1
     said = capsys.readouterr()
+    assert "parameterHash" in said.out
+    assert "config.yaml" not in said.out
     assert "step-000000003-0001" in said.out
     assert "step-000000006-0001: " not in said.out
     assert main(["verify", run.uri, "--signed-by", str(keys[1])]) == 1
