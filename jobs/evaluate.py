@@ -105,7 +105,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises `CheckpointError` for the checkpoint, `TokenStoreError` for the text to evaluate on.
     """
     checkpoint, folder = find_checkpoint(
-        config.checkpoint, config.storage.uri, signed_by=config.storage.signed_by
+        config.checkpoint, config.storage.uri, signed_by=config.storage.signer
     )
     say(f"evaluating {checkpoint}")
     base = find_base(folder, config.storage.uri)

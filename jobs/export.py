@@ -32,8 +32,8 @@ from model.files.checkpoint_folder import (
 )
 from model.files.gguf_file import write_gguf
 from model.files.hf_config import read_shape
-from model.files.signature import SigningKey, sign
 from model.files.stored_tokenizer import load_tokenizer
+from model.signing.signature import SigningKey, sign
 
 
 def export_gguf(checkpoint: str, destination: str, *, storage_uri: str) -> dict[str, Any]:

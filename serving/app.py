@@ -20,6 +20,7 @@ from cluster.endpoint.endpoint import require_key, require_ray_proxies, url_of
 from cluster.endpoint.local_end import LONGEST_STREAM_S, entrance_of
 from cluster.local.local_cluster import require_free_port
 from cluster.output.progress import say
+from cluster.settings.flags import with_absolute_paths
 from cluster.settings.serve import ServeConfig
 from cluster.stages.stage import stage_main
 from cluster.storage.registry import find_checkpoint, named_checkpoint
@@ -99,9 +100,7 @@ def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
     absolute: dict[str, Any] = {
         name: file and str(Path(file).absolute()) for name, file in files.items()
     }
-    if (key := config.storage.signed_by) is not None:
-        places = {"signed_by": str(Path(key).absolute())}
-        absolute["storage"] = config.storage.model_copy(update=places)
+    absolute["storage"] = with_absolute_paths(config.storage)
     return replica.bind(
         config.model_copy(update=absolute),
         access=read_rules(config),
@@ -136,9 +135,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
     checkpoint, or a damaged state of this endpoint, with which its coordinator would wait for a
     repair."""
     storage = config.storage
-    checkpoint, folder = find_checkpoint(
-        config.checkpoint, storage.uri, signed_by=storage.signed_by
-    )
+    checkpoint, folder = find_checkpoint(config.checkpoint, storage.uri, signed_by=storage.signer)
     require_bounded_text(folder)
     for reference in config.adapters.values():
         named_checkpoint(reference, config.storage.uri)

@@ -93,24 +93,33 @@ def _generated(session: Any) -> tuple[Any, Any]:
 
 
 def made_certificates(
-    folder: Path, *, first_day: int = -1, last_day: int = 30
+    folder: Path,
+    *,
+    first_day: float = -1,
+    last_day: float = 30,
+    authority_ends_day: float = 400,
+    use: x509.ObjectIdentifier | None = None,
 ) -> tuple[Path, Path, Path]:
     """Makes an authority, and a key with a certificate from it, valid between these days from
-    today. Returns the files of the key, of its certificate and of the authority's."""
+    today, and for this extended use alone. Returns the files of the key, of its certificate and of
+    the authority's."""
     private, _ = made_keys(folder, "certified")
     key = serialization.load_pem_private_key(private.read_bytes(), None)
     authority = ec.generate_private_key(ec.SECP256R1())
-    root = _certificate(authority.public_key(), "authority", authority, "authority", -400, 400)
-    leaf = _certificate(key.public_key(), "release", authority, "authority", first_day, last_day)
+    root = _certificate(authority.public_key(), "authority", "authority", -400, authority_ends_day)
+    leaf = _certificate(key.public_key(), "release", "authority", first_day, last_day)
+    if use is not None:
+        leaf = leaf.add_extension(x509.ExtendedKeyUsage([use]), critical=True)
     files = folder / "certificate.pem", folder / "authority.pem"
-    for file, certificate in zip(files, (leaf, root), strict=True):
+    for file, builder in zip(files, (leaf, root), strict=True):
+        certificate = builder.sign(authority, hashes.SHA256())
         file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     return private, *files
 
 
 def _certificate(
-    key: Any, name: str, issuer_key: Any, issuer: str, first_day: int, last_day: int
-) -> x509.Certificate:
+    key: Any, name: str, issuer: str, first_day: float, last_day: float
+) -> x509.CertificateBuilder:
     subject, above = (
         x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, each)]) for each in (name, issuer)
     )
@@ -125,5 +134,4 @@ def _certificate(
     builder = builder.not_valid_before(now + timedelta(days=first_day))
     builder = builder.not_valid_after(now + timedelta(days=last_day))
     basic = x509.BasicConstraints(ca=is_authority, path_length=None)
-    builder = builder.add_extension(basic, critical=True).add_extension(usage, critical=True)
-    return builder.sign(issuer_key, hashes.SHA256())
+    return builder.add_extension(basic, critical=True).add_extension(usage, critical=True)

@@ -45,7 +45,7 @@ CANARIES = [
         "transformers.modeling_utils",
         "self._init_weights(module)",
     ),
-    # model/files/signature.py: signs a statement of its own, and reads what was signed.
+    # model/signing/signature.py: signs a statement of its own, and reads what was signed.
     Canary(
         "model_signing._signing.sign_ec_key.Signer.sign",
         "self payload",

@@ -6,12 +6,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.commands.command import Argument, SettingAs, SettingsOf, Switch
+from cluster.commands.command import Argument, Arguments, SettingAs, SettingsOf, Switch
 from cluster.commands.completion import checkpoints, overlays, run_ids
 from cluster.storage.uris import absolute_uri
+from model.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.settings.run import RunConfig
+    from model.signing.signature import SigningKey, TrustedSigner
 
 
 def _run_config() -> "type[RunConfig]":
@@ -69,10 +71,22 @@ SIGN = Argument[str | None](
     "sign what is written with this private key, as `raymill sign` does",
     metavar="KEY",
 )
+TIMESTAMP = Argument[str | None](
+    "--timestamp",
+    "time stamp authority (RFC 3161) that stamps the signatures",
+    metavar="URL",
+)
 SIGNED_BY = Argument[Path | None](
     "--signed-by",
     "also check that the holder of this public key, a PEM file, or of a certificate below those in it, has signed "
     "the checkpoints",
+    parse=Path,
+    metavar="FILE",
+)
+TIMESTAMPED_BY = Argument[Path | None](
+    "--timestamped-by",
+    "root certificate of a time stamp authority, a PEM file: signatures must have its stamp, and their certificates "
+    "count as of then",
     parse=Path,
     metavar="FILE",
 )
@@ -272,3 +286,26 @@ RESUME = Switch("--resume", "restore what was suspended")
 PROMETHEUS = Argument[str | None](
     "--prometheus-url", "the data source's address, as Grafana reaches it", metavar="URL"
 )
+
+
+def signing_key(arguments: Arguments) -> "SigningKey | None":
+    """Returns the key of `--sign`; None where nothing is to be signed. Raises `UserError` for what
+    belongs to a signature where there is none."""
+    from model.signing.signature import SigningKey
+
+    key, url = arguments[SIGN], arguments[TIMESTAMP]
+    certificates = arguments[CERTIFICATES]
+    if key is None and (url or certificates):
+        raise UserError("--certificates and --timestamp are for signatures: name a key with --sign")
+    return SigningKey.at(key, certificates, timestamp_url=url) if key else None
+
+
+def trusted_signer(arguments: Arguments) -> "TrustedSigner | None":
+    """Returns whom `--signed-by` and `--timestamped-by` trust; None where nobody must have signed.
+    Raises `UserError` for an authority alone."""
+    from model.signing.signature import TrustedSigner
+
+    key, authority = arguments[SIGNED_BY], arguments[TIMESTAMPED_BY]
+    if key is None and authority is not None:
+        raise UserError("--timestamped-by is for signatures: name whose they are with --signed-by")
+    return TrustedSigner.named(key, authority)

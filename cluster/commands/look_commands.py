@@ -27,12 +27,17 @@ from cluster.commands.arguments import (
     STORAGE,
     STORE,
     TEXT,
+    TIMESTAMP,
+    TIMESTAMPED_BY,
     TRACED_FILE,
     TRACED_TEXT,
     TWO_RUNS,
+    signing_key,
+    trusted_signer,
 )
 from cluster.commands.command import Arguments, Command, OneOf, Result, Section
 from cluster.output.progress import reports_shown, say
+from cluster.output.result_text import lines
 from cluster.storage.uris import Storage, open_storage
 from model.errors import UserError
 
@@ -72,7 +77,7 @@ def verify(arguments: Arguments) -> Result:
     from jobs.proof.verify_run import verify as verify_run
 
     with reports_shown():
-        verdict = verify_run(run, signed_by=arguments[SIGNED_BY])
+        verdict = verify_run(run, signed_by=trusted_signer(arguments))
     return Result(verdict, is_bad=not verdict["valid"])
 
 
@@ -82,13 +87,14 @@ def sign(arguments: Arguments) -> Result:
 
     from cluster.storage.references import checkpoint_uri
     from jobs.proof.sign_checkpoint import sign_checkpoint
-    from model.files.signature import SigningKey
+    from model.signing.signature import SigningKey
 
-    uri, key = (
-        checkpoint_uri(checkpoint, storage_uri),
-        SigningKey.at(arguments[KEY], arguments[CERTIFICATES]),
-    )
-    return Result(sign_checkpoint(uri, key, storage_uri=storage_uri))
+    uri = checkpoint_uri(checkpoint, storage_uri)
+    key = SigningKey.at(arguments[KEY], arguments[CERTIFICATES], timestamp_url=arguments[TIMESTAMP])
+    signed = sign_checkpoint(uri, key, storage_uri=storage_uri)
+    # People know the run's settings; the signed statement, and --json, have them all
+    shown = signed | {"training": signed["training"]["runDetails"]["metadata"]}
+    return Result(signed, text="".join(f"{line}\n" for line in lines(shown)))
 
 
 def audit(arguments: Arguments) -> Result:
@@ -96,14 +102,13 @@ def audit(arguments: Arguments) -> Result:
 
     from jobs.proof.audit_run import Audit
     from jobs.proof.audit_run import audit as audit_run
-    from model.files.signature import SigningKey
 
     asked = Audit(
         num_samples=arguments[NUM_SAMPLES],
         nonce=arguments[NONCE],
         num_workers=arguments[NUM_PROCESSES],
-        signed_by=arguments[SIGNED_BY],
-        key=SigningKey.at(file) if (file := arguments[SIGN]) else None,
+        signed_by=trusted_signer(arguments),
+        key=signing_key(arguments),
     )
     with reports_shown():
         verdict = audit_run(run, asked, arguments[AUDITS_FOLDER])
@@ -311,19 +316,31 @@ LOOK = Section(
             "verify",
             "recompute the hashes of a run's checkpoints, data and ledger",
             verify,
-            [RUN, SIGNED_BY, STORAGE],
+            [RUN, SIGNED_BY, TIMESTAMPED_BY, STORAGE],
         ),
         Command(
             "sign",
             "sign a checkpoint, and what it was trained from",
             sign,
-            [CHECKPOINT, KEY, CERTIFICATES, STORAGE],
+            [CHECKPOINT, KEY, CERTIFICATES, TIMESTAMP, STORAGE],
         ),
         Command(
             "audit",
             "check a run as somebody who does not own its storage: signatures, hashes, and steps drawn by lot",
             audit,
-            [RUN, NUM_SAMPLES, NONCE, NUM_PROCESSES, SIGNED_BY, SIGN, AUDITS_FOLDER, STORAGE],
+            [
+                RUN,
+                NUM_SAMPLES,
+                NONCE,
+                NUM_PROCESSES,
+                SIGNED_BY,
+                TIMESTAMPED_BY,
+                SIGN,
+                CERTIFICATES,
+                TIMESTAMP,
+                AUDITS_FOLDER,
+                STORAGE,
+            ],
         ),
         Command("diff", "find the first step where two runs part", diff, [TWO_RUNS, STORAGE]),
         Command(

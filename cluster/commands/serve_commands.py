@@ -9,6 +9,7 @@ from cluster.commands.arguments import (
     ADMIN_KEY,
     API_KEY,
     CANARY_PERCENT,
+    CERTIFICATES,
     CHECKPOINT,
     CONFIG_FLAG,
     FINISH,
@@ -23,8 +24,10 @@ from cluster.commands.arguments import (
     SIGN,
     STORAGE,
     TEMPERATURE,
+    TIMESTAMP,
     URL,
     WATCH_S,
+    signing_key,
 )
 from cluster.commands.command import (
     Argument,
@@ -189,9 +192,8 @@ def export(arguments: Arguments) -> Result:
     # imports PyTorch, which takes two seconds
     from jobs.export import export as export_checkpoint
     from jobs.export import export_gguf
-    from model.files.signature import SigningKey
 
-    key = SigningKey.at(file) if (file := arguments[SIGN]) else None
+    key = signing_key(arguments)
     if (key or arguments[_BOM]) and arguments[_FORMAT] == _GGUF:
         raise UserError("--sign and --bom are for folders: a GGUF file has no place for them")
     if arguments[_FORMAT] == _GGUF:
@@ -284,7 +286,17 @@ SERVE = Section(
             "export",
             "copy a checkpoint without its training state, ready for Hugging Face",
             export,
-            [CHECKPOINT, _NEW_PLACE, _FORMAT, _MERGE, SIGN, _BOM, STORAGE],
+            [
+                CHECKPOINT,
+                _NEW_PLACE,
+                _FORMAT,
+                _MERGE,
+                SIGN,
+                CERTIFICATES,
+                TIMESTAMP,
+                _BOM,
+                STORAGE,
+            ],
         ),
         Command(
             "push",

@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.endpoint.endpoint import Endpoint, raise_for
 from model.errors import UserError
-from model.files.receipt import FIELD, checked, hash_of
+from model.signing.receipt import FIELD, checked, hash_of
 
 _ROUTES = {"text_completion": "/v1/completions", "chat.completion": "/v1/chat/completions"}
 

@@ -170,9 +170,7 @@ def settled(config: Config) -> Config:
     for name, value in config:
         match value:
             case StorageConfig():
-                key = value.signed_by and str(Path(value.signed_by).absolute())
-                places = {"uri": absolute_uri(value.uri), "signed_by": key}
-                update[name] = value.model_copy(update=places)
+                update[name] = with_absolute_paths(value)
             case TextConfig():
                 paths: dict[str, Any] = {"source": [_absolute_source(uri) for uri in value.source]}
                 if isinstance(value, DataConfig):
@@ -194,6 +192,13 @@ def settled(config: Config) -> Config:
             case None if name == "run_id":
                 update[name] = new_run_id()
     return config.model_copy(update=update)
+
+
+def with_absolute_paths(storage: StorageConfig) -> StorageConfig:
+    """Returns the same for a process in another folder."""
+    files = {"signed_by": storage.signed_by, "timestamped_by": storage.timestamped_by}
+    absolute = {name: file and str(Path(file).absolute()) for name, file in files.items()}
+    return storage.model_copy(update={"uri": absolute_uri(storage.uri), **absolute})
 
 
 def _absolute_source(uri: str) -> str:

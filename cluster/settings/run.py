@@ -36,6 +36,7 @@ from model.config import GPTConfig, Shape, preset_fields, with_vocabulary
 from model.files.hf_config import config_to_hf, shape_from_hf
 from model.foreign_config import ForeignConfig
 from model.numerics import Precision
+from model.signing.signature import TrustedSigner
 
 CONFIG = "config"
 """The setting that names a config.json, or has its content."""
@@ -199,6 +200,22 @@ class StorageConfig(Settings):
         "public key or certificates, a PEM file; a checkpoint to begin from, evaluate or serve must be signed by "
         "its holder (`raymill sign`)",
     )
+    timestamped_by: str | None = setting(
+        None,
+        "root certificates of time stamp authorities, a PEM file; each such signature must then have a time stamp of "
+        "one, and its certificate have been valid at that time",
+    )
+
+    @model_validator(mode="after")
+    def _says_who_signs(self) -> Self:
+        if self.timestamped_by and not self.signed_by:
+            raise ValueError("timestamped_by is for signatures: name whose they are with signed_by")
+        return self
+
+    @property
+    def signer(self) -> TrustedSigner | None:
+        """Who must have signed what is begun from, evaluated or served; None where anybody may."""
+        return TrustedSigner.named(self.signed_by, self.timestamped_by)
 
 
 class CheckpointConfig(Settings):

@@ -35,7 +35,7 @@ from model.files.checkpoint_folder import (
     read_metadata,
     verify_checkpoint,
 )
-from model.files.signature import check
+from model.signing.signature import TrustedSigner, check
 
 LATEST = "latest"
 ENDPOINTS = "endpoints/"
@@ -174,13 +174,15 @@ def _pinned(storage: Storage, key: str) -> list[str]:
     )
 
 
-def resolve_checkpoint(reference: str, storage_uri: str, *, signed_by: str | None = None) -> Path:
+def resolve_checkpoint(
+    reference: str, storage_uri: str, *, signed_by: TrustedSigner | None = None
+) -> Path:
     """Returns a local folder with the verified checkpoint of a reference, see `find_checkpoint`."""
     return find_checkpoint(reference, storage_uri, signed_by=signed_by)[1]
 
 
 def find_checkpoint(
-    reference: str, storage_uri: str, *, signed_by: str | None = None
+    reference: str, storage_uri: str, *, signed_by: TrustedSigner | None = None
 ) -> tuple[str, Path]:
     """Returns the URI of the verified checkpoint that `reference` names, and a local folder with
     it.
@@ -188,8 +190,8 @@ def find_checkpoint(
     `latest` is the newest valid published checkpoint; damaged ones are logged and skipped. A URI
     names a checkpoint's folder, or a run's, which means its newest valid checkpoint; a remote one
     is copied here, of a model on the Hub (hf://owner/name@revision) the present commit, which the
-    returned URI names. Raises `CheckpointError`, also where the holder of the public key in the
-    file `signed_by` has not signed the checkpoint: an earlier one that is signed does not do.
+    returned URI names. Raises `CheckpointError`, also where `signed_by` has not signed the
+    checkpoint: an earlier one that is signed does not do.
     """
     candidates, none = _candidates(reference, storage_uri)
     for checkpoint in candidates:
@@ -201,7 +203,7 @@ def find_checkpoint(
             problems = [str(error)]  # deleted since it was listed
         if not problems:
             if signed_by:
-                check(local, Path(signed_by), may_lack=is_left_behind)
+                check(local, signed_by, may_lack=is_left_behind)
             return checkpoint, local
         if not none:
             raise CheckpointError(f"checkpoint {reference} is not valid: {'; '.join(problems)}")

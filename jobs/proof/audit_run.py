@@ -34,7 +34,7 @@ from jobs.run.find_run import begun_ledger
 from jobs.run.ledger import Ledger
 from jobs.training.guards import GuardState
 from model.errors import UserError
-from model.files.signature import SigningKey, sign_files
+from model.signing.signature import SigningKey, TrustedSigner, sign_files
 
 RECORD, PAGE = "audit.json", "index.html"
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -60,7 +60,7 @@ class Audit:
     num_samples: int
     nonce: str | None = None  # drawn where it is None
     num_workers: int = 1
-    signed_by: Path | None = None  # a public key
+    signed_by: TrustedSigner | None = None
     key: SigningKey | None = None  # the auditor's, which signs the report
 
 
@@ -74,7 +74,8 @@ def audit(run: Storage, asked: Audit, folder: Path) -> dict[str, Any]:
     if asked.num_samples < 1:
         raise ConfigError(f"--samples {asked.num_samples}: expected at least 1")
     ledger = begun_ledger(run)
-    found = verify(run, signed_by=asked.signed_by)
+    signer = asked.signed_by
+    found = verify(run, signed_by=signer)
     head = str(found["ledger_head"])
     known = _begun(folder, run=run, head=head, nonce=asked.nonce)
     nonce = asked.nonce or known.get("nonce") or secrets.token_hex(16)
@@ -90,7 +91,8 @@ def audit(run: Storage, asked: Audit, folder: Path) -> dict[str, Any]:
         "run": run.uri,
         "head": head,
         "nonce": nonce,
-        "signed_by": str(asked.signed_by) if asked.signed_by else None,
+        "signed_by": str(signer.public_key) if signer else None,
+        "timestamped_by": str(signer.timestamped_by) if signer and signer.timestamped_by else None,
         "intervals_of_run": len(intervals),
         "problems": found["problems"],
         "intervals": done,
@@ -229,6 +231,7 @@ def _page(record: dict[str, Any]) -> str:
             ("The ledger's last line (SHA-256)", "head"),
             ("Nonce of the auditor", "nonce"),
             ("Public key of the signatures", "signed_by"),
+            ("Root of their time stamps", "timestamped_by"),
             ("Intervals of the run", "intervals_of_run"),
         )
     ]

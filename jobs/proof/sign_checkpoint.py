@@ -11,12 +11,21 @@ from cluster.storage.uris import Storage, open_storage
 from jobs.run.ledger import LEDGER
 from jobs.run.training_statement import has_stated_line, training_of
 from model.files.checkpoint_folder import MANIFEST, CheckpointError, verify_checkpoint
-from model.files.signature import MODEL, TRAINING, SignatureError, SigningKey, check, sign
+from model.signing.signature import (
+    MODEL,
+    TRAINING,
+    SignatureError,
+    SigningKey,
+    TrustedSigner,
+    check,
+    sign,
+)
 
 
 def sign_checkpoint(reference: str, key: SigningKey, *, storage_uri: str) -> dict[str, Any]:
     """Signs the checkpoint of a reference where it lies, once all its files are as its manifest
-    says. Raises `CheckpointError`, and `UserError` for a key that does not sign."""
+    says. Raises `CheckpointError`, and `UserError` for a key that does not sign or an authority
+    that does not stamp."""
     checkpoint = named_checkpoint(reference, storage_uri)
     place = open_storage(checkpoint)
     if not place.exists(MANIFEST):
@@ -50,7 +59,7 @@ def _whole(place: Storage, scratch: Path) -> Path:
 
 
 def signature_problems(
-    folder: Path, lines: Sequence[bytes], public_key: Path, *, must: bool
+    folder: Path, lines: Sequence[bytes], signer: TrustedSigner, *, must: bool
 ) -> list[str]:
     """Returns what is wrong with the signature of a run's checkpoint, and whether the ledger, of
     these lines, is not the one of which it states a line. `must` it be signed? The newest one's
@@ -58,7 +67,7 @@ def signature_problems(
     if not must and not (folder / MODEL).exists():
         return []
     try:
-        training = check(folder, public_key)
+        training = check(folder, signer)
     except SignatureError as error:
         return [str(error)]
     if has_stated_line(lines, training):

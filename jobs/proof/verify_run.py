@@ -17,12 +17,12 @@ from jobs.tokens import inspect_store
 from jobs.tokens.token_store import TokenStoreError
 from model.files.checkpoint import stored_parameter_hash
 from model.files.checkpoint_folder import read_metadata, verify_checkpoint
+from model.signing.signature import TrustedSigner
 
 
-def verify(run: Storage, *, signed_by: Path | None = None) -> dict[str, Any]:
+def verify(run: Storage, *, signed_by: TrustedSigner | None = None) -> dict[str, Any]:
     """Returns `valid`, and `problems` by file. Reads every byte of checkpoints and shards. With a
-    public key the newest checkpoint must have been signed with its private key, and earlier ones if
-    they are signed."""
+    trusted signer the newest checkpoint must be signed, and earlier ones rightly if they are."""
     written = run.find_bytes(LEDGER) or b""
     ledger, checkpoints = Ledger.parse(written, f"{run.uri}/{LEDGER}"), RunCheckpoints(run)
     saved = {event["checkpoint"].rpartition("/")[2]: event for event in ledger.events("checkpoint")}

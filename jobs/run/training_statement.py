@@ -14,7 +14,7 @@ from jobs.run.ledger_chain import chain_of, hash_of
 from jobs.tokens.document_map import DOCUMENTS
 from jobs.tokens.token_store import TokenStoreError
 from model.files.checkpoint_folder import CheckpointError, Metadata, fingerprint, read_metadata
-from model.files.signature import TRAINING_TYPE
+from model.signing.signature import TRAINING_TYPE
 
 
 def training_of(checkpoint: str, folder: Path) -> dict[str, Any]:

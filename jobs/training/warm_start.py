@@ -64,7 +64,7 @@ def like_its_source(config: RunConfig) -> RunConfig:
 def _source(config: RunConfig) -> tuple[str, Path]:
     """Returns the URI of the weights to begin from, and a local folder with them."""
     storage = config.storage
-    return find_checkpoint(str(config.train.init_from), storage.uri, signed_by=storage.signed_by)
+    return find_checkpoint(str(config.train.init_from), storage.uri, signed_by=storage.signer)
 
 
 def _shape_from(folder: Path, config: RunConfig) -> Shape:

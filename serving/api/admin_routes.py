@@ -174,7 +174,7 @@ async def _read_candidate(reference: str, live: LoadedVersion, config: ServeConf
         raise ApiError(message, param="checkpoint", code="checkpoint_refused")
     try:
         uri, folder = await asyncio.to_thread(
-            find_checkpoint, reference, config.storage.uri, signed_by=config.storage.signed_by
+            find_checkpoint, reference, config.storage.uri, signed_by=config.storage.signer
         )
         texts = await open_reader(folder)  # first: it bounds what a stranger's tokenizer does
         texts.close()

@@ -173,7 +173,7 @@ class Follower:
 def _read_version(reference: str, config: ServeConfig) -> Version:
     """Returns the version of a checkpoint as it is now. Raises `CheckpointError`."""
     storage = config.storage
-    uri, folder = find_checkpoint(reference, storage.uri, signed_by=storage.signed_by)
+    uri, folder = find_checkpoint(reference, storage.uri, signed_by=storage.signer)
     require_bounded_text(folder)
     return version_of(read_served_model(folder, name=None), checkpoint=uri)
 

@@ -13,7 +13,7 @@ from cluster.storage.bases import find_base
 from cluster.storage.registry import resolve_checkpoint
 from model.errors import UserError
 from model.files.hf_config import require_own_shape
-from model.files.signature import statement_in
+from model.signing.signature import statement_in
 from serving.delivery.promotion import Version
 from serving.delivery.version_stats import VersionStats
 from serving.engine.messages import FinishReason
@@ -66,7 +66,7 @@ class LoadedVersion:
             resolve_checkpoint,
             version.checkpoint,
             config.storage.uri,
-            signed_by=config.storage.signed_by,
+            signed_by=config.storage.signer,
         )
         texts = await open_reader(folder)  # first: it bounds what a stranger's tokenizer does
         try:

@@ -9,8 +9,8 @@ import orjson
 
 from cluster.settings.code_folders import code_version
 from cluster.settings.serve import EngineConfig, ServeConfig
-from model.files.receipt import FIELD, RECEIPT_TYPE, hash_of, hash_of_request
-from model.files.signature import SigningKey, StatementSigner
+from model.signing.receipt import FIELD, RECEIPT_TYPE, hash_of, hash_of_request
+from model.signing.signature import SigningKey, StatementSigner
 from serving.protocol.errors import ApiError, error_of
 from serving.protocol.protocol import GenerationRequest
 from serving.protocol.request_facts import timestamp

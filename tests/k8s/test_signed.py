@@ -6,7 +6,7 @@ import pytest
 
 from cluster.settings.serve import ServeConfig
 from model.errors import UserError
-from model.files.signature import check
+from model.signing.signature import TrustedSigner, check
 from tests.k8s import run_rules
 from tests.k8s.manifests import K8S, find, pods, render
 from tests.k8s.security_rules import RULES
@@ -43,4 +43,4 @@ def test_a_key_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
     placeholder = K8S / "components/signed/release.pub"
     (tmp_path / "model.sig").write_text("{}")
     with pytest.raises(UserError, match=r"release\.pub is no public key"):
-        check(tmp_path, placeholder)
+        check(tmp_path, TrustedSigner(placeholder))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.settings.flags import settled
 from cluster.settings.run import EvaluateConfig, StorageConfig
 from cluster.storage.registry import find_checkpoint, publish
 from cluster.storage.uris import open_storage
@@ -14,7 +15,7 @@ from jobs.evaluate import evaluate
 from jobs.proof.sign_checkpoint import sign_checkpoint
 from jobs.training.warm_start import like_its_source
 from model.files.checkpoint_folder import MANIFEST
-from model.files.signature import MODEL, SignatureError, SigningKey
+from model.signing.signature import MODEL, SignatureError, SigningKey, TrustedSigner
 from tests.jobs.runs import tiny_plan, trained_run
 from tests.jobs.tampering import checkpoint_folder
 from tests.signing_keys import made_keys
@@ -50,16 +51,18 @@ def checkpoints(trained: Path, tmp_path: Path) -> dict[int, str]:
 def test_a_signed_checkpoint_is_found_and_no_other(
     checkpoints: dict[int, str], keys: tuple[Path, str], tmp_path: Path
 ) -> None:
-    found, _ = find_checkpoint(checkpoints[6], str(tmp_path), signed_by=keys[1])
+    found, _ = find_checkpoint(
+        checkpoints[6], str(tmp_path), signed_by=TrustedSigner(Path(keys[1]))
+    )
     assert found == checkpoints[6]
     with pytest.raises(SignatureError, match=r"is not signed: expected model\.sig"):
-        find_checkpoint(checkpoints[3], str(tmp_path), signed_by=keys[1])
+        find_checkpoint(checkpoints[3], str(tmp_path), signed_by=TrustedSigner(Path(keys[1])))
     _, other = made_keys(tmp_path, "other")
     with pytest.raises(SignatureError, match="was signed with another key"):
-        find_checkpoint(checkpoints[6], str(tmp_path), signed_by=str(other))
+        find_checkpoint(checkpoints[6], str(tmp_path), signed_by=TrustedSigner(other))
     (Path(checkpoints[6]) / "chat_template.jinja").write_text("{{ theirs }}")
     with pytest.raises(SignatureError, match="was not there when"):
-        find_checkpoint(checkpoints[6], str(tmp_path), signed_by=keys[1])
+        find_checkpoint(checkpoints[6], str(tmp_path), signed_by=TrustedSigner(Path(keys[1])))
 
 
 def test_a_newer_unsigned_one_is_refused_and_an_older_signed_one_does_not_do(
@@ -67,10 +70,13 @@ def test_a_newer_unsigned_one_is_refused_and_an_older_signed_one_does_not_do(
 ) -> None:
     storage = open_storage(str(tmp_path / "registry"))
     publish(storage, checkpoints[6])
-    assert find_checkpoint("latest", storage.uri, signed_by=keys[1])[0] == checkpoints[6]
+    assert (
+        find_checkpoint("latest", storage.uri, signed_by=TrustedSigner(Path(keys[1])))[0]
+        == checkpoints[6]
+    )
     publish(storage, checkpoints[8])
     with pytest.raises(SignatureError, match="is not signed"):
-        find_checkpoint("latest", storage.uri, signed_by=keys[1])
+        find_checkpoint("latest", storage.uri, signed_by=TrustedSigner(Path(keys[1])))
 
 
 def test_a_copy_without_the_training_state_is_checked(
@@ -78,7 +84,9 @@ def test_a_copy_without_the_training_state_is_checked(
 ) -> None:
     place = open_storage(f"s3://{s3_bucket}/storage")
     place.upload_folder(Path(checkpoints[6]), "signed", last=MANIFEST)
-    _, copy = find_checkpoint(place.child("signed").uri, place.uri, signed_by=keys[1])
+    _, copy = find_checkpoint(
+        place.child("signed").uri, place.uri, signed_by=TrustedSigner(Path(keys[1]))
+    )
     assert not (copy / "train_state.safetensors").exists()
     assert (copy / MODEL).exists()
 
@@ -93,10 +101,25 @@ def test_a_folder_of_transformers_is_signed_by_the_librarys_command(
     command = [sys.executable, "-m", "model_signing", "sign", "key", str(folder)]
     command += ["--signature", str(folder / MODEL), "--private_key", str(keys[0])]
     subprocess.run(command, check=True, capture_output=True)
-    assert find_checkpoint(str(folder), str(tmp_path), signed_by=keys[1])[1] == folder
+    assert (
+        find_checkpoint(str(folder), str(tmp_path), signed_by=TrustedSigner(Path(keys[1])))[1]
+        == folder
+    )
     (folder / "config.json").write_text("[]")
     with pytest.raises(SignatureError, match=r"config\.json .* is another than was signed"):
-        find_checkpoint(str(folder), str(tmp_path), signed_by=keys[1])
+        find_checkpoint(str(folder), str(tmp_path), signed_by=TrustedSigner(Path(keys[1])))
+
+
+def test_settings_say_whom_to_trust_by_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = StorageConfig(signed_by="ca.pem", timestamped_by="tsa.pem")
+    signer = settled(EvaluateConfig(storage=given)).storage.signer
+    assert signer == TrustedSigner(tmp_path / "ca.pem", timestamped_by=tmp_path / "tsa.pem")
+    assert StorageConfig().signer is None
+    with pytest.raises(ValueError, match="name whose they are with signed_by"):
+        StorageConfig(timestamped_by="tsa.pem")
 
 
 def test_a_run_begins_from_signed_weights_alone(

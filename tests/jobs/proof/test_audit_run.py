@@ -23,12 +23,13 @@ from jobs.proof.verify_run import verify
 from jobs.run.ledger import LEDGER, Ledger
 from jobs.run.ledger_chain import encoded, hash_of
 from model.errors import UserError
-from model.files.signature import SigningKey
+from model.signing.signature import SigningKey
 from tests.jobs.mapped_runs import mapped_plan
 from tests.jobs.poisoned_runs import Faults, run_world
 from tests.jobs.runs import tiny_plan
 from tests.jobs.runs_in_rounds import CutOff, run_in_rounds
 from tests.signing_keys import made_keys
+from tests.timestamp_authority import made_authority, running
 
 
 def forge_loss(run: Storage, step: int) -> None:
@@ -165,7 +166,10 @@ def test_the_command_writes_a_signed_report(
     private, public = made_keys(tmp_path, "auditor")
     folder = tmp_path / "audit"
     told = ["--samples", "1", "--to", str(folder), "--sign", str(private)]
-    assert main(["audit", run.uri, *told]) == 0
+    with running(made_authority(tmp_path / "stamps")) as authority:
+        told += ["--timestamp", authority.url]
+        assert main(["audit", run.uri, *told]) == 0
+    assert authority.answers
     said = capsys.readouterr()
     assert "will be taken again, about" in said.err
     assert "1 of 3 intervals gave the same bits again" in said.out

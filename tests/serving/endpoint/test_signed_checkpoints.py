@@ -10,8 +10,8 @@ from cluster.settings.run import StorageConfig
 from cluster.settings.serve import DeliveryConfig, EngineConfig, ReplicaConfig, ServeConfig
 from jobs.proof.sign_checkpoint import sign_checkpoint
 from model.errors import UserError
-from model.files.signature import SigningKey
 from model.gpt import GPT
+from model.signing.signature import SigningKey
 from model.text.tokenizer import Tokenizer
 from tests.serving.delivery_parts import Admin, version
 from tests.serving.endpoint_parts import Endpoints

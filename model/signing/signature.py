@@ -4,14 +4,14 @@ signing (github.com/sigstore/model-transparency).
     model.sig      all files of the folder; `model_signing verify` accepts it too
     training.sig   an in-toto Statement about what manifest.json lists: what it was trained from
 
-Both are DSSE envelopes in Sigstore bundles.
+Both are DSSE envelopes in Sigstore bundles, which may have a time stamp of the signature.
 """
 
 import base64
-import importlib
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Any, Self
 
 from model.errors import UserError
 from model.files.checkpoint_folder import MANIFEST, CheckpointError, fingerprint, manifest_files
+from model.signing.optional import library
+from model.signing.time_stamp import TimeStampError, request_stamp, stamped_time
 
 MODEL, TRAINING = "model.sig", "training.sig"
 TRAINING_TYPE = "urn:raymill:training:v1"
@@ -26,6 +28,9 @@ TRAINING_TYPE = "urn:raymill:training:v1"
 PASSPHRASE_VARIABLE = "RAYMILL_KEY_PASSPHRASE"  # noqa: S105 (its name)
 _PKCS11 = "pkcs11:"
 _CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
+_NAME_AUTHORITY = (
+    ", or name the root of the authority that stamped it (--timestamped-by, storage.timestamped_by)"
+)
 CURVES = "an elliptic curve P-256, P-384 or P-521"
 
 
@@ -42,11 +47,35 @@ class SigningKey:
     passphrase: str | None = None  # of a file
     # A PEM file with the key's certificate, and behind it those that lead to a trusted one
     certificates: Path | None = None
+    timestamp_url: str | None = None  # of the authority that stamps signatures
 
     @classmethod
-    def at(cls, place: Path | str, certificates: Path | None = None) -> Self:
+    def at(
+        cls,
+        place: Path | str,
+        certificates: Path | None = None,
+        *,
+        timestamp_url: str | None = None,
+    ) -> Self:
         """Returns the key, whose passphrase is in the environment if it has one."""
-        return cls(place, os.environ.get(PASSPHRASE_VARIABLE), certificates)
+        return cls(place, os.environ.get(PASSPHRASE_VARIABLE), certificates, timestamp_url)
+
+
+@dataclass(frozen=True)
+class TrustedSigner:
+    """Whose signatures count."""
+
+    public_key: Path  # a PEM file, with certificates in its place those below them too
+    # A PEM file with the root of a time stamp authority: each signature must have its stamp, and a
+    # certificate counts as of then instead of now
+    timestamped_by: Path | None = None
+
+    @classmethod
+    def named(cls, public_key: Path | str | None, timestamped_by: Path | str | None) -> Self | None:
+        """Returns the signer by the names of the files; None without a key."""
+        if public_key is None:
+            return None
+        return cls(Path(public_key), Path(timestamped_by) if timestamped_by else None)
 
 
 @dataclass(frozen=True)
@@ -67,10 +96,10 @@ class StatementSigner:
         self, kind: str, *, subject: str, sha256: str, predicate: dict[str, Any]
     ) -> dict[str, Any]:
         """Returns the bundle of a Statement whose predicate is of this type."""
-        described = _library("in_toto_attestation.v1.resource_descriptor").ResourceDescriptor(
+        described = library("in_toto_attestation.v1.resource_descriptor").ResourceDescriptor(
             name=subject, digest={"sha256": sha256}
         )
-        statement = _library("in_toto_attestation.v1.statement").Statement(
+        statement = library("in_toto_attestation.v1.statement").Statement(
             [described.pb], kind, predicate
         )
         bundle: dict[str, Any] = json.loads(self._signer.sign(_Payload(statement)).bundle.to_json())
@@ -79,25 +108,48 @@ class StatementSigner:
 
 def sign(folder: Path, key: SigningKey, training: dict[str, Any]) -> None:
     """Writes both files into a folder with a manifest, over earlier ones. `training` is the
-    predicate of the Statement. Raises `UserError` for a key that does not sign."""
+    predicate of the Statement. Raises `UserError` for a key that does not sign, or an authority
+    that does not stamp; then neither file is written."""
     manifest = fingerprint(folder / MANIFEST)["sha256"]
     bundle = StatementSigner(key).signed(
         TRAINING_TYPE, subject=MANIFEST, sha256=manifest, predicate=training
     )
-    (folder / TRAINING).write_text(json.dumps(bundle), encoding="utf-8")
-    sign_files(folder, key)
+    statement = _stamped(json.dumps(bundle), key)
+    files = _bundle_of_files(folder, key)
+    (folder / TRAINING).write_text(statement, encoding="utf-8")
+    (folder / MODEL).write_text(files, encoding="utf-8")
 
 
 def sign_files(folder: Path, key: SigningKey) -> list[str]:
     """Signs the files of any folder, and returns the signature's name. Raises `UserError`."""
-    hashing = _library("model_signing.hashing").Config()
-    hashing.set_ignored_paths(paths=[folder / MODEL, folder / TRAINING])
-    _signing(key).set_hashing_config(hashing).sign(folder, folder / MODEL)
+    (folder / MODEL).write_text(_bundle_of_files(folder, key), encoding="utf-8")
     return [MODEL]
 
 
+def _bundle_of_files(folder: Path, key: SigningKey) -> str:
+    hashing = library("model_signing.hashing").Config()
+    hashing.set_ignored_paths(paths=[folder / MODEL, folder / TRAINING])
+    signing = _signing(key).set_hashing_config(hashing)
+    with tempfile.TemporaryDirectory(prefix="raymill-sign-") as scratch:
+        signing.sign(folder, Path(scratch) / MODEL)
+        return _stamped((Path(scratch) / MODEL).read_text(encoding="utf-8"), key)
+
+
+def _stamped(bundle: str, key: SigningKey) -> str:
+    """Returns the bundle with a time stamp of its signature, if the key has an authority."""
+    if key.timestamp_url is None:
+        return bundle
+    content = json.loads(bundle)
+    [signature] = content["dsseEnvelope"]["signatures"]
+    stamp = request_stamp(base64.b64decode(signature["sig"]), key.timestamp_url)
+    content["verificationMaterial"]["timestampVerificationData"] = {
+        "rfc3161Timestamps": [{"signedTimestamp": base64.b64encode(stamp).decode()}]
+    }
+    return json.dumps(content)
+
+
 def _signing(key: SigningKey) -> Any:
-    signing = _library("model_signing.signing").Config()
+    signing = library("model_signing.signing").Config()
     if str(key.place).startswith(_PKCS11):
         return _signing_in_token(signing, str(key.place), key.certificates)
     if key.certificates:
@@ -125,7 +177,7 @@ def _signing_with_certificate(signing: Any, key: Path | str, certificates: Path)
 
 
 def _signing_in_token(signing: Any, uri: str, certificates: Path | None) -> Any:
-    refusals = (_library("PyKCS11").PyKCS11Error, RuntimeError, ValueError, OSError)
+    refusals = (library("PyKCS11").PyKCS11Error, RuntimeError, ValueError, OSError)
     try:
         if certificates is None:
             return signing.use_pkcs11_signer(pkcs11_uri=uri)
@@ -146,17 +198,17 @@ def is_of_training(name: str) -> bool:
 
 
 def check(
-    folder: Path, public_key: Path, *, may_lack: Callable[[str], bool] = is_of_training
+    folder: Path, signer: TrustedSigner, *, may_lack: Callable[[str], bool] = is_of_training
 ) -> dict[str, Any]:
     """Returns the predicate of the training's Statement, once the folder's files are those that the
-    holder of the key has signed; nothing of a folder without a manifest, as transformers saves it.
+    trusted signer has signed; nothing of a folder without a manifest, as transformers saves it.
     Files that `manifest.json` lists are compared with that alone: the caller verifies them against
     it. What `may_lack` tells may be missing.
 
     Raises `SignatureError`, and `UserError` for a file that is no public key.
     """
-    verifying = _verifier(public_key)
-    manifest = _manifest(verifying, folder / MODEL, public_key)
+    verifying = _verifier(signer.public_key)
+    manifest = _manifest(verifying, folder / MODEL, signer)
     signed = {item.identifier: item.digest.digest_hex for item in manifest.resource_descriptors()}
     has_manifest = (folder / MANIFEST).exists()
     listed = manifest_files(folder) if has_manifest else {}
@@ -174,11 +226,11 @@ def check(
                 f"{name} in {folder} is another than was signed: its SHA-256 is {found['sha256'][:12]}…, {MODEL} has "
                 f"{signed[name][:12]}…"
             )
-    return _training(verifying, folder, public_key) if has_manifest else {}
+    return _training(verifying, folder, signer) if has_manifest else {}
 
 
-def _training(verifying: Any, folder: Path, public_key: Path) -> dict[str, Any]:
-    content = _verified(verifying, folder / TRAINING, public_key)
+def _training(verifying: Any, folder: Path, signer: TrustedSigner) -> dict[str, Any]:
+    content = _verified(verifying, folder / TRAINING, signer)
     training = _predicate(content, TRAINING_TYPE, fingerprint(folder / MANIFEST)["sha256"])
     if training is None:
         raise SignatureError(
@@ -199,7 +251,7 @@ def _predicate(content: dict[str, Any], kind: str, sha256: str) -> dict[str, Any
 def stated(bundle: Path, public_key: Path, *, kind: str, sha256: str) -> dict[str, Any]:
     """Returns the predicate of the Statement in a file, once it is of this type, about the bytes
     with this hash, and signed by the holder of the key. Raises `SignatureError`."""
-    content = _verified(_verifier(public_key), bundle, public_key)
+    content = _verified(_verifier(public_key), bundle, TrustedSigner(public_key))
     predicate = _predicate(content, kind, sha256)
     if predicate is None:
         raise SignatureError(f"{bundle.name} is about something else")
@@ -220,7 +272,7 @@ def statement_in(folder: Path) -> dict[str, Any] | None:
 
 
 def _verifier(public_key: Path) -> Any:
-    verifying = _library("model_signing.verifying").Config()
+    verifying = library("model_signing.verifying").Config()
     try:
         if _CERTIFICATE in public_key.read_bytes():
             return verifying.use_certificate_verifier(certificate_chain=[public_key])
@@ -231,72 +283,111 @@ def _verifier(public_key: Path) -> Any:
         ) from None
 
 
-def _manifest(verifying: Any, path: Path, public_key: Path) -> Any:
+def _manifest(verifying: Any, path: Path, signer: TrustedSigner) -> Any:
     """Returns the files that a bundle signs, with their hashes."""
-    content = _verified(verifying, path, public_key)
+    content = _verified(verifying, path, signer)
     try:
-        return _library("model_signing._signing.signing").dsse_payload_to_manifest(content)
+        return library("model_signing._signing.signing").dsse_payload_to_manifest(content)
     except (KeyError, TypeError, ValueError) as error:
         raise SignatureError(f"{path} does not say what it signs ({error})") from None
 
 
-def _verified(verifying: Any, path: Path, public_key: Path) -> dict[str, Any]:
-    """Returns the in-toto Statement in a bundle, once the key's holder has signed it."""
+def _verified(verifying: Any, path: Path, signer: TrustedSigner) -> dict[str, Any]:
+    """Returns the in-toto Statement in a bundle, once the trusted signer has signed it."""
     if not path.is_file():
         raise SignatureError(
             f"{path.parent} is not signed: expected {path.name}, as `raymill sign` makes it"
         )
+    key = signer.public_key
     try:
-        signature = _library("model_signing._signing.sign_sigstore_pb").Signature.read(path)
+        signature = library("model_signing._signing.sign_sigstore_pb").Signature.read(path)
+        _require_kind(signature.bundle.verification_material, path, key)
         _, payload = verifying._verifier._verify_signed_content(signature)
-        _require_valid_now(signature, path)
+        _require_valid(signature.bundle, path, signer)
         content: dict[str, Any] = json.loads(payload)
         return content
-    except _library("cryptography.exceptions").InvalidSignature:
+    except library("cryptography.exceptions").InvalidSignature:
+        raise SignatureError(f"{path} was altered, or not signed with the key of {key}") from None
+    except library("OpenSSL.crypto").X509StoreContextError as error:
         raise SignatureError(
-            f"{path} was altered, or not signed with the key of {public_key}"
+            f"{path} was signed with a certificate to which none in {key} leads ({error})"
         ) from None
-    except _library("OpenSSL.crypto").X509StoreContextError as error:
-        raise SignatureError(
-            f"{path} was signed with a certificate to which none in {public_key} leads ({error})"
-        ) from None
-    except SignatureError:
+    except TimeStampError as error:
+        raise SignatureError(f"{path} {error}") from None
+    except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if "Key mismatch" in str(error):
-            raise SignatureError(
-                f"{path} was signed with another key than that of {public_key}"
-            ) from None
+            raise SignatureError(f"{path} was signed with another key than that of {key}") from None
         raise SignatureError(f"{path} is no signature ({type(error).__name__})") from None
 
 
-def _require_valid_now(signature: Any, path: Path) -> None:
-    """Raises `SignatureError` where the signing certificate, if there is one, has ended or not
-    begun: without a time stamp nobody knows when it signed."""
-    chain = signature.bundle.verification_material.x509_certificate_chain
-    if chain is None:
+def _require_kind(material: Any, path: Path, trusted: Path) -> None:
+    """Raises `SignatureError` where a certificate has signed and a key is trusted, or the other way
+    round."""
+    if material.certificate is not None:
+        raise SignatureError(
+            f"{path} was signed by an identity of an identity provider, which raymill does not check: "
+            "`model_signing verify sigstore` does"
+        )
+    is_certified = material.x509_certificate_chain is not None
+    if is_certified == (_CERTIFICATE in trusted.read_bytes()):
         return
-    certificate = _library("cryptography.x509").load_der_x509_certificate(
-        chain.certificates[0].raw_bytes
+    if is_certified:
+        raise SignatureError(
+            f"{path} was signed with a certificate, and {trusted} has a public key: name the file with a certificate "
+            "that leads to it"
+        )
+    raise SignatureError(
+        f"{path} was signed with a key that shows no certificate, and {trusted} has certificates: name the file with "
+        "its public key, or sign again with --certificates"
     )
-    now = datetime.now(UTC)
-    if now > certificate.not_valid_after_utc:
-        raise SignatureError(
-            f"{path} was signed with a certificate that ended on {certificate.not_valid_after_utc:%Y-%m-%d}: sign "
-            "it again with one that holds"
-        )
-    if now < certificate.not_valid_before_utc:
-        raise SignatureError(
-            f"{path} was signed with a certificate that begins on {certificate.not_valid_before_utc:%Y-%m-%d}, and "
-            f"this machine's clock says {now:%Y-%m-%d}: set the clock"
-        )
 
 
-def _library(name: str) -> Any:
-    """Returns a module of what signs, which is optional, and takes half a second."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"{error}: `pip install 'raymill[sign]'` brings what signs and checks signatures"
-        ) from None
+def _require_valid(bundle: Any, path: Path, signer: TrustedSigner) -> None:
+    """Raises where the signing certificate, or one that leads to it from a trusted one, did not
+    hold when a trusted authority stamped the signature. Where none is trusted nobody knows when
+    that was, and they must hold now."""
+    material = bundle.verification_material
+    stamped = material.timestamp_verification_data
+    stamps = [stamp.signed_timestamp for stamp in stamped.rfc3161_timestamps] if stamped else []
+    at, is_stamped = datetime.now(UTC), signer.timestamped_by is not None
+    if signer.timestamped_by is not None:
+        [signature] = bundle.dsse_envelope.signatures
+        at = stamped_time(stamps, signature.sig, signer.timestamped_by)
+    if material.x509_certificate_chain is None:
+        return
+    x509 = library("cryptography.x509")
+    leaf, *above = [
+        x509.load_der_x509_certificate(certificate.raw_bytes)
+        for certificate in material.x509_certificate_chain.certificates
+    ]
+    begin, end = leaf.not_valid_before_utc, leaf.not_valid_after_utc
+    when = f"was stamped on {at:%Y-%m-%d %H:%M} UTC" if is_stamped else "has no trusted time stamp"
+    if at > end:
+        raise SignatureError(
+            f"{path} was signed with a certificate that ended on {end:%Y-%m-%d}, and {when}: sign it again with one "
+            f"that holds{_NAME_AUTHORITY if stamps and not is_stamped else ''}"
+        )
+    if at < begin:
+        clock = (
+            "" if is_stamped else f", and this machine's clock says {at:%Y-%m-%d}: set the clock"
+        )
+        raise SignatureError(
+            f"{path} was signed with a certificate that begins on {begin:%Y-%m-%d}, and {when}{clock}"
+        )
+    _require_path(leaf, above, signer.public_key, at)
+
+
+def _require_path(leaf: Any, above: Sequence[Any], trusted: Path, at: datetime) -> None:
+    """Raises `X509StoreContextError` where no trusted certificate led to this one at the time: the
+    library asks that of the time at which the certificate began."""
+    crypto = library("OpenSSL.crypto")
+    store = crypto.X509Store()
+    for certificate in library("cryptography.x509").load_pem_x509_certificates(
+        trusted.read_bytes()
+    ):
+        store.add_cert(crypto.X509.from_cryptography(certificate))
+    store.set_time(at)
+    leaf, *above = [crypto.X509.from_cryptography(known) for known in (leaf, *above)]
+    crypto.X509StoreContext(store, leaf, above).verify_certificate()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
-from model.files.signature import stated
+from model.signing.signature import stated
 
 FIELD = "raymill"
 """The field of requests that asks for a receipt, and of answers that has it."""

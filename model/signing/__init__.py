@@ -1,0 +1,1 @@
+"""Signatures of checkpoints, whose makers and times are checked."""

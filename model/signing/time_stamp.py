@@ -1,0 +1,150 @@
+"""Asks a time stamp authority when a signature was there, and checks what it answered (RFC 3161)."""
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+from model.signing.optional import library
+
+QUERY_TYPE = "application/timestamp-query"
+MAX_ANSWER_BYTES = 1 << 20  # a stamp with its certificates has 2 to 8 kB
+TIMEOUT_S = 30
+CLOCK_TOLERANCE = timedelta(minutes=5)
+MAX_STAMPS = 32
+"""The most stamps of a signature, as for Sigstore's own verifiers: each costs an RSA operation."""
+_REASON = re.compile(r'data: "([^"]+)"')  # in a stack of OpenSSL's errors
+
+
+class TimeStampError(UserError):
+    """A signature has no time stamp that counts; the text continues the signature's name."""
+
+
+def request_stamp(signature: bytes, url: str) -> bytes:
+    """Returns the answer of an authority (a TimeStampResp in DER), once it is about this signature
+    and of now. Whether the authority may be trusted is for those who verify. Raises `UserError`."""
+    tsp = library("rfc3161_client")
+    sha256 = tsp.HashAlgorithm.SHA256
+    query = tsp.TimestampRequestBuilder(data=signature, hash_algorithm=sha256).build()
+    answer = _asked(url, query.as_bytes())
+    try:
+        stamp = tsp.decode_timestamp_response(answer)
+        if stamp.status != tsp.PKIStatus.GRANTED:
+            raise _unusable(
+                url, f"refused (status {stamp.status}: {', '.join(stamp.status_string)})"
+            )
+        info = stamp.tst_info
+    except ValueError as error:
+        raise _unusable(url, f"answered with what is no time stamp ({error})") from None
+    is_of_query = info.message_imprint.message == query.message_imprint.message
+    if info.nonce != query.nonce or not is_of_query:
+        raise _unusable(
+            url, "answered with the time stamp of another request, perhaps a former one"
+        )
+    now = datetime.now(UTC)
+    if abs(info.gen_time - now) > CLOCK_TOLERANCE:
+        raise UserError(
+            f"{url} stamps {info.gen_time:%Y-%m-%d %H:%M} UTC, and this machine's clock says {now:%Y-%m-%d %H:%M}: "
+            "set the clock, or name another time stamp authority; nothing was signed"
+        )
+    return answer
+
+
+def _asked(url: str, query: bytes) -> bytes:
+    httpx = library("httpx")
+    try:
+        asking = httpx.stream(
+            "POST", url, content=query, headers={"Content-Type": QUERY_TYPE}, timeout=TIMEOUT_S
+        )
+        with asking as response:
+            if response.status_code != httpx.codes.OK:
+                raise _unusable(url, f"answered with HTTP {response.status_code}")
+            answer = b""
+            for piece in response.iter_bytes():
+                answer += piece
+                if len(answer) > MAX_ANSWER_BYTES:
+                    raise _unusable(url, f"answered with over {MAX_ANSWER_BYTES:,} bytes")
+            return answer
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise _unusable(url, f"cannot be asked ({error or type(error).__name__})") from None
+
+
+def _unusable(url: str, what: str) -> UserError:
+    return UserError(
+        f"{url} {what}: expected the URL of a time stamp authority (RFC 3161) that can be reached from here; "
+        "nothing was signed"
+    )
+
+
+def stamped_time(stamps: Sequence[bytes], signature: bytes, authority: Path) -> datetime:
+    """Returns when the signature was there at the latest: the earliest time that was stamped by an
+    authority below a root certificate in the PEM file `authority`.
+
+    Raises `TimeStampError`, and `UserError` for a file without certificates.
+    """
+    verifier = _verifier(authority)
+    if not stamps:
+        raise TimeStampError(
+            "has no time stamp: sign again with --timestamp, or verify it without an authority"
+        )
+    if len(stamps) > MAX_STAMPS:
+        raise TimeStampError(f"has {len(stamps)} time stamps: expected at most {MAX_STAMPS}")
+    times: list[datetime] = []
+    problems: list[TimeStampError] = []
+    for stamp in stamps:
+        try:
+            times.append(_time_of(stamp, signature, verifier, authority))
+        except TimeStampError as problem:
+            problems.append(problem)
+    if not times:
+        raise problems[0]
+    return min(times)
+
+
+def _time_of(stamp: bytes, signature: bytes, verifier: Any, authority: Path) -> datetime:
+    tsp = library("rfc3161_client")
+    try:
+        answer = tsp.decode_timestamp_response(stamp)
+        verifier.verify_message(answer, signature)
+        time: datetime = answer.tst_info.gen_time
+    except tsp.VerificationError as error:
+        if "Mismatch between messages" in str(error):
+            raise TimeStampError("has the time stamp of another signature: sign again") from None
+        reason = _REASON.search(str(error))
+        raise TimeStampError(
+            f"has a time stamp that no authority in {authority} made, or that was altered "
+            f"({reason[1] if reason else error}): name the file with its root certificate"
+        ) from None
+    except ValueError as error:
+        raise TimeStampError(
+            f"has a time stamp that cannot be read ({error}): sign again"
+        ) from None
+    if time > datetime.now(UTC) + CLOCK_TOLERANCE:
+        raise TimeStampError(
+            f"has a time stamp of {time:%Y-%m-%d %H:%M} UTC, which is still to come by this machine's clock: set it, "
+            "or sign again"
+        )
+    return time
+
+
+def _verifier(authority: Path) -> Any:
+    """Returns what verifies stamps of the authorities below the root certificates in a file."""
+    try:
+        certificates = library("cryptography.x509").load_pem_x509_certificates(
+            authority.read_bytes()
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{authority} has no certificates of a time stamp authority: expected a PEM file with its root "
+            f"certificate, and those between ({error})"
+        ) from None
+    roots = [known for known in certificates if known.issuer == known.subject]
+    if not roots:
+        raise UserError(
+            f"{authority} has no root certificate, which is its own issuer: add that of the time stamp authority"
+        )
+    between = [known for known in certificates if known not in roots]
+    builder = library("rfc3161_client").VerifierBuilder(roots=roots, intermediates=between)
+    return builder.build()
