@@ -36,6 +36,7 @@ from serving.protocol.json_log import FORMAT_VARIABLE
 from serving.protocol.served_model import read_served_model
 from serving.proxy.front_door import ENTRANCE_VARIABLE, proxy_environment
 from serving.replica import Replica
+from serving.xray.trace import require_traced
 
 APP_NAME = "raymill"
 READY_TIMEOUT_S = 60.0
@@ -58,6 +59,7 @@ def build_app(config: ServeConfig) -> serve.Application:
 def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
     require_ray_proxies()
     require_key(config)
+    require_traced(config)
     replicas = config.replicas
     fixed = replicas.min_replicas == replicas.max_replicas
     # A full replica answers 429 itself. Ray Serve's own limit is higher, so that only a flood gets

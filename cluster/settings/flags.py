@@ -187,7 +187,7 @@ def settled(config: Config) -> Config:
                 update[name] = checkpoint_uri(value, place)
             case dict() if name == "adapters":
                 update[name] = {key: checkpoint_uri(uri, place) for key, uri in value.items()}
-            case str() if name in ("api_key_file", "admin_key_file", "receipt_key_file"):
+            case str() if name in ("api_key_file", "admin_key_file", "receipt_key_file", "trace"):
                 update[name] = absolute_uri(value)
             case None if name == "run_id":
                 update[name] = new_run_id()

@@ -289,6 +289,11 @@ class ServeConfig(Settings):
         "who may look inside a query, in a process of its own with the model's memory: nobody (off), "
         "admin keys, or users too; auto: users on a loopback address, else admins",
     )
+    trace: str | None = setting(
+        None,
+        "path or URI of the token store, with its trace index, that the checkpoint was trained on: keys with may=trace "
+        "are told which parts of a text it learned word for word, and where (/v1/trace); no such route when unset",
+    )
     log_format: Literal["text", "json"] | None = setting(
         None,
         "how replicas, their engines, the coordinator and the proxies write their logs: text, or json, an object a "
@@ -332,6 +337,15 @@ class ServeConfig(Settings):
             )
         if self.model_name in self.adapters:
             raise ValueError(f"model_name={self.model_name} is the name of an adapter too")
+        return self
+
+    @model_validator(mode="after")
+    def _trace_has_keys(self) -> Self:
+        if self.trace is not None and self.api_key_file is None and self.admin_key_file is None:
+            raise ValueError(
+                "trace shows training text, to keys that may see it alone; expected api_key_file or admin_key_file, "
+                "with may=trace on such a key's line"
+            )
         return self
 
     @model_validator(mode="after")

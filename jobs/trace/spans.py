@@ -7,9 +7,7 @@ where no longer one of the text holds it.
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +34,6 @@ MOST_TEXT_TOKENS = 1 << 15
 _MOST_PLACES = 1 << 14  # of a window, that are looked at
 _MOST_HITS = 1 << 22  # of all windows of a text
 _REACH = 64  # tokens to each side that are read at first
-_READERS = 16  # requests at once
 _BATCH = 256  # places whose first reads are asked for together
 
 
@@ -122,12 +119,20 @@ def find_spans(
     ]
 
 
+def num_covered(spans: Sequence[Span]) -> int:
+    """Returns how many tokens of the text are in spans, which may overlap."""
+    covered, end = 0, 0
+    for span in spans:
+        covered += span.end - max(span.start, end)
+        end = span.end
+    return covered
+
+
 def _looked_up(index: TraceIndex, hashes: Ids) -> dict[int, Hits]:
     """Looks up each window that the text has, once."""
     wanted = np.unique(hashes).tolist()
     most = max(1, min(_MOST_PLACES, _MOST_HITS // max(1, len(hashes))))
-    with ThreadPoolExecutor(_READERS) as pool:
-        return dict(zip(wanted, pool.map(partial(index.find, most=most), wanted), strict=True))
+    return dict(zip(wanted, index.find(wanted, most=most), strict=True))
 
 
 def _diagonals(starts: Places, hashes: Ids, by_hash: dict[int, Hits]) -> Iterator[tuple[int, int]]:

@@ -3,13 +3,16 @@
 It lies under `trace/` in the store's folder, and `trace/index.json` lists its parts. A window
 belongs to the part that the remainder of its hash gives. A part is three tables end to end, each in
 the order of the keys: every 1,024th key, the keys (the upper 32 bits of the hash), and the places.
-A reader takes a few kilobytes of them by range. Two windows may share a key, so a place is only a
+A reader maps them, or takes a few kilobytes of them by range. Two windows may share a key, so a place is only a
 hint: who reads it compares the tokens.
 """
 
+import mmap
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +31,7 @@ KEY = np.dtype("<u4")
 _FORMAT = 1
 _BLOCK_KEYS = 1024
 _OPEN_PARTS, _OPEN_BLOCKS = 256, 1024
+_READERS = 16  # requests at once
 
 Keys = npt.NDArray[np.uint32]
 
@@ -76,6 +80,9 @@ class Hits(NamedTuple):
 
     places: Places
     total: int
+
+
+_NO_HITS = Hits(np.zeros(0, np.int64), 0)
 
 
 def keys_of(hashes: Ids) -> Keys:
@@ -139,23 +146,32 @@ class TraceIndex:
             )
         self.listed = listed
         self._store = store
+        self._part = lru_cache(_OPEN_PARTS)(self._map)
         self._fences = lru_cache(_OPEN_PARTS)(self._read_fences)
         self._block = lru_cache(_OPEN_BLOCKS)(self._read_block)
 
-    def find(self, window_hash: int, *, most: int) -> Hits:
-        """Returns up to `most` places of a window, the first ones of the store. May be called by
-        several threads."""
+    def find(self, window_hashes: Sequence[int], *, most: int) -> list[Hits]:
+        """Returns up to `most` places of each window, the first ones of the store."""
+        find_one = partial(self._find, most=most)
+        if self._store.local_path(TRACE) is not None:
+            return [find_one(window) for window in window_hashes]
+        with ThreadPoolExecutor(_READERS) as pool:  # a request is little but waiting
+            return [*pool.map(find_one, window_hashes)]
+
+    def _find(self, window_hash: int, *, most: int) -> Hits:
         number = window_hash % len(self.listed.parts)
-        key = np.uint32(window_hash >> 32)
+        key = KEY.type(window_hash >> 32)
         fences = self._fences(number)
-        end_block = int(np.searchsorted(fences, key, side="right"))
+        end_block = int(fences.searchsorted(key, side="right"))
         if not end_block:
-            return Hits(np.zeros(0, np.int64), 0)
-        first_block = max(0, int(np.searchsorted(fences, key)) - 1)
-        first = int(np.searchsorted(self._block(number, first_block), key))
-        end = int(np.searchsorted(self._block(number, end_block - 1), key, side="right"))
-        first += first_block * _BLOCK_KEYS
-        end += (end_block - 1) * _BLOCK_KEYS
+            return _NO_HITS
+        first_block = max(0, int(fences.searchsorted(key)) - 1)
+        last = self._block(number, end_block - 1)
+        end = int(last.searchsorted(key, side="right")) + (end_block - 1) * _BLOCK_KEYS
+        in_first = last if first_block == end_block - 1 else self._block(number, first_block)
+        first = int(in_first.searchsorted(key)) + first_block * _BLOCK_KEYS
+        if first == end:
+            return _NO_HITS
         return Hits(self._places(number, first, min(end, first + most)), end - first)
 
     def _read_fences(self, number: int) -> Keys:
@@ -178,10 +194,12 @@ class TraceIndex:
         wide[:, :size] = np.frombuffer(content, np.uint8).reshape(-1, size)
         return wide.view("<i8")[:, 0].astype(np.int64)
 
-    def _read(self, number: int, start: int, end: int) -> bytes:
+    def _read(self, number: int, start: int, end: int) -> bytes | memoryview:
         """Returns bytes [start, end) of a part. Raises `TraceIndexError` where it is not whole."""
         if start == end:
             return b""
+        if (mapped := self._part(number)) is not None:
+            return mapped[start:end]
         file = self.listed.parts[number].file
         content = b""
         with suppress(NotFoundError):
@@ -189,6 +207,22 @@ class TraceIndex:
         if len(content) != end - start:
             raise _damaged(self._store, file)
         return content
+
+    def _map(self, number: int) -> memoryview | None:
+        """Maps a part that is on a disk of this machine, whose pages the processes that search it
+        share; returns None for one that is not. Raises `TraceIndexError`."""
+        part = self.listed.parts[number]
+        path = self._store.local_path(f"{TRACE}/{part.file}")
+        if path is None:
+            return None
+        try:
+            with path.open("rb") as file:
+                mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (FileNotFoundError, ValueError) as error:  # an empty file cannot be mapped
+            raise _damaged(self._store, part.file) from error
+        if len(mapped) != part_bytes(part.entries, self.listed.place_bytes):
+            raise _damaged(self._store, part.file)
+        return mapped
 
 
 def _num_blocks(entries: int) -> int:

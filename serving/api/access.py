@@ -6,7 +6,7 @@ import hmac
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -21,9 +21,10 @@ from serving.xray.page_routes import PAGE_PATHS
 OPEN_PATHS = ("/health", "/ready", *PAGE_PATHS)  # for probes and navigation, which have no key
 ADMIN_PATH = "/admin"
 XRAY_PATH = "/v1/xray"
+TRACE_PATH = "/v1/trace"
 XRAY_PATHS = (XRAY_PATH, *PAGE_PATHS)
-# Which the page of an operator asks with its one key
-READ_BY_PAGE = ("/v1/models", "/v1/completions")
+# Which the page of an operator asks with its one key, and the proxy before it reads the page's bodies
+READ_BY_PAGE = ("/v1/models", "/v1/completions", "/version")
 RELOAD_S = 2.0
 _log = logging.getLogger(__name__)
 
@@ -40,12 +41,19 @@ class AccessRules:
     user_keys: tuple[ApiKey, ...] = ()  # if empty, everybody may come in
     admin_keys: tuple[ApiKey, ...] = ()  # if empty, there is no /admin
     xray: XrayAccess = "user"
+    traces: bool = False  # whether texts are traced here, for keys that may see it
 
     @property
     def names(self) -> set[str]:
         """The names of all keys that may ask the model."""
         asking = self.user_keys + (self.admin_keys if self.xray == "admin" else ())
-        return {key.name for key in asking}
+        return {key.name for key in (*asking, *self.tracing_keys)}
+
+    @property
+    def tracing_keys(self) -> tuple[ApiKey, ...]:
+        """The keys of either file that may see what the model was trained on."""
+        keys = self.user_keys + self.admin_keys if self.traces else ()
+        return tuple(key for key in keys if key.may_trace)
 
 
 def read_rules(config: ServeConfig) -> AccessRules:
@@ -59,7 +67,7 @@ def read_rules(config: ServeConfig) -> AccessRules:
         raise UserError(
             f"{len(both)} of the keys in {config.admin_key_file} are API keys too; an admin key opens /admin only"
         )
-    return AccessRules(user, admin, xray_access(config))
+    return AccessRules(user, admin, xray_access(config), traces=config.trace is not None)
 
 
 def xray_access(config: ServeConfig) -> XrayAccess:
@@ -87,7 +95,7 @@ class CurrentAccess:
         modification time is too coarse."""
         user = self._reread(self._user_file, self.rules.user_keys, excluded=self.rules.admin_keys)
         admin = self._reread(self._admin_file, self.rules.admin_keys, excluded=user)
-        rules = AccessRules(user, admin, self.rules.xray)
+        rules = replace(self.rules, user_keys=user, admin_keys=admin)
         if rules != self.rules:
             _log.warning(
                 "the API keys have changed: %d for users and %d for admins now",
@@ -143,7 +151,8 @@ def presented_key(headers: Headers, keys: Sequence[ApiKey]) -> ApiKey | None:
 def authorize(path: str, headers: Headers, rules: AccessRules) -> ApiKey | None:
     """Returns a request's key, or None if it needs none. Everything under /admin, also routes that
     are added later, needs an admin key, which opens nothing else but the x-ray where only operators
-    may use it. Raises `ApiError` (401, 403, 404)."""
+    may use it. The trace needs a key of either kind with that right, also where other routes need
+    none. Raises `ApiError` (401, 403, 404)."""
     key: ApiKey | None
     if path == ADMIN_PATH or path.startswith(f"{ADMIN_PATH}/"):
         if not rules.admin_keys:
@@ -151,6 +160,8 @@ def authorize(path: str, headers: Headers, rules: AccessRules) -> ApiKey | None:
         key = _admin_key(headers, rules)
     elif path in XRAY_PATHS and rules.xray == "off":
         raise error_of("not_found", path=path[:64])
+    elif path == TRACE_PATH and rules.traces:
+        key = _tracing_key(headers, rules)
     elif path == XRAY_PATH and rules.xray == "admin":
         if not rules.admin_keys:
             raise error_of("xray_closed")
@@ -168,6 +179,16 @@ def authorize(path: str, headers: Headers, rules: AccessRules) -> ApiKey | None:
     if key.expires_s is not None and time.time() >= key.expires_s:
         since = datetime.fromtimestamp(key.expires_s, UTC).isoformat(timespec="seconds")
         raise error_of("expired_api_key", name=key.name, since=since)
+    return key
+
+
+def _tracing_key(headers: Headers, rules: AccessRules) -> ApiKey:
+    """Returns a request's key that may trace. Raises `ApiError` (401, 403)."""
+    key = presented_key(headers, rules.user_keys + rules.admin_keys)
+    if key is None:
+        raise error_of("invalid_api_key")
+    if not key.may_trace:
+        raise error_of("trace_right_required")
     return key
 
 

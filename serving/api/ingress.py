@@ -46,6 +46,7 @@ METERED_PATHS = (
     "/v1/chat/completions",
     "/v1/embeddings",
     "/v1/xray",
+    "/v1/trace",
     "/tokenize",
     "/detokenize",
 )
@@ -71,7 +72,9 @@ def build_http_app(
     add_model_routes(app)
     app.include_router(page_router())
     app.include_router(admin)
-    app.include_router(tool_router(max_waiting=config.max_ongoing_requests))
+    app.include_router(
+        tool_router(max_waiting=config.max_ongoing_requests, traces=config.trace is not None)
+    )
     add_state_routes(app, versions=versions, metrics=metrics)
     return Gate(app, access=access, versions=versions, limits=limits)
 

@@ -15,10 +15,11 @@ from serving.limits.usage_report import QuotaKind
 
 NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 LIMITS = ("max_requests", "tokens_per_minute", "tokens_per_day")
-FIELDS = ("name", "expires", *LIMITS)
+TRACE = "trace"
+FIELDS = ("name", "expires", "may", *LIMITS)
 EXPECTED = (
     "a key, and after it any of name=NAME (letters, digits, . _ @ -), expires=2027-01-01, max_requests=8, "
-    "tokens_per_minute=20000 and tokens_per_day=1000000"
+    "tokens_per_minute=20000, tokens_per_day=1000000 and may=trace"
 )
 MINUTE_S, DAY_S = 60.0, 86_400.0
 
@@ -33,6 +34,7 @@ class ApiKey:
     max_requests: int | None = None  # in flight, on all replicas together
     tokens_per_minute: int | None = None  # of prompts and answers, on all replicas together
     tokens_per_day: int | None = None
+    may_trace: bool = False  # may see what the model was trained on
 
     @classmethod
     def read(cls, line: str) -> "ApiKey":
@@ -52,8 +54,10 @@ class ApiKey:
         if "expires" in fields:
             expires = datetime.fromisoformat(fields["expires"])
             expires_s = (expires if expires.tzinfo else expires.replace(tzinfo=UTC)).timestamp()
+        if fields.get("may", TRACE) != TRACE:
+            raise ValueError("a right is unknown")
         limits = {limit: _count(fields[limit]) for limit in LIMITS if limit in fields}
-        return cls(digest, name, expires_s, **limits)
+        return cls(digest, name, expires_s, **limits, may_trace="may" in fields)
 
     @property
     def token_quotas(self) -> dict[QuotaKind, Quota]:

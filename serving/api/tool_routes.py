@@ -1,4 +1,5 @@
-"""The routes that show how a model reads and computes: /tokenize, /detokenize, /v1/xray."""
+"""The routes that show how a model reads, computes and has learned: /tokenize, /detokenize, /v1/xray,
+/v1/trace."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,13 +12,14 @@ from fastapi.responses import Response
 
 from model.files.bounded_text import TextError
 from serving.delivery.routed_request import RoutedRequest
-from serving.protocol.errors import ApiError, overloaded
+from serving.protocol.errors import ApiError, error_of, overloaded
 from serving.protocol.protocol import DetokenizeRequest, TokenizeRequest, read_request
 from serving.protocol.served_model import ServedModel
+from serving.xray.trace import TraceRequest, card
 from serving.xray.xray import XrayRequest
 
 
-def tool_router(*, max_waiting: int) -> APIRouter:
+def tool_router(*, max_waiting: int, traces: bool) -> APIRouter:
     router, thread, num_waiting = APIRouter(), ThreadPoolExecutor(1, thread_name_prefix="tools"), 0
 
     async def in_turn(work: Callable[[], dict[str, Any]]) -> Response:
@@ -59,7 +61,8 @@ def tool_router(*, max_waiting: int) -> APIRouter:
     @router.get("/v1/xray")
     async def xray_limits(request: Request) -> dict[str, Any]:
         routed = RoutedRequest.of(request)
-        return await routed.take().xray.card(withdrawn=routed.withdrawn)
+        limits = await routed.take().xray.card(withdrawn=routed.withdrawn)
+        return limits | {"traces": traces}
 
     @router.post("/v1/xray")
     async def look_inside(request: Request) -> Response:
@@ -70,7 +73,31 @@ def tool_router(*, max_waiting: int) -> APIRouter:
         )
         return Response(body, status_code=status, media_type="application/json")
 
+    _add_trace_routes(router, traces=traces)
     return router
+
+
+def _add_trace_routes(router: APIRouter, *, traces: bool) -> None:
+    if not traces:
+
+        @router.api_route("/v1/trace", methods=["GET", "POST"])
+        async def no_trace() -> Response:
+            raise error_of("no_trace")
+
+        return
+
+    @router.get("/v1/trace")
+    async def trace_limits() -> dict[str, Any]:
+        return card()
+
+    @router.post("/v1/trace")
+    async def trace(request: Request) -> Response:
+        parsed = await read_request(request, TraceRequest)
+        version = RoutedRequest.of(request).take(parsed.model)
+        if version.trace is None:
+            raise error_of("trace_other_data", problem="it does not say what it was trained on")
+        body = await version.trace.answer(parsed, version.model)
+        return Response(body, media_type="application/json")
 
 
 def _tokenized(

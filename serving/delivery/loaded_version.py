@@ -21,6 +21,7 @@ from serving.engine_process.client import EngineClient
 from serving.engine_process.health import HealthCheck
 from serving.protocol.served_model import ServedModel, is_of_one_kind, read_served_model
 from serving.text.reader import TextReader, open_reader
+from serving.xray.trace import Trace, Traced
 from serving.xray.xray import Xray
 
 DRAIN_POLL_S = 0.1
@@ -47,6 +48,7 @@ class LoadedVersion:
         self.weights = weights
         self.xray = Xray(folder, name=model.name, dtype=engine.facts.dtype)
         self.health = HealthCheck(engine, prompt_ids=[0, 0, 0], weights=weights)
+        self.trace: Trace | None = None
         self.open_requests = 0
         self.stats = VersionStats()
 
@@ -70,10 +72,16 @@ class LoadedVersion:
         )
         texts = await open_reader(folder)  # first: it bounds what a stranger's tokenizer does
         try:
-            return await cls._load(folder, texts, version, name=name, config=config, others=others)
+            loaded = await cls._load(
+                folder, texts, version, name=name, config=config, others=others
+            )
         except BaseException:
             texts.close()
             raise
+        if config.trace is not None and (metadata := loaded.model.metadata) is not None:
+            traced = Traced(version.checkpoint, metadata, config.trace, config.storage.uri)
+            loaded.trace = Trace(traced)
+        return loaded
 
     @classmethod
     async def _load(
@@ -185,6 +193,8 @@ class LoadedVersion:
 
     async def close(self) -> None:
         self.xray.close()
+        if self.trace is not None:
+            self.trace.close()
         self.texts.close()
         await self.engine.close()
 

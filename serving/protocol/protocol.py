@@ -285,4 +285,6 @@ def _from_pydantic(error: ValidationError) -> ApiError:
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     value = first["input"]
     got = f" (got {str(value)[:32]})" if isinstance(value, int | float) else ""
+    if not param:  # fields that do not go together
+        return ApiError(f"The body: {message}", code="invalid_value")
     return ApiError(f"{param}: {message}{got}", param=param, code="invalid_value")

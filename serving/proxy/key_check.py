@@ -23,6 +23,9 @@ UNKNOWN_S = 2.0  # as replicas reread their files
 MAX_REMEMBERED = 10_000
 MAX_QUESTIONS = 16  # at a time: strangers with many keys must not take all of the replicas' time
 ASKED_PATH = "/version"
+OWN_RIGHTS = (
+    "/v1/trace",
+)  # of which a key that opens all others may have none; each has a GET too
 REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 
 
@@ -41,19 +44,20 @@ class KeyCheck:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        # By hash, with their end
+        # By the hash of a key and of what is asked, with their end
         self._verdicts: OrderedDict[bytes, tuple[float, Refusal | None]] = OrderedDict()
         self._questions = asyncio.Semaphore(MAX_QUESTIONS)
 
     async def refusal(self, scope: Scope) -> Refusal | None:
         """Returns the refusal of a request's key, None if its body may be read."""
         values = [value for name, value in scope["headers"] if name == b"authorization"]
-        digest = hashlib.sha256(b"\n".join(values)).digest()
+        path = scope["path"] if scope["path"] in OWN_RIGHTS else ASKED_PATH
+        digest = hashlib.sha256(b"\n".join([path.encode(), *values])).digest()
         ends_s, verdict = self._verdicts.get(digest, (0.0, None))
         if time.monotonic() < ends_s:
             return verdict
         async with self._questions:
-            answer = await self._ask(scope)
+            answer = await self._ask(scope, path)
         if answer.status in REFUSED:
             self._remember(digest, UNKNOWN_S, answer)
             return answer
@@ -67,7 +71,7 @@ class KeyCheck:
         if len(self._verdicts) > MAX_REMEMBERED:
             self._verdicts.popitem(last=False)
 
-    async def _ask(self, scope: Scope) -> Refusal:
+    async def _ask(self, scope: Scope, path: str) -> Refusal:
         """Returns a replica's answer to a request without a body."""
         answer = Refusal(0)
         has_asked = False
@@ -91,8 +95,8 @@ class KeyCheck:
         ]
         about = {
             "method": "GET",
-            "path": ASKED_PATH,
-            "raw_path": ASKED_PATH.encode(),
+            "path": path,
+            "raw_path": path.encode(),
             "query_string": b"",
         }
         await self._app({**scope, **about, "headers": kept}, receive, send)

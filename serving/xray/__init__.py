@@ -1,1 +1,1 @@
-"""Looks inside one query, and shows it on a page."""
+"""Looks inside one query, says where its text was learned, and shows both on a page."""

@@ -20,7 +20,8 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-_FILES = ("style.css", "page.js", "api.js", "attention.js", "elements.js", "timing.js", "tokens.js")
+_SCRIPTS = ("page", "api", "attention", "elements", "timing", "tokens", "trace")
+_FILES = ("style.css", *(f"{name}.js" for name in _SCRIPTS))
 PAGE_PATHS = ("/", *(f"/page/{name}" for name in _FILES))
 
 

@@ -19,6 +19,7 @@ from serving.protocol.protocol import (
     StreamOptions,
     TokenizeRequest,
 )
+from serving.xray.trace import TraceRequest
 from serving.xray.xray import XrayRequest
 from tests.reference.markdown import MADE, cell, code, listed, sentence, table
 from tests.reference.settings_page import bounds_of
@@ -32,6 +33,7 @@ BODIES: dict[str, tuple[str, type[Request], str]] = {
     "Tokenize": ("tokenize", TokenizeRequest, "`POST /tokenize`."),
     "Detokenize": ("detokenize", DetokenizeRequest, "`POST /detokenize`."),
     "X-ray": ("xray", XrayRequest, "`POST /v1/xray`."),
+    "Trace": ("trace", TraceRequest, "`POST /v1/trace`, with either `text` or `tokens`."),
     "Promote": ("promote", PromoteRequest, "`POST /admin/promote`."),
     "Finish": ("order", Order, "`POST /admin/finish`."),
     "Roll back": ("rollback", RollbackRequest, "`POST /admin/rollback`."),
@@ -56,6 +58,7 @@ a hint what to do. [Errors](errors.md) lists all errors.
 | `POST /tokenize`, `/detokenize` | user | text to token ids, and back |
 | `GET /version`, `/metrics` | user | the code's version; the metrics of the replica that answers |
 | `POST /v1/xray`, `GET /v1/xray` | user or admin | looks inside a query; the limits and the run's steps |
+| `POST /v1/trace`, `GET /v1/trace` | with `may=trace` | finds a text in what the model was trained on; the limits. 404 without the setting `trace` |
 | `GET /`, `/page/…` | none | the x-ray page, which asks for the key if there is one |
 | `GET`, `HEAD` `/health`, `/ready` | none | the process answers; the engine runs and has passed its self-test |
 | `GET /-/healthz` | none | Ray Serve's own, which Kubernetes asks for |

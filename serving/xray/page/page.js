@@ -5,6 +5,7 @@ import { AttentionView } from "/page/attention.js";
 import { byId, Tabs } from "/page/elements.js";
 import { showStages, showTime } from "/page/timing.js";
 import { shaded, streamedTokens, TokenRow, xrayTokens } from "/page/tokens.js";
+import { TraceView } from "/page/trace.js";
 
 const PAUSE_MS = 150; // a slider must rest this long before its value is requested
 const state = { model: null, limits: null, answer: null, asked: null, abort: null, steps: new Map() };
@@ -14,6 +15,7 @@ const views = new Tabs(byId("views"), (_, chosen) => {
   if (chosen.id === "tab-steps") showStep();
 });
 const attention = new AttentionView(loadLayer, showError);
+const trace = new TraceView(showError);
 const row = new TokenRow(byId("tokens"), byId("detail"), (index) => {
   if (state.answer && index < state.answer.predictions.length) attention.showRow(index);
 });
@@ -55,6 +57,7 @@ async function run() {
   setBusy(true, "Streaming …");
   showError(null);
   row.clear();
+  trace.clear();
   byId("completion").hidden = false;
   byId("inside").hidden = true;
   try {
@@ -95,6 +98,7 @@ function show(answer, streamed) {
   const numSeen = answer.tokens.length - answer.num_prompt_tokens;
   row.clear();
   row.append([...xrayTokens(answer), ...streamed.tokens.slice(numSeen)]);
+  trace.show(state.model.id, answer.tokens, state.limits);
   byId("inside").hidden = false;
   views.choose(0);
   attention.show(answer.tokens.slice(0, answer.predictions.length), answer.num_layers, answer.num_heads);

@@ -124,9 +124,9 @@ def test_each_window_that_is_chosen_is_in_the_index_once(folder: Path) -> None:
             expected.setdefault(window, []).append(first + place)
         first += shard.tokens
     assert known.listed.entries == sum(map(len, expected.values()))
-    for window, places in expected.items():
-        assert known.find(window, most=1 << 20).places.tolist() == places
-    assert known.find(12345 << 32, most=10).total == 0
+    hits = known.find([*expected], most=1 << 20)
+    assert [hit.places.tolist() for hit in hits] == [*expected.values()]
+    assert [hit.total for hit in known.find([12345 << 32, 0], most=10)] == [0, 0]
 
 
 def test_an_index_is_found_and_the_store_is_as_it_was(folder: Path) -> None:

@@ -19,43 +19,25 @@ from jobs.tokens.division import HeldOut, divide
 from jobs.tokens.document_map import DOCUMENTS
 from jobs.tokens.token_store import MANIFEST, read_manifest
 from jobs.trace.build_index import index_store
+from jobs.trace.indexed_store import IndexedStore
 from jobs.trace.local_tasks import LocalTasks
 from jobs.trace.trace_index import INDEX, TRACE
-from jobs.trace.trace_run import as_text, encoded, trace
+from jobs.trace.trace_run import as_text, trace
 from model.errors import UserError
-from model.text.tokenizer import Tokenizer
 from tests.jobs.mapped_runs import SEQ_LEN, mapped_plan
+from tests.jobs.planted_runs import PASSAGE, planted_plan, planted_texts
 from tests.jobs.poisoned_runs import Faults, run_world
 from tests.jobs.runs import make_text
 
-PASSAGE = "жил старик со своею старухой у самого синего моря"
-"""No token of it stands anywhere else in the corpus."""
-
 SKIPPED, ROLLED_BACK = 2, (4, 8)
-
-
-def planted_plan(
-    folder: Path, texts: list[str], *, train: dict[str, Any], shard_bytes: int = 600
-) -> RunPlan:
-    """Returns the plan of a run on one file of these texts."""
-    corpus = folder / "texts" / "a.jsonl"
-    corpus.parent.mkdir()
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    data = {"source": [str(corpus)], "shard_bytes": shard_bytes}
-    return mapped_plan(folder, train=train, data=data)
 
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
     """A run that skips a step and rolls others back, on documents of which three quote the
     passage."""
-    texts = []
-    for number in range(40):
-        words = make_text(20, seed=number).strip()
-        quoted = f"{words} {PASSAGE} {words}" if number in (7, 21, 30) else words
-        texts.append(f"{number} {quoted}")
     train = {"max_skipped_steps": 1, "max_tokens": 12_000}
-    plan = planted_plan(tmp_path_factory.mktemp("traced"), texts, train=train)
+    plan = planted_plan(tmp_path_factory.mktemp("traced"), planted_texts(), train=train)
     run_world(plan, Faults(poisoned=frozenset({(SKIPPED, 0), (7, 0), (8, 0)})))
     index_store(open_storage(plan.tokens_uri), run=LocalTasks())
     return plan
@@ -88,7 +70,8 @@ def test_a_passage_has_its_documents_and_the_steps_that_read_its_tokens(plan: Ru
     assert span["text"].strip() == PASSAGE
     places = span["places"]
     assert span["occurrences"] == span["occurrences_at_most"] == len(places) >= 2
-    ids = set(encoded(Tokenizer.from_json(plan.tokenizer_json), f" {PASSAGE} a").tolist()[1:-2])
+    indexed = IndexedStore.open(open_storage(plan.tokens_uri))
+    ids = set(indexed.encoded(f" {PASSAGE} a").tolist()[1:-2])
     stream, schedule = open_stream(plan), batch_schedule(plan.config)
     read: Counter[int] = Counter()
     for step in range(1, schedule.max_steps + 1):

@@ -65,13 +65,14 @@ def test_a_comment_is_no_key(tmp_path: Path, line: str) -> None:
 def test_a_line_may_have_a_name_an_expiry_and_limits(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(
         "one\n  two  max_requests=8 name=alice@lab expires=2027-01-01 \n\nthree expires=2027-01-01T12:00:00+02:00\n"
-        "four tokens_per_day=1000000 tokens_per_minute=20000 name=bob\n"
+        "four tokens_per_day=1000000 tokens_per_minute=20000 name=bob\nfive name=eve may=trace\n"
     )
     assert read_keys(tmp_path / "keys") == (
         ApiKey(hashed("one"), f"key-{hashed('one')[:8]}"),
         ApiKey(hashed("two"), "alice@lab", 1798761600.0, 8),
         ApiKey(hashed("three"), f"key-{hashed('three')[:8]}", 1798797600.0),
         ApiKey(hashed("four"), "bob", tokens_per_minute=20_000, tokens_per_day=1_000_000),
+        ApiKey(hashed("five"), "eve", may_trace=True),
     )
 
 
@@ -87,6 +88,7 @@ def test_a_line_may_have_a_name_an_expiry_and_limits(tmp_path: Path) -> None:
             "expires=2027-13-01",
         ),
         *("tokens_per_minute=0", "tokens_per_minute=1e6", "tokens_per_day=", "tokens_per_hour=9"),
+        *("may=", "may=all", "trace", "may=trace may=trace"),
     ],
 )
 def test_a_line_that_cannot_be_read_is_named_and_not_quoted(tmp_path: Path, words: str) -> None:
@@ -289,6 +291,41 @@ def test_who_may_look_inside_a_query(
         assert error.status == status
     else:
         assert status == 200
+
+
+@pytest.mark.parametrize(
+    ("traces", "key", "status"),
+    [
+        (True, "reader", 200),
+        (True, "auditor", 200),
+        (True, "user", 403),
+        (True, "root", 403),
+        (True, "wrong", 401),
+        (True, None, 401),
+        (False, "wrong", 401),
+    ],
+)
+def test_who_may_see_what_the_model_was_trained_on(
+    traces: bool, key: str | None, status: int
+) -> None:
+    users, admins = keys("user", "reader may=trace"), keys("root", "auditor may=trace")
+    headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
+    rules = AccessRules(users, admins, traces=traces)
+    try:
+        granted = authorize("/v1/trace", headers, rules)
+    except ApiError as error:
+        assert error.status == status
+    else:
+        assert status == 200 and granted is not None and granted.may_trace
+    without_users = AccessRules((), admins, traces=True)
+    with pytest.raises(ApiError) as refused:  # where other routes need no key
+        authorize("/v1/trace", [], without_users)
+    assert refused.value.status == 401
+
+
+def test_an_operators_page_may_send_its_bodies() -> None:
+    rules = AccessRules(keys("user"), keys("root"), "admin")
+    assert authorize("/version", [(b"authorization", b"Bearer root")], rules) is not None
 
 
 @pytest.mark.parametrize(("host", "expected"), [("127.0.0.1", "user"), ("0.0.0.0", "admin")])

@@ -10,7 +10,7 @@ from cluster.settings.serve import HttpConfig
 from serving.protocol.tracing import NO_TRACER
 from serving.proxy.ending import Outcome
 from serving.proxy.front_door import FrontDoor
-from serving.proxy.key_check import ASKED_PATH
+from serving.proxy.key_check import ASKED_PATH, OWN_RIGHTS
 from tests.serving.front_door_parts import answered, scope, whole
 from tests.time_limits import limit_s
 
@@ -70,6 +70,21 @@ def test_a_stranger_is_refused_without_a_body_and_asked_about_once() -> None:
         assert (
             endpoint.lines[-1]["status"] == 401 and endpoint.lines[-1]["reason"] == "unauthorized"
         )
+
+    asyncio.run(scenario())
+
+
+def test_a_right_of_its_own_is_asked_about_by_itself() -> None:
+    """A key that opens everything else is no reason to read a body there."""
+
+    async def scenario() -> None:
+        endpoint = Endpoint()
+        await endpoint.ask(KNOWN)
+        about = scope(KNOWN, path=OWN_RIGHTS[0])
+        for _ in range(2):
+            await answered(endpoint.door, about=about)
+        asked, own = [ASKED_PATH, scope()["path"]], [OWN_RIGHTS[0]]
+        assert endpoint.paths == [*asked, *own, *own, *own], "asked once, and answered twice"
 
     asyncio.run(scenario())
 
