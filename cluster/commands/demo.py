@@ -170,13 +170,13 @@ def _print_figures(result: dict[str, Any], *, incident: str) -> None:
 
 
 def _stay_up(endpoint: Endpoint) -> None:
-    """Says how to ask the endpoint and how to look inside, and waits for a signal."""
+    """Says how to ask the endpoint and how to talk to it, and waits for a signal."""
     key = Path(str(endpoint.api_key_file)).read_text(encoding="utf-8").split()[0]
     say(
         f"\nThe endpoint stays up until Ctrl-C.  URL {endpoint.url}/v1  key {key}\n"
         f"curl {endpoint.url}/v1/completions -H 'Authorization: Bearer {key}'"
         " -H 'Content-Type: application/json'"
         f' -d \'{{"model": "{endpoint.model}", "prompt": "To be", "max_tokens": 40}}\'\n'
-        f"Open {endpoint.url} in a browser, and give it the key, to look inside an answer."
+        f"Open {endpoint.url} in a browser, and give it the key, to talk to it and look inside its answers."
     )
     threading.Event().wait()

@@ -78,7 +78,7 @@ def demo(arguments: Arguments) -> Result:
         storage_uri, preset=arguments[_PRESET], is_quick=is_quick, keep=arguments[_KEEP]
     )
     serving = as_typed(storage_uri, "raymill serve latest --port 8000")
-    after = f"{serving}, then open http://127.0.0.1:8000 in a browser to look inside an answer"
+    after = f"{serving}, then open http://127.0.0.1:8000 in a browser to talk to it"
     return Result(values, text="", next=after)
 
 

@@ -9,22 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, assert_never
 
 from cluster.endpoint.endpoint import is_loopback
 from cluster.settings.serve import ServeConfig
 from model.errors import UserError
 from serving.api.keys import ApiKey, make_key_file, read_keys
+from serving.pages.chat_page import CHAT_FILES
 from serving.protocol.errors import error_of
-from serving.xray.page_routes import PAGE_PATHS
+from serving.xray.page_routes import INSIDE_FILES, XRAY_FILES
 
-OPEN_PATHS = ("/health", "/ready", *PAGE_PATHS)  # for probes and navigation, which have no key
+# For probes and navigation, which have no key
+OPEN_PATHS = ("/health", "/ready", *CHAT_FILES, *XRAY_FILES)
 ADMIN_PATH = "/admin"
 XRAY_PATH = "/v1/xray"
 TRACE_PATH = "/v1/trace"
-XRAY_PATHS = (XRAY_PATH, *PAGE_PATHS)
-# Which the page of an operator asks with its one key, and the proxy before it reads the page's bodies
-READ_BY_PAGE = ("/v1/models", "/v1/completions", "/version")
+XRAY_PATHS = (XRAY_PATH, *INSIDE_FILES)
+# Which the pages of an operator ask with its one key, and the proxy before it reads their bodies
+READ_BY_PAGE = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/version")
 RELOAD_S = 2.0
 _log = logging.getLogger(__name__)
 
@@ -190,6 +192,20 @@ def _tracing_key(headers: Headers, rules: AccessRules) -> ApiKey:
     if not key.may_trace:
         raise error_of("trace_right_required")
     return key
+
+
+def may_look_inside(key: ApiKey | None, rules: AccessRules) -> bool:
+    """Whether a request with this key, which `authorize` has returned, may look inside a query, and
+    so may ask for a version by its name."""
+    match rules.xray:
+        case "off":
+            return False
+        case "user":
+            return True
+        case "admin":
+            return key in rules.admin_keys
+        case _:
+            assert_never(rules.xray)
 
 
 def _admin_key(headers: Headers, rules: AccessRules) -> ApiKey:

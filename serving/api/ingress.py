@@ -17,7 +17,7 @@ from cluster.settings.code_folders import code_version
 from cluster.settings.serve import ServeConfig
 from model.files.bounded_text import TextError
 from model.text.chat import ChatError
-from serving.api.access import CurrentAccess, authorize
+from serving.api.access import CurrentAccess, authorize, may_look_inside
 from serving.api.answers import Answer, EmbeddingAnswer, TextAnswer
 from serving.api.chat import NOTE_HEADER, ChatAnswer, ChatRequest, as_completion
 from serving.api.completions import Completion, start_completion
@@ -29,6 +29,8 @@ from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.routed_request import RoutedRequest
 from serving.delivery.versions import Versions
 from serving.limits.key_usage import KeyUsage
+from serving.pages.chat_page import CHAT_FILES, CHAT_FOLDER
+from serving.pages.page_files import page_router
 from serving.protocol.errors import ApiError, error_of
 from serving.protocol.json_log import CURRENT_REQUEST
 from serving.protocol.protocol import CompletionRequest, EmbeddingRequest, read_request
@@ -38,7 +40,7 @@ from serving.protocol.served_model import ServedModel
 from serving.protocol.strict_json import MAX_BODY_BYTES
 from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
 from serving.proxy.token_relay import YES_HEADER, RelayClient
-from serving.xray.page_routes import page_router
+from serving.xray.page_routes import XRAY_FILES, XRAY_FOLDER
 
 # These count against a key's limit, and are refused while the endpoint drains.
 METERED_PATHS = (
@@ -70,7 +72,8 @@ def build_http_app(
     # The routes that most requests ask for come first: they are tried in this order.
     add_completion_routes(app, CompletionService(config, metrics, limits))
     add_model_routes(app)
-    app.include_router(page_router())
+    app.include_router(page_router(CHAT_FOLDER, CHAT_FILES))
+    app.include_router(page_router(XRAY_FOLDER, XRAY_FILES))
     app.include_router(admin)
     app.include_router(
         tool_router(max_waiting=config.max_ongoing_requests, traces=config.trace is not None)
@@ -310,6 +313,7 @@ class Gate:
             scope[KEY_IN_SCOPE] = key
             if key is not None:
                 routed.key, facts.key = key.hash, key.name
+            routed.may_name_versions = may_look_inside(key, self._access.rules)
             if is_metered:
                 self._limits.count_request(key)
                 if self._versions.delivery.draining:

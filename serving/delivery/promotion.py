@@ -157,6 +157,11 @@ class Delivery(Record):
         return [self.live] if beside is None else [self.live, beside]
 
     @property
+    def serving(self) -> list[Version]:
+        """Those of `needed` that clients may get: no candidate that is still being measured."""
+        return [self.live] if self.phase is Phase.LOADING else self.needed
+
+    @property
     def known(self) -> list[Version]:
         """The versions of this line whose checkpoints must not be deleted."""
         versions = (self.live, self.candidate, self.previous)

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.types import Scope
 
 from serving.delivery.loaded_version import LoadedVersion
+from serving.delivery.named_version import read_asked_model
 from serving.delivery.route import ROUTE_HEADER, Route
 from serving.delivery.versions import Versions
 from serving.protocol.errors import error_of
@@ -37,6 +38,7 @@ class RoutedRequest:
         self._held: LoadedVersion | None = None
         self._is_second_try = RETRY_HEADER.decode() in headers
         self.key: str | None = None  # hash of the API key
+        self.may_name_versions = False
         self.facts = RequestFacts()
         for route in _routes_in(headers):
             versions.learn(route)
@@ -50,15 +52,32 @@ class RoutedRequest:
     def take(self, model: str | None = None, *, user: str | None = None) -> LoadedVersion:
         """Returns the version that answers the request. `model` may be an adapter's name, or any
         under which a version was served here. During a canary the version depends on the API key,
-        or else on `user` or the session header. Raises `ApiError` (404)."""
-        line = self._versions.line_of(model)
-        is_model = line is self._versions
-        if is_model and model is not None and model not in (names := line.names):
-            raise error_of("model_not_found", param="model", name=model[:64], served=names[0])
+        or else on `user` or the session header, unless `model` names one (`NAME@VERSION`). Raises
+        `ApiError` (403, 404)."""
+        asked = read_asked_model(model, [*self._versions.names, *self._versions.adapters])
+        line = self._versions.line_of(asked.name)
+        names = line.names
+        if line is self._versions and asked.name is not None and asked.name not in names:
+            raise error_of("model_not_found", param="model", name=asked.name[:64], served=names[0])
         self._line = line
-        self._hold(line.pick(self.key or user or self._session))
+        if asked.version is None:
+            self._hold(line.pick(self.key or user or self._session))
+        else:
+            self._hold(self._named(asked.version, line))
+            self._is_second_try = True  # no other version was asked for
         assert self._held is not None
         return self._held
+
+    def _named(self, version: str, line: Versions) -> LoadedVersion:
+        """Returns the version of that hash. Raises `ApiError`: 403 without the right to name one,
+        404 if it does not answer clients."""
+        if not self.may_name_versions:
+            raise error_of("version_closed", param="model")
+        known = line.by_hash
+        if version not in known:
+            served = ", ".join(known)
+            raise error_of("version_not_found", param="model", version=version[:64], served=served)
+        return known[version]
 
     def take_other(self) -> LoadedVersion | None:
         """Returns another version after one has failed, once; None if there is no other."""

@@ -152,6 +152,15 @@ class Versions:
             return [self.config.model_name]
         return [self.live.model.name, *self.delivery.names]
 
+    @property
+    def by_hash(self) -> dict[str, LoadedVersion]:
+        """The versions that a request may ask for by their hash: those that answer clients now, and
+        the one that would return."""
+        usable = (
+            self._slots[v.serial].usable for v in self.delivery.serving if v.serial in self._slots
+        )
+        return {loaded.model.version: loaded for loaded in usable if loaded is not None}
+
     def pick(self, key: str | None) -> LoadedVersion:
         """Returns the version for a request; the same one for the same `key`."""
         return self._usable(self.route.serial_for(key))

@@ -64,7 +64,7 @@ def picture_of_xray(url: str, *, chromium: str) -> bytes:
         # Debian's sandbox needs a user namespace, which a container's root has not.
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": WIDTH, "height": 1150})
-        page.goto(url)
+        page.goto(f"{url}/inside")
         page.locator("#prompt").fill("To be, or not to be,")
         page.locator("#seed").fill("5")
         page.locator("#run").click()

@@ -59,7 +59,8 @@ a hint what to do. [Errors](errors.md) lists all errors.
 | `GET /version`, `/metrics` | user | the code's version; the metrics of the replica that answers |
 | `POST /v1/xray`, `GET /v1/xray` | user or admin | looks inside a query; the limits and the run's steps |
 | `POST /v1/trace`, `GET /v1/trace` | with `may=trace` | finds a text in what the model was trained on; the limits. 404 without the setting `trace` |
-| `GET /`, `/page/…` | none | the x-ray page, which asks for the key if there is one |
+| `GET /`, `/chat/…` | none | the page to talk to the model, which asks for the key if there is one |
+| `GET /inside`, `/page/…` | none | the x-ray page, which does too |
 | `GET`, `HEAD` `/health`, `/ready` | none | the process answers; the engine runs and has passed its self-test |
 | `GET /-/healthz` | none | Ray Serve's own, which Kubernetes asks for |
 | `POST /v1/responses` | user | 404, with a hint where to ask instead |

@@ -14,7 +14,7 @@ export function useKey(value) {
   key = value;
 }
 
-async function ask(path, { body, signal } = {}) {
+export async function ask(path, { body, signal } = {}) {
   const headers = body ? { "Content-Type": "application/json" } : {};
   if (key) headers.Authorization = `Bearer ${key}`;
   const response = await fetch(path, { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) });
@@ -53,9 +53,9 @@ async function askXray(body, signal) {
   }
 }
 
-// Yields the events of a streamed completion, until its `[DONE]`.
-export async function* streamCompletion(body, signal) {
-  const response = await ask("/v1/completions", { body: { ...body, stream: true }, signal });
+// Yields the events of a streamed answer, until its `[DONE]`.
+export async function* streamEvents(path, body, signal) {
+  const response = await ask(path, { body: { ...body, stream: true }, signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";
   for (;;) {

@@ -1,6 +1,6 @@
 // The page: requests a completion, then looks inside it.
 
-import { ApiError, askJson, streamCompletion, useKey, xray } from "/page/api.js";
+import { ApiError, askJson, streamEvents, useKey, xray } from "/page/api.js";
 import { AttentionView } from "/page/attention.js";
 import { byId, Tabs } from "/page/elements.js";
 import { showStages, showTime } from "/page/timing.js";
@@ -42,17 +42,23 @@ async function connect() {
 
 async function run() {
   if (!state.model) return connect();
-  if (state.abort) return;
-  const { signal } = (state.abort = new AbortController());
   const seed = byId("seed").value === "" ? crypto.getRandomValues(new Uint32Array(1))[0] : byId("seed").valueAsNumber;
-  const asked = {
+  return inspect({
     model: state.model.id,
     prompt: byId("prompt").value,
     max_tokens: byId("max-tokens").valueAsNumber,
     temperature: byId("temperature").valueAsNumber,
     top_p: byId("top-p").valueAsNumber,
     seed,
-  };
+  });
+}
+
+// Streams a completion and looks inside it; serving/pages/chat has it look inside an answer by the tokens of its prompt.
+// Returns the ids of the streamed tokens, or null.
+export async function inspect(asked) {
+  if (!state.model || state.abort) return null;
+  const { signal } = (state.abort = new AbortController());
+  let streamed = null;
   Object.assign(state, { answer: null, asked, steps: new Map() });
   setBusy(true, "Streaming …");
   showError(null);
@@ -61,22 +67,24 @@ async function run() {
   byId("completion").hidden = false;
   byId("inside").hidden = true;
   try {
-    const streamed = await stream(asked, signal);
+    streamed = await stream(asked, signal);
     setBusy(true, "Looking inside …");
     const answer = await look(asked, {}, signal);
     show(answer, streamed);
-    setBusy(false, `${streamed.tokens.length} tokens, seed ${seed}`);
+    setBusy(false, `${streamed.tokens.length} tokens, seed ${asked.seed}`);
   } catch (error) {
     setBusy(false, "");
     if (error.name === "AbortError") byId("status").textContent = "Stopped";
     else showError(error);
   }
   state.abort = null;
+  return streamed?.ids ?? null;
 }
 
 async function stream(asked, signal) {
-  const streamed = { start: performance.now(), times: [], tokens: [] };
-  for await (const event of streamCompletion({ ...asked, logprobs: 5 }, signal)) {
+  const streamed = { start: performance.now(), times: [], tokens: [], ids: [] };
+  for await (const event of streamEvents("/v1/completions", { ...asked, logprobs: 5, return_token_ids: true }, signal)) {
+    streamed.ids.push(...(event.choices[0]?.token_ids ?? []));
     const logprobs = event.choices[0]?.logprobs;
     if (!logprobs) continue;
     const tokens = streamedTokens(logprobs);
@@ -89,7 +97,9 @@ async function stream(asked, signal) {
 
 // Requests the x-ray of the same query; the seed gives the same tokens.
 function look(asked, changes, signal) {
-  const maxTokens = Math.min(asked.max_tokens, state.limits.max_tokens);
+  const { max_tokens: most, max_sequence_tokens: length } = state.limits;
+  const room = Array.isArray(asked.prompt) ? Math.max(0, length - asked.prompt.length) : most;
+  const maxTokens = Math.min(asked.max_tokens, most, room);
   return xray({ ...asked, max_tokens: maxTokens, ...changes }, signal);
 }
 
@@ -112,7 +122,7 @@ async function loadLayer(layer) {
   const { attention: maps, tokens, predictions } = state.answer;
   if (layer === maps[0].layer) return maps.map((map) => map.rows);
   const prompt = tokens.slice(0, predictions.length).map((token) => token.id);
-  const answer = await xray({ model: state.model.id, prompt, max_tokens: 0, layers: [layer] });
+  const answer = await xray({ model: state.asked.model, prompt, max_tokens: 0, layers: [layer] });
   return answer.attention.map((map) => map.rows);
 }
 
@@ -167,4 +177,4 @@ byId("step").addEventListener("input", () => {
   clearTimeout(state.pause);
   state.pause = setTimeout(showStep, PAUSE_MS);
 });
-connect();
+export const connected = connect();

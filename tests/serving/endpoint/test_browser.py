@@ -8,10 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from cluster.settings.serve import ServeConfig
-from tests.chromium import needs_chromium, running_chromium
+from tests.chromium import FAINT_TEXT, Watched, needs_chromium, running_chromium
 from tests.serving.endpoint_parts import Endpoints
 from tests.time_limits import limit_s
 
@@ -20,32 +20,6 @@ pytestmark = [pytest.mark.cluster, needs_chromium]
 KEY = "sk-page"
 PROMPT = "the quick fox"
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
-# Lines of text whose contrast with what lies behind them is below 4.5, WCAG's bound.
-FAINT_TEXT = """() => {
-  const parse = (color) => {
-    const numbers = color.match(/[-.\\d]+/g).map(Number);
-    const scale = color.startsWith("color(") ? 255 : 1;
-    return [...numbers.slice(0, 3).map((n) => n * scale), numbers[3] ?? 1];
-  };
-  const luminance = (rgb) => [0.2126, 0.7152, 0.0722].reduce((sum, weight, i) => {
-    const part = rgb[i] / 255;
-    return sum + weight * (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
-  }, 0);
-  const behind = (node) => {
-    if (!node) return [255, 255, 255];
-    const [r, g, b, alpha] = parse(getComputedStyle(node).backgroundColor);
-    return alpha === 1 ? [r, g, b] : behind(node.parentElement).map((n, i) => n * (1 - alpha) + [r, g, b][i] * alpha);
-  };
-  const faint = [];
-  for (const node of document.querySelectorAll("body *")) {
-    const text = [...node.childNodes].filter((n) => n.nodeType === 3).map((n) => n.data.trim()).join("");
-    if (!text || !node.checkVisibility() || node.disabled) continue;
-    const [a, b] = [luminance(parse(getComputedStyle(node).color)), luminance(behind(node))];
-    const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (contrast < 4.5) faint.push(`${text.slice(0, 20)}: ${contrast.toFixed(2)}`);
-  }
-  return faint;
-}"""
 
 
 SIGNED = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -62,28 +36,6 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
-class Watched:
-    """A page, and all that went wrong on it."""
-
-    def __init__(self, page: Page, url: str) -> None:
-        self.page = page
-        self.problems: list[str] = []
-        page.set_default_timeout(1e3 * limit_s(20))
-        expect.set_options(timeout=1e3 * limit_s(20))
-        page.on("console", self._heard)
-        page.on("pageerror", lambda error: self.problems.append(str(error)))
-        page.on(
-            "request",
-            lambda r: None if r.url.startswith((url, "data:")) else self.problems.append(r.url),
-        )
-
-    def _heard(self, message: ConsoleMessage) -> None:
-        """Keeps errors and warnings; the browser reports each answer 429, which the page repeats
-        until it has another."""
-        if message.type in {"error", "warning"} and "429 (Too Many Requests)" not in message.text:
-            self.problems.append(message.text)
-
-
 @pytest.fixture(
     params=[
         pytest.param(DESKTOP, id="desktop"),
@@ -95,7 +47,7 @@ def watched(request: pytest.FixtureRequest, browser: Browser, open_url: str) -> 
         viewport=request.param, color_scheme="dark" if request.param is PHONE else "light"
     )
     watched = Watched(context.new_page(), open_url)
-    watched.page.goto(open_url)
+    watched.page.goto(f"{open_url}/inside")
     expect(watched.page.locator("#model")).to_contain_text("step 7")
     yield watched
     assert watched.problems == []
@@ -283,7 +235,7 @@ def test_a_key_is_asked_for_and_kept_nowhere(
     key_file.write_text(f"{KEY}\n")
     url = endpoints.replaced(open_config.model_copy(update={"api_key_file": str(key_file)}))["url"]
     page = browser.new_context(viewport=DESKTOP).new_page()
-    page.goto(url)
+    page.goto(f"{url}/inside")
     expect(page.get_by_label("API key")).to_be_focused()
     page.keyboard.type("sk-wrong")
     page.keyboard.press("Enter")

@@ -69,7 +69,7 @@ def page(url: str) -> Iterator[Page]:
         expect.set_options(timeout=1e3 * limit_s(40))
         problems: list[str] = []
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.goto(url)
+        page.goto(f"{url}/inside")
         page.get_by_label("API key").fill(KEY)
         page.keyboard.press("Enter")
         yield page

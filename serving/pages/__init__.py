@@ -1,0 +1,1 @@
+"""The page to talk to a model, and how the files of pages are served."""

@@ -1,0 +1,105 @@
+// Draws a conversation. Whatever a model or a person wrote is text, and never HTML.
+
+import { element } from "/page/elements.js";
+import { wordsOfEnding } from "/chat/answer.js";
+
+const BLOCK_PX = 80; // so near the end, the page follows an answer that grows
+
+export class Transcript {
+  // `onAgain(index, column)` asks for an answer once more; `about` has the `steps` of versions and `mayLookInside`.
+  constructor(log, { onAgain, about }) {
+    this.log = log;
+    this.onAgain = onAgain;
+    this.about = about;
+  }
+
+  show(conversation) {
+    this.conversation = conversation;
+    this.log.replaceChildren(...conversation.turns.map((_, index) => this.turn(index)));
+    this.log.hidden = conversation.turns.length === 0;
+  }
+
+  // Draws one turn anew, or adds it.
+  redraw(index) {
+    const node = this.turn(index);
+    const before = this.log.children[index];
+    if (before) before.replaceWith(node);
+    else this.log.append(node);
+    this.log.hidden = false;
+    this.follow();
+  }
+
+  // Draws one answer anew; another one beside it may still grow.
+  redrawAnswer(index, column) {
+    const node = this.answer(this.conversation.turns[index].answers[column], index, column);
+    this.nodeOf(index, column).replaceWith(node);
+    this.follow();
+  }
+
+  nodeOf(index, column) {
+    const place = this.conversation.turns[index].answers.slice(0, column).filter(Boolean).length;
+    return this.log.children[index].querySelectorAll(".answer")[place];
+  }
+
+  turn(index) {
+    const { text, answers } = this.conversation.turns[index];
+    const isText = this.conversation.kind === "text";
+    const said = element("div", { className: "said" }, text);
+    const asked = element("section", { className: "asked" }, element("h3", {}, isText ? "Text" : "You"), said);
+    asked.setAttribute("aria-label", isText ? "Text" : "You");
+    const columns = answers.map((answer, column) => answer && this.answer(answer, index, column)).filter(Boolean);
+    const side = element("div", { className: columns.length > 1 ? "answers beside" : "answers" }, ...columns);
+    return element("article", { className: "turn" }, asked, side);
+  }
+
+  answer(answer, index, column) {
+    const said = element("div", { className: "said" }, answer.text);
+    const node = element("section", { className: "answer" }, element("h3", {}, answer.model), said);
+    node.setAttribute("aria-label", `Answer of ${answer.model}`);
+    node.setAttribute("aria-busy", String(answer.ending === null));
+    if (answer.problem) node.append(element("p", { className: "wrong" }, answer.problem));
+    node.append(element("p", { className: "quiet about" }, ...this.facts(answer, index, column)));
+    return node;
+  }
+
+  facts(answer, index, column) {
+    const { steps, mayLookInside } = this.about();
+    const step = steps.get(answer.version);
+    const facts = [
+      answer.version && `version ${answer.version}${step === undefined ? "" : `, step ${step}`}`,
+      answer.tokenIds.length > 0 && `${answer.tokenIds.length} tokens`,
+      answer.version && `seed ${answer.seed}`,
+      wordsOfEnding(answer.ending),
+    ];
+    const nodes = [facts.filter(Boolean).join(" · ")];
+    if (answer.ending === null) return nodes;
+    if (mayLookInside && answer.tokenIds.length && answer.promptIds.length) {
+      const link = element("a", { href: `#inside/${this.conversation.id}/${index}/${column}` }, "Look inside");
+      link.setAttribute("aria-label", `Look inside the answer of ${answer.model} to turn ${index + 1}`);
+      nodes.push(" ", link);
+    }
+    if (["failed", "stopped", "interrupted"].includes(answer.ending)) {
+      const again = element("button", { type: "button", className: "small" }, "Try again");
+      again.addEventListener("click", () => this.onAgain(index, column));
+      nodes.push(" ", again);
+    }
+    return nodes;
+  }
+
+  // Returns a function that adds a piece to an answer which grows.
+  grower(index, column) {
+    const said = this.nodeOf(index, column).querySelector(".said");
+    const node = document.createTextNode(said.textContent);
+    said.replaceChildren(node);
+    return (piece) => {
+      node.appendData(piece);
+      if (node.isConnected) this.follow();
+    };
+  }
+
+  follow() {
+    const page = document.documentElement;
+    const isNearEnd = page.scrollHeight - innerHeight - scrollY < BLOCK_PX + innerHeight / 4;
+    if (isNearEnd) scrollTo({ top: page.scrollHeight, behavior: "instant" });
+  }
+}
