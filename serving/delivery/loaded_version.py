@@ -20,6 +20,7 @@ from serving.engine.messages import FinishReason
 from serving.engine_process.client import EngineClient
 from serving.engine_process.health import HealthCheck
 from serving.protocol.served_model import ServedModel, is_of_one_kind, read_served_model
+from serving.text.grammar_check import GrammarCheck
 from serving.text.reader import TextReader, open_reader
 from serving.xray.xray import Xray
 
@@ -45,6 +46,7 @@ class LoadedVersion:
         self.engine = engine
         # For sequences to name; 0 if the engine was started with this version
         self.weights = weights
+        self.grammars = GrammarCheck(folder)
         self.xray = Xray(folder, name=model.name, dtype=engine.facts.dtype)
         self.health = HealthCheck(engine, prompt_ids=[0, 0, 0], weights=weights)
         self.open_requests = 0
@@ -186,6 +188,7 @@ class LoadedVersion:
     async def close(self) -> None:
         self.xray.close()
         self.texts.close()
+        self.grammars.close()
         await self.engine.close()
 
 
