@@ -52,7 +52,7 @@ def main(names: list[str]) -> int:
 
 def asked(name: str) -> list[dict[str, Any]]:
     """Returns what pip would install."""
-    ours = [] if name == "vllm" else [f"{HERE.parent}[sign]", "setuptools>=77"]
+    ours = [] if name == "vllm" else [f"{HERE.parent}[sign,structured]", "setuptools>=77"]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
     command += [
         "--use-feature",

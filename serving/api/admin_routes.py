@@ -21,8 +21,8 @@ from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.promotion import MODEL, Delivery, DeliveryError, Terms, Version, version_of
 from serving.delivery.routed_request import RoutedRequest
 from serving.protocol.errors import ApiError, error_of
-from serving.protocol.protocol import Request as Body
 from serving.protocol.protocol import read_request
+from serving.protocol.request import Request as Body
 from serving.protocol.request_facts import timestamp
 from serving.protocol.served_model import misfit, read_served_model
 from serving.text.chat_misfit import chat_misfit

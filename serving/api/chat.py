@@ -17,7 +17,8 @@ from serving.api.score_limit import most_new_tokens
 from serving.delivery.loaded_version import LoadedVersion
 from serving.protocol import harmless_fields
 from serving.protocol.errors import ApiError
-from serving.protocol.protocol import MAX_LOGPROBS, CompletionRequest, GenerationRequest, Request
+from serving.protocol.protocol import MAX_LOGPROBS, CompletionRequest, GenerationRequest
+from serving.protocol.request import Request
 from serving.protocol.served_model import ServedModel
 
 MAX_MESSAGES = 256

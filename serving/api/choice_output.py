@@ -46,7 +46,9 @@ class ChoiceOutput:
         self._entries: list[TokenEntry] = []  # those whose text is held back
         self._echoed_chars = 0
         self._started = False
-        self._is_text_begun = model.has_text(sequence.prompt_ids)
+        # A grammar has each token as inside a text, perhaps with its blank
+        is_constrained = sequence.grammar is not None
+        self._is_text_begun = is_constrained or model.has_text(sequence.prompt_ids)
         self.num_output_tokens = 0
 
     def push(self, event: TokenEvent) -> Part:

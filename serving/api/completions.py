@@ -28,6 +28,8 @@ from serving.protocol.errors import ApiError, error_of, overloaded
 from serving.protocol.protocol import CompletionRequest, StreamOptions, sampling_of
 from serving.protocol.request_facts import RequestFacts
 from serving.protocol.served_model import ServedModel
+from serving.structured.grammar import Grammar, GrammarError
+from serving.text.grammar_check import GrammarsBusyError
 
 # log-probabilities written in the event loop; more would hold up other streams for milliseconds
 SCORES_AT_ONCE = 5_000
@@ -134,6 +136,9 @@ class Completion:
                     self.timer.finished(event.seq_id, FinishReason.ERROR)
                     self._has_failed = True
                     raise error_of("not_finite")
+                if event.finish_reason is FinishReason.GRAMMAR:
+                    self.timer.finished(event.seq_id, FinishReason.GRAMMAR)
+                    raise error_of("grammar_exceeded", param=self.request.grammar_field)
                 for answerable in self._prompts.take(event):
                     # A stop string has ended it, and later tokens were waiting
                     if answerable.seq_id in reasons:
@@ -209,6 +214,7 @@ async def start_completion(
     _require_possible(request, model)
     if answer.EMBEDS and not engine.facts.embeds:
         raise error_of("unsupported_by_backend")
+    grammar = await _checked_grammar(request, version)
     prompts = await _read_prompts(request, answer, version, config)
     refuse_when_full(engine, at_once, config, key=key)
     sequences = _sequences(
@@ -217,6 +223,7 @@ async def start_completion(
         version=version,
         engine=engine,
         embeds=answer.EMBEDS,
+        grammar=grammar,
         cache_scope=key if config.engine.prefix_cache_scope == "key" else "",
     )
     require_few_scores(request, sequences)
@@ -256,6 +263,31 @@ def _num_at_once(request: CompletionRequest, engine: EngineClient, config: Serve
     num_slots = engine.facts.max_num_seqs
     most = min(2 * num_slots, num_slots + config.engine.waiting_room)
     return min(len(request.prompt) * request.n, most)
+
+
+async def _checked_grammar(request: CompletionRequest, version: LoadedVersion) -> Grammar | None:
+    """Returns what the answer follows, if anything. Raises `ApiError`: 400 for what no answer can
+    follow, 429 if too many others are being looked at."""
+    grammar = request.read_grammar()
+    if grammar is None:
+        return None
+    version.model.require_tokenizer()
+    if not version.engine.facts.follows_grammars:
+        raise error_of("grammar_by_backend", param=request.grammar_field)
+    try:
+        await version.grammars.require(grammar)
+    except GrammarsBusyError:
+        raise overloaded("The replica has many schemas to compile; try again later") from None
+    except GrammarError as error:
+        place = f" at #{error.place}" if error.place else ""
+        raise error_of(
+            "grammar_refused",
+            param=request.grammar_field,
+            field=request.grammar_field,
+            place=place,
+            problem=error.message,
+        ) from None
+    return grammar
 
 
 async def _read_prompts(
@@ -309,6 +341,7 @@ def _sequences(
     version: LoadedVersion,
     engine: EngineClient,
     embeds: bool,
+    grammar: Grammar | None,
     cache_scope: str,
 ) -> list[SequenceRequest]:
     """Returns what the engine gets: `n` choices of each prompt, one after the other."""
@@ -329,6 +362,7 @@ def _sequences(
             # The other choices share them: see `SharedPrompts`
             num_prompt_logprobs=scored if choice == 0 else None,
             embed=embeds,
+            grammar=grammar,
             cache_scope=cache_scope,
             weights=version.weights,
         )

@@ -20,6 +20,7 @@ from serving.engine.messages import FinishReason
 from serving.engine_process.client import EngineClient
 from serving.engine_process.health import HealthCheck
 from serving.protocol.served_model import ServedModel, is_of_one_kind, read_served_model
+from serving.text.grammar_check import GrammarCheck
 from serving.text.reader import TextReader, open_reader
 from serving.xray.trace import Trace, Traced
 from serving.xray.xray import Xray
@@ -46,6 +47,7 @@ class LoadedVersion:
         self.engine = engine
         # For sequences to name; 0 if the engine was started with this version
         self.weights = weights
+        self.grammars = GrammarCheck(folder)
         self.xray = Xray(folder, name=model.name, dtype=engine.facts.dtype)
         self.health = HealthCheck(engine, prompt_ids=[0, 0, 0], weights=weights)
         self.trace: Trace | None = None
@@ -196,6 +198,7 @@ class LoadedVersion:
         if self.trace is not None:
             self.trace.close()
         self.texts.close()
+        self.grammars.close()
         await self.engine.close()
 
 

@@ -5,6 +5,7 @@ Shapes: N tokens that a step reads, C model width, M rows for which a token is d
 """
 
 import base64
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +14,18 @@ import torch
 from torch import Tensor
 
 from model.generation.sampling import SamplingRow, sample_batch
-from serving.engine.messages import Admission, Candidates, SequenceRequest, StepReport, TokenEvent
+from serving.engine.grammar_rows import GrammarRows, masked
+from serving.engine.messages import (
+    Admission,
+    Candidates,
+    FinishReason,
+    SequenceRequest,
+    StepReport,
+    TokenEvent,
+)
 from serving.engine.runner import Reading, Runner
 from serving.engine.scheduler import Chunk, Scheduler, Sequence
+from serving.structured.grammar_cache import GrammarCache
 
 PROMPT_LOGPROBS_CHUNK_TOKENS = 128  # 128 x 50,257 logits are 26 MB
 
@@ -24,20 +34,35 @@ class Engine:
     """Generates the same tokens for a sequence as `model.generation.generate`, whatever else shares
     its steps."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
-        """The runner's cache has the blocks of the scheduler's pool."""
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, *, grammars: GrammarCache | None = None
+    ) -> None:
+        """The runner's cache has the blocks of the scheduler's pool. Without `grammars` no sequence
+        may have one."""
         self._runner = runner
         self._scheduler = scheduler
+        self._grammars = None if grammars is None else GrammarRows(grammars)
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.num_running + self._scheduler.num_waiting > 0
+        return self._scheduler.num_running + self._num_waiting > 0
+
+    @property
+    def _num_waiting(self) -> int:
+        return self._scheduler.num_waiting + len(self._grammars or ())
 
     def submit(self, request: SequenceRequest) -> None:
-        self._scheduler.add(replace(request, sampling=request.sampling.with_seed()))
+        request = replace(request, sampling=request.sampling.with_seed())
+        if request.grammar is None:
+            self._scheduler.add(request)
+        else:
+            assert self._grammars is not None, "this engine was built without grammars"
+            self._grammars.hold(request)
 
     def cancel(self, seq_id: int) -> None:
         self._scheduler.cancel(seq_id)
+        if self._grammars is not None:
+            self._grammars.cancel(seq_id)
 
     @torch.inference_mode()
     def step(self, on_admission: Callable[[Admission], None] | None = None) -> StepReport:
@@ -45,11 +70,11 @@ class Engine:
         before it computes."""
         began_s = time.perf_counter()
         scheduler = self._scheduler
+        events = self._take_ready()
         chunks = scheduler.plan()
         if on_admission is not None and scheduler.admitted:
-            figures = (scheduler.num_running, scheduler.num_waiting, scheduler.found)
+            figures = (scheduler.num_running, self._num_waiting, scheduler.found)
             on_admission(Admission(scheduler.admitted, *figures))
-        events: list[TokenEvent] = []
         if chunks:
             hidden = self._runner.forward([_reading(chunk) for chunk in chunks])  # (N, C)
             scheduler.learn_speed(chunks, seconds=time.perf_counter() - began_s)
@@ -67,11 +92,11 @@ class Engine:
                     scheduler.advance(chunk, None)
             if drawing:
                 logits = self._runner.logits(torch.stack(last_rows))  # (M, V)
-                events = self._emit(drawing, logits)
+                events += self._emit(drawing, logits)
         return StepReport(
             events,
             num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
+            num_waiting=self._num_waiting,
             kv_cache_usage=round(scheduler.pool.usage, 4),
             num_prompt_tokens=scheduler.num_prompt_tokens,
             num_tokens=sum(chunk.last - chunk.first for chunk in chunks),
@@ -80,14 +105,31 @@ class Engine:
             step_s=round(time.perf_counter() - began_s, 6),
         )
 
+    def _take_ready(self) -> list[TokenEvent]:
+        """Hands the scheduler the sequences whose grammar is compiled. Returns the ends of those
+        whose grammar cannot be."""
+        if not self._grammars:
+            return []
+        if self._scheduler.num_running + self._scheduler.num_waiting == 0:
+            self._grammars.wait()
+        events = []
+        for request, compiled in self._grammars.take_ready():
+            if compiled is None:
+                events.append(TokenEvent(request.seq_id, None, FinishReason.GRAMMAR, None, None))
+            else:
+                self._scheduler.add(request).compiled_grammar = compiled
+        return events
+
     def _emit(self, chunks: list[Chunk], logits: Tensor) -> list[TokenEvent]:
         """Samples from logits (M, V). A row with NaN or infinity ends its own sequence and no
-        other."""
+        other, as does one whose grammar leaves no token."""
         best, finite = self._runner.survey(logits)
         is_usable = finite.tolist()
+        has_token = masked([chunk.sequence for chunk in chunks], logits, best)
         drawing = []
         for row, chunk in enumerate(chunks):
-            if is_usable[row] and chunk.sequence.request.max_tokens > 0:
+            draws = is_usable[row] and has_token[row]
+            if draws and chunk.sequence.request.max_tokens > 0:
                 drawing.append(row)
         drawn_logits = logits if len(drawing) == len(chunks) else logits[drawing]
         drawn = _sample([chunks[row].sequence for row in drawing], drawn_logits, best[drawing])
@@ -98,10 +140,16 @@ class Engine:
             token_id, logprobs = tokens.get(row), None
             if token_id is not None and request.num_logprobs is not None:
                 [logprobs] = _candidates(logits[row : row + 1], [token_id], request.num_logprobs)
-            if is_usable[row]:
-                finish_reason = self._scheduler.advance(chunk, token_id)
-            else:
+            finish_reason: FinishReason | None
+            if not is_usable[row]:
                 finish_reason = self._scheduler.fail(sequence)
+            elif not has_token[row]:
+                self._scheduler.end(chunk)
+                finish_reason = FinishReason.GRAMMAR
+            else:
+                finish_reason = self._scheduler.advance(chunk, token_id)
+                if sequence.mask is not None and token_id is not None:
+                    sequence.mask.advance(token_id)
             prompt_logprobs = sequence.prompt_logprobs or None
             embedding = _embedding(sequence.hidden_states)
             events.append(
@@ -167,7 +215,8 @@ def _candidates(logits: Tensor, token_ids: list[int], num_top: int) -> list[Cand
     )
     candidates = []
     for logprob, ids, values, rank in columns:
-        top = list(zip(ids, values, strict=True))
+        pairs = zip(ids, values, strict=True)
+        top = [(token, value) for token, value in pairs if value > -math.inf]  # a grammar's others
         candidates.append(Candidates(logprob, top, rank))
     return candidates
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter
 
 from model.generation.sampling_params import SamplingParams
+from serving.structured.grammar import Grammar
 
 
 class FinishReason(StrEnum):
@@ -16,6 +17,8 @@ class FinishReason(StrEnum):
     LENGTH = "length"  # max_tokens were generated
     # The model gave logits that are not finite numbers, or the engine refused the sequence
     ERROR = "error"
+    # The grammar has exceeded its bounds, or leaves no token of the vocabulary
+    GRAMMAR = "grammar"
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class SequenceRequest:
     embed: bool = False  # reports the mean of the prompt's hidden states
     # Whose prompts may share blocks of the cache with it; empty for all without one
     cache_scope: str = ""
+    grammar: Grammar | None = None  # that its tokens follow
     weights: int = 0  # the version that computes it, if several share the engine (weight_turns.py)
 
     @property
@@ -46,7 +50,7 @@ class SequenceRequest:
 
 class Candidates(NamedTuple):
     """A token's log-probability and the most likely tokens at its place, from the unmodified
-    logits."""
+    logits; under a grammar, among the tokens that it allows."""
 
     logprob: float
     top: list[tuple[int, float]]
@@ -72,6 +76,7 @@ class EngineFacts(NamedTuple):
     max_num_seqs: int  # sequences that are decoded together
     tokens_per_step: int  # of prompts, that a step may read
     embeds: bool = False  # it computes embeddings
+    follows_grammars: bool = False
     least_tokens: int = 0  # for which a sequence needs room in the context, also if it draws none
 
 

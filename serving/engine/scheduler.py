@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from serving.engine.block_pool import BLOCK_TOKENS, BlockPool, root_of
 from serving.engine.messages import Candidates, FinishReason, SequenceRequest
+from serving.structured.token_mask import TokenMask
 
 MOST_TIMES = 8
 """The most by which the prompt tokens of a step are multiplied."""
@@ -33,6 +34,9 @@ class Sequence:
     prompt_logprobs: list[Candidates | None] = field(default_factory=list)
     # The engine's, of the tokens read, for an embedding
     hidden_states: list[Any] = field(default_factory=list)
+    # The engine's: the grammar that it follows, at its start, and where in it the sequence is
+    compiled_grammar: Any = None
+    mask: TokenMask | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -159,6 +163,11 @@ class Scheduler:
         self.pool.forget(sequence.blocks)
         self._release(sequence)
         return FinishReason.ERROR
+
+    def end(self, chunk: Chunk) -> None:
+        """Ends a sequence whose chunk was read, and for which no token can be drawn."""
+        self.advance(chunk, None)
+        self._release(chunk.sequence)
 
     def cancel(self, seq_id: int) -> None:
         """Ends a sequence that waits or runs. It is no error if the sequence has finished

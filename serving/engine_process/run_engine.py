@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,6 +21,7 @@ from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, EngineConfi
 from model.config import num_parameters
 from model.errors import UserError
 from model.files.checkpoint import load_model
+from model.files.stored_tokenizer import load_tokenizer
 from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
 from serving.engine.block_pool import BlockPool, num_blocks_for
@@ -41,6 +43,8 @@ from serving.engine_process.machine_memory import memory
 from serving.engine_process.peer_watchdog import watch_peer
 from serving.engine_process.weight_turns import WeightTurns
 from serving.protocol.json_log import Process, log_in, log_uncaught, logs_json
+from serving.structured.grammar_cache import GrammarCache
+from serving.structured.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from serving.engine.vllm_engine import VllmEngine  # usually in another environment
@@ -157,8 +161,11 @@ def _load_engine(
     config = with_dtype(config, checkpoint)
     # The replica got the folder from `resolve_checkpoint`, which verified it.
     model = load_model(checkpoint, dtype=LOADED_IN[config.dtype], verify=False)
-    engine = build_engine(model, config, eos_id=eos_id, threads=threads)
-    return engine, EngineFacts(config.dtype, *_sizes(config), embeds=True)
+    grammars = None if eos_id is None else GrammarCache(partial(_vocabulary, checkpoint))
+    engine = build_engine(model, config, eos_id=eos_id, threads=threads, grammars=grammars)
+    sizes = _sizes(config)
+    follows = grammars is not None
+    return engine, EngineFacts(config.dtype, *sizes, embeds=True, follows_grammars=follows)
 
 
 def warm_up(engine: "Engine | WeightTurns | VllmEngine") -> None:
@@ -192,7 +199,20 @@ def _sizes(config: EngineConfig) -> tuple[int, int]:
     return config.max_num_seqs or CPU_NUM_SEQS, config.prefill_tokens_per_step or CPU_PREFILL_TOKENS
 
 
-def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, threads: int) -> Engine:
+def _vocabulary(checkpoint: Path) -> Vocabulary:
+    tokenizer = load_tokenizer(checkpoint)
+    assert tokenizer is not None, "the replica has read it too"
+    return Vocabulary(tokenizer)
+
+
+def build_engine(
+    model: GPT,
+    config: EngineConfig,
+    *,
+    eos_id: int | None,
+    threads: int,
+    grammars: GrammarCache | None = None,
+) -> Engine:
     """Builds the engine. Raises `UserError` for a cache that is too small for the model, and if
     kernels that must be native are missing."""
     max_num_seqs, prefill_tokens_per_step = _sizes(config)
@@ -234,7 +254,7 @@ def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, thread
             f"{cache_gib:.2f} GiB: set engine.kv_cache_tokens or "
             "engine.max_context to less, or give the replica more"
         ) from error
-    return Engine(runner, scheduler)
+    return Engine(runner, scheduler, grammars=grammars)
 
 
 def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads: int) -> Runner:

@@ -4,12 +4,11 @@ import asyncio
 import difflib
 import re
 from dataclasses import fields
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
 import fastapi
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     Field,
     PlainValidator,
@@ -21,7 +20,9 @@ from model.generation.sampling_params import SamplingParams
 from model.text.tokenizer import PromptEncoding
 from serving.protocol import harmless_fields
 from serving.protocol.errors import ApiError
+from serving.protocol.request import Request
 from serving.protocol.strict_json import parse_json_object, read_json_body, shown
+from serving.protocol.structured_fields import StructuredFields
 
 MAX_PROMPTS = 256
 MAX_CHOICES = 8
@@ -93,14 +94,6 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class Request(BaseModel):
-    """The base of all request bodies: no conversion between types, no unknown field, no NaN."""
-
-    # Fields that it lacks but accepts with these values
-    harmless: ClassVar[harmless_fields.HarmlessValues] = {}
-    model_config = {"strict": True, "extra": "forbid", "frozen": True, "allow_inf_nan": False}
-
-
 Flag = Annotated[bool, BeforeValidator(lambda value: value is not None and value)]  # null is false
 
 
@@ -116,9 +109,10 @@ class RaymillOptions(Request):
     receipt: bool = False
 
 
-class GenerationRequest(Request):
-    """The fields that completions and chats share. `top_k`, `min_p`, `repetition_penalty` and the
-    last six but `raymill` are vLLM's; the others, with their ranges and defaults, are OpenAI's."""
+class GenerationRequest(StructuredFields):
+    """The fields that completions and chats share. `structured_outputs`, `top_k`, `min_p`,
+    `repetition_penalty` and the last six but `raymill` are vLLM's; the others, with their ranges and
+    defaults, are OpenAI's."""
 
     harmless = harmless_fields.FIELDS
     model: str
@@ -132,9 +126,9 @@ class GenerationRequest(Request):
     stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings)] = ()
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63), BeforeValidator(_whole_number)] = None
     user: str | None = Field(None, max_length=256)
-    logit_bias: Annotated[
-        dict[int, Bias], Field(max_length=300), BeforeValidator(_token_id_keys)
-    ] = {}
+    logit_bias: Annotated[dict[int, Bias], BeforeValidator(_token_id_keys)] = Field(
+        {}, max_length=300
+    )
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: float = Field(1.0, ge=0.01, le=2)
@@ -144,6 +138,18 @@ class GenerationRequest(Request):
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool = False
     raymill: RaymillOptions | None = None
+
+    @model_validator(mode="after")
+    def _ends_by_its_grammar(self) -> Self:
+        if self.read_grammar() is None:
+            return self
+        for name in ("ignore_eos", "min_tokens"):
+            if getattr(self, name):
+                raise ApiError(
+                    f"{name} is not allowed with {self.grammar_field}, by which the answer ends",
+                    param=name,
+                )
+        return self
 
     @model_validator(mode="after")
     def _fits_a_stream(self) -> Self:

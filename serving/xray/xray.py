@@ -23,7 +23,8 @@ from model.files.hf_config import shape_from_hf
 from serving.engine_process.child_process import Child, kill_child, start_child
 from serving.engine_process.machine_memory import memory
 from serving.protocol.errors import error_of, overloaded
-from serving.protocol.protocol import Request, Temperature, TopP
+from serving.protocol.protocol import Temperature, TopP
+from serving.protocol.request import Request
 from serving.protocol.served_model import version_of_weights
 
 MAX_NEW_TOKENS = 32

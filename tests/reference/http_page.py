@@ -15,9 +15,14 @@ from serving.protocol.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
-    Request,
     StreamOptions,
     TokenizeRequest,
+)
+from serving.protocol.request import Request
+from serving.protocol.structured_fields import (
+    JsonSchemaFormat,
+    ResponseFormat,
+    StructuredOutputs,
 )
 from serving.xray.trace import TraceRequest
 from serving.xray.xray import XrayRequest
@@ -27,6 +32,17 @@ from tests.reference.settings_page import bounds_of
 BODIES: dict[str, tuple[str, type[Request], str]] = {
     "Completions": ("", CompletionRequest, "`POST /v1/completions`."),
     "Options of a stream": ("stream_options", StreamOptions, "The field `stream_options`."),
+    "What an answer follows": (
+        "response_format",
+        ResponseFormat,
+        "The field `response_format`. [Structured answers](../how-to/structured.md) shows it.",
+    ),
+    "A schema": ("json_schema", JsonSchemaFormat, "The field `json_schema` of it."),
+    "The same as vLLM has it": (
+        "structured_outputs",
+        StructuredOutputs,
+        "The field `structured_outputs`: exactly one of these.",
+    ),
     "Chat": ("chat", ChatRequest, "`POST /v1/chat/completions`."),
     "A message of a chat": ("message", Message, "An entry of `messages`."),
     "Embeddings": ("embedding", EmbeddingRequest, "`POST /v1/embeddings`."),
@@ -90,7 +106,8 @@ def _type(kind: Any) -> str:
     if kind in _WORDS:
         return _WORDS[kind]
     if get_origin(kind) is Literal:
-        return ", ".join(code(word) for word in get_args(kind))
+        words = [word if isinstance(word, str) else json.dumps(word) for word in get_args(kind)]
+        return ", ".join(map(code, words))
     if getattr(kind, "__metadata__", None) is not None:
         return _type(get_args(kind)[0])
     if get_origin(kind) in (list, tuple):
@@ -111,7 +128,7 @@ def _default(info: FieldInfo) -> str:
 def _rows(request: str, model: type[Request]) -> list[list[str]]:
     return [
         [
-            code(name),
+            code(info.alias or name),
             cell(sentence(meaning(request, name))),
             listed(_type(info.annotation), bounds_of(info)),
             _default(info),

@@ -173,7 +173,7 @@ WRONG_VALUES = [
     chat(35, "no messages", "messages", messages=[]),
     chat(35, "15,000 messages", "messages", messages=[{"role": "user", "content": ""}] * 15_000),
     chat(35, "template settings", "chat_template_kwargs", code="unsupported_parameter", chat_template_kwargs={"a": 1}),
-    completion(36, "a response format", "response_format", code="unsupported_parameter", response_format={"type": "x"}),
+    completion(36, "a response format", "response_format.type", code="invalid_value", response_format={"type": "x"}),
     completion(20, "257 prompts", "prompt", prompt=["x"] * 257),
     *(completion(60, f"a token id {i!r} to stop at"[:40], "stop_token_ids", stop_token_ids=[1, i])
       for i in (-1, 300, 10**6, 2**70)),

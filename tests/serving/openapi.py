@@ -14,9 +14,9 @@ from serving.protocol.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
-    Request,
     TokenizeRequest,
 )
+from serving.protocol.request import Request
 from tests.serving.hostile_requests import MODEL
 
 REFERENCE = "#/components/schemas/{model}"

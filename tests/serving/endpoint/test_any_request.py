@@ -113,6 +113,15 @@ GENERATION = SAMPLING | {
     "prompt_logprobs": st.integers(0, 21),
     "return_token_ids": st.booleans(),
     "suffix": TEXTS,
+    "response_format": st.sampled_from([{"type": "text"}, {"type": "json_object"}])
+    | st.dictionaries(st.sampled_from(["type", "enum", "minimum"]), anything(), max_size=2).map(
+        lambda schema: {
+            "type": "json_schema",
+            "json_schema": {"name": "generated", "schema": schema},
+        }
+    ),
+    "structured_outputs": st.fixed_dictionaries({"regex": st.text(min_size=1, max_size=12)})
+    | st.fixed_dictionaries({"choice": st.lists(TEXTS, max_size=3)}),
     "tools": st.just([]),
     "temprature": st.just(1),
 }

@@ -131,7 +131,7 @@ def test_every_field_is_taken() -> None:
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
-        ({"response_format": {}}, "response_format"),
+        ({"response_format": {}}, "response_format.type"),
         ({"model": None}, "model"),
         ({"model": 7}, "model"),
         ({"user": "x" * 257}, "user"),

@@ -1,0 +1,1 @@
+"""Grammars that answers follow: checked, compiled and turned into the tokens that may come next."""
