@@ -10,7 +10,11 @@ from cluster.commands.arguments import (
     EXPERIMENT,
     EXPLAINED_STEP,
     FOLLOW_RUN,
+    IDENTITY,
+    IDENTITY_PROVIDER,
+    IDENTITY_TOKEN,
     KEY,
+    KEYLESS,
     LAST_STEP,
     MIN_TOKENS,
     NONCE,
@@ -31,7 +35,9 @@ from cluster.commands.arguments import (
     TIMESTAMPED_BY,
     TRACED_FILE,
     TRACED_TEXT,
+    TRUST_CONFIG,
     TWO_RUNS,
+    signer_of,
     signing_key,
     trusted_signer,
 )
@@ -87,11 +93,9 @@ def sign(arguments: Arguments) -> Result:
 
     from cluster.storage.references import checkpoint_uri
     from jobs.proof.sign_checkpoint import sign_checkpoint
-    from model.signing.signature import SigningKey
 
     uri = checkpoint_uri(checkpoint, storage_uri)
-    key = SigningKey.at(arguments[KEY], arguments[CERTIFICATES], timestamp_url=arguments[TIMESTAMP])
-    signed = sign_checkpoint(uri, key, storage_uri=storage_uri)
+    signed = sign_checkpoint(uri, signer_of(arguments), storage_uri=storage_uri)
     # People know the run's settings; the signed statement, and --json, have them all
     shown = signed | {"training": signed["training"]["runDetails"]["metadata"]}
     return Result(signed, text="".join(f"{line}\n" for line in lines(shown)))
@@ -299,6 +303,9 @@ def checkpoint_list(arguments: Arguments) -> Result:
     return Result({"published": rows}, text=text)
 
 
+# Who must have signed
+_SIGNED = (OneOf((SIGNED_BY, IDENTITY)), TIMESTAMPED_BY, IDENTITY_PROVIDER, TRUST_CONFIG)
+
 LOOK = Section(
     "look at runs and checkpoints",
     (
@@ -316,13 +323,21 @@ LOOK = Section(
             "verify",
             "recompute the hashes of a run's checkpoints, data and ledger",
             verify,
-            [RUN, SIGNED_BY, TIMESTAMPED_BY, STORAGE],
+            [RUN, *_SIGNED, STORAGE],
         ),
         Command(
             "sign",
             "sign a checkpoint, and what it was trained from",
             sign,
-            [CHECKPOINT, KEY, CERTIFICATES, TIMESTAMP, STORAGE],
+            [
+                CHECKPOINT,
+                OneOf((KEY, KEYLESS), required=True),
+                CERTIFICATES,
+                TIMESTAMP,
+                IDENTITY_TOKEN,
+                TRUST_CONFIG,
+                STORAGE,
+            ],
         ),
         Command(
             "audit",
@@ -333,8 +348,7 @@ LOOK = Section(
                 NUM_SAMPLES,
                 NONCE,
                 NUM_PROCESSES,
-                SIGNED_BY,
-                TIMESTAMPED_BY,
+                *_SIGNED,
                 SIGN,
                 CERTIFICATES,
                 TIMESTAMP,

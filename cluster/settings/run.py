@@ -36,7 +36,7 @@ from model.config import GPTConfig, Shape, preset_fields, with_vocabulary
 from model.files.hf_config import config_to_hf, shape_from_hf
 from model.foreign_config import ForeignConfig
 from model.numerics import Precision
-from model.signing.signature import TrustedSigner
+from model.signing.signature import Trusted, trusted_by_file
 
 CONFIG = "config"
 """The setting that names a config.json, or has its content."""
@@ -197,8 +197,8 @@ class StorageConfig(Settings):
     )
     signed_by: str | None = setting(
         None,
-        "public key or certificates, a PEM file; a checkpoint to begin from, evaluate or serve must be signed by "
-        "its holder (`raymill sign`)",
+        "public key or certificates, a PEM file, or an identity, a JSON file; a checkpoint to begin from, evaluate or "
+        "serve must be signed by its holder (`raymill sign`)",
     )
     timestamped_by: str | None = setting(
         None,
@@ -213,9 +213,9 @@ class StorageConfig(Settings):
         return self
 
     @property
-    def signer(self) -> TrustedSigner | None:
+    def signer(self) -> Trusted | None:
         """Who must have signed what is begun from, evaluated or served; None where anybody may."""
-        return TrustedSigner.named(self.signed_by, self.timestamped_by)
+        return trusted_by_file(self.signed_by, self.timestamped_by)
 
 
 class CheckpointConfig(Settings):
