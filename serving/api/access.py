@@ -24,8 +24,9 @@ OPEN_PATHS = ("/health", "/ready", *CHAT_FILES, *XRAY_FILES)
 ADMIN_PATH = "/admin"
 XRAY_PATH = "/v1/xray"
 XRAY_PATHS = (XRAY_PATH, *INSIDE_FILES)
-# Which the pages of an operator ask with its one key
-READ_BY_PAGE = ("/v1/models", "/v1/completions", "/v1/chat/completions")
+# Which the pages of an operator ask with its one key; the last one is where the proxy asks whether
+# a key is known (key_check.py), before it takes a body
+READ_BY_PAGE = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/version")
 RELOAD_S = 2.0
 _log = logging.getLogger(__name__)
 
