@@ -15,7 +15,7 @@ from serving.structured.grammar import (
     GrammarKind,
 )
 
-MAX_CHOICES_OF_TEXT = 1000
+MAX_CHOICES_OF_TEXT = 256
 
 
 class JsonSchemaFormat(Request):
@@ -53,7 +53,7 @@ class ResponseFormat(Request):
         return None
 
 
-ChoiceText = Annotated[str, Field(min_length=1, max_length=4096)]
+ChoiceText = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 class StructuredOutputs(Request):

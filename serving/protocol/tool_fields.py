@@ -18,7 +18,7 @@ class Function(Request):
     """A function that a model may call."""
 
     name: FunctionName
-    description: str | None = Field(None, max_length=16384)
+    description: str | None = Field(None, max_length=4096)
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
