@@ -229,9 +229,21 @@ def _compiled(template: str) -> Template:
     return environment.from_string(template)
 
 
-def _as_json(value: Any, indent: int | None = None) -> str:
-    """Returns what Hugging Face's filter of that name gives."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _as_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Returns what the filter `tojson` gives in Hugging Face's templates."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -71,6 +71,7 @@ def masked(sequences: Many[Sequence], logits: Tensor, best: Tensor) -> list[bool
         allowed = sequence.mask.allowed()
         has_token[row] = allowed is not None and not sequence.forbidden_ids
         if allowed is not None:
-            logits[row].masked_fill_(~torch.from_numpy(allowed), -torch.inf)
-            best[row] = logits[row].argmax()
+            logits[row].masked_fill_(torch.from_numpy(~allowed), -torch.inf)
+            if not allowed[best[row]]:
+                best[row] = logits[row].argmax()
     return has_token
