@@ -100,8 +100,8 @@ export class TraceView {
       parts.push(button);
     }
     byId("trace-text").replaceChildren(...parts, characters.slice(end).join(""));
-    const found = `${answer.traced_tokens} of ${answer.num_tokens} tokens stand word for word in the training data`;
-    byId("trace-status").textContent = [found, ...answer.missing].join("; ");
+    const stands = `${answer.traced_tokens} of ${answer.num_tokens} tokens stand word for word in the training data`;
+    byId("trace-status").textContent = [stands, ...answer.missing].join("; ");
   }
 
   open(button, span) {

@@ -13,7 +13,6 @@ from cluster.storage.uris import Storage, open_storage
 from jobs.tokens.division import whole
 from jobs.tokens.token_store import MANIFEST, Manifest, Shard, read_manifest, token_dtype
 from jobs.trace.build_index import index_store
-from jobs.trace.local_tasks import LocalTasks
 from jobs.trace.spans import MOST_TEXT_TOKENS, SearchedStore, Span, find_spans
 from jobs.trace.trace_index import TraceIndex
 from jobs.trace.windows import LEAST_SPAN
@@ -133,7 +132,7 @@ def test_a_span_longer_than_what_is_read_at_once_is_whole(tmp_path: object) -> N
     rng = np.random.default_rng(0)
     tokens = [*rng.integers(0, 900, 5000).tolist(), EOT]
     store_of(storage, [tokens, [1, EOT]])
-    index_store(storage, run=LocalTasks())
+    index_store(storage, run=InProcess())
     text = [950, *tokens[100:4900], 951]
     (span,) = spans_of(storage, text)
     assert (span.start, span.end) == (1, 4801)
@@ -144,7 +143,7 @@ def test_a_text_with_one_other_token_has_the_spans_on_its_two_sides(tmp_path: ob
     storage = open_storage(str(tmp_path))
     tokens = np.random.default_rng(0).integers(0, 900, 60).tolist()
     store_of(storage, [[*tokens, EOT], [1, EOT]])
-    index_store(storage, run=LocalTasks())
+    index_store(storage, run=InProcess())
     for other in (12, 25, 40, 47):
         text = [*tokens[:other], 950, *tokens[other + 1 :]]
         spans = [(span.start, span.end) for span in spans_of(storage, text)]
@@ -159,7 +158,7 @@ def test_spans_in_a_bucket_are_those_on_a_disk(tmp_path: object, s3_bucket: str)
     for uri in (str(tmp_path), f"s3://{s3_bucket}/store"):
         storage = open_storage(uri)
         store_of(storage, shards)
-        index_store(storage, run=LocalTasks())
+        index_store(storage, run=InProcess())
         answers.append(spans_of(storage, text))
     assert answers[0] == answers[1]
     assert [(span.start, span.end) for span in answers[0]] == [(0, 300), (300, 323), (324, 424)]
@@ -168,7 +167,7 @@ def test_spans_in_a_bucket_are_those_on_a_disk(tmp_path: object, s3_bucket: str)
 def test_a_text_that_is_too_long_is_refused(tmp_path: object) -> None:
     storage = open_storage(str(tmp_path))
     store_of(storage, [[*range(20), EOT], [1, EOT]])
-    index_store(storage, run=LocalTasks())
+    index_store(storage, run=InProcess())
     with pytest.raises(UserError, match=r"has 32,769 tokens, and at most 32,768 are .*; divide it"):
         spans_of(storage, [1] * (MOST_TEXT_TOKENS + 1))
     assert not spans_of(storage, [1] * MOST_TEXT_TOKENS)
@@ -179,7 +178,7 @@ def test_what_stands_very_often_is_counted_and_its_first_places_are_known(tmp_pa
     phrase = [*range(20), EOT]
     num_often = 20_000
     store_of(storage, [phrase * num_often, [*range(100, 120), EOT], [1, EOT]])
-    index_store(storage, run=LocalTasks())
+    index_store(storage, run=InProcess())
     often, once = spans_of(storage, [*range(20), 500, *range(100, 120)])
     assert (often.at_most, once.at_most) == (num_often, None)
     assert [piece.start for piece in often.pieces] == [21 * n for n in range(len(often.pieces))]

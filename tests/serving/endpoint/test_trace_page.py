@@ -15,9 +15,9 @@ from cluster.storage.uris import open_storage
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.run_plan import RunPlan
 from jobs.trace.build_index import index_store
-from jobs.trace.local_tasks import LocalTasks
 from jobs.trace.trace_run import trace
 from tests.chromium import needs_chromium, running_chromium
+from tests.jobs.cleaning.in_process import InProcess
 from tests.jobs.planted_runs import planted_plan
 from tests.jobs.poisoned_runs import run_world
 from tests.jobs.runs import make_text
@@ -41,7 +41,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
     train = {"max_tokens": 60_000, "seq_len": 40, "eval_every_steps": 1000}
     plan = planted_plan(tmp_path_factory.mktemp("learned"), texts, train=train)
     run_world(plan)
-    index_store(open_storage(plan.tokens_uri), run=LocalTasks())
+    index_store(open_storage(plan.tokens_uri), run=InProcess())
     return plan
 
 

@@ -22,7 +22,6 @@ from jobs.run.run_plan import RunPlan
 from jobs.tokens.document_map import DOCUMENTS
 from jobs.trace.build_index import index_store
 from jobs.trace.indexed_store import IndexedStore
-from jobs.trace.local_tasks import LocalTasks
 from jobs.trace.trace_run import trace
 from jobs.trace.windows import LEAST_SPAN
 from model.errors import UserError
@@ -37,6 +36,7 @@ from serving.xray.trace import (
     MODULE,
     require_traced,
 )
+from tests.jobs.cleaning.in_process import InProcess
 from tests.jobs.planted_runs import PASSAGE, planted_plan, planted_texts
 from tests.jobs.poisoned_runs import Faults, run_world
 from tests.serving.endpoint_parts import Run, replica_client, shared_replica
@@ -53,7 +53,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
     train = {"max_skipped_steps": 1, "max_tokens": 6_000}
     plan = planted_plan(tmp_path_factory.mktemp("traced"), planted_texts(), train=train)
     run_world(plan, Faults(poisoned=frozenset({(2, 0), (7, 0), (8, 0)})))
-    index_store(open_storage(plan.tokens_uri), run=LocalTasks())
+    index_store(open_storage(plan.tokens_uri), run=InProcess())
     return plan
 
 
