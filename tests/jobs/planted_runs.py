@@ -4,12 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cluster.storage.uris import open_storage
 from jobs.run.run_plan import RunPlan
+from jobs.trace.build_index import index_store
+from tests.jobs.cleaning.in_process import InProcess
 from tests.jobs.mapped_runs import mapped_plan
+from tests.jobs.poisoned_runs import run_world
 from tests.jobs.runs import make_text
 
 PASSAGE = "жил старик со своею старухой у самого синего моря"
 """No token of it stands anywhere else in the corpus."""
+
+BEGUN = "An old man lived"
+LEARNED = f"{BEGUN} by the <b>blue</b> sea & fished"
+"""What a page must not take for HTML."""
 
 
 def planted_texts() -> list[str]:
@@ -31,3 +39,16 @@ def planted_plan(
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     data = {"source": [str(corpus)], "shard_bytes": shard_bytes}
     return mapped_plan(folder, train=train, data=data)
+
+
+def learned_by_heart(folder: Path) -> RunPlan:
+    """Trains a run until its model continues `BEGUN` as `LEARNED` does, and indexes its store."""
+    texts = []
+    for number in range(10):
+        words = make_text(6, seed=number).strip()
+        texts.append(f"{number} {words} {LEARNED} {words}" if number % 2 else f"{number} {words}")
+    train = {"max_tokens": 60_000, "seq_len": 40, "eval_every_steps": 1000}
+    plan = planted_plan(folder, texts, train=train)
+    run_world(plan)
+    index_store(open_storage(plan.tokens_uri), run=InProcess())
+    return plan
