@@ -3,22 +3,25 @@
 import hashlib
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.storage.file_cache import FileCache
 from cluster.storage.uris import Storage, open_storage
 from jobs.tokens.division import whole
 from jobs.tokens.token_store import MANIFEST, Manifest, Shard, read_manifest, token_dtype
 from jobs.trace.build_index import index_store
 from jobs.trace.spans import MOST_TEXT_TOKENS, SearchedStore, Span, find_spans
-from jobs.trace.trace_index import TraceIndex
+from jobs.trace.trace_index import TRACE, TraceIndex
 from jobs.trace.windows import LEAST_SPAN
 from model.errors import UserError
 from tests.jobs.cleaning.in_process import MEMORY, InProcess
 from tests.jobs.stores import manifest_of
+from tests.waiting import wait_until
 
 VOCAB_SIZE = 1000
 EOT = VOCAB_SIZE - 1
@@ -162,6 +165,25 @@ def test_spans_in_a_bucket_are_those_on_a_disk(tmp_path: object, s3_bucket: str)
         answers.append(spans_of(storage, text))
     assert answers[0] == answers[1]
     assert [(span.start, span.end) for span in answers[0]] == [(0, 300), (300, 323), (324, 424)]
+
+
+def test_an_index_in_a_bucket_is_mapped_once_it_is_near(tmp_path: Path, s3_bucket: str) -> None:
+    tokens = np.random.default_rng(2).integers(0, 900, 3000).tolist()
+    storage = open_storage(f"s3://{s3_bucket}/store")
+    manifest = store_of(storage, [[*tokens, EOT], [1, EOT]])
+    index_store(storage, run=InProcess())
+    text = np.array(tokens[100:400], np.uint64)
+    searched = SearchedStore(storage, manifest, whole([manifest.shards[0]]))
+    index = TraceIndex(
+        storage, manifest, near=FileCache(storage, tmp_path / "near", max_bytes=1 << 20)
+    )
+    expected = find_spans(text, index, searched)
+    assert [(span.start, span.end) for span in expected] == [(0, 300)]
+    index.bring_near()
+    [part] = index.listed.parts
+    wait_until((tmp_path / "near" / part.sha256).exists)
+    storage.delete(f"{TRACE}/{part.file}")
+    assert find_spans(text, index, searched) == expected
 
 
 def test_a_text_that_is_too_long_is_refused(tmp_path: object) -> None:

@@ -25,22 +25,9 @@ from jobs.trace.trace_run import as_text, trace
 from model.errors import UserError
 from tests.jobs.cleaning.in_process import InProcess
 from tests.jobs.mapped_runs import SEQ_LEN, mapped_plan
-from tests.jobs.planted_runs import PASSAGE, planted_plan, planted_texts
-from tests.jobs.poisoned_runs import Faults, run_world
+from tests.jobs.planted_runs import PASSAGE, ROLLED_BACK, planted_plan
+from tests.jobs.poisoned_runs import run_world
 from tests.jobs.runs import make_text
-
-SKIPPED, ROLLED_BACK = 2, (4, 8)
-
-
-@pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
-    """A run that skips a step and rolls others back, on documents of which three quote the
-    passage."""
-    train = {"max_skipped_steps": 1, "max_tokens": 12_000}
-    plan = planted_plan(tmp_path_factory.mktemp("traced"), planted_texts(), train=train)
-    run_world(plan, Faults(poisoned=frozenset({(SKIPPED, 0), (7, 0), (8, 0)})))
-    index_store(open_storage(plan.tokens_uri), run=InProcess())
-    return plan
 
 
 @pytest.fixture
