@@ -178,15 +178,18 @@ LAST_STEP = Argument[int | None](
     parse=int,
     metavar="N",
 )
-NUM_INDEXERS = Argument[int](
-    "--workers", "processes that index; 1 when unset", parse=count, default=1
-)
 EXPERIMENT = Argument[str](
     "--mlflow", "an experiment of MLflow", metavar="EXPERIMENT", required=True
 )
 FOLLOW_RUN = Switch("--follow", "continue until the run has ended")
 STORE = Argument[str | None](
     "store", "folder, manifest or key of a token store; the only one when unset", nargs="?"
+)
+INDEXED_STORE = Argument[str | None](
+    "named",
+    "folder, manifest or key of a token store; the only one when unset",
+    nargs="?",
+    metavar="store",
 )
 SOURCE = Argument[str]("source", "folder, pattern or file; a path or URI", metavar="SOURCE")
 NEW_FOLDER = Argument[str]("destination", "new folder, a path or URI", metavar="DEST")

@@ -1,11 +1,13 @@
 """The commands of `raymill` that look at runs and checkpoints. Each imports what it alone needs."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from cluster.commands.arguments import (
     AUDITS_FOLDER,
     CERTIFICATES,
     CHECKPOINT,
+    CONFIG_FLAG,
     DOCUMENT,
     EXPERIMENT,
     EXPLAINED_STEP,
@@ -13,12 +15,12 @@ from cluster.commands.arguments import (
     IDENTITY,
     IDENTITY_PROVIDER,
     IDENTITY_TOKEN,
+    INDEXED_STORE,
     KEY,
     KEYLESS,
     LAST_STEP,
     MIN_TOKENS,
     NONCE,
-    NUM_INDEXERS,
     NUM_PROCESSES,
     NUM_SAMPLES,
     PRICE,
@@ -29,7 +31,6 @@ from cluster.commands.arguments import (
     STEP,
     STEPS,
     STORAGE,
-    STORE,
     TEXT,
     TIMESTAMP,
     TIMESTAMPED_BY,
@@ -41,11 +42,17 @@ from cluster.commands.arguments import (
     signing_key,
     trusted_signer,
 )
-from cluster.commands.command import Arguments, Command, OneOf, Result, Section
+from cluster.commands.command import Arguments, Command, OneOf, Result, Section, SettingsOf
 from cluster.output.progress import reports_shown, say
 from cluster.output.result_text import lines
+from cluster.settings.parser import ConfigError
 from cluster.storage.uris import Storage, open_storage
 from model.errors import UserError
+
+if TYPE_CHECKING:
+    from cluster.settings.run import IndexConfig
+
+_NEXT_TRACE = "`raymill trace find RUN TEXT`"
 
 
 def report(arguments: Arguments) -> Result:
@@ -165,21 +172,40 @@ def explain(arguments: Arguments) -> Result:
 
 
 def trace_index(arguments: Arguments) -> Result:
-    """Indexes the store that the command line names, or else the only one."""
-    store, storage_uri = arguments[STORE], arguments[STORAGE]
-    say(f"trace index: {store or f'the token store in {storage_uri}'}")
+    """Indexes the store that the command line names, or else the only one, on a cluster."""
+    from cluster.local.local_cluster import cpus_per_node
+    from cluster.settings.run import IndexConfig
 
-    from jobs.run.find_run import token_uses
-    from jobs.tokens.inspect_store import find_store
-    from jobs.trace.build_index import index_store
-    from jobs.trace.local_tasks import LocalTasks
+    config = arguments.config(IndexConfig, store=_store_given(arguments))
+    place = config.store or config.storage.uri
+    say(f"trace index: {config.store or f'the token store in {config.storage.uri}'}")
+    # A cluster at an address may see other folders
+    if config.cluster.address is None or open_storage(place).local_path("") is None:
+        from jobs.run.find_run import token_uses
+        from jobs.tokens.inspect_store import find_store
+        from jobs.trace.build_index import found_index
 
-    with reports_shown():
-        indexed = index_store(
-            find_store(store, storage_uri, uses_in=token_uses),
-            run=LocalTasks(arguments[NUM_INDEXERS]),
-        )
-    return Result(indexed, next="`raymill trace find RUN TEXT`")
+        store = find_store(config.store, config.storage.uri, uses_in=token_uses)
+        with reports_shown():
+            indexed = found_index(store)
+        if indexed is not None:
+            return Result(indexed, next=_NEXT_TRACE)
+        config = config.model_copy(update={"store": store.uri})
+
+    from cluster.stages.stage import connected, run_stage  # imports Ray, which takes a second
+
+    with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
+        indexed = run_stage(connection, "jobs.index_store", config)
+    return Result(indexed, next=_NEXT_TRACE)
+
+
+def _store_given(arguments: Arguments) -> str | None:
+    """Returns the store that stands by itself or that its flag gives. Raises `ConfigError` for
+    two."""
+    named, flag = arguments[INDEXED_STORE], arguments.values["store"]
+    if named is not None and flag not in (None, named):
+        raise ConfigError(f"two stores, {named} and --store {flag}; name one")
+    return named or flag
 
 
 def trace_find(arguments: Arguments) -> Result:
@@ -303,6 +329,12 @@ def checkpoint_list(arguments: Arguments) -> Result:
     return Result({"published": rows}, text=text)
 
 
+def _index_config() -> "type[IndexConfig]":
+    from cluster.settings.run import IndexConfig
+
+    return IndexConfig
+
+
 # Who must have signed
 _SIGNED = (OneOf((SIGNED_BY, IDENTITY)), TIMESTAMPED_BY, IDENTITY_PROVIDER, TRUST_CONFIG)
 
@@ -379,7 +411,7 @@ LOOK = Section(
             "trace index",
             "index a token store, so that texts can be traced to it",
             trace_index,
-            [STORE, NUM_INDEXERS, STORAGE],
+            [INDEXED_STORE, CONFIG_FLAG, SettingsOf(_index_config, positional="store")],
         ),
         Command(
             "trace find",

@@ -1,5 +1,5 @@
-"""The typed settings: `RunConfig` for a run, `EvaluateConfig` for an evaluation (`ServeConfig` is
-in `serve`).
+"""The typed settings: `RunConfig` for a run, `EvaluateConfig` for an evaluation, `IndexConfig` for a
+trace index (`ServeConfig` is in `serve`).
 
 Each is a key of the YAML file and a flag (`--train.learning-rate 1e-3`), declared once
 (setting.py): `data` and `train` have those that shape tokens and weights. The trees are frozen and
@@ -437,6 +437,19 @@ class EvaluateConfig(Settings):
         2, "batches computed at once; the result does not depend on it"
     )
     threads_per_worker: PositiveInt = setting(1, "compute threads, and logical CPUs, of a worker")
+    cluster: ClusterConfig = ClusterConfig()
+    storage: StorageConfig = StorageConfig()
+
+
+class IndexConfig(Settings):
+    """The settings of a trace index."""
+
+    store: str | None = setting(
+        None, "folder, manifest or key of a token store; the only one in the storage when unset"
+    )
+    num_workers: PositiveInt = setting(
+        2, "tasks at once for which a local cluster has room; the bytes do not depend on it"
+    )
     cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig = StorageConfig()
 

@@ -1,5 +1,6 @@
-"""Makes the documents' pictures: the processes, a finished run, the pages of its endpoint, the
-dashboard of a canary, the memory of a worker and of an endpoint. `make pictures` runs it.
+"""Makes the documents' pictures: the processes, a finished run, the pages of its endpoint, where an
+answer was learned, the dashboard of a canary, the memory of a worker and of an endpoint.
+`make pictures` runs it.
 
     python -m tests.drawings.pictures [RUN_FOLDER]
 
@@ -23,6 +24,7 @@ from tests.benchmarks.bench_attempt_memory import picture_of_memory
 from tests.benchmarks.bench_serving_memory import picture_of_serving_memory
 from tests.drawings.canary_picture import picture_of_canary
 from tests.drawings.processes_picture import PICTURE, draw
+from tests.drawings.trace_picture import picture_of_trace
 from tests.repository import REPOSITORY
 from tests.serving.endpoint_parts import free_port, ray_cluster
 from tests.serving.page_parts import say, set_settings
@@ -58,6 +60,8 @@ def main() -> int:
         url = run(ServeConfig(checkpoint=str(checkpoint), port=free_port()))["url"]
         save(picture_of_xray(url, chromium=chromium), IMAGES / "xray.png")
         save(picture_of_chat(url, chromium=chromium), IMAGES / "chat.png")
+    with ray_cluster():
+        save(picture_of_trace(chromium=chromium, width=WIDTH), IMAGES / "trace.png")
     return 0
 
 
