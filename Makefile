@@ -6,6 +6,9 @@ INSTALLED := $(VENV)/.installed
 TRACKING_INSTALLED := $(VENV)/.installed-tracking
 CLIENTS_VENV := .venv-clients
 CLIENTS_INSTALLED := $(CLIENTS_VENV)/.installed
+NODE_CLIENTS := .node-clients
+NODE_CLIENTS_INSTALLED := $(NODE_CLIENTS)/.installed
+NODE_CLIENTS_LOCK := tests/serving/clients/node/package-lock.json
 DOCS_INSTALLED := $(VENV)/.installed-docs
 BENCH_INSTALLED := $(VENV)/.installed-bench
 VLLM_VENV := .venv-vllm
@@ -43,7 +46,7 @@ areas: $(INSTALLED)
 	$(BIN)/python -m tests.areas $(AREA)
 
 # The fast tests, then both halves of the slow ones side by side: their clusters mostly wait.
-test-all: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED)
+test-all: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED) $(NODE_CLIENTS_INSTALLED)
 	$(MAKE) test
 	$(MAKE) --jobs 2 --keep-going slow-half-1 slow-half-2
 
@@ -52,10 +55,10 @@ slow-half-%:
 
 # One slice of the slow tests (tests/slices.py), by default another one for each commit, so that as many commits as there are
 # slices run them all. A session that takes longer than LIMIT_S ends, and says in which test it was.
-SLICES ?= 17
+SLICES ?= 18
 SLICE ?= $(shell $(BIN)/python -m tests.slices $(SLICES))
 LIMIT_S ?= 960
-test-slice: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED)
+test-slice: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED) $(NODE_CLIENTS_INSTALLED)
 	$(BIN)/pytest -m slow --slice $(SLICE) --limit-s $(LIMIT_S) --durations 10 tests
 
 COMPUTE ?= cpu
@@ -162,6 +165,13 @@ $(CLIENTS_INSTALLED): pyproject.toml .ci/clients.txt
 	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/clients.txt --group clients
 	touch $@
 
+# With a Node of its own, as these clients need a newer one than distributions have. Where npm isn't, their tests skip.
+$(NODE_CLIENTS_INSTALLED): $(NODE_CLIENTS_LOCK)
+	mkdir -p $(NODE_CLIENTS)
+	cp $(dir $(NODE_CLIENTS_LOCK))package.json $(NODE_CLIENTS_LOCK) $(NODE_CLIENTS)
+	if command -v npm > /dev/null; then \
+		npm ci --prefix $(NODE_CLIENTS) --ignore-scripts --no-audit --no-fund --loglevel error && touch $@; fi
+
 $(BENCH_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[bench]'
 	touch $@
@@ -174,5 +184,5 @@ $(VLLM_INSTALLED):
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CLIENTS_VENV) $(VLLM_VENV) .raymill build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS_VENV) $(NODE_CLIENTS) $(VLLM_VENV) .raymill build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

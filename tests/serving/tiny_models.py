@@ -20,6 +20,7 @@ def lively_model(
     tokenizer: Tokenizer,
     *,
     n_embd: int = 32,
+    n_positions: int = 128,
     spread: float = 0.3,
     seed: int = 1,
     architecture: ArchitectureName = "gpt2",
@@ -31,7 +32,7 @@ def lively_model(
     )
     config = GPTConfig(
         vocab_size=tokenizer.vocab_size,
-        n_positions=128,
+        n_positions=n_positions,
         n_layer=2,
         n_head=2,
         n_embd=n_embd,

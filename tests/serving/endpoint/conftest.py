@@ -16,6 +16,7 @@ from model.text.tokenizer import Tokenizer
 from tests.checkpoints import save_model
 from tests.serving.endpoint_parts import Endpoints, ray_cluster
 from tests.serving.hostile_requests import MODEL
+from tests.serving.tiny_models import lively_model, write_model
 
 
 @pytest.fixture(scope="package")
@@ -49,3 +50,25 @@ def open_config(run_checkpoint: Path) -> ServeConfig:
 def open_url(endpoints: Endpoints, open_config: ServeConfig) -> str:
     """An endpoint that asks for no key."""
     return str(endpoints.deployed(open_config)["url"])
+
+
+@pytest.fixture(scope="session")
+def roomy_model(tokenizer: Tokenizer) -> GPT:
+    """It has room for what applications write around a question."""
+    return lively_model(tokenizer, n_positions=2048)
+
+
+@pytest.fixture(scope="session")
+def roomy_checkpoint(
+    roomy_model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return write_model(tmp_path_factory.mktemp("roomy") / "step-1", roomy_model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def roomy_url(endpoints: Endpoints, roomy_checkpoint: Path) -> str:
+    """An endpoint of that model, which asks for no key."""
+    config = ServeConfig(
+        checkpoint=str(roomy_checkpoint), model_name=MODEL, engine=EngineConfig(max_num_seqs=8)
+    )
+    return str(endpoints.deployed(config)["url"])

@@ -2,9 +2,6 @@
 is fetched. A browser is in test_cross_origin.py, and more of openai in test_endpoint.py."""
 
 import json
-import os
-import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +11,21 @@ import pytest
 import torch
 import yaml
 
-from model.generation.generate import generate
-from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
 from tests.repository import REPOSITORY
+from tests.serving.client_parts import (
+    CLIENTS_PYTHON,
+    SCRIPTS,
+    greedy_text,
+    installed,
+    reply,
+    run_client,
+)
 from tests.serving.hostile_requests import MODEL
 from tests.time_limits import limit_s
 
-CLIENTS_PYTHON = REPOSITORY / ".venv-clients" / "bin" / "python"
 VLLM_PYTHON = REPOSITORY / ".venv-vllm" / "bin" / "python"
-SCRIPTS = REPOSITORY / "tests" / "serving" / "clients"
 VLLM_BENCH = """
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -32,36 +33,9 @@ parser = FlexibleArgumentParser()
 add_cli_args(parser)
 main(parser.parse_args())
 """
-OFFLINE = {
-    **dict.fromkeys(
-        ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "VLLM_NO_USAGE_STATS"), "1"
-    ),
-    "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # or it asks GitHub for prices
-    "LANGSMITH_TRACING": "false",
-}
 CHOICES = ["the quick brown fox", "over the lazy dog", "naïve cafés sell tea", "dog dog dog"]
 QUESTIONS = ["the quick", "brown fox jumps", "sell €5", "lazy dog, and"]
-GREEDY = SamplingParams(temperature=0.0)
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-installed = pytest.mark.skipif(
-    not CLIENTS_PYTHON.exists(), reason="no clients in .venv-clients; `make test-all` installs them"
-)
-
-
-def run_client(command: Sequence[str | Path], *, folder: Path) -> str:
-    """Returns what it prints."""
-    environment = os.environ | OFFLINE | {"HF_HOME": str(folder / "hf")}
-    done = subprocess.run(
-        command,
-        env=environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=limit_s(400),
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 def num_sequences(url: str) -> int:
@@ -113,28 +87,6 @@ def log_likelihood(model: GPT, context_ids: list[int], ids: list[int]) -> float:
     return float(
         sum(logprobs[len(context_ids) - 1 + i, token_id] for i, token_id in enumerate(ids))
     )
-
-
-def greedy_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_tokens: int) -> str:
-    ids = generate(
-        model,
-        tokenizer.encode(prompt),
-        max_tokens=max_tokens,
-        params=GREEDY,
-        eos_id=tokenizer.eot_id,
-    )
-    return tokenizer.decode(ids)
-
-
-def spoken(turns: list[tuple[str, str]]) -> str:
-    return "".join(f"{speaker}:\n{text}\n" for speaker, text in turns) + "Assistant:\n"
-
-
-def reply(
-    model: GPT, tokenizer: Tokenizer, turns: list[tuple[str, str]], *, max_tokens: int
-) -> str:
-    """What the model says next in a chat."""
-    return greedy_text(model, tokenizer, spoken(turns), max_tokens=max_tokens).split("\nUser:")[0]
 
 
 def mean_of(model: GPT, token_ids: list[int]) -> torch.Tensor:

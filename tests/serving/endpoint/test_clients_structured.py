@@ -1,0 +1,93 @@
+"""Clients that others wrote, unchanged, which ask a real endpoint for answers that follow a schema."""
+
+from typing import Any, Literal
+
+import openai
+import pytest
+from pydantic import BaseModel, Field
+
+from model.gpt import GPT
+from model.text.tokenizer import Tokenizer
+from tests.serving.client_parts import reply
+from tests.serving.hostile_requests import MODEL
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+class Stop(BaseModel):
+    by: Literal["train", "bus"]
+    minutes: int = Field(ge=1, le=90)
+
+
+class Trip(BaseModel):
+    """A trip to one city."""
+
+    city: Literal["Vienna", "Graz"]
+    days: int = Field(ge=1, le=7)
+    stops: list[Stop] = Field(max_length=2)
+    guide: bool | None
+
+
+@pytest.fixture
+def client(roomy_url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{roomy_url}/v1", api_key="none needed", max_retries=0)
+
+
+def asked(question: str, *, max_tokens: int) -> dict[str, Any]:
+    return {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": question}],
+        "temperature": 0,
+        "max_tokens": max_tokens,
+    }
+
+
+def test_openai__parses_an_answer_into_a_pydantic_model(
+    client: openai.OpenAI, roomy_model: GPT, tokenizer: Tokenizer
+) -> None:
+    question = asked("a trip", max_tokens=200)
+    unbound = reply(roomy_model, tokenizer, [("User", "a trip")], max_tokens=200)
+    with pytest.raises(ValueError, match="Trip"):
+        Trip.model_validate_json(unbound)
+
+    choice = client.chat.completions.parse(**question, response_format=Trip).choices[0]
+    assert isinstance(choice.message.parsed, Trip) and choice.finish_reason == "stop"
+    beta = client.beta.chat.completions.parse(**question, response_format=Trip)
+    assert beta.choices[0].message.parsed == choice.message.parsed
+    drawn = client.chat.completions.parse(
+        **question | {"temperature": 1.0}, n=4, seed=5, response_format=Trip
+    )
+    trips = [choice.message.parsed for choice in drawn.choices]
+    assert len(trips) == 4 and all(isinstance(trip, Trip) for trip in trips)
+
+
+def test_openai__parses_a_stream_into_a_pydantic_model_as_it_comes(client: openai.OpenAI) -> None:
+    question = asked("a trip", max_tokens=200)
+    whole = client.chat.completions.parse(**question, response_format=Trip).choices[0].message
+    with client.chat.completions.stream(
+        **question, response_format=Trip, stream_options={"include_usage": True}
+    ) as stream:
+        events = list(stream)
+        final = stream.get_final_completion()
+    deltas = [event for event in events if event.type == "content.delta"]
+    assert "".join(event.delta for event in deltas) == whole.content
+    assert len(deltas) > 5 and deltas[-2].parsed["city"] == whole.parsed.city
+    [done] = [event for event in events if event.type == "content.done"]
+    assert done.parsed == final.choices[0].message.parsed == whole.parsed
+    assert final.usage is not None and final.usage.completion_tokens > 5
+
+
+def test_openai__shows_that_a_parsed_answer_was_cut(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(**asked("a trip", max_tokens=4), response_format=Trip)
+
+
+def test_openai__shows_where_to_ask_instead_of_responses(client: openai.OpenAI) -> None:
+    hint = "no /v1/responses: use /v1/chat/completions"
+    with pytest.raises(openai.NotFoundError, match=hint) as caught:
+        client.responses.create(model=MODEL, input="a trip")
+    assert caught.value.code == "not_found"
+    with pytest.raises(openai.NotFoundError, match=hint):
+        client.responses.parse(model=MODEL, input="a trip", text_format=Trip)
+    with pytest.raises(openai.NotFoundError, match=hint):
+        client.responses.create(model=MODEL, input="a trip", stream=True)
