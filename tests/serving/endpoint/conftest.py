@@ -55,7 +55,7 @@ def open_url(endpoints: Endpoints, open_config: ServeConfig) -> str:
 @pytest.fixture(scope="session")
 def roomy_model(tokenizer: Tokenizer) -> GPT:
     """It has room for what applications write around a question."""
-    return lively_model(tokenizer, n_positions=2048)
+    return lively_model(tokenizer, n_positions=4096)
 
 
 @pytest.fixture(scope="session")
