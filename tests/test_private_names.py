@@ -53,6 +53,25 @@ CANARIES = [
         "MessageToJson(payload.statement.pb)",
     ),
     Canary(
+        "model_signing._signing.sign_sigstore.Verifier._verify_signed_content",
+        "self signature",
+        "model_signing._signing.sign_sigstore",
+        "return self._verifier.verify_dsse(bundle=bundle, policy=self._policy)",
+    ),
+    # model/signing/identity.py: what Sigstore's parts raise where they refuse.
+    Canary(
+        "sigstore._internal.fulcio.client.FulcioClientError",
+        None,
+        "sigstore._internal.fulcio.client",
+        "raise FulcioClientError from http_error",
+    ),
+    Canary(
+        "sigstore._internal.rekor.RekorClientError",
+        None,
+        "sigstore._internal.rekor.client_v2",
+        "raise RekorClientError(http_error)",
+    ),
+    Canary(
         "model_signing.signing.Config.sign",
         "self model_path signature_path",
         "model_signing.signing",

@@ -1,6 +1,7 @@
 """A time stamp authority on loopback: OpenSSL's own (`openssl ts`), behind HTTP, with a certificate
 that its root has made for time stamps."""
 
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from tests.signing_keys import made_certificates
@@ -22,7 +24,6 @@ signer_cert = {folder}/certificate.pem
 signer_key = {folder}/certified.pem
 signer_digest = sha256
 default_policy = 1.2.3.4.1
-digests = sha256, sha512
 ess_cert_id_alg = sha256
 """
 # Moves the clock of the process that loads it
@@ -49,6 +50,8 @@ class Authority:
     url: str = ""
     offset_s: int = 0
     num_asked: int = 0
+    settings: str = "digests = sha256, sha512\n"
+    sends_chain: bool = False  # the root behind its own certificate, which is not DER's order
     change: Callable[[int, bytes], bytes | None] = lambda _number, answer: answer
     answers: list[bytes] = field(default_factory=list)
 
@@ -63,6 +66,9 @@ class Authority:
         environment = {"PATH": "/usr/bin:/bin"}
         if self.offset_s:
             environment |= {"LD_PRELOAD": str(self._clock()), "CLOCK_OFFSET_S": str(self.offset_s)}
+        settings = SETTINGS.format(folder=self.folder)
+        chain = f"certs = {self.root}\n" if self.sends_chain else ""
+        (self.folder / "ts.cnf").write_text(settings + self.settings + chain)
         asked = ["ts", "-reply", "-config", "ts.cnf", "-queryfile", "query.tsq"]
         subprocess.run(
             ["openssl", *asked, "-out", "answer.tsr"],
@@ -75,6 +81,8 @@ class Authority:
         return self.change(self.num_asked, self.answers[-1])
 
     def _clock(self) -> Path:
+        if shutil.which("cc") is None:
+            pytest.skip("no compiler makes a wrong clock here")
         library = self.folder / "clock.so"
         if not library.exists():
             (self.folder / "clock.c").write_text(CLOCK)
@@ -85,9 +93,10 @@ class Authority:
 
 def made_authority(folder: Path) -> Authority:
     """Makes an authority's keys and certificates."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl stamps the time here")
     folder.mkdir()
     made_certificates(folder, first_day=-100, use=ExtendedKeyUsageOID.TIME_STAMPING)
-    (folder / "ts.cnf").write_text(SETTINGS.format(folder=folder))
     (folder / "serial").write_text("01\n")
     return Authority(folder)
 

@@ -13,7 +13,7 @@ from model.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.settings.run import RunConfig
-    from model.signing.signature import SigningKey, TrustedSigner
+    from model.signing.signature import Signer, SigningKey, Trusted
 
 
 def _run_config() -> "type[RunConfig]":
@@ -54,11 +54,29 @@ MAP_DOCUMENTS = SettingAs(
 )
 CONFIG = Argument[Path | None]("config", _OVERRIDDEN, nargs="?", parse=Path)
 CONFIG_FLAG = Argument[Path | None]("--config", _OVERRIDDEN, parse=Path)
-KEY = Argument[str](
+KEY = Argument[str | None](
     "--key",
     "the private key, a PEM file whose passphrase is taken from RAYMILL_KEY_PASSPHRASE, or a pkcs11: URI",
-    required=True,
     metavar="KEY",
+)
+KEYLESS = Switch("--keyless", "sign as an identity at an identity provider, by Sigstore")
+IDENTITY_TOKEN = Argument[Path | None](
+    "--identity-token",
+    "file with the token of --keyless; what the CI lends its job when unset",
+    parse=Path,
+    metavar="FILE",
+)
+TRUST_CONFIG = Argument[Path | None](
+    "--trust-config",
+    "trust configuration of a private Sigstore instance, a JSON file; the public one when unset",
+    parse=Path,
+    metavar="FILE",
+)
+IDENTITY = Argument[str | None](
+    "--identity", "also check that this identity has signed the checkpoints", metavar="NAME"
+)
+IDENTITY_PROVIDER = Argument[str | None](
+    "--identity-provider", "the identity provider that vouches for --identity", metavar="URL"
 )
 CERTIFICATES = Argument[Path | None](
     "--certificates",
@@ -78,8 +96,8 @@ TIMESTAMP = Argument[str | None](
 )
 SIGNED_BY = Argument[Path | None](
     "--signed-by",
-    "also check that the holder of this public key, a PEM file, or of a certificate below those in it, has signed "
-    "the checkpoints",
+    "also check that the holder of this public key, a PEM file, or of a certificate below those in it, or the identity "
+    "in this JSON file, has signed the checkpoints",
     parse=Path,
     metavar="FILE",
 )
@@ -160,15 +178,18 @@ LAST_STEP = Argument[int | None](
     parse=int,
     metavar="N",
 )
-NUM_INDEXERS = Argument[int](
-    "--workers", "processes that index; 1 when unset", parse=count, default=1
-)
 EXPERIMENT = Argument[str](
     "--mlflow", "an experiment of MLflow", metavar="EXPERIMENT", required=True
 )
 FOLLOW_RUN = Switch("--follow", "continue until the run has ended")
 STORE = Argument[str | None](
     "store", "folder, manifest or key of a token store; the only one when unset", nargs="?"
+)
+INDEXED_STORE = Argument[str | None](
+    "named",
+    "folder, manifest or key of a token store; the only one when unset",
+    nargs="?",
+    metavar="store",
 )
 SOURCE = Argument[str]("source", "folder, pattern or file; a path or URI", metavar="SOURCE")
 NEW_FOLDER = Argument[str]("destination", "new folder, a path or URI", metavar="DEST")
@@ -300,12 +321,35 @@ def signing_key(arguments: Arguments) -> "SigningKey | None":
     return SigningKey.at(key, certificates, timestamp_url=url) if key else None
 
 
-def trusted_signer(arguments: Arguments) -> "TrustedSigner | None":
-    """Returns whom `--signed-by` and `--timestamped-by` trust; None where nobody must have signed.
-    Raises `UserError` for an authority alone."""
-    from model.signing.signature import TrustedSigner
+def signer_of(arguments: Arguments) -> "Signer":
+    """Returns who signs by `--key` or `--keyless`. Raises `UserError` for what belongs to the
+    other."""
+    from model.signing.signature import SigningIdentity, SigningKey
 
-    key, authority = arguments[SIGNED_BY], arguments[TIMESTAMPED_BY]
-    if key is None and authority is not None:
+    certificates, url = arguments[CERTIFICATES], arguments[TIMESTAMP]
+    token, trust_config = arguments[IDENTITY_TOKEN], arguments[TRUST_CONFIG]
+    if (key := arguments[KEY]) is None:
+        if certificates or url:
+            raise UserError("--certificates and --timestamp are for --key: Sigstore has its own")
+        return SigningIdentity(token, trust_config)
+    if token or trust_config:
+        raise UserError("--identity-token and --trust-config are for --keyless")
+    return SigningKey.at(key, certificates, timestamp_url=url)
+
+
+def trusted_signer(arguments: Arguments) -> "Trusted | None":
+    """Returns whom `--signed-by` or `--identity` trusts; None where nobody must have signed. Raises
+    `UserError` for what belongs to a signer where none is named."""
+    from model.signing.signature import TrustedIdentity, trusted_by_file
+
+    file, authority = arguments[SIGNED_BY], arguments[TIMESTAMPED_BY]
+    identity, provider = arguments[IDENTITY], arguments[IDENTITY_PROVIDER]
+    if file is None and authority is not None:
         raise UserError("--timestamped-by is for signatures: name whose they are with --signed-by")
-    return TrustedSigner.named(key, authority)
+    if (identity is None) != (provider is None):
+        raise UserError("--identity and --identity-provider belong together: name both")
+    if identity is None and arguments[TRUST_CONFIG]:
+        raise UserError("--trust-config is for identities: name one with --identity")
+    if identity is not None and provider is not None:
+        return TrustedIdentity(identity, provider, arguments[TRUST_CONFIG])
+    return trusted_by_file(file, authority)

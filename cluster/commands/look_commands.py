@@ -1,20 +1,26 @@
 """The commands of `raymill` that look at runs and checkpoints. Each imports what it alone needs."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from cluster.commands.arguments import (
     AUDITS_FOLDER,
     CERTIFICATES,
     CHECKPOINT,
+    CONFIG_FLAG,
     DOCUMENT,
     EXPERIMENT,
     EXPLAINED_STEP,
     FOLLOW_RUN,
+    IDENTITY,
+    IDENTITY_PROVIDER,
+    IDENTITY_TOKEN,
+    INDEXED_STORE,
     KEY,
+    KEYLESS,
     LAST_STEP,
     MIN_TOKENS,
     NONCE,
-    NUM_INDEXERS,
     NUM_PROCESSES,
     NUM_SAMPLES,
     PRICE,
@@ -25,21 +31,28 @@ from cluster.commands.arguments import (
     STEP,
     STEPS,
     STORAGE,
-    STORE,
     TEXT,
     TIMESTAMP,
     TIMESTAMPED_BY,
     TRACED_FILE,
     TRACED_TEXT,
+    TRUST_CONFIG,
     TWO_RUNS,
+    signer_of,
     signing_key,
     trusted_signer,
 )
-from cluster.commands.command import Arguments, Command, OneOf, Result, Section
+from cluster.commands.command import Arguments, Command, OneOf, Result, Section, SettingsOf
 from cluster.output.progress import reports_shown, say
 from cluster.output.result_text import lines
+from cluster.settings.parser import ConfigError
 from cluster.storage.uris import Storage, open_storage
 from model.errors import UserError
+
+if TYPE_CHECKING:
+    from cluster.settings.run import IndexConfig
+
+_NEXT_TRACE = "`raymill trace find RUN TEXT`"
 
 
 def report(arguments: Arguments) -> Result:
@@ -87,11 +100,9 @@ def sign(arguments: Arguments) -> Result:
 
     from cluster.storage.references import checkpoint_uri
     from jobs.proof.sign_checkpoint import sign_checkpoint
-    from model.signing.signature import SigningKey
 
     uri = checkpoint_uri(checkpoint, storage_uri)
-    key = SigningKey.at(arguments[KEY], arguments[CERTIFICATES], timestamp_url=arguments[TIMESTAMP])
-    signed = sign_checkpoint(uri, key, storage_uri=storage_uri)
+    signed = sign_checkpoint(uri, signer_of(arguments), storage_uri=storage_uri)
     # People know the run's settings; the signed statement, and --json, have them all
     shown = signed | {"training": signed["training"]["runDetails"]["metadata"]}
     return Result(signed, text="".join(f"{line}\n" for line in lines(shown)))
@@ -161,21 +172,40 @@ def explain(arguments: Arguments) -> Result:
 
 
 def trace_index(arguments: Arguments) -> Result:
-    """Indexes the store that the command line names, or else the only one."""
-    store, storage_uri = arguments[STORE], arguments[STORAGE]
-    say(f"trace index: {store or f'the token store in {storage_uri}'}")
+    """Indexes the store that the command line names, or else the only one, on a cluster."""
+    from cluster.local.local_cluster import cpus_per_node
+    from cluster.settings.run import IndexConfig
 
-    from jobs.run.find_run import token_uses
-    from jobs.tokens.inspect_store import find_store
-    from jobs.trace.build_index import index_store
-    from jobs.trace.local_tasks import LocalTasks
+    config = arguments.config(IndexConfig, store=_store_given(arguments))
+    place = config.store or config.storage.uri
+    say(f"trace index: {config.store or f'the token store in {config.storage.uri}'}")
+    # A cluster at an address may see other folders
+    if config.cluster.address is None or open_storage(place).local_path("") is None:
+        from jobs.run.find_run import token_uses
+        from jobs.tokens.inspect_store import find_store
+        from jobs.trace.build_index import found_index
 
-    with reports_shown():
-        indexed = index_store(
-            find_store(store, storage_uri, uses_in=token_uses),
-            run=LocalTasks(arguments[NUM_INDEXERS]),
-        )
-    return Result(indexed, next="`raymill trace find RUN TEXT`")
+        store = find_store(config.store, config.storage.uri, uses_in=token_uses)
+        with reports_shown():
+            indexed = found_index(store)
+        if indexed is not None:
+            return Result(indexed, next=_NEXT_TRACE)
+        config = config.model_copy(update={"store": store.uri})
+
+    from cluster.stages.stage import connected, run_stage  # imports Ray, which takes a second
+
+    with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
+        indexed = run_stage(connection, "jobs.index_store", config)
+    return Result(indexed, next=_NEXT_TRACE)
+
+
+def _store_given(arguments: Arguments) -> str | None:
+    """Returns the store that stands by itself or that its flag gives. Raises `ConfigError` for
+    two."""
+    named, flag = arguments[INDEXED_STORE], arguments.values["store"]
+    if named is not None and flag not in (None, named):
+        raise ConfigError(f"two stores, {named} and --store {flag}; name one")
+    return named or flag
 
 
 def trace_find(arguments: Arguments) -> Result:
@@ -299,6 +329,15 @@ def checkpoint_list(arguments: Arguments) -> Result:
     return Result({"published": rows}, text=text)
 
 
+def _index_config() -> "type[IndexConfig]":
+    from cluster.settings.run import IndexConfig
+
+    return IndexConfig
+
+
+# Who must have signed
+_SIGNED = (OneOf((SIGNED_BY, IDENTITY)), TIMESTAMPED_BY, IDENTITY_PROVIDER, TRUST_CONFIG)
+
 LOOK = Section(
     "look at runs and checkpoints",
     (
@@ -316,13 +355,21 @@ LOOK = Section(
             "verify",
             "recompute the hashes of a run's checkpoints, data and ledger",
             verify,
-            [RUN, SIGNED_BY, TIMESTAMPED_BY, STORAGE],
+            [RUN, *_SIGNED, STORAGE],
         ),
         Command(
             "sign",
             "sign a checkpoint, and what it was trained from",
             sign,
-            [CHECKPOINT, KEY, CERTIFICATES, TIMESTAMP, STORAGE],
+            [
+                CHECKPOINT,
+                OneOf((KEY, KEYLESS), required=True),
+                CERTIFICATES,
+                TIMESTAMP,
+                IDENTITY_TOKEN,
+                TRUST_CONFIG,
+                STORAGE,
+            ],
         ),
         Command(
             "audit",
@@ -333,8 +380,7 @@ LOOK = Section(
                 NUM_SAMPLES,
                 NONCE,
                 NUM_PROCESSES,
-                SIGNED_BY,
-                TIMESTAMPED_BY,
+                *_SIGNED,
                 SIGN,
                 CERTIFICATES,
                 TIMESTAMP,
@@ -365,7 +411,7 @@ LOOK = Section(
             "trace index",
             "index a token store, so that texts can be traced to it",
             trace_index,
-            [STORE, NUM_INDEXERS, STORAGE],
+            [INDEXED_STORE, CONFIG_FLAG, SettingsOf(_index_config, positional="store")],
         ),
         Command(
             "trace find",

@@ -27,7 +27,7 @@ import psutil
 from cluster.local.jobs_api import ClusterError, JobsApi, Token
 from cluster.output.progress import doing, say
 from cluster.output.result_text import counted, printable
-from cluster.settings.run import EvaluateConfig, RunConfig
+from cluster.settings.run import EvaluateConfig, IndexConfig, RunConfig
 from cluster.storage.process_identity import die_with_parent, kill, with_descendants
 from model.errors import UserError
 
@@ -375,10 +375,12 @@ def _load() -> str:
     return f"the machine is {'' if is_overloaded else 'not '}overloaded: {words}"
 
 
-def cpus_per_node(config: RunConfig | EvaluateConfig) -> int:
+def cpus_per_node(config: RunConfig | EvaluateConfig | IndexConfig) -> int:
     """Returns the logical CPUs of each local node: enough that the workers still fit with one node
     fewer."""
     worker_nodes = max(1, config.cluster.num_nodes - 1)
+    if isinstance(config, IndexConfig):
+        return -(-config.num_workers // worker_nodes)
     if isinstance(config, EvaluateConfig):
         return -(-config.num_workers // worker_nodes) * config.threads_per_worker
     return -(-config.scaling.max_workers // worker_nodes) * config.scaling.threads_per_worker

@@ -189,6 +189,8 @@ def settled(config: Config) -> Config:
                 update[name] = {key: checkpoint_uri(uri, place) for key, uri in value.items()}
             case str() if name in ("api_key_file", "admin_key_file", "receipt_key_file", "trace"):
                 update[name] = absolute_uri(value)
+            case str() if name == "store" and "/" in value:  # else it may be a key
+                update[name] = absolute_uri(value)
             case None if name == "run_id":
                 update[name] = new_run_id()
     return config.model_copy(update=update)

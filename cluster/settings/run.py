@@ -1,5 +1,5 @@
-"""The typed settings: `RunConfig` for a run, `EvaluateConfig` for an evaluation (`ServeConfig` is
-in `serve`).
+"""The typed settings: `RunConfig` for a run, `EvaluateConfig` for an evaluation, `IndexConfig` for a
+trace index (`ServeConfig` is in `serve`).
 
 Each is a key of the YAML file and a flag (`--train.learning-rate 1e-3`), declared once
 (setting.py): `data` and `train` have those that shape tokens and weights. The trees are frozen and
@@ -36,7 +36,7 @@ from model.config import GPTConfig, Shape, preset_fields, with_vocabulary
 from model.files.hf_config import config_to_hf, shape_from_hf
 from model.foreign_config import ForeignConfig
 from model.numerics import Precision
-from model.signing.signature import TrustedSigner
+from model.signing.signature import Trusted, trusted_by_file
 
 CONFIG = "config"
 """The setting that names a config.json, or has its content."""
@@ -197,8 +197,8 @@ class StorageConfig(Settings):
     )
     signed_by: str | None = setting(
         None,
-        "public key or certificates, a PEM file; a checkpoint to begin from, evaluate or serve must be signed by "
-        "its holder (`raymill sign`)",
+        "public key or certificates, a PEM file, or an identity, a JSON file; a checkpoint to begin from, evaluate or "
+        "serve must be signed by its holder (`raymill sign`)",
     )
     timestamped_by: str | None = setting(
         None,
@@ -213,9 +213,9 @@ class StorageConfig(Settings):
         return self
 
     @property
-    def signer(self) -> TrustedSigner | None:
+    def signer(self) -> Trusted | None:
         """Who must have signed what is begun from, evaluated or served; None where anybody may."""
-        return TrustedSigner.named(self.signed_by, self.timestamped_by)
+        return trusted_by_file(self.signed_by, self.timestamped_by)
 
 
 class CheckpointConfig(Settings):
@@ -437,6 +437,19 @@ class EvaluateConfig(Settings):
         2, "batches computed at once; the result does not depend on it"
     )
     threads_per_worker: PositiveInt = setting(1, "compute threads, and logical CPUs, of a worker")
+    cluster: ClusterConfig = ClusterConfig()
+    storage: StorageConfig = StorageConfig()
+
+
+class IndexConfig(Settings):
+    """The settings of a trace index."""
+
+    store: str | None = setting(
+        None, "folder, manifest or key of a token store; the only one in the storage when unset"
+    )
+    num_workers: PositiveInt = setting(
+        2, "tasks at once for which a local cluster has room; the bytes do not depend on it"
+    )
     cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig = StorageConfig()
 

@@ -29,7 +29,13 @@ from cluster.output.result_text import printable
 from cluster.settings.code_folders import snapshot_code
 from cluster.settings.flags import read_config, settled
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import ClusterConfig, EvaluateConfig, RunConfig, write_config
+from cluster.settings.run import (
+    ClusterConfig,
+    EvaluateConfig,
+    IndexConfig,
+    RunConfig,
+    write_config,
+)
 from cluster.settings.serve import ServeConfig
 from cluster.stages.run_mirrored import entrypoint
 from cluster.stages.stage_module import (
@@ -50,8 +56,8 @@ _AGENT_TIMEOUT_S = 60.0
 _STOP_MARGIN_S = 5.0
 _MAX_LOST_HEADS = 3  # for one stage
 
-Config = TypeVar("Config", RunConfig, ServeConfig, EvaluateConfig)
-StageConfig = RunConfig | ServeConfig | EvaluateConfig
+Config = TypeVar("Config", RunConfig, ServeConfig, EvaluateConfig, IndexConfig)
+StageConfig = RunConfig | ServeConfig | EvaluateConfig | IndexConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ from model.files.checkpoint_folder import (
     read_metadata,
     verify_checkpoint,
 )
-from model.signing.signature import TrustedSigner, check
+from model.signing.signature import Trusted, check
 
 LATEST = "latest"
 ENDPOINTS = "endpoints/"
@@ -175,14 +175,14 @@ def _pinned(storage: Storage, key: str) -> list[str]:
 
 
 def resolve_checkpoint(
-    reference: str, storage_uri: str, *, signed_by: TrustedSigner | None = None
+    reference: str, storage_uri: str, *, signed_by: Trusted | None = None
 ) -> Path:
     """Returns a local folder with the verified checkpoint of a reference, see `find_checkpoint`."""
     return find_checkpoint(reference, storage_uri, signed_by=signed_by)[1]
 
 
 def find_checkpoint(
-    reference: str, storage_uri: str, *, signed_by: TrustedSigner | None = None
+    reference: str, storage_uri: str, *, signed_by: Trusted | None = None
 ) -> tuple[str, Path]:
     """Returns the URI of the verified checkpoint that `reference` names, and a local folder with
     it.

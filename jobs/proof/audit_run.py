@@ -34,7 +34,7 @@ from jobs.run.find_run import begun_ledger
 from jobs.run.ledger import Ledger
 from jobs.training.guards import GuardState
 from model.errors import UserError
-from model.signing.signature import SigningKey, TrustedSigner, sign_files
+from model.signing.signature import SigningKey, Trusted, TrustedSigner, sign_files
 
 RECORD, PAGE = "audit.json", "index.html"
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -60,7 +60,7 @@ class Audit:
     num_samples: int
     nonce: str | None = None  # drawn where it is None
     num_workers: int = 1
-    signed_by: TrustedSigner | None = None
+    signed_by: Trusted | None = None
     key: SigningKey | None = None  # the auditor's, which signs the report
 
 
@@ -75,6 +75,7 @@ def audit(run: Storage, asked: Audit, folder: Path) -> dict[str, Any]:
         raise ConfigError(f"--samples {asked.num_samples}: expected at least 1")
     ledger = begun_ledger(run)
     signer = asked.signed_by
+    stamps = signer.timestamped_by if isinstance(signer, TrustedSigner) else None
     found = verify(run, signed_by=signer)
     head = str(found["ledger_head"])
     known = _begun(folder, run=run, head=head, nonce=asked.nonce)
@@ -91,8 +92,8 @@ def audit(run: Storage, asked: Audit, folder: Path) -> dict[str, Any]:
         "run": run.uri,
         "head": head,
         "nonce": nonce,
-        "signed_by": str(signer.public_key) if signer else None,
-        "timestamped_by": str(signer.timestamped_by) if signer and signer.timestamped_by else None,
+        "signed_by": signer.shown if signer else None,
+        "timestamped_by": str(stamps) if stamps else None,
         "intervals_of_run": len(intervals),
         "problems": found["problems"],
         "intervals": done,
@@ -230,7 +231,7 @@ def _page(record: dict[str, Any]) -> str:
         for name, key in (
             ("The ledger's last line (SHA-256)", "head"),
             ("Nonce of the auditor", "nonce"),
-            ("Public key of the signatures", "signed_by"),
+            ("Must have been signed by", "signed_by"),
             ("Root of their time stamps", "timestamped_by"),
             ("Intervals of the run", "intervals_of_run"),
         )

@@ -15,14 +15,14 @@ from model.signing.signature import (
     MODEL,
     TRAINING,
     SignatureError,
-    SigningKey,
-    TrustedSigner,
+    Signer,
+    Trusted,
     check,
     sign,
 )
 
 
-def sign_checkpoint(reference: str, key: SigningKey, *, storage_uri: str) -> dict[str, Any]:
+def sign_checkpoint(reference: str, key: Signer, *, storage_uri: str) -> dict[str, Any]:
     """Signs the checkpoint of a reference where it lies, once all its files are as its manifest
     says. Raises `CheckpointError`, and `UserError` for a key that does not sign or an authority
     that does not stamp."""
@@ -59,7 +59,7 @@ def _whole(place: Storage, scratch: Path) -> Path:
 
 
 def signature_problems(
-    folder: Path, lines: Sequence[bytes], signer: TrustedSigner, *, must: bool
+    folder: Path, lines: Sequence[bytes], signer: Trusted, *, must: bool
 ) -> list[str]:
     """Returns what is wrong with the signature of a run's checkpoint, and whether the ledger, of
     these lines, is not the one of which it states a line. `must` it be signed? The newest one's

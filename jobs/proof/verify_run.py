@@ -17,10 +17,10 @@ from jobs.tokens import inspect_store
 from jobs.tokens.token_store import TokenStoreError
 from model.files.checkpoint import stored_parameter_hash
 from model.files.checkpoint_folder import read_metadata, verify_checkpoint
-from model.signing.signature import TrustedSigner
+from model.signing.signature import Trusted
 
 
-def verify(run: Storage, *, signed_by: TrustedSigner | None = None) -> dict[str, Any]:
+def verify(run: Storage, *, signed_by: Trusted | None = None) -> dict[str, Any]:
     """Returns `valid`, and `problems` by file. Reads every byte of checkpoints and shards. With a
     trusted signer the newest checkpoint must be signed, and earlier ones rightly if they are."""
     written = run.find_bytes(LEDGER) or b""

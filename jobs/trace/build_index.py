@@ -56,11 +56,23 @@ def index_store(store: Storage, *, run: Runner) -> dict[str, Any]:
 
     Raises `UserError`, and `LeaseHeldError` while another process makes it.
     """
+    described = found_index(store)
+    if described is not None:
+        return described
+    manifest = read_manifest(store)
+    with Lease(store.child(TRACE)) as lease:
+        return _described(store, manifest, _build(store, manifest, lease, run))
+
+
+def found_index(store: Storage) -> dict[str, Any] | None:
+    """Describes the index of a finished store, whose parts are verified; returns None where it has
+    no whole one. Raises `UserError` for a store that is not finished."""
     manifest = read_manifest(store)
     listed = _finished(store, manifest)
-    if listed is None:
-        with Lease(store.child(TRACE)) as lease:
-            listed = _build(store, manifest, lease, run)
+    return None if listed is None else _described(store, manifest, listed)
+
+
+def _described(store: Storage, manifest: Manifest, listed: IndexList) -> dict[str, Any]:
     num_tokens = manifest.total("tokens")
     return {
         "store": store.uri,

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cluster.storage.file_cache import FileCache
 from cluster.storage.uris import Storage, open_storage
 from jobs.proof.step_outcomes import Outcome, StepOutcomes
 from jobs.run.find_run import begun_ledger, find_run
@@ -23,6 +25,9 @@ from jobs.trace.trace_index import TRACE
 from jobs.trace.windows import Ids
 from model.errors import UserError
 from model.text.token_bytes import TokenizerError
+
+_NEAR = Path.home() / ".cache/raymill/trace"
+_NEAR_BYTES = 8 << 30
 
 
 class RefusedError(UserError):
@@ -78,8 +83,12 @@ class CheckpointTrace:
         """Opens the store. Raises `LineageError` for another store than the checkpoint's, and
         `TokenStoreError` for one without an index of its own."""
         self.checkpoint, self.limits = checkpoint, limits
-        self.indexed = IndexedStore.open(open_storage(store_uri.removesuffix(f"/{TRACE}")))
+        store = open_storage(store_uri.removesuffix(f"/{TRACE}"))
+        is_here = store.local_path(TRACE) is not None
+        near = None if is_here else FileCache(store, _NEAR, max_bytes=_NEAR_BYTES)
+        self.indexed = IndexedStore.open(store, near=near)
         _require_lineage(checkpoint, self.indexed)
+        self.indexed.index.bring_near()
         self.missing: list[str] = []
         if self.indexed.mapped is None:
             self.missing.append(
@@ -97,8 +106,13 @@ class CheckpointTrace:
         except UserError as error:
             self.missing.append(f"the steps are unknown: {error}")
             return None
-        step = self.checkpoint.step
-        return Learning(ledger, config, StepOutcomes(ledger), store, manifest, step)
+        step, outcomes = self.checkpoint.step, StepOutcomes(ledger)
+        if outcomes.is_rolled_back(step):
+            self.missing.append(
+                f"{run.uri} went back behind step {step} later, so the steps that it left out then are not named, "
+                "though the checkpoint has learned them"
+            )
+        return Learning(ledger, config, outcomes, store, manifest, step)
 
     @cached_property
     def _searched(self) -> SearchedStore:

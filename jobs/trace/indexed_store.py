@@ -5,6 +5,7 @@ from itertools import chain
 
 import numpy as np
 
+from cluster.storage.file_cache import FileCache
 from cluster.storage.uris import Storage
 from jobs.corpus.text_borders import cut_text
 from jobs.tokens.document_map import DocumentMap, MappedDocument, read_map
@@ -27,10 +28,11 @@ class IndexedStore:
     tokenizer: Tokenizer
 
     @classmethod
-    def open(cls, store: Storage) -> "IndexedStore":
-        """Raises `TraceIndexError` for a store without an index of its own."""
+    def open(cls, store: Storage, *, near: FileCache | None = None) -> "IndexedStore":
+        """`near` has copies of a remote index. Raises `TraceIndexError` for a store without an
+        index of its own."""
         manifest = read_manifest(store)
-        index = TraceIndex(store, manifest)
+        index = TraceIndex(store, manifest, near=near)
         tokenizer = Tokenizer.from_json(store.read_bytes(TOKENIZER))
         return cls(store, manifest, index, read_map(store, manifest), tokenizer)
 

@@ -8,6 +8,7 @@ hint: who reads it compares the tokens.
 """
 
 import mmap
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
-from cluster.storage.uris import NotFoundError, Storage
+from cluster.storage.file_cache import FileCache
+from cluster.storage.uris import Entry, NotFoundError, Storage
 from jobs.tokens.token_store import Manifest, TokenStoreError, canonical_json
 from jobs.trace.windows import GROUP_WINDOWS, WINDOW_TOKENS, Ids, Places
 
@@ -129,10 +131,14 @@ def read_list(store: Storage) -> IndexList | None:
 
 
 class TraceIndex:
-    """The index of a store, which is read by ranges as windows are asked for."""
+    """The index of a store. It is mapped where its parts or copies of them are on a disk of this
+    machine, so that the processes that search it share the pages; else it is read by ranges."""
 
-    def __init__(self, store: Storage, manifest: Manifest) -> None:
-        """Reads the list. Raises `TraceIndexError` where there is none, or another store's."""
+    def __init__(
+        self, store: Storage, manifest: Manifest, *, near: FileCache | None = None
+    ) -> None:
+        """Reads the list. `near` has copies on this node's disk of the parts of a remote index.
+        Raises `TraceIndexError` where there is none, or another store's."""
         listed = read_list(store)
         if listed is None:
             raise TraceIndexError(
@@ -145,10 +151,19 @@ class TraceIndex:
                 f"`raymill trace index {store.uri}` makes its own"
             )
         self.listed = listed
-        self._store = store
+        self._store, self._near = store, near
         self._part = lru_cache(_OPEN_PARTS)(self._map)
         self._fences = lru_cache(_OPEN_PARTS)(self._read_fences)
         self._block = lru_cache(_OPEN_BLOCKS)(self._read_block)
+
+    def bring_near(self) -> None:
+        """Begins to copy the parts to this node's disk, as many as have room there."""
+        if self._near is not None:
+            entries: list[Entry] = []
+            for part in self.listed.parts:
+                size = part_bytes(part.entries, self.listed.place_bytes)
+                entries.append(Entry(f"{TRACE}/{part.file}", size, part.sha256))
+            self._near.want(entries)
 
     def find(self, window_hashes: Sequence[int], *, most: int) -> list[Hits]:
         """Returns up to `most` places of each window, the first ones of the store."""
@@ -198,8 +213,8 @@ class TraceIndex:
         """Returns bytes [start, end) of a part. Raises `TraceIndexError` where it is not whole."""
         if start == end:
             return b""
-        if (mapped := self._part(number)) is not None:
-            return mapped[start:end]
+        with suppress(FileNotFoundError):
+            return self._part(number)[start:end]
         file = self.listed.parts[number].file
         content = b""
         with suppress(NotFoundError):
@@ -208,21 +223,20 @@ class TraceIndex:
             raise _damaged(self._store, file)
         return content
 
-    def _map(self, number: int) -> memoryview | None:
-        """Maps a part that is on a disk of this machine, whose pages the processes that search it
-        share; returns None for one that is not. Raises `TraceIndexError`."""
+    def _map(self, number: int) -> memoryview:
+        """Raises `FileNotFoundError` for a part of which nothing is on this machine, and
+        `TraceIndexError` for one that was cut off."""
         part = self.listed.parts[number]
         path = self._store.local_path(f"{TRACE}/{part.file}")
+        if path is None and self._near is not None:
+            path = self._near.folder / part.sha256
         if path is None:
-            return None
-        try:
-            with path.open("rb") as file:
-                mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except (FileNotFoundError, ValueError) as error:  # an empty file cannot be mapped
-            raise _damaged(self._store, part.file) from error
-        if len(mapped) != part_bytes(part.entries, self.listed.place_bytes):
-            raise _damaged(self._store, part.file)
-        return mapped
+            raise FileNotFoundError(part.file)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != part_bytes(part.entries, self.listed.place_bytes):
+                raise _damaged(self._store, part.file)
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _num_blocks(entries: int) -> int:

@@ -19,6 +19,12 @@ from typing import Any, Self
 
 from model.errors import UserError
 from model.files.checkpoint_folder import MANIFEST, CheckpointError, fingerprint, manifest_files
+from model.signing.identity import (
+    IdentityError,
+    SigningIdentity,
+    TrustedIdentity,
+    failures_named,
+)
 from model.signing.optional import library
 from model.signing.time_stamp import TimeStampError, request_stamp, stamped_time
 
@@ -70,12 +76,28 @@ class TrustedSigner:
     # certificate counts as of then instead of now
     timestamped_by: Path | None = None
 
-    @classmethod
-    def named(cls, public_key: Path | str | None, timestamped_by: Path | str | None) -> Self | None:
-        """Returns the signer by the names of the files; None without a key."""
-        if public_key is None:
-            return None
-        return cls(Path(public_key), Path(timestamped_by) if timestamped_by else None)
+    @property
+    def shown(self) -> str:
+        return str(self.public_key)
+
+
+Signer = SigningKey | SigningIdentity
+Trusted = TrustedSigner | TrustedIdentity
+
+
+def trusted_by_file(file: Path | str | None, timestamped_by: Path | str | None) -> Trusted | None:
+    """Returns whom a file names: the holder of a public key, those with certificates, or an
+    identity; None without a file. Raises `UserError`."""
+    if file is None:
+        return None
+    identity = TrustedIdentity.in_file(Path(file))
+    if identity is None:
+        return TrustedSigner(Path(file), Path(timestamped_by) if timestamped_by else None)
+    if timestamped_by:
+        raise UserError(
+            f"{file} names an identity, whose signatures its Sigstore instance stamps: leave {timestamped_by} out"
+        )
+    return identity
 
 
 @dataclass(frozen=True)
@@ -88,7 +110,7 @@ class _Payload:
 class StatementSigner:
     """Signs in-toto Statements: what is said of some bytes that are known by their hash."""
 
-    def __init__(self, key: SigningKey) -> None:
+    def __init__(self, key: Signer) -> None:
         """Raises `UserError` for a key that does not sign."""
         self._signer = _signing(key)._signer
 
@@ -106,27 +128,28 @@ class StatementSigner:
         return bundle
 
 
-def sign(folder: Path, key: SigningKey, training: dict[str, Any]) -> None:
+def sign(folder: Path, key: Signer, training: dict[str, Any]) -> None:
     """Writes both files into a folder with a manifest, over earlier ones. `training` is the
     predicate of the Statement. Raises `UserError` for a key that does not sign, or an authority
     that does not stamp; then neither file is written."""
     manifest = fingerprint(folder / MANIFEST)["sha256"]
-    bundle = StatementSigner(key).signed(
-        TRAINING_TYPE, subject=MANIFEST, sha256=manifest, predicate=training
-    )
-    statement = _stamped(json.dumps(bundle), key)
-    files = _bundle_of_files(folder, key)
+    with failures_named():
+        bundle = StatementSigner(key).signed(
+            TRAINING_TYPE, subject=MANIFEST, sha256=manifest, predicate=training
+        )
+        statement = _stamped(json.dumps(bundle), key)
+        files = _bundle_of_files(folder, key)
     (folder / TRAINING).write_text(statement, encoding="utf-8")
     (folder / MODEL).write_text(files, encoding="utf-8")
 
 
-def sign_files(folder: Path, key: SigningKey) -> list[str]:
+def sign_files(folder: Path, key: Signer) -> list[str]:
     """Signs the files of any folder, and returns the signature's name. Raises `UserError`."""
     (folder / MODEL).write_text(_bundle_of_files(folder, key), encoding="utf-8")
     return [MODEL]
 
 
-def _bundle_of_files(folder: Path, key: SigningKey) -> str:
+def _bundle_of_files(folder: Path, key: Signer) -> str:
     hashing = library("model_signing.hashing").Config()
     hashing.set_ignored_paths(paths=[folder / MODEL, folder / TRAINING])
     signing = _signing(key).set_hashing_config(hashing)
@@ -135,9 +158,9 @@ def _bundle_of_files(folder: Path, key: SigningKey) -> str:
         return _stamped((Path(scratch) / MODEL).read_text(encoding="utf-8"), key)
 
 
-def _stamped(bundle: str, key: SigningKey) -> str:
+def _stamped(bundle: str, key: Signer) -> str:
     """Returns the bundle with a time stamp of its signature, if the key has an authority."""
-    if key.timestamp_url is None:
+    if isinstance(key, SigningIdentity) or key.timestamp_url is None:
         return bundle
     content = json.loads(bundle)
     [signature] = content["dsseEnvelope"]["signatures"]
@@ -148,8 +171,10 @@ def _stamped(bundle: str, key: SigningKey) -> str:
     return json.dumps(content)
 
 
-def _signing(key: SigningKey) -> Any:
+def _signing(key: Signer) -> Any:
     signing = library("model_signing.signing").Config()
+    if isinstance(key, SigningIdentity):
+        return key.signing(signing)
     if str(key.place).startswith(_PKCS11):
         return _signing_in_token(signing, str(key.place), key.certificates)
     if key.certificates:
@@ -198,7 +223,7 @@ def is_of_training(name: str) -> bool:
 
 
 def check(
-    folder: Path, signer: TrustedSigner, *, may_lack: Callable[[str], bool] = is_of_training
+    folder: Path, signer: Trusted, *, may_lack: Callable[[str], bool] = is_of_training
 ) -> dict[str, Any]:
     """Returns the predicate of the training's Statement, once the folder's files are those that the
     trusted signer has signed; nothing of a folder without a manifest, as transformers saves it.
@@ -207,7 +232,7 @@ def check(
 
     Raises `SignatureError`, and `UserError` for a file that is no public key.
     """
-    verifying = _verifier(signer.public_key)
+    verifying = _verifier(signer)
     manifest = _manifest(verifying, folder / MODEL, signer)
     signed = {item.identifier: item.digest.digest_hex for item in manifest.resource_descriptors()}
     has_manifest = (folder / MANIFEST).exists()
@@ -229,7 +254,7 @@ def check(
     return _training(verifying, folder, signer) if has_manifest else {}
 
 
-def _training(verifying: Any, folder: Path, signer: TrustedSigner) -> dict[str, Any]:
+def _training(verifying: Any, folder: Path, signer: Trusted) -> dict[str, Any]:
     content = _verified(verifying, folder / TRAINING, signer)
     training = _predicate(content, TRAINING_TYPE, fingerprint(folder / MANIFEST)["sha256"])
     if training is None:
@@ -251,7 +276,8 @@ def _predicate(content: dict[str, Any], kind: str, sha256: str) -> dict[str, Any
 def stated(bundle: Path, public_key: Path, *, kind: str, sha256: str) -> dict[str, Any]:
     """Returns the predicate of the Statement in a file, once it is of this type, about the bytes
     with this hash, and signed by the holder of the key. Raises `SignatureError`."""
-    content = _verified(_verifier(public_key), bundle, TrustedSigner(public_key))
+    signer = TrustedSigner(public_key)
+    content = _verified(_verifier(signer), bundle, signer)
     predicate = _predicate(content, kind, sha256)
     if predicate is None:
         raise SignatureError(f"{bundle.name} is about something else")
@@ -271,8 +297,11 @@ def statement_in(folder: Path) -> dict[str, Any] | None:
     }
 
 
-def _verifier(public_key: Path) -> Any:
+def _verifier(signer: Trusted) -> Any:
     verifying = library("model_signing.verifying").Config()
+    if isinstance(signer, TrustedIdentity):
+        return signer.verifying(verifying)
+    public_key = signer.public_key
     try:
         if _CERTIFICATE in public_key.read_bytes():
             return verifying.use_certificate_verifier(certificate_chain=[public_key])
@@ -283,7 +312,7 @@ def _verifier(public_key: Path) -> Any:
         ) from None
 
 
-def _manifest(verifying: Any, path: Path, signer: TrustedSigner) -> Any:
+def _manifest(verifying: Any, path: Path, signer: Trusted) -> Any:
     """Returns the files that a bundle signs, with their hashes."""
     content = _verified(verifying, path, signer)
     try:
@@ -292,12 +321,17 @@ def _manifest(verifying: Any, path: Path, signer: TrustedSigner) -> Any:
         raise SignatureError(f"{path} does not say what it signs ({error})") from None
 
 
-def _verified(verifying: Any, path: Path, signer: TrustedSigner) -> dict[str, Any]:
+def _verified(verifying: Any, path: Path, signer: Trusted) -> dict[str, Any]:
     """Returns the in-toto Statement in a bundle, once the trusted signer has signed it."""
     if not path.is_file():
         raise SignatureError(
             f"{path.parent} is not signed: expected {path.name}, as `raymill sign` makes it"
         )
+    if isinstance(signer, TrustedIdentity):
+        try:
+            return dict(json.loads(signer.payload(verifying, path)))
+        except IdentityError as error:
+            raise SignatureError(f"{path} {error}") from None
     key = signer.public_key
     try:
         signature = library("model_signing._signing.sign_sigstore_pb").Signature.read(path)
@@ -327,8 +361,8 @@ def _require_kind(material: Any, path: Path, trusted: Path) -> None:
     round."""
     if material.certificate is not None:
         raise SignatureError(
-            f"{path} was signed by an identity of an identity provider, which raymill does not check: "
-            "`model_signing verify sigstore` does"
+            f"{path} was signed by an identity, and {trusted} has a key or certificates: name the identity and its "
+            "provider (--identity, --identity-provider)"
         )
     is_certified = material.x509_certificate_chain is not None
     if is_certified == (_CERTIFICATE in trusted.read_bytes()):

@@ -6,6 +6,7 @@ sandbox. It sees no clock, so that the same messages have the same tokens. It al
 tokens: in a message their text is letters.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -33,7 +34,7 @@ PLAIN_TEMPLATE = """\
 """A dialogue, for a tokenizer without a template. A model that was never taught to chat gets it
 without tokens."""
 
-Message = Mapping[str, str]  # role, content and perhaps a name
+Message = Mapping[str, Any]  # role, content, perhaps a name, and what concerns tools
 _Encode = Callable[[str, Place], Iterable[int]]
 # Stands in a special token's text that a message has; no text has this character (Unicode, 23.7)
 _MARK = "\ufdd0"
@@ -46,16 +47,22 @@ class ChatError(UserError):
     """A template cannot write a conversation; the text says why."""
 
 
-def rendered(chat: ChatFormat, messages: Sequence[Message], *, asks: bool = False) -> str:
-    """Returns the text of the messages; with `asks`, up to where the assistant's next answer
-    begins. Raises `ChatError` with the template's words where it refuses them."""
+def rendered(
+    chat: ChatFormat,
+    messages: Sequence[Message],
+    *,
+    asks: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Returns the text of the messages and of the tools that are offered; with `asks`, up to where
+    the assistant's next answer begins. Raises `ChatError` with the template's words where it refuses them."""
     seen = [
         {**message, "role": message["role"].replace("developer", "system")} for message in messages
     ]
     names = {
         "bos_token": chat.bos_token,
         "eos_token": chat.eos_token,
-        "tools": None,
+        "tools": tools or None,
         "documents": None,
     }
     try:
@@ -108,15 +115,18 @@ class Chat:
         self._tokenizer, self._encode = tokenizer, encode or tokenizer.encode
         self._specials = tokenizer.special_pattern
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         """Returns what the assistant's next answer follows. Raises `ChatError`."""
-        return self._ids(rendered(self.format, [*map(self._escaped, messages)], asks=True))
+        escaped = self._escaped([*messages]), self._escaped([*tools])
+        return self._ids(rendered(self.format, escaped[0], asks=True, tools=escaped[1]))
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Returns the ids up to the end of the last answer, and which of them the loss counts:
         those of answers, with the token that ends each. Raises `ChatError`, also where the text of
         earlier turns depends on later ones."""
-        messages = [*map(self._escaped, messages)]
+        messages = self._escaped([*messages])
         ids: list[int] = []
         counted: list[bool] = []
         before = ""
@@ -155,14 +165,17 @@ class Chat:
         found = self._specials.findall(after)
         return self._tokenizer.special_ids[found[-1]] if found else None
 
-    def _escaped(self, message: Message) -> Message:
+    def _escaped(self, value: Any) -> Any:
         """Puts a mark into the text of special tokens, so that it stays text in what the template
         makes of it."""
-        marked = lambda found: found[0][0] + _MARK + found[0][1:]  # noqa: E731
-        return {
-            name: self._specials.sub(marked, text.replace(_MARK, ""))
-            for name, text in message.items()
-        }
+        if isinstance(value, str):
+            marked = lambda found: found[0][0] + _MARK + found[0][1:]  # noqa: E731
+            return self._specials.sub(marked, value.replace(_MARK, ""))
+        if isinstance(value, Mapping):
+            return {self._escaped(name): self._escaped(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [self._escaped(inner) for inner in value]
+        return value
 
     def _ids(self, text: str, *, after: str = "") -> list[int]:
         """Returns the ids of what the template has written after another text."""
@@ -212,7 +225,25 @@ def _compiled(template: str) -> Template:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Answers]
     )
     environment.globals["raise_exception"] = _refuse
+    environment.filters["tojson"] = _as_json  # Jinja's own writes JSON for HTML
     return environment.from_string(template)
+
+
+def _as_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Returns what the filter `tojson` gives in Hugging Face's templates."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -25,7 +25,8 @@ ADMIN_PATH = "/admin"
 XRAY_PATH = "/v1/xray"
 TRACE_PATH = "/v1/trace"
 XRAY_PATHS = (XRAY_PATH, *INSIDE_FILES)
-# Which the pages of an operator ask with its one key, and the proxy before it reads their bodies
+# Which the pages of an operator ask with its one key; the last one is where the proxy asks whether
+# a key is known (key_check.py), before it takes a body
 READ_BY_PAGE = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/version")
 RELOAD_S = 2.0
 _log = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ class Answer(ABC):
     PART_KIND: ClassVar[str]  # `object` of an event
     PROMPT_FIELD: ClassVar[str] = "prompt"  # of the request
     EMBEDS: ClassVar[bool] = False  # whether it shows the prompts' hidden states
+    shown: tuple[str, ...] = ()  # special tokens that its text has, to be read by it
 
     def __init__(self, model: ServedModel) -> None:
         self._id = f"{self.ID_PREFIX}-{uuid.uuid4().hex}"

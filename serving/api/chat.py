@@ -5,6 +5,8 @@ A base model has no template, as it was never taught to chat; it continues text.
 shows it a dialogue, and every answer says so in the header `x-model-note`.
 """
 
+import json
+import uuid
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
@@ -13,13 +15,20 @@ from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 from model.text.chat import plain_speakers
 from serving.api.answers import Answer, Usage
 from serving.api.choice_output import Part, TokenEntry
+from serving.api.completions import require_grammar
 from serving.api.score_limit import most_new_tokens
 from serving.delivery.loaded_version import LoadedVersion
+from serving.engine.messages import FinishReason
 from serving.protocol import harmless_fields
-from serving.protocol.errors import ApiError
+from serving.protocol.errors import ApiError, error_of
 from serving.protocol.protocol import MAX_LOGPROBS, CompletionRequest, GenerationRequest
 from serving.protocol.request import Request
 from serving.protocol.served_model import ServedModel
+from serving.protocol.structured_fields import GrammarOfTools
+from serving.protocol.tool_fields import MAX_TOOLS, ToolCall, ToolFields
+from serving.structured.grammar import Grammar, GrammarKind
+from serving.tools.call_parser import CallParser, Content
+from serving.tools.formats import NO_PARAMETERS, format_of, grammar_of_calls, takes_tools
 
 MAX_MESSAGES = 256
 NOTE_HEADER = {
@@ -55,9 +64,30 @@ Limit = Annotated[int, Field(ge=1, le=2**31)]
 
 
 class Message(Request):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str, BeforeValidator(_content)]
     name: str | None = Field(None, max_length=64)
+    tool_calls: list[ToolCall] = Field([], max_length=MAX_TOOLS)
+    tool_call_id: str | None = Field(None, max_length=256)
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls are of an assistant's message only")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("a message of the role tool has a tool_call_id, and no other has")
+        return self
+
+    @property
+    def concerns_tools(self) -> bool:
+        return self.role == "tool" or bool(self.tool_calls)
+
+    @property
+    def seen(self) -> dict[str, Any]:
+        """The message as a chat template sees it."""
+        seen = self.model_dump(exclude_none=True, exclude={"tool_calls"})
+        calls = [call.seen for call in self.tool_calls]
+        return seen | ({"tool_calls": calls} if calls else {})
 
     @model_validator(mode="before")
     @classmethod
@@ -66,14 +96,18 @@ class Message(Request):
         if not isinstance(fields, dict):
             return fields
         table = harmless_fields.MESSAGE_FIELDS
-        return {
+        kept = {
             n: value
             for n, value in fields.items()
             if not harmless_fields.is_harmless(n, value, table)
         }
+        if kept.get("tool_calls") is None:
+            kept.pop("tool_calls", None)
+            return kept
+        return {"content": None} | kept  # which an assistant that calls may leave out
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(GenerationRequest, ToolFields):
     """The body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -86,6 +120,22 @@ class ChatRequest(GenerationRequest):
     def _candidates_need_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ApiError("top_logprobs is allowed with logprobs=true only", param="top_logprobs")
+        return self
+
+    @model_validator(mode="after")
+    def _tools_fit_the_rest(self) -> Self:
+        if self.offered and self.read_grammar() is not None:
+            raise ApiError(
+                f"tools are not allowed with {self.grammar_field}, which a call would not follow; leave one of them "
+                "out, or say tool_choice none",
+                param=self.grammar_field,
+            )
+        for name in ("ignore_eos", "min_tokens"):
+            if self.forced and getattr(self, name):
+                raise ApiError(
+                    f"{name} is not allowed with this tool_choice, by which the answer ends",
+                    param=name,
+                )
         return self
 
 
@@ -108,8 +158,9 @@ async def as_completion(
     model, end_of_turn = version.model, version.texts.probe.end_of_turn
     max_tokens = request.max_completion_tokens or request.max_tokens
     model.require_tokenizer()
-    messages = [message.model_dump(exclude_none=True) for message in request.messages]
-    rendered_ids = await version.texts.chat_ids(messages)
+    messages = [message.seen for message in request.messages]
+    _require_tools(request, model)
+    rendered_ids = await version.texts.chat_ids(messages, [tool.seen for tool in request.offered])
     room = 1 if clips or max_tokens is None else max_tokens
     prompt_ids = model.prompt_ids(rendered_ids, max_tokens=room, param=ChatAnswer.PROMPT_FIELD)
     shared = {name: getattr(request, name) for name in GenerationRequest.model_fields}
@@ -118,6 +169,8 @@ async def as_completion(
         shared["stop"] = (*request.stop, *(f"\n{speaker}:" for speaker in plain_speakers(messages)))
     elif end_of_turn is not None and not request.ignore_eos:
         shared["stop_token_ids"] = [*request.stop_token_ids, end_of_turn]
+    if request.forced:
+        shared["structured_outputs"] = await _grammar_of_tools(request, version)
     shape = CompletionRequest if max_tokens else OpenEndedCompletion
     completion = shape.model_construct(
         **shared,
@@ -132,15 +185,62 @@ async def as_completion(
     return completion
 
 
+def _require_tools(request: ChatRequest, model: ServedModel) -> None:
+    """Raises `ApiError` (400) for tools, or their calls in earlier messages, that the model's chat
+    template does not write."""
+    if not request.offered and not any(message.concerns_tools for message in request.messages):
+        return
+    template = _template_of(model)
+    if not takes_tools(template):
+        why = "it has no chat template that takes any"
+    elif request.offered and format_of(template) is None:
+        why = (
+            "its chat template has calls written in a format that is not read here; expected that of Hermes and "
+            "Qwen, of Mistral's lists, or Llama 3's JSON"
+        )
+    else:
+        return
+    raise error_of("tools_unsupported", param="tools", name=model.name, why=why)
+
+
+def _template_of(model: ServedModel) -> str:
+    chat = None if model.tokenizer is None else model.tokenizer.chat
+    return "" if chat is None else chat.chat_template
+
+
+async def _grammar_of_tools(request: ChatRequest, version: LoadedVersion) -> GrammarOfTools:
+    """Returns what the calls that are required follow. Raises `ApiError` (400) for parameters that
+    cannot be enforced."""
+    forced = [tool.function for tool in request.forced]
+    for function in forced:
+        schema = json.dumps(function.parameters or NO_PARAMETERS)
+        parameters = Grammar(GrammarKind.JSON_SCHEMA, schema, lenient=not function.strict)
+        place = [tool.function.name for tool in request.tools].index(function.name)
+        await require_grammar(parameters, version, field=f"tools.{place}.function.parameters")
+    tool_format = format_of(_template_of(version.model))
+    assert tool_format is not None, "_require_tools comes first"
+    grammar = grammar_of_calls(
+        tool_format,
+        [function.model_dump() for function in forced],
+        several=request.parallel_tool_calls and request.tool_choice == "required",
+        special_ids=version.model.require_tokenizer().special_ids,
+    )
+    return GrammarOfTools.model_construct(grammar=grammar)
+
+
 class ChatAnswer(Answer):
     """The answer of POST /v1/chat/completions."""
 
     ID_PREFIX, KIND, PART_KIND = "chatcmpl", "chat.completion", "chat.completion.chunk"
     PROMPT_FIELD = "messages"
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: ServedModel, *, has_tools: bool = False) -> None:
+        """With tools, the calls in the answer's text are read."""
         super().__init__(model)
         self._started: set[int] = set()  # choices
+        self._tool_format = format_of(_template_of(model)) if has_tools else None
+        self.shown = self._tool_format.marks if self._tool_format is not None else ()
+        self._parsers: dict[int, CallParser] = {}  # by choice
 
     def whole(self, choices: list[Part], usage: Usage) -> dict[str, Any]:
         return super().whole(choices, usage) | self._of_prompt(choices[0])
@@ -149,17 +249,58 @@ class ChatAnswer(Answer):
         return super().event(parts, usage) | (self._of_prompt(parts[0]) if parts else {})
 
     def _whole_choice(self, part: Part) -> dict[str, Any]:
-        message = {"role": "assistant", "content": part.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": part.text, "refusal": None}
+        content, calls = self._read(part)
+        if calls:
+            for call in calls:
+                del call["index"]
+            message |= {"content": content or None, "tool_calls": calls}
         return {"index": part.index, "message": message} | self._ending(part)
 
     def _part_choice(self, part: Part) -> dict[str, Any]:
-        role = {} if part.index in self._started else {"role": "assistant"}
+        delta: dict[str, Any] = {} if part.index in self._started else {"role": "assistant"}
         self._started.add(part.index)
-        return {"index": part.index, "delta": role | {"content": part.text}} | self._ending(part)
+        content, calls = self._read(part)
+        delta |= {"content": content} if content or not calls else {}
+        delta |= {"tool_calls": calls} if calls else {}
+        return {"index": part.index, "delta": delta} | self._ending(part)
+
+    def _read(self, part: Part) -> tuple[str, list[dict[str, Any]]]:
+        """Returns the content in a part's text, and what it adds to calls, each once."""
+        if self._tool_format is None:
+            return part.text, []
+        parser = self._parsers.setdefault(part.index, CallParser(self._tool_format))
+        pieces = parser.push(part.text)
+        pieces += parser.finish() if part.finish_reason is not None else []
+        content, calls = "", dict[int, dict[str, Any]]()
+        for piece in pieces:
+            if isinstance(piece, Content):
+                content += piece.text
+                continue
+            call = calls.setdefault(
+                piece.index, {"index": piece.index, "function": {"arguments": ""}}
+            )
+            call["function"]["arguments"] += piece.arguments
+            if piece.name is not None:
+                length = self._tool_format.id_length
+                call_id = uuid.uuid4().hex[:length] if length else f"call_{uuid.uuid4().hex[:24]}"
+                call |= {"id": call_id, "type": "function"}
+                call["function"] = {"name": piece.name, **call["function"]}
+        return content, [*calls.values()]
+
+    def _finish_reason(self, part: Part) -> str | None:
+        parser = self._parsers.get(part.index)
+        has_called = parser is not None and parser.num_calls > 0
+        return (
+            "tool_calls"
+            if has_called and part.finish_reason is FinishReason.STOP
+            else part.finish_reason
+        )
 
     def _ending(self, part: Part) -> dict[str, Any]:
         logprobs = None if part.tokens is None else {"content": list(self._logprobs(part.tokens))}
-        return {"logprobs": logprobs, "finish_reason": part.finish_reason} | self._token_ids(part)
+        reason = self._finish_reason(part)
+        return {"logprobs": logprobs, "finish_reason": reason} | self._token_ids(part)
 
     def _logprobs(self, tokens: list[TokenEntry]) -> Iterator[dict[str, Any]]:
         for token_id, candidates, _ in tokens:

@@ -1,6 +1,7 @@
 """Turns the engine's events into the text and the tokens of one choice, as soon as they are
 final."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -36,11 +37,19 @@ class ChoiceOutput:
     """The text and the tokens of one choice, as far as they are not given out."""
 
     def __init__(
-        self, index: int, sequence: SequenceRequest, request: CompletionRequest, model: ServedModel
+        self,
+        index: int,
+        sequence: SequenceRequest,
+        request: CompletionRequest,
+        model: ServedModel,
+        *,
+        shown: Sequence[str] = (),
     ) -> None:
+        """The text has the special tokens that are `shown`, and no others."""
         self._index = index
         self._sequence = sequence
         self._request = request
+        self._shown = (*request.stop, *shown)
         self._model = model
         self._detokenizer = Detokenizer(stop=request.stop, min_tokens=request.min_tokens)
         self._entries: list[TokenEntry] = []  # those whose text is held back
@@ -86,7 +95,7 @@ class ChoiceOutput:
 
     def _text_bytes(self, token_id: int) -> bytes:
         is_first = not self._is_text_begun
-        content = self._model.text_bytes(token_id, stop=self._request.stop, is_first=is_first)
+        content = self._model.text_bytes(token_id, stop=self._shown, is_first=is_first)
         self._is_text_begun = self._is_text_begun or self._model.has_text([token_id])
         return content
 

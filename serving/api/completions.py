@@ -61,7 +61,8 @@ class Completion:
     def __post_init__(self) -> None:
         request, sequences = self.request, self.sequences
         self._choices = {
-            s.seq_id: ChoiceOutput(i, s, request, self.model) for i, s in enumerate(sequences)
+            s.seq_id: ChoiceOutput(i, s, request, self.model, shown=self.answer.shown)
+            for i, s in enumerate(sequences)
         }
         self._prompts = SharedPrompts(sequences, num_choices=request.n)
         self._parts = self._generated_parts()
@@ -266,14 +267,19 @@ def _num_at_once(request: CompletionRequest, engine: EngineClient, config: Serve
 
 
 async def _checked_grammar(request: CompletionRequest, version: LoadedVersion) -> Grammar | None:
-    """Returns what the answer follows, if anything. Raises `ApiError`: 400 for what no answer can
-    follow, 429 if too many others are being looked at."""
+    """Returns what the answer follows, if anything. Raises `ApiError` as `require_grammar`."""
     grammar = request.read_grammar()
-    if grammar is None:
-        return None
+    if grammar is not None:
+        await require_grammar(grammar, version, field=request.grammar_field)
+    return grammar
+
+
+async def require_grammar(grammar: Grammar, version: LoadedVersion, *, field: str) -> None:
+    """Raises `ApiError` for the field of a request: 400 for what no answer can follow, 429 if too
+    many others are being looked at."""
     version.model.require_tokenizer()
     if not version.engine.facts.follows_grammars:
-        raise error_of("grammar_by_backend", param=request.grammar_field)
+        raise error_of("grammar_by_backend", param=field)
     try:
         await version.grammars.require(grammar)
     except GrammarsBusyError:
@@ -281,13 +287,8 @@ async def _checked_grammar(request: CompletionRequest, version: LoadedVersion) -
     except GrammarError as error:
         place = f" at #{error.place}" if error.place else ""
         raise error_of(
-            "grammar_refused",
-            param=request.grammar_field,
-            field=request.grammar_field,
-            place=place,
-            problem=error.message,
+            "grammar_refused", param=field, field=field, place=place, problem=error.message
         ) from None
-    return grammar
 
 
 async def _read_prompts(

@@ -56,7 +56,8 @@ class GrammarRows:
 
 def masked(sequences: Many[Sequence], logits: Tensor, best: Tensor) -> list[bool]:
     """Puts -inf into logits (M, V) where a row's grammar allows no token, and the best of the
-    others into `best` (M,). Returns which rows have a token left."""
+    others into `best` (M,). Returns which rows have a token left. A grammar says when its answer
+    ends, so that none may be kept from its end."""
     has_token = [True] * len(sequences)
     for row, sequence in enumerate(sequences):
         if sequence.compiled_grammar is None:
@@ -68,8 +69,9 @@ def masked(sequences: Many[Sequence], logits: Tensor, best: Tensor) -> list[bool
                 vocab_size=logits.shape[-1],
             )
         allowed = sequence.mask.allowed()
-        has_token[row] = allowed is not None
+        has_token[row] = allowed is not None and not sequence.forbidden_ids
         if allowed is not None:
-            logits[row].masked_fill_(~torch.from_numpy(allowed), -torch.inf)
-            best[row] = logits[row].argmax()
+            logits[row].masked_fill_(torch.from_numpy(~allowed), -torch.inf)
+            if not allowed[best[row]]:
+                best[row] = logits[row].argmax()
     return has_token

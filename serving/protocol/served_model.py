@@ -117,7 +117,7 @@ class ServedModel:
         self, token_id: int, *, stop: Sequence[str] = (), is_first: bool = False
     ) -> bytes:
         """Returns what a drawn token adds to a text: nothing if it is a special one, unless it is a
-        stop string."""
+        stop string or a tool's mark."""
         token = self.token_bytes(token_id, is_first=is_first)
         return b"" if token_id in self._special_ids and token.decode() not in stop else token
 

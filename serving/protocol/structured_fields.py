@@ -2,7 +2,7 @@
 `structured_outputs`."""
 
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,7 @@ from serving.structured.grammar import (
     GrammarKind,
 )
 
-MAX_CHOICES_OF_TEXT = 1000
+MAX_CHOICES_OF_TEXT = 256
 
 
 class JsonSchemaFormat(Request):
@@ -53,12 +53,13 @@ class ResponseFormat(Request):
         return None
 
 
-ChoiceText = Annotated[str, Field(min_length=1, max_length=4096)]
+ChoiceText = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 class StructuredOutputs(Request):
     """vLLM's: exactly one of them."""
 
+    FIELD: ClassVar[str] = "structured_outputs"  # of the request
     json_schema: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = Field(None, min_length=1)
     choice: list[ChoiceText] | None = Field(None, min_length=1, max_length=MAX_CHOICES_OF_TEXT)
@@ -92,6 +93,17 @@ class StructuredOutputs(Request):
         return Grammar(GrammarKind.JSON_SCHEMA, ANY_JSON_OBJECT)
 
 
+class GrammarOfTools(StructuredOutputs):
+    """A grammar that was made from a chat's tools, in Lark's notation."""
+
+    FIELD = "tools"
+
+    @property
+    def parsed(self) -> Grammar:
+        assert self.grammar is not None
+        return Grammar(GrammarKind.LARK, self.grammar)
+
+
 class StructuredFields(Request):
     """What requests have that may ask for an answer which follows a grammar."""
 
@@ -101,7 +113,8 @@ class StructuredFields(Request):
     @property
     def grammar_field(self) -> str:
         """The field that has the grammar."""
-        return "response_format" if self.structured_outputs is None else "structured_outputs"
+        structured = self.structured_outputs
+        return "response_format" if structured is None else structured.FIELD
 
     def read_grammar(self) -> Grammar | None:
         """Returns what the answer follows, if anything. Raises `ApiError` (400)."""

@@ -48,6 +48,8 @@ def _source(grammar: Grammar) -> str:
             source = matcher.grammar_from_json_schema(grammar.text, overrides=overrides)
         case GrammarKind.REGEX:
             source = matcher.grammar_from_regex(grammar.text)
+        case GrammarKind.LARK:
+            source = matcher.grammar_from_lark(grammar.text)
         case GrammarKind.CHOICE | GrammarKind.GRAMMAR:
             try:
                 source = library().grammar_from(grammar.kind, grammar.text)

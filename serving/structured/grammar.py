@@ -12,6 +12,7 @@ class GrammarKind(StrEnum):
     REGEX = "regex"  # a regular expression, of the whole answer
     CHOICE = "choice"  # a JSON list of texts, of which the answer is one
     GRAMMAR = "grammar"  # a grammar in Lark's or GBNF's notation
+    LARK = "lark"  # one that was made here, in Lark's notation
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ class TokenMask:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
             return None
-        allowed = np.zeros(self._vocab_size, dtype=np.bool_)
-        known = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
-        allowed[: len(known)] = known
+        # With zeros for tokens that the tokenizer lacks
+        unpacked = np.unpackbits(bits, bitorder="little", count=self._vocab_size)
+        allowed = unpacked.view(np.bool_)
         if self._matcher.is_accepting():
             allowed[self._stop_ids] = True
         return allowed if allowed.any() else None

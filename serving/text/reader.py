@@ -5,7 +5,7 @@ In a thread of the replica such a program would hold up every stream.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,8 +37,11 @@ class TextReader(Protocol):
 
     probe: ChatProbe
 
-    async def chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the tokens that the assistant's next answer follows. Raises `TextError`."""
+    async def chat_ids(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        """Returns the tokens that the assistant's next answer follows, which may call one of the
+        tools. Raises `TextError`."""
 
     async def encoded(self, texts: Texts, how: PromptEncoding) -> Texts:
         """Returns the texts as tokens, or as they are where `ServedModel` may turn them into tokens
@@ -59,9 +62,11 @@ class TrustedReader:
             nothing if self._chat is None else probe_of(self._chat, is_chat_tuned=is_chat_tuned)
         )
 
-    async def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+    async def chat_ids(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         assert self._chat is not None
-        return await asyncio.to_thread(self._chat.prompt_ids, messages)
+        return await asyncio.to_thread(self._chat.prompt_ids, messages, tools)
 
     async def encoded(self, texts: Texts, how: PromptEncoding) -> Texts:
         return texts
@@ -96,8 +101,10 @@ class BoundedReader:
             raise
         self.probe, self._child = ChatProbe(**first["probe"]), child
 
-    async def chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        answer = await self._ask({"messages": list(messages)})
+    async def chat_ids(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        answer = await self._ask({"messages": list(messages), "tools": list(tools)})
         return list(answer["ids"])
 
     async def encoded(self, texts: Texts, how: PromptEncoding) -> Texts:

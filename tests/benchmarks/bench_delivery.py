@@ -29,11 +29,11 @@ from typing import Any
 
 import httpx
 import psutil
-from model.checkpoint_folder import ChatFormat
-from model.tokenizer import Tokenizer, train_bpe
 
 from model.config import GPTConfig
 from model.gpt import GPT
+from model.text.chat_format import ChatFormat
+from model.text.tokenizer import Tokenizer, train_bpe
 from tests.serving.endpoint_parts import children_with
 from tests.serving.load import End
 from tests.serving.serve_command import (

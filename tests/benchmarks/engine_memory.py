@@ -12,10 +12,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from model.sampling_params import SamplingParams
-
 from cluster.settings.serve import EngineConfig
 from model.config import GPTConfig
+from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
 from serving.engine.messages import SequenceRequest
 from serving.engine_process.run_engine import build_engine

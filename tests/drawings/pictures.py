@@ -1,5 +1,6 @@
-"""Makes the documents' pictures: the processes, a finished run, the endpoint that serves it, the
-dashboard of a canary, the memory of a worker and of an endpoint. `make pictures` runs it.
+"""Makes the documents' pictures: the processes, a finished run, the pages of its endpoint, where an
+answer was learned, the dashboard of a canary, the memory of a worker and of an endpoint.
+`make pictures` runs it.
 
     python -m tests.drawings.pictures [RUN_FOLDER]
 
@@ -23,8 +24,10 @@ from tests.benchmarks.bench_attempt_memory import picture_of_memory
 from tests.benchmarks.bench_serving_memory import picture_of_serving_memory
 from tests.drawings.canary_picture import picture_of_canary
 from tests.drawings.processes_picture import PICTURE, draw
+from tests.drawings.trace_picture import picture_of_trace
 from tests.repository import REPOSITORY
 from tests.serving.endpoint_parts import free_port, ray_cluster
+from tests.serving.page_parts import say, set_settings
 
 IMAGES = REPOSITORY / "docs" / "images"
 FIGURES = ("loss", "waterfall")  # of the run's report
@@ -56,7 +59,26 @@ def main() -> int:
     with ray_cluster():
         url = run(ServeConfig(checkpoint=str(checkpoint), port=free_port()))["url"]
         save(picture_of_xray(url, chromium=chromium), IMAGES / "xray.png")
+        save(picture_of_chat(url, chromium=chromium), IMAGES / "chat.png")
+    with ray_cluster():
+        save(picture_of_trace(chromium=chromium, width=WIDTH), IMAGES / "trace.png")
     return 0
+
+
+def picture_of_chat(url: str, *, chromium: str) -> bytes:
+    """The page to talk to the model, which here continues a text twice."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": WIDTH, "height": 1000})
+        page.goto(url)
+        set_settings(page, max_tokens=20, temperature=0.8, seed=3)
+        page.locator("#chat-settings summary").click()
+        for count, text in enumerate(("ROMEO. But soft, what light", " JULIET. "), start=1):
+            say(page, text)
+            expect(page.locator('.answer[aria-busy="false"]')).to_have_count(count, timeout=60_000)
+        picture = page.screenshot()
+        browser.close()
+    return picture
 
 
 def picture_of_xray(url: str, *, chromium: str) -> bytes:

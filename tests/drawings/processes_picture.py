@@ -45,7 +45,7 @@ COMMAND = Process(
     "cluster/cli.py",
     ("starts a local cluster, or", "submits to one that runs"),
 )
-CLIENTS = Process("clients", None, ("OpenAI's client, curl,", "a browser for the x-ray"))
+CLIENTS = Process("clients", None, ("OpenAI's client, curl,", "a browser with the chat"))
 WATCHERS = Process("Prometheus, Grafana", None, ("read each node's metrics port",))
 
 HEAD = [

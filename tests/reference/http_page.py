@@ -24,6 +24,7 @@ from serving.protocol.structured_fields import (
     ResponseFormat,
     StructuredOutputs,
 )
+from serving.protocol.tool_fields import Function
 from serving.xray.trace import TraceRequest
 from serving.xray.xray import XrayRequest
 from tests.reference.markdown import MADE, cell, code, listed, sentence, table
@@ -35,7 +36,7 @@ BODIES: dict[str, tuple[str, type[Request], str]] = {
     "What an answer follows": (
         "response_format",
         ResponseFormat,
-        "The field `response_format`. [Structured answers](../how-to/structured.md) shows it.",
+        "The field `response_format`. [Structured answers and tools](../how-to/structured.md) shows it.",
     ),
     "A schema": ("json_schema", JsonSchemaFormat, "The field `json_schema` of it."),
     "The same as vLLM has it": (
@@ -44,6 +45,11 @@ BODIES: dict[str, tuple[str, type[Request], str]] = {
         "The field `structured_outputs`: exactly one of these.",
     ),
     "Chat": ("chat", ChatRequest, "`POST /v1/chat/completions`."),
+    "A tool": (
+        "function",
+        Function,
+        'The field `function` of an entry of `tools`, beside `"type": "function"`.',
+    ),
     "A message of a chat": ("message", Message, "An entry of `messages`."),
     "Embeddings": ("embedding", EmbeddingRequest, "`POST /v1/embeddings`."),
     "Tokenize": ("tokenize", TokenizeRequest, "`POST /tokenize`."),

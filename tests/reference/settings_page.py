@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from cluster.settings.leaves import Leaf, branches, leaves
 from cluster.settings.plan import PlanConfig
-from cluster.settings.run import EvaluateConfig, RunConfig
+from cluster.settings.run import EvaluateConfig, IndexConfig, RunConfig
 from cluster.settings.serve import ServeConfig
 from cluster.settings.setting import Settings, Shapes
 from model.architecture import ARCHITECTURES
@@ -26,6 +26,7 @@ TREES: dict[str, tuple[type[Settings], str]] = {
         "Used by `raymill tokenize`, `pretrain`, `pipeline`, `submit`, `plan`, `inspect` and `data preview`.",
     ),
     "An evaluation": (EvaluateConfig, "Used by `raymill evaluate`."),
+    "A trace index": (IndexConfig, "Used by `raymill trace index`."),
     "The endpoint": (
         ServeConfig,
         "Used by `raymill serve`, and by `args` in a Ray Serve config file.",

@@ -161,8 +161,8 @@ WRONG_VALUES = [
     completion(33, "stream as text", "stream", stream="yes"),
     completion(33, "options without a stream", "stream_options", stream_options={"include_usage": True}),
     completion(34, "suffix", "suffix", code="unsupported_parameter", suffix="x"),
-    chat(34, "tools", "tools", code="unsupported_parameter", tools=[{"type": "function", "function": {"name": "f"}}]),
-    chat(34, "a tool's answer", "messages.1.tool_calls", code="unknown_parameter", messages=[
+    chat(34, "tools", "tools.0.function.name", code="missing_required_parameter", tools=[{"type": "function", "function": {}}]),
+    chat(34, "a tool's answer", "messages.1.tool_calls.0.function", code="missing_required_parameter", messages=[
         {"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
     ]),
     chat(34, "an image", "messages.0.content", messages=[

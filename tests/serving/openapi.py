@@ -17,6 +17,7 @@ from serving.protocol.protocol import (
     TokenizeRequest,
 )
 from serving.protocol.request import Request
+from serving.protocol.tool_fields import MAX_TOOLS
 from tests.serving.hostile_requests import MODEL
 
 REFERENCE = "#/components/schemas/{model}"
@@ -178,6 +179,16 @@ ACCEPTED: dict[tuple[str, str], dict[str, Any]] = {
     ("CompletionRequest", "prompt"): PROMPTS,
     ("EmbeddingRequest", "input"): PROMPTS,
     ("ChatRequest", "max_tokens"): _schema(Literal[-1] | Limit),
+    ("Message", "tool_calls"): {
+        "anyOf": [
+            {
+                "type": "array",
+                "items": {"$ref": REFERENCE.format(model="ToolCall")},
+                "maxItems": MAX_TOOLS,
+            },
+            {"type": "null"},
+        ],
+    },
     ("Message", "content"): {
         "anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART}, {"type": "null"}],
     },

@@ -3,7 +3,7 @@
 import { element } from "/page/elements.js";
 import { wordsOfEnding } from "/chat/answer.js";
 
-const BLOCK_PX = 80; // so near the end, the page follows an answer that grows
+const FOLLOWED_SHARE = 0.3; // of the window: so near its end, the page follows an answer that grows
 
 export class Transcript {
   // `onAgain(index, column)` asks for an answer once more; `about` has the `steps` of versions and `mayLookInside`.
@@ -26,7 +26,7 @@ export class Transcript {
     if (before) before.replaceWith(node);
     else this.log.append(node);
     this.log.hidden = false;
-    this.follow();
+    if (!before) this.toEnd();
   }
 
   // Draws one answer anew; another one beside it may still grow.
@@ -98,8 +98,11 @@ export class Transcript {
   }
 
   follow() {
-    const page = document.documentElement;
-    const isNearEnd = page.scrollHeight - innerHeight - scrollY < BLOCK_PX + innerHeight / 4;
-    if (isNearEnd) scrollTo({ top: page.scrollHeight, behavior: "instant" });
+    const { scrollHeight } = document.documentElement;
+    if (scrollHeight - innerHeight - scrollY < FOLLOWED_SHARE * innerHeight) this.toEnd();
+  }
+
+  toEnd() {
+    scrollTo({ top: document.documentElement.scrollHeight, behavior: "instant" });
   }
 }

@@ -22,9 +22,9 @@ function quotation(document, text) {
 }
 
 function described(document, text) {
-  const size = document.tokens === null ? "" : `, ${document.tokens} tokens long`;
+  const size = document.tokens === null ? "" : ` The document has ${document.tokens} tokens.`;
   const heading = element("h3", {}, place(document));
-  const about = element("p", { className: "quiet" }, `Learned ${when(document)}${size}.`);
+  const about = element("p", { className: "quiet" }, `Learned ${when(document)}.${size}`);
   const shown = element("article", {}, heading, about, quotation(document, text));
   if (!document.steps.length) return shown;
   const columns = [["step"], ["loss then", "number"], ["tokens of it", "number"], ["epoch", "number"]];
@@ -100,8 +100,8 @@ export class TraceView {
       parts.push(button);
     }
     byId("trace-text").replaceChildren(...parts, characters.slice(end).join(""));
-    const found = `${answer.traced_tokens} of ${answer.num_tokens} tokens stand word for word in the training data`;
-    byId("trace-status").textContent = [found, ...answer.missing].join("; ");
+    const stands = `${answer.traced_tokens} of ${answer.num_tokens} tokens stand word for word in the training data`;
+    byId("trace-status").textContent = [stands, ...answer.missing].join("; ");
   }
 
   open(button, span) {

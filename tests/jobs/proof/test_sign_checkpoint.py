@@ -32,6 +32,7 @@ from model.signing.signature import (
 from tests.jobs.runs import trained_run
 from tests.jobs.tampering import checkpoint_folder, flip_byte
 from tests.signing_keys import PIN, made_certificates, made_keys, made_rsa_keys, made_token
+from tests.sigstore_instance import running_sigstore
 from tests.timestamp_authority import made_authority, running
 
 Keys = tuple[Path, Path]
@@ -248,13 +249,6 @@ def test_a_certificate_is_trusted_by_its_authority(run: Storage, tmp_path: Path)
     sign_checkpoint(str(folder), SigningKey(private), storage_uri=str(tmp_path))
     with pytest.raises(SignatureError, match=r"no certificate, and .* has certificates"):
         check(folder, TrustedSigner(authority))
-    sign_checkpoint(str(folder), signer, storage_uri=str(tmp_path))
-    bundle = json.loads((folder / MODEL).read_bytes())
-    material = bundle["verificationMaterial"]
-    material["certificate"] = material.pop("x509CertificateChain")["certificates"][0]
-    (folder / MODEL).write_text(json.dumps(bundle))
-    with pytest.raises(SignatureError, match="by an identity of an identity provider"):
-        check(folder, TrustedSigner(authority))
     with pytest.raises(UserError, match="begins with its certificate"):
         sign_checkpoint(
             str(folder),
@@ -353,6 +347,41 @@ def test_the_commands_stamp_and_check_stamps(
     assert "name whose they are with --signed-by" in capsys.readouterr().err
     assert main(["audit", run.uri, "--timestamp", "http://127.0.0.1:9"]) == 1
     assert "name a key with --sign" in capsys.readouterr().err
+
+
+def test_the_commands_sign_as_an_identity_and_check_it(
+    run: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--storage.uri", f"{run.uri}/../.."]
+    for step in (3, 6):
+        for name in (MODEL, TRAINING):
+            (checkpoint_folder(run, step) / name).unlink()
+    with running_sigstore(tmp_path / "sigstore") as sigstore:
+        trusting = ["--trust-config", str(sigstore.trust_config())]
+        token = ["--identity-token", str(sigstore.token("release@example.com"))]
+        assert main(["sign", "tiny@8", "--keyless", *token, *trusting, *where]) == 0
+        provider = sigstore.provider
+    identity = ["--identity", "release@example.com", "--identity-provider", provider, *trusting]
+    assert main(["verify", run.uri, *identity]) == 0
+    named = {"identity": identity[1], "identity_provider": provider, "trust_config": trusting[1]}
+    file = tmp_path / "release.json"
+    file.write_text(json.dumps(named))
+    assert main(["verify", run.uri, "--signed-by", str(file)]) == 0
+    uri = str(checkpoint_folder(run, 8))
+    storage = StorageConfig(uri=run.uri, signed_by=str(file))
+    assert find_checkpoint(uri, run.uri, signed_by=storage.signer)[0] == uri
+    capsys.readouterr()
+    identity[1] = "other@example.com"
+    assert main(["verify", run.uri, *identity]) == 1
+    assert "was not signed by other@example.com at" in capsys.readouterr().out
+    for command, message in (
+        (["verify", run.uri, "--identity", "x"], "belong together: name both"),
+        (["verify", run.uri, *trusting], "--trust-config is for identities"),
+        (["sign", uri, "--key", "x", *token], "are for --keyless"),
+        (["sign", uri, "--keyless", "--timestamp", "http://127.0.0.1:9"], "are for --key"),
+    ):
+        assert main(command) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_the_commands_sign_and_verify(

@@ -1,4 +1,4 @@
-"""An index has the same bytes for any number of processes, and after a build that was ended."""
+"""An index has the same bytes for any order of its tasks, and after a build that was ended."""
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,6 @@ from jobs.tokens.inspect_store import verify
 from jobs.tokens.token_store import read_manifest
 from jobs.trace import build_index
 from jobs.trace.build_index import index_store
-from jobs.trace.local_tasks import LocalTasks
 from jobs.trace.trace_index import INDEX, TRACE, TraceIndex
 from jobs.trace.windows import LEAST_SPAN, chosen_windows
 from model.errors import UserError
@@ -60,19 +59,18 @@ class Ended:
             yield Result(item, work(item), 0)
 
 
-def test_the_bytes_are_the_same_for_any_number_of_processes_and_order(
+def test_the_bytes_are_the_same_for_any_order_and_any_sections(
     folder: Path, tmp_path: Path
 ) -> None:
-    copies = [shutil.copytree(folder, tmp_path / name) for name in ("two", "four", "mixed")]
-    expected = index(folder, LocalTasks(1))
+    copies = [shutil.copytree(folder, tmp_path / name) for name in ("mixed", "mixed again")]
+    expected = index(folder, InProcess())
     assert len(expected) > 3, "several parts"
     assert not any("sent" in name for name in expected), "what led to it is deleted"
-    # Other processes have the module's own sizes, which the pieces that they get do not follow
-    for copy, run in zip(copies, (LocalTasks(2), LocalTasks(4), InProcess(7)), strict=True):
-        assert index(copy, run) == expected
+    for seed, copy in enumerate(copies, start=1):
+        assert index(copy, InProcess(seed)) == expected
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build_index, "_SECTION_TOKENS", 100_000)
-        again = index(shutil.copytree(folder, tmp_path / "whole"), LocalTasks(1))
+        again = index(shutil.copytree(folder, tmp_path / "whole"), InProcess())
     assert again == expected
 
 
@@ -93,25 +91,25 @@ def test_a_build_that_was_ended_goes_on(folder: Path, tmp_path: Path, num_tasks:
 
 
 def test_an_index_that_was_altered_is_made_again(folder: Path) -> None:
-    expected = index(folder, LocalTasks())
+    expected = index(folder, InProcess())
     part = min((folder / TRACE).rglob("part-*"))
     altered = bytearray(part.read_bytes())
     altered[-1] ^= 1
     part.write_bytes(altered)
-    assert index(folder, LocalTasks()) == expected
+    assert index(folder, InProcess()) == expected
     part.unlink()
-    assert index(folder, LocalTasks()) == expected
+    assert index(folder, InProcess()) == expected
     store, listed = open_storage(str(folder)), folder / TRACE / INDEX
     other = listed.read_bytes().replace(b'"format_version": 1', b'"format_version": 2')
     for content, why in ((b"{", r"is missing or damaged"), (other, r"has another format")):
         listed.write_bytes(content)
         with pytest.raises(UserError, match=rf"{why}; `raymill trace index {folder}` makes"):
             TraceIndex(store, read_manifest(store))
-        assert index(folder, LocalTasks()) == expected
+        assert index(folder, InProcess()) == expected
 
 
 def test_each_window_that_is_chosen_is_in_the_index_once(folder: Path) -> None:
-    index(folder, LocalTasks())
+    index(folder, InProcess())
     store = open_storage(str(folder))
     manifest = read_manifest(store)
     known = TraceIndex(store, manifest)
@@ -132,7 +130,7 @@ def test_each_window_that_is_chosen_is_in_the_index_once(folder: Path) -> None:
 def test_an_index_is_found_and_the_store_is_as_it_was(folder: Path) -> None:
     store = open_storage(str(folder))
     before = verify(store)
-    first = index_store(store, run=LocalTasks())
+    first = index_store(store, run=InProcess())
     unused = InProcess()
     assert index_store(store, run=unused) == first
     assert not unused.num_tasks

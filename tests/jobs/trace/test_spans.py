@@ -3,23 +3,25 @@
 import hashlib
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.storage.file_cache import FileCache
 from cluster.storage.uris import Storage, open_storage
 from jobs.tokens.division import whole
 from jobs.tokens.token_store import MANIFEST, Manifest, Shard, read_manifest, token_dtype
 from jobs.trace.build_index import index_store
-from jobs.trace.local_tasks import LocalTasks
 from jobs.trace.spans import MOST_TEXT_TOKENS, SearchedStore, Span, find_spans
-from jobs.trace.trace_index import TraceIndex
+from jobs.trace.trace_index import TRACE, TraceIndex
 from jobs.trace.windows import LEAST_SPAN
 from model.errors import UserError
 from tests.jobs.cleaning.in_process import MEMORY, InProcess
 from tests.jobs.stores import manifest_of
+from tests.waiting import wait_until
 
 VOCAB_SIZE = 1000
 EOT = VOCAB_SIZE - 1
@@ -133,7 +135,7 @@ def test_a_span_longer_than_what_is_read_at_once_is_whole(tmp_path: object) -> N
     rng = np.random.default_rng(0)
     tokens = [*rng.integers(0, 900, 5000).tolist(), EOT]
     store_of(storage, [tokens, [1, EOT]])
-    index_store(storage, run=LocalTasks())
+    index_store(storage, run=InProcess())
     text = [950, *tokens[100:4900], 951]
     (span,) = spans_of(storage, text)
     assert (span.start, span.end) == (1, 4801)
@@ -144,7 +146,7 @@ def test_a_text_with_one_other_token_has_the_spans_on_its_two_sides(tmp_path: ob
     storage = open_storage(str(tmp_path))
     tokens = np.random.default_rng(0).integers(0, 900, 60).tolist()
     store_of(storage, [[*tokens, EOT], [1, EOT]])
-    index_store(storage, run=LocalTasks())
+    index_store(storage, run=InProcess())
     for other in (12, 25, 40, 47):
         text = [*tokens[:other], 950, *tokens[other + 1 :]]
         spans = [(span.start, span.end) for span in spans_of(storage, text)]
@@ -159,16 +161,35 @@ def test_spans_in_a_bucket_are_those_on_a_disk(tmp_path: object, s3_bucket: str)
     for uri in (str(tmp_path), f"s3://{s3_bucket}/store"):
         storage = open_storage(uri)
         store_of(storage, shards)
-        index_store(storage, run=LocalTasks())
+        index_store(storage, run=InProcess())
         answers.append(spans_of(storage, text))
     assert answers[0] == answers[1]
     assert [(span.start, span.end) for span in answers[0]] == [(0, 300), (300, 323), (324, 424)]
 
 
+def test_an_index_in_a_bucket_is_mapped_once_it_is_near(tmp_path: Path, s3_bucket: str) -> None:
+    tokens = np.random.default_rng(2).integers(0, 900, 3000).tolist()
+    storage = open_storage(f"s3://{s3_bucket}/store")
+    manifest = store_of(storage, [[*tokens, EOT], [1, EOT]])
+    index_store(storage, run=InProcess())
+    text = np.array(tokens[100:400], np.uint64)
+    searched = SearchedStore(storage, manifest, whole([manifest.shards[0]]))
+    index = TraceIndex(
+        storage, manifest, near=FileCache(storage, tmp_path / "near", max_bytes=1 << 20)
+    )
+    expected = find_spans(text, index, searched)
+    assert [(span.start, span.end) for span in expected] == [(0, 300)]
+    index.bring_near()
+    [part] = index.listed.parts
+    wait_until((tmp_path / "near" / part.sha256).exists)
+    storage.delete(f"{TRACE}/{part.file}")
+    assert find_spans(text, index, searched) == expected
+
+
 def test_a_text_that_is_too_long_is_refused(tmp_path: object) -> None:
     storage = open_storage(str(tmp_path))
     store_of(storage, [[*range(20), EOT], [1, EOT]])
-    index_store(storage, run=LocalTasks())
+    index_store(storage, run=InProcess())
     with pytest.raises(UserError, match=r"has 32,769 tokens, and at most 32,768 are .*; divide it"):
         spans_of(storage, [1] * (MOST_TEXT_TOKENS + 1))
     assert not spans_of(storage, [1] * MOST_TEXT_TOKENS)
@@ -179,7 +200,7 @@ def test_what_stands_very_often_is_counted_and_its_first_places_are_known(tmp_pa
     phrase = [*range(20), EOT]
     num_often = 20_000
     store_of(storage, [phrase * num_often, [*range(100, 120), EOT], [1, EOT]])
-    index_store(storage, run=LocalTasks())
+    index_store(storage, run=InProcess())
     often, once = spans_of(storage, [*range(20), 500, *range(100, 120)])
     assert (often.at_most, once.at_most) == (num_often, None)
     assert [piece.start for piece in often.pieces] == [21 * n for n in range(len(often.pieces))]

@@ -20,27 +20,14 @@ from jobs.tokens.document_map import DOCUMENTS
 from jobs.tokens.token_store import MANIFEST, read_manifest
 from jobs.trace.build_index import index_store
 from jobs.trace.indexed_store import IndexedStore
-from jobs.trace.local_tasks import LocalTasks
 from jobs.trace.trace_index import INDEX, TRACE
 from jobs.trace.trace_run import as_text, trace
 from model.errors import UserError
+from tests.jobs.cleaning.in_process import InProcess
 from tests.jobs.mapped_runs import SEQ_LEN, mapped_plan
-from tests.jobs.planted_runs import PASSAGE, planted_plan, planted_texts
-from tests.jobs.poisoned_runs import Faults, run_world
+from tests.jobs.planted_runs import PASSAGE, ROLLED_BACK, planted_plan
+from tests.jobs.poisoned_runs import run_world
 from tests.jobs.runs import make_text
-
-SKIPPED, ROLLED_BACK = 2, (4, 8)
-
-
-@pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
-    """A run that skips a step and rolls others back, on documents of which three quote the
-    passage."""
-    train = {"max_skipped_steps": 1, "max_tokens": 12_000}
-    plan = planted_plan(tmp_path_factory.mktemp("traced"), planted_texts(), train=train)
-    run_world(plan, Faults(poisoned=frozenset({(SKIPPED, 0), (7, 0), (8, 0)})))
-    index_store(open_storage(plan.tokens_uri), run=LocalTasks())
-    return plan
 
 
 @pytest.fixture
@@ -126,7 +113,7 @@ def test_what_stands_very_often_is_counted_and_a_thousand_places_are_listed(
     texts = [f"{number} x {PASSAGE} y" for number in range(1300)]
     plan = planted_plan(tmp_path, texts, train={"max_tokens": 400}, shard_bytes=1 << 20)
     run_world(plan)
-    index_store(open_storage(plan.tokens_uri), run=LocalTasks())
+    index_store(open_storage(plan.tokens_uri), run=InProcess())
     answer = trace(plan.run, query(), min_tokens=12)
     (span,) = answer["spans"]
     in_training = read_manifest(open_storage(plan.tokens_uri)).total("documents", "train")
@@ -153,7 +140,7 @@ def test_a_run_of_one_text_is_traced_in_what_it_trains_on(tmp_path: Path) -> Non
     assert divided.held_out is HeldOut.END
     plan = replace(plan, division=divided)
     run_world(plan)
-    index_store(open_storage(plan.tokens_uri), run=LocalTasks())
+    index_store(open_storage(plan.tokens_uri), run=InProcess())
     assert PASSAGE in span_in(plan.run, query())["text"]
     assert not trace(plan.run, f"unheard {held_out} and so on", min_tokens=12)["spans"]
 
@@ -172,7 +159,7 @@ def test_of_a_conversation_only_answers_are_learned(tmp_path: Path) -> None:
     data = {"source": [str(file)], "format": "chat", "val_fraction": 0.05}
     plan = mapped_plan(tmp_path, train={"max_tokens": 2600}, data=data)
     run_world(plan)
-    index_store(open_storage(plan.tokens_uri), run=LocalTasks())
+    index_store(open_storage(plan.tokens_uri), run=InProcess())
     span = span_in(plan.run, query())
     first_bytes = [file.read_bytes().index(line.encode()) for line in (lines[3], lines[12])]
     assert [place["place"] for place in span["places"]] == first_bytes
@@ -243,7 +230,7 @@ def test_an_index_of_another_store_is_refused_with_the_two_hashes(
     listed.write_text(json.dumps(values | {"manifest_hash": "f" * 64}))
     with pytest.raises(UserError, match=rf"hash f{{64}}, this store has {own}"):
         trace(copied, query(), min_tokens=12)
-    index_store(open_storage(str(store_of(copied))), run=LocalTasks())
+    index_store(open_storage(str(store_of(copied))), run=InProcess())
     assert span_in(copied, query()) == span_in(plan.run, query())
 
 
@@ -265,5 +252,5 @@ def test_a_part_that_is_cut_off_is_named(copied: Storage) -> None:
         UserError, match=r"part-00000\.idx is missing or damaged; `raymill trace index"
     ):
         trace(copied, query(), min_tokens=12)
-    index_store(open_storage(str(store_of(copied))), run=LocalTasks())
+    index_store(open_storage(str(store_of(copied))), run=InProcess())
     assert span_in(copied, query())["occurrences"]

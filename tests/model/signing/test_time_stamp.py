@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -139,9 +138,11 @@ def trusted_root(authority: Path) -> TrustedRoot:
     return TrustedRoot.from_file(str(file))
 
 
+@pytest.mark.parametrize("sends_chain", [False, True])
 def test_sigstores_own_verifier_reads_the_stamp(
-    authority: Authority, folder: Path, tmp_path: Path
+    authority: Authority, folder: Path, tmp_path: Path, sends_chain: bool
 ) -> None:
+    authority.sends_chain = sends_chain
     private, _ = made_keys(tmp_path, "ours")
     sign(folder, SigningKey(private, timestamp_url=authority.url), TRAINED)
     verifier = Verifier(trusted_root=trusted_root(authority.folder))
@@ -313,12 +314,25 @@ def test_a_request_that_the_authority_rejects_says_why(
     authority: Authority, folder: Path, tmp_path: Path
 ) -> None:
     """OpenSSL's own refusal: it takes no SHA-256."""
-    shutil.copytree(authority.folder, tmp_path / "strict")
-    settings = (authority.folder / "ts.cnf").read_text()
-    strict = settings.replace(str(authority.folder), str(tmp_path / "strict"))
-    (tmp_path / "strict" / "ts.cnf").write_text(
-        strict.replace("digests = sha256, sha512", "digests = sha512")
-    )
+    authority.settings = "digests = sha512\n"
     private, _ = made_keys(tmp_path, "ours")
-    with running(Authority(tmp_path / "strict")) as server:
-        refused(server, folder, private, r"refused \(status 2: .*\)")
+    refused(authority, folder, private, r"refused \(status 2: .*\)")
+
+
+def test_an_authority_whose_chain_is_in_another_order_is_asked_without_it(
+    authority: Authority, folder: Path, tmp_path: Path
+) -> None:
+    authority.sends_chain = True
+    private, public = made_keys(tmp_path, "ours")
+    sign(folder, SigningKey(private, timestamp_url=authority.url), TRAINED)
+    assert authority.num_asked == 4
+    with pytest.raises(SignatureError, match="does not show its authority's own certificate: add"):
+        check(folder, TrustedSigner(public, timestamped_by=authority.root))
+    known = tmp_path / "known.pem"
+    leaf = (authority.folder / "certificate.pem").read_bytes()
+    known.write_bytes(authority.root.read_bytes() + leaf)
+    assert check(folder, TrustedSigner(public, timestamped_by=known)) == TRAINED
+    other = made_authority(tmp_path / "other")
+    known.write_bytes(other.root.read_bytes() + leaf)
+    with pytest.raises(SignatureError, match=r"that no authority in .*known\.pem made"):
+        check(folder, TrustedSigner(public, timestamped_by=known))

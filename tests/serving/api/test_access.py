@@ -274,6 +274,8 @@ def test_without_key_files_nothing_is_read(tmp_path: Path) -> None:
         ("admin", "/v1/xray", "user", 403),
         ("admin", "/v1/xray", "wrong", 401),
         ("admin", "/v1/chat/completions", "root", 200),
+        ("admin", "/version", "root", 200),
+        ("user", "/version", "root", 401),
         ("admin", "/v1/embeddings", "root", 401),
         ("admin", "/inside", None, 200),
         ("off", "/v1/xray", "user", 404),

@@ -131,7 +131,10 @@ MESSAGE = st.fixed_dictionaries(
         "content": TEXTS
         | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXTS}), max_size=3),
     },
-    optional={"name": TEXTS},
+    optional={"name": TEXTS, "tool_call_id": TEXTS},
+)
+TOOL = st.fixed_dictionaries(
+    {"type": st.just("function"), "function": st.fixed_dictionaries({"name": st.just("f")})}
 )
 NEW_TOKENS = st.integers(0, 9) | st.integers(0, 200)
 REQUIRED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
@@ -161,6 +164,8 @@ OPTIONAL: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "max_completion_tokens": NEW_TOKENS,
         "logprobs": st.booleans(),
         "top_logprobs": st.integers(0, 21),
+        "tools": st.lists(TOOL, max_size=2),
+        "tool_choice": st.sampled_from(["none", "auto", "required"]),
     },
     "/v1/embeddings": {"encoding_format": st.sampled_from(["float", "base64"]), "user": TEXTS},
     "/tokenize": {

@@ -497,7 +497,7 @@ def test_errors_are_the_right_exceptions_of_the_client_library(url: str) -> None
             ask(user, model="other")
         with pytest.raises(openai.BadRequestError) as caught:
             ask(user, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
-        assert caught.value.code == "unsupported_parameter" and caught.value.param == "tools"
+        assert caught.value.code == "tools_unsupported" and caught.value.param == "tools"
         with pytest.raises(openai.PermissionDeniedError):
             user.with_options(base_url=f"{url}/admin").models.list()
         with pytest.raises(openai.APIError) as cut:

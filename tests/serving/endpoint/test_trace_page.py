@@ -11,38 +11,22 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from cluster.settings.serve import ServeConfig
-from cluster.storage.uris import open_storage
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.run_plan import RunPlan
-from jobs.trace.build_index import index_store
-from jobs.trace.local_tasks import LocalTasks
 from jobs.trace.trace_run import trace
 from tests.chromium import needs_chromium, running_chromium
-from tests.jobs.planted_runs import planted_plan
-from tests.jobs.poisoned_runs import run_world
-from tests.jobs.runs import make_text
+from tests.jobs.planted_runs import BEGUN, LEARNED, learned_by_heart
 from tests.serving.endpoint_parts import Endpoints
 from tests.time_limits import limit_s
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 KEY = "sk-trace"
-BEGUN = "An old man lived"
-PASSAGE = f"{BEGUN} by the <b>blue</b> sea & fished"
-"""What a page must not take for HTML."""
 
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
-    texts = []
-    for number in range(10):
-        words = make_text(6, seed=number).strip()
-        texts.append(f"{number} {words} {PASSAGE} {words}" if number % 2 else f"{number} {words}")
-    train = {"max_tokens": 60_000, "seq_len": 40, "eval_every_steps": 1000}
-    plan = planted_plan(tmp_path_factory.mktemp("learned"), texts, train=train)
-    run_world(plan)
-    index_store(open_storage(plan.tokens_uri), run=LocalTasks())
-    return plan
+    return learned_by_heart(tmp_path_factory.mktemp("learned"))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +70,7 @@ def test_an_answer_that_was_learned_by_heart_has_its_steps(url: str, plan: RunPl
     fields = {"prompt": BEGUN, "max_tokens": 24, "temperature": 0}
     answer = asked(url, "/v1/completions", **fields).json()["choices"][0]["text"]
     text = BEGUN + answer
-    assert PASSAGE[: len(BEGUN) + 12] in text, "the model has learned it"
+    assert LEARNED[: len(BEGUN) + 12] in text, "the model has learned it"
     step = int(RunCheckpoints(plan.run).names[-1].split("-")[1])
     expected = trace(plan.run, text, min_tokens=12, step=step)["spans"]
     spans = asked(url, "/v1/trace", text=text).json()["spans"]

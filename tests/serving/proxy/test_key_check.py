@@ -83,8 +83,8 @@ def test_a_right_of_its_own_is_asked_about_by_itself() -> None:
         about = scope(KNOWN, path=OWN_RIGHTS[0])
         for _ in range(2):
             await answered(endpoint.door, about=about)
-        asked, own = [ASKED_PATH, scope()["path"]], [OWN_RIGHTS[0]]
-        assert endpoint.paths == [*asked, *own, *own, *own], "asked once, and answered twice"
+        first = [ASKED_PATH, scope()["path"]]
+        assert endpoint.paths == first + 3 * [OWN_RIGHTS[0]], "asked once, and answered twice"
 
     asyncio.run(scenario())
 

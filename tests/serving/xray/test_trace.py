@@ -4,7 +4,6 @@ beside the replica."""
 import asyncio
 import json
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +16,9 @@ import pytest
 from cluster.settings.serve import ServeConfig
 from cluster.storage.uris import open_storage
 from jobs.run.checkpoints import RunCheckpoints
-from jobs.run.ledger import LEDGER, Ledger
+from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
-from jobs.tokens.document_map import DOCUMENTS
-from jobs.trace.build_index import index_store
 from jobs.trace.indexed_store import IndexedStore
-from jobs.trace.local_tasks import LocalTasks
 from jobs.trace.trace_run import trace
 from jobs.trace.windows import LEAST_SPAN
 from model.errors import UserError
@@ -37,8 +33,7 @@ from serving.xray.trace import (
     MODULE,
     require_traced,
 )
-from tests.jobs.planted_runs import PASSAGE, planted_plan, planted_texts
-from tests.jobs.poisoned_runs import Faults, run_world
+from tests.jobs.planted_runs import PASSAGE, disturbed_run, planted_texts
 from tests.serving.endpoint_parts import Run, replica_client, shared_replica
 from tests.waiting import wait_in_loop_until
 
@@ -49,12 +44,7 @@ Body = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
-    """A run that skips a step and rolls others back."""
-    train = {"max_skipped_steps": 1, "max_tokens": 6_000}
-    plan = planted_plan(tmp_path_factory.mktemp("traced"), planted_texts(), train=train)
-    run_world(plan, Faults(poisoned=frozenset({(2, 0), (7, 0), (8, 0)})))
-    index_store(open_storage(plan.tokens_uri), run=LocalTasks())
-    return plan
+    return disturbed_run(tmp_path_factory.mktemp("traced"))
 
 
 def checkpoints_of(plan: RunPlan) -> dict[int, Path]:
@@ -167,24 +157,6 @@ def test_tokens_are_traced_as_their_text_is(run: Run, plan: RunPlan) -> None:
     run(check)
 
 
-def test_an_earlier_checkpoint_knows_no_later_step(plan: RunPlan) -> None:
-    checkpoints = checkpoints_of(plan)
-    early = sorted(checkpoints)[len(checkpoints) // 2]
-    assert early < max(checkpoints)
-    [expected] = trace(plan.run, TEXT, min_tokens=LEAST_SPAN, step=early)["spans"]
-    folder = checkpoints[early]
-
-    async def main() -> None:
-        client = replica_client(folder, config=config_of(plan, folder), access=rules(), key=KEY)
-        async with client as (http, _):
-            [span] = (await ask(http, text=TEXT))["spans"]
-            assert span["last_step"] == expected["last_step"]
-            assert span["first_step"] == expected["first_step"]
-            assert all(d["last_step"] is None or d["last_step"] <= early for d in span["documents"])
-
-    asyncio.run(main())
-
-
 def test_it_is_shown_to_keys_with_the_right_alone(run: Run, plan: RunPlan) -> None:
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
         for key, status, code in (
@@ -271,49 +243,25 @@ def test_a_process_that_ends_is_an_error_of_one_request(run: Run) -> None:
     run(check)
 
 
-def test_what_is_missing_is_named_and_the_rest_is_said(plan: RunPlan, tmp_path: Path) -> None:
-    copy = shutil.copytree(plan.config.storage.uri, tmp_path / "copy")
-    [store] = [path.parent for path in copy.glob("tokens/*/manifest.json")]
-    folder = copy / newest_of(plan).relative_to(plan.config.storage.uri)
-    (store / DOCUMENTS).unlink()
-    (copy / "runs/tiny" / LEDGER).rename(copy / "away")
-    storage = plan.config.storage.model_copy(update={"uri": str(copy)})
-    config = config_of(plan, folder).model_copy(update={"trace": str(store), "storage": storage})
-
-    async def main() -> None:
-        async with replica_client(folder, config=config, access=rules(), key=KEY) as (http, _):
-            answer = await ask(http, text=TEXT)
-            no_map, no_ledger = answer["missing"]
-            assert "has no document map" in no_map
-            assert "the steps are unknown" in no_ledger and str(copy) in no_ledger
-            [span] = answer["spans"]
-            assert span["occurrences"] >= 2
-            assert {d["file"] for d in span["documents"]} == {None}
-            assert {d["num_steps"] for d in span["documents"]} == {None}
-            assert all(d["before"] and d["behind"] for d in span["documents"])
-        (part,) = store.glob("trace/*/part-*.idx")
-        part.unlink()
-        async with replica_client(folder, config=config, access=rules(), key=KEY) as (http, _):
-            answer = await http.post("/v1/trace", json={"model": "tiny", "text": TEXT})
-            assert part.name in refused(answer, 503)["message"]
-
-    asyncio.run(main())
-
-
 def test_an_index_of_other_data_is_refused_with_the_two_hashes(
-    plan: RunPlan, checkpoint: Path, tmp_path: Path
+    plan: RunPlan, checkpoint: Path
 ) -> None:
     require_traced(config_of(plan, newest_of(plan)))
     manifest_hash = IndexedStore.open(open_storage(plan.tokens_uri)).manifest.hash
     other = config_of(plan, checkpoint)
     with pytest.raises(UserError, match=rf"{manifest_hash}.* was trained on d{{64}}"):
         require_traced(other)
-    nothing = other.model_copy(update={"trace": str(tmp_path)})
-    with pytest.raises(UserError, match=r"holds no manifest\.json"):
-        require_traced(nothing)
+
+
+@pytest.mark.slow
+def test_a_version_of_other_data_is_served_and_its_traces_are_refused(
+    plan: RunPlan, checkpoint: Path
+) -> None:
+    manifest_hash = IndexedStore.open(open_storage(plan.tokens_uri)).manifest.hash
+    config = config_of(plan, checkpoint)
 
     async def main() -> None:
-        async with replica_client(checkpoint, config=other, access=rules(), key=KEY) as (http, _):
+        async with replica_client(checkpoint, config=config, access=rules(), key=KEY) as (http, _):
             answer = await http.post("/v1/trace", json={"model": "tiny", "text": TEXT})
             assert manifest_hash in refused(answer, 409)["message"]
 

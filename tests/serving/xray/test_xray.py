@@ -27,9 +27,10 @@ from serving.api.keys import ApiKey
 from serving.delivery.promotion import Outcome, version_of
 from serving.delivery.versions import Versions
 from serving.engine.kv_cache_size import Memory
+from serving.pages.chat_page import CHAT_FILES
 from serving.protocol.served_model import read_served_model
 from serving.xray import xray as xray_module
-from serving.xray.page_routes import PAGE_PATHS
+from serving.xray.page_routes import XRAY_FILES
 from serving.xray.xray import run_checkpoints
 from tests.checkpoints import save_model
 from tests.serving.endpoint_parts import Run, replica_client, shared_replica
@@ -358,9 +359,9 @@ def test_one_that_is_given_up_does_not_answer_the_next(run: Run) -> None:
     run(check)
 
 
-def test_the_page_is_open_and_what_it_shows_is_not(folder: Path) -> None:
+def test_the_pages_are_open_and_what_they_show_is_not(folder: Path) -> None:
     async def check(http: httpx.AsyncClient) -> None:
-        for path in PAGE_PATHS:
+        for path in CHAT_FILES | XRAY_FILES:
             answer = await http.get(path)
             assert answer.status_code == 200 and len(answer.text) > 500
             policy = answer.headers["content-security-policy"]
@@ -370,6 +371,7 @@ def test_the_page_is_open_and_what_it_shows_is_not(folder: Path) -> None:
             assert "unsafe" not in policy and answer.headers["x-content-type-options"] == "nosniff"
         assert (await http.get("/page/../xray.py")).status_code in {401, 404}
         assert (await http.get("/page/index.html")).status_code == 401
+        assert (await http.get("/chat/index.html")).status_code == 401
         assert (await http.get("/v1/xray")).status_code == 401
         fields = {"model": "tiny", "prompt": PROMPT}
         assert (await http.post("/v1/xray", json=fields)).status_code == 401
