@@ -72,6 +72,13 @@ def test_openai__parses_an_answer_into_a_pydantic_model(
     trips = [choice.message.parsed for choice in drawn.choices]
     assert len(trips) == 4 and all(isinstance(trip, Trip) for trip in trips)
 
+    # The message goes back as it is, with what was parsed
+    history: list[Any] = [*question["messages"], choice.message, {"role": "user", "content": "ok"}]
+    after = client.chat.completions.create(**question | {"messages": history, "max_tokens": 8})
+    turns = [("User", "a trip"), ("Assistant", choice.message.content or ""), ("User", "ok")]
+    expected = reply(roomy_model, tokenizer, turns, max_tokens=8)
+    assert after.choices[0].message.content == expected
+
 
 def test_openai__parses_a_stream_into_a_pydantic_model_as_it_comes(client: openai.OpenAI) -> None:
     question = asked("a trip", max_tokens=200)
