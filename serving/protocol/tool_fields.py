@@ -48,6 +48,7 @@ class NamedTool(Request):
 class CalledFunction(Request):
     name: FunctionName
     arguments: str
+    parsed_arguments: Any = None  # the same, which OpenAI's clients send back
 
 
 class ToolCall(Request):

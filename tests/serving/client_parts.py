@@ -40,7 +40,9 @@ node_installed = pytest.mark.skipif(
 
 def run_client(command: Sequence[str | Path], *, folder: Path) -> str:
     """Returns what it prints."""
-    environment = os.environ | OFFLINE | {"HF_HOME": str(folder / "hf")}
+    environment = (
+        os.environ | OFFLINE | {"HF_HOME": str(folder / "hf"), "LLM_USER_PATH": str(folder)}
+    )
     done = subprocess.run(
         command,
         env=environment,

@@ -50,7 +50,11 @@ HISTORY = [
             {
                 "id": "call_1",
                 "type": "function",
-                "function": {"name": "weather", "arguments": '{"city": "Wien", "days": 2}'},
+                "function": {
+                    "name": "weather",
+                    "arguments": '{"city": "Wien", "days": 2}',
+                    "parsed_arguments": {"city": "Wien", "days": 2},
+                },
             }
         ],
     },

@@ -8,6 +8,7 @@ from typing import Literal
 from langchain.agents import create_agent
 from langchain.agents.structured_output import ProviderStrategy
 from langchain_openai import ChatOpenAI
+from openai import NotFoundError
 from pydantic import BaseModel, Field
 
 
@@ -25,6 +26,10 @@ chat = ChatOpenAI(**to, temperature=0, max_tokens=100, stream_usage=True)
 structured = chat.with_structured_output(Trip)
 strict = chat.with_structured_output(Trip, method="json_schema", strict=True, include_raw=True)
 agent = create_agent(chat, tools=[], response_format=ProviderStrategy(Trip))
+try:
+    ChatOpenAI(**to, use_responses_api=True).invoke("a trip")
+except NotFoundError as error:
+    refusal = error.message
 question = {"messages": [{"role": "user", "content": "a trip"}]}
 streamed = list(structured.stream("a trip"))
 whole = strict.invoke("a trip")
@@ -33,6 +38,7 @@ answers = {
     "streamed": streamed[-1].model_dump(),
     "strict": whole["parsed"].model_dump(),
     "tokens": whole["raw"].usage_metadata["output_tokens"],
+    "responses": refusal,
     "agent": agent.invoke(question)["structured_response"].model_dump(),
 }
 print(json.dumps(answers))

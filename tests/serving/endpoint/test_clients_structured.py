@@ -1,16 +1,28 @@
 """Clients that others wrote, unchanged, which ask a real endpoint for answers that follow a schema."""
 
+import json
+from pathlib import Path
 from typing import Any, Literal
 
 import openai
 import pytest
+import yaml
 from pydantic import BaseModel, Field
 
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
-from tests.serving.client_parts import reply
+from tests.serving.client_parts import CLIENTS_PYTHON, SCRIPTS, installed, reply, run_client
 from tests.serving.hostile_requests import MODEL
 
+CLOSED_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"enum": ["Vienna", "Graz"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 7},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
@@ -60,6 +72,13 @@ def test_openai__parses_an_answer_into_a_pydantic_model(
     trips = [choice.message.parsed for choice in drawn.choices]
     assert len(trips) == 4 and all(isinstance(trip, Trip) for trip in trips)
 
+    # The message goes back as it is, with what was parsed
+    history: list[Any] = [*question["messages"], choice.message, {"role": "user", "content": "ok"}]
+    after = client.chat.completions.create(**question | {"messages": history, "max_tokens": 8})
+    turns = [("User", "a trip"), ("Assistant", choice.message.content or ""), ("User", "ok")]
+    expected = reply(roomy_model, tokenizer, turns, max_tokens=8)
+    assert after.choices[0].message.content == expected
+
 
 def test_openai__parses_a_stream_into_a_pydantic_model_as_it_comes(client: openai.OpenAI) -> None:
     question = asked("a trip", max_tokens=200)
@@ -91,3 +110,42 @@ def test_openai__shows_where_to_ask_instead_of_responses(client: openai.OpenAI) 
         client.responses.parse(model=MODEL, input="a trip", text_format=Trip)
     with pytest.raises(openai.NotFoundError, match=hint):
         client.responses.create(model=MODEL, input="a trip", stream=True)
+
+
+@installed
+def test_langchain__structures_answers_streams_and_agents(roomy_url: str, tmp_path: Path) -> None:
+    command = [CLIENTS_PYTHON, SCRIPTS / "langchain_structured.py", roomy_url, MODEL]
+    answers = json.loads(run_client(command, folder=tmp_path))
+    assert answers["strict"]["city"] in {"Vienna", "Graz"}  # pydantic has checked the rest
+    assert answers["invoked"] == answers["streamed"] == answers["strict"]
+    assert set(answers["agent"]) == {"city", "days", "guide"}
+    assert answers["tokens"] > 5
+    assert "use /v1/chat/completions" in answers["responses"]
+
+
+@installed
+def test_llm__prompts_streams_and_follows_a_schema(
+    roomy_url: str, roomy_model: GPT, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    models = [
+        {
+            "model_id": "mine",
+            "model_name": MODEL,
+            "api_base": f"{roomy_url}/v1",
+            "supports_schema": True,
+        }
+    ]
+    (tmp_path / "extra-openai-models.yaml").write_text(yaml.safe_dump(models))
+
+    def prompt(text: str, *options: str) -> str:
+        command = [CLIENTS_PYTHON, "-m", "llm", "prompt", "-m", "mine", text, *options]
+        greedy = ("-o", "temperature", "0", "-o", "max_tokens", "200")
+        return run_client([*command, *greedy], folder=tmp_path)
+
+    expected = reply(roomy_model, tokenizer, [("User", "tea?")], max_tokens=200)
+    assert prompt("tea?") == prompt("tea?", "--no-stream") == f"{expected}\n"
+    trip = json.loads(prompt("a trip", "--schema", json.dumps(CLOSED_SCHEMA)))
+    assert trip["city"] in {"Vienna", "Graz"} and isinstance(trip["days"], int)
+    log = run_client([CLIENTS_PYTHON, "-m", "llm", "logs", "--json", "-n", "1"], folder=tmp_path)
+    [entry] = json.loads(log)
+    assert json.loads(entry["response"]) == trip and entry["output_tokens"] > 5
