@@ -344,9 +344,7 @@ class PodCluster:
         environment: dict[str, str] = {}
         for source in container.get("envFrom", []):
             environment |= self._config_maps[source["configMapRef"]["name"]]
-        environment |= {
-            variable["name"]: variable["value"] for variable in container.get("env", [])
-        }
+        environment |= _variables(container, node=f"node-of-{name}")
         environment |= {"RAY_CLOUD_INSTANCE_ID": name, "RAY_NODE_TYPE_NAME": group_name}
         environment |= {
             "RAY_enable_autoscaler_v2": "1",
@@ -421,3 +419,15 @@ class PodCluster:
 
     def _pod_path(self, name: str) -> str:
         return f"/api/v1/namespaces/{self.namespace}/pods/{name}"
+
+
+def _variables(container: Manifest, *, node: str) -> dict[str, str]:
+    """Returns a container's variables as on a node of this name, each pod's own."""
+    values: dict[str, str] = {}
+    for variable in container.get("env", []):
+        if "valueFrom" in variable:
+            assert variable["valueFrom"] == {"fieldRef": {"fieldPath": "spec.nodeName"}}
+            values[variable["name"]] = node
+        else:
+            values[variable["name"]] = variable["value"]
+    return values

@@ -39,12 +39,19 @@ def spot_cluster() -> list[Manifest]:
     objects = render("overlays/spot")
     group, fallback = cluster_spec(find(objects, "RayJob/pretrain"))["workerGroupSpecs"]
     assert group["template"]["spec"]["nodeSelector"]["raymill/capacity"] == "spot"
-    (notice,) = group["template"]["spec"]["containers"][0]["env"]
-    assert notice == {"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": "20"}
+    variables = group["template"]["spec"]["containers"][0]["env"]
+    notice = find_variable(variables, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")
+    assert notice["value"] == "20"
     notice["value"] = "5"
     for each in (group, fallback):
         make_small(each, gpus=1)
     return objects
+
+
+def find_variable(variables: list[Manifest], name: str) -> Manifest:
+    """Returns the only one of that name."""
+    (variable,) = [variable for variable in variables if variable["name"] == name]
+    return variable
 
 
 def node_cluster() -> list[Manifest]:
