@@ -176,6 +176,7 @@ def test_the_dashboard_asks_for_the_token(house: House, method: str, path: str) 
         ("POST", "/tokenize", "keys"),
         ("POST", "/detokenize", "keys"),
         ("POST", "/v1/xray", "keys"),
+        ("POST", "/v1/trace", "keys"),
         ("GET", "/admin/status", "admin"),
         ("POST", "/admin/promote", "admin"),
         ("POST", "/admin/rollback", "admin"),

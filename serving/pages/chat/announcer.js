@@ -1,6 +1,7 @@
 // Tells a screen reader of answers as they come: whole sentences, never single tokens.
 
 const PAUSE_MS = 3000; // at least so long after the sentences before
+const END = /[.!?…:\n]/;
 const SENTENCES = /^[^]*[.!?…:\n](?=\s|$)/; // up to the last end of a sentence
 
 export class Announcer {
@@ -17,11 +18,12 @@ export class Announcer {
 
   add(name, piece) {
     const text = (this.waiting.get(name) ?? "") + piece;
+    this.waiting.set(name, text);
+    if (performance.now() - this.lastMs < PAUSE_MS || !END.test(piece)) return;
     const sentences = text.match(SENTENCES)?.[0] ?? "";
-    const isTime = performance.now() - this.lastMs >= PAUSE_MS;
-    if (!sentences.trim() || !isTime) return this.waiting.set(name, text);
+    if (!sentences.trim()) return;
     this.waiting.set(name, text.slice(sentences.length));
-    return this.say(`${name}: ${sentences.trim()}`);
+    this.say(`${name}: ${sentences.trim()}`);
   }
 
   // Says what is left of an answer, and how it ended.

@@ -86,14 +86,21 @@ export class Transcript {
     return nodes;
   }
 
-  // Returns a function that adds a piece to an answer which grows.
+  // Returns a function that adds a piece to an answer which grows. Pieces are drawn together, once a frame: the layout of a
+  // long answer takes longer than a token.
   grower(index, column) {
     const said = this.nodeOf(index, column).querySelector(".said");
     const node = document.createTextNode(said.textContent);
     said.replaceChildren(node);
-    return (piece) => {
-      node.appendData(piece);
+    let waiting = "";
+    const draw = () => {
+      node.appendData(waiting);
+      waiting = "";
       if (node.isConnected) this.follow();
+    };
+    return (piece) => {
+      if (!waiting) requestAnimationFrame(draw);
+      waiting += piece;
     };
   }
 

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import jsonschema
 import pytest
+import tokenizers
 
 from model.config import GPTConfig
 from model.gpt import GPT
@@ -22,7 +23,12 @@ from serving.protocol.served_model import read_served_model
 from tests.serving.endpoint_parts import Run, shared_replica
 from tests.serving.structured.schema_cases import closed
 from tests.serving.tiny_models import write_model
-from tests.serving.tools.templates import HERMES_TEMPLATE, LLAMA_TEMPLATE, UNKNOWN_FORMAT
+from tests.serving.tools.templates import (
+    HERMES_TEMPLATE,
+    LLAMA_TEMPLATE,
+    MISTRAL_TEMPLATE,
+    UNKNOWN_FORMAT,
+)
 
 WEATHER = closed(
     {"city": {"enum": ["Wien", "Graz"]}, "days": {"type": "integer", "minimum": 1, "maximum": 7}}
@@ -278,3 +284,25 @@ def test_a_model_that_chooses_to_call_is_read_in_its_format(
         assert plain["message"]["content"] == text and plain["finish_reason"] == "stop"
         cut = ChatAnswer(model, has_tools=True).whole([part(text, FinishReason.LENGTH)], {})
         assert cut["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_mark_that_is_a_special_token_opens_calls_and_is_no_text(
+    tokenizer: Tokenizer, ending: dict[str, float], tmp_path: Path
+) -> None:
+    backend = tokenizers.Tokenizer.from_str(tokenizer.to_json().decode())
+    backend.add_special_tokens(["[TOOL_CALLS]"])
+    marked = Tokenizer.from_json(backend.to_str().encode())
+    mark = marked.special_ids["[TOOL_CALLS]"]
+
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+        asked = {"tool_choice": "required", "return_token_ids": True, "logit_bias": ending}
+        for choice in await choices(http, **asked, n=3):
+            message = choice["message"]
+            assert choice["finish_reason"] == "tool_calls" and message["content"] is None
+            assert choice["token_ids"][0] == mark
+            for call in message["tool_calls"]:
+                assert len(call["id"]) == 9 and call["function"]["name"] in ("weather", "time")
+                json.loads(call["function"]["arguments"])
+
+    with shared_replica(folder_of(marked, MISTRAL_TEMPLATE, tmp_path / "mistral")) as run:
+        run(check)

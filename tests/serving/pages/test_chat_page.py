@@ -136,7 +136,7 @@ def test_a_conversation_that_ends_with_its_page_is_said_to_be_interrupted(page: 
 @pytest.mark.slow
 def test_errors_are_the_endpoints_own_sentences_and_can_be_tried_again(watched: Watched) -> None:
     page = watched.page
-    set_settings(page, max_tokens=5000)
+    set_settings(page, max_tokens=2 * CONTEXT_TOKENS)
     say(page, "fox")
     answer = answers(page)
     expect(answer.locator(".wrong")).to_contain_text(
@@ -157,7 +157,7 @@ def test_errors_are_the_endpoints_own_sentences_and_can_be_tried_again(watched: 
 @pytest.mark.slow
 def test_what_got_no_answer_is_no_part_of_what_is_sent_later(watched: Watched) -> None:
     page = watched.page
-    set_settings(page, max_tokens=5000)
+    set_settings(page, max_tokens=2 * CONTEXT_TOKENS)
     say(page, "unheard")
     expect(answers(page).locator(".wrong")).to_have_count(1)
     watched.problems.clear()

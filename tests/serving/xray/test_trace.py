@@ -253,7 +253,6 @@ def test_an_index_of_other_data_is_refused_with_the_two_hashes(
         require_traced(other)
 
 
-@pytest.mark.slow
 def test_a_version_of_other_data_is_served_and_its_traces_are_refused(
     plan: RunPlan, checkpoint: Path
 ) -> None:
