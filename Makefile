@@ -6,6 +6,8 @@ INSTALLED := $(VENV)/.installed
 TRACKING_INSTALLED := $(VENV)/.installed-tracking
 CLIENTS_VENV := .venv-clients
 CLIENTS_INSTALLED := $(CLIENTS_VENV)/.installed
+LLAMA_INDEX_VENV := .venv-llama-index
+LLAMA_INDEX_INSTALLED := $(LLAMA_INDEX_VENV)/.installed
 NODE_CLIENTS := .node-clients
 NODE_CLIENTS_INSTALLED := $(NODE_CLIENTS)/.installed
 NODE_CLIENTS_LOCK := tests/serving/clients/node/package-lock.json
@@ -46,7 +48,7 @@ areas: $(INSTALLED)
 	$(BIN)/python -m tests.areas $(AREA)
 
 # The fast tests, then both halves of the slow ones side by side: their clusters mostly wait.
-test-all: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED) $(NODE_CLIENTS_INSTALLED)
+test-all: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) $(NODE_CLIENTS_INSTALLED)
 	$(MAKE) test
 	$(MAKE) --jobs 2 --keep-going slow-half-1 slow-half-2
 
@@ -58,7 +60,7 @@ slow-half-%:
 SLICES ?= 18
 SLICE ?= $(shell $(BIN)/python -m tests.slices $(SLICES))
 LIMIT_S ?= 960
-test-slice: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED) $(NODE_CLIENTS_INSTALLED)
+test-slice: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) $(NODE_CLIENTS_INSTALLED)
 	$(BIN)/pytest -m slow --slice $(SLICE) --limit-s $(LIMIT_S) --durations 10 tests
 
 COMPUTE ?= cpu
@@ -165,6 +167,12 @@ $(CLIENTS_INSTALLED): pyproject.toml .ci/clients.txt
 	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/clients.txt --group clients
 	touch $@
 
+$(LLAMA_INDEX_INSTALLED): pyproject.toml .ci/llama_index.txt
+	$(PYTHON) -m venv $(LLAMA_INDEX_VENV)
+	$(LLAMA_INDEX_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(LLAMA_INDEX_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/llama_index.txt --group llama-index
+	touch $@
+
 # With a Node of its own, as these clients need a newer one than distributions have. Where npm isn't, their tests skip.
 $(NODE_CLIENTS_INSTALLED): $(NODE_CLIENTS_LOCK)
 	mkdir -p $(NODE_CLIENTS)
@@ -184,5 +192,5 @@ $(VLLM_INSTALLED):
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CLIENTS_VENV) $(NODE_CLIENTS) $(VLLM_VENV) .raymill build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS_VENV) $(LLAMA_INDEX_VENV) $(NODE_CLIENTS) $(VLLM_VENV) .raymill build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

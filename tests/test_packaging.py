@@ -61,7 +61,10 @@ def undeclared(folder: str, declared: set[str]) -> set[tuple[str, str]]:
         package = module.partition(".")[0]
         if package in sys.stdlib_module_names or package in (*CODE_FOLDERS, "tests"):
             continue
-        owners = {normal(owner) for owner in distributions.get(package, [package])}
+        parts = module.split(".")
+        # What is not installed here is owned by its name; LlamaIndex's parts are named in full
+        named = [".".join(parts[: end + 1]) for end in range(len(parts))]
+        owners = {normal(owner) for owner in distributions.get(package, named)}
         if package not in OF_AN_EXTRA.get(file, ()) and not (owners & declared) and with_file:
             found.add((file, module))
     return found

@@ -20,6 +20,7 @@ from tests.time_limits import limit_s
 
 CLIENTS_PYTHON = REPOSITORY / ".venv-clients" / "bin" / "python"
 SCRIPTS = REPOSITORY / "tests" / "serving" / "clients"
+LLAMA_INDEX_PYTHON = REPOSITORY / ".venv-llama-index" / "bin" / "python"
 NODE_CLIENTS = REPOSITORY / ".node-clients"
 OFFLINE = {
     **dict.fromkeys(
@@ -31,6 +32,10 @@ OFFLINE = {
 GREEDY = SamplingParams(temperature=0.0)
 installed = pytest.mark.skipif(
     not CLIENTS_PYTHON.exists(), reason="no clients in .venv-clients; `make test-all` installs them"
+)
+llama_index_installed = pytest.mark.skipif(
+    not LLAMA_INDEX_PYTHON.exists(),
+    reason="no LlamaIndex in .venv-llama-index; `make test-all` installs it",
 )
 node_installed = pytest.mark.skipif(
     not (NODE_CLIENTS / ".installed").exists(),

@@ -11,7 +11,16 @@ from pydantic import BaseModel, Field
 
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
-from tests.serving.client_parts import CLIENTS_PYTHON, SCRIPTS, installed, reply, run_client
+from tests.serving.client_parts import (
+    CLIENTS_PYTHON,
+    LLAMA_INDEX_PYTHON,
+    SCRIPTS,
+    greedy_text,
+    installed,
+    llama_index_installed,
+    reply,
+    run_client,
+)
 from tests.serving.hostile_requests import MODEL
 
 CLOSED_SCHEMA = {
@@ -121,6 +130,21 @@ def test_langchain__structures_answers_streams_and_agents(roomy_url: str, tmp_pa
     assert set(answers["agent"]) == {"city", "days", "guide"}
     assert answers["tokens"] > 5
     assert "use /v1/chat/completions" in answers["responses"]
+
+
+@llama_index_installed
+def test_llama_index__completes_chats_streams_and_predicts_objects(
+    roomy_url: str, roomy_model: GPT, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    command = [LLAMA_INDEX_PYTHON, SCRIPTS / "llama_index_answers.py", roomy_url, MODEL]
+    answers = json.loads(run_client(command, folder=tmp_path))
+    text = greedy_text(roomy_model, tokenizer, "the quick", max_tokens=12)
+    assert answers["text"] == answers["streamed_text"] == text
+    turns = [("System", "be brief"), ("User", "tea?")]
+    expected = reply(roomy_model, tokenizer, turns, max_tokens=100)
+    assert answers["chat"] == answers["streamed_chat"] == expected
+    for trip in (answers["predicted"], answers["as_structured"]):  # pydantic has checked them
+        assert trip["city"] in {"Vienna", "Graz"} and 1 <= trip["days"] <= 7
 
 
 @installed
