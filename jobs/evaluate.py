@@ -22,7 +22,8 @@ from ray.exceptions import RayTaskError
 from cluster.output.progress import progress, say
 from cluster.settings.data import DataConfig
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import EvaluateConfig, RunConfig, StorageConfig, seq_len
+from cluster.settings.run import RunConfig, StorageConfig, seq_len
+from cluster.settings.stages import EvaluateConfig
 from cluster.stages.stage import stage_main
 from cluster.storage.bases import find_base
 from cluster.storage.registry import find_checkpoint

@@ -4,7 +4,7 @@ and restarts."""
 import sys
 from typing import Any
 
-from cluster.settings.run import IndexConfig
+from cluster.settings.stages import IndexConfig
 from cluster.stages.stage import stage_main
 from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.run.find_run import token_uses

@@ -4,7 +4,8 @@ report."""
 import sys
 from typing import Any
 
-from cluster.settings.run import EvaluateConfig, RunConfig
+from cluster.settings.run import RunConfig
+from cluster.settings.stages import EvaluateConfig
 from cluster.stages.stage import stage_main
 from cluster.storage.uris import open_storage
 from jobs.evaluate import evaluate

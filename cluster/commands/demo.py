@@ -16,8 +16,9 @@ from cluster.endpoint.endpoint import Endpoint, deploy, stream_completion
 from cluster.local.local_cluster import cpus_per_node, free_port
 from cluster.output.progress import reports_shown, say
 from cluster.output.result_text import counted
-from cluster.settings.run import EvaluateConfig, RunConfig
+from cluster.settings.run import RunConfig
 from cluster.settings.serve import ServeConfig
+from cluster.settings.stages import EvaluateConfig
 from cluster.stages.stage import connected, run_stage
 from cluster.storage.uris import Storage
 from jobs.report.make_report import make_report

@@ -50,7 +50,7 @@ from cluster.storage.uris import Storage, open_storage
 from model.errors import UserError
 
 if TYPE_CHECKING:
-    from cluster.settings.run import IndexConfig
+    from cluster.settings.stages import IndexConfig
 
 _NEXT_TRACE = "`raymill trace find RUN TEXT`"
 
@@ -174,7 +174,7 @@ def explain(arguments: Arguments) -> Result:
 def trace_index(arguments: Arguments) -> Result:
     """Indexes the store that the command line names, or else the only one, on a cluster."""
     from cluster.local.local_cluster import cpus_per_node
-    from cluster.settings.run import IndexConfig
+    from cluster.settings.stages import IndexConfig
 
     config = arguments.config(IndexConfig, store=_store_given(arguments))
     place = config.store or config.storage.uri
@@ -330,7 +330,7 @@ def checkpoint_list(arguments: Arguments) -> Result:
 
 
 def _index_config() -> "type[IndexConfig]":
-    from cluster.settings.run import IndexConfig
+    from cluster.settings.stages import IndexConfig
 
     return IndexConfig
 

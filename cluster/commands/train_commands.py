@@ -40,8 +40,9 @@ from model.errors import UserError
 if TYPE_CHECKING:
     from cluster.commands.chaos import Fault
     from cluster.settings.plan import PlanConfig
-    from cluster.settings.run import EvaluateConfig, RunConfig
+    from cluster.settings.run import RunConfig
     from cluster.settings.serve import ServeConfig
+    from cluster.settings.stages import EvaluateConfig
     from model.shapes import Stage
 
 _FILE = Argument[Path](
@@ -84,7 +85,7 @@ def demo(arguments: Arguments) -> Result:
 
 def init(arguments: Arguments) -> Result:
     """Writes the file of settings, and never over one that is there."""
-    from cluster.settings.first_file import first_settings
+    from cluster.settings.leaves import first_settings
 
     path = arguments[_FILE]
     try:
@@ -253,7 +254,7 @@ def _shapes(title: str, stages: "Sequence[Stage]") -> str:
 
 def evaluate(arguments: Arguments) -> Result:
     from cluster.local.local_cluster import cpus_per_node
-    from cluster.settings.run import EvaluateConfig
+    from cluster.settings.stages import EvaluateConfig
     from cluster.submission.preflight import check_sources, folders_at
 
     config = arguments.config(EvaluateConfig, checkpoint=checkpoint_given(arguments))
@@ -317,7 +318,7 @@ def lend(arguments: Arguments) -> Result:
 
 
 def _evaluate_config() -> "type[EvaluateConfig]":
-    from cluster.settings.run import EvaluateConfig
+    from cluster.settings.stages import EvaluateConfig
 
     return EvaluateConfig
 

@@ -27,7 +27,8 @@ import psutil
 from cluster.local.jobs_api import ClusterError, JobsApi, Token
 from cluster.output.progress import doing, say
 from cluster.output.result_text import counted, printable
-from cluster.settings.run import EvaluateConfig, IndexConfig, RunConfig
+from cluster.settings.run import RunConfig
+from cluster.settings.stages import EvaluateConfig, IndexConfig
 from cluster.storage.process_identity import die_with_parent, kill, with_descendants
 from model.errors import UserError
 

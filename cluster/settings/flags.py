@@ -15,9 +15,10 @@ from cluster.settings.amounts import expectation
 from cluster.settings.data import TOKENS, DataConfig, TextConfig
 from cluster.settings.leaves import FIRST_TO_CHANGE, Leaf, branches, leaves
 from cluster.settings.parser import ConfigError, newcomers_word, suggestion
-from cluster.settings.run import EvaluateConfig, RunConfig, StorageConfig
+from cluster.settings.run import RunConfig, StorageConfig
 from cluster.settings.serve import HttpConfig, ServeConfig
 from cluster.settings.setting import Settings
+from cluster.settings.stages import EvaluateConfig
 from cluster.storage.references import checkpoint_uri
 from cluster.storage.uris import absolute_uri
 from model.config import PRESETS

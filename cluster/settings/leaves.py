@@ -1,13 +1,15 @@
 """The settings of a tree as a list: the path, the type, the help, the choices and the default of
-each."""
+each; and a file of those that are changed first."""
 
 import dataclasses
+import json
+import textwrap
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from cluster.settings.run import CONFIG, CONFIG_HELP
+from cluster.settings.run import CONFIG, CONFIG_HELP, RunConfig
 from model.config import PRESETS, GPTConfig, Shape
 
 FIRST_TO_CHANGE = (
@@ -21,6 +23,15 @@ FIRST_TO_CHANGE = (
     "storage.uri",
 )
 """The settings of a run that a newcomer changes first, which `raymill init` writes."""
+
+_VALUES: dict[str, Any] = {"model.preset": "small-10m", "train.max_tokens": 20_000_000}
+"""The values that are not the setting's default, as in the README's example: a model that needs no
+GPU."""
+
+_HEAD = """\
+# The settings of a run that are changed first. `raymill pretrain --help` lists all of them.
+"""
+_WIDTH = 100
 
 
 class Leaf(NamedTuple):
@@ -76,6 +87,19 @@ def branches(root: type[BaseModel]) -> dict[str, str]:
     return result
 
 
+def first_settings() -> str:
+    """Returns the settings as YAML, each below the line of its help."""
+    by_path = {leaf.path: leaf for leaf in leaves(RunConfig)}
+    text, section = _HEAD, ""
+    for path in FIRST_TO_CHANGE:
+        branch, name = path.split(".")
+        if branch != section:
+            text += f"\n{branch}:\n"
+            section = branch
+        text += _commented(name, by_path[path])
+    return text
+
+
 def _of_the_model(prefix: str) -> list[Leaf]:
     names = tuple(PRESETS)
     about = f"shape by name, one of {', '.join(names)}; seed and seed-96 have one head, ReLU, and 12 or 96 layers"
@@ -111,3 +135,10 @@ def _choices(kind: Any) -> tuple[str, ...]:
     for part in get_args(kind):
         names += _choices(part)
     return names
+
+
+def _commented(name: str, leaf: Leaf) -> str:
+    lines = textwrap.wrap(leaf.help, _WIDTH, break_long_words=False, break_on_hyphens=False)
+    comment = "\n".join(f"  # {line}" for line in lines)
+    value = json.dumps(_VALUES.get(leaf.path, leaf.default))  # which YAML reads as well
+    return f"{comment}\n  {name}: {value}\n"

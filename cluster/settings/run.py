@@ -1,5 +1,5 @@
-"""The typed settings: `RunConfig` for a run, `EvaluateConfig` for an evaluation, `IndexConfig` for a
-trace index (`ServeConfig` is in `serve`).
+"""The typed settings of a run, `RunConfig` (`ServeConfig` is in `serve`, those of an evaluation and of a
+trace index are in `stages`).
 
 Each is a key of the YAML file and a flag (`--train.learning-rate 1e-3`), declared once
 (setting.py): `data` and `train` have those that shape tokens and weights. The trees are frozen and
@@ -26,7 +26,7 @@ from pydantic.functional_validators import WrapValidator, model_validator
 
 from cluster.settings import recipe
 from cluster.settings.batch_schedule import BatchSchedule
-from cluster.settings.data import DataConfig, TextConfig
+from cluster.settings.data import DataConfig
 from cluster.settings.setting import Settings, setting
 from cluster.settings.shard import WHOLE, Shard, divided_by
 from cluster.settings.train import Compute, TrainConfig
@@ -412,46 +412,6 @@ def cooldown_tokens(config: RunConfig) -> int | None:
     if train.schedule == "cosine":
         return None
     return train.cooldown_tokens or (train.decay_tokens or train.max_tokens) // 5
-
-
-class EvaluateConfig(Settings):
-    """The settings of an evaluation. The model's shape and its tokenizer come from the
-    checkpoint."""
-
-    checkpoint: str = setting(
-        "latest", "path or URI of a checkpoint's or run's folder, or `latest`: newest published"
-    )
-    data: TextConfig = TextConfig()
-    """The text to evaluate on; the validation split that the checkpoint was trained with when
-    unset."""
-    max_tokens: PositiveInt = setting(10_000_000, "tokens to evaluate on, from the front")
-    batch_size: PositiveInt = setting(8, "sequences computed together")
-    seq_len: PositiveInt | None = setting(
-        None, "tokens per sequence; as the run trained, or n_positions, when unset"
-    )
-    precision: Literal["auto", Precision] = setting(
-        "auto",
-        "compute precision, bf16 is autocast; auto: as the run trained, or else fp32",
-    )
-    num_workers: PositiveInt = setting(
-        2, "batches computed at once; the result does not depend on it"
-    )
-    threads_per_worker: PositiveInt = setting(1, "compute threads, and logical CPUs, of a worker")
-    cluster: ClusterConfig = ClusterConfig()
-    storage: StorageConfig = StorageConfig()
-
-
-class IndexConfig(Settings):
-    """The settings of a trace index."""
-
-    store: str | None = setting(
-        None, "folder, manifest or key of a token store; the only one in the storage when unset"
-    )
-    num_workers: PositiveInt = setting(
-        2, "tasks at once for which a local cluster has room; the bytes do not depend on it"
-    )
-    cluster: ClusterConfig = ClusterConfig()
-    storage: StorageConfig = StorageConfig()
 
 
 def to_yaml(config: Settings) -> str:

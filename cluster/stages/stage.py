@@ -29,14 +29,9 @@ from cluster.output.result_text import printable
 from cluster.settings.code_folders import snapshot_code
 from cluster.settings.flags import read_config, settled
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import (
-    ClusterConfig,
-    EvaluateConfig,
-    IndexConfig,
-    RunConfig,
-    write_config,
-)
+from cluster.settings.run import ClusterConfig, RunConfig, write_config
 from cluster.settings.serve import ServeConfig
+from cluster.settings.stages import EvaluateConfig, IndexConfig
 from cluster.stages.run_mirrored import entrypoint
 from cluster.stages.stage_module import (
     ERROR_MARK,

@@ -13,7 +13,8 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.settings.data import TextConfig
-from cluster.settings.run import EvaluateConfig, RunConfig, to_yaml
+from cluster.settings.run import RunConfig, to_yaml
+from cluster.settings.stages import EvaluateConfig
 from cluster.storage.uris import split_uri
 from jobs.evaluate import evaluate
 from jobs.export import export

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import EvaluateConfig
+from cluster.settings.stages import EvaluateConfig
 from cluster.storage.registry import publish
 from cluster.storage.uris import open_storage
 from jobs.evaluate import evaluate, perplexity, storage_of

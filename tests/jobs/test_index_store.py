@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from cluster.local.local_cluster import LocalCluster
-from cluster.settings.run import IndexConfig, write_config
+from cluster.settings.run import write_config
+from cluster.settings.stages import IndexConfig
 from cluster.stages.stage_module import parse_result
 from cluster.storage.uris import open_storage
 from jobs.corpus.ray_data_tasks import run_tasks

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from cluster.settings.run import EvaluateConfig, RunConfig, run_storage
+from cluster.settings.run import RunConfig, run_storage
+from cluster.settings.stages import EvaluateConfig
 from cluster.storage.uris import Entry, glob_uris
 from jobs import pretrain as stage
 from jobs.corpus import listing

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
-from cluster.settings.run import EvaluateConfig, RunConfig
+from cluster.settings.run import RunConfig
 from cluster.settings.serve import ServeConfig
+from cluster.settings.stages import EvaluateConfig
 from tests.k8s.manifests import (
     CLUSTER_KINDS,
     GPU,

@@ -11,9 +11,10 @@ from pydantic.fields import FieldInfo
 
 from cluster.settings.leaves import Leaf, branches, leaves
 from cluster.settings.plan import PlanConfig
-from cluster.settings.run import EvaluateConfig, IndexConfig, RunConfig
+from cluster.settings.run import RunConfig
 from cluster.settings.serve import ServeConfig
 from cluster.settings.setting import Settings, Shapes
+from cluster.settings.stages import EvaluateConfig, IndexConfig
 from model.architecture import ARCHITECTURES
 from model.config import PRESETS, GPTConfig, Shape, num_parameters, preset_fields
 from model.hardware.gpus import GPUS

@@ -17,9 +17,10 @@ from cluster.settings.flags import (
 from cluster.settings.leaves import leaves
 from cluster.settings.parser import ConfigError, Parser
 from cluster.settings.plan import PlanConfig
-from cluster.settings.run import EvaluateConfig, RunConfig
+from cluster.settings.run import RunConfig
 from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, ServeConfig
 from cluster.settings.setting import Settings
+from cluster.settings.stages import EvaluateConfig
 from model.config import GPTConfig, Shape
 from model.hardware.gpus import GPUS
 

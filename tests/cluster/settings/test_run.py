@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from cluster.settings.flags import read_config, validate_config
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import (
-    EvaluateConfig,
     RunConfig,
     ScalingConfig,
     batch_schedule,
@@ -24,6 +23,7 @@ from cluster.settings.run import (
     write_config,
 )
 from cluster.settings.serve import ServeConfig
+from cluster.settings.stages import EvaluateConfig
 from model.config import GPTConfig
 from tests.foreign_models import small
 from tests.repository import REPOSITORY

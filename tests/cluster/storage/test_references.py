@@ -7,7 +7,8 @@ import pytest
 
 from cluster.cli import main
 from cluster.settings.flags import settled, validate_config
-from cluster.settings.run import EvaluateConfig, RunConfig
+from cluster.settings.run import RunConfig
+from cluster.settings.stages import EvaluateConfig
 from cluster.storage.references import checkpoint_uri
 from cluster.storage.registry import named_checkpoint, publications
 from cluster.storage.uris import open_storage

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster.settings.flags import settled
-from cluster.settings.run import EvaluateConfig, StorageConfig
+from cluster.settings.run import StorageConfig
+from cluster.settings.stages import EvaluateConfig
 from cluster.storage.registry import find_checkpoint, publish
 from cluster.storage.uris import open_storage
 from jobs.evaluate import evaluate

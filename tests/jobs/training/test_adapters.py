@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from cluster.settings.parser import ConfigError
 from cluster.settings.plan import PlanConfig
-from cluster.settings.run import EvaluateConfig, RunConfig, to_yaml
+from cluster.settings.run import RunConfig, to_yaml
+from cluster.settings.stages import EvaluateConfig
 from cluster.storage.bases import find_base
 from jobs.evaluate import evaluate
 from jobs.export import export

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import EvaluateConfig, RunConfig, to_yaml
+from cluster.settings.run import RunConfig, to_yaml
+from cluster.settings.stages import EvaluateConfig
 from jobs.evaluate import evaluate
 from jobs.export import export
 from jobs.pretrain import _shape_for
