@@ -13,6 +13,7 @@ from tests.time_limits import limit_s
 OF_AN_EXTRA = {
     "cluster/kube/client.py": {"kubernetes", "urllib3"},
     "serving/engine/vllm_engine.py": {"vllm"},  # in an environment of its own
+    "serving/engine/vllm_grammars.py": {"vllm"},
     "serving/engine/vllm_weights.py": {"vllm"},
 }
 

@@ -278,8 +278,6 @@ async def require_grammar(grammar: Grammar, version: LoadedVersion, *, field: st
     """Raises `ApiError` for the field of a request: 400 for what no answer can follow, 429 if too
     many others are being looked at."""
     version.model.require_tokenizer()
-    if not version.engine.facts.follows_grammars:
-        raise error_of("grammar_by_backend", param=field)
     try:
         await version.grammars.require(grammar)
     except GrammarsBusyError:

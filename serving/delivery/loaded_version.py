@@ -47,7 +47,7 @@ class LoadedVersion:
         self.engine = engine
         # For sequences to name; 0 if the engine was started with this version
         self.weights = weights
-        self.grammars = GrammarCheck(folder)
+        self.grammars = GrammarCheck(folder, python=engine.python)
         self.xray = Xray(folder, name=model.name, dtype=engine.facts.dtype)
         self.health = HealthCheck(engine, prompt_ids=[0, 0, 0], weights=weights)
         self.trace: Trace | None = None

@@ -37,6 +37,12 @@ class GrammarRows:
     def cancel(self, seq_id: int) -> None:
         self._waiting.pop(seq_id, None)
 
+    def take_back(self) -> list[SequenceRequest]:
+        """Removes and returns the sequences that wait."""
+        requests = [request for request, _ in self._waiting.values()]
+        self._waiting.clear()
+        return requests
+
     def wait(self) -> None:
         """Waits a moment for a grammar that is being compiled."""
         futures = [future for _, future in self._waiting.values()]

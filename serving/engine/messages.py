@@ -76,7 +76,6 @@ class EngineFacts(NamedTuple):
     max_num_seqs: int  # sequences that are decoded together
     tokens_per_step: int  # of prompts, that a step may read
     embeds: bool = False  # it computes embeddings
-    follows_grammars: bool = False
     least_tokens: int = 0  # for which a sequence needs room in the context, also if it draws none
 
 

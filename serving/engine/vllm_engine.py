@@ -9,6 +9,7 @@ vLLM decides how long a sequence waits for room in the cache, and may put a runn
 
 import dataclasses
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from cluster.settings.parser import suggestion
 from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, EngineConfig
 from model.errors import UserError
 from model.files.hf_config import linear_layer_names, read_shape
+from serving.engine.grammar_rows import GrammarRows
 from serving.engine.kv_cache_size import served_context
 from serving.engine.messages import (
     Admission,
@@ -39,6 +41,9 @@ from serving.engine.vllm_sizes import (
     sampling_arguments,
 )
 from serving.engine.vllm_weights import clear_cache, replace_weights, stored_shapes, weights_alone
+from serving.structured.grammar_cache import GrammarCache
+from serving.structured.token_mask import TokenMask
+from serving.structured.vocabulary import vocabulary_of
 
 # This process already belongs to the engine
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -60,6 +65,8 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
+
+from serving.engine.vllm_grammars import FollowedGrammar, follow, prepare
 
 LEAST_TOKENS = 1  # vLLM has no sequence that only reads; see `_events`
 
@@ -87,6 +94,8 @@ class VllmEngine:
         self._has_nan_blocks = False  # in vLLM's cache, since the latest step
         self._starts = Starts()
         self._adapters: dict[int, LoRARequest] = {}  # by the number that sequences name
+        self._grammars = _grammars_of(checkpoint)
+        self._followed: dict[int, FollowedGrammar] = {}  # by sequence that vLLM has
         # Prompt tokens of the sequences that the latest step started
         self._looked_up = self._found = 0
         self._plans: list[Any] = []  # what vLLM's scheduler has decided in the latest step
@@ -105,6 +114,7 @@ class VllmEngine:
         self._scheduler = core.engine_core.scheduler
         core.get_output = partial(self._noticing_nan, core.get_output)
         self._scheduler.schedule = partial(self._noticing_plans, self._scheduler.schedule)
+        self._vocab_size = prepare(self._scheduler, settings)
         sizes = settings.scheduler_config
         self.facts = EngineFacts(
             config.dtype,
@@ -121,32 +131,49 @@ class VllmEngine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests or self._refused)
+        return bool(self._requests or self._refused or self._grammars)
 
     def submit(self, request: SequenceRequest) -> None:
-        """Adds a sequence. What vLLM refuses in it, by bounds of its own, ends it alone, in the
-        next step."""
+        """Adds a sequence, once its grammar is compiled if it has one. What vLLM refuses in it, by
+        bounds of its own, ends it alone, in the next step."""
+        if request.grammar is None:
+            self._add(request, None)
+        else:
+            self._grammars.hold(request)
+
+    def _add(self, request: SequenceRequest, compiled: Any) -> None:
         prompt: Any = {"prompt_token_ids": request.prompt_ids}
         if request.cache_scope:
             prompt["cache_salt"] = request.cache_scope
         adapter = self._adapters.get(request.weights)
         try:
-            self._engine.add_request(
+            vllm_id = self._engine.add_request(
                 str(request.seq_id), prompt, self._params(request), lora_request=adapter
             )
         except (ValueError, VLLMClientError) as error:
             _log.error("vLLM refuses a sequence: %s", error)
             self._refused.add(request.seq_id)
-        else:
-            self._requests[request.seq_id] = request
+            return
+        self._requests[request.seq_id] = request
+        if compiled is not None:
+            stop_ids = self._stop_ids(request)
+            mask = TokenMask(compiled, stop_ids=stop_ids, vocab_size=self._vocab_size)
+            self._followed[request.seq_id] = FollowedGrammar(mask)
+            follow(self._scheduler, vllm_id, self._followed[request.seq_id])
 
     def cancel(self, seq_id: int) -> None:
         """Ends a sequence. It is no error if the sequence has finished meanwhile."""
         self._refused.discard(seq_id)
-        if self._requests.pop(seq_id, None) is not None:
-            self._started.discard(seq_id)
-            self._starts.forget(seq_id)
+        self._grammars.cancel(seq_id)
+        if seq_id in self._requests:
+            self._forget(seq_id)
             self._engine.abort_request([str(seq_id)])
+
+    def _forget(self, seq_id: int) -> None:
+        del self._requests[seq_id]
+        self._started.discard(seq_id)
+        self._starts.forget(seq_id)
+        self._followed.pop(seq_id, None)
 
     def step(self, on_admission: Callable[[Admission], None] | None = None) -> StepReport:
         """Runs a step. Calls `on_admission` with the sequences that it starts before it
@@ -156,8 +183,9 @@ class VllmEngine:
         self._looked_up = self._found = 0
         if self._has_nan_blocks:
             self._forget_all_blocks()
+        events = self._take_ready()
         outputs = self._engine.step() if self._requests else []
-        events = [
+        events += [
             TokenEvent(seq_id, None, FinishReason.ERROR, None, None)
             for seq_id in sorted(self._refused)
         ]
@@ -174,7 +202,7 @@ class VllmEngine:
         return StepReport(
             events,
             num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
+            num_waiting=len(self._scheduler.waiting) + len(self._grammars),
             kv_cache_usage=round(self._scheduler.kv_cache_manager.usage, 4),
             num_prompt_tokens=num_prompt_tokens,
             num_tokens=sum(plan.total_num_scheduled_tokens for plan in self._plans),
@@ -182,6 +210,19 @@ class VllmEngine:
             num_found=self._found,
             step_s=round(time.perf_counter() - began_s, 6),
         )
+
+    def _take_ready(self) -> list[TokenEvent]:
+        """Hands vLLM the sequences whose grammar is compiled. Returns the ends of those whose
+        grammar cannot be."""
+        if self._grammars and not self._requests:
+            self._grammars.wait()
+        events = []
+        for request, compiled in self._grammars.take_ready():
+            if compiled is None:
+                events.append(TokenEvent(request.seq_id, None, FinishReason.GRAMMAR, None, None))
+            else:
+                self._add(request, compiled)
+        return events
 
     def take_back(self) -> list[SequenceRequest]:
         """Returns the sequences that vLLM has not started, and forgets them."""
@@ -193,7 +234,7 @@ class VllmEngine:
         ]
         for request in unstarted:
             self.cancel(request.seq_id)
-        return unstarted
+        return unstarted + self._grammars.take_back()
 
     def replace_weights(self, checkpoint: Path) -> None:
         """Replaces the weights in place, and forgets all that was computed with those before.
@@ -211,6 +252,7 @@ class VllmEngine:
         self._engine.collective_rpc(replace_weights, args=(str(checkpoint),))
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM holds blocks of the old weights")
+        self._grammars = _grammars_of(checkpoint)
 
     def _noticing_nan(self, get_output: Callable[[], Any]) -> Any:
         """Wraps the inner half of vLLM's step, whose outer half forgets how many logits were
@@ -247,13 +289,16 @@ class VllmEngine:
             return
         self._engine.collective_rpc(clear_cache)
 
-    def _params(self, request: SequenceRequest) -> Any:
+    def _stop_ids(self, request: SequenceRequest) -> list[int]:
         of_text = [] if request.ignore_eos or self._eos_id is None else [self._eos_id]
+        return [*request.stop_token_ids, *of_text]
+
+    def _params(self, request: SequenceRequest) -> Any:
         return vllm.SamplingParams(
             **sampling_arguments(request.sampling),
             max_tokens=max(request.max_tokens, LEAST_TOKENS),
             ignore_eos=request.ignore_eos,
-            stop_token_ids=[*request.stop_token_ids, *of_text],
+            stop_token_ids=self._stop_ids(request),
             min_tokens=request.min_tokens,
             logprobs=request.num_logprobs,
             prompt_logprobs=request.num_prompt_logprobs,
@@ -272,6 +317,10 @@ class VllmEngine:
         reason = {None: None, "stop": FinishReason.STOP, "length": FinishReason.LENGTH}.get(
             choice.finish_reason, FinishReason.ERROR
         )
+        followed = self._followed.get(request.seq_id)
+        if reason is FinishReason.ERROR and followed is not None and not followed.has_token:
+            self._forget(request.seq_id)
+            return [TokenEvent(request.seq_id, None, FinishReason.GRAMMAR, None, None)]
         of_prompt = None
         if request.num_prompt_logprobs is not None and output.prompt_logprobs:
             of_prompt = [
@@ -295,10 +344,12 @@ class VllmEngine:
         if reason is FinishReason.ERROR and not choice.token_ids:
             events.append(TokenEvent(request.seq_id, None, reason, None, None))
         if events and events[-1].finish_reason is not None:
-            self._requests.pop(request.seq_id)
-            self._started.discard(request.seq_id)
-            self._starts.forget(request.seq_id)
+            self._forget(request.seq_id)
         return events
+
+
+def _grammars_of(checkpoint: Path) -> GrammarRows:
+    return GrammarRows(GrammarCache(partial(vocabulary_of, checkpoint)))
 
 
 def _seq_id(name: str) -> int:
@@ -311,7 +362,7 @@ def _candidates(entries: dict[int, Any], token_id: int, num_top: int) -> Candida
     ranked = sorted(
         (entry.rank, other, entry.logprob)
         for other, entry in entries.items()
-        if entry.rank <= num_top
+        if entry.rank <= num_top and entry.logprob > -math.inf  # a grammar allows no other
     )
     entry = entries[token_id]
     return Candidates(entry.logprob, [(other, logprob) for _, other, logprob in ranked], entry.rank)

@@ -126,7 +126,10 @@ class EngineClient:
     facts: EngineFacts
     queue: SequenceQueue
 
-    def __init__(self, child: Child, *, max_adapters: int = 0) -> None:
+    def __init__(
+        self, child: Child, *, python: str = sys.executable, max_adapters: int = 0
+    ) -> None:
+        self.python = python  # which runs it
         self.max_adapters = max_adapters
         self._process, self._reader, self._writer = child
         self._seq_ids = itertools.count()
@@ -152,11 +155,9 @@ class EngineClient:
     ) -> "EngineClient":
         """Starts the process, and returns once the weights are loaded. Raises `UserError` for an
         unusable checkpoint."""
-        python = (
-            (config.vllm_python or os.environ.get(VLLM_PYTHON_VARIABLE))
-            if config.runs_vllm
-            else None
-        )
+        python = sys.executable
+        if config.runs_vllm:
+            python = config.vllm_python or os.environ.get(VLLM_PYTHON_VARIABLE) or python
         line, their_line = socket.socketpair()
         fds = [their_line.fileno()]
         arguments = {
@@ -171,9 +172,9 @@ class EngineClient:
                 arguments,
                 private={"config": config.model_dump()},  # `vllm_args` may hold tokens
                 pass_fds=fds,
-                python=python or sys.executable,
+                python=python,
             )
-        client = cls(child, max_adapters=config.max_adapters or 0)
+        client = cls(child, python=python, max_adapters=config.max_adapters or 0)
         messages = client._messages()
         first = await anext(messages, None)
         if first is None or "error" in first:

@@ -21,7 +21,6 @@ from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, EngineConfi
 from model.config import num_parameters
 from model.errors import UserError
 from model.files.checkpoint import load_model
-from model.files.stored_tokenizer import load_tokenizer
 from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
 from serving.engine.block_pool import BlockPool, num_blocks_for
@@ -43,8 +42,9 @@ from serving.engine_process.machine_memory import memory
 from serving.engine_process.peer_watchdog import watch_peer
 from serving.engine_process.weight_turns import WeightTurns
 from serving.protocol.json_log import Process, log_in, log_uncaught, logs_json
+from serving.structured.grammar import ANY_JSON_OBJECT, Grammar, GrammarKind
 from serving.structured.grammar_cache import GrammarCache
-from serving.structured.vocabulary import Vocabulary
+from serving.structured.vocabulary import vocabulary_of
 
 if TYPE_CHECKING:
     from serving.engine.vllm_engine import VllmEngine  # usually in another environment
@@ -156,19 +156,17 @@ def _load_engine(
                 "environment in engine.vllm_python"
             ) from None
         vllm_engine = VllmEngine(checkpoint, config, eos_id=eos_id)
-        warm_up(vllm_engine)
+        warm_up(vllm_engine, has_grammars=eos_id is not None)
         return WeightTurns(vllm_engine, checkpoint), vllm_engine.facts
     config = with_dtype(config, checkpoint)
     # The replica got the folder from `resolve_checkpoint`, which verified it.
     model = load_model(checkpoint, dtype=LOADED_IN[config.dtype], verify=False)
-    grammars = None if eos_id is None else GrammarCache(partial(_vocabulary, checkpoint))
+    grammars = None if eos_id is None else GrammarCache(partial(vocabulary_of, checkpoint))
     engine = build_engine(model, config, eos_id=eos_id, threads=threads, grammars=grammars)
-    sizes = _sizes(config)
-    follows = grammars is not None
-    return engine, EngineFacts(config.dtype, *sizes, embeds=True, follows_grammars=follows)
+    return engine, EngineFacts(config.dtype, *_sizes(config), embeds=True)
 
 
-def warm_up(engine: "Engine | WeightTurns | VllmEngine") -> None:
+def warm_up(engine: "Engine | WeightTurns | VllmEngine", *, has_grammars: bool = False) -> None:
     """Runs a sequence of each kind, so that what is compiled at its first use is compiled before
     this engine takes requests: a health check would end an engine whose step takes that long."""
     drawn = SamplingParams(
@@ -189,6 +187,9 @@ def warm_up(engine: "Engine | WeightTurns | VllmEngine") -> None:
                 num_prompt_logprobs=num_logprobs,
             )
             engine.submit(request)
+    if has_grammars:
+        any_object = Grammar(GrammarKind.JSON_SCHEMA, ANY_JSON_OBJECT)
+        engine.submit(SequenceRequest(_WARM_UP_ID - 1, [0, 0, 0], 2, drawn, grammar=any_object))
     while engine.has_work:
         engine.step()
 
@@ -197,12 +198,6 @@ def _sizes(config: EngineConfig) -> tuple[int, int]:
     """Returns the number of sequences that are decoded together, and of prompt tokens that a step
     reads."""
     return config.max_num_seqs or CPU_NUM_SEQS, config.prefill_tokens_per_step or CPU_PREFILL_TOKENS
-
-
-def _vocabulary(checkpoint: Path) -> Vocabulary:
-    tokenizer = load_tokenizer(checkpoint)
-    assert tokenizer is not None, "the replica has read it too"
-    return Vocabulary(tokenizer)
 
 
 def build_engine(

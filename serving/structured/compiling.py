@@ -3,6 +3,8 @@ cannot."""
 
 import json
 from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 from serving.structured.grammar import Grammar, GrammarError, GrammarKind
@@ -44,7 +46,7 @@ def _source(grammar: Grammar) -> str:
     matcher = library().LLMatcher
     match grammar.kind:
         case GrammarKind.JSON_SCHEMA:
-            overrides = {"whitespace_pattern": _BLANKS, "lenient": grammar.lenient}
+            overrides = {**_blanks(), "lenient": grammar.lenient}
             source = matcher.grammar_from_json_schema(grammar.text, overrides=overrides)
         case GrammarKind.REGEX:
             source = matcher.grammar_from_regex(grammar.text)
@@ -56,6 +58,20 @@ def _source(grammar: Grammar) -> str:
             except ValueError as error:
                 raise GrammarError(str(error)) from None
     return str(source)
+
+
+@cache
+def _blanks() -> dict[str, Any]:
+    """Returns where JSON may have blanks. Releases before 1.9, one of which vLLM 0.32 requires,
+    repeat a pattern without bound: they get blanks at commas and colons, and none at brackets."""
+    major, minor, *_ = version("llguidance").split(".")
+    if (int(major), int(minor)) >= (1, 9):
+        return {"whitespace_pattern": _BLANKS}
+    return {
+        "whitespace_flexible": False,
+        "item_separator": f"{_BLANKS}?,{_BLANKS}?",
+        "key_separator": f"{_BLANKS}?:{_BLANKS}?",
+    }
 
 
 def _told(error: str) -> str:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
-from model.files.stored_tokenizer import load_tokenizer
 from serving.structured.compiling import compiled
 from serving.structured.grammar import Grammar, GrammarError, GrammarKind
 from serving.structured.token_mask import TokenMask
-from serving.structured.vocabulary import Vocabulary
+from serving.structured.vocabulary import Vocabulary, vocabulary_of
 
 
 def allow(cpu_s: float) -> None:
@@ -55,9 +54,7 @@ def main() -> int:
 
     allow(args["load_cpu_s"])
     try:
-        tokenizer = load_tokenizer(Path(args["folder"]))
-        assert tokenizer is not None, "the replica asks for none without a tokenizer"
-        vocabulary = Vocabulary(tokenizer)
+        vocabulary = vocabulary_of(Path(args["folder"]))
     except (UserError, GrammarError) as error:
         send({"error": str(error)})
         return 1

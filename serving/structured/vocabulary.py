@@ -2,9 +2,11 @@
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+from model.files.stored_tokenizer import load_tokenizer
 from model.text.places import Place
 from model.text.token_bytes import TokenizerError
 from model.text.tokenizer import Tokenizer
@@ -48,6 +50,14 @@ class _Words:
         if b"".join(self.tokens[token_id] for token_id in ids) == text.encode():
             return ids
         return list(self.tree.greedy_tokenize(text))  # its normalizer changes the text
+
+
+def vocabulary_of(folder: Path) -> Vocabulary:
+    """Returns that of a checkpoint with a tokenizer. Raises `UserError`, and `GrammarError` as
+    `Vocabulary`."""
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer is not None, "the replica has read it too"
+    return Vocabulary(tokenizer)
 
 
 def library() -> Any:

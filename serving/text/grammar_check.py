@@ -1,6 +1,7 @@
 """Asks a bounded process whether an answer can follow a grammar, before an engine gets it."""
 
 import asyncio
+import sys
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,8 +35,12 @@ class GrammarCheck:
     """The grammars of one version's clients. Its process starts with the first one, takes one at a
     time, and is replaced after one that exceeds its bounds. What it says is kept."""
 
-    def __init__(self, folder: Path, bounds: GrammarBounds | None = None) -> None:
+    def __init__(
+        self, folder: Path, bounds: GrammarBounds | None = None, *, python: str = sys.executable
+    ) -> None:
+        """`python` is the engine's, whose `llguidance` may be another release than ours."""
         self._folder, self._bounds = folder, bounds or GrammarBounds()
+        self._python = python
         self._child: Child | None = None  # it ends when its socket closes
         self._turn = asyncio.Lock()
         self._num_waiting = 0
@@ -112,7 +117,7 @@ class GrammarCheck:
             name: value for name, value in asdict(self._bounds).items() if name != "max_waiting"
         }
         arguments = {"folder": str(self._folder.absolute()), "threads": 1, **bounds}
-        child = await start_child(MODULE, arguments)
+        child = await start_child(MODULE, arguments, python=self._python)
         try:
             first = await self._answer(child, cpu_s=self._bounds.load_cpu_s)
         except BaseException as error:

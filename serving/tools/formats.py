@@ -7,7 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_WHITESPACE = {"whitespace_pattern": r"( )?"}
+_WHITESPACE = {
+    "whitespace_flexible": False,
+    "item_separator": " ?, ?",
+    "key_separator": " ?: ?",
+}
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 

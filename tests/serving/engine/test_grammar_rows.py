@@ -13,12 +13,14 @@ from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
 from serving.engine.engine import Engine
+from serving.engine.grammar_rows import GrammarRows
 from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent
 from serving.engine_process.run_engine import build_engine
 from serving.structured.grammar import Grammar, GrammarKind
 from serving.structured.grammar_cache import GrammarCache
 from serving.structured.vocabulary import Vocabulary
 from tests.serving.structured.schema_cases import ENFORCED
+from tests.waiting import wait_until
 
 NUM_CASES = 24
 BIASED = 8.0  # of the tokens that close a text, so that a random model comes to an end
@@ -149,3 +151,26 @@ def test_max_tokens_may_cut_an_answer_and_a_stop_token_ends_one(
     assert tokenizer.decode([i for i in ids[:-1] if i is not None]) == "aaa"
     assert ids[-1] in (stop, tokenizer.eot_id)
     assert events[2][-1].finish_reason is FinishReason.STOP
+
+
+def test_sequences_that_wait_for_their_grammars_can_be_taken_back_and_held_again(
+    tokenizer: Tokenizer,
+) -> None:
+    rows = GrammarRows(GrammarCache(lambda: Vocabulary(tokenizer)))
+    good, bad = Grammar(GrammarKind.REGEX, "a"), Grammar(GrammarKind.REGEX, "(a")
+    for seq_id in range(3):
+        rows.hold(asked(seq_id, good, tokenizer))
+    rows.cancel(1)
+    assert [request.seq_id for request in rows.take_back()] == [0, 2]
+    assert not rows and rows.take_ready() == []
+    rows.hold(asked(2, good, tokenizer))
+    rows.hold(asked(3, bad, tokenizer))
+    ready: dict[int, Any] = {}
+
+    def all_are_ready() -> bool:
+        for request, compiled in rows.take_ready():
+            ready[request.seq_id] = compiled
+        return len(ready) == 2
+
+    wait_until(all_are_ready)
+    assert ready[2] is not None and ready[3] is None
