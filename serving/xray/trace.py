@@ -19,10 +19,10 @@ from cluster.settings.serve import ServeConfig
 from cluster.storage.registry import metadata_of, named_checkpoint
 from model.errors import UserError
 from model.files.checkpoint_folder import Metadata
-from serving.engine_process.child_process import Child, kill_child, start_child
 from serving.protocol.errors import ApiError, error_of, overloaded
 from serving.protocol.protocol import Request
 from serving.protocol.served_model import ServedModel
+from serving.xray.asked_process import AskedProcess
 
 MODULE = "jobs.trace.run_traces"
 MAX_TEXT_CHARS = 65_536
@@ -31,7 +31,6 @@ MAX_DOCUMENTS = 50
 MAX_CONTEXT_TOKENS = 512
 MAX_WAITING = 8  # requests, beside the one that is answered
 TIMEOUT_S = 30.0
-IDLE_S = 300.0
 LIMITS = {"max_tokens": 8192, "max_listed": 500, "max_steps": 64}
 """How much an answer may take: tokens of a text, places that are listed with their documents in all
 its spans together, and steps that are listed of a place."""
@@ -116,12 +115,9 @@ class Trace:
     """One version's process. It answers one request at a time, and some wait."""
 
     def __init__(self, traced: Traced) -> None:
-        self._traced = traced
+        self._process = AskedProcess(MODULE, traced.arguments())
         self._turn = asyncio.Lock()
         self._num_waiting = 0
-        # It ends when its socket closes, and so when the replica dies
-        self._child: Child | None = None
-        self._idle: asyncio.TimerHandle | None = None
 
     async def check(self) -> None:
         """Raises `ApiError` where there are no answers."""
@@ -145,7 +141,7 @@ class Trace:
         self._num_waiting += 1
         try:
             async with asyncio.timeout(TIMEOUT_S), self._turn:
-                status, body = await self._ask(question)
+                status, body = await self._process.ask(question)
         except TimeoutError:
             raise error_of("trace_unavailable", problem=f"it took over {TIMEOUT_S:.0f} s") from None
         except (ConnectionError, asyncio.IncompleteReadError):
@@ -163,27 +159,5 @@ class Trace:
             case _:
                 raise error_of("trace_unavailable", problem=problem["message"])
 
-    async def _ask(self, question: bytes) -> tuple[int, bytes]:
-        if self._idle is not None:
-            self._idle.cancel()
-        child, self._child = self._child, None
-        if child is None:
-            child = await start_child(MODULE, self._traced.arguments())
-        _, reader, writer = child
-        try:
-            writer.write(question + b"\n")
-            status, _, body = (await reader.readuntil()).partition(b" ")
-        except BaseException:
-            # The rest of a half-read answer must not become the answer to the next request.
-            kill_child(child)
-            raise
-        self._child = child
-        self._idle = asyncio.get_running_loop().call_later(IDLE_S, self.close)
-        return int(status), body.rstrip()
-
     def close(self) -> None:
-        if self._idle is not None:
-            self._idle.cancel()
-        if self._child is not None:
-            kill_child(self._child)
-            self._child = None
+        self._process.close()

@@ -20,19 +20,18 @@ from pydantic import Field, PlainValidator
 from model.config import num_parameters
 from model.files.checkpoint_folder import MANIFEST, read_metadata
 from model.files.hf_config import shape_from_hf
-from serving.engine_process.child_process import Child, kill_child, start_child
 from serving.engine_process.machine_memory import memory
 from serving.protocol.errors import error_of, overloaded
 from serving.protocol.protocol import Temperature, TopP
 from serving.protocol.request import Request
 from serving.protocol.served_model import version_of_weights
+from serving.xray.asked_process import AskedProcess
 
 MAX_NEW_TOKENS = 32
 MAX_SEQUENCE_TOKENS = 160  # prompt and new tokens together
 MAX_WEIGHTS = 500_000  # numbers of attention in an answer: 5 MB
 MAX_TOP = 20
 TIMEOUT_S = 60.0
-IDLE_S = 300.0
 # Of what is free: a kernel without memory ends the largest process, which is the engine
 MEMORY_SHARE = 0.25
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "int8": 4}  # by the engine's type; see `LOADED_IN`
@@ -103,12 +102,10 @@ class Xray:
 
     def __init__(self, folder: Path, *, name: str | None, dtype: str) -> None:
         self._folder = folder.absolute()
-        self._name = name
         self._dtype = dtype
         self._is_busy = False
-        # It ends when its socket closes, and so when the replica dies
-        self._child: Child | None = None
-        self._idle: asyncio.TimerHandle | None = None
+        arguments = {"checkpoint": str(self._folder), "dtype": dtype, "name": name, "threads": 1}
+        self._process = AskedProcess("serving.xray.run_xray", arguments)
 
     async def card(self, *, withdrawn: Collection[str]) -> dict[str, Any]:
         """Returns what may be asked: the limits, and the steps of the run that have a checkpoint
@@ -129,7 +126,7 @@ class Xray:
         if self._is_busy:
             raise overloaded("The replica looks into one query at a time; try again in a moment")
         num_models = 1 if request.step is None else 2  # the process keeps the served one too
-        if self._child is None or request.step is not None:
+        if not self._process.is_started or request.step is not None:
             await asyncio.to_thread(self._require_memory, num_models)
         self._is_busy = True
         asked = {
@@ -139,7 +136,7 @@ class Xray:
         }
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                return await self._ask(json.dumps(asked))
+                return await self._process.ask(json.dumps(asked).encode())
         except (TimeoutError, ConnectionError, asyncio.IncompleteReadError) as error:
             reason = (
                 f"took over {TIMEOUT_S:.0f} s" if isinstance(error, TimeoutError) else "has ended"
@@ -161,31 +158,5 @@ class Xray:
                 "xray_too_large", needed_gib=num_models * needed / GIB, free_gib=free / GIB
             )
 
-    async def _ask(self, message: str) -> tuple[int, bytes]:
-        if self._idle is not None:
-            self._idle.cancel()
-        child, self._child = self._child, None
-        if child is None:
-            arguments = {
-                "checkpoint": str(self._folder),
-                "dtype": self._dtype,
-                "name": self._name,
-                "threads": 1,
-            }
-            child = await start_child("serving.xray.run_xray", arguments)
-        _, reader, writer = child
-        try:
-            writer.write(f"{message}\n".encode())
-            status, _, body = (await reader.readuntil()).partition(b" ")
-        except BaseException:
-            # The rest of a half-read answer must not become the answer to the next request.
-            kill_child(child)
-            raise
-        self._child = child
-        self._idle = asyncio.get_running_loop().call_later(IDLE_S, self.close)
-        return int(status), body.rstrip()
-
     def close(self) -> None:
-        if self._child is not None:
-            kill_child(self._child)
-            self._child = None
+        self._process.close()
