@@ -39,6 +39,7 @@ from serving.engine.vllm_sizes import (
     batched_tokens,
     cache_bytes,
     sampling_arguments,
+    spare_generators,
 )
 from serving.engine.vllm_weights import clear_cache, replace_weights, stored_shapes, weights_alone
 from serving.structured.grammar_cache import GrammarCache
@@ -115,6 +116,8 @@ class VllmEngine:
         core.get_output = partial(self._noticing_nan, core.get_output)
         self._scheduler.schedule = partial(self._noticing_plans, self._scheduler.schedule)
         self._vocab_size = prepare(self._scheduler, settings)
+        if config.device == "cpu" and not settings.use_v2_model_runner:
+            self._engine.collective_rpc(spare_generators)
         sizes = settings.scheduler_config
         self.facts = EngineFacts(
             config.dtype,

@@ -1,8 +1,10 @@
-"""What vLLM is told of sizes and sampling, and whom its scheduler starts: plain values, which need
-no vLLM."""
+"""What vLLM is told of sizes and sampling, whom its scheduler starts, and which draws spend a seed:
+nothing here imports vLLM."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from cluster.settings.serve import EngineConfig
 from model.config import Shape
@@ -64,6 +66,24 @@ def sampling_arguments(sampling: SamplingParams) -> dict[str, Any]:
         "logit_bias": dict(sampling.logit_bias) or None,
         "seed": sampling.seed,
     }
+
+
+def spare_generators(worker: Any) -> None:
+    """Runs in each worker on CPUs: a sequence that has not read all of its tokens draws without the
+    generator of its seed. vLLM 0.32 throws that draw away and then turns the generator back, which
+    those of CPUs refuse, so that its process would end."""
+    runner = worker.model_runner
+    sample_tokens = runner.sample_tokens
+
+    def sample(grammar_output: Any) -> Any:
+        batch = runner.input_batch
+        thrown_away = np.flatnonzero(runner.discard_request_mask.np[: batch.num_reqs]).tolist()
+        spared = {row: batch.generators.pop(row) for row in thrown_away if row in batch.generators}
+        output = sample_tokens(grammar_output)
+        batch.generators.update(spared)
+        return output
+
+    runner.sample_tokens = sample
 
 
 class Starts:

@@ -153,9 +153,10 @@ def test_an_answer_that_was_put_back_goes_on_where_it_was(run: Run) -> None:
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
         before = await num_preemptions(http)
         pattern = "(ab|cd){150}[0-9]"
-        # Without a seed, as vLLM's CPU build ends at a seeded sequence that it puts back
-        asked = {"structured_outputs": {"regex": pattern}, "max_tokens": 400, "seed": None}
-        answers = await asyncio.gather(*(texts(http, **asked) for _ in range(NUM_SEQS)))
+        asked = {"structured_outputs": {"regex": pattern}, "max_tokens": 400}
+        answers = await asyncio.gather(
+            *(texts(http, **asked, seed=seed) for seed in range(NUM_SEQS))
+        )
         for [(text, reason)] in answers:
             assert reason == "stop" and re.fullmatch(pattern, text), text
         assert await num_preemptions(http) > before
@@ -166,6 +167,19 @@ def test_an_answer_that_was_put_back_goes_on_where_it_was(run: Run) -> None:
         shown = (await http.get("/metrics")).text
         [number] = re.findall(r"vllm:num_preemptions_total\{.*\} (.*)", shown)
         return float(number)
+
+    run(check)
+
+
+def test_a_seed_draws_the_same_after_a_prompt_in_several_steps_as_in_one(
+    run: Run, model: GPT
+) -> None:
+    prompt = [7 * k % model.config.vocab_size for k in range(500)]
+
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+        read_in_steps = await texts(http, prompt=prompt, max_tokens=30)
+        # Now but for its last block in the cache
+        assert await texts(http, prompt=prompt, max_tokens=30) == read_in_steps
 
     run(check)
 
@@ -197,8 +211,7 @@ def test_choices_expressions_and_grammars_are_followed(run: Run) -> None:
 def test_tools_are_called_by_their_schemas(run: Run) -> None:
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
         named = {"type": "function", "function": {"name": "weather"}}
-        # As above, since the prompt with its tools takes vLLM two steps
-        alone = {"tools": TOOLS, "parallel_tool_calls": False, "n": 3, "seed": None}
+        alone = {"tools": TOOLS, "parallel_tool_calls": False, "n": 3}
         for choice in ("required", named):
             answer = await chat(http, **alone, tool_choice=choice)
             assert answer.status_code == 200, answer.text
@@ -210,7 +223,7 @@ def test_tools_are_called_by_their_schemas(run: Run) -> None:
                     jsonschema.validate(arguments, SCHEMA)
                 else:
                     assert choice == "required" and arguments == {}
-        free = await chat(http, tools=TOOLS, tool_choice="auto", max_tokens=20, seed=None)
+        free = await chat(http, tools=TOOLS, tool_choice="auto", max_tokens=20)
         [answered] = free.json()["choices"]
         assert answered["finish_reason"] in ("stop", "length") and answered["message"]["content"]
 
