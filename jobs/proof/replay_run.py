@@ -143,8 +143,9 @@ def lay_out(
             assert place is not None
             shutil.copytree(newest, place)
             num_lines = _num_lines_to(ledger, step_of(newest.name))
-    lines = ledger.lines[:num_lines]
-    _write_ledger(plan.run, [*lines, *(line for line in rollbacks if line not in lines)])
+    # The steps before a rollback may have been taken again after it
+    lines = [line for line in ledger.lines[:num_lines] if line.get("event") != "rollback"]
+    _write_ledger(plan.run, [*lines, *rollbacks])
     return newest.name if newest else None
 
 

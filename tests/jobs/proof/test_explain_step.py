@@ -24,13 +24,16 @@ from jobs.proof.explain_step import explain
 from jobs.proof.where_run import where
 from jobs.run.ledger import LEDGER, Ledger, Line
 from jobs.run.run_plan import RunPlan, open_stream
+from jobs.saving.publisher import Publisher
 from jobs.tokens.document_map import DOCUMENTS
 from jobs.training.train_loop import train
 from model.errors import UserError
+from model.files.checkpoint_folder import Metadata
 from model.linear_cross_entropy import IGNORE_INDEX
 from tests.jobs.mapped_runs import mapped_plan, write_conversations
 from tests.jobs.runs import make_text
 from tests.jobs.tampering import change_setting
+from tests.waiting import wait_until
 
 SKIPPED = 6
 """The step whose loss a fault of the machine makes NaN."""
@@ -57,7 +60,12 @@ def write_texts(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
     """A run to its end, in which a step is skipped and a few are rolled back."""
-    folder = tmp_path_factory.mktemp("planted")
+    plan = planted_plan(tmp_path_factory.mktemp("planted"))
+    train_poisoned(plan)
+    return plan
+
+
+def planted_plan(folder: Path) -> RunPlan:
     data = {"source": [str(write_texts(folder / "texts"))], "val_fraction": 0.1}
     train_settings = {
         "max_tokens": 9000,
@@ -65,11 +73,13 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
         "max_skipped_steps": 1,
         "shuffle_window_rows": 20,
     }
-    plan = mapped_plan(folder, data=data, train=train_settings)
+    return mapped_plan(folder, data=data, train=train_settings)
+
+
+def train_poisoned(plan: RunPlan) -> None:
     with pytest.MonkeyPatch.context() as patch:
         poison(patch, SKIPPED, WINDOW[1] - 1, WINDOW[1])
         train(plan, rank=0, world_size=1)
-    return plan
 
 
 def poison(patch: pytest.MonkeyPatch, *steps: int) -> None:
@@ -346,3 +356,26 @@ def test_rows_and_lanes_agree_for_conversations_with_dropout_in_bf16(tmp_path: P
     without = worst["without_row"]
     assert without["tokens"] == sum(row["tokens"] for row in others)
     assert total == pytest.approx(without["loss"] * without["tokens"], rel=1e-4)
+
+
+def test_a_rolled_back_step_is_explained_where_those_before_it_were_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoints after step 6 come too late for the rollback, which therefore goes back
+    further; the steps from there are taken again, with checkpoints that know what was left out."""
+    plan = planted_plan(tmp_path)
+    publish = Publisher.publish
+
+    def publish_late(self: Publisher, folder: Path, metadata: Metadata) -> bool:
+        if metadata.step == 6:
+            wait_until(lambda: Ledger.read(plan.run).rollbacks)
+        return publish(self, folder, metadata)
+
+    monkeypatch.setattr(Publisher, "publish", publish_late)
+    train_poisoned(plan)
+    lines = [line for line in Ledger.read(plan.run).lines if "event" not in line]
+    assert Counter(line["step"] for line in lines)[WINDOW[0] - 1] == 2
+    result = explain(plan.run, WINDOW[0] + 1)
+    assert result["from_checkpoint"] == "step-000000012-0002"
+    (line,) = (line for line in lines if line["step"] == WINDOW[0] + 1)
+    assert (result["loss"], result["grad_norm"]) == (line["loss"], line["grad_norm"])
