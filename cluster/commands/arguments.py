@@ -328,12 +328,14 @@ def signer_of(arguments: Arguments) -> "Signer":
 
     certificates, url = arguments[CERTIFICATES], arguments[TIMESTAMP]
     token, trust_config = arguments[IDENTITY_TOKEN], arguments[TRUST_CONFIG]
-    if (key := arguments[KEY]) is None:
+    if arguments[KEYLESS]:
         if certificates or url:
             raise UserError("--certificates and --timestamp are for --key: Sigstore has its own")
         return SigningIdentity(token, trust_config)
     if token or trust_config:
         raise UserError("--identity-token and --trust-config are for --keyless")
+    key = arguments[KEY]
+    assert key is not None, "one of the two is required"
     return SigningKey.at(key, certificates, timestamp_url=url)
 
 
