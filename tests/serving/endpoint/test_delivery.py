@@ -139,7 +139,8 @@ def test_a_promotion_under_two_thousand_requests(
 def test_the_old_engine_ends_and_the_new_lineage_shows(
     admin: Admin, url: str, checkpoint: Path, other: Path, folder: Path
 ) -> None:
-    assert admin.promote(other, watch_s=1000).status_code == 202
+    answer = admin.promote(other, watch_s=1000)
+    assert answer.status_code == 202, answer.text
     admin.wait_for("watching")
     assert len(children_with("serving.engine_process.run_engine")) == 4, (
         "the old version could return at once"
