@@ -33,9 +33,9 @@ def test_the_inside_of_an_answer_is_of_that_answer_and_leads_back(
     page: Page, http: httpx.Client
 ) -> None:
     set_settings(page, max_tokens=10, temperature=0.9, seed=11)
-    for text in ("fox", "dog"):
+    for count, text in enumerate(("fox", "dog"), start=1):
         say(page, text)
-    expect_answers(page, 2)
+        expect_answers(page, count)
     before = page.locator(".said").all_text_contents()
     answer = stored(page)[0]["turns"][1]["answers"][0]
     answers(page).nth(1).get_by_role("link", name="Look inside").click()
