@@ -163,7 +163,7 @@ def test_a_step_that_one_rank_stores_is_stored_by_all(
     go, saving = held_up(monkeypatch, 0), Saving(tmp_path, states)
     stored = lambda step: (tmp_path / "checkpoints" / checkpoint_name(step, 1)).glob("report-*")  # noqa: E731
     assert saving.save(1)
-    wait_until(lambda: saving.writers[0]._begun)
+    wait_until(lambda: all(writer._pending is None for writer in saving.writers))
     assert saving.save(2)
     wait_until(lambda: any(stored(2)))
     assert not saving.save(3)
