@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from model.errors import UserError
-from model.files.checkpoint_folder import MANIFEST
 from model.signing.identity import SigningIdentity, TrustedIdentity
 from model.signing.signature import (
     MODEL,
@@ -41,15 +40,6 @@ def instance(started: Sigstore) -> Sigstore:
     started.down = ""
     started.stamps.change = lambda _, answer: answer
     return started
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with a manifest."""
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "model.safetensors").write_bytes(bytes(1000))
-    (tmp_path / "checkpoint" / MANIFEST).write_text('{"format_version": 1, "files": {}}')
-    return tmp_path / "checkpoint"
 
 
 @pytest.fixture

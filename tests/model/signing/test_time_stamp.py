@@ -19,7 +19,6 @@ from sigstore.verify import Verifier
 from sigstore_models.bundle.v1 import Bundle
 
 from model.errors import UserError
-from model.files.checkpoint_folder import MANIFEST
 from model.signing import time_stamp
 from model.signing.signature import (
     MODEL,
@@ -46,15 +45,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def authority(made: Path) -> Iterator[Authority]:
     with running(Authority(made)) as server:
         yield server
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with a manifest."""
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "model.safetensors").write_bytes(bytes(1000))
-    (tmp_path / "checkpoint" / MANIFEST).write_text('{"format_version": 1, "files": {}}')
-    return tmp_path / "checkpoint"
 
 
 def stamps_of(file: Path) -> tuple[bytes, list[bytes]]:
