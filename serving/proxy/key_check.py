@@ -23,9 +23,8 @@ UNKNOWN_S = 2.0  # as replicas reread their files
 MAX_REMEMBERED = 10_000
 MAX_QUESTIONS = 16  # at a time: strangers with many keys must not take all of the replicas' time
 ASKED_PATH = "/version"
-OWN_RIGHTS = (
-    "/v1/trace",
-)  # of which a key that opens all others may have none; each has a GET too
+# To which a key that opens all others may have no right; each has a GET too
+OWN_RIGHTS = ("/v1/trace",)
 REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 
 
