@@ -22,8 +22,10 @@ from cluster.storage.uris import Storage, open_storage
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.proof.explain_step import explain
 from jobs.proof.where_run import where
+from jobs.run.checkpoints import checkpoint_name
 from jobs.run.ledger import LEDGER, Ledger, Line
 from jobs.run.run_plan import RunPlan, open_stream
+from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.saving.publisher import Publisher
 from jobs.tokens.document_map import DOCUMENTS
 from jobs.training.train_loop import train
@@ -361,17 +363,26 @@ def test_rows_and_lanes_agree_for_conversations_with_dropout_in_bf16(tmp_path: P
 def test_a_rolled_back_step_is_explained_where_those_before_it_were_taken_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The checkpoints after step 6 come too late for the rollback, which therefore goes back
+    """The checkpoints from step 6 on come too late for the rollback, which therefore goes back
     further; the steps from there are taken again, with checkpoints that know what was left out."""
     plan = planted_plan(tmp_path)
-    publish = Publisher.publish
+    publish, save = Publisher.publish, CheckpointWriter.save
+    begun: set[str] = set()
 
     def publish_late(self: Publisher, folder: Path, metadata: Metadata) -> bool:
+        begun.add(folder.name)
         if metadata.step == 6:
             wait_until(lambda: Ledger.read(plan.run).rollbacks)
         return publish(self, folder, metadata)
 
+    def save_in_turn(self: CheckpointWriter, metadata: Metadata, *rest: Any, must: bool) -> bool:
+        is_saved = save(self, metadata, *rest, must=must)
+        if metadata.step <= 6 or Ledger.read(plan.run).rollbacks:  # else the next would replace it
+            wait_until(lambda: checkpoint_name(metadata.step, metadata.generation) in begun)
+        return is_saved
+
     monkeypatch.setattr(Publisher, "publish", publish_late)
+    monkeypatch.setattr(CheckpointWriter, "save", save_in_turn)
     train_poisoned(plan)
     lines = [line for line in Ledger.read(plan.run).lines if "event" not in line]
     assert Counter(line["step"] for line in lines)[WINDOW[0] - 1] == 2
