@@ -7,7 +7,7 @@ shows it a dialogue, and every answer says so in the header `x-model-note`.
 
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
@@ -25,10 +25,11 @@ from serving.protocol.protocol import MAX_LOGPROBS, CompletionRequest, Generatio
 from serving.protocol.request import Request
 from serving.protocol.served_model import ServedModel
 from serving.protocol.structured_fields import GrammarOfTools
-from serving.protocol.tool_fields import MAX_TOOLS, ToolCall, ToolFields
+from serving.protocol.tool_fields import MAX_TOOLS, Tool, ToolCall, ToolFields
 from serving.structured.grammar import Grammar, GrammarKind
+from serving.tools.call_grammar import grammar_of_calls
 from serving.tools.call_parser import CallParser, Content
-from serving.tools.formats import NO_PARAMETERS, format_of, grammar_of_calls, takes_tools
+from serving.tools.formats import NO_PARAMETERS, format_of, takes_tools
 
 MAX_MESSAGES = 256
 NOTE_HEADER = {
@@ -196,7 +197,7 @@ def _require_tools(request: ChatRequest, model: ServedModel) -> None:
     elif request.offered and format_of(template) is None:
         why = (
             "its chat template has calls written in a format that is not read here; expected that of Hermes and "
-            "Qwen, of Mistral's lists, or Llama 3's JSON"
+            "Qwen, of Qwen3-Coder, of Mistral, or Llama 3's JSON"
         )
     else:
         return
@@ -234,11 +235,12 @@ class ChatAnswer(Answer):
     ID_PREFIX, KIND, PART_KIND = "chatcmpl", "chat.completion", "chat.completion.chunk"
     PROMPT_FIELD = "messages"
 
-    def __init__(self, model: ServedModel, *, has_tools: bool = False) -> None:
-        """With tools, the calls in the answer's text are read."""
+    def __init__(self, model: ServedModel, *, tools: Sequence[Tool] = ()) -> None:
+        """The calls of these tools in the answer's text are read."""
         super().__init__(model)
         self._started: set[int] = set()  # choices
-        self._tool_format = format_of(_template_of(model)) if has_tools else None
+        self._tool_format = format_of(_template_of(model)) if tools else None
+        self._parameters = {tool.function.name: tool.function.parameters or {} for tool in tools}
         self.shown = self._tool_format.marks if self._tool_format is not None else ()
         self._parsers: dict[int, CallParser] = {}  # by choice
 
@@ -269,7 +271,9 @@ class ChatAnswer(Answer):
         """Returns the content in a part's text, and what it adds to calls, each once."""
         if self._tool_format is None:
             return part.text, []
-        parser = self._parsers.setdefault(part.index, CallParser(self._tool_format))
+        parser = self._parsers.setdefault(
+            part.index, CallParser(self._tool_format, self._parameters)
+        )
         pieces = parser.push(part.text)
         pieces += parser.finish() if part.finish_reason is not None else []
         content, calls = "", dict[int, dict[str, Any]]()

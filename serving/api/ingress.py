@@ -153,7 +153,7 @@ def add_completion_routes(app: FastAPI, service: CompletionService) -> None:
             clips=service.config.engine.clip_max_tokens,
         )
         note = None if version.model.is_chat_tuned else NOTE_HEADER
-        shape = partial(ChatAnswer, has_tools=bool(parsed.offered))
+        shape = partial(ChatAnswer, tools=parsed.offered)
         return await service.answer(completion, shape, request, version=version, headers=note)
 
     @app.post("/v1/responses")

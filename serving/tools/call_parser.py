@@ -2,10 +2,13 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Any
 
-from serving.tools.formats import PYTHON_TAG, ToolFormat
+from serving.tools.arguments import Reader, length_of_start
+from serving.tools.formats import NO_PARAMETERS, PYTHON_TAG, ToolFormat
 
 MAX_HEADER_CHARS = 2048  # up to a call's arguments; what has none until then is content
 
@@ -42,22 +45,22 @@ class _At(Enum):
 class CallParser:
     """One choice's text. The pieces are the same however the text is cut, when joined."""
 
-    def __init__(self, tool_format: ToolFormat) -> None:
-        self._format = tool_format
-        self._opens, self._closes = tool_format.opens.strip(), tool_format.closes.strip()
+    def __init__(
+        self, tool_format: ToolFormat, parameters: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """`parameters` has each function's JSON Schema, by its name."""
+        self._format, self._parameters = tool_format, parameters
+        self._opens = tool_format.opens.strip()
         self._at = _At.CONTENT
         self._rest = ""  # has arrived, and may still be either
         self._opened = ""  # of the rest, to be given back as content if it is no call
-        self._depth, self._in_text, self._escaped = 0, False, False
+        self._reader: Reader  # of the call that is being read
         self._skips_blanks = False  # those that stand after a call
         self.num_calls = 0
         after = re.escape(tool_format.closes.strip())
-        following = r"(,|\])" if tool_format.joins else after
-        self._end = re.compile(rf'\s*(?:,\s*"id"\s*:\s*"[^"]*"\s*)?\}}\s*{following}')
-        self._header = re.compile(
-            r'\s*\[?\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*'
-            rf'"{tool_format.arguments}"\s*:\s*(?=\{{)'
-        )
+        following = r"(,|\])" if tool_format.list_closes else rf"\s*{after}"
+        self._end = re.compile(tool_format.tail + following)
+        self._header = re.compile(tool_format.header)
 
     def push(self, text: str) -> list[Piece]:
         """Returns what the text makes final."""
@@ -106,7 +109,7 @@ class CallParser:
             text, self._rest = self._rest[:place].rstrip(), self._rest[place + len(self._opens) :]
             self._opened, self._at, self._skips_blanks = self._opens, _At.HEADER, False
             return [Content(text)] if text else []
-        held = 0 if final else _length_of_start(self._rest, self._opens)
+        held = 0 if final else length_of_start(self._rest, self._opens)
         text = self._rest[: len(self._rest) - held]
         text = text if final else text.rstrip()
         self._rest = self._rest[len(text) :]
@@ -114,12 +117,13 @@ class CallParser:
         return [Content(text)] if text else []
 
     def _opens_with_brace(self, final: bool) -> list[Piece]:
-        """Looks whether the whole answer is a call."""
-        text = self._rest.lstrip()
+        """Looks whether the whole answer is a call, or another one follows."""
+        text = self._rest.lstrip(" \t\r\n;" if self.num_calls else None)
         if text.startswith(PYTHON_TAG):
             self._rest = text.removeprefix(PYTHON_TAG)
         elif text.startswith("{"):
-            self._at = _At.HEADER
+            place = self._rest.index("{")
+            self._opened, self._rest, self._at = self._rest[:place], text, _At.HEADER
         elif text and (final or not PYTHON_TAG.startswith(text)):
             self._at = _At.PLAIN
         return []
@@ -128,52 +132,34 @@ class CallParser:
         found = self._header.match(self._rest)
         if found is not None:
             self._rest, self._opened = self._rest[found.end() :], ""
-            self._depth, self._in_text, self._escaped = 0, False, False
             self._at = _At.ARGUMENTS
             self.num_calls += 1
-            name = json.loads(found[1], strict=False)
+            name = found["name"]
+            name = json.loads(name, strict=False) if name.startswith('"') else name
+            self._reader = self._format.reader(self._parameters.get(name, NO_PARAMETERS))
             return [CallPiece(self.num_calls - 1, name, "")]
-        if final or len(self._rest) > MAX_HEADER_CHARS or not _may_be_header(self._rest):
+        if final or len(self._rest) > MAX_HEADER_CHARS or not self._may_be_header():
             self._rest, self._opened = self._opened + self._rest, ""
             self._at = _At.PLAIN
         return []
 
     def _arguments(self, final: bool) -> list[Piece]:
-        """Takes the JSON object up to its closing brace."""
-        for place, character in enumerate(self._rest):
-            if self._escaped:
-                self._escaped = False
-            elif self._in_text:
-                self._escaped = character == "\\"
-                self._in_text = character != '"'
-            elif character == '"':
-                self._in_text = True
-            else:
-                self._depth += (character in "{[") - (character in "}]")
-                if self._depth == 0:
-                    text, self._rest = self._rest[: place + 1], self._rest[place + 1 :]
-                    self._at = _At.END
-                    return [CallPiece(self.num_calls - 1, None, text)]
-        text, self._rest = self._rest, ""
-        return [CallPiece(self.num_calls - 1, None, text)]
+        arguments, self._rest, has_ended = self._reader.read(self._rest)
+        if has_ended:
+            self._at = _At.END
+        return [CallPiece(self.num_calls - 1, None, arguments)] if arguments else []
+
+    def _may_be_header(self) -> bool:
+        """Whether the rest, which may not have arrived whole, begins as a header does."""
+        begins = re.sub(r"^[\s\[{]*", "", self._rest)
+        key = self._format.key
+        return key.startswith(begins[: len(key)])
 
     def _after(self, final: bool) -> list[Piece]:
         """Drops what closes a call, and finds out whether another one follows."""
         found = self._end.match(self._rest)
         if found is not None:
             self._rest, self._skips_blanks = self._rest[found.end() :], True
-            joined = bool(self._format.joins) and found[1] == ","
-            self._at = _At.HEADER if joined else _At.CONTENT if self._opens else _At.PLAIN
+            joined = bool(self._format.list_closes) and found[1] == ","
+            self._at = _At.HEADER if joined else _At.CONTENT
         return []
-
-
-def _length_of_start(text: str, mark: str) -> int:
-    """Returns the length of the longest end of `text` with which `mark` starts."""
-    lengths = range(min(len(mark) - 1, len(text)), 0, -1)
-    return next((length for length in lengths if mark.startswith(text[-length:])), 0)
-
-
-def _may_be_header(text: str) -> bool:
-    """Whether the first key of an object that may not have arrived whole is `name`."""
-    key = re.sub(r"^\s*\[?\s*\{?\s*", "", text)
-    return '"name"'.startswith(key[:6])

@@ -20,6 +20,7 @@ from serving.api.choice_output import Part
 from serving.delivery.versions import Versions
 from serving.engine.messages import FinishReason
 from serving.protocol.served_model import read_served_model
+from serving.protocol.tool_fields import Tool
 from tests.serving.endpoint_parts import Run, shared_replica
 from tests.serving.structured.schema_cases import closed
 from tests.serving.tiny_models import write_model
@@ -27,6 +28,7 @@ from tests.serving.tools.templates import (
     HERMES_TEMPLATE,
     LLAMA_TEMPLATE,
     MISTRAL_TEMPLATE,
+    QWEN_CODER_TEMPLATE,
     UNKNOWN_FORMAT,
 )
 
@@ -267,22 +269,29 @@ def test_a_model_that_chooses_to_call_is_read_in_its_format(
     def part(text: str, reason: FinishReason | None) -> Part:
         return Part(0, text, None, reason, None, None, None, None)
 
-    call = '{"name": "time", "KEY": {"zone": "UTC"}}'
+    call = '{"name": "time", "KEY": {"zone": "7"}}'
+    tagged = "<function=time>\n<parameter=zone>\n7\n</parameter>\n</function>"
     llama = folder_of(tokenizer, LLAMA_TEMPLATE, tmp_path / "llama")
+    coder = folder_of(tokenizer, QWEN_CODER_TEMPLATE, tmp_path / "coder")
+    zone = {"properties": {"zone": {"type": "string"}}}
+    time = Tool.model_validate(
+        {"type": "function", "function": {"name": "time", "parameters": zone}}
+    )
     for folder, text in (
         (hermes, f"Let me see. <tool_call>\n{call.replace('KEY', 'arguments')}\n</tool_call>"),
         (llama, call.replace("KEY", "parameters")),
+        (coder, f"<tool_call>\n{tagged}\n</tool_call>"),
     ):
         model = read_served_model(folder, name="m")
-        answer = ChatAnswer(model, has_tools=True)
+        answer = ChatAnswer(model, tools=[time])
         whole = answer.whole([part(text, FinishReason.STOP)], {})["choices"][0]
         [tool_call] = whole["message"]["tool_calls"]
-        assert tool_call["function"] == {"name": "time", "arguments": '{"zone": "UTC"}'}
+        assert tool_call["function"] == {"name": "time", "arguments": '{"zone": "7"}'}
         assert whole["message"]["content"] == ("Let me see." if folder == hermes else None)
         assert whole["finish_reason"] == "tool_calls"
         plain = ChatAnswer(model).whole([part(text, FinishReason.STOP)], {})["choices"][0]
         assert plain["message"]["content"] == text and plain["finish_reason"] == "stop"
-        cut = ChatAnswer(model, has_tools=True).whole([part(text, FinishReason.LENGTH)], {})
+        cut = ChatAnswer(model, tools=[time]).whole([part(text, FinishReason.LENGTH)], {})
         assert cut["choices"][0]["finish_reason"] == "length"
 
 

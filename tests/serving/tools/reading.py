@@ -1,5 +1,8 @@
 """Reads the calls of a text that arrives in pieces."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from serving.tools.call_parser import CallParser, Content
 from serving.tools.formats import ToolFormat
 
@@ -7,8 +10,12 @@ Read = tuple[str, list[tuple[str, str]]]
 """The content, and of each call its name and its arguments."""
 
 
-def read(tool_format: ToolFormat, pieces: list[str]) -> Read:
-    parser = CallParser(tool_format)
+def read(
+    tool_format: ToolFormat,
+    pieces: list[str],
+    parameters: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Read:
+    parser = CallParser(tool_format, parameters or {})
     found = [piece for text in pieces for piece in parser.push(text)] + parser.finish()
     content = "".join(piece.text for piece in found if isinstance(piece, Content))
     calls: dict[int, list[str]] = {}

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.tools.call_parser import CallParser
-from serving.tools.formats import HERMES, LLAMA, MISTRAL, ToolFormat
+from serving.tools.call_parser import CallParser, CallPiece
+from serving.tools.formats import HERMES, LLAMA, MISTRAL, MISTRAL_ARGS, QWEN_CODER, ToolFormat
 from tests.serving.tools.reading import Read, read
 
 ARGUMENTS = '{"city": "Wien } \\" ]", "days": [1, {"n": 2}]}'
@@ -16,6 +16,31 @@ OTHER = '{"name": "stop", "arguments": {}}'
 HERMES_CALL, HERMES_OTHER = (f"<tool_call>\n{call}\n</tool_call>" for call in (CALL, OTHER))
 PLAN, STOP = ("plan", ARGUMENTS), ("stop", "{}")
 LLAMA_CALL = CALL.replace("arguments", "parameters")
+LLAMA_OTHER = OTHER.replace("arguments", "parameters")
+ARGS_CALL, ARGS_OTHER = f"[TOOL_CALLS]plan[ARGS]{ARGUMENTS}", "[TOOL_CALLS]stop[ARGS]{}"
+
+PARAMETERS = {
+    "write": {
+        "properties": {
+            "text": {"type": "string"},
+            "kind": {"enum": ["new", "7"]},
+            "count": {"type": "integer"},
+            "flag": {"type": "boolean"},
+            "lines": {"type": "array", "items": {"type": "integer"}},
+            "note": {"type": ["string", "null"]},
+        }
+    }
+}
+
+
+def tagged(name: str, **values: str) -> str:
+    parts = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+    return f"<tool_call>\n<function={name}>\n{parts}</function>\n</tool_call>"
+
+
+PROGRAM = 'if a < b:\n\tprint("</b> 3\\n")\n\n</param\n'
+TAGGED = tagged("write", text=PROGRAM, kind="7", count="7", lines="[1,\n 2]")
+WRITTEN = f'{{"text": {json.dumps(PROGRAM)}, "kind": "7", "count": 7, "lines": [1,\n 2]}}'
 
 CASES: dict[str, tuple[ToolFormat, str, Read]] = {
     "one": (HERMES, HERMES_CALL, ("", [PLAN])),
@@ -48,8 +73,51 @@ CASES: dict[str, tuple[ToolFormat, str, Read]] = {
     "an object": (LLAMA, LLAMA_CALL, ("", [PLAN])),
     "after a tag": (LLAMA, f"<|python_tag|>{LLAMA_CALL}", ("", [PLAN])),
     "after blanks": (LLAMA, f"\n {LLAMA_CALL}\n", ("", [PLAN])),
+    "another object after one": (LLAMA, f'{LLAMA_CALL}; {{"a": 1}}', ('; {"a": 1}', [PLAN])),
     "an object that is no call": (LLAMA, '{"city": "Wien"}', ('{"city": "Wien"}', [])),
     "a text": (LLAMA, f"See {LLAMA_CALL}", (f"See {LLAMA_CALL}", [])),
+    "two objects": (LLAMA, f"{LLAMA_CALL}; {LLAMA_OTHER}", ("", [PLAN, STOP])),
+    "two lines of them": (LLAMA, f"{LLAMA_CALL}\n{LLAMA_OTHER}\n", ("", [PLAN, STOP])),
+    "words after an object": (LLAMA, f"{LLAMA_CALL} Done.", ("Done.", [PLAN])),
+    "named before": (MISTRAL_ARGS, ARGS_CALL, ("", [PLAN])),
+    "two named before": (MISTRAL_ARGS, f"So. {ARGS_CALL}{ARGS_OTHER}", ("So.", [PLAN, STOP])),
+    "with an id before": (
+        MISTRAL_ARGS,
+        ARGS_CALL.replace("[ARGS]", "[CALL_ID]a1b2c3d4e[ARGS]"),
+        ("", [PLAN]),
+    ),
+    "a name alone": (MISTRAL_ARGS, "[TOOL_CALLS]plan it", ("[TOOL_CALLS]plan it", [])),
+    "between tags": (QWEN_CODER, TAGGED, ("", [("write", WRITTEN)])),
+    "two between tags": (
+        QWEN_CODER,
+        f"I write.\n\n{TAGGED}\n{tagged('stop')}",
+        ("I write.", [("write", WRITTEN), STOP]),
+    ),
+    "as Python prints them": (
+        QWEN_CODER,
+        tagged("write", flag="True", note="None", count="many", other="x y", number="2.5"),
+        (
+            "",
+            [
+                (
+                    "write",
+                    '{"flag": true, "note": null, "count": "many", "other": "x y", "number": 2.5}',
+                )
+            ],
+        ),
+    ),
+    "on one line": (
+        QWEN_CODER,
+        "<tool_call><function=write><parameter=text>a</parameter></function></tool_call>",
+        ("", [("write", '{"text": "a"}')]),
+    ),
+    "words between tags": (
+        QWEN_CODER,
+        "<tool_call><function=write>so <b><parameter=text>\n\n</parameter>x</function></tool_call>",
+        ("", [("write", '{"text": ""}')]),
+    ),
+    "cut in a text": (QWEN_CODER, TAGGED[:60], ("", [("write", WRITTEN[:26])])),
+    "JSON between tags": (QWEN_CODER, HERMES_CALL, (HERMES_CALL, [])),
     "a number": (LLAMA, "7", ("7", [])),
     "nothing": (HERMES, "", ("", [])),
 }
@@ -58,8 +126,8 @@ CASES: dict[str, tuple[ToolFormat, str, Read]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_calls_are_read_whole_and_letter_by_letter(name: str) -> None:
     tool_format, text, expected = CASES[name]
-    assert read(tool_format, [text]) == expected
-    assert read(tool_format, [*text]) == expected
+    assert read(tool_format, [text], PARAMETERS) == expected
+    assert read(tool_format, [*text], PARAMETERS) == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -70,20 +138,28 @@ def test_calls_are_the_same_however_the_text_is_cut(name: str, lengths: list[int
     for length in lengths:
         pieces.append(text[:length])
         text = text[length:]
-    assert read(tool_format, [*pieces, text]) == expected
+    assert read(tool_format, [*pieces, text], PARAMETERS) == expected
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=40), st.text(max_size=60))
 def test_no_text_is_lost_or_breaks_it(before: str, inside: str) -> None:
-    for tool_format in (HERMES, MISTRAL, LLAMA):
+    for tool_format in (HERMES, MISTRAL, MISTRAL_ARGS, QWEN_CODER, LLAMA):
         text = f"{before}{tool_format.opens}{inside}{tool_format.closes}"
         content, calls = read(tool_format, [*text])
         assert calls or "".join(content.split()) == "".join(text.split())
 
 
 def test_a_calls_arguments_arrive_before_its_end() -> None:
-    parser = CallParser(HERMES)
+    parser = CallParser(HERMES, {})
     begun = parser.push(f"<tool_call>\n{CALL[:40]}")
     assert [type(piece).__name__ for piece in begun] == ["CallPiece", "CallPiece"]
     assert json.loads(ARGUMENTS)["city"].startswith("Wien")
+
+
+def test_a_text_between_tags_arrives_before_its_end() -> None:
+    parser = CallParser(QWEN_CODER, PARAMETERS)
+    begun = parser.push(TAGGED[:70])
+    assert "".join(p.arguments for p in begun if isinstance(p, CallPiece)).startswith(
+        '{"text": "if'
+    )

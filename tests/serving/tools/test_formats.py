@@ -10,13 +10,15 @@ from model.text.tokenizer import Tokenizer
 from serving.structured.compiling import compiled
 from serving.structured.grammar import Grammar, GrammarKind
 from serving.structured.vocabulary import Vocabulary
+from serving.tools.call_grammar import grammar_of_calls
 from serving.tools.formats import (
     HERMES,
     LLAMA,
     MISTRAL,
+    MISTRAL_ARGS,
+    QWEN_CODER,
     ToolFormat,
     format_of,
-    grammar_of_calls,
     takes_tools,
 )
 from tests.serving.structured.random_answers import random_answer
@@ -25,7 +27,9 @@ from tests.serving.tools.reading import read
 from tests.serving.tools.templates import (
     HERMES_TEMPLATE,
     LLAMA_TEMPLATE,
+    MISTRAL_ARGS_TEMPLATE,
     MISTRAL_TEMPLATE,
+    QWEN_CODER_TEMPLATE,
     UNKNOWN_FORMAT,
     WITHOUT_TOOLS,
 )
@@ -48,8 +52,8 @@ FUNCTIONS: list[dict[str, Any]] = [
         (LLAMA_TEMPLATE, LLAMA),
         (WITHOUT_TOOLS, None),
         (UNKNOWN_FORMAT, None),
-        (MISTRAL_TEMPLATE + "[ARGS]", None),
-        (HERMES_TEMPLATE + "<function=", None),
+        (MISTRAL_ARGS_TEMPLATE, MISTRAL_ARGS),
+        (QWEN_CODER_TEMPLATE, QWEN_CODER),
     ],
 )
 def test_the_format_is_found_from_the_template(template: str, expected: ToolFormat | None) -> None:
@@ -57,7 +61,9 @@ def test_the_format_is_found_from_the_template(template: str, expected: ToolForm
     assert takes_tools(template) is (template != WITHOUT_TOOLS)
 
 
-@pytest.mark.parametrize("tool_format", [HERMES, MISTRAL, LLAMA], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "tool_format", [HERMES, QWEN_CODER, MISTRAL, MISTRAL_ARGS, LLAMA], ids=lambda f: f.name
+)
 def test_required_calls_follow_their_schemas(tool_format: ToolFormat, tokenizer: Tokenizer) -> None:
     functions = FUNCTIONS[:2]
     for several in (False, True):
@@ -67,7 +73,7 @@ def test_required_calls_follow_their_schemas(tool_format: ToolFormat, tokenizer:
         for seed in range(12):
             answer = random_answer(matcher, tokenizer, seed=seed)
             assert answer is not None
-            content, calls = read(tool_format, [*answer])
+            content, calls = read(tool_format, [*answer], {"weather": PLACE})
             assert content == "" and calls
             numbers.add(len(calls))
             for name, arguments in calls:
