@@ -40,6 +40,7 @@ REPLICA_LOST_S = 10.0  # without a report; a replica on a busy machine may be la
 FORGET_S = 3600.0  # how long the reports of a replica that is gone count
 RETRY_STORING_S = 10.0
 STORING_S = 2.0  # for which a decision waits for the storage; a replica waits 5 s for an answer
+PROMOTING_S = 15.0  # for which a promotion does, as none begins that is not stored
 
 NO_USAGE = UsageReport()
 
@@ -190,9 +191,11 @@ class Coordinator:
 
     async def _promote(self, candidate: Version, terms: Terms, line: str) -> Delivery:
         async with self._lock:
+            if self._writing is not None:  # a late write of what was decided before
+                await asyncio.wait({self._writing}, timeout=PROMOTING_S)
             before = self._begun()
             order = partial(promotion.start, candidate=candidate, terms=terms)
-            promoted = await self._obey(line, order)
+            promoted = await self._obey(line, order, storing_s=PROMOTING_S)
             if self._stored is not promoted:
                 await self._change(before)
                 raise DeliveryError(
@@ -231,11 +234,11 @@ class Coordinator:
             )
         return self._delivery
 
-    async def _obey(self, line: str, order: Order) -> Delivery:
+    async def _obey(self, line: str, order: Order, *, storing_s: float | None = None) -> Delivery:
         """Carries out an operator's order on a line, but only on the state that the operator could
         see."""
         ordered = on_line(line, order, num_places=self._num_adapter_places)
-        if not await self._change(ordered(self._begun())):
+        if not await self._change(ordered(self._begun()), storing_s):
             now = self._begun()
             now = now.lines.get(line, now)
             raise DeliveryError(
@@ -284,17 +287,18 @@ class Coordinator:
         if self._damage is not None:
             raise DeliveryError(str(self._damage))
 
-    async def _change(self, state: Delivery) -> bool:
+    async def _change(self, state: Delivery, storing_s: float | None = None) -> bool:
         """Stores the state, then acts on it; on a rollback it acts first. A storage that is down,
-        or hangs, delays no decision by more than `STORING_S`; writing is tried again later. Returns
-        False if another coordinator has stored a newer state, which then counts."""
+        or hangs, delays no decision by more than `storing_s`, by default `STORING_S`; writing is
+        tried again later. Returns False if another coordinator has stored a newer state, which then
+        counts."""
         before, is_ours = self._delivery, True
         is_due = state is not before or time.monotonic() > self._retry_at_s
         if _is_retreat(before, state):
             self._adopt(state)
         if state is not self._stored and is_due and self._writing is None:
             try:
-                await self._store(state)
+                await self._store(state, STORING_S if storing_s is None else storing_s)
             except NewerStateError as error:
                 _log.warning("%s", error)
                 state = self._stored = error.state
@@ -306,18 +310,18 @@ class Coordinator:
         self._adopt(state)
         return is_ours
 
-    async def _store(self, state: Delivery) -> None:
-        """Returns once the state is stored. Raises `StorageError`, also if the storage takes longer
-        than `STORING_S`; then the write goes on, no other begins before it has ended, and what it
-        finds counts then."""
+    async def _store(self, state: Delivery, within_s: float) -> None:
+        """Returns once the state is stored. Raises `StorageError`, also if the storage takes longer;
+        then the write goes on, no other begins before it has ended, and what it finds counts
+        then."""
         writing = self._writing = asyncio.create_task(self._write(state))
-        done, _ = await asyncio.wait({writing}, timeout=STORING_S)
+        done, _ = await asyncio.wait({writing}, timeout=within_s)
         if done:
             self._writing = None
             writing.result()
         else:
             writing.add_done_callback(self._written_late)
-            raise StorageError(f"the storage has not answered within {STORING_S:g} s")
+            raise StorageError(f"the storage has not answered within {within_s:g} s")
 
     async def _write(self, state: Delivery) -> None:
         await asyncio.get_running_loop().run_in_executor(self._writer, self._file.write, state)

@@ -502,6 +502,7 @@ def test_a_storage_that_hangs_holds_up_no_rollback(
             assert reply.delivery is not None and reply.delivery.live.version == "old"
             assert not reply.is_stored
         assert (await one.drain(True)).draining
+        monkeypatch.setattr(coordinator_module, "STORING_S", limit_s(30))
         storage.may_end.set()
         await wait_in_loop_until(lambda: one._writing is None)
         await wait_in_loop_until(lambda: storage.num_at_once == 0)
@@ -509,6 +510,28 @@ def test_a_storage_that_hangs_holds_up_no_rollback(
         assert reply.is_stored and storage.most_at_once == 1
         state = (await coordinator(Root(str(tmp_path), lambda: None)).status())["delivery"]
         assert state["live"]["version"] == "old" and state["draining"]
+
+    asyncio.run(check())
+
+
+def test_a_promotion_waits_for_a_slow_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator_module, "STORING_S", 0.1)
+    monkeypatch.setattr(coordinator_module, "PROMOTING_S", limit_s(60))
+
+    async def check() -> None:
+        one = coordinator(Root(str(tmp_path), lambda: None))
+        await one.begin("tiny", OLD)
+        storage = HangingWrites(one, monkeypatch)
+        await one.drain(True)  # is written late
+        promoting = asyncio.create_task(one.promote(NEW, Terms(watch_s=0)))
+        await asyncio.sleep(0.5)
+        assert not promoting.done()
+        storage.may_end.set()
+        assert (await promoting).candidate is not None
+        status = await one.status()
+        assert status["is_stored"] and status["delivery"]["draining"]
 
     asyncio.run(check())
 
