@@ -20,6 +20,9 @@ from torch import Tensor
 
 from model.generation.sampling_params import SamplingParams
 
+_LEAST_EXPONENT = -87.0
+_LEAST_WEIGHT = 1.7e-38  # above its exponential, 1.65e-38; the smallest normal number is 1.18e-38
+
 
 @dataclass(frozen=True)
 class SamplingRow:
@@ -71,7 +74,9 @@ def sample_batch(
         return tokens
     drawn = [rows[place] for place in places]
     temperatures = torch.tensor([[row.params.temperature] for row in drawn], device=logits.device)
-    weights = _weights(logits[places], highest[places], temperatures)  # (drawn, V)
+    if len(drawn) < len(rows):
+        logits, highest = logits[places], highest[places]
+    weights = _weights(logits, highest, temperatures)  # (drawn, V)
     for weight, row in zip(weights, drawn, strict=True):
         weight.copy_(truncated(weight, row.params))
     numbers = [uniform(row.params.seed, row.position) for row in drawn]
@@ -81,8 +86,11 @@ def sample_batch(
 
 
 def _weights(logits: Tensor, best: Tensor, temperature: Tensor | float) -> Tensor:
-    """Returns probabilities (B, V) divided by the most probable token's, fp32."""
-    return ((logits.float() - best) / temperature).exp_()
+    """Returns probabilities (B, V) divided by the most probable token's, fp32. Those near the
+    smallest normal number count as 0, as that of a forbidden token does: CPUs take several times as
+    long for smaller numbers and for exp(-inf)."""
+    shifted = (logits.float() - best).div_(temperature)
+    return F.threshold_(shifted.clamp_(min=_LEAST_EXPONENT).exp_(), _LEAST_WEIGHT, 0.0)
 
 
 def _draw(weights: Tensor, numbers: list[float]) -> list[int]:

@@ -191,3 +191,11 @@ def test_forbidden_tokens_are_never_drawn_and_the_others_keep_their_shares(
             math.e / (1 + math.e), abs=0.08
         )
     assert logits[0].tolist() == [4.0, 3.0, 2.0, -5.0]  # which log-probabilities are taken from
+
+
+def test_weights_too_small_for_normal_numbers_are_none() -> None:
+    logits = torch.tensor([0.0, -40.0, -43.4, -43.6, -600.0, -torch.inf])
+    left = distribution(logits, SamplingParams(temperature=0.5))
+    expected = (logits.double() / 0.5).exp()
+    assert left.tolist()[:3] == pytest.approx(expected.tolist()[:3], rel=1e-5)
+    assert left[2] > 0 and left.tolist()[3:] == [0.0, 0.0, 0.0]
