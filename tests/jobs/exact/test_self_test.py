@@ -49,7 +49,10 @@ def test_a_healthy_processor_passes(train: dict[str, Any]) -> None:
     self_test(config(**train), CPU)
 
 
-@pytest.mark.parametrize("preset", ["gpt2-124m", "gpt3-6.7b", "llama3.2-1b", "seed"])
+@pytest.mark.parametrize(
+    "preset",
+    ["gpt2-124m", "gpt3-6.7b", "llama3.2-1b", pytest.param("seed", marks=pytest.mark.slow)],
+)
 def test_a_healthy_processor_passes_in_bf16_however_wide_the_heads_are(preset: str) -> None:
     """64, 128, 64 and 768 values: with logits that grow with the width, rounding would look like a
     fault."""
