@@ -54,9 +54,9 @@ _QUICK = Switch(
 )
 _PRESET = Argument[str](
     "--preset",
-    "the model's shape: GPT-2's, or Llama's of as many parameters",
-    choices=("demo", "demo-llama"),
-    default="demo",
+    "the model's shape: Llama's, or GPT-2's of as many parameters",
+    choices=("demo-llama", "demo"),
+    default="demo-llama",
 )
 _SIMULATE = Switch(
     "--simulate", "at 8 to 4,096 GPUs instead: exchange, snapshots, checkpoints, data"

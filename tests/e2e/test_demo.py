@@ -12,11 +12,11 @@ from cluster.output.result_text import printable
 from cluster.storage.uris import open_storage
 from jobs.run.ledger import Ledger
 from tests.command_line import raymill
-from tests.time_limits import limit_s, slowness
+from tests.time_limits import limit_s
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-LONGEST_S = 360.0
+LONGEST_S = 180.0
 QUICK_S = 60.0
 AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -27,7 +27,7 @@ AVX2 = {
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="AVX2 is x86's")
 def test_it_takes_minutes_without_avx512(tmp_path: Path) -> None:
-    longest_s = LONGEST_S * slowness()
+    longest_s = limit_s(LONGEST_S)
     done = raymill(
         "demo", "--storage.uri", str(tmp_path / "store"), "--json", env=AVX2, timeout_s=longest_s
     )
