@@ -13,6 +13,7 @@ from cluster.settings.run import RunConfig, to_yaml
 from cluster.storage.uris import open_storage
 from jobs.exact.state.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.tokens.token_store import MANIFEST, TOKENIZER, Manifest, Shard, Split, token_dtype
@@ -117,3 +118,8 @@ def trained_run(
 def newest_checkpoint(plan: RunPlan) -> Path:
     checkpoints = RunCheckpoints(plan.run)
     return checkpoints.fetch(checkpoints.names[-1], Path())
+
+
+def final_hash(plan: RunPlan) -> str:
+    """The weights' hash in the newest checkpoint."""
+    return str(Ledger.read(plan.run).events("checkpoint")[-1]["parameter_hash"])

@@ -20,9 +20,10 @@ from jobs.exact.sums.step_plan import StepPlan
 COST = 0.01
 """The share of a step's time that audits may take by default."""
 
-_TURNS_OF_AUDIT = 2
-"""What an audit costs at most: one turn more, and the checksums of two gradients and of the state,
-which take less time than another one (`bench_sentinel`)."""
+_TURNS_OF_AUDIT = 2.4
+"""What an audit costs at most: one turn more, and the checksums of two gradients and of the state
+and sums that are added again, which take longer than a turn for the smallest models alone
+(`bench_sentinel`)."""
 
 _EXCERPT_BLOCKS = 64  # whose additions are made again: 256 KiB of each lane's gradient, at most
 _MOST_EXCERPTED = 1 << 20  # values of all lanes together, 4 MiB, which go to all ranks

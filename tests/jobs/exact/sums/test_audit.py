@@ -78,6 +78,6 @@ def test_an_excerpt_is_whole_blocks_drawn_anew_each_time_and_bounded_over_all_la
 def test_by_default_an_audit_costs_one_percent_at_most() -> None:
     plan = plan_of(0, 2, 1)
     assert len(plan.turns) == 6
-    assert steps_between(plan) == 34  # two turns more in 204
-    assert Audits.of(None, plan, "ab", seed=1).every_steps == 34
-    assert Audits.of(0, plan, "ab", seed=1).of_step(34, plan) is None
+    assert steps_between(plan) == 40  # 2.4 turns more in 240
+    assert Audits.of(None, plan, "ab", seed=1).every_steps == 40
+    assert Audits.of(0, plan, "ab", seed=1).of_step(40, plan) is None

@@ -1,0 +1,136 @@
+"""Corruption costs a run one checkpoint at most: it is told of, kept aside and passed over."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.storage.uris import Storage
+from jobs.pretrain import unfinished
+from jobs.run.checkpoints import QUARANTINED, RunCheckpoints, step_of
+from jobs.run.ledger import Ledger
+from jobs.run.run_plan import RunPlan
+from jobs.saving import publisher
+from jobs.training.train_loop import train
+from model.files.checkpoint_folder import verify_checkpoint
+from tests.checkpoints import damage
+from tests.jobs.runs import final_hash, tiny_plan
+
+
+def stopped(plan: RunPlan, tmp_path: Path) -> Storage:
+    """The run after eight steps that saved at 2, 4, 6 and 8, as a kill before its `finish` leaves
+    it."""
+    train(plan, rank=0, world_size=1)
+    content = plan.run.read_bytes("ledger.jsonl")
+    plan.run.write_bytes(
+        "ledger.jsonl",
+        b"".join(line for line in content.splitlines(True) if b'"finish"' not in line),
+    )
+    return plan.run
+
+
+def eight_steps(tmp_path: Path, *, save_every_steps: int = 4) -> RunPlan:
+    return tiny_plan(
+        str(tmp_path), checkpoint={"save_every_steps": save_every_steps, "num_to_keep": 9}
+    )
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove", "no manifest", "garbled manifest"])
+def test_a_corrupt_newest_is_marked_told_of_and_passed_over(tmp_path: Path, how: str) -> None:
+    plan = eight_steps(tmp_path)
+    run = stopped(plan, tmp_path)
+    expected = final_hash(plan)
+    older, newest = RunCheckpoints(run).names
+    folder = run.local_path(f"checkpoints/{newest}")
+    assert folder is not None
+    if how == "garbled manifest":
+        (folder / "manifest.json").write_text("no JSON")
+    else:
+        is_gone = how == "no manifest"
+        damage(
+            folder,
+            "manifest.json" if is_gone else "train_state.safetensors",
+            "remove" if is_gone else how,
+        )
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    train(plan, rank=0, world_size=1)
+    ledger = Ledger.read(run)
+    assert [(line["step"], line["checkpoint"]) for line in ledger.events("start")] == [
+        (0, None),
+        (4, older),
+    ]
+    (event,) = ledger.events("checkpoint_damaged")
+    assert event["checkpoint"].endswith(newest)
+    assert {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name != QUARANTINED
+    } == before
+    assert (folder / QUARANTINED).read_text() == "\n".join(event["problems"])
+    assert final_hash(plan) == expected
+    assert step_of(RunCheckpoints(run).names[-1]) == 8
+
+
+def test_a_run_whose_last_checkpoint_is_refused_has_not_finished_and_a_resume_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk alters a bit of the checkpoint of step 8 in the spool."""
+    whole, plan = eight_steps(tmp_path / "whole"), eight_steps(tmp_path / "refused")
+    train(whole, rank=0, world_size=1)
+
+    def altering(folder: Path) -> list[str]:
+        if step_of(folder.name) == 8:
+            damage(folder, "model.safetensors", "flip")
+        return verify_checkpoint(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publisher, "verify_checkpoint", altering)
+        train(plan, rank=0, world_size=1)
+    ledger = Ledger.read(plan.run)
+    assert not ledger.events("finish")
+    said = str(unfinished(plan, ledger))
+    assert "gave up: the checkpoint of step 8 was not stored: model.safetensors" in said
+    assert "The same --run-id repeats" in said
+    train(plan, rank=0, world_size=1)
+    ledger = Ledger.read(plan.run)
+    assert [line["step"] for line in ledger.events("start")] == [0, 4]
+    assert [line["step"] for line in ledger.events("finish")] == [8]
+    assert final_hash(plan) == final_hash(whole)
+
+
+@pytest.mark.chaos
+def test_with_all_of_them_corrupt_the_run_stops_and_deletes_nothing(tmp_path: Path) -> None:
+    plan = eight_steps(tmp_path)
+    run = stopped(plan, tmp_path)
+    names = RunCheckpoints(run).names
+    for name in names:
+        folder = run.local_path(f"checkpoints/{name}")
+        assert folder is not None
+        damage(folder, "model.safetensors", "flip")
+    before = run.list("checkpoints/")
+    for _ in range(2):  # nor does the second try start anew
+        train(plan, rank=0, world_size=1)
+        ledger = Ledger.read(run)
+        assert len(ledger.events("start")) == 1
+        reason = ledger.events("gave_up")[-1]["reason"]
+        assert "are damaged: step-" in reason
+        assert all(name in reason for name in names)
+    after = {entry.key: entry for entry in run.list("checkpoints/")}
+    assert [after[entry.key] for entry in before] == before
+
+
+def test_a_checkpoint_of_another_shape_is_refused_readably(tmp_path: Path) -> None:
+    plan = eight_steps(tmp_path)
+    stopped(plan, tmp_path)
+    model = replace(plan.config.model, n_layer=plan.config.model.n_layer + 1)
+    train(
+        replace(plan, config=plan.config.model_copy(update={"model": model})), rank=0, world_size=1
+    )
+    reason = Ledger.read(plan.run).events("gave_up")[-1]["reason"]
+    assert re.search(
+        r"step-000000008-0001 of run tiny has n_layer 2, expected 3\. Set these as they were",
+        reason,
+    )
+    train(replace(plan, tokenizer_json=plan.tokenizer_json + b" "), rank=0, world_size=1)
+    assert "has another tokenizer" in Ledger.read(plan.run).events("gave_up")[-1]["reason"]
+    assert len(Ledger.read(plan.run).events("start")) == 1
