@@ -26,7 +26,7 @@ from tests.slices import (
 from tests.time_limits import limit_s
 
 LONGEST_SLICE_S = 840.0
-"""Estimated; `make test-slice` ends a session after 960 s."""
+"""Estimated; `make test-slice` ends a session after 1,080 s."""
 
 
 def variable(name: str) -> str:
