@@ -90,7 +90,8 @@ def _weights(logits: Tensor, best: Tensor, temperature: Tensor | float) -> Tenso
     smallest normal number count as 0, as that of a forbidden token does: CPUs take several times as
     long for smaller numbers and for exp(-inf)."""
     shifted = (logits.float() - best).div_(temperature)
-    return F.threshold_(shifted.clamp_(min=_LEAST_EXPONENT).exp_(), _LEAST_WEIGHT, 0.0)
+    weights = shifted.clamp_(min=_LEAST_EXPONENT).exp_()
+    return F.threshold(weights, _LEAST_WEIGHT, 0.0, inplace=True)
 
 
 def _draw(weights: Tensor, numbers: list[float]) -> list[int]:

@@ -11,6 +11,7 @@ import orjson
 
 from serving.engine_process.child_process import Child, kill_child, start_child
 from serving.structured.grammar import Grammar, GrammarError
+from serving.text.bounded_process import BoundedProcess, ClosedError, ExceededError, next_line
 
 MODULE = "serving.structured.run_check"
 MAX_VERDICTS, MAX_VERDICT_BYTES = 1024, 8 << 20  # that are kept, with their grammars' text
@@ -32,8 +33,8 @@ class GrammarBounds:
 
 
 class GrammarCheck:
-    """The grammars of one version's clients. Its process starts with the first one, takes one at a
-    time, and is replaced after one that exceeds its bounds. What it says is kept."""
+    """The grammars of one version's clients, which a bounded process compiles. What it says is
+    kept."""
 
     def __init__(
         self, folder: Path, bounds: GrammarBounds | None = None, *, python: str = sys.executable
@@ -41,13 +42,12 @@ class GrammarCheck:
         """`python` is the engine's, whose `llguidance` may be another release than ours."""
         self._folder, self._bounds = folder, bounds or GrammarBounds()
         self._python = python
-        self._child: Child | None = None  # it ends when its socket closes
+        self._process = BoundedProcess(self._begin)
         self._turn = asyncio.Lock()
         self._num_waiting = 0
         self._verdicts: OrderedDict[Grammar, dict[str, Any]] = OrderedDict()
         self._num_bytes = 0
         self._refusal = ""  # of every grammar, by this model or endpoint
-        self._is_closed = False
 
     async def require(self, grammar: Grammar) -> None:
         """Raises `GrammarError` unless an answer can follow it, and `GrammarsBusyError`."""
@@ -67,13 +67,7 @@ class GrammarCheck:
             raise GrammarError(verdict["error"], place=verdict["place"])
 
     def close(self) -> None:
-        self._is_closed = True
-        self._end()
-
-    def _end(self) -> None:
-        if self._child is not None:
-            kill_child(self._child)
-            self._child = None
+        self._process.close()
 
     def _keep(self, grammar: Grammar, verdict: dict[str, Any]) -> None:
         self._verdicts[grammar] = verdict
@@ -87,29 +81,22 @@ class GrammarCheck:
     async def _ask(self, grammar: Grammar) -> dict[str, Any]:
         """Returns what the process says of a grammar. Raises `GrammarError` where it can read
         none."""
-        if self._is_closed:
-            raise GrammarError("this version is not served any more")
-        if self._child is None:
-            await self._start()
-        assert self._child is not None
         bounds = self._bounds
         try:
-            self._child.writer.write(
-                orjson.dumps(asdict(grammar), option=orjson.OPT_APPEND_NEWLINE)
-            )
-            return await self._answer(self._child, cpu_s=bounds.grammar_cpu_s)
-        except (TimeoutError, ConnectionError, asyncio.IncompleteReadError):
-            self._end()
+            line = orjson.dumps(asdict(grammar))
+            answer = await self._process.ask(line, within_s=WALL_FACTOR * bounds.grammar_cpu_s)
+        except ClosedError:
+            raise GrammarError("this version is not served any more") from None
+        except ExceededError:
             exceeded = (
                 f"it takes more than {bounds.grammar_cpu_s:g} s of processor time or "
                 f"{bounds.memory_bytes >> 30} GiB of memory to compile: make it simpler"
             )
             return {"error": exceeded, "place": ""}
-        except BaseException:  # the rest of a half-read answer must not become the next one's
-            self._end()
-            raise
+        verdict: dict[str, Any] = orjson.loads(answer)
+        return verdict
 
-    async def _start(self) -> None:
+    async def _begin(self) -> Child:
         """Raises `GrammarError` if the process cannot read the tokenizer, or lacks its library."""
         if self._refusal:
             raise GrammarError(self._refusal)
@@ -119,19 +106,14 @@ class GrammarCheck:
         arguments = {"folder": str(self._folder.absolute()), "threads": 1, **bounds}
         child = await start_child(MODULE, arguments, python=self._python)
         try:
-            first = await self._answer(child, cpu_s=self._bounds.load_cpu_s)
-        except BaseException as error:
+            first = await next_line(child, within_s=WALL_FACTOR * self._bounds.load_cpu_s)
+        except ExceededError:
+            raise GrammarError("the tokenizer takes too long or too much memory") from None
+        except BaseException:
             kill_child(child)
-            if isinstance(error, TimeoutError | ConnectionError | asyncio.IncompleteReadError):
-                raise GrammarError("the tokenizer takes too long or too much memory") from None
             raise
-        if "error" in first:
+        self._refusal = orjson.loads(first).get("error", "")
+        if self._refusal:
             kill_child(child)
-            self._refusal = first["error"]
             raise GrammarError(self._refusal)
-        self._child = child
-
-    async def _answer(self, child: Child, *, cpu_s: float) -> dict[str, Any]:
-        async with asyncio.timeout(WALL_FACTOR * cpu_s):
-            answer: dict[str, Any] = orjson.loads(await child.reader.readuntil())
-        return answer
+        return child

@@ -28,6 +28,7 @@ from model.files.stored_tokenizer import load_tokenizer
 from model.text.chat import Chat, Message
 from model.text.tokenizer import PromptEncoding, Tokenizer
 from serving.engine_process.child_process import Child, kill_child, start_child
+from serving.text.bounded_process import BoundedProcess, ClosedError, ExceededError, next_line
 
 Texts = list[str] | list[list[int]]
 
@@ -82,24 +83,12 @@ class BoundedReader:
 
     def __init__(self, folder: Path, bounds: Bounds) -> None:
         self._folder, self._bounds = folder, bounds
-        # It ends when its socket closes, and so when the replica dies
-        self._child: Child | None = None
-        self._turn = asyncio.Lock()
-        self._is_closed = False
+        self._process = BoundedProcess(self._begin)
 
     async def start(self) -> None:
         """Starts the process. Raises `TextError` if it cannot read the tokenizer within its
         bounds."""
-        child = await start_child(
-            MODULE, process_arguments(self._folder, self._bounds) | {"threads": 1}
-        )
-        try:
-            await self._answer(child, b"", cpu_s=self._bounds.load_cpu_s)
-            first = await self._answer(child, b"", cpu_s=self._bounds.request_cpu_s)
-        except BaseException:
-            kill_child(child)
-            raise
-        self.probe, self._child = ChatProbe(**first["probe"]), child
+        await self._process.start()
 
     async def chat_ids(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
@@ -114,42 +103,35 @@ class BoundedReader:
         return list(answer["ids"])
 
     def close(self) -> None:
-        self._is_closed = True
-        self._end()
+        self._process.close()
 
-    def _end(self) -> None:
-        if self._child is not None:
-            kill_child(self._child)
-            self._child = None
+    async def _begin(self) -> Child:
+        arguments = process_arguments(self._folder, self._bounds) | {"threads": 1}
+        child = await start_child(MODULE, arguments)
+        try:
+            await self._heard(child, cpu_s=self._bounds.load_cpu_s)
+            first = await self._heard(child, cpu_s=self._bounds.request_cpu_s)
+        except BaseException:
+            kill_child(child)
+            raise
+        self.probe = ChatProbe(**first["probe"])
+        return child
+
+    async def _heard(self, child: Child, *, cpu_s: float) -> dict[str, Any]:
+        try:
+            return checked_answer(await next_line(child, within_s=WALL_FACTOR * cpu_s))
+        except ExceededError:
+            raise self._bounds.exceeded(cpu_s) from None
 
     async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         line = await asyncio.to_thread(orjson.dumps, request)
-        async with self._turn:
-            if self._is_closed:
-                raise TextError("this version is not served any more")
-            if self._child is None:
-                await self.start()
-            assert self._child is not None
-            try:
-                return await self._answer(self._child, line, cpu_s=self._bounds.request_cpu_s)
-            except TextError:
-                if self._child.process.poll() is not None:
-                    self._end()
-                raise
-            except BaseException:  # the rest of a half-read answer must not become the next one's
-                self._end()
-                raise
-
-    async def _answer(self, child: Child, line: bytes, *, cpu_s: float) -> dict[str, Any]:
-        """Sends a line, unless it is empty, and returns the answer. Raises `TextError`."""
+        cpu_s = self._bounds.request_cpu_s
         try:
-            async with asyncio.timeout(WALL_FACTOR * cpu_s):
-                if line:
-                    child.writer.write(line + b"\n")
-                answer = await child.reader.readuntil()
-        except (TimeoutError, ConnectionError, asyncio.IncompleteReadError):
-            kill_child(child)
+            answer = await self._process.ask(line, within_s=WALL_FACTOR * cpu_s)
+        except ExceededError:
             raise self._bounds.exceeded(cpu_s) from None
+        except ClosedError:
+            raise TextError("this version is not served any more") from None
         return await asyncio.to_thread(checked_answer, answer)
 
 
