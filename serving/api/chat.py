@@ -271,9 +271,9 @@ class ChatAnswer(Answer):
         """Returns the content in a part's text, and what it adds to calls, each once."""
         if self._tool_format is None:
             return part.text, []
-        parser = self._parsers.setdefault(
-            part.index, CallParser(self._tool_format, self._parameters)
-        )
+        if part.index not in self._parsers:
+            self._parsers[part.index] = CallParser(self._tool_format, self._parameters)
+        parser = self._parsers[part.index]
         pieces = parser.push(part.text)
         pieces += parser.finish() if part.finish_reason is not None else []
         content, calls = "", dict[int, dict[str, Any]]()

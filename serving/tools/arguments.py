@@ -118,10 +118,18 @@ def is_text(schema: Any) -> bool:
     """Whether each value of a JSON Schema is a string."""
     if not isinstance(schema, Mapping):
         return False
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(values, list) and values:
+    values = chosen_values(schema)
+    if values:
         return all(isinstance(value, str) for value in values)
     return bool(schema.get("type") == "string")
+
+
+def chosen_values(schema: Mapping[str, Any]) -> list[Any]:
+    """Returns the values that a JSON Schema names; none where it names none."""
+    if "const" in schema:
+        return [schema["const"]]
+    values = schema.get("enum")
+    return values if isinstance(values, list) else []
 
 
 def length_of_start(text: str, mark: str) -> int:

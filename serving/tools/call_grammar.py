@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from serving.tools.arguments import TaggedArguments, is_text, properties_of
+from serving.tools.arguments import TaggedArguments, chosen_values, is_text, properties_of
 from serving.tools.formats import NO_PARAMETERS, ToolFormat
 
 _WHITESPACE = {
@@ -66,11 +66,10 @@ def _tagged(rule: str, parameters: Mapping[str, Any], options: Mapping[str, Any]
         places.append(place if key in required else f"{place}?")
         opening = json.dumps(f"{TaggedArguments.OPENS}{key}>\n")
         closing = json.dumps(f"\n{TaggedArguments.CLOSES}\n")
-        values = schema.get("enum", [schema.get("const")]) if is_text(schema) else []
         if not is_text(schema):
             whole = {**shared, **schema} if isinstance(schema, Mapping) else {}
             yield f"{place}: {opening} {_json({**whole, 'x-guidance': options})} {closing}"
-        elif values != [None]:
+        elif values := chosen_values(schema):
             choice = " | ".join(json.dumps(value) for value in values)
             yield f"{place}: {opening} ({choice}) {closing}"
         else:

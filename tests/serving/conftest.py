@@ -99,3 +99,19 @@ def fragile_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     tensors[name][FRAGILE_POSITION:] = float("nan")
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+@pytest.fixture(scope="session")
+def closing(tokenizer: Tokenizer) -> dict[str, float]:
+    """Biases by which a random model comes to an end."""
+    ids = [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) in b'"}]']
+    return {str(token_id): 8.0 for token_id in (*ids, tokenizer.eot_id)}
+
+
+@pytest.fixture(scope="session")
+def wide_checkpoint(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of one layer, with room for long answers."""
+    shape = {"n_positions": 512, "n_layer": 1, "n_head": 2, "n_embd": 32}
+    gpt = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, initializer_range=0.3, **shape))
+    gpt.init_weights(3)
+    return write_model(tmp_path_factory.mktemp("checkpoints") / "wide", gpt.eval(), tokenizer)

@@ -4,19 +4,17 @@ answer can follow is refused with its place."""
 import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import jsonschema
 import pytest
 
-from model.config import GPTConfig
-from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
 from serving.delivery.versions import Versions
 from tests.serving.endpoint_parts import Run, shared_replica
 from tests.serving.structured.schema_cases import ENFORCED, closed
-from tests.serving.tiny_models import write_model
 
 SCHEMA = closed(
     {"size": {"enum": ["small", "large"]}, "count": {"type": "integer", "minimum": 1, "maximum": 9}}
@@ -25,20 +23,9 @@ VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
 @pytest.fixture(scope="module")
-def run(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    shape = {"n_positions": 512, "n_layer": 1, "n_head": 2, "n_embd": 32}
-    gpt = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, initializer_range=0.3, **shape))
-    gpt.init_weights(3)
-    folder = write_model(tmp_path_factory.mktemp("checkpoints") / "wide", gpt.eval(), tokenizer)
-    with shared_replica(folder) as run:
+def run(wide_checkpoint: Path) -> Iterator[Run]:
+    with shared_replica(wide_checkpoint) as run:
         yield run
-
-
-@pytest.fixture(scope="module")
-def closing(tokenizer: Tokenizer) -> dict[str, float]:
-    """Biases by which a random model comes to an end."""
-    ids = [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) in b'"}]']
-    return {str(token_id): 8.0 for token_id in (*ids, tokenizer.eot_id)}
 
 
 def by_schema(schema: dict[str, Any], **more: Any) -> dict[str, Any]:

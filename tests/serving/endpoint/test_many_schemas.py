@@ -13,13 +13,9 @@ import jsonschema
 import pytest
 
 from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
-from model.config import GPTConfig
-from model.gpt import GPT
-from model.text.tokenizer import Tokenizer
 from tests.serving.endpoint_parts import Endpoints, children_with
 from tests.serving.structured.json_schema_suite import SuiteSchema, fetched_suite
 from tests.serving.structured.schema_cases import field
-from tests.serving.tiny_models import write_model
 from tests.time_limits import limit_s
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -31,14 +27,6 @@ MAX_GROWTH_BYTES = 64 << 20
 
 
 @pytest.fixture(scope="module")
-def wide_checkpoint(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape = {"n_positions": 512, "n_layer": 1, "n_head": 2, "n_embd": 32}
-    gpt = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, initializer_range=0.3, **shape))
-    gpt.init_weights(3)
-    return write_model(tmp_path_factory.mktemp("checkpoints") / "wide", gpt.eval(), tokenizer)
-
-
-@pytest.fixture(scope="module")
 def url(endpoints: Endpoints, wide_checkpoint: Path) -> str:
     config = ServeConfig(
         checkpoint=str(wide_checkpoint),
@@ -47,13 +35,6 @@ def url(endpoints: Endpoints, wide_checkpoint: Path) -> str:
         engine=EngineConfig(max_num_seqs=NUM_AT_ONCE),
     )
     return str(endpoints.deployed(config)["url"])
-
-
-@pytest.fixture(scope="module")
-def closing(tokenizer: Tokenizer) -> dict[str, float]:
-    """Biases by which a random model comes to an end."""
-    ids = [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) in b'"}]']
-    return {str(token_id): 8.0 for token_id in (*ids, tokenizer.eot_id)}
 
 
 @pytest.fixture(scope="module")
