@@ -57,7 +57,7 @@ slow-half-%:
 
 # One slice of the slow tests (tests/slices.py), by default another one for each commit, so that as many commits as there are
 # slices run them all. A session that takes longer than LIMIT_S ends, and says in which test it was.
-SLICES ?= 28
+SLICES ?= 24
 SLICE ?= $(shell $(BIN)/python -m tests.slices $(SLICES))
 LIMIT_S ?= 1080
 test-slice: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) $(NODE_CLIENTS_INSTALLED)

@@ -9,6 +9,8 @@ import threading
 from collections import Counter
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from tests.repository import REPOSITORY
 from tests.slices import (
     LONGEST_PART_S,
     Slice,
+    SlicePlugin,
     TimeLimit,
     divided,
     files_in_order,
@@ -109,12 +112,13 @@ def test_the_slices_of_a_few_files_are_their_slow_tests() -> None:
 
 @pytest.mark.slow
 def test_all_slices_together_are_the_slow_tests() -> None:
-    count = int(variable("SLICES"))
-    slices = [
-        collected("-m", "slow", "tests", "--slice", f"{number}/{count}")
-        for number in range(1, count + 1)
-    ]
     whole = collected("-m", "slow", "tests")
+    count, slices = int(variable("SLICES")), []
+    config: Any = SimpleNamespace(hook=SimpleNamespace(pytest_deselected=lambda items: None))
+    for number in range(1, count + 1):
+        items: list[Any] = [SimpleNamespace(nodeid=test) for test in whole]
+        SlicePlugin(Slice(number, count)).pytest_collection_modifyitems(config, items)
+        slices.append(Counter(item.nodeid for item in items))
     assert sum(slices, Counter()) == whole
     assert len(whole) > 300 and all(slices)
 

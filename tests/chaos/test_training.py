@@ -16,9 +16,11 @@ from tests.benchmarks.bench_recovery import kill_workers, stock_record, stock_tr
 from tests.chaos.arena import NUM_LONG_STEPS, NUM_STEPS, Arena, Watch, kill, processes_of_node
 from tests.chaos.conftest import NUM_NODES
 from tests.cluster.fault_proxy import running_proxy
+from tests.fault_seeds import fault_seeds
 from tests.jobs.stopped_links import stop_between
 from tests.time_limits import limit_s, slowness
 
+SEEDS = fault_seeds(1)[:2]  # each takes a minute
 ELASTIC = {"min_workers": 1, "max_workers": 3, "resize_check_s": 2}
 
 
@@ -86,7 +88,7 @@ def test_goodput_where_a_worker_is_lost_each_minute(arena: Arena, summary: dict)
     assert summary["goodput"] >= 0.75
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_worker_that_stops_for_ever(arena: Arena, seed: int) -> None:
     rng = random.Random(seed)
     stopped = []
@@ -104,7 +106,7 @@ def test_a_worker_that_stops_for_ever(arena: Arena, seed: int) -> None:
     assert stopped[1] - stopped[0] <= 45 * slowness()
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_link_that_stops_while_both_workers_live(arena: Arena, seed: int) -> None:
     """Whatever either sends the other is lost, and no connection ends."""
     rng = random.Random(seed)
@@ -148,7 +150,7 @@ def test_a_straggler_is_named_and_nothing_restarts(arena: Arena) -> None:
     assert [event["rank"] for event in ledger.events("straggler")][:1] == [1]
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_node_dies_and_another_joins(arena: Arena, seed: int) -> None:
     rng = random.Random(seed)
 

@@ -113,7 +113,7 @@ def test_any_number_of_workers_gives_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", QUICK_SIZES)
 def test_any_number_of_workers_of_ray_train_gives_the_same_bits(
     connection: Connection,
     folder: Path,

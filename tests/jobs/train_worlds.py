@@ -226,8 +226,13 @@ FOREIGN_CASES = [
 
 
 def _each_way(family: str) -> Iterator[Case]:
-    """Yields a family's cases: sharded in each way, in fp32 and in bf16."""
-    ways = itertools.product(get_args(Precision), get_args(Shard))
+    """Yields a family's cases, in fp32 and in bf16. What is resized is sharded in each way."""
+    ways: list[tuple[Precision, Shard]] = [
+        ("fp32", "none"),
+        ("fp32", "parameters"),
+        ("bf16", "optimizer"),
+        ("bf16", "parameters"),
+    ]
     for number, (precision, shard) in enumerate(ways):
         yield Case(
             precision,
@@ -364,10 +369,11 @@ def base_of(model: AdaptedModel) -> Iterator[Path]:
 def worlds(rank: int, sizes: str, folder: Path) -> Iterator[tuple[str, WorkerGroup, range]]:
     """Yields the worlds that the rank is part of: a name, the group, and the steps to take in
     it."""
-    plan = [(f"{size}", size, range(1, NUM_STEPS + 1)) for size in sizes_of(sizes)]
+    alone = sizes_of(sizes)
+    plan = [(f"{size}", size, range(1, NUM_STEPS + 1)) for size in alone]
     if "," not in sizes:
         for step, size in enumerate(RESIZES, start=1):
-            plan.append(("resized", size, range(step, step + 1)))
+            plan.append(("resized", min(size, max(alone)), range(step, step + 1)))
     for number, (name, size, steps) in enumerate(plan):
         if rank < size:
             store = f"file://{folder}/world-{number}"

@@ -13,6 +13,7 @@ import pytest
 
 from cluster.settings.code_folders import CODE_FOLDERS
 from model.files.failpoints import VARIABLE, failpoint
+from tests.fault_seeds import fault_seeds
 from tests.repository import REPOSITORY
 
 CODE = [path.read_text() for folder in CODE_FOLDERS for path in (REPOSITORY / folder).rglob("*.py")]
@@ -61,9 +62,11 @@ def test_a_crash_on_the_way_to_object_storage(s3_bucket: str, tmp_path: Path) ->
 @pytest.mark.chaos
 @pytest.mark.slow
 @pytest.mark.parametrize("is_remote", [False, True])
-def test_twenty_seeds_of_crashes(s3_bucket: str, tmp_path: Path, is_remote: bool) -> None:
+def test_crashes_of_several_seeds(s3_bucket: str, tmp_path: Path, is_remote: bool) -> None:
     uri = f"s3://{s3_bucket}/storage" if is_remote else str(tmp_path / "storage")
-    check_crashes(uri, tmp_path, num_seeds=20, places=FAILPOINTS if is_remote else LOCAL)
+    check_crashes(
+        uri, tmp_path, num_seeds=len(fault_seeds(4)), places=FAILPOINTS if is_remote else LOCAL
+    )
 
 
 def test_an_unarmed_failpoint_does_nothing_and_an_armed_one_counts(

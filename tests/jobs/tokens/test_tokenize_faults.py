@@ -1,8 +1,8 @@
 """Tokenizing under SIGKILL of a worker, a node and the driver at random moments: always the same
 bytes.
 
-Everything is real: raylets, Ray Data, SIGKILL. A seed draws the moment and the victim; the suite
-tries a few, the slow suite ten of each kind.
+Everything is real: raylets, Ray Data, SIGKILL. A seed draws the moment and the victim; the fast
+suite tries one, the slow one three of each kind.
 """
 
 import os
@@ -22,6 +22,7 @@ from cluster.local.local_cluster import LocalCluster
 from cluster.settings.run import write_config
 from cluster.stages.stage_module import parse_result
 from cluster.storage.uris import open_storage
+from tests.fault_seeds import fault_seeds
 from tests.jobs.corpora import data_config, make_corpus
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
@@ -35,7 +36,6 @@ SETTINGS: dict[str, Any] = {
     "shard_bytes": 15_000,
     "selection_task_bytes": 30_000,  # several sections and partitions
 }
-QUICK_SEEDS, ALL_SEEDS = range(1), range(10)
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +145,8 @@ def test_two_runs_into_one_store_are_refused(contest: Contest) -> None:
 
 def seeds() -> list[Any]:
     return [
-        pytest.param(seed, marks=() if seed in QUICK_SEEDS else pytest.mark.slow)
-        for seed in ALL_SEEDS
+        pytest.param(seed, marks=[pytest.mark.slow, pytest.mark.chaos] if seed > 0 else [])
+        for seed in fault_seeds(3)
     ]
 
 

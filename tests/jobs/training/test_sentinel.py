@@ -2,7 +2,6 @@
 weights."""
 
 import itertools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from cluster.settings.shard import Shard
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
+from tests.fault_seeds import fault_seeds
 from tests.jobs.faulty_runs import FAULTY, Fault, run_with_fault
 from tests.jobs.runs import tiny_plan
 
@@ -166,7 +166,6 @@ def test_a_worker_that_fails_its_self_test_trains_nothing(tmp_path: Path) -> Non
 
 GRADIENTS = ("gradient:1:flip", "gradient:0.1:flip", "gradient:0.01:flip")
 COPIES = ("weights:7:flip_nth", "vectors:7:flip_nth")
-SEEDS = range(int(os.environ.get("RAYMILL_TEST_SEEDS", "1")))
 CELLS = [
     *itertools.product((2, 3, 4), ("none", "parameters"), (None,), GRADIENTS),
     # A part of the state that one rank alone holds is updated again by all
@@ -178,7 +177,7 @@ CELLS = [
 
 @pytest.mark.slow
 @pytest.mark.chaos
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", fault_seeds(1))
 @pytest.mark.parametrize(("world_size", "shard", "group", "failpoint"), CELLS)
 def test_whatever_is_wrong_the_run_ends_with_the_clean_runs_weights(
     tmp_path: Path, world_size: int, shard: str, group: int | None, failpoint: str, seed: int

@@ -1,0 +1,11 @@
+"""How many seeds of a fault the tests draw: a few, and as many as `make test-chaos` asks for there.
+
+A seed draws a fault's moment and victim. `RAYMILL_TEST_SEEDS=20` sets their number for all tests
+that draw them.
+"""
+
+import os
+
+
+def fault_seeds(usual: int) -> range:
+    return range(int(os.environ.get("RAYMILL_TEST_SEEDS", usual)))
