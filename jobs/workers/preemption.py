@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -78,9 +79,14 @@ def stopping_on_sigterm(run: Storage) -> Iterator[None]:
     """Turns SIGTERM to this process, the run's launcher, into a request to the workers to save and
     leave."""
     run.delete(STOP_REQUESTED)
-    before = signal.signal(
-        signal.SIGTERM, lambda signum, frame: run.write_bytes(STOP_REQUESTED, b"")
-    )
+
+    def request(signum: int, frame: FrameType | None) -> None:
+        # In a thread: the code that a signal interrupts may hold a lock of the storage's client
+        threading.Thread(
+            target=run.write_bytes, args=(STOP_REQUESTED, b""), name="stop-request"
+        ).start()
+
+    before = signal.signal(signal.SIGTERM, request)
     try:
         yield
     finally:

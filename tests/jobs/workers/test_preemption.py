@@ -1,17 +1,22 @@
 """Notices: a checkpoint at the end of the step in which one is heard, and a run that continues or
 ends resumable."""
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cluster.storage.folder import LocalStorage
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.training.train_loop import train
 from jobs.workers.preemption import STOP_REQUESTED, Notices, stopping_on_sigterm
 from tests.jobs.runs import tiny_plan
 from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -73,3 +78,21 @@ def test_a_request_to_stop_ends_the_run_resumable(
     ledger = Ledger.read(other.run)
     assert ledger.events("finish")
     assert ledger.events("checkpoint")[-1]["parameter_hash"] == undisturbed
+
+
+def test_a_signal_that_interrupts_a_write_is_not_stuck_behind_it(
+    plan: RunPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client of object storage has locks, which the interrupted code may hold."""
+    lock, write = threading.Lock(), LocalStorage.write_bytes
+
+    def write_locked(storage: LocalStorage, key: str, data: bytes) -> None:
+        assert lock.acquire(timeout=limit_s(2)), "it waits for the code that it interrupts"
+        write(storage, key, data)
+        lock.release()
+
+    with stopping_on_sigterm(plan.run):
+        monkeypatch.setattr(LocalStorage, "write_bytes", write_locked)
+        with lock:
+            os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: plan.run.exists(STOP_REQUESTED))
