@@ -222,7 +222,8 @@ class BatchGradient:
         again."""
         if self.audit_of_step(step) is None or not self._state.sharding.is_sole_copy:
             return None
-        return UpdateNotes(self._excerpted(step, self._plan(step)), self._state)
+        matrix = self.audits.matrix(step, self._state.layout)
+        return UpdateNotes(self._excerpted(step, self._plan(step)), matrix, self._state)
 
     def _keep_in_step(self, step: int, timer: StepTimer) -> None:
         """Computes as often as the rank that has most to compute, where ranks of whole states

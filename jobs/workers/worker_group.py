@@ -47,12 +47,12 @@ class WorkerGroup:
         """Lasts while this worker exchanges with all others, from and into the device's memory."""
         return self.meeting.progress.message(range(self.world_size), device)
 
-    def broadcast(self, value: Any) -> Any:
-        """Returns rank 0's value on every rank."""
+    def broadcast(self, value: Any, *, source: int = 0) -> Any:
+        """Returns the value of rank `source` on every rank."""
         values = [value]
         if self.world_size > 1:
             with self.message():
-                dist.broadcast_object_list(values, src=0)
+                dist.broadcast_object_list(values, src=source)
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 first step on. As Ray Train does, it starts the workers again without a node that was left out."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,17 @@ import torch.distributed as dist
 
 from cluster.local.local_cluster import NODE_NAME_VARIABLE
 from cluster.storage.uris import open_storage
+from jobs.exact.rules.muon import Muon
+from jobs.exact.rules.update_rule import Stretch
+from jobs.exact.sums.silent_faults import corrupt
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
+from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.training import train_loop
 from jobs.training.train_loop import train
 from jobs.workers.left_out_nodes import left_out
 from model.files.failpoints import VARIABLE
+from tests.jobs.failpoint_runs import save_and_wait
 from tests.jobs.worker_processes import exit_code, into_log, worker_process
 
 FAULTY = "faulty"  # the name of its node
@@ -26,12 +32,20 @@ _MAX_STARTS = 4
 @dataclass(frozen=True)
 class Fault:
     rank: int
-    failpoint: str  # as the variable says it
+    failpoint: str  # as the variable says it; "matrix_update" is one of these tests alone
     from_the_start: bool = False  # in the self-test too
 
 
-def run_with_fault(plan: RunPlan, folder: Path, fault: Fault | None, *, world_size: int) -> Ledger:
-    """Trains the plan to its end, or until it gives up; returns its ledger."""
+def run_with_fault(
+    plan: RunPlan,
+    folder: Path,
+    fault: Fault | None,
+    *,
+    world_size: int,
+    waits_for_checkpoints: bool = False,
+) -> Ledger:
+    """Trains the plan to its end, or until it gives up; returns its ledger. Where a step does not
+    wait for its checkpoint, a newer one may take its place on a busy machine."""
     nodes = [f"node-{rank}" for rank in range(world_size)]
     if fault:
         nodes[fault.rank] = FAULTY
@@ -43,7 +57,8 @@ def run_with_fault(plan: RunPlan, folder: Path, fault: Fault | None, *, world_si
         processes = []
         for rank in range(len(nodes)):
             log = folder / f"{start}-{rank}.log"
-            processes.append(worker_process(work, plan, fault, rank, nodes, meeting, log))
+            arguments = (plan, fault, rank, nodes, meeting, log, waits_for_checkpoints)
+            processes.append(worker_process(work, *arguments))
         for process in processes:
             process.start()
         codes = {exit_code(process, timeout_s=120) for process in processes}
@@ -54,9 +69,17 @@ def run_with_fault(plan: RunPlan, folder: Path, fault: Fault | None, *, world_si
 
 
 def work(
-    plan: RunPlan, fault: Fault | None, rank: int, nodes: list[str], meeting: str, log: Path
+    plan: RunPlan,
+    fault: Fault | None,
+    rank: int,
+    nodes: list[str],
+    meeting: str,
+    log: Path,
+    waits_for_checkpoints: bool,
 ) -> None:
     into_log(log)
+    if waits_for_checkpoints:
+        CheckpointWriter.save = save_and_wait  # type: ignore[method-assign]
     torch.set_num_threads(1)
     os.environ |= {NODE_NAME_VARIABLE: nodes[rank], "GLOO_SOCKET_IFNAME": "lo"}
     if fault and nodes[rank] == FAULTY:
@@ -71,6 +94,15 @@ def work(
 
 
 def _arm(fault: Fault) -> None:
+    update = Muon.update
+
+    def then_wrong(self: Muon, stretches: Sequence[Stretch], *, learning_rate: float) -> None:
+        update(self, stretches, learning_rate=learning_rate)
+        for stretch in stretches:
+            if stretch.matrix:
+                corrupt("matrix_update", stretch.values)
+
+    Muon.update = then_wrong  # type: ignore[method-assign]
     if fault.from_the_start:
         os.environ[VARIABLE] = fault.failpoint
         return

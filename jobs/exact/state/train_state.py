@@ -90,7 +90,7 @@ class TrainState:
         self.num_updates = 0
         self.shapes = {name: tuple(weights.shape) for name, weights in model.named_parameters()}
         self.rule = rule or update_rule(config)
-        self._matrices = matrices_of(self.rule, model.hidden_matrices)
+        self.matrices = matrices_of(self.rule, model.hidden_matrices)
         costs = matrix_costs(self.rule, model.hidden_matrices)
         self.layout = FlatLayout.of(self.shapes, matrix_costs=costs)
         self.copies = HostCopies(device)
@@ -259,7 +259,7 @@ class TrainState:
     ) -> Stretch:
         """Returns views of the flat buffers at a place of the layout, which is that of a matrix if
         it has a name."""
-        matrix = self._matrices[name] if name else None
+        matrix = self.matrices[name] if name else None
 
         def view(part: str, flat: Tensor) -> Tensor:
             return self.kept(part).home_of(place).of(flat)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.exact.state.flat_layout import BLOCK
+from jobs.exact.state.flat_layout import BLOCK, FlatLayout
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.span import Span
 from jobs.exact.sums.step_plan import StepPlan
@@ -27,6 +27,7 @@ and sums that are added again, which take longer than a turn for the smallest mo
 
 _EXCERPT_BLOCKS = 64  # whose additions are made again: 256 KiB of each lane's gradient, at most
 _MOST_EXCERPTED = 1 << 20  # values of all lanes together, 4 MiB, which go to all ranks
+_MOST_OF_MATRIX = 1 << 22  # values; five times as many, 80 MiB, go to all ranks
 
 NUM_CHECKSUMS = 4
 """What each rank shows in an audited step, see `Shown`."""
@@ -88,6 +89,15 @@ class Audits:
         count = min(num_blocks, most_blocks, _EXCERPT_BLOCKS)
         first = self._draw(step, "excerpt") % (num_blocks - count + 1)
         return Span(first * BLOCK, (first + count) * BLOCK)
+
+    def matrix(self, step: int, layout: FlatLayout) -> str | None:
+        """Returns the name of the matrix, of those that are updated as a whole, whose update is
+        made again in an audited step; None where there is none, or each is too large."""
+        names: list[str] = []
+        for name, matrix in layout.matrices.items():
+            if len(matrix.blocks) <= _MOST_OF_MATRIX:
+                names.append(name)
+        return names[self._draw(step, "matrix") % len(names)] if names else None
 
     def _draw(self, step: int, what: str) -> int:
         digest = hashlib.blake2b(f"audit:{self.seed}:{step}:{what}".encode(), digest_size=8)
