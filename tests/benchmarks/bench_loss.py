@@ -1,7 +1,8 @@
 """Tokens and seconds to AdamW's final loss: raymill with AdamW and with Muon, beside nanoGPT's and
 nanochat's recipes as plain loops, on the same rows, shape and seeds.
 
-    python -m tests.benchmarks.bench_loss [--task 1m] [--steps N] [--seeds 3] [--folder build/bench-loss]
+    python -m tests.benchmarks.bench_loss [--task 1m] [--steps N] [--seeds 3] [--shares 0.5 0.7]
+        [--ours] [--folder build/bench-loss]
     python -m tests.benchmarks.bench_loss --step-cost
 
 The rates of raymill's two optimizers are tuned first, on seed 0, over the same grid of factors of 2.
@@ -48,12 +49,15 @@ TASKS = {
     "1m": Task(n_layer=4, n_head=4, n_embd=128, seq_len=64, batch_size=12, num_steps=2000),
     # The shape and the batch of its setting for a GPU: 10.7M parameters
     "10m": Task(n_layer=6, n_head=6, n_embd=384, seq_len=256, batch_size=64, num_steps=5000),
+    # The same shape with the rows and the batch of the first, for a processor
+    "10m-short": Task(6, 6, 384, seq_len=64, batch_size=12, num_steps=1000, precision="bf16"),
 }
 
-PEAKS = (1e-3, 2e-3, 4e-3, 8e-3)
+FIRST_PEAKS = (2e-3, 4e-3)
+"""Tried first; then a larger or a smaller one by a factor of 2, as long as the best is at an end."""
 
 SHARES = (0.5, 0.6, 0.7, 1.0)
-"""Of the tokens, with each of which Muon trains."""
+"""Of the tokens, with each of which Muon trains unless others are asked for."""
 
 # Preset, sequences of a step, tokens of each: the default batch, and the demo's own
 STEP_COSTS = (("demo", 64, 128), ("demo", 8, 128), ("small-10m", 64, 256))
@@ -87,29 +91,40 @@ class Runs:
     def tuned(self, task: Task, *, optimizer: str) -> float:
         """Returns the peak that ends with the lowest loss on seed 0."""
         losses: dict[float, float] = {}
-        for peak in PEAKS:
-            losses[peak] = self.ours(task, 0, optimizer=optimizer, peak=peak).losses[-1]
-        return min(losses, key=lambda peak: losses[peak])
+        untried = [*FIRST_PEAKS]
+        while True:
+            for peak in untried:
+                losses[peak] = self.ours(task, 0, optimizer=optimizer, peak=peak).losses[-1]
+            best = min(losses, key=lambda peak: losses[peak])
+            if best == max(losses):
+                untried = [2 * best]
+            elif best == min(losses):
+                untried = [best / 2]
+            else:
+                return best
 
 
-def measured(runs: Runs, task: Task, seeds: range) -> dict[str, Any]:
+def measured(
+    runs: Runs, task: Task, seeds: range, *, shares: Sequence[float], with_peers: bool
+) -> dict[str, Any]:
     """Returns the figures of all contenders, and the curves of whole runs by contender."""
     peaks = {optimizer: runs.tuned(task, optimizer=optimizer) for optimizer in ("adamw", "muon")}
     curves: dict[str, list[Curve]] = {}
     curves["raymill, AdamW"] = [
         runs.ours(task, seed, optimizer="adamw", peak=peaks["adamw"]) for seed in seeds
     ]
-    curves["nanoGPT's recipe"] = [
-        runs.curve(f"nanogpt, seed {seed}", task, lambda c, t, seed=seed: nanogpt(c, t, seed))
-        for seed in seeds
-    ]
-    curves["nanochat's recipe"] = [
-        runs.curve(f"nanochat, seed {seed}", task, lambda c, t, seed=seed: nanochat(c, t, seed))
-        for seed in seeds
-    ]
+    if with_peers:
+        curves["nanoGPT's recipe"] = [
+            runs.curve(f"nanogpt, seed {seed}", task, lambda c, t, seed=seed: nanogpt(c, t, seed))
+            for seed in seeds
+        ]
+        curves["nanochat's recipe"] = [
+            runs.curve(f"nanochat, seed {seed}", task, lambda c, t, seed=seed: nanochat(c, t, seed))
+            for seed in seeds
+        ]
     target = fmean(curve.losses[-1] for curve in curves["raymill, AdamW"])
     points: list[tuple[float, float]] = []  # share of the tokens, and the mean loss
-    for share in SHARES:
+    for share in shares:
         shorter = replace(task, num_steps=round(task.num_steps * share))
         ended = [runs.ours(shorter, seed, optimizer="muon", peak=peaks["muon"]) for seed in seeds]
         points.append((share, fmean(curve.losses[-1] for curve in ended)))
@@ -250,6 +265,8 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, default="1m")
     parser.add_argument("--steps", type=int, help="the task's own when left out")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    parser.add_argument("--ours", action="store_true", help="leave out others' recipes")
     parser.add_argument("--text", type=Path, nargs="+", default=[])
     parser.add_argument(
         "--max-chars", type=int, default=1_115_394, help="as many as nanoGPT's text has"
@@ -273,7 +290,13 @@ def main() -> None:
         f"{len(corpus.train):,} characters of {corpus.vocab_size} kinds to train on, "
         f"{task.num_steps:,} steps of {task.step_tokens:,}, {torch.get_num_threads()} threads"
     )
-    result = measured(Runs(folder, corpus), task, range(arguments.seeds))
+    result = measured(
+        Runs(folder, corpus),
+        task,
+        range(arguments.seeds),
+        shares=arguments.shares,
+        with_peers=not arguments.ours,
+    )
     (folder / "figures.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     (folder / "table.md").write_text(table(result), encoding="utf-8")
     draw(result, folder / "curves.png")

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from cluster.settings.run import RunConfig
 from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.compute import autocast
 from jobs.exact.state.train_state import ALONE, TrainState
 from jobs.run.step_timer import StepTimer
 from model.gpt import GPT
+from model.numerics import Precision
 from model.training.optimizer import learning_rate
 from tests.benchmarks.plain_gpt2 import PlainGPT2, Shape
 
@@ -59,6 +61,7 @@ class Task:
     seq_len: int
     batch_size: int  # sequences of a step
     num_steps: int
+    precision: Precision = "fp32"  # of raymill's contenders; the others are fp32
 
     @property
     def step_tokens(self) -> int:
@@ -132,7 +135,7 @@ class Ours(Contender):
             "global_batch_size": task.batch_size,
             "micro_batch_size": task.batch_size,
             "max_tokens": task.num_steps * task.step_tokens,
-            "precision": "fp32",
+            "precision": task.precision,
             "seed": seed,
         }
         values = {"model": shape, "train": train, "scaling": {"max_workers": 1}}
@@ -159,7 +162,8 @@ class Ours(Contender):
 
     @torch.no_grad()
     def loss(self, inputs: Tensor, targets: Tensor) -> float:
-        return float(self._model.loss(inputs, targets, scale=1.0 / targets.numel()))
+        with autocast(self._config, inputs.device):
+            return float(self._model.loss(inputs, targets, scale=1.0 / targets.numel()))
 
 
 class PlainLoop(Contender):
