@@ -59,6 +59,9 @@ FIRST_PEAKS = (2e-3, 4e-3)
 SHARES = (0.5, 0.6, 0.7, 1.0)
 """Of the tokens, with each of which Muon trains unless others are asked for."""
 
+NANOGPT = {"peak": 1e-3, "beta2": 0.99}
+"""What its recipe has otherwise than raymill by default: the same loop must have the same loss."""
+
 # Preset, sequences of a step, tokens of each: the default batch, and the demo's own
 STEP_COSTS = (("demo", 64, 128), ("demo", 8, 128), ("small-10m", 64, 256))
 
@@ -114,6 +117,14 @@ def measured(
         runs.ours(task, seed, optimizer="adamw", peak=peaks["adamw"]) for seed in seeds
     ]
     if with_peers:
+        curves["raymill, nanoGPT's numbers"] = [
+            runs.curve(
+                f"raymill with nanoGPT's numbers, seed {seed}",
+                task,
+                lambda c, t, seed=seed: Ours(c, t, seed, optimizer="adamw", **NANOGPT),
+            )
+            for seed in seeds
+        ]
         curves["nanoGPT's recipe"] = [
             runs.curve(f"nanogpt, seed {seed}", task, lambda c, t, seed=seed: nanogpt(c, t, seed))
             for seed in seeds

@@ -121,7 +121,9 @@ class Ours(Contender):
         *,
         optimizer: str,
         peak: float,
+        **train: Any,
     ) -> None:
+        """`train` has settings of that section beside those of the task."""
         shape = {
             "n_layer": task.n_layer,
             "n_head": task.n_head,
@@ -129,7 +131,7 @@ class Ours(Contender):
             "n_positions": task.seq_len,
             "vocab_size": corpus.vocab_size,
         }
-        train = {
+        train |= {
             "optimizer": optimizer,
             "learning_rate": peak,
             "global_batch_size": task.batch_size,
