@@ -215,9 +215,13 @@ class PlainLoop(Contender):
 
 def nanogpt(corpus: Corpus, task: Task, seed: int) -> PlainLoop:
     """nanoGPT's config/train_shakespeare_char.py: AdamW from 1e-3 by a cosine down to 1e-4, with a
-    twentieth of the steps to warm up, and a second moment of 0.99."""
+    twentieth of the steps to warm up, and a second moment of 0.99. What ends a residual branch
+    starts smaller, as in its model.py and in raymill."""
     torch.manual_seed(seed)
     model = PlainGPT2(_shape(corpus, task))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("proj.weight", "down.weight")):
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * task.n_layer))
     decayed = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
