@@ -24,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # The suite starts hundreds of processes: where this is set, each compiles every module again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test areas reference docs test-all test-slice test-chaos test-gpu test-live lint format audit bench bench-train bench-foreign bench-loss bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
+.PHONY: demo test areas reference docs test-all slow-halves test-slice test-chaos test-gpu test-live lint format audit bench bench-train bench-foreign bench-loss bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
@@ -47,9 +47,11 @@ endif
 areas: $(INSTALLED)
 	$(BIN)/python -m tests.areas $(AREA)
 
-# The fast tests, then both halves of the slow ones side by side: their clusters mostly wait.
+# The fast tests, then both halves of the slow ones side by side: their clusters mostly wait. All run, whatever fails.
 test-all: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) $(NODE_CLIENTS_INSTALLED)
-	$(MAKE) test
+	$(MAKE) --keep-going test slow-halves
+
+slow-halves:
 	$(MAKE) --jobs 2 --keep-going slow-half-1 slow-half-2
 
 slow-half-%:
