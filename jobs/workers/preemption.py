@@ -8,12 +8,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
+from functools import partial
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 from cluster.storage.uris import Storage, StorageError
+from jobs.run.storage_retry import patiently
 from jobs.workers.worker_group import WorkerGroup
 
 STOP_REQUESTED = "stop-requested"
@@ -82,8 +84,9 @@ def stopping_on_sigterm(run: Storage) -> Iterator[None]:
 
     def request(signum: int, frame: FrameType | None) -> None:
         # In a thread: the code that a signal interrupts may hold a lock of the storage's client
+        write = partial(run.write_bytes, STOP_REQUESTED, b"")
         threading.Thread(
-            target=run.write_bytes, args=(STOP_REQUESTED, b""), name="stop-request"
+            target=patiently, args=(write, "request to stop"), name="stop-request", daemon=True
         ).start()
 
     before = signal.signal(signal.SIGTERM, request)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.storage.folder import LocalStorage
+from cluster.storage.uris import StorageError
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.training.train_loop import train
@@ -83,16 +84,23 @@ def test_a_request_to_stop_ends_the_run_resumable(
 def test_a_signal_that_interrupts_a_write_is_not_stuck_behind_it(
     plan: RunPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client of object storage has locks, which the interrupted code may hold."""
+    """A client of object storage has locks, which the interrupted code may hold. Storage that is
+    out of reach is asked again."""
     lock, write = threading.Lock(), LocalStorage.write_bytes
+    num_tries = 0
 
     def write_locked(storage: LocalStorage, key: str, data: bytes) -> None:
+        nonlocal num_tries
         assert lock.acquire(timeout=limit_s(2)), "it waits for the code that it interrupts"
-        write(storage, key, data)
         lock.release()
+        num_tries += 1
+        if num_tries == 1:
+            raise StorageError("out of reach")
+        write(storage, key, data)
 
     with stopping_on_sigterm(plan.run):
         monkeypatch.setattr(LocalStorage, "write_bytes", write_locked)
         with lock:
             os.kill(os.getpid(), signal.SIGTERM)
         wait_until(lambda: plan.run.exists(STOP_REQUESTED))
+    assert num_tries == 2
