@@ -1,4 +1,4 @@
-"""How many seeds of a fault the tests draw: a few, and as many as `make test-chaos` asks for there.
+"""How many seeds of a fault a test draws: a few, or as many as `make test-chaos` asks for.
 
 A seed draws a fault's moment and victim. `RAYMILL_TEST_SEEDS=20` sets their number for all tests
 that draw them.

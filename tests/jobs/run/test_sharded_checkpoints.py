@@ -153,13 +153,12 @@ def test_a_crash_of_one_worker(tmp_path: Path) -> None:
 
 @pytest.mark.chaos
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", fault_seeds(2))
 @pytest.mark.parametrize("is_remote", [False, True])
 def test_a_crash_of_one_worker__at_every_place(
-    s3_bucket: str, tmp_path: Path, is_remote: bool, seed: int
+    s3_bucket: str, tmp_path: Path, is_remote: bool
 ) -> None:
     uri = f"s3://{s3_bucket}/storage" if is_remote else str(tmp_path / "storage")
-    check_crashes(uri, tmp_path, seeds=[1 + seed], places=PLACES)
+    check_crashes(uri, tmp_path, seeds=fault_seeds(2), places=PLACES)
 
 
 def test_a_listing_whose_first_page_is_older_than_the_last_report_refuses_nothing(
