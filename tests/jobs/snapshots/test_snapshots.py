@@ -35,6 +35,7 @@ from jobs.workers.worker_group import WorkerGroup
 from model.files.checkpoint import parameter_hash
 from tests.jobs.runs import tiny_plan
 from tests.jobs.train_states import RATE, apply, gradients, make_state
+from tests.waiting import wait_until
 
 SIZE = 12 << 12
 
@@ -198,13 +199,18 @@ def test_shares_that_are_written_all_the_time_are_copied_of_one_step(ray_workers
     }
     assert {num_slots(area) for area in areas.values()} == {3}
     ended = threading.Event()
+    taken: list[int] = []
 
     def train() -> None:
         for step in itertools.count(1):
             for rank, node in enumerate(nodes):
                 write(slots[node], replace(header_of(step=step), rank=rank, world_size=2))
+            taken.append(step)
             if ended.wait(0.02):
                 return
+
+    def wait_for_step(step: int) -> None:
+        wait_until(lambda: len(taken) >= step, poll_s=0.01)
 
     def listed() -> list[Holding]:
         return [held for keeper in keepers.values() for held in ray.get(keeper.holdings.remote())]
@@ -217,7 +223,7 @@ def test_shares_that_are_written_all_the_time_are_copied_of_one_step(ray_workers
             before = kept
             while kept is before:
                 kept = copy_to_second_nodes(keepers, listed(), nodes, before)
-            time.sleep(0.2)  # ten steps
+            wait_for_step(len(taken) + 10)
             copied = [held for held in listed() if held.area.startswith(COPIES)]
             assert {(held.node, held.area) for held in copied} == {
                 ("a", COPIES + areas["b"]),
