@@ -8,7 +8,6 @@ is warm. Prints a table and, last, JSON.
 
 import argparse
 import json
-import logging
 import os
 import tempfile
 import time
@@ -18,7 +17,6 @@ from typing import Any
 
 import boto3
 import numpy as np
-from moto.server import ThreadedMotoServer
 from rich.console import Console
 from rich.table import Table
 
@@ -27,6 +25,7 @@ from cluster.storage.uris import Storage, open_storage
 from jobs.tokens.token_stream import TokenStream
 from tests.cluster.fault_proxy import FaultProxy, Stalled, running_proxy
 from tests.jobs.stores import make_store
+from tests.moto_server import moto_server
 
 DELAY_S = 0.02
 SEQ_LEN = 1024
@@ -82,27 +81,27 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=300.0, help="rows a second")
     arguments = parser.parse_args()
     window = arguments.window_rows
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
     os.environ |= {
         "AWS_ACCESS_KEY_ID": "key",
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    os.environ["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
-    bucket = f"bench-{uuid.uuid4().hex[:8]}"
-    boto3.client("s3").create_bucket(Bucket=bucket)
     num_tokens = 2 * window * SEQ_LEN + 1
     sizes = [SHARD_TOKENS] * (num_tokens // SHARD_TOKENS) + [num_tokens % SHARD_TOKENS]
-    remote = open_storage(f"s3://{bucket}/store")
-    say(
-        f"a store of {sum(sizes) * 2 >> 20} MiB in {len(sizes)} shards, windows of {window:,} rows of {SEQ_LEN} tokens"
-    )
-    make_store(remote, sizes=sizes)
     results = []
-    with tempfile.TemporaryDirectory() as folder, running_proxy(f"http://{host}:{port}") as proxy:
+    with (
+        moto_server() as server,
+        running_proxy(server) as proxy,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        os.environ["AWS_ENDPOINT_URL"] = server
+        bucket = f"bench-{uuid.uuid4().hex[:8]}"
+        boto3.client("s3").create_bucket(Bucket=bucket)
+        remote = open_storage(f"s3://{bucket}/store")
+        say(
+            f"a store of {sum(sizes) * 2 >> 20} MiB in {len(sizes)} shards, windows of {window:,} rows of {SEQ_LEN} tokens"
+        )
+        make_store(remote, sizes=sizes)
         os.environ["HOME"] = folder  # of the copies
         disk = open_storage(str(Path(folder) / "store"))
         make_store(disk, sizes=sizes)
@@ -113,7 +112,6 @@ def main() -> None:
             found = measured(remote, local, proxy, near=near, window=window, rate=arguments.rate)
             results.append(found)
             say(json.dumps(found))
-    server.stop()
     table = Table()
     for name in results[0]:
         table.add_column(name)

@@ -69,6 +69,7 @@ def running(hub: HubT, handler: type[BaseHTTPRequestHandler]) -> Iterator[HubT]:
 class Handler(BaseHTTPRequestHandler):
     stub: HubStub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits for its headers to be acknowledged
 
     def do_GET(self) -> None:  # noqa: PLR0911 (one for each kind of answer)
         parts = urlsplit(self.path)

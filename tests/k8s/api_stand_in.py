@@ -210,6 +210,7 @@ def _certificate(
 def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else a body waits for its headers to be acknowledged
         timeout = 30
 
         def do_GET(self) -> None:
