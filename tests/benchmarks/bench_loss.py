@@ -33,6 +33,7 @@ from matplotlib.figure import Figure
 from cluster.commands.demo_run import fetch_corpus
 from cluster.output.progress import say
 from model.config import PRESETS
+from model.training.training_memory import keep_freed_memory
 from tests.benchmarks.loss_runs import (
     Contender,
     Corpus,
@@ -289,6 +290,7 @@ def main() -> None:
         for preset, batch_size, seq_len in STEP_COSTS:
             print(json.dumps(step_cost(preset, batch_size, seq_len)), flush=True)
         return
+    keep_freed_memory()  # as a worker does
     task = TASKS[arguments.task]
     if arguments.steps:
         task = replace(task, num_steps=arguments.steps)

@@ -2,10 +2,13 @@
 process, or with several workers in one run that audits every second step.
 
     python -m tests.benchmarks.bench_sentinel [tiny|small-10m] [--workers 2]
+        [--optimizer muon] [--shard optimizer]
 
 Prints one JSON object for each model. `by_default` is the share of the time that audits take at the
 interval that a run chooses by itself. Of several workers the processor time is told, of all their
-threads together: on a busy machine they wait for each other.
+threads together: on a busy machine they wait for each other. Where each of them keeps its own part
+of the state (`--shard`), an audit also makes a part of the update again, and with Muon that of a
+matrix.
 """
 
 import argparse
@@ -21,6 +24,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cluster.settings.run import state_scaling
+from jobs.exact.state.sharding import Sharding
+from jobs.exact.sums.audit import steps_between
+from jobs.exact.sums.step_plan import StepPlan
 from jobs.run.run_plan import RunPlan
 from jobs.training.attempt import Attempt
 from jobs.training.open_attempt import open_attempt
@@ -33,7 +40,15 @@ SIDES = {"with": 1, "without": 0, "by default": None}
 NUM_LANES = 8
 
 
-def plan_of(preset: str, folder: Path, *, every_steps: int | None, workers: int = 1) -> RunPlan:
+def plan_of(
+    preset: str,
+    folder: Path,
+    *,
+    every_steps: int | None,
+    workers: int = 1,
+    optimizer: str = "adamw",
+    shard: str = "none",
+) -> RunPlan:
     seq_len = 32 if preset == "tiny" else 128
     train = {
         "sample_prompts": [],
@@ -42,6 +57,7 @@ def plan_of(preset: str, folder: Path, *, every_steps: int | None, workers: int 
         "global_batch_size": 2 * NUM_LANES,
         "max_tokens": 10_000 * 2 * NUM_LANES * seq_len,
         "audit_every_steps": every_steps,
+        "optimizer": optimizer,
     }
     model = {"preset": preset, "n_positions": seq_len, "vocab_size": 300}
     return tiny_plan(
@@ -49,7 +65,7 @@ def plan_of(preset: str, folder: Path, *, every_steps: int | None, workers: int 
         tokens_in=str(folder),
         train=train,
         model=model,
-        scaling={"max_workers": workers},
+        scaling={"max_workers": workers, "shard": shard},
     )
 
 
@@ -106,19 +122,21 @@ def take_steps(
         begun = time.process_time()
         measured = attempt.measure(step)
         assert measured is not None
-        attempt.state.apply(norm=measured.norm, learning_rate=1e-4)
+        attempt.update(step, measured)
         spent.append(time.process_time() - begun)
     (folder / f"{rank}.json").write_text(json.dumps(spent))
     attempt.group.gather("done")
     dist.destroy_process_group()
 
 
-def measure_workers(preset: str, workers: int) -> dict[str, Any]:
+def measure_workers(preset: str, workers: int, *, optimizer: str, shard: str) -> dict[str, Any]:
     """Audits every second step: an audited step beside the mean of the two around it."""
     num_steps = NUM_STEPS[preset] | 1
     with tempfile.TemporaryDirectory(prefix="raymill-bench-") as name:
         folder = Path(name)
-        plan = plan_of(preset, folder, every_steps=2, workers=workers)
+        plan = plan_of(
+            preset, folder, every_steps=2, workers=workers, optimizer=optimizer, shard=shard
+        )
         processes = []
         for rank in range(workers):
             log = folder / f"{rank}.log"
@@ -138,11 +156,16 @@ def measure_workers(preset: str, workers: int) -> dict[str, Any]:
         usual_s.append(around_s)
         extra_s.append(step_s[place] - around_s)
     share = statistics.median(extra_s) / statistics.median(usual_s)
-    every_steps = -(-2 * workers * 100 // NUM_LANES)  # as `audit.steps_between`
+    sharding = Sharding.of(state_scaling(plan.config), rank=0, world_size=workers)
+    every_steps = steps_between(
+        StepPlan(sharding, NUM_LANES, plan.config.train.micro_batches_per_lane)
+    )
     return {
         "preset": preset,
         "lanes": NUM_LANES,
         "workers": workers,
+        "optimizer": optimizer,
+        "shard": shard,
         "every_steps": every_steps,
         "cpu_step_ms": round(1000 * statistics.median(usual_s), 3),
         "cpu_of_an_audit": round(share, 4),
@@ -154,10 +177,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("presets", nargs="*", default=[*NUM_STEPS])
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--optimizer", default="adamw", help="of several workers")
+    parser.add_argument("--shard", default="none", help="of several workers")
     arguments = parser.parse_args()
     for preset in arguments.presets:
-        workers = arguments.workers
-        figures = measure(preset) if workers == 1 else measure_workers(preset, workers)
+        if arguments.workers == 1:
+            figures = measure(preset)
+        else:
+            figures = measure_workers(
+                preset, arguments.workers, optimizer=arguments.optimizer, shard=arguments.shard
+            )
         sys.stdout.write(json.dumps(figures) + "\n")
 
 

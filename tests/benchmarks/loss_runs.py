@@ -7,8 +7,8 @@ follows from the seed and the row's number alone.
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.compute import autocast
 from jobs.exact.state.train_state import ALONE, TrainState
 from jobs.run.step_timer import StepTimer
-from model.gpt import GPT
+from model.config import GPTConfig
+from model.gpt import GPT, initial_weights
 from model.numerics import Precision
 from model.training.optimizer import learning_rate
 from tests.benchmarks.plain_gpt2 import PlainGPT2, Shape
@@ -124,13 +125,6 @@ class Ours(Contender):
         **train: Any,
     ) -> None:
         """`train` has settings of that section beside those of the task."""
-        shape = {
-            "n_layer": task.n_layer,
-            "n_head": task.n_head,
-            "n_embd": task.n_embd,
-            "n_positions": task.seq_len,
-            "vocab_size": corpus.vocab_size,
-        }
         train |= {
             "optimizer": optimizer,
             "learning_rate": peak,
@@ -140,6 +134,7 @@ class Ours(Contender):
             "precision": task.precision,
             "seed": seed,
         }
+        shape = asdict(_shape(corpus, task))
         values = {"model": shape, "train": train, "scaling": {"max_workers": 1}}
         self._config = RunConfig.model_validate(values)
         self._task = task
@@ -215,13 +210,11 @@ class PlainLoop(Contender):
 
 def nanogpt(corpus: Corpus, task: Task, seed: int) -> PlainLoop:
     """nanoGPT's config/train_shakespeare_char.py: AdamW from 1e-3 by a cosine down to 1e-4, with a
-    twentieth of the steps to warm up, and a second moment of 0.99. What ends a residual branch
-    starts smaller, as in its model.py and in raymill."""
-    torch.manual_seed(seed)
-    model = PlainGPT2(_shape(corpus, task))
-    for name, parameter in model.named_parameters():
-        if name.endswith(("proj.weight", "down.weight")):
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * task.n_layer))
+    twentieth of the steps to warm up, and a second moment of 0.99. It starts from raymill's initial
+    weights of the seed, which follow the rule of its model.py."""
+    shape = _shape(corpus, task)
+    model = PlainGPT2(shape)
+    model.load_state_dict(_as_plain(initial_weights(GPTConfig(**asdict(shape)), seed)))
     decayed = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -278,6 +271,31 @@ def trained(contender: Contender, corpus: Corpus, task: Task) -> Curve:
             curve.losses.append(contender.loss(*validation))
             curve.seconds.append(seconds)
     return curve
+
+
+def _as_plain(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns raymill's parameters under the plain model's names, linear layers as (out, in)."""
+    plain: dict[str, Tensor] = {}
+    for name, values in weights:
+        plain_name = name
+        for ours, theirs in _PLAIN_NAMES.items():
+            plain_name = plain_name.replace(ours, theirs)
+        is_linear = values.dim() == 2 and plain_name.startswith("blocks.")
+        plain[plain_name] = values.T if is_linear else values
+    plain["head.weight"] = plain["tokens.weight"]
+    return plain
+
+
+_PLAIN_NAMES = {
+    "transformer.": "",
+    "wte.": "tokens.",
+    "wpe.": "positions.",
+    "h.": "blocks.",
+    "attn.c_attn.": "attention.qkv.",
+    "attn.c_proj.": "attention.proj.",
+    "mlp.c_fc.": "up.",
+    "mlp.c_proj.": "down.",
+}
 
 
 def _shape(corpus: Corpus, task: Task) -> Shape:

@@ -76,9 +76,11 @@ class PlainGPT2(nn.Module):
         self.head = nn.Linear(shape.n_embd, shape.vocab_size, bias=False)
         if is_tied:
             self.head.weight = self.tokens.weight
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
                 nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean cross-entropy of targets (B, T)."""
