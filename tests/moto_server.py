@@ -3,12 +3,12 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
 from moto.s3.utils import _VersionedKeyStore
 from moto.server import ThreadedMotoServer
-from werkzeug.serving import WSGIRequestHandler
 
 
 @contextmanager
@@ -18,8 +18,8 @@ def moto_server() -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_VersionedKeyStore, "items", _items)
-        # Else a body waits for its headers to be acknowledged: 40 ms, and more on a busy machine
-        patch.setattr(WSGIRequestHandler, "disable_nagle_algorithm", True)
+        # Else a body may wait for its headers to be acknowledged, on a busy machine for 100 ms
+        patch.setattr(BaseHTTPRequestHandler, "disable_nagle_algorithm", True)
         server.start()
         host, port = server.get_host_and_port()
         yield f"http://{host}:{port}"

@@ -286,11 +286,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/bench-loss"))
     parser.add_argument("--step-cost", action="store_true")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as a worker does
     if arguments.step_cost:
         for preset, batch_size, seq_len in STEP_COSTS:
             print(json.dumps(step_cost(preset, batch_size, seq_len)), flush=True)
         return
-    keep_freed_memory()  # as a worker does
     task = TASKS[arguments.task]
     if arguments.steps:
         task = replace(task, num_steps=arguments.steps)

@@ -37,6 +37,9 @@ OVERLOAD = 5
 MIN_BUSY = 0.7  # share of the engine's room that is used meanwhile
 # Of what is answered without a queue: 0.93 to 1.05 on a quiet machine, 0.6 on one that others use
 MIN_GOODPUT = 0.5
+# Above it, other programs left less to what was answered without a queue: that is measured again
+MAX_GOODPUT = 1.5
+MOST_TRIES = 3
 MAX_GROWTH_BYTES = 48 << 20
 
 
@@ -84,6 +87,14 @@ class Overloaded:
     growth_bytes: int
 
 
+def taken(load: Load) -> list[Outcome]:
+    """Checks and returns what has become of requests since the last time."""
+    allowed = {(streamed, end) for streamed in (False, True) for end in (End.DONE, End.REFUSED)}
+    load.check(allowed=allowed)
+    outcomes, load.outcomes = load.outcomes, []
+    return outcomes
+
+
 async def overload(
     load: Load,
     *,
@@ -93,6 +104,39 @@ async def overload(
     num_running: Callable[[], int] | None = None,
 ) -> Overloaded:
     """Requests at five times the rate that can be answered."""
+    await load.run_clients(4, until=lambda: False, max_requests=16, seed=1, pause_s=0.02)
+    await load.run_arrivals(100, num_requests=24)
+    taken(load)  # warm now, buffers for as many prompts as a step may read included
+    for tries_left in reversed(range(MOST_TRIES)):
+        start_s = time.monotonic()
+        await load.run_clients(
+            num_together, until=lambda: False, max_requests=4 * num_together, seed=1
+        )
+        unloaded = taken(load)
+        seen = await overloaded_once(
+            load,
+            unloaded=unloaded,
+            capacity_per_s=len(unloaded) / (time.monotonic() - start_s),
+            num_together=num_together,
+            num_requests=num_requests,
+            processes=processes,
+            num_running=num_running,
+        )
+        if seen.goodput <= MAX_GOODPUT or not tries_left:
+            break
+    return seen
+
+
+async def overloaded_once(
+    load: Load,
+    *,
+    unloaded: Sequence[Outcome],
+    capacity_per_s: float,
+    num_together: int,
+    num_requests: int,
+    processes: list[psutil.Process],
+    num_running: Callable[[], int] | None,
+) -> Overloaded:
     used: list[float] = []
 
     async def watch(num_running: Callable[[], int]) -> None:
@@ -103,22 +147,6 @@ async def overload(
     def memory_bytes() -> int:
         return sum(process.memory_info().rss for process in processes)
 
-    def taken() -> list[Outcome]:
-        load.check(
-            allowed={
-                (streamed, end) for streamed in (False, True) for end in (End.DONE, End.REFUSED)
-            }
-        )
-        outcomes, load.outcomes = load.outcomes, []
-        return outcomes
-
-    await load.run_clients(4, until=lambda: False, max_requests=16, seed=1, pause_s=0.02)
-    await load.run_arrivals(100, num_requests=24)
-    taken()  # warm now, buffers for as many prompts as a step may read included
-    start_s = time.monotonic()
-    await load.run_clients(num_together, until=lambda: False, max_requests=4 * num_together, seed=1)
-    unloaded = taken()
-    capacity_per_s = len(unloaded) / (time.monotonic() - start_s)
     before_bytes = memory_bytes()
     start_s = time.monotonic()
     watching = None if num_running is None else asyncio.create_task(watch(num_running))
@@ -126,7 +154,7 @@ async def overload(
     if watching is not None:
         watching.cancel()
     took_s = time.monotonic() - start_s
-    outcomes = taken()
+    outcomes = taken(load)
     accepted = [outcome for outcome in outcomes if outcome.end is End.DONE]
     refused = [outcome for outcome in outcomes if outcome.end is End.REFUSED]
     seen = Overloaded(
