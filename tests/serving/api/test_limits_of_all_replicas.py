@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -306,7 +306,12 @@ def test_a_client_that_leaves_is_charged_for_what_it_has_got(run: Run) -> None:
     run(check)
 
 
-def test_invalid_bodies_sent_to_one_replica_are_held_against_the_key_at_the_other(run: Run) -> None:
+def test_invalid_bodies_sent_to_one_replica_are_held_against_the_key_at_the_other(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgiven_in_an_hour = replace(key_limits.INVALID_BODIES, window_s=3600.0)
+    monkeypatch.setattr(key_limits, "INVALID_BODIES", forgiven_in_an_hour)
+
     async def check(fleet: Fleet) -> None:
         body = b"[" + b"x" * ((1 << 20) - 2)
         headers = {"content-type": "application/json"}

@@ -33,6 +33,7 @@ from tests.waiting import wait_in_loop_until
 
 MODEL, KEYS = "tiny", ("sk-one", "sk-two", "sk-three")
 PER_KEY, OF_ALL = 2, 4  # requests at once
+NUM_TRIES = 3
 MEGABYTE = 1_000_000
 TEXT = "the quick naïve fox, " * (MEGABYTE // 22)
 LARGE: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -123,7 +124,8 @@ def test_only_a_clients_seed_goes_to_the_engine(run: Run, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("name", LARGE)
 def test_no_large_body_holds_up_the_event_loop(run: Run, name: str) -> None:
-    """On the loop most of them would take 0.08 to 0.4 s."""
+    """On the loop most of them would take 0.08 to 0.4 s. A stretch also holds what has nothing to do
+    with a body, such as a collection of garbage, so the least of a few counts."""
     path, fields, status = LARGE[name]
     body = json.dumps(fields, ensure_ascii=False).encode()
 
@@ -134,7 +136,7 @@ def test_no_large_body_holds_up_the_event_loop(run: Run, name: str) -> None:
             ) as answer:
                 assert answer.status_code == status
 
-        assert await longest_stretch_s(ask()) < 0.03
+        assert min([await longest_stretch_s(ask()) for _ in range(NUM_TRIES)]) < 0.03
 
     run(check)
 
