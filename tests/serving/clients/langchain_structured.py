@@ -9,11 +9,13 @@ from langchain.agents import create_agent
 from langchain.agents.structured_output import ProviderStrategy
 from langchain_openai import ChatOpenAI
 from openai import NotFoundError
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Trip(BaseModel):
-    """A trip to one city."""
+    """A trip to one city. Other fields are forbidden: a random model may write them without end."""
+
+    model_config = ConfigDict(extra="forbid")
 
     city: Literal["Vienna", "Graz"]
     days: int = Field(ge=1, le=7)

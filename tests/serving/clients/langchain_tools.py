@@ -14,11 +14,13 @@ from langchain.agents.structured_output import ToolStrategy
 from langchain_core.messages import AIMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Trip(BaseModel):
-    """A trip to one city."""
+    """A trip to one city. Other fields are forbidden: a random model may write them without end."""
+
+    model_config = ConfigDict(extra="forbid")
 
     city: Literal["Vienna", "Graz"]
     days: int = Field(ge=1, le=7)
@@ -36,14 +38,15 @@ def calls_once(
 ) -> ModelResponse:
     """No random model would call by itself, nor end."""
     has_called = any(isinstance(message, ToolMessage) for message in request.messages)
-    return handler(request.override(tool_choice="auto" if has_called else "any"))
+    choice = "auto" if has_called else "any"
+    return handler(request.override(tool_choice=choice, model_settings={"strict": True}))
 
 
 url, model = sys.argv[1:]
 to = {"base_url": f"{url}/v1", "api_key": "none needed", "model": model, "max_retries": 0}
 chat = ChatOpenAI(**to, temperature=0, max_tokens=200)
 alone = {"parallel_tool_calls": False}
-forced = chat.bind_tools([weather], tool_choice="weather", **alone)
+forced = chat.bind_tools([weather], tool_choice="weather", strict=True, **alone)
 streamed = functools.reduce(operator.add, forced.stream("the weather?"))
 question = {"messages": [{"role": "user", "content": "the weather?"}]}
 one_call = ChatOpenAI(**to, temperature=0, max_tokens=200, model_kwargs=alone)
