@@ -14,7 +14,7 @@ have had. nanoGPT's and nanochat's rates are theirs. The text is the demo's, as 
 steps alone.
 
 `--step-cost` measures instead what a step of Muon takes over one of AdamW, at the batch of presets,
-taking turns.
+taking turns, in fp32 and in what the processor computes fast.
 """
 
 import argparse
@@ -33,6 +33,8 @@ from matplotlib.figure import Figure
 from cluster.commands.demo_run import fetch_corpus
 from cluster.output.progress import say
 from model.config import PRESETS
+from model.hardware.processor import fast_precision
+from model.numerics import Precision
 from model.training.training_memory import keep_freed_memory
 from tests.benchmarks.loss_runs import (
     Contender,
@@ -232,13 +234,20 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def step_cost(preset: str, batch_size: int, seq_len: int) -> dict[str, Any]:
+def step_cost(
+    preset: str, batch_size: int, seq_len: int, *, precision: Precision
+) -> dict[str, Any]:
     """Returns the milliseconds of a step by optimizer, and their ratio, from turns of one step
     each."""
-
     shape = PRESETS[preset]
     task = Task(
-        shape["n_layer"], shape["n_head"], shape["n_embd"], seq_len, batch_size, num_steps=1000
+        shape["n_layer"],
+        shape["n_head"],
+        shape["n_embd"],
+        seq_len,
+        batch_size,
+        num_steps=1000,
+        precision=precision,
     )
     corpus = Corpus.of("".join(chr(97 + number * number % 61) for number in range(100_000)))
     contenders = {
@@ -256,6 +265,7 @@ def step_cost(preset: str, batch_size: int, seq_len: int) -> dict[str, Any]:
     warm = {optimizer: median(times[2:]) for optimizer, times in seconds.items()}
     return {
         "preset": preset,
+        "precision": precision,
         "step_tokens": task.step_tokens,
         "adamw_ms": round(1e3 * warm["adamw"], 2),
         "muon_ms": round(1e3 * warm["muon"], 2),
@@ -288,8 +298,10 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()  # as a worker does
     if arguments.step_cost:
-        for preset, batch_size, seq_len in STEP_COSTS:
-            print(json.dumps(step_cost(preset, batch_size, seq_len)), flush=True)
+        for precision in sorted({"fp32", fast_precision("cpu")}):
+            for preset, batch_size, seq_len in STEP_COSTS:
+                cost = step_cost(preset, batch_size, seq_len, precision=precision)
+                print(json.dumps(cost), flush=True)
         return
     task = TASKS[arguments.task]
     if arguments.steps:

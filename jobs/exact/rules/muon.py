@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from jobs.exact.rules.adamw import AdamW
 from jobs.exact.rules.update_rule import Stretch, Unit
+from model.numerics import FP32, WEIGHT_BYTES, Numerics
 from model.shapes import HiddenMatrix
 
 if TYPE_CHECKING:  # the planner asks this rule, and starts without PyTorch
@@ -30,8 +31,6 @@ _LEAST_NORM = 1e-7
 _RMS_OF_ADAMW = 0.2
 """The root mean square of AdamW's usual update over its learning rate (Moonlight, section 2.2)."""
 
-_FP32_BYTES = 4
-
 
 @dataclass(frozen=True)
 class Muon:
@@ -42,6 +41,7 @@ class Muon:
     momentum: float
     weight_decay: float
     others: AdamW  # for whatever is no hidden matrix
+    numerics: Numerics = FP32  # of the products of Newton and Schulz
 
     def update(self, stretches: Sequence[Stretch], *, learning_rate: float) -> None:
         others: list[Stretch] = []
@@ -68,7 +68,7 @@ class Muon:
         directions = matrix.cut(direction)
         for values, piece in zip(values_of_pieces, directions, strict=True):
             scale = _RMS_OF_ADAMW * sqrt(max(piece.shape))
-            values.add_(orthogonalized(piece), alpha=-learning_rate * scale)
+            values.add_(orthogonalized(piece, self.numerics), alpha=-learning_rate * scale)
         stretch.count.add_(1)
 
     def flops(self, shape: Sequence[int], matrix: HiddenMatrix | None = None) -> float:
@@ -87,18 +87,22 @@ class Muon:
         each step of Newton and Schulz, 4."""
         if matrix is None:
             return self.others.bytes_moved(shape)
-        return (14.0 + 4 * _NUM_STEPS) * _FP32_BYTES * prod(shape)
+        of_step = 14 * WEIGHT_BYTES + 4 * _NUM_STEPS * self.numerics.product_bytes
+        return float(of_step * prod(shape))
 
 
-def orthogonalized(matrix: "Tensor") -> "Tensor":
+def orthogonalized(matrix: "Tensor", numerics: Numerics = FP32) -> "Tensor":
     """Returns U S V of a matrix U Σ V (m, n), where S is about the identity: its singular values
-    are between 0.7 and 1.2 or so.
+    are between 0.7 and 1.2 or so. The result has the type of the products; `torch.optim.Muon` has
+    the same bits in bf16.
 
-    All products are fp32, so that their bits depend on nothing but the shape, the processor and its
-    number of threads.
+    The bits depend on nothing but the type, the shape, the processor and its number of threads.
     """
+    from model.operations import product_type  # noqa: PLC0415 (takes a second, as above)
+
+    x = matrix.to(product_type(numerics))
     # In new memory, which is aligned alike wherever the matrix lies
-    x = matrix / matrix.norm().clamp(min=_LEAST_NORM)
+    x = x / x.norm().clamp(min=_LEAST_NORM)
     is_tall = x.shape[0] > x.shape[1]
     if is_tall:
         x = x.T  # the Gram matrix is the smaller one

@@ -7,6 +7,7 @@ from cluster.settings.train import TrainConfig
 from jobs.exact.rules.adamw import AdamW
 from jobs.exact.rules.muon import Muon
 from jobs.exact.rules.update_rule import Unit, UpdateRule
+from model.numerics import FP32
 from model.shapes import HiddenMatrix
 
 
@@ -16,7 +17,9 @@ def update_rule(train: TrainConfig) -> UpdateRule:
         case "adamw":
             return adamw
         case "muon":
-            return Muon(momentum=train.momentum, weight_decay=train.weight_decay, others=adamw)
+            # A plan may ask before the precision is settled, for what does not depend on it
+            numerics = FP32 if train.precision == "auto" else train.numerics
+            return Muon(train.momentum, train.weight_decay, others=adamw, numerics=numerics)
         case _:
             assert_never(train.optimizer)
 

@@ -5,7 +5,9 @@ from typing import get_args
 import pytest
 
 from cluster.settings.train import Optimizer, TrainConfig
+from jobs.exact.rules.muon import Muon
 from jobs.exact.rules.rules import update_rule
+from model.numerics import NUMERICS
 
 
 def test_update_rule__for_each_word_of_the_setting__is_of_a_class_of_its_own() -> None:
@@ -19,3 +21,9 @@ def test_update_rule__for_another_word__is_refused() -> None:
     without it."""
     with pytest.raises(AssertionError, match="lion"):
         update_rule(TrainConfig().model_copy(update={"optimizer": "lion"}))
+
+
+def test_muons_products__are_computed_in_the_precision_of_the_run() -> None:
+    for precision, numerics in NUMERICS.items():
+        rule = update_rule(TrainConfig(optimizer="muon", precision=numerics.name))
+        assert isinstance(rule, Muon) and rule.numerics == numerics, precision
