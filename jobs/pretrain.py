@@ -251,7 +251,7 @@ def _train(plan: RunPlan) -> None:
     furthest = -1
     with (
         stopping_on_sigterm(plan.run),
-        Keepers(plan) as keepers,
+        Keepers(plan.launch, node_bytes=plan.config.checkpoint.snapshot_bytes) as keepers,
         watching(plan, snapshot_time_s=lambda: keepers.snapshot_time_s),
         meeting_place(get_node_ip_address()) as address,
     ):

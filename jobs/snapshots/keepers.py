@@ -3,7 +3,7 @@ lie in.
 
 The memory has no name in any file system: workers reach it through the keeper's /proc entry, other
 nodes through its methods, and it is gone with the keeper, which ends with the launcher. So nothing
-is ever left behind.
+is ever left behind. A keeper does without PyTorch, which would take 200 MB of each node.
 """
 
 import math
@@ -22,7 +22,6 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.ray_train.cluster_view import renew_view
-from jobs.run.run_plan import RunPlan
 from jobs.snapshots.choice import COPIES, ONLY, Holding, copies, num_slots
 from jobs.snapshots.slots import Bytes, Checksum, Slots
 
@@ -270,8 +269,10 @@ class Keepers:
     """Keeps, while the context lasts, a keeper on every node that can hold a worker, and each
     snapshot on two nodes."""
 
-    def __init__(self, plan: RunPlan) -> None:
-        self._plan = plan
+    def __init__(self, launch: str | None, *, node_bytes: int | None) -> None:
+        """`launch` is the name by which workers find the keepers. Each keeps `node_bytes` at most,
+        or, where that is left open, half of what Ray counts as its node's memory."""
+        self._launch, self._node_bytes = launch, node_bytes
         self._keepers: dict[str, Any] = {}
         self._kept: Collection[Holding] = ()
         self._newest_step = -1
@@ -323,8 +324,9 @@ class Keepers:
     def _start(self, node: str, resources: Mapping[str, float]) -> Any:
         place = NodeAffinitySchedulingStrategy(node, soft=False)
         actor = ray.remote(**AS_ACTOR)(Keeper).options(
-            name=node, namespace=self._plan.launch, max_restarts=-1, scheduling_strategy=place
+            name=node, namespace=self._launch, max_restarts=-1, scheduling_strategy=place
         )
-        allowed = self._plan.config.checkpoint.snapshot_bytes
-        max_bytes = int(_MEMORY_SHARE * resources.get("memory", 0)) if allowed is None else allowed
+        max_bytes = self._node_bytes
+        if max_bytes is None:
+            max_bytes = int(_MEMORY_SHARE * resources.get("memory", 0))
         return actor.remote(node=node, max_bytes=max_bytes)
