@@ -1,7 +1,10 @@
 """Begins a run from weights that exist: they become its checkpoint of step 0, from which it resumes
 like from any."""
 
+import json
+import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,19 +13,19 @@ from torch import Tensor
 from cluster.output.progress import say
 from cluster.settings.code_folders import code_version
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import RunConfig, adapted, require_computed
-from cluster.storage.bases import find_base
+from cluster.settings.run import RunConfig, adapted, require_computed, run_storage
+from cluster.storage.bases import base_folder, find_base
 from cluster.storage.registry import find_checkpoint
-from cluster.storage.uris import Storage
+from cluster.storage.uris import Storage, open_storage
 from jobs.exact.rules.rules import matrices_of, update_rule, vectors_of
 from jobs.exact.stored_state import stored_name
-from jobs.run.base import recorded_base, store_base
+from jobs.run.base import ALIGNMENT_BYTES, BASE_FILE, Base, recorded_base
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.history import CONFIG_FILE, recorded_config
-from jobs.run.run_plan import run_storage
 from model.config import GPTConfig, Shape, shape_differences
-from model.files.checkpoint import load_decoder, write_checkpoint
-from model.files.checkpoint_folder import Metadata
+from model.files.checkpoint import load_decoder, parameter_hash, write_checkpoint
+from model.files.checkpoint_folder import MANIFEST, Metadata
+from model.files.durable_files import move_into_place
 from model.files.hf_config import read_shape
 from model.files.saved_parameters import saved_parameters
 from model.files.stored_tokenizer import load_tokenizer
@@ -162,3 +165,51 @@ def _freeze(
     say(
         f"trains an adapter beside {uri}, frozen in {base.uri} with the parameter hash {base.parameter_hash}"
     )
+
+
+def store_base(
+    config: RunConfig,
+    shape: Shape,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    *,
+    source: str,
+) -> Base:
+    """Stores the weights that a run freezes, unless an earlier run has, and records them."""
+    storage = open_storage(config.storage.uri)
+    hashed = parameter_hash(weights)
+    target = base_folder(storage, [str(shape), hashed, tokenizer.hash])
+    if not target.exists(MANIFEST):
+        _store(target, shape, weights, tokenizer)
+    base = Base(target.uri, hashed, source)
+    run_storage(config).write_bytes(BASE_FILE, json.dumps(asdict(base), indent=2).encode())
+    return base
+
+
+def _store(
+    target: Storage, shape: Shape, weights: Mapping[str, Tensor], tokenizer: Tokenizer
+) -> None:
+    """Two runs may store the same base at once: its bytes depend on no run."""
+    metadata = Metadata(
+        run_id="base", step=0, tokens_seen=0, data_manifest_hash=None, code_version=""
+    )
+    local = target.local_path("")
+    beside = None if local is None else local.parent
+    if beside:
+        beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".base-", dir=beside) as scratch:
+        folder = Path(scratch) / "base"
+        write_checkpoint(
+            folder,
+            config=shape,
+            state=weights,
+            tokenizer=tokenizer,
+            metadata=metadata,
+            train_state=None,
+            alignment=ALIGNMENT_BYTES,
+        )
+        if local is None:
+            parent = open_storage(target.uri.rpartition("/")[0])
+            parent.upload_folder(folder, target.uri.rpartition("/")[2], last=MANIFEST)
+        elif not target.exists(MANIFEST):
+            move_into_place(folder, local)

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from cluster.settings.run import RunConfig, adapted
-from jobs.run.base import Base, store_base
+from jobs.run.base import Base
+from jobs.training.warm_start import store_base
 from model.adapters.lora import Adapter
 from model.decoders.make import initial_weights
 from model.files.checkpoint import load_decoder, write_checkpoint

@@ -9,7 +9,7 @@ from cluster.settings.run import RunConfig
 from jobs.exact.frozen import freeze
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.train_state import ALONE
-from jobs.run.base import store_base
+from jobs.training.warm_start import store_base
 from model.adapters.lora import Adapter
 from model.decoders.adapted import AdaptedModel
 from model.decoders.make import initial_weights
