@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 
 from cluster.commands.demo_run import fetch_corpus
 from cluster.output.progress import say
+from cluster.settings.train import TrainConfig
 from model.config import PRESETS
 from model.hardware.processor import fast_precision
 from model.numerics import Precision
@@ -250,8 +251,9 @@ def step_cost(
         precision=precision,
     )
     corpus = Corpus.of("".join(chr(97 + number * number % 61) for number in range(100_000)))
+    at_once = {"micro_batch_size": min(batch_size, TrainConfig().micro_batch_size)}
     contenders = {
-        optimizer: Ours(corpus, task, 0, optimizer=optimizer, peak=1e-3)
+        optimizer: Ours(corpus, task, 0, optimizer=optimizer, peak=1e-3, **at_once)
         for optimizer in ("adamw", "muon")
     }
     seconds: dict[str, list[float]] = {optimizer: [] for optimizer in contenders}

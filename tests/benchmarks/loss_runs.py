@@ -124,8 +124,8 @@ class Ours(Contender):
         peak: float,
         **train: Any,
     ) -> None:
-        """`train` has settings of that section beside those of the task."""
-        train |= {
+        """`train` has settings of that section beside those of the task, or in their place."""
+        train = {
             "optimizer": optimizer,
             "learning_rate": peak,
             "global_batch_size": task.batch_size,
@@ -133,7 +133,7 @@ class Ours(Contender):
             "max_tokens": task.num_steps * task.step_tokens,
             "precision": task.precision,
             "seed": seed,
-        }
+        } | train
         shape = asdict(_shape(corpus, task))
         values = {"model": shape, "train": train, "scaling": {"max_workers": 1}}
         self._config = RunConfig.model_validate(values)
