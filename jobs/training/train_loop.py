@@ -18,6 +18,7 @@ from jobs.workers.heartbeat import Pulse
 from jobs.workers.preemption import Notice
 from jobs.workers.watchdog import Place
 from jobs.workers.worker_group import Meeting, WorkerGroup
+from model.files.failpoints import pause
 
 
 def train(
@@ -71,6 +72,7 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
     step = attempt.first_step
     while step <= attempt.plan.last_step:
         pulse.at(Place.STEP if step > attempt.first_step else Place.FIRST_STEP)
+        pause("step")
         attempt.group.meeting.progress.step = step
         attempt.notices.ask()
         measured = attempt.measure(step)

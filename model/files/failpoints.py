@@ -4,12 +4,16 @@ The NTH time the process passes the place, it dies as if by SIGKILL, sleeps fore
 `OSError`. RAYMILL_FAILPOINT=NAME:SHARE:flip makes a share of what the place computes wrong in one
 bit, as a device does that corrupts silently; with flip_nth only the NTH is. With stick it is the
 same bit of the same value each time, so that the same mistake is repeated.
+RAYMILL_FAILPOINT=NAME:FILE:pause makes it wait at the place, each time, for as many seconds as the
+file says, while there is that file.
 """
 
 import os
 import random
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 
 VARIABLE = "RAYMILL_FAILPOINT"
 
@@ -39,6 +43,14 @@ def failpoint(name: str) -> None:
             raise ValueError(
                 f"{VARIABLE} ends in {action!r}, expected exit, sleep, raise, flip, flip_nth or stick"
             )
+
+
+def pause(name: str) -> None:
+    """Does nothing unless the variable names this place and a file that says how long to wait."""
+    armed = os.environ.get(VARIABLE, "")
+    if armed.startswith(f"{name}:") and armed.endswith(":pause"):
+        with suppress(FileNotFoundError):
+            time.sleep(float(Path(armed.split(":")[1]).read_text(encoding="ascii")))
 
 
 def flips(name: str) -> bool:

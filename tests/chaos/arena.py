@@ -22,10 +22,13 @@ from cluster.stages.stage import Connection, run_stage
 from cluster.storage.uris import open_storage
 from jobs.run.ledger import Ledger
 from tests.jobs.corpora import number_texts
+from tests.paced_steps import Pace
 from tests.time_limits import limit_s
 
-NUM_STEPS = 240
-NUM_LONG_STEPS = 900
+NUM_STEPS = 160
+NUM_LONG_STEPS = 400
+STEP_S = 0.1  # while a run is disturbed
+LONG_STEP_S = 0.25
 
 ALARMS = ("corruption", "undecided", "named", "refuted")
 
@@ -86,9 +89,12 @@ class Watch:
 class Arena:
     """A local cluster, and the runs that are disturbed on it."""
 
-    def __init__(self, connection: Connection, folder: Path, *, compute: str, shard: str) -> None:
+    def __init__(
+        self, connection: Connection, folder: Path, pace: Pace, *, compute: str, shard: str
+    ) -> None:
         assert connection.local is not None
         self.connection, self.cluster, self.folder = connection, connection.local, folder
+        self._pace = pace
         self._compute, self._shard = compute, "none"
         self.lost_steps: list[int] = []  # by all recoveries so far
         number_texts(folder / "corpus")
@@ -108,16 +114,10 @@ class Arena:
         return validate_config(values, RunConfig)
 
     def long_config(self, run_id: str) -> RunConfig:
-        """Returns the settings of a run with two workers that takes minutes."""
+        """Returns the settings of a run with two workers that takes minutes at `LONG_STEP_S`."""
         config = self.config(run_id, min_workers=2, max_workers=2)
-        values = config.model_dump() | {"model": {"preset": "demo"}}
-        values["train"] |= {
-            "seq_len": 64,
-            "max_tokens": NUM_LONG_STEPS * 32 * 64,
-            "global_batch_size": 32,
-            "micro_batch_size": 16,
-        }
-        return validate_config(values, RunConfig)
+        train = {"max_tokens": NUM_LONG_STEPS * 64 * 64}
+        return config.model_copy(update={"train": config.train.model_copy(update=train)})
 
     def losses(self, config: RunConfig) -> list[float]:
         steps = Watch(config).ledger().steps
@@ -130,16 +130,19 @@ class Arena:
         inject: Callable[[Watch], None],
         *,
         quiet: dict[str, Any] | None = None,
+        step_s: float = STEP_S,
         is_faulty: bool = False,
     ) -> tuple[dict[str, Any], Ledger]:
-        """Returns the run's result while `inject` disturbs it from a thread; its bits must be those
-        of the quiet run. Unless a node computes wrong, no audit may say that one does."""
+        """Returns the run's result while `inject` disturbs it from a thread, in steps of at least
+        `step_s`; its bits must be those of the quiet run. Unless a node computes wrong, no audit may
+        say that one does."""
         quiet = quiet or self.quiet
         watch, problems = Watch(config), []
 
         def disturb() -> None:
             try:
-                inject(watch)
+                with self._pace.slow(step_s):
+                    inject(watch)
             except Exception as error:  # raised below, in the thread that pytest sees
                 problems.append(error)
 

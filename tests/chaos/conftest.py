@@ -15,6 +15,7 @@ from cluster.settings.run import ClusterConfig
 from cluster.settings.shard import Shard
 from cluster.stages.stage import connected
 from tests.chaos.arena import Arena
+from tests.paced_steps import paced
 
 NUM_NODES = 3  # that carry workers
 
@@ -26,10 +27,14 @@ def arena(
     s3_server: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Arena]:
     """The cluster starts after the S3 server, whose keys its nodes inherit."""
-    with connected(ClusterConfig(num_nodes=NUM_NODES + 1), cpus_per_node=1) as connection:
+    folder = tmp_path_factory.mktemp("chaos")
+    with (
+        paced(folder) as pace,
+        connected(ClusterConfig(num_nodes=NUM_NODES + 1), cpus_per_node=1) as connection,
+    ):
         compute = request.config.getoption("--compute", default="cpu")
         shard = request.config.getoption("--shard", default="none")
-        arena = Arena(connection, tmp_path_factory.mktemp("chaos"), compute=compute, shard=shard)
+        arena = Arena(connection, folder, pace, compute=compute, shard=shard)
         yield arena
         request.config.stash[_SUMMARY]["max_lost_steps"] = max(arena.lost_steps, default=None)
 

@@ -1,6 +1,5 @@
 """A node that corrupts silently is found, left out, and the run ends with the clean run's weights."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,11 +18,9 @@ def faulty_node(arena: Arena, fault: str) -> Iterator[str]:
     """Puts a node whose workers are wrong in the place of one that is not."""
     before = {*arena.cluster.node_names}
     arena.cluster.kill_node(max(before))
-    os.environ[VARIABLE] = fault
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, fault)
         arena.cluster.add_node()
-    finally:
-        del os.environ[VARIABLE]
     [name] = {*arena.cluster.node_names} - before
     yield name
     arena.cluster.kill_node(name)

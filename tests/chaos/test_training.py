@@ -13,7 +13,15 @@ import pytest
 
 from cluster.stages.stage import run_stage
 from tests.benchmarks.bench_recovery import kill_workers, stock_record, stock_training
-from tests.chaos.arena import NUM_LONG_STEPS, NUM_STEPS, Arena, Watch, kill, processes_of_node
+from tests.chaos.arena import (
+    LONG_STEP_S,
+    NUM_LONG_STEPS,
+    NUM_STEPS,
+    Arena,
+    Watch,
+    kill,
+    processes_of_node,
+)
 from tests.chaos.conftest import NUM_NODES
 from tests.cluster.fault_proxy import running_proxy
 from tests.fault_seeds import fault_seeds
@@ -78,7 +86,8 @@ def test_goodput_where_a_worker_is_lost_each_minute(arena: Arena, summary: dict)
             summary["goodput_kills"] = summary.get("goodput_kills", 0) + 1
             start = watch.wait_for_step(1, after_attempt=start["attempt"])
 
-    result, ledger = arena.run(arena.long_config("long"), inject, quiet=quiet)
+    config = arena.long_config("long")
+    result, ledger = arena.run(config, inject, quiet=quiet, step_s=LONG_STEP_S)
     steps = ledger.steps
     useful_s = sum(line["wall_s"] for line in steps)
     summary["goodput"] = round(
@@ -145,7 +154,8 @@ def test_a_straggler_is_named_and_nothing_restarts(arena: Arena) -> None:
             kill(worker, signal.SIGCONT)
             time.sleep(0.05)
 
-    result, ledger = arena.run(arena.config("straggler", min_workers=2, max_workers=2), inject)
+    config = arena.config("straggler", min_workers=2, max_workers=2)
+    result, ledger = arena.run(config, inject, step_s=0)  # each step is computing
     assert result["restarts"] == 0
     assert [event["rank"] for event in ledger.events("straggler")][:1] == [1]
 
@@ -157,7 +167,7 @@ def test_a_node_dies_and_another_joins(arena: Arena, seed: int) -> None:
     def inject(watch: Watch) -> None:
         start = watch.wait_for_step(rng.randrange(10, 60))
         arena.cluster.kill_node(rng.choice(start["workers"])["node"])
-        after = watch.wait_for_step(rng.randrange(80, 120), after_attempt=start["attempt"])
+        after = watch.wait_for_step(rng.randrange(80, 100), after_attempt=start["attempt"])
         assert len(after["workers"]) == NUM_NODES - 1
         arena.cluster.add_node()
 
@@ -274,7 +284,7 @@ def test_shrinking_and_growing_lose_nothing(arena: Arena) -> None:
 
     def inject(watch: Watch) -> None:
         attempt = 0
-        for step in (30, 90, 150):
+        for step in (30, 70, 110):
             watch.wait_for_step(step, after_attempt=attempt)
             start = watch.wait_for_workers(2)
             attempt = start["attempt"]

@@ -113,17 +113,12 @@ def test_any_number_of_workers_gives_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", QUICK_SIZES)
-def test_any_number_of_workers_of_ray_train_gives_the_same_bits(
-    connection: Connection,
-    folder: Path,
-    way: str,
-    disturbed: tuple[RunConfig, dict[str, Any]],
-    size: int,
+def test_workers_of_ray_train_that_nothing_disturbs_give_the_same_bits(
+    connection: Connection, folder: Path, way: str, disturbed: tuple[RunConfig, dict[str, Any]]
 ) -> None:
-    config = run_config(folder, f"world-{size}", way, min_workers=size, max_workers=size)
+    config = run_config(folder, "quiet", way, min_workers=3, max_workers=3)
     result = run_stage(connection, "jobs.pretrain", config)
-    assert result["world_sizes"] == [size]
+    assert result["world_sizes"] == [3]
     assert (result["parameter_hash"], losses(config)) == (
         disturbed[1]["parameter_hash"],
         losses(disturbed[0]),

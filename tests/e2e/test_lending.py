@@ -15,18 +15,26 @@ from cluster.stages.stage import Connection, connected, run_stage
 from jobs.run.ledger import Ledger
 from tests.e2e.tiny_runs import tiny_run
 from tests.jobs.corpora import number_texts
+from tests.paced_steps import Pace, paced
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-NUM_STEPS = 1500
-SAVE_EVERY = 500
-MAX_LOST_STEPS = 4  # at a resize; a snapshot is not taken of each step where steps are this short
+NUM_STEPS = 600
+SAVE_EVERY = 200
+STEP_S = 0.25  # until the worker is back
+MAX_LOST_STEPS = 1  # at a resize
 
 
 @pytest.fixture(scope="module")
-def connection() -> Iterator[Connection]:
+def pace(folder: Path) -> Iterator[Pace]:
+    with paced(folder) as pace:
+        yield pace
+
+
+@pytest.fixture(scope="module")
+def connection(pace: Pace) -> Iterator[Connection]:
     with connected(ClusterConfig(num_nodes=1), cpus_per_node=3) as connection:
         yield connection
 
@@ -94,15 +102,16 @@ class ElasticRun:
 
 
 def test_a_worker_is_lent_and_given_back_and_the_result_is_the_same(
-    connection: Connection, folder: Path
+    connection: Connection, folder: Path, pace: Pace
 ) -> None:
     storage = ["--storage.uri", str(folder / "storage")]
     expected = parameter_hash_alone(connection, folder)
-    run = ElasticRun(connection, folder, "lender")
-    run.wait_for_steps(world_size=2)
-    assert main(["lend", "lender", "--workers", "1", "--for", "600", *storage]) == 0
-    print(f"lent to 20 steps with one worker: {run.wait_for_steps(world_size=1):.1f} s")
-    num_steps = len(run.ledger.steps)
-    assert main(["lend", "lender", "--return", *storage]) == 0
-    run.wait_for_steps(world_size=2, since=num_steps)
+    with pace.slow(STEP_S):
+        run = ElasticRun(connection, folder, "lender")
+        run.wait_for_steps(world_size=2)
+        assert main(["lend", "lender", "--workers", "1", "--for", "600", *storage]) == 0
+        print(f"lent to 20 steps with one worker: {run.wait_for_steps(world_size=1):.1f} s")
+        num_steps = len(run.ledger.steps)
+        assert main(["lend", "lender", "--return", *storage]) == 0
+        run.wait_for_steps(world_size=2, since=num_steps)
     run.check_result(expected)

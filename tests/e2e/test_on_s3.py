@@ -20,12 +20,14 @@ from cluster.settings.run import RunConfig
 from cluster.storage.uris import open_storage
 from jobs.run.ledger import Ledger
 from tests.cluster.fault_proxy import Cut, Fault, Refused, Stalled, running_proxy
+from tests.paced_steps import paced
 from tests.time_limits import limit_s
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 SEED = 20261125
-NUM_STEPS = 600  # the ledger, by whose steps faults come, reaches a store that fails late
+NUM_STEPS = 200
+STEP_S = 0.2  # the ledger, by whose steps faults come, reaches a store that fails late
 
 
 class Weather:
@@ -111,7 +113,7 @@ def test_the_demo_on_a_store_that_fails_ends_with_the_same_bits(
     monkeypatch.chdir(tmp_path)
     quiet = whole_way(config(corpus, f"s3://{s3_bucket}/calm"), disturbed=False)
     run, weather = config(corpus, f"s3://{s3_bucket}/storm"), Weather(SEED)
-    with running_proxy(s3_server) as proxy:
+    with paced(tmp_path) as pace, pace.slow(STEP_S), running_proxy(s3_server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         proxy.spoil = weather.spoil
         began = time.monotonic()

@@ -24,7 +24,7 @@ def run_config(folder: Path, run_id: str, **scaling: Any) -> RunConfig:
         run_id,
         num_steps=120,
         save_every_steps=40,
-        batch_size=32,
+        batch_size=8,
         lane_size=2,
         dropout=0.1,
         **scaling,

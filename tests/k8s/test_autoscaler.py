@@ -5,7 +5,7 @@ same.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,21 @@ from tests.jobs.runs import make_store, make_text
 from tests.k8s.manifests import Manifest, cluster_spec, find, render
 from tests.k8s.pod_process import needs_pods
 from tests.k8s.process_pods import PodCluster
+from tests.paced_steps import Pace, paced
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, needs_pods]
 
-NUM_STEPS, NUM_FEW_STEPS = 600, 150
+NUM_STEPS, NUM_FEW_STEPS = 300, 150
+BATCH_SIZE, LANE_SIZE, SEQ_LEN = 16, 4, 32
+STEP_S = 0.25  # while something happens to the run
+
+
+@pytest.fixture
+def pace(tmp_path: Path) -> Iterator[Pace]:
+    with paced(tmp_path) as pace:
+        yield pace
 
 
 def spot_cluster() -> list[Manifest]:
@@ -102,10 +111,10 @@ def run_config(
     values["scaling"] |= {"use_gpu": False, "resize_check_s": 2}
     values["checkpoint"] |= {"save_every_steps": 25}
     values["train"] = {
-        "max_tokens": num_steps * 64 * 32,
-        "global_batch_size": 64,
-        "micro_batch_size": 4,
-        "seq_len": 32,
+        "max_tokens": num_steps * BATCH_SIZE * SEQ_LEN,
+        "global_batch_size": BATCH_SIZE,
+        "micro_batch_size": LANE_SIZE,
+        "seq_len": SEQ_LEN,
         "learning_rate": 3e-3,
         "eval_every_steps": num_steps,
     }
@@ -166,7 +175,9 @@ def entrypoint_of(objects: list[Manifest], config: RunConfig, folder: Path) -> s
     )
 
 
-def test_a_run_has_its_gpu_group_grow_and_shrink_and_its_bits_stay(tmp_path: Path) -> None:
+def test_a_run_has_its_gpu_group_grow_and_shrink_and_its_bits_stay(
+    tmp_path: Path, pace: Pace
+) -> None:
     objects = spot_cluster()
     config = run_config(objects, tmp_path, num_steps=NUM_STEPS)
     entrypoint, run = entrypoint_of(objects, config, tmp_path), run_storage(config)
@@ -178,18 +189,19 @@ def test_a_run_has_its_gpu_group_grow_and_shrink_and_its_bits_stay(tmp_path: Pat
         assert watched.end_of(first) == JobStatus.SUCCEEDED
         assert len(pods.running) == 1
         watched.say("a pod for who asked for a GPU")
-        job = pods.submit(entrypoint)
-        start = watched.until_workers(3)
-        killed = start["workers"][-1]["node"]
-        pods.kill(killed)
-        watched.until_workers(3, after=start["attempt"])
-        assert killed not in pods.running
-        assert len(pods.running) == 3
+        with pace.slow(2 * STEP_S):  # for two minutes at least
+            job = pods.submit(entrypoint)
+            start = watched.until_workers(3)
+            killed = start["workers"][-1]["node"]
+            pods.kill(killed)
+            watched.until_workers(3, after=start["attempt"])
+            assert killed not in pods.running
+            assert len(pods.running) == 3
 
-        for left in (2, 1):  # the run's minimum
-            start = watched.last_start()
-            pods.take_back_node_of(start["workers"][-1]["node"])
-            watched.until_workers(left, after=start["attempt"])
+            for left in (2, 1):  # the run's minimum
+                start = watched.last_start()
+                pods.take_back_node_of(start["workers"][-1]["node"])
+                watched.until_workers(left, after=start["attempt"])
         assert watched.end_of(job) == JobStatus.SUCCEEDED, pods.jobs.get_job_logs(job)[-4000:]
         assert len(pods.pending) >= 2, "the run wants three, and there is room for one"
         watched.say("done")
@@ -201,11 +213,8 @@ def test_a_run_has_its_gpu_group_grow_and_shrink_and_its_bits_stay(tmp_path: Pat
 
 
 def test_pods_of_several_gpus_carry_several_workers_each_and_their_bits_stay(
-    tmp_path: Path,
+    tmp_path: Path, pace: Pace
 ) -> None:
-    """Has the run wait for all four workers. With fewer it would take some hundred steps until the
-    killed pod's successor is there, and the local run, one core's work, would have to take them all
-    again."""
     objects = node_cluster()
     config = run_config(objects, tmp_path, num_steps=NUM_FEW_STEPS, min_workers=4, max_workers=4)
     entrypoint, run = entrypoint_of(objects, config, tmp_path), run_storage(config)
@@ -213,12 +222,13 @@ def test_pods_of_several_gpus_carry_several_workers_each_and_their_bits_stay(
     with PodCluster(objects, "RayJob/pretrain", num_nodes=2) as pods:
         watched = Watched(pods, run)
         assert pods.running == []
-        job = pods.submit(entrypoint)
-        start = watched.until_workers(4)
-        nodes = [worker["node"] for worker in start["workers"]]
-        assert sorted(nodes.count(node) for node in pods.running) == [2, 2]
-        pods.kill(nodes[-1])
-        start = watched.until_workers(4, after=start["attempt"])
+        with pace.slow(STEP_S):
+            job = pods.submit(entrypoint)
+            start = watched.until_workers(4)
+            nodes = [worker["node"] for worker in start["workers"]]
+            assert sorted(nodes.count(node) for node in pods.running) == [2, 2]
+            pods.kill(nodes[-1])
+            start = watched.until_workers(4, after=start["attempt"])
         nodes_then = [worker["node"] for worker in start["workers"]]
         assert nodes[-1] not in nodes_then
         assert sorted(nodes_then.count(node) for node in set(nodes_then)) == [2, 2]
@@ -246,7 +256,9 @@ def test_where_no_spot_node_comes_a_pod_on_demand_does(tmp_path: Path) -> None:
         assert running.rpartition("-")[0] == "pretrain-trainers-on-demand"
 
 
-def test_a_job_that_lost_its_cluster_resumes_its_run_on_the_next(tmp_path: Path) -> None:
+def test_a_job_that_lost_its_cluster_resumes_its_run_on_the_next(
+    tmp_path: Path, pace: Pace
+) -> None:
     """Shows what follows a RayJob that failed, by its `backoffLimit` or a new submission: its head
     ran the driver, so with it the whole cluster is lost."""
     objects = spot_cluster()
@@ -272,9 +284,9 @@ def test_a_job_that_lost_its_cluster_resumes_its_run_on_the_next(tmp_path: Path)
             )
             return jobs.get_job_status(job_id)
 
-    assert (
-        on_a_new_cluster(lambda ledger: len(ledger.events("checkpoint")) >= 2) == JobStatus.RUNNING
-    )
+    with pace.slow(STEP_S):
+        status = on_a_new_cluster(lambda ledger: len(ledger.events("checkpoint")) >= 2)
+        assert status == JobStatus.RUNNING
     assert on_a_new_cluster(lambda ledger: False) == JobStatus.SUCCEEDED
     ledger = Ledger.read(run)
     assert [start["step"] >= 50 for start in ledger.events("start")] == [False, True]

@@ -6,14 +6,16 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.settings.code_folders import CODE_FOLDERS
-from model.files.failpoints import VARIABLE, failpoint
+from model.files.failpoints import VARIABLE, failpoint, pause
 from tests.fault_seeds import fault_seeds
+from tests.paced_steps import paced
 from tests.repository import REPOSITORY
 
 CODE = [path.read_text() for folder in CODE_FOLDERS for path in (REPOSITORY / folder).rglob("*.py")]
@@ -81,3 +83,20 @@ def test_an_unarmed_failpoint_does_nothing_and_an_armed_one_counts(
     with pytest.raises(OSError, match="failpoint before_file"):
         failpoint("before_file")
     failpoint("before_file")
+
+
+def test_a_place_that_is_paced_waits_each_time_until_it_is_no_longer(tmp_path: Path) -> None:
+    def seconds_of(name: str) -> float:
+        start_s = time.monotonic()
+        pause(name)
+        return time.monotonic() - start_s
+
+    with paced(tmp_path) as pace:
+        with pace.slow(30):
+            assert seconds_of("another") < 30
+        with pace.slow(0.2):
+            assert min(seconds_of("step"), seconds_of("step")) >= 0.2
+        with pace.slow(30):
+            pass
+        assert seconds_of("step") < 30
+    assert not list(tmp_path.iterdir())
