@@ -29,7 +29,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
 
-# Four processes, as many tests wait; what files of a lane (tests/lanes.py) share is made once. Each process imports every
+# Three processes, as many tests wait; what files of a lane (tests/lanes.py) share is made once. Each process imports every
 # file that it is given, for 18 s of processor time if it is given all: those with slow tests alone are left out.
 SLOW = $(shell grep -rlE '^(pytestmark.*|    pytest\.)mark\.slow' tests --include='test_*.py')
 
@@ -37,10 +37,10 @@ SLOW = $(shell grep -rlE '^(pytestmark.*|    pytest\.)mark\.slow' tests --includ
 AREA ?=
 ifeq ($(AREA),)
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow" --numprocesses 4 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(SLOW))
+	$(BIN)/pytest -m "not slow" --numprocesses 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(SLOW))
 else
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not cluster" --numprocesses 4 --dist loadfile $(addprefix --ignore=,$(SLOW)) tests/$(AREA)
+	$(BIN)/pytest -m "not slow and not cluster" --numprocesses 3 --dist loadfile $(addprefix --ignore=,$(SLOW)) tests/$(AREA)
 endif
 
 # Runs the areas one after another, and writes their seconds into tests/README.md.
