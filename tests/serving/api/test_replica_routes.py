@@ -29,6 +29,7 @@ from tests.serving.endpoint_parts import (
     shared_replica,
 )
 from tests.serving.harmless_values import values
+from tests.serving.tiny_models import lively_model, write_model
 from tests.waiting import wait_in_loop_until
 
 MODEL, KEYS = "tiny", ("sk-one", "sk-two", "sk-three")
@@ -368,13 +369,17 @@ def test_a_body_that_is_not_declared_as_json_is_told_the_header(run: Run) -> Non
     run(check)
 
 
-def test_a_key_that_fills_the_queue_fills_it_for_itself(checkpoint: Path) -> None:
+def test_a_key_that_fills_the_queue_fills_it_for_itself(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     """Neither its sequences nor its requests are in the way of another key, up to the same
     number."""
-    # slower, so that all eight are there once
+    # The answers are long, so that all eight are there before the first has ended
+    model = lively_model(tokenizer, n_positions=1024)
+    checkpoint = write_model(tmp_path / "long", model, tokenizer)
     engine = EngineConfig(max_num_seqs=2, max_waiting=6, kernels="torch")
     config = ServeConfig(engine=engine, replicas=ReplicaConfig(max_ongoing_requests=8))
-    long = ASKED | {"max_tokens": 100}
+    long = ASKED | {"max_tokens": 1000}
 
     async def scenario() -> None:
         access = AccessRules(tuple(map(ApiKey.read, KEYS)))
