@@ -19,6 +19,8 @@ from model.files.durable_files import sync
 _TEMPORARY = ".partial-"
 """Prefix of a file that is being written, beside its target; no listing shows it."""
 
+_UPLOADED = f"{_TEMPORARY}upload-"
+
 _LOCK_TIMEOUT_S = 5.0
 _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
@@ -56,13 +58,14 @@ class LocalStorage(interface.Storage):
         key: str,
         fill: Callable[[Path], object],
         *,
+        prefix: str = _TEMPORARY,
         if_absent: bool = False,
         if_version: str | None = None,
     ) -> str:
         """Fills a temporary file that then takes the key's name, durably and atomically, and
         returns its version."""
         path = self.local_path(key)
-        temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
+        temporary = path.with_name(f"{prefix}{secrets.token_hex(8)}")
         with _explained_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -145,7 +148,14 @@ class LocalStorage(interface.Storage):
             return os.fdopen(descriptor, "rb")
 
     def upload_file(self, source: Path, key: str) -> None:
-        self._store(key, lambda path: shutil.copyfile(source, path))
+        self._store(key, lambda path: shutil.copyfile(source, path), prefix=_UPLOADED)
+
+    def abort_uploads(self) -> None:
+        with _explained_errors(self.root):
+            for folder, _, names in os.walk(self.root):
+                for name in names:
+                    if name.startswith(_UPLOADED):
+                        Path(folder, name).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -109,8 +109,9 @@ class Storage(ABC):
     def child(self, key: str) -> "Storage":
         """Returns the storage rooted at the folder `key`."""
 
-    def abort_uploads(self) -> None:  # noqa: B027 (most storages keep none)
-        """Frees the parts of unfinished uploads below this root, if the storage keeps any."""
+    def abort_uploads(self) -> None:  # noqa: B027 (not each storage keeps any)
+        """Frees what unfinished uploads below this root hold, of writers that were killed above all;
+        an upload that still goes on fails."""
 
     def exists(self, key: str) -> bool:
         return self.stat(key) is not None

@@ -254,6 +254,7 @@ class _Builder:
             superseded += (key for key in keys if not key.endswith((".bin", TABLE_ENDING)))
         with ThreadPoolExecutor(_DELETING_THREADS) as pool:
             list(pool.map(self.work.delete, superseded))
+        self.work.abort_uploads()
 
     def _is_bulk_proven(self) -> bool:
         """Reports whether tiktoken gives the tokenizer's ids, also for the front of the corpus, and

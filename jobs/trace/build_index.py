@@ -220,3 +220,4 @@ def _sweep(trace: Storage, *, kept: set[str]) -> None:
     for entry in trace.list():
         if entry.key not in kept:
             trace.delete(entry.key)
+    trace.abort_uploads()

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -369,6 +371,37 @@ def test_a_failed_local_write_leaves_the_old_bytes_and_no_litter(tmp_path: Path)
     (tmp_path / "taken").write_text("a file where a folder is needed")
     with pytest.raises(StorageError, match="taken/x: "):
         storage.write_bytes("taken/x", b"1")
+
+
+def _die_halfway(source: Path, target: Path) -> None:
+    target.write_bytes(source.read_bytes()[:1])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _upload(uri: str, source: Path) -> None:
+    shutil.copyfile = _die_halfway
+    open_storage(uri).upload_file(source, "folder/file")
+
+
+def test_what_a_killed_upload_leaves_can_be_removed(tmp_path: Path) -> None:
+    source, root = tmp_path / "source", tmp_path / "root"
+    source.write_bytes(b"content")
+    uploading = multiprocessing.get_context("fork").Process(
+        target=_upload, args=(str(root), source)
+    )
+    uploading.start()
+    uploading.join(limit_s(30))
+    assert uploading.exitcode == -signal.SIGKILL
+    storage = open_storage(str(root))
+    version = storage.write_bytes("folder/other", b"1")
+    storage.write_bytes("folder/other", b"2", if_version=version)
+    [left] = [path for path in (root / "folder").iterdir() if path.read_bytes() == b"c"]
+    assert [entry.key for entry in storage.list()] == ["folder/other"]
+    storage.child("another").abort_uploads()
+    assert left.exists()
+    storage.abort_uploads()
+    assert not left.exists()
+    assert storage.read_bytes("folder/other") == b"2"
 
 
 def test_an_object_that_changes_while_read_is_named(s3_bucket: str) -> None:
