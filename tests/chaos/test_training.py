@@ -8,11 +8,20 @@ import random
 import signal
 import statistics
 import time
+from functools import partial
 
 import pytest
 
+from cluster.settings.run import run_storage
 from cluster.stages.stage import run_stage
-from tests.benchmarks.bench_recovery import kill_workers, stock_record, stock_training
+from jobs.run.ledger import LEDGER
+from tests.benchmarks.bench_recovery import (
+    Kill,
+    kill_workers,
+    raymill_record,
+    stock_record,
+    stock_training,
+)
 from tests.chaos.arena import (
     LONG_STEP_S,
     NUM_LONG_STEPS,
@@ -38,32 +47,24 @@ def full_strength(arena: Arena) -> None:
 
 
 def test_ten_kills_of_a_worker_beside_plain_ray_train(arena: Arena, summary: dict) -> None:
-    rng = random.Random(1)
-    steps = sorted(rng.sample(range(10, NUM_STEPS - 20, 3), 10))
-    killed_at: dict[int, float] = {}
+    """Each kill comes two to three seconds after the first step that follows the one before."""
+    kills_of = partial(kill_workers, rng=random.Random(1), settle_s=2)
+    config = arena.config("kills", min_workers=2, max_workers=2)
+    written = run_storage(config).local_path(LEDGER)
+    assert written is not None
+    own: list[Kill] = []
 
     def inject(watch: Watch) -> None:
-        attempt = 0
-        for step in steps:
-            start = watch.wait_for_step(step, after_attempt=attempt)
-            attempt = start["attempt"]
-            killed_at[attempt] = time.time()
-            kill(rng.choice(start["workers"]))
+        own.extend(kills_of(lambda: raymill_record(written), num_kills=10, name="raymill"))
 
-    _, ledger = arena.run(arena.config("kills", min_workers=2, max_workers=2), inject)
-    assert len(ledger.recoveries()) == len(killed_at) == 10
+    _, ledger = arena.run(config, inject, step_s=LONG_STEP_S)
+    assert len(ledger.recoveries()) == len(own) == 10
     assert max(recovery.lost_steps for recovery in ledger.recoveries()) <= 1
-    first_steps = {
-        line["attempt"]: line["time"] for line in reversed(ledger.lines) if "event" not in line
-    }
-    recoveries_s = [first_steps[attempt + 1] - at for attempt, at in killed_at.items()]
     with stock_training(arena.cluster, arena.folder):
         log = arena.folder / "stock.jsonl"
-        stock = kill_workers(
-            lambda: stock_record(log), num_kills=5, rng=rng, name="plain Ray Train", settle_s=2
-        )
-    summary["median_recovery_s"] = round(statistics.median(recoveries_s), 2)
-    summary["max_recovery_s"] = round(max(recoveries_s), 2)
+        stock = kills_of(lambda: stock_record(log), num_kills=5, name="plain Ray Train")
+    summary["median_recovery_s"] = statistics.median(kill.recovery_s for kill in own)
+    summary["max_recovery_s"] = max(kill.recovery_s for kill in own)
     summary["stock_recovery_s"] = statistics.median(kill.recovery_s for kill in stock)
     summary["stock_max_lost_steps"] = max(kill.lost_steps for kill in stock)
     print(summary)

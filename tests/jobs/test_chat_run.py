@@ -51,6 +51,14 @@ TEMPLATES = {
 }
 
 
+def trained_with(*fast: str) -> pytest.MarkDecorator:
+    """Runs a test with every template; with those that are not named here, as a slow one."""
+    names = [
+        pytest.param(name, marks=[] if name in fast else [pytest.mark.slow]) for name in TEMPLATES
+    ]
+    return pytest.mark.parametrize("plan", names, indirect=True)
+
+
 def asks(question: str, note: int = 3) -> list[dict[str, str]]:
     return [{"role": "system", "content": f"note {note}"}, {"role": "user", "content": question}]
 
@@ -73,9 +81,7 @@ def corpus(folder: Path) -> Path:
     return folder / "facts.jsonl"
 
 
-@pytest.fixture(
-    scope="module", params=["plain", "own", pytest.param("bos", marks=pytest.mark.slow)]
-)
+@pytest.fixture(scope="module")
 def plan(
     request: pytest.FixtureRequest, ray_workers: int, tmp_path_factory: pytest.TempPathFactory
 ) -> RunPlan:
@@ -137,6 +143,7 @@ def plan(
     return plan
 
 
+@trained_with("plain", "own")
 def test_it_answers_and_stops_over_http(plan: RunPlan) -> None:
     async def answer(
         http: httpx.AsyncClient, messages: list[dict[str, str]], **asked: Any
@@ -207,12 +214,14 @@ def test_it_answers_and_stops_over_http(plan: RunPlan) -> None:
     asyncio.run(check())
 
 
+@trained_with("own")
 def test_two_workers_give_the_same_bits(plan: RunPlan) -> None:
     found = replay(plan.run, steps=range(1, 41), num_workers=2)
     assert found["equal"], found["verdict"]
     assert found["hashes"] >= 2 and found["from_checkpoint"] is None
 
 
+@trained_with("own")
 def test_evaluation_counts_what_training_counts(plan: RunPlan) -> None:
     checkpoint, validation = newest_checkpoint(plan), Ledger.read(plan.run).events("validation")[-1]
     found = evaluate(EvaluateConfig(checkpoint=str(checkpoint), batch_size=3))
@@ -227,6 +236,7 @@ def test_evaluation_counts_what_training_counts(plan: RunPlan) -> None:
     assert whole["tokens"] > 5 * found["tokens"] and whole["loss"] < 1
 
 
+@trained_with("own")
 def test_an_export_answers_in_transformers_and_stops_there_too(
     plan: RunPlan, tmp_path: Path
 ) -> None:

@@ -1,7 +1,7 @@
 // The page to talk to the model: which conversation is open, who answers, and what is going on.
 
 import { useKey } from "/page/api.js";
-import { byId } from "/page/elements.js";
+import { byId, offerFocus } from "/page/elements.js";
 import { Announcer } from "/chat/announcer.js";
 import { getAnswer, newAnswer, wordsOfEnding } from "/chat/answer.js";
 import { isOfConversation, isStored, load, newConversation, remove, save, storedConversations, titleOf } from "/chat/conversations.js";
@@ -121,7 +121,7 @@ async function route() {
   const conversation = place[0] === state.conversation.id ? state.conversation : load(place[0]);
   if (conversation === null) {
     if (place[0]) showError(new Error("This browser has no such conversation; it was deleted, or it is another browser's."));
-    return byId("chat-message").focus();
+    return offerFocus(byId("chat-form"), byId("chat-message"));
   }
   if (conversation !== state.conversation) {
     state.abort?.abort();
@@ -145,12 +145,13 @@ async function lookInside([id, index, column]) {
   }
 }
 
-// Gives the focus to the link by which the inside was opened.
+// Gives the focus to the link by which the inside was opened, else to the message.
 function comeBack() {
   closeInside(byId("chat-inside"));
   const link = document.querySelector(`[href="#inside/${state.place.join("/")}"]`);
   state.place = [];
-  (link ?? byId("chat-message")).focus();
+  if (link) link.focus();
+  else offerFocus(byId("chat-form"), byId("chat-message"));
 }
 
 async function send() {

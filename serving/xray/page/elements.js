@@ -10,6 +10,11 @@ export function element(tag, properties = {}, ...children) {
   return node;
 }
 
+// Gives the focus to a field of a form, unless it is within the form already: who has begun to fill it in keeps their place.
+export function offerFocus(form, field) {
+  if (!form.contains(document.activeElement)) field.focus();
+}
+
 // Makes blanks, line ends and control characters visible.
 export function visible(text) {
   const signs = { " ": "␣", "\n": "⏎", "\t": "⇥" };

@@ -2,7 +2,7 @@
 
 import { ApiError, askJson, streamEvents, useKey, xray } from "/page/api.js";
 import { AttentionView } from "/page/attention.js";
-import { byId, Tabs } from "/page/elements.js";
+import { byId, offerFocus, Tabs } from "/page/elements.js";
 import { showStages, showTime } from "/page/timing.js";
 import { shaded, streamedTokens, TokenRow, xrayTokens } from "/page/tokens.js";
 import { TraceView } from "/page/trace.js";
@@ -37,7 +37,7 @@ async function connect() {
   byId("step").max = state.limits.steps.length - 1;
   byId("step").value = state.limits.steps.length - 1;
   showError(null);
-  byId("prompt").focus();
+  offerFocus(byId("query"), byId("prompt"));
 }
 
 async function run() {

@@ -119,6 +119,7 @@ def test_workers_kills_and_divisions_change_no_byte(
     assert finish(job) == undivided
 
 
+@pytest.mark.slow
 def test_a_launcher_killed_in_the_middle_repeats_nothing(
     corpus: Path, undivided: dict[str, Any], tmp_path: Path
 ) -> None:

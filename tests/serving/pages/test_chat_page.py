@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from serving.api.access import AccessRules
 from serving.api.keys import ApiKey
@@ -166,6 +166,27 @@ def test_what_got_no_answer_is_no_part_of_what_is_sent_later(watched: Watched) -
         say(page, "heard")
     assert asked.value.post_data_json["messages"] == [{"role": "user", "content": "heard"}]
     expect_answers(page, 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "model"),
+    [("/", "#chat-beside", "#chat-model"), ("/inside", "#temperature", "#model")],
+)
+def test_who_has_moved_on_before_the_page_is_ready_keeps_their_place(
+    browser: Browser, pages: ServedPages, path: str, field: str, model: str
+) -> None:
+    context = browser.new_context(viewport=DESKTOP)
+    page = context.new_page()
+
+    def answered_later(route: Route) -> None:
+        page.locator(field).focus()
+        route.continue_()
+
+    page.route("**/v1/models", answered_later)
+    page.goto(f"{pages.url}{path}")
+    expect(page.locator(model)).to_contain_text("tiny")
+    expect(page.locator(field)).to_be_focused()
+    context.close()
 
 
 @pytest.mark.slow
