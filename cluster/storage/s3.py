@@ -1,6 +1,7 @@
 """Storage in S3 or a store with its protocol; credentials and endpoint come from the
 environment."""
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from urllib3.exceptions import HTTPError
 from cluster.storage import interface
 from cluster.storage.ranged_reader import ranged_reader
 
+_log = logging.getLogger(__name__)
+
+_LISTING = "s3:ListBucketMultipartUploads"
 _PIECE_BYTES = 256 << 10
 _MAX_ATTEMPTS = 4
 
@@ -200,9 +204,15 @@ class S3Storage(interface.Storage):
         name = {"Bucket": self.bucket}
         with self._explained(""):
             pages = _client().get_paginator("list_multipart_uploads")
-            found = pages.paginate(
-                **name, Prefix=f"{self.prefix}/" if self.prefix else ""
-            ).build_full_result()
+            try:
+                found = pages.paginate(
+                    **name, Prefix=f"{self.prefix}/" if self.prefix else ""
+                ).build_full_result()
+            except ClientError as error:
+                if _code_of(error) != "AccessDenied":
+                    raise
+                _log.warning("%s: what killed uploads left stays; allow %s", self.uri, _LISTING)
+                return
             for upload in found.get("Uploads", []):
                 _client().abort_multipart_upload(
                     **name, Key=upload["Key"], UploadId=upload["UploadId"]

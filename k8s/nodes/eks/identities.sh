@@ -14,7 +14,7 @@ role() {
   aws iam wait role-exists --role-name "raymill-$1"  # a new role is not known everywhere at once
   aws iam put-role-policy --role-name "raymill-$1" --policy-name bucket --policy-document "{\"Version\": \"2012-10-17\",
     \"Statement\": [
-      {\"Effect\": \"Allow\", \"Action\": \"s3:ListBucket\", \"Resource\": \"arn:aws:s3:::$bucket\"},
+      {\"Effect\": \"Allow\", \"Action\": [\"s3:ListBucket\", \"s3:ListBucketMultipartUploads\"], \"Resource\": \"arn:aws:s3:::$bucket\"},
       {\"Effect\": \"Allow\", \"Action\": \"s3:GetObject\", \"Resource\": \"arn:aws:s3:::$bucket/*\"},
       {\"Effect\": \"Allow\", \"Action\": [$2], \"Resource\": \"arn:aws:s3:::$bucket/$3\"}]}"
 }

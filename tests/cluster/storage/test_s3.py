@@ -1,6 +1,7 @@
 """Reading from S3 through a proxy that misbehaves: the bytes come back whole, or one line says what
 to do."""
 
+import boto3
 import pytest
 
 from cluster.storage.uris import NotFoundError, StorageError, open_storage
@@ -116,3 +117,18 @@ def test_refusals_are_one_line_with_a_remedy(
     assert str(caught.value).startswith(f"{uri}/file: ")
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, NotFoundError) == (code == "NoSuchBucket")
+
+
+def test_uploads_that_may_not_be_listed_stay_and_stop_nothing(
+    proxy: FaultProxy, uri: str, s3_bucket: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = boto3.client("s3")
+    client.create_multipart_upload(Bucket=s3_bucket, Key="begun")
+    refused = Refused(403, "AccessDenied")
+    proxy.spoil = lambda method, path: refused if path.startswith(f"/{s3_bucket}?uploads") else None
+    open_storage(uri).abort_uploads()
+    proxy.spoil = None
+    assert "allow s3:ListBucketMultipartUploads" in caplog.text
+    assert len(client.list_multipart_uploads(Bucket=s3_bucket)["Uploads"]) == 1
+    open_storage(uri).abort_uploads()
+    assert "Uploads" not in client.list_multipart_uploads(Bucket=s3_bucket)
