@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import shutil
-import signal
 import socket
 import tempfile
 import threading
@@ -27,6 +25,7 @@ from cluster.storage.uris import (
     open_storage,
     split_uri,
 )
+from tests.killed_upload import killed_upload
 from tests.time_limits import limit_s
 
 
@@ -373,29 +372,11 @@ def test_a_failed_local_write_leaves_the_old_bytes_and_no_litter(tmp_path: Path)
         storage.write_bytes("taken/x", b"1")
 
 
-def _die_halfway(source: Path, target: Path) -> None:
-    target.write_bytes(source.read_bytes()[:1])
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _upload(uri: str, source: Path) -> None:
-    shutil.copyfile = _die_halfway
-    open_storage(uri).upload_file(source, "folder/file")
-
-
 def test_what_a_killed_upload_leaves_can_be_removed(tmp_path: Path) -> None:
-    source, root = tmp_path / "source", tmp_path / "root"
-    source.write_bytes(b"content")
-    uploading = multiprocessing.get_context("fork").Process(
-        target=_upload, args=(str(root), source)
-    )
-    uploading.start()
-    uploading.join(limit_s(30))
-    assert uploading.exitcode == -signal.SIGKILL
-    storage = open_storage(str(root))
+    storage = open_storage(str(tmp_path))
     version = storage.write_bytes("folder/other", b"1")
     storage.write_bytes("folder/other", b"2", if_version=version)
-    [left] = [path for path in (root / "folder").iterdir() if path.read_bytes() == b"c"]
+    left = killed_upload(tmp_path, "folder/file")
     assert [entry.key for entry in storage.list()] == ["folder/other"]
     storage.child("another").abort_uploads()
     assert left.exists()

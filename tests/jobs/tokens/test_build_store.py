@@ -16,6 +16,7 @@ from jobs.tokens.build_store import tokenize
 from model.text.tokenizer import train_bpe
 from tests.jobs.cleaning.in_process import tokenize_in_process
 from tests.jobs.corpora import data_config, texts_of
+from tests.killed_upload import killed_upload
 
 NUM_PIECES_DELETED = 2  # before the kill
 
@@ -70,9 +71,10 @@ def test_a_store_whose_cleanup_was_killed_is_repaired_whole(
     finished = tokenize(config)
     assert texts_of(finished) == texts
     (store / next(iter(finished["shards"]))).unlink()
+    left = killed_upload(store, "unpacked/piece")
     assert tokenize(config) == finished
     assert texts_of(finished) == texts
-    assert not list(store.glob("unpacked/*/*"))
+    assert not list(store.glob("unpacked/*/*")) and not left.exists()
 
 
 def test_a_store_of_shards_that_are_others_now_is_made_again(

@@ -19,6 +19,7 @@ from jobs.trace.windows import LEAST_SPAN, chosen_windows
 from model.errors import UserError
 from tests.jobs.cleaning.in_process import InProcess
 from tests.jobs.stores import make_store
+from tests.killed_upload import killed_upload
 
 SIZES = (3000, 11, 12, 0, 7000, 2500)
 VOCAB_SIZE = 40
@@ -64,6 +65,7 @@ def test_the_bytes_are_the_same_for_any_order_and_any_sections(
 ) -> None:
     copies = [shutil.copytree(folder, tmp_path / name) for name in ("mixed", "mixed again")]
     expected = index(folder, InProcess())
+    killed_upload(copies[0], f"{TRACE}/of a worker that was killed")
     assert len(expected) > 3, "several parts"
     assert not any("sent" in name for name in expected), "what led to it is deleted"
     for seed, copy in enumerate(copies, start=1):
