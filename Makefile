@@ -40,7 +40,7 @@ test: $(INSTALLED)
 	$(BIN)/pytest -m "not slow" --numprocesses 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(SLOW))
 else
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not cluster" --numprocesses 3 --dist loadfile $(addprefix --ignore=,$(SLOW)) tests/$(AREA)
+	$(BIN)/pytest -m "not slow and not cluster" --numprocesses 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(SLOW)) tests/$(AREA)
 endif
 
 # Runs the areas one after another, and writes their seconds into tests/README.md.

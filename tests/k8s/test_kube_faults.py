@@ -27,8 +27,18 @@ def test_a_request_that_fails_once_is_made_again(
     assert settings["metadata"]["ownerReferences"][0]["uid"] == job["metadata"]["uid"]
 
 
-@pytest.mark.parametrize("request_", [JOB, SETTINGS])
-@pytest.mark.parametrize("fault", list(Fault))
+@pytest.mark.parametrize(
+    ("request_", "fault"),
+    [
+        (SETTINGS, Fault.BUSY),
+        (SETTINGS, Fault.CUT),
+        (SETTINGS, Fault.LOST),
+        (JOB, Fault.CUT),
+        (JOB, Fault.LOST),
+        # The client waits as long as for the settings, and there is less to take back
+        pytest.param(JOB, Fault.BUSY, marks=pytest.mark.slow),
+    ],
+)
 def test_a_submission_that_fails_leaves_nothing(
     jobs_api: ApiStandIn,
     submit_words: list[str],
