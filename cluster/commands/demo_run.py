@@ -49,7 +49,7 @@ WHOLE = Variant(
 )
 QUICK = Variant(
     settings={
-        "train": {"max_tokens": 160 * 8 * 128, "eval_every_steps": 160, "eval_max_tokens": 16384},
+        "train": {"max_tokens": 120 * 8 * 128, "eval_every_steps": 120, "eval_max_tokens": 16384},
         "cluster": {"num_nodes": 1},
         "checkpoint": {"save_every_steps": 20, "keep_every_steps": 20},
     },
