@@ -19,9 +19,10 @@ def run_config(**branches: Any) -> RunConfig:
         "run_id": "Demo_1",
         "data": {"source": "s3://raymill/corpus"},
         "model": {"preset": "tiny"},
+        "scaling": {"min_workers": 1, "max_workers": 3},
+        "storage": {"uri": "s3://raymill"},
     }
-    values["scaling"] = {"min_workers": 1, "max_workers": 3}
-    return validate_config(values | {"storage": {"uri": "s3://raymill"}} | branches, RunConfig)
+    return validate_config(values | branches, RunConfig)
 
 
 def submission(bucket: str, folder: Path) -> list[str]:
