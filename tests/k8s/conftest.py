@@ -1,5 +1,4 @@
-"""The commands `raymill cluster` and `raymill submit --kuberay`, and the stand-in of the Kubernetes API that they
-speak to."""
+"""The stand-in of the Kubernetes API, and the commands that speak to it."""
 
 from collections.abc import Iterator
 from pathlib import Path
