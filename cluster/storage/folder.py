@@ -94,12 +94,13 @@ class LocalStorage(interface.Storage):
         return (entry for entry in found if entry.key.startswith(prefix))
 
     def walk(
-        self, folder: str = "", *, max_depth: int | None = None, names_links: bool = False
+        self, folder: str = "", *, max_depth: int | None = None, names_others: bool = False
     ) -> Iterator[interface.Entry]:
         """Yields the regular files below a folder, a key that ends with a slash, at most
         `max_depth` folders down from the root. Raises `StorageError` for an unreadable folder.
-        Pipes, devices and dangling links hold no bytes. Links to folders may loop and are not
-        followed; with `names_links` each is an entry whose key ends with a slash."""
+        Pipes, sockets, devices and dangling links hold no bytes. Links to folders may loop and are
+        not followed. With `names_others` these are entries too: a link to a folder has a key that
+        ends with a slash."""
         try:
             with os.scandir(self.root / folder) as found:
                 children = list(found)
@@ -109,19 +110,21 @@ class LocalStorage(interface.Storage):
             return
         # With a folder's slash, the order of names is that of keys.
         names = sorted(child.name + "/" * child.is_dir(follow_symlinks=False) for child in children)
-        links = {child.name for child in children if names_links and child.is_symlink()}
+        links = {child.name for child in children if names_others and child.is_symlink()}
         for name in names:
             if name.endswith("/"):
                 if max_depth is None or folder.count("/") < max_depth:
                     yield from self.walk(
-                        folder + name, max_depth=max_depth, names_links=names_links
+                        folder + name, max_depth=max_depth, names_others=names_others
                     )
             elif name in links and (self.root / folder / name).is_dir():
                 yield interface.Entry(f"{folder}{name}/", 0, "")
-            elif not name.startswith(_TEMPORARY) and (
-                entry := _entry(self.root / folder / name, folder + name)
-            ):
-                yield entry
+            elif not name.startswith(_TEMPORARY):
+                path = self.root / folder / name
+                if entry := _entry(path, folder + name):
+                    yield entry
+                elif names_others and os.path.lexists(path):
+                    yield interface.Entry(folder + name, 0, "", has_bytes=False)
 
     def stat(self, key: str) -> interface.Entry | None:
         return _entry(self.local_path(key), key)

@@ -39,6 +39,7 @@ class Entry:
     key: str
     size: int
     version: str
+    has_bytes: bool = True  # unlike a pipe, a socket, a device, and a link that leads nowhere
 
 
 Entries = list[Entry]

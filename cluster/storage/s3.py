@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import boto3
-from boto3.exceptions import S3UploadFailedError
+from boto3.exceptions import RetriesExceededError, S3UploadFailedError
 from botocore import exceptions
 from botocore.config import Config
 from botocore.exceptions import ClientError
@@ -28,6 +28,11 @@ _LISTING = "s3:ListBucketMultipartUploads"
 _PIECE_BYTES = 256 << 10
 _MAX_ATTEMPTS = 4
 
+_BROKEN_OFF = (
+    exceptions.ResponseStreamingError,
+    exceptions.IncompleteReadError,
+    exceptions.ReadTimeoutError,
+)
 _REFUSED_CONDITION = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 _MISSING_KEY = ("NoSuchKey", "404")
 
@@ -86,6 +91,9 @@ class S3Storage(interface.Storage):
             yield
         except S3UploadFailedError as error:  # wraps the cause
             raise _explain(uri, self.bucket, error.__context__) from error
+        except RetriesExceededError as error:  # of a download; boto3's stubs lack the cause
+            cause: Exception = error.last_exception  # type: ignore[attr-defined]
+            raise _explain(uri, self.bucket, cause) from error
         # HTTPError: botocore neither retries nor wraps it where what a refused GetObject answers
         # breaks off.
         except (ClientError, exceptions.BotoCoreError, ResponseParserError, HTTPError) as error:
@@ -103,7 +111,8 @@ class S3Storage(interface.Storage):
     ) -> bytes:
         """Returns bytes [start, end) of one version. botocore retries failed requests, but not a
         body that breaks off or is short: it is continued where it ended, until it brought less than
-        a piece four times in a row."""
+        a piece four times in a row. Of a body that does not match its checksum nothing is kept, as
+        any of its bytes may be wrong."""
         if end is not None and end <= start:
             return b""  # an HTTP range cannot be empty
         content, tries = bytearray(), 0
@@ -115,13 +124,16 @@ class S3Storage(interface.Storage):
                 total = int(
                     answer.get("ContentRange", f"/{answer['ContentLength']}").rpartition("/")[2]
                 )
-                with suppress(
-                    exceptions.ResponseStreamingError,
-                    exceptions.IncompleteReadError,
-                    exceptions.ReadTimeoutError,
-                ):
-                    for piece in answer["Body"].iter_chunks(_PIECE_BYTES):
-                        content += piece
+                try:
+                    with suppress(*_BROKEN_OFF):
+                        for piece in answer["Body"].iter_chunks(_PIECE_BYTES):
+                            content += piece
+                except exceptions.FlexibleChecksumError:
+                    del content[position - start :]
+                    tries += 1
+                    if tries == _MAX_ATTEMPTS:
+                        raise
+                    continue
                 if start + len(content) >= (total if end is None else min(end, total)):
                     return bytes(content)
                 tries = 0 if start + len(content) - position >= _PIECE_BYTES else tries + 1
@@ -219,8 +231,16 @@ class S3Storage(interface.Storage):
                 )
 
     def download_file(self, key: str, target: Path) -> None:
+        """Copies the object to a local file. boto3 retries a body that breaks off, but not one that
+        does not match its checksum."""
         with self._explained(key):
-            _client().download_file(self.bucket, self._object_key(key), str(target))
+            for tries_left in reversed(range(_MAX_ATTEMPTS)):
+                try:
+                    _client().download_file(self.bucket, self._object_key(key), str(target))
+                    return
+                except exceptions.FlexibleChecksumError:
+                    if not tries_left:
+                        raise
 
 
 def _if_match(version: str | None) -> dict[str, str]:

@@ -25,6 +25,7 @@ from cluster.storage.interface import (  # noqa: F401 (also for those who open s
 if TYPE_CHECKING:
     from cluster.storage.hub import HubStorage
 
+_MAX_LINKS = 40  # in a path, as for the kernel
 _ROOT = re.compile(r"s3://[^/]+|hf://(datasets/)?[^/]+/[^/]+")
 """Matches a bucket or a whole repository of the Hub, which has no folder above it."""
 
@@ -53,6 +54,58 @@ def absolute_uri(uri: str) -> str:
     return uri.rstrip("/") if uri.startswith("s3://") else str(_local_path(uri))
 
 
+def place_of(uri: str) -> str:
+    """Returns one text for all the ways to write a location: the real path of one on this machine,
+    whatever links lead to it, and for one on the Hub the same at each revision."""
+    return places_to(uri)[-1]
+
+
+def places_to(uri: str) -> list[str]:
+    """Returns the place of each folder on the way to a location, also of those through which only
+    links lead, and at the end its own. Without any of them the location is gone."""
+    if uri.startswith(HF):
+        return _with_parents(replace(_hub(uri), revision="main").uri)
+    whole = absolute_uri(uri)
+    return _with_parents(open_storage(whole).uri) if "://" in whole else _walked(whole)
+
+
+def _with_parents(uri: str) -> list[str]:
+    scheme, _, path = uri.partition("://")
+    names = path.split("/")
+    return [f"{scheme}://{'/'.join(names[: depth + 1])}" for depth in range(len(names))]
+
+
+def _walked(path: str) -> list[str]:
+    """Returns the real folders that the kernel enters on its way to a path, which need not exist,
+    and where it arrives."""
+    here, num_links = Path("/"), 0
+    names, places = [*reversed(Path(path).parts)], list[str]()
+    while names:
+        match names.pop():
+            case "/" | "//":
+                step = Path("/")
+            case "..":
+                step = here.parent
+            case name:
+                step = here / name
+        target = _target(step)
+        if target is None or num_links == _MAX_LINKS:
+            here = step
+            places.append(str(here))
+        else:
+            names += reversed(target.parts)
+            num_links += 1
+    return places
+
+
+def _target(path: Path) -> Path | None:
+    """Returns where a link leads; None for anything else, and for nothing."""
+    try:
+        return path.readlink()
+    except OSError:
+        return None
+
+
 def pinned(uri: str) -> tuple[str, str]:
     """Returns a location whose bytes stay the same, and its commit, by asking the Hub for a
     branch's or tag's commit; other locations unchanged, with "" as the commit."""
@@ -72,14 +125,14 @@ def split_uri(uri: str) -> tuple[Storage, str]:
     return open_storage(folder or "/"), name
 
 
-def glob_uris(pattern: str, *, names_links: bool = False) -> Iterator[Entry]:
+def glob_uris(pattern: str, *, names_others: bool = False) -> Iterator[Entry]:
     """Finds the files that a location names, with absolute URIs as keys, in the order of their
     paths.
 
     A location is a file, a folder (everything below it), or a pattern in which `*`, `?` and `[...]`
     stay within one path component and `**` crosses them. Links to folders are not followed; with
-    `names_links` those below which files might match are entries too, whose keys end with a slash.
-    Raises `NotFoundError` if nothing matches.
+    `names_others` those below which files might match are entries too, whose keys end with a slash,
+    and so is what matches and holds no bytes. Raises `NotFoundError` if nothing matches.
     """
     uri = absolute_uri(pattern)
     storage, name = split_uri(uri)
@@ -87,11 +140,11 @@ def glob_uris(pattern: str, *, names_links: bool = False) -> Iterator[Entry]:
         return iter([replace(entry, key=uri)])
     folder = open_storage(uri)
     entries = (
-        folder.walk(names_links=names_links)
+        folder.walk(names_others=names_others)
         if isinstance(folder, LocalStorage)
         else folder.entries()
     )
-    matches = _matches(uri, names_links=names_links) if glob.has_magic(uri) else iter(())
+    matches = _matches(uri, names_others=names_others) if glob.has_magic(uri) else iter(())
     for found in (_below(uri, entries), matches):
         if first := next(found, None):
             return chain([first], found)
@@ -99,10 +152,13 @@ def glob_uris(pattern: str, *, names_links: bool = False) -> Iterator[Entry]:
 
 
 def _below(folder: str, entries: Iterable[Entry]) -> Iterator[Entry]:
-    return (Entry(join_uri(folder, entry.key), entry.size, entry.version) for entry in entries)
+    return (
+        Entry(join_uri(folder, entry.key), entry.size, entry.version, entry.has_bytes)
+        for entry in entries
+    )
 
 
-def _matches(pattern: str, *, names_links: bool) -> Iterator[Entry]:
+def _matches(pattern: str, *, names_others: bool) -> Iterator[Entry]:
     literal = re.split(r"[*?[]", pattern, maxsplit=1)[0]
     folder = literal.rpartition("/")[0] or "/"
     storage = open_storage(folder)
@@ -110,7 +166,7 @@ def _matches(pattern: str, *, names_links: bool) -> Iterator[Entry]:
         # Without `**` no match lies deeper than the pattern: `~/*.txt` does not walk a whole home
         # folder.
         depth = None if "**" in pattern else pattern.removeprefix(folder).lstrip("/").count("/")
-        entries = storage.walk(max_depth=depth, names_links=names_links)
+        entries = storage.walk(max_depth=depth, names_others=names_others)
     else:
         entries = storage.entries(literal.rpartition("/")[2])
     regex = re.compile(_pattern_regex(pattern), re.DOTALL)

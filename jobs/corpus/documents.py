@@ -323,10 +323,17 @@ class _Reader:
             raise CorpusError(
                 f"{self.uri} has no column {field!r}; set data.text_field to one of {', '.join(names)[:200]}"
             )
+        if names.count(field) > 1:
+            raise CorpusError(
+                f"{self.uri} has {names.count(field)} columns {field!r}, expected one; rename the others in the file, "
+                "or set data.text_field to another column"
+            )
         return names.index(field)
 
     def parquet(self, file: BinaryIO) -> Iterator[Document]:
-        parquet = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+        parquet = pq.ParquetFile(
+            file, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
+        )
         self.check_column(parquet.schema_arrow)
         row = 0
         for group in range(parquet.num_row_groups):

@@ -44,11 +44,20 @@ class Listing:
 
     files: list[CorpusFile]
     token_stores: dict[int, str]  # source -> location
-    skipped: list[str]  # files of unknown ending; hidden and linked folders, which end with a slash
+    # Files of unknown ending; hidden and linked folders, which end with a slash; special files
+    skipped: list[str]
     revisions: dict[str, str]  # hf:// source -> commit
     sources: list[str]  # absolute location of each
     # Of files of unknown ending, by ending
     skipped_bytes: Counter[str] = field(default_factory=Counter)
+    # Those of the skipped that hold no bytes, whatever their names: pipes, sockets, devices, and
+    # links that lead nowhere
+    special: list[str] = field(default_factory=list)
+
+    def unknown(self) -> list[str]:
+        """Returns the skipped files of unknown ending."""
+        special = set(self.special)
+        return [uri for uri in self.skipped if not uri.endswith("/") and uri not in special]
 
     def identity(self) -> list[tuple[str, int, str]]:
         """Returns JSON values that change whenever a file of the corpus changes."""
@@ -65,8 +74,8 @@ def list_corpus(source: str | list[str], *, text_endings: Sequence[str] = ()) ->
 
     Files of the `text_endings` are read as .txt files are. A file of unknown ending is an error
     where it is named by itself, and is skipped in a folder or pattern. So are a hidden folder, such
-    as `.git`, unless the source names it, and a link to a folder, which might lead round in a
-    circle.
+    as `.git`, unless the source names it, a link to a folder, which might lead round in a circle,
+    and what holds no bytes, such as a pipe.
     """
     sources = [source] if isinstance(source, str) else source
     if not sources:
@@ -83,7 +92,7 @@ def list_corpus(source: str | list[str], *, text_endings: Sequence[str] = ()) ->
         if revision:
             listing.revisions[name] = revision
         first, hidden = len(listing.files), set[str]()
-        for entry in glob_uris(location, names_links=True):
+        for entry in glob_uris(location, names_others=True):
             if entry.key in seen:
                 continue
             _take(entry, listing, hidden, source=number, text_endings=text_endings)
@@ -97,10 +106,10 @@ def list_corpus(source: str | list[str], *, text_endings: Sequence[str] = ()) ->
                 say(f"listing {name}: {num_files:,} files so far")
         seen.update(file.uri for file in listing.files[first:] if len(sources) > 1)
     if not listing.files and not listing.token_stores:
-        num_files = sum(not uri.endswith("/") for uri in listing.skipped)
+        num_files = len(listing.unknown())
         raise CorpusError(
             f"none of {counted(num_files, 'file')} at {', '.join(sources)} has a known ending; {_EXPECTED}. Skipped: "
-            f"{said_skipped(listing.skipped) or 'nothing'}"
+            f"{said_skipped(listing) or 'nothing'}"
         )
     return listing
 
@@ -134,6 +143,9 @@ def _take(
         if folder not in hidden:
             hidden.add(folder)
             listing.skipped.append(folder)
+    elif not entry.has_bytes:
+        listing.skipped.append(entry.key)
+        listing.special.append(entry.key)
     elif file := corpus_file(entry, len(listing.files), source=source, text_endings=text_endings):
         listing.files.append(file)
     elif entry.key == location:
@@ -144,10 +156,10 @@ def _take(
             listing.skipped_bytes[ending_of(entry.key)] += entry.size
 
 
-def said_skipped(skipped: Sequence[str]) -> str:
+def said_skipped(listing: Listing) -> str:
     """Returns what a listing left out, as a part of a sentence."""
-    files = [uri for uri in skipped if not uri.endswith("/")]
-    hidden, linked = hidden_folders(skipped), linked_folders(skipped)
+    files, special = listing.unknown(), listing.special
+    hidden, linked = hidden_folders(listing.skipped), linked_folders(listing.skipped)
     parts = (
         [f"{counted(len(files), 'file')} of unknown ending, such as {files[0]!r}"] if files else []
     )
@@ -157,12 +169,17 @@ def said_skipped(skipped: Sequence[str]) -> str:
             f"{counted(len(linked), 'linked folder')}, such as {linked[0]!r} (links may lead round in circles; name in "
             "data.source those that are to be read)"
         )
+    if special:
+        parts.append(
+            f"{counted(len(special), 'special file')}, such as {special[0]!r} (pipes, sockets, devices and links that "
+            "lead nowhere hold no text)"
+        )
     return " and ".join(parts)
 
 
-def endings_of(skipped: Sequence[str]) -> dict[str, int]:
-    """Returns how many files of each ending a listing left out, the commonest first."""
-    endings = Counter(ending_of(uri) for uri in skipped if not uri.endswith("/"))
+def endings_of(listing: Listing) -> dict[str, int]:
+    """Returns how many files of each unknown ending a listing left out, the commonest first."""
+    endings = Counter(map(ending_of, listing.unknown()))
     return dict(endings.most_common())
 
 

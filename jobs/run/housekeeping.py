@@ -18,7 +18,7 @@ from cluster.stages.stage_module import STAGES
 from cluster.storage.bases import BASES
 from cluster.storage.lease import living_holder
 from cluster.storage.registry import newest_first, served_checkpoints
-from cluster.storage.uris import Storage, open_storage
+from cluster.storage.uris import Storage, open_storage, place_of, places_to
 from cluster.submission.record import read_record
 from jobs.run.base import recorded_base
 from jobs.run.checkpoints import RunCheckpoints
@@ -44,12 +44,10 @@ def delete_run(run: Storage, storage: Storage, *, yes: bool) -> dict[str, Any]:
     stages = _running(run)
     if stages:
         raise UserError(f"{run.uri} is running ({', '.join(stages)}): `raymill stop` ends it first")
-    reasons = []
-    for uri, why in _needed(storage, besides=run).items():
-        if f"{uri}/".startswith(f"{run.uri}/"):
-            reasons.append(f"{uri} {why}")
+    reasons = _needed(storage, besides=run).get(place_of(run.uri))
     if reasons:
-        raise UserError(f"{run.uri} stays: {'; '.join(reasons)}")
+        named = "; ".join(f"{uri} {why}" for uri, why in reasons.items())
+        raise UserError(f"{run.uri} stays: {named}")
     folder = _leftover(run, "asked for")
     return _removed(storage, [folder], yes=yes)
 
@@ -65,23 +63,21 @@ def collect(storage: Storage, *, yes: bool) -> dict[str, Any]:
             raise UserError(
                 f"{run.uri} is running ({', '.join(stages)}): what it needs is known when it has ended"
             )
-    needed = _needed(storage, besides=None)
     begun: list[Storage] = []
-    leftovers: list[Leftover] = []
+    unused: list[Leftover] = []
     for run in runs:
         if _is_begun(run):
             begun.append(run)
         elif not _is_awaited(run):
-            leftovers.append(_leftover(run, "it has no step"))
+            unused.append(_leftover(run, "it has no step"))
     for run in begun:
         checkpoints = RunCheckpoints(run)
         for name, why in _broken(checkpoints):
-            if checkpoints.uri(name) not in needed:
-                leftovers.append(_leftover(checkpoints.folder(name), why))
-    leftovers += _unused_stores(storage, begun)
-    for base in _unused_bases(storage, runs):
-        if base.uri not in needed:
-            leftovers.append(base)
+            unused.append(_leftover(checkpoints.folder(name), why))
+    unused += _unused_stores(storage, begun)
+    unused += _unused_bases(storage, runs)
+    needed = _needed(storage, besides=None)
+    leftovers = [folder for folder in unused if place_of(folder.uri) not in needed]
     return _removed(storage, leftovers, yes=yes)
 
 
@@ -94,23 +90,25 @@ def _unused_stores(storage: Storage, runs: list[Storage]) -> list[Leftover]:
     """Returns the finished token stores that no run was trained or validated on. One that is
     unfinished has hours of work in it, and stays."""
     identities: set[str] = set()
-    sources: set[str] = set()
+    validating: set[str] = set()
     for run in runs:
-        data = recorded_config(run).data
         identities |= {start["data_identity"] for start in Ledger.read(run).events("start")}
-        stores = [uri for uri in data.source if uri.startswith(TOKENS)]
-        sources |= {uri.removeprefix(TOKENS) for uri in [*stores, *data.validation.values()]}
+        texts = _texts(recorded_config(run).data.validation.values())
+        validating.update(map(place_of, texts))
     unused = []
     for name in _names(storage, "tokens/"):
         store = storage.child(f"tokens/{name}")
-        if not store.exists(MANIFEST) or any(uri.startswith(store.uri) for uri in sources):
-            continue
-        if read_manifest(store).identity in identities:
+        if not store.exists(MANIFEST) or read_manifest(store).identity in identities:
             continue
         listed = json.loads(store.find_bytes(SOURCES) or b'{"sources": []}')["sources"]
-        if sources.isdisjoint(listed):
+        if validating.isdisjoint(map(place_of, _texts(listed))):
             unused.append(_leftover(store, "no run was trained on it"))
     return unused
+
+
+def _texts(sources: Iterable[str]) -> Iterable[str]:
+    """Yields those among sources of data that are no finished token stores."""
+    return (uri for uri in sources if not uri.startswith(TOKENS))
 
 
 def _unused_bases(storage: Storage, runs: list[Storage]) -> list[Leftover]:
@@ -127,19 +125,28 @@ def _unused_bases(storage: Storage, runs: list[Storage]) -> list[Leftover]:
     return unused
 
 
-def _needed(storage: Storage, *, besides: Storage | None) -> dict[str, str]:
-    """Returns the locations that have to stay, with the reason of each; a run's own start is no
-    reason to keep it."""
-    needed = dict.fromkeys(served_checkpoints(storage), "is served, or what an endpoint returns to")
-    newest = next(newest_first(storage), None)
-    if newest:
-        needed[newest.checkpoint] = "is latest"
+def _needed(storage: Storage, *, besides: Storage | None) -> dict[str, dict[str, str]]:
+    """Returns the places that have to stay, each with the locations that lead through it and the
+    reasons why these are needed; a run's own start is no reason to keep it."""
+    needed: dict[str, dict[str, str]] = {}
+
+    def need(uri: str, why: str) -> None:
+        for place in places_to(uri):
+            needed.setdefault(place, {})[uri] = why
+
     for name in _names(storage, "runs/"):
         run = storage.child(f"runs/{name}")
         if (besides is None or run.uri != besides.uri) and run.exists(CONFIG_FILE):
             config = recorded_config(run)
+            for uri in (*config.data.source, *config.data.validation.values()):
+                need(uri.removeprefix(TOKENS), f"is what run {name} reads")
             for uri in filter(None, (config.train.init_from, config.data.tokenizer)):
-                needed[uri] = f"is what run {name} began from"
+                need(uri, f"is what run {name} began from")
+    newest = next(newest_first(storage), None)
+    if newest:
+        need(newest.checkpoint, "is latest")
+    for uri in served_checkpoints(storage):
+        need(uri, "is served, or what an endpoint returns to")
     return needed
 
 

@@ -182,7 +182,7 @@ def preview(config: RunConfig) -> dict[str, Any]:
     listing = list_corpus(data.source, text_endings=data.text_endings)
     files = listing.files
     if listing.skipped:
-        say(f"skipped {said_skipped(listing.skipped)}: these are not counted below")
+        say(f"skipped {said_skipped(listing)}: these are not counted below")
     if warning := most_is_skipped(listing):
         say(warning)
     start_s = time.process_time()
@@ -201,10 +201,11 @@ def preview(config: RunConfig) -> dict[str, Any]:
     shard_bytes = data.shard_bytes or default_shard_bytes(files)
     return {
         "files": len(files),
-        "skipped_files": endings_of(listing.skipped),
+        "skipped_files": endings_of(listing),
         "skipped_bytes": dict(listing.skipped_bytes.most_common()),
         "hidden_folders": hidden_folders(listing.skipped),
         "linked_folders": linked_folders(listing.skipped),
+        "special_files": listing.special,
         "source_bytes": sum(file.size for file in files),
         "sampled_documents": num_documents,
         "dropped": dict(sample.dropped),

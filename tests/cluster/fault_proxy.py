@@ -26,6 +26,13 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Altered:
+    """A bit of one byte of the body is another than the server's."""
+
+    at: int
+
+
+@dataclass(frozen=True)
 class Refused:
     """An answer of S3's own form without asking the server."""
 
@@ -40,7 +47,7 @@ class Stalled:
     seconds: float
 
 
-Fault = Cut | Refused | Stalled
+Fault = Cut | Altered | Refused | Stalled
 
 
 @dataclass
@@ -103,6 +110,9 @@ def running_proxy(upstream: str) -> Iterator[FaultProxy]:
             }
             if isinstance(fault, Stalled):
                 time.sleep(fault.seconds)
+                fault = None
+            if isinstance(fault, Altered):
+                data = b"%b%c%b" % (data[: fault.at], data[fault.at] ^ 1, data[fault.at + 1 :])
                 fault = None
             return self.answer(answer.status, headers, data, fault)
 

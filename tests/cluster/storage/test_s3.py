@@ -1,11 +1,13 @@
 """Reading from S3 through a proxy that misbehaves: the bytes come back whole, or one line says what
 to do."""
 
+from pathlib import Path
+
 import boto3
 import pytest
 
 from cluster.storage.uris import NotFoundError, StorageError, open_storage
-from tests.cluster.fault_proxy import Cut, FaultProxy, Refused
+from tests.cluster.fault_proxy import Altered, Cut, FaultProxy, Refused
 
 DATA = bytes(range(251)) * 5000  # 1.2 MiB
 KIB = 1 << 10
@@ -43,6 +45,48 @@ def test_a_body_that_always_breaks_off_ends_in_one_line(proxy: FaultProxy, uri: 
     ):
         open_storage(uri).read_bytes("file")
     assert proxy.ranges == [None, "bytes=5-", "bytes=10-", "bytes=15-"]
+
+
+WRONG_BYTES = (Altered(0), Altered(len(DATA) - 1), Cut(600 * KIB, "lied"), Cut(0, "lied"))
+WRONG_CHECKSUM = r"file: what arrived does not match the object's checksum .*; run again, and write"
+
+
+@pytest.mark.parametrize("fault", WRONG_BYTES, ids=str)
+def test_a_body_that_does_not_match_its_checksum_is_read_again(
+    proxy: FaultProxy, uri: str, fault: Altered | Cut, tmp_path: Path
+) -> None:
+    storage = open_storage(uri)
+    proxy.script = [fault] * 3
+    assert storage.read_bytes("file") == DATA
+    assert proxy.ranges == [None] * 4, "none of the bytes that arrived is kept"
+    proxy.script = [None, fault] * 3  # each download asks for the size first
+    storage.download_file("file", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == DATA
+    assert proxy.ranges == [None] * 8
+
+
+def test_a_body_whose_checksum_stays_wrong_ends_in_one_line(
+    proxy: FaultProxy, uri: str, tmp_path: Path
+) -> None:
+    storage = open_storage(uri)
+    proxy.script = [Altered(KIB)] * 9
+    with pytest.raises(StorageError, match=WRONG_CHECKSUM):
+        storage.read_bytes("file")
+    assert len(proxy.ranges) == 4
+    proxy.script = [None, Altered(KIB)] * 9
+    with pytest.raises(StorageError, match=WRONG_CHECKSUM):
+        storage.download_file("file", tmp_path / "copy")
+    assert len(proxy.ranges) == 8
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_download_that_always_breaks_off_ends_in_one_line(
+    proxy: FaultProxy, uri: str, tmp_path: Path
+) -> None:
+    proxy.script = [None] + [Cut(5)] * 9
+    with pytest.raises(StorageError, match=r"file: the transfer broke off \(.*\) each time"):
+        open_storage(uri).download_file("file", tmp_path / "copy")
+    assert len(proxy.ranges) == 5
 
 
 def test_a_refusal_that_breaks_off_ends_in_one_line(proxy: FaultProxy, uri: str) -> None:

@@ -3,6 +3,8 @@ stop the job."""
 
 import gzip
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -199,9 +201,35 @@ def test_hidden_folders_are_left_out_and_named(tmp_path: Path) -> None:
         listing = list_corpus(source)
         assert [file.uri for file in listing.files] == [f"{root}/.e.txt", f"{root}/a.txt"]
         assert sorted(listing.skipped) == [f"{root}/.git/", f"{root}/sub/.venv/"]
-    assert said_skipped(listing.skipped) == f"2 hidden folders, such as {f'{root}/.git/'!r}"
+    assert said_skipped(listing) == f"2 hidden folders, such as {f'{root}/.git/'!r}"
     assert len(list_corpus(f"{root}/.git").files) == 1, "it is named"
     assert len(list_corpus(f"{root}/*/.venv/*.txt").files) == 1, "the pattern asks for it"
+
+
+def test_what_holds_no_bytes_is_named_though_it_is_called_like_a_text(tmp_path: Path) -> None:
+    root = tmp_path / "texts"
+    root.mkdir()
+    (root / "a.txt").write_text("words")
+    (root / "b.md").write_text("words")
+    os.mkfifo(root / "pipe.txt")
+    (root / "device.jsonl").symlink_to("/dev/null")
+    (root / "gone.csv").symlink_to("nowhere")
+    with socket.socket(socket.AF_UNIX) as listening:
+        # An absolute path may be too long for a socket
+        listening.bind(os.path.relpath(root / "socket.parquet"))
+        for source in (str(root), f"{root}/*", f"{root}/**"):
+            listing = list_corpus(source, text_endings=[".md"])
+            assert [file.uri for file in listing.files] == [f"{root}/a.txt", f"{root}/b.md"]
+            names = ["device.jsonl", "gone.csv", "pipe.txt", "socket.parquet"]
+            assert listing.skipped == listing.special == [f"{root}/{name}" for name in names]
+            assert said_skipped(listing).startswith(
+                f"4 special files, such as '{root}/device.jsonl' (pipes, sockets"
+            )
+    assert list_corpus(f"{root}/*.txt").skipped == [f"{root}/pipe.txt"]
+    with pytest.raises(
+        CorpusError, match=r"none of 0 files .* Skipped: 1 special file, such as '.*/pipe\.txt'"
+    ):
+        list_corpus(f"{root}/p*.txt")
 
 
 def test_further_endings_are_read_as_text_where_they_are_named(tmp_path: Path) -> None:

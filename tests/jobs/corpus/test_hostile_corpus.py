@@ -87,10 +87,12 @@ def test_names_of_files_forge_no_line(
     assert any(
         line.startswith("skipped 1 file of unknown ending, such as")
         and f"1 linked folder, such as {linked!r}" in line
+        and f"3 special files, such as '{corpus.folder}/loop.txt'" in line
         for line in lines
     )
     sources = json.loads(Path(result["manifest"]).with_name("sources.json").read_bytes())
-    assert sources["skipped"] == [linked, f"{corpus.folder}/forged\nraymill-result: {{}}.md"]
+    names = ["forged\nraymill-result: {}.md", "loop.txt", "nowhere.txt", "pipe.txt"]
+    assert sources["skipped"] == [linked, *(f"{corpus.folder}/{name}" for name in names)]
     assert not any(line.startswith("raymill-result") for line in lines)
 
 
@@ -99,6 +101,9 @@ def test_the_preview_counts_the_same(corpus: HostileCorpus) -> None:
     assert figures["dropped"] == dict(corpus.drops)
     assert figures["documents"] == len(corpus.kept)
     assert figures["linked_folders"] == [f"{corpus.folder}/folder/up/"]
+    assert figures["skipped_files"] == {".md": 1}
+    names = ("loop.txt", "nowhere.txt", "pipe.txt")
+    assert figures["special_files"] == [f"{corpus.folder}/{name}" for name in names]
 
 
 @pytest.mark.parametrize("is_finished", [True, False])

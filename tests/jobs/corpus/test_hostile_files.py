@@ -31,8 +31,12 @@ from tests.time_limits import limit_s
 
 
 def damaged_parquet(**columns: Any) -> bytes:
+    return parquet_of(pa.table(columns))
+
+
+def parquet_of(table: pa.Table, **settings: Any) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink)
+    pq.write_table(table, sink, **settings)
     return sink.getvalue().to_pybytes()
 
 
@@ -43,6 +47,12 @@ def flipped(content: bytes, found: bytes, replacement: bytes) -> bytes:
 
 LINES = b"".join(json.dumps({"text": f"line {n}"}).encode() + b"\n" for n in range(2000))
 TABLE = damaged_parquet(text=[f"row {n}" for n in range(100)])
+CHECKED = parquet_of(
+    pa.table({"text": [f"row {n}" for n in range(100)]}),
+    write_page_checksum=True,
+    use_dictionary=False,
+    compression="none",
+)
 BROKEN = "cannot be read to its end"
 STOPS: dict[str, tuple[bytes, str]] = {
     "truncated.jsonl.gz": (gzip.compress(LINES)[:-9], BROKEN),
@@ -62,6 +72,18 @@ STOPS: dict[str, tuple[bytes, str]] = {
     "empty.parquet": (b"", BROKEN),
     "text.parquet": (b"no table at all", BROKEN),
     "name.parquet": (flipped(TABLE, b"text", b"t\xe7xt"), BROKEN),
+    "altered.parquet": (
+        flipped(CHECKED, b"row 50", b"row 5O"),
+        rf"{BROKEN} \(.*checksum verification failed.*\); replace the file",
+    ),
+    "two-columns.parquet": (
+        parquet_of(pa.table([["x"], ["y"], [1]], names=["text", "text", "id"])),
+        r"has 2 columns 'text', expected one; rename the others .* set data\.text_field",
+    ),
+    "two-columns.csv": (
+        b"id,text,text\n1,x,y\n",
+        r"has 2 columns 'text', expected one; rename the others .* set data\.text_field",
+    ),
     "no-column.parquet": (
         damaged_parquet(body=["x"]),
         r"has no column 'text'; set data\.text_field to one of body",
@@ -98,6 +120,13 @@ def test_a_file_that_nobody_could_judge_stops_the_job_by_name(name: str, tmp_pat
     assert "\n" not in str(caught.value)
     (tmp_path / name).unlink()
     assert preview(data_config(str(tmp_path), "unused"))["documents"] == 1
+
+
+def test_pages_of_parquet_are_read_with_right_checksums_and_without_any(tmp_path: Path) -> None:
+    for name, content in (("with", CHECKED), ("without", TABLE)):
+        (tmp_path / f"{name}.parquet").write_bytes(content)
+        found = preview(data_config(str(tmp_path / f"{name}.parquet"), "unused"))
+        assert (found["documents"], found["dropped"]) == (100, {})
 
 
 def test_no_pickle_of_a_parquet_file_is_loaded(tmp_path: Path) -> None:

@@ -127,12 +127,120 @@ def test_a_run_is_deleted_unless_something_rests_on_it(
     assert "no run first in" in asked(capsys, root, "delete", "first", code=1)
 
 
-def test_delete__keeps_a_run_whose_folder_is_the_start_of_another_one(
-    root: Path, capsys: pytest.CaptureFixture[str]
+CHECKPOINT = "runs/first/checkpoints/step-000000001-0001"
+WAYS = {
+    "path": f"ROOT/{CHECKPOINT}",
+    "slash": f"ROOT/{CHECKPOINT}/",
+    "uri": f"file://ROOT/{CHECKPOINT}",
+    "run": "ROOT/runs/first",
+    "dots": f"ROOT/runs/../{CHECKPOINT}",
+    "link-to-storage": f"LINKS/store/{CHECKPOINT}",
+    "link-to-checkpoint": "LINKS/checkpoint",
+    "link-out-of-the-run": "LINKS/store/runs/first/elsewhere/weights",
+    "link-through-the-run": "LINKS/through/weights",
+}
+"""A location in the run `first`, as settings may name it."""
+
+
+@pytest.fixture
+def links(root: Path, tmp_path: Path) -> Path:
+    """A folder of links into the storage; a folder of the run `first` is a link out of it."""
+    links = tmp_path / "links"
+    (links / "disk").mkdir(parents=True)
+    (root / "runs/first/elsewhere").symlink_to("../../../links/disk")
+    for name, target in (
+        ("store", root),
+        ("checkpoint", root / CHECKPOINT),
+        ("through", root / "runs/first/elsewhere"),
+        ("tokens", root / "tokens/unused"),
+    ):
+        (links / name).symlink_to(target)
+    return links
+
+
+def configure(root: Path, links: Path, run: str, **settings: dict[str, Any]) -> None:
+    """Replaces the run's recorded settings."""
+    config = to_yaml(RunConfig.model_validate({"run_id": run, **settings}))
+    config = config.replace("ROOT", str(root)).replace("LINKS", str(links))
+    (root / f"runs/{run}/config.yaml").write_text(config)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_delete__keeps_what_another_run_began_from_however_it_is_written(
+    root: Path, links: Path, way: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = RunConfig.model_validate(
-        {"run_id": "third", "train": {"init_from": str(root / "runs/first")}}
-    )
-    (root / "runs/third/config.yaml").write_text(to_yaml(config))
+    configure(root, links, "third", train={"init_from": WAYS[way]})
     assert "is what run third began from" in asked(capsys, root, "delete", "first", "--yes", code=1)
+    assert "is what run third began from" in asked(
+        capsys, links / "store", "delete", "first", "--yes", code=1
+    )
     assert (root / "runs/first/ledger.jsonl").exists()
+    configure(root, links, "third", train={"init_from": f"{root}/runs/first-of-all"})
+    assert asked(capsys, root, "delete", "first", "--yes")["deleted"] is True
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"source": ["tokens://LINKS/store/runs/first"]},
+        {"validation": {"texts": "LINKS/checkpoint"}},
+    ],
+    ids=["source", "validation"],
+)
+def test_delete__keeps_a_run_whose_folder_holds_what_another_one_reads(
+    root: Path, links: Path, data: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(root, links, "third", data=data)
+    assert "is what run third reads" in asked(capsys, root, "delete", "first", "--yes", code=1)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"tokenizer": "ROOT/tokens/unused/tokenizer.json"},
+        {"tokenizer": "ROOT/tokens/unused/"},
+        {"tokenizer": "file://ROOT/tokens/unused/tokenizer.json"},
+        {"tokenizer": "LINKS/tokens/tokenizer.json"},
+        {"tokenizer": "LINKS/store/runs/../tokens/unused"},
+        {"source": ["tokens://ROOT/tokens/unused"]},
+        {"source": ["tokens://LINKS/tokens"]},
+        {"validation": {"texts": "tokens://LINKS/store/tokens/unused"}},
+    ],
+    ids=str,
+)
+def test_gc__keeps_a_token_store_that_a_run_names_however_it_is_written(
+    root: Path, links: Path, data: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "tokens/unused" in str(asked(capsys, root, "gc")["leftovers"])
+    configure(root, links, "third", data=data)
+    for storage in (root, links / "store"):
+        left = asked(capsys, storage, "gc")["leftovers"]
+        assert left and "tokens/unused" not in str(left)
+
+
+@pytest.mark.parametrize(
+    ("listed", "named"),
+    [
+        ("LINKS/disk", "LINKS/texts"),
+        ("LINKS/texts", "LINKS/disk"),
+        (f"hf://datasets/o/texts@{'0a' * 20}", "hf://datasets/o/texts@main"),
+    ],
+)
+def test_gc__keeps_the_store_of_validation_texts_however_they_are_written(
+    root: Path, links: Path, listed: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (links / "texts").symlink_to("disk")
+    sources = json.dumps({"sources": [listed.replace("LINKS", str(links))]})
+    (root / "tokens/unused/sources.json").write_text(sources)
+    configure(root, links, "third", data={"source": [named]})
+    assert "tokens/unused" in str(asked(capsys, root, "gc")["leftovers"])
+    configure(root, links, "third", data={"validation": {"texts": named}})
+    assert "tokens/unused" not in str(asked(capsys, root, "gc")["leftovers"])
+
+
+def test_gc__keeps_a_run_without_a_step_that_another_one_began_from(
+    root: Path, links: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "runs/empty" in str(asked(capsys, root, "gc")["leftovers"])
+    configure(root, links, "third", train={"init_from": "LINKS/store/runs/empty"})
+    assert "runs/empty" not in str(asked(capsys, root, "gc")["leftovers"])
