@@ -19,7 +19,7 @@ from jobs.cleaning.quality_rules import failed_rule
 from jobs.corpus.chunks import Chunk, Part
 from jobs.corpus.documents import Document, Drop, read_documents
 from jobs.corpus.progress import DataProgress
-from jobs.corpus.ray_data_tasks import run_tasks
+from jobs.corpus.ray_data_tasks import Runner, run_tasks
 from jobs.corpus.text_hashes import HASH_BYTES, document_hash, normalized
 
 INDEX = "index"
@@ -44,7 +44,7 @@ def selection_folder(data: DataConfig) -> str:
 
 
 def index_corpus(
-    store: Storage, chunks: Sequence[Chunk], data: DataConfig
+    store: Storage, chunks: Sequence[Chunk], data: DataConfig, *, run: Runner = run_tasks
 ) -> list[tuple[bytes, int]]:
     """Indexes each chunk, and returns the digest of its texts and the number of its documents.
     Needs Ray."""
@@ -52,7 +52,7 @@ def index_corpus(
     indexed = [(b"", 0)] * len(chunks)
     label = "indexing documents"
     with DataProgress(label, total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
-        for result in run_tasks(chunks, partial(index_chunk, store=store, data=data)):
+        for result in run(chunks, partial(index_chunk, store=store, data=data)):
             digest = result.content[:32]
             num_documents = int.from_bytes(result.content[32:], "little")
             progress.advance(result.item.bytes, documents=num_documents, rss_bytes=result.rss_bytes)

@@ -23,7 +23,7 @@ from cluster.storage.uris import Storage
 from jobs.cleaning.disk_buckets import MAX_BUCKETS, BucketFile, Records
 from jobs.cleaning.duplicates import Sections
 from jobs.corpus.progress import DataProgress
-from jobs.corpus.ray_data_tasks import Result
+from jobs.corpus.ray_data_tasks import Runner
 
 _MOST_SECTIONS = 1024
 _SLICE_BYTES = 1 << 20
@@ -31,8 +31,6 @@ _READERS = 16  # requests at once: a piece is small against the time to its firs
 
 Item = TypeVar("Item")
 Read = TypeVar("Read")
-# `run_tasks`, on a cluster
-Runner = Callable[[Sequence[Any], Callable[[Any], bytes]], Iterator[Result[Any]]]
 Decide = Callable[[Records, Sections], Iterator[Records]]
 Piece = Iterable[bytes]  # its parts, which are written one after the other
 

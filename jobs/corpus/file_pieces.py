@@ -16,7 +16,7 @@ from jobs.corpus.chunks import Chunk, Part, is_divisible, whole_file
 from jobs.corpus.decompression import decompressed
 from jobs.corpus.documents import endless_header, longest_line, named_damage, stretches
 from jobs.corpus.listing import CorpusFile
-from jobs.corpus.ray_data_tasks import run_tasks
+from jobs.corpus.ray_data_tasks import Runner, run_tasks
 from jobs.corpus.text_borders import Record, lines, records
 
 PIECES = "unpacked"
@@ -25,7 +25,7 @@ _MAX_PIECE_BYTES = 64 << 20  # is in memory at once
 
 
 def cut_files(
-    store: Storage, files: Sequence[CorpusFile], data: DataConfig
+    store: Storage, files: Sequence[CorpusFile], data: DataConfig, *, run: Runner = run_tasks
 ) -> dict[int, list[Part]]:
     """Returns the pieces of the large indivisible files, which lie in `store`'s folder `unpacked`.
     Needs Ray."""
@@ -34,7 +34,7 @@ def cut_files(
     pieces: dict[int, list[Part]] = {}
     if tasks:
         with progress("unpacking", total=sum(file.size for file in large) / 1e6) as advance:
-            for result in run_tasks(tasks, partial(cut_file, store=store, data=data)):
+            for result in run(tasks, partial(cut_file, store=store, data=data)):
                 file = result.item.parts[0].file
                 folder = store.child(result.content.decode())
                 pieces[file.number] = [

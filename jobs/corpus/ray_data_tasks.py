@@ -32,6 +32,10 @@ class Result(Generic[Item]):
     rss_bytes: int  # resident memory of the worker
 
 
+Runner = Callable[[Sequence[Any], Callable[[Any], bytes]], Iterator[Result[Any]]]
+"""Does the work on each item: `run_tasks` on a cluster, or another one without."""
+
+
 def run_tasks(items: Sequence[Item], work: Callable[[Item], bytes]) -> Iterator[Result[Item]]:
     """Does the work on each item in a task, and yields the results in the order in which tasks
     finish.

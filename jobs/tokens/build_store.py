@@ -11,7 +11,7 @@ passes, which then leave the shards as they are and prove that they would be mad
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, zip_longest
@@ -33,7 +33,7 @@ from jobs.corpus.empty_corpus import empty_corpus
 from jobs.corpus.file_pieces import PIECES, cut_files
 from jobs.corpus.listing import CorpusError, Listing, list_corpus, most_is_skipped, said_skipped
 from jobs.corpus.progress import DataProgress
-from jobs.corpus.ray_data_tasks import run_tasks
+from jobs.corpus.ray_data_tasks import Runner, run_tasks
 from jobs.tokens import token_store as stored
 from jobs.tokens.document_map import (
     DOCUMENTS,
@@ -62,11 +62,10 @@ def tokenize(config: RunConfig, listing: Listing | None = None) -> dict[str, Any
     Raises `UserError`, also when no document is left to tokenize, and `LeaseHeldError` while
     another run writes it.
     """
-    builder = _builder(
-        config, listing or list_corpus(config.data.source, text_endings=config.data.text_endings)
-    )
-    if skipped := builder.listing.skipped:
-        say(f"skipped {said_skipped(skipped)}; sources.json names them all")
+    listing = listing or list_corpus(config.data.source, text_endings=config.data.text_endings)
+    builder = store_builder(config, listing, ensure_tokenizer(config, listing)[0])
+    if builder.listing.skipped:
+        say(f"skipped {said_skipped(builder.listing)}; sources.json names them all")
     if warning := most_is_skipped(builder.listing):
         say(warning)
     manifest = _finished(builder.store)
@@ -92,10 +91,11 @@ def tokenize(config: RunConfig, listing: Listing | None = None) -> dict[str, Any
     }
 
 
-def _builder(config: RunConfig, listing: Listing) -> "_Builder":
-    """Trains the corpus's tokenizer if there is none; it and the corpus determine the store's
-    place. Needs Ray."""
-    tokenizer, _ = ensure_tokenizer(config, listing)
+def store_builder(
+    config: RunConfig, listing: Listing, tokenizer: Tokenizer, *, run: Runner = run_tasks
+) -> "StoreBuilder":
+    """Returns what builds the store, whose place the settings, the corpus and the tokenizer
+    determine."""
     shard_bytes = config.data.shard_bytes or default_shard_bytes(listing.files)
     data = config.data.model_copy(update={"shard_bytes": shard_bytes})
     chat = format_to_train(tokenizer) if data.format == "chat" else None
@@ -112,7 +112,7 @@ def _builder(config: RunConfig, listing: Listing) -> "_Builder":
     shaping = [shape, listing.identity(), ready, tokenizer.hash]
     key = hashlib.sha256(stored.canonical_json(shaping)).hexdigest()[:12]
     store = open_storage(config.storage.uri).child(f"tokens/{key}")
-    return _Builder(data, listing, tokenizer, store, store, shape, chat, seq_len(config))
+    return StoreBuilder(data, listing, tokenizer, store, store, shape, chat, seq_len(config), run)
 
 
 def _finished(store: Storage) -> stored.Manifest | None:
@@ -143,7 +143,9 @@ def _is_all_mapped(store: Storage, manifest: stored.Manifest) -> bool:
 
 
 @dataclass(frozen=True)
-class _Builder:
+class StoreBuilder:
+    """Builds one store, or the parts of it that are asked for."""
+
     data: DataConfig
     listing: Listing
     tokenizer: Tokenizer
@@ -152,6 +154,7 @@ class _Builder:
     shape: dict[str, Any]  # the settings that shape the shards
     chat: ChatFormat | None
     seq_len: int
+    run: Runner  # does the tasks
 
     def build(self, lease: Lease) -> stored.Manifest:
         """Writes the missing parts of the store and returns its manifest."""
@@ -160,11 +163,11 @@ class _Builder:
         if store.exists(stored.MANIFEST):
             self._sweep()
             store.delete(stored.MANIFEST)
-        is_bulk = self._is_bulk_proven()
+        is_bulk = self.is_bulk_proven()
         store.write_bytes(stored.TOKENIZER, tokenizer.to_json())
         store.write_bytes(stored.SOURCES, stored.canonical_json(listing.record()))
         summary, results, files = self._results(lease, is_bulk=is_bulk, stores_shards=True)
-        manifest = self._manifest(summary, results)
+        manifest = self.manifest(summary, results)
         for refused in manifest.drop_samples.get(Drop.TEMPLATE_REFUSED, [])[:1]:
             num_refused = manifest.dropped[Drop.TEMPLATE_REFUSED]
             verb = "is" if num_refused == 1 else "are"
@@ -190,7 +193,7 @@ class _Builder:
         """Makes the document map of the finished store. Raises `TokenStoreError` where the corpus
         does not make its shards again."""
         say(f"mapping the documents of {self.store.uri}: its corpus is read and encoded again")
-        is_bulk = self._is_bulk_proven()
+        is_bulk = self.is_bulk_proven()
         _, results, files = self._results(lease, is_bulk=is_bulk, stores_shards=False)
         made = _shards_of(results)
         if made != manifest.shards:
@@ -205,19 +208,55 @@ class _Builder:
     ) -> tuple[Summary, dict[int, ChunkResult], list[FileOfCorpus]]:
         """Makes what is missing of the shards and their tables. Returns which documents are kept,
         the results of all chunks, and the files of the map."""
-        listing = self.listing
-        pieces = cut_files(self.work, listing.files, self.data)
-        chunks = plan_chunks(listing.files, pieces, self.data)
-        summary = self._select(chunks)
-        files = listing.identity()
-        results = copy_shards(
+        chunks = self.planned()
+        summary = self.select(chunks)
+        files = self.listing.identity()
+        results = self.copied(chunks, files)
+        for chunk, result in self.written(
+            chunks, summary, is_bulk=is_bulk, stores_shards=stores_shards
+        ):
+            results[chunk] = result
+            lease.check()
+        return summary, results, files
+
+    @property
+    def config_hash(self) -> str:
+        """The SHA-256, in hex, of the settings that shape the shards."""
+        return hashlib.sha256(stored.canonical_json(self.shape)).hexdigest()
+
+    def planned(self) -> list[Chunk]:
+        """Returns the chunks of the text, once its large archives are cut."""
+        pieces = cut_files(self.work, self.listing.files, self.data, run=self.run)
+        return plan_chunks(self.listing.files, pieces, self.data)
+
+    def copied(
+        self,
+        chunks: Sequence[Chunk],
+        files: list[FileOfCorpus],
+        *,
+        only: Container[int] | None = None,
+    ) -> dict[int, ChunkResult]:
+        """Copies the shards of finished stores, as `copy_shards` does."""
+        return copy_shards(
             self.store,
-            listing.token_stores,
+            self.listing.token_stores,
             self.tokenizer,
             self.chat,
             first_chunk=len(chunks),
             files=files,
+            only=only,
         )
+
+    def written(
+        self,
+        chunks: Sequence[Chunk],
+        summary: Summary,
+        *,
+        is_bulk: bool,
+        stores_shards: bool = True,
+    ) -> Iterator[tuple[int, ChunkResult]]:
+        """Writes what is missing of some chunks, once their documents are selected, and yields the
+        result of each."""
         writer = ChunkWriter(
             self.store,
             self.work,
@@ -228,10 +267,7 @@ class _Builder:
             self.seq_len,
             stores_shards,
         )
-        for chunk, result in _written(chunks, writer, summary.dropped):
-            results[chunk] = result
-            lease.check()
-        return summary, results, files
+        return _written(chunks, writer, summary.dropped, self.run)
 
     def _list_documents(
         self,
@@ -256,7 +292,7 @@ class _Builder:
             list(pool.map(self.work.delete, superseded))
         self.work.abort_uploads()
 
-    def _is_bulk_proven(self) -> bool:
+    def is_bulk_proven(self) -> bool:
         """Reports whether tiktoken gives the tokenizer's ids, also for the front of the corpus, and
         prints why not."""
         _, reason = bulk_encoder(self.tokenizer, sample=text_sample(self.listing, self.data))
@@ -266,20 +302,21 @@ class _Builder:
             )
         return reason is None
 
-    def _select(self, chunks: Sequence[Chunk]) -> Summary:
+    def select(self, chunks: Sequence[Chunk]) -> Summary:
         """Decides which documents are kept, and stores that."""
-        summary = select(self.work, index_corpus(self.work, chunks, self.data), self.data)
+        indexed = index_corpus(self.work, chunks, self.data, run=self.run)
+        summary = select(self.work, indexed, self.data, run=self.run)
         if not summary.documents and not self.listing.token_stores:
             raise empty_corpus(self.listing.files, summary.dropped)
         _check_readable(summary.documents, summary.dropped, self.data)
         if self.data.decontaminate_ngram:
-            contaminated = decontaminate(self.work, chunks, self.data)
+            contaminated = decontaminate(self.work, chunks, self.data, run=self.run)
             summary = replace(
                 summary, dropped=summary.dropped | {Drop.CONTAMINATED.value: contaminated}
             )
         return summary
 
-    def _manifest(self, summary: Summary, results: dict[int, ChunkResult]) -> stored.Manifest:
+    def manifest(self, summary: Summary, results: dict[int, ChunkResult]) -> stored.Manifest:
         """Returns the manifest of the results, in canonical order."""
         ordered = [results[number] for number in sorted(results)]
         samples: dict[str, list[Any]] = {}
@@ -294,7 +331,7 @@ class _Builder:
             vocab_size=self.tokenizer.vocab_size,
             eot_id=self.tokenizer.eot_id,
             source_hash=summary.source_hash,
-            config_hash=hashlib.sha256(stored.canonical_json(self.shape)).hexdigest(),
+            config_hash=self.config_hash,
             weights=tuple(weight / sum(self.data.weights) for weight in self.data.weights),
             revisions=self.listing.revisions,
             dropped={r: n for r, n in dropped.items() if self.chat or r not in CHAT_DROPS},
@@ -325,13 +362,13 @@ def _shards_of(results: Mapping[int, ChunkResult]) -> tuple[stored.Shard, ...]:
 
 
 def _written(
-    chunks: Sequence[Chunk], writer: ChunkWriter, dropped: Mapping[str, int]
+    chunks: Sequence[Chunk], writer: ChunkWriter, dropped: Mapping[str, int], run: Runner
 ) -> Iterator[tuple[int, ChunkResult]]:
     """Yields the result of each chunk as it is written."""
     total_bytes = sum(chunk.bytes for chunk in chunks)
     with DataProgress("tokenizing", total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
         progress.drop(dropped)
-        for answer in run_tasks(chunks, writer):
+        for answer in run(chunks, writer):
             chunk, result = answer.item, RESULT.validate_json(answer.content)
             tokens = sum(shard.tokens for shard in result.shards)
             progress.advance(

@@ -3,8 +3,9 @@ of their documents."""
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 from cluster.output.progress import progress
@@ -33,15 +34,17 @@ def copy_shards(
     *,
     first_chunk: int,
     files: list[FileOfCorpus],
+    only: Container[int] | None = None,
 ) -> dict[int, ChunkResult]:
     """Returns a result for each shard of the stores at `locations` (source -> location), numbered
-    after the chunks. The files that the stores' document maps name are added to `files`; a store
-    without a map gives no tables.
+    after the chunks; or for those alone whose numbers `only` has. The files that the stores'
+    document maps name are added to `files`; a store without a map gives no tables.
 
     Raises `CorpusError` for a store of another tokenizer or format, `TokenStoreError` for a shard
     whose hash is wrong.
     """
     results: dict[int, ChunkResult] = {}
+    numbers = count(first_chunk)
     for source, location in locations.items():
         other = open_storage(location)
         manifest = read_manifest(other)
@@ -59,7 +62,9 @@ def copy_shards(
         files += mapped.files if mapped else []
         with progress(f"copying {location}", total=manifest.total("bytes") / 1e6) as advance:
             for shard in manifest.shards:
-                number = first_chunk + len(results)
+                number = next(numbers)
+                if only is not None and number not in only:
+                    continue
                 name = shard_file(shard.split, number)
                 if not (store.exists(name) and file_sha256(store, name) == shard.sha256):
                     with tempfile.TemporaryDirectory(prefix="raymill-shard-") as folder:

@@ -21,7 +21,7 @@ from jobs.corpus.chunks import Chunk, Part, whole_file
 from jobs.corpus.documents import Document, Drop, read_documents
 from jobs.corpus.empty_corpus import empty_corpus
 from jobs.corpus.listing import CorpusFile, Listing, list_corpus
-from jobs.corpus.ray_data_tasks import run_tasks
+from jobs.corpus.ray_data_tasks import Runner, run_tasks
 from jobs.corpus.sample_places import sample_places
 from jobs.corpus.text_borders import cut_text
 from jobs.corpus.text_hashes import document_hash, normalized
@@ -34,7 +34,9 @@ TRAINING_PIECE_CHARS = 1024
 _MOST_READ = 8  # times the text wanted from a place is read there at most, however much is dropped
 
 
-def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple[Tokenizer, str]:
+def ensure_tokenizer(
+    config: RunConfig, listing: Listing | None = None, *, run: Runner = run_tasks
+) -> tuple[Tokenizer, str]:
     """Returns the tokenizer and the URI of its tokenizer.json; trains one only if none is named or
     stored. Needs Ray.
 
@@ -56,7 +58,7 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
             f"training a tokenizer of up to {config.data.vocab_size} ids on {counted(len(listing.files), 'file')}"
         )
         corpus = Chunk(0, 0, list(map(whole_file, listing.files)))
-        (trained,) = run_tasks([corpus], partial(train_tokenizer, data=config.data))
+        (trained,) = run([corpus], partial(train_tokenizer, data=config.data))
         folder.write_bytes(TOKENIZER_FILE, trained.content)
     tokenizer = Tokenizer.from_json(folder.read_bytes(TOKENIZER_FILE))
     if tokenizer.vocab_size < config.data.vocab_size:

@@ -13,14 +13,13 @@ from safetensors.numpy import save
 
 from cluster.settings.data import DataConfig
 from cluster.storage.uris import Storage, open_storage
-from jobs.cleaning import decontamination, document_index, selection
 from jobs.cleaning.deduplication import Decisions, Deduplication
 from jobs.cleaning.document_index import ChunkIndex
 from jobs.cleaning.duplicates import signatures_of
 from jobs.cleaning.exchange import Item, sections_of
-from jobs.corpus import file_pieces
 from jobs.corpus.ray_data_tasks import Result
-from jobs.tokens import build_store, train_tokenizer
+from jobs.tokens.build_store import store_builder
+from jobs.tokens.train_tokenizer import ensure_tokenizer
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 """A folder in which a durable write takes no time, for the many small stores of a test."""
@@ -49,9 +48,7 @@ class InProcess:
 def tokenize_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the stage do all its tasks in this process, without a cluster."""
     run = InProcess()
-    for module in (build_store, document_index, file_pieces, train_tokenizer):
-        monkeypatch.setattr(module, "run_tasks", run)
-    for function in (selection.select, decontamination.decontaminate):
+    for function in (ensure_tokenizer, store_builder):
         monkeypatch.setitem(function.__kwdefaults__, "run", run)
 
 
