@@ -16,12 +16,13 @@ from pydantic import (
     model_validator,
 )
 
+from model.files.strict_json import shown
 from model.generation.sampling_params import SamplingParams
 from model.text.tokenizer import PromptEncoding
 from serving.protocol import harmless_fields
 from serving.protocol.errors import ApiError
 from serving.protocol.request import Request
-from serving.protocol.strict_json import parse_json_object, read_json_body, shown
+from serving.protocol.strict_json import parse_json_object, read_json_body
 from serving.protocol.structured_fields import StructuredFields
 
 MAX_PROMPTS = 256

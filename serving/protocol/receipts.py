@@ -9,7 +9,13 @@ import orjson
 
 from cluster.settings.code_folders import code_version
 from cluster.settings.serve import EngineConfig, ServeConfig
-from model.signing.receipt import FIELD, RECEIPT_TYPE, hash_of, hash_of_request
+from model.signing.receipt import (
+    FIELD,
+    RECEIPT_TYPE,
+    SUBJECT,
+    hash_of_answer,
+    hash_of_request,
+)
 from model.signing.signature import SigningKey, StatementSigner
 from serving.protocol.errors import ApiError, error_of
 from serving.protocol.protocol import GenerationRequest
@@ -51,8 +57,8 @@ class Receipts:
         fields = orjson.loads(answer)
         receipt = self._signer.signed(
             RECEIPT_TYPE,
-            subject="choices",
-            sha256=hash_of(fields["choices"]),
+            subject=SUBJECT,
+            sha256=hash_of_answer(fields),
             predicate={
                 "request": {"sha256": hash_of_request(json.loads(asked))},
                 "weights": {"sha256": _weights_of(model)},

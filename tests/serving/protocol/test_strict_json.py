@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from model.files.strict_json import MAX_DEPTH
 from serving.protocol import strict_json
 from serving.protocol.errors import ApiError
-from serving.protocol.strict_json import MAX_CONTAINERS, MAX_DEPTH, parse_json_object
+from serving.protocol.strict_json import MAX_CONTAINERS, parse_json_object
 
 
 @pytest.mark.parametrize("part", ["[]", "{}", '{"":[]}', '[["]"]]'])
@@ -19,7 +20,7 @@ def test_a_broad_body_is_refused_before_it_is_parsed(
     def parse(_: bytes) -> None:
         raise AssertionError("it was parsed")
 
-    monkeypatch.setattr(strict_json.orjson, "loads", parse)
+    monkeypatch.setattr(strict_json, "strict_json", parse)
     with pytest.raises(ApiError, match="lists and objects") as refused:
         parse_json_object(body)
     assert refused.value.code == "invalid_json"
