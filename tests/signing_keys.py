@@ -1,6 +1,7 @@
 """Keys to sign with, in files and in a token of SoftHSM."""
 
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -98,18 +99,18 @@ def made_certificates(
     first_day: float = -1,
     last_day: float = 30,
     authority_ends_day: float = 400,
-    use: x509.ObjectIdentifier | None = None,
+    uses: Sequence[x509.ObjectIdentifier] = (),
 ) -> tuple[Path, Path, Path]:
     """Makes an authority, and a key with a certificate from it, valid between these days from
-    today, and for this extended use alone. Returns the files of the key, of its certificate and of
-    the authority's."""
+    today, and for these extended uses alone if there are any. Returns the files of the key, of its
+    certificate and of the authority's."""
     private, _ = made_keys(folder, "certified")
     key = serialization.load_pem_private_key(private.read_bytes(), None)
     authority = ec.generate_private_key(ec.SECP256R1())
     root = _certificate(authority.public_key(), "authority", "authority", -400, authority_ends_day)
     leaf = _certificate(key.public_key(), "release", "authority", first_day, last_day)
-    if use is not None:
-        leaf = leaf.add_extension(x509.ExtendedKeyUsage([use]), critical=True)
+    if uses:
+        leaf = leaf.add_extension(x509.ExtendedKeyUsage(uses), critical=True)
     files = folder / "certificate.pem", folder / "authority.pem"
     for file, builder in zip(files, (leaf, root), strict=True):
         certificate = builder.sign(authority, hashes.SHA256())

@@ -96,7 +96,7 @@ def made_authority(folder: Path) -> Authority:
     if shutil.which("openssl") is None:
         pytest.skip("no openssl stamps the time here")
     folder.mkdir()
-    made_certificates(folder, first_day=-100, use=ExtendedKeyUsageOID.TIME_STAMPING)
+    made_certificates(folder, first_day=-100, uses=[ExtendedKeyUsageOID.TIME_STAMPING])
     (folder / "serial").write_text("01\n")
     return Authority(folder)
 

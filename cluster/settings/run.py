@@ -10,6 +10,7 @@ by a setting.
 import dataclasses
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, assert_never
 
@@ -22,7 +23,7 @@ from pydantic import (
     PositiveInt,
 )
 from pydantic.functional_serializers import PlainSerializer
-from pydantic.functional_validators import WrapValidator, model_validator
+from pydantic.functional_validators import BeforeValidator, WrapValidator, model_validator
 
 from cluster.settings import recipe
 from cluster.settings.batch_schedule import BatchSchedule
@@ -36,6 +37,7 @@ from model.config import GPTConfig, Shape, preset_fields, with_vocabulary
 from model.files.hf_config import config_to_hf, shape_from_hf
 from model.foreign_config import ForeignConfig
 from model.numerics import Precision
+from model.signing.floor import NO_FLOOR, Floor, utc_time
 from model.signing.signature import Trusted, trusted_by_file
 
 CONFIG = "config"
@@ -205,17 +207,36 @@ class StorageConfig(Settings):
         "root certificates of time stamp authorities, a PEM file; each such signature must then have a time stamp of "
         "one, and its certificate have been valid at that time",
     )
+    signed_from_step: NonNegativeInt | None = setting(
+        None,
+        "earliest step of a checkpoint that is begun from, evaluated or served, as its signed statement has it; older "
+        "ones are refused though they are signed",
+    )
+    signed_from_date: Annotated[datetime, BeforeValidator(utc_time)] | None = setting(
+        None,
+        "earliest time of its signature, as its signed statement has it: a day or a time in UTC, such as 2026-01-31 or "
+        "2026-01-31T12:00",
+    )
 
     @model_validator(mode="after")
     def _says_who_signs(self) -> Self:
         if self.timestamped_by and not self.signed_by:
             raise ValueError("timestamped_by is for signatures: name whose they are with signed_by")
+        if not self.signed_by and self.floor != NO_FLOOR:
+            raise ValueError(
+                "signed_from_step and signed_from_date are for signatures: name whose they are with signed_by"
+            )
         return self
+
+    @property
+    def floor(self) -> Floor:
+        """The earliest signed checkpoint that is taken."""
+        return Floor(self.signed_from_step, self.signed_from_date)
 
     @property
     def signer(self) -> Trusted | None:
         """Who must have signed what is begun from, evaluated or served; None where anybody may."""
-        return trusted_by_file(self.signed_by, self.timestamped_by)
+        return trusted_by_file(self.signed_by, self.timestamped_by, floor=self.floor)
 
 
 class CheckpointConfig(Settings):

@@ -3,13 +3,13 @@ folder."""
 
 import re
 
+from cluster.storage.freshness import named_step
 from cluster.storage.interface import Storage
 from cluster.storage.registry import LATEST
 from cluster.storage.uris import absolute_uri, open_storage
 from model.files.checkpoint_folder import MANIFEST, CheckpointError
 
 _RUN = re.compile(r"(?P<run>[A-Za-z0-9][A-Za-z0-9._-]{0,63})(@(?P<step>\d+))?")
-_STEP = re.compile(r"step-0*(\d+)(?:-\d+)?")
 
 
 def checkpoint_uri(reference: str, storage_uri: str) -> str:
@@ -38,8 +38,8 @@ def checkpoint_steps(run: Storage) -> dict[str, int]:
     steps = {}
     for entry in run.list("checkpoints/"):
         _, name, *rest = entry.key.split("/")
-        if rest == [MANIFEST] and (match := _STEP.fullmatch(name)):
-            steps[name] = int(match[1])
+        if rest == [MANIFEST] and (step := named_step(name)) is not None:
+            steps[name] = step
     return dict(sorted(steps.items()))
 
 

@@ -3,7 +3,8 @@ becomes a folder.
 
 A publication is a small numbered file under `registry/`; the highest number is the latest. Two
 publishers cannot take the same number, and none is ever rewritten. One whose checkpoint was deleted
-while it was written is withdrawn.
+while it was written is withdrawn. It has the hash of the checkpoint's manifest: what lies in that
+place later, and is another checkpoint, was not published.
 """
 
 import json
@@ -12,11 +13,21 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from cluster.storage.checkpoint_cache import discard, fetch, is_left_behind
+from cluster.storage.freshness import (
+    Publication,
+    checkpoint_folders,
+    contradicted,
+    differing,
+    later_step,
+    newest,
+    recorded_names,
+)
 from cluster.storage.uris import (
     AlreadyExistsError,
     ConflictError,
@@ -30,12 +41,13 @@ from model.files.checkpoint_folder import (
     MANIFEST,
     CheckpointError,
     Metadata,
+    fingerprint,
     is_hf_folder,
     metadata_from,
     read_metadata,
     verify_checkpoint,
 )
-from model.signing.signature import Trusted, check
+from model.signing.signature import FloorError, SignatureError, Trusted, check
 
 LATEST = "latest"
 ENDPOINTS = "endpoints/"
@@ -47,19 +59,16 @@ AUDIT = f"{ENDPOINTS}audit/"
 """Folder with the orders that each endpoint was given."""
 _PUBLISH_TRIES = 2  # a second one finds the checkpoint that took the place of a deleted one
 _PUBLICATION = re.compile(r"registry/\d+\.json")
+_LEDGER = "ledger.jsonl"  # of a run
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Publication:
-    """One published checkpoint."""
+class _Candidate(NamedTuple):
+    """What a reference may mean."""
 
     checkpoint: str  # URI of its folder
-    parameter_hash: str
-    run_id: str
-    step: int
-    time: float  # seconds since 1970
+    publication: Publication | None = None  # where one names it
 
 
 def publish(storage: Storage, reference: str) -> Publication:
@@ -95,7 +104,10 @@ def _verified(reference: str, storage_uri: str) -> Publication:
         )
     metadata = read_metadata(folder)
     now_s, parameter_hash = round(time.time(), 3), str(metadata.parameter_hash)
-    return Publication(checkpoint, parameter_hash, metadata.run_id, metadata.step, now_s)
+    manifest_hash = _manifest_hash(folder)
+    return Publication(
+        checkpoint, parameter_hash, metadata.run_id, metadata.step, now_s, manifest_hash
+    )
 
 
 def _recorded(storage: Storage, publication: Publication) -> tuple[str, str]:
@@ -125,7 +137,20 @@ def newest_first(storage: Storage) -> Iterator[Publication]:
     """Yields everything published, read one by one: `latest` is one request, not one for each
     publication."""
     for key in reversed(_publication_keys(storage)):
-        yield Publication(**json.loads(storage.read_bytes(key)))
+        yield _read_publication(storage, key)
+
+
+def _read_publication(storage: Storage, key: str) -> Publication:
+    """Returns a publication without the fields that only a newer raymill knows."""
+    content = storage.read_bytes(key)
+    known = {field.name for field in fields(Publication)}
+    try:
+        given = json.loads(content)
+        return Publication(**{name: given[name] for name in known & given.keys()})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{storage.uri}/{key} is no publication ({error}): restore the file, or delete it"
+        ) from error
 
 
 def _publication_keys(storage: Storage) -> list[str]:
@@ -190,20 +215,22 @@ def find_checkpoint(
     `latest` is the newest valid published checkpoint; damaged ones are logged and skipped. A URI
     names a checkpoint's folder, or a run's, which means its newest valid checkpoint; a remote one
     is copied here, of a model on the Hub (hf://owner/name@revision) the present commit, which the
-    returned URI names. Raises `CheckpointError`, also where `signed_by` has not signed the
-    checkpoint: an earlier one that is signed does not do.
+    returned URI names. Raises `CheckpointError`.
+
+    With `signed_by` the newest one counts, whatever is wrong with it: the error is of that one, also
+    where it is damaged or not signed, and no earlier one takes its place.
     """
+    if signed_by is not None:
+        return _find_signed(reference, storage_uri, signed_by)
     candidates, none = _candidates(reference, storage_uri)
-    for checkpoint in candidates:
+    for checkpoint, publication in candidates:
         try:
-            local, problems = _checked(checkpoint)
+            local, problems = _checked(checkpoint, publication)
         except NotFoundError as error:
             if not none:
                 raise
             problems = [str(error)]  # deleted since it was listed
         if not problems:
-            if signed_by:
-                check(local, signed_by, may_lack=is_left_behind)
             return checkpoint, local
         if not none:
             raise CheckpointError(f"checkpoint {reference} is not valid: {'; '.join(problems)}")
@@ -215,7 +242,7 @@ def named_checkpoint(reference: str, storage_uri: str) -> str:
     """Returns the URI of the checkpoint that `reference` names, judged by file names alone, before
     it is fetched and verified. Raises `CheckpointError`."""
     candidates, none = _candidates(reference, storage_uri)
-    for checkpoint in candidates:
+    for checkpoint, _ in candidates:
         folder = open_storage(checkpoint)
         if folder.exists(MANIFEST) or (
             folder.exists("config.json") and not folder.exists("raymill.json")
@@ -224,29 +251,129 @@ def named_checkpoint(reference: str, storage_uri: str) -> str:
     raise CheckpointError(none or f"checkpoint {reference} is not valid: {MANIFEST} is missing")
 
 
-def _candidates(reference: str, storage_uri: str) -> tuple[Iterable[str], str]:
-    """Returns the URIs of the possible checkpoints, newest first, and the error if none of them is
-    valid, which is empty for a reference to a single checkpoint."""
-    storage = open_storage(storage_uri)
+def _find_signed(reference: str, storage_uri: str, signer: Trusted) -> tuple[str, Path]:
+    """Returns the URI of the newest checkpoint that a reference names, which the signer has signed,
+    and a local folder with it."""
     if reference == LATEST:
-        published = (publication.checkpoint for publication in newest_first(storage))
-        return (
-            published,
-            f"nothing is published in {storage_uri}: finish a run there, or name a checkpoint's folder",
+        return _signed_latest(storage_uri, signer)
+    folder, keys = _listed(reference)
+    folders = checkpoint_folders(keys)
+    is_itself = MANIFEST in keys or "config.json" in keys
+    if is_itself and folders:
+        raise CheckpointError(
+            f"{folder.uri} has the files of a checkpoint, and holds others, such as {max(folders)}: name the one that "
+            "is meant"
         )
+    if is_itself or not folders:
+        return folder.uri, _signed(_Candidate(folder.uri), signer)
+    choice = newest(folders, lambda name: _is_recorded(folder.child(name).uri))
+    for name, reason in choice.skipped.items():
+        _log.warning("checkpoint %s is skipped: %s", folder.child(name).uri, reason)
+    if choice.name is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.skipped.items())
+        raise CheckpointError(f"no checkpoint under {reference} is valid: {reasons}")
+    uri = folder.child(choice.name).uri
+    older = folder.child(choice.older).uri if choice.older else None
+    try:
+        if choice.problem:
+            raise CheckpointError(f"checkpoint {uri} is not valid: {choice.problem}")
+        return uri, _signed(_Candidate(uri), signer)
+    except (CheckpointError, NotFoundError) as error:
+        raise _final(error, reference, older, "sign or restore this one") from error
+
+
+def _signed_latest(storage_uri: str, signer: Trusted) -> tuple[str, Path]:
+    published = list(newest_first(open_storage(storage_uri)))
+    if not published:
+        raise CheckpointError(_nothing_published(storage_uri))
+    latest, *earlier = published
+    older = [before.checkpoint for before in earlier if before.checkpoint != latest.checkpoint]
+    try:
+        local = _signed(_Candidate(latest.checkpoint, latest), signer)
+    except (CheckpointError, NotFoundError) as error:
+        raise _final(
+            error, LATEST, next(iter(older), None), "publish a valid, signed one"
+        ) from error
+    later = later_step(latest, earlier)
+    if later is not None:
+        _log.warning(
+            "latest names step %d, and step %d of the same run was published before: "
+            "storage.signed_from_step=%d refuses such a step back",
+            latest.step,
+            later,
+            later,
+        )
+    return latest.checkpoint, local
+
+
+def _signed(candidate: _Candidate, signer: Trusted) -> Path:
+    """Returns a local folder with a checkpoint, once it is valid, signed, and what its name and its
+    publication say."""
+    uri, publication = candidate
+    local, problems = _checked(uri, publication)
+    if problems:
+        raise CheckpointError(f"checkpoint {uri} is not valid: {'; '.join(problems)}")
+    training = check(local, signer, may_lack=is_left_behind)
+    if not training and publication is None:  # a folder that transformers saved
+        return local
+    difference = contradicted(uri, publication, read_metadata(local))
+    if difference:
+        raise SignatureError(f"checkpoint {uri} is signed, and not what was named: {difference}")
+    return local
+
+
+def _final(error: Exception, reference: str, older: str | None, remedy: str) -> CheckpointError:
+    """Returns the error of the newest checkpoint that a reference means, with the reason why no
+    older one is taken."""
+    if isinstance(error, FloorError):
+        return error
+    kind = SignatureError if isinstance(error, SignatureError) else CheckpointError
+    return kind(
+        f"{error}. It is the newest one that {reference} means, and with storage.signed_by no older one takes its "
+        "place, or else whoever can write to the storage could choose an older one. Name an older checkpoint itself"
+        f"{f', such as {older},' if older else ''} or {remedy}"
+    )
+
+
+def _is_recorded(checkpoint: str) -> bool:
+    """Tells whether the ledger of a checkpoint's run says that it was stored."""
+    run, _, name = checkpoint.rpartition("/checkpoints/")
+    ledger = open_storage(run).find_bytes(_LEDGER) if run else None
+    return ledger is not None and name in recorded_names(ledger)
+
+
+def _nothing_published(storage_uri: str) -> str:
+    return (
+        f"nothing is published in {storage_uri}: finish a run there, or name a checkpoint's folder"
+    )
+
+
+def _candidates(reference: str, storage_uri: str) -> tuple[Iterable[_Candidate], str]:
+    """Returns the possible checkpoints, newest first, and the error if none of them is valid, which
+    is empty for a reference to a single checkpoint."""
+    if reference == LATEST:
+        published = newest_first(open_storage(storage_uri))
+        newest_ones = (_Candidate(entry.checkpoint, entry) for entry in published)
+        return newest_ones, _nothing_published(storage_uri)
+    folder, keys = _listed(reference)
+    folders = (key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}"))
+    nested = sorted((name for name in folders if f"{name}/raymill.json" in keys), reverse=True)
+    if MANIFEST not in keys and "config.json" not in keys and nested:
+        candidates = [_Candidate(folder.child(name).uri) for name in nested]
+        return candidates, f"no checkpoint under {reference} is valid"
+    return [_Candidate(folder.uri)], ""
+
+
+def _listed(reference: str) -> tuple[Storage, list[str]]:
+    """Returns the folder that a reference names, and the keys of its files. Raises
+    `CheckpointError` where there are none."""
     folder = open_storage(pinned(reference)[0])
     keys = [entry.key for entry in folder.list()]
     if not keys:
         raise CheckpointError(
             f"unknown checkpoint {reference}: no folder with files is there{_siblings(folder)}"
         )
-    folders = (key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}"))
-    nested = sorted((name for name in folders if f"{name}/raymill.json" in keys), reverse=True)
-    if MANIFEST not in keys and "config.json" not in keys and nested:
-        return [
-            folder.child(name).uri for name in nested
-        ], f"no checkpoint under {reference} is valid"
-    return [folder.uri], ""
+    return folder, keys
 
 
 def _siblings(folder: Storage) -> str:
@@ -281,13 +408,20 @@ def _is_better(one: Metadata, other: Metadata) -> bool:
     return one.data_manifest_hash == other.data_manifest_hash and one.val_loss < other.val_loss
 
 
-def _checked(uri: str) -> tuple[Path, list[str]]:
-    """Returns the checkpoint's folder or a copy in the cache, and its problems. A damaged copy is
-    not kept."""
+def _checked(uri: str, publication: Publication | None) -> tuple[Path, list[str]]:
+    """Returns the checkpoint's folder or a copy in the cache, and its problems, also that it is not
+    what was published. A damaged copy is not kept."""
     storage = open_storage(uri)
     here = storage.local_path("")
     local = here or fetch(storage)
     problems = [] if is_hf_folder(local) else verify_checkpoint(local, to_train=False)
     if problems and here is None:
         discard(local)
+    if not problems and publication is not None:
+        problems = differing(publication, _manifest_hash(local))
     return local, problems
+
+
+def _manifest_hash(folder: Path) -> str | None:
+    path = folder / MANIFEST
+    return str(fingerprint(path)["sha256"]) if path.is_file() else None

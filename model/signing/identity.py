@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from model.errors import UserError
+from model.signing.floor import NO_FLOOR, Floor
 from model.signing.optional import library
 
 _FIELDS = {"identity", "identity_provider", "trust_config"}
@@ -97,6 +98,7 @@ class TrustedIdentity:
     name: str  # such as an address, or a workflow's URL
     provider: str  # the URL of the identity provider that vouches for it
     trust_config: Path | None = None
+    floor: Floor = NO_FLOOR  # below which its signatures do not count
 
     @classmethod
     def in_file(cls, file: Path) -> Self | None:

@@ -11,14 +11,16 @@ import base64
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 from model.errors import UserError
 from model.files.checkpoint_folder import MANIFEST, CheckpointError, fingerprint, manifest_files
+from model.signing.certificates import purpose_problem, require_path
+from model.signing.floor import NO_FLOOR, Floor
 from model.signing.identity import (
     IdentityError,
     SigningIdentity,
@@ -42,6 +44,10 @@ CURVES = "an elliptic curve P-256, P-384 or P-521"
 
 class SignatureError(CheckpointError):
     """The checkpoint is not what the holder of a key has signed."""
+
+
+class FloorError(SignatureError):
+    """The checkpoint is signed, and older than those that are asked for."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class TrustedSigner:
     # A PEM file with the root of a time stamp authority: each signature must have its stamp, and a
     # certificate counts as of then instead of now
     timestamped_by: Path | None = None
+    floor: Floor = NO_FLOOR  # below which their signatures do not count
 
     @property
     def shown(self) -> str:
@@ -85,19 +92,21 @@ Signer = SigningKey | SigningIdentity
 Trusted = TrustedSigner | TrustedIdentity
 
 
-def trusted_by_file(file: Path | str | None, timestamped_by: Path | str | None) -> Trusted | None:
+def trusted_by_file(
+    file: Path | str | None, timestamped_by: Path | str | None, *, floor: Floor = NO_FLOOR
+) -> Trusted | None:
     """Returns whom a file names: the holder of a public key, those with certificates, or an
     identity; None without a file. Raises `UserError`."""
     if file is None:
         return None
     identity = TrustedIdentity.in_file(Path(file))
     if identity is None:
-        return TrustedSigner(Path(file), Path(timestamped_by) if timestamped_by else None)
+        return TrustedSigner(Path(file), Path(timestamped_by) if timestamped_by else None, floor)
     if timestamped_by:
         raise UserError(
             f"{file} names an identity, whose signatures its Sigstore instance stamps: leave {timestamped_by} out"
         )
-    return identity
+    return replace(identity, floor=floor)
 
 
 @dataclass(frozen=True)
@@ -230,7 +239,8 @@ def check(
     Files that `manifest.json` lists are compared with that alone: the caller verifies them against
     it. What `may_lack` tells may be missing.
 
-    Raises `SignatureError`, and `UserError` for a file that is no public key.
+    Raises `SignatureError`, its `FloorError` for one that is older than the signer's floor, and
+    `UserError` for a file that is no public key.
     """
     verifying = _verifier(signer)
     manifest = _manifest(verifying, folder / MODEL, signer)
@@ -251,7 +261,10 @@ def check(
                 f"{name} in {folder} is another than was signed: its SHA-256 is {found['sha256'][:12]}…, {MODEL} has "
                 f"{signed[name][:12]}…"
             )
-    return _training(verifying, folder, signer) if has_manifest else {}
+    training = _training(verifying, folder, signer) if has_manifest else {}
+    if problem := signer.floor.problem(training):
+        raise FloorError(f"{folder} {problem}")
+    return training
 
 
 def _training(verifying: Any, folder: Path, signer: Trusted) -> dict[str, Any]:
@@ -273,15 +286,11 @@ def _predicate(content: dict[str, Any], kind: str, sha256: str) -> dict[str, Any
     return predicate
 
 
-def stated(bundle: Path, public_key: Path, *, kind: str, sha256: str) -> dict[str, Any]:
-    """Returns the predicate of the Statement in a file, once it is of this type, about the bytes
-    with this hash, and signed by the holder of the key. Raises `SignatureError`."""
+def signed_statement(bundle: Path, public_key: Path) -> dict[str, Any]:
+    """Returns the Statement in a file, once the holder of the key has signed it. Raises
+    `SignatureError`."""
     signer = TrustedSigner(public_key)
-    content = _verified(_verifier(signer), bundle, signer)
-    predicate = _predicate(content, kind, sha256)
-    if predicate is None:
-        raise SignatureError(f"{bundle.name} is about something else")
-    return predicate
+    return _verified(_verifier(signer), bundle, signer)
 
 
 def statement_in(folder: Path) -> dict[str, Any] | None:
@@ -289,12 +298,22 @@ def statement_in(folder: Path) -> dict[str, Any] | None:
     settings, which name places of one's own; None where nothing is stated."""
     if not (folder / TRAINING).exists():
         return None
-    bundle = json.loads((folder / TRAINING).read_bytes())
-    predicate = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))["predicate"]
+    predicate = predicate_in((folder / TRAINING).read_bytes())
     return {
         "materials": predicate["buildDefinition"]["resolvedDependencies"],
         **predicate["runDetails"],
     }
+
+
+def predicate_in(bundle: bytes) -> dict[str, Any]:
+    """Returns what a bundle states of a training, whoever signed it. Raises `SignatureError` for
+    another file."""
+    try:
+        payload = json.loads(base64.b64decode(json.loads(bundle)["dsseEnvelope"]["payload"]))
+        predicate: dict[str, Any] = payload["predicate"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SignatureError(f"{TRAINING} is no statement ({type(error).__name__})") from None
+    return predicate
 
 
 def _verifier(signer: Trusted) -> Any:
@@ -379,9 +398,9 @@ def _require_kind(material: Any, path: Path, trusted: Path) -> None:
 
 
 def _require_valid(bundle: Any, path: Path, signer: TrustedSigner) -> None:
-    """Raises where the signing certificate, or one that leads to it from a trusted one, did not
-    hold when a trusted authority stamped the signature. Where none is trusted nobody knows when
-    that was, and they must hold now."""
+    """Raises where the signing certificate is not for signing code; and where it, or one that leads
+    to it from a trusted one, did not hold when a trusted authority stamped the signature. Where
+    none is trusted nobody knows when that was, and they must hold now."""
     material = bundle.verification_material
     stamped = material.timestamp_verification_data
     stamps = [stamp.signed_timestamp for stamp in stamped.rfc3161_timestamps] if stamped else []
@@ -396,6 +415,8 @@ def _require_valid(bundle: Any, path: Path, signer: TrustedSigner) -> None:
         x509.load_der_x509_certificate(certificate.raw_bytes)
         for certificate in material.x509_certificate_chain.certificates
     ]
+    if problem := purpose_problem(leaf):
+        raise SignatureError(f"{path} {problem}")
     begin, end = leaf.not_valid_before_utc, leaf.not_valid_after_utc
     when = f"was stamped on {at:%Y-%m-%d %H:%M} UTC" if is_stamped else "has no trusted time stamp"
     if at > end:
@@ -410,18 +431,4 @@ def _require_valid(bundle: Any, path: Path, signer: TrustedSigner) -> None:
         raise SignatureError(
             f"{path} was signed with a certificate that begins on {begin:%Y-%m-%d}, and {when}{clock}"
         )
-    _require_path(leaf, above, signer.public_key, at)
-
-
-def _require_path(leaf: Any, above: Sequence[Any], trusted: Path, at: datetime) -> None:
-    """Raises `X509StoreContextError` where no trusted certificate led to this one at the time: the
-    library asks that of the time at which the certificate began."""
-    crypto = library("OpenSSL.crypto")
-    store = crypto.X509Store()
-    for certificate in library("cryptography.x509").load_pem_x509_certificates(
-        trusted.read_bytes()
-    ):
-        store.add_cert(crypto.X509.from_cryptography(certificate))
-    store.set_time(at)
-    leaf, *above = [crypto.X509.from_cryptography(known) for known in (leaf, *above)]
-    crypto.X509StoreContext(store, leaf, above).verify_certificate()
+    require_path(leaf, above, signer.public_key, at)

@@ -236,7 +236,7 @@ def test_a_remote_checkpoint_is_copied_here(
 
     # The folder is replaced by another checkpoint: the copy of the old one is not taken for it.
     storage.upload_folder(folders[0], names[1], last=MANIFEST)
-    replaced = resolve_checkpoint("latest", uri)
+    replaced = resolve_checkpoint(f"{uri}/{names[1]}", uri)
     assert parameter_hash(load(replaced).state_dict()) == publications(storage)[0].parameter_hash
 
     for entry in storage.list(f"{names[1]}/"):

@@ -3,12 +3,15 @@
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from cluster.settings.flags import settled
-from cluster.settings.run import StorageConfig
+from cluster.settings.flags import read_config, resolve_config, settled
+from cluster.settings.leaves import leaves
+from cluster.settings.parser import ConfigError
+from cluster.settings.run import StorageConfig, write_config
 from cluster.settings.stages import EvaluateConfig
 from cluster.storage.registry import find_checkpoint, publish
 from cluster.storage.uris import open_storage
@@ -16,7 +19,15 @@ from jobs.evaluate import evaluate
 from jobs.proof.sign_checkpoint import sign_checkpoint
 from jobs.training.warm_start import like_its_source
 from model.files.checkpoint_folder import MANIFEST
-from model.signing.signature import MODEL, SignatureError, SigningKey, TrustedSigner
+from model.signing.floor import Floor
+from model.signing.identity import TrustedIdentity
+from model.signing.signature import (
+    MODEL,
+    FloorError,
+    SignatureError,
+    SigningKey,
+    TrustedSigner,
+)
 from tests.jobs.runs import tiny_plan, trained_run
 from tests.jobs.tampering import checkpoint_folder
 from tests.signing_keys import made_keys
@@ -106,6 +117,11 @@ def test_a_folder_of_transformers_is_signed_by_the_librarys_command(
         find_checkpoint(str(folder), str(tmp_path), signed_by=TrustedSigner(Path(keys[1])))[1]
         == folder
     )
+    for floor in (Floor(step=0), Floor(signed_on=datetime(2026, 1, 1, tzinfo=UTC))):
+        with pytest.raises(FloorError, match="as transformers saved it"):
+            find_checkpoint(
+                str(folder), str(tmp_path), signed_by=TrustedSigner(Path(keys[1]), floor=floor)
+            )
     (folder / "config.json").write_text("[]")
     with pytest.raises(SignatureError, match=r"config\.json .* is another than was signed"):
         find_checkpoint(str(folder), str(tmp_path), signed_by=TrustedSigner(Path(keys[1])))
@@ -123,18 +139,69 @@ def test_settings_say_whom_to_trust_by_absolute_paths(
         StorageConfig(timestamped_by="tsa.pem")
 
 
+def test_settings_name_a_floor_in_utc_with_the_signer_alone(tmp_path: Path) -> None:
+    file = tmp_path / "evaluate.yaml"
+    file.write_text("storage: {signed_by: /ca.pem, signed_from_step: 30}\n")
+    flags = dict.fromkeys(leaf.path for leaf in leaves(EvaluateConfig))
+    flags["storage.signed_from_date"] = "2026-01-31"
+    storage = resolve_config(flags, EvaluateConfig, file=file).config.storage
+    floor = Floor(30, datetime(2026, 1, 31, tzinfo=UTC))
+    assert storage.signer == TrustedSigner(Path("/ca.pem"), floor=floor)
+    write_config(EvaluateConfig(storage=storage), file)
+    assert read_config(file, EvaluateConfig).storage == storage
+    file.write_text("storage: {signed_by: /ca.pem, signed_from_date: 2026-01-31}\n")  # YAML's own
+    assert read_config(file, EvaluateConfig).storage.floor.signed_on == floor.signed_on
+    for setting in ("signed_from_step: 30", "signed_from_date: 2026-01-31"):
+        file.write_text(f"storage: {{{setting}}}\n")
+        with pytest.raises(ConfigError, match="name whose they are with signed_by"):
+            read_config(file, EvaluateConfig)
+
+
+def test_an_identity_has_the_floor_too(tmp_path: Path) -> None:
+    (tmp_path / "us.json").write_text('{"identity": "a@b", "identity_provider": "https://c"}')
+    storage = StorageConfig(signed_by=str(tmp_path / "us.json"), signed_from_step=30)
+    assert storage.signer == TrustedIdentity("a@b", "https://c", floor=Floor(step=30))
+
+
+def test_a_checkpoint_below_the_floor_is_refused_though_it_is_signed(
+    checkpoints: dict[int, str], keys: tuple[Path, str], tmp_path: Path
+) -> None:
+    now = datetime.now(UTC)
+    for floor in (Floor(step=6), Floor(6, now - timedelta(hours=1))):
+        signer = TrustedSigner(Path(keys[1]), floor=floor)
+        assert find_checkpoint(checkpoints[6], str(tmp_path), signed_by=signer)[0] == checkpoints[6]
+    storage = open_storage(str(tmp_path / "registry"))
+    publish(storage, checkpoints[6])
+    for floor, message in (
+        (
+            Floor(step=7),
+            "is of step 6, and storage.signed_from_step asks for step 7 or a later one",
+        ),
+        (
+            Floor(signed_on=now + timedelta(hours=1)),
+            "was signed on .*, and storage.signed_from_date",
+        ),
+    ):
+        signer = TrustedSigner(Path(keys[1]), floor=floor)
+        for reference in (checkpoints[6], "latest"):
+            with pytest.raises(FloorError, match=message):
+                find_checkpoint(reference, storage.uri, signed_by=signer)
+
+
 def test_a_run_begins_from_signed_weights_alone(
     checkpoints: dict[int, str], keys: tuple[Path, str], tmp_path: Path
 ) -> None:
-    def config(step: int) -> object:
+    def config(step: int, **floor: int) -> object:
         plan = tiny_plan(str(tmp_path / "run"), train={"init_from": checkpoints[step]})
-        storage = plan.config.storage.model_copy(update={"signed_by": keys[1]})
+        storage = plan.config.storage.model_copy(update={"signed_by": keys[1], **floor})
         not_begun = {"storage": storage, "run_id": f"from-{step}"}
         return like_its_source(plan.config.model_copy(update=not_begun))
 
     assert config(6)
     with pytest.raises(SignatureError, match="is not signed"):
         config(3)
+    with pytest.raises(FloorError, match="is of step 6"):
+        config(6, signed_from_step=7)
 
 
 def test_nothing_else_is_evaluated(
@@ -143,3 +210,6 @@ def test_nothing_else_is_evaluated(
     storage = StorageConfig(uri=str(tmp_path / "copy"), signed_by=keys[1])
     with pytest.raises(SignatureError, match="is not signed"):
         evaluate(EvaluateConfig(checkpoint=checkpoints[3], storage=storage))
+    storage = storage.model_copy(update={"signed_from_step": 7})
+    with pytest.raises(FloorError, match="is of step 6"):
+        evaluate(EvaluateConfig(checkpoint=checkpoints[6], storage=storage))
