@@ -3,7 +3,7 @@ worker has."""
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from jobs.exact.state.span import PackedSpans, Span
 from jobs.exact.state.train_state import TrainState
 from jobs.workers.worker_group import WorkerGroup
 from model.files.checkpoint import parameter_hash
+from model.files.state_hash import StateHashes, VectorsHash
 from model.files.stored_tensors import StoredTensors, hashed_name, stretch_name
 
 
@@ -62,20 +63,56 @@ def hash_of_weights(state: TrainState, group: WorkerGroup, *, step: int) -> str:
     and rank 0 gets a stretch of a bucket at a time."""
     if not state.sharding.divided.values:
         return parameter_hash(state.by_parameter(state.values))
-    # Which have all values, so that these lie where they lie packed
-    buckets = PackedSpans(state.layout.buckets)
-    starts = [bucket.start for bucket in buckets.spans]
-    spans: dict[str, list[Span]] = {}
-    for name, _, span in state.layout.pieces(buckets):
-        spans.setdefault(name, []).append(span)
+    spans = _stretches_by_name(state, "values")
     digest = hashlib.sha256()
     for name in sorted(spans):
         digest.update(hashed_name(name, state.values.dtype, state.shapes[name]))
-        for span in spans[name]:
-            values = state.brought(state.values, span, bucket=bisect_right(starts, span.start) - 1)
-            digest.update(values.cpu().numpy().data)
+        for piece in _brought(state, "values", spans[name]):
+            digest.update(piece)
     group.prove(step, state.device)
     return digest.hexdigest() if group.rank == 0 else ""
+
+
+def hashes_of_state(state: TrainState, group: WorkerGroup, *, step: int) -> StateHashes | None:
+    """Returns the hashes of the whole state on rank 0, and None elsewhere; all ranks call
+    together."""
+    parameters = hash_of_weights(state, group, step=step)
+    stretches: dict[str, tuple[str, list[Span]]] = {}
+    for part in state.vectors:
+        for name, spans in _stretches_by_name(state, part).items():
+            stretches[stored_name(part, name)] = part, spans
+    vectors = VectorsHash(state.num_updates)
+    for name in sorted(stretches):
+        part, spans = stretches[name]
+        num_values = sum(map(len, spans))
+        pieces = _brought(state, part, spans)
+        vectors.add(name, state.parts[part].dtype, num_values=num_values, pieces=pieces)
+    group.prove(step, state.device)
+    return StateHashes(parameters, vectors.hexdigest()) if group.rank == 0 else None
+
+
+def _stretches_by_name(state: TrainState, part: str) -> dict[str, list[Span]]:
+    """Returns the stretches of each parameter, by buckets, for which all ranks together have values
+    of the part: of "values", or of one of the rule's vectors."""
+    buckets = PackedSpans(state.layout.buckets) & state.extent(part)
+    spans: dict[str, list[Span]] = {}
+    for name, in_parameter, _ in state.layout.pieces(buckets):
+        start = state.layout.places[name].start
+        spans.setdefault(name, []).append(in_parameter.shifted(start))
+    return spans
+
+
+def _brought(state: TrainState, part: str, spans: Sequence[Span]) -> Iterator[memoryview]:
+    """Yields the bytes of the part's values at some spans on rank 0; other ranks send theirs."""
+    flat = state.parts[part]
+    starts = [bucket.start for bucket in state.layout.buckets]
+    for span in spans:
+        if state.sharding.is_divided(part):
+            bucket = bisect_right(starts, span.start) - 1
+            values = state.brought(part, span, bucket=bucket)
+        else:
+            values = state.kept(part).home_of(span).of(flat)
+        yield values.cpu().view(torch.uint8).numpy().data
 
 
 def fill(flat: Tensor, pieces: Iterator[Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Compares two runs by their ledgers: the first step where they part, and in which fields."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,23 @@ from cluster.storage.uris import Storage
 from jobs.run.find_run import data_identity
 from jobs.run.history import recorded_config, training_differences
 from jobs.run.ledger import Ledger, Line
+from jobs.run.signed_lines import shown_ledger
 
-FIELDS = ("samples", "tokens_seen", "lr", "skipped", "loss", "grad_norm", "parameter_hash")
+FIELDS = (
+    "samples",
+    "tokens_seen",
+    "lr",
+    "skipped",
+    "loss",
+    "grad_norm",
+    "parameter_hash",
+    "state_hash",
+)
 """The fields that hold a step's bits, in the order in which one decides the next. Time, world size
 and attempt may differ."""
+
+_OF_STATE: tuple[str, ...] = ("parameter_hash", "state_hash")
+_OF_VALIDATION = ("val_loss", "val_bits_per_byte")
 
 _MEASURING = {
     "train.eval_every_steps",
@@ -36,47 +50,77 @@ class Difference:
 
 
 def step_values(ledger: Ledger) -> dict[int, Line]:
-    """Returns by step what is compared of the line that counts; the parameter hash also from
-    checkpoints."""
+    """Returns by step what is compared of the line that counts; the hashes also from checkpoints,
+    and what a validation measured, each figure under its name."""
     values: dict[int, Line] = {}
+    measured: dict[int, Line] = {}
     for line in ledger.lines:
         event = line.get("event")
         if event in (None, "skip"):
             known = {name: line[name] for name in FIELDS if name in line}
             values[line["step"]] = known | {"skipped": event == "skip"}
         elif event == "checkpoint" and line["step"] in values:
-            values[line["step"]]["parameter_hash"] = line["parameter_hash"]
+            values[line["step"]] |= {name: line[name] for name in _OF_STATE if name in line}
+        elif event == "validation":
+            measured[line["step"]] = _measured(line)
         elif event == "rollback":
             values = {
                 step: value
                 for step, value in values.items()
                 if not line["first"] <= step <= line["last"]
             }
-    return dict(sorted(values.items()))
+    return {step: values[step] | measured.get(step, {}) for step in sorted(values)}
+
+
+def _measured(validation: Line) -> Line:
+    """Returns the figures of a validation, of each of its sets too, and its samples."""
+    figures = {name: validation.get(name) for name in _OF_VALIDATION}
+    for text, of_text in validation.get("sets", {}).items():
+        figures |= {f"{name} of {text}": of_text.get(name) for name in _OF_VALIDATION}
+    for sample in validation.get("samples", ()):
+        figures[f"sample of {sample['prompt']!r}"] = sample["text"]
+    return figures
 
 
 def first_difference(
-    a: dict[int, Line], b: dict[int, Line], *, steps: Sequence[int]
+    a: dict[int, Line],
+    b: dict[int, Line],
+    *,
+    steps: Sequence[int],
+    with_measurements: bool = False,
 ) -> Difference | None:
     """Returns the first of the steps, all of which `a` has, that `b` lacks or where a field that
-    both have differs."""
+    both have differs: one that holds the step's bits, or with `with_measurements` what was
+    measured after it."""
     for step in steps:
         if step not in b:
             return Difference(step, {"step": (step, None)})
-        fields = {
+        differing = {
             name: (a[step][name], b[step][name])
-            for name in FIELDS
-            if name in a[step] and name in b[step] and a[step][name] != b[step][name]
+            for name in a[step]
+            if name in b[step] and _differ(a[step][name], b[step][name])
         }
+        fields = {name: differing[name] for name in FIELDS if name in differing}
+        if with_measurements and not fields:
+            fields = differing
         if fields:
             return Difference(step, fields)
     return None
 
 
+def _differ(a: Any, b: Any) -> bool:
+    """Reports whether two values are not the same; two that are no number are."""
+    return bool(a != b and not (_is_nan(a) and _is_nan(b)))
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
 def diff(run_a: Storage, run_b: Storage) -> dict[str, Any]:
     """Returns whether the runs are `equal`, for how many steps, where they part, and the settings
     that differ."""
-    ledgers = Ledger.read(run_a), Ledger.read(run_b)
+    ledgers = shown_ledger(run_a), shown_ledger(run_b)
     a, b = (step_values(ledger) for ledger in ledgers)
     steps = sorted(a.keys() & b.keys())
     parted = first_difference(a, b, steps=steps)

@@ -8,9 +8,7 @@ from cluster.storage.uris import Storage
 from jobs.proof.replay_run import replay
 from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.find_run import begun_ledger
-from jobs.run.history import recorded_config
 from jobs.run.ledger import Ledger
-from jobs.training.attempt import saves
 from model.errors import UserError
 
 
@@ -20,12 +18,11 @@ def replay_around_loss(run: Storage) -> dict[str, Any]:
 
     Raises `UserError` for a run that lost no worker, and what `replay` raises.
     """
-    ledger, config = begun_ledger(run), recorded_config(run)
-    saved_steps = (event["step"] for event in ledger.events("checkpoint"))
+    ledger = begun_ledger(run)
     steps = steps_around_loss(
         ledger,
         kept_steps=map(step_of, RunCheckpoints(run).names),
-        hashed_steps=(step for step in saved_steps if saves(config, step)),  # there again, too
+        hashed_steps=(event["step"] for event in ledger.events("checkpoint")),
     )
     if steps is None:
         raise UserError(

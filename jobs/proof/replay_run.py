@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, batch_schedule, to_yaml
 from cluster.storage.uris import Storage
 from jobs.proof.diff_runs import first_difference, step_values
+from jobs.proof.recorded.checkpoint import CheckpointRecord, state_problem
 from jobs.run.base import recorded_base
 from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.find_run import begun_ledger, data_identity, division, find_tokens, last_start
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.ledger import LEDGER, Ledger, Line
-from jobs.run.run_plan import RunPlan
-from jobs.tokens.token_store import TOKENIZER
+from jobs.run.run_plan import Replay, RunPlan
+from jobs.tokens.token_store import TOKENIZER, TokenStoreError
 from jobs.training.guards import GuardState
 from jobs.training.train_loop import train
 from jobs.workers.rendezvous import backend
@@ -40,15 +42,18 @@ def replay_steps(run: Storage, *, steps: str, workers: int) -> dict[str, Any]:
     return replay(run, steps=parse_steps(steps, begun_ledger(run)), num_workers=workers)
 
 
-def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any]:
+def replay(
+    run: Storage, *, steps: range, num_workers: int = 1, ledger: Ledger | None = None
+) -> dict[str, Any]:
     """Takes the steps again in a scratch folder, from the nearest checkpoint before them, with the
-    recorded settings. `parameter_hash` of the result is that of the weights after the last step.
+    recorded settings, and the validations between them. `parameter_hash` of the result is that of
+    the weights after the last step. `ledger` has the lines that count, where not all do.
 
-    Raises `UserError` for steps that the ledger does not have, `TokenStoreError` where the data is
-    gone.
+    Raises `UserError` for steps that the ledger does not have, and where the state to begin from is
+    not the one that it recorded; `TokenStoreError` where the data is gone.
     """
     config = recorded_config(run)
-    ledger = Ledger.read(run)
+    ledger = ledger or begun_ledger(run)
     recorded = step_values(ledger)
     if steps[0] not in recorded or steps[-1] not in recorded:
         raise UserError(
@@ -69,7 +74,7 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
         _train(plan, num_workers=num_workers, folder=Path(folder))
         replayed = step_values(Ledger.read(plan.run))
     compared = [step for step in steps if step in recorded]  # a rollback may have left some out
-    parted = first_difference(recorded, replayed, steps=compared)
+    parted = first_difference(recorded, replayed, steps=compared, with_measurements=True)
     is_same_code = all(
         event.get("code_version") == plan.code_version for event in ledger.events("start")
     )
@@ -78,6 +83,7 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
         verdict = f"bits part at {parted}"
         if not is_same_code:
             verdict += "; this is not the code that trained the run"
+    alike = [recorded[step].keys() & replayed.get(step, {}).keys() for step in compared]
     return {
         "verdict": verdict,
         "equal": parted is None,
@@ -85,10 +91,11 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
         "fields": parted.fields if parted else {},
         "from_checkpoint": start,
         "workers": num_workers,
-        "hashes": sum(
-            "parameter_hash" in recorded[step] and "parameter_hash" in replayed[step]
-            for step in compared
-        ),
+        "hashes": sum("parameter_hash" in names for names in alike),
+        "states": [
+            step for step, names in zip(compared, alike, strict=True) if "state_hash" in names
+        ],
+        "validations": sum("val_loss" in names for names in alike),
         "parameter_hash": replayed.get(steps[-1], {}).get("parameter_hash"),
         "same_code": is_same_code,
     }
@@ -100,6 +107,7 @@ def scratch_plan(
     """Returns the plan of a run in a scratch folder, which takes the run's steps on the tokens of
     its last attempt. Raises `TokenStoreError` where these are gone."""
     identity = data_identity(ledger)
+    start = last_start(ledger, identity)
     tokens = find_tokens(run, identity)
     branches = {
         "storage": config.storage.model_copy(update={"uri": folder}),
@@ -112,10 +120,23 @@ def scratch_plan(
         tokenizer_json=tokens.read_bytes(TOKENIZER),
         code_version=code_version(),
         until=until,
-        is_replay=True,
-        division=division(last_start(ledger, identity)),
+        replay=Replay(
+            hashed=frozenset(line["step"] for line in ledger.events("checkpoint")),
+            validated=frozenset(line["step"] for line in ledger.events("validation")),
+        ),
+        validation_uris=_validation_uris(run, start),
+        division=division(start),
         base=recorded_base(run),
     )
+
+
+def _validation_uris(run: Storage, start: Line) -> dict[str, str]:
+    """Returns where the sets are that an attempt was validated on, without those that are gone."""
+    uris: dict[str, str] = {}
+    for name, identity in start.get("validated_on", {}).items():
+        with suppress(TokenStoreError):
+            uris[name] = find_tokens(run, identity).uri
+    return uris
 
 
 def lay_out(
@@ -129,7 +150,8 @@ def lay_out(
     """Makes the scratch run look like the run killed after its newest valid checkpoint before the
     step. Returns that checkpoint's name, or None where there is none.
 
-    It leaves out what these rollbacks have left out; others it has to decide on again.
+    It leaves out what these rollbacks have left out; others it has to decide on again. Raises
+    `UserError` where that checkpoint's state is not the one that the ledger recorded.
     """
     plan.run.write_bytes(CONFIG_FILE, to_yaml(plan.config).encode())
     num_lines = 0
@@ -139,6 +161,9 @@ def lay_out(
             Path(scratch), left_out=lambda step: step >= before or guard.leaves_out(step)
         )
         if newest is not None:
+            record = CheckpointRecord.in_ledger(newest.name, ledger)
+            if problem := state_problem(newest, record):
+                raise UserError(f"no step can be taken again from {newest.name}: {problem}")
             place = plan.run.local_path(f"checkpoints/{newest.name}")
             assert place is not None
             shutil.copytree(newest, place)

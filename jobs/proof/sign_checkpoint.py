@@ -1,25 +1,15 @@
-"""Signs a checkpoint together with what it was trained from, and checks the signatures of a run."""
+"""Signs a checkpoint together with what it was trained from."""
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster.output.progress import say
 from cluster.storage.registry import named_checkpoint
 from cluster.storage.uris import Storage, open_storage
-from jobs.run.ledger import LEDGER
-from jobs.run.training_statement import has_stated_line, training_of
+from jobs.run.training_statement import training_of
 from model.files.checkpoint_folder import MANIFEST, CheckpointError, verify_checkpoint
-from model.signing.signature import (
-    MODEL,
-    TRAINING,
-    SignatureError,
-    Signer,
-    Trusted,
-    check,
-    sign,
-)
+from model.signing.signature import MODEL, TRAINING, Signer, sign
 
 
 def sign_checkpoint(reference: str, key: Signer, *, storage_uri: str) -> dict[str, Any]:
@@ -56,20 +46,3 @@ def _whole(place: Storage, scratch: Path) -> Path:
         if entry.key not in (MODEL, TRAINING):
             place.download_file(entry.key, scratch / entry.key)
     return scratch
-
-
-def signature_problems(
-    folder: Path, lines: Sequence[bytes], signer: Trusted, *, must: bool
-) -> list[str]:
-    """Returns what is wrong with the signature of a run's checkpoint, and whether the ledger, of
-    these lines, is not the one of which it states a line. `must` it be signed? The newest one's
-    statement vouches for the hashes of earlier ones, which need not be."""
-    if not must and not (folder / MODEL).exists():
-        return []
-    try:
-        training = check(folder, signer)
-    except SignatureError as error:
-        return [str(error)]
-    if has_stated_line(lines, training):
-        return []
-    return [f"{LEDGER} had another last line when it was signed: lines were changed or cut off"]

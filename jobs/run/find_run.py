@@ -5,6 +5,7 @@ from contextlib import suppress
 
 from cluster.storage.uris import Storage, open_storage
 from jobs.run.ledger import LEDGER, Ledger, Line
+from jobs.run.signed_lines import shown_ledger
 from jobs.tokens.division import Division, HeldOut
 from jobs.tokens.token_store import MANIFEST, Manifest, TokenStoreError
 from model.errors import UserError
@@ -33,7 +34,7 @@ def find_run(reference: str, storage_uri: str) -> Storage:
 
 def begun_ledger(run: Storage) -> Ledger:
     """Returns the ledger of a run with at least one completed step. Raises `UserError`."""
-    ledger = Ledger.read(run)
+    ledger = shown_ledger(run)
     if not ledger.steps:
         raise UserError(f"{run.uri} has no completed step yet; try again once it has one")
     return ledger

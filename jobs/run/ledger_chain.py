@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from model.files.strict_json import with_unique_names
+
 KEY = "prev"
 """The field of the hash, in hexadecimal, of the line before; null in a ledger's first line."""
 
@@ -43,10 +45,6 @@ class Chain:
     @property
     def summary(self) -> str:
         """In words, where there is no problem."""
-        if self.first is None:
-            return "the ledger has no chain: an earlier version of raymill wrote it"
-        if self.first > 1:
-            return f"the ledger's lines follow one another from line {self.first} on, where its chain begins"
         return f"all {self.num_lines} lines of the ledger follow one another"
 
 
@@ -59,7 +57,11 @@ def chain_of(lines: Iterable[bytes]) -> Chain:
     head: str | None = None
     number = 0
     for number, line in enumerate(lines, start=1):
-        fields = json.loads(line)
+        try:
+            fields = json.loads(line, object_pairs_hook=with_unique_names)
+        except ValueError as error:
+            problems.append(f"line {number} is not as raymill writes it: {error}")
+            fields = json.loads(line)
         if KEY in fields:
             first = number if first is None else first
             if fields[KEY] != head:
@@ -70,6 +72,12 @@ def chain_of(lines: Iterable[bytes]) -> Chain:
             )
         head = hash_of(line)
         numbers[head] = number
+    if number and first != 1:
+        front = f"lines 1 to {first - 1} have" if first else "it has"
+        problems.append(
+            f"{front} no chain: an earlier version of raymill wrote them, or somebody took it off; nothing shows that "
+            "they are what was written"
+        )
     return Chain(number, first, head, tuple(problems))
 
 

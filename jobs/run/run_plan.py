@@ -12,6 +12,14 @@ from jobs.tokens.token_stream import TokenStream
 
 
 @dataclass(frozen=True)
+class Replay:
+    """What a replay does beside its steps: what the run that it repeats has recorded."""
+
+    hashed: frozenset[int]  # steps after which it takes the state's hash
+    validated: frozenset[int]  # steps after which it validates
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """The driver's decisions before training: plain values, the same for every attempt and every
     worker."""
@@ -23,7 +31,7 @@ class RunPlan:
     # The driver's number among the run's writers; writers of older drivers are refused
     launcher: int = 0
     until: int | None = None  # the step after which it ends before its time
-    is_replay: bool = False  # it compares hashes of its weights, and stores none
+    replay: Replay | None = None  # it compares hashes of its state, and stores none
     # The name of the launch, by which its keepers are found; None without keepers
     launch: str | None = None
     # Token store of each set in `data.validation`

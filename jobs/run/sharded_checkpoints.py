@@ -21,6 +21,7 @@ from model.files import checkpoint_folder as layout
 from model.files.checkpoint import manifest_of
 from model.files.durable_files import sync
 from model.files.failpoints import failpoint
+from model.files.state_hash import StateHashes, read_state
 from model.files.stored_tensors import StoredTensors
 
 Reports = list[dict[str, Any]]
@@ -71,14 +72,16 @@ class ShardedCheckpoint:
     def _sizes(self) -> dict[str, int]:
         return {entry.key: entry.size for entry in self._folder.list()}
 
-    def parameter_hash(self, shapes: Mapping[str, Sequence[int]]) -> str:
-        files = [self.file(layout.WEIGHTS, index) for index in range(self._count)]
-        weights = StoredTensors(files, self._folder.read_bytes, source=self._folder.uri)
-        return weights.parameter_hash(shapes)
+    def hashes(self, shapes: Mapping[str, Sequence[int]]) -> StateHashes:
+        """Reads the whole state back, a part at a time."""
+        kinds = (layout.WEIGHTS, layout.TRAIN_STATE)
+        files = [self.file(kind, index) for kind in kinds for index in range(self._count)]
+        stored = StoredTensors(files, self._folder.read_bytes, source=self._folder.uri)
+        return read_state(stored, shapes).hashes
 
-    def complete(self, descriptions: Mapping[str, bytes], reports: Reports) -> None:
-        """Publishes the checkpoint, whose shards are stored. After an error another call continues.
-        Raises `LeaseLostError`."""
+    def complete(self, descriptions: Mapping[str, bytes], reports: Reports) -> bytes:
+        """Publishes the checkpoint, whose shards are stored, and returns its manifest. After an
+        error another call continues. Raises `LeaseLostError`."""
         files: dict[str, Any] = {}
         for report in reports:
             files |= report
@@ -91,6 +94,7 @@ class ShardedCheckpoint:
         with suppress(StorageError):  # nobody reads them any more
             for index in range(self._count):
                 self._folder.delete(self.file(_REPORT, index))
+        return manifest
 
 
 def stored_state(checkpoints: RunCheckpoints, name: str) -> StoredTensors:
@@ -98,13 +102,5 @@ def stored_state(checkpoints: RunCheckpoints, name: str) -> StoredTensors:
     are: nothing but what is asked for is read. Raises `CheckpointError`."""
     folder = checkpoints.folder(name)
     files = json.loads(folder.read_bytes(layout.MANIFEST))["files"]
-    wanted = [
-        *layout.tensor_files(layout.WEIGHTS, files),
-        *layout.tensor_files(layout.TRAIN_STATE, files),
-    ]
-    missing = [file for file in wanted if file not in files]
-    if missing:
-        raise layout.CheckpointError(
-            f"{folder.uri} has no {', '.join(missing)}: training can't continue from it"
-        )
+    wanted = layout.state_files(files, place=folder.uri)
     return StoredTensors(wanted, folder.read_bytes, source=folder.uri)

@@ -1,8 +1,8 @@
 """States what a checkpoint was trained from, for whoever signs it."""
 
 import hashlib
-from collections.abc import Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,17 @@ from cluster.storage.uris import Storage, open_storage
 from jobs.run.find_run import data_identity, find_tokens
 from jobs.run.history import CONFIG_FILE
 from jobs.run.ledger import LEDGER, Ledger
-from jobs.run.ledger_chain import chain_of, hash_of
+from jobs.run.ledger_chain import chain_of
 from jobs.tokens.document_map import DOCUMENTS
-from jobs.tokens.token_store import TokenStoreError
+from jobs.tokens.token_store import SOURCES, TOKENIZER, TokenStoreError
 from model.files.checkpoint_folder import CheckpointError, Metadata, fingerprint, read_metadata
 from model.signing.signature import TRAINING_TYPE
 
 
-def training_of(checkpoint: str, folder: Path) -> dict[str, Any]:
+def training_of(checkpoint: str, folder: Path, *, ledger: Ledger | None = None) -> dict[str, Any]:
     """Returns what is stated of a checkpoint's training, by the fields of SLSA's provenance
-    (slsa.dev/spec/v1.0/provenance). Settings and the ledger's head are those of its run, where the
-    checkpoint lies in one."""
+    (slsa.dev/spec/v1.0/provenance). Settings, data and the ledger's head are those of its run,
+    where the checkpoint lies in one; `ledger` has the lines that count, where not all do."""
     metadata = read_metadata(folder)
     run = _run_of(checkpoint)
     config = run.find_bytes(CONFIG_FILE) if run else None
@@ -28,12 +28,13 @@ def training_of(checkpoint: str, folder: Path) -> dict[str, Any]:
         "buildDefinition": {
             "buildType": TRAINING_TYPE,
             "externalParameters": {CONFIG_FILE: config.decode()} if config else {},
-            "resolvedDependencies": _materials(metadata, folder, run),
+            "resolvedDependencies": _materials(metadata, folder, run, ledger),
         },
         "runDetails": {
             "builder": {"id": "raymill", "version": {"code": metadata.code_version}},
             "metadata": {
                 "invocationId": metadata.run_id,
+                "signedOn": datetime.now(UTC).isoformat(timespec="seconds"),
                 "step": str(metadata.step),
                 "tokensSeen": str(metadata.tokens_seen),
                 "parameterHash": metadata.parameter_hash,
@@ -50,7 +51,9 @@ def _run_of(checkpoint: str) -> Storage | None:
     return run if folder == "checkpoints" and run.exists(LEDGER) else None
 
 
-def _materials(metadata: Metadata, folder: Path, run: Storage | None) -> list[dict[str, Any]]:
+def _materials(
+    metadata: Metadata, folder: Path, run: Storage | None, ledger: Ledger | None
+) -> list[dict[str, Any]]:
     tokenizer = fingerprint(folder / "tokenizer.json")["sha256"]
     materials = [_material("tokenizer.json", tokenizer)]
     if metadata.data_manifest_hash:
@@ -58,22 +61,26 @@ def _materials(metadata: Metadata, folder: Path, run: Storage | None) -> list[di
     if metadata.base_hash:
         materials.append(_material("the base's parameters", metadata.base_hash))
     if run:
-        materials += _materials_of(run)
+        materials += _materials_of(run, ledger or Ledger.read(run))
     return materials
 
 
-def _materials_of(run: Storage) -> list[dict[str, Any]]:
-    ledger = Ledger.read(run)
+def _materials_of(run: Storage, ledger: Ledger) -> list[dict[str, Any]]:
     materials = [
         _material("the parameters that it began from", line["parameter_hash"])
         for line in ledger.events("checkpoint")
         if line["step"] == 0
     ]
     with suppress(TokenStoreError):  # it may be gone by now
-        documents = find_tokens(run, data_identity(ledger)).find_bytes(DOCUMENTS)
-        if documents is not None:
-            sha256 = hashlib.sha256(documents).hexdigest()
-            materials.append(_material(f"the token store's {DOCUMENTS}", sha256))
+        store = find_tokens(run, data_identity(ledger))
+        for file in (DOCUMENTS, SOURCES, TOKENIZER):
+            content = store.find_bytes(file)
+            if content is not None:
+                sha256 = hashlib.sha256(content).hexdigest()
+                materials.append(_material(f"the token store's {file}", sha256))
+    for start in ledger.events("start")[-1:]:
+        for name, sha256 in start.get("validation_manifests", {}).items():
+            materials.append(_material(f"the manifest.json of validation set {name}", sha256))
     return materials
 
 
@@ -90,12 +97,3 @@ def _head_of(run: Storage) -> dict[str, Any]:
         )
     head = str(chain.head)
     return _material(f"{LEDGER}, line {chain.num_lines}", head)
-
-
-def has_stated_line(lines: Sequence[bytes], training: dict[str, Any]) -> bool:
-    """Tells whether a ledger still has the line that was its last when a checkpoint was signed."""
-    for stated in training["runDetails"]["byproducts"]:
-        number = int(stated["name"].rpartition(" ")[2])
-        if number > len(lines) or hash_of(lines[number - 1]) != stated["digest"]["sha256"]:
-            return False
-    return True

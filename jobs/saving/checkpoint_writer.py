@@ -8,7 +8,7 @@ A newer copy replaces one that waits. Where the state is sharded, `shard_writer`
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from jobs.saving.publisher import Publisher
 from jobs.saving.saving_thread import SavingThread
 from model.files.checkpoint import NotFiniteError, write_checkpoint
 from model.files.checkpoint_folder import Metadata
+from model.files.state_hash import COUNT, words_in
 from model.text.tokenizer import Tokenizer
 
 
@@ -35,9 +36,11 @@ class Copy:
 
     metadata: Metadata
     flat: Tensor  # (n,): the weights and the update rule's vectors, end to end
+    vectors: Sequence[Tensor]  # views of those of the rule, by parameter
     write: Callable[[Path], Metadata]  # writes them into a folder, as `write_checkpoint` does
     taken_at_s: float  # on the monotonic clock
     from_device: HostCopy
+    words: int = 0  # the checksum of the vectors
 
 
 class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
@@ -63,6 +66,8 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
             lengths = {name: len(part) for name, part in state.parts.items()}
             flat = self._free.pop() if self._free else torch.empty(sum(lengths.values()))
         buffers = cut_up(flat, lengths)
+        train_state = vectors_by_name(state, buffers)
+        vectors = [tensor for name, tensor in train_state.items() if name != COUNT]
         copy = state.copies.start("checkpoint", [*state.parts.values()], partial(fill, flat))
         write = partial(
             write_checkpoint,
@@ -70,10 +75,10 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
             state=state.by_parameter(buffers["values"]),
             tokenizer=self._tokenizer,
             metadata=metadata,
-            train_state=vectors_by_name(state, buffers),
+            train_state=train_state,
         )
         with self._changed:
-            self._pending = Copy(metadata, flat, write, start_s, copy)
+            self._pending = Copy(metadata, flat, vectors, write, start_s, copy)
             self._changed.notify_all()
         return True
 
@@ -107,6 +112,7 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
             metadata.step, metadata.generation
         )
         copy.from_device.future.result()
+        words = words_in(copy.vectors)
         try:
             metadata = copy.write(folder)
         except NotFiniteError as error:
@@ -114,13 +120,11 @@ class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
             return
         if earlier is not None and earlier[0] != folder:
             shutil.rmtree(earlier[0])
-        self._begun = folder, replace(copy, metadata=metadata)
+        self._begun = folder, replace(copy, metadata=metadata, words=words)
 
     def _publish(self, folder: Path, copied: Copy) -> None:
-        is_published = self._publisher.publish(folder, copied.metadata)
+        published = self._publisher.publish(folder, copied.metadata, words=copied.words)
         self._begun = None
-        if is_published:
+        if published:
             exposed_s = copied.from_device.exposed_s
-            self._publisher.record(
-                copied.metadata, taken_at_s=copied.taken_at_s, exposed_s=exposed_s
-            )
+            self._publisher.record(published, taken_at_s=copied.taken_at_s, exposed_s=exposed_s)

@@ -1,8 +1,8 @@
-"""The saver of a replay, which is compared by the hash of its weights at each checkpoint, and stores
+"""The saver of a replay, which is compared by the hash of its state at each checkpoint, and stores
 nothing."""
 
 from jobs.exact.state.train_state import TrainState
-from jobs.exact.stored_state import hash_of_weights
+from jobs.exact.stored_state import hashes_of_state
 from jobs.run.ledger import LedgerWriter
 from jobs.workers.worker_group import WorkerGroup
 from model.files.checkpoint_folder import Metadata
@@ -16,9 +16,14 @@ class HashRecorder:
         self._group, self._ledger = group, ledger
 
     def save(self, metadata: Metadata, state: TrainState, *, must: bool) -> bool:
-        found = hash_of_weights(state, self._group, step=metadata.step)
-        if self._ledger:
-            self._ledger.event("checkpoint", step=metadata.step, parameter_hash=found)
+        hashes = hashes_of_state(state, self._group, step=metadata.step)
+        if self._ledger and hashes:
+            self._ledger.event(
+                "checkpoint",
+                step=metadata.step,
+                parameter_hash=hashes.parameters,
+                state_hash=hashes.of_state(metadata),
+            )
         return True
 
     def finish(self) -> None:

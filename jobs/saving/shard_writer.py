@@ -155,7 +155,7 @@ class ShardWriter(SavingThread[Shard, Shard]):
         self._begun = None
 
     def _publish(self, publisher: Publisher, shard: Shard, reports: Reports) -> None:
-        metadata = publisher.complete(
+        published = publisher.complete(
             shard.checkpoint,
             reports,
             shard.metadata,
@@ -163,9 +163,9 @@ class ShardWriter(SavingThread[Shard, Shard]):
             tokenizer=self._tokenizer,
         )
         shard.is_over = True
-        if metadata is not None:
+        if published is not None:
             publisher.record(
-                metadata, taken_at_s=shard.taken_at_s, exposed_s=shard.from_device.exposed_s
+                published, taken_at_s=shard.taken_at_s, exposed_s=shard.from_device.exposed_s
             )
 
     def _store_own(self, shard: Shard) -> None:

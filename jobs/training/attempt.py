@@ -49,6 +49,15 @@ class Attempt:
     tell: Callable[..., None]  # writes an event into the ledger, on rank 0
     writer: RunWriter | None  # rank 0's
 
+    def is_saved(self, step: int) -> bool:
+        """Reports whether a checkpoint of the step is due; in a replay, whether its hash is."""
+        replay = self.plan.replay
+        return step in replay.hashed if replay else saves(self.plan.config, step)
+
+    def is_validated(self, step: int) -> bool:
+        replay = self.plan.replay
+        return step in replay.validated if replay else validates(self.plan.config, step)
+
     def rate(self, step: int) -> float:
         """Returns the step's learning rate."""
         config = self.plan.config

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, assert_never
+from typing import Any
 
 import ray
 import torch
@@ -33,7 +33,6 @@ from jobs.saving.shard_writer import ShardWriter
 from jobs.sentinel.way_back import WayBack, pending, void
 from jobs.snapshots.choice import Snapshot
 from jobs.snapshots.snapshots import Snapshots
-from jobs.tokens.division import HeldOut
 from jobs.training.attempt import Attempt, only_trains
 from jobs.training.guards import GuardState, Windows
 from jobs.training.kernels import prepared
@@ -48,6 +47,7 @@ from jobs.training.mixed_hardware import (
 )
 from jobs.training.run_writer import RunWriter
 from jobs.training.sentinel import AuditedAttempt, Sentinel
+from jobs.training.start_inputs import inputs
 from jobs.training.step_record import StepRecord
 from jobs.training.validation import Validator
 from jobs.workers.failures import why_give_up
@@ -228,7 +228,7 @@ def _saver(
     writer: RunWriter | None,
     tokenizer: Tokenizer,
 ) -> Saver:
-    if plan.is_replay:
+    if plan.replay:
         return HashRecorder(group, writer.ledger if writer else None)
     if not state.sharding.is_whole:
         return ShardWriter(
@@ -293,6 +293,7 @@ def _choose(
     if snapshot is not None:
         # What is due is saved from the snapshot
         patiently(writer.checkpoints.clear_spool, "checkpoints")
+        patiently(writer.record_unlisted, "checkpoints")
         return replace(start, snapshot=snapshot, saved_step=saved_step)
     find = partial(
         writer.newest_checkpoint,
@@ -410,8 +411,7 @@ def _record_start(
         checkpoint=start.checkpoint,
         from_memory=start.snapshot is not None,
         workers=workers.places,
-        data_identity=attempt.manifest.identity,
-        **_division(plan),
+        **inputs(plan, attempt.manifest),
         code_version=plan.code_version,
         precision=config.train.precision,
         compute=way_to_compute(config),
@@ -427,21 +427,3 @@ def _record_start(
         writer.ledger.event("precision", attempt=number, **slow)
     if start.unlike:
         writer.ledger.event("tolerance_mode", attempt=number, reasons=start.unlike)
-
-
-def _division(plan: RunPlan) -> dict[str, Any]:
-    """Returns what the ledger says of the division, where it is not by whole documents."""
-    held_out = plan.division.held_out
-    match held_out:
-        case HeldOut.DOCUMENTS:
-            return {}
-        case HeldOut.END:
-            return {"held_out": held_out.value, "end_tokens": plan.division.end_tokens}
-        case HeldOut.NOTHING:
-            sets = open_validation_sets(plan).items()
-            return {
-                "held_out": held_out.value,
-                "validated_on": {name: rows.manifest.identity for name, rows in sets},
-            }
-        case _:
-            assert_never(held_out)

@@ -13,10 +13,10 @@ from jobs.run.ledger_outline import LedgerOutline, last_step
 from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
 from jobs.run.writer_generation import Fence
-from jobs.saving.publisher import Publisher, checkpoint_fields
+from jobs.saving.publisher import Publisher, checkpoint_fields, published_in
 from jobs.sentinel.way_back import Void
 from model.config import shape_differences
-from model.files.checkpoint_folder import CheckpointError, read_metadata
+from model.files.checkpoint_folder import CheckpointError, verify_checkpoint
 from model.files.hf_config import read_shape
 
 _NOT_PROVEN = "a worker that computed for it was found wrong, and its steps were taken again"
@@ -72,6 +72,20 @@ class RunWriter:
         names = patiently(lambda: self.checkpoints.names, "checkpoints")
         return max((step for name in names if not left_out(step := step_of(name))), default=0)
 
+    def record_unlisted(self) -> None:
+        """Records the checkpoints whose writer was killed before it could, once they are whole: no
+        other ones count as the run's own. Raises `StorageError`."""
+        for name in self.checkpoints.names:
+            if name in self._published:
+                continue
+            with tempfile.TemporaryDirectory(prefix="raymill-unlisted-") as scratch:
+                folder = self.checkpoints.fetch(name, Path(scratch))
+                if verify_checkpoint(folder):
+                    continue  # `newest_checkpoint` marks it
+                fields = checkpoint_fields(self.checkpoints.uri(name), published_in(folder))
+            self.ledger.event("checkpoint", **fields, seconds=0.0)
+            self._published[name] = fields
+
     def newest_checkpoint(
         self, *, left_out: Callable[[int], bool], may_start_over: bool
     ) -> str | None:
@@ -83,15 +97,12 @@ class RunWriter:
         another shape or vocabulary than the settings; `StorageError` in an outage.
         """
         self.checkpoints.recover()
+        self.record_unlisted()
         with tempfile.TemporaryDirectory(prefix="raymill-newest-") as scratch:
             folder, damaged = self.checkpoints.find(Path(scratch), left_out=left_out)
             name = folder.name if folder else None
             if folder:
                 self._check_settings(folder)
-            # Its writer was killed before it could record it
-            if folder and name not in self._published:
-                fields = checkpoint_fields(self.checkpoints.uri(folder.name), read_metadata(folder))
-                self.ledger.event("checkpoint", **fields, seconds=0.0)
         for torn in self.checkpoints.torn:
             if torn in self._published and torn > (name or ""):
                 damaged[torn] = ["its manifest is missing"]

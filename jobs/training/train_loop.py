@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.settings.run import max_steps
 from jobs.run.run_plan import RunPlan
-from jobs.training.attempt import Attempt, saves, validates
+from jobs.training.attempt import Attempt
 from jobs.training.guards import Verdict
 from jobs.training.open_attempt import Hopeless, open_attempt
 from jobs.training.sentinel import CorruptionError
@@ -86,7 +86,7 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
             return attempt.go_back()
 
         validation: dict[str, Any] = {}
-        if validates(config, step):
+        if attempt.is_validated(step):
             pulse.at(Place.VALIDATION)
             with timer.phase("validation"):
                 validation = attempt.validator.validate(
@@ -101,7 +101,7 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
         # continues after this step.
         attempt.record.compare_ranks(step)
         notice = attempt.notices.answer()
-        if saves(config, step) or notice:
+        if attempt.is_saved(step) or notice:
             pulse.at(Place.SAVE)
             with timer.phase("checkpoint"):
                 attempt.save(step, validation, must=step == last_step or notice is Notice.STOP)

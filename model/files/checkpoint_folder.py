@@ -72,11 +72,14 @@ class Metadata:
         return replace(self, parameter_hash=None, base=None, base_hash=None, base_source=None)
 
 
-def verify_checkpoint(folder: Path, *, to_train: bool = True) -> list[str]:
+def verify_checkpoint(
+    folder: Path, *, to_train: bool = True, besides: Collection[str] = ()
+) -> list[str]:
     """Returns what is wrong with the checkpoint, a sentence for each problem, naming its file.
     Empty means valid.
 
-    Without `to_train` the training state may be missing, as in a copy that only computes.
+    Without `to_train` the training state may be missing, as in a copy that only computes. The
+    content of files in `besides` is the caller's to look at.
     """
     if not folder.is_dir():
         return [f"{folder} is not a folder"]
@@ -93,7 +96,7 @@ def verify_checkpoint(folder: Path, *, to_train: bool = True) -> list[str]:
                 problems.append(f"{name} is missing")
         elif (size := path.stat().st_size) != expected["size"]:
             problems.append(f"{name} has {size} bytes, {MANIFEST} says {expected['size']}")
-        elif (found := fingerprint(path)["sha256"]) != expected["sha256"]:
+        elif name not in besides and (found := fingerprint(path)["sha256"]) != expected["sha256"]:
             problems.append(
                 f"{name} is altered: its SHA-256 is {found}, {MANIFEST} says {expected['sha256']}"
             )
@@ -116,6 +119,17 @@ def tensor_files(whole: str, files: Collection[str]) -> list[str]:
         if counts
         else [whole]
     )
+
+
+def state_files(files: Collection[str], *, place: str) -> list[str]:
+    """Returns the files of these that hold the weights and the training state. Raises
+    `CheckpointError` where the checkpoint at the place has not all of them."""
+    wanted = [*tensor_files(WEIGHTS, files), *tensor_files(TRAIN_STATE, files)]
+    if missing := [file for file in wanted if file not in files]:
+        raise CheckpointError(
+            f"{place} has no {', '.join(missing)}: training can't continue from it"
+        )
+    return wanted
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

@@ -8,13 +8,15 @@ each under its name and its first value's place in the tensor:
 
 import hashlib
 import json
+import os
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, takewhile
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +34,9 @@ DTYPES = {
 Read = Callable[..., bytes]
 """(file, start=…, end=…): the bytes [start, end) of a file."""
 
-_READ_BYTES, _NUM_READERS = 16 << 20, 8
-_HASHED_VALUES = 16 << 20
+_READ_BYTES, _NUM_READERS = 16 << 20, 8  # of a distant storage
+_MOST_HEADER_BYTES = 100 << 20  # as safetensors' own readers allow
+_HASHED_BYTES = 1 << 20  # at a time of a file that is here: they stay in a processor's cache
 
 
 class _Stretch(NamedTuple):
@@ -59,12 +62,25 @@ def stretch_name(name: str, start: int) -> str:
     return f"{name}@{start:012}"
 
 
+def _stretch(key: str, entry: Mapping[str, Any], *, file: str, first: int) -> tuple[str, _Stretch]:
+    """Returns a tensor's name and what a header, behind which the file's values begin at the byte
+    `first`, says of it."""
+    name, _, place = key.partition("@")
+    (start, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
+    values = range(int(place or 0), int(place or 0) + (end - start) // dtype.itemsize)
+    shape = None if place else tuple(entry["shape"])
+    return name, _Stretch(values, file, first + start, dtype, shape)
+
+
 class StoredTensors:
     """The tensors in some safetensors files, of which only the headers are read at once."""
 
-    def __init__(self, files: Iterable[str], read: Read, *, source: object) -> None:
-        """`source` names the place of the files in errors."""
-        self._read, self._source = read, source
+    def __init__(
+        self, files: Iterable[str], read: Read, *, source: object, is_here: bool = False
+    ) -> None:
+        """`source` names the place of the files in errors. Files that are not `is_here` take a
+        request for each read."""
+        self._read, self._source, self._is_here = read, source, is_here
         self._stretches: dict[str, list[_Stretch]] = {}
         with ThreadPoolExecutor(_NUM_READERS) as readers:
             found = [*chain.from_iterable(readers.map(self._header, files))]
@@ -73,16 +89,16 @@ class StoredTensors:
 
     def _header(self, file: str) -> list[tuple[str, _Stretch]]:
         first = 8 + int.from_bytes(self._read(file, start=0, end=8), "little")
-        header = json.loads(self._read(file, start=8, end=first))
-        found = []
-        for key, entry in header.items():
-            if key != "__metadata__":
-                name, _, place = key.partition("@")
-                (start, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
-                values = range(int(place or 0), int(place or 0) + (end - start) // dtype.itemsize)
-                shape = None if place else tuple(entry["shape"])
-                found.append((name, _Stretch(values, file, first + start, dtype, shape)))
-        return found
+        if first > _MOST_HEADER_BYTES:
+            raise CheckpointError(f"{file} in {self._source} has no header of safetensors")
+        try:
+            header = json.loads(self._read(file, start=8, end=first))
+            entries = [(key, entry) for key, entry in header.items() if key != "__metadata__"]
+            return [_stretch(key, entry, file=file, first=first) for key, entry in entries]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"the header of {file} in {self._source} is damaged ({error!r})"
+            ) from None
 
     def holds(self, shapes: Mapping[str, Sequence[int]]) -> bool:
         """Reports whether the tensors are these, and no other ones."""
@@ -129,13 +145,57 @@ class StoredTensors:
         time."""
         digest = hashlib.sha256()
         for name in sorted(shapes):
-            dtype, num_values = self._of(name)[0].dtype, prod(shapes[name])
-            digest.update(hashed_name(name, dtype, shapes[name]))
-            for start in range(0, num_values, _HASHED_VALUES):
-                values = torch.empty(min(num_values - start, _HASHED_VALUES), dtype=dtype)
-                self.load([(name, range(start, start + len(values)), values)])
-                digest.update(values.view(torch.uint8).numpy().data)
+            digest.update(hashed_name(name, self._of(name)[0].dtype, shapes[name]))
+            for piece in self.contents(name, num_values=prod(shapes[name])):
+                digest.update(piece)
         return digest.hexdigest()
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._stretches)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._of(name)[0].dtype
+
+    def num_values(self, name: str) -> int:
+        return sum(len(stretch.place) for stretch in self._of(name))
+
+    def contents(self, name: str, *, num_values: int) -> Iterator[bytes]:
+        """Yields the bytes of a tensor of so many values, in row-major order, in pieces of whole
+        megabytes but for the end of a stretch. Raises `CheckpointError` where some are missing."""
+        end, piece_bytes = 0, _HASHED_BYTES if self._is_here else _READ_BYTES
+        reads: list[tuple[str, int, int]] = []
+        for place, file, offset, dtype, _ in self._of(name):
+            if place.start != end or dtype is not self.dtype(name):
+                raise self._lacking(name, end)
+            end = place.stop
+            stop = offset + len(place) * dtype.itemsize
+            for start in range(offset, stop, piece_bytes):
+                reads.append((file, start, min(stop, start + piece_bytes)))
+        if end != num_values:
+            raise self._lacking(name, end)
+        if self._is_here or len(reads) == 1:
+            for read in reads:
+                yield self._piece(*read)
+            return
+        with ThreadPoolExecutor(_NUM_READERS) as readers:
+            ahead = deque(readers.submit(self._piece, *read) for read in reads[:_NUM_READERS])
+            for read in reads[_NUM_READERS:]:
+                yield ahead.popleft().result()
+                ahead.append(readers.submit(self._piece, *read))
+            for waiting in ahead:
+                yield waiting.result()
+
+    def _piece(self, file: str, start: int, end: int) -> bytes:
+        content = self._read(file, start=start, end=end)
+        if len(content) != end - start:
+            raise CheckpointError(
+                f"{file} in {self._source} is cut short: bytes {start} to {end} are not all there"
+            )
+        return content
+
+    def _lacking(self, name: str, place: int) -> CheckpointError:
+        return CheckpointError(f"{self._source} has no values of tensor {name} from {place} on")
 
     def _of(self, name: str) -> list[_Stretch]:
         if name not in self._stretches:
@@ -160,15 +220,11 @@ class StoredTensors:
                 yield _Extent(file, start, start + (until - end) * size, dtype, into)
                 end = until
         if end < place.stop:
-            raise CheckpointError(f"{self._source} has no values of tensor {name} from {end} on")
+            raise self._lacking(name, end)
 
     def _fill(self, extents: Sequence[_Extent]) -> None:
         file, first, last = extents[0].file, extents[0].start, extents[-1].end
-        content = bytearray(self._read(file, start=first, end=last))
-        if len(content) != last - first:
-            raise CheckpointError(
-                f"{file} in {self._source} is cut short: bytes {first} to {last} are not all there"
-            )
+        content = bytearray(self._piece(file, first, last))
         for _, start, end, dtype, target in extents:
             count = (end - start) // dtype.itemsize
             target.copy_(torch.frombuffer(content, dtype=dtype, count=count, offset=start - first))
@@ -183,8 +239,7 @@ def stored_in(folder: Path, files: Iterable[str]) -> StoredTensors:
     """Returns the tensors in these files of a folder."""
 
     def read(file: str, start: int, end: int) -> bytes:
-        with (folder / file).open("rb") as opened:
-            opened.seek(start)
-            return opened.read(end - start)
+        with (folder / file).open("rb", buffering=0) as opened:
+            return os.pread(opened.fileno(), end - start, start)
 
-    return StoredTensors(files, read, source=folder)
+    return StoredTensors(files, read, source=folder, is_here=True)

@@ -58,7 +58,7 @@ class RaymillTrainer(ExactTrainer):
         if state.gathered:
             flat = torch.empty(state.layout.size if state.sharding.rank == 0 else 0)
             for number, bucket in enumerate(state.layout.buckets):
-                values = state.brought(state.values, bucket, bucket=number)
+                values = state.brought("values", bucket, bucket=number)
                 if len(flat):
                     bucket.of(flat).copy_(values)
         return state.by_parameter(flat) if len(flat) else {}

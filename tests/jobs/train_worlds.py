@@ -34,7 +34,13 @@ from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.frozen import freeze
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.train_state import TrainState
-from jobs.exact.stored_state import hash_of_weights, own_stretches, restore, vectors_by_name
+from jobs.exact.stored_state import (
+    hash_of_weights,
+    hashes_of_state,
+    own_stretches,
+    restore,
+    vectors_by_name,
+)
 from jobs.run.step_timer import StepTimer
 from jobs.snapshots import snapshots
 from jobs.snapshots.choice import Holding, Snapshot, choose
@@ -353,8 +359,16 @@ class Trainer:
 
     @property
     def hash(self) -> str:
-        """On a rank that has whole weights, or rank 0; all ranks call together."""
-        return hash_of_weights(self.state, self.group, step=NUM_STEPS)
+        return whole_hash(self.state, self.group)
+
+
+def whole_hash(state: TrainState, group: WorkerGroup) -> str:
+    """Of the weights and the rule's vectors, on a rank that has whole weights, or rank 0; all ranks
+    call together."""
+    hashes = hashes_of_state(state, group, step=NUM_STEPS)
+    vectors = group.broadcast(hashes.vectors if hashes else None)
+    parameters = hash_of_weights(state, group, step=NUM_STEPS)
+    return f"{parameters} {vectors}" if parameters else ""
 
 
 @contextmanager

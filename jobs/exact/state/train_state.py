@@ -314,16 +314,16 @@ class TrainState:
 
     def brought(
         self,
-        packed: Tensor,
+        name: str,
         span: Span,
         *,
         bucket: int,
     ) -> Tensor:
-        """Returns the values at a stretch of a bucket on rank 0, from the owners of its parts; all
-        ranks call together, and the others get nothing. `packed` has this rank's parts of all
-        buckets."""
+        """Returns "values" or one of the rule's vectors at a stretch of a bucket on rank 0, from
+        the owners of its parts; all ranks call together, and the others get nothing."""
+        flat = self.parts[name]
         is_receiver = self._group.rank == 0
-        received = packed.new_empty(len(span) if is_receiver else 0)
+        received = flat.new_empty(len(span) if is_receiver else 0)
         if not self.sharding.writes:
             return received
         parts = self.layout.divided(len(self.peers))[bucket]
@@ -331,8 +331,7 @@ class TrainState:
         own_overlap = overlaps[self.sharding.place]
         sources: list[Tensor] = []
         if not own_overlap.is_empty:
-            to_home = self.owned.homes[bucket].start - parts[self.sharding.place].start
-            sources = [own_overlap.shifted(to_home).of(packed)]
+            sources = [self.kept(name).home_of(own_overlap).of(flat)]
         targets: list[tuple[int, list[Tensor]]] = []
         for peer, overlap in enumerate(overlaps):
             if is_receiver and not overlap.is_empty:

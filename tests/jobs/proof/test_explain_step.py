@@ -26,7 +26,7 @@ from jobs.run.checkpoints import checkpoint_name
 from jobs.run.ledger import LEDGER, Ledger, Line
 from jobs.run.run_plan import RunPlan, open_stream
 from jobs.saving.checkpoint_writer import CheckpointWriter
-from jobs.saving.publisher import Publisher
+from jobs.saving.publisher import Published, Publisher
 from jobs.tokens.document_map import DOCUMENTS
 from jobs.training.train_loop import train
 from model.errors import UserError
@@ -369,11 +369,13 @@ def test_a_rolled_back_step_is_explained_where_those_before_it_were_taken_again(
     publish, save = Publisher.publish, CheckpointWriter.save
     begun: set[str] = set()
 
-    def publish_late(self: Publisher, folder: Path, metadata: Metadata) -> bool:
+    def publish_late(
+        self: Publisher, folder: Path, metadata: Metadata, *, words: int
+    ) -> Published | None:
         begun.add(folder.name)
         if metadata.step == 6:
             wait_until(lambda: Ledger.read(plan.run).rollbacks)
-        return publish(self, folder, metadata)
+        return publish(self, folder, metadata, words=words)
 
     def save_in_turn(self: CheckpointWriter, metadata: Metadata, *rest: Any, must: bool) -> bool:
         is_saved = save(self, metadata, *rest, must=must)

@@ -113,19 +113,35 @@ def test_writers_chain_what_they_append(
     assert KEY not in Ledger.read(run).lines[0], "it is no field of the line"
 
 
-def test_an_old_ledger_is_read_and_chained_from_the_next_line_on(tmp_path: Path) -> None:
+def test_an_old_ledger_is_read_and_told_of_and_chained_from_the_next_line_on(
+    tmp_path: Path,
+) -> None:
     run = open_storage(str(tmp_path))
     old = json.dumps({"time": 1.0, "step": 1, "loss": 2.0}).encode() + b"\n"
     run.write_bytes(LEDGER, old * 2)
-    assert "has no chain" in chain_of(content(run).splitlines()).summary
+    assert len(Ledger.read(run).lines) == 2
+    [problem] = chain_of(content(run).splitlines()).problems
+    assert problem.startswith("it has no chain: an earlier version of raymill wrote")
     writer = LedgerWriter(run)
     writer.step(step=2, loss=1.0)
     writer.close()
     chain = chain_of(content(run).splitlines())
-    assert (chain.problems, chain.first) == ((), 3)
-    assert "from line 3 on" in chain.summary
+    assert chain.first == 3
+    [problem] = chain.problems
+    assert problem.startswith("lines 1 to 2 have no chain")
     spoiled = content(run).replace(b'"loss": 2.0', b'"loss": 2.5')
-    assert chain_of(spoiled.splitlines()).problems, "the first chained line vouches for it"
+    assert len(chain_of(spoiled.splitlines()).problems) == 2, (
+        "the first chained line vouches for it"
+    )
+
+
+def test_a_line_with_a_name_twice_is_a_problem() -> None:
+    """Other readers of JSON take the first one."""
+    first, second = written([1.0, 2.0])
+    doubled = second.replace(b'"loss"', b'"loss": 0.5, "loss"', 1)
+    assert chain_of([first, second]).problems == ()
+    [problem] = chain_of([first, doubled]).problems
+    assert problem == "line 2 is not as raymill writes it: the key loss occurs twice"
 
 
 def test_a_torn_last_line_has_no_part_in_the_chain(tmp_path: Path) -> None:

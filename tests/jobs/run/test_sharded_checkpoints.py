@@ -71,6 +71,11 @@ def test_any_world_resumes_what_any_other_saved(
     )
     assert found == expected
     assert len(found) == NUM_STEPS // 2
+    states, resized_states = (
+        [line["state_hash"] for line in Ledger.read(of).events("checkpoint")] for of in runs
+    )
+    assert states == resized_states
+    assert len({*states}) == NUM_STEPS // 2
     assert [line["loss"] for line in Ledger.read(runs[0]).steps] == [
         line["loss"] for line in Ledger.read(runs[1]).steps
     ]

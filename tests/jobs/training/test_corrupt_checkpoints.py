@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +13,9 @@ from jobs.run.checkpoints import QUARANTINED, RunCheckpoints, step_of
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.saving import publisher
+from jobs.saving.publisher import read_back
 from jobs.training.train_loop import train
-from model.files.checkpoint_folder import verify_checkpoint
+from model.files.checkpoint_folder import Metadata
 from tests.checkpoints import damage
 from tests.jobs.runs import final_hash, tiny_plan
 
@@ -71,25 +73,26 @@ def test_a_corrupt_newest_is_marked_told_of_and_passed_over(tmp_path: Path, how:
     assert step_of(RunCheckpoints(run).names[-1]) == 8
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "train_state.safetensors", "config.json"])
 def test_a_run_whose_last_checkpoint_is_refused_has_not_finished_and_a_resume_ends_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     """The disk alters a bit of the checkpoint of step 8 in the spool."""
     whole, plan = eight_steps(tmp_path / "whole"), eight_steps(tmp_path / "refused")
     train(whole, rank=0, world_size=1)
 
-    def altering(folder: Path) -> list[str]:
+    def altering(folder: Path, metadata: Metadata, *, words: int) -> tuple[Any, list[str]]:
         if step_of(folder.name) == 8:
-            damage(folder, "model.safetensors", "flip")
-        return verify_checkpoint(folder)
+            damage(folder, file, "flip")
+        return read_back(folder, metadata, words=words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(publisher, "verify_checkpoint", altering)
+        patch.setattr(publisher, "read_back", altering)
         train(plan, rank=0, world_size=1)
     ledger = Ledger.read(plan.run)
     assert not ledger.events("finish")
     said = str(unfinished(plan, ledger))
-    assert "gave up: the checkpoint of step 8 was not stored: model.safetensors" in said
+    assert f"gave up: the checkpoint of step 8 was not stored: {file}" in said
     assert "The same --run-id repeats" in said
     train(plan, rank=0, world_size=1)
     ledger = Ledger.read(plan.run)

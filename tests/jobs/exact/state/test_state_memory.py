@@ -137,7 +137,7 @@ def test_sharded_weights_come_together_bucket_by_bucket(
         return
     with NewMemory(held_by(state), META) as new:
         for number, bucket in enumerate(state.layout.buckets):
-            state.brought(state.values, bucket, bucket=number)
+            state.brought("values", bucket, bucket=number)
     largest_bucket = max(map(len, state.layout.buckets))
     assert 0 < new.largest_bytes <= 4 * (largest_bucket + 8 * BLOCK) < 32 << 20
 

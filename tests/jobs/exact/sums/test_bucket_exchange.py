@@ -14,7 +14,6 @@ from jobs.exact.compute import autocast, micro_batch, num_counted
 from jobs.exact.dropout import dropout_seed
 from jobs.exact.state.doubling import gather_messages, teams_to_gather
 from jobs.exact.state.sharding import Sharding
-from jobs.exact.stored_state import hash_of_weights
 from jobs.exact.sums.exact_reduce import subtrees_of_ranks, tree_sum
 from jobs.exact.sums.step_totals import block_square_sums, norm_of
 from jobs.exact.sums.teams import team_plan
@@ -32,6 +31,7 @@ from tests.jobs.train_worlds import (
     Case,
     MadeRows,
     Trainer,
+    whole_hash,
 )
 from tests.jobs.world_runs import Outcome, run_worlds
 
@@ -114,7 +114,7 @@ def reference(case: Case) -> tuple[str, list[float]]:
         state.apply(norm=norm_of(block_square_sums(summed)) * of_counted, learning_rate=1e-2)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
-    return hash_of_weights(state, WorkerGroup(0, 1), step=NUM_STEPS), losses
+    return whole_hash(state, WorkerGroup(0, 1)), losses
 
 
 @each(EXACT)
