@@ -179,8 +179,9 @@ def test_what_to_read_first_is_there() -> None:
     assert len(paths) > 10 and all(path.exists() for path in paths)
 
 
-def test_the_root_readme_is_read_in_five_minutes() -> None:
-    assert README.count("\n") < 200
+def test_the_root_readme_is_short() -> None:
+    """Words are counted, as a limit of lines makes long lines."""
+    assert len(README.split()) < 2200
 
 
 FOLDER_READMES = [REPOSITORY / folder / "README.md" for folder in (*CODE_FOLDERS, "k8s")]

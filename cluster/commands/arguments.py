@@ -142,6 +142,13 @@ NUM_PROCESSES = Argument[int](
 NUM_SAMPLES = Argument[int](
     "--samples", "intervals between checkpoints that are computed again", parse=int, default=10
 )
+NUM_SHARDS = Argument[int](
+    "--tokenize",
+    "shards of the token store, drawn like the intervals, that are made again from the corpus that the settings name",
+    parse=int,
+    default=0,
+    metavar="SHARDS",
+)
 NONCE = Argument[str | None](
     "--nonce", "what decides the lots, with the ledger's last line; drawn when unset"
 )

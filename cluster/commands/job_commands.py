@@ -148,16 +148,10 @@ def _progress(run: Storage) -> dict[str, Any]:
     entry = run.stat("ledger.jsonl")
     if entry is None:
         return {}
-    content = run.read_bytes("ledger.jsonl", start=max(0, entry.size - _TAIL_BYTES)).rpartition(
-        b"\n"
-    )[0]
-    whole = content.split(b"\n")[entry.size > _TAIL_BYTES :]  # the first line may be cut
-    try:
-        lines = [{**json.loads(text)} for text in whole if text]
-    except (ValueError, TypeError):
-        raise StorageError(
-            f"{run.uri}/ledger.jsonl has a damaged line; `raymill report` says which"
-        ) from None
+    from jobs.run.signed_lines import newest_stated_line, shown_ledger
+
+    is_signed = newest_stated_line(run) is not None
+    lines = shown_ledger(run).lines if is_signed else _last_lines(run, entry.size)
     steps = [line for line in lines if "step" in line and "event" not in line]
     if not steps:
         return {}
@@ -167,6 +161,20 @@ def _progress(run: Storage) -> dict[str, Any]:
     proven = proven_to(lines)
     figures = {name: steps[-1][name] for name in ("step", "tokens_seen", "loss", "world_size")}
     return figures | ({} if proven is None else {"proven_to": proven})
+
+
+def _last_lines(run: Storage, num_bytes: int) -> list[dict[str, Any]]:
+    """Returns the lines at the end of a ledger of so many bytes. Raises `StorageError` for a damaged
+    one."""
+    start = max(0, num_bytes - _TAIL_BYTES)
+    content = run.read_bytes("ledger.jsonl", start=start).rpartition(b"\n")[0]
+    whole = content.split(b"\n")[start > 0 :]  # the first line may be cut
+    try:
+        return [{**json.loads(text)} for text in whole if text]
+    except (ValueError, TypeError):
+        raise StorageError(
+            f"{run.uri}/ledger.jsonl has a damaged line; `raymill report` says which"
+        ) from None
 
 
 def _left_out(run: Storage) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from cluster.commands.arguments import (
     NONCE,
     NUM_PROCESSES,
     NUM_SAMPLES,
+    NUM_SHARDS,
     PRICE,
     RUN,
     RUNS,
@@ -120,6 +121,7 @@ def audit(arguments: Arguments) -> Result:
         num_workers=arguments[NUM_PROCESSES],
         signed_by=trusted_signer(arguments),
         key=signing_key(arguments),
+        num_shards=arguments[NUM_SHARDS],
     )
     with reports_shown():
         verdict = audit_run(run, asked, arguments[AUDITS_FOLDER])
@@ -378,6 +380,7 @@ LOOK = Section(
             [
                 RUN,
                 NUM_SAMPLES,
+                NUM_SHARDS,
                 NONCE,
                 NUM_PROCESSES,
                 *_SIGNED,

@@ -155,7 +155,7 @@ def _signature_problems(folder: Path, proof: Proof, *, newest: str | None) -> li
     problems = statement_problems(training, training_of(newest, folder, ledger=proof.ledger))
     if proof.num_behind and proof.ledger.events("finish"):
         problems.append(
-            f"{counted(proof.num_behind, 'line')} behind line {stated.number} of {LEDGER} were added after the run had "
+            f"{LEDGER} has {counted(proof.num_behind, 'line')} behind line {stated.number}, added after the run had "
             "finished and was signed: they count for nothing"
         )
     return problems

@@ -20,7 +20,10 @@ from model.signing.signature import TRAINING_TYPE
 def training_of(checkpoint: str, folder: Path, *, ledger: Ledger | None = None) -> dict[str, Any]:
     """Returns what is stated of a checkpoint's training, by the fields of SLSA's provenance
     (slsa.dev/spec/v1.0/provenance). Settings, data and the ledger's head are those of its run,
-    where the checkpoint lies in one; `ledger` has the lines that count, where not all do."""
+    where the checkpoint lies in one.
+
+    Where `ledger` has the lines that count, as not all may, its head is left out: that is to be
+    compared with what was signed, and not to be signed."""
     metadata = read_metadata(folder)
     run = _run_of(checkpoint)
     config = run.find_bytes(CONFIG_FILE) if run else None
@@ -39,7 +42,7 @@ def training_of(checkpoint: str, folder: Path, *, ledger: Ledger | None = None) 
                 "tokensSeen": str(metadata.tokens_seen),
                 "parameterHash": metadata.parameter_hash,
             },
-            "byproducts": [_head_of(run)] if run else [],
+            "byproducts": [_head_of(run)] if run and ledger is None else [],
         },
     }
 

@@ -228,9 +228,22 @@ def load_decoder(
             raise checkpoint_folder.CheckpointError(
                 f"{folder} is an adapter, which computes nothing without its base: merge it (`raymill export --merge`)"
             )
-        weights = _merged(AdaptedModel(config), weights, stored_weights(base))
+        beneath = stored_weights(base)
+        _require_base(folder, base, beneath)
+        weights = _merged(AdaptedModel(config), weights, beneath)
         config = read_shape(base)
     return build_model(config, weights, source=folder).to(dtype)
+
+
+def _require_base(folder: Path, base: Path, weights: Mapping[str, Tensor]) -> None:
+    """Raises `CheckpointError` for other weights than those that the adapter was trained on: the
+    adapter may be signed, and its base need not be."""
+    wanted = checkpoint_folder.read_metadata(folder).base_hash
+    found = parameter_hash(weights)
+    if found != wanted:
+        raise checkpoint_folder.CheckpointError(
+            f"{base} has weights with the hash {found}, and the adapter {folder} was trained on {wanted}: restore them"
+        )
 
 
 def _merged(

@@ -247,7 +247,9 @@ def check(
     signed = {item.identifier: item.digest.digest_hex for item in manifest.resource_descriptors()}
     has_manifest = (folder / MANIFEST).exists()
     listed = manifest_files(folder) if has_manifest else {}
-    here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    # A link to a folder, into which nothing looks, counts as a file
+    present = [path for path in folder.rglob("*") if path.is_file() or path.is_symlink()]
+    here = {path.relative_to(folder).as_posix() for path in present}
     for name in sorted((here | signed.keys()) - {MODEL, TRAINING}):
         if name not in signed:
             raise SignatureError(f"{name} in {folder} was not there when {MODEL} was made")

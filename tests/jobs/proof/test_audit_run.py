@@ -4,6 +4,7 @@ not."""
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,17 +12,13 @@ from cluster.cli import main
 from cluster.settings.parser import ConfigError
 from cluster.storage.uris import Storage
 from jobs.proof import audit_run
-from jobs.proof.audit_run import (
-    Audit,
-    Interval,
-    audit,
-    chance_unseen,
-    drawn_by_lot,
-    intervals_of,
-)
+from jobs.proof.audit_run import Audit, audit
+from jobs.proof.audits.intervals import Interval, chance_unseen, drawn_by_lot, intervals_of
 from jobs.proof.verify_run import verify
 from jobs.run.ledger import LEDGER, Ledger
 from jobs.run.ledger_chain import encoded, hash_of
+from jobs.training.train_loop import train
+from jobs.workers.preemption import Notice, Notices
 from model.errors import UserError
 from model.signing.signature import SigningKey
 from tests.jobs.mapped_runs import mapped_plan
@@ -40,6 +37,17 @@ def forge_loss(run: Storage, step: int) -> None:
         if "event" not in line and line["step"] == step:
             line["loss"] -= 0.5
         forged.append(encoded(line, head))
+        head = hash_of(forged[-1])
+    run.write_bytes(LEDGER, b"\n".join(forged) + b"\n")
+
+
+def change_checkpoint_line(run: Storage, step: int, **fields: str) -> None:
+    """With a chain of lines that fit each other."""
+    forged: list[bytes] = []
+    head: str | None = None
+    for line in Ledger.read(run).lines:
+        is_meant = line.get("event") == "checkpoint" and line["step"] == step
+        forged.append(encoded(line | (fields if is_meant else {}), head))
         head = hash_of(forged[-1])
     run.write_bytes(LEDGER, b"\n".join(forged) + b"\n")
 
@@ -63,6 +71,28 @@ def test_a_forged_loss_that_fits_its_chain_is_found_where_its_interval_is_drawn(
     found = audit(run, Audit(num_samples=3), tmp_path / "audit")
     [problem] = found["problems"]
     assert problem.startswith("steps 4..6: bits part at step 5")
+
+
+def test_a_checkpoint_that_a_stop_has_made_is_compared_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is of a step at which the settings ask for no checkpoint."""
+    plan = tiny_plan(str(tmp_path / "storage"))
+
+    def answer(notices: Notices) -> Notice | None:
+        return Notice.STOP if Ledger.read(plan.run).steps[-1]["step"] == 4 else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Notices, "answer", answer)
+        train(plan, rank=0, world_size=1)
+    train(plan, rank=0, world_size=1)
+    asked = Audit(num_samples=9)
+    found = audit(plan.run, asked, tmp_path / "audit")
+    assert found["problems"] == []
+    assert 4 in [at["last"] for at in found["intervals"]]
+    change_checkpoint_line(plan.run, 4, state_hash="0" * 64)
+    found = audit(plan.run, asked, tmp_path / "other")
+    assert any("steps 1..4: bits part at step 4: state_hash" in told for told in found["problems"])
 
 
 @pytest.mark.slow
@@ -132,12 +162,12 @@ def test_an_interrupted_audit_goes_on(
     taken: list[range] = []
     replay = audit_run.replay
 
-    def replay_once(run: Storage, *, steps: range, num_workers: int) -> dict[str, object]:
+    def replay_once(run: Storage, *, steps: range, **rest: Any) -> dict[str, object]:
         if len(taken) == 1:
             taken.append(steps)
             raise KeyboardInterrupt
         taken.append(steps)
-        return replay(run, steps=steps, num_workers=num_workers)
+        return replay(run, steps=steps, **rest)
 
     monkeypatch.setattr(audit_run, "replay", replay_once)
     with pytest.raises(KeyboardInterrupt):

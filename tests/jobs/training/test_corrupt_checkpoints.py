@@ -101,6 +101,25 @@ def test_a_run_whose_last_checkpoint_is_refused_has_not_finished_and_a_resume_en
     assert final_hash(plan) == final_hash(whole)
 
 
+def test_checkpoints_that_a_killed_writer_did_not_record_are_recorded_by_the_next(
+    tmp_path: Path,
+) -> None:
+    """Older ones too, which no attempt continues from: else nothing would bind them."""
+    plan = eight_steps(tmp_path, save_every_steps=2)
+    run = stopped(plan, tmp_path)
+    before = {line["step"]: line for line in Ledger.read(run).events("checkpoint")}
+    lines = run.read_bytes("ledger.jsonl").splitlines(True)
+    kept = [line for line in lines if b'"event": "checkpoint"' not in line or b'"step": 2,' in line]
+    run.write_bytes("ledger.jsonl", b"".join(kept))
+    train(plan, rank=0, world_size=1)
+    after = {line["step"]: line for line in Ledger.read(run).events("checkpoint")}
+    assert len(before) > 2
+    assert after.keys() == before.keys()
+    for step, line in after.items():
+        for name in ("checkpoint", "parameter_hash", "state_hash", "manifest_hash"):
+            assert line[name] == before[step][name], (step, name)
+
+
 @pytest.mark.chaos
 def test_with_all_of_them_corrupt_the_run_stops_and_deletes_nothing(tmp_path: Path) -> None:
     plan = eight_steps(tmp_path)
