@@ -34,6 +34,9 @@ DTYPES = {
 Read = Callable[..., bytes]
 """(file, start=…, end=…): the bytes [start, end) of a file."""
 
+Pieces = Callable[[str, int, int], Iterator[bytes]]
+"""(file, start, stop): the bytes of a file from one place to another, a piece at a time."""
+
 _READ_BYTES, _NUM_READERS = 16 << 20, 8  # of a distant storage
 _MOST_HEADER_BYTES = 100 << 20  # as safetensors' own readers allow
 _HASHED_BYTES = 1 << 20  # at a time of a file that is here: they stay in a processor's cache
@@ -76,11 +79,12 @@ class StoredTensors:
     """The tensors in some safetensors files, of which only the headers are read at once."""
 
     def __init__(
-        self, files: Iterable[str], read: Read, *, source: object, is_here: bool = False
+        self, files: Iterable[str], read: Read, *, source: object, pieces: Pieces | None = None
     ) -> None:
-        """`source` names the place of the files in errors. Files that are not `is_here` take a
-        request for each read."""
-        self._read, self._source, self._is_here = read, source, is_here
+        """`source` names the place of the files in errors. Without `pieces` each read is a request
+        to a distant storage, and several are on their way at a time."""
+        self._read, self._source = read, source
+        self._pieces = pieces or self._pieces_ahead
         self._stretches: dict[str, list[_Stretch]] = {}
         with ThreadPoolExecutor(_NUM_READERS) as readers:
             found = [*chain.from_iterable(readers.map(self._header, files))]
@@ -162,27 +166,27 @@ class StoredTensors:
 
     def contents(self, name: str, *, num_values: int) -> Iterator[bytes]:
         """Yields the bytes of a tensor of so many values, in row-major order, in pieces of whole
-        megabytes but for the end of a stretch. Raises `CheckpointError` where some are missing."""
-        end, piece_bytes = 0, _HASHED_BYTES if self._is_here else _READ_BYTES
-        reads: list[tuple[str, int, int]] = []
-        for place, file, offset, dtype, _ in self._of(name):
+        words of 64 bits but for the end of a stretch. Raises `CheckpointError` where some are
+        missing."""
+        end = 0
+        for place, file, start, dtype, _ in self._of(name):
             if place.start != end or dtype is not self.dtype(name):
                 raise self._lacking(name, end)
             end = place.stop
-            stop = offset + len(place) * dtype.itemsize
-            for start in range(offset, stop, piece_bytes):
-                reads.append((file, start, min(stop, start + piece_bytes)))
+            yield from self._pieces(file, start, start + len(place) * dtype.itemsize)
         if end != num_values:
             raise self._lacking(name, end)
-        if self._is_here or len(reads) == 1:
-            for read in reads:
-                yield self._piece(*read)
-            return
+
+    def _pieces_ahead(self, file: str, start: int, stop: int) -> Iterator[bytes]:
+        """Yields the bytes of a distant file, some pieces of which are on their way at a time."""
+        places = [(at, min(stop, at + _READ_BYTES)) for at in range(start, stop, _READ_BYTES)]
         with ThreadPoolExecutor(_NUM_READERS) as readers:
-            ahead = deque(readers.submit(self._piece, *read) for read in reads[:_NUM_READERS])
-            for read in reads[_NUM_READERS:]:
+            ahead = deque(
+                readers.submit(self._piece, file, *place) for place in places[:_NUM_READERS]
+            )
+            for place in places[_NUM_READERS:]:
                 yield ahead.popleft().result()
-                ahead.append(readers.submit(self._piece, *read))
+                ahead.append(readers.submit(self._piece, file, *place))
             for waiting in ahead:
                 yield waiting.result()
 
@@ -242,4 +246,13 @@ def stored_in(folder: Path, files: Iterable[str]) -> StoredTensors:
         with (folder / file).open("rb", buffering=0) as opened:
             return os.pread(opened.fileno(), end - start, start)
 
-    return StoredTensors(files, read, source=folder, is_here=True)
+    def pieces(file: str, start: int, stop: int) -> Iterator[bytes]:
+        with (folder / file).open("rb", buffering=0) as opened:
+            for at in range(start, stop, _HASHED_BYTES):
+                size = min(_HASHED_BYTES, stop - at)
+                piece = os.pread(opened.fileno(), size, at)
+                if len(piece) != size:
+                    raise CheckpointError(f"{file} in {folder} is cut short behind byte {at}")
+                yield piece
+
+    return StoredTensors(files, read, source=folder, pieces=pieces)

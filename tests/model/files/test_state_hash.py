@@ -100,10 +100,10 @@ def test_a_state_that_is_not_whole_is_named(folder: Path) -> None:
     assert TRAIN_STATE in manifest_files(folder)
     with pytest.raises(CheckpointError, match="has no tensor step"):
         stored = stored_in(folder, ["model.safetensors"])
-        next(stored.contents(COUNT, num_values=1))
+        [*stored.contents(COUNT, num_values=1)]
     stored = stored_in(folder, [TRAIN_STATE])
     with pytest.raises(CheckpointError, match="has no values of tensor step from 1 on"):
-        next(stored.contents(COUNT, num_values=2))
+        [*stored.contents(COUNT, num_values=2)]
     path = folder / TRAIN_STATE
     for damaged in (b"\xff" * 8, b"\x10" + bytes(7) + b"no JSON here     "):
         content = path.read_bytes()
