@@ -48,7 +48,8 @@ SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
 UNCOVERED = (
     "Times, speeds, prices, hardware and places of workers: the ledger says them, and nothing computes them again.",
     "Whether a checkpoint or a publication is the newest one: who can delete from the storage can hide a newer one.",
-    "Why steps were rolled back: what a rollback left out is left out here too.",
+    "Why steps were rolled back or taken again: what was left out or voided counts for nothing here too.",
+    "Statistics of layers, what audits of workers found, and samples of prompts that the settings do not name.",
     "Where the texts come from, and what may be done with them.",
 )
 NOT_TOKENIZED = "How the token store was made of its corpus, and by which filters: --tokenize makes shards of it again."

@@ -25,6 +25,7 @@ FIELDS = (
 """The fields that hold a step's bits, in the order in which one decides the next. Time, world size
 and attempt may differ."""
 
+_SAMPLE = "sample of "
 _OF_STATE: tuple[str, ...] = ("parameter_hash", "state_hash")
 _OF_VALIDATION = ("val_loss", "val_bits_per_byte")
 
@@ -78,7 +79,7 @@ def _measured(validation: Line) -> Line:
     for text, of_text in validation.get("sets", {}).items():
         figures |= {f"{name} of {text}": of_text.get(name) for name in _OF_VALIDATION}
     for sample in validation.get("samples", ()):
-        figures[f"sample of {sample['prompt']!r}"] = sample["text"]
+        figures[f"{_SAMPLE}{sample['prompt']!r}"] = sample["text"]
     return figures
 
 
@@ -87,25 +88,34 @@ def first_difference(
     b: dict[int, Line],
     *,
     steps: Sequence[int],
-    with_measurements: bool = False,
+    is_repeated: bool = False,
 ) -> Difference | None:
     """Returns the first of the steps, all of which `a` has, that `b` lacks or where a field that
-    both have differs: one that holds the step's bits, or with `with_measurements` what was
-    measured after it."""
+    holds the step's bits differs; a field that one of them lacks does not.
+
+    Where `b` is a repetition of `a`, what was measured is compared too, and it may lack nothing
+    but samples of prompts that it was not asked for.
+    """
     for step in steps:
         if step not in b:
             return Difference(step, {"step": (step, None)})
-        differing = {
-            name: (a[step][name], b[step][name])
-            for name in a[step]
-            if name in b[step] and _differ(a[step][name], b[step][name])
+        names = FIELDS if not is_repeated else [*FIELDS, *(n for n in a[step] if n not in FIELDS)]
+        fields = {
+            name: (a[step][name], b[step].get(name))
+            for name in names
+            if name in a[step] and _parts(a[step], b[step], name, is_repeated=is_repeated)
         }
-        fields = {name: differing[name] for name in FIELDS if name in differing}
-        if with_measurements and not fields:
-            fields = differing
+        bits = {name: pair for name, pair in fields.items() if name in FIELDS}
         if fields:
-            return Difference(step, fields)
+            return Difference(step, bits or fields)
     return None
+
+
+def _parts(a: Line, b: Line, name: str, *, is_repeated: bool) -> bool:
+    """Reports whether two lines part in a field that the first one has."""
+    if name in b:
+        return _differ(a[name], b[name])
+    return is_repeated and not name.startswith(_SAMPLE)
 
 
 def _differ(a: Any, b: Any) -> bool:

@@ -74,7 +74,7 @@ def replay(
         _train(plan, num_workers=num_workers, folder=Path(folder))
         replayed = step_values(Ledger.read(plan.run))
     compared = [step for step in steps if step in recorded]  # a rollback may have left some out
-    parted = first_difference(recorded, replayed, steps=compared, with_measurements=True)
+    parted = first_difference(recorded, replayed, steps=compared, is_repeated=True)
     is_same_code = all(
         event.get("code_version") == plan.code_version for event in ledger.events("start")
     )
@@ -121,7 +121,11 @@ def scratch_plan(
         code_version=code_version(),
         until=until,
         replay=Replay(
-            hashed=frozenset(line["step"] for line in ledger.events("checkpoint")),
+            hashed=frozenset(
+                line["step"]
+                for line in ledger.lines
+                if line.get("event") == "checkpoint" or "parameter_hash" in line
+            ),
             validated=frozenset(line["step"] for line in ledger.events("validation")),
         ),
         validation_uris=_validation_uris(run, start),

@@ -18,9 +18,10 @@ from cluster.output.progress import say
 from cluster.output.result_text import counted
 from cluster.storage.uris import Storage
 from jobs.proof.recorded.checkpoint import CheckpointRecord, checkpoint_problems
+from jobs.proof.recorded.contradictions import contradictions
 from jobs.proof.recorded.data import DataProof, base_problems, data_problems
 from jobs.proof.recorded.statement import statement_problems
-from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.checkpoints import QUARANTINED, RunCheckpoints
 from jobs.run.ledger import LEDGER, Ledger
 from jobs.run.ledger_chain import Chain, chain_of
 from jobs.run.signed_lines import StatedLine, stated_line
@@ -35,6 +36,7 @@ class Proof:
 
     lines: Sequence[bytes]  # of its ledger
     chain: Chain
+    all_lines: Ledger
     ledger: Ledger  # the lines that count
     signer: Trusted | None = None
     signed: StatedLine | None = None  # the last line that counts, where a signature says so
@@ -88,7 +90,7 @@ def proof_of(run: Storage, *, signed_by: Trusted | None = None) -> Proof:
     content = run.find_bytes(LEDGER) or b""
     lines = content.rpartition(b"\n")[0].splitlines()
     ledger = Ledger.parse(content, f"{run.uri}/{LEDGER}")
-    proof = Proof(lines, chain_of(lines), ledger, signed_by)
+    proof = Proof(lines, chain_of(lines), ledger, ledger, signed_by)
     proof.problems += [f"{LEDGER}, {problem}" for problem in proof.chain.problems]
     if content and not content.endswith(b"\n"):
         say(f"{LEDGER} ends within a line, as a crash leaves it: that line counts for nothing")
@@ -96,6 +98,7 @@ def proof_of(run: Storage, *, signed_by: Trusted | None = None) -> Proof:
     proof.data = data_problems(run, proof.ledger, metadata)
     proof.problems += proof.data.problems
     proof.problems += base_problems(run, metadata)
+    proof.problems += contradictions(proof.ledger)
     return proof
 
 
@@ -124,11 +127,22 @@ def _check_checkpoints(run: Storage, proof: Proof) -> list[Metadata]:
             if not found:
                 metadata.append(read_metadata(folder))
     proof.num_checkpoints = len(names)
-    recorded = [line["checkpoint"] for line in proof.ledger.events("checkpoint")]
+    proof.problems += _missing_problems(checkpoints, names, proof)
+    return metadata
+
+
+def _missing_problems(checkpoints: RunCheckpoints, names: Sequence[str], proof: Proof) -> list[str]:
+    """Returns which checkpoint should be there and is not: the newest one of the ledger, also where
+    the line that names it is behind the signed ones, and one that was signed and then set aside."""
+    problems: list[str] = []
+    recorded = [line["checkpoint"] for line in proof.all_lines.events("checkpoint")]
     newest = max((uri.rpartition("/")[2] for uri in recorded), default=None)
     if newest is not None and newest not in names:
-        proof.problems.append(f"{newest}: the ledger's newest checkpoint is missing or incomplete")
-    return metadata
+        problems.append(f"{newest}: the ledger's newest checkpoint is missing or incomplete")
+    for name in checkpoints.quarantined if proof.signer else ():
+        if checkpoints.folder(name).exists(MODEL):
+            problems.append(f"{name}: it is signed, and has the mark {QUARANTINED}, which is not")
+    return problems
 
 
 def _may_be_unrecorded(proof: Proof, *, is_newest: bool) -> bool:

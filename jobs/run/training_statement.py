@@ -11,6 +11,7 @@ from jobs.run.find_run import data_identity, find_tokens
 from jobs.run.history import CONFIG_FILE
 from jobs.run.ledger import LEDGER, Ledger
 from jobs.run.ledger_chain import chain_of
+from jobs.run.signed_lines import newest_stated_line, shown_ledger
 from jobs.tokens.document_map import DOCUMENTS
 from jobs.tokens.token_store import SOURCES, TOKENIZER, TokenStoreError
 from model.files.checkpoint_folder import CheckpointError, Metadata, fingerprint, read_metadata
@@ -64,7 +65,7 @@ def _materials(
     if metadata.base_hash:
         materials.append(_material("the base's parameters", metadata.base_hash))
     if run:
-        materials += _materials_of(run, ledger or Ledger.read(run))
+        materials += _materials_of(run, ledger or shown_ledger(run))
     return materials
 
 
@@ -98,5 +99,16 @@ def _head_of(run: Storage) -> dict[str, Any]:
         raise CheckpointError(
             f"{run.uri}/{LEDGER} is not as it was written: {chain.problems[0]}. `raymill verify` says more"
         )
+    stated = newest_stated_line(run)
+    if stated and stated.number < chain.num_lines and _has_end(run, stated.number):
+        raise CheckpointError(
+            f"{run.uri}/{LEDGER} has lines behind line {stated.number}, though the run had finished when that was "
+            "signed: `raymill verify --signed-by` says more; take them out before you sign again"
+        )
     head = str(chain.head)
     return _material(f"{LEDGER}, line {chain.num_lines}", head)
+
+
+def _has_end(run: Storage, number: int) -> bool:
+    """Reports whether the run had finished by a line of its ledger."""
+    return bool(Ledger(Ledger.read(run).lines[:number]).events("finish"))

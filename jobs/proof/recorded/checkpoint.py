@@ -135,7 +135,8 @@ def metadata_problems(metadata: Metadata, record: CheckpointRecord) -> list[str]
         validations = [other for other in of_step if other.get("event") == "validation"]
         if metadata.val_loss is not None:
             for name in ("val_loss", "val_bits_per_byte"):
-                known[name] = known.get(name, []) + [other[name] for other in validations[-1:]]
+                measured = [other[name] for other in validations[-1:]] or [None]
+                known[name] = known.get(name, []) + measured
         starts = ledger.events("start")
         for name in ("data_identity", "precision", "code_version"):
             known[name] = [*dict.fromkeys(start[name] for start in starts)]

@@ -442,6 +442,55 @@ def warm_vectors(world: World) -> None:
 # What a trainer claims
 
 
+def claimed_hash(world: World) -> None:
+    """Of a step after which the settings ask for none."""
+    world.change(with_step(5, parameter_hash="0" * 64))
+    world.sign()
+
+
+def claimed_loss_of_checkpoint(world: World) -> None:
+    """Of a step that was not validated."""
+    edit_metadata(world, 9, lambda m: m.update(val_loss=1.0, val_bits_per_byte=0.5))
+
+    def edit(line: Line) -> None:
+        if (line.get("event"), line["step"]) == ("checkpoint", 9):
+            line["val_loss"] = 1.0
+
+    world.change(lambda line: edit(line) if "step" in line else None)
+    world.record()
+
+
+def claimed_twice(world: World) -> None:
+    """A validation before the honest one, which a reader may see first."""
+    lines = world.lines()
+    [at] = [n for n, line in enumerate(lines) if (line.get("event"), line.get("step")) == EIGHTH]
+    world.write([*lines[:at], lines[at] | {"val_loss": 1.0}, *lines[at:]])
+    world.sign()
+
+
+def signed_after_adding(world: World) -> str:
+    """Is `raymill sign`, once more, of a run to which lines were added."""
+    try:
+        world.sign()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def set_aside(world: World) -> None:
+    (world.checkpoint(12) / "QUARANTINED").write_text("x")
+
+
+def set_aside_before_an_older_one(world: World) -> None:
+    uri = str(world.checkpoint(9))
+    lines = world.run.read_bytes(LEDGER)
+    end = max(n for n, line in enumerate(world.lines()) if line.get("step") == 9)
+    world.write(world.lines()[: end + 1])
+    sign_checkpoint(uri, SigningKey.at(world.keys[0]), storage_uri=str(world.storage))
+    world.run.write_bytes(LEDGER, lines)
+    set_aside(world)
+
+
 def claimed_validation(world: World) -> None:
     world.change(with_events("validation", val_loss=1.0, val_bits_per_byte=0.5))
     world.change(with_events("checkpoint", val_loss=1.0))
@@ -561,6 +610,8 @@ def trained_again(world: World) -> None:
     train_storing(world.plan)
 
 
+EIGHTH = ("validation", 8)
+
 CHANGED, ADDED, LINES = "checkpoint changed", "lines added", "ledger rewritten"
 UNSIGNED, DATA, STATE_OF_TRAINER = "signature missing", "data changed", "state planted"
 CLAIMS, STORE, HOST, STALE = "figures invented", "store invented", "audit planted", "older served"
@@ -611,6 +662,7 @@ FORGERIES: list[Forgery] = [
     Forgery(ADDED, "a name twice", append_doubled_name, signed, "the key loss occurs twice"),
     Forgery(ADDED, "newer checkpoint", append_unsigned_checkpoint, signed, "is not signed"),
     Forgery(ADDED, "other data", append_other_data, signed, "added after the run had finished"),
+    Forgery(ADDED, "signed again", append_other_figures, signed_after_adding, "has lines behind"),
     Forgery(LINES, "a loss", rewritten(with_step(5, loss=1.0)), signed, "had another last line"),
     Forgery(LINES, "end cut off", cut, signed, "had another last line"),
     Forgery(LINES, "first line inserted", insert_first, signed, "what stands before it"),
@@ -618,6 +670,14 @@ FORGERIES: list[Forgery] = [
     Forgery(LINES, "chain taken off", unchained, verified, "it has no chain"),
     Forgery(LINES, "front without chain", front_unchained, verified, "lines 1 to 1 have no chain"),
     Forgery(UNSIGNED, "no checkpoint", without_checkpoints, signed, "nothing of this run was"),
+    Forgery(UNSIGNED, "newest set aside", set_aside, signed, "has the mark QUARANTINED"),
+    Forgery(
+        UNSIGNED,
+        "older one counts",
+        set_aside_before_an_older_one,
+        signed,
+        "the ledger's newest checkpoint is missing",
+    ),
     Forgery(UNSIGNED, "signed export", signed_export, signed, "states no line of a ledger"),
     Forgery(UNSIGNED, "export --sign", signed_with_export, signed, "had another last line"),
     Forgery(UNSIGNED, "another key", signed_by_another, signed, "another key than that of"),
@@ -699,6 +759,9 @@ FORGERIES: list[Forgery] = [
     Forgery(CLAIMS, "a loss", claimed(with_step(5, loss=1.0)), audited, "step 5: loss"),
     Forgery(CLAIMS, "a loss, by a bit", claimed(with_step(5, loss=5.7)), audited, "step 5: loss"),
     Forgery(CLAIMS, "a norm", claimed(with_step(8, grad_norm=0.5)), audited, "step 8: grad_norm"),
+    Forgery(CLAIMS, "a hash", claimed_hash, audited, "step 5: parameter_hash"),
+    Forgery(CLAIMS, "a checkpoint's loss", claimed_loss_of_checkpoint, signed, "says val_loss 1.0"),
+    Forgery(CLAIMS, "two validations", claimed_twice, signed, "tells step 8 twice"),
     Forgery(CLAIMS, "a rate", claimed(with_step(8, lr=1e-5)), audited, "step 8: lr"),
     Forgery(CLAIMS, "samples", claimed(with_step(8, samples=[0, 6])), audited, "step 8: samples"),
     Forgery(CLAIMS, "a skipped step", claimed_skip, audited, "step 5: skipped"),
