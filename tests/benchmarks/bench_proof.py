@@ -78,7 +78,7 @@ def line_us(folder: Path) -> float:
     """Returns processor microseconds of a step's line."""
     run = open_storage(str(folder / "runs/lines"))
     ledger = LedgerWriter(run)
-    seconds = {name: 0.1 for name in ("load", "forward", "backward", "sync", "update")}
+    seconds = dict.fromkeys(("load", "forward", "backward", "sync", "update"), 0.1)
     start_s = time.process_time()
     for step in range(NUM_LINES):
         ledger.step(step=step, loss=2.5, grad_norm=1.0, lr=1e-3, seconds=seconds, wall_s=1.0)
