@@ -4,13 +4,13 @@ numbers, not too deep."""
 import json
 from typing import Any
 
-import orjson
-
 MAX_DEPTH = 32
 
 
 def strict_json(content: bytes) -> Any:
     """Returns the value. Raises `ValueError`, which says what is wrong."""
+    import orjson  # noqa: PLC0415 (a ledger is read where it is not installed)
+
     # It refuses what `json` takes: NaN, 1e999, half of a surrogate pair, UTF-16. But it takes a name
     # twice.
     orjson.loads(content)
