@@ -3,7 +3,7 @@ worker has."""
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +12,15 @@ from jobs.exact.state.span import PackedSpans, Span
 from jobs.exact.state.train_state import TrainState
 from jobs.workers.worker_group import WorkerGroup
 from model.files.checkpoint import parameter_hash
-from model.files.state_hash import StateHashes, VectorsHash
+from model.files.state_hash import WORDS, StateHashes, VectorsHash, words_in
 from model.files.stored_tensors import StoredTensors, hashed_name, stretch_name
+
+MOST_TRIES = 2
+"""How often a state is loaded that did not arrive as it was stored."""
+
+
+class DamagedStateError(RuntimeError):
+    """What a worker loaded is not what was stored. Another attempt may load it rightly."""
 
 
 def restore(state: TrainState, stored: StoredTensors) -> None:
@@ -56,6 +63,56 @@ def own_stretches(
             stretch = stretch_name(stored_name(part, name), in_parameter.start)
             tensors[stretch] = packed.of(flat[part])
     return weights, train_state
+
+
+def checksum_of(words: int) -> str:
+    """Returns a sum of words as metadata has it."""
+    return f"{words % WORDS:016x}"
+
+
+def words_of_share(state: TrainState, parts: Iterable[str]) -> int:
+    """Returns the sum of the words of what this rank stores of some parts of the state: of all of
+    them, or of its stretches. The sums of all holders of one copy add up to that of the whole."""
+    return words_in(_tensors_of_share(state, parts))
+
+
+def _tensors_of_share(state: TrainState, parts: Iterable[str]) -> Iterator[Tensor]:
+    """Yields views of the parameters' stretches in this rank's share; what lies between them is not
+    stored."""
+    place, num_holders = state.sharding.place, state.sharding.num_holders
+    for part in parts:
+        kept, flat = state.kept(part), state.parts[part]
+        spans = state.spans_of_share(part, place, world_size=num_holders)
+        for _, _, packed in state.layout.pieces(spans):
+            for span in spans.cut(packed):
+                yield kept.home_of(span).of(flat)
+
+
+def restored(
+    state: TrainState, stored: StoredTensors, group: WorkerGroup, *, checksum: str | None, name: str
+) -> None:
+    """Loads a checkpoint on all ranks, and compares what they hold with the checksum that was taken
+    where its state was copied; earlier versions took none. Raises `DamagedStateError` where a rank
+    has other bits, also when it is loaded once more."""
+    for _ in range(MOST_TRIES):
+        restore(state, stored)
+        shares = group.gather((state.sharding.copy, words_of_share(state, state.parts)))
+        sums: dict[int, int] = {}
+        for copy, words in shares:
+            sums[copy] = sums.get(copy, 0) + words
+        are_right = [checksum in (None, checksum_of(sums[copy])) for copy, _ in shares]
+        if all(are_right):
+            return
+    raise damaged_state(are_right, f"checkpoint {name}")
+
+
+def damaged_state(are_right: Sequence[bool], source: str) -> DamagedStateError:
+    """Returns the error of ranks that hold other bits than those that were stored."""
+    wrong = ", ".join(str(rank) for rank, is_right in enumerate(are_right) if not is_right)
+    return DamagedStateError(
+        f"the state that rank {wrong} loaded from {source} has other bits than the state that was stored, {MOST_TRIES} "
+        "times: its memory, its disk or its network alters them; take its node out of the cluster"
+    )
 
 
 def hash_of_weights(state: TrainState, group: WorkerGroup, *, step: int) -> str:

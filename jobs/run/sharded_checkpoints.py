@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from model.files import checkpoint_folder as layout
 from model.files.checkpoint import manifest_of
 from model.files.durable_files import sync
 from model.files.failpoints import failpoint
-from model.files.state_hash import StateHashes, read_state
+from model.files.state_hash import COUNT, WORDS, StoredState, read_state, words_of
 from model.files.stored_tensors import StoredTensors
 
 Reports = list[dict[str, Any]]
@@ -72,19 +73,35 @@ class ShardedCheckpoint:
     def _sizes(self) -> dict[str, int]:
         return {entry.key: entry.size for entry in self._folder.list()}
 
-    def hashes(self, shapes: Mapping[str, Sequence[int]]) -> StateHashes:
+    def read_state(self, shapes: Mapping[str, Sequence[int]]) -> StoredState:
         """Reads the whole state back, a part at a time."""
         kinds = (layout.WEIGHTS, layout.TRAIN_STATE)
         files = [self.file(kind, index) for kind in kinds for index in range(self._count)]
-        stored = StoredTensors(files, self._folder.read_bytes, source=self._folder.uri)
-        return read_state(stored, shapes).hashes
+        return read_state(self._stored(files), shapes)
+
+    def altered(self, reports: Reports) -> list[str]:
+        """Returns the files that, read back, have other words than the state had that was
+        copied."""
+        files: list[str] = []
+        for report in reports:
+            for file, entry in report.items():
+                stored = self._stored([file])
+                names = [name for name in stored.names if name != COUNT]
+                pieces = chain.from_iterable(map(stored.stretches, names))
+                if sum(map(words_of, pieces)) % WORDS != entry["words"]:
+                    files.append(file)
+        return files
+
+    def _stored(self, files: Sequence[str]) -> StoredTensors:
+        return StoredTensors(files, self._folder.read_bytes, source=self._folder.uri)
 
     def complete(self, descriptions: Mapping[str, bytes], reports: Reports) -> bytes:
         """Publishes the checkpoint, whose shards are stored, and returns its manifest. After an
         error another call continues. Raises `LeaseLostError`."""
         files: dict[str, Any] = {}
         for report in reports:
-            files |= report
+            for file, entry in report.items():
+                files[file] = {name: entry[name] for name in ("size", "sha256")}
         for file, content in descriptions.items():
             self._checkpoints.check_fence()
             self._folder.write_bytes(file, content)

@@ -11,6 +11,8 @@ from model.files.checkpoint_folder import Metadata
 class HashRecorder:
     """Hashes at once, so that no checkpoint is passed over, however fast the steps are."""
 
+    wants_again = False
+
     def __init__(self, group: WorkerGroup, ledger: LedgerWriter | None) -> None:
         """Rank 0 has the scratch run's ledger."""
         self._group, self._ledger = group, ledger

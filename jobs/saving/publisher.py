@@ -2,7 +2,6 @@
 supersede."""
 
 import hashlib
-import shutil
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.settings.run import CheckpointConfig
+from jobs.exact.stored_state import checksum_of
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, superseded
 from jobs.run.ledger import LedgerWriter
 from jobs.run.sharded_checkpoints import Reports, ShardedCheckpoint
@@ -25,7 +25,7 @@ from model.files.checkpoint_folder import (
     state_files,
     verify_checkpoint,
 )
-from model.files.state_hash import StateHashes, StoredState, state_in
+from model.files.state_hash import WORDS, StateHashes, StoredState, state_in
 from model.shapes import parameter_shapes
 from model.text.tokenizer import Tokenizer
 
@@ -64,20 +64,13 @@ class Publisher:
         """Records that a checkpoint is not published, and why."""
         self.ledger.event("checkpoint_refused", step=step, reason=reason)
 
-    def publish(self, folder: Path, metadata: Metadata, *, words: int) -> Published | None:
-        """Publishes a whole checkpoint from the spool; `words` is the checksum of the vectors that
-        were to be written. Returns None where it is refused, as its files are damaged. Raises
+    def publish(self, folder: Path, metadata: Metadata, hashes: StateHashes) -> Published:
+        """Publishes a whole checkpoint from the spool, which was read back. Raises
         `StorageError`."""
-        state, problems = read_back(folder, metadata, words=words)
-        if state is None or problems:
-            self.checkpoints.check_fence()  # a newer writer clears the spool
-            self.refuse(metadata.step, "; ".join(problems))
-            shutil.rmtree(folder, ignore_errors=True)
-            return None
         manifest_hash = str(fingerprint(folder / MANIFEST)["sha256"])
         self.ledger.mirror()
         self.checkpoints.publish(folder)
-        return Published(metadata, state.hashes, manifest_hash)
+        return Published(metadata, hashes, manifest_hash)
 
     def complete(
         self,
@@ -94,11 +87,18 @@ class Publisher:
         if refusals:
             self.refuse(metadata.step, refusals[0])
             return None
-        hashes = checkpoint.hashes(parameter_shapes(config))
-        metadata = replace(metadata, parameter_hash=hashes.parameters)
+        state = checkpoint.read_state(parameter_shapes(config))
+        words = sum(entry["words"] for report in reports for entry in report.values())
+        if state.words != words % WORDS:
+            files = ", ".join(checkpoint.altered(reports)) or "the shards together"
+            self.refuse(metadata.step, f"{files}, read back, are not what was in the state")
+            return None
+        metadata = replace(
+            metadata, parameter_hash=state.hashes.parameters, state_checksum=checksum_of(words)
+        )
         self.ledger.mirror()
         manifest = checkpoint.complete(descriptions(config, tokenizer, metadata), reports)
-        return Published(metadata, hashes, hashlib.sha256(manifest).hexdigest())
+        return Published(metadata, state.hashes, hashlib.sha256(manifest).hexdigest())
 
     def record(self, published: Published, *, taken_at_s: float, exposed_s: float) -> None:
         """Records a published checkpoint, and deletes those that it supersedes. Times are on the
@@ -126,12 +126,10 @@ class Publisher:
         self.checkpoints.delete(gone)
 
 
-def read_back(
-    folder: Path, metadata: Metadata, *, words: int
-) -> tuple[StoredState | None, list[str]]:
-    """Reads what was written into a folder, and returns its state, and what is damaged: another
-    hash of the weights than they had in memory, other words of the vectors, or a file that its
-    manifest does not know."""
+def read_back(folder: Path, metadata: Metadata) -> tuple[StoredState | None, list[str]]:
+    """Reads what was written into a folder, and returns its state, and what is not as it was in the
+    state that was copied: its checksum, the hash of the weights, or a file that its manifest has
+    otherwise."""
     try:
         files = state_files(manifest_files(folder), place=str(folder))
         if problems := verify_checkpoint(folder, besides=files):
@@ -139,18 +137,15 @@ def read_back(
         state = state_in(folder)
     except CheckpointError as error:
         return None, [str(error)]
-    problems = []
-    if state.hashes.parameters != metadata.parameter_hash:
-        problems.append(
-            f"{files[0]} has weights of the hash {state.hashes.parameters}, in memory they had "
-            f"{metadata.parameter_hash}"
-        )
-    if state.words != words:
-        problems.append(
-            f"{files[-1]} has vectors of the checksum {state.words:016x}, in memory they had "
-            f"{words:016x}"
-        )
-    return state, problems
+    compared = {
+        "the weights' hash": (state.hashes.parameters, metadata.parameter_hash),
+        "the checksum": (checksum_of(state.words), metadata.state_checksum),
+    }
+    return state, [
+        f"{', '.join(files)} read back: {what} is {found}, it was {wanted}"
+        for what, (found, wanted) in compared.items()
+        if wanted not in (None, found)
+    ]
 
 
 def published_in(folder: Path) -> Published:

@@ -11,6 +11,10 @@ class Saver(Protocol):
     """Stores checkpoints of one attempt while its training continues. All ranks call each method
     together."""
 
+    wants_again: bool
+    """Whether the last copy was damaged, so that the next step's state is to be saved, due or not;
+    on one rank alone."""
+
     def save(self, metadata: Metadata, state: TrainState, *, must: bool) -> bool:
         """Copies the state, and has the copy stored. Returns whether it does: an earlier one may
         still be on its way, for which it waits with `must`.
@@ -28,6 +32,8 @@ class Saver(Protocol):
 
 class SavesNothing:
     """The saver of a rank that has the whole state, as rank 0 does, which stores it."""
+
+    wants_again = False
 
     def save(self, metadata: Metadata, state: TrainState, *, must: bool) -> bool:
         return False

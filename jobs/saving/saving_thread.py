@@ -26,7 +26,7 @@ class SavingThread(ABC, Generic[CopyT, BegunT]):
         self._changed = threading.Condition()
         self._pending: CopyT | None = None
         self._begun: BegunT | None = None  # what is stored in part
-        self._is_finishing = self._is_abandoned = False
+        self._is_finishing = self._is_abandoned = self._is_storing = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
@@ -57,6 +57,7 @@ class SavingThread(ABC, Generic[CopyT, BegunT]):
     def _work(self) -> None:
         try:
             while self._has_work():
+                self._is_storing = True
                 try:
                     self._store()
                 except LeaseLostError:
@@ -68,6 +69,8 @@ class SavingThread(ABC, Generic[CopyT, BegunT]):
                         self._changed.wait_for(lambda: self._pending is not waiting, timeout=wait_s)  # noqa: B023
                 else:
                     self._outage.over()
+                finally:
+                    self._is_storing = False
         except BaseException as error:  # raised again in the training's thread
             self._failure = error
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from jobs.exact.state.host_copies import HostCopy
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.train_state import TrainState
-from jobs.exact.stored_state import cut_up, fill, own_stretches
+from jobs.exact.stored_state import cut_up, fill, own_stretches, words_of_share
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.sharded_checkpoints import Reports, ShardedCheckpoint
 from jobs.run.storage_retry import Outage, tell_nobody
@@ -47,6 +47,7 @@ class Shard:
     flat: Tensor  # (n,): this worker's weights and vectors of the update rule, end to end
     # Views of it, by the file that would hold them whole
     tensors: Mapping[str, Mapping[str, Tensor]]
+    words: Mapping[str, int]  # checksums of the state's own values, by the same files
     taken_at_s: float  # on the monotonic clock
     from_device: HostCopy
     report: dict[str, object] | None = None  # of its files, once they are in the spool
@@ -60,6 +61,8 @@ class ShardWriter(SavingThread[Shard, Shard]):
     It holds copies alone: a thread that still stores one of a lost attempt keeps none of that
     attempt's state.
     """
+
+    wants_again = False  # all ranks would have to: the next one that is due does
 
     def __init__(
         self,
@@ -101,8 +104,12 @@ class ShardWriter(SavingThread[Shard, Shard]):
             from_device = state.copies.start("checkpoint", tensors, partial(fill, flat))
             checkpoint = ShardedCheckpoint(self._checkpoints, name, self._sharding.num_holders)
             files = {WEIGHTS: weights, TRAIN_STATE: train_state}
+            words = {WEIGHTS: words_of_share(state, ["values"])}
+            words[TRAIN_STATE] = words_of_share(state, [*state.vectors])
             with self._changed:
-                self._pending = Shard(metadata, checkpoint, flat, files, start_s, from_device)
+                self._pending = Shard(
+                    metadata, checkpoint, flat, files, words, start_s, from_device
+                )
                 self._changed.notify_all()
         return True
 
@@ -176,14 +183,11 @@ class ShardWriter(SavingThread[Shard, Shard]):
             spool.mkdir(parents=True, exist_ok=True)
             try:
                 check_finite(*shard.tensors.values(), step=shard.metadata.step)
-                named = {
-                    shard.checkpoint.file(name, index): tensors
-                    for name, tensors in shard.tensors.items()
-                }
-                shard.report = {
-                    file: write_file(spool / file, safetensors_pieces(of))
-                    for file, of in named.items()
-                }
+                shard.report = {}
+                for name, tensors in shard.tensors.items():
+                    file = shard.checkpoint.file(name, index)
+                    written = write_file(spool / file, safetensors_pieces(tensors))
+                    shard.report[file] = written | {"words": shard.words[name]}
             except NotFiniteError as error:
                 shard.report = {"refused": str(error)}
             except OSError:

@@ -25,6 +25,7 @@ from cluster.output.progress import say
 from jobs.exact.state.host_copies import HostCopy
 from jobs.exact.state.span import PackedSpans, Span
 from jobs.exact.state.train_state import StatePiece, TrainState
+from jobs.exact.stored_state import MOST_TRIES, damaged_state
 from jobs.snapshots.choice import (
     Holding,
     Snapshot,
@@ -35,7 +36,7 @@ from jobs.snapshots.choice import (
     sharded_area,
 )
 from jobs.snapshots.keepers import CHUNK_BYTES, NoRoom, ask_patiently, fetch, find_keepers, read_s
-from jobs.snapshots.slots import Bytes, Header, Slots
+from jobs.snapshots.slots import Bytes, Checksum, Header, Slots
 from jobs.workers.worker_group import WorkerGroup
 
 NUM_SHARES = {"cuda": 8, "cpu": 1}
@@ -121,11 +122,20 @@ class Snapshots:
             holdings = [held for held in holdings if held not in damaged]
 
     def restore(self, snapshot: Snapshot, state: TrainState) -> dict[str, Any]:
-        """Loads the state on every rank; returns `carried`."""
+        """Loads the state on every rank; returns `carried`. Raises `DamagedStateError` where a rank
+        has other bits than the snapshot, also when it is loaded once more."""
+        for _ in range(MOST_TRIES):
+            self.load(snapshot, state)
+            are_right = self._group.gather(_has_arrived(snapshot, state))
+            if all(are_right):
+                return snapshot.header.carried
+        raise damaged_state(are_right, f"the snapshot of step {snapshot.header.step}")
+
+    def load(self, snapshot: Snapshot, state: TrainState) -> None:
+        """Loads the state on every rank, a piece at a time."""
         shares = (self._pieces(holders, state) for holders in snapshot.shares)
         pieces = itertools.chain.from_iterable(shares)
         state.load_state(snapshot.header.num_updates, pieces)
-        return snapshot.header.carried
 
     def _pieces(self, holders: list[Holding], state: TrainState) -> Iterator[StatePiece]:
         """Yields a share from this node's memory where every node has it; else one rank broadcasts
@@ -331,6 +341,26 @@ def _damaged(snapshot: Snapshot, keepers: Mapping[str, Any]) -> list[Holding]:
     num_bytes = sum(held.header.num_bytes for held in chosen)
     are_whole = ask_patiently(questions, nodes, timeout_s=read_s(num_bytes))
     return [held for number, held in enumerate(chosen) if not are_whole.get(number)]
+
+
+def _has_arrived(snapshot: Snapshot, state: TrainState) -> bool:
+    """Reports whether this rank's state has the bits that its keepers' memory has, of the shares
+    that it holds whole: a chunk may have been altered on its way. Of a state that is divided
+    otherwise than the snapshot no rank holds one."""
+    sharding = state.sharding
+    own = None if sharding.is_whole else (sharding.place, sharding.num_holders)
+    for holders in snapshot.shares:
+        header = holders[0].header
+        if own in (None, (header.rank, header.world_size)):
+            checksum = Checksum()
+            share = state.share(header.rank, world_size=header.world_size)
+            views = [*itertools.chain.from_iterable(share.values())]
+            pieces = views if state.device.type == "cpu" else state.copies.pieces(views)
+            for piece in pieces:
+                checksum.add(piece.numpy().view(np.uint8))
+            if checksum.value != header.checksum:
+                return False
+    return True
 
 
 def _write_pieces(slots: Slots, header: Header, pieces: Iterator[Tensor]) -> None:

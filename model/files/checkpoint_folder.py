@@ -45,6 +45,8 @@ class Metadata:
     # The memory of the training's guard; see jobs/training/guards.py
     guard: dict[str, Any] | None = None
     parameter_hash: str | None = None  # set by write_checkpoint
+    # The sum of the words of the state that it was copied from, in hexadecimal (model/files/state_hash.py)
+    state_checksum: str | None = None
     val_loss: float | None = None  # nats per token
     val_bits_per_byte: float | None = None
     precision: str | None = None  # of the run's computations, fp32 or bf16

@@ -10,7 +10,7 @@ None of the three depends on how the state is divided among workers.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ COUNT = "step"
 
 Pieces = Iterable[bytes | memoryview]
 
-_WORDS = 1 << 64
+WORDS = 1 << 64
 _PIECE_VALUES = 1 << 18  # stay in a processor's cache
 
 
@@ -59,14 +59,9 @@ class StateHashes:
 
 
 class VectorsHash:
-    """Takes a state's vectors one by one, in the order of their names.
-
-    `words` is a checksum of what it took, the sum of the values' bits as whole numbers of 64 bits:
-    it costs next to nothing, and tells what was read back from what was to be written.
-    """
+    """Takes a state's vectors one by one, in the order of their names."""
 
     def __init__(self, num_updates: int) -> None:
-        self.words = 0
         self._digest = hashlib.sha256(hashed_name(COUNT, torch.int64, [1]))
         self._digest.update(num_updates.to_bytes(8, "little", signed=True))
 
@@ -74,27 +69,37 @@ class VectorsHash:
         self._digest.update(hashed_name(name, dtype, [num_values]))
         for piece in pieces:
             self._digest.update(piece)
-            self.words = (self.words + words_of(piece)) % _WORDS
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
 
 
 def words_of(content: bytes | memoryview) -> int:
-    """Returns the sum of the words of 64 bits, of which the last may be cut short."""
+    """Returns the sum of the words of 64 bits, of which the last may be cut short.
+
+    It costs next to nothing, and any flipped bit changes it: the same sum where a state is copied,
+    written, read back and restored tells that all of them had the same bits.
+    """
     num_words, left = divmod(len(content), 8)
     words = np.frombuffer(content, "<u8", count=num_words)
     last = bytes(content[len(content) - left :])
-    return (int(words.sum(dtype=np.uint64)) + int.from_bytes(last, "little")) % _WORDS
+    return (int(words.sum(dtype=np.uint64)) + int.from_bytes(last, "little")) % WORDS
 
 
-def words_in(vectors: Iterable[Tensor]) -> int:
-    """Returns the sum of the words of tensors on the CPU, as `VectorsHash` finds it."""
+def words_in(tensors: Iterable[Tensor]) -> int:
+    """Returns the sum of the words of tensors on their device, each of which begins with a word."""
     total = 0
-    for vector in vectors:
-        for piece in vector.view(-1).split(_PIECE_VALUES):
-            total += words_of(piece.view(torch.uint8).numpy().data)
-    return total % _WORDS
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        if flat.device.type == "cpu":
+            for piece in flat.split(_PIECE_VALUES):
+                total += words_of(piece.view(torch.uint8).numpy().data)
+        else:
+            content = flat.view(torch.uint8)
+            end = len(content) // 8 * 8
+            total += int(content[:end].view(torch.int64).sum())  # modulo 2^64
+            total += words_of(content[end:].cpu().numpy().data)
+    return total % WORDS
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ class StoredState:
     """What was read of a stored state."""
 
     hashes: StateHashes
-    words: int  # of its vectors
+    words: int  # of all its values, but the number of updates
     num_updates: int
 
 
@@ -111,14 +116,26 @@ def read_state(stored: StoredTensors, shapes: Mapping[str, Sequence[int]]) -> St
     `CheckpointError` where some are missing."""
     [count] = stored.contents(COUNT, num_values=1)
     num_updates = int.from_bytes(count, "little", signed=True)
-    vectors = VectorsHash(num_updates)
+    vectors, words = VectorsHash(num_updates), _Words()
     for name in stored.names:
         if name not in shapes and name != COUNT:
             num_values = stored.num_values(name)
-            pieces = stored.contents(name, num_values=num_values)
+            pieces = words.counted(stored.contents(name, num_values=num_values))
             vectors.add(name, stored.dtype(name), num_values=num_values, pieces=pieces)
-    hashes = StateHashes(stored.parameter_hash(shapes), vectors.hexdigest())
-    return StoredState(hashes, vectors.words, num_updates)
+    parameters = stored.parameter_hash(shapes, seen=words.counted)
+    return StoredState(StateHashes(parameters, vectors.hexdigest()), words.total, num_updates)
+
+
+class _Words:
+    """Adds up the words of pieces as they pass."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def counted(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            self.total = (self.total + words_of(piece)) % WORDS
+            yield piece
 
 
 def state_in(folder: Path) -> StoredState:

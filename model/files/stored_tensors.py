@@ -37,6 +37,8 @@ Read = Callable[..., bytes]
 Pieces = Callable[[str, int, int], Iterator[bytes]]
 """(file, start, stop): the bytes of a file from one place to another, a piece at a time."""
 
+Seen = Callable[[Iterator[bytes]], Iterator[bytes]]
+
 _READ_BYTES, _NUM_READERS = 16 << 20, 8  # of a distant storage
 _MOST_HEADER_BYTES = 100 << 20  # as safetensors' own readers allow
 _HASHED_BYTES = 1 << 20  # at a time of a file that is here: they stay in a processor's cache
@@ -144,13 +146,15 @@ class StoredTensors:
         )
         return tensors
 
-    def parameter_hash(self, shapes: Mapping[str, Sequence[int]]) -> str:
+    def parameter_hash(
+        self, shapes: Mapping[str, Sequence[int]], *, seen: Seen = lambda pieces: pieces
+    ) -> str:
         """Returns the parameter hash of tensors of these shapes, of which a part is in memory at a
-        time."""
+        time. The pieces of each tensor pass `seen` on their way."""
         digest = hashlib.sha256()
         for name in sorted(shapes):
             digest.update(hashed_name(name, self._of(name)[0].dtype, shapes[name]))
-            for piece in self.contents(name, num_values=prod(shapes[name])):
+            for piece in seen(self.contents(name, num_values=prod(shapes[name]))):
                 digest.update(piece)
         return digest.hexdigest()
 
@@ -176,6 +180,12 @@ class StoredTensors:
             yield from self._pieces(file, start, start + len(place) * dtype.itemsize)
         if end != num_values:
             raise self._lacking(name, end)
+
+    def stretches(self, name: str) -> Iterator[bytes]:
+        """Yields the bytes of a tensor as far as these files have them, a stretch after the
+        other."""
+        for place, file, start, dtype, _ in self._of(name):
+            yield from self._pieces(file, start, start + len(place) * dtype.itemsize)
 
     def _pieces_ahead(self, file: str, start: int, stop: int) -> Iterator[bytes]:
         """Yields the bytes of a distant file, some pieces of which are on their way at a time."""

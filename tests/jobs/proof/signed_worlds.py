@@ -15,6 +15,7 @@ from torch import Tensor
 from cluster.settings.run import RunConfig, to_yaml
 from cluster.storage.registry import publish
 from cluster.storage.uris import Storage, open_storage
+from jobs.exact.stored_state import checksum_of
 from jobs.proof.audit_run import Audit, audit
 from jobs.proof.sign_checkpoint import sign_checkpoint
 from jobs.proof.verify_run import verify
@@ -124,12 +125,13 @@ class World:
         self.remanifest(step)
 
     def remanifest(self, step: int) -> None:
-        """Makes a checkpoint's manifest, and the hash in its metadata, fit its files."""
+        """Makes a checkpoint's manifest, and what its metadata says of the state, fit its files."""
         folder = self.checkpoint(step)
-        hashed = state_in(folder).hashes.parameters
+        state = state_in(folder)
 
         def renew(fields: Line) -> None:
-            fields["parameter_hash"] = hashed
+            fields["parameter_hash"] = state.hashes.parameters
+            fields["state_checksum"] = checksum_of(state.words)
 
         self.edit_json(folder / "raymill.json", renew)
         files = {name: fingerprint(folder / name) for name in manifest_files(folder)}

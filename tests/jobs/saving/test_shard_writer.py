@@ -2,7 +2,7 @@
 in no more memory."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +22,14 @@ from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.ledger import Ledger, LedgerWriter
 from jobs.run.sharded_checkpoints import ShardedCheckpoint
 from jobs.run.writer_generation import Fence
+from jobs.saving import shard_writer
 from jobs.saving.publisher import Publisher
 from jobs.saving.shard_writer import Shard, ShardWriter
 from jobs.training.train_loop import train
 from jobs.workers.worker_group import WorkerGroup
 from model.config import GPTConfig, preset_fields
 from model.files.checkpoint import load_model, parameter_hash
-from model.files.checkpoint_folder import verify_checkpoint
+from model.files.checkpoint_folder import TRAIN_STATE, WEIGHTS, shard_of, verify_checkpoint
 from model.gpt import GPT, initial_weights
 from model.text.tokenizer import train_bpe
 from tests.checkpoints import metadata_of
@@ -190,6 +191,52 @@ def test_the_newest_takes_the_place_of_what_waits_on_all_ranks(
         go.set()
     ledger = saving.finish()
     assert [line["step"] for line in ledger.events("checkpoint")] == [1, 8]
+
+
+@pytest.mark.parametrize("place", ["copy", "file"])
+@pytest.mark.parametrize("whole", [WEIGHTS, TRAIN_STATE])
+def test_a_shard_that_is_not_what_was_in_the_state_is_named_and_never_published(
+    tmp_path: Path,
+    states: list[TrainState],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    whole: str,
+) -> None:
+    """A bit flips in rank 1's copy before it is written, or in its file before it is read back."""
+    write, store = shard_writer.write_file, ShardedCheckpoint.store
+    name = shard_of(whole, 1, count=NUM_RANKS)
+    flipped: list[str] = []
+
+    def flip(content: bytearray) -> bytearray:
+        content[len(content) // 2] ^= 4
+        flipped.append(place)
+        return content
+
+    def writing(path: Path, pieces: Iterable[bytes]) -> Any:
+        if place == "copy" and path.name == name and not flipped:
+            header, first, *rest = map(bytes, pieces)
+            pieces = [header, bytes(flip(bytearray(first))), *rest]
+        return write(path, pieces)
+
+    def storing(self: ShardedCheckpoint, index: int, spooled: Path, *rest: Any) -> None:
+        path = spooled / name
+        if place == "file" and index == 1 and path.exists() and not flipped:
+            path.write_bytes(flip(bytearray(path.read_bytes())))
+        store(self, index, spooled, *rest)
+
+    monkeypatch.setattr(shard_writer, "write_file", writing)
+    monkeypatch.setattr(ShardedCheckpoint, "store", storing)
+    for state in states:
+        for vector in state.vectors.values():
+            vector.fill_(0.5)
+    saving = Saving(tmp_path, states)
+    assert saving.save(1)
+    wait_until(lambda: Ledger.read(saving.run).events("checkpoint_refused"))
+    assert saving.save(2, must=True)
+    ledger = saving.finish()
+    [refused] = ledger.events("checkpoint_refused")
+    assert refused["reason"] == f"{name}, read back, are not what was in the state"
+    assert [line["step"] for line in ledger.events("checkpoint")] == [2]
 
 
 @pytest.mark.parametrize("part", ["values", *AdamW.vectors])

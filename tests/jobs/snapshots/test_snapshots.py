@@ -20,6 +20,7 @@ import jobs.snapshots.snapshots
 import jobs.training.open_attempt
 from jobs.exact.state.host_copies import HostCopies
 from jobs.exact.state.train_state import TrainState
+from jobs.exact.stored_state import DamagedStateError
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.ledger import Ledger
 from jobs.saving.checkpoint_writer import CheckpointWriter
@@ -468,6 +469,36 @@ def test_a_state_comes_back_with_the_same_bits_and_trains_on_alike(beside: bool)
     assert parameter_hash(other.model.state_dict()) == parameter_hash(state.model.state_dict())
 
 
+@pytest.mark.parametrize("is_always", [False, True])
+def test_a_part_that_is_altered_on_its_way_is_loaded_again(is_always: bool) -> None:
+    """In a received part, which the keeper's own checksum does not see."""
+    state, other = make_state(), make_state()
+    snapshots = OwnMemory(None, WorkerGroup(0, 1), memory=make_memory())
+    [gradient] = gradients(state, 1)
+    apply(state, gradient, learning_rate=RATE)
+    snapshots.after_step(1, state, attempt=1, carried={})
+    snapshot = snapshots.newest()
+    assert snapshot is not None
+    read, altered = snapshots._read, []
+
+    def altering(held: Holding, spans: list[range]) -> Iterator[Bytes]:
+        for number, data in enumerate(read(held, spans)):
+            received = data.copy()
+            if number == 0 and (is_always or not altered):
+                altered.append(held)
+                received[40] ^= 16
+            yield received
+
+    snapshots._read = altering  # type: ignore[method-assign]
+    if is_always:
+        with pytest.raises(DamagedStateError, match="rank 0 loaded from the snapshot of step 1"):
+            snapshots.restore(snapshot, other)
+        return
+    snapshots.restore(snapshot, other)
+    assert altered
+    assert parameter_hash(other.model.state_dict()) == parameter_hash(state.model.state_dict())
+
+
 def test_the_workers_of_a_node_write_a_state_together_and_in_a_rescue_each_what_is_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -491,7 +522,7 @@ def test_the_workers_of_a_node_write_a_state_together_and_in_a_rescue_each_what_
     ranks[1].rescue(state)
     after = ranks[1].newest()
     assert after is not None and after.header.step == 2
-    ranks[1].restore(after, other)
+    OwnMemory(None, WorkerGroup(0, 1), memory=memory).restore(after, other)
     assert parameter_hash(other.model.state_dict()) == parameter_hash(state.model.state_dict())
     ranks[1].rescue(state)
     assert len(whole(memory)) == 6, "both steps are still there"

@@ -1,22 +1,32 @@
 """Corruption costs a run one checkpoint at most: it is told of, kept aside and passed over."""
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from cluster.monitoring.metric_table import Phase
 from cluster.storage.uris import Storage
+from jobs.exact.state.host_copies import HostCopies, Take
+from jobs.exact.stored_state import DamagedStateError
 from jobs.pretrain import unfinished
 from jobs.run.checkpoints import QUARANTINED, RunCheckpoints, step_of
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
-from jobs.saving import publisher
+from jobs.saving import checkpoint_writer
+from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.saving.publisher import read_back
 from jobs.training.train_loop import train
 from model.files.checkpoint_folder import Metadata
+from model.files.state_hash import COUNT
+from model.files.stored_tensors import StoredTensors
 from tests.checkpoints import damage
+from tests.jobs.failpoint_runs import save_and_wait
 from tests.jobs.runs import final_hash, tiny_plan
 
 
@@ -73,32 +83,129 @@ def test_a_corrupt_newest_is_marked_told_of_and_passed_over(tmp_path: Path, how:
     assert step_of(RunCheckpoints(run).names[-1]) == 8
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "train_state.safetensors", "config.json"])
-def test_a_run_whose_last_checkpoint_is_refused_has_not_finished_and_a_resume_ends_it(
+FILES = ("model.safetensors", "train_state.safetensors", "config.json")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_checkpoint_that_the_disk_alters_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    """The disk alters a bit of the checkpoint of step 8 in the spool."""
+    """A bit of the checkpoints of steps 4 and 8, each at first."""
+    whole, plan = eight_steps(tmp_path / "whole"), eight_steps(tmp_path / "altered")
+    train(whole, rank=0, world_size=1)
+    altered: list[int] = []
+
+    def altering(folder: Path, metadata: Metadata) -> tuple[Any, list[str]]:
+        if metadata.step % 4 == 0 and metadata.step not in altered:
+            altered.append(metadata.step)
+            damage(folder, file, "flip")
+        return read_back(folder, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer, "read_back", altering)
+        patch.setattr(CheckpointWriter, "save", save_and_wait)
+        train(plan, rank=0, world_size=1)
+    ledger = Ledger.read(plan.run)
+    assert [line["step"] for line in ledger.events("checkpoint_refused")] == [4, 8]
+    for line in ledger.events("checkpoint_refused"):
+        assert "the copy of the state was altered in " in line["reason"]
+        assert file in line["reason"]
+    assert [line["step"] for line in ledger.events("checkpoint")] == [5, 8]
+    assert [line["step"] for line in ledger.events("finish")] == [8]
+    assert final_hash(plan) == final_hash(whole)
+
+
+@pytest.mark.parametrize("part", ["values", "exp_avg", "exp_avg_sq"])
+def test_a_bit_that_flips_in_the_copy_is_named_and_the_copy_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """In the host's memory, after the copy was taken and before it is written: at the last step,
+    whose weights would be the run's."""
+    whole, plan = eight_steps(tmp_path / "whole"), eight_steps(tmp_path / "flipped")
+    train(whole, rank=0, world_size=1)
+    start = HostCopies.start
+    flipped: list[int] = []
+
+    def flipping(copies: HostCopies, phase: Phase, tensors: Sequence[Tensor], take: Take) -> Any:
+        copy = start(copies, phase, tensors, take)
+        if phase == "checkpoint" and len(flipped) < 2:
+            flipped.append(1)
+            [flat] = take.args  # type: ignore[attr-defined]
+            place = ["values", "exp_avg", "exp_avg_sq"].index(part) * len(tensors[0]) + 40
+            flat.view(torch.int32)[place] ^= 1 << 20
+        return copy
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostCopies, "start", flipping)
+        patch.setattr(CheckpointWriter, "save", save_and_wait)
+        train(plan, rank=0, world_size=1)
+    ledger = Ledger.read(plan.run)
+    reasons = [line["reason"] for line in ledger.events("checkpoint_refused")]
+    assert len(reasons) == 2
+    assert all("in the memory of" in reason for reason in reasons)
+    assert [line["step"] for line in ledger.events("checkpoint")][-1] == 8
+    assert final_hash(plan) == final_hash(whole)
+    states = [
+        Ledger.read(each.run).events("checkpoint")[-1]["state_hash"] for each in (whole, plan)
+    ]
+    assert states[0] == states[1]
+
+
+def test_a_run_whose_last_checkpoint_is_refused_has_not_finished_and_a_resume_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk alters a bit of each checkpoint of step 8 in the spool."""
     whole, plan = eight_steps(tmp_path / "whole"), eight_steps(tmp_path / "refused")
     train(whole, rank=0, world_size=1)
 
-    def altering(folder: Path, metadata: Metadata, *, words: int) -> tuple[Any, list[str]]:
-        if step_of(folder.name) == 8:
-            damage(folder, file, "flip")
-        return read_back(folder, metadata, words=words)
+    def altering(folder: Path, metadata: Metadata) -> tuple[Any, list[str]]:
+        if metadata.step == 8:
+            damage(folder, "model.safetensors", "flip")
+        return read_back(folder, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(publisher, "read_back", altering)
+        patch.setattr(checkpoint_writer, "read_back", altering)
         train(plan, rank=0, world_size=1)
     ledger = Ledger.read(plan.run)
     assert not ledger.events("finish")
+    assert len(ledger.events("checkpoint_refused")) == 2
     said = str(unfinished(plan, ledger))
-    assert f"gave up: the checkpoint of step 8 was not stored: {file}" in said
+    assert "gave up: the checkpoint of step 8 was not stored: the copy of the state was alt" in said
     assert "The same --run-id repeats" in said
     train(plan, rank=0, world_size=1)
     ledger = Ledger.read(plan.run)
     assert [line["step"] for line in ledger.events("start")] == [0, 4]
     assert [line["step"] for line in ledger.events("finish")] == [8]
     assert final_hash(plan) == final_hash(whole)
+
+
+@pytest.mark.parametrize("is_always", [False, True])
+def test_a_state_that_arrives_otherwise_than_it_was_stored_is_loaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_always: bool
+) -> None:
+    plan = eight_steps(tmp_path)
+    run, expected = stopped(plan, tmp_path), final_hash(plan)
+    newest = RunCheckpoints(run).names[-1]
+    RunCheckpoints(run).delete([newest])
+    load, altered = StoredTensors.load, []
+
+    def altering(stored: StoredTensors, wanted: Iterable[tuple[str, range, Tensor]]) -> None:
+        into = [*wanted]
+        load(stored, into)
+        name, _, target = into[-1]
+        if name != COUNT and (is_always or not altered):
+            altered.append(name)
+            target.view(torch.int32)[3] ^= 1 << 20
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredTensors, "load", altering)
+        if is_always:
+            with pytest.raises(DamagedStateError, match="rank 0 loaded from checkpoint step-0"):
+                train(plan, rank=0, world_size=1)
+            return
+        train(plan, rank=0, world_size=1)
+    assert altered
+    assert final_hash(plan) == expected
 
 
 def test_checkpoints_that_a_killed_writer_did_not_record_are_recorded_by_the_next(

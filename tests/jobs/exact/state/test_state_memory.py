@@ -92,7 +92,7 @@ def test_a_restore_needs_a_piece_at_a_time(state: TrainState, nodes: str) -> Non
         header = Header(1, 7, rank, 8, 7, ["values", *AdamW.vectors], {}, 1, num_bytes, 0)
         shares.append([Holding("a", f"share-{rank}-of-8", 0, header)])
     with NewMemory(held_by(state), META) as new:
-        Elsewhere(WorkerGroup(0, 8), list(nodes)).restore(Snapshot(shares), state)
+        Elsewhere(WorkerGroup(0, 8), list(nodes)).load(Snapshot(shares), state)
     assert state.num_updates == 7
     assert new.largest_bytes <= CHUNK_BYTES
 
