@@ -32,18 +32,24 @@ _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k")
 _EXPERT = ".experts."
 _IN_BLOCK = re.compile(r"(\w+\.\d+\.\w+)\.")  # `layers.0.mlp` of a parameter's name
+_TOKEN_IDS = ("bos_token_id", "eos_token_id")
 NOT_OF_THE_MODEL = frozenset(
-    (
-        "architectures",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "bos_token_id",
-        "eos_token_id",
-    )
+    ("architectures", "dtype", "torch_dtype", "transformers_version", *_TOKEN_IDS)
 )
 """What a checkpoint's config.json may say otherwise: the module's name, how weights are stored, and
 the tokenizer's ids."""
+
+_NOT_DETERMINISTIC = " does not have a deterministic implementation"  # torch's words on a GPU
+_LONGEST_TEXT = 400  # of transformers' own, in a refusal
+
+_DROPS_LAYERS = "leaves layers out at random, whose gradients then do not exist; set it to 0"
+_NOT_EXACT = {
+    "layerdrop": _DROPS_LAYERS,
+    "layer_drop": _DROPS_LAYERS,
+    "output_router_logits": "adds a loss over a batch's routing, which is not trained; set it to false",
+    "rescale_every": "divides the stored weights too, in validation; set it to 0, which computes the same",
+}
+"""Settings that are refused where they are set, and why."""
 
 _DROPOUT = re.compile(r"dropout|pdrop|drop_rate")
 _OF_ANOTHER_HEAD = re.compile(r"classifier|summary")
@@ -94,16 +100,11 @@ class ForeignConfig:
                 f"config.json: model_type {self.model_type!r} is not a decoder of text alone; name the config.json of "
                 "its text model"
             )
-        for name in ("layerdrop", "layer_drop"):
-            if getattr(self.hf, name, 0.0):
+        for name, reason in _NOT_EXACT.items():
+            if getattr(self.hf, name, 0):
                 raise ForeignModelError(
-                    f"config.json: {name} leaves layers out at random, whose gradients then do not exist; set it to 0"
+                    f"config.json: model_type {self.model_type!r}: {name} {reason}"
                 )
-        if getattr(self.hf, "output_router_logits", False):
-            raise ForeignModelError(
-                "config.json: output_router_logits adds a loss over a batch's routing, which is not trained; set it "
-                "to false"
-            )
 
     @property
     def model_type(self) -> str:
@@ -122,28 +123,30 @@ class ForeignConfig:
     @property
     def n_positions(self) -> int:
         """The context length in tokens."""
-        longest = getattr(self.hf, "max_position_embeddings", None)
+        longest = max(0, self._number("max_position_embeddings", 0))  # XLNet's is -1
         return int(longest or self.values.get("seq_length") or _WITHOUT_POSITIONS)
 
     @property
     def n_layer(self) -> int:
-        return int(self.hf.num_hidden_layers)
+        return self._number("num_hidden_layers")
 
     @property
     def n_embd(self) -> int:
-        return int(self.hf.hidden_size)
+        return self._number("hidden_size")
 
     @property
     def n_head(self) -> int:
-        return int(self.hf.num_attention_heads)
+        """The heads of a layer; 0 where no layer has attention, as in Mamba."""
+        return self._number("num_attention_heads", 0)
 
     @property
     def num_kv_heads(self) -> int:
-        return int(getattr(self.hf, "num_key_value_heads", None) or self.n_head)
+        return self._number("num_key_value_heads", 0) or self.n_head
 
     @property
     def head_dim(self) -> int:
-        return int(getattr(self.hf, "head_dim", None) or self.n_embd // self.n_head)
+        """The width of a head; 0 where there are none."""
+        return self._number("head_dim", 0) or (self.n_head and self.n_embd // self.n_head)
 
     @property
     def kv_width(self) -> int:
@@ -152,11 +155,11 @@ class ForeignConfig:
     @property
     def ffn_width(self) -> int:
         """The width of the feed-forward layer that a token passes: of its experts together."""
-        dense = getattr(self.hf, "intermediate_size", None) or 4 * self.n_embd
+        dense = self._number("intermediate_size", 0) or 4 * self.n_embd
         if not self.num_experts:
-            return int(dense)
-        of_expert = getattr(self.hf, "moe_intermediate_size", None) or dense
-        return int(of_expert) * self.num_active_experts
+            return dense
+        of_expert = self._number("moe_intermediate_size", 0) or dense
+        return of_expert * self.num_active_experts
 
     @property
     def num_experts(self) -> int:
@@ -167,6 +170,13 @@ class ForeignConfig:
     def num_active_experts(self) -> int:
         """The experts that compute a token."""
         return min(self.num_experts, _first_number(self.hf, _EXPERTS_OF_A_TOKEN) or 1)
+
+    def _number(self, name: str, *default: int) -> int:
+        """Raises `ForeignModelError` where each layer has its own, or the config none."""
+        try:
+            return int(getattr(self.hf, name, *default) or 0)
+        except Exception as error:  # of several packages
+            raise cannot_be(self, "read", error) from error
 
     @property
     def tie_word_embeddings(self) -> bool:
@@ -291,7 +301,7 @@ def _parsed(content: str) -> Any:
     try:
         return transformers.CONFIG_MAPPING[kind].from_dict(values)
     except Exception as error:  # its checks raise classes of several packages
-        raise ForeignModelError(f"config.json: {' '.join(str(error).split())}") from error
+        raise ForeignModelError(f"config.json: model_type {kind!r}: {_in_words(error)}") from error
 
 
 @functools.cache
@@ -346,6 +356,25 @@ def require_version() -> None:
         )
 
 
+def cannot_be(config: ForeignConfig, done: str, error: Exception) -> ForeignModelError:
+    """Returns the refusal of a model with which transformers raises what it raises."""
+    model, text = f"a model of type {config.model_type!r}", _in_words(error)
+    if _NOT_DETERMINISTIC in text:
+        operation = text.partition(_NOT_DETERMINISTIC)[0].split()[-1]
+        return ForeignModelError(
+            f"{model} needs {operation}, which has no deterministic form on a GPU: nothing was trained. Train it "
+            "on CPUs (--scaling.use-gpu false), or without equal bits (--train.exact false)"
+        )
+    version, what = imported().__version__, f"{type(error).__name__}: {text}"
+    return ForeignModelError(
+        f"config.json: {model} cannot be {done} with transformers {version} ({what}): it is not trained"
+    )
+
+
+def _in_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:_LONGEST_TEXT]
+
+
 def _no_causal_model(kind: object) -> ForeignModelError:
     return ForeignModelError(
         f"config.json: model_type is {kind!r}, of which transformers {imported().__version__} has no causal language "
@@ -366,9 +395,12 @@ def empty_module(config: ForeignConfig) -> "nn.Module":
     transformers = imported()
     if type(config.hf) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise _no_causal_model(config.model_type)
-    own_copy = type(config.hf).from_dict(config.hf.to_dict())  # a module writes into it
-    with torch.device("meta"):
-        module = transformers.AutoModelForCausalLM.from_config(own_copy, **_options(config))
+    try:
+        own_copy = type(config.hf).from_dict(config.hf.to_dict())  # a module writes into it
+        with torch.device("meta"):
+            module = transformers.AutoModelForCausalLM.from_config(own_copy, **_options(config))
+    except Exception as error:  # of any class: a module of a config that does not suit it
+        raise cannot_be(config, "made", error) from error
     assert isinstance(module, torch.nn.Module)
     if config.adapter is not None:
         put_into(module, config.adapter, _linear_layers(module, config))

@@ -22,6 +22,8 @@ from model.linear_cross_entropy import (
 )
 from model.numerics import Numerics
 
+_COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch")
+
 _MOST_GRAPHS = 64
 """Of one function that is compiled: for each kind of layer those with a mask and without one, and
 those of the self-test. PyTorch's own limit is 8."""
@@ -122,6 +124,11 @@ def compiled(backend: "str | Callable[..., Any]" = "inductor") -> Operations:
         cross_entropy=partial(linear_cross_entropy, chunk=chunk),
         head_losses=_in_training(fused(_head_to_compile), _head_losses),
     )
+
+
+def is_of_compiler(error: Exception) -> bool:
+    """Reports whether PyTorch's compiler has raised it."""
+    return type(error).__module__.startswith(_COMPILER)
 
 
 def _in_training(

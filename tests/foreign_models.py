@@ -20,6 +20,14 @@ _SHAPE = {
     "pad_token_id": None,
 }
 
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 24, "mamba_d_state": 8}
+_DELTA_KINDS = ["linear_attention", "full_attention", "linear_attention"]
+_DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 _KINDS = ["sliding_attention", "sliding_attention", "full_attention"]
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -52,6 +60,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 16,
         },
     },
+    "mamba": {"state_size": 8, "time_step_rank": 4},
     "gpt2": {
         "n_layer": 3,
         "n_embd": 48,
@@ -65,16 +74,55 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """By transformers' model_type: what its config.json says besides the common shape."""
 
+ON_CPUS_ALONE: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1], **_MAMBA},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention", "mamba"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 32,
+        **_MAMBA,
+    },
+    "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 24, "n_groups": 1},
+    "olmo_hybrid": {"layer_types": _DELTA_KINDS, **_DELTA},
+    "opt": {"ffn_dim": 80, "word_embed_proj_dim": 48, "dropout": 0.0},
+    "qwen3_5_text": {"head_dim": 16, "layer_types": _DELTA_KINDS, **_DELTA},
+    "qwen3_next": {
+        "head_dim": 16,
+        "layer_types": _DELTA_KINDS,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        **_DELTA,
+    },
+}
+"""Those that need operations which have no deterministic form on a GPU (`cuda_alerts`)."""
+
+ROFORMER = {**_SHAPE, "model_type": "roformer", "embedding_size": 48, "is_decoder": True}
+"""A decoder whose sinusoidal positions transformers freezes."""
+
 QUICK = ("qwen3", "qwen3_moe", "gemma3_text")
 """Those that every run of the tests looks at: a plain one, one of experts, one with a tied head and
 windows."""
 
 WITH_DROPOUT = ("falcon", "bloom")
 
-UNROUNDED = ("qwen3_moe", "mixtral", "falcon")
-"""Those with matrices outside linear modules: of experts, and with a product of their own."""
+WITHOUT_DOCUMENTS = ("bloom", "mamba", *ON_CPUS_ALONE)
+"""Those whose tokens see the documents before their own: `train.document_mask` is refused."""
+
+UNROUNDED = (
+    "qwen3_moe",
+    "mixtral",
+    "falcon",
+    "mamba",
+    *[name for name in ON_CPUS_ALONE if name != "opt"],
+)
+"""Those with matrices outside linear modules: of experts, of convolutions, and with a product of
+their own."""
 
 
 def small(family: str, **changes: Any) -> ForeignConfig:
     """Returns the family's small model."""
-    return ForeignConfig.of({"model_type": family, **_SHAPE, **FAMILIES[family], **changes})
+    own = (FAMILIES | ON_CPUS_ALONE)[family]
+    return ForeignConfig.of({"model_type": family, **_SHAPE, **own, **changes})

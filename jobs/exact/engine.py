@@ -9,7 +9,7 @@ A step's batch is a fixed number of lanes, whatever the number of workers. Each 
 of them, and their gradients are added along a fixed tree (`sums.exact_reduce`).
 """
 
-import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +24,17 @@ from cluster.settings.shard import Shard, divided_by
 from cluster.settings.train import TrainConfig
 from jobs.exact.any_module import AnyModule
 from jobs.exact.dropout import dropout_seed, seed_dropout
-from jobs.exact.first_lanes import fault_of
+from jobs.exact.first_lanes import buffers_of, changed_buffer, fault_of
 from jobs.exact.rules.adamw import AdamW
 from jobs.exact.rules.muon import Muon
 from jobs.exact.rules.update_rule import UpdateRule
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.train_state import ALONE, TrainState
+from jobs.exact.state_files import file_name, state_in, write_beside, write_facts
 from jobs.exact.stored_state import hash_of_weights, own_stretches, restore
 from jobs.exact.sums.batch_sum import BatchSum
 from jobs.exact.sums.step_plan import StepPlan
+from jobs.exact.sums.step_totals import Measured
 from jobs.run.step_timer import StepTime, StepTimer
 from jobs.workers.worker_group import WorkerGroup
 from model.errors import UserError
@@ -43,7 +45,6 @@ __all__ = ["AdamW", "ExactEngine", "Muon", "StepFigures"]
 
 Batch = TypeVar("Batch")
 
-_FACTS = "exact.json"
 _NUM_CHECKED_LANES = 2
 
 
@@ -67,7 +68,9 @@ class ExactEngine(Generic[Batch]):
     - it gives each trained parameter a gradient, in one part.
 
     Before the first step each worker computes its first two lanes twice. What shows a difference
-    there, or a buffer that the forward pass changes, is refused by name.
+    there, or a buffer that the forward pass changes, is refused by name. So is in each step what
+    any worker sees of the others: a parameter that a lane gave no gradient, learning rates that
+    differ, and a loss or a norm that is not finite. Then nothing is applied, on any worker.
 
     Where torch.distributed has been initialized, by `torchrun`, by Ray Train's `TorchTrainer` or by
     hand, all its processes are the workers. All call each method together, in the same order.
@@ -83,10 +86,13 @@ class ExactEngine(Generic[Batch]):
         shard: Shard = "none",
         grad_clip: float = 0.0,
         seed: int = 0,
+        may_be_not_finite: bool = False,
     ) -> None:
         """`model` is in fp32 on its device, with the same weights on every worker; its parameters
         become views of the engine's buffers. `shard` divides the rule's vectors among workers
-        ("optimizer"), and the sums of the gradient too ("gradients"). 0 does not clip.
+        ("optimizer"), and the sums of the gradient too ("gradients"). 0 does not clip. With
+        `may_be_not_finite` a step is applied also where its loss or its gradient is NaN or
+        infinite, as plain PyTorch does.
 
         Turns on `torch.use_deterministic_algorithms`. Raises `UserError` for what cannot be
         trained exactly.
@@ -95,6 +101,8 @@ class ExactEngine(Generic[Batch]):
         self._loss = loss
         self._seed = seed
         self._num_lanes = num_lanes
+        self._grad_clip = grad_clip
+        self._may_be_not_finite = may_be_not_finite
         self._group = _group()
         if num_lanes < self._group.world_size:
             raise UserError(
@@ -123,7 +131,7 @@ class ExactEngine(Generic[Batch]):
         self._plan = StepPlan(sharding, num_lanes, num_micro_batches=1)
         self._sum = BatchSum(self._state, self._group, [self._plan])
         self._timer = StepTimer()
-        self._is_checked = False
+        self._buffers: dict[str, str] | None = None  # as they were before the first step
         self._require_equal_weights()
 
     @property
@@ -143,18 +151,26 @@ class ExactEngine(Generic[Batch]):
 
     def step(self, batch_of: Callable[[int], Batch], *, learning_rate: float) -> StepFigures:
         """Takes one step on the batch of all lanes: `batch_of` gives that of a lane, the same
-        whenever and wherever it is called. Raises `UserError` in the first step for a loss that
-        cannot be exact, and `LostPeerError` if a message did not arrive."""
-        step = self.num_steps + 1
+        whenever and wherever it is called.
+
+        Raises `UserError` on all workers for a loss that cannot be exact, in the first step or
+        later, for learning rates that differ, and for what is not finite: the state is then as
+        before, and another step may be tried. Raises `LostPeerError` if a message did not
+        arrive."""
+        step, learning_rate = self.num_steps + 1, float(learning_rate)
 
         def backward(lane: int) -> Tensor:
             return self._backward(step, lane, batch_of)
 
-        if not self._is_checked:
+        if self._buffers is None:
             self._check(backward)
         losses = self._sum.add_up(self._plan, backward, self._timer)
         with self._timer.phase("sync"):
-            measured = self._sum.finish(step, self._plan, losses=losses)
+            measured = self._sum.finish(
+                step, self._plan, losses=losses, learning_rate=learning_rate
+            )
+        if not self._may_be_not_finite:
+            self._require_finite(step, measured)
         with self._timer.phase("update"):
             self._state.apply(norm=measured.norm, learning_rate=learning_rate)
         return StepFigures(measured.loss, measured.norm, self._timer.take())
@@ -165,52 +181,35 @@ class ExactEngine(Generic[Batch]):
 
     def save(self, folder: str | Path) -> None:
         """Writes what this worker has to store into a folder: nothing, where another one has the
-        same. Files of all workers in one folder are the whole state."""
-        state, sharding = self._state, self._state.sharding
-        if not sharding.writes:
-            return
-        flat: dict[str, Tensor] = {}
-        shares = state.share(sharding.place, world_size=sharding.num_holders)
-        for name, views in shares.items():
-            flat[name] = torch.cat([torch.empty(0), *(view.cpu() for view in views)])
-        weights, vectors = own_stretches(state, flat)
-        path = Path(folder) / _file_name(sharding.place, sharding.num_holders)
-        with path.open("wb") as file:
-            file.writelines(safetensors_pieces(weights | vectors))
-        if sharding.place == 0:
-            facts = self._facts | {"num_files": sharding.num_holders}
-            (path.parent / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        same. Files of all workers in one folder are the whole state. All workers call together;
+        `exact.json` is written last, with the SHA-256 of each file. Raises `UserError` on all where
+        a buffer has changed since the first step."""
+        changed = changed_buffer(self._model, self._buffers or {})
+        self._refuse(changed and f"step {self.num_steps}: {changed}")
+        written: dict[str, object] = {}
+        if self._state.sharding.writes:
+            written = self._write_share(Path(folder))
+        files: dict[str, object] = {}
+        for of_worker in self._group.gather(written):
+            files |= of_worker
+        if self._state.sharding.writes and self._state.sharding.place == 0:
+            write_facts(Path(folder), self._facts, files)
+        self._group.gather("saved")  # else another worker could load what is not a state yet
 
     def load(self, folder: str | Path) -> None:
-        """Loads the state that any number of workers has saved, however they had divided it. Raises
-        `UserError` if it was trained with other lanes, another seed or rule."""
-        path = Path(folder)
+        """Loads the state that any number of workers has saved, however they had divided it. All
+        workers call together, and each reads all files through. Raises `UserError` on all if the
+        state was trained with other lanes, or another seed, rule or `grad_clip`, and if a file is
+        not the one that was saved."""
+        stored: StoredTensors | None = None
+        problem: str | None = None
         try:
-            facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(
-                f"{path} has no {_FACTS}: it is no folder of ExactEngine.save"
-            ) from None
-        for name, value in self._facts.items():
-            if facts[name] != value:
-                raise UserError(
-                    f"{path} was trained with {name} {facts[name]}, and this engine has {value}: with "
-                    "another one the bits would be others"
-                )
-        num_files = facts["num_files"]
-        files = [_file_name(place, num_files) for place in range(num_files)]
-        for file in files:
-            if not (path / file).exists():
-                raise UserError(
-                    f"{path} has no {file}, one of the {num_files} files of this state: save it on all workers"
-                )
-
-        def read(file: str, *, start: int, end: int) -> bytes:
-            with (path / file).open("rb") as opened:
-                opened.seek(start)
-                return opened.read(end - start)
-
-        restore(self._state, StoredTensors(files, read, source=path))
+            stored = state_in(Path(folder), self._facts)
+        except UserError as error:
+            problem = str(error)
+        self._refuse(problem)
+        assert stored is not None
+        restore(self._state, stored)
 
     def close(self) -> None:
         """Ends the threads beside training."""
@@ -220,8 +219,23 @@ class ExactEngine(Generic[Batch]):
     @property
     def _facts(self) -> dict[str, object]:
         """What the bits depend on, besides the loss and its batches."""
-        rule = repr(self._state.rule)
-        return {"num_lanes": self._num_lanes, "seed": self._seed, "rule": rule}
+        return {
+            "num_lanes": self._num_lanes,
+            "seed": self._seed,
+            "rule": repr(self._state.rule),
+            "grad_clip": self._grad_clip,
+        }
+
+    def _write_share(self, folder: Path) -> dict[str, object]:
+        """Writes this worker's share of the state. Returns what vouches for its file, by name."""
+        state, sharding = self._state, self._state.sharding
+        flat: dict[str, Tensor] = {}
+        shares = state.share(sharding.place, world_size=sharding.num_holders)
+        for name, views in shares.items():
+            flat[name] = torch.cat([torch.empty(0), *(view.cpu() for view in views)])
+        weights, vectors = own_stretches(state, flat)
+        name = file_name(sharding.place, sharding.num_holders)
+        return {name: write_beside(folder / name, safetensors_pieces(weights | vectors))}
 
     def _backward(self, step: int, lane: int, batch_of: Callable[[int], Batch]) -> Tensor:
         """Returns a lane's share of the loss, and 1 (2,), after its gradient went to the
@@ -242,11 +256,31 @@ class ExactEngine(Generic[Batch]):
         return torch.stack([loss.detach(), torch.ones_like(loss)])
 
     def _check(self, backward: Callable[[int], Tensor]) -> None:
-        fault = fault_of(self._model, backward, self.lanes[:_NUM_CHECKED_LANES])
+        buffers = buffers_of(self._model)
+        self._refuse(fault_of(self._model, backward, self.lanes[:_NUM_CHECKED_LANES]))
+        self._buffers = buffers
+
+    def _refuse(self, fault: str | None) -> None:
+        """Raises `UserError` on all workers where one of them has a fault."""
         for rank, other in enumerate(self._group.gather(fault)):
-            if other is not None:
+            if other:
                 raise UserError(f"worker {rank}: {other}")
-        self._is_checked = True
+
+    def _require_finite(self, step: int, measured: Measured) -> None:
+        if math.isfinite(measured.loss) and math.isfinite(measured.norm):
+            return
+        wrong: dict[int, float] = {}
+        for lanes, losses in zip(self._plan.counted, self._sum.losses(), strict=True):
+            for lane, loss in zip(lanes, losses, strict=False):
+                if not math.isfinite(loss):
+                    wrong[lane] = loss
+        what = f"the gradient has the norm {measured.norm}"
+        if wrong:
+            what = f"the loss of lane {min(wrong)} is {wrong[min(wrong)]}"
+        raise UserError(
+            f"step {step}: {what}, and nothing was applied. Leave that batch out, lower the learning rate, or let "
+            "the engine apply it (may_be_not_finite=True)"
+        )
 
     def _require_equal_weights(self) -> None:
         hashes = self._group.gather(self.weights_hash())
@@ -263,7 +297,3 @@ def _group() -> WorkerGroup:
     if dist.is_available() and dist.is_initialized():
         return WorkerGroup(dist.get_rank(), dist.get_world_size())
     return ALONE
-
-
-def _file_name(place: int, num_files: int) -> str:
-    return f"exact-{place:05}-of-{num_files:05}.safetensors"

@@ -1,6 +1,7 @@
 """Checks on a worker's first lanes that a loss can be summed exactly, before anything is trained:
 that it depends on nothing but its lane."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -9,6 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from jobs.exact.any_module import AnyModule
+
+_NO_BUFFERS = (
+    "Its values then depend on which lanes a worker computes, and no file has them, as with the running averages of "
+    "BatchNorm: use a norm without (GroupNorm, LayerNorm), or set that module to eval()"
+)
 
 
 def fault_of(
@@ -28,6 +34,25 @@ def fault_of(
     finally:
         for name, parameter in parameters.items():
             parameter.grad = kept[name]
+    return None
+
+
+def buffers_of(model: AnyModule) -> dict[str, str]:
+    """Returns the SHA-256 of each buffer of the module, by name."""
+    digests: dict[str, str] = {}
+    for name, buffer in model.module.named_buffers():
+        content = buffer.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digests[name] = hashlib.sha256(content.numpy().data).hexdigest()
+    return digests
+
+
+def changed_buffer(model: AnyModule, before: Mapping[str, str]) -> str | None:
+    """Says which buffer is not as it was before; None if none has changed."""
+    if not before:
+        return None
+    for name, digest in buffers_of(model).items():
+        if before.get(name, digest) != digest:
+            return f"the buffer {name} has changed since the first step. {_NO_BUFFERS}"
     return None
 
 
@@ -52,16 +77,18 @@ def _fault_of_lane(
                 f"{name} gets its gradient in {count} parts, as re-entrant activation checkpointing does: "
                 "use torch.utils.checkpoint with use_reentrant=False"
             )
-    for name, buffer in model.module.named_buffers():
-        if not torch.equal(buffer, buffers[name]):
+    for name, gradient in first.items():
+        if gradient.layout is not torch.strided:
             return (
-                f"the forward pass changes the buffer {name}, which then depends on which lanes a worker "
-                "computes, as the running averages of BatchNorm do: use a norm without (GroupNorm, "
-                "LayerNorm), or set that module to eval()"
+                f"the gradient of {name} is sparse, and sums are dense: leave out sparse=True where the module "
+                "is made"
             )
+    for name, buffer in model.module.named_buffers():
+        if name in buffers and not torch.equal(buffer, buffers[name]):
+            return f"the forward pass changes the buffer {name}. {_NO_BUFFERS}"
     again = _gradients(parameters, backward, lane)
     for name, gradient in first.items():
-        if not torch.equal(gradient.view(torch.int32), again[name].view(torch.int32)):
+        if not torch.equal(_bits(gradient), _bits(again[name])):
             return (
                 f"lane {lane} gave {name} another gradient when it was computed a second time. Its batch "
                 "or its loss depends on something else than the lane, such as a random generator that "
@@ -79,8 +106,12 @@ def _gradients(
     gradients: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         if parameter.grad is not None:
-            gradients[name] = parameter.grad.contiguous()
+            gradients[name] = parameter.grad
     return gradients
+
+
+def _bits(gradient: Tensor) -> Tensor:
+    return gradient.contiguous().view(torch.int32)
 
 
 @contextmanager

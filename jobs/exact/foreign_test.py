@@ -14,20 +14,24 @@ from torch import Tensor
 
 from cluster.settings.run import RunConfig, seq_len
 from jobs.exact.compute import autocast, choose_operations
-from model.decoders.foreign import ForeignModel
+from model.decoders.adapted import AdaptedModel
+from model.decoders.foreign import ForeignModel, refusing
 from model.decoders.make import new_decoder
 from model.errors import UserError
-from model.foreign_config import ForeignConfig
+from model.foreign_config import ForeignConfig, ForeignModelError
 from model.linear_cross_entropy import IGNORE_INDEX
-from model.operations import compilations, product_type
+from model.operations import compilations, is_of_compiler, product_type
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS
 
 _SEED = 1
 _NUM_ROWS, _ROW_TOKENS = 2, 32
-_COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch")
-_NOT_SEEN = 1e-3
+_NOT_SEEN = torch.finfo(torch.float32).eps ** 0.5  # 3.5e-4
 """The largest relative difference that tokens which are not seen may make. They may make some:
-experts compute together whatever tokens they are sent."""
+experts compute together whatever tokens they are sent, and the more they are sent, the other way
+PyTorch may add up. Such a difference is rounding, of some `eps`; that of tokens which are seen is of
+the order of 1, as the weights are large (`_with_large_weights`). This is halfway between, in powers
+of 2. Among the 100 decoders of transformers 5.24 that are tested so, tokens that are not seen made
+at most 1.6e-7, and those that are at least 0.11."""
 
 
 def test_foreign(config: RunConfig, device: torch.device) -> None:
@@ -36,28 +40,36 @@ def test_foreign(config: RunConfig, device: torch.device) -> None:
     change, another gradient each time, or, in bf16, one with matrices that are rounded."""
     shape = config.model
     assert isinstance(shape, ForeignConfig)
-    model = _narrow_model(shape).to(device)
-    choose_operations(model, config)
+    with refusing(shape):
+        model = _narrow_model(shape).to(device)
+        choose_operations(model, config)
+        _test(model, config)
+
+
+def _test(model: ForeignModel, config: RunConfig) -> None:
+    kind, device = model.config.model_type, next(model.parameters()).device
     generator = torch.Generator().manual_seed(_SEED)
     drawn = torch.randint(model.config.vocab_size, (_NUM_ROWS, _ROW_TOKENS), generator=generator)
     tokens = drawn.to(device)
 
-    _require_causal(model, tokens)
-    if config.train.document_mask:
-        _require_documents(model, tokens)
+    _require_nothing_frozen(model)
+    with _with_large_weights(model):
+        _require_causal(model, tokens)
+        if config.train.document_mask:
+            _require_documents(model, tokens)
     constants = [buffer.clone() for buffer in model.buffers()]
     first = _gradients(model, tokens, config)
     again = _gradients(model, tokens, config)
     for name, gradient in first.items():
         if not torch.equal(gradient, again[name]):
             raise UserError(
-                f"the gradient of {name} in a model of type {shape.model_type!r} is another one each time, so that no "
+                f"the gradient of {name} in a model of type {kind!r} is another one each time, so that no "
                 "run would have the same bits twice: nothing was trained. --train.exact false trains without equal bits"
             )
     for before, buffer in zip(constants, model.buffers(), strict=True):
         if not torch.equal(before, buffer):
             raise UserError(
-                f"a model of type {shape.model_type!r} changes constants of its own while it trains, which no "
+                f"a model of type {kind!r} changes constants of its own while it trains, which no "
                 "checkpoint has: it cannot be trained exactly"
             )
     if config.train.exact and config.train.numerics.is_rounded and model.rounds_matrices:
@@ -98,7 +110,7 @@ def one_graph_of_each_kind(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not type(error).__module__.startswith(_COMPILER):
+        if not is_of_compiler(error):
             raise
         [reason, *_] = str(error).splitlines() or [type(error).__name__]
         raise UserError(
@@ -126,6 +138,36 @@ def _narrow_model(shape: ForeignConfig) -> ForeignModel:
     assert isinstance(model, ForeignModel)
     model.init_weights(_SEED)
     return model
+
+
+def _require_nothing_frozen(model: ForeignModel) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            raise ForeignModelError(
+                f"transformers freezes {name} in a model of type {model.config.model_type!r}, which other rules than a "
+                "gradient may move: this kind of model is not trained as a whole. An adapter is (--train.lora-rank)"
+            )
+
+
+@contextmanager
+def _with_large_weights(model: ForeignModel) -> Iterator[None]:
+    """Lasts while each matrix is drawn from a normal distribution with the variance 1 / n, n the
+    values in a row of it: what a layer adds is then about as long as what it is given, as in a model
+    that was trained. With fresh weights that a config.json wants to be small, what one token tells
+    another one may be as short as rounding."""
+    tensors: list[Tensor] = [*model.parameters()]
+    if isinstance(model, AdaptedModel):
+        tensors += model.frozen.values()
+    matrices = [one.detach() for one in tensors if one.dim() >= 2]
+    before = [matrix.clone() for matrix in matrices]
+    torch.manual_seed(_SEED)
+    for matrix in matrices:
+        matrix.normal_(std=matrix.shape[-1] ** -0.5)
+    try:
+        yield
+    finally:
+        for matrix, values in zip(matrices, before, strict=True):
+            matrix.copy_(values)
 
 
 def _require_causal(model: ForeignModel, tokens: Tensor) -> None:

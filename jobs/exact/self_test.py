@@ -26,6 +26,7 @@ from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.compute import micro_batch
 from jobs.exact.foreign_test import one_graph_of_each_kind, test_foreign
 from jobs.exact.state.train_state import ALONE, TrainState
+from jobs.exact.untested import why_untested
 from jobs.run.step_timer import StepTimer
 from jobs.tokens.batch_plan import Indices
 from model.config import GPTConfig, Shape
@@ -42,6 +43,8 @@ _LEAST = 1e-3
 """Of the whole gradient's length: a parameter of transformers' whose gradient is shorter is held
 against so much. One that has no effect, such as a bias of keys before a softmax, has rounding
 alone."""
+
+_HEAD_DIM = 64  # for a model that has no heads
 
 _FROM_KINK = 4.0  # values spread by less than 1
 _EOT = 3
@@ -90,7 +93,18 @@ class _Rows:
 def self_test(config: RunConfig, device: torch.device) -> str:
     """Returns the SHA-256 of a tiny step's gradients, which workers with the same hardware have in
     common. Raises `UserError`, which names the operation, where a gradient is wrong or is another
-    one the next time."""
+    one the next time, `UntestedError` where the test cannot be taken here, and `ForeignModelError`
+    where a model of transformers cannot be trained anywhere."""
+    try:
+        return _checksum(config, device)
+    except (RuntimeError, MemoryError) as error:
+        untested = why_untested(error, device)
+        if untested is None:
+            raise
+        raise untested from error
+
+
+def _checksum(config: RunConfig, device: torch.device) -> str:
     shape = config.model
     if isinstance(shape, ForeignConfig):
         test_foreign(_in_plain(config), device)
@@ -290,7 +304,7 @@ def _in_tiny(config: RunConfig) -> RunConfig:
     The wider the heads, the smaller the weights: with logits of attention that grow with the width,
     its softmax would take rounding to bf16 for a fault.
     """
-    width = 2 * config.model.head_dim
+    width = 2 * (config.model.head_dim or _HEAD_DIM)
     like = config.model if isinstance(config.model, GPTConfig) else _LLAMA
     shape = dataclasses.replace(
         like,

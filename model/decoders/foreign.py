@@ -15,49 +15,30 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.attention import Mask
 from model.decoder import Decoder
+from model.decoders.foreign_layer import Layer
+from model.errors import UserError
 from model.foreign_config import (
     ForeignConfig,
     ForeignModelError,
+    cannot_be,
     empty_module,
     imported,
     layers_of,
     require_version,
 )
 from model.kv_cache import Cache, ModuleCache
+from model.operations import is_of_compiler
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS
+from model.training.training_memory import is_out_of_memory
 
 _NUMBERED = re.compile(
     r"\D*\.\d+\."
 )  # as `jobs.exact.state.flat_layout` finds a block's parameters
-
-
-class Layer:
-    """One decoder layer, which `ops.block` may compute in its own way."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        # Without itself and x
-        self._names = [*inspect.signature(type(module).forward).parameters][2:]
-        self._returns_tuple = False
-
-    def __call__(self, x: Tensor, named: Mapping[str, Any]) -> Tensor:
-        """Returns what the layer makes of x (B, T, C)."""
-        result = type(self.module).forward(self.module, x, **named)
-        self._returns_tuple = isinstance(result, tuple)
-        y: Tensor = result[0] if self._returns_tuple else result
-        return y
-
-    def by_name(self, values: Sequence[Any]) -> dict[str, Any]:
-        """Returns what follows x in a call by the names that `forward` has."""
-        return dict(zip(self._names, values, strict=False))
-
-    def as_returned(self, y: Tensor) -> Tensor | tuple[Tensor]:
-        """Returns y as the layer itself would: some families have a tuple."""
-        return (y,) if self._returns_tuple else y
 
 
 class ForeignModel(Decoder):
@@ -78,7 +59,8 @@ class ForeignModel(Decoder):
             self.add_module(name, child)
         inside, layers = layers_of(module, config)
         self._inside = f"{inside}."  # what the names of the layers' parameters begin with
-        self._body_name, _, _ = inside.partition(".")
+        self._body_name, *self._parts = inside.split(".")
+        self._has_computed = False
         self._layers = [Layer(layer) for layer in layers]
         for layer in self._layers:
             layer.module.forward = partial(_compute_layer, self, layer)
@@ -123,6 +105,17 @@ class ForeignModel(Decoder):
         positions (B, T) begin again, transformers begins another document, of which its own masks
         let no token see the one before."""
         assert mask is None, "transformers makes its own masks"
+        # Workers refuse a model in their self-test: later their messages may fail in here too
+        if self._has_computed or (dist.is_available() and dist.is_initialized()):
+            return self._hidden_states(token_ids, kv_cache, positions)
+        with refusing(self.config):
+            hidden = self._hidden_states(token_ids, kv_cache, positions)
+        self._has_computed = True
+        return hidden
+
+    def _hidden_states(
+        self, token_ids: Tensor, kv_cache: Cache | ModuleCache | None, positions: Tensor | None
+    ) -> Tensor:
         named: dict[str, Any] = {} if positions is None else {"position_ids": positions}
         body = self.get_submodule(self._body_name)
         if kv_cache is None:
@@ -162,13 +155,15 @@ class ForeignModel(Decoder):
         return path
 
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
-        """Makes the tensors themselves the parameters, those that are tied in all of their places;
-        constants, such as frequencies of rotary positions, go to their device."""
+        """Makes the tensors themselves the parameters, those that are tied in all of their places,
+        and what the module freezes stays frozen; constants, such as frequencies of rotary
+        positions, go to their device."""
         places: dict[nn.Parameter, list[str]] = {}
         for path, parameter in nn.Module.named_parameters(self, remove_duplicate=False):
             places.setdefault(parameter, []).append(path)
-        for paths in places.values():
-            adopted = nn.Parameter(weights[self.name_of(paths[0])])
+        for parameter, paths in places.items():
+            values = weights[self.name_of(paths[0])]
+            adopted = nn.Parameter(values, requires_grad=parameter.requires_grad)
             for path in paths:
                 place, _, last = path.rpartition(".")
                 setattr(self.get_submodule(place), last, adopted)
@@ -190,7 +185,7 @@ class ForeignModel(Decoder):
 
     def initialize(self, module: nn.Module) -> None:
         """Gives a module, and what it consists of, values by the model's own rule."""
-        with torch.no_grad(), torch.device("cpu"):
+        with refusing(self.config, "given new weights"), torch.no_grad(), torch.device("cpu"):
             module.apply(self._rule)
 
     def _check_names(self) -> None:
@@ -206,16 +201,17 @@ class ForeignModel(Decoder):
         """Returns what computes the head alone, by the whole module's own code: a view of it, in
         which something else takes the place of its body."""
         head = copy.copy(module)
-        head._modules = {**module._modules, self._body_name: _Given()}
+        head._modules = {**module._modules, self._body_name: _Given(self._parts)}
         hidden = torch.empty(1, 1, self.config.n_embd, device="meta")
         try:
             shape = head(inputs_embeds=hidden, use_cache=False).logits.shape
-        except (AttributeError, TypeError, RuntimeError) as error:
+            if shape != (1, 1, self.config.vocab_size):
+                raise ValueError(f"its logits have the shape {tuple(shape)}")
+        except Exception as error:  # of any class
             raise ForeignModelError(
                 f"config.json: the head of model_type {self.config.model_type!r} cannot be computed alone ({error}), "
                 "as raymill does so that all logits never exist at a time"
             ) from error
-        assert shape == (1, 1, self.config.vocab_size), shape
         return head.__call__
 
     def _make_buffers(self) -> None:
@@ -233,15 +229,28 @@ class ForeignModel(Decoder):
             for buffer, values in buffers.items():
                 empty = torch.empty(values.shape, dtype=values.dtype, device="cpu")
                 module.register_buffer(buffer, _marked(empty), persistent=False)
-            with torch.no_grad(), torch.device("cpu"):
+            with refusing(self.config, "made"), torch.no_grad(), torch.device("cpu"):
                 self._rule(module)
             for buffer, values in module.named_buffers(recurse=False):
                 _require_values(f"{name}.{buffer}", values)
 
 
-def _compute_layer(
-    model: ForeignModel, layer: Layer, x: Tensor, *others: Any, **named: Any
-) -> Tensor | tuple[Tensor]:
+@contextmanager
+def refusing(config: ForeignConfig, done: str = "computed") -> Iterator[None]:
+    """Lasts while transformers' code does something with a model for the first time, of which an
+    exception of any class is a refusal. A device that fails or has no memory left is none, and
+    kernels that cannot be compiled are not the model's own."""
+    try:
+        yield
+    except (UserError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or is_of_compiler(error):
+            raise
+        raise cannot_be(config, done, error) from error
+
+
+def _compute_layer(model: ForeignModel, layer: Layer, x: Tensor, *others: Any, **named: Any) -> Any:
     """Takes the place of a layer's own `forward`."""
     return layer.as_returned(model.ops.block(layer, x, layer.by_name(others) | named))
 
@@ -266,7 +275,15 @@ def _multiplies_alone(layer: nn.Module) -> bool:
 
 
 class _Given(nn.Module):
-    """Takes the place of all but the head: what it is given are the hidden states."""
+    """Takes the place of all but the head: what it is given are the hidden states. So does each
+    part on the way to the layers, such as the decoder in OPT's model, which its head calls."""
+
+    def __init__(self, parts: Sequence[str]) -> None:
+        super().__init__()
+        self._parts = parts
+
+    def __getattr__(self, name: str) -> Any:
+        return self if name in self.__dict__.get("_parts", ()) else super().__getattr__(name)
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> "_Hidden":
         return _Hidden([inputs_embeds])

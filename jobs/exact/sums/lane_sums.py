@@ -19,6 +19,7 @@ from jobs.exact.state.train_state import TrainState
 from jobs.exact.sums.checksum import Witness
 from jobs.exact.sums.exact_reduce import LaneStep
 from jobs.exact.sums.silent_faults import corrupt
+from jobs.exact.sums.step_faults import OddGradient
 from jobs.exact.sums.step_plan import StepPlan
 from model.cpu_ops.loans import Scratch, gradient_sinks, lent, scratch_memory
 from model.training.training_memory import large_zeros
@@ -104,6 +105,8 @@ class LaneSums:
         for buffer in buffers:
             for name, view in state.by_parameter(buffer).items():
                 self._views[name].append(view)
+        self.odd: OddGradient | None = None
+        """The first gradient of the step that came in another number of parts than one."""
         self._step: LaneStep | None = None
         self._witnesses: Sequence[Witness] = ()
         # Those whose gradients are fp32, as the buffers are
@@ -120,6 +123,7 @@ class LaneSums:
         """Lasts for the forward and backward passes of one lane, whose gradients the witnesses
         see."""
         self._step = plan.steps[turn]
+        self._lane = plan.turns[turn][0] // plan.num_micro_batches
         self._is_last = turn == len(plan.turns) - 1
         if self._is_last:
             self._final.begin()
@@ -140,11 +144,12 @@ class LaneSums:
         self._num_micro_batches = plan.num_micro_batches
         for parameter in self._parameters.values():
             parameter.grad = None
-        self._num_done = 0
         self._sinks = self._sinks_of(self._step) if self._lends else {}
         try:
             with lent(gradient_sinks, self._sinks), lent(scratch_memory, self._scratch):
                 yield
+            if self._step:
+                self._note_odd()
         finally:
             self._step = None
             self._witnesses = ()
@@ -152,7 +157,17 @@ class LaneSums:
             for name, parameter in self._parameters.items():
                 view = self._views[name][0]
                 parameter.grad = view if parameter.dtype == view.dtype else None
-        assert self._num_done == len(self._parameters), "a parameter got no gradient"
+
+    def _note_odd(self) -> None:
+        """Notes a parameter of which the lane's passes brought no gradient, or several. Its buckets
+        are final all the same, with sums that nobody applies: other ranks wait for them."""
+        for name, num_passes in self._num_passes.items():
+            if num_passes == self._num_micro_batches:
+                continue
+            num_parts = num_passes if num_passes > self._num_micro_batches else 0
+            self.odd = self.odd or OddGradient(self._lane, name, num_parts)
+            if not num_parts and self._is_last:
+                self._final.finish(name)
 
     def _sinks_of(self, step: LaneStep | None) -> dict[nn.Parameter, Tensor]:
         if step and not step.adds:
@@ -182,7 +197,6 @@ class LaneSums:
         if self._step:
             self._add(name, gradient, self._step)
         parameter.grad = None
-        self._num_done += 1
         if self._step and self._is_last:
             self._final.finish(name)
 

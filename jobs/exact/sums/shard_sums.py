@@ -20,6 +20,7 @@ from jobs.exact.state.train_state import TrainState
 from jobs.exact.sums.checksum import Witness
 from jobs.exact.sums.lane_sums import FinalBuckets, add_up, hand_over_gradients
 from jobs.exact.sums.silent_faults import corrupt
+from jobs.exact.sums.step_faults import OddGradient
 from jobs.exact.sums.step_plan import StepPlan
 from model.cpu_ops.loans import Scratch, gradient_sinks, lent, scratch_memory
 
@@ -60,6 +61,8 @@ class ShardSums:
             self._has_gaps.append(not _is_full(bucket, layout.places.values()))
         self._stretches = {name: _stretches(layout, place) for name, place in layout.places.items()}
         self._pieces: dict[int, Tensor] = {}  # of the buckets that backward has begun
+        self.odd: OddGradient | None = None
+        """The first gradient of the step that came in another number of parts than one."""
         self._plan: StepPlan | None = None
         self._witnesses: Sequence[Witness] = ()
         self._scratch = Scratch()
@@ -72,6 +75,7 @@ class ShardSums:
         see."""
         self._plan = plan
         self._turn = turn
+        self._lane = plan.turns[turn][0] // plan.num_micro_batches
         self._final.begin()
         with self._pass(witnesses):
             yield
@@ -86,15 +90,26 @@ class ShardSums:
     @contextmanager
     def _pass(self, witnesses: Sequence[Witness]) -> Iterator[None]:
         self._witnesses = witnesses
-        self._num_done = 0
+        self._num_parts = dict.fromkeys(self._parameters, 0)
         sinks = {self._largest: torch.empty_like(self._largest)} if self._lends else {}
         try:
             with lent(gradient_sinks, sinks), lent(scratch_memory, self._scratch):
                 yield
+            if self._plan:
+                self._note_odd()
         finally:
             self._plan = None
             self._witnesses = ()
-        assert self._num_done == len(self._parameters), "a parameter got no gradient"
+
+    def _note_odd(self) -> None:
+        """Notes a parameter of which the pass brought no gradient, or several. Other members get
+        zeros for one that there is not, which nobody applies: they wait for it."""
+        for name, num_parts in self._num_parts.items():
+            if num_parts == 1:
+                continue
+            self.odd = self.odd or OddGradient(self._lane, name, num_parts)
+            if not num_parts:
+                self._put_into_buckets(name, torch.zeros_like(self._parameters[name]).flatten())
 
     def _take(self, name: str, parameter: nn.Parameter) -> None:
         if self._plan is None and not self._witnesses:
@@ -102,7 +117,9 @@ class ShardSums:
         assert parameter.grad is not None
         gradient = parameter.grad.flatten()
         parameter.grad = None
-        self._num_done += 1
+        self._num_parts[name] += 1
+        if self._num_parts[name] > 1:
+            return  # the step is refused
         if parameter is self._largest:
             corrupt("gradient", gradient)
         for witness in self._witnesses:

@@ -19,7 +19,15 @@ from model.decoders.foreign import ForeignModel
 from model.errors import UserError
 from model.foreign_config import ForeignConfig
 from model.numerics import Precision
-from tests.foreign_models import FAMILIES, QUICK, UNROUNDED, WITH_DROPOUT, small
+from tests.foreign_models import (
+    FAMILIES,
+    ON_CPUS_ALONE,
+    QUICK,
+    UNROUNDED,
+    WITH_DROPOUT,
+    WITHOUT_DOCUMENTS,
+    small,
+)
 from tests.jobs.train_worlds import CPU, SUITES, Case, MadeRows, Trainer
 from tests.jobs.world_runs import Outcome, run_worlds
 
@@ -83,7 +91,7 @@ def test_three_families_that_are_compiled__in_any_world_and_sharding__have_one_h
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *ON_CPUS_ALONE])
 def test_a_family__in_any_world_and_sharding__has_one_hash(family: str, runs_of: Runs) -> None:
     check_one_hash(SUITES[family], runs_of(family))
     if family not in UNROUNDED:
@@ -209,9 +217,10 @@ def test_self_test__of_a_foreign_model__passes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", get_args(Precision))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *ON_CPUS_ALONE])
 def test_self_test__of_each_family__passes(family: str, precision: Precision) -> None:
-    self_test(config_of(family, document_mask=family != "bloom", precision=precision), CPU)
+    has_documents = family not in WITHOUT_DOCUMENTS
+    self_test(config_of(family, document_mask=has_documents, precision=precision), CPU)
 
 
 def test_self_test__of_a_model_that_sees_what_follows__refuses_it() -> None:

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from model.attention import document_positions
 from model.config import flops_per_token, num_active_parameters, num_parameters, shape_differences
 from model.decoders.foreign import ForeignModel
+from model.decoders.foreign_layer import Layer
 from model.decoders.make import initial_weights, new_decoder
 from model.foreign_config import ForeignConfig, ForeignModelError, layer_of
 from model.generation.generate import generate
@@ -25,6 +27,7 @@ from tests.foreign_models import (
     FAMILIES,
     ON_CPUS_ALONE,
     QUICK,
+    ROFORMER,
     VOCAB,
     WITHOUT_DOCUMENTS,
     small,
@@ -276,7 +279,8 @@ def test_shape_differences__of_two_config_files__leave_out_what_is_not_the_model
             small("qwen3").values | {"quantization_config": {"bits": 4}},
             "quantization_config is set",
         ),
-        ({"model_type": "opt", "layerdrop": 0.1}, "layerdrop leaves layers out at random"),
+        ({"model_type": "opt", "layerdrop": 0.1}, "'opt': layerdrop leaves layers out at random"),
+        ({"model_type": "rwkv"}, "'rwkv': rescale_every divides the stored weights too"),
         ({"model_type": "qwen3", "hidden_size": "wide"}, "config.json: "),
     ],
 )
@@ -294,9 +298,13 @@ def test_a_config_file__that_cannot_be_trained_exactly__is_refused_by_name(
     [
         ({"model_type": "vit"}, "model_type is 'vit', of which transformers"),
         (
-            {"model_type": "opt", "hidden_size": 48, "num_hidden_layers": 2, "ffn_dim": 64}
-            | {"num_attention_heads": 4, "vocab_size": 99, "word_embed_proj_dim": 48},
+            small("opt").values | {"word_embed_proj_dim": 32},
             "the head of model_type 'opt' cannot be computed alone",
+        ),
+        (
+            {"model_type": "reformer"},
+            "a model of type 'reformer' cannot be made with transformers "
+            f"{transformers.__version__} (AssertionError: If you want to use",
         ),
     ],
 )
@@ -306,6 +314,66 @@ def test_a_module__that_raymill_cannot_take_apart__is_refused_by_name(
     with pytest.raises(ForeignModelError) as refused:
         new_decoder(ForeignConfig.of(values))
     assert problem in str(refused.value)
+
+
+XLSTM = {"model_type": "xlstm", "hidden_size": 48, "num_hidden_layers": 2, "num_heads": 4}
+
+
+def test_new_weights__that_transformers_rule_cannot_draw__are_refused_by_name() -> None:
+    """xLSTM's rule asks its head for an embedding."""
+    model = ForeignModel(ForeignConfig.of(XLSTM | {"vocab_size": VOCAB}))
+    with pytest.raises(ForeignModelError, match=r"'xlstm' cannot be given new weights.*embed"):
+        model.init_weights(0)
+
+
+def test_the_first_forward_pass__that_raises_anything__refuses_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, (inputs, targets) = made(small("qwen3")), rows()
+    forward = Qwen3MLP.forward
+
+    def raising(self: Any, x: Tensor) -> Tensor:
+        raise KeyError("full_attention")
+
+    monkeypatch.setattr(Qwen3MLP, "forward", raising)
+    with pytest.raises(ForeignModelError, match=r"'qwen3' cannot be computed .*KeyError: 'full_at"):
+        model.loss(inputs, targets)
+    monkeypatch.setattr(Qwen3MLP, "forward", forward)
+    model.loss(inputs, targets)
+    monkeypatch.setattr(Qwen3MLP, "forward", raising)
+    with pytest.raises(KeyError):  # of a model that has computed, it is no refusal
+        model.loss(inputs, targets)
+
+
+class _Several(torch.nn.Module):
+    """Returns three values, as several families do."""
+
+    def forward(self, x: Tensor, scale: float) -> tuple[Tensor, Tensor, None]:
+        return scale * x, x.mean(), None
+
+
+def test_a_layer__that_returns_several_values__keeps_their_places() -> None:
+    layer, x = Layer(_Several()), torch.ones(2)
+    y, scores, nothing = layer.as_returned(layer(x, {"scale": 3.0}))
+    assert torch.equal(y, 3 * x)
+    assert nothing is None
+    with pytest.raises(RuntimeError, match="hand more than one tensor on"):
+        y + scores
+    with torch.no_grad():
+        _, scores, _ = layer.as_returned(layer(x, {"scale": 3.0}))
+    assert scores == 1, "without a gradient it is the value itself"
+
+
+def test_what_transformers_freezes__stays_frozen() -> None:
+    model = made(ForeignConfig.of(ROFORMER))
+    frozen = [name for name, one in model.named_parameters() if not one.requires_grad]
+    assert frozen == ["roformer.encoder.embed_positions.weight"]
+
+
+def test_a_model_without_attention__has_no_heads() -> None:
+    config = ForeignConfig.of({"model_type": "mamba", "num_hidden_layers": 2, "hidden_size": 48})
+    assert (config.n_head, config.head_dim, config.kv_width) == (0, 0, 0)
+    assert flops_per_token(config, 64) > 0
 
 
 def test_without_transformers__what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
