@@ -143,8 +143,8 @@ def status(arguments: Arguments) -> Result:
 
 
 def _progress(run: Storage) -> dict[str, Any]:
-    """Returns figures of the newest step in the run's ledger, and to which step it is proven, if
-    that is audited. Raises `StorageError` where it is damaged."""
+    """Returns figures of the newest step in the run's ledger, and how far it is proven, if that is
+    audited. Raises `StorageError` where it is damaged."""
     entry = run.stat("ledger.jsonl")
     if entry is None:
         return {}
@@ -156,11 +156,10 @@ def _progress(run: Storage) -> dict[str, Any]:
     if not steps:
         return {}
 
-    from jobs.sentinel.way_back import proven_to
+    from jobs.sentinel.proven_part import proven_part
 
-    proven = proven_to(lines)
     figures = {name: steps[-1][name] for name in ("step", "tokens_seen", "loss", "world_size")}
-    return figures | ({} if proven is None else {"proven_to": proven})
+    return figures | proven_part(lines).fields()
 
 
 def _last_lines(run: Storage, num_bytes: int) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ _NAMES = {
     "is_estimate": "estimated",
     "lost_steps": "steps taken again",
     "nodes_left_out": "nodes left out",
+    "not_proven_since": "not proven since step",
     "number": "submissions",
     "proven_to": "proven to step",
     "recovery_s": "longest recovery (s)",

@@ -7,7 +7,7 @@ tokens of all lanes.
 """
 
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial, reduce
 from itertools import chain
@@ -29,11 +29,13 @@ from jobs.exact.sums.batch_sum import BatchSum
 from jobs.exact.sums.checksum import (
     TurnChecksum,
     Witness,
+    checksum_of_turns,
     checksums_of_state,
     from_halves,
     halves_of,
 )
 from jobs.exact.sums.excerpt import Excerpt
+from jobs.exact.sums.silent_faults import corrupt
 from jobs.exact.sums.step_plan import StepPlan
 from jobs.exact.sums.step_totals import Measured, block_square_sums, norm_of
 from jobs.exact.sums.update_notes import UpdateNotes
@@ -59,8 +61,11 @@ class BatchGradient:
         *,
         eot_id: int | None,
         nodes: Sequence[str] = (),
+        doubtful: int | None = None,
     ) -> None:
-        """`nodes` has the node of each rank where ranks are to audit one another."""
+        """`nodes` has the node of each rank where ranks are to audit one another. They audit the
+        step `doubtful` in any case, and where each updates a part of the state alone, the step
+        whose update led to it."""
         self._config = config
         self._state = state
         self._rows = rows
@@ -76,12 +81,19 @@ class BatchGradient:
         self._new_plan = partial(StepPlan, state.sharding, num_micro_batches=num_micro_batches)
         self._plan_of_count = lru_cache(maxsize=_MAX_PLANS)(self._new_plan)
         self._is_exact = config.train.exact
+        also = range(0)
+        if doubtful is not None:
+            also = range(doubtful - state.sharding.is_sole_copy, doubtful + 1)
         self.audits = Audits.of(
             config.train.audit_every_steps if self._is_exact and nodes else 0,
             self._new_plan(self._schedule.full_lanes),
             nodes,
             seed=config.train.seed,
+            also=also,
         )
+        self.watches = False
+        """Whether each step has a checksum made of all turns of this rank."""
+        self._watched: Tensor | None = None  # the one of the last step
         if self._is_exact:
             # A batch that grows may have thousands of plans
             plans = (self._new_plan(count) for count in self._schedule.lane_counts)
@@ -91,14 +103,14 @@ class BatchGradient:
                 DistributedDataParallel(self._loss) if group.world_size > 1 else self._loss
             )
 
-    def of_step(self, step: int, timer: StepTimer) -> Measured:
+    def of_step(self, step: int, timer: StepTimer, *, audit: Audit | None = None) -> Measured:
         """Puts the gradient of the whole batch into the state's buffer; with a sharded optimizer,
-        only this rank's parts of the gradient."""
+        only this rank's parts of the gradient. `audit` takes the place of the step's own."""
         with timer.phase("load"):
             self._read_ahead(step)
         with self._state.weights_in_use(timer):
             measured = (
-                self._exact_gradient(step, timer)
+                self._exact_gradient(step, audit or self.audit_of_step(step), timer)
                 if self._is_exact
                 else self._stock_gradient(step, timer)
             )
@@ -108,6 +120,23 @@ class BatchGradient:
         if scale != 1.0:
             self._state.gradient.mul_(scale)
         return measured._replace(loss=measured.loss * scale, norm=measured.norm * scale)
+
+    def audited_again(self, step: int, timer: StepTimer) -> Measured:
+        """Takes the last step again, and has each rank compute all turns of another one."""
+        plan, worst = self._plan(step), self._sum.worst_block()
+        return self.of_step(step, timer, audit=self.audits.of_all_turns(step, plan, around=worst))
+
+    def losses(self) -> list[list[float]]:
+        """Returns the losses of the last step by rank (`StepTotals.losses`)."""
+        return self._sum.losses()
+
+    def watched(self) -> list[int | None]:
+        """Returns by rank the checksum of all its turns of the last step; None where none was
+        made."""
+        answer: int | None = None
+        if self._watched is not None:
+            [answer] = from_halves(halves_of([self._watched]).tolist())
+        return self._group.gather(answer)
 
     def scale(self, step: int, num_counted: int) -> float:
         """Returns what makes the mean over so many counted tokens of what the passes of a step
@@ -158,7 +187,7 @@ class BatchGradient:
         for number_of_step in range(step, last + 1):
             turns = [*self._plan(number_of_step).turns]
             if audit := self.audit_of_step(number_of_step):
-                turns.append(self._other_turn(number_of_step, audit))
+                turns += self._other_turns(number_of_step, audit)
             for numbers in turns:
                 samples += [self._samples_of(number_of_step, number) for number in numbers]
         self._rows.read_ahead(np.concatenate(samples))
@@ -171,39 +200,44 @@ class BatchGradient:
         """Returns how many turns this rank takes in a step."""
         return len(self._plan(step).turns)
 
-    def _other_turn(self, step: int, audit: Audit) -> list[int]:
-        """Returns the micro-batches of the turn that this rank computes though it is another
-        rank's."""
-        subject = audit.subjects[self._group.rank]
-        return self._plan(step).turns_of(subject)[audit.turns[subject]]
+    def _checked_of(self, step: int, audit: Audit, rank: int) -> list[list[int]]:
+        """Returns the micro-batches of each turn of a rank that an audit checks."""
+        turns = self._plan(step).turns_of(rank)
+        return [turns[number] for number in audit.checked_turns(rank, self._plan(step))]
+
+    def _other_turns(self, step: int, audit: Audit) -> list[list[int]]:
+        """Returns those that this rank computes though they are another rank's."""
+        return self._checked_of(step, audit, audit.subjects[self._group.rank])
 
     def close(self) -> None:
         """Ends the work beside the training thread."""
         if self._is_exact:
             self._sum.close()
 
-    def _exact_gradient(self, step: int, timer: StepTimer) -> Measured:
+    def _exact_gradient(self, step: int, audit: Audit | None, timer: StepTimer) -> Measured:
         plan = self._plan(step)
-        audit = self.audit_of_step(step)
-        own_checksum = TurnChecksum(self._state.layout, self._state.device) if audit else None
-        excerpt = Excerpt(self._excerpted(step, plan), plan, self._state) if audit else None
-        losses = self._sum.add_up(
-            plan,
-            lambda number: self._backward(self._loss, step, number, timer, scale=1.0),
-            timer,
-            checked_turn=audit.turns[self._group.rank] if audit else None,
-            checksum=own_checksum,
-            excerpt=excerpt,
-        )
+        checked = self._checked_turns(plan, audit)
+        own_turns = {turn: TurnChecksum(self._state.layout, self._state.device) for turn in checked}
+        excerpt = Excerpt(self._excerpted(step, plan, audit), plan, self._state) if audit else None
+        passes: list[Tensor] = []
+
+        def backward(number: int) -> Tensor:
+            passes.append(self._backward(self._loss, step, number, timer, scale=1.0))
+            return passes[-1]
+
+        losses = self._sum.add_up(plan, backward, timer, checksums=own_turns, excerpt=excerpt)
         self._keep_in_step(step, timer)
+        answer = self._checksum_of_own(plan, own_turns, passes) if checked else None
         checksums: list[Tensor] = []
         began = timer.moment()
-        if audit and own_checksum:
-            other = self._checksum_of(step, self._other_turn(step, audit), timer)
-            checksums = [own_checksum.total, other, *checksums_of_state(self._state)]
+        if audit and answer is not None:
+            other = self._checksum_of(step, self._other_turns(step, audit), timer)
+            self._keep_in_audit(step, audit, timer)
+            checksums = [answer, other, *checksums_of_state(self._state)]
         ended = timer.moment()
         with timer.phase("sync"):
             measured = self._sum.finish(step, plan, losses=losses, checksums=checksums)
+        self._watched = answer if len(checked) == len(plan.turns) else None
         if excerpt is None:
             return measured
         audit_s = timer.between_s(began, ended) or 0.0
@@ -211,19 +245,26 @@ class BatchGradient:
         with timer.phase("sync"):
             sums = excerpt.repeated(self._group)
         audit_s += time.perf_counter() - begin_s
-        return measured._replace(sums=sums, audit_s=audit_s)
+        return measured._replace(sums=sums, audit_s=audit_s, audit=audit)
 
-    def _excerpted(self, step: int, plan: StepPlan) -> Span:
+    def _checked_turns(self, plan: StepPlan, audit: Audit | None) -> Sequence[int]:
+        """Returns the numbers of this rank's turns of which a checksum is made."""
+        if audit:
+            return audit.checked_turns(self._group.rank, plan)
+        return range(len(plan.turns)) if self.watches else ()
+
+    def _excerpted(self, step: int, plan: StepPlan, audit: Audit) -> Span:
         num_blocks = self._state.layout.size // BLOCK
-        return self.audits.excerpt(step, plan, num_blocks=num_blocks)
+        return self.audits.excerpt(step, plan, num_blocks=num_blocks, around=audit.around)
 
     def notes_of_update(self, step: int) -> UpdateNotes | None:
         """Returns notes of the state before the update of a step, if others are to make that
         again."""
-        if self.audit_of_step(step) is None or not self._state.sharding.is_sole_copy:
+        audit = self.audit_of_step(step)
+        if audit is None or not self._state.sharding.is_sole_copy:
             return None
         matrix = self.audits.matrix(step, self._state.layout)
-        return UpdateNotes(self._excerpted(step, self._plan(step)), matrix, self._state)
+        return UpdateNotes(self._excerpted(step, self._plan(step), audit), matrix, self._state)
 
     def _keep_in_step(self, step: int, timer: StepTimer) -> None:
         """Computes as often as the rank that has most to compute, where ranks of whole states
@@ -240,12 +281,36 @@ class BatchGradient:
             for _ in range(most - len(own_numbers)):
                 self._backward(self._loss, step, own_numbers[-1], timer, scale=1.0)
 
-    def _checksum_of(self, step: int, numbers: Sequence[int], timer: StepTimer) -> Tensor:
-        """Returns the checksum of the gradient of any rank's turn, which is computed for that
-        alone."""
-        checksum = TurnChecksum(self._state.layout, self._state.device)
-        self._again(step, numbers, checksum, timer)
-        return checksum.total
+    def _keep_in_audit(self, step: int, audit: Audit, timer: StepTimer) -> None:
+        """Computes as many turns of others as the rank that has most of them to compute, where
+        ranks gather weights together: what this brings is not used."""
+        if self._state.gathered is None:
+            return
+        ranks = range(self._group.world_size)
+        most = max(len(self._checked_of(step, audit, rank)) for rank in ranks)
+        turns = self._other_turns(step, audit)
+        for _ in range(most - len(turns)):
+            self._checksum_of(step, [turns[-1]], timer)
+
+    def _checksum_of_own(
+        self, plan: StepPlan, turns: Mapping[int, TurnChecksum], passes: Sequence[Tensor]
+    ) -> Tensor:
+        """Returns the checksum of some of this rank's turns, from the passes of all of them."""
+        size = len(passes) // len(plan.turns)
+        losses: list[Tensor] = []
+        for turn in turns:
+            losses += [one[0] for one in passes[turn * size : (turn + 1) * size]]
+        return checksum_of_turns([checksum.total for checksum in turns.values()], losses)
+
+    def _checksum_of(self, step: int, turns: Sequence[Sequence[int]], timer: StepTimer) -> Tensor:
+        """Returns the checksum of some turns of any rank, which are computed for that alone."""
+        totals: list[Tensor] = []
+        losses: list[Tensor] = []
+        for numbers in turns:
+            checksum = TurnChecksum(self._state.layout, self._state.device)
+            losses += [one[0] for one in self._again(step, numbers, checksum, timer)]
+            totals.append(checksum.total)
+        return checksum_of_turns(totals, losses)
 
     def _again(
         self, step: int, numbers: Sequence[int], witness: Witness, timer: StepTimer
@@ -258,15 +323,15 @@ class BatchGradient:
             ]
 
     def answers(
-        self, step: int, turns: Sequence[tuple[int, int]], timer: StepTimer
+        self, step: int, audit: Audit, subjects: Sequence[int], timer: StepTimer
     ) -> list[list[int]]:
-        """Has every rank compute some turns of a step, each given as its rank and its number there.
-        Returns their checksums: for each turn, that of every rank."""
+        """Has every rank compute the turns of some ranks that an audit has checked. Returns their
+        checksums: for each of those ranks, that of every rank."""
         totals: list[Tensor] = []
         with self._state.weights_in_use(timer):
-            for rank, turn in turns:
-                numbers = self._plan(step).turns_of(rank)[turn]
-                totals.append(self._checksum_of(step, numbers, timer))
+            for rank in subjects:
+                turns = self._checked_of(step, audit, rank)
+                totals.append(self._checksum_of(step, turns, timer))
         by_rank = self._group.gather(from_halves(halves_of(totals).tolist()))
         return [list(answers) for answers in zip(*by_rank, strict=True)]
 
@@ -323,7 +388,9 @@ class BatchGradient:
         with timer.phase("backward"):
             loss.backward()
         progress.end_pass(device)
-        return torch.stack([loss.detach(), loss.new_full((), count)])
+        figures = torch.stack([loss.detach(), loss.new_full((), count)])
+        corrupt("loss", figures)
+        return figures
 
     def _micro_batch(self, step: int, number: int) -> tuple[MicroBatch, int]:
         """Returns a micro-batch, and the number of tokens that its loss counts."""

@@ -55,7 +55,7 @@ def step_values(ledger: Ledger) -> dict[int, Line]:
     and what a validation measured, each figure under its name."""
     values: dict[int, Line] = {}
     measured: dict[int, Line] = {}
-    for line in ledger.lines:
+    for line in ledger.standing.lines:
         event = line.get("event")
         if event in (None, "skip"):
             known = {name: line[name] for name in FIELDS if name in line}

@@ -56,7 +56,8 @@ def explain(run: Storage, step: int) -> dict[str, Any]:
     _require_known_bits(run, ledger, config, identity, step)
     with tempfile.TemporaryDirectory(prefix="raymill-explain-") as folder, ExitStack() as opened:
         plan = scratch_plan(run, config, ledger, folder=folder, until=step - 1)
-        ended = [line for line in ledger.events("rollback") if line["last"] < step]
+        rollbacks = ledger.standing.events("rollback")
+        ended = [line for line in rollbacks if line["last"] < step]
         start = lay_out(run, ledger, plan, before=step, rollbacks=ended)
         first = step_of(start) + 1 if start else 1
         if first < step:

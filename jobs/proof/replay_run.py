@@ -67,7 +67,7 @@ def replay(
         )
     with tempfile.TemporaryDirectory(prefix="raymill-replay-") as folder:
         plan = scratch_plan(run, config, ledger, folder=folder, until=steps[-1])
-        rollbacks = ledger.events("rollback")
+        rollbacks = ledger.standing.events("rollback")
         start = lay_out(run, ledger, plan, before=steps[0], rollbacks=rollbacks)
         first = step_of(start) + 1 if start else 1
         say(f"taking steps {first} to {steps[-1]} again, {counted(num_workers, 'worker')}")

@@ -2,8 +2,7 @@
 
 from enum import StrEnum
 
-from jobs.run.ledger import Ledger, Line
-from jobs.sentinel.way_back import void
+from jobs.run.ledger import Ledger, Line, void
 
 
 class Outcome(StrEnum):

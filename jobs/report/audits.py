@@ -7,9 +7,9 @@ from cluster.output.result_text import counted
 from jobs.run.history import duration
 from jobs.run.ledger import Ledger, Line
 from jobs.sentinel.measures import Measure
-from jobs.sentinel.way_back import proven_to
+from jobs.sentinel.proven_part import proven_part
 
-_VERDICTS = ("corruption", "undecided", "named", "proven", "refuted")
+_VERDICTS = ("corruption", "undecided", "named", "asked_again", "proven", "refuted")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Finding:
     @property
     def _what(self) -> str:
         words = [str(self.line["what"])] if "what" in self.line else []
+        if self.line["event"] == "asked_again":
+            words.append(f"{self.line['reason']}; computed again {self.line['found']}")
         if "measure" in self.line:
             words.append(str(self.line["measure"]).replace("_", " "))
         if self.line.get("to_step") is not None:
@@ -44,7 +46,8 @@ def findings(ledger: Ledger) -> list[Finding]:
     """Returns what was found and decided, in order."""
     told: list[Finding] = []
     for place, line in enumerate(ledger.lines):
-        if line.get("event") in _VERDICTS:
+        is_told = line.get("event") in _VERDICTS
+        if is_told and line.get("differs", True):  # else the data was at fault
             told.append(Finding(line, _lost_s(line, ledger.lines[place:])))
     return told
 
@@ -59,11 +62,15 @@ def audit_rows(ledger: Ledger) -> list[tuple[str, str]]:
         return []
     took_s = sum(line["audit_seconds"] for line in audited)
     share = took_s / sum(line["wall_s"] for line in steps)
+    part = proven_part(ledger.lines)
     rows = [
         ("Steps audited", f"{len(audited):,} of {len(steps):,}"),
         ("Time of the audits", f"{took_s:,.2f} s, {share:.2%} of the steps' time"),
-        ("Proven to", f"step {proven_to(ledger.lines) or 0:,}"),
+        ("Proven to", f"step {part.to_step or 0:,}"),
     ]
+    if part.not_proven_since is not None:
+        since = f"step {part.not_proven_since:,}: the run continued from a state that no audit had proven"
+        rows.append(("Not proven since", since))
     corruptions = ledger.events("corruption", "named")
     rows.append(("Workers found wrong", counted(len(corruptions), "time")))
     gone = {line["node"] for line in corruptions if line.get("measure") == Measure.LEFT_OUT}

@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,10 @@ _MIRROR_BYTES_PER_S = 1e6  # so a ledger of 30 MB is copied each half minute
 _BLOCK_BYTES = 1 << 24
 
 Line = dict[str, Any]
+
+_WAYS_BACK = ("corruption", "undecided", "refuted")
+_OF_STEPS = (None, "skip", "rollback", "validation")
+"""Events of lines that say what came of a step; a step's own line has none."""
 
 
 class LedgerWriter:
@@ -226,6 +230,39 @@ class Interruption:
 
 
 @dataclass(frozen=True)
+class Void:
+    """What must not be continued from and no longer counts, since the run went back behind it: a
+    worker that had part in it was found wrong."""
+
+    to_step: int
+    generation: int  # of the writers, up to this one
+    attempt: int  # snapshots are void up to this attempt
+
+    def covers(self, step: int, generation: int) -> bool:
+        """Reports whether the checkpoint of a step, by a writer of that generation, is void."""
+        return step > self.to_step and generation <= self.generation
+
+    def undoes(self, line: Line) -> bool:
+        """Reports whether a line from before is void: that of a step, or what was decided or
+        measured at one."""
+        if line.get("event") not in _OF_STEPS:
+            return False
+        step = line["last"] if line.get("event") == "rollback" else line["step"]
+        return bool(step > self.to_step)
+
+
+def void(lines: Iterable[Line]) -> list[Void]:
+    """Returns what the run has gone back behind, in order."""
+    ways_back: list[Void] = []
+    for line in lines:
+        if line.get("event") in _WAYS_BACK and line["to_step"] is not None:
+            # After a self-test the attempt of this number has not begun
+            attempt = line["attempt"] - (line.get("what") == "self_test")
+            ways_back.append(Void(line["to_step"], line["generation"], attempt))
+    return ways_back
+
+
+@dataclass(frozen=True)
 class Ledger:
     """A run's lines as read back."""
 
@@ -245,11 +282,24 @@ class Ledger:
         return cls([parsed_line(line, uri, number) for number, line in numbered])
 
     @property
+    def standing(self) -> "Ledger":
+        """The lines without what the run has gone back behind: steps, and what was decided and
+        measured at them."""
+        if not void(self.lines):
+            return self
+        kept: list[Line] = []
+        for line in self.lines:
+            for way in void([line]):
+                kept = [earlier for earlier in kept if not way.undoes(earlier)]
+            kept.append(line)
+        return Ledger(kept)
+
+    @property
     def steps(self) -> list[Line]:
         """The line of each step that counts, in order. Steps that the guard skipped or rolled back
         have none."""
         by_step: dict[int, Line] = {}
-        for line in self.lines:
+        for line in self.standing.lines:
             if "event" not in line:
                 by_step[line["step"]] = line
             elif line["event"] == "rollback":
@@ -263,8 +313,9 @@ class Ledger:
 
     @property
     def rollbacks(self) -> tuple[tuple[int, int], ...]:
-        """The first and the last step that each rollback left out, in order."""
-        return tuple((line["first"], line["last"]) for line in self.events("rollback"))
+        """The first and the last step that each rollback that counts left out, in order."""
+        decided = self.standing.events("rollback")
+        return tuple((line["first"], line["last"]) for line in decided)
 
     @property
     def world_sizes(self) -> list[int]:

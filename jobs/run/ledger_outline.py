@@ -5,9 +5,9 @@ Events say how the run went. Of the steps between two of them the last line is e
 follow one another until an event, a `start`, begins some of them again.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
-from jobs.run.ledger import Ledger, Line, parsed_line
+from jobs.run.ledger import Ledger, Line, parsed_line, void
 
 MEASUREMENTS = ("phases", "layers", "validation")
 """Events of which a run has thousands, and which decide nothing."""
@@ -65,11 +65,28 @@ class LedgerOutline:
 def last_step(outline: Ledger) -> int:
     """Returns the last step that counts, 0 without one: where a rollback left it out, the one
     before its window."""
-    step = max((line["step"] for line in outline.lines if "event" not in line), default=0)
+    step = _last_with(outline, (None,))
     for first, last in sorted(outline.rollbacks, reverse=True):
         if first <= step <= last:
             step = first - 1
-    return int(step)
+    return step
+
+
+def last_recorded(outline: Ledger) -> int:
+    """Returns the last step of which a line says what came of it, 0 without one."""
+    return _last_with(outline, (None, "skip"))
+
+
+def _last_with(outline: Ledger, events: Collection[str | None]) -> int:
+    """Returns the last step that has one of these events, or a line without any; where the run went
+    back, the step to which, if there was none since."""
+    step = 0
+    for line in outline.lines:
+        if line.get("event") in events:
+            step = max(step, line["step"])
+        for way in void([line]):
+            step = min(step, way.to_step)
+    return step
 
 
 def _outlined(block: bytes) -> Iterator[tuple[int, bytes]]:

@@ -15,7 +15,7 @@ from typing import Any
 from cluster.output.progress import say
 from cluster.output.result_text import counted
 from cluster.storage.uris import Storage
-from jobs.run.ledger import LEDGER, Ledger, Line
+from jobs.run.ledger import LEDGER, Ledger, Line, void
 from jobs.run.ledger_chain import hash_of
 from model.signing.signature import TRAINING, SignatureError, predicate_in
 
@@ -99,6 +99,8 @@ def _behind(ledger: Ledger, number: int) -> list[Line]:
         event, step = line.get("event"), line.get("step", last + 1)
         if event == "rollback":
             kept += [{**line, "first": max(line["first"], last + 1)}] if line["last"] > last else []
+        elif void([line]):
+            kept.append({**line, "to_step": max(line["to_step"], last)})
         elif event in _NEVER_REPLACE or step > last:
             kept.append(line)
     return kept

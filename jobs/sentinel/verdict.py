@@ -18,6 +18,7 @@ class What(StrEnum):
     """What is wrong."""
 
     GRADIENT = "gradient"  # of a lane, or of a micro-batch where the gradient is sharded
+    LOSS = "loss"  # of a micro-batch
     SUM = "sum"  # of the gradients of some lanes
     UPDATE = "update"  # of values that one rank alone owns
     WEIGHTS = "weights"  # a rank's copy of them
@@ -27,10 +28,10 @@ class What(StrEnum):
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of one rank in a step."""
+    """One turn of one rank in a step, or all of them."""
 
     rank: int
-    number: int  # of the rank's turns
+    number: int | None  # of the rank's turns; None for all of them
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,13 @@ def named_later(what: What, earlier: Mapping[int, int], shown: Sequence[Shown]) 
     """Returns who was wrong where ranks had shown different checksums of a part of the state, once
     the steps that lead to it were taken again. Nobody is named where all were wrong: a wrong copy
     has wrong gradients, which reach all others in the next step, and it does not show whose was
-    wrong first."""
+    wrong first. Nor is anybody where ranks are gone: those that are left may hold other parts."""
     now = of_state(shown, what)
     corruptions: list[Corruption] = []
+    if max(earlier) >= len(now):
+        return corruptions
     for rank, checksum in earlier.items():
-        if rank < len(now) and checksum != now[rank]:
+        if checksum != now[rank]:
             corruptions.append(Corruption(what, rank, checksum, now[rank]))
     return corruptions if len(corruptions) < len(earlier) else []
 
@@ -118,7 +121,7 @@ def disputed_turns(audit: Audit, shown: Sequence[Shown]) -> list[Turn]:
     disputed: list[Turn] = []
     for rank, subject in enumerate(audit.subjects):
         if shown[rank].other_turn != shown[subject].own_turn:
-            disputed.append(Turn(subject, audit.turns[subject]))
+            disputed.append(Turn(subject, None if audit.checks_all else audit.turns[subject]))
     return sorted(disputed, key=lambda turn: turn.rank)
 
 

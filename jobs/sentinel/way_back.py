@@ -19,10 +19,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jobs.run.ledger import Line
+from jobs.run.ledger import Line, void
 
-_WAYS_BACK = ("corruption", "undecided", "refuted")
 _CERTAINTY = 10.0  # wrong turns to expect in the steps that are compared: e^-10 to have none
+
+MOST_WAYS_BACK = 8
+"""Ways back in a row without a step beyond those that the run has taken before. A node that is wrong
+is left out at its second one, so four of them may be wrong in the same steps. Where nobody can be
+named, as two workers contradict each other in ever other bits, eight tries have told nothing: it is
+for a third worker to say."""
 
 
 @dataclass(frozen=True)
@@ -45,67 +50,6 @@ class WayBack:
         """Returns the fields of the ledger's events."""
         proves = asdict(self.proof) if self.proof else None
         return {"to_step": self.to_step, "proves": proves, "least_steps": self.least_steps}
-
-
-@dataclass(frozen=True)
-class Void:
-    """What must not be continued from, since the run went back behind it."""
-
-    to_step: int
-    generation: int  # of the writers, up to this one
-    attempt: int  # snapshots are void up to this attempt
-
-    def covers(self, step: int, generation: int) -> bool:
-        """Reports whether the checkpoint of a step, by a writer of that generation, is void."""
-        return step > self.to_step and generation <= self.generation
-
-
-def void(lines: Iterable[Line]) -> list[Void]:
-    """Returns what the run has gone back behind, in order."""
-    ways_back: list[Void] = []
-    for line in lines:
-        if line.get("event") in _WAYS_BACK and line["to_step"] is not None:
-            ways_back.append(Void(line["to_step"], line["generation"], line["attempt"]))
-    return ways_back
-
-
-def proven_to(lines: Iterable[Line]) -> int | None:
-    """Returns the step up to which the ledger says that the run is proven, None where it says
-    nothing of that.
-
-    An audited step that stands has found what all ranks held before it the same. So have steps that
-    were taken again and led to the weights of a checkpoint. What the run went back behind is proven
-    no longer, nor is what an attempt takes again.
-    """
-    known = [*lines]
-    ways_back = void(known)
-    proven: int | None = None
-    for line in known:
-        match line.get("event"):
-            case None if "audit_seconds" in line:
-                proven = max(proven or 0, line["step"] - 1)
-            case "proven":
-                proven = max(proven or 0, line["step"])
-            case "checkpoint" if line.get("proven_to") is not None:
-                if not any(way.covers(line["step"], line["generation"]) for way in ways_back):
-                    proven = max(proven or 0, line["proven_to"])
-            case _:
-                last = _last_that_stands(line)
-                if proven is not None and last is not None:
-                    proven = min(proven, last)
-    return proven
-
-
-def _last_that_stands(line: Line) -> int | None:
-    """Returns the last step that an event leaves as it was, None where it changes none."""
-    match line.get("event"):
-        case "start":
-            return int(line["step"])
-        case "rollback":
-            return int(line["first"]) - 1
-        case event if event in _WAYS_BACK:
-            return None if line["to_step"] is None else int(line["to_step"])
-    return None
 
 
 def checkpoints_of(lines: Sequence[Line], kept_steps: Iterable[int]) -> list[Proof]:
@@ -156,13 +100,63 @@ def audits_of_node(lines: Iterable[Line], node: str, *, step: int, every_steps: 
     return 1
 
 
+def doubtful_step(lines: Iterable[Line]) -> int | None:
+    """Returns the step to audit once more, since the run went back from there and nobody was named;
+    None where there is none."""
+    steps = [line["step"] for line in lines if line.get("event") == "undecided"]
+    return steps[-1] if steps else None
+
+
+def nodes_of_last_step(lines: Iterable[Line]) -> set[str]:
+    """Returns the nodes of the workers that have taken the run's last step; none before the
+    first."""
+    begun: set[str] = set()
+    nodes: set[str] = set()
+    for line in lines:
+        if line.get("event") == "start":
+            begun = {worker["node"] for worker in line["workers"]}
+        elif line.get("event") in (None, "skip"):
+            nodes = begun
+    return nodes
+
+
 def pending(lines: Iterable[Line]) -> WayBack | None:
     """Returns the last way back of which the run still owes the proof."""
     way: WayBack | None = None
     for line in lines:
-        if line.get("event") in _WAYS_BACK and line["to_step"] is not None:
+        if void([line]):
             proof = Proof(**line["proves"]) if line["proves"] else None
             way = WayBack(line["to_step"], proof, line["least_steps"]) if proof else None
         elif line.get("event") in ("proven", "refuted"):
             way = None
     return way
+
+
+def why_no_further(lines: Iterable[Line]) -> str | None:
+    """Returns the reason to take no step again, where the run has gone back too often without
+    getting further; None while there is hope.
+
+    Those that refuted a checkpoint do not count: each goes further back than the one before, so
+    that they end at the run's start. Nor does what was before the run gave up: a user who resumes
+    it then has changed something.
+    """
+    furthest = 0
+    ways: dict[tuple[int, int], Line] = {}  # by attempt and writer: it may tell of several workers
+    for line in lines:
+        match line.get("event"):
+            case None if line["step"] > furthest:
+                furthest = line["step"]
+                ways = {}
+            case "gave_up":
+                ways = {}
+            case "corruption" | "undecided" if line["to_step"] is not None:
+                ways[line["attempt"], line["generation"]] = line
+    if len(ways) < MOST_WAYS_BACK:
+        return None
+    last = [*ways.values()][-1]
+    nodes = sorted({*last["nodes"].values()}) if "nodes" in last else [last["node"]]
+    return (
+        f"the run went back {len(ways)} times and got no further than step {furthest}: workers contradict each other "
+        f"again and again, the last time in their {last['what']} at step {last['step']}, on {' and '.join(nodes)}. "
+        "Leave that hardware out, or give the run a third worker that decides; the same --run-id continues it"
+    )

@@ -14,7 +14,14 @@ from jobs.run.run_plan import RunPlan
 from jobs.saving.saver import Saver
 from jobs.snapshots.snapshots import Snapshots
 from jobs.tokens.token_store import Manifest
-from jobs.training.guards import Decision, GuardState, Verdict, decide, unless_not_finite
+from jobs.training.guards import (
+    Decision,
+    GuardState,
+    Verdict,
+    after_wrong_weights,
+    complaint,
+    decide,
+)
 from jobs.training.run_writer import RunWriter
 from jobs.training.sentinel import Sentinel
 from jobs.training.step_record import StepRecord
@@ -52,7 +59,9 @@ class Attempt:
     def is_saved(self, step: int) -> bool:
         """Reports whether a checkpoint of the step is due; in a replay, whether its hash is."""
         replay = self.plan.replay
-        return step in replay.hashed if replay else saves(self.plan.config, step)
+        if replay:
+            return step in replay.hashed
+        return saves(self.plan.config, step) or self.saver.wants_again
 
     def is_validated(self, step: int) -> bool:
         replay = self.plan.replay
@@ -74,16 +83,22 @@ class Attempt:
         """Puts the gradient of the step's whole batch into the state's buffer. Returns its figures,
         and None where a worker was found wrong and the run must go back. Raises what
         `Sentinel.cleared` does."""
-        timer = self.record.timer
+        timer, config = self.record.timer, self.plan.config
         measured = self.sentinel.cleared(step, self.gradient.of_step(step, timer), timer)
-        if measured and not self.plan.config.train.exact:
+        if measured and not config.train.exact:
             self.group.prove(step, self.state.device)
-        return measured
+        if measured is None:
+            return None
+        reason = complaint(self.guard.losses, config, loss=measured.loss, grad_norm=measured.norm)
+        # Before the data is blamed, somebody else computes it
+        return self.sentinel.asked_again(step, measured, reason, timer) if reason else measured
 
-    def update(self, step: int, measured: Measured) -> Decision:
+    def update(self, step: int, measured: Measured) -> Decision | None:
         """Decides what to do with the step's gradient, and applies it where that is the decision.
 
-        At a step that saves, weights that are not finite turn the decision into a rollback.
+        At a step that saves, weights that are not finite turn the decision into a rollback. Returns
+        None where a worker may have made them so, and the run must go back. Raises what
+        `Sentinel.cleared` does.
         """
         config, timer = self.plan.config, self.record.timer
         decision = decide(
@@ -102,9 +117,12 @@ class Attempt:
                     self.sentinel.update_again = notes.repeated(self.group, **figures)
             if self.state.sharding.sends_values:
                 self.group.prove(step, self.state.device)
-        if not saves(config, step):
+        stays = decision.verdict in (Verdict.APPLY, Verdict.SKIP)
+        if not (stays and saves(config, step)) or self.state.is_finite():
             return decision
-        return unless_not_finite(decision, config, step=step, is_finite=self.state.is_finite)
+        if self.sentinel.goes_back_from(step + 1):
+            return None
+        return after_wrong_weights(decision.state, config, step=step)
 
     def save(self, step: int, validation: dict[str, Any], *, must: bool = False) -> None:
         """Has the state stored while training continues. `must` waits for a save in progress instead

@@ -9,7 +9,6 @@ replay, at any world size and after any kill.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import median
@@ -98,15 +97,10 @@ def decide(
     )
 
 
-def unless_not_finite(
-    decision: Decision, config: RunConfig, *, step: int, is_finite: Callable[[], bool]
-) -> Decision:
-    """Returns the decision, or a rollback where the weights that it led to are not finite."""
-    if decision.verdict in (Verdict.ROLL_BACK, Verdict.STOP) or is_finite():
-        return decision
-    return roll_back(
-        decision.state, config, step=step, reason="the updates made weights that are not finite"
-    )
+def after_wrong_weights(state: GuardState, config: RunConfig, *, step: int) -> Decision:
+    """Decides what to do where the updates up to a step have led to weights that are not finite."""
+    reason = "the updates made weights that are not finite"
+    return roll_back(state, config, step=step, reason=reason)
 
 
 def complaint(

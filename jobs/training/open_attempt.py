@@ -20,9 +20,10 @@ from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.frozen import freeze
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.train_state import TrainState
-from jobs.exact.stored_state import restore
+from jobs.exact.stored_state import restored
 from jobs.run.checkpoints import RunCheckpoints
-from jobs.run.ledger import Ledger
+from jobs.run.ledger import Ledger, void
+from jobs.run.ledger_outline import last_recorded
 from jobs.run.run_plan import RunPlan, open_held_out, open_stream, open_validation_sets
 from jobs.run.sharded_checkpoints import stored_state
 from jobs.run.storage_retry import patiently, tell_nobody
@@ -30,7 +31,9 @@ from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.saving.hash_recorder import HashRecorder
 from jobs.saving.saver import Saver, SavesNothing
 from jobs.saving.shard_writer import ShardWriter
-from jobs.sentinel.way_back import WayBack, pending, void
+from jobs.sentinel.consequences import AuditedAttempt
+from jobs.sentinel.proven_part import NOT_AUDITED, ProvenPart, proven_part
+from jobs.sentinel.way_back import WayBack, doubtful_step, pending, why_no_further
 from jobs.snapshots.choice import Snapshot
 from jobs.snapshots.snapshots import Snapshots
 from jobs.training.attempt import Attempt, only_trains
@@ -46,7 +49,7 @@ from jobs.training.mixed_hardware import (
     why_refused,
 )
 from jobs.training.run_writer import RunWriter
-from jobs.training.sentinel import AuditedAttempt, Sentinel
+from jobs.training.sentinel import Sentinel
 from jobs.training.start_inputs import inputs
 from jobs.training.step_record import StepRecord
 from jobs.training.validation import Validator
@@ -83,6 +86,15 @@ class _Start:
     snapshot: Snapshot | None = None
     saved_step: int = 0  # of the newest checkpoint, which is no newer than the snapshot
     owed: WayBack | None = None  # whose proof the run owes
+    proven: ProvenPart = NOT_AUDITED
+    doubtful: int | None = None  # a step that is to be audited in any case
+
+    def audited(
+        self, places: Sequence[dict[str, Any]], *, first_step: int, restored_step: int
+    ) -> AuditedAttempt:
+        """Returns what the sentinel of the attempt knows."""
+        number, proven = 1 + self.num_attempts, self.proven.from_start(restored_step)
+        return AuditedAttempt(number, first_step, places, self.owed, proven)
 
 
 @dataclass(frozen=True)
@@ -158,19 +170,20 @@ def _continued(
     eot_id = tokenizer.start_id if config.train.document_mask else None
     validator = _validator(plan, state, group, tokenizer, eot_id=eot_id, tell=tell)
     nodes = () if start.unlike else workers.nodes
-    gradient = BatchGradient(config, state, train_rows, group, eot_id=eot_id, nodes=nodes)
+    gradient = BatchGradient(
+        config, state, train_rows, group, eot_id=eot_id, nodes=nodes, doubtful=start.doubtful
+    )
     opened.callback(gradient.close)
     notices = Notices(plan.run, group, signals)
     opened.callback(notices.close)
-    number = 1 + start.num_attempts
-    audited = AuditedAttempt(number, first_step, workers.places, owed=start.owed)
+    audited = start.audited(workers.places, first_step=first_step, restored_step=restored_step)
     sentinel = Sentinel(plan, gradient, state, group, audited, writer=writer)
     sentinel.compare_self_tests(ready.self_test, ready.problem, workers.kinds)
     group.gather("prepared")  # else the first step would seem to take what others still prepare
     attempt = Attempt(
         plan=plan,
         group=group,
-        number=number,
+        number=audited.number,
         generation=start.generation,
         first_step=first_step,
         state=state,
@@ -180,7 +193,7 @@ def _continued(
         gradient=gradient,
         sentinel=sentinel,
         validator=validator,
-        record=StepRecord(plan, state, group, writer=writer, attempt=number, nodes=workers.nodes),
+        record=StepRecord(plan, state, group, audited, writer=writer),
         snapshots=snapshots,
         saver=saver,
         notices=notices,
@@ -263,7 +276,8 @@ def _choose(
     not fit it."""
     patiently(lambda: write_down(plan.run, writer.ledger), "incidents")
     read, config = writer.outline(), plan.config
-    reason = why_give_up(read.lines, max_fruitless_attempts=config.scaling.max_fruitless_attempts)
+    most = config.scaling.max_fruitless_attempts
+    reason = why_give_up(read.lines, max_fruitless_attempts=most) or why_no_further(read.lines)
     if reason:
         return Hopeless(reason)
     unlike = differences(workers.kinds, nodes=workers.nodes) + changes(read, workers.kinds[0])
@@ -276,6 +290,8 @@ def _choose(
         unlike,
         read.rollbacks,
         owed=pending(read.lines),
+        proven=proven_part(read.lines),
+        doubtful=doubtful_step(read.lines),
     )
     left_out = GuardState(rollbacks=read.rollbacks).leaves_out
     ways_back = void(read.lines)
@@ -322,9 +338,7 @@ def _newest_snapshot(
         is_left_out=is_left_out,
         after_attempt=after_attempt,
     )
-    recorded = max(
-        (line["step"] for line in read.lines if line.get("event") in (None, "skip")), default=0
-    )
+    recorded = last_recorded(read)
     owed = recorded + 1
     if only_trains(config, owed):
         snapshot = newest(explained_step=owed)
@@ -358,9 +372,10 @@ def _restored(
         state.load_weights(initial_weights(config.model, config.train.seed))
         return state, GuardState(), 0
     checkpoints = RunCheckpoints(plan.run)
-    restore(state, stored_state(checkpoints, start.checkpoint))
     metadata = metadata_of(checkpoints.uri(start.checkpoint))
     assert metadata is not None, "rank 0 has found it"
+    stored, name = stored_state(checkpoints, start.checkpoint), start.checkpoint
+    restored(state, stored, group, checksum=metadata.state_checksum, name=name)
     guard = (
         GuardState.from_json(metadata.guard)
         if metadata.guard

@@ -8,13 +8,12 @@ from pathlib import Path
 from cluster.storage.registry import publications, served_checkpoints
 from cluster.storage.uris import open_storage
 from jobs.run.checkpoints import RunCheckpoints, generation_of, step_of
-from jobs.run.ledger import LEDGER, Ledger, LedgerWriter
+from jobs.run.ledger import LEDGER, Ledger, LedgerWriter, Void
 from jobs.run.ledger_outline import LedgerOutline, last_step
 from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
 from jobs.run.writer_generation import Fence
 from jobs.saving.publisher import Publisher, checkpoint_fields, published_in
-from jobs.sentinel.way_back import Void
 from model.config import shape_differences
 from model.files.checkpoint_folder import CheckpointError, verify_checkpoint
 from model.files.hf_config import read_shape

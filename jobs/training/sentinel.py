@@ -1,34 +1,28 @@
-"""Judges each audited step of one attempt, the same on every rank, and has the ledger say what was
-found and done.
+"""Judges each audited step of one attempt, the same on every rank, and asks again where a step's
+figures cannot be trusted.
 
-Rank 0 decides from the ledger what becomes of a worker that is wrong; the verdict itself every rank
-draws from the same table.
+The verdict itself every rank draws from the same table; what becomes of a worker that is wrong rank 0
+decides (`jobs/sentinel/consequences.py`).
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any, NoReturn, assert_never
+from dataclasses import replace
+from typing import NoReturn
 
-from cluster.storage.uris import open_storage
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.train_state import TrainState
 from jobs.exact.stored_state import hash_of_weights
 from jobs.exact.sums.audit import Shown, holders_of
+from jobs.exact.sums.checksum import checksums_of_state, from_halves, halves_of
 from jobs.exact.sums.excerpt import Repeated
 from jobs.exact.sums.step_totals import Measured
-from jobs.run.ledger import Line
 from jobs.run.run_plan import RunPlan
 from jobs.run.step_timer import StepTimer
-from jobs.run.storage_retry import patiently
-from jobs.sentinel.measures import (
-    Measure,
-    corruptions_of_node,
-    measure,
-    ranks_to_leave_out,
-)
+from jobs.sentinel.consequences import Audited, AuditedAttempt, Consequences, Decision
+from jobs.sentinel.measures import Measure
+from jobs.sentinel.proven_part import NOT_AUDITED
+from jobs.sentinel.second_time import Recurrence, Taking, wrong_at_first
 from jobs.sentinel.verdict import (
     CLEAN,
     Corruption,
@@ -36,25 +30,14 @@ from jobs.sentinel.verdict import (
     Verdict,
     What,
     disputed_turns,
-    named_later,
     of_copies,
     of_repeated,
     of_self_tests,
+    of_state,
     of_turns,
-)
-from jobs.sentinel.way_back import (
-    Proof,
-    WayBack,
-    audits_of_node,
-    checkpoints_of,
-    proven_to,
-    steps_to_compare,
-    way_back,
-    way_back_before,
 )
 from jobs.training.kernels import tested_again
 from jobs.training.run_writer import RunWriter
-from jobs.workers.left_out_nodes import leave_out
 from jobs.workers.worker_group import WorkerGroup
 from model.errors import UserError
 
@@ -62,22 +45,6 @@ from model.errors import UserError
 class CorruptionError(Exception):
     """A worker was found wrong, and its node has no part in the run any more: all workers end, to
     be started on other nodes."""
-
-
-@dataclass(frozen=True)
-class _Decision:
-    measure: Measure
-    reason: str  # in words
-
-
-@dataclass(frozen=True)
-class AuditedAttempt:
-    """What a sentinel knows of its attempt."""
-
-    number: int
-    first_step: int
-    places: Sequence[dict[str, Any]]  # where each rank runs
-    owed: WayBack | None  # whose proof the run owes
 
 
 class Sentinel:
@@ -94,16 +61,23 @@ class Sentinel:
         writer: RunWriter | None,
     ) -> None:
         self._plan, self._gradient, self._state, self._group = plan, gradient, state, group
-        self._places, self._number, self._writer = attempt.places, attempt.number, writer
+        self._attempt, self._writer = attempt, writer
+        self._consequences: Consequences | None = None  # rank 0 draws them
+        if writer:
+            uri = plan.config.storage.uri
+            self._consequences = Consequences(writer, attempt, storage_uri=uri)
         # The step before which all copies of the state were the same
         self._last_alike = attempt.first_step
         self._owed = attempt.owed
         self._began_s = 0.0  # to judge, when something differed
+        self._num_verdicts = 0  # that have named somebody
         self.update_again: Repeated | None = None
         """What ranks found when they made the update of this step again."""
-        if writer and gradient.audits.every_steps:
-            known = proven_to(writer.outline().lines) or 0
-            writer.publisher.proven_to = min(known, attempt.first_step - 1)
+        self.proven = NOT_AUDITED
+        """How far the run is proven."""
+        if gradient.audits.every_steps:
+            self.proven = replace(attempt.proven, to_step=attempt.proven.to_step or 0)
+            self._tell_publisher()
 
     def cleared(self, step: int, measured: Measured, timer: StepTimer) -> Measured | None:
         """Returns the figures of a step in which nothing is in dispute any more, and None where the
@@ -115,22 +89,85 @@ class Sentinel:
             if verdict.is_clean:
                 self._last_alike = step
                 self._prove(step - 1)
-                self._name_later(step, measured.shown)
+                if self._consequences:
+                    self._consequences.name_later(step, measured.shown)
                 return measured
             if verdict.undecided:
-                self._go_back_undecided(step, verdict.undecided)
+                self._settle(step, verdict.undecided)
                 return None
-            decision = self._decided(step, verdict.corruptions)
-            match decision.measure:
+            match self._carried_out(step, verdict.corruptions):
                 case Measure.TAKEN_AGAIN:
-                    measured = self._gradient.of_step(step, timer)
-                case Measure.GONE_BACK:
-                    return None
-                case Measure.LEFT_OUT:
-                    raise CorruptionError(decision.reason)
+                    measured = self._gradient.of_step(step, timer, audit=measured.audit)
                 case _:
-                    assert_never(decision.measure)
+                    return None
         return measured
+
+    def asked_again(
+        self, step: int, first: Measured, reason: str, timer: StepTimer
+    ) -> Measured | None:
+        """Takes a step again whose figures cannot be trusted, for the reason given, and has another
+        rank compute each of its lanes too. Returns the figures that stand: the same ones where the
+        data is at fault, and others where a worker was wrong. Returns None, and raises, as
+        `cleared` does."""
+        if not self._gradient.audits.every_steps:
+            return first
+        began_s, num_verdicts = time.perf_counter(), self._num_verdicts
+        before = self._taking(first, self._gradient.watched())
+        again = self.cleared(step, self._gradient.audited_again(step, timer), timer)
+        if again is None:
+            return None
+        after = self._taking(again, [row.own_turn for row in again.shown])
+        is_same = after.repeats(before)
+        if is_same and not self._state.is_finite() and self.goes_back_from(step):
+            return None
+        corruptions = [] if is_same else wrong_at_first(before, after)
+        if corruptions:
+            self._carried_out(step, corruptions)
+        if self._num_verdicts > num_verdicts:
+            return again
+        # Whoever was wrong in this step is named the next time
+        self._gradient.watches |= not is_same
+        if self._consequences:
+            seconds = round(time.perf_counter() - began_s, 3)
+            self._consequences.tell_asked_again(
+                step,
+                reason=reason,
+                found=f"loss {again.loss}, gradient norm {again.norm}",
+                differs=not is_same,
+                seconds=seconds,
+            )
+        return again
+
+    def goes_back_from(self, step: int) -> bool:
+        """Returns whether the run must go back since the weights before a step are not finite, and
+        not all that hold them have made them so. Raises what `cleared` does."""
+        if not self._gradient.audits.every_steps:
+            return False
+        if self._update_was_wrong(step - 1):
+            return True
+        self._began_s = time.perf_counter()
+        own = from_halves(halves_of(checksums_of_state(self._state)).tolist())
+        rows = [Shown(0, 0, *row) for row in self._group.gather(own)]
+        verdict = of_copies(rows, holders=self._holders)
+        if verdict.is_clean:
+            return self._goes_back_to_see(step, rows)
+        if verdict.undecided:
+            self._settle(step, verdict.undecided)
+        else:
+            self._carried_out(step, verdict.corruptions)
+        return True
+
+    def _goes_back_to_see(self, step: int, rows: Sequence[Shown]) -> bool:
+        """Has the run go back once where each rank has updated a part of the weights alone: whether
+        that was right shows if they come to the same again."""
+        if not self._state.sharding.is_sole_copy:
+            return False
+        weights = of_state(rows, What.WEIGHTS)
+        alone = [Undecided(What.WEIGHTS, dict(enumerate(weights)))]
+        if self._recurrence(step, alone).repeated:
+            return False
+        self._go_back(step, alone)
+        return True
 
     def compare_self_tests(self, checksum: str, problem: str, kinds: Sequence[object]) -> None:
         """Compares the gradients of the self-tests of workers with the same hardware, before they
@@ -146,22 +183,22 @@ class Sentinel:
         if verdict.undecided:
             raise UserError(self._why_undecided(0, verdict.undecided[0]))
         if verdict.corruptions:
-            raise CorruptionError(self._decided(0, verdict.corruptions).reason)
+            self._carried_out(0, verdict.corruptions)
 
     def goes_back_after(self, step: int) -> bool:
         """Returns whether the run must go back though a step is taken: an update was wrong, or the
         step refutes what was stored. Raises what `cleared` does."""
+        return self._update_was_wrong(step) or self._is_refuted(step)
+
+    def _update_was_wrong(self, step: int) -> bool:
         again, self.update_again = self.update_again, None
         self._began_s = time.perf_counter()
         verdict = of_repeated(What.UPDATE, again) if again else CLEAN
         if verdict.undecided:
             self._end_undecided(step, verdict.undecided[0])
         if verdict.corruptions:
-            decision = self._decided(step, verdict.corruptions)
-            if decision.measure is Measure.LEFT_OUT:
-                raise CorruptionError(decision.reason)
-            return True
-        return self._is_refuted(step)
+            self._carried_out(step, verdict.corruptions)
+        return bool(verdict.corruptions)
 
     def _is_refuted(self, step: int) -> bool:
         """Proves a step, where the run owes that. Returns whether the run must go back further,
@@ -171,174 +208,90 @@ class Sentinel:
             return False
         self._owed = None
         found = hash_of_weights(self._state, self._group, step=step)
-        return bool(self._group.broadcast(self._told_of_proof(owed, owed.proof, found)))
+        told: tuple[bool, bool] | None = None
+        if self._consequences:
+            way = self._consequences.of_proof(owed, owed.proof, found)
+            told = found == owed.proof.parameter_hash, way is not None
+        is_proven, goes_back = self._group.broadcast(told)
+        if is_proven:
+            self._prove(step)
+        return bool(goes_back)
 
     def _verdict(self, step: int, measured: Measured, timer: StepTimer) -> Verdict:
-        sharding: Sharding = self._state.sharding
-        vectors = next(iter(self._state.vectors))
-        holders = [holders_of(sharding, "values"), holders_of(sharding, vectors)]
-        verdict = of_copies(measured.shown, holders=holders)
+        verdict = of_copies(measured.shown, holders=self._holders)
         if not verdict.is_clean:
             return verdict  # wrong weights have wrong gradients
-        audit = self._gradient.audit_of_step(step)
+        audit = measured.audit
         assert audit is not None, "it has shown checksums"
         disputed = disputed_turns(audit, measured.shown)
         if not disputed:
             return of_repeated(What.SUM, measured.sums) if measured.sums else CLEAN
-        turns = [(turn.rank, turn.number) for turn in disputed]
-        answers = self._gradient.answers(step, turns, timer)
+        ranks = [turn.rank for turn in disputed]
+        answers = self._gradient.answers(step, audit, ranks, timer)
         return of_turns(audit, measured.shown, disputed, answers)
 
-    def _prove(self, step: int) -> None:
-        """Has the run's checkpoints be proven up to a step, also where that is an earlier one."""
-        if self._writer:
-            self._writer.publisher.proven_to = step
-
-    def _go_back_to(self, way: WayBack) -> None:
-        assert self._writer is not None
-        proven = self._writer.publisher.proven_to
-        self._prove(min(proven or 0, way.to_step))
-
     @property
-    def _nodes(self) -> list[str]:
-        return [str(place["node"]) for place in self._places]
+    def _holders(self) -> list[list[int]]:
+        sharding, vectors = self._state.sharding, next(iter(self._state.vectors))
+        return [holders_of(sharding, "values"), holders_of(sharding, vectors)]
 
-    def _decided(self, step: int, corruptions: Sequence[Corruption]) -> _Decision:
-        """Returns what rank 0 has decided, once the ledger says it."""
-        decision = self._decide(step, corruptions) if self._writer else None
-        decided: _Decision = self._group.broadcast(decision)
-        return decided
+    def _taking(self, measured: Measured, answers: Sequence[int | None]) -> Taking:
+        figures = (measured.loss, measured.norm, measured.num_counted)
+        return Taking(figures, self._gradient.losses(), answers)
 
-    def _decide(self, step: int, corruptions: Sequence[Corruption]) -> _Decision:
-        assert self._writer is not None
-        lines = self._writer.outline().lines
-        known: dict[str, Any] = {"nodes": self._nodes, "earlier": lines, "now_s": time.time()}
-        chosen = measure(corruptions, **known)
-        way = self._way_back(step, chosen, corruptions, lines)
-        if way:
-            self._go_back_to(way)
-        for corruption in corruptions:
-            self._writer.ledger.event(
-                "corruption",
-                step=step,
-                attempt=self._number,
-                generation=self._writer.fence.generation,
-                measure=chosen.value,
-                seconds=round(time.perf_counter() - self._began_s, 3),
-                **_fields(corruption),
-                **self._places[corruption.rank],
-                **(way.fields() if way else {"to_step": None}),
-            )
-        names = ", ".join(
-            sorted({f"rank {at.rank} on {self._nodes[at.rank]}" for at in corruptions})
-        )
-        reason = f"step {step}: {names} was wrong in its {corruptions[0].what.value}"
-        if chosen is Measure.LEFT_OUT:
-            ranks = ranks_to_leave_out(corruptions, **known)
-            for rank in ranks:
-                place = self._places[rank] | {"step": step, "reason": reason}
-                write = partial(leave_out, open_storage(self._plan.config.storage.uri), place)
-                patiently(write, "nodes left out")
-        return _Decision(chosen, f"{reason}; {_consequence(chosen, way)}")
+    def _prove(self, step: int) -> None:
+        """Has the run be proven up to a step, also where that is an earlier one."""
+        self.proven = self.proven.up_to(step)
+        self._tell_publisher()
 
-    def _way_back(
-        self,
-        step: int,
-        chosen: Measure,
-        corruptions: Sequence[Corruption],
-        lines: Sequence[Line],
-    ) -> WayBack | None:
-        """Returns where the run continues, None where it stays."""
-        assert self._writer is not None
-        if corruptions[0].what is What.SELF_TEST:
-            return None  # it has not trained yet
-        checkpoints = checkpoints_of(lines, self._writer.kept_steps())
-        match chosen:
-            case Measure.TAKEN_AGAIN:
-                return None
-            case Measure.GONE_BACK:
-                return way_back_before(checkpoints, audited_step=self._last_alike)
-            case Measure.LEFT_OUT:
-                least_steps = max(self._steps_to_compare(step, at, lines) for at in corruptions)
-                return way_back(checkpoints, least_steps=least_steps)
-            case _:
-                assert_never(chosen)
+    def _tell_publisher(self) -> None:
+        if self._writer:
+            self._writer.publisher.proven_to = self.proven.to_step
 
-    def _steps_to_compare(self, step: int, corruption: Corruption, lines: Sequence[Line]) -> int:
-        node = self._nodes[corruption.rank]
-        every_steps = self._gradient.audits.every_steps
-        return steps_to_compare(
-            num_audits=audits_of_node(lines, node, step=step, every_steps=every_steps),
-            num_wrong=1 + len(corruptions_of_node(lines, node)) + corruption.repeats,
-            turns_per_step=self._gradient.num_turns(step),
+    def _at(self, step: int) -> Audited:
+        return Audited(
+            step,
+            began_s=self._began_s,
+            last_alike=self._last_alike,
+            every_steps=self._gradient.audits.every_steps,
+            num_turns=self._gradient.num_turns(max(step, 1)),
         )
 
-    def _told_of_proof(self, owed: WayBack, proof: Proof, found: str) -> bool:
-        """Has the ledger say whether the weights are those that were stored. Returns whether the
-        run must go back further; on other ranks than 0, nothing that counts."""
-        if self._writer is None:
-            return False
-        tell = self._writer.ledger.event
-        if found == proof.parameter_hash:
-            tell("proven", **asdict(proof), attempt=self._number)
-            self._prove(proof.step)
-            return False
-        way: WayBack | None = None
-        if owed.to_step > 0:
-            lines = self._writer.outline().lines
-            checkpoints = checkpoints_of(lines, self._writer.kept_steps())
-            earlier = [at for at in checkpoints if at.step <= owed.to_step]
-            way = way_back(earlier, least_steps=owed.least_steps)
-            self._go_back_to(way)
-        tell(
-            "refuted",
-            **asdict(proof),
-            found=found,
-            attempt=self._number,
-            generation=self._writer.fence.generation,
-            **(way.fields() if way else {"to_step": None}),
-        )
-        return way is not None
+    def _carried_out(self, step: int, corruptions: Sequence[Corruption]) -> Measure:
+        """Returns what rank 0 has decided, once the ledger says it. Raises `CorruptionError` where
+        a node has no part in the run any more."""
+        decision: Decision | None = None
+        if self._consequences:
+            decision = self._consequences.of_corruptions(self._at(step), corruptions)
+        decided: Decision = self._group.broadcast(decision)
+        self._num_verdicts += 1
+        if decided.measure is Measure.LEFT_OUT:
+            raise CorruptionError(decided.reason)
+        return decided.measure
 
-    def _go_back_undecided(self, step: int, undecided: Sequence[Undecided]) -> None:
-        """Has the ledger say that ranks hold different copies, and to which state from before the
-        run goes back: the same steps, taken again, tell who was wrong. Raises `UserError` for
-        gradients and sums, which differ again however often they are computed."""
+    def _settle(self, step: int, undecided: Sequence[Undecided]) -> None:
+        """Has the run go back where ranks hold different copies, unless they did so before: then
+        whoever alone does not repeat itself is wrong, or their self-tests decide. These decide at
+        once about gradients and sums, which differ again however often they are computed. Raises
+        what `_end_undecided` does."""
         for at in undecided:
             if at.what in (What.GRADIENT, What.SUM):
                 self._end_undecided(step, at)
-        if self._writer is None:
-            return
-        lines = self._writer.outline().lines
-        checkpoints = checkpoints_of(lines, self._writer.kept_steps())
-        way = way_back_before(checkpoints, audited_step=self._last_alike)
-        self._go_back_to(way)
-        for at in undecided:
-            self._writer.ledger.event(
-                "undecided",
-                step=step,
-                attempt=self._number,
-                generation=self._writer.fence.generation,
-                what=at.what.value,
-                shown={str(rank): f"{shown:016x}" for rank, shown in at.shown.items()},
-                nodes={str(rank): self._nodes[rank] for rank in at.shown},
-                **way.fields(),
-            )
+        known = self._recurrence(step, undecided)
+        if known.wrong:
+            self._carried_out(step, known.wrong)
+        self._go_back(step, undecided)
+        for at in known.repeated:
+            self._end_undecided(step, at)
 
-    def _name_later(self, step: int, shown: Sequence[Shown]) -> None:
-        """Has the ledger name who was wrong in this step before the run went back, where that was
-        undecided."""
-        if self._writer is None:
-            return
-        lines = self._writer.outline().lines
-        last = [at for at in lines if at.get("event") in ("undecided", "named")][-1:]
-        for at in last:
-            if at["event"] == "named" or at["step"] != step:
-                continue
-            before = {int(rank): int(checksum, 16) for rank, checksum in at["shown"].items()}
-            for corruption in named_later(What(at["what"]), before, shown):
-                node = at["nodes"][str(corruption.rank)]
-                self._writer.ledger.event("named", step=step, **_fields(corruption), node=node)
+    def _recurrence(self, step: int, undecided: Sequence[Undecided]) -> Recurrence:
+        known = self._consequences.recurrence(step, undecided) if self._consequences else None
+        recurrence: Recurrence = self._group.broadcast(known)
+        return recurrence
+
+    def _go_back(self, step: int, undecided: Sequence[Undecided]) -> None:
+        if self._consequences:
+            self._consequences.of_undecided(self._at(step), undecided)
 
     def _end_undecided(self, step: int, undecided: Undecided) -> NoReturn:
         """Has the ranks take their self-tests again, of which they know the right answer: whoever
@@ -349,45 +302,22 @@ class Sentinel:
         shown = undecided.shown
         right = [checksum for rank, checksum in shown.items() if passes[rank]]
         wrong = [rank for rank in shown if not passes[rank]]
-        if not right or not wrong:
-            raise UserError(self._why_undecided(step, undecided))
-        corruptions: list[Corruption] = []
-        for rank in wrong:
-            at = Corruption(undecided.what, rank, shown[rank], right[0], repeats=True)
-            corruptions.append(at)
-        raise CorruptionError(self._decided(step, corruptions).reason)
+        if right and wrong:
+            corruptions: list[Corruption] = []
+            for rank in wrong:
+                at = Corruption(undecided.what, rank, shown[rank], right[0], repeats=True)
+                corruptions.append(at)
+            self._carried_out(step, corruptions)
+        raise UserError(self._why_undecided(step, undecided))
 
     def _why_undecided(self, step: int, undecided: Undecided) -> str:
-        names = " and ".join(f"rank {rank} on {self._nodes[rank]}" for rank in undecided.shown)
-        when = f"at step {step}" if step else "in the self-test"
+        nodes, names = self._attempt.nodes, list[str]()
+        for rank, shown in undecided.shown.items():
+            names.append(f"rank {rank} on {nodes[rank]} (checksum {shown:016x})")
+        when = f"at step {step}" if step else "before the first step"
         return (
-            f"{names} differ {when} in bits that must be the same. Each gives its own answer again, and nobody can "
-            "tell which is wrong, also not by their self-tests: nothing of the step was stored. Give the run a third "
-            "worker, which decides it, or leave one of these nodes out; the same --run-id continues it"
+            f"{' and '.join(names)} differ {when} in bits that must be the same, of what is called "
+            f"{undecided.what.value}. Each gives its own answer again, and nobody can tell which is wrong, also not by "
+            "their self-tests: nothing of the step was stored. Give the run a third worker, which decides it, or leave "
+            "one of these nodes out; the same --run-id continues it"
         )
-
-
-def _fields(corruption: Corruption) -> dict[str, Any]:
-    turn = corruption.turn
-    return {
-        "what": corruption.what.value,
-        "rank": corruption.rank,
-        "turn": [turn.rank, turn.number] if turn else None,
-        "shown": f"{corruption.shown:016x}",
-        "right": f"{corruption.right:016x}",
-        "repeats": corruption.repeats,
-        "votes": [*corruption.votes],
-    }
-
-
-def _consequence(chosen: Measure, way: WayBack | None) -> str:
-    match chosen:
-        case Measure.TAKEN_AGAIN:
-            return "the step is taken again"
-        case Measure.GONE_BACK:
-            return f"the run goes back to step {way.to_step if way else 0}"
-        case Measure.LEFT_OUT:
-            goes_back = f", and the run goes back to step {way.to_step}" if way else ""
-            return f"its node is left out{goes_back}"
-        case _:
-            assert_never(chosen)

@@ -12,6 +12,8 @@ from jobs.exact.stored_state import hash_of_weights
 from jobs.exact.sums.step_totals import Measured
 from jobs.run.run_plan import RunPlan
 from jobs.run.step_timer import CudaClock, StepTimer
+from jobs.sentinel.consequences import AuditedAttempt
+from jobs.sentinel.proven_part import NOT_AUDITED, ProvenPart
 from jobs.training.layer_statistics import LayerStatistics
 from jobs.training.rank_phases import WINDOW_STEPS, RankPhases, as_fields
 from jobs.training.run_writer import RunWriter
@@ -30,15 +32,15 @@ class StepRecord:
         plan: RunPlan,
         state: TrainState,
         group: WorkerGroup,
+        attempt: AuditedAttempt,
         *,
         writer: RunWriter | None,
-        attempt: int,
-        nodes: list[str],
     ) -> None:
         train = plan.config.train
         self._config, self._state, self._group = plan.config, state, group
         self._ledger = writer.ledger if writer else None
-        self._attempt, self._nodes, self._last_step = attempt, nodes, plan.last_step
+        self._attempt, self._nodes = attempt.number, attempt.nodes
+        self._last_step = plan.last_step
         self._schedule = batch_schedule(plan.config)
         self.line: dict[str, Any] | None = None
         """The last step's line, which every rank has; None where the step was skipped."""
@@ -48,12 +50,21 @@ class StepRecord:
             state, group, self.timer, every_steps=train.layer_statistics_every_steps
         )
 
-    def write(self, step: int, measured: Measured, *, lr: float, skipped: str = "") -> None:
-        """Writes the line of a completed step, which covers the time since the line before.
+    def write(
+        self,
+        step: int,
+        measured: Measured,
+        *,
+        lr: float,
+        skipped: str = "",
+        proven: ProvenPart = NOT_AUDITED,
+    ) -> None:
+        """Writes the line of a completed step, which covers the time since the line before, and how
+        far the run is proven.
 
         A step whose update was not applied, for the reason `skipped`, gets an event instead.
         """
-        fields: dict[str, Any] = {}
+        fields: dict[str, Any] = proven.fields()
         hash_every = self._config.train.hash_every_steps
         if hash_every and step % hash_every == 0 and (self._ledger or self._state.gathered):
             with self.timer.phase("statistics"):

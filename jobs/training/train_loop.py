@@ -79,6 +79,8 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
         if measured is None:
             return attempt.go_back()
         decision = attempt.update(step, measured)
+        if decision is None:
+            return attempt.go_back()
         if decision.verdict in (Verdict.ROLL_BACK, Verdict.STOP):
             return attempt.leave(step, decision)
         attempt.guard = decision.state
@@ -93,7 +95,8 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
                     step, moves=partial(pulse.at, Place.VALIDATION)
                 )
         rate = attempt.rate(step)
-        attempt.record.write(step, measured, lr=rate, skipped=decision.reason)
+        proven = attempt.sentinel.proven
+        attempt.record.write(step, measured, lr=rate, skipped=decision.reason, proven=proven)
         if step != last_step:  # a run is not done before its last checkpoint is
             with timer.phase("snapshot"):
                 attempt.keep(step, validation)

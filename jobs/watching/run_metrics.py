@@ -75,6 +75,8 @@ class RunFigures:
                 self._counts["train_skipped_steps"] += 1
             case "corruption" | "undecided":
                 self._counts["train_corruptions"] += 1
+            case "asked_again":
+                self._counts["train_corruptions"] += line["differs"]
             case "failure" | "hang":
                 self._failures[line.get("kind", "hang")] += 1
             case "checkpoint":

@@ -30,7 +30,7 @@ NUM_LONG_STEPS = 400
 STEP_S = 0.1  # while a run is disturbed
 LONG_STEP_S = 0.25
 
-ALARMS = ("corruption", "undecided", "named", "refuted")
+ALARMS = ("corruption", "undecided", "named", "refuted", "asked_again")
 
 SETTINGS: dict[str, Any] = {
     "model": {"preset": "tiny", "dropout": 0.1},

@@ -43,3 +43,14 @@ def test_a_faulty_node_is_left_out_and_the_bits_are_those_of_the_clean_run(
     assert found[-1]["measure"] == "left_out"
     last = ledger.events("start")[-1]
     assert name not in [worker["node"] for worker in last["workers"]]
+
+
+def test_a_node_that_answers_what_is_no_number_now_and_then_decides_nothing(arena: Arena) -> None:
+    """The guard would have left out what it had computed, for good."""
+    config = arena.config("faulty-nan", min_workers=2, max_workers=3)
+    with faulty_node(arena, "gradient:0.03:nan") as name:
+        _, ledger = arena.run(config, lambda watch: None, is_faulty=True)
+    found = ledger.events("corruption")
+    assert {event["node"] for event in found} == {name}
+    assert found[-1]["measure"] == "left_out"
+    assert not ledger.events("skip", "rollback")

@@ -1,11 +1,10 @@
-"""Real training in processes of their own, one of which computes or holds something wrong from its
-first step on. As Ray Train does, it starts the workers again without a node that was left out."""
+"""Real training in processes of their own, one of which computes or holds something wrong from a
+step on. As Ray Train does, it starts the workers again without a node that was left out."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,10 +14,11 @@ from cluster.storage.uris import open_storage
 from jobs.exact.rules.muon import Muon
 from jobs.exact.rules.update_rule import Stretch
 from jobs.exact.sums.silent_faults import corrupt
+from jobs.exact.sums.step_totals import Measured
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.saving.checkpoint_writer import CheckpointWriter
-from jobs.training import train_loop
+from jobs.training.attempt import Attempt
 from jobs.training.train_loop import train
 from jobs.workers.left_out_nodes import left_out
 from model.files.failpoints import VARIABLE
@@ -34,6 +34,7 @@ class Fault:
     rank: int
     failpoint: str  # as the variable says it; "matrix_update" is one of these tests alone
     from_the_start: bool = False  # in the self-test too
+    from_step: int = 1  # of those that it takes, else
 
 
 def run_with_fault(
@@ -43,6 +44,7 @@ def run_with_fault(
     *,
     world_size: int,
     waits_for_checkpoints: bool = False,
+    num_starts: int = _MAX_STARTS,
 ) -> Ledger:
     """Trains the plan to its end, or until it gives up; returns its ledger. Where a step does not
     wait for its checkpoint, a newer one may take its place on a busy machine."""
@@ -50,7 +52,7 @@ def run_with_fault(
     if fault:
         nodes[fault.rank] = FAULTY
     storage = open_storage(plan.config.storage.uri)
-    for start in range(_MAX_STARTS):
+    for start in range(num_starts):
         names = {place["node"] for place in left_out(storage)}
         nodes = [node for node in nodes if node not in names]
         meeting = str(folder / f"meeting-{start}")
@@ -106,11 +108,11 @@ def _arm(fault: Fault) -> None:
     if fault.from_the_start:
         os.environ[VARIABLE] = fault.failpoint
         return
-    begin = train_loop.open_attempt
+    measure = Attempt.measure
 
-    def then_armed(*arguments: Any, **options: Any) -> Any:
-        attempt = begin(*arguments, **options)
-        os.environ[VARIABLE] = fault.failpoint
-        return attempt
+    def then_armed(self: Attempt, step: int) -> Measured | None:
+        if step >= fault.from_step:
+            os.environ[VARIABLE] = fault.failpoint
+        return measure(self, step)
 
-    train_loop.open_attempt = then_armed
+    Attempt.measure = then_armed  # type: ignore[method-assign]

@@ -55,7 +55,7 @@ from model.files.checkpoint_folder import WEIGHTS
 from model.files.durable_files import write_file
 from model.linear_cross_entropy import IGNORE_INDEX
 from model.numerics import Precision
-from tests.foreign_models import FAMILIES, small
+from tests.foreign_models import FAMILIES, ON_CPUS_ALONE, WITHOUT_DOCUMENTS, small
 from tests.jobs.sent_bytes import sent_bytes
 from tests.jobs.train_states import stored, whole
 
@@ -247,7 +247,7 @@ def _each_way(family: str) -> Iterator[Case]:
             compute="plain",
             recompute=number % 2 == 1,
             micro_batches=2,
-            documents=family != "bloom",
+            documents=family not in WITHOUT_DOCUMENTS,
             chat=True,
             family=family,
         )
@@ -287,6 +287,7 @@ SUITES = {
     "lora": LORA_CASES,
     "compiled": [replace(case, compute="compiled") for case in COMPILED_FAMILIES],
     **{family: [*_each_way(family)] for family in FAMILIES},
+    **{family: [*_each_way(family)][1::2] for family in ON_CPUS_ALONE},
 }
 
 

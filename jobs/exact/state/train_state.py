@@ -354,14 +354,12 @@ class TrainState:
         return views
 
     def is_finite(self) -> bool:
-        """Reports whether every weight is finite, in one pass and without allocating; on all ranks
-        alike."""
+        """Reports whether every weight is finite on every rank, in one pass and without allocating;
+        all ranks call together."""
         is_finite = True
         if len(self.values):
             smallest, largest = self.values.aminmax()
             is_finite = math.isfinite(float(smallest)) and math.isfinite(float(largest))
-        if not self.sharding.divided.values:
-            return is_finite
         return all(self._group.gather(is_finite))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -5,11 +5,14 @@ In an audited step each rank computes one more turn, another rank's, on another 
 one. The turn is drawn anew each time. Both make a checksum of its gradient, and all ranks see all
 of them. An audited step also compares the copies of the state, and has all ranks make the additions
 of a few blocks of the gradient again (`excerpt`).
+
+A step whose figures cannot be trusted is taken again as an audit of everything: each rank computes
+all turns of another one.
 """
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from jobs.exact.state.flat_layout import BLOCK, FlatLayout
@@ -37,8 +40,8 @@ NUM_CHECKSUMS = 4
 class Shown:
     """The checksums that one rank shows in an audited step."""
 
-    own_turn: int  # of its turn that another rank computes too
-    other_turn: int  # of the other rank's turn that it computes
+    own_turn: int  # of its turn that another rank computes too, or of all its turns
+    other_turn: int  # of the other rank's turn that it computes, or of all of them
     values: int  # of the weights that it holds, before the update
     vectors: int  # of all that the update rule keeps, as far as it holds that
 
@@ -49,6 +52,12 @@ class Audit:
 
     turns: Sequence[int]  # by rank: which of its turns is checked
     subjects: Sequence[int]  # by rank: whose turn it computes
+    checks_all: bool = False  # all turns of each rank, and not one of them
+    around: int | None = None  # the block in the middle of the excerpt; None where it is drawn
+
+    def checked_turns(self, rank: int, plan: StepPlan) -> Sequence[int]:
+        """Returns the numbers of a rank's turns that are checked."""
+        return range(len(plan.turns_of(rank))) if self.checks_all else [self.turns[rank]]
 
 
 @dataclass(frozen=True)
@@ -60,34 +69,55 @@ class Audits:
     shifts: Sequence[int]
     """By how many a rank's number and its subject's may differ: so that as few as possible share
     a node."""
+    also: Collection[int] = ()  # steps that are audited too
 
     @classmethod
     def of(
-        cls, every_steps: int | None, plan: StepPlan, nodes: Sequence[object], *, seed: int
+        cls,
+        every_steps: int | None,
+        plan: StepPlan,
+        nodes: Sequence[object],
+        *,
+        seed: int,
+        also: Collection[int] = (),
     ) -> "Audits":
         """`plan` is that of a full batch, and `nodes` has each rank's node. Without `every_steps`
         it is the least that costs `COST` at most."""
         if every_steps is None:
             every_steps = steps_between(plan)
-        return cls(every_steps, seed, _shifts(nodes))
+        return cls(every_steps, seed, _shifts(nodes), also)
 
     def of_step(self, step: int, plan: StepPlan) -> Audit | None:
         """Returns None where the step is not audited."""
-        if not self.every_steps or step % self.every_steps:
+        if not self.every_steps or (step % self.every_steps and step not in self.also):
             return None
+        turns: list[int] = []
+        for rank in range(plan.sharding.world_size):
+            turns.append(self._draw(step, f"turn of {rank}") % len(plan.turns_of(rank)))
+        return Audit(turns, self._subjects(step, plan))
+
+    def of_all_turns(self, step: int, plan: StepPlan, *, around: int) -> Audit:
+        """Returns the audit of all that is computed in a step, of whose gradient the block `around`
+        looks wrong."""
+        turns = [0] * plan.sharding.world_size
+        return Audit(turns, self._subjects(step, plan), checks_all=True, around=around)
+
+    def _subjects(self, step: int, plan: StepPlan) -> list[int]:
         world_size = plan.sharding.world_size
         shift = self.shifts[self._draw(step, "shift") % len(self.shifts)]
-        turns: list[int] = []
-        for rank in range(world_size):
-            turns.append(self._draw(step, f"turn of {rank}") % len(plan.turns_of(rank)))
-        return Audit(turns, [(rank + shift) % world_size for rank in range(world_size)])
+        return [(rank + shift) % world_size for rank in range(world_size)]
 
-    def excerpt(self, step: int, plan: StepPlan, *, num_blocks: int) -> Span:
+    def excerpt(
+        self, step: int, plan: StepPlan, *, num_blocks: int, around: int | None = None
+    ) -> Span:
         """Returns the blocks of the gradient, of so many, whose additions are made again in an
         audited step."""
         most_blocks = max(1, _MOST_EXCERPTED // (plan.num_lanes * BLOCK))
         count = min(num_blocks, most_blocks, _EXCERPT_BLOCKS)
-        first = self._draw(step, "excerpt") % (num_blocks - count + 1)
+        last_first = num_blocks - count
+        first = self._draw(step, "excerpt") % (last_first + 1)
+        if around is not None:
+            first = min(max(0, around - count // 2), last_first)
         return Span(first * BLOCK, (first + count) * BLOCK)
 
     def matrix(self, step: int, layout: FlatLayout) -> str | None:

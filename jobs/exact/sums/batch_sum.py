@@ -1,6 +1,6 @@
 """Sums the gradients of a step's lanes over all ranks, whatever a lane computes."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -14,6 +14,7 @@ from jobs.exact.sums.checksum import TurnChecksum, Witness
 from jobs.exact.sums.excerpt import Excerpt
 from jobs.exact.sums.lane_sums import LaneSums
 from jobs.exact.sums.shard_sums import ShardSums
+from jobs.exact.sums.step_faults import Told, refuse_what_differs
 from jobs.exact.sums.step_plan import StepPlan
 from jobs.exact.sums.step_totals import Measured, StepTotals
 from jobs.run.step_timer import StepTimer
@@ -44,6 +45,8 @@ class BatchSum:
         buffers = [state.gradient]
         while len(buffers) < num_buffers:
             buffers.append(large_zeros(len(state.gradient), device=state.device))
+        self._buffers = buffers
+        self._names = [name for name, _ in state.model.named_parameters()]
         self._totals = StepTotals(state.layout, state.sharding, group, device=state.device)
         owners = state.sharding.owners
         self._exchange = BucketExchange(
@@ -69,20 +72,24 @@ class BatchSum:
         backward: Callable[[int], Tensor],
         timer: StepTimer,
         *,
-        checked_turn: int | None = None,
-        checksum: TurnChecksum | None = None,
+        checksums: Mapping[int, TurnChecksum] | None = None,
         excerpt: Excerpt | None = None,
     ) -> list[Tensor]:
         """Calls `backward` with the number of each micro-batch of this rank, in order: it brings
-        gradients to the parameters and returns what `finish` is to get of them (2,). The checksum
-        is made of one turn; the excerpt notes something of all."""
+        gradients to the parameters and returns what `finish` is to get of them (2,). The checksums
+        are made of turns by their numbers; the excerpt notes something of all."""
+        if excerpt:
+            # Nobody writes between parameters: what was wrong there once would stay, on all ranks
+            for buffer in self._buffers:
+                buffer.zero_()
+        self._sums.odd = None
         losses: list[Tensor] = []
         num_subtrees = len(plan.subtrees[self._state.sharding.group])
         self._exchange.begin(plan.teams, num_subtrees=num_subtrees, excerpt=excerpt)
         for turn, numbers in enumerate(plan.turns):
             witnesses: list[Witness] = []
-            if checksum and turn == checked_turn:
-                witnesses.append(checksum)
+            if checksums and turn in checksums:
+                witnesses.append(checksums[turn])
             if excerpt and (notes := excerpt.of_turn(numbers)):
                 witnesses.append(notes)
             with self._sums.turn(plan, turn, witnesses), self._side_work.timed_by(timer):
@@ -103,17 +110,32 @@ class BatchSum:
         *,
         losses: Sequence[Tensor],
         checksums: Sequence[Tensor] = (),
+        learning_rate: float = 0.0,
     ) -> Measured:
-        """Waits for the last sums, and returns the figures of the batch (`StepTotals.finish`)."""
+        """Waits for the last sums, and returns the figures of the batch (`StepTotals.finish`).
+        Raises `UserError`, the same on all ranks, where a lane gave a parameter no gradient, or
+        where their learning rates differ."""
         self._side_work.wait()
         self._exchange.wait()
-        return self._totals.finish(
+        measured = self._totals.finish(
             step,
             plan,
             block_sums=self._exchange.block_sums,
             losses=losses,
             checksums=checksums,
+            told=Told.of(learning_rate, self._sums.odd, self._names),
         )
+        refuse_what_differs(step, measured.told, self._names)
+        return measured
+
+    def losses(self) -> list[list[float]]:
+        """Returns the losses of the last batch by rank (`StepTotals.losses`)."""
+        return self._totals.losses()
+
+    def worst_block(self) -> int:
+        """Returns which block of the last batch's gradient looks most wrong
+        (`StepTotals.worst_block`)."""
+        return self._totals.worst_block()
 
     def close(self) -> None:
         """Ends the work beside the training thread."""

@@ -17,12 +17,15 @@ from jobs.exact.state.bundle import bundles_of
 from jobs.exact.state.flat_layout import BLOCK, FlatLayout
 from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.span import Span
-from jobs.exact.sums.audit import NUM_CHECKSUMS, Shown
+from jobs.exact.sums.audit import NUM_CHECKSUMS, Audit, Shown
 from jobs.exact.sums.checksum import from_halves, halves_of
 from jobs.exact.sums.exact_reduce import tree_sum
 from jobs.exact.sums.excerpt import Repeated
+from jobs.exact.sums.step_faults import NUM_TOLD, Told
 from jobs.exact.sums.step_plan import StepPlan
 from jobs.workers.worker_group import WorkerGroup
+
+_NOTHING = Told.of(0.0, None, [])
 
 
 class Measured(NamedTuple):
@@ -34,6 +37,8 @@ class Measured(NamedTuple):
     shown: Sequence[Shown] = ()  # by rank, in an audited step
     sums: Repeated | None = None  # in an audited step
     audit_s: float | None = None  # in an audited step, what this rank's audit took
+    audit: Audit | None = None  # in an audited step: what was computed twice
+    told: Sequence[Told] = ()  # by rank
 
 
 class StepTotals:
@@ -59,6 +64,9 @@ class StepTotals:
             owners[blocks] = rank
             places[blocks] = torch.arange(len(blocks))
         self._block_order = (owners.to(device), places.to(device))
+        # Of the last batch, for who doubts it
+        self._figures = torch.empty(0)
+        self._square_sums = torch.empty(0)
 
     def finish(
         self,
@@ -68,33 +76,50 @@ class StepTotals:
         block_sums: Sequence[Tensor],
         losses: Sequence[Tensor],
         checksums: Sequence[Tensor] = (),
+        told: Told = _NOTHING,
     ) -> Measured:
         """Returns the sum of the losses, from those of this rank's counted micro-batches in order,
-        each with the number of tokens that it counts (2,), and the gradient's norm, from the sums
-        of squares of this rank's parts. In an audited step, where each rank gives its checksums, it
-        also returns those of all. Raises `LostPeerError` where a message of the step did not
-        arrive."""
+        each with the number of tokens that it counts (2,), the gradient's norm, from the sums of
+        squares of this rank's parts, and what each rank tells all others. In an audited step, where
+        each rank gives its checksums, it also returns those of all. Raises `LostPeerError` where a
+        message of the step did not arrive."""
         sums = torch.cat(list(block_sums))
         padding = sums.new_zeros(self._num_blocks - len(sums))
         losses_and_counts = [loss.double() for loss in losses]
         halves = [halves_of(checksums)] if checksums else []
-        row = torch.cat([sums, padding, *halves, *losses_and_counts])
+        row = torch.cat([sums, padding, *halves, sums.new_tensor(told), *losses_and_counts])
         table = row[None]
         end_of_halves = self._num_blocks + (2 * NUM_CHECKSUMS if checksums else 0)
         if self._group.world_size > 1:
-            width = end_of_halves + 2 * max(map(len, plan.counted))
+            width = end_of_halves + NUM_TOLD + 2 * max(map(len, plan.counted))
             table = self._group.proven(row, step=step, width=width)
-        figures = table[:, end_of_halves:].unflatten(1, (-1, 2)).cpu()  # (W, most counted, 2)
+        rest = table[:, end_of_halves:].cpu()
+        figures = rest[:, NUM_TOLD:].unflatten(1, (-1, 2))  # (W, most counted, 2)
         shown: list[Shown] = []
         if checksums:
             for numbers in table[:, self._num_blocks : end_of_halves].tolist():
                 shown.append(Shown(*from_halves(numbers)))
+        self._figures, self._square_sums = figures, table[self._block_order]
         return Measured(
             loss=_sum_of_losses(plan, figures[..., 0].float()),
-            norm=norm_of(table[self._block_order]),
+            norm=norm_of(self._square_sums),
             num_counted=int(figures[..., 1].sum()),
             shown=tuple(shown),
+            told=tuple(Told(*numbers) for numbers in rest[:, :NUM_TOLD].tolist()),
         )
+
+    def losses(self) -> list[list[float]]:
+        """Returns those of the last batch, before they are scaled: by rank, in the order of its
+        counted micro-batches, with zeros where others have more."""
+        losses: list[list[float]] = self._figures[..., 0].tolist()
+        return losses
+
+    def worst_block(self) -> int:
+        """Returns the number of the first block of the last batch's gradient that is not finite,
+        or else of the one with the largest values; on all ranks alike."""
+        is_wrong = ~self._square_sums.isfinite()
+        places = is_wrong.nonzero()
+        return int(places[0] if len(places) else self._square_sums.argmax())
 
 
 def _sum_of_losses(plan: StepPlan, losses: Tensor) -> float:

@@ -49,7 +49,8 @@ def steps_behind(ledger: Ledger, intervals: Sequence[Interval]) -> list[int]:
 
 def _steps_that_count(ledger: Ledger) -> list[int]:
     is_left_out = GuardState(rollbacks=ledger.rollbacks).leaves_out
-    recorded = {line["step"] for line in ledger.lines if line.get("event") in (None, "skip")}
+    lines = ledger.standing.lines
+    recorded = {line["step"] for line in lines if line.get("event") in (None, "skip")}
     return sorted(step for step in recorded if not is_left_out(step))
 
 

@@ -33,6 +33,9 @@ def test_status_says_how_far_a_run_is_proven_and_who_is_left_out(
     leave_out(storage, {"node": "node-2", "node_id": "ab", "reason": "it was wrong"})
     lines.append({"event": "corruption", "step": 75, "to_step": 40, "generation": 1, "attempt": 1})
     assert {"step 60", "proven to step 40", "nodes left out node-2"} <= shown()
+    lines += [{"step": 61, "proven_to": 40, "not_proven_since": 41, **step}]
+    assert {"proven to step 40", "not proven since step 41"} <= shown()
+    lines.pop()
     take_back(storage, "node-2")
     del lines[0]["audit_seconds"]
     assert not any(line.startswith(("proven", "nodes")) for line in shown())

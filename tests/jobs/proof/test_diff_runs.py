@@ -113,6 +113,10 @@ def test_hashes_and_skips_and_rollbacks_are_compared() -> None:
     skipped = [line(1), {"event": "skip", "step": 2, "samples": [4, 8], "reason": "loss nan"}]
     found = first_difference(step_values(Ledger(skipped)), step_values(Ledger(a)), steps=[1, 2])
     assert found == Difference(2, {"skipped": (True, False)})
+    way = {"event": "corruption", "step": 4, "attempt": 1, "generation": 1, "to_step": 1}
+    window = {"event": "rollback", "first": 2, "last": 3}
+    undone = Ledger([line(1), line(2), line(3), window, way, line(2), line(3), saved])
+    assert list(step_values(undone)) == [1, 2, 3], "what a wrong worker led to does not count"
     rolled = Ledger(
         [line(1), line(2), line(3), {"event": "rollback", "first": 2, "last": 3}, line(4)]
     )

@@ -31,6 +31,7 @@ from jobs.tokens.document_map import DOCUMENTS
 from jobs.training.train_loop import train
 from model.errors import UserError
 from model.files.checkpoint_folder import Metadata
+from model.files.state_hash import StateHashes
 from model.linear_cross_entropy import IGNORE_INDEX
 from tests.jobs.mapped_runs import mapped_plan, write_conversations
 from tests.jobs.runs import make_text
@@ -370,12 +371,12 @@ def test_a_rolled_back_step_is_explained_where_those_before_it_were_taken_again(
     begun: set[str] = set()
 
     def publish_late(
-        self: Publisher, folder: Path, metadata: Metadata, *, words: int
-    ) -> Published | None:
+        self: Publisher, folder: Path, metadata: Metadata, hashes: StateHashes
+    ) -> Published:
         begun.add(folder.name)
         if metadata.step == 6:
             wait_until(lambda: Ledger.read(plan.run).rollbacks)
-        return publish(self, folder, metadata, words=words)
+        return publish(self, folder, metadata, hashes)
 
     def save_in_turn(self: CheckpointWriter, metadata: Metadata, *rest: Any, must: bool) -> bool:
         is_saved = save(self, metadata, *rest, must=must)

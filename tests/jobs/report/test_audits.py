@@ -53,7 +53,9 @@ def test_the_report_tells_audits_and_whose_node_was_left_out(tmp_path: Path) -> 
     wall_s = sum(line["wall_s"] for line in ledger.steps)
     assert rows["Steps audited"] == "12 of 300"
     assert rows["Time of the audits"] == f"0.12 s, {0.12 / wall_s:.2%} of the steps' time"
-    assert rows["Proven to"] == "step 299"
+    assert rows["Proven to"] == "step 99"
+    since = "step 100: the run continued from a state that no audit had proven"
+    assert rows["Not proven since"] == since
     assert rows["Workers found wrong"] == "1 time"
     assert rows["Nodes left out"] == "<node-2>"
     assert rows["Time that wrong workers cost"] == "10.0 s"

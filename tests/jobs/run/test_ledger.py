@@ -93,6 +93,38 @@ def test_of_a_step_taken_twice_the_last_line_counts() -> None:
     assert len(ledger.lines) == 8, "nothing is rewritten"
 
 
+def gone_back(to_step: int | None, *, attempt: int = 1) -> dict[str, Any]:
+    event = {"event": "corruption", "step": 9, "attempt": attempt, "generation": 1}
+    return {**event, "to_step": to_step}
+
+
+def rolled_back(first: int, last: int) -> dict[str, Any]:
+    return {"event": "rollback", "step": last, "first": first, "last": last}
+
+
+def test_what_the_run_has_gone_back_behind_counts_no_longer() -> None:
+    """A worker that was wrong had part in it: steps, skips, rollbacks and validations."""
+    steps = [{"step": step, "loss": step} for step in (1, 2, 3)]
+    skip = {"event": "skip", "step": 4}
+    validation = {"event": "validation", "step": 3}
+    lines = [*steps, validation, skip, rolled_back(3, 4), {"step": 5}]
+    assert Ledger(lines).rollbacks == ((3, 4),)
+    assert Ledger([*lines, gone_back(None)]).standing.lines == [*lines, gone_back(None)]
+    undone = Ledger([*lines, gone_back(2)])
+    assert undone.rollbacks == ()
+    assert undone.steps == steps[:2]
+    assert undone.standing.lines == [*steps[:2], gone_back(2)]
+    assert undone.events("skip") == [skip], "it took place"
+    again = Ledger([*undone.lines, {"step": 3, "loss": 7}, {"step": 4, "loss": 8}])
+    assert [line["loss"] for line in again.steps] == [1, 2, 7, 8]
+
+
+def test_rollbacks_from_before_and_after_a_way_back_count() -> None:
+    lines = [rolled_back(1, 2), {"step": 3}, gone_back(2), {"step": 3}, rolled_back(3, 5)]
+    assert Ledger(lines).rollbacks == ((1, 2), (3, 5))
+    assert Ledger([*lines, gone_back(0, attempt=2)]).rollbacks == ()
+
+
 def test_recoveries_count_lost_steps_and_seconds() -> None:
     ledger = lines_of(
         *((0, "start", 1, 0), (1, 1), (2, 2), (3, 3)),

@@ -13,7 +13,7 @@ from cluster.storage.uris import open_storage
 from jobs.run import ledger as ledgers
 from jobs.run import ledger_outline
 from jobs.run.ledger import LEDGER, Ledger, LedgerWriter, Line
-from jobs.run.ledger_outline import MEASUREMENTS, LedgerOutline, last_step
+from jobs.run.ledger_outline import MEASUREMENTS, LedgerOutline, last_recorded, last_step
 from jobs.workers.failures import why_give_up
 from model.errors import UserError
 
@@ -53,10 +53,13 @@ def made_lines(rng: random.Random, num_attempts: int) -> Iterator[Line]:
                     "step": step,
                     "checkpoint": f"checkpoints/{step}",
                 }
-        end = rng.choice(["failure", "rollback", "gave_up", ""])
+        end = rng.choice(["failure", "rollback", "undecided", "gave_up", ""])
         if end == "rollback" and last > saved:
             yield {"event": end, "time": 1.0, "first": saved + 1, "last": last}
             saved = last
+        elif end == "undecided":
+            way = {"step": last, "attempt": attempt, "generation": 1, "to_step": saved}
+            yield {"event": end, "time": 1.0, **way}
         elif end in ("failure", "gave_up"):
             reason = rng.choice(["an error", "another error", "a third error at 0x7f"])
             yield {"event": end, "time": 1.0, "kind": "raised", "reason": reason}
@@ -65,9 +68,8 @@ def made_lines(rng: random.Random, num_attempts: int) -> Iterator[Line]:
 def answers(ledger: Ledger) -> list[Any]:
     """What an attempt asks of the lines before it."""
     kept = [line for line in ledger.events() if line["event"] not in MEASUREMENTS]
-    recorded = [line["step"] for line in ledger.lines if line.get("event") in (None, "skip")]
     give_up = [why_give_up(ledger.lines, max_fruitless_attempts=most) for most in (2, 3, 6)]
-    return [kept, ledger.rollbacks, ledger.world_sizes, max(recorded, default=0), give_up]
+    return [kept, ledger.rollbacks, ledger.world_sizes, last_recorded(ledger), give_up]
 
 
 @pytest.mark.parametrize("seed", range(30))

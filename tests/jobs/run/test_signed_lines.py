@@ -79,6 +79,9 @@ def test_a_run_that_goes_on_is_shown_and_nothing_before_is_replaced(tmp_path: Pa
     run = signed_run(tmp_path / "2", [*BEFORE, *honest, {"step": 4, "loss": 9.0}, window], number=4)
     assert shown_ledger(run).rollbacks == ((3, 4),)
     assert [line["step"] for line in shown_ledger(run).steps] == [1, 2]
+    way: Line = {"event": "undecided", "step": 4, "attempt": 2, "generation": 2, "to_step": 0}
+    run = signed_run(tmp_path / "3", [*BEFORE, *honest, {"step": 4, "loss": 9.0}, way], number=4)
+    assert [line["step"] for line in shown_ledger(run).steps] == [1, 2]
 
 
 def test_without_a_statement_or_with_another_ledgers_all_lines_are_shown(

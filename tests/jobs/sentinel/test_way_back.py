@@ -4,17 +4,20 @@ from typing import Any
 
 import pytest
 
+from jobs.run.ledger import void
 from jobs.sentinel.way_back import (
+    MOST_WAYS_BACK,
     Proof,
     WayBack,
     audits_of_node,
     checkpoints_of,
+    doubtful_step,
+    nodes_of_last_step,
     pending,
-    proven_to,
     steps_to_compare,
-    void,
     way_back,
     way_back_before,
+    why_no_further,
 )
 
 THREE = [Proof(100, "a"), Proof(200, "b"), Proof(300, "c")]
@@ -103,37 +106,55 @@ def test_a_proof_is_owed_until_it_is_proven_or_refuted() -> None:
     assert pending([*lines, corruption(None) | {"event": "refuted"}]) is None
 
 
-def audited(step: int) -> dict[str, Any]:
-    return {"step": step, "audit_seconds": 0.1}
+def undecided(attempt: int, *, to_step: int = 3) -> dict[str, Any]:
+    return {
+        "event": "undecided",
+        "step": 7,
+        "attempt": attempt,
+        "generation": attempt,
+        "what": "weights",
+        "nodes": {"0": "a", "1": "b"},
+        "to_step": to_step,
+    }
 
 
-def saved(step: int, proven: int | None, *, generation: int = 1) -> dict[str, Any]:
-    return checkpoint(step, generation=generation) | {"proven_to": proven}
+def test_a_run_that_goes_back_again_and_again_without_a_new_step_stops() -> None:
+    taken = [{"step": step} for step in (4, 5, 6)]
+    lines: list[dict[str, Any]] = [{"step": 6}]
+    for attempt in range(1, MOST_WAYS_BACK + 1):
+        assert why_no_further(lines) is None
+        lines += [undecided(attempt), undecided(attempt) | {"what": "vectors"}, *taken]
+    reason = why_no_further(lines)
+    assert reason is not None
+    assert "went back 8 times and got no further than step 6" in reason
+    assert "at step 7, on a and b" in reason
+    assert why_no_further([*lines, {"step": 7}]) is None
+    assert why_no_further([*lines, {"event": "gave_up"}]) is None
 
 
-START = {"event": "start", "step": 0}
-GONE_BACK = corruption(WayBack(200, Proof(300, "wrong")))
+def test_ways_back_of_workers_that_are_left_out_are_bounded_too() -> None:
+    lines: list[dict[str, Any]] = [{"step": 6}]
+    for attempt in range(1, MOST_WAYS_BACK + 1):
+        way = corruption(WayBack(3), attempt=attempt)
+        lines.append(way | {"node": f"node-{attempt}", "what": "sum", "step": 7})
+    assert "on node-8" in str(why_no_further(lines))
 
 
-@pytest.mark.parametrize(
-    ("lines", "expected"),
-    [
-        ([START, {"step": 25}, checkpoint(20)], None),
-        ([START, saved(20, None)], None),
-        ([START, audited(25), {"step": 26}], 24),
-        ([START, audited(25), saved(20, 20)], 24),
-        ([saved(300, 274), {"step": 310}], 274),
-        ([audited(325), GONE_BACK], 200),
-        ([audited(325), corruption(None)], 324),
-        ([audited(325), GONE_BACK, {"event": "proven", "step": 300}], 300),
-        # Stored by the thread that saves after the run went back
-        ([audited(325), GONE_BACK, saved(320, 320)], 200),
-        ([audited(325), GONE_BACK, saved(320, 319, generation=2)], 319),
-        ([audited(325), {"event": "rollback", "first": 311}], 310),
-        ([audited(325), {"event": "start", "step": 300}], 300),
-    ],
-)
-def test_a_run_is_proven_to_what_its_last_audit_found_alike_unless_it_went_back(
-    lines: list[dict[str, Any]], expected: int | None
-) -> None:
-    assert proven_to(lines) == expected
+def test_ways_back_that_refute_go_further_each_time_and_do_not_count() -> None:
+    refuted = {"event": "refuted", "to_step": 3, "generation": 1, "attempt": 1}
+    assert why_no_further([{"step": 6}, *[refuted] * 2 * MOST_WAYS_BACK]) is None
+
+
+def test_the_step_of_the_last_contradiction_is_audited_once_more() -> None:
+    assert doubtful_step([{"step": 5}]) is None
+    assert doubtful_step([undecided(1), undecided(2) | {"step": 9}, {"step": 10}]) == 9
+
+
+def test_the_nodes_of_the_last_step_are_those_of_the_attempt_that_took_it() -> None:
+    def start(*nodes: str) -> dict[str, Any]:
+        return {"event": "start", "workers": [{"node": node} for node in nodes]}
+
+    assert nodes_of_last_step([start("a", "b")]) == set()
+    lines = [start("a", "b"), {"event": "skip"}, start("a", "c")]
+    assert nodes_of_last_step(lines) == {"a", "b"}
+    assert nodes_of_last_step([*lines, {"step": 2}]) == {"a", "c"}

@@ -140,6 +140,39 @@ def test_two_that_repeat_their_answers_and_pass_their_self_tests_stop_the_run(
     assert not Ledger.read(plan.run).steps
 
 
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", ["weights", pytest.param("vectors", marks=pytest.mark.slow)])
+def test_two_copies_that_differ_again_in_the_same_bits_stop_the_run(
+    tmp_path: Path, what: str, rank: int
+) -> None:
+    """A stuck bit, which no self-test meets. Nobody can tell whose copy is right."""
+    plan = plan_of(tmp_path, audit_every_steps=3)
+    fault = Fault(rank=rank, failpoint=f"{what}:1:stick")
+    with pytest.raises(AssertionError, match="also not by their self-tests") as stopped:
+        run_with_fault(plan, tmp_path, fault, world_size=2, num_starts=2)
+    said = str(stopped.value)
+    assert f"on {FAULTY}" in said
+    assert f"on node-{1 - rank}" in said
+    assert "Give the run a third worker" in said
+    ledger = Ledger.read(plan.run)
+    assert not ledger.events("corruption", "named")
+    attempts = [event["attempt"] for event in ledger.events("undecided") if event["what"] == what]
+    assert attempts == [1, 2, 3], "the second start stops at once"
+    steps = [line["step"] for line in ledger.lines if "event" not in line]
+    assert max(steps) < 6
+    assert len(steps) <= 9
+
+
+def test_of_two_copies_the_one_that_is_never_the_same_is_left_out(tmp_path: Path) -> None:
+    _, ledger = faulty(tmp_path, Fault(rank=0, failpoint="weights:1:flip"), 2)
+    [undecided] = ledger.events("undecided")
+    [found] = ledger.events("corruption")
+    assert found["step"] == undecided["step"] == 2
+    assert (found["node"], found["what"], found["measure"]) == (FAULTY, "weights", "left_out")
+    assert found["votes"] == [2, 1]
+    assert final_hash(ledger) == clean_hash(tmp_path)
+
+
 @pytest.mark.parametrize(
     "failpoint", ["weights:7:flip_nth", pytest.param("vectors:7:flip_nth", marks=pytest.mark.slow)]
 )

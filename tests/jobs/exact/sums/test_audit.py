@@ -57,6 +57,36 @@ def test_every_turn_is_drawn_in_time() -> None:
     assert {audit.turns[0] for audit in drawn if audit} == {*range(len(plan.turns))}
 
 
+def test_a_step_that_is_doubted_has_all_turns_of_all_ranks_checked() -> None:
+    """Groups of two, whose last turn one member computes again."""
+    plans = [plan_of(rank, 4, 2, num_lanes=5) for rank in range(4)]
+    audits = [Audits.of(30, plan, "abcd", seed=1) for plan in plans]
+    asked = [at.of_all_turns(7, plan, around=2) for at, plan in zip(audits, plans, strict=True)]
+    assert asked == [asked[0]] * 4, "the same on every rank"
+    for rank, plan in enumerate(plans):
+        assert [*asked[0].checked_turns(rank, plan)] == [*range(len(plan.turns))]
+        assert asked[0].subjects[rank] != rank
+    drawn = Audits.of(7, plans[0], "abcd", seed=1).of_step(7, plans[0])
+    assert drawn is not None
+    assert drawn.checked_turns(2, plans[0]) == [drawn.turns[2]]
+
+
+def test_a_step_can_be_audited_beside_those_that_are_due() -> None:
+    plan = plan_of(0, 2, 1)
+    audits = Audits.of(30, plan, "ab", seed=1, also=[7])
+    assert [step for step in range(1, 61) if audits.of_step(step, plan)] == [7, 30, 60]
+    assert Audits.of(0, plan, "ab", seed=1, also=[7]).of_step(7, plan) is None
+
+
+@pytest.mark.parametrize("around", [0, 3, 250, 498, 499])
+def test_an_excerpt_lies_around_the_block_that_looks_wrong(around: int) -> None:
+    plan = plan_of(0, 2, 1)
+    span = Audits.of(1, plan, "ab", seed=1).excerpt(3, plan, num_blocks=500, around=around)
+    assert span.start <= around * BLOCK < span.stop
+    assert 0 <= span.start < span.stop <= 500 * BLOCK
+    assert len(span) == 64 * BLOCK
+
+
 @pytest.mark.parametrize(("num_blocks", "num_lanes"), [(3, 4), (500, 4), (500, 64), (500, 5000)])
 def test_an_excerpt_is_whole_blocks_drawn_anew_each_time_and_bounded_over_all_lanes(
     num_blocks: int, num_lanes: int

@@ -17,6 +17,7 @@ from jobs.exact.state.sharding import Sharding
 from jobs.exact.state.span import Span
 from jobs.exact.sums.audit import NUM_CHECKSUMS, Shown
 from jobs.exact.sums.exact_reduce import tree_sum
+from jobs.exact.sums.step_faults import OddGradient, Told
 from jobs.exact.sums.step_plan import StepPlan
 from jobs.exact.sums.step_totals import Measured, StepTotals, block_square_sums, norm_of
 from jobs.workers.worker_group import WorkerGroup
@@ -74,7 +75,14 @@ def test_ranks_without_a_loss_know_the_same_figures(
         sums = [block_square_sums(part) for part in parts]
         losses = [torch.stack([loss, torch.tensor(5.0)]) for loss in losses_of(plan.counted[rank])]
         checksums = [torch.tensor(-(rank + 1) << 40 | number) for number in range(NUM_CHECKSUMS)]
-        found = totals.finish(1, plan, block_sums=sums, losses=losses, checksums=checksums)
+        found = totals.finish(
+            1,
+            plan,
+            block_sums=sums,
+            losses=losses,
+            checksums=checksums,
+            told=Told.of(0.1 * rank, OddGradient(rank, "b", 2), ["a", "b"]),
+        )
         return len(losses), *found
 
     with ThreadPoolExecutor(world_size) as ranks:
@@ -88,8 +96,28 @@ def test_ranks_without_a_loss_know_the_same_figures(
         for rank in range(world_size)
     ]
     norm = norm_of(block_square_sums(gradient))
-    expected = Measured(float(loss), norm, 5 * num_lanes, tuple(shown))
+    told = tuple(Told(0.1 * rank, 1, rank, 1, 2) for rank in range(world_size))
+    expected = Measured(float(loss), norm, 5 * num_lanes, tuple(shown), told=told)
     assert {Measured(*measured) for _, *measured in found} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [({}, 1), ({2: float("nan")}, 2), ({3: float("inf"), 2: float("nan")}, 2)],
+)
+def test_the_block_that_looks_most_wrong_is_the_first_that_is_not_finite_or_the_largest(
+    wrong: dict[int, float], expected: int
+) -> None:
+    layout = FlatLayout.of({"transformer.h.0.w": (4, BLOCK)})
+    sharding = in_groups(0, 1, 1)
+    totals = StepTotals(layout, sharding, WorkerGroup(0, 1), device=CPU)
+    sums = torch.tensor([1.0, 5.0, 2.0, 3.0], dtype=torch.float64)
+    for block, value in wrong.items():
+        sums[block] = value
+    loss = torch.tensor([0.5, 7.0])
+    totals.finish(1, StepPlan(sharding, 1, 1), block_sums=[sums], losses=[loss])
+    assert totals.worst_block() == expected
+    assert totals.losses() == [[0.5]]
 
 
 def own_parts(layout: FlatLayout, sharding: Sharding) -> list[Span]:
