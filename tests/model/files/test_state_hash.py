@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from model.config import GPTConfig, preset_fields
 from model.files.checkpoint_folder import (
     TRAIN_STATE,
+    WEIGHTS,
     CheckpointError,
     fingerprint,
     manifest_files,
@@ -42,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
     return saved
 
 
-def test_stored_vectors_have_the_hash_and_the_words_that_they_had_in_memory(folder: Path) -> None:
+def test_a_stored_state_has_the_hash_and_the_words_that_it_had_in_memory(folder: Path) -> None:
     tensors = load_file(folder / TRAIN_STATE)
     vectors = VectorsHash(int(tensors.pop(COUNT)))
     for name in sorted(tensors):
@@ -52,7 +53,8 @@ def test_stored_vectors_have_the_hash_and_the_words_that_they_had_in_memory(fold
     assert state.hashes == StateHashes(
         str(read_metadata(folder).parameter_hash), vectors.hexdigest()
     )
-    assert state.words == vectors.words == words_in(tensors.values())
+    weights = load_file(folder / WEIGHTS)
+    assert state.words == words_in([*tensors.values(), *weights.values()])
 
 
 @pytest.mark.parametrize("count", [1, 3])
