@@ -1,4 +1,5 @@
 # Two commands for a newcomer: `make demo` and `make test`. Each target makes the virtual environment first, once.
+# A target with `##` behind it is listed by `make`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,9 +25,16 @@ export TOKENIZERS_PARALLELISM ?= false
 # The suite starts hundreds of processes: where this is set, each compiles every module again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test areas reference docs test-all slow-halves test-slice test-chaos test-gpu test-live lint format audit bench bench-train bench-foreign bench-loss bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
+.DEFAULT_GOAL := help
 
-demo: $(INSTALLED)
+.PHONY: help install demo test known-area areas reference docs test-all slow-halves test-slice test-chaos test-gpu test-live lint format audit bench bench-train bench-foreign bench-loss bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
+
+help:
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)$$/make \1\t\2/' | expand -t 18
+
+install: $(INSTALLED) ## puts raymill and what it needs into .venv: two to three minutes or more
+
+demo: $(INSTALLED) ## a real corpus to a served model on a 3-node local cluster, with a node killed on purpose
 	$(BIN)/raymill demo
 
 # Three processes, as many tests wait; what files of a lane (tests/lanes.py) share is made once. Each process imports every
@@ -36,19 +44,24 @@ SLOW = $(shell grep -rlE '^(pytestmark.*|    pytest\.)mark\.slow' tests --includ
 # `make test AREA=jobs/exact` runs the tests of one folder of tests/ that start no cluster, in about a minute.
 AREA ?=
 ifeq ($(AREA),)
-test: $(INSTALLED)
+test: $(INSTALLED) ## proves the pieces, in up to 20 minutes on two cores; AREA=jobs/exact: one folder of them, in about a minute
 	$(BIN)/pytest -m "not slow" --numprocesses 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(SLOW))
 else
-test: $(INSTALLED)
+test: known-area $(INSTALLED)
 	$(BIN)/pytest -m "not slow and not cluster" --numprocesses 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(SLOW)) tests/$(AREA)
 endif
 
+# An area that does not exist is named before anything is installed or imported.
+known-area:
+	@test -d tests/$(AREA) || { echo "There is no area $(AREA). The areas:" \
+		$$(cd tests && find model cluster jobs serving k8s -name 'test_*.py' -printf '%h\n' | sort -u); exit 2; } >&2
+
 # Runs the areas one after another, and writes their seconds into tests/README.md.
-areas: $(INSTALLED)
+areas: $(INSTALLED) ## every area one after another; writes their seconds into tests/README.md
 	$(BIN)/python -m tests.areas $(AREA)
 
 # The fast tests, then both halves of the slow ones side by side: their clusters mostly wait. All run, whatever fails.
-test-all: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) $(NODE_CLIENTS_INSTALLED)
+test-all: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) $(NODE_CLIENTS_INSTALLED) ## the slow tests too, in about two and a half hours
 	$(MAKE) --keep-going test slow-halves
 
 slow-halves:
@@ -62,41 +75,41 @@ slow-half-%:
 SLICES ?= 24
 SLICE ?= $(shell $(BIN)/python -m tests.slices $(SLICES))
 LIMIT_S ?= 1080
-test-slice: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) $(NODE_CLIENTS_INSTALLED)
+test-slice: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) $(NODE_CLIENTS_INSTALLED) ## one slice of the slow tests
 	$(BIN)/pytest -m slow --slice $(SLICE) --limit-s $(LIMIT_S) --durations 10 tests
 
 COMPUTE ?= cpu
 SHARD ?= none
 SEEDS ?= 20
-test-chaos: $(INSTALLED)
+test-chaos: $(INSTALLED) ## trainings that are disturbed, with a summary; SEEDS=1 for fewer
 	RAYMILL_TEST_SEEDS=$(SEEDS) $(BIN)/pytest -m chaos --compute $(COMPUTE) --shard $(SHARD) tests/chaos tests/jobs
 
 # Where PyTorch finds no GPU each test is skipped and says so. It needs neither Ray nor the network:
 # PYTHONPATH=. pytest -m gpu tests/gpu does the same with a Python that has PyTorch, pydantic, PyYAML, hypothesis and pytest.
-test-gpu: $(INSTALLED)
+test-gpu: $(INSTALLED) ## the exact step on this machine's GPU
 	$(BIN)/pytest -m gpu --numprocesses 0 tests/gpu
 
 # On the Kubernetes that RAYMILL_LIVE_KUBECONFIG names, in its own namespace, which is removed at the end.
-test-live: $(INSTALLED)
+test-live: $(INSTALLED) ## on a real Kubernetes, named by RAYMILL_LIVE_KUBECONFIG
 	@test -n "$$RAYMILL_LIVE_KUBECONFIG" || { echo "set RAYMILL_LIVE_KUBECONFIG to an administrator's kubeconfig"; exit 2; }
 	$(BIN)/pytest -m live tests/k8s/test_live.py
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) ## ruff, mypy and the contracts of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(INSTALLED)
+format: $(INSTALLED) ## what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # Fails where the advisory service cannot be reached, rather than pass without its word.
-audit: $(INSTALLED)
+audit: $(INSTALLED) ## known vulnerabilities of what is installed
 	$(BIN)/ruff check --select S model cluster jobs serving
 	$(BIN)/python .ci/audit.py
 
-bench: bench-train bench-sharded bench-data bench-serve
+bench: bench-train bench-sharded bench-data bench-serve ## all benchmarks; bench-train, bench-data, bench-serve … are single ones
 
 bench-train: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_train
@@ -130,11 +143,11 @@ bench-gpu-serve: $(BENCH_INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_gpu_serve
 
 # The pages of docs/reference, from the settings, commands, errors, metrics and fields that the code declares.
-reference: $(INSTALLED)
+reference: $(INSTALLED) ## the generated pages of docs/reference
 	$(BIN)/python -m tests.reference.make_reference
 
 # The site, in build/docs. A link that leads nowhere is an error.
-docs: reference $(DOCS_INSTALLED)
+docs: reference $(DOCS_INSTALLED) ## the site, in build/docs
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --builder dirhtml docs build/docs
 	@echo "Built: build/docs/index.html; $(BIN)/python -m http.server --directory build/docs shows it"
 
@@ -193,6 +206,6 @@ $(VLLM_INSTALLED):
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
 
-clean:
+clean: ## removes what make has installed and built
 	rm -rf $(VENV) $(CLIENTS_VENV) $(LLAMA_INDEX_VENV) $(NODE_CLIENTS) $(VLLM_VENV) .raymill build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -69,7 +69,7 @@ def test_each_curl_asks_for_the_model_that_is_served_above_it(
 def test_each_target_is_one_of_the_makefile(command: Command) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
     asked = {word for word in command.words[1:] if "=" not in word}
-    assert asked <= targets | {".venv/.installed"}
+    assert asked <= targets
 
 
 @pytest.mark.parametrize("command", all_commands("kubectl"), ids=place)
