@@ -49,7 +49,8 @@ def unnamed(lines: Sequence[Line], step: int) -> list[Line]:
     told = [line["event"] for line in lines if line.get("event") in ("undecided", "named")]
     if told[-1:] != ["undecided"]:
         return []
-    return [line for line in _last_contradiction(lines)[-1:] if line["step"] == step]
+    last = _last_contradiction(lines)[-1:]
+    return [line for line in last if line["step"] == step and line["what"] != What.SNAPSHOTS]
 
 
 def _last_contradiction(lines: Sequence[Line]) -> list[Line]:

@@ -23,6 +23,7 @@ class What(StrEnum):
     UPDATE = "update"  # of values that one rank alone owns
     WEIGHTS = "weights"  # a rank's copy of them
     VECTORS = "vectors"  # its copy of what the update rule keeps, as AdamW's moments
+    SNAPSHOTS = "snapshots"  # nodes' copies of both in their memory
     SELF_TEST = "self_test"  # the gradient of the tiny step before a worker trains
 
 

@@ -65,6 +65,22 @@ def choose(
     return Snapshot([states[newest][rank] for rank in range(world_size)])
 
 
+def contradictions(holdings: Iterable[Holding], *, after_attempt: int = 0) -> list[Holding]:
+    """Returns the holdings of the newest share of which nodes hold other bits, though it is of the
+    same step of the same attempt: a worker's state was wrong. None where all are alike, of attempts
+    after this one."""
+    shares: dict[tuple[int, int, int, int], list[Holding]] = {}
+    for held in holdings:
+        head = held.header
+        if head.attempt > after_attempt:
+            key = (head.step, head.attempt, head.world_size, head.rank)
+            shares.setdefault(key, []).append(held)
+    for key in sorted(shares, reverse=True):
+        if len({held.header.checksum for held in shares[key]}) > 1:
+            return shares[key]
+    return []
+
+
 def reader_of(holders: Container[str], node_of_rank: Sequence[str]) -> int | None:
     """Returns the rank that reads a share for all: the first whose node is a holder, or else rank
     0, from another node. None where every rank's own node is one."""

@@ -30,6 +30,7 @@ from jobs.snapshots.choice import (
     Holding,
     Snapshot,
     choose,
+    contradictions,
     interval,
     num_slots,
     reader_of,
@@ -100,9 +101,7 @@ class Snapshots:
         if self._launch is None:
             return None
         keepers = find_keepers(self._launch)
-        questions = {node: keeper.holdings.remote() for node, keeper in keepers.items()}
-        answers = ask_patiently(questions, {node: node for node in questions})
-        holdings: list[Holding] = list(itertools.chain.from_iterable(answers.values()))
+        holdings = _holdings(keepers)
         while True:
             snapshot = choose(
                 holdings,
@@ -120,6 +119,14 @@ class Snapshots:
                 name = f"the snapshot of step {held.header.step} on node {held.node}"
                 say(f"{name} is damaged or cannot be read; not used")
             holdings = [held for held in holdings if held not in damaged]
+
+    def contradictions(self, *, after_attempt: int) -> list[Holding]:
+        """Returns what the function of this name does of all that the keepers hold; called by rank
+        0."""
+        if self._launch is None:
+            return []
+        holdings = _holdings(find_keepers(self._launch))
+        return contradictions(holdings, after_attempt=after_attempt)
 
     def restore(self, snapshot: Snapshot, state: TrainState) -> dict[str, Any]:
         """Loads the state on every rank; returns `carried`. Raises `DamagedStateError` where a rank
@@ -328,6 +335,12 @@ class Snapshots:
                 keeper.close_older.remote(attempt)
         before, self._known_reason = self._known_reason, max(reasons)
         return self._known_reason if bool(self._known_reason) != bool(before) else None
+
+
+def _holdings(keepers: Mapping[str, Any]) -> list[Holding]:
+    questions = {node: keeper.holdings.remote() for node, keeper in keepers.items()}
+    answers = ask_patiently(questions, {node: node for node in questions})
+    return list(itertools.chain.from_iterable(answers.values()))
 
 
 def _damaged(snapshot: Snapshot, keepers: Mapping[str, Any]) -> list[Holding]:

@@ -35,6 +35,7 @@ from jobs.sentinel.consequences import AuditedAttempt
 from jobs.sentinel.proven_part import NOT_AUDITED, ProvenPart, proven_part
 from jobs.sentinel.way_back import WayBack, doubtful_step, pending, why_no_further
 from jobs.snapshots.choice import Snapshot
+from jobs.snapshots.kept_copies import goes_back_from_snapshots
 from jobs.snapshots.snapshots import Snapshots
 from jobs.training.attempt import Attempt, only_trains
 from jobs.training.guards import GuardState, Windows
@@ -57,7 +58,7 @@ from jobs.workers.failures import why_give_up
 from jobs.workers.incident_notes import write_down
 from jobs.workers.left_out_nodes import KUBERNETES_NODE_VARIABLE
 from jobs.workers.placement import at_odds
-from jobs.workers.preemption import Notices
+from jobs.workers.preemption import Notices, Signals
 from jobs.workers.worker_group import WorkerGroup
 from model.decoders.adapted import AdaptedModel
 from model.decoders.make import initial_weights, new_decoder
@@ -110,7 +111,7 @@ class _Workers:
 
 
 def open_attempt(
-    plan: RunPlan, group: WorkerGroup, opened: ExitStack, *, signals: Callable[[], object]
+    plan: RunPlan, group: WorkerGroup, opened: ExitStack, *, signals: Callable[[], Signals | None]
 ) -> Attempt | Hopeless:
     """Returns once every rank has the state and is ready for the first step.
 
@@ -153,7 +154,7 @@ def _continued(
     workers: _Workers,
     writer: RunWriter | None,
     device: torch.device,
-    signals: Callable[[], object],
+    signals: Callable[[], Signals | None],
 ) -> Attempt:
     """Returns the attempt from where rank 0 lets all continue, once every rank is ready for its
     first step."""
@@ -284,6 +285,8 @@ def _choose(
     refusal = why_refused(config, read, unlike)
     if refusal:
         return Hopeless(refusal)
+    if not unlike and goes_back_from_snapshots(snapshots, writer, read.lines):
+        read = writer.outline()
     start = _Start(
         len(read.world_sizes),
         writer.fence.generation,

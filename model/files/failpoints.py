@@ -2,9 +2,10 @@
 
 The NTH time the process passes the place, it dies as if by SIGKILL, sleeps forever, or gets an
 `OSError`. RAYMILL_FAILPOINT=NAME:SHARE:flip makes a share of what the place computes wrong in one
-bit, as a device does that corrupts silently; with flip_nth only the NTH is. With stick it is the
-same bit of the same value each time, so that the same mistake is repeated. With nan and nan_nth the
-first value is no number, and with huge and huge_nth it is one whose square is none.
+bit, as a device does that corrupts silently; with flip_nth only the NTH is, and with flip_from all
+from the NTH on. With stick it is the same bit of the same value each time, so that the same mistake
+is repeated. In place of flip, nan makes the first value no number, huge one whose square is none,
+and one a 1, which shows in whatever is computed of it.
 RAYMILL_FAILPOINT=NAME:FILE:pause makes it wait at the place, each time, for as many seconds as the
 file says, while there is that file.
 """
@@ -20,8 +21,8 @@ from pathlib import Path
 VARIABLE = "RAYMILL_FAILPOINT"
 
 _STICKS = "stick"
-_VALUES = {"nan": math.nan, "nan_nth": math.nan, "huge": 1e30, "huge_nth": 1e30}
-_FLIPS = ("flip", "flip_nth", _STICKS, *_VALUES)
+_VALUES = {"nan": math.nan, "huge": 1e30, "one": 1.0}
+_FLIPS = ("flip", _STICKS, *_VALUES)
 
 _counting = threading.Lock()
 _passed: dict[str, int] = {}
@@ -33,7 +34,7 @@ def failpoint(name: str) -> None:
     if not armed.startswith(f"{name}:"):
         return
     _, nth, action = armed.split(":")
-    if action in _FLIPS or not _is_nth(armed, int(nth)):
+    if _kind(action) in _FLIPS or _count(armed) != int(nth):
         return
     match action:
         case "exit":
@@ -44,8 +45,8 @@ def failpoint(name: str) -> None:
             raise OSError(f"failpoint {name}")
         case _:
             raise ValueError(
-                f"{VARIABLE} ends in {action!r}, expected exit, sleep, raise, flip, flip_nth, stick, nan, "
-                "nan_nth, huge or huge_nth"
+                f"{VARIABLE} ends in {action!r}, expected exit, sleep, raise, stick, or flip, nan, huge or one, also "
+                "with _nth or _from"
             )
 
 
@@ -64,7 +65,9 @@ def flips(name: str) -> bool:
         return False
     _, when, action = armed.split(":")
     if action.endswith("_nth"):
-        return _is_nth(armed, int(when))
+        return _count(armed) == int(when)
+    if action.endswith("_from"):
+        return _count(armed) >= int(when)
     return action in _FLIPS and random.SystemRandom().random() < float(when)
 
 
@@ -78,10 +81,16 @@ def value(name: str) -> float | None:
     """Returns what the first value that the place computes is to be, where it is to be wrong in
     more than a bit."""
     armed = os.environ.get(VARIABLE, "")
-    return _VALUES.get(armed.rpartition(":")[2]) if armed.startswith(f"{name}:") else None
+    return _VALUES.get(_kind(armed.rpartition(":")[2])) if armed.startswith(f"{name}:") else None
 
 
-def _is_nth(armed: str, nth: int) -> bool:
+def _kind(action: str) -> str:
+    """Returns an action without what says when."""
+    return action.partition("_")[0]
+
+
+def _count(armed: str) -> int:
+    """Returns how often the process has passed the place by now."""
     with _counting:
         _passed[armed] = _passed.get(armed, 0) + 1
-        return _passed[armed] == nth
+        return _passed[armed]

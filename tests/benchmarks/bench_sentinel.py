@@ -5,7 +5,8 @@ process, or with several workers in one run that audits every second step.
         [--optimizer muon] [--shard optimizer]
 
 Prints one JSON object for each model. `by_default` is the share of the time that audits take at the
-interval that a run chooses by itself. Of several workers the processor time is told, of all their
+interval that a run chooses by itself, and `between` that of a step without an audit in a run that
+has them, which is ready to look a second time at what looks wrong. Of several workers the processor time is told, of all their
 threads together: on a busy machine they wait for each other. Where each of them keeps its own part
 of the state (`--shard`), an audit also makes a part of the update again, and with Muon that of a
 matrix.
@@ -36,7 +37,7 @@ from tests.jobs.runs import tiny_plan
 from tests.jobs.worker_processes import exit_code, into_log, worker_process
 
 NUM_STEPS = {"tiny": 200, "small-10m": 40}
-SIDES = {"with": 1, "without": 0, "by default": None}
+SIDES = {"with": 1, "without": 0, "between": 1_000_000, "by default": None}
 NUM_LANES = 8
 
 
@@ -93,17 +94,22 @@ def measure(preset: str) -> dict[str, Any]:
         every_steps = attempts.pop("by default").gradient.audits.every_steps
         spent: dict[str, list[tuple[float, float]]] = {side: [] for side in attempts}
         for step in range(1, NUM_STEPS[preset] + 1):
-            for side in sorted(attempts, reverse=step % 2 == 0):
+            sides = [*attempts]
+            for side in sides[step % 3 :] + sides[: step % 3]:
                 spent[side].append(seconds_of_step(attempts[side], step))
     figures: dict[str, Any] = {"preset": preset, "lanes": NUM_LANES, "every_steps": every_steps}
     for clock, name in enumerate(("wall", "cpu")):
         step_s = statistics.median(pair[clock] for pair in spent["without"])
-        pairs = zip(spent["with"], spent["without"], strict=True)
-        audit_s = statistics.median(audited[clock] - usual[clock] for audited, usual in pairs)
+        shares: dict[str, float] = {}
+        for side in ("with", "between"):
+            pairs = zip(spent[side], spent["without"], strict=True)
+            extra_s = statistics.median(other[clock] - usual[clock] for other, usual in pairs)
+            shares[side] = extra_s / step_s
         figures |= {
             f"{name}_step_ms": round(1000 * step_s, 3),
-            f"{name}_of_an_audit": round(audit_s / step_s, 4),
-            f"{name}_by_default": round(audit_s / step_s / every_steps, 5),
+            f"{name}_of_an_audit": round(shares["with"], 4),
+            f"{name}_by_default": round(shares["with"] / every_steps, 5),
+            f"{name}_between": round(shares["between"], 5),
         }
     return figures
 

@@ -2,15 +2,18 @@
 step on. As Ray Train does, it starts the workers again without a node that was left out."""
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from cluster.local.local_cluster import NODE_NAME_VARIABLE
 from cluster.storage.uris import open_storage
+from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.rules.muon import Muon
 from jobs.exact.rules.update_rule import Stretch
 from jobs.exact.sums.silent_faults import corrupt
@@ -93,6 +96,20 @@ def work(
     train(plan, rank=rank, world_size=len(nodes))
     if len(nodes) > 1:
         dist.destroy_process_group()
+
+
+def work_but_wait(file: Path, *arguments: Any) -> None:
+    """Works, but makes a file once a step is to be computed again, and waits until that is gone."""
+    audited_again = BatchGradient.audited_again
+
+    def after_a_while(self: BatchGradient, *step: Any) -> Measured:
+        file.touch()
+        while file.exists():
+            time.sleep(0.05)
+        return audited_again(self, *step)
+
+    BatchGradient.audited_again = after_a_while  # type: ignore[method-assign]
+    work(*arguments)
 
 
 def _arm(fault: Fault) -> None:

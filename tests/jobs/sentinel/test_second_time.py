@@ -94,6 +94,7 @@ def test_steps_taken_again_name_who_was_wrong_unless_a_later_checkpoint_took_the
     assert unnamed([undecided, start(3)], 7) == []
     assert unnamed([undecided, start(3), start(5)], 6) == [], "all hold what rank 0 had stored"
     assert unnamed([undecided, start(3), {"event": "named"}], 6) == []
+    assert unnamed([event(SAME, what=What.SNAPSHOTS), start(3)], 6) == [], "no rank has shown that"
     assert unnamed([], 6) == []
 
 

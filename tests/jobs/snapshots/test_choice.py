@@ -12,6 +12,7 @@ from jobs.snapshots.choice import (
     MAX_SHARE,
     Holding,
     choose,
+    contradictions,
     copies,
     interval,
     num_slots,
@@ -55,6 +56,19 @@ def test_the_newest_state_that_any_node_holds_is_taken() -> None:
     assert choice is not None
     assert choice.header.step == 8
     assert [[share.node for share in holders] for holders in choice.shares] == [["b"]]
+
+
+def test_of_one_share_of_one_step_all_nodes_hold_the_same_bits() -> None:
+    def summed(held: Holding, checksum: int) -> Holding:
+        return replace(held, header=replace(held.header, checksum=checksum))
+
+    alike = [summed(held(node, step), step) for node in "ab" for step in (6, 7)]
+    assert contradictions(alike) == []
+    other = [summed(held("c", 6), 8), summed(held("c", 7, attempt=2), 9)]
+    assert contradictions([*alike, *other]) == [alike[0], alike[2], other[0]]
+    assert contradictions([*alike, *other], after_attempt=1) == [], "these are void"
+    shares = [summed(held("a", 6, rank=rank, world_size=2), rank) for rank in range(2)]
+    assert contradictions(shares) == []
 
 
 def test_no_state_is_ahead_of_the_ledger() -> None:

@@ -24,7 +24,15 @@ from jobs.exact.stored_state import DamagedStateError
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.ledger import Ledger
 from jobs.saving.checkpoint_writer import CheckpointWriter
-from jobs.snapshots.choice import COPIES, Holding, Snapshot, choose, num_slots, sharded_area
+from jobs.snapshots.choice import (
+    COPIES,
+    Holding,
+    Snapshot,
+    choose,
+    contradictions,
+    num_slots,
+    sharded_area,
+)
 from jobs.snapshots.keepers import ANSWER_S, AS_ACTOR, Keeper, NoRoom, copy_to_second_nodes
 from jobs.snapshots.slots import Bytes, Header, Slots
 from jobs.snapshots.snapshots import Share, Snapshots
@@ -435,6 +443,9 @@ class OwnMemory(Snapshots):
             after_attempt=after_attempt,
         )
 
+    def contradictions(self, *, after_attempt: int) -> list[Holding]:
+        return contradictions(whole(self.memory), after_attempt=after_attempt)
+
     def _read(self, held: Holding, spans: list[range]) -> Iterator[Bytes]:
         for span in spans:
             data = self.memory.chunk(held, span.start, span.stop)
@@ -634,3 +645,43 @@ def test_a_run_that_continues_from_memory_ends_with_the_bits_of_an_undisturbed_o
     assert [line["loss"] for line in ledgers[0].steps] == [
         line["loss"] for line in ledgers[1].steps
     ]
+
+
+def test_where_two_nodes_hold_other_bits_of_one_step_the_run_goes_back_to_what_is_proven(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker's state was wrong, so its copy has a valid checksum. An audit has proven the steps
+    up to 4, a checkpoint of step 6 may be wrong as well."""
+    settings: dict[str, Any] = {
+        "num_steps": 12,
+        "train": {"audit_every_steps": 5},
+        "checkpoint": {"save_every_steps": 2, "num_to_keep": 9},
+    }
+    undisturbed = tiny_plan(str(tmp_path / "undisturbed"), **settings)
+    train(undisturbed, rank=0, world_size=1)
+    memory = make_memory()
+    monkeypatch.setattr(OwnMemory, "memory", memory, raising=False)
+    monkeypatch.setattr(OwnMemory, "raise_after", {7: KilledError()}, raising=False)
+    monkeypatch.setattr(jobs.training.open_attempt, "Snapshots", OwnMemory)
+    plan = tiny_plan(str(tmp_path / "disturbed"), **settings)
+    with pytest.raises(KilledError):
+        train(plan, rank=0, world_size=1)
+    newest = max(whole(memory), key=lambda held: held.header.step)
+    data = memory.chunk(newest, 0, newest.header.num_bytes)
+    assert data is not None
+    other = data.copy()
+    other[40] ^= 16
+    slots = opened(memory, "of-another-node", newest.header.num_bytes)
+    slots.write(replace(newest.header, checksum=None), [other])
+    train(plan, rank=0, world_size=1)
+
+    ledgers = [Ledger.read(each.run) for each in (undisturbed, plan)]
+    [undecided] = ledgers[1].events("undecided")
+    assert (undecided["what"], undecided["step"], undecided["to_step"]) == ("snapshots", 8, 4)
+    assert len({*undecided["shown"].values()}) == 2
+    start = ledgers[1].events("start")[-1]
+    assert (start["step"], start["from_memory"]) == (4, False)
+    assert [line["proven_to"] for line in ledgers[1].steps[-3:]] == [9, 9, 9]
+    assert not any("not_proven_since" in line for line in ledgers[1].steps)
+    hashes = [ledger.events("checkpoint")[-1]["parameter_hash"] for ledger in ledgers]
+    assert hashes[0] == hashes[1]

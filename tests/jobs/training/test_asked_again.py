@@ -3,21 +3,30 @@ what is no number decides nothing."""
 
 import json
 import math
+from collections import Counter
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cluster.settings.shard import Shard
 from jobs.run.ledger import LEDGER, Ledger
 from jobs.run.run_plan import RunPlan
+from jobs.run.writer_generation import Fence
 from jobs.sentinel.way_back import MOST_WAYS_BACK
+from jobs.training.attempt import Attempt
+from jobs.training.open_attempt import open_attempt
 from jobs.training.train_loop import train
+from jobs.workers.worker_group import WorkerGroup
 from tests.fault_seeds import fault_seeds
-from tests.jobs.faulty_runs import FAULTY, Fault, run_with_fault
+from tests.jobs.faulty_runs import FAULTY, Fault, run_with_fault, work_but_wait
 from tests.jobs.poisoned_runs import Faults, run_world
 from tests.jobs.runs import tiny_plan
+from tests.jobs.worker_processes import exit_code, worker_process
+from tests.waiting import wait_until
 
 LANES = 4
 NUM_STEPS = 12
@@ -207,6 +216,43 @@ def test_rollbacks_of_a_worker_that_then_fails_its_self_test_are_void(tmp_path: 
     assert final_hash(ledger) == clean_hash(tmp_path)
 
 
+def test_where_nothing_looks_wrong_to_be_ready_to_ask_again_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three steps, the last of which saves: no operation and no message more than a run makes
+    that has no audits."""
+    told: Counter[str] = Counter()
+
+    def count(name: str) -> None:
+        tell = getattr(WorkerGroup, name)
+
+        def counted(*arguments: Any) -> Any:
+            told[name] += 1
+            return tell(*arguments)
+
+        monkeypatch.setattr(WorkerGroup, name, counted)
+
+    for name in ("gather", "broadcast", "prove"):
+        count(name)
+    counts: list[dict[str, int]] = []
+    for every_steps in (0, 1000, 2):
+        plan = plan_of(tmp_path / str(every_steps), audit_every_steps=every_steps)
+        with ExitStack() as opened:
+            attempt = open_attempt(plan, WorkerGroup(0, 1), opened, signals=lambda: None)
+            assert isinstance(attempt, Attempt)
+            told.clear()
+            with torch.profiler.profile() as seen:
+                for step in (1, 2, 3):
+                    measured = attempt.measure(step)
+                    assert measured is not None
+                    assert attempt.update(step, measured) is not None
+            done = {at.key: at.count for at in seen.key_averages() if at.key.startswith("aten::")}
+            counts.append({**told} | done)
+    without, ready, audited = counts
+    assert ready == without
+    assert sum(audited.values()) > sum(without.values()), "the audit of step 2 is seen"
+
+
 def test_a_run_without_audits_asks_nobody(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, audit_every_steps=0)
     run_world(plan, Faults(poisoned=frozenset({(5, 0)})), world_size=2)
@@ -227,6 +273,36 @@ def test_a_run_that_continues_from_a_state_that_was_not_proven_says_so(tmp_path:
     assert told == {step: None if step <= 6 else 5 for step in range(1, NUM_STEPS + 1)}
     assert {line["proven_to"] for line in ledger.steps if line["step"] > 5} == {4}
     assert ledger.events("checkpoint")[-1]["proven_to"] == 4
+
+
+def test_a_launcher_that_takes_the_run_over_while_the_other_ones_workers_ask_again(
+    tmp_path: Path,
+) -> None:
+    """What these find then is written nowhere, and changes no bit."""
+    plan, file, logs = (
+        plan_of(tmp_path),
+        tmp_path / "waits",
+        [tmp_path / "0.log", tmp_path / "1.log"],
+    )
+    fault = Fault(rank=1, failpoint="gradient:1:nan", from_step=6)
+    old = replace(plan, launcher=Fence(plan.run, launcher=None).generation)
+    nodes, meeting = ["node-0", FAULTY], str(tmp_path / "meeting")
+    processes = []
+    for rank, log in enumerate(logs):
+        arguments = (old, fault, rank, nodes, meeting, log, False)
+        processes.append(worker_process(work_but_wait, file, *arguments))
+        processes[-1].start()
+    wait_until(file.exists, why=logs[0].read_text)
+    new = replace(plan, launcher=Fence(plan.run, launcher=None).generation)
+    train(new, rank=0, world_size=1)
+    before = Ledger.read(plan.run)
+    file.unlink()
+    for process in processes:
+        exit_code(process)
+    assert "was replaced by writer" in logs[0].read_text()
+    assert Ledger.read(plan.run).lines == before.lines
+    assert named(before) == set()
+    assert final_hash(before) == clean_hash(tmp_path)
 
 
 def test_a_run_that_only_goes_back_stops_and_says_so(tmp_path: Path) -> None:

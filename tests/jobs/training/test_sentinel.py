@@ -89,10 +89,11 @@ def test_a_wrong_copy_of_the_weights_sends_the_run_back_and_is_named_by_the_step
 def test_a_run_that_keeps_one_checkpoint_has_a_proven_one_to_go_back_to(
     tmp_path: Path, wrong_step: int, *, is_named: bool
 ) -> None:
-    """A copy that has been wrong for a step has made the other one wrong too."""
+    """A copy that has been wrong for a step has made the other one wrong too: by a value that shows
+    in its gradients, as a flipped bit may not."""
     saving = {"save_every_steps": 1, "num_to_keep": 1, "keep_best": 0}
     plan = plan_of(tmp_path, audit_every_steps=5, num_steps=15, checkpoint=saving)
-    fault = Fault(rank=0, failpoint=f"weights:{wrong_step}:flip_nth")
+    fault = Fault(rank=0, failpoint=f"weights:{wrong_step}:one_nth")
     ledger = run_with_fault(plan, tmp_path, fault, world_size=2, waits_for_checkpoints=True)
     [undecided] = ledger.events("undecided")
     assert (undecided["step"], undecided["to_step"]) == (10, 4)
