@@ -6,12 +6,10 @@ dict.
 
 import contextlib
 import sys
-import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-import httpx
 import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
@@ -25,7 +23,6 @@ from cluster.settings.serve import ServeConfig
 from cluster.stages.stage import stage_main
 from cluster.storage.registry import find_checkpoint, named_checkpoint
 from cluster.storage.uris import open_storage
-from model.errors import UserError
 from model.files.bounded_text import require_bounded_text
 from serving.api.access import read_rules
 from serving.delivery.autoscaling import ScalingPolicy
@@ -34,12 +31,12 @@ from serving.delivery.delivery_file import DeliveryFile, endpoint_name
 from serving.delivery.promotion import version_of
 from serving.protocol.json_log import FORMAT_VARIABLE
 from serving.protocol.served_model import read_served_model
-from serving.proxy.front_door import ENTRANCE_VARIABLE, proxy_environment
+from serving.proxy.front_door import ENTRANCE_VARIABLE, KEYLESS_VARIABLE, proxy_environment
 from serving.replica import Replica
+from serving.start_watch import follow_start
 from serving.xray.trace import require_traced
 
 APP_NAME = "raymill"
-READY_TIMEOUT_S = 60.0
 CONTROLLER_VARIABLES = {
     # Ray's 0.1 would take 3% of a core from the engine, all day
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
@@ -155,6 +152,8 @@ def run(config: ServeConfig) -> dict[str, Any]:
         # them settings.
         variables = proxy_environment(config.http) | CONTROLLER_VARIABLES
         variables[ENTRANCE_VARIABLE] = entrance_of(config.host, config.port)
+        if config.api_key_file is None:
+            variables[KEYLESS_VARIABLE] = "1"
         if config.log_format is not None:
             variables[FORMAT_VARIABLE] = config.log_format
         start = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(serve.start)
@@ -166,27 +165,15 @@ def run(config: ServeConfig) -> dict[str, Any]:
             )
         )
     say(f"starting replicas of {name}, which load {checkpoint}")
-    serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)
+    with contextlib.suppress(TimeoutError):  # of a proxy that is replaced just now
+        serve.run_many(
+            [serve.RunTarget(app, name=APP_NAME, route_prefix="/")],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
     url = url_of(config.host, config.port)
-    _wait_until_ready(url)
+    follow_start(APP_NAME, url=url, num_wanted=config.replicas.min_replicas)
     return {"url": url, "model": name}
-
-
-def _wait_until_ready(url: str) -> None:
-    """Waits until the proxy knows the new route, shortly after `serve.run` has returned."""
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline:
-        with contextlib.suppress(httpx.TransportError):
-            if (
-                httpx.get(f"{url}/ready", timeout=READY_TIMEOUT_S, trust_env=False).status_code
-                == 200
-            ):
-                return
-        time.sleep(0.1)
-    raise UserError(
-        f"{url}/ready did not answer within {READY_TIMEOUT_S:.0f} s. If Ray Serve already runs on this cluster, it "
-        "keeps the host and port with which it was started"
-    )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from serving.delivery.autoscaling import KV_USE, WAITING
 from serving.delivery.follower import Follower
 from serving.engine_process.health import leave
 from serving.protocol.json_log import Process, log_in
+from serving.responses.routes import add_response_routes
 
 
 @serve.ingress()
@@ -67,6 +68,7 @@ class Replica:
             access=self._access,
             usage=self._follower.usage,
             admin=admin_router(self._follower),
+            add_others=add_response_routes,
         )
 
     async def _publish(self, metrics: ReplicaMetrics) -> None:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from cluster.endpoint.local_end import cut, entrance_of
+from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
-from cluster.storage.uris import open_storage
+from cluster.storage.uris import StorageError, open_storage
 from model.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,7 +57,8 @@ class Endpoint:
             )
         if (content := open_storage(storage_uri).find_bytes(_FILE)) is None:
             raise UserError(
-                f"no endpoint was started from {storage_uri}: run `raymill serve latest`, or give --url"
+                f"no endpoint has answered from {storage_uri} yet: run `raymill serve latest`, and wait until that "
+                "says `serving`; or give --url"
             )
         return cls(**json.loads(content))
 
@@ -87,7 +90,8 @@ class Endpoint:
                 yield client
         except httpx.TransportError as error:
             raise UserError(
-                f"no endpoint answers at {self.url} ({error}): start one with `raymill serve`"
+                f"no endpoint answers at {self.url} ({error}): start one with `raymill serve`, and wait until that "
+                "says `serving`"
             ) from None
 
     @property
@@ -140,12 +144,23 @@ def require_ray_proxies() -> None:
 
 
 def deploy(connection: "Connection", config: "ServeConfig") -> Endpoint:
-    """Deploys the checkpoint on the cluster, waits until it answers, and remembers where it is."""
+    """Deploys the checkpoint on the cluster, waits until it answers, and remembers where it is. If
+    that is interrupted, answers that are under way end with an error event."""
     from cluster.stages.stage import run_stage  # noqa: PLC0415 - imports Ray, which `raymill complete` does without
 
-    result = run_stage(connection, "serving.app", config)
+    try:
+        result = run_stage(connection, "serving.app", config)
+    except BaseException:
+        if connection.local is not None:  # a cluster that ends now; its first replica may answer
+            cut(entrance_of(config.host, config.port))
+        raise
     endpoint = Endpoint(result["url"], result["model"], config.api_key_file, config.admin_key_file)
-    open_storage(config.storage.uri).write_bytes(_FILE, json.dumps(asdict(endpoint)).encode())
+    try:
+        open_storage(config.storage.uri).write_bytes(_FILE, json.dumps(asdict(endpoint)).encode())
+    except StorageError as error:  # it serves all the same
+        say(
+            f"where the endpoint is could not be stored, so `raymill complete` needs --url: {error}"
+        )
     return endpoint
 
 

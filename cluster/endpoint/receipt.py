@@ -13,9 +13,14 @@ from model.errors import UserError
 from model.files.strict_json import strict_json
 from model.signing.receipt import FIELD, checked
 
-_ROUTES = {"text_completion": "/v1/completions", "chat.completion": "/v1/chat/completions"}
+_ROUTES = {
+    "text_completion": "/v1/completions",
+    "chat.completion": "/v1/chat/completions",
+    "response": "/v1/responses",
+}
 # They differ between two answers to the same request
-_OF_ONE_ANSWER = ("id", "created", "system_fingerprint", FIELD)
+_OF_ONE_ANSWER = ("id", "created", "created_at", "completed_at", "system_fingerprint", FIELD)
+_OF_THE_CACHE = {"prompt_tokens_details": None, "input_tokens_details": None}
 
 Fields = dict[str, Any]
 
@@ -87,8 +92,11 @@ def _answers(differing: list[str], version: str) -> str:
 def _repeatable(answer: Fields) -> Fields:
     fields = {name: value for name, value in answer.items() if name not in _OF_ONE_ANSWER}
     if isinstance(usage := answer.get("usage"), dict):
-        fields["usage"] = usage | {"prompt_tokens_details": None}
-    fields["choices"] = [_without_call_ids(choice) for choice in answer["choices"]]
+        fields["usage"] = usage | _OF_THE_CACHE
+    if "choices" in answer:
+        fields["choices"] = [_without_call_ids(choice) for choice in answer["choices"]]
+    else:
+        fields["output"] = [item | {"id": None, "call_id": None} for item in answer["output"]]
     return fields
 
 
@@ -117,7 +125,8 @@ def _receipt_in(answer: Fields, file: Path) -> Any:
     """Returns the receipt. Raises `UserError` where it is missing or not alone in its field, which
     nothing signs."""
     field = answer.get(FIELD)
-    if not isinstance(field, dict) or "receipt" not in field or "choices" not in answer:
+    is_answer = "choices" in answer or "output" in answer
+    if not isinstance(field, dict) or "receipt" not in field or not is_answer:
         raise UserError(
             f'{file} has no receipt: ask with {{"{FIELD}": {{"receipt": true}}}} in the request'
         )

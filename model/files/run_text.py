@@ -36,7 +36,7 @@ def allow(cpu_s: float) -> None:
 def answer_to(request: dict[str, Any], tokenizer: Tokenizer, chat: Chat) -> dict[str, Any]:
     try:
         if "messages" in request:
-            return {"ids": chat.prompt_ids(request["messages"], request["tools"])}
+            return {"ids": chat.prompt_ids(**request)}
         how = PromptEncoding(**request["how"])
         return {
             "ids": [

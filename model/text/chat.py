@@ -10,9 +10,11 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, nodes
+from jinja2.defaults import DEFAULT_NAMESPACE
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context
@@ -34,6 +36,16 @@ PLAIN_TEMPLATE = """\
 """A dialogue, for a tokenizer without a template. A model that was never taught to chat gets it
 without tokens."""
 
+OWN_NAMES = frozenset(
+    {
+        *("messages", "tools", "documents", "bos_token", "eos_token", "add_generation_prompt"),
+        *("continue_final_message", "chat_template", "tokenize", "raise_exception"),
+        *DEFAULT_NAMESPACE,
+    }
+)
+"""The names of a template's variables that each conversation has, and of Hugging Face's settings
+beside them."""
+
 Message = Mapping[str, Any]  # role, content, perhaps a name, and what concerns tools
 _Encode = Callable[[str, Place], Iterable[int]]
 # Stands in a special token's text that a message has; no text has this character (Unicode, 23.7)
@@ -53,22 +65,24 @@ def rendered(
     *,
     asks: bool = False,
     tools: Sequence[Mapping[str, Any]] = (),
+    template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """Returns the text of the messages and of the tools that are offered; with `asks`, up to where
-    the assistant's next answer begins. Raises `ChatError` with the template's words where it refuses them."""
+    the assistant's next answer begins. `template_kwargs` are further variables of the template,
+    such as `enable_thinking`, none of which is among `OWN_NAMES`. Raises `ChatError` with the
+    template's words where it refuses them."""
     seen = [
         {**message, "role": message["role"].replace("developer", "system")} for message in messages
     ]
-    names = {
+    names: dict[str, Any] = {
         "bos_token": chat.bos_token,
         "eos_token": chat.eos_token,
         "tools": tools or None,
         "documents": None,
     }
+    names |= {"messages": seen, "add_generation_prompt": asks}
     try:
-        return _compiled(chat.chat_template).render(
-            messages=seen, add_generation_prompt=asks, **names
-        )
+        return _compiled(chat.chat_template).render({**template_kwargs, **names})
     except Exception as error:  # a template is somebody's program, which may fail in any way
         raise ChatError(f"the chat template refuses the messages: {error}") from error
 
@@ -116,11 +130,20 @@ class Chat:
         self._specials = tokenizer.special_pattern
 
     def prompt_ids(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> list[int]:
-        """Returns what the assistant's next answer follows. Raises `ChatError`."""
-        escaped = self._escaped([*messages]), self._escaped([*tools])
-        return self._ids(rendered(self.format, escaped[0], asks=True, tools=escaped[1]))
+        """Returns what the assistant's next answer follows; see `rendered`. Raises `ChatError`."""
+        text = rendered(
+            self.format,
+            self._escaped([*messages]),
+            asks=True,
+            tools=self._escaped([*tools]),
+            template_kwargs=self._escaped(template_kwargs),
+        )
+        return self._ids(text)
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Returns the ids up to the end of the last answer, and which of them the loss counts:

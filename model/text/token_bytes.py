@@ -110,10 +110,10 @@ def _refused(kind: str, why: str) -> TokenizerError:
 
 
 def _of_byte_level(token: str) -> bytes:
-    byte_of = _BYTE_OF_CHARACTER
-    if all(character in byte_of for character in token):
-        return bytes(byte_of[character] for character in token)
-    return token.encode()
+    try:
+        return bytes(map(_BYTE_OF_CHARACTER.__getitem__, token))
+    except KeyError:
+        return token.encode()
 
 
 def byte_of_character() -> dict[str, int]:

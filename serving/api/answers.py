@@ -7,10 +7,15 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
+import orjson
 
 from serving.api.choice_output import Part, TokenEntry
 from serving.engine.messages import Candidates
+from serving.protocol.errors import ApiError
 from serving.protocol.served_model import ServedModel
+
+# In JSON as they are, and the end of a line to some clients, such as httpx
+LINE_ENDS = {end.encode(): b"\\u%04x" % ord(end) for end in ("\u2028", "\u2029", "\x85")}
 
 Usage = dict[str, Any]
 
@@ -37,6 +42,20 @@ class Answer(ABC):
         """Returns an event of a stream. `stream_options` asks for the usage in each, or in a last
         one without parts."""
         return self._fields(self.PART_KIND, [self._part_choice(part) for part in parts], usage)
+
+    def sent(self, parts: list[Part], usage: Usage | None) -> bytes:
+        """Returns what `event` has as a stream sends it; nothing where there is nothing to
+        send."""
+        return server_sent(self.event(parts, usage))
+
+    def sent_end(self) -> bytes:
+        """Returns the end of a stream whose answer is whole."""
+        return b"data: [DONE]\n\n"
+
+    def sent_failure(self, error: ApiError) -> bytes:
+        """Returns the end of a stream whose answer has failed, by which a client cannot mistake
+        half an answer for a whole one."""
+        return error.event().encode()
 
     def _fields(
         self, kind: str, choices: list[dict[str, Any]], usage: Usage | None
@@ -144,3 +163,12 @@ class EmbeddingAnswer(Answer):
         if self._encoding != "base64":
             vector = np.frombuffer(base64.b64decode(part.embedding), dtype="<f4").tolist()
         return {"object": "embedding", "index": part.index, "embedding": vector}
+
+
+def server_sent(content: dict[str, Any]) -> bytes:
+    """Returns a server-sent event, on one line for every client."""
+    data = orjson.dumps(content)
+    if not data.isascii():  # each of those ends is more than a byte
+        for end, escaped in LINE_ENDS.items():
+            data = data.replace(end, escaped)
+    return b"data: %b\n\n" % data

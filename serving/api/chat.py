@@ -5,9 +5,11 @@ A base model has no template, as it was never taught to chat; it continues text.
 shows it a dialogue, and every answer says so in the header `x-model-note`.
 """
 
+import asyncio
 import json
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
@@ -25,13 +27,16 @@ from serving.protocol.protocol import MAX_LOGPROBS, CompletionRequest, Generatio
 from serving.protocol.request import Request
 from serving.protocol.served_model import ServedModel
 from serving.protocol.structured_fields import GrammarOfTools
+from serving.protocol.template_fields import TemplateFields
 from serving.protocol.tool_fields import MAX_TOOLS, Tool, ToolCall, ToolFields
-from serving.structured.grammar import Grammar, GrammarKind
+from serving.structured.grammar import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
+from serving.structured.subschemas import without_notes
 from serving.tools.call_grammar import grammar_of_calls
-from serving.tools.call_parser import CallParser, Content
+from serving.tools.call_parser import CallParser, Content, Piece
 from serving.tools.formats import NO_PARAMETERS, format_of, takes_tools
 
-MAX_MESSAGES = 256
+MAX_MESSAGES = 2048
+MAX_SPEAKERS = 256  # who have a name: each is a text that ends a base model's answer
 NOTE_HEADER = {
     "x-model-note": "base model, not chat-tuned; the messages were given to it as plain text"
 }
@@ -108,7 +113,7 @@ class Message(Request):
         return {"content": None} | kept  # which an assistant that calls may leave out
 
 
-class ChatRequest(GenerationRequest, ToolFields):
+class ChatRequest(GenerationRequest, ToolFields, TemplateFields):
     """The body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -124,11 +129,23 @@ class ChatRequest(GenerationRequest, ToolFields):
         return self
 
     @model_validator(mode="after")
-    def _tools_fit_the_rest(self) -> Self:
-        if self.offered and self.read_grammar() is not None:
+    def _has_few_speakers(self) -> Self:
+        num_names = len({message.name for message in self.messages} - {None})
+        if num_names > MAX_SPEAKERS:
             raise ApiError(
-                f"tools are not allowed with {self.grammar_field}, which a call would not follow; leave one of them "
-                "out, or say tool_choice none",
+                f"messages has {num_names} different names, at most {MAX_SPEAKERS} are allowed",
+                param="messages",
+                code="invalid_value",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tools_fit_the_rest(self) -> Self:
+        grammar = self.read_grammar() if self.offered else None
+        if grammar is not None and grammar.kind is not GrammarKind.JSON_SCHEMA:
+            raise ApiError(
+                "tools go together with JSON by a schema only: leave tools out, say tool_choice none, or ask for json "
+                f"in {self.grammar_field}",
                 param=self.grammar_field,
             )
         for name in ("ignore_eos", "min_tokens"):
@@ -138,6 +155,19 @@ class ChatRequest(GenerationRequest, ToolFields):
                     param=name,
                 )
         return self
+
+    @property
+    def calls_by_grammar(self) -> bool:
+        """Whether calls follow their schemas: those that are required, and all where text follows
+        one."""
+        return bool(self.forced) or bool(self.offered and self.read_grammar() is not None)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the answer's text is read: the keywords of `ChatAnswer`."""
+        by_grammar = self.calls_by_grammar
+        only_these = by_grammar or len(self.allowed) < len(self.offered)
+        return {"tools": self.allowed, "only_these": only_these, "at_start": by_grammar}
 
 
 class OpenEndedCompletion(CompletionRequest):
@@ -161,7 +191,9 @@ async def as_completion(
     model.require_tokenizer()
     messages = [message.seen for message in request.messages]
     _require_tools(request, model)
-    rendered_ids = await version.texts.chat_ids(messages, [tool.seen for tool in request.offered])
+    rendered_ids = await version.texts.chat_ids(
+        messages, [tool.seen for tool in request.offered], request.template_kwargs
+    )
     room = 1 if clips or max_tokens is None else max_tokens
     prompt_ids = model.prompt_ids(rendered_ids, max_tokens=room, param=ChatAnswer.PROMPT_FIELD)
     shared = {name: getattr(request, name) for name in GenerationRequest.model_fields}
@@ -170,8 +202,9 @@ async def as_completion(
         shared["stop"] = (*request.stop, *(f"\n{speaker}:" for speaker in plain_speakers(messages)))
     elif end_of_turn is not None and not request.ignore_eos:
         shared["stop_token_ids"] = [*request.stop_token_ids, end_of_turn]
-    if request.forced:
+    if request.calls_by_grammar:
         shared["structured_outputs"] = await _grammar_of_tools(request, version)
+        shared["response_format"] = None
     shape = CompletionRequest if max_tokens else OpenEndedCompletion
     completion = shape.model_construct(
         **shared,
@@ -210,23 +243,47 @@ def _template_of(model: ServedModel) -> str:
 
 
 async def _grammar_of_tools(request: ChatRequest, version: LoadedVersion) -> GrammarOfTools:
-    """Returns what the calls that are required follow. Raises `ApiError` (400) for parameters that
-    cannot be enforced."""
-    forced = [tool.function for tool in request.forced]
-    for function in forced:
-        schema = json.dumps(function.parameters or NO_PARAMETERS)
-        parameters = Grammar(GrammarKind.JSON_SCHEMA, schema, lenient=not function.strict)
-        place = [tool.function.name for tool in request.tools].index(function.name)
-        await require_grammar(parameters, version, field=f"tools.{place}.function.parameters")
+    """Returns what calls follow, and an answer by a schema that may be given instead of calls that
+    are not required. Raises `ApiError` (400) for what cannot be enforced."""
+    functions = await asyncio.to_thread(_enforced, request.allowed)
+    places = [tool.function.name for tool in request.tools]
+    for function in functions:
+        schema = json.dumps(function["parameters"])
+        parameters = Grammar(GrammarKind.JSON_SCHEMA, schema, lenient=not function["strict"])
+        place = f"tools.{places.index(function['name'])}.function.parameters"
+        await require_grammar(parameters, version, field=place)
+    by_schema = None if request.forced else request.read_grammar()
+    answer: dict[str, Any] | None = None
+    if by_schema is not None:
+        await require_grammar(by_schema, version, field=request.grammar_field)
+        answer = {"parameters": json.loads(by_schema.text), "strict": not by_schema.lenient}
     tool_format = format_of(_template_of(version.model))
     assert tool_format is not None, "_require_tools comes first"
     grammar = grammar_of_calls(
         tool_format,
-        [function.model_dump() for function in forced],
-        several=request.parallel_tool_calls and request.tool_choice == "required",
+        functions,
+        several=request.calls_several,
         special_ids=version.model.require_tokenizer().special_ids,
+        answer=answer,
     )
     return GrammarOfTools.model_construct(grammar=grammar)
+
+
+def _enforced(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Returns the functions as the grammar of their calls has them. Raises `ApiError` (400) where
+    it would be too large."""
+    functions = [tool.function.model_dump(exclude={"description"}) for tool in tools]
+    for function in functions:
+        function["parameters"] = without_notes(function["parameters"] or NO_PARAMETERS)
+    size = sum(len(json.dumps(function["parameters"])) for function in functions)
+    if size > MAX_GRAMMAR_BYTES:
+        raise ApiError(
+            f"tools: the parameters have {size} bytes without descriptions, at most {MAX_GRAMMAR_BYTES} are enforced; "
+            "offer fewer tools, or simpler ones",
+            param="tools",
+            code="invalid_value",
+        )
+    return functions
 
 
 class ChatAnswer(Answer):
@@ -235,13 +292,23 @@ class ChatAnswer(Answer):
     ID_PREFIX, KIND, PART_KIND = "chatcmpl", "chat.completion", "chat.completion.chunk"
     PROMPT_FIELD = "messages"
 
-    def __init__(self, model: ServedModel, *, tools: Sequence[Tool] = ()) -> None:
-        """The calls of these tools in the answer's text are read."""
+    def __init__(
+        self,
+        model: ServedModel,
+        *,
+        tools: Sequence[Tool] = (),
+        only_these: bool = False,
+        at_start: bool = False,
+    ) -> None:
+        """The calls of these tools in the answer's text are read, as `CallParser` does."""
         super().__init__(model)
         self._started: set[int] = set()  # choices
         self._tool_format = format_of(_template_of(model)) if tools else None
-        self._parameters = {tool.function.name: tool.function.parameters or {} for tool in tools}
+        parameters = {tool.function.name: tool.function.parameters or {} for tool in tools}
         self.shown = self._tool_format.marks if self._tool_format is not None else ()
+        self._parser = partial(
+            CallParser, parameters=parameters, only_these=only_these, at_start=at_start
+        )
         self._parsers: dict[int, CallParser] = {}  # by choice
 
     def whole(self, choices: list[Part], usage: Usage) -> dict[str, Any]:
@@ -271,13 +338,8 @@ class ChatAnswer(Answer):
         """Returns the content in a part's text, and what it adds to calls, each once."""
         if self._tool_format is None:
             return part.text, []
-        if part.index not in self._parsers:
-            self._parsers[part.index] = CallParser(self._tool_format, self._parameters)
-        parser = self._parsers[part.index]
-        pieces = parser.push(part.text)
-        pieces += parser.finish() if part.finish_reason is not None else []
         content, calls = "", dict[int, dict[str, Any]]()
-        for piece in pieces:
+        for piece in self._pieces(part):
             if isinstance(piece, Content):
                 content += piece.text
                 continue
@@ -286,11 +348,24 @@ class ChatAnswer(Answer):
             )
             call["function"]["arguments"] += piece.arguments
             if piece.name is not None:
-                length = self._tool_format.id_length
-                call_id = uuid.uuid4().hex[:length] if length else f"call_{uuid.uuid4().hex[:24]}"
-                call |= {"id": call_id, "type": "function"}
+                call |= {"id": self._new_call_id(), "type": "function"}
                 call["function"] = {"name": piece.name, **call["function"]}
         return content, [*calls.values()]
+
+    def _pieces(self, part: Part) -> list[Piece]:
+        """Returns what is content and what are calls in a part's text, in order."""
+        if self._tool_format is None:
+            return [Content(part.text)] if part.text else []
+        if part.index not in self._parsers:
+            self._parsers[part.index] = self._parser(self._tool_format)
+        parser = self._parsers[part.index]
+        pieces = parser.push(part.text)
+        return pieces + (parser.finish() if part.finish_reason is not None else [])
+
+    def _new_call_id(self) -> str:
+        """Returns the id of a call, as long as its template asks for."""
+        length = 0 if self._tool_format is None else self._tool_format.id_length
+        return uuid.uuid4().hex[:length] if length else f"call_{uuid.uuid4().hex[:24]}"
 
     def _finish_reason(self, part: Part) -> str | None:
         parser = self._parsers.get(part.index)

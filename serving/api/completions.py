@@ -2,14 +2,13 @@
 events."""
 
 import asyncio
-import hashlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
-from itertools import product
-from typing import Any
+from itertools import chain, product
 
 import orjson
 
@@ -23,9 +22,11 @@ from serving.api.score_limit import held_scores, prompt_candidates, require_few_
 from serving.api.shared_prompts import SharedPrompts
 from serving.delivery.loaded_version import LoadedVersion
 from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent
-from serving.engine_process.client import EngineClient, EngineDiedError, Generation
+from serving.engine_process.client import EngineClient, EngineDiedError
+from serving.engine_process.generation import Generation
+from serving.limits.asker import CURRENT_ASKER
 from serving.protocol.errors import ApiError, error_of, overloaded
-from serving.protocol.protocol import CompletionRequest, StreamOptions, sampling_of
+from serving.protocol.protocol import CompletionRequest, StreamOptions, choice_seed, sampling_of
 from serving.protocol.request_facts import RequestFacts
 from serving.protocol.served_model import ServedModel
 from serving.structured.grammar import Grammar, GrammarError
@@ -36,10 +37,10 @@ SCORES_AT_ONCE = 5_000
 # Characters or tokens of prompts that are read there too: half a millisecond, while a thread costs
 # a quarter of one
 READ_AT_ONCE = 2_000
-# In JSON as they are, and the end of a line to some clients, such as httpx
-LINE_ENDS = {end.encode(): b"\\u%04x" % ord(end) for end in ("\u2028", "\u2029", "\x85")}
 # Of the longest wait: a refusal at once is better than one after a wait that was misjudged
 EXPECTED_SHARE = 0.8
+
+OnFirst = Callable[[], Awaitable[None]]
 
 
 @dataclass(eq=False)
@@ -65,9 +66,10 @@ class Completion:
             for i, s in enumerate(sequences)
         }
         self._prompts = SharedPrompts(sequences, num_choices=request.n)
-        self._parts = self._generated_parts()
-        self._first_part: Part | None = None
-        self._has_failed = False
+        self._first_parts: Iterator[Part] = iter(())
+        self._reasons: dict[int, str] = {}  # by choice that has ended
+        self._failure: ApiError | None = None  # of a sequence
+        self._has_failed = False  # by the engine's fault
         # A prompt counts once, however many choices it has.
         self._num_prompt_tokens = sum(
             len(sequence.prompt_ids) for sequence in sequences[:: request.n]
@@ -79,7 +81,10 @@ class Completion:
         failed."""
         self.generation.close()
         self.timer.close()
-        costs = self.generation.has_begun.is_set() and not self._has_failed
+        has_begun = self.generation.has_begun.is_set()
+        if has_begun and self.facts.last_token_s is None:
+            self._complete_facts()
+        costs = has_begun and not self._has_failed
         self.reservation.settle(
             prompt_tokens=self._num_prompt_tokens if costs else 0,
             generated_tokens=self._num_output_tokens if costs else 0,
@@ -88,16 +93,26 @@ class Completion:
     async def begin(self) -> None:
         """Waits for the first token: a failure before it can still have an HTTP status. Raises
         `ApiError`."""
-        self._first_part = await anext(self._parts)
+        first = None
+        with self._death_told():
+            while first is None:
+                parts = self._parts_of(await self.generation.next())
+                first = next(parts, None)
+                self._require_success()
+        self._first_parts = chain((first,), parts)
 
     async def respond(self) -> bytes:
         """Returns the whole answer as JSON. Raises `ApiError` if the engine fails."""
         parts: dict[int, list[Part]] = {}
         choices: dict[int, Part] = {}
-        async for part in self._all_parts():
-            parts.setdefault(part.index, []).append(part)
-            if part.finish_reason is not None:
-                choices[part.index] = join_parts(parts.pop(part.index))
+
+        def keep(arrived: Iterator[Part]) -> None:
+            for part in arrived:
+                parts.setdefault(part.index, []).append(part)
+                if part.finish_reason is not None:
+                    choices[part.index] = join_parts(parts.pop(part.index))
+
+        await self._hand_parts_to(keep)
         if held_scores(self.request, self.sequences) > SCORES_AT_ONCE:
             return await asyncio.to_thread(self._written, choices)
         return self._written(choices)
@@ -107,61 +122,95 @@ class Completion:
             self.answer.whole([choices[index] for index in sorted(choices)], self._usage())
         )
 
-    async def stream(self) -> AsyncIterator[bytes]:
-        """Yields server-sent events. A failure is an event too, and no `[DONE]` follows it, so that
-        a client cannot mistake half an answer for a whole one."""
+    async def stream_to(
+        self, write: Callable[[bytes], None], *, on_first: OnFirst | None = None
+    ) -> None:
+        """Writes server-sent events, together those that the engine reports together. A failure is
+        an event too. Awaits `on_first` after the first write. Raises what both do."""
         options = self.request.stream_options or StreamOptions()
         is_counted = options.include_usage and options.continuous_usage_stats
+
+        def send(parts: Iterator[Part]) -> None:
+            sent = b""
+            for part in parts:
+                sent += self.answer.sent([part], self._usage() if is_counted else None)
+            if sent:
+                write(sent)
+
         try:
-            async for part in self._all_parts():
-                yield server_sent(self.answer.event([part], self._usage() if is_counted else None))
+            await self._hand_parts_to(send, on_first=on_first)
         except ApiError as error:
             self.facts.reason = error.code
-            yield error.event().encode()
+            write(self.answer.sent_failure(error))
             return
-        if options.include_usage:
-            yield server_sent(self.answer.event([], self._usage()))
-        yield b"data: [DONE]\n\n"
+        usage_event = self.answer.sent([], self._usage()) if options.include_usage else b""
+        write(usage_event + self.answer.sent_end())
 
-    async def _all_parts(self) -> AsyncIterator[Part]:
-        assert self._first_part is not None, "begin() comes first"
-        yield self._first_part
-        async for part in self._parts:
-            yield part
+    async def _hand_parts_to(
+        self, take: Callable[[Iterator[Part]], None], *, on_first: OnFirst | None = None
+    ) -> None:
+        """Hands over all parts, those of a report together; `take` takes each of them. Raises
+        `ApiError` after the parts before a failure."""
 
-    async def _generated_parts(self) -> AsyncIterator[Part]:
-        reasons: dict[int, str] = {}  # by choice that has ended
+        def hand(parts: Iterator[Part]) -> None:
+            take(parts)
+            self.timer.count()
+            self._require_success()
+
         try:
-            async for event in self.generation:
-                if event.finish_reason is FinishReason.ERROR:
-                    self.timer.finished(event.seq_id, FinishReason.ERROR)
-                    self._has_failed = True
-                    raise error_of("not_finite")
-                if event.finish_reason is FinishReason.GRAMMAR:
-                    self.timer.finished(event.seq_id, FinishReason.GRAMMAR)
-                    raise error_of("grammar_exceeded", param=self.request.grammar_field)
-                for answerable in self._prompts.take(event):
-                    # A stop string has ended it, and later tokens were waiting
-                    if answerable.seq_id in reasons:
-                        continue
-                    part = self._part_of(answerable)
-                    if part.finish_reason is not None:
-                        reasons[answerable.seq_id] = part.finish_reason
-                    yield part
+            hand(self._first_parts)
+            if on_first is not None:
+                await on_first()
+            with self._death_told():
+                await self.generation.hand_to(lambda events: hand(self._parts_of(events)))
+        finally:
+            self._complete_facts()
+
+    def _require_success(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    @contextmanager
+    def _death_told(self) -> Iterator[None]:
+        """Turns the engine's death into an `ApiError`."""
+        try:
+            yield
         except EngineDiedError:
             self._has_failed = True
             raise error_of("engine_unavailable") from None
-        finally:
-            self.facts.reason = "+".join(sorted({*reasons.values()})) or None
-            self.facts.last_token_s = time.monotonic()
-            self.facts.completion_tokens = self._num_output_tokens
 
-    def _part_of(self, event: TokenEvent) -> Part:
+    def _complete_facts(self) -> None:
+        self.facts.reason = "+".join(sorted({*self._reasons.values()})) or None
+        self.facts.last_token_s = time.monotonic()
+        self.facts.completion_tokens = self._num_output_tokens
+
+    def _parts_of(self, events: Iterator[TokenEvent]) -> Iterator[Part]:
+        """Yields what events make final, up to a failure."""
+        now_s = time.monotonic()
+        for event in events:
+            if event.finish_reason in (FinishReason.ERROR, FinishReason.GRAMMAR):
+                self._fail(event.seq_id, event.finish_reason)
+                return
+            for answerable in self._prompts.take(event):
+                # A stop string has ended it, and later tokens were waiting
+                if answerable.seq_id not in self._reasons:
+                    yield self._part_of(answerable, now_s)
+
+    def _fail(self, seq_id: int, reason: FinishReason) -> None:
+        self.timer.finished(seq_id, reason)
+        if reason is FinishReason.GRAMMAR:
+            self._failure = error_of("grammar_exceeded", param=self.request.grammar_field)
+        else:
+            self._has_failed = True
+            self._failure = error_of("not_finite")
+
+    def _part_of(self, event: TokenEvent, now_s: float) -> Part:
         """Returns what an event makes final. A choice that it ends leaves the engine."""
         if event.token_id is not None:
-            self.timer.token(event.seq_id)
+            self.timer.token(event.seq_id, now_s)
         part = self._choices[event.seq_id].push(event)
         if part.finish_reason is not None:
+            self._reasons[event.seq_id] = part.finish_reason
             self.timer.finished(event.seq_id, part.finish_reason)
             self.generation.cancel(event.seq_id)  # the engine does not know of stop strings
         return part
@@ -185,15 +234,6 @@ class Completion:
             )
             usage["prompt_tokens_details"] = {"cached_tokens": num_cached}
         return usage
-
-
-def server_sent(content: dict[str, Any]) -> bytes:
-    """Returns a server-sent event, on one line for every client."""
-    data = orjson.dumps(content)
-    if not data.isascii():  # each of those ends is more than a byte
-        for end, escaped in LINE_ENDS.items():
-            data = data.replace(end, escaped)
-    return b"data: %b\n\n" % data
 
 
 async def start_completion(
@@ -269,19 +309,19 @@ def _num_at_once(request: CompletionRequest, engine: EngineClient, config: Serve
 async def _checked_grammar(request: CompletionRequest, version: LoadedVersion) -> Grammar | None:
     """Returns what the answer follows, if anything. Raises `ApiError` as `require_grammar`."""
     grammar = request.read_grammar()
-    if grammar is not None:
-        await require_grammar(grammar, version, field=request.grammar_field)
-    return grammar
+    if grammar is None:
+        return None
+    return await require_grammar(grammar, version, field=request.grammar_field)
 
 
-async def require_grammar(grammar: Grammar, version: LoadedVersion, *, field: str) -> None:
-    """Raises `ApiError` for the field of a request: 400 for what no answer can follow, 429 if too
-    many others are being looked at."""
+async def require_grammar(grammar: Grammar, version: LoadedVersion, *, field: str) -> Grammar:
+    """Returns a grammar with what it takes. Raises `ApiError` for the field of a request: 400 for
+    what no answer can follow, 429 if others of its key wait that take long to compile."""
     version.model.require_tokenizer()
     try:
-        await version.grammars.require(grammar)
-    except GrammarsBusyError:
-        raise overloaded("The replica has many schemas to compile; try again later") from None
+        return await version.grammars.require(grammar, CURRENT_ASKER.get())
+    except GrammarsBusyError as error:
+        raise overloaded(str(error)) from None
     except GrammarError as error:
         place = f" at #{error.place}" if error.place else ""
         raise error_of(
@@ -408,11 +448,3 @@ def refuse_when_full(
             f"The request would wait about {wait_s:.1f} s, and {max_queue_s:g} s are the most; try again later",
             retry_after_s=max(1, math.ceil(wait_s - max_queue_s)),
         )
-
-
-def choice_seed(seed: int | None, index: int) -> int | None:
-    """Returns the seed of choice `index`. The first has the request's own, so that n=1 is the first
-    choice of any n. Without a seed none has one, as vLLM draws rows with a seed alone."""
-    if seed is None or index == 0:
-        return seed
-    return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8]) >> 1

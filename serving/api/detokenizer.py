@@ -14,7 +14,7 @@ class Detokenizer:
         self._stop = stop
         self._min_tokens = min_tokens  # still to come
         self._num_uncut = 0  # held characters of those tokens
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._undecoded = b""  # the start of a character
         self._held = ""
         self.num_released_chars = 0
         self.stopped = False
@@ -27,7 +27,7 @@ class Detokenizer:
 
     def push(self, token: bytes) -> str:
         """Returns the text that this token makes final. Not to be called after `stopped`."""
-        self._held += self._decoder.decode(token)
+        self._decode(token)
         if self._min_tokens > 0:
             self._min_tokens -= 1
             self._num_uncut = len(self._held)
@@ -37,8 +37,14 @@ class Detokenizer:
         """Returns the rest of the text after the last token."""
         if self.stopped:
             return ""
-        self._held += self._decoder.decode(b"", final=True)
+        self._decode(b"", final=True)
         return self._release(final=True)
+
+    def _decode(self, token: bytes, *, final: bool = False) -> None:
+        content = self._undecoded + token
+        text, num_bytes = codecs.utf_8_decode(content, "replace", final)
+        self._undecoded = content[num_bytes:]
+        self._held += text
 
     def _release(self, *, final: bool) -> str:
         num_final = self._num_final(final=final) if self._stop else len(self._held)

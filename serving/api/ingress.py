@@ -1,7 +1,8 @@
 """The HTTP routes of a replica. Each reads its request strictly and answers in OpenAI's shape,
 errors too."""
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -28,6 +29,7 @@ from serving.api.tool_routes import tool_router
 from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.routed_request import RoutedRequest
 from serving.delivery.versions import Versions
+from serving.limits.asker import CURRENT_ASKER
 from serving.limits.key_usage import KeyUsage
 from serving.pages.chat_page import CHAT_FILES, CHAT_FOLDER
 from serving.pages.page_files import page_router
@@ -46,6 +48,7 @@ from serving.xray.page_routes import XRAY_FILES, XRAY_FOLDER
 METERED_PATHS = (
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/responses",
     "/v1/embeddings",
     "/v1/xray",
     "/v1/trace",
@@ -62,15 +65,19 @@ def build_http_app(
     access: CurrentAccess,
     usage: KeyUsage,
     admin: APIRouter,
+    add_others: "Callable[[FastAPI, CompletionService], None]",
 ) -> ASGIApp:
-    """Builds the application of all routes, behind `access` and the limits of keys."""
+    """Builds the application of all routes, behind `access` and the limits of keys. `add_others`
+    adds those that answer as chats do."""
     config = versions.config
     # Interactive documentation and a schema would show strangers what this endpoint can do.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     limits = KeyLimits(usage, metrics.by_key, max_requests=config.replicas.max_requests_per_key)
     add_error_handlers(app, limits)
     # The routes that most requests ask for come first: they are tried in this order.
-    add_completion_routes(app, CompletionService(config, metrics, limits))
+    service = CompletionService(config, metrics, limits)
+    add_completion_routes(app, service)
+    add_others(app, service)
     add_model_routes(app)
     app.include_router(page_router(CHAT_FOLDER, CHAT_FILES))
     app.include_router(page_router(XRAY_FOLDER, XRAY_FILES))
@@ -130,38 +137,35 @@ class CompletionService:
             body = await self._receipts.added(body, await request.body(), version.model)
         return Response(body, media_type="application/json", headers=headers)
 
-
-def add_completion_routes(app: FastAPI, service: CompletionService) -> None:
-    """Adds the routes on which the model reads and writes."""
-
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        parsed = await read_request(request, CompletionRequest)
-        version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
-        return await service.answer(parsed, TextAnswer, request, version=version)
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        parsed = await read_request(request, ChatRequest)
+    async def answer_chat(
+        self, parsed: ChatRequest, shape: Callable[[ServedModel], ChatAnswer], request: Request
+    ) -> Response:
         routed = RoutedRequest.of(request)
         taken_version = routed.take(parsed.model, user=parsed.user)
         completion, version = await written_chat(
             parsed,
             taken_version,
             routed,
-            metrics=service.metrics,
-            clips=service.config.engine.clip_max_tokens,
+            metrics=self.metrics,
+            clips=self.config.engine.clip_max_tokens,
         )
         note = None if version.model.is_chat_tuned else NOTE_HEADER
-        shape = partial(ChatAnswer, tools=parsed.offered)
-        return await service.answer(completion, shape, request, version=version, headers=note)
+        return await self.answer(completion, shape, request, version=version, headers=note)
 
-    @app.post("/v1/responses")
-    async def responses() -> Response:
-        """Tells clients that ask here by default where to ask instead."""
-        raise error_of("no_responses")
 
-    @app.post("/v1/embeddings")
+def add_completion_routes(app: FastAPI, service: CompletionService) -> None:
+    """Adds the routes on which the model reads and writes. They are Starlette's own: FastAPI would
+    look for parameters, which they do not have."""
+
+    async def completions(request: Request) -> Response:
+        parsed = await read_request(request, CompletionRequest)
+        version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
+        return await service.answer(parsed, TextAnswer, request, version=version)
+
+    async def chat(request: Request) -> Response:
+        parsed = await read_request(request, ChatRequest)
+        return await service.answer_chat(parsed, partial(ChatAnswer, **parsed.reading), request)
+
     async def embeddings(request: Request) -> Response:
         parsed = await read_request(request, EmbeddingRequest)
         version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
@@ -175,6 +179,10 @@ def add_completion_routes(app: FastAPI, service: CompletionService) -> None:
             add_special_tokens=parsed.add_special_tokens,
         )
         return await service.answer(reading, shape, request, version=version)
+
+    app.add_route("/v1/completions", completions, methods=["POST"])
+    app.add_route("/v1/chat/completions", chat, methods=["POST"])
+    app.add_route("/v1/embeddings", embeddings, methods=["POST"])
 
 
 def add_model_routes(app: FastAPI) -> None:
@@ -198,14 +206,22 @@ def add_state_routes(app: FastAPI, *, versions: Versions, metrics: ReplicaMetric
         return {"status": "ok"}
 
     @app.api_route("/ready", methods=STATE_METHODS)
-    async def ready() -> dict[str, str]:
-        """Answers 200 if the engine runs, has passed its self-test, and takes requests."""
+    async def ready() -> dict[str, Any]:
+        """Answers 200 if the engine runs, has passed its self-test, and takes requests. Says how
+        many replicas do, as of some seconds ago, and how many there are at least once all have
+        started."""
         live = versions.live
         if not live.engine.alive:
             raise error_of("engine_unavailable")
         if versions.delivery.draining:
             raise error_of("draining")
-        return {"status": "ready", "model": live.model.name, "version": live.model.version}
+        return {
+            "status": "ready",
+            "model": live.model.name,
+            "version": live.model.version,
+            "replicas": max(1, versions.num_ready_replicas),  # this one at least
+            "min_replicas": versions.config.replicas.min_replicas,
+        }
 
     @app.get("/version")
     async def version() -> dict[str, str]:
@@ -236,11 +252,16 @@ def add_error_handlers(app: FastAPI, limits: KeyLimits) -> None:
         return error.response()
 
     @app.exception_handler(HTTPException)
-    async def routing_error(_request: Request, error: HTTPException) -> Response:
+    async def routing_error(request: Request, error: HTTPException) -> Response:
         """Answers 404 for an unknown path, and 405 with its Allow header."""
-        return ApiError(
-            str(error.detail), status=error.status_code, headers=dict(error.headers or {})
-        ).response()
+        path, headers = request.url.path[:64], dict(error.headers or {})
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            method, allowed = request.method[:16], headers.get("Allow", "others")
+            refusal = error_of("method_not_allowed", path=path, method=method, allowed=allowed)
+            refusal.headers |= headers
+            return refusal.response()
+        assert error.status_code == HTTPStatus.NOT_FOUND
+        return error_of("not_found", path=path).response()
 
     @app.exception_handler(Exception)
     async def unexpected_error(request: Request, _error: Exception) -> Response:
@@ -272,8 +293,9 @@ async def written_chat(
         completion = await as_completion(request, other, clips=clips)
     except (ChatError, TextError):
         raise refusal from None
-    version.stats.sequences += 1
-    version.stats.errors += 1
+    if not request.template_kwargs:  # a client's settings could make any new template fail
+        version.stats.sequences += 1
+        version.stats.errors += 1
     return completion, other
 
 
@@ -312,6 +334,7 @@ class Gate:
         try:
             key = authorize(scope["path"], scope["headers"], self._access.rules)
             scope[KEY_IN_SCOPE] = key
+            CURRENT_ASKER.set(self._limits.asker(key, connection=scope.get("client")))
             if key is not None:
                 routed.key, facts.key = key.hash, key.name
             routed.may_name_versions = may_look_inside(key, self._access.rules)
@@ -338,8 +361,7 @@ class EventStream(StreamingResponse):
         self, completion: Completion, *, headers: Mapping[str, str], relay: RelayClient
     ) -> None:
         headers = {"Cache-Control": "no-cache"} | dict(headers)
-        self._events = completion.stream()
-        super().__init__(self._events, media_type="text/event-stream", headers=headers)
+        super().__init__(self._pieces(), media_type="text/event-stream", headers=headers)
         self._completion = completion
         self._relay = relay
 
@@ -353,14 +375,26 @@ class EventStream(StreamingResponse):
             shown = MutableHeaders(raw=[*self.raw_headers])
             shown.update(routed.headers)
             writer.start(self.status_code, shown.raw, **{FACTS: routed.facts.shown()})
-            writer.write(await anext(self._events))
             headers = [*self.raw_headers, (YES_HEADER, b"1")]
-            await send(
-                {"type": "http.response.start", "status": self.status_code, "headers": headers}
-            )
-            async for event in self._events:
-                writer.write(event)
+            start = {
+                "type": "http.response.start",
+                "status": self.status_code,
+                "headers": headers,
+            }
+            await self._completion.stream_to(writer.write, on_first=lambda: send(start))
             writer.end()
             await send({"type": "http.response.body", "body": b""})
         finally:
             self._completion.close()
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        """Yields what goes through Ray Serve."""
+        written: asyncio.Queue[bytes] = asyncio.Queue()
+        writing = asyncio.create_task(self._completion.stream_to(written.put_nowait))
+        writing.add_done_callback(lambda _: written.put_nowait(b""))
+        try:
+            while piece := await written.get():
+                yield piece
+            await writing
+        finally:
+            writing.cancel()

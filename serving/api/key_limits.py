@@ -7,12 +7,15 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from starlette.requests import Request
 
 from serving.api.key_metrics import KeyMetrics, Refusal
 from serving.api.keys import ApiKey
 from serving.delivery.follower import POLL_S
+from serving.limits.asker import Asker
 from serving.limits.key_usage import KeyUsage
 from serving.limits.token_bucket import Quota
 from serving.limits.usage_report import Account, QuotaKind
@@ -20,6 +23,7 @@ from serving.protocol.errors import error_of
 
 INVALID_BODIES = Quota(amount=32 << 20, window_s=32.0)  # bytes
 INVALID_BASE_BYTES = 1 << 10  # of a request whose body is empty
+COSTLY_BYTES = 8 << 20  # for each second of processor time that a schema takes to compile
 FRESH_S = 3 * POLL_S  # in which a request that has ended elsewhere is known here
 ROOM_POLL_S = 0.05
 _WINDOWS = {QuotaKind.TOKENS_PER_MINUTE: "per minute", QuotaKind.TOKENS_PER_DAY: "per day"}
@@ -120,6 +124,17 @@ class KeyLimits:
         streams, and a refusal costs its sender nothing."""
         seconds = INVALID_BODIES.seconds_of(num_bytes + INVALID_BASE_BYTES)
         self._usage.charge(_invalid_of(key), self._usage.weight * seconds)
+
+    def asker(self, key: ApiKey | None, *, connection: Any) -> Asker:
+        """Returns who asks with a key, which pays for what takes long. Without one each connection
+        is on its own, and nobody pays: all would for one."""
+        if key is None:
+            return Asker(str(connection), has_key=False, charge=lambda seconds: None)
+        return Asker(key.name, has_key=True, charge=partial(self._charge_costly, key))
+
+    def _charge_costly(self, key: ApiKey, seconds: float) -> None:
+        bucket_s = INVALID_BODIES.seconds_of(COSTLY_BYTES * seconds)
+        self._usage.charge(_invalid_of(key), self._usage.weight * bucket_s)
 
     def require_few_invalid(self, key: ApiKey | None) -> None:
         """Raises `ApiError` (429) while too much is held against a key."""

@@ -29,6 +29,7 @@ from serving.delivery.promotion import (
     Delivery,
     DeliveryError,
     ReplicaReport,
+    SlotStatus,
     Terms,
     Version,
 )
@@ -57,6 +58,7 @@ class Reply(NamedTuple):
     is_stored: bool = True
     # What keys use on all replicas; None for a replica of another deployment
     usage: UsageAnswer | None = None
+    num_ready: int = 0  # replicas on which the live version answers
 
 
 class Coordinator:
@@ -76,6 +78,7 @@ class Coordinator:
         self._delivery: Delivery | None = None
         self._stored: Delivery | None = None
         self._retry_at_s = 0.0
+        self._storing_problem = ""  # the last one
         # By line; of those that are not in it, and began before this coordinator
         self._phase_began_s: dict[str, float] = {}
         self._began_s = time.monotonic()
@@ -103,8 +106,13 @@ class Coordinator:
             await self._whole(self._advance())
         elif self._damage is not None:
             raise DeliveryError(str(self._damage))
-        is_stored = self._stored is self._delivery
-        return Reply(is_ours=True, delivery=self._delivery, is_stored=is_stored, usage=usage)
+        return Reply(
+            is_ours=True,
+            delivery=self._delivery,
+            is_stored=self._stored is self._delivery,
+            usage=usage,
+            num_ready=self._num_ready(),
+        )
 
     async def begin(self, model_name: str, live: Version) -> Delivery:
         """Sets what a new endpoint serves; the first replica decides for all."""
@@ -200,7 +208,7 @@ class Coordinator:
                 await self._change(before)
                 raise DeliveryError(
                     f"the state could not be stored in {self._file.uri}, so a replica that starts later would not know "
-                    "the checkpoint; the coordinator's log says why"
+                    f"the checkpoint; nothing was promoted. The reason: {self._storing_problem}"
                 )
             return promoted
 
@@ -259,6 +267,13 @@ class Coordinator:
             (gone if is_gone else present).append(report)
         return present, gone
 
+    def _num_ready(self) -> int:
+        if self._delivery is None:
+            return 0
+        live = self._delivery.live.serial
+        slots = [report.slots.get(live) for report in self._by_presence()[0]]
+        return sum(slot is not None and slot.status is SlotStatus.READY for slot in slots)
+
     def _restore(self) -> None:
         """Reads the stored state. Raises `StorageError` if the storage does not answer. With a
         damaged state without a copy the coordinator starts and reports it: replicas that serve need
@@ -307,6 +322,7 @@ class Coordinator:
                 if state is not before:
                     _log.warning("the state of this endpoint is not stored: %s", error)
                 self._retry_at_s = time.monotonic() + RETRY_STORING_S
+                self._storing_problem = str(error)
         self._adopt(state)
         return is_ours
 

@@ -148,6 +148,7 @@ class Follower:
             try:
                 reply = await self._exchange(self._report())
                 self.is_stored = reply.is_stored
+                self.versions.num_ready_replicas = reply.num_ready
                 if reply.delivery is not None:
                     self.versions.adopt(reply.delivery, asked_at_s=asked_at_s)
             except Exception as error:  # nothing here may end a replica that serves

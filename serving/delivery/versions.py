@@ -96,6 +96,7 @@ class Versions:
         self._ending: set[asyncio.Task[None]] = set()
         self._copies = Holds()
         self.adapters: dict[str, Versions] = {}
+        self.num_ready_replicas = 0  # of the endpoint, as the coordinator said last
         self._reconcile()
 
     async def wait_until_live(self) -> None:

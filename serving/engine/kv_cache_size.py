@@ -7,9 +7,11 @@ from cluster.settings.serve import EngineConfig
 from model.config import Shape
 from model.errors import UserError
 from serving.engine.block_pool import BLOCK_TOKENS
+from serving.structured.grammar_memory import MOST_BYTES
 
 # Of the free memory, of a default cache: during a promotion a second engine takes as much
 SHARE = 0.4
+GRAMMAR_SHARE = 1 / 8  # of the free memory, where that is less than grammars may take else
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "int8": 2}  # of a key or value, by `engine.dtype`
 GIB = 1 << 30
 
@@ -39,29 +41,34 @@ def served_context(shape: Shape, max_context: int | None) -> int:
     return max_context or shape.n_positions
 
 
+def grammar_bytes(memory: Memory) -> int:
+    """Returns the bytes that all grammars of an engine may take."""
+    return min(MOST_BYTES, int(GRAMMAR_SHARE * memory.free_bytes))
+
+
 def kv_cache_tokens(
     shape: Shape,
     config: EngineConfig,
     *,
     dtype: str,
     num_seqs: int,
-    weight_bytes: int,
+    other_bytes: int,
     memory: Memory,
 ) -> int:
-    """Returns the tokens for which the cache has room. `weight_bytes` are still to be taken for the
-    weights. Raises `UserError`, with the bytes, where not even one context fits, or what is set
+    """Returns the tokens for which the cache has room. `other_bytes` are still to be taken for the
+    weights and for grammars. Raises `UserError`, with the bytes, where not even one context fits, or what is set
     never could."""
     context = served_context(shape, config.max_context)
     token_bytes = bytes_per_token(shape, dtype)
     if config.kv_cache_tokens is not None:
         _require_possible(config.kv_cache_tokens, context, token_bytes, memory)
         return config.kv_cache_tokens
-    room_bytes = int(SHARE * max(0, memory.free_bytes - weight_bytes))
+    room_bytes = int(SHARE * max(0, memory.free_bytes - other_bytes))
     fitting = room_bytes // token_bytes // BLOCK_TOKENS * BLOCK_TOKENS
     if fitting < context:
         raise UserError(
             f"one context of this model, {context} tokens, takes {context * token_bytes / GIB:.2f} GiB of KV cache, "
-            f"and {room_bytes / GIB:.2f} GiB are there for it ({SHARE:.0%} of what the weights leave free): "
+            f"and {room_bytes / GIB:.2f} GiB are there for it ({SHARE:.0%} of what weights and grammars leave free): "
             f"set engine.max_context to at most {fitting}, or give the replica more memory"
         )
     return min(num_seqs * context, fitting)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from model.generation.sampling_params import SamplingParams
 from serving.structured.grammar import Grammar
@@ -114,9 +114,37 @@ class StepReport(NamedTuple):
     step_s: float = 0.0
 
 
+class MessageError(ValueError):
+    """What an engine has sent is none of its messages."""
+
+
 parse_request = TypeAdapter(SequenceRequest).validate_python
-parse_report = TypeAdapter(StepReport).validate_python
+parse_report = TypeAdapter(StepReport).validate_json  # faster than `json.loads` first
+_parse_admission = TypeAdapter(Admission).validate_python
+_parse_metrics = TypeAdapter(list[MetricFamily]).validate_python
+
+# `json.dumps` would build it for each message
+_written = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def encode_message(message: Any) -> bytes:
-    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+    return _written(message).encode() + b"\n"
+
+
+def parse_message(line: bytes) -> StepReport | Admission | list[MetricFamily]:
+    """Returns what an engine sends once it takes sequences. Raises `MessageError`."""
+    try:
+        if line.startswith(b"["):
+            return parse_report(line)
+        match json.loads(line):
+            case {"admission": fields}:
+                return _parse_admission(fields)
+            case {"metrics": families}:
+                return _parse_metrics(families)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "it"
+        raise MessageError(f"a message of another shape ({place}: {first['msg']})") from None
+    except ValueError as error:
+        raise MessageError(f"a line that is no JSON ({error})") from None
+    raise MessageError(f"a message of no known kind ({line[:64]!r})")

@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cluster.settings.code_folders import CODE_ROOT
@@ -23,19 +23,51 @@ class Child(NamedTuple):
     writer: asyncio.StreamWriter
 
 
+class Lines(asyncio.Protocol):
+    """Hands on the lines of a process as they arrive. A stream of asyncio would wake a task for
+    each."""
+
+    def __init__(
+        self, on_lines: Callable[[list[bytes]], None], *, on_end: Callable[[], None]
+    ) -> None:
+        """`on_end` is called once the socket is closed; a line that has not arrived whole is
+        dropped."""
+        self._on_lines = on_lines
+        self._on_end = on_end
+        self._pieces: list[bytes] = []  # of a line that has not arrived whole
+
+    def data_received(self, data: bytes) -> None:
+        *lines, rest = data.split(b"\n")
+        if lines and self._pieces:
+            lines[0] = b"".join((*self._pieces, lines[0]))
+            self._pieces.clear()
+        if rest:
+            self._pieces.append(rest)
+        if lines:
+            self._on_lines(lines)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._on_end()
+
+
 async def start_child(
+    module: str, arguments: Mapping[str, Any], *, python: str = sys.executable
+) -> Child:
+    """Returns a process of `start_process`, and streams over our end of its socket."""
+    process, ours = start_process(module, arguments, python=python)
+    return Child(process, *await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES))
+
+
+def start_process(
     module: str,
     arguments: Mapping[str, Any],
     *,
-    private: Mapping[str, Any] | None = None,
     pass_fds: Sequence[int] = (),
     python: str = sys.executable,
-) -> Child:
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Returns the process and our end of its socket. Its argument is a JSON object: `arguments`,
-    with the `threads` it computes with, and the other end as `socket`. `private`, which may hold
-    secrets, is the first line on the socket instead, since every user of the machine sees command
-    lines. The process must end when the socket closes, as when the replica dies. Raises `UserError`
-    if `python` cannot be run."""
+    with the `threads` it computes with, and the other end as `socket`. The process must end when
+    the socket closes, as when the replica dies. Raises `UserError` if `python` cannot be run."""
     ours, theirs = socket.socketpair()
     # Neither fork nor multiprocessing: both break inside a Ray worker.
     with theirs:
@@ -49,10 +81,7 @@ async def start_child(
         except OSError as error:
             ours.close()
             raise UserError(f"cannot run {python}: {error.strerror}") from None
-    child = Child(process, *await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES))
-    if private is not None:
-        child.writer.write(json.dumps(private).encode() + b"\n")
-    return child
+    return process, ours
 
 
 def kill_child(child: Child) -> None:

@@ -2,7 +2,6 @@
 requests."""
 
 import asyncio
-import contextlib
 import itertools
 import json
 import math
@@ -11,10 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
@@ -25,15 +23,17 @@ from serving.engine.messages import (
     Admission,
     EngineFacts,
     FinishReason,
+    MessageError,
     MetricFamily,
     SequenceRequest,
     StepReport,
     TokenEvent,
     encode_message,
-    parse_report,
+    parse_message,
 )
-from serving.engine_process.child_process import Child, start_child
+from serving.engine_process.child_process import Lines, start_process
 from serving.engine_process.fair_queue import FairQueue
+from serving.engine_process.generation import Generation, StepObserver
 from serving.engine_process.peer_watchdog import watch_peer
 from serving.engine_process.sequence_queue import SequenceQueue
 
@@ -54,68 +54,6 @@ def submission(request: SequenceRequest) -> bytes:
     return orjson.dumps({"submit": request}, option=orjson.OPT_APPEND_NEWLINE)
 
 
-class StepObserver(Protocol):
-    """Hears how long sequences have waited, and of each step that works on them."""
-
-    def admitted(self, waited_s: float) -> None: ...
-
-    def stepped(self, report: StepReport) -> None: ...
-
-
-class Generation:
-    """The events of one request's sequences, in order, until each sequence has finished."""
-
-    def __init__(
-        self,
-        client: "EngineClient",
-        requests: Sequence[SequenceRequest],
-        *,
-        key: str,
-        observer: StepObserver | None,
-    ) -> None:
-        self.observer = observer
-        self._client = client
-        self._open = {request.seq_id for request in requests}
-        self.key = key  # name of the API key, or empty
-        self.unsent = deque(requests)  # these are not in line yet
-        self._events: deque[TokenEvent | None] = deque()
-        self._has_events = asyncio.Event()
-        self.entered_s: dict[int, float] = {}  # when each sequence got in line
-        # By sequence that has begun, tokens of its prompt that the cache had
-        self.num_found: dict[int, int] = {}
-        # The engine has admitted one of its sequences, or has died
-        self.has_begun = asyncio.Event()
-
-    def close(self) -> None:
-        """Ends the sequences that still run. Their slots are free from the next step on."""
-        self.unsent.clear()
-        for seq_id in list(self._open):
-            self.cancel(seq_id)
-
-    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        """Yields the events. Raises `EngineDiedError` when the engine dies."""
-        while self._open:
-            if not self._events:
-                self._has_events.clear()
-                await self._has_events.wait()
-            event = self._events.popleft()
-            if event is None:
-                raise EngineDiedError(self._client.death_notice)
-            if event.seq_id in self._open:  # not cancelled since this was sent
-                if event.finish_reason is not None:
-                    self._open.remove(event.seq_id)
-                yield event
-
-    def cancel(self, seq_id: int) -> None:
-        self._open.discard(seq_id)
-        self._client.cancel(seq_id)
-
-    def put(self, event: TokenEvent | None) -> None:
-        self.has_begun.set()
-        self._events.append(event)
-        self._has_events.set()
-
-
 class EngineClient:
     """One engine process. All methods run in the event loop of `start`.
 
@@ -126,18 +64,24 @@ class EngineClient:
     facts: EngineFacts
     queue: SequenceQueue
 
-    def __init__(
-        self, child: Child, *, python: str = sys.executable, max_adapters: int = 0
-    ) -> None:
+    _transport: asyncio.Transport
+
+    def __init__(self, process: subprocess.Popen[bytes], *, python: str, max_adapters: int) -> None:
         self.python = python  # which runs it
         self.max_adapters = max_adapters
-        self._process, self._reader, self._writer = child
+        self._process = process
+        # What it says before all else; None if it ends before
+        self._first: asyncio.Future[dict[str, Any] | None] = (
+            asyncio.get_running_loop().create_future()
+        )
+        self._fault = ""  # why it was ended
         self._seq_ids = itertools.count()
         self._weights = itertools.count(1)
         self.num_users = 1  # versions that it computes
         self._generations: dict[int, Generation] = {}  # by open sequence
+        self._put: set[Generation] = set()  # that have events of the latest reports
         self._held = FairQueue()
-        self._reports: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
         self.num_running = 0
         self._num_waiting_there = 0
         self.kv_cache_usage = 0.0  # share of the blocks that are held
@@ -167,16 +111,12 @@ class EngineClient:
             "watchdog": fds[0],
         }
         with their_line:
-            child = await start_child(
-                MODULE,
-                arguments,
-                private={"config": config.model_dump()},  # `vllm_args` may hold tokens
-                pass_fds=fds,
-                python=python,
-            )
-        client = cls(child, python=python, max_adapters=config.max_adapters or 0)
-        messages = client._messages()
-        first = await anext(messages, None)
+            process, ours = start_process(MODULE, arguments, pass_fds=fds, python=python)
+        client = cls(process, python=python, max_adapters=config.max_adapters or 0)
+        await client._connect(ours)
+        # Not an argument, which every user of the machine sees: `vllm_args` may hold tokens
+        client._send({"config": config.model_dump()})
+        first = await client._first
         if first is None or "error" in first:
             line.close()
             await client.close()
@@ -190,7 +130,6 @@ class EngineClient:
         client.queue = SequenceQueue(
             num_slots=facts.max_num_seqs, tokens_per_step=facts.tokens_per_step
         )
-        client._reports = asyncio.create_task(client._dispatch(messages))
         return client
 
     @property
@@ -239,9 +178,7 @@ class EngineClient:
         user closes."""
         self.num_users += 1
         weights = next(self._weights)
-        self._writer.write(
-            encode_message({"weights": weights, "checkpoint": str(checkpoint.absolute())})
-        )
+        self._send({"weights": weights, "checkpoint": str(checkpoint.absolute())})
         return weights
 
     def submit(
@@ -258,7 +195,7 @@ class EngineClient:
             raise EngineDiedError(self.death_notice)
         if not self._generations:
             self.last_progress_s = time.monotonic()
-        generation = Generation(self, requests, key=key, observer=observer)
+        generation = Generation(requests, cancel=self.cancel, key=key, observer=observer)
         for _ in requests[:at_once]:
             self._enter_next(generation)
         self._send_next()
@@ -278,7 +215,7 @@ class EngineClient:
             return
         self.queue.leave(seq_id)
         if not self._held.remove(seq_id) and self.alive:
-            self._writer.write(encode_message({"cancel": seq_id}))
+            self._send({"cancel": seq_id})
         self._enter_next(generation)
         self._send_next()
 
@@ -286,7 +223,7 @@ class EngineClient:
         """Returns the engine's own metrics as the call before asked for them, and asks for new
         ones. The engine gives them between two steps, so a scrape never waits for a step."""
         if self.alive:
-            self._writer.write(encode_message({"metrics": None}))
+            self._send({"metrics": None})
         return self._metrics
 
     def kill(self) -> None:
@@ -300,7 +237,7 @@ class EngineClient:
         if self.num_users > 0:
             return
         self.on_death = None
-        self._writer.close()
+        self._transport.close()
         try:
             await asyncio.to_thread(self._process.wait, SHUTDOWN_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -313,52 +250,77 @@ class EngineClient:
         while self._held and len(self._generations) - len(self._held) < places + math.ceil(
             SPARE_SHARE * places
         ):
-            self._writer.write(submission(self._held.take()))
+            self._transport.write(submission(self._held.take()))
 
-    async def _messages(self) -> AsyncIterator[Any]:
-        """Yields what the engine process sends until it ends."""
-        with contextlib.suppress(ConnectionError):  # it was killed before it read our commands
-            async for line in self._reader:
-                if line.endswith(b"\n"):  # not cut off by its death
-                    yield json.loads(line)
+    async def _connect(self, end: socket.socket) -> None:
+        self._transport, _ = await asyncio.get_running_loop().create_connection(
+            lambda: Lines(self._hear, on_end=self._end), sock=end
+        )
 
-    async def _dispatch(self, messages: AsyncIterator[Any]) -> None:
-        async for message in messages:
-            self.last_progress_s = time.monotonic()
-            if isinstance(message, dict) and "metrics" in message:
-                self._metrics = [MetricFamily(*family) for family in message["metrics"]]
-                continue
-            if isinstance(message, dict):
-                admission = Admission(*message["admission"])
-                self.num_running, self._num_waiting_there = (
-                    admission.num_running,
-                    admission.num_waiting,
-                )
-                # None in turns
-                found = dict(zip(admission.admitted, admission.num_found, strict=False))
-                for seq_id in admission.admitted:
-                    # Not cancelled meanwhile
-                    if (begun := self._generations.get(seq_id)) is not None:
-                        begun.has_begun.set()
-                        begun.num_found[seq_id] = found.get(seq_id, 0)
-                        self._observer = begun.observer
-                        if begun.observer is not None:
-                            begun.observer.admitted(self.last_progress_s - begun.entered_s[seq_id])
-                continue
-            report = parse_report(message)
-            self.num_running, self._num_waiting_there = report.num_running, report.num_waiting
-            self.kv_cache_usage = report.kv_cache_usage
-            for event in report.events:
-                self._deliver(event)
-            self.queue.observe_step(report)
-            self._send_next()
-            if self._observer is not None:
-                self._observer.stepped(report)
+    def _send(self, message: Any) -> None:
+        self._transport.write(encode_message(message))
+
+    def _hear(self, lines: list[bytes]) -> None:
+        """Takes what the engine process says."""
+        for line in lines:
+            if self._first.done():
+                self._take(line)
+            else:
+                self._first.set_result(json.loads(line))
+        while self._put:
+            self._put.pop().flush()
+
+    def _take(self, line: bytes) -> None:
+        """Takes one message. An engine that cannot be understood is ended."""
+        try:
+            message = parse_message(line)
+        except MessageError as error:
+            self._fault = self._fault or f"it was ended, as it had sent {error}"
+            self.kill()
+            return
+        self.last_progress_s = time.monotonic()
+        if isinstance(message, StepReport):
+            self._take_report(message)
+        elif isinstance(message, Admission):
+            self._take_admission(message)
+        else:
+            self._metrics = message
+
+    def _take_admission(self, admission: Admission) -> None:
+        self.num_running, self._num_waiting_there = admission.num_running, admission.num_waiting
+        # None in turns
+        found = dict(zip(admission.admitted, admission.num_found, strict=False))
+        for seq_id in admission.admitted:
+            # Not cancelled meanwhile
+            if (begun := self._generations.get(seq_id)) is not None:
+                begun.has_begun.set()
+                begun.num_found[seq_id] = found.get(seq_id, 0)
+                self._observer = begun.observer
+                if begun.observer is not None:
+                    begun.observer.admitted(self.last_progress_s - begun.entered_s[seq_id])
+
+    def _take_report(self, report: StepReport) -> None:
+        self.num_running, self._num_waiting_there = report.num_running, report.num_waiting
+        self.kv_cache_usage = report.kv_cache_usage
+        for event in report.events:
+            self._deliver(event)
+        self.queue.observe_step(report)
+        self._send_next()
+        if self._observer is not None:
+            self._observer.stepped(report)
+
+    def _end(self) -> None:
+        """Begins once the socket is closed, by the engine's death or by `close`."""
+        if not self._first.done():
+            self._first.set_result(None)
+        self._ending = asyncio.create_task(self._end_all())
+
+    async def _end_all(self) -> None:
         self.death_notice = await self._describe_death()
         if self.on_death is not None:
             self.on_death(self.death_notice)
         for generation in set(self._generations.values()):
-            generation.put(None)
+            generation.put_death(EngineDiedError(self.death_notice))
         self._generations.clear()
         self._held = FairQueue()
 
@@ -374,7 +336,9 @@ class EngineClient:
             self.queue.leave(event.seq_id)
             self._enter_next(generation)
         generation.put(event)
+        self._put.add(generation)
 
     async def _describe_death(self) -> str:
         exit_code = await asyncio.to_thread(self._process.wait)
-        return f"engine process {self.pid} ended with exit code {exit_code}; its own log says why"
+        why = self._fault or "its own log says why"
+        return f"engine process {self.pid} ended with exit code {exit_code}; {why}"

@@ -25,7 +25,13 @@ from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
 from serving.engine.block_pool import BlockPool, num_blocks_for
 from serving.engine.engine import Engine
-from serving.engine.kv_cache_size import GIB, bytes_per_token, kv_cache_tokens, served_context
+from serving.engine.kv_cache_size import (
+    GIB,
+    bytes_per_token,
+    grammar_bytes,
+    kv_cache_tokens,
+    served_context,
+)
 from serving.engine.messages import (
     EngineFacts,
     MetricFamily,
@@ -161,7 +167,10 @@ def _load_engine(
     config = with_dtype(config, checkpoint)
     # The replica got the folder from `resolve_checkpoint`, which verified it.
     model = load_model(checkpoint, dtype=LOADED_IN[config.dtype], verify=False)
-    grammars = None if eos_id is None else GrammarCache(partial(vocabulary_of, checkpoint))
+    grammars = None
+    if eos_id is not None:
+        vocabulary = partial(vocabulary_of, checkpoint)
+        grammars = GrammarCache(vocabulary, most_bytes=grammar_bytes(memory()))
     engine = build_engine(model, config, eos_id=eos_id, threads=threads, grammars=grammars)
     return engine, EngineFacts(config.dtype, *_sizes(config), embeds=True)
 
@@ -221,7 +230,9 @@ def build_engine(
         config,
         dtype=dtype,
         num_seqs=max_num_seqs,
-        weight_bytes=num_parameters(model.config) * WEIGHT_BYTES[dtype],  # as packed by the kernels
+        # The weights as packed by the kernels
+        other_bytes=num_parameters(model.config) * WEIGHT_BYTES[dtype]
+        + (0 if grammars is None else grammars.memory.most_bytes),
         memory=memory(),
     )
     cache_gib = num_tokens * bytes_per_token(model.config, dtype) / GIB

@@ -53,6 +53,13 @@ class ApiError(Exception):
         """Returns a server-sent event, for a failure after the status has gone out."""
         return f"data: {json.dumps(self.body())}\n\n"
 
+    def response_event(self, number: int) -> str:
+        """Returns the same for the stream of a response, in which it is the event of this number,
+        for clients that look for either shape."""
+        told = {"code": self.code, "message": self.message, "param": self.param}
+        event = {"type": "error", **told, "sequence_number": number, **self.body()}
+        return f"event: error\ndata: {json.dumps(event)}\n\n"
+
 
 def error_of(name: str, /, *, param: str | None = None, **values: Any) -> ApiError:
     """Returns the error of that name in errors.toml, with the values in its message."""

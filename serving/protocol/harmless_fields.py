@@ -14,8 +14,19 @@ HarmlessValues = Mapping[str, tuple[Any, ...]]
 """The harmless values of each field, besides null. A type stands for all of its values."""
 
 
+KINDS: Mapping[type, str] = {
+    bool: "true or false",
+    int: "any whole number",
+    str: "any text",
+    list: "any list",
+    dict: "any object",
+    object: "any value",
+}
+"""What stands for all values of a kind, and in words."""
+
+
 def _table(name: str) -> HarmlessValues:
-    kinds = {"bool": bool, "str": str, "dict": dict}
+    kinds = {kind.__name__: kind for kind in KINDS}
     entries = read_table(__file__, "harmless_fields")[name]
     return {
         field: (kinds[entry["any"]],) if "any" in entry else tuple(entry["values"])
@@ -25,6 +36,7 @@ def _table(name: str) -> HarmlessValues:
 
 
 FIELDS, MESSAGE_FIELDS = _table("request"), _table("message")
+RESPONSE_FIELDS, ITEM_FIELDS = _table("response"), _table("item")
 
 
 def is_harmless(name: str, value: Any, table: HarmlessValues) -> bool:
@@ -40,8 +52,7 @@ def is_harmless(name: str, value: Any, table: HarmlessValues) -> bool:
 
 def advice(name: str, table: HarmlessValues) -> str:
     """Tells a client what to do about a field whose value is not harmless."""
-    kinds = {bool: "true or false", str: "any text", dict: "any object"}
     values = [
-        kinds[known] if isinstance(known, type) else json.dumps(known) for known in table[name]
+        KINDS[known] if isinstance(known, type) else json.dumps(known) for known in table[name]
     ]
     return f"leave it out{', or give ' if values else ''}{' or '.join(values)}"

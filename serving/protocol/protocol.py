@@ -2,8 +2,10 @@
 
 import asyncio
 import difflib
+import hashlib
 import re
 from dataclasses import fields
+from functools import cache
 from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
 import fastapi
@@ -21,6 +23,7 @@ from model.generation.sampling_params import SamplingParams
 from model.text.tokenizer import PromptEncoding
 from serving.protocol import harmless_fields
 from serving.protocol.errors import ApiError
+from serving.protocol.plain_words import refusal_of
 from serving.protocol.request import Request
 from serving.protocol.strict_json import parse_json_object, read_json_body
 from serving.protocol.structured_fields import StructuredFields
@@ -110,20 +113,17 @@ class RaymillOptions(Request):
     receipt: bool = False
 
 
-class GenerationRequest(StructuredFields):
-    """The fields that completions and chats share. `structured_outputs`, `top_k`, `min_p`,
-    `repetition_penalty` and the last six but `raymill` are vLLM's; the others, with their ranges and
-    defaults, are OpenAI's."""
+class AnswerRequest(Request):
+    """The fields that all requests for an answer share. `top_k`, `min_p`, `repetition_penalty` and
+    the last four but `raymill` are vLLM's; the others, with their ranges and defaults, are
+    OpenAI's."""
 
-    harmless = harmless_fields.FIELDS
     model: str
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
     top_k: int = Field(0, ge=-1, le=2**31)
     min_p: float = Field(0.0, ge=0, le=1)
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool = False
-    stream_options: StreamOptions | None = None
     stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings)] = ()
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63), BeforeValidator(_whole_number)] = None
     user: str | None = Field(None, max_length=256)
@@ -136,9 +136,18 @@ class GenerationRequest(StructuredFields):
     ignore_eos: bool = False
     stop_token_ids: list[int] = Field([], max_length=MAX_STOP_TOKEN_IDS)
     min_tokens: int = Field(0, ge=0, le=2**31)
+    raymill: RaymillOptions | None = None
+
+
+class GenerationRequest(StructuredFields, AnswerRequest):
+    """The fields that completions and chats share. `structured_outputs` and the last two are
+    vLLM's."""
+
+    harmless = harmless_fields.FIELDS
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    stream_options: StreamOptions | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool = False
-    raymill: RaymillOptions | None = None
 
     @model_validator(mode="after")
     def _ends_by_its_grammar(self) -> Self:
@@ -165,16 +174,29 @@ class GenerationRequest(StructuredFields):
         return self
 
 
+@cache
+def _sampling_names(request_type: type[Request]) -> frozenset[str]:
+    names = {field.name for field in fields(SamplingParams)}
+    return frozenset(names & request_type.model_fields.keys())
+
+
 def sampling_of(request: Request) -> SamplingParams:
     """Returns how a request's tokens are drawn: by its fields that have the names of
     `SamplingParams`."""
-    names = {field.name for field in fields(SamplingParams)} & type(request).model_fields.keys()
-    asked = {name: getattr(request, name) for name in names}
+    asked = {name: getattr(request, name) for name in _sampling_names(type(request))}
     asked |= {
         "top_k": max(asked["top_k"], 0),
         "logit_bias": tuple(asked.get("logit_bias", {}).items()),
     }
     return SamplingParams(**asked)
+
+
+def choice_seed(seed: int | None, index: int) -> int | None:
+    """Returns the seed of choice `index`. The first has the request's own, so that n=1 is the first
+    choice of any n. Without a seed none has one, as vLLM draws rows with a seed alone."""
+    if seed is None or index == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8]) >> 1
 
 
 class CompletionRequest(GenerationRequest):
@@ -263,35 +285,20 @@ def parse_request(body: bytes, request_type: type[RequestType]) -> RequestType:
     try:
         return request_type(**given)
     except ValidationError as error:
-        raise _from_pydantic(error) from None
+        raise refusal_of(error, given) from None
 
 
 def _refuse_field(name: str, request_type: type[Request]) -> NoReturn:
     param = shown(name)
     if name in request_type.harmless:
+        advice = request_type.advice.get(name) or harmless_fields.advice(
+            name, request_type.harmless
+        )
         raise ApiError(
-            f"{param} is not supported; {harmless_fields.advice(name, request_type.harmless)}",
+            f"{param} is not supported; {advice}",
             param=param,
             code="unsupported_parameter",
         )
     similar = difflib.get_close_matches(name[:64], list(request_type.model_fields), n=1)
     hint = f"; did you mean {similar[0]}?" if similar else ""
     raise ApiError(f"Unknown field: {param}{hint}", param=param, code="unknown_parameter")
-
-
-def _from_pydantic(error: ValidationError) -> ApiError:
-    """Describes the first problem."""
-    first = error.errors(include_url=False)[0]
-    param = ".".join(shown(str(part)) for part in first["loc"])
-    if first["type"] == "missing":
-        return ApiError(f"{param} is missing", param=param, code="missing_required_parameter")
-    if first["type"] == "extra_forbidden":
-        return ApiError(
-            f"{param} is not supported; leave it out", param=param, code="unknown_parameter"
-        )
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    value = first["input"]
-    got = f" (got {str(value)[:32]})" if isinstance(value, int | float) else ""
-    if not param:  # fields that do not go together
-        return ApiError(f"The body: {message}", code="invalid_value")
-    return ApiError(f"{param}: {message}{got}", param=param, code="invalid_value")

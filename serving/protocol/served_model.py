@@ -118,12 +118,23 @@ class ServedModel:
     ) -> bytes:
         """Returns what a drawn token adds to a text: nothing if it is a special one, unless it is a
         stop string or a tool's mark."""
+        if not is_first and (known := self._plain_bytes.get(token_id)) is not None:
+            return known
         token = self.token_bytes(token_id, is_first=is_first)
-        return b"" if token_id in self._special_ids and token.decode() not in stop else token
+        if token_id in self._special_ids:
+            return token if token.decode() in stop else b""
+        if not is_first:
+            self._plain_bytes[token_id] = token
+        return token
 
     def has_text(self, token_ids: Sequence[int]) -> bool:
         """Whether there is more among the tokens than special ones."""
         return not self._special_ids.issuperset(token_ids)
+
+    @cached_property
+    def _plain_bytes(self) -> dict[int, bytes]:
+        """Of tokens that are not special, as `text_bytes` has come to know them."""
+        return {}
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:

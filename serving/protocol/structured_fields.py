@@ -2,10 +2,12 @@
 `structured_outputs`."""
 
 import json
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from model.files.strict_json import strict_json
 from serving.protocol.errors import ApiError
 from serving.protocol.request import Request
 from serving.structured.grammar import (
@@ -14,6 +16,7 @@ from serving.structured.grammar import (
     Grammar,
     GrammarKind,
 )
+from serving.structured.subschemas import without_notes
 
 MAX_CHOICES_OF_TEXT = 256
 
@@ -23,7 +26,7 @@ class JsonSchemaFormat(Request):
     enforced."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
-    description: str | None = Field(None, max_length=4096)
+    description: str | None = None
     json_schema: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
 
@@ -43,7 +46,7 @@ class ResponseFormat(Request):
             )
         return self
 
-    @property
+    @cached_property
     def grammar(self) -> Grammar | None:
         if self.json_schema is not None:
             lenient = self.json_schema.strict is False
@@ -79,7 +82,7 @@ class StructuredOutputs(Request):
             )
         return self
 
-    @property
+    @cached_property
     def parsed(self) -> Grammar:
         """The grammar. Raises `ApiError` (400)."""
         if self.json_schema is not None:
@@ -98,7 +101,7 @@ class GrammarOfTools(StructuredOutputs):
 
     FIELD = "tools"
 
-    @property
+    @cached_property
     def parsed(self) -> Grammar:
         assert self.grammar is not None
         return Grammar(GrammarKind.LARK, self.grammar)
@@ -142,12 +145,12 @@ def _as_schema(schema: dict[str, Any] | str) -> dict[str, Any]:
     if isinstance(schema, dict):
         return schema
     try:
-        parsed = json.loads(schema)
-    except (ValueError, RecursionError):
-        parsed = None
+        parsed, problem = strict_json(schema.encode()), ""
+    except ValueError as error:
+        parsed, problem = None, f": {error}"
     if not isinstance(parsed, dict):
         raise ApiError(
-            "structured_outputs.json: expected a JSON Schema, as an object or as its JSON text",
+            f"structured_outputs.json: expected a JSON Schema, as an object or as its JSON text{problem}",
             param="structured_outputs.json",
             code="invalid_value",
         )
@@ -156,4 +159,4 @@ def _as_schema(schema: dict[str, Any] | str) -> dict[str, Any]:
 
 def _schema_grammar(schema: dict[str, Any], *, lenient: bool) -> Grammar:
     """Returns the grammar of a schema, whose properties keep their order: answers have it too."""
-    return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema), lenient)
+    return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(without_notes(schema)), lenient)

@@ -14,6 +14,8 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from model.tables import pip_line
+
 Headers = list[tuple[bytes, bytes]]
 Attributes = Mapping[str, Any]  # those that are None are left out
 
@@ -45,6 +47,8 @@ class Span:
     @classmethod
     def of_request(cls, tracer: trace.Tracer, name: str, headers: Headers) -> "Span":
         """Starts a process's part of the trace that the headers name, or a new trace."""
+        if tracer is NO_TRACER and not any(name == b"traceparent" for name, _ in headers):
+            return NoSpan()
         carrier = {key.decode("latin-1"): value.decode("latin-1") for key, value in headers}
         return cls(
             tracer, name, _propagator.extract(carrier), kind=trace.SpanKind.SERVER, attributes={}
@@ -83,6 +87,25 @@ class Span:
         self._span.end()
 
 
+class NoSpan(Span):
+    """The span of a request that belongs to no trace: OpenTelemetry would make contexts and
+    carriers for nothing."""
+
+    trace_id = None
+
+    def __init__(self) -> None: ...
+
+    def child(self, name: str, attributes: Attributes) -> Span:
+        return self
+
+    def forward(self, headers: Headers) -> Headers:
+        return headers
+
+    def stage(self, name: str, start_s: float | None, end_s: float | None) -> None: ...
+
+    def end(self, attributes: Attributes, *, error: str | None = None) -> None: ...
+
+
 def tracer_from_environment(service: str) -> trace.Tracer:
     """Returns the tracer of this process, which is named `service` unless `OTEL_SERVICE_NAME` says
     otherwise."""
@@ -96,9 +119,7 @@ def tracer_from_environment(service: str) -> trace.Tracer:
         from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
         from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
     except ImportError as error:
-        _log.warning(
-            "%s is set, but traces need `pip install raymill[tracing]`: %s", asked[0], error
-        )
+        _log.warning("%s is set, but traces need `%s`: %s", asked[0], pip_line("tracing"), error)
         return NO_TRACER
     named = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": service}
     # Not the process's global provider, which belongs to Ray.

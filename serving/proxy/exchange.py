@@ -3,13 +3,14 @@ every broken stream with an error event."""
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.delivery.route import ROUTE_HEADER
 from serving.delivery.routed_request import RETRY_HEADER, NewestRoutes
 from serving.protocol.errors import DRAINING_HEADER, ApiError, error_of
 from serving.protocol.request_facts import FACTS
@@ -21,6 +22,8 @@ from serving.proxy.token_relay import YES_HEADER, Relay, RelayedAnswer
 MAX_ATTEMPTS = 2
 ROUTE_TIMEOUT_S = 10.0  # for a proxy that has just started to hear of the application
 ROUTE_POLL_S = 0.05
+RESPONSES_PATH = "/v1/responses"  # whose streams have numbered events of many kinds
+INTERNAL_HEADERS = (ROUTE_HEADER.encode(), YES_HEADER)  # between replicas and proxies
 
 
 @dataclass(eq=False)
@@ -45,6 +48,7 @@ class Exchange:
     _facts: dict[str, Any] = field(default_factory=dict)
     _num_attempts = 0
     _num_events = 0  # of a stream that have gone out
+    _num_deltas = 0  # those of them that are text of a response
     _is_cut = False
     _is_contradicted = False  # Ray Serve has begun another answer than the one that goes out
     _bound: asyncio.Timeout | None = None  # of the attempt that runs
@@ -55,6 +59,10 @@ class Exchange:
         would undo itself."""
         is_admin = self.scope["path"].startswith("/admin/")
         return bool(is_admin and self.scope["method"] not in ("GET", "HEAD"))
+
+    @property
+    def _is_response(self) -> bool:
+        return bool(self.scope["path"] == RESPONSES_PATH)
 
     def _no_answer(self) -> ApiError:
         """Returns what a client hears whose request no replica has answered."""
@@ -77,7 +85,7 @@ class Exchange:
         facts = self._facts
         if facts.get("stream") and facts["completion_tokens"] is None:
             # One for each token, as far as the client got
-            facts["completion_tokens"] = self._num_events
+            facts["completion_tokens"] = self._num_deltas if self._is_response else self._num_events
         return Ending(outcome, self._status or None, reason, self._num_attempts, facts)
 
     async def _run(self, relay: Relay) -> tuple[Outcome, str]:
@@ -117,9 +125,10 @@ class Exchange:
             return Outcome.FAILED, str(error.code)
         if self._headers.get(b"content-type", b"").startswith(b"text/event-stream"):
             # Without it the stream would just stop. In any other answer the missing bytes show.
-            await self.send(
-                {"type": "http.response.body", "body": error_of("interrupted").event().encode()}
-            )
+            error = error_of("interrupted")
+            number = self._num_events
+            event = error.response_event(number) if self._is_response else error.event()
+            await self.send({"type": "http.response.body", "body": event.encode()})
         return Outcome.CUT, "interrupted"
 
     async def _ask(self, scope: Scope) -> None:
@@ -161,11 +170,8 @@ class Exchange:
         self._facts = message.pop(FACTS, self._facts)
         self._status, self._headers = message["status"], dict(message["headers"])
         self.routes.learn(message["headers"])
-        kept = [
-            (name, value)
-            for name, value in message["headers"]
-            if name not in (YES_HEADER, b"x-request-id")
-        ]
+        shown = for_clients(message["headers"])
+        kept = [(name, value) for name, value in shown if name != b"x-request-id"]
         headers = [*kept, (b"x-request-id", self.request_id)]
         self._relayed.start({**message, "headers": headers}, self._send_on)
 
@@ -193,6 +199,7 @@ class Exchange:
                 await self._refuse(error)
                 self._finished, self._facts = True, {"reason": error.code}
                 return
+            message = {**message, "headers": for_clients(message["headers"])}
         if message["type"] == "http.response.body":
             last = not message.get("more_body", False)
             if last and self._relayed.started and not await self._relayed.end():
@@ -204,8 +211,16 @@ class Exchange:
         await error.response(request_id=self.request_id)(self.scope, self.receive, self.send)
 
     async def _send_on(self, message: Message) -> None:
-        self._num_events += message.get("body", b"").count(b"\n\n")
+        body = message.get("body", b"")
+        self._num_events += body.count(b"\n\n")
+        if self._is_response:
+            self._num_deltas += body.count(b".delta\n")
         await self.send(message)
+
+
+def for_clients(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Returns an answer's headers without those that only proxies read."""
+    return [(name, value) for name, value in headers if name not in INTERNAL_HEADERS]
 
 
 def of_proxy(status: int, headers: Mapping[bytes, bytes]) -> ApiError:

@@ -31,7 +31,8 @@ from serving.protocol.request_facts import timestamp
 from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
 from serving.proxy.doorkeeper import Doorkeeper
 from serving.proxy.ending import CLIENT_LEFT, REPLICAS_ENDED, Ending, Outcome, outcome_of
-from serving.proxy.exchange import MAX_ATTEMPTS, Exchange
+from serving.proxy.exchange import MAX_ATTEMPTS, RESPONSES_PATH, Exchange, for_clients
+from serving.proxy.host_check import require_host
 from serving.proxy.http_bounds import PROBED_PATHS, install_bounds
 from serving.proxy.key_check import KeyCheck, Refusal
 from serving.proxy.quarantine import Quarantine
@@ -42,6 +43,8 @@ from serving.proxy.token_relay import ASK_HEADER, Relay
 SETTINGS_VARIABLE = "RAYMILL_HTTP"
 # Where it takes the order to end; unset where a cluster ends its pods
 ENTRANCE_VARIABLE = "RAYMILL_ENTRANCE"
+# Set where nobody needs a key, which takes a loopback address: foreign names are refused there
+KEYLESS_VARIABLE = "RAYMILL_KEYLESS"
 HIDDEN_PATHS = ("/-/routes",)  # Ray Serve's own; it keeps /-/healthz, which Kubernetes asks for
 # Ray Serve acts on these: one keeps a request running for a client that has gone, the others choose
 # a replica.
@@ -51,7 +54,7 @@ DROPPED_HEADERS = (
     b"serve-multiplexed-model-id",
 )
 REQUEST_ID = re.compile(rb"[A-Za-z0-9-]{1,64}")
-COUNTED_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
+COUNTED_PATHS = ("/v1/completions", "/v1/chat/completions", RESPONSES_PATH, "/v1/embeddings")
 MAX_LOGGED_PATH = 128  # characters
 
 
@@ -89,7 +92,13 @@ def middlewares() -> list[Middleware]:
         doorkeeper.listen(door_of(entrance, os.getpid()))
     tracer = tracer_from_environment("raymill-proxy")
     front_door = Middleware(
-        FrontDoor, config=config, count=count, log=log, tracer=tracer, doorkeeper=doorkeeper
+        FrontDoor,
+        config=config,
+        count=count,
+        log=log,
+        tracer=tracer,
+        doorkeeper=doorkeeper,
+        only_loopback=KEYLESS_VARIABLE in os.environ,
     )
     # Lets the pages of other origins read all answers, refusals too, and answers what their
     # browsers ask beforehand, which has no key.
@@ -115,6 +124,7 @@ class FrontDoor:
     log: LogRequest
     tracer: Tracer
     doorkeeper: Doorkeeper = field(default_factory=Doorkeeper)
+    only_loopback: bool = False  # whether a `Host` has to name the loopback interface
 
     def __post_init__(self) -> None:
         self._relay, self._routes = Relay(), NewestRoutes()
@@ -176,11 +186,7 @@ class FrontDoor:
         ]
         scope = {**scope, "headers": [*kept, *self._routes.headers, (b"x-request-id", request_id)]}
         try:
-            num_hosts = sum(name == b"host" for name, _ in scope["headers"])
-            if num_hosts > 1 or (num_hosts == 0 and scope["http_version"] != "1.0"):
-                message = f"The request has {num_hosts} Host headers; expected one"
-                # Its body is not read
-                raise ApiError(message, code="invalid_host", headers={"Connection": "close"})
+            require_host(scope, only_loopback=self.only_loopback)
             if scope["path"] in HIDDEN_PATHS:
                 raise error_of("not_found", path=scope["path"][:64])
             if self.doorkeeper.is_ending and (
@@ -220,7 +226,8 @@ class FrontDoor:
         """Passes on a replica's refusal of a key, without the request's body."""
         await self._bodies.discard(receive)
         own = (b"x-request-id", b"connection")
-        headers = [(name, value) for name, value in refusal.headers.items() if name not in own]
+        shown = for_clients(refusal.headers.items())
+        headers = [(name, value) for name, value in shown if name not in own]
         headers += [(b"x-request-id", request_id), (b"connection", b"close")]
         await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
         await send({"type": "http.response.body", "body": refusal.body})

@@ -48,7 +48,8 @@ class RelayedAnswer:
     relay: "Relay"
     number: int
     on_start: Callable[[Message], None]  # called with the start of the answer if it arrives here
-    _arrived: asyncio.StreamReader = field(default_factory=asyncio.StreamReader)
+    _arrived: bytearray = field(default_factory=bytearray)
+    _has_news: asyncio.Event = field(default_factory=asyncio.Event)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _pump: asyncio.Task[None] | None = None
 
@@ -89,19 +90,25 @@ class RelayedAnswer:
             await asyncio.wait([self._pump])
 
     def put(self, frame: int, data: bytes) -> None:
-        match frame:
-            case Frame.PART:
-                self._arrived.feed_data(data)
-            case Frame.START:
-                self.on_start(_start_message(data))
-            case Frame.END:
-                self._arrived.feed_eof()
-                self._ended.set()
+        if frame == Frame.PART:
+            self._arrived += data
+            self._has_news.set()
+        elif frame == Frame.START:
+            self.on_start(_start_message(data))
+        elif frame == Frame.END:
+            self._ended.set()
+            self._has_news.set()
 
     async def _pass_on(self, message: Message, send: Send) -> None:
         await send(message)
-        # Several parts at once if the client is slow
-        while data := await self._arrived.read(PASSED_BYTES):
+        while self._arrived or not self._ended.is_set():
+            if not self._arrived:
+                self._has_news.clear()
+                await self._has_news.wait()
+                continue
+            # Several parts at once if the client is slow
+            data = bytes(self._arrived[:PASSED_BYTES])
+            del self._arrived[:PASSED_BYTES]
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
 

@@ -2,12 +2,17 @@
 cannot."""
 
 import json
-from collections.abc import Iterator
+import re
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
+from itertools import chain, zip_longest
 from typing import Any
 
+from serving.structured.compiled_grammar import CompiledGrammar
+from serving.structured.exact_numbers import Zone, exact
 from serving.structured.grammar import Grammar, GrammarError, GrammarKind
+from serving.structured.subschemas import escaped, inner_schemas
 from serving.structured.vocabulary import Vocabulary, library
 
 # What a grammar may take: 2 kB for each state, 14,000 units of fuel in a millisecond
@@ -25,38 +30,73 @@ would write blanks for ever."""
 
 _UNSATISFIABLE = "Unsatisfiable schema"  # which the outer schema says otherwise than the inner
 _MAX_PLACES = 500  # of a schema that are looked at to find the one which is wrong
-_SUBSCHEMAS = ("items", "additionalProperties", "not", "if", "then", "else", "contains")
-_LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
-_OBJECTS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
-def compiled(grammar: Grammar, vocabulary: Vocabulary) -> Any:
-    """Returns the `LLMatcher` of a grammar at its start, for copies of which each follows one
-    answer. Raises `GrammarError`."""
+def compiled(grammar: Grammar, vocabulary: Vocabulary) -> CompiledGrammar:
+    """Returns a grammar at its start, for copies of which each follows one answer. Raises
+    `GrammarError`."""
+    grammar, zones = _with_exact_numbers(grammar)
     limits = library().LLParserLimits(**_LIMITS)
     source = _source(grammar)
     matcher = library().LLMatcher(vocabulary.tree, source, log_level=0, limits=limits)
-    if not matcher.is_error():
-        return matcher
-    raise _located(grammar, _told(matcher.get_error()))
+    if matcher.is_error():
+        raise _located(grammar, _told(matcher.get_error()))
+    return CompiledGrammar(matcher, zones=zones, digits=vocabulary.digits)
+
+
+def _with_exact_numbers(grammar: Grammar) -> tuple[Grammar, list[Zone]]:
+    """Returns a grammar in whose schemas no number is read as another one. Raises
+    `GrammarError`."""
+    try:
+        if grammar.kind is GrammarKind.JSON_SCHEMA:
+            schemas = [json.loads(grammar.text)]
+            changed, zones = exact(schemas)
+            text = json.dumps(changed[0]) if changed != schemas else grammar.text
+            return replace(grammar, text=text), zones
+        if grammar.kind not in (GrammarKind.LARK, GrammarKind.GRAMMAR):
+            return grammar, []
+        texts, schemas = _schemas_within(grammar.text)
+        changed, zones = exact(schemas)
+    except RecursionError:
+        raise GrammarError("it is nested too deeply") from None
+    written = [f"%json {json.dumps(schema)}" for schema in changed]
+    merged = "".join(chain.from_iterable(zip_longest(texts, written, fillvalue="")))
+    return replace(grammar, text=merged) if changed != schemas else grammar, zones
+
+
+def _schemas_within(text: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """Returns the schemas that a grammar in Lark's notation has, and the texts around them."""
+    texts, schemas, start = list[str](), list[dict[str, Any]](), 0
+    decoder = json.JSONDecoder()
+    for found in re.finditer(r"%json\s+(?={)", text):
+        if found.start() < start:
+            continue
+        try:
+            schema, end = decoder.raw_decode(text, found.end())
+        except ValueError:  # of which the library says more
+            continue
+        texts.append(text[start : found.start()])
+        schemas.append(schema)
+        start = end
+    return [*texts, text[start:]], schemas
 
 
 def _source(grammar: Grammar) -> str:
     """Returns a grammar in `llguidance`'s own notation. Raises `GrammarError`."""
     matcher = library().LLMatcher
-    match grammar.kind:
-        case GrammarKind.JSON_SCHEMA:
-            overrides = {**_blanks(), "lenient": grammar.lenient}
-            source = matcher.grammar_from_json_schema(grammar.text, overrides=overrides)
-        case GrammarKind.REGEX:
-            source = matcher.grammar_from_regex(grammar.text)
-        case GrammarKind.LARK:
-            source = matcher.grammar_from_lark(grammar.text)
-        case GrammarKind.CHOICE | GrammarKind.GRAMMAR:
-            try:
+    try:
+        match grammar.kind:
+            case GrammarKind.JSON_SCHEMA:
+                overrides = {**_blanks(), "lenient": grammar.lenient}
+                source = matcher.grammar_from_json_schema(grammar.text, overrides=overrides)
+            case GrammarKind.REGEX:
+                source = matcher.grammar_from_regex(grammar.text)
+            case GrammarKind.LARK:
+                source = matcher.grammar_from_lark(grammar.text)
+            case GrammarKind.CHOICE | GrammarKind.GRAMMAR:
                 source = library().grammar_from(grammar.kind, grammar.text)
-            except ValueError as error:
-                raise GrammarError(str(error)) from None
+    except ValueError as error:
+        raise GrammarError(_told(str(error))) from None
     return str(source)
 
 
@@ -90,39 +130,19 @@ def _located(grammar: Grammar, problem: str) -> GrammarError:
     root = json.loads(grammar.text)
     shared = {name: root[name] for name in ("$defs", "definitions") if name in root}
     place, num_left = "", _MAX_PLACES
-    inner = _parts(root)
+    inner = inner_schemas(root)
     while (part := next(inner, None)) is not None and num_left > 0:
         num_left -= 1
-        step, schema = part
+        steps, schema = part
         alone = Grammar(grammar.kind, json.dumps({**shared, **schema}), grammar.lenient)
         of_part = _problem(alone)
         is_inner = of_part.startswith(_UNSATISFIABLE) and problem.startswith(_UNSATISFIABLE)
         if of_part == problem or is_inner:
-            place, inner, problem = f"{place}/{step}", _parts(schema), of_part
+            place = "/".join((place, *map(escaped, steps)))
+            inner, problem = inner_schemas(schema), of_part
     return GrammarError(problem, place=_printable(place)[:100])
 
 
 def _problem(grammar: Grammar) -> str:
     limits = library().LLParserLimits(**_LIMITS)
     return _told(library().LLMatcher.validate_grammar(_source(grammar), None, limits=limits))
-
-
-def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the schemas that stand directly in a schema, by their place in it."""
-    for name in _SUBSCHEMAS:
-        if isinstance(schema.get(name), dict):
-            yield name, schema[name]
-    for name in (*_LISTS, *_OBJECTS):
-        several = schema.get(name)
-        if isinstance(several, list):
-            places = ((f"{name}/{number}", one) for number, one in enumerate(several))
-        elif isinstance(several, dict):
-            places = ((f"{name}/{_escaped(key)}", one) for key, one in several.items())
-        else:
-            continue
-        yield from ((place, one) for place, one in places if isinstance(one, dict))
-
-
-def _escaped(key: str) -> str:
-    """Returns a key as JSON pointers have it (RFC 6901)."""
-    return key.replace("~", "~0").replace("/", "~1")

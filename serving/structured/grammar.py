@@ -1,10 +1,13 @@
 """What an answer has to follow, as a client gave it: a JSON Schema, a regular expression, a choice
 of texts or a context-free grammar."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 MAX_GRAMMAR_BYTES = 128 << 10  # OpenAI reads schemas of 120,000 characters
+STACK_BYTES = 64 << 20
+"""Of an engine's thread that compiles, since `llguidance` recurses by reference. Where a grammar is
+tried before, it has half of it."""
 
 
 class GrammarKind(StrEnum):
@@ -22,6 +25,8 @@ class Grammar:
     kind: GrammarKind
     text: str
     lenient: bool = False  # keywords of a schema that cannot be enforced are ignored
+    # That it took when it was compiled before; 0 if that is not known
+    num_bytes: int = field(default=0, compare=False)
 
 
 class GrammarError(Exception):

@@ -7,10 +7,12 @@ from typing import Any
 
 from model.errors import UserError
 from model.files.stored_tokenizer import load_tokenizer
+from model.tables import pip_line
 from model.text.places import Place
 from model.text.token_bytes import TokenizerError
 from model.text.tokenizer import Tokenizer
 from serving.structured.grammar import GrammarError
+from serving.structured.number_mask import DigitTokens
 
 _PRINTABLE = [bytes([code]) for code in range(ord(" "), ord("~") + 1)]
 """Every text of JSON can be written with these characters alone."""
@@ -24,6 +26,7 @@ class Vocabulary:
         tokens = [_bytes_of(tokenizer, token_id) for token_id in range(tokenizer.vocab_size)]
         _require_all_characters(tokens)
         self.eos_id = tokenizer.eot_id
+        self.digits = DigitTokens(tokens)
         self._words = _Words(tokenizer, tokens)
         self.tree = library().LLTokenizer(self._words)
         self._words.tree = self.tree
@@ -66,7 +69,7 @@ def library() -> Any:
         return importlib.import_module("llguidance")
     except ImportError as error:
         raise UserError(
-            f"{error}: `pip install 'raymill[structured]'` brings what makes answers follow a schema"
+            f"{error}: `{pip_line('structured')}` brings what makes answers follow a schema"
         ) from None
 
 

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import orjson
@@ -31,6 +32,7 @@ from serving.engine_process.child_process import Child, kill_child, start_child
 from serving.text.bounded_process import BoundedProcess, ClosedError, ExceededError, next_line
 
 Texts = list[str] | list[list[int]]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class TextReader(Protocol):
@@ -39,10 +41,13 @@ class TextReader(Protocol):
     probe: ChatProbe
 
     async def chat_ids(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] = NOTHING,
     ) -> list[int]:
         """Returns the tokens that the assistant's next answer follows, which may call one of the
-        tools. Raises `TextError`."""
+        tools; `template_kwargs` are further variables of the template. Raises `TextError`."""
 
     async def encoded(self, texts: Texts, how: PromptEncoding) -> Texts:
         """Returns the texts as tokens, or as they are where `ServedModel` may turn them into tokens
@@ -64,10 +69,13 @@ class TrustedReader:
         )
 
     async def chat_ids(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] = NOTHING,
     ) -> list[int]:
         assert self._chat is not None
-        return await asyncio.to_thread(self._chat.prompt_ids, messages, tools)
+        return await asyncio.to_thread(self._chat.prompt_ids, messages, tools, template_kwargs)
 
     async def encoded(self, texts: Texts, how: PromptEncoding) -> Texts:
         return texts
@@ -91,9 +99,13 @@ class BoundedReader:
         await self._process.start()
 
     async def chat_ids(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] = NOTHING,
     ) -> list[int]:
-        answer = await self._ask({"messages": list(messages), "tools": list(tools)})
+        asked = {"messages": list(messages), "tools": list(tools)}
+        answer = await self._ask({**asked, "template_kwargs": dict(template_kwargs)})
         return list(answer["ids"])
 
     async def encoded(self, texts: Texts, how: PromptEncoding) -> Texts:

@@ -1,10 +1,11 @@
-"""The grammar of calls that must be made."""
+"""The grammar of calls that must be made, or of calls and of an answer that may be given instead."""
 
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from serving.structured.subschemas import moved
 from serving.tools.arguments import TaggedArguments, chosen_values, is_text, properties_of
 from serving.tools.formats import NO_PARAMETERS, ToolFormat
 
@@ -21,40 +22,67 @@ def grammar_of_calls(
     *,
     several: bool,
     special_ids: Mapping[str, int],
+    answer: Mapping[str, Any] | None = None,
 ) -> str:
-    """Returns the grammar, in Lark's notation, of one or `several` calls of these functions. The
-    schema of a function is lenient unless it is strict."""
+    """Returns the grammar, in Lark's notation, of one or `several` calls of these functions, or
+    else of an `answer`: like a function, it has `parameters`, its schema, which is lenient unless
+    it is `strict`."""
     calls, rules = list[str](), list[str]()
-    is_tagged = tool_format.reader is TaggedArguments
     for number, function in enumerate(functions):
+        rule = f"arguments_{number}"
+        parameters = function.get("parameters") or NO_PARAMETERS
+        if answer is not None and not tool_format.opens:
+            calls.append(_object_of_call(function, parameters, tool_format))
+            continue
         before, after = tool_format.call.split("ARGUMENTS")
         quoted = json.dumps(function["name"]) if '"name"' in before else function["name"]
-        rule = f"arguments_{number}"
         begins = _words(before.replace("NAME", quoted), tool_format, special_ids)
         calls.append(f"{begins} {rule} {json.dumps(after) if after else ''}".strip())
-        options = {**_WHITESPACE, "lenient": not function.get("strict")}
-        parameters = function.get("parameters") or NO_PARAMETERS
-        if is_tagged:
-            rules += _tagged(rule, parameters, options)
+        if tool_format.reader is TaggedArguments:
+            rules += _tagged(rule, parameters, function)
         else:
-            rules.append(f"{rule}: {_json({**parameters, 'x-guidance': options})}")
-    start = _start(tool_format, special_ids, several=several and tool_format.several)
-    return "\n".join([start, f"call: {' | '.join(calls)}", *rules, ""])
+            rules.append(f"{rule}: {_json(parameters, function)}")
+    made = _calls(tool_format, special_ids, several=several and tool_format.several)
+    if answer is not None:
+        rules.append(f"answer: {_json(answer['parameters'], answer)}")
+    start = "start: calls" if answer is None else "start: calls | answer"
+    return "\n".join([start, f"calls: {made}", f"call: {' | '.join(calls)}", *rules, ""])
 
 
-def _start(tool_format: ToolFormat, special_ids: Mapping[str, int], *, several: bool) -> str:
+def _object_of_call(
+    function: Mapping[str, Any], parameters: Mapping[str, Any], tool_format: ToolFormat
+) -> str:
+    """Returns a call that begins as an answer may, with `{`: by a schema, whose parts both share.
+    As a text it would have been read too far when it turns out to be the other."""
+    written = tool_format.call.replace("NAME", json.dumps(function["name"]))
+    parts = json.loads(written.replace("ARGUMENTS", "null"))
+    [key] = (key for key, value in parts.items() if value is None)
+    properties = {name: {"const": value} for name, value in parts.items()}
+    properties[key] = moved(parameters, to=f"/properties/{key}")
+    return _json(
+        {
+            "type": "object",
+            "properties": properties,
+            "required": [*properties],
+            "additionalProperties": False,
+        },
+        function,
+    )
+
+
+def _calls(tool_format: ToolFormat, special_ids: Mapping[str, int], *, several: bool) -> str:
     opens = _words(tool_format.opens, tool_format, special_ids)
     closes = _words(tool_format.closes, tool_format, special_ids)
     if tool_format.joins:
         more = f"({json.dumps(tool_format.joins)} call)*" if several else ""
         first, last = json.dumps(tool_format.list_opens), json.dumps(tool_format.list_closes)
-        return f"start: {opens} {first} call {more} {last} {closes}"
+        return f"{opens} {first} call {more} {last} {closes}"
     one = f"{opens} call {closes}"
     between = '"\\n" ' if tool_format.closes else ""
-    return f"start: {one} ({between}{one})*" if several else f"start: {one}"
+    return f"{one} ({between}{one})*" if several else one
 
 
-def _tagged(rule: str, parameters: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
+def _tagged(rule: str, parameters: Mapping[str, Any], function: Mapping[str, Any]) -> Iterator[str]:
     """Yields the rules of arguments between tags, in the order of the schema's properties."""
     required = parameters.get("required") or []
     shared = {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
@@ -68,7 +96,7 @@ def _tagged(rule: str, parameters: Mapping[str, Any], options: Mapping[str, Any]
         closing = json.dumps(f"\n{TaggedArguments.CLOSES}\n")
         if not is_text(schema):
             whole = {**shared, **schema} if isinstance(schema, Mapping) else {}
-            yield f"{place}: {opening} {_json({**whole, 'x-guidance': options})} {closing}"
+            yield f"{place}: {opening} {_json(whole, function)} {closing}"
         elif values := chosen_values(schema):
             choice = " | ".join(json.dumps(value) for value in values)
             yield f"{place}: {opening} ({choice}) {closing}"
@@ -92,8 +120,10 @@ def _text_pattern(schema: Mapping[str, Any]) -> str:
     return terminal
 
 
-def _json(schema: Mapping[str, Any]) -> str:
-    return f"%json {json.dumps(schema)}"
+def _json(schema: Mapping[str, Any], function: Mapping[str, Any]) -> str:
+    """Returns the rule of JSON by a schema, as strict as its function is."""
+    options = {**_WHITESPACE, "lenient": not function.get("strict")}
+    return f"%json {json.dumps({**schema, 'x-guidance': options})}"
 
 
 def _words(text: str, tool_format: ToolFormat, special_ids: Mapping[str, int]) -> str:

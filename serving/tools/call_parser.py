@@ -46,10 +46,18 @@ class CallParser:
     """One choice's text. The pieces are the same however the text is cut, when joined."""
 
     def __init__(
-        self, tool_format: ToolFormat, parameters: Mapping[str, Mapping[str, Any]]
+        self,
+        tool_format: ToolFormat,
+        parameters: Mapping[str, Mapping[str, Any]],
+        *,
+        only_these: bool = False,
+        at_start: bool = False,
     ) -> None:
-        """`parameters` has each function's JSON Schema, by its name."""
+        """`parameters` has each function's JSON Schema, by its name. With `only_these`, what calls
+        another one is content; with `at_start`, so is all of a text that does not begin with a
+        call."""
         self._format, self._parameters = tool_format, parameters
+        self._only_these, self._at_start = only_these, at_start
         self._opens = tool_format.opens.strip()
         self._at = _At.CONTENT
         self._rest = ""  # has arrived, and may still be either
@@ -104,6 +112,9 @@ class CallParser:
         if not self._opens:
             return self._opens_with_brace(final)
         self._skip_blanks()
+        if self._at_start and not self.num_calls and not self._may_open():
+            self._at = _At.PLAIN
+            return []
         place = self._rest.find(self._opens)
         if place >= 0:
             text, self._rest = self._rest[:place].rstrip(), self._rest[place + len(self._opens) :]
@@ -115,6 +126,11 @@ class CallParser:
         self._rest = self._rest[len(text) :]
         self._skips_blanks = self._skips_blanks and not text
         return [Content(text)] if text else []
+
+    def _may_open(self) -> bool:
+        """Whether the rest, which may not have arrived whole, begins with what opens calls."""
+        begins = self._rest.lstrip()
+        return begins.startswith(self._opens) or self._opens.startswith(begins)
 
     def _opens_with_brace(self, final: bool) -> list[Piece]:
         """Looks whether the whole answer is a call, or another one follows."""
@@ -131,14 +147,16 @@ class CallParser:
     def _name(self, final: bool) -> list[Piece]:
         found = self._header.match(self._rest)
         if found is not None:
+            name = found["name"]
+            name = json.loads(name, strict=False) if name.startswith('"') else name
+        if found is not None and not (self._only_these and name not in self._parameters):
             self._rest, self._opened = self._rest[found.end() :], ""
             self._at = _At.ARGUMENTS
             self.num_calls += 1
-            name = found["name"]
-            name = json.loads(name, strict=False) if name.startswith('"') else name
             self._reader = self._format.reader(self._parameters.get(name, NO_PARAMETERS))
             return [CallPiece(self.num_calls - 1, name, "")]
-        if final or len(self._rest) > MAX_HEADER_CHARS or not self._may_be_header():
+        is_whole = final or found is not None or len(self._rest) > MAX_HEADER_CHARS
+        if is_whole or not self._may_be_header():
             self._rest, self._opened = self._opened + self._rest, ""
             self._at = _At.PLAIN
         return []

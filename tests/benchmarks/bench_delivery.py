@@ -283,7 +283,7 @@ def unfinished_bodies(endpoint: Endpoint) -> str:
 def open_bodies(url: str, count: int) -> Iterator[None]:
     """Holds connections that have sent headers and no body."""
     address = (httpx.URL(url).host, httpx.URL(url).port or 80)
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
     with contextlib.ExitStack() as stack:
         for _ in range(count):
             connection = stack.enter_context(socket.create_connection(address, timeout=limit_s(5)))

@@ -116,7 +116,7 @@ async def _unfinished_body(url: str) -> None:
     """Sends headers and a part of a body, and leaves after a wave, or when the proxy has ended the
     connection and the wave is over."""
     address = httpx.URL(url)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {1 << 20}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {1 << 20}\r\n"
     until_s = time.monotonic() + WAVE_S
     with suppress(OSError, TimeoutError):
         reader, writer = await asyncio.open_connection(address.host, address.port)

@@ -27,6 +27,7 @@ from serving.delivery.promotion import Delivery, version_of
 from serving.delivery.versions import Versions
 from serving.limits.key_usage import KeyUsage
 from serving.protocol.served_model import read_served_model
+from serving.responses.routes import add_response_routes
 from tests.local_ray import local_ray
 from tests.time_limits import limit_s
 
@@ -176,6 +177,7 @@ async def replica_app(
                 else CurrentAccess(access or AccessRules()),
                 usage=KeyUsage(),
                 admin=APIRouter(),
+                add_others=add_response_routes,
             ),
             versions,
         )

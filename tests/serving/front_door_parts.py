@@ -20,9 +20,11 @@ OK = {
 }
 
 
-def scope(*headers: tuple[bytes, bytes], path: str = "/v1/completions") -> Scope:
+def scope(
+    *headers: tuple[bytes, bytes], path: str = "/v1/completions", host: bytes = b"x"
+) -> Scope:
     about = {"type": "http", "http_version": "1.1", "method": "POST", "path": path}
-    return about | {"headers": [(b"host", b"x"), *headers]}
+    return about | {"headers": [(b"host", host), *headers]}
 
 
 def open_to_all(app: ASGIApp) -> ASGIApp:
@@ -60,6 +62,7 @@ def ask(
     *messages: Message,
     headers: tuple[tuple[bytes, bytes], ...] = (),
     path: str = "/v1/completions",
+    host: bytes = b"x",
     count: Callable[[Outcome, str], None] = lambda outcome, version: None,
     log: LogRequest = no_log,
 ) -> list[Message]:
@@ -71,7 +74,7 @@ def ask(
         if isinstance(app, FrontDoor)
         else FrontDoor(open_to_all(app), config=config, count=count, log=log, tracer=NO_TRACER)
     )
-    return asyncio.run(answered(door, *messages, about=scope(*headers, path=path)))
+    return asyncio.run(answered(door, *messages, about=scope(*headers, path=path, host=host)))
 
 
 async def whole(send: Send) -> None:

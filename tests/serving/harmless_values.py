@@ -4,7 +4,14 @@ from typing import Any
 
 from serving.protocol import harmless_fields
 
-EXAMPLES: dict[type, list[Any]] = {bool: [True, False], str: ["x", ""], dict: [{}, {"a": "b"}]}
+EXAMPLES: dict[type, list[Any]] = {
+    bool: [True, False],
+    int: [7],
+    str: ["x", ""],
+    list: [[], [{"a": "b"}]],
+    dict: [{}, {"a": "b"}],
+    object: [{"a": "b"}, 7],
+}
 
 
 def values(table: harmless_fields.HarmlessValues, name: str) -> list[Any]:

@@ -172,7 +172,7 @@ WRONG_VALUES = [
     chat(35, "no content", "messages.0.content", messages=[{"role": "user", "content": None}]),
     chat(35, "no messages", "messages", messages=[]),
     chat(35, "15,000 messages", "messages", messages=[{"role": "user", "content": ""}] * 15_000),
-    chat(35, "template settings", "chat_template_kwargs", code="unsupported_parameter", chat_template_kwargs={"a": 1}),
+    chat(35, "a template's own name", "chat_template_kwargs", code="invalid_value", chat_template_kwargs={"messages": []}),
     completion(36, "a response format", "response_format.type", code="invalid_value", response_format={"type": "x"}),
     completion(20, "257 prompts", "prompt", prompt=["x"] * 257),
     *(completion(60, f"a token id {i!r} to stop at"[:40], "stop_token_ids", stop_token_ids=[1, i])
@@ -203,7 +203,7 @@ OUTSIDE_THE_BODY = [
     raw(38, "a gzip bomb", lambda: gzip.compress(b"x" * 10**8), 415, headers={"Content-Encoding": "gzip"}),
     *(Hostile(39, f"{m} {path}", f"{m} {path}", 405)
       for m in ("GET", "PUT", "DELETE")
-      for path in ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize")),
+      for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/tokenize")),
     *(Hostile(40, path, f"GET {path}", 404) for path in (
         "/nowhere", "//", "/v1//completions", "/v1/models/../../etc/passwd", "/v1/completions/", "/%2e%2e/x", "/V1/models",
     )),
@@ -261,7 +261,7 @@ AT_THE_ENDPOINT = [
     *OUTSIDE_THE_BODY,
 ]
 
-HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
 
 
 def post(content: bytes, *, more: str = "") -> bytes:
@@ -270,11 +270,11 @@ def post(content: bytes, *, more: str = "") -> bytes:
 
 CHUNKED = HEAD.encode() + b"Transfer-Encoding: chunked\r\n\r\n"
 FRAMINGS: list[tuple[int, bytes, int]] = [
-    (41, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-test\r\nAuthorization: Bearer sk-test\r\n"
+    (41, b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer sk-test\r\nAuthorization: Bearer sk-test\r\n"
          b"Connection: close\r\n\r\n", 401),
-    (41, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\nConnection: close\r\n\r\n", 401),
-    (42, b"GET / HTTP/1.1\r\nHost: x\r\nx: " + b"a" * 10_000_000 + b"\r\n\r\n", 431),
-    (42, b"GET / HTTP/1.1\r\nHost: x\r\n" + b"".join(b"x-%d: a\r\n" % i for i in range(10_000)) + b"\r\n", 431),
+    (41, b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer \xff\xfe\r\nConnection: close\r\n\r\n", 401),
+    (42, b"GET / HTTP/1.1\r\nHost: localhost\r\nx: " + b"a" * 10_000_000 + b"\r\n\r\n", 431),
+    (42, b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"x-%d: a\r\n" % i for i in range(10_000)) + b"\r\n", 431),
     (42, b"GET /" + b"a" * 1_000_000, 431),
     (43, HEAD.encode() + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", 400),
     (43, HEAD.encode() + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", 400),
@@ -282,8 +282,8 @@ FRAMINGS: list[tuple[int, bytes, int]] = [
     (43, HEAD.encode() + b"Content-Length: 1" + b"0" * 30 + b"\r\n\r\n", 400),
     (43, HEAD.encode() + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400),
     (43, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 40, 400),
-    (43, b"GET / HTTP/1.1\r\nHost: x\r\nx: a\x00b\r\n\r\n", 400),
-    (43, b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    (43, b"GET / HTTP/1.1\r\nHost: localhost\r\nx: a\x00b\r\n\r\n", 400),
+    (43, b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     (44, b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n", 400),
     (44, b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\nConnection: close\r\n\r\n", 400),
     (18, HEAD.encode() + b"Content-Length: 99000000000\r\n\r\n", 413),

@@ -18,6 +18,7 @@ from serving.protocol.protocol import (
 )
 from serving.protocol.request import Request
 from serving.protocol.tool_fields import MAX_TOOLS
+from serving.responses.request import ResponseRequest
 from tests.serving.hostile_requests import MODEL
 
 REFERENCE = "#/components/schemas/{model}"
@@ -119,6 +120,47 @@ class ChatAnswer(Head, OfPrompt):
     usage: Usage
 
 
+class OutputText(Answer):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[str]
+    logprobs: list[ChosenLogprob]
+
+
+class OutputMessage(Answer):
+    id: str
+    type: Literal["message"]
+    status: Literal["completed", "incomplete"]
+    role: Literal["assistant"]
+    content: list[OutputText] = Field(min_length=1, max_length=1)
+
+
+class InputTokensDetails(PromptTokensDetails):
+    cache_write_tokens: Literal[0]
+
+
+class ResponseUsage(Answer):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: create_model("OutputTokensDetails", reasoning_tokens=(Literal[0], ...))  # type: ignore[valid-type]
+    total_tokens: int
+
+
+class ResponseAnswer(Answer):
+    """What comes back of the request is not looked at here."""
+
+    model_config = ConfigDict(extra="allow")
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete"]
+    model: str
+    output: list[OutputMessage] = Field(min_length=1)
+    usage: ResponseUsage
+    store: Literal[False]
+
+
 class Embedding(Answer):
     object: str
     index: int
@@ -148,6 +190,7 @@ class DetokenizeAnswer(Answer):
 ROUTES: dict[str, tuple[type[Request], type[Answer]]] = {
     "/v1/completions": (CompletionRequest, CompletionAnswer),
     "/v1/chat/completions": (ChatRequest, ChatAnswer),
+    "/v1/responses": (ResponseRequest, ResponseAnswer),
     "/v1/embeddings": (EmbeddingRequest, EmbeddingAnswer),
     "/tokenize": (TokenizeRequest, TokenizeAnswer),
     "/detokenize": (DetokenizeRequest, DetokenizeAnswer),
@@ -157,12 +200,15 @@ ROUTES: dict[str, tuple[type[Request], type[Answer]]] = {
 TokenIds = Annotated[list[int], Field(min_length=1)]
 SeveralPrompts = Field(min_length=1, max_length=MAX_PROMPTS)
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
-TEXT_PART = {
-    "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-    "required": ["type", "text"],
-    "additionalProperties": False,
-}
+
+
+def _text_part(kind: str) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {"type": {"const": kind}, "text": {"type": "string"}},
+        "required": ["type", "text"],
+        "additionalProperties": False,
+    }
 
 
 def _schema(accepted: Any) -> dict[str, Any]:
@@ -190,10 +236,16 @@ ACCEPTED: dict[tuple[str, str], dict[str, Any]] = {
         ],
     },
     ("Message", "content"): {
-        "anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART}, {"type": "null"}],
+        "anyOf": [
+            {"type": "string"},
+            {"type": "array", "items": _text_part("text")},
+            {"type": "null"},
+        ],
     },
 }
-for _model in ("CompletionRequest", "ChatRequest"):
+INPUT_TEXT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _text_part("input_text")}]}
+ACCEPTED |= {("MessageItem", "content"): INPUT_TEXT, ("OutputItem", "output"): INPUT_TEXT}
+for _model in ("CompletionRequest", "ChatRequest", "ResponseRequest"):
     ACCEPTED |= {
         (_model, "stop"): _schema(
             StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
@@ -214,11 +266,16 @@ def openapi() -> dict[str, Any]:
     models = [model for route in ROUTES.values() for model in route] + [ErrorAnswer]
     _, definitions = models_json_schema([(m, "validation") for m in models], ref_template=REFERENCE)
     schemas = definitions["$defs"]
+    given = schemas["ResponseRequest"]["properties"]["input"]
+    schemas["ResponseRequest"]["properties"]["input"] = {
+        "anyOf": [{"type": "string"}, given | {"minItems": 1}]
+    }
     for (model, field), accepted in ACCEPTED.items():
         assert field in schemas[model]["properties"]
         schemas[model]["properties"][field] = accepted
-    for request, _ in ROUTES.values():
-        _as_the_endpoint_reads(schemas[request.__name__])
+    names = [request.__name__ for request, _ in ROUTES.values()]
+    for name in (*names, "MessageItem", "CallItem", "OutputItem", "FunctionTool", "SchemaFormat"):
+        _as_the_endpoint_reads(schemas[name])
     return {
         "openapi": "3.1.0",
         "info": {"title": "raymill", "version": "1"},
@@ -267,4 +324,5 @@ def _events(path: str) -> dict[str, Any]:
         "required": ["data"],
         "properties": {"data": {"type": "string", "minLength": 1}},
     }
-    return {"text/event-stream": {"schema": event}} if path.endswith("completions") else {}
+    streams = path.endswith(("completions", "responses"))
+    return {"text/event-stream": {"schema": event}} if streams else {}

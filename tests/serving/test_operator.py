@@ -37,7 +37,7 @@ ASKED = {"model": MODEL, "prompt": SECRET_TEXT, "max_tokens": 6, "ignore_eos": T
 MANY = {"prompt": [SECRET_TEXT] * 8, "n": 8, "max_tokens": 100, "stream": True}
 needs_exporter = pytest.mark.skipif(
     importlib.util.find_spec("opentelemetry.exporter.otlp") is None,
-    reason="needs `pip install raymill[tracing]`",
+    reason="needs `pip install '.[tracing]'`",
 )
 
 

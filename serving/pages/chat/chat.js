@@ -15,7 +15,11 @@ const NOBODY = { model: "", label: "nobody" };
 const UNKNOWN = { choices: [], steps: new Map(), mayLookInside: false }; // until the endpoint has said what it serves
 const state = { conversation: newConversation(DEFAULTS), models: UNKNOWN, abort: null, place: [] };
 const announcer = new Announcer(byId("chat-announcer"));
-const transcript = new Transcript(byId("chat-log"), { onAgain: again, about: () => state.models });
+const transcript = new Transcript(byId("chat-log"), {
+  onAgain: again,
+  onCopied: (words) => announcer.say(words),
+  about: () => state.models,
+});
 
 async function connect() {
   try {

@@ -7,7 +7,7 @@ export function drawList(list, conversations, { current, onRemove }) {
   list.replaceChildren(
     ...conversations.map((conversation) => {
       const title = titleOf(conversation);
-      const link = element("a", { href: `#${conversation.id}` }, title);
+      const link = element("a", { href: `#${conversation.id}`, title }, title);
       if (conversation.id === current) link.setAttribute("aria-current", "page");
       const button = element("button", { type: "button", className: "small" }, "Delete");
       button.setAttribute("aria-label", `Delete ${title}`);

@@ -6,10 +6,12 @@ import { wordsOfEnding } from "/chat/answer.js";
 const FOLLOWED_SHARE = 0.3; // of the window: so near its end, the page follows an answer that grows
 
 export class Transcript {
-  // `onAgain(index, column)` asks for an answer once more; `about` has the `steps` of versions and `mayLookInside`.
-  constructor(log, { onAgain, about }) {
+  // `onAgain(index, column)` asks for an answer once more, and `onCopied` is told what to say of a copy; `about` has the
+  // `steps` of versions and `mayLookInside`.
+  constructor(log, { onAgain, onCopied, about }) {
     this.log = log;
     this.onAgain = onAgain;
+    this.onCopied = onCopied;
     this.about = about;
   }
 
@@ -73,6 +75,7 @@ export class Transcript {
     ];
     const nodes = [facts.filter(Boolean).join(" · ")];
     if (answer.ending === null) return nodes;
+    if (answer.text) nodes.push(" ", this.copyButton(answer, index, column));
     if (mayLookInside && answer.tokenIds.length && answer.promptIds.length) {
       const link = element("a", { href: `#inside/${this.conversation.id}/${index}/${column}` }, "Look inside");
       link.setAttribute("aria-label", `Look inside the answer of ${answer.model} to turn ${index + 1}`);
@@ -84,6 +87,17 @@ export class Transcript {
       nodes.push(" ", again);
     }
     return nodes;
+  }
+
+  copyButton(answer, index, column) {
+    const button = element("button", { type: "button", className: "small" }, "Copy");
+    button.setAttribute("aria-label", `Copy the answer of ${answer.model} to turn ${index + 1}`);
+    button.addEventListener("click", async () => {
+      const isCopied = await copied(answer.text, this.nodeOf(index, column).querySelector(".said"));
+      button.textContent = isCopied ? "Copied" : "Selected";
+      this.onCopied(isCopied ? "The answer is copied." : "The browser does not let this page copy. The answer is selected: copy it by hand.");
+    });
+    return button;
   }
 
   // Returns a function that adds a piece to an answer which grows. Pieces are drawn together, once a frame: the layout of a
@@ -111,5 +125,17 @@ export class Transcript {
 
   toEnd() {
     scrollTo({ top: document.documentElement.scrollHeight, behavior: "instant" });
+  }
+}
+
+// Returns whether the text is in the clipboard. Only with TLS, or on this machine, does a page have one; elsewhere the text's
+// node is selected, and the browser copies that or leaves it to the reader.
+async function copied(text, node) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    getSelection().selectAllChildren(node);
+    return document.execCommand("copy");
   }
 }

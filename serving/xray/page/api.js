@@ -1,11 +1,15 @@
 // Sends requests to the endpoint. The key is kept in this module's memory only.
 
+// For a person, in place of the endpoint's words about headers
+const WRONG_KEY =
+  "This endpoint does not know that key. See whether you have copied all of it, or ask whoever runs the endpoint for another one.";
 let key = null;
 
 export class ApiError extends Error {
   constructor(status, body, retryAfter) {
     super(body?.error?.message ?? `The endpoint answered ${status}.`);
     this.status = status;
+    this.code = body?.error?.code ?? null;
     this.retryAfterMs = 1000 * Number(retryAfter ?? 1);
   }
 }
@@ -24,7 +28,9 @@ export async function ask(path, { body, signal } = {}) {
   try {
     parsed = JSON.parse(text);
   } catch { /* a proxy's refusal is plain text */ }
-  throw new ApiError(response.status, parsed, response.headers.get("Retry-After"));
+  const error = new ApiError(response.status, parsed, response.headers.get("Retry-After"));
+  if (key && error.code === "invalid_api_key") error.message = WRONG_KEY;
+  throw error;
 }
 
 export async function askJson(path, options) {

@@ -203,6 +203,22 @@ def test_who_sends_many_invalid_bodies_waits_and_nobody_else_does() -> None:
     assert replica.num_refused("mallory", Refusal.INVALID_BYTES) == 1
 
 
+def test_processor_time_of_schemas_is_held_against_their_key_alone() -> None:
+    replica, mallory, alice = Replica(), ApiKey.read("m name=mallory"), ApiKey.read("a name=alice")
+    connection = ("127.0.0.1", 50_000)
+    replica.limits.asker(mallory, connection=connection).charge(1.95)
+    replica.limits.require_few_invalid(mallory)
+    for _ in range(2):
+        replica.limits.asker(mallory, connection=connection).charge(1.95)
+    with pytest.raises(ApiError, match="schemas that take long to compile"):
+        replica.limits.require_few_invalid(mallory)
+    unknown = replica.limits.asker(None, connection=connection)
+    unknown.charge(100.0)
+    replica.limits.require_few_invalid(None)
+    replica.limits.require_few_invalid(alice)
+    assert unknown.name != replica.limits.asker(None, connection=("127.0.0.1", 50_001)).name
+
+
 def test_the_series_of_a_name_begin_and_end_with_it() -> None:
     exported = Metrics(Exporter.REPLICA, model_name="tiny", replica="r")
     metrics = KeyMetrics(exported)

@@ -26,6 +26,7 @@ from serving.api.metrics import ReplicaMetrics
 from serving.delivery.coordinator import Coordinator
 from serving.delivery.follower import Follower
 from serving.limits.usage_report import Account, QuotaKind
+from serving.responses.routes import add_response_routes
 from tests.serving.endpoint_parts import loopback_server
 from tests.time_limits import limit_s
 from tests.waiting import wait_in_loop_until
@@ -106,6 +107,7 @@ class Fleet:
             access=CurrentAccess(AccessRules(keys)),
             usage=follower.usage,
             admin=APIRouter(),
+            add_others=add_response_routes,
         )
         try:
             async with loopback_server(app) as url:
@@ -228,6 +230,7 @@ def test_the_requests_of_a_replica_that_dies_end_with_it(
 
 def test_tokens_used_on_one_replica_are_used_up_on_the_other(run: Run) -> None:
     async def check(fleet: Fleet) -> None:
+        await fleet.heard()  # what a replica that nobody hears charges counts for all
         used = [
             (await fleet.ask(number, "day", max_tokens=37)).json()["usage"]["total_tokens"]
             for number in (0, 1)

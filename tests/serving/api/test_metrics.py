@@ -19,6 +19,7 @@ from serving.api.metrics import ReplicaMetrics
 from serving.delivery.promotion import Delivery, Outcome, Phase, Terms, Version
 from serving.delivery.versions import Versions
 from serving.limits.key_usage import KeyUsage
+from serving.responses.routes import add_response_routes
 from tests.serving.delivery_parts import served
 from tests.serving.tiny_models import write_model
 from tests.waiting import wait_in_loop_until
@@ -64,7 +65,12 @@ def test_each_version_of_a_canary_has_its_own_figures(checkpoint: Path, other: P
         metrics = ReplicaMetrics(versions=versions, replica="r", start_s=1.0)
         access = CurrentAccess(AccessRules())
         app = build_http_app(
-            versions=versions, metrics=metrics, access=access, usage=KeyUsage(), admin=APIRouter()
+            versions=versions,
+            metrics=metrics,
+            access=access,
+            usage=KeyUsage(),
+            admin=APIRouter(),
+            add_others=add_response_routes,
         )
         try:
             async with httpx.AsyncClient(

@@ -14,13 +14,14 @@ import pytest
 from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
 from model.text.tokenizer import Tokenizer
 from serving.api.access import AccessRules
-from serving.api.completions import choice_seed, server_sent
+from serving.api.answers import server_sent
 from serving.api.keys import ApiKey
 from serving.delivery.versions import Versions
 from serving.engine.messages import SequenceRequest
-from serving.engine_process.client import EngineClient, Generation
+from serving.engine_process.client import EngineClient
+from serving.engine_process.generation import Generation
 from serving.protocol import harmless_fields
-from serving.protocol.protocol import CompletionRequest
+from serving.protocol.protocol import CompletionRequest, choice_seed
 from tests.serving.endpoint_parts import (
     Run,
     loopback_server,
@@ -47,6 +48,7 @@ LARGE: dict[str, tuple[str, dict[str, Any], int]] = {
         {"model": MODEL, "messages": [{"role": "user", "content": TEXT}]},
         400,
     ),
+    "a long response": ("/v1/responses", {"model": MODEL, "input": TEXT}, 400),
     "biases": (
         "/v1/completions",
         {"model": MODEL, "prompt": "x", "logit_bias": dict.fromkeys(range(80_000), 0)},
@@ -91,15 +93,6 @@ async def longest_stretch_s(work: Coroutine[Any, Any, None]) -> float:
     await asyncio.sleep(0.01)
     watching.cancel()
     return longest
-
-
-def test_a_client_of_responses_is_told_where_to_ask(run: Run) -> None:
-    async def check(http: httpx.AsyncClient, _versions: Versions) -> None:
-        answer = await http.post("/v1/responses", json={"model": MODEL, "input": "hi"})
-        assert answer.status_code == 404 and answer.json()["error"]["code"] == "not_found"
-        assert "/v1/chat/completions" in answer.json()["error"]["message"]
-
-    run(check)
 
 
 def test_only_a_clients_seed_goes_to_the_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +152,22 @@ def test_a_monitor_may_ask_with_head(checkpoint: Path) -> None:
             assert (await http.head("/v1/completions")).status_code == 405
 
     asyncio.run(scenario())
+
+
+def test_what_is_not_there__is_said_in_the_shape_of_all_errors(run: Run) -> None:
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+        for path in ("/v1/moderations", "/v1/completions/", "/v1", "/nothing%1b"):
+            answer = await http.post(path, json={})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (404, "not_found")
+            assert error["message"].startswith("There is nothing at '/")
+            assert error["message"].isprintable()
+        wrong = await http.delete("/v1/models")
+        error, allowed = wrong.json()["error"], wrong.headers["allow"]
+        assert (wrong.status_code, error["code"]) == (405, "method_not_allowed")
+        assert error["message"] == f"'/v1/models' does not take 'DELETE', but {allowed}."
+
+    run(check)
 
 
 def test_tokens_and_back(run: Run, tokenizer: Tokenizer) -> None:
@@ -377,7 +386,8 @@ def test_a_key_that_fills_the_queue_fills_it_for_itself(
     # The answers are long, so that all eight are there before the first has ended
     model = lively_model(tokenizer, n_positions=1024)
     checkpoint = write_model(tmp_path / "long", model, tokenizer)
-    engine = EngineConfig(max_num_seqs=2, max_waiting=6, kernels="torch")
+    # Nobody waits too long, on a busy machine either
+    engine = EngineConfig(max_num_seqs=2, max_waiting=6, kernels="torch", max_queue_s=600.0)
     config = ServeConfig(engine=engine, replicas=ReplicaConfig(max_ongoing_requests=8))
     long = ASKED | {"max_tokens": 1000}
 

@@ -107,6 +107,22 @@ def test_choices_streams_and_seeds_give_the_same_answers(run: Run, path: str) ->
     run(check)
 
 
+def test_whole_numbers_that_no_double_holds_arrive_as_they_are_written(run: Run) -> None:
+    ids = [1234567890123456789, 1234567890123456790, -9007199254740993]
+    schema = closed({"id": {"enum": ids}, "other": {"const": 9007199254740993}})
+
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+        for seed in range(4):
+            [(text, reason)] = await texts(http, **by_schema(schema), seed=seed)
+            answer = json.loads(text)
+            assert reason == "stop" and answer["id"] in ids and answer["other"] == 9007199254740993
+        grammar = f"start: %json {json.dumps({'enum': ids})}\n"
+        [(text, _)] = await texts(http, structured_outputs={"grammar": grammar})
+        assert json.loads(text) in ids
+
+    run(check)
+
+
 def test_vllms_fields_do_the_same(run: Run) -> None:
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
         schema = json.dumps(SCHEMA)
@@ -144,6 +160,21 @@ def test_logprobs_stops_and_limits_work_as_without(run: Run) -> None:
     [
         (by_schema(closed({"a": {"not": {}}})), "response_format", "at #/properties/a cannot be"),
         ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs", "look-around"),
+        (
+            by_schema(closed({"a": {"type": "integer", "minimum": (1 << 53) + 1}})),
+            "response_format",
+            "at #/properties/a/minimum cannot be enforced: minimum is 9007199254740993",
+        ),
+        (
+            by_schema(closed({"a": {"type": "integer", "multipleOf": 999983}})),
+            "response_format",
+            "at #/properties/a cannot be enforced: multiples of 999983 take too long",
+        ),
+        (
+            {"structured_outputs": {"json": '{"items":' * 33 + "{}" + "}" * 33}},
+            "structured_outputs.json",
+            "at most 32 levels",
+        ),
         (
             by_schema(SCHEMA) | {"structured_outputs": {"regex": "a"}},
             "structured_outputs",

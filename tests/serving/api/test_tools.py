@@ -73,6 +73,12 @@ def folder_of(tokenizer: Tokenizer, template: str | None, folder: Path) -> Path:
     return write_model(folder, gpt.eval(), Tokenizer.from_json(tokenizer.to_json(), chat))
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    """A choice among these tools."""
+    named = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
+
+
 @pytest.fixture(scope="module")
 def hermes(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("checkpoints") / "hermes"
@@ -175,6 +181,22 @@ def test_a_free_choice_may_be_text_and_none_offers_nothing(run: Run) -> None:
     run(check)
 
 
+def test_of_allowed_tools_only_these_are_called_and_the_prompt_has_all(run: Run) -> None:
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+        for name in ("time", "weather"):
+            alone = {"tool_choice": allowed("required", name), "parallel_tool_calls": False}
+            for choice in await choices(http, **alone, n=4):
+                assert [called_name for called_name, _ in called(choice)] == [name]
+        asked = {"max_tokens": 1, "return_token_ids": True}
+        prompts = [
+            (await ask(http, **asked, **fields)).json()["prompt_token_ids"]
+            for fields in ({}, {"tool_choice": allowed("auto", "time")})
+        ]
+        assert prompts[0] == prompts[1]
+
+    run(check)
+
+
 def test_earlier_calls_and_what_came_of_them_are_written_by_the_template(
     run: Run, tokenizer: Tokenizer
 ) -> None:
@@ -200,8 +222,26 @@ def test_earlier_calls_and_what_came_of_them_are_written_by_the_template(
             "not among the tools",
         ),
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tools", "several of the name weather"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "tools are not allowed"),
-        ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "tools are not allowed"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "JSON by a schema only"),
+        (
+            {"response_format": {"type": "json_object"}, "min_tokens": 3},
+            "min_tokens",
+            "by which the answer ends",
+        ),
+        *(
+            ({"tool_choice": choice}, "tool_choice", 'expected "auto", "none", "required"')
+            for choice in (
+                "any",
+                7,
+                [],
+                {"type": "custom", "custom": {"name": "weather"}},
+                {"type": "function", "function": {"name": "a b"}},
+                {"type": "allowed_tools", "allowed_tools": {"mode": "none", "tools": []}},
+                {"type": ["function"]},
+            )
+        ),
+        ({"tool_choice": allowed("auto", "time", "other")}, "tool_choice", "names other"),
+        ({"tool_choice": allowed("required", "time"), "ignore_eos": True}, "ignore_eos", "ends"),
         ({"tool_choice": "required", "ignore_eos": True}, "ignore_eos", "tool_choice"),
         ({"tool_choice": "required", "min_tokens": 3}, "min_tokens", "tool_choice"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0", "tool_call_id"),
@@ -291,6 +331,10 @@ def test_a_model_that_chooses_to_call_is_read_in_its_format(
         assert whole["finish_reason"] == "tool_calls"
         plain = ChatAnswer(model).whole([part(text, FinishReason.STOP)], {})["choices"][0]
         assert plain["message"]["content"] == text and plain["finish_reason"] == "stop"
+        other = Tool.model_validate({"type": "function", "function": {"name": "other"}})
+        not_allowed = ChatAnswer(model, tools=[other], only_these=True)
+        [left] = not_allowed.whole([part(text, FinishReason.STOP)], {})["choices"]
+        assert left["message"]["content"].endswith(text[-40:]) and left["finish_reason"] == "stop"
         cut = ChatAnswer(model, tools=[time]).whole([part(text, FinishReason.LENGTH)], {})
         assert cut["choices"][0]["finish_reason"] == "length"
 

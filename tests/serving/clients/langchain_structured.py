@@ -8,7 +8,6 @@ from typing import Literal
 from langchain.agents import create_agent
 from langchain.agents.structured_output import ProviderStrategy
 from langchain_openai import ChatOpenAI
-from openai import NotFoundError
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -28,10 +27,7 @@ chat = ChatOpenAI(**to, temperature=0, max_tokens=100, stream_usage=True)
 structured = chat.with_structured_output(Trip)
 strict = chat.with_structured_output(Trip, method="json_schema", strict=True, include_raw=True)
 agent = create_agent(chat, tools=[], response_format=ProviderStrategy(Trip))
-try:
-    ChatOpenAI(**to, use_responses_api=True).invoke("a trip")
-except NotFoundError as error:
-    refusal = error.message
+responding = ChatOpenAI(**to, temperature=0, max_tokens=100, use_responses_api=True)
 question = {"messages": [{"role": "user", "content": "a trip"}]}
 streamed = list(structured.stream("a trip"))
 whole = strict.invoke("a trip")
@@ -40,7 +36,10 @@ answers = {
     "streamed": streamed[-1].model_dump(),
     "strict": whole["parsed"].model_dump(),
     "tokens": whole["raw"].usage_metadata["output_tokens"],
-    "responses": refusal,
+    "responding": responding.with_structured_output(Trip).invoke("a trip").model_dump(),
+    "responding_stream": [*responding.with_structured_output(Trip).stream("a trip")][
+        -1
+    ].model_dump(),
     "agent": agent.invoke(question)["structured_response"].model_dump(),
 }
 print(json.dumps(answers))

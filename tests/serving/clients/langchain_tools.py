@@ -14,16 +14,7 @@ from langchain.agents.structured_output import ToolStrategy
 from langchain_core.messages import AIMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
-from pydantic import BaseModel, ConfigDict, Field
-
-
-class Trip(BaseModel):
-    """A trip to one city. Other fields are forbidden: a random model may write them without end."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    city: Literal["Vienna", "Graz"]
-    days: int = Field(ge=1, le=7)
+from travel import Trip
 
 
 @tool

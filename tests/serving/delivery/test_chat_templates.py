@@ -19,6 +19,7 @@ from serving.delivery.promotion import Delivery, Phase, Terms
 from serving.delivery.versions import Versions
 from serving.limits.key_usage import KeyUsage
 from serving.protocol.errors import ApiError
+from serving.responses.routes import add_response_routes
 from tests.serving.delivery_parts import served
 from tests.serving.tiny_models import as_transformers_folder, lively_model, write_model
 from tests.time_limits import limit_s
@@ -29,6 +30,7 @@ GOOD = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 BROKEN = "{% for m in messages %}{{ m.content "
+REFUSES_BAD = "{% if bad is defined %}{{ raise_exception('bad') }}{% endif %}"
 REFUSES_Q = "{% if 'q' in messages[0].content %}{{ raise_exception('no q') }}{% endif %}"
 
 
@@ -75,9 +77,8 @@ def test_a_chat_that_the_version_before_can_write_is_the_new_ones_failure(
     """The version before answers it. A chat that both refuse is its client's mistake."""
     refuses_z = REFUSES_Q.replace("q", "z")
     old = chat_folder(tokenizer, tmp_path, refuses_z + GOOD, seed=1)
-    new = chat_folder(
-        tokenizer, tmp_path, refuses_z + REFUSES_Q.replace("'q'", "'quick'") + GOOD, seed=2
-    )
+    refuses_quick = REFUSES_Q.replace("'q'", "'quick'")
+    new = chat_folder(tokenizer, tmp_path, refuses_z + refuses_quick + REFUSES_BAD + GOOD, seed=2)
     config = ServeConfig(engine=EngineConfig(max_num_seqs=2), model_name="tiny")
     state = Delivery(
         deployment="d", model_name="tiny", phase=Phase.WATCHING, live=served(new, 2), previous=served(old, 1),
@@ -91,15 +92,20 @@ def test_a_chat_that_the_version_before_can_write_is_the_new_ones_failure(
         metrics = ReplicaMetrics(versions=versions, replica="r", start_s=1.0)
         access = CurrentAccess(AccessRules())
         app = build_http_app(
-            versions=versions, metrics=metrics, access=access, usage=KeyUsage(), admin=APIRouter()
+            versions=versions,
+            metrics=metrics,
+            access=access,
+            usage=KeyUsage(),
+            admin=APIRouter(),
+            add_others=add_response_routes,
         )
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(app), base_url="http://test", timeout=limit_s(60)
         ) as http:
 
-            async def chat(text: str) -> httpx.Response:
+            async def chat(text: str, **fields: object) -> httpx.Response:
                 messages = [{"role": "user", "content": text}]
-                asked = {"model": "tiny", "messages": messages, "max_tokens": 2}
+                asked = {"model": "tiny", "messages": messages, "max_tokens": 2} | fields
                 return await http.post("/v1/chat/completions", json=asked)
 
             assert (await chat("fox")).headers["x-model-version"] == versions.live.model.version
@@ -111,10 +117,13 @@ def test_a_chat_that_the_version_before_can_write_is_the_new_ones_failure(
             answer = await chat("lazy")
             assert answer.status_code == 400 and "no z" in answer.text.replace("no q", "no z")
             assert versions.report()[2].stats.errors == 1
+            answer = await chat("fox", chat_template_kwargs={"bad": 1})
+            assert answer.headers["x-model-version"] == served(old, 1).version
+            assert versions.report()[2].stats.errors == 1, "no client's setting rolls it back"
             shown = (await http.get("/metrics")).text
             refused = [line for line in shown.splitlines() if "chats_refused" in line]
             assert any(
-                versions.live.model.version in line and line.endswith(" 2.0") for line in refused
+                versions.live.model.version in line and line.endswith(" 3.0") for line in refused
             )
         await versions.close()
 

@@ -22,6 +22,7 @@ from schemathesis.specs.openapi.checks import (
 from tests.serving.endpoint_parts import assert_error, engine_and_replica
 from tests.serving.hostile_requests import MODEL
 from tests.serving.openapi import openapi
+from tests.serving.responses.response_types import streamed
 from tests.time_limits import limit_s
 
 pytestmark = pytest.mark.cluster
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.cluster
 ROUTES = (
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/responses",
     "/v1/embeddings",
     "/tokenize",
     "/detokenize",
@@ -133,6 +135,21 @@ MESSAGE = st.fixed_dictionaries(
     },
     optional={"name": TEXTS, "tool_call_id": TEXTS},
 )
+ITEM = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["system", "developer", "user", "assistant"]),
+        "content": TEXTS
+        | st.lists(
+            st.fixed_dictionaries({"type": st.just("input_text"), "text": TEXTS}), max_size=3
+        ),
+    }
+) | st.fixed_dictionaries(
+    {
+        "type": st.sampled_from(["function_call", "function_call_output", "reasoning", "x"]),
+        "call_id": TEXTS,
+    },
+    optional={"name": st.just("f"), "arguments": TEXTS, "output": TEXTS},
+)
 TOOL = st.fixed_dictionaries(
     {"type": st.just("function"), "function": st.fixed_dictionaries({"name": st.just("f")})}
 )
@@ -142,6 +159,7 @@ REQUIRED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "prompt": TEXTS | IDS | st.lists(TEXTS, max_size=5) | st.lists(IDS, max_size=5)
     },
     "/v1/chat/completions": {"messages": st.lists(MESSAGE, max_size=4), "max_tokens": NEW_TOKENS},
+    "/v1/responses": {"input": TEXTS | st.lists(ITEM, max_size=4), "max_output_tokens": NEW_TOKENS},
     "/v1/embeddings": {
         "input": TEXTS | IDS | st.lists(TEXTS, max_size=5) | st.lists(IDS, max_size=5)
     },
@@ -165,6 +183,22 @@ OPTIONAL: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "logprobs": st.booleans(),
         "top_logprobs": st.integers(0, 21),
         "tools": st.lists(TOOL, max_size=2),
+        "tool_choice": st.sampled_from(["none", "auto", "required"]),
+    },
+    "/v1/responses": {
+        name: field
+        for name, field in GENERATION.items()
+        if name not in ("n", "prompt_logprobs", "return_token_ids", "response_format")
+    }
+    | {
+        "instructions": TEXTS,
+        "top_logprobs": st.integers(0, 21),
+        "text": st.fixed_dictionaries({"format": GENERATION["response_format"]})
+        | st.fixed_dictionaries({}, optional={"verbosity": st.sampled_from(["low", "x"])}),
+        "reasoning": st.fixed_dictionaries({}, optional={"effort": st.sampled_from(["low", None])}),
+        "tools": st.lists(
+            st.fixed_dictionaries({"type": st.just("function"), "name": st.just("f")}), max_size=2
+        ),
         "tool_choice": st.sampled_from(["none", "auto", "required"]),
     },
     "/v1/embeddings": {"encoding_format": st.sampled_from(["float", "base64"]), "user": TEXTS},
@@ -205,6 +239,8 @@ def check_answer(body: dict[str, Any], answer: httpx.Response) -> None:
     if answer.status_code != 200:
         assert answer.status_code in (400, 404, 429), (answer.status_code, answer.text)
         assert_error(answer, answer.status_code)
+    elif answer.text.startswith("event: response.created"):
+        streamed(answer.text)
     elif answer.headers["content-type"].startswith("text/event-stream"):
         *events, done, rest = answer.text.split("\n\n")
         assert (done, rest) == ("data: [DONE]", "")

@@ -64,9 +64,13 @@ def test_openai_node__chats_streams_parses_leaves_and_shows_refusals(
     assert len(answers["before_abort"]) == 3
     aborts.assert_one()
 
-    responses = answers["responses"]
-    assert (responses["name"], responses["status"]) == ("NotFoundError", 404)
-    assert "no /v1/responses: use /v1/chat/completions" in responses["message"]
+    responded = answers["responded"]
+    assert (responded["text"], responded["reason"]) == (expected, "max_output_tokens")
+    assert responded["parsed"] == responded["from_stream"] and set(responded["parsed"]) == set(trip)
+    assert responded["last"] == "response.completed"
+    stored = answers["no_such_response"]
+    assert (stored["name"], stored["status"]) == ("NotFoundError", 404)
+    assert "stores no responses" in stored["message"]
     assert answers["no_such_field"] == {
         "name": "BadRequestError",
         "status": 400,

@@ -110,17 +110,6 @@ def test_openai__shows_that_a_parsed_answer_was_cut(client: openai.OpenAI) -> No
         client.chat.completions.parse(**asked("a trip", max_tokens=4), response_format=Trip)
 
 
-def test_openai__shows_where_to_ask_instead_of_responses(client: openai.OpenAI) -> None:
-    hint = "no /v1/responses: use /v1/chat/completions"
-    with pytest.raises(openai.NotFoundError, match=hint) as caught:
-        client.responses.create(model=MODEL, input="a trip")
-    assert caught.value.code == "not_found"
-    with pytest.raises(openai.NotFoundError, match=hint):
-        client.responses.parse(model=MODEL, input="a trip", text_format=Trip)
-    with pytest.raises(openai.NotFoundError, match=hint):
-        client.responses.create(model=MODEL, input="a trip", stream=True)
-
-
 @installed
 def test_langchain__structures_answers_streams_and_agents(roomy_url: str, tmp_path: Path) -> None:
     command = [CLIENTS_PYTHON, SCRIPTS / "langchain_structured.py", roomy_url, MODEL]
@@ -129,7 +118,7 @@ def test_langchain__structures_answers_streams_and_agents(roomy_url: str, tmp_pa
     assert answers["invoked"] == answers["streamed"] == answers["strict"]
     assert set(answers["agent"]) == {"city", "days", "guide"}
     assert answers["tokens"] > 5
-    assert "use /v1/chat/completions" in answers["responses"]
+    assert answers["responding"] == answers["responding_stream"] == answers["strict"]
 
 
 @llama_index_installed

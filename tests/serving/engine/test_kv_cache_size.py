@@ -44,7 +44,7 @@ def tokens(
         config,
         dtype="float32",
         num_seqs=16,
-        weight_bytes=int(weights_gib * GIB),
+        other_bytes=int(weights_gib * GIB),
         memory=room,
     )
 

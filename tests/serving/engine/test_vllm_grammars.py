@@ -19,6 +19,7 @@ from model.text.chat_format import ChatFormat
 from model.text.tokenizer import Tokenizer
 from serving.delivery.versions import Versions
 from tests.serving.endpoint_parts import Run, shared_replica
+from tests.serving.responses.response_types import checked, said, streamed
 from tests.serving.structured.schema_cases import ENFORCED, REFUSED, closed
 from tests.serving.tiny_models import lively_model, write_model
 from tests.serving.tools.templates import HERMES_TEMPLATE
@@ -226,6 +227,49 @@ def test_tools_are_called_by_their_schemas(run: Run) -> None:
         free = await chat(http, tools=TOOLS, tool_choice="auto", max_tokens=20)
         [answered] = free.json()["choices"]
         assert answered["finish_reason"] in ("stop", "length") and answered["message"]["content"]
+
+    run(check)
+
+
+def test_with_tools_and_a_schema_an_answer_is_a_call_or_follows_it(
+    run: Run, closing: dict[str, float], tokenizer: Tokenizer
+) -> None:
+    [opens_call], [opens_text] = tokenizer.encode("<"), tokenizer.encode("{")
+
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+        asked = {"tools": TOOLS, "parallel_tool_calls": False, "n": 3, **BY_SCHEMA}
+        for token_id in (opens_call, opens_text):
+            biases = closing | {str(token_id): 20.0}
+            answer = await chat(http, **asked, logit_bias=biases)
+            assert answer.status_code == 200, answer.text
+            for choice in answer.json()["choices"]:
+                message = choice["message"]
+                if token_id == opens_text:
+                    validate(message["content"], choice["finish_reason"])
+                    continue
+                [call] = message["tool_calls"]
+                assert choice["finish_reason"] == "tool_calls" and message["content"] is None
+                is_weather = call["function"]["name"] == "weather"
+                arguments = json.loads(call["function"]["arguments"])
+                jsonschema.validate(arguments, SCHEMA if is_weather else {"maxProperties": 0})
+
+    run(check)
+
+
+def test_responses_are_answered_streamed_and_call_tools(run: Run) -> None:
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+        schema = {"type": "json_schema", "name": "a", "schema": SCHEMA}
+        tools = [{"type": "function", **tool["function"]} for tool in TOOLS]
+        for fields in (
+            {"temperature": 0, "max_output_tokens": 20},
+            {"text": {"format": schema}},
+            {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False},
+        ):
+            asked = {"model": "tiny", "input": "the fox", "seed": 3, "max_output_tokens": 300}
+            whole = await http.post("/v1/responses", json=asked | fields)
+            assert whole.status_code == 200, whole.text
+            stream = await http.post("/v1/responses", json=asked | fields | {"stream": True})
+            assert said(streamed(stream.text)) == said(checked(whole.json()))
 
     run(check)
 

@@ -12,8 +12,9 @@ from model.generation.generate import generate
 from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
 from serving.engine.messages import SequenceRequest
-from serving.engine_process.client import EngineClient, Generation
-from serving.engine_process.fair_queue import FairQueue
+from serving.engine_process.client import EngineClient
+from serving.engine_process.fair_queue import FairLine, FairQueue
+from serving.engine_process.generation import Generation
 from tests.serving.engine_processes import engine
 from tests.waiting import wait_in_loop_until
 
@@ -68,6 +69,27 @@ def test_what_is_not_wanted_any_more_costs_its_key_nothing() -> None:
     queue.put(sequence(9), key="a")
     queue.put(sequence(10), key="b")
     assert taken(queue) == [1, 4, 3, 10, 9]
+
+
+def test_what_costs_more_or_less_than_was_expected_moves_its_keys_next_turn() -> None:
+    line: FairLine[str] = FairLine()
+    for number in range(4):
+        line.hold(f"a{number}", key="a", number=number, cost=20)
+    assert line.take() == "a0"
+    line.charge("a", 100)
+    for number, key in enumerate("bbbba", 4):
+        line.hold(f"{key}{number}", key=key, number=number, cost=20)
+        line.charge(key, -15)
+    assert [line.take() for _ in range(len(line))] == [
+        "b4",
+        "b5",
+        "b6",
+        "b7",
+        "a1",
+        "a2",
+        "a3",
+        "a8",
+    ]
 
 
 def test_those_behind_are_those_that_a_new_one_would_pass() -> None:

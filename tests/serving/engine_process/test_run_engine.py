@@ -38,7 +38,8 @@ from serving.engine.messages import (
 from serving.engine.runner import Reading
 from serving.engine.scheduler import Scheduler
 from serving.engine.torch_runner import TorchRunner
-from serving.engine_process.client import EngineClient, EngineDiedError, Generation, submission
+from serving.engine_process.client import EngineClient, EngineDiedError, submission
+from serving.engine_process.generation import Generation
 from serving.engine_process.run_engine import Channel, build_engine, run_engine, warm_up
 from tests.repository import REPOSITORY
 from tests.serving.engine_processes import START, engine
@@ -94,8 +95,7 @@ def test_messages_survive_the_wire() -> None:
         [None, Candidates(-1.0, [], 7)],
         "AACAPw==",
     )
-    message = json.loads(encode_message(StepReport([event], 1, 2, 0.25, 30, 31, 40, 16, 0.5)))
-    report = parse_report(message)
+    report = parse_report(encode_message(StepReport([event], 1, 2, 0.25, 30, 31, 40, 16, 0.5)))
     assert report == ([event], 1, 2, 0.25, 30, 31, 40, 16, 0.5)
     assert report.events[0].finish_reason is FinishReason.STOP
 
@@ -220,12 +220,14 @@ def test_reports_wait_for_each_other_unless_a_sequence_begins_or_ends(
             ours.sendall(submission(SequenceRequest(seq_id, [seq_id, 2], max_tokens, GREEDY)))
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        lines = [json.loads(file.readline()) for _ in range(sum(together))]
+        lines = [file.readline() for _ in range(sum(together))]
     thread.join(limit_s(60))
     assert [len(messages) for messages in connection.sent] == together
-    assert [message for messages in connection.sent for message in messages] == lines
+    assert [message for messages in connection.sent for message in messages] == [
+        json.loads(line) for line in lines
+    ]
     events = [
-        event for line in lines if isinstance(line, list) for event in parse_report(line).events
+        event for line in lines if line.startswith(b"[") for event in parse_report(line).events
     ]
     for seq_id, max_tokens in enumerate((4, 10)):
         tokens = [event.token_id for event in events if event.seq_id == seq_id]
@@ -268,8 +270,7 @@ def test_what_a_step_begins_with_is_told_before_it_computes(model: GPT) -> None:
         lines = ours.makefile("rb")
         assert json.loads(lines.readline()) == {"admission": [[0, 1], 2, 1, [0, 0]]}
         runner.may_compute.set()
-        report = json.loads(lines.readline())
-        assert [event.seq_id for event in parse_report(report).events] == [0, 1]
+        assert [event.seq_id for event in parse_report(lines.readline()).events] == [0, 1]
 
 
 def test_a_warm_up_leaves_nothing_behind(model: GPT) -> None:

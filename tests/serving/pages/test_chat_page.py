@@ -58,6 +58,11 @@ def test_a_conversation_goes_on_is_kept_and_is_stopped(page: Page, http: httpx.C
     second = chatted(http, messages, max_completion_tokens=12)
     assert said.evaluate_all(SAID) == [EVIL, first, "fox", second]
 
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="Copy the answer of tiny to turn 1").click()
+    expect(page.get_by_text("Copied", exact=True)).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == first
+
     page.reload()
     expect_answers(page, 2)
     assert said.evaluate_all(SAID) == [EVIL, first, "fox", second]
@@ -200,7 +205,7 @@ def test_a_key_is_asked_for_and_kept_nowhere(browser: Browser, pages: ServedPage
         expect(page.get_by_label("API key")).to_be_focused()
         page.keyboard.type("sk-wrong")
         page.keyboard.press("Enter")
-        expect(page.locator("#chat-key-error")).to_contain_text("A valid API key is required")
+        expect(page.locator("#chat-key-error")).to_contain_text("See whether you have copied all")
         page.get_by_label("API key").fill(KEY)
         page.keyboard.press("Enter")
         expect(page.locator("#chat-message")).to_be_focused()

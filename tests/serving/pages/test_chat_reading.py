@@ -19,6 +19,16 @@ from tests.serving.page_parts import (
 
 pytestmark = [pytest.mark.slow, needs_chromium]
 
+# What a finger has to hit is at least 24 pixels wide and high (WCAG 2.5.8); of the inside's rows of
+# tokens and of its pickers only what stands alone counts
+SMALL_TARGETS = """[...document.querySelectorAll("button, select, a, input, textarea, summary")]
+  .map(node => [node.textContent.trim() || node.id, node.getBoundingClientRect()])
+  .filter(([_, {width, height}]) => width && (width < 24 || height < 24)).map(([name]) => name)"""
+NUM_TITLE_LINES = """(() => {
+  const link = document.querySelector("#chat-list a");
+  return Math.round(link.getBoundingClientRect().height / parseFloat(getComputedStyle(link).lineHeight));
+})()"""
+
 FOCUSED = """() => {
   const node = document.activeElement;
   const style = getComputedStyle(node);
@@ -144,15 +154,18 @@ def test_it_fits_a_small_screen_in_the_dark_and_without_motion(
     page = watched.page
     page.goto(pages.url)
     set_settings(page, max_tokens=None)
-    say(page, "x" * 100)
+    say(page, "two words of a title " * 10)
     assert animation_of_caret(page) == "none"
     page.keyboard.press("Escape")
     expect(answers(page)).to_contain_text("stopped")
+    expect(page.get_by_role("button", name="Copy the answer of tiny to turn 1")).to_be_visible()
+    assert page.evaluate(NUM_TITLE_LINES) <= 2
     for place in ("", "Look inside"):
         if place:
             page.get_by_role("link", name=place).click()
             expect(page.locator("#chat-inside-same")).not_to_be_empty()
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert page.evaluate(SMALL_TARGETS) == []
         assert page.evaluate(FAINT_TEXT) == []
     watched.problems.clear()  # a long answer has no x-ray
     context.close()

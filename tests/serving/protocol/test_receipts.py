@@ -41,6 +41,13 @@ CHAT: dict[str, Any] = {
     "temperature": 0,
     "raymill": {"receipt": True},
 }
+RESPONSE: dict[str, Any] = {
+    "model": "tiny",
+    "input": "the quick",
+    "max_output_tokens": 6,
+    "temperature": 0,
+    "raymill": {"receipt": True},
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +81,8 @@ def files(run: Run, tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
 
 
 @pytest.mark.parametrize(
-    ("route", "body"), [("/v1/completions", ASKED), ("/v1/chat/completions", CHAT)]
+    ("route", "body"),
+    [("/v1/completions", ASKED), ("/v1/chat/completions", CHAT), ("/v1/responses", RESPONSE)],
 )
 def test_an_answer_has_a_receipt_that_its_key_checks(
     files: Callable[..., tuple[Path, Path]],
@@ -313,6 +321,18 @@ def test_what_an_endpoint_answers_again_is_compared(
     verdict = asked_again(request, answer, keys[1], checkpoint, wrap=answering(path, change))
     assert verdict["valid"] is is_valid
     assert re.search(words, verdict["verdict"]), verdict["verdict"]
+
+
+def test_a_response_is_the_same_again_but_for_its_ids_and_times(
+    files: Callable[..., tuple[Path, Path]], keys: tuple[Path, Path], checkpoint: Path
+) -> None:
+    request, answer = files("/v1/responses", RESPONSE)
+    verdict = asked_again(request, answer, keys[1], checkpoint)
+    assert verdict["valid"] and verdict["verdict"].endswith("weights and answers the same")
+    first = json.loads(answer.read_bytes())
+    [message] = first["output"]
+    other = first | {"output": [message | {"content": [{"type": "output_text", "text": "x"}]}]}
+    assert differing_fields(first, other) == ["output"]
 
 
 def test_the_ids_of_calls_are_not_compared_and_their_arguments_are() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types.responses import ResponseErrorEvent
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.cli import main
@@ -141,6 +142,12 @@ def test_a_stream_that_breaks_off_ends_in_an_error_event() -> None:
     *_, last = ask(dies(0, half))
     assert json.loads(last["body"].removeprefix(b"data: "))["error"]["code"] == "interrupted"
     assert not last.get("more_body")
+    *_, last = ask(dies(0, half), path="/v1/responses")
+    name, data = last["body"].decode().strip().split("\n")
+    event = json.loads(data.removeprefix("data: "))
+    assert name == "event: error" and event["error"]["code"] == "interrupted"
+    assert ResponseErrorEvent.model_validate(event, strict=True).code == "interrupted"
+    assert event["sequence_number"] == 1, "one has gone out"
 
 
 def test_a_client_that_has_gone_is_not_served_again() -> None:
@@ -297,8 +304,21 @@ def test_each_completion_is_counted_once_by_how_its_client_saw_it_end() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("path", "begin"),
+    [
+        ("/v1/completions", b"data: 1\n\ndata: 2\n\n"),
+        (
+            "/v1/responses",
+            b"event: response.created\ndata: 0\n\n"
+            + b"event: response.output_text.delta\ndata: 1\n\n" * 2,
+        ),
+    ],
+)
 @pytest.mark.parametrize("is_whole", [True, False])
-def test_what_the_replica_knows_is_logged_and_goes_no_further(is_whole: bool) -> None:
+def test_what_the_replica_knows_is_logged_and_goes_no_further(
+    is_whole: bool, path: str, begin: bytes
+) -> None:
     """Without its last word the tokens are those that have gone out."""
     facts = {
         "key": "alice",
@@ -311,9 +331,7 @@ def test_what_the_replica_knows_is_logged_and_goes_no_further(is_whole: bool) ->
 
     async def answer(send: Send) -> None:
         await send({**OK, FACTS: facts})
-        await send(
-            {"type": "http.response.body", "body": b"data: 1\n\ndata: 2\n\n", "more_body": True}
-        )
+        await send({"type": "http.response.body", "body": begin, "more_body": True})
         if is_whole:
             last = {FACTS: facts | {"completion_tokens": 7, "reason": "stop"}}
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", **last})
@@ -322,6 +340,7 @@ def test_what_the_replica_knows_is_logged_and_goes_no_further(is_whole: bool) ->
     counted: list[tuple[Outcome, str]] = []
     sent = ask(
         dies(0, answer),
+        path=path,
         count=lambda *ended: counted.append(ended),
         log=lambda **fields: logged.append(fields),
     )

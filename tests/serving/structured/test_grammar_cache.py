@@ -1,17 +1,26 @@
 """Compiled grammars are kept within bounds, and cost no memory once they are dropped."""
 
+import ctypes
 import json
+import math
+import random
+from dataclasses import replace
 
 import psutil
 import pytest
 
 from model.text.tokenizer import Tokenizer
+from serving.structured import grammar_memory
+from serving.structured.compiled_grammar import CompiledGrammar
 from serving.structured.grammar import Grammar, GrammarError, GrammarKind
-from serving.structured.grammar_cache import MAX_GRAMMARS, GrammarCache
+from serving.structured.grammar_cache import KEPT_SHARE, MAX_GRAMMARS, GrammarCache
+from serving.structured.grammar_memory import heap_bytes
+from serving.structured.token_mask import TokenMask
 from serving.structured.vocabulary import Vocabulary
 from tests.serving.structured.random_answers import random_answer
 from tests.serving.structured.schema_cases import closed
 from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 MIB = 1 << 20
 
@@ -60,8 +69,68 @@ def test_2000_schemas_fill_no_memory(tokenizer: Tokenizer) -> None:
 
 
 def test_large_grammars_are_kept_by_their_bytes(tokenizer: Tokenizer) -> None:
-    cache = GrammarCache(lambda: Vocabulary(tokenizer), max_bytes=100)
-    texts = [letter * 40 for letter in "abcd"]
-    for text in texts:
-        cache.get(Grammar(GrammarKind.REGEX, text)).result(limit_s(10))
+    cache = GrammarCache(lambda: Vocabulary(tokenizer), most_bytes=2 * KEPT_SHARE * MIB)
+    for number in range(4):
+        measured = replace(schema(number), num_bytes=MIB * 3 // 4)
+        cache.get(measured).result(limit_s(10))
     assert len(cache) == 2
+
+
+def learn(compiled: CompiledGrammar, tokenizer: Tokenizer, *, seed: int) -> bool:
+    """Follows an answer of 60 letters, and returns whether it got so far."""
+    choose = random.Random(seed)
+    letters = [tokenizer.encode(letter)[0] for letter in "abcdef"]
+    mask = TokenMask(compiled, stop_ids=[tokenizer.eot_id], vocab_size=tokenizer.vocab_size)
+    for _ in range(60):
+        if mask.allowed() is None:
+            return False
+        mask.advance(choose.choice(letters))
+    return True
+
+
+def hungry(number: int) -> Grammar:
+    """An expression whose states double with each letter of an answer."""
+    text = f"(.*a.{{18}}b|.*b.{{17}}c|.*c.{{16}}d|.*e.{{15}}f)[0-9]{{{number}}}"
+    return Grammar(GrammarKind.REGEX, text)
+
+
+def test_what_grammars_learn_is_counted_and_bounded(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """65 such grammars would take 454 MiB."""
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("the C library does not tell its memory")
+    monkeypatch.setattr(grammar_memory, "SLOW_S", math.inf)  # tests before left many free pieces
+    wait_until(lambda: heap_bytes() is not None)
+    most = 20 * MIB
+    cache = GrammarCache(lambda: Vocabulary(tokenizer), most_bytes=most)
+    cache.get(hungry(1)).result(limit_s(10))
+    before = heap_bytes() or 0
+    sequences, grown = list[CompiledGrammar](), 0
+    for number in range(2, 9):
+        compiled = cache.get(hungry(number)).result(limit_s(10))
+        sequences.append(compiled)  # which an answer holds, whatever the cache does
+        for seed in range(40):
+            if not learn(compiled, tokenizer, seed=seed):
+                break
+        grown = max(grown, (heap_bytes() or 0) - before)
+    assert 12 * MIB < grown < most + 8 * MIB, grown / MIB
+    assert abs(cache.memory.num_bytes - grown) < 8 * MIB, "it is counted as it is"
+    del sequences, compiled
+    assert cache.memory.num_bytes <= most
+
+
+def test_a_grammar_that_has_learned_too_much_is_compiled_anew_for_the_next(
+    tokenizer: Tokenizer,
+) -> None:
+    """On the old code all later answers by it ended with an error."""
+    cache = GrammarCache(lambda: Vocabulary(tokenizer))
+    first = cache.get(hungry(1)).result(limit_s(10))
+    for seed in range(20):
+        if first.has_exceeded or not learn(first, tokenizer, seed=seed):
+            break
+    assert first.has_exceeded and not learn(first, tokenizer, seed=0)
+    second = cache.get(hungry(1)).result(limit_s(10))
+    assert second is not first and len(cache) == 1
+    mask = TokenMask(second, stop_ids=[tokenizer.eot_id], vocab_size=tokenizer.vocab_size)
+    assert mask.allowed() is not None

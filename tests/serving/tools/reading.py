@@ -14,8 +14,11 @@ def read(
     tool_format: ToolFormat,
     pieces: list[str],
     parameters: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    bound: bool = False,
 ) -> Read:
-    parser = CallParser(tool_format, parameters or {})
+    """`bound` is a text that follows a grammar of these functions."""
+    parser = CallParser(tool_format, parameters or {}, only_these=bound, at_start=bound)
     found = [piece for text in pieces for piece in parser.push(text)] + parser.finish()
     content = "".join(piece.text for piece in found if isinstance(piece, Content))
     calls: dict[int, list[str]] = {}

@@ -130,6 +130,27 @@ def test_calls_are_read_whole_and_letter_by_letter(name: str) -> None:
     assert read(tool_format, [*text], PARAMETERS) == expected
 
 
+@pytest.mark.parametrize(
+    ("tool_format", "text", "calls"),
+    [
+        (HERMES, f'{{"a": "{HERMES_CALL}"}}', []),
+        (HERMES, f" {HERMES_OTHER}", [STOP]),
+        (HERMES, f"{HERMES_OTHER}\n{HERMES_OTHER}", [STOP, STOP]),
+        (HERMES, HERMES_CALL, []),
+        (LLAMA, '{"name": "tea", "parameters": {}}', []),
+        (LLAMA, LLAMA_OTHER, [STOP]),
+        (MISTRAL, f"[1, {CALL}]", []),
+        (QWEN_CODER, tagged("other", text="a"), []),
+    ],
+)
+def test_a_text_that_follows_a_grammar_has_the_calls_that_it_may_have(
+    tool_format: ToolFormat, text: str, calls: list[tuple[str, str]]
+) -> None:
+    for pieces in ([text], [*text]):
+        content, found = read(tool_format, pieces, {"stop": {}}, bound=True)
+        assert found == calls and content == ("" if calls else text)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(CASES)), st.lists(st.integers(1, 12), min_size=1, max_size=200))
 def test_calls_are_the_same_however_the_text_is_cut(name: str, lengths: list[int]) -> None:

@@ -82,6 +82,37 @@ def test_required_calls_follow_their_schemas(tool_format: ToolFormat, tokenizer:
         assert (max(numbers) > 1) == (several and tool_format.several)
 
 
+@pytest.mark.parametrize(
+    "tool_format", [HERMES, QWEN_CODER, MISTRAL, MISTRAL_ARGS, LLAMA], ids=lambda f: f.name
+)
+def test_calls_or_an_answer_follow_their_schemas(
+    tool_format: ToolFormat, tokenizer: Tokenizer
+) -> None:
+    """An answer whose first key is that of a call in Llama's format, too."""
+    answer = closed({"name": {"enum": ["weather", "tea"]}, "sure": {"type": "boolean"}})
+    text = grammar_of_calls(
+        tool_format,
+        FUNCTIONS[:2],
+        several=True,
+        special_ids={},
+        answer={"parameters": answer, "strict": True},
+    )
+    matcher = compiled(Grammar(GrammarKind.LARK, text), Vocabulary(tokenizer))
+    num_calls = num_answers = 0
+    for seed in range(40):
+        written = random_answer(matcher, tokenizer, seed=seed)
+        assert written is not None
+        content, calls = read(tool_format, [*written], {"weather": PLACE, "time": {}}, bound=True)
+        assert bool(content) != bool(calls)
+        for name, arguments in calls:
+            schema = PLACE if name == "weather" else {"type": "object", "maxProperties": 0}
+            jsonschema.Draft202012Validator(schema).validate(json.loads(arguments))
+        if content:
+            jsonschema.validate(json.loads(content), answer)
+        num_calls, num_answers = num_calls + bool(calls), num_answers + bool(content)
+    assert num_calls and num_answers
+
+
 def test_marks_that_are_special_tokens_are_these_tokens(tokenizer: Tokenizer) -> None:
     special = {"[TOOL_CALLS]": tokenizer.eot_id}
     text = grammar_of_calls(MISTRAL, FUNCTIONS, several=True, special_ids=special)

@@ -1,6 +1,6 @@
 // Asks an endpoint by openai-node, and prints the answers as JSON: URL MODEL.
 import OpenAI from 'openai';
-import { zodResponseFormat } from 'openai/helpers/zod';
+import { zodResponseFormat, zodTextFormat } from 'openai/helpers/zod';
 import { z } from 'zod';
 
 const [url, model] = process.argv.slice(2);
@@ -12,6 +12,7 @@ const asked = {
   temperature: 0,
   max_tokens: 12,
 };
+const question = { model, input: 'the quick fox', temperature: 0 };
 const Trip = z.object({
   city: z.enum(['Vienna', 'Graz']),
   days: z.number().int().min(1).max(7),
@@ -45,6 +46,22 @@ async function textsBeforeAbort() {
   return texts;
 }
 
+async function responded() {
+  const text = { format: zodTextFormat(Trip, 'trip') };
+  const parsed = await client.responses.parse({ ...question, max_output_tokens: 200, text });
+  const stream = client.responses.stream({ ...question, max_output_tokens: 200, text });
+  const kinds = [];
+  for await (const event of stream) kinds.push(event.type);
+  const plain = await client.responses.create({ ...question, max_output_tokens: 12 });
+  return {
+    text: plain.output_text,
+    reason: plain.incomplete_details.reason,
+    parsed: parsed.output_parsed,
+    from_stream: (await stream.finalResponse()).output_parsed,
+    last: kinds.at(-1),
+  };
+}
+
 async function errorOf(promise) {
   const error = await promise.then(
     () => null,
@@ -66,7 +83,8 @@ console.log(
     parsed: parsed.choices[0].message.parsed,
     parsed_from_stream: parsedFromStream.choices[0].message.parsed,
     before_abort: await textsBeforeAbort(),
-    responses: await errorOf(client.responses.create({ model, input: 'the quick fox' })),
+    responded: await responded(),
+    no_such_response: await errorOf(client.responses.retrieve('resp_1')),
     no_such_field: await errorOf(chat.create({ ...asked, temprature: 1 })),
   }),
 );

@@ -1,0 +1,179 @@
+"""Has whole numbers beyond 2^53 in answers as their schema writes them, although `llguidance` reads
+each number as a double, which not all of them are.
+
+Such a constant is compiled as the range of whole numbers between the doubles around it, and
+`NumberMask` leaves of that range only the constant.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serving.structured.grammar import GrammarError
+from serving.structured.subschemas import FOR_PEOPLE, Schema, escaped, inner_schemas, put
+
+LARGEST = 1 << 53  # up to which doubles hold every whole number
+NUM_SHARED = 12  # first digits that all numbers near a constant have in common, at least
+_LARGEST_INT = (1 << 63) - 1
+_LARGEST_DOUBLE = (1 << 63) - 1024  # below 2^63
+_LEAST = ("minimum", "exclusiveMinimum")
+_MOST = ("maximum", "exclusiveMaximum")
+# Where they need not be a double's neighbor, which `llguidance` takes for an excluded one's
+_INWARD = {"exclusiveMinimum": -LARGEST, "exclusiveMaximum": LARGEST}
+
+
+@dataclass(frozen=True)
+class Zone:
+    """The whole numbers from `low` to `high`, all as long and without their sign, of which an
+    answer may have those of `allowed` only."""
+
+    low: int
+    high: int
+    allowed: frozenset[int]
+
+    def may_begin(self, digits: str) -> bool:
+        """Tells whether a number of the zone begins with these digits."""
+        length, low, high = len(digits), str(self.low), str(self.high)
+        return length <= len(high) and low[:length] <= digits <= high[:length]
+
+    def forbids(self, digits: str) -> bool:
+        """Tells whether a number that begins with so many digits is one of the others."""
+        allowed = (str(number) for number in self.allowed)
+        return self.may_begin(digits) and not any(one.startswith(digits) for one in allowed)
+
+
+def exact(schemas: Sequence[Schema]) -> tuple[list[Schema], list[Zone]]:
+    """Returns the schemas of one answer so that `llguidance` reads no number in them as another one,
+    and the zones of their constants. Raises `GrammarError` for a number that cannot be held."""
+    zones: dict[Zone, None] = {}
+    changed = [_changed(schema, "", zones) for schema in schemas]
+    if zones:
+        _require_apart(zones, {*_numbers([*schemas])})
+    return changed, [*zones]
+
+
+def _changed(schema: Schema, place: str, zones: dict[Zone, None]) -> Schema:
+    """Returns a schema without constants that no double holds, whose zones it adds."""
+    changed = {**schema, **_bounds(schema, place)}
+    for word, values in (("const", [schema.get("const")]), ("enum", schema.get("enum"))):
+        if isinstance(values, list) and any(map(_is_lost, values)):
+            options = [_constant(value, values, f"{place}/{word}", zones) for value in values]
+            del changed[word]
+            changed["allOf"] = [*changed.get("allOf", ()), {"anyOf": options}]
+    looked_into = {*_LEAST, *_MOST, *FOR_PEOPLE, "const", "enum", "allOf"}
+    for steps, inner in inner_schemas(schema):
+        looked_into.add(steps[0])
+        new = _changed(inner, "/".join((place, *map(escaped, steps))), zones)
+        put(changed, steps, new, instead_of=schema)
+    for word, value in schema.items():
+        if word not in looked_into and not word.startswith("x-") and _is_lost(value):
+            problem = f"a whole number beyond 2^53 in {word} is not read exactly"
+            raise GrammarError(problem, place=f"{place}/{escaped(word)}")
+    return changed
+
+
+def _bounds(schema: Schema, place: str) -> dict[str, int]:
+    """Returns the bounds to have instead of those beyond 64 bits, which narrow them to what is
+    held. Raises `GrammarError` for one that is no double, or excludes one without a neighbor."""
+    instead = {}
+    for word in (*_LEAST, *_MOST):
+        bound = schema.get(word)
+        if not isinstance(bound, int) or abs(bound) < LARGEST or bound == _INWARD.get(word):
+            continue
+        if word in _LEAST and bound < -_LARGEST_DOUBLE:
+            instead[word] = -_LARGEST_DOUBLE
+        elif word in _MOST and bound >= _LARGEST_INT:
+            instead[word] = _LARGEST_INT
+        elif word in _INWARD or not _is_double(bound):
+            problem = (
+                f"{word} is {bound}, which is not read exactly: expected at most 2^53, {LARGEST}"
+            )
+            raise GrammarError(problem, place=f"{place}/{word}")
+    return instead
+
+
+def _constant(value: Any, values: Sequence[Any], place: str, zones: dict[Zone, None]) -> Schema:
+    """Returns the schema of one of some values. Raises `GrammarError` for a number that cannot be
+    held."""
+    if not _is_lost(value):
+        return {"const": value}
+    if isinstance(value, dict):
+        inner = {name: _constant(one, [one], place, zones) for name, one in value.items()}
+        closed = {"type": "object", "required": [*inner], "additionalProperties": False}
+        return {**closed, "properties": inner}
+    if isinstance(value, list):
+        items = [_constant(one, [one], place, zones) for one in value]
+        length = {"minItems": len(items), "maxItems": len(items)}
+        # The words of all drafts before 2020-12, which are read in any
+        return {"type": "array", "items": items, "additionalItems": False, **length}
+    low, high = _doubles_around(min(abs(value), 1 << 64))
+    if high > _LARGEST_DOUBLE or str(low)[:NUM_SHARED] != str(high)[:NUM_SHARED]:
+        raise GrammarError(
+            f"{str(value)[:40]} is not written exactly: have it as a text", place=place
+        )
+    same_sign = (abs(one) for one in values if _is_number(one) and (one > 0) == (value > 0))
+    allowed = {one for one in same_sign if low <= one <= high}
+    zones[Zone(low, high, frozenset(allowed))] = None
+    least, most = (low, high) if value > 0 else (-high, -low)
+    return {"type": "integer", "minimum": least, "maximum": most}
+
+
+def _doubles_around(number: int) -> tuple[int, int]:
+    nearest = float(number)
+    other = math.nextafter(nearest, math.inf if nearest < number else -math.inf)
+    low, high = sorted((int(nearest), int(other)))
+    return low, high
+
+
+def _require_apart(zones: Iterable[Zone], written: set[int]) -> None:
+    """Raises `GrammarError` where another place of the schema has a number near a constant: what
+    is allowed there would be here too."""
+    for zone in zones:
+        near = [one for one in written - zone.allowed if zone.low <= one <= zone.high]
+        if near and zone.allowed:
+            raise GrammarError(
+                f"{min(zone.allowed)} and {min(near)} are beyond 2^53, and too near to each other for two places: "
+                "have them in one enum, or as texts"
+            )
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    """Yields the whole numbers beyond 2^53 anywhere in a value, and those in its texts, without
+    their signs."""
+    if isinstance(value, str):
+        words = "".join(c if c in "0123456789" else " " for c in value).split()
+        yield from (int(word) for word in words if NUM_SHARED < len(word) < 40)
+    elif _is_number(value) and abs(value) >= LARGEST:
+        yield abs(value)
+    elif isinstance(value, dict | list):
+        for one in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _numbers(one)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_double(number: int) -> bool:
+    try:
+        return float(number) == number
+    except OverflowError:
+        return False
+
+
+def _is_lost(value: Any) -> bool:
+    """Tells whether a constant has a whole number that would be written as another one. What has
+    64 bits is written whole, and else the digits that tell a double from its neighbors."""
+    if isinstance(value, dict):
+        return any(map(_is_lost, value.values()))
+    if isinstance(value, list):
+        return any(map(_is_lost, value))
+    if not _is_number(value) or abs(value) < LARGEST:
+        return False
+    if value == _LARGEST_INT or (_is_double(value) and abs(value) < _LARGEST_INT):
+        return False
+    if not _is_double(value):
+        return True
+    digits = repr(float(abs(value))).partition("e")[0].replace(".", "")
+    return digits.rstrip("0") != str(abs(value)).rstrip("0")
