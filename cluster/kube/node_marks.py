@@ -74,6 +74,15 @@ def wanted_marks(records: list[dict[str, Any]]) -> dict[str, str]:
     return {node: "; ".join(why) for node, why in reasons.items()}
 
 
+def pods_of_marks(records: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Returns, by the name of each node of Kubernetes that is left out, for which pods."""
+    pods: dict[str, list[str]] = {}
+    for place in records:
+        if node := place.get("kubernetes_node"):
+            pods.setdefault(str(node), []).append(str(place["node"]))
+    return pods
+
+
 def as_kubectl(wanted: Mapping[str, str], owner: str) -> list[str]:
     """Returns the commands by which somebody with more rights taints the nodes."""
     return [f"kubectl taint nodes {node} {TAINT}={owner}:{_EFFECT}" for node in wanted]

@@ -10,6 +10,7 @@ from cluster.kube.status import (
     conditions,
     full_name,
     has_ended,
+    is_cut_off,
     sentence,
     wanted,
 )
@@ -23,7 +24,9 @@ _CLAIM = re.compile(
 )
 _MOUNT = ("FailedMount", "FailedAttachVolume")
 _NOT_MADE = ("FailedToCreate", "FailedCreate")
+_OF_REMOVAL = ("TaintManagerEviction", "Killing")
 _MADE = ("Created", "SuccessfulCreate")
+_NOT_SEEN = "KubeRay has not seen its newest change"
 _PARTS = ("Pod", "RayCluster")
 """Ends of the reasons of what a Ray object is there for; its services and roles come before
 them."""
@@ -66,7 +69,9 @@ def reasons(
         if cluster["kind"] == "RayCluster" and full_name(cluster) not in reasons:
             reasons |= _missing(cluster, its_pods, events)
     for pod in (*redis, *nodes, *submitters):
-        if is_pending(pod):
+        if told := _why_cut_off(pod, events):
+            reasons[pod["metadata"]["name"]] = told
+        elif is_pending(pod):
             reasons[pod["metadata"]["name"]] = why_pending(pod, events)
     # A controller of Kubernetes that cannot make its pod names itself in the event; an operator may
     # not read its uid.
@@ -92,17 +97,23 @@ def _missing(cluster: Object, pods: list[Object], events: list[Object]) -> dict[
     wanted_workers, num_workers = wanted(cluster), len(kept) - len(heads)
     if heads and num_workers >= wanted_workers:
         return {}
+    if any(_why_cut_off(pod, events) for pod in pods if pod not in kept):
+        return {}  # which KubeRay waits for
     if (told := warning(cluster, events)) is not None:
         return {full_name(cluster): told}
-    status = cluster.get("status") or {}
-    is_seen = status.get("observedGeneration", 0) >= cluster["metadata"].get("generation", 0)
     what = (
         f"{num_workers} of {wanted_workers} worker pods exist"
         if heads
         else "its head's pod does not exist"
     )
-    who = "KubeRay has made no more" if is_seen else "KubeRay has not seen its newest change"
+    who = "KubeRay has made no more" if _is_seen(cluster) else _NOT_SEEN
     return {full_name(cluster): f"{what}, and {who}: is the operator running?"}
+
+
+def _is_seen(owner: Object) -> bool:
+    """Says whether KubeRay has looked at the object since it was last changed."""
+    seen = (owner.get("status") or {}).get("observedGeneration", 0)
+    return bool(seen >= owner["metadata"].get("generation", 0))
 
 
 def warning(owner: Object, events: list[Object]) -> str | None:
@@ -156,6 +167,22 @@ def is_pending(pod: Object) -> bool:
     )
 
 
+def _why_cut_off(pod: Object, events: list[Object]) -> str | None:
+    """Says that the pod's node does not answer, and what becomes of the pod, if it is so. An event
+    says it for an hour, the pod's state for as long as it lasts."""
+    is_ready = conditions(pod).get("Ready", {}).get("status") != "False"
+    if _has_ended(pod) or is_ready:
+        return None
+    newest = _newest([it for it in _events(pod, events) if it.get("reason") not in _OF_REMOVAL])
+    if newest.get("reason") != "NodeNotReady" and not is_cut_off(pod):
+        return None
+    node = pod.get("spec", {}).get("nodeName", "")
+    told = f"its node {node} does not answer".replace("  ", " ")
+    if "deletionTimestamp" in pod["metadata"]:
+        return f"{told}, so it cannot end: delete the node if its machine is gone"
+    return f"{told}; Kubernetes removes the pod after five minutes of that"
+
+
 def why_pending(pod: Object, events: list[Object]) -> str:
     """Returns the reason; `events` are all of the namespace, in any order."""
     own = _events(pod, events)
@@ -183,7 +210,8 @@ def why_not_made(owner: Object, events: list[Object]) -> str | None:
     """Says why KubeRay could not create a pod or a cluster, from the Ray object and its events."""
     failure = conditions(owner).get("ReplicaFailure", {})
     if failure.get("status") == "True":
-        return _not_made(failure.get("message", ""))
+        told = _not_made(failure.get("message", ""))
+        return told if _is_seen(owner) else f"{told}; and {_NOT_SEEN}: is the operator running?"
     if owner["kind"] == "RayCluster" and conditions(owner):
         # The next pod that can be made clears the condition; the event stays for an hour
         return None

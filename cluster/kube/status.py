@@ -59,7 +59,9 @@ def groups(manifest: Object, pods: list[Object] | None = None) -> Iterator[str]:
             pod["metadata"]["labels"].get("ray.io/group"),
         )
         for pod in pods or []
-        if pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]
+        if pod["status"].get("phase") == "Running"
+        and "deletionTimestamp" not in pod["metadata"]
+        and not is_cut_off(pod)
     )
     for group in cluster_spec(manifest).get("workerGroupSpecs", []):
         name, lowest, most = (
@@ -75,6 +77,30 @@ def groups(manifest: Object, pods: list[Object] | None = None) -> Iterator[str]:
             else ""
         )
         yield f"{name}: {state}"
+
+
+def cut_off_pods(clusters: list[Object], pods: list[Object]) -> Iterator[str]:
+    """Yields a line if nodes with pods of the clusters do not answer."""
+    names = {cluster["metadata"]["name"] for cluster in clusters}
+    gone = [
+        pod["metadata"]["name"]
+        for pod in pods
+        if pod["metadata"]["labels"].get("ray.io/cluster") in names and is_cut_off(pod)
+    ]
+    if gone:
+        yield f"cut off, as their nodes do not answer: {', '.join(gone)}"
+
+
+def is_cut_off(pod: Object) -> bool:
+    """Says whether the pod's node does not answer: Kubernetes then calls a pod not ready, and
+    leaves the state of its containers as it last was."""
+    state = conditions(pod)
+    return (
+        pod["status"].get("phase") == "Running"
+        and state.get("Ready", {}).get("status") == "False"
+        and state.get("ContainersReady", {}).get("status") == "True"
+        and not pod.get("spec", {}).get("readinessGates")  # which may be what keeps it from ready
+    )
 
 
 def has_ended(manifest: Object) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from ray.train import UserCallback
+from ray.train import UserCallback, get_context
 from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.train.v2._internal.execution.context import get_train_context
 
@@ -15,6 +15,7 @@ from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
 from jobs.workers.failures import main_cause
 from jobs.workers.incident_notes import note
+from jobs.workers.preemption import Signals
 
 
 class FailureRecorder(UserCallback):
@@ -51,6 +52,11 @@ class SignalListener(WorkerCallback):
         signal.signal(signal.SIGTERM, lambda signum, frame: _sigterms.append(signum))
 
 
-def signals() -> tuple[int, Any]:
-    """Returns the number of SIGTERMs, and what Ray knows of nodes that are being drained."""
-    return len(_sigterms), get_train_context().preemption_context.preemption_info
+def signals() -> Signals:
+    """Returns what this worker's process knows of its end."""
+    info = get_train_context().preemption_context.preemption_info
+    end_s = None
+    if info is not None and info.deadline_ms:
+        stays = set(range(get_context().get_world_size())) - {*info.preempted_ranks}
+        end_s = None if stays else info.deadline_ms / 1000
+    return Signals(len(_sigterms), info, end_s)

@@ -43,6 +43,7 @@ class LendingPolicy(ElasticScalingPolicy):
         self._lender = Lender(self._run)
         threading.Thread(target=self._lender.look_forever, name="lender", daemon=True).start()
         super().after_controller_start(train_run_context)
+        _policies.append(self)
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
@@ -94,3 +95,14 @@ def _without(reserved_resources: Any, node_ids: Collection[str]) -> Any:
         for node_id, resources in reserved_resources.items()
         if node_id not in node_ids
     }
+
+
+_policies: list[LendingPolicy] = []
+"""That of the controller whose process this is."""
+
+
+def give_back() -> None:
+    """Takes back what this process's controller asked the cluster for, before it ends by itself. The
+    request would outlive it by three minutes, in which the next controller finds nothing free."""
+    for policy in _policies:
+        policy.before_controller_abort()

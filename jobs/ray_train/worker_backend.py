@@ -28,7 +28,7 @@ from ray.util import placement_group_table, remove_placement_group
 
 from cluster.storage.uris import Storage
 from jobs.ray_train.cluster_view import gone_nodes, renew_view, wait_until_known
-from jobs.ray_train.lending_policy import LendingPolicy
+from jobs.ray_train.lending_policy import LendingPolicy, give_back
 from jobs.workers.failures import is_left_out, is_lost_node
 from jobs.workers.left_out_nodes import left_out_ids, selector
 from jobs.workers.round_end import RoundEnd
@@ -156,7 +156,10 @@ def _watch(place: Any, ended: threading.Event) -> None:
                 sys.stderr.write(
                     "the controller waits for a worker that never comes: it ends, to be replaced\n"
                 )
-                os._exit(1)
+                try:
+                    give_back()
+                finally:
+                    os._exit(1)
             return
 
 

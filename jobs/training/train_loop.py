@@ -15,7 +15,7 @@ from jobs.training.open_attempt import Hopeless, open_attempt
 from jobs.training.sentinel import CorruptionError
 from jobs.workers.failures import is_lost_peer
 from jobs.workers.heartbeat import Pulse
-from jobs.workers.preemption import Notice
+from jobs.workers.preemption import Notice, Signals
 from jobs.workers.watchdog import Place
 from jobs.workers.worker_group import Meeting, WorkerGroup
 from model.files.failpoints import pause
@@ -28,7 +28,7 @@ def train(
     world_size: int,
     meeting: Meeting | None = None,
     pulse: Pulse | None = None,
-    signals: Callable[[], object] = lambda: None,
+    signals: Callable[[], Signals | None] = lambda: None,
 ) -> None:
     """Trains to the end of the run, or until a worker is lost: then the next attempt continues from
     the newest state.
@@ -45,7 +45,7 @@ def train(
 
 
 def _attempt_continues(
-    plan: RunPlan, group: WorkerGroup, pulse: Pulse, signals: Callable[[], object]
+    plan: RunPlan, group: WorkerGroup, pulse: Pulse, signals: Callable[[], Signals | None]
 ) -> bool:
     """Makes one attempt. Returns whether another one is to continue from an earlier state."""
     gc.collect()  # what refers to itself of the attempt before, which takes as much memory
@@ -107,9 +107,11 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
         if attempt.is_saved(step) or notice:
             pulse.at(Place.SAVE)
             with timer.phase("checkpoint"):
-                attempt.save(step, validation, must=step == last_step or notice is Notice.STOP)
+                attempt.save(step, validation, must=step == last_step or notice >= Notice.LAST)
         if notice:
             attempt.tell("preempted", step=step, notice=notice.name.lower())
+        if notice is Notice.LAST:
+            attempt.notices.wait_for_end(moves=partial(pulse.at, Place.SAVE))
         if notice is Notice.STOP:
             break
         step, attempt.guard = attempt.guard.entering(step + 1)

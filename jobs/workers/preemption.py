@@ -5,11 +5,13 @@ A notice reaches one process; every rank acts on it at the end of the same step.
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 from functools import partial
 from types import FrameType
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,21 @@ STOP_REQUESTED = "stop-requested"
 """A file in the run's storage: the launcher asks the run to save and stop, resumable."""
 
 _LOCAL_POLL_S, _REMOTE_POLL_S = 0.5, 5.0
+_LAST_SAVE_S = (
+    10.0  # that storing the last state may take, or half of the time that is left if that is less
+)
+_AFTER_END_S = 15.0  # until nodes that were announced to go are taken to stay
+_WAIT_POLL_S = 0.5
+
+
+class Signals(NamedTuple):
+    """What a worker's process knows of its end."""
+
+    num_sigterms: int
+    drained: object = None
+    """What Ray knows of nodes that are being drained."""
+    end_s: float | None = None
+    """UNIX time at which the first node goes, where the nodes of all workers are to go."""
 
 
 class Notice(IntEnum):
@@ -29,16 +46,24 @@ class Notice(IntEnum):
 
     NONE = 0
     SAVE = 1  # a worker or its node may be gone soon: save, and continue as long as it lasts
-    STOP = 2  # the run is asked to stop: save, and leave
+    LAST = (
+        2  # all workers' nodes are about to go: save, and wait, as each further step would be lost
+    )
+    STOP = 3  # the run is asked to stop: save, and leave
 
 
 class Notices:
     """Collects one worker's notices, and agrees on them with the other ranks."""
 
-    def __init__(self, run: Storage, group: WorkerGroup, signals: Callable[[], object]) -> None:
+    def __init__(
+        self, run: Storage, group: WorkerGroup, signals: Callable[[], Signals | None]
+    ) -> None:
         """`signals` returns another value once this process was warned of its end."""
         self._run, self._group, self._signals = run, group, signals
         self._heard = signals()
+        self._asked_s = time.time()
+        self._reserve_s = 0.0
+        self._waited_for_s: float | None = None
         self._stop_requested, self._closed = threading.Event(), threading.Event()
         if group.rank == 0:
             threading.Thread(target=self._look_for_request, name="notices", daemon=True).start()
@@ -48,6 +73,8 @@ class Notices:
         nothing. The news are those since the last exchange; a request to stop stays."""
         before, self._heard = self._heard, self._signals()
         notice = Notice.NONE if self._heard == before else Notice.SAVE
+        if self._is_last_step(_end_s(before)):
+            notice = Notice.LAST
         if self._stop_requested.is_set():
             notice = Notice.STOP
         self._level = torch.tensor([int(notice)])  # on the host, so that no GPU is waited for
@@ -62,7 +89,28 @@ class Notices:
         if self._work is not None:
             with self._group.message():
                 self._work.wait()
-        return Notice(int(self._level))
+        notice = Notice(int(self._level))
+        if notice is Notice.LAST:
+            self._waited_for_s = _end_s(self._heard)
+        return notice
+
+    def wait_for_end(self, *, moves: Callable[[], None]) -> None:
+        """Returns only if the nodes that were to go have stayed. Calls `moves` again and again."""
+        end_s = (_end_s(self._heard) or time.time()) + _AFTER_END_S
+        while time.time() < end_s:
+            moves()
+            time.sleep(_WAIT_POLL_S)
+
+    def _is_last_step(self, before_s: float | None) -> bool:
+        """Says whether a step later than the one that begins would end too late for its state to be
+        stored before all workers' nodes go."""
+        now_s, end_s = time.time(), _end_s(self._heard)
+        step_s, self._asked_s = now_s - self._asked_s, now_s
+        if end_s is None or now_s >= end_s or end_s == self._waited_for_s:
+            return False
+        if end_s != before_s:
+            self._reserve_s = min(_LAST_SAVE_S, (end_s - now_s) / 2)
+        return now_s + 2 * step_s > end_s - self._reserve_s
 
     def close(self) -> None:
         self._closed.set()
@@ -74,6 +122,10 @@ class Notices:
                 if self._run.exists(STOP_REQUESTED):
                     self._stop_requested.set()
                     return
+
+
+def _end_s(signals: Signals | None) -> float | None:
+    return signals.end_s if signals else None
 
 
 @contextmanager

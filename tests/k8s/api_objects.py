@@ -56,6 +56,7 @@ NAMESPACED = {
 }
 CLUSTER_WIDE = {
     "/api/v1": "Namespace Node",
+    "/apis/admissionregistration.k8s.io/v1": "ValidatingAdmissionPolicy ValidatingAdmissionPolicyBinding",
     "/apis/kueue.x-k8s.io/v1beta2": "ClusterQueue ResourceFlavor Topology",
     "/apis/scheduling.k8s.io/v1": "PriorityClass",
 }

@@ -36,6 +36,7 @@ class Fault(Enum):
     BUSY = auto()  # it is refused with 429, and with the time after which to come back
     LOST = auto()  # it is done, and the connection ends without an answer
     CUT = auto()  # it is not done, and the connection ends without an answer
+    SILENT = auto()  # it is not done, and the connection stays without an answer: no etcd answers
 
 
 class ApiStandIn(ApiObjects):
@@ -52,6 +53,7 @@ class ApiStandIn(ApiObjects):
         """Plurals of kinds that this user may not write."""
         self.faults: list[tuple[str, Fault]] = []
         """What becomes of a request that has the text in its `METHOD path`, each time one."""
+        self.ended = threading.Event()
         self._certificates()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -72,6 +74,7 @@ class ApiStandIn(ApiObjects):
         try:
             yield self
         finally:
+            self.ended.set()
             self._server.shutdown()
             self._server.server_close()
             thread.join()
@@ -283,7 +286,9 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
                     429, b"too many requests\n", "text/plain; charset=utf-8", {"Retry-After": "1"}
                 )
                 return
-            if fault is not None and fault[1] is Fault.CUT:
+            if fault is not None and fault[1] is Fault.SILENT:
+                api.ended.wait()
+            if fault is not None and fault[1] in (Fault.CUT, Fault.SILENT):
                 self.close_connection = True
                 return
             if any(parts.path.startswith(f"/apis/{group}/") for group in api.not_installed):

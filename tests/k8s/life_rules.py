@@ -40,7 +40,11 @@ def termination_problems(objects: list[Manifest]) -> list[str]:
             .get("exec", {})
             .get("command", ["sleep", "0"])
         )
-        needed_s = float(command[1]) + _drain_s(pod, objects)
+        drain_s = _drain_s(pod, objects)
+        comes_back = pod.role == "head" and pod.component in ("completions", "shared")
+        if comes_back and drain_s > 0:
+            problems.append(f"{pod.where}: its successor waits {drain_s:.0f} s for it to drain")
+        needed_s = float(command[1]) + drain_s
         if grace_s < 60 or grace_s <= needed_s:
             problems.append(
                 f"{pod.where}: {grace_s} s of grace, but at least 60 and over {needed_s:.0f} are needed"
@@ -85,6 +89,27 @@ def disruption_problems(objects: list[Manifest]) -> list[str]:
                 problems.append(
                     f"{name_of(manifest)}: no PodDisruptionBudget keeps one of its workers"
                 )
+    return problems
+
+
+def spread_problems(objects: list[Manifest]) -> list[str]:
+    """Replicas stand on several nodes, where the pods of the cluster before an upgrade do not
+    count."""
+    problems = []
+    for pod in pods(objects):
+        if (pod.component, pod.role) != ("completions", "worker"):
+            continue
+        labels = pod.template["metadata"]["labels"] | {"ray.io/node-type": "worker"}
+        spread = [
+            it
+            for it in pod.spec.get("topologySpreadConstraints", [])
+            if it["topologyKey"] == "kubernetes.io/hostname"
+            and it["labelSelector"]["matchLabels"].items() <= labels.items()
+        ]
+        if not spread:
+            problems.append(f"{pod.where}: all replicas may stand on one node")
+        elif any(it.get("matchLabelKeys") != ["ray.io/cluster"] for it in spread):
+            problems.append(f"{pod.where}: is spread beside the pods of another cluster")
     return problems
 
 
@@ -213,6 +238,7 @@ def _fallback_problems(objects: list[Manifest]) -> list[str]:
 RULES = (
     termination_problems,
     disruption_problems,
+    spread_problems,
     stay_problems,
     after_the_end_problems,
     priority_problems,

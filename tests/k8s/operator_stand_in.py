@@ -87,6 +87,21 @@ class OperatorStandIn:
     cleanup_s: float = 300
     """Time that a cluster's last pod has to clean Redis."""
 
+    def lose_node(self, node: str, *pods: str) -> None:
+        """Does to the pods of a node what Kubernetes does once its kubelet has been silent for a
+        while: their containers' states stay, and so do the pods, until they are removed."""
+        for name in pods:
+            path = f"/api/v1/namespaces/raymill/pods/{name}"
+            pod = self.api.get(path)
+            assert pod is not None
+            states = {"Ready": "False", "ContainersReady": "True"}
+            pod["spec"]["nodeName"] = node
+            pod["status"]["conditions"] = [
+                {"type": kind, "status": status} for kind, status in states.items()
+            ]
+            self.api.put(path, pod, manager="kube-controller-manager")
+            self.api.event(pod, "NodeNotReady", "Node is not ready", kind="Warning")
+
     def look(self) -> None:
         """Looks at everything, as often as it takes until nothing changes."""
         for _ in range(4):

@@ -10,6 +10,7 @@ from tests.k8s.manifests import CLUSTER_KINDS, Manifest, cluster_spec, name_of, 
 
 # See docs/explanation/threat-model.md
 _EXTERNAL_SECRETS = {"api-keys", "huggingface", "redis", "redis-tls", "registry", "s3-credentials"}
+_BOUNDED = {"cpu", "memory", "ephemeral-storage"}
 _CLUSTER_SCOPED = {
     "Namespace",
     "PriorityClass",
@@ -279,8 +280,8 @@ def resource_problems(objects: list[Manifest]) -> list[str]:
     for where, container in _containers(objects):
         resources = container.get("resources", {})
         limits, requests = resources.get("limits", {}), resources.get("requests", {})
-        if not {"cpu", "memory"} <= limits.keys() or not {"cpu", "memory"} <= requests.keys():
-            problems.append(f"{where}: lacks requests or limits of CPU and memory")
+        if _BOUNDED - limits.keys() or _BOUNDED - requests.keys():
+            problems.append(f"{where}: lacks requests or limits of {', '.join(sorted(_BOUNDED))}")
         elif limits["memory"] != requests["memory"]:
             problems.append(
                 f"{where}: Ray plans with the memory limit, so the request must equal it"

@@ -195,8 +195,9 @@ def test_what_is_refused_is_said_and_the_rest_is_applied(api: ApiStandIn, asked:
 
 
 def test_who_may_not_apply_the_platform_is_told_once_who_may(api: ApiStandIn, asked: Asked) -> None:
-    api.forbidden |= {"networkpolicies", "rayjobs"}
+    api.forbidden |= {"networkpolicies", "rayjobs", "services"}
     result = asked("apply", "dev", code=1)
+    assert "only an administrator may" in result["failed"]["Service/redis"], "others may look at it"
     policy, job = result["failed"]["NetworkPolicy/dns"], result["failed"]["RayJob/pretrain"]
     assert "only an administrator may" in policy and "raymill-operators" not in policy
     assert "gives the group raymill-operators that right" in job

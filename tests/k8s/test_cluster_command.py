@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from cluster.cli import main
-from tests.k8s.api_stand_in import ApiStandIn
+from cluster.kube import client
+from tests.k8s.api_stand_in import ApiStandIn, Fault
 from tests.k8s.cluster_cli import RAY, Asked, cluster_behind, ray_object
 from tests.k8s.manifests import OVERLAYS, find, render
 from tests.k8s.operator_stand_in import OperatorStandIn
@@ -121,3 +122,25 @@ def test_a_services_old_cluster_is_not_one_of_its_own(api: ApiStandIn, asked: As
     api.put(f"{RAY}/rayservices/completions", service | {"status": status})
     said = asked("status")
     assert f"RayCluster/{old}" not in said and "RayCluster/shared" in said
+
+
+def test_an_api_that_is_silent_is_told_of_and_ends_the_command(
+    api: ApiStandIn, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests are taken and not answered, as with an etcd that is stopped."""
+    tries = 1 + client._RETRIES.read
+    assert client._TIMEOUT_S * tries <= 60, "the bound that the page states"
+    for name, value in (("_SAYS_AFTER_S", 0.1), ("_TIMEOUT_S", 0.5), ("_SHORT_TIMEOUT_S", 0.2)):
+        monkeypatch.setattr(client, name, value)
+    asked("apply", "dev", "--component", "shared")
+    api.requests.clear()
+    api.faults = [("/", Fault.SILENT)] * 99
+    said = asked.refused("status")
+    assert said.count("has not answered for") == 1, "once, and while it is waited for"
+    assert said.index("has not answered for") < said.index("no Kubernetes API answers at")
+    assert len(api.requests) == tries
+    api.requests.clear()
+    api.faults = [("PATCH", Fault.SILENT), ("APPLY", Fault.SILENT)] * 99
+    result = asked("apply", "dev", code=1)
+    assert len(result["failed"]) == 1 and result["not_tried"]
+    assert len([line for line in api.requests if line.startswith("APPLY")]) == tries

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from cluster.cli import main
 from cluster.kube.node_marks import TAINT, conditioned, owner_of, tainted, untainted
 from cluster.storage.uris import open_storage
 from jobs.workers.left_out_nodes import KUBERNETES_NODE_VARIABLE, leave_out
@@ -63,6 +64,28 @@ def test_a_left_out_node_is_marked_and_a_released_one_taken_back(
     assert released["note"] == "so does the node b of Kubernetes with pods"
     assert taints(nodes, "b") == [CORDONED["key"]]
     assert condition(nodes, "b")["status"] == "False"
+
+
+def test_a_release_says_of_which_node_the_taint_went(
+    tmp_path: Path, nodes: ApiStandIn, asked: Asked, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage, where = open_storage(str(tmp_path)), ["--storage.uri", str(tmp_path)]
+    for pod, kubernetes_node in (("x", "a"), ("y", "a"), ("z", "zzz"), ("w", "b")):
+        leave_out(storage, PLACE | {"node": pod, "kubernetes_node": kubernetes_node})
+        if pod == "z":
+            asked("quarantine", *where)
+    expected = {
+        "x": "the node a of Kubernetes is still left out, for y",
+        "y": "so does the node a of Kubernetes with pods",
+        "z": "the node zzz of Kubernetes is not in this cluster: no taint was taken away",
+    }
+    taken = [asked("release", pod, *where)["note"] for pod in expected]
+    assert taken == list(expected.values())
+    assert taints(nodes, "a") == []
+    leave_out(storage, PLACE | {"node": "v", "kubernetes_node": "a"})
+    assert main(["cluster", "release", "v", *where]) == 0
+    never = "the node a of Kubernetes had no taint of this storage"
+    assert capsys.readouterr().out == f"node v gets training workers again; {never}\n"
 
 
 def test_each_request_is_a_right_of_the_component(

@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from cluster.submission.preflight import AdmissionError
-from cluster.submission.rayjob import rayjob, rayjob_name
+from cluster.submission.rayjob import RUN_LABEL, rayjob, rayjob_name
 from tests.k8s import life_rules, network_rules, operator_rules, security_rules
 from tests.k8s.kube_submission import run_config
-from tests.k8s.manifests import CRDS, render
+from tests.k8s.manifests import CRDS, pods, render
 from tests.k8s.schema_rules import builtin_problems, crd_problems
 
 RULES = (*operator_rules.RULES, *security_rules.RULES, *life_rules.RULES, *network_rules.RULES)
@@ -37,6 +37,18 @@ def test_a_rendered_job_obeys_the_rules_of_all_manifests(overlay: str, stage: st
         == f"python -m cluster.stages.run_mirrored --job run-demo-1 {module} /config/run.yaml"
     )
     assert yaml.safe_load(settings["data"]["run.yaml"])["run_id"] == "Demo_1"
+
+
+def test_each_pod_of_a_run_has_its_label_whatever_the_number() -> None:
+    objects = render("overlays/spot")
+    scaling = {"min_workers": 1, "max_workers": 3, "use_gpu": True}
+    for number in (1, 12):
+        name = rayjob_name("Demo_1", number)
+        made = rayjob(objects, run_config(scaling=scaling), "pretrain", name=name, needs=NEEDS)
+        labels = [pod.template["metadata"]["labels"][RUN_LABEL] for pod in pods(made[:1])]
+        assert labels == [rayjob_name("Demo_1", 1)[:-2]] * 4, "head, spot, on demand, submitter"
+        assert made[0]["metadata"]["labels"][RUN_LABEL] == labels[0]
+    assert not [pod for pod in pods(objects) if RUN_LABEL in pod.template["metadata"]["labels"]]
 
 
 def group(**scaling: Any) -> dict[str, Any]:

@@ -192,6 +192,21 @@ def test_an_object_that_kuberay_refuses_is_not_put_down_to_the_operator(
     assert asked("status", name)[f"RayCluster/{name}"][0] == expected
 
 
+def test_a_refusal_of_before_is_told_with_that_nobody_looks(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
+    operator.look()
+    cluster = ray_object(api, "RayCluster", "shared")
+    condition = {"type": "ReplicaFailure", "status": "True", "message": "denied by a policy"}
+    status = cluster["status"] | {"conditions": [condition]}
+    api.put(f"{RAY}/rayclusters/shared", cluster | {"status": status})
+    told = "a pod cannot be made: denied by a policy"
+    assert asked("why-pending", "shared") == {"RayCluster/shared": told}
+    asked("scale", "shared", "--min", "1", "--max", "2")
+    since = f"{told}; and KubeRay has not seen its newest change: is the operator running?"
+    assert asked("why-pending", "shared") == {"RayCluster/shared": since}
+
+
 def test_what_an_operator_that_is_gone_has_not_made_is_shown(
     api: ApiStandIn, asked: Asked, operator: OperatorStandIn
 ) -> None:
@@ -236,3 +251,55 @@ def test_a_quota_for_workers_is_told_in_one_line(
     assert asked("why-pending", "shared") == {
         "RayCluster/shared": f"a pod cannot be made: {refused}"
     }
+
+
+def test_a_node_that_does_not_answer_is_told(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
+    asked("scale", "shared", "--min", "2", "--max", "2")
+    operator.look()
+    pods = {
+        pod["metadata"]["labels"]["ray.io/node-type"]: pod["metadata"]["name"]
+        for pod in api.list(f"{CORE}/pods", "ray.io/cluster=shared")["items"]
+    }
+    operator.lose_node("cpu-1", *pods.values())
+    told = "its node cpu-1 does not answer; Kubernetes removes the pod after five minutes of that"
+    assert asked("why-pending") == dict.fromkeys(pods.values(), told)
+    said = asked("status", "shared")["RayCluster/shared"]
+    assert said[1] == "workers: 2 to 2 pods, 2 wanted, 1 running"
+    assert said[2].startswith("cut off, as their nodes do not answer: ")
+    assert {*said[2].partition(": ")[2].split(", ")} == {*pods.values()}
+
+    for event in api.list(f"{CORE}/events")["items"]:  # which Kubernetes keeps for an hour
+        api.delete(f"{CORE}/events/{event['metadata']['name']}")
+    assert asked("why-pending") == dict.fromkeys(pods.values(), told)
+    head = f"{CORE}/pods/{pods['head']}"
+    leaving = api.get(head)
+    leaving["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    api.put(head, leaving)
+    stuck = (
+        "its node cpu-1 does not answer, so it cannot end: delete the node if its machine is gone"
+    )
+    assert asked("why-pending", "shared") == {pods["worker"]: told, pods["head"]: stuck}
+
+
+def test_a_pod_that_is_not_ready_by_itself_is_not_put_down_to_its_node(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
+    """Its probe fails, or a load balancer has not registered it."""
+    operator.look()
+    (head,) = api.list(f"{CORE}/pods", "ray.io/cluster=shared,ray.io/node-type=head")["items"]
+    path = f"{CORE}/pods/{head['metadata']['name']}"
+    for containers, gates in (("False", []), ("True", [{"conditionType": "elb/registered"}])):
+        pod = api.get(path)
+        states = {"Ready": "False", "ContainersReady": containers}
+        pod["status"]["conditions"] = [
+            {"type": kind, "status": status} for kind, status in states.items()
+        ]
+        pod["spec"]["readinessGates"] = gates
+        api.put(path, pod)
+        api.event(pod, "Unhealthy", "Readiness probe failed", kind="Warning")
+        assert asked("why-pending", "shared") == NOTHING
+        assert not [
+            line for line in asked("status", "shared")["RayCluster/shared"] if "cut" in line
+        ]

@@ -21,6 +21,9 @@ role() {
 
 write='"s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"'
 role writer "$write" '*'
+# Who trains writes checkpoints, never what is served of them, nor the log of who ordered it
+aws iam put-role-policy --role-name raymill-writer --policy-name not-endpoints --policy-document "{\"Version\": \"2012-10-17\",
+  \"Statement\": [{\"Effect\": \"Deny\", \"Action\": [$write], \"Resource\": \"arn:aws:s3:::$bucket/endpoints/*\"}]}"
 role server "$write" 'endpoints/*'
 role reader '"s3:GetObject"' '*'
 

@@ -4,6 +4,7 @@ ends resumable."""
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from cluster.storage.uris import StorageError
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.training.train_loop import train
-from jobs.workers.preemption import STOP_REQUESTED, Notices, stopping_on_sigterm
+from jobs.workers.preemption import STOP_REQUESTED, Notices, Signals, stopping_on_sigterm
 from tests.jobs.runs import tiny_plan
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
@@ -29,26 +30,56 @@ def saved_steps(plan: RunPlan) -> list[int]:
     return [line["step"] for line in Ledger.read(plan.run).events("checkpoint")]
 
 
-Signals = tuple[int, str | None]  # the number of SIGTERMs, and which node is drained
-
-
 def heard(*later: Signals) -> Iterator[Signals]:
     """Simulates the signals to a worker's process, at its start and before each step."""
-    yield 0, None
+    yield Signals(0)
     yield from later
     while True:
         yield later[-1]
 
 
 def test_sigterm_and_drains_save_at_the_end_of_the_step_and_the_run_goes_on(plan: RunPlan) -> None:
-    once, drained = (1, None), (1, "node-1 in 30 s")
-    news = heard((0, None), once, once, once, drained)
+    once, drained = Signals(1), Signals(1, "node-1 in 30 s")
+    news = heard(Signals(0), once, once, once, drained)
     train(plan, rank=0, world_size=1, signals=lambda: next(news))
     events = Ledger.read(plan.run).events("preempted")
     assert [(line["step"], line["notice"]) for line in events] == [(2, "save"), (5, "save")]
     # One that waits to be stored may be replaced by a newer one
     assert set(saved_steps(plan)) <= {2, 5, 8}
     assert Ledger.read(plan.run).events("finish")
+
+
+def test_before_all_nodes_go_the_last_step_is_saved_and_none_is_taken_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nodes stay, so the run goes on, long after the time of which it was warned."""
+    monkeypatch.setattr("jobs.workers.preemption._AFTER_END_S", 1.0)
+    settings = {"eval_every_steps": 10**6}, {"save_every_steps": 10**6}
+    plan = tiny_plan(str(tmp_path), num_steps=10**5, train=settings[0], checkpoint=settings[1])
+    asked_s: list[float] = []
+    notice_s = limit_s(0.5)
+
+    def news() -> Signals:
+        asked_s.append(time.time())
+        if len(asked_s) < 4:
+            return Signals(0)
+        end_s = asked_s[3] + notice_s
+        if asked_s[-1] > end_s:
+            plan.run.write_bytes(STOP_REQUESTED, b"")
+        return Signals(1, "both nodes", end_s)
+
+    train(plan, rank=0, world_size=1, signals=news)
+    end_s = asked_s[3] + notice_s
+    ledger = Ledger.read(plan.run)
+    first, last, stop = ledger.events("preempted")
+    assert (first["notice"], last["notice"], stop["notice"]) == ("save", "last", "stop")
+    assert end_s - 0.6 * notice_s < last["time"] < end_s, "half of the notice is kept for storing"
+    assert last["step"] > first["step"] + 1
+    assert not [at for at in asked_s if last["time"] < at < end_s + 1.0], (
+        "a step that would be lost"
+    )
+    (stored,) = [it for it in ledger.events("checkpoint") if it["step"] == last["step"]]
+    assert stored["time"] < end_s + 1.0
 
 
 def test_a_request_to_stop_ends_the_run_resumable(
