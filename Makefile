@@ -133,6 +133,7 @@ PRESET ?= gpt2-124m
 bench-serve: $(BENCH_INSTALLED) $(VLLM_INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_serve --preset $(PRESET)
 	$(BIN)/python -m tests.benchmarks.bench_serve --preset $(PRESET) --mixed
+	$(BIN)/python -m tests.benchmarks.bench_cpu_per_token
 
 # With any Python that has PyTorch, pydantic, PyYAML and psutil: python -m tests.benchmarks.bench_gpu
 bench-gpu: $(INSTALLED)

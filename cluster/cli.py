@@ -42,7 +42,9 @@ _COMMAND = "command record"  # among argparse's values, where no argument has a 
 def main(argv: Sequence[str] | None = None) -> int:
     if completion.is_asked():
         completion.answer(command_parser(completion.typed_words()))
-    signal.signal(signal.SIGTERM, exit_on_signal)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` sets it
+            signal.signal(number, exit_on_signal)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as in `raymill list >&-`
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (until the process ends)

@@ -129,7 +129,8 @@ def export(
     """Writes the verified checkpoint to a new or empty folder, local or remote, and verifies the
     copy. An adapter stays one, which PEFT loads, unless `merge` adds it to its base's weights. What
     is public names no place of one's own. With a key the copy is signed,
-    and `has_bom` adds its bill of materials.
+    and `has_bom` adds its bill of materials. Of an adapter the result has the `base`, as PEFT finds
+    it; None where strangers cannot.
 
     Raises `CheckpointError`.
     """
@@ -169,8 +170,9 @@ def export(
             parent, name = split_uri(destination)
             parent.upload_folder(folder, name, last=MANIFEST)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        base = {"base": copied.base_source or copied.base} if is_adapter(folder) else {}
     return {
         "checkpoint": absolute_uri(destination),
         "parameter_hash": copied.parameter_hash,
         "files": files,
-    }
+    } | base

@@ -84,7 +84,7 @@ class Pushed:
             "commit": commit,
             "parameter_hash": exported["parameter_hash"],
             "files": exported["files"] | {CARD: len(self.card.encode())},
-        }
+        } | {name: exported[name] for name in ("base",) if name in exported}
 
 
 def _repository(uri: str) -> HubStorage:

@@ -1,6 +1,7 @@
 """The shape of a decoder, GPT-2's or Llama's, in GPT-2's own terms, presets, counts of parameters
 and operations of any shape."""
 
+import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -243,7 +244,9 @@ def preset_fields(values: dict[str, Any]) -> dict[str, Any]:
     preset = values.pop("preset", None)
     # A file may hold a list, which has no hash
     if preset is not None and preset not in list(PRESETS):
-        raise ValueError(f"preset {preset!r} is unknown, expected one of {', '.join(PRESETS)}")
+        close = difflib.get_close_matches(str(preset), PRESETS, n=1)
+        meant = f"did you mean {close[0]}? There are" if close else "expected one of"
+        raise ValueError(f"preset {preset!r} is unknown, {meant} {', '.join(PRESETS)}")
     known = {f.name for f in fields(GPTConfig)}
     if unknown := [name for name in values if name not in known]:
         raise ValueError(

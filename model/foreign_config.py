@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from model.adapters.lora import Adapter, chosen_targets, linear_layers, put_into, stored_name
 from model.errors import UserError
+from model.tables import pip_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -339,7 +340,7 @@ def imported() -> Any:
         import transformers  # noqa: PLC0415 (optional, and takes a second)
     except ImportError as error:
         raise ForeignModelError(
-            f"this model is computed by transformers, which is not installed ({error}): pip install 'raymill[hf]'"
+            f"this model is computed by transformers, which is not installed ({error}): `{pip_line('hf')}`"
         ) from None
     return transformers
 
@@ -352,7 +353,7 @@ def require_version() -> None:
     if not FIRST_VERSION <= version < NEXT_MAJOR:
         raise ForeignModelError(
             f"transformers {transformers.__version__} is installed, expected at least "
-            f"{'.'.join(map(str, FIRST_VERSION))} and below {NEXT_MAJOR[0]}: pip install 'raymill[hf]'"
+            f"{'.'.join(map(str, FIRST_VERSION))} and below {NEXT_MAJOR[0]}: `{pip_line('hf')}`"
         )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.repository import REPOSITORY
 
-pytest.importorskip("pip_audit", reason="pip install 'raymill[audit]'")
+pytest.importorskip("pip_audit", reason="pip install '.[audit]'")
 
 # pip-audit 2.10 says this about a package behind a mirror that has no advisories, and then exits
 # with 0.

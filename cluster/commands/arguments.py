@@ -38,7 +38,7 @@ def count(text: str) -> int:
 
 
 _REFERENCE = "run id, run@step, path or URI of a checkpoint's or run's folder"
-_FOLDER_OF_RUN = "run id, or path or URI of a run's folder"
+_FOLDER_OF_RUN = "run id, path or URI of a run's folder, or latest: the run that was published last"
 _OVERRIDDEN = "YAML file; flags override its settings"
 
 # Of several commands.
@@ -220,7 +220,7 @@ ADDRESS = Argument[str | None](
 )
 KUBERAY = Argument[str | None](
     "--kuberay",
-    "as a RayJob: dev, gpu, spot, kueue or your kustomization",
+    "as a RayJob: one of k8s/overlays, or your kustomization",
     metavar="OVERLAY",
     completer=overlays,
 )
@@ -293,7 +293,7 @@ OVERLAYS_NAMESPACE = Argument[str | None](
 )
 OVERLAY = Argument[str](
     "overlay",
-    "dev, gpu, spot, kueue, or the folder of your own kustomization",
+    "one of k8s/overlays, such as dev or gpu, or the folder of your own kustomization",
     metavar="OVERLAY",
     completer=overlays,
 )

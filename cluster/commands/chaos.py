@@ -17,6 +17,7 @@ from cluster.storage.uris import Storage, StorageError
 from jobs.run.ledger import Ledger, Line
 
 _POLL_S = 0.1
+_PLANNED = "as planned: the failure that is told next is this one"
 
 
 class Kind(StrEnum):
@@ -85,11 +86,11 @@ def _inject(
             continue
         killed_attempt = start["attempt"]
         if fault.kind is Kind.KILL_WORKER:
-            say(f"chaos: SIGKILL to worker {worker['pid']} after step {fault.step}")
+            say(f"chaos: SIGKILL to worker {worker['pid']} after step {fault.step}, {_PLANNED}")
             os.kill(worker["pid"], signal.SIGKILL)
         else:
             node = "head" if fault.kind is Kind.KILL_HEAD else worker["node"]
-            say(f"chaos: SIGKILL to {node} after step {fault.step}")
+            say(f"chaos: SIGKILL to {node} after step {fault.step}, {_PLANNED}")
             cluster.kill_node(node)
 
 

@@ -120,7 +120,7 @@ def cluster_release(arguments: Arguments) -> Result:
     node = arguments[_NODE]
     known = {str(place["node"]): place for place in left_out(storage)}
     if node is None:
-        text = table(["node", "node_id", "reason"], [*known.values()]) or "no node is left out"
+        text = table(["node", "node_id", "reason"], [*known.values()]) or "no node is left out\n"
         return Result({"left_out": [*known.values()]}, text)
     if not take_back(storage, node):
         names = f"those that are: {', '.join(known)}" if known else "no node is"
@@ -129,7 +129,7 @@ def cluster_release(arguments: Arguments) -> Result:
     if kubernetes_node := known[node].get("kubernetes_node"):
         result["note"] = _taken_from(kubernetes_node, storage)
         text = f"{text}; {result['note']}"
-    return Result(result, text)
+    return Result(result, f"{text}\n")
 
 
 def _taken_from(kubernetes_node: str, storage: Storage) -> str:
@@ -137,14 +137,21 @@ def _taken_from(kubernetes_node: str, storage: Storage) -> str:
     of it, in words."""
     from cluster.commands import kube_commands
 
+    where = f"the node {kubernetes_node} of Kubernetes"
     try:
-        kube_commands.mark_nodes(storage)
+        marks = kube_commands.mark_nodes(storage)
     except UserError as error:
         return (
-            f"the node {kubernetes_node} of Kubernetes keeps its taint until "
+            f"{where} keeps its taint until "
             f"`raymill cluster quarantine` has run where it may change nodes: {error}"
         )
-    return f"so does the node {kubernetes_node} of Kubernetes with pods"
+    if kubernetes_node in marks.released:
+        return f"so does {where} with pods"
+    if kubernetes_node not in marks.here:
+        return f"{where} is not in this cluster: no taint was taken away"
+    if pods := marks.left_out.get(kubernetes_node):
+        return f"{where} is still left out, for {', '.join(pods)}"
+    return f"{where} had no taint of this storage"
 
 
 def dashboards_push(arguments: Arguments) -> Result:

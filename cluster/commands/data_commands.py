@@ -1,5 +1,6 @@
 """The commands of `raymill` from a corpus to tokens. Each imports what it alone needs."""
 
+import shlex
 from typing import Literal
 
 from cluster.commands.arguments import (
@@ -37,7 +38,9 @@ def pack(arguments: Arguments) -> Result:
     source, destination = arguments[SOURCE], arguments[NEW_FOLDER]
     say(f"data pack: {source} into {destination}")
     packed = pack_texts(source, destination, DataConfig())
-    return Result(packed, next=f"`raymill data preview --data.source {packed['packed']}`")
+    return Result(
+        packed, next=f"`raymill data preview --data.source {shlex.quote(packed['packed'])}`"
+    )
 
 
 def stats(arguments: Arguments) -> Result:

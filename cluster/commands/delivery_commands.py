@@ -23,6 +23,7 @@ from cluster.endpoint.delivery import Operator, RefusedError
 from cluster.endpoint.endpoint import Endpoint
 from cluster.output.progress import say
 from cluster.storage.references import checkpoint_uri
+from cluster.storage.registry import named_checkpoint
 from cluster.storage.uris import join_uri, open_storage
 from model.errors import UserError
 
@@ -50,6 +51,8 @@ def promote(arguments: Arguments) -> Result:
     reference = arguments[PROMOTED]
     assert reference is not None, "one of the three is given"
     checkpoint = checkpoint_uri(reference, storage_uri)
+    if "/" not in reference:  # a run of the storage, where a path may be the endpoint's own
+        checkpoint = named_checkpoint(checkpoint, storage_uri)
     fields = _gate_rows(checkpoint, storage_uri) if gate is None else gate
     operator.promote(checkpoint, terms=terms, gate=fields)
     until = ("steady",) if arguments[CANARY_PERCENT] is None else ("canary", "steady")

@@ -1,6 +1,7 @@
 """The demo: from a real corpus to a served model on a local cluster, with a worker lost on the way,
 and the proof that its loss changed no weight."""
 
+import shlex
 import string
 import threading
 import time
@@ -132,8 +133,8 @@ def undisturbed(run: Storage) -> dict[str, Any]:
         first, last = proof["steps"]
         raise UserError(
             f"the kill changed the run: steps {first} to {last} taken again without it have other bits "
-            f"({proof['verdict']}), and they should be the same; `raymill verify {run.uri}` says whether its "
-            "files are as they were written"
+            f"({proof['verdict']}), and they should be the same; "
+            f"`raymill verify {shlex.quote(run.uri)}` says whether its files are as they were written"
         )
     return proof
 

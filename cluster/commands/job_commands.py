@@ -31,7 +31,7 @@ from cluster.output.result_text import date_of, put, table
 from cluster.output.spoken_names import for_people
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
-from cluster.storage.uris import NotFoundError, Storage, StorageError, absolute_uri, open_storage
+from cluster.storage.uris import NotFoundError, Storage, StorageError, open_storage, storage_flag
 from cluster.submission.backend import JobBackend
 from cluster.submission.kuberay_backend import KubeJobs
 from cluster.submission.preflight import AdmissionError, Folders, check_run
@@ -95,9 +95,7 @@ def _submitted(config: RunConfig, view: JobView, *, is_new: bool) -> Result:
     if not is_new:
         say(f"run {config.run_id} has this job already: nothing was submitted")
     uri = config.storage.uri
-    hint = f"raymill logs -f {config.run_id}" + (
-        "" if uri == absolute_uri(".raymill") else f" --storage.uri {uri}"
-    )
+    hint = f"raymill logs -f {config.run_id}{storage_flag(uri)}"
     return Result(describe(view) | {"new": is_new, "storage": uri, "logs": hint})
 
 
@@ -124,6 +122,9 @@ def list_jobs(arguments: Arguments) -> Result:
                 )
         except StorageError as error:
             say(f"{run.uri.rpartition('/')[2]} is left out: {error}")
+    for row in rows:
+        if problem := row.get("not_stored"):
+            say(f"{row['run_id']} has {problem}")
     rows.sort(key=lambda row: str(row["submitted"]))
     if not rows:
         start = "`raymill pretrain` or `raymill submit` starts one"
@@ -137,8 +138,13 @@ def status(arguments: Arguments) -> Result:
     run = _run(arguments)
     view = _view(arguments, run)
     shown = describe(view) | _progress(run) | _left_out(run)
+    if "step" in shown:
+        shown |= _rest(run, shown["step"], is_live=view.state.is_live)
     if view.ended is not None and view.ended.result is not None:
         shown["result"] = view.ended.result
+    command = view.launch and LogReader(run, view.launch).started().command
+    if view.state.is_bad and command:
+        shown["continue_with"] = command
     return Result(shown, is_bad=view.state.is_bad)
 
 
@@ -152,20 +158,47 @@ def _progress(run: Storage) -> dict[str, Any]:
 
     is_signed = newest_stated_line(run) is not None
     lines = shown_ledger(run).lines if is_signed else _last_lines(run, entry.size)
+    if not any(line.get("event") == "checkpoint" for line in lines):  # see `not_stored`
+        lines = lines if is_signed else _last_lines(run, entry.size, tail_bytes=entry.size)
     steps = [line for line in lines if "step" in line and "event" not in line]
     if not steps:
         return {}
 
+    from jobs.run.storage_retry import not_stored
     from jobs.sentinel.proven_part import proven_part
 
     figures = {name: steps[-1][name] for name in ("step", "tokens_seen", "loss", "world_size")}
-    return figures | proven_part(lines).fields()
+    problem = not_stored(lines)
+    return figures | proven_part(lines).fields() | ({"not_stored": problem} if problem else {})
 
 
-def _last_lines(run: Storage, num_bytes: int) -> list[dict[str, Any]]:
+def _rest(run: Storage, step: int, *, is_live: bool) -> dict[str, Any]:
+    """Returns the steps of the whole run, and while it trains the seconds that the rest will take at
+    the pace of its last steps; nothing where this version does not know its settings."""
+    from statistics import median
+
+    from cluster.settings.run import max_steps
+    from jobs.run.history import recorded_config
+    from jobs.run.ledger import LEDGER
+
+    entry = run.stat(LEDGER)
+    assert entry is not None, "it has a step"
+    try:
+        planned = max_steps(recorded_config(run))
+    except UserError:
+        return {}
+    walls_s = [line["wall_s"] for line in _last_lines(run, entry.size) if "wall_s" in line]
+    if not is_live or not walls_s:
+        return {"planned_steps": planned}
+    return {"planned_steps": planned, "seconds_left": round((planned - step) * median(walls_s), 1)}
+
+
+def _last_lines(
+    run: Storage, num_bytes: int, *, tail_bytes: int = _TAIL_BYTES
+) -> list[dict[str, Any]]:
     """Returns the lines at the end of a ledger of so many bytes. Raises `StorageError` for a damaged
     one."""
-    start = max(0, num_bytes - _TAIL_BYTES)
+    start = max(0, num_bytes - tail_bytes)
     content = run.read_bytes("ledger.jsonl", start=start).rpartition(b"\n")[0]
     whole = content.split(b"\n")[start > 0 :]  # the first line may be cut
     try:
@@ -212,7 +245,9 @@ def _lines(run: Storage, launch: str, *, header: bool, rays: bool) -> list[str]:
     started = reader.started()
     title = [f"== {started.stage} on {started.host}, {launch}"] if header else []
     lines = "".join(reader.new_text()).splitlines()
-    return title + [line for line in lines if rays or not ray_filter.hides(line)]
+    if rays:
+        return title + lines
+    return title + [shown for line in lines if (shown := ray_filter.shown(line)) is not None]
 
 
 def _follow(arguments: Arguments, run: Storage) -> Result:
@@ -226,8 +261,9 @@ def _follow(arguments: Arguments, run: Storage) -> Result:
             reader = LogReader(run, shown)
         ended = reader.ended() if reader else None  # before its last lines are read
         for line in "".join(reader.new_text()).splitlines() if reader else ():
-            if arguments[SHOWS_RAY] or not ray_filter.hides(line):
-                put(f"{line}\n", sys.stderr if arguments.is_json else sys.stdout)
+            shown_line = line if arguments[SHOWS_RAY] else ray_filter.shown(line)
+            if shown_line is not None:
+                put(f"{shown_line}\n", sys.stderr if arguments.is_json else sys.stdout)
         if ended is not None or time.monotonic() - looked_s > _STATE_INTERVAL_S:
             looked_s = time.monotonic()
             view = _view(arguments, run)

@@ -2,6 +2,7 @@
 there."""
 
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from cluster.kube.node_marks import (
     conditioned,
     is_marked,
     owner_of,
+    pods_of_marks,
     tainted,
     untainted,
     wanted_marks,
@@ -71,18 +73,19 @@ def apply(arguments: Arguments) -> Result:
     namespaces = (manifest["metadata"].get("namespace") for manifest in objects)
     api = _api(next(filter(None, namespaces), None))
     result = api.apply_all(objects, dry_run=is_dry)
-    is_bad = "failed" in result
+    # Who may list all kinds: an administrator alone
+    is_administrators = component in (None, _PLATFORM) and "note" not in result
     if "not_checked" in result:
         result["note"] = (
             "the rest needs the namespace: apply the component `platform`, then check again"
         )
     if not is_dry and (changed := _pass_bounds_on(api, result["applied"])):
         result["running"] = changed
-    is_administrators = component in (None, _PLATFORM)  # who alone may list all kinds
-    if is_administrators and not is_bad and (left := _leftovers(api, everything)):
+    is_answered = "not_tried" not in result
+    if is_administrators and is_answered and (left := _leftovers(api, everything)):
         result["leftovers"] = list(map(kube.full_name, left))
         result["remove"] = removal(left, api.namespace)
-    return Result(result, is_bad=is_bad)
+    return Result(result, is_bad="failed" in result)
 
 
 def _pass_bounds_on(api: "KubeApi", applied: list[str]) -> dict[str, list[str]]:
@@ -160,7 +163,7 @@ def _change(arguments: Arguments, manifest: kube.Object) -> Patch:
 
 def status(arguments: Arguments) -> Result:
     api = _api(arguments[NAMESPACE])
-    result, pods = {}, api.all("v1", "Pod", selector="ray.io/node-type=worker")
+    result, pods = {}, api.all("v1", "Pod", selector="ray.io/is-ray-node=yes")
     for manifest in _all(api, arguments[KUBE_OBJECTS]):
         clusters = _clusters_of(api, manifest)
         lines: list[str] = []
@@ -174,6 +177,7 @@ def status(arguments: Arguments) -> Result:
         result[kube.full_name(manifest)] = [
             told or kube.sentence(manifest),
             *(lines or kube.groups(manifest)),
+            *kube.cut_off_pods(clusters, pods),
         ]
     return Result(result)
 
@@ -200,20 +204,36 @@ def quarantine(arguments: Arguments) -> Result:
             say(f"tried again in {_MARKS_EVERY_S} s: {error}")
         else:
             for what in ("marked", "released"):
-                for name in changed[what]:
+                for name in changed.shown()[what]:
                     say(f"{what} {name}")
         time.sleep(_MARKS_EVERY_S)
-    return Result(mark_nodes(storage))
+    return Result(mark_nodes(storage).shown())
 
 
-def mark_nodes(storage: Storage) -> dict[str, list[str]]:
+@dataclass(frozen=True)
+class Marks:
+    """What became of the nodes of Kubernetes, by their names."""
+
+    marked: list[str]
+    released: list[str]
+    here: frozenset[str]
+    """All nodes of this cluster."""
+    left_out: dict[str, list[str]]
+    """The pods for which a node is left out."""
+
+    def shown(self) -> dict[str, list[str]]:
+        """Returns which nodes were changed, and which are not in this cluster."""
+        not_here = sorted(self.left_out.keys() - self.here)
+        return {"marked": self.marked, "released": self.released, "not_here": not_here}
+
+
+def mark_nodes(storage: Storage) -> Marks:
     """Marks the nodes of Kubernetes that a storage has as left out, and takes back its marks on
-    others. Returns which were changed, and which are not in this cluster. Raises `ClusterError`
-    with the commands for somebody who may."""
+    others. Raises `ClusterError` with the commands for somebody who may."""
     from jobs.workers.left_out_nodes import left_out
 
-    api, owner = _api(None), owner_of(storage.uri)
-    wanted = wanted_marks(left_out(storage))
+    api, owner, records = _api(None), owner_of(storage.uri), left_out(storage)
+    wanted, pods = wanted_marks(records), pods_of_marks(records)
     marked: list[str] = []
     released: list[str] = []
     here: set[str] = set()
@@ -231,7 +251,7 @@ def mark_nodes(storage: Storage) -> dict[str, list[str]]:
     except ClusterError as error:
         by_hand = "; ".join([str(error), *as_kubectl(wanted, owner)])
         raise ClusterError(by_hand) from None
-    return {"marked": marked, "released": released, "not_here": sorted(wanted.keys() - here)}
+    return Marks(marked, released, frozenset(here), pods)
 
 
 def _bring_into_line(api: "KubeApi", name: str, why: str | None, owner: str) -> None:

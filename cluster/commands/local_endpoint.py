@@ -6,8 +6,8 @@ from types import FrameType
 from cluster.endpoint.local_end import LONGEST_STREAM_S, cut, drain, entrance_of
 from cluster.local.local_cluster import LocalCluster
 from cluster.output.progress import say
-from cluster.output.result_text import counted
-from cluster.stages.stage_module import exit_on_signal
+from cluster.output.result_text import counted, forget_closed_terminal
+from cluster.stages.stage_module import ENDING_SIGNALS, exit_on_signal
 
 
 class _EndAskedError(BaseException):
@@ -19,7 +19,7 @@ def keep_up(cluster: LocalCluster, *, host: str, port: int) -> bool:
     Exits at a second signal."""
     entrance = entrance_of(host, port)
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDING_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _ask_to_end)
         while True:
@@ -43,8 +43,10 @@ def keep_up(cluster: LocalCluster, *, host: str, port: int) -> bool:
 
 
 def _ask_to_end(number: int, frame: FrameType | None) -> None:
-    for again in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(again, exit_on_signal)
+    forget_closed_terminal()
+    for again in ENDING_SIGNALS:
+        if signal.getsignal(again) is not signal.SIG_IGN:
+            signal.signal(again, exit_on_signal)
     raise _EndAskedError
 
 

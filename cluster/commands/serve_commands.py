@@ -1,8 +1,10 @@
 """The commands of `raymill` from a checkpoint to answers. Each imports what it alone needs."""
 
+import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.commands.arguments import (
     ADAPTER,
@@ -107,7 +109,8 @@ def serve(arguments: Arguments) -> Result:
 
     replicas_per_node = -(-config.replicas.max_replicas // max(1, config.cluster.num_nodes - 1))
     cpus = replicas_per_node * config.replicas.threads_per_replica
-    with connected(config.cluster, cpus_per_node=cpus) as connection:
+    gpus = config.engine.tensor_parallel_size
+    with connected(config.cluster, cpus_per_node=cpus, gpus_together=gpus) as connection:
         endpoint = deploy(connection, config)
         result = Result({"url": endpoint.url, "model": endpoint.model})
         arguments.show(result)
@@ -134,8 +137,10 @@ def complete(arguments: Arguments) -> Result:
         "temperature": arguments[TEMPERATURE],
         "seed": arguments[SEED],
     }
-    show = (lambda text: None) if arguments.is_json else put
-    return Result(stream_completion(endpoint, request, on_text=show), text="")
+    if arguments.is_json:
+        return Result(stream_completion(endpoint, request, on_text=lambda text: None))
+    completed = stream_completion(endpoint, request, on_text=put)
+    return Result(completed, text="" if completed["text"].endswith("\n") else "\n")
 
 
 def verify_answer(arguments: Arguments) -> Result:
@@ -206,9 +211,7 @@ def export(arguments: Arguments) -> Result:
         key=key,
         has_bom=arguments[_BOM],
     )
-    return Result(
-        exported, next=f"transformers.AutoModelForCausalLM.from_pretrained({destination!r})"
-    )
+    return Result(exported, next=_to_load(destination, exported))
 
 
 def push(arguments: Arguments) -> Result:
@@ -227,9 +230,21 @@ def push(arguments: Arguments) -> Result:
     if arguments[_ONLY_CARD]:
         return Result({"card": pushed.card}, text=pushed.card.rstrip("\n"))
     uploaded = pushed.upload(creates=arguments[_CREATES])
-    return Result(
-        uploaded, next=f"transformers.AutoModelForCausalLM.from_pretrained({pushed.name!r})"
-    )
+    return Result(uploaded, next=_to_load(pushed.name, uploaded))
+
+
+def _to_load(place: str, made: Mapping[str, Any]) -> str:
+    """Returns what loads a model of a folder or of the Hub, as it is typed; empty for an adapter
+    whose base PEFT does not find."""
+    if "base" in made:
+        if made["base"] is None or place.startswith("s3://") or made["base"].startswith("s3://"):
+            return ""
+        line = f"import peft; peft.AutoPeftModelForCausalLM.from_pretrained({place!r})"
+    elif place.startswith("s3://"):
+        return f"`raymill serve {shlex.quote(place)}`"
+    else:
+        line = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({place!r})"
+    return f"in Python, {line}"
 
 
 def _serve_config() -> "type[ServeConfig]":

@@ -4,6 +4,7 @@ needs."""
 import math
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ from cluster.commands.command import (
 from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
 from cluster.stages.stage_module import STAGES
-from cluster.storage.uris import absolute_uri, open_storage
+from cluster.storage.uris import open_storage, storage_flag
 from model.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ _FILE = Argument[Path](
 )
 _KEEP = Switch("--keep", "keep the endpoint up until Ctrl-C")
 _QUICK = Switch(
-    "--quick", "end in a minute: fewer steps, one node, a worker killed, no evaluation, no report"
+    "--quick",
+    "end in a minute or two: fewer steps, one node, a worker killed, no evaluation, no report",
 )
 _PRESET = Argument[str](
     "--preset",
@@ -95,7 +97,8 @@ def init(arguments: Arguments) -> Result:
         raise UserError(f"{path} is there already and stays as it is; name another file") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-    after = f"set data.source in {path}, then `raymill plan {path}` and `raymill pretrain {path}`"
+    typed = shlex.quote(str(path))
+    after = f"set data.source in {path}, then `raymill plan {typed}` and `raymill pretrain {typed}`"
     return Result({"file": str(path)}, next=after)
 
 
@@ -133,6 +136,7 @@ def _run_stage(
     from cluster.commands.chaos import chaos
     from cluster.local.local_cluster import cpus_per_node
     from cluster.settings.run import RunConfig
+    from cluster.submission.first_checks import starting
 
     config = arguments.config(RunConfig)
     if faults and config.cluster.address is not None:
@@ -142,17 +146,40 @@ def _run_stage(
 
     from cluster.stages.stage import connected, run_stage  # imports Ray, which takes a second
 
+    known = [] if "--run-id" in arguments.words else ["--run-id", str(config.run_id)]
+    command = f"raymill {shlex.join([*arguments.words, *known])}" if stage != "tokenize" else ""
     try:
         with (
+            starting(config, stage) as start,
             connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection,
             chaos(faults, cluster=connection.local, config=config),
         ):
-            return run_stage(connection, STAGES[stage], config), config
+            values = run_stage(
+                connection, STAGES[stage], config, command=command, when_submitted=start.close
+            )
+            return values, config
     except (KeyboardInterrupt, SystemExit):
-        if stage != "tokenize":
-            known = [] if "--run-id" in arguments.words else ["--run-id", str(config.run_id)]
-            say(f"continue with: raymill {shlex.join([*arguments.words, *known])}")
+        if command:
+            _say_unsaved(config)
+            say(f"continue with: {command}")
         raise
+
+
+def _say_unsaved(config: "RunConfig") -> None:
+    """Says which steps are lost of a run that was not given the time to save, or the place."""
+    from cluster.output.result_text import counted
+    from cluster.settings.run import run_storage
+    from jobs.run.ledger import Ledger
+
+    with suppress(UserError):  # of a storage that is gone
+        ledger = Ledger.read(run_storage(config))
+        saved = max((line["step"] for line in ledger.events("checkpoint")), default=0)
+        last = max((line["step"] for line in ledger.steps), default=0)
+        if last > saved:
+            lost = counted(last - saved, "step")
+            say(
+                f"not saved: the last {lost}; the run goes on after step {saved:,}, and takes them again"
+            )
 
 
 def _check(config: "RunConfig", stage: str) -> None:
@@ -184,8 +211,7 @@ def _say_stage(config: "RunConfig", stage: str) -> None:
 
 def as_typed(storage: str, *commands: str) -> str:
     """Returns the commands as they are typed, with the storage if it is not the default."""
-    where = "" if absolute_uri(storage) == absolute_uri(".raymill") else f" --storage.uri {storage}"
-    return ", or ".join(f"`{command}{where}`" for command in commands)
+    return ", or ".join(f"`{command}{storage_flag(storage)}`" for command in commands)
 
 
 def plan(arguments: Arguments) -> Result:
@@ -267,7 +293,8 @@ def evaluate(arguments: Arguments) -> Result:
     with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
         values = run_stage(connection, "jobs.evaluate", config)
     return Result(
-        values, next=as_typed(config.storage.uri, f"raymill serve {values['checkpoint']}")
+        values,
+        next=as_typed(config.storage.uri, f"raymill serve {shlex.quote(values['checkpoint'])}"),
     )
 
 

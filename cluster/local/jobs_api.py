@@ -16,6 +16,7 @@ import httpx
 from model.errors import UserError
 
 _TOKEN, _TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+_RAYS_PLACE = ".ray/auth_token"  # in the home folder, where Ray itself looks for its token
 _TIMEOUT_S, _STATE_TIMEOUT_S = 10.0, 30.0
 # The most that the state API sends unless configured; without a limit it sends 100
 _MAX_ROWS = 10_000
@@ -35,11 +36,16 @@ class Token:
 
 def ray_token(file: Path | None = None) -> Token | None:
     """Returns the token in the file, else in the one that RAY_AUTH_TOKEN_PATH names, else in
-    RAY_AUTH_TOKEN. Raises `ClusterError` if a file is named and holds no token."""
+    RAY_AUTH_TOKEN, else in the one where Ray looks itself. Raises `ClusterError` if a file is named
+    and holds no token."""
     named, source = (file, "--token-file") if file else (os.environ.get(_TOKEN_PATH), _TOKEN_PATH)
     if not named:
         value = os.environ.get(_TOKEN, "").strip()
-        return Token(value, _TOKEN) if value else None
+        if value:
+            return Token(value, _TOKEN)
+        named, source = Path.home() / _RAYS_PLACE, "Ray"
+        if not named.is_file():
+            return None
     try:
         value = Path(named).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -60,7 +66,7 @@ class JobsApi:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ClusterError(
-                f"{parts.scheme or 'it'!r} is no address of a Jobs API; expected http://HOST:8265"
+                f"{url.rpartition('@')[2]!r} is no address of a Jobs API; expected http://HOST:8265, with http://"
             )
         if parts.username or parts.password:
             raise ClusterError(
@@ -119,7 +125,7 @@ class JobsApi:
             ) from None
         if answer.status_code == 401:
             raise ClusterError(
-                f"{self.url} asks for a token: put it into a file and name that with {_TOKEN_PATH}"
+                f"{self.url} asks for a token: put it into ~/{_RAYS_PLACE}, or into a file that {_TOKEN_PATH} names"
             )
         if answer.status_code == 403:
             sent = (

@@ -31,6 +31,7 @@ from cluster.settings.run import RunConfig
 from cluster.settings.stages import EvaluateConfig, IndexConfig
 from cluster.storage.process_identity import die_with_parent, kill, with_descendants
 from model.errors import UserError
+from model.hardware.processor import num_gpus_here
 
 NODE_NAME_VARIABLE = "RAYMILL_NODE"
 """Environment variable with the node's name, in every process on a local node."""
@@ -120,9 +121,16 @@ class LocalCluster:
     """Starts on entering the context, ends on leaving it. The head carries no work unless it is the
     only node."""
 
-    def __init__(self, *, num_nodes: int, cpus_per_node: int) -> None:
+    def __init__(
+        self, *, num_nodes: int, cpus_per_node: int, num_gpus: int = 0, gpus_together: int = 1
+    ) -> None:
+        """The nodes that carry work share the machine's first `num_gpus` GPUs; a node gets a multiple
+        of `gpus_together`."""
         self._num_nodes = num_nodes
         self._cpus_per_node = cpus_per_node
+        self._free_gpus = _visible_gpus()[:num_gpus] if num_gpus else []
+        self._gpus_per_node = gpus_per_node(num_gpus, num_nodes, together=gpus_together)
+        self._gpus: dict[str, list[str]] = {}  # of each node
         # 0700; Ray's socket paths must stay short
         self._directory = Path(tempfile.mkdtemp(prefix="raymill-"))
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
@@ -184,6 +192,7 @@ class LocalCluster:
         """Starts one more worker node and returns its name."""
         name = f"node-{len(self._flags)}"
         self._flags[name] = ["--address", self.address, "--num-cpus", str(self._cpus_per_node)]
+        self._lend_gpus(name)
         self._launch(name)
         if wait:
             self._wait([name])
@@ -192,6 +201,7 @@ class LocalCluster:
     def kill_node(self, name: str) -> None:
         """Kills the node: its raylet, its workers and all that they hold are gone at once."""
         process = self._nodes.pop(name)
+        self._free_gpus += self._gpus.pop(name, [])
         process.kill()  # the kernel then kills the raylet, whose end kills the workers
         process.wait(_STOP_TIMEOUT_S)
 
@@ -250,8 +260,14 @@ class LocalCluster:
             "--num-cpus",
             str(self._cpus_per_node if self._num_nodes == 1 else 0),
         ]
+        if self._num_nodes == 1 and _HEAD not in self._gpus:
+            self._lend_gpus(_HEAD)
         self._launch(_HEAD)
         self._wait([_HEAD])
+
+    def _lend_gpus(self, name: str) -> None:
+        self._gpus[name] = self._free_gpus[: self._gpus_per_node]
+        del self._free_gpus[: self._gpus_per_node]
 
     def _launch(self, name: str) -> None:
         command = [
@@ -263,7 +279,8 @@ class LocalCluster:
             "--node-name",
             name,
         ]
-        command += ["--node-ip-address", "127.0.0.1", "--num-gpus", "0"]
+        gpus = self._gpus.get(name, [])
+        command += ["--node-ip-address", "127.0.0.1", "--num-gpus", str(len(gpus))]
         command += ["--object-store-memory", str(_OBJECT_STORE_BYTES), "--log-color", "false"]
         # Port 0 lets each worker process take any free one: several nodes share one address here.
         command += ["--min-worker-port", "0", "--max-worker-port", "0"]
@@ -285,6 +302,8 @@ class LocalCluster:
                 env=os.environ
                 | self.environment
                 | {NODE_NAME_VARIABLE: name}
+                # Each node's workers take its GPUs by their place in this list
+                | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
                 | (state if name == _HEAD else {}),
                 start_new_session=True,
                 preexec_fn=die_with_parent,
@@ -354,6 +373,19 @@ class LocalCluster:
             else "It said nothing. "
         )
         return f"{said}Now {_load()}. Its log is {kept}"
+
+
+def gpus_per_node(num_gpus: int, num_nodes: int, *, together: int = 1) -> int:
+    """Returns how many of this machine's GPUs each local node that carries work is lent: a multiple
+    of those that one worker takes together."""
+    worker_nodes = max(1, num_nodes - 1)
+    return -(-num_gpus // (worker_nodes * together)) * together
+
+
+def _visible_gpus() -> list[str]:
+    """Returns the names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(num_gpus_here())]
 
 
 def _last_words(log: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 import prometheus_client as prometheus
 from ray.util.metrics import Gauge
 
+from cluster.monitoring.histogram import Histogram
 from cluster.monitoring.metric_table import Exporter, Kind, Metric, metrics
 
 PUBLISH_INTERVAL_S = 2.0  # Ray passes values on every 10 s
@@ -68,14 +69,14 @@ class Metrics:
             self.publish()
 
     def _make(self, metric: Metric) -> Any:
-        # In the clients' order: name, text, labels, then namespace, subsystem and unit, which the
-        # name already has.
-        arguments = (metric.name, metric.help, metric.all_labels, "", "", "", self.collectors)
-        if metric.kind is Kind.HISTOGRAM:
-            return prometheus.Histogram(*arguments, buckets=metric.buckets)
-        return {Kind.COUNTER: prometheus.Counter, Kind.GAUGE: prometheus.Gauge}[metric.kind](
-            *arguments
-        )
+        arguments, registry = (metric.name, metric.help, metric.all_labels), self.collectors
+        match metric.kind:
+            case Kind.HISTOGRAM:
+                return Histogram(*arguments, bounds=metric.buckets, registry=registry)
+            case Kind.COUNTER:
+                return prometheus.Counter(*arguments, registry=registry)
+            case Kind.GAUGE:
+                return prometheus.Gauge(*arguments, registry=registry)
 
 
 def by_version(metrics: Metrics, make: Callable[[str], Counted]) -> Callable[[str], Counted]:

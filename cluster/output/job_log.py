@@ -38,12 +38,13 @@ Stored = TypeVar("Stored")
 @dataclass(frozen=True)
 class Started:
     """The beginning of a launch, for people; `job` is its name in the cluster, empty if started by
-    hand."""
+    hand; `command` continues it, where a command at a terminal began it."""
 
     job: str
     stage: str
     host: str
     time: float  # Unix time, s
+    command: str = ""
 
 
 @dataclass(frozen=True)

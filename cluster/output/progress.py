@@ -7,19 +7,22 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from cluster.output.result_text import printable
+from cluster.output.result_text import forget, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _MARK = "raymill-progress: "
+_NEWS = "raymill-news: "
 _REPORT_INTERVAL_S = 1.0
 _LINE_INTERVAL_S = 10.0
+# Columns of a terminal that has room for these beside labels and whole notes, of which no word is cut
+_WIDTH_OF_TIMES, _WIDTH_OF_BARS = 80, 120
 
 # Ray's own lines: those of its processes and its dated log lines. They go to the log file only,
 # except the last line of a worker's traceback, which says what happened.
@@ -46,8 +49,17 @@ class Report:
 
 def say(text: str) -> None:
     """Prints a line for the person who watches; standard output is for results."""
-    sys.stderr.write(f"{printable(text)}\n")
-    sys.stderr.flush()
+    try:
+        sys.stderr.write(f"{printable(text)}\n")
+        sys.stderr.flush()
+    except OSError:  # a full disk, or a terminal that was closed: no reason to end
+        forget(sys.stderr)
+
+
+def say_from_worker(text: str) -> None:
+    """Prints a line of a worker for the person who watches, to whom Ray's other lines of workers
+    are not shown."""
+    say(f"{_NEWS}{text}")
 
 
 @contextmanager
@@ -120,10 +132,15 @@ class RayFilter:
     def __init__(self) -> None:
         self._in_block = False
 
-    def hides(self, text: str) -> bool:
+    def shown(self, text: str) -> str | None:
+        """Returns what a person sees of the line, None for nothing."""
+        return None if self._hides(text) else text.rpartition(_NEWS)[2]
+
+    def _hides(self, text: str) -> bool:
         goes_on = not text or text[0] in " \t" or text.startswith("PC: @")
         self._in_block = bool(_RAY_LINE.match(text)) or (self._in_block and goes_on)
-        return self._in_block and not _WORKER_ERROR.match(text)
+        is_told = _NEWS in text or bool(_WORKER_ERROR.match(text))
+        return self._in_block and not is_told
 
 
 class PlainProgress:
@@ -134,9 +151,9 @@ class PlainProgress:
 
     def line(self, text: str) -> str | None:
         """Returns the text for a line of the log, or None for a report soon after the last one."""
-        if not text.startswith(_MARK):
-            return text
         report = _report(text)
+        if report is None:
+            return text
         now, is_done = time.monotonic(), report.done >= report.total
         if (
             not is_done
@@ -162,8 +179,11 @@ class ProgressView:
         self._rays = RayFilter()
 
     def __enter__(self) -> Self:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.log.open("a", encoding="utf-8", buffering=1)
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.log.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            self._give_up_log(error)
         if self._waiting:
             self._until_first_line.enter_context(doing(self._waiting))
         return self
@@ -172,26 +192,45 @@ class ProgressView:
         self._until_first_line.close()
         if self._bars is not None:
             self._bars.stop()
-        self._file.close()
+        with suppress(OSError):  # what a full disk did not take
+            self._file.close()
 
     def keep(self, text: str) -> None:
-        """Writes a line to the file alone."""
-        self._file.write(f"{text}\n")
+        """Writes a line to the file alone. One that cannot be written is given up, and no reason to
+        end."""
+        try:
+            self._file.write(f"{text}\n")
+        except OSError as error:
+            with suppress(OSError):
+                self._file.close()
+            self._give_up_log(error)
+
+    def _give_up_log(self, error: OSError) -> None:
+        self._show(f"this log is not kept from here on: {self.log}: {error.strerror}")
+        self._file = Path(os.devnull).open("a", encoding="utf-8")  # noqa: SIM115 (closed on exit)
 
     def line(self, text: str) -> None:
         """Shows one line of a stage's log."""
-        is_report = text.startswith(_MARK)
-        if not is_report:
+        report = _report(text)
+        shown: str | None = text
+        if report is None:
             self.keep(text)
-            if self._rays.hides(text):
-                return
+            shown = self._rays.shown(text)
+        if shown is None:
+            return
         self._until_first_line.close()
+        if self._bars is not None and report is not None:
+            self._draw(self._bars, report)
+        elif (line := self._plain.line(shown)) is not None:
+            self._show(line)
+
+    def _show(self, text: str) -> None:
         if self._bars is None:
-            if (shown := self._plain.line(text)) is not None:
-                say(shown)
-        elif is_report:
-            self._draw(self._bars, _report(text))
+            say(text)
         else:
+            if self._tasks and self._bars.finished:  # they stand above what comes after them
+                self._bars.stop()
+                self._bars, self._tasks = _new_bars(), {}
             self._bars.console.print(printable(text), markup=False, highlight=False)
 
     def _draw(self, bars: "Progress", report: Report) -> None:
@@ -208,14 +247,26 @@ class ProgressView:
 def _new_bars() -> "Progress":
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+    from rich.table import Column  # noqa: PLC0415
 
-    label = TextColumn("{task.description:>12}")
-    note = TextColumn("{task.fields[note]}")
-    amount = TextColumn("{task.completed:g} of {task.total:g} {task.fields[unit]}")
-    return Progress(
-        label, BarColumn(), amount, TimeRemainingColumn(), note, console=Console(stderr=True)
+    console = Console(stderr=True)
+    label = TextColumn("{task.description:>12}", table_column=Column(no_wrap=True))
+    amount = TextColumn(
+        "{task.completed:g} of {task.total:g} {task.fields[unit]}",
+        table_column=Column(no_wrap=True),
     )
+    note = TextColumn("{task.fields[note]}", table_column=Column(overflow="fold"))
+    if console.width < _WIDTH_OF_TIMES:
+        return Progress(label, amount, note, console=console)
+    bars = [BarColumn()] if console.width >= _WIDTH_OF_BARS else []
+    return Progress(label, *bars, amount, TimeRemainingColumn(), note, console=console)
 
 
-def _report(line: str) -> Report:
-    return Report(**json.loads(line[len(_MARK) :]))
+def _report(line: str) -> Report | None:
+    """Returns the report in a marked line; None for another line, and for one that is cut."""
+    if not line.startswith(_MARK):
+        return None
+    try:
+        return Report(**json.loads(line[len(_MARK) :]))
+    except (ValueError, TypeError):
+        return None

@@ -6,10 +6,12 @@ Text from outside, such as a corpus or a model's, is printed as characters that 
 
 import os
 import signal
+import stat
 import sys
 import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TextIO
 
 from model.errors import UserError
@@ -23,13 +25,28 @@ def put(text: str, stream: TextIO | None = None) -> None:
         stream.write(printable(text) if stream.isatty() else text)
         stream.flush()
     except OSError as error:
-        # Python writes what is left when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        forget(stream)
         if isinstance(error, BrokenPipeError):
             sys.exit(128 + signal.SIGPIPE)
         raise UserError(
             f"cannot write the output: {error.strerror}; free some room, or send it elsewhere"
         ) from None
+
+
+def forget(stream: TextIO) -> None:
+    """Lets go of a stream that takes nothing any more: Python writes what is left when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def forget_closed_terminal() -> None:
+    """Lets go of a terminal that is gone: each further line would be an error. Other outputs stay."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # one without a descriptor, such as a test's
+            is_device = stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
+            if is_device and not os.isatty(stream.fileno()):
+                forget(stream)
 
 
 def lines(result: Mapping[str, Any]) -> Iterator[str]:

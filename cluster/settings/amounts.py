@@ -1,10 +1,12 @@
-"""Values as people write them: whole numbers such as `20M` tokens, `64MiB` or `1e6`, and in our
+"""Values as people write them: whole numbers such as `20M` tokens, `64MiB` or `1e6`, `auto` for a GPU, and in our
 words, what was expected in place of a value that pydantic refuses."""
 
 import re
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, get_args
+
+from model.hardware.processor import num_gpus_here
 
 _AMOUNT = re.compile(
     r"(?P<number>\d+(_\d+)*(\.\d+)?(e\+?\d{1,2})?) ?(?P<unit>[a-z]*)", re.IGNORECASE
@@ -74,3 +76,17 @@ def expectation(problem: dict[str, Any], *, siblings: list[str]) -> str | None:
         return f"{_LINES}, such as `{siblings[0]}: …`" if siblings else _LINES
     words = _EXPECTED.get(kind)
     return None if words is None else words(problem.get("ctx", {}))
+
+
+def gpu_or_not(value: Any) -> Any:
+    """Settles `auto`, so that what is recorded is true or false."""
+    return num_gpus_here() > 0 if value == "auto" else value
+
+
+def require_own_gpu(values: Any) -> None:
+    """Raises `ValueError` where this machine is asked for the GPUs of another one."""
+    match values:
+        case {"scaling": {"use_gpu": "auto"}, "cluster": {"address": str(address)}}:
+            raise ValueError(
+                f"scaling.use_gpu=auto asks this machine, and the run is on the cluster at {address}: set true or false"
+            )

@@ -26,6 +26,7 @@ from pydantic.functional_serializers import PlainSerializer
 from pydantic.functional_validators import BeforeValidator, WrapValidator, model_validator
 
 from cluster.settings import recipe
+from cluster.settings.amounts import gpu_or_not, require_own_gpu
 from cluster.settings.batch_schedule import BatchSchedule
 from cluster.settings.data import DataConfig
 from cluster.settings.setting import Settings, setting
@@ -119,7 +120,9 @@ class ScalingConfig(Settings):
     min_workers: PositiveInt = setting(1, "training waits below this many workers")
     max_workers: PositiveInt = setting(2, "training grows up to this many workers")
     threads_per_worker: PositiveInt = setting(1, "compute threads, and logical CPUs, of a worker")
-    use_gpu: bool = setting(False, "one GPU per worker")
+    use_gpu: Annotated[bool, BeforeValidator(gpu_or_not)] = setting(
+        False, "one GPU per worker; auto: if PyTorch sees one on the machine where this is typed"
+    )
     shard: Shard = setting(
         "none",
         "what each worker keeps only its own part of: optimizer, its moments (ZeRO-1); gradients, "
@@ -283,6 +286,7 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _follow_the_depth(cls, values: Any) -> Any:
+        require_own_gpu(values)
         return recipe.with_depth(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")

@@ -43,6 +43,9 @@ def main() -> int:
         parser.add_argument(
             "--job", default="", metavar="NAME", help="the job's name in the cluster"
         )
+        parser.add_argument(
+            "--command", default="", metavar="LINE", help="what a person types to continue it"
+        )
         parser.add_argument("module", help="the stage's module")
         parser.add_argument("config", help="the resolved run.yaml")
         arguments = parser.parse_args()
@@ -62,7 +65,9 @@ def main() -> int:
             )
             return code
         with Lease(run, lease_key(stage), interval_s=_BEAT_S, timeout_s=SILENCE_S):
-            started = Started(arguments.job, stage, socket.gethostname(), time.time())
+            started = Started(
+                arguments.job, stage, socket.gethostname(), time.time(), arguments.command
+            )
             launch = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
             command = [sys.executable, "-m", arguments.module, arguments.config]
             return _mirror(
@@ -76,9 +81,10 @@ def main() -> int:
         return MISUSED if isinstance(error, ConfigError) else 1
 
 
-def entrypoint(module: str, path: str, *, job: str) -> list[str]:
-    """Returns the command of a job."""
-    return ["python", "-m", "cluster.stages.run_mirrored", "--job", job, module, path]
+def entrypoint(module: str, path: str, *, job: str, command: str = "") -> list[str]:
+    """Returns the command of a job; `command` is what a person types to continue it, if known."""
+    known = [f"--command={command}"] if command else []
+    return ["python", "-m", "cluster.stages.run_mirrored", "--job", job, *known, module, path]
 
 
 def stop_key(launch: str) -> str:

@@ -44,6 +44,7 @@ from cluster.stages.stage_module import (
 )
 from cluster.storage.uris import StorageError, open_storage
 from model.errors import UserError
+from model.hardware.processor import num_gpus_here
 
 _POLL_S = 0.5
 _NO_AGENT = "No available agent"
@@ -64,15 +65,21 @@ class Connection:
 
 
 @contextmanager
-def connected(config: ClusterConfig, *, cpus_per_node: int) -> Iterator[Connection]:
-    """Gives the cluster at `config.address`, or a local one that lives as long as the context."""
+def connected(
+    config: ClusterConfig, *, cpus_per_node: int, gpus_together: int = 1
+) -> Iterator[Connection]:
+    """Gives the cluster at `config.address`, or a local one that lives as long as the context, with
+    the GPUs of this machine."""
     if config.address is not None:
         api = JobsApi(config.address, ray_token())
         api.probe()
         yield Connection(api, None)
         return
     with LocalCluster(
-        num_nodes=config.num_nodes, cpus_per_node=config.cpus_per_node or cpus_per_node
+        num_nodes=config.num_nodes,
+        cpus_per_node=config.cpus_per_node or cpus_per_node,
+        num_gpus=num_gpus_here(),
+        gpus_together=gpus_together,
     ) as cluster:
         yield Connection(cluster.jobs_api, cluster)
 
@@ -83,10 +90,12 @@ def run_stage(
     config: StageConfig,
     *,
     job: str = "",
+    command: str = "",
     when_submitted: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Runs `python -m MODULE run.yaml` on the cluster, shows its log as it comes, and returns its
-    result. `job` is its name there, a random one if empty.
+    result. `job` is its name there, a random one if empty; `command` is what a person types to
+    continue it.
 
     A lost head of a local cluster is restarted, and then the job: a stage finds what it has done,
     and a run continues under its id. Raises `StageFailedError` if the job ends without a result,
@@ -96,7 +105,7 @@ def run_stage(
     while True:
         attempt = f"{job}+{lost_heads}" if lost_heads else job  # Ray takes a name once
         try:
-            return _submit_and_follow(connection, module, config, attempt, when_submitted)
+            return _submit_and_follow(connection, module, config, attempt, command, when_submitted)
         except UserError:
             raise
         except Exception as error:  # of several kinds, when nothing answers any more
@@ -114,6 +123,7 @@ def _submit_and_follow(
     module: str,
     config: StageConfig,
     job: str,
+    command: str,
     when_submitted: Callable[[], None],
 ) -> dict[str, Any]:
     client = _jobs_client(connection)
@@ -123,7 +133,7 @@ def _submit_and_follow(
         with ProgressView(
             folder_of_logs.absolute() / f"{module}-{job}.log", waiting="starting the job"
         ) as view:
-            job_id = submit_stage(connection, module, config, job=job)
+            job_id = submit_stage(connection, module, config, job=job, command=command)
             when_submitted()
             return asyncio.run(_follow(client, job_id, view))
     except BaseException:
@@ -158,20 +168,22 @@ def _words_of_stop(config: StageConfig) -> str:
     )
 
 
-def submit_stage(connection: Connection, module: str, config: StageConfig, *, job: str) -> str:
+def submit_stage(
+    connection: Connection, module: str, config: StageConfig, *, job: str, command: str = ""
+) -> str:
     """Starts `python -m MODULE run.yaml` on the cluster as the job of that name, which it returns.
     Raises `ClusterError` if the cluster cannot be reached, `RuntimeError` if it refuses."""
-    command = ["python", "-m", module, "run.yaml"]
+    words = ["python", "-m", module, "run.yaml"]
     if isinstance(config, RunConfig):
         # The run's storage keeps what its jobs print
-        command = entrypoint(module, "run.yaml", job=job)
+        words = entrypoint(module, "run.yaml", job=job, command=command)
     with tempfile.TemporaryDirectory(prefix="raymill-job-") as folder:
         snapshot_code(Path(folder))
         write_config(config, Path(folder) / "run.yaml")
         return _submit(
             _jobs_client(connection),
             submission_id=job,
-            entrypoint=f"exec {shlex.join(command)}",
+            entrypoint=f"exec {shlex.join(words)}",
             runtime_env={"working_dir": folder, "env_vars": _job_environment(connection)},
         )
 

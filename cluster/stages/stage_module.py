@@ -7,6 +7,7 @@ import sys
 from types import FrameType
 from typing import Any
 
+from cluster.output.result_text import forget_closed_terminal
 from model.errors import UserError
 
 STAGES = {
@@ -49,7 +50,12 @@ def parse_result(line: str) -> dict[str, Any] | None:
     return json.loads(line[len(RESULT_MARK) :]) if line.startswith(RESULT_MARK) else None
 
 
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks a command to end: Ctrl-C, another process, and a terminal that is closed."""
+
+
 def exit_on_signal(number: int, frame: FrameType | None) -> None:
     """Handles a signal by an exit, on whose way out contexts stop what they started."""
     signal.signal(number, signal.SIG_IGN)  # once is enough
+    forget_closed_terminal()
     sys.exit(128 + number)  # as a shell reports it

@@ -146,6 +146,7 @@ class Lease:
         return False
 
     def _beat(self) -> None:
+        is_out_of_reach = False  # which is said once
         while not self._released.wait(self._interval_s):
             with self._renewing:
                 if self._released.is_set() or self._lost is not None:
@@ -155,7 +156,13 @@ class Lease:
                 except (
                     StorageError
                 ) as error:  # out of reach: until another process writes, the lease is ours
-                    _LOG.warning("the lease could not be renewed yet: %s", error)
+                    if not is_out_of_reach:
+                        _LOG.warning("the lease cannot be renewed, and is tried again: %s", error)
+                    is_out_of_reach = True
+                else:
+                    if is_out_of_reach:
+                        _LOG.warning("the lease %s is renewed again", self._uri)
+                    is_out_of_reach = False
 
     def _renew(self) -> None:
         self._me = replace(self._me, beat=self._me.beat + 1)

@@ -10,6 +10,7 @@ place later, and is another checkpoint, was not published.
 import json
 import logging
 import re
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -36,6 +37,7 @@ from cluster.storage.uris import (
     StorageError,
     open_storage,
     pinned,
+    storage_flag,
 )
 from model.files.checkpoint_folder import (
     MANIFEST,
@@ -170,8 +172,13 @@ def what_latest_became(storage: Storage) -> str:
     before = metadata_of(earlier[0].checkpoint)
     said += f"; it was step {earlier[0].step:,} of run {earlier[0].run_id}{_loss(before)}"
     if now and before and _is_better(before, now):
-        said += f", which is better on the same data: `raymill publish {earlier[0].checkpoint}` makes it latest again"
+        said += ", which is better on the same data: "
+        said += f"{_to_publish(earlier[0], storage)} makes it latest again"
     return said
+
+
+def _to_publish(earlier: Publication, storage: Storage) -> str:
+    return f"`raymill publish {shlex.quote(earlier.checkpoint)}{storage_flag(storage.uri)}`"
 
 
 def served_checkpoints(storage: Storage) -> set[str]:

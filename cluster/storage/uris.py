@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from cluster.storage.hub import HubStorage
 
 _MAX_LINKS = 40  # in a path, as for the kernel
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]")
+_FEW_SLASHES = re.compile(r"(s3|hf|file):(?!//)")
 _ROOT = re.compile(r"s3://[^/]+|hf://(datasets/)?[^/]+/[^/]+")
 """Matches a bucket or a whole repository of the Hub, which has no folder above it."""
 
@@ -34,6 +37,7 @@ def open_storage(uri: str) -> Storage:
     """Returns the storage rooted at a path or URI. Touches neither disk nor network."""
     # Their libraries take 0.2 s to import, which every worker that reads local files would pay.
     if uri.startswith("s3://"):
+        _require_bucket(uri)
         from cluster.storage.s3 import S3Storage  # noqa: PLC0415
 
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
@@ -51,7 +55,15 @@ def absolute_uri(uri: str) -> str:
     """Returns a plain absolute path for a local location, and a Hub URI with its revision."""
     if uri.startswith(HF):
         return _hub(uri).uri
-    return uri.rstrip("/") if uri.startswith("s3://") else str(_local_path(uri))
+    if uri.startswith("s3://"):
+        _require_bucket(uri)
+        return uri.rstrip("/")
+    return str(_local_path(uri))
+
+
+def _require_bucket(uri: str) -> None:
+    if not uri.removeprefix("s3://").partition("/")[0]:
+        raise StorageError(f"{uri!r} names no bucket: expected s3://BUCKET or s3://BUCKET/PREFIX")
 
 
 def place_of(uri: str) -> str:
@@ -213,6 +225,19 @@ def _local_path(uri: str) -> Path:
                 "s3://bucket/prefix, hf://owner/name or hf://datasets/owner/name"
             )
         path = unquote(parts.path)
+    elif few := _FEW_SLASHES.match(uri):
+        raise StorageError(f"{uri!r} is no path: expected {few[0]}//…, with two slashes")
+    elif _WINDOWS.match(uri):
+        raise StorageError(
+            f"{uri!r} is a path of Windows: expected one of Linux, such as /mnt/{uri[0].lower()}/… under WSL"
+        )
     # `Path.resolve` would follow symbolic links, and `Path.expanduser` refuses a file such as
     # ~t.txt.
     return Path(os.path.abspath(os.path.expanduser(path)))  # noqa: PTH100, PTH111
+
+
+def storage_flag(uri: str) -> str:
+    """Returns the flag by which a command that is typed here finds the storage; empty for the
+    default one."""
+    is_default = absolute_uri(uri) == absolute_uri(".raymill")
+    return "" if is_default else f" --storage.uri {shlex.quote(uri)}"

@@ -5,21 +5,24 @@ setting.
 """
 
 import secrets
+import shlex
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import psutil
 
 from cluster.local.jobs_api import JobsApi, ray_token
+from cluster.output.result_text import counted
 from cluster.settings.run import RunConfig, run_storage
 from cluster.stages.run_mirrored import lease_key
 from cluster.storage.interface import HF, StorageError
-from cluster.storage.lease import living_holder
-from cluster.storage.uris import open_storage
+from cluster.storage.lease import Lease, living_holder
+from cluster.storage.uris import open_storage, storage_flag
 from cluster.submission.preflight import AdmissionError, check_cluster, check_gpus
 from cluster.submission.storage_check import first_missing
+from model.hardware.processor import num_gpus_here
 
 _BEAT_S = 6.0
 """Time in which a lease's holder on another machine renews it; one on this machine is known at
@@ -27,15 +30,17 @@ once."""
 
 
 def check_gpu(setting: str, address: str | None, *, num_gpus: int = 1) -> None:
-    """Raises `AdmissionError` for a setting that asks for GPUs of a node: a local cluster's are
-    given none."""
+    """Raises `AdmissionError` for a setting that asks for GPUs of a node, if there is none with
+    them: a local cluster's nodes are lent those of this machine."""
     if address is not None:
         check_gpus(cluster_at(address), setting, num_gpus=num_gpus)
         return
-    raise AdmissionError(
-        f"{setting} needs a Ray cluster with GPUs, and a local one has none: name one by --cluster.address, or leave "
-        f"{setting} out"
-    )
+    if (found := num_gpus_here()) < num_gpus:
+        raise AdmissionError(
+            f"{setting} needs {counted(num_gpus, 'GPU')}, and PyTorch sees {found} on this machine: see "
+            "`nvidia-smi`, and `python -c 'import torch; print(torch.version.cuda, torch.cuda.is_available())'`. "
+            f"A Ray cluster with GPUs is named by --cluster.address http://HOST:8265; on CPUs, leave {setting} out"
+        )
 
 
 def cluster_at(address: str) -> JobsApi:
@@ -50,14 +55,36 @@ def check_stage(config: RunConfig, stage: str) -> None:
     """Raises `AdmissionError` if the stage could not begin: no GPU, no storage, or a run that is
     running already."""
     if config.scaling.use_gpu and config.cluster.address is None and stage != "tokenize":
-        check_gpu("scaling.use_gpu", None)
+        check_gpu("scaling.use_gpu", None, num_gpus=config.scaling.min_workers)
     check_writable(config)
-    holder = living_holder(run_storage(config), lease_key(stage), timeout_s=_BEAT_S)
-    if holder is not None:
+    run = run_storage(config)
+    holders = (
+        living_holder(run, key, timeout_s=_BEAT_S) for key in (lease_key(stage), _start_key(stage))
+    )
+    for holder in filter(None, holders):
+        where = storage_flag(config.storage.uri)
         raise AdmissionError(
             f"run {config.run_id} is running already: its {stage} is process {holder.pid} on {holder.host}, since "
-            f"{holder.since}; `raymill status {config.run_id}` shows it, and another --run-id begins another run"
+            f"{holder.since}; `raymill status {config.run_id}{where}` shows it, `raymill stop {config.run_id}{where}` "
+            "saves and ends it, and another --run-id begins another run"
         )
+
+
+@contextmanager
+def starting(config: RunConfig, stage: str) -> Iterator[ExitStack]:
+    """Keeps others from starting the stage of the run until the stack is closed, by when the job has
+    a lease of its own. A folder of another machine is left alone. Raises `LeaseHeldError` while
+    another process does."""
+    run = run_storage(config)
+    is_elsewhere = config.cluster.address is not None and run.local_path("") is not None
+    with ExitStack() as start:
+        if not is_elsewhere:
+            start.enter_context(Lease(run, _start_key(stage)))
+        yield start
+
+
+def _start_key(stage: str) -> str:
+    return lease_key(stage).replace(".lease", ".start.lease")
 
 
 def check_writable(config: RunConfig) -> None:
@@ -78,7 +105,7 @@ def check_writable(config: RunConfig) -> None:
     except StorageError as error:
         words = f"{uri} cannot be written: {error}"
         raise AdmissionError(
-            f"{words} (--storage.uri names another place; `raymill storage check {uri}`)"
+            f"{words} (--storage.uri names another place; `raymill storage check {shlex.quote(uri)}`)"
         ) from None
     finally:
         with suppress(StorageError):

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from cluster.local.jobs_api import ClusterError
-from cluster.local.local_cluster import cpus_per_node
+from cluster.local.local_cluster import cpus_per_node, gpus_per_node
 from cluster.output.progress import doing
 from cluster.output.result_text import counted
 from cluster.settings.code_folders import CODE_ROOT
@@ -24,6 +24,7 @@ from cluster.storage.process_identity import ProcessIdentity
 from cluster.submission.backend import JobBackend
 from cluster.submission.preflight import Folders, check_rooms
 from cluster.submission.record import Backend, JobRecord, JobState
+from model.hardware.processor import num_gpus_here
 
 
 class LocalJobs(JobBackend):
@@ -36,7 +37,8 @@ class LocalJobs(JobBackend):
         count = max(1, config.cluster.num_nodes - 1)
         cpus = config.cluster.cpus_per_node or cpus_per_node(config)
         # All nodes share the memory of this machine.
-        nodes = [{"CPU": float(cpus), "memory": memory / count}] * count
+        share = gpus_per_node(num_gpus_here(), config.cluster.num_nodes)
+        nodes = [{"CPU": float(cpus), "memory": memory / count, "GPU": float(share)}] * count
         check_rooms(config, stage, needs, nodes=nodes, where="this machine")
 
     def record(self, config: RunConfig, stage: str, *, number: int) -> JobRecord:

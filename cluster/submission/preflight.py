@@ -1,5 +1,6 @@
 """Checks before a job is spent: the storage, the sources, and whether the workers find room."""
 
+import shlex
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any
@@ -43,7 +44,9 @@ def check_run(config: RunConfig, folders: Folders) -> None:
     storage = config.storage.uri
     _, problem = check_storage(storage)
     if problem:
-        raise AdmissionError(f"{problem} (`raymill storage check {storage}` says more)")
+        raise AdmissionError(
+            f"{problem} (`raymill storage check {shlex.quote(storage)}` says more)"
+        )
     if _is_folder(storage) and folders is not Folders.SAME:
         if folders is Folders.NONE:
             raise AdmissionError(

@@ -16,6 +16,9 @@ from cluster.submission.preflight import AdmissionError
 COMPONENTS = {"tokenize": "tokenize", "pretrain": "pretrain", "pipeline": "pretrain"}
 """The component whose RayJob a stage copies, with its pods and network policies."""
 
+RUN_LABEL = "raymill/run"
+"""Label of a submitted run's pods: the name of its RayJobs without their number."""
+
 _VOLUME, _PATH = "run-config", "/config/run.yaml"
 _NAME_CHARS = 36  # KubeRay allows 47 for a RayJob, and the number follows
 
@@ -38,6 +41,7 @@ def rayjob(
         "name": name,
         "annotations": annotations | {RUN_ANNOTATION: str(config.run_id)},
     }
+    _label_with_run(job, name.rpartition("-")[0])
     job["spec"]["entrypoint"] = shlex.join(entrypoint(STAGES[stage], _PATH, job=name))
     for volume in cluster_spec(job)["headGroupSpec"]["template"]["spec"]["volumes"]:
         if volume["name"] == _VOLUME:
@@ -56,6 +60,19 @@ def rayjob(
         "data": {"run.yaml": to_yaml(config)},
     }
     return [job, settings]
+
+
+def _label_with_run(job: Object, run: str) -> None:
+    """Labels the job and each of its pods with the run, whose cost tools may sum by it: the names of
+    Ray clusters change with each attempt."""
+    cluster = cluster_spec(job)
+    templates = [
+        cluster["headGroupSpec"]["template"],
+        *(group["template"] for group in cluster["workerGroupSpecs"]),
+        job["spec"]["submitterPodTemplate"],
+    ]
+    for metadata in (job["metadata"], *(template["metadata"] for template in templates)):
+        metadata["labels"] = metadata["labels"] | {RUN_LABEL: run}
 
 
 def rayjob_name(run_id: str, number: int) -> str:

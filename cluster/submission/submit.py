@@ -12,7 +12,7 @@ from cluster.stages.run_mirrored import SILENCE_S, lease_key, stop_key
 from cluster.stages.stage_module import HOPELESS, MISUSED
 from cluster.storage.lease import living_holder
 from cluster.storage.process_identity import ProcessIdentity
-from cluster.storage.uris import Storage
+from cluster.storage.uris import Storage, storage_flag
 from cluster.submission.backend import JobBackend
 from cluster.submission.kuberay_backend import KubeJobs
 from cluster.submission.local_backend import LocalJobs
@@ -61,7 +61,7 @@ def living_job(config: RunConfig, stage: str, token_file: Path | None) -> JobVie
     if view.record.stage != stage:
         raise UserError(
             f"run {config.run_id} has another job, {view.record.stage}, which is {view.state}: wait for its end, or "
-            f"`raymill stop {config.run_id}`"
+            f"`raymill stop {config.run_id}{storage_flag(config.storage.uri)}`"
         )
     return view
 
@@ -90,7 +90,7 @@ def submit_job(
         if _may_be_there(backend, record):
             raise UserError(
                 f"{error}; the job {record.job} may be there all the same: `raymill submit` again completes it, and "
-                f"`raymill stop {config.run_id}` ends it"
+                f"`raymill stop {config.run_id}{storage_flag(config.storage.uri)}` ends it"
             ) from None
         write_record(run, replace(record, refused=str(error)), replaces=taken)
         raise
@@ -116,7 +116,7 @@ def _clear_way(
     elif strays:
         raise UserError(
             f"{record.where} has another job of run {config.run_id}, {', '.join(strays)}: `raymill stop "
-            f"{config.run_id} --storage.uri {config.storage.uri}` ends it"
+            f"{config.run_id}{storage_flag(config.storage.uri)}` ends it"
         )
 
 

@@ -2,6 +2,7 @@
 
 import glob
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -99,8 +100,9 @@ def list_corpus(source: str | list[str], *, text_endings: Sequence[str] = ()) ->
             num_files = len(listing.files) + len(listing.skipped)
             if num_files > MAX_FILES:
                 raise CorpusError(
-                    f"{name} has more than {MAX_FILES:,} files; `raymill data pack {name} DEST` writes .txt files into "
-                    "a few of Parquet, lines of .jsonl and .csv can be joined: set data.source to those"
+                    f"{name} has more than {MAX_FILES:,} files; `raymill data pack {shlex.quote(name)} DEST` "
+                    "writes .txt files into a few of Parquet, lines of .jsonl and .csv can be joined: set data.source "
+                    "to those"
                 )
             if num_files % _SAID_FILES == 0:
                 say(f"listing {name}: {num_files:,} files so far")

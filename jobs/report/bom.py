@@ -8,6 +8,7 @@ from typing import Any
 from model.config import Shape, num_parameters
 from model.errors import UserError
 from model.files.checkpoint_folder import Metadata, manifest_files
+from model.tables import pip_line
 
 FILE = "bom.cdx.json"
 
@@ -74,5 +75,5 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"{error}: `pip install 'raymill[sign]'` brings what writes a bill of materials"
+            f"{error}: `{pip_line('sign')}` brings what writes a bill of materials"
         ) from None

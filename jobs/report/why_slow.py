@@ -13,6 +13,7 @@ from cluster.storage.uris import Storage
 from jobs.run.find_run import begun_ledger
 from jobs.run.history import lost_steps
 from jobs.run.ledger import Ledger
+from jobs.run.storage_retry import not_stored
 from jobs.training.rank_phases import RankTime, from_fields, stragglers
 from model.tables import read_table
 
@@ -169,8 +170,11 @@ def why_slow(ledger: Ledger) -> dict[str, Any]:
             "node": workers[rank]["node"] if rank < len(workers) else None,
             "ratio": round(ratio, 2),
         }
+    verdict = _sentence(measured, evidence, advice=_validation_advice(ledger))
+    if problem := not_stored(ledger.lines):
+        verdict += f" And {problem}."
     return {
-        "verdict": _sentence(measured, evidence, advice=_validation_advice(ledger)),
+        "verdict": verdict,
         "bound": measured.bound,
         "fix_first": measured.fix_first,
         "evidence": evidence,

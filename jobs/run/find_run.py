@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 
+from cluster.storage.registry import LATEST, newest_first
 from cluster.storage.uris import Storage, open_storage
 from jobs.run.ledger import LEDGER, Ledger, Line
 from jobs.run.signed_lines import shown_ledger
@@ -12,9 +14,13 @@ from model.errors import UserError
 
 
 def find_run(reference: str, storage_uri: str) -> Storage:
-    """Returns the run's storage, from its id under `storage_uri` or its folder's path or URI.
-    Raises `UserError`."""
+    """Returns the run's storage, from its id under `storage_uri` or its folder's path or URI;
+    `latest` is the run of the checkpoint that was published last, unless a run has that id. Raises
+    `UserError`."""
     runs = open_storage(storage_uri).child("runs")
+    if reference == LATEST and not any(runs.child(reference).list()):
+        for newest in islice(newest_first(open_storage(storage_uri)), 1):
+            reference = newest.checkpoint.partition("/checkpoints/")[0]
     candidates = [open_storage(reference)]
     if "/" not in reference:
         candidates.insert(0, runs.child(reference))

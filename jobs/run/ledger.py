@@ -20,7 +20,7 @@ from cluster.storage.lease import LeaseLostError
 from cluster.storage.uris import AlreadyExistsError, ConflictError, Storage, StorageError
 from jobs.run.ledger_chain import KEY as CHAIN
 from jobs.run.ledger_chain import encoded, hash_of, head_of
-from jobs.run.storage_retry import Outage, node_spool, patiently
+from jobs.run.storage_retry import LEDGER_LINES, Outage, node_spool, patiently
 from jobs.run.writer_generation import Fence
 from model.errors import UserError
 
@@ -63,7 +63,7 @@ class LedgerWriter:
         self._waiting: list[Line] = []  # that the disk has not accepted yet
         self._num_mirrored = 0
         self._lost: LeaseLostError | None = None
-        self._outage = Outage("ledger", self.event)
+        self._outage = Outage(LEDGER_LINES, self.event)
         self._appending, self._mirroring = threading.RLock(), threading.Lock()
         self._closing = threading.Event()
         self._mirror = threading.Thread(target=self._keep_mirrored, name="ledger", daemon=True)
@@ -121,7 +121,7 @@ class LedgerWriter:
         """Returns once the run's storage has every line, however long that takes. Raises
         `LeaseLostError`."""
         self.abandon()  # the thread; this call copies what is left
-        patiently(self.mirror, "ledger")
+        patiently(self.mirror, LEDGER_LINES)
         if self._is_mirrored:
             self._mirror.join()
             self._path.unlink(missing_ok=True)

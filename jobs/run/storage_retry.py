@@ -9,16 +9,20 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cluster.output.progress import say_from_worker
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.uris import NotFoundError, Storage, StorageError
 
 _log = logging.getLogger(__name__)
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 5.0
+
+CHECKPOINTS, LEDGER_LINES = "checkpoints", "ledger"
+"""What is stored, as `storage_down` and `storage_back` name it."""
 
 Result = TypeVar("Result")
 
@@ -28,7 +32,8 @@ def tell_nobody(event: str, **fields: Any) -> None:
 
 
 class Outage:
-    """The outages that one writer meets."""
+    """The outages that one writer meets. The person who watches is told of them by the ledger, or,
+    where that cannot be, by the process itself."""
 
     def __init__(
         self, what: str, report: Callable[..., None], *, effect: str = "training continues"
@@ -36,14 +41,17 @@ class Outage:
         """`report` gets the events: ("storage_down", what=…, reason=…) and ("storage_back", what=…,
         tries=…)."""
         self._what, self._report, self._effect = what, report, effect
+        is_told = report is not tell_nobody and what != LEDGER_LINES
+        self._tell = _log.warning if is_told else say_from_worker
         self._tries = 0
 
     def failed(self, error: Exception) -> float:
         """Records a failed try, and returns the seconds to wait before the next one."""
         self._tries += 1
         if self._tries == 1:
-            _log.warning("%s: the storage is down, %s: %s", self._what, self._effect, error)
-            self._report("storage_down", what=self._what, reason=str(error))
+            reason = _in_words(error)
+            self._tell(f"{self._what}: the storage is down, {self._effect}: {reason}")
+            self._report("storage_down", what=self._what, reason=reason)
         num_doublings = min(self._tries - 1, 20)  # 2 to the power of 1,100 fits no float
         return min(_FIRST_WAIT_S * 2**num_doublings, _LONGEST_WAIT_S)
 
@@ -51,8 +59,45 @@ class Outage:
         """Records that the storage answered."""
         if self._tries:
             tries, self._tries = self._tries, 0
-            _log.warning("%s: the storage is back after %d failed tries", self._what, tries)
+            self._tell(f"{self._what}: the storage is back after {tries} failed tries")
             self._report("storage_back", what=self._what, tries=tries)
+
+
+class StoredPart:
+    """How far a run's checkpoints are stored, from the lines of its ledger, in order."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        """The step of the checkpoint that was stored last."""
+        self.refusal = ""
+        """Why the storage refuses the next one; empty where it takes them."""
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        match line.get("event"):
+            case "checkpoint":
+                self.step, self.refusal = line["step"], ""
+            case "storage_down" if line["what"] == CHECKPOINTS:
+                self.refusal = line["reason"]
+            case "storage_back" if line["what"] == CHECKPOINTS:
+                self.refusal = ""
+            case "start":  # a new writer, which finds out by itself
+                self.refusal = ""
+
+
+def not_stored(lines: Iterable[Mapping[str, Any]]) -> str:
+    """Says since which step the run of these lines has no checkpoint, and why; empty where the
+    storage takes them."""
+    stored = StoredPart()
+    for line in lines:
+        stored.add(line)
+    return f"no checkpoint since step {stored.step:,}: {stored.refusal}" if stored.refusal else ""
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}"
+    return str(error)
 
 
 def patiently(call: Callable[[], Result], what: str) -> Result:

@@ -9,6 +9,7 @@ hint: who reads it compares the tokens.
 
 import mmap
 import os
+import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -124,7 +125,7 @@ def read_list(store: Storage) -> IndexList | None:
     kind = (listed.format_version, listed.window_tokens, listed.group_windows)
     if kind != (_FORMAT, WINDOW_TOKENS, GROUP_WINDOWS):
         raise TraceIndexError(
-            f"{store.uri}/{TRACE}/{INDEX} has another format; `raymill trace index {store.uri}` "
+            f"{store.uri}/{TRACE}/{INDEX} has another format; `raymill trace index {shlex.quote(store.uri)}` "
             "makes a new one"
         )
     return listed
@@ -142,13 +143,13 @@ class TraceIndex:
         listed = read_list(store)
         if listed is None:
             raise TraceIndexError(
-                f"{store.uri} has no trace index; `raymill trace index {store.uri}` makes it"
+                f"{store.uri} has no trace index; `raymill trace index {shlex.quote(store.uri)}` makes it"
             )
         if listed.manifest_hash != manifest.hash:
             raise TraceIndexError(
                 f"{store.uri}/{TRACE}/{INDEX} belongs to the store with the manifest hash "
                 f"{listed.manifest_hash}, this store has {manifest.hash}; "
-                f"`raymill trace index {store.uri}` makes its own"
+                f"`raymill trace index {shlex.quote(store.uri)}` makes its own"
             )
         self.listed = listed
         self._store, self._near = store, near
@@ -245,6 +246,6 @@ def _num_blocks(entries: int) -> int:
 
 def _damaged(store: Storage, file: str) -> TraceIndexError:
     return TraceIndexError(
-        f"{store.uri}/{TRACE}/{file} is missing or damaged; `raymill trace index {store.uri}` makes "
+        f"{store.uri}/{TRACE}/{file} is missing or damaged; `raymill trace index {shlex.quote(store.uri)}` makes "
         "it again"
     )

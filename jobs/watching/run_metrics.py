@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from cluster.settings.run import RunConfig, max_steps
 from jobs.run.ledger import Line, is_stop
+from jobs.run.storage_retry import StoredPart
 
 _STEP_FIELDS = {
     **{name: name for name in ("step", "tokens_seen", "loss", "grad_norm", "mfu")},
@@ -45,10 +46,12 @@ class RunFigures:
         self._world_size = 0
         self._last_times: dict[str, float] = {}
         self._curves: dict[tuple[str, str], Sample] = {}  # the last sample of each
+        self.stored = StoredPart()
 
     def add(self, line: Line) -> None:
         event, now_s = line.get("event"), line["time"]
         self._first_s = self._first_s or now_s
+        self.stored.add(line)
         if event != "start":
             self._worker_s += self._world_size * max(0.0, now_s - self._last_s)
         self._last_s = max(self._last_s, now_s)
@@ -87,6 +90,7 @@ class RunFigures:
         yield from self._curves.values()
         yield Sample("train_planned_steps", max_steps(self._config))
         yield Sample("train_world_size", self._world_size)
+        yield Sample("train_storage_down", bool(self.stored.refusal))
         for name in (
             "restarts",
             "resizes",

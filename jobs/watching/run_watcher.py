@@ -21,6 +21,7 @@ from cluster.settings.run import max_steps
 from cluster.storage.uris import StorageError
 from jobs.run.ledger import Ledger, LedgerTail, Line
 from jobs.run.run_plan import RunPlan
+from jobs.run.storage_retry import LEDGER_LINES, not_stored
 from jobs.watching.run_metrics import RunFigures, Sample
 from jobs.workers.incident_notes import INCIDENTS
 from jobs.workers.placement import REPEAT_S, waiting_for
@@ -31,9 +32,14 @@ _INTERVAL_S = 2.0
 _EVENTS: dict[str, dict[str, str]] = read_table(__file__, "run_events")
 
 
-def message_of(event: Line) -> str:
-    """Returns the line that is logged for the event; empty where none is."""
+def message_of(event: Line, *, last_checkpoint: int = 0) -> str:
+    """Returns the line that is logged for the event; empty where none is, as for an outage of the
+    ledger, which its writer tells of. `last_checkpoint` is the step of the one that was stored
+    last."""
+    if event.get("what") == LEDGER_LINES:
+        return ""
     fields = {
+        "since": last_checkpoint,
         "reason": "unknown",
         **event,
         "reasons": "; ".join(event.get("reasons", [])),
@@ -99,12 +105,13 @@ class _Watcher:
         for number, line in enumerate(lines, start=len(self._tail.ledger.lines) - len(lines)):
             self._figures.add(line)
             self._curves.add(line)
-            if number >= self._num_before and (message := message_of(line)):
+            message = message_of(line, last_checkpoint=self._figures.stored.step)
+            if number >= self._num_before and message:
                 say(message)
             if self._annotator is not None and (annotation := self._annotation(line)):
                 self._annotator.add(annotation)
         with suppress(StorageError):
-            if waiting := self._waiting_for_workers(self._tail.ledger, now_s=time.monotonic()):
+            if waiting := self._waiting(self._tail.ledger, now_s=time.monotonic()):
                 say(waiting)
         if last := next((line for line in reversed(lines) if "event" not in line), None):
             speed = f"{last['tokens_per_s']:.0f} tokens/s"
@@ -121,14 +128,17 @@ class _Watcher:
         with suppress(StorageError, OSError):  # the next launch writes them again, from the ledger
             self._curves.flush()
 
-    def _waiting_for_workers(self, ledger: Ledger, *, now_s: float) -> str | None:
-        """Returns what a run without workers waits for, at most once a minute; None where it
-        trains."""
+    def _waiting(self, ledger: Ledger, *, now_s: float) -> str | None:
+        """Returns what a run without workers or without storage waits for, at most once a minute;
+        None where it trains."""
         if len(ledger.lines) != self._num_lines:
             self._num_lines, self._since_s, self._said_s = len(ledger.lines), now_s, 0.0
         idle_s = now_s - self._since_s
         if idle_s < REPEAT_S or (self._said_s and now_s - self._said_s < REPEAT_S):
             return None
+        if problem := not_stored(ledger.lines):
+            self._said_s = now_s
+            return f"{problem}. No step for {idle_s:.0f} s; storing it is tried again and again"
         # A failure that no attempt has recorded yet is one after which none has started.
         has_started = len(ledger.world_sizes) > self._num_starts
         if has_started and not any(self._plan.run.child(INCIDENTS).list()):

@@ -1,7 +1,7 @@
 """Sends a run's curves to MLflow, from its ledger: those there are, or also those to come.
 
 Training does not depend on it: it may start late, be interrupted and continue, or run again after
-the run has ended. MLflow's own client sends them (`pip install 'raymill[tracking]'`); address and
+the run has ended. MLflow's own client sends them (the extra `tracking`); address and
 key come from its own variables: MLFLOW_TRACKING_URI, …
 """
 
@@ -18,6 +18,7 @@ from jobs.run.history import flattened, recorded_config
 from jobs.run.ledger import Ledger, LedgerTail, Line
 from jobs.watching.run_metrics import curve_samples
 from model.errors import UserError
+from model.tables import pip_line
 
 _INTERVAL_S = 2.0
 _MLFLOW_BATCH = 1000  # values of a request that MLflow takes
@@ -32,7 +33,7 @@ class MlflowTracker:
         try:
             mlflow = importlib.import_module("mlflow")
         except ImportError:
-            raise UserError("mlflow is not installed: pip install 'raymill[tracking]'") from None
+            raise UserError(f"mlflow is not installed: `{pip_line('tracking')}`") from None
         self._value, self._error = mlflow.entities.Metric, mlflow.exceptions.MlflowException
         self._waiting: list[Any] = []
         with _failures(self._error):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from model.errors import UserError
+from model.tables import pip_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -106,7 +107,7 @@ def put_into(module: "nn.Module", adapter: Adapter, layers: Mapping[str, "nn.Mod
         import peft  # noqa: PLC0415 (optional, and takes seconds)
     except ImportError as error:
         raise AdapterError(
-            f"an adapter is computed by PEFT, which is not installed ({error}): pip install 'raymill[lora]'"
+            f"an adapter is computed by PEFT, which is not installed ({error}): `{pip_line('lora')}`"
         ) from None
     chosen = [name for name in layers if name.rpartition(".")[2] in adapter.targets]
     settings = peft.LoraConfig(

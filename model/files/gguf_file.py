@@ -19,6 +19,7 @@ from model.config import GPTConfig, Shape
 from model.errors import UserError
 from model.files.hf_config import config_to_hf
 from model.foreign_config import ForeignConfig
+from model.tables import pip_line
 from model.text.bulk_encoder import known_pieces
 from model.text.tokenizer import Tokenizer
 
@@ -68,7 +69,7 @@ def _library() -> Any:
         import gguf  # noqa: PLC0415 (optional)
     except ImportError as error:
         raise GgufError(
-            f"GGUF is written by the library gguf, which is not installed ({error}): pip install 'raymill[gguf]'"
+            f"GGUF is written by the library gguf, which is not installed ({error}): `{pip_line('gguf')}`"
         ) from None
     return gguf
 

@@ -1,5 +1,5 @@
 """The precision a processor computes at speed: bf16 on GPUs from Ampere on and CPUs with bf16
-products, else fp32.
+products, else fp32; and the GPUs of this machine.
 
 All others emulate bf16: on a CPU with AVX2 only, training in bf16 took eleven times as long as in
 fp32.
@@ -71,3 +71,16 @@ def cpu_field(name: str) -> str | None:
         else None
     )
     return found[1].strip() if found else None
+
+
+_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # NVIDIA's, and that of Windows under WSL
+
+
+def num_gpus_here() -> int:
+    """Returns the number of this machine's GPUs that PyTorch sees. Without a driver PyTorch is not
+    imported, which takes seconds."""
+    if not any(driver.exists() for driver in _DRIVERS):
+        return 0
+    import torch  # noqa: PLC0415
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

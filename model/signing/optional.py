@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from model.errors import UserError
+from model.tables import pip_line
 
 
 def library(name: str) -> Any:
@@ -12,5 +13,5 @@ def library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"{error}: `pip install 'raymill[sign]'` brings what signs and checks signatures"
+            f"{error}: `{pip_line('sign')}` brings what signs and checks signatures"
         ) from None

@@ -213,7 +213,7 @@ def test_misuse_is_one_line_and_exit_code_2(
         (["checkpoint", "show", "latest"], ["nothing is published in"]),
         (["evaluate"], ["nothing is published in"]),
         (["publish", "nowhere"], ["unknown checkpoint", "/nowhere: no folder"]),
-        (["complete", "hi"], ["no endpoint was started from", "raymill serve latest", "--url"]),
+        (["complete", "hi"], ["no endpoint has answered from", "raymill serve latest", "--url"]),
         (
             ["complete", "hi", "--url", "http://127.0.0.1:9"],
             ["no endpoint answers at http://127.0.0.1:9"],
@@ -222,7 +222,7 @@ def test_misuse_is_one_line_and_exit_code_2(
             ["complete", "hi", "--url", "http://127.0.0.1:9", "--api-key-file", "none"],
             ["no API key is in none"],
         ),
-        (["promote", "x"], ["no endpoint was started from", "raymill serve latest", "--url"]),
+        (["promote", "x"], ["no endpoint has answered from", "raymill serve latest", "--url"]),
         (["rollback", "--url", "http://127.0.0.1:9"], ["admin key", "--admin-key-file"]),
         (
             ["rollback", "--url", "http://127.0.0.1:9", "--admin-key-file", "none"],
@@ -238,8 +238,15 @@ def test_misuse_is_one_line_and_exit_code_2(
         ),
         (
             ["submit", "pretrain", "--data.source", "x", "--address", "ray://h:1"],
-            ["'ray' is no address of a Jobs API"],
+            ["'ray://h:1' is no address of a Jobs API"],
         ),
+        (
+            ["tokenize", "--data.source", "x", "--cluster.address", "localhost:8265"],
+            ["'localhost:8265' is no address of a Jobs API", "with http://"],
+        ),
+        (["list", "--storage.uri", "s3://"], ["'s3://' names no bucket", "s3://BUCKET/PREFIX"]),
+        (["list", "--storage.uri", "s3:/bucket"], ["expected s3://…, with two slashes"]),
+        (["list", "--storage.uri", "C:\\models"], ["a path of Windows", "/mnt/c/… under WSL"]),
         (
             ["submit", "pretrain", "--data.source", "x", "--address", "http://me:sesame@h:1"],
             ["the address of h holds a"],

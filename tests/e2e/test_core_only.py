@@ -18,6 +18,7 @@ import pytest
 from cluster.cli import COMMANDS
 from cluster.local.local_cluster import free_port
 from cluster.settings.code_folders import CODE_FOLDERS
+from model.tables import pip_line
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 from tests.wheel import OF_AN_EXTRA, build_wheel
@@ -177,7 +178,7 @@ def test_a_command_of_an_extra_names_it(
     assert done.returncode == 1
     *said, error = done.stderr.splitlines()
     assert error.startswith("error: ")
-    assert f"pip install 'raymill[{extra}]'" in error
+    assert f"`{pip_line(extra)}`" in error
     assert len(said) == (words[0] == "track")  # which run it is
 
 

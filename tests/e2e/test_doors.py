@@ -173,6 +173,7 @@ def test_the_dashboard_asks_for_the_token(house: House, method: str, path: str) 
         ("GET", "/v1/models", "keys"),
         ("POST", "/v1/completions", "keys"),
         ("POST", "/v1/chat/completions", "keys"),
+        ("POST", "/v1/responses", "keys"),
         ("POST", "/tokenize", "keys"),
         ("POST", "/detokenize", "keys"),
         ("POST", "/v1/xray", "keys"),

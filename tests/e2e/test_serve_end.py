@@ -52,9 +52,13 @@ class Stream(threading.Thread):
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.parametrize(("num_signals", "exit_code"), [(1, 0), (2, 128 + signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("number", "num_signals", "exit_code"),
+    [(signal.SIGHUP, 1, 0), (signal.SIGTERM, 2, 128 + signal.SIGTERM)],
+    ids=["closed terminal", "two signals"],
+)
 def test_answers_finish_after_one_signal_and_say_so_when_cut_by_two(
-    num_signals: int, exit_code: int, tmp_path: Path
+    number: signal.Signals, num_signals: int, exit_code: int, tmp_path: Path
 ) -> None:
     tokenizer = train_bpe(["the quick brown fox jumps over the lazy dog\n" * 9], vocab_size=280)
     shape = {"n_positions": 1024, "n_layer": 6, "n_head": 8, "n_embd": 256}
@@ -63,6 +67,7 @@ def test_answers_finish_after_one_signal_and_say_so_when_cut_by_two(
     folder = write_model(tmp_path / "model", gpt.eval(), tokenizer)
     log = tmp_path / "requests.jsonl"
     command = [
+        *("env", "--default-signal=HUP"),  # which this process may ignore, as under nohup
         *RAYMILL,
         "serve",
         str(folder),
@@ -81,10 +86,10 @@ def test_answers_finish_after_one_signal_and_say_so_when_cut_by_two(
         url = json.loads(server.stdout.readline())["url"]
         streams = [Stream(url, 200 if num_signals == 1 else 1000) for _ in range(NUM_STREAMS)]
         wait_until(lambda: all(stream.text or stream.problem for stream in streams))
-        server.send_signal(signal.SIGTERM)
+        server.send_signal(number)
         if num_signals == 2:
             wait_until(lambda: httpx.get(f"{url}/ready", timeout=limit_s(30)).status_code == 503)
-            server.send_signal(signal.SIGTERM)
+            server.send_signal(number)
         assert server.wait(limit_s(120)) == exit_code
         for stream in streams:
             stream.join(limit_s(30))

@@ -137,6 +137,9 @@ def test_the_command_prints_one_result_or_one_line_of_error(
     assert first.returncode == 0
     assert result["checkpoint"] == str(tmp_path / "export")
     assert json.loads((tmp_path / "export" / "config.json").read_text())["model_type"] == "gpt2"
+    said = first.stderr.splitlines()[-1]
+    assert said.startswith("next: in Python, import transformers; ")
+    exec(said.partition(", ")[2], {})
     assert second.returncode == 1
     assert (
         second.stderr.splitlines()[-1]

@@ -10,7 +10,13 @@ from model.tables import read_table
 from serving.api.admin_routes import DrainRequest, Order, PromoteRequest, RollbackRequest
 from serving.api.chat import ChatRequest, Message
 from serving.protocol import protocol
-from serving.protocol.harmless_fields import FIELDS, MESSAGE_FIELDS
+from serving.protocol.harmless_fields import (
+    FIELDS,
+    ITEM_FIELDS,
+    KINDS,
+    MESSAGE_FIELDS,
+    RESPONSE_FIELDS,
+)
 from serving.protocol.protocol import (
     CompletionRequest,
     DetokenizeRequest,
@@ -25,6 +31,8 @@ from serving.protocol.structured_fields import (
     StructuredOutputs,
 )
 from serving.protocol.tool_fields import Function
+from serving.responses.items import CallItem, MessageItem, OutputItem
+from serving.responses.request import Reasoning, ResponseRequest, TextConfig
 from serving.xray.trace import TraceRequest
 from serving.xray.xray import XrayRequest
 from tests.reference.markdown import MADE, cell, code, listed, sentence, table
@@ -51,6 +59,20 @@ BODIES: dict[str, tuple[str, type[Request], str]] = {
         'The field `function` of an entry of `tools`, beside `"type": "function"`.',
     ),
     "A message of a chat": ("message", Message, "An entry of `messages`."),
+    "Responses": (
+        "response",
+        ResponseRequest,
+        "`POST /v1/responses`. [Serve](../how-to/serve.md#responses) says what there is of it.",
+    ),
+    "The text of a response": ("response_text", TextConfig, "The field `text`."),
+    "Thoughts of a response": ("reasoning", Reasoning, "The field `reasoning`."),
+    "A message of a response": (
+        "message_item",
+        MessageItem,
+        "An item of `input`. Items of the type `reasoning` are left out, and others are refused.",
+    ),
+    "A call of a response": ("call_item", CallItem, "An item of `input`."),
+    "What a call of a response came to": ("output_item", OutputItem, "An item of `input`."),
     "Embeddings": ("embedding", EmbeddingRequest, "`POST /v1/embeddings`."),
     "Tokenize": ("tokenize", TokenizeRequest, "`POST /tokenize`."),
     "Detokenize": ("detokenize", DetokenizeRequest, "`POST /detokenize`."),
@@ -64,7 +86,7 @@ BODIES: dict[str, tuple[str, type[Request], str]] = {
 _INTRODUCTION = """\
 # HTTP interface
 
-OpenAI's completions and chat API, vLLM's tokenize, and routes of our own. Bodies are strict JSON of at most 1 MiB. A field that
+OpenAI's completions, chat and responses API, vLLM's tokenize, and routes of our own. Bodies are strict JSON of at most 1 MiB. A field that
 is null counts as missing.
 
 **What would change the answer is refused, everything else is accepted.** A field that neither OpenAI's nor vLLM's interface
@@ -75,6 +97,7 @@ a hint what to do. [Errors](errors.md) lists all errors.
 | --- | --- | --- |
 | `POST /v1/completions` | user | continues prompts |
 | `POST /v1/chat/completions` | user | answers conversations |
+| `POST /v1/responses` | user | answers conversations, in the shapes of responses. Under `/v1/responses/{id}` is nothing, as none is stored |
 | `POST /v1/embeddings` | user | the mean of a text's hidden states after the final norm |
 | `GET /v1/models`, `/v1/models/{id}` | user | the models, with run, step, parameters, data manifest, tokenizer and code |
 | `POST /tokenize`, `/detokenize` | user | text to token ids, and back |
@@ -83,14 +106,14 @@ a hint what to do. [Errors](errors.md) lists all errors.
 | `POST /v1/trace`, `GET /v1/trace` | with `may=trace` | finds a text in what the model was trained on; the limits. 404 without the setting `trace` |
 | `GET /`, `/chat/…` | none | the page to talk to the model, which asks for the key if there is one |
 | `GET /inside`, `/page/…` | none | the x-ray page, which does too |
-| `GET`, `HEAD` `/health`, `/ready` | none | the process answers; the engine runs and has passed its self-test |
+| `GET`, `HEAD` `/health`, `/ready` | none | the process answers; the engine runs and has passed its self-test, with the number of `replicas` that do so, and `min_replicas` |
 | `GET /-/healthz` | none | Ray Serve's own, which Kubernetes asks for |
-| `POST /v1/responses` | user | 404, with a hint where to ask instead |
 | `POST /admin/promote`, `/finish`, `/rollback`, `/drain` | admin | see [Delivery](../explanation/delivery.md) |
 | `GET /admin/status`, `/admin/audit` | admin | the endpoint's versions and history; its last 1,000 orders |
 
 A key is sent as `Authorization: Bearer KEY`. Each answer carries `x-request-id` (the client's own if it is 1 to 64 of
-`A-Za-z0-9-`), and each answer of a replica `x-model-version`, which is also the `system_fingerprint` of a completion.
+`A-Za-z0-9-`), and each answer of a replica `x-model-version`, which is also the `system_fingerprint` of a completion, a chat or
+a response.
 
 """
 _WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}
@@ -152,8 +175,7 @@ def _harmless(known: dict[str, Any]) -> list[list[str]]:
 
 
 def _harmless_value(value: Any) -> str:
-    kinds = {bool: "true or false", str: "any text", dict: "any object"}
-    return kinds[value] if isinstance(value, type) else code(json.dumps(value))
+    return KINDS[value] if isinstance(value, type) else code(json.dumps(value))
 
 
 def page() -> str:
@@ -165,4 +187,10 @@ def page() -> str:
     text += "Nothing is stored, billed, padded or cut because of them.\n\n"
     text += table(("fields of a request", "values"), _harmless(dict(FIELDS)))
     text += table(("fields of a message", "values"), _harmless(dict(MESSAGE_FIELDS)))
+    text += table(
+        ("fields of a request for a response", "values"), _harmless(dict(RESPONSE_FIELDS))
+    )
+    text += table(
+        ("fields of an item, a part or a function", "values"), _harmless(dict(ITEM_FIELDS))
+    )
     return text

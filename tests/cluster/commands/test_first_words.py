@@ -156,11 +156,11 @@ MISTAKES = {
     ),
     "no GPU": (
         [*TEXT, "--scaling.use-gpu", "true"],
-        "scaling.use_gpu needs a Ray cluster with GPUs",
+        "scaling.use_gpu needs 1 GPU, and PyTorch sees 0 on this machine: see `nvidia-smi`",
     ),
     "no GPU to serve": (
         ["serve", "step-1", "--engine.device", "cuda"],
-        "engine.device=cuda needs a Ray cluster with",
+        "A Ray cluster with GPUs is named by --cluster.address http://HOST:8265",
     ),
     "no memory": ([*TEXT, "--model.preset", "gpt3-175b", *SHORT], "a worker needs about"),
     "no GPU there": (

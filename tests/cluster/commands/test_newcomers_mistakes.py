@@ -79,6 +79,11 @@ MISTAKES: dict[str, tuple[list[str], list[str], list[str]]] = {
         ["data.source: nothing is at", "check the path"],
         ["looked for"],
     ),
+    "a preset": (
+        [*TEXT, "--model.preset", "demo-lama"],
+        ["preset 'demo-lama' is unknown, did you mean demo-llama?"],
+        ["Value error"],
+    ),
     "a configuration": (
         ["pretrain", "none.yaml"],
         ["cannot read the configuration none.yaml"],

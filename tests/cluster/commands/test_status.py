@@ -20,6 +20,8 @@ def test_status_says_how_far_a_run_is_proven_and_who_is_left_out(
     (job / "started.json").write_text(json.dumps(started))
     (job / "ended.json").write_text(json.dumps(ended))
     ledger = tmp_path / "runs/checked/ledger.jsonl"
+    settings = "model: {preset: tiny}\ntrain: {max_tokens: 24800, global_batch_size: 8, micro_batch_size: 4, seq_len: 50}\n"
+    (tmp_path / "runs/checked/config.yaml").write_text(settings)
     step = {"tokens_seen": 1, "loss": 2.0, "world_size": 2}
     lines = [{"step": 50, "audit_seconds": 0.2, **step}, {"step": 60, **step}]
 
@@ -28,14 +30,22 @@ def test_status_says_how_far_a_run_is_proven_and_who_is_left_out(
         assert main(["status", "checked", "--storage.uri", str(tmp_path)]) == 0
         return {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
 
-    assert {"step 60", "proven to step 49"} <= shown()
+    assert {"step 60 of 62", "proven to step 49"} <= shown()
     storage = open_storage(str(tmp_path))
     leave_out(storage, {"node": "node-2", "node_id": "ab", "reason": "it was wrong"})
     lines.append({"event": "corruption", "step": 75, "to_step": 40, "generation": 1, "attempt": 1})
-    assert {"step 60", "proven to step 40", "nodes left out node-2"} <= shown()
+    assert {"step 60 of 62", "proven to step 40", "nodes left out node-2"} <= shown()
     lines += [{"step": 61, "proven_to": 40, "not_proven_since": 41, **step}]
     assert {"proven to step 40", "not proven since step 41"} <= shown()
     lines.pop()
     take_back(storage, "node-2")
     del lines[0]["audit_seconds"]
+    reason = "/full: no space left on device"
+    lines.append({"event": "storage_down", "what": "checkpoints", "reason": reason})
+    assert f"NOT STORED no checkpoint since step 0: {reason}" in shown()
+    assert main(["list", "--storage.uri", str(tmp_path)]) == 0
+    assert f"checked has no checkpoint since step 0: {reason}" in capsys.readouterr().err
+    lines.append({"event": "checkpoint", "step": 60})
+    assert not any(line.startswith("NOT STORED") for line in shown())
+    lines[2:] = []
     assert not any(line.startswith(("proven", "nodes")) for line in shown())

@@ -51,6 +51,21 @@ def served(answer: Any) -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.parametrize("text", ["hi", "hi\n"])
+def test_a_completion_ends_its_line(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Or the prompt of the shell would stand behind the answer."""
+    chunk = json.dumps({"choices": [{"text": text, "finish_reason": "length"}]})
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, str]:
+        if path == "/v1/models":
+            return 200, json.dumps({"data": [{"id": "mine"}]})
+        return 200, f"data: {chunk}\n\ndata: [DONE]\n\n"
+
+    with served(answer) as url:
+        assert main(["complete", "To be", "--max-tokens", "2", "--url", url]) == 0
+    assert capsys.readouterr().out == "hi\n"
+
+
 @pytest.mark.parametrize(
     ("num_prompt_tokens", "asked", "expected"),
     [(3, None, 61), (0, None, 64), (64, None, 1), (3, 7, 7), (None, None, 64)],
@@ -141,6 +156,24 @@ def test_a_promotion_is_reported_while_it_lasts(
         "watching: /new serves; for 20 s more, errors or slowness roll it back",
         "steady: /new serves",
     ]
+
+
+def test_a_promotion_of_what_is_not_there_says_that_alone_and_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("key").write_text("k\n")
+    paths: list[str] = []
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, str]:
+        paths.append(path)
+        return 200, json.dumps({"delivery": state("steady"), "phase_s": 1.0})
+
+    with served(answer) as url:
+        assert main(["promote", "nosuch", "--url", url, "--admin-key-file", "key"]) == 1
+    [said] = capsys.readouterr().err.splitlines()
+    assert "unknown checkpoint" in said and "nosuch" in said
+    assert "/admin/promote" not in paths
 
 
 def test_a_canary_is_reported_with_its_share() -> None:

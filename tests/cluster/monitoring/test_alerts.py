@@ -25,6 +25,7 @@ REPLICA = '{application="raymill",replica="r"}'
 AWAY = f"ray_raymill_coordinator_away_seconds{REPLICA}"
 OF_VERSION = '{application="raymill",replica="r",version="v"'
 
+STORAGE_DOWN = f"ray_raymill_train_storage_down{RUN}"
 TRAINS = {
     f"ray_raymill_train_running{RUN}": "1x600",
     # time() is 0 at the start, then 60 a minute
@@ -113,7 +114,41 @@ def new_version(*, invalid: int) -> dict[str, str]:
     }
 
 
-FINE = TRAINS | SERVES
+OTHERS = {
+    "kuberay_job_deployment_status": "KubeRay's operator",
+    "kube_resourcequota": "kube-state-metrics",
+    "kube_statefulset_status_replicas_ready": "kube-state-metrics",
+}
+"""Metrics that others export, and who does."""
+
+
+def job(state: str, *, of: str = "a") -> str:
+    labels = f'name="{of}",namespace="raymill",deployment_status="{state}"'
+    return f"kuberay_job_deployment_status{{{labels}}}"
+
+
+def quota(resource: str, kind: str) -> str:
+    labels = f'namespace="raymill",resourcequota="raymill",resource="{resource}",type="{kind}"'
+    return f"kube_resourcequota{{{labels}}}"
+
+
+def redis(namespace: str) -> str:
+    labels = f'namespace="{namespace}",statefulset="redis"'
+    return f"kube_statefulset_status_replicas_ready{{{labels}}}"
+
+
+KUBERNETES = {
+    job("Running"): "1x600",
+    job("Complete", of="b"): "1x600",
+    job("Suspended", of="c"): "1x600",
+    quota("pods", "hard"): "64x600",
+    quota("pods", "used"): "20x600",
+    quota("services.loadbalancers", "hard"): "0x600",
+    quota("services.loadbalancers", "used"): "0x600",
+    redis("raymill"): "1x600",
+    redis("of-somebody-else"): "0x600",
+}
+FINE = TRAINS | SERVES | KUBERNETES
 FAILED = answers("failed")
 LAST_STEP = f"ray_raymill_train_last_step_timestamp_seconds{RUN}"
 LAST_CHECKPOINT = f"ray_raymill_train_last_checkpoint_timestamp_seconds{RUN}"
@@ -141,6 +176,8 @@ CASES: list[tuple[str, dict[str, str | None], int, set[str]]] = [
     ("no checkpoint since the first", {LAST_CHECKPOINT: "1x600"}, 150, {"RaymillNoCheckpoint"}),
     ("no checkpoint at all", {LAST_CHECKPOINT: None}, 150, {"RaymillNoCheckpoint"}),
     ("no checkpoint yet", {LAST_CHECKPOINT: None}, 100, set()),
+    ("a full disk", {STORAGE_DOWN: "0x5 1x600"}, 30, {"RaymillStorageRefuses"}),
+    ("a full disk for some minutes", {STORAGE_DOWN: "1x8 0x600"}, 30, set()),
     (
         "a step skipped",
         {f"ray_raymill_train_skipped_steps{RUN}": "0x20 1x600"},
@@ -302,6 +339,19 @@ CASES: list[tuple[str, dict[str, str | None], int, set[str]]] = [
     ("a replica is missing", {HEALTHY: "2x10 1x600"}, 20, {"RaymillReplicaMissing"}),
     ("all replicas are missing", {HEALTHY: None}, 20, {"RaymillReplicaMissing"}),
     ("a replica was missing", {HEALTHY: "2x10 1x3 2x600"}, 20, set()),
+    (
+        "a job fails",
+        {job("Running"): "1x10", job("Failed"): "_x11 1x600"},
+        20,
+        {"RaymillJobFailed"},
+    ),
+    ("long since", {job("Failed", of="d"): "1x600"}, 400, set()),
+    ("a job waits", {job("Initializing", of="d"): "1x600"}, 40, {"RaymillJobWaits"}),
+    ("a job begins", {job("Initializing", of="d"): "1x12"}, 40, set()),
+    ("a full quota", {quota("pods", "used"): "20x10 64x600"}, 40, {"RaymillQuotaFull"}),
+    ("a quota that was full", {quota("pods", "used"): "64x10 20x600"}, 40, set()),
+    ("Redis is down", {redis("raymill"): "1x10 0x600"}, 20, {"RaymillRedisDown"}),
+    ("Redis moves", {redis("raymill"): "1x10 0x2 1x600"}, 20, set()),
 ]
 
 
@@ -309,8 +359,8 @@ def test_rules_read_metrics_of_the_table_and_prometheus_own_alone() -> None:
     labels = {rule["target_label"] for rule in SCRAPED["relabel_configs"] if "target_label" in rule}
     assert labels >= {"ray_cluster", "ray_node_type"}
     for alert, expr in ALERTS.items():
-        names = set(re.findall(r"\bray_\w+|\bup\b", expr)) - labels
-        assert names and names <= {*SERIES, "up"}, alert
+        names = set(re.findall(r"\b(?:kube)?ray_\w+|\bkube_\w+|\bup\b", expr)) - labels
+        assert names and names <= {*SERIES, *OTHERS, "up"}, alert
     assert SCRAPED["job_name"] == "raymill", "the alerts on `up` know it by this name"
 
 

@@ -1,6 +1,15 @@
 """A watcher sees a stage's own lines and now and then a report; Ray's lines go to the file."""
 
+import fcntl
 import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -8,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.output import progress
-from cluster.output.progress import ProgressView, report_progress
+from cluster.output.progress import ProgressView, report_progress, say_from_worker
 
 RAY_BLOCK = [
     "2026-01-02 03:04:05,678\tINFO worker.py:1879 -- Connecting to existing Ray cluster at address: 127.0.0.1:1",
@@ -73,6 +82,44 @@ def test_a_workers_error_is_shown_though_ray_says_it(
     assert capfd.readouterr().err.splitlines() == [error]
 
 
+def test_what_a_worker_has_to_tell_is_shown_without_rays_words(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    say_from_worker("ledger: the storage is down")
+    told = f"(RayTrainWorker pid=12, ip=127.0.0.1) {capfd.readouterr().err.rstrip()}"
+    assert view_lines(tmp_path, [*RAY_BLOCK, told, "    more of Ray's"]).count(told) == 1
+    assert capfd.readouterr().err.splitlines() == ["ledger: the storage is down"]
+
+
+def test_a_log_on_a_full_disk_is_given_up_with_one_line_and_ends_nothing(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with ProgressView(Path("/dev/full")) as view:
+        for line in OWN_LINES:
+            view.line(line)
+    first, *others = capfd.readouterr().err.splitlines()
+    assert "this log is not kept from here on: /dev/full: No space left on device" in first
+    assert others == OWN_LINES
+
+
+def test_a_log_that_cannot_be_begun_ends_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with ProgressView(tmp_path / "file" / "job.log") as view:
+        view.line(OWN_LINES[0])
+    assert len(capfd.readouterr().err.splitlines()) == 2
+
+
+def test_a_command_whose_terminal_takes_nothing_any_more_goes_on() -> None:
+    code = "from cluster.output.progress import say; [say('x') for _ in range(3)]; print('done')"
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", code], stderr=full, stdout=subprocess.PIPE, check=False
+        )
+    assert (ended.returncode, ended.stdout) == (0, b"done\n")
+
+
 def test_reports_are_rare_when_piped(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +135,37 @@ def test_reports_are_rare_when_piped(
     assert shown[0] == "training: 0 of 10 steps, loss 3"
     assert shown[-2:] == ["tokenizing: 1 of 10 steps, loss 3", "training: 10 of 10 steps, loss 3"]
     assert kept == ""  # reports are no log
+
+
+_AT_A_TERMINAL = """
+from cluster.output import progress
+from cluster.output.progress import report_progress, reports_shown
+with reports_shown():
+    notes = "440 documents, 2,904,245 tokens, 11.0 MB/s, workers up to 243 MiB, 0 tasks queued"
+    report_progress("indexing documents", done=8, total=8, unit="MB", note=notes)
+    report_progress("tokenizing", done=8, total=8, unit="MB", note=notes)
+    progress._views[0].line("attempt 1: 1 worker, from step 0")
+    report_progress("training", done=34, total=48, unit="steps", note="loss 5.909, 1 worker")
+"""
+
+
+@pytest.mark.parametrize("width", [60, 100, 140])
+def test_a_terminal_shows_whole_words_in_the_order_of_events(width: int) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+    command = [sys.executable, "-c", _AT_A_TERMINAL]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # of a terminal that nobody holds open any more
+            while piece := os.read(ours, 1 << 16):
+                shown += piece
+    os.close(ours)
+    assert process.returncode == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert "…" not in text, text
+    places = [text.rindex(word) for word in ("tokenizing", "attempt 1", "training")]
+    assert places == sorted(places)
 
 
 def test_bytes_are_reported_to_the_end(capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,13 @@
 log."""
 
 import asyncio
+import json
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Never
+from typing import Any, Never
 
 import pytest
 from ray.job_submission import JobStatus
@@ -146,6 +147,28 @@ def test_a_stage_that_is_no_job_names_the_command_that_submits_it(
         monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     assert stage_main(refuse, RunConfig) == 2
     assert "`raymill` submits it" in capsys.readouterr().err
+
+
+def test_a_second_interrupt_says_what_went_unsaved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines: list[dict[str, Any]] = [{"step": number} for number in range(1, 26)]
+    lines.insert(3, {"event": "checkpoint", "step": 2})
+
+    @contextmanager
+    def interrupted(*asked: object, **settings: object) -> Iterator[None]:
+        ledger = "".join(f"{json.dumps(line)}\n" for line in lines)
+        (tmp_path / ".raymill/runs/mine/ledger.jsonl").write_text(ledger)
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(stage, "connected", interrupted)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("to be")
+    assert main(["pretrain", "--data.source", "text.txt", "--run-id", "mine"]) == 130
+    _, unsaved, then, _ = capsys.readouterr().err.splitlines()
+    assert unsaved.startswith("not saved: the last 23 steps; the run goes on after step 2")
+    assert then.startswith("continue with: raymill pretrain")
 
 
 @pytest.mark.parametrize("known", [[], ["--run-id", "mine"]])

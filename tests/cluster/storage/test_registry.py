@@ -115,7 +115,8 @@ def test_a_publication_says_what_it_displaces(
     said = what_latest_became(storage)
     assert said.startswith("latest is now step 1,060 of run toy")
     assert "; it was step 400 of run big (validation loss 2.104)" in said
-    assert said.endswith(f"`raymill publish {big}` makes it latest again") is is_better
+    typed = f"`raymill publish {big} --storage.uri {root}`"
+    assert said.endswith(f"{typed} makes it latest again") is is_better
     shutil.rmtree(big)
     assert what_latest_became(storage).endswith("it was step 400 of run big")
 

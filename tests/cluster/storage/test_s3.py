@@ -6,6 +6,7 @@ from pathlib import Path
 import boto3
 import pytest
 
+from cluster.storage import s3
 from cluster.storage.uris import NotFoundError, StorageError, open_storage
 from tests.cluster.fault_proxy import Altered, Cut, FaultProxy, Refused
 
@@ -176,3 +177,19 @@ def test_uploads_that_may_not_be_listed_stay_and_stop_nothing(
     assert len(client.list_multipart_uploads(Bucket=s3_bucket)["Uploads"]) == 1
     open_storage(uri).abort_uploads()
     assert "Uploads" not in client.list_multipart_uploads(Bucket=s3_bucket)
+
+
+def test_a_proxy_that_does_not_answer_is_named(
+    monkeypatch: pytest.MonkeyPatch, s3_bucket: str
+) -> None:
+    """botocore says of it only that a connection failed."""
+    monkeypatch.setattr(s3, "_MAX_ATTEMPTS", 1)
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://s3.example")
+    with pytest.raises(
+        StorageError, match="the proxy does not answer that HTTPS_PROXY or HTTP_PROXY"
+    ):
+        open_storage(f"s3://{s3_bucket}").list()

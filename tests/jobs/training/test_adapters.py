@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from cluster.cli import main
 from cluster.settings.parser import ConfigError
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, to_yaml
@@ -150,6 +151,19 @@ def test_a_checkpoint__is_loaded_by_peft_and_computes_as_the_merged_export(
     assert not (copy / "train_state.safetensors").exists()
     with pytest.raises(CheckpointError, match="--merge is for adapters"):
         export(str(merged), str(tmp_path / "again"), storage_uri=uri, merge=True)
+
+
+def test_the_line_that_export_tells_to_type__loads_the_adapter(
+    run: RunPlan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, uri = str(tmp_path / "an adapter"), run.config.storage.uri
+    assert main(["export", str(newest_checkpoint(run)), folder, "--storage.uri", uri]) == 0
+    told = capsys.readouterr().err.splitlines()[-1].removeprefix("next: in Python, ")
+    modules, _, loading = told.partition("; ")
+    known: dict[str, Any] = {}
+    exec(modules, known)
+    model = eval(loading, known)
+    assert isinstance(model, PeftModel)
 
 
 def test_what_strangers_get_of_an_adapter__names_no_place_of_one_s_own(

@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> Storage:
 
 @pytest.fixture
 def mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    pytest.importorskip("mlflow", reason="no MLflow here: pip install 'raymill[tracking]'")
+    pytest.importorskip("mlflow", reason="no MLflow here: pip install '.[tracking]'")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     import mlflow
