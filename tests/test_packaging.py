@@ -25,6 +25,10 @@ def names(requirements: list[str]) -> set[str]:
     return {normal(re.split(r"[\[<>=!; ]", requirement)[0]) for requirement in requirements}
 
 
+CLIENTS = {"agents": "openai-agents", "haystack": "haystack-ai"}
+"""Distributions that have their packages' names in other words, and are not installed here."""
+
+
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -63,7 +67,12 @@ def undeclared(folder: str, declared: set[str]) -> set[tuple[str, str]]:
             continue
         parts = module.split(".")
         # What is not installed here is owned by its name; LlamaIndex's parts are named in full
-        named = [".".join(parts[: end + 1]) for end in range(len(parts))]
+        if (REPOSITORY / file).with_name(f"{package}.py").is_file():
+            continue
+        named = [
+            CLIENTS.get(package, ""),
+            *(".".join(parts[: end + 1]) for end in range(len(parts))),
+        ]
         owners = {normal(owner) for owner in distributions.get(package, named)}
         if package not in OF_AN_EXTRA.get(file, ()) and not (owners & declared) and with_file:
             found.add((file, module))

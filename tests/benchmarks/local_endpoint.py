@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import uvicorn
-import uvloop
+from uvicorn.loops.auto import auto_loop_factory
 
 import serving
 from cluster.settings.serve import HttpConfig
@@ -52,4 +52,5 @@ async def serve(checkpoint: Path) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(Path(sys.argv[1])))
+    with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+        runner.run(serve(Path(sys.argv[1])))

@@ -79,8 +79,8 @@ def test_a_checkpoint_that_a_stop_has_made_is_compared_too(
     """It is of a step at which the settings ask for no checkpoint."""
     plan = tiny_plan(str(tmp_path / "storage"))
 
-    def answer(notices: Notices) -> Notice | None:
-        return Notice.STOP if Ledger.read(plan.run).steps[-1]["step"] == 4 else None
+    def answer(notices: Notices) -> Notice:
+        return Notice.STOP if Ledger.read(plan.run).steps[-1]["step"] == 4 else Notice.NONE
 
     with monkeypatch.context() as patch:
         patch.setattr(Notices, "answer", answer)

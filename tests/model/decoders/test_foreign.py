@@ -379,7 +379,7 @@ def test_a_model_without_attention__has_no_heads() -> None:
 def test_without_transformers__what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     values = small("qwen3", rope_theta=12345.0).values
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ForeignModelError, match=r"pip install 'raymill\[hf\]'"):
+    with pytest.raises(ForeignModelError, match=r"pip install 'transformers>="):
         ForeignConfig.of(values | {"rope_theta": 12346.0})
 
 

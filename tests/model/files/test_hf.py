@@ -222,7 +222,7 @@ def test_without_transformers_such_a_llama_says_how_to_get_it(
 ) -> None:
     values = LlamaConfig().to_dict() | {"attention_bias": True, "rope_theta": 12345.0}
     monkeypatch.setitem(sys.modules, "transformers", None)
-    expected = r"attention_bias is True, .* only False; .*pip install 'raymill\[hf\]'"
+    expected = r"attention_bias is True, .* only False; .*pip install 'transformers>="
     with pytest.raises(ForeignModelError, match=expected):
         shape_from_hf(values)
 

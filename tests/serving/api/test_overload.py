@@ -30,7 +30,7 @@ from tests.time_limits import slowness
 pytestmark = pytest.mark.cluster
 
 MODEL = "long"
-LATE_S = 0.2  # another step, and what HTTP takes while others use the processors too
+LATE_S = 0.4  # another step, and what HTTP takes while others use the processors too
 # In which a busy machine may let the slowest request stand; without admission it would wait 10 s
 STALL_S = 2.0
 OVERLOAD = 5
