@@ -7,7 +7,7 @@ from typing import Any
 
 from serving.structured.exact_numbers import Zone
 from serving.structured.grammar_memory import GrammarMemory, heap_bytes
-from serving.structured.number_mask import DigitTokens, NumberMask
+from serving.structured.number_mask import DigitTokens, NearNumbers, NumberMask
 
 UNMEASURED_BYTES = 64 << 10  # that a mask is taken to need where the memory is not known
 _PIECE_BYTES = 32  # that the C library adds to a piece of memory, at most
@@ -19,7 +19,8 @@ class CompiledGrammar:
     def __init__(self, matcher: Any, *, zones: Sequence[Zone], digits: DigitTokens) -> None:
         """`matcher` is an `LLMatcher`."""
         self._matcher = matcher
-        self._zones, self._digits = zones, digits
+        self._near = NearNumbers(zones) if zones else None
+        self._digits = digits
         self._memory: GrammarMemory | None = None
         self.num_bytes = 0
         self.grown_bytes = 0  # of them, since it was compiled
@@ -40,7 +41,7 @@ class CompiledGrammar:
         return self._matcher.deep_copy()
 
     def number_mask(self) -> NumberMask | None:
-        return NumberMask(self._zones, self._digits) if self._zones else None
+        return None if self._near is None else NumberMask(self._near, self._digits)
 
     def bits_of(self, copy: Any) -> bytes | None:
         """Returns a bit for each token, and counts what the grammar has learned for it. None if it

@@ -6,9 +6,10 @@ Such a constant is compiled as the range of whole numbers between the doubles ar
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from serving.structured.grammar import GrammarError
 from serving.structured.subschemas import FOR_PEOPLE, Schema, escaped, inner_schemas, put
@@ -32,39 +33,49 @@ class Zone:
     high: int
     allowed: frozenset[int]
 
-    def may_begin(self, digits: str) -> bool:
-        """Tells whether a number of the zone begins with these digits."""
-        length, low, high = len(digits), str(self.low), str(self.high)
-        return length <= len(high) and low[:length] <= digits <= high[:length]
 
-    def forbids(self, digits: str) -> bool:
-        """Tells whether a number that begins with so many digits is one of the others."""
-        allowed = (str(number) for number in self.allowed)
-        return self.may_begin(digits) and not any(one.startswith(digits) for one in allowed)
+class _Range(NamedTuple):
+    """The whole numbers from `low` to `high` of one sign, at one place of a schema."""
+
+    low: int
+    high: int
+    is_negative: bool
+    place: str
+
+
+_Constants = dict[_Range, set[int]]  # without their sign
 
 
 def exact(schemas: Sequence[Schema]) -> tuple[list[Schema], list[Zone]]:
     """Returns the schemas of one answer so that `llguidance` reads no number in them as another one,
     and the zones of their constants. Raises `GrammarError` for a number that cannot be held."""
-    zones: dict[Zone, None] = {}
-    changed = [_changed(schema, "", zones) for schema in schemas]
+    changed, zones = list[Schema](), set[Zone]()
+    for schema in schemas:
+        found: _Constants = {}
+        changed.append(_changed(schema, "", found))
+        zones |= {Zone(at.low, at.high, frozenset(some)) for at, some in found.items()}
     if zones:
         _require_apart(zones, {*_numbers([*schemas])})
-    return changed, [*zones]
+    return changed, sorted(zones, key=lambda zone: zone.low)
 
 
-def _changed(schema: Schema, place: str, zones: dict[Zone, None]) -> Schema:
-    """Returns a schema without constants that no double holds, whose zones it adds."""
+def _changed(schema: Schema, place: str, found: _Constants) -> Schema:
+    """Returns a schema without constants that no double holds, which it adds."""
     changed = {**schema, **_bounds(schema, place)}
     for word, values in (("const", [schema.get("const")]), ("enum", schema.get("enum"))):
         if isinstance(values, list) and any(map(_is_lost, values)):
-            options = [_constant(value, values, f"{place}/{word}", zones) for value in values]
+            at = f"{place}/{word}"
+            options = [
+                _constant(value, at if _is_number(value) else f"{at}/{number}", found)
+                for number, value in enumerate(values)
+            ]
+            _add_doubles(values, at, found)
             del changed[word]
             changed["allOf"] = [*changed.get("allOf", ()), {"anyOf": options}]
     looked_into = {*_LEAST, *_MOST, *FOR_PEOPLE, "const", "enum", "allOf"}
     for steps, inner in inner_schemas(schema):
         looked_into.add(steps[0])
-        new = _changed(inner, "/".join((place, *map(escaped, steps))), zones)
+        new = _changed(inner, "/".join((place, *map(escaped, steps))), found)
         put(changed, steps, new, instead_of=schema)
     for word, value in schema.items():
         if word not in looked_into and not word.startswith("x-") and _is_lost(value):
@@ -93,17 +104,19 @@ def _bounds(schema: Schema, place: str) -> dict[str, int]:
     return instead
 
 
-def _constant(value: Any, values: Sequence[Any], place: str, zones: dict[Zone, None]) -> Schema:
-    """Returns the schema of one of some values. Raises `GrammarError` for a number that cannot be
-    held."""
+def _constant(value: Any, place: str, found: _Constants) -> Schema:
+    """Returns the schema of a constant; numbers of an enum have one place. Raises `GrammarError` for
+    a number that cannot be held."""
     if not _is_lost(value):
         return {"const": value}
     if isinstance(value, dict):
-        inner = {name: _constant(one, [one], place, zones) for name, one in value.items()}
+        inner = {
+            name: _constant(one, f"{place}/{escaped(name)}", found) for name, one in value.items()
+        }
         closed = {"type": "object", "required": [*inner], "additionalProperties": False}
         return {**closed, "properties": inner}
     if isinstance(value, list):
-        items = [_constant(one, [one], place, zones) for one in value]
+        items = [_constant(one, f"{place}/{number}", found) for number, one in enumerate(value)]
         length = {"minItems": len(items), "maxItems": len(items)}
         # The words of all drafts before 2020-12, which are read in any
         return {"type": "array", "items": items, "additionalItems": False, **length}
@@ -112,11 +125,19 @@ def _constant(value: Any, values: Sequence[Any], place: str, zones: dict[Zone, N
         raise GrammarError(
             f"{str(value)[:40]} is not written exactly: have it as a text", place=place
         )
-    same_sign = (abs(one) for one in values if _is_number(one) and (one > 0) == (value > 0))
-    allowed = {one for one in same_sign if low <= one <= high}
-    zones[Zone(low, high, frozenset(allowed))] = None
+    found.setdefault(_Range(low, high, value < 0, place), set()).add(abs(value))
     least, most = (low, high) if value > 0 else (-high, -low)
     return {"type": "integer", "minimum": least, "maximum": most}
+
+
+def _add_doubles(values: Sequence[Any], place: str, found: _Constants) -> None:
+    """Allows an enum's numbers that doubles hold where a range around one of its others ends."""
+    for value in values:
+        if not _is_number(value) or _is_lost(value) or not LARGEST <= abs(value) <= _LARGEST_DOUBLE:
+            continue
+        for other in (math.nextafter(abs(value), 0.0), math.nextafter(abs(value), math.inf)):
+            low, high = sorted((abs(value), int(other)))
+            found.get(_Range(low, high, value < 0, place), set()).add(abs(value))
 
 
 def _doubles_around(number: int) -> tuple[int, int]:
@@ -129,9 +150,11 @@ def _doubles_around(number: int) -> tuple[int, int]:
 def _require_apart(zones: Iterable[Zone], written: set[int]) -> None:
     """Raises `GrammarError` where another place of the schema has a number near a constant: what
     is allowed there would be here too."""
+    ordered = sorted(written)
     for zone in zones:
-        near = [one for one in written - zone.allowed if zone.low <= one <= zone.high]
-        if near and zone.allowed:
+        within = ordered[bisect_left(ordered, zone.low) : bisect_right(ordered, zone.high)]
+        near = [one for one in within if one not in zone.allowed]
+        if near:
             raise GrammarError(
                 f"{min(zone.allowed)} and {min(near)} are beyond 2^53, and too near to each other for two places: "
                 "have them in one enum, or as texts"

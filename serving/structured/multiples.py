@@ -2,7 +2,7 @@
 lead through a state for each remainder."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ _MANY_TENS = 1 << 20  # up to which factors of 2 and 5 help
 _OTHERS = 1_000
 _LARGEST = (1 << 32) - 1  # that the library holds
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-_MOST_DEPTH = 8  # of conjunctions and references that are followed
+_MOST_JOINED = 16  # schemas that are looked at together; with more, compiling tells
 
 
 class Step(NamedTuple):
@@ -50,7 +50,7 @@ class Step(NamedTuple):
 def require_cheap_multiples(schema: Schema) -> None:
     """Raises `GrammarError` for the first place of a schema that would take too long."""
     for place, one in _places(schema, ""):
-        step, is_bounded = _step_of(one, schema, depth=0)
+        step, is_bounded = _step_of(one, schema)
         if step is not None and step.is_costly(is_bounded=is_bounded):
             number = Decimal(step.units).scaleb(-step.digits).normalize()
             raise GrammarError(
@@ -66,17 +66,31 @@ def _places(schema: Schema, place: str) -> Iterator[tuple[str, Schema]]:
         yield from _places(inner, "/".join((place, *map(escaped, steps))))
 
 
-def _step_of(schema: Mapping[str, Any], root: Schema, *, depth: int) -> tuple[Step | None, bool]:
+def _step_of(schema: Schema, root: Schema) -> tuple[Step | None, bool]:
     """Returns what numbers by a schema are multiples of, and whether they have bounds."""
-    step, is_bounded = _own_step(schema.get("multipleOf")), any(word in schema for word in _BOUNDS)
-    joined = [one for one in schema.get("allOf") or () if isinstance(one, dict)]
-    if (target := _target(schema.get("$ref"), root)) is not None:
-        joined.append(target)
-    for one in joined if depth < _MOST_DEPTH else ():
-        other, has_bounds = _step_of(one, root, depth=depth + 1)
-        is_bounded |= has_bounds
-        step = step.also(other) if step is not None and other is not None else step or other
+    step, is_bounded = None, False
+    for one in _joined(schema, root):
+        own = _own_step(one.get("multipleOf"))
+        step = step.also(own) if step is not None and own is not None else step or own
+        is_bounded |= any(word in one for word in _BOUNDS)
     return step, is_bounded
+
+
+def _joined(schema: Schema, root: Schema) -> list[Schema]:
+    """Returns a schema and those that hold with it, each once: its conjunction's parts, and what
+    they refer to."""
+    joined = [schema]
+    for one in joined:  # which grows
+        parts = one.get("allOf")
+        inner = (
+            [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+        )
+        if (target := _target(one.get("$ref"), root)) is not None:
+            inner.append(target)
+        for part in inner:
+            if len(joined) < _MOST_JOINED and not any(part is known for known in joined):
+                joined.append(part)
+    return joined
 
 
 def _own_step(value: Any) -> Step | None:

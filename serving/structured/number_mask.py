@@ -8,7 +8,7 @@ Shapes: V vocabulary of the model.
 """
 
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -55,29 +55,61 @@ class DigitTokens:
         return (row + digits if last.start() == 0 else digits)[:MAX_DIGITS]
 
 
+class NearNumbers:
+    """The numbers near a grammar's constants, of which its answers have the constants only."""
+
+    def __init__(self, zones: Sequence[Zone]) -> None:
+        """The zones rise, and share no more than their ends."""
+        self._constants = sorted({str(one) for zone in zones for one in zone.allowed})
+        self._ends: dict[int, tuple[list[int], list[int]]] = {}  # of zones, by numbers' length
+        for zone in zones:
+            lows, highs = self._ends.setdefault(len(str(zone.high)), ([], []))
+            lows.append(zone.low)
+            highs.append(zone.high)
+
+    def may_begin(self, digits: str) -> bool:
+        """Tells whether a number of a zone begins with these digits."""
+        if digits.startswith("0"):
+            return False
+        for length, (lows, highs) in self._ends.items():
+            if length >= len(digits):
+                tail = 10 ** (length - len(digits))
+                first = int(digits) * tail
+                num_before = bisect_right(lows, first + tail - 1)
+                if num_before and highs[num_before - 1] >= first:
+                    return True
+        return False
+
+    def forbids(self, digits: str) -> bool:
+        """Tells whether only numbers that are not constants begin with so many digits."""
+        place = bisect_left(self._constants, digits)
+        may_end_well = self._constants[place : place + 1]
+        return self.may_begin(digits) and not (may_end_well and may_end_well[0].startswith(digits))
+
+
 class NumberMask:
     """The numbers of one answer."""
 
-    def __init__(self, zones: Sequence[Zone], tokens: DigitTokens) -> None:
-        self._zones = zones
+    def __init__(self, near: NearNumbers, tokens: DigitTokens) -> None:
+        self._near = near
         self._tokens = tokens
         self._row = ""  # of digits that the answer ends with
 
     def leave(self, allowed: NDArray[np.bool_]) -> None:
         """Removes from the tokens (V,) that may come next those that lead to other numbers."""
         row = self._row
-        zones = [zone for zone in self._zones if not row or zone.may_begin(row)]
-        for _, digits, token_id in self._tokens.leading(at_least=max(1, NUM_SHARED + 1 - len(row))):
-            if allowed[token_id] and _is_forbidden(row, row + digits, zones):
-                allowed[token_id] = False
+        if not row or self._near.may_begin(row):
+            at_least = max(1, NUM_SHARED + 1 - len(row))
+            for _, digits, token_id in self._tokens.leading(at_least=at_least):
+                if allowed[token_id] and self._is_forbidden(row, row + digits):
+                    allowed[token_id] = False
         for token_id, inner in self._tokens.inner:
-            if allowed[token_id] and _is_forbidden("", inner, self._zones):
+            if allowed[token_id] and self._is_forbidden("", inner):
                 allowed[token_id] = False
 
     def advance(self, token_id: int) -> None:
         self._row = self._tokens.after(self._row, token_id)
 
-
-def _is_forbidden(row: str, longer: str, zones: Sequence[Zone]) -> bool:
-    begins = range(max(len(row), NUM_SHARED) + 1, len(longer) + 1)
-    return any(zone.forbids(longer[:length]) for length in begins for zone in zones)
+    def _is_forbidden(self, row: str, longer: str) -> bool:
+        begins = range(max(len(row), NUM_SHARED) + 1, len(longer) + 1)
+        return any(self._near.forbids(longer[:length]) for length in begins)

@@ -2,6 +2,7 @@
 place."""
 
 import json
+import time
 from typing import Any
 
 import jsonschema
@@ -13,16 +14,18 @@ from model.text.tokenizer import Tokenizer
 from serving.structured.compiling import compiled
 from serving.structured.exact_numbers import exact
 from serving.structured.grammar import Grammar, GrammarError, GrammarKind
-from serving.structured.number_mask import DigitTokens
+from serving.structured.number_mask import DigitTokens, NearNumbers
 from serving.structured.vocabulary import Vocabulary
 from serving.tools.call_grammar import grammar_of_calls
 from serving.tools.formats import format_of
 from tests.serving.structured.random_answers import random_answer
 from tests.serving.structured.schema_cases import closed, field
 from tests.serving.tools.templates import HERMES_TEMPLATE
+from tests.time_limits import slowness
 
 SNOWFLAKE = 1234567890123456789
 BEYOND = (1 << 53) + 1
+RANGE_END = 1234567890123456768  # which a double holds, as it does each 256th number
 SEEDS = 6
 
 WRITTEN: dict[str, dict[str, Any]] = {
@@ -30,6 +33,9 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "the first that no double holds": field({"const": BEYOND}),
     "neighbors in an enum": field({"enum": [SNOWFLAKE, SNOWFLAKE + 1, 5, "x", None]}),
     "negative": field({"enum": [-SNOWFLAKE, -BEYOND]}),
+    "beside the ends of ranges": field(
+        {"enum": [RANGE_END + number for number in (-1, 100, 256, 999)]}
+    ),
     "many of one range": field({"enum": [SNOWFLAKE + number for number in range(60)]}),
     "with a type and bounds": field({"type": "integer", "minimum": 1, "enum": [SNOWFLAKE, 0]}),
     "within a constant": {"const": {"ids": [SNOWFLAKE, {"other": -BEYOND}]}},
@@ -123,12 +129,43 @@ def test_whatever_the_constant_is_no_other_number_is_left(constant: int, distanc
         assert first != last, "only beside round numbers"
         return
     assert len(zones) == (float(constant) != constant)
+    near, digits = NearNumbers(zones), f"{constant}"
+    assert not any(near.forbids(digits[:length]) for length in range(1, len(digits) + 1))
     for zone in zones:
-        digits = f"{constant}"
-        assert not any(zone.forbids(digits[:length]) for length in range(1, len(digits) + 1))
         other = max(zone.low, min(zone.high, constant + distance))
         begins = (f"{other}"[:length] for length in range(13, len(f"{other}") + 1))
-        assert any(map(zone.forbids, begins)) == (other != constant)
+        assert any(map(near.forbids, begins)) == (other != constant)
+
+
+@given(st.integers(1 << 60, (1 << 63) - 20000), st.lists(st.integers(0, 9000), min_size=2))
+def test_each_number_of_an_enum_can_be_written_to_its_end(first: int, distances: list[int]) -> None:
+    """Also beside the end of another one's range."""
+    constants = [first + distance for distance in distances]
+    try:
+        _, zones = exact([{"enum": constants}])
+    except GrammarError:
+        assert len({f"{number}"[:12] for number in (first - 2048, first + 12000)}) > 1
+        return
+    near = NearNumbers(zones)
+    for constant in constants:
+        digits = f"{constant}"
+        assert not any(near.forbids(digits[:length]) for length in range(1, len(digits) + 1))
+    for other in range(first, first + 9001, 7):
+        is_near = any(zone.low <= other <= zone.high for zone in zones)
+        assert near.forbids(f"{other}") == (is_near and other not in constants)
+
+
+def test_thousands_of_near_numbers_hold_no_engine_up(
+    vocabulary: Vocabulary, tokenizer: Tokenizer
+) -> None:
+    """The first twelve digits are those of all."""
+    constants = [1234567890120000001 + 512 * number for number in range(2000)]
+    began_s = time.thread_time()
+    made = compiled(of_schema({"enum": constants}), vocabulary)
+    for seed in range(SEEDS):
+        answer = random_answer(made, tokenizer, seed=seed)
+        assert answer is not None and json.loads(answer) in constants
+    assert time.thread_time() - began_s < 5 * slowness(), "where each number is looked at: a minute"
 
 
 def test_tokens_of_many_digits_are_looked_at_as_others_are() -> None:

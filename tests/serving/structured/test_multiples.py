@@ -1,5 +1,6 @@
 """A `multipleOf` that would take long to compile is found by arithmetic."""
 
+import time
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from serving.structured.grammar import GrammarError
 from serving.structured.multiples import require_cheap_multiples
 from tests.serving.structured.schema_cases import closed
+from tests.time_limits import slowness
 
 COSTLY: dict[str, dict[str, Any]] = {
     "a prime": {"type": "integer", "multipleOf": 999983},
@@ -32,3 +34,13 @@ def test_costly_multiples_are_refused_with_their_place(name: str) -> None:
 def test_others_are_not(number: Any) -> None:
     require_cheap_multiples(closed({"x": {"multipleOf": number}, "y": {"multipleOf": 99_991}}))
     require_cheap_multiples({"multipleOf": number, "$ref": "#/$defs/n", "$defs": {"n": {}}})
+
+
+def test_conjunctions_that_refer_to_themselves_are_looked_at_once() -> None:
+    """It is done where all requests are answered."""
+    again = {"$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}] * 300}}, "$ref": "#/$defs/a"}
+    began_s = time.thread_time()
+    require_cheap_multiples({**again, "multipleOf": 3})
+    for no_list in (5, {"a": 1}):
+        require_cheap_multiples({"multipleOf": 3, "allOf": no_list})
+    assert time.thread_time() - began_s < slowness()
