@@ -149,6 +149,26 @@ def delivery_of(folder: Path, *, name: str) -> Delivery:
     return Delivery(deployment="test", origin=name, model_name=name, live=live)
 
 
+def routes_of(
+    versions: Versions,
+    *,
+    access: AccessRules | CurrentAccess | None = None,
+    usage: KeyUsage | None = None,
+    replica: str = "r",
+) -> ASGIApp:
+    """A replica's routes, open to all without `access`."""
+    return build_http_app(
+        versions=versions,
+        metrics=ReplicaMetrics(versions=versions, replica=replica, start_s=1.0),
+        access=access
+        if isinstance(access, CurrentAccess)
+        else CurrentAccess(access or AccessRules()),
+        usage=KeyUsage() if usage is None else usage,
+        admin=APIRouter(),
+        add_others=add_response_routes,
+    )
+
+
 @asynccontextmanager
 async def replica_app(
     folder: Path,
@@ -166,21 +186,8 @@ async def replica_app(
     state = delivery_of(folder, name=name).having(adapters=adapters)
     versions = Versions(config, state, on_live_death=print)
     await versions.wait_until_live()
-    metrics = ReplicaMetrics(versions=versions, replica="r", start_s=1.0)
     try:
-        yield (
-            build_http_app(
-                versions=versions,
-                metrics=metrics,
-                access=access
-                if isinstance(access, CurrentAccess)
-                else CurrentAccess(access or AccessRules()),
-                usage=KeyUsage(),
-                admin=APIRouter(),
-                add_others=add_response_routes,
-            ),
-            versions,
-        )
+        yield routes_of(versions, access=access), versions
     finally:
         await versions.close()
 

@@ -13,21 +13,17 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import APIRouter
 from ray.exceptions import ActorDiedError
 
 from cluster.settings.run import StorageConfig
 from cluster.settings.serve import EngineConfig, ServeConfig
 from serving.api import key_limits
-from serving.api.access import AccessRules, CurrentAccess
-from serving.api.ingress import build_http_app
+from serving.api.access import AccessRules
 from serving.api.keys import ApiKey
-from serving.api.metrics import ReplicaMetrics
 from serving.delivery.coordinator import Coordinator
 from serving.delivery.follower import Follower
 from serving.limits.usage_report import Account, QuotaKind
-from serving.responses.routes import add_response_routes
-from tests.serving.endpoint_parts import loopback_server
+from tests.serving.endpoint_parts import loopback_server, routes_of
 from tests.time_limits import limit_s
 from tests.waiting import wait_in_loop_until
 
@@ -101,13 +97,11 @@ class Fleet:
         keys = tuple(
             ApiKey.read(f"sk-{name} name={name} {limits}") for name, limits in KEYS.items()
         )
-        app = build_http_app(
-            versions=follower.versions,
-            metrics=ReplicaMetrics(versions=follower.versions, replica=f"r{number}", start_s=1.0),
-            access=CurrentAccess(AccessRules(keys)),
+        app = routes_of(
+            follower.versions,
+            access=AccessRules(keys),
             usage=follower.usage,
-            admin=APIRouter(),
-            add_others=add_response_routes,
+            replica=f"r{number}",
         )
         try:
             async with loopback_server(app) as url:

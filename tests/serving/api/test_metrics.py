@@ -7,20 +7,15 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import APIRouter
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.settings.serve import EngineConfig, ServeConfig
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
-from serving.api.access import AccessRules, CurrentAccess
-from serving.api.ingress import build_http_app
-from serving.api.metrics import ReplicaMetrics
 from serving.delivery.promotion import Delivery, Outcome, Phase, Terms, Version
 from serving.delivery.versions import Versions
-from serving.limits.key_usage import KeyUsage
-from serving.responses.routes import add_response_routes
 from tests.serving.delivery_parts import served
+from tests.serving.endpoint_parts import routes_of
 from tests.serving.tiny_models import write_model
 from tests.waiting import wait_in_loop_until
 
@@ -62,16 +57,7 @@ def test_each_version_of_a_canary_has_its_own_figures(checkpoint: Path, other: P
         versions = Versions(config, state, on_live_death=print)
         await versions.wait_until_live()
         await wait_in_loop_until(lambda: versions.report()[2].status == "ready")
-        metrics = ReplicaMetrics(versions=versions, replica="r", start_s=1.0)
-        access = CurrentAccess(AccessRules())
-        app = build_http_app(
-            versions=versions,
-            metrics=metrics,
-            access=access,
-            usage=KeyUsage(),
-            admin=APIRouter(),
-            add_others=add_response_routes,
-        )
+        app = routes_of(versions)
         try:
             async with httpx.AsyncClient(
                 transport=httpx.ASGITransport(app), base_url="http://test"

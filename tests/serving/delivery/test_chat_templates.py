@@ -7,20 +7,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fastapi import APIRouter
 
 from cluster.settings.serve import EngineConfig, ServeConfig
 from model.text.tokenizer import Tokenizer
-from serving.api.access import AccessRules, CurrentAccess
 from serving.api.admin_routes import _read_candidate
-from serving.api.ingress import build_http_app
-from serving.api.metrics import ReplicaMetrics
 from serving.delivery.promotion import Delivery, Phase, Terms
 from serving.delivery.versions import Versions
-from serving.limits.key_usage import KeyUsage
 from serving.protocol.errors import ApiError
-from serving.responses.routes import add_response_routes
 from tests.serving.delivery_parts import served
+from tests.serving.endpoint_parts import routes_of
 from tests.serving.tiny_models import as_transformers_folder, lively_model, write_model
 from tests.time_limits import limit_s
 from tests.waiting import wait_in_loop_until
@@ -89,16 +84,7 @@ def test_a_chat_that_the_version_before_can_write_is_the_new_ones_failure(
         versions = Versions(config, state, on_live_death=print)
         await versions.wait_until_live()
         await wait_in_loop_until(lambda: versions.report()[1].status == "ready")
-        metrics = ReplicaMetrics(versions=versions, replica="r", start_s=1.0)
-        access = CurrentAccess(AccessRules())
-        app = build_http_app(
-            versions=versions,
-            metrics=metrics,
-            access=access,
-            usage=KeyUsage(),
-            admin=APIRouter(),
-            add_others=add_response_routes,
-        )
+        app = routes_of(versions)
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(app), base_url="http://test", timeout=limit_s(60)
         ) as http:
