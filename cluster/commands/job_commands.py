@@ -51,7 +51,9 @@ from model.errors import UserError
 _STOP_TIMEOUT_S = 90.0
 _LOCAL_POLL_S, _REMOTE_POLL_S = 0.5, 2.0
 _STATE_INTERVAL_S = 10.0
-_TAIL_BYTES = 64 << 10
+_TAIL_BYTES = 64 << 10  # of a ledger, which are read first
+_WIDER = 8  # times as many are read next
+_STEPS_OF_PACE = 100
 
 
 def submit(arguments: Arguments) -> Result:
@@ -117,9 +119,8 @@ def list_jobs(arguments: Arguments) -> Result:
     for run in map(runs.child, recorded_runs(runs)):
         try:
             if view := view_job(run, arguments[TOKEN_FILE]):
-                rows.append(
-                    describe(view) | _progress(run) | {"started": date_of(view.record.submitted)}
-                )
+                progress = _progress(_recent_lines(run))
+                rows.append(describe(view) | progress | {"started": date_of(view.record.submitted)})
         except StorageError as error:
             say(f"{run.uri.rpartition('/')[2]} is left out: {error}")
     for row in rows:
@@ -137,9 +138,10 @@ def list_jobs(arguments: Arguments) -> Result:
 def status(arguments: Arguments) -> Result:
     run = _run(arguments)
     view = _view(arguments, run)
-    shown = describe(view) | _progress(run) | _left_out(run)
+    lines = _recent_lines(run)
+    shown = describe(view) | _progress(lines) | _left_out(run)
     if "step" in shown:
-        shown |= _rest(run, shown["step"], is_live=view.state.is_live)
+        shown |= _rest(run, lines, is_live=view.state.is_live)
     if view.ended is not None and view.ended.result is not None:
         shown["result"] = view.ended.result
     command = view.launch and LogReader(run, view.launch).started().command
@@ -148,22 +150,33 @@ def status(arguments: Arguments) -> Result:
     return Result(shown, is_bad=view.state.is_bad)
 
 
-def _progress(run: Storage) -> dict[str, Any]:
-    """Returns figures of the newest step in the run's ledger, and how far it is proven, if that is
-    audited. Raises `StorageError` where it is damaged."""
+def _recent_lines(run: Storage) -> list[dict[str, Any]]:
+    """Returns the last lines of the run's ledger, as many as say how far its checkpoints are stored;
+    all that are signed, if any are. Raises `StorageError` where it is damaged."""
     entry = run.stat("ledger.jsonl")
     if entry is None:
-        return {}
+        return []
     from jobs.run.signed_lines import newest_stated_line, shown_ledger
+    from jobs.run.storage_retry import not_stored
 
-    is_signed = newest_stated_line(run) is not None
-    lines = shown_ledger(run).lines if is_signed else _last_lines(run, entry.size)
-    if not any(line.get("event") == "checkpoint" for line in lines):  # see `not_stored`
-        lines = lines if is_signed else _last_lines(run, entry.size, tail_bytes=entry.size)
-    steps = [line for line in lines if "step" in line and "event" not in line]
+    if newest_stated_line(run) is not None:
+        return shown_ledger(run).lines
+    tail_bytes = _TAIL_BYTES
+    while True:
+        lines = _last_lines(run, entry.size, tail_bytes=tail_bytes)
+        events = {line.get("event") for line in lines}
+        is_known = "checkpoint" in events or ("start" in events and not not_stored(lines))
+        if is_known or tail_bytes >= entry.size:
+            return lines
+        tail_bytes *= _WIDER
+
+
+def _progress(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns figures of the newest step of a ledger's last lines, and how far it is proven, if that
+    is audited."""
+    steps = _steps(lines)
     if not steps:
         return {}
-
     from jobs.run.storage_retry import not_stored
     from jobs.sentinel.proven_part import proven_part
 
@@ -172,30 +185,31 @@ def _progress(run: Storage) -> dict[str, Any]:
     return figures | proven_part(lines).fields() | ({"not_stored": problem} if problem else {})
 
 
-def _rest(run: Storage, step: int, *, is_live: bool) -> dict[str, Any]:
+def _rest(run: Storage, lines: list[dict[str, Any]], *, is_live: bool) -> dict[str, Any]:
     """Returns the steps of the whole run, and while it trains the seconds that the rest will take at
     the pace of its last steps; nothing where this version does not know its settings."""
     from statistics import median
 
     from cluster.settings.run import max_steps
     from jobs.run.history import recorded_config
-    from jobs.run.ledger import LEDGER
 
-    entry = run.stat(LEDGER)
-    assert entry is not None, "it has a step"
     try:
         planned = max_steps(recorded_config(run))
     except UserError:
         return {}
-    walls_s = [line["wall_s"] for line in _last_lines(run, entry.size) if "wall_s" in line]
+    steps = _steps(lines)[-_STEPS_OF_PACE:]
+    walls_s = [line["wall_s"] for line in steps if "wall_s" in line]
     if not is_live or not walls_s:
         return {"planned_steps": planned}
-    return {"planned_steps": planned, "seconds_left": round((planned - step) * median(walls_s), 1)}
+    left_s = (planned - steps[-1]["step"]) * median(walls_s)
+    return {"planned_steps": planned, "seconds_left": round(left_s, 1)}
 
 
-def _last_lines(
-    run: Storage, num_bytes: int, *, tail_bytes: int = _TAIL_BYTES
-) -> list[dict[str, Any]]:
+def _steps(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line for line in lines if "step" in line and "event" not in line]
+
+
+def _last_lines(run: Storage, num_bytes: int, *, tail_bytes: int) -> list[dict[str, Any]]:
     """Returns the lines at the end of a ledger of so many bytes. Raises `StorageError` for a damaged
     one."""
     start = max(0, num_bytes - tail_bytes)

@@ -45,6 +45,11 @@ def test_status_says_how_far_a_run_is_proven_and_who_is_left_out(
     assert f"NOT STORED no checkpoint since step 0: {reason}" in shown()
     assert main(["list", "--storage.uri", str(tmp_path)]) == 0
     assert f"checked has no checkpoint since step 0: {reason}" in capsys.readouterr().err
+    lines[1:1] = [{"event": "checkpoint", "step": 50}]
+    lines += [{"step": 61, **step}] * 5000  # more than is read at first
+    assert f"NOT STORED no checkpoint since step 50: {reason}" in shown()
+    del lines[-5000:]
+    del lines[1]
     lines.append({"event": "checkpoint", "step": 60})
     assert not any(line.startswith("NOT STORED") for line in shown())
     lines[2:] = []
