@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.cli import main
-from cluster.commands.job_commands import _progress
+from cluster.commands.job_commands import _progress, _recent_lines
 from jobs.proof.audit_run import UNCOVERED
 from jobs.proof.where_run import where
 from jobs.run.ledger import Ledger
@@ -106,6 +106,6 @@ def test_no_command_shows_lines_that_were_added_behind_the_signed_ones(
     assert compared["Training loss"][0] in page
     steps = [said("where", "--step", "8", world.run.uri), where(true.run, step=8)]
     assert steps[0]["rows"] == json.loads(json.dumps(steps[1]["rows"]))
-    shown = _progress(world.run)
+    shown = _progress(_recent_lines(world.run))
     last = Ledger.read(true.run).steps[-1]
     assert (shown["step"], shown["loss"]) == (NUM_STEPS, last["loss"])
