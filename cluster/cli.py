@@ -84,7 +84,8 @@ def _run(words: list[str]) -> int:
 def command_parser(words: Sequence[str] | None = None) -> Parser:
     """Returns the parser for a command line of these words; without words, that of all commands.
 
-    Only the named command gets its arguments, as a configuration tree takes long to import.
+    Only the named command gets its arguments, as a configuration tree takes long to import, and for
+    `--help` fewer than for `--help all`.
     """
     usage = "raymill [-h] [--version] COMMAND ..."
     about = f"{__doc__}\n{_overview()}"
@@ -101,11 +102,16 @@ def command_parser(words: Sequence[str] | None = None) -> Parser:
         prog="raymill", metavar="COMMAND", required=True, help=argparse.SUPPRESS
     )
     for section in SECTIONS:
-        _add_section(place, section, named)
+        _add_section(place, section, named, is_short=_asks_for_short_help(words or []))
     return parser
 
 
-def _add_section(place: "Places", section: Section, named: str | None) -> None:
+def _asks_for_short_help(words: Sequence[str]) -> bool:
+    """Reports whether `--help` is asked for, and not `--help all`."""
+    return not {"-h", "--help"}.isdisjoint(words) and words[-1] != "all"
+
+
+def _add_section(place: "Places", section: Section, named: str | None, *, is_short: bool) -> None:
     places: dict[str, Places] = {}
     for first, about in section.groups.items():
         group = place.add_parser(first, help=about, description=about)
@@ -113,7 +119,7 @@ def _add_section(place: "Places", section: Section, named: str | None) -> None:
     for command in section.commands:
         first, _, second = command.name.partition(" ")
         parser = places.get(first, place).add_parser(
-            second or first, help=command.help, description=command.help
+            second or first, help=command.help, description=command.help, is_short=is_short
         )
         if named in (None, first):
             parser.set_defaults(**{_COMMAND: command})

@@ -19,6 +19,7 @@ from cluster.output.result_text import counted
 from cluster.settings.code_folders import code_version
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, max_steps, run_storage, seq_len, to_yaml, with_precision
+from cluster.stages.run_mirrored import COMMAND_VARIABLE
 from cluster.stages.stage import stage_main
 from cluster.stages.stage_module import GaveUpError, StageFailedError
 from cluster.storage.lease import Lease
@@ -175,6 +176,7 @@ def train_on(text: PreparedText) -> dict[str, Any]:
             validation_uris=sets,
             division=division,
             base=recorded_base(run),
+            command=os.environ.get(COMMAND_VARIABLE, ""),
         )
         say(_begins(config, Ledger.read(run)))
         _train(plan)

@@ -83,7 +83,9 @@ def refusal(words: list[str]) -> str:
     """Returns why the command line is not taken; empty where it is."""
     try:
         command_parser(words).parse_args(words)
-    except (SystemExit, UserError) as error:
+    except SystemExit as end:  # of --help
+        return repr(end) if end.code else ""
+    except UserError as error:
         return repr(error)
     return ""
 
@@ -127,9 +129,9 @@ PLAIN = {"config.run_id", "served", "where", "typed", "name", "key", "version()"
 
 @cache
 def manual_of(name: str) -> str:
-    """Returns what `raymill NAME --help` prints."""
+    """Returns what `raymill NAME --help all` prints."""
     shown = io.StringIO()
-    words = [*name.split(), "--help"]
+    words = [*name.split(), "--help", "all"]
     with redirect_stdout(shown), suppress(SystemExit):
         command_parser(words).parse_args(words)
     return shown.getvalue()

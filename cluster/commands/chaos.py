@@ -34,6 +34,10 @@ class Fault:
     kind: Kind
     step: int
 
+    @property
+    def takes_a_node(self) -> bool:
+        return self.kind is Kind.KILL_NODE
+
 
 def parse_faults(words: Sequence[str]) -> list[Fault]:
     """Returns faults in the order of their steps, from words such as `kill-node@40`. Raises

@@ -35,6 +35,7 @@ from cluster.commands.arguments import (
     YES,
 )
 from cluster.commands.command import Argument, Arguments, Command, OneOf, Result, Section
+from cluster.commands.completion import run_ids
 from cluster.output.progress import say
 from cluster.output.result_text import counted, table
 from cluster.storage.uris import Storage, absolute_uri, open_storage
@@ -43,6 +44,12 @@ from model.errors import UserError
 _PLACE = Argument[str]("uri", "a path, file:// or s3://bucket/prefix", metavar="URI")
 _NODE = Argument[str | None](
     "node", "its name; without one, those that are left out are listed", nargs="?", metavar="NODE"
+)
+_DELETED_RUN = Argument[str | None]("run_id", "run id", nargs="?", metavar="RUN", completer=run_ids)
+_ENDED = Argument[str | None](
+    "--endpoint",
+    "forget this endpoint, which has ended: its runs can be deleted then",
+    metavar="NAME",
 )
 _FOLDER = Argument[Path]("folder", "such as k8s/monitoring", parse=Path)
 
@@ -201,8 +208,10 @@ def storage_check(arguments: Arguments) -> Result:
 
 
 def delete(arguments: Arguments) -> Result:
-    run_id, storage_uri = arguments[RUN_ID], arguments[STORAGE]
+    run_id, storage_uri = arguments[_DELETED_RUN], arguments[STORAGE]
     storage = open_storage(storage_uri)
+    if run_id is None:
+        return _forgotten(arguments, storage)
     run = storage.child(f"runs/{run_id}")
     if "/" in run_id or not any(run.list()):
         raise UserError(f"no run {run_id} in {storage_uri}; `raymill list` shows which there are")
@@ -210,6 +219,21 @@ def delete(arguments: Arguments) -> Result:
     from jobs.run.housekeeping import delete_run
 
     return _housekept(arguments, delete_run(run, storage, yes=arguments[YES]))
+
+
+def _forgotten(arguments: Arguments, storage: Storage) -> Result:
+    from cluster.endpoint.remembered import forget
+
+    name = arguments[_ENDED]
+    assert name is not None, "one of the two is given"
+    values = forget(storage, name, yes=arguments[YES])
+    if not values["checked"]:
+        say(f"whether {name} has ended cannot be seen from here: its name is not an address")
+    kept = ", ".join(values["kept_for_it"] or []) or "nothing"
+    done = "is forgotten; it kept" if values["forgotten"] else "would be forgotten; it keeps"
+    text = f"endpoint {name} {done}: {kept}\n"
+    after = "" if values["forgotten"] else f"`raymill {shlex.join([*arguments.words, '--yes'])}`"
+    return Result(values, text=text, next=after)
 
 
 def gc(arguments: Arguments) -> Result:
@@ -340,9 +364,9 @@ CLUSTER = Section(
         ),
         Command(
             "delete",
-            "delete a run; says what that is, and deletes it with --yes",
+            "delete a run, or forget an endpoint; says what that is, and does it with --yes",
             delete,
-            [RUN_ID, YES, STORAGE],
+            [OneOf((_DELETED_RUN, _ENDED), required=True), YES, STORAGE],
         ),
         Command(
             "gc",

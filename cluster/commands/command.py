@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from cluster.output.progress import say
 from cluster.output.result_text import lines, put
 from cluster.output.spoken_names import for_people
+from cluster.settings.parser import Parser
 
 if TYPE_CHECKING:
     from cluster.settings.setting import Settings
@@ -107,6 +108,7 @@ class SettingsOf:
     def add_to(self, place: argparse._ActionsContainer) -> None:
         from cluster.settings.flags import add_config_arguments
 
+        assert isinstance(place, Parser), "settings are no choice among others"
         add_config_arguments(place, self.tree(), positional=self.positional)
 
 

@@ -94,10 +94,14 @@ def checked_needs(config: RunConfig, folders: Folders) -> dict[str, Any]:
 
 
 def _submitted(config: RunConfig, view: JobView, *, is_new: bool) -> Result:
-    if not is_new:
-        say(f"run {config.run_id} has this job already: nothing was submitted")
     uri = config.storage.uri
-    hint = f"raymill logs -f {config.run_id}{storage_flag(uri)}"
+    where = f"{config.run_id}{storage_flag(uri)}"
+    hint = f"raymill logs -f {where}"
+    if not is_new:
+        say(
+            f"run {config.run_id} has this job already, which is {view.state}, so no other was submitted; "
+            f"`raymill stop {where}` saves and ends it"
+        )
     return Result(describe(view) | {"new": is_new, "storage": uri, "logs": hint})
 
 

@@ -63,6 +63,10 @@ _PRESET = Argument[str](
 _SIMULATE = Switch(
     "--simulate", "at 8 to 4,096 GPUs instead: exchange, snapshots, checkpoints, data"
 )
+_ALL_FIGURES = Switch("--all", "all figures after the three lines: work, memory by part, data")
+_NO_MEASURE = Switch(
+    "--no-measure", "on CPUs, take no steps here where no run in the storage tells their time"
+)
 _SHAPES = Switch("--shapes", "each stage's shape and bytes", required=True)
 _SHAPES_ROW = "  {:<28}{:<15}{:<24}{:>14}{:>7}  {}"
 
@@ -141,6 +145,10 @@ def _run_stage(
     config = arguments.config(RunConfig)
     if faults and config.cluster.address is not None:
         raise ConfigError("--chaos kills nodes of the local cluster; leave out --cluster.address")
+    if config.cluster.num_nodes == 1 and any(fault.takes_a_node for fault in faults):
+        raise ConfigError(
+            "--chaos kill-node leaves no node of a local cluster of one; give it --cluster.num-nodes 3"
+        )
     _check(config, stage)
     _say_stage(config, stage)
 
@@ -215,10 +223,12 @@ def as_typed(storage: str, *commands: str) -> str:
 
 
 def plan(arguments: Arguments) -> Result:
-    """Returns the figures, to be printed as a table."""
+    """Returns the figures, with three lines to be printed, or all of them as a table. Without GPUs
+    they are those of this machine."""
     from cluster.settings.flags import settings_from_flags, validate_config
     from cluster.settings.plan import PlanConfig
     from cluster.settings.run import RunConfig, planned_vocabulary
+    from jobs.plan.cpu_plan import asks_for_gpus, planned_here
     from jobs.plan.make_plan import planned
     from jobs.plan.scale_simulation import scale_table, scales
 
@@ -227,9 +237,15 @@ def plan(arguments: Arguments) -> Result:
     if arguments[_SIMULATE]:
         rows = scales(planned_vocabulary(config), options)
         return Result({"scales": rows}, text=f"{scale_table(rows)}\n")
-    figures = planned(config, options)
+    is_whole = arguments[_ALL_FIGURES]
+    if asks_for_gpus(config, options):
+        figures = planned(config, options, is_whole=is_whole)
+    else:
+        measures = not arguments[_NO_MEASURE]
+        figures = planned_here(config, measures=measures, is_whole=is_whole)
     table = figures.pop("table")
-    return Result(figures, text=f"{table}\n")
+    rest = f"`raymill {shlex.join([*arguments.words, _ALL_FIGURES.names])}` has all figures"
+    return Result(figures, text=f"{table}\n", next="" if is_whole else rest)
 
 
 def inspect(arguments: Arguments) -> Result:
@@ -379,9 +395,16 @@ TRAIN = Section(
     (
         Command(
             "plan",
-            "estimate what a run will take: operations, days, cost, memory, checkpoints, links",
+            "estimate what a run will take, on this machine or on GPUs: time, memory, disk or cost",
             plan,
-            [CONFIG, _SIMULATE, SettingsOf(_plan_config), RUN_SETTINGS],
+            [
+                CONFIG,
+                _ALL_FIGURES,
+                _NO_MEASURE,
+                _SIMULATE,
+                SettingsOf(_plan_config),
+                RUN_SETTINGS,
+            ],
         ),
         Command(
             "pretrain",

@@ -65,6 +65,7 @@ class JobLog:
         self, run: Storage, launch: str, started: Started, *, launch_bytes: int = _LAUNCH_BYTES
     ) -> None:
         """Raises `StorageError` if the run's storage refuses the first file."""
+        self.started = started
         for old in launches(run)[: 1 - _NUM_LAUNCHES]:
             folder = run.child(f"{JOBS}/{old}")
             with suppress(StorageError):  # such as one in which jobs may not delete

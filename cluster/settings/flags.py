@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from cluster.settings.amounts import expectation
 from cluster.settings.data import TOKENS, DataConfig, TextConfig
 from cluster.settings.leaves import FIRST_TO_CHANGE, Leaf, branches, leaves
-from cluster.settings.parser import ConfigError, newcomers_word, suggestion
+from cluster.settings.parser import ConfigError, Parser, newcomers_word, suggestion
 from cluster.settings.run import RunConfig, StorageConfig
 from cluster.settings.serve import HttpConfig, ServeConfig
 from cluster.settings.setting import Settings
@@ -29,11 +29,9 @@ _PAIRS = {"data.validation": "NAME=SOURCE", "adapters": "NAME=CHECKPOINT"}
 """The settings that are texts by name, and how a flag gives one."""
 
 
-def add_config_arguments(
-    parser: argparse._ActionsContainer, root: type[BaseModel], *, positional: str = ""
-) -> None:
+def add_config_arguments(parser: Parser, root: type[BaseModel], *, positional: str = "") -> None:
     """Adds one flag for each setting of `root`, in groups: those that are changed first, then each
-    branch.
+    branch, unless the parser is for a short help.
 
     The caller adds `config`, the YAML file that the flags override, and the setting that may also
     stand by itself (`positional`), whose flag the help leaves out.
@@ -44,6 +42,10 @@ def add_config_arguments(
         first = parser.add_argument_group("settings that are changed first")
         for path in FIRST_TO_CHANGE:
             _add_flag(first, by_path.pop(path))
+        if parser.is_short:
+            about = f"{len(by_path)} more: `{parser.prog} --help all` lists them"
+            parser.add_argument_group("other settings", about)
+            return
     abouts = branches(root)
     for leaf in by_path.values():
         branch = leaf.path.partition(".")[0] if "." in leaf.path else ""

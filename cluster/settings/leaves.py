@@ -29,7 +29,7 @@ _VALUES: dict[str, Any] = {"model.preset": "small-10m", "train.max_tokens": 20_0
 GPU."""
 
 _HEAD = """\
-# The settings of a run that are changed first. `raymill pretrain --help` lists all of them.
+# The settings of a run that are changed first. `raymill pretrain --help all` lists all of them.
 """
 _WIDTH = 100
 
@@ -60,17 +60,19 @@ class Leaf(NamedTuple):
         return may_be_unset and value in ("null", "none") and value not in self.choices
 
 
-def leaves(root: type[BaseModel], prefix: str = "") -> list[Leaf]:
-    """Returns each setting of the tree, in the order of its declaration."""
+def leaves(root: type[BaseModel], prefix: str = "", branch: BaseModel | None = None) -> list[Leaf]:
+    """Returns each setting of the tree, in the order of its declaration. Of a `branch`, an instance,
+    the defaults are its values."""
     result: list[Leaf] = []
     for name, info in root.model_fields.items():
         kind = info.annotation
+        default = getattr(branch, name) if branch else info.get_default(call_default_factory=True)
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            result += leaves(kind, f"{prefix}{name}.")
+            result += leaves(kind, f"{prefix}{name}.", default)
         elif kind == Shape:
             result += _of_the_model(f"{prefix}{name}")
         else:
-            result.append(_leaf(f"{prefix}{name}", info))
+            result.append(_leaf(f"{prefix}{name}", info, default))
     return result
 
 
@@ -117,9 +119,8 @@ def _of_the_model(prefix: str) -> list[Leaf]:
     return result
 
 
-def _leaf(path: str, info: FieldInfo) -> Leaf:
+def _leaf(path: str, info: FieldInfo, default: Any) -> Leaf:
     assert info.description is not None, f"{path} has no help"
-    default = info.get_default(call_default_factory=True)
     choices = _choices(info.annotation)
     notes = [f"one of {', '.join(choices)}"] if choices else []
     notes += [f"default {default}"] if default not in (None, [], {}) else []

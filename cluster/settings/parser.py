@@ -38,10 +38,12 @@ def _is_setting(action: argparse.Action) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises `ConfigError` and never accepts abbreviated flags."""
+    """An argument parser that raises `ConfigError` and never accepts abbreviated flags. With
+    `is_short` it is for a help that has of a run's many settings those that are changed first."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, is_short: bool = False, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **{"formatter_class": Manual} | settings)
+        self.is_short = is_short
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuses unknown arguments here, as only a subcommand's own parser can suggest its

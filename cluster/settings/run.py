@@ -188,7 +188,7 @@ class ClusterConfig(Settings):
     address: str | None = setting(
         None, "Ray Jobs address (http://host:8265) of a cluster; a local one when unset"
     )
-    num_nodes: int = setting(3, "raylets of the local cluster, the head among them", ge=1, le=16)
+    num_nodes: int = setting(1, "raylets of the local cluster, the head among them", ge=1, le=16)
     cpus_per_node: PositiveInt | None = setting(
         None, "CPUs of a local node; enough for max_workers when unset"
     )

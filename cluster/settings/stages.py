@@ -11,12 +11,6 @@ from cluster.settings.setting import Settings, setting
 from model.numerics import Precision
 
 
-class OneNodeConfig(ClusterConfig):
-    """The Ray cluster to use; a local one of one node, as no failure of another costs more."""
-
-    num_nodes: int = setting(1, "raylets of the local cluster, the head among them", ge=1, le=16)
-
-
 class EvaluateConfig(Settings):
     """The settings of an evaluation. The model's shape and its tokenizer come from the
     checkpoint."""
@@ -40,7 +34,7 @@ class EvaluateConfig(Settings):
         2, "batches computed at once; the result does not depend on it"
     )
     threads_per_worker: PositiveInt = setting(1, "compute threads, and logical CPUs, of a worker")
-    cluster: OneNodeConfig = OneNodeConfig()
+    cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig = StorageConfig()
 
 
@@ -53,5 +47,5 @@ class IndexConfig(Settings):
     num_workers: PositiveInt = setting(
         2, "tasks at once for which a local cluster has room; the bytes do not depend on it"
     )
-    cluster: OneNodeConfig = OneNodeConfig()
+    cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig = StorageConfig()

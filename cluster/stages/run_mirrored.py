@@ -7,6 +7,7 @@ process holds the lease `jobs/<stage>.lease`, so a run has each stage once, howe
 submitted.
 """
 
+import os
 import secrets
 import signal
 import socket
@@ -33,6 +34,9 @@ from model.errors import UserError
 _LINE_BYTES = 64 << 10  # longer ones are cut into several
 _PIPE_TIMEOUT_S = 5.0  # a process that outlives the stage may hold the pipe open
 _BEAT_S = 5.0
+COMMAND_VARIABLE = "RAYMILL_CONTINUED_BY"
+"""Environment variable of a stage with the line that a person types to continue it, if known."""
+
 SILENCE_S = 20.0
 """Silence after which the holder of a stage's lease counts as dead on other machines."""
 
@@ -124,7 +128,8 @@ def _mirror(command: list[str], log: JobLog, *, asked: Callable[[], bool]) -> in
     # for it.
     signal.signal(signal.SIGTERM, lambda number, frame: was_asked_to_stop.set())
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    child = subprocess.Popen(command, **pipes, preexec_fn=die_with_parent)  # noqa: PLW1509 (one system call)
+    environment = os.environ | {COMMAND_VARIABLE: log.started.command}
+    child = subprocess.Popen(command, **pipes, env=environment, preexec_fn=die_with_parent)  # noqa: PLW1509 (one system call)
     results: list[dict[str, Any]] = []
     reader = threading.Thread(
         target=_pass_on, args=(child, log, results), name="reader", daemon=True

@@ -184,12 +184,25 @@ def _to_publish(earlier: Publication, storage: Storage) -> str:
 def served_checkpoints(storage: Storage) -> set[str]:
     """Returns the URIs of checkpoints that endpoints serve, are about to serve, or would roll back
     to. Raises `StorageError` if that cannot be known."""
-    keys = [
-        entry.key
-        for entry in storage.list(ENDPOINTS)
-        if not entry.key.startswith((LAST_GOOD, AUDIT))
-    ]
-    return {uri for key in keys for uri in _pinned(storage, key)}
+    return {uri for name in endpoint_files(storage) for uri in served_by(storage, name)}
+
+
+def served_by(storage: Storage, endpoint: str) -> list[str]:
+    """Returns those of one endpoint. Raises `StorageError` if that cannot be known."""
+    return _pinned(storage, f"{ENDPOINTS}{endpoint}.json")
+
+
+def endpoint_files(storage: Storage) -> dict[str, list[str]]:
+    """Returns the keys of what is remembered of each endpoint, by its name: its file, and the copy
+    of that, if there is one."""
+    keys = [entry.key for entry in storage.list(ENDPOINTS)]
+    files: dict[str, list[str]] = {}
+    for key in keys:
+        if not key.startswith((LAST_GOOD, AUDIT)):
+            name = key.removeprefix(ENDPOINTS).removesuffix(".json")
+            copy = f"{LAST_GOOD}{name}.json"
+            files[name] = [key, copy] if copy in keys else [key]
+    return files
 
 
 def _pinned(storage: Storage, key: str) -> list[str]:

@@ -136,5 +136,5 @@ def _check_memory_here(config: RunConfig, needs: Mapping[str, Any]) -> None:
         )
         raise AdmissionError(
             f"{workers} about {number * need / 1e9:,.1f} GB of memory, and this machine has {total / 1e9:,.1f} GB; a "
-            "smaller model, train.micro_batch_size or train.seq_len needs less (`raymill plan` has the parts)"
+            "smaller model, train.micro_batch_size or train.seq_len needs less (`raymill plan --all` has the parts)"
         )

@@ -37,7 +37,7 @@ from jobs.plan.formulas import (
 )
 from jobs.plan.memory import gpu_memory, host_memory, layout_of
 from jobs.plan.plan_warnings import FULL_MEMORY, TOLERATED_EXPOSURE, warnings
-from jobs.plan.table import table
+from jobs.plan.table import sections, table, warned, what_matters
 from jobs.plan.update import stored_bytes, update_flops
 from jobs.tokens.token_store import token_dtype
 from model.config import flops_per_token, num_active_parameters, num_parameters
@@ -72,10 +72,8 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
     return plan
 
 
-def _computing(config: RunConfig, options: PlanConfig, count: int) -> dict[str, Any]:
-    """Returns the operations of the run, and what they take of so many GPUs that compute all the
-    time."""
-    gpu = options.hardware
+def work(config: RunConfig) -> dict[str, Any]:
+    """Returns the shape of the model, and the operations of the run."""
     schedule = batch_schedule(config)
     num_tokens = config.train.max_tokens
     size = num_parameters(config.model)
@@ -84,14 +82,6 @@ def _computing(config: RunConfig, options: PlanConfig, count: int) -> dict[str, 
     # of the model's own operations, attention's scores among them, as in the ledger.
     total_flops = parameter_flops(active, num_tokens)
     model_flops = float(flops_per_token(config.model, seq_len(config)) * num_tokens)
-    if options.sustained_tflops is not None:
-        rate = options.sustained_tflops * 1e12
-        days = gpu_days(parameter_flops(active, num_tokens, recompute=config.train.recompute), rate)
-    else:
-        rate = options.mfu * gpu.peak_flops_per_s
-        days = gpu_days(model_flops, rate)
-    price = gpu.price_per_hour if options.price is None else options.price
-    run_s = days / count * DAY_S
     return {
         "n_layer": config.model.n_layer,
         "n_head": config.model.n_head,
@@ -112,6 +102,25 @@ def _computing(config: RunConfig, options: PlanConfig, count: int) -> dict[str, 
         "update_flops": update_flops(config),
         "update_share": update_flops(config) * schedule.max_steps / model_flops,
         "petaflop_s_days": gpu_days(total_flops, 1e15),
+    }
+
+
+def _computing(config: RunConfig, options: PlanConfig, count: int) -> dict[str, Any]:
+    """Returns the operations of the run, and what they take of so many GPUs that compute all the
+    time."""
+    gpu = options.hardware
+    plan = work(config)
+    num_tokens, steps = plan["tokens"], plan["steps"]
+    active, model_flops = plan["active_parameters"], plan["model_flops"]
+    if options.sustained_tflops is not None:
+        rate = options.sustained_tflops * 1e12
+        days = gpu_days(parameter_flops(active, num_tokens, recompute=config.train.recompute), rate)
+    else:
+        rate = options.mfu * gpu.peak_flops_per_s
+        days = gpu_days(model_flops, rate)
+    price = gpu.price_per_hour if options.price is None else options.price
+    run_s = days / count * DAY_S
+    return plan | {
         "gpu": options.gpu,
         "count": count,
         "flops_per_s_per_gpu": rate,
@@ -120,7 +129,7 @@ def _computing(config: RunConfig, options: PlanConfig, count: int) -> dict[str, 
         "days": days / count,
         "price_per_gpu_hour": price,
         "cost": days * 24 * price,
-        "step_s": run_s / schedule.max_steps,
+        "step_s": run_s / steps,
         "tokens_per_s": num_tokens / run_s,
     }
 
@@ -142,13 +151,19 @@ def _audits(config: RunConfig, count: int) -> dict[str, Any]:
     }
 
 
-def _data(config: RunConfig, tokens_per_s: float) -> dict[str, float]:
-    id_bytes = token_dtype(config.model.vocab_size).itemsize
+def data_sizes(config: RunConfig) -> dict[str, float]:
+    """Returns the bytes of the tokens that a run trains on, and of their text."""
     num_tokens = config.train.max_tokens
     return {
-        "read_bytes_per_s": id_bytes * tokens_per_s,
-        "store_bytes": id_bytes * num_tokens,
+        "store_bytes": token_dtype(config.model.vocab_size).itemsize * num_tokens,
         "text_bytes": TEXT_BYTES_PER_TOKEN * num_tokens,
+    }
+
+
+def _data(config: RunConfig, tokens_per_s: float) -> dict[str, float]:
+    id_bytes = token_dtype(config.model.vocab_size).itemsize
+    return data_sizes(config) | {
+        "read_bytes_per_s": id_bytes * tokens_per_s,
         "text_bytes_per_s": TEXT_BYTES_PER_TOKEN * tokens_per_s,
     }
 
@@ -275,7 +290,8 @@ def _checkpoint(
     }
 
 
-def planned(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
-    """Returns the plan with its `table`."""
+def planned(config: RunConfig, options: PlanConfig, *, is_whole: bool) -> dict[str, Any]:
+    """Returns the plan with its `table`: three lines and the warnings, or all of it."""
     plan = make_plan(planned_vocabulary(config), options)
-    return plan | {"table": table(plan, options)}
+    rest = table(plan, options) if is_whole else warned(plan)
+    return plan | {"table": sections(what_matters(plan), rest)}

@@ -37,7 +37,7 @@ from model.foreign_config import ForeignConfig
 from model.numerics import NUMERICS
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, hidden_matrices, parameter_shapes
 
-_PROCESS_BYTES = 0.5e9
+PROCESS_BYTES = 0.5e9
 """Memory of Python, PyTorch and Ray in a worker that trains a tiny model (measured: 0.4 to 0.5
 GB)."""
 
@@ -236,7 +236,7 @@ def worker_needs(config: RunConfig) -> dict[str, Any]:
     on_device = training if scaling.use_gpu else 0.0
     reason = why_not_resumed(run_storage(config), config)
     return {
-        "worker_bytes": round(_PROCESS_BYTES + training - on_device),
+        "worker_bytes": round(PROCESS_BYTES + training - on_device),
         "device_bytes": round(on_device),
         "problems": [reason] if reason else [],
     }

@@ -1,15 +1,12 @@
 """Warns where the inputs of a plan disagree with each other, or with what raymill can do: a
 sentence each."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, batch_schedule, seq_len, warmup_tokens
 from jobs.plan.worker_counts import StepTimes, uneven_groups
-
-_ASK_FOR_GPUS = {"gpu", "count", "mfu", "sustained_tflops"}
-"""Options that ask for a plan on GPUs, whatever the run itself is set to use."""
 
 FULL_MEMORY = 0.9
 """Share of a GPU's memory that a plan may fill: allocator and libraries take the rest."""
@@ -21,18 +18,11 @@ warns."""
 
 def warnings(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> list[str]:
     """Returns the warnings, the gravest first; none where all agrees."""
-    hardware: Iterable[str] = _on_gpus(config, options, plan)
-    if not config.scaling.use_gpu and not _ASK_FOR_GPUS & options.model_fields_set:
-        hardware = [
-            f"The run computes on {config.scaling.max_workers} workers' CPUs (scaling.use_gpu is false), whose speed a "
-            "plan does not know. Times and cost below are what GPUs would take "
-            f"({options.gpu}; --gpu and --count choose others)."
-        ]
     return [
         *_memory(options, plan),
-        *hardware,
+        *_on_gpus(config, options, plan),
         *_sharding(config, options, plan),
-        *_schedule(config),
+        *of_the_schedule(config),
     ]
 
 
@@ -154,7 +144,9 @@ def _sharding(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> I
     )
 
 
-def _schedule(config: RunConfig) -> Iterator[str]:
+def of_the_schedule(config: RunConfig) -> Iterator[str]:
+    """Warns of a learning rate that the run does not reach, and of positions that it never
+    trains."""
     train = config.train
     horizon = train.decay_tokens or train.max_tokens
     warmup = warmup_tokens(config)

@@ -1,5 +1,5 @@
-"""Formats a plan as text: warnings first, then the aligned figures of `plan.txt`, then the
-assumptions."""
+"""Formats a plan as text: a few lines of what matters most, and all of it: warnings, the aligned
+figures of `work.txt` and `plan.txt`, and the assumptions."""
 
 import string
 import textwrap
@@ -28,6 +28,7 @@ _PARTS = {
     "block_gradients": "gradients on their way",
     "exchange": "received sums",
     "frozen": "frozen weights, fp32",
+    "process": "Python, PyTorch, Ray",
     "total": "in all",
     "snapshots": "snapshots, two slots",
     "copies_of_another_node": "copies of another node's",
@@ -36,29 +37,64 @@ _PARTS = {
 }
 
 
-def table(plan: Mapping[str, Any], options: PlanConfig) -> str:
-    warned = [
+def few_lines(lines: Mapping[str, str]) -> str:
+    """Returns a line for each thing that matters most, by its name."""
+    width = max(map(len, lines))
+    indent = " " * (width + 2)
+    wrapped = [
+        textwrap.fill(
+            f"{name:{width}}  {text}", _WIDTH, subsequent_indent=indent, break_on_hyphens=False
+        )
+        for name, text in lines.items()
+    ]
+    return "\n".join(wrapped)
+
+
+def warned(plan: Mapping[str, Any]) -> str:
+    """Returns the warnings, a paragraph each."""
+    wrapped = [
         textwrap.fill(f"warning: {text}", _WIDTH, subsequent_indent=" " * 9)
         for text in plan["warnings"]
     ]
+    return "\n".join(wrapped)
+
+
+def sections(*texts: str) -> str:
+    """Returns those texts that are not empty, with an empty line between them."""
+    return "\n\n".join(filter(None, texts))
+
+
+def work_in_words(plan: Mapping[str, Any]) -> str:
+    """Returns the shape of the model, and the operations of the run."""
+    active, size = plan["active_parameters"], plan["parameters"]
+    of_a_token = f", {active:,} of them for each token" if active < size else ""
+    return Figures().format(template("work.txt"), of_a_token=of_a_token, **plan)
+
+
+def what_matters(plan: Mapping[str, Any]) -> str:
+    """Returns the time, the memory and the cost of a plan on GPUs, a line each."""
+    gpus = f"{plan['count']:,} x {plan['gpu']}"
+    lines = {
+        "time": f"{plan['days']:,.3g} days on {gpus}, {plan['gpu_days']:,.4g} GPU-days at an MFU of {plan['mfu']:.0%}",
+        "memory": f"{size(plan['memory_bytes']['total'])} of each GPU's {size(plan['gpu_memory_bytes'])}",
+        "cost": f"${plan['cost']:,.0f} at ${plan['price_per_gpu_hour']:,.2f} for a GPU-hour",
+    }
+    return few_lines(lines)
+
+
+def table(plan: Mapping[str, Any], options: PlanConfig) -> str:
     figures = Figures().format(
         template("plan.txt"),
-        of_a_token=_of_a_token(plan),
         tflops=plan["flops_per_s_per_gpu"] / 1e12,
         wall_s=plan["days"] * 86_400,
         gpu_memory=_memory(plan["memory_bytes"], plan["advice"], plan["gpu_memory_bytes"]),
-        node_memory=_node_memory(plan["host_memory_bytes"]),
+        node_memory=listed(plan["host_memory_bytes"]),
         **plan,
     )
     wrapper = textwrap.TextWrapper(_WIDTH, initial_indent="  ", subsequent_indent="    ")
     assumed = map(wrapper.fill, _assumptions(plan, options))
-    sections = ["\n".join(warned), figures, "\n".join(["Assumed", *assumed])]
-    return "\n\n".join(filter(None, sections))
-
-
-def _of_a_token(plan: Mapping[str, Any]) -> str:
-    active, size = plan["active_parameters"], plan["parameters"]
-    return f", {active:,} of them for each token" if active < size else ""
+    assumptions = "\n".join(["Assumed", *assumed])
+    return sections(warned(plan), work_in_words(plan), figures, assumptions)
 
 
 def template(name: str) -> str:
@@ -79,10 +115,19 @@ class Figures(string.Formatter):
         return format(value, format_spec)
 
 
-def size(num_bytes: float, per: str = "") -> str:
+def about(seconds: float) -> str:
+    """Formats an estimate with two or three digits, in the unit that people say it in."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:,.1f} days"
+
+
+def size(num_bytes: float, per: str = "", *, digits: int = 4) -> str:
     """Formats bytes with four digits and a decimal prefix: `2.095 TB`."""
     factor, prefix = next((row for row in _PREFIXES if num_bytes >= row[0]), _PREFIXES[-1])
-    return f"{num_bytes / factor:.4g} {prefix}B{per}"
+    return f"{num_bytes / factor:.{digits}g} {prefix}B{per}"
 
 
 def _memory(parts: Mapping[str, float], advice: Mapping[str, Any] | None, has: float) -> str:
@@ -102,7 +147,8 @@ def _memory(parts: Mapping[str, float], advice: Mapping[str, Any] | None, has: f
     return "\n".join(lines)
 
 
-def _node_memory(parts: Mapping[str, float]) -> str:
+def listed(parts: Mapping[str, float]) -> str:
+    """Returns a line for each part of a memory that is not empty."""
     lines = []
     for name, num_bytes in parts.items():
         if num_bytes:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.monitoring.metric_table import PHASES, REST
+from cluster.monitoring.metric_table import COMPUTING, PHASES, REST
 from cluster.storage.uris import Storage
 from jobs.run.find_run import begun_ledger
 from jobs.run.history import lost_steps
@@ -20,7 +20,9 @@ from model.tables import read_table
 LEAST_SHARE = 0.1
 """Share of the wall time from which something other than computing is worth fixing."""
 
-_COMPUTING = ("forward", "loss", "backward", "update")
+_OWN_PROCESSOR = 0.8
+"""Share of a processor, while a worker computes, below which other programs are spoken of."""
+
 _PHASE_OF = {
     "data": "load",
     "snapshots": "snapshot",
@@ -59,6 +61,18 @@ class Window:
             means[phase] = self.num_steps * float(np.mean(seconds))
         return means
 
+    def processor_shares(self) -> list[float]:
+        """Returns for each rank which share of a processor it had while it computed: all of it
+        where that was not recorded."""
+        return [_processor_share(rank) for rank in self.ranks]
+
+
+def _processor_share(rank: RankTime) -> float:
+    computing_s = sum(rank.seconds.get(phase, 0.0) for phase in COMPUTING)
+    if rank.processor_s is None or not computing_s:
+        return 1.0
+    return min(1.0, rank.processor_s / computing_s)
+
 
 @dataclass(frozen=True)
 class Shares:
@@ -69,6 +83,8 @@ class Shares:
     wall_s: float
     # The rank most waited for, and its time for a lane over the median
     straggler: tuple[int, float] | None
+    # Of a processor, by rank, while it computed; the mean of the windows' steps
+    processor: list[float]
     lanes: list[float]  # of each rank, in the last window
 
     @property
@@ -95,7 +111,7 @@ def shares(ledger: Ledger) -> Shares:
     """
     windows = _windows(ledger)
     sums = dict.fromkeys(_SENTENCES, 0.0)
-    computing = dict.fromkeys((*_COMPUTING, "sync"), 0.0)
+    computing = dict.fromkeys((*COMPUTING, "sync"), 0.0)
     # Seconds for which others waited, by rank
     held_up: defaultdict[int, float] = defaultdict(float)
     ratios: dict[int, float] = {}
@@ -103,8 +119,11 @@ def shares(ledger: Ledger) -> Shares:
         slow = stragglers(window.ranks)
         usual_s = window.usual_s(slow)
         waited_s = usual_s["sync"] - window.exposed_s
-        for phase in _COMPUTING:
-            computing[phase] += usual_s[phase]
+        had = window.processor_shares()
+        share = float(np.mean([had[rank] for rank in range(len(had)) if rank not in slow]))
+        for phase in COMPUTING:
+            computing[phase] += share * usual_s[phase]
+            sums["processor"] += (1 - share) * usual_s[phase]
         for cause, phase in _PHASE_OF.items():
             sums[cause] += usual_s[phase]
         sums["other"] += usual_s["statistics"] + usual_s[REST]
@@ -134,8 +153,18 @@ def shares(ledger: Ledger) -> Shares:
         {phase: seconds / wall_s for phase, seconds in computing.items()},
         wall_s,
         None if slowest is None else (slowest, ratios[slowest]),
+        _processor(windows),
         windows[-1].lanes,
     )
+
+
+def _processor(windows: list[Window]) -> list[float]:
+    """Returns for each rank of the last window's the mean share of a processor that it had."""
+    shares_of: list[list[float]] = [[] for _ in windows[-1].ranks]
+    for window in windows:
+        for rank, share in enumerate(window.processor_shares()[: len(shares_of)]):
+            shares_of[rank] += [share] * window.num_steps
+    return [float(np.mean(shares)) for shares in shares_of]
 
 
 def why_run_is_slow(run: Storage) -> dict[str, Any]:
@@ -158,6 +187,7 @@ def why_slow(ledger: Ledger) -> dict[str, Any]:
         "share_of_peak": round(float(np.median(peak)), 4) if peak else None,
         "world_size": steps[-1]["world_size"],
         "lanes": measured.lanes,
+        "processor": [round(share, 4) for share in measured.processor],
         "restarts": len(ledger.world_sizes) - 1 - len(ledger.pauses),
         "lost_steps": len(lost_steps(ledger)),
         "checkpoints": len(ledger.events("checkpoint")),
@@ -171,6 +201,7 @@ def why_slow(ledger: Ledger) -> dict[str, Any]:
             "ratio": round(ratio, 2),
         }
     verdict = _sentence(measured, evidence, advice=_validation_advice(ledger))
+    verdict += _shared(measured)
     if problem := not_stored(ledger.lines):
         verdict += f" And {problem}."
     return {
@@ -203,6 +234,7 @@ def _sentence(measured: Shares, evidence: dict[str, Any], *, advice: str) -> str
         "advice": advice,
         "share": f"{measured.by_cause[cause]:.0%} of the wall time",
         "peak": "an unknown share of the peak" if peak is None else f"{peak:.0%} of the peak",
+        "processor": f"{np.mean(measured.processor):.0%}",
         "most": f"{max(evidence['lanes']):g}",
         "least": f"{min(evidence['lanes']):g}",
     }
@@ -214,6 +246,16 @@ def _sentence(measured: Shares, evidence: dict[str, Any], *, advice: str) -> str
     computing = f"{measured.by_cause['compute']:.0%} of the wall time"
     after_it = f"{who[0].lower()}{who[1:]}: {how}"
     return f"Computing takes the largest part, {computing}; after it {after_it}; {step}."
+
+
+def _shared(measured: Shares) -> str:
+    """Returns a sentence on the worker that has least of a processor, where the verdict does not
+    say it: a straggler may be one for want of it."""
+    least = min(measured.processor)
+    if least >= _OWN_PROCESSOR or "processor" in (measured.fix_first, measured.bound):
+        return ""
+    rank = measured.processor.index(least)
+    return f" Rank {rank} has {least:.0%} of a processor while it computes: other programs take the rest."
 
 
 def _windows(ledger: Ledger) -> list[Window]:
@@ -230,7 +272,8 @@ def _windows(ledger: Ledger) -> list[Window]:
                 windows.append(Window(len(waiting), line["world_size"], from_fields(event)))
                 waiting = []
         for line in waiting:
-            windows.append(Window(1, line["world_size"], [RankTime(line["seconds"], 0.0)]))
+            rank_0 = RankTime(line["seconds"], 0.0, line.get("processor_s"))
+            windows.append(Window(1, line["world_size"], [rank_0]))
     return windows
 
 

@@ -6,6 +6,7 @@ endpoint serves or would return to, that `latest` means, or that another run beg
 """
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from cluster.stages.run_mirrored import SILENCE_S, lease_key
 from cluster.stages.stage_module import STAGES
 from cluster.storage.bases import BASES
 from cluster.storage.lease import living_holder
-from cluster.storage.registry import newest_first, served_checkpoints
-from cluster.storage.uris import Storage, open_storage, place_of, places_to
+from cluster.storage.registry import endpoint_files, newest_first, served_by
+from cluster.storage.uris import Storage, open_storage, place_of, places_to, storage_flag
 from cluster.submission.record import read_record
 from jobs.run.base import recorded_base
 from jobs.run.checkpoints import RunCheckpoints
@@ -47,7 +48,7 @@ def delete_run(run: Storage, storage: Storage, *, yes: bool) -> dict[str, Any]:
     reasons = _needed(storage, besides=run).get(place_of(run.uri))
     if reasons:
         named = "; ".join(f"{uri} {why}" for uri, why in reasons.items())
-        raise UserError(f"{run.uri} stays: {named}")
+        raise UserError(f"{run.uri} stays: {named}{_to_forget(storage, reasons)}")
     folder = _leftover(run, "asked for")
     return _removed(storage, [folder], yes=yes)
 
@@ -145,9 +146,21 @@ def _needed(storage: Storage, *, besides: Storage | None) -> dict[str, dict[str,
     newest = next(newest_first(storage), None)
     if newest:
         need(newest.checkpoint, "is latest")
-    for uri in served_checkpoints(storage):
-        need(uri, "is served, or what an endpoint returns to")
+    for name in endpoint_files(storage):
+        for uri in served_by(storage, name):
+            need(uri, f"is served, or what the endpoint {name} returns to")
     return needed
+
+
+def _to_forget(storage: Storage, uris: Iterable[str]) -> str:
+    """Returns the end of an error: what forgets each endpoint that needs one of these checkpoints."""
+    needed, where = set(uris), storage_flag(storage.uri)
+    lines = [
+        f"`raymill delete --endpoint {shlex.quote(name)}{where}`"
+        for name in endpoint_files(storage)
+        if needed.intersection(served_by(storage, name))
+    ]
+    return f". Once it has ended, an endpoint is forgotten by {', '.join(lines)}" if lines else ""
 
 
 def _running(run: Storage) -> list[str]:

@@ -38,6 +38,7 @@ class RunPlan:
     validation_uris: dict[str, str] = field(default_factory=dict)
     division: Division = BY_DOCUMENTS  # of the token store into what trains and what validates
     base: Base | None = None  # the frozen weights that an adapter stands on
+    command: str = ""  # what a person types to continue it, if that is known
 
     @property
     def run(self) -> Storage:

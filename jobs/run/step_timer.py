@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from cluster.monitoring.metric_table import PHASES, REST, Phase
+from cluster.monitoring.metric_table import COMPUTING, PHASES, REST, Phase
 from model.operations import compilations
 
 
@@ -20,6 +20,7 @@ class StepTime:
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
     num_lanes: int = 0  # backward passes in it
     num_compiled: int = 0  # graphs, which take their time in one of the phases
+    processor_s: float | None = None  # of this thread in `COMPUTING`; None where a GPU computes
 
 
 class HostClock:
@@ -60,6 +61,9 @@ class StepTimer:
         self._spans: deque[tuple[str, Any, Any]] = deque()
         self._num_lanes = 0
         self._num_compiled = compilations.number
+        self._is_on_host = isinstance(self._clock, HostClock)
+        self._processor_mark_s = time.thread_time()
+        self._processor_s = 0.0
         self._taken = self._now_s()
 
     def phase(self, name: Phase) -> Self:
@@ -97,18 +101,24 @@ class StepTimer:
             sums[name] = sums.get(name, 0.0) + elapsed_s
             self._spans.popleft()
         num_lanes, self._num_lanes = self._num_lanes, 0
+        processor_s, self._processor_s = self._processor_s, 0.0
         num_compiled = compilations.number - self._num_compiled
         self._num_compiled += num_compiled
         in_order = {name: sums[name] for name in (*PHASES, REST) if name in sums}
-        return StepTime(wall_s, in_order, num_lanes, num_compiled)
+        known_s = processor_s if self._is_on_host else None
+        return StepTime(wall_s, in_order, num_lanes, num_compiled, known_s)
 
     def _now_s(self) -> float:
         """Returns the moment just marked if it is on the host's clock, so that the phases sum to
         the whole."""
-        return self._mark if isinstance(self._clock, HostClock) else time.perf_counter()
+        return self._mark if self._is_on_host else time.perf_counter()
 
     def _switch(self) -> None:
         """Ends the span of the open phase."""
         mark = self._clock.mark()
         self._spans.append((self._names[-1], self._mark, mark))
         self._mark = mark
+        if self._is_on_host:
+            before_s, self._processor_mark_s = self._processor_mark_s, time.thread_time()
+            if self._names[-1] in COMPUTING:
+                self._processor_s += self._processor_mark_s - before_s

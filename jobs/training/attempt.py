@@ -26,7 +26,7 @@ from jobs.training.run_writer import RunWriter
 from jobs.training.sentinel import Sentinel
 from jobs.training.step_record import StepRecord
 from jobs.training.validation import Validator
-from jobs.workers.preemption import Notices
+from jobs.workers.preemption import Notice, Notices
 from jobs.workers.worker_group import WorkerGroup
 from model.files.checkpoint_folder import Metadata
 from model.training.optimizer import learning_rate
@@ -149,6 +149,13 @@ class Attempt:
         if base is None:
             return {}
         return {"base": base.uri, "base_hash": base.parameter_hash, "base_source": base.source}
+
+    def tell_of(self, notice: Notice, *, step: int) -> None:
+        """Writes down that something asked the run to end, which is saved at the step, and what
+        continues one that a person stopped."""
+        known = notice is Notice.STOP and self.plan.command
+        fields = {"continue_with": self.plan.command} if known else {}
+        self.tell("preempted", step=step, notice=notice.name.lower(), **fields)
 
     def keep(self, step: int, validation: dict[str, Any]) -> None:
         """Begins a snapshot of the state after a step whose line the ledger has, if one is due.

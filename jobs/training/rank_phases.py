@@ -24,6 +24,7 @@ class RankTime:
 
     seconds: dict[str, float]  # by phase
     num_lanes: float
+    processor_s: float | None = None  # while it computed (`StepTime`)
 
     @property
     def lane_s(self) -> float:
@@ -68,8 +69,16 @@ class RankPhases:
         seconds = [
             statistics.fmean(step.seconds.get(name, 0.0) for step in window) for name in _NAMES
         ]
-        rows = self._group.gather([*seconds, statistics.fmean(step.num_lanes for step in window)])
-        return [RankTime(dict(zip(_NAMES, row, strict=False)), row[-1]) for row in rows]
+        processor_s = [step.processor_s for step in window if step.processor_s is not None]
+        row = (
+            seconds,
+            statistics.fmean(step.num_lanes for step in window),
+            statistics.fmean(processor_s) if processor_s else None,
+        )
+        return [
+            RankTime(dict(zip(_NAMES, means, strict=True)), num_lanes, its_processor_s)
+            for means, num_lanes, its_processor_s in self._group.gather(row)
+        ]
 
     def new_stragglers(self, ranks: list[RankTime]) -> dict[int, float]:
         """Returns the ranks that are slow in a second window in a row, as one may be noise; each
@@ -90,18 +99,19 @@ def _without_compilation(window: list[StepTime]) -> list[StepTime]:
 
 def as_fields(ranks: list[RankTime]) -> dict[str, Any]:
     """Returns the fields of the ledger's event `phases`."""
+    processor_s = [round(s, 6) for rank in ranks if (s := rank.processor_s) is not None]
     return {
         "ranks": [
             {name: round(value, 6) for name, value in rank.seconds.items() if value}
             for rank in ranks
         ],
         "lanes": [rank.num_lanes for rank in ranks],
+        **({"processor_s": processor_s} if len(processor_s) == len(ranks) else {}),
     }
 
 
 def from_fields(fields: dict[str, Any]) -> list[RankTime]:
     """Reverses `as_fields`."""
-    return [
-        RankTime(seconds, lanes)
-        for seconds, lanes in zip(fields["ranks"], fields["lanes"], strict=True)
-    ]
+    ranks, lanes = fields["ranks"], fields["lanes"]
+    processor_s = fields.get("processor_s", [None] * len(ranks))
+    return [RankTime(*row) for row in zip(ranks, lanes, processor_s, strict=True)]

@@ -75,6 +75,8 @@ class StepRecord:
             fields["audit_seconds"] = round(measured.audit_s, 6)
         took = self.timer.take()
         self._phases.add(took)
+        if took.processor_s is not None:
+            fields["processor_s"] = round(took.processor_s, 6)
         schedule, batch = self._schedule, self._schedule.samples(step)
         samples = [batch.start, batch.stop]
         if skipped:

@@ -109,7 +109,7 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
             with timer.phase("checkpoint"):
                 attempt.save(step, validation, must=step == last_step or notice >= Notice.LAST)
         if notice:
-            attempt.tell("preempted", step=step, notice=notice.name.lower())
+            attempt.tell_of(notice, step=step)
         if notice is Notice.LAST:
             attempt.notices.wait_for_end(moves=partial(pulse.at, Place.SAVE))
         if notice is Notice.STOP:

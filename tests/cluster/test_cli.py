@@ -60,7 +60,7 @@ def test_help__lists_each_argument_and_setting_of_the_record(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        main([*command.name.split(), "--help"])
+        main([*command.name.split(), "--help", "all"])
     assert ended.value.code == 0
     manual = capsys.readouterr().out
     words = ["--json", *(word for part in command.arguments for word in words_of(part))]
@@ -69,7 +69,7 @@ def test_help__lists_each_argument_and_setting_of_the_record(
 
 def manual(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     with pytest.raises(SystemExit):
-        main([*words, "--help"])
+        main([*words] if "--help" in words else [*words, "--help"])
     return capsys.readouterr().out
 
 
@@ -92,7 +92,11 @@ def test_the_first_help_has_each_command_once_below_its_section(
 def test_a_manual_has_the_settings_in_groups_and_the_most_used_first(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shown = manual(capsys, "pretrain")
+    short = manual(capsys, "pretrain")
+    assert short.count("\n") < 100
+    assert "--storage.uri" in short and "--train.weight-decay" not in short
+    assert "more: `raymill pretrain --help all` lists them" in short
+    shown = manual(capsys, "pretrain", "--help", "all")
     usage, _, rest = shown.partition("\n\n")
     assert "[--SETTING VALUE ...]" in usage and "--data.source" not in usage and "--chaos" in usage
     groups = [
@@ -173,6 +177,10 @@ def test_the_first_help_names_every_command() -> None:
                 "http://127.0.0.1:1",
             ],
             ["--chaos", "--cluster.address"],
+        ),
+        (
+            ["pretrain", "--data.source", "x", "--chaos", "kill-node@3"],
+            ["--chaos kill-node leaves no node", "--cluster.num-nodes 3"],
         ),
         (["submit", "pretrian", "run.yaml"], ["'pretrian'", "pretrain"]),
         (["submit", "pretrain"], ["--data.source"]),

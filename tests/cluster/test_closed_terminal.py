@@ -1,6 +1,7 @@
 """A closed terminal ends a command as SIGTERM does: what it has begun is ended, and nothing fails for
 want of a place to write to."""
 
+import json
 import os
 import pty
 import signal
@@ -95,7 +96,7 @@ def test_a_run_is_saved_when_its_terminal_is_closed_and_status_says_how_it_conti
     number_texts(tmp_path / "corpus")
     words = ["pretrain", "--data.source", "corpus", "--data.vocab-size", "300", "--run-id", "r"]
     words += ["--model.preset", "tiny", "--train.seq-len", "32", "--train.max-tokens", "2M"]
-    words += ["--cluster.num-nodes", "1", "--scaling.max-workers", "1"]
+    words += ["--scaling.max-workers", "1"]
     ledger = tmp_path / ".raymill/runs/r/ledger.jsonl"
 
     def trains() -> bool:
@@ -117,6 +118,9 @@ def test_a_run_is_saved_when_its_terminal_is_closed_and_status_says_how_it_conti
     shown = [" ".join(line.split()) for line in status.stdout.splitlines()]
     assert "state stopped" in shown, status.stdout
     assert f"continue with raymill {' '.join(words)}" in shown
+    lines = map(json.loads, ledger.read_text().splitlines())
+    (stopped,) = [line for line in lines if line.get("event") == "preempted"]
+    assert stopped["continue_with"] == f"raymill {' '.join(words)}"
 
 
 def _read_away(terminal: int) -> None:

@@ -10,8 +10,8 @@ from tests.reference.settings_page import TREES
 _INTRODUCTION = """\
 # Commands
 
-`raymill COMMAND --help` prints the same. With `--json` the last line of standard output is one JSON object, and progress
-goes to standard error. A CHECKPOINT is `latest`, a run's id (its newest checkpoint), `RUN@STEP`, or the path or URI of a
+`raymill COMMAND --help` prints the same, with those of a run's settings that are changed first; `--help all` has all of
+them. With `--json` the last line of standard output is one JSON object, and progress goes to standard error. A CHECKPOINT is `latest`, a run's id (its newest checkpoint), `RUN@STEP`, or the path or URI of a
 folder; a folder here is meant before a run of the same name. A RUN is a run's id, or the path or URI of its folder.
 
 | exit code | meaning |

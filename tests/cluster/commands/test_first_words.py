@@ -277,6 +277,7 @@ WORDS = {
         ["data", "preview", "--data.source", "text.txt"],
         "data preview: reading a sample",
     ),
+    "plan": (["plan", "--model.preset", "demo"], "no corpus is named"),
     "data verify": (["data", "verify", "nowhere"], "data verify: nowhere"),
     "demo": (["demo"], "demo: "),
 }

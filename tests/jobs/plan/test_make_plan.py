@@ -421,33 +421,6 @@ def test_whole_weights_of_eight_nodes__are_exchanged_beside_backward() -> None:
     assert planned(run, gpu="h100", count=8)["exchange"]["advice"] is None
 
 
-def test_a_run_on_cpus_is_not_measured_by_a_gpu(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Nobody asked for a GPU: of what one would say, only the size of the model is left."""
-    run = {"model": {"preset": "tiny"}, "train": {"max_tokens": 60_000, "precision": "fp32"}}
-    (said,) = planned(run)["warnings"]
-    assert said.startswith("The run computes on 2 workers' CPUs")
-    assert len(planned(run, gpu="a100")["warnings"]) > 1
-    assert len(planned(run | {"scaling": {"use_gpu": True}})["warnings"]) > 1
-    words = [
-        "plan",
-        "--storage.uri",
-        str(tmp_path),
-        "--model.preset",
-        "tiny",
-        "--train.max-tokens",
-        "60000",
-        "--json",
-    ]
-    assert main(words) == 0
-    warnings = json.loads(capsys.readouterr().out.splitlines()[-1])["warnings"]
-    assert warnings[0].startswith("The run computes on 2 workers' CPUs")
-    assert main([*words, "--gpu", "a100"]) == 0
-    warnings = json.loads(capsys.readouterr().out.splitlines()[-1])["warnings"]
-    assert not any("CPUs" in text for text in warnings)
-
-
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="expected one of h100-pcie"):
         PlanConfig.model_validate({"gpu": "a1000"})
@@ -494,4 +467,10 @@ def test_the_command(
     assert {"weights", "gradients", "optimizer", "activations", "logits_chunk"} <= found[
         "memory_bytes"
     ].keys()
+    assert main(["plan", *words]) == 0
+    said = capsys.readouterr()
+    lines = [line.partition("  ")[0] for line in said.out.splitlines()]
+    assert lines[:4] == ["time", "memory", "cost", ""]
+    assert "a GPU-hour" in said.out and "Exchange" not in said.out
+    assert said.err.startswith("next: `raymill plan") and "--all` has all figures" in said.err
     assert main(["plan", "--gpu", "a1000"]) == 2

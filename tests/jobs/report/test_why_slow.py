@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from cluster.monitoring.metric_table import COMPUTING
 from jobs.report.figures import parts
 from jobs.report.why_slow import why_slow
 from jobs.run.ledger import Ledger
@@ -29,12 +30,20 @@ def made(
     mfu: float | None = None,
     finish_after_s: float = 0.0,
     validated: tuple[int, ...] = (),
+    processor: list[float] | None = None,
 ) -> Ledger:
     """A run whose steps all look alike. `starts`: further attempts, by the step that each comes
-    after, and the step that it goes on from. `validated`: the steps after which it validated."""
+    after, and the step that it goes on from. `validated`: the steps after which it validated.
+    `processor`: the share of a processor that each rank has while it computes."""
     clock, attempt = 1000.0, 0
     lines: list[dict[str, Any]] = []
     wall_s = max(sum(seconds.values()) for seconds in ranks)
+    known = {}
+    if processor:
+        had = zip(processor, ranks, strict=True)
+        known["processor_s"] = [
+            share * sum(seconds[phase] for phase in COMPUTING) for share, seconds in had
+        ]
 
     def start(step: int) -> None:
         nonlocal attempt
@@ -63,6 +72,7 @@ def made(
         lines.append({"time": clock, "step": step, **fields})
         if step % 10 == 0:
             window = {"attempt": attempt, "ranks": ranks, "lanes": lanes or [4.0] * len(ranks)}
+            window |= known
             lines.append({"event": "phases", "time": clock, "step": step, **window})
         if step in validated:
             lines.append({"event": "validation", "time": clock, "step": step})
@@ -85,6 +95,17 @@ VALIDATING = [of(validation=0.1)]
 CASES: dict[str, tuple[Ledger, str, list[str]]] = {
     "compute": (made([USUAL]), "compute", ["97% of the wall time", "unknown share", "100.0 ms"]),
     "compute on a GPU": (made([USUAL], mfu=0.41), "compute", ["41% of the peak"]),
+    "a processor of its own": (made([USUAL], processor=[0.97]), "compute", ["94% of the wall"]),
+    "a shared machine": (
+        made([USUAL] * 2, processor=[0.3, 0.4]),
+        "processor",
+        ["Other programs bound the run: 61% of the wall time workers wait", "they get 35% of one"],
+    ),
+    "a straggler on a shared machine": (
+        made(SLOW, processor=[1.0, 0.5, 1.0]),
+        "straggler",
+        ["after it rank 1 on node-1", "Rank 1 has 50% of a processor", "other programs"],
+    ),
     "data": (made([of(load=0.1)] * 2), "data", ["51% of the wall time", "waiting for rows"]),
     "communication": (
         made([of(sync=0.06)] * 2),

@@ -2,7 +2,9 @@
 on."""
 
 import json
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -115,10 +117,27 @@ def test_a_run_is_deleted_unless_something_rests_on_it(
     assert "is what run third began from" in asked(capsys, root, "delete", "first", "--yes", code=1)
     assert "is latest" in asked(capsys, root, "delete", "second", "--yes", code=1)
     pinned = {"pinned": [str(root / "runs/third/checkpoints/step-000000001-0001")]}
-    (root / "endpoints").mkdir()
-    (root / "endpoints/completions.json").write_text(json.dumps(pinned))
-    assert "is served" in asked(capsys, root, "delete", "third", "--yes", code=1)
-    (root / "endpoints/completions.json").unlink()
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        name = f"127.0.0.1-{server.server_port}"
+        for folder in ("endpoints", "endpoints/last-good"):
+            (root / folder).mkdir()
+            (root / folder / f"{name}.json").write_text(json.dumps(pinned))
+        said = asked(capsys, root, "delete", "third", "--yes", code=1)
+        assert "is served, or what the endpoint" in said
+        assert f"`raymill delete --endpoint {name} --storage.uri {root}`" in said
+        Thread(target=server.handle_request, daemon=True).start()
+        said = asked(capsys, root, "delete", "--endpoint", name, "--yes", code=1)
+        assert f"something answers at http://127.0.0.1:{server.server_port}" in said
+    told = asked(capsys, root, "delete", "--endpoint", name)
+    assert (told["kept_for_it"], told["checked"], told["forgotten"]) == (
+        pinned["pinned"],
+        True,
+        False,
+    )
+    assert len(told["files"]) == 2 and all(Path(file).exists() for file in told["files"])
+    assert asked(capsys, root, "delete", "--endpoint", name, "--yes")["forgotten"] is True
+    assert not any(Path(file).exists() for file in told["files"])
+    assert f"no endpoint '{name}'" in asked(capsys, root, "delete", "--endpoint", name, code=1)
     assert asked(capsys, root, "delete", "third")["deleted"] is False
     assert (root / "runs/third/ledger.jsonl").exists()
     assert asked(capsys, root, "delete", "third", "--yes")["deleted"] is True

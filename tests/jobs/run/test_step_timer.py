@@ -1,10 +1,12 @@
 """A step's phases partition its time, on a clock that knows at once and on one that is behind."""
 
 import itertools
+import time
 from pathlib import Path
 
 import pytest
 
+from cluster.monitoring.metric_table import COMPUTING
 from jobs.run.ledger import Ledger
 from jobs.run.step_timer import StepTimer
 from jobs.training.train_loop import train
@@ -70,6 +72,29 @@ def test_graphs_that_are_compiled_meanwhile__count_in_their_step(
     assert timer.take().num_compiled == 0
 
 
+def test_processor_time_is_that_of_phases_that_compute() -> None:
+    """A worker that sleeps while it should compute is as one whose processor others have."""
+
+    def compute() -> None:
+        end_s = time.thread_time() + 0.02
+        while time.thread_time() < end_s:
+            pass
+
+    timer = StepTimer()
+    with timer.phase("forward"):
+        time.sleep(0.05)
+        with timer.phase("sync"):
+            compute()
+    with timer.phase("update"):
+        compute()
+    taken = timer.take()
+    assert taken.processor_s is not None
+    assert 0.02 <= taken.processor_s < 0.04
+    assert taken.seconds["forward"] >= 0.05
+    assert timer.take().processor_s == 0.0
+    assert StepTimer(clock=Ticks()).take().processor_s is None, "a GPU computes"
+
+
 def test_phases_of_a_real_run_sum_to_its_wall_time(tmp_path: Path) -> None:
     """The ledger's own clock agrees, and few moments belong to no phase."""
     plan = tiny_plan(
@@ -82,6 +107,8 @@ def test_phases_of_a_real_run_sum_to_its_wall_time(tmp_path: Path) -> None:
     sums: dict[str, float] = {}
     for line in steps[1:]:
         assert sum(line["seconds"].values()) == pytest.approx(line["wall_s"], abs=1e-5)
+        computing_s = sum(line["seconds"].get(phase, 0.0) for phase in COMPUTING)
+        assert 0 < line["processor_s"] < computing_s + 0.01
         for name, seconds in line["seconds"].items():
             sums[name] = sums.get(name, 0.0) + seconds
     wall_s = steps[-1]["time"] - steps[0]["time"]

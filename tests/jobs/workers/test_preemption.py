@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,11 +86,13 @@ def test_before_all_nodes_go_the_last_step_is_saved_and_none_is_taken_any_more(
 def test_a_request_to_stop_ends_the_run_resumable(
     plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights at the end are those of a run that was never stopped."""
+    """The weights at the end are those of a run that was never stopped, and the ledger has the line
+    that continues it."""
     train(plan, rank=0, world_size=1)
     undisturbed = Ledger.read(plan.run).events("checkpoint")[-1]["parameter_hash"]
 
     other = tiny_plan(str(tmp_path / "other"), num_steps=8, checkpoint={"save_every_steps": 100})
+    other = replace(other, command="raymill pretrain run.yaml --run-id tiny")
     ask = Notices.ask
     num_asked = 0
 
@@ -105,6 +108,7 @@ def test_a_request_to_stop_ends_the_run_resumable(
     train(other, rank=0, world_size=1)
     ledger = Ledger.read(other.run)
     assert (ledger.steps[-1]["step"], saved_steps(other), ledger.events("finish")) == (4, [4], [])
+    assert ledger.events("preempted")[-1]["continue_with"] == other.command
     with stopping_on_sigterm(other.run):  # the next launch takes the request back
         train(other, rank=0, world_size=1)
     ledger = Ledger.read(other.run)
