@@ -22,9 +22,10 @@ class Series:
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def observe(self, value: float, *, times: int = 1) -> None:
+        """Takes a value that has occurred so many times."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += times * value
 
     def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
         bounds = map(floatToGoString, (*self._bounds, inf))

@@ -2,6 +2,7 @@
 numbers, not too deep."""
 
 import json
+from functools import cache
 from typing import Any
 
 MAX_DEPTH = 32
@@ -15,7 +16,7 @@ def strict_json(content: bytes) -> Any:
     # twice.
     orjson.loads(content)
     try:
-        value = json.loads(content, object_pairs_hook=with_unique_names)
+        value = _decoder().decode(content.decode())
         if _depth(value) <= MAX_DEPTH:
             return value
     except RecursionError:
@@ -36,6 +37,12 @@ def _depth(value: Any) -> int:
     if {dict, list}.isdisjoint(map(type, inner)):  # as in a long list of token ids
         return 1
     return 1 + max(map(_depth, inner))
+
+
+@cache
+def _decoder() -> json.JSONDecoder:
+    """Returns what `json.loads` would make for each value."""
+    return json.JSONDecoder(object_pairs_hook=with_unique_names)
 
 
 def with_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

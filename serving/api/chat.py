@@ -15,12 +15,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from model.text.chat import plain_speakers
-from serving.api.answers import Answer, Usage
-from serving.api.choice_output import Part, TokenEntry
-from serving.api.completions import require_grammar
+from serving.api.admission import require_grammar
 from serving.api.score_limit import most_new_tokens
 from serving.delivery.loaded_version import LoadedVersion
 from serving.engine.messages import FinishReason
+from serving.output.answers import Answer, Usage
+from serving.output.choice_output import Part, TokenEntry
 from serving.protocol import harmless_fields
 from serving.protocol.errors import ApiError, error_of
 from serving.protocol.protocol import MAX_LOGPROBS, CompletionRequest, GenerationRequest
@@ -306,6 +306,7 @@ class ChatAnswer(Answer):
         self._tool_format = format_of(_template_of(model)) if tools else None
         parameters = {tool.function.name: tool.function.parameters or {} for tool in tools}
         self.shown = self._tool_format.marks if self._tool_format is not None else ()
+        self.streams_texts = self._tool_format is None
         self._parser = partial(
             CallParser, parameters=parameters, only_these=only_these, at_start=at_start
         )

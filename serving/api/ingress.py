@@ -10,7 +10,6 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from prometheus_client import generate_latest
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,11 +18,11 @@ from cluster.settings.serve import ServeConfig
 from model.files.bounded_text import TextError
 from model.text.chat import ChatError
 from serving.api.access import CurrentAccess, authorize, may_look_inside
-from serving.api.answers import Answer, EmbeddingAnswer, TextAnswer
+from serving.api.admission import start_completion
+from serving.api.asked_routes import AskedRoutes, answer_of_bug, refusal
 from serving.api.chat import NOTE_HEADER, ChatAnswer, ChatRequest, as_completion
-from serving.api.completions import Completion, start_completion
+from serving.api.completions import Completion
 from serving.api.key_limits import KEY_IN_SCOPE, KeyLimits, key_of
-from serving.api.key_metrics import Refusal
 from serving.api.metrics import ReplicaMetrics, SeriesFor
 from serving.api.tool_routes import tool_router
 from serving.delivery.loaded_version import LoadedVersion
@@ -31,6 +30,7 @@ from serving.delivery.routed_request import RoutedRequest
 from serving.delivery.versions import Versions
 from serving.limits.asker import CURRENT_ASKER
 from serving.limits.key_usage import KeyUsage
+from serving.output.answers import Answer, EmbeddingAnswer, TextAnswer
 from serving.pages.chat_page import CHAT_FILES, CHAT_FOLDER
 from serving.pages.page_files import page_router
 from serving.protocol.errors import ApiError, error_of
@@ -39,7 +39,6 @@ from serving.protocol.protocol import CompletionRequest, EmbeddingRequest, read_
 from serving.protocol.receipts import Receipts
 from serving.protocol.request_facts import FACTS
 from serving.protocol.served_model import ServedModel
-from serving.protocol.strict_json import MAX_BODY_BYTES
 from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
 from serving.proxy.token_relay import YES_HEADER, RelayClient
 from serving.xray.page_routes import XRAY_FILES, XRAY_FOLDER
@@ -65,7 +64,7 @@ def build_http_app(
     access: CurrentAccess,
     usage: KeyUsage,
     admin: APIRouter,
-    add_others: "Callable[[FastAPI, CompletionService], None]",
+    add_others: "Callable[[FastAPI, AskedRoutes, CompletionService], None]",
 ) -> ASGIApp:
     """Builds the application of all routes, behind `access` and the limits of keys. `add_others`
     adds those that answer as chats do."""
@@ -76,8 +75,9 @@ def build_http_app(
     add_error_handlers(app, limits)
     # The routes that most requests ask for come first: they are tried in this order.
     service = CompletionService(config, metrics, limits)
-    add_completion_routes(app, service)
-    add_others(app, service)
+    asked = AskedRoutes(app, limits)
+    add_completion_routes(asked, service)
+    add_others(app, asked, service)
     add_model_routes(app)
     app.include_router(page_router(CHAT_FOLDER, CHAT_FILES))
     app.include_router(page_router(XRAY_FOLDER, XRAY_FILES))
@@ -86,7 +86,7 @@ def build_http_app(
         tool_router(max_waiting=config.max_ongoing_requests, traces=config.trace is not None)
     )
     add_state_routes(app, versions=versions, metrics=metrics)
-    return Gate(app, access=access, versions=versions, limits=limits)
+    return Gate(asked, access=access, versions=versions, limits=limits)
 
 
 class CompletionService:
@@ -153,9 +153,8 @@ class CompletionService:
         return await self.answer(completion, shape, request, version=version, headers=note)
 
 
-def add_completion_routes(app: FastAPI, service: CompletionService) -> None:
-    """Adds the routes on which the model reads and writes. They are Starlette's own: FastAPI would
-    look for parameters, which they do not have."""
+def add_completion_routes(asked: AskedRoutes, service: CompletionService) -> None:
+    """Adds the routes on which the model reads and writes."""
 
     async def completions(request: Request) -> Response:
         parsed = await read_request(request, CompletionRequest)
@@ -180,9 +179,9 @@ def add_completion_routes(app: FastAPI, service: CompletionService) -> None:
         )
         return await service.answer(reading, shape, request, version=version)
 
-    app.add_route("/v1/completions", completions, methods=["POST"])
-    app.add_route("/v1/chat/completions", chat, methods=["POST"])
-    app.add_route("/v1/embeddings", embeddings, methods=["POST"])
+    asked.add("/v1/completions", completions)
+    asked.add("/v1/chat/completions", chat)
+    asked.add("/v1/embeddings", embeddings)
 
 
 def add_model_routes(app: FastAPI) -> None:
@@ -240,16 +239,7 @@ def add_error_handlers(app: FastAPI, limits: KeyLimits) -> None:
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
-        routed = RoutedRequest.of(request)
-        routed.facts.reason = error.code
-        if error.status == HTTPStatus.BAD_REQUEST:
-            length = request.headers.get("content-length", "0")
-            limits.charge_invalid(
-                key_of(request), int(length) if length.isdecimal() else MAX_BODY_BYTES
-            )
-        if error.code == "overloaded":
-            limits.count_refusal(key_of(request), Refusal.OVERLOADED)
-        return error.response()
+        return refusal(request, error, limits)
 
     @app.exception_handler(HTTPException)
     async def routing_error(request: Request, error: HTTPException) -> Response:
@@ -265,9 +255,7 @@ def add_error_handlers(app: FastAPI, limits: KeyLimits) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected_error(request: Request, _error: Exception) -> Response:
-        """Answers for a bug. The traceback is in the replica's log, not in the answer."""
-        RoutedRequest.of(request).facts.reason = "internal_error"
-        return error_of("internal_error").response()
+        return answer_of_bug(request)
 
 
 async def written_chat(
@@ -316,7 +304,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        CURRENT_REQUEST.set(Headers(scope=scope).get("x-request-id"))
+        request_id = dict(reversed(scope["headers"])).get(b"x-request-id")
+        CURRENT_REQUEST.set(None if request_id is None else request_id.decode("latin-1"))
         routed = RoutedRequest(self._versions, scope)
         facts = routed.facts
         tracer = self._tracer if scope["method"] == "POST" else NO_TRACER
@@ -324,7 +313,8 @@ class Gate:
 
         async def send_with_version(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(routed.headers)
+                routed.is_answered = True
+                message["headers"] = [*message["headers"], *_encoded(routed.headers)]
             # In the start too, for answers whose end does not arrive
             if not message.get("more_body", False):
                 message[FACTS] = facts.shown()
@@ -343,8 +333,11 @@ class Gate:
                 if self._versions.delivery.draining:
                     raise error_of("draining")
                 self._limits.require_few_invalid(key)
-            async with self._limits.running(key if is_metered else None):
+            if key is None or not is_metered:
                 await self._app(scope, receive, send_with_version)
+            else:
+                async with self._limits.running(key):
+                    await self._app(scope, receive, send_with_version)
         except ApiError as error:
             facts.reason = error.code
             await error.response()(scope, receive, send_with_version)
@@ -372,9 +365,8 @@ class EventStream(StreamingResponse):
                 await super().__call__(scope, receive, send)
                 return
             routed = RoutedRequest.of(Request(scope))
-            shown = MutableHeaders(raw=[*self.raw_headers])
-            shown.update(routed.headers)
-            writer.start(self.status_code, shown.raw, **{FACTS: routed.facts.shown()})
+            shown = [*self.raw_headers, *_encoded(routed.headers)]
+            writer.start(self.status_code, shown, **{FACTS: routed.facts.shown()})
             headers = [*self.raw_headers, (YES_HEADER, b"1")]
             start = {
                 "type": "http.response.start",
@@ -398,3 +390,7 @@ class EventStream(StreamingResponse):
             await writing
         finally:
             writing.cancel()
+
+
+def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]

@@ -2,11 +2,11 @@
 beside them."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.registry import Collector
@@ -17,7 +17,7 @@ from serving.api.key_metrics import KeyMetrics
 from serving.delivery.promotion import Phase, Result
 from serving.delivery.version_stats import VersionStats
 from serving.delivery.versions import Versions
-from serving.engine.messages import FinishReason, StepReport
+from serving.engine.messages import FinishReason, SequenceRequest, StepReport
 
 ABORTED = "abort"  # a sequence whose client left, or whose engine died
 
@@ -164,7 +164,7 @@ class WatchedSteps:
 
     def stepped(self, report: StepReport) -> None:
         self.metrics.stepped(report)
-        num_drawn = sum(event.token_id is not None for event in report.events)
+        num_drawn = len([event for event in report.events if event.token_id is not None])
         if num_drawn and num_drawn == report.num_tokens:  # it read no prompt
             self.stats.stepped(num_drawn, report.step_s)
 
@@ -178,21 +178,39 @@ class RequestTimer:
     stats: VersionStats
     entered_s: Mapping[int, float]  # by sequence
     last_token_s: dict[int, float | None]  # of the open sequences; None before their first one
-    num_uncounted: int = 0  # tokens since `count`
+    # Tokens since `count`; and those that came together with the one before
+    num_uncounted: int = 0
+    num_together: int = 0
 
-    def token(self, seq_id: int, now_s: float) -> None:
+    @classmethod
+    def of(
+        cls,
+        sequences: Sequence[SequenceRequest],
+        metrics: VersionMetrics,
+        stats: VersionStats,
+        entered_s: Mapping[int, float],
+    ) -> Self:
+        return cls(metrics, stats, entered_s, {sequence.seq_id: None for sequence in sequences})
+
+    def tokens(self, seq_id: int, now_s: float, *, num_tokens: int) -> None:
+        """Times a sequence's tokens, which have come together."""
+        self.num_uncounted += num_tokens
         last_s = self.last_token_s[seq_id]
+        self.num_together += num_tokens - (last_s != now_s)
         if last_s is None:
             self.metrics.ttft_s.observe(now_s - self.entered_s[seq_id])
-        else:
+        elif last_s != now_s:
             self.metrics.itl_s.observe(now_s - last_s)
         self.last_token_s[seq_id] = now_s
-        self.num_uncounted += 1
 
     def count(self) -> None:
-        """Counts the tokens that have come. A counter takes as long for one as for many."""
+        """Counts the tokens that have come: a counter and a histogram take as long for one as for
+        many of the same value."""
+        if self.num_uncounted == 0:
+            return
         self.metrics.generation_tokens.inc(self.num_uncounted)
-        self.num_uncounted = 0
+        self.metrics.itl_s.observe(0.0, times=self.num_together)
+        self.num_uncounted = self.num_together = 0
 
     def finished(self, seq_id: int, finish_reason: str) -> None:
         del self.last_token_s[seq_id]

@@ -16,6 +16,8 @@ MAX_SCORES = 600_000  # 200 MB while they are written; lm-eval's 256 prompts hav
 def held_scores(request: CompletionRequest, sequences: Sequence[SequenceRequest]) -> int:
     """Returns the number of log-probabilities that the replica may hold at a time for these
     sequences of a request."""
+    if request.logprobs is None and request.prompt_logprobs is None:  # as in most requests
+        return 0
     num_prompt_tokens = sum(len(sequence.prompt_ids) for sequence in sequences)
     num_new_tokens = sum(sequence.max_tokens for sequence in sequences)
     return num_prompt_tokens * _per_prompt_token(request) + num_new_tokens * _per_new_token(request)

@@ -3,6 +3,7 @@
 import hashlib
 import random
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Self
 
 ROUTE_HEADER = "x-route"
@@ -31,9 +32,14 @@ class Route:
         return self.canary if place * 100 < self.percent else self.primary
 
     def to_header(self) -> str:
+        return self._header
+
+    @cached_property
+    def _header(self) -> str:
         return f"{self.epoch}:{self.primary}:{self.canary}:{self.percent}:{self.origin}"
 
     @classmethod
+    @lru_cache(maxsize=64)  # each request has the same
     def from_header(cls, text: str) -> Self | None:
         """Returns None if `text` is not a route."""
         try:

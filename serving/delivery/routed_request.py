@@ -7,7 +7,6 @@ heard of the switch yet.
 
 from typing import Any
 
-from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Scope
 
@@ -21,6 +20,7 @@ from serving.protocol.request_facts import RequestFacts
 # From the front door: a replica has ended while it worked on this request
 RETRY_HEADER = b"x-raymill-retry"
 _SCOPE_KEY = "raymill.routed"
+_ROUTE_NAME = ROUTE_HEADER.encode()
 _MAX_ORIGINS = 64  # of the model and of each adapter, also of an endpoint that was replaced
 
 
@@ -31,16 +31,18 @@ class RoutedRequest:
     def __init__(self, versions: Versions, scope: Scope) -> None:
         """Puts itself into the scope, where `of` finds it."""
         scope[_SCOPE_KEY] = self
-        headers = Headers(scope=scope)
+        headers = dict(reversed(scope["headers"]))  # of several alike the first
         self._versions = versions
-        self._session = headers.get("x-session-id")
+        session = headers.get(b"x-session-id")
+        self._session = None if session is None else session.decode("latin-1")
         self._line = versions  # of the version that is held
         self._held: LoadedVersion | None = None
-        self._is_second_try = RETRY_HEADER.decode() in headers
+        self._is_second_try = RETRY_HEADER in headers
         self.key: str | None = None  # hash of the API key
         self.may_name_versions = False
+        self.is_answered = False  # its answer has started
         self.facts = RequestFacts()
-        for route in _routes_in(headers):
+        for route in _routes_in(scope["headers"]):
             versions.learn(route)
 
     @classmethod
@@ -54,9 +56,9 @@ class RoutedRequest:
         under which a version was served here. During a canary the version depends on the API key,
         or else on `user` or the session header, unless `model` names one (`NAME@VERSION`). Raises
         `ApiError` (403, 404)."""
-        asked = read_asked_model(model, [*self._versions.names, *self._versions.adapters])
+        names = self._versions.names
+        asked = read_asked_model(model, [*names, *self._versions.adapters])
         line = self._versions.line_of(asked.name)
-        names = line.names
         if line is self._versions and asked.name is not None and asked.name not in names:
             raise error_of("model_not_found", param="model", name=asked.name[:64], served=names[0])
         self._line = line
@@ -144,25 +146,21 @@ class NewestRoutes:
     def __init__(self) -> None:
         # By origin; the one that was added last is the youngest
         self._newest: dict[str, Route] = {}
-
-    @property
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        return [
-            (ROUTE_HEADER.encode(), route.to_header().encode()) for route in self._newest.values()
-        ]
+        self.headers: list[tuple[bytes, bytes]] = []  # of a request to a replica
 
     def learn(self, headers: list[tuple[bytes, bytes]]) -> None:
-        for route in _routes_in(Headers(raw=headers)):
+        for route in _routes_in([pair for pair in headers if pair not in self.headers]):
             known = self._newest.get(route.origin)
-            if known is None or route.is_newer_than(known):
-                self._newest[route.origin] = route
+            if known is not None and not route.is_newer_than(known):
+                continue
+            self._newest[route.origin] = route
             if len(self._newest) > _MAX_ORIGINS:
                 del self._newest[next(iter(self._newest))]
+            self.headers = [
+                (_ROUTE_NAME, route.to_header().encode()) for route in self._newest.values()
+            ]
 
 
-def _routes_in(headers: Headers) -> list[Route]:
-    return [
-        route
-        for text in headers.getlist(ROUTE_HEADER)
-        if (route := Route.from_header(text)) is not None
-    ]
+def _routes_in(headers: list[tuple[bytes, bytes]]) -> list[Route]:
+    texts = [value.decode("latin-1") for name, value in headers if name == _ROUTE_NAME]
+    return [route for text in texts if (route := Route.from_header(text)) is not None]

@@ -28,7 +28,10 @@ class VersionStats:
 
     def stepped(self, num_sequences: int, step_s: float) -> None:
         """Counts a step that gave each of so many sequences a token, and did nothing else."""
-        times = self.steps.setdefault(step_size(num_sequences), StepTimes())
+        size = step_size(num_sequences)
+        times = self.steps.get(size)
+        if times is None:
+            times = self.steps[size] = StepTimes()
         times.count += 1
         times.busy_s += step_s
 

@@ -23,18 +23,17 @@ from serving.engine.messages import (
     Admission,
     EngineFacts,
     FinishReason,
-    MessageError,
     MetricFamily,
     SequenceRequest,
     StepReport,
     TokenEvent,
     encode_message,
-    parse_message,
 )
 from serving.engine_process.child_process import Lines, start_process
 from serving.engine_process.fair_queue import FairQueue
 from serving.engine_process.generation import Generation, StepObserver
 from serving.engine_process.peer_watchdog import watch_peer
+from serving.engine_process.report_reader import MessageError, parse_message
 from serving.engine_process.sequence_queue import SequenceQueue
 
 MODULE = "serving.engine_process.run_engine"
@@ -78,8 +77,10 @@ class EngineClient:
         self._seq_ids = itertools.count()
         self._weights = itertools.count(1)
         self.num_users = 1  # versions that it computes
+        self.num_submitted = 0  # requests so far
         self._generations: dict[int, Generation] = {}  # by open sequence
-        self._put: set[Generation] = set()  # that have events of the latest reports
+        self._told: list[Generation] = []  # that have events of the latest reports
+        self._unwritten: list[bytes] = []  # of this turn of the event loop
         self._held = FairQueue()
         self._ending: asyncio.Task[None] | None = None
         self.num_running = 0
@@ -153,6 +154,8 @@ class EngineClient:
         """Returns how many requests and how many sequences, running or waiting, a new sequence of
         `key` would have before it, and its expected wait in seconds; it passes others of a key that
         has asked for more."""
+        if not self._held:
+            return len({*self._generations.values()}), len(self._generations), self.queue.wait_s()
         passed = {request.seq_id for request in self._held.behind(key)}
         requests = {
             generation for seq_id, generation in self._generations.items() if seq_id not in passed
@@ -195,6 +198,7 @@ class EngineClient:
             raise EngineDiedError(self.death_notice)
         if not self._generations:
             self.last_progress_s = time.monotonic()
+        self.num_submitted += 1
         generation = Generation(requests, cancel=self.cancel, key=key, observer=observer)
         for _ in requests[:at_once]:
             self._enter_next(generation)
@@ -250,7 +254,7 @@ class EngineClient:
         while self._held and len(self._generations) - len(self._held) < places + math.ceil(
             SPARE_SHARE * places
         ):
-            self._transport.write(submission(self._held.take()))
+            self._write(submission(self._held.take()))
 
     async def _connect(self, end: socket.socket) -> None:
         self._transport, _ = await asyncio.get_running_loop().create_connection(
@@ -258,7 +262,17 @@ class EngineClient:
         )
 
     def _send(self, message: Any) -> None:
-        self._transport.write(encode_message(message))
+        self._write(encode_message(message))
+
+    def _write(self, line: bytes) -> None:
+        """Sends a line with all others of this turn: the engine wakes once for them."""
+        if not self._unwritten:
+            asyncio.get_running_loop().call_soon(self._write_all)
+        self._unwritten.append(line)
+
+    def _write_all(self) -> None:
+        self._transport.write(b"".join(self._unwritten))
+        self._unwritten.clear()
 
     def _hear(self, lines: list[bytes]) -> None:
         """Takes what the engine process says."""
@@ -267,8 +281,9 @@ class EngineClient:
                 self._take(line)
             else:
                 self._first.set_result(json.loads(line))
-        while self._put:
-            self._put.pop().flush()
+        told, self._told = self._told, []
+        for generation in told:
+            generation.flush()
 
     def _take(self, line: bytes) -> None:
         """Takes one message. An engine that cannot be understood is ended."""
@@ -293,7 +308,7 @@ class EngineClient:
         for seq_id in admission.admitted:
             # Not cancelled meanwhile
             if (begun := self._generations.get(seq_id)) is not None:
-                begun.has_begun.set()
+                begun.begin(self.last_progress_s)
                 begun.num_found[seq_id] = found.get(seq_id, 0)
                 self._observer = begun.observer
                 if begun.observer is not None:
@@ -302,12 +317,34 @@ class EngineClient:
     def _take_report(self, report: StepReport) -> None:
         self.num_running, self._num_waiting_there = report.num_running, report.num_waiting
         self.kv_cache_usage = report.kv_cache_usage
+        generations, unread = self._generations, self.queue.unread
         for event in report.events:
-            self._deliver(event)
+            seq_id = event.seq_id
+            generation = generations.get(seq_id)
+            if seq_id in unread or event.finish_reason is not None:
+                self._pass_mark(event, generation)
+            if generation is not None:  # not cancelled while the step ran
+                if not generation.arrived:
+                    self._told.append(generation)
+                generation.arrived.append(event)
+                self._observer = generation.observer
         self.queue.observe_step(report)
-        self._send_next()
+        if self._held:
+            self._send_next()
         if self._observer is not None:
             self._observer.stepped(report)
+
+    def _pass_mark(self, event: TokenEvent, generation: Generation | None) -> None:
+        """Takes note of a sequence's first event, and of its end."""
+        self.num_failed_sequences += event.finish_reason is FinishReason.ERROR
+        if generation is None:
+            return
+        self.queue.first_event(event.seq_id)
+        generation.begin(self.last_progress_s)
+        if event.finish_reason is not None:
+            del self._generations[event.seq_id]
+            self.queue.leave(event.seq_id)
+            self._enter_next(generation)
 
     def _end(self) -> None:
         """Begins once the socket is closed, by the engine's death or by `close`."""
@@ -323,20 +360,6 @@ class EngineClient:
             generation.put_death(EngineDiedError(self.death_notice))
         self._generations.clear()
         self._held = FairQueue()
-
-    def _deliver(self, event: TokenEvent) -> None:
-        self.num_failed_sequences += event.finish_reason is FinishReason.ERROR
-        generation = self._generations.get(event.seq_id)
-        if generation is None:  # cancelled while the step ran
-            return
-        self._observer = generation.observer
-        self.queue.first_event(event.seq_id)
-        if event.finish_reason is not None:
-            del self._generations[event.seq_id]
-            self.queue.leave(event.seq_id)
-            self._enter_next(generation)
-        generation.put(event)
-        self._put.add(generation)
 
     async def _describe_death(self) -> str:
         exit_code = await asyncio.to_thread(self._process.wait)

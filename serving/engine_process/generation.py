@@ -1,11 +1,20 @@
 """The events of one request's sequences, on their way from the engine to the request."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
 from serving.engine.messages import SequenceRequest, StepReport, TokenEvent
+
+
+class LateError(Exception):
+    """The engine has not begun with a request in time."""
+
+    def __init__(self, after_s: float) -> None:
+        super().__init__(after_s)
+        self.after_s = after_s
 
 
 class StepObserver(Protocol):
@@ -33,17 +42,17 @@ class Generation:
         self._open = {request.seq_id for request in requests}
         self.key = key  # name of the API key, or empty
         self.unsent = deque(requests)  # these are not in line yet
-        self._events: list[TokenEvent] = []
+        self.arrived: list[TokenEvent] = []  # that nobody has taken; `flush` follows
         self._death: Exception | None = None
-        self._has_news = asyncio.Event()
+        self._news: asyncio.Future[None] | None = None  # for which `next` waits
         # While `hand_to` runs: who gets the events, and its end
-        self._take: Callable[[Iterator[TokenEvent]], None] | None = None
+        self._take: Callable[[list[TokenEvent]], None] | None = None
         self._all_handed: asyncio.Future[None]
         self.entered_s: dict[int, float] = {}  # when each sequence got in line
         # By sequence that has begun, tokens of its prompt that the cache had
         self.num_found: dict[int, int] = {}
-        # The engine has admitted one of its sequences, or has died
-        self.has_begun = asyncio.Event()
+        # When the engine has admitted one of its sequences, or has died
+        self.begun_s: float | None = None
 
     def close(self) -> None:
         """Ends the sequences that still run. Their slots are free from the next step on."""
@@ -54,23 +63,35 @@ class Generation:
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         """Yields the events. Raises what `put_death` has got."""
         while self._open:
-            for event in await self.next():
+            for event in self._still_open(await self.next()):
                 yield event
 
-    async def next(self) -> Iterator[TokenEvent]:
-        """Waits for events of open sequences. Raises what `put_death` has got."""
-        while not self._events:
+    async def first(self, *, within_s: float) -> list[TokenEvent]:
+        """Waits for the first events. Raises `LateError` if the engine has not begun after so long,
+        and what `put_death` has got."""
+        late = asyncio.get_running_loop().call_later(within_s, self._end_if_late, within_s)
+        try:
+            return self._ended_in(await self.next())
+        finally:
+            late.cancel()
+
+    async def next(self) -> list[TokenEvent]:
+        """Waits for events. Raises what `put_death` has got."""
+        while not self.arrived:
             if self._death is not None:
                 raise self._death
-            self._has_news.clear()
-            await self._has_news.wait()
-        events, self._events = self._events, []
-        return self._still_open(events)
+            self._news = asyncio.get_running_loop().create_future()
+            await self._news
+        events, self.arrived = self.arrived, []
+        return events
 
-    async def hand_to(self, take: Callable[[Iterator[TokenEvent]], None]) -> None:
+    async def hand_to(self, take: Callable[[list[TokenEvent]], None]) -> None:
         """Hands over the events until each sequence has finished, those of a report together, in
         the turn of the event loop in which it arrives: to wake a task for them costs more than they
-        do. Raises what `take` does, and what `put_death` has got."""
+        do. Some may be of a sequence that `take` has just cancelled. Raises what `take` does, and
+        what `put_death` has got."""
+        if not self._open and not self.arrived:  # `first` had them all
+            return
         self._take, self._all_handed = take, asyncio.get_running_loop().create_future()
         self.flush()
         try:
@@ -79,14 +100,15 @@ class Generation:
             self._take = None
 
     def flush(self) -> None:
-        """Gives whoever waits for them the events that have been put."""
-        self._has_news.set()
+        """Gives whoever waits for them the events that have arrived."""
         if self._take is None or self._all_handed.done():
+            if self._news is not None and not self._news.done():
+                self._news.set_result(None)
             return
-        events, self._events = self._events, []
+        events, self.arrived = self.arrived, []
         try:
             if events:
-                self._take(self._still_open(events))
+                self._take(self._ended_in(events))
         except Exception as error:  # the request's, which waits for its end
             self._all_handed.set_exception(error)
             return
@@ -103,16 +125,32 @@ class Generation:
                     self._open.remove(event.seq_id)
                 yield event
 
+    def _ended_in(self, events: list[TokenEvent]) -> list[TokenEvent]:
+        """Returns the events, after those that end have been noted."""
+        for event in events:
+            if event.finish_reason is not None:
+                self._open.discard(event.seq_id)
+        return events
+
     def cancel(self, seq_id: int) -> None:
+        """Ends a sequence. What has arrived of it is dropped."""
         self._open.discard(seq_id)
+        if self.arrived:
+            self.arrived = [event for event in self.arrived if event.seq_id != seq_id]
         self._cancel(seq_id)
 
-    def put(self, event: TokenEvent) -> None:
-        self._events.append(event)
-        self.has_begun.set()
+    def begin(self, now_s: float) -> None:
+        """Records that the engine has begun with it. Later times change nothing."""
+        if self.begun_s is None:
+            self.begun_s = now_s
 
     def put_death(self, death: Exception) -> None:
         """Ends it after the events that it has: whoever waits gets the exception."""
         self._death = death
-        self.has_begun.set()
+        self.begin(time.monotonic())
         self.flush()
+
+    def _end_if_late(self, after_s: float) -> None:
+        if self.begun_s is None:
+            self._death = LateError(after_s)
+            self.flush()

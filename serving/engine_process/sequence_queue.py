@@ -25,7 +25,7 @@ class SequenceQueue:
         self._num_slots = num_slots
         # Slots for which the cache has blocks, with sequences as large as now
         self.num_places = num_slots
-        self._unread: dict[int, int] = {}  # prompt tokens of each sequence that has no token yet
+        self.unread: dict[int, int] = {}  # prompt tokens of each sequence that has no token yet
         # When each other sequence got its first token, in that order
         self._first_s: dict[int, float] = {}
         self._residence_s = 0.0  # mean time from the first token to the end
@@ -36,16 +36,16 @@ class SequenceQueue:
     def enter(self, seq_id: int, *, num_prompt_tokens: int) -> None:
         if self._reading_since_s is None:
             self._reading_since_s = self._clock()
-        self._unread[seq_id] = num_prompt_tokens
+        self.unread[seq_id] = num_prompt_tokens
 
     def first_event(self, seq_id: int) -> None:
         """Records that the sequence's prompt has been read. Later events change nothing."""
-        if self._unread.pop(seq_id, None) is not None:
+        if self.unread.pop(seq_id, None) is not None:
             self._first_s[seq_id] = self._clock()
 
     def leave(self, seq_id: int) -> None:
         """Records that the sequence has ended, or that its client has left."""
-        self._unread.pop(seq_id, None)
+        self.unread.pop(seq_id, None)
         if (first_s := self._first_s.pop(seq_id, None)) is not None:
             weight = WEIGHT if self._residence_s else 1.0
             self._residence_s += weight * (self._clock() - first_s - self._residence_s)
@@ -55,18 +55,22 @@ class SequenceQueue:
         if report.num_running and report.kv_cache_usage:
             room = report.num_running / report.kv_cache_usage
             self.num_places = min(self._num_slots, math.floor(room + 0.01))  # the usage is rounded
+        if self._reading_since_s is None and not self.unread:  # as most of the time
+            return
         now_s = self._clock()
         if report.num_prompt_tokens >= self._full_step and self._reading_since_s is not None:
             self._read_tokens += report.num_prompt_tokens - WEIGHT * self._read_tokens
             self._read_s += now_s - self._reading_since_s - WEIGHT * self._read_s
-        self._reading_since_s = now_s if self._unread else None
+        self._reading_since_s = now_s if self.unread else None
 
     def wait_s(self, passed: Collection[int] = ()) -> float:
         """Returns the expected wait of a sequence that passes some of those that wait; 0 as long as
         nothing is known."""
-        num_unread = sum(self._unread.values()) - sum(self._unread[seq_id] for seq_id in passed)
+        if not self.unread and len(self._first_s) < self.num_places:
+            return 0.0
+        num_unread = sum(self.unread.values()) - sum(self.unread[seq_id] for seq_id in passed)
         for_reading_s = num_unread * self._read_s / self._read_tokens if self._read_tokens else 0.0
-        return max(self._wait_for_room_s(len(self._unread) - len(passed)), for_reading_s)
+        return max(self._wait_for_room_s(len(self.unread) - len(passed)), for_reading_s)
 
     def _wait_for_room_s(self, num_before: int) -> float:
         """Returns the expected wait for room behind as many that wait for it. On average a place

@@ -128,13 +128,13 @@ class AnswerRequest(Request):
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63), BeforeValidator(_whole_number)] = None
     user: str | None = Field(None, max_length=256)
     logit_bias: Annotated[dict[int, Bias], BeforeValidator(_token_id_keys)] = Field(
-        {}, max_length=300
+        default_factory=dict, max_length=300
     )
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: float = Field(1.0, ge=0.01, le=2)
     ignore_eos: bool = False
-    stop_token_ids: list[int] = Field([], max_length=MAX_STOP_TOKEN_IDS)
+    stop_token_ids: list[int] = Field(default_factory=list, max_length=MAX_STOP_TOKEN_IDS)
     min_tokens: int = Field(0, ge=0, le=2**31)
     raymill: RaymillOptions | None = None
 
@@ -175,15 +175,21 @@ class GenerationRequest(StructuredFields, AnswerRequest):
 
 
 @cache
+def _names(request_type: type[Request]) -> frozenset[str]:
+    """Returns the names of a request's fields, for which pydantic takes longer each time."""
+    return frozenset(request_type.model_fields)
+
+
+@cache
 def _sampling_names(request_type: type[Request]) -> frozenset[str]:
-    names = {field.name for field in fields(SamplingParams)}
-    return frozenset(names & request_type.model_fields.keys())
+    return _names(request_type) & {field.name for field in fields(SamplingParams)}
 
 
 def sampling_of(request: Request) -> SamplingParams:
     """Returns how a request's tokens are drawn: by its fields that have the names of
     `SamplingParams`."""
-    asked = {name: getattr(request, name) for name in _sampling_names(type(request))}
+    given = vars(request)
+    asked = {name: given[name] for name in _sampling_names(type(request))}
     asked |= {
         "top_k": max(asked["top_k"], 0),
         "logit_bias": tuple(asked.get("logit_bias", {}).items()),
@@ -277,9 +283,11 @@ def parse_request(body: bytes, request_type: type[RequestType]) -> RequestType:
     field."""
     fields = parse_json_object(body)
     given: dict[str, Any] = {}
+    names = _names(request_type)
     for name, value in fields.items():
-        if name in request_type.model_fields:
-            given |= {} if value is None else {name: value}
+        if name in names:
+            if value is not None:
+                given[name] = value
         elif not harmless_fields.is_harmless(name, value, request_type.harmless):
             _refuse_field(name, request_type)
     try:

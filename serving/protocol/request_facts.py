@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from serving.protocol.tracing import Span
+from serving.protocol.tracing import NO_SPAN, Span
 
 # In an ASGI message's dictionary, which Ray Serve hands on to the proxy as it is
 FACTS = "raymill.facts"
@@ -30,15 +30,21 @@ class RequestFacts:
 
     def shown(self) -> dict[str, Any]:
         """Returns the replica's part of a line of the request log."""
-        names = ("key", "model_version", "stream", "reason", "prompt_tokens", "completion_tokens")
         return {
-            **{name: getattr(self, name) for name in names},
+            "key": self.key,
+            "model_version": self.model_version,
+            "stream": self.stream,
+            "reason": self.reason,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
             "queue_s": _seconds(self.queued_s, self.begun_s),
             "first_token_s": _seconds(self.arrived_s, self.first_token_s),
         }
 
     def trace(self, span: Span) -> None:
         """Ends the replica's span, with the engine's work as its stages."""
+        if span is NO_SPAN:
+            return
         span.stage("queue", self.queued_s, self.begun_s)
         span.stage("prefill", self.begun_s, self.first_token_s)
         span.stage("decode", self.first_token_s, self.last_token_s)

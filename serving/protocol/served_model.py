@@ -4,6 +4,7 @@ weights."""
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -125,6 +126,8 @@ class ServedModel:
             return token if token.decode() in stop else b""
         if not is_first:
             self._plain_bytes[token_id] = token
+            with suppress(UnicodeDecodeError):  # a part of a character
+                self.plain_texts[token_id] = token.decode()
         return token
 
     def has_text(self, token_ids: Sequence[int]) -> bool:
@@ -134,6 +137,18 @@ class ServedModel:
     @cached_property
     def _plain_bytes(self) -> dict[int, bytes]:
         """Of tokens that are not special, as `text_bytes` has come to know them."""
+        return {}
+
+    def plain_text(self, token_id: int | None) -> str | None:
+        """Returns the text of a token within a text; None for a special one, for a part of a
+        character, and without a token."""
+        if token_id is not None:
+            self.text_bytes(token_id)
+        return self.plain_texts.get(token_id)
+
+    @cached_property
+    def plain_texts(self) -> dict[int | None, str]:
+        """Those of them that are whole characters, as texts."""
         return {}
 
     @cached_property

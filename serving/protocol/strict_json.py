@@ -17,13 +17,14 @@ _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 async def read_json_body(request: Request) -> bytes:
     """Returns the raw body. Raises `ApiError` if its headers do not declare plain JSON, or if it is
     too large."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
+    headers = dict(reversed(request.scope["headers"]))  # of several alike the first
+    media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if media_type != b"application/json":
         raise ApiError(
             "The body must be declared as JSON: send the header -H 'Content-Type: application/json'",
             status=415,
         )
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise ApiError("A compressed body is not supported; send it plain", status=415)
     body = await request.body()  # the front door discards the rest of one that is too large
     if len(body) > MAX_BODY_BYTES:

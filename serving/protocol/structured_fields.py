@@ -121,6 +121,8 @@ class StructuredFields(Request):
 
     def read_grammar(self) -> Grammar | None:
         """Returns what the answer follows, if anything. Raises `ApiError` (400)."""
+        if self.response_format is None and self.structured_outputs is None:
+            return None
         formatted = None if self.response_format is None else self.response_format.grammar
         if self.structured_outputs is None:
             grammar = formatted

@@ -51,7 +51,7 @@ class Exchange:
     _num_deltas = 0  # those of them that are text of a response
     _is_cut = False
     _is_contradicted = False  # Ray Serve has begun another answer than the one that goes out
-    _bound: asyncio.Timeout | None = None  # of the attempt that runs
+    _attempt: asyncio.Task[Any] | None = None  # this one, while a replica is asked
 
     @property
     def _is_order(self) -> bool:
@@ -77,8 +77,8 @@ class Exchange:
     def cut(self) -> None:
         """Ends the answer now, with an error."""
         self._is_cut = True
-        if self._bound is not None:
-            self._bound.reschedule(0.0)
+        if self._attempt is not None:
+            self._attempt.cancel()
 
     async def run(self, relay: Relay) -> Ending:
         outcome, reason = await self._run(relay)
@@ -97,15 +97,17 @@ class Exchange:
             span = self.span.child("attempt", {"raymill.attempt": self._num_attempts})
             headers = span.forward([*self.scope["headers"], self._relayed.header, *retry])
             scope = {**self.scope, "headers": headers}
+            self._attempt = task = asyncio.current_task()
             try:
-                async with asyncio.timeout(0.0 if self._is_cut else None) as self._bound:
+                if not self._is_cut:
                     await self._ask(scope)
                     await self._finish_relayed()
-            except TimeoutError:
-                if not self._is_cut:
+            except asyncio.CancelledError:
+                assert task is not None
+                if not self._is_cut or task.uncancel() > 0:  # by another than `cut`
                     raise
             finally:
-                self._bound = None
+                self._attempt = None
                 span.end(
                     {}, error=None if self._status or self._client_gone else "the replica ended"
                 )

@@ -9,7 +9,6 @@ import os
 import re
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from http import HTTPStatus
@@ -48,10 +47,14 @@ KEYLESS_VARIABLE = "RAYMILL_KEYLESS"
 HIDDEN_PATHS = ("/-/routes",)  # Ray Serve's own; it keeps /-/healthz, which Kubernetes asks for
 # Ray Serve acts on these: one keeps a request running for a client that has gone, the others choose
 # a replica.
-DROPPED_HEADERS = (
+_OF_RAY_SERVE = (
     b"x-request-disconnect-disabled",
     b"serve_multiplexed_model_id",
     b"serve-multiplexed-model-id",
+)
+# And these are set anew
+DROPPED_HEADERS = frozenset(
+    (*_OF_RAY_SERVE, ASK_HEADER, RETRY_HEADER, ROUTE_HEADER.encode(), b"x-request-id")
 )
 REQUEST_ID = re.compile(rb"[A-Za-z0-9-]{1,64}")
 COUNTED_PATHS = ("/v1/completions", "/v1/chat/completions", RESPONSES_PATH, "/v1/embeddings")
@@ -154,7 +157,8 @@ class FrontDoor:
                 },
                 error=ending.reason if is_failure else None,
             )
-            if (is_post or is_failure or (ending.status or 0) >= 400) and path not in PROBED_PATHS:
+            is_logged = is_post or is_failure or (ending.status or 0) >= 400
+            if is_logged and self.log is not no_log and path not in PROBED_PATHS:
                 seen_here = {
                     "time": timestamp(began_s),
                     "request_id": request_id.decode(),
@@ -170,19 +174,12 @@ class FrontDoor:
     async def _answer(
         self, scope: Scope, receive: Receive, send: Send, request_id: bytes, span: Span
     ) -> Ending:
-        dropped = (
-            *DROPPED_HEADERS,
-            ASK_HEADER,
-            RETRY_HEADER,
-            ROUTE_HEADER.encode(),
-            b"x-request-id",
-        )
         # Ray Serve reads further headers as UTF-8 and fails on others; only Authorization is ours
         # to judge.
         kept = [
             (n, v)
             for n, v in scope["headers"]
-            if n not in dropped and (v.isascii() or n == b"authorization")
+            if n not in DROPPED_HEADERS and (v.isascii() or n == b"authorization")
         ]
         scope = {**scope, "headers": [*kept, *self._routes.headers, (b"x-request-id", request_id)]}
         try:
@@ -242,5 +239,5 @@ def clean_request_id(headers: list[tuple[bytes, bytes]]) -> bytes:
     return (
         values[0]
         if len(values) == 1 and REQUEST_ID.fullmatch(values[0])
-        else uuid.uuid4().hex.encode()
+        else os.urandom(16).hex().encode()
     )

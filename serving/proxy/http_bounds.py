@@ -12,6 +12,7 @@ import socket
 import time
 import uuid
 from collections.abc import Sized
+from itertools import chain
 from typing import ClassVar
 
 import httptools
@@ -118,7 +119,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
-        num_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        num_bytes = len(self.url) + sum(map(len, chain.from_iterable(self.headers)))
         if len(self.headers) > MAX_HEADERS or num_bytes > MAX_HEADER_BYTES:
             self._refusal = headers_too_large()
             raise ValueError("headers too large")  # uvicorn calls send_400_response

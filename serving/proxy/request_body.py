@@ -2,8 +2,6 @@
 in one proxy."""
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from starlette.types import Receive, Scope
 
@@ -38,18 +36,26 @@ class Bodies:
     async def read(self, scope: Scope, receive: Receive, *, timeout_s: float) -> bytes | None:
         """Returns the whole body, or None if the client has left. Raises `ApiError` (408, 413,
         429)."""
-        expects_continue = any(name == b"expect" for name, _ in scope["headers"])
-        declared = max((int(v) for n, v in scope["headers"] if n == b"content-length"), default=0)
+        expects_continue, declared = False, 0
+        for name, value in scope["headers"]:
+            if name == b"content-length":
+                declared = max(declared, int(value))
+            elif name == b"expect":
+                expects_continue = True
         if declared > (MAX_BODY_BYTES if expects_continue else MAX_DISCARDED_BYTES):
             raise error_of("body_too_large", most_bytes=MAX_BODY_BYTES)
-        with self._reading(asyncio.timeout(timeout_s)) as unfinished:
-            try:
-                async with unfinished.timeout:
-                    return await self._read(receive, unfinished)
-            except TimeoutError:
-                if unfinished.has_to_go:
-                    raise _too_many() from None
-                raise error_of("request_timeout", most_s=timeout_s) from None
+        unfinished = _Unfinished(asyncio.timeout(timeout_s))
+        self._unfinished[unfinished] = None
+        try:
+            async with unfinished.timeout:
+                return await self._read(receive, unfinished)
+        except TimeoutError:
+            if unfinished.has_to_go:
+                raise _too_many() from None
+            raise error_of("request_timeout", most_s=timeout_s) from None
+        finally:
+            self._unfinished.pop(unfinished, None)
+            self._drop(unfinished)
 
     async def discard(self, receive: Receive) -> None:
         """Reads what a client sends whose request is refused, for a moment."""
@@ -83,16 +89,6 @@ class Bodies:
         if num_bytes > MAX_BODY_BYTES:
             raise error_of("body_too_large", most_bytes=MAX_BODY_BYTES)
         return bytes(unfinished.body)
-
-    @contextmanager
-    def _reading(self, timeout: asyncio.Timeout) -> Iterator[_Unfinished]:
-        unfinished = _Unfinished(timeout)
-        self._unfinished[unfinished] = None
-        try:
-            yield unfinished
-        finally:
-            self._unfinished.pop(unfinished, None)
-            self._drop(unfinished)
 
     def _make_room(self) -> None:
         excess = self._num_bytes - self._most_bytes

@@ -49,8 +49,10 @@ class RelayedAnswer:
     number: int
     on_start: Callable[[Message], None]  # called with the start of the answer if it arrives here
     _arrived: bytearray = field(default_factory=bytearray)
-    _has_news: asyncio.Event = field(default_factory=asyncio.Event)
-    _ended: asyncio.Event = field(default_factory=asyncio.Event)
+    _is_whole: bool = False
+    # Made with its start, as most answers that come whole have none here
+    _has_news: asyncio.Event | None = None
+    _ended: asyncio.Event | None = None
     _pump: asyncio.Task[None] | None = None
 
     @property
@@ -64,16 +66,18 @@ class RelayedAnswer:
     @property
     def has_ended(self) -> bool:
         """True once the whole answer has arrived."""
-        return self.started and self._ended.is_set()
+        return self.started and self._is_whole
 
     def start(self, message: Message, send: Send) -> None:
         """Starts to pass on the answer, whose start is `message`."""
-        self._pump = asyncio.create_task(self._pass_on(message, send))
+        self._has_news, self._ended = asyncio.Event(), asyncio.Event()
+        self._tell()
+        self._pump = asyncio.create_task(self._pass_on(message, send, self._has_news))
 
     async def end(self) -> bool:
         """Waits until all of a started answer has been passed on. Returns False if its end does not
         arrive."""
-        assert self._pump is not None
+        assert self._pump is not None and self._ended is not None
         try:
             async with asyncio.timeout(END_TIMEOUT_S):
                 await self._ended.wait()
@@ -92,19 +96,26 @@ class RelayedAnswer:
     def put(self, frame: int, data: bytes) -> None:
         if frame == Frame.PART:
             self._arrived += data
-            self._has_news.set()
+            self._tell()
         elif frame == Frame.START:
             self.on_start(_start_message(data))
         elif frame == Frame.END:
-            self._ended.set()
-            self._has_news.set()
+            self._is_whole = True
+            self._tell()
 
-    async def _pass_on(self, message: Message, send: Send) -> None:
+    def _tell(self) -> None:
+        """Wakes who waits for more of a started answer."""
+        if self._has_news is not None and self._ended is not None:
+            self._has_news.set()
+            if self._is_whole:
+                self._ended.set()
+
+    async def _pass_on(self, message: Message, send: Send, has_news: asyncio.Event) -> None:
         await send(message)
-        while self._arrived or not self._ended.is_set():
+        while self._arrived or not self._is_whole:
             if not self._arrived:
-                self._has_news.clear()
-                await self._has_news.wait()
+                has_news.clear()
+                await has_news.wait()
                 continue
             # Several parts at once if the client is slow
             data = bytes(self._arrived[:PASSED_BYTES])
@@ -129,15 +140,19 @@ class Relay:
         self._starting = asyncio.Lock()
 
     async def open(self, *, on_start: Callable[[Message], None]) -> RelayedAnswer:
+        if self._server is None and sys.platform == "linux":
+            await self._listen()
+        number = next(self._numbers)
+        self.answers[number] = RelayedAnswer(self, number, on_start)
+        return self.answers[number]
+
+    async def _listen(self) -> None:
         async with self._starting:
-            if self._server is None and sys.platform == "linux":
+            if self._server is None:
                 loop = asyncio.get_running_loop()
                 self._server = await loop.create_unix_server(
                     lambda: _Incoming(self.answers), _NAME_PREFIX + self.name
                 )
-        number = next(self._numbers)
-        self.answers[number] = RelayedAnswer(self, number, on_start)
-        return self.answers[number]
 
 
 class _Incoming(asyncio.Protocol):

@@ -7,10 +7,10 @@ from http import HTTPStatus
 from itertools import count
 from typing import Any, Literal
 
-from serving.api.answers import Usage, server_sent
 from serving.api.chat import ChatAnswer
-from serving.api.choice_output import Part
 from serving.engine.messages import FinishReason
+from serving.output.answers import Usage, server_sent
+from serving.output.choice_output import Part
 from serving.protocol.errors import ApiError
 from serving.protocol.served_model import ServedModel
 from serving.responses.output import Event, Output
@@ -30,6 +30,7 @@ class ResponseAnswer(ChatAnswer):
         """`reading` are the keywords of `ChatAnswer`."""
         super().__init__(model, **reading)
         self._id = f"resp_{uuid.uuid4().hex}"
+        self.streams_texts = False  # each event has its number
         self._asked = _echo(request)
         self._output = Output()
         self._numbers = count()

@@ -6,6 +6,7 @@ from functools import partial
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
+from serving.api.asked_routes import AskedRoutes
 from serving.api.ingress import CompletionService
 from serving.protocol.errors import ApiError, error_of
 from serving.protocol.protocol import PARSED_AT_ONCE_BYTES, read_request
@@ -15,10 +16,9 @@ from serving.responses.request import ResponseRequest, as_chat
 from serving.responses.words import in_words_of_responses
 
 
-def add_response_routes(app: FastAPI, service: CompletionService) -> None:
+def add_response_routes(app: FastAPI, asked: AskedRoutes, service: CompletionService) -> None:
     """Adds the route that answers as a chat does, and those of what would be stored elsewhere."""
 
-    @app.post(RESPONSES_PATH)
     async def respond(request: Request) -> Response:
         parsed = await read_request(request, ResponseRequest)
         is_small = len(await request.body()) <= PARSED_AT_ONCE_BYTES
@@ -28,6 +28,8 @@ def add_response_routes(app: FastAPI, service: CompletionService) -> None:
             return await service.answer_chat(chat, shape, request)
         except ApiError as error:
             raise in_words_of_responses(error) from None
+
+    asked.add(RESPONSES_PATH, respond)
 
     @app.api_route(f"{RESPONSES_PATH}/{{name:path}}", methods=["GET", "POST", "DELETE"])
     async def stored_response(request: Request) -> Response:

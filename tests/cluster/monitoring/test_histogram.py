@@ -26,6 +26,10 @@ def test_a_histogram_exports_the_same_as_the_clients(values: list[float]) -> Non
         version = f"v{number % 3}"
         own.labels(version=version, model="m").observe(value)
         other.labels(version=version, model="m").observe(value)
+    for each in (0.0, 0.5, 8.0):  # whose sums are exact, in any order
+        own.labels(version="v9", model="m").observe(each, times=3)
+        for _ in range(3):
+            other.labels(version="v9", model="m").observe(each)
     assert exported(ours) == exported(theirs)
     own.remove_by_labels({"version": "v1"})
     other.remove_by_labels({"version": "v1"})

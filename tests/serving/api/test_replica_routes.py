@@ -14,12 +14,12 @@ import pytest
 from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
 from model.text.tokenizer import Tokenizer
 from serving.api.access import AccessRules
-from serving.api.answers import server_sent
 from serving.api.keys import ApiKey
 from serving.delivery.versions import Versions
 from serving.engine.messages import SequenceRequest
 from serving.engine_process.client import EngineClient
 from serving.engine_process.generation import Generation
+from serving.output.answers import server_sent
 from serving.protocol import harmless_fields
 from serving.protocol.protocol import CompletionRequest, choice_seed
 from tests.serving.endpoint_parts import (

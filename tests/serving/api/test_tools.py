@@ -16,9 +16,9 @@ from model.gpt import GPT
 from model.text.chat_format import ChatFormat
 from model.text.tokenizer import Tokenizer
 from serving.api.chat import ChatAnswer
-from serving.api.choice_output import Part
 from serving.delivery.versions import Versions
 from serving.engine.messages import FinishReason
+from serving.output.choice_output import Part
 from serving.protocol.served_model import read_served_model
 from serving.protocol.tool_fields import Tool
 from tests.serving.endpoint_parts import Run, shared_replica

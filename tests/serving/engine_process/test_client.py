@@ -2,6 +2,7 @@
 should not."""
 
 import asyncio
+import math
 import os
 import signal
 import sys
@@ -16,15 +17,16 @@ from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
 from serving.engine.messages import (
     Admission,
-    MessageError,
+    Candidates,
+    FinishReason,
     MetricFamily,
     SequenceRequest,
     StepReport,
     TokenEvent,
     encode_message,
-    parse_message,
 )
 from serving.engine_process.client import EngineClient, EngineDiedError
+from serving.engine_process.report_reader import MessageError, parse_message
 from tests.serving.engine_processes import engine
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -34,6 +36,10 @@ OTHERS: dict[str, object] = {
         events=[REPORT.events[0]._replace(token_id="seven")]
     ),
     "an unknown end": REPORT._replace(events=[REPORT.events[0]._replace(finish_reason="tired")]),
+    "a token without its sequence": REPORT._replace(events=[(7,)]),
+    "a sequence of another kind": REPORT._replace(events=[("three", 7, "length")]),
+    "an end of another kind": REPORT._replace(events=[(3, 7, ["length"])]),
+    "no list of events": [3, *REPORT[1:]],
     "too few figures": REPORT[:3],
     "a share that is a text": REPORT._replace(kv_cache_usage="half"),
     "another kind": {"tokens": [1, 2]},
@@ -60,6 +66,15 @@ def test_messages_of_an_engine_are_told_apart() -> None:
     assert parse_message(encode_message(REPORT)) == REPORT
     admission = Admission([3], 1, 0, [16])
     assert parse_message(encode_message({"admission": admission})) == admission
+    ended = [
+        TokenEvent(4, 2, FinishReason.LENGTH),
+        TokenEvent(5, None, FinishReason.ERROR),
+        TokenEvent(6, 1, None, Candidates(-math.inf, [(1, -math.inf)], 9), [None], "AA=="),
+    ]
+    for events in ([], REPORT.events + ended[:1], REPORT.events + ended):
+        report = REPORT._replace(events=events)
+        assert parse_message(encode_message(report)) == report
+        assert all(type(event) is TokenEvent for event in report.events)
     families = [MetricFamily("vllm:n", "counter", "of", [("vllm:n_total", {"a": "b"}, 1.0)])]
     assert parse_message(encode_message({"metrics": families})) == families
 

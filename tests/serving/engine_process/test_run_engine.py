@@ -32,7 +32,6 @@ from serving.engine.messages import (
     StepReport,
     TokenEvent,
     encode_message,
-    parse_report,
     parse_request,
 )
 from serving.engine.runner import Reading
@@ -40,6 +39,7 @@ from serving.engine.scheduler import Scheduler
 from serving.engine.torch_runner import TorchRunner
 from serving.engine_process.client import EngineClient, EngineDiedError, submission
 from serving.engine_process.generation import Generation
+from serving.engine_process.report_reader import parse_report
 from serving.engine_process.run_engine import Channel, build_engine, run_engine, warm_up
 from tests.repository import REPOSITORY
 from tests.serving.engine_processes import START, engine

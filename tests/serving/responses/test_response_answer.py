@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from model.text.chat_format import ChatFormat
 from model.text.tokenizer import Tokenizer
-from serving.api.choice_output import Part, TokenEntry
 from serving.engine.messages import Candidates, FinishReason
+from serving.output.choice_output import Part, TokenEntry
 from serving.protocol.errors import error_of
 from serving.protocol.served_model import ServedModel, read_served_model
 from serving.responses.answer import ResponseAnswer

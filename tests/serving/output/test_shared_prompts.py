@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from model.generation.sampling_params import SamplingParams
-from serving.api.shared_prompts import SharedPrompts
 from serving.delivery.versions import Versions
 from serving.engine.messages import Candidates, SequenceRequest, TokenEvent
+from serving.output.shared_prompts import SharedPrompts
 from tests.serving.endpoint_parts import Run, metric_sum, shared_replica
 
 PROMPT = [(7 * place) % 250 for place in range(100)]

@@ -1,14 +1,17 @@
 """Turns the engine's events into the text and the tokens of one choice, as soon as they are
 final."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import NamedTuple
 
-from serving.api.detokenizer import Detokenizer
 from serving.engine.messages import Candidates, FinishReason, SequenceRequest, TokenEvent
+from serving.output.detokenizer import Detokenizer
 from serving.protocol.protocol import CompletionRequest
 from serving.protocol.served_model import ServedModel
+
+_TOKEN_ID = itemgetter(TokenEvent._fields.index("token_id"))
 
 
 class TokenEntry(NamedTuple):
@@ -33,6 +36,18 @@ class Part:
     embedding: str | None
 
 
+@dataclass(slots=True)
+class Texts:
+    """Pieces of a choice that are text alone, one for each token."""
+
+    index: int  # of the choice
+    texts: list[str]
+
+    def as_part(self) -> Part:
+        """Returns them as one piece."""
+        return Part(self.index, "".join(self.texts), None, None, None, None, None, None)
+
+
 class ChoiceOutput:
     """The text and the tokens of one choice, as far as they are not given out."""
 
@@ -44,9 +59,11 @@ class ChoiceOutput:
         model: ServedModel,
         *,
         shown: Sequence[str] = (),
+        as_texts: bool = False,
     ) -> None:
-        """The text has the special tokens that are `shown`, and no others."""
-        self._index = index
+        """The text has the special tokens that are `shown`, and no others. With `as_texts` a token
+        may be given out by its text alone where nothing else is asked for."""
+        self.index = index
         self._sequence = sequence
         self._request = request
         self._shown = (*request.stop, *shown)
@@ -59,6 +76,26 @@ class ChoiceOutput:
         is_constrained = sequence.grammar is not None
         self._is_text_begun = is_constrained or model.has_text(sequence.prompt_ids)
         self.num_output_tokens = 0
+        asks_for_scores = request.logprobs is not None or request.prompt_logprobs is not None
+        self._may_be_texts = as_texts and not (
+            asks_for_scores or request.stop or request.return_token_ids
+        )
+        # By token, where tokens now add nothing but their text
+        self._texts: Mapping[int | None, str] | None = None
+
+    def texts_of(self, events: Sequence[TokenEvent]) -> Texts | None:
+        """Returns the texts that events of the choice make final, None where they may make more
+        than that, which `push` takes."""
+        if self._texts is None or events[-1].finish_reason is not None:
+            return None
+        texts = [*map(self._texts.get, map(_TOKEN_ID, events))]
+        if None in texts:
+            texts = [*map(self._model.plain_text, map(_TOKEN_ID, events))]
+        known = [text for text in texts if text is not None]
+        if len(known) < len(texts):
+            return None
+        self.num_output_tokens += len(known)
+        return Texts(self.index, known)
 
     def push(self, event: TokenEvent) -> Part:
         """Returns the part of the choice that this event makes final. It may be empty: a stream has
@@ -78,10 +115,13 @@ class ChoiceOutput:
         if event.finish_reason is not None:
             text += self._detokenizer.finish()
         finish_reason = FinishReason.STOP if self._detokenizer.stopped else event.finish_reason
+        if self._may_be_texts:
+            is_whole = self._is_text_begun and self._detokenizer.is_whole
+            self._texts = self._model.plain_texts if is_whole else None
         all_of_them = finish_reason is not None and not self._detokenizer.stopped
         token_ids = [] if event.token_id is None else [event.token_id]
         return Part(
-            self._index,
+            self.index,
             text,
             None if asked.logprobs is None else self._take_entries(all_of_them=all_of_them),
             finish_reason,
@@ -132,7 +172,7 @@ class ChoiceOutput:
         tokenizer, asked = self._model.tokenizer, self._request
         if tokenizer is None or token_id != tokenizer.bos_id:
             return False
-        prompt = asked.prompt[self._index // asked.n]
+        prompt = asked.prompt[self.index // asked.n]
         if not (asked.parse_special and isinstance(prompt, str)):
             return True
         return place == 0 and not prompt.encode().startswith(tokenizer.token_bytes(token_id))
@@ -151,6 +191,8 @@ class ChoiceOutput:
 def join_parts(parts: list[Part]) -> Part:
     """Returns the whole choice from all its parts."""
     first = parts[0]
+    if len(parts) == 1:
+        return first
     return replace(
         first,
         text="".join(part.text for part in parts),

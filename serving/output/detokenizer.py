@@ -25,6 +25,12 @@ class Detokenizer:
         starts."""
         return self.num_released_chars + len(self._held)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is held, so that whole characters, without stop strings, are final as
+        they come."""
+        return not (self._undecoded or self._held)
+
     def push(self, token: bytes) -> str:
         """Returns the text that this token makes final. Not to be called after `stopped`."""
         self._decode(token)

@@ -1,16 +1,16 @@
 """The JSON of answers, whole or as the events of a stream. chat.py has the shape of chats."""
 
 import base64
+import os
 import time
-import uuid
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
 import orjson
 
-from serving.api.choice_output import Part, TokenEntry
 from serving.engine.messages import Candidates
+from serving.output.choice_output import Part, Texts, TokenEntry
 from serving.protocol.errors import ApiError
 from serving.protocol.served_model import ServedModel
 
@@ -18,6 +18,7 @@ from serving.protocol.served_model import ServedModel
 LINE_ENDS = {end.encode(): b"\\u%04x" % ord(end) for end in ("\u2028", "\u2029", "\x85")}
 
 Usage = dict[str, Any]
+_MARK = os.urandom(16).hex()  # in no other field
 
 
 class Answer(ABC):
@@ -29,11 +30,14 @@ class Answer(ABC):
     PROMPT_FIELD: ClassVar[str] = "prompt"  # of the request
     EMBEDS: ClassVar[bool] = False  # whether it shows the prompts' hidden states
     shown: tuple[str, ...] = ()  # special tokens that its text has, to be read by it
+    # Whether a choice's events, after its first one, differ by their text alone
+    streams_texts: bool = False
 
     def __init__(self, model: ServedModel) -> None:
-        self._id = f"{self.ID_PREFIX}-{uuid.uuid4().hex}"
+        self._id = f"{self.ID_PREFIX}-{os.urandom(16).hex()}"
         self._created = int(time.time())
         self._model = model
+        self._frames: dict[int, tuple[bytes, bytes]] = {}  # by choice
 
     def whole(self, choices: list[Part], usage: Usage) -> dict[str, Any]:
         return self._fields(self.KIND, [self._whole_choice(choice) for choice in choices], usage)
@@ -47,6 +51,16 @@ class Answer(ABC):
         """Returns what `event` has as a stream sends it; nothing where there is nothing to
         send."""
         return server_sent(self.event(parts, usage))
+
+    def sent_texts(self, texts: Texts) -> bytes:
+        """Returns what `sent` gives for each of the texts without a usage, where `streams_texts`
+        is set: the event of a mark, with the text in place of the mark."""
+        if texts.index not in self._frames:
+            marked = Texts(texts.index, [_MARK]).as_part()
+            before, after = self.sent([marked], None).split(orjson.dumps(_MARK))
+            self._frames[texts.index] = before, after
+        before, after = self._frames[texts.index]
+        return before + _on_one_line((after + before).join(map(orjson.dumps, texts.texts))) + after
 
     def sent_end(self) -> bytes:
         """Returns the end of a stream whose answer is whole."""
@@ -110,6 +124,7 @@ class TextAnswer(Answer):
     """The answer of POST /v1/completions."""
 
     ID_PREFIX, KIND, PART_KIND = "cmpl", "text_completion", "text_completion"
+    streams_texts = True
 
     def _whole_choice(self, part: Part) -> dict[str, Any]:
         return {
@@ -167,8 +182,11 @@ class EmbeddingAnswer(Answer):
 
 def server_sent(content: dict[str, Any]) -> bytes:
     """Returns a server-sent event, on one line for every client."""
-    data = orjson.dumps(content)
+    return b"data: %b\n\n" % _on_one_line(orjson.dumps(content))
+
+
+def _on_one_line(data: bytes) -> bytes:
     if not data.isascii():  # each of those ends is more than a byte
         for end, escaped in LINE_ENDS.items():
             data = data.replace(end, escaped)
-    return b"data: %b\n\n" % data
+    return data

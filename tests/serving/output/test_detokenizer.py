@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.api.detokenizer import Detokenizer
+from serving.output.detokenizer import Detokenizer
 
 
 def pieces(

@@ -14,8 +14,10 @@ from model.config import GPTConfig
 from model.generation.sampling_params import SamplingParams
 from model.text.places import Place
 from model.text.tokenizer import Tokenizer
-from serving.api.choice_output import ChoiceOutput, Part, join_parts
+from serving.api.chat import ChatAnswer
 from serving.engine.messages import Candidates, FinishReason, SequenceRequest, TokenEvent
+from serving.output.answers import Answer, TextAnswer
+from serving.output.choice_output import ChoiceOutput, Part, Texts, join_parts
 from serving.protocol.protocol import CompletionRequest
 from serving.protocol.served_model import ServedModel
 from tests.serving.endpoint_parts import loopback_server, replica_app
@@ -133,3 +135,56 @@ def test_a_character_of_several_byte_tokens_arrives_whole() -> None:
     parts = answered(tokenizer, ids, prompt_ids=tokenizer.encode("the"))
     assert "".join(part.text for part in parts) == "fox 🙂!"
     assert "🙂" in [part.text for part in parts]
+
+
+@pytest.mark.parametrize("shape", [TextAnswer, ChatAnswer])
+@pytest.mark.parametrize("kind", ["our own", "llama-2", "wordpiece"])
+def test_tokens_given_out_by_their_texts_make_the_same_answer_byte_by_byte(
+    shape: type[Answer], kind: str, tokenizer: Tokenizer
+) -> None:
+    """Special tokens, characters of several tokens, ends of lines, and what JSON escapes."""
+    if kind != "our own":
+        tokenizer = Tokenizer.from_json(tokenizer_json(kind))
+    model = ServedModel("m", 1, GPTConfig(vocab_size=tokenizer.vocab_size), tokenizer, None, "v")
+    request = CompletionRequest(model="m", prompt=[[1]], stream=True)
+    text = tokenizer.encode('the "fox" 🙂\u2028 naïve\\ \x85 dog')
+    token_ids = [*text, tokenizer.eot_id, *text[:-1], *text, *tokenizer.encode("the") * 9]
+    sequence = SequenceRequest(0, [1], len(token_ids), SamplingParams())
+    events = [TokenEvent(0, token_id) for token_id in token_ids]
+    events[-1] = events[-1]._replace(finish_reason=FinishReason.LENGTH)
+    answer = shape(model)
+    one_by_one = ChoiceOutput(3, sequence, request, model)
+    expected = [answer.sent([one_by_one.push(event)], None) for event in events]
+
+    for size in (1, 3):  # events that come together
+        sent, num_texts = [], 0
+        output = ChoiceOutput(3, sequence, request, model, as_texts=True)
+        for start in range(0, len(events), size):
+            some = events[start : start + size]
+            texts = output.texts_of(some)
+            num_texts += texts is not None
+            if texts is None:
+                sent += [answer.sent([output.push(event)], None) for event in some]
+            else:
+                sent.append(answer.sent_texts(texts))
+        # A chat's first event has a role, which this answer has given to the first choice above
+        assert b"".join(sent[1:]) == b"".join(expected[1:])
+        assert output.num_output_tokens == len(events) and num_texts > 0
+    together = Texts(3, ["the", '"\u2028', "🙂"])
+    assert answer.sent_texts(together) == b"".join(
+        answer.sent_texts(Texts(3, [each])) for each in together.texts
+    )
+
+
+@pytest.mark.parametrize("fields", [{"stop": "x"}, {"logprobs": 0}, {"return_token_ids": True}])
+def test_a_token_of_which_more_is_asked_than_its_text_is_not_given_out_by_it(
+    tokenizer: Tokenizer, fields: dict[str, Any]
+) -> None:
+    model = ServedModel("m", 1, GPTConfig(vocab_size=tokenizer.vocab_size), tokenizer, None, "v")
+    sequence, event = SequenceRequest(0, [1], 9, SamplingParams()), TokenEvent(0, 5)
+    for asked, is_text in ((fields, False), ({}, True)):
+        request = CompletionRequest(model="m", prompt=[[1]], **asked)
+        output = ChoiceOutput(0, sequence, request, model, as_texts=True)
+        assert output.texts_of([event]) is None  # the first says more
+        output.push(event)
+        assert (output.texts_of([event]) is not None) is is_text

@@ -1,0 +1,1 @@
+"""What the engine draws, as text, parts of an answer, and JSON."""
