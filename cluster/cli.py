@@ -29,7 +29,7 @@ from cluster.output.result_text import printable, put
 from cluster.settings.code_folders import code_version, version
 from cluster.settings.parser import ConfigError, FirstManual, Parser
 from cluster.stages.stage_module import exit_on_signal
-from model.errors import UserError
+from raymill.errors import UserError
 
 SECTIONS = (BEGIN, DATA, TRAIN, LOOK, SERVE, CLUSTER)
 COMMANDS = tuple(chain.from_iterable(section.commands for section in SECTIONS))

@@ -38,13 +38,14 @@ from jobs.tokens.token_store import Split, TokenStoreError, read_manifest
 from jobs.tokens.token_stream import TokenStream
 from jobs.tokens.train_tokenizer import TOKENIZER_FILE
 from model.decoder import Decoder
-from model.errors import UserError
-from model.files.checkpoint import load_decoder, parameter_hash
-from model.files.checkpoint_folder import CheckpointError, is_hf_folder, read_metadata
+from model.files.checkpoint import load_decoder
+from model.files.checkpoint_folder import is_hf_folder, read_metadata
 from model.files.hf_config import read_shape
 from model.files.stored_tokenizer import load_tokenizer
 from model.hardware.processor import Device, emulates
 from model.numerics import FP32
+from raymill.errors import CheckpointError, UserError
+from raymill.files.safetensors_file import parameter_hash
 
 _CHECKPOINT_PLACE = re.compile(r"(?P<storage>.+)/runs/[^/]+/checkpoints/step-[^/]+")
 

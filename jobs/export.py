@@ -22,7 +22,6 @@ from model.files.checkpoint import (
 )
 from model.files.checkpoint_folder import (
     MANIFEST,
-    CheckpointError,
     Metadata,
     fingerprint,
     is_adapter,
@@ -34,6 +33,7 @@ from model.files.gguf_file import write_gguf
 from model.files.hf_config import read_shape
 from model.files.stored_tokenizer import load_tokenizer
 from model.signing.signature import SigningKey, sign
+from raymill.errors import CheckpointError
 
 
 def export_gguf(checkpoint: str, destination: str, *, storage_uri: str) -> dict[str, Any]:

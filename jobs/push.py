@@ -12,11 +12,11 @@ from cluster.storage.uris import NotFoundError, StorageError, open_storage
 from jobs.export import export
 from jobs.report.model_card import Origin, model_card
 from jobs.run.history import CONFIG_FILE, recorded_config
-from model.errors import UserError
 from model.files.bounded_text import require_bounded_text
-from model.files.checkpoint_folder import CheckpointError, is_hf_folder, read_metadata
+from model.files.checkpoint_folder import is_hf_folder, read_metadata
 from model.files.hf_config import read_shape
 from model.files.stored_tokenizer import load_tokenizer
+from raymill.errors import CheckpointError, UserError
 
 CARD = "README.md"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")

@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens of each, C = n_embd, V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,27 +14,8 @@ from model.attention import Mask
 from model.config import Shape
 from model.kv_cache import Cache, ModuleCache
 from model.operations import PLAIN, Operations
-from model.shapes import HiddenMatrix, hidden_matrices
-
-
-class Trainable(Protocol):
-    """What a training state asks of a model."""
-
-    rounds_matrices: bool
-    """Whether products alone read the matrices of the blocks, which autocast rounds: in bf16, they
-    may then travel as bf16 numbers, and their gradients are such numbers."""
-
-    @property
-    def hidden_matrices(self) -> Mapping[str, HiddenMatrix]:
-        """The parameters that a rule for matrices updates as such, by name."""
-
-    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """Returns the parameters that are trained, by name, in the model's order."""
-
-    def parameters(self) -> Iterable[nn.Parameter]: ...
-
-    def adopt(self, weights: Mapping[str, Tensor]) -> None:
-        """Makes the tensors themselves the parameters."""
+from model.shapes import hidden_matrices
+from raymill.rules.hidden_matrix import HiddenMatrix
 
 
 class Decoder(nn.Module, ABC):

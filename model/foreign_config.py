@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from model.adapters.lora import Adapter, chosen_targets, linear_layers, put_into, stored_name
-from model.errors import UserError
 from model.tables import pip_line
+from raymill.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

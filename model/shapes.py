@@ -7,19 +7,20 @@ V vocabulary, K tokens of a chunk.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
 from model.architecture import HEAD, Parameter
 from model.config import GPTConfig, Shape, lengths, num_parameters
 from model.foreign_config import ForeignConfig
+from raymill.rules.hidden_matrix import HiddenMatrix, hidden_matrices_by_name
 
 _NUMBER = re.compile(r"\.\d+\.")
 _OF_LAYER = re.compile(r"(^|\.)\d+\.")  # of a parameter that lies in one of several layers
 
 if TYPE_CHECKING:  # shapes are counted without PyTorch
-    from torch import Tensor
+    pass
 
 CHUNK_TOKENS = 1024
 """How many tokens' logits a CPU computes together."""
@@ -171,26 +172,6 @@ def parameter_shapes(config: Shape) -> dict[str, tuple[int, ...]]:
     return {name: _shape(parameter.dims, sides) for name, parameter in parameters(config).items()}
 
 
-@dataclass(frozen=True)
-class HiddenMatrix:
-    """A parameter of a block that multiplies activations: one matrix, or several side by side."""
-
-    shape: tuple[int, int]  # as it is stored, (in, out) or (out, in)
-    axis: int  # along which it is cut
-    sides: tuple[int, ...]  # of the matrices along that axis
-
-    @property
-    def piece_shapes(self) -> list[tuple[int, int]]:
-        rows, columns = self.shape
-        if self.axis == 0:
-            return [(side, columns) for side in self.sides]
-        return [(rows, side) for side in self.sides]
-
-    def cut(self, values: "Tensor") -> "Sequence[Tensor]":
-        """Returns each matrix as a view of the parameter's values (n,)."""
-        return values.view(self.shape).split(self.sides, dim=self.axis)
-
-
 def hidden_matrices(config: Shape) -> dict[str, HiddenMatrix]:
     """Returns the parameters of the blocks that have two sides, by name, in the order of the
     model's `named_parameters`."""
@@ -211,19 +192,6 @@ def hidden_matrices(config: Shape) -> dict[str, HiddenMatrix]:
     for layer in range(config.n_layer):
         for name, matrix in of_block.items():
             matrices[f"{names.prefix}.{names.blocks}.{layer}.{name}"] = matrix
-    return matrices
-
-
-def hidden_matrices_by_name(
-    shapes: Mapping[str, Sequence[int]],
-) -> dict[str, HiddenMatrix]:
-    """Returns the same of a module of which only names and shapes are known. What it stores as one
-    is taken for one matrix."""
-    matrices: dict[str, HiddenMatrix] = {}
-    for name, shape in shapes.items():
-        if len(shape) == 2 and _OF_LAYER.search(name):
-            rows, columns = shape
-            matrices[name] = HiddenMatrix((rows, columns), 0, (rows,))
     return matrices
 
 

@@ -17,7 +17,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from cluster.output.progress import say
 from cluster.output.result_text import counted, printable
-from model.errors import UserError
+from raymill.errors import UserError
 
 POLL_S = 0.5
 # Without a replica that starts or ends in a deployment that has failed: as long as Ray Serve goes

@@ -29,7 +29,7 @@ _SUMMARY = re.compile(r"(\d+) passed")
 def areas() -> list[str]:
     """Returns the areas, in the order of the code's floors."""
     tests = REPOSITORY / "tests"
-    names = ["model"]
+    names = ["raymill", "model"]
     for folder in ("cluster", "jobs", "serving"):
         rooms = [path.name for path in (REPOSITORY / folder).iterdir() if path.is_dir()]
         names += [f"{folder}/{room}" for room in sorted(rooms)]

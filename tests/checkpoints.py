@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.config import GPTConfig, preset_fields
-from model.files.checkpoint import manifest_of, safetensors_pieces, write_checkpoint
+from model.files.checkpoint import manifest_of, write_checkpoint
 from model.files.checkpoint_folder import (
     MANIFEST,
     SHARDED_VERSION,
@@ -20,9 +20,10 @@ from model.files.checkpoint_folder import (
     shard_of,
 )
 from model.files.durable_files import write_file
-from model.files.stored_tensors import stretch_name
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer, train_bpe
+from raymill.files.safetensors_file import safetensors_pieces
+from raymill.files.stored_tensors import stretch_name
 
 DAMAGES = ("flip", "truncate", "remove")
 FILES = (MANIFEST, "model.safetensors", "config.json", "tokenizer.json", "raymill.json")

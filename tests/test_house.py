@@ -26,6 +26,8 @@ MAX_FUNCTION_LINES = 60
 
 CONTRACTS = [contract["name"] for contract in PYPROJECT["tool"]["importlinter"]["contracts"]]
 
+HEART = "the heart knows nothing of what joins it to a run"
+
 # (contract, a file, what is written into it). A file that is not there is made.
 VIOLATIONS = [
     ("the house", "cluster/storage/uris.py", "import jobs.run.ledger"),
@@ -38,17 +40,10 @@ VIOLATIONS = [
     ("every folder of cluster has its floor", "cluster/new_room/__init__.py", ""),
     ("jobs", "jobs/corpus/listing.py", "import jobs.tokens.token_store"),
     ("jobs", "jobs/new_stage.py", ""),
-    (
-        "exact sums stand on the state",
-        "jobs/exact/state/peers.py",
-        "import jobs.exact.sums.step_plan",
-    ),
-    (
-        "exact sums stand on the state",
-        "jobs/exact/rules/muon.py",
-        "import jobs.exact.state.peers",
-    ),
-    ("exact sums stand on the state", "jobs/exact/new_room/__init__.py", ""),
+    ("the house", "raymill/state/sharding.py", "import model.numerics"),
+    (HEART, "raymill/state/peers.py", "import raymill.sums.step_plan"),
+    (HEART, "raymill/rules/muon.py", "import raymill.state.peers"),
+    ("what joins the heart to a run", "jobs/exact/new_room/__init__.py", ""),
     ("serving", "serving/engine/engine.py", "import serving.protocol.errors"),
     ("serving", "serving/new_room/__init__.py", ""),
     ("model", "model/text/tokenizer.py", "import model.files.checkpoint"),
@@ -157,7 +152,8 @@ def test_no_function_is_too_long() -> None:
 def test_an_init_holds_a_docstring_and_nothing_else() -> None:
     inits = [path for path in code_files() if path.name == "__init__.py"]
     assert len(inits) > 20
-    for path in inits:
+    front_door = REPOSITORY / "raymill" / "__init__.py"  # names what users import
+    for path in set(inits) - {front_door}:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         assert ast.get_docstring(tree) and len(tree.body) == 1, path
 
@@ -215,7 +211,7 @@ text = f"{way} and bf16"
     [
         ("model/architecture.py", ARCHITECTURES),
         ("model/numerics.py", NUMERICS),
-        ("jobs/exact/rules/rules.py", get_args(Optimizer)),
+        ("jobs/exact/run_values.py", get_args(Optimizer)),
     ],
     ids=["architecture", "precision", "optimizer"],
 )
@@ -232,12 +228,17 @@ def test_only_its_owner_asks_which_word_a_setting_has(owner: str, words: Collect
 
 
 def only_imports(source: str) -> str:
-    """Returns a file's imports, which are all that import-linter looks at."""
+    """Returns a file's imports, which are all that import-linter looks at, without those that type
+    checkers alone see."""
     tree = ast.parse(source)
+    unseen: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            unseen |= {*ast.walk(node)}
     kept = [
         ast.unparse(node)
         for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
+        if isinstance(node, ast.Import | ast.ImportFrom) and node not in unseen
     ]
     return "\n".join([line for line in kept if line != "from __future__ import annotations"])
 

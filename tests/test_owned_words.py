@@ -8,14 +8,14 @@ from typing import get_args
 import pytest
 
 from cluster.settings.code_folders import CODE_FOLDERS
-from cluster.settings.shard import Shard
-from jobs.exact.rules.adamw import AdamW
-from jobs.exact.rules.muon import Muon
+from raymill.rules.adamw import AdamW
+from raymill.rules.muon import Muon
+from raymill.state.shard import Shard
 from tests.repository import REPOSITORY
 
-SHARD_OWNER = "cluster/settings/shard.py"
-RULE_OWNERS = dict.fromkeys(AdamW.vectors, "jobs/exact/rules/adamw.py") | dict.fromkeys(
-    Muon.matrix_vectors, "jobs/exact/rules/muon.py"
+SHARD_OWNER = "raymill/state/shard.py"
+RULE_OWNERS = dict.fromkeys(AdamW.vectors, "raymill/rules/adamw.py") | dict.fromkeys(
+    Muon.matrix_vectors, "raymill/rules/muon.py"
 )
 
 WORDS = set(get_args(Shard)) - {"none"}

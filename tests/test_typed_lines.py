@@ -16,8 +16,8 @@ import pytest
 
 from cluster.cli import COMMANDS, command_parser
 from cluster.settings.code_folders import CODE_FOLDERS
-from model.errors import UserError
 from model.tables import pip_line, read_table
+from raymill.errors import UserError
 from tests.readmes import READMES
 from tests.reference.markdown import template
 from tests.repository import REPOSITORY

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cluster.commands.command import Argument, Arguments, SettingAs, SettingsOf, Switch
 from cluster.commands.completion import checkpoints, overlays, run_ids
 from cluster.storage.uris import absolute_uri
-from model.errors import UserError
+from raymill.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.settings.run import RunConfig

@@ -39,7 +39,7 @@ from cluster.commands.completion import run_ids
 from cluster.output.progress import say
 from cluster.output.result_text import counted, table
 from cluster.storage.uris import Storage, absolute_uri, open_storage
-from model.errors import UserError
+from raymill.errors import UserError
 
 _PLACE = Argument[str]("uri", "a path, file:// or s3://bucket/prefix", metavar="URI")
 _NODE = Argument[str | None](

@@ -25,7 +25,7 @@ from cluster.output.progress import say
 from cluster.storage.references import checkpoint_uri
 from cluster.storage.registry import named_checkpoint
 from cluster.storage.uris import join_uri, open_storage
-from model.errors import UserError
+from raymill.errors import UserError
 
 _MAX_GATE_CHARS = 1 << 18
 _FOLLOW_S = 2.0

@@ -24,7 +24,7 @@ from cluster.stages.stage import connected, run_stage
 from cluster.storage.uris import Storage
 from jobs.report.make_report import make_report
 from jobs.run.find_run import find_run
-from model.errors import UserError
+from raymill.errors import UserError
 
 PROMPTS = ("ROMEO. But soft, what light", "To be, or not to be,")
 _HASH_DIGITS = 16  # that are printed

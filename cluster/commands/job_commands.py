@@ -46,7 +46,7 @@ from cluster.submission.submit import (
     submit_job,
     view_job,
 )
-from model.errors import UserError
+from raymill.errors import UserError
 
 _STOP_TIMEOUT_S = 90.0
 _LOCAL_POLL_S, _REMOTE_POLL_S = 0.5, 2.0

@@ -46,7 +46,7 @@ from cluster.local.jobs_api import ClusterError
 from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
 from cluster.storage.uris import Storage, StorageError, open_storage
-from model.errors import UserError
+from raymill.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.kube.client import KubeApi

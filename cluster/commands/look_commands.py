@@ -48,7 +48,7 @@ from cluster.output.progress import reports_shown, say
 from cluster.output.result_text import lines
 from cluster.settings.parser import ConfigError
 from cluster.storage.uris import Storage, open_storage
-from model.errors import UserError
+from raymill.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.settings.stages import IndexConfig

@@ -45,7 +45,7 @@ from cluster.commands.train_commands import as_typed, checkpoint_given, named_by
 from cluster.output.progress import say
 from cluster.output.result_text import put
 from cluster.storage.uris import absolute_uri, open_storage
-from model.errors import UserError
+from raymill.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.settings.serve import ServeConfig

@@ -36,7 +36,7 @@ from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
 from cluster.stages.stage_module import STAGES
 from cluster.storage.uris import open_storage, storage_flag
-from model.errors import UserError
+from raymill.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.commands.chaos import Fault

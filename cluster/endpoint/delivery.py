@@ -9,7 +9,7 @@ from cluster.endpoint.endpoint import Endpoint, message_of, raise_for
 from cluster.output.progress import say
 from cluster.storage.registry import LATEST
 from cluster.storage.uris import absolute_uri
-from model.errors import UserError
+from raymill.errors import UserError
 
 POLL_S = 0.5
 SAY_S = 10.0

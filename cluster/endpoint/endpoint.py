@@ -16,7 +16,7 @@ from cluster.endpoint.local_end import cut, entrance_of
 from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
 from cluster.storage.uris import StorageError, open_storage
-from model.errors import UserError
+from raymill.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.settings.serve import ServeConfig

@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 
 from cluster.endpoint.endpoint import Endpoint, raise_for
-from model.errors import UserError
 from model.files.strict_json import strict_json
 from model.signing.receipt import FIELD, checked
+from raymill.errors import UserError
 
 _ROUTES = {
     "text_completion": "/v1/completions",

@@ -11,7 +11,7 @@ from cluster.endpoint.endpoint import url_of
 from cluster.output.result_text import date_of
 from cluster.storage.registry import endpoint_files, served_by
 from cluster.storage.uris import Storage, StorageError, join_uri
-from model.errors import UserError
+from raymill.errors import UserError
 
 _ANSWER_S = 3.0
 

@@ -15,8 +15,8 @@ from cluster.kube.scale import Patch, as_applied
 from cluster.kube.status import KINDS, Object, component_of, full_name
 from cluster.local.jobs_api import ClusterError
 from cluster.output.progress import say
-from model.errors import UserError
 from model.tables import pip_line
+from raymill.errors import UserError
 
 try:
     from kubernetes import config

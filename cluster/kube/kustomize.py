@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from model.errors import UserError
 from model.tables import pip_line
+from raymill.errors import UserError
 
 
 def rendered_overlay(folder: Path, namespace: str | None = None) -> list[dict[str, Any]]:

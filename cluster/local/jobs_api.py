@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from model.errors import UserError
+from raymill.errors import UserError
 
 _TOKEN, _TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _RAYS_PLACE = ".ray/auth_token"  # in the home folder, where Ray itself looks for its token

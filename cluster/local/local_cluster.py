@@ -30,8 +30,8 @@ from cluster.output.result_text import counted, printable
 from cluster.settings.run import RunConfig
 from cluster.settings.stages import EvaluateConfig, IndexConfig
 from cluster.storage.process_identity import die_with_parent, kill, with_descendants
-from model.errors import UserError
 from model.hardware.processor import num_gpus_here
+from raymill.errors import UserError
 
 NODE_NAME_VARIABLE = "RAYMILL_NODE"
 """Environment variable with the node's name, in every process on a local node."""

@@ -22,7 +22,7 @@ from grafana_api.grafana_face import GrafanaFace
 from cluster.monitoring.files import Json, data_source
 from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
-from model.errors import UserError
+from raymill.errors import UserError
 
 URL_VARIABLE, TOKEN_VARIABLE, TOKEN_FILE_VARIABLE = (
     "GRAFANA_URL",

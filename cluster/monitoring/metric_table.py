@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Literal, get_args
 
 import yaml
 
@@ -66,25 +65,3 @@ def metrics() -> dict[str, Metric]:
         for kind, by_name in by_kind.items()
         for name, fields in by_name.items()
     }
-
-
-Phase = Literal[
-    "load",
-    "forward",
-    "loss",
-    "backward",
-    "sync",
-    "update",
-    "snapshot",
-    "checkpoint",
-    "validation",
-    "statistics",
-]
-PHASES: tuple[str, ...] = get_args(Phase)
-"""Parts of a training step: `loss` is the head and its cross-entropy, with their gradient; `sync`
-is the part of the exchange that is not overlapped."""
-COMPUTING = ("forward", "loss", "backward", "update")
-"""Those in which a worker waits for nobody: on a CPU its thread has a processor all the time, unless
-other programs take it."""
-REST, UNTIMED = "stall", "step"
-"""The time that no phase claims; the only phase of a step that an earlier version did not time."""

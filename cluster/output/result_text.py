@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
-from model.errors import UserError
+from raymill.errors import UserError
 
 
 def put(text: str, stream: TextIO | None = None) -> None:

@@ -1,10 +1,10 @@
-"""The four code folders, wherever they are installed: version, hash, and a copy for a job."""
+"""The code folders, wherever they are installed: version, hash, and a copy for a job."""
 
 import hashlib
 import shutil
 from pathlib import Path
 
-CODE_FOLDERS = ("model", "cluster", "jobs", "serving")
+CODE_FOLDERS = ("raymill", "model", "cluster", "jobs", "serving")
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
 """The folder that holds them: the repository, or `site-packages`."""

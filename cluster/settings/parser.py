@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, Never
 
-from model.errors import UserError
+from raymill.errors import UserError
 
 
 class ConfigError(UserError):

@@ -30,7 +30,6 @@ from cluster.settings.amounts import gpu_or_not, require_own_gpu
 from cluster.settings.batch_schedule import BatchSchedule
 from cluster.settings.data import DataConfig
 from cluster.settings.setting import Settings, setting
-from cluster.settings.shard import WHOLE, Shard, divided_by
 from cluster.settings.train import Compute, TrainConfig
 from cluster.storage.uris import Storage, StorageError, open_storage, split_uri
 from model.adapters.lora import Adapter
@@ -40,6 +39,7 @@ from model.foreign_config import ForeignConfig
 from model.numerics import Precision
 from model.signing.floor import NO_FLOOR, Floor, utc_time
 from model.signing.signature import Trusted, trusted_by_file
+from raymill.state.shard import WHOLE, Shard, divided_by
 
 CONFIG = "config"
 """The setting that names a config.json, or has its content."""

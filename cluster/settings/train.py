@@ -12,7 +12,7 @@ Compute = Literal["plain", "compiled", "cpu"]
 """Ways to compute a training step."""
 
 Optimizer = Literal["adamw", "muon"]
-"""The rules that update weights: `jobs.exact.rules.rules` makes each."""
+"""The rules that update weights: `raymill.rules.rules` makes each."""
 
 
 class TrainConfig(ShapingSettings):

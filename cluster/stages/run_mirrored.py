@@ -29,7 +29,7 @@ from cluster.stages.stage_module import HOPELESS, MISUSED, parse_result, stage_n
 from cluster.storage.lease import Lease, LeaseHeldError
 from cluster.storage.process_identity import die_with_parent
 from cluster.storage.uris import Storage, StorageError, open_storage
-from model.errors import UserError
+from raymill.errors import UserError
 
 _LINE_BYTES = 64 << 10  # longer ones are cut into several
 _PIPE_TIMEOUT_S = 5.0  # a process that outlives the stage may hold the pipe open

@@ -43,8 +43,8 @@ from cluster.stages.stage_module import (
     parse_result,
 )
 from cluster.storage.uris import StorageError, open_storage
-from model.errors import UserError
 from model.hardware.processor import num_gpus_here
+from raymill.errors import UserError
 
 _POLL_S = 0.5
 _NO_AGENT = "No available agent"

@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 from cluster.output.result_text import forget_closed_terminal
-from model.errors import UserError
+from raymill.errors import UserError
 
 STAGES = {
     "tokenize": "jobs.tokenize_corpus",

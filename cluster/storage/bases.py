@@ -7,13 +7,8 @@ from pathlib import Path
 
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage, open_storage
-from model.files.checkpoint_folder import (
-    MANIFEST,
-    CheckpointError,
-    is_adapter,
-    is_hf_folder,
-    read_metadata,
-)
+from model.files.checkpoint_folder import MANIFEST, is_adapter, is_hf_folder, read_metadata
+from raymill.errors import CheckpointError
 
 BASES = "bases/"
 

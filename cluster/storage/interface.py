@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from model.errors import UserError
 from model.tables import read_table
+from raymill.errors import UserError
 
 HF = "hf://"
 """Scheme of the Hugging Face Hub."""

@@ -7,7 +7,8 @@ from cluster.storage.freshness import named_step
 from cluster.storage.interface import Storage
 from cluster.storage.registry import LATEST
 from cluster.storage.uris import absolute_uri, open_storage
-from model.files.checkpoint_folder import MANIFEST, CheckpointError
+from model.files.checkpoint_folder import MANIFEST
+from raymill.errors import CheckpointError
 
 _RUN = re.compile(r"(?P<run>[A-Za-z0-9][A-Za-z0-9._-]{0,63})(@(?P<step>\d+))?")
 

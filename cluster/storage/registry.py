@@ -41,7 +41,6 @@ from cluster.storage.uris import (
 )
 from model.files.checkpoint_folder import (
     MANIFEST,
-    CheckpointError,
     Metadata,
     fingerprint,
     is_hf_folder,
@@ -50,6 +49,7 @@ from model.files.checkpoint_folder import (
     verify_checkpoint,
 )
 from model.signing.signature import FloorError, SignatureError, Trusted, check
+from raymill.errors import CheckpointError
 
 LATEST = "latest"
 ENDPOINTS = "endpoints/"

@@ -14,7 +14,7 @@ from cluster.settings.run import RunConfig
 from cluster.storage.interface import HF
 from cluster.storage.uris import NotFoundError, glob_uris, open_storage
 from cluster.submission.storage_check import check_storage
-from model.errors import UserError
+from raymill.errors import UserError
 
 
 class AdmissionError(UserError):

@@ -16,7 +16,7 @@ from cluster.settings.flags import read_config
 from cluster.settings.run import RunConfig
 from cluster.stages.stage import connected, run_stage
 from cluster.stages.stage_module import exit_on_signal
-from model.errors import UserError
+from raymill.errors import UserError
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from cluster.submission.backend import JobBackend
 from cluster.submission.kuberay_backend import KubeJobs
 from cluster.submission.local_backend import LocalJobs
 from cluster.submission.record import Backend, JobRecord, JobState, read_record, write_record
-from model.errors import UserError
+from raymill.errors import UserError
 
 _SUBMITTING_S = 60.0
 """Age up to which a job that its backend does not know counts as one that is just being

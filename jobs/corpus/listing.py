@@ -13,7 +13,7 @@ from cluster.output.progress import say
 from cluster.output.result_text import counted
 from cluster.settings.data import TOKENS
 from cluster.storage.uris import Entry, absolute_uri, glob_uris, pinned
-from model.errors import UserError
+from raymill.errors import UserError
 
 _KINDS = (".txt", ".jsonl", ".csv", ".parquet")
 _COMPRESSIONS = (".gz", ".zst")

@@ -16,7 +16,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 from ray.util.annotations import RayDeprecationWarning
 
 from jobs.corpus.chunks import Chunk
-from model.errors import UserError
+from raymill.errors import UserError
 
 _WORKER_DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 _MAX_RETRIES = 3  # Ray Data would retry a file that crashes its reader forever

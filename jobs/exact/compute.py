@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from cluster.settings.run import RunConfig, way_to_compute
-from jobs.exact.state.gathered_weights import GatheredWeights
 from model.attention import Mask, document_mask, document_positions, packed_documents
 from model.cpu_ops import operations as cpu_ops
 from model.decoder import Decoder
 from model.foreign_config import ForeignConfig
 from model.linear_cross_entropy import IGNORE_INDEX
 from model.operations import PLAIN, compiled, product_type, recomputed, use_operations
+from raymill.state.gathered_weights import GatheredWeights
 
 
 class MicroBatch(NamedTuple):
@@ -46,7 +46,7 @@ def choose_operations(
     if config.train.recompute:
         ops = recomputed(ops)
     if gathered:
-        ops = gathered.operations(ops)
+        ops = ops._replace(block=gathered.in_turn(ops.block))
     use_operations(model, ops)
 
 

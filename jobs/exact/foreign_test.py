@@ -17,11 +17,11 @@ from jobs.exact.compute import autocast, choose_operations
 from model.decoders.adapted import AdaptedModel
 from model.decoders.foreign import ForeignModel, refusing
 from model.decoders.make import new_decoder
-from model.errors import UserError
 from model.foreign_config import ForeignConfig, ForeignModelError
 from model.linear_cross_entropy import IGNORE_INDEX
 from model.operations import compilations, is_of_compiler, product_type
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS
+from raymill.errors import UserError
 
 _SEED = 1
 _NUM_ROWS, _ROW_TOKENS = 2, 32

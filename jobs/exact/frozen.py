@@ -3,7 +3,7 @@
 On a CPU they are the base's file itself, mapped into memory: the workers of a node share its pages,
 and the system may drop them. A GPU has a copy. Where `scaling.shard` divides weights, each worker
 has its own parts, and gathers the rest block by block, as it would weights that are trained
-(`jobs.exact.state.gathered_weights`).
+(`raymill.state.gathered_weights`).
 """
 
 from pathlib import Path
@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from jobs.exact.state.flat_layout import FlatLayout
-from jobs.exact.state.gathered_weights import GatheredWeights
-from jobs.exact.state.peers import Peers
-from jobs.exact.state.sharding import Sharding
-from jobs.exact.state.span import PackedSpans
 from jobs.run.base import ALIGNMENT_BYTES
-from jobs.workers.worker_group import WorkerGroup
 from model.decoders.adapted import AdaptedModel, FrozenWeights
 from model.files.checkpoint import stored_weights
 from model.files.checkpoint_folder import WEIGHTS
-from model.files.stored_tensors import stored_in
-from model.training.training_memory import large_zeros
+from raymill.files.stored_tensors import stored_in
+from raymill.memory import large_zeros
+from raymill.state.flat_layout import FlatLayout
+from raymill.state.gathered_weights import GatheredWeights
+from raymill.state.peers import Peers
+from raymill.state.sharding import Sharding
+from raymill.state.span import PackedSpans
+from raymill.workers.worker_group import WorkerGroup
 
 
 def freeze(

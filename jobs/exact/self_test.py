@@ -22,19 +22,20 @@ import torch
 from torch import Tensor
 
 from cluster.settings.run import RunConfig, seq_len, way_to_compute
-from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.compute import micro_batch
 from jobs.exact.foreign_test import one_graph_of_each_kind, test_foreign
-from jobs.exact.state.train_state import ALONE, TrainState
+from jobs.exact.run_state import run_state
+from jobs.exact.step_gradient import step_gradient
 from jobs.exact.untested import why_untested
-from jobs.run.step_timer import StepTimer
 from jobs.tokens.batch_plan import Indices
 from model.config import GPTConfig, Shape
 from model.decoder import Decoder
 from model.decoders.make import new_decoder
-from model.errors import UserError
 from model.foreign_config import ForeignConfig, layer_of
 from model.operations import PLAIN, use_operations
+from raymill.errors import UserError
+from raymill.state.train_state import ALONE
+from raymill.step_timer import StepTimer
 
 _MOST_LONGER = 10.0
 """How many times as long, or as short, dropout that drops nearly nothing may make a gradient."""
@@ -242,8 +243,8 @@ def _what(name: str, device: torch.device) -> str:
 
 def _gradients(config: RunConfig, device: torch.device) -> dict[str, Tensor]:
     """Returns the gradient of a step by parameter, on the CPU, as training computes it."""
-    state = TrainState(_model(config), config.train, device=device)
-    gradient = BatchGradient(
+    state = run_state(_model(config), config.train, device=device)
+    gradient = step_gradient(
         config,
         state,
         _Rows(config),  # type: ignore[arg-type]

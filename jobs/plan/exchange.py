@@ -13,20 +13,21 @@ from functools import lru_cache, partial
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, state_scaling
-from jobs.exact.state.division import seats_of
-from jobs.exact.state.doubling import gather_messages, teams_to_gather
-from jobs.exact.state.flat_layout import NUM_SENDINGS, FlatLayout
-from jobs.exact.state.messages import (
+from jobs.exact.run_values import run_sharding
+from jobs.plan.formulas import FP32_BYTES
+from jobs.plan.update import update_bytes, update_flops
+from raymill.state.division import seats_of
+from raymill.state.doubling import gather_messages, teams_to_gather
+from raymill.state.flat_layout import NUM_SENDINGS, FlatLayout
+from raymill.state.messages import (
     Message,
     joined,
     numbers_of_sendings,
     sizes_of_bundles,
 )
-from jobs.exact.state.sharding import Sharding
-from jobs.exact.sums.exact_reduce import subtrees_of_ranks
-from jobs.exact.sums.teams import TeamPlan, team_plan
-from jobs.plan.formulas import FP32_BYTES
-from jobs.plan.update import update_bytes, update_flops
+from raymill.state.sharding import Sharding
+from raymill.sums.exact_reduce import subtrees_of_ranks
+from raymill.sums.teams import TeamPlan, team_plan
 
 MESSAGE_S = 5e-6
 """Seconds that a message between two GPUs takes besides its bytes: an assumption, of the order of
@@ -122,7 +123,7 @@ def exchange(
     sharded, nothing hides what is sent for the next step.
     """
     train = config.train
-    sharding = Sharding.of(state_scaling(config), rank=0, world_size=world_size)
+    sharding = run_sharding(state_scaling(config), rank=0, world_size=world_size)
     group = sharding.group_size
     lanes_of_group = math.ceil(num_lanes / sharding.num_groups)
     passes = math.ceil(lanes_of_group * train.micro_batches_per_lane / group)

@@ -20,10 +20,8 @@ from cluster.settings.run import (
     with_precision,
 )
 from cluster.settings.train import TrainConfig
-from jobs.exact.state.flat_layout import FlatLayout
-from jobs.exact.state.sharding import Sharding
-from jobs.exact.sums.audit import cost_of_audits, steps_between
-from jobs.exact.sums.step_plan import StepPlan
+from jobs.exact.audits.audit import cost_of_audits, steps_between
+from jobs.exact.run_values import run_sharding
 from jobs.plan.exchange import Exchange, exchange
 from jobs.plan.formulas import (
     DAY_S,
@@ -41,6 +39,8 @@ from jobs.plan.table import sections, table, warned, what_matters
 from jobs.plan.update import stored_bytes, update_flops
 from jobs.tokens.token_store import token_dtype
 from model.config import flops_per_token, num_active_parameters, num_parameters
+from raymill.state.flat_layout import FlatLayout
+from raymill.sums.step_plan import StepPlan
 
 
 def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _computing(config: RunConfig, options: PlanConfig, count: int) -> dict[str, 
 def _audits(config: RunConfig, count: int) -> dict[str, Any]:
     """Returns how often so many GPUs check one another, what that costs of a step's time, and in
     how many steps a GPU is found that is wrong in one lane of a hundred."""
-    sharding = Sharding.of(state_scaling(config), rank=0, world_size=count)
+    sharding = run_sharding(state_scaling(config), rank=0, world_size=count)
     lanes = batch_schedule(config).full_lanes
     every_steps = config.train.audit_every_steps
     if not config.train.exact or every_steps == 0 or sharding.num_groups > lanes:
@@ -271,7 +271,7 @@ def _checkpoint(
     config: RunConfig, options: PlanConfig, count: int, step_s: float
 ) -> dict[str, float]:
     num_bytes = stored_bytes(config)
-    writers = Sharding.of(state_scaling(config), rank=0, world_size=count).num_holders
+    writers = run_sharding(state_scaling(config), rank=0, world_size=count).num_holders
     cost_s = num_bytes / writers / options.hardware.host_bytes_per_s
     mtbf_s = mean_time_between_failures_s(options.mtbf_gpu_hours, count)
     store_s = storing_s(num_bytes, options, writers=writers)

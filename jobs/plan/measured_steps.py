@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.monitoring.metric_table import COMPUTING
 from cluster.output.progress import report_progress
 from cluster.settings.run import RunConfig, batch_schedule, seq_len
-from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.state.train_state import TrainState
+from jobs.exact.run_state import run_state
+from jobs.exact.step_gradient import step_gradient
 from jobs.plan.pace import NUM_STEPS, Pace
-from jobs.run.step_timer import StepTime, StepTimer
-from jobs.workers.worker_group import WorkerGroup
 from model.config import flops_per_token
 from model.decoders.make import initial_weights, new_decoder
-from model.training.training_memory import keep_freed_memory
+from raymill.memory import keep_freed_memory
+from raymill.phases import COMPUTING
+from raymill.step_timer import StepTime, StepTimer
+from raymill.workers.worker_group import WorkerGroup
 
 _MOST_S = 15.0
 """Time after which no other step is measured."""
@@ -111,8 +111,8 @@ def _measured(config: RunConfig) -> list[StepTime]:
     times: list[StepTime] = []
     began_s = time.monotonic()
     with _as_a_worker(config.scaling.threads_per_worker):
-        state = TrainState(model, config.train, device=torch.device("cpu"), group=group)
-        gradient = BatchGradient(config, state, rows, group, eot_id=None)
+        state = run_state(model, config.train, device=torch.device("cpu"), group=group)
+        gradient = step_gradient(config, state, rows, group, eot_id=None)
         try:
             state.load_weights(initial_weights(config.model, config.train.seed))
             timer = StepTimer()

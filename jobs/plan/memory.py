@@ -18,13 +18,7 @@ from cluster.settings.run import (
     way_to_compute,
     with_precision,
 )
-from jobs.exact.rules.rules import matrix_costs, update_rule
-from jobs.exact.state.flat_layout import PIECE_VALUES, FlatLayout
-from jobs.exact.state.messages import sizes_of_bundles
-from jobs.exact.state.sharding import Sharding
-from jobs.exact.sums.exact_reduce import subtrees_of_ranks
-from jobs.exact.sums.step_plan import StepPlan
-from jobs.exact.sums.teams import team_plan
+from jobs.exact.run_values import run_sharding, update_rule
 from jobs.plan.exchange import product_bytes
 from jobs.plan.formulas import FP32_BYTES
 from jobs.plan.update import most_optimizer_bytes, most_values, state_bytes
@@ -36,6 +30,13 @@ from model.config import GPTConfig, Shape
 from model.foreign_config import ForeignConfig
 from model.numerics import NUMERICS
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, hidden_matrices, parameter_shapes
+from raymill.rules.rules import matrix_costs
+from raymill.state.flat_layout import PIECE_VALUES, FlatLayout
+from raymill.state.messages import sizes_of_bundles
+from raymill.state.sharding import Sharding
+from raymill.sums.exact_reduce import subtrees_of_ranks
+from raymill.sums.step_plan import StepPlan
+from raymill.sums.teams import team_plan
 
 PROCESS_BYTES = 0.5e9
 """Memory of Python, PyTorch and Ray in a worker that trains a tiny model (measured: 0.4 to 0.5
@@ -58,7 +59,7 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int) -> dic
     weights of two decoder blocks, and, as gradients on their way to their owners, about those of
     one.
     """
-    sharding = Sharding.of(state_scaling(config), rank=0, world_size=world_size)
+    sharding = run_sharding(state_scaling(config), rank=0, world_size=world_size)
     per_lane = config.train.micro_batches_per_lane
     width = product_bytes(config)
     group = sharding.group_size
@@ -103,7 +104,7 @@ def _frozen(config: RunConfig, *, world_size: int) -> dict[str, float]:
             base = FlatLayout.of(config.model.base.parameter_shapes)
         case _:
             return {}
-    sharding = Sharding.of(config.scaling, rank=0, world_size=world_size)
+    sharding = run_sharding(config.scaling, rank=0, world_size=world_size)
     if not sharding.divided.values:
         return {"frozen": float(FP32_BYTES * base.size)}
     blocks = [*map(len, base.decoder_blocks)]
@@ -193,7 +194,7 @@ def host_memory(
     pieces of each GPU's copies (`exact/state/host_copies`)."""
     state = state_bytes(config, layout)
     num_ranks = min(world_size, gpus_per_node)
-    holders = Sharding.of(state_scaling(config), rank=0, world_size=world_size).num_holders
+    holders = run_sharding(state_scaling(config), rank=0, world_size=world_size).num_holders
     shares = state * (num_ranks / holders if holders > 1 else 1.0)
     are_copied = holders == world_size > gpus_per_node
     return {

@@ -5,13 +5,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.monitoring.metric_table import COMPUTING
 from cluster.settings.run import RunConfig, batch_schedule, seq_len
 from cluster.storage.uris import open_storage
 from jobs.run.history import recorded_config
 from jobs.run.ledger import LEDGER, Ledger, Line
 from model.config import num_parameters, shape_differences
-from model.errors import UserError
+from raymill.errors import UserError
+from raymill.phases import COMPUTING
 
 NUM_STEPS = 10
 """Steps from which on a pace is one."""

@@ -9,8 +9,7 @@ from typing import Any
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, batch_schedule, seq_len, state_scaling, with_precision
-from jobs.exact.state.flat_layout import FlatLayout
-from jobs.exact.state.sharding import Sharding
+from jobs.exact.run_values import run_sharding
 from jobs.plan.exchange import exchange
 from jobs.plan.formulas import (
     TEXT_BYTES_PER_TOKEN,
@@ -25,6 +24,7 @@ from jobs.plan.update import state_bytes
 from jobs.snapshots.choice import interval
 from jobs.tokens.token_store import token_dtype
 from model.config import flops_per_token
+from raymill.state.flat_layout import FlatLayout
 
 WORLD_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -59,7 +59,7 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
     moved = exchange(config, layout, options, world_size=size, num_lanes=lanes, lane_s=lane_s)
     compute_s, step_s = moved.compute_s, moved.step_s
 
-    sharding = Sharding.of(state_scaling(config), rank=0, world_size=size)
+    sharding = run_sharding(state_scaling(config), rank=0, world_size=size)
     state = state_bytes(config, layout)
     holders = sharding.num_holders
     # A piece moves while another one is written

@@ -4,11 +4,12 @@ bytes of what the rule keeps beside them."""
 from math import prod
 
 from cluster.settings.run import RunConfig
-from jobs.exact.rules.rules import matrices_of, update_rule, vectors_of
-from jobs.exact.state.flat_layout import FlatLayout
-from jobs.exact.state.span import PackedSpans
+from jobs.exact.run_values import update_rule
 from jobs.plan.formulas import FP32_BYTES
 from model.shapes import hidden_matrices, parameter_shapes
+from raymill.rules.rules import matrices_of, vectors_of
+from raymill.state.flat_layout import FlatLayout
+from raymill.state.span import PackedSpans
 
 
 def update_flops(config: RunConfig) -> float:

@@ -11,12 +11,12 @@ from functools import cached_property
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, batch_schedule, seq_len
-from jobs.exact.state.flat_layout import FlatLayout
 from jobs.plan.exchange import exchange
 from jobs.plan.formulas import parameter_flops
 from jobs.plan.memory import layout_of
 from model.config import flops_per_token, num_active_parameters
 from model.hardware.gpus import GPUS
+from raymill.state.flat_layout import FlatLayout
 
 _ACCELERATOR = "accelerator_type:"
 """Prefix of the resource by which Ray names a node's GPUs."""

@@ -39,8 +39,8 @@ from jobs.run.find_run import begun_ledger
 from jobs.run.history import recorded_config
 from jobs.run.ledger import Ledger
 from jobs.training.mixed_hardware import hardware, settle_rounding
-from model.errors import UserError
 from model.signing.signature import SigningKey, Trusted, TrustedSigner, sign_files
+from raymill.errors import UserError
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
 """Shares of forged intervals, for which the report says how likely the audit has missed them."""

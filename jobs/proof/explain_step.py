@@ -32,10 +32,11 @@ from jobs.training.guards import decide
 from jobs.training.open_attempt import Hopeless, open_attempt
 from jobs.training.train_loop import take_steps
 from jobs.workers.heartbeat import Pulse
-from jobs.workers.worker_group import Meeting, WorkerGroup
-from model.errors import UserError
+from jobs.workers.new_meeting import new_meeting
 from model.linear_cross_entropy import IGNORE_INDEX
 from model.text.tokenizer import Tokenizer
+from raymill.errors import UserError
+from raymill.workers.worker_group import WorkerGroup
 
 STANDS_OUT = 1.5
 """A row's loss, or a lane's gradient norm, stands out from so many times the median of all."""
@@ -88,7 +89,7 @@ def _require_known_bits(
 def _before(plan: RunPlan, step: int, opened: ExitStack) -> Attempt:
     """Takes the steps before this one. Returns the attempt that comes to it; a rollback on the way
     ends another one."""
-    group = WorkerGroup(0, 1, Meeting())
+    group = WorkerGroup(0, 1, new_meeting())
     while True:
         attempt_open = opened.enter_context(ExitStack())
         attempt = open_attempt(plan, group, attempt_open, signals=lambda: None)

@@ -12,7 +12,7 @@ from jobs.corpus.documents import Document, Drop, read_documents
 from jobs.corpus.listing import CorpusError, corpus_file
 from jobs.tokens.document_map import DocumentMap, ShardDocuments
 from jobs.tokens.token_store import DropSample
-from model.errors import UserError
+from raymill.errors import UserError
 
 _SHOWN_FILES = 3
 _AMONG_OTHERS = (

@@ -9,7 +9,7 @@ from jobs.proof.replay_run import replay
 from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.find_run import begun_ledger
 from jobs.run.ledger import Ledger
-from model.errors import UserError
+from raymill.errors import UserError
 
 
 def replay_around_loss(run: Storage) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from jobs.tokens.token_store import TOKENIZER, TokenStoreError
 from jobs.training.guards import GuardState
 from jobs.training.train_loop import train
 from jobs.workers.rendezvous import backend
-from model.errors import UserError
+from raymill.errors import UserError
 
 
 def replay_steps(run: Storage, *, steps: str, workers: int) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from cluster.output.progress import say
 from cluster.storage.registry import named_checkpoint
 from cluster.storage.uris import Storage, open_storage
 from jobs.run.training_statement import training_of
-from model.files.checkpoint_folder import MANIFEST, CheckpointError, verify_checkpoint
+from model.files.checkpoint_folder import MANIFEST, verify_checkpoint
 from model.signing.signature import MODEL, TRAINING, Signer, sign
+from raymill.errors import CheckpointError
 
 
 def sign_checkpoint(reference: str, key: Signer, *, storage_uri: str) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from cluster.output.progress import progress
-from jobs.run.step_timer import StepTimer
 from jobs.training.attempt import Attempt
+from raymill.observer import StepObserver
+from raymill.step_timer import StepTimer
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,14 @@ class TakenStep:
     update: Tensor  # (P,): by how much it changes the weights
 
 
-class GradientNorm:
+class GradientNorm(StepObserver):
     """Sees the gradients of a turn, and adds up their squares."""
 
     def __init__(self, device: torch.device) -> None:
         self._squares = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, name: str, gradient: Tensor) -> None:
-        self._squares += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+    def gradient(self, numbers: object, name: str, values: Tensor) -> None:
+        self._squares += torch.linalg.vector_norm(values, dtype=torch.float64).square()
 
     @property
     def norm(self) -> float:
@@ -67,6 +68,7 @@ class StepParts:
         config = attempt.plan.config
         self._attempt, self._step, self._timer = attempt, step, StepTimer()
         self._state, self._gradient = attempt.state, attempt.gradient
+        self._passes = attempt.gradient.passes
         self._before = {name: flat.clone() for name, flat in self._state.parts.items()}
         self._rows_at_once = config.train.micro_batch_size
         self._lane_size = attempt.schedule.lane_size
@@ -84,7 +86,7 @@ class StepParts:
         """Takes the step, without the tokens of some samples, and takes its update back."""
         state = self._state
         num_updates = state.num_updates
-        with self._gradient.leaving_out(left_out):
+        with self._passes.leaving_out(left_out):
             measured = self._gradient.of_step(self._step, self._timer)
         state.apply(norm=measured.norm, learning_rate=self._attempt.rate(self._step))
         update = state.values - self._before["values"]
@@ -95,7 +97,7 @@ class StepParts:
 
     def lanes(self, *, num_counted: int) -> list[Lane]:
         """Returns all lanes of the step, which together counts so many tokens."""
-        to_step = self._gradient.scale(self._step, num_counted)
+        to_step = self._passes.scale(self._step, num_counted)
         lanes: list[Lane] = []
         with (
             progress("measuring lanes", total=self.num_lanes, unit="lanes") as advance,
@@ -103,7 +105,7 @@ class StepParts:
         ):
             for number in range(self.num_lanes):
                 loss, norm, count = self._measured(number)
-                to_lane = self._gradient.scale(self._step, count)
+                to_lane = self._passes.scale(self._step, count)
                 lane = Lane(number, loss * to_lane, loss * to_step, norm * to_lane, count)
                 lanes.append(lane)
                 advance(1)
@@ -116,7 +118,7 @@ class StepParts:
         losses: list[tuple[float, int]] = []
         with self._state.weights_in_use():
             for number in range(len(self.samples) // size):
-                losses += self._gradient.losses_of(self._step, number, whole_rows)
+                losses += self._passes.losses_of(self._step, number, whole_rows)
         rows: list[Row] = []
         for place, (loss, count) in enumerate(losses):
             lane, in_lane = divmod(place, self._lane_size)
@@ -127,23 +129,23 @@ class StepParts:
     def grad_norm_of(self, row: Row) -> float:
         """Returns the norm of the gradient of a row's own loss."""
         others = {*self.samples_of_lane(row.lane)} - {row.sample}
-        with self._state.weights_in_use(), self._gradient.leaving_out(others):
+        with self._state.weights_in_use(), self._passes.leaving_out(others):
             _, norm, count = self._measured(row.lane)
-        return norm * self._gradient.scale(self._step, count)
+        return norm * self._passes.scale(self._step, count)
 
     def losses_within(self, row: Row, spans: Iterable[Sequence[int]]) -> list[float]:
         """Returns the loss of stretches of a row's targets, in nats per token that counts."""
         number, in_batch = divmod(row.sample - self.samples.start, self._rows_at_once)
         pieces = [(in_batch, slice(*span)) for span in spans]
         with self._state.weights_in_use():
-            losses = self._gradient.losses_of(self._step, number, pieces)
+            losses = self._passes.losses_of(self._step, number, pieces)
         return [loss / max(1, count) for loss, count in losses]
 
     def _measured(self, lane: int) -> tuple[float, float, int]:
         """Returns a lane's loss and its gradient's norm, both as the passes have them, and how many
         tokens count."""
         seen = GradientNorm(self._state.device)
-        loss, count = self._gradient.of_lane(self._step, lane, seen, self._timer).tolist()
+        loss, count = self._gradient.exact.of_lane(self._step, lane, seen, self._timer).tolist()
         return loss, seen.norm, int(count)
 
 

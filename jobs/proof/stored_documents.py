@@ -15,9 +15,9 @@ from jobs.corpus.text_borders import cut_text
 from jobs.proof.missing_documents import nothing_of_file, nothing_there, unknown_file
 from jobs.tokens.document_map import DocumentMap, MappedDocument, check_of
 from jobs.tokens.token_store import Shard
-from model.errors import UserError
 from model.text.bulk_encoder import PlainEncoder
 from model.text.tokenizer import Tokenizer
+from raymill.errors import UserError
 
 _FIRST_TOKENS = 32  # of a document, to be shown
 _FIRST_CHARS = 60

@@ -47,9 +47,9 @@ from jobs.tokens.store_comparison import (
 )
 from jobs.tokens.token_store import TOKENIZER, Manifest, Shard, canonical_json, read_manifest
 from jobs.tokens.train_tokenizer import ensure_tokenizer, load_tokenizer
-from model.errors import UserError
 from model.text.chat import format_to_train
 from model.text.tokenizer import Tokenizer
+from raymill.errors import UserError
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 

@@ -36,8 +36,8 @@ from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.tokens.document_map import DocumentMap, MappedDocument, NoDocumentMapError
 from jobs.tokens.shard_reader import Piece
 from jobs.tokens.token_store import TOKENIZER, read_manifest
-from model.errors import UserError
 from model.text.tokenizer import Tokenizer
+from raymill.errors import UserError
 
 _SHOWN_TURNS = 40  # to people; --json has all
 _READERS = 16  # threads: from S3, a document's front is little but waiting

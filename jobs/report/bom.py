@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from model.config import Shape, num_parameters
-from model.errors import UserError
 from model.files.checkpoint_folder import Metadata, manifest_files
 from model.tables import pip_line
+from raymill.errors import UserError
 
 FILE = "bom.cdx.json"
 

@@ -14,10 +14,10 @@ from cluster.storage.uris import Storage, join_uri
 from jobs.report.page import PHASES, TEXT, new_figure, png, titled
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.history import recorded_config
-from model.errors import UserError
 from model.files.checkpoint import load_decoder
 from model.files.checkpoint_folder import read_metadata
 from model.insight.probes import TASKS, probe
+from raymill.errors import UserError
 
 _LOOKS = {
     "copy": ("o-", PHASES[1]),

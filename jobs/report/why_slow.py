@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from cluster.monitoring.metric_table import COMPUTING, PHASES, REST
 from cluster.storage.uris import Storage
 from jobs.run.find_run import begun_ledger
 from jobs.run.history import lost_steps
@@ -16,6 +15,7 @@ from jobs.run.ledger import Ledger
 from jobs.run.storage_retry import not_stored
 from jobs.training.rank_phases import RankTime, from_fields, stragglers
 from model.tables import read_table
+from raymill.phases import COMPUTING, PHASES, REST
 
 LEAST_SHARE = 0.1
 """Share of the wall time from which something other than computing is worth fixing."""

@@ -10,7 +10,7 @@ from jobs.run.ledger import LEDGER, Ledger, Line
 from jobs.run.signed_lines import shown_ledger
 from jobs.tokens.division import Division, HeldOut
 from jobs.tokens.token_store import MANIFEST, Manifest, TokenStoreError
-from model.errors import UserError
+from raymill.errors import UserError
 
 
 def find_run(reference: str, storage_uri: str) -> Storage:

@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 
-from cluster.monitoring.metric_table import PHASES, REST, UNTIMED
 from cluster.output.result_text import counted
 from cluster.settings.flags import validate_config
 from cluster.settings.run import RunConfig, max_steps, with_precision
@@ -18,6 +17,7 @@ from cluster.storage.registry import LATEST
 from cluster.storage.uris import Storage
 from jobs.run.ledger import Interruption, Ledger, Line
 from model.config import GPTConfig, shape_differences
+from raymill.phases import PHASES, REST, UNTIMED
 
 CONFIG_FILE = "config.yaml"
 ASSUMED_PRICES = {"GPU": 2.0, "CPU": 0.05}  # dollars per hour: round numbers near what clouds ask

@@ -26,7 +26,7 @@ from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.ledger import LEDGER, Ledger
 from jobs.tokens.token_store import MANIFEST, SOURCES, read_manifest
-from model.errors import UserError
+from raymill.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from jobs.run.ledger_chain import KEY as CHAIN
 from jobs.run.ledger_chain import encoded, hash_of, head_of
 from jobs.run.storage_retry import LEDGER_LINES, Outage, node_spool, patiently
 from jobs.run.writer_generation import Fence
-from model.errors import UserError
+from raymill.errors import UserError
 
 LEDGER = "ledger.jsonl"
 

@@ -23,7 +23,7 @@ from model.files.checkpoint import manifest_of
 from model.files.durable_files import sync
 from model.files.failpoints import failpoint
 from model.files.state_hash import COUNT, WORDS, StoredState, read_state, words_of
-from model.files.stored_tensors import StoredTensors
+from raymill.files.stored_tensors import StoredTensors
 
 Reports = list[dict[str, Any]]
 

@@ -14,8 +14,9 @@ from jobs.run.ledger_chain import chain_of
 from jobs.run.signed_lines import newest_stated_line, shown_ledger
 from jobs.tokens.document_map import DOCUMENTS
 from jobs.tokens.token_store import SOURCES, TOKENIZER, TokenStoreError
-from model.files.checkpoint_folder import CheckpointError, Metadata, fingerprint, read_metadata
+from model.files.checkpoint_folder import Metadata, fingerprint, read_metadata
 from model.signing.signature import TRAINING_TYPE
+from raymill.errors import CheckpointError
 
 
 def training_of(checkpoint: str, folder: Path, *, ledger: Ledger | None = None) -> dict[str, Any]:

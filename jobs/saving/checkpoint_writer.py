@@ -18,15 +18,8 @@ import torch
 from torch import Tensor
 
 from cluster.storage.uris import StorageError
-from jobs.exact.state.host_copies import HostCopy
-from jobs.exact.state.train_state import TrainState
-from jobs.exact.stored_state import (
-    checksum_of,
-    cut_up,
-    fill,
-    vectors_by_name,
-    words_of_share,
-)
+from jobs.exact.run_state import decoder_of
+from jobs.exact.stored_state import checksum_of, cut_up, fill, words_of_share
 from jobs.run.checkpoints import checkpoint_name
 from jobs.run.storage_retry import Outage
 from jobs.saving.publisher import Publisher, read_back
@@ -35,6 +28,9 @@ from model.files.checkpoint import NotFiniteError, write_checkpoint
 from model.files.checkpoint_folder import Metadata, verify_checkpoint
 from model.files.state_hash import COUNT, StateHashes, words_in
 from model.text.tokenizer import Tokenizer
+from raymill.state.host_copies import HostCopy
+from raymill.state.stored_state import vectors_by_name
+from raymill.state.train_state import TrainState
 
 _POLL_S = 0.05
 _MOST_COPIES = 2  # of the last state, where the first one was damaged
@@ -99,7 +95,7 @@ class CheckpointWriter(SavingThread[Copy, Spooled]):
         copy = state.copies.start("checkpoint", [*state.parts.values()], partial(fill, flat))
         write = partial(
             write_checkpoint,
-            config=state.decoder.config,
+            config=decoder_of(state).config,
             state=weights,
             tokenizer=self._tokenizer,
             metadata=metadata,

@@ -1,11 +1,11 @@
 """The saver of a replay, which is compared by the hash of its state at each checkpoint, and stores
 nothing."""
 
-from jobs.exact.state.train_state import TrainState
 from jobs.exact.stored_state import hashes_of_state
 from jobs.run.ledger import LedgerWriter
-from jobs.workers.worker_group import WorkerGroup
 from model.files.checkpoint_folder import Metadata
+from raymill.state.train_state import TrainState
+from raymill.workers.worker_group import WorkerGroup
 
 
 class HashRecorder:

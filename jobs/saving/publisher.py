@@ -17,7 +17,6 @@ from model.config import Shape
 from model.files.checkpoint import descriptions
 from model.files.checkpoint_folder import (
     MANIFEST,
-    CheckpointError,
     Metadata,
     fingerprint,
     manifest_files,
@@ -28,6 +27,7 @@ from model.files.checkpoint_folder import (
 from model.files.state_hash import WORDS, StateHashes, StoredState, state_in
 from model.shapes import parameter_shapes
 from model.text.tokenizer import Tokenizer
+from raymill.errors import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@ that store nothing."""
 
 from typing import Protocol
 
-from jobs.exact.state.train_state import TrainState
 from model.files.checkpoint_folder import Metadata
+from raymill.state.train_state import TrainState
 
 
 class Saver(Protocol):

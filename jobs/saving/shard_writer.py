@@ -19,21 +19,23 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from jobs.exact.state.host_copies import HostCopy
-from jobs.exact.state.sharding import Sharding
-from jobs.exact.state.train_state import TrainState
-from jobs.exact.stored_state import cut_up, fill, own_stretches, words_of_share
+from jobs.exact.stored_state import cut_up, fill, words_of_share
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.sharded_checkpoints import Reports, ShardedCheckpoint
 from jobs.run.storage_retry import Outage, tell_nobody
 from jobs.saving.publisher import Publisher
 from jobs.saving.saving_thread import SavingThread
-from jobs.workers.worker_group import WorkerGroup
 from model.config import Shape
-from model.files.checkpoint import NotFiniteError, check_finite, safetensors_pieces
+from model.files.checkpoint import NotFiniteError, check_finite
 from model.files.checkpoint_folder import TRAIN_STATE, WEIGHTS, Metadata
 from model.files.durable_files import write_file
 from model.text.tokenizer import Tokenizer
+from raymill.files.safetensors_file import safetensors_pieces
+from raymill.state.host_copies import HostCopy
+from raymill.state.sharding import Sharding
+from raymill.state.stored_state import own_stretches
+from raymill.state.train_state import TrainState
+from raymill.workers.worker_group import WorkerGroup
 
 _POLL_S = 0.05
 

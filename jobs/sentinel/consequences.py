@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Protocol, assert_never
 
 from cluster.storage.uris import Storage, open_storage
-from jobs.exact.sums.audit import Shown
+from jobs.exact.audits.audit import Shown
 from jobs.run.ledger import Ledger, LedgerWriter, Line
 from jobs.run.storage_retry import patiently
 from jobs.run.writer_generation import Fence

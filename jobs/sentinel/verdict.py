@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from jobs.exact.sums.audit import Audit, Shown
-from jobs.exact.sums.excerpt import Repeated, ShownSum
+from jobs.exact.audits.audit import Audit, Shown
+from jobs.exact.audits.excerpt import Repeated, ShownSum
 
 
 class What(StrEnum):

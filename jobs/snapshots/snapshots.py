@@ -22,9 +22,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster.output.progress import say
-from jobs.exact.state.host_copies import HostCopy
-from jobs.exact.state.span import PackedSpans, Span
-from jobs.exact.state.train_state import StatePiece, TrainState
 from jobs.exact.stored_state import MOST_TRIES, damaged_state
 from jobs.snapshots.choice import (
     Holding,
@@ -38,7 +35,10 @@ from jobs.snapshots.choice import (
 )
 from jobs.snapshots.keepers import CHUNK_BYTES, NoRoom, ask_patiently, fetch, find_keepers, read_s
 from jobs.snapshots.slots import Bytes, Checksum, Header, Slots
-from jobs.workers.worker_group import WorkerGroup
+from raymill.state.host_copies import HostCopy
+from raymill.state.span import PackedSpans, Span
+from raymill.state.train_state import StatePiece, TrainState
+from raymill.workers.worker_group import WorkerGroup
 
 NUM_SHARES = {"cuda": 8, "cpu": 1}
 """Shares of a state that is not sharded, by the kind of device. The GPUs of a node copy at the same

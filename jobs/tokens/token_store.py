@@ -18,8 +18,8 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from cluster.storage.uris import NotFoundError, Storage
-from model.errors import UserError
 from model.text.chat_format import ChatFormat
+from raymill.errors import UserError
 
 FORMAT_VERSION, CHAT_VERSION = 2, 3  # of text, and of conversations, whose ids may be negative
 _FORMAT_WITH_LISTS = 4  # of either

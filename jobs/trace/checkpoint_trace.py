@@ -23,8 +23,8 @@ from jobs.trace.learning import Learning
 from jobs.trace.spans import SearchedStore, Span, find_spans, num_covered
 from jobs.trace.trace_index import TRACE
 from jobs.trace.windows import Ids
-from model.errors import UserError
 from model.text.token_bytes import TokenizerError
+from raymill.errors import UserError
 
 _NEAR = Path.home() / ".cache/raymill/trace"
 _NEAR_BYTES = 8 << 30

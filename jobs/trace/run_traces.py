@@ -21,7 +21,7 @@ from jobs.trace.checkpoint_trace import (
     Question,
     RefusedError,
 )
-from model.errors import UserError
+from raymill.errors import UserError
 
 LOW_PRIORITY = 10  # gets a tenth of a core that the engine wants too
 MEMORY_BYTES = 2 << 30  # of its own; files that are mapped do not count

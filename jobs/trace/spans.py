@@ -28,7 +28,7 @@ from jobs.trace.windows import (
     chosen_windows,
     plain_ids,
 )
-from model.errors import UserError
+from raymill.errors import UserError
 
 MOST_TEXT_TOKENS = 1 << 15
 _MOST_PLACES = 1 << 14  # of a window, that are looked at

@@ -21,7 +21,7 @@ from jobs.trace.learning import Learning
 from jobs.trace.spans import SearchedStore, Span, find_spans, num_covered
 from jobs.trace.trace_index import TraceIndexError
 from jobs.trace.windows import Ids
-from model.errors import UserError
+from raymill.errors import UserError
 
 MOST_PLACES = 1000
 """Places of a span that are listed, each with its document and steps."""

@@ -6,10 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.settings.run import BatchSchedule, RunConfig, cooldown_tokens, max_steps, warmup_tokens
-from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.state.train_state import TrainState
-from jobs.exact.sums.silent_faults import corrupt
-from jobs.exact.sums.step_totals import Measured
+from jobs.exact.audited_gradient import AuditedGradient, AuditedStep
+from jobs.exact.audits.silent_faults import corrupt
 from jobs.run.run_plan import RunPlan
 from jobs.saving.saver import Saver
 from jobs.snapshots.snapshots import Snapshots
@@ -27,9 +25,10 @@ from jobs.training.sentinel import Sentinel
 from jobs.training.step_record import StepRecord
 from jobs.training.validation import Validator
 from jobs.workers.preemption import Notice, Notices
-from jobs.workers.worker_group import WorkerGroup
 from model.files.checkpoint_folder import Metadata
 from model.training.optimizer import learning_rate
+from raymill.state.train_state import TrainState
+from raymill.workers.worker_group import WorkerGroup
 
 
 @dataclass
@@ -46,7 +45,7 @@ class Attempt:
     guard: GuardState  # belongs to `state`
     manifest: Manifest  # of the tokens to train on
     schedule: BatchSchedule
-    gradient: BatchGradient
+    gradient: AuditedGradient
     sentinel: Sentinel
     validator: Validator
     record: StepRecord
@@ -79,7 +78,7 @@ class Attempt:
             cooldown_tokens=cooldown_tokens(config),
         )
 
-    def measure(self, step: int) -> Measured | None:
+    def measure(self, step: int) -> AuditedStep | None:
         """Puts the gradient of the step's whole batch into the state's buffer. Returns its figures,
         and None where a worker was found wrong and the run must go back. Raises what
         `Sentinel.cleared` does."""
@@ -93,7 +92,7 @@ class Attempt:
         # Before the data is blamed, somebody else computes it
         return self.sentinel.asked_again(step, measured, reason, timer) if reason else measured
 
-    def update(self, step: int, measured: Measured) -> Decision | None:
+    def update(self, step: int, measured: AuditedStep) -> Decision | None:
         """Decides what to do with the step's gradient, and applies it where that is the decision.
 
         At a step that saves, weights that are not finite turn the decision into a rollback. Returns

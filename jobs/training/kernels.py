@@ -16,9 +16,9 @@ from jobs.exact.untested import UntestedError
 from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
 from jobs.training.mixed_hardware import Hardware
-from jobs.workers.worker_group import WorkerGroup
-from model.errors import UserError
 from model.foreign_config import ForeignModelError
+from raymill.errors import UserError
+from raymill.workers.worker_group import WorkerGroup
 
 
 class Prepared(NamedTuple):

@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.exact.state.train_state import TrainState
-from jobs.run.step_timer import StepTimer
-from jobs.workers.worker_group import WorkerGroup
+from jobs.exact.run_state import decoder_of
 from model import foreign_config
 from model.architecture import ParameterNames
 from model.config import GPTConfig, Shape
 from model.foreign_config import ForeignConfig
+from raymill.state.train_state import TrainState
+from raymill.step_timer import StepTimer
+from raymill.workers.worker_group import WorkerGroup
 
 
 class LayerStatistics:
@@ -27,7 +28,7 @@ class LayerStatistics:
         self, state: TrainState, group: WorkerGroup, timer: StepTimer, *, every_steps: int
     ) -> None:
         self._state, self._group, self._timer, self._every_steps = state, group, timer, every_steps
-        self._layer_of = _layers_by_name(state.decoder.config)
+        self._layer_of = _layers_by_name(decoder_of(state).config)
         layers = [self._layer_of(name) for name, _ in state.model.named_parameters()]
         self._layers = list(dict.fromkeys(layers))
         self.fields: dict[str, Any] | None = None

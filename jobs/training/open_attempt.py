@@ -16,10 +16,11 @@ from cluster.local.local_cluster import NODE_NAME_VARIABLE
 from cluster.settings.run import RunConfig, batch_schedule, state_scaling, way_to_compute
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.registry import metadata_of
-from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.audited_gradient import AuditedGradient
 from jobs.exact.frozen import freeze
-from jobs.exact.state.sharding import Sharding
-from jobs.exact.state.train_state import TrainState
+from jobs.exact.run_state import run_state
+from jobs.exact.run_values import run_sharding
+from jobs.exact.step_gradient import step_gradient
 from jobs.exact.stored_state import restored
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import Ledger, void
@@ -59,12 +60,13 @@ from jobs.workers.incident_notes import write_down
 from jobs.workers.left_out_nodes import KUBERNETES_NODE_VARIABLE
 from jobs.workers.placement import at_odds
 from jobs.workers.preemption import Notices, Signals
-from jobs.workers.worker_group import WorkerGroup
 from model.decoders.adapted import AdaptedModel
 from model.decoders.make import initial_weights, new_decoder
-from model.files.checkpoint_folder import CheckpointError
 from model.text.tokenizer import Tokenizer
-from model.training.training_memory import keep_freed_memory
+from raymill.errors import CheckpointError
+from raymill.memory import keep_freed_memory
+from raymill.state.train_state import TrainState
+from raymill.workers.worker_group import WorkerGroup
 
 
 @dataclass(frozen=True)
@@ -171,9 +173,8 @@ def _continued(
     eot_id = tokenizer.start_id if config.train.document_mask else None
     validator = _validator(plan, state, group, tokenizer, eot_id=eot_id, tell=tell)
     nodes = () if start.unlike else workers.nodes
-    gradient = BatchGradient(
-        config, state, train_rows, group, eot_id=eot_id, nodes=nodes, doubtful=start.doubtful
-    )
+    of_steps = step_gradient(config, state, train_rows, group, eot_id=eot_id)
+    gradient = AuditedGradient(of_steps, state, group, nodes=nodes, doubtful=start.doubtful)
     opened.callback(gradient.close)
     notices = Notices(plan.run, group, signals)
     opened.callback(notices.close)
@@ -394,13 +395,15 @@ def _state_without_values(
     config = plan.config
     with torch.device("meta"):
         model = new_decoder(config.model)
-    divide = partial(Sharding.of, rank=group.rank, world_size=group.world_size, nodes=workers.nodes)
+    divide = partial(
+        run_sharding, rank=group.rank, world_size=group.world_size, nodes=workers.nodes
+    )
     frozen = None
     if isinstance(model, AdaptedModel):
         assert plan.base is not None, "an adapter stands on a base"
         folder = patiently(partial(plan.base.folder, config.storage.uri), "the base")
         frozen = freeze(model, folder, device=device, sharding=divide(config.scaling), group=group)
-    return TrainState(
+    return run_state(
         model,
         config.train,
         device=device,

@@ -5,9 +5,9 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.monitoring.metric_table import PHASES, REST
-from jobs.run.step_timer import StepTime
-from jobs.workers.worker_group import WorkerGroup
+from raymill.phases import PHASES, REST
+from raymill.step_timer import StepTime
+from raymill.workers.worker_group import WorkerGroup
 
 WINDOW_STEPS = 10
 

@@ -15,8 +15,9 @@ from jobs.run.storage_retry import patiently
 from jobs.run.writer_generation import Fence
 from jobs.saving.publisher import Publisher, checkpoint_fields, published_in
 from model.config import shape_differences
-from model.files.checkpoint_folder import CheckpointError, verify_checkpoint
+from model.files.checkpoint_folder import verify_checkpoint
 from model.files.hf_config import read_shape
+from raymill.errors import CheckpointError
 
 _NOT_PROVEN = "a worker that computed for it was found wrong, and its steps were taken again"
 

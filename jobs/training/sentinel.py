@@ -10,15 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.state.train_state import TrainState
-from jobs.exact.stored_state import hash_of_weights
-from jobs.exact.sums.audit import Shown, holders_of
-from jobs.exact.sums.checksum import checksums_of_state, from_halves, halves_of
-from jobs.exact.sums.excerpt import Repeated
-from jobs.exact.sums.step_totals import Measured
+from jobs.exact.audited_gradient import AuditedGradient, AuditedStep
+from jobs.exact.audits.audit import Shown, holders_of
+from jobs.exact.audits.checksum import checksums_of_state, from_halves, halves_of
+from jobs.exact.audits.excerpt import Repeated
 from jobs.run.run_plan import RunPlan
-from jobs.run.step_timer import StepTimer
 from jobs.sentinel.consequences import Audited, AuditedAttempt, Consequences, Decision
 from jobs.sentinel.measures import Measure
 from jobs.sentinel.proven_part import NOT_AUDITED
@@ -38,8 +34,11 @@ from jobs.sentinel.verdict import (
 )
 from jobs.training.kernels import tested_again
 from jobs.training.run_writer import RunWriter
-from jobs.workers.worker_group import WorkerGroup
-from model.errors import UserError
+from raymill.errors import UserError
+from raymill.state.stored_state import hash_of_weights
+from raymill.state.train_state import TrainState
+from raymill.step_timer import StepTimer
+from raymill.workers.worker_group import WorkerGroup
 
 
 class CorruptionError(Exception):
@@ -53,7 +52,7 @@ class Sentinel:
     def __init__(
         self,
         plan: RunPlan,
-        gradient: BatchGradient,
+        gradient: AuditedGradient,
         state: TrainState,
         group: WorkerGroup,
         attempt: AuditedAttempt,
@@ -79,7 +78,7 @@ class Sentinel:
             self.proven = replace(attempt.proven, to_step=attempt.proven.to_step or 0)
             self._tell_publisher()
 
-    def cleared(self, step: int, measured: Measured, timer: StepTimer) -> Measured | None:
+    def cleared(self, step: int, measured: AuditedStep, timer: StepTimer) -> AuditedStep | None:
         """Returns the figures of a step in which nothing is in dispute any more, and None where the
         run must go back. Raises `CorruptionError` where a worker's node has no part in the run any
         more, and `UserError` where nobody can tell who is wrong."""
@@ -103,8 +102,8 @@ class Sentinel:
         return measured
 
     def asked_again(
-        self, step: int, first: Measured, reason: str, timer: StepTimer
-    ) -> Measured | None:
+        self, step: int, first: AuditedStep, reason: str, timer: StepTimer
+    ) -> AuditedStep | None:
         """Takes a step again whose figures cannot be trusted, for the reason given, and has another
         rank compute each of its lanes too. Returns the figures that stand: the same ones where the
         data is at fault, and others where a worker was wrong. Returns None, and raises, as
@@ -217,7 +216,7 @@ class Sentinel:
             self._prove(step)
         return bool(goes_back)
 
-    def _verdict(self, step: int, measured: Measured, timer: StepTimer) -> Verdict:
+    def _verdict(self, step: int, measured: AuditedStep, timer: StepTimer) -> Verdict:
         verdict = of_copies(measured.shown, holders=self._holders)
         if not verdict.is_clean:
             return verdict  # wrong weights have wrong gradients
@@ -235,9 +234,9 @@ class Sentinel:
         sharding, vectors = self._state.sharding, next(iter(self._state.vectors))
         return [holders_of(sharding, "values"), holders_of(sharding, vectors)]
 
-    def _taking(self, measured: Measured, answers: Sequence[int | None]) -> Taking:
+    def _taking(self, measured: AuditedStep, answers: Sequence[int | None]) -> Taking:
         figures = (measured.loss, measured.norm, measured.num_counted)
-        return Taking(figures, self._gradient.losses(), answers)
+        return Taking(figures, self._gradient.exact.losses(), answers)
 
     def _prove(self, step: int) -> None:
         """Has the run be proven up to a step, also where that is an earlier one."""
@@ -254,7 +253,7 @@ class Sentinel:
             began_s=self._began_s,
             last_alike=self._last_alike,
             every_steps=self._gradient.audits.every_steps,
-            num_turns=self._gradient.num_turns(max(step, 1)),
+            num_turns=len(self._gradient.plan(max(step, 1)).turns),
         )
 
     def _carried_out(self, step: int, corruptions: Sequence[Corruption]) -> Measure:

@@ -7,19 +7,20 @@ from typing import Any
 import torch
 
 from cluster.settings.run import batch_schedule, seq_len
-from jobs.exact.state.train_state import TrainState
-from jobs.exact.stored_state import hash_of_weights
-from jobs.exact.sums.step_totals import Measured
+from jobs.exact.audited_gradient import AuditedStep
 from jobs.run.run_plan import RunPlan
-from jobs.run.step_timer import CudaClock, StepTimer
 from jobs.sentinel.consequences import AuditedAttempt
 from jobs.sentinel.proven_part import NOT_AUDITED, ProvenPart
 from jobs.training.layer_statistics import LayerStatistics
 from jobs.training.rank_phases import WINDOW_STEPS, RankPhases, as_fields
 from jobs.training.run_writer import RunWriter
-from jobs.workers.worker_group import WorkerGroup
 from model.config import flops_per_token
 from model.hardware.gpus import gpu_of
+from model.operations import compilations
+from raymill.state.stored_state import hash_of_weights
+from raymill.state.train_state import TrainState
+from raymill.step_timer import CudaClock, StepTimer
+from raymill.workers.worker_group import WorkerGroup
 
 _NOT_TRAINING = ("validation", "checkpoint")
 
@@ -45,7 +46,10 @@ class StepRecord:
         self.line: dict[str, Any] | None = None
         """The last step's line, which every rank has; None where the step was skipped."""
         self._phases = RankPhases(group)
-        self.timer = StepTimer(CudaClock() if state.device.type == "cuda" else None)
+        self.timer = StepTimer(
+            CudaClock() if state.device.type == "cuda" else None,
+            num_compiled=lambda: compilations.number,
+        )
         self.layers = LayerStatistics(
             state, group, self.timer, every_steps=train.layer_statistics_every_steps
         )
@@ -53,7 +57,7 @@ class StepRecord:
     def write(
         self,
         step: int,
-        measured: Measured,
+        measured: AuditedStep,
         *,
         lr: float,
         skipped: str = "",

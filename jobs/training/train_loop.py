@@ -15,10 +15,11 @@ from jobs.training.open_attempt import Hopeless, open_attempt
 from jobs.training.sentinel import CorruptionError
 from jobs.workers.failures import is_lost_peer
 from jobs.workers.heartbeat import Pulse
+from jobs.workers.new_meeting import new_meeting
 from jobs.workers.preemption import Notice, Signals
 from jobs.workers.watchdog import Place
-from jobs.workers.worker_group import Meeting, WorkerGroup
 from model.files.failpoints import pause
+from raymill.workers.worker_group import Meeting, WorkerGroup
 
 
 def train(
@@ -36,7 +37,7 @@ def train(
     `meeting` is the round in which the workers met. `pulse` shows a watchdog where this worker is.
     `signals` returns what changes when its process is warned of its end.
     """
-    group = WorkerGroup(rank, world_size, meeting or Meeting())
+    group = WorkerGroup(rank, world_size, meeting or new_meeting())
     pulse = pulse or Pulse({})
     pulse.meeting = group.meeting
     # A rollback is a restart without Ray Train

@@ -15,14 +15,15 @@ from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, seq_len
 from cluster.settings.train import TrainConfig
 from jobs.exact.compute import autocast, micro_batch, num_counted
-from jobs.exact.state.train_state import TrainState
+from jobs.exact.run_state import decoder_of
 from jobs.run.storage_retry import patiently
 from jobs.tokens.token_stream import TokenStream
-from jobs.workers.worker_group import WorkerGroup
 from model.decoder import Decoder
 from model.generation.generate import generate
 from model.generation.sampling_params import SamplingParams
 from model.text.tokenizer import Tokenizer
+from raymill.state.train_state import TrainState
+from raymill.workers.worker_group import WorkerGroup
 
 SAMPLE_TOKENS = 64
 
@@ -89,7 +90,7 @@ class Validator:
         completed: list[dict[str, str]] = []
         if self._group.rank == 0 or self._state.gathered:
             with self._state.weights_in_use(), autocast(self._config, self._state.device):
-                completed = samples(self._state.decoder, self._tokenizer, self._config.train)
+                completed = samples(decoder_of(self._state), self._tokenizer, self._config.train)
         sets = {"sets": by_set} if by_set else {}
         self._tell("validation", step=step, **figures, **sets, samples=completed)
         return {name: value if math.isfinite(value) else None for name, value in figures.items()}
@@ -113,7 +114,7 @@ def measured(
     # Each element has one contributor, so the all-reduce adds only zeros and rounds nothing.
     # losses, and tokens counted
     figures = torch.zeros(2, len(batches), dtype=torch.float64, device=state.device)
-    state.decoder.eval()
+    decoder_of(state).eval()
     with state.weights_in_use():
         for first in range(0, len(batches), group.world_size):
             index = first + group.rank
@@ -124,12 +125,14 @@ def measured(
             batch = batches[min(index, len(batches) - 1)]
             read = patiently(lambda: rows.rows(batch), "tokens")  # noqa: B023 (called at once)
             with autocast(config, state.device):
-                loss = state.decoder.loss(
-                    *micro_batch(read, config, state.device, eot_id=eot_id)
-                ).double()
+                loss = (
+                    decoder_of(state)
+                    .loss(*micro_batch(read, config, state.device, eot_id=eot_id))
+                    .double()
+                )
             if index < len(batches):
                 figures[0, index], figures[1, index] = loss, num_counted(read[1])
-    state.decoder.train()
+    decoder_of(state).train()
     figures = figures.cpu()  # over gloo, which fails where a worker is lost
     if group.world_size > 1:
         with group.message():

@@ -17,13 +17,12 @@ from cluster.settings.run import RunConfig, adapted, require_computed, run_stora
 from cluster.storage.bases import base_folder, find_base
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage, open_storage
-from jobs.exact.rules.rules import matrices_of, update_rule, vectors_of
-from jobs.exact.stored_state import stored_name
+from jobs.exact.run_values import update_rule
 from jobs.run.base import ALIGNMENT_BYTES, BASE_FILE, Base, recorded_base
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.history import CONFIG_FILE, recorded_config
 from model.config import GPTConfig, Shape, shape_differences
-from model.files.checkpoint import load_decoder, parameter_hash, write_checkpoint
+from model.files.checkpoint import load_decoder, write_checkpoint
 from model.files.checkpoint_folder import MANIFEST, Metadata
 from model.files.durable_files import move_into_place
 from model.files.hf_config import read_shape
@@ -31,6 +30,9 @@ from model.files.saved_parameters import saved_parameters
 from model.files.stored_tokenizer import load_tokenizer
 from model.shapes import hidden_matrices, parameter_shapes
 from model.text.tokenizer import Tokenizer
+from raymill.files.safetensors_file import parameter_hash
+from raymill.rules.rules import matrices_of, vectors_of
+from raymill.state.stored_state import stored_name
 
 
 def like_its_source(config: RunConfig) -> RunConfig:

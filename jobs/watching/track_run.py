@@ -17,8 +17,8 @@ from jobs.run.find_run import begun_ledger
 from jobs.run.history import flattened, recorded_config
 from jobs.run.ledger import Ledger, LedgerTail, Line
 from jobs.watching.run_metrics import curve_samples
-from model.errors import UserError
 from model.tables import pip_line
+from raymill.errors import UserError
 
 _INTERVAL_S = 2.0
 _MLFLOW_BATCH = 1000  # values of a request that MLflow takes

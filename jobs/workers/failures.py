@@ -31,15 +31,6 @@ _LOST = re.compile(
 )
 
 
-class LostPeerError(RuntimeError):
-    """What the workers sent one another in a step did not all arrive, though no message failed."""
-
-
-class OpenGroupError(RuntimeError):
-    """A message of several failed to begin, which leaves NCCL's group of them open: this thread can
-    send no more."""
-
-
 def is_lost_peer(error: RuntimeError) -> bool:
     """Reports whether a connection to another worker broke; torch has no error type of its own for
     gloo's."""

@@ -9,8 +9,8 @@ or in a message whose other ranks are no less far, as the ends of a stopped link
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.workers.progress import ranks_of
 from jobs.workers.watchdog import Hang, Health, Place, own_work_deadline_s
+from raymill.workers.progress import ranks_of
 
 _STEP_FACTOR = 5  # one that gets a tenth of its time marks a pass or a bucket sooner
 _CONNECTING_FACTOR = 4  # the first messages of a round connect those of up to 512 GPUs

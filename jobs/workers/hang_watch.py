@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from jobs.workers.hang_verdict import Standing, verdict
 from jobs.workers.watchdog import Beat, Hang, Place, Waits
-from jobs.workers.worker_group import Meeting
+from raymill.workers.worker_group import Meeting
 
 _VERDICT = "hang"
 _LONGEST_LOOK_S = 2.0  # a worker that was stopped meanwhile has not stood still by itself

@@ -16,8 +16,8 @@ from statistics import median
 from types import ModuleType
 
 from cluster.settings.code_folders import CODE_ROOT
+from jobs.workers.new_meeting import new_meeting
 from jobs.workers.watchdog import Beat, Hang, Place, Waits
-from jobs.workers.worker_group import Meeting
 from model.operations import compilations
 
 BEAT_S = 1.0
@@ -37,7 +37,7 @@ class Pulse:
         self._waiting_places = waiting_places
         self._place, self._num_moves = Place.AROUND, 0
         self.num_steps = 0  # completed, but for those that an attempt ended with
-        self.meeting = Meeting()  # in which this worker takes part
+        self.meeting = new_meeting()  # in which this worker takes part
         self.hang: Hang | None = None  # on which this worker's watchdog has to act
         self._step_s: deque[float] = deque(maxlen=_NUM_STEPS)
         self._step_start: float | None = None

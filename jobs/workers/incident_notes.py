@@ -15,7 +15,7 @@ from typing import Any
 from cluster.storage.uris import Storage, StorageError
 from jobs.run.ledger import LedgerWriter, Line
 from jobs.workers.failures import Kind
-from model.errors import UserError
+from raymill.errors import UserError
 
 INCIDENTS = "incidents"
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from cluster.storage.uris import Storage, StorageError
 from jobs.run.storage_retry import patiently
-from jobs.workers.worker_group import WorkerGroup
+from raymill.workers.worker_group import WorkerGroup
 
 STOP_REQUESTED = "stop-requested"
 """A file in the run's storage: the launcher asks the run to save and stop, resumable."""

@@ -22,11 +22,13 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from jobs.workers.failures import OpenGroupError, is_lost_peer, one_line
+from jobs.workers.failures import is_lost_peer, one_line
 from jobs.workers.hang_watch import HangWatch
 from jobs.workers.heartbeat import Pulse
+from jobs.workers.new_meeting import new_meeting
 from jobs.workers.watchdog import Hang
-from jobs.workers.worker_group import Meeting
+from raymill.errors import OpenGroupError
+from raymill.workers.worker_group import Meeting
 
 _POLL_S = 0.02
 # Of all waiting ranks together, which a TCPStore's one thread answers beside all else
@@ -172,7 +174,7 @@ class Rendezvous:
                 continue
             # Twice, because a worker that came may have died while it waited for the others.
             if self._all(number, "came") and self._all(number, "stayed"):
-                meeting, left = Meeting(number), threading.Event()
+                meeting, left = new_meeting(number), threading.Event()
                 if self._connect(meeting, left):
                     return meeting, left
 

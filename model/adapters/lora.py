@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from model.errors import UserError
 from model.tables import pip_line
+from raymill.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.cpu_ops.loans import scratch_like, sink_of
 from model.linear_cross_entropy import IGNORE_INDEX, compute_dtype
 from model.operations import PLAIN
+from raymill.loans import scratch_like, sink_of
 
 _BLOCK_VALUES = 1 << 18
 """How many scores are exponentiated together: in fp32 they take 1 MB, which stays in its cache."""

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from model.attention import Mask
 from model.decoder import Decoder
 from model.decoders.foreign_layer import Layer
-from model.errors import UserError
 from model.foreign_config import (
     ForeignConfig,
     ForeignModelError,
@@ -34,11 +33,10 @@ from model.foreign_config import (
 from model.kv_cache import Cache, ModuleCache
 from model.operations import is_of_compiler
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS
-from model.training.training_memory import is_out_of_memory
+from raymill.errors import UserError
+from raymill.memory import is_out_of_memory
 
-_NUMBERED = re.compile(
-    r"\D*\.\d+\."
-)  # as `jobs.exact.state.flat_layout` finds a block's parameters
+_NUMBERED = re.compile(r"\D*\.\d+\.")  # as `raymill.state.flat_layout` finds a block's parameters
 
 
 class ForeignModel(Decoder):

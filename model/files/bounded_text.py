@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
 from model.files.chat_probe import ChatProbe
 from model.text.chat import PLAIN_TEMPLATE
 from model.text.tokenizer import NORMALIZERS, chat_format
+from raymill.errors import UserError
 
 MODULE = "model.files.run_text"
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

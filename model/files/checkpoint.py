@@ -6,12 +6,10 @@ docs/explanation/model.md lists its files.
 """
 
 import dataclasses
-import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -34,34 +32,19 @@ from model.files.hf_config import (
     require_own_shape,
     tokenizer_config_to_hf,
 )
-from model.files.stored_tensors import DTYPES, StoredTensors, hashed_name, stored_in
 from model.foreign_config import ForeignConfig
 from model.gpt import GPT
 from model.shapes import parameter_shapes
 from model.text.chat import Chat
 from model.text.tokenizer import Tokenizer
+from raymill.errors import CheckpointError
+from raymill.files.safetensors_file import parameter_hash, safetensors_pieces
+from raymill.files.stored_tensors import StoredTensors, stored_in
 
-_PIECE_BYTES = 8 << 20
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-
-class NotFiniteError(checkpoint_folder.CheckpointError):
+class NotFiniteError(CheckpointError):
     """Weights or moments are not finite. They are never written, as no training recovers from
     them."""
-
-
-def parameter_hash(state: Mapping[str, Tensor]) -> str:
-    """Returns the SHA-256, in hex, over the parameters in the order of their names.
-
-    Each adds `name \\0 dtype \\0 d0,d1,… \\0` in UTF-8 (dtype as torch prints it, without `torch.`)
-    and then its elements, row-major and little-endian.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(hashed_name(name, tensor.dtype, tensor.shape))
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def write_checkpoint(
@@ -143,38 +126,6 @@ def manifest_of(files: Mapping[str, Mapping[str, Any]], *, version: int) -> byte
     return _json({"format_version": version, "files": files})
 
 
-def safetensors_pieces(
-    tensors: Mapping[str, Tensor], alignment: int = 8
-) -> Iterator[bytes | memoryview]:
-    """Yields a safetensors file in version 0.8's layout: the header, then the widest types first,
-    by name.
-
-    Tensors on the CPU are written from where they are: they must not change meanwhile.
-    """
-    # Of each tensor that a mapping may read from a file, no more than this is kept
-    kinds = {name: (tensor.dtype, [*tensor.shape]) for name, tensor in tensors.items()}
-    names = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        dtype, shape = kinds[name]
-        start, end = end, end + prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": _NAMES[dtype],
-            "shape": shape,
-            "data_offsets": [start, end],
-        }
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-(8 + len(encoded)) % alignment)
-    yield len(encoded).to_bytes(8, "little") + encoded
-    for name in names:
-        content = (
-            tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        )
-        for start in range(0, len(content), _PIECE_BYTES):
-            yield content[start : start + _PIECE_BYTES]
-
-
 def check_finite(*states: Mapping[str, Tensor], step: int) -> None:
     """Raises `NotFiniteError` if a tensor holds a NaN or an infinity."""
 
@@ -219,13 +170,13 @@ def load_decoder(
     if checkpoint_folder.is_hf_folder(folder):
         return load_hf(folder).to(dtype)
     if verify and (problems := checkpoint_folder.verify_checkpoint(folder, to_train=False)):
-        raise checkpoint_folder.CheckpointError(
+        raise CheckpointError(
             f"checkpoint {folder} is not valid: {'; '.join(problems)}. Use another checkpoint"
         )
     config, weights = read_shape(folder), stored_weights(folder)
     if isinstance(config, ForeignConfig) and config.adapter is not None:
         if base is None:
-            raise checkpoint_folder.CheckpointError(
+            raise CheckpointError(
                 f"{folder} is an adapter, which computes nothing without its base: merge it (`raymill export --merge`)"
             )
         beneath = stored_weights(base)
@@ -241,7 +192,7 @@ def _require_base(folder: Path, base: Path, weights: Mapping[str, Tensor]) -> No
     wanted = checkpoint_folder.read_metadata(folder).base_hash
     found = parameter_hash(weights)
     if found != wanted:
-        raise checkpoint_folder.CheckpointError(
+        raise CheckpointError(
             f"{base} has weights with the hash {found}, and the adapter {folder} was trained on {wanted}: restore them"
         )
 

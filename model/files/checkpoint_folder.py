@@ -13,7 +13,7 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, Self
 
-from model.errors import UserError
+from raymill.errors import CheckpointError
 
 # Of a checkpoint with whole tensors, and with a file a worker
 FORMAT_VERSION, SHARDED_VERSION = 1, 2
@@ -24,10 +24,6 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 REQUIRED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "raymill.json")
 
 _SHARD = re.compile(r"(?:model|train_state)-shard-\d{5}-of-(\d{5})\.safetensors")
-
-
-class CheckpointError(UserError):
-    """The folder is not a complete, unaltered checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)

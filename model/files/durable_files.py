@@ -1,36 +1,29 @@
-"""Files hashed as they are written, so that a manifest vouches for what was meant, not for what a
-disk kept."""
+"""Writes files and folders such that a crash leaves them whole or absent."""
 
-import hashlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from model.files.failpoints import failpoint
+from raymill.files.hashed_file import write_hashed
 
 
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
     """Writes and syncs the file, and returns its size and SHA-256 as a manifest lists them. Raises
-    `OSError`.
-
-    The pieces are large, so a thread that writes leaves the interpreter to the others nearly all
-    the time.
-    """
+    `OSError`."""
     failpoint("before_file")
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for piece in pieces:
-            file.write(piece)
-            digest.update(piece)
-            size += len(piece)
-            file.flush()
-            failpoint("mid_file")
-        failpoint("before_fsync")
-        os.fsync(file.fileno())
+    written = write_hashed(path, _interrupted(pieces))
     failpoint("after_file")
-    return {"size": size, "sha256": digest.hexdigest()}
+    return written
+
+
+def _interrupted(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    for piece in pieces:
+        yield piece
+        failpoint("mid_file")
+    failpoint("before_fsync")
 
 
 def sync(path: Path) -> None:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from model.architecture import GgufLayout
 from model.config import GPTConfig, Shape
-from model.errors import UserError
 from model.files.hf_config import config_to_hf
 from model.foreign_config import ForeignConfig
 from model.tables import pip_line
 from model.text.bulk_encoder import known_pieces
 from model.text.tokenizer import Tokenizer
+from raymill.errors import UserError
 
 Array = npt.NDArray[np.float32]
 

@@ -9,9 +9,9 @@ from typing import Any, assert_never
 from model.adapters.lora import Adapter
 from model.architecture import ARCHITECTURES, Activation, Architecture
 from model.config import GPTConfig, Shape
-from model.errors import UserError
-from model.files.checkpoint_folder import ADAPTER_CONFIG, CheckpointError, is_adapter, read_json
+from model.files.checkpoint_folder import ADAPTER_CONFIG, is_adapter, read_json
 from model.foreign_config import ForeignConfig, ForeignModelError
+from raymill.errors import CheckpointError, UserError
 
 _ACTIVATIONS: tuple[tuple[str, Activation], ...] = (
     ("gelu_new", "gelu"),

@@ -19,12 +19,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
 from model.files.bounded_text import Bounds
 from model.files.chat_probe import probe_of
 from model.files.stored_tokenizer import load_tokenizer
 from model.text.chat import Chat, ChatError
 from model.text.tokenizer import PromptEncoding, Tokenizer
+from raymill.errors import UserError
 
 
 def allow(cpu_s: float) -> None:

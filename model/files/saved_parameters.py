@@ -11,8 +11,8 @@ from model.files import checkpoint_folder
 from model.files.checkpoint import load_decoder
 from model.files.hf import weight_files
 from model.files.hf_config import read_shape
-from model.files.stored_tensors import StoredTensors, stored_in
 from model.shapes import parameter_shapes
+from raymill.files.stored_tensors import StoredTensors, stored_in
 
 
 class SavedParameters(Mapping[str, Tensor]):

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from model.files import checkpoint_folder as layout
 from model.files.hf_config import read_shape
-from model.files.stored_tensors import StoredTensors, hashed_name, stored_in
 from model.shapes import parameter_shapes
+from raymill.files.safetensors_file import hashed_name
+from raymill.files.stored_tensors import StoredTensors, stored_in
 
 COUNT = "step"
 """The tensor of a training state with the number of updates."""

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from model.files.checkpoint_folder import CheckpointError, is_hf_folder
+from model.files.checkpoint_folder import is_hf_folder
 from model.text.tokenizer import Tokenizer, chat_format, from_gpt2_files
+from raymill.errors import CheckpointError
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 
 from model.decoder import Decoder
-from model.errors import UserError
 from model.generation.sampling import sample
 from model.generation.sampling_params import SamplingParams
+from raymill.errors import UserError
 
 
 class ContextLengthError(UserError):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.decoder import Decoder
-from model.errors import UserError
+from raymill.errors import UserError
 
 _NUM_SEQUENCES = 64
 _MAX_TOKENS = 256

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from model.errors import UserError
 from model.signing.floor import NO_FLOOR, Floor
 from model.signing.optional import library
+from raymill.errors import UserError
 
 _FIELDS = {"identity", "identity_provider", "trust_config"}
 

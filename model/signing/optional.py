@@ -3,8 +3,8 @@
 import importlib
 from typing import Any
 
-from model.errors import UserError
 from model.tables import pip_line
+from raymill.errors import UserError
 
 
 def library(name: str) -> Any:

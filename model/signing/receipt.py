@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
 from model.signing.signature import signed_statement
+from raymill.errors import UserError
 
 FIELD = "raymill"
 """The field of requests that asks for a receipt, and of answers that has it."""

@@ -17,8 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from model.errors import UserError
-from model.files.checkpoint_folder import MANIFEST, CheckpointError, fingerprint, manifest_files
+from model.files.checkpoint_folder import MANIFEST, fingerprint, manifest_files
 from model.signing.certificates import purpose_problem, require_path
 from model.signing.floor import NO_FLOOR, Floor
 from model.signing.identity import (
@@ -29,6 +28,7 @@ from model.signing.identity import (
 )
 from model.signing.optional import library
 from model.signing.time_stamp import TimeStampError, request_stamp, stamped_time
+from raymill.errors import CheckpointError, UserError
 
 MODEL, TRAINING = "model.sig", "training.sig"
 TRAINING_TYPE = "urn:raymill:training:v1"

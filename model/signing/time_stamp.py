@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
-from model.errors import UserError
 from model.signing.optional import library
+from raymill.errors import UserError
 
 QUERY_TYPE = "application/timestamp-query"
 MAX_ANSWER_BYTES = 1 << 20  # a stamp with its certificates has 2 to 8 kB

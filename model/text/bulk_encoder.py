@@ -18,10 +18,10 @@ import numpy.typing as npt
 import tiktoken
 from tokenizers import models
 
-from model.errors import UserError
 from model.text.places import Place
 from model.text.token_bytes import byte_of_character
 from model.text.tokenizer import END_OF_TEXT, Tokenizer
+from raymill.errors import UserError
 
 _PIECES = {
     "gpt-2": r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+""",

@@ -20,10 +20,10 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-from model.errors import UserError
 from model.text.chat_format import ChatFormat
 from model.text.places import Place
 from model.text.tokenizer import Tokenizer
+from raymill.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant")
 """Of a message; a template sees a developer as the system."""

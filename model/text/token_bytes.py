@@ -10,8 +10,8 @@ from typing import Any
 
 import tokenizers
 
-from model.errors import UserError
 from model.text.places import Step, steps_of
+from raymill.errors import UserError
 
 _BEFORE = "a"
 """A token before the one that is looked at."""

@@ -13,7 +13,7 @@ from typing import Literal, NoReturn, assert_never
 
 from cluster.endpoint.endpoint import is_loopback
 from cluster.settings.serve import ServeConfig
-from model.errors import UserError
+from raymill.errors import UserError
 from serving.api.keys import ApiKey, make_key_file, read_keys
 from serving.pages.chat_page import CHAT_FILES
 from serving.protocol.errors import error_of

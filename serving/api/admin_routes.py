@@ -13,8 +13,8 @@ from pydantic import Field
 from cluster.settings.serve import ServeConfig
 from cluster.storage.registry import LATEST, find_checkpoint
 from cluster.storage.uris import StorageError, absolute_uri
-from model.errors import UserError
 from model.text.tokenizer import PLAIN_ENCODING
+from raymill.errors import UserError
 from serving.delivery.audit_log import AuditLog
 from serving.delivery.follower import CoordinatorAwayError, Follower, answer_of
 from serving.delivery.loaded_version import LoadedVersion

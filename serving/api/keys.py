@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from model.errors import UserError
+from raymill.errors import UserError
 from serving.limits.token_bucket import Quota
 from serving.limits.usage_report import QuotaKind
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from cluster.settings.serve import ServeConfig
 from cluster.storage.bases import find_base
 from cluster.storage.registry import resolve_checkpoint
-from model.errors import UserError
 from model.files.hf_config import require_own_shape
 from model.signing.signature import statement_in
+from raymill.errors import UserError
 from serving.delivery.promotion import Version
 from serving.delivery.version_stats import VersionStats
 from serving.engine.messages import FinishReason

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from cluster.settings.serve import ServeConfig
 from cluster.storage.checkpoint_cache import Holds
-from model.errors import UserError
+from raymill.errors import UserError
 from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.promotion import (
     MODEL,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from cluster.settings.serve import EngineConfig
 from model.config import Shape
-from model.errors import UserError
+from raymill.errors import UserError
 from serving.engine.block_pool import BLOCK_TOKENS
 from serving.structured.grammar_memory import MOST_BYTES
 

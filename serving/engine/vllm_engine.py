@@ -19,8 +19,8 @@ from typing import Any, get_args
 
 from cluster.settings.parser import suggestion
 from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, EngineConfig
-from model.errors import UserError
 from model.files.hf_config import linear_layer_names, read_shape
+from raymill.errors import UserError
 from serving.engine.grammar_rows import GrammarRows
 from serving.engine.kv_cache_size import served_context
 from serving.engine.messages import (

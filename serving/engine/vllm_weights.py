@@ -11,12 +11,13 @@ from safetensors import safe_open
 from torch import Tensor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from model.files.checkpoint import safetensors_pieces, shards_in
+from model.files.checkpoint import shards_in
 from model.files.checkpoint_folder import WEIGHTS
 from model.files.durable_files import write_file
 from model.files.hf import weight_files
 from model.files.hf_config import read_shape
 from model.shapes import parameter_shapes
+from raymill.files.safetensors_file import safetensors_pieces
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cluster.settings.code_folders import CODE_ROOT
-from model.errors import UserError
+from raymill.errors import UserError
 
 MAX_LINE_BYTES = 1 << 30  # of what it sends; the log-probabilities of a prompt are some megabytes
 

@@ -17,8 +17,8 @@ from typing import Any
 import orjson
 
 from cluster.settings.serve import EngineConfig
-from model.errors import UserError
 from model.generation.sampling_params import SamplingParams
+from raymill.errors import UserError
 from serving.engine.messages import (
     Admission,
     EngineFacts,

@@ -19,10 +19,10 @@ from prometheus_client import REGISTRY
 
 from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, EngineConfig
 from model.config import num_parameters
-from model.errors import UserError
 from model.files.checkpoint import load_model
 from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
+from raymill.errors import UserError
 from serving.engine.block_pool import BlockPool, num_blocks_for
 from serving.engine.engine import Engine
 from serving.engine.kv_cache_size import (

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.errors import UserError
 from model.files.checkpoint_folder import is_adapter
+from raymill.errors import UserError
 from serving.engine.messages import Admission, FinishReason, SequenceRequest, StepReport, TokenEvent
 
 if TYPE_CHECKING:

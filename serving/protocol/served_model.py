@@ -14,7 +14,6 @@ from model.adapters.lora import Adapter
 from model.config import Shape, shape_differences, with_context
 from model.files.checkpoint_folder import (
     ADAPTER_CONFIG,
-    CheckpointError,
     Metadata,
     is_adapter,
     is_hf_folder,
@@ -25,6 +24,7 @@ from model.files.hf_config import shape_from_hf
 from model.files.stored_tokenizer import load_tokenizer
 from model.text.token_bytes import TokenizerError
 from model.text.tokenizer import PLAIN_ENCODING, PromptEncoding, Tokenizer
+from raymill.errors import CheckpointError
 from serving.protocol.errors import ApiError, error_of
 
 _VERSION_CHARS = 16  # of a hash

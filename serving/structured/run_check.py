@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from model.errors import UserError
+from raymill.errors import UserError
 from serving.structured.compiling import compiled
 from serving.structured.grammar import ANY_JSON_OBJECT, Grammar, GrammarError, GrammarKind
 from serving.structured.grammar_memory import heap_bytes

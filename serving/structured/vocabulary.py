@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
 from model.files.stored_tokenizer import load_tokenizer
 from model.tables import pip_line
 from model.text.places import Place
 from model.text.token_bytes import TokenizerError
 from model.text.tokenizer import Tokenizer
+from raymill.errors import UserError
 from serving.structured.grammar import GrammarError
 from serving.structured.number_mask import DigitTokens
 

@@ -14,9 +14,9 @@ from typing import Any
 import orjson
 import torch
 
-from model.errors import UserError
 from model.files.checkpoint import load_model
 from model.gpt import GPT
+from raymill.errors import UserError
 from serving.engine.runner import LOADED_IN
 from serving.protocol.errors import ApiError, error_of
 from serving.protocol.served_model import ServedModel, read_served_model

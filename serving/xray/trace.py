@@ -17,8 +17,8 @@ from pydantic import Field, model_validator
 
 from cluster.settings.serve import ServeConfig
 from cluster.storage.registry import metadata_of, named_checkpoint
-from model.errors import UserError
 from model.files.checkpoint_folder import Metadata
+from raymill.errors import UserError
 from serving.protocol.errors import ApiError, error_of, overloaded
 from serving.protocol.protocol import Request
 from serving.protocol.served_model import ServedModel

@@ -19,15 +19,16 @@ import psutil
 import torch
 
 from cluster.settings.run import RunConfig
-from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.frozen import freeze
-from jobs.exact.state.sharding import Sharding
-from jobs.exact.state.train_state import ALONE, TrainState
-from jobs.run.step_timer import StepTimer
+from jobs.exact.run_state import run_state
+from jobs.exact.step_gradient import step_gradient
 from model.adapters.lora import Adapter
 from model.decoders.adapted import AdaptedModel
 from model.decoders.make import initial_weights, new_decoder
 from model.foreign_config import ForeignConfig
+from raymill.state.sharding import Sharding
+from raymill.state.train_state import ALONE
+from raymill.step_timer import StepTimer
 from tests.benchmarks.train_steps import RowsInMemory
 from tests.foreign_models import small
 from tests.jobs.train_worlds import base_of
@@ -66,11 +67,11 @@ def measured(shape: ForeignConfig, num_steps: int) -> dict[str, float]:
     if isinstance(model, AdaptedModel):
         with base_of(model) as folder:
             freeze(model, folder, device=CPU, sharding=Sharding(), group=ALONE)
-    state = TrainState(model, config.train, device=CPU)
+    state = run_state(model, config.train, device=CPU)
     state.load_weights(initial_weights(shape, 0))
     drawn = torch.randint(shape.vocab_size, (num_steps + 1, 4, 129))
     rows: Any = RowsInMemory(drawn)
-    gradient = BatchGradient(config, state, rows, ALONE, eot_id=None)
+    gradient = step_gradient(config, state, rows, ALONE, eot_id=None)
     start_s = 0.0
     for step in range(1, num_steps + 2):
         if step == 2:

@@ -19,12 +19,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from jobs.exact.state.train_state import TrainState
-from jobs.exact.sums import lane_sums
 from jobs.report.page import ACCENT, SERIES, new_figure, png, titled
 from jobs.training.train_loop import train
 from jobs.workers.heartbeat import Pulse
 from jobs.workers.rendezvous import Rendezvous, meeting_place
+from raymill.state.train_state import TrainState
+from raymill.sums import lane_sums
 from tests.benchmarks.worker_memory import give_back, resident_bytes
 from tests.jobs.runs import tiny_plan
 from tests.repository import REPOSITORY

@@ -35,14 +35,14 @@ from transformers import (
 )
 
 from cluster.settings.run import RunConfig
-from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.state.train_state import TrainState
-from jobs.run.step_timer import StepTimer
-from jobs.workers.worker_group import WorkerGroup
+from jobs.exact.run_state import run_state
+from jobs.exact.step_gradient import step_gradient
 from model.config import num_parameters
 from model.decoders.make import new_decoder
 from model.foreign_config import ForeignConfig
-from model.training.training_memory import keep_freed_memory
+from raymill.memory import keep_freed_memory
+from raymill.step_timer import StepTimer
+from raymill.workers.worker_group import WorkerGroup
 from tests.benchmarks.plain_gpt2 import training_step
 from tests.benchmarks.train_steps import RowsInMemory, exactly
 from tests.foreign_models import small
@@ -124,11 +124,11 @@ def raymill(work: Work) -> Round:
     model = new_decoder(work.shape)
     model.adopt({name: weight.detach() for name, weight in work.weights().items()})
     model.requires_grad_(True)
-    state = TrainState(model.train(), config.train, device=torch.device("cpu"), group=group)
+    state = run_state(model.train(), config.train, device=torch.device("cpu"), group=group)
 
     def steps(num_steps: int) -> Seconds:
         rows: Any = RowsInMemory(work.rows(num_steps + NUM_WARM_UPS))
-        gradient, timer = BatchGradient(config, state, rows, group, eot_id=None), StepTimer()
+        gradient, timer = step_gradient(config, state, rows, group, eot_id=None), StepTimer()
         start = Seconds.now()
         for number in range(num_steps + NUM_WARM_UPS):
             if number == NUM_WARM_UPS:

@@ -16,12 +16,12 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-from cluster.monitoring.metric_table import Phase
 from cluster.settings.train import TrainConfig
-from jobs.run.step_timer import StepTimer
 from jobs.training.attempt import Attempt
 from jobs.training.open_attempt import open_attempt
-from jobs.workers.worker_group import WorkerGroup
+from raymill.phases import Phase
+from raymill.step_timer import StepTimer
+from raymill.workers.worker_group import WorkerGroup
 from tests.jobs.runs import tiny_plan
 
 EVERY_STEPS = 10

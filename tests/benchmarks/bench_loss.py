@@ -36,7 +36,7 @@ from cluster.settings.train import TrainConfig
 from model.config import PRESETS
 from model.hardware.processor import fast_precision
 from model.numerics import Precision
-from model.training.training_memory import keep_freed_memory
+from raymill.memory import keep_freed_memory
 from tests.benchmarks.loss_runs import (
     Contender,
     Corpus,

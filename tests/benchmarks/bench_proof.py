@@ -19,7 +19,7 @@ import torch
 from cluster.settings.run import CheckpointConfig, RunConfig, to_yaml
 from cluster.settings.train import TrainConfig
 from cluster.storage.uris import open_storage
-from jobs.exact.state.train_state import TrainState
+from jobs.exact.run_state import run_state
 from jobs.proof.verify_run import verify
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import LedgerWriter
@@ -30,6 +30,7 @@ from model.config import GPTConfig, preset_fields
 from model.files.checkpoint_folder import Metadata
 from model.gpt import GPT
 from model.text.tokenizer import train_bpe
+from raymill.state.train_state import TrainState
 
 LAYERS = 12
 """Of GPT-2's width: 85 million parameters, whose state of AdamW is a gigabyte."""
@@ -41,7 +42,7 @@ def made_state() -> TrainState:
     fields = preset_fields({"preset": "gpt2-124m", "n_layer": LAYERS, "vocab_size": 257})
     model = GPT(GPTConfig(**fields))
     model.init_weights(0)
-    state = TrainState(model, TrainConfig(precision="fp32"), device=torch.device("cpu"))
+    state = run_state(model, TrainConfig(precision="fp32"), device=torch.device("cpu"))
     state.gradient.normal_()
     state.apply(norm=1.0, learning_rate=1e-3)
     return state

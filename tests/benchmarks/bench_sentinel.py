@@ -26,13 +26,13 @@ import torch
 import torch.distributed as dist
 
 from cluster.settings.run import state_scaling
-from jobs.exact.state.sharding import Sharding
-from jobs.exact.sums.audit import steps_between
-from jobs.exact.sums.step_plan import StepPlan
+from jobs.exact.audits.audit import steps_between
+from jobs.exact.run_values import run_sharding
 from jobs.run.run_plan import RunPlan
 from jobs.training.attempt import Attempt
 from jobs.training.open_attempt import open_attempt
-from jobs.workers.worker_group import WorkerGroup
+from raymill.sums.step_plan import StepPlan
+from raymill.workers.worker_group import WorkerGroup
 from tests.jobs.runs import tiny_plan
 from tests.jobs.worker_processes import exit_code, into_log, worker_process
 
@@ -162,7 +162,7 @@ def measure_workers(preset: str, workers: int, *, optimizer: str, shard: str) ->
         usual_s.append(around_s)
         extra_s.append(step_s[place] - around_s)
     share = statistics.median(extra_s) / statistics.median(usual_s)
-    sharding = Sharding.of(state_scaling(plan.config), rank=0, world_size=workers)
+    sharding = run_sharding(state_scaling(plan.config), rank=0, world_size=workers)
     every_steps = steps_between(
         StepPlan(sharding, NUM_LANES, plan.config.train.micro_batches_per_lane)
     )

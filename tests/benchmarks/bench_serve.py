@@ -39,11 +39,11 @@ from pathlib import Path
 import torch
 
 from model.config import PRESETS, GPTConfig, num_parameters
-from model.files.checkpoint import parameter_hash
 from model.files.checkpoint_folder import Metadata
 from model.gpt import GPT
 from model.hardware.processor import fast_precision
 from model.text.tokenizer import Tokenizer, from_gpt2_files, train_bpe
+from raymill.files.safetensors_file import parameter_hash
 from serving.engine.native_library import MARCH_VARIABLE
 from tests.benchmarks.http_load import (
     MIXED_PROMPT_TOKENS,

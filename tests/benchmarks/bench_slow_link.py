@@ -26,17 +26,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.exact.state.bundle import bundles_of
-from jobs.exact.state.division import Division
-from jobs.exact.state.doubling import gather, teams_to_gather
-from jobs.exact.state.flat_layout import FlatLayout
-from jobs.exact.state.peers import Peers
-from jobs.exact.state.side_thread import SideThread
-from jobs.exact.sums.bucket_exchange import GATHER_TAG
-from jobs.exact.sums.exact_reduce import subtrees_of_ranks
-from jobs.exact.sums.halving import HalvedSums, Room
-from jobs.exact.sums.teams import TeamPlan, plan_without_pairings, team_plan
-from jobs.workers.worker_group import WorkerGroup
+from raymill.state.bundle import bundles_of
+from raymill.state.division import Division
+from raymill.state.doubling import gather, teams_to_gather
+from raymill.state.flat_layout import FlatLayout
+from raymill.state.peers import Peers
+from raymill.state.side_thread import SideThread
+from raymill.sums.bucket_exchange import GATHER_TAG
+from raymill.sums.exact_reduce import subtrees_of_ranks
+from raymill.sums.halving import HalvedSums, Room
+from raymill.sums.teams import TeamPlan, plan_without_pairings, team_plan
+from raymill.workers.worker_group import WorkerGroup
 from tests.jobs.sent_bytes import sent_bytes
 from tests.repository import REPOSITORY
 

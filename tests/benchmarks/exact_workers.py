@@ -12,16 +12,16 @@ import torch
 import torch.distributed as dist
 
 from cluster.settings.run import RunConfig
-from cluster.settings.shard import Shard
 from cluster.settings.train import Compute
-from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.state.sharding import Sharding
-from jobs.exact.state.train_state import TrainState
-from jobs.run.step_timer import StepTimer
+from jobs.exact.run_state import run_state
+from jobs.exact.run_values import run_sharding
+from jobs.exact.step_gradient import step_gradient
 from jobs.training.mixed_hardware import settle_rounding
-from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
-from model.training.training_memory import keep_freed_memory
+from raymill.memory import keep_freed_memory
+from raymill.state.shard import Shard
+from raymill.step_timer import StepTimer
+from raymill.workers.worker_group import WorkerGroup
 from tests.benchmarks.stock_steps import RATE, StockTrainer, ddp
 from tests.gpu.made_runs import MadeRows
 from tests.jobs.sent_bytes import sent_bytes
@@ -64,10 +64,10 @@ class ExactTrainer:
         keep_freed_memory()
         model = GPT(config.model)
         model.init_weights(0)
-        sharding = Sharding.of(config.scaling, rank=group.rank, world_size=group.world_size)
-        self.state = TrainState(model, config.train, device=CPU, group=group, sharding=sharding)
+        sharding = run_sharding(config.scaling, rank=group.rank, world_size=group.world_size)
+        self.state = run_state(model, config.train, device=CPU, group=group, sharding=sharding)
         rows: Any = MadeRows.of(config)
-        self.gradient = BatchGradient(config, self.state, rows, group, eot_id=None)
+        self.gradient = step_gradient(config, self.state, rows, group, eot_id=None)
         self.timer, self.bytes_sent = StepTimer(), 0
 
     def step(self, number: int) -> float:

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from cluster.settings.run import RunConfig
-from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.compute import autocast
-from jobs.exact.state.train_state import ALONE, TrainState
-from jobs.run.step_timer import StepTimer
+from jobs.exact.run_state import run_state
+from jobs.exact.step_gradient import step_gradient
 from model.config import GPTConfig
 from model.gpt import GPT, initial_weights
 from model.numerics import Precision
 from model.training.optimizer import learning_rate
+from raymill.state.train_state import ALONE
+from raymill.step_timer import StepTimer
 from tests.benchmarks.plain_gpt2 import PlainGPT2, Shape
 
 Tokens = npt.NDArray[np.int64]
@@ -140,9 +141,9 @@ class Ours(Contender):
         self._task = task
         self._model = GPT(self._config.model)
         self._model.init_weights(seed)
-        self._state = TrainState(self._model, self._config.train, device=torch.device("cpu"))
+        self._state = run_state(self._model, self._config.train, device=torch.device("cpu"))
         rows: Any = Rows(corpus.train, task.seq_len, seed)
-        self._gradient = BatchGradient(self._config, self._state, rows, ALONE, eot_id=None)
+        self._gradient = step_gradient(self._config, self._state, rows, ALONE, eot_id=None)
         self._timer = StepTimer()
 
     def step(self, step: int) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from cluster.settings.run import RunConfig
-from cluster.settings.shard import Shard
-from jobs.workers.worker_group import WorkerGroup
+from raymill.state.shard import Shard
+from raymill.workers.worker_group import WorkerGroup
 from tests.benchmarks.exact_workers import ExactTrainer
 from tests.benchmarks.stock_steps import StockTrainer, Wrap, ddp, fsdp2
 

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.settings.run import RunConfig, batch_schedule
 from jobs.exact.compute import choose_operations
-from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
+from raymill.workers.worker_group import WorkerGroup
 from tests.gpu.made_runs import MadeRows
 
 RATE = 1e-4

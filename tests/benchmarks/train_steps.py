@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cluster.settings.run import RunConfig
-from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.state.train_state import TrainState
-from jobs.run.step_timer import StepTimer
-from jobs.workers.worker_group import WorkerGroup
+from jobs.exact.run_state import run_state
+from jobs.exact.step_gradient import step_gradient
 from model.config import PRESETS, flops_per_token
 from model.gpt import GPT
-from model.training.training_memory import keep_freed_memory
+from raymill.memory import keep_freed_memory
+from raymill.step_timer import StepTimer
+from raymill.workers.worker_group import WorkerGroup
 from tests.benchmarks.plain_gpt2 import PlainGPT2, Shape, training_step
 
 NUM_BATCHES = 8
@@ -108,9 +108,9 @@ def raymill(cell: Cell, compute: str = "cpu") -> Step:
     config, group = cell.config(compute), WorkerGroup(rank=0, world_size=1)
     model = GPT(config.model)
     model.init_weights(0)
-    state = TrainState(model.train(), config.train, device=torch.device("cpu"), group=group)
+    state = run_state(model.train(), config.train, device=torch.device("cpu"), group=group)
     rows: Any = RowsInMemory(cell.batches())
-    gradient, timer = BatchGradient(config, state, rows, group, eot_id=None), StepTimer()
+    gradient, timer = step_gradient(config, state, rows, group, eot_id=None), StepTimer()
 
     def step(number: int) -> float:
         with exactly():

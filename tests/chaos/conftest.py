@@ -12,8 +12,8 @@ from typing import get_args
 import pytest
 
 from cluster.settings.run import ClusterConfig
-from cluster.settings.shard import Shard
 from cluster.stages.stage import connected
+from raymill.state.shard import Shard
 from tests.chaos.arena import Arena
 from tests.paced_steps import paced
 

@@ -120,7 +120,7 @@ def test_only_modules_of_an_extra_cannot_be_imported(installed: Installation) ->
     assert len(modules) > 200
     probe = (
         "import importlib, sys\n"
-        "from model.errors import UserError\n"
+        "from raymill.errors import UserError\n"
         "for module in sys.argv[1:]:\n"
         "    try: importlib.import_module(module)\n"
         "    except (ImportError, UserError): print(module)\n"

@@ -18,7 +18,7 @@ from cluster.local.local_cluster import free_port
 from cluster.settings.run import ClusterConfig, RunConfig, StorageConfig
 from cluster.settings.serve import ReplicaConfig, ServeConfig
 from cluster.stages.stage import Connection, connected, run_stage
-from model.errors import UserError
+from raymill.errors import UserError
 from tests.e2e.tiny_runs import ledger_of, losses, tiny_run
 from tests.jobs.corpora import number_texts
 from tests.serving.endpoint_parts import children_with

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from cluster.settings.run import RunConfig, seq_len
-from cluster.settings.shard import Shard
-from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.state.sharding import Sharding
-from jobs.exact.state.train_state import TrainState
-from jobs.exact.sums.step_totals import Measured
-from jobs.run.step_timer import CudaClock, StepTimer
+from jobs.exact.run_state import run_state
+from jobs.exact.run_values import run_sharding
+from jobs.exact.step_gradient import step_gradient
 from jobs.training.mixed_hardware import settle_rounding
-from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
+from raymill.state.shard import Shard
+from raymill.step_timer import CudaClock, StepTimer
+from raymill.sums.step_totals import Measured
+from raymill.workers.worker_group import WorkerGroup
 
 EOT_ID = 0
 
@@ -119,15 +119,15 @@ class MadeRun:
         with device if draw else nullcontext():
             model = GPT(config.model)
         draw(model) if draw else model.init_weights(config.train.seed)
-        sharding = Sharding.of(
+        sharding = run_sharding(
             config.scaling, rank=self.group.rank, world_size=self.group.world_size
         )
-        self.state = TrainState(
+        self.state = run_state(
             model.train(), config.train, device=device, group=self.group, sharding=sharding
         )
         rows: Any = self.rows
         with as_in_training(config):
-            self.gradient = BatchGradient(config, self.state, rows, self.group, eot_id=self.eot_id)
+            self.gradient = step_gradient(config, self.state, rows, self.group, eot_id=self.eot_id)
         self.timer = StepTimer(CudaClock() if device.type == "cuda" else None)
 
     def gradient_of(self, step: int) -> Measured:

@@ -12,15 +12,15 @@ import torch
 
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.compute import autocast
+from jobs.exact.run_state import run_state
 from jobs.exact.self_test import self_test
-from jobs.exact.state.train_state import TrainState
-from jobs.exact.sums.step_totals import Measured
-from jobs.run.step_timer import StepTimer
 from jobs.training.validation import measured
-from jobs.workers.worker_group import WorkerGroup
 from model.generation.generate import generate
 from model.generation.sampling import SamplingParams
 from model.gpt import GPT
+from raymill.step_timer import StepTimer
+from raymill.sums.step_totals import Measured
+from raymill.workers.worker_group import WorkerGroup
 from tests.gpu.float64_gpt2 import loss_and_gradients
 from tests.gpu.gradient_error import gradient_error
 from tests.gpu.made_runs import MadeRun, as_in_training, made_config
@@ -207,7 +207,7 @@ def test_weights_are_drawn_on_the_host_whatever_the_device(device: torch.device)
     model = GPT(config.model)
     model.init_weights(0)
     expected = {name: value.clone() for name, value in model.state_dict().items()}
-    state = TrainState(model, config.train, device=device)
+    state = run_state(model, config.train, device=device)
     for name, value in state.model.state_dict().items():
         assert torch.equal(value.cpu(), expected[name])
         assert value.device.type == device.type

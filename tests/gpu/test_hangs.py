@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.workers.progress import Progress
+from raymill.workers.progress import Progress
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.gpu

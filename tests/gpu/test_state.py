@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.exact.state.host_copies import HostCopies
-from jobs.exact.state.span import Span
-from jobs.exact.state.train_state import StatePiece, TrainState
 from jobs.snapshots.slots import Header, Slots
+from raymill.state.host_copies import HostCopies
+from raymill.state.span import Span
+from raymill.state.train_state import StatePiece, TrainState
 from tests.gpu.made_runs import MadeRun, made_config
 
 NUM_SHARES = 3

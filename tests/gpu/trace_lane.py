@@ -14,6 +14,8 @@ import sys
 import weakref
 from typing import Any
 
+from jobs.exact.run_state import run_state
+
 if __name__ == "__main__":
     ctypes.CDLL(sys.argv[1])  # before PyTorch asks which devices there are
 
@@ -25,12 +27,11 @@ from torch.utils._pytree import tree_leaves
 
 from cluster.settings.run import RunConfig
 from jobs.exact.compute import MicroBatch, autocast, choose_operations
-from jobs.exact.state.sharding import Sharding
-from jobs.exact.state.train_state import TrainState
-from jobs.exact.sums.lane_sums import LaneSums
-from jobs.exact.sums.step_plan import StepPlan
 from model.attention import Documents
 from model.gpt import GPT
+from raymill.state.sharding import Sharding
+from raymill.sums.lane_sums import LaneSums
+from raymill.sums.step_plan import StepPlan
 
 BATCH_SIZE, SEQ_LEN = 2, 2048
 
@@ -112,7 +113,7 @@ def traced(config: RunConfig) -> dict[str, Any]:
     not on the GPU; types; and the bytes that forward keeps for backward beside the parameters."""
     device, kept = torch.device("cuda"), {}
     with FakeTensorMode(), device:
-        state = TrainState(GPT(config.model).train(), config.train, device=device)
+        state = run_state(GPT(config.model).train(), config.train, device=device)
         choose_operations(state.model, config)
         sums = LaneSums(state, [state.gradient], lends=False, on_final=lambda bucket: None)
         ids = torch.zeros(BATCH_SIZE, SEQ_LEN, dtype=torch.int64)

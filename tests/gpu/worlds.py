@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.workers.worker_group import WorkerGroup
+from raymill.workers.worker_group import WorkerGroup
 from tests.gpu.made_runs import MadeRun, made_config
 
 WORLDS = [1, 1, 2, 4]

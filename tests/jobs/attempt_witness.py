@@ -3,38 +3,42 @@ and flat buffers."""
 
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.state.train_state import TrainState
+from jobs.exact.lane_passes import LanePasses
+from jobs.exact.stock_gradient import StockGradient
+from raymill.state.train_state import TrainState
 
 
 class AttemptWitness:
-    """Watches every `BatchGradient` that this process makes from now on, a self-test's too, with
-    the state below it."""
+    """Watches every gradient that this process makes from now on, a self-test's too, with the state
+    below it."""
 
     def __init__(self) -> None:
         self.num_watched = 0
         self._made: list[tuple[str, weakref.ref[Any]]] = []
-        make = BatchGradient.__init__
+        self._undo = [(kind, kind.__init__) for kind in (BatchGradient, StockGradient)]
+        for kind, make in self._undo:
+            kind.__init__ = self._watched(make)  # type: ignore[method-assign]
 
-        def watched(
-            gradient: BatchGradient, config: Any, state: TrainState, *rest: Any, **options: Any
-        ) -> None:
-            make(gradient, config, state, *rest, **options)
+    def _watched(self, make: Callable[..., None]) -> Callable[..., None]:
+        def watched(gradient: Any, passes: LanePasses, state: TrainState, *rest: Any) -> None:
+            make(gradient, passes, state, *rest)
             self._note(gradient, state)
 
-        BatchGradient.__init__ = watched  # type: ignore[method-assign]
-        self._undo = make
+        return watched
 
     def close(self) -> None:
-        BatchGradient.__init__ = self._undo  # type: ignore[method-assign]
+        for kind, make in self._undo:
+            kind.__init__ = make  # type: ignore[method-assign]
 
     def alive(self) -> Counter[str]:
         """Returns how many of each kind are alive."""
         return Counter(kind for kind, made in self._made if made() is not None)
 
-    def _note(self, gradient: BatchGradient, state: TrainState) -> None:
+    def _note(self, gradient: BatchGradient | StockGradient, state: TrainState) -> None:
         self.num_watched += 1
         kinds = {
             "gradient": [gradient],
@@ -43,7 +47,7 @@ class AttemptWitness:
             "parameter": [*state.model.parameters()],
             "flat buffer": [state.values, state.gradient, *state.vectors.values()],
         }
-        if gradient._is_exact:
+        if isinstance(gradient, BatchGradient):
             kinds["sums"] = [gradient._sum._sums]
             kinds["flat buffer"] += gradient._sum._exchange._buffers
         for kind, values in kinds.items():

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from cluster.settings.shard import Shard
-from jobs.exact.engine import AdamW, ExactEngine
-from model.errors import UserError
+from raymill.engine import AdamW, ExactEngine
+from raymill.errors import UserError
+from raymill.state.shard import Shard
 from tests.time_limits import limit_s
 
 NUM_LANES, NUM_STEPS = 5, 4

@@ -30,10 +30,10 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from cluster.settings.shard import Shard
-from jobs.exact.engine import AdamW, ExactEngine, Muon
-from jobs.exact.rules.update_rule import UpdateRule
-from model.files.checkpoint import parameter_hash
+from raymill.engine import AdamW, ExactEngine, Muon
+from raymill.files.safetensors_file import parameter_hash
+from raymill.rules.update_rule import UpdateRule
+from raymill.state.shard import Shard
 
 NUM_STEPS, NUM_LANES = 4, 6
 STOCK_LANES = 12  # which DistributedDataParallel divides evenly in each world

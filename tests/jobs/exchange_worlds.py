@@ -17,14 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster.settings.run import ScalingConfig
-from cluster.settings.shard import Shard
-from jobs.exact.state.flat_layout import BLOCK, FlatLayout
-from jobs.exact.state.peers import Peers
-from jobs.exact.state.sharding import Sharding
-from jobs.exact.sums.bucket_exchange import BucketExchange
-from jobs.exact.sums.exact_reduce import tree_sum
-from jobs.exact.sums.step_plan import StepPlan
-from jobs.workers.worker_group import WorkerGroup
+from jobs.exact.run_values import run_sharding
+from raymill.state.flat_layout import BLOCK, FlatLayout
+from raymill.state.peers import Peers
+from raymill.state.shard import Shard
+from raymill.state.sharding import Sharding
+from raymill.sums.bucket_exchange import BucketExchange
+from raymill.sums.exact_reduce import tree_sum
+from raymill.sums.step_plan import StepPlan
+from raymill.workers.worker_group import WorkerGroup
 from tests.jobs.sent_bytes import sent_bytes
 
 LAYOUT = FlatLayout.of({f"h.{number}.weight": (3 * BLOCK, 2) for number in range(4)})
@@ -77,7 +78,7 @@ def run_rank(rank: int, folder: Path, world_sizes: list[int]) -> list[dict[str, 
         for shard in shards:
             for nodes in NODES:
                 scaling = ScalingConfig(shard=shard, max_workers=1)
-                sharding = Sharding.of(
+                sharding = run_sharding(
                     scaling, rank=rank, world_size=size, nodes=list(nodes[:size])
                 )
                 for num_lanes in (size, 16, 41):

@@ -13,11 +13,8 @@ import torch.distributed as dist
 
 from cluster.local.local_cluster import NODE_NAME_VARIABLE
 from cluster.storage.uris import open_storage
-from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.rules.muon import Muon
-from jobs.exact.rules.update_rule import Stretch
-from jobs.exact.sums.silent_faults import corrupt
-from jobs.exact.sums.step_totals import Measured
+from jobs.exact.audited_gradient import AuditedGradient, AuditedStep
+from jobs.exact.audits.silent_faults import corrupt
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.saving.checkpoint_writer import CheckpointWriter
@@ -25,6 +22,9 @@ from jobs.training.attempt import Attempt
 from jobs.training.train_loop import train
 from jobs.workers.left_out_nodes import left_out
 from model.files.failpoints import VARIABLE
+from raymill.rules.muon import Muon
+from raymill.rules.update_rule import Stretch
+from raymill.sums.step_totals import Measured
 from tests.jobs.failpoint_runs import save_and_wait
 from tests.jobs.worker_processes import exit_code, into_log, worker_process
 
@@ -100,15 +100,15 @@ def work(
 
 def work_but_wait(file: Path, *arguments: Any) -> None:
     """Works, but makes a file once a step is to be computed again, and waits until that is gone."""
-    audited_again = BatchGradient.audited_again
+    audited_again = AuditedGradient.audited_again
 
-    def after_a_while(self: BatchGradient, *step: Any) -> Measured:
+    def after_a_while(self: AuditedGradient, *step: Any) -> AuditedStep:
         file.touch()
         while file.exists():
             time.sleep(0.05)
         return audited_again(self, *step)
 
-    BatchGradient.audited_again = after_a_while  # type: ignore[method-assign]
+    AuditedGradient.audited_again = after_a_while  # type: ignore[method-assign]
     work(*arguments)
 
 

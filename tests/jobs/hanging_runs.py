@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from jobs.exact.state.train_state import TrainState
 from jobs.run.run_plan import RunPlan
 from jobs.snapshots.snapshots import Snapshots
 from jobs.training.train_loop import train
@@ -22,8 +21,9 @@ from jobs.training.train_worker import WAITING_PLACES
 from jobs.workers.heartbeat import watched
 from jobs.workers.rendezvous import Rendezvous, meeting_place
 from jobs.workers.watchdog import Waits
-from jobs.workers.worker_group import Meeting
 from model.files.failpoints import VARIABLE
+from raymill.state.train_state import TrainState
+from raymill.workers.worker_group import Meeting
 from tests.jobs.stopped_links import stop_between
 from tests.jobs.worker_processes import into_log, worker_process
 from tests.waiting import wait_until

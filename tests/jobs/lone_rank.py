@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from jobs.workers.worker_group import WorkerGroup
+from raymill.workers.worker_group import WorkerGroup
 
 
 @contextmanager

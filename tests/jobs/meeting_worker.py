@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from jobs.workers.failures import LostPeerError
 from jobs.workers.rendezvous import Rendezvous
-from jobs.workers.worker_group import Meeting
+from raymill.errors import LostPeerError
+from raymill.workers.worker_group import Meeting
 from tests.jobs.worker_processes import into_log
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.lane_passes import LanePasses
 from jobs.run.run_plan import RunPlan
 from jobs.training.train_loop import train
+from raymill.step_timer import StepTimer
 from tests.jobs.worker_processes import worker_process
 from tests.time_limits import limit_s
 
@@ -47,20 +48,17 @@ def run_world(plan: RunPlan, faults: Faults = Faults(), *, world_size: int = 1) 
 
 
 def _work(plan: RunPlan, faults: Faults, rank: int, world_size: int, meeting: str) -> None:
-    backward = BatchGradient._backward
+    take = LanePasses.take
 
-    def faulty(
-        self: BatchGradient, loss_of: Any, step: int, lane: int, *rest: Any, scale: float
-    ) -> Tensor:
+    def faulty(self: LanePasses, step: int, lane: int, timer: StepTimer, **options: Any) -> Tensor:
         if step == faults.dies_at:
             os._exit(137)
+        scale = options.pop("scale", 1.0) * dict(faults.scaled).get(step, 1.0)
         if (step, lane) in faults.poisoned:
             scale = float("nan")
-        return backward(
-            self, loss_of, step, lane, *rest, scale=scale * dict(faults.scaled).get(step, 1.0)
-        )
+        return take(self, step, lane, timer, scale=scale, **options)
 
-    BatchGradient._backward = faulty  # type: ignore[method-assign, assignment]
+    LanePasses.take = faulty  # type: ignore[method-assign, assignment]
     if world_size > 1:
         dist.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size

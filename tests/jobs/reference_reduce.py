@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from jobs.exact.sums.exact_reduce import subtrees_of_ranks, tree_sum
+from raymill.sums.exact_reduce import subtrees_of_ranks, tree_sum
 
 
 def reduce_lanes(subtrees: Sequence[range], *, lane_value: Callable[[int], Tensor]) -> list[Tensor]:

@@ -11,7 +11,6 @@ import pytest
 
 from cluster.settings.run import RunConfig, to_yaml
 from cluster.storage.uris import open_storage
-from jobs.exact.state.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
@@ -20,6 +19,7 @@ from jobs.tokens.token_store import MANIFEST, TOKENIZER, Manifest, Shard, Split,
 from jobs.training.train_loop import train
 from model.files.checkpoint_folder import Metadata
 from model.text.tokenizer import Tokenizer, train_bpe
+from raymill.state.train_state import TrainState
 from tests.jobs.stores import manifest_of
 from tests.waiting import wait_until
 

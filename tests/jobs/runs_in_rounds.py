@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.exact.state.train_state import TrainState
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.snapshots.snapshots import Snapshots
@@ -26,9 +25,10 @@ from jobs.training import train_loop
 from jobs.training.train_loop import train
 from jobs.workers.heartbeat import Pulse
 from jobs.workers.rendezvous import Rendezvous, meeting_place
-from jobs.workers.worker_group import Meeting
-from model.files.checkpoint import parameter_hash
 from model.files.failpoints import VARIABLE
+from raymill.files.safetensors_file import parameter_hash
+from raymill.state.train_state import TrainState
+from raymill.workers.worker_group import Meeting
 from tests.jobs.attempt_witness import AttemptWitness
 from tests.jobs.worker_processes import exit_code, into_log, worker_process
 from tests.waiting import wait_until

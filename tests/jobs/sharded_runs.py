@@ -24,9 +24,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.monitoring.metric_table import Phase
-from cluster.settings.shard import Shard
-from jobs.exact.state.host_copies import HostCopies, HostCopy, Take
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, step_of
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
@@ -34,6 +31,9 @@ from jobs.training.attempt import Attempt
 from jobs.training.train_loop import train
 from model.files.checkpoint_folder import verify_checkpoint
 from model.files.failpoints import VARIABLE
+from raymill.phases import Phase
+from raymill.state.host_copies import HostCopies, HostCopy, Take
+from raymill.state.shard import Shard
 from tests.jobs.runs import tiny_plan
 from tests.time_limits import limit_s
 

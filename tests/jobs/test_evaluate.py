@@ -17,8 +17,9 @@ from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.tokens.token_store import TokenStoreError
 from model.files.checkpoint import load_model
-from model.files.checkpoint_folder import CheckpointError, read_metadata
+from model.files.checkpoint_folder import read_metadata
 from model.files.stored_tokenizer import load_tokenizer
+from raymill.errors import CheckpointError
 from tests.jobs.runs import make_text, newest_checkpoint, trained_run
 
 

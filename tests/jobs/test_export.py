@@ -17,16 +17,11 @@ from jobs.export import export, export_gguf
 from model.config import GPTConfig
 from model.files.bounded_text import TextError
 from model.files.checkpoint import load_model
-from model.files.checkpoint_folder import (
-    TRAIN_STATE,
-    CheckpointError,
-    Metadata,
-    read_metadata,
-    verify_checkpoint,
-)
+from model.files.checkpoint_folder import TRAIN_STATE, Metadata, read_metadata, verify_checkpoint
 from model.files.stored_tokenizer import load_tokenizer
 from model.gpt import GPT
 from model.text.tokenizer import train_bpe
+from raymill.errors import CheckpointError
 from tests.checkpoints import save_model
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s

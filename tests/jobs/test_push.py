@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from cluster import cli
 from cluster.storage.registry import find_checkpoint
-from model.files.checkpoint import load_decoder, parameter_hash
+from model.files.checkpoint import load_decoder
 from model.files.checkpoint_folder import TRAIN_STATE, read_metadata
+from raymill.files.safetensors_file import parameter_hash
 from tests.checkpoints import write_tiny
 from tests.cluster.writable_hub import READER, WRITER, WritableHub, running_writable_hub
 

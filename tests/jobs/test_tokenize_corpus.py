@@ -22,7 +22,7 @@ from jobs.tokens.build_store import tokenize
 from jobs.tokens.document_map import DocumentMap
 from jobs.tokens.token_store import Manifest, read_manifest, token_dtype
 from jobs.tokens.train_tokenizer import ensure_tokenizer
-from model.errors import UserError
+from raymill.errors import UserError
 from tests.jobs.corpora import data_config, make_corpus
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from cluster.settings.train import TrainConfig
-from jobs.exact.state.span import Span
-from jobs.exact.state.train_state import StatePiece, TrainState
-from jobs.exact.stored_state import vectors_by_name
-from jobs.exact.sums.step_totals import block_square_sums, norm_of
+from jobs.exact.run_state import run_state
 from model.config import GPTConfig, preset_fields
-from model.files.checkpoint import safetensors_pieces
-from model.files.stored_tensors import StoredTensors
 from model.gpt import GPT
+from raymill.files.safetensors_file import safetensors_pieces
+from raymill.files.stored_tensors import StoredTensors
+from raymill.state.span import Span
+from raymill.state.stored_state import vectors_by_name
+from raymill.state.train_state import StatePiece, TrainState
+from raymill.sums.step_totals import block_square_sums, norm_of
 
 RATE = 1e-2
 
@@ -31,7 +32,7 @@ def make_state(model: GPT | None = None, **settings: Any) -> TrainState:
     config = TrainConfig(
         **({"precision": "fp32", "weight_decay": 0.3, "grad_clip": 0.0} | settings)
     )
-    return TrainState(model or make_model(), config, device=torch.device("cpu"))
+    return run_state(model or make_model(), config, device=torch.device("cpu"))
 
 
 def gradients(state: TrainState, count: int, *, scale: float = 1.0) -> Iterator[Tensor]:

@@ -28,33 +28,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster.settings.run import RunConfig, state_scaling
-from cluster.settings.shard import Shard
 from cluster.settings.train import Optimizer
-from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.frozen import freeze
-from jobs.exact.state.sharding import Sharding
-from jobs.exact.state.train_state import TrainState
-from jobs.exact.stored_state import (
-    hash_of_weights,
-    hashes_of_state,
-    own_stretches,
-    restore,
-    vectors_by_name,
-)
-from jobs.run.step_timer import StepTimer
+from jobs.exact.run_state import run_state
+from jobs.exact.run_values import run_sharding
+from jobs.exact.step_gradient import step_gradient
+from jobs.exact.stored_state import hashes_of_state
 from jobs.snapshots import snapshots
 from jobs.snapshots.choice import Holding, Snapshot, choose
 from jobs.snapshots.slots import NUM_SLOTS, Bytes, Slots
 from jobs.snapshots.snapshots import Share, Snapshots
-from jobs.workers.worker_group import WorkerGroup
 from model.adapters.lora import Adapter
 from model.decoders.adapted import AdaptedModel
 from model.decoders.make import initial_weights, new_decoder
-from model.files.checkpoint import safetensors_pieces
 from model.files.checkpoint_folder import WEIGHTS
 from model.files.durable_files import write_file
 from model.linear_cross_entropy import IGNORE_INDEX
 from model.numerics import Precision
+from raymill.files.safetensors_file import safetensors_pieces
+from raymill.state.shard import Shard
+from raymill.state.stored_state import hash_of_weights, own_stretches, restore, vectors_by_name
+from raymill.state.train_state import TrainState
+from raymill.step_timer import StepTimer
+from raymill.workers.worker_group import WorkerGroup
 from tests.foreign_models import FAMILIES, ON_CPUS_ALONE, WITHOUT_DOCUMENTS, small
 from tests.jobs.sent_bytes import sent_bytes
 from tests.jobs.train_states import stored, whole
@@ -325,13 +321,13 @@ class Trainer:
         with torch.device("meta") if case.family else nullcontext():
             model = new_decoder(config.model)
         model.init_weights(0)
-        divide = partial(Sharding.of, rank=group.rank, world_size=group.world_size)
+        divide = partial(run_sharding, rank=group.rank, world_size=group.world_size)
         frozen = None
         if isinstance(model, AdaptedModel):
             with base_of(model) as folder:
                 sharding = divide(config.scaling)
                 frozen = freeze(model, folder, device=CPU, sharding=sharding, group=group)
-        self.state = TrainState(
+        self.state = run_state(
             model,
             config.train,
             device=CPU,
@@ -340,7 +336,7 @@ class Trainer:
             frozen=frozen,
         )
         rows: Any = MadeRows(chat=case.chat)
-        self.gradient = BatchGradient(
+        self.gradient = step_gradient(
             config,
             self.state,
             rows,

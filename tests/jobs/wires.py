@@ -8,7 +8,7 @@ from typing import TypeVar, cast
 
 from torch import Tensor
 
-from jobs.exact.state.peers import Peers, Tensors
+from raymill.state.peers import Peers, Tensors
 from tests.time_limits import limit_s
 
 T = TypeVar("T")

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from cluster.settings.serve import ServeConfig
-from model.errors import UserError
 from model.signing.signature import TrustedSigner, check
+from raymill.errors import UserError
 from tests.k8s import run_rules
 from tests.k8s.manifests import K8S, find, pods, render
 from tests.k8s.security_rules import RULES

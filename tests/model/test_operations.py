@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention import Documents, document_mask, document_positions, packed_documents
-from model.cpu_ops.loans import gradient_sinks, lent
 from model.cpu_ops.operations import CPU
 from model.gpt import GPT
 from model.linear_cross_entropy import IGNORE_INDEX
@@ -24,6 +23,7 @@ from model.operations import (
     recomputed,
     use_operations,
 )
+from raymill.loans import gradient_sinks, lent
 from tests.model.small_models import chunked_loss, small_model
 
 TOKENS = torch.randint(97, (3, 21), generator=torch.Generator().manual_seed(1))

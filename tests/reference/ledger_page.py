@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from cluster.monitoring.metric_table import PHASES, REST
 from model.tables import read_table
+from raymill.phases import PHASES, REST
 from tests.reference.markdown import MADE, cell, code, sentence, table
 from tests.repository import REPOSITORY
 

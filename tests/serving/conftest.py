@@ -9,10 +9,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from model.config import GPTConfig
-from model.files.checkpoint import parameter_hash
 from model.files.checkpoint_folder import Metadata
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer, train_bpe
+from raymill.files.safetensors_file import parameter_hash
 from tests.checkpoints import save_model
 from tests.serving.tiny_models import (
     FRAGILE_POSITION,

@@ -14,7 +14,7 @@ from ray.serve.schema import (
 
 from cluster.settings.run import StorageConfig
 from cluster.settings.serve import ReplicaConfig, ServeConfig
-from model.errors import UserError
+from raymill.errors import UserError
 from serving.app import run
 from serving.start_watch import (
     GIVEN_UP_S,

@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster.output.progress import say
 from jobs.proof.audits.page import page_of
-from model.errors import UserError
+from raymill.errors import UserError
 
 RECORD, PAGE = "audit.json", "index.html"
 _CODE = "code"

@@ -10,7 +10,6 @@ from jobs.run.checkpoints import generation_of, step_of
 from jobs.run.ledger import Ledger, Line
 from model.files.checkpoint_folder import (
     MANIFEST,
-    CheckpointError,
     Metadata,
     fingerprint,
     manifest_files,
@@ -20,8 +19,9 @@ from model.files.checkpoint_folder import (
 )
 from model.files.hf_config import read_shape
 from model.files.state_hash import COUNT, StoredState, VectorsHash, read_state
-from model.files.stored_tensors import StoredTensors, stored_in
 from model.shapes import parameter_shapes
+from raymill.errors import CheckpointError
+from raymill.files.stored_tensors import StoredTensors, stored_in
 
 _PIECE_BYTES = 1 << 20
 _OF_STARTS = {"data_identity", "precision", "code_version", "tokens_seen"}

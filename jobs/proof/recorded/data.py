@@ -19,7 +19,8 @@ from jobs.tokens.token_store import (
     read_manifest,
 )
 from model.files.checkpoint import stored_parameter_hash
-from model.files.checkpoint_folder import CheckpointError, Metadata, verify_checkpoint
+from model.files.checkpoint_folder import Metadata, verify_checkpoint
+from raymill.errors import CheckpointError
 
 
 @dataclass

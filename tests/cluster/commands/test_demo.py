@@ -18,7 +18,7 @@ from cluster.commands.demo_run import (
     demo_serving,
 )
 from cluster.settings.run import max_steps
-from model.errors import UserError
+from raymill.errors import UserError
 from tests.jobs.runs import trained_run
 
 RUN = {

@@ -18,7 +18,7 @@ from cluster.commands import delivery_commands
 from cluster.endpoint import delivery
 from cluster.endpoint.delivery import Operator, RefusedError, progress_of
 from cluster.endpoint.endpoint import Endpoint, stream_completion, url_of
-from model.errors import UserError
+from raymill.errors import UserError
 
 CONTEXT = 64
 

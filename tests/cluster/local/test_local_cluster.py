@@ -31,7 +31,7 @@ from cluster.local.local_cluster import (
     require_free_port,
 )
 from cluster.storage.process_identity import kill
-from model.errors import UserError
+from raymill.errors import UserError
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 from tests.waiting import wait_until

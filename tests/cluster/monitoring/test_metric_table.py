@@ -8,16 +8,9 @@ from typing import get_args
 import pytest
 
 from cluster.monitoring.metric_export import MAX_VERSIONS, Metrics, by_version
-from cluster.monitoring.metric_table import (
-    COMMON_LABELS,
-    REST,
-    UNTIMED,
-    Exporter,
-    Kind,
-    Phase,
-    metrics,
-)
+from cluster.monitoring.metric_table import COMMON_LABELS, Exporter, Kind, metrics
 from jobs.workers.failures import Kind as FailureKind
+from raymill.phases import REST, UNTIMED, Phase
 from serving.api.key_metrics import KeyMetrics, Refusal
 from serving.api.metrics import ABORTED, Role
 from serving.delivery.promotion import Phase as PromotionPhase

@@ -17,7 +17,8 @@ from cluster.storage.registry import resolve_checkpoint
 from cluster.storage.s3 import S3Storage
 from cluster.storage.uris import NotFoundError, Storage, open_storage
 from model.files.checkpoint import load_model
-from model.files.checkpoint_folder import MANIFEST, TRAIN_STATE, CheckpointError, verify_checkpoint
+from model.files.checkpoint_folder import MANIFEST, TRAIN_STATE, verify_checkpoint
+from raymill.errors import CheckpointError
 from tests.checkpoints import damage, write_tiny
 from tests.repository import REPOSITORY
 

@@ -14,8 +14,9 @@ from cluster.storage.uris import Storage, open_storage
 from jobs.proof.sign_checkpoint import sign_checkpoint
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import LEDGER
-from model.files.checkpoint_folder import MANIFEST, CheckpointError, fingerprint
+from model.files.checkpoint_folder import MANIFEST, fingerprint
 from model.signing.signature import MODEL, TRAINING, SignatureError, SigningKey, TrustedSigner
+from raymill.errors import CheckpointError
 from tests.checkpoints import FILES, damage, write_tiny
 from tests.signing_keys import made_keys
 

@@ -12,7 +12,7 @@ from cluster.settings.stages import EvaluateConfig
 from cluster.storage.references import checkpoint_uri
 from cluster.storage.registry import named_checkpoint, publications
 from cluster.storage.uris import open_storage
-from model.files.checkpoint_folder import CheckpointError
+from raymill.errors import CheckpointError
 from tests.checkpoints import write_tiny
 
 

@@ -25,8 +25,9 @@ from cluster.storage.registry import (
 from cluster.storage.uris import open_storage
 from jobs.run.checkpoints import RunCheckpoints
 from model.files.checkpoint import load_model as load
-from model.files.checkpoint import parameter_hash
-from model.files.checkpoint_folder import MANIFEST, TRAIN_STATE, CheckpointError
+from model.files.checkpoint_folder import MANIFEST, TRAIN_STATE
+from raymill.errors import CheckpointError
+from raymill.files.safetensors_file import parameter_hash
 from tests.checkpoints import DAMAGES, damage, write_tiny
 
 

@@ -18,7 +18,7 @@ from jobs.corpus.chunks import Chunk, Part, is_divisible, plan_chunks, whole_fil
 from jobs.corpus.documents import read_documents
 from jobs.corpus.file_pieces import _part, cut_file
 from jobs.corpus.listing import list_corpus
-from model.errors import UserError
+from raymill.errors import UserError
 
 # Text, reason to drop it, and whether bytes were replaced; or an error.
 Outcome = list[tuple[str, str | None, bool]] | str

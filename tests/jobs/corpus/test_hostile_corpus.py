@@ -27,8 +27,8 @@ from jobs.pretrain import pretrain
 from jobs.tokens.build_store import tokenize
 from jobs.tokens.preview_data import preview
 from jobs.tokens.token_store import TokenStoreError, token_dtype
-from model.errors import UserError
 from model.text.tokenizer import Tokenizer
+from raymill.errors import UserError
 from tests.jobs.corpora import data_config, manifest_of, texts_of
 from tests.jobs.hostile_corpus import MAX_DOCUMENT_BYTES, HostileCorpus, make_hostile_corpus
 from tests.repository import REPOSITORY

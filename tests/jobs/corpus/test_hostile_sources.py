@@ -18,7 +18,7 @@ from jobs.corpus.listing import Listing, list_corpus
 from jobs.tokens import build_store
 from jobs.tokens.build_store import tokenize
 from jobs.tokens.train_tokenizer import ensure_tokenizer
-from model.errors import UserError
+from raymill.errors import UserError
 from tests.cluster.hub_stub import running_hub
 from tests.jobs.corpora import data_config, make_corpus, manifest_of, texts_of
 from tests.repository import REPOSITORY

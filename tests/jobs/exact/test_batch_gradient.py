@@ -17,21 +17,21 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.settings.run import RunConfig, batch_schedule
-from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.state.train_state import TrainState
-from jobs.exact.sums.step_plan import StepPlan
-from jobs.exact.sums.step_totals import Measured
-from jobs.run.step_timer import StepTimer
-from jobs.workers.worker_group import WorkerGroup
+from jobs.exact.run_state import run_state
+from jobs.exact.step_gradient import step_gradient
 from model.attention import document_mask, document_positions
 from model.gpt import GPT
 from model.linear_cross_entropy import IGNORE_INDEX
 from model.numerics import NUMERICS
+from raymill.step_timer import StepTimer
+from raymill.sums.step_plan import StepPlan
+from raymill.sums.step_totals import Measured
+from raymill.workers.worker_group import WorkerGroup
 from tests.jobs.train_worlds import CPU, EOT, Case, MadeRows
 
 DROPOUT = """
 import torch
-from jobs.exact.dropout import dropout_seed
+from raymill.dropout import dropout_seed
 torch.manual_seed(dropout_seed(0, step=3, micro_batch=5))
 print(dropout_seed(0, step=3, micro_batch=5), torch.rand(3).tolist())
 """
@@ -61,8 +61,8 @@ def test_of_a_step_is_autograds(
         model.loss(inputs, targets) / targets.numel(), list(model.parameters())
     )
 
-    state = TrainState(model, config.train, device=CPU)
-    gradient = BatchGradient(config, state, rows, WorkerGroup(0, 1), eot_id=None)  # type: ignore[arg-type]
+    state = run_state(model, config.train, device=CPU)
+    gradient = step_gradient(config, state, rows, WorkerGroup(0, 1), eot_id=None)  # type: ignore[arg-type]
     gradient.of_step(1, StepTimer())
     gradient.close()
     for (name, parameter), whole in zip(model.named_parameters(), expected, strict=True):
@@ -90,8 +90,8 @@ def test_of_conversations_is_that_of_the_mean_over_counted_tokens(
     mean = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
     expected = torch.autograd.grad(mean, list(model.parameters()))
 
-    state = TrainState(model, config.train, device=CPU)
-    gradient = BatchGradient(config, state, rows, WorkerGroup(0, 1), eot_id=eot_id)  # type: ignore[arg-type]
+    state = run_state(model, config.train, device=CPU)
+    gradient = step_gradient(config, state, rows, WorkerGroup(0, 1), eot_id=eot_id)  # type: ignore[arg-type]
     measured = gradient.of_step(1, StepTimer())
     gradient.close()
     assert measured.num_counted == sum(counts)
@@ -121,9 +121,9 @@ def test_gradient__with_another_loss_scale__has_the_same_bits(
         monkeypatch.setitem(NUMERICS, precision, record)
         model = GPT(config.model)
         model.init_weights(0)
-        state = TrainState(model, config.train, device=CPU)
+        state = run_state(model, config.train, device=CPU)
         rows = MadeRows(chat=chat)
-        gradient = BatchGradient(config, state, rows, WorkerGroup(0, 1), eot_id=None)  # type: ignore[arg-type]
+        gradient = step_gradient(config, state, rows, WorkerGroup(0, 1), eot_id=None)  # type: ignore[arg-type]
         measured = gradient.of_step(1, StepTimer())
         gradient.close()
         return state.gradient, measured
@@ -180,9 +180,9 @@ def test_a_batch_that_grows_through_250_lane_counts__of_512_ranks__begins_at_onc
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=512)
     try:
         group = WorkerGroup(3, 512)
-        state = TrainState(GPT(config.model), config.train, device=CPU, group=group)
+        state = run_state(GPT(config.model), config.train, device=CPU, group=group)
         sys.setprofile(count)
-        gradient = BatchGradient(config, state, MadeRows(), group, eot_id=None)  # type: ignore[arg-type]
+        gradient = step_gradient(config, state, MadeRows(), group, eot_id=None)  # type: ignore[arg-type]
     finally:
         sys.setprofile(None)
         dist.destroy_process_group()

@@ -10,17 +10,17 @@ from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from cluster.settings.run import RunConfig
-from cluster.settings.shard import Shard
 from jobs.exact import compute
-from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.run_state import run_state
 from jobs.exact.self_test import self_test
-from jobs.exact.state.train_state import TrainState
-from jobs.exact.sums.step_totals import Measured, StepTotals
-from jobs.run.step_timer import StepTimer
+from jobs.exact.step_gradient import step_gradient
 from model.decoders.foreign import ForeignModel
-from model.errors import UserError
 from model.foreign_config import ForeignConfig
 from model.operations import compiled
+from raymill.errors import UserError
+from raymill.state.shard import Shard
+from raymill.step_timer import StepTimer
+from raymill.sums.step_totals import Measured, StepTotals
 from tests.foreign_models import small
 from tests.jobs.lone_rank import rank_0_of
 from tests.jobs.shardings import sharding
@@ -55,7 +55,7 @@ def take_a_step(run: RunConfig, shard: Shard, *, has_documents: bool) -> None:
     with rank_0_of(4) as group, pytest.MonkeyPatch.context() as patched:
         patched.setattr(StepTotals, "finish", lambda *_, **__: Measured(0.0, 0.0, 1))
         assert isinstance(run.model, ForeignConfig)
-        state = TrainState(
+        state = run_state(
             ForeignModel(run.model),
             run.train,
             device=CPU,
@@ -65,7 +65,7 @@ def take_a_step(run: RunConfig, shard: Shard, *, has_documents: bool) -> None:
         rows: Any = MadeRows()
         eot_id = EOT if has_documents else -1  # which no row has
         known = eot_id if run.train.document_mask else None
-        gradient = BatchGradient(run, state, rows, group, eot_id=known)
+        gradient = step_gradient(run, state, rows, group, eot_id=known)
         gradient.of_step(1, StepTimer())
         gradient.close()
         state.close()

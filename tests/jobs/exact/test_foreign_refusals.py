@@ -10,8 +10,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from cluster.settings.run import RunConfig
 from jobs.exact.foreign_test import test_foreign as check_foreign
 from jobs.exact.self_test import self_test
-from model.errors import UserError
 from model.foreign_config import ForeignConfig, ForeignModelError
+from raymill.errors import UserError
 from tests.foreign_models import ROFORMER, small
 from tests.jobs.train_worlds import CPU, Case
 

@@ -14,11 +14,11 @@ import transformers
 from cluster.settings.run import RunConfig
 from jobs.exact.foreign_test import test_foreign as check_foreign
 from jobs.exact.self_test import self_test
-from jobs.workers.worker_group import WorkerGroup
 from model.decoders.foreign import ForeignModel
-from model.errors import UserError
 from model.foreign_config import ForeignConfig
 from model.numerics import Precision
+from raymill.errors import UserError
+from raymill.workers.worker_group import WorkerGroup
 from tests.foreign_models import (
     FAMILIES,
     ON_CPUS_ALONE,

@@ -7,14 +7,14 @@ import torch
 
 from cluster.settings.run import RunConfig
 from jobs.exact.frozen import freeze
-from jobs.exact.state.sharding import Sharding
-from jobs.exact.state.train_state import ALONE
 from jobs.training.warm_start import store_base
 from model.adapters.lora import Adapter
 from model.decoders.adapted import AdaptedModel
 from model.decoders.make import initial_weights
 from model.files.checkpoint_folder import WEIGHTS
 from model.text.tokenizer import train_bpe
+from raymill.state.sharding import Sharding
+from raymill.state.train_state import ALONE
 from tests.foreign_models import small
 
 

@@ -18,16 +18,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
-from cluster.settings.shard import Shard
-from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.state.sharding import Sharding
-from jobs.exact.state.train_state import TrainState
-from jobs.exact.sums.step_totals import Measured, StepTotals
+from jobs.exact.run_state import run_state
+from jobs.exact.run_values import run_sharding
+from jobs.exact.step_gradient import step_gradient
 from jobs.plan.exchange import between_groups, between_holders
 from jobs.plan.memory import layout_of
-from jobs.run.step_timer import StepTimer
-from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
+from raymill.state.shard import Shard
+from raymill.step_timer import StepTimer
+from raymill.sums.step_totals import Measured, StepTotals
+from raymill.workers.worker_group import WorkerGroup
 
 NODE = 8  # ranks
 SIZE = {"n_layer": 3, "n_head": 4, "n_embd": 256, "vocab_size": 8192, "n_positions": 16}
@@ -108,11 +108,11 @@ def sent_by_rank_0(
         model = GPT(config.model)
         model.init_weights(0)
         workers = WorkerGroup(0, world_size)
-        divided = Sharding.of(config.scaling, rank=0, world_size=world_size)
-        state = TrainState(
+        divided = run_sharding(config.scaling, rank=0, world_size=world_size)
+        state = run_state(
             model, config.train, device=torch.device("cpu"), group=workers, sharding=divided
         )
-        gradient = BatchGradient(config, state, Rows(), workers, eot_id=None)  # type: ignore[arg-type]
+        gradient = step_gradient(config, state, Rows(), workers, eot_id=None)  # type: ignore[arg-type]
         with counted(monkeypatch) as sent:
             gradient.of_step(1, StepTimer())
             state.apply(norm=0.0, learning_rate=0.0)
@@ -157,7 +157,7 @@ def test_the_planner_counts_the_messages_that_are_sent(
 ) -> None:
     sent = sent_by_rank_0(monkeypatch, shard, world_size, lanes=2 * world_size)
     config = RunConfig.model_validate({"model": SIZE, "scaling": {"shard": shard}})
-    sharding = Sharding.of(config.scaling, rank=0, world_size=world_size)
+    sharding = run_sharding(config.scaling, rank=0, world_size=world_size)
     layout, options = layout_of(config), PlanConfig(gpus_per_node=NODE)
     planned = between_groups(layout, sharding, options, num_lanes=2 * world_size)
     if shard == "optimizer":

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from cluster.settings.run import RunConfig
-from cluster.settings.shard import Shard
 from jobs.exact import compute
-from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.run_state import run_state
 from jobs.exact.self_test import self_test
-from jobs.exact.state.train_state import TrainState
-from jobs.exact.sums.step_totals import Measured, StepTotals
-from jobs.run.step_timer import StepTimer
+from jobs.exact.step_gradient import step_gradient
 from model import gpt
 from model.config import GPTConfig
-from model.errors import UserError
 from model.gpt import GPT
 from model.operations import PLAIN, Operations, compiled
+from raymill.errors import UserError
+from raymill.state.shard import Shard
+from raymill.step_timer import StepTimer
+from raymill.sums.step_totals import Measured, StepTotals
 from tests.gpu.made_runs import EOT_ID, MadeRows
 from tests.jobs.lone_rank import rank_0_of
 from tests.jobs.shardings import sharding
@@ -95,7 +95,7 @@ def take_a_step(run: RunConfig, shard: Shard, micro_batches: int) -> None:
     with rank_0_of(4) as group, pytest.MonkeyPatch.context() as patched:
         patched.setattr(StepTotals, "finish", lambda *_, **__: Measured(0.0, 0.0, 1))
         assert isinstance(run.model, GPTConfig)
-        state = TrainState(
+        state = run_state(
             GPT(run.model),
             run.train,
             device=CPU,
@@ -104,7 +104,7 @@ def take_a_step(run: RunConfig, shard: Shard, micro_batches: int) -> None:
         )
         eot_id = EOT_ID if run.train.document_mask else None
         rows = MadeRows.of(run)
-        gradient = BatchGradient(run, state, rows, group, eot_id=eot_id)  # type: ignore[arg-type]
+        gradient = step_gradient(run, state, rows, group, eot_id=eot_id)  # type: ignore[arg-type]
         gradient.of_step(1, StepTimer())
         gradient.close()
         state.close()

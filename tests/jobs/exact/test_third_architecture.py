@@ -2,8 +2,8 @@
 
 import pytest
 
-from jobs.exact.state.flat_layout import FlatLayout
 from model.shapes import parameter_shapes
+from raymill.state.flat_layout import FlatLayout
 from tests.gated_gpt2 import add_gated_gpt2, gated_config
 
 

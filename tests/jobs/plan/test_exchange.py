@@ -6,9 +6,9 @@ import pytest
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
-from jobs.exact.state.flat_layout import FlatLayout
 from jobs.plan.exchange import MESSAGE_S, Exchange, exchange
 from jobs.plan.memory import layout_of
+from raymill.state.flat_layout import FlatLayout
 
 # 300 GB/s within a node, 10 GB/s between nodes
 OPTIONS = PlanConfig(gpu="a100", network_gbit_per_s=80)

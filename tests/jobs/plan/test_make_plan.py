@@ -11,9 +11,8 @@ import torch
 from cluster.cli import main
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
-from jobs.exact.state.sharding import Sharding
-from jobs.exact.state.train_state import TrainState
-from jobs.exact.sums.step_plan import StepPlan
+from jobs.exact.run_state import run_state
+from jobs.exact.run_values import run_sharding
 from jobs.plan.formulas import (
     checkpoint_interval_s,
     goodput,
@@ -24,9 +23,10 @@ from jobs.plan.formulas import (
 from jobs.plan.make_plan import make_plan
 from jobs.plan.memory import activation_bytes, gpu_memory, host_memory, layout_of
 from jobs.plan.table import size, table
-from jobs.workers.worker_group import WorkerGroup
 from model.config import GPTConfig
 from model.gpt import GPT
+from raymill.sums.step_plan import StepPlan
+from raymill.workers.worker_group import WorkerGroup
 from tests.jobs.runs import trained_run
 from tests.repository import REPOSITORY
 
@@ -176,8 +176,8 @@ def test_what_a_worker_keeps_has_the_planned_sizes(
     model.init_weights(0)
     largest = max(parameter.numel() for parameter in model.parameters())
     embeddings = model.transformer.wte.weight.nbytes + model.transformer.wpe.weight.nbytes
-    sharding = Sharding.of(config.scaling, rank=1, world_size=4)
-    state = TrainState(
+    sharding = run_sharding(config.scaling, rank=1, world_size=4)
+    state = run_state(
         model, config.train, device=torch.device("cpu"), group=workers, sharding=sharding
     )
     parts = gpu_memory(config, layout_of(config), world_size=4)
@@ -254,8 +254,8 @@ def test_muons_state__is_planned_for_the_worker_that_has_most(shard: str) -> Non
         with torch.device("meta"):
             model = GPT(config.model)
         group = WorkerGroup(rank=rank, world_size=3)
-        sharding = Sharding.of(config.scaling, rank=rank, world_size=3)
-        state = TrainState(
+        sharding = run_sharding(config.scaling, rank=rank, world_size=3)
+        state = run_state(
             model, config.train, device=torch.device("cpu"), group=group, sharding=sharding
         )
         moments.append(sum(moment.nbytes for moment in state.vectors.values()))

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from cluster.storage.registry import find_checkpoint
 from jobs.tokens.document_map import DOCUMENTS
-from model.errors import UserError
 from model.files.checkpoint_folder import WEIGHTS
 from model.signing.floor import Floor
 from model.signing.signature import MODEL, TRAINING, TrustedSigner
+from raymill.errors import UserError
 from tests.jobs.proof.forging import (
     STATES,
     append_better_validation,

@@ -19,8 +19,8 @@ from jobs.run.ledger import LEDGER, Ledger
 from jobs.run.ledger_chain import encoded, hash_of
 from jobs.training.train_loop import train
 from jobs.workers.preemption import Notice, Notices
-from model.errors import UserError
 from model.signing.signature import SigningKey
+from raymill.errors import UserError
 from tests.jobs.mapped_runs import mapped_plan
 from tests.jobs.poisoned_runs import Faults, run_world
 from tests.jobs.runs import tiny_plan

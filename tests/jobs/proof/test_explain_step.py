@@ -19,7 +19,7 @@ from cluster.cli import main
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import batch_schedule, to_yaml
 from cluster.storage.uris import Storage, open_storage
-from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.lane_passes import LanePasses
 from jobs.proof.explain_step import explain
 from jobs.proof.where_run import where
 from jobs.run.checkpoints import checkpoint_name
@@ -29,10 +29,11 @@ from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.saving.publisher import Published, Publisher
 from jobs.tokens.document_map import DOCUMENTS
 from jobs.training.train_loop import train
-from model.errors import UserError
 from model.files.checkpoint_folder import Metadata
 from model.files.state_hash import StateHashes
 from model.linear_cross_entropy import IGNORE_INDEX
+from raymill.errors import UserError
+from raymill.step_timer import StepTimer
 from tests.jobs.mapped_runs import mapped_plan, write_conversations
 from tests.jobs.runs import make_text
 from tests.jobs.tampering import change_setting
@@ -87,15 +88,15 @@ def train_poisoned(plan: RunPlan) -> None:
 
 def poison(patch: pytest.MonkeyPatch, *steps: int) -> None:
     """Makes the loss of the first micro-batch of these steps NaN."""
-    backward = BatchGradient._backward
+    take = LanePasses.take
 
     def faulty(
-        self: BatchGradient, loss_of: Any, step: int, number: int, *rest: Any, scale: float
+        self: LanePasses, step: int, number: int, timer: StepTimer, **options: Any
     ) -> Tensor:
         factor = float("nan") if step in steps and number == 0 else 1.0
-        return backward(self, loss_of, step, number, *rest, scale=scale * factor)
+        return take(self, step, number, timer, scale=factor, **options)
 
-    patch.setattr(BatchGradient, "_backward", faulty)
+    patch.setattr(LanePasses, "take", faulty)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from cluster.storage.uris import Storage, open_storage
 from jobs.proof.replay_loss import replay_around_loss, steps_around_loss
 from jobs.run.ledger import Ledger
 from jobs.training.train_loop import train
-from model.errors import UserError
+from raymill.errors import UserError
 from tests.jobs.runs import tiny_plan, trained_run
 from tests.jobs.tampering import change_line
 

@@ -9,7 +9,7 @@ from cluster.settings.parser import ConfigError
 from cluster.storage.uris import Storage
 from jobs.proof.replay_run import parse_steps, replay
 from jobs.run.ledger import Ledger
-from model.errors import UserError
+from raymill.errors import UserError
 from tests.jobs.tampering import change_line, change_setting, checkpoint_folder, flip_byte
 
 

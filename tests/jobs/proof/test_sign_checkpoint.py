@@ -19,7 +19,6 @@ from jobs.export import export
 from jobs.proof.sign_checkpoint import sign_checkpoint
 from jobs.proof.verify_run import verify
 from jobs.run.ledger import LEDGER
-from model.errors import UserError
 from model.files.checkpoint_folder import MANIFEST, fingerprint
 from model.signing.signature import (
     MODEL,
@@ -29,6 +28,7 @@ from model.signing.signature import (
     TrustedSigner,
     check,
 )
+from raymill.errors import UserError
 from tests.jobs.runs import trained_run
 from tests.jobs.tampering import checkpoint_folder, flip_byte
 from tests.signing_keys import PIN, made_certificates, made_keys, made_rsa_keys, made_token

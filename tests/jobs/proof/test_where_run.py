@@ -23,9 +23,9 @@ from jobs.run.run_plan import RunPlan, open_stream
 from jobs.tokens.build_store import tokenize
 from jobs.tokens.document_map import DOCUMENTS, DocumentMap
 from jobs.tokens.token_store import TokenStoreError, read_manifest
-from model.errors import UserError
 from model.linear_cross_entropy import IGNORE_INDEX
 from model.text.tokenizer import Tokenizer
+from raymill.errors import UserError
 from tests.jobs.cleaning.in_process import tokenize_in_process
 from tests.jobs.mapped_runs import SEQ_LEN, mapped_plan, write_conversations
 from tests.jobs.poisoned_runs import Faults, run_world

@@ -27,7 +27,7 @@ from jobs.run.history import (
     statistics,
 )
 from jobs.run.ledger import Ledger
-from model.errors import UserError
+from raymill.errors import UserError
 from tests.jobs.report.eventful_run import TOKENS_PER_STEP, Page, eventful_lines, write_run
 from tests.jobs.runs import trained_run
 from tests.repository import REPOSITORY

@@ -8,8 +8,8 @@ from cluster.storage.uris import open_storage
 from jobs.report.probe_run import probe_run
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import Ledger
-from model.errors import UserError
 from model.insight.probes import TASKS
+from raymill.errors import UserError
 from tests.jobs.report.eventful_run import eventful_lines, write_run
 from tests.jobs.runs import trained_run
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from cluster.monitoring.metric_table import COMPUTING
 from jobs.report.figures import parts
 from jobs.report.why_slow import why_slow
 from jobs.run.ledger import Ledger
+from raymill.phases import COMPUTING
 
 USUAL = {
     "load": 0.002,

@@ -8,7 +8,7 @@ from cluster.storage.registry import publish
 from cluster.storage.uris import open_storage
 from jobs.run.find_run import find_run
 from jobs.run.ledger import LEDGER
-from model.errors import UserError
+from raymill.errors import UserError
 from tests.jobs.runs import newest_checkpoint, trained_run
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.storage.uris import Storage, open_storage
 from jobs.run.ledger import LEDGER, Ledger, LedgerTail, LedgerWriter
-from model.errors import UserError
+from raymill.errors import UserError
 
 
 def lines_of(*words: tuple[Any, ...]) -> Ledger:

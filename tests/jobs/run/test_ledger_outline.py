@@ -15,7 +15,7 @@ from jobs.run import ledger_outline
 from jobs.run.ledger import LEDGER, Ledger, LedgerWriter, Line
 from jobs.run.ledger_outline import MEASUREMENTS, LedgerOutline, last_recorded, last_step
 from jobs.workers.failures import why_give_up
-from model.errors import UserError
+from raymill.errors import UserError
 
 STEP: dict[str, Any] = {
     "loss": 2.1,

@@ -14,18 +14,20 @@ import torch
 
 from cluster.storage.folder import LocalStorage
 from cluster.storage.uris import Entry, open_storage
-from jobs.exact.rules.adamw import AdamW
-from jobs.exact.state.flat_layout import FlatLayout
-from jobs.exact.stored_state import stored_name
 from jobs.export import export
 from jobs.proof.verify_run import verify
 from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.ledger import Ledger
 from jobs.run.sharded_checkpoints import ShardedCheckpoint, stored_state
-from model.files.checkpoint import load_model, parameter_hash
-from model.files.checkpoint_folder import MANIFEST, CheckpointError, read_metadata
+from model.files.checkpoint import load_model
+from model.files.checkpoint_folder import MANIFEST, read_metadata
 from model.files.hf_config import read_config
 from model.shapes import parameter_shapes
+from raymill.errors import CheckpointError
+from raymill.files.safetensors_file import parameter_hash
+from raymill.rules.adamw import AdamW
+from raymill.state.flat_layout import FlatLayout
+from raymill.state.stored_state import stored_name
 from tests.checkpoints import write_tiny
 from tests.fault_seeds import fault_seeds
 from tests.jobs.sharded_runs import NUM_STEPS, STAGES

@@ -18,17 +18,18 @@ from cluster.settings.run import CheckpointConfig
 from cluster.settings.train import TrainConfig
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.uris import Storage, open_storage
-from jobs.exact.state.train_state import TrainState
+from jobs.exact.run_state import run_state
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, step_of
 from jobs.run.ledger import Ledger, LedgerWriter
 from jobs.run.writer_generation import Fence
 from jobs.saving.checkpoint_writer import CheckpointWriter
 from jobs.saving.publisher import Publisher
 from model.config import GPTConfig, preset_fields
-from model.files.checkpoint import load_model, parameter_hash
+from model.files.checkpoint import load_model
 from model.files.checkpoint_folder import verify_checkpoint
 from model.gpt import GPT
 from model.text.tokenizer import train_bpe
+from raymill.files.safetensors_file import parameter_hash
 from tests.checkpoints import metadata_of
 from tests.cluster.fault_proxy import running_proxy
 from tests.jobs.train_states import moments as moments_of
@@ -53,7 +54,7 @@ class Saving:
         )
         model.init_weights(0)
         self.run = run
-        self.state = TrainState(model, TrainConfig(precision="fp32"), device=torch.device("cpu"))
+        self.state = run_state(model, TrainConfig(precision="fp32"), device=torch.device("cpu"))
         self.fence = Fence(run, launcher=0)
         self.ledger = LedgerWriter(run, self.fence)
         self.checkpoints = RunCheckpoints(run, self.fence)

@@ -16,8 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from cluster.settings.run import CheckpointConfig
 from cluster.settings.train import TrainConfig
 from cluster.storage.uris import open_storage
-from jobs.exact.rules.adamw import AdamW
-from jobs.exact.state.train_state import TrainState
+from jobs.exact.run_state import run_state
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.ledger import Ledger, LedgerWriter
 from jobs.run.sharded_checkpoints import ShardedCheckpoint
@@ -26,12 +25,15 @@ from jobs.saving import shard_writer
 from jobs.saving.publisher import Publisher
 from jobs.saving.shard_writer import Shard, ShardWriter
 from jobs.training.train_loop import train
-from jobs.workers.worker_group import WorkerGroup
 from model.config import GPTConfig, preset_fields
-from model.files.checkpoint import load_model, parameter_hash
+from model.files.checkpoint import load_model
 from model.files.checkpoint_folder import TRAIN_STATE, WEIGHTS, shard_of, verify_checkpoint
 from model.gpt import GPT, initial_weights
 from model.text.tokenizer import train_bpe
+from raymill.files.safetensors_file import parameter_hash
+from raymill.rules.adamw import AdamW
+from raymill.state.train_state import TrainState
+from raymill.workers.worker_group import WorkerGroup
 from tests.checkpoints import metadata_of
 from tests.jobs.new_memory import NewMemory
 from tests.jobs.runs import tiny_plan
@@ -70,7 +72,7 @@ def states(request: pytest.FixtureRequest) -> Iterator[list[TrainState]]:
             model = GPT(config)
         group = Together(rank, NUM_RANKS, barrier=barrier, values=values)
         divided = sharding(request.param, rank=rank, world_size=2)
-        state = TrainState(
+        state = run_state(
             model, TrainConfig(precision="fp32"), device=CPU, group=group, sharding=divided
         )
         state.load_weights(initial_weights(config, 0))

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from jobs.exact.state.span import Span
-from jobs.exact.sums.audit import Audit, Shown
-from jobs.exact.sums.excerpt import Repeated, ShownSum
+from jobs.exact.audits.audit import Audit, Shown
+from jobs.exact.audits.excerpt import Repeated, ShownSum
 from jobs.sentinel.verdict import (
     Turn,
     Undecided,
@@ -19,6 +18,7 @@ from jobs.sentinel.verdict import (
     of_self_tests,
     of_turns,
 )
+from raymill.state.span import Span
 
 RIGHT, WRONG, OTHER = 7, 8, 9
 ONE_COPY_EACH = [[0, 0, 0], [0, 0, 0]]

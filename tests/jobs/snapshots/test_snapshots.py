@@ -14,12 +14,10 @@ import numpy as np
 import pytest
 import ray
 
-import jobs.exact.state.train_state
 import jobs.snapshots.keepers
 import jobs.snapshots.snapshots
 import jobs.training.open_attempt
-from jobs.exact.state.host_copies import HostCopies
-from jobs.exact.state.train_state import TrainState
+import raymill.state.train_state
 from jobs.exact.stored_state import DamagedStateError
 from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.ledger import Ledger
@@ -40,8 +38,10 @@ from jobs.training.rank_phases import RankPhases
 from jobs.training.train_loop import train
 from jobs.training.validation import Validator
 from jobs.workers.preemption import Notices
-from jobs.workers.worker_group import WorkerGroup
-from model.files.checkpoint import parameter_hash
+from raymill.files.safetensors_file import parameter_hash
+from raymill.state.host_copies import HostCopies
+from raymill.state.train_state import TrainState
+from raymill.workers.worker_group import WorkerGroup
 from tests.jobs.runs import tiny_plan
 from tests.jobs.train_states import RATE, apply, gradients, make_state
 from tests.waiting import wait_until
@@ -617,9 +617,7 @@ def test_a_run_that_continues_from_memory_ends_with_the_bits_of_an_undisturbed_o
 ) -> None:
     """One worker, killed right after the snapshots of steps 2 and 7, between which a checkpoint
     comes; or one that loses another then, with no snapshot due."""
-    monkeypatch.setattr(
-        jobs.exact.state.train_state, "HostCopies", partial(HostCopies, beside=beside)
-    )
+    monkeypatch.setattr(raymill.state.train_state, "HostCopies", partial(HostCopies, beside=beside))
     monkeypatch.setattr(OwnMemory, "memory", make_memory(), raising=False)
     monkeypatch.setattr(OwnMemory, "raise_after", {2: error, 7: error}, raising=False)
     monkeypatch.setattr(OwnMemory, "every_steps", every_steps)

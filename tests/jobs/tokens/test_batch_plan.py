@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.exact.sums.exact_reduce import subtrees_of_ranks
 from jobs.tokens.batch_plan import SampleOrder, counts_of_sources
+from raymill.sums.exact_reduce import subtrees_of_ranks
 
 seeds = st.integers(0, 2**63 - 1)
 weight_lists = st.lists(st.floats(0.01, 1.0), min_size=2, max_size=4).map(tuple)

@@ -18,10 +18,10 @@ from jobs.tokens.build_store import tokenize
 from jobs.tokens.token_store import MANIFEST, Manifest, read_manifest, token_dtype
 from jobs.tokens.token_stream import TokenStream
 from jobs.tokens.train_tokenizer import load_tokenizer
-from model.errors import UserError
 from model.linear_cross_entropy import IGNORE_INDEX
 from model.text.chat import PLAIN_TEMPLATE, Chat
 from model.text.tokenizer import Tokenizer, train_bpe
+from raymill.errors import UserError
 from tests.jobs.corpora import data_config
 
 ALTERNATING = (

@@ -13,10 +13,10 @@ import torch
 
 from cluster.storage.s3 import S3Storage
 from cluster.storage.uris import Storage, open_storage
-from jobs.exact.sums.exact_reduce import subtrees_of_ranks
 from jobs.tokens.division import whole
 from jobs.tokens.token_store import MANIFEST, Manifest, Shard, TokenStoreError, read_manifest
 from jobs.tokens.token_stream import ShardChain, TokenStream
+from raymill.sums.exact_reduce import subtrees_of_ranks
 from tests.jobs.stores import make_store, manifest_of, write_shard
 from tests.time_limits import limit_s
 

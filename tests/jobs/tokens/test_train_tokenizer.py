@@ -19,8 +19,8 @@ from jobs.corpus.chunks import Part
 from jobs.corpus.documents import Document, read_documents
 from jobs.corpus.listing import list_corpus
 from jobs.tokens.train_tokenizer import ensure_tokenizer, sample_texts
-from model.errors import UserError
 from model.text.tokenizer import train_bpe
+from raymill.errors import UserError
 from tests.jobs.corpora import data_config, make_corpus
 
 

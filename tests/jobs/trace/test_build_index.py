@@ -16,7 +16,7 @@ from jobs.trace import build_index
 from jobs.trace.build_index import index_store
 from jobs.trace.trace_index import INDEX, TRACE, TraceIndex
 from jobs.trace.windows import LEAST_SPAN, chosen_windows
-from model.errors import UserError
+from raymill.errors import UserError
 from tests.jobs.cleaning.in_process import InProcess
 from tests.jobs.stores import make_store
 from tests.killed_upload import killed_upload

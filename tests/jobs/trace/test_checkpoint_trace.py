@@ -14,8 +14,8 @@ from jobs.tokens.document_map import DOCUMENTS
 from jobs.trace.checkpoint_trace import Checkpoint, CheckpointTrace, Limits, LineageError, Question
 from jobs.trace.trace_run import trace
 from jobs.trace.windows import LEAST_SPAN
-from model.errors import UserError
 from model.files.checkpoint_folder import read_metadata
+from raymill.errors import UserError
 from tests.jobs.planted_runs import PASSAGE, ROLLED_BACK
 
 LIMITS = Limits(max_tokens=1000, max_listed=500, max_steps=64)

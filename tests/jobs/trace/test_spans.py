@@ -18,7 +18,7 @@ from jobs.trace.build_index import index_store
 from jobs.trace.spans import MOST_TEXT_TOKENS, SearchedStore, Span, find_spans
 from jobs.trace.trace_index import TRACE, TraceIndex
 from jobs.trace.windows import LEAST_SPAN
-from model.errors import UserError
+from raymill.errors import UserError
 from tests.jobs.cleaning.in_process import MEMORY, InProcess
 from tests.jobs.stores import manifest_of
 from tests.waiting import wait_until

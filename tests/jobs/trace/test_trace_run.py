@@ -22,7 +22,7 @@ from jobs.trace.build_index import index_store
 from jobs.trace.indexed_store import IndexedStore
 from jobs.trace.trace_index import INDEX, TRACE
 from jobs.trace.trace_run import as_text, trace
-from model.errors import UserError
+from raymill.errors import UserError
 from tests.jobs.cleaning.in_process import InProcess
 from tests.jobs.mapped_runs import SEQ_LEN, mapped_plan
 from tests.jobs.planted_runs import PASSAGE, ROLLED_BACK, planted_plan

@@ -31,11 +31,13 @@ from jobs.training.train_loop import train
 from jobs.training.warm_start import begin, like_its_source
 from model.adapters.lora import Adapter, AdapterError
 from model.config import GPTConfig
-from model.files.checkpoint import load_decoder, load_model, parameter_hash, stored_weights
-from model.files.checkpoint_folder import CheckpointError, read_metadata, verify_checkpoint
+from model.files.checkpoint import load_decoder, load_model, stored_weights
+from model.files.checkpoint_folder import read_metadata, verify_checkpoint
 from model.files.hf_config import UnsupportedModelError, read_shape
 from model.foreign_config import ForeignConfig
 from model.text.tokenizer import Tokenizer
+from raymill.errors import CheckpointError
+from raymill.files.safetensors_file import parameter_hash
 from tests.foreign_models import small
 from tests.jobs.runs import newest_checkpoint, tiny_plan
 

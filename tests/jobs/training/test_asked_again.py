@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.settings.shard import Shard
 from jobs.run.ledger import LEDGER, Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.run.writer_generation import Fence
@@ -20,7 +19,8 @@ from jobs.sentinel.way_back import MOST_WAYS_BACK
 from jobs.training.attempt import Attempt
 from jobs.training.open_attempt import open_attempt
 from jobs.training.train_loop import train
-from jobs.workers.worker_group import WorkerGroup
+from raymill.state.shard import Shard
+from raymill.workers.worker_group import WorkerGroup
 from tests.fault_seeds import fault_seeds
 from tests.jobs.faulty_runs import FAULTY, Fault, run_with_fault, work_but_wait
 from tests.jobs.poisoned_runs import Faults, run_world

@@ -11,12 +11,13 @@ from typing import Any, get_args
 import pytest
 from torch import Tensor
 
-from cluster.settings.shard import Shard
-from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.lane_passes import LanePasses
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.training import open_attempt, train_loop
 from jobs.training.train_loop import train
+from raymill.state.shard import Shard
+from raymill.step_timer import StepTimer
 from tests.benchmarks.bench_attempt_memory import in_own_process
 from tests.jobs.attempt_witness import AttemptWitness
 from tests.jobs.runs import tiny_plan
@@ -68,21 +69,20 @@ def test_nothing_of_an_attempt_is_alive_after_a_rollback(
     tmp_path: Path, witness: AttemptWitness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = tiny_plan(str(tmp_path), num_steps=6, train={"max_skipped_steps": 0})
-    backward, begin, alive = BatchGradient._backward, open_attempt.open_attempt, []
+    take, begin, alive = LanePasses.take, open_attempt.open_attempt, []
 
     def watched(*arguments: Any, **options: Any) -> Any:
         alive.append(witness.alive())
         return begin(*arguments, **options)
 
     def poisoned(
-        self: BatchGradient, loss_of: Any, step: int, number: int, *rest: Any, scale: float
+        self: LanePasses, step: int, number: int, timer: StepTimer, **options: Any
     ) -> Tensor:
-        return backward(
-            self, loss_of, step, number, *rest, scale=float("nan") if step == 5 else scale
-        )
+        scale = float("nan") if step == 5 else 1.0
+        return take(self, step, number, timer, scale=scale, **options)
 
     monkeypatch.setattr(train_loop, "open_attempt", watched)
-    monkeypatch.setattr(BatchGradient, "_backward", poisoned)
+    monkeypatch.setattr(LanePasses, "take", poisoned)
     train(plan, rank=0, world_size=1)
     assert len(Ledger.read(plan.run).events("rollback")) == 1
     assert alive == [{}, {}]

@@ -10,9 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.monitoring.metric_table import Phase
 from cluster.storage.uris import Storage
-from jobs.exact.state.host_copies import HostCopies, Take
 from jobs.exact.stored_state import DamagedStateError
 from jobs.pretrain import unfinished
 from jobs.run.checkpoints import QUARANTINED, RunCheckpoints, step_of
@@ -24,7 +22,9 @@ from jobs.saving.publisher import read_back
 from jobs.training.train_loop import train
 from model.files.checkpoint_folder import Metadata
 from model.files.state_hash import COUNT
-from model.files.stored_tensors import StoredTensors
+from raymill.files.stored_tensors import StoredTensors
+from raymill.phases import Phase
+from raymill.state.host_copies import HostCopies, Take
 from tests.checkpoints import damage
 from tests.jobs.failpoint_runs import save_and_wait
 from tests.jobs.runs import final_hash, tiny_plan

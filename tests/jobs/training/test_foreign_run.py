@@ -25,11 +25,12 @@ from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.training.train_loop import train
 from jobs.training.warm_start import begin, like_its_source
-from model.files.checkpoint import load_decoder, load_model, parameter_hash
+from model.files.checkpoint import load_decoder, load_model
 from model.files.checkpoint_folder import read_metadata
 from model.files.hf_config import UnsupportedModelError
 from model.foreign_config import ForeignConfig, ForeignModelError
 from model.text.tokenizer import Tokenizer
+from raymill.files.safetensors_file import parameter_hash
 from serving.protocol.served_model import is_of_one_kind, read_served_model
 from tests.foreign_models import small
 from tests.jobs.runs import tiny_plan

@@ -11,8 +11,8 @@ from cluster.settings.run import RunConfig
 from jobs.run.ledger import Ledger
 from jobs.training import kernels
 from jobs.training.kernels import Prepared
-from jobs.workers.worker_group import WorkerGroup
-from model.errors import UserError
+from raymill.errors import UserError
+from raymill.workers.worker_group import WorkerGroup
 from tests.foreign_models import small
 from tests.jobs.poisoned_runs import run_world
 from tests.jobs.runs import tiny_plan

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from cluster.settings.train import TrainConfig
-from jobs.exact.state.train_state import TrainState
-from jobs.run.step_timer import StepTimer
+from jobs.exact.run_state import run_state
 from jobs.training.layer_statistics import LayerStatistics, layer_of
-from jobs.workers.worker_group import WorkerGroup
 from model.architecture import GPT2, LLAMA
 from model.config import GPTConfig
 from model.gpt import GPT
+from raymill.step_timer import StepTimer
+from raymill.workers.worker_group import WorkerGroup
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_layers_by_parameter_of_llama(parameter: str, layer: str) -> None:
 def test_norms_are_those_of_the_parameters() -> None:
     model = GPT(GPTConfig(vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=2))
     model.init_weights(0)
-    state = TrainState(model, TrainConfig(precision="fp32"), device=torch.device("cpu"))
+    state = run_state(model, TrainConfig(precision="fp32"), device=torch.device("cpu"))
     torch.manual_seed(0)
     model.loss(torch.randint(64, (2, 16)), torch.randint(64, (2, 16))).backward()
     before = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
@@ -86,7 +86,7 @@ def test_norms_are_those_of_the_parameters() -> None:
 def test_zero_never_measures() -> None:
     model = GPT(GPTConfig(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2))
     model.init_weights(0)
-    state = TrainState(model, TrainConfig(precision="fp32"), device=torch.device("cpu"))
+    state = run_state(model, TrainConfig(precision="fp32"), device=torch.device("cpu"))
     statistics = LayerStatistics(state, WorkerGroup(0, 1), StepTimer(), every_steps=0)
     with statistics.around_update(100):
         pass

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from cluster.settings.shard import Shard
 from jobs.proof.replay_run import replay
 from jobs.run.history import why_not_resumed
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.training.train_loop import train
+from raymill.state.shard import Shard
 from tests.jobs.runs import tiny_plan
 from tests.jobs.runs_in_rounds import CutOff, run_in_rounds
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from jobs.run.step_timer import StepTime
 from jobs.training.rank_phases import RankPhases, RankTime, as_fields, from_fields, stragglers
-from jobs.workers.worker_group import WorkerGroup
+from raymill.step_timer import StepTime
+from raymill.workers.worker_group import WorkerGroup
 
 
 def rank(lane_ms: float, *, lanes: int = 2, sync_ms: float = 0.0) -> RankTime:

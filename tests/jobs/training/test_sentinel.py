@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from cluster.settings.shard import Shard
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
+from raymill.state.shard import Shard
 from tests.fault_seeds import fault_seeds
 from tests.jobs.faulty_runs import FAULTY, Fault, run_with_fault
 from tests.jobs.runs import tiny_plan

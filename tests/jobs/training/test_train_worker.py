@@ -12,7 +12,7 @@ from jobs.training import train_worker as entry
 from jobs.workers.failures import Kind
 from jobs.workers.incident_notes import note
 from jobs.workers.rendezvous import meeting_place
-from jobs.workers.worker_group import WorkerGroup
+from raymill.workers.worker_group import WorkerGroup
 from tests.jobs.runs import tiny_plan
 
 NCCL = (

@@ -7,9 +7,9 @@ from typing import Any, get_args
 
 import pytest
 
-from cluster.settings.shard import Shard
 from jobs.run.ledger import Ledger
 from jobs.training.train_loop import train
+from raymill.state.shard import Shard
 from tests.jobs.runs import tiny_plan
 from tests.jobs.runs_in_rounds import CutOff, run_in_rounds
 

@@ -26,9 +26,11 @@ from jobs.training.train_loop import train
 from jobs.training.warm_start import begin, like_its_source
 from model.config import GPTConfig
 from model.files.bounded_text import TextError
-from model.files.checkpoint import load_model, parameter_hash
-from model.files.checkpoint_folder import CheckpointError, read_metadata
+from model.files.checkpoint import load_model
+from model.files.checkpoint_folder import read_metadata
 from model.text.tokenizer import Tokenizer
+from raymill.errors import CheckpointError
+from raymill.files.safetensors_file import parameter_hash
 from tests.cluster.hub_stub import running_hub
 from tests.jobs.runs import tiny_plan
 

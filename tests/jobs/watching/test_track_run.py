@@ -14,7 +14,7 @@ from cluster.storage.uris import Storage, open_storage
 from jobs.run.history import CONFIG_FILE
 from jobs.run.ledger import LEDGER, Ledger, Line
 from jobs.watching.track_run import MlflowTracker, track
-from model.errors import UserError
+from raymill.errors import UserError
 from tests.jobs.watching.eventful_ledger import EVENTFUL
 
 LINES: list[Line] = [

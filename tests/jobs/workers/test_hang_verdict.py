@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from jobs.workers.hang_verdict import Standing, verdict
-from jobs.workers.progress import name_of, range_of
 from jobs.workers.watchdog import Hang, Health, Place
+from raymill.workers.progress import name_of, range_of
 
 TIMEOUT_S = 30.0
 

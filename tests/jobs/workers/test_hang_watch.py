@@ -10,7 +10,7 @@ import torch.distributed as dist
 from jobs.workers.hang_watch import HangWatch
 from jobs.workers.rendezvous import meeting_place
 from jobs.workers.watchdog import Beat, Health, Place, Waits
-from jobs.workers.worker_group import Meeting
+from raymill.workers.worker_group import Meeting
 
 LOOK_S = 0.5
 TIMEOUT_S = 30.0

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from jobs.workers import rendezvous as rendezvous_module
-from jobs.workers.failures import LostPeerError
 from jobs.workers.rendezvous import FruitlessError, Rendezvous, meeting_place
-from jobs.workers.worker_group import Meeting
+from raymill.errors import LostPeerError
+from raymill.workers.worker_group import Meeting
 from tests.jobs.meeting_worker import meet
 from tests.jobs.worker_processes import exit_code, into_log, worker_process
 from tests.time_limits import limit_s

@@ -18,17 +18,18 @@ from torch.distributed import distributed_c10d
 
 from cluster.storage import s3 as s3_storage
 from jobs.exact import batch_gradient
-from jobs.exact.state import peers
-from jobs.exact.state import side_thread as background
 from jobs.run import storage_retry as outage
 from jobs.saving import saving_thread
 from jobs.tokens import token_stream
 from jobs.training.train_worker import WAITING_PLACES
-from jobs.workers import heartbeat, worker_group
+from jobs.workers import heartbeat
 from jobs.workers.heartbeat import Pulse
 from jobs.workers.incident_notes import INCIDENTS
 from jobs.workers.watchdog import HANGS, Beat, Health, Place, Waits, health
 from model.operations import compilations
+from raymill.state import peers
+from raymill.state import side_thread as background
+from raymill.workers import worker_group
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 

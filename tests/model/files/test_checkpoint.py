@@ -13,16 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.files.checkpoint import load_model, parameter_hash
-from model.files.checkpoint_folder import (
-    CheckpointError,
-    Metadata,
-    read_metadata,
-    verify_checkpoint,
-)
+from model.files.checkpoint import load_model
+from model.files.checkpoint_folder import Metadata, read_metadata, verify_checkpoint
 from model.files.stored_tokenizer import load_tokenizer
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
+from raymill.errors import CheckpointError
+from raymill.files.safetensors_file import parameter_hash
 from tests.checkpoints import into_shards, save_model
 from tests.model.small_models import small_model
 

@@ -10,12 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from model.files.checkpoint import load_decoder, parameter_hash, write_checkpoint
+from model.files.checkpoint import load_decoder, write_checkpoint
 from model.files.checkpoint_folder import Metadata
 from model.files.hf_config import UnsupportedModelError
 from model.files.saved_parameters import SavedParameters, saved_parameters
 from model.files.stored_tokenizer import load_tokenizer
 from model.foreign_config import ForeignModelError
+from raymill.files.safetensors_file import parameter_hash
 from tests.checkpoints import into_shards, write_tiny
 from tests.foreign_models import small
 

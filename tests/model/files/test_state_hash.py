@@ -12,15 +12,15 @@ from model.config import GPTConfig, preset_fields
 from model.files.checkpoint_folder import (
     TRAIN_STATE,
     WEIGHTS,
-    CheckpointError,
     fingerprint,
     manifest_files,
     read_metadata,
 )
 from model.files.state_hash import COUNT, StateHashes, VectorsHash, state_in, words_in, words_of
-from model.files.stored_tensors import stored_in
 from model.gpt import GPT
 from model.text.tokenizer import train_bpe
+from raymill.errors import CheckpointError
+from raymill.files.stored_tensors import stored_in
 from tests.checkpoints import into_shards, metadata_of, save_model
 
 GUARD = {"last_applied": 4, "skipped_in_a_row": 0, "losses": [2.5], "rollbacks": [[1, 2]]}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.errors import UserError
 from model.insight.probes import TASKS, Task, accuracy, probe
+from raymill.errors import UserError
 from tests.model.small_models import small_model
 
 VOCAB, LENGTH = 97, 48

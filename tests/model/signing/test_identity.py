@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from model.errors import UserError
 from model.signing.identity import SigningIdentity, TrustedIdentity
 from model.signing.signature import (
     MODEL,
@@ -22,6 +21,7 @@ from model.signing.signature import (
     sign,
     trusted_by_file,
 )
+from raymill.errors import UserError
 from tests.signing_keys import made_keys
 from tests.sigstore_instance import JOB, Sigstore, running_sigstore
 

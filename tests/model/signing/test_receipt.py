@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from model.errors import UserError
 from model.signing.receipt import (
     RECEIPT_TYPE,
     SUBJECT,
@@ -16,6 +15,7 @@ from model.signing.receipt import (
     hash_of_request,
 )
 from model.signing.signature import SigningKey, StatementSigner
+from raymill.errors import UserError
 from tests.signing_keys import made_keys
 
 REQUEST: dict[str, Any] = {"model": "mine", "prompt": "To be", "temperature": 0}

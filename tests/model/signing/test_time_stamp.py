@@ -18,7 +18,6 @@ from sigstore.models import TrustedRoot, VerificationMaterial
 from sigstore.verify import Verifier
 from sigstore_models.bundle.v1 import Bundle
 
-from model.errors import UserError
 from model.signing import time_stamp
 from model.signing.signature import (
     MODEL,
@@ -29,6 +28,7 @@ from model.signing.signature import (
     check,
     sign,
 )
+from raymill.errors import UserError
 from tests.signing_keys import made_certificates, made_keys
 from tests.timestamp_authority import Authority, made_authority, running
 

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.endpoint.endpoint import Endpoint
 from cluster.settings.serve import ServeConfig
-from model.errors import UserError
+from raymill.errors import UserError
 from serving.api.access import (
     AccessRules,
     CurrentAccess,

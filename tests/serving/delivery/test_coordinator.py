@@ -17,7 +17,7 @@ from cluster.settings.run import StorageConfig
 from cluster.settings.serve import DeliveryConfig, ServeConfig
 from cluster.storage.registry import served_checkpoints
 from cluster.storage.uris import Storage, StorageError, open_storage
-from model.errors import UserError
+from raymill.errors import UserError
 from serving.app import run
 from serving.delivery import coordinator as coordinator_module
 from serving.delivery.coordinator import Coordinator

@@ -14,9 +14,9 @@ from cluster.settings.serve import ServeConfig
 from cluster.storage.registry import publish
 from cluster.storage.uris import open_storage
 from jobs.proof.sign_checkpoint import sign_checkpoint
-from model.errors import UserError
 from model.files.checkpoint_folder import MANIFEST
 from model.signing.signature import SigningKey
+from raymill.errors import UserError
 from serving import app
 from serving.api.admin_routes import _read_candidate
 from serving.delivery.follower import _read_version

@@ -14,7 +14,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from cluster.settings.serve import ServeConfig
-from model.files.checkpoint_folder import CheckpointError
+from raymill.errors import CheckpointError
 from serving.delivery.coordinator import Reply
 from serving.delivery.follower import CoordinatorAwayError, Follower, answer_of
 from serving.delivery.promotion import Delivery, DeliveryError, version_of

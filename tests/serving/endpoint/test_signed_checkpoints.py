@@ -9,10 +9,10 @@ import pytest
 from cluster.settings.run import StorageConfig
 from cluster.settings.serve import DeliveryConfig, EngineConfig, ReplicaConfig, ServeConfig
 from jobs.proof.sign_checkpoint import sign_checkpoint
-from model.errors import UserError
 from model.gpt import GPT
 from model.signing.signature import SigningKey
 from model.text.tokenizer import Tokenizer
+from raymill.errors import UserError
 from tests.serving.delivery_parts import Admin, version
 from tests.serving.endpoint_parts import Endpoints
 from tests.serving.tiny_models import write_model

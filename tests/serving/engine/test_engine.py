@@ -16,11 +16,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from cluster.settings.serve import EngineConfig
 from model.config import GPTConfig
-from model.errors import UserError
 from model.files.checkpoint import load_model
 from model.generation.generate import generate
 from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
+from raymill.errors import UserError
 from serving.engine import scheduler
 from serving.engine.engine import Engine
 from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent

@@ -7,8 +7,8 @@ import pytest
 
 from cluster.settings.serve import EngineConfig
 from model.config import GPTConfig
-from model.errors import UserError
 from model.generation.sampling_params import SamplingParams
+from raymill.errors import UserError
 from serving.engine.kv_cache_size import SHARE, Memory, bytes_per_token, kv_cache_tokens
 from serving.engine.vllm_sizes import (
     BLOCK_TOKENS,

@@ -11,8 +11,8 @@ from torch import nn
 from cluster.settings.serve import EngineConfig
 from model.architecture import ARCHITECTURES, LLAMA
 from model.config import GPTConfig
-from model.errors import UserError
 from model.gpt import GPT
+from raymill.errors import UserError
 from serving.engine import native_runner
 from serving.engine.native_library import NoNativeLibraryError
 from serving.engine.native_runner import NativeRunner

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from cluster.settings.serve import EngineConfig
-from model.errors import UserError
 from model.gpt import GPT
+from raymill.errors import UserError
 from serving.engine import native_library
 from serving.engine.native_library import TARGETS, NoNativeLibraryError, bake, load_library
 from serving.engine_process.run_engine import build_engine

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from cluster.settings.serve import ServeConfig
 from model.architecture import ArchitectureName
-from model.errors import UserError
 from model.generation.generate import generate
 from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
+from raymill.errors import UserError
 from serving.api.admin_routes import PromoteRequest, rows_of_gate
 from serving.engine.messages import FinishReason, SequenceRequest, StepReport, TokenEvent
 from serving.engine_process.client import EngineClient, EngineDiedError

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from cluster.settings.serve import EngineConfig
-from model.errors import UserError
 from model.generation.generate import generate
 from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
+from raymill.errors import UserError
 from serving.engine.block_pool import BlockPool
 from serving.engine.engine import Engine
 from serving.engine.messages import (
@@ -287,7 +287,7 @@ import resource, sys
 import psutil
 from cluster.settings.serve import EngineConfig
 from model.config import GPTConfig
-from model.errors import UserError
+from raymill.errors import UserError
 from model.gpt import GPT
 from serving.engine_process.run_engine import build_engine
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from cluster.settings.serve import EngineConfig
-from model.errors import UserError
 from model.files.checkpoint import load_model
 from model.generation.generate import generate
 from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
+from raymill.errors import UserError
 from serving.engine.engine import Engine
 from serving.engine.messages import Admission, FinishReason, SequenceRequest, StepReport
 from serving.engine_process.run_engine import build_engine

@@ -18,8 +18,8 @@ from cluster.cli import main
 from cluster.endpoint.endpoint import Endpoint
 from cluster.endpoint.receipt import differing_fields, verified, weights_told
 from cluster.settings.serve import ServeConfig
-from model.errors import UserError
 from model.text.tokenizer import Tokenizer
+from raymill.errors import UserError
 from serving.delivery.versions import Versions
 from tests.model.signing.receipt_forgeries import RECEIPT_FORGERIES, RECEIPT_REWRITINGS, edited
 from tests.serving.endpoint_parts import Run, loopback_server, replica_app, shared_replica

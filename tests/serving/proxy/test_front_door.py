@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.cli import main
 from cluster.settings.serve import HttpConfig, ServeConfig
-from model.errors import UserError
+from raymill.errors import UserError
 from serving.app import build_app
 from serving.delivery.routed_request import RETRY_HEADER
 from serving.protocol.errors import DRAINING_HEADER

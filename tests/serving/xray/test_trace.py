@@ -21,7 +21,7 @@ from jobs.run.run_plan import RunPlan
 from jobs.trace.indexed_store import IndexedStore
 from jobs.trace.trace_run import trace
 from jobs.trace.windows import LEAST_SPAN
-from model.errors import UserError
+from raymill.errors import UserError
 from serving.api.access import AccessRules
 from serving.api.keys import ApiKey
 from serving.delivery.versions import Versions

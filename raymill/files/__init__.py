@@ -1,0 +1,1 @@
+"""Files of named tensors: written whole, hashed, and read at any place."""
