@@ -103,8 +103,9 @@ def product_files(suffix: str) -> list[Path]:
 
 
 def read_first_files() -> list[Path]:
-    """Returns the files that the README has newcomers read first."""
-    _, _, words = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("**Read first**")
+    """Returns the files that newcomers are to read first."""
+    page = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    words = page.partition("## Read first")[2].partition("\n## ")[0]
     files: list[Path] = []
     for link in re.findall(r"\]\(([\w/.]+)\)", words):
         path = REPOSITORY / link

@@ -295,12 +295,14 @@ def advance(
     new = state.canary
     assert new is not None
     slots = [report.slots.get(new.serial) for report in present]
-    if reason := _problem_on_a_replica(new, slots, gone, state.terms):
-        return roll_back(state, reason)
+    problem = _problem_on_a_replica(new, slots, gone, state.terms)
+    if problem:
+        return roll_back(state, problem)
     if state.phase is Phase.LOADING:
         return _loading(state, state.terms, slots, elapsed_s)
-    if reason := _service_problem(state, state.terms, [*present, *gone]):
-        return roll_back(state, reason)
+    problem = _service_problem(state, state.terms, [*present, *gone])
+    if problem:
+        return roll_back(state, problem)
     if elapsed_s < state.terms.watch_s:
         return state
     promoted = Outcome(version=state.live, result="promoted", reason="")
