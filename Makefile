@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 
-.PHONY: help install demo test known-area areas reference docs test-all slow-halves test-slice test-chaos test-gpu test-live lint format audit bench bench-train bench-foreign bench-loss bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
+.PHONY: help install demo proof test test-more known-area areas reference docs test-all slow-halves test-slice test-chaos chaos-clusters chaos-parts test-gpu test-live lint format audit bench bench-train bench-foreign bench-loss bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)$$/make \1\t\2/' | expand -t 18
@@ -37,18 +37,25 @@ install: $(INSTALLED) ## puts raymill and what it needs into .venv: two to three
 demo: $(INSTALLED) ## a real corpus to a served model on a 3-node local cluster, with a node killed on purpose
 	$(BIN)/raymill demo
 
+proof: $(INSTALLED) ## one hash for 1 to 4 workers, also killed and resized, beside PyTorch's DDP and FSDP2: a minute
+	$(BIN)/python -m raymill.proof
+
 # Three processes, as many tests wait; what files of a lane (tests/lanes.py) share is made once. Each process imports every
 # file that it is given, for 18 s of processor time if it is given all: those with slow tests alone are left out.
+FAST = $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(SLOW))
 SLOW = $(shell grep -rlE '^(pytestmark.*|    pytest\.)mark\.slow' tests --include='test_*.py')
 
 # `make test AREA=jobs/exact` runs the tests of one folder of tests/ that start no cluster, in about a minute.
 AREA ?=
 ifeq ($(AREA),)
-test: $(INSTALLED) ## proves the pieces, in up to 20 minutes on two cores; AREA=jobs/exact: one folder of them, in about a minute
-	$(BIN)/pytest -m "not slow" --numprocesses 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(SLOW))
+test: $(INSTALLED) ## proves the pieces; AREA=jobs/exact: one folder of them, in about a minute
+	$(FAST) -m "not slow and (not cluster or front)"
+
+test-more: $(INSTALLED) ## the other fast tests, on clusters and endpoints
+	$(FAST) -m "not slow and cluster and not front"
 else
 test: known-area $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not cluster" --numprocesses 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(SLOW)) tests/$(AREA)
+	$(FAST) -m "not slow and not cluster" tests/$(AREA)
 endif
 
 # An area that does not exist is named before anything is installed or imported.
@@ -62,7 +69,7 @@ areas: $(INSTALLED) ## every area one after another; writes their seconds into t
 
 # The fast tests, then both halves of the slow ones side by side: their clusters mostly wait. All run, whatever fails.
 test-all: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) $(NODE_CLIENTS_INSTALLED) ## the slow tests too, in about two and a half hours
-	$(MAKE) --keep-going test slow-halves
+	$(MAKE) --keep-going test test-more slow-halves
 
 slow-halves:
 	$(MAKE) --jobs 2 --keep-going slow-half-1 slow-half-2
@@ -78,11 +85,20 @@ LIMIT_S ?= 1080
 test-slice: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) $(NODE_CLIENTS_INSTALLED) ## one slice of the slow tests
 	$(BIN)/pytest -m slow --slice $(SLICE) --limit-s $(LIMIT_S) --durations 10 tests
 
+# Cells on one local cluster, whose nodes mostly wait, beside those of single parts. Each half ends with a line that sums it up.
 COMPUTE ?= cpu
 SHARD ?= none
-SEEDS ?= 20
-test-chaos: $(INSTALLED) ## trainings that are disturbed, with a summary; SEEDS=1 for fewer
-	RAYMILL_TEST_SEEDS=$(SEEDS) $(BIN)/pytest -m chaos --compute $(COMPUTE) --shard $(SHARD) tests/chaos tests/jobs
+SEEDS ?= 6
+export RAYMILL_TEST_SEEDS
+test-chaos: RAYMILL_TEST_SEEDS := $(SEEDS)
+test-chaos: $(INSTALLED) ## trainings that are disturbed, with a summary, in an hour; SEEDS=1 for fewer, SEEDS=20 for more
+	$(MAKE) --jobs 2 --keep-going chaos-clusters chaos-parts
+
+chaos-clusters:
+	$(BIN)/pytest -m chaos --compute $(COMPUTE) --shard $(SHARD) tests/chaos
+
+chaos-parts:
+	$(BIN)/pytest -m chaos --numprocesses 2 tests/jobs
 
 # Where PyTorch finds no GPU each test is skipped and says so. It needs neither Ray nor the network:
 # PYTHONPATH=. pytest -m gpu tests/gpu does the same with a Python that has PyTorch, pydantic, PyYAML, hypothesis and pytest.

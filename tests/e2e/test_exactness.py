@@ -20,13 +20,13 @@ from tests.e2e.tiny_runs import losses, tiny_run
 from tests.foreign_models import small
 from tests.jobs.corpora import number_texts
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.front]
 
 NUM_STEPS = 60
 HASH_EVERY = 10
 SIZES = (1, 2, 3, 4)
 QUICK_SIZES = (1, 3)
-"""Worlds of one to five have the same bits in ../jobs/exact/sums/test_bucket_exchange.py, too."""
+"""Worlds of one to five have the same bits in ../raymill/sums/test_bucket_exchange.py, too."""
 LLAMA = {"architecture": "llama", "activation_function": "swiglu", "n_kv_head": 1}
 EXPERTS = {"config": small("qwen3_moe").values}
 

@@ -20,18 +20,18 @@ from ray import serve
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
-from model.errors import UserError
 from model.files.checkpoint_folder import read_metadata
 from model.generation.generate import generate
 from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
+from raymill.errors import UserError
 from serving.app import run
 from tests.serving.endpoint_parts import Endpoints, children_with, metric
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.front]
 
 KEY = "sk-test"
 MODEL = "tiny"
