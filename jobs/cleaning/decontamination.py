@@ -21,7 +21,7 @@ from cluster.output.progress import say
 from cluster.settings.data import DataConfig
 from cluster.storage.uris import Storage
 from jobs.cleaning.disk_buckets import BucketFile, Records
-from jobs.cleaning.document_index import DROP_CODES, read_chunk, selection_folder
+from jobs.cleaning.document_index import read_chunk, selection_folder
 from jobs.cleaning.duplicates import ROW, ROWS, Marks, Sections, distinct
 from jobs.cleaning.exchange import (
     Exchange,
@@ -35,13 +35,14 @@ from jobs.cleaning.exchange import (
     store_pieces,
 )
 from jobs.cleaning.selection import HELD_OUT, store_codes, stored_codes
+from jobs.cleaning.why_dropped import DROP_CODES
 from jobs.corpus.chunks import Chunk
 from jobs.corpus.documents import Document, Drop
 from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.corpus.text_hashes import Hashes, normalized, word_ngrams
 
 _NGRAM = np.dtype([("hash", "<u8"), ("row", ROW)])
-_CONTAMINATED = DROP_CODES.index(Drop.CONTAMINATED)
+_CONTAMINATED = DROP_CODES[Drop.CONTAMINATED]
 _WORD_BYTES = 4  # of text, about
 _BITS_PER_NGRAM, _MOST_FILTER_BYTES = 16, 64 << 20
 

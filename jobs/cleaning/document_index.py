@@ -15,17 +15,15 @@ from safetensors.numpy import load, save
 from cluster.settings.data import DataConfig
 from cluster.storage.uris import NotFoundError, Storage
 from jobs.cleaning.duplicates import SIGNATURE_SIZE, Signatures, signatures
-from jobs.cleaning.quality_rules import failed_rule
+from jobs.cleaning.why_dropped import DROP_CODES, why_dropped
 from jobs.corpus.chunks import Chunk, Part
-from jobs.corpus.documents import Document, Drop, read_documents
+from jobs.corpus.documents import Document, read_documents
 from jobs.corpus.progress import DataProgress
 from jobs.corpus.ray_data_tasks import Runner, run_tasks
 from jobs.corpus.text_hashes import HASH_BYTES, document_hash, normalized
 
 INDEX = "index"
 _SIGNED_BYTES = 1 << 18  # of text at once, whose arrays stay in the cache
-# The reason of each drop code, which is an index into this list; code 0 is kept
-DROP_CODES = [None, *Drop]
 
 
 @dataclass(frozen=True)
@@ -111,9 +109,9 @@ def _indexed(chunk: Chunk, data: DataConfig) -> tuple[ChunkIndex, bytes]:
     waiting: list[bytes] = []
     num_waiting = 0
     for _, document in read_chunk(chunk, data, digest):
-        drop = document.drop or failed_rule(document.text, data.quality_rules)
+        drop = why_dropped(document, data)
         text = normalized(document.text) if drop is None else b""
-        drops.append(DROP_CODES.index(drop))
+        drops.append(DROP_CODES[drop])
         hashes += document_hash(text) if drop is None else bytes(HASH_BYTES)
         if data.near_dedup_threshold is not None:
             waiting.append(text)

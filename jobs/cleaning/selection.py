@@ -16,8 +16,9 @@ from cluster.output.progress import say
 from cluster.settings.data import DataConfig
 from cluster.storage.uris import Storage
 from jobs.cleaning.deduplication import Decisions, Deduplication
-from jobs.cleaning.document_index import DROP_CODES, INDEX, section_indexes, selection_folder
+from jobs.cleaning.document_index import INDEX, section_indexes, selection_folder
 from jobs.cleaning.exchange import Runner, Section, step_results
+from jobs.cleaning.why_dropped import DROP_CODES
 from jobs.corpus.documents import Drop
 from jobs.corpus.ray_data_tasks import run_tasks
 
@@ -77,7 +78,7 @@ def select(
     digests = "".join(digest.hex() for digest, _ in indexed)
     return Summary(
         documents=int(counts[0] + counts[HELD_OUT]),
-        dropped={str(reason): int(counts[DROP_CODES.index(reason)]) for reason in Drop},
+        dropped={str(reason): int(counts[DROP_CODES[reason]]) for reason in Drop},
         source_hash=hashlib.sha256(digests.encode()).hexdigest(),
     )
 
@@ -93,7 +94,7 @@ def settle(
         return content
     dropped = []
     for decision in decisions:
-        dropped.append((DROP_CODES.index(decision.reason), decision.rows(section)))
+        dropped.append((DROP_CODES[decision.reason], decision.rows(section)))
     settled = np.zeros(1, _SETTLED)
     settled["least"] = _NO_HASH
     for chunk, first, index in section_indexes(store, section.chunks):

@@ -6,7 +6,7 @@ import difflib
 from cluster.output.result_text import counted
 from cluster.settings.data import DataConfig
 from cluster.storage.uris import Entry, StorageError, split_uri
-from jobs.cleaning.quality_rules import failed_rule
+from jobs.cleaning.why_dropped import why_dropped
 from jobs.corpus.chunks import Part, whole_file
 from jobs.corpus.documents import Document, Drop, read_documents
 from jobs.corpus.listing import CorpusError, corpus_file
@@ -77,7 +77,7 @@ def nothing_there(mapped: DocumentMap, file: int, place: int, data: DataConfig) 
             f"no document begins at {kind} {place} of {uri}; PLACE is the first {kind} of one, of the uncompressed "
             f"text{_neighbors(mapped, file, place)}"
         )
-    reason = document.drop or failed_rule(document.text, data.quality_rules)
+    reason = why_dropped(document, data)
     if reason is not None:
         return UserError(f"the document at {uri}:{place} was dropped: {reason}")
     dropped = mapped.manifest.dropped

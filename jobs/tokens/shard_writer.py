@@ -20,8 +20,9 @@ from pydantic import TypeAdapter
 
 from cluster.settings.data import DataConfig
 from cluster.storage.uris import NotFoundError, Storage
-from jobs.cleaning.document_index import DROP_CODES, read_chunk
+from jobs.cleaning.document_index import read_chunk
 from jobs.cleaning.selection import HELD_OUT, stored_codes
+from jobs.cleaning.why_dropped import DROP_CODES, reason_of
 from jobs.corpus.chunks import Chunk, Part
 from jobs.corpus.documents import Document, Drop
 from jobs.corpus.listing import CorpusError
@@ -133,10 +134,10 @@ class ChunkWriter:
             }
             for number, (part, document) in enumerate(read_chunk(chunk, self.data, found)):
                 code = codes[number] if number < len(codes) else None
-                if code is None or (document.drop and code != DROP_CODES.index(document.drop)):
+                if code is None or (document.drop and code != DROP_CODES[document.drop]):
                     raise _changed(chunk)
                 if code not in (0, HELD_OUT):
-                    result.sample(str(DROP_CODES[code]), part, document)
+                    result.sample(reason_of(code), part, document)
                 else:
                     try:
                         writer = writers["val" if code == HELD_OUT else "train"]

@@ -16,7 +16,7 @@ from cluster.settings.data import DataConfig
 from cluster.settings.run import RunConfig
 from cluster.settings.setting import Shapes, names_shaping
 from cluster.storage.uris import NotFoundError, join_uri, open_storage, split_uri
-from jobs.cleaning.quality_rules import failed_rule
+from jobs.cleaning.why_dropped import why_dropped
 from jobs.corpus.chunks import Chunk, Part, whole_file
 from jobs.corpus.documents import Document, Drop, read_documents
 from jobs.corpus.empty_corpus import empty_corpus
@@ -169,7 +169,7 @@ def judged(
     """Yields the documents of a part, each with the reason to drop it, if any; what is kept is
     `seen` from then on."""
     for document in read_documents(part, data):
-        drop = document.drop or failed_rule(document.text, data.quality_rules)
+        drop = why_dropped(document, data)
         if drop is None:
             digest = document_hash(normalized(document.text))
             drop = Drop.DUPLICATE if data.dedup and digest in seen else None
