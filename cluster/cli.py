@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -35,6 +35,20 @@ SECTIONS = (BEGIN, DATA, TRAIN, LOOK, SERVE, CLUSTER)
 COMMANDS = tuple(chain.from_iterable(section.commands for section in SECTIONS))
 
 Places: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+FIRST_COMMANDS = (
+    "demo",
+    "init",
+    "plan",
+    "pretrain",
+    "evaluate",
+    "serve",
+    "complete",
+    "promote",
+    "status",
+    "report",
+)
+"""Those of the whole way, in its order, which the first help has alone."""
 
 _COMMAND = "command record"  # among argparse's values, where no argument has a blank in its name
 
@@ -88,7 +102,7 @@ def command_parser(words: Sequence[str] | None = None) -> Parser:
     `--help` fewer than for `--help all`.
     """
     usage = "raymill [-h] [--version] COMMAND ..."
-    about = f"{__doc__}\n{_overview()}"
+    about = f"{__doc__}\n{_overview(is_short=words == [] or _asks_for_short_help(words or []))}"
     parser = Parser(prog="raymill", usage=usage, description=about, formatter_class=FirstManual)
     # Reads all code
     shown = f"raymill {version()}, code {code_version()}" if words and "--version" in words else ""
@@ -132,19 +146,27 @@ def _add_section(place: "Places", section: Section, named: str | None, *, is_sho
                 argument.add_to(parser)
 
 
-def _overview() -> str:
-    """Returns a line or two for each command and each group of commands, by section."""
+def _overview(*, is_short: bool) -> str:
+    """Returns a line or two for each command and each group of commands, by section; or of the
+    first ones alone."""
+    if is_short:
+        abouts = {command.name: command.help for command in COMMANDS}
+        first = {name: abouts[name] for name in FIRST_COMMANDS}
+        num_others = len({name.split()[0] for name in abouts}) - len(first)
+        shown = _lines("the whole way", first)
+        return f"{shown}\nand {num_others} others: `raymill --help all` lists them"
+    return "\n".join(_lines(section.title, _listed(section)) for section in SECTIONS).rstrip()
+
+
+def _lines(title: str, abouts: Mapping[str, str]) -> str:
     width = min(shutil.get_terminal_size().columns, 120)
-    text = ""
-    for section in SECTIONS:
-        text += f"{section.title}:\n"
-        for name, about in _listed(section).items():
-            line = textwrap.fill(
-                about, width, initial_indent=f"  {name:15}", subsequent_indent=" " * 17
-            )
-            text += f"{line}\n"
-        text += "\n"
-    return text.rstrip()
+    lines = [f"{title}:"]
+    for name, about in abouts.items():
+        start = f"  {name:15}"
+        lines.append(
+            textwrap.fill(about, width, initial_indent=start, subsequent_indent=" " * len(start))
+        )
+    return "\n".join(lines) + "\n"
 
 
 def _listed(section: Section) -> dict[str, str]:

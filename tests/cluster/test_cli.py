@@ -6,6 +6,7 @@ seconds to start.
 """
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from cluster.cli import COMMANDS, main
+from cluster.cli import COMMANDS, FIRST_COMMANDS, main
 from cluster.commands.command import Argument, Command, OneOf, SettingAs, SettingsOf
 from cluster.settings.leaves import leaves
 from cluster.settings.run import RunConfig
@@ -73,10 +74,25 @@ def manual(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().out
 
 
-def test_the_first_help_has_each_command_once_below_its_section(
+def test_the_first_help_has_the_whole_way_and_names_the_rest(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shown = manual(capsys).split("errors go to standard error.\n")[1].split("\noptions:")[0]
+    shown = manual(capsys)
+    listed = re.findall(r"^  (\w+) ", shown, re.MULTILINE)
+    assert listed == [*FIRST_COMMANDS]
+    assert shown.count("\n") < 50
+    names = {command.name.split()[0] for command in COMMANDS}
+    assert f"and {len(names) - len(FIRST_COMMANDS)} others: `raymill --help all` lists" in shown
+
+
+def test_all_help_has_each_command_once_below_its_section(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shown = (
+        manual(capsys, "--help", "all")
+        .split("errors go to standard error.\n")[1]
+        .split("\noptions:")[0]
+    )
     sections = [line.partition(":")[0] for line in shown.splitlines() if line and line[0] != " "]
     assert sections[0] == "to begin with"
     assert [name.split()[0] for name in sections[1:]] == ["data", "train", "look", "serve", "jobs,"]
@@ -139,8 +155,8 @@ def test_inspect_shows_shapes(capsys: pytest.CaptureFixture[str]) -> None:
     assert last_json(capsys.readouterr().out)["weights"][0]["shape"][0] == 500
 
 
-def test_the_first_help_names_every_command() -> None:
-    done = raymill("--help")
+def test_all_help_names_every_command() -> None:
+    done = raymill("--help", "all")
     assert (done.returncode, done.stderr) == (0, "")
     assert all(f" {command.name.split()[0]} " in done.stdout for command in COMMANDS)
     assert "Exit codes: 0 done, 1 failed, 2 misused" in done.stdout
