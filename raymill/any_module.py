@@ -1,5 +1,4 @@
-"""Any PyTorch module as the training state takes models, and what of one cannot be trained
-exactly."""
+"""Adapts a PyTorch module to the training state, and refuses what cannot be trained exactly."""
 
 from collections.abc import Iterable, Mapping
 

@@ -235,7 +235,7 @@ def check(
     folder: Path, signer: Trusted, *, may_lack: Callable[[str], bool] = is_of_training
 ) -> dict[str, Any]:
     """Returns the predicate of the training's Statement, once the folder's files are those that the
-    trusted signer has signed; nothing of a folder without a manifest, as transformers saves it.
+    trusted signer has signed; an empty dict for folders without a manifest (saved by transformers).
     Files that `manifest.json` lists are compared with that alone: the caller verifies them against
     it. What `may_lack` tells may be missing.
 

@@ -46,8 +46,8 @@ _MAX_BUCKET = 384 * _BUCKET_UNIT  # 25 MB of fp32, as DistributedDataParallel's
 
 @dataclass(frozen=True, eq=False)
 class FlatLayout:
-    """The place of each parameter in a flat buffer, in units of values. One is equal to itself
-    alone, so that what follows from it can be kept by it."""
+    """The place of each parameter in a flat buffer, in units of values. Layouts are compared by
+    identity, so cached properties are safe."""
 
     places: dict[str, Span]  # by parameter
     boundary: int  # values with decay lie before it

@@ -68,7 +68,7 @@ class Sharding:
 
     @property
     def copy(self) -> int:
-        """The number of the copy that this rank holds, or of which it holds a part."""
+        """Index of the copy this rank holds (or holds a part of)."""
         return self.rank // self.num_holders
 
     @property

@@ -1,5 +1,5 @@
-"""The audit log of /admin: who ordered what of an endpoint, and what came of it. It is lines of
-JSON in the storage, beside the endpoint's state."""
+"""Records each /admin order and its result, as lines of JSON in the storage, beside the endpoint's
+state."""
 
 import json
 import logging

@@ -391,8 +391,8 @@ def _require_device(config: EngineConfig) -> None:
 
 
 def _of_adapters(checkpoint: Path, config: EngineConfig) -> dict[str, Any]:
-    """Returns vLLM's arguments for adapters, of which those of our runs stand beside the linear
-    layers of blocks. Beside the head, vLLM's CPU build would end at a prompt's log-probabilities."""
+    """Returns vLLM's arguments for adapters. Ours adapt only the linear layers of blocks.
+    Beside the head, vLLM's CPU build would end at a prompt's log-probabilities."""
     if not config.max_adapters:
         return {}
     return {

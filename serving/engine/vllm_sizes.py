@@ -1,5 +1,5 @@
-"""What vLLM is told of sizes and sampling, whom its scheduler starts, and which draws spend a seed:
-nothing here imports vLLM."""
+"""Sizes and sampling arguments for vLLM, started sequences and the seeds that they spend: nothing
+here imports vLLM."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
