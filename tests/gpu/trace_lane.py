@@ -14,8 +14,6 @@ import sys
 import weakref
 from typing import Any
 
-from jobs.exact.run_state import run_state
-
 if __name__ == "__main__":
     ctypes.CDLL(sys.argv[1])  # before PyTorch asks which devices there are
 
@@ -27,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from cluster.settings.run import RunConfig
 from jobs.exact.compute import MicroBatch, autocast, choose_operations
+from jobs.exact.run_state import run_state
 from model.attention import Documents
 from model.gpt import GPT
 from raymill.state.sharding import Sharding
