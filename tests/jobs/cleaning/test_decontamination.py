@@ -12,16 +12,16 @@ from cluster.settings.data import DataConfig
 from cluster.storage.uris import Storage, open_storage
 from jobs.cleaning import decontamination
 from jobs.cleaning.decontamination import ValidationNgrams, decontaminate
-from jobs.cleaning.document_index import DROP_CODES
 from jobs.cleaning.exchange import Exchange, Section
 from jobs.cleaning.selection import HELD_OUT, store_codes, stored_codes
+from jobs.cleaning.why_dropped import DROP_CODES
 from jobs.corpus.chunks import Chunk, whole_file
 from jobs.corpus.documents import Drop
 from jobs.corpus.listing import list_corpus
 from tests.jobs.cleaning.in_process import WHOLE, InProcess
 
-CONTAMINATED = DROP_CODES.index(Drop.CONTAMINATED)
-DUPLICATE = DROP_CODES.index(Drop.DUPLICATE)
+CONTAMINATED = DROP_CODES[Drop.CONTAMINATED]
+DUPLICATE = DROP_CODES[Drop.DUPLICATE]
 SIZE = 4
 
 

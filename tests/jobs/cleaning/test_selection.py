@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from cluster.settings.data import DataConfig
 from cluster.storage.uris import Storage, open_storage
 from jobs.cleaning import selection
-from jobs.cleaning.document_index import DROP_CODES
 from jobs.cleaning.duplicates import SIGNATURE_SIZE
 from jobs.cleaning.selection import HELD_OUT, Summary, stored_codes
+from jobs.cleaning.why_dropped import DROP_CODES
 from jobs.corpus.documents import Drop
 from jobs.corpus.text_hashes import document_hash, word_ngrams
 from tests.jobs.cleaning.in_process import MEMORY, InProcess, signature, store_index
@@ -36,7 +36,7 @@ def index(store: Storage, number: int, texts: list[bytes]) -> tuple[bytes, int]:
         signatures=np.array([signature(word_ngrams(text, 3)) for text in texts]).reshape(
             -1, SIGNATURE_SIZE
         ),
-        drops=[0 if text else DROP_CODES.index(Drop.EMPTY) for text in texts],
+        drops=[0 if text else DROP_CODES[Drop.EMPTY] for text in texts],
         digest=hashlib.sha256(b"".join(texts)).digest(),
     )
 
@@ -65,9 +65,9 @@ def test_decisions_equal_a_plain_loop_in_any_order(
         expected.append([])
         for text in texts:
             if not text:
-                code = DROP_CODES.index(Drop.EMPTY)
+                code = DROP_CODES[Drop.EMPTY]
             elif dedup and text in seen:
-                code = DROP_CODES.index(Drop.DUPLICATE)
+                code = DROP_CODES[Drop.DUPLICATE]
             else:
                 share = int.from_bytes(document_hash(text)[:8], "big") / 2**64
                 code = HELD_OUT if share < val_fraction else 0
@@ -91,7 +91,7 @@ def test_decisions_equal_a_plain_loop_in_any_order(
         assert moved == ({chosen} if is_moved else set())
         assert len(kept_texts) == 1 or {0, HELD_OUT} <= set(decided)
     assert summary.documents == kept
-    assert summary.dropped["empty"] == flat.count(DROP_CODES.index(Drop.EMPTY))
+    assert summary.dropped["empty"] == flat.count(DROP_CODES[Drop.EMPTY])
     assert sum(summary.dropped.values()) + kept == len(flat)
     assert select(chunks, seed=1, val_fraction=val_fraction, dedup=dedup) == (summary, codes)
 
@@ -109,7 +109,7 @@ def test_near_duplicates_are_dropped_under_their_own_reason() -> None:
     _, codes = select(
         [[text, b"something else"], [edited, text]], near_dedup_threshold=0.8, val_fraction=0.0
     )
-    near, exact = DROP_CODES.index(Drop.NEAR_DUPLICATE), DROP_CODES.index(Drop.DUPLICATE)
+    near, exact = DROP_CODES[Drop.NEAR_DUPLICATE], DROP_CODES[Drop.DUPLICATE]
     assert codes == [[0, 0], [near, exact]]
     assert select([[text], [edited]], val_fraction=0.0)[1] == [[0], [0]]
 
