@@ -89,8 +89,7 @@ test-slice: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) 
 COMPUTE ?= cpu
 SHARD ?= none
 SEEDS ?= 6
-export RAYMILL_TEST_SEEDS
-test-chaos: RAYMILL_TEST_SEEDS := $(SEEDS)
+test-chaos: export RAYMILL_TEST_SEEDS = $(SEEDS)
 test-chaos: $(INSTALLED) ## trainings that are disturbed, with a summary, in an hour; SEEDS=1 for fewer, SEEDS=20 for more
 	$(MAKE) --jobs 2 --keep-going chaos-clusters chaos-parts
 

@@ -51,7 +51,7 @@ def exchanged(sharding: Sharding, group: WorkerGroup, num_lanes: int) -> dict[st
     peers = Peers(sharding.counterparts, group)
     parts_of_peers = LAYOUT.parts_of_owners(sharding.owners) if sharding.owners else None
     exchange = BucketExchange(LAYOUT.buckets, buffers, peers, parts=parts_of_peers)
-    exchange.begin(plan.teams, num_subtrees=len(subtrees))
+    exchange.begin(plan.teams, subtrees=subtrees)
     with sent_bytes() as sent:
         for number in range(len(LAYOUT.buckets)):
             exchange.exchange(number)
