@@ -27,8 +27,6 @@ from raymill.files.safetensors_file import safetensors_pieces
 from raymill.files.stored_tensors import StoredTensors
 from raymill.first_lanes import buffers_of, changed_buffer, fault_of
 from raymill.observer import StepObserver
-from raymill.rules.adamw import AdamW
-from raymill.rules.muon import Muon
 from raymill.rules.update_rule import UpdateRule
 from raymill.state.shard import Shard, divided_by
 from raymill.state.sharding import Sharding
@@ -40,8 +38,6 @@ from raymill.sums.batch_sum import BatchSum
 from raymill.sums.step_plan import StepPlan
 from raymill.sums.step_totals import Measured
 from raymill.workers.worker_group import WorkerGroup
-
-__all__ = ["AdamW", "ExactEngine", "Muon", "StepFigures"]
 
 Batch = TypeVar("Batch")
 
@@ -277,7 +273,7 @@ class ExactEngine(Generic[Batch]):
         if math.isfinite(measured.loss) and math.isfinite(measured.norm):
             return
         wrong: dict[int, float] = {}
-        for lanes, losses in zip(self._plan.counted, self._sum.losses(), strict=True):
+        for lanes, losses in zip(self._plan.counted, self._sum.totals.losses(), strict=True):
             for lane, loss in zip(lanes, losses, strict=False):
                 if not math.isfinite(loss):
                     wrong[lane] = loss

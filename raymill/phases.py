@@ -1,5 +1,6 @@
 """The parts of a training step, by which its time is measured."""
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 Phase = Literal[
@@ -22,3 +23,12 @@ COMPUTING = ("forward", "loss", "backward", "update")
 other programs take it."""
 REST, UNTIMED = "stall", "step"
 """The time that no phase claims; the only phase of a step that an earlier version did not time."""
+
+
+def processor_share(processor_s: float | None, seconds: Mapping[str, float]) -> float:
+    """Returns which share of a processor a worker's thread had while it computed, from what it used
+    of one and its seconds by phase: all of it where that is not known."""
+    computing_s = sum(seconds.get(phase, 0.0) for phase in COMPUTING)
+    if processor_s is None or not computing_s:
+        return 1.0
+    return min(1.0, processor_s / computing_s)

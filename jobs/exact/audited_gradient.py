@@ -59,17 +59,16 @@ class AuditedGradient:
         self._stock = gradient if isinstance(gradient, StockGradient) else None
         self._exact = gradient if isinstance(gradient, BatchGradient) else None
         self.passes = gradient.passes
-        self.plan = gradient.plan
         self._state = state
         self._group = group
         also = range(0)
         if doubtful is not None:
             also = range(doubtful - state.sharding.is_sole_copy, doubtful + 1)
-        train, schedule = self.passes.config.train, self.passes.schedule
+        train = self.passes.config.train
         is_audited = self._exact is not None and bool(nodes)
         self.audits = Audits.of(
             train.audit_every_steps if is_audited else 0,
-            StepPlan(state.sharding, schedule.full_lanes, train.micro_batches_per_lane),
+            self.passes.plan_of_count(self.passes.schedule.full_lanes),
             nodes,
             seed=train.seed,
             also=also,
@@ -103,7 +102,7 @@ class AuditedGradient:
 
     def audited_again(self, step: int, timer: StepTimer) -> AuditedStep:
         """Takes the last step again, and has each rank compute all turns of another one."""
-        plan, worst = self.plan(step), self.exact.worst_block()
+        plan, worst = self.passes.plan(step), self.exact.totals.worst_block()
         return self.of_step(step, timer, audit=self.audits.of_all_turns(step, plan, around=worst))
 
     def watched(self) -> list[int | None]:
@@ -145,7 +144,7 @@ class AuditedGradient:
     ) -> tuple[Measured, AuditedStep]:
         """Returns the figures of a step's sum, before they are those of the mean, alone and with
         what the audit brought."""
-        plan = self.plan(step)
+        plan = self.passes.plan(step)
         observers: list[StepObserver] = []
         own_turns = _OwnTurns(self._checked_turns(plan, audit), plan, self._state)
         if own_turns.numbers:
@@ -177,7 +176,7 @@ class AuditedGradient:
 
     def _audit_of_step(self, step: int) -> Audit | None:
         """Returns what is computed twice in a step, None where nothing is."""
-        return self.audits.of_step(step, self.plan(step))
+        return self.audits.of_step(step, self.passes.plan(step))
 
     def _checked_turns(self, plan: StepPlan, audit: Audit | None) -> Sequence[int]:
         """Returns the numbers of this rank's turns of which a checksum is made."""
@@ -188,13 +187,13 @@ class AuditedGradient:
     def _excerpted(self, step: int, audit: Audit) -> Span:
         num_blocks = self._state.layout.size // BLOCK
         return self.audits.excerpt(
-            step, self.plan(step), num_blocks=num_blocks, around=audit.around
+            step, self.passes.plan(step), num_blocks=num_blocks, around=audit.around
         )
 
     def _checked_of(self, step: int, audit: Audit, rank: int) -> list[list[int]]:
         """Returns the micro-batches of each turn of a rank that an audit checks."""
-        turns = self.plan(step).turns_of(rank)
-        return [turns[number] for number in audit.checked_turns(rank, self.plan(step))]
+        turns = self.passes.plan(step).turns_of(rank)
+        return [turns[number] for number in audit.checked_turns(rank, self.passes.plan(step))]
 
     def _other_turns(self, step: int, audit: Audit) -> list[list[int]]:
         """Returns those that this rank computes though they are another rank's."""

@@ -7,7 +7,7 @@ its loss is the mean over all counted tokens of all lanes.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial, reduce
+from functools import reduce
 from itertools import chain
 
 import torch
@@ -19,11 +19,8 @@ from raymill.observer import StepObserver
 from raymill.state.train_state import TrainState
 from raymill.step_timer import StepTimer
 from raymill.sums.batch_sum import BatchSum
-from raymill.sums.step_plan import StepPlan
-from raymill.sums.step_totals import Measured
+from raymill.sums.step_totals import Measured, StepTotals
 from raymill.workers.worker_group import WorkerGroup
-
-_MAX_PLANS = 4  # kept: a step needs its own and the next one's
 
 
 @dataclass(frozen=True)
@@ -41,16 +38,9 @@ class BatchGradient:
         self.passes = passes
         self._state = state
         self._group = group
-        k = passes.config.train.micro_batches_per_lane
-        new_plan = partial(StepPlan, state.sharding, num_micro_batches=k)
-        self._plan_of_count = lru_cache(maxsize=_MAX_PLANS)(new_plan)
         # A batch that grows may have thousands of plans
-        plans = (new_plan(count) for count in passes.schedule.lane_counts)
+        plans = map(passes.plan_of_count, passes.schedule.lane_counts)
         self._sum = BatchSum(state, group, plans, lends=passes.is_lent_memory)
-
-    def plan(self, step: int) -> StepPlan:
-        """Returns who computes what in a step."""
-        return self._plan_of_count(self.passes.schedule.num_lanes(step))
 
     def of_step(self, step: int, timer: StepTimer) -> Measured:
         """Puts the gradient of the whole batch into the state's buffer; with a sharded optimizer,
@@ -66,7 +56,7 @@ class BatchGradient:
         """Lasts while the model computes for a step; the rows of other micro-batches may be read
         too, each given by its step and its number."""
         with timer.phase("load"):
-            self.passes.read_ahead(step, self.plan, also=also)
+            self.passes.read_ahead(step, also=also)
         with self._state.weights_in_use(timer):
             yield
 
@@ -80,7 +70,7 @@ class BatchGradient:
             figures.append(self.passes.take(step, number, timer))
             return figures[-1]
 
-        plan = self.plan(step)
+        plan = self.passes.plan(step)
         observers = [*silent_faults(self._state), *observers]
         losses = self._sum.add_up(plan, backward, timer, observers=observers)
         if self._state.gathered is not None and self._state.sharding.is_whole:
@@ -97,7 +87,7 @@ class BatchGradient:
         """Returns the figures of the whole batch once its sum is there, with the numbers (n,) that
         each rank shows all others."""
         with timer.phase("sync"):
-            return self._sum.finish(step, self.plan(step), losses=summed.losses, shown=shown)
+            return self._sum.finish(step, self.passes.plan(step), losses=summed.losses, shown=shown)
 
     def mean(self, step: int, measured: Measured) -> Measured:
         """Makes of the sum in the state's buffer, and of its figures, those of the mean over tokens
@@ -114,7 +104,7 @@ class BatchGradient:
         """Computes the micro-batches of a turn, of this worker or of another, for an observer
         alone. Returns what `LanePasses.take` does of each."""
         observers = [*silent_faults(self._state), observer]
-        with self._sum.again(self.plan(step), numbers, timer, observers=observers):
+        with self._sum.again(self.passes.plan(step), numbers, timer, observers=observers):
             return [self.passes.take(step, number, timer) for number in numbers]
 
     def of_lane(self, step: int, lane: int, observer: StepObserver, timer: StepTimer) -> Tensor:
@@ -125,14 +115,10 @@ class BatchGradient:
         numbers = range(lane * k, (lane + 1) * k)
         return reduce(torch.add, self.again(step, numbers, observer, timer))
 
-    def losses(self) -> list[list[float]]:
-        """Returns the losses of the last step by rank (`StepTotals.losses`)."""
-        return self._sum.losses()
-
-    def worst_block(self) -> int:
-        """Returns which block of the last step's gradient looks most wrong
-        (`StepTotals.worst_block`)."""
-        return self._sum.worst_block()
+    @property
+    def totals(self) -> StepTotals:
+        """What was gathered of the last step."""
+        return self._sum.totals
 
     def close(self) -> None:
         """Ends the work beside the training thread."""

@@ -1,7 +1,8 @@
 """Computes forward and backward passes of micro-batches, the same on whichever worker."""
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import chain
 
 import numpy as np
@@ -21,6 +22,8 @@ from raymill.state.train_state import TrainState
 from raymill.step_timer import StepTimer
 from raymill.sums.step_plan import StepPlan
 from raymill.workers.progress import Progress
+
+_MAX_PLANS = 4  # kept: a step needs its own and the next one's
 
 
 class LanePasses:
@@ -44,6 +47,7 @@ class LanePasses:
         self._progress = progress
         self._eot_id = eot_id
         self._left_out: Container[int] = ()
+        self._plan_of_count = lru_cache(maxsize=_MAX_PLANS)(self.plan_of_count)
         self._loss_scale = config.train.numerics.loss_scale
         choose_operations(decoder_of(state), config, state.gathered)
         self.loss = ScaledLoss(decoder_of(state))
@@ -113,18 +117,21 @@ class LanePasses:
                 losses.append((float(decoder.loss_of(hidden, targets)), num_counted(targets)))
         return losses
 
-    def read_ahead(
-        self,
-        step: int,
-        plan_of: Callable[[int], StepPlan],
-        *,
-        also: Sequence[tuple[int, int]] = (),
-    ) -> None:
+    def plan(self, step: int) -> StepPlan:
+        """Returns who computes what in a step."""
+        return self._plan_of_count(self.schedule.num_lanes(step))
+
+    def plan_of_count(self, num_lanes: int) -> StepPlan:
+        """Returns the same of a step of so many lanes."""
+        k = self.config.train.micro_batches_per_lane
+        return StepPlan(self._state.sharding, num_lanes, num_micro_batches=k)
+
+    def read_ahead(self, step: int, *, also: Sequence[tuple[int, int]] = ()) -> None:
         """Has this worker's rows of a step and of the next one read, and those of other
         micro-batches, each given by its step and its number."""
         numbers: list[tuple[int, int]] = []
         for of_step in range(step, min(step + 1, self.schedule.max_steps) + 1):
-            turns = chain.from_iterable(plan_of(of_step).turns)
+            turns = chain.from_iterable(self.plan(of_step).turns)
             numbers += [(of_step, number) for number in turns]
         samples = [self._samples_of(*place) for place in (*numbers, *also)]
         self._rows.read_ahead(np.concatenate(samples))

@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from jobs.exact.lane_passes import LanePasses
 from raymill.state.train_state import TrainState
 from raymill.step_timer import StepTimer
-from raymill.sums.step_plan import StepPlan
 from raymill.sums.step_totals import Measured, block_square_sums, norm_of
 from raymill.workers.worker_group import WorkerGroup
 
@@ -28,17 +27,12 @@ class StockGradient:
         if group.world_size > 1:
             self._loss = DistributedDataParallel(passes.loss)
 
-    def plan(self, step: int) -> StepPlan:
-        """Returns who computes what in a step."""
-        train, num_lanes = self.passes.config.train, self.passes.schedule.num_lanes(step)
-        return StepPlan(self._state.sharding, num_lanes, train.micro_batches_per_lane)
-
     def of_step(self, step: int, timer: StepTimer) -> Measured:
         """Puts the gradient of the whole batch into the state's buffer."""
         world_size = self._group.world_size
-        numbers = [*chain.from_iterable(self.plan(step).turns)]
+        numbers = [*chain.from_iterable(self.passes.plan(step).turns)]
         with timer.phase("load"):
-            self.passes.read_ahead(step, self.plan)
+            self.passes.read_ahead(step)
         self._state.gradient.zero_()
         figures = torch.zeros(2, device=self._state.device)
         with self._state.weights_in_use(timer):

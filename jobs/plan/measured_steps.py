@@ -20,7 +20,7 @@ from jobs.plan.pace import NUM_STEPS, Pace
 from model.config import flops_per_token
 from model.decoders.make import initial_weights, new_decoder
 from raymill.memory import keep_freed_memory
-from raymill.phases import COMPUTING
+from raymill.phases import processor_share
 from raymill.step_timer import StepTime, StepTimer
 from raymill.workers.worker_group import WorkerGroup
 
@@ -63,12 +63,12 @@ def measured_pace(config: RunConfig) -> Pace:
     workers = config.scaling.max_workers
     threads = workers * config.scaling.threads_per_worker
     turns = max(1.0, threads / len(os.sched_getaffinity(0)))
-    computing_s = sum(_seconds(taken, COMPUTING) for taken in times)
-    processor_s = sum(taken.processor_s or 0.0 for taken in times)
     return Pace(
         step_s=turns * (math.ceil(schedule.full_lanes / workers) * lane_s + once_s),
         timed=f"{len(times)} lanes here, without what workers exchange",
-        processor=min(1.0, processor_s / computing_s),
+        processor=statistics.fmean(
+            processor_share(taken.processor_s, taken.seconds) for taken in times
+        ),
     )
 
 

@@ -11,7 +11,7 @@ from jobs.run.history import recorded_config
 from jobs.run.ledger import LEDGER, Ledger, Line
 from model.config import num_parameters, shape_differences
 from raymill.errors import UserError
-from raymill.phases import COMPUTING
+from raymill.phases import processor_share
 
 NUM_STEPS = 10
 """Steps from which on a pace is one."""
@@ -44,11 +44,6 @@ class Pace:
     step_s: float
     timed: str  # in words: which steps
     processor: float  # share of a processor that a worker had while it computed
-
-    @property
-    def alone_s(self) -> float:
-        """Returns the seconds of a step where no other program wants the processors."""
-        return self.step_s * self.processor
 
 
 def recorded_pace(config: RunConfig) -> Pace | None:
@@ -106,9 +101,7 @@ def _pace(ledger: Ledger, config: RunConfig, run_id: str) -> Pace | None:
 
 
 def _processor(steps: list[Line]) -> float:
-    """Returns the share of a processor that rank 0 had; all of it where that is not known."""
-    known = [line for line in steps if "processor_s" in line]
-    computing_s = sum(line["seconds"].get(phase, 0.0) for line in known for phase in COMPUTING)
-    return (
-        min(1.0, sum(line["processor_s"] for line in known) / computing_s) if computing_s else 1.0
+    """Returns the mean share of a processor that rank 0 had."""
+    return statistics.fmean(
+        processor_share(line.get("processor_s"), line["seconds"]) for line in steps
     )

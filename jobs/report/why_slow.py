@@ -15,7 +15,7 @@ from jobs.run.ledger import Ledger
 from jobs.run.storage_retry import not_stored
 from jobs.training.rank_phases import RankTime, from_fields, stragglers
 from model.tables import read_table
-from raymill.phases import COMPUTING, PHASES, REST
+from raymill.phases import COMPUTING, PHASES, REST, processor_share
 
 LEAST_SHARE = 0.1
 """Share of the wall time from which something other than computing is worth fixing."""
@@ -64,14 +64,7 @@ class Window:
     def processor_shares(self) -> list[float]:
         """Returns for each rank which share of a processor it had while it computed: all of it
         where that was not recorded."""
-        return [_processor_share(rank) for rank in self.ranks]
-
-
-def _processor_share(rank: RankTime) -> float:
-    computing_s = sum(rank.seconds.get(phase, 0.0) for phase in COMPUTING)
-    if rank.processor_s is None or not computing_s:
-        return 1.0
-    return min(1.0, rank.processor_s / computing_s)
+        return [processor_share(rank.processor_s, rank.seconds) for rank in self.ranks]
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ class Sentinel:
 
     def _taking(self, measured: AuditedStep, answers: Sequence[int | None]) -> Taking:
         figures = (measured.loss, measured.norm, measured.num_counted)
-        return Taking(figures, self._gradient.exact.losses(), answers)
+        return Taking(figures, self._gradient.exact.totals.losses(), answers)
 
     def _prove(self, step: int) -> None:
         """Has the run be proven up to a step, also where that is an earlier one."""
@@ -253,7 +253,7 @@ class Sentinel:
             began_s=self._began_s,
             last_alike=self._last_alike,
             every_steps=self._gradient.audits.every_steps,
-            num_turns=len(self._gradient.plan(max(step, 1)).turns),
+            num_turns=len(self._gradient.passes.plan(max(step, 1)).turns),
         )
 
     def _carried_out(self, step: int, corruptions: Sequence[Corruption]) -> Measure:

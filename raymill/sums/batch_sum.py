@@ -46,7 +46,7 @@ class BatchSum:
             buffers.append(large_zeros(len(state.gradient), device=state.device))
         self._buffers = buffers
         self._names = [name for name, _ in state.model.named_parameters()]
-        self._totals = StepTotals(state.layout, state.sharding, group, device=state.device)
+        self.totals = StepTotals(state.layout, state.sharding, group, device=state.device)
         owners = state.sharding.owners
         self._exchange = BucketExchange(
             state.owned.homes if sums_parts else state.layout.buckets,
@@ -115,7 +115,7 @@ class BatchSum:
         where their learning rates differ."""
         self._side_work.wait()
         self._exchange.wait()
-        measured = self._totals.finish(
+        measured = self.totals.finish(
             step,
             plan,
             block_sums=self._exchange.block_sums,
@@ -125,15 +125,6 @@ class BatchSum:
         )
         refuse_what_differs(step, measured.told, self._names)
         return measured
-
-    def losses(self) -> list[list[float]]:
-        """Returns the losses of the last batch by rank (`StepTotals.losses`)."""
-        return self._totals.losses()
-
-    def worst_block(self) -> int:
-        """Returns which block of the last batch's gradient looks most wrong
-        (`StepTotals.worst_block`)."""
-        return self._totals.worst_block()
 
     def close(self) -> None:
         """Ends the work beside the training thread."""

@@ -9,6 +9,7 @@ from http import HTTPStatus
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import Receive, Scope, Send
 
 from serving.api.key_limits import KeyLimits, key_of
@@ -28,27 +29,26 @@ class AskedRoutes:
         self._app = app
         self._limits = limits
         self._by_path: dict[str, Answering] = {}
+        self._guarded = ServerErrorMiddleware(self._answer, handler=answer_of_bug)
 
     def add(self, path: str, answer: Answering) -> None:
         self._app.add_route(path, answer, methods=["POST"])
         self._by_path[path] = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = self._by_path.get(scope["path"]) if scope["type"] == "http" else None
-        if answer is None or scope["method"] != "POST":
+        is_asked = scope["type"] == "http" and scope["path"] in self._by_path
+        if not is_asked or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
+        await self._guarded(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         try:
-            try:
-                response = await answer(request)
-            except ApiError as error:
-                response = refusal(request, error, self._limits)
-            await response(scope, receive, send)
-        except Exception:
-            if not RoutedRequest.of(request).is_answered:
-                await answer_of_bug(request)(scope, receive, send)
-            raise  # the server logs it
+            response = await self._by_path[scope["path"]](request)
+        except ApiError as error:
+            response = refusal(request, error, self._limits)
+        await response(scope, receive, send)
 
 
 def refusal(request: Request, error: ApiError, limits: KeyLimits) -> Response:
@@ -65,7 +65,7 @@ def refusal(request: Request, error: ApiError, limits: KeyLimits) -> Response:
     return error.response()
 
 
-def answer_of_bug(request: Request) -> Response:
+async def answer_of_bug(request: Request, bug: Exception) -> Response:
     """Answers for a bug. The traceback is in the replica's log, not in the answer."""
     RoutedRequest.of(request).facts.reason = "internal_error"
     return error_of("internal_error").response()

@@ -253,9 +253,7 @@ def add_error_handlers(app: FastAPI, limits: KeyLimits) -> None:
         assert error.status_code == HTTPStatus.NOT_FOUND
         return error_of("not_found", path=path).response()
 
-    @app.exception_handler(Exception)
-    async def unexpected_error(request: Request, _error: Exception) -> Response:
-        return answer_of_bug(request)
+    app.add_exception_handler(Exception, answer_of_bug)
 
 
 async def written_chat(
@@ -313,7 +311,6 @@ class Gate:
 
         async def send_with_version(message: Message) -> None:
             if message["type"] == "http.response.start":
-                routed.is_answered = True
                 message["headers"] = [*message["headers"], *_encoded(routed.headers)]
             # In the start too, for answers whose end does not arrive
             if not message.get("more_body", False):

@@ -40,7 +40,6 @@ class RoutedRequest:
         self._is_second_try = RETRY_HEADER in headers
         self.key: str | None = None  # hash of the API key
         self.may_name_versions = False
-        self.is_answered = False  # its answer has started
         self.facts = RequestFacts()
         for route in _routes_in(scope["headers"]):
             versions.learn(route)

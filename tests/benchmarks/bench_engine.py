@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from raymill.engine import AdamW, ExactEngine
+from raymill import AdamW, ExactEngine
 from raymill.state.shard import Shard
 from tests.benchmarks.worker_memory import socket_bytes
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from raymill.engine import AdamW, ExactEngine
+from raymill import AdamW, ExactEngine
 from raymill.errors import UserError
 from raymill.state.shard import Shard
 from tests.time_limits import limit_s

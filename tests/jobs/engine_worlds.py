@@ -30,7 +30,7 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from raymill.engine import AdamW, ExactEngine, Muon
+from raymill import AdamW, ExactEngine, Muon
 from raymill.files.safetensors_file import parameter_hash
 from raymill.rules.update_rule import UpdateRule
 from raymill.state.shard import Shard

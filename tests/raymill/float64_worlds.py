@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raymill.engine import ExactEngine
+from raymill import ExactEngine
 from raymill.rules.hidden_matrix import HiddenMatrix
 from raymill.rules.update_rule import Stretch, Unit
 from raymill.state.shard import Shard

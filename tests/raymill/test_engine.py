@@ -1,8 +1,5 @@
 """The exact engine as a library: one hash for any number of workers, and refusals by name."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
-from raymill.engine import AdamW, ExactEngine
+from raymill import AdamW, ExactEngine
 from raymill.errors import UserError
 from tests.jobs.engine_worlds import ADAPTERS, CASES, NUM_STEPS, base, new_engine, take_step
-from tests.repository import REPOSITORY
-from tests.time_limits import limit_s
+from tests.json_program import last_line_of
 
 RULE = AdamW(0.9, 0.95, 0.1)
 MAX_WORLD_SIZE = 4
@@ -29,18 +25,8 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def results_of(folder: Path, *words: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.jobs.engine_worlds", str(MAX_WORLD_SIZE)]
-    done = subprocess.run(
-        [*command, str(folder), *words],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=limit_s(120),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return results
+    program = ("-m", "tests.jobs.engine_worlds", str(MAX_WORLD_SIZE))
+    return last_line_of(*program, str(folder), *words, seconds=120)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,9 +1,6 @@
 """The exact engine refuses what shows only in a later step with one sentence on all workers, and files
 that are not the ones it has saved."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from raymill.engine import AdamW, ExactEngine
+from raymill import AdamW, ExactEngine
 from raymill.errors import UserError
 from raymill.state_files import FACTS, write_beside
 from tests.jobs.engine_faults import SHARDS
-from tests.repository import REPOSITORY
-from tests.time_limits import limit_s
+from tests.json_program import last_line_of
 
 Outcomes = dict[str, dict[str, list[dict[str, Any]]]]
 
@@ -36,17 +32,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """Returns how the workers of a world ended, by fault and way to shard: also as `python -O` leaves
     assertions out."""
     folder = tmp_path_factory.mktemp("world")
-    done = subprocess.run(
-        [sys.executable, request.param, "-m", "tests.jobs.engine_faults", "2", str(folder)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=limit_s(60),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: Outcomes = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return last_line_of(request.param, "-m", "tests.jobs.engine_faults", "2", str(folder))
 
 
 @pytest.mark.parametrize("shard", SHARDS)

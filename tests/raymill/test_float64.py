@@ -1,15 +1,11 @@
 """The exact engine takes the steps of a plain loop in float64, to rounding, however it is sharded."""
 
-import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
+from tests.json_program import last_line_of
 from tests.raymill.float64_worlds import MODULES, SHARDS
-from tests.repository import REPOSITORY
-from tests.time_limits import limit_s
 
 ROUNDING = 1e-5  # of the largest change: fp32 has 6e-8 of a weight, and a few steps lie between
 
@@ -17,17 +13,7 @@ ROUNDING = 1e-5  # of the largest change: fp32 has 6e-8 of a weight, and a few s
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("world")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.raymill.float64_worlds", "3", str(folder)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=limit_s(60),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    results: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return results
+    return last_line_of("-m", "tests.raymill.float64_worlds", "3", str(folder))
 
 
 @pytest.mark.parametrize("name", MODULES)

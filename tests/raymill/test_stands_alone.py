@@ -2,7 +2,6 @@
 have the names of this repository's folders."""
 
 import compileall
-import json
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.json_program import last_line_of
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
@@ -44,18 +44,8 @@ def facts(project: Path) -> list[dict[str, Any]]:
 
 
 def run(project: Path, *words: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=project,
-        env=os.environ | {"PYTHONPATH": str(project / "site"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=limit_s(60),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    env = os.environ | {"PYTHONPATH": str(project / "site"), "OMP_NUM_THREADS": "1"}
+    return last_line_of(*words, folder=project, env=env)
 
 
 def test_ten_steps__saved_and_loaded_after_five__have_one_hash_however_workers_are_started(

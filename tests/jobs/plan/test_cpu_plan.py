@@ -76,7 +76,8 @@ def test_a_measured_pace_counts_the_lanes_of_a_worker() -> None:
         train = {"global_batch_size": batch, "micro_batch_size": 4, "precision": "fp32"}
         values = {"model": {"preset": "tiny", "vocab_size": 512}, "train": train}
         values |= {"scaling": {"max_workers": 1}}
-        return measured_pace(RunConfig.model_validate(values)).alone_s
+        pace = measured_pace(RunConfig.model_validate(values))
+        return pace.step_s * pace.processor
 
     assert alone_s(512) > 4 * alone_s(32)
 
