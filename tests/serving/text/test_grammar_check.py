@@ -122,10 +122,12 @@ def test_one_keys_costly_grammars_keep_no_other_key_waiting(checkpoint: Path) ->
         assert await asyncio.gather(*few) == ["good"] * 2
         assert ended[-1] == "b" and ended.count("a") <= 5, "they took turns with the first attempts"
         outcomes = await asyncio.gather(*many)
-        # One is tried, and two wait, in the line behind the first attempts
-        assert (outcomes.count("refused"), outcomes.count("busy")) == (3, 5)
+        # One is tried, and two wait, in the line behind the first attempts; one more for each that
+        # is done with there while the first attempts last
+        num_refused, num_busy = outcomes.count("refused"), outcomes.count("busy")
+        assert num_refused >= 3 and num_busy >= 1 and num_refused + num_busy == 8
 
-    checked(checkpoint, check, GrammarBounds(attempts_s=(0.03, 0.15)))
+    checked(checkpoint, check, GrammarBounds(attempts_s=(0.03, 0.5)))
 
 
 def test_without_keys_what_is_quick_is_never_refused(checkpoint: Path) -> None:
