@@ -17,8 +17,12 @@ BENCH_INSTALLED := $(VENV)/.installed-bench
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-# At a terminal pip shows what it fetches, with bars; elsewhere only its errors.
+# At a terminal pip shows what it fetches, with bars; elsewhere only its errors. There TELL says each minute that pip goes on, until its
+# shell ends.
 PIP_OUTPUT := $(shell test -t 2 || echo --quiet)
+TELL_S ?= 60
+TELL := $(if $(PIP_OUTPUT),(s=0; while sleep 1 && kill -0 $$$$ 2> /dev/null; do s=$$((s + 1)); \
+	test $$((s % $(TELL_S))) != 0 || echo "installing since $$s s: $(VENV) has $$(du -sh $(VENV) | cut -f1)"; done) &)
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -27,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 
-.PHONY: help install demo proof test test-more known-area areas reference docs test-all slow-halves test-slice test-chaos chaos-clusters chaos-parts test-gpu test-live lint format audit bench bench-train bench-foreign bench-loss bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
+.PHONY: help install demo proof test test-more known-area areas mutants reference docs test-all slow-halves test-slice test-chaos chaos-clusters chaos-parts test-gpu test-live lint format audit bench bench-train bench-foreign bench-loss bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)$$/make \1\t\2/' | expand -t 18
@@ -40,35 +44,45 @@ demo: $(INSTALLED) ## a real corpus to a served model on a 3-node local cluster,
 proof: $(INSTALLED) ## one hash for 1 to 4 workers, also killed and resized, beside PyTorch's DDP and FSDP2: a minute
 	$(BIN)/python -m raymill.proof
 
-# Three processes, as many tests wait; what files of a lane (tests/lanes.py) share is made once. Each process imports every
-# file that it is given, for 18 s of processor time if it is given all: those with slow tests alone are left out.
-FAST = $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(SLOW))
-SLOW = $(shell grep -rlE '^(pytestmark.*|    pytest\.)mark\.slow' tests --include='test_*.py')
+# Three processes, as many tests wait; what files of a lane (tests/lanes.py) share is made once there. Each process imports
+# every file that it is given, for 18 s of processor time if it is given all: a target is given those that have tests for it.
+FAST = $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+WHOLE_FILES = $(shell grep -rlE '^(pytestmark.*|    pytest\.)mark\.($(1))\b' tests --include='test_*.py')
+SOME_TESTS = $(shell grep -rlE '\bmark\.($(1))\b' tests --include='test_*.py')
+NOT_FIRST = $(addprefix --ignore=,$(filter-out $(call SOME_TESTS,front),$(call WHOLE_FILES,slow|more|cluster)))
+NOT_FAST = $(addprefix --ignore=,$(call WHOLE_FILES,slow))
+MORE = $(filter-out $(call WHOLE_FILES,slow),$(call SOME_TESTS,cluster|more))
 
 # `make test AREA=jobs/exact` runs the tests of one folder of tests/ that start no cluster, in about a minute.
 AREA ?=
 ifeq ($(AREA),)
 test: $(INSTALLED) ## proves the pieces; AREA=jobs/exact: one folder of them, in about a minute
-	$(FAST) -m "not slow and (not cluster or front)"
+	$(FAST) $(NOT_FIRST) -m "not slow and not more and (not cluster or front)"
 
-test-more: $(INSTALLED) ## the other fast tests, on clusters and endpoints
-	$(FAST) -m "not slow and cluster and not front"
+test-more: $(INSTALLED) ## the other fast tests: on clusters and endpoints, and what takes longer
+	$(FAST) $(MORE) -m "not slow and (more or (cluster and not front))"
 else
 test: known-area $(INSTALLED)
-	$(FAST) -m "not slow and not cluster" tests/$(AREA)
+	$(FAST) $(NOT_FAST) -m "not slow and not cluster" tests/$(AREA)
 endif
 
 # An area that does not exist is named before anything is installed or imported.
 known-area:
 	@test -d tests/$(AREA) || { echo "There is no area $(AREA). The areas:" \
-		$$(cd tests && find model cluster jobs serving k8s -name 'test_*.py' -printf '%h\n' | sort -u); exit 2; } >&2
+		$$(cd tests && find raymill model cluster jobs serving k8s -name 'test_*.py' -printf '%h\n' | sort -u); exit 2; } >&2
+
+# AREA=guards: one of tests/mutants/areas.toml; SAMPLE=200: about so many of all, other ones for each SEED.
+SAMPLE ?= 0
+SEED ?= 0
+mutants: $(INSTALLED) ## changes one operator at a time, and says which changes no test notices; AREA=guards, SAMPLE=200
+	$(BIN)/python -m tests.mutants.try_mutants $(AREA) --sample $(SAMPLE) --seed $(SEED) $(if $(filter 0,$(SAMPLE)),--write)
 
 # Runs the areas one after another, and writes their seconds into tests/README.md.
 areas: $(INSTALLED) ## every area one after another; writes their seconds into tests/README.md
 	$(BIN)/python -m tests.areas $(AREA)
 
 # The fast tests, then both halves of the slow ones side by side: their clusters mostly wait. All run, whatever fails.
-test-all: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) $(NODE_CLIENTS_INSTALLED) ## the slow tests too, in about two and a half hours
+test-all: $(TRACKING_INSTALLED) $(DOCS_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) $(NODE_CLIENTS_INSTALLED) ## the slow tests too, in about two and a half hours
 	$(MAKE) --keep-going test test-more slow-halves
 
 slow-halves:
@@ -82,7 +96,7 @@ slow-half-%:
 SLICES ?= 24
 SLICE ?= $(shell $(BIN)/python -m tests.slices $(SLICES))
 LIMIT_S ?= 1080
-test-slice: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) $(NODE_CLIENTS_INSTALLED) ## one slice of the slow tests
+test-slice: $(TRACKING_INSTALLED) $(DOCS_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) $(NODE_CLIENTS_INSTALLED) ## one slice of the slow tests
 	$(BIN)/pytest -m slow --slice $(SLICE) --limit-s $(LIMIT_S) --durations 10 tests
 
 # Cells on one local cluster, whose nodes mostly wait, beside those of single parts. Each half ends with a line that sums it up.
@@ -180,7 +194,7 @@ $(INSTALLED): pyproject.toml .ci/constraints.txt
 	@echo "Installing raymill and what it needs into $(VENV), 6 GB where PyTorch comes with CUDA; this takes a few minutes."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools
-	@$(BIN)/python -m pip install $(PIP_OUTPUT) --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev]'
+	@$(TELL) $(BIN)/python -m pip install $(PIP_OUTPUT) --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev]'
 	@touch $@
 	@echo "Installed: . $(BIN)/activate puts the command raymill on the path."
 

@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 from cluster.commands import completion
 from cluster.commands.cluster_commands import CLUSTER
-from cluster.commands.command import Arguments, Command, Section
+from cluster.commands.command import Arguments, Command, CommandSection
 from cluster.commands.data_commands import DATA
 from cluster.commands.look_commands import LOOK
 from cluster.commands.serve_commands import SERVE
@@ -29,9 +29,13 @@ from cluster.output.result_text import printable, put
 from cluster.settings.code_folders import code_version, version
 from cluster.settings.parser import ConfigError, FirstManual, Parser
 from cluster.stages.stage_module import exit_on_signal
+from cluster.wings import added
 from raymill.errors import UserError
 
-SECTIONS = (BEGIN, DATA, TRAIN, LOOK, SERVE, CLUSTER)
+_OF_WINGS = added(lambda wing: wing.commands)
+SECTIONS = tuple(
+    section.with_wings(_OF_WINGS) for section in (BEGIN, DATA, TRAIN, LOOK, SERVE, CLUSTER)
+)
 COMMANDS = tuple(chain.from_iterable(section.commands for section in SECTIONS))
 
 Places: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -125,7 +129,9 @@ def _asks_for_short_help(words: Sequence[str]) -> bool:
     return not {"-h", "--help"}.isdisjoint(words) and words[-1] != "all"
 
 
-def _add_section(place: "Places", section: Section, named: str | None, *, is_short: bool) -> None:
+def _add_section(
+    place: "Places", section: CommandSection, named: str | None, *, is_short: bool
+) -> None:
     places: dict[str, Places] = {}
     for first, about in section.groups.items():
         group = place.add_parser(first, help=about, description=about)
@@ -151,7 +157,7 @@ def _overview(*, is_short: bool) -> str:
     first ones alone."""
     if is_short:
         abouts = {command.name: command.help for command in COMMANDS}
-        first = {name: abouts[name] for name in FIRST_COMMANDS}
+        first = {name: abouts[name] for name in FIRST_COMMANDS if name in abouts}
         num_others = len({name.split()[0] for name in abouts}) - len(first)
         shown = _lines("the whole way", first)
         return f"{shown}\nand {num_others} others: `raymill --help all` lists them"
@@ -169,7 +175,7 @@ def _lines(title: str, abouts: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _listed(section: Section) -> dict[str, str]:
+def _listed(section: CommandSection) -> dict[str, str]:
     """Returns the help of each first word: a command's, or its group's with the words that may
     follow."""
     abouts: dict[str, str] = {}

@@ -39,7 +39,7 @@ from jobs.tokens.token_stream import TokenStream
 from jobs.tokens.train_tokenizer import TOKENIZER_FILE
 from model.decoder import Decoder
 from model.files.checkpoint import load_decoder
-from model.files.checkpoint_folder import is_hf_folder, read_metadata
+from model.files.checkpoint_folder import StoredModel
 from model.files.hf_config import read_shape
 from model.files.stored_tokenizer import load_tokenizer
 from model.hardware.processor import Device, emulates
@@ -149,8 +149,8 @@ def perplexity(loss: float) -> float | None:
 
 def _rows(folder: Path, model: Decoder, config: EvaluateConfig) -> Rows:
     trained: RunConfig | None = None  # the settings of the checkpoint's run, where it is known
-    if not is_hf_folder(folder):
-        run = storage_of(config).child(f"runs/{read_metadata(folder).run_id}")
+    if metadata := StoredModel(folder).metadata:
+        run = storage_of(config).child(f"runs/{metadata.run_id}")
         trained = recorded_config(run) if run.exists(CONFIG_FILE) else None
     # Positions that were never trained would spoil the loss, and in another precision it is not the
     # trainer's.
@@ -207,11 +207,11 @@ def storage_of(config: EvaluateConfig) -> Storage:
 def validation_texts(folder: Path, config: EvaluateConfig) -> list[HeldOutText]:
     """Returns what the checkpoint's run validated on, found by the identity that the checkpoint
     records: what it held out, or else all texts of `data.validation`."""
-    if is_hf_folder(folder):
+    metadata = StoredModel(folder).metadata
+    if metadata is None:
         raise CheckpointError(
             f"checkpoint {folder} records no validation split; name a text with --data.source"
         )
-    metadata = read_metadata(folder)
     run = storage_of(config).child(f"runs/{metadata.run_id}")
     try:
         start = last_start(Ledger.read(run), metadata.data_identity)

@@ -23,10 +23,8 @@ from model.files.checkpoint import (
 from model.files.checkpoint_folder import (
     MANIFEST,
     Metadata,
+    StoredModel,
     fingerprint,
-    is_adapter,
-    is_hf_folder,
-    read_metadata,
     verify_checkpoint,
 )
 from model.files.gguf_file import write_gguf
@@ -64,10 +62,10 @@ def export_gguf(checkpoint: str, destination: str, *, storage_uri: str) -> dict[
         )
         sha256 = fingerprint(file)["sha256"]
         parent.upload_file(file, name)
-    hashed = None if is_hf_folder(source) else read_metadata(source).parameter_hash
+    metadata = StoredModel(source).metadata
     return {
         "file": absolute_uri(destination),
-        "parameter_hash": hashed,
+        "parameter_hash": metadata and metadata.parameter_hash,
         "sha256": sha256,
         **written,
     }
@@ -128,9 +126,8 @@ def export(
 ) -> dict[str, Any]:
     """Writes the verified checkpoint to a new or empty folder, local or remote, and verifies the
     copy. An adapter stays one, which PEFT loads, unless `merge` adds it to its base's weights. What
-    is public names no place of one's own. With a key the copy is signed,
-    and `has_bom` adds its bill of materials. Of an adapter the result has the `base`, as PEFT finds
-    it; None where strangers cannot.
+    is public names no place of one's own. With a key the copy is signed, and `has_bom` adds its
+    bill of materials. An adapter's result has the `base` for PEFT; None where strangers find none.
 
     Raises `CheckpointError`.
     """
@@ -138,16 +135,17 @@ def export(
     local = target.local_path("")
     _require_free(target)
     uri, source = find_checkpoint(checkpoint, storage_uri)
-    if is_hf_folder(source):
+    metadata = StoredModel(source).metadata
+    if metadata is None:
         raise CheckpointError(f"{source} is a plain Hugging Face folder already; copy it as it is")
     require_bounded_text(source)
-    if merge and not is_adapter(source):
+    if merge and not StoredModel(source).is_adapter:
         raise CheckpointError(
             f"{source} is a whole model, and --merge is for adapters: leave it out"
         )
     with tempfile.TemporaryDirectory(prefix="raymill-export-") as scratch:
         folder = local or Path(scratch) / "checkpoint"
-        tokenizer, metadata = load_tokenizer(source), read_metadata(source)
+        tokenizer = load_tokenizer(source)
         assert tokenizer is not None, "only plain Hugging Face folders may lack one"
         metadata = metadata.public if is_public else metadata
         shape, weights = read_shape(source), stored_weights(source)
@@ -170,7 +168,7 @@ def export(
             parent, name = split_uri(destination)
             parent.upload_folder(folder, name, last=MANIFEST)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        base = {"base": copied.base_source or copied.base} if is_adapter(folder) else {}
+        base = {"base": copied.base_source or copied.base} if shape.adapter else {}
     return {
         "checkpoint": absolute_uri(destination),
         "parameter_hash": copied.parameter_hash,

@@ -4,7 +4,8 @@ checkpoint."""
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,11 @@ from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, max_steps, run_storage, seq_len, to_yaml, with_precision
 from cluster.stages.run_mirrored import COMMAND_VARIABLE
 from cluster.stages.stage import stage_main
-from cluster.stages.stage_module import GaveUpError, StageFailedError
+from cluster.stages.stage_module import StageFailedError
 from cluster.storage.lease import Lease
 from cluster.storage.registry import publications, publish, what_latest_became
 from cluster.storage.uris import Storage, open_storage, split_uri
+from cluster.wings import added
 from jobs.corpus.listing import list_corpus
 from jobs.plan.worker_counts import StepTimes, counts_to_run, hardware_of, uneven_groups
 from jobs.ray_train.callbacks import FailureRecorder, SignalListener
@@ -37,6 +39,7 @@ from jobs.ray_train.worker_backend import (
 )
 from jobs.run.base import recorded_base
 from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.end import EXIT_CODES, End
 from jobs.run.history import CONFIG_FILE, changed_settings, recorded_config
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
@@ -50,13 +53,12 @@ from jobs.tokens.train_tokenizer import ensure_tokenizer
 from jobs.training.train_worker import train_worker
 from jobs.training.validation import check_prompts
 from jobs.training.warm_start import begin, like_its_source
-from jobs.watching.run_watcher import watching
 from jobs.workers.failures import one_line
 from jobs.workers.placement import workers_precision
 from jobs.workers.preemption import stopping_on_sigterm
 from jobs.workers.rendezvous import meeting_place
-from model.config import Shape, with_vocabulary
-from model.foreign_config import ForeignConfig, require_version
+from model.config import Shape
+from model.foreign_config import require_version
 from model.text.tokenizer import Tokenizer
 
 _RAY_TRAIN = {
@@ -150,8 +152,8 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
     where missing.
 
     Raises `ConfigError` when `run_id` names a run with other settings or a prompt cannot be
-    continued, `LeaseHeldError` when another launcher is training it, `GaveUpError` when the run
-    gave up.
+    continued, `LeaseHeldError` when another launcher is training it, `StageFailedError` when the
+    run gave up or was stopped.
     """
     return train_on(prepare(config))
 
@@ -182,7 +184,7 @@ def train_on(text: PreparedText) -> dict[str, Any]:
         _train(plan)
         ledger = Ledger.read(run)
         lease.check()
-        if not ledger.events("finish"):
+        if not ledger.is_finished:
             raise unfinished(plan, ledger)
         checkpoint = RunCheckpoints(run).uri(
             ledger.events("checkpoint")[-1]["checkpoint"].rsplit("/", 1)[1]
@@ -197,10 +199,10 @@ def train_on(text: PreparedText) -> dict[str, Any]:
 
 
 def _shape_for(config: RunConfig, tokenizer: Tokenizer) -> Shape:
-    if isinstance(config.model, ForeignConfig):
+    if config.model.by_transformers:
         require_version()
     try:
-        return with_vocabulary(config.model, tokenizer.vocab_size)
+        return config.model.with_vocabulary(tokenizer.vocab_size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -228,7 +230,7 @@ def _begins(config: RunConfig, before: Ledger) -> str:
     """Returns a line that says what comes next: on one machine, workers take some ten seconds to
     start."""
     total, steps = max_steps(config), before.steps
-    if before.events("finish"):
+    if before.is_finished:
         return f"run {config.run_id} has finished already, after step {steps[-1]['step']:,}"
     most, least = config.scaling.max_workers, config.scaling.min_workers
     workers = counted(most, "worker") if least == most else f"{least} to {most} workers"
@@ -240,10 +242,19 @@ def _begins(config: RunConfig, before: Ledger) -> str:
     return f"run {config.run_id} {place} in {config.train.precision}, starting {workers}"
 
 
+@contextmanager
+def _watched(plan: RunPlan, *, snapshot_time_s: Callable[[], float | None]) -> Iterator[None]:
+    """Lets the wings watch the run while the context lasts."""
+    with ExitStack() as watchers:
+        for watch in added(lambda wing: wing.run_watcher):
+            watchers.enter_context(watch(plan, snapshot_time_s=snapshot_time_s))
+        yield
+
+
 def _train(plan: RunPlan) -> None:
     """Trains what is left of the run. A controller of Ray Train that fails is replaced by another,
     which continues from the same snapshots, as long as the run makes progress."""
-    if Ledger.read(plan.run).events("finish"):
+    if Ledger.read(plan.run).is_finished:
         return
     hardware = hardware_of([node["Resources"] for node in ray.nodes() if node["Alive"]])
     times = StepTimes(plan.config, hardware) if hardware and plan.config.scaling.use_gpu else None
@@ -254,7 +265,7 @@ def _train(plan: RunPlan) -> None:
     with (
         stopping_on_sigterm(plan.run),
         Keepers(plan.launch, node_bytes=plan.config.checkpoint.snapshot_bytes) as keepers,
-        watching(plan, snapshot_time_s=lambda: keepers.snapshot_time_s),
+        _watched(plan, snapshot_time_s=lambda: keepers.snapshot_time_s),
         meeting_place(get_node_ip_address()) as address,
     ):
         while True:
@@ -274,13 +285,16 @@ def _train(plan: RunPlan) -> None:
 
 def unfinished(plan: RunPlan, ledger: Ledger) -> StageFailedError:
     """Returns what the user is told of a run that stopped before its end."""
-    run_id, last = plan.config.run_id, ledger.events("gave_up", "preempted")[-1]
-    if last["event"] == "gave_up":
-        return GaveUpError(f"run {run_id} gave up: {last['reason']}; more is in {plan.run.uri}")
-    return StageFailedError(
-        f"run {run_id} is saved at step {last['step']} of {max_steps(plan.config)} and has stopped, as requested; the "
-        "same --run-id continues it"
+    end, run_id = ledger.end, plan.config.run_id
+    assert end is not None, "its workers have left"
+    last = ledger.events(end)[-1]
+    text = (
+        f"run {run_id} gave up: {last['reason']}; more is in {plan.run.uri}"
+        if end is End.GAVE_UP
+        else f"run {run_id} is saved at step {last['step']} of {max_steps(plan.config)} and has stopped, as "
+        "requested; the same --run-id continues it"
     )
+    return StageFailedError(text, exit_code=EXIT_CODES[end])
 
 
 def _trainer(plan: RunPlan, address: str, counts: Mapping[int, int]) -> Trainer:

@@ -13,7 +13,7 @@ from jobs.export import export
 from jobs.report.model_card import Origin, model_card
 from jobs.run.history import CONFIG_FILE, recorded_config
 from model.files.bounded_text import require_bounded_text
-from model.files.checkpoint_folder import is_hf_folder, read_metadata
+from model.files.checkpoint_folder import StoredModel
 from model.files.hf_config import read_shape
 from model.files.stored_tokenizer import load_tokenizer
 from raymill.errors import CheckpointError, UserError
@@ -44,12 +44,13 @@ class Pushed:
                 "apache-2.0, mit or other"
             )
         checkpoint, folder = find_checkpoint(reference, storage_uri)
-        if is_hf_folder(folder):
+        metadata = StoredModel(folder).metadata
+        if metadata is None:
             raise CheckpointError(
                 f"{checkpoint} was saved by transformers and has no lineage; upload it with `hf upload`"
             )
         require_bounded_text(folder)
-        tokenizer, metadata = load_tokenizer(folder), read_metadata(folder)
+        tokenizer = load_tokenizer(folder)
         assert tokenizer is not None, "only plain Hugging Face folders may lack one"
         card = model_card(
             place.repository,

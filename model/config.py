@@ -1,14 +1,22 @@
-"""The shape of a decoder, GPT-2's or Llama's, in GPT-2's own terms, presets, counts of parameters
-and operations of any shape."""
+"""The shape of a decoder, GPT-2's or Llama's, in GPT-2's own terms, presets, and what both kinds of
+shape have in common."""
 
 import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, assert_never
+from typing import Any, ClassVar, Self
 
-from model.architecture import ARCHITECTURES, Activation, Architecture, ArchitectureName, Parameter
-from model.foreign_config import NOT_OF_THE_MODEL, ForeignConfig
+from model.adapters.lora import Adapter
+from model.architecture import (
+    ARCHITECTURES,
+    Activation,
+    Architecture,
+    ArchitectureName,
+    KeptValues,
+    Parameter,
+)
+from model.foreign_config import ForeignConfig
 from model.tables import read_table
 
 # Far above any real model: `plan` loops over blocks, so a typing error would hang it for minutes
@@ -19,6 +27,11 @@ _MOST = {"n_layer": 10_000}
 class GPTConfig:
     """The shape of the decoder. Raises `ValueError` with the numbers when the fields do not fit
     together."""
+
+    by_transformers: ClassVar[bool] = False
+    """Whether transformers' own modules compute it."""
+    adapter: ClassVar[Adapter | None] = None
+    num_experts: ClassVar[int] = 0
 
     vocab_size: int = field(
         default=50257, metadata={"help": "number of token ids; a run takes it from its tokenizer"}
@@ -136,45 +149,74 @@ class GPTConfig:
         """The width of a token's keys, and of its values."""
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def model_type(self) -> str:
+        """As config.json names the kind of model."""
+        return self.architecture
+
+    @property
+    def num_parameters(self) -> int:
+        """The trainable parameters, embeddings included, a tied head counted once."""
+        names = self.network.parameters
+        head = 0 if self.tie_word_embeddings else self.vocab_size * self.n_embd
+        around_blocks = _size(self, [*names.before.values(), *names.after.values()])
+        return around_blocks + self.n_layer * _size(self, names.block.values()) + head
+
+    @property
+    def num_active_parameters(self) -> int:
+        """The parameters that compute a token: all."""
+        return self.num_parameters
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Counts forward and backward: 6 for each parameter that multiplies, and 12 x layers x width
+        x seq_len for the attention scores and their use (PaLM, 2022, appendix B, which does not
+        discount the causal half either).
+
+        Position embeddings, and token embeddings beside an untied head, are looked up, not
+        multiplied.
+        """
+        before = self.network.parameters.before.values()
+        looked_up = _size(self, [parameter for parameter in before if parameter.is_looked_up])
+        if not self.tie_word_embeddings:
+            looked_up += self.vocab_size * self.n_embd
+        return 6 * (self.num_parameters - looked_up) + 12 * self.n_layer * self.n_embd * seq_len
+
+    @property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """None: all weights are trained."""
+        return {}
+
+    @property
+    def kept(self) -> KeptValues:
+        """What a block keeps of each token for backward."""
+        return self.network.kept
+
+    def with_context(self, num_tokens: int) -> Self:
+        """Returns the shape with a context of at most so many tokens."""
+        return replace(self, n_positions=min(num_tokens, self.n_positions))
+
+    def with_vocabulary(self, num_ids: int) -> Self:
+        """Returns the shape for a tokenizer of so many ids."""
+        return replace(self, vocab_size=num_ids)
+
+    def as_settings(self) -> dict[str, Any]:
+        """Returns what makes two shapes differ, by name."""
+        return asdict(self)
+
 
 Shape = GPTConfig | ForeignConfig
-"""Of a model: one of ours, or whatever transformers has."""
+"""The shape of a model of ours, or of any in transformers. Both answer the same questions."""
 
 
 def shape_differences(before: Shape, now: Shape) -> dict[str, tuple[Any, Any]]:
     """Returns both values of each setting that differs."""
-    old, new = _settings(before), _settings(now)
+    old, new = before.as_settings(), now.as_settings()
     differences: dict[str, tuple[Any, Any]] = {}
     for name in new | old:
         values = old.get(name), new.get(name)
         if values[0] != values[1]:
             differences[name] = values
     return differences
-
-
-def _settings(config: Shape) -> dict[str, Any]:
-    match config:
-        case GPTConfig():
-            return asdict(config)
-        case ForeignConfig():
-            values = config.values
-            shape = {name: values[name] for name in values if name not in NOT_OF_THE_MODEL}
-            return shape if config.adapter is None else shape | {"adapter": config.adapter}
-        case _:
-            assert_never(config)
-
-
-def with_context(config: Shape, num_tokens: int) -> Shape:
-    """Returns the shape with a context of at most so many tokens."""
-    if num_tokens >= config.n_positions:
-        return config
-    match config:
-        case GPTConfig():
-            return replace(config, n_positions=num_tokens)
-        case ForeignConfig():
-            return config.with_context(num_tokens)
-        case _:
-            assert_never(config)
 
 
 def lengths(config: GPTConfig) -> dict[str, int]:
@@ -188,44 +230,6 @@ def lengths(config: GPTConfig) -> dict[str, int]:
         "V": config.vocab_size,
         "n_positions": config.n_positions,
     }
-
-
-def num_parameters(config: Shape) -> int:
-    """Returns the number of trainable parameters, embeddings included, a tied head counted once."""
-    if isinstance(config, ForeignConfig):
-        return config.num_parameters
-    names = config.network.parameters
-    head = 0 if config.tie_word_embeddings else config.vocab_size * config.n_embd
-    around_blocks = _size(config, [*names.before.values(), *names.after.values()])
-    return around_blocks + config.n_layer * _size(config, names.block.values()) + head
-
-
-def num_active_parameters(config: Shape) -> int:
-    """Returns how many of them compute a token: all but the experts that it is not sent to."""
-    match config:
-        case GPTConfig():
-            return num_parameters(config)
-        case ForeignConfig():
-            return config.num_active_parameters
-        case _:
-            assert_never(config)
-
-
-def with_vocabulary(config: Shape, num_ids: int) -> Shape:
-    """Returns the shape for a tokenizer of so many ids. An embedding of transformers' models may
-    have more rows, and stays as it is; `ValueError` is raised where it has fewer."""
-    match config:
-        case GPTConfig():
-            return replace(config, vocab_size=num_ids)
-        case ForeignConfig():
-            if num_ids > config.vocab_size:
-                raise ValueError(
-                    f"the tokenizer has {num_ids} ids and config.json vocab_size {config.vocab_size}, expected at "
-                    "least as many: name the model's own tokenizer, or lower data.vocab_size"
-                )
-            return config
-        case _:
-            assert_never(config)
 
 
 def _size(config: GPTConfig, parameters: Iterable[Parameter]) -> int:
@@ -253,19 +257,3 @@ def preset_fields(values: dict[str, Any]) -> dict[str, Any]:
             f"{unknown[0]!r} is not a model setting, expected one of preset, {', '.join(sorted(known))}"
         )
     return PRESETS.get(preset, {}) | values
-
-
-def flops_per_token(config: Shape, seq_len: int) -> int:
-    """Counts forward and backward: 6 for each parameter that multiplies, and 12 x layers x width x
-    seq_len for the attention scores and their use (PaLM, 2022, appendix B, which does not discount
-    the causal half either).
-
-    Position embeddings, and token embeddings beside an untied head, are looked up, not multiplied.
-    """
-    if isinstance(config, ForeignConfig):
-        return config.flops_per_token(seq_len)
-    before = config.network.parameters.before.values()
-    looked_up = _size(config, [parameter for parameter in before if parameter.is_looked_up])
-    if not config.tie_word_embeddings:
-        looked_up += config.vocab_size * config.n_embd
-    return 6 * (num_parameters(config) - looked_up) + 12 * config.n_layer * config.n_embd * seq_len

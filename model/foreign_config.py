@@ -12,15 +12,15 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from model.adapters.lora import Adapter, chosen_targets, linear_layers, put_into, stored_name
+from model.architecture import LLAMA, KeptValues
 from model.tables import pip_line
 from raymill.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 FIRST_VERSION, NEXT_MAJOR = (5, 24), (6, 0)
 """The versions of transformers whose modules are trained, as in the extra `hf`."""
@@ -32,9 +32,8 @@ trained with."""
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k")
 _EXPERT = ".experts."
-_IN_BLOCK = re.compile(r"(\w+\.\d+\.\w+)\.")  # `layers.0.mlp` of a parameter's name
 _TOKEN_IDS = ("bos_token_id", "eos_token_id")
-NOT_OF_THE_MODEL = frozenset(
+_OF_CHECKPOINTS = frozenset(
     ("architectures", "dtype", "torch_dtype", "transformers_version", *_TOKEN_IDS)
 )
 """What a checkpoint's config.json may say otherwise: the module's name, how weights are stored, and
@@ -71,6 +70,8 @@ class ForeignConfig:
 
     adapter: Adapter | None = None
     """What is trained beside weights that are frozen; None where all weights are trained."""
+
+    by_transformers: ClassVar[bool] = True
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -216,6 +217,11 @@ class ForeignConfig:
         return dict(_parameter_shapes(self))
 
     @property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter that an adapter stands on; none without one."""
+        return {} if self.adapter is None else self.base.parameter_shapes
+
+    @property
     def num_parameters(self) -> int:
         return sum(map(math.prod, self.parameter_shapes.values()))
 
@@ -232,7 +238,7 @@ class ForeignConfig:
         return active
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Counts as `model.config.flops_per_token` does, the experts of a token alone. Frozen weights
+        """Counts as `GPTConfig.flops_per_token` does, the experts of a token alone. Frozen weights
         have no gradient: 4 for each."""
         looked_up = 0 if self.tie_word_embeddings else self.vocab_size * self.n_embd
         attention = 12 * self.n_layer * self.n_head * self.head_dim * seq_len
@@ -241,8 +247,31 @@ class ForeignConfig:
         )
         return 6 * (self.num_active_parameters - looked_up) + attention - 2 * without_gradient
 
+    @property
+    def kept(self) -> KeptValues:
+        """What a block keeps of each token for backward. It counts as one of Llama's, with the
+        experts that a token is sent to: what it really keeps is not known before it has run."""
+        return LLAMA.kept
+
+    def as_settings(self) -> dict[str, Any]:
+        """Returns what makes two models differ, by name."""
+        shape = {name: value for name, value in self.values.items() if name not in _OF_CHECKPOINTS}
+        return shape if self.adapter is None else shape | {"adapter": self.adapter}
+
+    def with_vocabulary(self, num_ids: int) -> Self:
+        """Returns the model, whose embedding may have more rows than a tokenizer of so many ids
+        needs. Raises `ValueError` where it has fewer."""
+        if num_ids > self.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {num_ids} ids and config.json vocab_size {self.vocab_size}, expected at "
+                "least as many: name the model's own tokenizer, or lower data.vocab_size"
+            )
+        return self
+
     def with_context(self, num_tokens: int) -> Self:
-        """Returns the model as one with a context of so many tokens."""
+        """Returns the model as one with a context of at most so many tokens."""
+        if num_tokens >= self.n_positions:
+            return self
         name = self.hf.attribute_map.get("max_position_embeddings", "max_position_embeddings")
         values = self.values | {name: num_tokens}
         return replace(self, content=json.dumps(values, sort_keys=True))
@@ -273,12 +302,6 @@ class ForeignConfig:
     def _with(self, changes: Mapping[str, Any]) -> Self:
         content = json.dumps(self.hf.to_dict() | changes, sort_keys=True)
         return replace(self, content=content)
-
-
-def layer_of(parameter: str) -> str:
-    """Returns `layers.0.self_attn`, `layers.0.mlp` …, `embed_tokens`, `norm` or `lm_head`."""
-    in_block = _IN_BLOCK.search(parameter)
-    return in_block[1] if in_block else parameter.split(".")[-2]
 
 
 def _first_number(config: Any, names: tuple[str, ...]) -> int:
@@ -399,7 +422,9 @@ def empty_module(config: ForeignConfig) -> "nn.Module":
     try:
         own_copy = type(config.hf).from_dict(config.hf.to_dict())  # a module writes into it
         with torch.device("meta"):
-            module = transformers.AutoModelForCausalLM.from_config(own_copy, **_options(config))
+            module = transformers.AutoModelForCausalLM.from_config(
+                own_copy, **module_options(config)
+            )
     except Exception as error:  # of any class: a module of a config that does not suit it
         raise cannot_be(config, "made", error) from error
     assert isinstance(module, torch.nn.Module)
@@ -408,7 +433,7 @@ def empty_module(config: ForeignConfig) -> "nn.Module":
     return module
 
 
-def _options(config: ForeignConfig) -> dict[str, Any]:
+def module_options(config: ForeignConfig) -> dict[str, Any]:
     """Returns how transformers makes a module."""
     import torch  # noqa: PLC0415 (as above)
 
@@ -420,29 +445,3 @@ def _options(config: ForeignConfig) -> dict[str, Any]:
         "attn_implementation": "eager" if has_caps else None,
         "experts_implementation": "eager",
     }
-
-
-def saved_weights(config: ForeignConfig, folder: Path) -> dict[str, "Tensor"]:
-    """Returns the parameters in a folder that transformers saved, in fp32 and by the names of its
-    modules, which the files of older versions do not have. Raises `ForeignModelError`."""
-    transformers = imported()
-    transformers.logging.disable_progress_bar()
-    try:
-        module, found = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **_options(config),
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ForeignModelError(
-            f"{folder}: transformers cannot load it: {' '.join(str(error).split())}"
-        ) from error
-    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if names := sorted(map(str, found[problem])):
-            raise ForeignModelError(
-                f"{folder}: {problem.replace('_', ' ')} in the weights: {', '.join(names[:3])}; expected those that "
-                "config.json makes"
-            )
-    return {name: weights.detach() for name, weights in module.named_parameters()}

@@ -1,5 +1,6 @@
-"""GPT-2 in one file, in order of composition: projection, attention, feed-forward, block, decoder,
-loss. What Llama has in place of its blocks is in `model.llama`.
+"""GPT-2 in order of composition: projection, attention, feed-forward, block, decoder, loss. What
+Llama has in place of its blocks is in `model.llama`; what both share lies beside: what a token may
+see (`attention`), keys and values of earlier tokens (`kv_cache`), the operations (`operations`).
 
 Shapes: B sequences, T tokens of each, C = n_embd, H heads of width D = C / H, V vocabulary, N = B x
 T.

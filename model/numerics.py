@@ -12,7 +12,7 @@ from typing import Literal
 Precision = Literal["fp32", "bf16"]
 
 WEIGHT_BYTES = 4
-"""Of a weight, a gradient's sum, or one of the optimizer's values: fp32."""
+"""Bytes of a weight, a gradient's sum, or one of the optimizer's values: fp32."""
 
 
 @dataclass(frozen=True)

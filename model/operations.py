@@ -25,7 +25,7 @@ from model.numerics import Numerics
 _COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch")
 
 _MOST_GRAPHS = 64
-"""Of one function that is compiled: for each kind of layer those with a mask and without one, and
+"""Most graphs of one compiled function: two for each kind of layer, with a mask and without one, and
 those of the self-test. PyTorch's own limit is 8."""
 
 

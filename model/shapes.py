@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
 from model.architecture import HEAD, Parameter
-from model.config import GPTConfig, Shape, lengths, num_parameters
+from model.config import GPTConfig, Shape, lengths
 from model.foreign_config import ForeignConfig
 from raymill.rules.hidden_matrix import HiddenMatrix, hidden_matrices_by_name
 
@@ -131,7 +131,7 @@ def weights(config: Shape) -> list[Stage]:
         )
         for name, parameter in parameters(config, layers="*").items()
     ]
-    assert sum(stage.times * math.prod(stage.shape) for stage in rows) == num_parameters(config)
+    assert sum(stage.times * math.prod(stage.shape) for stage in rows) == config.num_parameters
     return rows
 
 

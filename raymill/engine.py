@@ -30,6 +30,7 @@ from raymill.observer import StepObserver
 from raymill.rules.update_rule import UpdateRule
 from raymill.state.shard import Shard, divided_by
 from raymill.state.sharding import Sharding
+from raymill.state.state_shares import StateShares
 from raymill.state.stored_state import hash_of_weights, own_stretches, restore
 from raymill.state.train_state import ALONE, TrainState
 from raymill.state_files import file_name, state_in, write_beside, write_facts
@@ -233,8 +234,7 @@ class ExactEngine(Generic[Batch]):
         """Writes this worker's share of the state. Returns what vouches for its file, by name."""
         state, sharding = self._state, self._state.sharding
         flat: dict[str, Tensor] = {}
-        shares = state.share(sharding.place, world_size=sharding.num_holders)
-        for name, views in shares.items():
+        for name, views in StateShares(state).own_views().items():
             flat[name] = torch.cat([torch.empty(0), *(view.cpu() for view in views)])
         weights, vectors = own_stretches(state, flat)
         name = file_name(sharding.place, sharding.num_holders)

@@ -17,7 +17,7 @@ class CheckpointError(UserError):
 
 
 class LostPeerError(RuntimeError):
-    """What the workers sent one another in a step did not all arrive, though no message failed."""
+    """A message between the workers of a step did not arrive, though none failed."""
 
 
 class OpenGroupError(RuntimeError):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raymill.any_module import AnyModule
+from raymill.sums.step_faults import odd_parts
 
 _NO_BUFFERS = (
     "Its values then depend on which lanes a worker computes, and no file has them, as with the running averages of "
@@ -18,9 +19,7 @@ _NO_BUFFERS = (
 
 
 def fault_of(
-    model: AnyModule,
-    backward: Callable[[int], object],
-    lanes: Sequence[int],
+    model: AnyModule, backward: Callable[[int], object], lanes: Sequence[int]
 ) -> str | None:
     """Computes each of some lanes twice, by `backward`, and says what is wrong; None if nothing is.
     The parameters' gradients are as before."""
@@ -67,16 +66,8 @@ def _fault_of_lane(
     with _counted(parameters, counts):
         first = _gradients(parameters, backward, lane)
     for name, count in counts.items():
-        if count == 0:
-            return (
-                f"the loss of lane {lane} gives {name} no gradient. Every lane must give every "
-                "parameter one: freeze it (requires_grad_(False)), or let the loss use it, times zero"
-            )
-        if count > 1:
-            return (
-                f"{name} gets its gradient in {count} parts, as re-entrant activation checkpointing does: "
-                "use torch.utils.checkpoint with use_reentrant=False"
-            )
+        if count != 1:
+            return f"the loss of lane {lane} gives {name} {odd_parts(count)}"
     for name, gradient in first.items():
         if gradient.layout is not torch.strided:
             return (

@@ -56,17 +56,3 @@ def lent(variable: ContextVar[_T], value: _T) -> Iterator[None]:
         yield
     finally:
         variable.reset(token)
-
-
-def sink_of(parameter: Tensor) -> Tensor | None:
-    return gradient_sinks.get({}).get(parameter)  # type: ignore[call-overload]
-
-
-def scratch_like(x: Tensor, name: str, shape: tuple[int, ...]) -> Tensor | None:
-    """Returns memory of x's type for an `out=`, or None, with which `out=` allocates its own."""
-    scratch = scratch_memory.get(None)
-    return (
-        scratch.piece(name, shape, x.dtype)
-        if scratch is not None and x.device.type == "cpu"
-        else None
-    )

@@ -1,4 +1,4 @@
-"""Memory for the long-lived buffers of training, and what a process keeps of what it freed."""
+"""Memory for the long-lived buffers of training."""
 
 import ctypes
 import sys
@@ -12,7 +12,6 @@ kernels cuBLASLt may choose, and with that the bits of a product."""
 
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # PyTorch's words on a CPU
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 _MADV_HUGEPAGE = 14  # madvise(2)
 _HUGE_PAGE_BYTES = 1 << 21
 _CPU = torch.device("cpu")
@@ -57,16 +56,3 @@ def room_to_align(dtype: torch.dtype, device: torch.device) -> int:
 def aligned(memory: Tensor) -> Tensor:
     """Returns memory (n,) from its first aligned value on."""
     return memory[-memory.data_ptr() % ALIGNMENT_BYTES // memory.itemsize :]
-
-
-def keep_freed_memory() -> None:
-    """Lets this process keep up to 1 GiB that it freed, in pieces of up to 32 MiB, the most that
-    glibc allows.
-
-    A step frees its activations and needs as many again; getting them back from the system, page by
-    page, took 3 to 7% of the step's time on a CPU.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)

@@ -37,7 +37,8 @@ class StepObserver:
 
     def gradient(self, numbers: Sequence[int], name: str, values: "Tensor") -> None:
         """A parameter has its gradient of one turn, which is that of these micro-batches, before it
-        is added to others."""
+        is added to others. The losses are already divided by what the batch's mean is over: in an
+        `ExactEngine`, by the number of lanes."""
 
     def partial_sum(self, values: "Tensor") -> None:
         """A gradient was added to the sum of lanes before it, which these values now are."""

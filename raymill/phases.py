@@ -19,8 +19,8 @@ PHASES: tuple[str, ...] = get_args(Phase)
 """Parts of a training step: `loss` is the head and its cross-entropy, with their gradient; `sync`
 is the part of the exchange that is not overlapped."""
 COMPUTING = ("forward", "loss", "backward", "update")
-"""Those in which a worker waits for nobody: on a CPU its thread has a processor all the time, unless
-other programs take it."""
+"""The phases in which a worker waits for nobody: on a CPU its thread has a processor all the time,
+unless other programs take it."""
 REST, UNTIMED = "stall", "step"
 """The time that no phase claims; the only phase of a step that an earlier version did not time."""
 

@@ -23,6 +23,7 @@ from cluster.settings.serve import ServeConfig
 from cluster.stages.stage import stage_main
 from cluster.storage.registry import find_checkpoint, named_checkpoint
 from cluster.storage.uris import open_storage
+from cluster.wings import added
 from model.files.bounded_text import require_bounded_text
 from serving.api.access import read_rules
 from serving.delivery.autoscaling import ScalingPolicy
@@ -34,7 +35,6 @@ from serving.protocol.served_model import read_served_model
 from serving.proxy.front_door import ENTRANCE_VARIABLE, KEYLESS_VARIABLE, proxy_environment
 from serving.replica import Replica
 from serving.start_watch import follow_start
-from serving.xray.trace import require_traced
 
 APP_NAME = "raymill"
 CONTROLLER_VARIABLES = {
@@ -56,7 +56,8 @@ def build_app(config: ServeConfig) -> serve.Application:
 def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
     require_ray_proxies()
     require_key(config)
-    require_traced(config)
+    for check in added(lambda wing: wing.endpoint_check):
+        check(config)
     replicas = config.replicas
     fixed = replicas.min_replicas == replicas.max_replicas
     # A full replica answers 429 itself. Ray Serve's own limit is higher, so that only a flood gets

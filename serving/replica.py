@@ -8,14 +8,16 @@ objects here (no `from __future__ import annotations`), because Ray Serve reads 
 import asyncio
 import time
 
+from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from cluster.monitoring.metric_export import PUBLISH_INTERVAL_S
+from cluster.metrics.metric_export import PUBLISH_INTERVAL_S
 from cluster.settings.serve import ServeConfig
+from cluster.wings import added
 from serving.api.access import AccessRules, CurrentAccess
-from serving.api.admin_routes import admin_router
+from serving.api.admin_routes import add_admin_routes
 from serving.api.ingress import build_http_app
 from serving.api.metrics import ReplicaMetrics
 from serving.delivery.autoscaling import KV_USE, WAITING
@@ -67,9 +69,11 @@ class Replica:
             metrics=metrics,
             access=self._access,
             usage=self._follower.usage,
-            admin=admin_router(self._follower),
-            add_others=add_response_routes,
+            others=(self._add_admin_routes, add_response_routes, *added(lambda wing: wing.routes)),
         )
+
+    def _add_admin_routes(self, app: FastAPI, *_: object) -> None:
+        add_admin_routes(app, self._follower)
 
     async def _publish(self, metrics: ReplicaMetrics) -> None:
         """Publishes the metrics in this event loop, in which the versions change."""

@@ -2,6 +2,7 @@
 limits that fit the machine, and an order in which files that share something follow each other.
 """
 
+import gc
 import os
 import uuid
 from collections.abc import Iterator
@@ -33,11 +34,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--limit-s", type=float, help="end the session after these seconds, and say in which test"
     )
+    parser.addoption(
+        "--processor-seconds",
+        metavar="FILE",
+        type=os.path.abspath,
+        help="append what each test file uses, see processor_seconds.py",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if (chosen := config.getoption("--slice")) is not None:
         config.pluginmanager.register(SlicePlugin(chosen))
+    if (path := config.getoption("--processor-seconds")) is not None:
+        from tests.processor_seconds import ProcessorSeconds
+
+        config.pluginmanager.register(ProcessorSeconds(path))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -49,6 +60,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place(item.nodeid.split("::")[0]))
+
+
+def pytest_collection() -> None:
+    gc.disable()  # what is imported stays
+
+
+def pytest_collection_finish() -> None:
+    """Has the garbage collector leave alone what was imported: it takes a second to go through its
+    million objects, as each training does."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,8 +1,12 @@
 """The metric table as Prometheus and each exporter see it."""
 
-from cluster.monitoring.metric_table import Exporter, Kind, Metric, metrics
+from cluster.metrics.metric_table import Exporter, Metric, MetricKind, metrics
 
-ENDS = {Kind.COUNTER: ("_total",), Kind.GAUGE: ("",), Kind.HISTOGRAM: ("_bucket", "_sum", "_count")}
+ENDS = {
+    MetricKind.COUNTER: ("_total",),
+    MetricKind.GAUGE: ("",),
+    MetricKind.HISTOGRAM: ("_bucket", "_sum", "_count"),
+}
 """Ends of the names by which Prometheus sees a metric."""
 
 

@@ -4,7 +4,8 @@ other."""
 from tests.areas import README, areas, rows, with_rows
 from tests.repository import REPOSITORY
 
-NOT_AREAS = {"benchmarks", "chaos", "dashboards", "e2e", "gpu"}  # and what several areas share
+# And what several areas share
+NOT_AREAS = {"benchmarks", "chaos", "dashboards", "e2e", "gpu", "mutants"}
 OF_SEVERAL = {"serving/clients", "serving/endpoint"}
 
 

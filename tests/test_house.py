@@ -51,9 +51,50 @@ VIOLATIONS = [
     ("model", "model/new_module.py", ""),
     ("the model knows no cluster", "model/gpt.py", "import ray"),
     ("the engine knows neither HTTP nor Ray", "serving/engine/engine.py", "import starlette.types"),
+    (
+        "the rest does without its wings",
+        "jobs/training/guards.py",
+        "import jobs.report.figures",
+    ),
+    (
+        "training and snapshots alone know the sentinel",
+        "jobs/saving/saver.py",
+        "import jobs.sentinel.verdict",
+    ),
+    (
+        "signatures are checked by the registry, not by those who train or compute",
+        "serving/api/chat.py",
+        "import model.signing.signature",
+    ),
     (CONTRACTS[-2], "jobs/snapshots/slots.py", "import jobs.run.run_plan"),
     (CONTRACTS[-1], "serving/protocol/served_model.py", "import model.files.checkpoint"),
 ]
+
+SHARED_NAMES = frozenset(
+    [
+        "Audit",
+        "Block",
+        "Chunk",
+        "Decision",
+        "Division",
+        "Exchange",
+        "Measured",
+        "Outcome",
+        "Part",
+        "Piece",
+        "Place",
+        "Proof",
+        "Result",
+        "Row",
+        "Shard",
+        "Span",
+        "Stretch",
+        "Turn",
+        "Verdict",
+        "Window",
+    ]
+)
+"""Class names with two homes."""
 
 # Runs in a process of its own: one that has imported the repository's packages would find those,
 # not the copy.
@@ -147,6 +188,20 @@ def test_no_function_is_too_long() -> None:
             found[name] = long_functions(path.read_text(encoding="utf-8"))
     assert len(found) > 300
     assert {name: functions for name, functions in found.items() if functions} == {}
+
+
+def test_a_class_name_has_one_home() -> None:
+    """A name says what it is wherever it is read; those that several classes still share are not
+    taken again."""
+    homes: dict[str, list[str]] = {}
+    for path in code_files():
+        if path.suffix == ".py":
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef):
+                    homes.setdefault(node.name, []).append(path.relative_to(REPOSITORY).as_posix())
+    assert len(homes) > 400
+    shared = {name: files for name, files in homes.items() if len(files) > 1}
+    assert {name: files for name, files in shared.items() if name not in SHARED_NAMES} == {}
 
 
 def test_an_init_holds_a_docstring_and_nothing_else() -> None:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.cli import COMMANDS
-from cluster.monitoring.metric_table import metrics
+from cluster.metrics.metric_table import metrics
 from cluster.settings.leaves import leaves
 from jobs.corpus.documents import Drop
+from jobs.run.end import End
 from model.tables import read_table
 from serving.protocol import errors
 from tests.reference.http_page import BODIES, meaning, words
@@ -77,7 +78,13 @@ def told(source: str) -> Iterator[tuple[str, set[str]]]:
                 pass
             case _:
                 continue
-        texts = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+        texts: list[object] = []
+        for argument in node.args:
+            match argument:
+                case ast.Constant(value=text):
+                    texts.append(text)
+                case ast.Attribute(value=ast.Name(id="End"), attr=end):
+                    texts.append(End[end].value)
         is_told = function in TELLING or (function == "partial" and "note" in ast.unparse(node))
         if is_told and texts and isinstance(texts[0], str):
             yield texts[0], {keyword.arg for keyword in node.keywords if keyword.arg}
@@ -85,7 +92,8 @@ def told(source: str) -> Iterator[tuple[str, set[str]]]:
 
 def test_the_syntax_tree_shows_what_is_told() -> None:
     source = 'self._ledger.event("skip", step=1, **more)\nwrite = partial(note, run, "spares", a=2)'
-    assert list(told(source)) == [("skip", {"step"}), ("spares", {"a"})]
+    source += "\nself.tell(End.GAVE_UP, step=2)"
+    assert list(told(source)) == [("skip", {"step"}), ("spares", {"a"}), ("gave_up", {"step"})]
 
 
 def test_every_event_of_the_ledger_is_described_with_its_fields() -> None:

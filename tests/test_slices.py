@@ -97,6 +97,7 @@ def test_a_file_whose_tests_build_on_each_other_lies_in_one_slice() -> None:
     assert [num_parts for _, _, num_parts in parts] == [1, 3, 3, 3]
 
 
+@pytest.mark.more
 def test_the_slices_of_a_few_files_are_their_slow_tests() -> None:
     """With real pytest; the longer suite does it with all files."""
     files = (

@@ -20,7 +20,7 @@ _POLL_S = 0.1
 _PLANNED = "as planned: the failure that is told next is this one"
 
 
-class Kind(StrEnum):
+class FaultKind(StrEnum):
     KILL_WORKER = "kill-worker"  # SIGKILL to the process of the highest rank
     KILL_NODE = "kill-node"  # SIGKILL to the node that holds the highest rank
     KILL_HEAD = "kill-head"  # SIGKILL to the head, and with it to the job's driver
@@ -31,12 +31,12 @@ class Kind(StrEnum):
 class Fault:
     """A fault that happens once the run has completed `step`."""
 
-    kind: Kind
+    kind: FaultKind
     step: int
 
     @property
     def takes_a_node(self) -> bool:
-        return self.kind is Kind.KILL_NODE
+        return self.kind is FaultKind.KILL_NODE
 
 
 def parse_faults(words: Sequence[str]) -> list[Fault]:
@@ -45,11 +45,11 @@ def parse_faults(words: Sequence[str]) -> list[Fault]:
     faults = []
     for word in words:
         kind, _, step = word.partition("@")
-        if kind not in list(Kind) or not step.isdecimal():
+        if kind not in list(FaultKind) or not step.isdecimal():
             raise ConfigError(
-                f"--chaos {word!r}: expected FAULT@STEP with a fault among {', '.join(Kind)}"
+                f"--chaos {word!r}: expected FAULT@STEP with a fault among {', '.join(FaultKind)}"
             )
-        faults.append(Fault(Kind(kind), int(step)))
+        faults.append(Fault(FaultKind(kind), int(step)))
     return sorted(faults, key=lambda fault: fault.step)
 
 
@@ -85,15 +85,15 @@ def _inject(
                 return
             start = _attempt_at(run, fault.step)
         worker = start["workers"][-1]
-        if fault.kind is Kind.ADD_NODE:
+        if fault.kind is FaultKind.ADD_NODE:
             say(f"chaos: {cluster.add_node()} joined after step {fault.step}")
             continue
         killed_attempt = start["attempt"]
-        if fault.kind is Kind.KILL_WORKER:
+        if fault.kind is FaultKind.KILL_WORKER:
             say(f"chaos: SIGKILL to worker {worker['pid']} after step {fault.step}, {_PLANNED}")
             os.kill(worker["pid"], signal.SIGKILL)
         else:
-            node = "head" if fault.kind is Kind.KILL_HEAD else worker["node"]
+            node = "head" if fault.kind is FaultKind.KILL_HEAD else worker["node"]
             say(f"chaos: SIGKILL to {node} after step {fault.step}, {_PLANNED}")
             cluster.kill_node(node)
 

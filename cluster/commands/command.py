@@ -7,8 +7,10 @@ command alone.
 
 import argparse
 import json
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -172,10 +174,20 @@ class Command:
 
 
 @dataclass(frozen=True)
-class Section:
+class CommandSection:
     """Commands that `raymill --help` lists together; `groups` has the help of the first word of
     those of two words."""
 
     title: str
     commands: tuple[Command, ...]
     groups: Mapping[str, str] = field(default_factory=dict)
+    wings_at: int = 0
+    """Before which of the commands those of wings are listed."""
+
+    def with_wings(self, sections: Sequence["CommandSection"]) -> "CommandSection":
+        """Returns the section with the commands of wings that are to be listed in it."""
+        joined = [section for section in sections if section.title == self.title]
+        of_wings = chain.from_iterable(section.commands for section in joined)
+        first, last = self.commands[: self.wings_at], self.commands[self.wings_at :]
+        groups = ChainMap(dict(self.groups), *(dict(section.groups) for section in joined))
+        return replace(self, commands=(*first, *of_wings, *last), groups=groups)

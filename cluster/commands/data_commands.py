@@ -12,7 +12,7 @@ from cluster.commands.arguments import (
     STORAGE,
     STORE,
 )
-from cluster.commands.command import Arguments, Command, Result, Section
+from cluster.commands.command import Arguments, Command, CommandSection, Result
 from cluster.commands.train_commands import tokenize
 from cluster.output.progress import reports_shown, say
 
@@ -72,7 +72,7 @@ def _look(arguments: Arguments, what: Literal["stats", "verify", "report"]) -> R
         return Result(looks[what](inspect_store.find_store(store, storage_uri, uses_in=token_uses)))
 
 
-DATA = Section(
+DATA = CommandSection(
     "data: from a corpus to tokens",
     (
         Command(

@@ -19,7 +19,7 @@ from cluster.commands.arguments import (
     WATCH_S,
 )
 from cluster.commands.command import Arguments, Result
-from cluster.endpoint.delivery import Operator, RefusedError
+from cluster.endpoint.delivery import Operator, OrderRefusedError
 from cluster.endpoint.endpoint import Endpoint
 from cluster.output.progress import say
 from cluster.storage.references import checkpoint_uri
@@ -101,7 +101,7 @@ def follow_run(
             fields = _gate_rows(checkpoint, storage_uri) if gate is None else gate
             operator.promote(checkpoint, terms=terms, gate=fields)
             operator.wait()
-        except RefusedError as error:
+        except OrderRefusedError as error:
             say(f"not promoted: {error}")
 
 

@@ -123,20 +123,20 @@ def run_demo(storage_uri: str, *, preset: str, is_quick: bool, keep: bool) -> di
 
 
 def undisturbed(run: Storage) -> dict[str, Any]:
-    """Takes the steps around the run's lost worker again without the loss, and returns what
-    `replay_around_loss` does. Raises `UserError` where a bit differs."""
+    """Takes the steps around the run's lost worker again without the loss, and returns what came of
+    them. Raises `UserError` where a bit differs."""
     from jobs.proof.replay_loss import replay_around_loss
 
     with reports_shown():
-        proof = replay_around_loss(run)
-    if not proof["equal"]:
-        first, last = proof["steps"]
+        steps, again = replay_around_loss(run)
+    first, last = steps[0], steps[-1]
+    if not again.equal:
         raise UserError(
             f"the kill changed the run: steps {first} to {last} taken again without it have other bits "
-            f"({proof['verdict']}), and they should be the same; "
+            f"({again.verdict}), and they should be the same; "
             f"`raymill verify {shlex.quote(run.uri)}` says whether its files are as they were written"
         )
-    return proof
+    return again.json() | {"steps": [first, last]}
 
 
 def ask(endpoint: Endpoint, prompt: str) -> dict[str, Any]:

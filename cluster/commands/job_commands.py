@@ -23,7 +23,7 @@ from cluster.commands.arguments import (
     TOKEN_FILE,
 )
 from cluster.commands.command import Arguments, Result
-from cluster.commands.kube_commands import overlay_folder, shown_objects
+from cluster.commands.wings.kube_objects import overlay_folder, shown_objects
 from cluster.local.jobs_api import ClusterError
 from cluster.output.job_log import LogReader, launches
 from cluster.output.progress import RayFilter, say

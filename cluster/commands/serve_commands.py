@@ -35,9 +35,9 @@ from cluster.commands.command import (
     Argument,
     Arguments,
     Command,
+    CommandSection,
     OneOf,
     Result,
-    Section,
     SettingsOf,
     Switch,
 )
@@ -253,7 +253,7 @@ def _serve_config() -> "type[ServeConfig]":
     return ServeConfig
 
 
-SERVE = Section(
+SERVE = CommandSection(
     "serve: from a checkpoint to answers",
     (
         Command(

@@ -26,9 +26,9 @@ from cluster.commands.command import (
     Argument,
     Arguments,
     Command,
+    CommandSection,
     OneOf,
     Result,
-    Section,
     SettingsOf,
     Switch,
 )
@@ -251,7 +251,6 @@ def plan(arguments: Arguments) -> Result:
 def inspect(arguments: Arguments) -> Result:
     """Shows the shapes of one lane: train.micro_batch_size sequences of train.seq_len tokens."""
     from cluster.settings.run import RunConfig, planned_vocabulary, seq_len, with_precision
-    from model.config import num_active_parameters, num_parameters
     from model.hardware.processor import fast_precision
     from model.numerics import BF16
     from model.shapes import stages, weights
@@ -262,9 +261,9 @@ def inspect(arguments: Arguments) -> Result:
     value_bytes = config.train.numerics.product_bytes
     batch = stages(config.model, batch_size=batch_size, seq_len=tokens, bytes_per_value=value_bytes)
     parameters = weights(config.model)
-    size = num_parameters(config.model)
+    size = config.model.num_parameters
     title = f"A lane of {batch_size} x {tokens:,} tokens, {config.train.precision}"
-    active = num_active_parameters(config.model)
+    active = config.model.num_active_parameters
     of_a_token = f", {active:,} of them for each token" if active < size else ""
     text = _shapes(title, batch) + _shapes(f"\n{size:,} parameters{of_a_token}", parameters)
     return Result(
@@ -372,7 +371,7 @@ def _plan_config() -> "type[PlanConfig]":
     return PlanConfig
 
 
-BEGIN = Section(
+BEGIN = CommandSection(
     "to begin with",
     (
         Command(
@@ -390,7 +389,7 @@ BEGIN = Section(
     ),
 )
 
-TRAIN = Section(
+TRAIN = CommandSection(
     "train: from tokens to a checkpoint",
     (
         Command(

@@ -17,11 +17,11 @@ ANSWER_TIMEOUT_S = 600.0  # the endpoint fetches and verifies a checkpoint first
 AWAY_S = 60.0  # an endpoint whose replica or coordinator is being replaced
 
 
-class RefusedError(UserError):
+class OrderRefusedError(UserError):
     """The endpoint refused the checkpoint, or rolled it back."""
 
 
-class AwayError(UserError):
+class EndpointAwayError(UserError):
     """No endpoint answers, or it cannot at the moment."""
 
 
@@ -40,7 +40,7 @@ class Operator:
     def promote(
         self, checkpoint: str, *, terms: dict[str, Any], gate: dict[str, Any]
     ) -> dict[str, Any]:
-        """Starts the promotion. Raises `RefusedError`."""
+        """Starts the promotion. Raises `OrderRefusedError`."""
         reference = checkpoint if checkpoint == LATEST else absolute_uri(checkpoint)
         given = {name: value for name, value in (terms | gate).items() if value is not None}
         return self._order("promote", {"checkpoint": reference, **given})
@@ -53,7 +53,7 @@ class Operator:
 
     def wait(self, *, until: tuple[str, ...] = ("steady",)) -> dict[str, Any]:
         """Returns the delivery's state once its phase is one of `until`. Reports each phase on the
-        way, and every ten seconds how long it still lasts. Raises `RefusedError` with the reason of
+        way, and every ten seconds how long it still lasts. Raises `OrderRefusedError` with the reason of
         a refusal or rollback."""
         phase, said_s = "", 0.0
         while True:
@@ -67,7 +67,7 @@ class Operator:
             outcome = state["outcome"]
             if outcome is not None and outcome["result"] != "promoted":
                 what = outcome["result"].replace("_", " ")
-                raise RefusedError(
+                raise OrderRefusedError(
                     f"{outcome['version']['checkpoint']} was {what}: {outcome['reason']}"
                 )
             if phase in until:
@@ -102,7 +102,7 @@ class Operator:
         while True:
             try:
                 return self._ask("GET", "/admin/status", None)
-            except AwayError:
+            except EndpointAwayError:
                 if time.monotonic() > deadline_s:
                     raise
             time.sleep(POLL_S)
@@ -116,13 +116,13 @@ class Operator:
         try:
             response = httpx.request(method, url + path, json=body, headers=headers, **settings)
         except httpx.TransportError as error:
-            raise AwayError(
+            raise EndpointAwayError(
                 f"no endpoint answers at {url} ({error}): start one with `raymill serve`"
             ) from None
         if response.status_code in (400, 409):
-            raise RefusedError(message_of(response))
+            raise OrderRefusedError(message_of(response))
         if response.status_code >= 500:
-            raise AwayError(
+            raise EndpointAwayError(
                 f"{response.url} answered {response.status_code}: {message_of(response)}"
             )
         raise_for(response)

@@ -114,7 +114,7 @@ class KubeApi:
             try:
                 self._ask("PATCH", target, query=query, body=patch, content_type=content_type)
                 return
-            except _RefusedError as error:
+            except _KubeRefusedError as error:
                 if error.status not in (409, 422) or not tries_left:
                     raise
 
@@ -138,7 +138,7 @@ class KubeApi:
         collection = self._path_of(manifest).rpartition("/")[0]
         try:
             self._ask("POST", collection, query=[("fieldManager", FIELD_MANAGER)], body=manifest)
-        except _RefusedError as error:
+        except _KubeRefusedError as error:
             if error.status != 409:
                 raise
 
@@ -152,7 +152,7 @@ class KubeApi:
             name = full_name(manifest)
             try:
                 kept = self._apply_as_it_runs(manifest, dry_run=dry_run)
-            except _RefusedError as error:
+            except _KubeRefusedError as error:
                 if dry_run and error.lacks_namespace:
                     result.setdefault("not_checked", []).append(name)
                 else:
@@ -186,7 +186,7 @@ class KubeApi:
                 wanted, kept = as_applied(manifest, live)
             try:
                 made = self.apply(wanted, dry_run=dry_run, force=is_rays)
-            except _RefusedError as error:
+            except _KubeRefusedError as error:
                 if error.status != 409 or not tries_left:
                     raise
                 if not is_rays and self._resolve(error, manifest, dry_run=dry_run):
@@ -200,7 +200,7 @@ class KubeApi:
             f"{full_name(manifest)} was changed by others again and again: apply it again"
         )
 
-    def _resolve(self, conflict: "_RefusedError", manifest: Object, *, dry_run: bool) -> bool:
+    def _resolve(self, conflict: "_KubeRefusedError", manifest: Object, *, dry_run: bool) -> bool:
         """Takes over what `kubectl apply` owns, for another try, or raises the conflict if it owns
         no part of it. A dry run checks here what that try would do, and returns True."""
         live = (
@@ -222,7 +222,7 @@ class KubeApi:
             return False
         try:
             self.patch(live, patch)
-        except _RefusedError as error:
+        except _KubeRefusedError as error:
             if error.status != 409:  # it was changed meanwhile, and is read again
                 raise
         return True
@@ -285,7 +285,7 @@ class KubeApi:
                 raise ClusterError(
                     "Kubernetes does not know who you are: log in again, for a valid token"
                 ) from None
-            raise _RefusedError(error, method, path) from None
+            raise _KubeRefusedError(error, method, path) from None
         except HTTPError as error:
             self._timeout_s = _SHORT_TIMEOUT_S
             host = self._client.configuration.host
@@ -323,7 +323,7 @@ _OPERATORS_RIGHTS = {
 """Methods by kind, as k8s/base/rbac.yaml has them."""
 
 
-class _RefusedError(ClusterError):
+class _KubeRefusedError(ClusterError):
     """Kubernetes refused a request."""
 
     def __init__(self, error: ApiException, method: str, path: str) -> None:

@@ -1,2 +1,2 @@
-"""The metric table, what is made from it (exports, dashboards), and the files for Grafana and
+"""Grafana: its dashboards, and the files of dashboards, alerts and scrape settings for it and
 Prometheus."""

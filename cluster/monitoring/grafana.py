@@ -10,7 +10,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.parse import quote, urlsplit
@@ -19,6 +18,7 @@ import requests
 from grafana_api.grafana_api import GrafanaClientError, GrafanaException
 from grafana_api.grafana_face import GrafanaFace
 
+from cluster.metrics.annotation import Annotation
 from cluster.monitoring.files import Json, data_source
 from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
@@ -40,18 +40,8 @@ class GrafanaError(UserError):
     """Grafana cannot be reached, or refuses a request."""
 
 
-class AwayError(GrafanaError):
+class GrafanaAwayError(GrafanaError):
     """Grafana did not answer, and may later."""
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """A moment that is shown in every dashboard that asks for its tags."""
-
-    time_s: float
-    kind: str
-    subject: str  # such as run:ID
-    text: str
 
 
 def _retried(ask: Callable[[], Answer]) -> Answer:
@@ -59,7 +49,7 @@ def _retried(ask: Callable[[], Answer]) -> Answer:
     for wait_s in RETRIES_AFTER_S:
         try:
             return ask()
-        except AwayError:
+        except GrafanaAwayError:
             time.sleep(wait_s)
     return ask()
 
@@ -169,13 +159,15 @@ class Grafana:
             if error.status_code == requests.codes.not_found and method == "GET":
                 return None
             kind, does = (
-                (AwayError, "does not answer")
+                (GrafanaAwayError, "does not answer")
                 if error.status_code == 429
                 else (GrafanaError, "refused")
             )
             raise kind(f"{self._url} {does} {method} {path}: {error.message}") from None
         except (GrafanaException, TypeError, requests.RequestException) as error:
-            raise AwayError(f"{self._url} does not answer {method} {path}: {error}") from None
+            raise GrafanaAwayError(
+                f"{self._url} does not answer {method} {path}: {error}"
+            ) from None
 
 
 class Annotator:

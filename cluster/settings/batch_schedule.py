@@ -11,7 +11,7 @@ from functools import cached_property
 
 
 @dataclass(frozen=True)
-class Stage:
+class BatchStage:
     """The steps from `first_step` to the next stage, and the number of lanes in all earlier
     steps."""
 
@@ -78,16 +78,16 @@ class BatchSchedule:
         return self.samples(step).stop * self.seq_len if step else 0
 
     @cached_property
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[BatchStage, ...]:
         stages, step, tokens, num_lanes = [], 1, 0, self._due_lanes(0)
         while num_lanes < self.full_lanes:
-            stages.append(Stage(step, tokens // self.lane_tokens, num_lanes))
+            stages.append(BatchStage(step, tokens // self.lane_tokens, num_lanes))
             # Rounded up
             steps = -((tokens - self._due_tokens(num_lanes + 1)) // (num_lanes * self.lane_tokens))
             step = step + steps
             tokens = tokens + steps * num_lanes * self.lane_tokens
             num_lanes = self._due_lanes(tokens)
-        return (*stages, Stage(step, tokens // self.lane_tokens, num_lanes))
+        return (*stages, BatchStage(step, tokens // self.lane_tokens, num_lanes))
 
     def _due_lanes(self, tokens: int) -> int:
         """Returns the lanes of a step that begins after so many tokens."""
@@ -103,6 +103,6 @@ class BatchSchedule:
             // (self.full_lanes - self.start_lanes)
         )
 
-    def _stage(self, step: int) -> Stage:
+    def _stage(self, step: int) -> BatchStage:
         assert step >= 1, "steps count from 1"
         return self.stages[bisect_right(self.stages, step, key=lambda stage: stage.first_step) - 1]

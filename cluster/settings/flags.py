@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from cluster.settings.amounts import expectation
 from cluster.settings.data import TOKENS, DataConfig, TextConfig
-from cluster.settings.leaves import FIRST_TO_CHANGE, Leaf, branches, leaves
+from cluster.settings.leaves import FIRST_TO_CHANGE, SettingLeaf, branches, leaves
 from cluster.settings.parser import ConfigError, Parser, newcomers_word, suggestion
 from cluster.settings.run import RunConfig, StorageConfig
 from cluster.settings.serve import HttpConfig, ServeConfig
@@ -54,7 +54,9 @@ def add_config_arguments(parser: Parser, root: type[BaseModel], *, positional: s
         _add_flag(groups[branch], leaf, is_shown=leaf.path != positional)
 
 
-def _add_flag(place: argparse._ActionsContainer, leaf: Leaf, *, is_shown: bool = True) -> None:
+def _add_flag(
+    place: argparse._ActionsContainer, leaf: SettingLeaf, *, is_shown: bool = True
+) -> None:
     """Adds the setting's flag; with underscores it is as good, and the help leaves that out."""
     flag = f"--{leaf.path}"
     options: dict[str, Any] = {

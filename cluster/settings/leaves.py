@@ -34,7 +34,7 @@ _HEAD = """\
 _WIDTH = 100
 
 
-class Leaf(NamedTuple):
+class SettingLeaf(NamedTuple):
     """A setting that a file or a flag gives."""
 
     path: str  # dotted
@@ -60,10 +60,12 @@ class Leaf(NamedTuple):
         return may_be_unset and value in ("null", "none") and value not in self.choices
 
 
-def leaves(root: type[BaseModel], prefix: str = "", branch: BaseModel | None = None) -> list[Leaf]:
+def leaves(
+    root: type[BaseModel], prefix: str = "", branch: BaseModel | None = None
+) -> list[SettingLeaf]:
     """Returns each setting of the tree, in the order of its declaration. Of a `branch`, an instance,
     the defaults are its values."""
-    result: list[Leaf] = []
+    result: list[SettingLeaf] = []
     for name, info in root.model_fields.items():
         kind = info.annotation
         default = getattr(branch, name) if branch else info.get_default(call_default_factory=True)
@@ -102,30 +104,32 @@ def first_settings() -> str:
     return text
 
 
-def _of_the_model(prefix: str) -> list[Leaf]:
+def _of_the_model(prefix: str) -> list[SettingLeaf]:
     names = tuple(PRESETS)
     about = f"shape by name, one of {', '.join(names)}; seed and seed-96 have one head, ReLU, and 12 or 96 layers"
     depth = "layers, with all that follows from them: width, heads, optimizer, learning rate, batch, tokens, warm-up"
     result = [
-        Leaf(f"{prefix}.preset", about, str | None, names, None),
-        Leaf(f"{prefix}.{CONFIG}", CONFIG_HELP, str | None, (), None),
-        Leaf(f"{prefix}.depth", depth, int | None, (), None),
+        SettingLeaf(f"{prefix}.preset", about, str | None, names, None),
+        SettingLeaf(f"{prefix}.{CONFIG}", CONFIG_HELP, str | None, (), None),
+        SettingLeaf(f"{prefix}.depth", depth, int | None, (), None),
     ]
     kinds = get_type_hints(GPTConfig)
     for field in dataclasses.fields(GPTConfig):
         kind, default = kinds[field.name], field.default
         help_text = f"{field.metadata['help']} ({default})"
-        result.append(Leaf(f"{prefix}.{field.name}", help_text, kind, _choices(kind), default))
+        result.append(
+            SettingLeaf(f"{prefix}.{field.name}", help_text, kind, _choices(kind), default)
+        )
     return result
 
 
-def _leaf(path: str, info: FieldInfo, default: Any) -> Leaf:
+def _leaf(path: str, info: FieldInfo, default: Any) -> SettingLeaf:
     assert info.description is not None, f"{path} has no help"
     choices = _choices(info.annotation)
     notes = [f"one of {', '.join(choices)}"] if choices else []
     notes += [f"default {default}"] if default not in (None, [], {}) else []
     help_text = info.description + (f" ({'; '.join(notes)})" if notes else "")
-    return Leaf(path, help_text, info.annotation, choices, default)
+    return SettingLeaf(path, help_text, info.annotation, choices, default)
 
 
 def _choices(kind: Any) -> tuple[str, ...]:
@@ -138,7 +142,7 @@ def _choices(kind: Any) -> tuple[str, ...]:
     return names
 
 
-def _commented(name: str, leaf: Leaf) -> str:
+def _commented(name: str, leaf: SettingLeaf) -> str:
     lines = textwrap.wrap(leaf.help, _WIDTH, break_long_words=False, break_on_hyphens=False)
     comment = "\n".join(f"  # {line}" for line in lines)
     value = json.dumps(_VALUES.get(leaf.path, leaf.default))  # which YAML reads as well

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from cluster.settings.amounts import whole_number
 from cluster.settings.data import DataConfig
 from cluster.settings.train import TrainConfig
-from model.config import GPTConfig, num_parameters, preset_fields
+from model.config import GPTConfig, preset_fields
 
 HEAD_WIDTH = 64
 """Of GPT-2 and GPT-3 at most sizes (Brown et al., 2020, table 2.1)."""
@@ -97,7 +97,7 @@ def _train(
     except (ValidationError, ValueError):
         return {}  # the settings as a whole are refused in words
     default = TrainConfig()
-    usual_tokens = TOKENS_PER_PARAMETER * num_parameters(config)
+    usual_tokens = TOKENS_PER_PARAMETER * config.num_parameters
     max_tokens = _count(train.get("max_tokens"), usual_tokens)
     seq_len = _count(train.get("seq_len"), config.n_positions)
     micro_batch_size = _count(train.get("micro_batch_size"), default.micro_batch_size)

@@ -33,7 +33,7 @@ from cluster.settings.setting import Settings, setting
 from cluster.settings.train import Compute, TrainConfig
 from cluster.storage.uris import Storage, StorageError, open_storage, split_uri
 from model.adapters.lora import Adapter
-from model.config import GPTConfig, Shape, preset_fields, with_vocabulary
+from model.config import GPTConfig, Shape, preset_fields
 from model.files.hf_config import config_to_hf, shape_from_hf
 from model.foreign_config import ForeignConfig
 from model.numerics import Precision
@@ -125,9 +125,9 @@ class ScalingConfig(Settings):
     )
     shard: Shard = setting(
         "none",
-        "what each worker keeps only its own part of: optimizer, its moments (ZeRO-1); gradients, "
-        "their sums too (ZeRO-2); parameters, the weights too (ZeRO-3). The bits are the same, and a "
-        "resume may choose another one",
+        "what the workers divide, so that each keeps a part: optimizer, its moments (ZeRO-1); gradients, "
+        "the summed gradient too (ZeRO-2); parameters, the weights too (ZeRO-3). The bits are the same, "
+        "and a resume may choose another one",
     )
     shard_group: PositiveInt | None = setting(
         None,
@@ -212,12 +212,12 @@ class StorageConfig(Settings):
     )
     signed_from_step: NonNegativeInt | None = setting(
         None,
-        "earliest step of a checkpoint that is begun from, evaluated or served, as its signed statement has it; older "
-        "ones are refused though they are signed",
+        "earliest step, in its signed statement, of a checkpoint to begin from, evaluate or serve; older ones are "
+        "refused, even if they are signed",
     )
     signed_from_date: Annotated[datetime, BeforeValidator(utc_time)] | None = setting(
         None,
-        "earliest time of its signature, as its signed statement has it: a day or a time in UTC, such as 2026-01-31 or "
+        "earliest time, in its signed statement, of its signature: a day or a time in UTC, such as 2026-01-31 or "
         "2026-01-31T12:00",
     )
 
@@ -360,7 +360,7 @@ def planned_vocabulary(config: RunConfig) -> RunConfig:
     trains a tokenizer, else the model's."""
     if not config.data.source or config.data.tokenizer is not None:
         return config
-    shape = with_vocabulary(config.model, config.data.vocab_size)
+    shape = config.model.with_vocabulary(config.data.vocab_size)
     return config.model_copy(update={"model": shape})
 
 
@@ -380,7 +380,7 @@ def require_computed(shape: Shape, train: TrainConfig) -> None:
             f"train.compute={train.compute} is for whole models, and train.lora_rank asks for an adapter, whose layers "
             "are PEFT's; leave it out, or set plain"
         )
-    if not isinstance(shape, ForeignConfig):
+    if not shape.by_transformers:
         return
     if train.compute == "cpu":
         raise ValueError(
@@ -398,7 +398,7 @@ def way_to_compute(config: RunConfig) -> Compute:
     """Returns `train.compute`, with `auto` settled by the workers' device and by who made the
     model's modules."""
     if config.train.compute == "auto":
-        if isinstance(config.model, ForeignConfig):
+        if config.model.by_transformers:
             return "plain"
         return "compiled" if config.scaling.use_gpu else "cpu"
     return config.train.compute

@@ -109,9 +109,8 @@ class EngineConfig(Settings):
     tensor_parallel_size: PositiveInt = setting(1, "GPUs of one pod that share the model, by vLLM")
     max_adapters: NonNegativeInt | None = setting(
         None,
-        "adapters that vLLM computes at a time beside their base; while one that is named is promoted, both of its "
-        "versions count; when unset 8, or 2 more than are named if that is more, where the endpoint begins with one "
-        "or names some (adapters), else 0",
+        "adapters that vLLM computes at a time beside their base; during a promotion both versions of an adapter "
+        "count. When unset: 0 for an endpoint without adapters, else 8, or 2 more than are named if that is more",
     )
     max_adapter_rank: int = setting(
         64, "largest rank of these adapters; a larger one takes more memory", ge=1, le=512
@@ -282,7 +281,7 @@ class ServeConfig(Settings):
     )
     receipt_key_file: str | None = setting(
         None,
-        "private key, a PEM file, with which an answer is signed whose request asks for a receipt",
+        "private key, a PEM file, that signs an answer if its request asks for a receipt",
     )
     xray: Literal["auto", "off", "admin", "user"] = setting(
         "auto",

@@ -36,9 +36,9 @@ from cluster.stages.run_mirrored import entrypoint
 from cluster.stages.stage_module import (
     ERROR_MARK,
     HOPELESS,
+    MAY_SUCCEED,
     MISUSED,
     RESULT_MARK,
-    GaveUpError,
     StageFailedError,
     parse_result,
 )
@@ -225,8 +225,9 @@ def _exit_code(error: UserError) -> int:
     stop on request."""
     if isinstance(error, ConfigError):
         return MISUSED
-    may_succeed = isinstance(error, (StorageError, ClusterError, StageFailedError))
-    return 1 if may_succeed and not isinstance(error, GaveUpError) else HOPELESS
+    if isinstance(error, StageFailedError):
+        return error.exit_code
+    return MAY_SUCCEED if isinstance(error, (StorageError, ClusterError)) else HOPELESS
 
 
 def _job_environment(connection: Connection) -> dict[str, str]:

@@ -17,6 +17,9 @@ STAGES = {
 }
 """The module of each stage that can be submitted."""
 
+MAY_SUCCEED = 1
+"""Exit code of a module that another attempt may bring to its end."""
+
 MISUSED = 2
 """Exit code of a module that was called wrongly."""
 
@@ -38,11 +41,12 @@ def stage_name(module: str) -> str:
 
 
 class StageFailedError(UserError):
-    """A stage ended without a result; its own log says why."""
+    """A stage ended without a result; its own log says why. `exit_code` says whether another attempt
+    may succeed."""
 
-
-class GaveUpError(StageFailedError):
-    """A stage ended without a result, and has found out that another attempt would end likewise."""
+    def __init__(self, message: str, *, exit_code: int = MAY_SUCCEED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def parse_result(line: str) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage, open_storage
-from model.files.checkpoint_folder import MANIFEST, is_adapter, is_hf_folder, read_metadata
+from model.files.checkpoint_folder import MANIFEST, StoredModel, read_metadata
 from raymill.errors import CheckpointError
 
 BASES = "bases/"
@@ -22,9 +22,10 @@ def base_folder(storage: Storage, parts: Iterable[str]) -> Storage:
 def find_base(folder: Path, storage_uri: str) -> Path | None:
     """Returns a local folder with the verified base of an adapter's checkpoint; None where the
     checkpoint is a whole model. Raises `CheckpointError`."""
-    if is_hf_folder(folder) or not is_adapter(folder):
+    stored = StoredModel(folder)
+    metadata = stored.metadata if stored.is_adapter else None
+    if metadata is None:
         return None
-    metadata = read_metadata(folder)
     if metadata.base is None:
         raise CheckpointError(
             f"{folder} does not say where its base is, whose parameter hash is {metadata.base_hash}: use the "

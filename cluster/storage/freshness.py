@@ -33,7 +33,7 @@ class Publication:
     manifest_hash: str | None = None  # SHA-256 of its manifest.json; None in older publications
 
 
-class Standing(Enum):
+class PublishedStanding(Enum):
     """What the files of a checkpoint's folder say of it."""
 
     WHOLE = "its manifest is there"
@@ -84,10 +84,10 @@ def newest(folders: Mapping[str, Collection[str]], is_recorded: Callable[[str], 
     names = sorted(folders, reverse=True)
     for number, name in enumerate(names):
         standing = _standing(folders[name], partial(is_recorded, name))
-        if standing in (Standing.SET_ASIDE, Standing.ARRIVING):
+        if standing in (PublishedStanding.SET_ASIDE, PublishedStanding.ARRIVING):
             skipped[name] = standing.value
             continue
-        problem = "" if standing is Standing.WHOLE else standing.value
+        problem = "" if standing is PublishedStanding.WHOLE else standing.value
         older = [older for older in names[number + 1 :] if _may_be_named(folders[older])]
         return Newest(name, problem, skipped, next(iter(older), None))
     return Newest(None, skipped=skipped)
@@ -97,13 +97,13 @@ def _may_be_named(files: Collection[str]) -> bool:
     return MANIFEST in files and _QUARANTINED not in files
 
 
-def _standing(files: Collection[str], is_recorded: Callable[[], bool]) -> Standing:
+def _standing(files: Collection[str], is_recorded: Callable[[], bool]) -> PublishedStanding:
     is_signed = MODEL in files or TRAINING in files
     if _QUARANTINED in files:
-        return Standing.DOUBTED if is_signed else Standing.SET_ASIDE
+        return PublishedStanding.DOUBTED if is_signed else PublishedStanding.SET_ASIDE
     if MANIFEST in files:
-        return Standing.WHOLE
-    return Standing.TORN if is_signed or is_recorded() else Standing.ARRIVING
+        return PublishedStanding.WHOLE
+    return PublishedStanding.TORN if is_signed or is_recorded() else PublishedStanding.ARRIVING
 
 
 def recorded_names(ledger: bytes) -> set[str]:

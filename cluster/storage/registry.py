@@ -42,8 +42,8 @@ from cluster.storage.uris import (
 from model.files.checkpoint_folder import (
     MANIFEST,
     Metadata,
+    StoredModel,
     fingerprint,
-    is_hf_folder,
     metadata_from,
     read_metadata,
     verify_checkpoint,
@@ -99,12 +99,12 @@ def publish(storage: Storage, reference: str) -> Publication:
 def _verified(reference: str, storage_uri: str) -> Publication:
     """Returns the publication of the checkpoint that the reference names, after it was verified."""
     checkpoint, folder = find_checkpoint(reference, storage_uri)
-    if is_hf_folder(folder):
+    metadata = StoredModel(folder).metadata
+    if metadata is None:
         raise CheckpointError(
             f"{checkpoint} was saved by transformers and has no {MANIFEST}: only raymill's own checkpoints are "
             "published; `raymill serve` and `raymill evaluate` take the folder as it is"
         )
-    metadata = read_metadata(folder)
     now_s, parameter_hash = round(time.time(), 3), str(metadata.parameter_hash)
     manifest_hash = _manifest_hash(folder)
     return Publication(
@@ -434,7 +434,9 @@ def _checked(uri: str, publication: Publication | None) -> tuple[Path, list[str]
     storage = open_storage(uri)
     here = storage.local_path("")
     local = here or fetch(storage)
-    problems = [] if is_hf_folder(local) else verify_checkpoint(local, to_train=False)
+    problems = []
+    if not StoredModel(local).is_of_transformers:
+        problems = verify_checkpoint(local, to_train=False)
     if problems and here is None:
         discard(local)
     if not problems and publication is not None:

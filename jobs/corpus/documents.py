@@ -72,7 +72,7 @@ class Drop(StrEnum):
     # Shares a run of words with a validation document: data.decontaminate_ngram
     CONTAMINATED = "contaminated"
     NO_MESSAGES = "no_messages"  # the line has none of the forms that corpus/conversations reads
-    UNKNOWN_ROLE = "unknown_role"  # of a message; system, developer, user and assistant are known
+    UNKNOWN_ROLE = "unknown_role"  # other than system, developer, user and assistant
     NO_ANSWER = "no_answer"  # no message of the assistant has text
     TEMPLATE_REFUSED = "template_refused"  # the chat template cannot write these messages
 

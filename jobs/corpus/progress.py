@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
-from cluster.monitoring.metric_export import Metrics
-from cluster.monitoring.metric_table import Exporter
+from cluster.metrics.metric_export import Metrics
+from cluster.metrics.metric_table import Exporter
 from cluster.output.progress import report_progress
 
 _REPORT_INTERVAL_S = 1.0

@@ -10,7 +10,6 @@ from cluster.settings.run import RunConfig, way_to_compute
 from model.attention import Mask, document_mask, document_positions, packed_documents
 from model.cpu_ops import operations as cpu_ops
 from model.decoder import Decoder
-from model.foreign_config import ForeignConfig
 from model.linear_cross_entropy import IGNORE_INDEX
 from model.operations import PLAIN, compiled, product_type, recomputed, use_operations
 from raymill.state.gathered_weights import GatheredWeights
@@ -54,12 +53,11 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     numerics = config.train.numerics
     # Its cache would keep a rounded copy of each weight until the end of a pass, and round the
     # gradients of those that are used twice once more
-    is_foreign = isinstance(config.model, ForeignConfig)
     return torch.autocast(
         device.type,
         dtype=product_type(numerics),
         enabled=numerics.is_rounded,
-        cache_enabled=not is_foreign,
+        cache_enabled=not config.model.by_transformers,
     )
 
 
@@ -86,7 +84,7 @@ def micro_batch(
     if eot_id is None:
         return MicroBatch(moved(inputs), moved(targets), None, None)
     positions = document_positions(inputs, targets, eot_id=eot_id)
-    if isinstance(config.model, ForeignConfig):
+    if config.model.by_transformers:
         return MicroBatch(moved(inputs), moved(targets), moved(positions), None)
     if (
         device.type == "cuda"

@@ -30,8 +30,9 @@ from jobs.exact.untested import why_untested
 from jobs.tokens.batch_plan import Indices
 from model.config import GPTConfig, Shape
 from model.decoder import Decoder
+from model.decoders.foreign_layer import layer_of
 from model.decoders.make import new_decoder
-from model.foreign_config import ForeignConfig, layer_of
+from model.foreign_config import ForeignConfig
 from model.operations import PLAIN, use_operations
 from raymill.errors import UserError
 from raymill.state.train_state import ALONE
@@ -75,7 +76,7 @@ class _Rows:
     def __init__(self, config: RunConfig) -> None:
         self._shape = (config.train.micro_batch_size, seq_len(config) + 1)
         self._vocab_size = config.model.vocab_size
-        self._is_foreign = isinstance(config.model, ForeignConfig)
+        self._is_foreign = config.model.by_transformers
 
     def samples(self, indices: Indices | range) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(int(indices[0]))
@@ -107,7 +108,7 @@ def self_test(config: RunConfig, device: torch.device) -> str:
 
 def _checksum(config: RunConfig, device: torch.device) -> str:
     shape = config.model
-    if isinstance(shape, ForeignConfig):
+    if shape.by_transformers:
         test_foreign(_in_plain(config), device)
     tiny = _in_tiny(config)
     gradients = _check(tiny, device, exact=_in_float64(tiny))
@@ -213,7 +214,7 @@ def _dropped(
 
 def _least_length(config: RunConfig, gradients: dict[str, Tensor]) -> float:
     """Returns what the length of a gradient counts for at least."""
-    if not isinstance(config.model, ForeignConfig):
+    if not config.model.by_transformers:
         return 0.0
     lengths = [gradient.double().norm() for gradient in gradients.values()]
     return _LEAST * float(torch.stack(lengths).norm())

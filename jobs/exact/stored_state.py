@@ -3,11 +3,13 @@ worker has."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from model.files.state_hash import WORDS, StateHashes, VectorsHash, words_in
 from raymill.files.stored_tensors import StoredTensors
 from raymill.state.span import Span
+from raymill.state.state_shares import StateShares
 from raymill.state.stored_state import (
     brought,
     hash_of_weights,
@@ -40,10 +42,10 @@ def words_of_share(state: TrainState, parts: Iterable[str]) -> int:
 def _tensors_of_share(state: TrainState, parts: Iterable[str]) -> Iterator[Tensor]:
     """Yields views of the parameters' stretches in this rank's share; what lies between them is not
     stored."""
-    place, num_holders = state.sharding.place, state.sharding.num_holders
+    shares = StateShares(state)
     for part in parts:
         kept, flat = state.kept(part), state.parts[part]
-        spans = state.spans_of_share(part, place, world_size=num_holders)
+        spans = shares.own_spans(part)
         for _, _, packed in state.layout.pieces(spans):
             for span in spans.cut(packed):
                 yield kept.home_of(span).of(flat)
@@ -106,3 +108,13 @@ def cut_up(flat: Tensor, lengths: Mapping[str, int]) -> dict[str, Tensor]:
     """Returns the stretches of a vector that belong to some names, end to end."""
     stretches = flat.split([*lengths.values()])
     return dict(zip(lengths, stretches, strict=True))
+
+
+def vectors_by_name(state: TrainState, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the whole tensors of a training state, from the update rule's flat vectors."""
+    tensors = {"step": torch.tensor(state.num_updates, dtype=torch.int64)}
+    for vector in state.vectors:
+        for name, _, packed in state.layout.pieces(state.extent(vector)):
+            values = packed.of(flat[vector])
+            tensors[stored_name(vector, name)] = values.view(state.shapes[name])
+    return tensors

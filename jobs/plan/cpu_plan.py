@@ -37,7 +37,6 @@ from jobs.plan.table import (
     work_in_words,
 )
 from jobs.plan.update import stored_bytes
-from model.config import GPTConfig, with_vocabulary
 from model.hardware.processor import fast_precision
 
 _LONG_S = 7 * DAY_S
@@ -87,8 +86,8 @@ def _with_model(config: RunConfig) -> RunConfig:
     config = planned_vocabulary(config)
     if not config.data.source and config.data.tokenizer is None:
         model = config.model
-        if isinstance(model, GPTConfig):
-            model = with_vocabulary(model, config.data.vocab_size)
+        if not model.by_transformers:
+            model = model.with_vocabulary(config.data.vocab_size)
             config = config.model_copy(update={"model": model})
             ids = f"{model.vocab_size:,} ids that its tokenizer will have (data.vocab_size)"
         else:

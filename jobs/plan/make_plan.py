@@ -38,7 +38,6 @@ from jobs.plan.plan_warnings import FULL_MEMORY, TOLERATED_EXPOSURE, warnings
 from jobs.plan.table import sections, table, warned, what_matters
 from jobs.plan.update import stored_bytes, update_flops
 from jobs.tokens.token_store import token_dtype
-from model.config import flops_per_token, num_active_parameters, num_parameters
 from raymill.state.flat_layout import FlatLayout
 from raymill.sums.step_plan import StepPlan
 
@@ -76,12 +75,12 @@ def work(config: RunConfig) -> dict[str, Any]:
     """Returns the shape of the model, and the operations of the run."""
     schedule = batch_schedule(config)
     num_tokens = config.train.max_tokens
-    size = num_parameters(config.model)
-    active = num_active_parameters(config.model)
+    size = config.model.num_parameters
+    active = config.model.num_active_parameters
     # Two counts of the same work. A sustained rate goes with 6 N D, as in papers; an MFU is a share
     # of the model's own operations, attention's scores among them, as in the ledger.
     total_flops = parameter_flops(active, num_tokens)
-    model_flops = float(flops_per_token(config.model, seq_len(config)) * num_tokens)
+    model_flops = float(config.model.flops_per_token(seq_len(config)) * num_tokens)
     return {
         "n_layer": config.model.n_layer,
         "n_head": config.model.n_head,

@@ -17,9 +17,8 @@ from cluster.settings.run import RunConfig, batch_schedule, seq_len
 from jobs.exact.run_state import run_state
 from jobs.exact.step_gradient import step_gradient
 from jobs.plan.pace import NUM_STEPS, Pace
-from model.config import flops_per_token
 from model.decoders.make import initial_weights, new_decoder
-from raymill.memory import keep_freed_memory
+from model.hardware.memory import keep_freed_memory
 from raymill.phases import processor_share
 from raymill.step_timer import StepTime, StepTimer
 from raymill.workers.worker_group import WorkerGroup
@@ -75,7 +74,7 @@ def measured_pace(config: RunConfig) -> Pace:
 def _measured_lane(config: RunConfig) -> RunConfig:
     """Returns the run with one lane a step, as much of it as is measured."""
     num_tokens = seq_len(config)
-    most = _LANE_FLOPS / flops_per_token(config.model, num_tokens)
+    most = _LANE_FLOPS / config.model.flops_per_token(num_tokens)
     rows = max(1, min(config.train.micro_batch_size, int(most / num_tokens)))
     if rows == 1:
         num_tokens = max(min(_LEAST_TOKENS, num_tokens), min(num_tokens, int(most)))
@@ -99,7 +98,7 @@ def _measured_lane(config: RunConfig) -> RunConfig:
 def _flops(config: RunConfig) -> float:
     """Returns the operations of a lane."""
     num_tokens = batch_schedule(config).lane_tokens
-    return float(num_tokens * flops_per_token(config.model, seq_len(config)))
+    return float(num_tokens * config.model.flops_per_token(seq_len(config)))
 
 
 def _measured(config: RunConfig) -> list[StepTime]:

@@ -6,7 +6,7 @@ the flat buffers.
 """
 
 from dataclasses import replace
-from typing import Any, assert_never
+from typing import Any
 
 from cluster.settings.run import (
     RunConfig,
@@ -24,10 +24,6 @@ from jobs.plan.formulas import FP32_BYTES
 from jobs.plan.update import most_optimizer_bytes, most_values, state_bytes
 from jobs.run.history import why_not_resumed
 from jobs.snapshots.slots import NUM_SLOTS
-from model.adapters.lora import Adapter
-from model.architecture import LLAMA, KeptValues
-from model.config import GPTConfig, Shape
-from model.foreign_config import ForeignConfig
 from model.numerics import NUMERICS
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, hidden_matrices, parameter_shapes
 from raymill.rules.rules import matrix_costs
@@ -99,11 +95,9 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int) -> dic
 def _frozen(config: RunConfig, *, world_size: int) -> dict[str, float]:
     """Returns the bytes of what an adapter stands on, if there is one: whole, or a GPU's own parts
     with what it gathers, the embeddings and two blocks."""
-    match config.model:
-        case ForeignConfig(adapter=Adapter()):
-            base = FlatLayout.of(config.model.base.parameter_shapes)
-        case _:
-            return {}
+    if not (shapes := config.model.frozen_shapes):
+        return {}
+    base = FlatLayout.of(shapes)
     sharding = run_sharding(config.scaling, rank=0, world_size=world_size)
     if not sharding.divided.values:
         return {"frozen": float(FP32_BYTES * base.size)}
@@ -130,7 +124,7 @@ def block_bytes(config: RunConfig) -> int:
     Attention's scores are never kept (FlashAttention), only a number for each head; LayerNorms keep
     two."""
     model, numerics = config.model, config.train.numerics
-    kept, c = _kept_by(model), model.n_embd
+    kept, c = model.kept, model.n_embd
     own_inputs = kept.own_inputs if numerics.is_rounded else 0
     values = (4 + own_inputs) * c + 2 * _kept_key_width(config) + kept.of_ffn * model.ffn_width
     numbers = model.n_head + kept.norm_numbers
@@ -139,19 +133,6 @@ def block_bytes(config: RunConfig) -> int:
         + numerics.product_bytes * values
         + 2 * c * bool(model.dropout)
     )
-
-
-def _kept_by(model: Shape) -> KeptValues:
-    """Returns what a block keeps of each token. A layer of transformers counts as one of Llama's,
-    with the experts that a token is sent to: what it really keeps is not known before it has
-    run."""
-    match model:
-        case GPTConfig():
-            return model.network.kept
-        case ForeignConfig():
-            return LLAMA.kept
-        case _:
-            assert_never(model)
 
 
 def _kept_key_width(config: RunConfig) -> int:

@@ -9,7 +9,7 @@ from cluster.settings.run import RunConfig, batch_schedule, seq_len
 from cluster.storage.uris import open_storage
 from jobs.run.history import recorded_config
 from jobs.run.ledger import LEDGER, Ledger, Line
-from model.config import num_parameters, shape_differences
+from model.config import shape_differences
 from raymill.errors import UserError
 from raymill.phases import processor_share
 
@@ -75,9 +75,9 @@ def _is_like(before: RunConfig, now: RunConfig) -> bool:
     """Reports whether the steps of both take as long."""
     if shape_differences(before.model, now.model).keys() - {"vocab_size"}:
         return False
-    size = num_parameters(now.model)
+    size = now.model.num_parameters
     return (
-        abs(num_parameters(before.model) - size) <= _LIKE_SIZE * size
+        abs(before.model.num_parameters - size) <= _LIKE_SIZE * size
         and seq_len(before) == seq_len(now)
         and before.cluster.address == now.cluster.address
         and all(getattr(before.train, name) == getattr(now.train, name) for name in _OF_TRAIN)

@@ -23,7 +23,6 @@ from jobs.plan.table import Figures, template
 from jobs.plan.update import state_bytes
 from jobs.snapshots.choice import interval
 from jobs.tokens.token_store import token_dtype
-from model.config import flops_per_token
 from raymill.state.flat_layout import FlatLayout
 
 WORLD_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -54,7 +53,7 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
     gpu, schedule = options.hardware, batch_schedule(config)
     lanes = schedule.full_lanes
     step_tokens = lanes * schedule.lane_tokens
-    lane_flops = flops_per_token(config.model, seq_len(config)) * schedule.lane_tokens
+    lane_flops = config.model.flops_per_token(seq_len(config)) * schedule.lane_tokens
     lane_s = lane_flops / (options.mfu * gpu.peak_flops_per_s)
     moved = exchange(config, layout, options, world_size=size, num_lanes=lanes, lane_s=lane_s)
     compute_s, step_s = moved.compute_s, moved.step_s

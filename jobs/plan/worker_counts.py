@@ -14,7 +14,6 @@ from cluster.settings.run import RunConfig, batch_schedule, seq_len
 from jobs.plan.exchange import exchange
 from jobs.plan.formulas import parameter_flops
 from jobs.plan.memory import layout_of
-from model.config import flops_per_token, num_active_parameters
 from model.hardware.gpus import GPUS
 from raymill.state.flat_layout import FlatLayout
 
@@ -55,10 +54,10 @@ class StepTimes:
         lane_tokens = batch_schedule(config).lane_tokens
         if hardware.sustained_tflops is not None:
             flops = parameter_flops(
-                num_active_parameters(config.model), lane_tokens, recompute=config.train.recompute
+                config.model.num_active_parameters, lane_tokens, recompute=config.train.recompute
             )
             return flops / (hardware.sustained_tflops * 1e12)
-        flops = float(flops_per_token(config.model, seq_len(config)) * lane_tokens)
+        flops = float(config.model.flops_per_token(seq_len(config)) * lane_tokens)
         return flops / (hardware.mfu * hardware.hardware.peak_flops_per_s)
 
     def seconds(self, num_workers: int) -> float:

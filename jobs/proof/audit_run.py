@@ -180,27 +180,24 @@ def _computed_again(
     say(f"steps {interval.first} to {interval.last}")
     start_s = time.monotonic()
     steps = range(interval.first, interval.last + 1)
+    num_hashes = num_validations = 0
     try:
-        result = replay(run, steps=steps, num_workers=num_workers, ledger=ledger)
+        again = replay(run, steps=steps, num_workers=num_workers, ledger=ledger)
     except UserError as error:
-        result = {
-            "equal": False,
-            "verdict": str(error),
-            "hashes": 0,
-            "states": [],
-            "validations": 0,
-        }
-    is_equal, verdict = result["equal"], result["verdict"]
-    if is_equal and interval.last not in result["states"]:
-        is_equal = False
-        verdict = f"the ledger has no hash of the training state after step {interval.last}"
+        is_equal, verdict = False, str(error)
+    else:
+        is_equal, verdict = again.equal, again.verdict
+        num_hashes, num_validations = again.hashes, again.validations
+        if is_equal and interval.last not in again.states:
+            is_equal = False
+            verdict = f"the ledger has no hash of the training state after step {interval.last}"
     return asdict(interval) | {
         "computed": _now(),
         "now": True,  # and not by this user before an interruption
         "equal": is_equal,
         "verdict": verdict,
-        "hashes": result["hashes"],
-        "validations": result["validations"],
+        "hashes": num_hashes,
+        "validations": num_validations,
         "seconds": round(time.monotonic() - start_s, 3),
     }
 

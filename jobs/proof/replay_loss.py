@@ -2,19 +2,17 @@
 their bits with the ledger."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from cluster.storage.uris import Storage
-from jobs.proof.replay_run import replay
+from jobs.proof.replay_run import Replayed, replay
 from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.find_run import begun_ledger
 from jobs.run.ledger import Ledger
 from raymill.errors import UserError
 
 
-def replay_around_loss(run: Storage) -> dict[str, Any]:
-    """Returns `replay`'s result for `steps_around_loss`, with the first and the last of the
-    `steps`.
+def replay_around_loss(run: Storage) -> tuple[range, Replayed]:
+    """Takes `steps_around_loss` again, and returns them with what came of them.
 
     Raises `UserError` for a run that lost no worker, and what `replay` raises.
     """
@@ -29,7 +27,7 @@ def replay_around_loss(run: Storage) -> dict[str, Any]:
             f"{run.uri} lost no worker between two of its steps, so there are none to take again: a "
             "kill has to come earlier, or the run has to take more steps"
         )
-    return replay(run, steps=steps, num_workers=1) | {"steps": [steps[0], steps[-1]]}
+    return steps, replay(run, steps=steps, num_workers=1)
 
 
 def steps_around_loss(

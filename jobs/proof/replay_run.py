@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from cluster.settings.run import RunConfig, batch_schedule, to_yaml
 from cluster.storage.uris import Storage
 from jobs.proof.diff_runs import first_difference, step_values
 from jobs.proof.recorded.checkpoint import CheckpointRecord, state_problem
+from jobs.proof.results import JsonResult
 from jobs.run.base import recorded_base
 from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.find_run import begun_ledger, data_identity, division, find_tokens, last_start
@@ -37,17 +39,34 @@ from jobs.workers.rendezvous import backend
 from raymill.errors import UserError
 
 
-def replay_steps(run: Storage, *, steps: str, workers: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Replayed(JsonResult):
+    """What came of steps that were taken again."""
+
+    verdict: str
+    equal: bool
+    step: int | None  # the first one whose bits are others than the ledger's
+    fields: dict[str, tuple[Any, Any]]  # of that step: what was recorded, and what came of it again
+    from_checkpoint: str | None
+    workers: int
+    hashes: int  # of weights, that were compared
+    states: list[int]  # the steps after which the training state's hash was compared
+    validations: int  # that were compared
+    parameter_hash: str | None  # of the weights after the last step
+    same_code: bool
+
+
+def replay_steps(run: Storage, *, steps: str, workers: int) -> Replayed:
     """Is `raymill replay`: `replay`, with the steps as a user writes them."""
     return replay(run, steps=parse_steps(steps, begun_ledger(run)), num_workers=workers)
 
 
 def replay(
     run: Storage, *, steps: range, num_workers: int = 1, ledger: Ledger | None = None
-) -> dict[str, Any]:
+) -> Replayed:
     """Takes the steps again in a scratch folder, from the nearest checkpoint before them, with the
-    recorded settings, and the validations between them. `parameter_hash` of the result is that of
-    the weights after the last step. `ledger` has the lines that count, where not all do.
+    recorded settings, and the validations between them. `ledger` has the lines that count, where
+    not all do.
 
     Raises `UserError` for steps that the ledger does not have, and where the state to begin from is
     not the one that it recorded; `TokenStoreError` where the data is gone.
@@ -84,21 +103,19 @@ def replay(
         if not is_same_code:
             verdict += "; this is not the code that trained the run"
     alike = [recorded[step].keys() & replayed.get(step, {}).keys() for step in compared]
-    return {
-        "verdict": verdict,
-        "equal": parted is None,
-        "step": parted.step if parted else None,
-        "fields": parted.fields if parted else {},
-        "from_checkpoint": start,
-        "workers": num_workers,
-        "hashes": sum("parameter_hash" in names for names in alike),
-        "states": [
-            step for step, names in zip(compared, alike, strict=True) if "state_hash" in names
-        ],
-        "validations": sum("val_loss" in names for names in alike),
-        "parameter_hash": replayed.get(steps[-1], {}).get("parameter_hash"),
-        "same_code": is_same_code,
-    }
+    return Replayed(
+        verdict=verdict,
+        equal=parted is None,
+        step=parted.step if parted else None,
+        fields=parted.fields if parted else {},
+        from_checkpoint=start,
+        workers=num_workers,
+        hashes=sum("parameter_hash" in names for names in alike),
+        states=[step for step, names in zip(compared, alike, strict=True) if "state_hash" in names],
+        validations=sum("val_loss" in names for names in alike),
+        parameter_hash=replayed.get(steps[-1], {}).get("parameter_hash"),
+        same_code=is_same_code,
+    )
 
 
 def scratch_plan(

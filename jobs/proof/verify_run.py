@@ -147,7 +147,7 @@ def _missing_problems(checkpoints: RunCheckpoints, names: Sequence[str], proof: 
 
 def _may_be_unrecorded(proof: Proof, *, is_newest: bool) -> bool:
     """Reports whether a checkpoint may have no line yet: its run is at work, and writes that next."""
-    return is_newest and proof.signer is None and not proof.ledger.events("finish")
+    return is_newest and proof.signer is None and not proof.ledger.is_finished
 
 
 def _signature_problems(folder: Path, proof: Proof, *, newest: str | None) -> list[str]:
@@ -167,7 +167,7 @@ def _signature_problems(folder: Path, proof: Proof, *, newest: str | None) -> li
         return []
     proof.signed, proof.ledger = stated, Ledger(proof.ledger.lines[: stated.number])
     problems = statement_problems(training, training_of(newest, folder, ledger=proof.ledger))
-    if proof.num_behind and proof.ledger.events("finish"):
+    if proof.num_behind and proof.ledger.is_finished:
         problems.append(
             f"{LEDGER} has {counted(proof.num_behind, 'line')} behind line {stated.number}, added after the run had "
             "finished and was signed: they count for nothing"

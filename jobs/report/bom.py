@@ -5,7 +5,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from model.config import Shape, num_parameters
+from model.config import Shape
 from model.files.checkpoint_folder import Metadata, manifest_files
 from model.tables import pip_line
 from raymill.errors import UserError
@@ -48,7 +48,7 @@ def bill_of_materials(
 def _properties(shape: Shape, metadata: Metadata) -> list[Any]:
     """Returns what is known of the model and its training, under names of raymill's own."""
     known = {
-        "parameters": num_parameters(shape),
+        "parameters": shape.num_parameters,
         "context_tokens": shape.n_positions,
         "vocabulary": shape.vocab_size,
         "tokens_seen": metadata.tokens_seen,

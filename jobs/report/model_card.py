@@ -1,13 +1,12 @@
 """Writes the model card of a checkpoint: README.md on the Hugging Face Hub, from its lineage."""
 
+import math
 from dataclasses import dataclass
-from typing import assert_never
 
 import yaml
 
-from model.config import GPTConfig, Shape, num_active_parameters, num_parameters
+from model.config import Shape
 from model.files.checkpoint_folder import Metadata
-from model.foreign_config import ForeignConfig
 from model.text.tokenizer import Tokenizer
 
 _NOT_RECORDED = "not recorded"
@@ -31,7 +30,8 @@ def model_card(
     license_id: str,
 ) -> str:
     """Returns the card, with the front matter that the Hub reads. `name` is the repository's."""
-    adapter = shape.adapter if isinstance(shape, ForeignConfig) else None
+    adapter = shape.adapter
+    kind = "An adapter of a" if adapter else "A"
     front: dict[str, object] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -54,7 +54,7 @@ def model_card(
             "",
             f"# {name.rpartition('/')[2]}",
             "",
-            f"{'An adapter of a' if adapter else 'A'} causal language model ({_kind(shape)}), trained with raymill.",
+            f"{kind} causal language model ({shape.model_type}), trained with raymill.",
             "",
             "| lineage | |",
             "| --- | --- |",
@@ -115,11 +115,11 @@ _CHECK = (
 def _lineage(
     shape: Shape, tokenizer: Tokenizer, metadata: Metadata, origin: Origin
 ) -> dict[str, str]:
-    active, total = num_active_parameters(shape), num_parameters(shape)
+    active, total = shape.num_active_parameters, shape.num_parameters
     parameters = f"{total:,}" if active == total else f"{total:,}, {active:,} for each token"
-    if isinstance(shape, ForeignConfig) and shape.adapter:
-        adapter = shape.adapter
-        parameters = f"{total:,}, of rank {adapter.rank}, beside {num_parameters(shape.base):,} that are frozen"
+    if adapter := shape.adapter:
+        num_frozen = sum(map(math.prod, shape.frozen_shapes.values()))
+        parameters = f"{total:,}, of rank {adapter.rank}, beside {num_frozen:,} that are frozen"
     rows = {
         "run": f"`{metadata.run_id}`, step {metadata.step:,}",
         "tokens seen": f"{metadata.tokens_seen:,}",
@@ -149,13 +149,3 @@ def _validation(metadata: Metadata) -> str:
 
 def _code(value: str | None) -> str:
     return _NOT_RECORDED if value is None else f"`{value}`"
-
-
-def _kind(shape: Shape) -> str:
-    match shape:
-        case GPTConfig():
-            return shape.architecture
-        case ForeignConfig():
-            return shape.model_type
-        case _:
-            assert_never(shape)

@@ -109,7 +109,7 @@ def statistics(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
     planned steps."""
     steps, wall_s = ledger.steps, ledger.wall_s
     last = steps[-1]
-    end = "" if ledger.events("finish") else ", unfinished"
+    end = "" if ledger.is_finished else ", unfinished"
     useful_s = sum(line["wall_s"] for line in steps)
     kind, hours = worker_hours(ledger, config)
     rows = [

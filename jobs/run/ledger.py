@@ -18,6 +18,7 @@ from typing import Any
 
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.uris import AlreadyExistsError, ConflictError, Storage, StorageError
+from jobs.run.end import End, end_of, is_stop
 from jobs.run.ledger_chain import KEY as CHAIN
 from jobs.run.ledger_chain import encoded, hash_of, head_of
 from jobs.run.storage_retry import LEDGER_LINES, Outage, node_spool, patiently
@@ -312,6 +313,15 @@ class Ledger:
         return [line for line in events if not names or line["event"] in names]
 
     @property
+    def end(self) -> End | None:
+        """How the run has ended; None while it may be at work."""
+        return end_of(self.lines)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.end is End.FINISHED
+
+    @property
     def rollbacks(self) -> tuple[tuple[int, int], ...]:
         """The first and the last step that each rollback that counts left out, in order."""
         decided = self.standing.events("rollback")
@@ -383,12 +393,6 @@ def parsed_line(line: bytes, uri: str, number: int) -> Line:
             f"{uri}, line {number} is damaged: expected an object of JSON, not {line[:40]!r}; restore the file, or "
             "remove that line"
         ) from None
-
-
-def is_stop(line: Line) -> bool:
-    """Reports whether the run was saved because somebody had asked it to stop, by Ctrl-C or
-    `raymill stop`."""
-    return line.get("event") == "preempted" and line["notice"] == "stop"
 
 
 class LedgerTail:

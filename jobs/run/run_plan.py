@@ -46,7 +46,7 @@ class RunPlan:
 
     @property
     def last_step(self) -> int:
-        return self.until or max_steps(self.config)
+        return max_steps(self.config) if self.until is None else self.until
 
 
 def open_stream(plan: RunPlan, split: Split = "train") -> TokenStream:

@@ -91,7 +91,7 @@ def shown_ledger(run: Storage) -> Ledger:
 def _behind(ledger: Ledger, number: int) -> list[Line]:
     """Returns what counts of the lines behind a stated one: nothing that replaces those before."""
     signed = Ledger(ledger.lines[:number])
-    if signed.events("finish"):
+    if signed.is_finished:
         return []
     last = max((line["step"] for line in signed.lines if "step" in line), default=0)
     kept: list[Line] = []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.storage.uris import Storage, open_storage
+from jobs.run.end import End, end_of
 from jobs.run.find_run import data_identity, find_tokens
 from jobs.run.history import CONFIG_FILE
 from jobs.run.ledger import LEDGER, Ledger
@@ -112,4 +113,4 @@ def _head_of(run: Storage) -> dict[str, Any]:
 
 def _has_end(run: Storage, number: int) -> bool:
     """Reports whether the run had finished by a line of its ledger."""
-    return bool(Ledger(Ledger.read(run).lines[:number]).events("finish"))
+    return end_of(Ledger.read(run).lines[:number]) is End.FINISHED

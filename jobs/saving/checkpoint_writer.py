@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cluster.storage.uris import StorageError
 from jobs.exact.run_state import decoder_of
-from jobs.exact.stored_state import checksum_of, cut_up, fill, words_of_share
+from jobs.exact.stored_state import checksum_of, cut_up, fill, vectors_by_name, words_of_share
 from jobs.run.checkpoints import checkpoint_name
 from jobs.run.storage_retry import Outage
 from jobs.saving.publisher import Publisher, read_back
@@ -29,7 +29,6 @@ from model.files.checkpoint_folder import Metadata, verify_checkpoint
 from model.files.state_hash import COUNT, StateHashes, words_in
 from model.text.tokenizer import Tokenizer
 from raymill.state.host_copies import HostCopy
-from raymill.state.stored_state import vectors_by_name
 from raymill.state.train_state import TrainState
 
 _POLL_S = 0.05

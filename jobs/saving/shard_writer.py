@@ -33,6 +33,7 @@ from model.text.tokenizer import Tokenizer
 from raymill.files.safetensors_file import safetensors_pieces
 from raymill.state.host_copies import HostCopy
 from raymill.state.sharding import Sharding
+from raymill.state.state_shares import StateShares
 from raymill.state.stored_state import own_stretches
 from raymill.state.train_state import TrainState
 from raymill.workers.worker_group import WorkerGroup
@@ -98,7 +99,7 @@ class ShardWriter(SavingThread[Shard, Shard]):
         if self._sharding.writes:
             name = checkpoint_name(metadata.step, metadata.generation)
             start_s = time.monotonic()
-            shares = state.share(self._sharding.place, world_size=self._sharding.num_holders)
+            shares = StateShares(state).own_views()
             lengths = {name: sum(map(len, views)) for name, views in shares.items()}
             flat = self._free.pop() if self._free else torch.empty(sum(lengths.values()))
             weights, train_state = own_stretches(state, cut_up(flat, lengths))

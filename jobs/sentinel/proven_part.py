@@ -57,8 +57,6 @@ def proven_part(lines: Iterable[Line]) -> ProvenPart:
         match line.get("event"):
             case None if "proven_to" in line:
                 part = ProvenPart(line["proven_to"], "not_proven_since" in line)
-            case None if "audit_seconds" in line:  # of an earlier version
-                part = part.up_to(max(proven, line["step"] - 1))
             case "proven":
                 part = part.up_to(max(proven, line["step"]))
             case "checkpoint" if line.get("proven_to") is not None:

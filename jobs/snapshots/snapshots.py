@@ -37,7 +37,8 @@ from jobs.snapshots.keepers import CHUNK_BYTES, NoRoom, ask_patiently, fetch, fi
 from jobs.snapshots.slots import Bytes, Checksum, Header, Slots
 from raymill.state.host_copies import HostCopy
 from raymill.state.span import PackedSpans, Span
-from raymill.state.train_state import StatePiece, TrainState
+from raymill.state.state_shares import StatePiece, StateShares
+from raymill.state.train_state import TrainState
 from raymill.workers.worker_group import WorkerGroup
 
 NUM_SHARES = {"cuda": 8, "cpu": 1}
@@ -142,7 +143,7 @@ class Snapshots:
         """Loads the state on every rank, a piece at a time."""
         shares = (self._pieces(holders, state) for holders in snapshot.shares)
         pieces = itertools.chain.from_iterable(shares)
-        state.load_state(snapshot.header.num_updates, pieces)
+        StateShares(state).load(snapshot.header.num_updates, pieces)
 
     def _pieces(self, holders: list[Holding], state: TrainState) -> Iterator[StatePiece]:
         """Yields a share from this node's memory where every node has it; else one rank broadcasts
@@ -156,7 +157,7 @@ class Snapshots:
         in_share: list[range] = []  # the same bytes of the share, whose tensors lie end to end
         first = 0
         for name in header.names:
-            spans = state.spans_of_share(name, header.rank, world_size=header.world_size)
+            spans = StateShares(state).spans(name, header.rank, world_size=header.world_size)
             spans_of_names[name] = spans
             tensor_bytes = _FP32_BYTES * spans.num_values
             for start in range(0, tensor_bytes, CHUNK_BYTES):
@@ -274,14 +275,14 @@ class Snapshots:
         if not state.sharding.is_whole:
             rank, count = state.sharding.place, state.sharding.num_holders
             area = sharded_area(self._group.rank, count, self._node_of_rank)
-            return [Share(area, rank, count, state.share(rank, world_size=count))]
+            return [Share(area, rank, count, StateShares(state).own_views())]
         neighbors = [rank for rank, node in enumerate(self._node_of_rank) if node == self._node]
         num_turns, count = len(neighbors), NUM_SHARES[state.device.type]
         own_turn = neighbors.index(self._group.rank)
         shares = []
         for turn in range(num_turns if is_rescue else 1):
             for rank in range((own_turn + turn) % num_turns, count, num_turns):
-                tensors = state.share(rank, world_size=count)
+                tensors = StateShares(state).views(rank, world_size=count)
                 shares.append(Share(f"share-{rank}-of-{count}", rank, count, tensors))
         return shares
 
@@ -366,7 +367,7 @@ def _has_arrived(snapshot: Snapshot, state: TrainState) -> bool:
         header = holders[0].header
         if own in (None, (header.rank, header.world_size)):
             checksum = Checksum()
-            share = state.share(header.rank, world_size=header.world_size)
+            share = StateShares(state).views(header.rank, world_size=header.world_size)
             views = [*itertools.chain.from_iterable(share.values())]
             pieces = views if state.device.type == "cpu" else state.copies.pieces(views)
             for piece in pieces:

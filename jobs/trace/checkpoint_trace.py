@@ -2,10 +2,9 @@
 from which documents, at which steps, and with which loss then."""
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,14 @@ import numpy as np
 
 from cluster.storage.file_cache import FileCache
 from cluster.storage.uris import Storage, open_storage
-from jobs.proof.step_outcomes import Outcome, StepOutcomes
-from jobs.run.find_run import begun_ledger, find_run
-from jobs.run.history import recorded_config
-from jobs.tokens.division import whole
+from jobs.proof.opened_run import Learning, OpenedRun
+from jobs.proof.step_outcomes import Outcome
+from jobs.run.find_run import find_run
 from jobs.tokens.shard_reader import Piece
 from jobs.trace.indexed_store import IndexedStore
-from jobs.trace.learning import Learning
-from jobs.trace.spans import SearchedStore, Span, find_spans, num_covered
+from jobs.trace.spans import Span
 from jobs.trace.trace_index import TRACE
+from jobs.trace.tracing import Place, Trace, Tracing
 from jobs.trace.windows import Ids
 from model.text.token_bytes import TokenizerError
 from raymill.errors import UserError
@@ -94,7 +92,7 @@ class CheckpointTrace:
             self.missing.append(
                 "the token store has no document map, so documents are unknown; `raymill tokenize --documents` makes it"
             )
-        self.learning = self._learning(storage_uri)
+        self.tracing = Tracing(self.indexed, self._learning(storage_uri))
 
     def _learning(self, storage_uri: str) -> Learning | None:
         """Returns what the checkpoint's run has recorded; None where its ledger is not found."""
@@ -102,39 +100,27 @@ class CheckpointTrace:
         store, manifest = self.indexed.store, self.indexed.manifest
         try:
             run = _found_run([beside, self.checkpoint.run_id], storage_uri)
-            ledger, config = begun_ledger(run), recorded_config(run)
+            opened = OpenedRun.open(run)
         except UserError as error:
             self.missing.append(f"the steps are unknown: {error}")
             return None
-        step, outcomes = self.checkpoint.step, StepOutcomes(ledger)
-        if outcomes.is_rolled_back(step):
+        step = self.checkpoint.step
+        if opened.outcomes.is_rolled_back(step):
             self.missing.append(
                 f"{run.uri} went back behind step {step} later, so the steps that it left out then are not named, "
                 "though the checkpoint has learned them"
             )
-        return Learning(ledger, config, outcomes, store, manifest, step)
-
-    @cached_property
-    def _searched(self) -> SearchedStore:
-        """What the run trains on; without its ledger all that is not held out in the store."""
-        if self.learning is not None:
-            pieces = [*chain.from_iterable(text.text for text in self.learning.order.texts)]
-        else:
-            trained = [s for s in self.indexed.manifest.shards if s.split == "train"]
-            pieces = [*whole(trained)]
-        return SearchedStore(self.indexed.store, self.indexed.manifest, pieces)
+        return Learning(opened, store, manifest, step)
 
     def answer(self, question: Question) -> dict[str, Any]:
         """Returns the maximal spans. Raises `RefusedError`, and `TokenStoreError` for a part of the
         store or of the index that is missing."""
         ids = self._ids(question)
-        spans: list[Span] = []
+        traced = Trace(ids, ())
         if len(ids) >= question.min_tokens:
-            spans = find_spans(
-                ids, self.indexed.index, self._searched, min_tokens=question.min_tokens
-            )
-        listed = self.limits.max_listed
-        most = max(1, min(question.documents, listed // max(1, len(spans))))
+            traced = self.tracing.trace(ids, min_tokens=question.min_tokens)
+        listed, num_spans = self.limits.max_listed, len(traced.spans)
+        most = max(1, min(question.documents, listed // max(1, num_spans)))
         characters = self._characters(ids, question.text)
         return {
             "run": self.checkpoint.run_id,
@@ -142,10 +128,11 @@ class CheckpointTrace:
             "manifest_hash": self.indexed.manifest.hash,
             "text": self._text(ids, question.text),
             "num_tokens": len(ids),
-            "traced_tokens": num_covered(spans),
-            "num_spans": len(spans),
+            "traced_tokens": traced.num_covered,
+            "num_spans": num_spans,
             "spans": [
-                self._described(span, ids, characters, question, most) for span in spans[:listed]
+                self._described(traced, span, characters, question.context_tokens, most)
+                for span in traced.spans[:listed]
             ],
             "missing": self.missing,
         }
@@ -194,47 +181,44 @@ class CheckpointTrace:
 
     def _described(
         self,
+        traced: Trace,
         span: Span,
-        ids: Ids,
         characters: list[int] | None,
-        question: Question,
+        context_tokens: int,
         most: int,
     ) -> dict[str, Any]:
-        """Returns what is known of a span."""
-        listed = [self._occurrence(piece, question.context_tokens) for piece in span.pieces[:most]]
-        steps = [step for place in listed for step in (place["first_step"], place["last_step"])]
-        known = [step for step in steps if step is not None]
+        """Returns what is known of a span, with up to so many of its places."""
+        places = [self.tracing.place(piece) for piece in span.pieces[:most]]
+        steps = [step for place in places for step in place.steps]
         return {
             "tokens": [span.start, span.end],
             "characters": characters and [characters[span.start], characters[span.end]],
-            "text": self.indexed.tokenizer.decode(ids[span.start : span.end].tolist()),
+            "text": self.tracing.text(traced, span),
             "occurrences": len(span.pieces),
             "occurrences_at_most": span.at_most or len(span.pieces),
-            "first_step": min(known, default=None),
-            "last_step": max(known, default=None),
-            "documents": listed,
+            "first_step": min(steps, default=None),
+            "last_step": max(steps, default=None),
+            "documents": [self._shown(place, context_tokens) for place in places],
         }
 
-    def _occurrence(self, piece: Piece, context_tokens: int) -> dict[str, Any]:
-        """Returns the document of a place where a span stands, what is around it there, and the
-        steps that learned it."""
-        document = self.indexed.document(piece)
+    def _shown(self, place: Place, context_tokens: int) -> dict[str, Any]:
+        """Returns the document of a place, what is around it there, and the steps that learned
+        it."""
+        piece, document, steps = place.piece, place.document, place.steps
         before, behind = self._around(piece, context_tokens)
-        about: dict[str, Any] = {"file": None, "place": None, "tokens": None, "first_token": None}
-        if document is not None:
-            about = {
-                "file": self.indexed.file(document),
-                "place": document.place,
-                "tokens": document.tokens,
-                "first_token": piece.start - document.start,
-            }
         return {
-            **about,
+            "file": self.indexed.file(document) if document else None,
+            "place": document.place if document else None,
+            "tokens": document.tokens if document else None,
+            "first_token": piece.start - document.start if document else None,
             "shard": piece.shard.file,
             "shard_token": piece.start,
             "before": before,
             "behind": behind,
-            **self._learned(piece),
+            "num_steps": len(steps) if self.tracing.learning else None,
+            "first_step": steps[0] if steps else None,
+            "last_step": steps[-1] if steps else None,
+            "steps": self._learned(place),
         }
 
     def _around(self, piece: Piece, num_tokens: int) -> tuple[str, str]:
@@ -254,30 +238,24 @@ class CheckpointTrace:
         return front.lstrip("\ufffd"), rest.rstrip("\ufffd")
 
     def _tokens(self, piece: Piece) -> list[int]:
-        return self._searched.ids(piece).tolist()
+        return self.tracing.searched.ids(piece).tolist()
 
-    def _learned(self, piece: Piece) -> dict[str, Any]:
-        """Returns the steps that learned tokens of a piece, each with the loss of its batch."""
-        steps = [*self._steps(piece)]
-        numbers = sorted({step["step"] for step in steps})
-        return {
-            "num_steps": None if self.learning is None else len(numbers),
-            "first_step": numbers[0] if numbers else None,
-            "last_step": numbers[-1] if numbers else None,
-            "steps": steps[: self.limits.max_steps],
-        }
-
-    def _steps(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        if self.learning is None:
-            return
-        for turn in self.learning.turns(piece):
-            if turn["outcome"] == Outcome.LEARNED:
-                yield {
-                    "step": turn["step"],
-                    "epoch": turn["epoch"],
-                    "tokens": turn["tokens"],
-                    "loss": self.learning.losses.get(turn["step"]),
-                }
+    def _learned(self, place: Place) -> list[dict[str, Any]]:
+        """Returns the first times that steps learned tokens of a place, each with the loss of its
+        batch."""
+        learning = self.tracing.learning
+        if learning is None:
+            return []
+        learned = [time for time in place.taken if time.outcome is Outcome.LEARNED]
+        return [
+            {
+                "step": time.step,
+                "epoch": time.epoch,
+                "tokens": time.tokens,
+                "loss": learning.losses.get(time.step),
+            }
+            for time in learned[: self.limits.max_steps]
+        ]
 
 
 def _require_lineage(checkpoint: Checkpoint, indexed: IndexedStore) -> None:

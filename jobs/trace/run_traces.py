@@ -1,15 +1,11 @@
 """The process that traces texts beside an endpoint's replica: each line is a question and gets a
 line. It ends when its replica does."""
 
-import contextlib
 import json
-import os
 import resource
-import socket
 import sys
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import orjson
 
@@ -21,31 +17,31 @@ from jobs.trace.checkpoint_trace import (
     Question,
     RefusedError,
 )
+from model.files.line_server import LineServer, own_arguments, with_status
 from raymill.errors import UserError
 
 LOW_PRIORITY = 10  # gets a tenth of a core that the engine wants too
 MEMORY_BYTES = 2 << 30  # of its own; files that are mapped do not count
 
 
-def answer_line(line: bytes, opened: Callable[[], CheckpointTrace]) -> tuple[int, dict[str, Any]]:
-    """Returns the status of a question, and its answer or what is wrong. An empty object only asks
-    whether there are answers."""
+def answer_line(line: bytes, opened: Callable[[], CheckpointTrace]) -> tuple[int, bytes]:
+    """Returns the status of a question, and its answer or what is wrong, as JSON. An empty object
+    only asks whether there are answers."""
     try:
         trace, question = opened(), json.loads(line)
-        return 200, trace.answer(Question(**question)) if question else {}
+        return 200, orjson.dumps(trace.answer(Question(**question)) if question else {})
     except RefusedError as error:
-        return 400, {"message": str(error), "param": error.param}
+        return 400, orjson.dumps({"message": str(error), "param": error.param})
     except LineageError as error:
-        return 409, {"message": str(error)}
+        return 409, orjson.dumps({"message": str(error)})
     except UserError as error:
-        return 503, {"message": str(error)}
+        return 503, orjson.dumps({"message": str(error)})
 
 
 def main() -> int:
-    args = json.loads(sys.argv[1])  # see `Trace`
-    os.nice(LOW_PRIORITY)
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
-    connection = socket.socket(fileno=args["socket"])
+    args = own_arguments()  # see `Trace`
+    limits = {resource.RLIMIT_DATA: MEMORY_BYTES}
+    server = LineServer(args["socket"], niceness=LOW_PRIORITY, limits=limits)
 
     @cache
     def opened() -> CheckpointTrace:
@@ -56,10 +52,7 @@ def main() -> int:
             storage_uri=args["storage"],
         )
 
-    with contextlib.suppress(ConnectionError), connection.makefile("rb") as lines:
-        for line in lines:
-            status, body = answer_line(line, opened)
-            connection.sendall(b"%d %b\n" % (status, orjson.dumps(body)))
+    server.serve(lambda line: with_status(*answer_line(line, opened)))
     return 0
 
 

@@ -3,24 +3,21 @@ in which documents, and at which steps the run learned them."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 from cluster.output.result_text import counted, lines, table
 from cluster.storage.uris import Storage
-from jobs.proof.step_outcomes import Outcome, StepOutcomes
+from jobs.proof.opened_run import Learning, OpenedRun, Taken, learned_steps
+from jobs.proof.step_outcomes import Outcome
 from jobs.proof.stored_documents import first_words
-from jobs.run.find_run import begun_ledger, data_identity, find_tokens, stores_with
-from jobs.run.history import recorded_config
-from jobs.tokens.shard_reader import Piece
+from jobs.run.find_run import find_tokens, stores_with
+from jobs.tokens.document_map import MappedDocument
 from jobs.tokens.token_store import TokenStoreError
 from jobs.trace.indexed_store import IndexedStore
-from jobs.trace.learning import Learning
-from jobs.trace.spans import SearchedStore, Span, find_spans, num_covered
+from jobs.trace.spans import Span
 from jobs.trace.trace_index import TraceIndexError
-from jobs.trace.windows import Ids
+from jobs.trace.tracing import Place, Trace, Tracing
 from raymill.errors import UserError
 
 MOST_PLACES = 1000
@@ -31,40 +28,28 @@ _SHOWN_CHARS = 70
 _READERS = 16  # threads: from S3, a document's front is little but waiting
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A run, the indexed store that it was trained on, and what it learned of it."""
-
-    run: Storage
-    indexed: IndexedStore
-    learning: Learning
-
-
 def trace(run: Storage, text: str, *, min_tokens: int, step: int | None = None) -> dict[str, Any]:
     """Lists the maximal spans of a text, of at least `min_tokens`, that stand in what the run
     trains on. With `step`, only steps up to that one count, as its checkpoint knows no later ones.
     Raises `UserError`."""
-    opened = _opened(run, step)
-    indexed, learning = opened.indexed, opened.learning
-    ids = indexed.encoded(text)
-    pieces = chain.from_iterable(source.text for source in learning.order.texts)
-    searched = SearchedStore(indexed.store, indexed.manifest, pieces)
-    spans = find_spans(ids, indexed.index, searched, min_tokens=min_tokens)
+    learning, indexed = _opened(run, step)
+    tracing = Tracing(indexed, learning)
+    traced = tracing.trace(indexed.encoded(text), min_tokens=min_tokens)
     return {
         "run": run.uri,
         "store": indexed.store.uri,
         "step": learning.last_step,
-        "tokens": len(ids),
-        "traced_tokens": num_covered(spans),
+        "tokens": len(traced.ids),
+        "traced_tokens": traced.num_covered,
         "document_map": indexed.mapped is not None,
-        "spans": [_described(opened, ids, span) for span in spans],
+        "spans": [_described(tracing, traced, span) for span in traced.spans],
     }
 
 
-def _opened(run: Storage, step: int | None) -> _Run:
+def _opened(run: Storage, step: int | None) -> tuple[Learning, IndexedStore]:
     """Opens a run with the store of its last attempt, or of a step."""
-    ledger, config = begun_ledger(run), recorded_config(run)
-    outcomes, identity = StepOutcomes(ledger), data_identity(ledger)
+    opened = OpenedRun.open(run)
+    outcomes, identity = opened.outcomes, opened.identity()
     if step is not None:
         if not 1 <= step <= outcomes.last_step:
             raise UserError(f"--step {step}: {run.uri} has taken steps 1 to {outcomes.last_step}")
@@ -76,8 +61,7 @@ def _opened(run: Storage, step: int | None) -> _Run:
         identity = outcomes.identity(step)
     indexed = _indexed_store(run, identity)
     last_step = step or outcomes.last_step
-    learning = Learning(ledger, config, outcomes, indexed.store, indexed.manifest, last_step)
-    return _Run(run, indexed, learning)
+    return Learning(opened, indexed.store, indexed.manifest, last_step), indexed
 
 
 def _indexed_store(run: Storage, identity: str | None) -> IndexedStore:
@@ -96,46 +80,45 @@ def _indexed_store(run: Storage, identity: str | None) -> IndexedStore:
     return next((indexed for indexed in opened if indexed.mapped), opened[0])
 
 
-def _described(opened: _Run, ids: Ids, span: Span) -> dict[str, Any]:
+def _described(tracing: Tracing, traced: Trace, span: Span) -> dict[str, Any]:
     """Returns what is known of a span."""
-    listed = span.pieces[:MOST_PLACES]
     with ThreadPoolExecutor(_READERS) as pool:
-        places = [*pool.map(partial(_place, opened), listed)]
-    turns = [turn for place in places for turn in place["turns"]]
-    steps = sorted({turn["step"] for turn in turns if turn["outcome"] == Outcome.LEARNED})
+        places = [*pool.map(tracing.place, span.pieces[:MOST_PLACES])]
+        shown = [*pool.map(partial(_shown, tracing.indexed), places)]
+    taken = [time for place in places for time in place.taken]
+    steps = learned_steps(taken)
     return {
         "start": span.start,
         "end": span.end,
         "tokens": span.end - span.start,
-        "text": opened.indexed.tokenizer.decode(ids[span.start : span.end].tolist()),
+        "text": tracing.text(traced, span),
         "occurrences": len(span.pieces),
         "occurrences_at_most": span.at_most or len(span.pieces),
-        "verdict": _verdict(steps, turns),
+        "verdict": _verdict(steps, taken),
         "steps": len(steps),
         "first_step": steps[0] if steps else None,
         "last_step": steps[-1] if steps else None,
-        "places": places,
+        "places": shown,
     }
 
 
-def _place(opened: _Run, piece: Piece) -> dict[str, Any]:
-    """Returns the document of a place where a span stands, and the steps that took it."""
-    turns = [*opened.learning.turns(piece)]
-    learned = [turn["step"] for turn in turns if turn["outcome"] == Outcome.LEARNED]
+def _shown(indexed: IndexedStore, place: Place) -> dict[str, Any]:
+    """Returns a place as JSON has it."""
+    steps = place.steps
     return {
-        **_document(opened, piece),
-        "shard": piece.shard.file,
-        "token": piece.start,
-        "first_step": min(learned, default=None),
-        "last_step": max(learned, default=None),
-        "turns": turns,
+        **_document(indexed, place.document),
+        "shard": place.piece.shard.file,
+        "token": place.piece.start,
+        "first_step": steps[0] if steps else None,
+        "last_step": steps[-1] if steps else None,
+        "turns": [
+            {name: value for name, value in time.json().items() if name != "sample"}
+            for time in place.taken
+        ],
     }
 
 
-def _document(opened: _Run, piece: Piece) -> dict[str, Any]:
-    """Returns the document that holds a piece; without a map, none is known."""
-    indexed = opened.indexed
-    document = indexed.document(piece)
+def _document(indexed: IndexedStore, document: MappedDocument | None) -> dict[str, Any]:
     if document is None or indexed.mapped is None:
         return {"file": None, "place": None, "text": None}
     return {
@@ -145,15 +128,14 @@ def _document(opened: _Run, piece: Piece) -> dict[str, Any]:
     }
 
 
-def _verdict(steps: Sequence[int], turns: Sequence[dict[str, Any]]) -> str:
+def _verdict(steps: Sequence[int], taken: Sequence[Taken]) -> str:
     if steps:
         return f"learned at {counted(len(steps), 'step')}, first {steps[0]}, last {steps[-1]}"
-    coming = [turn["step"] for turn in turns if turn["outcome"] == Outcome.NOT_TAKEN]
+    coming = [time.step for time in taken if time.outcome is Outcome.NOT_TAKEN]
     if coming:
         return f"not learned yet: step {min(coming)} is to come"
-    if turns:
-        outcomes = sorted({turn["outcome"] for turn in turns})
-        return f"not learned: {', '.join(outcomes)}"
+    if taken:
+        return f"not learned: {', '.join(sorted({time.outcome for time in taken}))}"
     return "not learned: the run takes no row in which tokens of it count"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from cluster.settings.run import BatchSchedule, RunConfig, cooldown_tokens, max_steps, warmup_tokens
 from jobs.exact.audited_gradient import AuditedGradient, AuditedStep
 from jobs.exact.audits.silent_faults import corrupt
+from jobs.run.end import End
 from jobs.run.run_plan import RunPlan
 from jobs.saving.saver import Saver
 from jobs.snapshots.snapshots import Snapshots
@@ -172,39 +173,25 @@ class Attempt:
         elif news is not None:
             self.tell("snapshots_on", step=step, attempt=self.number)
 
-    def finish(self, step: int | None) -> None:
-        """Returns once the storage has the attempt's last checkpoint and all of its ledger; `step`
-        was its last one, if that stands."""
+    def close(self, end: End | None) -> None:
+        """Returns once the storage has the attempt's last checkpoint and all of its ledger. Without
+        an end, other workers continue."""
         self.saver.finish()
         if self.writer:
-            self.writer.finish(step=step if step == max_steps(self.plan.config) else None)
+            self.writer.close(end)
 
-    def go_back(self) -> bool:
-        """Ends the attempt where the ledger says from which earlier state the next one
-        continues. Returns True."""
-        self.finish(None)
-        return True
-
-    def leave(self, step: int, decision: Decision) -> bool:
-        """Ends the attempt at a step that cannot stand. Returns whether another attempt
-        continues."""
-        continues = decision.verdict is Verdict.ROLL_BACK
-        if continues:
-            first, last = decision.state.rollbacks[-1]
-            left_out = self.schedule.samples_of(first, last)
-            samples = [left_out.start, left_out.stop]
-            self.tell(
-                "rollback",
-                step=step,
-                first=first,
-                last=last,
-                samples=samples,
-                reason=decision.reason,
-            )
-        else:
-            self.tell("gave_up", step=step, reason=f"step {step}: {decision.reason}")
-        self.finish(None)
-        return continues
+    def leave(self, step: int, decision: Decision) -> End:
+        """Says in the ledger why a step cannot stand."""
+        if decision.verdict is not Verdict.ROLL_BACK:
+            self.tell(End.GAVE_UP, step=step, reason=f"step {step}: {decision.reason}")
+            return End.GAVE_UP
+        first, last = decision.state.rollbacks[-1]
+        left_out = self.schedule.samples_of(first, last)
+        samples = [left_out.start, left_out.stop]
+        self.tell(
+            "rollback", step=step, first=first, last=last, samples=samples, reason=decision.reason
+        )
+        return End.WENT_BACK
 
 
 def saves(config: RunConfig, step: int) -> bool:

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jobs.exact.run_state import decoder_of
-from model import foreign_config
 from model.architecture import ParameterNames
 from model.config import GPTConfig, Shape
+from model.decoders import foreign_layer
 from model.foreign_config import ForeignConfig
 from raymill.state.train_state import TrainState
 from raymill.step_timer import StepTimer
@@ -96,7 +96,7 @@ def _layers_by_name(shape: Shape) -> Callable[[str], str]:
         case GPTConfig():
             return partial(layer_of, names=shape.network.parameters)
         case ForeignConfig():
-            return foreign_config.layer_of
+            return foreign_layer.layer_of
         case _:
             assert_never(shape)
 

@@ -62,18 +62,11 @@ from jobs.workers.placement import at_odds
 from jobs.workers.preemption import Notices, Signals
 from model.decoders.adapted import AdaptedModel
 from model.decoders.make import initial_weights, new_decoder
+from model.hardware.memory import keep_freed_memory
 from model.text.tokenizer import Tokenizer
 from raymill.errors import CheckpointError
-from raymill.memory import keep_freed_memory
 from raymill.state.train_state import TrainState
 from raymill.workers.worker_group import WorkerGroup
-
-
-@dataclass(frozen=True)
-class Hopeless:
-    """Neither this attempt nor a later one can continue the run; the ledger says why."""
-
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -114,8 +107,9 @@ class _Workers:
 
 def open_attempt(
     plan: RunPlan, group: WorkerGroup, opened: ExitStack, *, signals: Callable[[], Signals | None]
-) -> Attempt | Hopeless:
-    """Returns once every rank has the state and is ready for the first step.
+) -> Attempt | None:
+    """Returns once every rank has the state and is ready for the first step; None where no attempt
+    can continue the run, as the ledger says.
 
     `opened` ends the attempt's threads; the next attempt repeats what was not stored by then.
     `signals` returns what changes when this process is warned of its end.
@@ -140,10 +134,10 @@ def open_attempt(
     # Rank 0 chooses the checkpoint for all: another rank might see a newer or a damaged one.
     writer, choice = _chosen(plan, snapshots, opened, workers) if group.rank == 0 else (None, None)
     start = group.broadcast(choice)
-    if isinstance(start, Hopeless):
+    if isinstance(start, str):
         if writer:
-            writer.give_up(start.reason)
-        return start
+            writer.give_up(start)
+        return None
     return _continued(plan, group, opened, start, snapshots, workers, writer, device, signals)
 
 
@@ -259,21 +253,21 @@ def _saver(
 
 def _chosen(
     plan: RunPlan, snapshots: Snapshots, opened: ExitStack, workers: _Workers
-) -> tuple[RunWriter | None, _Start | Hopeless]:
+) -> tuple[RunWriter | None, _Start | str]:
     """Returns the run's writer, unless another launcher's has taken its place, and where all ranks
-    continue."""
+    continue, or why they cannot."""
     writer = None
     try:
         writer = RunWriter(plan)
         opened.callback(writer.abandon)
         return writer, _choose(plan, writer, snapshots, workers)
     except (LeaseLostError, CheckpointError) as error:
-        return writer, Hopeless(str(error))
+        return writer, str(error)
 
 
 def _choose(
     plan: RunPlan, writer: RunWriter, snapshots: Snapshots, workers: _Workers
-) -> _Start | Hopeless:
+) -> _Start | str:
     """Raises `LeaseLostError`, and `CheckpointError` where the run's checkpoints are damaged or do
     not fit it."""
     patiently(lambda: write_down(plan.run, writer.ledger), "incidents")
@@ -281,11 +275,11 @@ def _choose(
     most = config.scaling.max_fruitless_attempts
     reason = why_give_up(read.lines, max_fruitless_attempts=most) or why_no_further(read.lines)
     if reason:
-        return Hopeless(reason)
+        return reason
     unlike = differences(workers.kinds, nodes=workers.nodes) + changes(read, workers.kinds[0])
     refusal = why_refused(config, read, unlike)
     if refusal:
-        return Hopeless(refusal)
+        return refusal
     if not unlike and goes_back_from_snapshots(snapshots, writer, read.lines):
         read = writer.outline()
     start = _Start(

@@ -5,9 +5,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cluster.settings.run import max_steps
 from cluster.storage.registry import publications, served_checkpoints
 from cluster.storage.uris import open_storage
 from jobs.run.checkpoints import RunCheckpoints, generation_of, step_of
+from jobs.run.end import End
 from jobs.run.ledger import LEDGER, Ledger, LedgerWriter, Void
 from jobs.run.ledger_outline import LedgerOutline, last_step
 from jobs.run.run_plan import RunPlan
@@ -141,26 +143,24 @@ class RunWriter:
                 "they were, or choose another --run-id"
             )
 
-    def finish(self, *, step: int | None) -> None:
-        """Returns once the storage has the whole ledger; `step` is the run's last one, if that is
-        done. The run has not finished where the last checkpoint was refused: a resume repeats the
-        steps since the one before."""
-        saves = (
-            self.outline().events("checkpoint", "checkpoint_refused") if step is not None else []
-        )
-        if saves and saves[-1]["event"] == "checkpoint_refused":
-            reason = (
-                f"the checkpoint of step {saves[-1]['step']} was not stored: {saves[-1]['reason']}"
-            )
-            reason += ". The same --run-id repeats the steps since the one before"
-            self.ledger.event("gave_up", step=step, reason=reason)
-        elif step is not None:
-            self.ledger.event("finish", step=step)
+    def close(self, end: End | None) -> None:
+        """Returns once the storage has the whole ledger, with the line of a run that has come to its
+        end. It has not where the last checkpoint was refused: a resume repeats the steps since the
+        one before."""
+        if end is End.FINISHED:
+            step = max_steps(self._plan.config)
+            saves = self.outline().events("checkpoint", "checkpoint_refused")
+            if saves and saves[-1]["event"] == "checkpoint_refused":
+                reason = f"the checkpoint of step {saves[-1]['step']} was not stored: {saves[-1]['reason']}"
+                reason += ". The same --run-id repeats the steps since the one before"
+                self.ledger.event(End.GAVE_UP, step=step, reason=reason)
+            else:
+                self.ledger.event(End.FINISHED, step=step)
         self.ledger.close()
 
     def give_up(self, reason: str) -> None:
         """Records that the run ends before it is done, and why."""
-        self.ledger.event("gave_up", reason=reason, step=last_step(self.outline()))
+        self.ledger.event(End.GAVE_UP, reason=reason, step=last_step(self.outline()))
         self.ledger.close()
 
     def abandon(self) -> None:

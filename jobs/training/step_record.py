@@ -14,7 +14,6 @@ from jobs.sentinel.proven_part import NOT_AUDITED, ProvenPart
 from jobs.training.layer_statistics import LayerStatistics
 from jobs.training.rank_phases import WINDOW_STEPS, RankPhases, as_fields
 from jobs.training.run_writer import RunWriter
-from model.config import flops_per_token
 from model.hardware.gpus import gpu_of
 from model.operations import compilations
 from raymill.state.stored_state import hash_of_weights
@@ -134,5 +133,5 @@ class StepRecord:
         gpu = gpu_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         if gpu is None:
             return None
-        flops_per_s = tokens_per_s * flops_per_token(self._config.model, seq_len(self._config))
+        flops_per_s = tokens_per_s * self._config.model.flops_per_token(seq_len(self._config))
         return flops_per_s / (gpu.peak_flops_per_s * self._group.world_size)

@@ -2,16 +2,17 @@
 failure."""
 
 import gc
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 from cluster.settings.run import max_steps
+from jobs.run.end import End
 from jobs.run.run_plan import RunPlan
 from jobs.training.attempt import Attempt
 from jobs.training.guards import Verdict
-from jobs.training.open_attempt import Hopeless, open_attempt
+from jobs.training.open_attempt import open_attempt
 from jobs.training.sentinel import CorruptionError
 from jobs.workers.failures import is_lost_peer
 from jobs.workers.heartbeat import Pulse
@@ -30,8 +31,8 @@ def train(
     meeting: Meeting | None = None,
     pulse: Pulse | None = None,
     signals: Callable[[], Signals | None] = lambda: None,
-) -> None:
-    """Trains to the end of the run, or until a worker is lost: then the next attempt continues from
+) -> End:
+    """Trains until something ends the run, or a worker is lost: then the next attempt continues from
     the newest state.
 
     `meeting` is the round in which the workers met. `pulse` shows a watchdog where this worker is.
@@ -40,34 +41,50 @@ def train(
     group = WorkerGroup(rank, world_size, meeting or new_meeting())
     pulse = pulse or Pulse({})
     pulse.meeting = group.meeting
-    # A rollback is a restart without Ray Train
-    while _attempt_continues(plan, group, pulse, signals):
-        pass
+    with last_attempt(plan, group, pulse, signals) as (end, _):
+        return end
 
 
-def _attempt_continues(
-    plan: RunPlan, group: WorkerGroup, pulse: Pulse, signals: Callable[[], Signals | None]
-) -> bool:
-    """Makes one attempt. Returns whether another one is to continue from an earlier state."""
-    gc.collect()  # what refers to itself of the attempt before, which takes as much memory
-    with ExitStack() as opened:
-        attempt = open_attempt(plan, group, opened, signals=signals)
-        if isinstance(attempt, Hopeless):
-            return False
-        try:
-            return take_steps(attempt, pulse)
-        except CorruptionError:
-            attempt.finish(None)
-            raise
-        except RuntimeError as error:
-            if is_lost_peer(error):
-                attempt.snapshots.rescue(attempt.state)
-            raise
+@contextmanager
+def last_attempt(
+    plan: RunPlan,
+    group: WorkerGroup,
+    pulse: Pulse,
+    signals: Callable[[], Signals | None] = lambda: None,
+) -> Iterator[tuple[End, Attempt | None]]:
+    """Makes attempts until one does not go back: a rollback is a restart without Ray Train. Yields
+    what ended the last one, and that attempt with its state; None where it could not begin."""
+    end = End.WENT_BACK
+    while end is End.WENT_BACK:
+        gc.collect()  # what refers to itself of the attempt before, which takes as much memory
+        with ExitStack() as opened:
+            attempt = open_attempt(plan, group, opened, signals=signals)
+            if attempt is None:
+                yield End.GAVE_UP, None
+                return
+            end = _all_steps(attempt, pulse)
+            if end is not End.WENT_BACK:
+                yield end, attempt
+        del attempt
 
 
-def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
-    """Takes steps until the run ends or has to stop. Returns whether it is to continue from an
-    earlier state."""
+def _all_steps(attempt: Attempt, pulse: Pulse) -> End:
+    """Takes steps, and stores what has to outlive the attempt, however it ends."""
+    try:
+        end = take_steps(attempt, pulse)
+        attempt.close(end)
+        return end
+    except CorruptionError:
+        attempt.close(None)
+        raise
+    except RuntimeError as error:
+        if is_lost_peer(error):
+            attempt.snapshots.rescue(attempt.state)
+        raise
+
+
+def take_steps(attempt: Attempt, pulse: Pulse) -> End:
+    """Takes steps until something ends the attempt."""
     config, timer = attempt.plan.config, attempt.record.timer
     last_step = max_steps(config)
     step = attempt.first_step
@@ -78,15 +95,15 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
         attempt.notices.ask()
         measured = attempt.measure(step)
         if measured is None:
-            return attempt.go_back()
+            return End.WENT_BACK
         decision = attempt.update(step, measured)
         if decision is None:
-            return attempt.go_back()
+            return End.WENT_BACK
         if decision.verdict in (Verdict.ROLL_BACK, Verdict.STOP):
             return attempt.leave(step, decision)
         attempt.guard = decision.state
         if attempt.sentinel.goes_back_after(step):
-            return attempt.go_back()
+            return End.WENT_BACK
 
         validation: dict[str, Any] = {}
         if attempt.is_validated(step):
@@ -117,5 +134,4 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
             break
         step, attempt.guard = attempt.guard.entering(step + 1)
     pulse.at(Place.AROUND)
-    attempt.finish(min(step, attempt.plan.last_step))
-    return False
+    return End.FINISHED if min(step, attempt.plan.last_step) == last_step else End.STOPPED

@@ -92,7 +92,7 @@ def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
         return
     num_ids, num_rows = tokenizer.vocab_size, shape.vocab_size
     # padded: no setting helps
-    is_padded = num_ids != num_rows and isinstance(shape, GPTConfig)
+    is_padded = num_ids != num_rows and not shape.by_transformers
     if is_padded and (own is None or own.hash == tokenizer.hash):
         raise ConfigError(
             f"train.init_from={uri}: the tokenizer has {num_ids} ids and the embedding {num_rows} rows, expected equal "

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from cluster.settings.run import RunConfig, max_steps
-from jobs.run.ledger import Line, is_stop
+from jobs.run.end import is_stop
+from jobs.run.ledger import Line
 from jobs.run.storage_retry import StoredPart
 
 _STEP_FIELDS = {
@@ -17,7 +18,7 @@ _STEP_FIELDS = {
 
 
 class Sample(NamedTuple):
-    """A value of a metric in `cluster.monitoring.metric_table`; `label` is the value of its own
+    """A value of a metric in `cluster.metrics.metric_table`; `label` is the value of its own
     label, if any."""
 
     name: str

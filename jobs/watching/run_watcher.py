@@ -12,9 +12,9 @@ from contextlib import closing, contextmanager, suppress
 
 import ray
 
-from cluster.monitoring.grafana import Annotation, Annotator
-from cluster.monitoring.metric_export import Metrics
-from cluster.monitoring.metric_table import Exporter, metrics
+from cluster.metrics.annotation import Annotation, annotator
+from cluster.metrics.metric_export import Metrics
+from cluster.metrics.metric_table import Exporter, metrics
 from cluster.output.progress import report_progress, say
 from cluster.output.result_text import counted
 from cluster.settings.run import max_steps
@@ -88,7 +88,7 @@ class _Watcher:
         self._figures = RunFigures(plan.config)
         self._metrics = Metrics(Exporter.LAUNCHER, run=self._run_id)
         self._curves = TensorBoardFiles(plan.run)
-        self._annotator = Annotator.from_environment()
+        self._annotator = annotator()
         self._world_size = 0
 
     def close(self) -> None:

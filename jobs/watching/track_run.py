@@ -104,7 +104,7 @@ def track(run: Storage, *, mlflow: str, follow: bool) -> dict[str, Any]:
             num_steps, last = num_steps + 1, step
             if follow:
                 tracker.flush()
-    is_finished = bool(Ledger.read(run).events("finish"))
+    is_finished = Ledger.read(run).is_finished
     tracker.end(is_finished=is_finished)
     return {
         "sent_steps": num_steps,
@@ -128,7 +128,7 @@ def _counted(ledger: Ledger) -> list[Line]:
 def _growing(run: Storage) -> Iterator[Line]:
     """Yields lines as they are added, up to the run's end."""
     tail = LedgerTail(run)
-    while not tail.ledger.events("finish"):
+    while not tail.ledger.is_finished:
         with suppress(StorageError):  # an outage, after which it continues
             yield from tail.read()
         time.sleep(_INTERVAL_S)

@@ -120,7 +120,7 @@ class Rendezvous:
             self._group, dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
         )
 
-    def attend(self, work: Callable[[Meeting], None]) -> bool:
+    def attend(self, work: Callable[[Meeting], object]) -> bool:
         """Meets the others and does the work with them. Returns False when one of them was lost:
         then meet again.
 

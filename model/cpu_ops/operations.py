@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.linear_cross_entropy import IGNORE_INDEX, compute_dtype
 from model.operations import PLAIN
-from raymill.loans import scratch_like, sink_of
+from raymill.loans import gradient_sinks, scratch_memory
 
 _BLOCK_VALUES = 1 << 18
 """How many scores are exponentiated together: in fp32 they take 1 MB, which stays in its cache."""
@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = compute_dtype(x)
     w = weight.detach().to(dtype)
-    return _Product.apply(x.to(dtype), weight, bias, w, sink_of(weight))
+    return _Product.apply(x.to(dtype), weight, bias, w, _sink_of(weight))
 
 
 class _Product(torch.autograd.Function):
@@ -74,7 +74,7 @@ def embed(indices: Tensor, weight: Tensor, *, shared: bool) -> Tensor:
     backward runs."""
     if not torch.is_grad_enabled():
         return F.embedding(indices, weight)
-    return _Embed.apply(weight, indices, sink_of(weight), shared)
+    return _Embed.apply(weight, indices, _sink_of(weight), shared)
 
 
 class _Embed(torch.autograd.Function):
@@ -108,7 +108,7 @@ def cross_entropy(
     w = _in_type(weight, compute_dtype(hidden))
     with_grad = torch.is_grad_enabled()
     return _ChunkedCrossEntropy.apply(
-        hidden, weight, targets, w, sink_of(weight), scale, chunk_tokens, with_grad
+        hidden, weight, targets, w, _sink_of(weight), scale, chunk_tokens, with_grad
     )
 
 
@@ -136,14 +136,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             targets.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=hidden.device
         )
         grad_hidden = torch.empty_like(hidden) if with_grad else None
-        product = scratch_like(w, "head gradient", w.shape) if w.dtype != weight.dtype else None
+        product = _scratch_like(w, "head gradient", w.shape) if w.dtype != weight.dtype else None
         grad_weight = _Sum(w, sink, dtype=weight.dtype, scratch=product) if with_grad else None
         for start in range(0, len(targets), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             h = hidden[rows].to(w.dtype)  # (K, C)
             # As (V, K), not (K, V): in bf16 on a CPU two of the three products then take half the
             # time.
-            scores = torch.mm(w, h.T, out=scratch_like(w, "scores", (len(w), len(h))))
+            scores = torch.mm(w, h.T, out=_scratch_like(w, "scores", (len(w), len(h))))
             places = labels[rows], torch.arange(len(h), device=h.device)
             of_label = scores[places].to(losses.dtype)  # (K,)
             largest, total = _exponentiate(scores, losses.dtype)  # (K,) each
@@ -233,8 +233,22 @@ def _in_type(weight: Tensor, dtype: torch.dtype) -> Tensor:
     values = weight.detach()
     if values.dtype == dtype:
         return values
-    scratch = scratch_like(values.new_empty(0, dtype=dtype), "weight", values.shape)
+    scratch = _scratch_like(values.new_empty(0, dtype=dtype), "weight", values.shape)
     return values.to(dtype) if scratch is None else scratch.copy_(values)
 
 
 CPU = PLAIN._replace(embed=embed, affine=affine, linear=linear, cross_entropy=cross_entropy)
+
+
+def _sink_of(parameter: Tensor) -> Tensor | None:
+    return gradient_sinks.get({}).get(parameter)  # type: ignore[call-overload]
+
+
+def _scratch_like(x: Tensor, name: str, shape: tuple[int, ...]) -> Tensor | None:
+    """Returns memory of x's type for an `out=`, or None, with which `out=` allocates its own."""
+    scratch = scratch_memory.get(None)
+    return (
+        scratch.piece(name, shape, x.dtype)
+        if scratch is not None and x.device.type == "cpu"
+        else None
+    )

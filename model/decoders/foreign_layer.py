@@ -4,11 +4,14 @@ Shapes: B sequences, T tokens of each, C width.
 """
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_IN_BLOCK = re.compile(r"(\w+\.\d+\.\w+)\.")  # `layers.0.mlp` of a parameter's name
 
 
 class Layer:
@@ -56,3 +59,9 @@ class _HiddenValue:
 
 
 _HIDDEN_VALUE = _HiddenValue()
+
+
+def layer_of(parameter: str) -> str:
+    """Returns `layers.0.self_attn`, `layers.0.mlp` …, `embed_tokens`, `norm` or `lm_head`."""
+    in_block = _IN_BLOCK.search(parameter)
+    return in_block[1] if in_block else parameter.split(".")[-2]

@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.adapters.lora import Adapter
 from model.config import Shape
 from model.decoder import Decoder
 from model.decoders.adapted import AdaptedModel
@@ -115,10 +114,9 @@ def descriptions(
         "tokenizer_config.json": _json(tokenizer_config_to_hf(config, **tokens)),
         "raymill.json": _json(metadata.fields),
     }
-    match config:
-        case ForeignConfig(adapter=Adapter() as adapter):
-            base = metadata.base_source or metadata.base
-            files[checkpoint_folder.ADAPTER_CONFIG] = _json(adapter.to_peft(base))
+    if config.adapter is not None:
+        base = metadata.base_source or metadata.base
+        files[checkpoint_folder.ADAPTER_CONFIG] = _json(config.adapter.to_peft(base))
     return files
 
 
@@ -167,7 +165,7 @@ def load_decoder(
     Raises `CheckpointError` naming what is wrong, `UnsupportedModelError` or `ForeignModelError` for
     a model that can't be computed.
     """
-    if checkpoint_folder.is_hf_folder(folder):
+    if checkpoint_folder.StoredModel(folder).is_of_transformers:
         return load_hf(folder).to(dtype)
     if verify and (problems := checkpoint_folder.verify_checkpoint(folder, to_train=False)):
         raise CheckpointError(

@@ -159,17 +159,31 @@ def metadata_from(fields: Any, *, place: str) -> Metadata:
     return Metadata(**{name: given[name] for name in known if name in given})
 
 
-def is_hf_folder(folder: Path) -> bool:
-    """Tells whether transformers saved it. With raymill.json but no manifest it is a torn
-    checkpoint instead."""
-    return (folder / "config.json").exists() and not any(
-        (folder / name).exists() for name in (MANIFEST, "raymill.json")
-    )
+@dataclass(frozen=True)
+class StoredModel:
+    """The model in a folder: a checkpoint of raymill's own, whole or an adapter's weights, or one
+    that transformers saved."""
 
+    folder: Path
 
-def is_adapter(folder: Path) -> bool:
-    """Tells whether its weights are an adapter's, which stands on a base."""
-    return (folder / ADAPTER_CONFIG).exists()
+    @property
+    def is_of_transformers(self) -> bool:
+        """Whether transformers saved it. With raymill.json but no manifest it is a torn checkpoint
+        instead."""
+        own = (MANIFEST, "raymill.json")
+        is_own = any((self.folder / name).exists() for name in own)
+        return (self.folder / "config.json").exists() and not is_own
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether its weights are an adapter's, which stands on a base."""
+        return (self.folder / ADAPTER_CONFIG).exists()
+
+    @property
+    def metadata(self) -> Metadata | None:
+        """What raymill recorded of it; None where transformers saved it. Raises
+        `CheckpointError`."""
+        return None if self.is_of_transformers else read_metadata(self.folder)
 
 
 def manifest_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from model.config import GPTConfig, Shape
 from model.decoder import Decoder
 from model.decoders.make import new_decoder
 from model.files.hf_config import UnsupportedModelError, shape_from_hf
-from model.foreign_config import ForeignConfig, saved_weights
+from model.foreign_config import ForeignConfig, ForeignModelError, imported, module_options
 
 
 def load_hf(folder: Path) -> Decoder:
@@ -26,7 +26,7 @@ def load_hf(folder: Path) -> Decoder:
         config = shape_from_hf(json.loads((folder / "config.json").read_bytes()))
         if isinstance(config, ForeignConfig):
             weight_files(folder)  # refuses pickles
-            return build_model(config, saved_weights(config, folder), source=folder)
+            return build_model(config, _saved_weights(config, folder), source=folder)
         weights = {
             name: tensor
             for file in weight_files(folder)
@@ -95,3 +95,29 @@ def build_model(config: Shape, weights: dict[str, Tensor], *, source: Path) -> D
     model.adopt(weights)
     # Adopted tensors require no gradient; a parameter of the model does.
     return model.requires_grad_(True).eval()
+
+
+def _saved_weights(config: ForeignConfig, folder: Path) -> dict[str, Tensor]:
+    """Returns the parameters in a folder that transformers saved, in fp32 and by the names of its
+    modules, which the files of older versions do not have. Raises `ForeignModelError`."""
+    transformers = imported()
+    transformers.logging.disable_progress_bar()
+    try:
+        module, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **module_options(config),
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ForeignModelError(
+            f"{folder}: transformers cannot load it: {' '.join(str(error).split())}"
+        ) from error
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if names := sorted(map(str, found[problem])):
+            raise ForeignModelError(
+                f"{folder}: {problem.replace('_', ' ')} in the weights: {', '.join(names[:3])}; expected those that "
+                "config.json makes"
+            )
+    return {name: weights.detach() for name, weights in module.named_parameters()}

@@ -9,7 +9,7 @@ from typing import Any, assert_never
 from model.adapters.lora import Adapter
 from model.architecture import ARCHITECTURES, Activation, Architecture
 from model.config import GPTConfig, Shape
-from model.files.checkpoint_folder import ADAPTER_CONFIG, is_adapter, read_json
+from model.files.checkpoint_folder import ADAPTER_CONFIG, StoredModel, read_json
 from model.foreign_config import ForeignConfig, ForeignModelError
 from raymill.errors import CheckpointError, UserError
 
@@ -25,7 +25,7 @@ ACTIVATION_FROM_HF: dict[str, Activation] = dict(_ACTIVATIONS)
 ACTIVATION_TO_HF: dict[Activation, str] = {ours: name for name, ours in reversed(_ACTIVATIONS)}
 
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-"""Of Llama 3's scaling of positions, which has no other values."""
+"""The values of Llama 3's scaling of positions, which has no others."""
 
 
 class UnsupportedModelError(UserError):
@@ -176,7 +176,7 @@ def read_config(folder: Path) -> GPTConfig:
 def require_own_shape(folder: Path) -> None:
     """Raises `UnsupportedModelError` for a model that transformers computes and `GPT` does not. What
     else is wrong with the folder is said when it is loaded."""
-    if is_adapter(folder):
+    if StoredModel(folder).is_adapter:
         raise UnsupportedModelError(
             f"{folder} is an adapter, and raymill's own engine computes whole models: `raymill export --merge` makes "
             "one; vLLM serves adapters beside their base (engine.backend vllm)"
@@ -230,7 +230,7 @@ def read_shape(folder: Path) -> Shape:
     """Returns the shape of the model in a folder, as `shape_from_hf` does; with an adapter, that of
     transformers' module for it."""
     values = read_json(folder / "config.json")
-    if not is_adapter(folder):
+    if not StoredModel(folder).is_adapter:
         return shape_from_hf(values)
     adapter = Adapter.from_peft(read_json(folder / ADAPTER_CONFIG))
     return replace(ForeignConfig.of(values), adapter=adapter)

@@ -8,12 +8,10 @@ The kernel ends it at its bounds of processor time and memory, whatever holds Py
 meanwhile.
 """
 
-import contextlib
 import json
 import os
 import resource
 import signal
-import socket
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 
 from model.files.bounded_text import Bounds
 from model.files.chat_probe import probe_of
+from model.files.line_server import LineServer, own_arguments
 from model.files.stored_tokenizer import load_tokenizer
 from model.text.chat import Chat, ChatError
 from model.text.tokenizer import PromptEncoding, Tokenizer
@@ -31,6 +30,10 @@ def allow(cpu_s: float) -> None:
     """Ends this process once it has used so much more processor time, also in the middle of one C
     function."""
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
+
+
+def as_line(answer: dict[str, Any]) -> bytes:
+    return json.dumps(answer, separators=(",", ":")).encode()
 
 
 def answer_to(request: dict[str, Any], tokenizer: Tokenizer, chat: Chat) -> dict[str, Any]:
@@ -53,23 +56,19 @@ def answer_to(request: dict[str, Any], tokenizer: Tokenizer, chat: Chat) -> dict
 
 
 def main() -> int:
-    args = json.loads(sys.argv[1])  # see `process_arguments`
+    args = own_arguments()  # see `process_arguments` of bounded_text.py
     bounds = Bounds(**args["bounds"])
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would take the engine's processors
-    resource.setrlimit(resource.RLIMIT_AS, (bounds.memory_bytes, bounds.memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no dump of a client's text
-    connection = socket.socket(fileno=args["socket"])
-
-    def send(answer: dict[str, Any]) -> None:
-        connection.sendall(json.dumps(answer, separators=(",", ":")).encode() + b"\n")
-
+    # No dump of a client's text
+    limits = {resource.RLIMIT_AS: bounds.memory_bytes, resource.RLIMIT_CORE: 0}
+    server = LineServer(args["socket"], limits=limits)
     allow(bounds.load_cpu_s)
     try:
         tokenizer = load_tokenizer(Path(args["folder"]))
         assert tokenizer is not None, "a folder without a tokenizer has no programs"
         tokenizer.encode_whole("a text")  # once, so that the first request finds its tables ready
         chat = Chat(tokenizer)
-        send({"loaded": True})
+        server.send(as_line({"loaded": True}))
         allow(bounds.request_cpu_s)
         probe = probe_of(chat, is_chat_tuned=tokenizer.chat is not None)
     except (
@@ -79,15 +78,16 @@ def main() -> int:
         TypeError,
         MemoryError,
     ) as error:  # foreign files may raise anything
-        send(
-            {"error": f"the tokenizer or chat template cannot be read: {str(error) or repr(error)}"}
-        )
+        what = f"the tokenizer or chat template cannot be read: {str(error) or repr(error)}"
+        server.send(as_line({"error": what}))
         return 1
-    send({"probe": asdict(probe)})
-    with contextlib.suppress(ConnectionError), connection.makefile("rb") as lines:
-        for line in lines:
-            allow(bounds.request_cpu_s)
-            send(answer_to(json.loads(line), tokenizer, chat))
+    server.send(as_line({"probe": asdict(probe)}))
+
+    def answer(line: bytes) -> bytes:
+        allow(bounds.request_cpu_s)
+        return as_line(answer_to(json.loads(line), tokenizer, chat))
+
+    server.serve(answer)
     return 0
 
 

@@ -46,7 +46,7 @@ def saved_parameters(folder: Path) -> Mapping[str, Tensor]:
 
 def _stored(folder: Path) -> StoredTensors | None:
     """Returns the tensors in a folder; None where one cannot be read so."""
-    if checkpoint_folder.is_hf_folder(folder):
+    if checkpoint_folder.StoredModel(folder).is_of_transformers:
         files = [path.name for path in weight_files(folder)]
     else:
         names = [path.name for path in folder.iterdir()]

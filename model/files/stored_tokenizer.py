@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from model.files.checkpoint_folder import is_hf_folder
+from model.files.checkpoint_folder import StoredModel
 from model.text.tokenizer import Tokenizer, chat_format, from_gpt2_files
 from raymill.errors import CheckpointError
 
@@ -17,6 +17,6 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         return Tokenizer.from_json(path.read_bytes(), chat)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return from_gpt2_files(folder / "vocab.json", folder / "merges.txt")
-    if is_hf_folder(folder):
+    if StoredModel(folder).is_of_transformers:
         return None
     raise CheckpointError(f"checkpoint {folder} is not valid: tokenizer.json is missing")

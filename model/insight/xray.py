@@ -26,14 +26,14 @@ from model.kv_cache import for_each_head
 Clock = Callable[[], float]
 
 
-class Stage(NamedTuple):
+class QueryStage(NamedTuple):
     name: str
     layer: int | None
     shape: tuple[int, ...]
     seconds: float
 
 
-class Span(NamedTuple):
+class TimeSpan(NamedTuple):
     """One piece of a query's time, on the given clock."""
 
     name: str
@@ -48,10 +48,10 @@ class Attention(NamedTuple):
     values: Tensor  # (H, P, D)
 
 
-class Reading(NamedTuple):
+class AttentionReading(NamedTuple):
     """The result of reading some tokens."""
 
-    stages: list[Stage]
+    stages: list[QueryStage]
     attention: list[Attention]  # by layer
     logits: Tensor  # (N, V), fp32
 
@@ -59,14 +59,14 @@ class Reading(NamedTuple):
 @dataclass(frozen=True)
 class Query:
     """A prompt and its continuation. The last token is drawn and not read: it has no row in any
-    `Reading`."""
+    `AttentionReading`."""
 
     token_ids: list[int]
     num_prompt_tokens: int
     # Of each new token, after temperature, top-k, top-p and min-p; 1 when greedy
     drawn_probabilities: list[float]
-    readings: list[Reading]  # of the prompt, then of each new token
-    spans: list[Span]
+    readings: list[AttentionReading]  # of the prompt, then of each new token
+    spans: list[TimeSpan]
 
     @property
     def logits(self) -> Tensor:
@@ -94,7 +94,7 @@ class Prediction(NamedTuple):
     top: list[Candidate]
 
 
-class Reader:
+class AttentionReader:
     """Reads a sequence piece by piece, and keeps the keys and values of the pieces read: a `Window`
     for the model's attention, which shows its weights."""
 
@@ -111,17 +111,17 @@ class Reader:
         self._attention: list[Attention] = []  # of the layers that the present call has reached
 
     @torch.inference_mode()
-    def read(self, token_ids: Sequence[int]) -> Reading:
+    def read(self, token_ids: Sequence[int]) -> AttentionReading:
         """Reads the next tokens, at the positions after those read before."""
         body = self._model.body
-        stages: list[Stage] = []
+        stages: list[QueryStage] = []
         self._attention = []
         last_s = self._clock()
 
         def done(name: str, value: Tensor, *, layer: int | None = None) -> None:
             nonlocal last_s
             now_s = self._clock()
-            stages.append(Stage(name, layer, tuple(value.shape), now_s - last_s))
+            stages.append(QueryStage(name, layer, tuple(value.shape), now_s - last_s))
             last_s = now_s
 
         first, device = self._past[0][0].shape[1], self._past[0][0].device
@@ -144,7 +144,7 @@ class Reader:
         logits = self._model.logits(x)  # (1, N, V)
         done("logits", logits)
         done("softmax", logits.softmax(dim=-1))
-        return Reading(stages, self._attention, logits[0])
+        return AttentionReading(stages, self._attention, logits[0])
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Returns the attention of the new tokens (1, H, N, D) to themselves and to all tokens read
@@ -183,15 +183,15 @@ def run_query(
     """
     begun_s = clock()
     params = params.with_seed()
-    reader = Reader(model, clock=clock)
-    spans: list[Span] = []
+    reader = AttentionReader(model, clock=clock)
+    spans: list[TimeSpan] = []
     drawn: list[float] = []
     output_ids: list[int] = []
 
     def end_span(name: str) -> None:
         """Ends the span that began where the one before it ended, so that no time lies between
         two."""
-        spans.append(Span(name, spans[-1].end_s if spans else begun_s, clock()))
+        spans.append(TimeSpan(name, spans[-1].end_s if spans else begun_s, clock()))
 
     readings = [reader.read(prompt_ids)]
     end_span("prefill")

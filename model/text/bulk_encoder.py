@@ -18,7 +18,7 @@ import numpy.typing as npt
 import tiktoken
 from tokenizers import models
 
-from model.text.places import Place
+from model.text.places import TextPlace
 from model.text.token_bytes import byte_of_character
 from model.text.tokenizer import END_OF_TEXT, Tokenizer
 from raymill.errors import UserError
@@ -69,14 +69,14 @@ class PlainEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def encode(self, text: str, place: Place = Place.START) -> npt.NDArray[np.uint32]:
+    def encode(self, text: str, place: TextPlace = TextPlace.START) -> npt.NDArray[np.uint32]:
         """Returns ids (N,). Raises `TokenizerError` for a lone surrogate."""
         return np.array(self._tokenizer.encode(text, place), dtype=np.uint32)
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[npt.NDArray[np.uint32]]:
         """Yields the ids of the pieces of one text, in order."""
         for number, piece in enumerate(pieces):
-            yield self.encode(piece, Place.INSIDE if number else Place.START)
+            yield self.encode(piece, TextPlace.INSIDE if number else TextPlace.START)
 
 
 class BulkEncoder(PlainEncoder):
@@ -106,7 +106,7 @@ class BulkEncoder(PlainEncoder):
         ids = [content["model"]["vocab"][token] for token in tokens]
         self._ids = None if ids == list(range(len(ids))) else np.array(ids, dtype=np.uint32)
 
-    def encode(self, text: str, place: Place = Place.START) -> npt.NDArray[np.uint32]:
+    def encode(self, text: str, place: TextPlace = TextPlace.START) -> npt.NDArray[np.uint32]:
         try:
             normal = text if self._normalizer is None else self._normalizer.normalize_str(text)
             ranks = self.encoding.encode_to_numpy(normal, disallowed_special=())

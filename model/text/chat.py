@@ -21,12 +21,12 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from model.text.chat_format import ChatFormat
-from model.text.places import Place
+from model.text.places import TextPlace
 from model.text.tokenizer import Tokenizer
 from raymill.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant")
-"""Of a message; a template sees a developer as the system."""
+"""Roles of a message; a template sees a developer as the system."""
 
 PLAIN_TEMPLATE = """\
 {{ bos_token }}{% for message in messages -%}
@@ -47,7 +47,7 @@ OWN_NAMES = frozenset(
 beside them."""
 
 Message = Mapping[str, Any]  # role, content, perhaps a name, and what concerns tools
-_Encode = Callable[[str, Place], Iterable[int]]
+_Encode = Callable[[str, TextPlace], Iterable[int]]
 # Stands in a special token's text that a message has; no text has this character (Unicode, 23.7)
 _MARK = "\ufdd0"
 _MAX_FACTOR = 1e12
@@ -206,7 +206,7 @@ class Chat:
         place = self._tokenizer.place_after(after)
         for piece, special_id in self._tokenizer.segments(text):
             ids += map(int, self._encode(piece.replace(_MARK, ""), place))
-            place = Place.AFTER_SPECIAL
+            place = TextPlace.AFTER_SPECIAL
             if special_id is not None:
                 ids.append(special_id)
         return ids

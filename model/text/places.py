@@ -13,7 +13,7 @@ Step = Mapping[str, Any]
 """A normalizer, pre-tokenizer or decoder of a tokenizer.json."""
 
 
-class Place(Enum):
+class TextPlace(Enum):
     """What is before a piece of a text."""
 
     START = "nothing"
@@ -33,10 +33,10 @@ def steps_of(part: Step | None, members: str) -> list[Step]:
     return steps
 
 
-def content_at(place: Place, content: Mapping[str, Any]) -> dict[str, Any]:
+def content_at(place: TextPlace, content: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a tokenizer.json that encodes a piece at a place: without what would mark its front,
     which `tokenizers` does where it knows of no text before it."""
-    if place is Place.START:
+    if place is TextPlace.START:
         return {**content}
     parts = {
         "normalizer": _changed(content.get("normalizer"), "normalizers", _normalizer_at(place)),
@@ -47,9 +47,9 @@ def content_at(place: Place, content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, **{name: part for name, part in parts.items() if name in content}}
 
 
-def _normalizer_at(place: Place) -> Callable[[Step], Step | None]:
+def _normalizer_at(place: TextPlace) -> Callable[[Step], Step | None]:
     def changed(step: Step) -> Step | None:
-        if place is not Place.INSIDE:
+        if place is not TextPlace.INSIDE:
             return step
         match step["type"]:
             case "Prepend":
@@ -62,12 +62,14 @@ def _normalizer_at(place: Place) -> Callable[[Step], Step | None]:
     return changed
 
 
-def _pre_tokenizer_at(place: Place) -> Callable[[Step], Step | None]:
+def _pre_tokenizer_at(place: TextPlace) -> Callable[[Step], Step | None]:
     def changed(step: Step) -> Step | None:
         if step["type"] != "Metaspace":
             return step
         older = "always" if step.get("add_prefix_space", True) else "never"
-        is_marked = step.get("prepend_scheme", older) == "always" and place is Place.AFTER_SPECIAL
+        is_marked = (
+            step.get("prepend_scheme", older) == "always" and place is TextPlace.AFTER_SPECIAL
+        )
         return {
             "type": "Metaspace",
             "replacement": step["replacement"],

@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from model.text.chat_format import ChatFormat
-from model.text.places import Place, content_at, steps_of
+from model.text.places import TextPlace, content_at, steps_of
 from model.text.token_bytes import TokenBytes, TokenizerError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -72,7 +72,7 @@ class Tokenizer:
         self._require_way_back(content)
         self.end_of_text, self.eot_id = _end_of_text(self.backend, content)
         self._content, self.chat = content, chat
-        self._backends = {Place.START: self.backend}
+        self._backends = {TextPlace.START: self.backend}
 
     @classmethod
     def from_json(cls, content: bytes, chat: ChatFormat | None = None) -> Self:
@@ -151,7 +151,7 @@ class Tokenizer:
         writes_bos = how.parse_special and ids[:1] == [self.bos_id]
         return ids if writes_bos else [self.bos_id, *ids]
 
-    def encode(self, text: str, place: Place = Place.START) -> list[int]:
+    def encode(self, text: str, place: TextPlace = TextPlace.START) -> list[int]:
         """Returns the ids of a text, or of a piece of one that stands at `place`."""
         return self._encoded([text], place)[0]
 
@@ -169,19 +169,19 @@ class Tokenizer:
             start, takes_blanks = match.end(), match[0] in self._takes_right
         yield text[start:].lstrip() if takes_blanks else text[start:], None
 
-    def place_after(self, text: str) -> Place:
+    def place_after(self, text: str) -> TextPlace:
         """Returns where that stands which follows a text."""
         if not text:
-            return Place.START
+            return TextPlace.START
         *_, (rest, _) = self.segments(text)
-        return Place.INSIDE if rest else Place.AFTER_SPECIAL
+        return TextPlace.INSIDE if rest else TextPlace.AFTER_SPECIAL
 
     def _parsed(self, text: str) -> list[int]:
         """Returns the ids of a text in which the text of a special token stands for the token."""
         segments = [*self.segments(text)]
         texts = [piece for piece, _ in segments]
-        encoded = self._encoded(texts[:1], Place.START)
-        encoded += self._encoded(texts[1:], Place.AFTER_SPECIAL)
+        encoded = self._encoded(texts[:1], TextPlace.START)
+        encoded += self._encoded(texts[1:], TextPlace.AFTER_SPECIAL)
         ids: list[int] = []
         for text_ids, (_, special_id) in zip(encoded, segments, strict=True):
             ids += text_ids
@@ -189,7 +189,7 @@ class Tokenizer:
                 ids.append(special_id)
         return ids
 
-    def _encoded(self, texts: Sequence[str], place: Place) -> list[list[int]]:
+    def _encoded(self, texts: Sequence[str], place: TextPlace) -> list[list[int]]:
         try:  # as a batch, which computes no offsets
             encodings = self._backend_at(place).encode_batch_fast(texts, add_special_tokens=False)
         except TypeError as error:
@@ -205,13 +205,13 @@ class Tokenizer:
             for text, encoding in zip(texts, encodings, strict=True)
         ]
 
-    def _in_letters(self, text: str, place: Place) -> list[int]:
+    def _in_letters(self, text: str, place: TextPlace) -> list[int]:
         """Returns the ids of a text that has the name of a special token, which a vocabulary with
         scores would take as a word of it: cut within each name."""
         cuts = [match.start() + 1 for match in self.special_pattern.finditer(text)]
         ids: list[int] = []
         for start, end in pairwise([0, *cuts, len(text)]):
-            backend = self._backend_at(Place.INSIDE if start else place)
+            backend = self._backend_at(TextPlace.INSIDE if start else place)
             ids += backend.encode(text[start:end], add_special_tokens=False).ids
         return ids
 
@@ -222,7 +222,7 @@ class Tokenizer:
         unknown = self.backend.token_to_id(model.get("unk_token") or "")
         return {*self.special_ids.values()} - {unknown, model.get("unk_id")}
 
-    def _backend_at(self, place: Place) -> tokenizers.Tokenizer:
+    def _backend_at(self, place: TextPlace) -> tokenizers.Tokenizer:
         if place not in self._backends:
             content = content_at(place, self._content)
             is_same = content == self._content

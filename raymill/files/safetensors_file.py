@@ -9,12 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 """By their name in safetensors."""
 
 _PIECE_BYTES = 8 << 20
@@ -56,11 +51,7 @@ def safetensors_pieces(
     for name in names:
         dtype, shape = kinds[name]
         start, end = end, end + prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": _NAMES[dtype],
-            "shape": shape,
-            "data_offsets": [start, end],
-        }
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-(8 + len(encoded)) % alignment)
     yield len(encoded).to_bytes(8, "little") + encoded

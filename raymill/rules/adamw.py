@@ -33,11 +33,7 @@ class AdamW:
                 self._update_alike(alike, learning_rate=learning_rate, weight_decay=weight_decay)
 
     def _update_alike(
-        self,
-        stretches: Sequence[Stretch],
-        *,
-        learning_rate: float,
-        weight_decay: float,
+        self, stretches: Sequence[Stretch], *, learning_rate: float, weight_decay: float
     ) -> None:
         # The planner asks this rule, and starts without PyTorch. The optimizer's class would import
         # torch._dynamo, which takes a second.

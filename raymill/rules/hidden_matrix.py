@@ -32,9 +32,7 @@ class HiddenMatrix:
         return values.view(self.shape).split(self.sides, dim=self.axis)
 
 
-def hidden_matrices_by_name(
-    shapes: Mapping[str, Sequence[int]],
-) -> dict[str, HiddenMatrix]:
+def hidden_matrices_by_name(shapes: Mapping[str, Sequence[int]]) -> dict[str, HiddenMatrix]:
     """Returns the parameters of a module's layers that have two sides, from names and shapes alone.
     What it stores as one is taken for one matrix."""
     matrices: dict[str, HiddenMatrix] = {}

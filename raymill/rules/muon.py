@@ -57,11 +57,7 @@ class Muon:
         self.others.update(others, learning_rate=learning_rate)
 
     def _update_matrix(
-        self,
-        stretch: Stretch,
-        matrix: HiddenMatrix,
-        *,
-        learning_rate: float,
+        self, stretch: Stretch, matrix: HiddenMatrix, *, learning_rate: float
     ) -> None:
         [average] = stretch.vectors
         average.lerp_(stretch.gradient, 1 - self.momentum)

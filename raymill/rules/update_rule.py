@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Unit(Enum):
-    """What a rank must own whole to update it."""
+    """The smallest thing of which a rank must own all, to update it."""
 
     VALUE = "value"  # each value is updated by itself, so parts may end anywhere
     # The values of a hidden matrix are updated together, all others as above
@@ -35,7 +35,7 @@ class Stretch:
 
 class UpdateRule(Protocol):
     """Changes weights by their gradient. A new rule is a file with one class, a word of the setting
-    `optimizer`, and a case in `rules`."""
+    `optimizer`, and a case in `jobs/exact/run_values.py`."""
 
     unit: ClassVar[Unit]
 

@@ -29,11 +29,7 @@ class Bundle:
     """Neighboring buckets of flat buffers, with the parts that peers have of them."""
 
     def __init__(
-        self,
-        buckets: Sequence[Span],
-        num_peers: int,
-        *,
-        parts: Sequence[Sequence[Span]] | None,
+        self, buckets: Sequence[Span], num_peers: int, *, parts: Sequence[Sequence[Span]] | None
     ) -> None:
         """`parts` has the part of each bucket that each peer must have; without them, a peer has
         any part of all together."""
@@ -121,10 +117,7 @@ class Bundle:
 
 
 def bundles_of(
-    buckets: Sequence[Span],
-    num_peers: int,
-    *,
-    parts: Sequence[Sequence[Span]] | None,
+    buckets: Sequence[Span], num_peers: int, *, parts: Sequence[Sequence[Span]] | None
 ) -> list[Bundle]:
     """Returns bundles of all buckets; `parts` has the part of each that each peer must have."""
     bundles: list[Bundle] = []

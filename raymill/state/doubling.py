@@ -26,12 +26,7 @@ if TYPE_CHECKING:  # the planner counts messages without PyTorch
 
 
 def gather(
-    peers: "Peers",
-    values: "Tensor",
-    division: Division,
-    teams: Sequence[range],
-    *,
-    tag: int = 0,
+    peers: "Peers", values: "Tensor", division: Division, teams: Sequence[range], *, tag: int = 0
 ) -> None:
     """Completes the values of a bucket (n,), of which each peer has its own part. Messages that are
     sent beside others, from another thread, need a tag of their own."""
@@ -84,12 +79,7 @@ def piece_of(place: int, count: int) -> Piece:
 
 
 def _give_to_teams(
-    peers: "Peers",
-    values: "Tensor",
-    division: Division,
-    teams: Sequence[range],
-    *,
-    tag: int,
+    peers: "Peers", values: "Tensor", division: Division, teams: Sequence[range], *, tag: int
 ) -> None:
     """Has each peer's part sent to the members of all teams whose pieces need it."""
     own_part = division.part(peers.index)

@@ -56,10 +56,7 @@ class FlatLayout:
 
     @classmethod
     def of(
-        cls,
-        shapes: Mapping[str, Sequence[int]],
-        *,
-        matrix_costs: Mapping[str, float] | None = None,
+        cls, shapes: Mapping[str, Sequence[int]], *, matrix_costs: Mapping[str, float] | None = None
     ) -> "FlatLayout":
         """Lays out parameters by name and shape, given in the model's order
         (`model.shapes.parameter_shapes`). No part cuts those that have a cost, by which they are
@@ -169,10 +166,7 @@ class FlatLayout:
         return self._divisions[world_size]
 
     def parts_of_owners(
-        self,
-        owners: Sequence[int],
-        *,
-        numbers: range | None = None,
+        self, owners: Sequence[int], *, numbers: range | None = None
     ) -> Sequence[Sequence[Span]]:
         """Returns each bucket's parts in the order of their owners' numbers: of the buckets of
         these numbers, or of all."""

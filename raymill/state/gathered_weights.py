@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from raymill.memory import ALIGNMENT_BYTES, aligned, large_zeros, room_to_align
+from raymill.side_thread import side_work
 from raymill.state.flat_layout import FlatLayout
 from raymill.state.peers import Peers
-from raymill.state.side_thread import side_work
 from raymill.state.span import PackedSpans, Span
 from raymill.step_timer import StepTimer
 
@@ -83,12 +83,7 @@ class RoundedMatrices:
     from the whole `values` once a step."""
 
     def __init__(
-        self,
-        layout: FlatLayout,
-        values: Tensor,
-        *,
-        dtype: torch.dtype,
-        apart: bool,
+        self, layout: FlatLayout, values: Tensor, *, dtype: torch.dtype, apart: bool
     ) -> None:
         """With `apart` each matrix begins at an aligned place."""
         self._values = values
@@ -284,13 +279,7 @@ def _view_at_home(place: Span, homes: Sequence[Home], memory: Tensor) -> Tensor 
     return None
 
 
-def block_homes(
-    layout: FlatLayout,
-    span: Span,
-    dtype: torch.dtype,
-    *,
-    apart: bool,
-) -> list[Home]:
+def block_homes(layout: FlatLayout, span: Span, dtype: torch.dtype, *, apart: bool) -> list[Home]:
     """Returns where the matrices of a block lie in a slot: as in the flat layout, or each at an
     aligned place. Matrices that need no gap between them are one stretch, and travel together."""
     if not apart:

@@ -54,11 +54,7 @@ class HostCopies:
     through two buffers, one of which is filled from the device while the other one is read."""
 
     def __init__(
-        self,
-        device: torch.device,
-        *,
-        beside: bool = False,
-        piece_values: int = PIECE_VALUES,
+        self, device: torch.device, *, beside: bool = False, piece_values: int = PIECE_VALUES
     ) -> None:
         self._device = device
         self._piece_values = piece_values
@@ -67,12 +63,7 @@ class HostCopies:
         self._thread = ThreadPoolExecutor(1, "host copies") if beside or self._stream else None
         self._unfinished: list[HostCopy] = []
 
-    def start(
-        self,
-        phase: Phase,
-        tensors: Sequence[Tensor],
-        take: Take,
-    ) -> HostCopy:
+    def start(self, phase: Phase, tensors: Sequence[Tensor], take: Take) -> HostCopy:
         """Has the values copied that the tensors have now."""
         copy = HostCopy(phase)
         start_s = time.perf_counter()
@@ -101,18 +92,12 @@ class HostCopies:
             self._thread.shutdown()
 
     def _copy(
-        self,
-        tensors: Sequence[Tensor],
-        take: Take,
-        after: torch.cuda.Event | None,
+        self, tensors: Sequence[Tensor], take: Take, after: torch.cuda.Event | None
     ) -> object:
         return take(self.pieces(tensors, after=after))
 
     def pieces(
-        self,
-        tensors: Sequence[Tensor],
-        *,
-        after: torch.cuda.Event | None = None,
+        self, tensors: Sequence[Tensor], *, after: torch.cuda.Event | None = None
     ) -> Iterator[Tensor]:
         """Yields the tensors' values, end to end, as they are after the event."""
         while len(self._buffers) < 2:

@@ -15,7 +15,8 @@ LEAST_MESSAGE = 1 << 18
 """Values of fp32 in 1 MiB: a shorter message takes longer to begin than to send."""
 
 _SHARE_TO_BEGIN = 0.25
-"""Of such a message's time: 5 us to begin, by 20 us for its bytes at 50 GB/s."""
+"""The share of such a message's time that goes by before its first byte: 5 us beside 20 us for its
+bytes at 50 GB/s."""
 
 _LEAST_NUM_BUNDLES = 16
 

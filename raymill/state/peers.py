@@ -37,11 +37,7 @@ class Peers:
         return len(self._ranks)
 
     def exchange(
-        self,
-        received: Tensor,
-        sent: Tensor,
-        num_received: list[int],
-        num_sent: list[int],
+        self, received: Tensor, sent: Tensor, num_received: list[int], num_sent: list[int]
     ) -> None:
         """Sends each peer its `num_sent` values of `sent`, and receives `num_received` from each
         into `received`."""
@@ -54,11 +50,7 @@ class Peers:
         self.pass_on(_one_each(sources), _one_each(targets))
 
     def pass_on(
-        self,
-        sent: Sequence[Tensors],
-        received: Sequence[Tensors],
-        *,
-        tag: int = 0,
+        self, sent: Sequence[Tensors], received: Sequence[Tensors], *, tag: int = 0
     ) -> None:
         """Sends each peer its tensors and receives others from each, in order; what it has for
         itself is copied."""
@@ -90,10 +82,7 @@ class Peers:
         return kept
 
     def _messages(
-        self,
-        op: Callable[..., object],
-        tensors_of_peers: Sequence[Tensors],
-        tag: int,
+        self, op: Callable[..., object], tensors_of_peers: Sequence[Tensors], tag: int
     ) -> list[dist.P2POp]:
         """Returns a message for each tensor that has values and is another peer's."""
         messages: list[dist.P2POp] = []

@@ -11,6 +11,7 @@ from torch import Tensor
 from raymill.files.safetensors_file import hashed_name, parameter_hash
 from raymill.files.stored_tensors import StoredTensors, stretch_name
 from raymill.state.span import PackedSpans, Span
+from raymill.state.state_shares import StateShares
 from raymill.state.train_state import TrainState
 from raymill.workers.worker_group import WorkerGroup
 
@@ -28,16 +29,6 @@ def restore(state: TrainState, stored: StoredTensors) -> None:
         )
 
 
-def vectors_by_name(state: TrainState, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the whole tensors of a training state, from the update rule's flat vectors."""
-    tensors = {"step": torch.tensor(state.num_updates, dtype=torch.int64)}
-    for vector in state.vectors:
-        for name, _, packed in state.layout.pieces(state.extent(vector)):
-            values = packed.of(flat[vector])
-            tensors[stored_name(vector, name)] = values.view(state.shapes[name])
-    return tensors
-
-
 def own_stretches(
     state: TrainState, flat: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -47,10 +38,10 @@ def own_stretches(
     train_state = (
         {} if state.sharding.place else {"step": torch.tensor(state.num_updates, dtype=torch.int64)}
     )
-    place, num_holders = state.sharding.place, state.sharding.num_holders
+    shares = StateShares(state)
     for part in state.parts:
         tensors = weights if part == "values" else train_state
-        spans = state.spans_of_share(part, place, world_size=num_holders)
+        spans = shares.own_spans(part)
         for name, in_parameter, packed in state.layout.pieces(spans):
             stretch = stretch_name(stored_name(part, name), in_parameter.start)
             tensors[stretch] = packed.of(flat[part])
@@ -90,7 +81,7 @@ def brought(state: TrainState, part: str, spans: Sequence[Span]) -> Iterator[mem
     for span in spans:
         if state.sharding.is_divided(part):
             bucket = bisect_right(starts, span.start) - 1
-            values = state.brought(part, span, bucket=bucket)
+            values = StateShares(state).brought(part, span, bucket=bucket)
         else:
             values = state.kept(part).home_of(span).of(flat)
         yield values.cpu().view(torch.uint8).numpy().data

@@ -21,6 +21,7 @@ from torch import Tensor
 from raymill.memory import large_zeros
 from raymill.rules.rules import all_vectors, matrices_of, matrix_costs, vectors_of
 from raymill.rules.update_rule import Stretch, UpdateRule
+from raymill.side_thread import side_work
 from raymill.state.bundle import Bundle, bundles_of
 from raymill.state.flat_layout import FlatLayout
 from raymill.state.gathered_weights import GatheredWeights, RoundedMatrices, Rounding, gatherable
@@ -28,21 +29,12 @@ from raymill.state.host_copies import HostCopies
 from raymill.state.messages import numbers_of_sendings
 from raymill.state.peers import Peers
 from raymill.state.sharding import Sharding
-from raymill.state.side_thread import side_work
 from raymill.state.span import PackedSpans, Span
 from raymill.step_timer import StepTimer
 from raymill.trainable import Trainable
 from raymill.workers.worker_group import WorkerGroup
 
 ALONE = WorkerGroup(rank=0, world_size=1)
-
-
-class StatePiece(NamedTuple):
-    """Some of the state's values, which lie end to end."""
-
-    name: str  # "values" or one of the rule's vectors
-    places: list[Span]  # in the flat buffer
-    values: Tensor
 
 
 class _Sending(NamedTuple):
@@ -93,7 +85,7 @@ class TrainState:
         """The ranks that together hold one copy of the state, this rank among them; there may be
         several copies."""
         self._receivers = Peers(self.sharding.seated_holders, group)  # of updated weights
-        self._group = group
+        self.group = group
         self.owned = self.layout.whole
         if not self.sharding.is_whole:
             self.owned = self.layout.parts(
@@ -222,13 +214,7 @@ class TrainState:
             bundles = bundles_of(buckets, sharding.num_holders, parts=parts)
         return _Sending(bundles, stretches)
 
-    def _stretch(
-        self,
-        name: str | None,
-        place: Span,
-        *,
-        decays: bool,
-    ) -> Stretch:
+    def _stretch(self, name: str | None, place: Span, *, decays: bool) -> Stretch:
         """Returns views of the flat buffers at a place of the layout, which is that of a matrix if
         it has a name."""
         matrix = self.matrices[name] if name else None
@@ -245,13 +231,7 @@ class TrainState:
             matrix=matrix,
         )
 
-    def apply(
-        self,
-        *,
-        norm: float,
-        learning_rate: float,
-        timer: StepTimer | None = None,
-    ) -> None:
+    def apply(self, *, norm: float, learning_rate: float, timer: StepTimer | None = None) -> None:
         """Updates the weights by the rule, on every rank, with the gradient of the whole batch and
         its norm, once the copies of the state before it are taken.
 
@@ -284,34 +264,6 @@ class TrainState:
         for bundle in bundles:
             bundle.gather(self._receivers, self.values)
 
-    def brought(
-        self,
-        name: str,
-        span: Span,
-        *,
-        bucket: int,
-    ) -> Tensor:
-        """Returns "values" or one of the rule's vectors at a stretch of a bucket on rank 0, from
-        the owners of its parts; all ranks call together, and the others get nothing."""
-        flat = self.parts[name]
-        is_receiver = self._group.rank == 0
-        received = flat.new_empty(len(span) if is_receiver else 0)
-        if not self.sharding.writes:
-            return received
-        parts = self.layout.divided(len(self.peers))[bucket]
-        overlaps = [part & span for part in parts]
-        own_overlap = overlaps[self.sharding.place]
-        sources: list[Tensor] = []
-        if not own_overlap.is_empty:
-            sources = [self.kept(name).home_of(own_overlap).of(flat)]
-        targets: list[tuple[int, list[Tensor]]] = []
-        for peer, overlap in enumerate(overlaps):
-            if is_receiver and not overlap.is_empty:
-                target = overlap.shifted(-span.start).of(received)
-                targets.append((peer, [target]))
-        self.peers.pass_on([(0, sources)], targets)
-        return received
-
     @property
     def parts(self) -> dict[str, Tensor]:
         """The values and the rule's vectors, each whole, or if it is divided, this rank's own
@@ -332,50 +284,18 @@ class TrainState:
         if len(self.values):
             smallest, largest = self.values.aminmax()
             is_finite = math.isfinite(float(smallest)) and math.isfinite(float(largest))
-        return all(self._group.gather(is_finite))
+        return all(self.group.gather(is_finite))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Loads parameters by name. One is used before the next one is asked for."""
         for name, values in weights:
-            places = [self.layout.places[name]]
-            self._load(StatePiece("values", places, values.detach().flatten()))
+            self.load("values", [self.layout.places[name]], values.detach().flatten())
 
-    def share(
-        self,
-        rank: int,
-        *,
-        world_size: int,
-    ) -> dict[str, list[Tensor]]:
-        """Returns views of the state in a rank's parts of the flat buffers, in the order of
-        `spans_of_share`; where the optimizer is sharded, that rank must be this one.
-        The shares of all ranks of any world make the whole state."""
-        share: dict[str, list[Tensor]] = {}
-        for name, flat in self.parts.items():
-            kept = self.kept(name)
-            spans = self.spans_of_share(name, rank, world_size=world_size).spans
-            share[name] = [kept.home_of(span).of(flat) for span in spans]
-        return share
-
-    def spans_of_share(self, name: str, rank: int, *, world_size: int) -> PackedSpans:
-        """Returns the spans of the layout of which a rank's share has the values of this name."""
-        return self.layout.parts(rank, world_size=world_size) & self.extent(name)
-
-    def load_state(self, num_updates: int, pieces: Iterable[StatePiece]) -> None:
-        """Loads the whole state; each rank takes the values that it keeps. A piece is used before
-        the next one is asked for."""
-        self.set_num_updates(num_updates)
-        num_loaded = 0
-        for piece in pieces:
-            num_loaded += len(piece.values)
-            self._load(piece)
-        expected = sum(self.extent(name).num_values for name in self.parts)
-        assert num_loaded == expected, f"{num_loaded} of {expected} values"
-
-    def _load(self, piece: StatePiece) -> None:
-        target = self.parts[piece.name]
-        spans = PackedSpans(piece.places)
-        for in_piece, in_target in spans.overlaps(self.kept(piece.name)):
-            in_target.of(target).copy_(in_piece.of(piece.values))
+    def load(self, name: str, places: Sequence[Span], values: Tensor) -> None:
+        """Loads what this rank keeps of "values" or one of the rule's vectors, from the values of
+        some places of the layout, which lie end to end."""
+        for in_values, in_target in PackedSpans(places).overlaps(self.kept(name)):
+            in_target.of(self.parts[name]).copy_(in_values.of(values))
 
     def set_num_updates(self, number: int) -> None:
         self.num_updates = number

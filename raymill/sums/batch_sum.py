@@ -8,8 +8,8 @@ from torch import Tensor
 
 from raymill.memory import large_zeros
 from raymill.observer import StepObserver
+from raymill.side_thread import side_work
 from raymill.state.peers import Peers
-from raymill.state.side_thread import side_work
 from raymill.state.train_state import TrainState
 from raymill.step_timer import StepTimer
 from raymill.sums.bucket_exchange import BucketExchange

@@ -18,9 +18,9 @@ from functools import partial
 from torch import Tensor
 
 from raymill.observer import StepObserver
+from raymill.side_thread import SideStream, SideThread, side_work
 from raymill.state.bundle import Bundle, bundles_of
 from raymill.state.peers import Peers
-from raymill.state.side_thread import SideStream, SideThread, side_work
 from raymill.state.span import Span
 from raymill.sums.halving import HalvedSums, Room
 from raymill.sums.step_totals import block_square_sums
@@ -61,11 +61,7 @@ class BucketExchange:
         """The sums of squares (`step_totals`) of this peer's parts of the whole sum, in order."""
 
     def begin(
-        self,
-        plan: TeamPlan,
-        *,
-        subtrees: Sequence[range],
-        observers: Sequence[StepObserver] = (),
+        self, plan: TeamPlan, *, subtrees: Sequence[range], observers: Sequence[StepObserver] = ()
     ) -> None:
         """Prepares for the buckets of a step to which this peer comes with the sums of these
         subtrees."""

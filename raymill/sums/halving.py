@@ -45,10 +45,7 @@ class HalvedSums:
         self._unfinished = plan.unfinished
 
     def finish(
-        self,
-        vectors: Sequence[Tensor],
-        division: Division,
-        seen: Seen | None = None,
+        self, vectors: Sequence[Tensor], division: Division, seen: Seen | None = None
     ) -> None:
         """Puts this peer's part of the k-th root's sum into the k-th of `vectors`.
 
@@ -81,10 +78,7 @@ class HalvedSums:
                 seen(swap.node, division.piece(swap.kept), vectors[swap.buffer])
 
     def _finish_at_owners(
-        self,
-        vectors: Sequence[Tensor],
-        division: Division,
-        seen: Seen | None,
+        self, vectors: Sequence[Tensor], division: Division, seen: Seen | None
     ) -> None:
         """Sends the owner of each part what the teams have of it, and adds up this peer's part."""
         teams: list[Team] = []

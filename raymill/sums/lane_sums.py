@@ -29,11 +29,7 @@ class FinalBuckets:
     whose gradients are all finished: in the order of buckets, the same on every rank, whatever
     order backward takes."""
 
-    def __init__(
-        self,
-        layout: FlatLayout,
-        on_final: Callable[[int], None],
-    ) -> None:
+    def __init__(self, layout: FlatLayout, on_final: Callable[[int], None]) -> None:
         self._on_final = on_final
         self._buckets: dict[str, list[int]] = {name: [] for name in layout.places}  # by parameter
         self._num_parameters: list[int] = []  # by bucket

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from raymill.loans import Scratch, gradient_sinks, lent, scratch_memory
 from raymill.observer import StepObserver
+from raymill.side_thread import SideStream, SideThread
 from raymill.state.flat_layout import FlatLayout
-from raymill.state.side_thread import SideStream, SideThread
 from raymill.state.span import Span
 from raymill.state.train_state import TrainState
 from raymill.sums.lane_sums import FinalBuckets, add_up, hand_over_gradients

@@ -46,7 +46,7 @@ def refuse_what_differs(step: int, told: Sequence[Told], names: Sequence[str]) -
             told_by = (
                 f"step {step} on worker {rank}: the loss of lane {int(of_rank.lane)} gives {name}"
             )
-            raise UserError(f"{told_by} {_odd(int(of_rank.num_parts))}. Nothing was applied")
+            raise UserError(f"{told_by} {odd_parts(int(of_rank.num_parts))}. Nothing was applied")
     rates = [of_rank.learning_rate for of_rank in told]
     for rank, rate in enumerate(rates):
         if rate != rates[0]:  # it may be NaN
@@ -56,7 +56,8 @@ def refuse_what_differs(step: int, told: Sequence[Told], names: Sequence[str]) -
             )
 
 
-def _odd(num_parts: int) -> str:
+def odd_parts(num_parts: int) -> str:
+    """Says what is wrong with a gradient in so many parts, and what to do."""
     if num_parts:
         return (
             f"its gradient in {num_parts} parts, as re-entrant activation checkpointing does: use "

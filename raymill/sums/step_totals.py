@@ -40,12 +40,7 @@ class StepTotals:
     arrived."""
 
     def __init__(
-        self,
-        layout: FlatLayout,
-        sharding: Sharding,
-        group: WorkerGroup,
-        *,
-        device: torch.device,
+        self, layout: FlatLayout, sharding: Sharding, group: WorkerGroup, *, device: torch.device
     ) -> None:
         self._group = group
         blocks_of_ranks = _blocks_of_ranks(layout, sharding)

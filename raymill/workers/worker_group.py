@@ -28,7 +28,7 @@ class Meeting:
     aborted: threading.Event = field(default_factory=threading.Event)
     """Set before this worker's messages are aborted."""
     progress: Progress = field(default_factory=Progress)
-    """Of this worker, in this round."""
+    """How far this worker is in this round."""
 
     def is_waiting(self) -> bool:
         """Reports whether this worker is in a message that was not aborted on its GPU, or in one on

@@ -15,19 +15,10 @@ from cluster.endpoint.endpoint import is_loopback
 from cluster.settings.serve import ServeConfig
 from raymill.errors import UserError
 from serving.api.keys import ApiKey, make_key_file, read_keys
-from serving.pages.chat_page import CHAT_FILES
+from serving.api.route_facts import Opens, RouteFacts
 from serving.protocol.errors import error_of
-from serving.xray.page_routes import INSIDE_FILES, XRAY_FILES
 
-# For probes and navigation, which have no key
-OPEN_PATHS = ("/health", "/ready", *CHAT_FILES, *XRAY_FILES)
 ADMIN_PATH = "/admin"
-XRAY_PATH = "/v1/xray"
-TRACE_PATH = "/v1/trace"
-XRAY_PATHS = (XRAY_PATH, *INSIDE_FILES)
-# Which the pages of an operator ask with its one key; the last one is where the proxy asks whether
-# a key is known (key_check.py), before it takes a body
-READ_BY_PAGE = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/version")
 RELOAD_S = 2.0
 _log = logging.getLogger(__name__)
 
@@ -151,31 +142,32 @@ def presented_key(headers: Headers, keys: Sequence[ApiKey]) -> ApiKey | None:
     return known[0] if scheme.lower() == b"bearer" and known else None
 
 
-def authorize(path: str, headers: Headers, rules: AccessRules) -> ApiKey | None:
-    """Returns a request's key, or None if it needs none. Everything under /admin, also routes that
-    are added later, needs an admin key, which opens nothing else but the x-ray where only operators
-    may use it. The trace needs a key of either kind with that right, also where other routes need
-    none. Raises `ApiError` (401, 403, 404)."""
+def authorize(path: str, facts: RouteFacts, headers: Headers, rules: AccessRules) -> ApiKey | None:
+    """Returns a request's key, or None if it needs none. Everything under /admin, also what is no
+    route, needs an admin key, which opens nothing else but the inside of a query where only
+    operators may look there. What a model was trained on needs a key of either kind with that
+    right, also where other routes need none. Raises `ApiError` (401, 403, 404)."""
     key: ApiKey | None
+    opens = facts.opens
     if path == ADMIN_PATH or path.startswith(f"{ADMIN_PATH}/"):
         if not rules.admin_keys:
             raise error_of("not_found", path=path[:64])
         key = _admin_key(headers, rules)
-    elif path in XRAY_PATHS and rules.xray == "off":
+    elif opens in (Opens.INSIDE, Opens.INSIDE_PAGE) and rules.xray == "off":
         raise error_of("not_found", path=path[:64])
-    elif path == TRACE_PATH and rules.traces:
+    elif opens is Opens.TO_TRACERS and rules.traces:
         key = _tracing_key(headers, rules)
-    elif path == XRAY_PATH and rules.xray == "admin":
+    elif opens is Opens.INSIDE and rules.xray == "admin":
         if not rules.admin_keys:
             raise error_of("xray_closed")
         key = _admin_key(headers, rules)
     elif (
-        path in READ_BY_PAGE
+        facts.is_read_by_pages
         and rules.xray == "admin"
         and presented_key(headers, rules.admin_keys) is not None
     ):
         key = _admin_key(headers, rules)
-    elif path in OPEN_PATHS or not rules.user_keys:
+    elif opens in (Opens.TO_ALL, Opens.INSIDE_PAGE) or not rules.user_keys:
         return None
     elif (key := presented_key(headers, rules.user_keys)) is None:
         raise error_of("invalid_api_key")

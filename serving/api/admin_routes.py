@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Sequence
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import FastAPI, Request
 from pydantic import Field
 
 from cluster.settings.serve import ServeConfig
@@ -15,6 +15,7 @@ from cluster.storage.registry import LATEST, find_checkpoint
 from cluster.storage.uris import StorageError, absolute_uri
 from model.text.tokenizer import PLAIN_ENCODING
 from raymill.errors import UserError
+from serving.api.route_facts import Opens, RouteFacts, declares
 from serving.delivery.audit_log import AuditLog
 from serving.delivery.follower import CoordinatorAwayError, Follower, answer_of
 from serving.delivery.loaded_version import LoadedVersion
@@ -28,6 +29,7 @@ from serving.protocol.served_model import misfit, read_served_model
 from serving.text.chat_misfit import chat_misfit
 from serving.text.reader import open_reader
 
+_ORDER = RouteFacts(Opens.TO_ADMINS, is_metered=False)
 SHOWN = {"version", "checkpoint"}  # of a version, in the audit log
 # Every replica measures them on both versions, beside its clients' requests
 MAX_GATE_TOKENS = 16_384
@@ -65,50 +67,53 @@ class DrainRequest(Body):
     drain: bool = True
 
 
-def admin_router(follower: Follower) -> APIRouter:
-    router = APIRouter(prefix="/admin")
+def add_admin_routes(app: FastAPI, follower: Follower) -> None:
     coordinator = follower.coordinator
     audit = AuditLog(follower.config)
     obey = partial(_obey, follower, audit)
 
-    @router.post("/promote", status_code=202)
+    @app.post("/admin/promote", status_code=202)
+    @declares(_ORDER)
     async def promote(request: Request) -> dict[str, Any]:
         """Answers once the promotion has begun; /admin/status reports its progress."""
         asked = await read_request(request, PromoteRequest)
         return await obey(request, "promote", asked, _promoted(follower, asked), asked.line)
 
-    @router.post("/finish")
+    @app.post("/admin/finish")
+    @declares(_ORDER)
     async def finish(request: Request) -> dict[str, Any]:
         asked = await read_request(request, Order)
         result = _asked(coordinator.finish.remote(asked.line))
         return await obey(request, "finish", asked, result, asked.line)
 
-    @router.post("/rollback")
+    @app.post("/admin/rollback")
+    @declares(_ORDER)
     async def rollback(request: Request) -> dict[str, Any]:
         asked = await read_request(request, RollbackRequest)
         result = _asked(coordinator.roll_back.remote(asked.reason, asked.line))
         return await obey(request, "rollback", asked, result, asked.line)
 
-    @router.post("/drain")
+    @app.post("/admin/drain")
+    @declares(_ORDER)
     async def drain(request: Request) -> dict[str, Any]:
         """Makes every replica refuse new completions and finish those that run; `{"drain": false}`
         ends that."""
         asked = await read_request(request, DrainRequest)
         return await obey(request, "drain", asked, _asked(coordinator.drain.remote(asked.drain)))
 
-    @router.get("/status")
+    @app.get("/admin/status")
+    @declares(_ORDER)
     async def status() -> dict[str, Any]:
         return dict(await _asked(coordinator.status.remote()))
 
-    @router.get("/audit")
+    @app.get("/admin/audit")
+    @declares(_ORDER)
     async def orders() -> dict[str, Any]:
         """Returns the orders so far, the oldest first."""
         try:
             return {"orders": await asyncio.to_thread(audit.read)}
         except StorageError as error:
             raise error_of("storage", problem=error) from None
-
-    return router
 
 
 async def _obey(

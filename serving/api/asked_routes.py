@@ -13,7 +13,8 @@ from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import Receive, Scope, Send
 
 from serving.api.key_limits import KeyLimits, key_of
-from serving.api.key_metrics import Refusal
+from serving.api.key_metrics import KeyRefusal
+from serving.api.route_facts import RouteFacts, declares
 from serving.delivery.routed_request import RoutedRequest
 from serving.protocol.errors import ApiError, error_of
 from serving.protocol.strict_json import MAX_BODY_BYTES
@@ -31,8 +32,8 @@ class AskedRoutes:
         self._by_path: dict[str, Answering] = {}
         self._guarded = ServerErrorMiddleware(self._answer, handler=answer_of_bug)
 
-    def add(self, path: str, answer: Answering) -> None:
-        self._app.add_route(path, answer, methods=["POST"])
+    def add(self, path: str, answer: Answering, facts: RouteFacts) -> None:
+        self._app.add_route(path, declares(facts)(answer), methods=["POST"])
         self._by_path[path] = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,7 +62,7 @@ def refusal(request: Request, error: ApiError, limits: KeyLimits) -> Response:
             key_of(request), int(length) if length.isdecimal() else MAX_BODY_BYTES
         )
     if error.code == "overloaded":
-        limits.count_refusal(key_of(request), Refusal.OVERLOADED)
+        limits.count_refusal(key_of(request), KeyRefusal.OVERLOADED)
     return error.response()
 
 

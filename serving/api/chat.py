@@ -20,7 +20,7 @@ from serving.api.score_limit import most_new_tokens
 from serving.delivery.loaded_version import LoadedVersion
 from serving.engine.messages import FinishReason
 from serving.output.answers import Answer, Usage
-from serving.output.choice_output import Part, TokenEntry
+from serving.output.choice_output import ChoicePart, TokenEntry
 from serving.protocol import harmless_fields
 from serving.protocol.errors import ApiError, error_of
 from serving.protocol.protocol import MAX_LOGPROBS, CompletionRequest, GenerationRequest
@@ -69,7 +69,7 @@ def _limit(value: Any) -> Any:
 Limit = Annotated[int, Field(ge=1, le=2**31)]
 
 
-class Message(Request):
+class ChatMessage(Request):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str, BeforeValidator(_content)]
     name: str | None = Field(None, max_length=64)
@@ -116,7 +116,7 @@ class Message(Request):
 class ChatRequest(GenerationRequest, ToolFields, TemplateFields):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: Annotated[Limit | None, BeforeValidator(_limit)] = None
     max_completion_tokens: Limit | None = None
     logprobs: bool = False
@@ -312,13 +312,13 @@ class ChatAnswer(Answer):
         )
         self._parsers: dict[int, CallParser] = {}  # by choice
 
-    def whole(self, choices: list[Part], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: list[ChoicePart], usage: Usage) -> dict[str, Any]:
         return super().whole(choices, usage) | self._of_prompt(choices[0])
 
-    def event(self, parts: list[Part], usage: Usage | None) -> dict[str, Any]:
+    def event(self, parts: list[ChoicePart], usage: Usage | None) -> dict[str, Any]:
         return super().event(parts, usage) | (self._of_prompt(parts[0]) if parts else {})
 
-    def _whole_choice(self, part: Part) -> dict[str, Any]:
+    def _whole_choice(self, part: ChoicePart) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": part.text, "refusal": None}
         content, calls = self._read(part)
         if calls:
@@ -327,7 +327,7 @@ class ChatAnswer(Answer):
             message |= {"content": content or None, "tool_calls": calls}
         return {"index": part.index, "message": message} | self._ending(part)
 
-    def _part_choice(self, part: Part) -> dict[str, Any]:
+    def _part_choice(self, part: ChoicePart) -> dict[str, Any]:
         delta: dict[str, Any] = {} if part.index in self._started else {"role": "assistant"}
         self._started.add(part.index)
         content, calls = self._read(part)
@@ -335,7 +335,7 @@ class ChatAnswer(Answer):
         delta |= {"tool_calls": calls} if calls else {}
         return {"index": part.index, "delta": delta} | self._ending(part)
 
-    def _read(self, part: Part) -> tuple[str, list[dict[str, Any]]]:
+    def _read(self, part: ChoicePart) -> tuple[str, list[dict[str, Any]]]:
         """Returns the content in a part's text, and what it adds to calls, each once."""
         if self._tool_format is None:
             return part.text, []
@@ -353,7 +353,7 @@ class ChatAnswer(Answer):
                 call["function"] = {"name": piece.name, **call["function"]}
         return content, [*calls.values()]
 
-    def _pieces(self, part: Part) -> list[Piece]:
+    def _pieces(self, part: ChoicePart) -> list[Piece]:
         """Returns what is content and what are calls in a part's text, in order."""
         if self._tool_format is None:
             return [Content(part.text)] if part.text else []
@@ -368,7 +368,7 @@ class ChatAnswer(Answer):
         length = 0 if self._tool_format is None else self._tool_format.id_length
         return uuid.uuid4().hex[:length] if length else f"call_{uuid.uuid4().hex[:24]}"
 
-    def _finish_reason(self, part: Part) -> str | None:
+    def _finish_reason(self, part: ChoicePart) -> str | None:
         parser = self._parsers.get(part.index)
         has_called = parser is not None and parser.num_calls > 0
         return (
@@ -377,7 +377,7 @@ class ChatAnswer(Answer):
             else part.finish_reason
         )
 
-    def _ending(self, part: Part) -> dict[str, Any]:
+    def _ending(self, part: ChoicePart) -> dict[str, Any]:
         logprobs = None if part.tokens is None else {"content": list(self._logprobs(part.tokens))}
         reason = self._finish_reason(part)
         return {"logprobs": logprobs, "finish_reason": reason} | self._token_ids(part)

@@ -18,7 +18,7 @@ from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent
 from serving.engine_process.client import EngineDiedError
 from serving.engine_process.generation import Generation, LateError
 from serving.output.answers import Answer, Usage
-from serving.output.choice_output import ChoiceOutput, Part, Texts, join_parts
+from serving.output.choice_output import ChoiceOutput, ChoicePart, Texts, join_parts
 from serving.output.shared_prompts import SharedPrompts
 from serving.protocol.errors import ApiError, error_of, overloaded
 from serving.protocol.protocol import CompletionRequest
@@ -29,7 +29,7 @@ from serving.protocol.served_model import ServedModel
 SCORES_AT_ONCE = 5_000
 
 OnFirst = Callable[[], Awaitable[None]]
-_SEQ_ID = itemgetter(TokenEvent._fields.index("seq_id"))
+_SEQ_AND_END = itemgetter(*map(TokenEvent._fields.index, ("seq_id", "finish_reason")))
 _FAILURES = (FinishReason.ERROR, FinishReason.GRAMMAR)
 
 
@@ -64,7 +64,7 @@ class Completion:
             for i, s in enumerate(sequences)
         }
         self._prompts = SharedPrompts(sequences, num_choices=request.n)
-        self._first_parts: Iterator[Part | Texts] = iter(())
+        self._first_parts: Iterator[ChoicePart | Texts] = iter(())
         self._reasons: dict[int, str] = {}  # by choice that has ended
         self._failure: ApiError | None = None  # of a sequence
         self._has_failed = False  # by the engine's fault
@@ -110,10 +110,10 @@ class Completion:
 
     async def respond(self) -> bytes:
         """Returns the whole answer as JSON. Raises `ApiError` if the engine fails."""
-        parts: dict[int, list[Part]] = {}
-        choices: dict[int, Part] = {}
+        parts: dict[int, list[ChoicePart]] = {}
+        choices: dict[int, ChoicePart] = {}
 
-        def keep(arrived: Iterator[Part | Texts]) -> None:
+        def keep(arrived: Iterator[ChoicePart | Texts]) -> None:
             for part in arrived:
                 if isinstance(part, Texts):
                     part = part.as_part()  # noqa: PLW2901
@@ -126,7 +126,7 @@ class Completion:
             return await asyncio.to_thread(self._written, choices)
         return self._written(choices)
 
-    def _written(self, choices: dict[int, Part]) -> bytes:
+    def _written(self, choices: dict[int, ChoicePart]) -> bytes:
         return orjson.dumps(
             self.answer.whole([choices[index] for index in sorted(choices)], self._usage())
         )
@@ -137,7 +137,7 @@ class Completion:
         """Writes server-sent events, together those that the engine reports together. A failure is
         an event too. Awaits `on_first` after the first write. Raises what both do."""
 
-        def send(parts: Iterator[Part | Texts]) -> None:
+        def send(parts: Iterator[ChoicePart | Texts]) -> None:
             sent = b""
             for part in parts:
                 if isinstance(part, Texts):
@@ -157,12 +157,15 @@ class Completion:
         write(usage_event + self.answer.sent_end())
 
     async def _hand_parts_to(
-        self, take: Callable[[Iterator[Part | Texts]], None], *, on_first: OnFirst | None = None
+        self,
+        take: Callable[[Iterator[ChoicePart | Texts]], None],
+        *,
+        on_first: OnFirst | None = None,
     ) -> None:
         """Hands over all parts, those of a report together; `take` takes each of them. Raises
         `ApiError` after the parts before a failure."""
 
-        def hand(parts: Iterator[Part | Texts]) -> None:
+        def hand(parts: Iterator[ChoicePart | Texts]) -> None:
             take(parts)
             self.timer.count()
             self._require_success()
@@ -196,10 +199,10 @@ class Completion:
         self.facts.last_token_s = time.monotonic()
         self.facts.completion_tokens = self._num_output_tokens
 
-    def _parts_of(self, events: list[TokenEvent]) -> Iterator[Part | Texts]:
+    def _parts_of(self, events: list[TokenEvent]) -> Iterator[ChoicePart | Texts]:
         """Yields what events make final, up to a failure."""
         now_s = time.monotonic()
-        for seq_id, run in groupby(events, _SEQ_ID):
+        for (seq_id, _), run in groupby(events, _SEQ_AND_END):
             together = [*run]
             texts = self._choices[seq_id].texts_of(together)
             if texts is not None:
@@ -225,7 +228,7 @@ class Completion:
             self._has_failed = True
             self._failure = error_of("not_finite")
 
-    def _part_of(self, event: TokenEvent, now_s: float) -> Part:
+    def _part_of(self, event: TokenEvent, now_s: float) -> ChoicePart:
         """Returns what an event makes final. A choice that it ends leaves the engine."""
         if event.token_id is not None:
             self.timer.tokens(event.seq_id, now_s, num_tokens=1)

@@ -2,12 +2,13 @@
 errors too."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
@@ -24,36 +25,24 @@ from serving.api.chat import NOTE_HEADER, ChatAnswer, ChatRequest, as_completion
 from serving.api.completions import Completion
 from serving.api.key_limits import KEY_IN_SCOPE, KeyLimits, key_of
 from serving.api.metrics import ReplicaMetrics, SeriesFor
-from serving.api.tool_routes import tool_router
+from serving.api.route_facts import OTHER, Opens, RouteFacts, declares, facts_by_path
+from serving.api.tool_routes import add_tool_routes
 from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.routed_request import RoutedRequest
 from serving.delivery.versions import Versions
 from serving.limits.asker import CURRENT_ASKER
 from serving.limits.key_usage import KeyUsage
 from serving.output.answers import Answer, EmbeddingAnswer, TextAnswer
-from serving.pages.chat_page import CHAT_FILES, CHAT_FOLDER
-from serving.pages.page_files import page_router
 from serving.protocol.errors import ApiError, error_of
 from serving.protocol.json_log import CURRENT_REQUEST
 from serving.protocol.protocol import CompletionRequest, EmbeddingRequest, read_request
 from serving.protocol.receipts import Receipts
 from serving.protocol.request_facts import FACTS
 from serving.protocol.served_model import ServedModel
-from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
+from serving.protocol.tracing import NO_TRACER, RequestSpan, tracer_from_environment
 from serving.proxy.token_relay import YES_HEADER, RelayClient
-from serving.xray.page_routes import XRAY_FILES, XRAY_FOLDER
 
-# These count against a key's limit, and are refused while the endpoint drains.
-METERED_PATHS = (
-    "/v1/completions",
-    "/v1/chat/completions",
-    "/v1/responses",
-    "/v1/embeddings",
-    "/v1/xray",
-    "/v1/trace",
-    "/tokenize",
-    "/detokenize",
-)
+_PROBE = RouteFacts(Opens.TO_ALL, is_metered=False)
 STATE_METHODS = ["GET", "HEAD"]  # monitors ask with HEAD, to which uvicorn sends no body
 
 
@@ -63,30 +52,39 @@ def build_http_app(
     metrics: ReplicaMetrics,
     access: CurrentAccess,
     usage: KeyUsage,
-    admin: APIRouter,
-    add_others: "Callable[[FastAPI, AskedRoutes, CompletionService], None]",
+    others: Iterable["AddRoutes"] = (),
 ) -> ASGIApp:
-    """Builds the application of all routes, behind `access` and the limits of keys. `add_others`
-    adds those that answer as chats do."""
+    """Builds the application of all routes, behind `access` and the limits of keys."""
+    most = versions.config.replicas.max_requests_per_key
+    limits = KeyLimits(usage, metrics.by_key, max_requests=most)
+    app, asked = all_routes(versions, metrics, limits, others=others)
+    facts = facts_by_path(app.routes)
+    return Gate(asked, facts, access=access, versions=versions, limits=limits)
+
+
+def all_routes(
+    versions: Versions,
+    metrics: ReplicaMetrics,
+    limits: KeyLimits,
+    *,
+    others: Iterable["AddRoutes"],
+) -> tuple[FastAPI, AskedRoutes]:
+    """Returns an application with all routes, and those that ask the model. `others` add theirs,
+    and are called last."""
     config = versions.config
     # Interactive documentation and a schema would show strangers what this endpoint can do.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    limits = KeyLimits(usage, metrics.by_key, max_requests=config.replicas.max_requests_per_key)
     add_error_handlers(app, limits)
     # The routes that most requests ask for come first: they are tried in this order.
     service = CompletionService(config, metrics, limits)
     asked = AskedRoutes(app, limits)
     add_completion_routes(asked, service)
-    add_others(app, asked, service)
     add_model_routes(app)
-    app.include_router(page_router(CHAT_FOLDER, CHAT_FILES))
-    app.include_router(page_router(XRAY_FOLDER, XRAY_FILES))
-    app.include_router(admin)
-    app.include_router(
-        tool_router(max_waiting=config.max_ongoing_requests, traces=config.trace is not None)
-    )
+    add_tool_routes(app, max_waiting=config.max_ongoing_requests)
     add_state_routes(app, versions=versions, metrics=metrics)
-    return Gate(asked, access=access, versions=versions, limits=limits)
+    for add in others:
+        add(app, asked, service)
+    return app, asked
 
 
 class CompletionService:
@@ -153,6 +151,9 @@ class CompletionService:
         return await self.answer(completion, shape, request, version=version, headers=note)
 
 
+AddRoutes = Callable[[FastAPI, AskedRoutes, CompletionService], None]
+
+
 def add_completion_routes(asked: AskedRoutes, service: CompletionService) -> None:
     """Adds the routes on which the model reads and writes."""
 
@@ -179,19 +180,22 @@ def add_completion_routes(asked: AskedRoutes, service: CompletionService) -> Non
         )
         return await service.answer(reading, shape, request, version=version)
 
-    asked.add("/v1/completions", completions)
-    asked.add("/v1/chat/completions", chat)
-    asked.add("/v1/embeddings", embeddings)
+    facts = RouteFacts(Opens.TO_USERS, is_metered=True)
+    asked.add("/v1/completions", completions, replace(facts, is_read_by_pages=True))
+    asked.add("/v1/chat/completions", chat, replace(facts, is_read_by_pages=True))
+    asked.add("/v1/embeddings", embeddings, facts)
 
 
 def add_model_routes(app: FastAPI) -> None:
     """Adds the routes that list the served model."""
 
     @app.api_route("/v1/models", methods=STATE_METHODS)
+    @declares(replace(OTHER, is_read_by_pages=True))
     async def list_models(request: Request) -> dict[str, Any]:
         return {"object": "list", "data": RoutedRequest.of(request).cards()}
 
     @app.get("/v1/models/{name:path}")
+    @declares(OTHER)
     async def get_model(request: Request, name: str) -> dict[str, Any]:
         return RoutedRequest.of(request).card(name)
 
@@ -200,11 +204,13 @@ def add_state_routes(app: FastAPI, *, versions: Versions, metrics: ReplicaMetric
     """Adds the routes that show the replica's state."""
 
     @app.api_route("/health", methods=STATE_METHODS)
+    @declares(_PROBE)
     async def health() -> dict[str, str]:
         """Answers if the replica's process does."""
         return {"status": "ok"}
 
     @app.api_route("/ready", methods=STATE_METHODS)
+    @declares(_PROBE)
     async def ready() -> dict[str, Any]:
         """Answers 200 if the engine runs, has passed its self-test, and takes requests. Says how
         many replicas do, as of some seconds ago, and how many there are at least once all have
@@ -223,11 +229,14 @@ def add_state_routes(app: FastAPI, *, versions: Versions, metrics: ReplicaMetric
         }
 
     @app.get("/version")
+    # Where the proxy asks whether a key is known (key_check.py), before it takes a body
+    @declares(replace(OTHER, is_read_by_pages=True))
     async def version() -> dict[str, str]:
         """Returns the code's version. The model's is in /ready and on each answer."""
         return {"version": code_version()}
 
     @app.get("/metrics")
+    @declares(OTHER)
     async def render_metrics(request: Request) -> Response:
         """Returns the metrics. Of those by key a client sees its own only."""
         shown = SeriesFor(RoutedRequest.of(request).facts.key, metrics.exported.collectors)
@@ -290,9 +299,17 @@ class Gate:
     answer has ended, and names it in the answer."""
 
     def __init__(
-        self, app: ASGIApp, *, access: CurrentAccess, versions: Versions, limits: KeyLimits
+        self,
+        app: ASGIApp,
+        facts: Mapping[str, RouteFacts],
+        *,
+        access: CurrentAccess,
+        versions: Versions,
+        limits: KeyLimits,
     ) -> None:
+        """`facts` are those of the routes, by path."""
         self._app = app
+        self._facts = facts
         self._access = access
         self._limits = limits
         self._versions = versions
@@ -307,7 +324,7 @@ class Gate:
         routed = RoutedRequest(self._versions, scope)
         facts = routed.facts
         tracer = self._tracer if scope["method"] == "POST" else NO_TRACER
-        span = Span.of_request(tracer, "replica", scope["headers"])
+        span = RequestSpan.of_request(tracer, "replica", scope["headers"])
 
         async def send_with_version(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -317,9 +334,10 @@ class Gate:
                 message[FACTS] = facts.shown()
             await send(message)
 
-        is_metered = scope["path"] in METERED_PATHS
+        declared = self._facts.get(scope["path"], OTHER)
+        is_metered = declared.is_metered
         try:
-            key = authorize(scope["path"], scope["headers"], self._access.rules)
+            key = authorize(scope["path"], declared, scope["headers"], self._access.rules)
             scope[KEY_IN_SCOPE] = key
             CURRENT_ASKER.set(self._limits.asker(key, connection=scope.get("client")))
             if key is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from serving.api.key_metrics import KeyMetrics, Refusal
+from serving.api.key_metrics import KeyMetrics, KeyRefusal
 from serving.api.keys import ApiKey
 from serving.delivery.follower import POLL_S
 from serving.limits.asker import Asker
@@ -84,7 +84,7 @@ class KeyLimits:
         if key is not None:
             self._metrics.of(key.name).requests.inc()
 
-    def count_refusal(self, key: ApiKey | None, reason: Refusal) -> None:
+    def count_refusal(self, key: ApiKey | None, reason: KeyRefusal) -> None:
         if key is not None:
             self._metrics.of(key.name).refused[reason].inc()
 
@@ -97,7 +97,7 @@ class KeyLimits:
             yield
             return
         if not await self._has_room(key.name, limit):
-            self.count_refusal(key, Refusal.REQUESTS)
+            self.count_refusal(key, KeyRefusal.REQUESTS)
             raise error_of("rate_limit_exceeded", limit=limit)
         with self._usage.running(key.name):
             yield
@@ -140,7 +140,7 @@ class KeyLimits:
         """Raises `ApiError` (429) while too much is held against a key."""
         wait_s = INVALID_BODIES.wait_s(self._usage.debt_s(_invalid_of(key)), 0)
         if wait_s > 0:
-            self.count_refusal(key, Refusal.INVALID_BYTES)
+            self.count_refusal(key, KeyRefusal.INVALID_BYTES)
             error = error_of("too_many_invalid", wait_s=math.ceil(wait_s))
             error.headers["Retry-After"] = str(math.ceil(wait_s))
             raise error
@@ -161,7 +161,7 @@ class KeyLimits:
         kind = max(waits_s, key=lambda kind: waits_s[kind], default=None)
         if kind is None or waits_s[kind] == 0:
             return
-        self.count_refusal(key, Refusal(kind))
+        self.count_refusal(key, KeyRefusal(kind))
         quota, window = key.token_quotas[kind], _WINDOWS[kind]
         if math.isinf(waits_s[kind]):
             raise error_of(

@@ -3,10 +3,10 @@
 from collections.abc import Collection
 from enum import StrEnum
 
-from cluster.monitoring.metric_export import Metrics
+from cluster.metrics.metric_export import Metrics
 
 
-class Refusal(StrEnum):
+class KeyRefusal(StrEnum):
     """Why a request of a key got 429."""
 
     REQUESTS = "requests"  # too many of the key are in flight
@@ -25,7 +25,7 @@ class NameMetrics:
         self.generation_tokens = exported.of("raymill:key_generation_tokens", key=name)
         self.refused = {
             reason: exported.of("raymill:key_refused", key=name, reason=reason)
-            for reason in Refusal
+            for reason in KeyRefusal
         }
 
 

@@ -11,8 +11,8 @@ from typing import Any, Self, get_args
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.registry import Collector
 
-from cluster.monitoring.metric_export import Metrics, by_version
-from cluster.monitoring.metric_table import Exporter, metrics
+from cluster.metrics.metric_export import Metrics, by_version
+from cluster.metrics.metric_table import Exporter, metrics
 from serving.api.key_metrics import KeyMetrics
 from serving.delivery.promotion import Phase, Result
 from serving.delivery.version_stats import VersionStats
@@ -93,8 +93,9 @@ class VersionMetrics:
     def stepped(self, report: StepReport) -> None:
         if report.num_tokens == 0:  # nothing was left to do
             return
-        self._step_tokens.observe(report.num_tokens)
-        self._step_s.observe(report.step_s)
+        self._step_tokens.observe(report.num_tokens, times=len(report.steps_s))
+        for step_s in report.steps_s:
+            self._step_s.observe(step_s)
         if report.num_looked_up:
             self._looked_up.inc(report.num_looked_up)
             self._found.inc(report.num_found)
@@ -165,8 +166,9 @@ class WatchedSteps:
     def stepped(self, report: StepReport) -> None:
         self.metrics.stepped(report)
         num_drawn = len([event for event in report.events if event.token_id is not None])
-        if num_drawn and num_drawn == report.num_tokens:  # it read no prompt
-            self.stats.stepped(num_drawn, report.step_s)
+        num_steps = len(report.steps_s)
+        if num_drawn and num_drawn == num_steps * report.num_tokens:  # they read no prompt
+            self.stats.stepped(report.num_tokens, sum(report.steps_s), num_steps=num_steps)
 
 
 @dataclass(eq=False)

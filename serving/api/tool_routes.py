@@ -1,5 +1,4 @@
-"""The routes that show how a model reads, computes and has learned: /tokenize, /detokenize, /v1/xray,
-/v1/trace."""
+"""The routes that show how a model reads: /tokenize and /detokenize."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,20 +6,21 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import orjson
-from fastapi import APIRouter, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from model.files.bounded_text import TextError
+from serving.api.route_facts import Opens, RouteFacts, declares
 from serving.delivery.routed_request import RoutedRequest
-from serving.protocol.errors import ApiError, error_of, overloaded
+from serving.protocol.errors import ApiError, overloaded
 from serving.protocol.protocol import DetokenizeRequest, TokenizeRequest, read_request
 from serving.protocol.served_model import ServedModel
-from serving.xray.trace import TraceRequest, card
-from serving.xray.xray import XrayRequest
+
+_TOKENS = RouteFacts(Opens.TO_USERS, is_metered=True)
 
 
-def tool_router(*, max_waiting: int, traces: bool) -> APIRouter:
-    router, thread, num_waiting = APIRouter(), ThreadPoolExecutor(1, thread_name_prefix="tools"), 0
+def add_tool_routes(app: FastAPI, *, max_waiting: int) -> None:
+    thread, num_waiting = ThreadPoolExecutor(1, thread_name_prefix="tools"), 0
 
     async def in_turn(work: Callable[[], dict[str, Any]]) -> Response:
         """Answers with the result of `work`, which turns text into tokens or back in one thread, in
@@ -41,7 +41,8 @@ def tool_router(*, max_waiting: int, traces: bool) -> APIRouter:
             num_waiting -= 1
         return Response(content, media_type="application/json")
 
-    @router.post("/tokenize")
+    @app.post("/tokenize")
+    @declares(_TOKENS)
     async def tokenize(request: Request) -> Response:
         parsed = await read_request(request, TokenizeRequest)
         version = RoutedRequest.of(request).take(parsed.model)
@@ -52,52 +53,12 @@ def tool_router(*, max_waiting: int, traces: bool) -> APIRouter:
             raise ApiError(str(error), param="prompt", code="invalid_value") from None
         return await in_turn(lambda: _tokenized(parsed, text, version.model))
 
-    @router.post("/detokenize")
+    @app.post("/detokenize")
+    @declares(_TOKENS)
     async def detokenize(request: Request) -> Response:
         parsed = await read_request(request, DetokenizeRequest)
         model = RoutedRequest.of(request).take(parsed.model).model
         return await in_turn(lambda: _detokenized(parsed, model))
-
-    @router.get("/v1/xray")
-    async def xray_limits(request: Request) -> dict[str, Any]:
-        routed = RoutedRequest.of(request)
-        limits = await routed.take().xray.card(withdrawn=routed.withdrawn)
-        return limits | {"traces": traces}
-
-    @router.post("/v1/xray")
-    async def look_inside(request: Request) -> Response:
-        parsed = await read_request(request, XrayRequest)
-        routed = RoutedRequest.of(request)
-        status, body = await routed.take(parsed.model).xray.answer(
-            parsed, withdrawn=routed.withdrawn
-        )
-        return Response(body, status_code=status, media_type="application/json")
-
-    _add_trace_routes(router, traces=traces)
-    return router
-
-
-def _add_trace_routes(router: APIRouter, *, traces: bool) -> None:
-    if not traces:
-
-        @router.api_route("/v1/trace", methods=["GET", "POST"])
-        async def no_trace() -> Response:
-            raise error_of("no_trace")
-
-        return
-
-    @router.get("/v1/trace")
-    async def trace_limits() -> dict[str, Any]:
-        return card()
-
-    @router.post("/v1/trace")
-    async def trace(request: Request) -> Response:
-        parsed = await read_request(request, TraceRequest)
-        version = RoutedRequest.of(request).take(parsed.model)
-        if version.trace is None:
-            raise error_of("trace_other_data", problem="it does not say what it was trained on")
-        body = await version.trace.answer(parsed, version.model)
-        return Response(body, media_type="application/json")
 
 
 def _tokenized(

@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from cluster.monitoring.grafana import Annotation, Annotator
+from cluster.metrics.annotation import Annotation, annotator
 from cluster.settings.serve import ServeConfig
 from cluster.storage.uris import StorageError, open_storage
 from serving.delivery import promotion
 from serving.delivery.adapters import Order, begin_adapters, continued, on_line
 from serving.delivery.delivery_file import (
-    DamagedStateError,
+    DamagedDeliveryError,
     DeliveryFile,
     NewerStateError,
     endpoint_name,
@@ -74,7 +74,7 @@ class Coordinator:
         self._file = DeliveryFile(
             open_storage(config.storage.uri), self._name, deployment=deployment
         )
-        self._damage: DamagedStateError | None = None  # set if the stored state cannot be read
+        self._damage: DamagedDeliveryError | None = None  # set if the stored state cannot be read
         self._delivery: Delivery | None = None
         self._stored: Delivery | None = None
         self._retry_at_s = 0.0
@@ -90,7 +90,7 @@ class Coordinator:
         self._writing: asyncio.Task[None] | None = None
         self._newer: Delivery | None = None  # of another coordinator, which a late write has found
         self._deciding: set[asyncio.Task[Any]] = set()
-        self._annotator = Annotator.from_environment()
+        self._annotator = annotator()
         self._restore()
 
     async def exchange(
@@ -282,7 +282,7 @@ class Coordinator:
             restored = self._file.restore()
             self._stored = None if self._file.is_damaged else restored
             self._delivery = restored and continued(restored, self._named)
-        except DamagedStateError as error:
+        except DamagedDeliveryError as error:
             if self._damage is None:
                 _log.error("%s", error)
             self._damage, self._retry_at_s = error, time.monotonic() + RETRY_STORING_S

@@ -33,12 +33,12 @@ from cluster.storage.uris import (
     StorageError,
     join_uri,
 )
-from serving.delivery.promotion import Delivery, Record
+from serving.delivery.promotion import Delivery, PromotionRecord
 
 _log = logging.getLogger(__name__)
 
 
-class DamagedStateError(StorageError):
+class DamagedDeliveryError(StorageError):
     """The file exists but holds no state."""
 
 
@@ -51,7 +51,7 @@ class NewerStateError(StorageError):
         self.state = state
 
 
-class Stored(Record):
+class Stored(PromotionRecord):
     """The content of the file."""
 
     incarnation: str  # of the coordinator that wrote it
@@ -83,14 +83,14 @@ class DeliveryFile:
     def restore(self) -> Delivery | None:
         """Returns what this deployment served last, or None for a new one. Raises `StorageError`,
         because waiting for the storage is better than not knowing what is live, and
-        `DamagedStateError` if the copy does not help either."""
+        `DamagedDeliveryError` if the copy does not help either."""
         entry = self._storage.stat(self._key)
         if entry is None:
             return None
         self._version = entry.version
         try:
             stored = self._read(self._key)
-        except DamagedStateError as error:
+        except DamagedDeliveryError as error:
             stored, self.is_damaged = self._copy(error), True
         self._generation = stored.generation
         if stored.delivery.deployment != self._deployment:
@@ -136,7 +136,7 @@ class DeliveryFile:
             return
         try:
             stored = self._read(self._key)
-        except DamagedStateError as error:
+        except DamagedDeliveryError as error:
             _log.error("%s; this coordinator replaces it with its own state", error)
             self._version = entry.version
             return
@@ -155,10 +155,10 @@ class DeliveryFile:
                 stored.delivery,
             )
 
-    def _copy(self, damage: DamagedStateError) -> Stored:
+    def _copy(self, damage: DamagedDeliveryError) -> Stored:
         try:
             stored = self._read(self._copy_key)
-        except (DamagedStateError, NotFoundError):
+        except (DamagedDeliveryError, NotFoundError):
             raise damage from None
         _log.error(
             "%s; this coordinator continues with the copy of the last good state, write %d, and replaces it",
@@ -168,13 +168,13 @@ class DeliveryFile:
         return stored
 
     def _read(self, key: str) -> Stored:
-        """Reads a file. Raises `DamagedStateError`, or `NotFoundError` if there is none."""
+        """Reads a file. Raises `DamagedDeliveryError`, or `NotFoundError` if there is none."""
         try:
             return Stored.model_validate_json(self._storage.read_bytes(key))
         except ValidationError as error:
             problem = error.errors()[0]["msg"]
             uri = join_uri(self._storage.uri, key)
-            raise DamagedStateError(
+            raise DamagedDeliveryError(
                 f"the state in {uri} is damaged ({problem[:200]}): restore the file from a backup, or delete it to "
                 "begin with the checkpoint of the endpoint's settings"
             ) from None

@@ -4,9 +4,10 @@ version's, and what it has done."""
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from cluster.settings.serve import ServeConfig
 from cluster.storage.bases import find_base
@@ -22,11 +23,18 @@ from serving.engine_process.health import HealthCheck
 from serving.protocol.served_model import ServedModel, is_of_one_kind, read_served_model
 from serving.text.grammar_check import GrammarCheck
 from serving.text.reader import TextReader, open_reader
-from serving.xray.trace import Trace, Traced
-from serving.xray.xray import Xray
 
 DRAIN_POLL_S = 0.1
 LONGEST_REQUEST_S = 600.0  # after this an unneeded engine ends, whatever still runs on it
+
+
+class Closing(Protocol):
+    """What can be closed, at any time and again."""
+
+    def close(self) -> None: ...
+
+
+Kept = TypeVar("Kept", bound=Closing)
 
 
 class LoadedVersion:
@@ -42,15 +50,16 @@ class LoadedVersion:
         engine: EngineClient,
         weights: int = 0,
     ) -> None:
+        self.folder = folder
+        self.checkpoint = str(folder)
         self.model = model
         self.texts = texts
         self.engine = engine
         # For sequences to name; 0 if the engine was started with this version
         self.weights = weights
         self.grammars = GrammarCheck(folder, python=engine.python)
-        self.xray = Xray(folder, name=model.name, dtype=engine.facts.dtype)
         self.health = HealthCheck(engine, prompt_ids=[0, 0, 0], weights=weights)
-        self.trace: Trace | None = None
+        self._beside: dict[type[Closing], Closing] = {}
         self.open_requests = 0
         self.stats = VersionStats()
 
@@ -80,9 +89,7 @@ class LoadedVersion:
         except BaseException:
             texts.close()
             raise
-        if config.trace is not None and (metadata := loaded.model.metadata) is not None:
-            traced = Traced(version.checkpoint, metadata, config.trace, config.storage.uri)
-            loaded.trace = Trace(traced)
+        loaded.checkpoint = version.checkpoint
         return loaded
 
     @classmethod
@@ -186,6 +193,15 @@ class LoadedVersion:
             ]
         return -sum(logprobs) / len(logprobs)
 
+    def beside(self, kind: type[Kept], make: Callable[[], Kept]) -> Kept:
+        """Returns what a route keeps beside this version: one of a kind, made when it is first
+        asked for and closed with the version."""
+        if kind not in self._beside:
+            self._beside[kind] = make()
+        kept = self._beside[kind]
+        assert isinstance(kept, kind)
+        return kept
+
     async def retire(self) -> None:
         """Ends the engine, or its share of it, once no request uses it."""
         deadline_s = time.monotonic() + LONGEST_REQUEST_S
@@ -194,9 +210,8 @@ class LoadedVersion:
         await self.close()
 
     async def close(self) -> None:
-        self.xray.close()
-        if self.trace is not None:
-            self.trace.close()
+        for kept in self._beside.values():
+            kept.close()
         self.texts.close()
         self.grammars.close()
         await self.engine.close()

@@ -38,7 +38,7 @@ class DeliveryError(Exception):
     """An order does not fit the endpoint's state."""
 
 
-class Record(BaseModel):
+class PromotionRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def having(self, **changes: Any) -> Self:
@@ -46,7 +46,7 @@ class Record(BaseModel):
         return self.model_copy(update=changes)
 
 
-class Version(Record):
+class Version(PromotionRecord):
     """A checkpoint as it was promoted."""
 
     # Grows with each promotion; a checkpoint that is tried again is another version
@@ -69,7 +69,7 @@ class Version(Record):
         return self.lineage is not None and self.lineage.get("base_hash") is not None
 
 
-class Terms(Record):
+class Terms(PromotionRecord):
     """The conditions on which a candidate becomes the live version and stays it."""
 
     # Share of the requests that it serves first; None: all at once
@@ -87,7 +87,7 @@ class Terms(Record):
 Result = Literal["promoted", "refused", "rolled_back"]
 
 
-class Outcome(Record):
+class PromotionOutcome(PromotionRecord):
     """The end of a promotion."""
 
     version: Version
@@ -95,7 +95,7 @@ class Outcome(Record):
     reason: str
 
 
-class Delivery(Record):
+class Delivery(PromotionRecord):
     """The versions that are served and being promoted: all that survives a restart.
 
     An adapter that has a name of its own has a state of the same kind, without further adapters, so
@@ -113,8 +113,8 @@ class Delivery(Record):
     previous: Version | None = None  # loaded while WATCHING; otherwise a rollback would load it
     terms: Terms | None = None  # during a promotion
     last_serial: int = 1
-    outcome: Outcome | None = None  # of the last promotion, once it has ended
-    history: tuple[Outcome, ...] = ()  # of the last ones, the oldest first
+    outcome: PromotionOutcome | None = None  # of the last promotion, once it has ended
+    history: tuple[PromotionOutcome, ...] = ()  # of the last ones, the oldest first
     draining: bool = False
     adapters: dict[str, "Delivery"] = {}  # by the name that clients give as model
 
@@ -269,11 +269,11 @@ def roll_back(state: Delivery, reason: str) -> Delivery:
     if state.phase is Phase.STEADY:
         if state.previous is None:
             raise DeliveryError("there is no earlier version to return to")
-        left = Outcome(version=state.live, result="rolled_back", reason=reason)
+        left = PromotionOutcome(version=state.live, result="rolled_back", reason=reason)
         return start(_remembering(state, left), state.previous, Terms(watch_s=0))
     serves = state.phase is not Phase.LOADING
     result: Result = "rolled_back" if serves else "refused"
-    outcome = Outcome(version=state.candidate or state.live, result=result, reason=reason)
+    outcome = PromotionOutcome(version=state.candidate or state.live, result=result, reason=reason)
     previous = None if state.phase is Phase.WATCHING else state.previous
     return _ended(state, outcome, epoch=state.epoch + serves, live=state.stable, previous=previous)
 
@@ -305,7 +305,7 @@ def advance(
         return roll_back(state, problem)
     if elapsed_s < state.terms.watch_s:
         return state
-    promoted = Outcome(version=state.live, result="promoted", reason="")
+    promoted = PromotionOutcome(version=state.live, result="promoted", reason="")
     return _switched(state) if state.phase is Phase.CANARY else _ended(state, promoted)
 
 
@@ -398,12 +398,12 @@ def _switched(state: Delivery) -> Delivery:
     )
 
 
-def _ended(state: Delivery, outcome: Outcome, **changes: Any) -> Delivery:
+def _ended(state: Delivery, outcome: PromotionOutcome, **changes: Any) -> Delivery:
     ended = _remembering(state, outcome)
     return ended.having(**changes, phase=Phase.STEADY, candidate=None, terms=None, outcome=outcome)
 
 
-def _remembering(state: Delivery, outcome: Outcome) -> Delivery:
+def _remembering(state: Delivery, outcome: PromotionOutcome) -> Delivery:
     return state.having(history=(*state.history, outcome)[-HISTORY:])
 
 

@@ -6,7 +6,7 @@ MIN_JUDGED_STEPS = 20  # of a size, of both versions
 
 
 @dataclass
-class StepTimes:
+class VersionStepTimes:
     """Steps of about the same size that read no prompt."""
 
     count: int = 0
@@ -24,22 +24,22 @@ class VersionStats:
     sequences: int = 0
     errors: int = 0
     # By `step_size` of the sequences that got a token
-    steps: dict[int, StepTimes] = field(default_factory=dict)
+    steps: dict[int, VersionStepTimes] = field(default_factory=dict)
 
-    def stepped(self, num_sequences: int, step_s: float) -> None:
-        """Counts a step that gave each of so many sequences a token, and did nothing else."""
+    def stepped(self, num_sequences: int, busy_s: float, *, num_steps: int = 1) -> None:
+        """Counts steps that each gave so many sequences a token, and did nothing else."""
         size = step_size(num_sequences)
         times = self.steps.get(size)
         if times is None:
-            times = self.steps[size] = StepTimes()
-        times.count += 1
-        times.busy_s += step_s
+            times = self.steps[size] = VersionStepTimes()
+        times.count += num_steps
+        times.busy_s += busy_s
 
     def add(self, other: "VersionStats") -> None:
         self.sequences += other.sequences
         self.errors += other.errors
         for size, times in other.steps.items():
-            total = self.steps.setdefault(size, StepTimes())
+            total = self.steps.setdefault(size, VersionStepTimes())
             total.count += times.count
             total.busy_s += times.busy_s
 

@@ -102,7 +102,7 @@ class Engine:
             num_tokens=sum(chunk.last - chunk.first for chunk in chunks),
             num_looked_up=scheduler.num_looked_up,
             num_found=scheduler.num_found,
-            step_s=round(time.perf_counter() - began_s, 6),
+            steps_s=(round(time.perf_counter() - began_s, 6),),
         )
 
     def _take_ready(self) -> list[TokenEvent]:

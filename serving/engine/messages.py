@@ -99,19 +99,36 @@ class MetricFamily(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """Sent after each step."""
+    """Sent after each step, or after several alike."""
 
-    events: list[TokenEvent]
+    events: list[TokenEvent]  # in the order of the steps
     num_running: int
     num_waiting: int
     kv_cache_usage: float  # share of the KV cache blocks that are held, 0 to 1
     num_prompt_tokens: int  # read in this step, or found in the cache
-    # Computed in this step: of prompts, and one for each sequence that continues
+    # Computed in each step: of prompts, and one for each sequence that continues
     num_tokens: int = 0
     # Prompt tokens of the sequences that this step admitted, if the cache may have them
     num_looked_up: int = 0
     num_found: int = 0  # of those, tokens that the cache had
-    step_s: float = 0.0
+    steps_s: tuple[float, ...] = ()  # how long each step took
+
+    def is_like(self, before: "StepReport") -> bool:
+        """Whether this step and those before it drew a token for the same sequences, and did
+        nothing else, so that one report can tell of all of them."""
+        num_drawn = len([event for event in self.events if event.token_id is not None])
+        return (
+            num_drawn == self.num_tokens == before.num_tokens
+            and self.num_prompt_tokens == before.num_prompt_tokens == 0
+            and [event.seq_id for event in self.events]
+            == [event.seq_id for event in before.events[-num_drawn:]]
+        )
+
+    def after(self, before: "StepReport") -> "StepReport":
+        """Returns the report of the steps before, and of this one, which is like them."""
+        return self._replace(
+            events=before.events + self.events, steps_s=before.steps_s + self.steps_s
+        )
 
 
 parse_request = TypeAdapter(SequenceRequest).validate_python

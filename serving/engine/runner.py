@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cluster.settings.serve import EngineConfig
-from model.files.checkpoint_folder import is_hf_folder, read_metadata
+from model.files.checkpoint_folder import StoredModel
 from model.hardware.processor import fast_precision
 from model.numerics import FP32, NUMERICS
 
@@ -30,7 +30,8 @@ def with_dtype(config: EngineConfig, folder: Path) -> EngineConfig:
     """
     if config.dtype != "auto":
         return config
-    trained = None if is_hf_folder(folder) else read_metadata(folder).precision
+    metadata = StoredModel(folder).metadata
+    trained = metadata and metadata.precision
     fast = NUMERICS[fast_precision(config.device)]
     loses_nothing = trained == fast.name or config.device == "cuda"
     return config.model_copy(update={"dtype": (fast if loses_nothing else FP32).torch_type})

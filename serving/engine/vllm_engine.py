@@ -211,7 +211,7 @@ class VllmEngine:
             num_tokens=sum(plan.total_num_scheduled_tokens for plan in self._plans),
             num_looked_up=self._looked_up,
             num_found=self._found,
-            step_s=round(time.perf_counter() - began_s, 6),
+            steps_s=(round(time.perf_counter() - began_s, 6),),
         )
 
     def _take_ready(self) -> list[TokenEvent]:

@@ -31,7 +31,7 @@ from serving.engine.messages import (
 )
 from serving.engine_process.child_process import Lines, start_process
 from serving.engine_process.fair_queue import FairQueue
-from serving.engine_process.generation import Generation, StepObserver
+from serving.engine_process.generation import Generation, ReportObserver
 from serving.engine_process.peer_watchdog import watch_peer
 from serving.engine_process.report_reader import MessageError, parse_message
 from serving.engine_process.sequence_queue import SequenceQueue
@@ -90,7 +90,7 @@ class EngineClient:
         self._metrics: list[MetricFamily] = []
         self.last_progress_s = time.monotonic()  # of a report, or of new work for an idle engine
         self.death_notice = ""
-        self._observer: StepObserver | None = None  # of the sequences in the latest step
+        self._observer: ReportObserver | None = None  # of the sequences in the latest step
         # Called with the notice before any request hears of it
         self.on_death: Callable[[str], None] | None = None
 
@@ -190,7 +190,7 @@ class EngineClient:
         *,
         at_once: int | None = None,
         key: str = "",
-        observer: StepObserver | None = None,
+        observer: ReportObserver | None = None,
     ) -> Generation:
         """Puts a request's sequences in line for the engine: `at_once` now, or all, and another one
         whenever one of them has ended. Raises `EngineDiedError` if the engine has died."""

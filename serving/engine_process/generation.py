@@ -17,7 +17,7 @@ class LateError(Exception):
         self.after_s = after_s
 
 
-class StepObserver(Protocol):
+class ReportObserver(Protocol):
     """Hears how long sequences have waited, and of each step that works on them."""
 
     def admitted(self, waited_s: float) -> None: ...
@@ -34,7 +34,7 @@ class Generation:
         *,
         cancel: Callable[[int], None],
         key: str,
-        observer: StepObserver | None,
+        observer: ReportObserver | None,
     ) -> None:
         """`cancel` takes a sequence from the engine."""
         self.observer = observer

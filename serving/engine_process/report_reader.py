@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from serving.engine.messages import Admission, FinishReason, MetricFamily, StepReport, TokenEvent
 
-_NUM_FIGURES = len(StepReport._fields) - 1
+_NUM_FIGURES = len(StepReport._fields) - 2  # between the events and the steps' times
 _REASONS = {reason.value: reason for reason in FinishReason}
 
 _any_report = TypeAdapter(StepReport).validate_json
@@ -45,20 +45,21 @@ def parse_message(line: bytes) -> StepReport | Admission | list[MetricFamily]:
 
 
 def parse_report(line: bytes) -> StepReport:
-    """Returns the report of a step. One whose events have tokens and ends alone, as nearly all, is
+    """Returns the report of steps. One whose events have tokens and ends alone, as nearly all, is
     checked at a fifth of what pydantic takes for it. Raises `ValidationError`, or another
     `ValueError` for what is no JSON."""
-    fields = _loaded(line)
-    if len(fields) == 1 + _NUM_FIGURES and {*map(type, fields[1:])} <= {int, float}:
-        events = _plain_events(fields[0])
-        if events is not None:
-            return StepReport(events, *fields[1:])
+    match _loaded(line):
+        case [[*tokens], *figures, [*steps_s]] if len(figures) == _NUM_FIGURES:
+            are_numbers = {*map(type, chain(figures, steps_s))} <= {int, float}
+            events = _plain_events(tokens) if are_numbers else None
+            if events is not None:
+                return StepReport._make([events, *figures, tuple(steps_s)])
     return _any_report(line)
 
 
-def _plain_events(events: Any) -> list[TokenEvent] | None:
+def _plain_events(events: list[Any]) -> list[TokenEvent] | None:
     """Returns the events of a report if each is a sequence and its token, and perhaps its end."""
-    if type(events) is not list or not {*map(type, events)} <= {list}:
+    if not {*map(type, events)} <= {list}:
         return None
     lengths = {*map(len, events)}
     if lengths <= {2}:

@@ -18,7 +18,6 @@ import torch
 from prometheus_client import REGISTRY
 
 from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, EngineConfig
-from model.config import num_parameters
 from model.files.checkpoint import load_model
 from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
@@ -36,6 +35,7 @@ from serving.engine.messages import (
     EngineFacts,
     MetricFamily,
     SequenceRequest,
+    StepReport,
     encode_message,
     parse_request,
 )
@@ -72,16 +72,20 @@ class Channel:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._rest = b""  # of a message that has not arrived whole
-        self._held = bytearray()
+        self._held: list[Any] = []  # messages
         self._sent_s = 0.0
 
     def send(self, message: Any, *, at_once: bool = True) -> None:
         """Sends a message after those that are held, or else holds it too, for `HELD_S` at most if
-        others follow."""
-        self._held += encode_message(message)
+        others follow. Reports of steps that are alike become one."""
+        match self._held, message:
+            case [*_, StepReport() as last], StepReport() if message.is_like(last):
+                self._held[-1] = message.after(last)
+            case _:
+                self._held.append(message)
         now_s = time.monotonic()
         if at_once or now_s - self._sent_s >= HELD_S:
-            self._connection.sendall(self._held)
+            self._connection.sendall(b"".join(map(encode_message, self._held)))
             self._held.clear()
             self._sent_s = now_s
 
@@ -231,7 +235,7 @@ def build_engine(
         dtype=dtype,
         num_seqs=max_num_seqs,
         # The weights as packed by the kernels
-        other_bytes=num_parameters(model.config) * WEIGHT_BYTES[dtype]
+        other_bytes=model.config.num_parameters * WEIGHT_BYTES[dtype]
         + (0 if grammars is None else grammars.memory.most_bytes),
         memory=memory(),
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.files.checkpoint_folder import is_adapter
+from model.files.checkpoint_folder import StoredModel
 from raymill.errors import UserError
 from serving.engine.messages import Admission, FinishReason, SequenceRequest, StepReport, TokenEvent
 
@@ -56,7 +56,7 @@ class WeightTurns:
         """Gives the number `weights` to a checkpoint, whose files must stay as they are. An adapter
         takes no turns: the engine computes it beside its base, with which it was started and which
         nothing then replaces."""
-        if is_adapter(checkpoint):
+        if StoredModel(checkpoint).is_adapter:
             self._adapters.add(weights)
             self._engine.add_adapter(weights, checkpoint)
         else:

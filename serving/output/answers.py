@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 
 from serving.engine.messages import Candidates
-from serving.output.choice_output import Part, Texts, TokenEntry
+from serving.output.choice_output import ChoicePart, Texts, TokenEntry
 from serving.protocol.errors import ApiError
 from serving.protocol.served_model import ServedModel
 
@@ -39,15 +39,15 @@ class Answer(ABC):
         self._model = model
         self._frames: dict[int, tuple[bytes, bytes]] = {}  # by choice
 
-    def whole(self, choices: list[Part], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: list[ChoicePart], usage: Usage) -> dict[str, Any]:
         return self._fields(self.KIND, [self._whole_choice(choice) for choice in choices], usage)
 
-    def event(self, parts: list[Part], usage: Usage | None) -> dict[str, Any]:
+    def event(self, parts: list[ChoicePart], usage: Usage | None) -> dict[str, Any]:
         """Returns an event of a stream. `stream_options` asks for the usage in each, or in a last
         one without parts."""
         return self._fields(self.PART_KIND, [self._part_choice(part) for part in parts], usage)
 
-    def sent(self, parts: list[Part], usage: Usage | None) -> bytes:
+    def sent(self, parts: list[ChoicePart], usage: Usage | None) -> bytes:
         """Returns what `event` has as a stream sends it; nothing where there is nothing to
         send."""
         return server_sent(self.event(parts, usage))
@@ -84,11 +84,11 @@ class Answer(ABC):
             "usage": usage,
         }
 
-    def _token_ids(self, part: Part) -> dict[str, Any]:
+    def _token_ids(self, part: ChoicePart) -> dict[str, Any]:
         """Returns what `return_token_ids` adds to a choice, as in vLLM."""
         return {} if part.token_ids is None else {"token_ids": part.token_ids}
 
-    def _of_prompt(self, part: Part) -> dict[str, Any]:
+    def _of_prompt(self, part: ChoicePart) -> dict[str, Any]:
         """Returns what `return_token_ids` and `prompt_logprobs` add about the prompt, as in
         vLLM."""
         fields: dict[str, Any] = (
@@ -112,10 +112,10 @@ class Answer(ABC):
         }
 
     @abstractmethod
-    def _whole_choice(self, part: Part) -> dict[str, Any]:
+    def _whole_choice(self, part: ChoicePart) -> dict[str, Any]:
         """Returns a choice of a whole answer."""
 
-    def _part_choice(self, part: Part) -> dict[str, Any]:
+    def _part_choice(self, part: ChoicePart) -> dict[str, Any]:
         """Returns a choice of an event."""
         return self._whole_choice(part)
 
@@ -126,7 +126,7 @@ class TextAnswer(Answer):
     ID_PREFIX, KIND, PART_KIND = "cmpl", "text_completion", "text_completion"
     streams_texts = True
 
-    def _whole_choice(self, part: Part) -> dict[str, Any]:
+    def _whole_choice(self, part: ChoicePart) -> dict[str, Any]:
         return {
             "text": part.text,
             "index": part.index,
@@ -162,7 +162,7 @@ class EmbeddingAnswer(Answer):
         super().__init__(model)
         self._encoding = encoding
 
-    def whole(self, choices: list[Part], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: list[ChoicePart], usage: Usage) -> dict[str, Any]:
         return {
             "id": self._id,
             "object": self.KIND,
@@ -172,7 +172,7 @@ class EmbeddingAnswer(Answer):
             "usage": {name: usage[name] for name in ("prompt_tokens", "total_tokens")},
         }
 
-    def _whole_choice(self, part: Part) -> dict[str, Any]:
+    def _whole_choice(self, part: ChoicePart) -> dict[str, Any]:
         assert part.embedding is not None
         vector: str | list[float] = part.embedding
         if self._encoding != "base64":

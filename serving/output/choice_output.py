@@ -1,7 +1,7 @@
 """Turns the engine's events into the text and the tokens of one choice, as soon as they are
 final."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class TokenEntry(NamedTuple):
 
 
 @dataclass(slots=True)  # made for each token: a frozen one takes longer
-class Part:
+class ChoicePart:
     """A piece of a choice, or all of it."""
 
     index: int  # of the choice
@@ -43,9 +43,9 @@ class Texts:
     index: int  # of the choice
     texts: list[str]
 
-    def as_part(self) -> Part:
+    def as_part(self) -> ChoicePart:
         """Returns them as one piece."""
-        return Part(self.index, "".join(self.texts), None, None, None, None, None, None)
+        return ChoicePart(self.index, "".join(self.texts), None, None, None, None, None, None)
 
 
 class ChoiceOutput:
@@ -80,24 +80,25 @@ class ChoiceOutput:
         self._may_be_texts = as_texts and not (
             asks_for_scores or request.stop or request.return_token_ids
         )
-        # By token, where tokens now add nothing but their text
-        self._texts: Mapping[int | None, str] | None = None
+        self._are_texts = False  # whether tokens now add nothing but their text
 
     def texts_of(self, events: Sequence[TokenEvent]) -> Texts | None:
-        """Returns the texts that events of the choice make final, None where they may make more
-        than that, which `push` takes."""
-        if self._texts is None or events[-1].finish_reason is not None:
+        """Returns the texts that events of the choice make final, one for each; None where they may
+        make more than that, which `push` takes."""
+        if not self._are_texts or events[-1].finish_reason is not None:
             return None
-        texts = [*map(self._texts.get, map(_TOKEN_ID, events))]
-        if None in texts:
-            texts = [*map(self._model.plain_text, map(_TOKEN_ID, events))]
-        known = [text for text in texts if text is not None]
-        if len(known) < len(texts):
-            return None
-        self.num_output_tokens += len(known)
-        return Texts(self.index, known)
+        self.num_output_tokens += len(events)
+        return Texts(self.index, [*map(self._next_text, map(_TOKEN_ID, events))])
 
-    def push(self, event: TokenEvent) -> Part:
+    def _next_text(self, token_id: int) -> str:
+        """Returns the text that a token makes final, within a text without stop strings."""
+        if self._detokenizer.is_whole:
+            text = self._model.plain_texts.get(token_id)
+            if text is not None:
+                return text
+        return self._detokenizer.push(self._text_bytes(token_id))
+
+    def push(self, event: TokenEvent) -> ChoicePart:
         """Returns the part of the choice that this event makes final. It may be empty: a stream has
         a part for each token, so that a client sees when tokens arrive."""
         is_first, self._started = not self._started, True
@@ -115,12 +116,10 @@ class ChoiceOutput:
         if event.finish_reason is not None:
             text += self._detokenizer.finish()
         finish_reason = FinishReason.STOP if self._detokenizer.stopped else event.finish_reason
-        if self._may_be_texts:
-            is_whole = self._is_text_begun and self._detokenizer.is_whole
-            self._texts = self._model.plain_texts if is_whole else None
+        self._are_texts = self._may_be_texts and self._is_text_begun
         all_of_them = finish_reason is not None and not self._detokenizer.stopped
         token_ids = [] if event.token_id is None else [event.token_id]
-        return Part(
+        return ChoicePart(
             self.index,
             text,
             None if asked.logprobs is None else self._take_entries(all_of_them=all_of_them),
@@ -188,7 +187,7 @@ class ChoiceOutput:
         return taken
 
 
-def join_parts(parts: list[Part]) -> Part:
+def join_parts(parts: list[ChoicePart]) -> ChoicePart:
     """Returns the whole choice from all its parts."""
     first = parts[0]
     if len(parts) == 1:

@@ -4,9 +4,11 @@ they hold no data; the data needs the key."""
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import FastAPI
 from fastapi.responses import Response
 from starlette.routing import Route
+
+from serving.api.route_facts import Opens, RouteFacts, declares
 
 _MEDIA_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
 # No foreign or inline script, no request to another host, no form, no frame
@@ -22,11 +24,12 @@ _HEADERS = {
 }
 
 
-def page_router(folder: Path, files: Mapping[str, str]) -> APIRouter:
-    """Returns the routes that answer each path of `files` with its file in `folder`."""
-    router = APIRouter()
+def add_page(
+    app: FastAPI, folder: Path, files: Mapping[str, str], opens: Opens = Opens.TO_ALL
+) -> None:
+    """Adds the routes that answer each path of `files` with its file in `folder`."""
+    facts = RouteFacts(opens, is_metered=False)
     for path, name in files.items():
         file = folder / name
         answer = Response(file.read_bytes(), media_type=_MEDIA_TYPES[file.suffix], headers=_HEADERS)
-        router.routes.append(Route(path, answer, methods=["GET"]))
-    return router
+        app.router.routes.append(Route(path, declares(facts)(answer), methods=["GET"]))

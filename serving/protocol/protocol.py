@@ -169,7 +169,7 @@ class GenerationRequest(StructuredFields, AnswerRequest):
             )
         if self.prompt_logprobs is not None and self.stream:
             raise ApiError(
-                "prompt_logprobs is allowed without stream=true only", param="prompt_logprobs"
+                "prompt_logprobs is allowed only without stream=true", param="prompt_logprobs"
             )
         return self
 

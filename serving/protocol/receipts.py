@@ -41,7 +41,7 @@ class Receipts:
         if self._engine.runs_vllm:
             raise error_of("receipt_by_backend")
         if request.stream:
-            raise ApiError("A receipt is given without stream=true only", param=FIELD)
+            raise ApiError("A receipt is given only without stream=true", param=FIELD)
         if request.seed is None and request.temperature > 0:
             raise ApiError(
                 "A receipt is given for answers that can be computed again: set seed, or temperature to 0",

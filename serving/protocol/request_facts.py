@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from serving.protocol.tracing import NO_SPAN, Span
+from serving.protocol.tracing import NO_SPAN, RequestSpan
 
 # In an ASGI message's dictionary, which Ray Serve hands on to the proxy as it is
 FACTS = "raymill.facts"
@@ -41,7 +41,7 @@ class RequestFacts:
             "first_token_s": _seconds(self.arrived_s, self.first_token_s),
         }
 
-    def trace(self, span: Span) -> None:
+    def trace(self, span: RequestSpan) -> None:
         """Ends the replica's span, with the engine's work as its stages."""
         if span is NO_SPAN:
             return

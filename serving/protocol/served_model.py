@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from model.adapters.lora import Adapter
-from model.config import Shape, shape_differences, with_context
+from model.config import Shape, shape_differences
 from model.files.checkpoint_folder import (
     ADAPTER_CONFIG,
     Metadata,
-    is_adapter,
-    is_hf_folder,
+    StoredModel,
     read_json,
-    read_metadata,
 )
 from model.files.hf_config import shape_from_hf
 from model.files.stored_tokenizer import load_tokenizer
@@ -139,15 +137,8 @@ class ServedModel:
         """Of tokens that are not special, as `text_bytes` has come to know them."""
         return {}
 
-    def plain_text(self, token_id: int | None) -> str | None:
-        """Returns the text of a token within a text; None for a special one, for a part of a
-        character, and without a token."""
-        if token_id is not None:
-            self.text_bytes(token_id)
-        return self.plain_texts.get(token_id)
-
     @cached_property
-    def plain_texts(self) -> dict[int | None, str]:
+    def plain_texts(self) -> dict[int, str]:
         """Those of them that are whole characters, as texts."""
         return {}
 
@@ -200,16 +191,18 @@ def read_served_model(
     `CheckpointError` if it cannot be served, and `UnsupportedModelError` for another model."""
     config_file = folder / "config.json"
     config = shape_from_hf(json.loads(config_file.read_bytes()))
-    rank = Adapter.from_peft(read_json(folder / ADAPTER_CONFIG)).rank if is_adapter(folder) else 0
+    stored, rank = StoredModel(folder), 0
+    if stored.is_adapter:
+        rank = Adapter.from_peft(read_json(folder / ADAPTER_CONFIG)).rank
     if max_context is not None:
-        config = with_context(config, max_context)
+        config = config.with_context(max_context)
     tokenizer = load_tokenizer(folder)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}: "
             "they do not belong together"
         )
-    metadata = None if is_hf_folder(folder) else read_metadata(folder)
+    metadata = stored.metadata
     version = (
         _files_version(sorted(folder.glob("*.safetensors")))
         if metadata is None

@@ -26,7 +26,7 @@ _propagator = TraceContextTextMapPropagator()
 NO_TRACER = trace.NoOpTracer()
 
 
-class Span:
+class RequestSpan:
     """A span that has begun."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Span:
         self._context = trace.set_span_in_context(self._span, parent)
 
     @classmethod
-    def of_request(cls, tracer: trace.Tracer, name: str, headers: Headers) -> "Span":
+    def of_request(cls, tracer: trace.Tracer, name: str, headers: Headers) -> "RequestSpan":
         """Starts a process's part of the trace that the headers name, or a new trace."""
         if tracer is NO_TRACER and b"traceparent" not in dict(headers):
             return NO_SPAN
@@ -60,8 +60,8 @@ class Span:
         context = self._span.get_span_context()
         return trace.format_trace_id(context.trace_id) if context.is_valid else None
 
-    def child(self, name: str, attributes: Attributes) -> "Span":
-        return Span(
+    def child(self, name: str, attributes: Attributes) -> "RequestSpan":
+        return RequestSpan(
             self._tracer, name, self._context, kind=trace.SpanKind.CLIENT, attributes=attributes
         )
 
@@ -87,7 +87,7 @@ class Span:
         self._span.end()
 
 
-class NoSpan(Span):
+class NoSpan(RequestSpan):
     """The span of a request that belongs to no trace: OpenTelemetry would make contexts and
     carriers for nothing."""
 
@@ -95,7 +95,7 @@ class NoSpan(Span):
 
     def __init__(self) -> None: ...
 
-    def child(self, name: str, attributes: Attributes) -> Span:
+    def child(self, name: str, attributes: Attributes) -> RequestSpan:
         return self
 
     def forward(self, headers: Headers) -> Headers:

@@ -8,7 +8,7 @@ from typing import Any
 CLIENT_LEFT, REPLICAS_ENDED = "client_left", "replicas_ended"  # reasons in the request log
 
 
-class Outcome(StrEnum):
+class AnswerOutcome(StrEnum):
     """The end of a completion as its client saw it. The endpoint's service objective is measured by
     it."""
 
@@ -22,17 +22,23 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True)
-class Ending:
+class AnswerEnding:
     """The end of a request, for counts, the request log and traces."""
 
-    outcome: Outcome
+    outcome: AnswerOutcome
     status: int | None = None  # None if none has gone out
     reason: str | None = None
     num_attempts: int = 0  # replicas that were asked
     facts: dict[str, Any] = field(default_factory=dict)  # from the replica
 
 
-def outcome_of(status: int) -> Outcome:
+def outcome_of(status: int) -> AnswerOutcome:
     if status == HTTPStatus.TOO_MANY_REQUESTS:
-        return Outcome.REFUSED
-    return Outcome.FAILED if status >= 500 else Outcome.INVALID if status >= 400 else Outcome.OK
+        return AnswerOutcome.REFUSED
+    return (
+        AnswerOutcome.FAILED
+        if status >= 500
+        else AnswerOutcome.INVALID
+        if status >= 400
+        else AnswerOutcome.OK
+    )

@@ -14,8 +14,8 @@ from serving.delivery.route import ROUTE_HEADER
 from serving.delivery.routed_request import RETRY_HEADER, NewestRoutes
 from serving.protocol.errors import DRAINING_HEADER, ApiError, error_of
 from serving.protocol.request_facts import FACTS
-from serving.protocol.tracing import Span
-from serving.proxy.ending import CLIENT_LEFT, Ending, Outcome, outcome_of
+from serving.protocol.tracing import RequestSpan
+from serving.proxy.ending import CLIENT_LEFT, AnswerEnding, AnswerOutcome, outcome_of
 from serving.proxy.token_relay import YES_HEADER, Relay, RelayedAnswer
 
 # A request may be what ends its replicas: one that ended a third would end them all.
@@ -27,7 +27,7 @@ INTERNAL_HEADERS = (ROUTE_HEADER.encode(), YES_HEADER)  # between replicas and p
 
 
 @dataclass(eq=False)
-class Exchange:
+class HttpExchange:
     """One request and its answer. If a replica dies before the first byte has gone out, another one
     gets the request, once, unless it is an operator's order."""
 
@@ -37,7 +37,7 @@ class Exchange:
     receive: Receive
     send: Send
     request_id: bytes
-    span: Span
+    span: RequestSpan
     routes: NewestRoutes  # of all answers
     _relayed: RelayedAnswer = field(init=False)
     _body_given = _client_gone = _finished = False
@@ -80,15 +80,15 @@ class Exchange:
         if self._attempt is not None:
             self._attempt.cancel()
 
-    async def run(self, relay: Relay) -> Ending:
+    async def run(self, relay: Relay) -> AnswerEnding:
         outcome, reason = await self._run(relay)
         facts = self._facts
         if facts.get("stream") and facts["completion_tokens"] is None:
             # One for each token, as far as the client got
             facts["completion_tokens"] = self._num_deltas if self._is_response else self._num_events
-        return Ending(outcome, self._status or None, reason, self._num_attempts, facts)
+        return AnswerEnding(outcome, self._status or None, reason, self._num_attempts, facts)
 
-    async def _run(self, relay: Relay) -> tuple[Outcome, str]:
+    async def _run(self, relay: Relay) -> tuple[AnswerOutcome, str]:
         most = 1 if self._is_order else MAX_ATTEMPTS
         for attempt in range(most):
             self._num_attempts = attempt + 1
@@ -117,21 +117,21 @@ class Exchange:
         if self._finished:
             is_drained = DRAINING_HEADER.encode() in self._headers
             reason = self._facts.get("reason") or HTTPStatus(self._status).name.lower()
-            return Outcome.DRAINED if is_drained else outcome_of(self._status), reason
+            return AnswerOutcome.DRAINED if is_drained else outcome_of(self._status), reason
         if self._client_gone:
-            return Outcome.LEFT, CLIENT_LEFT
+            return AnswerOutcome.LEFT, CLIENT_LEFT
         if not self._status:
             error = self._no_answer()
             self._status = error.status
             await self._refuse(error)
-            return Outcome.FAILED, str(error.code)
+            return AnswerOutcome.FAILED, str(error.code)
         if self._headers.get(b"content-type", b"").startswith(b"text/event-stream"):
             # Without it the stream would just stop. In any other answer the missing bytes show.
             error = error_of("interrupted")
             number = self._num_events
             event = error.response_event(number) if self._is_response else error.event()
             await self.send({"type": "http.response.body", "body": event.encode()})
-        return Outcome.CUT, "interrupted"
+        return AnswerOutcome.CUT, "interrupted"
 
     async def _ask(self, scope: Scope) -> None:
         """Hands the request to Ray Serve, again while this proxy does not know the application. A

@@ -19,18 +19,24 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.endpoint.local_end import door_of
-from cluster.monitoring.metric_export import Metrics, by_version
-from cluster.monitoring.metric_table import Exporter
+from cluster.metrics.metric_export import Metrics, by_version
+from cluster.metrics.metric_table import Exporter
 from cluster.settings.serve import HttpConfig
 from serving.delivery.route import ROUTE_HEADER
 from serving.delivery.routed_request import RETRY_HEADER, NewestRoutes
 from serving.protocol.errors import DRAINING_HEADER, ApiError, error_of
 from serving.protocol.json_log import CURRENT_REQUEST, Process, log_in
 from serving.protocol.request_facts import timestamp
-from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
+from serving.protocol.tracing import NO_TRACER, RequestSpan, tracer_from_environment
 from serving.proxy.doorkeeper import Doorkeeper
-from serving.proxy.ending import CLIENT_LEFT, REPLICAS_ENDED, Ending, Outcome, outcome_of
-from serving.proxy.exchange import MAX_ATTEMPTS, RESPONSES_PATH, Exchange, for_clients
+from serving.proxy.ending import (
+    CLIENT_LEFT,
+    REPLICAS_ENDED,
+    AnswerEnding,
+    AnswerOutcome,
+    outcome_of,
+)
+from serving.proxy.exchange import MAX_ATTEMPTS, RESPONSES_PATH, HttpExchange, for_clients
 from serving.proxy.host_check import require_host
 from serving.proxy.http_bounds import PROBED_PATHS, install_bounds
 from serving.proxy.key_check import KeyCheck, Refusal
@@ -76,16 +82,19 @@ def middlewares() -> list[Middleware]:
     log = no_log if config.request_log is None else RequestLog(config.request_log).add
     install_bounds(config, log)
     metrics = Metrics(Exporter.PROXY)
-    answers = {outcome: metrics.of("raymill:http_answers", outcome=outcome) for outcome in Outcome}
+    answers = {
+        outcome: metrics.of("raymill:http_answers", outcome=outcome) for outcome in AnswerOutcome
+    }
     of_version = by_version(
         metrics,
         lambda version: {
-            o: metrics.of("raymill:version_answers", version=version, outcome=o) for o in Outcome
+            o: metrics.of("raymill:version_answers", version=version, outcome=o)
+            for o in AnswerOutcome
         },
     )
     threading.Thread(target=metrics.keep_published, name="metrics", daemon=True).start()
 
-    def count(outcome: Outcome, version: str) -> None:
+    def count(outcome: AnswerOutcome, version: str) -> None:
         answers[outcome].inc()
         if version:
             of_version(version)[outcome].inc()
@@ -123,7 +132,7 @@ class FrontDoor:
     _: KW_ONLY
     config: HttpConfig
     # With each completion's outcome, and the version that answered or nothing
-    count: Callable[[Outcome, str], None]
+    count: Callable[[AnswerOutcome, str], None]
     log: LogRequest
     tracer: Tracer
     doorkeeper: Doorkeeper = field(default_factory=Doorkeeper)
@@ -142,14 +151,14 @@ class FrontDoor:
         CURRENT_REQUEST.set(request_id.decode())
         is_post = scope["method"] == "POST"
         tracer = self.tracer if is_post else NO_TRACER
-        span = Span.of_request(tracer, f"POST {path[:MAX_LOGGED_PATH]}", scope["headers"])
-        ending = Ending(Outcome.FAILED, reason="internal_error")
+        span = RequestSpan.of_request(tracer, f"POST {path[:MAX_LOGGED_PATH]}", scope["headers"])
+        ending = AnswerEnding(AnswerOutcome.FAILED, reason="internal_error")
         try:
             ending = await self._answer(scope, receive, send, request_id, span)
         finally:
             if path in COUNTED_PATHS:
                 self.count(ending.outcome, ending.facts.get("model_version") or "")
-            is_failure = ending.outcome in (Outcome.FAILED, Outcome.CUT)
+            is_failure = ending.outcome in (AnswerOutcome.FAILED, AnswerOutcome.CUT)
             span.end(
                 {
                     "http.response.status_code": ending.status,
@@ -172,8 +181,8 @@ class FrontDoor:
                 self.log(**(ending.facts | seen_here))
 
     async def _answer(
-        self, scope: Scope, receive: Receive, send: Send, request_id: bytes, span: Span
-    ) -> Ending:
+        self, scope: Scope, receive: Receive, send: Send, request_id: bytes, span: RequestSpan
+    ) -> AnswerEnding:
         # Ray Serve reads further headers as UTF-8 and fails on others; only Authorization is ours
         # to judge.
         kept = [
@@ -198,16 +207,20 @@ class FrontDoor:
         except ApiError as error:
             await error.response(request_id=request_id)(scope, receive, send)
             outcome = (
-                Outcome.DRAINED if DRAINING_HEADER in error.headers else outcome_of(error.status)
+                AnswerOutcome.DRAINED
+                if DRAINING_HEADER in error.headers
+                else outcome_of(error.status)
             )
-            return Ending(outcome, error.status, error.code)
+            return AnswerEnding(outcome, error.status, error.code)
         if body is None:
-            return Ending(Outcome.LEFT, reason=CLIENT_LEFT)
+            return AnswerEnding(AnswerOutcome.LEFT, reason=CLIENT_LEFT)
         if (scope["path"], body) in self._quarantine:
             quarantined = error_of("quarantined", count=MAX_ATTEMPTS)
             await quarantined.response(request_id=request_id)(scope, receive, send)
-            return Ending(Outcome.FAILED, quarantined.status, quarantined.code)
-        exchange = Exchange(self.app, scope, body, receive, send, request_id, span, self._routes)
+            return AnswerEnding(AnswerOutcome.FAILED, quarantined.status, quarantined.code)
+        exchange = HttpExchange(
+            self.app, scope, body, receive, send, request_id, span, self._routes
+        )
         self.doorkeeper.enter(exchange)
         try:
             ending = await exchange.run(self._relay)
@@ -219,7 +232,7 @@ class FrontDoor:
 
     async def _send_refusal(
         self, refusal: Refusal, receive: Receive, send: Send, request_id: bytes
-    ) -> Ending:
+    ) -> AnswerEnding:
         """Passes on a replica's refusal of a key, without the request's body."""
         await self._bodies.discard(receive)
         own = (b"x-request-id", b"connection")
@@ -229,7 +242,9 @@ class FrontDoor:
         await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
         await send({"type": "http.response.body", "body": refusal.body})
         reason = refusal.facts.get("reason") or HTTPStatus(refusal.status).name.lower()
-        return Ending(outcome_of(refusal.status), refusal.status, reason, facts=dict(refusal.facts))
+        return AnswerEnding(
+            outcome_of(refusal.status), refusal.status, reason, facts=dict(refusal.facts)
+        )
 
 
 def clean_request_id(headers: list[tuple[bytes, bytes]]) -> bytes:

@@ -10,11 +10,11 @@ from typing import Any, Literal
 from serving.api.chat import ChatAnswer
 from serving.engine.messages import FinishReason
 from serving.output.answers import Usage, server_sent
-from serving.output.choice_output import Part
+from serving.output.choice_output import ChoicePart
 from serving.protocol.errors import ApiError
 from serving.protocol.served_model import ServedModel
 from serving.responses.output import Event, Output
-from serving.responses.request import ResponseRequest, TextConfig
+from serving.responses.request import ResponseRequest, ResponseText
 from serving.responses.words import in_words_of_responses
 from serving.tools.call_parser import Content
 
@@ -38,13 +38,13 @@ class ResponseAnswer(ChatAnswer):
         self._finish: FinishReason | None = None
         self._has_begun = False
 
-    def whole(self, choices: list[Part], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: list[ChoicePart], usage: Usage) -> dict[str, Any]:
         [part] = choices
         for _ in self._added(part):
             pass
         return self._ended(usage)
 
-    def sent(self, parts: list[Part], usage: Usage | None) -> bytes:
+    def sent(self, parts: list[ChoicePart], usage: Usage | None) -> bytes:
         events: list[Event] = [] if self._has_begun else [*self._begun()]
         for part in parts:
             events += self._added(part)
@@ -72,7 +72,7 @@ class ResponseAnswer(ChatAnswer):
         yield {"type": "response.created", "response": response}
         yield {"type": "response.in_progress", "response": response}
 
-    def _added(self, part: Part) -> Iterator[Event]:
+    def _added(self, part: ChoicePart) -> Iterator[Event]:
         """Takes a part into the output. Yields what changes."""
         if part.tokens is not None:
             self._unplaced += self._logprobs(part.tokens)
@@ -140,7 +140,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
 
 def _echo(request: ResponseRequest) -> dict[str, Any]:
     """Returns what a response repeats of its request."""
-    choice, text = request.tool_choice, request.text or TextConfig()
+    choice, text = request.tool_choice, request.text or ResponseText()
     shown = {"type": "text"} if text.format is None else text.format.model_dump(by_alias=True)
     return {
         "instructions": request.instructions,

@@ -48,7 +48,7 @@ def _format(value: Any) -> Any:
 TextFormat = Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")]
 
 
-class TextConfig(Request):
+class ResponseText(Request):
     """What the text of an answer is like. Its verbosity changes nothing."""
 
     format: Annotated[TextFormat | None, BeforeValidator(_format)] = None
@@ -89,7 +89,7 @@ class FunctionTool(Function, Item):
         return {"type": "function", "function": named}
 
 
-class NamedTool(Request):
+class ResponseNamedTool(Request):
     """The one function that has to be called."""
 
     type: Literal["function"]
@@ -101,12 +101,12 @@ class NamedTool(Request):
         return {"type": "function", "function": {"name": self.name}}
 
 
-class AllowedTools(Request):
+class ResponseAllowedTools(Request):
     """Some of the functions: with the mode `required` one of them has to be called."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[NamedTool] = Field(min_length=1, max_length=MAX_TOOLS)
+    tools: list[ResponseNamedTool] = Field(min_length=1, max_length=MAX_TOOLS)
 
     @property
     def as_choice(self) -> dict[str, Any]:
@@ -115,8 +115,11 @@ class AllowedTools(Request):
         return {"type": "allowed_tools", "allowed_tools": allowed}
 
 
-ToolChoice = Literal["auto", "none", "required"] | NamedTool | AllowedTools
-_CHOICES: Mapping[str, type[Request]] = {"function": NamedTool, "allowed_tools": AllowedTools}
+ToolChoice = Literal["auto", "none", "required"] | ResponseNamedTool | ResponseAllowedTools
+_CHOICES: Mapping[str, type[Request]] = {
+    "function": ResponseNamedTool,
+    "allowed_tools": ResponseAllowedTools,
+}
 
 
 def _tools(value: Any) -> Any:
@@ -170,7 +173,7 @@ class ResponseRequest(AnswerRequest):
     input: Input
     instructions: str | None = None
     max_output_tokens: Limit | None = None
-    text: TextConfig | None = None
+    text: ResponseText | None = None
     reasoning: Reasoning | None = None
     tools: Annotated[list[FunctionTool], BeforeValidator(_tools)] = Field([], max_length=MAX_TOOLS)
     tool_choice: Annotated[ToolChoice, BeforeValidator(_tool_choice)] = "auto"

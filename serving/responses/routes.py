@@ -8,6 +8,7 @@ from fastapi.responses import Response
 
 from serving.api.asked_routes import AskedRoutes
 from serving.api.ingress import CompletionService
+from serving.api.route_facts import OTHER, Opens, RouteFacts, declares
 from serving.protocol.errors import ApiError, error_of
 from serving.protocol.protocol import PARSED_AT_ONCE_BYTES, read_request
 from serving.proxy.exchange import RESPONSES_PATH
@@ -29,8 +30,9 @@ def add_response_routes(app: FastAPI, asked: AskedRoutes, service: CompletionSer
         except ApiError as error:
             raise in_words_of_responses(error) from None
 
-    asked.add(RESPONSES_PATH, respond)
+    asked.add(RESPONSES_PATH, respond, RouteFacts(Opens.TO_USERS, is_metered=True))
 
     @app.api_route(f"{RESPONSES_PATH}/{{name:path}}", methods=["GET", "POST", "DELETE"])
+    @declares(OTHER)
     async def stored_response(request: Request) -> Response:
         raise error_of("no_stored_response", path=request.url.path[:96])

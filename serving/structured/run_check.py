@@ -34,7 +34,7 @@ _END_WITH_PARENT = 1  # Linux's PR_SET_PDEATHSIG
 
 
 @dataclass(frozen=True)
-class Copy:
+class CheckingCopy:
     """A process that compiles one grammar, and the question that it answers."""
 
     pid: int
@@ -79,7 +79,7 @@ class Checker:
         self._vocabulary = vocabulary
         self._memory_bytes = memory_bytes + stack_bytes
         self._stack_bytes = stack_bytes
-        self._copies: dict[int, Copy] = {}  # by question
+        self._copies: dict[int, CheckingCopy] = {}  # by question
         self._selector = selectors.DefaultSelector()
         self._selector.register(connection, selectors.EVENT_READ, self._read)
         self._rest = b""  # of a line that has not arrived whole
@@ -113,7 +113,7 @@ class Checker:
             self._connection.close()
             self._answer(asked, theirs)
         os.close(theirs)
-        copy = Copy(pid, asked["number"], ours)
+        copy = CheckingCopy(pid, asked["number"], ours)
         self._copies[copy.number] = copy
         self._selector.register(ours, selectors.EVENT_READ, lambda: self._finish(copy))
 
@@ -131,7 +131,7 @@ class Checker:
         os.write(to, json.dumps(answer).encode())  # fewer bytes than a pipe holds
         os._exit(0 if answer else 1)
 
-    def _finish(self, copy: Copy) -> None:
+    def _finish(self, copy: CheckingCopy) -> None:
         """Sends what a copy has answered, or what ended it."""
         answer = os.read(copy.answer, RECEIVE_BYTES)
         self._selector.unregister(copy.answer)

@@ -7,7 +7,7 @@ from typing import Any
 
 from model.files.stored_tokenizer import load_tokenizer
 from model.tables import pip_line
-from model.text.places import Place
+from model.text.places import TextPlace
 from model.text.token_bytes import TokenizerError
 from model.text.tokenizer import Tokenizer
 from raymill.errors import UserError
@@ -27,12 +27,12 @@ class Vocabulary:
         _require_all_characters(tokens)
         self.eos_id = tokenizer.eot_id
         self.digits = DigitTokens(tokens)
-        self._words = _Words(tokenizer, tokens)
+        self._words = _TokenWords(tokenizer, tokens)
         self.tree = library().LLTokenizer(self._words)
         self._words.tree = self.tree
 
 
-class _Words:
+class _TokenWords:
     """The interface that `llguidance` expects of a tokenizer in Python."""
 
     is_tokenizer_wrapper = True
@@ -49,7 +49,7 @@ class _Words:
         """Returns the tokens with which the model would write a text that its grammar leaves no
         choice about."""
         text = text.decode(errors="replace") if isinstance(text, bytes) else text
-        ids = self._tokenizer.encode(text, Place.INSIDE)
+        ids = self._tokenizer.encode(text, TextPlace.INSIDE)
         if b"".join(self.tokens[token_id] for token_id in ids) == text.encode():
             return ids
         return list(self.tree.greedy_tokenize(text))  # its normalizer changes the text

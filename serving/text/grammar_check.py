@@ -16,7 +16,12 @@ from serving.engine_process.fair_queue import FairLine
 from serving.limits.asker import NOBODY, Asker
 from serving.structured.grammar import Grammar, GrammarError, GrammarKind
 from serving.structured.multiples import require_cheap_multiples
-from serving.text.grammar_process import GrammarProcess, Outcome, ProcessBounds, Question
+from serving.text.grammar_process import (
+    GrammarOutcome,
+    GrammarProcess,
+    GrammarQuestion,
+    ProcessBounds,
+)
 
 MAX_VERDICTS, MAX_VERDICT_BYTES = 1024, 8 << 20  # that are kept, with their grammars' text
 LATER_NICENESS = 5  # of attempts after the first: engines and first attempts come before them
@@ -109,7 +114,7 @@ class GrammarCheck:
 
     async def _judge(self, grammar: Grammar, asker: Asker) -> dict[str, Any]:
         """Keeps and returns what becomes of a grammar."""
-        question = Question(grammar, asker.charge)
+        question = GrammarQuestion(grammar, asker.charge)
         try:
             first = self._quick if _looks_quick(grammar) else self._lines[0]
             lines = [first, *self._lines[1:]]
@@ -124,8 +129,8 @@ class GrammarCheck:
             self._forget(grammar, asyncio.current_task())
 
     async def _attempt(
-        self, question: Question, asker: Asker, *, line: "_Line", cpu_s: float
-    ) -> Outcome:
+        self, question: GrammarQuestion, asker: Asker, *, line: "_Line", cpu_s: float
+    ) -> GrammarOutcome:
         """Waits for the asker's turn, and tries. Raises `GrammarsBusyError`."""
         place = asker.name if asker.has_key else ""
         is_first = line in (self._quick, self._lines[0])
@@ -162,7 +167,7 @@ class GrammarCheck:
                 f"{most} schemas {whose}wait that take long to compile; try again later"
             )
 
-    def _told(self, outcome: Outcome) -> str:
+    def _told(self, outcome: GrammarOutcome) -> str:
         """Returns why there is no verdict."""
         process = self._bounds.process
         if outcome.is_exceeded:

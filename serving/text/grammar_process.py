@@ -32,7 +32,7 @@ class ProcessBounds:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class GrammarOutcome:
     """What has become of a question: a verdict, or how its process ended."""
 
     cpu_s: float = 0.0
@@ -47,7 +47,7 @@ class Outcome:
 
 
 @dataclass(eq=False)
-class Question:
+class GrammarQuestion:
     """A grammar, and what its processor time is charged to."""
 
     grammar: Grammar
@@ -66,7 +66,7 @@ class Question:
 class _Open:
     """A question that is under way, also after its client has left."""
 
-    outcome: "asyncio.Future[Outcome]"
+    outcome: "asyncio.Future[GrammarOutcome]"
     on_end: Callable[[float], None]
 
 
@@ -92,7 +92,7 @@ class GrammarProcess:
         cpu_s: float,
         niceness: int,
         on_end: Callable[[float], None],
-    ) -> Outcome:
+    ) -> GrammarOutcome:
         """Returns what has become of a grammar within so much processor time, for which what is
         less nice comes first. Calls `on_end` with
         what it has taken, also where nobody waits for it any more. Raises `GrammarError` if no
@@ -107,7 +107,7 @@ class GrammarProcess:
             async with asyncio.timeout(max(LEAST_WALL_S, WALL_FACTOR * cpu_s)):
                 return await outcome
         except TimeoutError:
-            return Outcome(signal=signal.SIGPROF)
+            return GrammarOutcome(signal=signal.SIGPROF)
         finally:
             if not outcome.done() or outcome.cancelled():
                 child.writer.write(orjson.dumps({"end": number}) + b"\n")
@@ -152,7 +152,7 @@ class GrammarProcess:
         while line := await child.reader.readline():
             told = orjson.loads(line)
             asked = self._open.pop(told.pop("number"))
-            outcome = Outcome(**told)
+            outcome = GrammarOutcome(**told)
             asked.on_end(outcome.cpu_s)
             if not asked.outcome.done():
                 asked.outcome.set_result(outcome)
@@ -162,7 +162,7 @@ class GrammarProcess:
         if self._child is None:
             return
         kill_child(self._child)
-        ended = Outcome(exit_code=self._child.process.returncode)
+        ended = GrammarOutcome(exit_code=self._child.process.returncode)
         self._child = None
         for asked in self._open.values():
             if not asked.outcome.done():

@@ -9,7 +9,7 @@ _PYTHON_VALUES = {"True": "true", "False": "false", "None": "null"}
 """Which a template writes where it prints a value of Python."""
 
 
-class Reader(Protocol):
+class ArgumentReader(Protocol):
     """The arguments of one call."""
 
     def __init__(self, parameters: Mapping[str, Any]) -> None:
@@ -20,7 +20,7 @@ class Reader(Protocol):
         the arguments have ended. The joined JSON is the same however the text is cut."""
 
 
-class JsonArguments(Reader):
+class JsonArguments(ArgumentReader):
     """A JSON object, as it stands."""
 
     def __init__(self, parameters: Mapping[str, Any]) -> None:
@@ -42,7 +42,7 @@ class JsonArguments(Reader):
         return text, "", False
 
 
-class TaggedArguments(Reader):
+class TaggedArguments(ArgumentReader):
     """`<parameter=KEY>`, the value and `</parameter>` for each argument, and then `</function>`.
 
     A text stands there without quotes: what a value means is in the schema of its parameter.

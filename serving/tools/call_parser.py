@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-from serving.tools.arguments import Reader, length_of_start
+from serving.tools.arguments import ArgumentReader, length_of_start
 from serving.tools.formats import NO_PARAMETERS, PYTHON_TAG, ToolFormat
 
 MAX_HEADER_CHARS = 2048  # up to a call's arguments; what has none until then is content
@@ -62,7 +62,7 @@ class CallParser:
         self._at = _At.CONTENT
         self._rest = ""  # has arrived, and may still be either
         self._opened = ""  # of the rest, to be given back as content if it is no call
-        self._reader: Reader  # of the call that is being read
+        self._reader: ArgumentReader  # of the call that is being read
         self._skips_blanks = False  # those that stand after a call
         self.num_calls = 0
         after = re.escape(tool_format.closes.strip())

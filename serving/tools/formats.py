@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from serving.tools.arguments import JsonArguments, Reader, TaggedArguments
+from serving.tools.arguments import ArgumentReader, JsonArguments, TaggedArguments
 
 _JSON_TAIL = r'\s*(?:,\s*"id"\s*:\s*"[^"]*"\s*)?\}\s*'
 """What follows the arguments in a JSON object of a call."""
@@ -24,7 +24,7 @@ class ToolFormat:
     """A pattern of what stands up to the arguments, whose group `name` is the call's name."""
     key: str  # with which a header begins behind its brackets; empty where the name itself does
     tail: str = ""  # a pattern of what stands behind the arguments
-    reader: type[Reader] = JsonArguments
+    reader: type[ArgumentReader] = JsonArguments
     list_opens: str = ""  # before the first of several
     joins: str = ""  # between two of them; empty where each has its own opening and closing
     list_closes: str = ""

@@ -13,7 +13,15 @@ import orjson
 import torch
 
 from model.gpt import GPT
-from model.insight.xray import Candidate, Query, Span, nearest_tokens, predictions, run_query, score
+from model.insight.xray import (
+    Candidate,
+    Query,
+    TimeSpan,
+    nearest_tokens,
+    predictions,
+    run_query,
+    score,
+)
 from model.tables import read_table
 from serving.protocol.errors import ApiError
 from serving.protocol.protocol import sampling_of
@@ -33,11 +41,11 @@ def xray_answer(
     Raises `ApiError` (400) for a request over the limits, and `FloatingPointError` for a model
     whose logits are NaN.
     """
-    spans = [Span("queue", arrived_s, time.monotonic())]
+    spans = [TimeSpan("queue", arrived_s, time.monotonic())]
     prompt_ids = served.prompt_ids(request.prompt, max_tokens=request.max_tokens)
     _check_limits(request, model, num_tokens=len(prompt_ids) + request.max_tokens)
     params = sampling_of(request).with_seed()
-    spans.append(Span("tokenize", spans[-1].end_s, time.monotonic()))
+    spans.append(TimeSpan("tokenize", spans[-1].end_s, time.monotonic()))
     query = run_query(
         model, prompt_ids, max_tokens=request.max_tokens, params=params, eos_id=served.eos_id
     )
@@ -47,7 +55,7 @@ def xray_answer(
     text = b"".join(map(served.token_bytes, text_ids[:-1] if stopped else text_ids)).decode(
         errors="replace"
     )
-    spans.append(Span("detokenize", spans[-1].end_s, time.monotonic()))
+    spans.append(TimeSpan("detokenize", spans[-1].end_s, time.monotonic()))
     body = orjson.dumps(
         {
             "object": "xray",
@@ -73,7 +81,7 @@ def xray_answer(
         }
     )
     # The rest is the extra work of an x-ray, including the JSON above.
-    spans.append(Span("inspect", spans[-1].end_s, time.monotonic()))
+    spans.append(TimeSpan("inspect", spans[-1].end_s, time.monotonic()))
     pieces = [
         {"name": s.name, "start_ms": (s.start_s - arrived_s) * 1e3, "ms": _ms(s)} for s in spans
     ]
@@ -157,7 +165,7 @@ def _scored(token_id: int, candidate: Candidate | None, served: ServedModel) -> 
 
 
 def _stages(
-    query: Query, request: XrayRequest, model: GPT, served: ServedModel, spans: list[Span]
+    query: Query, request: XrayRequest, model: GPT, served: ServedModel, spans: list[TimeSpan]
 ) -> list[dict[str, Any]]:
     """Returns the stages of the prompt, in order. Each new token passes through those from the
     embedding on."""
@@ -210,5 +218,5 @@ def _attention(query: Query, request: XrayRequest, model: GPT) -> Iterator[dict[
             yield {"layer": layer, "head": head, "rows": rows}
 
 
-def _ms(span: Span) -> float:
+def _ms(span: TimeSpan) -> float:
     return (span.end_s - span.start_s) * 1e3

@@ -1,10 +1,7 @@
 """The process that looks into queries: each line is a request and gets a line. It ends when its
 replica does."""
 
-import contextlib
 import json
-import os
-import socket
 import sys
 from collections.abc import Collection
 from functools import lru_cache
@@ -15,6 +12,7 @@ import orjson
 import torch
 
 from model.files.checkpoint import load_model
+from model.files.line_server import LineServer, own_arguments, with_status
 from model.gpt import GPT
 from raymill.errors import UserError
 from serving.engine.runner import LOADED_IN
@@ -74,15 +72,11 @@ def answer_line(line: bytes, models: Models) -> tuple[int, bytes]:
 
 
 def main() -> int:
-    args = json.loads(sys.argv[1])  # see `Xray`
-    os.nice(LOW_PRIORITY)
+    args = own_arguments()  # see `Xray`
+    server = LineServer(args["socket"], niceness=LOW_PRIORITY)
     torch.set_num_threads(args["threads"])
     models = Models(Path(args["checkpoint"]), name=args["name"], dtype=LOADED_IN[args["dtype"]])
-    connection = socket.socket(fileno=args["socket"])
-    with contextlib.suppress(ConnectionError), connection.makefile("rb") as lines:
-        for line in lines:
-            status, body = answer_line(line, models)
-            connection.sendall(b"%d %b\n" % (status, body))
+    server.serve(lambda line: with_status(*answer_line(line, models)))
     return 0
 
 

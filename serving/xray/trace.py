@@ -99,10 +99,10 @@ def require_traced(config: ServeConfig) -> None:
             "raymill's own checkpoints, or leave trace out"
         )
     traced = Traced(checkpoint, metadata, config.trace, config.storage.uri)
-    asyncio.run(_require(Trace(traced)))
+    asyncio.run(_require(VersionTrace(traced)))
 
 
-async def _require(trace: "Trace") -> None:
+async def _require(trace: "VersionTrace") -> None:
     try:
         await trace.check()
     except ApiError as error:
@@ -111,7 +111,7 @@ async def _require(trace: "Trace") -> None:
         trace.close()
 
 
-class Trace:
+class VersionTrace:
     """One version's process. It answers one request at a time, and some wait."""
 
     def __init__(self, traced: Traced) -> None:

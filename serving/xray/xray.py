@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator
 
-from model.config import num_parameters
 from model.files.checkpoint_folder import MANIFEST, read_metadata
 from model.files.hf_config import shape_from_hf
 from serving.engine_process.machine_memory import memory
@@ -149,7 +148,7 @@ class Xray:
         """Raises `ApiError` (503) if the weights take too much of the free memory. In the type that
         is stored they are the file's pages, which the engine's process has in memory too."""
         config = shape_from_hf(json.loads((self._folder / "config.json").read_bytes()))
-        needed = num_parameters(config) * NUMBER_BYTES[self._dtype]
+        needed = config.num_parameters * NUMBER_BYTES[self._dtype]
         stored = sum(file.stat().st_size for file in self._folder.glob("model*.safetensors"))
         is_mapped = abs(stored - needed) < MAPPED_WITHIN * needed
         free = MEMORY_SHARE * memory().free_bytes

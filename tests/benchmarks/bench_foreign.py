@@ -37,10 +37,9 @@ from transformers import (
 from cluster.settings.run import RunConfig
 from jobs.exact.run_state import run_state
 from jobs.exact.step_gradient import step_gradient
-from model.config import num_parameters
 from model.decoders.make import new_decoder
 from model.foreign_config import ForeignConfig
-from raymill.memory import keep_freed_memory
+from model.hardware.memory import keep_freed_memory
 from raymill.step_timer import StepTimer
 from raymill.workers.worker_group import WorkerGroup
 from tests.benchmarks.plain_gpt2 import training_step
@@ -233,7 +232,7 @@ def main() -> int:
 
 def figures_of(taken: dict[str, list[Seconds]], work: Work) -> dict[str, Any]:
     """Prints a line for each contender, and returns all figures."""
-    figures: dict[str, Any] = {"parameters": num_parameters(work.shape)}
+    figures: dict[str, Any] = {"parameters": work.shape.num_parameters}
     for name, seconds in taken.items():
         rate = work.tokens_per_step / statistics.median(one.wall for one in seconds)
         pairs = [*zip(seconds, taken["raymill"], strict=True)]

@@ -34,9 +34,9 @@ from cluster.commands.demo_run import fetch_corpus
 from cluster.output.progress import say
 from cluster.settings.train import TrainConfig
 from model.config import PRESETS
+from model.hardware.memory import keep_freed_memory
 from model.hardware.processor import fast_precision
 from model.numerics import Precision
-from raymill.memory import keep_freed_memory
 from tests.benchmarks.loss_runs import (
     Contender,
     Corpus,

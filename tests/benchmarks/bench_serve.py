@@ -38,7 +38,7 @@ from pathlib import Path
 
 import torch
 
-from model.config import PRESETS, GPTConfig, num_parameters
+from model.config import PRESETS, GPTConfig
 from model.files.checkpoint_folder import Metadata
 from model.gpt import GPT
 from model.hardware.processor import fast_precision
@@ -138,7 +138,7 @@ def weight_bytes_per_token(config: GPTConfig, dtype: str) -> int:
     everything else."""
     looked_up = 0 if config.network.has_rotation else config.n_positions * config.n_embd
     looked_up += 0 if config.tie_word_embeddings else config.vocab_size * config.n_embd
-    return getattr(torch, dtype).itemsize * (num_parameters(config) - looked_up)
+    return getattr(torch, dtype).itemsize * (config.num_parameters - looked_up)
 
 
 def take_turns(

@@ -26,12 +26,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from raymill.side_thread import SideThread
 from raymill.state.bundle import bundles_of
 from raymill.state.division import Division
 from raymill.state.doubling import gather, teams_to_gather
 from raymill.state.flat_layout import FlatLayout
 from raymill.state.peers import Peers
-from raymill.state.side_thread import SideThread
 from raymill.sums.bucket_exchange import GATHER_TAG
 from raymill.sums.exact_reduce import subtrees_of_ranks
 from raymill.sums.halving import HalvedSums, Room

@@ -18,7 +18,7 @@ from jobs.exact.run_values import run_sharding
 from jobs.exact.step_gradient import step_gradient
 from jobs.training.mixed_hardware import settle_rounding
 from model.gpt import GPT
-from raymill.memory import keep_freed_memory
+from model.hardware.memory import keep_freed_memory
 from raymill.state.shard import Shard
 from raymill.step_timer import StepTimer
 from raymill.workers.worker_group import WorkerGroup

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from cluster.settings.run import RunConfig
 from jobs.exact.self_test import self_test
 from jobs.snapshots.slots import NUM_SLOTS, Header, Slots
-from model.config import flops_per_token
 from model.hardware.gpus import gpu_of
+from raymill.state.state_shares import StateShares
 from tests.benchmarks.plain_gpt2 import PlainGPT2, Shape, training_step
 from tests.gpu.gradient_error import gradient_error
 from tests.gpu.made_runs import MadeRows, MadeRun, as_in_training, made_config
@@ -75,7 +75,7 @@ def found(task: Task) -> dict[str, Any]:
         task["num_lanes"] * task["batch_size"] * task["seq_len"],
         statistics.median(taken),
     )
-    flops_per_s = num_tokens * flops_per_token(run_config(task).model, task["seq_len"]) / step_s
+    flops_per_s = num_tokens * run_config(task).model.flops_per_token(task["seq_len"]) / step_s
     gpu = gpu_of(torch.cuda.get_device_name()) if device.type == "cuda" else None
     figures |= {
         "step_s": step_s,
@@ -95,7 +95,7 @@ def snapshot_s(run: MadeRun, step: Step, *, first_step: int) -> float:
     """Returns the seconds for which training waits for a snapshot of the state into memory that
     other processes may map, as `jobs.snapshots.snapshots` takes it: by one rank, whose next step
     hides what it can."""
-    tensors = run.state.share(0, world_size=1)
+    tensors = StateShares(run.state).views(0, world_size=1)
     views = list(itertools.chain(*tensors.values()))
     descriptor = os.memfd_create("snapshots")
     os.ftruncate(descriptor, Slots.bytes_needed(sum(view.nbytes for view in views)))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cluster.settings.run import RunConfig
 from raymill.state.shard import Shard
+from raymill.state.state_shares import StateShares
 from raymill.workers.worker_group import WorkerGroup
 from tests.benchmarks.exact_workers import ExactTrainer
 from tests.benchmarks.stock_steps import StockTrainer, Wrap, ddp, fsdp2
@@ -58,7 +59,7 @@ class RaymillTrainer(ExactTrainer):
         if state.gathered:
             flat = torch.empty(state.layout.size if state.sharding.rank == 0 else 0)
             for number, bucket in enumerate(state.layout.buckets):
-                values = state.brought("values", bucket, bucket=number)
+                values = StateShares(state).brought("values", bucket, bucket=number)
                 if len(flat):
                     bucket.of(flat).copy_(values)
         return state.by_parameter(flat) if len(flat) else {}

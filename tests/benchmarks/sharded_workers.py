@@ -14,8 +14,8 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from model.hardware.memory import keep_freed_memory
 from raymill.files.safetensors_file import parameter_hash
-from raymill.memory import keep_freed_memory
 from raymill.workers.worker_group import WorkerGroup
 from tests.benchmarks import worker_memory as memory
 from tests.benchmarks.sharded_contenders import Trainer, config_of, trainer_of

@@ -18,9 +18,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from cluster.settings.run import RunConfig
 from jobs.exact.run_state import run_state
 from jobs.exact.step_gradient import step_gradient
-from model.config import PRESETS, flops_per_token
+from model.config import PRESETS
 from model.gpt import GPT
-from raymill.memory import keep_freed_memory
+from model.hardware.memory import keep_freed_memory
 from raymill.step_timer import StepTimer
 from raymill.workers.worker_group import WorkerGroup
 from tests.benchmarks.plain_gpt2 import PlainGPT2, Shape, training_step
@@ -51,7 +51,7 @@ class Cell:
     @property
     def num_flops(self) -> int:
         """The operations of a step."""
-        return self.num_tokens * flops_per_token(self.config().model, self.seq_len)
+        return self.num_tokens * self.config().model.flops_per_token(self.seq_len)
 
     def config(self, compute: str = "cpu") -> RunConfig:
         train = {

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from cluster.metrics.metric_table import metrics
 from cluster.monitoring.files import Json
-from cluster.monitoring.metric_table import metrics
 from tests.dashboards import panels
 from tests.dashboards.panels import Panel
 from tests.metric_series import series_of

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.monitoring.metric_table import Exporter, Kind, Metric, metrics
+from cluster.metrics.metric_table import Exporter, Metric, MetricKind, metrics
 from tests.metric_series import series_of
 
 PER_S = {"short": "cps", "bytes": "Bps", "suffix: tokens": "suffix: tokens/s"}
@@ -51,7 +51,7 @@ def _lines(
     queries: dict[str, str] = {}
     for metric in shown:
         value = _series(metric)
-        is_counter = metric.kind is Kind.COUNTER
+        is_counter = metric.kind is MetricKind.COUNTER
         expr = (
             f"sum{grouping} (rate({value}[{RATE}]))" if is_counter else f"{op}{grouping} ({value})"
         )
@@ -60,7 +60,7 @@ def _lines(
         else:
             queries[metric.help if len(shown) > 1 else legend] = expr
     first = shown[0]
-    unit = PER_S[first.unit] if first.kind is Kind.COUNTER else first.unit
+    unit = PER_S[first.unit] if first.kind is MetricKind.COUNTER else first.unit
     about = ". ".join(metric.help for metric in shown) + "."
     return Panel(
         title,

@@ -44,6 +44,7 @@ def test_it_measures_both_servers() -> None:
     assert "aim: at least 0.9" in done.stdout
 
 
+@pytest.mark.more
 def test_without_vllm_it_says_what_it_needs() -> None:
     done = subprocess.run(
         [*COMMAND, "--vllm-python", "/nowhere"], capture_output=True, text=True, check=False

@@ -17,6 +17,8 @@ from tests.gpu.trace_lane import BATCH_SIZE, CASES, LLAMA, LLAMA_CASES, SEQ_LEN,
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
+pytestmark = pytest.mark.more
+
 # Operations that wait for values; a trace without values would raise for most.
 WAITING = {
     "_local_scalar_dense",

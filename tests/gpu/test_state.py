@@ -15,7 +15,8 @@ from torch import Tensor
 from jobs.snapshots.slots import Header, Slots
 from raymill.state.host_copies import HostCopies
 from raymill.state.span import Span
-from raymill.state.train_state import StatePiece, TrainState
+from raymill.state.state_shares import StatePiece, StateShares
+from raymill.state.train_state import TrainState
 from tests.gpu.made_runs import MadeRun, made_config
 
 NUM_SHARES = 3
@@ -23,7 +24,7 @@ NUM_SHARES = 3
 
 def start_snapshot(state: TrainState, folder: Path, step: int) -> None:
     for rank in range(NUM_SHARES):
-        share, path = state.share(rank, world_size=NUM_SHARES), folder / f"{rank}"
+        share, path = StateShares(state).views(rank, world_size=NUM_SHARES), folder / f"{rank}"
         views = list(itertools.chain(*share.values()))
         if not path.exists():
             with path.open("wb") as file:
@@ -73,7 +74,7 @@ def test_a_state_that_was_copied_beside_the_steps_continues_with_the_same_bits(
     run.state.copies.close()
     assert torch.equal(run.state.values, undisturbed.state.values)
     for step in (3, 4):
-        other.state.load_state(step, pieces_of(other.state, tmp_path, step, 7777))
+        StateShares(other.state).load(step, pieces_of(other.state, tmp_path, step, 7777))
         assert torch.equal(
             torch.cat([other.state.values, *other.state.vectors.values()]).cpu(), expected[step]
         )
@@ -120,7 +121,7 @@ def test_copies_and_a_restore_take_a_piece_of_the_gpus_memory_at_most(tmp_path: 
     before = torch.cuda.memory_allocated()
     start_snapshot(run.state, tmp_path, 2)
     run.state.copies.wait()
-    run.state.load_state(1, pieces_of(run.state, tmp_path, 1, 1 << 20))
+    StateShares(run.state).load(1, pieces_of(run.state, tmp_path, 1, 1 << 20))
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before <= 4 << 20
     run.state.copies.close()

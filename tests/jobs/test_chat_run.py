@@ -51,11 +51,11 @@ TEMPLATES = {
 }
 
 
-def trained_with(*fast: str) -> pytest.MarkDecorator:
-    """Runs a test with every template; with those that are not named here, as a slow one."""
-    names = [
-        pytest.param(name, marks=[] if name in fast else [pytest.mark.slow]) for name in TEMPLATES
-    ]
+def trained_with(fast: str, *more: str) -> pytest.MarkDecorator:
+    """Runs a test with every template: one that is fast, others of `make test-more`, and those that
+    are not named here as slow ones."""
+    marks = {fast: [], **{name: [pytest.mark.more] for name in more}}
+    names = [pytest.param(name, marks=marks.get(name, [pytest.mark.slow])) for name in TEMPLATES]
     return pytest.mark.parametrize("plan", names, indirect=True)
 
 
@@ -143,7 +143,7 @@ def plan(
     return plan
 
 
-@trained_with("plain", "own")
+@trained_with("own", "plain")
 def test_it_answers_and_stops_over_http(plan: RunPlan) -> None:
     async def answer(
         http: httpx.AsyncClient, messages: list[dict[str, str]], **asked: Any
@@ -217,8 +217,8 @@ def test_it_answers_and_stops_over_http(plan: RunPlan) -> None:
 @trained_with("own")
 def test_two_workers_give_the_same_bits(plan: RunPlan) -> None:
     found = replay(plan.run, steps=range(1, 41), num_workers=2)
-    assert found["equal"], found["verdict"]
-    assert found["hashes"] >= 2 and found["from_checkpoint"] is None
+    assert found.equal, found.verdict
+    assert found.hashes >= 2 and found.from_checkpoint is None
 
 
 @trained_with("own")

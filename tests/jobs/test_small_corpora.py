@@ -67,10 +67,10 @@ def check_proofs(config: RunConfig, result: dict[str, Any]) -> None:
     gives the trainer's own validation loss."""
     run = run_storage(config)
     again = replay(run, steps=range(1, 9), num_workers=2)
-    assert (again["equal"], again["hashes"]) == (True, 4)
+    assert (again.equal, again.hashes) == (True, 4)
     resumed = replay(run, steps=range(6, 9))
-    assert (resumed["equal"], resumed["hashes"]) == (True, 2)
-    assert "step-000000004" in resumed["from_checkpoint"]
+    assert (resumed.equal, resumed.hashes) == (True, 2)
+    assert "step-000000004" in str(resumed.from_checkpoint)
     found = evaluate(
         EvaluateConfig(checkpoint=result["checkpoint"], batch_size=2, storage=config.storage)
     )

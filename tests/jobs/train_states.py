@@ -8,13 +8,14 @@ from torch import Tensor
 
 from cluster.settings.train import TrainConfig
 from jobs.exact.run_state import run_state
+from jobs.exact.stored_state import vectors_by_name
 from model.config import GPTConfig, preset_fields
 from model.gpt import GPT
 from raymill.files.safetensors_file import safetensors_pieces
 from raymill.files.stored_tensors import StoredTensors
 from raymill.state.span import Span
-from raymill.state.stored_state import vectors_by_name
-from raymill.state.train_state import StatePiece, TrainState
+from raymill.state.state_shares import StatePiece, StateShares
+from raymill.state.train_state import TrainState
 from raymill.sums.step_totals import block_square_sums, norm_of
 
 RATE = 1e-2
@@ -64,8 +65,8 @@ def moments(state: TrainState) -> dict[str, Tensor]:
 
 def pieces_of(state: TrainState, rank: int, *, world_size: int) -> Iterator[StatePiece]:
     """Yields a rank's share of the state, in pieces that end anywhere."""
-    for name, views in state.share(rank, world_size=world_size).items():
-        spans = state.spans_of_share(name, rank, world_size=world_size)
+    for name, views in StateShares(state).views(rank, world_size=world_size).items():
+        spans = StateShares(state).spans(name, rank, world_size=world_size)
         values = torch.cat([torch.empty(0), *views])
         for start in range(0, len(values), 7777):
             span = Span(start, min(start + 7777, len(values)))

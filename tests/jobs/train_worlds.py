@@ -33,7 +33,7 @@ from jobs.exact.frozen import freeze
 from jobs.exact.run_state import run_state
 from jobs.exact.run_values import run_sharding
 from jobs.exact.step_gradient import step_gradient
-from jobs.exact.stored_state import hashes_of_state
+from jobs.exact.stored_state import hashes_of_state, vectors_by_name
 from jobs.snapshots import snapshots
 from jobs.snapshots.choice import Holding, Snapshot, choose
 from jobs.snapshots.slots import NUM_SLOTS, Bytes, Slots
@@ -47,7 +47,8 @@ from model.linear_cross_entropy import IGNORE_INDEX
 from model.numerics import Precision
 from raymill.files.safetensors_file import safetensors_pieces
 from raymill.state.shard import Shard
-from raymill.state.stored_state import hash_of_weights, own_stretches, restore, vectors_by_name
+from raymill.state.state_shares import StateShares
+from raymill.state.stored_state import hash_of_weights, own_stretches, restore
 from raymill.state.train_state import TrainState
 from raymill.step_timer import StepTimer
 from raymill.workers.worker_group import WorkerGroup
@@ -153,24 +154,27 @@ class Case:
 
 CASES = [
     Case(),
-    Case(activation="relu", shard="optimizer"),
-    Case("bf16", "relu", shard="parameters"),
-    Case(compute="plain", shard="parameters", group=2),
     Case(
         "bf16", compute="plain", recompute=True, documents=True, micro_batches=2, shard="parameters"
     ),
     Case("bf16", recompute=True, documents=True, micro_batches=2, shard="gradients", group=2),
-    Case(num_lanes=8, shard="gradients"),
     Case(num_lanes=13, start_lanes=5, shard="parameters", group=2),  # 5, 7, 9, then 13 lanes
+    Case(optimizer="muon", llama=True, shard="gradients", group=2),
+    Case(exact=False),
+]
+OTHER_CASES = [
+    Case(activation="relu", shard="optimizer"),
+    Case("bf16", "relu", shard="parameters"),
+    Case(compute="plain", shard="parameters", group=2),
+    Case(num_lanes=8, shard="gradients"),
     Case("bf16", documents=True, llama=True, shard="parameters", group=2),
     Case(chat=True, documents=True, micro_batches=2, num_lanes=5, shard="gradients"),
     Case(one_block=True, shard="parameters"),
     Case(optimizer="muon"),
-    Case(optimizer="muon", llama=True, shard="gradients", group=2),
     Case("bf16", optimizer="muon", compute="plain", shard="parameters"),
-    Case(exact=False),
     Case(exact=False, chat=True),
 ]
+"""Those of `make test-more`."""
 MORE_CASES = [
     Case(one_block=True),
     Case(one_block=True, shard="optimizer"),
@@ -276,10 +280,12 @@ MANY_CASES = [
 
 SUITES = {
     "short": CASES,
+    "others": OTHER_CASES,
     "more": MORE_CASES,
     "odd": ODD_CASES,
     "many": MANY_CASES,
-    "foreign": FOREIGN_CASES,
+    "one family": FOREIGN_CASES[1:2],
+    "three families": FOREIGN_CASES,
     "lora": LORA_CASES,
     "compiled": [replace(case, compute="compiled") for case in COMPILED_FAMILIES],
     **{family: [*_each_way(family)] for family in FAMILIES},
@@ -444,7 +450,7 @@ def hand_over(trainer: Trainer, group: WorkerGroup, path: Path, step: int) -> No
     elif not trainer.state.sharding.is_whole:
         state = trainer.state
         if state.sharding.writes:
-            shares = state.share(state.sharding.place, world_size=state.sharding.num_holders)
+            shares = StateShares(state).own_views()
             shard = own_stretches(
                 state, {name: torch.cat([torch.empty(0), *views]) for name, views in shares.items()}
             )

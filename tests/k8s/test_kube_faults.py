@@ -31,10 +31,10 @@ def test_a_request_that_fails_once_is_made_again(
     ("request_", "fault"),
     [
         (SETTINGS, Fault.BUSY),
-        (SETTINGS, Fault.CUT),
-        (SETTINGS, Fault.LOST),
         (JOB, Fault.CUT),
-        (JOB, Fault.LOST),
+        pytest.param(SETTINGS, Fault.CUT, marks=pytest.mark.more),
+        pytest.param(SETTINGS, Fault.LOST, marks=pytest.mark.more),
+        pytest.param(JOB, Fault.LOST, marks=pytest.mark.more),
         # The client waits as long as for the settings, and there is less to take back
         pytest.param(JOB, Fault.BUSY, marks=pytest.mark.slow),
     ],

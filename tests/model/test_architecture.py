@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.architecture import ARCHITECTURES, Activation, ArchitectureName
-from model.config import GPTConfig, num_parameters
+from model.config import GPTConfig
 from model.files.hf_config import config_from_hf, config_to_hf
 from model.gpt import BODIES, GPT, activated
 from model.shapes import parameter_shapes, weights
@@ -59,7 +59,7 @@ def test_third_architecture__is_a_record_and_its_modules(monkeypatch: pytest.Mon
     model.init_weights(1)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert list(parameter_shapes(config).items()) == list(shapes.items())
-    assert num_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+    assert config.num_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert [stage.dims for stage in weights(config) if "c_up" in stage.name] == ["C F", "F"]
     assert config_from_hf(config_to_hf(config, start_id=0, end_ids=[0])) == config
     ids = torch.arange(40).reshape(2, 20)

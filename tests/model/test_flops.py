@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import GPTConfig, flops_per_token, preset_fields
+from model.config import GPTConfig, preset_fields
 from tests.model.small_models import small_model
 
 
@@ -19,7 +19,7 @@ def test_it_counts_what_torch_counts(*, tied: bool) -> None:
         model.loss(token_ids, token_ids).backward()
     # torch counts matrix products only; ours adds 6 for each bias and LayerNorm weight, under 2% at
     # this width
-    assert flops_per_token(model.config, 48) == pytest.approx(
+    assert model.config.flops_per_token(48) == pytest.approx(
         counter.get_total_flops() / token_ids.numel(), rel=0.02
     )
 
@@ -27,5 +27,5 @@ def test_it_counts_what_torch_counts(*, tied: bool) -> None:
 def test_gpt3_on_300b_tokens() -> None:
     config = GPTConfig(**preset_fields({"preset": "gpt3-175b"}))
     # 3.14e23 is 6ND alone; the scores add 12 x 96 x 12288 x 2048 per token.
-    assert flops_per_token(config, 0) * 300e9 == pytest.approx(3.14e23, rel=2e-3)
-    assert flops_per_token(config, 2048) - flops_per_token(config, 0) == 12 * 96 * 12288 * 2048
+    assert config.flops_per_token(0) * 300e9 == pytest.approx(3.14e23, rel=2e-3)
+    assert config.flops_per_token(2048) - config.flops_per_token(0) == 12 * 96 * 12288 * 2048

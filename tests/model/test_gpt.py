@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.config import PRESETS, GPTConfig, num_parameters, preset_fields
+from model.config import PRESETS, GPTConfig, preset_fields
 from model.gpt import GPT
 from model.kv_cache import KVCache
 from model.linear_cross_entropy import IGNORE_INDEX
@@ -37,12 +37,12 @@ def test_parameter_count_is_that_of_the_real_module(preset: str) -> None:
     config = GPTConfig(**preset_fields({"preset": preset}))
     with torch.device("meta"):
         model = GPT(config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == config.num_parameters
 
 
 def test_published_parameter_counts() -> None:
-    assert num_parameters(GPTConfig(**preset_fields({"preset": "gpt2-124m"}))) == 124_439_808
-    assert num_parameters(GPTConfig(**preset_fields({"preset": "gpt3-175b"}))) == pytest.approx(
+    assert GPTConfig(**preset_fields({"preset": "gpt2-124m"})).num_parameters == 124_439_808
+    assert GPTConfig(**preset_fields({"preset": "gpt3-175b"})).num_parameters == pytest.approx(
         174.6e9, rel=1e-3
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from model.attention import attention, document_mask, document_positions
-from model.config import GPTConfig, flops_per_token, num_parameters
+from model.config import GPTConfig
 from model.cpu_ops.operations import CPU
 from model.files.checkpoint import load_model
 from model.files.checkpoint_folder import Metadata
@@ -158,16 +158,14 @@ def test_counts_are_those_of_the_model(shape: dict[str, Any]) -> None:
     model = small_llama(**shape)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert list(shapes.items()) == list(parameter_shapes(model.config).items())
-    assert num_parameters(model.config) == sum(
-        parameter.numel() for parameter in model.parameters()
-    )
+    assert model.config.num_parameters == sum(parameter.numel() for parameter in model.parameters())
     multiplied = sum(
         p.numel()
         for n, p in model.named_parameters()
         if model.config.tie_word_embeddings or "embed" not in n
     )
     attention = 12 * model.config.n_layer * model.config.n_embd * 8
-    assert flops_per_token(model.config, 8) == 6 * multiplied + attention
+    assert model.config.flops_per_token(8) == 6 * multiplied + attention
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from model.config import GPTConfig, num_parameters, preset_fields
+from model.config import GPTConfig, preset_fields
 from model.gpt import GPT
 from model.shapes import parameter_shapes, stages, weights
 from tests.model.small_models import small_model
@@ -77,7 +77,7 @@ def test_weights_are_the_models() -> None:
         model = small_model(tie_word_embeddings=tied)
         planned = sorted(stage.shape for stage in weights(model.config) for _ in range(stage.times))
         assert planned == sorted(tuple(parameter.shape) for parameter in model.parameters())
-        assert num_parameters(model.config) == sum(math.prod(shape) for shape in planned)
+        assert model.config.num_parameters == sum(math.prod(shape) for shape in planned)
 
 
 def test_parameter_shapes_are_the_models_in_its_order() -> None:

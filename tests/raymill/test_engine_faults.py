@@ -27,7 +27,11 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.fixture(scope="module", params=["-q", "-O"], ids=["assertions", "without assertions"])
+@pytest.fixture(
+    scope="module",
+    params=["-q", pytest.param("-O", marks=pytest.mark.more)],
+    ids=["assertions", "without assertions"],
+)
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """Returns how the workers of a world ended, by fault and way to shard: also as `python -O` leaves
     assertions out."""

@@ -17,7 +17,7 @@ VOCAB_SIZE, WIDTH, NUM_TOKENS, CHUNK_TOKENS = 307, 32, 100, 48  # the last chunk
 
 FAULTS_OF_ALLOCATIONS = """
 import resource, torch
-from raymill.memory import keep_freed_memory
+from model.hardware.memory import keep_freed_memory
 if {keeps}:
     keep_freed_memory()
 def use() -> int:

@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 
 from model.tables import read_table
 from serving.api.admin_routes import DrainRequest, Order, PromoteRequest, RollbackRequest
-from serving.api.chat import ChatRequest, Message
+from serving.api.chat import ChatMessage, ChatRequest
 from serving.protocol import protocol
 from serving.protocol.harmless_fields import (
     FIELDS,
@@ -32,7 +32,7 @@ from serving.protocol.structured_fields import (
 )
 from serving.protocol.tool_fields import Function
 from serving.responses.items import CallItem, MessageItem, OutputItem
-from serving.responses.request import Reasoning, ResponseRequest, TextConfig
+from serving.responses.request import Reasoning, ResponseRequest, ResponseText
 from serving.xray.trace import TraceRequest
 from serving.xray.xray import XrayRequest
 from tests.reference.markdown import MADE, cell, code, listed, sentence, table
@@ -58,13 +58,13 @@ BODIES: dict[str, tuple[str, type[Request], str]] = {
         Function,
         'The field `function` of an entry of `tools`, beside `"type": "function"`.',
     ),
-    "A message of a chat": ("message", Message, "An entry of `messages`."),
+    "A message of a chat": ("message", ChatMessage, "An entry of `messages`."),
     "Responses": (
         "response",
         ResponseRequest,
         "`POST /v1/responses`. [Serve](../how-to/serve.md#responses) says what there is of it.",
     ),
-    "The text of a response": ("response_text", TextConfig, "The field `text`."),
+    "The text of a response": ("response_text", ResponseText, "The field `text`."),
     "Thoughts of a response": ("reasoning", Reasoning, "The field `reasoning`."),
     "A message of a response": (
         "message_item",

@@ -1,6 +1,6 @@
 """The page of all metrics."""
 
-from cluster.monitoring.metric_table import COMMON_LABELS, Exporter, Metric, metrics
+from cluster.metrics.metric_table import COMMON_LABELS, Exporter, Metric, metrics
 from tests.reference.markdown import MADE, cell, code, listed, sentence, table
 
 _INTRODUCTION = """\

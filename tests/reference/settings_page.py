@@ -9,14 +9,14 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from cluster.settings.leaves import Leaf, branches, leaves
+from cluster.settings.leaves import SettingLeaf, branches, leaves
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
 from cluster.settings.serve import ServeConfig
 from cluster.settings.setting import Settings, Shapes
 from cluster.settings.stages import EvaluateConfig, IndexConfig
 from model.architecture import ARCHITECTURES
-from model.config import PRESETS, GPTConfig, Shape, num_parameters, preset_fields
+from model.config import PRESETS, GPTConfig, Shape, preset_fields
 from model.hardware.gpus import GPUS
 from tests.reference.markdown import MADE, cell, code, listed, sentence, table, template
 from tests.repository import REPOSITORY
@@ -115,7 +115,7 @@ def _is_number(kind: Any) -> bool:
     return getattr(kind, "__metadata__", None) is not None and get_args(kind)[0] in (int, float)
 
 
-def type_of(leaf: Leaf) -> str:
+def type_of(leaf: SettingLeaf) -> str:
     if leaf.choices:
         words = ", ".join(map(code, leaf.choices))
         return f"list of: {words}" if leaf.is_list else words
@@ -201,7 +201,7 @@ def _shapes(info: FieldInfo | None) -> str:
     return ", ".join(word for shape, word in names.items() if shape in shapes)
 
 
-def _row(leaf: Leaf, info: FieldInfo | None) -> list[str]:
+def _row(leaf: SettingLeaf, info: FieldInfo | None) -> list[str]:
     meaning = leaf.help.rpartition(" (")[0] or leaf.help
     bounds = ""
     if info is not None:
@@ -238,7 +238,7 @@ def _presets() -> str:
     for name in PRESETS:
         shape = GPTConfig(**preset_fields({"preset": name}))
         sizes = (shape.n_layer, shape.n_head, shape.n_embd, shape.n_positions)
-        count = f"{num_parameters(shape):,}"
+        count = f"{shape.num_parameters:,}"
         rows.append([code(name), shape.architecture, *(f"{size:,}" for size in sizes), count])
     head = ("preset", "architecture", "layers", "heads", "width", "context", "parameters")
     about = "The values of `model.preset`. The count is with GPT-2's vocabulary of 50,257 ids.\n\n"

@@ -9,20 +9,24 @@ import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import psutil
 import uvicorn
-from fastapi import APIRouter
+from fastapi import FastAPI
 from ray import serve
 from starlette.types import ASGIApp
 
 from cluster.settings.serve import ServeConfig
+from cluster.wings import added
 from serving.api.access import AccessRules, CurrentAccess
-from serving.api.ingress import build_http_app
+from serving.api.admin_routes import add_admin_routes
+from serving.api.ingress import all_routes, build_http_app
 from serving.api.metrics import ReplicaMetrics
 from serving.app import APP_NAME, run
+from serving.delivery.follower import Follower
 from serving.delivery.promotion import Delivery, version_of
 from serving.delivery.versions import Versions
 from serving.limits.key_usage import KeyUsage
@@ -164,9 +168,18 @@ def routes_of(
         if isinstance(access, CurrentAccess)
         else CurrentAccess(access or AccessRules()),
         usage=KeyUsage() if usage is None else usage,
-        admin=APIRouter(),
-        add_others=add_response_routes,
+        others=(add_response_routes, *added(lambda wing: wing.routes)),
     )
+
+
+def all_routes_of(config: ServeConfig) -> FastAPI:
+    """An application with a replica's routes, of which none is asked."""
+    follower = Follower(config, Any, deployment="d", replica="r", on_live_death=print)
+    parts = cast(Any, SimpleNamespace(config=config))
+    others = (add_response_routes, *added(lambda wing: wing.routes))
+    app, _ = all_routes(parts, parts, parts, others=others)
+    add_admin_routes(app, follower)
+    return app
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.settings.serve import HttpConfig
 from serving.protocol.tracing import NO_TRACER
-from serving.proxy.ending import Outcome
+from serving.proxy.ending import AnswerOutcome
 from serving.proxy.front_door import FrontDoor
 from serving.proxy.key_check import ASKED_PATH
 from serving.proxy.request_log import LogRequest, no_log
@@ -63,7 +63,7 @@ def ask(
     headers: tuple[tuple[bytes, bytes], ...] = (),
     path: str = "/v1/completions",
     host: bytes = b"x",
-    count: Callable[[Outcome, str], None] = lambda outcome, version: None,
+    count: Callable[[AnswerOutcome, str], None] = lambda outcome, version: None,
     log: LogRequest = no_log,
 ) -> list[Message]:
     """What goes out to a client that sends `messages`, and then stays on the line. `app` is behind

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.commands.chaos import Fault, Kind, chaos, parse_faults
+from cluster.commands.chaos import Fault, FaultKind, chaos, parse_faults
 from cluster.local.local_cluster import LocalCluster
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, StorageConfig
@@ -21,9 +21,9 @@ from tests.time_limits import limit_s
 def test_faults_come_in_the_order_of_their_steps() -> None:
     assert parse_faults([]) == []
     assert parse_faults(["add-node@60", "kill-worker@5", "kill-node@40"]) == [
-        Fault(Kind.KILL_WORKER, 5),
-        Fault(Kind.KILL_NODE, 40),
-        Fault(Kind.ADD_NODE, 60),
+        Fault(FaultKind.KILL_WORKER, 5),
+        Fault(FaultKind.KILL_NODE, 40),
+        Fault(FaultKind.ADD_NODE, 60),
     ]
 
 
@@ -33,7 +33,7 @@ def test_faults_come_in_the_order_of_their_steps() -> None:
 def test_other_words_are_refused_with_the_known_ones(word: str) -> None:
     with pytest.raises(ConfigError) as refused:
         parse_faults(["kill-node@4", word])
-    assert all(word in str(refused.value) for word in (repr(word), "FAULT@STEP", *Kind))
+    assert all(word in str(refused.value) for word in (repr(word), "FAULT@STEP", *FaultKind))
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ from cluster.commands.command import Argument, Arguments, Command, OneOf, Result
 from tests.repository import REPOSITORY
 
 MODULES = {
-    path.stem: importlib.import_module(f"cluster.commands.{path.stem}")
-    for path in (REPOSITORY / "cluster/commands").glob("*.py")
+    path.stem: importlib.import_module(f"cluster.commands.{folder}{path.stem}")
+    for folder in ("", "wings.")
+    for path in (REPOSITORY / "cluster/commands" / folder.rstrip(".")).glob("*.py")
     if path.stem != "__init__"
 }
 

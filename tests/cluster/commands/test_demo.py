@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.commands import demo
-from cluster.commands.chaos import Kind
+from cluster.commands.chaos import FaultKind
 from cluster.commands.demo_run import (
     QUICK,
     WHOLE,
@@ -18,6 +18,7 @@ from cluster.commands.demo_run import (
     demo_serving,
 )
 from cluster.settings.run import max_steps
+from jobs.proof.replay_run import Replayed
 from raymill.errors import UserError
 from tests.jobs.runs import trained_run
 
@@ -68,8 +69,10 @@ def test_steps_with_other_bits_end_the_demo(
     run = trained_run(str(tmp_path)).run
     with pytest.raises(UserError, match="lost no worker"):
         demo.undisturbed(run)
-    verdict = {"equal": False, "steps": [4, 6], "verdict": "bits part at step 5: loss 1 against 2"}
-    monkeypatch.setattr("jobs.proof.replay_loss.replay_around_loss", lambda run: verdict)
+    verdict, fields = "bits part at step 5: loss 1 against 2", {"loss": (1, 2)}
+    again = Replayed(verdict, False, 5, fields, None, 1, 0, [], 0, None, same_code=True)
+    found = (range(4, 7), again)
+    monkeypatch.setattr("jobs.proof.replay_loss.replay_around_loss", lambda run: found)
     with pytest.raises(
         UserError, match=r"steps 4 to 6 taken again .* other bits \(bits part at step 5"
     ):
@@ -93,8 +96,8 @@ def test_the_kill_lies_between_two_kept_checkpoints(storage_uri: str, variant: V
     kept = config.checkpoint.keep_every_steps
     assert kept is not None and kept % config.checkpoint.save_every_steps == 0
     assert kept <= kill.step < max_steps(config) - kept
-    assert kill.kind in (Kind.KILL_NODE, Kind.KILL_WORKER)
-    assert all(fault.kind is Kind.ADD_NODE for fault in later)
+    assert kill.kind in (FaultKind.KILL_NODE, FaultKind.KILL_WORKER)
+    assert all(fault.kind is FaultKind.ADD_NODE for fault in later)
 
 
 def test_the_quick_demo_takes_a_tenth_of_the_steps_on_one_node(storage_uri: str) -> None:

@@ -23,7 +23,7 @@ def test_status_says_how_far_a_run_is_proven_and_who_is_left_out(
     settings = "model: {preset: tiny}\ntrain: {max_tokens: 24800, global_batch_size: 8, micro_batch_size: 4, seq_len: 50}\n"
     (tmp_path / "runs/checked/config.yaml").write_text(settings)
     step = {"tokens_seen": 1, "loss": 2.0, "world_size": 2}
-    lines = [{"step": 50, "audit_seconds": 0.2, **step}, {"step": 60, **step}]
+    lines = [{"step": 50, "proven_to": 49, **step}, {"step": 60, **step}]
 
     def shown() -> set[str]:
         ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -39,7 +39,7 @@ def test_status_says_how_far_a_run_is_proven_and_who_is_left_out(
     assert {"proven to step 40", "not proven since step 41"} <= shown()
     lines.pop()
     take_back(storage, "node-2")
-    del lines[0]["audit_seconds"]
+    del lines[0]["proven_to"]
     reason = "/full: no space left on device"
     lines.append({"event": "storage_down", "what": "checkpoints", "reason": reason})
     assert f"NOT STORED no checkpoint since step 0: {reason}" in shown()

@@ -16,7 +16,7 @@ import pytest
 from cluster.cli import main
 from cluster.commands import delivery_commands
 from cluster.endpoint import delivery
-from cluster.endpoint.delivery import Operator, RefusedError, progress_of
+from cluster.endpoint.delivery import Operator, OrderRefusedError, progress_of
 from cluster.endpoint.endpoint import Endpoint, stream_completion, url_of
 from raymill.errors import UserError
 
@@ -194,7 +194,7 @@ def test_a_refused_promotion_says_why(tmp_path: Any) -> None:
     body = json.dumps({"delivery": state("steady", outcome=outcome), "phase_s": 1.0})
     with (
         served(lambda path, asked: (200, body)) as url,
-        pytest.raises(RefusedError, match="/new was refused: its loss"),
+        pytest.raises(OrderRefusedError, match="/new was refused: its loss"),
     ):
         Operator(Endpoint(url, "", None, str(key))).wait()
 

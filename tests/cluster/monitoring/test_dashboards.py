@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from cluster import cli
+from cluster.metrics.metric_table import Exporter, metrics
 from cluster.monitoring.files import IN_CLUSTER_PROMETHEUS, documents
-from cluster.monitoring.metric_table import Exporter, metrics
 from tests.dashboards.make_dashboards import FEW, MUTED, made
 from tests.dashboards.panels import read
 from tests.k8s.manifests import K8S, of_kind, render_folder

@@ -9,7 +9,6 @@ from cluster.settings import recipe
 from cluster.settings.flags import validate_config
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, batch_schedule, seq_len, to_yaml, warmup_tokens
-from model.config import num_parameters
 
 
 def run(model: dict[str, Any], **branches: Any) -> RunConfig:
@@ -22,7 +21,7 @@ def test_depth__sets_a_run_that_fits_together(depth: int) -> None:
     shape, train = config.model, config.train
     assert (shape.n_layer, shape.n_head, shape.n_embd) == (depth, depth, 64 * depth)
     assert train.optimizer == "muon"
-    assert train.max_tokens == 20 * num_parameters(shape)
+    assert train.max_tokens == 20 * shape.num_parameters
     assert train.warmup_tokens == warmup_tokens(config) == min(375_000_000, train.max_tokens // 50)
     flops = recipe.run_flops(shape, seq_len(config), train.max_tokens)
     assert train.learning_rate == pytest.approx(0.3118 * flops**-0.125, rel=0.01)

@@ -190,6 +190,6 @@ def test_a_proxy_that_does_not_answer_is_named(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://s3.example")
     with pytest.raises(
-        StorageError, match="the proxy does not answer that HTTPS_PROXY or HTTP_PROXY"
+        StorageError, match="the proxy that HTTPS_PROXY or HTTP_PROXY names does not answer"
     ):
         open_storage(f"s3://{s3_bucket}").list()

@@ -104,7 +104,7 @@ def undivided(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     ("num_workers", "after"),
     [
         pytest.param(1, "", marks=pytest.mark.slow),
-        (2, "bands/partition-*"),
+        pytest.param(2, "bands/partition-*", marks=pytest.mark.more),
         pytest.param(4, "asked/section-*", marks=pytest.mark.slow),
         pytest.param(2, "links/partition-*", marks=pytest.mark.slow),
         pytest.param(4, "training/section-*", marks=pytest.mark.slow),

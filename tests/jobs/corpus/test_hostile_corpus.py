@@ -144,9 +144,10 @@ def as_a_stage(config: Any, folder: Path) -> subprocess.CompletedProcess[str]:
             {"a.txt": b"", "b.txt": b" \n"},
             "the corpus is empty: 2 files, 2 documents dropped (2 empty); check data.source",
         ),
-        (
+        pytest.param(
             {"good.txt": b"a good text", "b\n\xff.txt.gz": gzip.compress(b"text" * 999)[:-5]},
             "b\\n\\udcff.txt.gz cannot be read to its end (Truncated compressed stream); replace the file",
+            marks=pytest.mark.more,
         ),
     ],
     ids=["all-blank", "truncated"],
@@ -221,6 +222,7 @@ def spread_ids(content: dict[str, Any]) -> None:
     content["model"]["vocab"]["<|endoftext|>"] = content["added_tokens"][0]["id"]
 
 
+@pytest.mark.more
 def test_ids_beyond_16_bits_are_stored_in_32(
     result: dict[str, Any], corpus: HostileCorpus, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,6 +124,7 @@ def test_missing_objects_and_odd_keys(
     assert result["dropped"]["empty"] == 1
 
 
+@pytest.mark.more
 def test_the_hub_gives_the_shards_of_the_same_files_on_disk(
     ray_workers: int, tmp_path: Path
 ) -> None:

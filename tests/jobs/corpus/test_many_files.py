@@ -49,6 +49,7 @@ print(len(chunks), len(places), len(written), time.process_time(), resource.getr
 """
 
 
+@pytest.mark.more
 def test_a_million_files_are_planned_and_sampled_in_bounded_memory_and_time() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PLAN, str(NUM_FILES)],

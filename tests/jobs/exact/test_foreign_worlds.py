@@ -74,10 +74,15 @@ def check_one_hash(
         assert len({tuple(run["losses"]) for run in mine}) == 1, case
 
 
+def test_a_model_of_transformers__in_any_world_and_sharding__has_one_hash(runs_of: Runs) -> None:
+    check_one_hash(SUITES["one family"], runs_of("one family"))
+
+
+@pytest.mark.more
 def test_three_families__in_any_world_and_sharding__have_one_hash(runs_of: Runs) -> None:
-    cases = SUITES["foreign"]
+    cases = SUITES["three families"]
     assert {case.family for case in cases} == set(QUICK)
-    check_one_hash(cases, runs_of("foreign"))
+    check_one_hash(cases, runs_of("three families"))
 
 
 @pytest.mark.slow  # compiles

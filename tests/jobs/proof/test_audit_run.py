@@ -14,6 +14,7 @@ from cluster.storage.uris import Storage
 from jobs.proof import audit_run
 from jobs.proof.audit_run import Audit, audit
 from jobs.proof.audits.intervals import Interval, chance_unseen, drawn_by_lot, intervals_of
+from jobs.proof.replay_run import Replayed
 from jobs.proof.verify_run import verify
 from jobs.run.ledger import LEDGER, Ledger
 from jobs.run.ledger_chain import encoded, hash_of
@@ -73,6 +74,7 @@ def test_a_forged_loss_that_fits_its_chain_is_found_where_its_interval_is_drawn(
     assert problem.startswith("steps 4..6: bits part at step 5")
 
 
+@pytest.mark.more
 def test_a_checkpoint_that_a_stop_has_made_is_compared_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +164,7 @@ def test_an_interrupted_audit_goes_on(
     taken: list[range] = []
     replay = audit_run.replay
 
-    def replay_once(run: Storage, *, steps: range, **rest: Any) -> dict[str, object]:
+    def replay_once(run: Storage, *, steps: range, **rest: Any) -> Replayed:
         if len(taken) == 1:
             taken.append(steps)
             raise KeyboardInterrupt

@@ -20,7 +20,7 @@ from cluster.settings.parser import ConfigError
 from cluster.settings.run import batch_schedule, to_yaml
 from cluster.storage.uris import Storage, open_storage
 from jobs.exact.lane_passes import LanePasses
-from jobs.proof.explain_step import explain
+from jobs.proof.explain.explain_step import explain
 from jobs.proof.where_run import where
 from jobs.run.checkpoints import checkpoint_name
 from jobs.run.ledger import LEDGER, Ledger, Line
@@ -111,7 +111,7 @@ def planted_turn(plan: RunPlan) -> dict[str, Any]:
     that in the lane, a row of several documents: once the model knows the other texts."""
     num_rows = Counter(turn["step"] for turn in planted_turns(plan))
     for turn in planted_turns(plan):
-        rows = where(plan.run, step=turn["step"])["rows"]
+        rows = where(plan.run, step=turn["step"]).json()["rows"]
         (beside,) = (
             row for row in rows if row["lane"] == turn["lane"] and row["sample"] != turn["sample"]
         )
@@ -121,7 +121,7 @@ def planted_turn(plan: RunPlan) -> dict[str, Any]:
 
 
 def planted_turns(plan: RunPlan) -> list[dict[str, Any]]:
-    (document,) = where(plan.run, document=PLANTED)["documents"]
+    (document,) = where(plan.run, document=PLANTED).json()["documents"]
     return [turn for turn in document["turns"] if turn["step"] > LEARNED]
 
 
@@ -135,7 +135,7 @@ def files_of(run: Storage) -> dict[str, bytes]:
 
 def test_the_planted_document_is_named_with_its_lane_and_row(plan: RunPlan) -> None:
     turn = planted_turn(plan)
-    result = explain(plan.run, turn["step"])
+    result = explain(plan.run, turn["step"]).json()
     worst = result["worst"][0]
     assert worst["highest"][0] == "loss"
     assert (worst["lane"], worst["sample"]) == (turn["lane"], turn["sample"])
@@ -154,7 +154,7 @@ def test_the_planted_document_is_named_with_its_lane_and_row(plan: RunPlan) -> N
 
 def test_figures_are_those_of_the_run_and_add_up(plan: RunPlan) -> None:
     turn = planted_turn(plan)
-    result, line = explain(plan.run, turn["step"]), line_of(plan, turn["step"])
+    result, line = explain(plan.run, turn["step"]).json(), line_of(plan, turn["step"])
     assert (result["loss"], result["grad_norm"]) == (line["loss"], line["grad_norm"]), "to the bit"
     assert result["note"] is None
     lanes = result["lanes"]
@@ -175,7 +175,7 @@ def test_figures_are_those_of_the_run_and_add_up(plan: RunPlan) -> None:
 
 
 def test_without_the_row_the_step_is_that_of_the_others(plan: RunPlan) -> None:
-    result = explain(plan.run, planted_turn(plan)["step"])
+    result = explain(plan.run, planted_turn(plan)["step"]).json()
     worst = result["worst"][0]
     without = worst["without_row"]
     others = [row for row in result["rows"] if row["sample"] != worst["sample"]]
@@ -197,7 +197,7 @@ def test_without_a_document_of_several_rows_none_of_them_counts(plan: RunPlan) -
     num_rows = Counter(turn["step"] for turn in planted_turns(plan))
     step, count = num_rows.most_common(1)[0]
     assert count > 1
-    result = explain(plan.run, step)
+    result = explain(plan.run, step).json()
     worst = result["worst"][0]
     assert worst["document_rows"] == count
     assert f", which has {count} rows of the step" in result["verdict"]
@@ -215,7 +215,7 @@ def test_the_run_is_not_touched_but_for_its_report(plan: RunPlan) -> None:
     step = planted_turn(plan)["step"]
     pages = {f"report/explain-{step}.html", f"report/explain-{step}.png"}
     before = {name: text for name, text in files_of(plan.run).items() if name not in pages}
-    result = explain(plan.run, step)
+    result = explain(plan.run, step).json()
     after = files_of(plan.run)
     assert after.keys() == before.keys() | pages
     assert {name: after[name] for name in before} == before
@@ -227,14 +227,14 @@ def test_the_run_is_not_touched_but_for_its_report(plan: RunPlan) -> None:
 
 def test_the_first_step_has_no_checkpoint_before_it(plan: RunPlan) -> None:
     for step in (1, 2):
-        result, line = explain(plan.run, step), line_of(plan, step)
+        result, line = explain(plan.run, step).json(), line_of(plan, step)
         assert result["from_checkpoint"] is None
         assert "no row stands out" in result["verdict"], "the model knows nothing yet"
         assert (result["loss"], result["grad_norm"]) == (line["loss"], line["grad_norm"])
 
 
 def test_of_a_skipped_step_it_is_said_whether_its_data_is_the_cause(plan: RunPlan) -> None:
-    result = explain(plan.run, SKIPPED)
+    result = explain(plan.run, SKIPPED).json()
     assert result["outcome"] == "skipped"
     assert f"step {SKIPPED} (skipped)" in result["verdict"]
     assert result["note"].startswith("the ledger says: loss nan")
@@ -245,7 +245,7 @@ def test_a_fault_that_comes_again_is_shown_where_it_is(
     plan: RunPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, SKIPPED)
-    result = explain(plan.run, SKIPPED)
+    result = explain(plan.run, SKIPPED).json()
     assert result["note"] == f"the ledger says: {result['guard']}"
     assert result["guard"] == "loss nan, gradient norm nan"
     assert [lane["lane"] for lane in result["lanes"] if lane["loss"] is None] == [0]
@@ -257,14 +257,14 @@ def test_a_fault_that_comes_again_is_shown_where_it_is(
 
 def test_steps_around_a_rollback_are_explained(plan: RunPlan) -> None:
     assert Ledger.read(plan.run).rollbacks == (WINDOW,)
-    rolled_back = explain(plan.run, WINDOW[0] + 1)
+    rolled_back = explain(plan.run, WINDOW[0] + 1).json()
     lines = [line for line in Ledger.read(plan.run).lines if "event" not in line]
     (line,) = (line for line in lines if line["step"] == WINDOW[0] + 1)
     assert rolled_back["outcome"] == "rolled back"
     assert (rolled_back["loss"], rolled_back["grad_norm"]) == (line["loss"], line["grad_norm"])
     assert rolled_back["note"] is None
-    assert "2 bad steps in a row" in explain(plan.run, WINDOW[1])["note"]
-    behind, line = explain(plan.run, WINDOW[1] + 1), line_of(plan, WINDOW[1] + 1)
+    assert "2 bad steps in a row" in str(explain(plan.run, WINDOW[1]).note)
+    behind, line = explain(plan.run, WINDOW[1] + 1).json(), line_of(plan, WINDOW[1] + 1)
     assert (behind["loss"], behind["grad_norm"]) == (line["loss"], line["grad_norm"])
     assert behind["from_checkpoint"].startswith(f"step-{WINDOW[0] - 1:09d}")
 
@@ -272,7 +272,7 @@ def test_steps_around_a_rollback_are_explained(plan: RunPlan) -> None:
 def test_without_a_map_the_rows_have_their_text(plan: RunPlan, copied: Storage) -> None:
     (listed,) = Path(copied.uri).parents[1].glob(f"tokens/*/{DOCUMENTS}")
     listed.unlink()
-    result = explain(copied, planted_turn(plan)["step"])
+    result = explain(copied, planted_turn(plan)["step"]).json()
     assert "`raymill tokenize --documents`" in result["no_documents"]
     worst = result["worst"][0]
     assert worst["documents"] == []
@@ -345,7 +345,7 @@ def test_rows_and_lanes_agree_for_conversations_with_dropout_in_bf16(tmp_path: P
     step = max(
         (line["step"] for line in Ledger.read(plan.run).steps), key=partial(num_uneven, plan)
     )
-    result, line = explain(plan.run, step), line_of(plan, step)
+    result, line = explain(plan.run, step).json(), line_of(plan, step)
     assert (result["loss"], result["grad_norm"]) == (line["loss"], line["grad_norm"])
     parts = sum(lane["part"] for lane in result["lanes"])
     assert parts == pytest.approx(line["loss"], rel=1e-6)
@@ -390,7 +390,7 @@ def test_a_rolled_back_step_is_explained_where_those_before_it_were_taken_again(
     train_poisoned(plan)
     lines = [line for line in Ledger.read(plan.run).lines if "event" not in line]
     assert Counter(line["step"] for line in lines)[WINDOW[0] - 1] == 2
-    result = explain(plan.run, WINDOW[0] + 1)
+    result = explain(plan.run, WINDOW[0] + 1).json()
     assert result["from_checkpoint"] == "step-000000012-0002"
     (line,) = (line for line in lines if line["step"] == WINDOW[0] + 1)
     assert (result["loss"], result["grad_norm"]) == (line["loss"], line["grad_norm"])

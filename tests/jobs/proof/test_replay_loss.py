@@ -40,17 +40,17 @@ def test_the_steps_from_checkpoint_to_checkpoint_have_the_same_bits(run: Storage
     hashes = {
         event["step"]: event["parameter_hash"] for event in Ledger.read(run).events("checkpoint")
     }
-    result = replay_around_loss(run)
-    assert (result["equal"], result["steps"], result["workers"]) == (True, [4, 6], 1)
-    assert result["parameter_hash"] == hashes[6]
+    steps, result = replay_around_loss(run)
+    assert (result.equal, steps, result.workers) == (True, range(4, 7), 1)
+    assert result.parameter_hash == hashes[6]
 
 
 def test_a_changed_bit_is_named(run: Storage) -> None:
     loss = Ledger.read(run).steps[5]["loss"]
     change_line(run, 6, loss=loss * (1 + 1e-15))
-    result = replay_around_loss(run)
-    assert (result["equal"], result["step"]) == (False, 6)
-    assert result["verdict"].startswith("bits part at step 6")
+    _, result = replay_around_loss(run)
+    assert (result.equal, result.step) == (False, 6)
+    assert result.verdict.startswith("bits part at step 6")
 
 
 def test_a_run_that_lost_nothing_is_refused(tmp_path: Path) -> None:

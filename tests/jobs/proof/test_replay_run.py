@@ -20,42 +20,40 @@ from tests.jobs.tampering import change_line, change_setting, checkpoint_folder,
 def test_bits_are_equal(run: Storage, steps: range, checkpoint: int | None, hashes: int) -> None:
     before = run.read_bytes("ledger.jsonl")
     result = replay(run, steps=steps)
-    assert (result["equal"], result["verdict"]) == (
+    assert (result.equal, result.verdict) == (
         True,
         f"bits equal for steps {steps[0]}..{steps[-1]}",
     )
-    assert (result["from_checkpoint"] or "").startswith(
+    assert (result.from_checkpoint or "").startswith(
         "" if checkpoint is None else f"step-{checkpoint:09d}"
     )
-    assert (result["from_checkpoint"] is None) == (checkpoint is None)
-    assert result["hashes"] == hashes
+    assert (result.from_checkpoint is None) == (checkpoint is None)
+    assert result.hashes == hashes
     assert run.read_bytes("ledger.jsonl") == before, "the run itself is not touched"
 
 
 def test_bits_are_equal_on_two_workers(run: Storage) -> None:
     result = replay(run, steps=range(5, 9), num_workers=2)
-    assert (result["equal"], result["workers"], result["hashes"]) == (True, 2, 2)
+    assert (result.equal, result.workers, result.hashes) == (True, 2, 2)
 
 
 def test_a_changed_learning_rate_is_found_at_its_first_step(run: Storage) -> None:
     change_setting(run, learning_rate=1.1e-2)
     result = replay(run, steps=range(4, 9))
-    assert (result["equal"], result["step"]) == (False, 4)
-    assert list(result["fields"]) == ["lr"], (
-        "the loss of step 4 is that of the checkpoint's weights"
-    )
+    assert (result.equal, result.step) == (False, 4)
+    assert list(result.fields) == ["lr"], "the loss of step 4 is that of the checkpoint's weights"
 
 
 def test_a_changed_order_of_samples_is_found_at_its_first_step(run: Storage) -> None:
     change_setting(run, shuffle_window_rows=7)
     result = replay(run, steps=range(4, 9))
-    assert (result["equal"], result["step"]) == (False, 4)
-    assert result["fields"].keys() == {"loss", "grad_norm"}
+    assert (result.equal, result.step) == (False, 4)
+    assert result.fields.keys() == {"loss", "grad_norm"}
 
 
 def test_a_changed_seed_is_found_at_its_first_step(run: Storage) -> None:
     change_setting(run, seed=1)
-    assert replay(run, steps=range(7, 9))["step"] == 7
+    assert replay(run, steps=range(7, 9)).step == 7
 
 
 @pytest.mark.parametrize("field", ["loss", "grad_norm", "lr"])
@@ -63,14 +61,14 @@ def test_a_ledger_that_was_changed_is_found(run: Storage, field: str) -> None:
     line = Ledger.read(run).steps[5]
     change_line(run, 6, **{field: line[field] * (1 + 1e-15)})
     result = replay(run, steps=range(4, 9))
-    assert (result["equal"], result["step"], list(result["fields"])) == (False, 6, [field])
+    assert (result.equal, result.step, list(result.fields)) == (False, 6, [field])
 
 
 def test_a_damaged_checkpoint_is_passed_over(run: Storage) -> None:
     flip_byte(checkpoint_folder(run, 6) / "model.safetensors")
     result = replay(run, steps=range(7, 9))
-    assert result["equal"]
-    assert result["from_checkpoint"].startswith("step-000000003")
+    assert result.equal
+    assert (result.from_checkpoint or "").startswith("step-000000003")
 
 
 def test_what_cannot_be_taken_again_is_said(run: Storage, tmp_path: Path) -> None:

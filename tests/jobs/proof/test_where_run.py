@@ -78,7 +78,7 @@ def test_the_documents_of_each_step_are_the_rows_that_it_read(plan: RunPlan) -> 
     stream = open_stream(plan)
     tokenizer = Tokenizer.from_json(plan.tokenizer_json)
     for step, outcome in steps_taken(plan):
-        answer = where(plan.run, step=step)
+        answer = where(plan.run, step=step).json()
         assert answer["outcome"] == outcome
         samples = schedule_of(plan).samples(step)
         assert [row["sample"] for row in answer["rows"]] == [*samples]
@@ -107,7 +107,7 @@ def source_text(document: dict[str, Any]) -> str:
 def test_both_directions_agree_for_every_document(plan: RunPlan) -> None:
     expected: dict[tuple[str, int], list[tuple[int, int, int, int, int, str]]] = {}
     for step, outcome in steps_taken(plan):
-        for row in where(plan.run, step=step)["rows"]:
+        for row in where(plan.run, step=step).json()["rows"]:
             for document in row["documents"]:
                 turn = (step, row["lane"], row["sample"], row["epoch"])
                 place = document["file"], document["place"]
@@ -121,7 +121,7 @@ def test_both_directions_agree_for_every_document(plan: RunPlan) -> None:
     fields = ("step", "lane", "sample", "epoch", "tokens", "outcome")
     firsts: set[int] = set()
     for file, place in sorted(kept):
-        (found,) = where(plan.run, document=f"{file}:{place}")["documents"]
+        (found,) = where(plan.run, document=f"{file}:{place}").json()["documents"]
         turns = [tuple(turn[name] for name in fields) for turn in found["turns"]]
         assert turns == expected.get((file, place), [])
         is_held_out = found["held_out_tokens"] == found["tokens"]
@@ -135,7 +135,7 @@ def test_both_directions_agree_for_every_document(plan: RunPlan) -> None:
             before = [name for name in names if step_of(name) < learned[0]]
             assert found["checkpoint_before"] == max(before, default=None)
             firsts.add(learned[0])
-        (by_text,) = where(plan.run, text=source_text(found | {"place": place}))["documents"]
+        (by_text,) = where(plan.run, text=source_text(found | {"place": place})).json()["documents"]
         assert by_text == found
     assert max(turn[3] for turns in expected.values() for turn in turns) > 1, "several epochs"
     assert WINDOW[1] + 1 in firsts, "the newest checkpoint before that one is left out"
@@ -149,14 +149,14 @@ def all_of(mapped: DocumentMap) -> Iterator[Any]:
 
 
 def test_a_whole_file_has_the_steps_of_its_documents(plan: RunPlan) -> None:
-    (found,) = where(plan.run, document="web/a.jsonl")["documents"]
+    (found,) = where(plan.run, document="web/a.jsonl").json()["documents"]
     assert found["documents"] > 10
     assert found["place"] is None
     assert 0 < found["held_out_tokens"] < found["tokens"]
     samples = {
         row["sample"]: sum(part["tokens"] for part in row["documents"] if "a.jsonl" in part["file"])
         for step, _ in steps_taken(plan)
-        for row in where(plan.run, step=step)["rows"]
+        for row in where(plan.run, step=step).json()["rows"]
     }
     assert {turn["sample"]: turn["tokens"] for turn in found["turns"]} == {
         sample: tokens for sample, tokens in samples.items() if tokens
@@ -200,15 +200,15 @@ def append(run: Storage, *lines: dict[str, Any]) -> None:
 def test_steps_to_come_and_steps_gone_back_behind_are_not_learned(
     plan: RunPlan, copied: Storage
 ) -> None:
-    turns = where(plan.run, document="0.txt")["documents"][0]["turns"]
+    turns = where(plan.run, document="0.txt").json()["documents"][0]["turns"]
     last = turns[-1]["step"]
     cut_ledger(copied, after_step=last - 1)
-    (found,) = where(copied, document="0.txt")["documents"]
+    (found,) = where(copied, document="0.txt").json()["documents"]
     assert {turn["outcome"] for turn in found["turns"] if turn["step"] >= last} == {"to come"}
     with pytest.raises(UserError, match=rf"step {last} is not taken yet: .* is at step {last - 1}"):
         where(copied, step=last)
     append(copied, {"event": "corruption", "to_step": 2, "generation": 1, "attempt": 1, "step": 5})
-    (found,) = where(copied, document="0.txt")["documents"]
+    (found,) = where(copied, document="0.txt").json()["documents"]
     assert {turn["outcome"] for turn in found["turns"] if turn["step"] > 2} == {"to come"}
 
 
@@ -218,7 +218,7 @@ def test_steps_on_another_store_are_told_apart(plan: RunPlan, copied: Storage) -
     other = start | {"data_identity": "0" * 64}
     copied.write_bytes(LEDGER, b"")
     append(copied, other, *steps[:5], start, *steps[5:])
-    (found,) = where(copied, document="a.jsonl")["documents"]
+    (found,) = where(copied, document="a.jsonl").json()["documents"]
     border = steps[5]["step"]
     outcomes = {(turn["step"] < border, turn["outcome"]) for turn in found["turns"]}
     assert (True, "other data") in outcomes
@@ -249,8 +249,8 @@ def test_a_second_store_of_the_same_text_lends_its_map(
     storage = plan.config.storage.model_copy(update={"uri": str(tmp_path / "copy")})
     tokenize_in_process(monkeypatch)
     tokenize(plan.config.model_copy(update={"data": data, "storage": storage}))
-    (found,) = where(copied, document="a.jsonl:0")["documents"]
-    (expected,) = where(plan.run, document="a.jsonl:0")["documents"]
+    (found,) = where(copied, document="a.jsonl:0").json()["documents"]
+    (expected,) = where(plan.run, document="a.jsonl:0").json()["documents"]
     assert found["file"] == f"{tmp_path}/moved/web/a.jsonl"
     assert found | {"file": expected["file"]} == expected
 
@@ -303,21 +303,22 @@ def test_a_file_that_changed_or_is_gone_is_named_with_its_steps(tmp_path: Path) 
     plan = mapped_plan(tmp_path, train={"max_tokens": 400})
     run_world(plan)
     path = Path(plan.config.data.source[0]) / "a.jsonl"
-    (before,) = where(plan.run, document="a.jsonl:0")["documents"]
+    (before,) = where(plan.run, document="a.jsonl:0").json()["documents"]
     assert before["file_now"] is None
     path.write_bytes(path.read_bytes() + b"\n")
-    (changed,) = where(plan.run, document="a.jsonl:0")["documents"]
+    (changed,) = where(plan.run, document="a.jsonl:0").json()["documents"]
     assert re.search(r"has changed since it was tokenized, from .* bytes", changed["file_now"])
     with pytest.raises(UserError, match=r"begins at 1; whether one was dropped .* has changed"):
         where(plan.run, document="a.jsonl:1")
     verdicts = {
-        where(plan.run, document=f"{number}.txt")["documents"][0]["verdict"] for number in range(3)
+        where(plan.run, document=f"{number}.txt").json()["documents"][0]["verdict"]
+        for number in range(3)
     }
     assert (
         "not learned: the run ends before it takes a row with tokens of it that count" in verdicts
     )
     path.unlink()
-    (gone,) = where(plan.run, document="a.jsonl:0")["documents"]
+    (gone,) = where(plan.run, document="a.jsonl:0").json()["documents"]
     assert gone["file_now"] == f"{path} is gone"
     for now in (changed, gone):
         assert now | {"file_now": None} == before
@@ -325,7 +326,7 @@ def test_a_file_that_changed_or_is_gone_is_named_with_its_steps(tmp_path: Path) 
 
 def test_text_that_is_no_whole_document_is_not_found(plan: RunPlan) -> None:
     text = (Path(plan.config.data.source[1]) / "0.txt").read_text()
-    assert where(plan.run, text=text)["documents"][0]["place"] == 0
+    assert where(plan.run, text=text).json()["documents"][0]["place"] == 0
     with pytest.raises(UserError, match=r"has exactly this text, of .* its last line end"):
         where(plan.run, text=text.rstrip("\n"))
     with pytest.raises(ConfigError, match=r"has steps 1 to"):
@@ -341,7 +342,7 @@ def test_of_a_conversation_the_tokens_of_answers_count(tmp_path: Path) -> None:
     by_document: dict[int, list[tuple[int, int]]] = {}
     for step in range(1, schedule_of(plan).max_steps + 1):
         _, targets = stream.samples(schedule_of(plan).samples(step))
-        rows = where(plan.run, step=step)["rows"]
+        rows = where(plan.run, step=step).json()["rows"]
         for row, num_counted in zip(rows, (targets != IGNORE_INDEX).sum(1).tolist(), strict=True):
             assert sum(document["tokens"] for document in row["documents"]) == num_counted
             for document in row["documents"]:
@@ -350,7 +351,7 @@ def test_of_a_conversation_the_tokens_of_answers_count(tmp_path: Path) -> None:
                     turns.append((row["sample"], document["tokens"]))
     assert len(by_document) > 5
     for place, turns in by_document.items():
-        (found,) = where(plan.run, document=f"chat.jsonl:{place}")["documents"]
+        (found,) = where(plan.run, document=f"chat.jsonl:{place}").json()["documents"]
         assert [(turn["sample"], turn["tokens"]) for turn in found["turns"]] == turns
     with pytest.raises(UserError, match="this store holds conversations"):
         where(plan.run, text="anything")

@@ -16,6 +16,8 @@ from tests.jobs.insight_worlds import NUM_STEPS, SLOW_BY_S, WORLDS, plan_of
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
+pytestmark = pytest.mark.more
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -144,7 +144,7 @@ CASES: dict[str, tuple[Ledger, str, list[str]]] = {
     "untimed, by an earlier version": (
         made([{"step": 0.1}]),
         "other",
-        ["no phase of a step claims"],
+        ["outside all phases of a step"],
     ),
 }
 

@@ -56,6 +56,7 @@ def test_a_crash_anywhere(tmp_path: Path) -> None:
     check_crashes(str(tmp_path / "storage"), tmp_path, num_seeds=1, places=LOCAL)
 
 
+@pytest.mark.more
 def test_a_crash_on_the_way_to_object_storage(s3_bucket: str, tmp_path: Path) -> None:
     places = {"before_upload_complete", "before_manifest", "mid_delete"}
     check_crashes(f"s3://{s3_bucket}/storage", tmp_path, num_seeds=1, places=places)

@@ -154,6 +154,7 @@ def check_crashes(
     assert any(crash["went_on_from"] > 0 for crash in crashed)
 
 
+@pytest.mark.more
 def test_a_crash_of_one_worker(tmp_path: Path) -> None:
     check_crashes(str(tmp_path / "storage"), tmp_path, seeds=[0], places=OF_SHARDS)
 

@@ -32,6 +32,7 @@ from model.gpt import GPT, initial_weights
 from model.text.tokenizer import train_bpe
 from raymill.files.safetensors_file import parameter_hash
 from raymill.rules.adamw import AdamW
+from raymill.state.state_shares import StateShares
 from raymill.state.train_state import TrainState
 from raymill.workers.worker_group import WorkerGroup
 from tests.checkpoints import metadata_of
@@ -97,7 +98,7 @@ class Saving:
             ShardWriter(
                 self.checkpoints,
                 state.sharding,
-                state._group,
+                state.group,
                 publisher=publisher if rank == 0 else None,
                 config=state.model.config,
                 tokenizer=TOKENIZER,
@@ -248,7 +249,7 @@ def test_values_that_are_not_finite_are_never_published(
     saving = Saving(tmp_path, states)
     assert saving.save(1)
     wait_until(lambda: len(saving.checkpoints.names) == 1)
-    flat = states[1].share(1, world_size=NUM_RANKS)[part][0]
+    flat = StateShares(states[1]).views(1, world_size=NUM_RANKS)[part][0]
     flat[77] = float("inf")
     assert saving.save(2)
     wait_until(lambda: bool(Ledger.read(saving.run).events("checkpoint_refused")))

@@ -7,10 +7,6 @@ import pytest
 from jobs.sentinel.proven_part import ProvenPart, proven_part, proven_to
 
 
-def audited(step: int) -> dict[str, Any]:
-    return {"step": step, "audit_seconds": 0.1}
-
-
 def step(number: int, *, proven: int, since: int | None = None) -> dict[str, Any]:
     return {"step": number, "proven_to": proven} | ({"not_proven_since": since} if since else {})
 
@@ -32,17 +28,17 @@ GONE_BACK = corruption(200)
     [
         ([START, {"step": 25}, saved(20, None)], None),
         ([START, saved(20, None)], None),
-        ([START, audited(25), {"step": 26}], 24),
-        ([START, audited(25), saved(20, 20)], 24),
+        ([START, step(25, proven=24), {"step": 26}], 24),
+        ([START, step(25, proven=24), saved(20, 20)], 24),
         ([saved(300, 274), {"step": 310}], 274),
-        ([audited(325), GONE_BACK], 200),
-        ([audited(325), corruption(None)], 324),
-        ([audited(325), GONE_BACK, {"event": "proven", "step": 300}], 300),
+        ([step(325, proven=324), GONE_BACK], 200),
+        ([step(325, proven=324), corruption(None)], 324),
+        ([step(325, proven=324), GONE_BACK, {"event": "proven", "step": 300}], 300),
         # Stored by the thread that saves after the run went back
-        ([audited(325), GONE_BACK, saved(320, 320)], 200),
-        ([audited(325), GONE_BACK, saved(320, 319, generation=2)], 319),
-        ([audited(325), {"event": "rollback", "first": 311}], 310),
-        ([audited(325), {"event": "start", "step": 300}], 300),
+        ([step(325, proven=324), GONE_BACK, saved(320, 320)], 200),
+        ([step(325, proven=324), GONE_BACK, saved(320, 319, generation=2)], 319),
+        ([step(325, proven=324), {"event": "rollback", "first": 311}], 310),
+        ([step(325, proven=324), {"event": "start", "step": 300}], 300),
         ([step(325, proven=324), {"step": 326}], 324),
         ([step(325, proven=324), GONE_BACK], 200),
     ],
@@ -59,13 +55,25 @@ KILLED = {"event": "start", "step": 330}
 @pytest.mark.parametrize(
     ("lines", "since"),
     [
-        ([START, audited(325)], None),
-        ([START, audited(325), KILLED], 325),
+        ([START, step(325, proven=324)], None),
+        ([START, step(325, proven=324), KILLED], 325),
         # All hold the same since then, whatever it is
-        ([START, audited(325), KILLED, audited(350), saved(340, 324)], 325),
-        ([START, audited(325), KILLED, {"event": "proven", "step": 340}], 325),
-        ([START, audited(325), KILLED, GONE_BACK, {"event": "start", "step": 200}], None),
-        ([START, audited(325), {"event": "start", "step": 320}, audited(350)], None),
+        (
+            [
+                START,
+                step(325, proven=324),
+                KILLED,
+                step(350, proven=324, since=325),
+                saved(340, 324),
+            ],
+            325,
+        ),
+        ([START, step(325, proven=324), KILLED, {"event": "proven", "step": 340}], 325),
+        ([START, step(325, proven=324), KILLED, GONE_BACK, {"event": "start", "step": 200}], None),
+        (
+            [START, step(325, proven=324), {"event": "start", "step": 320}, step(350, proven=349)],
+            None,
+        ),
         ([step(355, proven=324, since=325)], 325),
         ([step(355, proven=324, since=325), step(400, proven=399)], None),
         ([START, KILLED], None),  # nothing is audited

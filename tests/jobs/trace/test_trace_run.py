@@ -86,7 +86,7 @@ def test_a_passage_has_its_documents_and_the_steps_that_read_its_tokens(plan: Ru
         assert PASSAGE in text
         assert text.startswith(place["text"].removesuffix("…")[:20])
         reference = f"{place['file']}:{place['place']}"
-        (document,) = where(plan.run, document=reference)["documents"]
+        (document,) = where(plan.run, document=reference).json()["documents"]
         turns = {(turn["step"], turn["lane"], turn["outcome"]) for turn in document["turns"]}
         assert {(t["step"], t["lane"], t["outcome"]) for t in place["turns"]} <= turns
 

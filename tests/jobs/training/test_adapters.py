@@ -221,7 +221,7 @@ def test_a_replay_on_two_workers__has_the_same_bits(shard: str, run: RunPlan, fo
     config = run.config.model_copy(update={"scaling": scaling})
     run.run.write_bytes("config.yaml", to_yaml(config).encode())
     found = replay(run.run, steps=range(2, 9), num_workers=2)
-    assert found["equal"], found["verdict"]
+    assert found.equal, found.verdict
 
 
 @pytest.mark.slow

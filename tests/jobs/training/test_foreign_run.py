@@ -104,8 +104,8 @@ def test_a_run_of_a_config_file__that_is_resumed__has_the_bits_of_one_go(
 @pytest.mark.slow
 def test_a_run_of_a_config_file__is_replayed_on_two_workers(run: RunPlan) -> None:
     result = replay(run.run, steps=range(4, 9), num_workers=2)
-    assert result["equal"], result["verdict"]
-    assert result["workers"] == 2
+    assert result.equal, result.verdict
+    assert result.workers == 2
 
 
 def test_a_checkpoint__is_a_folder_that_transformers_loads(run: RunPlan, tmp_path: Path) -> None:

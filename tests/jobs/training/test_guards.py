@@ -76,7 +76,7 @@ def test_a_rollback_leaves_out_the_updates_since_an_earlier_save(
 @pytest.mark.parametrize(
     ("state", "step", "obstacle"),
     [
-        (GuardState(last_applied=0, skipped_in_a_row=2), 3, "no earlier state"),
+        (GuardState(skipped_in_a_row=2), 3, "no earlier state"),
         (
             GuardState(last_applied=40, skipped_in_a_row=2, rollbacks=((6, 9), (21, 25))),
             43,
@@ -108,6 +108,22 @@ def test_spikes_are_measured_against_the_steps_before() -> None:
     assert spike.verdict is Verdict.SKIP
     assert spike.state.losses == state.losses
     assert judge(state, 65, loss=4.29).verdict is Verdict.APPLY  # off unless asked for
+
+
+def test_what_rollbacks_left_out_is_passed_from_its_first_step_to_its_last() -> None:
+    state = GuardState(last_applied=5, skipped_in_a_row=1, rollbacks=((6, 9), (10, 12)))
+    assert [step for step in range(1, 15) if state.leaves_out(step)] == [*range(6, 13)]
+    assert state.entering(5) == (5, state)
+    for step in (6, 9, 10, 12):
+        assert state.entering(step) == (13, replace(state, skipped_in_a_row=0))
+
+
+def test_losses_that_hardly_differ_make_no_spike_of_the_next_one() -> None:
+    config = policy(spike_factor=6.0)
+    state = GuardState(last_applied=64, losses=(3.0,) * SPIKE_WINDOW)
+    # The least deviation is a thousandth of the median: the bound is 3.018
+    assert judge(state, 65, loss=3.017, config=config).verdict is Verdict.APPLY
+    assert judge(state, 65, loss=3.019, config=config).verdict is Verdict.SKIP
 
 
 @given(

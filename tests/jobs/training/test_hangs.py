@@ -64,6 +64,7 @@ def test_one_whose_own_work_never_ends_is_ended_alone(
     assert outcome(plan) == undisturbed
 
 
+@pytest.mark.more
 def test_the_ends_of_a_stopped_link_are_named_and_all_meet_again(
     tmp_path: Path, undisturbed: tuple[list[float], str]
 ) -> None:
@@ -80,6 +81,7 @@ def test_the_ends_of_a_stopped_link_are_named_and_all_meet_again(
     assert outcome(plan) == undisturbed
 
 
+@pytest.mark.more
 def test_one_that_never_sends_its_message_cannot_leave_and_is_replaced(
     tmp_path: Path, undisturbed: tuple[list[float], str]
 ) -> None:

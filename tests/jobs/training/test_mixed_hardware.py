@@ -83,6 +83,7 @@ def test_why_refused__is_nothing_where_no_bits_are_promised_any_more() -> None:
     assert why_refused(inexact, Ledger([]), ["threads"]) is None
 
 
+@pytest.mark.more
 def test_a_resume_on_other_hardware__waits_until_that_is_allowed(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     plan = tiny_plan(str(tmp_path))

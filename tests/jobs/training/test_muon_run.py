@@ -54,7 +54,7 @@ def test_a_run_whose_worker_is_killed__ends_with_the_same_bits(
 
 def test_steps_are_replayed_with_the_same_bits(undisturbed: RunPlan) -> None:
     result = replay(undisturbed.run, steps=range(3, 9))
-    assert (result["equal"], result["verdict"]) == (True, "bits equal for steps 3..8")
+    assert (result.equal, result.verdict) == (True, "bits equal for steps 3..8")
 
 
 def test_a_layers_update__is_about_as_large_as_adamws(undisturbed: RunPlan, tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def set_fault(proxy: FaultProxy, fault: str | None) -> None:
 
 
 @pytest.mark.chaos
+@pytest.mark.more
 @pytest.mark.parametrize("kind", ["local", pytest.param("s3", marks=pytest.mark.slow)])
 def test_a_rank_that_was_stopped_and_goes_on_after_its_replacement(
     s3_bucket: str, tmp_path: Path, undisturbed: tuple[str, list[float]], kind: str

@@ -21,6 +21,7 @@ NCCL = (
 )
 
 
+@pytest.mark.more
 def test_a_group_that_can_never_start_gives_up_in_the_ledger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

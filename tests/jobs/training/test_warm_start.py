@@ -93,8 +93,8 @@ def test_the_weights_of_a_folder_are_step_0_and_a_resume_has_the_bits_of_one_go(
         == []
     )
     found = replay(run_storage(whole.config), steps=range(1, 9), num_workers=2)
-    assert found["equal"], found["verdict"]
-    assert found["from_checkpoint"] == "step-000000000"
+    assert found.equal, found.verdict
+    assert found.from_checkpoint == "step-000000000"
 
 
 def test_a_model_on_the_hub_is_recorded_by_its_commit_and_its_branch_may_move(

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cluster.monitoring.metric_export import Metrics
-from cluster.monitoring.metric_table import Exporter, metrics
+from cluster.metrics.metric_export import Metrics
+from cluster.metrics.metric_table import Exporter, metrics
 from cluster.settings.run import RunConfig
 from cluster.storage.uris import Storage, open_storage
 from jobs.corpus.progress import DataProgress

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from model.attention import document_positions
-from model.config import flops_per_token, num_active_parameters, num_parameters, shape_differences
+from model.config import shape_differences
 from model.decoders.foreign import ForeignModel
-from model.decoders.foreign_layer import Layer
+from model.decoders.foreign_layer import Layer, layer_of
 from model.decoders.make import initial_weights, new_decoder
-from model.foreign_config import ForeignConfig, ForeignModelError, layer_of
+from model.foreign_config import ForeignConfig, ForeignModelError
 from model.generation.generate import generate
 from model.generation.sampling_params import SamplingParams
 from model.linear_cross_entropy import IGNORE_INDEX
@@ -223,16 +223,16 @@ def test_active_parameters__of_experts__are_those_of_a_token() -> None:
         if ".experts." in name
     )
     assert of_experts == 3 * 4 * 3 * 32 * 48
-    assert num_active_parameters(config) == num_parameters(config) - of_experts // 2
+    assert config.num_active_parameters == config.num_parameters - of_experts // 2
     embedding, attention = 301 * 48, 12 * 3 * 4 * 16 * 64
-    expected = 6 * (num_active_parameters(config) - embedding) + attention
-    assert flops_per_token(config, 64) == expected
+    expected = 6 * (config.num_active_parameters - embedding) + attention
+    assert config.flops_per_token(64) == expected
 
 
 def test_weights_and_stages__of_a_foreign_model__are_listed() -> None:
     config = small("qwen3")
     listed = weights(config)
-    assert sum(row.times * row.num_bytes for row in listed) == 4 * num_parameters(config)
+    assert sum(row.times * row.num_bytes for row in listed) == 4 * config.num_parameters
     assert [row.times for row in listed if row.name == "model.layers.*.mlp.up_proj.weight"] == [3]
     [logits] = [
         stage for stage in stages(config, batch_size=2, seq_len=16) if stage.name == "logits"
@@ -373,7 +373,7 @@ def test_what_transformers_freezes__stays_frozen() -> None:
 def test_a_model_without_attention__has_no_heads() -> None:
     config = ForeignConfig.of({"model_type": "mamba", "num_hidden_layers": 2, "hidden_size": 48})
     assert (config.n_head, config.head_dim, config.kv_width) == (0, 0, 0)
-    assert flops_per_token(config, 64) > 0
+    assert config.flops_per_token(64) > 0
 
 
 def test_without_transformers__what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

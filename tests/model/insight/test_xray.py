@@ -12,7 +12,7 @@ from model.generation.generate import generate
 from model.generation.sampling import distribution
 from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
-from model.insight.xray import Query, Reader, nearest_tokens, predictions, run_query, score
+from model.insight.xray import AttentionReader, Query, nearest_tokens, predictions, run_query, score
 from tests.model.small_models import small_model
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -40,7 +40,7 @@ def test_logits_are_those_of_the_model(shape: dict[str, object]) -> None:
 @given(cuts=st.sets(st.integers(1, 19)), seed=st.integers(0, 99))
 def test_reading_in_pieces_is_reading_at_once(cuts: set[int], seed: int) -> None:
     ids = torch.randint(97, (20,), generator=torch.Generator().manual_seed(seed)).tolist()
-    reader = Reader(MODEL)
+    reader = AttentionReader(MODEL)
     pieces = [reader.read(ids[a:b]).logits for a, b in itertools.pairwise([0, *sorted(cuts), 20])]
     torch.testing.assert_close(torch.cat(pieces), full_logits(MODEL, ids), atol=1e-5, rtol=0)
 
@@ -54,7 +54,7 @@ def test_weights_times_values_are_the_attention_output_of_the_model(model: GPT) 
     full_logits(model, PROMPT)
     for hook in hooks:
         hook.remove()
-    reading = Reader(model).read(PROMPT)
+    reading = AttentionReader(model).read(PROMPT)
     assert len(theirs) == len(reading.attention) == 2
     for block, attention, output in zip(
         model.transformer.h, reading.attention, theirs, strict=True

@@ -18,7 +18,7 @@ from model.files.stored_tokenizer import load_tokenizer
 from model.text.bulk_encoder import bulk_encoder
 from model.text.chat import Chat, format_to_train
 from model.text.chat_format import ChatFormat
-from model.text.places import Place
+from model.text.places import TextPlace
 from model.text.token_bytes import TokenizerError
 from model.text.tokenizer import Tokenizer
 from tests.checkpoints import metadata_of
@@ -126,7 +126,7 @@ def test_a_text_in_pieces_has_the_ids_of_the_whole(mine: Tokenizer) -> None:
     pieces = ["the quick", " brown fox", " jumps"]
     ids = [token_id for part in encoder.encode_pieces(pieces) for token_id in part.tolist()]
     assert ids == mine.encode("".join(pieces))
-    assert mine.encode("the") == mine.encode("the", Place.START)
+    assert mine.encode("the") == mine.encode("the", TextPlace.START)
 
 
 @pytest.mark.parametrize("kind", OF_ANY_BYTES, indirect=True)

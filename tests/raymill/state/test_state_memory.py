@@ -30,6 +30,7 @@ from raymill.files.stored_tensors import StoredTensors
 from raymill.rules.adamw import AdamW
 from raymill.state.flat_layout import BLOCK
 from raymill.state.shard import Shard
+from raymill.state.state_shares import StateShares
 from raymill.state.stored_state import restore
 from raymill.state.train_state import TrainState
 from raymill.workers.worker_group import WorkerGroup
@@ -138,14 +139,14 @@ def test_sharded_weights_come_together_bucket_by_bucket(
         return
     with NewMemory(held_by(state), META) as new:
         for number, bucket in enumerate(state.layout.buckets):
-            state.brought("values", bucket, bucket=number)
+            StateShares(state).brought("values", bucket, bucket=number)
     largest_bucket = max(map(len, state.layout.buckets))
     assert 0 < new.largest_bytes <= 4 * (largest_bucket + 8 * BLOCK) < 32 << 20
 
 
 def test_shares_are_views(state: TrainState) -> None:
     with NewMemory(held_by(state), META) as new:
-        share = state.share(0, world_size=8)
+        share = StateShares(state).views(0, world_size=8)
     assert new.largest_bytes == 0
     num_values = sum(len(view) for views in share.values() for view in views)
     assert num_values == 3 * state.layout.parts(0, world_size=8).num_values

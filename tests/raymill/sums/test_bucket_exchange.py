@@ -27,7 +27,9 @@ from tests.jobs.train_worlds import (
     EOT,
     MORE_CASES,
     NUM_STEPS,
+    OTHER_CASES,
     SEQ_LEN,
+    SUITES,
     Case,
     MadeRows,
     Trainer,
@@ -36,18 +38,26 @@ from tests.jobs.train_worlds import (
 from tests.jobs.world_runs import Outcome, run_worlds
 
 MAX_WORLD_SIZE = 5
-EXACT = [case for case in CASES + MORE_CASES if case.exact]
+EXACT = [case for case in CASES + OTHER_CASES + MORE_CASES if case.exact]
 EVEN = [case for case in EXACT if not case.one_block and case.optimizer == "adamw"]
 """Cases whose workers have parts of about the same size."""
 WHOLE = [case for case in EVEN if case.shard in ("none", "optimizer")]
 """Those whose workers sum whole gradients."""
 
 
+MARKS = {
+    "short": [],
+    "others": [pytest.mark.more],
+    "more": [pytest.mark.slow],
+}
+
+
+def suite_of(case: Case) -> str:
+    return next(name for name in MARKS if case in SUITES[name])
+
+
 def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
-    params = [
-        pytest.param(case, marks=[pytest.mark.slow] if case in MORE_CASES else [], id=str(case))
-        for case in cases
-    ]
+    params = [pytest.param(case, marks=MARKS[suite_of(case)], id=str(case)) for case in cases]
     return pytest.mark.parametrize("case", params)
 
 
@@ -61,8 +71,7 @@ def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], list[O
         return run_worlds(folder, str(MAX_WORLD_SIZE), suite, within_s=120)
 
     def runs(case: Case) -> list[Outcome]:
-        suite = "more" if case in MORE_CASES else "short"
-        return [outcome for outcome in outcomes(suite) if outcome["case"] == asdict(case)]
+        return [outcome for outcome in outcomes(suite_of(case)) if outcome["case"] == asdict(case)]
 
     return runs
 
@@ -129,7 +138,7 @@ def test_any_world_and_any_resizes_give_the_reference_bits(
         assert run["losses"] == expected_losses, run["world"]
 
 
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", [False, pytest.param(True, marks=pytest.mark.more)])
 def test_stock_ddp_has_other_bits_in_each_world(
     runs_of: Callable[[Case], list[Outcome]], chat: bool
 ) -> None:
@@ -140,8 +149,9 @@ def test_stock_ddp_has_other_bits_in_each_world(
         assert run["losses"] == pytest.approx(reference(Case(chat=chat))[1], rel=1e-5)
 
 
+@pytest.mark.more
 def test_cases_differ() -> None:
-    numbers = {case.numbers for case in CASES}
+    numbers = {case.numbers for case in CASES + OTHER_CASES}
     assert len({reference(case)[0] for case in numbers}) == len(numbers)
 
 

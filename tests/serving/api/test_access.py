@@ -13,17 +13,27 @@ from raymill.errors import UserError
 from serving.api.access import (
     AccessRules,
     CurrentAccess,
+    Headers,
     XrayAccess,
     authorize,
     presented_key,
     read_rules,
 )
 from serving.api.keys import ApiKey, make_key_file, read_keys
+from serving.api.route_facts import OTHER, facts_by_path
 from serving.protocol.errors import ApiError
+from tests.serving.endpoint_parts import all_routes_of
 
 
 def hashed(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+FACTS = facts_by_path(all_routes_of(ServeConfig()).routes)
+
+
+def granted(path: str, headers: Headers, rules: AccessRules) -> ApiKey | None:
+    return authorize(path, FACTS.get(path, OTHER), headers, rules)
 
 
 def keys(*words: str) -> tuple[ApiKey, ...]:
@@ -152,10 +162,10 @@ def test_what_a_key_opens(path: str, key: str | None, outcome: str | int | None)
     headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
     if isinstance(outcome, int):
         with pytest.raises(ApiError) as caught:
-            authorize(path, headers, rules)
+            granted(path, headers, rules)
         assert caught.value.status == outcome
     else:
-        assert authorize(path, headers, rules) == (outcome and ApiKey.read(outcome))
+        assert granted(path, headers, rules) == (outcome and ApiKey.read(outcome))
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/admin/status"])
@@ -165,10 +175,10 @@ def test_a_key_opens_nothing_once_it_has_expired(path: str) -> None:
         key = ApiKey(hashed("k"), "alice", expires_s)
         rules = AccessRules((key,), (key,))
         if opens:
-            assert authorize(path, [(b"authorization", b"Bearer k")], rules) == key
+            assert granted(path, [(b"authorization", b"Bearer k")], rules) == key
             continue
         with pytest.raises(ApiError, match="API key alice has expired") as caught:
-            authorize(path, [(b"authorization", b"Bearer k")], rules)
+            granted(path, [(b"authorization", b"Bearer k")], rules)
         assert (caught.value.status, caught.value.code) == (401, "expired_api_key")
         assert caught.value.headers["WWW-Authenticate"] == "Bearer"
 
@@ -176,10 +186,10 @@ def test_a_key_opens_nothing_once_it_has_expired(path: str) -> None:
 @pytest.mark.parametrize("users", [(), keys("user")])
 def test_without_admin_keys_there_is_no_admin(users: tuple[ApiKey, ...]) -> None:
     with pytest.raises(ApiError) as caught:
-        authorize("/admin/promote", [(b"authorization", b"Bearer user")], AccessRules(users))
+        granted("/admin/promote", [(b"authorization", b"Bearer user")], AccessRules(users))
     assert caught.value.status == 404
     assert (
-        authorize("/v1/models", [(b"authorization", b"Bearer user")], AccessRules(users))
+        granted("/v1/models", [(b"authorization", b"Bearer user")], AccessRules(users))
         == (users or (None,))[0]
     )
 
@@ -293,7 +303,7 @@ def test_who_may_look_inside_a_query(
     rules = AccessRules(keys("user"), keys("root"), xray)
     headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
     try:
-        authorize(path, headers, rules)
+        granted(path, headers, rules)
     except ApiError as error:
         assert error.status == status
     else:
@@ -319,20 +329,20 @@ def test_who_may_see_what_the_model_was_trained_on(
     headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
     rules = AccessRules(users, admins, traces=traces)
     try:
-        granted = authorize("/v1/trace", headers, rules)
+        key_granted = granted("/v1/trace", headers, rules)
     except ApiError as error:
         assert error.status == status
     else:
-        assert status == 200 and granted is not None and granted.may_trace
+        assert status == 200 and key_granted is not None and key_granted.may_trace
     without_users = AccessRules((), admins, traces=True)
     with pytest.raises(ApiError) as refused:  # where other routes need no key
-        authorize("/v1/trace", [], without_users)
+        granted("/v1/trace", [], without_users)
     assert refused.value.status == 401
 
 
 def test_an_operators_page_may_send_its_bodies() -> None:
     rules = AccessRules(keys("user"), keys("root"), "admin")
-    assert authorize("/version", [(b"authorization", b"Bearer root")], rules) is not None
+    assert granted("/version", [(b"authorization", b"Bearer root")], rules) is not None
 
 
 @pytest.mark.parametrize(("host", "expected"), [("127.0.0.1", "user"), ("0.0.0.0", "admin")])
@@ -346,7 +356,7 @@ def test_users_look_inside_by_themselves_on_loopback_only(
 
 def test_without_admin_keys_only_the_setting_opens_the_x_ray() -> None:
     with pytest.raises(ApiError, match="xray to user") as refused:
-        authorize(
+        granted(
             "/v1/xray", [(b"authorization", b"Bearer user")], AccessRules(keys("user"), (), "admin")
         )
     assert refused.value.status == 403

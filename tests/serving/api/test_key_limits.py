@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cluster.monitoring.metric_export import Metrics
-from cluster.monitoring.metric_table import Exporter
+from cluster.metrics.metric_export import Metrics
+from cluster.metrics.metric_table import Exporter
 from serving.api import key_limits
 from serving.api.key_limits import INVALID_BODIES, KeyLimits
-from serving.api.key_metrics import KeyMetrics, Refusal
+from serving.api.key_metrics import KeyMetrics, KeyRefusal
 from serving.api.keys import ApiKey
 from serving.limits.key_usage import KeyUsage
 from serving.limits.usage_board import UsageBoard
@@ -50,7 +50,7 @@ class Replica:
         reservation.settle(prompt_tokens=0, generated_tokens=0)
         return 0
 
-    def num_refused(self, name: str, reason: Refusal) -> float:
+    def num_refused(self, name: str, reason: KeyRefusal) -> float:
         return float(self.metrics.of(name).refused[reason]._value.get())
 
 
@@ -80,8 +80,8 @@ def test_requests_in_flight_are_counted_by_name() -> None:
         async with limits.running(a), limits.running(a):
             pass
         assert (
-            replica.num_refused(a.name, Refusal.REQUESTS)
-            == replica.num_refused("wide", Refusal.REQUESTS)
+            replica.num_refused(a.name, KeyRefusal.REQUESTS)
+            == replica.num_refused("wide", KeyRefusal.REQUESTS)
             == 1
         )
         without_limit = Replica().limits
@@ -146,7 +146,7 @@ def test_tokens_are_reserved_and_then_charged_as_they_were_used() -> None:
     assert replica.tokens_wait_s(key, 310) == 0
     counted = replica.metrics.of("alice")
     assert (counted.prompt_tokens._value.get(), counted.generation_tokens._value.get()) == (50, 250)
-    assert replica.num_refused("alice", Refusal.TOKENS_PER_MINUTE) == 3
+    assert replica.num_refused("alice", KeyRefusal.TOKENS_PER_MINUTE) == 3
 
 
 def test_an_answer_that_was_longer_than_reserved_leaves_a_debt() -> None:
@@ -166,8 +166,8 @@ def test_of_two_quotas_the_one_that_takes_longer_speaks() -> None:
         "86.4 s for each token"
     )
     assert "alice: 1000 tokens per day, 600 used, 500 requested" in caught.value.message
-    assert replica.num_refused("alice", Refusal.TOKENS_PER_DAY) == 1
-    assert replica.num_refused("alice", Refusal.TOKENS_PER_MINUTE) == 1
+    assert replica.num_refused("alice", KeyRefusal.TOKENS_PER_DAY) == 1
+    assert replica.num_refused("alice", KeyRefusal.TOKENS_PER_MINUTE) == 1
 
 
 def test_what_no_waiting_makes_possible_is_not_to_be_tried_again() -> None:
@@ -200,7 +200,7 @@ def test_who_sends_many_invalid_bodies_waits_and_nobody_else_does() -> None:
     replica.limits.require_few_invalid(None)
     replica.now_s = float(caught.value.headers["Retry-After"])
     replica.limits.require_few_invalid(mallory)
-    assert replica.num_refused("mallory", Refusal.INVALID_BYTES) == 1
+    assert replica.num_refused("mallory", KeyRefusal.INVALID_BYTES) == 1
 
 
 def test_processor_time_of_schemas_is_held_against_their_key_alone() -> None:

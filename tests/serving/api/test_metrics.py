@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.settings.serve import EngineConfig, ServeConfig
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
-from serving.delivery.promotion import Delivery, Outcome, Phase, Terms, Version
+from serving.delivery.promotion import Delivery, Phase, PromotionOutcome, Terms, Version
 from serving.delivery.versions import Versions
 from tests.serving.delivery_parts import served
 from tests.serving.endpoint_parts import routes_of
@@ -136,7 +136,7 @@ def test_each_version_of_a_canary_has_its_own_figures(checkpoint: Path, other: P
             old.version: 0,
             new.version: 1,
         }
-        outcome = Outcome(version=new, result="rolled_back", reason="slow")
+        outcome = PromotionOutcome(version=new, result="rolled_back", reason="slow")
         is_over = {
             "phase": Phase.STEADY,
             "live": old,

@@ -18,7 +18,7 @@ from model.text.tokenizer import Tokenizer
 from serving.api.chat import ChatAnswer
 from serving.delivery.versions import Versions
 from serving.engine.messages import FinishReason
-from serving.output.choice_output import Part
+from serving.output.choice_output import ChoicePart
 from serving.protocol.served_model import read_served_model
 from serving.protocol.tool_fields import Tool
 from tests.serving.endpoint_parts import Run, shared_replica
@@ -306,8 +306,8 @@ def test_a_model_that_chooses_to_call_is_read_in_its_format(
 ) -> None:
     """By the answer's shape alone, since no random model writes a call by itself."""
 
-    def part(text: str, reason: FinishReason | None) -> Part:
-        return Part(0, text, None, reason, None, None, None, None)
+    def part(text: str, reason: FinishReason | None) -> ChoicePart:
+        return ChoicePart(0, text, None, reason, None, None, None, None)
 
     call = '{"name": "time", "KEY": {"zone": "7"}}'
     tagged = "<function=time>\n<parameter=zone>\n7\n</parameter>\n</function>"

@@ -383,7 +383,7 @@ def test_a_cached_prompt_is_not_read_again(
         while engine.has_work:
             report = engine.step()
             steps[-1].append((report.num_tokens, report.num_looked_up, report.num_found))
-            assert report.step_s > 0
+            assert report.steps_s[0] > 0
         [event] = report.events
         assert event.token_id == generate(model, prompt, max_tokens=1, params=GREEDY)[0]
     assert steps == [[(16, 57, 0), (16, 0, 0), (16, 0, 0), (9, 0, 0)], [(9, 57, 48)]]

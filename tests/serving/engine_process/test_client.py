@@ -42,6 +42,8 @@ OTHERS: dict[str, object] = {
     "no list of events": [3, *REPORT[1:]],
     "too few figures": REPORT[:3],
     "a share that is a text": REPORT._replace(kv_cache_usage="half"),
+    "a time that is a text": REPORT._replace(steps_s=("long",)),
+    "a time that is no list": [*REPORT[:-1], 0.5],
     "another kind": {"tokens": [1, 2]},
     "an admission of texts": {"admission": [["one"], 1, 0]},
     "a number": 5,
@@ -53,7 +55,7 @@ engine = socket.socket(fileno=json.loads(sys.argv[3])["socket"])
 engine.recv(1 << 16)
 engine.sendall(b'{{"ready": ["float32", 4, 64]}}\\n')
 engine.recv(1 << 16)
-engine.sendall(b'[[[0, "seven", null, null, null, null]], 1, 0, 0.5, 4, 0, 0, 0, 0.0]\\n')
+engine.sendall(b'[[[0, "seven", null, null, null, null]], 1, 0, 0.5, 4, 0, 0, 0, [0.5]]\\n')
 engine.recv(1 << 16)
 """
 

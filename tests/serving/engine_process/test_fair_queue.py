@@ -71,6 +71,20 @@ def test_what_is_not_wanted_any_more_costs_its_key_nothing() -> None:
     assert taken(queue) == [1, 4, 3, 10, 9]
 
 
+def test_what_is_not_wanted_any_more_moves_no_other_key() -> None:
+    queue = queue_of(*"aabb")
+    assert queue.remove(1)
+    queue.put(sequence(9), key="c")
+    assert taken(queue) == [0, 2, 9, 3]
+
+
+def test_a_key_takes_back_the_turns_of_what_is_not_wanted_any_more() -> None:
+    queue = queue_of(*"aabbbb")
+    assert queue.remove(1)
+    queue.put(sequence(9), key="a")
+    assert taken(queue) == [0, 2, 3, 9, 4, 5]
+
+
 def test_what_costs_more_or_less_than_was_expected_moves_its_keys_next_turn() -> None:
     line: FairLine[str] = FairLine()
     for number in range(4):
@@ -90,6 +104,14 @@ def test_what_costs_more_or_less_than_was_expected_moves_its_keys_next_turn() ->
         "a3",
         "a8",
     ]
+
+
+def test_what_a_key_is_given_back_before_its_first_item_puts_it_before_no_other() -> None:
+    line: FairLine[str] = FairLine()
+    line.charge("b", -5)
+    line.hold("a0", key="a", number=0, cost=20)
+    line.hold("b1", key="b", number=1, cost=20)
+    assert [line.take(), line.take()] == ["a0", "b1"]
 
 
 def test_those_behind_are_those_that_a_new_one_would_pass() -> None:

@@ -95,9 +95,9 @@ def test_messages_survive_the_wire() -> None:
         [None, Candidates(-1.0, [], 7)],
         "AACAPw==",
     )
-    report = parse_report(encode_message(StepReport([event], 1, 2, 0.25, 30, 31, 40, 16, 0.5)))
-    assert report == ([event], 1, 2, 0.25, 30, 31, 40, 16, 0.5)
-    assert report.events[0].finish_reason is FinishReason.STOP
+    report = StepReport([event], 1, 2, 0.25, 30, 31, 40, 16, (0.5,))
+    assert parse_report(encode_message(report)) == report
+    assert parse_report(encode_message(report)).events[0].finish_reason is FinishReason.STOP
 
 
 def test_tokens_equal_generate_and_cancel_frees_the_slot(
@@ -198,10 +198,13 @@ class Recorded:
         self._sendall(data)
 
 
-@pytest.mark.parametrize(("held_s", "together"), [(1000.0, [1, 1, 3, 1, 1, 9]), (0.0, [1] * 16)])
-def test_reports_wait_for_each_other_unless_a_sequence_begins_or_ends(
-    model: GPT, monkeypatch: pytest.MonkeyPatch, held_s: float, together: list[int]
+@pytest.mark.parametrize(
+    ("held_s", "steps"), [(1000.0, [1, 3, 1, 9]), (0.0, [1] * 14)], ids=["held", "at once"]
+)
+def test_steps_that_are_alike_are_reported_together_unless_a_sequence_begins_or_ends(
+    model: GPT, monkeypatch: pytest.MonkeyPatch, held_s: float, steps: list[int]
 ) -> None:
+    """`steps`: how many each report has."""
     monkeypatch.setattr("serving.engine_process.run_engine.HELD_S", held_s)
     pool, runner = BlockPool(64, keep_prefixes=True), TorchRunner(model, num_blocks=64)
     target = Engine(
@@ -220,20 +223,34 @@ def test_reports_wait_for_each_other_unless_a_sequence_begins_or_ends(
             ours.sendall(submission(SequenceRequest(seq_id, [seq_id, 2], max_tokens, GREEDY)))
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        lines = [file.readline() for _ in range(sum(together))]
+        lines = [file.readline() for _ in range(2 + len(steps))]
     thread.join(limit_s(60))
-    assert [len(messages) for messages in connection.sent] == together
-    assert [message for messages in connection.sent for message in messages] == [
-        json.loads(line) for line in lines
-    ]
-    events = [
-        event for line in lines if line.startswith(b"[") for event in parse_report(line).events
-    ]
+    assert connection.sent == [[json.loads(line)] for line in lines]
+    reports = [parse_report(line) for line in lines if line.startswith(b"[")]
+    assert [len(report.steps_s) for report in reports] == steps
+    events = [event for report in reports for event in report.events]
     for seq_id, max_tokens in enumerate((4, 10)):
         tokens = [event.token_id for event in events if event.seq_id == seq_id]
         assert tokens == generate(
             model, [seq_id, 2], max_tokens=max_tokens, params=GREEDY, eos_id=None
         )
+
+
+def test_one_report_tells_only_of_steps_that_drew_a_token_for_the_same_sequences() -> None:
+    events = [TokenEvent(1, 5), TokenEvent(2, 6)]
+    step = StepReport(events, 2, 0, 0.5, 0, num_tokens=2, steps_s=(0.25,))
+    later = step._replace(num_waiting=3, steps_s=(0.5,))
+    assert later.is_like(step) and later.is_like(step.after(step))
+    assert later.after(step) == later._replace(events=events * 2, steps_s=(0.25, 0.5))
+    others: list[dict[str, Any]] = [
+        {"events": events[::-1]},
+        {"events": events[:1], "num_tokens": 1},
+        {"events": [events[0], TokenEvent(2, None, FinishReason.ERROR)]},
+        {"num_tokens": 16},  # and a piece of a prompt
+        {"num_prompt_tokens": 3},
+    ]
+    for fields in others:
+        assert not later._replace(**fields).is_like(step)
 
 
 class HeldRunner(TorchRunner):

@@ -12,12 +12,12 @@ import pytest
 from cluster.settings.serve import EngineConfig, ServeConfig
 from model.config import GPTConfig
 from model.generation.sampling_params import SamplingParams
-from model.text.places import Place
+from model.text.places import TextPlace
 from model.text.tokenizer import Tokenizer
 from serving.api.chat import ChatAnswer
 from serving.engine.messages import Candidates, FinishReason, SequenceRequest, TokenEvent
 from serving.output.answers import Answer, TextAnswer
-from serving.output.choice_output import ChoiceOutput, Part, Texts, join_parts
+from serving.output.choice_output import ChoiceOutput, ChoicePart, Texts, join_parts
 from serving.protocol.protocol import CompletionRequest
 from serving.protocol.served_model import ServedModel
 from tests.serving.endpoint_parts import loopback_server, replica_app
@@ -75,7 +75,7 @@ def test_each_choice_has_the_log_probabilities_of_the_prompt(
 
 def answered(
     tokenizer: Tokenizer, token_ids: list[int], *, prompt_ids: Sequence[int] = (1,), **fields: Any
-) -> list[Part]:
+) -> list[ChoicePart]:
     """The parts of a choice for which the engine draws these tokens."""
     prompt = [*prompt_ids]
     model = ServedModel("m", 1, GPTConfig(vocab_size=tokenizer.vocab_size), tokenizer, None, "v")
@@ -131,7 +131,7 @@ def test_an_answer_in_tokens_that_mark_words_keeps_the_blank_of_what_it_continue
 
 def test_a_character_of_several_byte_tokens_arrives_whole() -> None:
     tokenizer = Tokenizer.from_json(tokenizer_json("llama-2"))
-    ids = tokenizer.encode("fox 🙂!", Place.INSIDE)
+    ids = tokenizer.encode("fox 🙂!", TextPlace.INSIDE)
     parts = answered(tokenizer, ids, prompt_ids=tokenizer.encode("the"))
     assert "".join(part.text for part in parts) == "fox 🙂!"
     assert "🙂" in [part.text for part in parts]
@@ -169,7 +169,8 @@ def test_tokens_given_out_by_their_texts_make_the_same_answer_byte_by_byte(
                 sent.append(answer.sent_texts(texts))
         # A chat's first event has a role, which this answer has given to the first choice above
         assert b"".join(sent[1:]) == b"".join(expected[1:])
-        assert output.num_output_tokens == len(events) and num_texts > 0
+        assert output.num_output_tokens == len(events)
+        assert num_texts == len(range(0, len(events), size)) - 2  # all but the first and the last
     together = Texts(3, ["the", '"\u2028', "🙂"])
     assert answer.sent_texts(together) == b"".join(
         answer.sent_texts(Texts(3, [each])) for each in together.texts

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.text.chat import plain_text
-from serving.api.chat import ChatRequest, Message
+from serving.api.chat import ChatMessage, ChatRequest
 from serving.protocol import harmless_fields
 from serving.protocol.errors import ApiError
 from serving.protocol.protocol import CompletionRequest, EmbeddingRequest, parse_request
@@ -410,10 +410,10 @@ def test_a_wrong_field_of_a_chat_is_named(fields: dict[str, Any], param: str) ->
 
 def test_a_chat_is_rendered_turn_by_turn() -> None:
     messages = [
-        Message(role="developer", content="be brief"),
-        Message(role="user", content="hi", name="Ann"),
-        Message(role="assistant", content="ho"),
-        Message(role="user", content=""),
+        ChatMessage(role="developer", content="be brief"),
+        ChatMessage(role="user", content="hi", name="Ann"),
+        ChatMessage(role="assistant", content="ho"),
+        ChatMessage(role="user", content=""),
     ]
     dumped = [message.model_dump(exclude_none=True) for message in messages]
     assert plain_text(dumped) == "System:\nbe brief\nAnn:\nhi\nAssistant:\nho\nUser:\n\n"

@@ -167,7 +167,7 @@ def test_the_same_request_in_company_has_the_same_answer_hash(run: Run) -> None:
     ("change", "message"),
     [
         ({"seed": None}, "set seed, or temperature to 0"),
-        ({"stream": True}, "without stream=true only"),
+        ({"stream": True}, "only without stream=true"),
         ({"raymill": {"receipts": True}}, "raymill.receipts is not supported"),
     ],
 )

@@ -9,7 +9,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from serving.protocol.tracing import Span
+from serving.protocol.tracing import RequestSpan
 
 
 @pytest.mark.parametrize("client", [None, "5a" * 16])
@@ -20,10 +20,10 @@ def test_spans_of_two_processes_are_one_trace(client: str | None) -> None:
     headers = (
         [] if client is None else [(b"traceparent", f"00-{client}-00f067aa0ba902b7-01".encode())]
     )
-    asked = Span.of_request(proxy, "POST", [*headers, (b"host", b"x")])
+    asked = RequestSpan.of_request(proxy, "POST", [*headers, (b"host", b"x")])
     attempt = asked.child("attempt", {"number": 1, "unknown": None})
     forwarded = attempt.forward([*headers, (b"host", b"x")])
-    answered = Span.of_request(replica, "replica", forwarded)
+    answered = RequestSpan.of_request(replica, "replica", forwarded)
     answered.stage("queue", time.monotonic() - 2, time.monotonic() - 1)
     answered.stage("decode", time.monotonic(), None)  # has not taken place
     answered.end({})

@@ -22,7 +22,7 @@ from cluster.endpoint.local_end import (
 from cluster.settings.serve import HttpConfig
 from serving.protocol.tracing import NO_TRACER
 from serving.proxy.doorkeeper import Doorkeeper
-from serving.proxy.ending import Outcome
+from serving.proxy.ending import AnswerOutcome
 from serving.proxy.front_door import FrontDoor
 from serving.proxy.key_check import ASKED_PATH
 from tests.serving.front_door_parts import OK, scope
@@ -38,7 +38,7 @@ class Door:
 
     def __init__(self, *, entrance: str | None = None, pid: int = 1) -> None:
         self.finish = asyncio.Event()
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[AnswerOutcome] = []
         self.lines: list[dict[str, Any]] = []
         self.sent: list[Message] = []
         self.doorkeeper = Doorkeeper()
@@ -94,7 +94,7 @@ def test_an_endpoint_that_ends_finishes_its_streams_and_takes_no_more() -> None:
         await first
         assert await draining == 0
         assert door.sent[-1]["body"] == b"data: [DONE]\n\n"
-        assert door.outcomes == [Outcome.DRAINED, Outcome.OK]
+        assert door.outcomes == [AnswerOutcome.DRAINED, AnswerOutcome.OK]
 
     asyncio.run(scenario())
 
@@ -110,7 +110,7 @@ def test_what_does_not_finish_in_time_ends_with_an_error_event_and_no_client_is_
         await first
         assert num_cut == 1
         assert b'"error"' in door.sent[-1]["body"] and not door.sent[-1].get("more_body", False)
-        assert door.outcomes == [Outcome.CUT]
+        assert door.outcomes == [AnswerOutcome.CUT]
         assert [line["reason"] for line in door.lines] == ["interrupted"]
 
     asyncio.run(scenario())

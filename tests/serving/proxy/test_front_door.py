@@ -21,7 +21,7 @@ from serving.protocol.errors import DRAINING_HEADER
 from serving.protocol.request_facts import FACTS
 from serving.protocol.tracing import NO_TRACER
 from serving.proxy import exchange
-from serving.proxy.ending import Outcome
+from serving.proxy.ending import AnswerOutcome
 from serving.proxy.front_door import FrontDoor, clean_request_id
 from serving.proxy.quarantine import QUARANTINE_S, Quarantine
 from serving.proxy.request_log import no_log
@@ -269,25 +269,25 @@ def test_each_completion_is_counted_once_by_how_its_client_saw_it_end() -> None:
         {"type": "http.request", "body": b"{}", "more_body": False},
         {"type": "http.disconnect"},
     )
-    cases: list[tuple[ASGIApp, list[Message], Outcome, tuple[int | None, str, int]]] = [
-        (dies(1, whole), [], Outcome.OK, (200, "ok", 2)),
-        (says(400), [], Outcome.INVALID, (400, "bad_request", 1)),
-        (says(429), [], Outcome.REFUSED, (429, "too_many_requests", 1)),
-        (says(500), [], Outcome.FAILED, (500, "internal_server_error", 1)),
-        (says(503), [], Outcome.FAILED, (503, "service_unavailable", 1)),
+    cases: list[tuple[ASGIApp, list[Message], AnswerOutcome, tuple[int | None, str, int]]] = [
+        (dies(1, whole), [], AnswerOutcome.OK, (200, "ok", 2)),
+        (says(400), [], AnswerOutcome.INVALID, (400, "bad_request", 1)),
+        (says(429), [], AnswerOutcome.REFUSED, (429, "too_many_requests", 1)),
+        (says(500), [], AnswerOutcome.FAILED, (500, "internal_server_error", 1)),
+        (says(503), [], AnswerOutcome.FAILED, (503, "service_unavailable", 1)),
         (
             says(503, (DRAINING_HEADER.encode(), b"1")),
             [],
-            Outcome.DRAINED,
+            AnswerOutcome.DRAINED,
             (503, "service_unavailable", 1),
         ),
-        (dies(2, whole), [], Outcome.FAILED, (500, "replicas_ended", 2)),
-        (dies(0, half), [], Outcome.CUT, (200, "interrupted", 1)),
-        (leaves, [body, gone], Outcome.LEFT, (None, "client_left", 1)),
-        (dies(0, whole), [gone], Outcome.LEFT, (None, "client_left", 0)),
+        (dies(2, whole), [], AnswerOutcome.FAILED, (500, "replicas_ended", 2)),
+        (dies(0, half), [], AnswerOutcome.CUT, (200, "interrupted", 1)),
+        (leaves, [body, gone], AnswerOutcome.LEFT, (None, "client_left", 1)),
+        (dies(0, whole), [gone], AnswerOutcome.LEFT, (None, "client_left", 0)),
     ]
     for app, messages, expected, line in cases:
-        counted: list[tuple[Outcome, str]] = []
+        counted: list[tuple[AnswerOutcome, str]] = []
         logged: list[dict[str, Any]] = []
         ask(
             app,
@@ -337,14 +337,14 @@ def test_what_the_replica_knows_is_logged_and_goes_no_further(
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", **last})
 
     logged: list[dict[str, Any]] = []
-    counted: list[tuple[Outcome, str]] = []
+    counted: list[tuple[AnswerOutcome, str]] = []
     sent = ask(
         dies(0, answer),
         path=path,
         count=lambda *ended: counted.append(ended),
         log=lambda **fields: logged.append(fields),
     )
-    assert counted == [(Outcome.OK if is_whole else Outcome.CUT, "v1")]
+    assert counted == [(AnswerOutcome.OK if is_whole else AnswerOutcome.CUT, "v1")]
     assert not any(FACTS in message for message in sent)
     [line] = logged
     assert (line["key"], line["prompt_tokens"]) == ("alice", 3)

@@ -8,7 +8,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from cluster.settings.serve import HttpConfig
 from serving.protocol.tracing import NO_TRACER
-from serving.proxy.ending import Outcome
+from serving.proxy.ending import AnswerOutcome
 from serving.proxy.front_door import FrontDoor
 from serving.proxy.key_check import ASKED_PATH, OWN_RIGHTS
 from tests.serving.front_door_parts import answered, scope, whole
@@ -24,7 +24,7 @@ class Endpoint:
     def __init__(self) -> None:
         self.paths: list[str] = []
         self.lines: list[dict[str, Any]] = []
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[AnswerOutcome] = []
         self.is_away = False
         config = HttpConfig(body_timeout_s=limit_s(0.5))
         self.door = FrontDoor(
@@ -66,7 +66,7 @@ def test_a_stranger_is_refused_without_a_body_and_asked_about_once() -> None:
             headers = dict(sent[0]["headers"])
             assert headers[b"connection"] == b"close" and headers[b"x-request-id"]
         assert endpoint.paths == [ASKED_PATH]
-        assert endpoint.outcomes == [Outcome.INVALID] * 3
+        assert endpoint.outcomes == [AnswerOutcome.INVALID] * 3
         assert (
             endpoint.lines[-1]["status"] == 401 and endpoint.lines[-1]["reason"] == "unauthorized"
         )

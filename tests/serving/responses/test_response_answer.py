@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from model.text.chat_format import ChatFormat
 from model.text.tokenizer import Tokenizer
 from serving.engine.messages import Candidates, FinishReason
-from serving.output.choice_output import Part, TokenEntry
+from serving.output.choice_output import ChoicePart, TokenEntry
 from serving.protocol.errors import error_of
 from serving.protocol.served_model import ServedModel, read_served_model
 from serving.responses.answer import ResponseAnswer
@@ -41,8 +41,8 @@ def answer_of(model: ServedModel, **fields: Any) -> ResponseAnswer:
 
 def part(
     text: str, reason: FinishReason | None = None, tokens: list[TokenEntry] | None = None
-) -> Part:
-    return Part(0, text, tokens, reason, None, None, None, None)
+) -> ChoicePart:
+    return ChoicePart(0, text, tokens, reason, None, None, None, None)
 
 
 def cut(text: str, places: Sequence[int]) -> list[str]:
@@ -50,7 +50,7 @@ def cut(text: str, places: Sequence[int]) -> list[str]:
     return [text[a:b] for a, b in pairwise(ends)] or [""]
 
 
-def stream_of(answer: ResponseAnswer, parts: list[Part]) -> str:
+def stream_of(answer: ResponseAnswer, parts: list[ChoicePart]) -> str:
     sent = [answer.sent([each], None) for each in parts]
     return b"".join([*sent, answer.sent([], USAGE), answer.sent_end()]).decode()
 

@@ -25,6 +25,7 @@ from raymill.errors import UserError
 from serving.api.access import AccessRules
 from serving.api.keys import ApiKey
 from serving.delivery.versions import Versions
+from serving.xray.routes import trace_of
 from serving.xray.trace import (
     LIMITS,
     MAX_TEXT_CHARS,
@@ -222,8 +223,7 @@ def test_a_process_that_ends_is_an_error_of_one_request(run: Run) -> None:
         assert process.nice() > psutil.Process().nice()
         process.suspend()
         asked = {"model": "tiny", "text": TEXT}
-        tracing = versions.live.trace
-        assert tracing is not None
+        tracing = trace_of(versions.live, versions.config)
         slow = [asyncio.create_task(http.post("/v1/trace", json=asked))]
         await wait_in_loop_until(lambda: tracing._num_waiting == 1)
         for number in range(MAX_WAITING):

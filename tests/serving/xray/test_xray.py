@@ -24,13 +24,13 @@ from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
 from serving.api.access import AccessRules
 from serving.api.keys import ApiKey
-from serving.delivery.promotion import Outcome, version_of
+from serving.delivery.promotion import PromotionOutcome, version_of
 from serving.delivery.versions import Versions
 from serving.engine.kv_cache_size import Memory
-from serving.pages.chat_page import CHAT_FILES
+from serving.pages.chat_page import CHAT_FILES, SHARED_FILES
 from serving.protocol.served_model import read_served_model
 from serving.xray import xray as xray_module
-from serving.xray.page_routes import XRAY_FILES
+from serving.xray.routes import INSIDE_FILES, xray_of
 from serving.xray.xray import run_checkpoints
 from tests.checkpoints import save_model
 from tests.serving.endpoint_parts import Run, replica_client, shared_replica
@@ -245,7 +245,10 @@ def test_a_checkpoint_that_was_refused_or_rolled_back_is_not_shown(
     version = version_of(
         read_served_model(folder.with_name("step-3-2"), name=None), checkpoint="elsewhere"
     )
-    ends = [Outcome(version=version, result=result, reason="why") for result in ("refused", ended)]
+    ends = [
+        PromotionOutcome(version=version, result=result, reason="why")
+        for result in ("refused", ended)
+    ]
 
     async def check(http: httpx.AsyncClient, versions: Versions) -> None:
         serving = versions.delivery
@@ -308,7 +311,7 @@ def test_one_at_a_time_and_beside_the_engine(run: Run) -> None:
         [process] = processes()
         process.suspend()
         slow = asyncio.create_task(look(http, max_tokens=4))
-        await wait_in_loop_until(lambda: versions.live.xray._is_busy)
+        await wait_in_loop_until(lambda: xray_of(versions.live)._is_busy)
         second = await http.post("/v1/xray", json={"model": "tiny", "prompt": "x"})
         assert second.status_code == 429 and int(second.headers["Retry-After"]) >= 1
         fields = {"model": "tiny", "prompt": PROMPT, "max_tokens": 5}
@@ -329,12 +332,12 @@ def test_a_killed_process_is_an_error_of_one_request(run: Run) -> None:
         [process] = processes()
         process.suspend()
         slow = asyncio.create_task(http.post("/v1/xray", json={"model": "tiny", "prompt": "x"}))
-        await wait_in_loop_until(lambda: versions.live.xray._is_busy)
+        await wait_in_loop_until(lambda: xray_of(versions.live)._is_busy)
         os.kill(process.pid, signal.SIGKILL)
         answer = await slow
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "xray_unavailable"
         assert (await look(http))["tokens"]
-        versions.live.xray.close()
+        xray_of(versions.live).close()
         assert not processes()
 
     run(check)
@@ -346,7 +349,7 @@ def test_one_that_is_given_up_does_not_answer_the_next(run: Run) -> None:
         [process] = processes()
         process.suspend()
         slow = asyncio.create_task(look(http, prompt="another one"))
-        await wait_in_loop_until(lambda: versions.live.xray._is_busy)
+        await wait_in_loop_until(lambda: xray_of(versions.live)._is_busy)
         slow.cancel()
         with pytest.raises(asyncio.CancelledError):
             await slow
@@ -361,7 +364,7 @@ def test_one_that_is_given_up_does_not_answer_the_next(run: Run) -> None:
 
 def test_the_pages_are_open_and_what_they_show_is_not(folder: Path) -> None:
     async def check(http: httpx.AsyncClient) -> None:
-        for path in CHAT_FILES | XRAY_FILES:
+        for path in CHAT_FILES | SHARED_FILES | INSIDE_FILES:
             answer = await http.get(path)
             assert answer.status_code == 200 and len(answer.text) > 500
             policy = answer.headers["content-security-policy"]

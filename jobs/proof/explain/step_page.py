@@ -2,6 +2,7 @@
 are to blame, as a page and its figure."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -11,6 +12,8 @@ from matplotlib.ticker import MaxNLocator
 
 from cluster.output.result_text import text_of
 from cluster.storage.uris import Storage, join_uri
+from jobs.proof.explain.explanation import Explanation, StepWithout, WorstRow, shortened
+from jobs.proof.results import finite
 from jobs.report.page import (
     ACCENT,
     SERIES,
@@ -23,7 +26,6 @@ from jobs.report.page import (
     style,
 )
 
-_FIRST_CHARS = 60
 _LANE_HEADS = ("Lane", "Loss", "Part of the loss", "Gradient norm", "Tokens")
 _WORST_HEADS = (
     *("Lane", "Row", "Sample", "What", "Loss", "Gradient norm"),
@@ -32,26 +34,27 @@ _WORST_HEADS = (
 _PANELS = (("loss", "loss (nats/token)"), ("grad_norm", "gradient norm"))
 
 
-def write_page(run: Storage, result: dict[str, Any]) -> dict[str, str]:
-    """Writes the page and the figure of what `raymill explain` has found into the run's folder.
-    Returns their URIs."""
-    step = result["step"]
-    image = draw(result)
-    names = {"html": f"report/explain-{step}.html", "figure": f"report/explain-{step}.png"}
-    run.write_bytes(names["figure"], image)
-    run.write_bytes(names["html"], _page(result, image).encode())
-    return {kind: join_uri(run.uri, name) for kind, name in names.items()}
+def write_page(run: Storage, explanation: Explanation) -> Explanation:
+    """Writes the page and the figure of a step into the run's folder. Returns the explanation with
+    their URIs."""
+    image = draw(explanation)
+    name = f"report/explain-{explanation.step}"
+    run.write_bytes(f"{name}.png", image)
+    run.write_bytes(f"{name}.html", _page(explanation, image).encode())
+    html, figure = (join_uri(run.uri, name + ending) for ending in (".html", ".png"))
+    return replace(explanation, html=html, figure=figure)
 
 
-def draw(result: dict[str, Any]) -> bytes:
+def draw(explanation: Explanation) -> bytes:
     """Returns the losses and the gradient norms of a step's lanes as PNG, the worst marked."""
     figure = new_figure(height_inches=5.0)
     panels = figure.subplots(2, sharex=True)
-    panels[0].set_title(f"Step {result['step']}, lane by lane", loc="left", fontweight="bold")
+    title = f"Step {explanation.step}, lane by lane"
+    panels[0].set_title(title, loc="left", fontweight="bold")
     for axes, (name, label) in zip(panels, _PANELS, strict=True):
-        values = [lane[name] for lane in result["lanes"]]
-        worst = [row["lane"] for row in result["worst"] if name in row["highest"]]
-        _bars(axes, values, worst=worst, whole=result[name])
+        values = [finite(getattr(lane, name)) for lane in explanation.lanes]
+        worst = [row.lane for row in explanation.worst if name in row.highest]
+        _bars(axes, values, worst=worst, whole=finite(getattr(explanation, name)))
         axes.set_ylabel(label)
     panels[1].set_xlabel("lane")
     panels[1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -77,70 +80,54 @@ def _bars(
         axes.axhline(whole, color=TEXT, ls="--", lw=1.2, label="whole step")
 
 
-def _page(result: dict[str, Any], image: bytes) -> str:
-    title = f"Step {result['step']} of the run"
-    notes = [result[name] for name in ("note", "no_documents") if result[name]]
-    lanes = [
-        [text_of(lane[name]) for name in ("lane", "loss", "part", "grad_norm", "tokens")]
-        for lane in result["lanes"]
-    ]
-    rows = [[text_of(value) for value in row.values()] for row in worst_rows(result)]
+def _page(explanation: Explanation, image: bytes) -> str:
+    title = f"Step {explanation.step} of the run"
+    notes = [note for note in (explanation.note, explanation.no_documents) if note]
+    lanes = [[text_of(value) for value in lane.json().values()] for lane in explanation.lanes]
+    rows = [[text_of(value) for value in row.values()] for row in worst_rows(explanation)]
     body = f"""<h1>{escape(title)}</h1>
-<p>{escape(result["verdict"])}</p>
+<p>{escape(explanation.verdict)}</p>
 {"".join(f"<p>{escape(note)}</p>" for note in notes)}
-{picture(result["verdict"], image)}
+{picture(explanation.verdict, image)}
 <h2>The worst rows, and the step without them</h2>
 {grid("Worst rows", _WORST_HEADS, rows)}
-{"".join(_row_text(row) for row in result["worst"])}
+{"".join(map(_row_text, explanation.worst))}
 <h2>Lanes</h2>
 {grid("Lanes of the step", _LANE_HEADS, lanes)}
 """
     return document(title, body)
 
 
-def _row_text(row: dict[str, Any]) -> str:
-    head = f"Text of lane {row['lane']}, row {row['row']}"
-    return f"<h2>{head}</h2>\n<pre>{escape(row['text'])}</pre>\n"
+def _row_text(worst: WorstRow) -> str:
+    head = f"Text of lane {worst.lane}, row {worst.row}"
+    return f"<h2>{head}</h2>\n<pre>{escape(worst.text)}</pre>\n"
 
 
-def worst_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+def worst_rows(explanation: Explanation) -> list[dict[str, Any]]:
     """Returns a table of the worst rows: of each its own figures, then those of the step without it,
     without its lane, and without all rows of its document if there are more."""
     table: list[dict[str, Any]] = []
-    for row in result["worst"]:
-        names = ", ".join(dict.fromkeys(document_name(one) for one in row["documents"]))
-        place = {name: row[name] for name in ("lane", "row", "sample")}
-        parts = {
-            "the row": row,
-            "the step without the row": row["without_row"] or {},
-            "the step without the lane": row["without_lane"] or {},
+    for worst in explanation.worst:
+        names = ", ".join(dict.fromkeys(document.name for document in worst.documents))
+        parts: dict[str, tuple[WorstRow | StepWithout | None, str]] = {
+            "the row": (worst, names or shortened(worst.text)),
+            "the step without the row": (worst.without_row, ""),
+            "the step without the lane": (worst.without_lane, ""),
         }
-        if row["document_rows"] > 1:
-            name = f"the step without {row['document_rows']} rows of the document"
-            parts[name] = row["without_document"] or {}
-        for what, figures in parts.items():
+        if worst.document_rows > 1:
+            name = f"the step without {worst.document_rows} rows of the document"
+            parts[name] = (worst.without_document, "")
+        for what, (measured, documents) in parts.items():
+            figures = measured.json() if measured else {}
             table.append(
                 {
-                    **place,
+                    **{name: getattr(worst, name) for name in ("lane", "row", "sample")},
                     "what": what,
                     "loss": figures.get("loss"),
                     "grad_norm": figures.get("grad_norm"),
                     "update_change": figures.get("update_change", ""),
                     "update_cosine": figures.get("update_cosine", ""),
-                    "document": names or shortened(row["text"]) if figures is row else "",
+                    "document": documents,
                 }
             )
     return table
-
-
-def document_name(document: dict[str, Any]) -> str:
-    """Returns FILE:PLACE of a document of a step."""
-    if document["file"] is None:
-        return f"unknown, in {document['shard']}"
-    return f"{document['file']}:{document['place']}"
-
-
-def shortened(text: str) -> str:
-    """Returns the front of a text in one line."""
-    words = " ".join(text.split())
-    return f"{words[:_FIRST_CHARS]}…" if len(words) > _FIRST_CHARS else words

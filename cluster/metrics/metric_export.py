@@ -14,8 +14,8 @@ from typing import Any, NoReturn, TypeVar
 import prometheus_client as prometheus
 from ray.util.metrics import Gauge
 
-from cluster.monitoring.histogram import Histogram
-from cluster.monitoring.metric_table import Exporter, Kind, Metric, metrics
+from cluster.metrics.histogram import Histogram
+from cluster.metrics.metric_table import Exporter, Metric, MetricKind, metrics
 
 PUBLISH_INTERVAL_S = 2.0  # Ray passes values on every 10 s
 MAX_VERSIONS = 4  # with series of their own: two that are loaded, and the last ones before
@@ -71,11 +71,11 @@ class Metrics:
     def _make(self, metric: Metric) -> Any:
         arguments, registry = (metric.name, metric.help, metric.all_labels), self.collectors
         match metric.kind:
-            case Kind.HISTOGRAM:
+            case MetricKind.HISTOGRAM:
                 return Histogram(*arguments, bounds=metric.buckets, registry=registry)
-            case Kind.COUNTER:
+            case MetricKind.COUNTER:
                 return prometheus.Counter(*arguments, registry=registry)
-            case Kind.GAUGE:
+            case MetricKind.GAUGE:
                 return prometheus.Gauge(*arguments, registry=registry)
 
 

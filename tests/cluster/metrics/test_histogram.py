@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
-from cluster.monitoring.histogram import Histogram as OwnHistogram
+from cluster.metrics.histogram import Histogram as OwnHistogram
 
 BOUNDS = (0.01, 0.5, 1.0, 1e6)
 LABELS = ("model", "version")

@@ -7,16 +7,16 @@ from typing import get_args
 
 import pytest
 
-from cluster.monitoring.metric_export import MAX_VERSIONS, Metrics, by_version
-from cluster.monitoring.metric_table import COMMON_LABELS, Exporter, Kind, metrics
+from cluster.metrics.metric_export import MAX_VERSIONS, Metrics, by_version
+from cluster.metrics.metric_table import COMMON_LABELS, Exporter, MetricKind, metrics
 from jobs.workers.failures import Kind as FailureKind
 from raymill.phases import REST, UNTIMED, Phase
-from serving.api.key_metrics import KeyMetrics, Refusal
+from serving.api.key_metrics import KeyMetrics, KeyRefusal
 from serving.api.metrics import ABORTED, Role
 from serving.delivery.promotion import Phase as PromotionPhase
 from serving.delivery.promotion import Result
 from serving.engine.messages import FinishReason
-from serving.proxy.ending import Outcome
+from serving.proxy.ending import AnswerOutcome
 from tests.dashboards.panels import ROLES
 from tests.metric_series import SERIES, metrics_of, series_of
 from tests.repository import REPOSITORY
@@ -26,7 +26,7 @@ OURS = tuple(exporter for exporter in Exporter if exporter is not Exporter.RAY)
 
 def test_names_are_there_once() -> None:
     written = (
-        (REPOSITORY / "cluster/monitoring/metrics.yaml").read_text(encoding="utf-8").count("unit: ")
+        (REPOSITORY / "cluster/metrics/metrics.yaml").read_text(encoding="utf-8").count("unit: ")
     )
     assert len(metrics()) == written > 50
     assert len(SERIES) == sum(len(series_of(metric)) for metric in metrics().values())
@@ -37,7 +37,7 @@ def test_what_an_exporter_has_leaves_under_the_names_of_the_table(exporter: Expo
     exported = Metrics(exporter, **dict.fromkeys(COMMON_LABELS[exporter], "x"))
     for metric in metrics_of(exporter):
         child = exported.of(metric.name, **dict.fromkeys(metric.labels, "y"))
-        child.observe(1) if metric.kind is Kind.HISTOGRAM else child.inc(1)
+        child.observe(1) if metric.kind is MetricKind.HISTOGRAM else child.inc(1)
     samples = [sample for family in exported.collectors.collect() for sample in family.samples]
     names = {
         f"ray_{sample.name.replace(':', '_')}"
@@ -68,7 +68,7 @@ def test_nothing_else_makes_metrics() -> None:
         "serving/engine_process/run_engine.py",
     }
     # What is made there, and what vLLM makes
-    made = {f"cluster/monitoring/{name}.py" for name in ("metric_export", "histogram")}
+    made = {f"cluster/metrics/{name}.py" for name in ("metric_export", "histogram")}
     assert making == made | passing_on
 
 
@@ -87,12 +87,12 @@ def test_the_known_values_of_labels_are_those_of_the_code() -> None:
     assert set(metrics()["raymill_train_phase_seconds"].values) == {*get_args(Phase), REST, UNTIMED}
     assert set(metrics()["raymill_train_failures"].values) == {*FailureKind, "hang"}
     assert set(metrics()["vllm:request_success"].values) == {*FinishReason, ABORTED}
-    assert set(metrics()["raymill:http_answers"].values) == set(Outcome)
-    assert set(metrics()["raymill:version_answers"].values) == set(Outcome)
+    assert set(metrics()["raymill:http_answers"].values) == set(AnswerOutcome)
+    assert set(metrics()["raymill:version_answers"].values) == set(AnswerOutcome)
     assert set(metrics()["raymill:promotion_phase"].values) == set(PromotionPhase)
     assert set(metrics()["raymill:last_promotion"].values) == set(get_args(Result))
     assert set(metrics()["raymill:version_role"].values) == set(Role) == set(ROLES)
-    assert set(metrics()["raymill:key_refused"].values) == set(Refusal)
+    assert set(metrics()["raymill:key_refused"].values) == set(KeyRefusal)
 
 
 @pytest.mark.parametrize("exporter", [Exporter.REPLICA, Exporter.PROXY])
@@ -118,7 +118,7 @@ def test_the_series_of_a_process_are_bounded_however_many_versions_it_serves(
     assert versions == {"live", "47", "48", "49"} and len(versions) == MAX_VERSIONS
     num_series = sum(not sample.name.endswith("_created") for sample in samples)
     comment = (
-        (REPOSITORY / "cluster/monitoring/metrics.yaml")
+        (REPOSITORY / "cluster/metrics/metrics.yaml")
         .read_text(encoding="utf-8")
         .partition("\n\n")[0]
     )
@@ -133,7 +133,7 @@ def test_each_name_of_a_key_has_as_many_series_as_the_table_says() -> None:
     samples = [sample for family in exported.collectors.collect() for sample in family.samples]
     num_series = sum(not sample.name.endswith("_created") for sample in samples)
     comment = (
-        (REPOSITORY / "cluster/monitoring/metrics.yaml")
+        (REPOSITORY / "cluster/metrics/metrics.yaml")
         .read_text(encoding="utf-8")
         .partition("\n\n")[0]
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from raymill.state.side_thread import SideThread
+from raymill.side_thread import SideThread
 from raymill.step_timer import StepTimer
 
 HELD_S = 0.2

@@ -12,29 +12,10 @@ import torch
 from torch import Tensor
 
 from cluster.output.progress import progress
+from jobs.proof.explain.explanation import Lane, Row
 from jobs.training.attempt import Attempt
 from raymill.observer import StepObserver
 from raymill.step_timer import StepTimer
-
-
-@dataclass(frozen=True)
-class Lane:
-    """What a lane alone has computed."""
-
-    number: int
-    loss: float  # nats per token that it counts
-    part: float  # of the step's loss: those of all lanes add up to it
-    grad_norm: float  # of the gradient of its own loss
-    num_counted: int
-
-
-@dataclass(frozen=True)
-class Row:
-    lane: int
-    number: int  # in the lane
-    sample: int  # of the run
-    loss: float  # nats per token that it counts
-    num_counted: int
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 
-class Kind(StrEnum):
+class MetricKind(StrEnum):
     COUNTER = "counter"  # only grows while its process lives
     GAUGE = "gauge"  # the value now
     HISTOGRAM = "histogram"
@@ -42,7 +42,7 @@ COMMON_LABELS: dict[Exporter, tuple[str, ...]] = {
 @dataclass(frozen=True)
 class Metric:
     name: str  # as exported, without _total
-    kind: Kind
+    kind: MetricKind
     exporter: Exporter
     unit: str
     help: str
@@ -60,7 +60,7 @@ def metrics() -> dict[str, Metric]:
     """Returns the table, by name."""
     table = yaml.safe_load(Path(__file__).with_name("metrics.yaml").read_text(encoding="utf-8"))
     return {
-        name: Metric(name, Kind(kind), Exporter(exporter), **fields)
+        name: Metric(name, MetricKind(kind), Exporter(exporter), **fields)
         for exporter, by_kind in table.items()
         for kind, by_name in by_kind.items()
         for name, fields in by_name.items()

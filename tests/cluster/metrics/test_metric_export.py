@@ -10,8 +10,8 @@ import httpx
 import pytest
 import ray
 
-from cluster.monitoring.metric_export import Metrics
-from cluster.monitoring.metric_table import COMMON_LABELS, Exporter, Kind
+from cluster.metrics.metric_export import Metrics
+from cluster.metrics.metric_table import COMMON_LABELS, Exporter, MetricKind
 from tests.local_ray import local_ray
 from tests.metric_series import SERIES, metrics_of
 from tests.prometheus import needs_prometheus, prometheus
@@ -34,7 +34,7 @@ def test_prometheus_gets_every_metric_with_its_value(metrics_port: int, tmp_path
     for exporter, metrics in exporters.items():
         for metric in metrics_of(exporter):
             child = metrics.of(metric.name, **dict.fromkeys(metric.labels, "y"))
-            child.observe(0.03) if metric.kind is Kind.HISTOGRAM else child.inc(12.5)
+            child.observe(0.03) if metric.kind is MetricKind.HISTOGRAM else child.inc(12.5)
     ours = {name for name, metric in SERIES.items() if metric.exporter in OURS}
     targets = tmp_path / "targets.json"
     targets.write_text(json.dumps([{"targets": [f"127.0.0.1:{metrics_port}"]}]))

@@ -1,0 +1,1 @@
+"""The commands of wings: a module for each, which `cluster/wings.py` names."""

@@ -1,0 +1,1 @@
+"""Explains a step: which lane, row and document made its loss what it is."""
