@@ -162,6 +162,7 @@ def _work_and_exit(folder: Path, work: Callable[[], int]) -> NoReturn:
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         temporary = folder / "tmp"
         temporary.mkdir()
+        os.environ.pop("PYTEST_ADDOPTS", None)  # meant for the tests of whoever tries mutants
         os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
         os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(temporary)
         os.chdir(REPOSITORY)

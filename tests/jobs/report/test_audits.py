@@ -34,6 +34,9 @@ def audited_lines() -> list[dict[str, Any]]:
         is_step = "event" not in line
         if is_step and line["step"] % EVERY_STEPS == 0:
             line["audit_seconds"] = 0.01
+            line["proven_to"] = min(line["step"] - 1, 99)
+            if line["step"] > 100:
+                line["not_proven_since"] = 100
         if is_step and line["step"] == 225:
             lines.append(CORRUPTION | {"time": line["time"]})
             again = [at for at in lines if 200 < at.get("step", 0) < 225 and "event" not in at]

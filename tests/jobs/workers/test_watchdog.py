@@ -28,7 +28,7 @@ from jobs.workers.incident_notes import INCIDENTS
 from jobs.workers.watchdog import HANGS, Beat, Health, Place, Waits, health
 from model.operations import compilations
 from raymill.state import peers
-from raymill.state import side_thread as background
+from raymill import side_thread as background
 from raymill.workers import worker_group
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
