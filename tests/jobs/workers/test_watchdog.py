@@ -27,8 +27,8 @@ from jobs.workers.heartbeat import Pulse
 from jobs.workers.incident_notes import INCIDENTS
 from jobs.workers.watchdog import HANGS, Beat, Health, Place, Waits, health
 from model.operations import compilations
-from raymill.state import peers
 from raymill import side_thread as background
+from raymill.state import peers
 from raymill.workers import worker_group
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
