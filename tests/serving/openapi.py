@@ -101,7 +101,7 @@ class ChosenLogprob(TokenLogprob):
     top_logprobs: list[TokenLogprob]
 
 
-class ChatMessage(Answer):
+class AnswerMessage(Answer):
     role: str
     content: str
     refusal: None
@@ -109,7 +109,7 @@ class ChatMessage(Answer):
 
 class ChatChoice(Answer):
     index: int
-    message: ChatMessage
+    message: AnswerMessage
     logprobs: create_model("ChatLogprobs", content=(list[ChosenLogprob], ...)) | None  # type: ignore[misc, valid-type]
     finish_reason: str
     token_ids: list[int] = []
@@ -225,7 +225,7 @@ ACCEPTED: dict[tuple[str, str], dict[str, Any]] = {
     ("CompletionRequest", "prompt"): PROMPTS,
     ("EmbeddingRequest", "input"): PROMPTS,
     ("ChatRequest", "max_tokens"): _schema(Literal[-1] | Limit),
-    ("Message", "tool_calls"): {
+    ("ChatMessage", "tool_calls"): {
         "anyOf": [
             {
                 "type": "array",
@@ -235,7 +235,7 @@ ACCEPTED: dict[tuple[str, str], dict[str, Any]] = {
             {"type": "null"},
         ],
     },
-    ("Message", "content"): {
+    ("ChatMessage", "content"): {
         "anyOf": [
             {"type": "string"},
             {"type": "array", "items": _text_part("text")},
