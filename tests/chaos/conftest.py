@@ -79,7 +79,9 @@ def pytest_terminal_summary(
     cells = [
         report
         for report in reports
-        if "chaos" in report.keywords and (report.when == "call" or report.failed)
+        if isinstance(report, pytest.TestReport)  # and not of a file that could not be imported
+        and "chaos" in report.keywords
+        and (report.when == "call" or report.failed)
     ]
     if config.stash[_SUMMARY]:
         failed = sum(report.failed for report in cells)
