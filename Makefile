@@ -104,7 +104,7 @@ COMPUTE ?= cpu
 SHARD ?= none
 SEEDS ?= 6
 test-chaos: export RAYMILL_TEST_SEEDS = $(SEEDS)
-test-chaos: $(INSTALLED) ## trainings that are disturbed, with a summary, in an hour; SEEDS=1 for fewer, SEEDS=20 for more
+test-chaos: $(INSTALLED) ## trainings that are disturbed, with a summary, in hours; SEEDS=1 for fewer, SEEDS=20 for more
 	$(MAKE) --jobs 2 --keep-going chaos-clusters chaos-parts
 
 chaos-clusters:
