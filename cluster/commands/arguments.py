@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cluster.commands.command import Argument, Arguments, SettingAs, SettingsOf, Switch
 from cluster.commands.completion import checkpoints, overlays, run_ids
+from cluster.settings.parser import ConfigError
 from cluster.storage.uris import absolute_uri
 from raymill.errors import UserError
 
@@ -362,3 +363,12 @@ def trusted_signer(arguments: Arguments) -> "Trusted | None":
     if identity is not None and provider is not None:
         return TrustedIdentity(identity, provider, arguments[TRUST_CONFIG])
     return trusted_by_file(file, authority)
+
+
+def named_once(arguments: Arguments, argument: Argument[str | None], *, flag: str) -> str | None:
+    """Returns what stands by itself, or what the flag gives that says the same. Raises `ConfigError`
+    for two."""
+    named, given = arguments[argument], arguments.values[flag]
+    if named is not None and given not in (None, named):
+        raise ConfigError(f"two {flag}s, {named} and --{flag} {given}; name one")
+    return named or given

@@ -29,6 +29,7 @@ from cluster.commands.arguments import (
     TIMESTAMP,
     URL,
     WATCH_S,
+    named_once,
     signing_key,
 )
 from cluster.commands.command import (
@@ -41,7 +42,7 @@ from cluster.commands.command import (
     SettingsOf,
     Switch,
 )
-from cluster.commands.train_commands import as_typed, checkpoint_given, named_by
+from cluster.commands.train_commands import as_typed, named_by
 from cluster.output.progress import say
 from cluster.output.result_text import put
 from cluster.storage.uris import absolute_uri, open_storage
@@ -92,7 +93,9 @@ def serve(arguments: Arguments) -> Result:
     from cluster.submission.first_checks import check_gpu
 
     require_ray_proxies()
-    config = arguments.config(ServeConfig, checkpoint=checkpoint_given(arguments))
+    config = arguments.config(
+        ServeConfig, checkpoint=named_once(arguments, NAMED, flag="checkpoint")
+    )
     require_key(config)
     if config.engine.device == "cuda":
         check_gpu(

@@ -21,6 +21,7 @@ from cluster.commands.arguments import (
     RUN_ID,
     RUN_SETTINGS,
     STORAGE,
+    named_once,
 )
 from cluster.commands.command import (
     Argument,
@@ -298,7 +299,9 @@ def evaluate(arguments: Arguments) -> Result:
     from cluster.settings.stages import EvaluateConfig
     from cluster.submission.preflight import check_sources, folders_at
 
-    config = arguments.config(EvaluateConfig, checkpoint=checkpoint_given(arguments))
+    config = arguments.config(
+        EvaluateConfig, checkpoint=named_once(arguments, NAMED, flag="checkpoint")
+    )
     checkpoint = named_by(config)
     check_sources(config.data, folders_at(config.cluster.address))
     say(f"evaluate: {checkpoint}")
@@ -311,15 +314,6 @@ def evaluate(arguments: Arguments) -> Result:
         values,
         next=as_typed(config.storage.uri, f"raymill serve {shlex.quote(values['checkpoint'])}"),
     )
-
-
-def checkpoint_given(arguments: Arguments) -> str | None:
-    """Returns the checkpoint that stands by itself or that its flag gives. Raises `ConfigError` for
-    two."""
-    named, flag = arguments[NAMED], arguments.values["checkpoint"]
-    if named is not None and flag not in (None, named):
-        raise ConfigError(f"two checkpoints, {named} and --checkpoint {flag}; name one")
-    return named or flag
 
 
 def named_by(config: "EvaluateConfig | ServeConfig") -> str:

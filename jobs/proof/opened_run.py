@@ -16,7 +16,7 @@ from jobs.proof.training_order import Marks, Stretch, TrainingOrder, Turn
 from jobs.run.find_run import begun_ledger, data_identity, division, last_start
 from jobs.run.history import recorded_config
 from jobs.run.ledger import Ledger
-from jobs.tokens.shard_reader import Piece
+from jobs.tokens.shard_reader import Piece, read_piece
 from jobs.tokens.token_store import Manifest
 from raymill.errors import UserError
 
@@ -134,6 +134,4 @@ class Learning:
 
     def _is_answer(self, piece: Piece) -> Marks:
         dtype = self.manifest.dtype
-        start, end = piece.start * dtype.itemsize, piece.end * dtype.itemsize
-        content = self.store.read_bytes(piece.shard.file, start=start, end=end)
-        return np.frombuffer(content, dtype) >= 0
+        return np.frombuffer(read_piece(self.store, piece, dtype), dtype) >= 0

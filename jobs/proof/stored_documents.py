@@ -14,6 +14,7 @@ from cluster.storage.uris import absolute_uri
 from jobs.corpus.text_borders import cut_text
 from jobs.proof.missing_documents import nothing_of_file, nothing_there, unknown_file
 from jobs.tokens.document_map import DocumentMap, MappedDocument, check_of
+from jobs.tokens.shard_reader import Piece, read_piece
 from jobs.tokens.token_store import Shard
 from model.text.bulk_encoder import PlainEncoder
 from model.text.tokenizer import Tokenizer
@@ -97,10 +98,7 @@ def tokens_between(mapped: DocumentMap, shard: Shard, start: int, end: int) -> n
     """Returns tokens [start, end) of a shard. Where a conversation's loss does not count an id, it
     is negative."""
     dtype = mapped.manifest.dtype
-    content = mapped.store.read_bytes(
-        shard.file, start=start * dtype.itemsize, end=end * dtype.itemsize
-    )
-    return np.frombuffer(content, dtype)
+    return np.frombuffer(read_piece(mapped.store, Piece(shard, start, end), dtype), dtype)
 
 
 def first_words(mapped: DocumentMap, tokenizer: Tokenizer, document: MappedDocument) -> str:

@@ -34,6 +34,13 @@ class Piece(NamedTuple):
     end: int
 
 
+def read_piece(store: Storage, piece: Piece, dtype: np.dtype[Any]) -> bytes:
+    """Reads a piece by itself, in one request. Where a conversation's loss does not count an id, it
+    is negative."""
+    start, end = piece.start * dtype.itemsize, piece.end * dtype.itemsize
+    return store.read_bytes(piece.shard.file, start=start, end=end)
+
+
 class ShardReader:
     """Reads from a disk where a shard or its copy is on one: it is mapped, and the page cache does
     the rest.
@@ -104,7 +111,4 @@ class ShardReader:
         return np.memmap(path, dtype=self._dtype, mode="r", shape=(shard.tokens,))
 
     def _fetch(self, piece: Piece) -> bytes:
-        itemsize = self._dtype.itemsize
-        return self._storage.read_bytes(
-            piece.shard.file, start=piece.start * itemsize, end=piece.end * itemsize
-        )
+        return read_piece(self._storage, piece, self._dtype)

@@ -22,7 +22,7 @@ from cluster.storage.uris import Storage
 from jobs.cleaning.disk_buckets import BucketFile, Records
 from jobs.cleaning.exchange import Exchange, Runner, Section, partitions_for, run_step, step_results
 from jobs.cleaning.exchange import Piece as SentPiece
-from jobs.tokens.shard_reader import Piece
+from jobs.tokens.shard_reader import Piece, read_piece
 from jobs.tokens.shard_writer import file_sha256
 from jobs.tokens.token_store import Manifest, read_manifest
 from jobs.trace.trace_index import (
@@ -178,9 +178,7 @@ def _records_of(
     for start in range(first, last, _READ_TOKENS):
         end = min(last, start + _READ_TOKENS)
         read_end = min(shard.tokens, end + LEAST_SPAN - 1)
-        content = store.read_bytes(
-            shard.file, start=start * dtype.itemsize, end=read_end * dtype.itemsize
-        )
+        content = read_piece(store, Piece(shard, start, read_end), dtype)
         ids = plain_ids(np.frombuffer(content, dtype))
         places, hashes = chosen_windows(ids, border=border)
         records = np.empty(len(places), _RECORD)

@@ -12,11 +12,11 @@ from cluster.commands.arguments import (
     STORAGE,
     TRACED_FILE,
     TRACED_TEXT,
+    named_once,
 )
 from cluster.commands.command import Arguments, Command, CommandSection, OneOf, Result, SettingsOf
 from cluster.commands.named_runs import named_run
 from cluster.output.progress import reports_shown, say
-from cluster.settings.parser import ConfigError
 from cluster.storage.uris import open_storage
 from raymill.errors import UserError
 
@@ -31,7 +31,7 @@ def trace_index(arguments: Arguments) -> Result:
     from cluster.local.local_cluster import cpus_per_node
     from cluster.settings.stages import IndexConfig
 
-    config = arguments.config(IndexConfig, store=_store_given(arguments))
+    config = arguments.config(IndexConfig, store=named_once(arguments, INDEXED_STORE, flag="store"))
     place = config.store or config.storage.uri
     say(f"trace index: {config.store or f'the token store in {config.storage.uri}'}")
     # A cluster at an address may see other folders
@@ -52,15 +52,6 @@ def trace_index(arguments: Arguments) -> Result:
     with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
         indexed = run_stage(connection, "jobs.index_store", config)
     return Result(indexed, next=_NEXT_TRACE)
-
-
-def _store_given(arguments: Arguments) -> str | None:
-    """Returns the store that stands by itself or that its flag gives. Raises `ConfigError` for
-    two."""
-    named, flag = arguments[INDEXED_STORE], arguments.values["store"]
-    if named is not None and flag not in (None, named):
-        raise ConfigError(f"two stores, {named} and --store {flag}; name one")
-    return named or flag
 
 
 def trace_find(arguments: Arguments) -> Result:
