@@ -671,14 +671,17 @@ def test_where_two_nodes_hold_other_bits_of_one_step_the_run_goes_back_to_what_i
     other[40] ^= 16
     slots = opened(memory, "of-another-node", newest.header.num_bytes)
     slots.write(replace(newest.header, checksum=None), [other])
+    # Step 4, unless that was still waiting to be stored when the copy of step 6 took its place
+    proven = max(at["step"] for at in Ledger.read(plan.run).events("checkpoint") if at["step"] <= 4)
     train(plan, rank=0, world_size=1)
 
     ledgers = [Ledger.read(each.run) for each in (undisturbed, plan)]
     [undecided] = ledgers[1].events("undecided")
-    assert (undecided["what"], undecided["step"], undecided["to_step"]) == ("snapshots", 8, 4)
+    found = undecided["what"], undecided["step"], undecided["to_step"]
+    assert found == ("snapshots", 8, proven)
     assert len({*undecided["shown"].values()}) == 2
     start = ledgers[1].events("start")[-1]
-    assert (start["step"], start["from_memory"]) == (4, False)
+    assert (start["step"], start["from_memory"]) == (proven, False)
     assert [line["proven_to"] for line in ledgers[1].steps[-3:]] == [9, 9, 9]
     assert not any("not_proven_since" in line for line in ledgers[1].steps)
     hashes = [ledger.events("checkpoint")[-1]["parameter_hash"] for ledger in ledgers]
