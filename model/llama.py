@@ -8,7 +8,9 @@ heads.
 Parameters have the names and the layout of Hugging Face's LlamaForCausalLM.
 """
 
+import decimal
 import math
+from decimal import Decimal
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,8 @@ from model.body import Block, Body
 from model.config import GPTConfig
 from model.kv_cache import Window
 from model.operations import PLAIN, Operations, embedding
+
+_PI = Decimal("3.14159265358979323846264338327950288419716939937510582")
 
 
 class Rotation(NamedTuple):
@@ -55,6 +59,22 @@ def frequencies(config: GPTConfig, device: torch.device | str = "cpu") -> Tensor
     turns = config.rope_original_positions * plain / (2 * math.pi)
     kept = ((turns - 1) / 3).clamp(0, 1)
     return (1 - kept) * plain / config.rope_factor + kept * plain
+
+
+def exact_frequencies(config: GPTConfig) -> Tensor:
+    """Returns `frequencies`, computed in 50 digits and rounded once: the same bits on every
+    processor, which PyTorch's powers do not have."""
+    with decimal.localcontext(prec=50):
+        base, factor = Decimal(config.rope_theta), Decimal(config.rope_factor)
+        angles = []
+        for pair in range(config.head_dim // 2):
+            plain = base ** (Decimal(-2 * pair) / config.head_dim)
+            kept = Decimal(0)
+            if config.rope_original_positions is not None:
+                turns = config.rope_original_positions * plain / (2 * _PI)
+                kept = min(max((turns - 1) / 3, Decimal(0)), Decimal(1))
+            angles.append(float((1 - kept) * plain / factor + kept * plain))
+    return torch.tensor(angles)
 
 
 class Linear(nn.Module):

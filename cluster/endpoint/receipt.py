@@ -10,7 +10,7 @@ import httpx
 
 from cluster.endpoint.endpoint import Endpoint, raise_for
 from model.files.strict_json import strict_json
-from model.signing.receipt import FIELD, checked
+from model.signing.receipt import FIELD, PORTABLE, checked
 from raymill.errors import UserError
 
 _ROUTES = {
@@ -49,6 +49,8 @@ def verified(
     told = weights_told(cards, version)
     differing = differing_fields(answer, again)
     compared = f"{_has_weights(told, weights)} and {_answers(differing, version)}"
+    if differing and receipt["engine"].get("arithmetic") != PORTABLE:
+        compared += "; the receipt is of arithmetic that another kind of processor rounds otherwise"
     return {
         "verdict": f"{verdict}; {endpoint.url} {compared}",
         "valid": told in (weights, None) and not differing,

@@ -8,6 +8,7 @@ CODE_FOLDERS = ("raymill", "model", "cluster", "jobs", "serving")
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
 """The folder that holds them: the repository, or `site-packages`."""
+_SUFFIXES = (".py", ".toml", ".cpp", ".h")
 
 
 def version() -> str:
@@ -29,11 +30,11 @@ def snapshot_code(folder: Path) -> None:
 
 
 def code_version() -> str:
-    """Returns the SHA-256 over names and bytes of the folders' Python files and tables; each
-    checkpoint records it."""
+    """Returns the SHA-256 over names and bytes of the folders' sources and tables; each checkpoint
+    records it."""
     digest = hashlib.sha256()
     for name in CODE_FOLDERS:
-        files = [path for path in (CODE_ROOT / name).rglob("*") if path.suffix in (".py", ".toml")]
+        files = [path for path in (CODE_ROOT / name).rglob("*") if path.suffix in _SUFFIXES]
         for path in sorted(files):
             digest.update(
                 path.relative_to(CODE_ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"

@@ -5,13 +5,15 @@ The random number is a pure function of (seed, position), so a request's tokens 
 what shares its batch. The inverse of the cumulative distribution, in the order of ids, turns it
 into a token: a rounding difference d in the logits can change the token only if the number falls
 within about d of a border. (In the order of probabilities, borders would move by whole tokens where
-two of them are nearly equal.)
+two of them are nearly equal.) Probabilities are whole numbers, whose sums have no order: the same
+logits and exponentials give the same token on every processor.
 
 Shapes: B rows of a batch, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +22,11 @@ from torch import Tensor
 
 from model.generation.sampling_params import SamplingParams
 
-_LEAST_EXPONENT = -87.0
-_LEAST_WEIGHT = 1.7e-38  # above its exponential, 1.65e-38; the smallest normal number is 1.18e-38
+_LEAST_EXPONENT = -87.0  # CPUs take several times as long for exp(-inf)
+_NUMBER_BITS = 48  # of the random number
+
+Exponentials = Callable[[Tensor], Tensor]
+"""Replaces fp32 numbers (B, V) by their exponentials."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,11 @@ def sample(
 
 
 def sample_batch(
-    logits: Tensor, rows: Sequence[SamplingRow], *, best: Tensor | None = None
+    logits: Tensor,
+    rows: Sequence[SamplingRow],
+    *,
+    best: Tensor | None = None,
+    exponentials: Exponentials = torch.exp_,
 ) -> list[int]:
     """Returns the next token of each row of logits (B, V), the same as `sample` for the row alone.
     `best` (B,) holds the rows' argmax where the caller knows it."""
@@ -76,7 +85,7 @@ def sample_batch(
     temperatures = torch.tensor([[row.params.temperature] for row in drawn], device=logits.device)
     if len(drawn) < len(rows):
         logits, highest = logits[places], highest[places]
-    weights = _weights(logits, highest, temperatures)  # (drawn, V)
+    weights = _weights(logits, highest, temperatures, exponentials)  # (drawn, V)
     for weight, row in zip(weights, drawn, strict=True):
         weight.copy_(truncated(weight, row.params))
     numbers = [uniform(row.params.seed, row.position) for row in drawn]
@@ -85,13 +94,14 @@ def sample_batch(
     return tokens
 
 
-def _weights(logits: Tensor, best: Tensor, temperature: Tensor | float) -> Tensor:
-    """Returns probabilities (B, V) divided by the most probable token's, fp32. Those near the
-    smallest normal number count as 0, as that of a forbidden token does: CPUs take several times as
-    long for smaller numbers and for exp(-inf)."""
+def _weights(
+    logits: Tensor, best: Tensor, temperature: Tensor | float, exponentials: Exponentials
+) -> Tensor:
+    """Returns probabilities (B, V) in units of 2⁻ⁿ of the most probable token's, int64, with the n
+    for which no sum of V of them overflows: 44 for 200,000 tokens."""
     shifted = (logits.float() - best).div_(temperature)
-    weights = shifted.clamp_(min=_LEAST_EXPONENT).exp_()
-    return F.threshold(weights, _LEAST_WEIGHT, 0.0, inplace=True)
+    shares = exponentials(shifted.clamp_(min=_LEAST_EXPONENT))
+    return shares.mul_(2.0 ** (62 - logits.shape[-1].bit_length())).long()
 
 
 def _draw(weights: Tensor, numbers: list[float]) -> list[int]:
@@ -103,17 +113,20 @@ def _draw(weights: Tensor, numbers: list[float]) -> list[int]:
     """
     missing = -weights.shape[1] % 256
     groups = F.pad(weights, (0, missing)).unflatten(1, (-1, 256))  # (B, V / 256, 256)
-    borders = groups.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # (B, V / 256)
-    shares = torch.tensor(numbers, dtype=torch.float64, device=weights.device)[:, None]
-    targets = shares * borders[:, -1:]  # (B, 1)
+    borders = groups.sum(dim=-1).cumsum(dim=-1)  # (B, V / 256)
+    totals: list[int] = borders[:, -1].tolist()
+    # Exact: the products have up to 110 bits.
+    places = [
+        int(number * 2**_NUMBER_BITS) * total >> _NUMBER_BITS
+        for number, total in zip(numbers, totals, strict=True)
+    ]
+    targets = torch.tensor(places, device=weights.device)[:, None]  # (B, 1), each below its total
     # The first border above the number: a token without weight has no room between borders.
     group = torch.searchsorted(borders, targets, right=True)
     before = F.pad(borders, (1, 0)).gather(1, group)
     rows = torch.arange(len(groups), device=weights.device)
-    inside = groups[rows, group[:, 0]].double().cumsum(dim=-1)  # (B, 256)
-    last = (inside < inside[:, -1:]).sum(dim=-1, keepdim=True)  # rounding leads beyond it at most
-    place = torch.searchsorted(inside, targets - before, right=True)
-    token = 256 * group + torch.minimum(place, last)
+    inside = groups[rows, group[:, 0]].cumsum(dim=-1)  # (B, 256)
+    token = 256 * group + torch.searchsorted(inside, targets - before, right=True)
     return token[:, 0].tolist()
 
 
@@ -142,19 +155,20 @@ def adjusted(logits: Tensor, row: SamplingRow) -> Tensor:
 def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
     """Returns probabilities (V,), float64, after temperature (> 0), top-k, top-p and min-p, in this
     order."""
-    weights = _weights(logits, logits.max(), params.temperature)
+    weights = _weights(logits, logits.max(), params.temperature, torch.exp_)
     left = truncated(weights, params).double()
     return left / left.sum()
 
 
 def truncated(weights: Tensor, params: SamplingParams) -> Tensor:
-    """Returns weights (V,) with zeros for the tokens that top-k, top-p and min-p leave out."""
+    """Returns weights (V,), whole numbers, with zeros for the tokens that top-k, top-p and min-p
+    leave out."""
     if 0 < params.top_k < len(weights):
         weights = _heaviest(weights, params.top_k)
     if params.top_p < 1:
         weights = _heaviest(weights, _num_needed(weights, params.top_p))
     if params.min_p > 0:
-        weights = torch.where(weights >= params.min_p * weights.max(), weights, 0.0)
+        weights = torch.where(weights >= params.min_p * weights.max().item(), weights, 0)
     return weights
 
 
@@ -165,16 +179,16 @@ def _heaviest(weights: Tensor, count: int) -> Tensor:
     equal = weights == border
     num_equal = count - above.sum()
     keep = above | (equal & (equal.cumsum(dim=0) <= num_equal))
-    return torch.where(keep, weights, 0.0)
+    return torch.where(keep, weights, 0)
 
 
 def _num_needed(weights: Tensor, top_p: float) -> int:
     """Returns the fewest of weights (V,) that reach this share of their sum."""
-    needed = top_p * weights.sum(dtype=torch.float64)
+    needed = math.ceil(top_p * weights.sum().item())
     count = 256  # almost always enough, and takes a fraction of the time of ranking all of them
     while True:
         count = min(count, len(weights))
-        ranked = weights.topk(count).values.double()
+        ranked = weights.topk(count).values
         kept = ranked.cumsum(dim=0) - ranked < needed
         if count == len(weights) or not kept[-1]:
             return int(kept.sum())
@@ -185,4 +199,4 @@ def uniform(seed: int | None, position: int) -> float:
     """Returns a number of [0, 1), a multiple of 2⁻⁴⁸, from BLAKE2b of `seed:position`."""
     assert seed is not None, "sampling needs SamplingParams.with_seed()"
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=6).digest()
-    return int.from_bytes(digest) / 2**48
+    return int.from_bytes(digest) / 2**_NUMBER_BITS

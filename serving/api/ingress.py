@@ -132,7 +132,14 @@ class CompletionService:
                 raise
             return await self.answer(parsed, shape, request, version=other, headers=headers)
         if parsed.raymill and parsed.raymill.receipt:
-            body = await self._receipts.added(body, await request.body(), version.model)
+            engine = version.engine.facts
+            body = await self._receipts.added(
+                body,
+                await request.body(),
+                version.model,
+                dtype=engine.dtype,
+                is_portable=engine.is_portable,
+            )
         return Response(body, media_type="application/json", headers=headers)
 
     async def answer_chat(

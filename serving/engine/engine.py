@@ -44,6 +44,11 @@ class Engine:
         self._grammars = None if grammars is None else GrammarRows(grammars)
 
     @property
+    def is_portable(self) -> bool:
+        """Whether a sequence has the same tokens and log-probabilities on every processor."""
+        return self._runner.is_portable
+
+    @property
     def has_work(self) -> bool:
         return self._scheduler.num_running + self._num_waiting > 0
 
@@ -66,33 +71,48 @@ class Engine:
 
     @torch.inference_mode()
     def step(self, on_admission: Callable[[Admission], None] | None = None) -> StepReport:
-        """Admits, reads, draws and emits. Calls `on_admission` with the sequences that it starts
-        before it computes."""
+        """Plans, reads, finishes and reports. Calls `on_admission` with the sequences that it
+        starts before it computes."""
         began_s = time.perf_counter()
-        scheduler = self._scheduler
         events = self._take_ready()
+        chunks = self._planned(on_admission)
+        if chunks:
+            hidden = self._runner.forward([_reading(chunk) for chunk in chunks])  # (N, C)
+            self._scheduler.learn_speed(chunks, seconds=time.perf_counter() - began_s)
+            events += self._finish(chunks, hidden)
+        return self._report(events, chunks, began_s=began_s)
+
+    def _planned(self, on_admission: Callable[[Admission], None] | None) -> list[Chunk]:
+        """Returns what the step reads."""
+        scheduler = self._scheduler
         chunks = scheduler.plan()
         if on_admission is not None and scheduler.admitted:
             figures = (scheduler.num_running, self._num_waiting, scheduler.found)
             on_admission(Admission(scheduler.admitted, *figures))
-        if chunks:
-            hidden = self._runner.forward([_reading(chunk) for chunk in chunks])  # (N, C)
-            scheduler.learn_speed(chunks, seconds=time.perf_counter() - began_s)
-            by_chunk = hidden.split([chunk.last - chunk.first for chunk in chunks])
-            drawing: list[Chunk] = []
-            last_rows: list[Tensor] = []
-            for chunk, rows in zip(chunks, by_chunk, strict=True):
-                self._keep_prompt_logprobs(chunk, rows)
-                if chunk.sequence.request.embed:
-                    chunk.sequence.hidden_states.append(rows.clone())
-                if chunk.draws:
-                    drawing.append(chunk)
-                    last_rows.append(rows[-1])
-                else:
-                    scheduler.advance(chunk, None)
-            if drawing:
-                logits = self._runner.logits(torch.stack(last_rows))  # (M, V)
-                events += self._emit(drawing, logits)
+        return chunks
+
+    def _finish(self, chunks: list[Chunk], hidden: Tensor) -> list[TokenEvent]:
+        """Keeps of hidden states (N, C) what is asked for, and draws a token for each chunk that ends
+        a prompt or is a token's own."""
+        drawing: list[Chunk] = []
+        last_rows: list[Tensor] = []
+        by_chunk = hidden.split([chunk.last - chunk.first for chunk in chunks])
+        for chunk, rows in zip(chunks, by_chunk, strict=True):
+            self._keep_prompt_logprobs(chunk, rows)
+            _keep_hidden_states(chunk, rows)
+            if chunk.draws:
+                drawing.append(chunk)
+                last_rows.append(rows[-1])
+            else:
+                self._scheduler.advance(chunk, None)
+        if not drawing:
+            return []
+        return self._emit(drawing, self._runner.logits(torch.stack(last_rows)))
+
+    def _report(
+        self, events: list[TokenEvent], chunks: list[Chunk], *, began_s: float
+    ) -> StepReport:
+        scheduler = self._scheduler
         return StepReport(
             events,
             num_running=scheduler.num_running,
@@ -132,14 +152,17 @@ class Engine:
             if draws and chunk.sequence.request.max_tokens > 0:
                 drawing.append(row)
         drawn_logits = logits if len(drawing) == len(chunks) else logits[drawing]
-        drawn = _sample([chunks[row].sequence for row in drawing], drawn_logits, best[drawing])
+        sequences = [chunks[row].sequence for row in drawing]
+        drawn = self._sample(sequences, drawn_logits, best[drawing])
         tokens = dict(zip(drawing, drawn, strict=True))
         events = []
         for row, chunk in enumerate(chunks):
             sequence, request = chunk.sequence, chunk.sequence.request
             token_id, logprobs = tokens.get(row), None
             if token_id is not None and request.num_logprobs is not None:
-                [logprobs] = _candidates(logits[row : row + 1], [token_id], request.num_logprobs)
+                [logprobs] = self._candidates(
+                    logits[row : row + 1], [token_id], request.num_logprobs
+                )
             finish_reason: FinishReason | None
             if not is_usable[row]:
                 finish_reason = self._scheduler.fail(sequence)
@@ -174,7 +197,47 @@ class Engine:
         for start in range(0, len(targets), PROMPT_LOGPROBS_CHUNK_TOKENS):
             some = targets[start : start + PROMPT_LOGPROBS_CHUNK_TOKENS]
             logits = self._runner.logits(hidden[start : start + len(some)])  # (some, V)
-            candidates += _candidates(logits, some, request.num_prompt_logprobs)
+            candidates += self._candidates(logits, some, request.num_prompt_logprobs)
+
+    def _sample(self, sequences: list[Sequence], logits: Tensor, best: Tensor) -> list[int]:
+        if not sequences:
+            return []
+        rows = []
+        for sequence in sequences:
+            row = SamplingRow(
+                sequence.request.sampling,
+                sequence.request.prompt_ids,
+                sequence.output_ids,
+                position=sequence.num_tokens,
+                forbidden_ids=sequence.forbidden_ids,
+            )
+            rows.append(row)
+        return sample_batch(logits, rows, best=best, exponentials=self._runner.exponentials)
+
+    def _candidates(self, logits: Tensor, token_ids: list[int], num_top: int) -> list[Candidates]:
+        """Returns the log-probability of each row's token and the row's most likely tokens, from
+        logits (N, V)."""
+        logprobs = self._runner.log_probabilities(logits)
+        of_tokens = logprobs.gather(1, torch.tensor(token_ids)[:, None])  # (N, 1)
+        ranks = 1 + torch.count_nonzero(logprobs > of_tokens, dim=-1)  # (N,)
+        top_logprobs, top_ids = logprobs.topk(
+            min(num_top, logits.shape[-1]), dim=-1
+        )  # (N, num_top)
+        columns = zip(
+            of_tokens[:, 0].tolist(),
+            top_ids.tolist(),
+            top_logprobs.tolist(),
+            ranks.tolist(),
+            strict=True,
+        )
+        candidates = []
+        for logprob, ids, values, rank in columns:
+            pairs = zip(ids, values, strict=True)
+            top = [
+                (token, value) for token, value in pairs if value > -math.inf
+            ]  # a grammar's others
+            candidates.append(Candidates(logprob, top, rank))
+        return candidates
 
 
 def _reading(chunk: Chunk) -> Reading:
@@ -183,42 +246,9 @@ def _reading(chunk: Chunk) -> Reading:
     return Reading(token_ids, chunk.first, sequence.blocks)
 
 
-def _sample(sequences: list[Sequence], logits: Tensor, best: Tensor) -> list[int]:
-    if not sequences:
-        return []
-    rows = []
-    for sequence in sequences:
-        row = SamplingRow(
-            sequence.request.sampling,
-            sequence.request.prompt_ids,
-            sequence.output_ids,
-            position=sequence.num_tokens,
-            forbidden_ids=sequence.forbidden_ids,
-        )
-        rows.append(row)
-    return sample_batch(logits, rows, best=best)
-
-
-def _candidates(logits: Tensor, token_ids: list[int], num_top: int) -> list[Candidates]:
-    """Returns the log-probability of each row's token and the row's most likely tokens, from logits
-    (N, V)."""
-    logprobs = logits.log_softmax(dim=-1)
-    of_tokens = logprobs.gather(1, torch.tensor(token_ids)[:, None])  # (N, 1)
-    ranks = 1 + torch.count_nonzero(logprobs > of_tokens, dim=-1)  # (N,)
-    top_logprobs, top_ids = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)  # (N, num_top)
-    columns = zip(
-        of_tokens[:, 0].tolist(),
-        top_ids.tolist(),
-        top_logprobs.tolist(),
-        ranks.tolist(),
-        strict=True,
-    )
-    candidates = []
-    for logprob, ids, values, rank in columns:
-        pairs = zip(ids, values, strict=True)
-        top = [(token, value) for token, value in pairs if value > -math.inf]  # a grammar's others
-        candidates.append(Candidates(logprob, top, rank))
-    return candidates
+def _keep_hidden_states(chunk: Chunk, rows: Tensor) -> None:
+    if chunk.sequence.request.embed:
+        chunk.sequence.hidden_states.append(rows.clone())
 
 
 def _embedding(hidden_states: list[Tensor]) -> str | None:

@@ -77,6 +77,7 @@ class EngineFacts(NamedTuple):
     tokens_per_step: int  # of prompts, that a step may read
     embeds: bool = False  # it computes embeddings
     least_tokens: int = 0  # for which a sequence needs room in the context, also if it draws none
+    is_portable: bool = False  # its numbers have the same bits on every processor
 
 
 class Admission(NamedTuple):

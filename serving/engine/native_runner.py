@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.architecture import Activation
 from model.gpt import GPT, Projection
-from model.llama import Linear, frequencies
+from model.llama import Linear, exact_frequencies
 from serving.engine.native_library import NoNativeLibraryError, load_library
 from serving.engine.runner import Reading, Survey
 
@@ -32,6 +32,9 @@ _FUNCTIONS = {
     "raymill_forward": [_POINTER, _POINTER],
     "raymill_logits": [_POINTER, _NUMBER, _POINTER, _POINTER],
     "raymill_survey": [_POINTER, _NUMBER, _POINTER, _POINTER, _POINTER],
+    "raymill_exponentials": [_POINTER, _NUMBER, _POINTER],
+    "raymill_log_probabilities": [_POINTER, _NUMBER, _POINTER, _POINTER],
+    "raymill_is_portable": [_NUMBER],
     "raymill_destroy": [_POINTER],
 }
 """The functions of native/decoder.cpp, with the types of their arguments."""
@@ -63,7 +66,9 @@ class Pass(ctypes.Structure):
 
 
 class NativeRunner:
-    """The `Runner` of the CPU kernels. Sums are fp32 whatever the weights are.
+    """The `Runner` of the CPU kernels. Sums are fp32 whatever the weights are, and have one order: a
+    sequence has the same bits on every processor, unless bf16 is multiplied by instructions of its
+    own.
 
     int8 quantizes each column of a weight and each row of inputs in 255 steps of its own size
     ("vector-wise quantization", Dettmers et al., 2022); keys and values are bf16.
@@ -78,6 +83,8 @@ class NativeRunner:
             getattr(self._library, name).argtypes = arguments
         self._library.raymill_create.restype = ctypes.c_void_p
         self._library.raymill_set_matrix.restype = ctypes.c_bool
+        self._library.raymill_is_portable.restype = ctypes.c_bool
+        self.is_portable: bool = self._library.raymill_is_portable(KINDS[dtype])
         self._config = config = model.config
         network = config.network
         shape = Shape(
@@ -94,7 +101,7 @@ class NativeRunner:
             epsilon=config.layer_norm_epsilon,
         )
         embedding = model.body.position_embedding
-        positions = _as_float(frequencies(config) if embedding is None else embedding.weight)
+        positions = _as_float(exact_frequencies(config) if embedding is None else embedding.weight)
         refusal = ctypes.create_string_buffer(_REFUSAL_BYTES)
         self._decoder = ctypes.c_void_p(
             self._library.raymill_create(
@@ -164,6 +171,19 @@ class NativeRunner:
         outputs = (logits.data_ptr(), best.data_ptr(), finite.data_ptr())
         self._library.raymill_survey(self._decoder, len(logits), *outputs)
         return Survey(best, finite)
+
+    def exponentials(self, numbers: Tensor) -> Tensor:
+        numbers = numbers.contiguous()
+        self._library.raymill_exponentials(self._decoder, len(numbers), numbers.data_ptr())
+        return numbers
+
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        logits = logits.contiguous()
+        found = torch.empty_like(logits)
+        self._library.raymill_log_probabilities(
+            self._decoder, len(logits), logits.data_ptr(), found.data_ptr()
+        )
+        return found
 
     def _set_norm(self, layer: int, which: int, norm: nn.Module) -> None:
         # RMSNorm has no bias

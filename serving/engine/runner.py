@@ -1,8 +1,8 @@
 """The interface of a runner, which computes a step: the decoder on chunks of many sequences, with
 its KV cache in blocks; and the type in which it computes.
 
-There are two: the native kernels (native_runner.py), and PyTorch where they are missing
-(torch_runner.py). Shapes: N tokens of all chunks, C model width, M rows, V vocabulary.
+There are two: the native kernels (native_runner.py), which are portable, and PyTorch where they are
+missing (torch_runner.py). Shapes: N tokens of all chunks, C model width, M rows, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -58,6 +58,9 @@ class Survey(NamedTuple):
 
 
 class Runner(Protocol):
+    is_portable: bool
+    """Whether everything that it computes has the same bits on every processor."""
+
     def forward(self, readings: Sequence[Reading]) -> Tensor:
         """Returns hidden states (N, C), one reading after the other, and stores their keys and
         values in the cache."""
@@ -67,3 +70,9 @@ class Runner(Protocol):
 
     def survey(self, logits: Tensor) -> Survey:
         """Surveys logits (M, V)."""
+
+    def exponentials(self, numbers: Tensor) -> Tensor:
+        """Replaces fp32 numbers (M, V) by their exponentials, and returns them."""
+
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """Returns the logarithms (M, V) of the softmax of logits (M, V)."""

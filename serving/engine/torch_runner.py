@@ -22,6 +22,8 @@ from serving.engine.runner import Reading, Survey
 class TorchRunner:
     """The `Runner` of PyTorch."""
 
+    is_portable = False
+
     def __init__(self, model: GPT, *, num_blocks: int) -> None:
         self._model = model.eval()
         config = model.config
@@ -48,6 +50,12 @@ class TorchRunner:
 
     def survey(self, logits: Tensor) -> Survey:
         return Survey(logits.argmax(dim=-1), logits.isfinite().all(dim=-1))
+
+    def exponentials(self, numbers: Tensor) -> Tensor:
+        return numbers.exp_()
+
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        return logits.log_softmax(dim=-1)
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,8 @@ def _load_engine(
         vocabulary = partial(vocabulary_of, checkpoint)
         grammars = GrammarCache(vocabulary, most_bytes=grammar_bytes(memory()))
     engine = build_engine(model, config, eos_id=eos_id, threads=threads, grammars=grammars)
-    return engine, EngineFacts(config.dtype, *_sizes(config), embeds=True)
+    facts = EngineFacts(config.dtype, *_sizes(config), embeds=True, is_portable=engine.is_portable)
+    return engine, facts
 
 
 def warm_up(engine: "Engine | WeightTurns | VllmEngine", *, has_grammars: bool = False) -> None:

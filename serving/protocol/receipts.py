@@ -11,6 +11,8 @@ from cluster.settings.code_folders import code_version
 from cluster.settings.serve import EngineConfig, ServeConfig
 from model.signing.receipt import (
     FIELD,
+    OF_THE_PROCESSOR,
+    PORTABLE,
     RECEIPT_TYPE,
     SUBJECT,
     hash_of_answer,
@@ -48,11 +50,17 @@ class Receipts:
                 param=FIELD,
             )
 
-    async def added(self, answer: bytes, asked: bytes, model: ServedModel) -> bytes:
-        """Returns the answer with a receipt; `asked` is the request's body."""
-        return await asyncio.to_thread(self._added, answer, asked, model)
+    async def added(
+        self, answer: bytes, asked: bytes, model: ServedModel, *, dtype: str, is_portable: bool
+    ) -> bytes:
+        """Returns the answer with a receipt; `asked` is the request's body. The other two say how
+        the engine computed."""
+        numbers = {"dtype": dtype, "arithmetic": PORTABLE if is_portable else OF_THE_PROCESSOR}
+        return await asyncio.to_thread(self._added, answer, asked, model, numbers)
 
-    def _added(self, answer: bytes, asked: bytes, model: ServedModel) -> bytes:
+    def _added(
+        self, answer: bytes, asked: bytes, model: ServedModel, numbers: dict[str, str]
+    ) -> bytes:
         assert self._signer is not None, "see require_possible"
         fields = orjson.loads(answer)
         receipt = self._signer.signed(
@@ -63,7 +71,7 @@ class Receipts:
                 "request": {"sha256": hash_of_request(json.loads(asked))},
                 "weights": {"sha256": _weights_of(model)},
                 "model": fields["model"],
-                "engine": _engine(self._engine),
+                "engine": _engine(self._engine) | numbers,
                 "time": timestamp(time.time()),
             },
         )

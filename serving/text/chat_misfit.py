@@ -1,6 +1,6 @@
 """Compares what the chat templates of two versions make of a few conversations."""
 
-from model.files.chat_probe import ChatProbe
+from model.text.chat_probe import ChatProbe
 
 
 def chat_misfit(live: ChatProbe, candidate: ChatProbe) -> str:

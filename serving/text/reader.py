@@ -24,9 +24,9 @@ from model.files.bounded_text import (
     process_arguments,
     read_from,
 )
-from model.files.chat_probe import ChatProbe, probe_of
 from model.files.stored_tokenizer import load_tokenizer
 from model.text.chat import Chat, Message
+from model.text.chat_probe import ChatProbe, probe_of
 from model.text.tokenizer import PromptEncoding, Tokenizer
 from serving.engine_process.child_process import Child, kill_child, start_child
 from serving.text.bounded_process import BoundedProcess, ClosedError, ExceededError, next_line

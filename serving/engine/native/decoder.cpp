@@ -9,6 +9,7 @@
 
 #include <cstdio>
 
+#include "elementary.h"
 #include "matrix.h"
 #include "numbers.h"
 #include "shape.h"
@@ -22,9 +23,7 @@ F32 activate(F32 x, Activation activation) {
     switch (activation) {
         case GELU: return x / (1.0f + exponential(-1.5957691216f * (x + 0.044715f * x * x * x)));  // tanh as a sigmoid
         case RELU: return x > 0.0f || x != x ? x : F32{};
-        case GELU_EXACT:
-            for (int i = 0; i < LANES; i++) x[i] *= 0.5f * (1.0f + std::erf(x[i] * 0.70710678f));
-            return x;
+        case GELU_EXACT: return x * normal_share(x);
         case SWIGLU: break;  // takes two values: `pack_gated`
     }
     return x;
@@ -50,6 +49,8 @@ public:
     virtual void forward(const Pass& pass) = 0;
     virtual void logits(int num_rows, const float* hidden, float* logits) = 0;
     virtual void survey(int num_rows, const float* logits, int64_t* best, bool* finite) = 0;
+    virtual void exponentials(int num_rows, float* numbers) = 0;
+    virtual void log_probabilities(int num_rows, const float* logits, float* to) = 0;
 };
 
 enum { LN_1, LN_2 };  // the norms of a layer; layer L has the final one
@@ -139,6 +140,21 @@ public:
         });
     }
 
+    void exponentials(int num_rows, float* numbers) override {
+        team_.run(1, [&] {
+            team_.share(0, num_rows, [&](int n) { to_exponentials(numbers + size_t(n) * s_.vocabulary, s_.vocabulary); });
+        });
+    }
+
+    void log_probabilities(int num_rows, const float* logits, float* to) override {
+        team_.run(1, [&] {
+            team_.share(0, num_rows, [&](int n) {
+                const size_t row = size_t(n) * s_.vocabulary;
+                find_log_probabilities(logits + row, s_.vocabulary, to + row);
+            });
+        });
+    }
+
 private:
     const Matrix<Kind>& matrix(int layer, int which) const { return matrices_[4 * layer + which]; }
 
@@ -192,9 +208,9 @@ private:
     void find_rotation(int position, float* to) const {
         const int half = head_width_ / 2;
         for (int i = 0; i < half; i++) {
-            const float angle = float(position) * positions_[i];
-            to[i] = std::cos(angle);
-            to[half + i] = std::sin(angle);
+            const Turn turn = turn_of(float(position) * positions_[i]);
+            to[i] = turn.cosine;
+            to[half + i] = turn.sine;
         }
     }
 
@@ -335,7 +351,7 @@ private:
     }
 
     static void softmax(float* scores, int count) {
-        F32 best = splat(-INFINITY), total = {};
+        F32 best = splat(-INFINITY), total[VECTORS_OF_COLUMNS] = {};
         for (int i = 0; i < count; i += LANES) {
             const F32 dots = load(scores + i);
             best = dots > best ? dots : best;
@@ -344,9 +360,9 @@ private:
         for (int i = 0; i < count; i += LANES) {
             const F32 dots = load(scores + i), weights = dots == -INFINITY ? F32{} : exponential(dots - top);
             store(scores + i, weights);
-            total += weights;
+            total[i / LANES % VECTORS_OF_COLUMNS] += weights;
         }
-        const float share = 1.0f / sum(total);
+        const float share = 1.0f / sum_of_columns(total);
         for (int i = 0; i < count; i += LANES) store(scores + i, load(scores + i) * share);
     }
 
@@ -356,7 +372,7 @@ private:
         F32 sums[vectors];
         for (int v = 0; v < vectors; v++) sums[v] = load(to + v * LANES);
         for (int p = 0; p < num_positions; p++, values += padded_)
-            for (int v = 0; v < vectors; v++) sums[v] += weights[p] * Cached::widened(values + v * LANES);
+            for (int v = 0; v < vectors; v++) sums[v] = fused(splat(weights[p]), Cached::widened(values + v * LANES), sums[v]);
         for (int v = 0; v < vectors; v++) store(to + v * LANES, sums[v]);
     }
 
@@ -419,6 +435,14 @@ void raymill_logits(void* d, int num_rows, const float* hidden, float* logits) {
 void raymill_survey(void* d, int num_rows, const float* logits, int64_t* best, bool* finite) {
     static_cast<Decoder*>(d)->survey(num_rows, logits, best, finite);
 }
+// Each of numbers (M, V) becomes its exponential.
+void raymill_exponentials(void* d, int num_rows, float* numbers) { static_cast<Decoder*>(d)->exponentials(num_rows, numbers); }
+// The logarithms (M, V) of the softmax of each row of logits.
+void raymill_log_probabilities(void* d, int num_rows, const float* logits, float* to) {
+    static_cast<Decoder*>(d)->log_probabilities(num_rows, logits, to);
+}
+// Whether a kind of numbers has the same bits on every processor.
+bool raymill_is_portable(int kind) { return kind == 1 ? Bf16::PORTABLE : kind == 0 ? Fp32::PORTABLE : Int8::PORTABLE; }
 void raymill_destroy(void* d) { delete static_cast<Decoder*>(d); }
 }
 #pragma GCC visibility pop

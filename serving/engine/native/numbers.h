@@ -1,7 +1,8 @@
 // Defines how numbers are stored and how their products are summed.
 //
 // A lane of weights holds GROUP numbers that follow each other along the summed dimension, which is padded with zeros to
-// a multiple of DEPTH. Inputs are Elements in a row; a group of them has 4 bytes.
+// a multiple of DEPTH. Inputs are Elements in a row; a group of them has 4 bytes. PORTABLE kinds have the same bits on every
+// processor.
 
 #pragma once
 
@@ -13,23 +14,28 @@ struct Fp32 {
     using Sums = F32;
     using Cached = Fp32;  // keys and values
     static constexpr int GROUP = 1, DEPTH = 1;
-    static constexpr bool QUANTIZED = false;
+    static constexpr bool QUANTIZED = false, PORTABLE = true;
     static Number from(float x) { return x; }
     static float value(Number x) { return x; }
     static Element element(float x) { return x; }
     static F32 widened(const Number* from) { return load(from); }
     static F32 weights(const Number* from) { return load(from); }
-    static F32 multiply_add(F32 sums, F32 weights, uint32_t input) { return sums + weights * bits<float>(input); }
+    static F32 multiply_add(F32 sums, F32 weights, uint32_t input) {
+        return fused(weights, splat(bits<float>(input)), sums);
+    }
 };
 
-struct Bf16 {
+// bf16 numbers, whose products are fp32: the same bits on every processor.
+struct Bf16InFp32 {
     using Number = uint16_t;
+    using Element = float;
     using Sums = F32;
-    using Cached = Bf16;
-    static constexpr int DEPTH = 32;
-    static constexpr bool QUANTIZED = false;
+    using Cached = Bf16InFp32;
+    static constexpr int GROUP = 1, DEPTH = 32;
+    static constexpr bool QUANTIZED = false, PORTABLE = true;
     static Number from(float x) { return x != x ? 0x7fc0 : rounded(x) >> 16; }
     static float value(Number x) { return bits<float>(uint32_t(x) << 16); }
+    static Element element(float x) { return x != x ? x : bits<float>(rounded(x) & 0xffff0000u); }
     static F32 widened(const Number* from) {
 #if defined(WIDE)
         return F32(WIDE(slli_epi32)(WIDE(cvtepu16_epi32)(read_as<Half>(from)), 16));
@@ -41,21 +47,10 @@ struct Bf16 {
         return numbers;
 #endif
     }
-#ifdef __AVX512BF16__
-    using Element = Number;
-    static constexpr int GROUP = 2;
-    static Element element(float x) { return from(x); }
-    static U32 weights(const Number* from) { return read_as<U32>(from); }
-    static F32 multiply_add(F32 sums, U32 weights, uint32_t input) {
-        return F32(_mm512_dpbf16_ps(__m512(sums), __m512bh(weights), __m512bh(_mm512_set1_epi32(input))));
-    }
-#else  // products in fp32
-    using Element = float;
-    static constexpr int GROUP = 1;
-    static Element element(float x) { return x != x ? x : bits<float>(rounded(x) & 0xffff0000u); }
     static F32 weights(const Number* from) { return widened(from); }
-    static F32 multiply_add(F32 sums, F32 weights, uint32_t input) { return sums + weights * bits<float>(input); }
-#endif
+    static F32 multiply_add(F32 sums, F32 weights, uint32_t input) {
+        return fused(weights, splat(bits<float>(input)), sums);
+    }
 
 private:
     static uint32_t rounded(float x) {  // to nearest, ties to even, in the upper half
@@ -64,13 +59,30 @@ private:
     }
 };
 
+#ifdef __AVX512BF16__
+// Pairs of products by the processor's own instruction, which rounds otherwise than fp32 does.
+struct Bf16 : Bf16InFp32 {
+    using Element = Number;
+    using Cached = Bf16;
+    static constexpr int GROUP = 2;
+    static constexpr bool PORTABLE = false;
+    static Element element(float x) { return from(x); }
+    static U32 weights(const Number* from) { return read_as<U32>(from); }
+    static F32 multiply_add(F32 sums, U32 weights, uint32_t input) {
+        return F32(_mm512_dpbf16_ps(__m512(sums), __m512bh(weights), __m512bh(_mm512_set1_epi32(input))));
+    }
+};
+#else
+using Bf16 = Bf16InFp32;
+#endif
+
 // Weights are -127 … 127 in units of their column; inputs are 0 … 255 in units of their row, and 128 is zero.
 struct Int8 {
     using Number = int8_t;
     using Sums = I32;  // integers, whose order does not matter
-    using Cached = Bf16;
+    using Cached = Bf16InFp32;
     static constexpr int DEPTH = 64;
-    static constexpr bool QUANTIZED = true;
+    static constexpr bool QUANTIZED = true, PORTABLE = true;
     static constexpr int ZERO = 128;
     static Number from(float x) { return Number(std::lrint(x)); }
     static float value(Number x) { return x; }

@@ -18,11 +18,13 @@
 constexpr int LANES = 16, REGISTERS = 32;
 #define WIDE(operation) _mm512_##operation  // the intrinsic of that name for these vectors
 using Wide = __m512i;
+using FloatWide = __m512;
 using Half = __m256i;
 #elif defined(__AVX2__)
 constexpr int LANES = 8, REGISTERS = 16;
 #define WIDE(operation) _mm256_##operation
 using Wide = __m256i;
+using FloatWide = __m256;
 using Half = __m128i;
 #elif defined(__aarch64__)
 constexpr int LANES = 4, REGISTERS = 32;
@@ -50,9 +52,23 @@ inline To bits(From from) {
     return read_as<To>(&from);
 }
 
+inline F32 splat(float value) { return value - F32{}; }
+
+// Returns a * b + c, rounded once. It is asked for by name, and the compiler may not fuse by itself (-ffp-contract=off):
+// else each processor would round in other places.
+inline F32 fused(F32 a, F32 b, F32 c) {
+#if defined(WIDE) && defined(__FMA__)
+    return F32(WIDE(fmadd_ps)(FloatWide(a), FloatWide(b), FloatWide(c)));
+#elif defined(__aarch64__)
+    return F32(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
+#else
+    for (int i = 0; i < LANES; i++) c[i] = std::fma(a[i], b[i], c[i]);
+    return c;
+#endif
+}
+
 inline F32 load(const float* from) { return *reinterpret_cast<const F32Any*>(from); }
 inline void store(float* to, F32 value) { *reinterpret_cast<F32Any*>(to) = value; }
-inline F32 splat(float value) { return value - F32{}; }
 
 inline float sum(F32 v) {
     float total = 0;
@@ -60,13 +76,24 @@ inline float sum(F32 v) {
     return total;
 }
 
+// Sums are kept in this many columns, whatever the processor's width, and the columns are added up in order.
+constexpr int COLUMNS = 16, VECTORS_OF_COLUMNS = COLUMNS / LANES;
+
+inline float sum_of_columns(const F32* sums) {
+    float total = 0;
+    for (int v = 0; v < VECTORS_OF_COLUMNS; v++)
+        for (int i = 0; i < LANES; i++) total += sums[v][i];
+    return total;
+}
+
 // Sums `count` terms, many at once and then the last ones.
 template <class Many, class One>
 inline float sum_of(int count, const Many& many, const One& one) {
-    F32 sums = {};
+    F32 sums[VECTORS_OF_COLUMNS] = {};
     int i = 0;
-    for (; i + LANES <= count; i += LANES) sums += many(i);
-    float total = sum(sums);
+    for (; i + COLUMNS <= count; i += COLUMNS)
+        for (int v = 0; v < VECTORS_OF_COLUMNS; v++) sums[v] += many(i + v * LANES);
+    float total = sum_of_columns(sums);
     for (; i < count; i++) total += one(i);
     return total;
 }
@@ -97,17 +124,4 @@ inline Survey survey_of(const float* numbers, int count) {
     }
     const int best = int(std::find(numbers, numbers + count, top) - numbers);
     return {best < count ? best : 0, rest == 0.0f};
-}
-
-// Returns e^x to 2 ulp: 2^n times a polynomial of degree 6 (Cephes).
-inline F32 exponential(F32 x) {
-    x = x > 88.0f ? splat(88.0f) : x;
-    x = x < -87.0f ? splat(-87.0f) : x;
-    const F32 n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
-    const F32 r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    F32 p = splat(1.9875691500e-4f);
-    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        p = p * r + c;
-    p = p * r * r + r + 1.0f;
-    return F32(U32(p) + (U32(__builtin_convertvector(n, I32)) << 23));
 }

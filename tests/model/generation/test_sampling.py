@@ -193,9 +193,16 @@ def test_forbidden_tokens_are_never_drawn_and_the_others_keep_their_shares(
     assert logits[0].tolist() == [4.0, 3.0, 2.0, -5.0]  # which log-probabilities are taken from
 
 
-def test_weights_too_small_for_normal_numbers_are_none() -> None:
-    logits = torch.tensor([0.0, -40.0, -43.4, -43.6, -600.0, -torch.inf])
+def test_weights_below_the_smallest_unit_are_none() -> None:
+    logits = torch.tensor([0.0, -10.0, -18.0, -30.0, -600.0, -torch.inf])
     left = distribution(logits, SamplingParams(temperature=0.5))
     expected = (logits.double() / 0.5).exp()
-    assert left.tolist()[:3] == pytest.approx(expected.tolist()[:3], rel=1e-5)
+    assert left.tolist()[:3] == pytest.approx(expected.tolist()[:3], rel=1e-2)
     assert left[2] > 0 and left.tolist()[3:] == [0.0, 0.0, 0.0]
+
+
+def test_every_number_finds_a_token_that_has_weight_however_many_tokens_there_are() -> None:
+    logits = torch.full((1, 200_001), -40.0)
+    logits[0, [7, 255, 256, 199_999]] = 0.0
+    rows = [SamplingRow(SamplingParams(seed=seed), [0], [], 0) for seed in range(50)]
+    assert set(sample_batch(logits.expand(50, -1), rows)) == {7, 255, 256, 199_999}
