@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.output.json_result import JsonResult
 from cluster.output.result_text import lines, table
 from cluster.storage.uris import Storage
 from jobs.run.find_run import data_identity
@@ -127,9 +128,33 @@ def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def diff(run_a: Storage, run_b: Storage) -> dict[str, Any]:
-    """Returns whether the runs are `equal`, for how many steps, where they part, and the settings
-    that differ."""
+@dataclass(frozen=True)
+class Comparison(JsonResult):
+    """How two runs compare; pairs are of the first and the second run."""
+
+    verdict: str
+    equal: bool
+    equal_steps: int
+    step: int | None  # the first where they part
+    fields: dict[str, tuple[Any, Any]]  # of that step
+    settings: dict[str, tuple[Any, Any]]  # that differ
+
+    def text(self) -> str:
+        """Returns it as people read it: what differs as a table, with a column for each run."""
+        shown = self.json()
+        tables = {name: shown.pop(name) for name in ("fields", "settings")}
+        parts = ["".join(f"{line}\n" for line in lines(shown))]
+        for name, pairs in tables.items():
+            rows = [
+                {name: key, "first run": _shown(a), "second run": _shown(b)}
+                for key, (a, b) in pairs.items()
+            ]
+            parts.append(table((name, "first run", "second run"), rows))
+        return "\n".join(part for part in parts if part)
+
+
+def diff(run_a: Storage, run_b: Storage) -> Comparison:
+    """Compares two runs, and the settings on which their bits depend."""
     ledgers = shown_ledger(run_a), shown_ledger(run_b)
     a, b = (step_values(ledger) for ledger in ledgers)
     steps = sorted(a.keys() & b.keys())
@@ -145,32 +170,14 @@ def diff(run_a: Storage, run_b: Storage) -> dict[str, Any]:
         verdict = f"the runs part at {parted}" if parted else f"equal for {len(steps)} steps"
     if settings:
         verdict += f"; settings that differ: {_listed(settings)}"
-    return {
-        "verdict": verdict,
-        "equal": parted is None and bool(steps),
-        "equal_steps": steps.index(parted.step) if parted else len(steps),
-        "step": parted.step if parted else None,
-        "fields": parted.fields if parted else {},
-        "settings": settings,
-    }
-
-
-def as_text(result: dict[str, Any]) -> str:
-    """Returns a comparison as people read it: what differs as a table, with a column for each
-    run."""
-    nested = ("fields", "settings")
-    parts = [
-        "".join(
-            f"{line}\n" for line in lines({key: result[key] for key in result if key not in nested})
-        )
-    ]
-    for name in nested:
-        rows = [
-            {name: key, "first run": _shown(a), "second run": _shown(b)}
-            for key, (a, b) in result[name].items()
-        ]
-        parts.append(table((name, "first run", "second run"), rows))
-    return "\n".join(part for part in parts if part)
+    return Comparison(
+        verdict,
+        equal=parted is None and bool(steps),
+        equal_steps=steps.index(parted.step) if parted else len(steps),
+        step=parted.step if parted else None,
+        fields=parted.fields if parted else {},
+        settings=settings,
+    )
 
 
 def _listed(pairs: dict[str, tuple[Any, Any]]) -> str:

@@ -7,10 +7,10 @@ from functools import cached_property
 
 import numpy as np
 
+from cluster.output.json_result import JsonResult
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, batch_schedule, max_steps
 from cluster.storage.uris import Storage
-from jobs.proof.results import JsonResult
 from jobs.proof.step_outcomes import Outcome, StepOutcomes
 from jobs.proof.training_order import Marks, Stretch, TrainingOrder, Turn
 from jobs.run.find_run import begun_ledger, data_identity, division, last_start

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
+from cluster.output.json_result import JsonResult
 from cluster.output.progress import say
 from cluster.output.result_text import counted
 from cluster.settings.code_folders import code_version
@@ -25,7 +26,6 @@ from cluster.settings.run import RunConfig, batch_schedule, to_yaml
 from cluster.storage.uris import Storage
 from jobs.proof.diff_runs import first_difference, step_values
 from jobs.proof.recorded.checkpoint import CheckpointRecord, state_problem
-from jobs.proof.results import JsonResult
 from jobs.run.base import recorded_base
 from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.find_run import begun_ledger, data_identity, division, find_tokens, last_start

@@ -8,11 +8,11 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+from cluster.output.json_result import JsonResult
 from cluster.output.result_text import counted, lines, table
 from cluster.storage.uris import Storage
 from jobs.proof.missing_documents import file_note
 from jobs.proof.opened_run import Learning, OpenedRun, Taken, learned_steps
-from jobs.proof.results import JsonResult
 from jobs.proof.step_outcomes import Outcome
 from jobs.proof.stored_documents import Asked, find_by_place, find_by_text, first_words
 from jobs.proof.training_order import Stretch, TrainingOrder, Turn

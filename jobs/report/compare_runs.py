@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.ticker import StrMethodFormatter
 
+from cluster.output.json_result import JsonResult
 from cluster.output.result_text import counted, table
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
@@ -36,9 +37,30 @@ class Run:
     config: RunConfig
 
 
-def compare(*runs: Storage, storage_uri: str) -> dict[str, Any]:
-    """Writes `comparisons/…/` into the storage; returns the page, the figure, the settings and the
-    final figures.
+@dataclass(frozen=True)
+class ComparedRuns(JsonResult):
+    """The addresses of a page and of a figure, and what they show: values by name, one for each
+    run."""
+
+    html: str
+    figure: str
+    runs: list[str]
+    settings: dict[str, list[str]]
+    figures: dict[str, list[str]]
+
+    def text(self) -> str:
+        """Returns it as people read it: a column for each run."""
+        names = ("", *self.runs)
+        parts = [f"{'page':8}{self.html}\n{'figure':8}{self.figure}\n"]
+        titles = {"final figures": self.figures, "settings that differ": self.settings}
+        for title, values in titles.items():
+            rows = [dict(zip(names, row, strict=True)) for row in _rows(values)]
+            parts.append(f"\n{title}{':' if rows else ': none'}\n{table(names, rows)}")
+        return "".join(parts)
+
+
+def compare(*runs: Storage, storage_uri: str) -> ComparedRuns:
+    """Writes `comparisons/…/` into the storage.
 
     Raises `UserError` for a run without a step, `ConfigError` for too few runs or too many.
     """
@@ -66,24 +88,13 @@ def compare(*runs: Storage, storage_uri: str) -> dict[str, Any]:
     )
     folder.write_bytes("loss.png", image)
     folder.write_bytes("index.html", document("Comparison of runs", body).encode())
-    return {
-        "html": join_uri(folder.uri, "index.html"),
-        "figure": join_uri(folder.uri, "loss.png"),
-        "runs": names,
-        "settings": settings,
-        "figures": rows,
-    }
-
-
-def as_table(result: dict[str, Any]) -> str:
-    """Returns a comparison as people read it: a column for each run."""
-    names = ("", *result["runs"])
-    parts = [f"{'page':8}{result['html']}\n{'figure':8}{result['figure']}\n"]
-    titles = {"final figures": result["figures"], "settings that differ": result["settings"]}
-    for title, values in titles.items():
-        rows = [dict(zip(names, row, strict=True)) for row in _rows(values)]
-        parts.append(f"\n{title}{':' if rows else ': none'}\n{table(names, rows)}")
-    return "".join(parts)
+    return ComparedRuns(
+        html=join_uri(folder.uri, "index.html"),
+        figure=join_uri(folder.uri, "loss.png"),
+        runs=names,
+        settings=settings,
+        figures=rows,
+    )
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:

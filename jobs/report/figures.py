@@ -57,7 +57,7 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
     span = f"steps {ledger.steps[0]['step']} to {ledger.steps[-1]['step']}"
     labels = [f"{stop.label} after step {stop.step}" for stop in ledger.interruptions()]
     stops = "; ".join(labels) or "no interruption"
-    verdict = why_slow(ledger)["verdict"]
+    verdict = why_slow(ledger).verdict
     rates = [line["lr"] for line in ledger.steps]
     by_name = {
         "loss": Picture(

@@ -31,7 +31,7 @@ def make_report(run: Storage, *, price: float | None = None) -> dict[str, Any]:
     samples, drops, audits = _samples(ledger), _drops(run, ledger), _audits(ledger)
     title = f"Run {run.uri.rpartition('/')[2]}"
     body = f"""<h1>{escape(title)}</h1>
-<p>{escape(why_slow(ledger)["verdict"])}</p>
+<p>{escape(why_slow(ledger).verdict)}</p>
 {pairs([*statistics(ledger, config), *cost_rows(ledger, config, price=price)])}
 <h2>Curves</h2>
 {figures}{f"<h2>Samples</h2>{samples}" if samples else ""}

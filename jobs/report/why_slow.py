@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from cluster.output.json_result import JsonResult
 from cluster.storage.uris import Storage
 from jobs.run.find_run import begun_ledger
 from jobs.run.history import lost_steps
 from jobs.run.ledger import Ledger
 from jobs.run.storage_retry import not_stored
 from jobs.training.rank_phases import RankTime, from_fields, stragglers
+from model.hardware.processor import processor_share
 from model.tables import read_table
-from raymill.phases import COMPUTING, PHASES, REST, processor_share
+from raymill.phases import COMPUTING, PHASES, REST
 
 LEAST_SHARE = 0.1
 """Share of the wall time from which something other than computing is worth fixing."""
@@ -160,50 +162,91 @@ def _processor(windows: list[Window]) -> list[float]:
     return [float(np.mean(shares)) for shares in shares_of]
 
 
-def why_run_is_slow(run: Storage) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SlowRank(JsonResult):
+    """The rank most waited for."""
+
+    rank: int
+    node: str | None
+    ratio: float  # its time for a lane over the median
+
+
+@dataclass(frozen=True)
+class Evidence(JsonResult):
+    """The figures that a verdict stands on."""
+
+    share: float  # of the wall time, of the largest cause
+    median_step_s: float
+    mean_step_s: float
+    steps: int
+    share_of_peak: float | None
+    world_size: int
+    lanes: list[float]  # of each rank
+    processor: list[float]  # the share of one that each rank had while it computed
+    restarts: int
+    lost_steps: int
+    checkpoints: int
+    straggler: SlowRank | None  # where it is worth fixing
+
+    def json(self) -> dict[str, Any]:
+        shown = super().json()
+        if self.straggler is None:
+            del shown["straggler"]
+        return shown
+
+
+@dataclass(frozen=True)
+class Slowness(JsonResult):
+    """What bounds a run."""
+
+    verdict: str  # a sentence
+    bound: str  # the largest cause
+    fix_first: str | None  # the largest one besides computing; None where that is small
+    evidence: Evidence
+    shares: dict[str, float]  # of the wall time, by cause
+
+
+def why_run_is_slow(run: Storage) -> Slowness:
     """Is `raymill why-slow`. Raises `UserError` for a run without a step."""
     return why_slow(begun_ledger(run))
 
 
-def why_slow(ledger: Ledger) -> dict[str, Any]:
-    """Returns `verdict`, a sentence; `bound`, the largest cause; `fix_first`, the largest one
-    besides computing, None where that is small; `evidence`; and `shares` of the wall time."""
+def why_slow(ledger: Ledger) -> Slowness:
+    """Returns what bounds a run that has taken a step."""
     measured = shares(ledger)
-    steps = ledger.steps
-    step_s = float(np.median([line["wall_s"] for line in steps]))
-    peak = [line["mfu"] for line in steps if line["mfu"] is not None]
-    evidence: dict[str, Any] = {
-        "share": round(measured.by_cause[measured.bound], 4),
-        "median_step_s": round(step_s, 6),
-        "mean_step_s": round(float(np.mean([line["wall_s"] for line in steps])), 6),
-        "steps": len(steps),
-        "share_of_peak": round(float(np.median(peak)), 4) if peak else None,
-        "world_size": steps[-1]["world_size"],
-        "lanes": measured.lanes,
-        "processor": [round(share, 4) for share in measured.processor],
-        "restarts": len(ledger.world_sizes) - 1 - len(ledger.pauses),
-        "lost_steps": len(lost_steps(ledger)),
-        "checkpoints": len(ledger.events("checkpoint")),
-    }
-    if measured.straggler and measured.by_cause["straggler"] >= LEAST_SHARE:
-        rank, ratio = measured.straggler
-        workers = ledger.events("start")[-1]["workers"]
-        evidence["straggler"] = {
-            "rank": rank,
-            "node": workers[rank]["node"] if rank < len(workers) else None,
-            "ratio": round(ratio, 2),
-        }
+    evidence = _evidence(ledger, measured)
     verdict = _sentence(measured, evidence, advice=_validation_advice(ledger))
     verdict += _shared(measured)
     if problem := not_stored(ledger.lines):
         verdict += f" And {problem}."
-    return {
-        "verdict": verdict,
-        "bound": measured.bound,
-        "fix_first": measured.fix_first,
-        "evidence": evidence,
-        "shares": {cause: round(share, 4) for cause, share in measured.by_cause.items()},
-    }
+    by_cause = {cause: round(share, 4) for cause, share in measured.by_cause.items()}
+    return Slowness(verdict, measured.bound, measured.fix_first, evidence, by_cause)
+
+
+def _evidence(ledger: Ledger, measured: Shares) -> Evidence:
+    steps = ledger.steps
+    walls_s = [line["wall_s"] for line in steps]
+    peak = [line["mfu"] for line in steps if line["mfu"] is not None]
+    slow = None
+    if measured.straggler and measured.by_cause["straggler"] >= LEAST_SHARE:
+        rank, ratio = measured.straggler
+        workers = ledger.events("start")[-1]["workers"]
+        node = workers[rank]["node"] if rank < len(workers) else None
+        slow = SlowRank(rank, node, round(ratio, 2))
+    return Evidence(
+        share=round(measured.by_cause[measured.bound], 4),
+        median_step_s=round(float(np.median(walls_s)), 6),
+        mean_step_s=round(float(np.mean(walls_s)), 6),
+        steps=len(steps),
+        share_of_peak=round(float(np.median(peak)), 4) if peak else None,
+        world_size=steps[-1]["world_size"],
+        lanes=measured.lanes,
+        processor=[round(share, 4) for share in measured.processor],
+        restarts=len(ledger.world_sizes) - 1 - len(ledger.pauses),
+        lost_steps=len(lost_steps(ledger)),
+        checkpoints=len(ledger.events("checkpoint")),
+        straggler=slow,
+    )
 
 
 def _validation_advice(ledger: Ledger) -> str:
@@ -216,24 +259,24 @@ def _validation_advice(ledger: Ledger) -> str:
     return "raise train.eval_every_steps or lower train.eval_max_tokens"
 
 
-def _sentence(measured: Shares, evidence: dict[str, Any], *, advice: str) -> str:
+def _sentence(measured: Shares, evidence: Evidence, *, advice: str) -> str:
     """Writes the verdict. It begins with the largest part of the wall time; where that is
     computing, the largest other part follows."""
-    peak = evidence["share_of_peak"]
+    peak = evidence.share_of_peak
     cause = measured.fix_first or measured.bound
-    values = {
-        **evidence,
-        **evidence.get("straggler", {}),
+    slow = {} if evidence.straggler is None else evidence.straggler.json()
+    values = evidence.json() | slow
+    values |= {
         "advice": advice,
         "share": f"{measured.by_cause[cause]:.0%} of the wall time",
         "peak": "an unknown share of the peak" if peak is None else f"{peak:.0%} of the peak",
         "processor": f"{np.mean(measured.processor):.0%}",
-        "most": f"{max(evidence['lanes']):g}",
-        "least": f"{min(evidence['lanes']):g}",
+        "most": f"{max(evidence.lanes):g}",
+        "least": f"{min(evidence.lanes):g}",
     }
     who, verb, how = (part.format(**values) for part in _SENTENCES[cause])
-    step = f"a step takes {_duration(evidence['median_step_s'])} in the median, "
-    step += f"{_duration(evidence['mean_step_s'])} in the mean"
+    step = f"a step takes {_duration(evidence.median_step_s)} in the median, "
+    step += f"{_duration(evidence.mean_step_s)} in the mean"
     if measured.bound == cause:
         return f"{who} {verb} the run: {how}; {step}."
     computing = f"{measured.by_cause['compute']:.0%} of the wall time"

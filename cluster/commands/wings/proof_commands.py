@@ -92,12 +92,11 @@ def replay(arguments: Arguments) -> Result:
 def diff(arguments: Arguments) -> Result:
     first, second = named_runs("diff", arguments[TWO_RUNS], arguments[STORAGE])
 
-    from jobs.proof.diff_runs import as_text
     from jobs.proof.diff_runs import diff as diff_runs
 
     with reports_shown():
-        verdict = diff_runs(first, second)
-    return Result(verdict, text=as_text(verdict), is_bad=not verdict["equal"])
+        compared = diff_runs(first, second)
+    return Result(compared.json(), text=compared.text(), is_bad=not compared.equal)
 
 
 def where(arguments: Arguments) -> Result:

@@ -18,12 +18,11 @@ def report(arguments: Arguments) -> Result:
 def compare(arguments: Arguments) -> Result:
     runs = named_runs("compare", arguments[RUNS], arguments[STORAGE])
 
-    from jobs.report.compare_runs import as_table
     from jobs.report.compare_runs import compare as compare_runs
 
     with reports_shown():
-        comparison = compare_runs(*runs, storage_uri=arguments[STORAGE])
-    return Result(comparison, text=as_table(comparison))
+        compared = compare_runs(*runs, storage_uri=arguments[STORAGE])
+    return Result(compared.json(), text=compared.text())
 
 
 def why_slow(arguments: Arguments) -> Result:
@@ -32,7 +31,7 @@ def why_slow(arguments: Arguments) -> Result:
     from jobs.report.why_slow import why_run_is_slow
 
     with reports_shown():
-        return Result(why_run_is_slow(run))
+        return Result(why_run_is_slow(run).json())
 
 
 def probe(arguments: Arguments) -> Result:

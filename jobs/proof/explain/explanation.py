@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median_low
 from typing import Any
 
-from jobs.proof.results import JsonResult
+from cluster.output.json_result import JsonResult
 from jobs.proof.step_outcomes import Outcome
 from jobs.proof.where_run import TaughtDocument
 

@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from cluster.output.json_result import finite
 from cluster.output.result_text import text_of
 from cluster.storage.uris import Storage, join_uri
 from jobs.proof.explain.explanation import Explanation, StepWithout, WorstRow, shortened
-from jobs.proof.results import finite
 from jobs.report.page import (
     ACCENT,
     SERIES,

@@ -19,9 +19,9 @@ from model.files.checkpoint_folder import (
 )
 from model.files.hf_config import read_shape
 from model.files.state_hash import COUNT, StoredState, VectorsHash, read_state
+from model.files.tensor_contents import TensorContents, contents_in
 from model.shapes import parameter_shapes
 from raymill.errors import CheckpointError
-from raymill.files.stored_tensors import StoredTensors, stored_in
 
 _PIECE_BYTES = 1 << 20
 _OF_STARTS = {"data_identity", "precision", "code_version", "tokens_seen"}
@@ -100,9 +100,9 @@ def state_problem(folder: Path, record: CheckpointRecord) -> str | None:
     return f"its training state's hash is {_short(found)}, the ledger says {_short(wanted)}"
 
 
-def _read(folder: Path) -> tuple[StoredState, StoredTensors]:
+def _read(folder: Path) -> tuple[StoredState, TensorContents]:
     files = state_files(manifest_files(folder), place=str(folder))
-    stored = stored_in(folder, files)
+    stored = contents_in(folder, files)
     return read_state(stored, parameter_shapes(read_shape(folder))), stored
 
 
@@ -153,7 +153,7 @@ def metadata_problems(metadata: Metadata, record: CheckpointRecord) -> list[str]
 
 
 def _start_problems(
-    state: StoredState, stored: StoredTensors, *, shapes: dict[str, Any]
+    state: StoredState, stored: TensorContents, *, shapes: dict[str, Any]
 ) -> list[str]:
     """Returns whether a checkpoint of step 0 has anything but weights: an update rule that has not
     begun."""

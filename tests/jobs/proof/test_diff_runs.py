@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.storage.uris import Storage, open_storage
-from jobs.proof.diff_runs import Difference, as_text, diff, first_difference, step_values
+from jobs.proof.diff_runs import Difference, diff, first_difference, step_values
 from jobs.run.ledger import Ledger
 from jobs.training.train_loop import train
 from tests.jobs.runs import tiny_plan
@@ -27,7 +27,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 
 def test_a_run_and_its_repetition_are_equal(usual: Storage, tmp_path: Path) -> None:
     result = diff(usual, trained(tmp_path, eval_every_steps=3, layer_statistics_every_steps=2))
-    assert (result["verdict"], result["equal"], result["settings"]) == (
+    assert (result.verdict, result.equal, result.settings) == (
         "equal for 8 steps",
         True,
         {},
@@ -49,14 +49,14 @@ def test_the_step_and_field_where_settings_part_runs(
     usual: Storage, tmp_path: Path, settings: dict[str, Any], step: int, field: str
 ) -> None:
     result = diff(usual, trained(tmp_path, **settings))
-    assert (result["equal"], result["step"], next(iter(result["fields"]))) == (False, step, field)
-    assert list(result["settings"]) == [f"train.{next(iter(settings))}"]
-    assert next(iter(settings)) in result["verdict"]
+    assert (result.equal, result.step, next(iter(result.fields))) == (False, step, field)
+    assert list(result.settings) == [f"train.{next(iter(settings))}"]
+    assert next(iter(settings)) in result.verdict
 
 
 def test_another_batch_is_found_in_the_sample_range(usual: Storage, tmp_path: Path) -> None:
     result = diff(usual, trained(tmp_path, global_batch_size=2))
-    assert (result["step"], next(iter(result["fields"]))) == (1, "samples")
+    assert (result.step, next(iter(result.fields))) == (1, "samples")
 
 
 @pytest.mark.parametrize("step", [1, 5, 8])
@@ -65,7 +65,7 @@ def test_a_changed_line_is_found_at_its_step(usual: Storage, tmp_path: Path, ste
     copy = open_storage(str(tmp_path)).child("runs/tiny")
     change_line(copy, step, loss=Ledger.read(usual).steps[step - 1]["loss"] + 1e-9)
     result = diff(usual, copy)
-    assert (result["step"], list(result["fields"]), result["equal_steps"]) == (
+    assert (result.step, list(result.fields), result.equal_steps) == (
         step,
         ["loss"],
         step - 1,
@@ -74,7 +74,7 @@ def test_a_changed_line_is_found_at_its_step(usual: Storage, tmp_path: Path, ste
 
 def test_a_difference_is_a_table_with_a_column_for_each_run(usual: Storage, tmp_path: Path) -> None:
     """Its figures have nine digits, by which two numbers in fp32 are told apart."""
-    shown = as_text(diff(usual, trained(tmp_path, learning_rate=2e-2))).splitlines()
+    shown = diff(usual, trained(tmp_path, learning_rate=2e-2)).text().splitlines()
     rows = [line.split() for line in shown]
     assert ["fields", "first", "run", "second", "run"] in rows
     assert ["train.learning_rate", "0.01", "0.02"] in rows

@@ -133,6 +133,7 @@ def files_of(run: Storage) -> dict[str, bytes]:
     return {entry.key: run.read_bytes(entry.key) for entry in run.list()}
 
 
+@pytest.mark.more
 def test_the_planted_document_is_named_with_its_lane_and_row(plan: RunPlan) -> None:
     turn = planted_turn(plan)
     result = explain(plan.run, turn["step"]).json()
@@ -255,6 +256,7 @@ def test_a_fault_that_comes_again_is_shown_where_it_is(
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
+@pytest.mark.more
 def test_steps_around_a_rollback_are_explained(plan: RunPlan) -> None:
     assert Ledger.read(plan.run).rollbacks == (WINDOW,)
     rolled_back = explain(plan.run, WINDOW[0] + 1).json()
@@ -282,6 +284,7 @@ def test_without_a_map_the_rows_have_their_text(plan: RunPlan, copied: Storage) 
     assert f'lane {worst["lane"]}, row {worst["row"]} ("' in result["verdict"]
 
 
+@pytest.mark.more
 def test_people_and_programs_read_the_explanation(
     plan: RunPlan, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,6 +328,7 @@ def num_uneven(plan: RunPlan, step: int) -> int:
     return len({*counts[counts > 0].tolist()})
 
 
+@pytest.mark.more
 def test_rows_and_lanes_agree_for_conversations_with_dropout_in_bf16(tmp_path: Path) -> None:
     """Lanes of two micro-batches, of whose rows some count more tokens than others."""
     file = write_conversations(tmp_path / "texts" / "chat.jsonl")
@@ -362,6 +366,7 @@ def test_rows_and_lanes_agree_for_conversations_with_dropout_in_bf16(tmp_path: P
     assert total == pytest.approx(without["loss"] * without["tokens"], rel=1e-4)
 
 
+@pytest.mark.more
 def test_a_rolled_back_step_is_explained_where_those_before_it_were_taken_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

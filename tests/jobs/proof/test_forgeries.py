@@ -91,6 +91,7 @@ def test_what_no_audit_covers_is_said_by_each(
     assert any(forgery.says in text for text in UNCOVERED)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("add", [append_other_figures, append_rollback])
 def test_no_command_shows_lines_that_were_added_behind_the_signed_ones(
     add: Callable[[World], None],

@@ -68,6 +68,7 @@ def model_signing(folder: Path, public_key: Path) -> int:
     return subprocess.run(command, check=False, capture_output=True).returncode
 
 
+@pytest.mark.more
 def test_the_librarys_own_command_verifies_a_checkpoint_as_it_is(run: Storage, keys: Keys) -> None:
     folder = checkpoint_folder(run, 8)
     assert model_signing(folder, keys[1]) == 0

@@ -162,6 +162,7 @@ def test_few_shards_are_drawn_by_lot_and_the_others_stay_uncovered(run: Storage)
     assert {*drawn_by_lot(shards, 99, lot="one")} == {*shards}
 
 
+@pytest.mark.more
 def test_a_store_of_all_rules_and_kinds_of_files_is_made_again(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "texts", num_documents=60)
     rows = "".join(f'{n},"row ""{n}"" \n{n * n} {"word " * 20}{n}"\n' for n in range(300))
@@ -279,6 +280,7 @@ def test_a_filter_that_never_ran_is_found_by_the_hash_of_the_settings(
     assert problem.endswith("the store was made with other settings")
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_a_filter_that_never_ran_is_found_by_what_it_drops_though_all_hashes_fit(
     run: Storage, filters: dict[str, Any]
@@ -328,6 +330,7 @@ def test_another_corpus_is_found(run: Storage, tmp_path: Path) -> None:
     assert f"in the document from {other}/b.jsonl:0" in told
 
 
+@pytest.mark.more
 def test_of_two_stores_with_the_same_tokens_the_settings_one_is_compared(tmp_path: Path) -> None:
     places = [str(write_texts(tmp_path / name)) for name in ("one", "other")]
     runs = [run_on(tmp_path, source=[place], **SETTINGS) for place in places]
@@ -359,6 +362,7 @@ def test_a_corpus_that_changed_since_is_named(run: Storage, tmp_path: Path) -> N
     assert problem_of(run) == "sources.json is missing or damaged"
 
 
+@pytest.mark.more
 def test_another_file_in_the_document_map_is_found(run: Storage) -> None:
     store = store_of(run)
     listed = store.read_bytes(DOCUMENTS)
@@ -384,6 +388,7 @@ def test_another_file_in_the_document_map_is_found(run: Storage) -> None:
     assert outcome["uncovered"][0].startswith("from which files the documents are")
 
 
+@pytest.mark.more
 def test_a_tokenizer_that_was_exchanged_is_found(run: Storage, tmp_path: Path) -> None:
     store = store_of(run)
     other = train_bpe([make_text(200, seed=7)] * 3, vocab_size=300)
@@ -407,6 +412,7 @@ def test_a_tokenizer_that_was_exchanged_is_found(run: Storage, tmp_path: Path) -
     )
 
 
+@pytest.mark.more
 def test_figures_of_the_manifest_that_are_invented_are_found(run: Storage) -> None:
     store = store_of(run)
     manifest = read_manifest(store)

@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -123,6 +124,7 @@ def test_where_finds_what_a_scan_of_every_step_finds(drawn: Drawn) -> None:
     assert found == expected
 
 
+@pytest.mark.more
 @settings(max_examples=25, deadline=None)
 @given(drawn=runs())
 def test_a_step_has_the_documents_that_a_scan_finds(drawn: Drawn) -> None:

@@ -104,6 +104,7 @@ def source_text(document: dict[str, Any]) -> str:
     return content.decode()
 
 
+@pytest.mark.more
 def test_both_directions_agree_for_every_document(plan: RunPlan) -> None:
     expected: dict[tuple[str, int], list[tuple[int, int, int, int, int, str]]] = {}
     for step, outcome in steps_taken(plan):

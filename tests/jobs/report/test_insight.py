@@ -62,7 +62,7 @@ def test_worlds_differ_in_nothing_that_diff_compares(folder: Path) -> None:
     """With a parameter hash at every fourth step, as well as at the checkpoint."""
     runs = [run_storage(plan_of(name, folder).config) for name in ("one", "divided")]
     result = diff(*runs)
-    assert (result["equal"], result["equal_steps"], result["verdict"]) == (
+    assert (result.equal, result.equal_steps, result.verdict) == (
         True,
         NUM_STEPS,
         "equal for 20 steps",
@@ -79,7 +79,7 @@ def test_the_slow_rank_is_named(folder: Path) -> None:
     assert event["ratio"] > 1.3
     assert all(window["ranks"][1]["forward"] > SLOW_BY_S for window in ledger.events("phases"))
     found = why_slow(ledger)
-    assert found["fix_first"] == "straggler"
-    assert found["evidence"]["straggler"]["rank"] == 1
-    assert "rank 1 on" in found["verdict"].lower()
-    assert found["shares"]["straggler"] > 0.2
+    assert found.fix_first == "straggler"
+    assert found.evidence.straggler.rank == 1
+    assert "rank 1 on" in found.verdict.lower()
+    assert found.shares["straggler"] > 0.2

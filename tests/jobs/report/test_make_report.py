@@ -108,7 +108,7 @@ def test_page_and_figures(eventful: Storage, tmp_path: Path) -> None:
     assert "script" not in page.tags
     assert "prefers-color-scheme: dark" in Path(result["html"]).read_text()
     assert page.value_of("Steps lost and taken again") == "8 (121–123, 261–265)"
-    verdict = why_slow(Ledger.read(eventful))["verdict"]
+    verdict = why_slow(Ledger.read(eventful)).verdict
     assert verdict in page.cells
     assert verdict in page.images[4]["alt"], "the waterfall has it too"
     assert re.fullmatch(
@@ -120,6 +120,7 @@ def test_page_and_figures(eventful: Storage, tmp_path: Path) -> None:
     assert page.value_of("<script>alert(1)</script>") == "& what step 50 says"
 
 
+@pytest.mark.more
 def test_layers_are_drawn_where_they_were_measured(eventful: Storage) -> None:
     def measured(step: int, size: float) -> dict[str, Any]:
         layers = {
@@ -146,6 +147,7 @@ def test_layers_are_drawn_where_they_were_measured(eventful: Storage) -> None:
     assert "layers" not in page.cells, "hundreds of measurements are no events to read"
 
 
+@pytest.mark.more
 def test_a_real_run_is_drawn_even_when_unfinished(tmp_path: Path) -> None:
     plan = trained_run(str(tmp_path))
     page = Page(Path(make_report(plan.run)["html"]).read_text())
@@ -170,6 +172,7 @@ def test_a_price_makes_the_cost(eventful: Storage) -> None:
     assert page.value_of("Cost").endswith("at $1.5 for a CPU-hour")
 
 
+@pytest.mark.more
 def test_an_mfu_is_drawn_where_it_is_known(eventful: Storage) -> None:
     write_run(
         eventful,
@@ -204,6 +207,7 @@ def test_runs_are_found_by_id_and_by_folder(eventful: Storage, tmp_path: Path) -
         make_report(eventful)
 
 
+@pytest.mark.more
 def test_the_command_prints_one_result(eventful: Storage, tmp_path: Path) -> None:
     command = [
         sys.executable,

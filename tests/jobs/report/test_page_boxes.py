@@ -48,7 +48,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for run in runs:
         write_run(run, events)
     compared = compare(*runs, storage_uri=storage.uri)
-    return {"report": make_report(runs[0])["html"], "comparison": compared["html"]}
+    return {"report": make_report(runs[0])["html"], "comparison": compared.html}
 
 
 def opened(browser: Browser, path: str, *, width: int) -> Page:

@@ -153,34 +153,34 @@ CASES: dict[str, tuple[Ledger, str, list[str]]] = {
 def test_each_cause_is_found(name: str) -> None:
     ledger, bound, said = CASES[name]
     found = why_slow(ledger)
-    assert (found["fix_first"] or found["bound"]) == bound, found
-    assert all(part in found["verdict"] for part in said), found["verdict"]
-    assert found["verdict"].endswith(".")
-    assert sum(found["shares"].values()) == pytest.approx(1.0, abs=1e-3)
-    assert all(share >= 0 for share in found["shares"].values())
-    assert found["bound"] == max(found["shares"], key=found["shares"].__getitem__)
-    assert found["evidence"]["share"] == found["shares"][found["bound"]]
-    assert ("Computing takes the largest part" in found["verdict"]) == (
-        found["bound"] == "compute" != bound
+    assert (found.fix_first or found.bound) == bound, found
+    assert all(part in found.verdict for part in said), found.verdict
+    assert found.verdict.endswith(".")
+    assert sum(found.shares.values()) == pytest.approx(1.0, abs=1e-3)
+    assert all(share >= 0 for share in found.shares.values())
+    assert found.bound == max(found.shares, key=found.shares.__getitem__)
+    assert found.evidence.share == found.shares[found.bound]
+    assert ("Computing takes the largest part" in found.verdict) == (
+        found.bound == "compute" != bound
     )
 
 
 def test_the_last_validation_is_not_to_be_made_rarer() -> None:
-    assert "eval_every_steps" not in why_slow(made(VALIDATING, validated=(20,)))["verdict"]
+    assert "eval_every_steps" not in why_slow(made(VALIDATING, validated=(20,))).verdict
 
 
 def test_small_troubles_do_not_bound_a_run() -> None:
     """Each below a tenth: computing is what takes the time."""
     ledger = made([of(load=0.008, checkpoint=0.008, validation=0.008, sync=0.008)] * 2)
     found = why_slow(ledger)
-    assert (found["bound"], found["fix_first"]) == ("compute", None)
+    assert (found.bound, found.fix_first) == ("compute", None)
 
 
 def test_steps_without_a_window_count_by_rank_0() -> None:
     """Before the first window, or with the run cut off, rank 0's own lines are what there is."""
     ledger = made([of(load=0.1)] * 2, num_steps=7)
     assert not ledger.events("phases")
-    assert why_slow(ledger)["bound"] == "data"
+    assert why_slow(ledger).bound == "data"
 
 
 def test_the_sentence_begins_with_the_largest_part_and_says_of_which_kind_a_time_is() -> None:
@@ -188,19 +188,19 @@ def test_the_sentence_begins_with_the_largest_part_and_says_of_which_kind_a_time
     same parts."""
     ledger = made([of(sync=0.05), of(sync=0.05, validation=0.02)])
     found = why_slow(ledger)
-    assert (found["bound"], found["fix_first"], found["verdict"].partition(";")[0]) == (
+    assert (found.bound, found.fix_first, found.verdict.partition(";")[0]) == (
         "compute",
         "communication",
-        f"Computing takes the largest part, {found['shares']['compute']:.0%} of the wall time",
+        f"Computing takes the largest part, {found.shares['compute']:.0%} of the wall time",
     )
     assert (
-        f"after it the exchange between 2 workers: {found['shares']['communication']:.0%} of"
-        in found["verdict"]
+        f"after it the exchange between 2 workers: {found.shares['communication']:.0%} of"
+        in found.verdict
     )
-    assert "in the median" in found["verdict"]
-    assert "in the mean" in found["verdict"]
+    assert "in the median" in found.verdict
+    assert "in the mean" in found.verdict
     drawn = parts(ledger)
     assert sum(drawn.values()) == pytest.approx(1.0, abs=0.01)
     computing = [share for name, share in drawn.items() if name.startswith("computing: ")]
-    assert sum(computing) == pytest.approx(found["shares"]["compute"], abs=1e-4)
-    assert drawn["communication"] == pytest.approx(found["shares"]["communication"], abs=1e-4)
+    assert sum(computing) == pytest.approx(found.shares["compute"], abs=1e-4)
+    assert drawn["communication"] == pytest.approx(found.shares["communication"], abs=1e-4)

@@ -55,7 +55,7 @@ def test_a_deliberate_pause_is_neither_a_failure_nor_lost_time() -> None:
     assert values["Restarts"].startswith("0,")
     assert values["Time lost"].startswith("0.0 s")
     found = why_slow(ledger)
-    assert (found["bound"], found["evidence"]["restarts"], found["shares"]["restarts"]) == (
+    assert (found.bound, found.evidence.restarts, found.shares["restarts"]) == (
         "compute",
         0,
         0.0,

@@ -43,7 +43,7 @@ def test_an_outage_of_the_storage_is_told_when_it_begins_and_when_it_is_over(
     first, is_down, words = told(begun)
     assert first == [f"{no_checkpoint}. Training goes on, and storing it is tried again and again"]
     assert (is_down, words) == (1.0, no_checkpoint)
-    assert f" And {no_checkpoint}." in why_slow(Ledger(begun))["verdict"]
+    assert f" And {no_checkpoint}." in why_slow(Ledger(begun)).verdict
     over = ["checkpoints are stored again, after 9 failed tries"]
     assert told([*begun, back]) == (first + over, 0.0, "")
 
