@@ -24,6 +24,8 @@ from model.numerics import Numerics
 
 _COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch")
 
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # PyTorch's words on a CPU
+
 _MOST_GRAPHS = 64
 """Most graphs of one compiled function: two for each kind of layer, with a mask and without one, and
 those of the self-test. PyTorch's own limit is 8."""
@@ -129,6 +131,11 @@ def compiled(backend: "str | Callable[..., Any]" = "inductor") -> Operations:
 def is_of_compiler(error: Exception) -> bool:
     """Reports whether PyTorch's compiler has raised it."""
     return type(error).__module__.startswith(_COMPILER)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Reports whether there was no memory left for what PyTorch wanted to make."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error)
 
 
 def _in_training(

@@ -10,16 +10,9 @@ ALIGNMENT_BYTES = 256
 """Buffers begin at a multiple of it: up to there the place of a matrix in memory decides which
 kernels cuBLASLt may choose, and with that the bits of a product."""
 
-_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # PyTorch's words on a CPU
-
 _MADV_HUGEPAGE = 14  # madvise(2)
 _HUGE_PAGE_BYTES = 1 << 21
 _CPU = torch.device("cpu")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Reports whether there was no memory left for what PyTorch wanted to make."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error)
 
 
 def large_zeros(

@@ -1,6 +1,5 @@
 """The parts of a training step, by which its time is measured."""
 
-from collections.abc import Mapping
 from typing import Literal, get_args
 
 Phase = Literal[
@@ -21,14 +20,5 @@ is the part of the exchange that is not overlapped."""
 COMPUTING = ("forward", "loss", "backward", "update")
 """The phases in which a worker waits for nobody: on a CPU its thread has a processor all the time,
 unless other programs take it."""
-REST, UNTIMED = "stall", "step"
-"""The time that no phase claims; the only phase of a step that an earlier version did not time."""
-
-
-def processor_share(processor_s: float | None, seconds: Mapping[str, float]) -> float:
-    """Returns which share of a processor a worker's thread had while it computed, from what it used
-    of one and its seconds by phase: all of it where that is not known."""
-    computing_s = sum(seconds.get(phase, 0.0) for phase in COMPUTING)
-    if processor_s is None or not computing_s:
-        return 1.0
-    return min(1.0, processor_s / computing_s)
+REST = "stall"
+"""The time that no phase claims."""

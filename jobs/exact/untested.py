@@ -3,9 +3,8 @@ an operation that has no deterministic form. Whether a gradient is right is then
 
 import torch
 
-from model.operations import is_of_compiler
+from model.operations import is_of_compiler, is_out_of_memory
 from raymill.errors import UserError
-from raymill.memory import is_out_of_memory
 
 _NOT_DETERMINISTIC = " does not have a deterministic implementation"  # torch's words
 _OF_THIS_PROCESS = 2 << 30

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
+import numpy as np
+
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, state_scaling
 from jobs.exact.run_values import run_sharding
@@ -23,7 +25,6 @@ from raymill.state.messages import (
     Message,
     joined,
     numbers_of_sendings,
-    sizes_of_bundles,
 )
 from raymill.state.sharding import Sharding
 from raymill.sums.exact_reduce import subtrees_of_ranks
@@ -292,3 +293,13 @@ def product_bytes(config: RunConfig) -> int:
     """Returns the bytes of a weight as lanes compute with it, and of its gradient, which is a
     product."""
     return config.train.numerics.product_bytes
+
+
+@lru_cache(maxsize=256)
+def sizes_of_bundles(layout: FlatLayout, *, group_size: int, num_groups: int) -> list[int]:
+    """Returns the number of values of the buckets, or of the first member's parts of them, that go
+    together from one group to the others. A planner asks for the same ones again and again."""
+    sizes = layout.part_sizes(0, world_size=group_size)
+    starts = [numbers.start for numbers in joined(sizes, num_groups)]
+    together: list[int] = np.add.reduceat(sizes, starts).tolist()
+    return together

@@ -19,7 +19,7 @@ from jobs.exact.step_gradient import step_gradient
 from jobs.plan.pace import NUM_STEPS, Pace
 from model.decoders.make import initial_weights, new_decoder
 from model.hardware.memory import keep_freed_memory
-from raymill.phases import processor_share
+from model.hardware.processor import processor_share
 from raymill.step_timer import StepTime, StepTimer
 from raymill.workers.worker_group import WorkerGroup
 

@@ -5,6 +5,7 @@ B sequences in a lane, T tokens of each, C width, F feed-forward width, V vocabu
 the flat buffers.
 """
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from cluster.settings.run import (
     with_precision,
 )
 from jobs.exact.run_values import run_sharding, update_rule
-from jobs.plan.exchange import product_bytes
+from jobs.plan.exchange import product_bytes, sizes_of_bundles
 from jobs.plan.formulas import FP32_BYTES
 from jobs.plan.update import most_optimizer_bytes, most_values, state_bytes
 from jobs.run.history import why_not_resumed
@@ -28,11 +29,10 @@ from model.numerics import NUMERICS
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, hidden_matrices, parameter_shapes
 from raymill.rules.rules import matrix_costs
 from raymill.state.flat_layout import PIECE_VALUES, FlatLayout
-from raymill.state.messages import sizes_of_bundles
 from raymill.state.sharding import Sharding
 from raymill.sums.exact_reduce import subtrees_of_ranks
 from raymill.sums.step_plan import StepPlan
-from raymill.sums.teams import team_plan
+from raymill.sums.teams import TeamPlan, team_plan
 
 PROCESS_BYTES = 0.5e9
 """Memory of Python, PyTorch and Ray in a worker that trains a tiny model (measured: 0.4 to 0.5
@@ -198,7 +198,7 @@ def _received_bytes(layout: FlatLayout, sharding: Sharding, *, num_lanes: int) -
         bundle = max(sizes_of_bundles(layout, group_size=size, num_groups=num_groups))
         subtrees = subtrees_of_ranks(num_lanes, num_groups)
         teams = team_plan([range(num_lanes)], subtrees)
-        received += round(bundle * teams.most_received)
+        received += round(bundle * _most_received(teams))
         if not sharding.sends_sums and num_groups > 2:
             received += bundle * max(map(len, subtrees))
     return float(FP32_BYTES * received)
@@ -222,3 +222,16 @@ def worker_needs(config: RunConfig) -> dict[str, Any]:
         "device_bytes": round(on_device),
         "problems": [reason] if reason else [],
     }
+
+
+def _most_received(teams: TeamPlan) -> float:
+    """Returns the share of a bucket that arrives at a peer at a time, at most."""
+    num_rows = sum(len(teams.left_over[root]) for root in teams.unfinished.values())
+    shares = [num_rows / teams.num_peers]
+    for pairings in teams.levels:
+        arriving: Counter[int] = Counter()
+        for left, right in pairings:
+            arriving.update(member.peer for member in (*left.members, *right.members))
+        half = 0.5 / len(pairings[0][0].members)
+        shares.append(half * max(arriving.values()))
+    return max(shares)

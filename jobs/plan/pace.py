@@ -10,8 +10,8 @@ from cluster.storage.uris import open_storage
 from jobs.run.history import recorded_config
 from jobs.run.ledger import LEDGER, Ledger, Line
 from model.config import shape_differences
+from model.hardware.processor import processor_share
 from raymill.errors import UserError
-from raymill.phases import processor_share
 
 NUM_STEPS = 10
 """Steps from which on a pace is one."""

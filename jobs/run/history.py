@@ -17,12 +17,14 @@ from cluster.storage.registry import LATEST
 from cluster.storage.uris import Storage
 from jobs.run.ledger import Interruption, Ledger, Line
 from model.config import GPTConfig, shape_differences
-from raymill.phases import PHASES, REST, UNTIMED
+from raymill.phases import PHASES, REST
 
 CONFIG_FILE = "config.yaml"
 ASSUMED_PRICES = {"GPU": 2.0, "CPU": 0.05}  # dollars per hour: round numbers near what clouds ask
 _REVISION = re.compile(r"^(hf://.+?)@[^/]+")
 _COMMIT = re.compile("^hf://.+?@[0-9a-f]{40}")
+UNTIMED = "step"
+"""The only phase of a step that an earlier version did not time."""
 _MEASUREMENTS = ("phases", "layers")  # events that a run has hundreds of
 
 

@@ -23,7 +23,7 @@ from model.files.checkpoint import manifest_of
 from model.files.durable_files import sync
 from model.files.failpoints import failpoint
 from model.files.state_hash import COUNT, WORDS, StoredState, read_state, words_of
-from raymill.files.stored_tensors import StoredTensors
+from model.files.tensor_contents import TensorContents
 
 Reports = list[dict[str, Any]]
 
@@ -92,8 +92,8 @@ class ShardedCheckpoint:
                     files.append(file)
         return files
 
-    def _stored(self, files: Sequence[str]) -> StoredTensors:
-        return StoredTensors(files, self._folder.read_bytes, source=self._folder.uri)
+    def _stored(self, files: Sequence[str]) -> TensorContents:
+        return TensorContents(files, self._folder.read_bytes, source=self._folder.uri)
 
     def complete(self, descriptions: Mapping[str, bytes], reports: Reports) -> bytes:
         """Publishes the checkpoint, whose shards are stored, and returns its manifest. After an
@@ -114,10 +114,10 @@ class ShardedCheckpoint:
         return manifest
 
 
-def stored_state(checkpoints: RunCheckpoints, name: str) -> StoredTensors:
+def stored_state(checkpoints: RunCheckpoints, name: str) -> TensorContents:
     """Returns the weights and the training state of a checkpoint, in shards or whole, where they
     are: nothing but what is asked for is read. Raises `CheckpointError`."""
     folder = checkpoints.folder(name)
     files = json.loads(folder.read_bytes(layout.MANIFEST))["files"]
     wanted = layout.state_files(files, place=folder.uri)
-    return StoredTensors(wanted, folder.read_bytes, source=folder.uri)
+    return TensorContents(wanted, folder.read_bytes, source=folder.uri)

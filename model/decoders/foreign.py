@@ -31,10 +31,9 @@ from model.foreign_config import (
     require_version,
 )
 from model.kv_cache import Cache, ModuleCache
-from model.operations import is_of_compiler
+from model.operations import is_of_compiler, is_out_of_memory
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS
 from raymill.errors import UserError
-from raymill.memory import is_out_of_memory
 
 _NUMBERED = re.compile(r"\D*\.\d+\.")  # as `raymill.state.flat_layout` finds a block's parameters
 

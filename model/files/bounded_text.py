@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model.files.chat_probe import ChatProbe
 from model.text.chat import PLAIN_TEMPLATE
+from model.text.chat_probe import ChatProbe
 from model.text.tokenizer import NORMALIZERS, chat_format
 from raymill.errors import UserError
 

@@ -31,6 +31,7 @@ from model.files.hf_config import (
     require_own_shape,
     tokenizer_config_to_hf,
 )
+from model.files.tensor_contents import TensorContents, contents_in
 from model.foreign_config import ForeignConfig
 from model.gpt import GPT
 from model.shapes import parameter_shapes
@@ -38,7 +39,6 @@ from model.text.chat import Chat
 from model.text.tokenizer import Tokenizer
 from raymill.errors import CheckpointError
 from raymill.files.safetensors_file import parameter_hash, safetensors_pieces
-from raymill.files.stored_tensors import StoredTensors, stored_in
 
 
 class NotFiniteError(CheckpointError):
@@ -212,18 +212,18 @@ def stored_weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / checkpoint_folder.WEIGHTS)
 
 
-def shards_in(folder: Path) -> StoredTensors | None:
+def shards_in(folder: Path) -> TensorContents | None:
     """Returns the weights in a folder with a checkpoint in shards; None where tensors are whole."""
     files = checkpoint_folder.tensor_files(
         checkpoint_folder.WEIGHTS, [path.name for path in folder.iterdir()]
     )
-    return None if files == [checkpoint_folder.WEIGHTS] else stored_in(folder, files)
+    return None if files == [checkpoint_folder.WEIGHTS] else contents_in(folder, files)
 
 
 def stored_parameter_hash(folder: Path) -> str:
     """Returns the hash of the weights in a checkpoint's folder, of which a part is in memory at a
     time."""
-    stored = shards_in(folder) or stored_in(folder, [checkpoint_folder.WEIGHTS])
+    stored = shards_in(folder) or contents_in(folder, [checkpoint_folder.WEIGHTS])
     return stored.parameter_hash(parameter_shapes(read_shape(folder)))
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from model.files.bounded_text import Bounds
-from model.files.chat_probe import probe_of
 from model.files.line_server import LineServer, own_arguments
 from model.files.stored_tokenizer import load_tokenizer
 from model.text.chat import Chat, ChatError
+from model.text.chat_probe import probe_of
 from model.text.tokenizer import PromptEncoding, Tokenizer
 from raymill.errors import UserError
 

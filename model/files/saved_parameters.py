@@ -11,14 +11,14 @@ from model.files import checkpoint_folder
 from model.files.checkpoint import load_decoder
 from model.files.hf import weight_files
 from model.files.hf_config import read_shape
+from model.files.tensor_contents import TensorContents, contents_in
 from model.shapes import parameter_shapes
-from raymill.files.stored_tensors import StoredTensors, stored_in
 
 
 class SavedParameters(Mapping[str, Tensor]):
     """Parameters by name, in fp32, each read whenever it is asked for."""
 
-    def __init__(self, stored: StoredTensors, shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, stored: TensorContents, shapes: Mapping[str, Sequence[int]]) -> None:
         self._stored = stored
         self._shapes = shapes
 
@@ -44,7 +44,7 @@ def saved_parameters(folder: Path) -> Mapping[str, Tensor]:
     return dict(load_decoder(folder, verify=False).named_parameters())
 
 
-def _stored(folder: Path) -> StoredTensors | None:
+def _stored(folder: Path) -> TensorContents | None:
     """Returns the tensors in a folder; None where one cannot be read so."""
     if checkpoint_folder.StoredModel(folder).is_of_transformers:
         files = [path.name for path in weight_files(folder)]
@@ -55,6 +55,6 @@ def _stored(folder: Path) -> StoredTensors | None:
         for file in files:
             with safe_open(folder / file, framework="pt"):  # checks its header
                 pass
-        return stored_in(folder, files)
+        return contents_in(folder, files)
     except (OSError, SafetensorError, KeyError):  # it is damaged, or of another type
         return None

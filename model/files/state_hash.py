@@ -20,9 +20,9 @@ from torch import Tensor
 
 from model.files import checkpoint_folder as layout
 from model.files.hf_config import read_shape
+from model.files.tensor_contents import TensorContents, contents_in
 from model.shapes import parameter_shapes
 from raymill.files.safetensors_file import hashed_name
-from raymill.files.stored_tensors import StoredTensors, stored_in
 
 COUNT = "step"
 """The tensor of a training state with the number of updates."""
@@ -112,7 +112,7 @@ class StoredState:
     num_updates: int
 
 
-def read_state(stored: StoredTensors, shapes: Mapping[str, Sequence[int]]) -> StoredState:
+def read_state(stored: TensorContents, shapes: Mapping[str, Sequence[int]]) -> StoredState:
     """Reads all values of a state whose weights have these shapes, a part at a time. Raises
     `CheckpointError` where some are missing."""
     [count] = stored.contents(COUNT, num_values=1)
@@ -142,4 +142,4 @@ class _Words:
 def state_in(folder: Path) -> StoredState:
     """Reads the state in a checkpoint's folder, as `read_state` does."""
     files = layout.state_files(layout.manifest_files(folder), place=str(folder))
-    return read_state(stored_in(folder, files), parameter_shapes(read_shape(folder)))
+    return read_state(contents_in(folder, files), parameter_shapes(read_shape(folder)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from model.numerics import BF16, FP32, NUMERICS, Numerics, Precision
+from raymill.phases import COMPUTING
 
 Device = Literal["cpu", "cuda"]
 
@@ -84,3 +85,12 @@ def num_gpus_here() -> int:
     import torch  # noqa: PLC0415
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def processor_share(processor_s: float | None, seconds: Mapping[str, float]) -> float:
+    """Returns which share of a processor a worker's thread had while it computed, from what it used
+    of one and its seconds by phase: all of it where that is not known."""
+    computing_s = sum(seconds.get(phase, 0.0) for phase in COMPUTING)
+    if processor_s is None or not computing_s:
+        return 1.0
+    return min(1.0, processor_s / computing_s)

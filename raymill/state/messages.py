@@ -2,13 +2,12 @@
 would be too short."""
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raymill.state.flat_layout import NUM_SENDINGS, FlatLayout
+from raymill.state.flat_layout import NUM_SENDINGS
 from raymill.state.span import Span
 
 LEAST_MESSAGE = 1 << 18
@@ -60,16 +59,6 @@ def joined_buckets(buckets: Sequence[Span], num_peers: int) -> list[Sequence[Spa
     """Returns the buckets that go together."""
     sizes = np.array([len(bucket) for bucket in buckets], np.int64)
     return [buckets[numbers.start : numbers.stop] for numbers in joined(sizes, num_peers)]
-
-
-@lru_cache(maxsize=256)
-def sizes_of_bundles(layout: FlatLayout, *, group_size: int, num_groups: int) -> list[int]:
-    """Returns the number of values of the buckets, or of the first member's parts of them, that go
-    together from one group to the others. A planner asks for the same ones again and again."""
-    sizes = layout.part_sizes(0, world_size=group_size)
-    starts = [numbers.start for numbers in joined(sizes, num_groups)]
-    together: list[int] = np.add.reduceat(sizes, starts).tolist()
-    return together
 
 
 def numbers_of_sendings(num_buckets: int) -> list[range]:

@@ -17,7 +17,6 @@ members send the owner of each part what they have of it, and the owner adds up 
 tree.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -67,19 +66,6 @@ class TeamPlan:
     """Pairings of teams of one, then of two, then of four: the left team and the right one."""
     left_over: dict[range, list[Team]] = field(default_factory=dict)
     """By root: the teams that have its sum. If that is one team of all peers, each has its part."""
-
-    @property
-    def most_received(self) -> float:
-        """The share of a bucket that arrives at a peer at a time, at most."""
-        num_rows = sum(len(self.left_over[root]) for root in self.unfinished.values())
-        shares = [num_rows / self.num_peers]
-        for pairings in self.levels:
-            arriving: Counter[int] = Counter()
-            for left, right in pairings:
-                arriving.update(member.peer for member in (*left.members, *right.members))
-            half = 0.5 / len(pairings[0][0].members)
-            shares.append(half * max(arriving.values()))
-        return max(shares)
 
     def messages(self) -> Iterator[Message]:
         """Yields the messages by which a bucket's sums are finished."""

@@ -9,8 +9,9 @@ import pytest
 
 from cluster.metrics.metric_export import MAX_VERSIONS, Metrics, by_version
 from cluster.metrics.metric_table import COMMON_LABELS, Exporter, MetricKind, metrics
+from jobs.run.history import UNTIMED
 from jobs.workers.failures import Kind as FailureKind
-from raymill.phases import REST, UNTIMED, Phase
+from raymill.phases import REST, Phase
 from serving.api.key_metrics import KeyMetrics, KeyRefusal
 from serving.api.metrics import ABORTED, Role
 from serving.delivery.promotion import Phase as PromotionPhase

@@ -6,9 +6,10 @@ import pytest
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
-from jobs.plan.exchange import MESSAGE_S, Exchange, exchange
+from jobs.plan.exchange import MESSAGE_S, Exchange, exchange, sizes_of_bundles
 from jobs.plan.memory import layout_of
 from raymill.state.flat_layout import FlatLayout
+from raymill.state.messages import joined_buckets
 
 # 300 GB/s within a node, 10 GB/s between nodes
 OPTIONS = PlanConfig(gpu="a100", network_gbit_per_s=80)
@@ -137,3 +138,17 @@ def test_so_many_sequences_compute_for_as_long_as_they_exchange(scaling: dict[st
     found = exchanged(config, 64, lane_s=2 * sequence_s)
     assert found.least_sequences - 1 < found.seconds / sequence_s <= found.least_sequences
     assert found.compute_s == 2 * sequence_s
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("costs", [{}, {"h.0.w": 2.0, "h.1.w": 2.0}])
+def test_a_planner_counts_the_parts_that_a_member_has(
+    group_size: int, costs: dict[str, float]
+) -> None:
+    shapes = {"wte": (3001, 512), "h.0.w": (2048, 512), "h.1.w": (2048, 512), "h.1.b": (2048,)}
+    layout = FlatLayout.of(shapes, matrix_costs=costs)
+    parts = layout.parts(0, world_size=group_size).spans
+    assert layout.part_sizes(0, world_size=group_size).tolist() == [len(part) for part in parts]
+    bundles = joined_buckets(parts, 4)
+    planned = sizes_of_bundles(layout, group_size=group_size, num_groups=4)
+    assert planned == [sum(map(len, bundle)) for bundle in bundles]

@@ -13,9 +13,9 @@ from model.files.bounded_text import (
     read_from,
     require_bounded_text,
 )
-from model.files.chat_probe import probe_of
 from model.files.stored_tokenizer import load_tokenizer
 from model.text.chat import Chat
+from model.text.chat_probe import probe_of
 from tests.checkpoints import write_tiny
 
 GOOD = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|endoftext|>{% endfor %}"

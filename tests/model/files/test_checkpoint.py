@@ -222,6 +222,7 @@ def crash_at(folder: Path, point: int, model: GPT, tokenizer: Tokenizer) -> bool
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 137
 
 
+@pytest.mark.more
 def test_a_crash_anywhere_while_writing_leaves_nothing_or_a_whole_checkpoint(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:

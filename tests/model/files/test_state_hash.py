@@ -17,10 +17,10 @@ from model.files.checkpoint_folder import (
     read_metadata,
 )
 from model.files.state_hash import COUNT, StateHashes, VectorsHash, state_in, words_in, words_of
+from model.files.tensor_contents import contents_in
 from model.gpt import GPT
 from model.text.tokenizer import train_bpe
 from raymill.errors import CheckpointError
-from raymill.files.stored_tensors import stored_in
 from tests.checkpoints import into_shards, metadata_of, save_model
 
 GUARD = {"last_applied": 4, "skipped_in_a_row": 0, "losses": [2.5], "rollbacks": [[1, 2]]}
@@ -101,9 +101,9 @@ def test_a_flipped_bit_changes_the_words(num_bytes: int) -> None:
 def test_a_state_that_is_not_whole_is_named(folder: Path) -> None:
     assert TRAIN_STATE in manifest_files(folder)
     with pytest.raises(CheckpointError, match="has no tensor step"):
-        stored = stored_in(folder, ["model.safetensors"])
+        stored = contents_in(folder, ["model.safetensors"])
         [*stored.contents(COUNT, num_values=1)]
-    stored = stored_in(folder, [TRAIN_STATE])
+    stored = contents_in(folder, [TRAIN_STATE])
     with pytest.raises(CheckpointError, match="has no values of tensor step from 1 on"):
         [*stored.contents(COUNT, num_values=2)]
     path = folder / TRAIN_STATE

@@ -155,6 +155,7 @@ VARIANTS: dict[str, Edit] = {
 }
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ids_are_those_of_tokenizers(
     variant: str, trained: Tokenizer, texts: list[str], corpus: list[str]
@@ -171,6 +172,7 @@ def test_ids_are_those_of_tokenizers(
         assert tokenizer.eot_id not in ids
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "normalize",
     [["nfc"], ["lowercase"], ["collapse_spaces"], ["nfc", "lowercase", "collapse_spaces"]],
@@ -214,6 +216,7 @@ def test_both_regex_engines_have_the_same_letters_numbers_and_blanks() -> None:
         assert len(members) >= 25
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "7", ".", "漢", " \n", "<|endoftext|>"])
 def test_a_megabyte_without_a_border(unit: str, trained: Tokenizer) -> None:
     text = unit * (1_100_000 // len(unit))

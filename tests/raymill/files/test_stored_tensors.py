@@ -2,20 +2,17 @@
 small reads."""
 
 import random
+from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import raymill.files.stored_tensors
-from model.files.checkpoint import load_model, stored_parameter_hash
-from model.files.checkpoint_folder import read_metadata, verify_checkpoint
 from raymill.errors import CheckpointError
-from raymill.files.safetensors_file import parameter_hash, safetensors_pieces
+from raymill.files.safetensors_file import safetensors_pieces
 from raymill.files.stored_tensors import StoredTensors, stretch_name
-from tests.checkpoints import into_shards, write_tiny
 
 TENSORS = {
     "wide": torch.randn(40, 25, generator=torch.Generator().manual_seed(0)),
@@ -43,6 +40,11 @@ class Files:
         return StoredTensors(self.contents, self.read, source="memory")
 
 
+def all_values() -> Iterator[tuple[str, range, Tensor]]:
+    for name, tensor in TENSORS.items():
+        yield name, range(tensor.numel()), torch.empty(tensor.numel(), dtype=tensor.dtype)
+
+
 def cut(rng: random.Random, num_files: int, *, num_cuts: int = 6) -> Files:
     files: list[dict[str, Tensor]] = [{} for _ in range(num_files)]
     for name, tensor in TENSORS.items():
@@ -56,9 +58,7 @@ def cut(rng: random.Random, num_files: int, *, num_cuts: int = 6) -> Files:
 @pytest.mark.parametrize("seed", range(10))
 def test_any_place_has_the_values_of_the_tensor(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
-    monkeypatch.setattr(
-        raymill.files.stored_tensors, "_READ_BYTES", rng.choice([64, 1000, 1 << 20])
-    )
+    monkeypatch.setattr(raymill.files.stored_tensors, "READ_BYTES", rng.choice([64, 1000, 1 << 20]))
     files = cut(rng, rng.randint(1, 4)) if seed else Files(TENSORS)
     stored, wanted = files.tensors, []
     for name, tensor in TENSORS.items():
@@ -70,19 +70,14 @@ def test_any_place_has_the_values_of_the_tensor(seed: int, monkeypatch: pytest.M
     stored.load(wanted)
     for name, place, found in wanted:
         assert torch.equal(found, TENSORS[name].reshape(-1)[place.start : place.stop])
-    assert max(map(len, files.reads)) <= raymill.files.stored_tensors._READ_BYTES
-    whole = stored.whole({name: tensor.shape for name, tensor in TENSORS.items()})
-    assert all(torch.equal(whole[name], tensor) for name, tensor in TENSORS.items())
-    assert {name: tensor.dtype for name, tensor in whole.items()} == {
-        n: tensor.dtype for n, tensor in TENSORS.items()
-    }
+    assert max(map(len, files.reads)) <= raymill.files.stored_tensors.READ_BYTES
 
 
 def test_neighbors_in_a_file_are_one_read() -> None:
     files = cut(random.Random(1), 1, num_cuts=100)
     stored = files.tensors
     files.reads.clear()
-    stored.whole({name: tensor.shape for name, tensor in TENSORS.items()})
+    stored.load(all_values())
     assert len(files.reads) == 1
 
 
@@ -98,20 +93,4 @@ def test_what_is_not_there_is_an_error_in_words() -> None:
         Files(halves).tensors.load([("wide", range(5, 25), torch.empty(20))])
     files.contents = {name: content[:-1] for name, content in files.contents.items()}
     with pytest.raises(CheckpointError, match="in memory is cut short"):
-        stored.whole({name: tensor.shape for name, tensor in TENSORS.items()})
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_checkpoint_in_shards_is_the_same_one(
-    tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(raymill.files.stored_tensors, "_HASHED_BYTES", 4000)
-    write_tiny(tmp_path)
-    before, metadata = load_model(tmp_path).state_dict(), read_metadata(tmp_path)
-    assert stored_parameter_hash(tmp_path) == metadata.parameter_hash
-    into_shards(tmp_path, count)
-    assert verify_checkpoint(tmp_path) == []
-    after = load_model(tmp_path).state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert stored_parameter_hash(tmp_path) == parameter_hash(after) == metadata.parameter_hash
+        stored.load(all_values())

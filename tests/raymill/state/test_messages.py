@@ -1,16 +1,14 @@
 """Which buckets go together, and what a planner counts of them."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymill.state.flat_layout import BLOCK, FlatLayout
+from raymill.state.flat_layout import BLOCK
 from raymill.state.messages import (
     LEAST_MESSAGE,
     joined,
     joined_buckets,
-    sizes_of_bundles,
 )
 from raymill.state.span import Span
 
@@ -38,17 +36,3 @@ def test_buckets_are_joined_as_their_sizes_are() -> None:
     sizes = np.array([len(bucket) for bucket in buckets])
     numbers = [buckets[numbers.start : numbers.stop] for numbers in joined(sizes, 3)]
     assert joined_buckets(buckets, 3) == numbers
-
-
-@pytest.mark.parametrize("group_size", [1, 2, 3, 8])
-@pytest.mark.parametrize("costs", [{}, {"h.0.w": 2.0, "h.1.w": 2.0}])
-def test_a_planner_counts_the_parts_that_a_member_has(
-    group_size: int, costs: dict[str, float]
-) -> None:
-    shapes = {"wte": (3001, 512), "h.0.w": (2048, 512), "h.1.w": (2048, 512), "h.1.b": (2048,)}
-    layout = FlatLayout.of(shapes, matrix_costs=costs)
-    parts = layout.parts(0, world_size=group_size).spans
-    assert layout.part_sizes(0, world_size=group_size).tolist() == [len(part) for part in parts]
-    bundles = joined_buckets(parts, 4)
-    planned = sizes_of_bundles(layout, group_size=group_size, num_groups=4)
-    assert planned == [sum(map(len, bundle)) for bundle in bundles]
