@@ -50,21 +50,15 @@ FAST = $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 WHOLE_FILES = $(shell grep -rlE '^(pytestmark.*|    pytest\.)mark\.($(1))\b' tests --include='test_*.py')
 SOME_TESTS = $(shell grep -rlE '\bmark\.($(1))\b' tests --include='test_*.py')
 NOT_FIRST = $(addprefix --ignore=,$(filter-out $(call SOME_TESTS,front),$(call WHOLE_FILES,slow|more|cluster)))
-NOT_FAST = $(addprefix --ignore=,$(call WHOLE_FILES,slow))
 MORE = $(filter-out $(call WHOLE_FILES,slow),$(call SOME_TESTS,cluster|more))
 
-# `make test AREA=jobs/exact` runs the tests of one folder of tests/ that start no cluster, in about a minute.
+# AREA=jobs/exact: those of one folder of tests/.
 AREA ?=
-ifeq ($(AREA),)
-test: $(INSTALLED) ## proves the pieces; AREA=jobs/exact: one folder of them, in about a minute
-	$(FAST) $(NOT_FIRST) -m "not slow and not more and (not cluster or front)"
+test: known-area $(INSTALLED) ## proves each promise once, within 8 minutes; AREA=jobs/exact: one folder, within one
+	$(FAST) $(NOT_FIRST) -m "not slow and not more and (not cluster or front)" tests/$(AREA)
 
-test-more: $(INSTALLED) ## the other fast tests: on clusters and endpoints, and what takes longer
-	$(FAST) $(MORE) -m "not slow and (more or (cluster and not front))"
-else
-test: known-area $(INSTALLED)
-	$(FAST) $(NOT_FAST) -m "not slow and not cluster" tests/$(AREA)
-endif
+test-more: known-area $(INSTALLED) ## the other fast tests: on clusters and endpoints, and what takes longer; AREA= as above
+	$(FAST) $(or $(filter tests/$(AREA)%,$(MORE)),tests/$(AREA)) -m "not slow and (more or (cluster and not front))"
 
 # An area that does not exist is named before anything is installed or imported.
 known-area:

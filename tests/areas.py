@@ -3,8 +3,8 @@
 
     python -m tests.areas [AREA ...]
 
-An area is a folder of tests that mirrors a folder of the code, such as `jobs/exact`. Its tests that
-start a cluster, and the slow ones, belong to `make test` and `make test-all`.
+An area is a folder of tests that mirrors a folder of the code, such as `jobs/exact`. Its dearer tests
+belong to `make test-more` and `make test-all`.
 """
 
 import os

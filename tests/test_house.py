@@ -261,6 +261,7 @@ text = f"{way} and bf16"
     assert sorted(lines) == [2, 3, 4, 6, 6, 7, 7]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("owner", "words"),
     [

@@ -79,6 +79,7 @@ def undeclared(folder: str, declared: set[str]) -> set[tuple[str, str]]:
     return found
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("folder", CODE_FOLDERS)
 def test_what_a_module_imports_is_a_core_dependency(folder: str) -> None:
     assert undeclared(folder, names(PROJECT["dependencies"])) == set()
@@ -88,6 +89,7 @@ def test_what_a_module_imports_is_a_core_dependency(folder: str) -> None:
     )
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("folder", ["tests", ".ci"])
 def test_what_a_test_imports_is_declared(folder: str) -> None:
     declared = names(PROJECT["dependencies"])
@@ -99,6 +101,7 @@ def test_what_a_test_imports_is_declared(folder: str) -> None:
     assert undeclared(folder, declared) == set()
 
 
+@pytest.mark.more
 def test_modules_of_an_extra_are_imported_only_when_they_are_needed() -> None:
     extras = {file.removesuffix(".py").replace("/", ".") for file in OF_AN_EXTRA}
     found = [

@@ -143,6 +143,7 @@ def plan(
     return plan
 
 
+@pytest.mark.more
 @trained_with("own", "plain")
 def test_it_answers_and_stops_over_http(plan: RunPlan) -> None:
     async def answer(

@@ -111,6 +111,7 @@ def test_it_overwrites_nothing_and_takes_no_damaged_checkpoint(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.more
 def test_the_command_prints_one_result_or_one_line_of_error(
     checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -25,6 +25,8 @@ from jobs.training.train_loop import train
 from model.files.checkpoint_folder import read_metadata
 from tests.jobs.runs import make_text
 
+pytestmark = pytest.mark.more
+
 
 def small_run(folder: Path, sources: list[Path], **data: Any) -> RunConfig:
     return RunConfig.model_validate(

@@ -217,6 +217,7 @@ def test_one_worker_killed_half_way_and_started_again_makes_the_same_bytes(
     }
 
 
+@pytest.mark.more
 def test_s3_sources_and_storage_give_the_same_manifest(
     result: dict, corpus: Path, s3_bucket: str
 ) -> None:
@@ -242,6 +243,7 @@ def test_s3_sources_and_storage_give_the_same_manifest(
     assert sources["skipped"] == [f"s3://{s3_bucket}/data/texts/readme.md"]
 
 
+@pytest.mark.more
 def test_renamed_files_give_the_same_manifest(result: dict, corpus: Path, tmp_path: Path) -> None:
     renamed = tmp_path / "renamed"
     renamed.mkdir()
@@ -255,6 +257,7 @@ def test_renamed_files_give_the_same_manifest(result: dict, corpus: Path, tmp_pa
     assert now == before
 
 
+@pytest.mark.more
 def test_a_finished_store_is_reused_a_damaged_one_mended_a_changed_corpus_made_anew(
     ray_workers: int, tmp_path: Path
 ) -> None:

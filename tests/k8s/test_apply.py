@@ -25,6 +25,7 @@ def two_pods() -> list[dict[str, object]]:
     return [{"op": "replace", "path": "/spec/workerGroupSpecs/0/replicas", "value": 2}]
 
 
+@pytest.mark.more
 def test_every_object_is_applied_and_twice_is_once(api: ApiStandIn, asked: Asked) -> None:
     names = [name_of(manifest) for manifest in render("overlays/kueue")]
     assert asked("apply", "kueue", "--component", "pretrain", "--dry-run") == {
@@ -46,6 +47,7 @@ def test_every_object_is_applied_and_twice_is_once(api: ApiStandIn, asked: Asked
     assert ray_object(api, "RayJob", "pretrain")["spec"] == before["spec"]
 
 
+@pytest.mark.more
 def test_what_the_autoscaler_and_scale_set_stays(api: ApiStandIn, asked: Asked) -> None:
     operator = OperatorStandIn(api)
     asked("apply", "dev")
@@ -122,6 +124,7 @@ def test_bounds_that_the_overlay_changes_afterwards_win(api: ApiStandIn, asked: 
     assert group_of(api, "RayCluster", "shared")["maxReplicas"] == 9
 
 
+@pytest.mark.more
 def test_bounds_that_the_overlay_changes_reach_what_runs(api: ApiStandIn, asked: Asked) -> None:
     """KubeRay passes none to the cluster of a service."""
     asked("apply", "dev")
@@ -172,6 +175,7 @@ def test_an_apply_that_others_write_into_is_tried_again(
     assert group_of(api, "RayCluster", "shared")["replicas"] == 2
 
 
+@pytest.mark.more
 def test_what_is_refused_is_said_and_the_rest_is_applied(api: ApiStandIn, asked: Asked) -> None:
     asked("apply", "dev")
     raised = [{"op": "replace", "path": "/spec/hard/pods", "value": "99"}]
@@ -204,6 +208,7 @@ def test_who_may_not_apply_the_platform_is_told_once_who_may(api: ApiStandIn, as
     assert result["note"] == "an administrator applies the component `platform`"
 
 
+@pytest.mark.more
 def test_a_dry_run_on_an_empty_cluster_checks_what_it_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Asked
 ) -> None:
@@ -236,6 +241,7 @@ def test_all_goes_into_another_namespace(
         api.requests.clear()
 
 
+@pytest.mark.more
 def test_what_kubectl_applied_is_taken_over_and_what_it_alone_had_goes(
     api: ApiStandIn, asked: Asked, tmp_path: Path
 ) -> None:
@@ -285,6 +291,7 @@ def test_what_kubectl_applied_is_taken_over_and_what_it_alone_had_goes(
     api.requests.clear()  # which an administrator made
 
 
+@pytest.mark.more
 def test_what_a_version_no_longer_has_is_named_with_the_line_that_removes_it(
     api: ApiStandIn, asked: Asked
 ) -> None:

@@ -39,6 +39,7 @@ def test_an_overlay_takes_another_namespace(overlay: str, asked: Asked) -> None:
     assert "unknown overlay 'nothing'" in error
 
 
+@pytest.mark.more
 def test_status_says_what_is_wanted_what_runs_and_what_is_suspended(
     api: ApiStandIn, asked: Asked
 ) -> None:

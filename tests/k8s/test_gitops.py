@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from cluster.kube.status import KINDS
@@ -42,6 +43,7 @@ def applied_by(api: ApiStandIn, manager: str, manifests: list[dict[str, Any]]) -
         api.apply(path, copy.deepcopy(manifest), manager=manager, force=force, dry_run=False)
 
 
+@pytest.mark.more
 def test_apply_and_other_managers_take_turns_without_a_conflict(
     api: ApiStandIn, asked: Asked
 ) -> None:

@@ -7,6 +7,8 @@ from tests.k8s.api_stand_in import ApiStandIn, Fault
 from tests.k8s.cluster_cli import CORE, RAY
 from tests.k8s.kube_submission import asked
 
+pytestmark = pytest.mark.more
+
 JOB, SETTINGS = "APPLY /apis/ray.io", "APPLY /api/v1"
 
 

@@ -19,6 +19,8 @@ from tests.k8s.manifests import K8S
 from tests.k8s.operator_stand_in import OperatorStandIn
 from tests.time_limits import limit_s
 
+pytestmark = pytest.mark.more
+
 
 def test_a_run_is_submitted_once_told_of_stopped_and_resumed(
     jobs_api: ApiStandIn,

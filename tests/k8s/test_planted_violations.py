@@ -16,6 +16,8 @@ from tests.k8s import (
 )
 from tests.k8s.manifests import CRDS, Manifest, find, render
 
+pytestmark = pytest.mark.more
+
 _RULES = {
     rule.__name__: rule
     for module in (

@@ -7,6 +7,8 @@ from tests.k8s.cluster_cli import RAY, Asked, cluster_behind, ray_object
 from tests.k8s.manifests import Manifest, cluster_spec
 from tests.k8s.operator_stand_in import OperatorStandIn, unpulled
 
+pytestmark = pytest.mark.more
+
 
 @pytest.fixture
 def operator(api: ApiStandIn, asked: Asked) -> OperatorStandIn:

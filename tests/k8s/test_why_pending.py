@@ -10,6 +10,8 @@ from tests.k8s.api_stand_in import ApiStandIn
 from tests.k8s.cluster_cli import CORE, RAY, Asked, cluster_behind, ray_object
 from tests.k8s.operator_stand_in import OperatorStandIn, unmounted, unscheduled
 
+pytestmark = pytest.mark.more
+
 NOTHING = {"pending": "nothing: every requested pod runs"}
 
 

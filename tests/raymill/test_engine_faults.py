@@ -39,6 +39,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return last_line_of(request.param, "-m", "tests.jobs.engine_faults", "2", str(folder))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("shard", SHARDS)
 @pytest.mark.parametrize(
     ("fault", "beginning"),

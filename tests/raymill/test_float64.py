@@ -7,6 +7,8 @@ import pytest
 from tests.json_program import last_line_of
 from tests.raymill.float64_worlds import MODULES, SHARDS
 
+pytestmark = pytest.mark.more
+
 ROUNDING = 1e-5  # of the largest change: fp32 has 6e-8 of a weight, and a few steps lie between
 
 

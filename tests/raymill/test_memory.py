@@ -66,6 +66,7 @@ def test_scratch_holds_the_scores_of_the_largest_chunk_and_is_used_again() -> No
     assert after.data_ptr() == before.data_ptr() and after.isfinite().all()
 
 
+@pytest.mark.more
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_is_kept() -> None:
     faults = {

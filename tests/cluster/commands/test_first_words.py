@@ -208,6 +208,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_cheap_mistake_is_one_line_before_a_cluster_starts(
     name: str, folder: Path, port: int, small: str
@@ -225,6 +226,7 @@ def test_a_cheap_mistake_is_one_line_before_a_cluster_starts(
     assert used.ru_utime + used.ru_stime < 2
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -15,6 +15,8 @@ from cluster.cli import COMMANDS, SECTIONS
 from cluster.settings.code_folders import code_version, version
 from tests.repository import REPOSITORY
 
+pytestmark = pytest.mark.more
+
 HEAVY = {
     "boto3", "botocore", "fastapi", "huggingface_hub", "kubernetes", "matplotlib", "openai", "pandas", "pyarrow", "ray",
     "requests", "safetensors", "starlette", "tiktoken", "tokenizers", "torch", "transformers", "uvicorn",

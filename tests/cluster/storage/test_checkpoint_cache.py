@@ -73,6 +73,7 @@ def test_the_bound_is_one_of_bytes_too(
     assert kept() == {"step-2", "step-3"}
 
 
+@pytest.mark.more
 def test_what_a_process_holds_stays_until_the_process_ends(run: Storage, tmp_path: Path) -> None:
     checkpoints = upload(run, tmp_path, *range(3 * MAX_COPIES))
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}

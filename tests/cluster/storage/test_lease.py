@@ -122,6 +122,7 @@ def test_one_of_many_threads_gets_it(storage: Storage) -> None:
     assert sorted(outcomes) == ["held"] + ["refused"] * 5
 
 
+@pytest.mark.more
 def test_one_of_many_processes_takes_over_from_a_dead_one(uri: str, storage: Storage) -> None:
     with ExitStack() as stack:
         processes = [stack.enter_context(holder(uri)) for _ in range(3)]

@@ -101,6 +101,7 @@ print(peak_bytes() - before)
 """
 
 
+@pytest.mark.more
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 @pytest.mark.parametrize(
     ("kind", "chunks", "most"), [("exact", 500, 100 << 20), ("near", 100, 300 << 20)]

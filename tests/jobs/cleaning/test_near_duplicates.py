@@ -182,6 +182,7 @@ def highest_similarities(sets: list[np.ndarray]) -> list[float]:
     return highest
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("threshold", [0.6, 0.7, 0.8])
 def test_planted_copies_are_found_and_unrelated_documents_stay(
     threshold: float, corpus: Corpus, tmp_path: Path
@@ -239,6 +240,7 @@ def expected_drops(signatures: np.ndarray, threshold: float, *, window: int) -> 
 CUTS = st.lists(st.integers(0, 60), max_size=8).map(lambda borders: [0, *sorted(borders), 60])
 
 
+@pytest.mark.more
 @given(
     seed=st.integers(0, 2**32),
     threshold=st.sampled_from([0.3, 0.6, 0.8, 1.0]),

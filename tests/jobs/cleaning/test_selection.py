@@ -114,6 +114,7 @@ def test_near_duplicates_are_dropped_under_their_own_reason() -> None:
     assert select([[text], [edited]], val_fraction=0.0)[1] == [[0], [0]]
 
 
+@pytest.mark.more
 def test_the_share_that_is_held_out_is_the_one_asked_for() -> None:
     texts = [b"%d" % number for number in range(20_000)]
     (codes,) = select([texts], val_fraction=0.05)[1]

@@ -34,6 +34,8 @@ from tests.jobs.hostile_corpus import MAX_DOCUMENT_BYTES, HostileCorpus, make_ho
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
+pytestmark = pytest.mark.more
+
 SETTINGS: dict[str, Any] = {"max_document_bytes": MAX_DOCUMENT_BYTES, "shard_bytes": 200_000}
 
 

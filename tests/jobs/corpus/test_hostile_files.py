@@ -256,6 +256,7 @@ HUGE: dict[str, tuple[bytes, tuple[int, str]]] = {
 }
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", HUGE)
 def test_a_huge_document_is_read_in_little_memory(name: str, tmp_path: Path) -> None:
     content, (count, first) = HUGE[name]

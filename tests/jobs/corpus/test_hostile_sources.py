@@ -161,6 +161,7 @@ def test_the_hub_gives_the_shards_of_the_same_files_on_disk(
     assert any(path.endswith("c.parquet") and wanted for _, path, wanted, _ in hub.asked)
 
 
+@pytest.mark.more
 def test_thousands_of_tiny_files_make_few_shards(tokenizer: str, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     for number in range(5000):

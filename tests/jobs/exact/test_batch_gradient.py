@@ -191,6 +191,7 @@ def test_a_batch_that_grows_through_250_lane_counts__of_512_ranks__begins_at_onc
     gradient.close()
 
 
+@pytest.mark.more
 def test_dropout_is_the_same_in_every_process() -> None:
     """Python's own hashes differ between the processes."""
     drawn = {

@@ -87,6 +87,7 @@ def test_what_trains_is_compiled_in_the_self_test__however_a_run_is_sharded(grap
     check_that_all_is_compiled(graphs, run)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("family", "changes", "num_graphs"),
     [

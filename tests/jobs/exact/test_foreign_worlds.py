@@ -74,6 +74,7 @@ def check_one_hash(
         assert len({tuple(run["losses"]) for run in mine}) == 1, case
 
 
+@pytest.mark.more
 def test_a_model_of_transformers__in_any_world_and_sharding__has_one_hash(runs_of: Runs) -> None:
     check_one_hash(SUITES["one family"], runs_of("one family"))
 

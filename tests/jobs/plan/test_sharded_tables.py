@@ -96,6 +96,7 @@ GPT_3 = [
 ]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("shard", "group", "at_a_time", "recompute"), GPT_3)
 def test_gpt3_on_1024_gpus(*, shard: str, group: int, at_a_time: int, recompute: bool) -> None:
     sizes = {"global_batch_size": 2048, "micro_batch_size": at_a_time, "recompute": recompute}

@@ -122,6 +122,7 @@ def test_leftovers_are_no_checkpoints(run: Storage, tmp_path: Path) -> None:
     assert checkpoints.names == [checkpoint_name(1), checkpoint_name(2)]
 
 
+@pytest.mark.more
 def test_thinning_leaves_nothing_of_what_it_deletes(run: Storage, tmp_path: Path) -> None:
     checkpoints = save(run, 1, 2, 3, 4, 5)
     gone = thin_out(checkpoints, pinned={checkpoint_name(2)})

@@ -18,6 +18,8 @@ from tests.fault_seeds import fault_seeds
 from tests.paced_steps import paced
 from tests.repository import REPOSITORY
 
+pytestmark = pytest.mark.more
+
 CODE = [path.read_text() for folder in CODE_FOLDERS for path in (REPOSITORY / folder).rglob("*.py")]
 OF_SHARDS = {"mid_shard", "after_shard"}  # whose test is that of sharded checkpoints
 ALL = {name for text in CODE for name in re.findall(r'\bfailpoint\("(\w+)"\)', text)}

@@ -19,6 +19,8 @@ from model.text.tokenizer import train_bpe
 from tests.checkpoints import write_tiny
 from tests.jobs.runs import make_store, make_text
 
+pytestmark = pytest.mark.more
+
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:

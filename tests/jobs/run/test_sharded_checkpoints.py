@@ -34,6 +34,8 @@ from tests.jobs.sharded_runs import NUM_STEPS, STAGES
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
+pytestmark = pytest.mark.more
+
 PARTS = ("values", *AdamW.vectors)
 OF_SHARDS = {"mid_shard", "after_shard", "before_manifest", "after_manifest", "mid_delete"}
 PLACES = OF_SHARDS | {"before_file", "mid_file", "before_fsync", "after_file", "after_lease"}

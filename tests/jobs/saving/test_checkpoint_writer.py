@@ -198,6 +198,7 @@ def test_a_stale_writer_publishes_nothing_and_is_told(run: Storage) -> None:
     assert [line["generation"] for line in ledger.events("checkpoint")] == [1, 2]
 
 
+@pytest.mark.more
 def test_a_store_that_is_down_is_told_of_once_and_has_the_newest_soon_after(
     s3_bucket: str,
     s3_server: str,

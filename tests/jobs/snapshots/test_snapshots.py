@@ -539,6 +539,7 @@ def test_the_workers_of_a_node_write_a_state_together_and_in_a_rescue_each_what_
     assert len(whole(memory)) == 6, "both steps are still there"
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("owner", "name", "step"),
     [
@@ -602,6 +603,7 @@ def test_a_run_that_continues_from_memory_clears_what_the_lost_attempt_left_in_t
     assert list(checkpoints.spool.glob("*step-*")) == []
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("dropout", "beside"), [(0.0, False), (0.1, True)])
 @pytest.mark.parametrize(
     ("every_steps", "error"),

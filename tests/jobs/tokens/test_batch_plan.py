@@ -131,6 +131,7 @@ def test_the_order_is_pinned() -> None:
     )
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "weights",
     [
@@ -220,6 +221,7 @@ def samples_of_rank(
     )
 
 
+@pytest.mark.more
 @settings(max_examples=40, deadline=None)
 @given(
     seed=seeds,

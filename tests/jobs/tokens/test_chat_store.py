@@ -177,6 +177,7 @@ def test_another_form_of_the_same_conversations_makes_the_same_shards(
     assert (other["documents"], other["shards"]) == (20, usual["shards"])
 
 
+@pytest.mark.more
 def test_any_number_of_workers_and_chunks_makes_the_same_conversations(
     result: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ def write_store(storage: Storage, *, weights: tuple[float, ...] = ()) -> Manifes
     return manifest
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("weights", [(), (0.5, 0.5)])
 @pytest.mark.parametrize("place", ["local", "s3"])
 def test_rows_and_figures_are_those_of_a_store_without_lists(

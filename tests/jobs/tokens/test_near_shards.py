@@ -20,6 +20,8 @@ from tests.cluster.fault_proxy import FaultProxy
 from tests.jobs.stores import make_store, manifest_of, write_shard
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.more
+
 SIZES = [40_000, 70_001, 3, 50_000, 40_000, 60_000, 40_000, 40_000]
 SEQ_LEN, WINDOW, BATCH = 16, 5000, 50  # 21,000 rows in five windows
 

@@ -24,6 +24,8 @@ from model.text.tokenizer import train_bpe
 from tests.jobs.corpora import data_config, make_corpus
 from tests.time_limits import limit_s
 
+pytestmark = pytest.mark.more
+
 
 def test_a_small_corpus_is_previewed_whole(
     ray_workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -209,6 +209,7 @@ def test_an_epoch_of_a_resized_run_reads_each_token_once(
         assert rows == sorted(tokens[: num_rows * 10].reshape(-1, 10).tolist())
 
 
+@pytest.mark.more
 def test_a_fresh_process_is_at_any_step_at_once(tmp_path: Path) -> None:
     """The store has 10^7 rows in 100 shards (of zeros, which take no space on disk)."""
     shards = []

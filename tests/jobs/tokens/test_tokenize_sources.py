@@ -43,6 +43,7 @@ def write(path: Path, texts: list[str]) -> None:
     path.write_bytes(packers.get(path.suffix, bytes)(lines))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv"])
 def test_a_large_file_is_shared_by_all_workers(ray_workers: int, tmp_path: Path, name: str) -> None:
     write(tmp_path / name, TEXTS)
@@ -81,6 +82,7 @@ def test_sources_keep_their_shards_apart_for_their_weights(
         tokenize(data_config(sources, tmp_path / "storage", weights=[1, 2, 3]))
 
 
+@pytest.mark.more
 def test_ready_shards_are_a_source(ray_workers: int, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", TEXTS[:150])
     write(tmp_path / "b.jsonl", TEXTS[150:])
@@ -108,6 +110,7 @@ def test_ready_shards_are_a_source(ray_workers: int, tmp_path: Path) -> None:
         tokenize(data_config(f"tokens://{folder}", tmp_path / "six"))
 
 
+@pytest.mark.more
 def test_near_duplicates_contamination_and_quality_have_counts_and_samples(
     ray_workers: int, tmp_path: Path
 ) -> None:
@@ -148,6 +151,7 @@ def test_near_duplicates_contamination_and_quality_have_counts_and_samples(
     )
 
 
+@pytest.mark.more
 def test_stats_and_verify_of_a_store(ray_workers: int, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [*TEXTS, TEXTS[0]])
     result = tokenize(data_config(f"{tmp_path}/a.jsonl", tmp_path / "storage"))

@@ -51,6 +51,7 @@ def copied(storage: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(storage, tmp_path / "copy"))
 
 
+@pytest.mark.more
 def test_a_checkpoint_knows_no_later_step(plan: RunPlan, storage: Path) -> None:
     checkpoints = checkpoints_of(storage)
     whole = trace(plan.run, TEXT, min_tokens=LEAST_SPAN)["spans"][0]

@@ -107,6 +107,7 @@ def corpora(draw: st.DrawFn) -> tuple[list[Ids], Ids, int]:
     return shards, text, draw(st.integers(LEAST_SPAN, LEAST_SPAN + 4))
 
 
+@pytest.mark.more
 @given(corpora())
 @settings(max_examples=120, deadline=None)
 def test_all_maximal_spans_are_found_and_no_others(drawn: tuple[list[Ids], Ids, int]) -> None:

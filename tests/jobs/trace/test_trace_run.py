@@ -51,6 +51,7 @@ def span_in(run: Storage, text: str, **how: Any) -> dict[str, Any]:
     return span  # type: ignore[no-any-return]
 
 
+@pytest.mark.more
 def test_a_passage_has_its_documents_and_the_steps_that_read_its_tokens(plan: RunPlan) -> None:
     """The tokens come from the stream by which the run was trained."""
     span = span_in(plan.run, query())

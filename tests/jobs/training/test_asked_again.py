@@ -28,6 +28,8 @@ from tests.jobs.runs import tiny_plan
 from tests.jobs.worker_processes import exit_code, worker_process
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.more
+
 LANES = 4
 NUM_STEPS = 12
 

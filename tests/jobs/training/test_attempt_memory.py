@@ -24,6 +24,8 @@ from tests.jobs.runs import tiny_plan
 from tests.jobs.runs_in_rounds import CutOff, run_in_rounds
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.more
+
 
 @pytest.fixture
 def witness() -> Iterator[AttemptWitness]:

@@ -29,6 +29,8 @@ from tests.checkpoints import damage
 from tests.jobs.failpoint_runs import save_and_wait
 from tests.jobs.runs import final_hash, tiny_plan
 
+pytestmark = pytest.mark.more
+
 
 def stopped(plan: RunPlan, tmp_path: Path) -> Storage:
     """The run after eight steps that saved at 2, 4, 6 and 8, as a kill before its `finish` leaves

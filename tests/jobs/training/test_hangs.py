@@ -14,6 +14,8 @@ from tests.jobs.hanging_runs import Fault, run_with
 from tests.jobs.runs import tiny_plan
 from tests.time_limits import limit_s
 
+pytestmark = pytest.mark.more
+
 HANG_TIMEOUT_S = limit_s(1)  # a busy machine may hold a healthy worker up for seconds
 
 

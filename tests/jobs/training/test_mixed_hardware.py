@@ -24,6 +24,8 @@ from tests.jobs.runs import tiny_plan
 from tests.jobs.unlike_workers import train_unlike_workers, with_scaling
 from tests.jobs.worker_processes import exit_code, into_log, worker_process
 
+pytestmark = pytest.mark.more
+
 
 def test_like_workers_have_no_differences() -> None:
     own = hardware(torch.device("cpu"))

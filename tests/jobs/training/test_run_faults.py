@@ -26,6 +26,8 @@ from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.more
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[float]]:

@@ -13,6 +13,8 @@ from raymill.state.shard import Shard
 from tests.jobs.runs import tiny_plan
 from tests.jobs.runs_in_rounds import CutOff, run_in_rounds
 
+pytestmark = pytest.mark.more
+
 CUT_OFFS = [
     CutOff(1, 3, "zeros"),
     CutOff(0, 5, "stale"),

@@ -16,6 +16,8 @@ from tests.jobs.runs import tiny_plan
 from tests.jobs.train_worlds import CPU
 from tests.jobs.untested_runs import start_twice
 
+pytestmark = pytest.mark.more
+
 NO_MEMORY = (
     "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes"
 )

@@ -111,6 +111,7 @@ def test_sets_change_nothing_else(trained: RunPlan, tmp_path: Path) -> None:
     assert "sets" not in without.events("validation")[-1]
 
 
+@pytest.mark.more
 def test_the_report_shows_the_sets(trained: RunPlan) -> None:
     ledger = Ledger.read(trained.run)
     figures = validations(trained)[-1][1]["law-2.a"]

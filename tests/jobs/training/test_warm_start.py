@@ -70,6 +70,7 @@ def hashes(plan: RunPlan) -> list[str]:
     return [line["parameter_hash"] for line in Ledger.read(plan.run).events("checkpoint")]
 
 
+@pytest.mark.more
 def test_the_weights_of_a_folder_are_step_0_and_a_resume_has_the_bits_of_one_go(
     tmp_path: Path,
 ) -> None:
@@ -162,6 +163,7 @@ def test_a_run_whose_source_is_gone_resumes_with_the_tokenizer_of_its_step_0(
     assert changed_settings(run, resumed) == []
 
 
+@pytest.mark.more
 def test_a_template_that_does_not_end_is_refused_before_anything_starts(tmp_path: Path) -> None:
     """By the launcher, which would render it without end in its own process."""
     plan = tiny_plan(str(tmp_path / "storage"))

@@ -90,6 +90,7 @@ def test_a_move_of_one_starts_the_time_again(workers: Workers) -> None:
     assert workers.judged_after(5)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "beat",
     [

@@ -24,6 +24,8 @@ from tests.jobs.worker_processes import exit_code, into_log, worker_process
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.more
+
 WORLD_SIZE, ROUNDS = 3, 60
 
 

@@ -99,6 +99,7 @@ def test_a_restore_needs_a_piece_at_a_time(state: TrainState, nodes: str) -> Non
     assert new.largest_bytes <= CHUNK_BYTES
 
 
+@pytest.mark.more
 def test_of_a_checkpoint_is_read_what_is_kept_and_nothing_is_made(
     state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,6 +126,7 @@ def reference(case: Case) -> tuple[str, list[float]]:
     return whole_hash(state, WorkerGroup(0, 1)), losses
 
 
+@pytest.mark.more
 @each(EXACT)
 def test_any_world_and_any_resizes_give_the_reference_bits(
     runs_of: Callable[[Case], list[Outcome]], case: Case

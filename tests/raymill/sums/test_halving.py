@@ -114,6 +114,7 @@ def test_any_world_has_the_trees_bits(num_peers: int, num_lanes: int, sizes: lis
         assert all(torch.equal(result, expected) for result in results)
 
 
+@pytest.mark.more
 def test_real_processes_of_some_worlds_have_the_trees_bits(tmp_path: Path) -> None:
     """On any nodes, and with parts that ranks must own."""
     environment = os.environ | {

@@ -108,6 +108,7 @@ def test_256_prompts_are_answered_in_order_by_default_while_others_are_too(
     run(check)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("max_num_seqs", "max_waiting"), [(3, 0), (2, 1)])
 def test_a_replica_that_holds_little_answers_many_prompts_too(
     checkpoint: Path, max_num_seqs: int, max_waiting: int
@@ -366,6 +367,7 @@ def test_a_text_without_numbers_for_logits_has_no_embedding(fragile_checkpoint: 
     asyncio.run(check())
 
 
+@pytest.mark.more
 def test_a_text_may_go_without_the_token_before_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer.from_str(tokenizer.to_json().decode())
     backend.add_special_tokens(["<s>"])

@@ -27,6 +27,8 @@ from tests.serving.endpoint_parts import loopback_server, routes_of
 from tests.time_limits import limit_s
 from tests.waiting import wait_in_loop_until
 
+pytestmark = pytest.mark.more
+
 MODEL = "tiny"
 KEYS = {
     "one": "max_requests=1",

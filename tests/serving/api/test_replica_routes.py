@@ -116,6 +116,7 @@ def test_only_a_clients_seed_goes_to_the_engine(run: Run, monkeypatch: pytest.Mo
     assert seeds == [[None, None], [3, choice_seed(3, 1)]]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", LARGE)
 def test_no_large_body_holds_up_the_event_loop(run: Run, name: str) -> None:
     """On the loop most of them would take 0.08 to 0.4 s. A stretch also holds what has nothing to do
@@ -306,6 +307,7 @@ def test_usage_so_far_in_every_part(
     run(check)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("scope", ["endpoint", "key"])
 def test_usage_says_what_the_cache_had_but_not_of_other_keys(checkpoint: Path, scope: str) -> None:
     """Of a request without a key too, and a prompt counts once."""
@@ -334,6 +336,7 @@ def test_usage_says_what_the_cache_had_but_not_of_other_keys(checkpoint: Path, s
     assert of_keys == ([0, 48, 0, 48] if scope == "key" else [None] * 4)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("clips", [False, True])
 def test_a_limit_that_does_not_fit_is_clipped_where_the_endpoint_says_so(
     checkpoint: Path, *, clips: bool
@@ -378,6 +381,7 @@ def test_a_body_that_is_not_declared_as_json_is_told_the_header(run: Run) -> Non
     run(check)
 
 
+@pytest.mark.more
 def test_a_key_that_fills_the_queue_fills_it_for_itself(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

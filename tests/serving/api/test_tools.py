@@ -339,6 +339,7 @@ def test_a_model_that_chooses_to_call_is_read_in_its_format(
         assert cut["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.more
 def test_a_mark_that_is_a_special_token_opens_calls_and_is_no_text(
     tokenizer: Tokenizer, ending: dict[str, float], tmp_path: Path
 ) -> None:

@@ -76,6 +76,7 @@ def kind_of(choice: dict[str, Any]) -> str:
     return "calls"
 
 
+@pytest.mark.more
 def test_an_answer_is_a_call_or_a_text_by_the_schema_streamed_or_not(run: Run) -> None:
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
         asked = {"n": 8, "parallel_tool_calls": False}

@@ -20,6 +20,8 @@ from tests.serving.tiny_models import as_transformers_folder, lively_model, writ
 from tests.time_limits import limit_s
 from tests.waiting import wait_in_loop_until
 
+pytestmark = pytest.mark.more
+
 GOOD = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"

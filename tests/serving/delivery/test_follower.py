@@ -73,6 +73,7 @@ def follower_of(handle: Handle, checkpoint: Path) -> tuple[Follower, Delivery]:
     return follower, Delivery(deployment="d", model_name="tiny", live=live)
 
 
+@pytest.mark.more
 def test_a_coordinator_that_fails_touches_no_replica_that_serves(
     checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

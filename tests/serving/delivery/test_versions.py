@@ -18,6 +18,8 @@ from tests.serving.delivery_parts import served
 from tests.serving.tiny_models import write_model
 from tests.waiting import wait_in_loop_until
 
+pytestmark = pytest.mark.more
+
 ROWS = ((1, 2, 3, 4, 5), (7, 8, 9))
 
 

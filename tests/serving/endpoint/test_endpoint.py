@@ -545,6 +545,7 @@ def test_a_killed_replica_fails_no_request_before_its_first_byte_and_ends_stream
     assert whole.result().json()["choices"] == expected
 
 
+@pytest.mark.more
 def test_a_folder_saved_by_transformers_is_served_with_its_logits(
     url: str, endpoints: Endpoints, tmp_path: Path
 ) -> None:

@@ -94,6 +94,7 @@ def test_greedy_equals_generate(
     assert len({token for output in expected for token in output}) > 30
 
 
+@pytest.mark.more
 def test_a_seeded_sequence_is_the_same_alone_and_among_others(
     engine_of: EngineOf, model: GPT, prompts: list[list[int]]
 ) -> None:
@@ -116,6 +117,7 @@ def test_a_seeded_sequence_is_the_same_alone_and_among_others(
         assert tokens(together[r.seq_id]) == tokens(alone[r.seq_id]) == plain
 
 
+@pytest.mark.more
 def test_llama_gives_a_sequence_the_same_tokens_alone_and_among_others(
     engine_of: EngineOf, prompts: list[list[int]]
 ) -> None:
@@ -158,6 +160,7 @@ def test_end_of_text_ends_a_sequence_unless_ignored(
     assert events[1][-1].finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.0, seed=3)])
 def test_nothing_ends_a_sequence_before_its_fewest_tokens(
     engine_of: EngineOf, model: GPT, prompts: list[list[int]], sampling: SamplingParams
@@ -187,6 +190,7 @@ def test_nothing_ends_a_sequence_before_its_fewest_tokens(
     assert ignoring == free  # there is nothing that would end it
 
 
+@pytest.mark.more
 def test_an_embedding_is_the_mean_of_the_hidden_states_and_has_the_same_bits_however_it_is_read(
     engine_of: EngineOf, model: GPT, prompts: list[list[int]]
 ) -> None:
@@ -224,6 +228,7 @@ def test_an_embedding_is_the_mean_of_the_hidden_states_and_has_the_same_bits_how
         assert embeddings(engine_of(model, max_num_seqs=1), asked[::-1]) == found
 
 
+@pytest.mark.more
 def test_logprobs_are_those_of_one_forward_pass(
     engine_of: EngineOf, model: GPT, prompts: list[list[int]]
 ) -> None:
@@ -300,6 +305,7 @@ def test_logits_that_are_no_numbers_end_their_own_sequence_only(
         assert tokens(events[r.seq_id]) == expected
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu", "relu"])
 def test_logprobs_equal_those_of_transformers(
     engine_of: EngineOf, tmp_path: Path, activation: str

@@ -100,6 +100,7 @@ def test_messages_survive_the_wire() -> None:
     assert parse_report(encode_message(report)).events[0].finish_reason is FinishReason.STOP
 
 
+@pytest.mark.more
 def test_tokens_equal_generate_and_cancel_frees_the_slot(
     checkpoint: Path, model: GPT, prompts: list[list[int]]
 ) -> None:
@@ -319,6 +320,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("kernels", ["native", "torch"])
 def test_without_memory_for_the_cache_an_error_names_its_bytes(kernels: str) -> None:
     """On the old code the native kernels ended the process without a word."""
@@ -330,6 +332,7 @@ def test_without_memory_for_the_cache_an_error_names_its_bytes(kernels: str) -> 
     assert "no memory for the weights and a KV cache of 262144 tokens, 2.00 GiB" in done.stdout
 
 
+@pytest.mark.more
 def test_no_setting_of_vllm_is_in_a_command_line(checkpoint: Path) -> None:
     """They may hold tokens, and every user of the machine sees command lines."""
 

@@ -173,6 +173,7 @@ def test_what_got_no_answer_is_no_part_of_what_is_sent_later(watched: Watched) -
     expect_answers(page, 2)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("path", "field", "model"),
     [("/", "#chat-beside", "#chat-model"), ("/inside", "#temperature", "#model")],

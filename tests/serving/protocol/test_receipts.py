@@ -26,6 +26,8 @@ from tests.serving.endpoint_parts import Run, loopback_server, replica_app, shar
 from tests.serving.tiny_models import lively_model, write_model
 from tests.signing_keys import made_keys
 
+pytestmark = pytest.mark.more
+
 ASKED: dict[str, Any] = {
     "model": "tiny",
     "prompt": "the quick",

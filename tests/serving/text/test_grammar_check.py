@@ -99,6 +99,7 @@ def test_a_schema_made_to_explode_ends_in_its_bound_and_is_charged(checkpoint: P
     checked(checkpoint, check, SHORT)
 
 
+@pytest.mark.more
 def test_one_keys_costly_grammars_keep_no_other_key_waiting(checkpoint: Path) -> None:
     async def check(grammars: GrammarCheck) -> None:
         costly, small_ones = Client("a").asker, Client("b").asker

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from model.files.bounded_text import BOUNDS, Bounds, TextError
-from model.files.chat_probe import ChatProbe
 from model.files.stored_tokenizer import load_tokenizer
 from model.text.chat import PLAIN_TEMPLATE, Chat
+from model.text.chat_probe import ChatProbe
 from model.text.tokenizer import PLAIN_ENCODING
 from serving.text.chat_misfit import chat_misfit, chat_notice
 from serving.text.reader import BoundedReader, TrustedReader, open_reader
@@ -95,6 +95,7 @@ def test_a_chat_that_takes_too_long_ends_alone(checkpoint: Path, tmp_path: Path)
     asyncio.run(scenario())
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "bomb", ["{% set x = 'a' %}{% for i in range(99999) %}{{ x.ljust(99999) }}{% endfor %}"]
 )

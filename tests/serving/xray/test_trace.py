@@ -38,6 +38,8 @@ from tests.jobs.planted_runs import PASSAGE, disturbed_run, planted_texts
 from tests.serving.endpoint_parts import Run, replica_client, shared_replica
 from tests.waiting import wait_in_loop_until
 
+pytestmark = pytest.mark.more
+
 KEY, USER, ADMIN = "sk-trace", "sk-user", "sk-admin"
 TEXT = f"unheard of: {PASSAGE} and so on"
 Body = dict[str, Any]

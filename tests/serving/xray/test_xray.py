@@ -36,6 +36,8 @@ from tests.checkpoints import save_model
 from tests.serving.endpoint_parts import Run, replica_client, shared_replica
 from tests.waiting import wait_in_loop_until
 
+pytestmark = pytest.mark.more
+
 KEY = "sk-xray"
 PROMPT = "the quick naïve fox"
 Body = dict[str, Any]
