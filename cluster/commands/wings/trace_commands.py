@@ -58,11 +58,11 @@ def trace_find(arguments: Arguments) -> Result:
     text = _traced_text(arguments)
     run = named_run(arguments, "trace find")
 
-    from jobs.trace.trace_run import as_text, trace
+    from jobs.trace.trace_run import trace
 
     with reports_shown():
         answer = trace(run, text, min_tokens=arguments[MIN_TOKENS], step=arguments[LAST_STEP])
-    return Result(answer, text=as_text(answer))
+    return Result(answer.json(), text=answer.text())
 
 
 def _traced_text(arguments: Arguments) -> str:

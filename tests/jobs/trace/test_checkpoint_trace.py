@@ -54,7 +54,7 @@ def copied(storage: Path, tmp_path: Path) -> Path:
 @pytest.mark.more
 def test_a_checkpoint_knows_no_later_step(plan: RunPlan, storage: Path) -> None:
     checkpoints = checkpoints_of(storage)
-    whole = trace(plan.run, TEXT, min_tokens=LEAST_SPAN)["spans"][0]
+    whole = trace(plan.run, TEXT, min_tokens=LEAST_SPAN).json()["spans"][0]
     assert min(checkpoints) < whole["last_step"]
     for step, checkpoint in checkpoints.items():
         answer = opened(storage, checkpoint).answer(QUESTION)
@@ -63,7 +63,7 @@ def test_a_checkpoint_knows_no_later_step(plan: RunPlan, storage: Path) -> None:
             assert f"went back behind step {step} later" in unnamed
             continue
         [span] = answer["spans"]
-        [known] = trace(plan.run, TEXT, min_tokens=LEAST_SPAN, step=step)["spans"]
+        [known] = trace(plan.run, TEXT, min_tokens=LEAST_SPAN, step=step).json()["spans"]
         assert (span["first_step"], span["last_step"]) == (known["first_step"], known["last_step"])
         numbers = [place["num_steps"] for place in span["documents"]]
         assert sum(numbers) >= known["steps"]

@@ -21,7 +21,7 @@ from jobs.tokens.token_store import MANIFEST, read_manifest
 from jobs.trace.build_index import index_store
 from jobs.trace.indexed_store import IndexedStore
 from jobs.trace.trace_index import INDEX, TRACE
-from jobs.trace.trace_run import as_text, trace
+from jobs.trace.trace_run import trace
 from raymill.errors import UserError
 from tests.jobs.cleaning.in_process import InProcess
 from tests.jobs.mapped_runs import SEQ_LEN, mapped_plan
@@ -47,7 +47,7 @@ def query(word: str = "unheard") -> str:
 
 
 def span_in(run: Storage, text: str, **how: Any) -> dict[str, Any]:
-    (span,) = trace(run, text, **({"min_tokens": 12} | how))["spans"]
+    (span,) = trace(run, text, **({"min_tokens": 12} | how)).json()["spans"]
     return span  # type: ignore[no-any-return]
 
 
@@ -116,12 +116,12 @@ def test_what_stands_very_often_is_counted_and_a_thousand_places_are_listed(
     run_world(plan)
     index_store(open_storage(plan.tokens_uri), run=InProcess())
     answer = trace(plan.run, query(), min_tokens=12)
-    (span,) = answer["spans"]
+    (span,) = answer.json()["spans"]
     in_training = read_manifest(open_storage(plan.tokens_uri)).total("documents", "train")
     assert 1000 < in_training == span["occurrences"] == span["occurrences_at_most"]
     assert len(span["places"]) == 1000
     assert len({place["place"] for place in span["places"]}) == 1000
-    shown = as_text(answer)
+    shown = answer.text()
     assert f"occurrences  {span['occurrences']:,}\n" in shown
     assert "of its first 1,000 occurrences" in shown
     assert shown.endswith("and 995 more, which --json has\n")
@@ -143,7 +143,7 @@ def test_a_run_of_one_text_is_traced_in_what_it_trains_on(tmp_path: Path) -> Non
     run_world(plan)
     index_store(open_storage(plan.tokens_uri), run=InProcess())
     assert PASSAGE in span_in(plan.run, query())["text"]
-    assert not trace(plan.run, f"unheard {held_out} and so on", min_tokens=12)["spans"]
+    assert not trace(plan.run, f"unheard {held_out} and so on", min_tokens=12).spans
 
 
 def test_of_a_conversation_only_answers_are_learned(tmp_path: Path) -> None:
@@ -175,8 +175,8 @@ def test_of_a_conversation_only_answers_are_learned(tmp_path: Path) -> None:
 
 def test_text_of_nowhere_has_no_spans(plan: RunPlan) -> None:
     answer = trace(plan.run, "Quite another text, of which nobody wrote a word.", min_tokens=12)
-    assert (answer["spans"], answer["traced_tokens"]) == ([], 0)
-    assert as_text(answer).startswith(f"0 of {answer['tokens']} tokens stand in 0 spans")
+    assert (answer.spans, answer.traced_tokens) == ([], 0)
+    assert answer.text().startswith(f"0 of {answer.tokens} tokens stand in 0 spans")
 
 
 def test_people_and_programs_read_the_answers(
@@ -238,8 +238,8 @@ def test_an_index_of_another_store_is_refused_with_the_two_hashes(
 def test_a_store_without_a_map_has_spans_and_steps_still(plan: RunPlan, copied: Storage) -> None:
     (store_of(copied) / DOCUMENTS).unlink()
     answer = trace(copied, query(), min_tokens=12)
-    assert "documents are unknown: the store has no document map" in as_text(answer)
-    (span,) = answer["spans"]
+    assert "documents are unknown: the store has no document map" in answer.text()
+    (span,) = answer.json()["spans"]
     expected = span_in(plan.run, query())
     no_document = {"file": None, "place": None, "text": None}
     expected["places"] = [place | no_document for place in expected["places"]]

@@ -72,7 +72,7 @@ def test_an_answer_that_was_learned_by_heart_has_its_steps(url: str, plan: RunPl
     text = BEGUN + answer
     assert LEARNED[: len(BEGUN) + 12] in text, "the model has learned it"
     step = int(RunCheckpoints(plan.run).names[-1].split("-")[1])
-    expected = trace(plan.run, text, min_tokens=12, step=step)["spans"]
+    expected = trace(plan.run, text, min_tokens=12, step=step).json()["spans"]
     spans = asked(url, "/v1/trace", text=text).json()["spans"]
     assert len(spans) == len(expected) >= 1
     for span, known in zip(spans, expected, strict=True):

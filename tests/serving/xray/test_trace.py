@@ -100,7 +100,7 @@ def processes() -> list[psutil.Process]:
 
 def test_an_answer_has_what_the_run_learned_and_where_it_stands(run: Run, plan: RunPlan) -> None:
     step = max(checkpoints_of(plan))
-    expected = trace(plan.run, TEXT, min_tokens=LEAST_SPAN, step=step)
+    expected = trace(plan.run, TEXT, min_tokens=LEAST_SPAN, step=step).json()
     losses = {line["step"]: line["loss"] for line in Ledger.read(plan.run).steps}
     texts = planted_texts()
 
