@@ -52,7 +52,7 @@ FIRST_COMMANDS = (
     "status",
     "report",
 )
-"""Those of the whole way, in its order, which the first help has alone."""
+"""The commands of the whole way, in its order, which the first help has alone."""
 
 _COMMAND = "command record"  # among argparse's values, where no argument has a blank in its name
 

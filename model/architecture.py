@@ -1,4 +1,4 @@
-"""What each architecture is: parameters, counts, and names elsewhere. One frozen record for GPT-2
+"""The architectures: parameters, counts, and names elsewhere. One frozen record for GPT-2
 and one for Llama.
 
 The setting `model.architecture` names a record, and whoever needs to know one asks it. Another
@@ -88,7 +88,7 @@ class ParameterNames:
 
 @dataclass(frozen=True)
 class StageNames:
-    """What `raymill inspect` calls the values on a batch's way to the loss."""
+    """Names in `raymill inspect` of the values on a batch's way to the loss."""
 
     norm: str
     embeddings: str  # what they are made of
@@ -99,7 +99,7 @@ class StageNames:
 
 @dataclass(frozen=True)
 class KeptValues:
-    """What a block keeps of each token for its backward pass."""
+    """Values that a block keeps of each token for its backward pass."""
 
     of_norms: int  # fp32 values C wide: what norms read, and a second one where they keep it
     # Values C wide more, where projections do not share the rounded inputs of their products
@@ -124,7 +124,7 @@ class HfKeys:
 
 @dataclass(frozen=True)
 class KernelNames:
-    """What the CPU kernels are given besides a block's norms, in the order of
+    """The CPU kernels' arguments besides a block's norms, in the order of
     serving/engine/native/decoder.cpp."""
 
     number: int  # of the architecture that has such blocks
@@ -143,7 +143,7 @@ class GgufLayout:
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """What there is to know of an architecture besides the modules that compute it."""
+    """An architecture, but for the modules that compute it."""
 
     name: ArchitectureName
     activations: tuple[Activation, ...]

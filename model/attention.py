@@ -43,7 +43,7 @@ class Documents(NamedTuple):
 
 
 Mask = Tensor | Documents | None
-"""What a token may see of its row: where a mask (B, 1, T, T) is true, its own document, or, without
+"""The places of its row that a token may see: where a mask (B, 1, T, T) is true, its own document, or, without
 one, all before it.
 """
 

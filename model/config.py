@@ -129,7 +129,7 @@ class GPTConfig:
 
     @property
     def network(self) -> Architecture:
-        """What there is to know of the architecture."""
+        """The architecture's record."""
         return ARCHITECTURES[self.architecture]
 
     @property
@@ -188,7 +188,7 @@ class GPTConfig:
 
     @property
     def kept(self) -> KeptValues:
-        """What a block keeps of each token for backward."""
+        """Values that a block keeps of each token for backward."""
         return self.network.kept
 
     def with_context(self, num_tokens: int) -> Self:

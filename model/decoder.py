@@ -30,7 +30,7 @@ class Decoder(nn.Module, ABC):
     @property
     @abstractmethod
     def blocks(self) -> Iterable[Callable[..., Any]]:
-        """What `ops.block` is called with, in order."""
+        """The arguments of `ops.block`, in order."""
 
     @abstractmethod
     def forward(

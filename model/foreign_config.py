@@ -36,7 +36,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id")
 _OF_CHECKPOINTS = frozenset(
     ("architectures", "dtype", "torch_dtype", "transformers_version", *_TOKEN_IDS)
 )
-"""What a checkpoint's config.json may say otherwise: the module's name, how weights are stored, and
+"""Keys in which a checkpoint's config.json may differ: the module's name, how weights are stored, and
 the tokenizer's ids."""
 
 _NOT_DETERMINISTIC = " does not have a deterministic implementation"  # torch's words on a GPU
@@ -69,7 +69,7 @@ class ForeignConfig:
     """config.json, with sorted keys: a text, as a dictionary has no hash."""
 
     adapter: Adapter | None = None
-    """What is trained beside weights that are frozen; None where all weights are trained."""
+    """The adapter beside frozen weights; None where all weights are trained."""
 
     by_transformers: ClassVar[bool] = True
 
@@ -82,7 +82,7 @@ class ForeignConfig:
 
     @property
     def values(self) -> dict[str, Any]:
-        """What config.json says."""
+        """The content of config.json."""
         values: dict[str, Any] = json.loads(self.content)
         return values
 
@@ -249,7 +249,7 @@ class ForeignConfig:
 
     @property
     def kept(self) -> KeptValues:
-        """What a block keeps of each token for backward. It counts as one of Llama's, with the
+        """Values that a block keeps of each token for backward. It counts as one of Llama's, with the
         experts that a token is sent to: what it really keeps is not known before it has run."""
         return LLAMA.kept
 

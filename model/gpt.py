@@ -185,7 +185,7 @@ def initial_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]
 
 
 BODIES: dict[str, type[Body]] = {GPT2.name: Transformer, LLAMA.name: Llama}
-"""What computes each architecture, between token ids and the output head."""
+"""The module of each architecture, between token ids and the output head."""
 
 
 class GPT(Decoder):

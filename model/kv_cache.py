@@ -16,7 +16,7 @@ from model.config import GPTConfig
 
 
 class Window(Protocol):
-    """What the rows of one forward call see of a cache."""
+    """The part of a cache that the rows of one forward call see."""
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Writes the new keys and values (B, G, T, D) of `layer`, and returns the attention of the
@@ -32,7 +32,7 @@ class Cache(Protocol):
 
 @dataclass
 class ModuleCache:
-    """What a module of another library keeps of one sequence, in its own form; None at first."""
+    """The cache of one sequence, in the form of a module of another library; None at first."""
 
     states: Any = None
 

@@ -17,7 +17,7 @@ WEIGHT_BYTES = 4
 
 @dataclass(frozen=True)
 class Numerics:
-    """What products are computed in, and what is done for that."""
+    """The type of products, and the settings that it takes."""
 
     name: Precision
     torch_type: str  # PyTorch's name of the type

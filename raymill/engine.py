@@ -47,7 +47,7 @@ _NUM_CHECKED_LANES = 2
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What a step has measured, equal on every worker but for its time."""
+    """The measurements of a step, equal on every worker but for its time."""
 
     loss: float  # the mean over lanes
     gradient_norm: float  # before it is clipped
@@ -222,7 +222,7 @@ class ExactEngine(Generic[Batch]):
 
     @property
     def _facts(self) -> dict[str, object]:
-        """What the bits depend on, besides the loss and its batches."""
+        """The facts that decide the bits, besides the loss and its batches."""
         return {
             "num_lanes": self._num_lanes,
             "seed": self._seed,

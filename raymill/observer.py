@@ -1,4 +1,4 @@
-"""What may watch a step without being part of it."""
+"""Observers, which watch a step without being part of it."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

@@ -9,7 +9,7 @@ from raymill.rules.hidden_matrix import HiddenMatrix
 
 
 class Trainable(Protocol):
-    """What a training state asks of a model."""
+    """A model, as a training state needs it."""
 
     rounds_matrices: bool
     """Whether products alone read the matrices of the blocks, which autocast rounds: in bf16, they

@@ -37,7 +37,7 @@ _REASON_AFTER = "Error:\n"  # in a deployment's message
 
 @dataclass(frozen=True)
 class Sight:
-    """What Ray Serve says of an endpoint at one moment."""
+    """An endpoint's state at one moment, by Ray Serve."""
 
     num_up: int = 0  # replicas that answer
     is_whole: bool = False  # whether all that it wants do

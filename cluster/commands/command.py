@@ -116,7 +116,7 @@ class SettingsOf:
 
 @dataclass(frozen=True)
 class Result:
-    """What a command has to say: `values` are its JSON, and lines for people unless there is a
+    """A command's answer: `values` are its JSON, and lines for people unless there is a
     `text`."""
 
     values: Mapping[str, Any]
@@ -128,7 +128,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a command line says. A command reads it and writes nothing into it."""
+    """The values of a command line. A command reads them and writes none."""
 
     words: Sequence[str]  # as they were typed
     is_json: bool

@@ -1,4 +1,4 @@
-"""What commands answer: values that are their own JSON."""
+"""Answers of commands: values that are their own JSON."""
 
 import math
 from dataclasses import dataclass, fields

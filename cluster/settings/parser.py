@@ -81,7 +81,7 @@ _NEWCOMERS = {
     "dataset": "data.source",
     "output_dir": "storage.uri",
 }
-"""What people from other projects type, and the setting that they mean."""
+"""Names that people from other projects type, and the setting that they mean."""
 
 
 def newcomers_word(word: str) -> str:

@@ -45,7 +45,7 @@ CONFIG = "config"
 """The setting that names a config.json, or has its content."""
 
 _ADAPTER = "adapter"
-"""What a run that has begun records beside it: the adapter that `train.lora_rank` asked for."""
+"""The record of a run that has begun: the adapter that `train.lora_rank` asked for."""
 
 CONFIG_HELP = (
     "config.json of any causal language model of transformers, a path or URI, in place of a preset and of all "

@@ -12,7 +12,7 @@ from cluster.settings.amounts import is_whole_number, whole_number
 
 
 class Shapes(Flag):
-    """What a setting of the data or the training shapes."""
+    """The things that a setting of the data or the training shapes."""
 
     NOTHING = 0
     STORE = auto()  # the token store: its value is part of the store's key

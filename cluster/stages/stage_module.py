@@ -55,7 +55,7 @@ def parse_result(line: str) -> dict[str, Any] | None:
 
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What asks a command to end: Ctrl-C, another process, and a terminal that is closed."""
+"""Signals that ask a command to end: Ctrl-C, another process, and a terminal that is closed."""
 
 
 def exit_on_signal(number: int, frame: FrameType | None) -> None:

@@ -34,7 +34,7 @@ class Publication:
 
 
 class PublishedStanding(Enum):
-    """What the files of a checkpoint's folder say of it."""
+    """A checkpoint's claims, by the files of its folder."""
 
     WHOLE = "its manifest is there"
     TORN = (

@@ -1,4 +1,4 @@
-"""What people call a checkpoint: `latest`, a run's id, `run@step`, or the path or URI of a
+"""Names of checkpoints: `latest`, a run's id, `run@step`, or the path or URI of a
 folder."""
 
 import re

@@ -67,7 +67,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Candidate(NamedTuple):
-    """What a reference may mean."""
+    """The meanings of a reference."""
 
     checkpoint: str  # URI of its folder
     publication: Publication | None = None  # where one names it

@@ -25,7 +25,7 @@ from raymill.workers.worker_group import WorkerGroup
 
 @dataclass(frozen=True)
 class OwnPasses:
-    """What the passes of this worker's micro-batches of a step have brought."""
+    """The results of the passes of this worker's micro-batches of a step."""
 
     figures: Sequence[Tensor]  # (2,) of each pass, in order (`LanePasses.take`)
     losses: Sequence[Tensor]  # those that count
@@ -117,7 +117,7 @@ class BatchGradient:
 
     @property
     def totals(self) -> StepTotals:
-        """What was gathered of the last step."""
+        """The totals gathered in the last step."""
         return self._sum.totals
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ MOST_TRIES = 2
 
 
 class DamagedStateError(RuntimeError):
-    """What a worker loaded is not what was stored. Another attempt may load it rightly."""
+    """A loaded state that is not the stored one. Another attempt may load it rightly."""
 
 
 def checksum_of(words: int) -> str:

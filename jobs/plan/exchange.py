@@ -37,7 +37,7 @@ InfiniBand's."""
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a GPU sends, of those that send most."""
+    """The bytes and messages of a GPU that sends most."""
 
     link_bytes: float = 0.0  # within its node
     card_bytes: float = 0.0  # through its network card
@@ -234,7 +234,7 @@ def between_holders(layout: FlatLayout, sharding: Sharding, options: PlanConfig)
 
 @dataclass(frozen=True)
 class _Sendings:
-    """What a GPU sends, by the part of a step that may hide it."""
+    """The traffic of a GPU, by the part of a step that may hide it."""
 
     first_weights: Traffic  # during the first forward pass
     weights: Traffic  # during each later one

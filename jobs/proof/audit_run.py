@@ -57,7 +57,7 @@ NOT_TOKENIZED = "How the token store was made of its corpus, and by which filter
 
 @dataclass(frozen=True)
 class Audit:
-    """What is asked of an audit."""
+    """The request for an audit."""
 
     num_samples: int
     nonce: str | None = None  # drawn where it is None

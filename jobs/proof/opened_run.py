@@ -23,7 +23,7 @@ from raymill.errors import UserError
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """What a run has recorded."""
+    """The records of a run."""
 
     run: Storage
     ledger: Ledger
@@ -71,7 +71,7 @@ def learned_steps(taken: Iterable[Taken]) -> list[int]:
 
 @dataclass(frozen=True)
 class Learning:
-    """What a run has learned of a token store."""
+    """The part of a token store that a run has learned."""
 
     opened: OpenedRun
     store: Storage

@@ -41,7 +41,7 @@ from raymill.errors import UserError
 
 @dataclass(frozen=True)
 class Replayed(JsonResult):
-    """What came of steps that were taken again."""
+    """The result of steps that were taken again."""
 
     verdict: str
     equal: bool

@@ -14,7 +14,7 @@ class Outcome(StrEnum):
 
 
 class StepOutcomes:
-    """What the ledger says of each step; of one that was taken again, the last time counts."""
+    """The outcome of each step by the ledger; of one that was taken again, the last time counts."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._steps: dict[int, tuple[Outcome, str | None]] = {}

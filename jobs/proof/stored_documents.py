@@ -38,7 +38,7 @@ class Found(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What a reference of a user means: a file, or a place in it."""
+    """The meaning of a user's reference: a file, or a place in it."""
 
     file: int
     place: int | None

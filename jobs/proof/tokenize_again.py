@@ -56,7 +56,7 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 
 @dataclass
 class Outcome:
-    """What came of making shards again."""
+    """The result of making shards again."""
 
     store: str = ""
     shards: int = 0  # of the store

@@ -32,7 +32,7 @@ from model.signing.signature import MODEL, SignatureError, Trusted, check
 
 @dataclass
 class Proof:
-    """What was found of a run so far."""
+    """The findings about a run so far."""
 
     lines: Sequence[bytes]  # of its ledger
     chain: Chain

@@ -30,7 +30,7 @@ _READERS = 16  # threads: from S3, a document's front is little but waiting
 
 @dataclass(frozen=True)
 class _MappedRun:
-    """What a run has learned of its store, and the documents of that."""
+    """The part of its store that a run has learned, and the documents of that."""
 
     learning: Learning
     mapped: DocumentMap
@@ -39,7 +39,7 @@ class _MappedRun:
 
 @dataclass(frozen=True)
 class LearnedDocuments(JsonResult):
-    """What is known of a document, or of those of a file."""
+    """The account of a document, or of the documents of a file."""
 
     file: str
     place: int | None  # None for more than one document

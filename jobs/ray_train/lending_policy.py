@@ -98,7 +98,7 @@ def _without(reserved_resources: Any, node_ids: Collection[str]) -> Any:
 
 
 _policies: list[LendingPolicy] = []
-"""That of the controller whose process this is."""
+"""The policy of the controller whose process this is."""
 
 
 def give_back() -> None:

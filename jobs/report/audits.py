@@ -14,7 +14,7 @@ _VERDICTS = ("corruption", "undecided", "named", "asked_again", "proven", "refut
 
 @dataclass(frozen=True)
 class Finding:
-    """What the ledger says of a worker that was wrong, and of the run's way from there."""
+    """The ledger's account of a worker that was wrong, and of the run's way from there."""
 
     line: Line
     lost_s: float | None  # until that step stood; None where it does not, or nothing was lost

@@ -197,7 +197,7 @@ class Evidence(JsonResult):
 
 @dataclass(frozen=True)
 class Slowness(JsonResult):
-    """What bounds a run."""
+    """The causes that bound a run."""
 
     verdict: str  # a sentence
     bound: str  # the largest cause

@@ -1,4 +1,4 @@
-"""What ends an attempt at a run, and what follows from it."""
+"""The ends of an attempt at a run, and the consequences of each."""
 
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
@@ -8,7 +8,7 @@ from cluster.stages.stage_module import HOPELESS, MAY_SUCCEED
 
 
 class End(StrEnum):
-    """What ended an attempt. All but the last one end the run's stage too, with a line of the ledger
+    """The end of an attempt. All but the last one end the run's stage too, with a line of the ledger
     whose event is the value.
 
     A worker that is lost, or left out since it computed wrong, ends an attempt by an exception: Ray

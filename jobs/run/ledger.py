@@ -232,7 +232,7 @@ class Interruption:
 
 @dataclass(frozen=True)
 class Void:
-    """What must not be continued from and no longer counts, since the run went back behind it: a
+    """Steps that must not be continued from and no longer count, since the run went back behind them: a
     worker that had part in it was found wrong."""
 
     to_step: int

@@ -35,7 +35,7 @@ def head_of(content: bytes) -> str | None:
 
 @dataclass(frozen=True)
 class Chain:
-    """What the lines of a ledger say of one another."""
+    """The links between the lines of a ledger."""
 
     num_lines: int
     first: int | None  # number of the first line that is chained; None where none is

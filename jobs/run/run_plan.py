@@ -13,7 +13,7 @@ from jobs.tokens.token_stream import TokenStream
 
 @dataclass(frozen=True)
 class Replay:
-    """What a replay does beside its steps: what the run that it repeats has recorded."""
+    """The work of a replay beside its steps: whatever the run that it repeats has recorded."""
 
     hashed: frozenset[int]  # steps after which it takes the state's hash
     validated: frozenset[int]  # steps after which it validates

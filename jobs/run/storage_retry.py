@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 5.0
 
 CHECKPOINTS, LEDGER_LINES = "checkpoints", "ledger"
-"""What is stored, as `storage_down` and `storage_back` name it."""
+"""The stored thing, as `storage_down` and `storage_back` name it."""
 
 Result = TypeVar("Result")
 

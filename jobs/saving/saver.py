@@ -1,4 +1,4 @@
-"""What an attempt saves with: one saver of the whole state, one of its shards, and one for ranks
+"""The savers of an attempt: one saver of the whole state, one of its shards, and one for ranks
 that store nothing."""
 
 from typing import Protocol

@@ -34,7 +34,7 @@ class Publishes(Protocol):
 
 
 class Records(Protocol):
-    """What rank 0's writer has of the run."""
+    """The run, as rank 0's writer has it."""
 
     @property
     def ledger(self) -> LedgerWriter: ...
@@ -52,7 +52,7 @@ class Records(Protocol):
 
 @dataclass(frozen=True)
 class AuditedAttempt:
-    """What the sentinel knows of its attempt."""
+    """The sentinel's knowledge of its attempt."""
 
     number: int
     first_step: int
@@ -67,7 +67,7 @@ class AuditedAttempt:
 
 @dataclass(frozen=True)
 class Audited:
-    """What is known of an attempt's audits where a consequence is drawn."""
+    """An attempt's audits, as far as they are known where a consequence is drawn."""
 
     step: int  # in which something was found; 0 in the self-test
     began_s: float  # on the performance counter: when that differed
@@ -83,7 +83,7 @@ class Decision:
 
 
 class Consequences:
-    """Those of one attempt."""
+    """The consequences of one attempt."""
 
     def __init__(self, records: Records, attempt: AuditedAttempt, *, storage_uri: str) -> None:
         self._records, self._attempt, self._storage_uri = records, attempt, storage_uri

@@ -13,7 +13,7 @@ particle, of which some hit any cluster."""
 
 
 class Measure(StrEnum):
-    """What is done, the mildest first."""
+    """The measures, the mildest first."""
 
     TAKEN_AGAIN = "taken_again"  # the step, by the same workers
     # The run goes back to a state from before the copy was wrong, with the same workers

@@ -12,7 +12,7 @@ from jobs.sentinel.verdict import Corruption, Turn, Undecided, What
 
 @dataclass(frozen=True)
 class Recurrence:
-    """What it says that ranks contradict each other at a step where they did so before."""
+    """The meaning of a second contradiction between ranks at the same step."""
 
     wrong: Sequence[Corruption] = ()  # who alone does not repeat what it had shown
     repeated: Sequence[Undecided] = ()  # what all have shown again
@@ -86,7 +86,7 @@ def _changed(at: Undecided, rank: int) -> Corruption:
 
 @dataclass(frozen=True)
 class Taking:
-    """What is known of one time that a step was taken."""
+    """One time that a step was taken, as far as it is known."""
 
     figures: Sequence[float]  # of the whole batch
     losses: Sequence[Sequence[float]]  # by rank, of its micro-batches

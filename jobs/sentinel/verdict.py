@@ -15,7 +15,7 @@ from jobs.exact.audits.excerpt import Repeated, ShownSum
 
 
 class What(StrEnum):
-    """What is wrong."""
+    """A fault."""
 
     GRADIENT = "gradient"  # of a lane, or of a micro-batch where the gradient is sharded
     LOSS = "loss"  # of a micro-batch

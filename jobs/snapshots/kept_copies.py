@@ -17,7 +17,7 @@ from jobs.snapshots.choice import Holding
 
 
 class Keeps(Protocol):
-    """What rank 0 asks the keepers of all nodes."""
+    """Rank 0's question to the keepers of all nodes."""
 
     def contradictions(self, *, after_attempt: int) -> list[Holding]: ...
 

@@ -54,7 +54,7 @@ _FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class Share:
-    """What one area of a node's memory has of the state. An area has slots, which are written in
+    """The part of the state in one area of a node's memory. An area has slots, which are written in
     turn."""
 
     area: str

@@ -66,7 +66,7 @@ class DocumentTable:
 
 @dataclass(frozen=True)
 class DocumentList:
-    """What `documents.json` holds."""
+    """The content of `documents.json`."""
 
     manifest_hash: str  # of the store that the map belongs to
     files: list[FileOfCorpus]  # of all sources

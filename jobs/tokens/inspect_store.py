@@ -25,7 +25,7 @@ from jobs.tokens.token_store import (
 _READERS = 4
 
 Uses = Mapping[str, Sequence[str]]
-"""What runs use token stores for, in words, by the stores' identities."""
+"""The runs' uses of token stores, in words, by the stores' identities."""
 
 
 def find_store(

@@ -46,7 +46,7 @@ _FIELDS_OF_ALL = ("drop_samples", "replaced_utf8")
 
 @dataclass(frozen=True)
 class Sources:
-    """What `sources.json` says of the corpus."""
+    """The corpus, by `sources.json`."""
 
     files: list[FileOfCorpus]
     sources: list[str]  # absolute location of each
@@ -168,7 +168,7 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class ComparedShard:
-    """What is wrong with a shard of the store."""
+    """A fault of a shard of the store."""
 
     file: str
     is_made: bool  # whether the manifest lists it, and the corpus makes it

@@ -42,7 +42,7 @@ class LineageError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint says of its training."""
+    """A checkpoint's record of its training."""
 
     uri: str
     run_id: str

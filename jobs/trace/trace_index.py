@@ -54,7 +54,7 @@ class Part:
 
 @dataclass(frozen=True)
 class IndexList:
-    """What `trace/index.json` holds. It is written last: without it there is no index."""
+    """The content of `trace/index.json`. It is written last: without it there is no index."""
 
     manifest_hash: str  # of the store that the index belongs to
     place_bytes: int  # of a place: a token's number in the store, its shards end to end

@@ -87,7 +87,7 @@ class TracedSpan(JsonResult):
 
 @dataclass(frozen=True)
 class TracedText(JsonResult):
-    """What of a text stands in what a run trains on."""
+    """The spans of a text that stand in the texts of a run."""
 
     run: str
     store: str

@@ -51,7 +51,7 @@ class Tracing:
 
     @cached_property
     def searched(self) -> SearchedStore:
-        """What the run trains on; all that is not held out in the store, where it is unknown."""
+        """The texts that the run trains on; all that is not held out in the store, where it is unknown."""
         store, manifest = self.indexed.store, self.indexed.manifest
         if self.learning is not None:
             pieces = chain.from_iterable(text.text for text in self.learning.order.texts)

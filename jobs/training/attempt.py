@@ -34,7 +34,7 @@ from raymill.workers.worker_group import WorkerGroup
 
 @dataclass
 class Attempt:
-    """What `open_attempt` has opened, all of it there. The training loop replaces `guard` once a
+    """An attempt that `open_attempt` has opened, with all its parts. The training loop replaces `guard` once a
     step, else nothing."""
 
     plan: RunPlan
@@ -144,7 +144,7 @@ class Attempt:
 
     @property
     def _base(self) -> dict[str, Any]:
-        """What the metadata of an adapter says of its base."""
+        """The base, in the metadata of an adapter."""
         base = self.plan.base
         if base is None:
             return {}

@@ -22,7 +22,7 @@ from raymill.workers.worker_group import WorkerGroup
 
 
 class Prepared(NamedTuple):
-    """What a worker computes with."""
+    """The operations of a worker."""
 
     kernels: str | None  # the hash of its compiled kernels, if it has any
     self_test: str  # the hash of its self-test's gradients, empty where it failed
@@ -30,7 +30,7 @@ class Prepared(NamedTuple):
 
 
 class _Tested(NamedTuple):
-    """What a self-test has found."""
+    """The result of a self-test."""
 
     checksum: str = ""
     problem: str = ""  # why it failed

@@ -71,7 +71,7 @@ class Sentinel:
         self._began_s = 0.0  # to judge, when something differed
         self._num_verdicts = 0  # that have named somebody
         self.update_again: Repeated | None = None
-        """What ranks found when they made the update of this step again."""
+        """The findings of ranks that made the update of this step again."""
         self.proven = NOT_AUDITED
         """How far the run is proven."""
         if gradient.audits.every_steps:

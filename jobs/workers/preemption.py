@@ -32,11 +32,11 @@ _WAIT_POLL_S = 0.5
 
 
 class Signals(NamedTuple):
-    """What a worker's process knows of its end."""
+    """The end of a worker's process, as it is announced."""
 
     num_sigterms: int
     drained: object = None
-    """What Ray knows of nodes that are being drained."""
+    """The nodes that Ray knows to be drained."""
     end_s: float | None = None
     """UNIX time at which the first node goes, where the nodes of all workers are to go."""
 

@@ -1,1 +1,1 @@
-"""What is trained beside weights that are frozen."""
+"""Adapters: weights that are trained beside frozen ones."""

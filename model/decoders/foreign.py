@@ -72,7 +72,7 @@ class ForeignModel(Decoder):
 
     @property
     def head_parameters(self) -> list[nn.Parameter]:
-        """What the head computes with: a tied embedding too."""
+        """The head's weight: a tied embedding too."""
         parameters: dict[nn.Parameter, None] = {}
         for name, child in self.named_children():
             if name != self._body_name:

@@ -39,7 +39,7 @@ class TextError(UserError):
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the process may use."""
+    """Bounds of the process."""
 
     load_cpu_s: float = 60.0  # processor time in which it reads the tokenizer
     # For each text, and for the probes; a megabyte of text takes half a second

@@ -52,7 +52,7 @@ class Metadata:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What raymill.json says: that of a whole model says nothing of a base."""
+        """The metadata in raymill.json: that of a whole model says nothing of a base."""
         fields = asdict(self)
         if self.base_hash is None:
             del fields["base"], fields["base_hash"], fields["base_source"]
@@ -181,7 +181,7 @@ class StoredModel:
 
     @property
     def metadata(self) -> Metadata | None:
-        """What raymill recorded of it; None where transformers saved it. Raises
+        """The metadata that raymill recorded; None where transformers saved the model. Raises
         `CheckpointError`."""
         return None if self.is_of_transformers else read_metadata(self.folder)
 

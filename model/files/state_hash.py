@@ -105,7 +105,7 @@ def words_in(tensors: Iterable[Tensor]) -> int:
 
 @dataclass(frozen=True)
 class StoredState:
-    """What was read of a stored state."""
+    """Hashes and counts of a stored state."""
 
     hashes: StateHashes
     words: int  # of all its values, but the number of updates

@@ -1,1 +1,1 @@
-"""What processors and GPUs compute at speed, and what GPUs have."""
+"""Speeds and types of processors and GPUs, and the memory of GPUs."""

@@ -29,7 +29,7 @@ class Gpu:
 
     @property
     def fast_numerics(self) -> Numerics:
-        """What it computes fastest, of what raymill trains in: V100 and T4 have fp16 in place of
+        """The fastest of the types that raymill trains in: V100 and T4 have fp16 in place of
         bf16."""
         return FP32 if self.device_name in ("V100-SXM2", "T4") else BF16
 

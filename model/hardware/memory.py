@@ -1,4 +1,4 @@
-"""What a process keeps of the memory that it freed."""
+"""Freed memory, which a process keeps."""
 
 import ctypes
 import sys

@@ -16,7 +16,7 @@ FIELD = "raymill"
 RECEIPT_TYPE = "urn:raymill:answer:v2"
 """The type of the Statement's predicate."""
 SUBJECT = "answer"
-"""What the Statement is about, by name."""
+"""The Statement's subject, by name."""
 PORTABLE, OF_THE_PROCESSOR = "portable", "of the processor"
 """Whose bits an answer has: every processor's, or those of this kind of processor."""
 _TYPE_OF_CHOICES = "urn:raymill:answer:v1"  # of an earlier version

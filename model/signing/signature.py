@@ -111,7 +111,7 @@ def trusted_by_file(
 
 @dataclass(frozen=True)
 class _Payload:
-    """What the library's signers take: they ask for the statement alone."""
+    """The argument of the library's signers: they ask for the statement alone."""
 
     statement: Any
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What tokenizer_config.json says of it; `model.text.chat` does it."""
+    """The format in tokenizer_config.json; `model.text.chat` writes it."""
 
     chat_template: str  # in Jinja
     bos_token: str  # as the template gets it, like the next one

@@ -1,4 +1,4 @@
-"""What a chat template makes of a few conversations: whether it ends, and how it compares with
+"""A chat template's outcome for a few conversations: whether it ends, and how it compares with
 another one."""
 
 import hashlib

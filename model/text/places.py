@@ -14,7 +14,7 @@ Step = Mapping[str, Any]
 
 
 class TextPlace(Enum):
-    """What is before a piece of a text."""
+    """The text before a piece."""
 
     START = "nothing"
     AFTER_SPECIAL = "a special token"

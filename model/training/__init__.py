@@ -1,1 +1,1 @@
-"""What only training needs of the model: the learning rate, and memory for long-lived buffers."""
+"""Parts of the model that only training needs: the learning rate, and memory for long-lived buffers."""

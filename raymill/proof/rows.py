@@ -8,7 +8,7 @@ NUM_LANES = 12  # which one to four workers divide evenly, as PyTorch's own ways
 LEAST_STEPS = 6
 
 OURS = ("none", "optimizer", "gradients")
-"""What raymill divides among the workers."""
+"""The parts of the state that raymill divides among the workers."""
 PEERS = ("DDP", "FSDP2")
 """PyTorch's own ways."""
 

@@ -1,4 +1,4 @@
-"""What every contender of the proof trains: a small network with dropout, on rows that are made."""
+"""The training of every contender of the proof: a small network with dropout, on rows that are made."""
 
 from collections.abc import Callable
 from pathlib import Path

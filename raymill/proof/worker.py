@@ -22,7 +22,7 @@ _SAVE_EVERY_STEPS = 5
 
 
 class Ending(NamedTuple):
-    """What a stint ends with, the same on every worker."""
+    """The end of a stint, the same on every worker."""
 
     weights_hash: str
     loss: float  # of the last step

@@ -36,7 +36,7 @@ _NUM_SLOTS = 2
 
 @runtime_checkable
 class Gatherable(Protocol):
-    """What is gathered of a model: its parameters, or what is frozen beside them."""
+    """The tensors that are gathered of a model: its parameters, or those frozen beside them."""
 
     @property
     def blocks(self) -> Iterable[object]:

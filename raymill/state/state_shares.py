@@ -19,7 +19,7 @@ class StatePiece(NamedTuple):
 
 
 class StateShares:
-    """What each rank has to store of a training state. The shares of all ranks of any world make
+    """The share of a training state that each rank has to store. The shares of all ranks of any world make
     the whole state."""
 
     def __init__(self, state: TrainState) -> None:

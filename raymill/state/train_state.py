@@ -98,7 +98,7 @@ class TrainState:
         if not any(parameter.is_meta for parameter in model.parameters()):
             self.load_weights(model.named_parameters())
         self.gathered = frozen
-        """What all ranks have to gather together so that the model can compute."""
+        """The values that all ranks have to gather together so that the model can compute."""
         self._rounded: RoundedMatrices | None = None
         if self.sharding.divided.values:
             self.gathered = self._gathered_weights()

@@ -79,7 +79,7 @@ def tree_sum(root: range, value_of: "Callable[[range], Tensor | None]") -> "Tens
 
 @dataclass(frozen=True)
 class LaneStep:
-    """What to do with the next lane, or the next piece of one: target buffer, add or replace, then
+    """The handling of the next lane, or of the next piece of one: target buffer, add or replace, then
     how many buffers to merge."""
 
     buffer: int

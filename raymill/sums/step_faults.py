@@ -1,4 +1,4 @@
-"""What each rank tells all others at the end of a step, so that all of them refuse it alike.
+"""Reports of all ranks at the end of a step, so that all of them refuse it alike.
 
 It travels with the figures of the step: a rank whose loss gives a parameter no gradient computes on
 as if that was zero, so that nobody waits for it, and nothing is applied.
@@ -19,7 +19,7 @@ class OddGradient(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What one rank tells, as float64 numbers."""
+    """One rank's report, as float64 numbers."""
 
     learning_rate: float
     is_odd: float  # 1 where a gradient was odd, of which the other numbers tell

@@ -48,7 +48,7 @@ class Team:
 
 @dataclass(frozen=True)
 class Swap:
-    """What one member does in a pairing."""
+    """One member's work in a pairing."""
 
     buffer: int
     partner: int

@@ -25,7 +25,7 @@ class _Count:
 
 
 class Progress:
-    """What one worker has done since its round began. Any thread may mark, and any may look."""
+    """The progress of one worker since its round began. Any thread may mark, and any may look."""
 
     def __init__(self) -> None:
         self.step = 0  # that the worker takes, for people to read

@@ -26,7 +26,7 @@ MINUTE_S, DAY_S = 60.0, 86_400.0
 
 @dataclass(frozen=True)
 class ApiKey:
-    """What is known of a key. Keys of one name share their limits and their turns in the queue."""
+    """The facts about a key. Keys of one name share their limits and their turns in the queue."""
 
     hash: str  # SHA-256; the key itself is in no state and no log
     name: str

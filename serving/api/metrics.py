@@ -137,7 +137,7 @@ class EngineMetrics(Collector):
 
 @dataclass(frozen=True)
 class SeriesFor(Collector):
-    """What a client may see of the metrics: what others do with their keys is not among it."""
+    """The metrics that a client may see: none of other keys."""
 
     key: str | None
     whole: CollectorRegistry

@@ -1,4 +1,4 @@
-"""What is decided of a request before its route runs: whom the route answers, and whether it counts
+"""Decisions about a request before its route runs: whom the route answers, and whether it counts
 against a key's limit. Each route declares it where it stands."""
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +25,7 @@ class Opens(Enum):
 
 @dataclass(frozen=True)
 class RouteFacts:
-    """What a route declares."""
+    """A route's declarations."""
 
     opens: Opens
     is_metered: bool
@@ -35,7 +35,7 @@ class RouteFacts:
 
 
 OTHER = RouteFacts(Opens.TO_USERS, is_metered=False)
-"""Those of paths without a route, and of routes whose path has a parameter."""
+"""The facts of paths without a route, and of routes whose path has a parameter."""
 
 
 def declares(facts: RouteFacts) -> Callable[[Endpoint], Endpoint]:

@@ -29,7 +29,7 @@ LONGEST_REQUEST_S = 600.0  # after this an unneeded engine ends, whatever still 
 
 
 class Closing(Protocol):
-    """What can be closed, at any time and again."""
+    """A part that can be closed, at any time and again."""
 
     def close(self) -> None: ...
 

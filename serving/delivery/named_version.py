@@ -9,7 +9,7 @@ SEPARATOR = "@"
 
 @dataclass(frozen=True)
 class AskedModel:
-    """What the field `model` of a request asks for."""
+    """The meaning of the field `model` of a request."""
 
     name: str | None
     version: str | None = None  # None: the one that the route says

@@ -125,7 +125,7 @@ class Delivery(PromotionRecord):
 
     @property
     def lines(self) -> dict[str, "Delivery"]:
-        """What is promoted by itself: the model, as `MODEL`, and each adapter by its name."""
+        """The things that are promoted by themselves: the model, as `MODEL`, and each adapter by its name."""
         return {MODEL: self, **self.adapters}
 
     def line(self, name: str) -> "Delivery":
@@ -158,7 +158,7 @@ class Delivery(PromotionRecord):
 
     @property
     def serving(self) -> list[Version]:
-        """Those of `needed` that clients may get: no candidate that is still being measured."""
+        """Versions of `needed` that clients may get: no candidate that is still being measured."""
         return [self.live] if self.phase is Phase.LOADING else self.needed
 
     @property

@@ -1,4 +1,4 @@
-"""What a version has done on a replica, and how the times of two versions compare."""
+"""A version's figures on a replica, and the comparison of two versions' times."""
 
 from dataclasses import dataclass, field
 

@@ -113,7 +113,7 @@ class Versions:
 
     @property
     def lines(self) -> dict[str, "Versions"]:
-        """Those of the model itself, as `MODEL`, and those of each adapter by its name."""
+        """Versions of the model itself, as `MODEL`, and of each adapter by its name."""
         return {MODEL: self, **self.adapters}
 
     def line_of(self, model: str | None) -> "Versions":

@@ -19,7 +19,7 @@ _LANES = 16  # numbers; the kernels pad a head to whole vectors
 
 
 class Memory(NamedTuple):
-    """What this process may take."""
+    """Memory that this process may take."""
 
     free_bytes: int  # now, before anything is swapped or ended
     total_bytes: int

@@ -15,7 +15,7 @@ DELAYED_BY_ONE = 2
 """Sequences that may be delayed for each one that is answered sooner, with full multiples."""
 
 LONGEST_BURST_S = 1.0
-"""That a multiplied step takes, by what prompt tokens have cost."""
+"""The seconds that a multiplied step takes, by the cost of earlier prompt tokens."""
 
 
 @dataclass(eq=False)

@@ -18,7 +18,7 @@ _parse_metrics = TypeAdapter(list[MetricFamily]).validate_python
 
 
 class MessageError(ValueError):
-    """What an engine has sent is none of its messages."""
+    """Bytes from an engine that are none of its messages."""
 
 
 def parse_message(line: bytes) -> StepReport | Admission | list[MetricFamily]:

@@ -1,4 +1,4 @@
-"""What the keys use, as one replica knows it: here, and on the others as of the coordinator's last
+"""The use of keys, as one replica knows it: here, and on the others as of the coordinator's last
 answer."""
 
 import math

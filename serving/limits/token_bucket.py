@@ -30,7 +30,7 @@ class Quota:
 
 
 class Debt:
-    """What is missing from a bucket, in seconds. It may exceed the whole bucket."""
+    """The deficit of a bucket, in seconds. It may exceed the whole bucket."""
 
     def __init__(self, left_s: float = 0.0, *, now_s: float) -> None:
         self._left_s = left_s

@@ -23,7 +23,7 @@ class LastReport:
 
 
 class UsageBoard:
-    """What all replicas have reported. A replica that dies takes its running requests with it; what
+    """The reports of all replicas. A replica that dies takes its running requests with it; what
     it has charged stays."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:

@@ -1,4 +1,4 @@
-"""What replicas and the coordinator tell each other about the use of keys: by the keys' names, and
+"""Messages between replicas and the coordinator about the use of keys: by the keys' names, and
 never the keys."""
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ class Account(NamedTuple):
 
 @dataclass(frozen=True)
 class UsageReport:
-    """What one replica tells."""
+    """One replica's report."""
 
     number: int = 0  # of this report; a report that comes twice counts once
     answered: int = 0  # number of the last report to which the replica got an answer
@@ -38,7 +38,7 @@ class UsageReport:
 
 @dataclass(frozen=True)
 class UsageAnswer:
-    """What the coordinator answers."""
+    """The coordinator's answer."""
 
     num_replicas: int
     elsewhere: Mapping[str, int]  # running requests of each name on the other replicas

@@ -1,1 +1,1 @@
-"""What the engine draws, as text, parts of an answer, and JSON."""
+"""The engine's tokens as text, as parts of an answer, and as JSON."""

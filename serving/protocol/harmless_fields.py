@@ -22,7 +22,7 @@ KINDS: Mapping[type, str] = {
     dict: "any object",
     object: "any value",
 }
-"""What stands for all values of a kind, and in words."""
+"""Signs for all values of a kind, with their words."""
 
 
 def _table(name: str) -> HarmlessValues:

@@ -108,7 +108,7 @@ class StreamOptions(Request):
 
 
 class RaymillOptions(Request):
-    """What only raymill has."""
+    """Fields that only raymill has."""
 
     receipt: bool = False
 

@@ -1,4 +1,4 @@
-"""What a replica knows about a request that its client does not see: for the request log and for
+"""Facts about a request that its client does not see: for the request log and for
 traces."""
 
 import time

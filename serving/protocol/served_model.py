@@ -139,7 +139,7 @@ class ServedModel:
 
     @cached_property
     def plain_texts(self) -> dict[int, str]:
-        """Those of them that are whole characters, as texts."""
+        """The tokens that are whole characters, as texts."""
         return {}
 
     @cached_property

@@ -108,7 +108,7 @@ class GrammarOfTools(StructuredOutputs):
 
 
 class StructuredFields(Request):
-    """What requests have that may ask for an answer which follows a grammar."""
+    """Fields of requests that may ask for an answer which follows a grammar."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

@@ -44,7 +44,7 @@ def _template_kwargs(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class TemplateFields(Request):
-    """What a chat says to its template. A name that the template does not read changes nothing."""
+    """A chat's arguments to its template. A name that the template does not read changes nothing."""
 
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_template_kwargs)] = Field(
         {}, max_length=MAX_TEMPLATE_NAMES

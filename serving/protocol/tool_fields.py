@@ -113,7 +113,7 @@ class ToolCall(Request):
 
 
 class ToolFields(Request):
-    """What a chat says about tools."""
+    """A chat's fields about tools."""
 
     tools: list[Tool] = Field([], max_length=MAX_TOOLS)
     tool_choice: Annotated[ToolChoice | None, BeforeValidator(_tool_choice)] = None
@@ -151,7 +151,7 @@ class ToolFields(Request):
 
     @property
     def allowed(self) -> Sequence[Tool]:
-        """Those of them that may be called."""
+        """The tools that may be called."""
         names = self._chosen_names
         return [tool for tool in self.offered if names is None or tool.function.name in names]
 

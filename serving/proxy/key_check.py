@@ -39,7 +39,7 @@ class Refusal:
 
 
 class KeyCheck:
-    """What the replicas behind one proxy have said of keys."""
+    """The verdicts on keys of the replicas behind one proxy."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

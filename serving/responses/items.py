@@ -63,7 +63,7 @@ class Item(Request):
 
 
 class MessageItem(Item):
-    """What somebody said."""
+    """A message."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
@@ -80,7 +80,7 @@ class CallItem(Item):
 
 
 class OutputItem(Item):
-    """What a call came to."""
+    """The result of a call."""
 
     type: Literal["function_call_output"]
     call_id: CallId

@@ -137,7 +137,7 @@ class Output:
 
     @property
     def items(self) -> list[dict[str, Any]]:
-        """What there is so far; an item that is open is incomplete."""
+        """The output so far; an item that is open is incomplete."""
         return [*self._closed, *([] if self._open is None else [self._open.item("incomplete")])]
 
 

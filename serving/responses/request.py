@@ -49,7 +49,7 @@ TextFormat = Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")]
 
 
 class ResponseText(Request):
-    """What the text of an answer is like. Its verbosity changes nothing."""
+    """The form of an answer's text. Its verbosity changes nothing."""
 
     format: Annotated[TextFormat | None, BeforeValidator(_format)] = None
     verbosity: Literal["low", "medium", "high"] | None = None

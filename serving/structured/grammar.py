@@ -1,4 +1,4 @@
-"""What an answer has to follow, as a client gave it: a JSON Schema, a regular expression, a choice
+"""The grammar of an answer, as a client gave it: a JSON Schema, a regular expression, a choice
 of texts or a context-free grammar."""
 
 from dataclasses import dataclass, field

@@ -14,7 +14,7 @@ _ONCE_IN = 200  # times as long
 
 
 class GrammarMemory:
-    """What all grammars of an engine take, in whichever thread they were compiled."""
+    """The memory of all grammars of an engine, in whichever thread they were compiled."""
 
     def __init__(self, most_bytes: int, *, make_room: Callable[[], None]) -> None:
         """`make_room` drops what nobody follows."""

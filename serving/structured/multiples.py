@@ -20,7 +20,7 @@ _MOST_JOINED = 16  # schemas that are looked at together; with more, compiling t
 
 
 class Step(NamedTuple):
-    """What a number is a multiple of, in units of 10^-digits."""
+    """The divisor of a number, in units of 10^-digits."""
 
     units: int
     digits: int

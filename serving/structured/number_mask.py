@@ -21,7 +21,7 @@ MAX_DIGITS = 64  # of a row that are kept; no zone has as many
 
 
 class DigitTokens:
-    """What the tokens of a vocabulary add to a row of digits."""
+    """The digits that each token of a vocabulary adds to a row of digits."""
 
     def __init__(self, tokens: Sequence[bytes]) -> None:
         self._tokens = tokens

@@ -44,7 +44,7 @@ class TokenMask:
 
     @property
     def problem(self) -> str:
-        """What the grammar's bounds are exceeded by, if they are."""
+        """The bound of the grammar that is exceeded, if one is."""
         return str(self._matcher.get_error())
 
     def advance(self, token_id: int) -> None:

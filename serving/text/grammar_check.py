@@ -38,7 +38,7 @@ class GrammarsBusyError(Exception):
 
 @dataclass(frozen=True)
 class GrammarBounds:
-    """What grammars may take, and how many may wait."""
+    """Bounds on the time of grammars, and on how many may wait."""
 
     # Processor time of each attempt. What is not done then waits in the next line, since a grammar
     # of 5,000 words takes 15 ms and most take 1
@@ -190,7 +190,7 @@ class GrammarCheck:
 
 
 class _Line:
-    """Those who wait until it is their turn: one at a time, and keys in turn, by the milliseconds
+    """The queue for the checker: one at a time, and keys in turn, by the milliseconds
     of processor time that they have taken."""
 
     def __init__(self) -> None:

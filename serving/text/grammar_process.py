@@ -23,7 +23,7 @@ LEAST_WALL_S = 40.0
 
 @dataclass(frozen=True)
 class ProcessBounds:
-    """What the process may use."""
+    """Bounds of the process."""
 
     load_cpu_s: float = 60.0  # processor time in which it reads the tokenizer
     load_bytes: int = 2 << 30  # of address space with it
@@ -33,7 +33,7 @@ class ProcessBounds:
 
 @dataclass(frozen=True)
 class GrammarOutcome:
-    """What has become of a question: a verdict, or how its process ended."""
+    """The outcome of a question: a verdict, or how its process ended."""
 
     cpu_s: float = 0.0
     verdict: dict[str, Any] | None = None

@@ -36,7 +36,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class TextReader(Protocol):
-    """What turns text into tokens for one loaded version."""
+    """The tokenizer of one loaded version."""
 
     probe: ChatProbe
 

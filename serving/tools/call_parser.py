@@ -33,7 +33,7 @@ Piece = Content | CallPiece
 
 
 class _At(Enum):
-    """What the parser waits for."""
+    """The state of the parser."""
 
     CONTENT = auto()  # text, until a call opens
     HEADER = auto()  # a call's name, up to its arguments

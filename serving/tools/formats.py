@@ -8,7 +8,7 @@ from typing import Any
 from serving.tools.arguments import ArgumentReader, JsonArguments, TaggedArguments
 
 _JSON_TAIL = r'\s*(?:,\s*"id"\s*:\s*"[^"]*"\s*)?\}\s*'
-"""What follows the arguments in a JSON object of a call."""
+"""The text that follows the arguments in a JSON object of a call."""
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ def quarantine(arguments: Arguments) -> Result:
 
 @dataclass(frozen=True)
 class Marks:
-    """What became of the nodes of Kubernetes, by their names."""
+    """The states of the nodes of Kubernetes, by their names."""
 
     marked: list[str]
     released: list[str]

@@ -25,7 +25,7 @@ _NO_LANES = range(0)
 
 
 class Before(NamedTuple):
-    """What the owner of neighboring values has of them before their update."""
+    """The owner's copy of neighboring values before their update."""
 
     span: Span  # of the layout
     decays: bool

@@ -1,1 +1,1 @@
-"""What an audit draws, keeps and shows."""
+"""The intervals, the record and the page of an audit."""

@@ -1,4 +1,4 @@
-"""What is found of a step: its lanes and rows, the rows that are to blame, and the step without
+"""The explanation of a step: its lanes and rows, the rows that are to blame, and the step without
 them."""
 
 import math
@@ -19,7 +19,7 @@ _FIRST_CHARS = 60
 
 @dataclass(frozen=True)
 class Lane(JsonResult):
-    """What a lane alone has computed."""
+    """A lane's own loss and gradient."""
 
     lane: int
     loss: float  # nats per token that it counts
@@ -90,7 +90,7 @@ class WorstRow(Row):
 
 @dataclass(frozen=True)
 class Explanation(JsonResult):
-    """What is found of a step."""
+    """The explanation of a step."""
 
     note: str | None  # how the step differs from what the ledger has of it
     step: int

@@ -30,7 +30,7 @@ _OF_STARTS = {"data_identity", "precision", "code_version", "tokens_seen"}
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """What a ledger says of one checkpoint."""
+    """A ledger's record of one checkpoint."""
 
     name: str
     line: Line | None  # the last `checkpoint` line that names it

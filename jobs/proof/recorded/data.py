@@ -25,7 +25,7 @@ from raymill.errors import CheckpointError
 
 @dataclass
 class DataProof:
-    """What was found of a run's settings and token stores."""
+    """The findings about a run's settings and token stores."""
 
     num_shards: int = 0
     hashes: dict[str, str | None] = field(default_factory=dict)  # of the store's files, by name

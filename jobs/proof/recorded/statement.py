@@ -8,7 +8,7 @@ import yaml
 from jobs.run.history import CONFIG_FILE, flattened
 
 _OF_SIGNING = {"signedOn"}
-"""What is said of the signature itself, and not of the training."""
+"""Fields about the signature itself, and not about the training."""
 
 
 def statement_problems(signed: dict[str, Any], now: dict[str, Any]) -> list[str]:
