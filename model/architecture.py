@@ -125,7 +125,7 @@ class HfKeys:
 @dataclass(frozen=True)
 class KernelNames:
     """The CPU kernels' arguments besides a block's norms, in the order of
-    serving/engine/native/decoder.cpp."""
+    model/kernels/native/decoder.cpp."""
 
     number: int  # of the architecture that has such blocks
     matrices: tuple[tuple[str, ...], ...]  # those of one tuple lie side by side, as one matrix

@@ -10,7 +10,8 @@ needs no conversion.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import assert_never
 
 import torch
@@ -26,6 +27,9 @@ from model.kv_cache import Cache, KVCache, ModuleCache, Window
 from model.llama import Llama
 from model.operations import PLAIN, Operations, embedding
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, parameter_shapes, parameters
+
+Normals = Callable[[Tensor, float], Tensor]
+"""Fills a tensor with normal numbers of a deviation, and returns it."""
 
 
 class Projection(nn.Module):
@@ -155,14 +159,17 @@ class Transformer(Body):
         )
         for block in self.h:
             x = self.ops.block(block, x, window, mask)
-        return self.ln_f(x)
+        return self.ops.norm(self.ln_f, x)
 
 
-def initial_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+def initial_weights(
+    config: GPTConfig, seed: int, normals: Normals | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Yields GPT-2's initial weights, one parameter after the other: normal, biases zero, and the
     projections that end in the residual stream scaled by 1 / sqrt(2 x n_layer); Llama's by the same
-    rule. The random numbers come from the CPU, so a seed means the same anywhere."""
-    generator = torch.Generator().manual_seed(seed)
+    rule. Without `normals` PyTorch draws them on the CPU, so a seed means the same on all that are
+    alike."""
+    normals = normals or partial(_normals, torch.Generator().manual_seed(seed))
     shapes, deviation = parameter_shapes(config), config.initializer_range
     for name, parameter in parameters(config).items():
         values = torch.empty(shapes[name])
@@ -172,16 +179,15 @@ def initial_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]
             case Initial.ONES:
                 yield name, values.fill_(1.0)
             case Initial.NORMAL:
-                yield name, values.normal_(0.0, deviation, generator=generator)
+                yield name, normals(values, deviation)
             case Initial.INTO_THE_STREAM:
-                yield (
-                    name,
-                    values.normal_(
-                        0.0, deviation / math.sqrt(2 * config.n_layer), generator=generator
-                    ),
-                )
+                yield name, normals(values, deviation / math.sqrt(2 * config.n_layer))
             case _:
                 assert_never(parameter.initial)
+
+
+def _normals(generator: torch.Generator, values: Tensor, deviation: float) -> Tensor:
+    return values.normal_(0.0, deviation, generator=generator)
 
 
 BODIES: dict[str, type[Body]] = {GPT2.name: Transformer, LLAMA.name: Llama}

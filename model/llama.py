@@ -8,9 +8,6 @@ heads.
 Parameters have the names and the layout of Hugging Face's LlamaForCausalLM.
 """
 
-import decimal
-import math
-from decimal import Decimal
 from typing import NamedTuple
 
 import torch
@@ -23,8 +20,6 @@ from model.config import GPTConfig
 from model.kv_cache import Window
 from model.operations import PLAIN, Operations, embedding
 
-_PI = Decimal("3.14159265358979323846264338327950288419716939937510582")
-
 
 class Rotation(NamedTuple):
     """Turns pairs of a head's values by angles that grow with the position (Su et al., arXiv
@@ -33,48 +28,12 @@ class Rotation(NamedTuple):
     cos: Tensor  # (B, T, 1, D / 2), fp32
     sin: Tensor
 
-    @classmethod
-    def of(cls, config: GPTConfig, positions: Tensor) -> "Rotation":
-        """Returns the rotation of tokens at positions (B, T)."""
-        angles = positions[:, :, None, None] * frequencies(config, positions.device)
-        return cls(angles.cos(), angles.sin())
-
     def of_heads(self, x: Tensor) -> Tensor:
         """Returns x (B, T, heads, D) turned; a pair is a value of the first half and its
         counterpart in the second."""
         first, second = x.float().chunk(2, dim=-1)
         turned = first * self.cos - second * self.sin, second * self.cos + first * self.sin
         return torch.cat(turned, dim=-1).to(x.dtype)
-
-
-def frequencies(config: GPTConfig, device: torch.device | str = "cpu") -> Tensor:
-    """Returns the angle of each pair (D / 2,) for one position, in radians, fp32. With
-    `rope_original_positions` those that turn less than once in that context are divided by
-    `rope_factor`, those that turn four times or more are kept, and in between it is a mixture;
-    without it all are divided."""
-    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    plain = 1.0 / config.rope_theta**exponents
-    if config.rope_original_positions is None:
-        return plain / config.rope_factor
-    turns = config.rope_original_positions * plain / (2 * math.pi)
-    kept = ((turns - 1) / 3).clamp(0, 1)
-    return (1 - kept) * plain / config.rope_factor + kept * plain
-
-
-def exact_frequencies(config: GPTConfig) -> Tensor:
-    """Returns `frequencies`, computed in 50 digits and rounded once: the same bits on every
-    processor, which PyTorch's powers do not have."""
-    with decimal.localcontext(prec=50):
-        base, factor = Decimal(config.rope_theta), Decimal(config.rope_factor)
-        angles = []
-        for pair in range(config.head_dim // 2):
-            plain = base ** (Decimal(-2 * pair) / config.head_dim)
-            kept = Decimal(0)
-            if config.rope_original_positions is not None:
-                turns = config.rope_original_positions * plain / (2 * _PI)
-                kept = min(max((turns - 1) / 3, Decimal(0)), Decimal(1))
-            angles.append(float((1 - kept) * plain / factor + kept * plain))
-    return torch.tensor(angles)
 
 
 class Linear(nn.Module):
@@ -172,7 +131,7 @@ class Llama(Body):
         return self.norm
 
     def for_blocks(self, positions: Tensor) -> tuple[Rotation]:
-        return (Rotation.of(self.config, positions),)
+        return (Rotation(*self.ops.turns(self.config, positions)),)
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, window: Window | None, mask: Mask
@@ -184,4 +143,4 @@ class Llama(Body):
         x = F.dropout(tokens, config.dropout, self.training)
         for block in self.layers:
             x = self.ops.block(block, x, window, mask, rotation)
-        return self.norm(x)
+        return self.ops.norm(self.norm, x)

@@ -21,6 +21,7 @@ from model.linear_cross_entropy import (
     losses_and_gradients,
 )
 from model.numerics import Numerics
+from model.rotary import turns
 
 _COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch")
 
@@ -59,6 +60,10 @@ class Operations(NamedTuple):
     head_losses: Callable[..., Tensor]
     """(decoder, h (K, C), targets (K,)): the loss of each token of a chunk (K,), by the code that the
     decoder's head has."""
+    norm: Callable[[nn.Module, Tensor], Tensor]
+    """(module, x (B, T, C)): x after the last norm."""
+    turns: Callable[..., tuple[Tensor, Tensor]]
+    """As `model.rotary.turns`."""
 
 
 def _embed(indices: Tensor, weight: Tensor, *, shared: bool) -> Tensor:
@@ -101,7 +106,14 @@ def _head_to_compile(decoder: Any, h: Tensor, targets: Tensor) -> Tensor:
     return _head_losses(decoder, h, targets)
 
 
-PLAIN = Operations(_embed, _affine, F.linear, _block, linear_cross_entropy, _head_losses)
+def _norm(module: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = module(x)
+    return y
+
+
+PLAIN = Operations(
+    _embed, _affine, F.linear, _block, linear_cross_entropy, _head_losses, _norm, turns
+)
 
 
 def recomputed(ops: Operations) -> Operations:

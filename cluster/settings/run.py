@@ -28,6 +28,7 @@ from pydantic.functional_validators import BeforeValidator, WrapValidator, model
 from cluster.settings import recipe
 from cluster.settings.amounts import gpu_or_not, require_own_gpu
 from cluster.settings.batch_schedule import BatchSchedule
+from cluster.settings.computing import require_computed
 from cluster.settings.data import DataConfig
 from cluster.settings.setting import Settings, setting
 from cluster.settings.train import Compute, TrainConfig
@@ -296,9 +297,9 @@ class RunConfig(Settings):
             raise ValueError(
                 f"{train.lane_in_words} does not divide train.global_batch_size={train.global_batch_size}"
             )
-        if train.compute == "cpu" and self.scaling.use_gpu:
+        if train.compute in ("cpu", "portable") and self.scaling.use_gpu:
             raise ValueError(
-                "train.compute=cpu is for CPUs, and scaling.use_gpu is set; leave out one of them"
+                f"train.compute={train.compute} is for CPUs, and scaling.use_gpu is set; leave out one of them"
             )
         require_computed(self.model, train)
         if divided_by(self.scaling.shard).vectors and not train.exact:
@@ -365,33 +366,15 @@ def planned_vocabulary(config: RunConfig) -> RunConfig:
 
 
 def with_precision(config: RunConfig, precision: Precision) -> RunConfig:
-    """Returns the run with this precision instead of `auto`; unchanged where another one is set."""
+    """Returns the run with this precision instead of `auto`; unchanged where another one is set.
+    Portable kernels compute in fp32."""
     if config.train.precision != "auto":
         return config
+    if config.train.compute == "portable":
+        precision = "fp32"
     return config.model_copy(
         update={"train": config.train.model_copy(update={"precision": precision})}
     )
-
-
-def require_computed(shape: Shape, train: TrainConfig) -> None:
-    """Raises `ValueError` where the model cannot be computed as set."""
-    if train.lora_rank is not None and train.compute not in ("auto", "plain"):
-        raise ValueError(
-            f"train.compute={train.compute} is for whole models, and train.lora_rank asks for an adapter, whose layers "
-            "are PEFT's; leave it out, or set plain"
-        )
-    if not shape.by_transformers:
-        return
-    if train.compute == "cpu":
-        raise ValueError(
-            "train.compute=cpu is for our own shapes, and this model is transformers'; leave it out, or set plain or "
-            "compiled"
-        )
-    if train.compute == "compiled" and shape.num_experts:
-        raise ValueError(
-            f"train.compute=compiled: a model of type {shape.model_type!r} chooses the experts of each token by its "
-            "values, which is no fixed graph; leave it out, or set plain"
-        )
 
 
 def way_to_compute(config: RunConfig) -> Compute:

@@ -8,7 +8,7 @@ from pydantic.functional_validators import model_validator
 from cluster.settings.setting import Shapes, ShapingSettings, shaping
 from model.numerics import NUMERICS, Numerics, Precision
 
-Compute = Literal["plain", "compiled", "cpu"]
+Compute = Literal["plain", "compiled", "cpu", "portable"]
 """Ways to compute a training step."""
 
 Optimizer = Literal["adamw", "muon"]
@@ -102,9 +102,9 @@ class TrainConfig(ShapingSettings):
     )
     compute: Literal["auto", Compute] = shaping(
         "auto",
-        "operations of the model: PyTorch's own (plain), these in fused kernels (compiled), or some with "
-        "gradients written for CPUs (cpu); auto: compiled on GPUs, else cpu, and plain for models of "
-        "transformers",
+        "operations of the model: PyTorch's own (plain), these in fused kernels (compiled), some with "
+        "gradients written for CPUs (cpu), or in fp32 with the same bits on every kind of processor "
+        "(portable); auto: compiled on GPUs, else cpu, and plain for models of transformers",
         shapes=Shapes.RUN,
     )
     recompute: bool = shaping(

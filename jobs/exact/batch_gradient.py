@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from jobs.exact.audits.silent_faults import silent_faults
+from jobs.exact.compute import gradient_norm
 from jobs.exact.lane_passes import LanePasses
 from raymill.observer import StepObserver
 from raymill.state.train_state import TrainState
@@ -40,7 +41,8 @@ class BatchGradient:
         self._group = group
         # A batch that grows may have thousands of plans
         plans = map(passes.plan_of_count, passes.schedule.lane_counts)
-        self._sum = BatchSum(state, group, plans, lends=passes.is_lent_memory)
+        norm = gradient_norm(passes.config)
+        self._sum = BatchSum(state, group, plans, lends=passes.is_lent_memory, norm=norm)
 
     def of_step(self, step: int, timer: StepTimer) -> Measured:
         """Puts the gradient of the whole batch into the state's buffer; with a sharded optimizer,

@@ -1,6 +1,7 @@
 """How a run computes: with which operations, in which precision, and how rows come to the
 device."""
 
+from collections.abc import Iterator
 from typing import NamedTuple, assert_never
 
 import torch
@@ -8,11 +9,15 @@ from torch import Tensor
 
 from cluster.settings.run import RunConfig, way_to_compute
 from model.attention import Mask, document_mask, document_positions, packed_documents
+from model.config import GPTConfig
 from model.cpu_ops import operations as cpu_ops
 from model.decoder import Decoder
+from model.decoders.make import initial_weights
+from model.kernels.update_rules import norm_of, square_sums
 from model.linear_cross_entropy import IGNORE_INDEX
 from model.operations import PLAIN, compiled, product_type, recomputed, use_operations
 from raymill.state.gathered_weights import GatheredWeights
+from raymill.sums.step_totals import FAST_NORM, BlockNorm
 
 
 class MicroBatch(NamedTuple):
@@ -40,6 +45,10 @@ def choose_operations(
             ops = compiled()
         case "cpu":
             ops = cpu_ops.CPU
+        case "portable":
+            from model.kernels.operations import PORTABLE  # noqa: PLC0415 (its kernels are compiled)
+
+            ops = PORTABLE
         case _:
             assert_never(way)
     if config.train.recompute:
@@ -47,6 +56,23 @@ def choose_operations(
     if gathered:
         ops = ops._replace(block=gathered.in_turn(ops.block))
     use_operations(model, ops)
+
+
+def gradient_norm(config: RunConfig) -> BlockNorm:
+    """Returns the way in which the run computes a gradient's norm."""
+    if way_to_compute(config) != "portable":
+        return FAST_NORM
+    return BlockNorm(square_sums, norm_of)
+
+
+def first_weights(config: RunConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Yields the weights that a run begins with, one parameter after the other."""
+    if way_to_compute(config) != "portable":
+        return initial_weights(config.model, seed)
+    from model.kernels.operations import portable_weights  # noqa: PLC0415 (as above)
+
+    assert isinstance(config.model, GPTConfig), "see `require_computed`"
+    return portable_weights(config.model, seed)
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:

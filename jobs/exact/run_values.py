@@ -6,6 +6,7 @@ from typing import assert_never
 
 from cluster.settings.run import ScalingConfig
 from cluster.settings.train import TrainConfig
+from model.kernels.update_rules import PortableAdamW, PortableMuon
 from model.numerics import FP32
 from raymill.rules.adamw import AdamW
 from raymill.rules.muon import Muon, ProductType
@@ -34,6 +35,8 @@ def run_sharding(
 
 def update_rule(train: TrainConfig) -> UpdateRule:
     adamw = AdamW(beta1=train.beta1, beta2=train.beta2, weight_decay=train.weight_decay)
+    if train.compute == "portable":
+        return _portable_rule(train)
     match train.optimizer:
         case "adamw":
             return adamw
@@ -44,3 +47,10 @@ def update_rule(train: TrainConfig) -> UpdateRule:
             return Muon(train.momentum, train.weight_decay, others=adamw, products=products)
         case _:
             assert_never(train.optimizer)
+
+
+def _portable_rule(train: TrainConfig) -> UpdateRule:
+    adamw = PortableAdamW(train.beta1, train.beta2, train.weight_decay)
+    if train.optimizer == "adamw":
+        return adamw
+    return PortableMuon(train.momentum, train.weight_decay, others=adamw)

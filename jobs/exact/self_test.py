@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cluster.settings.run import RunConfig, seq_len, way_to_compute
-from jobs.exact.compute import micro_batch
+from jobs.exact.compute import first_weights, micro_batch
 from jobs.exact.foreign_test import one_graph_of_each_kind, test_foreign
 from jobs.exact.run_state import run_state
 from jobs.exact.step_gradient import step_gradient
@@ -280,7 +280,8 @@ def _in_float64(config: RunConfig) -> dict[str, Tensor]:
 
 def _model(config: RunConfig) -> Decoder:
     model = new_decoder(config.model)
-    model.init_weights(_SEED)
+    for name, values in first_weights(config, _SEED):
+        model.get_parameter(name).data.copy_(values)
     if isinstance(config.model, GPTConfig) and config.model.activation_function == "relu":
         _keep_from_kink(model)
     return model

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from cluster.output.progress import report_progress
 from cluster.settings.run import RunConfig, batch_schedule, seq_len
+from jobs.exact.compute import first_weights
 from jobs.exact.run_state import run_state
 from jobs.exact.step_gradient import step_gradient
 from jobs.plan.pace import NUM_STEPS, Pace
-from model.decoders.make import initial_weights, new_decoder
+from model.decoders.make import new_decoder
 from model.hardware.memory import keep_freed_memory
 from model.hardware.processor import processor_share
 from raymill.step_timer import StepTime, StepTimer
@@ -113,7 +114,7 @@ def _measured(config: RunConfig) -> list[StepTime]:
         state = run_state(model, config.train, device=torch.device("cpu"), group=group)
         gradient = step_gradient(config, state, rows, group, eot_id=None)
         try:
-            state.load_weights(initial_weights(config.model, config.train.seed))
+            state.load_weights(first_weights(config, config.train.seed))
             timer = StepTimer()
             while len(times) <= NUM_STEPS:
                 measured = gradient.of_step(len(times) + 1, timer)

@@ -153,14 +153,21 @@ def logits_chunk_bytes(config: RunConfig) -> float:
     compute = way_to_compute(config)
     rounded = numerics.rounded_bytes
     # Fused kernels read the scores and write their gradients. Plain operations have five copies in
-    # fp32 at a time, and a mask; those for CPUs write over the scores.
+    # fp32 at a time, and a mask; those for CPUs write over the scores; portable products pack both of
+    # their factors.
     score = {
         "compiled": 2 * numerics.product_bytes,
         "plain": 21 + rounded,
         "cpu": FP32_BYTES + rounded,
+        "portable": 3 * FP32_BYTES,
     }[compute]
-    is_on_cpu = compute == "cpu"
-    head = (0 if is_on_cpu else FP32_BYTES) + rounded
+    head = {
+        "compiled": FP32_BYTES + rounded,
+        "plain": FP32_BYTES + rounded,
+        "cpu": rounded,
+        "portable": 2 * FP32_BYTES,
+    }[compute]
+    is_on_cpu = compute in ("cpu", "portable")
     chunk_tokens = min(CHUNK_TOKENS if is_on_cpu else GPU_CHUNK_TOKENS, tokens)
     return float(model.vocab_size * (score * chunk_tokens + head * model.n_embd))
 

@@ -124,7 +124,7 @@ def _record(
         "timestamped_by": str(stamps) if stamps else None,
         "signed_lines": proof.signed.number if proof.signed else None,
         "workers": asked.num_workers,
-        "hardware": hardware(torch.device("cuda" if use_gpu else "cpu")),
+        "hardware": hardware(config, torch.device("cuda" if use_gpu else "cpu")),
         "hardware_of_run": _different(start["hardware"] for start in starts),
         "code_version": code_version(),
         "code_of_run": _different(start["code_version"] for start in starts),

@@ -1,11 +1,19 @@
 """One worker's part of an attempt at a run: its state, its rows, and what it does with them at each
 step."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cluster.settings.run import BatchSchedule, RunConfig, cooldown_tokens, max_steps, warmup_tokens
+from cluster.settings.run import (
+    BatchSchedule,
+    RunConfig,
+    cooldown_tokens,
+    max_steps,
+    warmup_tokens,
+    way_to_compute,
+)
 from jobs.exact.audited_gradient import AuditedGradient, AuditedStep
 from jobs.exact.audits.silent_faults import corrupt
 from jobs.run.end import End
@@ -27,7 +35,7 @@ from jobs.training.step_record import StepRecord
 from jobs.training.validation import Validator
 from jobs.workers.preemption import Notice, Notices
 from model.files.checkpoint_folder import Metadata
-from model.training.optimizer import learning_rate
+from model.training.optimizer import learning_rate, portable_cosine
 from raymill.state.train_state import TrainState
 from raymill.workers.worker_group import WorkerGroup
 
@@ -77,6 +85,7 @@ class Attempt:
             decay_tokens=config.train.decay_tokens or config.train.max_tokens,
             min_ratio=config.train.min_learning_rate_ratio,
             cooldown_tokens=cooldown_tokens(config),
+            cosine=portable_cosine if way_to_compute(config) == "portable" else math.cos,
         )
 
     def measure(self, step: int) -> AuditedStep | None:

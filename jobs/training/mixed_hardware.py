@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
-from cluster.settings.run import RunConfig
+from cluster.settings.run import RunConfig, way_to_compute
 from jobs.run.ledger import Ledger
 from model.hardware.processor import cpu_features, cpu_field
+from model.kernels.native_library import sources_hash
 
 Hardware = dict[str, str]
 
@@ -52,8 +53,10 @@ def gpu_of_worker(device: torch.device) -> dict[str, str]:
     return {"device": f"{torch.cuda.get_device_name(device)} GPU-{uuid}"}
 
 
-def hardware(device: torch.device) -> Hardware:
-    """Returns what decides how this worker rounds."""
+def hardware(config: RunConfig, device: torch.device) -> Hardware:
+    """Returns what decides how this worker rounds: with portable kernels nothing but these."""
+    if way_to_compute(config) == "portable":
+        return {"portable_kernels": sources_hash()}
     found = {
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),

@@ -17,6 +17,7 @@ from cluster.settings.run import RunConfig, batch_schedule, state_scaling, way_t
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.registry import metadata_of
 from jobs.exact.audited_gradient import AuditedGradient
+from jobs.exact.compute import first_weights
 from jobs.exact.frozen import freeze
 from jobs.exact.run_state import run_state
 from jobs.exact.run_values import run_sharding
@@ -61,7 +62,7 @@ from jobs.workers.left_out_nodes import KUBERNETES_NODE_VARIABLE
 from jobs.workers.placement import at_odds
 from jobs.workers.preemption import Notices, Signals
 from model.decoders.adapted import AdaptedModel
-from model.decoders.make import initial_weights, new_decoder
+from model.decoders.make import new_decoder
 from model.hardware.memory import keep_freed_memory
 from model.text.tokenizer import Tokenizer
 from raymill.errors import CheckpointError
@@ -129,7 +130,7 @@ def open_attempt(
         "kubernetes_node": os.environ.get(KUBERNETES_NODE_VARIABLE),
         **gpu_of_worker(device),
     }
-    workers = _Workers(*zip(*group.gather((place, hardware(device))), strict=True))
+    workers = _Workers(*zip(*group.gather((place, hardware(config, device))), strict=True))
     snapshots = Snapshots(plan.launch, group)
     # Rank 0 chooses the checkpoint for all: another rank might see a newer or a damaged one.
     writer, choice = _chosen(plan, snapshots, opened, workers) if group.rank == 0 else (None, None)
@@ -367,7 +368,7 @@ def _restored(
         group.prove(start.snapshot.header.step, device)  # a checkpoint of it may be due
         return state, guard, start.snapshot.header.step
     if start.checkpoint is None:
-        state.load_weights(initial_weights(config.model, config.train.seed))
+        state.load_weights(first_weights(config, config.train.seed))
         return state, GuardState(), 0
     checkpoints = RunCheckpoints(plan.run)
     metadata = metadata_of(checkpoints.uri(start.checkpoint))

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from cluster.output.progress import say
 from cluster.settings.code_folders import code_version
+from cluster.settings.computing import require_computed
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import RunConfig, adapted, require_computed, run_storage
+from cluster.settings.run import RunConfig, adapted, run_storage
 from cluster.storage.bases import base_folder, find_base
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage, open_storage

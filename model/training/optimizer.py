@@ -2,6 +2,7 @@
 it."""
 
 import math
+from collections.abc import Callable
 
 
 def learning_rate(
@@ -12,6 +13,7 @@ def learning_rate(
     decay_tokens: int,
     min_ratio: float,
     cooldown_tokens: int | None = None,
+    cosine: Callable[[float], float] = math.cos,
 ) -> float:
     """Rises linearly to `peak` over `warmup_tokens`, then follows a cosine to `min_ratio` x `peak`
     at `decay_tokens`.
@@ -32,4 +34,14 @@ def learning_rate(
             min_ratio + (1 - min_ratio) * (decay_tokens - tokens_seen) / (decay_tokens - start)
         )
     progress = (tokens_seen - warmup_tokens) / (decay_tokens - warmup_tokens)
-    return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + cosine(math.pi * progress)))
+
+
+def portable_cosine(angle: float) -> float:
+    """Returns the cosine of an angle in 0 … π with the same bits everywhere, which C libraries do
+    not have: the Taylor series of the sine of what is missing to a right angle."""
+    missing = math.pi / 2 - angle
+    series = 1.0
+    for k in range(11, 0, -1):
+        series = 1 - series * missing * missing / (2 * k * (2 * k + 1))
+    return missing * series

@@ -8,7 +8,7 @@ from typing import ClassVar
 from raymill.rules.hidden_matrix import HiddenMatrix
 from raymill.rules.update_rule import Stretch, Unit
 
-_EPSILON = 1e-8
+EPSILON = 1e-8
 """Added to the root of the second moment."""
 
 _FP32_BYTES = 4
@@ -30,11 +30,12 @@ class AdamW:
             alike = [stretch for stretch in stretches if stretch.decays is decays]
             if alike:
                 weight_decay = self.weight_decay if decays else 0.0
-                self._update_alike(alike, learning_rate=learning_rate, weight_decay=weight_decay)
+                self.update_alike(alike, learning_rate=learning_rate, weight_decay=weight_decay)
 
-    def _update_alike(
+    def update_alike(
         self, stretches: Sequence[Stretch], *, learning_rate: float, weight_decay: float
     ) -> None:
+        """Updates stretches of one weight decay."""
         # The planner asks this rule, and starts without PyTorch. The optimizer's class would import
         # torch._dynamo, which takes a second.
         from torch.optim.adamw import adamw
@@ -56,7 +57,7 @@ class AdamW:
             weight_decay=weight_decay,
             beta1=self.beta1,
             beta2=self.beta2,
-            eps=_EPSILON,
+            eps=EPSILON,
         )
 
     def flops(self, shape: Sequence[int], matrix: HiddenMatrix | None = None) -> float:

@@ -24,13 +24,13 @@ ProductType = Literal["float32", "bfloat16"]
 
 _BYTES: dict[ProductType, int] = {"float32": 4, "bfloat16": 2}
 
-_NUM_STEPS = 5  # of Newton and Schulz
+NUM_STEPS = 5  # of Newton and Schulz
 
-_A, _B, _C = 3.4445, -4.7750, 2.0315
+A, B, C = 3.4445, -4.7750, 2.0315
 """Jordan's coefficients of a x + b x³ + c x⁵, which in five steps takes singular values from about
 0.003 up to between 0.7 and 1.2."""
 
-_LEAST_NORM = 1e-7
+LEAST_NORM = 1e-7
 
 _RMS_OF_ADAMW = 0.2
 """The root mean square of AdamW's usual update over its learning rate (Moonlight, section 2.2)."""
@@ -53,10 +53,10 @@ class Muon:
             if stretch.matrix is None:
                 others.append(stretch)
             else:
-                self._update_matrix(stretch, stretch.matrix, learning_rate=learning_rate)
+                self.update_matrix(stretch, stretch.matrix, learning_rate=learning_rate)
         self.others.update(others, learning_rate=learning_rate)
 
-    def _update_matrix(
+    def update_matrix(
         self, stretch: Stretch, matrix: HiddenMatrix, *, learning_rate: float
     ) -> None:
         [average] = stretch.vectors
@@ -67,8 +67,8 @@ class Muon:
         values_of_pieces = matrix.cut(stretch.values)
         directions = matrix.cut(direction)
         for values, piece in zip(values_of_pieces, directions, strict=True):
-            scale = _RMS_OF_ADAMW * sqrt(max(piece.shape))
-            values.add_(orthogonalized(piece, self.products), alpha=-learning_rate * scale)
+            change = orthogonalized(piece, self.products)
+            values.add_(change, alpha=-learning_rate * scale_of(piece.shape))
         stretch.count.add_(1)
 
     def flops(self, shape: Sequence[int], matrix: HiddenMatrix | None = None) -> float:
@@ -79,7 +79,7 @@ class Muon:
         total = 0.0
         for piece in matrix.piece_shapes:
             m, n = sorted(piece)
-            total += _NUM_STEPS * (4.0 * m * m * n + 2.0 * m**3)
+            total += NUM_STEPS * (4.0 * m * m * n + 2.0 * m**3)
         return total
 
     def bytes_moved(self, shape: Sequence[int], matrix: HiddenMatrix | None = None) -> float:
@@ -87,8 +87,14 @@ class Muon:
         each step of Newton and Schulz, 4."""
         if matrix is None:
             return self.others.bytes_moved(shape)
-        of_step = 14 * _BYTES["float32"] + 4 * _NUM_STEPS * _BYTES[self.products]
+        of_step = 14 * _BYTES["float32"] + 4 * NUM_STEPS * _BYTES[self.products]
         return float(of_step * prod(shape))
+
+
+def scale_of(shape: Sequence[int]) -> float:
+    """Returns the factor of an orthogonal matrix (m, n) with which its root mean square is that of
+    AdamW's update."""
+    return _RMS_OF_ADAMW * sqrt(max(shape))
 
 
 def orthogonalized(matrix: "Tensor", products: ProductType = "float32") -> "Tensor":
@@ -102,12 +108,12 @@ def orthogonalized(matrix: "Tensor", products: ProductType = "float32") -> "Tens
 
     x = matrix.to(getattr(torch, products))
     # In new memory, which is aligned alike wherever the matrix lies
-    x = x / x.norm().clamp(min=_LEAST_NORM)
+    x = x / x.norm().clamp(min=LEAST_NORM)
     is_tall = x.shape[0] > x.shape[1]
     if is_tall:
         x = x.T  # the Gram matrix is the smaller one
-    for _ in range(_NUM_STEPS):
+    for _ in range(NUM_STEPS):
         gram = x @ x.T
-        polynomial = gram.addmm(gram, gram, beta=_B, alpha=_C)
-        x = x.addmm(polynomial, x, beta=_A)
+        polynomial = gram.addmm(gram, gram, beta=B, alpha=C)
+        x = x.addmm(polynomial, x, beta=A)
     return x.T if is_tall else x

@@ -17,7 +17,7 @@ from raymill.sums.lane_sums import LaneSums
 from raymill.sums.shard_sums import ShardSums
 from raymill.sums.step_faults import Told, refuse_what_differs
 from raymill.sums.step_plan import StepPlan
-from raymill.sums.step_totals import Measured, StepTotals
+from raymill.sums.step_totals import FAST_NORM, BlockNorm, Measured, StepTotals
 from raymill.workers.worker_group import WorkerGroup
 
 # Buckets on their way to the owners of their parts, beside the one that is being sent
@@ -35,6 +35,7 @@ class BatchSum:
         plans: Iterable[StepPlan],
         *,
         lends: bool = False,
+        norm: BlockNorm = FAST_NORM,
     ) -> None:
         """`plans` has all that `add_up` is going to get. With `lends` backward is lent memory that
         `model.cpu_ops` writes gradients into."""
@@ -46,13 +47,16 @@ class BatchSum:
             buffers.append(large_zeros(len(state.gradient), device=state.device))
         self._buffers = buffers
         self._names = [name for name, _ in state.model.named_parameters()]
-        self.totals = StepTotals(state.layout, state.sharding, group, device=state.device)
+        self.totals = StepTotals(
+            state.layout, state.sharding, group, device=state.device, norm=norm.whole
+        )
         owners = state.sharding.owners
         self._exchange = BucketExchange(
             state.owned.homes if sums_parts else state.layout.buckets,
             buffers,
             Peers(state.sharding.counterparts, group),
             parts=state.layout.parts_of_owners(owners) if owners else None,
+            square_sums=norm.of_blocks,
         )
         self._side_work = side_work(state.device, max_waiting=_MAX_WAITING if sums_parts else 0)
         self._sums: LaneSums | ShardSums

@@ -12,7 +12,7 @@ adds or waits for another one, so two bundles on their way took 8 to 24% less ti
 Mbit/s (`tests/benchmarks/bench_slow_link.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -44,7 +44,9 @@ class BucketExchange:
         peers: Peers,
         *,
         parts: Sequence[Sequence[Span]] | None,
+        square_sums: Callable[[Tensor], Tensor] = block_square_sums,
     ) -> None:
+        self._square_sums = square_sums
         self._buffers = buffers
         self._peers = peers
         self._is_owned = parts is not None
@@ -83,7 +85,7 @@ class BucketExchange:
         seen = partial(self._see, bundle) if self._observers else None
         self._sums.finish(vectors, bundle.division, seen)
         result = bundle.division.part(self._peers.index).of(vectors[0])
-        self.block_sums.append(block_square_sums(result))
+        self.block_sums.append(self._square_sums(result))
         if self._is_owned:
             bundle.unpack_part(vectors[0], self._buffers[0], self._peers.index)
         elif self._gathers:

@@ -5,7 +5,7 @@ Losses are summed along the lanes' tree, the norm in the order of the flat buffe
 values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -35,14 +35,28 @@ class Measured(NamedTuple):
     told: Sequence[Told] = ()  # by rank
 
 
+class BlockNorm(NamedTuple):
+    """A way to compute a gradient's norm."""
+
+    of_blocks: Callable[[Tensor], Tensor]  # as `block_square_sums`
+    whole: Callable[[Tensor], float]  # as `norm_of`
+
+
 class StepTotals:
     """Gathers what all ranks have, and with it the proof that every message of the step has
     arrived."""
 
     def __init__(
-        self, layout: FlatLayout, sharding: Sharding, group: WorkerGroup, *, device: torch.device
+        self,
+        layout: FlatLayout,
+        sharding: Sharding,
+        group: WorkerGroup,
+        *,
+        device: torch.device,
+        norm: Callable[[Tensor], float] | None = None,
     ) -> None:
         self._group = group
+        self._norm = norm or norm_of
         blocks_of_ranks = _blocks_of_ranks(layout, sharding)
         self._num_blocks = max(map(len, blocks_of_ranks))
         # The rank (N,) that sums each block of the flat buffer, and the block's place (N,) among
@@ -87,7 +101,7 @@ class StepTotals:
         self._figures, self._square_sums = figures, table[self._block_order]
         return Measured(
             loss=_sum_of_losses(plan, figures[..., 0].float()),
-            norm=norm_of(self._square_sums),
+            norm=self._norm(self._square_sums),
             num_counted=int(figures[..., 1].sum()),
             shown=table[:, self._num_blocks : end_of_shown].tolist() if len(own) else (),
             told=tuple(Told(*numbers) for numbers in rest[:, :NUM_TOLD].tolist()),
@@ -174,3 +188,6 @@ def block_square_sums(values: Tensor) -> Tensor:
 def norm_of(block_sums: Tensor) -> float:
     """Returns the Euclidean norm from the sums of all blocks, in order."""
     return float(block_sums.sum().sqrt())
+
+
+FAST_NORM = BlockNorm(block_square_sums, norm_of)

@@ -12,14 +12,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from model.architecture import Activation
 from model.gpt import GPT, Projection
-from model.llama import Linear, exact_frequencies
-from serving.engine.native_library import NoNativeLibraryError, load_library
+from model.kernels.native_library import ACTIVATIONS, NoNativeLibraryError, load_library
+from model.llama import Linear
+from model.rotary import exact_frequencies
 from serving.engine.runner import Reading, Survey
 
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
-ACTIVATIONS: dict[Activation, int] = {"gelu": 0, "gelu_exact": 1, "relu": 2, "swiglu": 3}
 HEAD, TOKENS = 0, 1  # after the last layer
 
 _REFUSAL_BYTES = 200

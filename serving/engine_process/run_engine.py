@@ -21,6 +21,7 @@ from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, EngineConfi
 from model.files.checkpoint import load_model
 from model.generation.sampling_params import SamplingParams
 from model.gpt import GPT
+from model.kernels.native_library import NoNativeLibraryError
 from raymill.errors import UserError
 from serving.engine.block_pool import BlockPool, num_blocks_for
 from serving.engine.engine import Engine
@@ -39,7 +40,6 @@ from serving.engine.messages import (
     encode_message,
     parse_request,
 )
-from serving.engine.native_library import NoNativeLibraryError
 from serving.engine.native_runner import NativeRunner
 from serving.engine.runner import LOADED_IN, Runner, with_dtype
 from serving.engine.scheduler import Scheduler

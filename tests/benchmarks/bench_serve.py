@@ -42,9 +42,9 @@ from model.config import PRESETS, GPTConfig
 from model.files.checkpoint_folder import Metadata
 from model.gpt import GPT
 from model.hardware.processor import fast_precision
+from model.kernels.native_library import MARCH_VARIABLE
 from model.text.tokenizer import Tokenizer, from_gpt2_files, train_bpe
 from raymill.files.safetensors_file import parameter_hash
-from serving.engine.native_library import MARCH_VARIABLE
 from tests.benchmarks.http_load import (
     MIXED_PROMPT_TOKENS,
     MODEL,

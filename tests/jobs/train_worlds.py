@@ -12,6 +12,8 @@ is sharded in another way.
 import itertools
 import json
 import multiprocessing
+import os
+import platform
 import random
 import sys
 import tempfile
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from cluster.settings.run import RunConfig, state_scaling
 from cluster.settings.train import Optimizer
+from jobs.exact.compute import first_weights
 from jobs.exact.frozen import freeze
 from jobs.exact.run_state import run_state
 from jobs.exact.run_values import run_sharding
@@ -43,6 +46,7 @@ from model.decoders.adapted import AdaptedModel
 from model.decoders.make import initial_weights, new_decoder
 from model.files.checkpoint_folder import WEIGHTS
 from model.files.durable_files import write_file
+from model.kernels.native_library import MARCH_VARIABLE
 from model.linear_cross_entropy import IGNORE_INDEX
 from model.numerics import Precision
 from raymill.files.safetensors_file import safetensors_pieces
@@ -278,7 +282,23 @@ MANY_CASES = [
 ]
 """Those for worlds of six and nine."""
 
+PORTABLE_CASES = [
+    Case(compute="portable", dropout=0.0, documents=True),
+    Case("fp32", "gelu_exact", 5, "optimizer", compute="portable", dropout=0.0, is_tied=False),
+    Case("fp32", "relu", 6, "gradients", compute="portable", dropout=0.0, micro_batches=2),
+    Case(
+        compute="portable",
+        dropout=0.0,
+        llama=True,
+        optimizer="muon",
+        shard="parameters",
+        recompute=True,
+        chat=True,
+    ),
+]
+
 SUITES = {
+    "portable": PORTABLE_CASES,
     "short": CASES,
     "others": OTHER_CASES,
     "more": MORE_CASES,
@@ -327,6 +347,9 @@ class Trainer:
         with torch.device("meta") if case.family else nullcontext():
             model = new_decoder(config.model)
         model.init_weights(0)
+        if case.compute == "portable":
+            for name, values in first_weights(config, 0):
+                model.get_parameter(name).data.copy_(values)
         divide = partial(run_sharding, rank=group.rank, world_size=group.world_size)
         frozen = None
         if isinstance(model, AdaptedModel):
@@ -478,6 +501,10 @@ def taken_over(case: Case, group: WorkerGroup, path: Path, step: int) -> Trainer
 
 def run_rank(rank: int, sizes: str, folder: Path, cases: list[Case]) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
+    if cases == PORTABLE_CASES:
+        torch.set_num_threads(1 + rank % 3)
+        if rank % 2 and platform.machine() == "x86_64":
+            os.environ[MARCH_VARIABLE] = "x86-64-v3"  # another kind of processor
     snapshots.NUM_SHARES = {"cpu": 3}  # as on GPUs: of the ranks of a node each writes some
     snapshots.CHUNK_BYTES = 40_000  # no share is one piece
     found = []

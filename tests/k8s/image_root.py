@@ -115,7 +115,7 @@ def image_root(made: Path, *, sources: list[Path]) -> ImageRoot:
         shutil.copytree(
             source, made / "app" / source.name, ignore=shutil.ignore_patterns("__pycache__", "k8s")
         )
-    bake = [sys.executable, "-m", "serving.engine.native_library", "--bake", str(made / "kernels")]
+    bake = [sys.executable, "-m", "model.kernels.native_library", "--bake", str(made / "kernels")]
     subprocess.run(
         bake, cwd=made / "app", check=True, env=os.environ | {"PYTHONPATH": str(made / "app")}
     )

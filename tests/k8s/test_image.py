@@ -14,7 +14,7 @@ import pytest
 
 from cluster.local.local_cluster import free_port
 from cluster.settings.code_folders import CODE_FOLDERS
-from serving.engine.native_library import FOLDER_VARIABLE
+from model.kernels.native_library import FOLDER_VARIABLE
 from serving.engine_process.client import VLLM_PYTHON_VARIABLE
 from tests.k8s.image_root import image_root
 from tests.k8s.manifests import CLUSTER_KINDS, K8S, cluster_spec, of_kind, render
@@ -91,7 +91,7 @@ def test_copies_what_is_there_and_all_the_code() -> None:
 
 
 def test_the_kernels_are_compiled_in_a_stage_and_found_at_run_time() -> None:
-    assert ("RUN", "python -m serving.engine.native_library --bake /kernels") in _stage("kernels")
+    assert ("RUN", "python -m model.kernels.native_library --bake /kernels") in _stage("kernels")
     assert ("COPY", "--from=kernels /kernels /opt/kernels") in _stage("")
     [environment] = [rest for name, rest in _stage("runtime") if name == "ENV"]
     assert f"{FOLDER_VARIABLE}=/opt/kernels" in environment.split()

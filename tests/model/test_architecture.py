@@ -35,9 +35,9 @@ def test_activation__that_the_network_does_not_know__is_refused() -> None:
 
 
 def test_kernels__number_of_each_name__is_that_of_the_c_enum() -> None:
-    from serving.engine.native_runner import ACTIVATIONS
+    from model.kernels.native_library import ACTIVATIONS
 
-    source = (REPOSITORY / "serving/engine/native/shape.h").read_text(encoding="utf-8")
+    source = (REPOSITORY / "model/kernels/native/shape.h").read_text(encoding="utf-8")
 
     def members(enum: str) -> list[str]:
         (listed,) = re.findall(rf"enum {enum} : int32_t {{ (.*) }};", source)

@@ -12,9 +12,9 @@ from cluster.settings.serve import EngineConfig
 from model.architecture import ARCHITECTURES, LLAMA
 from model.config import GPTConfig
 from model.gpt import GPT
+from model.kernels.native_library import NoNativeLibraryError
 from raymill.errors import UserError
 from serving.engine import native_runner
-from serving.engine.native_library import NoNativeLibraryError
 from serving.engine.native_runner import NativeRunner
 from serving.engine.runner import Reading
 from serving.engine_process.run_engine import build_engine

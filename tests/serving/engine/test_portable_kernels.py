@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from model.hardware.processor import cpu_features
-from model.llama import exact_frequencies, frequencies
-from serving.engine.native_library import MARCH_VARIABLE, SOURCES, TARGETS, flags
+from model.kernels.native_library import MARCH_VARIABLE, SOURCES, TARGETS, flags
+from model.rotary import exact_frequencies, frequencies
 from tests.json_program import last_line_of
+from tests.repository import REPOSITORY
 from tests.serving.engine.portable_answers import MODELS
 from tests.time_limits import limit_s
 
-PROGRAM = Path(__file__).parent / "portable_logits.cpp"
+PROGRAM = REPOSITORY / "tests/model/kernels/portable_logits.cpp"
 HASHES = """\
 float32 0 76273e66711dd05b
 float32 1 61422c7ef60063bf

@@ -1,7 +1,7 @@
 """Compiles native/ for this processor, once, and loads it; or loads a library that was compiled
 into an image.
 
-    python -m serving.engine.native_library --bake FOLDER
+    python -m model.kernels.native_library --bake FOLDER
 
 compiles it for every processor of this machine's kind. If the environment variable RAYMILL_KERNELS
 names that folder, the fastest library that the processor can run is loaded from there, and no
@@ -21,6 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from model.architecture import Activation
 from model.files.durable_files import sync
 from model.hardware.processor import cpu_features
 
@@ -36,6 +37,8 @@ FLAGS = (
     "-Werror=switch",
     "-ffp-contract=off",  # a * b + c is rounded twice everywhere, or once where the code says so
 )
+ACTIVATIONS: dict[Activation, int] = {"gelu": 0, "gelu_exact": 1, "relu": 2, "swiglu": 3}
+"""Their numbers in native/shape.h."""
 COMPILE_TIMEOUT_S = 300.0
 NATIVE = "native"
 FOLDER_VARIABLE, MARCH_VARIABLE = "RAYMILL_KERNELS", "RAYMILL_KERNELS_MARCH"
@@ -161,10 +164,18 @@ def flags(march: str) -> list[str]:
 
 
 def _digest(march: str, *more: bytes) -> str:
-    sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
     return hashlib.sha256(
-        b"\0".join((sources, " ".join(flags(march)).encode(), *more))
+        b"\0".join((b"".join(_contents()), " ".join(flags(march)).encode(), *more))
     ).hexdigest()[:16]
+
+
+def sources_hash() -> str:
+    """Returns the hash of the kernels' sources, which decide the bits of what is portable."""
+    return hashlib.sha256(b"".join(_contents())).hexdigest()[:16]
+
+
+def _contents() -> list[bytes]:
+    return [path.read_bytes() for path in sorted(SOURCES.iterdir())]
 
 
 def _compile(compiler: str, march: str, path: Path) -> None:
@@ -172,7 +183,8 @@ def _compile(compiler: str, march: str, path: Path) -> None:
     its process."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [compiler, *flags(march), str(SOURCES / "decoder.cpp"), "-o", str(made)]
+        sources = sorted(str(source) for source in SOURCES.glob("*.cpp"))
+        command = [compiler, *flags(march), *sources, "-o", str(made)]
         done = subprocess.run(command, capture_output=True, check=False, timeout=COMPILE_TIMEOUT_S)
         if done.returncode != 0:
             output = (done.stdout + done.stderr).decode(errors="replace").strip()

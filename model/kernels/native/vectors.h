@@ -67,6 +67,17 @@ inline F32 fused(F32 a, F32 b, F32 c) {
 #endif
 }
 
+inline F32 square_root(F32 x) {
+#if defined(WIDE)
+    return F32(WIDE(sqrt_ps)(FloatWide(x)));
+#elif defined(__aarch64__)
+    return F32(vsqrtq_f32(float32x4_t(x)));
+#else
+    for (int i = 0; i < LANES; i++) x[i] = std::sqrt(x[i]);
+    return x;
+#endif
+}
+
 inline F32 load(const float* from) { return *reinterpret_cast<const F32Any*>(from); }
 inline void store(float* to, F32 value) { *reinterpret_cast<F32Any*>(to) = value; }
 

@@ -13,9 +13,9 @@ import pytest
 
 from cluster.settings.serve import EngineConfig
 from model.gpt import GPT
+from model.kernels import native_library
+from model.kernels.native_library import TARGETS, NoNativeLibraryError, bake, load_library
 from raymill.errors import UserError
-from serving.engine import native_library
-from serving.engine.native_library import TARGETS, NoNativeLibraryError, bake, load_library
 from serving.engine_process.run_engine import build_engine
 from tests.time_limits import limit_s
 
