@@ -92,7 +92,9 @@ def _title_of_training(faults: Sequence[Fault], *, is_short: bool) -> str:
     return f"{title}, with {lost} on purpose"
 
 
-def run_demo(storage_uri: str, *, preset: str, is_quick: bool, keep: bool) -> dict[str, Any]:
+def run_demo(
+    storage_uri: str, *, preset: str, is_quick: bool, is_portable: bool, keep: bool
+) -> dict[str, Any]:
     """Runs every stage and returns their figures. With `keep` the endpoint stays up until a
     signal.
 
@@ -100,7 +102,7 @@ def run_demo(storage_uri: str, *, preset: str, is_quick: bool, keep: bool) -> di
     """
     start = time.monotonic()
     variant = QUICK if is_quick else WHOLE
-    config, source = demo_config(storage_uri, preset, variant)
+    config, source = demo_config(storage_uri, preset, variant, is_portable=is_portable)
     say(f"corpus: {source}")
     faults, serving = demo_faults(config, variant), demo_serving(config, variant)
     with river(config, faults=faults, serving=serving, is_short=variant.is_short) as flow:
@@ -117,6 +119,11 @@ def run_demo(storage_uri: str, *, preset: str, is_quick: bool, keep: bool) -> di
         result["completions"] = [ask(endpoint, prompt) for prompt in PROMPTS]
         result["wall_s"] = round(time.monotonic() - start, 1)
         _print_figures(result, incident=variant.incident)
+        if is_portable:
+            say(
+                f"\nweights SHA-256 {result['parameter_hash'][:_HASH_DIGITS]}… after step {result['step']}, the last: "
+                "the same on every kind of processor"
+            )
         if keep:
             _stay_up(endpoint)
     return result

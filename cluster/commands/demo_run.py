@@ -63,7 +63,9 @@ QUICK = Variant(
 sooner than a node."""
 
 
-def demo_config(storage_uri: str, preset: str, variant: Variant = WHOLE) -> tuple[RunConfig, str]:
+def demo_config(
+    storage_uri: str, preset: str, variant: Variant = WHOLE, *, is_portable: bool = False
+) -> tuple[RunConfig, str]:
     """Returns the demo's run, with its corpus fetched if it is missing, and what the corpus is."""
     corpus, source = fetch_corpus(_local_folder(storage_uri) / "corpus")
     config = read_config(CONFIG, RunConfig)
@@ -71,6 +73,9 @@ def demo_config(storage_uri: str, preset: str, variant: Variant = WHOLE) -> tupl
         branch: getattr(config, branch).model_copy(update=values)
         for branch, values in variant.settings.items()
     }
+    if is_portable:
+        train = update.get("train", config.train)
+        update["train"] = train.model_copy(update={"compute": "portable"})
     update |= {
         "run_id": f"demo-{new_run_id()}",
         "model": GPTConfig(**preset_fields({"preset": preset})),

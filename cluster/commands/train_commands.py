@@ -55,6 +55,9 @@ _QUICK = Switch(
     "--quick",
     "end in a minute or two: fewer steps, one node, a worker killed, no evaluation, no report",
 )
+_PORTABLE = Switch(
+    "--portable", "train with the same bits on every kind of processor; README has the hash"
+)
 _PRESET = Argument[str](
     "--preset",
     "the model's shape: Llama's, or GPT-2's of as many parameters",
@@ -83,7 +86,11 @@ def demo(arguments: Arguments) -> Result:
     from cluster.commands.demo import run_demo
 
     values = run_demo(
-        storage_uri, preset=arguments[_PRESET], is_quick=is_quick, keep=arguments[_KEEP]
+        storage_uri,
+        preset=arguments[_PRESET],
+        is_quick=is_quick,
+        is_portable=arguments[_PORTABLE],
+        keep=arguments[_KEEP],
     )
     serving = as_typed(storage_uri, "raymill serve latest --port 8000")
     after = f"{serving}, then open http://127.0.0.1:8000 in a browser to talk to it"
@@ -372,7 +379,7 @@ BEGIN = CommandSection(
             "demo",
             "train and serve a small model on a local cluster, with a node killed on purpose",
             demo,
-            [_QUICK, _KEEP, _PRESET, STORAGE],
+            [_QUICK, _PORTABLE, _KEEP, _PRESET, STORAGE],
         ),
         Command(
             "init",

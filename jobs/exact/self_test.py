@@ -280,8 +280,10 @@ def _in_float64(config: RunConfig) -> dict[str, Tensor]:
 
 def _model(config: RunConfig) -> Decoder:
     model = new_decoder(config.model)
-    for name, values in first_weights(config, _SEED):
-        model.get_parameter(name).data.copy_(values)
+    model.init_weights(_SEED)
+    if way_to_compute(config) == "portable":
+        for name, values in first_weights(config, _SEED):
+            model.get_parameter(name).data.copy_(values)
     if isinstance(config.model, GPTConfig) and config.model.activation_function == "relu":
         _keep_from_kink(model)
     return model

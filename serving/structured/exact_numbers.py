@@ -27,7 +27,7 @@ _INWARD = {"exclusiveMinimum": -LARGEST, "exclusiveMaximum": LARGEST}
 @dataclass(frozen=True)
 class Zone:
     """The whole numbers from `low` to `high`, all as long and without their sign, of which an
-    answer may have those of `allowed` only."""
+    answer may have those of `allowed` only. It has numbers outside too that begin alike."""
 
     low: int
     high: int
@@ -50,13 +50,25 @@ def exact(schemas: Sequence[Schema]) -> tuple[list[Schema], list[Zone]]:
     """Returns the schemas of one answer so that `llguidance` reads no number in them as another one,
     and the zones of their constants. Raises `GrammarError` for a number that cannot be held."""
     changed, zones = list[Schema](), set[Zone]()
+    written = sorted({*_numbers([*schemas])})
+    beside: dict[str, list[int]] = {}  # by their first digits
+    for number in written:
+        beside.setdefault(_beginning(number), []).append(number)
     for schema in schemas:
         found: _Constants = {}
         changed.append(_changed(schema, "", found))
-        zones |= {Zone(at.low, at.high, frozenset(some)) for at, some in found.items()}
+        for at, constants in found.items():
+            # Once is enough, as all zones are asked together
+            others = beside.pop(_beginning(at.low), [])
+            outside = (one for one in others if not at.low <= one <= at.high)
+            zones.add(Zone(at.low, at.high, frozenset({*constants, *outside})))
     if zones:
-        _require_apart(zones, {*_numbers([*schemas])})
+        _require_apart(zones, written)
     return changed, sorted(zones, key=lambda zone: zone.low)
+
+
+def _beginning(number: int) -> str:
+    return f"{number}"[:NUM_SHARED]
 
 
 def _changed(schema: Schema, place: str, found: _Constants) -> Schema:
@@ -133,11 +145,12 @@ def _constant(value: Any, place: str, found: _Constants) -> Schema:
 def _add_doubles(values: Sequence[Any], place: str, found: _Constants) -> None:
     """Allows an enum's numbers that doubles hold where a range around one of its others ends."""
     for value in values:
-        if not _is_number(value) or _is_lost(value) or not LARGEST <= abs(value) <= _LARGEST_DOUBLE:
+        if not _is_number(value) or _is_lost(value):
             continue
-        for other in (math.nextafter(abs(value), 0.0), math.nextafter(abs(value), math.inf)):
-            low, high = sorted((abs(value), int(other)))
-            found.get(_Range(low, high, value < 0, place), set()).add(abs(value))
+        for at, constants in found.items():
+            is_end = abs(value) in (at.low, at.high)
+            if is_end and (at.place, at.is_negative) == (place, value < 0):
+                constants.add(abs(value))
 
 
 def _doubles_around(number: int) -> tuple[int, int]:
@@ -147,16 +160,16 @@ def _doubles_around(number: int) -> tuple[int, int]:
     return low, high
 
 
-def _require_apart(zones: Iterable[Zone], written: set[int]) -> None:
+def _require_apart(zones: Iterable[Zone], written: Sequence[int]) -> None:
     """Raises `GrammarError` where another place of the schema has a number near a constant: what
     is allowed there would be here too."""
-    ordered = sorted(written)
     for zone in zones:
-        within = ordered[bisect_left(ordered, zone.low) : bisect_right(ordered, zone.high)]
+        within = written[bisect_left(written, zone.low) : bisect_right(written, zone.high)]
         near = [one for one in within if one not in zone.allowed]
         if near:
+            own = (one for one in zone.allowed if zone.low <= one <= zone.high)
             raise GrammarError(
-                f"{min(zone.allowed)} and {min(near)} are beyond 2^53, and too near to each other for two places: "
+                f"{min(own)} and {min(near)} are beyond 2^53, and too near to each other for two places: "
                 "have them in one enum, or as texts"
             )
 

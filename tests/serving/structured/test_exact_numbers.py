@@ -137,6 +137,19 @@ def test_whatever_the_constant_is_no_other_number_is_left(constant: int, distanc
         assert any(map(near.forbids, begins)) == (other != constant)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_double_that_begins_like_the_numbers_around_another_constant_can_be_written(
+    nested: bool,
+) -> None:
+    double, other = 2223654093146121216, 2223654093146122000
+    schema = {"properties": {"a": {"const": double}, "b": {"const": other}}}
+    _, zones = exact([schema if nested else {"enum": [double, other]}])
+    near = NearNumbers(zones)
+    for number in (double, other):
+        assert not any(near.forbids(f"{number}"[:length]) for length in range(1, 20))
+    assert near.forbids(f"{other + 1}")
+
+
 @given(st.integers(1 << 60, (1 << 63) - 20000), st.lists(st.integers(0, 9000), min_size=2))
 def test_each_number_of_an_enum_can_be_written_to_its_end(first: int, distances: list[int]) -> None:
     """Also beside the end of another one's range."""
