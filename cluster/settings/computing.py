@@ -2,6 +2,7 @@
 
 from cluster.settings.train import TrainConfig
 from model.config import Shape
+from model.numerics import FP32
 
 
 def require_computed(shape: Shape, train: TrainConfig) -> None:
@@ -28,7 +29,7 @@ def require_computed(shape: Shape, train: TrainConfig) -> None:
 
 
 def _require_portable(shape: Shape, train: TrainConfig) -> None:
-    if train.precision not in ("auto", "fp32"):
+    if train.precision not in ("auto", FP32.name):
         raise ValueError(
             f"train.compute=portable computes in fp32, as processors round bf16 in several ways, and train.precision "
             f"is {train.precision}; leave it out"

@@ -37,7 +37,7 @@ from model.adapters.lora import Adapter
 from model.config import GPTConfig, Shape, preset_fields
 from model.files.hf_config import config_to_hf, shape_from_hf
 from model.foreign_config import ForeignConfig
-from model.numerics import Precision
+from model.numerics import FP32, Precision
 from model.signing.floor import NO_FLOOR, Floor, utc_time
 from model.signing.signature import Trusted, trusted_by_file
 from raymill.state.shard import WHOLE, Shard, divided_by
@@ -371,7 +371,7 @@ def with_precision(config: RunConfig, precision: Precision) -> RunConfig:
     if config.train.precision != "auto":
         return config
     if config.train.compute == "portable":
-        precision = "fp32"
+        precision = FP32.name
     return config.model_copy(
         update={"train": config.train.model_copy(update={"precision": precision})}
     )

@@ -31,7 +31,7 @@ _FUNCTIONS = {
     "attention_backward": [*[_I] * 6, *[_P] * 10],
     "add_rows": [_I, _I, _I, *[_P] * 3],
     "losses": [_I, _I, _I, _P, _F, _P, _P],
-    "adamw": [_I, _N, *[_P] * 4, *[_F] * 6],
+    "update_by_adamw": [_I, _N, *[_P] * 4, *[_F] * 6],
     "normals": [_I, _N, _SEED, _P],
     "square_sums": [_I, _N, _N, _P, _P],
 }
@@ -182,7 +182,7 @@ def adamw(
     values: Tensor, gradient: Tensor, moments: Sequence[Tensor], numbers: Sequence[float]
 ) -> None:
     """Updates values (n,) and both moments; see training.cpp for the six numbers."""
-    _call("adamw", values.numel(), values, gradient, *moments, *numbers)
+    _call("update_by_adamw", values.numel(), values, gradient, *moments, *numbers)
 
 
 def normals(count: int, seed: int) -> Tensor:

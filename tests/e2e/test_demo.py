@@ -12,6 +12,7 @@ from cluster.output.result_text import printable
 from cluster.storage.uris import open_storage
 from jobs.run.ledger import Ledger
 from tests.command_line import raymill
+from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -41,8 +42,9 @@ def test_it_takes_minutes_without_avx512(tmp_path: Path) -> None:
 
 
 def test_the_quick_one_shows_a_kill_that_changed_nothing(tmp_path: Path) -> None:
+    """With portable kernels, so that the README knows how it ends on any processor."""
     done = raymill(
-        *("demo", "--quick", "--storage.uri", str(tmp_path / "store"), "--json"),
+        *("demo", "--quick", "--portable", "--storage.uri", str(tmp_path / "store"), "--json"),
         timeout_s=QUICK_S,
     )
     assert done.returncode == 0, done.stderr
@@ -52,6 +54,10 @@ def test_the_quick_one_shows_a_kill_that_changed_nothing(tmp_path: Path) -> None
     assert result["train_loss"] < result["first_loss"] - 1
     assert result["wall_s"] < limit_s(QUICK_S), result["stage_s"]
     check_proof(result, done.stderr)
+    if "Shakespeare" in result["corpus"]:
+        ending = f"weights SHA-256 {result['parameter_hash'][:16]}…"
+        assert ending in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+        assert f"{ending} after step {result['step']}, the last" in done.stderr
 
 
 def check_proof(result: dict[str, Any], said: str) -> None:

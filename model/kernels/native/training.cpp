@@ -308,7 +308,7 @@ void raymill_losses(int threads, int K, int V, const int64_t* labels, float fact
 }
 
 // AdamW's update of n values by their gradient: times `kept`, minus `step` times mean / (root of square / `root_of_second` + epsilon).
-void raymill_adamw(int threads, size_t n, float* values, const float* gradient, float* means, float* squares, float kept,
+void raymill_update_by_adamw(int threads, size_t n, float* values, const float* gradient, float* means, float* squares, float kept,
                    float step, float beta1, float beta2, float root_of_second, float epsilon) {
     for_vectors(threads, n, [&](size_t i, int count) {
         const F32 g = load_some(gradient + i, count);

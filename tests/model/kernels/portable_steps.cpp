@@ -87,7 +87,7 @@ struct Network {
                               norm.gradient.data(), bias.gradient.data());
         raymill_add_rows(threads, N, C, ids.data(), of_x.data(), tokens.gradient.data());
         for (Parameter* p : {&tokens, &norm, &bias, &queries, &keys, &values, &gate, &up, &down})
-            raymill_adamw(threads, p->values.size(), p->values.data(), p->gradient.data(), p->means.data(), p->squares.data(), 0.999f, 0.01f,
+            raymill_update_by_adamw(threads, p->values.size(), p->values.data(), p->gradient.data(), p->means.data(), p->squares.data(), 0.999f, 0.01f,
                           0.9f, 0.95f, 0.3f, 1e-8f);
     }
 
