@@ -44,9 +44,9 @@ demo: $(INSTALLED) ## a real corpus to a served model on a 3-node local cluster,
 proof: $(INSTALLED) ## one hash for 1 to 4 workers, also killed and resized, beside PyTorch's DDP and FSDP2: a minute
 	$(BIN)/python -m raymill.proof
 
-# Four processes, as many tests wait; what files of a lane (tests/lanes.py) share is made once there. Each process imports
+# Three processes, as many tests wait; what files of a lane (tests/lanes.py) share is made once there. Each process imports
 # every file that it is given, for 18 s of processor time if it is given all: a target is given those that have tests for it.
-FAST = $(BIN)/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
+FAST = $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 WHOLE_FILES = $(shell grep -rlE '^(pytestmark.*|    pytest\.)mark\.($(1))\b' tests --include='test_*.py')
 SOME_TESTS = $(shell grep -rlE '\bmark\.($(1))\b' tests --include='test_*.py')
 NOT_FIRST = $(addprefix --ignore=,$(filter-out $(call SOME_TESTS,front),$(call WHOLE_FILES,slow|more|cluster)))

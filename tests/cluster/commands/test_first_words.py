@@ -299,7 +299,7 @@ def test_something_speaks_within_a_second(name: str, folder: Path) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     assert first.startswith(words), first
-    assert times.user + times.system < 1
+    assert times.user < 1  # the system's share grows with what else runs
 
 
 def test_a_list_of_runs_says_where_it_looked(
