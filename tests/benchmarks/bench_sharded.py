@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from cluster.settings.run import RunConfig
 from jobs.training.mixed_hardware import hardware
 from tests.benchmarks.exact_workers import CPU, LANES_PER_RANK, MICRO_BATCH_SIZE, VOCAB_SIZE
 from tests.benchmarks.gloo_parts import tried
@@ -181,7 +182,7 @@ def main() -> int:
         "--without-large", action="store_true", help="without the model of 124M parameters"
     )
     arguments = parser.parse_args()
-    print(", ".join(f"{name}: {value}" for name, value in hardware(CPU).items()))
+    print(", ".join(f"{name}: {value}" for name, value in hardware(RunConfig(), CPU).items()))
     with tempfile.TemporaryDirectory(prefix="raymill-bench-sharded-") as scratch:
         parts = parts_over_gloo(Path(scratch))
         print("\nparts of FSDP2 over gloo, 2 processes")

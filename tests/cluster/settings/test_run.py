@@ -20,6 +20,7 @@ from cluster.settings.run import (
     seq_len,
     to_yaml,
     way_to_compute,
+    with_precision,
     write_config,
 )
 from cluster.settings.serve import ServeConfig
@@ -263,6 +264,7 @@ def test_a_config_file__of_a_shape_of_ours__is_computed_by_our_code(tmp_path: Pa
             "so n_layer, preset must not be",
         ),
         ({"config": "CONFIG"}, {"compute": "cpu"}, "train.compute=cpu is for our own shapes"),
+        ({"config": "CONFIG"}, {"compute": "portable"}, "compute=portable is for our own shapes"),
         ({"config": "EXPERTS"}, {"compute": "compiled"}, "a model of type 'qwen3_moe' chooses"),
         ({"config": "CONFIG"}, {"seq_len": 65}, "train.seq_len=65 exceeds model.n_positions=64"),
         ({"config": "FOLDER/none.json"}, {}, "does not exist; name a config.json"),
@@ -284,3 +286,25 @@ def test_a_config_file__that_does_not_fit__is_said(
     for word, path in words.items():
         place = place.replace(word, path)
     assert problem in refusal({"model": model | {"config": place}, "train": train})
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"train": {"precision": "bf16"}}, "train.precision is bf16; leave it out"),
+        ({"train": {"exact": False}}, "leave out train.exact=false"),
+        ({"train": {"lora_rank": 4, "init_from": "base"}}, "asks for an adapter"),
+        ({"model": {"preset": "tiny", "dropout": 0.1}}, "model.dropout is 0.1; set it to 0"),
+        ({"scaling": {"use_gpu": True}}, "is for CPUs, and scaling.use_gpu is set"),
+    ],
+)
+def test_portable_kernels__for_what_they_do_not_compute__refuse_it(
+    changed: dict[str, Any], problem: str
+) -> None:
+    values = {**changed, "train": {"compute": "portable"} | changed.get("train", {})}
+    assert problem in refusal(values)
+
+
+def test_portable_kernels__compute_in_fp32_wherever_bf16_is_fast() -> None:
+    portable = RunConfig.model_validate({"train": {"compute": "portable"}})
+    assert with_precision(portable, "bf16").train.precision == "fp32"

@@ -28,12 +28,19 @@ pytestmark = pytest.mark.more
 
 
 def test_like_workers_have_no_differences() -> None:
-    own = hardware(torch.device("cpu"))
+    own = hardware(RunConfig(), torch.device("cpu"))
     assert own["torch"] == torch.__version__
     assert own["threads"] == str(torch.get_num_threads())
     assert own["cpu"]
-    assert differences([own, dict(own), hardware(torch.device("cpu"))], nodes="abc") == []
+    assert (
+        differences([own, dict(own), hardware(RunConfig(), torch.device("cpu"))], nodes="abc") == []
+    )
     assert differences([own], nodes="a") == []
+
+
+def test_hardware__of_portable_kernels__is_their_sources_alone() -> None:
+    portable = RunConfig.model_validate({"train": {"compute": "portable"}})
+    assert [*hardware(portable, torch.device("cpu"))] == ["portable_kernels"]
 
 
 def test_each_difference_names_its_ranks_and_their_nodes() -> None:
