@@ -3,6 +3,7 @@
 import decimal
 import math
 from decimal import Decimal
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ def frequencies(config: GPTConfig, device: torch.device | str = "cpu") -> Tensor
     return (1 - kept) * plain / config.rope_factor + kept * plain
 
 
+@lru_cache(maxsize=8)  # each pass of a micro-batch asks
 def exact_frequencies(config: GPTConfig) -> Tensor:
     """Returns `frequencies`, computed in 50 digits and rounded once: the same bits on every
     processor, which PyTorch's powers do not have."""

@@ -34,12 +34,14 @@ def run_sharding(
 
 
 def update_rule(train: TrainConfig) -> UpdateRule:
-    adamw = AdamW(beta1=train.beta1, beta2=train.beta2, weight_decay=train.weight_decay)
-    if train.compute == "portable":
-        return _portable_rule(train)
+    is_portable = train.compute == "portable"
+    rule = PortableAdamW if is_portable else AdamW
+    adamw = rule(beta1=train.beta1, beta2=train.beta2, weight_decay=train.weight_decay)
     match train.optimizer:
         case "adamw":
             return adamw
+        case "muon" if is_portable:
+            return PortableMuon(train.momentum, train.weight_decay, others=adamw)
         case "muon":
             # A plan may ask before the precision is settled, for what does not depend on it
             numerics = FP32 if train.precision == "auto" else train.numerics
@@ -47,10 +49,3 @@ def update_rule(train: TrainConfig) -> UpdateRule:
             return Muon(train.momentum, train.weight_decay, others=adamw, products=products)
         case _:
             assert_never(train.optimizer)
-
-
-def _portable_rule(train: TrainConfig) -> UpdateRule:
-    adamw = PortableAdamW(train.beta1, train.beta2, train.weight_decay)
-    if train.optimizer == "adamw":
-        return adamw
-    return PortableMuon(train.momentum, train.weight_decay, others=adamw)

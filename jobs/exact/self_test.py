@@ -33,6 +33,7 @@ from model.decoder import Decoder
 from model.decoders.foreign_layer import layer_of
 from model.decoders.make import new_decoder
 from model.foreign_config import ForeignConfig
+from model.kernels.native_library import NoNativeLibraryError
 from model.operations import PLAIN, use_operations
 from raymill.errors import UserError
 from raymill.state.train_state import ALONE
@@ -99,7 +100,7 @@ def self_test(config: RunConfig, device: torch.device) -> str:
     where a model of transformers cannot be trained anywhere."""
     try:
         return _checksum(config, device)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, NoNativeLibraryError) as error:
         untested = why_untested(error, device)
         if untested is None:
             raise

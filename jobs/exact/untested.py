@@ -3,6 +3,7 @@ an operation that has no deterministic form. Whether a gradient is right is then
 
 import torch
 
+from model.kernels.native_library import NoNativeLibraryError
 from model.operations import is_of_compiler, is_out_of_memory
 from raymill.errors import UserError
 
@@ -33,6 +34,11 @@ def why_untested(error: Exception, device: torch.device) -> UntestedError | None
         return UntestedError(
             f"{where} needs more memory than there is ({_first_line(error)}): {_NOTHING}. Lower "
             "--train.micro-batch-size, or start workers with more memory"
+        )
+    if isinstance(error, NoNativeLibraryError):
+        return UntestedError(
+            f"{where} needs the kernels of train.compute=portable, and {error}: {_NOTHING}. Install g++, or leave "
+            "--train.compute out"
         )
     if _NOT_DETERMINISTIC in text:
         operation = text.partition(_NOT_DETERMINISTIC)[0].split()[-1]

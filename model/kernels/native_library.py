@@ -24,6 +24,7 @@ from pathlib import Path
 from model.architecture import Activation
 from model.files.durable_files import sync
 from model.hardware.processor import cpu_features
+from raymill.errors import UserError
 
 SOURCES = Path(__file__).parent / "native"
 FLAGS = (
@@ -63,7 +64,7 @@ TARGETS: dict[str, dict[str, frozenset[str]]] = {
 Linux names them."""
 
 
-class NoNativeLibraryError(Exception):
+class NoNativeLibraryError(UserError):
     """The kernels are not available here, or compute another model than the one that is asked for;
     the message says why."""
 

@@ -246,7 +246,9 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, of_weight = ctx.saved_tensors
-        return of_hidden * gradients[0], of_weight * gradients[0], None, None, None, None
+        if gradients[0] != 1:
+            of_hidden, of_weight = of_hidden * gradients[0], of_weight * gradients[0]
+        return of_hidden, of_weight, None, None, None, None
 
 
 def _cross_entropy(

@@ -220,9 +220,8 @@ class Engine:
         logprobs = self._runner.log_probabilities(logits)
         of_tokens = logprobs.gather(1, torch.tensor(token_ids)[:, None])  # (N, 1)
         ranks = 1 + torch.count_nonzero(logprobs > of_tokens, dim=-1)  # (N,)
-        top_logprobs, top_ids = logprobs.topk(
-            min(num_top, logits.shape[-1]), dim=-1
-        )  # (N, num_top)
+        num_top = min(num_top, logits.shape[-1])
+        top_logprobs, top_ids = logprobs.topk(num_top, dim=-1)  # (N, num_top)
         columns = zip(
             of_tokens[:, 0].tolist(),
             top_ids.tolist(),
@@ -233,9 +232,8 @@ class Engine:
         candidates = []
         for logprob, ids, values, rank in columns:
             pairs = zip(ids, values, strict=True)
-            top = [
-                (token, value) for token, value in pairs if value > -math.inf
-            ]  # a grammar's others
+            # A grammar's others have none
+            top = [(token, value) for token, value in pairs if value > -math.inf]
             candidates.append(Candidates(logprob, top, rank))
         return candidates
 

@@ -19,19 +19,30 @@ namespace {
 
 constexpr int COLUMN_PIECE = 64;  // columns whose sums along the tokens one thread makes
 
+// Memory of the calling thread that it keeps for the next product: getting it anew would cost a small one more than itself.
+float* kept(int use, size_t count) {
+    thread_local Buffer<float> memory[2];
+    thread_local size_t counts[2] = {};
+    if (counts[use] < count) {
+        memory[use].reset();
+        memory[use] = allocate<float>(count);
+        counts[use] = count;
+    }
+    return memory[use].get();
+}
+
 // Calls done(row, column, sums, valid) for all of A (M, K) times B (K, N).
 template <class Done>
 void product(int num_threads, int M, int K, int N, const Numbers2& a, const Numbers2& b, const Done& done) {
     const int panels = (N + PANEL - 1) / PANEL, blocks = (M + ROWS - 1) / ROWS;
-    Buffer<float> packed = allocate<float>(size_t(panels) * K * PANEL), rows;
     const bool in_place = a.column == 1 && a.row == size_t(K);
-    if (!in_place) rows = allocate<float>(size_t(M) * K);
+    float *packed = kept(0, size_t(panels) * K * PANEL), *rows = in_place ? nullptr : kept(1, size_t(M) * K);
     Threads::share(num_threads, panels + (in_place ? 0 : blocks), [&](int i) {
         if (i < panels) return pack_panel(b, K, i * PANEL, N, &packed[size_t(i) * K * PANEL]);
         const int first = (i - panels) * ROWS;
         pack_rows(a, first, std::min(first + ROWS, M), K, &rows[size_t(first) * K]);
     });
-    const float* inputs = in_place ? a.at : rows.get();
+    const float* inputs = in_place ? a.at : rows;
     Threads::share(num_threads, panels * blocks, [&](int i) {
         const int first = i / panels * ROWS, p = i % panels;
         multiply_panel(&packed[size_t(p) * K * PANEL], inputs + size_t(first) * K, K, std::min(ROWS, M - first), p * PANEL, N,

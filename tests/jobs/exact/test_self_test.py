@@ -14,9 +14,12 @@ from jobs.exact import compute
 from jobs.exact.run_state import run_state
 from jobs.exact.self_test import self_test
 from jobs.exact.step_gradient import step_gradient
+from jobs.exact.untested import UntestedError
 from model import gpt
 from model.config import GPTConfig
 from model.gpt import GPT
+from model.kernels import portable
+from model.kernels.native_library import NoNativeLibraryError
 from model.operations import PLAIN, Operations, compiled
 from raymill.errors import UserError
 from raymill.state.shard import Shard
@@ -108,6 +111,28 @@ def take_a_step(run: RunConfig, shard: Shard, micro_batches: int) -> None:
         gradient.of_step(1, StepTimer())
         gradient.close()
         state.close()
+
+
+@pytest.mark.parametrize("llama", [False, True])
+def test_portable_kernels__pass_with_one_hash_however_many_threads(llama: bool) -> None:
+    shape = {"preset": "demo-llama" if llama else "tiny", "dropout": 0.0}
+    before, hashes = torch.get_num_threads(), set()
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        hashes.add(self_test(config(shape, compute="portable", document_mask=True), CPU))
+    torch.set_num_threads(before)
+    assert len(hashes) == 1
+
+
+def test_portable_kernels__that_cannot_be_compiled__are_no_fault_of_the_processor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing() -> None:
+        raise NoNativeLibraryError("there is no C++ compiler")
+
+    monkeypatch.setattr(portable, "_library", missing)
+    with pytest.raises(UntestedError, match=r"there is no C\+\+ compiler.*Install g\+\+"):
+        self_test(config({"dropout": 0.0}, compute="portable"), CPU)
 
 
 def wrong(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
