@@ -31,6 +31,8 @@ class Wing:
     run_watcher: str | None = None
     """Watches a run: called with its plan and the time of its last snapshot, and entered for as
     long as the run trains."""
+    run_report: str | None = None
+    """Reports a run whose pipeline has ended: called with the run's storage. Returns figures."""
     annotator: str | None = None
     """Returns what annotates the moments of a run or an endpoint, or None where nothing does."""
 
@@ -40,6 +42,7 @@ WINGS = (
         "jobs.report",
         needs=("model.insight",),
         commands="cluster.commands.wings.report_commands:REPORT",
+        run_report="jobs.report.make_report:make_report",
     ),
     Wing(
         "jobs.proof", needs=("jobs.report",), commands="cluster.commands.wings.proof_commands:PROOF"

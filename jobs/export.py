@@ -10,8 +10,8 @@ from torch import Tensor
 from cluster.storage.bases import find_base
 from cluster.storage.registry import find_checkpoint, resolve_checkpoint
 from cluster.storage.uris import Storage, absolute_uri, open_storage, split_uri
-from jobs.report.bom import FILE as BOM
-from jobs.report.bom import bill_of_materials
+from jobs.publishing.bom import FILE as BOM
+from jobs.publishing.bom import bill_of_materials
 from jobs.run.training_statement import training_of
 from model.config import Shape
 from model.files.bounded_text import require_bounded_text

@@ -8,9 +8,9 @@ from cluster.settings.run import RunConfig
 from cluster.settings.stages import EvaluateConfig
 from cluster.stages.stage import stage_main
 from cluster.storage.uris import open_storage
+from cluster.wings import added
 from jobs.evaluate import evaluate
 from jobs.pretrain import prepare, train_on
-from jobs.report.make_report import make_report
 
 
 def pipeline(config: RunConfig) -> dict[str, Any]:
@@ -24,8 +24,10 @@ def pipeline(config: RunConfig) -> dict[str, Any]:
             storage=config.storage,
         )
     )
-    report = make_report(open_storage(run["run_dir"]))
-    return text.figures | run | {"evaluation": evaluation} | report
+    figures = text.figures | run | {"evaluation": evaluation}
+    for report in added(lambda wing: wing.run_report):
+        figures |= report(open_storage(run["run_dir"]))
+    return figures
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from cluster.storage.hub import HubStorage
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import NotFoundError, StorageError, open_storage
 from jobs.export import export
-from jobs.report.model_card import Origin, model_card
+from jobs.publishing.model_card import Origin, model_card
 from jobs.run.history import CONFIG_FILE, recorded_config
 from model.files.bounded_text import require_bounded_text
 from model.files.checkpoint_folder import StoredModel

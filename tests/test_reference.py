@@ -12,6 +12,7 @@ from jobs.corpus.documents import Drop
 from jobs.run.end import End
 from model.tables import read_table
 from serving.protocol import errors
+from tests.reference import read_first
 from tests.reference.http_page import BODIES, meaning, words
 from tests.reference.ledger_page import fields
 from tests.reference.make_reference import FOLDER, PAGES, written
@@ -26,6 +27,12 @@ TELLING = {"event", "note", "tell", "_tell", "_report"}
 def test_a_page_is_what_the_code_declares(name: str) -> None:
     text = (FOLDER / name).read_text(encoding="utf-8")
     assert text == PAGES[name]().rstrip() + "\n", "`make reference` writes it again"
+
+
+@pytest.mark.parametrize("folder", read_first.folders())
+def test_a_folders_readme_names_what_is_read_first_as_contributing_does(folder: str) -> None:
+    text = read_first.readme(folder).read_text(encoding="utf-8")
+    assert text == read_first.with_list(folder), "`make reference` writes it again"
 
 
 def test_the_folder_has_no_other_page() -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from jobs.exact.audits.audit import Audit, Audits, Shown
+from jobs.exact.audits.audit import Audit, Audits, Shown, worst_block
 from jobs.exact.audits.checksum import (
     TurnChecksum,
     checksum_of_turns,
@@ -102,7 +102,7 @@ class AuditedGradient:
 
     def audited_again(self, step: int, timer: StepTimer) -> AuditedStep:
         """Takes the last step again, and has each rank compute all turns of another one."""
-        plan, worst = self.passes.plan(step), self.exact.totals.worst_block()
+        plan, worst = self.passes.plan(step), worst_block(self.exact.totals.square_sums)
         return self.of_step(step, timer, audit=self.audits.of_all_turns(step, plan, around=worst))
 
     def watched(self) -> list[int | None]:

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-import numpy as np
-
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, state_scaling
 from jobs.exact.run_values import run_sharding
+from jobs.plan.bucket_sizes import bucket_sizes, sizes_of_bundles
 from jobs.plan.formulas import FP32_BYTES
 from jobs.plan.update import update_bytes, update_flops
 from raymill.state.division import seats_of
@@ -221,7 +220,7 @@ def between_holders(layout: FlatLayout, sharding: Sharding, options: PlanConfig)
     num_holders = sharding.num_holders
     num_calls = 0
     for numbers in numbers_of_sendings(len(layout.buckets)):
-        sizes = layout.bucket_sizes[numbers.start : numbers.stop]
+        sizes = bucket_sizes(layout)[numbers.start : numbers.stop]
         num_calls += len(joined(sizes, num_holders))
     return of_busiest(
         gather_messages(num_holders, teams_to_gather(num_holders)),
@@ -293,13 +292,3 @@ def product_bytes(config: RunConfig) -> int:
     """Returns the bytes of a weight as lanes compute with it, and of its gradient, which is a
     product."""
     return config.train.numerics.product_bytes
-
-
-@lru_cache(maxsize=256)
-def sizes_of_bundles(layout: FlatLayout, *, group_size: int, num_groups: int) -> list[int]:
-    """Returns the number of values of the buckets, or of the first member's parts of them, that go
-    together from one group to the others. A planner asks for the same ones again and again."""
-    sizes = layout.part_sizes(0, world_size=group_size)
-    starts = [numbers.start for numbers in joined(sizes, num_groups)]
-    together: list[int] = np.add.reduceat(sizes, starts).tolist()
-    return together

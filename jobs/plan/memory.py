@@ -20,9 +20,11 @@ from cluster.settings.run import (
     with_precision,
 )
 from jobs.exact.run_values import run_sharding, update_rule
-from jobs.plan.exchange import product_bytes, sizes_of_bundles
+from jobs.plan.bucket_sizes import bucket_sizes, sizes_of_bundles
+from jobs.plan.exchange import product_bytes
 from jobs.plan.formulas import FP32_BYTES
 from jobs.plan.update import most_optimizer_bytes, most_values, state_bytes
+from jobs.run.costs.budget import why_over_budget
 from jobs.run.history import why_not_resumed
 from jobs.snapshots.slots import NUM_SLOTS
 from model.numerics import NUMERICS
@@ -199,7 +201,7 @@ def _received_bytes(layout: FlatLayout, sharding: Sharding, *, num_lanes: int) -
     with a sharded optimizer the bundle itself, packed for each subtree sum."""
     size = sharding.group_size
     num_groups = min(sharding.num_groups, num_lanes)
-    bucket = int(layout.bucket_sizes.max())
+    bucket = int(bucket_sizes(layout).max())
     received = bucket if size > 1 else 0
     if num_groups > 1:
         bundle = max(sizes_of_bundles(layout, group_size=size, num_groups=num_groups))
@@ -213,7 +215,8 @@ def _received_bytes(layout: FlatLayout, sharding: Sharding, *, num_lanes: int) -
 
 def worker_needs(config: RunConfig) -> dict[str, Any]:
     """Returns `worker_bytes` of a node's memory and `device_bytes` of a GPU's, which a worker
-    needs, and `problems` in words: settings that differ from those that the run began with."""
+    needs, and `problems` in words: settings that differ from those that the run began with, and a
+    budget that is spent."""
     planned, scaling = planned_vocabulary(config), config.scaling
     layout = layout_of(planned)
     training = 0.0
@@ -223,11 +226,12 @@ def worker_needs(config: RunConfig) -> dict[str, Any]:
         parts = gpu_memory(settled, layout, world_size=scaling.min_workers)
         training = max(training, sum(parts.values()))
     on_device = training if scaling.use_gpu else 0.0
-    reason = why_not_resumed(run_storage(config), config)
+    run = run_storage(config)
+    reasons = [why_not_resumed(run, config), why_over_budget(run, config)]
     return {
         "worker_bytes": round(PROCESS_BYTES + training - on_device),
         "device_bytes": round(on_device),
-        "problems": [reason] if reason else [],
+        "problems": [*filter(None, reasons)],
     }
 
 

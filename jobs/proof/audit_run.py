@@ -11,7 +11,7 @@ import secrets
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from jobs.proof.audits.intervals import (
     intervals_of,
     steps_behind,
 )
-from jobs.proof.audits.record import PAGE, RECORD, begun_record, write_record
+from jobs.proof.audits.kept_record import PAGE, RECORD, begun_record, write_record
+from jobs.proof.audits.record import AuditRecord, ComputedInterval
 from jobs.proof.replay_run import replay
 from jobs.proof.tokenize_again import tokenized_again
 from jobs.proof.verify_run import Proof, proof_of
@@ -67,10 +68,22 @@ class Audit:
     num_shards: int = 0  # of the token store, that are made again
 
 
-def audit(run: Storage, asked: Audit, folder: Path) -> dict[str, Any]:
-    """Returns `valid`, and `problems`; writes them into the folder as JSON and as a page. An audit
-    that was interrupted is continued there: intervals that this user computed again are not once
-    more.
+@dataclass(frozen=True)
+class AuditReport:
+    """The record of an audit that has ended, and the files that it was written to."""
+
+    record: AuditRecord
+    files: list[str]
+
+    def json(self) -> dict[str, Any]:
+        record = self.record
+        judged = {"verdict": record.verdict, "valid": record.valid, "problems": record.problems}
+        return judged | record.json() | {"files": self.files}
+
+
+def audit(run: Storage, asked: Audit, folder: Path) -> AuditReport:
+    """Returns what was found, and writes it into the folder as JSON and as a page. An audit that
+    was interrupted is continued there: intervals that this user computed again are not once more.
 
     Raises `UserError` where the folder has the audit of another run, ledger or nonce, or one that
     this user did not write, and where the run has no interval.
@@ -86,26 +99,23 @@ def audit(run: Storage, asked: Audit, folder: Path) -> dict[str, Any]:
     if not intervals:
         raise UserError(f"{run.uri} has no checkpoint to which steps could be taken again")
     record = _record(run, proof, asked, intervals, folder)
-    lot = {"head": record["head"], "nonce": record["nonce"]}
-    drawn = drawn_by_lot(intervals, asked.num_samples, **lot)
-    done: list[dict[str, Any]] = record["intervals"]
-    ended = {earlier["last"] for earlier in done}
+    drawn = drawn_by_lot(intervals, asked.num_samples, head=record.head, nonce=record.nonce)
+    ended = {earlier.last for earlier in record.intervals}
     to_do = [interval for interval in drawn if interval.last not in ended]
     _say_cost(ledger, to_do, num_workers=asked.num_workers)
     for interval in to_do:
-        done.append(_computed_again(run, ledger, interval, asked.num_workers))
+        computed = _computed_again(run, ledger, interval, asked.num_workers)
+        record = record.with_interval(computed)
         write_record(folder, record)
     if asked.num_shards:
-        made = tokenized_again(run, num_shards=asked.num_shards, lot=" ".join(lot.values()))
-        record["tokenized"] = made
-        record["problems"] += made["problems"]
-        record["uncovered"] += made["uncovered"]
+        lot = f"{record.head} {record.nonce}"
+        record = record.with_tokenized(tokenized_again(run, num_shards=asked.num_shards, lot=lot))
     return _closed(folder, record, num_drawn=len(drawn), key=asked.key)
 
 
 def _record(
     run: Storage, proof: Proof, asked: Audit, intervals: Sequence[Interval], folder: Path
-) -> dict[str, Any]:
+) -> AuditRecord:
     """Returns the record as the audit begins, with the intervals of an interrupted one."""
     signer = asked.signed_by
     stamps = signer.timestamped_by if isinstance(signer, TrustedSigner) else None
@@ -115,24 +125,24 @@ def _record(
     config = recorded_config(run)
     settle_rounding(config)  # as the steps will be taken
     use_gpu = config.scaling.use_gpu and torch.cuda.is_available()
-    return {
-        "run": run.uri,
-        "head": head,
-        "nonce": asked.nonce or known.get("nonce") or secrets.token_hex(16),
-        "begun": _now(),
-        "signed_by": signer.shown if signer else None,
-        "timestamped_by": str(stamps) if stamps else None,
-        "signed_lines": proof.signed.number if proof.signed else None,
-        "workers": asked.num_workers,
-        "hardware": hardware(config, torch.device("cuda" if use_gpu else "cpu")),
-        "hardware_of_run": _different(start["hardware"] for start in starts),
-        "code_version": code_version(),
-        "code_of_run": _different(start["code_version"] for start in starts),
-        "intervals_of_run": len(intervals),
-        "problems": proof.problems,
-        "uncovered": _uncovered(proof, intervals, asked),
-        "intervals": [{**earlier, "now": False} for earlier in known.get("intervals", [])],
-    }
+    return AuditRecord(
+        run=run.uri,
+        head=head,
+        nonce=asked.nonce or (known.nonce if known else secrets.token_hex(16)),
+        begun=_now(),
+        signed_by=signer.shown if signer else None,
+        timestamped_by=str(stamps) if stamps else None,
+        signed_lines=proof.signed.number if proof.signed else None,
+        workers=asked.num_workers,
+        hardware=hardware(config, torch.device("cuda" if use_gpu else "cpu")),
+        hardware_of_run=_different(start["hardware"] for start in starts),
+        code_version=code_version(),
+        code_of_run=_different(start["code_version"] for start in starts),
+        intervals_of_run=len(intervals),
+        problems=proof.problems,
+        uncovered=_uncovered(proof, intervals, asked),
+        intervals=[replace(earlier, now=False) for earlier in (known.intervals if known else [])],
+    )
 
 
 def _different(values: Iterable[Any]) -> list[Any]:
@@ -175,7 +185,7 @@ def _say_cost(ledger: Ledger, intervals: Sequence[Interval], *, num_workers: int
 
 def _computed_again(
     run: Storage, ledger: Ledger, interval: Interval, num_workers: int
-) -> dict[str, Any]:
+) -> ComputedInterval:
     """Takes the steps again. A run that cannot be taken again there has a problem too."""
     say(f"steps {interval.first} to {interval.last}")
     start_s = time.monotonic()
@@ -191,41 +201,43 @@ def _computed_again(
         if is_equal and interval.last not in again.states:
             is_equal = False
             verdict = f"the ledger has no hash of the training state after step {interval.last}"
-    return asdict(interval) | {
-        "computed": _now(),
-        "now": True,  # and not by this user before an interruption
-        "equal": is_equal,
-        "verdict": verdict,
-        "hashes": num_hashes,
-        "validations": num_validations,
-        "seconds": round(time.monotonic() - start_s, 3),
-    }
+    return ComputedInterval(
+        **asdict(interval),
+        computed=_now(),
+        now=True,
+        equal=is_equal,
+        verdict=verdict,
+        hashes=num_hashes,
+        validations=num_validations,
+        seconds=round(time.monotonic() - start_s, 3),
+    )
 
 
 def _closed(
-    folder: Path, record: dict[str, Any], *, num_drawn: int, key: SigningKey | None
-) -> dict[str, Any]:
-    """Completes the record, has the auditor sign it, and returns it."""
-    num_intervals = record["intervals_of_run"]
-    parted = [at for at in record["intervals"] if not at["equal"]]
-    record["problems"] = record["problems"] + [
-        f"steps {at['first']}..{at['last']}: {at['verdict']}" for at in parted
-    ]
-    record["unseen"] = {
-        f"{share:.0%}": chance_unseen(num_intervals, math.ceil(share * num_intervals), num_drawn)
-        for share in SHARES
-    }
-    record["ended"] = _now()
-    record["valid"] = not record["problems"]
+    folder: Path, record: AuditRecord, *, num_drawn: int, key: SigningKey | None
+) -> AuditReport:
+    """Completes the record, and has the auditor sign it."""
+    num_intervals = record.intervals_of_run
+    parted = [at for at in record.intervals if not at.equal]
+    problems = record.problems + [f"steps {at.first}..{at.last}: {at.verdict}" for at in parted]
     of_all = f"{num_drawn} of {counted(num_intervals, 'interval')}"
-    record["verdict"] = (
-        f"{counted(len(record['problems']), 'problem')}: {'; '.join(record['problems'])}"
-        if record["problems"]
-        else f"all that is recorded agrees, and {of_all} gave the same bits again"
+    record = replace(
+        record,
+        problems=problems,
+        unseen={
+            f"{share:.0%}": chance_unseen(
+                num_intervals, math.ceil(share * num_intervals), num_drawn
+            )
+            for share in SHARES
+        },
+        ended=_now(),
+        valid=not problems,
+        verdict=f"{counted(len(problems), 'problem')}: {'; '.join(problems)}"
+        if problems
+        else f"all that is recorded agrees, and {of_all} gave the same bits again",
     )
     write_record(folder, record)
     files = [RECORD, PAGE]
     if key:
         files += sign_files(folder, key)
-    judged = {name: record[name] for name in ("verdict", "valid", "problems")}
-    return judged | record | {"files": [str(folder / name) for name in files]}
+    return AuditReport(record, [str(folder / name) for name in files])

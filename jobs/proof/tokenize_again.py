@@ -69,8 +69,8 @@ class Outcome:
     seconds: float = 0.0
 
 
-def tokenized_again(run: Storage, *, num_shards: int, lot: str) -> dict[str, Any]:
-    """Returns the fields of an `Outcome`: which of the store's shards were drawn, how many were
+def tokenized_again(run: Storage, *, num_shards: int, lot: str) -> Outcome:
+    """Returns which of the store's shards were drawn, how many were
     made again and are equal, the `problems`, and what stays `uncovered`.
 
     A corpus or a store that cannot be read is a problem, too. Scratch files lie in the system's
@@ -100,7 +100,7 @@ def tokenized_again(run: Storage, *, num_shards: int, lot: str) -> dict[str, Any
     except UserError as error:
         outcome.problems.append(str(error))
     outcome.seconds = round(time.monotonic() - start_s, 3)
-    return asdict(outcome)
+    return outcome
 
 
 def drawn_by_lot(shards: Sequence[Shard], num_shards: int, *, lot: str) -> list[Shard]:

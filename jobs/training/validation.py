@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import RunConfig, seq_len
+from cluster.settings.run import RunConfig, seq_len, way_to_compute
 from cluster.settings.train import TrainConfig
 from jobs.exact.compute import autocast, micro_batch, num_counted
 from jobs.exact.run_state import decoder_of
@@ -137,7 +137,11 @@ def measured(
     if group.world_size > 1:
         with group.message():
             dist.all_reduce(figures)
-    nats, num_counted_tokens = (float(row.sum()) for row in figures)
+    # PyTorch adds in as many columns as the processor has; `fsum` rounds once
+    is_portable = way_to_compute(config) == "portable"
+    nats, num_counted_tokens = (
+        math.fsum(row.tolist()) if is_portable else float(row.sum()) for row in figures
+    )
     return Measured(
         nats, num_counted_tokens, num_rows * seq_len(config), rows.bytes_per_token(num_rows)
     )

@@ -18,9 +18,6 @@ from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from raymill.state.span import PackedSpans, Span
 from raymill.state.whole_matrices import WholeMatrix, buckets_of_matrices, parts_of_matrices
 
@@ -144,20 +141,6 @@ class FlatLayout:
             parts = [part_of(bucket, rank, world_size=world_size) for bucket in self.buckets]
             return PackedSpans(parts)
         return PackedSpans([parts[rank] for parts in self.divided(world_size)])
-
-    def part_sizes(self, rank: int, *, world_size: int) -> NDArray[np.int64]:
-        """Returns the number of values of the rank's part of each bucket (N,)."""
-        if not self.matrices:  # all at once what `part_of` divides bucket by bucket
-            num_blocks = self.bucket_sizes // BLOCK
-            end = (rank + 1) * num_blocks // world_size
-            return (end - rank * num_blocks // world_size) * BLOCK
-        parts = self.parts(rank, world_size=world_size).spans
-        return np.array([len(part) for part in parts], np.int64)
-
-    @cached_property
-    def bucket_sizes(self) -> NDArray[np.int64]:
-        """The number of values of each bucket (N,)."""
-        return np.array([len(bucket) for bucket in self.buckets], np.int64)
 
     def divided(self, world_size: int) -> Sequence[Sequence[Span]]:
         """Returns each bucket's parts, by rank."""

@@ -67,9 +67,8 @@ class StepTotals:
             owners[blocks] = rank
             places[blocks] = torch.arange(len(blocks))
         self._block_order = (owners.to(device), places.to(device))
-        # Of the last batch, for who doubts it
         self._figures = torch.empty(0)
-        self._square_sums = torch.empty(0)
+        self.square_sums = torch.empty(0)  # of the last gradient's blocks, on all ranks
 
     def finish(
         self,
@@ -98,10 +97,10 @@ class StepTotals:
             table = self._group.proven(row, step=step, width=width)
         rest = table[:, end_of_shown:].cpu()
         figures = rest[:, NUM_TOLD:].unflatten(1, (-1, 2))  # (W, most counted, 2)
-        self._figures, self._square_sums = figures, table[self._block_order]
+        self._figures, self.square_sums = figures, table[self._block_order]
         return Measured(
             loss=_sum_of_losses(plan, figures[..., 0].float()),
-            norm=self._norm(self._square_sums),
+            norm=self._norm(self.square_sums),
             num_counted=int(figures[..., 1].sum()),
             shown=table[:, self._num_blocks : end_of_shown].tolist() if len(own) else (),
             told=tuple(Told(*numbers) for numbers in rest[:, :NUM_TOLD].tolist()),
@@ -112,13 +111,6 @@ class StepTotals:
         counted micro-batches, with zeros where others have more."""
         losses: list[list[float]] = self._figures[..., 0].tolist()
         return losses
-
-    def worst_block(self) -> int:
-        """Returns the number of the first block of the last batch's gradient that is not finite,
-        or else of the one with the largest values; on all ranks alike."""
-        is_wrong = ~self._square_sums.isfinite()
-        places = is_wrong.nonzero()
-        return int(places[0] if len(places) else self._square_sums.argmax())
 
 
 def _sum_of_losses(plan: StepPlan, losses: Tensor) -> float:

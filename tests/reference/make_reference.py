@@ -1,4 +1,4 @@
-"""Writes the pages of docs/reference: `python -m tests.reference.make_reference`, or `make
+"""Writes the pages of docs/reference, and what to read first into READMEs: `python -m tests.reference.make_reference`, or `make
 reference`."""
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from tests.reference import (
     http_page,
     ledger_page,
     metrics_page,
+    read_first,
     settings_page,
 )
 from tests.repository import REPOSITORY
@@ -37,6 +38,9 @@ def main() -> None:
     for name, page in PAGES.items():
         (FOLDER / name).write_text(page().rstrip() + "\n", encoding="utf-8")
         print(f"docs/reference/{name}")
+    for folder in read_first.folders():
+        text = read_first.with_list(folder)
+        read_first.readme(folder).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ def audit(arguments: Arguments) -> Result:
         num_shards=arguments[NUM_SHARDS],
     )
     with reports_shown():
-        verdict = audit_run(run, asked, arguments[AUDITS_FOLDER])
-    return Result(verdict, is_bad=not verdict["valid"])
+        report = audit_run(run, asked, arguments[AUDITS_FOLDER])
+    return Result(report.json(), is_bad=not report.record.valid)
 
 
 def replay(arguments: Arguments) -> Result:

@@ -15,6 +15,8 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from raymill.state.flat_layout import BLOCK, FlatLayout
 from raymill.state.sharding import Sharding
 from raymill.state.span import Span
@@ -144,6 +146,13 @@ def steps_between(plan: StepPlan) -> int:
 def cost_of_audits(plan: StepPlan, every_steps: int) -> float:
     """Returns the share of the time that audits take at most at this interval."""
     return _TURNS_OF_AUDIT / (len(plan.turns) * every_steps)
+
+
+def worst_block(square_sums: Tensor) -> int:
+    """Returns the number of the first block (N,) that is not finite, or else of the one with the
+    largest values."""
+    places = (~square_sums.isfinite()).nonzero()
+    return int(places[0] if len(places) else square_sums.argmax())
 
 
 def holders_of(sharding: Sharding, name: str) -> list[int]:

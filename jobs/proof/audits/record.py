@@ -1,84 +1,74 @@
-"""Keeps the record of an audit in its folder, from which an interrupted one goes on.
+"""The record of an audit: what was asked, what was computed again, and the verdict."""
 
-Whoever can write to that folder could put finished intervals into it. So the record carries a code
-(HMAC-SHA-256) by a key in the auditor's home: a record without it, or with another one, is somebody
-else's.
-"""
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Self
 
-import hashlib
-import hmac
-import json
-import os
-import secrets
-from pathlib import Path
-from typing import Any
-
-from cluster.output.progress import say
-from jobs.proof.audits.page import page_of
-from raymill.errors import UserError
-
-RECORD, PAGE = "audit.json", "index.html"
-_CODE = "code"
-_KEY_BYTES = 32
+from jobs.proof.tokenize_again import Outcome
 
 
-def begun_record(folder: Path, wanted: dict[str, str | None]) -> dict[str, Any]:
-    """Returns the record of an audit that this user began in a folder; an empty one where none did.
+@dataclass(frozen=True)
+class ComputedInterval:
+    """An interval of the run whose steps were taken again."""
 
-    Raises `UserError` where the folder has the audit of another run, head or nonce than is wanted
-    (None is any), or one that this user did not write.
-    """
-    path = folder / RECORD
-    if not path.exists():
-        return {}
-    try:
-        record: dict[str, Any] = {**json.loads(path.read_bytes())}
-    except (ValueError, TypeError):
-        raise UserError(f"{path} is no audit's record: name another folder with --to") from None
-    code = str(record.pop(_CODE, None))
-    if not hmac.compare_digest(code, _code_of(record)):
-        raise UserError(
-            f"{folder} has an audit that this user did not write on this machine: what it says counts for nothing "
-            "here; name another folder with --to"
+    first: int
+    last: int
+    computed: str  # when, in UTC
+    now: bool  # and not by this user before an interruption
+    equal: bool
+    verdict: str
+    hashes: int  # compared
+    validations: int  # compared
+    seconds: float
+
+
+@dataclass(frozen=True)
+class AuditRecord:
+    run: str
+    head: str  # SHA-256 of the last line that is signed, or else of the last one
+    nonce: str  # of the auditor
+    begun: str  # when, in UTC, as `ended`
+    signed_by: str | None
+    timestamped_by: str | None
+    signed_lines: int | None
+    workers: int
+    hardware: dict[str, str]  # the auditor's
+    hardware_of_run: list[dict[str, str]]
+    code_version: str  # the auditor's
+    code_of_run: list[str]
+    intervals_of_run: int
+    problems: list[str]
+    uncovered: list[str]  # what this audit does not look at
+    intervals: list[ComputedInterval] = field(default_factory=list)
+    # Not in the JSON of an audit that has not come so far
+    tokenized: Outcome | None = None
+    unseen: dict[str, float] | None = None  # by share of forged intervals: none was drawn
+    ended: str | None = None
+    valid: bool | None = None
+    verdict: str | None = None
+
+    @classmethod
+    def of_json(cls, values: dict[str, Any]) -> Self:
+        """Returns the record that `json` wrote."""
+        intervals = [ComputedInterval(**of_interval) for of_interval in values["intervals"]]
+        made = values.get("tokenized")
+        tokenized = None if made is None else Outcome(**made)
+        return cls(**values | {"intervals": intervals, "tokenized": tokenized})
+
+    def json(self) -> dict[str, Any]:
+        late = {one.name for one in fields(self) if one.default is None}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value is not None or name not in late
+        }
+
+    def with_interval(self, computed: ComputedInterval) -> "AuditRecord":
+        return replace(self, intervals=[*self.intervals, computed])
+
+    def with_tokenized(self, made: Outcome) -> "AuditRecord":
+        return replace(
+            self,
+            tokenized=made,
+            problems=self.problems + made.problems,
+            uncovered=self.uncovered + made.uncovered,
         )
-    for name, value in wanted.items():
-        if value is not None and record[name] != value:
-            raise UserError(
-                f"{folder} has an audit whose {name} is {record[name]}, not {value}: name another folder with --to"
-            )
-    return record
-
-
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PAGE).write_text(page_of(record), encoding="utf-8")
-    # The record last, and at once: an audit that is interrupted here goes on from it
-    half = folder / f".{RECORD}"
-    half.write_text(json.dumps(record | {_CODE: _code_of(record)}, indent=1), encoding="utf-8")
-    half.replace(folder / RECORD)
-
-
-def _code_of(record: dict[str, Any]) -> str:
-    content = json.dumps(record, sort_keys=True).encode()
-    return hmac.new(_key(), content, hashlib.sha256).hexdigest()
-
-
-def _key() -> bytes:
-    """Returns this user's key, and makes it where there is none yet."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    path = state / "raymill" / "audit-key"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(_KEY_BYTES))
-    except FileExistsError:
-        pass
-    except OSError as error:
-        say(
-            f"{path} cannot be written ({error.strerror}): this audit cannot go on once interrupted"
-        )
-        return secrets.token_bytes(_KEY_BYTES)
-    key = path.read_bytes()
-    if len(key) != _KEY_BYTES:
-        raise UserError(f"{path} has {len(key)} bytes, expected {_KEY_BYTES}: remove it")
-    return key

@@ -6,7 +6,8 @@ import pytest
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
-from jobs.plan.exchange import MESSAGE_S, Exchange, exchange, sizes_of_bundles
+from jobs.plan.bucket_sizes import part_sizes, sizes_of_bundles
+from jobs.plan.exchange import MESSAGE_S, Exchange, exchange
 from jobs.plan.memory import layout_of
 from raymill.state.flat_layout import FlatLayout
 from raymill.state.messages import joined_buckets
@@ -148,7 +149,7 @@ def test_a_planner_counts_the_parts_that_a_member_has(
     shapes = {"wte": (3001, 512), "h.0.w": (2048, 512), "h.1.w": (2048, 512), "h.1.b": (2048,)}
     layout = FlatLayout.of(shapes, matrix_costs=costs)
     parts = layout.parts(0, world_size=group_size).spans
-    assert layout.part_sizes(0, world_size=group_size).tolist() == [len(part) for part in parts]
+    assert part_sizes(layout, 0, world_size=group_size).tolist() == [len(part) for part in parts]
     bundles = joined_buckets(parts, 4)
     planned = sizes_of_bundles(layout, group_size=group_size, num_groups=4)
     assert planned == [sum(map(len, bundle)) for bundle in bundles]

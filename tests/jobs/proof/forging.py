@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from jobs.export import export
-from jobs.proof.audits.record import RECORD
+from jobs.proof.audits.kept_record import RECORD
 from jobs.proof.sign_checkpoint import sign_checkpoint
 from jobs.run.ledger import LEDGER, Line
 from jobs.run.ledger_chain import hash_of

@@ -182,7 +182,7 @@ class World:
     def audited(self, *, num_shards: int = 0) -> str:
         """Audits every interval, as somebody who has the trainer's public key."""
         asked = Audit(100, "a nonce", 1, self.signer, num_shards=num_shards)
-        return "; ".join(audit(self.run, asked, self.folder / "audit")["problems"])
+        return "; ".join(audit(self.run, asked, self.folder / "audit").record.problems)
 
 
 def train_storing(plan: RunPlan) -> None:

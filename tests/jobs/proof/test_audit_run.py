@@ -54,11 +54,11 @@ def change_checkpoint_line(run: Storage, step: int, **fields: str) -> None:
 
 
 def test_a_true_run_is_valid_and_says_what_may_be_unseen(run: Storage, tmp_path: Path) -> None:
-    found = audit(run, Audit(num_samples=2, nonce="mine"), tmp_path / "audit")
-    assert (found["valid"], found["problems"]) == (True, [])
-    assert found["intervals_of_run"] == 3
-    assert [at["equal"] for at in found["intervals"]] == [True, True]
-    assert found["unseen"]["1%"] == pytest.approx(1 / 3)
+    found = audit(run, Audit(num_samples=2, nonce="mine"), tmp_path / "audit").record
+    assert (found.valid, found.problems) == (True, [])
+    assert found.intervals_of_run == 3
+    assert [at.equal for at in found.intervals] == [True, True]
+    assert (found.unseen or {})["1%"] == pytest.approx(1 / 3)
     page = (tmp_path / "audit" / "index.html").read_text()
     assert "2 of 3 intervals gave the same bits again" in page
     assert "33.3%" in page
@@ -69,8 +69,8 @@ def test_a_forged_loss_that_fits_its_chain_is_found_where_its_interval_is_drawn(
 ) -> None:
     forge_loss(run, 5)
     assert verify(run)["valid"], "nothing that is recorded contradicts it"
-    found = audit(run, Audit(num_samples=3), tmp_path / "audit")
-    [problem] = found["problems"]
+    found = audit(run, Audit(num_samples=3), tmp_path / "audit").record
+    [problem] = found.problems
     assert problem.startswith("steps 4..6: bits part at step 5")
 
 
@@ -89,12 +89,12 @@ def test_a_checkpoint_that_a_stop_has_made_is_compared_too(
         train(plan, rank=0, world_size=1)
     train(plan, rank=0, world_size=1)
     asked = Audit(num_samples=9)
-    found = audit(plan.run, asked, tmp_path / "audit")
-    assert found["problems"] == []
-    assert 4 in [at["last"] for at in found["intervals"]]
+    found = audit(plan.run, asked, tmp_path / "audit").record
+    assert found.problems == []
+    assert 4 in [at.last for at in found.intervals]
     change_checkpoint_line(plan.run, 4, state_hash="0" * 64)
-    found = audit(plan.run, asked, tmp_path / "other")
-    assert any("steps 1..4: bits part at step 4: state_hash" in told for told in found["problems"])
+    found = audit(plan.run, asked, tmp_path / "other").record
+    assert any("steps 1..4: bits part at step 4: state_hash" in told for told in found.problems)
 
 
 @pytest.mark.slow
@@ -107,9 +107,9 @@ def test_a_sharded_run_of_which_a_worker_was_killed_is_audited_by_one(tmp_path: 
     )
     run_in_rounds(plan, tmp_path, [CutOff(1, 6, "killed", saved=4)])
     assert len(Ledger.read(plan.run).events("start")) == 2
-    found = audit(plan.run, Audit(num_samples=9), tmp_path / "audit")
-    assert found["problems"] == []
-    assert len(found["intervals"]) == found["intervals_of_run"] > 1
+    found = audit(plan.run, Audit(num_samples=9), tmp_path / "audit").record
+    assert found.problems == []
+    assert len(found.intervals) == found.intervals_of_run > 1
 
 
 @pytest.mark.slow
@@ -117,9 +117,9 @@ def test_a_run_that_was_rolled_back_is_audited(tmp_path: Path) -> None:
     plan = mapped_plan(tmp_path / "mapped", train={"max_skipped_steps": 1, "max_tokens": 2000})
     run_world(plan, Faults(poisoned=frozenset({(7, 0), (8, 0)})))
     assert Ledger.read(plan.run).rollbacks
-    found = audit(plan.run, Audit(num_samples=9), tmp_path / "audit")
-    assert found["problems"] == []
-    assert len(found["intervals"]) == found["intervals_of_run"] > 1
+    found = audit(plan.run, Audit(num_samples=9), tmp_path / "audit").record
+    assert found.problems == []
+    assert len(found.intervals) == found.intervals_of_run > 1
 
 
 def test_a_forged_interval_is_found_at_the_foretold_rate() -> None:
@@ -175,9 +175,9 @@ def test_an_interrupted_audit_goes_on(
     with pytest.raises(KeyboardInterrupt):
         audit(run, Audit(num_samples=3), tmp_path / "audit")
     begun = json.loads((tmp_path / "audit/audit.json").read_bytes())
-    found = audit(run, Audit(num_samples=3), tmp_path / "audit")
-    assert found["valid"]
-    assert found["nonce"] == begun["nonce"]
+    found = audit(run, Audit(num_samples=3), tmp_path / "audit").record
+    assert found.valid
+    assert found.nonce == begun["nonce"]
     assert len(taken) == 4, "the interval that was done is not taken again"
     with pytest.raises(UserError, match=r"whose nonce is .*, not another: name another folder"):
         audit(run, Audit(num_samples=3, nonce="another"), tmp_path / "audit")

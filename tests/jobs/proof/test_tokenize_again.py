@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from cluster.settings.parser import ConfigError
 from cluster.storage.uris import Storage, open_storage
 from jobs.corpus.listing import list_corpus
-from jobs.proof.tokenize_again import drawn_by_lot, tokenized_again
+from jobs.proof.tokenize_again import Outcome, drawn_by_lot, tokenized_again
 from jobs.run.find_run import data_identity, find_tokens
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.ledger import LEDGER, Ledger
@@ -90,13 +90,13 @@ def source_of(run: Storage) -> list[str]:
     return recorded_config(run).data.source
 
 
-def again(run: Storage, num_shards: int = 99, lot: str = "lot") -> dict[str, Any]:
+def again(run: Storage, num_shards: int = 99, lot: str = "lot") -> Outcome:
     return tokenized_again(run, num_shards=num_shards, lot=lot)
 
 
 def problem_of(run: Storage, num_shards: int = 99) -> str:
     """Returns the only problem."""
-    [problem] = again(run, num_shards)["problems"]
+    [problem] = again(run, num_shards).problems
     return str(problem)
 
 
@@ -141,20 +141,20 @@ def test_an_honest_store_is_made_again_whole(
     run: Storage, capsys: pytest.CaptureFixture[str]
 ) -> None:
     outcome = again(run)
-    assert outcome["problems"] == outcome["uncovered"] == []
-    assert outcome["shards"] == outcome["made_again"] == outcome["equal"] > 4
-    assert {file.partition("-")[0] for file in outcome["drawn"]} == {"shard", "val"}
+    assert outcome.problems == outcome.uncovered == []
+    assert outcome.shards == outcome.made_again == outcome.equal > 4
+    assert {file.partition("-")[0] for file in outcome.drawn} == {"shard", "val"}
     assert "are read in all, by this one process" in capsys.readouterr().err
-    assert outcome["read_bytes"] > sum(file.size for file in list_corpus(source_of(run)).files)
+    assert outcome.read_bytes > sum(file.size for file in list_corpus(source_of(run)).files)
 
 
 def test_few_shards_are_drawn_by_lot_and_the_others_stay_uncovered(run: Storage) -> None:
     outcome = again(run, 2)
-    assert outcome["problems"] == []
-    assert len(outcome["drawn"]) == 2 <= outcome["made_again"] == outcome["equal"]
-    left = outcome["shards"] - outcome["made_again"]
+    assert outcome.problems == []
+    assert len(outcome.drawn) == 2 <= outcome.made_again == outcome.equal
+    left = outcome.shards - outcome.made_again
     assert left > 0
-    assert outcome["uncovered"][0].startswith(f"the bytes of {left} of {outcome['shards']} shards")
+    assert outcome.uncovered[0].startswith(f"the bytes of {left} of {outcome.shards} shards")
     shards = read_manifest(store_of(run)).shards
     drawn = {lot: drawn_by_lot(shards, 3, lot=lot) for lot in ("one", "other")}
     assert drawn["one"] != drawn["other"]
@@ -184,23 +184,23 @@ def test_a_store_of_all_rules_and_kinds_of_files_is_made_again(tmp_path: Path) -
         validation={"held": f"{tmp_path}/more/f.csv"},
     )
     outcome = again(run)
-    assert outcome["problems"] == []
-    assert outcome["shards"] == outcome["equal"] > 10
-    assert outcome["uncovered"] == ["the token stores of the validation sets held"]
+    assert outcome.problems == []
+    assert outcome.shards == outcome.equal > 10
+    assert outcome.uncovered == ["the token stores of the validation sets held"]
 
 
 def test_a_store_of_conversations_is_made_again(tmp_path: Path) -> None:
     file = write_conversations(tmp_path / "chat" / "a.jsonl")
     data = {"source": [str(file)], "format": "chat", "val_fraction": 0.2, "vocab_size": 300}
     run = run_on(tmp_path, **data)
-    assert again(run)["problems"] == []
+    assert again(run).problems == []
     store = store_of(run)
     manifest = read_manifest(store)
     assert manifest.chat
     template = manifest.chat.chat_template.replace("'User'", "'Asker'")
     chat = replace(manifest.chat, chat_template=template)
     write_manifest(run, store, replace(manifest, chat=chat))
-    problems = again(run)["problems"]
+    problems = again(run).problems
     assert problems[1] == (
         "the store's conversations have another format than the tokenizer trained on the corpus has"
     )
@@ -218,7 +218,7 @@ def test_a_dataset_of_the_hub_is_read_at_the_commit_of_the_manifest(
         hub.commit(files)
         run = run_on(tmp_path, source=["hf://datasets/owner/texts@main/data"], **SETTINGS)
         other = hub.commit(files | {"data/a.jsonl": files["data/b.jsonl"]})
-        assert again(run)["problems"] == []
+        assert again(run).problems == []
         manifest = read_manifest(store_of(run))
         forged = dict.fromkeys(manifest.revisions, other)
         write_manifest(run, store_of(run), replace(manifest, revisions=forged))
@@ -237,9 +237,9 @@ def test_ready_shards_are_compared_with_their_store(run: Storage, tmp_path: Path
     write_texts(tmp_path / "more")
     mixed = run_on(tmp_path / "mixed", source=sources, **SETTINGS)
     outcome = again(mixed)
-    assert outcome["problems"] == []
-    assert outcome["equal"] == outcome["shards"] > len(read_manifest(ready).shards)
-    assert outcome["uncovered"] == [f"how the shards of {sources[1]} were made of text"]
+    assert outcome.problems == []
+    assert outcome.equal == outcome.shards > len(read_manifest(ready).shards)
+    assert outcome.uncovered == [f"how the shards of {sources[1]} were made of text"]
     shutil.rmtree(ready.uri)
     assert "cannot be tokenized again here" in problem_of(mixed)
 
@@ -256,11 +256,11 @@ def test_a_changed_token_is_found_though_its_hash_was_renewed(run: Storage) -> N
         f"{source_of(run)[0]}/a.jsonl:{place}"
     )
     altered = f"{shard.file}: has other bytes than the manifest says"
-    assert again(run)["problems"] == [altered, parting]
+    assert again(run).problems == [altered, parting]
     renew_hash(run, shard.file)
     outcome = again(run)
-    assert outcome["problems"] == [parting]
-    assert outcome["equal"] == outcome["shards"] - 1
+    assert outcome.problems == [parting]
+    assert outcome.equal == outcome.shards - 1
 
 
 FILTERS: list[dict[str, Any]] = [
@@ -275,7 +275,7 @@ def test_a_filter_that_never_ran_is_found_by_the_hash_of_the_settings(
     run: Storage, filters: dict[str, Any]
 ) -> None:
     claim(run, **filters)
-    problem = again(run, 1)["problems"][0]
+    problem = again(run, 1).problems[0]
     assert problem.startswith("the recorded settings have the hash ")
     assert problem.endswith("the store was made with other settings")
 
@@ -287,12 +287,12 @@ def test_a_filter_that_never_ran_is_found_by_what_it_drops_though_all_hashes_fit
 ) -> None:
     """In the whole store, whichever shard is drawn."""
     claim_consistently(run, **filters)
-    told = " ".join(again(run, 1)["problems"])
+    told = " ".join(again(run, 1).problems)
     assert "with other documents than the recorded settings select: first should come" in told
     assert "the manifest counts 0 documents dropped as" in told
     assert "the recorded settings have the hash" not in told
     outcome = again(run)
-    assert outcome["equal"] < outcome["shards"]
+    assert outcome.equal < outcome.shards
 
 
 def test_a_corpus_that_is_not_there_is_a_problem(run: Storage) -> None:
@@ -300,7 +300,7 @@ def test_a_corpus_that_is_not_there_is_a_problem(run: Storage) -> None:
     assert problem_of(run).startswith(
         "the corpus /licensed/public-domain cannot be read here: nothing is at "
     )
-    assert again(run)["uncovered"][0].startswith("the bytes of 14 of 14 shards")
+    assert again(run).uncovered[0].startswith("the bytes of 14 of 14 shards")
 
 
 def test_another_corpus_is_found(run: Storage, tmp_path: Path) -> None:
@@ -319,12 +319,12 @@ def test_another_corpus_is_found(run: Storage, tmp_path: Path) -> None:
         store.write_bytes(name, store.read_bytes(name).replace(source.encode(), bytes(other)))
     assert problem_of(run) == f"the corpus is not as sources.json has it: {other}/c.txt is new"
     (other / "c.txt").unlink()
-    assert again(run)["problems"] == []
+    assert again(run).problems == []
     text = (other / "b.jsonl").read_text()
     (other / "b.jsonl").write_text(text.replace("said", "says", 1))
     outcome = again(run)
-    assert outcome["equal"] < outcome["shards"]
-    told = " ".join(outcome["problems"])
+    assert outcome.equal < outcome.shards
+    told = " ".join(outcome.problems)
     assert "the manifest says source_hash=" in told
     assert f"{other}/b.jsonl has another version than before" in told
     assert f"in the document from {other}/b.jsonl:0" in told
@@ -334,12 +334,12 @@ def test_another_corpus_is_found(run: Storage, tmp_path: Path) -> None:
 def test_of_two_stores_with_the_same_tokens_the_settings_one_is_compared(tmp_path: Path) -> None:
     places = [str(write_texts(tmp_path / name)) for name in ("one", "other")]
     runs = [run_on(tmp_path, source=[place], **SETTINGS) for place in places]
-    stores = {again(runs[-1])["store"]}
+    stores = {again(runs[-1]).store}
     for place in places:
         claim(runs[-1], source=[place])
         outcome = again(runs[-1], 1)
-        assert outcome["problems"] == []
-        stores.add(outcome["store"])
+        assert outcome.problems == []
+        stores.add(outcome.store)
     assert len(stores) == 2
 
 
@@ -353,7 +353,7 @@ def test_a_corpus_that_changed_since_is_named(run: Storage, tmp_path: Path) -> N
     (other / "a.jsonl").write_text("")
     (other / "b.jsonl").rename(other / "d.jsonl")
     begin = "the corpus is not as sources.json has it:"
-    assert again(run)["problems"] == [
+    assert again(run).problems == [
         f"{begin} {other}/b.jsonl is missing",
         f"{begin} {other}/d.jsonl is new",
         f"{begin} {other}/a.jsonl has another size",
@@ -384,8 +384,8 @@ def test_another_file_in_the_document_map_is_found(run: Storage) -> None:
     assert problem_of(run).endswith("belongs to another manifest")
     store.delete(DOCUMENTS)
     outcome = again(run)
-    assert (outcome["problems"], len(outcome["uncovered"])) == ([], 1)
-    assert outcome["uncovered"][0].startswith("from which files the documents are")
+    assert (outcome.problems, len(outcome.uncovered)) == ([], 1)
+    assert outcome.uncovered[0].startswith("from which files the documents are")
 
 
 @pytest.mark.more
@@ -397,13 +397,13 @@ def test_a_tokenizer_that_was_exchanged_is_found(run: Storage, tmp_path: Path) -
     manifest = read_manifest(store)
     manifest = replace(manifest, tokenizer_hash=other.hash, vocab_size=other.vocab_size)
     write_manifest(run, store, manifest)
-    told = " ".join(again(run)["problems"])
+    told = " ".join(again(run).problems)
     assert "the tokenizer trained on the corpus has the hash" in told
     assert "has other bytes than the corpus makes" in told
     path = tmp_path / "other.json"
     path.write_bytes(other.to_json())
     made = run_on(tmp_path / "made", source=source_of(run), tokenizer=str(path), **SETTINGS)
-    assert again(made)["problems"] == []
+    assert again(made).problems == []
     claim(made, tokenizer=None)
     assert problem_of(made).startswith("the tokenizer trained on the corpus has the hash ")
     claim(made, tokenizer="/licensed/tokenizer.json")
@@ -428,11 +428,11 @@ def test_figures_of_the_manifest_that_are_invented_are_found(run: Storage) -> No
     )
     write_manifest(run, store, replace(manifest, replaced_utf8=3))
     assert problem_of(run) == "the manifest says replaced_utf8=3, expected 0"
-    assert again(run, 1)["problems"] == []
+    assert again(run, 1).problems == []
     write_manifest(run, store, replace(manifest, shards=(*rest, first)))
     assert "shards with other documents than the recorded settings select" in problem_of(run)
     write_manifest(run, store, replace(manifest, shards=tuple(rest)))
-    problems = again(run)["problems"]
+    problems = again(run).problems
     assert (
         f"{first.file}: the corpus makes this shard, and the manifest does not list it" in problems
     )

@@ -21,7 +21,7 @@ from jobs.evaluate import evaluate
 from jobs.export import export
 from jobs.plan.make_plan import make_plan
 from jobs.proof.replay_run import replay
-from jobs.report.model_card import Origin, model_card
+from jobs.publishing.model_card import Origin, model_card
 from jobs.report.probe_run import probe_run
 from jobs.run.base import recorded_base
 from jobs.run.history import changed_settings, recorded_config
