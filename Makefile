@@ -11,11 +11,15 @@ LLAMA_INDEX_VENV := .venv-llama-index
 LLAMA_INDEX_INSTALLED := $(LLAMA_INDEX_VENV)/.installed
 NODE_CLIENTS := .node-clients
 NODE_CLIENTS_INSTALLED := $(NODE_CLIENTS)/.installed
+TRITON := .triton-wheel
+TRITON_INSTALLED := $(TRITON)/.installed
 NODE_CLIENTS_LOCK := tests/serving/clients/node/package-lock.json
 DOCS_INSTALLED := $(VENV)/.installed-docs
 BENCH_INSTALLED := $(VENV)/.installed-bench
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
+TORCHFT_VENV := .venv-torchft
+TORCHFT_INSTALLED := $(TORCHFT_VENV)/.installed
 
 # At a terminal pip shows what it fetches, with bars; elsewhere only its errors. There TELL says each minute that pip goes on, until its
 # shell ends.
@@ -31,7 +35,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 
-.PHONY: help install demo proof test test-more known-area areas mutants reference docs test-all slow-halves test-slice test-chaos chaos-clusters chaos-parts test-gpu test-live lint format audit bench bench-train bench-foreign bench-loss bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
+.PHONY: help install demo proof test test-more known-area areas mutants reference docs test-all slow-halves test-slice test-chaos chaos-clusters chaos-parts test-gpu test-cuda-code test-live lint format audit bench bench-train bench-foreign bench-loss bench-sharded bench-data bench-serve bench-goodput bench-gpu bench-gpu-serve gpu-proof pictures dashboards clean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)$$/make \1\t\2/' | expand -t 18
@@ -76,7 +80,7 @@ areas: $(INSTALLED) ## every area one after another; writes their seconds into t
 	$(BIN)/python -m tests.areas $(AREA)
 
 # The fast tests, then both halves of the slow ones side by side: their clusters mostly wait. All run, whatever fails.
-test-all: $(TRACKING_INSTALLED) $(DOCS_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) $(NODE_CLIENTS_INSTALLED) ## the slow tests too, in about two and a half hours
+test-all: $(TRACKING_INSTALLED) $(DOCS_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) $(NODE_CLIENTS_INSTALLED) $(TRITON_INSTALLED) ## the slow tests too, in about two and a half hours
 	$(MAKE) --keep-going test test-more slow-halves
 
 slow-halves:
@@ -90,7 +94,7 @@ slow-half-%:
 SLICES ?= 24
 SLICE ?= $(shell $(BIN)/python -m tests.slices $(SLICES))
 LIMIT_S ?= 1080
-test-slice: $(TRACKING_INSTALLED) $(DOCS_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) $(NODE_CLIENTS_INSTALLED) ## one slice of the slow tests
+test-slice: $(TRACKING_INSTALLED) $(DOCS_INSTALLED) $(CLIENTS_INSTALLED) $(LLAMA_INDEX_INSTALLED) $(NODE_CLIENTS_INSTALLED) $(TRITON_INSTALLED) ## one slice of the slow tests
 	$(BIN)/pytest -m slow --slice $(SLICE) --limit-s $(LIMIT_S) --durations 10 tests
 
 # Cells on one local cluster, whose nodes mostly wait, beside those of single parts. Each half ends with a line that sums it up.
@@ -111,6 +115,11 @@ chaos-parts:
 # PYTHONPATH=. pytest -m gpu tests/gpu does the same with a Python that has PyTorch, pydantic, PyYAML, hypothesis and pytest.
 test-gpu: $(INSTALLED) ## the exact step on this machine's GPU
 	$(BIN)/pytest -m gpu --numprocesses 0 tests/gpu
+
+# Where PyTorch comes with CUDA, each of these is skipped: `make test-gpu` proves more. Writes the table of docs/measurements.
+test-cuda-code: $(INSTALLED) $(TRITON_INSTALLED) ## compiles a step's code for four generations of GPUs, without one: half an hour
+	$(BIN)/pytest -m slow --numprocesses 0 tests/gpu/cuda_code
+	$(BIN)/python -m tests.gpu.cuda_code.kernels_table
 
 # On the Kubernetes that RAYMILL_LIVE_KUBECONFIG names, in its own namespace, which is removed at the end.
 test-live: $(INSTALLED) ## on a real Kubernetes, named by RAYMILL_LIVE_KUBECONFIG
@@ -158,6 +167,13 @@ bench-serve: $(BENCH_INSTALLED) $(VLLM_INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_serve --preset $(PRESET) --mixed
 	$(BIN)/python -m tests.benchmarks.bench_cpu_per_token
 
+# Where torchft cannot be installed, it is left out and named.
+TRACE ?= tests/benchmarks/goodput/traces/storm.csv
+FACTOR ?= 60
+bench-goodput: $(INSTALLED)
+	-$(MAKE) $(TORCHFT_INSTALLED)
+	$(BIN)/python -m tests.benchmarks.bench_goodput $(TRACE) --factor $(FACTOR)
+
 # With any Python that has PyTorch, pydantic, PyYAML and psutil: python -m tests.benchmarks.bench_gpu
 bench-gpu: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_gpu
@@ -165,6 +181,11 @@ bench-gpu: $(INSTALLED)
 # RAYMILL_VLLM_PYTHON names the Python of an environment with vLLM 0.32 for CUDA.
 bench-gpu-serve: $(BENCH_INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_gpu_serve
+
+# CPU=1: its short form, without a GPU. TO=FOLDER: where its page and its JSON go.
+TO ?= build/gpu-proof
+gpu-proof: $(INSTALLED) ## on this machine's GPUs: hashes, tests, speed, memory and the demo as one page, in 15 minutes
+	$(BIN)/python -m tests.gpu.proof --to $(TO) $(if $(CPU),--cpu)
 
 # The pages of docs/reference, from the settings, commands, errors, metrics and fields that the code declares.
 reference: $(INSTALLED) ## the generated pages of docs/reference
@@ -223,6 +244,12 @@ $(BENCH_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[bench]'
 	touch $@
 
+# In a folder of its own: PyTorch looks for Triton on CPUs too. The version is the one of .ci/image-gpu.txt.
+$(TRITON_INSTALLED): .ci/image-gpu.txt | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TRITON) \
+		"$$(grep --only-matching '^triton==[^ ]*' .ci/image-gpu.txt)"
+	touch $@
+
 # vLLM pins older transformers and fastapi than .ci/constraints.txt, and brings two packages that do not load here.
 $(VLLM_INSTALLED):
 	$(PYTHON) -m venv $(VLLM_VENV)
@@ -230,6 +257,11 @@ $(VLLM_INSTALLED):
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
 
+$(TORCHFT_INSTALLED):
+	$(PYTHON) -m venv $(TORCHFT_VENV)
+	$(TORCHFT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torchft==0.2.0 numpy
+	touch $@
+
 clean: ## removes what make has installed and built
-	rm -rf $(VENV) $(CLIENTS_VENV) $(LLAMA_INDEX_VENV) $(NODE_CLIENTS) $(VLLM_VENV) .raymill build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS_VENV) $(LLAMA_INDEX_VENV) $(NODE_CLIENTS) $(VLLM_VENV) $(TORCHFT_VENV) $(TRITON) .raymill build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

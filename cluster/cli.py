@@ -28,7 +28,7 @@ from cluster.commands.train_commands import BEGIN, TRAIN
 from cluster.output.result_text import printable, put
 from cluster.settings.code_folders import code_version, version
 from cluster.settings.parser import ConfigError, FirstManual, Parser
-from cluster.stages.stage_module import exit_on_signal
+from cluster.stages.stage_module import OverBudgetError, exit_on_signal
 from cluster.wings import added
 from raymill.errors import UserError
 
@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words)
     except UserError as error:
         sys.stderr.write(f"error: {printable(str(error))}\n")
+        if isinstance(error, OverBudgetError):
+            return error.exit_code
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -48,6 +48,11 @@ WINGS = (
         "jobs.proof", needs=("jobs.report",), commands="cluster.commands.wings.proof_commands:PROOF"
     ),
     Wing(
+        "jobs.forgetting",
+        needs=("jobs.proof",),
+        commands="cluster.commands.wings.forget_commands:FORGET",
+    ),
+    Wing(
         "jobs.trace", needs=("jobs.proof",), commands="cluster.commands.wings.trace_commands:TRACE"
     ),
     Wing(

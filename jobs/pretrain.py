@@ -22,10 +22,10 @@ from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, max_steps, run_storage, seq_len, to_yaml, with_precision
 from cluster.stages.run_mirrored import COMMAND_VARIABLE
 from cluster.stages.stage import stage_main
-from cluster.stages.stage_module import StageFailedError
+from cluster.stages.stage_module import OverBudgetError, StageFailedError
 from cluster.storage.lease import Lease
 from cluster.storage.registry import publications, publish, what_latest_became
-from cluster.storage.uris import Storage, open_storage, split_uri
+from cluster.storage.uris import Storage, join_uri, open_storage, split_uri
 from cluster.wings import added
 from jobs.corpus.listing import list_corpus
 from jobs.plan.worker_counts import StepTimes, counts_to_run, hardware_of, uneven_groups
@@ -39,7 +39,9 @@ from jobs.ray_train.worker_backend import (
 )
 from jobs.run.base import recorded_base
 from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.costs.budget import spent_in_words, why_over_budget
 from jobs.run.end import EXIT_CODES, End
+from jobs.run.find_run import find_tokens
 from jobs.run.history import CONFIG_FILE, changed_settings, recorded_config
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
@@ -48,8 +50,9 @@ from jobs.run.writer_generation import Fence
 from jobs.snapshots.keepers import Keepers
 from jobs.tokens.build_store import tokenize
 from jobs.tokens.division import Division, HeldOut, divide
-from jobs.tokens.token_store import TokenStoreError, read_manifest
-from jobs.tokens.train_tokenizer import ensure_tokenizer
+from jobs.tokens.holes import read_holes
+from jobs.tokens.token_store import MANIFEST, TokenStoreError, read_manifest
+from jobs.tokens.train_tokenizer import ensure_tokenizer, load_tokenizer
 from jobs.training.train_worker import train_worker
 from jobs.training.validation import check_prompts
 from jobs.training.warm_start import begin, like_its_source
@@ -138,6 +141,8 @@ def prepare(config: RunConfig) -> PreparedText:
     Raises `ConfigError` when a prompt cannot be continued, and what `tokenize` raises.
     """
     config = like_its_source(config)
+    if config.data.forgotten is not None:
+        return _prepared_store(config)
     # Where a tokenizer is named, its prompts are checked before the corpus is listed
     listing = None
     if config.data.tokenizer is None:
@@ -145,6 +150,16 @@ def prepare(config: RunConfig) -> PreparedText:
     tokenizer, tokenizer_uri = ensure_tokenizer(config, listing)
     check_prompts(config, tokenizer)
     return PreparedText(config, tokenizer, tokenizer_uri, tokenize(config, listing))
+
+
+def _prepared_store(config: RunConfig) -> PreparedText:
+    """Returns the token store whose documents the run leaves out: the corpus may be without them by
+    now, and would make another one. Raises `TokenStoreError` where it is not in the storage."""
+    holes = read_holes(open_storage(config.storage.uri), config.data.forgotten)
+    store = find_tokens(run_storage(config), holes.data_identity)
+    tokenizer, uri = load_tokenizer(store.uri)
+    check_prompts(config, tokenizer)
+    return PreparedText(config, tokenizer, uri, {"manifest": join_uri(store.uri, MANIFEST)})
 
 
 def pretrain(config: RunConfig) -> dict[str, Any]:
@@ -177,14 +192,17 @@ def train_on(text: PreparedText) -> dict[str, Any]:
             launch=f"raymill-{secrets.token_hex(8)}",
             validation_uris=sets,
             division=division,
+            holes=read_holes(storage, config.data.forgotten),
             base=recorded_base(run),
             command=os.environ.get(COMMAND_VARIABLE, ""),
         )
+        if reason := why_over_budget(run, config):
+            raise OverBudgetError(reason)
         say(_begins(config, Ledger.read(run)))
         _train(plan)
         ledger = Ledger.read(run)
         lease.check()
-        if not ledger.is_finished:
+        if ledger.end not in (End.FINISHED, End.SPENT):
             raise unfinished(plan, ledger)
         checkpoint = RunCheckpoints(run).uri(
             ledger.events("checkpoint")[-1]["checkpoint"].rsplit("/", 1)[1]
@@ -195,6 +213,8 @@ def train_on(text: PreparedText) -> dict[str, Any]:
         ]:
             publish(storage, checkpoint)
             say(what_latest_became(storage))
+        if not ledger.is_finished:
+            raise unfinished(plan, ledger)
         return _figures(run, ledger, checkpoint)
 
 
@@ -287,6 +307,9 @@ def unfinished(plan: RunPlan, ledger: Ledger) -> StageFailedError:
     """Returns what the user is told of a run that stopped before its end."""
     end, run_id = ledger.end, plan.config.run_id
     assert end is not None, "its workers have left"
+    if end is End.SPENT:
+        steps = max_steps(plan.config)
+        return OverBudgetError(spent_in_words(plan.config, ledger, steps=steps))
     last = ledger.events(end)[-1]
     text = (
         f"run {run_id} gave up: {last['reason']}; more is in {plan.run.uri}"

@@ -1,70 +1,89 @@
 """Tells on a CPU which operations of a computation a GPU would refuse, under
-`torch.use_deterministic_algorithms(True)`, as they have no deterministic form there."""
+`torch.use_deterministic_algorithms(True)`, as they have no deterministic form there.
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+`cuda_alerts.toml` has them, by the sentences of PyTorch's documentation.
+"""
+
+import re
+import tomllib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ALERTS: dict[str, tuple[str, ...]] = {
-    "AvgPool3d": ("avg_pool3d_backward",),
-    "AdaptiveAvgPool2d": ("_adaptive_avg_pool2d_backward",),
-    "AdaptiveAvgPool3d": ("_adaptive_avg_pool3d_backward",),
-    "AdaptiveMaxPool2d": ("adaptive_max_pool2d_backward",),
-    "FractionalMaxPool2d": ("fractional_max_pool2d_backward",),
-    "FractionalMaxPool3d": ("fractional_max_pool3d_backward",),
-    "MaxUnpool1d": ("max_unpool2d",),
-    "MaxUnpool2d": ("max_unpool2d",),
-    "MaxUnpool3d": ("max_unpool3d",),
-    "interpolate": (
-        "upsample_linear1d_backward",
-        "upsample_bilinear2d_backward",
-        "_upsample_bilinear2d_aa_backward",
-        "upsample_bicubic2d_backward",
-        "_upsample_bicubic2d_aa_backward",
-        "upsample_trilinear3d_backward",
-    ),
-    "ReflectionPad1d": ("reflection_pad1d_backward",),
-    "ReflectionPad2d": ("reflection_pad2d_backward",),
-    "ReflectionPad3d": ("reflection_pad3d_backward",),
-    "NLLLoss": ("nll_loss2d_forward",),
-    "CTCLoss": ("_ctc_loss_backward",),
-    "EmbeddingBag": ("_embedding_bag_dense_backward",),
-    "put_": ("put", "put_"),
-    "histc": ("histc",),
-    "bincount": ("bincount",),
-    "median": ("median", "nanmedian"),
-    "grid_sample": ("grid_sampler_2d_backward", "grid_sampler_3d_backward"),
-    "cumsum": ("cumsum", "cumsum_"),
-    "scatter_reduce": ("scatter_reduce", "scatter_reduce_"),
-    "resize_": (),  # of quantized tensors, which nothing here has
-}
-"""By the name in PyTorch's documentation: the operations of `torch.ops.aten`."""
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+TABLE_OF_VERSION: str = _TABLE["torch"]
+DETERMINISTIC: Sequence[str] = _TABLE["deterministic"]
+"""The sentences of what acts deterministically."""
 
 
-def _floats(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    wanted = kwargs.get("dtype") or args[0].dtype
-    return bool(wanted.is_floating_point or wanted.is_complex)
+@dataclass(frozen=True)
+class Alert:
+    """One sentence of what raises."""
+
+    documented: str
+    is_backward: bool
+    operations: Sequence[str]  # of `torch.ops.aten`, with their overloads
+    when: Mapping[str, object] = field(default_factory=dict)
+    """For which arguments, by name: their value, or "given", "quantized" or "floating", also of the
+    "result"."""
+
+    @property
+    def name(self) -> str:
+        """The last word of its name in the documentation."""
+        return name_of(self.documented)
+
+    def holds_for(self, arguments: Mapping[str, Any]) -> bool:
+        return all(_is(arguments.get(name), value) for name, value in self.when.items())
 
 
-_ONLY_IF: dict[str, Callable[[tuple[Any, ...], Mapping[str, Any]], bool]] = {
-    "cumsum": _floats,
-    "bincount": lambda args, kwargs: len(args) > 1 or "weights" in kwargs,
-    "median": lambda args, kwargs: len(args) > 1 or "dim" in kwargs,
-    "scatter_reduce": lambda args, kwargs: "prod" in args,
-}
+ALERTS = [
+    Alert(
+        documented=entry["documented"],
+        is_backward=entry["pass"] == "backward",
+        operations=entry["operations"],
+        when=entry.get("when", {}),
+    )
+    for entry in _TABLE["refused"]
+]
 
 
-class _Watch(TorchDispatchMode):
+def name_of(documented: str) -> str:
+    [name, *_] = re.findall(r"`([\w.]+)`", documented)
+    return str(name.rpartition(".")[2])
+
+
+def _is(argument: object, expected: object) -> bool:
+    match expected:
+        case "given":
+            return argument is not None
+        case "quantized":
+            return isinstance(argument, Tensor) and argument.is_quantized
+        case "floating":
+            dtype = argument.dtype if isinstance(argument, Tensor) else argument
+            assert isinstance(dtype, torch.dtype)
+            return dtype.is_floating_point or dtype.is_complex
+    return argument == expected
+
+
+class CudaAlerts(TorchDispatchMode):
+    """Watches the operations of this thread, forward and backward, as long as it is entered. Those
+    that a GPU would refuse come into `found`, by the last word of their names in PyTorch's
+    documentation."""
+
     def __init__(self) -> None:
         super().__init__()
         self.found: set[str] = set()
-        self._names: dict[object, str] = {}
-        for name, operations in ALERTS.items():
-            for operation in operations:
-                self._names[getattr(torch.ops.aten, operation)] = name
+        self._alerts: dict[object, list[Alert]] = defaultdict(list)
+        for alert in ALERTS:
+            for operation in alert.operations:
+                name, _, overload = operation.partition(".")
+                self._alerts[getattr(getattr(torch.ops.aten, name), overload)].append(alert)
 
     def __torch_dispatch__(
         self,
@@ -74,15 +93,36 @@ class _Watch(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = kwargs or {}
-        name = self._names.get(func.overloadpacket)
-        if name and _ONLY_IF.get(name, lambda *_: True)(args, named):
-            self.found.add(name)
+        for alert in self._alerts.get(func, ()):
+            if alert.holds_for(_arguments(func, args, named)):
+                self.found.add(alert.name)
         return func(*args, **named)
 
 
-@contextmanager
-def cuda_alerts() -> Iterator[set[str]]:
-    """Lasts while operations are watched, forward and backward. Those that a GPU would refuse come
-    into the set, by the names in PyTorch's documentation."""
-    with _Watch() as watch:
-        yield watch.found
+def _arguments(func: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an operation's arguments by name, with those that are left out, and the type of its
+    result."""
+    declared = func._schema.arguments
+    arguments = {argument.name: argument.default_value for argument in declared}
+    arguments |= {argument.name: value for argument, value in zip(declared, args, strict=False)}
+    arguments |= named
+    arguments["result"] = arguments.get("dtype") or arguments.get("self")
+    return arguments
+
+
+def documented_sentences() -> tuple[list[str], list[str]]:
+    """Returns what the installed PyTorch's documentation says acts deterministically, and what it
+    says raises."""
+    text = str(torch.use_deterministic_algorithms.__doc__)
+    _, _, after = text.partition("normally-nondeterministic operations will act")
+    first, _, rest = after.partition("normally-nondeterministic operations will throw a")
+    second, _, _ = rest.partition("In addition, several operations")
+    deterministic, refused = (_bullets(section) for section in (first, second))
+    return deterministic, refused
+
+
+def _bullets(section: str) -> list[str]:
+    """Returns the points of a list, each on one line."""
+    without_next = section.rpartition("\n\n    The following")[0] or section
+    _, *points = re.split(r"^\s+\* ", without_next, flags=re.MULTILINE)
+    return [" ".join(point.split()) for point in points]

@@ -19,7 +19,7 @@ class Pace:
 
     @contextmanager
     def slow(self, step_s: float) -> Iterator[None]:
-        """Has each step wait for so many seconds besides, until the context ends."""
+        """Has each step, or each pass, wait for so many seconds besides, until the context ends."""
         new = self._file.with_suffix(".new")
         new.write_text(str(step_s), encoding="ascii")
         new.replace(self._file)
@@ -30,9 +30,10 @@ class Pace:
 
 
 @contextmanager
-def paced(folder: Path) -> Iterator[Pace]:
-    """Gives the pace of runs on each cluster whose nodes start within the context."""
+def paced(folder: Path, *, place: str = "step") -> Iterator[Pace]:
+    """Gives the pace of runs on each cluster whose nodes start within the context. `place` is where
+    they wait: before each "step", or in each "pass" of a micro-batch."""
     file = folder / "pace"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, f"step:{file}:pause")
+        patch.setenv(VARIABLE, f"{place}:{file}:pause")
         yield Pace(file)

@@ -13,7 +13,9 @@ from cluster.storage.uris import absolute_uri
 from raymill.errors import UserError
 
 if TYPE_CHECKING:
+    from cluster.settings.plan import PlanConfig, TraceConfig
     from cluster.settings.run import RunConfig
+    from cluster.settings.stages import EvaluateConfig
     from model.signing.signature import Signer, SigningKey, Trusted
 
 
@@ -21,6 +23,24 @@ def _run_config() -> "type[RunConfig]":
     from cluster.settings.run import RunConfig
 
     return RunConfig
+
+
+def _plan_config() -> "type[PlanConfig]":
+    from cluster.settings.plan import PlanConfig
+
+    return PlanConfig
+
+
+def _trace_config() -> "type[TraceConfig]":
+    from cluster.settings.plan import TraceConfig
+
+    return TraceConfig
+
+
+def _evaluate_config() -> "type[EvaluateConfig]":
+    from cluster.settings.stages import EvaluateConfig
+
+    return EvaluateConfig
 
 
 def amount(text: str) -> float:
@@ -44,6 +64,9 @@ _OVERRIDDEN = "YAML file; flags override its settings"
 
 # Of several commands.
 RUN_SETTINGS = SettingsOf(_run_config)
+PLAN_SETTINGS = SettingsOf(_plan_config)
+TRACE_SETTINGS = SettingsOf(_trace_config)
+EVALUATE_SETTINGS = SettingsOf(_evaluate_config, positional="checkpoint")
 NO_PUBLISH = SettingAs(
     "--no-publish", "leave `latest` as it is", setting="checkpoint.publish", value="false"
 )

@@ -186,7 +186,15 @@ def _progress(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
     figures = {name: steps[-1][name] for name in ("step", "tokens_seen", "loss", "world_size")}
     problem = not_stored(lines)
-    return figures | proven_part(lines).fields() | ({"not_stored": problem} if problem else {})
+    more = proven_part(lines).fields() | ({"not_stored": problem} if problem else {})
+    return figures | _money(lines) | more
+
+
+def _money(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns what the run has cost, and its budget, as its newest line with a cost says; nothing
+    without a price."""
+    newest: dict[str, Any] = next((line for line in reversed(lines) if "cost" in line), {})
+    return {name: newest[name] for name in ("cost", "max_cost") if name in newest}
 
 
 def _rest(run: Storage, lines: list[dict[str, Any]], *, is_live: bool) -> dict[str, Any]:

@@ -12,15 +12,18 @@ from cluster.commands.arguments import (
     CONFIG,
     CONFIG_FLAG,
     END_LOAN,
+    EVALUATE_SETTINGS,
     FAULTS,
     LOAN_S,
     MAP_DOCUMENTS,
     NAMED,
     NO_PUBLISH,
     NUM_LENT,
+    PLAN_SETTINGS,
     RUN_ID,
     RUN_SETTINGS,
     STORAGE,
+    TRACE_SETTINGS,
     named_once,
 )
 from cluster.commands.command import (
@@ -30,18 +33,16 @@ from cluster.commands.command import (
     CommandSection,
     OneOf,
     Result,
-    SettingsOf,
     Switch,
 )
 from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
-from cluster.stages.stage_module import STAGES
+from cluster.stages.stage_module import STAGES, OverBudgetError
 from cluster.storage.uris import open_storage, storage_flag
 from raymill.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.commands.chaos import Fault
-    from cluster.settings.plan import PlanConfig
     from cluster.settings.run import RunConfig
     from cluster.settings.serve import ServeConfig
     from cluster.settings.stages import EvaluateConfig
@@ -143,12 +144,9 @@ def _trained(values: dict[str, Any], config: "RunConfig") -> Result:
 def _run_stage(
     arguments: Arguments, stage: str, *, faults: "list[Fault]"
 ) -> tuple[dict[str, Any], "RunConfig"]:
-    """Submits the stage as a job and follows it. Returns its result, and the settings that it
-    had."""
-    from cluster.commands.chaos import chaos
-    from cluster.local.local_cluster import cpus_per_node
+    """Runs the stage with the settings of the command line. Returns its result, and the settings
+    that it had."""
     from cluster.settings.run import RunConfig
-    from cluster.submission.first_checks import starting
 
     config = arguments.config(RunConfig)
     if faults and config.cluster.address is not None:
@@ -157,23 +155,34 @@ def _run_stage(
         raise ConfigError(
             "--chaos kill-node leaves no node of a local cluster of one; give it --cluster.num-nodes 3"
         )
+    known = [] if "--run-id" in arguments.words else ["--run-id", str(config.run_id)]
+    command = f"raymill {shlex.join([*arguments.words, *known])}" if stage != "tokenize" else ""
+    return run_to_end(config, stage, faults=faults, command=command), config
+
+
+def run_to_end(
+    config: "RunConfig", stage: str, *, command: str, faults: "Sequence[Fault]" = ()
+) -> dict[str, Any]:
+    """Submits the stage as a job, follows it, and returns its result. `command` is what a person
+    types to continue it, if that is possible."""
+    from cluster.commands.chaos import chaos
+    from cluster.local.local_cluster import cpus_per_node
+    from cluster.submission.first_checks import starting
+
     _check(config, stage)
     _say_stage(config, stage)
 
     from cluster.stages.stage import connected, run_stage  # imports Ray, which takes a second
 
-    known = [] if "--run-id" in arguments.words else ["--run-id", str(config.run_id)]
-    command = f"raymill {shlex.join([*arguments.words, *known])}" if stage != "tokenize" else ""
     try:
         with (
             starting(config, stage) as start,
             connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection,
             chaos(faults, cluster=connection.local, config=config),
         ):
-            values = run_stage(
+            return run_stage(
                 connection, STAGES[stage], config, command=command, when_submitted=start.close
             )
-            return values, config
     except (KeyboardInterrupt, SystemExit):
         if command:
             _say_unsaved(config)
@@ -205,12 +214,15 @@ def _check(config: "RunConfig", stage: str) -> None:
     from cluster.submission.first_checks import check_room, check_stage
     from cluster.submission.preflight import check_sources, folders_at
     from jobs.plan.memory import worker_needs
+    from jobs.run.costs.budget import why_over_budget
     from jobs.run.history import why_not_resumed
 
     is_training = stage != "tokenize"
     check_sources(config.data, folders_at(config.cluster.address))
     if is_training and (reason := why_not_resumed(run_storage(config), config)):
         raise ConfigError(reason)
+    if is_training and (reason := why_over_budget(run_storage(config), config)):
+        raise OverBudgetError(reason)
     check_stage(config, stage)
     check_room(config, stage, worker_needs(config) if is_training else {})
 
@@ -234,22 +246,26 @@ def plan(arguments: Arguments) -> Result:
     """Returns the figures, with three lines to be printed, or all of them as a table. Without GPUs
     they are those of this machine."""
     from cluster.settings.flags import settings_from_flags, validate_config
-    from cluster.settings.plan import PlanConfig
+    from cluster.settings.plan import PlanConfig, TraceConfig
     from cluster.settings.run import RunConfig, planned_vocabulary
     from jobs.plan.cpu_plan import asks_for_gpus, planned_here
     from jobs.plan.make_plan import planned
     from jobs.plan.scale_simulation import scale_table, scales
+    from jobs.plan.traces.plan_on_trace import planned_on
 
     options = validate_config(settings_from_flags(arguments.values, PlanConfig), PlanConfig)
     config = arguments.config(RunConfig, needs_source=False)
     if arguments[_SIMULATE]:
         rows = scales(planned_vocabulary(config), options)
         return Result({"scales": rows}, text=f"{scale_table(rows)}\n")
-    is_whole = arguments[_ALL_FIGURES]
+    is_whole, measures = arguments[_ALL_FIGURES], not arguments[_NO_MEASURE]
+    asked = validate_config(settings_from_flags(arguments.values, TraceConfig), TraceConfig)
+    if asked.trace is not None:
+        figures = planned_on(config, options, asked, measures=measures)
+        return Result(figures, text=f"{figures.pop('table')}\n")
     if asks_for_gpus(config, options):
         figures = planned(config, options, is_whole=is_whole)
     else:
-        measures = not arguments[_NO_MEASURE]
         figures = planned_here(config, measures=measures, is_whole=is_whole)
     table = figures.pop("table")
     rest = f"`raymill {shlex.join([*arguments.words, _ALL_FIGURES.names])}` has all figures"
@@ -360,18 +376,6 @@ def lend(arguments: Arguments) -> Result:
     )
 
 
-def _evaluate_config() -> "type[EvaluateConfig]":
-    from cluster.settings.stages import EvaluateConfig
-
-    return EvaluateConfig
-
-
-def _plan_config() -> "type[PlanConfig]":
-    from cluster.settings.plan import PlanConfig
-
-    return PlanConfig
-
-
 BEGIN = CommandSection(
     "to begin with",
     (
@@ -402,7 +406,8 @@ TRAIN = CommandSection(
                 _ALL_FIGURES,
                 _NO_MEASURE,
                 _SIMULATE,
-                SettingsOf(_plan_config),
+                PLAN_SETTINGS,
+                TRACE_SETTINGS,
                 RUN_SETTINGS,
             ],
         ),
@@ -422,7 +427,7 @@ TRAIN = CommandSection(
             "evaluate",
             "measure loss, perplexity and bits per byte of a checkpoint",
             evaluate,
-            [NAMED, CONFIG_FLAG, SettingsOf(_evaluate_config, positional="checkpoint")],
+            [NAMED, CONFIG_FLAG, EVALUATE_SETTINGS],
         ),
         Command(
             "inspect",

@@ -8,6 +8,7 @@ _NAMES = {
     "backend": "kind of job",
     "continue_with": "continue with",
     "is_estimate": "estimated",
+    "max_cost": "budget",
     "lost_steps": "steps taken again",
     "nodes_left_out": "nodes left out",
     "not_proven_since": "not proven since step",

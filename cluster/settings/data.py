@@ -174,6 +174,14 @@ class DataConfig(TextConfig):
         "not change the result",
         shapes=Shapes.NOTHING,
     )
+    forgotten: str | None = shaping(
+        None,
+        "the run is trained without the documents of this list, as `raymill forget` makes it: the SHA-256 of a file in "
+        "the storage's folder forgotten/. It reads the token store that the list is about, whatever became of "
+        "data.source",
+        pattern=r"^[0-9a-f]{64}$",
+        shapes=Shapes.RUN,
+    )
     map_documents: bool = shaping(
         False,
         "make the document map of a finished token store that has none: its corpus is read and encoded again, "

@@ -8,6 +8,37 @@ from cluster.settings.setting import Settings, setting
 from model.hardware.gpus import GPUS, Gpu
 
 
+class TraceConfig(Settings):
+    """A trace of spot nodes, and what a run takes where they come and go."""
+
+    trace: str | None = setting(
+        None,
+        "file of lines seconds,nodes below such a header: what the run takes and costs on such a day, instead",
+    )
+    workers_per_node: PositiveInt = setting(1, "workers that a node of the trace has room for")
+    step_seconds: PositiveFloat | None = setting(
+        None,
+        "seconds of a step with scaling.max_workers, the plan's when unset; with fewer, a step takes longer as the one "
+        "with most lanes has more of them",
+    )
+    see_s: NonNegativeFloat = setting(
+        10.0, "seconds until the run sees a node that has come (scaling.resize_check_s at most)"
+    )
+    detect_s: NonNegativeFloat = setting(
+        3.0, "seconds until a node that nobody announced to go is known to be gone"
+    )
+    meet_s: NonNegativeFloat = setting(
+        5.0, "seconds until workers are started and have met, after any change of the nodes"
+    )
+    load_s: NonNegativeFloat = setting(
+        1.0,
+        "seconds until each has the state and the first step begins; opening_seconds of a ledger's start says yours",
+    )
+    has_notices: bool = setting(
+        True, "nodes are announced to go, as clouds do two minutes or 25 s before"
+    )
+
+
 class PlanConfig(Settings):
     """The hardware that the run is to be computed on, with its price and its risk."""
 

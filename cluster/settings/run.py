@@ -161,7 +161,16 @@ class ScalingConfig(Settings):
     )
     price_per_device_hour: NonNegativeFloat | None = setting(
         None,
-        "price of an hour of a GPU, or of a CPU where workers have none, for the cost metrics",
+        "price of an hour of a GPU, or of a CPU where workers have none: for the costs that are shown, and max_cost",
+    )
+    spot_price_per_device_hour: NonNegativeFloat | None = setting(
+        None,
+        "the same on a node that Ray labels ray.io/market-type=spot; on others, and when unset, the price above counts",
+    )
+    max_cost: PositiveFloat | None = setting(
+        None,
+        "money that all attempts of the run may cost together, in the currency of the prices: then it is saved, "
+        "published and ends, at most a step later; a resume with a higher one continues it",
     )
 
     @model_validator(mode="after")
@@ -174,6 +183,12 @@ class ScalingConfig(Settings):
             raise ValueError(
                 f"scaling.shard_group is for scaling.shard=gradients or parameters; it is {self.shard}"
             )
+        for name in ("spot_price_per_device_hour", "max_cost"):
+            if getattr(self, name) is not None and self.price_per_device_hour is None:
+                raise ValueError(
+                    f"scaling.{name} needs scaling.price_per_device_hour, which counts on each node that Ray does not "
+                    "label as a spot one"
+                )
         return self
 
     def group_size(self, world_size: int) -> int:

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import PositiveInt
 
 from cluster.settings.data import TextConfig
-from cluster.settings.run import ClusterConfig, StorageConfig
+from cluster.settings.run import ClusterConfig, ScalingConfig, StorageConfig
 from cluster.settings.setting import Settings, setting
 from model.numerics import Precision
 
@@ -36,6 +36,13 @@ class EvaluateConfig(Settings):
     threads_per_worker: PositiveInt = setting(1, "compute threads, and logical CPUs, of a worker")
     cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig = StorageConfig()
+
+
+class WorkersConfig(Settings):
+    """The settings of a run that may be others each time that it is continued."""
+
+    scaling: ScalingConfig = ScalingConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
 
 class IndexConfig(Settings):

@@ -25,7 +25,7 @@ import yaml
 from cluster.output.job_log import JOBS, Ended, JobLog, LogReader, Started, launches
 from cluster.output.progress import PlainProgress, say
 from cluster.settings.parser import ConfigError, Parser
-from cluster.stages.stage_module import HOPELESS, MISUSED, parse_result, stage_name
+from cluster.stages.stage_module import FINAL, MISUSED, parse_result, stage_name
 from cluster.storage.lease import Lease, LeaseHeldError
 from cluster.storage.process_identity import die_with_parent
 from cluster.storage.uris import Storage, StorageError, open_storage
@@ -111,7 +111,7 @@ def hopeless_end(run: Storage, job: str) -> int | None:
         reader = LogReader(run, launch)
         if reader.started().job == job:
             ended = reader.ended()
-            return ended.exit_code if ended and ended.exit_code in (MISUSED, HOPELESS) else None
+            return ended.exit_code if ended and ended.exit_code in FINAL else None
     return None
 
 

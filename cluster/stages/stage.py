@@ -38,7 +38,9 @@ from cluster.stages.stage_module import (
     HOPELESS,
     MAY_SUCCEED,
     MISUSED,
+    OVER_BUDGET,
     RESULT_MARK,
+    OverBudgetError,
     StageFailedError,
     parse_result,
 )
@@ -276,7 +278,7 @@ async def _follow(client: JobSubmissionClient, job_id: str, view: ProgressView) 
     if status == JobStatus.SUCCEEDED and result is not None:
         return result
     code = client.get_job_info(job_id).driver_exit_code
-    kind = ConfigError if code == MISUSED else StageFailedError
-    raise kind(
+    kinds = {MISUSED: ConfigError, OVER_BUDGET: OverBudgetError}
+    raise kinds.get(code or 0, StageFailedError)(
         f"{error or f'job {job_id} ended with exit code {code}'} (the whole log is in {view.log})"
     )

@@ -26,6 +26,12 @@ MISUSED = 2
 HOPELESS = 3
 """Exit code of a module that would fail again: only its user can mend the cause."""
 
+OVER_BUDGET = 4
+"""Exit code of a run that has cost what it may: it is saved, and only its user can let it go on."""
+
+FINAL = (MISUSED, HOPELESS, OVER_BUDGET)
+"""Exit codes that another attempt with the same settings would end with too."""
+
 RESULT_MARK = "raymill-result: "
 
 ERROR_MARK = "error: "
@@ -47,6 +53,13 @@ class StageFailedError(UserError):
     def __init__(self, message: str, *, exit_code: int = MAY_SUCCEED) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class OverBudgetError(StageFailedError):
+    """A run has cost what `scaling.max_cost` allows."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, exit_code=OVER_BUDGET)
 
 
 def parse_result(line: str) -> dict[str, Any] | None:

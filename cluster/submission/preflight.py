@@ -60,7 +60,10 @@ def check_sources(data: TextConfig, folders: Folders) -> None:
     """Raises `SourceError` for a missing source, as far as this machine can tell, and
     `AdmissionError` for a folder of this machine that the job does not see."""
     validation = data.validation.values() if isinstance(data, DataConfig) else ()
-    for uri in (source.removeprefix(TOKENS) for source in [*data.source, *validation]):
+    # A run that forgets reads the token store that is there
+    forgets = isinstance(data, DataConfig) and data.forgotten is not None
+    sources = [*([] if forgets else data.source), *validation]
+    for uri in (source.removeprefix(TOKENS) for source in sources):
         if uri.startswith(HF) or (_is_folder(uri) and folders is Folders.UNKNOWN):
             continue  # the cluster may reach what this machine cannot
         if _is_folder(uri) and folders is Folders.NONE:

@@ -9,7 +9,7 @@ from cluster.local.jobs_api import ClusterError, JobsApi, ray_token
 from cluster.output.job_log import Ended, LogReader, Started, launches
 from cluster.settings.run import RunConfig, run_storage
 from cluster.stages.run_mirrored import SILENCE_S, lease_key, stop_key
-from cluster.stages.stage_module import HOPELESS, MISUSED
+from cluster.stages.stage_module import FINAL, OVER_BUDGET
 from cluster.storage.lease import living_holder
 from cluster.storage.process_identity import ProcessIdentity
 from cluster.storage.uris import Storage, storage_flag
@@ -147,7 +147,7 @@ def view_job(run: Storage, token_file: Path | None) -> JobView | None:
         return JobView(JobState.FAILED, record, launch, ended, f"it was refused: {record.refused}")
     # KubeRay follows a failed launch by another one, on a new cluster; one without hope ends at
     # once (`run_mirrored`).
-    is_final = ended is not None and ended.exit_code in (0, MISUSED, HOPELESS)
+    is_final = ended is not None and ended.exit_code in (0, *FINAL)
     has_ended = is_final or (ended is not None and record.backend is not Backend.KUBERAY)
     if has_ended or record.backend is Backend.HAND:
         return _seen_in_storage(run, record, launch, ended)
@@ -194,7 +194,9 @@ def _seen_in_storage(
     elif ended.exit_code == 0:
         state = JobState.SUCCEEDED
     else:
-        state = JobState.STOPPED if ended.stopped or record.stopped else JobState.FAILED
+        is_spent = ended.exit_code == OVER_BUDGET
+        state = JobState.STOPPED if ended.stopped or record.stopped or is_spent else JobState.FAILED
+        note = "its budget is spent: a higher scaling.max_cost continues it" if is_spent else note
     return JobView(state, record, launch, ended, note)
 
 

@@ -93,12 +93,14 @@ def micro_batch(
     device: torch.device,
     *,
     eot_id: int | None,
+    has_holes: bool = False,
 ) -> MicroBatch:
     """Returns inputs and targets (B, T) that were read, without waiting for the device.
 
     With `eot_id` the documents in a row see nothing of each other: FlashAttention, which has
     neither fp32 nor dropout here, gets their borders; other ways to attend get a mask.
-    transformers' modules make their masks of the positions.
+    transformers' modules make their masks of the positions. With `has_holes` the rows are of text,
+    where targets that do not count tell nothing of documents.
     """
 
     def moved(values: Tensor) -> Tensor:
@@ -109,7 +111,7 @@ def micro_batch(
     inputs, targets = rows
     if eot_id is None:
         return MicroBatch(moved(inputs), moved(targets), None, None)
-    positions = document_positions(inputs, targets, eot_id=eot_id)
+    positions = document_positions(inputs, None if has_holes else targets, eot_id=eot_id)
     if config.model.by_transformers:
         return MicroBatch(moved(inputs), moved(targets), moved(positions), None)
     if (

@@ -16,6 +16,7 @@ from jobs.exact.run_state import decoder_of
 from jobs.run.storage_retry import patiently
 from jobs.tokens.token_stream import TokenStream
 from model.decoder import Decoder
+from model.files.failpoints import pause
 from model.linear_cross_entropy import IGNORE_INDEX
 from raymill.dropout import dropout_seed, seed_dropout
 from raymill.state.train_state import TrainState
@@ -37,7 +38,10 @@ class LanePasses:
         progress: Progress,
         *,
         eot_id: int | None,
+        has_holes: bool = False,
     ) -> None:
+        """`has_holes` says that the rows are of text, and that what does not count of it was
+        forgotten."""
         self.config = config
         self.schedule = batch_schedule(config)
         self.is_lent_memory = way_to_compute(config) == "cpu"
@@ -46,6 +50,7 @@ class LanePasses:
         self._rows = rows
         self._progress = progress
         self._eot_id = eot_id
+        self._has_holes = has_holes
         self._left_out: Container[int] = ()
         self._plan_of_count = lru_cache(maxsize=_MAX_PLANS)(self.plan_of_count)
         self._loss_scale = config.train.numerics.loss_scale
@@ -70,6 +75,7 @@ class LanePasses:
         with timer.phase("load"):
             batch, count = self._micro_batch(step, number)
         self._seed_dropout(step, number)
+        pause("pass")
         scale *= self._loss_scale
         with timer.phase("forward"), autocast(self.config, device):
             loss: Tensor = (loss_of or self.loss)(
@@ -140,7 +146,13 @@ class LanePasses:
         """Returns a micro-batch, and the number of tokens that its loss counts."""
         samples = self._samples_of(step, number)
         rows = patiently(lambda: self._rows.samples(samples), "tokens")
-        batch = micro_batch(rows, self.config, self._state.device, eot_id=self._eot_id)
+        batch = micro_batch(
+            rows,
+            self.config,
+            self._state.device,
+            eot_id=self._eot_id,
+            has_holes=self._has_holes,
+        )
         _, targets = rows
         left_out = [sample in self._left_out for sample in samples]
         if any(left_out):

@@ -16,10 +16,13 @@ def step_gradient(
     group: WorkerGroup,
     *,
     eot_id: int | None,
+    has_holes: bool = False,
 ) -> BatchGradient | StockGradient:
     """Returns what computes the gradient of each step: the exact sum, or where the settings say
     `exact: false`, stock DistributedDataParallel. With `eot_id`, documents in a row see nothing of
-    each other."""
-    passes = LanePasses(config, state, rows, group.meeting.progress, eot_id=eot_id)
+    each other. `has_holes` is for texts of which some tokens are forgotten."""
+    passes = LanePasses(
+        config, state, rows, group.meeting.progress, eot_id=eot_id, has_holes=has_holes
+    )
     new = BatchGradient if config.train.exact else StockGradient
     return new(passes, state, group)

@@ -24,7 +24,8 @@ from jobs.plan.formulas import DAY_S
 from jobs.plan.make_plan import data_sizes, work
 from jobs.plan.memory import PROCESS_BYTES, gpu_memory, host_memory, layout_of
 from jobs.plan.pace import NUM_STEPS, Pace, recorded_pace
-from jobs.plan.plan_warnings import of_the_schedule
+from jobs.plan.plan_warnings import of_the_budget, of_the_schedule
+from jobs.plan.prices import worker_price
 from jobs.plan.table import (
     Figures,
     about,
@@ -37,6 +38,7 @@ from jobs.plan.table import (
     work_in_words,
 )
 from jobs.plan.update import stored_bytes
+from jobs.run.costs.budget import in_money
 from model.hardware.processor import fast_precision
 
 _LONG_S = 7 * DAY_S
@@ -70,6 +72,10 @@ def planned_here(config: RunConfig, *, measures: bool, is_whole: bool) -> dict[s
         "timed": pace.timed if pace else why_unknown,
         "processor": pace.processor if pace else None,
     }
+    price, priced = worker_price(config, PlanConfig(), is_gpu=False)
+    if priced and step_s:
+        hours = plan["days"] * DAY_S / 3600 * config.scaling.max_workers
+        plan |= {"cost": hours * price, "price_per_worker_hour": price}
     plan["warnings"] = [*_warnings(config, plan)]
     rest = _rest(plan) if is_whole else ""
     return plan | {"table": sections(few_lines(_lines(config, plan)), warned(plan), rest)}
@@ -199,6 +205,7 @@ def _warnings(config: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
         )
     if config.cluster.address is not None:
         yield f"The run trains at {config.cluster.address}: the figures are those of this machine."
+    yield from of_the_budget(config, plan.get("cost", 0.0))
     yield from of_the_schedule(config)
 
 
@@ -214,6 +221,12 @@ def _lines(config: RunConfig, plan: dict[str, Any]) -> dict[str, str]:
     has, left = _rough(plan["machine_memory_bytes"]), _rough(plan["free_memory_bytes"])
     checkpoint, tokens = _rough(plan["checkpoint"]["bytes"]), _rough(plan["data"]["store_bytes"])
     left_there = "" if free is None else f"; {_rough(free)} are free there"
+    price = plan.get("price_per_worker_hour")
+    costs = (
+        {"cost": f"about ${in_money(plan['cost'])} at ${price:g} for a worker's hour"}
+        if price
+        else {}
+    )
     return {
         "time": _time_in_words(plan),
         "memory": (
@@ -223,6 +236,7 @@ def _lines(config: RunConfig, plan: dict[str, Any]) -> dict[str, str]:
             f"about {_rough(_stored_bytes(plan))} in {config.storage.uri}: a checkpoint is {checkpoint}, the tokens "
             f"are {tokens}{left_there}"
         ),
+        **costs,
     }
 
 

@@ -35,6 +35,7 @@ from jobs.plan.formulas import (
 )
 from jobs.plan.memory import gpu_memory, host_memory, layout_of
 from jobs.plan.plan_warnings import FULL_MEMORY, TOLERATED_EXPOSURE, warnings
+from jobs.plan.prices import worker_price
 from jobs.plan.table import sections, table, warned, what_matters
 from jobs.plan.update import stored_bytes, update_flops
 from jobs.tokens.token_store import token_dtype
@@ -117,7 +118,7 @@ def _computing(config: RunConfig, options: PlanConfig, count: int) -> dict[str, 
     else:
         rate = options.mfu * gpu.peak_flops_per_s
         days = gpu_days(model_flops, rate)
-    price = gpu.price_per_hour if options.price is None else options.price
+    price, priced = worker_price(config, options, is_gpu=True)
     run_s = days / count * DAY_S
     return plan | {
         "gpu": options.gpu,
@@ -127,6 +128,7 @@ def _computing(config: RunConfig, options: PlanConfig, count: int) -> dict[str, 
         "gpu_days": days,
         "days": days / count,
         "price_per_gpu_hour": price,
+        "priced": priced,
         "cost": days * 24 * price,
         "step_s": run_s / steps,
         "tokens_per_s": num_tokens / run_s,

@@ -21,6 +21,7 @@ def warnings(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> li
     return [
         *_memory(options, plan),
         *_on_gpus(config, options, plan),
+        *of_the_budget(config, plan["cost"]),
         *_sharding(config, options, plan),
         *of_the_schedule(config),
     ]
@@ -69,6 +70,16 @@ def _on_gpus(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> It
             "would have workers."
         )
     yield from _keeping(config, plan)
+
+
+def of_the_budget(config: RunConfig, cost: float) -> Iterator[str]:
+    """Yields what becomes of a run that costs more than it may."""
+    most = config.scaling.max_cost
+    if most is not None and cost > most:
+        yield (
+            f"The run costs about {cost:,.2f}, and scaling.max_cost {most:g} ends it before: after about "
+            f"{most / cost:.0%} of its steps."
+        )
 
 
 def _lanes(config: RunConfig, count: int) -> Iterator[str]:

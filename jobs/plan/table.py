@@ -162,7 +162,7 @@ def _assumptions(plan: Mapping[str, Any], options: PlanConfig) -> Iterator[str]:
             f"MFU {options.mfu:.0%} of the bf16 peak (--mfu). Published for well-tuned runs: Llama 3 405B on H100 38 "
             "to 43%, PaLM on TPU v4 46%, GPT-3 on V100 21%. Not measured with raymill."
         )
-    if options.price is None:
+    if not plan["priced"]:
         yield f"${plan['price_per_gpu_hour']:,.2f} for a GPU-hour (--price): a round number, not an offer."
     yield (
         f"Links: {size(options.hardware.link_bytes_per_s, '/s')} within a node of {options.gpus_per_node}, "

@@ -13,9 +13,10 @@ from cluster.settings.run import RunConfig, batch_schedule, max_steps
 from cluster.storage.uris import Storage
 from jobs.proof.step_outcomes import Outcome, StepOutcomes
 from jobs.proof.training_order import Marks, Stretch, TrainingOrder, Turn
-from jobs.run.find_run import begun_ledger, data_identity, division, last_start
+from jobs.run.find_run import begun_ledger, data_identity, division, holes_of, last_start
 from jobs.run.history import recorded_config
 from jobs.run.ledger import Ledger
+from jobs.tokens.holes import NO_HOLES, HoleMap
 from jobs.tokens.shard_reader import Piece, read_piece
 from jobs.tokens.token_store import Manifest
 from raymill.errors import UserError
@@ -90,6 +91,18 @@ class Learning:
         )
 
     @cached_property
+    def holes(self) -> HoleMap:
+        """What the run leaves out of the store. Raises `TokenStoreError` for a list that is
+        gone."""
+        holes = holes_of(self.opened.run, self.opened.config)
+        is_of_store = holes.data_identity == self.manifest.identity
+        return HoleMap(holes if is_of_store else NO_HOLES, self.manifest)
+
+    def is_forgotten(self, stretch: Stretch) -> bool:
+        """Reports whether all tokens of a stretch are left out."""
+        return all(bool(self.holes.marks(piece).all()) for piece in self.order.pieces(stretch))
+
+    @cached_property
     def losses(self) -> dict[int, float]:
         """The loss of each step's batch, nats per token, before its update."""
         return {line["step"]: line["loss"] for line in self.opened.ledger.steps}
@@ -130,8 +143,12 @@ class Learning:
     @property
     def _is_counted(self) -> Callable[[Piece], Marks] | None:
         """Marks the tokens of a piece that the loss counts; None where it counts all of them."""
-        return None if self.manifest.chat is None else self._is_answer
+        return None if self.manifest.chat is None and not self.holes else self._counts
 
-    def _is_answer(self, piece: Piece) -> Marks:
+    def _counts(self, piece: Piece) -> Marks:
+        marks = ~self.holes.marks(piece)
+        if self.manifest.chat is None:
+            return marks
         dtype = self.manifest.dtype
-        return np.frombuffer(read_piece(self.store, piece, dtype), dtype) >= 0
+        is_answer: Marks = np.frombuffer(read_piece(self.store, piece, dtype), dtype) >= 0
+        return marks & is_answer

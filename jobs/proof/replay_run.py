@@ -28,7 +28,14 @@ from jobs.proof.diff_runs import first_difference, step_values
 from jobs.proof.recorded.checkpoint import CheckpointRecord, state_problem
 from jobs.run.base import recorded_base
 from jobs.run.checkpoints import RunCheckpoints, step_of
-from jobs.run.find_run import begun_ledger, data_identity, division, find_tokens, last_start
+from jobs.run.find_run import (
+    begun_ledger,
+    data_identity,
+    division,
+    find_tokens,
+    holes_of,
+    last_start,
+)
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.ledger import LEDGER, Ledger, Line
 from jobs.run.run_plan import Replay, RunPlan
@@ -147,6 +154,7 @@ def scratch_plan(
         ),
         validation_uris=_validation_uris(run, start),
         division=division(start),
+        holes=holes_of(run, config),
         base=recorded_base(run),
     )
 

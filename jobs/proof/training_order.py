@@ -84,6 +84,12 @@ class TrainingOrder:
         end = (stretch.end - 2) // self.seq_len + 1
         return range(first, max(first, min(end, self.order.num_rows[stretch.source])))
 
+    def rows_reading(self, stretch: Stretch) -> range:
+        """Returns the rows that have a token of the stretch among their inputs or targets."""
+        first = max(0, stretch.start - 1) // self.seq_len
+        end = (stretch.end - 1) // self.seq_len + 1
+        return range(first, max(first, min(end, self.order.num_rows[stretch.source])))
+
     def tokens_by_row(
         self, stretch: Stretch, rows: range, *, is_counted: Callable[[Piece], Marks] | None = None
     ) -> list[int]:

@@ -6,6 +6,7 @@ what is not as it was recorded, or not as it was signed.
     checkpoints   files, weights, training state and metadata, as their lines say
     data          shards, document map and tokenizer, as the newest start says
     statement     what was signed, compared with all of these
+    forgetting    the documents that the run was trained without, and its certificate
 """
 
 import tempfile
@@ -20,6 +21,7 @@ from cluster.storage.uris import Storage
 from jobs.proof.recorded.checkpoint import CheckpointRecord, checkpoint_problems
 from jobs.proof.recorded.contradictions import contradictions
 from jobs.proof.recorded.data import DataProof, base_problems, data_problems
+from jobs.proof.recorded.forgetting import forgetting_problems
 from jobs.proof.recorded.statement import statement_problems
 from jobs.run.checkpoints import QUARANTINED, RunCheckpoints
 from jobs.run.ledger import LEDGER, Ledger
@@ -99,6 +101,7 @@ def proof_of(run: Storage, *, signed_by: Trusted | None = None) -> Proof:
     proof.problems += proof.data.problems
     proof.problems += base_problems(run, metadata)
     proof.problems += contradictions(proof.ledger)
+    proof.problems += forgetting_problems(run, lines, proof.ledger, signed_by=signed_by)
     return proof
 
 

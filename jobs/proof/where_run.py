@@ -29,7 +29,7 @@ _READERS = 16  # threads: from S3, a document's front is little but waiting
 
 
 @dataclass(frozen=True)
-class _MappedRun:
+class MappedRun:
     """The part of its store that a run has learned, and the documents of that."""
 
     learning: Learning
@@ -108,7 +108,7 @@ def where(
     this text, and which documents are in this step? Raises `UserError`."""
     if step is not None:
         return documents_of_step(run, step)
-    opened = _with_documents(OpenedRun.open(run), None)
+    opened = with_documents(OpenedRun.open(run))
     if document is not None:
         asked = find_by_place(opened.mapped, document, opened.learning.opened.config.data)
     else:
@@ -117,12 +117,12 @@ def where(
     return DocumentSteps(opened.mapped.store.uri, [_steps_of(opened, each) for each in asked])
 
 
-def _with_documents(opened: OpenedRun, step: int | None) -> _MappedRun:
+def with_documents(opened: OpenedRun, step: int | None = None) -> MappedRun:
     """Opens the documents of the store of a run's last attempt, or of a step."""
     mapped = _mapped_store(opened.run, opened.identity(step))
     learning = Learning(opened, mapped.store, mapped.manifest, opened.outcomes.last_step)
     tokenizer = Tokenizer.from_json(mapped.store.read_bytes(TOKENIZER))
-    return _MappedRun(learning, mapped, tokenizer)
+    return MappedRun(learning, mapped, tokenizer)
 
 
 def _mapped_store(run: Storage, identity: str | None) -> DocumentMap:
@@ -141,7 +141,7 @@ def _mapped_store(run: Storage, identity: str | None) -> DocumentMap:
     )
 
 
-def _steps_of(opened: _MappedRun, asked: Asked) -> LearnedDocuments:
+def _steps_of(opened: MappedRun, asked: Asked) -> LearnedDocuments:
     mapped, learning, first = opened.mapped, opened.learning, asked.found[0].first
     count = sum(found.documents for found in asked.found)
     stretches = _stretches(learning.order, asked)
@@ -183,8 +183,8 @@ def _verdict(learning: Learning, stretches: Sequence[Stretch], taken: Sequence[T
         return f"learned at {counted(len(steps), 'step')}, first {steps[0]}, last {steps[-1]}"
     if not stretches:
         return "held out to validate the run, and not trained on"
-    if not any(learning.order.rows(stretch) for stretch in stretches):
-        return "not learned: it is in the last tokens of the text, which fill no whole row"
+    if why := _why_never(learning, stretches):
+        return why
     if not taken:
         return "not learned: the run ends before it takes a row with tokens of it that count"
     first_of: dict[Outcome, int] = {}
@@ -195,6 +195,15 @@ def _verdict(learning: Learning, stretches: Sequence[Stretch], taken: Sequence[T
     return "not learned: " + ", ".join(
         f"{outcome} at step {at}" for outcome, at in first_of.items()
     )
+
+
+def _why_never(learning: Learning, stretches: Sequence[Stretch]) -> str:
+    """Says why no step could learn these tokens; nothing where one could."""
+    if all(map(learning.is_forgotten, stretches)):
+        return "forgotten: the run is trained without it"
+    if not any(learning.order.rows(stretch) for stretch in stretches):
+        return "not learned: it is in the last tokens of the text, which fill no whole row"
+    return ""
 
 
 def _checkpoint_before(opened: OpenedRun, learned: Sequence[int]) -> str | None:
@@ -211,7 +220,7 @@ def _checkpoint_before(opened: OpenedRun, learned: Sequence[int]) -> str | None:
 def documents_of_step(run: Storage, step: int) -> StepDocuments:
     """Returns the rows of a step, each with the documents that it teaches. Raises `UserError`, such
     as `NoDocumentMapError`."""
-    opened = _with_documents(OpenedRun.open(run), step)
+    opened = with_documents(OpenedRun.open(run), step)
     mapped, learning = opened.mapped, opened.learning
     turns = learning.order.turns_of_step(step)
     with ThreadPoolExecutor(_READERS) as pool:
@@ -227,7 +236,7 @@ def documents_of_step(run: Storage, step: int) -> StepDocuments:
     return StepDocuments(mapped.store.uri, step, learning.outcome(step), rows)
 
 
-def _documents_of(opened: _MappedRun, turn: Turn) -> list[tuple[MappedDocument | None, Piece]]:
+def _documents_of(opened: MappedRun, turn: Turn) -> list[tuple[MappedDocument | None, Piece]]:
     """Returns the documents of a row, each with the piece of it that the row teaches; None for the
     piece of a shard that has no table."""
     parts: list[tuple[MappedDocument | None, Piece]] = []
@@ -246,7 +255,7 @@ def _documents_of(opened: _MappedRun, turn: Turn) -> list[tuple[MappedDocument |
 
 
 def _taught(
-    opened: _MappedRun,
+    opened: MappedRun,
     parts: Sequence[tuple[MappedDocument | None, Piece]],
     texts: dict[MappedDocument, str],
 ) -> list[TaughtDocument]:

@@ -61,13 +61,15 @@ class WorkerBackend(TorchConfig):
         return _Backend
 
 
-class NodeLosses(WorkerGroupCallback):
+class NodeLosses(WorkerGroupCallback, ControllerCallback):
     """Makes Ray Train plan again, with the living nodes, when a node died or a worker's place is
     gone."""
 
     def __init__(self, *, is_elastic: bool, address: str) -> None:
         """The workers meet at the address."""
         self._is_elastic, self._address = is_elastic, address
+        # Of the newest group; none yet, as an event does not travel to the controller
+        self._ended: threading.Event | None = None
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Ends the whole group with a node. While Ray Train replaces one worker, it fails for good
@@ -131,10 +133,22 @@ class NodeLosses(WorkerGroupCallback):
         ).start()
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        self._ended.set()
+        self._end_watch()
 
     def before_worker_group_abort(self, worker_group_context: Any) -> None:
-        self._ended.set()
+        self._end_watch()
+
+    def _end_watch(self) -> None:
+        if self._ended is not None:
+            self._ended.set()
+
+    async def before_controller_shutdown(self) -> None:
+        """Gives back the places of a group that Ray Train forgets: one that lost a worker while its
+        workers were told to train. The next controller would find these places taken."""
+        if self._ended is not None and not self._ended.is_set():
+            self._ended.set()
+            state = self._worker_group.get_worker_group_state()
+            remove_placement_group(state.placement_group_handle.placement_group)
 
 
 def _end_all(worker_group_status: Any, reason: str) -> None:

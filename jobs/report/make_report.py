@@ -10,8 +10,9 @@ from jobs.report.audits import audit_rows, findings
 from jobs.report.figures import draw, pictures
 from jobs.report.page import cells, document, grid, pairs, picture, table
 from jobs.report.why_slow import why_slow
+from jobs.run.costs.cost_rows import cost_rows
 from jobs.run.find_run import begun_ledger, data_identity, find_tokens
-from jobs.run.history import cost_rows, event_rows, flattened, recorded_config, statistics
+from jobs.run.history import event_rows, flattened, recorded_config, statistics
 from jobs.run.ledger import Ledger
 from jobs.tokens.token_store import TokenStoreError, read_manifest
 

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 
+from cluster.settings.run import RunConfig
 from cluster.storage.registry import LATEST, newest_first
 from cluster.storage.uris import Storage, open_storage
 from jobs.run.ledger import LEDGER, Ledger, Line
 from jobs.run.signed_lines import shown_ledger
 from jobs.tokens.division import Division, HeldOut
+from jobs.tokens.holes import Holes, read_holes
 from jobs.tokens.token_store import MANIFEST, Manifest, TokenStoreError
 from raymill.errors import UserError
 
@@ -81,6 +83,12 @@ def last_start(ledger: Ledger, identity: str | None) -> Line:
 def division(start: Line) -> Division:
     """Returns how the attempt divided its token store."""
     return Division(HeldOut(start.get("held_out", HeldOut.DOCUMENTS)), start.get("end_tokens", 0))
+
+
+def holes_of(run: Storage, config: RunConfig) -> Holes:
+    """Returns what the run with these settings leaves out of its texts. Raises
+    `TokenStoreError`."""
+    return read_holes(_root(run), config.data.forgotten)
 
 
 def find_tokens(run: Storage, identity: str | None) -> Storage:

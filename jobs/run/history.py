@@ -9,22 +9,25 @@ from typing import Any
 import yaml
 
 from cluster.output.result_text import counted
+from cluster.settings.data import DataConfig
 from cluster.settings.flags import validate_config
 from cluster.settings.run import RunConfig, max_steps, with_precision
-from cluster.settings.setting import Shapes, names_shaping
+from cluster.settings.setting import Shapes, ShapingSettings, names_shaping
 from cluster.settings.train import TrainConfig
 from cluster.storage.registry import LATEST
 from cluster.storage.uris import Storage
+from jobs.run.costs.cost_rows import device_hours
 from jobs.run.ledger import Interruption, Ledger, Line
 from model.config import GPTConfig, shape_differences
 from raymill.phases import PHASES, REST
 
 CONFIG_FILE = "config.yaml"
-ASSUMED_PRICES = {"GPU": 2.0, "CPU": 0.05}  # dollars per hour: round numbers near what clouds ask
 _REVISION = re.compile(r"^(hf://.+?)@[^/]+")
 _COMMIT = re.compile("^hf://.+?@[0-9a-f]{40}")
 UNTIMED = "step"
 """The only phase of a step that an earlier version did not time."""
+_SHAPING: dict[str, type[ShapingSettings]] = {"data": DataConfig, "train": TrainConfig}
+"""The branches of settings of which some shape the run."""
 _MEASUREMENTS = ("phases", "layers")  # events that a run has hundreds of
 
 
@@ -68,11 +71,12 @@ def training_differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[A
     differences = {}
     for name, values in shape_differences(before.model, now.model).items():
         differences[f"model.{name}"] = values
-    names = names_shaping(TrainConfig, Shapes.RUN)
-    old, new = before.train.model_dump(mode="json"), now.train.model_dump(mode="json")
-    for name in new:
-        if name in names and old[name] != new[name]:
-            differences[f"train.{name}"] = old[name], new[name]
+    for branch, tree in _SHAPING.items():
+        names = names_shaping(tree, Shapes.RUN)
+        old, new = (getattr(config, branch).model_dump(mode="json") for config in (before, now))
+        for name in new:
+            if name in names and old[name] != new[name]:
+                differences[f"{branch}.{name}"] = old[name], new[name]
     return differences
 
 
@@ -113,7 +117,7 @@ def statistics(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
     last = steps[-1]
     end = "" if ledger.is_finished else ", unfinished"
     useful_s = sum(line["wall_s"] for line in steps)
-    kind, hours = worker_hours(ledger, config)
+    kind, hours = device_hours(ledger, config)
     rows = [
         ("Tokens trained on", f"{last['tokens_seen']:,}"),
         ("Steps", f"{last['step']:,} of {max_steps(config):,}{end}"),
@@ -159,25 +163,6 @@ def _rows_of_losses(ledger: Ledger) -> list[tuple[str, str]]:
         ("Steps lost and taken again", f"{len(again)}{where}"),
         ("Time lost", f"{lost_s:,.1f} s, {again_s:,.1f} s of it in steps taken again"),
     ]
-
-
-def worker_hours(ledger: Ledger, config: RunConfig) -> tuple[str, float]:
-    """Returns the kind of device, `GPU` or `CPU`, and its hours in all steps, including those taken
-    again."""
-    worker_s = sum(line["world_size"] * line["wall_s"] for line in _step_lines(ledger))
-    if config.scaling.use_gpu:
-        return "GPU", worker_s / 3600
-    return "CPU", worker_s * config.scaling.threads_per_worker / 3600
-
-
-def cost_rows(ledger: Ledger, config: RunConfig, *, price: float | None) -> list[tuple[str, str]]:
-    """Returns (name, value) of the run's cost, at an assumed price per hour where none is given."""
-    kind, hours = worker_hours(ledger, config)
-    hourly = ASSUMED_PRICES[kind] if price is None else price
-    note = ", an assumption (--price)" if price is None else ""
-    cost = hours * hourly
-    shown = f"{cost:,.2f}" if cost >= 1 else f"{cost:.2g}"
-    return [("Cost", f"${shown} at ${hourly:g} for a {kind}-hour{note}")]
 
 
 def lost_ranges(ledger: Ledger) -> list[tuple[int, int]]:

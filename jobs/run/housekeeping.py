@@ -42,10 +42,10 @@ class Leftover:
 def delete_run(run: Storage, storage: Storage, *, yes: bool) -> dict[str, Any]:
     """Deletes the run's folder if `yes`, and returns what that is. Raises `UserError` for a run
     that is running or that something else needs, and `StorageError`."""
-    stages = _running(run)
+    stages = running_stages(run)
     if stages:
         raise UserError(f"{run.uri} is running ({', '.join(stages)}): `raymill stop` ends it first")
-    reasons = _needed(storage, besides=run).get(place_of(run.uri))
+    reasons = needed_places(storage, besides=run).get(place_of(run.uri))
     if reasons:
         named = "; ".join(f"{uri} {why}" for uri, why in reasons.items())
         raise UserError(f"{run.uri} stays: {named}{_to_forget(storage, reasons)}")
@@ -59,7 +59,7 @@ def collect(storage: Storage, *, yes: bool) -> dict[str, Any]:
     `UserError` while a run is running, which may be about to use any of them."""
     runs = [storage.child(f"runs/{name}") for name in _names(storage, "runs/")]
     for run in runs:
-        stages = _running(run)
+        stages = running_stages(run)
         if stages:
             raise UserError(
                 f"{run.uri} is running ({', '.join(stages)}): what it needs is known when it has ended"
@@ -77,7 +77,7 @@ def collect(storage: Storage, *, yes: bool) -> dict[str, Any]:
             unused.append(_leftover(checkpoints.folder(name), why))
     unused += _unused_stores(storage, begun)
     unused += _unused_bases(storage, runs)
-    needed = _needed(storage, besides=None)
+    needed = needed_places(storage, besides=None)
     leftovers = [folder for folder in unused if place_of(folder.uri) not in needed]
     return _removed(storage, leftovers, yes=yes)
 
@@ -126,7 +126,7 @@ def _unused_bases(storage: Storage, runs: list[Storage]) -> list[Leftover]:
     return unused
 
 
-def _needed(storage: Storage, *, besides: Storage | None) -> dict[str, dict[str, str]]:
+def needed_places(storage: Storage, *, besides: Storage | None) -> dict[str, dict[str, str]]:
     """Returns the places that have to stay, each with the locations that lead through it and the
     reasons why these are needed; a run's own start is no reason to keep it."""
     needed: dict[str, dict[str, str]] = {}
@@ -163,7 +163,7 @@ def _to_forget(storage: Storage, uris: Iterable[str]) -> str:
     return f". Once it has ended, an endpoint is forgotten by {', '.join(lines)}" if lines else ""
 
 
-def _running(run: Storage) -> list[str]:
+def running_stages(run: Storage) -> list[str]:
     """Returns the stages of the run that are running."""
     return [stage for stage in STAGES if living_holder(run, lease_key(stage), timeout_s=SILENCE_S)]
 

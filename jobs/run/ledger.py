@@ -18,7 +18,7 @@ from typing import Any
 
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.uris import AlreadyExistsError, ConflictError, Storage, StorageError
-from jobs.run.end import End, end_of, is_stop
+from jobs.run.end import End, end_of, is_pause
 from jobs.run.ledger_chain import KEY as CHAIN
 from jobs.run.ledger_chain import encoded, hash_of, head_of
 from jobs.run.storage_retry import LEDGER_LINES, Outage, node_spool, patiently
@@ -334,7 +334,8 @@ class Ledger:
 
     @property
     def pauses(self) -> dict[int, float]:
-        """Seconds between a requested stop and the next start, by the attempt that resumed the run.
+        """Seconds between a requested stop, or the end of a budget, and the next start, by the
+        attempt that resumed the run.
 
         Nothing failed, so a pause is neither a recovery nor lost time.
         """
@@ -354,7 +355,7 @@ class Ledger:
         saved: Line | None = None  # for such a stop
         world_size = 0  # of the last start
         for line in self.lines:
-            if is_stop(line):
+            if is_pause(line):
                 saved, last_step = line, None
             elif line.get("event") == "start":
                 if world_size:

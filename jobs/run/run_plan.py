@@ -7,6 +7,7 @@ from cluster.settings.run import RunConfig, max_steps, run_storage, seq_len
 from cluster.storage.uris import Storage, open_storage
 from jobs.run.base import Base
 from jobs.tokens.division import BY_DOCUMENTS, Division, HeldOut
+from jobs.tokens.holes import NO_HOLES, Holes
 from jobs.tokens.token_store import Split
 from jobs.tokens.token_stream import TokenStream
 
@@ -37,6 +38,7 @@ class RunPlan:
     # Token store of each set in `data.validation`
     validation_uris: dict[str, str] = field(default_factory=dict)
     division: Division = BY_DOCUMENTS  # of the token store into what trains and what validates
+    holes: Holes = NO_HOLES  # what it does not read of the texts to train on
     base: Base | None = None  # the frozen weights that an adapter stands on
     command: str = ""  # what a person types to continue it, if that is known
 
@@ -60,6 +62,7 @@ def open_stream(plan: RunPlan, split: Split = "train") -> TokenStream:
         num_samples=plan.config.train.max_tokens // seq_len(plan.config) if split == "train" else 0,
         near_bytes=plan.config.scaling.shard_cache_bytes,
         division=plan.division,
+        holes=plan.holes if split == "train" else NO_HOLES,
     )
 
 

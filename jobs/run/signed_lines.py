@@ -19,7 +19,7 @@ from jobs.run.ledger import LEDGER, Ledger, Line, void
 from jobs.run.ledger_chain import hash_of
 from model.signing.signature import TRAINING, SignatureError, predicate_in
 
-_NEVER_REPLACE = {"start", "preempted", "finish", "gave_up"}
+_NEVER_REPLACE = {"start", "preempted", "finish", "gave_up", "spent"}
 """Events that say of a step at which an attempt begins or ends, and nothing of the step."""
 
 

@@ -15,6 +15,7 @@ from cluster.storage.file_cache import FileCache
 from cluster.storage.uris import Storage, StorageError
 from jobs.tokens.batch_plan import SampleOrder
 from jobs.tokens.division import BY_DOCUMENTS, Division, texts_of, whole
+from jobs.tokens.holes import NO_HOLES, HoleMap, Holes
 from jobs.tokens.shard_reader import Piece, ShardReader
 from jobs.tokens.token_store import Shard, Split, TokenStoreError, read_list, read_manifest
 from model.linear_cross_entropy import IGNORE_INDEX
@@ -86,13 +87,15 @@ class TokenStream:
         num_samples: int = 0,
         near_bytes: int = 0,
         division: Division = BY_DOCUMENTS,
+        holes: Holes = NO_HOLES,
     ) -> None:
         """Opens a store, for one thread.
 
         `seed` and `window_rows` shape `samples`, of which the run reads the first `num_samples`:
         where that is a good part of a window, up to `near_bytes` of a remote store's shards are
-        copied to this node. Raises `TokenStoreError` for a store that is unfinished, damaged or too
-        small for one row.
+        copied to this node. What is in `holes` is read as end-of-text tokens that do not count. Raises
+        `TokenStoreError` for a store that is unfinished, damaged or too small for one row, and for
+        holes of another store.
         """
         self.seq_len = seq_len
         self._window_rows = window_rows
@@ -102,6 +105,7 @@ class TokenStream:
         # Which are copied, or will be as far as there is room
         self.near_shards: dict[Shard, None] = {}
         self.manifest = manifest = read_manifest(storage, opens_lists=False)
+        self._holes = HoleMap(holes, manifest)
         near = FileCache(storage, Path.home() / ".cache/raymill/shards", max_bytes=near_bytes)
         self._reader = ShardReader(storage, manifest.dtype, near=near)
         read_shards = partial(read_list, storage, itemsize=manifest.dtype.itemsize)
@@ -135,7 +139,7 @@ class TokenStream:
     def rows(self, indices: npt.ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns inputs (B, T) and targets (B, T), the next tokens, int64, of rows by their number
         in the store; IGNORE_INDEX where the loss does not count them, as all that is no answer in a
-        conversation."""
+        conversation, and what is in a hole."""
         wanted = np.asarray(indices, dtype=np.int64)
         num_rows = self.count_rows()
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < num_rows:
@@ -189,12 +193,14 @@ class TokenStream:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = np.empty((len(places), self.seq_len + 1), dtype=np.int64)  # (B, T + 1)
         read = partial(self._reader.read, scattered=scattered)
-        for row, pieces in zip(tokens, places, strict=True):
+        for row, place in zip(tokens, places, strict=True):
+            pieces = [*place]
             np.concatenate([read(piece) for piece in pieces], out=row)
+            self._holes.cover(row, pieces, token=~self.manifest.eot_id)
         batch = torch.from_numpy(tokens)
         inputs = batch[:, :-1].contiguous()
         targets = batch[:, 1:].contiguous()
-        if not self.manifest.chat:
+        if not self.manifest.chat and not self._holes:
             return inputs, targets
         # An uncounted id is stored as ~id.
         return inputs.maximum(~inputs), targets.where(targets >= 0, IGNORE_INDEX)

@@ -51,11 +51,12 @@ class Tracing:
 
     @cached_property
     def searched(self) -> SearchedStore:
-        """The texts that the run trains on; all that is not held out in the store, where it is unknown."""
+        """The texts that the run trains on, without what it forgets; all that is not held out in the store, where it
+        is unknown."""
         store, manifest = self.indexed.store, self.indexed.manifest
         if self.learning is not None:
             pieces = chain.from_iterable(text.text for text in self.learning.order.texts)
-            return SearchedStore(store, manifest, pieces)
+            return SearchedStore(store, manifest, self.learning.holes.outside(pieces))
         trained = [shard for shard in manifest.shards if shard.split == "train"]
         return SearchedStore(store, manifest, whole(trained))
 

@@ -16,6 +16,7 @@ from cluster.settings.run import (
 )
 from jobs.exact.audited_gradient import AuditedGradient, AuditedStep
 from jobs.exact.audits.silent_faults import corrupt
+from jobs.run.costs.budget import saved_step
 from jobs.run.end import End
 from jobs.run.run_plan import RunPlan
 from jobs.saving.saver import Saver
@@ -187,6 +188,9 @@ class Attempt:
         an end, other workers continue."""
         self.saver.finish()
         if self.writer:
+            if end is End.SPENT and (budget := self.writer.budget):
+                step = saved_step(self.writer.outline())
+                self.writer.ledger.event(End.SPENT, step=step, **budget.fields())
             self.writer.close(end)
 
     def leave(self, step: int, decision: Decision) -> End:

@@ -1,18 +1,15 @@
 """Opens one worker's part of an attempt: rank 0 chooses the state to continue from, and every rank
 restores it."""
 
-import os
-import socket
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import ray
 import torch
 
-from cluster.local.local_cluster import NODE_NAME_VARIABLE
 from cluster.settings.run import RunConfig, batch_schedule, state_scaling, way_to_compute
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.registry import metadata_of
@@ -58,8 +55,7 @@ from jobs.training.step_record import StepRecord
 from jobs.training.validation import Validator
 from jobs.workers.failures import why_give_up
 from jobs.workers.incident_notes import write_down
-from jobs.workers.left_out_nodes import KUBERNETES_NODE_VARIABLE
-from jobs.workers.placement import at_odds
+from jobs.workers.placement import at_odds, place_here
 from jobs.workers.preemption import Notices, Signals
 from model.decoders.adapted import AdaptedModel
 from model.decoders.make import new_decoder
@@ -100,6 +96,7 @@ class _Workers:
 
     places: Sequence[dict[str, Any]]
     kinds: Sequence[Hardware]
+    met_s: float  # on this process's clock: when they had met
 
     @property
     def nodes(self) -> list[str]:
@@ -115,7 +112,7 @@ def open_attempt(
     `opened` ends the attempt's threads; the next attempt repeats what was not stored by then.
     `signals` returns what changes when this process is warned of its end.
     """
-    config = plan.config
+    config, met_s = plan.config, time.monotonic()
     settle_rounding(config)
     keep_freed_memory()
     device = (
@@ -123,14 +120,10 @@ def open_attempt(
         if config.scaling.use_gpu
         else torch.device("cpu")
     )
-    place = {
-        "pid": os.getpid(),
-        "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname()),
-        "node_id": ray.get_runtime_context().get_node_id() if plan.launch else None,
-        "kubernetes_node": os.environ.get(KUBERNETES_NODE_VARIABLE),
-        **gpu_of_worker(device),
-    }
-    workers = _Workers(*zip(*group.gather((place, hardware(config, device))), strict=True))
+    place = place_here(on_ray=plan.launch is not None) | gpu_of_worker(device)
+    gathered = group.gather((place, hardware(config, device)))
+    places, kinds = zip(*gathered, strict=True)
+    workers = _Workers(places, kinds, met_s)
     snapshots = Snapshots(plan.launch, group)
     # Rank 0 chooses the checkpoint for all: another rank might see a newer or a damaged one.
     writer, choice = _chosen(plan, snapshots, opened, workers) if group.rank == 0 else (None, None)
@@ -168,10 +161,11 @@ def _continued(
     eot_id = tokenizer.start_id if config.train.document_mask else None
     validator = _validator(plan, state, group, tokenizer, eot_id=eot_id, tell=tell)
     nodes = () if start.unlike else workers.nodes
-    of_steps = step_gradient(config, state, train_rows, group, eot_id=eot_id)
+    in_text = bool(plan.holes) and train_rows.manifest.chat is None
+    of_steps = step_gradient(config, state, train_rows, group, eot_id=eot_id, has_holes=in_text)
     gradient = AuditedGradient(of_steps, state, group, nodes=nodes, doubtful=start.doubtful)
     opened.callback(gradient.close)
-    notices = Notices(plan.run, group, signals)
+    notices = Notices(plan.run, group, signals, writer.budget if writer else None)
     opened.callback(notices.close)
     audited = start.audited(workers.places, first_step=first_step, restored_step=restored_step)
     sentinel = Sentinel(plan, gradient, state, group, audited, writer=writer)
@@ -423,9 +417,11 @@ def _record_start(
         "start",
         attempt=number,
         world_size=attempt.group.world_size,
+        launcher=plan.launcher,
         step=restored_step,
         checkpoint=start.checkpoint,
         from_memory=start.snapshot is not None,
+        opening_seconds=round(time.monotonic() - workers.met_s, 6),
         workers=workers.places,
         **inputs(plan, attempt.manifest),
         code_version=plan.code_version,
@@ -434,6 +430,8 @@ def _record_start(
         hardware=workers.kinds[0],
         **({"kernels": kernels} if kernels else {}),
     )
+    if writer.budget:
+        writer.budget.begin(writer.outline())
     precision = config.train.precision
     assert precision != "auto", "it is settled before workers start"
     # A processor that is not made for the run's precision is told of once for each kind.

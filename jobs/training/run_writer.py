@@ -9,6 +9,7 @@ from cluster.settings.run import max_steps
 from cluster.storage.registry import publications, served_checkpoints
 from cluster.storage.uris import open_storage
 from jobs.run.checkpoints import RunCheckpoints, generation_of, step_of
+from jobs.run.costs.budget import Budget
 from jobs.run.end import End
 from jobs.run.ledger import LEDGER, Ledger, LedgerWriter, Void
 from jobs.run.ledger_outline import LedgerOutline, last_step
@@ -33,6 +34,7 @@ class RunWriter:
         self.fence = patiently(lambda: Fence(plan.run, launcher=plan.launcher), "the run")
         self.ledger = patiently(lambda: LedgerWriter(plan.run, self.fence), "ledger")
         self.checkpoints = RunCheckpoints(plan.run, self.fence)
+        self.budget = None if plan.replay else Budget(plan.config.scaling)
         self._outline = LedgerOutline(f"{plan.run.uri}/{LEDGER}")
         checkpoints = self.outline().events("checkpoint")
         self._published = {line["checkpoint"].rsplit("/", 1)[1]: line for line in checkpoints}

@@ -22,6 +22,7 @@ def inputs(plan: RunPlan, manifest: Manifest) -> dict[str, Any]:
         "documents_hash": _sha256(tokens.find_bytes(DOCUMENTS)),
         "sources_hash": _sha256(tokens.find_bytes(SOURCES)),
         "config_hash": _sha256(plan.run.find_bytes(CONFIG_FILE)),
+        **({"forgotten": plan.holes.hash} if plan.holes else {}),
         **_division(plan),
     }
 

@@ -39,6 +39,7 @@ class StepRecord:
         train = plan.config.train
         self._config, self._state, self._group = plan.config, state, group
         self._ledger = writer.ledger if writer else None
+        self._budget = writer.budget if writer else None
         self._attempt, self._nodes = attempt.number, attempt.nodes
         self._last_step = plan.last_step
         self._schedule = batch_schedule(plan.config)
@@ -80,6 +81,7 @@ class StepRecord:
         self._phases.add(took)
         if took.processor_s is not None:
             fields["processor_s"] = round(took.processor_s, 6)
+        fields |= self._budget.fields() if self._budget else {}
         schedule, batch = self._schedule, self._schedule.samples(step)
         samples = [batch.start, batch.stop]
         if skipped:

@@ -87,7 +87,7 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> End:
     """Takes steps until something ends the attempt."""
     config, timer = attempt.plan.config, attempt.record.timer
     last_step = max_steps(config)
-    step = attempt.first_step
+    step, notice = attempt.first_step, Notice.NONE
     while step <= attempt.plan.last_step:
         pulse.at(Place.STEP if step > attempt.first_step else Place.FIRST_STEP)
         pause("step")
@@ -126,12 +126,14 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> End:
             pulse.at(Place.SAVE)
             with timer.phase("checkpoint"):
                 attempt.save(step, validation, must=step == last_step or notice >= Notice.LAST)
-        if notice:
+        if notice and notice is not Notice.BUDGET:
             attempt.tell_of(notice, step=step)
         if notice is Notice.LAST:
             attempt.notices.wait_for_end(moves=partial(pulse.at, Place.SAVE))
-        if notice is Notice.STOP:
+        if notice >= Notice.STOP:
             break
         step, attempt.guard = attempt.guard.entering(step + 1)
     pulse.at(Place.AROUND)
-    return End.FINISHED if min(step, attempt.plan.last_step) == last_step else End.STOPPED
+    if min(step, attempt.plan.last_step) == last_step:
+        return End.FINISHED
+    return End.SPENT if notice is Notice.BUDGET else End.STOPPED

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from cluster.settings.run import RunConfig, max_steps
-from jobs.run.end import is_stop
+from jobs.run.costs.run_cost import RunCost, devices
+from jobs.run.end import is_pause
 from jobs.run.ledger import Line
 from jobs.run.storage_retry import StoredPart
 
@@ -38,7 +39,8 @@ class RunFigures:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._wall_s: dict[int, float] = {}  # of the steps that count
-        self._useful_s = self._worker_s = self._paused_s = 0.0
+        self._useful_s = self._paused_s = 0.0
+        self._cost = RunCost()
         # Since when the run stands still, as it was asked to stop
         self._saved_s: float | None = None
         self._counts: Counter[str] = Counter()
@@ -53,8 +55,7 @@ class RunFigures:
         event, now_s = line.get("event"), line["time"]
         self._first_s = self._first_s or now_s
         self.stored.add(line)
-        if event != "start":
-            self._worker_s += self._world_size * max(0.0, now_s - self._last_s)
+        self._cost.add(line)
         self._last_s = max(self._last_s, now_s)
         self._curves |= {(sample.name, sample.label): sample for sample in curve_samples(line)}
         match event:
@@ -63,7 +64,7 @@ class RunFigures:
                 self._wall_s[line["step"]] = line["wall_s"]
                 self._useful_s += line["wall_s"]
                 self._last_times["train_last_step_timestamp_seconds"] = now_s
-            case "preempted" if is_stop(line):
+            case "preempted" | "spent" if is_pause(line):
                 self._saved_s = now_s
             case "start":
                 self._counts["train_restarts"] += self._world_size > 0 and self._saved_s is None
@@ -106,11 +107,11 @@ class RunFigures:
         if (wall_s := self._last_s - self._first_s - self._paused_s) > 0:
             yield Sample("train_goodput", self._useful_s / wall_s)
         scaling = self._config.scaling
-        device, devices = ("gpu", 1) if scaling.use_gpu else ("cpu", scaling.threads_per_worker)
-        yield Sample("cost_device_seconds", self._worker_s * devices, device)
-        if (price := scaling.price_per_device_hour) is not None:
-            yield Sample("cost_money_per_hour", self._world_size * devices * price)
-            yield Sample("cost_money", self._worker_s * devices / 3600 * price)
+        device_s = devices(scaling) * sum(self._cost.worker_s.values())
+        yield Sample("cost_device_seconds", device_s, "gpu" if scaling.use_gpu else "cpu")
+        if scaling.price_per_device_hour is not None:
+            yield Sample("cost_money_per_hour", self._cost.money_per_hour(scaling))
+            yield Sample("cost_money", self._cost.money(scaling))
 
     def _lose(self, step: int) -> None:
         if step in self._wall_s:

@@ -1,20 +1,42 @@
 """Where a run's workers compute: the room that a cluster lacks for them, and the precision that is
 fast there."""
 
+import os
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 
+from cluster.local.local_cluster import NODE_NAME_VARIABLE
 from cluster.output.progress import say
 from cluster.output.result_text import counted
 from cluster.settings.run import ScalingConfig
+from jobs.workers.left_out_nodes import KUBERNETES_NODE_VARIABLE
 from model.hardware.processor import Device, fast_precision
 from model.numerics import NUMERICS, Precision
 
 # Without workers before a run says what it waits for, and between two such messages
 REPEAT_S = 60.0
+
+_MARKET = "ray.io/market-type"
+"""Ray's label of a node that says how it is paid for: `spot` or `on-demand`."""
+
+
+def place_here(*, on_ray: bool) -> dict[str, Any]:
+    """Returns where this worker computes: its process, its node, and how that is paid for, if Ray
+    knows it."""
+    place: dict[str, Any] = {
+        "pid": os.getpid(),
+        "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname()),
+        "node_id": None,
+        "kubernetes_node": os.environ.get(KUBERNETES_NODE_VARIABLE),
+    }
+    if not on_ray:
+        return place
+    context = ray.get_runtime_context()
+    market = context.get_node_labels().get(_MARKET)
+    return place | {"node_id": context.get_node_id()} | ({"market": market} if market else {})
 
 
 def waiting_for(

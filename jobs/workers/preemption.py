@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.storage.uris import Storage, StorageError
+from jobs.run.costs.budget import Budget
 from jobs.run.storage_retry import patiently
 from raymill.workers.worker_group import WorkerGroup
 
@@ -50,16 +51,23 @@ class Notice(IntEnum):
         2  # all workers' nodes are about to go: save, and wait, as each further step would be lost
     )
     STOP = 3  # the run is asked to stop: save, and leave
+    BUDGET = 4  # the run has cost what it may: save, and leave
 
 
 class Notices:
     """Collects one worker's notices, and agrees on them with the other ranks."""
 
     def __init__(
-        self, run: Storage, group: WorkerGroup, signals: Callable[[], Signals | None]
+        self,
+        run: Storage,
+        group: WorkerGroup,
+        signals: Callable[[], Signals | None],
+        budget: Budget | None = None,
     ) -> None:
-        """`signals` returns another value once this process was warned of its end."""
+        """`signals` returns another value once this process was warned of its end. `budget` is the
+        run's, on rank 0."""
         self._run, self._group, self._signals = run, group, signals
+        self._budget = budget
         self._heard = signals()
         self._asked_s = time.time()
         self._reserve_s = 0.0
@@ -77,6 +85,8 @@ class Notices:
             notice = Notice.LAST
         if self._stop_requested.is_set():
             notice = Notice.STOP
+        if self._budget is not None and self._budget.ends_with_this_step():
+            notice = Notice.BUDGET
         self._level = torch.tensor([int(notice)])  # on the host, so that no GPU is waited for
         self._work = (
             dist.all_reduce(self._level, dist.ReduceOp.MAX, async_op=True)

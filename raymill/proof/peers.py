@@ -39,6 +39,7 @@ class PeerTraining:
         self._wrapped = wrapped
         self._synchronize = synchronize
         self._seed = seed
+        self._device = next(module.parameters()).device
         groups = [
             {"params": [*_with_sides(wrapped, least=2)], "weight_decay": RULE.weight_decay},
             {"params": [*_with_sides(wrapped, most=1)], "weight_decay": 0.0},
@@ -47,7 +48,7 @@ class PeerTraining:
         self._optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=betas, fused=True)
 
     def step(self, batch_of: BatchOf) -> float:
-        step, total = self.num_steps + 1, torch.zeros(())
+        step, total = self.num_steps + 1, torch.zeros((), device=self._device)
         lanes = range(dist.get_rank(), NUM_LANES, dist.get_world_size())
         self._optimizer.zero_grad()
         for lane in lanes:
@@ -88,8 +89,8 @@ class PeerTraining:
         return parameter_hash(weights)
 
 
-def ddp(seed: int) -> PeerTraining:
-    module = network(seed)
+def ddp(seed: int, device: torch.device) -> PeerTraining:
+    module = network(seed).to(device)
     wrapped = DistributedDataParallel(module)
 
     def synchronize(sends: bool) -> None:
@@ -98,9 +99,9 @@ def ddp(seed: int) -> PeerTraining:
     return PeerTraining(module, wrapped, synchronize, seed)
 
 
-def fsdp2(seed: int) -> PeerTraining:
-    module = network(seed)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def fsdp2(seed: int, device: torch.device) -> PeerTraining:
+    module = network(seed).to(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in module:
         if isinstance(layer, Block):
             fully_shard(layer, mesh=mesh)

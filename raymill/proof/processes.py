@@ -34,6 +34,18 @@ class _Worker:
 
 
 @dataclass(frozen=True)
+class _Task:
+    """A stint, as each of its workers is told of it."""
+
+    way: str
+    stint: Stint
+    folder: Path  # of the states
+    store: Path  # by which they meet
+    seed: int
+    kind: str  # of device
+
+
+@dataclass(frozen=True)
 class _Failure:
     text: str
 
@@ -47,24 +59,25 @@ def prepare() -> None:
     context.set_forkserver_preload(["raymill.proof.worker", "raymill.proof.deterministic"])
 
 
-def trained(way: str, row: Row, *, folder: Path, seed: int) -> "Ending":
-    """Trains as a row says, with the states in an empty folder. Raises `FailedTrainingError`."""
+def trained(way: str, row: Row, *, folder: Path, seed: int, kind: str = "cpu") -> "Ending":
+    """Trains as a row says, on devices of a kind, with the states in an empty folder. Raises
+    `FailedTrainingError`."""
     ending: Ending | None = None
     for number, stint in enumerate(row.stints):
-        ending = _trained_stint(way, stint, folder=folder, number=number, seed=seed)
+        store = folder / f"meeting-{number}"
+        task = _Task(way, stint, folder, store, seed, kind)
+        ending = _trained_stint(task)
     assert ending is not None, "the last stint loses nobody"
     return ending
 
 
-def _trained_stint(
-    way: str, stint: Stint, *, folder: Path, number: int, seed: int
-) -> "Ending | None":
+def _trained_stint(task: _Task) -> "Ending | None":
     """Returns what the workers end with; None where one of them was killed, as the stint says."""
     workers: list[_Worker] = []
     try:
-        for rank in range(stint.num_workers):
-            workers.append(_started(way, stint, rank, folder, folder / f"meeting-{number}", seed))
-        return _ending(workers, is_killed=stint.killed_in_step is not None)
+        for rank in range(task.stint.num_workers):
+            workers.append(_started(task, rank))
+        return _ending(workers, is_killed=task.stint.killed_in_step is not None)
     finally:
         for worker in workers:
             worker.process.kill()
@@ -72,12 +85,10 @@ def _trained_stint(
             worker.answers.close()
 
 
-def _started(way: str, stint: Stint, rank: int, folder: Path, store: Path, seed: int) -> _Worker:
+def _started(task: _Task, rank: int) -> _Worker:
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_work, args=(theirs, way, stint, rank, folder, store, seed), daemon=True
-    )
+    process = context.Process(target=_work, args=(theirs, task, rank), daemon=True)
     process.start()
     theirs.close()
     return _Worker(rank, process, ours)
@@ -121,14 +132,21 @@ def _answer(worker: _Worker) -> "Ending | _Failure | None":
     return answer
 
 
-def _work(
-    answers: Connection, way: str, stint: Stint, rank: int, folder: Path, store: Path, seed: int
-) -> None:
+def _work(answers: Connection, task: _Task, rank: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from raymill.proof.worker import take_part  # noqa: PLC0415 (the parent needs no PyTorch)
 
     try:
-        answers.send(take_part(way, stint, rank=rank, folder=folder, store=store, seed=seed))
+        ending = take_part(
+            task.way,
+            task.stint,
+            rank=rank,
+            folder=task.folder,
+            store=task.store,
+            seed=task.seed,
+            kind=task.kind,
+        )
+        answers.send(ending)
     except (RuntimeError, ValueError) as error:  # of PyTorch's, also where another worker is lost
         answers.send(_Failure(f"{type(error).__name__}: {str(error).splitlines()[0]}"))
 

@@ -4,8 +4,9 @@ module does not import PyTorch."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-NUM_LANES = 12  # which one to four workers divide evenly, as PyTorch's own ways need it
+NUM_LANES = 12  # which one to four workers, and six, divide evenly: PyTorch's own ways need it
 LEAST_STEPS = 6
+LEAST_WORKERS = 4  # of which one is killed, and to which one grows
 
 OURS = ("none", "optimizer", "gradients")
 """The parts of the state that raymill divides among the workers."""
@@ -29,11 +30,16 @@ class Row:
     name: str
     stints: Sequence[Stint]
 
+    @property
+    def is_even(self) -> bool:
+        """Whether each worker always has as many lanes as any other."""
+        return not any(NUM_LANES % stint.num_workers for stint in self.stints)
 
-def rows_of(num_steps: int) -> list[Row]:
-    """Returns the trainings of so many steps, `LEAST_STEPS` or more."""
+
+def rows_of(num_steps: int, *, most_workers: int = LEAST_WORKERS) -> list[Row]:
+    """Returns the trainings of so many steps, `LEAST_STEPS` or more, by as many workers at most."""
     rows = [Row("1 worker", [Stint(1, num_steps)])]
-    for num_workers in (2, 3, 4):
+    for num_workers in range(2, most_workers + 1):
         rows.append(Row(f"{num_workers} workers", [Stint(num_workers, num_steps)]))
     killed = [Stint(4, num_steps, killed_in_step=num_steps * 3 // 4), Stint(3, num_steps)]
     resized = [Stint(1, num_steps // 3), Stint(4, num_steps * 2 // 3), Stint(2, num_steps)]

@@ -155,9 +155,11 @@ def run_config(folder: Path) -> RunConfig:
 
 
 @contextmanager
-def raymill_training(cluster: LocalCluster, config: RunConfig) -> Iterator[None]:
+def raymill_training(cluster: LocalCluster, config: RunConfig) -> Iterator[list[StageFailedError]]:
+    """Trains while the context lasts. Yields a list that has the error once the run has ended by
+    itself."""
     connection = Connection(cluster.jobs_api, cluster)
-    failures: list[BaseException] = []
+    failures: list[StageFailedError] = []
 
     def train() -> None:
         try:
@@ -168,7 +170,7 @@ def raymill_training(cluster: LocalCluster, config: RunConfig) -> Iterator[None]
     thread = Thread(target=train, daemon=True)
     thread.start()
     try:
-        yield
+        yield failures
     finally:
         client = JobSubmissionClient(connection.api.url, headers=connection.api.headers)
         for job in client.list_jobs():

@@ -19,7 +19,9 @@ import pytest
 
 from cluster.settings.run import ClusterConfig, RunConfig, write_config
 from cluster.stages.stage import Connection, connected, run_stage
-from cluster.stages.stage_module import StageFailedError
+from cluster.stages.stage_module import OverBudgetError, StageFailedError
+from cluster.storage.registry import publications
+from cluster.storage.uris import open_storage
 from jobs.run.ledger import Ledger
 from tests.e2e.tiny_runs import ledger_of, losses, tiny_run
 from tests.jobs.corpora import number_texts
@@ -165,6 +167,26 @@ def test_sigterm_to_the_launcher_leaves_its_last_step(
     ]
     assert ledger.events("checkpoint")[-1]["step"] == last
     result = run_stage(connection, "jobs.pretrain", config)
+    assert (result["parameter_hash"], losses(config)) == alone
+
+
+def test_a_budget_ends_the_run_published__and_a_higher_one_continues_it(
+    connection: Connection, folder: Path, alone: tuple[str, list[float]]
+) -> None:
+    """The second launch is refused before it starts a worker."""
+    money = {"price_per_device_hour": 3600.0}
+    config = run_config(folder, "budget", max_cost=1e-6, **money)
+    for _ in range(2):
+        with pytest.raises(OverBudgetError, match=r"has cost .*scaling\.max_cost=1e-06 allows"):
+            run_stage(connection, "jobs.pretrain", config)
+    ledger = ledger_of(config)
+    assert (len(ledger.world_sizes), [line["step"] for line in ledger.steps]) == (1, [1])
+    assert ledger.steps[0]["cost"] > 0 and ledger.events("spent")[0]["step"] == 1
+    published = publications(open_storage(config.storage.uri))[-1]
+    assert published.checkpoint == ledger.events("checkpoint")[-1]["checkpoint"]
+    result = run_stage(
+        connection, "jobs.pretrain", run_config(folder, "budget", max_cost=1e9, **money)
+    )
     assert (result["parameter_hash"], losses(config)) == alone
 
 

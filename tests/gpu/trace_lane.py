@@ -31,6 +31,7 @@ from model.gpt import GPT
 from raymill.state.sharding import Sharding
 from raymill.sums.lane_sums import LaneSums
 from raymill.sums.step_plan import StepPlan
+from tests.cuda_alerts import CudaAlerts
 
 BATCH_SIZE, SEQ_LEN = 2, 2048
 
@@ -107,25 +108,30 @@ class Seen(TorchDispatchMode):
         self._bytes -= num_bytes
 
 
+def batch_of(config: RunConfig) -> MicroBatch:
+    """Returns rows on torch's default device, in the form that `jobs.exact.compute.micro_batch` gives
+    them on a GPU."""
+    ids = torch.zeros(BATCH_SIZE, SEQ_LEN, dtype=torch.int64)
+    if not config.train.document_mask:
+        return MicroBatch(ids, ids, None, None)
+    if config.model.by_transformers:
+        return MicroBatch(ids, ids, ids, None)
+    if config.train.numerics.has_flash_attention:
+        return MicroBatch(ids, ids, ids, Documents(torch.zeros(65, dtype=torch.int32), SEQ_LEN))
+    mask = torch.zeros(BATCH_SIZE, 1, SEQ_LEN, SEQ_LEN, dtype=torch.bool)
+    return MicroBatch(ids, ids, ids, mask)
+
+
 def traced(config: RunConfig) -> dict[str, Any]:
     """Returns the operations of forward, loss, backward, the sum of lanes and the update; what was
-    not on the GPU; types; and the bytes that forward keeps for backward beside the parameters."""
+    refused or not on the GPU; types; and the bytes that forward keeps for backward beside the
+    parameters."""
     device, kept = torch.device("cuda"), {}
     with FakeTensorMode(), device:
         state = run_state(GPT(config.model).train(), config.train, device=device)
         choose_operations(state.model, config)
         sums = LaneSums(state, [state.gradient], lends=False, on_final=lambda bucket: None)
-        ids = torch.zeros(BATCH_SIZE, SEQ_LEN, dtype=torch.int64)
-        batch = MicroBatch(ids, ids, None, None)
-        if config.train.document_mask:
-            is_bf16 = config.train.precision == "bf16"
-            documents = Documents(torch.zeros(65, dtype=torch.int32), SEQ_LEN)
-            mask = (
-                documents
-                if is_bf16
-                else torch.zeros(BATCH_SIZE, 1, SEQ_LEN, SEQ_LEN, dtype=torch.bool)
-            )
-            batch = MicroBatch(ids, ids, ids, mask)
+        batch = batch_of(config)
         own = {parameter.untyped_storage()._cdata for parameter in state.model.parameters()}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -134,20 +140,21 @@ def traced(config: RunConfig) -> dict[str, Any]:
                 kept[storage._cdata] = storage.nbytes()
             return tensor
 
-        seen = Seen()
+        seen, refused = Seen(), CudaAlerts()
         for tensor in (state.values, state.gradient, *state.vectors.values()):
             seen.count(tensor)
-        with seen, sums.turn(StepPlan(Sharding(), num_lanes=2, num_micro_batches=1), 1):
+        with refused, seen, sums.turn(StepPlan(Sharding(), num_lanes=2, num_micro_batches=1), 1):
             with (
                 autocast(config, device),
                 torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             ):
                 loss = state.model.loss(*batch, scale=1e-4)
             loss.backward()
-        with seen:
+        with refused, seen:
             state.apply(norm=2.0, learning_rate=1e-3)
     return {
         "operations": sorted(seen.operations),
+        "refused": sorted(refused.found),
         "elsewhere": sorted(seen.devices),
         "types": {name: sorted(types) for name, types in seen.types.items()},
         "loss": str(loss.dtype),
@@ -168,7 +175,9 @@ def planted() -> dict[str, str]:
                 found[name] = type(error).__name__
         with Seen() as seen:
             torch.ones(2).cpu()
-    return found | {"elsewhere": "; ".join(seen.devices)}
+        with CudaAlerts() as refused:
+            torch.ones(2).cumsum(0)
+    return found | {"elsewhere": "; ".join(seen.devices), "refused": "; ".join(refused.found)}
 
 
 if __name__ == "__main__":

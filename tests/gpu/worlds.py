@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from raymill.proof.place import pass_through_the_host
 from raymill.workers.worker_group import WorkerGroup
 from tests.gpu.made_runs import MadeRun, made_config
 
@@ -47,42 +47,6 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
-
-
-def pass_through_the_host() -> None:
-    """Sends a GPU's messages through the host's memory: NCCL refuses two ranks on one card, and
-    gloo sends none from a GPU. All else about the exchange is the product's."""
-    batch, all_to_all = dist.batch_isend_irecv, dist.all_to_all_single
-    # As older versions of PyTorch call it: a machine with a GPU that is only to prove this may have
-    # one.
-    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-
-    def staged_batch(messages: list[dist.P2POp]) -> list[dist.Work]:
-        staged = [
-            dist.P2POp(message.op, message.tensor.cpu(), message.peer, tag=message.tag)
-            for message in messages
-        ]
-        for work in batch(staged):
-            work.wait()
-        for message, host in zip(messages, staged, strict=True):
-            if message.op is dist.irecv:
-                message.tensor.copy_(host.tensor)
-        return []
-
-    def staged_all_to_all(
-        found: Tensor, own: Tensor, found_lengths: list[int], own_lengths: list[int]
-    ) -> None:
-        staged = found.cpu()
-        all_to_all(staged, own.cpu(), found_lengths, own_lengths)
-        found.copy_(staged)
-
-    def staged_gather(table: Tensor, own: Tensor) -> None:
-        staged = table.cpu()
-        gather(staged, own.cpu())
-        table.copy_(staged)
-
-    dist.batch_isend_irecv = staged_batch
-    dist.all_to_all_single, dist.all_gather_single = staged_all_to_all, staged_gather
 
 
 def run_rank(rank: int, device_type: str, folder: Path, names: list[str]) -> dict[str, list[Any]]:

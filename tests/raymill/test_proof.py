@@ -1,11 +1,14 @@
 """`python -m raymill.proof` shows equal hashes and ends with 0, and with 1 where one of them differs."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from raymill.proof.rows import OURS, PEERS, rows_of
 from tests.repository import REPOSITORY
@@ -67,6 +70,26 @@ def test_the_whole_table__has_one_hash_of_raymills_and_six_of_each_peer() -> Non
         float, re.findall(r"between ([\d.]+) and ([\d.]+) in all 30", done.stdout)[0]
     )
     assert most - least < 1e-4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu__each_way_says_why_it_does_not_run(tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    words = ("--steps", "6", "--device", "cuda", "--rows", "1 worker", "--json", str(file))
+    done = proof(*words)
+    assert done.returncode == 1, done.stderr
+    told = json.loads(file.read_text(encoding="utf-8"))
+    assert {*told["rows"]["1 worker"].values()} == {"does not run"}
+    assert told["reasons"].keys() == {*OURS, *PEERS}
+    assert "none does not run here: RuntimeError: PyTorch finds no CUDA device" in done.stdout
+
+
+@pytest.mark.parametrize("most_workers", [4, 8, 12])
+def test_rows__have_each_number_of_workers_and_say_which_are_even(most_workers: int) -> None:
+    rows = {row.name: row for row in rows_of(6, most_workers=most_workers)}
+    assert len(rows) == most_workers + 2
+    even = {name for name, row in rows.items() if row.is_even}
+    assert {"1 worker", "4 workers", "4, one killed, 3"} <= even and "5 workers" not in even
 
 
 def test_too_few_steps__are_refused() -> None:

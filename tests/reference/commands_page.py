@@ -19,6 +19,7 @@ folder; a folder here is meant before a run of the same name. A RUN is a run's i
 | 0 | done; of `submit`: there is a job, new or not; of `stop`: it has ended; of `serve` after a signal: every answer became whole |
 | 1 | failed; also where `verify`, `replay` or `diff` finds a difference, where `storage check` finds a storage unusable, and where `status` or `logs -f` sees a job that failed, was stopped or is lost |
 | 2 | misused: a wrong flag, setting or configuration, or a source at which nothing is |
+| 4 | the run has cost what `scaling.max_cost` allows: it is saved, and a higher one continues it |
 | 128 + n | ended by signal n: 143 after SIGTERM, 130 after Ctrl-C |
 
 """

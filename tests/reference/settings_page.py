@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cluster.settings.leaves import SettingLeaf, branches, leaves
-from cluster.settings.plan import PlanConfig
+from cluster.settings.plan import PlanConfig, TraceConfig
 from cluster.settings.run import RunConfig
 from cluster.settings.serve import ServeConfig
 from cluster.settings.setting import Settings, Shapes
@@ -33,6 +33,7 @@ TREES: dict[str, tuple[type[Settings], str]] = {
         "Used by `raymill serve`, and by `args` in a Ray Serve config file.",
     ),
     "A plan": (PlanConfig, "Used by `raymill plan`, beside the settings of a run."),
+    "A plan on a trace of spot nodes": (TraceConfig, "Used by `raymill plan --trace FILE`."),
 }
 _INTRODUCTION = """\
 # Settings

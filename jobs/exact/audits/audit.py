@@ -14,13 +14,15 @@ import hashlib
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from raymill.state.flat_layout import BLOCK, FlatLayout
 from raymill.state.sharding import Sharding
 from raymill.state.span import Span
 from raymill.sums.step_plan import StepPlan
+
+if TYPE_CHECKING:  # a plan of a run needs no PyTorch
+    from torch import Tensor
 
 COST = 0.01
 """The share of a step's time that audits may take by default."""
@@ -148,7 +150,7 @@ def cost_of_audits(plan: StepPlan, every_steps: int) -> float:
     return _TURNS_OF_AUDIT / (len(plan.turns) * every_steps)
 
 
-def worst_block(square_sums: Tensor) -> int:
+def worst_block(square_sums: "Tensor") -> int:
     """Returns the number of the first block (N,) that is not finite, or else of the one with the
     largest values."""
     places = (~square_sums.isfinite()).nonzero()

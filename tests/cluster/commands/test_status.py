@@ -1,4 +1,5 @@
-"""`raymill status` tells to which step a run is proven, and which nodes get no worker."""
+"""`raymill status` tells to which step a run is proven, which nodes get no worker, and what it has
+cost."""
 
 import json
 from pathlib import Path
@@ -6,19 +7,24 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
+from cluster.stages.stage_module import OVER_BUDGET
 from cluster.storage.uris import open_storage
 from jobs.workers.left_out_nodes import leave_out, take_back
+
+
+def job_that_ended(run: Path, *, exit_code: int) -> None:
+    job = run / "jobs/20260101-000000-abcd"
+    job.mkdir(parents=True)
+    started = {"job": "raymill-1", "stage": "pretrain", "host": "desk", "time": 1767225600.0}
+    ended = {"exit_code": exit_code, "stopped": False, "result": None, "time": 1767225700.0}
+    (job / "started.json").write_text(json.dumps(started))
+    (job / "ended.json").write_text(json.dumps(ended))
 
 
 def test_status_says_how_far_a_run_is_proven_and_who_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = tmp_path / "runs/checked/jobs/20260101-000000-abcd"
-    job.mkdir(parents=True)
-    started = {"job": "raymill-1", "stage": "pretrain", "host": "desk", "time": 1767225600.0}
-    ended = {"exit_code": 0, "stopped": False, "result": None, "time": 1767225700.0}
-    (job / "started.json").write_text(json.dumps(started))
-    (job / "ended.json").write_text(json.dumps(ended))
+    job_that_ended(tmp_path / "runs/checked", exit_code=0)
     ledger = tmp_path / "runs/checked/ledger.jsonl"
     settings = "model: {preset: tiny}\ntrain: {max_tokens: 24800, global_batch_size: 8, micro_batch_size: 4, seq_len: 50}\n"
     (tmp_path / "runs/checked/config.yaml").write_text(settings)
@@ -54,3 +60,20 @@ def test_status_says_how_far_a_run_is_proven_and_who_is_left_out(
     assert not any(line.startswith("NOT STORED") for line in shown())
     lines[2:] = []
     assert not any(line.startswith(("proven", "nodes")) for line in shown())
+
+
+def test_status_says_what_a_run_has_cost_and_that_its_budget_is_spent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job_that_ended(tmp_path / "runs/spent", exit_code=OVER_BUDGET)
+    step = {"step": 5, "tokens_seen": 1, "loss": 2.0, "world_size": 2}
+    lines = [
+        step | {"cost": 4.9, "max_cost": 5.0},
+        {"event": "spent", "step": 5, "cost": 5.25, "max_cost": 5.0},
+    ]
+    ledger = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "runs/spent/ledger.jsonl").write_text(ledger)
+    assert main(["status", "spent", "--storage.uri", str(tmp_path)]) == 1
+    shown = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert {"state stopped", "cost 5.25", "budget 5", "exit_code 4"} <= shown
+    assert "note its budget is spent: a higher scaling.max_cost continues it" in shown

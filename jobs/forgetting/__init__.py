@@ -1,0 +1,1 @@
+"""Trains a run again without some of its documents, from before it learned any of them."""

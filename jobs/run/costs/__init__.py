@@ -1,0 +1,1 @@
+"""What a run costs: its workers' time, its money, its budget."""
