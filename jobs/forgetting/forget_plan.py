@@ -31,7 +31,7 @@ _MOST_CHARS = 64  # of a run's id
 
 
 @dataclass(frozen=True)
-class Request:
+class ForgetRequest:
     """What a person asks to be forgotten."""
 
     documents: Sequence[str] = ()  # FILE or FILE:PLACE
@@ -130,7 +130,7 @@ class Forgetting:
         return config.model_copy(update=changed)
 
 
-def forgetting(run: Storage, request: Request, *, price: float | None) -> Forgetting:
+def forgetting(run: Storage, request: ForgetRequest, *, price: float | None) -> Forgetting:
     """Returns what has to be done to forget. Raises `UserError` for documents that are unknown or
     that no step learned, and for a run that cannot be trained again bit for bit."""
     root, mark, _ = run.uri.rpartition("/runs/")

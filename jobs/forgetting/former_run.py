@@ -22,7 +22,7 @@ _TRACE_INDEX = "trace"  # the folder of a store's trace index
 
 
 @dataclass(frozen=True)
-class Holding(JsonResult):
+class Remnant(JsonResult):
     """Something that holds what was forgotten."""
 
     uri: str
@@ -32,21 +32,21 @@ class Holding(JsonResult):
     is_removed: bool = False
 
 
-def holdings(forgetting: Forgetting) -> list[Holding]:
+def remnants(forgetting: Forgetting) -> list[Remnant]:
     """Returns all that is known of: checkpoints and their copies in the storage, runs that began
     from them, and what belongs to the token store."""
     storage, former = forgetting.storage, forgetting.former
     needed = needed_places(storage, besides=None)
     found = [
-        Holding(uri, what, _reasons(needed, uri), can_be_removed=True)
+        Remnant(uri, what, _reasons(needed, uri), can_be_removed=True)
         for uri, what in _tainted(forgetting)
     ]
-    for name, source in _began_from(storage, {holding.uri for holding in found}):
+    for name, source in _began_from(storage, {remnant.uri for remnant in found}):
         uri = storage.child(f"runs/{name}").uri
-        found.append(Holding(uri, f"a run that began from {source}", [], can_be_removed=False))
+        found.append(Remnant(uri, f"a run that began from {source}", [], can_be_removed=False))
     if stages := running_stages(former):
         found.append(
-            Holding(
+            Remnant(
                 former.uri,
                 f"copies of its state in the nodes' memory, as it is running ({', '.join(stages)})",
                 ["`raymill stop` ends it"],
@@ -55,7 +55,7 @@ def holdings(forgetting: Forgetting) -> list[Holding]:
         )
     samples = any(line.get("samples") for line in forgetting.opened.ledger.events("validation"))
     of_ledger = "ledger and logs, with what the model wrote" if samples else "ledger and logs"
-    found.append(Holding(former.uri, of_ledger, ["`raymill delete` removes the run"], False))
+    found.append(Remnant(former.uri, of_ledger, ["`raymill delete` removes the run"], False))
     return [*found, *_of_store(forgetting)]
 
 
@@ -90,7 +90,7 @@ def _reasons(needed: dict[str, dict[str, str]], uri: str) -> list[str]:
     return [f"{named} {why}" for named, why in needed.get(place_of(uri), {}).items()]
 
 
-def _of_store(forgetting: Forgetting) -> Iterator[Holding]:
+def _of_store(forgetting: Forgetting) -> Iterator[Remnant]:
     """Yields what belongs to the token store, and the runs that read it."""
     storage, new_run = forgetting.storage, forgetting.plan.new_run
     former = forgetting.former.uri.rpartition("/")[2]
@@ -98,17 +98,17 @@ def _of_store(forgetting: Forgetting) -> Iterator[Holding]:
     others = [use for use in uses if f"run {former} " not in use and f"run {new_run} " not in use]
     for store in stores_with(forgetting.new, forgetting.holes.data_identity):
         new = f"run {new_run} is resumed and audited with it"
-        yield Holding(store.uri, "the tokens themselves", [new, *others], can_be_removed=False)
+        yield Remnant(store.uri, "the tokens themselves", [new, *others], can_be_removed=False)
         if store.exists(DOCUMENTS):
             proven = f"run {new_run} is verified with it"
-            yield Holding(
+            yield Remnant(
                 f"{store.uri}/{DOCUMENTS}",
                 "the document map: file and place of each document",
                 [proven, *others],
                 can_be_removed=False,
             )
         if any(store.list(f"{_TRACE_INDEX}/")):
-            yield Holding(
+            yield Remnant(
                 f"{store.uri}/{_TRACE_INDEX}",
                 "the trace index: hashes of its passages; `raymill trace index` makes it again",
                 others,
@@ -116,19 +116,19 @@ def _of_store(forgetting: Forgetting) -> Iterator[Holding]:
             )
 
 
-def purge(forgetting: Forgetting) -> list[Holding]:
-    """Removes what can be and nothing needs. Returns all holdings, each with what became of it.
+def purge(forgetting: Forgetting) -> list[Remnant]:
+    """Removes what can be and nothing needs. Returns all remnants, each with what became of it.
     Raises `UserError` while the former run is running."""
     if stages := running_stages(forgetting.former):
         raise UserError(
             f"{forgetting.former.uri} is running ({', '.join(stages)}): `raymill stop` ends it first"
         )
-    done: list[Holding] = []
-    for holding in holdings(forgetting):
-        goes = holding.can_be_removed and not holding.needed_by
+    done: list[Remnant] = []
+    for remnant in remnants(forgetting):
+        goes = remnant.can_be_removed and not remnant.needed_by
         if goes:
-            _remove(holding.uri, forgetting.former)
-        done.append(Holding(**{**vars(holding), "is_removed": goes}))
+            _remove(remnant.uri, forgetting.former)
+        done.append(Remnant(**{**vars(remnant), "is_removed": goes}))
     return done
 
 

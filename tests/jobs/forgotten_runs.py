@@ -9,7 +9,7 @@ import numpy as np
 
 from cluster.settings.run import to_yaml
 from cluster.storage.uris import open_storage
-from jobs.forgetting.forget_plan import Forgetting, Request, forgetting
+from jobs.forgetting.forget_plan import ForgetRequest, Forgetting, forgetting
 from jobs.forgetting.fork_run import fork
 from jobs.run.base import BASE_FILE
 from jobs.run.history import recorded_config
@@ -48,7 +48,7 @@ class Forgotten:
 
 def laid_out(plan: RunPlan, *documents: str, pattern: str | None = None) -> Forgotten:
     """Lays out a run that forgets what another one has learned."""
-    asked = forgetting(plan.run, Request(documents, pattern=pattern), price=None)
+    asked = forgetting(plan.run, ForgetRequest(documents, pattern=pattern), price=None)
     start = fork(asked)
     config = recorded_config(asked.new)
     return Forgotten(asked, start, plan, replace(plan, config=config, holes=asked.holes))

@@ -4,6 +4,7 @@ from typing import Any
 
 from cluster.cli import SECTIONS
 from cluster.commands.command import Argument, Command, OneOf, SettingAs, SettingsOf, Switch
+from cluster.settings.setting import Settings
 from tests.reference.markdown import MADE, cell, code, sentence, table
 from tests.reference.settings_page import TREES
 
@@ -49,10 +50,7 @@ def _rows(command: Command) -> list[Row]:
     for part in command.arguments:
         match part:
             case SettingsOf():
-                title = next(title for title, (tree, _) in TREES.items() if tree is part.tree())
-                anchor = title.lower().replace(" ", "-")
-                link = f"[each setting of {title.lower()}](settings.md#{anchor})"
-                rows.append((code("--SETTING VALUE"), "", f"A flag for {link}"))
+                rows.append((code("--SETTING VALUE"), "", f"A flag for {_settings(part.tree())}"))
             case SettingAs():
                 about = f"{sentence(part.help)}: {part.setting} = {part.value}"
                 rows.append((code(part.name), "", cell(about)))
@@ -61,6 +59,15 @@ def _rows(command: Command) -> list[Row]:
             case _:
                 rows.append(_argument(part))
     return rows
+
+
+def _settings(tree: type[Settings]) -> str:
+    for title, (whole, _) in TREES.items():
+        if whole is tree:
+            anchor = title.lower().replace(" ", "-")
+            return f"[each setting of {title.lower()}](settings.md#{anchor})"
+    named = " and ".join(code(name) for name in tree.model_fields)
+    return f"each setting of {named} in [a run](settings.md#a-run)"
 
 
 def _command(command: Command) -> str:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from cluster.settings.run import RunConfig
     from cluster.settings.stages import WorkersConfig
     from jobs.forgetting.forget_plan import Forgetting
-    from jobs.forgetting.former_run import Holding
+    from jobs.forgetting.former_run import Remnant
     from jobs.proof.recorded.certificate import Certificate
 
 _DOCUMENTS = Argument[list[str] | None](
@@ -59,17 +59,18 @@ _PURGE = Switch(
 
 
 def forget(arguments: Arguments) -> Result:
-    if not any(arguments[named] for named in (_DOCUMENTS, _LIST, _PATTERN)):
+    documents, listed, pattern = arguments[_DOCUMENTS], arguments[_LIST], arguments[_PATTERN]
+    if not documents and listed is None and pattern is None:
         raise ConfigError("nothing to forget: name documents by --document, --list or --pattern")
     key = signing_key(arguments)
     run = named_run(arguments, "forget")
 
     from jobs.forgetting.certify import certify
-    from jobs.forgetting.forget_plan import Request, forgetting
+    from jobs.forgetting.forget_plan import ForgetRequest, forgetting
     from jobs.forgetting.fork_run import fork
-    from jobs.forgetting.former_run import holdings, purge
+    from jobs.forgetting.former_run import purge, remnants
 
-    request = Request(arguments[_DOCUMENTS] or (), arguments[_LIST], arguments[_PATTERN])
+    request = ForgetRequest(documents or (), listed, pattern)
     with reports_shown():
         asked = forgetting(run, request, price=arguments[PRICE])
     if arguments[_ONLY_SAY]:
@@ -81,7 +82,7 @@ def forget(arguments: Arguments) -> Result:
     _train(arguments, asked)
     with reports_shown():
         certificate = certify(asked.new, key)
-        held = (purge if arguments[_PURGE] else holdings)(asked)
+        held = (purge if arguments[_PURGE] else remnants)(asked)
     return _result(arguments, asked, certificate, held)
 
 
@@ -109,7 +110,7 @@ def _result(
     arguments: Arguments,
     asked: "Forgetting",
     certificate: "Certificate",
-    held: "list[Holding]",
+    held: "list[Remnant]",
 ) -> Result:
     place = storage_flag(asked.storage.uri)
     values = {
@@ -117,7 +118,7 @@ def _result(
         "run_dir": asked.new.uri,
         "parameter_hash": certificate.parameter_hash,
         "certificate": asdict(certificate),
-        "holds": [holding.json() for holding in held],
+        "holds": [remnant.json() for remnant in held],
     }
     shown = {
         "run": asked.plan.new_run,
@@ -127,17 +128,17 @@ def _result(
     }
     rows = [
         {
-            "": "removed" if holding.is_removed else "stays",
-            "what": holding.what,
-            "needed by": "; ".join(holding.needed_by),
-            "uri": holding.uri,
+            "": "removed" if remnant.is_removed else "stays",
+            "what": remnant.what,
+            "needed by": "; ".join(remnant.needed_by),
+            "uri": remnant.uri,
         }
-        for holding in held
+        for remnant in held
     ]
     text = "".join(f"{line}\n" for line in lines(shown))
     text += f"\nwhat holds what was forgotten:\n{table(('', 'what', 'needed by', 'uri'), rows)}"
-    verify = f"`raymill verify {asked.plan.new_run}{place}`"
-    audit = f"`raymill audit {asked.plan.new_run}{place}`"
+    run_id = shlex.quote(asked.plan.new_run)
+    verify, audit = f"`raymill verify {run_id}{place}`", f"`raymill audit {run_id}{place}`"
     return Result(values, text, next=f"{verify}, {audit}, or `raymill promote` it")
 
 

@@ -13,8 +13,8 @@ from cluster.settings.parser import ConfigError
 from cluster.storage.registry import publish
 from cluster.storage.uris import Storage, open_storage
 from jobs.forgetting.certify import certify
-from jobs.forgetting.forget_plan import Forgetting, Request, forgetting
-from jobs.forgetting.former_run import holdings, purge
+from jobs.forgetting.forget_plan import ForgetRequest, Forgetting, forgetting
+from jobs.forgetting.former_run import purge, remnants
 from jobs.proof.audit_run import Audit, audit
 from jobs.proof.verify_run import verify
 from jobs.proof.where_run import where
@@ -150,16 +150,16 @@ def test_a_request_by_list_and_pattern__names_the_same_documents(
     references = some_documents(former, seed=2, num_documents=2)
     listed = tmp_path / "list"
     listed.write_text("\n".join(references) + "\n\n")
-    by_list = forgetting(former.run, Request(listed=listed), price=None)
-    by_name = forgetting(former.run, Request(references), price=None)
+    by_list = forgetting(former.run, ForgetRequest(listed=listed), price=None)
+    by_name = forgetting(former.run, ForgetRequest(references), price=None)
     assert by_list.holes == by_name.holes
     texts = [where(former.run, document=each).documents[0].text for each in references]  # type: ignore[union-attr]
     pattern = "|".join(rf"^{text[:12]}" for text in texts)
-    assert forgetting(former.run, Request(pattern=pattern), price=None).holes == by_name.holes
+    assert forgetting(former.run, ForgetRequest(pattern=pattern), price=None).holes == by_name.holes
 
 
 def test_the_price__is_that_of_the_steps_to_take_again(former: RunPlan) -> None:
-    found = forgetting(former.run, Request([BOOK]), price=3.0)
+    found = forgetting(former.run, ForgetRequest([BOOK]), price=3.0)
     start = step_of(str(found.plan.checkpoint))
     took = [line["wall_s"] for line in Ledger.read(former.run).steps if line["step"] > start]
     assert found.plan.steps_again == len(took)
@@ -186,26 +186,26 @@ def held_out_of(former: RunPlan) -> str:
 def test_what_cannot_be_forgotten__is_refused(
     former: RunPlan, forgotten: Forgotten, tmp_path: Path
 ) -> None:
-    def refusal(run: Storage, request: Request) -> str:
+    def refusal(run: Storage, request: ForgetRequest) -> str:
         with pytest.raises(UserError) as error:
             forgetting(run, request, price=None)
         return str(error.value)
 
     run = former.run
-    assert "is no file that" in refusal(run, Request(["letters/none.txt"]))
-    assert "no document begins at byte 1 of" in refusal(run, Request([f"{BOOK}:1"]))
-    assert "is held out to validate the run" in refusal(run, Request([held_out_of(former)]))
-    assert "is forgotten already" in refusal(forgotten.asked.new, Request([BOOK]))
-    assert "matched, and no step read one" in refusal(run, Request(pattern="никто"))
-    assert "is no regular expression" in refusal(run, Request(pattern="("))
-    assert "cannot be read" in refusal(run, Request(listed=tmp_path / "none"))
-    assert "names nothing" in refusal(run, Request(listed=_empty(tmp_path)))
+    assert "is no file that" in refusal(run, ForgetRequest(["letters/none.txt"]))
+    assert "no document begins at byte 1 of" in refusal(run, ForgetRequest([f"{BOOK}:1"]))
+    assert "is held out to validate the run" in refusal(run, ForgetRequest([held_out_of(former)]))
+    assert "is forgotten already" in refusal(forgotten.asked.new, ForgetRequest([BOOK]))
+    assert "matched, and no step read one" in refusal(run, ForgetRequest(pattern="никто"))
+    assert "is no regular expression" in refusal(run, ForgetRequest(pattern="("))
+    assert "cannot be read" in refusal(run, ForgetRequest(listed=tmp_path / "none"))
+    assert "names nothing" in refusal(run, ForgetRequest(listed=_empty(tmp_path)))
     copy = tmp_path / "storage"
     shutil.copytree(former.config.storage.uri, copy)
     [documents] = copy.glob(f"tokens/*/{DOCUMENTS}")
     documents.unlink()
     with pytest.raises(NoDocumentMapError, match="raymill tokenize --documents"):
-        forgetting(open_storage(str(copy)).child("runs/tiny"), Request([BOOK]), price=None)
+        forgetting(open_storage(str(copy)).child("runs/tiny"), ForgetRequest([BOOK]), price=None)
 
 
 def _empty(folder: Path) -> Path:
@@ -221,12 +221,12 @@ def test_a_document_that_is_still_to_come__is_refused(former: RunPlan, tmp_path:
         former.config.storage.uri, storage.uri, ignore=shutil.ignore_patterns("checkpoints")
     )
     run = open_storage(storage.uri).child("runs/tiny")
-    first = forgetting(former.run, Request([BOOK]), price=None).plan.first_step
+    first = forgetting(former.run, ForgetRequest([BOOK]), price=None).plan.first_step
     lines = run.read_bytes("ledger.jsonl").splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line).get("step", 0) < first]
     run.write_bytes("ledger.jsonl", b"".join(kept))
     with pytest.raises(UserError, match=f"step {first} is to come, the run is at step {first - 1}"):
-        forgetting(run, Request([BOOK]), price=None)
+        forgetting(run, ForgetRequest([BOOK]), price=None)
 
 
 def test_a_run_without_equal_bits_or_of_two_stores__is_refused(
@@ -239,12 +239,12 @@ def test_a_run_without_equal_bits_or_of_two_stores__is_refused(
     start = {**Ledger.read(run).events("start")[0], "data_identity": "another"}
     run.write_bytes("ledger.jsonl", json.dumps(start).encode() + b"\n" + ledger)
     with pytest.raises(UserError, match="trained on 2 token stores"):
-        forgetting(run, Request([BOOK]), price=None)
+        forgetting(run, ForgetRequest([BOOK]), price=None)
     run.write_bytes("ledger.jsonl", ledger)
     settings = run.read_bytes("config.yaml").replace(b"exact: true", b"exact: false")
     run.write_bytes("config.yaml", settings)
-    with pytest.raises(UserError, match="train.exact=false"):
-        forgetting(run, Request([BOOK]), price=None)
+    with pytest.raises(UserError, match=r"train\.exact=false"):
+        forgetting(run, ForgetRequest([BOOK]), price=None)
 
 
 def copied(forgotten: Forgotten, folder: Path) -> Forgetting:
@@ -265,13 +265,13 @@ def test_purge__removes_what_read_the_document_and_nothing_needs(
     exported = tmp_path / "storage/exported"
     shutil.copytree(checkpoints.fetch(tainted[0], tmp_path), exported)
     publish(asked.storage, checkpoints.uri(tainted[-1]))
-    listed = {holding.uri: holding for holding in holdings(asked)}
+    listed = {remnant.uri: remnant for remnant in remnants(asked)}
     assert set(map(checkpoints.uri, tainted)) | {str(exported)} <= listed.keys()
     assert not set(map(checkpoints.uri, stays)) & listed.keys()
     assert listed[checkpoints.uri(tainted[-1])].needed_by == [
         f"{checkpoints.uri(tainted[-1])} is latest"
     ]
-    done = {holding.uri for holding in purge(asked) if holding.is_removed}
+    done = {remnant.uri for remnant in purge(asked) if remnant.is_removed}
     assert done == {*map(checkpoints.uri, tainted[:-1]), str(exported)}
     assert checkpoints.names == [*stays, tainted[-1]]
     assert not any(exported.glob("*"))
@@ -294,4 +294,4 @@ def test_random_documents__are_forgotten_as_if_never_seen(
 
 def test_nothing_named__is_refused_at_the_command_line(former: RunPlan) -> None:
     with pytest.raises(ConfigError, match="names nothing"):
-        Request(listed=Path("/dev/null")).references()
+        ForgetRequest(listed=Path("/dev/null")).references()

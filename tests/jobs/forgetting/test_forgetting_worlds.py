@@ -22,7 +22,7 @@ from tests.jobs.forgotten_runs import Forgotten, laid_out, some_documents
 from tests.jobs.mapped_runs import mapped_plan, write_conversations
 from tests.jobs.poisoned_runs import run_world
 from tests.jobs.runs import final_hash
-from tests.jobs.training.test_adapters import saved
+from tests.jobs.saved_models import saved
 
 FOUR_LANES = {
     "max_tokens": 2600,

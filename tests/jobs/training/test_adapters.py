@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from cluster.cli import main
 from cluster.settings.parser import ConfigError
@@ -38,27 +38,8 @@ from model.foreign_config import ForeignConfig
 from model.text.tokenizer import Tokenizer
 from raymill.errors import CheckpointError
 from raymill.files.safetensors_file import parameter_hash
-from tests.foreign_models import small
 from tests.jobs.runs import newest_checkpoint, tiny_plan
-
-VOCAB = 300
-
-
-def saved(folder: Path, tokenizer_json: bytes, family: str) -> Path:
-    """Returns a folder with a random model that transformers saved."""
-    torch.manual_seed(5)
-    if family == "gpt2":
-        shape = GPT2Config(vocab_size=VOCAB, n_positions=48, n_embd=32, n_layer=2, n_head=2)
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-            setattr(shape, name, 0.0)
-        model = GPT2LMHeadModel(shape)
-    else:
-        model = AutoModelForCausalLM.from_config(small(family, vocab_size=VOCAB).hf)
-    model.save_pretrained(folder)
-    tokenizer = Tokenizer.from_json(tokenizer_json)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend).save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(tokenizer_json)
-    return folder
+from tests.jobs.saved_models import saved
 
 
 def begun(folder: Path, run_id: str, source: Path | str, **train_settings: Any) -> RunPlan:
