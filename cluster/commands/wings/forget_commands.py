@@ -137,8 +137,8 @@ def _result(
     ]
     text = "".join(f"{line}\n" for line in lines(shown))
     text += f"\nwhat holds what was forgotten:\n{table(('', 'what', 'needed by', 'uri'), rows)}"
-    run_id = shlex.quote(asked.plan.new_run)
-    verify, audit = f"`raymill verify {run_id}{place}`", f"`raymill audit {run_id}{place}`"
+    verify = f"`raymill verify {shlex.quote(asked.plan.new_run)}{place}`"
+    audit = f"`raymill audit {shlex.quote(asked.plan.new_run)}{place}`"
     return Result(values, text, next=f"{verify}, {audit}, or `raymill promote` it")
 
 
